@@ -1,0 +1,53 @@
+"""What may be a base optimizer, and which options it may carry."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from flatmin.parts import Need
+
+UNSERVED = {
+    Need.PER_SAMPLE: "no front door hands it per-sample losses yet",
+    Need.MICRO_BATCHES: "no front door takes a list of closures yet",
+    Need.SECOND_ORDER: "no front door keeps the graph of pass 1 yet",
+    Need.BASE_MOMENTUM: "the base's momentum is not read yet",
+}
+
+
+def check_rho(rho: Any) -> float:
+    """Rho as a float; ValueError unless it is a finite number >= 0."""
+    if isinstance(rho, bool) or not isinstance(rho, (int, float)) or not math.isfinite(rho) or rho < 0:
+        raise ValueError(f"rho must be a finite number >= 0, got {rho!r}.")
+    return float(rho)
+
+
+def build_base(params: Any, base_optimizer: Callable[..., Optimizer] | None, kwargs: dict[str, Any]) -> Optimizer:
+    """The base from a constructed optimizer, or from its class and parameters; TypeError, ValueError otherwise."""
+    if isinstance(params, Optimizer):
+        if base_optimizer is not None or kwargs:
+            extra = "base_optimizer" if base_optimizer is not None else sorted(kwargs)[0]
+            raise TypeError(
+                f"got a constructed base optimizer and {extra!r} as well; give its options where it is built."
+            )
+        base = params
+    elif base_optimizer is None:
+        raise TypeError(
+            "expected a constructed base optimizer, as in SAM(torch.optim.SGD(params, lr=0.1)), or its class as the "
+            f"second argument; got {type(params).__name__}."
+        )
+    else:
+        base = base_optimizer(params, **kwargs)
+        if not isinstance(base, Optimizer):
+            raise TypeError(f"base_optimizer must build a torch.optim.Optimizer, got {type(base).__name__}.")
+    if hasattr(base, "recipe") and hasattr(base, "perturbed"):
+        raise TypeError("the base is a flatmin optimizer already; compose recipes by name instead, as in 'vasso+asam'.")
+    if isinstance(base, torch.optim.LBFGS):
+        raise TypeError("LBFGS evaluates the loss inside its own step and cannot be a base.")
+    if not any(g["params"] for g in base.param_groups):
+        raise ValueError("the base optimizer has no parameters.")
+    return base

@@ -1,0 +1,193 @@
+"""What must not differ between the passes of one step: BatchNorm statistics, random masks, the batch."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+_COUNT, _SAVED = "_flatmin_frozen", "_flatmin_saved"
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+class FrozenStatistics:
+    """Context in which no normalisation layer updates its running statistics; re-entrant, free for torch's layers.
+
+    BatchNorm and SyncBatchNorm are told not to track; InstanceNorm, which ignores that, loses its buffers for the
+    time; any other module with a `running_mean` has its statistics copied back on leaving. Layers in eval mode go
+    on reading their statistics.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._toggled: list[nn.Module] = []
+        self._hidden: list[nn.Module] = []
+        self._copied: list[nn.Module] = []
+        for module in model.modules():
+            if getattr(module, "running_mean", None) is None:
+                continue
+            own_forward = type(module).forward not in _KNOWN_FORWARDS
+            if own_forward or not isinstance(module, _NormBase):
+                self._copied.append(module)
+            elif isinstance(module, _InstanceNorm):
+                self._hidden.append(module)
+            else:
+                self._toggled.append(module)
+        self._backup: list[list[tuple[Tensor, Tensor]]] = []
+
+    def __enter__(self) -> None:
+        for module in (*self._toggled, *self._hidden):
+            count = module.__dict__.get(_COUNT, 0)
+            if count == 0:
+                module.__dict__[_SAVED] = self._hide(module)
+            module.__dict__[_COUNT] = count + 1
+        self._backup.append(
+            [(b, b.clone()) for m in self._copied for k in _STATISTICS if (b := getattr(m, k, None)) is not None]
+        )
+
+    def __exit__(self, *_: object) -> None:
+        for module in (*self._toggled, *self._hidden):
+            module.__dict__[_COUNT] -= 1
+            if module.__dict__[_COUNT] == 0:
+                self._show(module, module.__dict__.pop(_SAVED))
+                del module.__dict__[_COUNT]
+        for buffer, copy in self._backup.pop():
+            buffer.copy_(copy)
+
+    @staticmethod
+    def _hide(module: Any) -> Any:
+        if isinstance(module, _InstanceNorm):
+            if not module.training:
+                return None
+            saved = {k: module._buffers[k] for k in _STATISTICS}
+            module._buffers.update(dict.fromkeys(_STATISTICS))
+            return saved
+        saved = module.track_running_stats
+        # In eval mode the statistics are read, and read they stay: not tracking only stops updates in training.
+        module.track_running_stats = False
+        return saved
+
+    @staticmethod
+    def _show(module: Any, saved: Any) -> None:
+        if isinstance(module, _InstanceNorm):
+            if saved is not None:
+                module._buffers.update(saved)
+        else:
+            module.track_running_stats = saved
+
+
+_KNOWN_FORWARDS = {_BatchNorm.forward, _InstanceNorm.forward, nn.SyncBatchNorm.forward}
+
+
+class RandomState:
+    """The random number generators that a forward pass may draw from: the CPU's and those of the weights' devices."""
+
+    def __init__(self, devices: Iterable[torch.device]) -> None:
+        kinds = sorted({d for d in devices if d.type not in ("cpu", "meta")}, key=str)
+        self._modules = [(d, getattr(torch, d.type, None)) for d in kinds]
+        self._saved: list[Tensor] | None = None
+
+    def capture(self) -> None:
+        self._saved = [
+            torch.get_rng_state(),
+            *(m.get_rng_state(d) for d, m in self._modules if m is not None),
+        ]
+
+    def replay(self) -> None:
+        if self._saved is None:
+            return
+        torch.set_rng_state(self._saved[0])
+        rest = iter(self._saved[1:])
+        for device, module in self._modules:
+            if module is not None:
+                module.set_rng_state(next(rest), device)
+
+    def forget(self) -> None:
+        self._saved = None
+
+
+class ForwardHook:
+    """The hook on the model's forward. Copies and pickles of a model carry an unbound one, which does nothing."""
+
+    def __init__(self, watch: ModelWatch | None = None) -> None:
+        self.watch = None if watch is None else weakref.ref(watch)
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        # Under compilation the hook is traced away, so that phases cause no recompilation.
+        if self.watch is None or torch.compiler.is_compiling():
+            return
+        watch = self.watch()
+        if watch is not None and module.training and torch.is_grad_enabled():
+            watch.seen(args, kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ForwardHook:
+        return ForwardHook()
+
+    def __reduce__(self) -> tuple[type[ForwardHook], tuple[()]]:
+        return ForwardHook, ()
+
+
+class ModelWatch:
+    """Sees the model's training forwards.
+
+    Captures and replays random states around them in manual loops, and notices a second pass that ran no forward or
+    ran on another batch.
+    """
+
+    def __init__(self, model: nn.Module, random: RandomState | None) -> None:
+        self.model, self.random = model, random
+        self.hook = ForwardHook(self)
+        self.handle = model.register_forward_pre_hook(self.hook, with_kwargs=True)
+        self.pass_index = 0
+        self.bracketed = False  # a closure or `passes()` brackets each pass, so random states are handled there
+        self.forwards = [0, 0]
+        self._signature: Any = None
+        self._warned = False
+
+    def remove(self) -> None:
+        self.handle.remove()
+
+    def begin_update(self) -> None:
+        """The next training forward opens a new update."""
+        self.pass_index, self.forwards, self._signature, self.bracketed = 0, [0, 0], None, False
+
+    def begin_pass(self, index: int, *, bracketed: bool) -> None:
+        self.pass_index, self.bracketed = index, bracketed
+        self.forwards[min(index, 1)] = 0
+
+    def seen(self, args: Any, kwargs: Any) -> None:
+        later = min(self.pass_index, 1)
+        if self.forwards[later] == 0:
+            if self.random is not None and not self.bracketed:
+                (self.random.replay if later else self.random.capture)()
+            signature = [_fingerprint(x) for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+            if not later:
+                self._signature = signature
+            elif self._signature is not None and signature != self._signature and not self._warned:
+                self._warned = True
+                warnings.warn(
+                    "the passes of one step saw different batches; both must use the same one "
+                    "(fetch the batch outside the closure).",
+                    stacklevel=4,
+                )
+        self.forwards[later] += 1
+
+    def check_second_pass(self) -> None:
+        if self.forwards[0] and self.pass_index and not self.forwards[1]:
+            raise RuntimeError(
+                "no forward pass of the model ran at w + eps; the loss is detached or cached: "
+                "compute it again from the batch in every pass."
+            )
+
+
+def _fingerprint(x: Tensor) -> Any:
+    """Shape and dtype, and for CPU tensors a few values; never a synchronisation."""
+    if x.device.type != "cpu" or x.numel() == 0 or x.layout is not torch.strided:
+        return tuple(x.shape), x.dtype
+    flat = x.detach().reshape(-1) if x.is_contiguous() else x.detach()[0].reshape(-1)
+    return tuple(x.shape), x.dtype, tuple(map(repr, flat[:: max(1, flat.numel() // 8)][:8].tolist()))

@@ -1,0 +1,122 @@
+"""Moving weights in place and putting them back exactly."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from flatmin.engine import tensors as ta
+from flatmin.parts import Offset
+
+
+class Flags:
+    """Device-side verdicts of one update, two words of one buffer: [ascent was finite, descent was not].
+
+    Comparing the ascent's norm with (inf, -inf) writes the first verdict as an integer and clears the second (the
+    bit pattern of 0 is 0.0) in one launch.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.words = torch.zeros(2, dtype=torch.int32, device=device)
+        self.limits = torch.tensor([math.inf, -math.inf], dtype=torch.float32, device=device)
+        self.one = torch.ones((), dtype=torch.float32, device=device)
+        self.gate = self.words[0]
+        self.found_inf = self.words.view(torch.float32)[1]
+        self.good_ascents = torch.zeros((), dtype=torch.int32, device=device)
+        self.skipped = torch.zeros((), dtype=torch.float32, device=device)
+        self.ascents = 0
+
+    def judge(self, size: Tensor) -> None:
+        self.ascents += 1
+        torch.lt(size.to(torch.float32), self.limits, out=self.words)
+
+    def reset(self) -> None:
+        self.words.zero_()
+
+
+class Ledger:
+    """Snapshots of exactly the tensors that are moved; the buffers persist, so their addresses are static."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[int, Tensor] = {}
+        self._away: tuple[list[Tensor], list[Tensor]] | None = None
+
+    @property
+    def away(self) -> bool:
+        """Whether the weights are displaced."""
+        return self._away is not None
+
+    def move(self, weights: Sequence[Tensor], offset: Offset, flags: Flags | None) -> bool:
+        """Displace weights[i] for i in offset.index; True if the displacement was known (on the host) to be finite.
+
+        Without flags the size is read on the host (CPU tensors); with flags nothing synchronises and a direction
+        that is not finite becomes a displacement of exactly zero.
+        """
+        ws = [weights[i] for i in offset.index]
+        if flags is None:
+            size = float(offset.size)
+            if not math.isfinite(size):
+                return False
+            self._save(ws, offset.index)
+            scale = 1.0 if offset.norm is None else 1.0 / (float(offset.norm) + offset.eps)
+            for group, factor in _by_factor(ws, offset):
+                torch._foreach_add_(
+                    [ws[i] for i in group], [offset.direction[i] for i in group], alpha=float(factor) * scale
+                )
+            return True
+        self._save(ws, offset.index)
+        self._add_on_device(ws, offset, flags)
+        return True
+
+    def _add_on_device(self, ws: list[Tensor], offset: Offset, flags: Flags) -> None:
+        flags.judge(offset.size)
+        flags.good_ascents.add_(flags.gate)
+        divisor = None if offset.norm is None else offset.norm + offset.eps
+        for group, factor in _by_factor(ws, offset):
+            d = [offset.direction[i] for i in group]
+            if divisor is None:
+                d = d if offset.scratch else list(torch._foreach_mul(d, 1.0))
+            else:
+                by = divisor.to(d[0].device)
+                by = by.to(d[0].dtype) if d[0].dtype is torch.float64 else by
+                if offset.scratch:
+                    torch._foreach_div_(d, by)
+                else:
+                    d = list(torch._foreach_div(d, by))
+            alpha = 1.0
+            if isinstance(factor, Tensor):
+                torch._foreach_mul_(d, factor.to(d[0].device))
+            else:
+                alpha = factor
+            ta.keep_if_(d, flags.gate)
+            torch._foreach_add_([ws[i] for i in group], d, alpha=alpha)
+
+    def _save(self, ws: list[Tensor], index: Sequence[int]) -> None:
+        assert self._away is None, "weights are already displaced"
+        copies = []
+        for i, w in zip(index, ws, strict=True):
+            buffer = self._buffers.get(i)
+            if buffer is None or buffer.shape != w.shape or buffer.dtype != w.dtype or buffer.device != w.device:
+                buffer = self._buffers[i] = torch.empty_like(w, requires_grad=False)
+            copies.append(buffer)
+        ta.copy_(copies, ws)
+        self._away = (ws, copies)
+
+    def restore(self) -> None:
+        """Put the weights back bit for bit; does nothing if they are at home."""
+        if self._away is not None:
+            ws, copies = self._away
+            ta.copy_(ws, copies)
+            self._away = None
+
+
+def _by_factor(ws: list[Tensor], offset: Offset) -> list[tuple[Sequence[int], float | Tensor]]:
+    """Positions grouped so that one foreach call with one factor serves each group."""
+    factors = offset.factors
+    keys = [id(f) if isinstance(f, Tensor) else f for f in factors]
+    if len(set(keys)) == 1 and ta.uniform(ws):
+        return [(range(len(ws)), factors[0])]
+    return [(group, factors[group[0]]) for group in ta.buckets(ws, keys)]

@@ -1,0 +1,390 @@
+"""The optimizer wrapper: runs any recipe around any torch optimizer, in any training loop."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from flatmin.engine.base import UNSERVED, build_base, check_rho
+from flatmin.engine.criterion import Criterion
+from flatmin.engine.doors import Doors
+from flatmin.engine.guards import FrozenStatistics, ModelWatch, RandomState
+from flatmin.engine.ledger import Flags, Ledger
+from flatmin.engine.program import Generators, Site
+from flatmin.engine.store import PREFIX, VERSION, StateView, Store, load, save
+from flatmin.engine.tensors import is_sharded
+from flatmin.parts import Need, Offset
+from flatmin.recipes import Recipe, compose
+
+_HOOKS = (
+    "_optimizer_step_pre_hooks",
+    "_optimizer_step_post_hooks",
+    "_optimizer_state_dict_pre_hooks",
+    "_optimizer_state_dict_post_hooks",
+    "_optimizer_load_state_dict_pre_hooks",
+    "_optimizer_load_state_dict_post_hooks",
+)
+NonFinite = Literal["skip", "raise", "propagate"]
+
+
+class SAM(Doors):
+    r"""Sharpness-aware minimisation around a base optimizer; runs any recipe, SAM by default.
+
+    .. math::
+        \epsilon = \rho \frac{g}{\|g\|_2 + \mathrm{eps}},\quad g = \nabla L(w),\qquad
+        w \leftarrow \text{base step at } w \text{ with } \nabla L(w + \epsilon)
+
+    It is a `torch.optim.Optimizer` whose param groups, defaults, hooks and state are the base's: schedulers, clipping
+    utilities, checkpoints, `deepcopy` and `pickle` work on it. `rho` is an option of each param group, like `lr`;
+    groups with rho = 0 stay out of the ascent.
+
+        >>> import torch, flatmin
+        >>> model = torch.nn.Linear(4, 1)
+        >>> x, y = torch.randn(8, 4), torch.randn(8, 1)
+        >>> optimizer = flatmin.SAM(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), rho=0.05, model=model)
+        >>> scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 200)
+        >>> def closure():
+        ...     optimizer.zero_grad()
+        ...     loss = torch.nn.functional.mse_loss(model(x), y)
+        ...     loss.backward()
+        ...     return loss
+        >>> loss = optimizer.step(closure)
+        >>> scheduler.step()
+
+    The form of the common single-file implementation works too:
+
+        >>> optimizer = flatmin.SAM(model.parameters(), torch.optim.SGD, rho=0.05, lr=0.1, momentum=0.9)
+
+    Args:
+        params: a constructed base optimizer, or parameters (then `base_optimizer` is its class).
+        base_optimizer: class of the base, called with `params` and `kwargs`. Default None.
+        rho: ascent radius for groups that set none, in units of the weights' norm under the recipe's geometry, >= 0.
+            Default: the geometry's own (`recipe.default_rho`; 0.05 for SAM, Foret et al. 2021).
+        adaptive: shorthand for the recipe "asam". Default False.
+        recipe: a name as in `flatmin.compose`, or a `Recipe`. Default "sam".
+        model: the module being trained, for BatchNorm statistics (touched by the first pass only), equal dropout masks
+            in manual loops, parameter names and checks. Held, never pickled or put into `state_dict`. Default None.
+        criterion: the `flatmin.Criterion` of the loop; needed by recipes that climb another loss. Default None.
+        nonfinite: what to do when the descent gradient has nan or inf entries. "skip" (default): weights and base
+            state stay; synchronises once a step on an accelerator unless the base is a fused torch optimizer. "raise":
+            FloatingPointError, likewise unchanged. "propagate": exactly the base's behaviour, no check.
+        freeze_batchnorm: keep running statistics out of later passes (needs `model`). Default True.
+        replay_rng: later passes draw the random numbers of the first one. Default True.
+        eps: added to every norm that divides. Default 1e-12 (Foret et al.'s common implementations).
+        seed: of the engine's own generator, for recipes that draw. Default 0.
+        kwargs: options of `base_optimizer`.
+
+    Raises:
+        ValueError, TypeError: bad rho, unknown or contradicting recipe, needs that this loop cannot serve.
+
+    Source: Foret et al., Sharpness-Aware Minimization for Efficiently Improving Generalization, ICLR 2021, Alg. 1.
+    """
+
+    criterion: Criterion | None
+    _flags: Flags | None
+    _force_device_path: bool
+    _frozen: bool
+
+    def __init__(
+        self,
+        params: Any,
+        base_optimizer: Callable[..., Optimizer] | None = None,
+        rho: float | None = None,
+        adaptive: bool = False,
+        *,
+        recipe: str | Recipe = "sam",
+        model: nn.Module | None = None,
+        criterion: Criterion | None = None,
+        nonfinite: NonFinite = "skip",
+        freeze_batchnorm: bool = True,
+        replay_rng: bool = True,
+        eps: float = 1e-12,
+        seed: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        if rho is not None:
+            rho = check_rho(rho)
+        if adaptive:
+            if recipe != "sam":
+                raise ValueError(f"adaptive=True means the recipe 'asam'; got recipe={recipe!r} as well.")
+            recipe = "asam"
+        self.recipe = compose(recipe) if isinstance(recipe, str) else recipe
+        if not isinstance(self.recipe, Recipe):
+            raise TypeError(f"recipe must be a name or a flatmin.Recipe, got {type(recipe).__name__}.")
+        if nonfinite not in ("skip", "raise", "propagate"):
+            raise ValueError(f"nonfinite must be 'skip', 'raise' or 'propagate', got {nonfinite!r}.")
+        if not (isinstance(eps, (int, float)) and 0 < eps < math.inf):
+            raise ValueError(f"eps must be a positive number, got {eps!r}.")
+        self.base = build_base(params, base_optimizer, kwargs)
+        self.nonfinite, self.eps = nonfinite, float(eps)
+        self.criterion = criterion
+        self._seed, self._freeze_batchnorm, self._replay_rng = seed, freeze_batchnorm, replay_rng
+        self._generators = Generators(seed)
+        self._store = Store(self.recipe)
+        self._runtime(model)
+        default = self.recipe.default_rho if rho is None else rho
+        self.base.defaults.setdefault("rho", default)
+        for group in self.base.param_groups:
+            group["rho"] = check_rho(group.get("rho", default))
+        self._init_group_state()
+        self._check_needs()
+
+    # -- the base's attributes -----------------------------------------------------------------------------------
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The base's own list of groups."""
+        return self.base.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.base.param_groups = groups
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        """The base's own defaults, with rho."""
+        return self.base.defaults
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The base's state; with a recipe that remembers, a view of it together with the recipe's own."""
+        return StateView(self.base, self._store) if self._store else self.base.state
+
+    @property
+    def base_optimizer(self) -> Optimizer:
+        """The wrapped optimizer, by the name other implementations use."""
+        return self.base
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The module given at construction."""
+        return self._model
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _HOOKS:
+            return self.base.__dict__[name]
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear all gradients; see `torch.optim.Optimizer.zero_grad`."""
+        self.base.zero_grad(set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the base; it takes the default rho unless it sets one.
+
+        Raises:
+            RuntimeError: during an update.
+            ValueError: bad rho.
+        """
+        self._refuse_second_update("add_param_group()")
+        if "rho" in param_group:
+            check_rho(param_group["rho"])
+        self.base.add_param_group(param_group)
+        self._names = self._read_names()
+
+    # -- what updates use ----------------------------------------------------------------------------------------
+
+    def _site(self) -> Site:
+        weights, groups, names = [], [], []
+        for group in self.param_groups:
+            if not group["rho"] >= 0 or group["rho"] == math.inf:
+                check_rho(group["rho"])
+            for w in group["params"]:
+                if w.requires_grad:
+                    weights.append(w)
+                    groups.append(group)
+        if Need.NAMES in self.recipe.needs:
+            names = [self._names.get(w, "") for w in weights]
+        return Site(weights, groups, names, int(self.param_groups[0][PREFIX + "step"]), self._generators)
+
+    def _device_flags(self, offset: Offset) -> Flags | None:
+        device = offset.direction[0].device if offset.direction else torch.device("cpu")
+        if device.type == "cpu" and not self._force_device_path:
+            return None
+        if self._flags is None or self._flags.words.device != device:
+            self._flags = Flags(device)
+        return self._flags
+
+    def _base_takes_found_inf(self) -> bool:
+        return type(self.base).__module__.startswith("torch.optim") and all(g.get("fused") for g in self.param_groups)
+
+    def _freeze(self) -> None:
+        if self._statistics is not None and not self._frozen:
+            self._statistics.__enter__()
+            self._frozen = True
+
+    def _thaw(self) -> None:
+        if self._statistics is not None and self._frozen:
+            self._frozen = False
+            self._statistics.__exit__(None, None, None)
+
+    def _begin_watch(self) -> None:
+        if self._watch is not None and self._update is None:
+            self._watch.begin_update()
+        if self._update is None and self._random is not None:
+            self._random.forget()
+
+    def _note(self, *, ascent_finite: bool, stepped: bool) -> None:
+        group = self.param_groups[0]
+        group[PREFIX + "step"] = int(group[PREFIX + "step"]) + 1
+        if Need.RANDOM in self.recipe.needs:
+            group[PREFIX + "rng"] = self._generators.cpu.get_state()
+        self._host_counts["updates"] += 1
+        self._host_counts["nonfinite_ascents"] += not ascent_finite
+        self._host_counts["skipped_steps"] += not stepped
+
+    def current_role(self) -> str:
+        """The role of the pass that a loss computed now belongs to; between updates it opens the next one."""
+        update = self._update
+        if update is None:
+            return "ascent" if self.recipe.ascends and self.recipe.two_pass and self._moves() else "descent"
+        return update.request.role if update.inside and update.request is not None else "descent"
+
+    def _moves(self) -> bool:
+        return any(g["rho"] > 0 for g in self.param_groups)
+
+    def counts(self) -> dict[str, int]:
+        """Updates, ascents not taken because their direction was not finite, and steps skipped, since construction.
+
+        Reading synchronises; counting does not.
+        """
+        counts = dict(self._host_counts)
+        if self._flags is not None:
+            counts["nonfinite_ascents"] += self._flags.ascents - int(self._flags.good_ascents)
+            counts["skipped_steps"] += int(self._flags.skipped)
+        return counts
+
+    # -- construction, copies, checkpoints -----------------------------------------------------------------------
+
+    def _runtime(self, model: nn.Module | None) -> None:
+        """Everything that is neither saved nor copied."""
+        self._update = None
+        self._ledger = Ledger()
+        self._flags = None
+        self._force_device_path = False
+        self._frozen = False
+        self._host_counts = {"updates": 0, "nonfinite_ascents": 0, "skipped_steps": 0}
+        self.loss_point = "w"
+        weights = [w for g in self.param_groups for w in g["params"]]
+        self._random = RandomState({w.device for w in weights}) if self._replay_rng else None
+        self._model = model
+        self._statistics: FrozenStatistics | None = None
+        self._watch: ModelWatch | None = None
+        if model is not None:
+            if not isinstance(model, nn.Module):
+                raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+            if not {id(p) for p in model.parameters()} & {id(w) for w in weights}:
+                raise ValueError("model= holds none of the optimizer's parameters; pass the module being trained.")
+            self._statistics = FrozenStatistics(model) if self._freeze_batchnorm else None
+            self._watch = ModelWatch(model, self._random)
+        self._names = self._read_names()
+        if self.criterion is not None:
+            if not isinstance(self.criterion, Criterion):
+                raise TypeError(
+                    f"criterion must be a flatmin.Criterion, got {type(self.criterion).__name__}; wrap the loss in one."
+                )
+            self.criterion.bind(self, self.recipe.objective)
+
+    def _read_names(self) -> dict[Tensor, str]:
+        names: dict[Tensor, str] = {}
+        if self._model is not None:
+            names.update((p, n) for n, p in self._model.named_parameters())
+        for group in self.param_groups:
+            names.update(zip(group["params"], group.get("param_names", ()), strict=False))
+        return names
+
+    def _init_group_state(self) -> None:
+        """Counters live in the first group from the start: distributed checkpoints keep only groups and state."""
+        first = self.base.param_groups[0]
+        first[PREFIX + "version"], first[PREFIX + "recipe"] = VERSION, str(self.recipe)
+        first.setdefault(PREFIX + "step", 0)
+        if Need.RANDOM in self.recipe.needs:
+            first[PREFIX + "rng"] = self._generators.cpu.get_state()
+
+    def _check_needs(self) -> None:
+        name, needs = self.recipe.name, self.recipe.needs
+        weights = [w for g in self.param_groups for w in g["params"]]
+        for need in sorted(needs & UNSERVED.keys(), key=lambda n: n.name):
+            raise ValueError(f"{name} needs {need.value}, and {UNSERVED[need]}.")
+        if Need.CRITERION in needs and self.criterion is None:
+            raise ValueError(f"{name} needs {Need.CRITERION.value}: it climbs another loss than it descends.")
+        if Need.NAMES in needs and any(w not in self._names for w in weights):
+            raise ValueError(f"{name} needs {Need.NAMES.value}.")
+        if Need.RANDOM in needs and any(map(is_sharded, weights)):
+            raise ValueError(f"{name} needs {Need.RANDOM.value}, which are not served on sharded weights yet.")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base's checkpoint with the recipe's state in it, under keys "flatmin.<part>.<slot>" and in group 0.
+
+        Holds no copy of the weights. Loads with `load_state_dict` and `torch.distributed.checkpoint`.
+
+        Raises:
+            RuntimeError: during an update.
+        """
+        self._refuse_second_update("state_dict()")
+        return save(self.base, self._store)
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load a checkpoint of this class, or a plain one of the base (then rho and a fresh recipe state are kept).
+
+        Raises:
+            RuntimeError: during an update.
+            ValueError: a checkpoint of another recipe or a newer version, or groups that do not match.
+        """
+        self._refuse_second_update("load_state_dict()")
+        load(self.base, self._store, str(self.recipe), state_dict)
+        rng = self.param_groups[0].get(PREFIX + "rng")
+        if isinstance(rng, Tensor):
+            self._generators.cpu.set_state(rng.to("cpu", torch.uint8))
+        self._init_group_state()
+        self._names = self._read_names()
+
+    def _copyable(self) -> dict[str, Any]:
+        if self._update is not None:
+            raise RuntimeError("cannot copy or pickle during an update; finish it with step() or call abort() first.")
+        options = ("recipe", "nonfinite", "eps", "_seed", "_freeze_batchnorm", "_replay_rng")
+        return {k: self.__dict__[k] for k in options}
+
+    def __getstate__(self) -> dict[str, Any]:
+        weights = [w for g in self.param_groups for w in g["params"]]
+        return {
+            **self._copyable(),
+            "base": self.base,
+            "criterion": self.criterion,
+            "slots": [self._store.of(w) for w in weights],
+            "scalars": self._store.scalars,
+            "rng": self._generators.cpu.get_state(),
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._revive(dict(state), model=None)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SAM:
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        # The model first, or its weights, copied through the base, would not be the copied model's.
+        model = copy.deepcopy(self._model, memo)
+        state = {k: copy.deepcopy(v, memo) for k, v in self.__getstate__().items() if k != "recipe"}
+        new._revive({**state, "recipe": self.recipe}, model=model)
+        return new
+
+    def _revive(self, state: dict[str, Any], model: nn.Module | None) -> None:
+        slots, scalars, rng = state.pop("slots"), state.pop("scalars"), state.pop("rng")
+        self.__dict__.update(state)
+        self._generators = Generators(self._seed)
+        self._generators.cpu.set_state(rng)
+        self._store = Store(self.recipe)
+        self._store.scalars.update(scalars)
+        for w, entries in zip((w for g in self.param_groups for w in g["params"]), slots, strict=True):
+            self._store.put(w, entries)
+        self._runtime(model)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.recipe}, base={self.base!r})"

@@ -1,0 +1,240 @@
+"""One update as a program: a generator that asks for gradients and ends with what the base shall take.
+
+It knows neither closures nor in-place moves, so the optimizer and the functional door run the same one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flatmin.engine import tensors as ta
+from flatmin.parts import Descent, Direction, Eval, Gradients, Offset, State, Tensors
+from flatmin.recipes import Recipe
+
+
+class Site:
+    """The weights of one update: every trained tensor, and which of them move.
+
+    Args:
+        weights: trained tensors.
+        groups: the param group of each.
+        names: the name of each, "" if unknown.
+        step: number of updates before this one.
+        generator: seeded generators by device, made on demand.
+    """
+
+    def __init__(
+        self,
+        weights: Sequence[Tensor],
+        groups: Sequence[Mapping[str, Any]],
+        names: Sequence[str],
+        step: int,
+        generator: Generators,
+    ) -> None:
+        self.weights, self.groups, self.names = weights, groups, names
+        self.step, self.generator = step, generator
+        self.moved = [i for i, g in enumerate(groups) if g["rho"] > 0]
+
+    def context(self, index: Sequence[int]) -> SiteContext:
+        return SiteContext(self, index)
+
+
+class Generators:
+    """The engine's own random numbers: one seeded CPU generator, so that draws do not depend on device or shards."""
+
+    def __init__(self, seed: int) -> None:
+        self.cpu = torch.Generator()
+        self.cpu.manual_seed(seed)
+
+
+class SiteContext:
+    """The context that parts see; lists run over `index`."""
+
+    def __init__(self, site: Site, index: Sequence[int]) -> None:
+        self._site, self._index = site, index
+
+    @property
+    def w(self) -> Tensors:
+        return [self._site.weights[i] for i in self._index]
+
+    @property
+    def names(self) -> Sequence[str]:
+        return [self._site.names[i] for i in self._index]
+
+    @property
+    def options(self) -> Sequence[Mapping[str, Any]]:
+        return [self._site.groups[i] for i in self._index]
+
+    @property
+    def step(self) -> int:
+        return self._site.step
+
+    def norm(self, tensors: Tensors) -> Tensor:
+        return ta.norm(tensors)
+
+    def dot(self, a: Tensors, b: Tensors) -> Tensor:
+        return ta.dot(a, b)
+
+    def noise(self) -> Tensors:
+        cpu = self._site.generator.cpu
+        return [torch.randn(w.shape, generator=cpu, dtype=_real(w)).to(w.device, w.dtype) for w in self.w]
+
+    def bernoulli(self, p: float) -> Tensors:
+        cpu = self._site.generator.cpu
+        return [(torch.rand(w.shape, generator=cpu) < p).to(w.device, w.dtype) for w in self.w]
+
+
+def _real(w: Tensor) -> torch.dtype:
+    return w.dtype if w.is_complex() else torch.promote_types(w.dtype, torch.float32)
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What an update ends with: u per trained tensor, staged state, and the size of the ascent direction.
+
+    `size` is the norm that decided whether the ascent was taken (None: no ascent); a state staged from a gradient
+    that was not finite must not be kept.
+    """
+
+    update: Gradients
+    staged: dict[str, tuple[Sequence[int], Mapping[str, Any]]] = field(default_factory=dict)
+    post: tuple[Sequence[int], Tensors] | None = None
+    size: Tensor | None = None
+
+
+class Reader:
+    """Read access to part state by kind; implemented by the engine's store."""
+
+    def read(self, kind: str, weights: Sequence[Tensor]) -> State:
+        raise NotImplementedError
+
+
+def _present(index: Sequence[int], *gradients: Gradients) -> Sequence[int]:
+    """The positions at which every list has a gradient."""
+    for grads in gradients:
+        if any(grads[i] is None for i in index):
+            index = [i for i in index if grads[i] is not None]
+    return index
+
+
+def _pick(grads: Gradients, index: Sequence[int]) -> Tensors:
+    """Gradients at positions known to be present; sparse ones become dense."""
+    out: Tensors = []
+    for i in index:
+        g = grads[i]
+        assert g is not None
+        out.append(g.to_dense() if g.layout is not torch.strided else g)
+    return out
+
+
+def program(recipe: Recipe, site: Site, store: Reader, eps: float) -> Generator[Eval, Gradients, Outcome]:
+    """The update of `recipe` at `site`: yields evaluations, is sent their gradients, returns the outcome."""
+    everything = range(len(site.weights))
+    out = Outcome(update=[])
+    if not recipe.ascends or not site.moved:
+        out.update = yield Eval("descent")
+        return out
+
+    kept: Gradients | None = None
+    first: Gradients | None = None
+    moved = site.context(site.moved)
+
+    def read(kind: str, index: Sequence[int]) -> State:
+        return store.read(kind, [site.weights[i] for i in index])
+
+    def stage(kind: str, index: Sequence[int], new: Mapping[str, Any]) -> None:
+        # State advances once a step: from the first ascent.
+        if new and kind not in out.staged:
+            out.staged[kind] = (index, new)
+
+    def ascend() -> Generator[Eval, Gradients, Offset | None]:
+        nonlocal kept, first
+        direction, index = recipe.direction, site.moved
+        g: Tensors | None = None
+        if direction.evaluates:
+            if first is None:
+                start = None
+                if direction.moves_start:
+                    t = direction.start(read("direction", index), moved)
+                    start = Offset(index, t, None, ta.norm(t), [1.0] * len(t), eps, scratch=False)
+                grads = yield Eval("ascent", start)
+            else:
+                grads, first = first, None
+            index = list(_present(index, grads))
+            if not index:
+                return None
+            g = _pick(grads, index)
+            if recipe.combine.uses_gradient and kept is None:
+                kept = grads
+            del grads
+        c = site.context(index)
+        d, new = direction(g, read("direction", index), c)
+        stage("direction", index, new)
+        if d is None:
+            return None
+        factors, new = recipe.mask(read("mask", index), c)
+        stage("mask", index, new)
+        if factors is not None and recipe.mask.norm == "inside":
+            d = list(torch._foreach_mul(d, factors))
+        t, norm = recipe.geometry(d, c)
+        if factors is not None and recipe.mask.norm == "full":
+            t = list(torch._foreach_mul(t, factors))
+        size = ta.norm(t) if norm is None else norm
+        if out.size is None:
+            out.size = size
+        factor = recipe.radius(c)
+        rhos = [site.groups[i]["rho"] * factor for i in index]
+        remembered = {id(x) for _, n in out.staged.values() for s in n.values() if isinstance(s, list) for x in s}
+        scratch = kept is None and not (remembered and any(id(x) in remembered for x in t))
+        return Offset(index, t, norm, size, rhos, eps, scratch)
+
+    when = recipe.when
+    on = when.before(read("when", site.moved), moved)
+    if on is None:
+        first = yield Eval("ascent")
+        index = _present(site.moved, first)
+        on, new = when.after(_pick(first, index), read("when", index), site.context(index)) if index else (False, {})
+        stage("when", index, new)
+        if on and recipe.combine.uses_gradient:
+            kept = first
+    if not on:
+        grads = first if first is not None else (yield Eval("descent"))
+        index = _present(everything, grads)
+        u, new = recipe.combine.off(_pick(grads, index), read("combine", index), site.context(index))
+        stage("combine", index, new)
+        out.update = _spread(grads, index, u)
+        return out
+
+    points = yield from recipe.points(ascend, moved)
+    last = points[-1]
+    if type(recipe.direction).observe is not Direction.observe:
+        index = _present(site.moved, last)
+        new = recipe.direction.observe(_pick(last, index), read("direction", index), site.context(index))
+        out.staged["direction"] = (index, new)
+    if isinstance(recipe.combine, Descent):
+        out.update = last
+        return out
+    lists = points if kept is None else [kept, *points]
+    index = _present(everything, *lists)
+    g = None if kept is None else _pick(kept, index)
+    gs = [_pick(p, index) for p in points]
+    c = site.context(index)
+    u, new = recipe.combine(g, gs, read("combine", index), c)
+    stage("combine", index, new)
+    post = recipe.combine.post(g, gs, c)
+    out.post = None if post is None else (index, post)
+    out.update = _spread(last, index, u)
+    return out
+
+
+def _spread(last: Gradients, index: Sequence[int], u: Tensors) -> Gradients:
+    """U at `index`; elsewhere what the last pass gave, so that a tensor without gradient stays without."""
+    update = list(last)
+    for i, x in zip(index, u, strict=True):
+        update[i] = x
+    return update

@@ -1,0 +1,211 @@
+"""What parts remember between steps, and how it travels in checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flatmin.engine import tensors as ta
+from flatmin.engine.program import Reader
+from flatmin.parts import State
+from flatmin.recipes import Recipe
+
+PREFIX = "flatmin."
+VERSION = 1
+_FILLED = ".filled"
+
+
+class Store(Reader):
+    """The slots of a recipe: one tensor per weight ("param") or one in all ("scalar").
+
+    Kept outside the base's state, because optimizers initialise a tensor's state where it is empty.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.per_weight: dict[str, dict[Tensor, Tensor]] = {}
+        self.scalars: dict[str, Tensor | None] = {}
+        self._kinds: dict[str, Mapping[str, str]] = {}
+        for kind, part in recipe.parts.items():
+            self._kinds[kind] = part.slots
+            for slot, shape in part.slots.items():
+                if shape == "param":
+                    self.per_weight[f"{kind}.{slot}"] = {}
+                else:
+                    self.scalars[f"{kind}.{slot}"] = None
+
+    def __bool__(self) -> bool:
+        return bool(self.per_weight or self.scalars)
+
+    def read(self, kind: str, weights: Sequence[Tensor]) -> State:
+        found: dict[str, Any] = {}
+        for slot, shape in self._kinds[kind].items():
+            key = f"{kind}.{slot}"
+            if shape == "param":
+                tensors = self.per_weight[key]
+                found[slot] = [tensors.get(w) for w in weights]
+            else:
+                found[slot] = self.scalars[key]
+        return found
+
+    def commit(self, kind: str, weights: Sequence[Tensor], new: Mapping[str, Any], gate: Tensor | None) -> None:
+        """Keep staged state, in place where the slot exists; with a gate, only where it is 1, decided on the device."""
+        for slot, value in new.items():
+            key = f"{kind}.{slot}"
+            if key in self.scalars:
+                old = self.scalars[key]
+                self.scalars[key] = value if gate is None or old is None else torch.where(gate.bool(), value, old)
+                continue
+            slots = self.per_weight[key]
+            if len(value) != len(weights):
+                raise RuntimeError(f"{key}: {len(value)} tensors returned for {len(weights)} weights.")
+            known = [(slots[w], v) for w, v in zip(weights, value, strict=True) if w in slots]
+            fresh = [(w, v) for w, v in zip(weights, value, strict=True) if w not in slots]
+            if known:
+                into, source = [k for k, _ in known], [v for _, v in known]
+                ta.copy_(into, source) if gate is None else ta.choose_(into, source, gate)
+            # A tensor's first state has nothing to fall back on: the verdict is read on the host, once.
+            if fresh and (gate is None or bool(gate)):
+                slots.update({w: v.detach().clone() for w, v in fresh})
+
+    def of(self, weight: Tensor) -> dict[str, Any]:
+        """A weight's slots as checkpoints hold them: unfilled ones appear as zeros with filled = 0."""
+        found: dict[str, Any] = {}
+        for key, slots in self.per_weight.items():
+            tensor = slots.get(weight)
+            found[PREFIX + key] = torch.zeros_like(weight, requires_grad=False) if tensor is None else tensor
+            found[PREFIX + key + _FILLED] = torch.tensor(0.0 if tensor is None else 1.0)
+        return found
+
+    def put(self, weight: Tensor, entries: Mapping[str, Any]) -> None:
+        """Take a weight's slots from a checkpoint, in the dtype they were saved in."""
+        for key, slots in self.per_weight.items():
+            tensor = entries.get(PREFIX + key)
+            if tensor is None or not float(entries.get(PREFIX + key + _FILLED, 1.0)):
+                slots.pop(weight, None)
+            else:
+                slots[weight] = tensor.detach().clone().to(weight.device)
+
+    def clear(self) -> None:
+        for slots in self.per_weight.values():
+            slots.clear()
+        self.scalars = dict.fromkeys(self.scalars)
+
+
+class StateView(MutableMapping[Tensor, dict[str, Any]]):
+    """Base state and slots as one mapping; writes go to where they belong."""
+
+    def __init__(self, base: torch.optim.Optimizer, store: Store) -> None:
+        self._base, self._store = base, store
+
+    def _weights(self) -> dict[Tensor, None]:
+        listed = {w: None for g in self._base.param_groups for w in g["params"] if w.requires_grad}
+        return {**dict.fromkeys(self._base.state), **(listed if self._store.per_weight else {})}
+
+    def __getitem__(self, weight: Tensor) -> dict[str, Any]:
+        return {**self._base.state.get(weight, {}), **self._store.of(weight)}
+
+    def __setitem__(self, weight: Tensor, entries: dict[str, Any]) -> None:
+        self._base.state[weight] = {k: v for k, v in entries.items() if not str(k).startswith(PREFIX)}
+        self._store.put(weight, entries)
+
+    def __delitem__(self, weight: Tensor) -> None:
+        del self._base.state[weight]
+        self._store.put(weight, {})
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self._weights())
+
+    def __len__(self) -> int:
+        return len(self._weights())
+
+    def __contains__(self, weight: object) -> bool:
+        return weight in self._weights()
+
+
+def split(state: Mapping[Any, Any]) -> tuple[dict[Any, Any], dict[Any, dict[str, Any]]]:
+    """A checkpoint's "state" as (the base's, ours), both by the checkpoint's own ids."""
+    base: dict[Any, Any] = {}
+    own: dict[Any, dict[str, Any]] = {}
+    for key, entries in state.items():
+        if isinstance(entries, Mapping):
+            mine = {k: v for k, v in entries.items() if str(k).startswith(PREFIX)}
+            rest = {k: v for k, v in entries.items() if not str(k).startswith(PREFIX)}
+            if mine:
+                own[key] = mine
+            if rest or not mine:
+                base[key] = rest
+        else:
+            base[key] = entries
+    return base, own
+
+
+def base_state_dict(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """A checkpoint of this library as a plain checkpoint of the base optimizer.
+
+    Args:
+        checkpoint: what `optimizer.state_dict()` returned.
+
+    Returns:
+        {"state", "param_groups"} without rho and without what the recipe remembered.
+    """
+    base, _ = split(checkpoint["state"])
+    groups = [
+        {k: v for k, v in g.items() if k != "rho" and not k.startswith(PREFIX)} for g in checkpoint["param_groups"]
+    ]
+    return {"state": base, "param_groups": groups}
+
+
+def save(base: torch.optim.Optimizer, store: Store) -> dict[str, Any]:
+    """The base's checkpoint with the slots merged in."""
+    saved: dict[str, Any] = base.state_dict()
+    saved["param_groups"] = [dict(g) for g in saved["param_groups"]]
+    weights = [w for g in base.param_groups for w in g["params"]]
+    ids = [i for g in saved["param_groups"] for i in g["params"]]
+    if store.per_weight:
+        saved["state"] = {k: dict(v) for k, v in saved["state"].items()}
+        for i, w in zip(ids, weights, strict=True):
+            if w.requires_grad:
+                saved["state"].setdefault(i, {}).update(store.of(w))
+    for key, scalar in store.scalars.items():
+        saved["param_groups"][0][PREFIX + key] = scalar
+    return saved
+
+
+def load(base: torch.optim.Optimizer, store: Store, recipe: str, checkpoint: Mapping[str, Any]) -> None:
+    """Load what `save` returned, or a plain checkpoint of the base, which leaves the slots empty and rho as it is.
+
+    Ids may be numbers or names: weights are matched by their place in the groups.
+    """
+    groups = [dict(g) for g in checkpoint["param_groups"]]
+    if not groups:
+        raise ValueError("the checkpoint has no param groups.")
+    head = groups[0]
+    if PREFIX + "version" in head:
+        _check_origin(head, store, recipe)
+    base_state, own = split(checkpoint["state"])
+    for new, old in zip(groups, base.param_groups, strict=False):
+        new.setdefault("rho", old["rho"])
+    scalars = {k: head.pop(PREFIX + k, None) for k in store.scalars}
+    ids = [i for g in groups for i in g["params"]]
+    # The base casts floating state to each weight's dtype; ours keeps the dtype it was saved in.
+    base.load_state_dict({**checkpoint, "state": base_state, "param_groups": groups})
+    store.clear()
+    weights = [w for g in base.param_groups for w in g["params"]]
+    for i, w in zip(ids, weights, strict=True):
+        if i in own:
+            store.put(w, own[i])
+    store.scalars.update({k: v.clone() if isinstance(v, Tensor) else v for k, v in scalars.items()})
+
+
+def _check_origin(head: Mapping[str, Any], store: Store, recipe: str) -> None:
+    version, origin = int(head[PREFIX + "version"]), head.get(PREFIX + "recipe")
+    if version > VERSION:
+        raise ValueError(f"the checkpoint is of version {version}; this flatmin reads up to {VERSION}: upgrade it.")
+    if origin != recipe and store:
+        raise ValueError(
+            f"the checkpoint is of recipe {origin}, this optimizer runs {recipe}; "
+            "load flatmin.base_state_dict(checkpoint) to keep the base's state only."
+        )

@@ -1,0 +1,226 @@
+"""One update as a state machine: passes are entered and left, then the base takes its step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from flatmin.engine import tensors as ta
+from flatmin.engine.program import Outcome, Site, program
+from flatmin.parts import Eval, Gradients, Need
+
+if TYPE_CHECKING:
+    from flatmin.engine.optimizer import SAM
+
+
+class Update:
+    """Runs the program of one update over an optimizer's weights, in place.
+
+    Invariant: outside `enter` ... `leave` the weights are where the step found them.
+    """
+
+    def __init__(self, optimizer: SAM, site: Site) -> None:
+        self.optimizer, self.site = optimizer, site
+        self.index = 0
+        self.inside = False
+        self.outcome: Outcome | None = None
+        self._ascent_finite = True
+        self._criterion_calls = 0
+        self._program: Generator[Eval, Gradients, Outcome] = program(
+            optimizer.recipe, site, optimizer._store, optimizer.eps
+        )
+        self.request: Eval | None = next(self._program)
+
+    def enter(self, *, bracketed: bool) -> None:
+        """Go to the point of the next evaluation, with no gradients left from before."""
+        opt, request = self.optimizer, self.request
+        assert not self.inside
+        self.inside = True
+        for w in self.site.weights:
+            w.grad = None
+        if request is not None and request.at is not None:
+            moved = opt._ledger.move(self.site.weights, request.at, opt._device_flags(request.at))
+            self._ascent_finite = self._ascent_finite and moved
+            request.at.clear()
+        if self.index == 1:
+            opt._freeze()
+        if opt._watch is not None:
+            opt._watch.begin_pass(self.index, bracketed=bracketed)
+        if bracketed and opt._random is not None:
+            (opt._random.capture if self.index == 0 else opt._random.replay)()
+        if opt.criterion is not None:
+            self._criterion_calls = opt.criterion.ascent_calls
+
+    def leave(self) -> None:
+        """Take the gradients of the evaluation, put the weights back and learn what comes next."""
+        if self.request is None:
+            # A rule that looked at pass 1 decided against the ascent: u is known, this pass was not needed.
+            self._restore()
+            return
+        self._check_loss()
+        grads: Gradients = [w.grad for w in self.site.weights]
+        if all(g is None for g in grads):
+            raise RuntimeError(
+                f"no weight received a gradient in pass {self.index + 1}; "
+                "the closure must compute the loss from the model and call loss.backward()."
+            )
+        self._restore()
+        self._advance(grads)
+
+    def take_first(self) -> None:
+        """Use the gradients of a pass that a manual loop has run already at w, as the ascent's."""
+        assert self.request is not None
+        opt = self.optimizer
+        grads: Gradients = [w.grad for w in self.site.weights]
+        if all(g is None for g in grads):
+            raise RuntimeError("no gradients: call loss.backward() on the batch before perturbing the weights.")
+        if self.request.role == "ascent":
+            if Need.CRITERION in opt.recipe.needs and opt.criterion is not None and not opt.criterion.ascent_calls:
+                raise RuntimeError(_NO_CRITERION)
+            self._advance(grads)
+        else:
+            self.index += 1
+
+    def _advance(self, grads: Gradients) -> None:
+        self.index += 1
+        try:
+            self.request = self._program.send(grads)
+        except StopIteration as stop:
+            self.request, self.outcome = None, stop.value
+
+    def _check_loss(self) -> None:
+        opt, request = self.optimizer, self.request
+        assert request is not None
+        if (
+            request.role == "ascent"
+            and opt.criterion is not None
+            and Need.CRITERION in opt.recipe.needs
+            and opt.criterion.ascent_calls == self._criterion_calls
+        ):
+            raise RuntimeError(_NO_CRITERION)
+        if opt._watch is not None:
+            opt._watch.check_second_pass()
+
+    def _restore(self) -> None:
+        self.optimizer._ledger.restore()
+        self.inside = False
+
+    def abort(self) -> None:
+        """Put everything back as the step found it, and forget the update."""
+        self.optimizer._thaw()
+        self._program.close()
+        self._restore()
+        self.request = self.outcome = None
+
+    def finish(self) -> None:
+        """Hand u to the base, let it step if it may, keep what the parts learned, add decoupled terms."""
+        opt, outcome = self.optimizer, self.outcome
+        assert outcome is not None
+        opt._thaw()
+        weights = self.site.weights
+        for w, u in zip(weights, outcome.update, strict=True):
+            if w.grad is not u:
+                w.grad = None if u is None else u.to(w.dtype)
+
+    def apply(self) -> None:
+        """The base's step, by the optimizer's rule for gradients that are not finite."""
+        opt, outcome = self.optimizer, self.outcome
+        assert outcome is not None
+        good, gate = self._base_step(opt.base.step, outcome)
+        if self._ascent_finite and good:
+            for kind, (index, new) in outcome.staged.items():
+                opt._store.commit(kind, [self.site.weights[i] for i in index], new, gate)
+        if outcome.post is not None and good:
+            index, terms = outcome.post
+            torch._foreach_add_([self.site.weights[i] for i in index], terms)
+        opt._note(ascent_finite=self._ascent_finite, stepped=good)
+
+    def _base_step(self, base_step: Callable[[], object], outcome: Outcome) -> tuple[bool, Tensor | None]:
+        """(whether the host knows of no fault, a 0/1 device verdict where only the device knows)."""
+        opt = self.optimizer
+        flags = opt._flags
+        on_device = flags is not None and outcome.size is not None
+        gate = flags.gate if on_device and flags is not None else None
+        if opt.nonfinite == "propagate":
+            base_step()
+            return True, gate
+        update = [w.grad for w in self.site.weights if w.grad is not None]
+        update = [g if g.layout is torch.strided else g.coalesce().values() for g in update]
+        if flags is None:
+            if not ta.all_finite(update):
+                return self._refuse(), None
+            base_step()
+            return True, None
+        if not on_device:
+            flags.reset()
+        ta.nonfinite_(update, flags.found_inf, flags.one)
+        if opt.nonfinite == "skip" and opt._base_takes_found_inf() and outcome.post is None:
+            opt.base.found_inf = flags.found_inf  # type: ignore[attr-defined]
+            try:
+                base_step()
+            finally:
+                del opt.base.found_inf  # type: ignore[attr-defined]
+            flags.skipped.add_(flags.found_inf)
+            if gate is not None and outcome.staged:
+                gate = gate * (1 - flags.found_inf.to(torch.int32))
+            return True, gate
+        if float(flags.found_inf):
+            return self._refuse(), None
+        base_step()
+        return True, gate
+
+    def _refuse(self) -> bool:
+        if self.optimizer.nonfinite == "raise":
+            raise FloatingPointError(
+                "the descent gradient has nan or inf entries; the weights and the base's state are unchanged "
+                "(nonfinite='raise')."
+            )
+        return False
+
+
+_NO_CRITERION = (
+    "this method climbs its own loss, but the pass never called the criterion given to the optimizer; "
+    "compute the loss with that flatmin.Criterion object."
+)
+
+
+class Evaluation:
+    """One pass of a manual loop, from `optimizer.passes()`: a context around forward and backward.
+
+    Attributes:
+        role: "ascent" or "descent".
+        index: 0 for the first pass of the step.
+    """
+
+    def __init__(self, update: Update, *, bracketed: bool = True) -> None:
+        self._update, self._bracketed = update, bracketed
+        self.role = "descent" if update.request is None else update.request.role
+        self.index = update.index
+        self.entered = False
+
+    def __enter__(self) -> Evaluation:
+        self.entered = True
+        try:
+            with torch.no_grad():
+                self._update.enter(bracketed=self._bracketed)
+        except BaseException:
+            self._update.optimizer.abort()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        if kind is not None:
+            self._update.optimizer.abort()
+            return
+        try:
+            with torch.no_grad():
+                self._update.leave()
+                if self._update.outcome is not None:
+                    self._update.finish()
+        except BaseException:
+            self._update.optimizer.abort()
+            raise

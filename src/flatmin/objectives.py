@@ -1,0 +1,134 @@
+"""Loss functions of the papers, as pure functions of logits and class indices.
+
+`bisam_log` and `bisam_tanh` are BiSAM's lower bounds of the 0-1 loss (the loss that is climbed);
+`smoothed_cross_entropy` is cross-entropy with label smoothing in the two forms in use.
+"""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# exp(mu * (phi - 1)) must not underflow at the true class, where phi = 0.
+_DIRECT_EXP_LIMIT = 60.0
+# phi(0) = 0 for phi(x) = 1 - log(1 + exp(gamma - x)).
+GAMMA = math.log(math.e - 1.0)
+
+
+def check_logits(logits: Tensor, target: Tensor) -> None:
+    """Refuse anything but logits (N, K) with class indices (N,), by shape and dtype only (no synchronisation)."""
+    if logits.ndim != 2:
+        raise ValueError(
+            f"expected logits of shape (N, K), got {tuple(logits.shape)}; move other dimensions into N first."
+        )
+    if target.ndim != 1 or target.shape[0] != logits.shape[0]:
+        raise ValueError(
+            f"expected class indices of shape ({logits.shape[0]},), got {tuple(target.shape)}; "
+            "soft targets have no margin to a true class."
+        )
+    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+        raise TypeError(f"expected integer class indices, got {target.dtype}.")
+
+
+def margins(logits: Tensor, target: Tensor) -> Tensor:
+    """F_j = f_j - f_y for all classes j, the true class included (F_y = 0). Shape (N, K)."""
+    check_logits(logits, target)
+    return logits - logits.gather(1, target[:, None].long())
+
+
+def bisam_log(logits: Tensor, target: Tensor, mu: float = 1.0) -> Tensor:
+    """BiSAM's smooth lower bound of the 0-1 loss with phi(x) = 1 - log(1 + exp(gamma - x)).
+
+    Q = (1/N) sum_i (1/mu) log sum_j exp(mu phi(F_ij)), gamma = log(e - 1), so that phi(0) = 0 and phi < 1.
+    Evaluated as 1 + (1/mu) log sum_j sigmoid(F_ij - gamma)^mu, which is finite for any finite logits because the
+    true class always contributes sigmoid(-gamma) = 1/e.
+
+    Args:
+        logits: (N, K), any floating dtype.
+        target: (N,) class indices.
+        mu: sharpness of the soft maximum over classes, > 0. Default 1 (original code, `loss_fnc.py`).
+
+    Returns:
+        Scalar mean over the batch; max_j phi(F_j) <= Q_i <= max_j phi(F_j) + log(K)/mu.
+
+    Raises:
+        ValueError, TypeError: for other shapes or dtypes.
+
+    Source: Xie et al., Improving SAM Requires Rethinking its Optimization Formulation, ICML 2024, Eq. 11.
+    """
+    phi_shifted = margins(logits, target) - GAMMA
+    if mu == 1.0:
+        return 1.0 + torch.sigmoid(phi_shifted).sum(1).log().mean()
+    if 0.0 < mu <= _DIRECT_EXP_LIMIT:
+        return 1.0 + torch.sigmoid(phi_shifted).pow(mu).sum(1).log().mean() / mu
+    return 1.0 + torch.logsumexp(mu * F.logsigmoid(phi_shifted), 1).mean() / mu
+
+
+def bisam_tanh(logits: Tensor, target: Tensor, mu: float = 10.0, alpha: float = 0.1) -> Tensor:
+    """BiSAM's smooth lower bound of the 0-1 loss with phi(x) = tanh(alpha x).
+
+    Q = (1/N) sum_i (1/mu) log sum_j exp(mu phi(F_ij)).
+
+    Args:
+        logits: (N, K), any floating dtype.
+        target: (N,) class indices.
+        mu: sharpness of the soft maximum over classes, > 0. Default 10 (the original function's default; the
+            original command line passes 1).
+        alpha: slope of phi at 0, > 0. Default 0.1 (original code).
+
+    Returns:
+        Scalar mean over the batch; max_j phi(F_j) <= Q_i <= max_j phi(F_j) + log(K)/mu.
+
+    Raises:
+        ValueError, TypeError: for other shapes or dtypes.
+
+    Source: Xie et al., ICML 2024, Eq. 11.
+    """
+    phi = torch.tanh(alpha * margins(logits, target))
+    if 0.0 < mu <= _DIRECT_EXP_LIMIT:
+        # phi <= 1, so the shifted exponent never overflows, and phi_y = 0 keeps the sum above exp(-mu).
+        return 1.0 + (mu * phi - mu).exp().sum(1).log().mean() / mu
+    return torch.logsumexp(mu * phi, 1).mean() / mu
+
+
+def smoothed_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    smoothing: float = 0.1,
+    form: Literal["torch", "others"] = "others",
+) -> Tensor:
+    """Cross-entropy against smoothed labels, mean over the batch.
+
+    `form="others"`: target 1 - s on the true class and s/(K-1) on each other one, as a KL divergence (the target's
+    entropy is subtracted, so the minimum is 0): the BiSAM and davda54 code. `form="torch"`: s/K on every class, as
+    `torch.nn.functional.cross_entropy(label_smoothing=s)`.
+
+    Args:
+        logits: (N, K).
+        target: (N,) class indices.
+        smoothing: s in [0, 1). Default 0.1.
+        form: which smoothing. Default "others".
+
+    Raises:
+        ValueError: for s outside [0, 1), an unknown form, or K = 1 with form "others".
+    """
+    if not 0.0 <= smoothing < 1.0:
+        raise ValueError(f"smoothing must be in [0, 1), got {smoothing}.")
+    if form == "torch":
+        return F.cross_entropy(logits, target, label_smoothing=smoothing)
+    if form != "others":
+        raise ValueError(f"unknown form {form!r}; choose 'torch' (s/K on all classes) or 'others' (s/(K-1)).")
+    check_logits(logits, target)
+    num_classes = logits.shape[1]
+    if num_classes < 2:
+        raise ValueError("form 'others' needs at least two classes.")
+    rest = smoothing / (num_classes - 1)
+    logp = F.log_softmax(logits, 1)
+    at_true = logp.gather(1, target[:, None].long()).squeeze(1)
+    cross = -(1.0 - smoothing - rest) * at_true - rest * logp.sum(1)
+    entropy = -(1.0 - smoothing) * math.log(1.0 - smoothing)
+    if smoothing > 0.0:
+        entropy -= smoothing * math.log(rest)
+    return cross.mean() - entropy

@@ -1,0 +1,291 @@
+"""What a part is: a frozen set of parameters and a pure function on lists of tensors.
+
+A step at weights w is one program made of eight parts:
+
+    g   = gradient of the objective's ascent loss          pass 1
+    d   = direction(g)
+    eps = rho * radius * geometry(mask(d))
+    g_s = gradient of the descent loss at w + eps          pass 2
+    u   = combine(g, g_s)                                  handed to the base optimizer
+
+Parts see tensors through a `Context`, never a model, a closure or an optimizer. They return new state and change
+nothing in place; the engine decides what is kept.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import inspect
+import math
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol
+
+from torch import Tensor
+
+Tensors = list[Tensor]
+Gradients = list[Tensor | None]
+# One list per tensor slot (None: never filled for that tensor), one tensor per scalar slot.
+State = Mapping[str, Any]
+NewState = dict[str, Any]
+
+KINDS = ("objective", "direction", "geometry", "mask", "radius", "when", "points", "combine")
+RESERVED = frozenset(
+    {*KINDS, "rho", "base", "closure", "lr", "model", "criterion", "recipe", "eps", "nonfinite", "seed"}
+)
+
+
+class Need(enum.Enum):
+    """What a part asks of the loop, the engine or its fellow parts. The value completes "needs ..."."""
+
+    GRADIENT_AT_W = "the descent loss's own gradient at w"
+    ASCENT = "an ascent on every step"
+    CRITERION = "the loss object (pass criterion=flatmin.Criterion(loss))"
+    NAMES = "parameter names (pass model=, or build the base from named_parameters())"
+    RANDOM = "random draws"
+    PER_SAMPLE = "per-sample losses"
+    MICRO_BATCHES = "micro-batches (a list of closures)"
+    SECOND_ORDER = "a Hessian-vector product"
+    BASE_MOMENTUM = "the base optimizer's momentum"
+    DECIDES_BY_VALUE = "a decision by value (one synchronisation a step)"
+
+
+@dataclass(slots=True)
+class Offset:
+    """A displacement from w over some of the moved tensors: factors_i * direction_i / (norm + eps).
+
+    `norm` None means unnormalised; `size` is the norm whose finiteness decides whether the weights move at all.
+    `factors` holds each tensor's rho times the radius. An `Eval` consumes its offset: the engine frees it once the
+    weights have moved, so a part that needs it later keeps its own copy through `tensors()`.
+    """
+
+    index: Sequence[int]
+    direction: Tensors
+    norm: Tensor | None
+    size: Tensor
+    factors: list[float | Tensor]
+    eps: float
+    scratch: bool = False  # whether the direction's tensors may be overwritten
+
+    def tensors(self) -> Tensors:
+        """The displacement itself, in fresh tensors; zero everywhere if the direction was not finite."""
+        scaled = [d * f for d, f in zip(self.direction, self.factors, strict=True)]
+        if self.norm is not None:
+            scaled = [s / (self.norm + self.eps).to(s.device) for s in scaled]
+        finite = self.size < math.inf
+        return [s.where(finite.to(s.device), s.new_zeros(())) for s in scaled]
+
+    def clear(self) -> None:
+        """Drop the tensors, so that nothing is held through the next pass."""
+        self.direction, self.factors = [], []
+
+
+@dataclass(slots=True)
+class Eval:
+    """A request for one gradient: which loss, where (None: at w), on which micro-batch, with a graph or not."""
+
+    role: Literal["ascent", "descent"]
+    at: Offset | None = None
+    chunk: int | None = None
+    graph: bool = False
+
+
+Ascend = Callable[[], Generator[Eval, Gradients, Offset | None]]
+
+
+class Context(Protocol):
+    """What a part may see. Lists run over the tensors that the call is about."""
+
+    @property
+    def w(self) -> Tensors:
+        """The tensors at the step's own point."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Their names; only for parts that declare Need.NAMES."""
+
+    @property
+    def options(self) -> Sequence[Mapping[str, Any]]:
+        """The param group of each tensor (rho, lr, ...)."""
+
+    @property
+    def step(self) -> int:
+        """Number of updates begun and finished before this one."""
+
+    def norm(self, tensors: Tensors) -> Tensor:
+        """Global L2 norm, one scalar in fp32 or better, over all devices and shards."""
+
+    def dot(self, a: Tensors, b: Tensors) -> Tensor:
+        """Global inner product, one scalar in fp32 or better."""
+
+    def noise(self) -> Tensors:
+        """Standard normal numbers, shaped like w, from the engine's own generator."""
+
+    def bernoulli(self, p: float) -> Tensors:
+        """0/1 draws with mean p, shaped like w, from the engine's own generator."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Base of all parts. Fields are parameters; class variables are what the part declares.
+
+    kind: which question of the recipe it answers.
+    slots: name -> "param" (a tensor per weight) or "scalar" (one tensor): what it remembers between steps.
+    needs: what it asks for. withholds: what it takes away from its fellow parts, with the reason.
+    """
+
+    kind: ClassVar[str] = ""
+    slots: ClassVar[Mapping[str, Literal["param", "scalar"]]] = {}
+    needs: ClassVar[frozenset[Need]] = frozenset()
+    withholds: ClassVar[Mapping[Need, str]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        clash = RESERVED & set(inspect.get_annotations(cls))
+        clash -= {"kind", "slots", "needs", "withholds"}
+        if clash:
+            raise TypeError(
+                f"{cls.__name__}: a parameter must not be named {sorted(clash)[0]!r}, the name is reserved."
+            )
+
+    def demands(self) -> frozenset[Need]:
+        """The needs of this very instance; override where they depend on parameters."""
+        return self.needs
+
+    def parameters(self) -> dict[str, Any]:
+        """The parameters by name."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+    def __str__(self) -> str:
+        inner = ", ".join(f"{k}={v!r}" for k, v in self.parameters().items())
+        return f"{type(self).__name__}({inner})"
+
+
+def check_range(owner: Part, name: str, low: float, high: float, *, open_low: bool = False) -> None:
+    """Raise ValueError unless low <= parameter <= high (low < with open_low) and it is a number."""
+    value = getattr(owner, name)
+    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not good or value > high or value < low or (open_low and value == low):
+        left = "(" if open_low else "["
+        right = "inf)" if math.isinf(high) else f"{high:g}]"
+        raise ValueError(f"{type(owner).__name__}: {name} must be in {left}{low:g}, {right}, got {value!r}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective(Part):
+    """Which loss is climbed?"""
+
+    kind: ClassVar[str] = "objective"
+
+    def ascent(self, outputs: Tensor, target: Tensor) -> Tensor | None:
+        """The ascent loss of a batch, or None for the descent loss itself."""
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Direction(Part):
+    """Along what?"""
+
+    kind: ClassVar[str] = "direction"
+    evaluates: ClassVar[bool] = True  # False: takes no pass 1, is called with g = None
+    moves_start: ClassVar[bool] = False  # True: pass 1 is taken at w + start()
+
+    def start(self, state: State, c: Context) -> Tensors:
+        """Where pass 1 is taken, as a displacement from w."""
+        raise AttributeError(f"{type(self).__name__} declares moves_start and defines no start().")
+
+    def __call__(self, g: Tensors | None, state: State, c: Context) -> tuple[Tensors | None, NewState]:
+        """The direction d (None: stay at w this time) and the new state."""
+        raise AttributeError(f"{type(self).__name__} defines no __call__().")
+
+    def observe(self, gs: Tensors, state: State, c: Context) -> NewState:
+        """New state from the descent gradient, for directions that learn from it."""
+        return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Geometry(Part):
+    """In which norm?"""
+
+    kind: ClassVar[str] = "geometry"
+    default_rho: ClassVar[float] = 0.05
+
+    def __call__(self, d: Tensors, c: Context) -> tuple[Tensors, Tensor | None]:
+        """T(T d) and ||T d||; None for no normalisation. May return d itself."""
+        raise AttributeError(f"{type(self).__name__} defines no __call__().")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mask(Part):
+    """Which weights move?"""
+
+    kind: ClassVar[str] = "mask"
+    norm: ClassVar[Literal["inside", "full"]] = "inside"  # inside: masked before the norm is taken
+
+    def __call__(self, state: State, c: Context) -> tuple[Tensors | None, NewState]:
+        """Factors per element (None: all ones) and the new state."""
+        return None, {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Radius(Part):
+    """How far? A factor on each group's rho."""
+
+    kind: ClassVar[str] = "radius"
+
+    def __call__(self, c: Context) -> float | Tensor:
+        return 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class When(Part):
+    """On which steps?"""
+
+    kind: ClassVar[str] = "when"
+    duty: ClassVar[float] = 1.0
+
+    def before(self, state: State, c: Context) -> bool | None:
+        """Whether to ascend, known before any gradient; None: ask `after` pass 1."""
+        return True
+
+    def after(self, g: Tensors, state: State, c: Context) -> tuple[bool, NewState]:
+        """Whether to ascend, given the gradient at w."""
+        return True, {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Points(Part):
+    """How many ascents?"""
+
+    kind: ClassVar[str] = "points"
+
+    def evaluations(self, ascent: int) -> float:
+        """Gradients a step, if one ascent costs `ascent`."""
+        return ascent + 1
+
+    def __call__(self, ascend: Ascend, c: Context) -> Generator[Eval, Gradients, list[Gradients]]:
+        """Ask for evaluations; return the descent gradients."""
+        raise AttributeError(f"{type(self).__name__} defines no __call__().")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Combine(Part):
+    """What goes to the base optimizer? Runs over every trained tensor that has a gradient in all passes."""
+
+    kind: ClassVar[str] = "combine"
+    uses_gradient: ClassVar[bool] = False  # True: g is kept through pass 2 (one more copy)
+    has_post: ClassVar[bool] = False
+    rho_zero_is_base: ClassVar[bool] = True
+
+    def __call__(self, g: Tensors | None, gs: list[Tensors], state: State, c: Context) -> tuple[Tensors, NewState]:
+        """The update's gradient u from g (at w, or None) and the descent gradients, one list per point."""
+        raise AttributeError(f"{type(self).__name__} defines no __call__().")
+
+    def off(self, g: Tensors, state: State, c: Context) -> tuple[Tensors, NewState]:
+        """U on a step without ascent; g is the descent gradient at w."""
+        return g, {}
+
+    def post(self, g: Tensors | None, gs: list[Tensors], c: Context) -> Tensors | None:
+        """Added to w after the base's step, for decoupled terms."""
+        return None

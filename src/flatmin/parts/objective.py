@@ -1,0 +1,68 @@
+"""Which loss is climbed?"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from flatmin import objectives
+from flatmin.parts.base import Need, Objective, check_range
+
+_OTHER_LOSS = "pass 1 climbs another loss"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SameLoss(Objective):
+    """The ascent climbs the loss that is descended. Source: Foret et al., SAM, ICLR 2021, Eq. 2."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BiSAMLog(Objective):
+    """BiSAM(-log): climbs Q = (1/mu) log sum_j exp(mu phi(F_j)), phi(x) = 1 - log(1 + exp(log(e-1) - x)).
+
+    Args:
+        mu: sharpness of the soft maximum over classes. Default 1.0 (original code).
+
+    Raises:
+        ValueError: mu <= 0.
+
+    Source: Xie et al., ICML 2024, Eq. 11; see `flatmin.objectives.bisam_log`.
+    """
+
+    needs: ClassVar = frozenset({Need.CRITERION})
+    withholds: ClassVar = {Need.GRADIENT_AT_W: _OTHER_LOSS}
+    mu: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_range(self, "mu", 0.0, math.inf, open_low=True)
+
+    def ascent(self, outputs: Tensor, target: Tensor) -> Tensor:
+        return objectives.bisam_log(outputs, target, self.mu)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BiSAMTanh(Objective):
+    """BiSAM(tanh): climbs Q = (1/mu) log sum_j exp(mu tanh(alpha F_j)).
+
+    Args:
+        mu: sharpness of the soft maximum over classes. Default 10.0 (original function; its command line passes 1).
+        alpha: slope of phi at 0. Default 0.1 (original code).
+
+    Raises:
+        ValueError: mu <= 0 or alpha <= 0.
+
+    Source: Xie et al., ICML 2024, Eq. 11; see `flatmin.objectives.bisam_tanh`.
+    """
+
+    needs: ClassVar = frozenset({Need.CRITERION})
+    withholds: ClassVar = {Need.GRADIENT_AT_W: _OTHER_LOSS}
+    mu: float = 10.0
+    alpha: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_range(self, "mu", 0.0, math.inf, open_low=True)
+        check_range(self, "alpha", 0.0, math.inf, open_low=True)
+
+    def ascent(self, outputs: Tensor, target: Tensor) -> Tensor:
+        return objectives.bisam_tanh(outputs, target, self.mu, self.alpha)
