@@ -152,17 +152,15 @@ def program(recipe: Recipe, site: Site, store: Reader, eps: float) -> Generator[
         if new and kind not in out.staged:
             out.staged[kind] = (index, new)
 
-    def ascend() -> Generator[Eval, Gradients, Offset | None]:
+    def ascend(at: Offset | None = None) -> Generator[Eval, Gradients, Offset | None]:
         nonlocal kept, first
         direction, index = recipe.direction, site.moved
         g: Tensors | None = None
         if direction.evaluates:
             if first is None:
-                start = None
-                if direction.moves_start:
-                    t = direction.start(read("direction", index), moved)
-                    start = Offset(index, t, None, ta.norm(t), [1.0] * len(t), eps, scratch=False)
-                grads = yield Eval("ascent", start)
+                if at is None and direction.moves_start:
+                    at = Offset.of(index, direction.start(read("direction", index), moved), moved)
+                grads = yield Eval("ascent", at)
             else:
                 grads, first = first, None
             index = list(_present(index, grads))

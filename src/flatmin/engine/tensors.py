@@ -64,7 +64,7 @@ def norm(tensors: Sequence[Tensor]) -> Tensor:
     for group in groups:
         wide = _accumulate_in(group[0].dtype)
         dtype = torch.promote_types(dtype, wide)
-        low = group[0].dtype not in (torch.float32, torch.float64)
+        low = group[0].dtype in (torch.float16, torch.bfloat16)
         norms = torch._foreach_norm(group, 2.0, dtype=wide) if low else torch._foreach_norm(group, 2.0)
         parts.extend(norms)
     if len(groups) > 1:

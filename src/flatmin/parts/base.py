@@ -18,7 +18,7 @@ import dataclasses
 import enum
 import inspect
 import math
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -76,6 +76,11 @@ class Offset:
         finite = self.size < math.inf
         return [s.where(finite.to(s.device), s.new_zeros(())) for s in scaled]
 
+    @classmethod
+    def of(cls, index: Sequence[int], tensors: Tensors, c: Context) -> Offset:
+        """A displacement given as tensors, to be used as it is."""
+        return cls(index, tensors, None, c.norm(tensors), [1.0] * len(tensors), 0.0)
+
     def clear(self) -> None:
         """Drop the tensors, so that nothing is held through the next pass."""
         self.direction, self.factors = [], []
@@ -91,7 +96,14 @@ class Eval:
     graph: bool = False
 
 
-Ascend = Callable[[], Generator[Eval, Gradients, Offset | None]]
+class Ascend(Protocol):
+    """Takes one ascent: pass 1 where the direction wants it, then direction, mask, geometry and radius."""
+
+    def __call__(self, at: Offset | None = None) -> Generator[Eval, Gradients, Offset | None]:
+        """The offset of an ascent whose gradient is taken at `at` (None: where the direction starts, normally w).
+
+        None means that no weight moves.
+        """
 
 
 class Context(Protocol):

@@ -1,0 +1,499 @@
+"""The wrapper as users meet it: construction, loops, misuse, gradients that are not finite."""
+
+import math
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import flatmin
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+
+
+def batch(k=0):
+    g = torch.Generator().manual_seed(100 + k)
+    return torch.randn(8, 4, generator=g, dtype=torch.float64), torch.randint(3, (8,), generator=g)
+
+
+def closure_for(model, opt, x, y, scale=1.0):
+    def closure():
+        opt.zero_grad()
+        loss = scale * nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    return closure
+
+
+def vector(model):
+    return nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+
+
+def sgd(model, **kw):
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, **kw)
+
+
+# -- construction --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rho", [-0.1, math.nan, math.inf, "0.1", True])
+def test_bad_rho(rho):
+    with pytest.raises(ValueError, match="rho must be a finite number >= 0, got"):
+        flatmin.SAM(sgd(net()), rho=rho)
+    with pytest.raises(ValueError, match="rho must be a finite number"):
+        flatmin.SAM(torch.optim.SGD([{"params": net().parameters(), "rho": rho}], lr=0.1))
+
+
+def test_bad_rho_set_later_is_caught_before_any_pass():
+    model = net()
+    opt = flatmin.SAM(sgd(model))
+    opt.param_groups[0]["rho"] = math.nan
+    with pytest.raises(ValueError, match="rho must be"):
+        opt.step(lambda: pytest.fail("ran"))
+
+
+@pytest.mark.parametrize(
+    ("build", "error", "text"),
+    [
+        (lambda m: flatmin.wrap(sgd(m), "assam"), ValueError, "unknown method 'assam'; did you mean 'asam'"),
+        (lambda m: flatmin.wrap(sgd(m), "asam+usam"), ValueError, "both set the geometry"),
+        (lambda m: flatmin.wrap(sgd(m), "vasso", theta=0.0), ValueError, r"theta must be in \(0, 1\]"),
+        (lambda m: flatmin.wrap(sgd(m), "bisam-log"), ValueError, r"pass criterion=flatmin.Criterion\(loss\)"),
+        (lambda m: flatmin.SAM(m.parameters()), TypeError, "expected a constructed base optimizer"),
+        (lambda m: flatmin.SAM([], torch.optim.SGD, lr=0.1), ValueError, "empty parameter list"),
+        (lambda m: flatmin.SAM(sgd(m), lr=0.1), TypeError, "'lr' as well"),
+        (lambda m: flatmin.SAM(flatmin.SAM(sgd(m))), TypeError, "a flatmin optimizer already"),
+        (lambda m: flatmin.SAM(torch.optim.LBFGS(m.parameters())), TypeError, "LBFGS"),
+        (lambda m: flatmin.SAM(sgd(m), model=net()), ValueError, "holds none of the optimizer's parameters"),
+        (lambda m: flatmin.SAM(sgd(m), model="net"), TypeError, "must be a torch.nn.Module"),
+        (lambda m: flatmin.SAM(sgd(m), criterion=nn.CrossEntropyLoss()), TypeError, "must be a flatmin.Criterion"),
+        (lambda m: flatmin.SAM(sgd(m), nonfinite="ignore"), ValueError, "nonfinite must be"),
+        (lambda m: flatmin.SAM(sgd(m), eps=0), ValueError, "eps must be"),
+        (lambda m: flatmin.SAM(sgd(m), adaptive=True, recipe="vasso"), ValueError, "adaptive=True means"),
+        (lambda m: flatmin.SAM(sgd(m), recipe=3), TypeError, "recipe must be"),
+        (lambda m: flatmin.wrap(sgd(m), flatmin.Recipe(), theta=1.0), ValueError, "carries its own parameters"),
+        (
+            lambda m: flatmin.wrap(sgd(m), "asam", weights_only=True),
+            ValueError,
+            "needs parameter names",
+        ),
+    ],
+)
+def test_construction_errors_are_sentences(build, error, text):
+    with pytest.raises(error, match=text):
+        build(net())
+
+
+def test_default_rho_belongs_to_the_geometry():
+    for name, rho in {"sam": 0.05, "asam": 0.5, "vasso+asam": 0.5, "usam": 0.05}.items():
+        assert flatmin.wrap(sgd(net()), name).param_groups[0]["rho"] == rho
+    model = net()
+    base = torch.optim.SGD([{"params": model[0].parameters(), "rho": 0.3}, {"params": model[2].parameters()}], lr=0.1)
+    assert [g["rho"] for g in flatmin.SAM(base, rho=0.2).param_groups] == [0.3, 0.2]
+
+
+def test_names_come_from_the_base_or_the_model():
+    model = net()
+    flatmin.wrap(sgd(model), "asam", weights_only=True, model=model)
+    flatmin.wrap(torch.optim.SGD(model.named_parameters(), lr=0.1), "asam", weights_only=True)
+
+
+# -- loops ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_two_call_readme_loop_runs_with_its_import_changed():
+    from flatmin import SAM
+
+    model, loss_function = net(), nn.CrossEntropyLoss()
+    base_optimizer = torch.optim.SGD
+    optimizer = SAM(model.parameters(), base_optimizer, lr=0.1, momentum=0.9)
+    for k in range(3):
+        input, output = batch(k)
+        loss = loss_function(model(input), output)
+        loss.backward()
+        optimizer.first_step(zero_grad=True)
+        loss_function(model(input), output).backward()
+        optimizer.second_step(zero_grad=True)
+    twin = net()
+    opt = flatmin.SAM(sgd(twin))
+    for k in range(3):
+        opt.step(closure_for(twin, opt, *batch(k)))
+    assert torch.equal(vector(model), vector(twin))
+
+
+def test_the_readme_loop_with_a_closure_that_does_not_zero_runs_too():
+    model, loss_function = net(), nn.CrossEntropyLoss()
+    optimizer = flatmin.SAM(model.parameters(), torch.optim.SGD, rho=0.05, adaptive=True, lr=0.1, momentum=0.9)
+    for k in range(3):
+        input, output = batch(k)
+
+        def closure(input=input, output=output):
+            loss = loss_function(model(input), output)
+            loss.backward()
+            return loss
+
+        loss = loss_function(model(input), output)
+        loss.backward()
+        optimizer.step(closure)
+        optimizer.zero_grad()
+    twin = net()
+    opt = flatmin.wrap(sgd(twin), "asam", rho=0.05)
+    for k in range(3):
+        opt.step(closure_for(twin, opt, *batch(k)))
+    assert torch.equal(vector(model), vector(twin))
+
+
+def test_step_returns_the_descent_loss_at_w_also_for_bisam():
+    model = net()
+    criterion = flatmin.Criterion(nn.CrossEntropyLoss())
+    opt = flatmin.wrap(sgd(model), "bisam-tanh", criterion=criterion)
+    x, y = batch()
+    want = nn.functional.cross_entropy(model(x), y).detach()
+
+    def closure():
+        opt.zero_grad()
+        loss = criterion(model(x), y)
+        loss.backward()
+        return loss
+
+    loss = opt.step(closure)
+    assert torch.equal(loss, want) and not loss.requires_grad and opt.loss_point == "w"
+
+
+def test_bisam_in_manual_loops_needs_only_the_two_constructors():
+    ends = []
+    for door in ("closure", "calls", "perturbed"):
+        model = net()
+        criterion = flatmin.Criterion(nn.CrossEntropyLoss())
+        opt = flatmin.wrap(sgd(model), "bisam-log", rho=0.3, criterion=criterion)
+        for k in range(4):
+            x, y = batch(k)
+
+            def closure(x=x, y=y, model=model, opt=opt, criterion=criterion):
+                opt.zero_grad()
+                loss = criterion(model(x), y)
+                loss.backward()
+                return loss
+
+            if door == "closure":
+                opt.step(closure)
+            elif door == "calls":
+                closure()
+                opt.first_step()
+                closure()
+                opt.second_step()
+            else:
+                closure()
+                with opt.perturbed():
+                    closure()
+                opt.step()
+            with torch.no_grad():
+                assert torch.equal(criterion(model(x), y), nn.functional.cross_entropy(model(x), y))
+        ends.append(vector(model))
+    assert torch.equal(ends[0], ends[1]) and torch.equal(ends[0], ends[2])
+
+
+def test_bisam_whose_loop_forgets_the_criterion_is_caught_before_weights_move():
+    for door in ("closure", "perturbed"):
+        model = net()
+        opt = flatmin.wrap(sgd(model), "bisam-log", criterion=flatmin.Criterion(nn.CrossEntropyLoss()))
+        before = vector(model)
+        closure = closure_for(model, opt, *batch())
+        with pytest.raises(RuntimeError, match="never called the criterion"):
+            if door == "closure":
+                opt.step(closure)
+            else:
+                closure()
+                with opt.perturbed():
+                    pass
+        assert torch.equal(before, vector(model))
+
+
+@pytest.mark.parametrize("on_base", [True, False])
+def test_schedulers_work_on_the_wrapper_and_on_the_base(on_base):
+    model = net()
+    opt = flatmin.SAM(sgd(model))
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(opt.base if on_base else opt, 10)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for k in range(3):
+            x, y = batch(k)
+            closure_for(model, opt, x, y)()
+            opt.first_step()
+            closure_for(model, opt, x, y)()
+            opt.second_step()
+            scheduler.step()
+    assert opt.param_groups[0]["lr"] == opt.base.param_groups[0]["lr"] < 0.1
+
+
+def test_rho_is_scheduled_like_lr_and_groups_are_shared():
+    model = net()
+    opt = flatmin.SAM(sgd(model), rho=0.1)
+    opt.param_groups[0]["rho"] = 0.0
+    twin = net()
+    base = sgd(twin)
+    x, y = batch()
+    opt.step(closure_for(model, opt, x, y))
+    base.step(closure_for(twin, base, x, y))
+    assert torch.equal(vector(model), vector(twin))
+    opt.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    assert opt.base.param_groups[1]["rho"] == 0.1 and len(opt.param_groups) == 2
+
+
+def test_hooks_fire_once_per_update():
+    model = net()
+    opt = flatmin.SAM(sgd(model))
+    fired = []
+    opt.register_step_pre_hook(lambda *a: fired.append("pre"))
+    opt.register_step_post_hook(lambda *a: fired.append("post"))
+    opt.base.register_step_post_hook(lambda *a: fired.append("base"))
+    opt.step(closure_for(model, opt, *batch()))
+    assert fired == ["pre", "post", "base"]
+
+
+def test_clipping_between_the_last_pass_and_step_acts_on_what_the_base_takes():
+    model = net()
+    opt = flatmin.SAM(torch.optim.SGD(model.parameters(), lr=1.0))
+    x, y = batch()
+    before = vector(model)
+    closure_for(model, opt, x, y)()
+    with opt.perturbed():
+        closure_for(model, opt, x, y)()
+    nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    opt.step()
+    assert float((vector(model) - before).norm()) == pytest.approx(1e-3, rel=1e-4)
+
+
+def test_a_tensor_without_gradient_in_one_pass_stays_put():
+    model = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)]).double()
+    opt = flatmin.SAM(torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1))
+    x = torch.randn(3, 2, dtype=torch.float64)
+    for first, second in ((0, 1), (1, 0)):
+        idle = model[first].weight.detach().clone()
+        model[first](x).square().sum().backward()
+        with opt.perturbed():
+            model[second](x).square().sum().backward()
+        opt.step()
+        opt.zero_grad()
+        assert torch.equal(model[first].weight, idle)
+
+
+def test_sparse_gradients():
+    torch.manual_seed(0)
+    table = nn.Embedding(10, 3, sparse=True).double()
+    dense = nn.Embedding(10, 3).double()
+    dense.load_state_dict(table.state_dict())
+    ends = []
+    for emb in (table, dense):
+        opt = flatmin.SAM(torch.optim.SGD(emb.parameters(), lr=0.1), rho=0.5)
+
+        def closure(emb=emb, opt=opt):
+            opt.zero_grad()
+            loss = emb(torch.tensor([1, 2, 2])).square().sum()
+            loss.backward()
+            return loss
+
+        opt.step(closure)
+        ends.append(emb.weight.detach())
+    assert torch.allclose(*ends, rtol=0, atol=1e-15)
+
+
+# -- misuse --------------------------------------------------------------------------------------------------------
+
+
+def test_step_after_a_single_backward_is_refused():
+    model = net()
+    opt = flatmin.SAM(sgd(model))
+    closure_for(model, opt, *batch())()
+    before = vector(model)
+    with pytest.raises(RuntimeError, match="step\\(\\) needs a closure, or both passes before it"):
+        opt.step()
+    assert torch.equal(before, vector(model))
+
+
+def test_step_without_closure_is_the_base_step_where_nothing_ascends():
+    for opt in (flatmin.wrap(sgd(net()), "sgd"), flatmin.SAM(sgd(net()), rho=0.0)):
+        opt.step()
+    model = net()
+    opt = flatmin.SAM(torch.optim.SGD(model.parameters(), lr=0.0))
+    opt.step()  # distributed checkpoints initialise state like this
+
+
+@pytest.mark.parametrize(
+    ("act", "text"),
+    [
+        (lambda o: o.second_step(), "second_step\\(\\) needs first_step\\(\\)"),
+        (lambda o: o.step(lambda: torch.ones(())), "no weight received a gradient in pass 1"),
+        (lambda o: o.first_step(), "no gradients: call loss.backward\\(\\)"),
+        (lambda o: list(o.passes()), "must be run inside `with evaluation:`"),
+        (lambda o: o.step(3), "closure must be callable"),
+    ],
+)
+def test_loops_that_miss_a_part_are_refused(act, text):
+    model = net()
+    opt = flatmin.SAM(sgd(model))
+    with pytest.raises((RuntimeError, TypeError), match=text):
+        act(opt)
+    opt.step(closure_for(model, opt, *batch()))
+
+
+@pytest.mark.parametrize("act", ["first_step", "state_dict", "add_param_group", "step", "closure"])
+def test_nothing_else_happens_during_an_update(act):
+    model = net()
+    opt = flatmin.SAM(sgd(model))
+    before = vector(model)
+    closure_for(model, opt, *batch())()
+    opt.first_step()
+    assert not torch.equal(before, vector(model))
+    with pytest.raises(RuntimeError, match="update"):
+        match act:
+            case "add_param_group":
+                opt.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
+            case "closure":
+                opt.step(lambda: None)
+            case _:
+                getattr(opt, act)()
+    opt.abort()
+    assert torch.equal(before, vector(model))
+    opt.step(closure_for(model, opt, *batch()))
+
+
+# -- gradients that are not finite ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device_path", [False, True])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("base", ["sgd", "fused sgd", "fused adamw"])
+def test_skip_leaves_weights_and_base_state(base, bad, device_path):
+    model = net()
+    fused = base.startswith("fused")
+    inner = torch.optim.AdamW(model.parameters(), fused=True) if "adamw" in base else sgd(model, fused=fused)
+    opt = flatmin.wrap(inner, "vasso", rho=0.1)
+    opt._force_device_path = device_path
+    opt.step(closure_for(model, opt, *batch()))
+    before, state = vector(model), [
+        {k: v.clone() for k, v in opt.state[p].items() if v is not None} for p in model.parameters()
+    ]
+    x, y = batch(1)
+    for where in (1, 2):
+        calls = 0
+
+        def closure(where=where):
+            nonlocal calls
+            calls += 1
+            opt.zero_grad()
+            loss = nn.functional.cross_entropy(model(x), y)
+            loss.backward()
+            if calls >= where:
+                model[0].weight.grad[0, 0] = bad
+            return loss
+
+        opt.step(closure)
+        assert torch.equal(before, vector(model))
+        for p, old in zip(model.parameters(), state, strict=True):
+            assert all(torch.equal(opt.state[p][k], v) for k, v in old.items())
+    assert opt.counts() == {"updates": 3, "nonfinite_ascents": 1, "skipped_steps": 2}
+    opt.step(closure_for(model, opt, x, y))
+    assert bool(vector(model).isfinite().all()) and not torch.equal(before, vector(model))
+
+
+@pytest.mark.parametrize("device_path", [False, True])
+def test_a_bad_first_pass_means_no_ascent(device_path):
+    model, twin = net(), net()
+    opt, base = flatmin.SAM(sgd(model), rho=0.5), sgd(twin)
+    opt._force_device_path = device_path
+    x, y = batch()
+    calls = 0
+
+    def closure():
+        nonlocal calls
+        calls += 1
+        opt.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        if calls == 1:
+            model[0].weight.grad[0, 0] = math.inf
+        return loss
+
+    opt.step(closure)
+    base.step(closure_for(twin, base, x, y))
+    assert torch.equal(vector(model), vector(twin))
+    assert opt.counts()["nonfinite_ascents"] == 1 and opt.counts()["skipped_steps"] == 0
+
+
+def test_raise_and_propagate():
+    model = net()
+    opt = flatmin.SAM(sgd(model), nonfinite="raise")
+    before = vector(model)
+    with pytest.raises(FloatingPointError, match="unchanged"):
+        opt.step(closure_for(model, opt, *batch(), scale=math.nan))
+    assert torch.equal(before, vector(model))
+    opt.step(closure_for(model, opt, *batch()))
+    opt = flatmin.SAM(sgd(model), nonfinite="propagate")
+    opt.step(closure_for(model, opt, *batch(), scale=math.nan))
+    assert bool(vector(model).isnan().any())
+
+
+@pytest.mark.parametrize("device_path", [False, True])
+@pytest.mark.parametrize("method", ["sam", "asam", "usam", "vasso", "fsam"])
+def test_a_zero_gradient_moves_nothing(method, device_path):
+    model = net()
+    opt = flatmin.wrap(torch.optim.SGD(model.parameters(), lr=0.1), method)
+    opt._force_device_path = device_path
+    before = vector(model)
+    seen = []
+
+    def closure():
+        opt.zero_grad()
+        seen.append(vector(model))
+        loss = 0.0 * sum(p.sum() for p in model.parameters())
+        loss.backward()
+        return loss
+
+    opt.step(closure)
+    assert all(torch.equal(before, s) for s in seen) and torch.equal(before, vector(model))
+
+
+def test_the_device_path_gives_the_same_step_in_every_dtype():
+    for dtype in (torch.float32, torch.float64, torch.complex128):
+        ends = []
+        for device_path in (False, True):
+            torch.manual_seed(1)
+            w = [nn.Parameter(torch.randn(3, 2, dtype=dtype)), nn.Parameter(torch.randn(5, dtype=torch.float64))]
+            opt = flatmin.SAM(torch.optim.SGD([{"params": w[:1]}, {"params": w[1:], "rho": 0.2}], lr=0.1))
+            opt._force_device_path = device_path
+            for _ in range(3):
+
+                def closure(w=w, opt=opt):
+                    opt.zero_grad()
+                    loss = sum((p.abs() ** 3).sum() for p in w)
+                    loss.backward()
+                    return loss
+
+                opt.step(closure)
+            ends.append([p.detach() for p in w])
+        assert all(torch.allclose(a, b, rtol=1e-6) for a, b in zip(*ends, strict=True))
+
+
+# -- the package ---------------------------------------------------------------------------------------------------
+
+
+def test_import_loads_torch_and_nothing_heavy():
+    code = (
+        "import torch, time, sys; t = time.perf_counter(); import flatmin; flatmin.SAM, flatmin.compose; "
+        "print(time.perf_counter() - t); "
+        "print([m for m in ('pandas','matplotlib','plotly','sklearn','rich','typer','scipy') if m in sys.modules])"
+    )
+    runs = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+        for _ in range(3)
+    ]
+    assert all(r[1] == "[]" for r in runs)
+    assert min(float(r[0]) for r in runs) < 0.2
