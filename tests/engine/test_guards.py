@@ -82,7 +82,9 @@ def one_step(model, opt, x, door, fail_in_second=False):
 def test_statistics_are_touched_by_the_first_pass_only(name, door):
     torch.manual_seed(0)
     layer, shape = layers()[name]
-    model = nn.Sequential(nn.Conv1d(4, 4, 1) if len(shape) == 3 else nn.Identity(), layer, nn.Flatten(), nn.LazyLinear(2))
+    model = nn.Sequential(
+        nn.Conv1d(4, 4, 1) if len(shape) == 3 else nn.Identity(), layer, nn.Flatten(), nn.LazyLinear(2)
+    )
     model(torch.randn(shape))
     single = copy.deepcopy(model)
     opt = flatmin.SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.5, model=model)

@@ -378,9 +378,10 @@ def test_skip_leaves_weights_and_base_state(base, bad, device_path):
     opt = flatmin.wrap(inner, "vasso", rho=0.1)
     opt._force_device_path = device_path
     opt.step(closure_for(model, opt, *batch()))
-    before, state = vector(model), [
-        {k: v.clone() for k, v in opt.state[p].items() if v is not None} for p in model.parameters()
-    ]
+    before, state = (
+        vector(model),
+        [{k: v.clone() for k, v in opt.state[p].items() if v is not None} for p in model.parameters()],
+    )
     x, y = batch(1)
     for where in (1, 2):
         calls = 0
