@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import importlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -68,7 +69,7 @@ class Recipe:
         """The parts by kind."""
         return {kind: getattr(self, kind) for kind in KINDS}
 
-    @property
+    @functools.cached_property
     def needs(self) -> frozenset[Need]:
         """What the loop must serve."""
         asked = frozenset[Need]().union(*(part.demands() for part in self.parts.values()))

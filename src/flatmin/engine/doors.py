@@ -37,6 +37,8 @@ class Doors(Optimizer):
 
         def _begin_watch(self) -> None: ...
 
+        def _rewind(self) -> None: ...
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update.
@@ -72,6 +74,9 @@ class Doors(Optimizer):
     def _apply(self, update: Update) -> None:
         try:
             update.apply()
+        except BaseException:
+            self._rewind()
+            raise
         finally:
             self._update = None
             self._begin_watch()
@@ -173,6 +178,7 @@ class Doors(Optimizer):
         update, self._update = self._update, None
         if update is not None:
             update.abort()
+            self._rewind()
         self._begin_watch()
 
     def _begin(self) -> Update:

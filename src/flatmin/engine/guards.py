@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -139,8 +139,9 @@ class ModelWatch:
     ran on another batch.
     """
 
-    def __init__(self, model: nn.Module, random: RandomState | None) -> None:
-        self.model, self.random = model, random
+    def __init__(self, model: nn.Module, random: RandomState | None, no_gradients: Callable[[], bool]) -> None:
+        self.model, self.random, self._no_gradients = model, random, no_gradients
+        self.cleared = False
         self.hook = ForwardHook(self)
         self.handle = model.register_forward_pre_hook(self.hook, with_kwargs=True)
         self.pass_index = 0
@@ -162,6 +163,10 @@ class ModelWatch:
 
     def seen(self, args: Any, kwargs: Any) -> None:
         later = min(self.pass_index, 1)
+        if not later and self.forwards[0] and self.cleared and not self.bracketed and self._no_gradients():
+            # Gradients were cleared since the last forward and none has come: that one was given up.
+            self.begin_update()
+        self.cleared = False
         if self.forwards[later] == 0:
             if self.random is not None and not self.bracketed:
                 (self.random.replay if later else self.random.capture)()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -16,8 +17,11 @@ class Flags:
     """Device-side verdicts of one update, two words of one buffer: [ascent was finite, descent was not].
 
     Comparing the ascent's norm with (inf, -inf) writes the first verdict as an integer and clears the second (the
-    bit pattern of 0 is 0.0) in one launch.
+    bit pattern of 0 is 0.0) in one launch; one more adds both to the totals, where a found inf counts as the bit
+    pattern of 1.0.
     """
+
+    ONE = 0x3F800000
 
     def __init__(self, device: torch.device) -> None:
         self.words = torch.zeros(2, dtype=torch.int32, device=device)
@@ -25,16 +29,26 @@ class Flags:
         self.one = torch.ones((), dtype=torch.float32, device=device)
         self.gate = self.words[0]
         self.found_inf = self.words.view(torch.float32)[1]
-        self.good_ascents = torch.zeros((), dtype=torch.int32, device=device)
-        self.skipped = torch.zeros((), dtype=torch.float32, device=device)
+        self.totals = torch.zeros(2, dtype=torch.int64, device=device)
         self.ascents = 0
 
     def judge(self, size: Tensor) -> None:
-        self.ascents += 1
+        """Write the ascent's verdict and clear the descent's."""
         torch.lt(size.to(torch.float32), self.limits, out=self.words)
 
     def reset(self) -> None:
+        """Clear both verdicts, for an update without ascent."""
         self.words.zero_()
+
+    def count(self, *, ascended: bool) -> None:
+        """Add this update's verdicts to the totals, on the device."""
+        self.totals.add_(self.words)
+        self.ascents += ascended
+
+    def read(self) -> tuple[bool, bool]:
+        """(ascent was finite, descent was not), one synchronisation."""
+        finite, found = self.words.tolist()
+        return bool(finite), bool(found)
 
 
 class Ledger:
@@ -42,6 +56,7 @@ class Ledger:
 
     def __init__(self) -> None:
         self._buffers: dict[int, Tensor] = {}
+        self._last: tuple[list[Tensor], list[torch.dtype], list[Tensor]] | None = None
         self._away: tuple[list[Tensor], list[Tensor]] | None = None
 
     @property
@@ -62,7 +77,7 @@ class Ledger:
                 return False
             self._save(ws, offset.index)
             scale = 1.0 if offset.norm is None else 1.0 / (float(offset.norm) + offset.eps)
-            for group, factor in _by_factor(ws, offset):
+            for group, factor in _by_factor(ws, offset, mixed=True):
                 torch._foreach_add_(
                     [ws[i] for i in group], [offset.direction[i] for i in group], alpha=float(factor) * scale
                 )
@@ -73,22 +88,21 @@ class Ledger:
 
     def _add_on_device(self, ws: list[Tensor], offset: Offset, flags: Flags) -> None:
         flags.judge(offset.size)
-        flags.good_ascents.add_(flags.gate)
         divisor = None if offset.norm is None else offset.norm + offset.eps
-        for group, factor in _by_factor(ws, offset):
+        for group, factor in _by_factor(ws, offset, mixed=False):
             d = [offset.direction[i] for i in group]
             if divisor is None:
                 d = d if offset.scratch else list(torch._foreach_mul(d, 1.0))
             else:
-                by = divisor.to(d[0].device)
-                by = by.to(d[0].dtype) if d[0].dtype is torch.float64 else by
+                # In another dtype the division would launch once per tensor.
+                by = divisor.to(d[0].device, d[0].abs().dtype if d[0].is_complex() else d[0].dtype)
                 if offset.scratch:
                     torch._foreach_div_(d, by)
                 else:
                     d = list(torch._foreach_div(d, by))
             alpha = 1.0
             if isinstance(factor, Tensor):
-                torch._foreach_mul_(d, factor.to(d[0].device))
+                torch._foreach_mul_(d, factor.to(d[0].device, d[0].dtype))
             else:
                 alpha = factor
             ta.keep_if_(d, flags.gate)
@@ -96,14 +110,25 @@ class Ledger:
 
     def _save(self, ws: list[Tensor], index: Sequence[int]) -> None:
         assert self._away is None, "weights are already displaced"
+        copies = self._copies(ws, index)
+        ta.copy_(copies, ws)
+        self._away = (ws, copies)
+
+    def _copies(self, ws: list[Tensor], index: Sequence[int]) -> list[Tensor]:
+        """The buffers of these weights, made anew only where a weight has become another tensor."""
+        last = self._last
+        if last is not None and len(last[0]) == len(ws) and all(map(operator.is_, last[0], ws)):
+            dtypes = [w.dtype for w in ws]
+            if dtypes == last[1] and ws[0].device == last[2][0].device:
+                return last[2]
         copies = []
         for i, w in zip(index, ws, strict=True):
             buffer = self._buffers.get(i)
             if buffer is None or buffer.shape != w.shape or buffer.dtype != w.dtype or buffer.device != w.device:
                 buffer = self._buffers[i] = torch.empty_like(w, requires_grad=False)
             copies.append(buffer)
-        ta.copy_(copies, ws)
-        self._away = (ws, copies)
+        self._last = (ws, [w.dtype for w in ws], copies)
+        return copies
 
     def restore(self) -> None:
         """Put the weights back bit for bit; does nothing if they are at home."""
@@ -113,10 +138,11 @@ class Ledger:
             self._away = None
 
 
-def _by_factor(ws: list[Tensor], offset: Offset) -> list[tuple[Sequence[int], float | Tensor]]:
-    """Positions grouped so that one foreach call with one factor serves each group."""
-    factors = offset.factors
+def _by_factor(ws: list[Tensor], offset: Offset, *, mixed: bool) -> list[tuple[Sequence[int], float | Tensor]]:
+    """Positions grouped so that one foreach call with one factor serves each group; `mixed`: whatever the dtypes."""
+    factors, first = offset.factors, offset.factors[0]
+    alike = factors.count(first) == len(factors) if isinstance(first, float) else all(f is first for f in factors)
+    if alike and (mixed or ta.uniform(ws)):
+        return [(range(len(ws)), first)]
     keys = [id(f) if isinstance(f, Tensor) else f for f in factors]
-    if len(set(keys)) == 1 and ta.uniform(ws):
-        return [(range(len(ws)), factors[0])]
     return [(group, factors[group[0]]) for group in ta.buckets(ws, keys)]

@@ -174,6 +174,8 @@ class SAM(Doors):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear all gradients; see `torch.optim.Optimizer.zero_grad`."""
         self.base.zero_grad(set_to_none)
+        if self._watch is not None:
+            self._watch.cleared = True
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base; it takes the default rho unless it sets one.
@@ -224,6 +226,12 @@ class SAM(Doors):
             self._frozen = False
             self._statistics.__exit__(None, None, None)
 
+    def _rewind(self) -> None:
+        """Take back the random draws of an update that did not happen."""
+        rng = self.param_groups[0].get(PREFIX + "rng")
+        if isinstance(rng, Tensor):
+            self._generators.cpu.set_state(rng)
+
     def _begin_watch(self) -> None:
         if self._watch is not None and self._update is None:
             self._watch.begin_update()
@@ -256,8 +264,9 @@ class SAM(Doors):
         """
         counts = dict(self._host_counts)
         if self._flags is not None:
-            counts["nonfinite_ascents"] += self._flags.ascents - int(self._flags.good_ascents)
-            counts["skipped_steps"] += int(self._flags.skipped)
+            finite, found = self._flags.totals.tolist()
+            counts["nonfinite_ascents"] += self._flags.ascents - finite
+            counts["skipped_steps"] += found // Flags.ONE
         return counts
 
     # -- construction, copies, checkpoints -----------------------------------------------------------------------
@@ -282,7 +291,7 @@ class SAM(Doors):
             if not {id(p) for p in model.parameters()} & {id(w) for w in weights}:
                 raise ValueError("model= holds none of the optimizer's parameters; pass the module being trained.")
             self._statistics = FrozenStatistics(model) if self._freeze_batchnorm else None
-            self._watch = ModelWatch(model, self._random)
+            self._watch = ModelWatch(model, self._random, lambda: not any(w.grad is not None for w in weights))
         self._names = self._read_names()
         if self.criterion is not None:
             if not isinstance(self.criterion, Criterion):
@@ -304,6 +313,9 @@ class SAM(Doors):
         first = self.base.param_groups[0]
         first[PREFIX + "version"], first[PREFIX + "recipe"] = VERSION, str(self.recipe)
         first.setdefault(PREFIX + "step", 0)
+        # Flattened distributed checkpoints look for the keys of the live group; `save` fills in the values.
+        for key in self._store.scalars:
+            first.setdefault(PREFIX + key, None)
         if Need.RANDOM in self.recipe.needs:
             first[PREFIX + "rng"] = self._generators.cpu.get_state()
 

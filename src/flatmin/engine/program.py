@@ -38,7 +38,8 @@ class Site:
     ) -> None:
         self.weights, self.groups, self.names = weights, groups, names
         self.step, self.generator = step, generator
-        self.moved = [i for i, g in enumerate(groups) if g["rho"] > 0]
+        self.rhos = [float(g["rho"]) for g in groups]
+        self.moved = [i for i, rho in enumerate(self.rhos) if rho > 0]
 
     def context(self, index: Sequence[int]) -> SiteContext:
         return SiteContext(self, index)
@@ -103,6 +104,7 @@ class Outcome:
 
     update: Gradients
     staged: dict[str, tuple[Sequence[int], Mapping[str, Any]]] = field(default_factory=dict)
+    untouched: bool = False  # u is what the last pass left in the weights' gradients
     post: tuple[Sequence[int], Tensors] | None = None
     size: Tensor | None = None
 
@@ -114,12 +116,12 @@ class Reader:
         raise NotImplementedError
 
 
-def _present(index: Sequence[int], *gradients: Gradients) -> Sequence[int]:
+def _present(index: Sequence[int], *gradients: Gradients) -> list[int]:
     """The positions at which every list has a gradient."""
+    found = list(index)
     for grads in gradients:
-        if any(grads[i] is None for i in index):
-            index = [i for i in index if grads[i] is not None]
-    return index
+        found = [i for i in found if grads[i] is not None]
+    return found
 
 
 def _pick(grads: Gradients, index: Sequence[int]) -> Tensors:
@@ -128,7 +130,7 @@ def _pick(grads: Gradients, index: Sequence[int]) -> Tensors:
     for i in index:
         g = grads[i]
         assert g is not None
-        out.append(g.to_dense() if g.layout is not torch.strided else g)
+        out.append(g.to_dense() if g.is_sparse else g)
     return out
 
 
@@ -137,7 +139,7 @@ def program(recipe: Recipe, site: Site, store: Reader, eps: float) -> Generator[
     everything = range(len(site.weights))
     out = Outcome(update=[])
     if not recipe.ascends or not site.moved:
-        out.update = yield Eval("descent")
+        out.update, out.untouched = (yield Eval("descent")), True
         return out
 
     kept: Gradients | None = None
@@ -163,7 +165,7 @@ def program(recipe: Recipe, site: Site, store: Reader, eps: float) -> Generator[
                 grads = yield Eval("ascent", at)
             else:
                 grads, first = first, None
-            index = list(_present(index, grads))
+            index = _present(index, grads)
             if not index:
                 return None
             g = _pick(grads, index)
@@ -185,11 +187,15 @@ def program(recipe: Recipe, site: Site, store: Reader, eps: float) -> Generator[
         size = ta.norm(t) if norm is None else norm
         if out.size is None:
             out.size = size
-        factor = recipe.radius(c)
-        rhos = [site.groups[i]["rho"] * factor for i in index]
+        radius = recipe.radius(c)
+        reach: list[float | Tensor] = [site.rhos[i] for i in index]
+        if isinstance(radius, Tensor) or radius != 1.0:
+            # One product per distinct rho, so that equal radii stay one object.
+            products = {rho: rho * radius for rho in set(reach)}
+            reach = [products[rho] for rho in reach]
         remembered = {id(x) for _, n in out.staged.values() for s in n.values() if isinstance(s, list) for x in s}
         scratch = kept is None and not (remembered and any(id(x) in remembered for x in t))
-        return Offset(index, t, norm, size, rhos, eps, scratch)
+        return Offset(index, t, norm, size, reach, eps, scratch)
 
     when = recipe.when
     on = when.before(read("when", site.moved), moved)
@@ -215,7 +221,7 @@ def program(recipe: Recipe, site: Site, store: Reader, eps: float) -> Generator[
         new = recipe.direction.observe(_pick(last, index), read("direction", index), site.context(index))
         out.staged["direction"] = (index, new)
     if isinstance(recipe.combine, Descent):
-        out.update = last
+        out.update, out.untouched = last, True
         return out
     lists = points if kept is None else [kept, *points]
     index = _present(everything, *lists)

@@ -121,6 +121,10 @@ class StateView(MutableMapping[Tensor, dict[str, Any]]):
     def __len__(self) -> int:
         return len(self._weights())
 
+    def __bool__(self) -> bool:
+        # Distributed checkpoints initialise an optimizer whose state is false, and the base needs that.
+        return bool(self._base.state)
+
     def __contains__(self, weight: object) -> bool:
         return weight in self._weights()
 

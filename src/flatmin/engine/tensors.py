@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+_PLAIN = {Tensor, torch.nn.Parameter}
+_SMALL = 1 << 14  # elements
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -19,8 +20,15 @@ def is_sharded(t: Tensor) -> bool:
     return module is not None and isinstance(t, module.DTensor)
 
 
+def plain(tensors: Iterable[Tensor]) -> bool:
+    """Whether all are ordinary tensors, told from their types in one sweep."""
+    return set(map(type, tensors)) <= _PLAIN
+
+
 def local(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The part of each tensor that lies on this process, sharing storage."""
+    if plain(tensors):
+        return list(tensors)
     return [cast(Any, t).to_local() if is_sharded(t) else t for t in tensors]
 
 
@@ -39,8 +47,7 @@ def buckets(tensors: Sequence[Tensor], *keys: Sequence[Any]) -> list[list[int]]:
 
 def uniform(tensors: Sequence[Tensor]) -> bool:
     """Whether one foreach call serves all."""
-    first = (tensors[0].dtype, tensors[0].device)
-    return all((t.dtype, t.device) == first for t in tensors)
+    return len({t.dtype for t in tensors}) == 1 and len({t.device for t in tensors}) == 1
 
 
 def copy_(into: Sequence[Tensor], source: Sequence[Tensor]) -> None:
@@ -58,18 +65,30 @@ def norm(tensors: Sequence[Tensor]) -> Tensor:
 
     Squares are summed in that precision, so entries above about 1e19 overflow to inf in fp32.
     """
-    groups = [list(tensors)] if uniform(tensors) else [[tensors[i] for i in b] for b in buckets(tensors)]
-    dtype = torch.float32
+    tensors = list(tensors)
+    groups = [tensors] if uniform(tensors) else [[tensors[i] for i in b] for b in buckets(tensors)]
     parts: list[Tensor] = []
     for group in groups:
-        wide = _accumulate_in(group[0].dtype)
-        dtype = torch.promote_types(dtype, wide)
-        low = group[0].dtype in (torch.float16, torch.bfloat16)
-        norms = torch._foreach_norm(group, 2.0, dtype=wide) if low else torch._foreach_norm(group, 2.0)
-        parts.extend(norms)
+        dtype = group[0].dtype
+        if group[0].device.type == "cpu":
+            group = _gather_small(group)
+        low = dtype in (torch.float16, torch.bfloat16)
+        parts.extend(torch._foreach_norm(group, 2.0, dtype=torch.float32) if low else torch._foreach_norm(group, 2.0))
     if len(groups) > 1:
-        parts = [p.to(device=tensors[0].device, dtype=dtype) for p in map(full_scalar, parts)]
-    return full_scalar(torch.linalg.vector_norm(torch.stack(parts)))
+        wide = max((p.dtype for p in parts), key=lambda d: d.itemsize)
+        parts = [p.to(device=tensors[0].device, dtype=wide) for p in map(full_scalar, parts)]
+    return full_scalar(parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts)))
+
+
+def _gather_small(tensors: list[Tensor]) -> list[Tensor]:
+    """Small CPU tensors joined into one: there a call per tensor costs more than the copy."""
+    if not plain(tensors):
+        return tensors
+    small = [t for t in tensors if t.numel() <= _SMALL]
+    if len(small) < 2:
+        return tensors
+    joined = torch._C._nn.flatten_dense_tensors(small)
+    return [joined] if len(small) == len(tensors) else [joined, *(t for t in tensors if t.numel() > _SMALL)]
 
 
 def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
@@ -112,13 +131,17 @@ def nonfinite_(tensors: Sequence[Tensor], found: Tensor, one: Tensor) -> None:
 
     `one` is an fp32 scalar 1 on the same device.
     """
-    for group in buckets(tensors):
+    # On the CPU one call takes mixed dtypes.
+    groups = [range(len(tensors))] if found.device.type == "cpu" else buckets(tensors)
+    for group in groups:
         chosen = [tensors[i] for i in group]
-        if chosen[0].is_complex():
-            chosen = [torch.view_as_real(t) for t in chosen]
+        if any(map(torch.is_complex, chosen)):
+            chosen = [torch.view_as_real(t) if t.is_complex() else t for t in chosen]
         torch._amp_foreach_non_finite_check_and_unscale_(chosen, found, one)
 
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:
-    """Host answer; one synchronisation per device other than the CPU."""
-    return all(math.isfinite(float(n)) for n in torch._foreach_norm(list(tensors), math.inf))
+    """Whether no entry of these CPU tensors is nan or inf."""
+    found, one = torch.zeros((), dtype=torch.float32), torch.ones((), dtype=torch.float32)
+    nonfinite_(tensors, found, one)
+    return not float(found)

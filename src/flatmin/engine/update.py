@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -121,8 +122,9 @@ class Update:
         opt, outcome = self.optimizer, self.outcome
         assert outcome is not None
         opt._thaw()
-        weights = self.site.weights
-        for w, u in zip(weights, outcome.update, strict=True):
+        if outcome.untouched and self.index:
+            return
+        for w, u in zip(self.site.weights, outcome.update, strict=True):
             if w.grad is not u:
                 w.grad = None if u is None else u.to(w.dtype)
 
@@ -130,32 +132,33 @@ class Update:
         """The base's step, by the optimizer's rule for gradients that are not finite."""
         opt, outcome = self.optimizer, self.outcome
         assert outcome is not None
-        good, gate = self._base_step(opt.base.step, outcome)
-        if self._ascent_finite and good:
+        stepped, gate = self._base_step(opt.base.step, outcome)
+        if stepped and self._ascent_finite:
             for kind, (index, new) in outcome.staged.items():
                 opt._store.commit(kind, [self.site.weights[i] for i in index], new, gate)
-        if outcome.post is not None and good:
+        if stepped and outcome.post is not None:
             index, terms = outcome.post
             torch._foreach_add_([self.site.weights[i] for i in index], terms)
-        opt._note(ascent_finite=self._ascent_finite, stepped=good)
+        opt._note(ascent_finite=self._ascent_finite, stepped=stepped)
 
     def _base_step(self, base_step: Callable[[], object], outcome: Outcome) -> tuple[bool, Tensor | None]:
-        """(whether the host knows of no fault, a 0/1 device verdict where only the device knows)."""
-        opt = self.optimizer
-        flags = opt._flags
-        on_device = flags is not None and outcome.size is not None
-        gate = flags.gate if on_device and flags is not None else None
+        """Whether the host knows of no fault; a 0/1 verdict on staged state where only the device knows."""
+        opt, flags = self.optimizer, self.optimizer._flags
+        ascended = flags is not None and outcome.size is not None
         if opt.nonfinite == "propagate":
             base_step()
-            return True, gate
-        update = [w.grad for w in self.site.weights if w.grad is not None]
-        update = [g if g.layout is torch.strided else g.coalesce().values() for g in update]
+            if flags is not None and ascended:
+                flags.count(ascended=True)
+                return True, self._gate(outcome)
+            return True, None
+        update = [g for w in self.site.weights if (g := w.grad) is not None]
+        update = [g.coalesce().values() if g.is_sparse else g for g in update]
         if flags is None:
             if not ta.all_finite(update):
                 return self._refuse(), None
             base_step()
             return True, None
-        if not on_device:
+        if not ascended:
             flags.reset()
         ta.nonfinite_(update, flags.found_inf, flags.one)
         if opt.nonfinite == "skip" and opt._base_takes_found_inf() and outcome.post is None:
@@ -164,14 +167,21 @@ class Update:
                 base_step()
             finally:
                 del opt.base.found_inf  # type: ignore[attr-defined]
-            flags.skipped.add_(flags.found_inf)
-            if gate is not None and outcome.staged:
-                gate = gate * (1 - flags.found_inf.to(torch.int32))
-            return True, gate
-        if float(flags.found_inf):
+            flags.count(ascended=ascended)
+            return True, self._gate(outcome, flags.found_inf)
+        finite, found = flags.read()
+        self._ascent_finite = finite or not ascended
+        if found:
             return self._refuse(), None
         base_step()
-        return True, gate
+        return True, None
+
+    def _gate(self, outcome: Outcome, found_inf: Tensor | None = None) -> Tensor | None:
+        """1 where staged state comes from a finite gradient and the step was good; None if nothing was staged."""
+        if not outcome.staged or outcome.size is None:
+            return None
+        gate = (outcome.size < math.inf).to(torch.int32)
+        return gate if found_inf is None else gate * (1 - found_inf.to(torch.int32))
 
     def _refuse(self) -> bool:
         if self.optimizer.nonfinite == "raise":

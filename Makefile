@@ -1,0 +1,45 @@
+# Everything starts from a Python (>= 3.11) and make: the first target builds $(VENV) once.
+PYTHON ?= python3
+VENV   ?= .venv
+ARGS   ?=
+
+BIN   := $(VENV)/bin
+STAMP := $(VENV)/.flatmin-installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all lint types bench clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; \
+	  sys.exit(0 if v >= (3, 11) else f"flatmin needs Python 3.11 or newer, but $(PYTHON) is {v[0]}.{v[1]}; run make PYTHON=/path/to/python3.11")'
+	@test -x $(BIN)/python || { echo "making $(VENV) (once; PyTorch is a large download)"; $(PYTHON) -m venv $(VENV); }
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,dev]'
+	@touch $@
+
+setup: $(STAMP) ## make the virtual environment (the other targets do it too)
+
+demo: $(STAMP) ## train a small net with every method on noisy digits and show what happened
+	$(BIN)/flatmin compare $(ARGS)
+
+test: $(STAMP) ## the ordinary tests, a few minutes
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+
+test-all: $(STAMP) ## every test, long; dates its result in benchmarks/results/
+	$(BIN)/python tools/test_all.py $(ARGS)
+
+lint: $(STAMP) ## ruff (lint and format) and the import layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: $(STAMP) ## mypy --strict on src
+	$(BIN)/mypy
+
+bench: $(STAMP) ## the cost benchmarks; `make bench ARGS="counts --gate"` runs one of them
+	$(BIN)/python -m benchmarks $(ARGS)
+
+clean: ## remove caches (runs and the virtual environment stay)
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist

@@ -1,0 +1,96 @@
+"""`flatmin compare`: several methods on one task, over several seeds, with a table and a report."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flatmin.cli.console import make_console
+
+MAX_WORKERS = 8  # each one loads torch; more rarely pays
+
+
+def compare(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE",
+            help="Settings, e.g. epochs=10 lr=0.05 rho.sam=0.2 theta=0.8; a list such as rho=.1,.2,.4 makes an axis.",
+        ),
+    ] = None,
+    preset: Annotated[str, typer.Option(help="A preset of the package, or a .toml file.")] = "digits",
+    method: Annotated[
+        list[str] | None, typer.Option("--method", "-m", help="A method or a composition. Repeatable.")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(help="How many seeds.")] = None,
+    noise: Annotated[float | None, typer.Option(help="Share of the training labels replaced by wrong ones.")] = None,
+    tune: Annotated[
+        bool | None, typer.Option("--tune/--no-tune", help="Choose rho (or the given axes) on validation.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="conv, mlp, or your own as package.module:function.")] = None,
+    data: Annotated[str | None, typer.Option(help="digits, or your own as package.module:function.")] = None,
+    plugin: Annotated[
+        list[str] | None, typer.Option(help="A module that brings methods of its own. Repeatable.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the runs and the report.")] = Path("flatmin-runs"),
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Processes of one thread each. Default: one a core.")
+    ] = None,
+    report: Annotated[bool, typer.Option("--report/--no-report", help="Write the HTML report.")] = True,
+    open_report: Annotated[bool, typer.Option("--open", help="Open the report in a browser.")] = False,
+) -> None:
+    """Train a small network with several methods over several seeds, and say what follows.
+
+    Finished runs are kept in the folder and reused; Ctrl-C loses at most the runs that are under way.
+    """
+    from flatmin.cli.progress import Progress
+    from flatmin.study import page
+    from flatmin.study.compare import compare as run_comparison
+    from flatmin.study.config import load
+    from flatmin.study.report import write_report
+    from flatmin.study.terminal import print_summary
+
+    if report:
+        page.require_figures()
+    config = load(
+        preset,
+        overrides or (),
+        methods=tuple(method) if method else None,
+        seeds=seeds,
+        noise=noise,
+        tune=tune,
+        model=model,
+        data=data,
+        plugins=tuple(plugin) if plugin else None,
+    )
+    console = make_console()
+    try:
+        with Progress(console) as progress:
+            summary = run_comparison(
+                config,
+                out=out,
+                workers=default_workers() if workers is None else workers,
+                on_event=progress,
+                command=["flatmin", *sys.argv[1:]],
+            )
+    except KeyboardInterrupt as interrupt:
+        # Said here, because typer ends the process on Ctrl-C without a word.
+        typer.echo(str(interrupt) or "Interrupted; the same command goes on from the finished runs.", err=True)
+        raise typer.Exit(130) from None
+    console.print()
+    print_summary(summary, console)
+    if report:
+        path = write_report(summary, out / "report.html")
+        console.print(f"\nReport: {path}", markup=False, soft_wrap=True)
+        if open_report:
+            typer.launch(path.resolve().as_uri())
+
+
+def default_workers() -> int:
+    """One per core that this process may use, at most `MAX_WORKERS`."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(usable, MAX_WORKERS)

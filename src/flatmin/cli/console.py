@@ -1,0 +1,21 @@
+"""The console that commands print to."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+PIPE_WIDTH = 100  # a log or a file has no width of its own
+
+
+def make_console(*, stderr: bool = False) -> Console:
+    """A console of the terminal's width, or of `PIPE_WIDTH` columns where there is no terminal."""
+    from rich.console import Console
+
+    stream = sys.stderr if stderr else sys.stdout
+    width = None if stream.isatty() else shutil.get_terminal_size((PIPE_WIDTH, 24)).columns
+    return Console(stderr=stderr, width=width, highlight=False)

@@ -1,0 +1,97 @@
+"""`flatmin doctor`: what is installed, what it runs on, and how to get what is missing."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+import typer
+
+OLDEST_TORCH = (2, 6)
+
+
+@dataclass(frozen=True)
+class Extra:
+    """An optional dependency: the extra's name, the distribution that it brings, and what for."""
+
+    name: str
+    distribution: str
+    purpose: str
+
+
+EXTRAS = (
+    Extra("digits", "scikit-learn", "the handwritten digits that `flatmin compare` trains on by default"),
+    Extra("report", "plotly", "the HTML report of `flatmin compare`"),
+)
+CORE = ("torch", "numpy", "typer", "rich")
+
+
+def installed(distribution: str) -> str | None:
+    """The installed version, or None."""
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+def doctor() -> None:
+    """Versions, devices, and what is missing with the command that brings it.
+
+    Exits with 1 if something that flatmin cannot do without is missing or too old.
+    """
+    problems: list[str] = []
+    typer.echo("Versions")
+    _line("flatmin", installed("flatmin") or "run from its sources, not installed")
+    _line("python", f"{platform.python_version()} ({sys.executable})")
+    _line("platform", platform.platform())
+    for name in CORE:
+        _line(name, installed(name) or "MISSING")
+        if installed(name) is None:
+            problems.append(f"{name} is missing; run: pip install {name}")
+    typer.echo("\nDevices")
+    problems += _devices()
+    typer.echo("\nExtras")
+    missing = []
+    for extra in EXTRAS:
+        found = installed(extra.distribution)
+        state = f"{extra.distribution} {found}" if found else f"{extra.distribution} not installed"
+        _line(extra.name, f"{state}: {extra.purpose}")
+        if found is None:
+            missing.append(f"{extra.name} is not installed; to get it: pip install 'flatmin[{extra.name}]'")
+    typer.echo("")
+    for line in problems + missing:
+        typer.echo(f"- {line}")
+    if not problems and not missing:
+        typer.echo("Nothing is missing.")
+    if problems:
+        raise typer.Exit(1)
+
+
+def _line(name: str, value: str) -> None:
+    typer.echo(f"  {name:<13} {value}")
+
+
+def _devices() -> list[str]:
+    """Print what torch sees; return what is wrong with it."""
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        return [f"torch cannot be imported ({error}); reinstall it: pip install --force-reinstall torch"]
+    _line("cpu", f"{torch.get_num_threads()} threads for torch")
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(i)
+            _line(f"cuda:{i}", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB")
+    elif torch.version.cuda is None and torch.version.hip is None:
+        _line("cuda", "none: this torch is built for the CPU")
+    else:
+        _line("cuda", f"none found, although this torch is built for {torch.version.cuda or torch.version.hip}")
+    if torch.backends.mps.is_available():
+        _line("mps", "available")
+    numbers = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if numbers < OLDEST_TORCH:
+        wanted = ".".join(map(str, OLDEST_TORCH))
+        return [f"torch {torch.__version__} is too old; run: pip install 'torch>={wanted}'"]
+    return []

@@ -1,0 +1,92 @@
+"""The `flatmin` command. Commands import torch when they run, so that `flatmin --help` answers at once."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from pathlib import Path
+from types import TracebackType
+from typing import Annotated
+
+import typer
+
+from flatmin.cli.compare import compare
+from flatmin.cli.doctor import doctor
+from flatmin.cli.methods import methods
+
+app = typer.Typer(
+    name="flatmin",
+    help="Sharpness-aware training for PyTorch: compare methods, look them up, check the installation.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(compare)
+app.command()(methods)
+app.command()(doctor)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"flatmin {version('flatmin')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error. May stand anywhere in the line.")
+    ] = False,
+    _show_version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit.
+
+    Exit codes: 0 done; 1 a bug, with its traceback; 2 a mistake in the command or its surroundings, said in one
+    sentence; 130 interrupted.
+
+    Args:
+        arguments: the words after `flatmin`. Default: those of the process.
+    """
+    words = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in words
+    try:
+        app([word for word in words if word != "--debug"])
+    except Exception as error:
+        if debug or not _explained(error):
+            traceback.print_exc()
+            if not debug:
+                typer.echo("flatmin: this is a bug in flatmin or in your code; the lines above show where.", err=True)
+            raise SystemExit(2 if _explained(error) else 1) from None
+        typer.echo(f"flatmin: {error}", err=True)
+        raise SystemExit(2) from None
+
+
+def _explained(error: BaseException) -> bool:
+    """Whether the message alone tells a person what to do.
+
+    So do errors of the operating system (they name the file), and those that flatmin itself raises on purpose; a
+    ValueError from the inside of another library does not.
+    """
+    if isinstance(error, OSError):
+        return True
+    return isinstance(error, (ValueError, ImportError)) and _raised_here(error.__traceback__)
+
+
+def _raised_here(trace: TracebackType | None) -> bool:
+    package = Path(__file__).resolve().parents[1]
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and package in Path(trace.tb_frame.f_code.co_filename).resolve().parents
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""What a study shows while it works: a bar on a terminal, one line a run elsewhere."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from flatmin.study.events import EpochDone, Event, RunBroke, RunDone
+
+STAGES = {"tune": "Choosing on validation", "compare": "Training"}
+
+
+class Progress:
+    """A context manager that takes a study's events.
+
+    Args:
+        console: where to show them. A terminal gets a bar, anything else plain lines.
+    """
+
+    def __init__(self, console: Console) -> None:
+        from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        self._console = console
+        self._finished = self._total = 0
+        self._stage = ""
+        self._bar = Bar(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f} %"),
+            TimeRemainingColumn(compact=True),
+            TextColumn("[dim]{task.fields[last]}"),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=None, last="", visible=False)
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def __call__(self, event: Event) -> None:
+        """Show an event."""
+        from flatmin.study import events
+
+        match event:
+            case events.Planned():
+                self._stage = STAGES.get(event.stage, event.stage)
+                self._finished, self._total = 0, event.runs - event.reused
+                self._say(f"{self._stage}: {event.sentence}.")
+                self._bar.reset(self._task, total=max(event.epochs, 1), visible=self._total > 0, last="")
+                self._describe()
+            case events.EpochDone():
+                self._epoch(event)
+            case events.RunDone():
+                self._done(event)
+            case events.RunBroke():
+                self._broke(event)
+            case events.Tuned():
+                chosen = ", ".join(f"{key}={value}" for key, value in event.chosen.items())
+                self._say(f"{event.label}: {chosen} chosen on validation.")
+            case events.Timing():
+                self._say(f"Measuring the time per step of {event.methods} methods.")
+                self._bar.update(self._task, visible=False)
+            case events.Warned():
+                self._say(f"Note: {event.text}")
+
+    def _describe(self) -> None:
+        self._bar.update(self._task, description=f"{self._stage} {self._finished}/{self._total} runs")
+
+    def _epoch(self, event: EpochDone) -> None:
+        last = f"{_short(event.run)} {event.line.val_acc:.0f} %"
+        self._bar.update(self._task, advance=1, last=last)
+
+    def _done(self, event: RunDone) -> None:
+        self._finished += 1
+        self._describe()
+        result = event.result
+        if result.failure is not None:
+            self._say(f"{self._count()} {_short(event.run)}: stopped, {result.failure}")
+        elif not self._console.is_terminal and result.last is not None:
+            accuracy = f"test {result.last['test_acc']:.1f} %"
+            self._say(f"{self._count()} {_short(event.run)}: {accuracy}, {result.seconds:.1f} s")
+
+    def _broke(self, event: RunBroke) -> None:
+        self._finished += 1
+        self._describe()
+        self._say(f"{self._count()} {_short(event.run)}: no result, {event.error}")
+
+    def _count(self) -> str:
+        return f"[{self._finished:>{len(str(self._total))}}/{self._total}]"
+
+    def _say(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _short(run: str) -> str:
+    """A run's name without the digits of its key."""
+    return run.rpartition("-")[0] or run

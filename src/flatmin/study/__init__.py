@@ -1,0 +1,1 @@
+"""Many runs: what is run, where results are kept, what follows from them."""

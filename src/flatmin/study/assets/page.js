@@ -1,0 +1,76 @@
+"use strict";
+// Tables sort on a click of their header. A cell's data-sort is its number; without one its text decides.
+for (const table of document.querySelectorAll("table.sortable")) {
+  const headers = [...table.tHead.rows[0].cells];
+  headers.forEach((header, column) => {
+    const button = header.querySelector("button");
+    if (!button) return;
+    button.addEventListener("click", () => {
+      const key = (row) => {
+        const cell = row.cells[column];
+        return "sort" in cell.dataset ? (cell.dataset.sort === "" ? NaN : Number(cell.dataset.sort)) : cell.textContent.trim();
+      };
+      const rows = [...table.tBodies[0].rows].map((row) => [key(row), row]);
+      const before = header.getAttribute("aria-sort");
+      const up = before ? before === "descending" : rows.some(([k]) => typeof k === "string"); // numbers: best first
+      const sign = up ? 1 : -1;
+      headers.forEach((h) => h.removeAttribute("aria-sort"));
+      header.setAttribute("aria-sort", up ? "ascending" : "descending");
+      const missing = (v) => typeof v === "number" && Number.isNaN(v);
+      rows.sort(([a], [b]) => {
+        if (missing(a) || missing(b)) return missing(a) - missing(b); // unknown values stay last
+        return sign * (typeof a === "number" ? a - b : a.localeCompare(b, undefined, { numeric: true }));
+      });
+      for (const [, row] of rows) table.tBodies[0].append(row);
+    });
+  });
+}
+
+// Figures name colours as "var:ink"; they are looked up in the style sheet, so that plots follow the page's theme.
+const figures = [...document.querySelectorAll(".plot")].map((node) => ({
+  node,
+  spec: JSON.parse(node.parentElement.querySelector("script").textContent),
+}));
+const hidden = new Set();
+const config = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };
+
+function themed(value, key, style) {
+  if (Array.isArray(value)) return value.map((v) => themed(v, key, style));
+  if (value && typeof value === "object")
+    return Object.fromEntries(Object.entries(value).map(([k, v]) => [k, themed(v, k, style)]));
+  if (typeof value === "string" && key.toLowerCase().endsWith("color") && value.startsWith("var:"))
+    return style.getPropertyValue("--" + value.slice(4)).trim();
+  return value;
+}
+
+function draw() {
+  const style = getComputedStyle(document.documentElement);
+  const narrow = window.innerWidth < 640;
+  const tools = window.matchMedia("(hover: hover)").matches ? "hover" : false;
+  for (const { node, spec } of figures) {
+    const data = themed(spec.data, "", style).map((trace) => ({ ...trace, visible: !hidden.has(trace.legendgroup) }));
+    const layout = themed(spec.layout, "", style);
+    if (narrow) {
+      layout.margin = { ...layout.margin, ...spec.narrow.margin };
+      layout.font = { ...layout.font, size: 11 };
+    }
+    Plotly.react(node, data, layout, { ...config, displayModeBar: narrow ? false : tools });
+  }
+}
+
+for (const box of document.querySelectorAll(".legend input")) {
+  box.checked = true; // browsers remember boxes over a reload, plots do not
+  box.addEventListener("change", () => {
+    if (box.checked) hidden.delete(box.value);
+    else hidden.add(box.value);
+    draw();
+  });
+}
+
+if (figures.length) {
+  draw();
+  const scheme = window.matchMedia("(prefers-color-scheme: dark)");
+  scheme.addEventListener("change", draw);
+  const small = window.matchMedia("(max-width: 639px)");
+  small.addEventListener("change", draw);
+}

@@ -1,0 +1,86 @@
+"""What a study tells while it works, for a progress display."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flatmin.train.loop import Epoch, Result
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """Before any work: how many runs are needed, how many of them are finished already, and a guess of the time.
+
+    `stage` is "tune" or "compare". `seconds` covers all runs still to do, None if there are none.
+    """
+
+    stage: str
+    runs: int
+    reused: int
+    epochs: int
+    seconds: float | None
+
+    @property
+    def sentence(self) -> str:
+        """E.g. "30 runs, about 55 s"."""
+        count = f"{self.runs} run{'s' if self.runs != 1 else ''}"
+        if self.seconds is None:
+            return f"{count}, all finished before"
+        before = f", {self.reused} finished before" if self.reused else ""
+        return f"{count}{before}, about {_round(self.seconds)} s"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochDone:
+    """A run finished an epoch."""
+
+    run: str
+    epochs: int
+    line: Epoch
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunDone:
+    """A run finished; `result.failure` says if its loss was not finite."""
+
+    run: str
+    result: Result
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunBroke:
+    """A run raised an error and has no result."""
+
+    run: str
+    error: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuned:
+    """The value chosen on validation for an arm."""
+
+    label: str
+    chosen: dict[str, object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """The time per step is being measured; nothing else runs."""
+
+    methods: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Warned:
+    """Something that the user should know and that stops nothing."""
+
+    text: str
+
+
+Event = Planned | EpochDone | RunDone | RunBroke | Tuned | Timing | Warned
+
+
+def _round(seconds: float) -> int:
+    """Two leading digits are all that a guess deserves."""
+    whole = max(1, round(seconds))
+    return whole if whole < 100 else round(whole, -1)

@@ -1,0 +1,103 @@
+"""A digest of the code and data that decide a run's outcome, so that changed code does not reuse old results."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import inspect
+import os
+import platform
+import sys
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+import flatmin
+from flatmin.data.base import Data
+from flatmin.recipes import Recipe
+from flatmin.train.locate import find_module
+
+PARTS = ("parts", "engine", "data", "models", "measure", "train")
+FILES = ("recipes.py", "objectives.py")
+
+
+def package_sources() -> list[Path]:
+    """The package's files that a run depends on."""
+    root = Path(flatmin.__file__).parent
+    found = [root / name for name in FILES]
+    for part in PARTS:
+        found += sorted((root / part).rglob("*.py"))
+    return [path for path in found if path.is_file()]
+
+
+def module_sources(module: ModuleType) -> list[Path]:
+    """The file of a user's module; of a module inside a package, all files of that package's folder."""
+    file = getattr(module, "__file__", None)
+    if file is None:
+        return []
+    path = Path(file)
+    return sorted(path.parent.rglob("*.py")) if (path.parent / "__init__.py").is_file() else [path]
+
+
+def user_sources(specs: Iterable[str], recipes: Iterable[Recipe]) -> list[Path]:
+    """The files behind plugins, "module:function" names, and parts that come from outside the package."""
+    modules = {spec.partition(":")[0] for spec in specs}
+    found = [path for name in sorted(modules) for path in module_sources(find_module(name, option="fingerprint"))]
+    for recipe in recipes:
+        for part in recipe.parts.values():
+            module = inspect.getmodule(type(part))
+            if module is not None and module.__name__.partition(".")[0] != "flatmin":
+                found += module_sources(module)
+    return sorted(set(found))
+
+
+def digest(paths: Sequence[Path], *extra: str) -> str:
+    """Hex digest of files' names and contents and of further words."""
+    state = hashlib.sha256()
+    for path in paths:
+        state.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    for word in extra:
+        state.update(word.encode() + b"\0")
+    return state.hexdigest()
+
+
+@lru_cache(maxsize=1)
+def package_digest() -> str:
+    """Digest of the package's own files and of the version of torch; read once per process."""
+    return digest(package_sources(), torch.__version__)
+
+
+def data_digest(data: Data) -> str:
+    """Digest of a data set's content, for data whose files are unknown to us."""
+    state = hashlib.sha256()
+    for tensor in (data.train.x, data.train.y, data.val.x, data.val.y, data.test.x, data.test.y, data.clean):
+        if tensor is not None:
+            state.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+            state.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return state.hexdigest()
+
+
+def environment(device: str, threads: int) -> dict[str, object]:
+    """Versions and machine, without names of hosts or users."""
+    versions = {name: _version(name) for name in ("flatmin", "torch", "numpy", "scikit-learn")}
+    return {
+        "versions": versions,
+        "python": platform.python_version(),
+        "platform": f"{sys.platform}-{platform.machine()}",
+        "cpu_count": os.cpu_count(),
+        "threads": threads,
+        "device": device,
+        "code": package_digest()[:10],
+    }
+
+
+def _version(name: str) -> str | None:
+    if name == "torch":
+        return torch.__version__
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

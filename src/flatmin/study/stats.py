@@ -1,0 +1,118 @@
+"""Means with Student's t intervals, and paired differences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stat:
+    """A mean over seeds.
+
+    Args:
+        mean: of the values; NaN if there are none.
+        half: half width of the 95 % t interval of the mean; NaN for fewer than two values.
+        n: number of values.
+        values: one per seed, in the order of the seeds.
+    """
+
+    mean: float
+    half: float
+    n: int
+    values: tuple[float, ...]
+
+    @property
+    def covers_zero(self) -> bool:
+        """Whether 0 lies in the interval, or the interval is unknown."""
+        return not abs(self.mean) > self.half
+
+
+def summarise(values: Sequence[float], confidence: float = 0.95) -> Stat:
+    """Mean and t interval: mean +- t_{n-1} s / sqrt(n), with s the sample standard deviation.
+
+    Example:
+        >>> stat = summarise([1.0, 2.0, 3.0])
+        >>> stat.mean, round(stat.half, 3)
+        (2.0, 2.484)
+    """
+    n = len(values)
+    if n == 0:
+        return Stat(mean=math.nan, half=math.nan, n=0, values=())
+    mean = math.fsum(values) / n
+    half = math.nan
+    if n > 1:
+        variance = math.fsum((value - mean) ** 2 for value in values) / (n - 1)
+        half = t_quantile((1 + confidence) / 2, n - 1) * math.sqrt(variance / n)
+    return Stat(mean=mean, half=half, n=n, values=tuple(values))
+
+
+def paired(values: Mapping[int, float], base: Mapping[int, float]) -> Stat | None:
+    """Difference to the base over the seeds that both have; None if they share none."""
+    shared = [seed for seed in values if seed in base]
+    return summarise([values[seed] - base[seed] for seed in shared]) if shared else None
+
+
+@lru_cache
+def t_quantile(p: float, df: float) -> float:
+    """The p quantile of Student's t distribution with df degrees of freedom, to about 1e-10 relative.
+
+    Bisection on the distribution function, which is the regularised incomplete beta function
+    P(T <= t) = 1 - I_{df/(df + t^2)}(df/2, 1/2) / 2 for t >= 0.
+
+    Args:
+        p: in (0, 1).
+        df: positive.
+
+    Raises:
+        ValueError: outside these ranges.
+    """
+    if not 0 < p < 1 or not df > 0:
+        raise ValueError(f"t_quantile needs 0 < p < 1 and df > 0, got p={p!r} and df={df!r}.")
+    if p < 0.5:
+        return -t_quantile(1 - p, df)
+    if p == 0.5:
+        return 0.0
+    tail = 2 * (1 - p)
+    low, high = 0.0, 1.0
+    while _two_sided(high, df) > tail:
+        low, high = high, 2 * high
+    for _ in range(200):
+        middle = (low + high) / 2
+        if middle in (low, high):
+            break
+        low, high = (middle, high) if _two_sided(middle, df) > tail else (low, middle)
+    return (low + high) / 2
+
+
+def _two_sided(t: float, df: float) -> float:
+    """P(|T| > t)."""
+    return incomplete_beta(df / 2, 0.5, df / (df + t * t))
+
+
+def incomplete_beta(a: float, b: float, x: float) -> float:
+    """The regularised incomplete beta function I_x(a, b), by its continued fraction (Abramowitz & Stegun 26.5.8)."""
+    if x <= 0 or x >= 1:
+        return float(x >= 1)
+    if x > (a + 1) / (a + b + 2):
+        return 1 - incomplete_beta(b, a, 1 - x)
+    front = math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x))
+    # Lentz's method for 1 / (1 + d_1 / (1 + d_2 / (1 + ...))).
+    tiny = 1e-300
+    value, c, d = 1.0, 1.0, 0.0
+    for k in range(500):
+        m = k // 2
+        if k == 0:
+            term = 1.0
+        elif k % 2 == 0:
+            term = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
+        else:
+            term = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
+        d = 1 / (1 + term * d or tiny)
+        c = 1 + term / c or tiny
+        value *= c * d
+        if abs(c * d - 1) < 1e-15:
+            break
+    return front * (value - 1) / a

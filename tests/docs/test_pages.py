@@ -1,0 +1,82 @@
+"""What the pages claim: their Python runs, their commands parse, their links lead somewhere."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+import flatmin
+from flatmin.data.base import as_data
+from flatmin.recipes import METHODS
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(page):
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda p: p.name)
+def test_python_runs(page):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 3))
+    loader = [(torch.randn(12, 6), torch.randint(3, (12,))) for _ in range(3)]
+    before = [p.detach().clone() for p in model.parameters()]
+    names = {
+        "torch": torch,
+        "flatmin": flatmin,
+        "model": model,
+        "loader": loader,
+        "loss_fn": torch.nn.CrossEntropyLoss(),
+        "base": torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
+        "__name__": "page",
+    }
+    for block in blocks(page):
+        exec(compile(block, page.name, "exec"), names)
+    if page.name == "compare.md":
+        data = as_data(names["load"](), "load")
+        assert names["build"](data.num_classes)(data.train.x[:5]).shape == (5, 2)
+    if page.name == "README.md":
+        assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+        if "://" not in target:
+            assert (page.parent / target).exists(), target
+
+
+def test_the_table_in_the_readme_has_every_method():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = re.search(r"## Methods\n(.*?)\n## ", text, re.DOTALL).group(1)
+    rows = [line for line in table.splitlines() if line.startswith("| `")]
+    listed = {}
+    for row in rows:
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        listed |= dict.fromkeys(re.findall(r"`([^`]+)`", cells[0]), cells)
+    assert set(listed) == set(METHODS)
+    for name, cells in listed.items():
+        recipe = METHODS[name].recipe()
+        assert cells[3] == f"{recipe.gradient_evaluations:g}"
+        assert cells[4] == (f"{recipe.default_rho:g}" if recipe.ascends else "")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_commands_are_understood(page):
+    """Every indented `flatmin compare` line resolves to settings that can be planned."""
+    from flatmin.study.config import load
+
+    for line in re.findall(r"^    flatmin compare(.*)$", page.read_text(encoding="utf-8"), re.MULTILINE):
+        words = shlex.split(line.split("#")[0])
+        load(overrides=[word for word in words if re.fullmatch(r"[a-z_.]+=\S+", word)])
+
+
+def test_makefile_has_the_commands_that_are_named():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for page in PAGES:
+        for target in re.findall(r"\bmake ([a-z-]+)\b", page.read_text(encoding="utf-8")):
+            assert target in targets, f"{page.name}: make {target}"
