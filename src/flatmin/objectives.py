@@ -58,12 +58,13 @@ def bisam_log(logits: Tensor, target: Tensor, mu: float = 1.0) -> Tensor:
 
     Source: Xie et al., Improving SAM Requires Rethinking its Optimization Formulation, ICML 2024, Eq. 11.
     """
-    phi_shifted = margins(logits, target) - GAMMA
+    # In place: most of the cost is memory traffic. The margin comes first, so that F_y is exactly 0.
+    shifted = margins(logits, target).sub_(GAMMA)
     if mu == 1.0:
-        return 1.0 + torch.sigmoid(phi_shifted).sum(1).log().mean()
+        return 1.0 + shifted.sigmoid_().sum(1).log().mean()
     if 0.0 < mu <= _DIRECT_EXP_LIMIT:
-        return 1.0 + torch.sigmoid(phi_shifted).pow(mu).sum(1).log().mean() / mu
-    return 1.0 + torch.logsumexp(mu * F.logsigmoid(phi_shifted), 1).mean() / mu
+        return 1.0 + shifted.sigmoid_().pow(mu).sum(1).log().mean() / mu
+    return 1.0 + torch.logsumexp(mu * F.logsigmoid(shifted), 1).mean() / mu
 
 
 def bisam_tanh(logits: Tensor, target: Tensor, mu: float = 10.0, alpha: float = 0.1) -> Tensor:
@@ -86,11 +87,12 @@ def bisam_tanh(logits: Tensor, target: Tensor, mu: float = 10.0, alpha: float = 
 
     Source: Xie et al., ICML 2024, Eq. 11.
     """
-    phi = torch.tanh(alpha * margins(logits, target))
+    # tanh(a) = 2 sigmoid(2a) - 1, and sigmoid is several times cheaper than tanh on a CPU.
+    s = margins(logits, target).mul_(2.0 * alpha).sigmoid_()
     if 0.0 < mu <= _DIRECT_EXP_LIMIT:
         # phi <= 1, so the shifted exponent never overflows, and phi_y = 0 keeps the sum above exp(-mu).
-        return 1.0 + (mu * phi - mu).exp().sum(1).log().mean() / mu
-    return torch.logsumexp(mu * phi, 1).mean() / mu
+        return 1.0 + torch.add(s.new_full((), -2.0 * mu), s, alpha=2.0 * mu).exp_().sum(1).log().mean() / mu
+    return torch.logsumexp(2.0 * mu * s - mu, 1).mean() / mu
 
 
 def smoothed_cross_entropy(

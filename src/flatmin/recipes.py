@@ -202,7 +202,7 @@ _BUILT_IN = (
         parts=(p.Unnormalised(),),
         formula="eps = rho g",
         paper="Andriushchenko & Flammarion, Towards Understanding Sharpness-Aware Minimization, ICML 2022",
-        url="https://arxiv.org/abs/2206.06232",
+        url="https://proceedings.mlr.press/v162/andriushchenko22a.html",
         summary="SAM without the normalisation.",
     ),
     Method(
@@ -282,7 +282,8 @@ def _merge(table: dict[str, Method], new: Any, origin: str) -> None:
 
 def suggest(word: str, known: Iterable[str]) -> str:
     """'; did you mean ...?' if something is close, else ''."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    names = list(known)
+    close = [k for k in names if word and k.startswith(word)] or difflib.get_close_matches(word, names, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
