@@ -207,8 +207,8 @@ def _curvature(rows: Mapping[str, Row], ascends: Mapping[str, bool]) -> str:
             if other is not None and _misleads(long, other):
                 return (
                     f"A small λ_max alone does not mean a better minimum: '{LONG}' has {long.lambda_max.mean:.3g} "
-                    f"against {other.lambda_max.mean:.3g} of {other.label}, and a lower test accuracy. Its train loss is "
-                    f"{long.train_ce.mean:.2g} against {other.train_ce.mean:.2g}, and the curvature of cross-entropy "
+                    f"against {other.lambda_max.mean:.3g} of {other.label}, and a lower test accuracy. Its train loss "
+                    f"is {long.train_ce.mean:.2g} against {other.train_ce.mean:.2g}, and the curvature of cross-entropy "
                     "goes to 0 with the loss. Compare λ_max at equal train loss."
                 )
     return "Compare λ_max at equal train loss: the curvature of cross-entropy goes to 0 with it."

@@ -1,0 +1,1 @@
+"""One training run: its configuration, its loop, what it records."""

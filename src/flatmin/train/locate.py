@@ -1,0 +1,56 @@
+"""Finding a user's own function by "package.module:function"."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from flatmin.train.settings import suggest
+
+
+def search_here() -> None:
+    """Make modules in the working directory importable, as `python -m` does. The console script must ask for it."""
+    here = os.getcwd()
+    if here not in sys.path and "" not in sys.path:
+        sys.path.insert(0, here)
+
+
+def find_module(name: str, *, option: str) -> ModuleType:
+    """Import a module that an option names.
+
+    Raises:
+        ValueError: it does not exist, or fails while it is imported.
+    """
+    search_here()
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (name == error.name or name.startswith(error.name + ".")):
+            raise ValueError(
+                f"{option}: there is no module {error.name!r}; it is looked for in the working directory and among "
+                "the installed packages."
+            ) from error
+        raise ValueError(f"{option}: importing {name!r} failed: {error}.") from error
+    except Exception as error:
+        raise ValueError(f"{option}: importing {name!r} failed: {type(error).__name__}: {error}.") from error
+
+
+def find_function(spec: str, *, option: str) -> Callable[..., Any]:
+    """The function that "package.module:function" names.
+
+    Raises:
+        ValueError: not of that form, no such module, no such function.
+    """
+    module_name, colon, function_name = spec.partition(":")
+    if not colon or not module_name or not function_name:
+        raise ValueError(f"{option}={spec} is not of the form package.module:function.")
+    module = find_module(module_name, option=option)
+    found = getattr(module, function_name, None)
+    if not callable(found):
+        names = [name for name in vars(module) if callable(getattr(module, name)) and not name.startswith("_")]
+        raise ValueError(f"{option}: {module_name!r} has no function {function_name!r}{suggest(function_name, names)}")
+    return found  # type: ignore[no-any-return]

@@ -1,0 +1,181 @@
+"""What several test files share: small nets, batches, and the four ways in which a loop drives an update."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import flatmin
+from flatmin.parts import Context, Direction, Need, NewState, State, Tensors
+from flatmin.recipes import METHODS, Recipe
+
+DOORS = ("closure", "perturbed", "two calls", "passes")
+# Every named method, and compositions that cross a stateful part, another loss and another norm.
+NAMES = (*METHODS, "vasso+bisam-log+asam", "fsam+usam")
+BASES = {
+    "sgd": lambda groups, **kw: torch.optim.SGD(groups, **{"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-2, **kw}),
+    "adamw": lambda groups, **kw: torch.optim.AdamW(groups, **{"lr": 0.02, "weight_decay": 0.1, **kw}),
+}
+
+
+def drive(optimizer, backward, door="closure"):
+    """One update. `backward()` computes the loss, calls backward and returns it; returns the loss of pass 1."""
+    if door == "closure":
+
+        def closure():
+            optimizer.zero_grad()
+            return backward()
+
+        return optimizer.step(closure)
+    if door == "perturbed":
+        optimizer.zero_grad()
+        first = backward()
+        with optimizer.perturbed():
+            backward()
+        optimizer.step()
+    elif door == "two calls":
+        optimizer.zero_grad()
+        first = backward()
+        try:
+            optimizer.first_step(zero_grad=True)
+            backward()
+            optimizer.second_step(zero_grad=True)
+        except BaseException:
+            optimizer.abort()
+            raise
+    else:
+        losses = []
+        for evaluation in optimizer.passes():
+            with evaluation:
+                losses.append(backward())
+        optimizer.step()
+        first = losses[0]
+    return first.detach()
+
+
+def noisy_net(seed: int = 0) -> nn.Sequential:
+    """A float32 net with BatchNorm statistics and dropout masks: 6 inputs, 3 classes."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 3))
+
+
+def batch(step: int, size: int = 8, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """The batch of a step: 6 inputs, 3 classes; the global random numbers stay untouched."""
+    g = torch.Generator().manual_seed(1000 + step)
+    return torch.randn(size, 6, generator=g, dtype=dtype), torch.randint(3, (size,), generator=g)
+
+
+def train(model, optimizer, criterion, steps, *, door="closure", scheduler=None):
+    """Train on `batch(k)` for k in steps; the losses at w."""
+    losses = []
+    for k in steps:
+        x, y = batch(k, dtype=next(model.parameters()).dtype)
+
+        def backward(x=x, y=y):
+            loss = criterion(model(x), y)
+            loss.backward()
+            return loss
+
+        losses.append(drive(optimizer, backward, door))
+        if scheduler is not None:
+            scheduler.step()
+    return losses
+
+
+def bits(tensors) -> list[Tensor]:
+    """Integer copies, so that equality is bit for bit: -0.0 is not 0.0 and nan equals itself."""
+    kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return [t.detach().clone().view(kinds[t.element_size()]) for t in tensors]
+
+
+def same_bits(a, b) -> bool:
+    """Whether two structures of dicts, lists and tensors are equal, tensors bit for bit and of one dtype."""
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and a.dtype == b.dtype and a.shape == b.shape and torch.equal(*bits([a, b]))
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same_bits(v, b[k]) for k, v in a.items())
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same_bits, a, b))
+    return a == b
+
+
+@dataclass(frozen=True, kw_only=True)
+class Jitter(Direction):
+    """A direction with random draws, one number and one tensor per weight to remember."""
+
+    needs: ClassVar = frozenset({Need.RANDOM})
+    slots: ClassVar = {"count": "scalar", "last": "param"}
+
+    def __call__(self, g: Tensors | None, state: State, c: Context) -> tuple[Tensors | None, NewState]:
+        count = torch.zeros(()) if state["count"] is None else state["count"]
+        last = [x if s is None else s for x, s in zip(g, state["last"], strict=True)]
+        d = [x + 0.1 * n + 0.01 * s * count for x, n, s in zip(g, c.noise(), last, strict=True)]
+        return d, {"count": count + 1, "last": [x.clone() for x in g]}
+
+
+def recipe_of(name: str) -> str | Recipe:
+    """A method name, or "jitter" for a recipe that draws and keeps both kinds of state."""
+    return Recipe(direction=Jitter(), name="jitter") if name == "jitter" else name
+
+
+class Session:
+    """A small training run with everything that a checkpoint must hold."""
+
+    def __init__(self, method: str, base: str, seed: int = 0, **options) -> None:
+        self.model = noisy_net(seed)
+        groups = [
+            {"params": list(self.model[0].parameters()), "rho": 0.1},
+            {"params": list(self.model[1].parameters()), "rho": 0.0},
+            {"params": list(self.model[4].parameters())},
+        ]
+        self.criterion = flatmin.Criterion(nn.CrossEntropyLoss(label_smoothing=0.1))
+        self.optimizer = flatmin.wrap(
+            BASES[base](groups), recipe_of(method), model=self.model, criterion=self.criterion, **options
+        )
+        self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, 20)
+
+    def run(self, steps) -> Session:
+        """Train on the batches of these steps."""
+        train(self.model, self.optimizer, self.criterion, steps, scheduler=self.scheduler)
+        return self
+
+    def save(self) -> dict:
+        """The checkpoint, with the global random state."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "rng": torch.get_rng_state(),
+        }
+
+    def load(self, saved: dict) -> Session:
+        """Take a checkpoint."""
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.scheduler.load_state_dict(saved["scheduler"])
+        torch.set_rng_state(saved["rng"])
+        return self
+
+
+def resume_all(source: str, target: str) -> None:
+    """Continue every saved run of a file from step 10 to 20: the other process of the resume test."""
+    saved = torch.load(source, weights_only=True)
+    torch.save(
+        {k: Session(*k.split("/"), seed=9).load(v).run(range(10, 20)).save() for k, v in saved.items()},
+        target,
+    )
+
+
+def cosine(step: int, total: int) -> float:
+    """The factor of cosine annealing to zero."""
+    return 0.5 * (1.0 + math.cos(math.pi * step / total))
+
+
+def soft_targets(y: Tensor, classes: int, smoothing: float) -> Tensor:
+    """1 - s on the true class plus s/K on every class."""
+    return (1.0 - smoothing) * F.one_hot(y, classes).double() + smoothing / classes

@@ -1,0 +1,169 @@
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from flatmin.recipes import METHODS
+from flatmin.train import metrics
+from flatmin.train.config import RunConfig, stream
+from flatmin.train.loop import Trainer, train
+
+
+def config(**changes):
+    usual = {
+        "method": "sam",
+        "rho": 0.1,
+        "epochs": 3,
+        "batch_size": 16,
+        "noise": 0.3,
+        "data": "tests.user_side:data",
+        "model": "tests.user_side:net",
+    }
+    return RunConfig(**{**usual, **changes})
+
+
+def run(**changes):
+    lines = []
+    result = train(config(**changes), on_epoch=lines.append)
+    return result, lines
+
+
+def without_time(result, lines):
+    plain = {**vars(result), "seconds": None}
+    return plain, [{**vars(line), "seconds": None} for line in lines]
+
+
+@pytest.mark.parametrize("model", ["net", "dropping"])
+def test_same_configuration_same_numbers_bit_for_bit(model):
+    name = f"tests.user_side:{model}"
+    torch.manual_seed(1)
+    first = without_time(*run(model=name))
+    torch.manual_seed(2)
+    assert without_time(*run(model=name)) == first
+    assert without_time(*run(model=name, seed=1)) != first
+
+
+def test_the_global_random_state_is_left_alone():
+    before = torch.get_rng_state()
+    run()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_methods_with_one_seed_are_paired():
+    one, two = Trainer(config()), Trainer(config(method="sgd", rho=None))
+    assert all(torch.equal(p, q) for p, q in zip(one.model.parameters(), two.model.parameters(), strict=True))
+    assert torch.equal(one.data.train.y, two.data.train.y)
+    for _ in range(3):
+        pairs = list(zip(one.epoch_batches(), two.epoch_batches(), strict=True))
+        for a, b in pairs:
+            one.step(a)
+            assert torch.equal(a, b)
+        assert [len(a) for a, _ in pairs] == [16, 16, 16, 2]
+        assert sorted(torch.cat([a for a, _ in pairs]).tolist()) == list(range(50))
+
+
+def test_sgd_is_the_plain_loop():
+    trainer = Trainer(config(method="sgd", rho=None))
+    result, _ = run(method="sgd", rho=None)
+    data = trainer.data
+    base = torch.optim.SGD(trainer.model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    for epoch in range(3):
+        base.param_groups[0]["lr"] = 0.05 * (1 + math.cos(math.pi * epoch / 3))
+        for index in trainer.epoch_batches():
+            base.zero_grad()
+            F.cross_entropy(trainer.model(data.train.x[index]), data.train.y[index]).backward()
+            base.step()
+    assert result.train_ce == pytest.approx(metrics.train_cross_entropy(trainer.model, data.train), rel=1e-6)
+
+
+def test_what_is_recorded():
+    result, lines = run()
+    assert [line.epoch for line in lines] == [1, 2, 3]
+    assert [line.lr for line in lines] == pytest.approx([0.1, 0.075, 0.025])
+    assert {line.rho for line in lines} == {0.1}
+    assert all(0 <= line.memorised <= 100 and line.seconds > 0 for line in lines)
+    assert result.last == {
+        k: getattr(lines[-1], k) for k in ("epoch", "test_acc", "val_acc", "memorised", "train_loss")
+    }
+    assert result.gradient_evaluations == 2
+    assert result.seconds == pytest.approx(sum(line.seconds for line in lines))
+    assert result.trained
+    assert result.failure is None
+    assert result.lambda_max["converged"]
+    assert result.lambda_max["residual"] <= 1e-2
+
+
+def test_the_best_epoch_is_chosen_on_validation():
+    result, lines = run(epochs=6)
+    best = max(lines, key=lambda line: (line.val_acc, -line.val_loss, -line.epoch))
+    assert result.best == {"epoch": best.epoch, "test_acc": best.test_acc, "val_acc": best.val_acc}
+
+
+def test_plain_sgd_reports_no_radius_and_no_noise_no_memory():
+    result, lines = run(method="sgd", rho=None, noise=0.0)
+    assert result.rho is None
+    assert result.last["memorised"] is None
+    assert lines[0].rho is None
+
+
+def test_curvature_is_that_of_the_last_weights():
+    trainer = Trainer(config(method="sgd", rho=None))
+    for _ in range(3):
+        for index in trainer.epoch_batches():
+            trainer.step(index)
+    found = metrics.sharpness(trainer.model, trainer.data.train)
+    operator = metrics.Hessian(trainer.model, F.cross_entropy, [(trainer.data.train.x, trainer.data.train.y)])
+    full = torch.stack([operator.matvec(e) for e in torch.eye(operator.size)])
+    assert found.value == pytest.approx(torch.linalg.eigvalsh(full.double())[-1].item(), rel=1e-3)
+
+
+def test_a_net_that_only_guesses_has_not_trained():
+    result, _ = run(lr=0.0, rho=0.0)
+    assert not result.trained
+    assert metrics.has_trained(0.94 * math.log(3), 3)
+    assert not metrics.has_trained(0.96 * math.log(3), 3)
+    assert not metrics.has_trained(math.nan, 3)
+
+
+@pytest.mark.parametrize("method", ["sgd", "sam"])
+def test_a_run_that_blows_up_says_so(method):
+    result, lines = run(method=method, rho=None if method == "sgd" else 0.1, lr=1e30)
+    assert "not finite" in result.failure
+    assert not result.trained
+    assert result.last is result.best is result.train_ce is result.lambda_max is None
+    assert len(lines) < 3
+
+
+@pytest.mark.parametrize("name", [*METHODS, "vasso+asam"])
+def test_every_method_runs(name):
+    result, _ = run(method=name, rho=0.05, epochs=1, measure=False)
+    assert result.failure is None
+    assert result.lambda_max is None
+
+
+def test_parameters_of_parts_reach_the_recipe():
+    assert Trainer(config(method="vasso", params={"direction.theta": 0.5})).recipe.direction.theta == 0.5
+    with pytest.raises(ValueError, match="theta"):
+        Trainer(config(params={"theta": 0.5}))
+
+
+def test_streams_differ_by_purpose_and_seed():
+    seeds = {stream(seed, purpose) for seed in range(20) for purpose in ("model", "noise", "order", "engine")}
+    assert len(seeds) == 80
+    assert max(seeds) < 2**63
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"lr": -1.0}, "lr must be at least 0"),
+        ({"noise": 1.5}, "noise must be at least 0 and at most 1"),
+        ({"rho": float("nan")}, "rho must be at least 0, got nan"),
+        ({"rho": -0.1}, "rho must be at least 0"),
+    ],
+)
+def test_values_out_of_range(changes, words):
+    with pytest.raises(ValueError, match=words):
+        config(**changes)
