@@ -71,9 +71,9 @@ class Doors(Optimizer):
     # torch would fire the step hooks here as well as in the base.
     step.hooked = True  # type: ignore[attr-defined]
 
-    def _apply(self, update: Update) -> None:
+    def _apply(self, update: Update, *, at_once: bool = False) -> None:
         try:
-            update.apply()
+            update.apply(at_once=at_once)
         except BaseException:
             self._rewind()
             raise
@@ -93,7 +93,7 @@ class Doors(Optimizer):
                     self.loss_point = "w + eps" if moved else "w"
                 # The graph of this pass must not live through the next one.
                 del loss
-        self._apply(update)
+        self._apply(update, at_once=True)
         return first
 
     @contextlib.contextmanager

@@ -70,7 +70,8 @@ class Ledger:
         Without flags the size is read on the host (CPU tensors); with flags nothing synchronises and a direction
         that is not finite becomes a displacement of exactly zero.
         """
-        ws = [weights[i] for i in offset.index]
+        whole = len(offset.index) == len(weights)
+        ws = list(weights) if whole else [weights[i] for i in offset.index]
         if flags is None:
             size = float(offset.size)
             if not math.isfinite(size):
@@ -78,9 +79,11 @@ class Ledger:
             self._save(ws, offset.index)
             scale = 1.0 if offset.norm is None else 1.0 / (float(offset.norm) + offset.eps)
             for group, factor in _by_factor(ws, offset, mixed=True):
-                torch._foreach_add_(
-                    [ws[i] for i in group], [offset.direction[i] for i in group], alpha=float(factor) * scale
-                )
+                alpha, d = float(factor) * scale, offset.direction
+                if len(group) == len(ws):
+                    torch._foreach_add_(ws, d, alpha=alpha)
+                else:
+                    torch._foreach_add_([ws[i] for i in group], [d[i] for i in group], alpha=alpha)
             return True
         self._save(ws, offset.index)
         self._add_on_device(ws, offset, flags)

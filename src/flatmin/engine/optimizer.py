@@ -18,7 +18,7 @@ from flatmin.engine.guards import FrozenStatistics, ModelWatch, RandomState
 from flatmin.engine.ledger import Flags, Ledger
 from flatmin.engine.program import Generators, Site
 from flatmin.engine.store import PREFIX, VERSION, StateView, Store, load, save
-from flatmin.engine.tensors import is_sharded
+from flatmin.engine.tensors import Workspace, is_sharded
 from flatmin.parts import Need, Offset
 from flatmin.recipes import Recipe, compose
 
@@ -193,17 +193,16 @@ class SAM(Doors):
     # -- what updates use ----------------------------------------------------------------------------------------
 
     def _site(self) -> Site:
-        weights, groups, names = [], [], []
+        weights: list[Tensor] = []
+        groups: list[dict[str, Any]] = []
         for group in self.param_groups:
-            if not group["rho"] >= 0 or group["rho"] == math.inf:
-                check_rho(group["rho"])
-            for w in group["params"]:
-                if w.requires_grad:
-                    weights.append(w)
-                    groups.append(group)
-        if Need.NAMES in self.recipe.needs:
-            names = [self._names.get(w, "") for w in weights]
-        return Site(weights, groups, names, int(self.param_groups[0][PREFIX + "step"]), self._generators)
+            check_rho(group["rho"])
+            trained = [w for w in group["params"] if w.requires_grad]
+            weights += trained
+            groups += [group] * len(trained)
+        names = [self._names.get(w, "") for w in weights] if Need.NAMES in self.recipe.needs else []
+        step = int(self.param_groups[0][PREFIX + "step"])
+        return Site(weights, groups, names, step, self._generators, self._workspace)
 
     def _device_flags(self, offset: Offset) -> Flags | None:
         device = offset.direction[0].device if offset.direction else torch.device("cpu")
@@ -275,6 +274,7 @@ class SAM(Doors):
         """Everything that is neither saved nor copied."""
         self._update = None
         self._ledger = Ledger()
+        self._workspace = Workspace()
         self._flags = None
         self._force_device_path = False
         self._frozen = False

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -25,7 +25,8 @@ class Site:
         groups: the param group of each.
         names: the name of each, "" if unknown.
         step: number of updates before this one.
-        generator: seeded generators by device, made on demand.
+        generator: the engine's own random numbers.
+        workspace: scratch for norms; None where a transformation must see every operation.
     """
 
     def __init__(
@@ -35,11 +36,14 @@ class Site:
         names: Sequence[str],
         step: int,
         generator: Generators,
+        workspace: ta.Workspace | None = None,
     ) -> None:
         self.weights, self.groups, self.names = weights, groups, names
-        self.step, self.generator = step, generator
-        self.rhos = [float(g["rho"]) for g in groups]
-        self.moved = [i for i, rho in enumerate(self.rhos) if rho > 0]
+        self.step, self.generator, self.workspace = step, generator, workspace
+        self.rhos: list[float] = [g["rho"] for g in groups]
+        self.moved: Sequence[int] = range(len(weights))
+        if not all(self.rhos):
+            self.moved = [i for i, rho in enumerate(self.rhos) if rho > 0]
 
     def context(self, index: Sequence[int]) -> SiteContext:
         return SiteContext(self, index)
@@ -61,7 +65,7 @@ class SiteContext:
 
     @property
     def w(self) -> Tensors:
-        return [self._site.weights[i] for i in self._index]
+        return _pick(self._site.weights, self._index)
 
     @property
     def names(self) -> Sequence[str]:
@@ -76,7 +80,7 @@ class SiteContext:
         return self._site.step
 
     def norm(self, tensors: Tensors) -> Tensor:
-        return ta.norm(tensors)
+        return ta.norm(tensors, self._site.workspace)
 
     def dot(self, a: Tensors, b: Tensors) -> Tensor:
         return ta.dot(a, b)
@@ -92,6 +96,9 @@ class SiteContext:
 
 def _real(w: Tensor) -> torch.dtype:
     return w.dtype if w.is_complex() else torch.promote_types(w.dtype, torch.float32)
+
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -116,22 +123,25 @@ class Reader:
         raise NotImplementedError
 
 
-def _present(index: Sequence[int], *gradients: Gradients) -> list[int]:
+def _present(index: Sequence[int], *gradients: Gradients) -> Sequence[int]:
     """The positions at which every list has a gradient."""
-    found = list(index)
     for grads in gradients:
-        found = [i for i in found if grads[i] is not None]
-    return found
+        found = [i for i in index if grads[i] is not None]
+        index = index if len(found) == len(index) else found
+    return index
 
 
-def _pick(grads: Gradients, index: Sequence[int]) -> Tensors:
+def _pick(items: Sequence[T], index: Sequence[int]) -> list[T]:
+    """The items at these positions."""
+    return list(items) if len(index) == len(items) else [items[i] for i in index]
+
+
+def _dense(grads: Gradients, index: Sequence[int]) -> Tensors:
     """Gradients at positions known to be present; sparse ones become dense."""
-    out: Tensors = []
-    for i in index:
-        g = grads[i]
-        assert g is not None
-        out.append(g.to_dense() if g.is_sparse else g)
-    return out
+    picked = cast(Tensors, _pick(grads, index))
+    if any([g.is_sparse for g in picked]):
+        picked = [g.to_dense() if g.is_sparse else g for g in picked]
+    return picked
 
 
 def program(recipe: Recipe, site: Site, store: Reader, eps: float) -> Generator[Eval, Gradients, Outcome]:
@@ -156,7 +166,8 @@ def program(recipe: Recipe, site: Site, store: Reader, eps: float) -> Generator[
 
     def ascend(at: Offset | None = None) -> Generator[Eval, Gradients, Offset | None]:
         nonlocal kept, first
-        direction, index = recipe.direction, site.moved
+        direction = recipe.direction
+        index: Sequence[int] = site.moved
         g: Tensors | None = None
         if direction.evaluates:
             if first is None:
@@ -168,7 +179,7 @@ def program(recipe: Recipe, site: Site, store: Reader, eps: float) -> Generator[
             index = _present(index, grads)
             if not index:
                 return None
-            g = _pick(grads, index)
+            g = _dense(grads, index)
             if recipe.combine.uses_gradient and kept is None:
                 kept = grads
             del grads
@@ -184,11 +195,11 @@ def program(recipe: Recipe, site: Site, store: Reader, eps: float) -> Generator[
         t, norm = recipe.geometry(d, c)
         if factors is not None and recipe.mask.norm == "full":
             t = list(torch._foreach_mul(t, factors))
-        size = ta.norm(t) if norm is None else norm
+        size = c.norm(t) if norm is None else norm
         if out.size is None:
             out.size = size
         radius = recipe.radius(c)
-        reach: list[float | Tensor] = [site.rhos[i] for i in index]
+        reach: list[Any] = _pick(site.rhos, index)
         if isinstance(radius, Tensor) or radius != 1.0:
             # One product per distinct rho, so that equal radii stay one object.
             products = {rho: rho * radius for rho in set(reach)}
@@ -202,14 +213,14 @@ def program(recipe: Recipe, site: Site, store: Reader, eps: float) -> Generator[
     if on is None:
         first = yield Eval("ascent")
         index = _present(site.moved, first)
-        on, new = when.after(_pick(first, index), read("when", index), site.context(index)) if index else (False, {})
+        on, new = when.after(_dense(first, index), read("when", index), site.context(index)) if index else (False, {})
         stage("when", index, new)
         if on and recipe.combine.uses_gradient:
             kept = first
     if not on:
         grads = first if first is not None else (yield Eval("descent"))
         index = _present(everything, grads)
-        u, new = recipe.combine.off(_pick(grads, index), read("combine", index), site.context(index))
+        u, new = recipe.combine.off(_dense(grads, index), read("combine", index), site.context(index))
         stage("combine", index, new)
         out.update = _spread(grads, index, u)
         return out
@@ -218,15 +229,15 @@ def program(recipe: Recipe, site: Site, store: Reader, eps: float) -> Generator[
     last = points[-1]
     if type(recipe.direction).observe is not Direction.observe:
         index = _present(site.moved, last)
-        new = recipe.direction.observe(_pick(last, index), read("direction", index), site.context(index))
+        new = recipe.direction.observe(_dense(last, index), read("direction", index), site.context(index))
         out.staged["direction"] = (index, new)
     if isinstance(recipe.combine, Descent):
         out.update, out.untouched = last, True
         return out
     lists = points if kept is None else [kept, *points]
     index = _present(everything, *lists)
-    g = None if kept is None else _pick(kept, index)
-    gs = [_pick(p, index) for p in points]
+    g = None if kept is None else _dense(kept, index)
+    gs = [_dense(p, index) for p in points]
     c = site.context(index)
     u, new = recipe.combine(g, gs, read("combine", index), c)
     stage("combine", index, new)

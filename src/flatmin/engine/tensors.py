@@ -60,7 +60,29 @@ def _accumulate_in(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
 
 
-def norm(tensors: Sequence[Tensor]) -> Tensor:
+class Workspace:
+    """Persistent scratch for the norm of many small CPU tensors, where a call per tensor costs more than a copy."""
+
+    def __init__(self) -> None:
+        self._sizes: list[int] = []
+        self._flat: Tensor | None = None
+        self._views: list[Tensor] = []
+
+    def join(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Few tensors with the same norm as `tensors`, which share one dtype."""
+        small = [t for t in tensors if t.numel() <= _SMALL]
+        if len(small) < 2 or not plain(small):
+            return tensors
+        sizes = [t.numel() for t in small]
+        if sizes != self._sizes or self._flat is None or self._flat.dtype != small[0].dtype:
+            self._sizes, self._flat = sizes, torch.empty(sum(sizes), dtype=small[0].dtype)
+            parts = self._flat.split(sizes)
+            self._views = [v.view(t.shape) for v, t in zip(parts, small, strict=True)]
+        torch._foreach_copy_(self._views, small)
+        return [self._flat] if len(small) == len(tensors) else [self._flat, *(t for t in tensors if t.numel() > _SMALL)]
+
+
+def norm(tensors: Sequence[Tensor], workspace: Workspace | None = None) -> Tensor:
     """Global L2 norm in fp32, or fp64 if any tensor is fp64; one scalar on the first tensor's device.
 
     Squares are summed in that precision, so entries above about 1e19 overflow to inf in fp32.
@@ -69,26 +91,14 @@ def norm(tensors: Sequence[Tensor]) -> Tensor:
     groups = [tensors] if uniform(tensors) else [[tensors[i] for i in b] for b in buckets(tensors)]
     parts: list[Tensor] = []
     for group in groups:
-        dtype = group[0].dtype
-        if group[0].device.type == "cpu":
-            group = _gather_small(group)
-        low = dtype in (torch.float16, torch.bfloat16)
+        low = group[0].dtype in (torch.float16, torch.bfloat16)
+        if workspace is not None and len(groups) == 1 and group[0].device.type == "cpu":
+            group = workspace.join(group)
         parts.extend(torch._foreach_norm(group, 2.0, dtype=torch.float32) if low else torch._foreach_norm(group, 2.0))
     if len(groups) > 1:
         wide = max((p.dtype for p in parts), key=lambda d: d.itemsize)
         parts = [p.to(device=tensors[0].device, dtype=wide) for p in map(full_scalar, parts)]
     return full_scalar(parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts)))
-
-
-def _gather_small(tensors: list[Tensor]) -> list[Tensor]:
-    """Small CPU tensors joined into one: there a call per tensor costs more than the copy."""
-    if not plain(tensors):
-        return tensors
-    small = [t for t in tensors if t.numel() <= _SMALL]
-    if len(small) < 2:
-        return tensors
-    joined = torch._C._nn.flatten_dense_tensors(small)
-    return [joined] if len(small) == len(tensors) else [joined, *(t for t in tensors if t.numel() > _SMALL)]
 
 
 def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
@@ -132,12 +142,13 @@ def nonfinite_(tensors: Sequence[Tensor], found: Tensor, one: Tensor) -> None:
     `one` is an fp32 scalar 1 on the same device.
     """
     # On the CPU one call takes mixed dtypes.
-    groups = [range(len(tensors))] if found.device.type == "cpu" else buckets(tensors)
-    for group in groups:
-        chosen = [tensors[i] for i in group]
+    one_call = found.device.type == "cpu"
+    for chosen in [list(tensors)] if one_call else [[tensors[i] for i in b] for b in buckets(tensors)]:
         if any(map(torch.is_complex, chosen)):
-            chosen = [torch.view_as_real(t) if t.is_complex() else t for t in chosen]
-        torch._amp_foreach_non_finite_check_and_unscale_(chosen, found, one)
+            real = [torch.view_as_real(t) if t.is_complex() else t for t in chosen]
+            torch._amp_foreach_non_finite_check_and_unscale_(real, found, one)
+        else:
+            torch._amp_foreach_non_finite_check_and_unscale_(chosen, found, one)
 
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:

@@ -128,11 +128,14 @@ class Update:
             if w.grad is not u:
                 w.grad = None if u is None else u.to(w.dtype)
 
-    def apply(self) -> None:
-        """The base's step, by the optimizer's rule for gradients that are not finite."""
+    def apply(self, *, at_once: bool = False) -> None:
+        """The base's step, by the optimizer's rule for gradients that are not finite.
+
+        `at_once`: nobody could have changed the gradients since the last pass.
+        """
         opt, outcome = self.optimizer, self.outcome
         assert outcome is not None
-        stepped, gate = self._base_step(opt.base.step, outcome)
+        stepped, gate = self._base_step(opt.base.step, outcome, at_once and outcome.untouched)
         if stepped and self._ascent_finite:
             for kind, (index, new) in outcome.staged.items():
                 opt._store.commit(kind, [self.site.weights[i] for i in index], new, gate)
@@ -141,7 +144,7 @@ class Update:
             torch._foreach_add_([self.site.weights[i] for i in index], terms)
         opt._note(ascent_finite=self._ascent_finite, stepped=stepped)
 
-    def _base_step(self, base_step: Callable[[], object], outcome: Outcome) -> tuple[bool, Tensor | None]:
+    def _base_step(self, base_step: Callable[[], object], outcome: Outcome, known: bool) -> tuple[bool, Tensor | None]:
         """Whether the host knows of no fault; a 0/1 verdict on staged state where only the device knows."""
         opt, flags = self.optimizer, self.optimizer._flags
         ascended = flags is not None and outcome.size is not None
@@ -151,8 +154,8 @@ class Update:
                 flags.count(ascended=True)
                 return True, self._gate(outcome)
             return True, None
-        update = [g for w in self.site.weights if (g := w.grad) is not None]
-        update = [g.coalesce().values() if g.is_sparse else g for g in update]
+        current = outcome.update if known else [w.grad for w in self.site.weights]
+        update = [g.coalesce().values() if g.is_sparse else g for g in current if g is not None]
         if flags is None:
             if not ta.all_finite(update):
                 return self._refuse(), None

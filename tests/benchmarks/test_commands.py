@@ -1,0 +1,81 @@
+"""The command line of the benchmarks: files, exit codes, and what it says without a GPU."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import equiv, step
+from benchmarks.__main__ import main
+from benchmarks.loops import Setting
+from benchmarks.nets import NETS
+from benchmarks.results import Gate, Result, Spread
+
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+
+
+@pytest.fixture(autouse=True)
+def threads_as_before():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(False)
+
+
+def test_a_run_leaves_one_json_line_and_a_page(tmp_path, capsys):
+    path, page = tmp_path / "new" / "runs.jsonl", tmp_path / "page.md"
+    for _ in range(2):
+        assert main(["equiv", "--gate", "--json", str(path), "--page", str(page)]) == 0
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(lines) == 2
+    assert {"date", "torch", "python", "cpu", "load"} <= set(lines[0]["environment"])
+    assert lines[0]["raw"]["sam"][1] < 1e-10
+    assert "| flatmin sam |" in page.read_text()
+    assert "flatmin asam" in capsys.readouterr().out
+
+
+def test_a_failed_gate_is_the_exit_code_only_if_asked(monkeypatch, capsys):
+    bad = Result("equiv", gates=[Gate("planted", "2", "<= 1", False)])
+    monkeypatch.setattr(equiv, "run", lambda options: bad)
+    assert main(["equiv"]) == 0
+    assert main(["equiv", "--gate"]) == 1
+    assert "failed: planted" in capsys.readouterr().err
+
+
+@no_gpu
+@pytest.mark.parametrize("words", [["gpu", "out"], ["kernels"], ["step", "--device", "cuda"]])
+def test_without_a_gpu_it_says_so(words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert said.startswith("This machine has no CUDA device")
+    assert not list(tmp_path.iterdir())
+
+
+def test_steps_are_sampled_beside_the_floor():
+    setting = Setting(NETS["mlp20"])
+    samples = step.sample(setting, ["sam"], rounds=3, repeats=1)
+    assert {step.CONTROL, step.SGD, "sam", "plain per-tensor loop"} <= set(samples)
+    assert all(len(rows) == 3 and all(len(row) == 3 for row in rows) for rows in samples.values())
+    result = Result("step")
+    step.judge(setting, samples, result)
+    assert "apart" in result.notes[0]
+
+
+def test_a_noisy_control_makes_the_run_inconclusive():
+    quiet, noisy = [[1.0, 1.0, 1.0]] * 4, [[1.0, x, 1.0] for x in (0.7, 0.9, 1.2, 1.6)]
+    result = Result("step")
+    rows = {step.CONTROL: noisy, step.SGD: quiet, "sam": [[1.0, 2.0, 1.0]] * 4}
+    step.judge(Setting(NETS["mlp200"]), rows, result)
+    assert "inconclusive" in result.notes[0]
+    assert result.gates[0].value == "inconclusive"
+    result = Result("step")
+    step.judge(Setting(NETS["mlp200"]), {**rows, step.CONTROL: quiet}, result)
+    assert [g.passed for g in result.gates] == [False]
+
+
+def test_spread():
+    spread = Spread.of([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert (spread.median, spread.q25, spread.q75) == (3.0, 2.0, 4.0)
+    assert spread.relative_iqr == pytest.approx(2 / 3)
