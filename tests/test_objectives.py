@@ -350,6 +350,23 @@ def test_evaluation_between_the_passes_of_a_real_optimizer_is_plain():
     assert criterion.ascent_calls == 1
 
 
+def test_a_manual_loop_that_forgets_the_criterion_later_on_is_caught():
+    """The check is of each update, not of the run so far."""
+    torch.manual_seed(0)
+    model, criterion = nn.Linear(6, 3), flatmin.Criterion(nn.CrossEntropyLoss())
+    optimizer = flatmin.wrap(torch.optim.SGD(model.parameters(), lr=0.1), "bisam-log", criterion=criterion)
+    x, y = torch.randn(8, 6), torch.randint(3, (8,))
+    criterion(model(x), y).backward()
+    with optimizer.perturbed():
+        criterion(model(x), y).backward()
+    optimizer.step()
+    before = model.weight.detach().clone()
+    F.cross_entropy(model(x), y).backward()
+    with pytest.raises(RuntimeError, match="never called the criterion"), optimizer.perturbed():
+        pytest.fail("the weights moved")
+    assert torch.equal(model.weight, before)
+
+
 def test_a_loss_that_is_not_finite_keeps_its_value_and_a_finite_ascent_gradient():
     """The value comes through as it is; no inf - inf on the way."""
     speaker, criterion = Speaker(), flatmin.Criterion(lambda z, y: F.cross_entropy(z, y) * math.inf)

@@ -375,7 +375,7 @@ def test_distributed_checkpoints_round_trip_bit_for_bit(method, base, flatten):
 @stateful_method
 @every_base
 def test_distributed_checkpoints_of_a_run_before_its_first_step(method, base):
-    """Torch lets the base take a step with lr = 0 to fill its state: no weight moves, and no memory counts as filled."""
+    """Torch lets the base take a step with lr = 0 to fill its state: no weight moves, nothing counts as filled."""
     session = Session(method, base)
     weights = copy.deepcopy(session.model.state_dict())
     saved = copy.deepcopy(get_optimizer_state_dict(session.model, session.optimizer))

@@ -53,8 +53,9 @@ def test_the_protocol_is_told():
 
 def test_methods_within_the_noise_are_not_ranked():
     text = notes(FAMILY)
-    assert "The 2 methods that ascend are not ranked" in text
-    assert "sam and asam, +0.0 ± 2.2 points" in text
+    assert "Sam and asam are not ranked: they differ at the last epoch by +0.0 ± 2.2 points, within the noise." in text
+    text = notes({**FAMILY, "vasso": (95.0, 95.5, 95.0)})
+    assert "The 3 methods that ascend are not ranked: none of the 3 pairs differs" in text
 
 
 def test_methods_beyond_the_noise_are():
@@ -126,7 +127,7 @@ def test_choices_and_the_ends_of_their_lists(best, edge):
     text = notes(FAMILY, config=replace(CONFIG, tune=True), choices={"sam": tried})
     assert f"sam: rho={best}" in text
     assert ("the end of its list" in text) == edge
-    assert "One validation sample is 1 points" in text
+    assert "One validation sample is 1 % of" in text
 
 
 def test_where_the_radius_comes_from():

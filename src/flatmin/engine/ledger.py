@@ -98,7 +98,7 @@ class Ledger:
                 d = d if offset.scratch else list(torch._foreach_mul(d, 1.0))
             else:
                 # In another dtype the division would launch once per tensor.
-                by = divisor.to(d[0].device, d[0].abs().dtype if d[0].is_complex() else d[0].dtype)
+                by = divisor.to(d[0].device, torch.view_as_real(d[0]).dtype if d[0].is_complex() else d[0].dtype)
                 if offset.scratch:
                     torch._foreach_div_(d, by)
                 else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -19,7 +19,7 @@ from flatmin.engine.ledger import Flags, Ledger
 from flatmin.engine.program import Generators, Site
 from flatmin.engine.store import PREFIX, VERSION, StateView, Store, load, save
 from flatmin.engine.tensors import Workspace, is_sharded
-from flatmin.parts import Need, Offset
+from flatmin.parts import Need
 from flatmin.recipes import Recipe, compose
 
 _HOOKS = (
@@ -204,8 +204,9 @@ class SAM(Doors):
         step = int(self.param_groups[0][PREFIX + "step"])
         return Site(weights, groups, names, step, self._generators, self._workspace)
 
-    def _device_flags(self, offset: Offset) -> Flags | None:
-        device = offset.direction[0].device if offset.direction else torch.device("cpu")
+    def _device_flags(self, tensors: Sequence[Tensor]) -> Flags | None:
+        """The verdicts kept on these tensors' device; None on the CPU, where reading is free."""
+        device = tensors[0].device if tensors else torch.device("cpu")
         if device.type == "cpu" and not self._force_device_path:
             return None
         if self._flags is None or self._flags.words.device != device:

@@ -139,16 +139,22 @@ def choose_(into: Sequence[Tensor], new: Sequence[Tensor], gate: Tensor) -> None
 def nonfinite_(tensors: Sequence[Tensor], found: Tensor, one: Tensor) -> None:
     """Set `found` (a zero fp32 scalar) to 1 if any entry is nan or inf; one launch per foreach chunk, no sync.
 
-    `one` is an fp32 scalar 1 on the same device.
+    `one` is an fp32 scalar 1 on the device of `found`. Tensors on another device add a copy of a scalar each way.
     """
     # On the CPU one call takes mixed dtypes.
-    one_call = found.device.type == "cpu"
+    one_call = found.device.type == "cpu" and len({t.device for t in tensors}) <= 1
     for chosen in [list(tensors)] if one_call else [[tensors[i] for i in b] for b in buckets(tensors)]:
+        if not chosen:
+            continue
         if any(map(torch.is_complex, chosen)):
-            real = [torch.view_as_real(t) if t.is_complex() else t for t in chosen]
-            torch._amp_foreach_non_finite_check_and_unscale_(real, found, one)
-        else:
+            chosen = [torch.view_as_real(t) if t.is_complex() else t for t in chosen]
+        device = chosen[0].device
+        if device == found.device:
             torch._amp_foreach_non_finite_check_and_unscale_(chosen, found, one)
+        else:
+            there = torch.zeros_like(found, device=device)
+            torch._amp_foreach_non_finite_check_and_unscale_(chosen, there, one.to(device))
+            torch.maximum(found, there.to(found.device), out=found)
 
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:

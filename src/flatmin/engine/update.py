@@ -44,7 +44,7 @@ class Update:
         for w in self.site.weights:
             w.grad = None
         if request is not None and request.at is not None:
-            moved = opt._ledger.move(self.site.weights, request.at, opt._device_flags(request.at))
+            moved = opt._ledger.move(self.site.weights, request.at, opt._device_flags(request.at.direction))
             self._ascent_finite = self._ascent_finite and moved
             request.at.clear()
         if self.index == 1:
@@ -146,7 +146,8 @@ class Update:
 
     def _base_step(self, base_step: Callable[[], object], outcome: Outcome, known: bool) -> tuple[bool, Tensor | None]:
         """Whether the host knows of no fault; a 0/1 verdict on staged state where only the device knows."""
-        opt, flags = self.optimizer, self.optimizer._flags
+        opt = self.optimizer
+        flags = opt._device_flags(self.site.weights)
         ascended = flags is not None and outcome.size is not None
         if opt.nonfinite == "propagate":
             base_step()

@@ -89,7 +89,7 @@ def _choice(
                 edge = len(set(values)) > 1 and _at_edge(value, values)
                 words.append(f"{key}={_text(value)}" + (" (the end of its list: try further values)" if edge else ""))
             told.append(f"{label}: {' '.join(words)} at {_percent(best.val_acc)}")
-        step = "" if sizes is None else f" One validation sample is {100 / sizes[1]:.2g} points of one seed."
+        step = "" if sizes is None else f" One validation sample is {100 / sizes[1]:.2g} % of one seed's figure."
         return (
             "Chosen by mean validation accuracy at the last epoch (ties: lower validation loss, then the earlier value "
             f"in the list), never on test: {'; '.join(told)}.{step}"
@@ -143,6 +143,11 @@ def _ranking(family: Accuracies) -> str:
     if widest is None:
         return ""
     count = f"{len(pairs)} pair{'s' * (len(pairs) > 1)}"
+    if len(pairs) == 1 and not told:
+        return (
+            f"{_sentence(widest[0])[:-1]} are not ranked: they differ at the last epoch by "
+            f"{_percent(widest[1], unit='points')}, within the noise."
+        )
     if told:
         return (
             f"Among the methods that ascend, {len(told)} of the {count} differ at the last epoch beyond the noise "
@@ -208,8 +213,8 @@ def _curvature(rows: Mapping[str, Row], ascends: Mapping[str, bool]) -> str:
                 return (
                     f"A small λ_max alone does not mean a better minimum: '{LONG}' has {long.lambda_max.mean:.3g} "
                     f"against {other.lambda_max.mean:.3g} of {other.label}, and a lower test accuracy. Its train loss "
-                    f"is {long.train_ce.mean:.2g} against {other.train_ce.mean:.2g}, and the curvature of cross-entropy "
-                    "goes to 0 with the loss. Compare λ_max at equal train loss."
+                    f"is {long.train_ce.mean:.2g} against {other.train_ce.mean:.2g}, and the curvature of "
+                    "cross-entropy goes to 0 with the loss. Compare λ_max at equal train loss."
                 )
     return "Compare λ_max at equal train loss: the curvature of cross-entropy goes to 0 with it."
 

@@ -1,0 +1,5 @@
+"""`python -m flatmin` is the command line."""
+
+from flatmin.cli.main import main
+
+main()
