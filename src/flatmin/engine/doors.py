@@ -35,7 +35,7 @@ class Doors(Optimizer):
 
         def _site(self) -> Site: ...
 
-        def _begin_watch(self) -> None: ...
+        def _between_updates(self) -> None: ...
 
         def _rewind(self) -> None: ...
 
@@ -79,7 +79,7 @@ class Doors(Optimizer):
             raise
         finally:
             self._update = None
-            self._begin_watch()
+            self._between_updates()
 
     def _step_closure(self, closure: Callable[[], Any]) -> Any:
         update = self._begin()
@@ -179,7 +179,7 @@ class Doors(Optimizer):
         if update is not None:
             update.abort()
             self._rewind()
-        self._begin_watch()
+        self._between_updates()
 
     def _begin(self) -> Update:
         self._refuse_second_update("a new update")

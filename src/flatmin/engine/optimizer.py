@@ -88,6 +88,7 @@ class SAM(Doors):
 
     criterion: Criterion | None
     _flags: Flags | None
+    _random: RandomState | None
     _force_device_path: bool
     _frozen: bool
 
@@ -232,11 +233,14 @@ class SAM(Doors):
         if isinstance(rng, Tensor):
             self._generators.cpu.set_state(rng)
 
-    def _begin_watch(self) -> None:
-        if self._watch is not None and self._update is None:
+    def _between_updates(self) -> None:
+        """What is seen from here on belongs to the next update."""
+        if self._watch is not None:
             self._watch.begin_update()
-        if self._update is None and self._random is not None:
+        if self._random is not None:
             self._random.forget()
+        if self.criterion is not None:
+            self._criterion_calls = self.criterion.ascent_calls
 
     def _note(self, *, ascent_finite: bool, stepped: bool) -> None:
         group = self.param_groups[0]
@@ -281,6 +285,7 @@ class SAM(Doors):
         self._frozen = False
         self._host_counts = {"updates": 0, "nonfinite_ascents": 0, "skipped_steps": 0}
         self.loss_point = "w"
+        self._criterion_calls = 0
         weights = [w for g in self.param_groups for w in g["params"]]
         self._random = RandomState({w.device for w in weights}) if self._replay_rng else None
         self._model = model

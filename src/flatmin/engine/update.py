@@ -62,7 +62,10 @@ class Update:
             # A rule that looked at pass 1 decided against the ascent: u is known, this pass was not needed.
             self._restore()
             return
-        self._check_loss()
+        if self.request.role == "ascent":
+            self._check_criterion()
+        if self.optimizer._watch is not None:
+            self.optimizer._watch.check_second_pass()
         grads: Gradients = [w.grad for w in self.site.weights]
         if all(g is None for g in grads):
             raise RuntimeError(
@@ -80,8 +83,8 @@ class Update:
         if all(g is None for g in grads):
             raise RuntimeError("no gradients: call loss.backward() on the batch before perturbing the weights.")
         if self.request.role == "ascent":
-            if Need.CRITERION in opt.recipe.needs and opt.criterion is not None and not opt.criterion.ascent_calls:
-                raise RuntimeError(_NO_CRITERION)
+            self._criterion_calls = opt._criterion_calls
+            self._check_criterion()
             self._advance(grads)
         else:
             self.index += 1
@@ -93,18 +96,14 @@ class Update:
         except StopIteration as stop:
             self.request, self.outcome = None, stop.value
 
-    def _check_loss(self) -> None:
-        opt, request = self.optimizer, self.request
-        assert request is not None
-        if (
-            request.role == "ascent"
-            and opt.criterion is not None
-            and Need.CRITERION in opt.recipe.needs
-            and opt.criterion.ascent_calls == self._criterion_calls
-        ):
-            raise RuntimeError(_NO_CRITERION)
-        if opt._watch is not None:
-            opt._watch.check_second_pass()
+    def _check_criterion(self) -> None:
+        criterion = self.optimizer.criterion
+        needed = Need.CRITERION in self.optimizer.recipe.needs and criterion is not None
+        if needed and criterion is not None and criterion.ascent_calls == self._criterion_calls:
+            raise RuntimeError(
+                "this method climbs its own loss, but the pass never called the criterion given to the optimizer; "
+                "compute the loss with that flatmin.Criterion object."
+            )
 
     def _restore(self) -> None:
         self.optimizer._ledger.restore()
@@ -194,12 +193,6 @@ class Update:
                 "(nonfinite='raise')."
             )
         return False
-
-
-_NO_CRITERION = (
-    "this method climbs its own loss, but the pass never called the criterion given to the optimizer; "
-    "compute the loss with that flatmin.Criterion object."
-)
 
 
 class Evaluation:
