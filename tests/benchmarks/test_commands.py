@@ -1,11 +1,13 @@
 """The command line of the benchmarks: files, exit codes, and what it says without a GPU."""
 
 import json
+import re
+import sys
 
 import pytest
 import torch
 
-from benchmarks import equiv, step
+from benchmarks import equiv, gpu, step
 from benchmarks.__main__ import main
 from benchmarks.loops import Setting
 from benchmarks.nets import NETS
@@ -34,6 +36,13 @@ def test_a_run_leaves_one_json_line_and_a_page(tmp_path, capsys):
     assert "flatmin asam" in capsys.readouterr().out
 
 
+@no_gpu
+def test_a_page_without_a_name_is_dated(tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.__main__.RESULTS", tmp_path)
+    assert main(["equiv", "--page"]) == 0
+    assert [re.sub(r"\d", "0", p.name) for p in tmp_path.iterdir()] == ["0000-00-00-cpu.md"]
+
+
 def test_a_failed_gate_is_the_exit_code_only_if_asked(monkeypatch, capsys):
     bad = Result("equiv", gates=[Gate("planted", "2", "<= 1", False)])
     monkeypatch.setattr(equiv, "run", lambda options: bad)
@@ -51,6 +60,26 @@ def test_without_a_gpu_it_says_so(words, capsys, tmp_path, monkeypatch):
     assert said.count("\n") == 1
     assert said.startswith("This machine has no CUDA device")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_gpu_run_keeps_what_ended_before_a_part_was_stopped(tmp_path, monkeypatch, capsys):
+    page = tmp_path / ".first.md"
+    jobs = [
+        gpu.Job("first", [sys.executable, "-c", f"open({str(page)!r}, 'w').write('# x\\n\\n## table\\n')"], 60, page),
+        gpu.Job("endless", [sys.executable, "-c", "import time; time.sleep(60)"], 0.5),
+        gpu.Job("broken", [sys.executable, "-c", "raise SystemExit(3)"], 60),
+    ]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "environment", lambda: {"date": "2026-01-02T03:04:05", "gpu": "Planted"})
+    monkeypatch.setattr(gpu, "jobs", lambda options: jobs)
+    assert main(["gpu", str(tmp_path)]) == 1
+    text = (tmp_path / "gpu.md").read_text()
+    assert "# flatmin on Planted, 2026-01-02" in text
+    assert "| first | done |" in text
+    assert "| endless | stopped at its limit of 0.5 s |" in text
+    assert "| broken | exit code 3 |" in text
+    assert "## table" in text
+    assert "endless: stopped" in capsys.readouterr().out
 
 
 def test_steps_are_sampled_beside_the_floor():

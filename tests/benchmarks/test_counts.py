@@ -29,7 +29,7 @@ def failed(step: Count) -> list[str]:
 def test_the_gate_holds_on_the_deep_mlp():
     result = measure(("mlp200",), methods=False)
     assert [g.name for g in result.gates if not g.passed] == []
-    assert len(result.gates) == 4 * len(MODES) + 1
+    assert len(result.gates) == 4 * len(MODES) + 2
 
 
 def test_the_gate_holds_on_a_small_net_with_batchnorm():

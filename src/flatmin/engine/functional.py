@@ -87,7 +87,7 @@ def value_and_grad(
     groups = [{"rho": check_rho(radius[n] if isinstance(radius, Mapping) else radius)} for n in names]
     old = dict(state or {})
     step = int(old.get("step", 0))
-    site = Site(weights, groups, names, step, Generators(seed + step))
+    site = Site(weights, groups, [g["rho"] for g in groups], names, step, Generators(seed + step))
     run = program(recipe, site, _Frozen(recipe, old, {id(w): n for w, n in zip(weights, names, strict=True)}), eps)
     loss: Tensor | None = None
     request = next(run)

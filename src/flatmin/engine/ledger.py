@@ -113,9 +113,8 @@ class Ledger:
 
     def _save(self, ws: list[Tensor], index: Sequence[int]) -> None:
         assert self._away is None, "weights are already displaced"
-        copies = self._copies(ws, index)
-        ta.copy_(copies, ws)
-        self._away = (ws, copies)
+        self._away = (ta.local(ws), ta.local(self._copies(ws, index)))
+        torch._foreach_copy_(self._away[1], self._away[0])
 
     def _copies(self, ws: list[Tensor], index: Sequence[int]) -> list[Tensor]:
         """The buffers of these weights, made anew only where a weight has become another tensor."""
@@ -136,8 +135,7 @@ class Ledger:
     def restore(self) -> None:
         """Put the weights back bit for bit; does nothing if they are at home."""
         if self._away is not None:
-            ws, copies = self._away
-            ta.copy_(ws, copies)
+            torch._foreach_copy_(*self._away)
             self._away = None
 
 

@@ -196,14 +196,15 @@ class SAM(Doors):
     def _site(self) -> Site:
         weights: list[Tensor] = []
         groups: list[dict[str, Any]] = []
+        rhos: list[float] = []
         for group in self.param_groups:
-            check_rho(group["rho"])
             trained = [w for w in group["params"] if w.requires_grad]
             weights += trained
             groups += [group] * len(trained)
+            rhos += [check_rho(group["rho"])] * len(trained)
         names = [self._names.get(w, "") for w in weights] if Need.NAMES in self.recipe.needs else []
         step = int(self.param_groups[0][PREFIX + "step"])
-        return Site(weights, groups, names, step, self._generators, self._workspace)
+        return Site(weights, groups, rhos, names, step, self._generators, self._workspace)
 
     def _device_flags(self, tensors: Sequence[Tensor]) -> Flags | None:
         """The verdicts kept on these tensors' device; None on the CPU, where reading is free."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ class Site:
     Args:
         weights: trained tensors.
         groups: the param group of each.
+        rhos: the radius of each.
         names: the name of each, "" if unknown.
         step: number of updates before this one.
         generator: the engine's own random numbers.
@@ -33,6 +34,7 @@ class Site:
         self,
         weights: Sequence[Tensor],
         groups: Sequence[Mapping[str, Any]],
+        rhos: Sequence[float],
         names: Sequence[str],
         step: int,
         generator: Generators,
@@ -40,10 +42,10 @@ class Site:
     ) -> None:
         self.weights, self.groups, self.names = weights, groups, names
         self.step, self.generator, self.workspace = step, generator, workspace
-        self.rhos: list[float] = [g["rho"] for g in groups]
+        self.rhos = rhos
         self.moved: Sequence[int] = range(len(weights))
-        if not all(self.rhos):
-            self.moved = [i for i, rho in enumerate(self.rhos) if rho > 0]
+        if 0.0 in rhos:
+            self.moved = [i for i, rho in enumerate(rhos) if rho > 0]
 
     def context(self, index: Sequence[int]) -> SiteContext:
         return SiteContext(self, index)
@@ -123,25 +125,24 @@ class Reader:
         raise NotImplementedError
 
 
-def _present(index: Sequence[int], *gradients: Gradients) -> Sequence[int]:
-    """The positions at which every list has a gradient."""
-    for grads in gradients:
-        found = [i for i in index if grads[i] is not None]
-        index = index if len(found) == len(index) else found
-    return index
-
-
 def _pick(items: Sequence[T], index: Sequence[int]) -> list[T]:
     """The items at these positions."""
     return list(items) if len(index) == len(items) else [items[i] for i in index]
 
 
-def _dense(grads: Gradients, index: Sequence[int]) -> Tensors:
-    """Gradients at positions known to be present; sparse ones become dense."""
-    picked = cast(Tensors, _pick(grads, index))
-    if any([g.is_sparse for g in picked]):
-        picked = [g.to_dense() if g.is_sparse else g for g in picked]
-    return picked
+def _gather(grads: Gradients, index: Sequence[int]) -> tuple[Sequence[int], Tensors]:
+    """The positions in `index` that have a gradient, and these gradients; sparse ones become dense."""
+    found = [g for g in _pick(grads, index) if g is not None]
+    if len(found) < len(index):
+        index = [i for i in index if grads[i] is not None]
+    if any([g.is_sparse for g in found]):
+        found = [g.to_dense() if g.is_sparse else g for g in found]
+    return index, found
+
+
+def _in_all(lists: Sequence[Gradients]) -> Sequence[int]:
+    """The positions at which every list has a gradient."""
+    return [i for i, column in enumerate(zip(*lists, strict=True)) if not any(g is None for g in column)]
 
 
 def program(recipe: Recipe, site: Site, store: Reader, eps: float) -> Generator[Eval, Gradients, Outcome]:
@@ -176,10 +177,9 @@ def program(recipe: Recipe, site: Site, store: Reader, eps: float) -> Generator[
                 grads = yield Eval("ascent", at)
             else:
                 grads, first = first, None
-            index = _present(index, grads)
+            index, g = _gather(grads, index)
             if not index:
                 return None
-            g = _dense(grads, index)
             if recipe.combine.uses_gradient and kept is None:
                 kept = grads
             del grads
@@ -212,15 +212,15 @@ def program(recipe: Recipe, site: Site, store: Reader, eps: float) -> Generator[
     on = when.before(read("when", site.moved), moved)
     if on is None:
         first = yield Eval("ascent")
-        index = _present(site.moved, first)
-        on, new = when.after(_dense(first, index), read("when", index), site.context(index)) if index else (False, {})
+        index, g = _gather(first, site.moved)
+        on, new = when.after(g, read("when", index), site.context(index)) if index else (False, {})
         stage("when", index, new)
         if on and recipe.combine.uses_gradient:
             kept = first
     if not on:
         grads = first if first is not None else (yield Eval("descent"))
-        index = _present(everything, grads)
-        u, new = recipe.combine.off(_dense(grads, index), read("combine", index), site.context(index))
+        index, g = _gather(grads, everything)
+        u, new = recipe.combine.off(g, read("combine", index), site.context(index))
         stage("combine", index, new)
         out.update = _spread(grads, index, u)
         return out
@@ -228,20 +228,19 @@ def program(recipe: Recipe, site: Site, store: Reader, eps: float) -> Generator[
     points = yield from recipe.points(ascend, moved)
     last = points[-1]
     if type(recipe.direction).observe is not Direction.observe:
-        index = _present(site.moved, last)
-        new = recipe.direction.observe(_dense(last, index), read("direction", index), site.context(index))
+        index, seen = _gather(last, site.moved)
+        new = recipe.direction.observe(seen, read("direction", index), site.context(index))
         out.staged["direction"] = (index, new)
     if isinstance(recipe.combine, Descent):
         out.update, out.untouched = last, True
         return out
-    lists = points if kept is None else [kept, *points]
-    index = _present(everything, *lists)
-    g = None if kept is None else _dense(kept, index)
-    gs = [_dense(p, index) for p in points]
+    index = _in_all(points if kept is None else [kept, *points])
+    at_w = None if kept is None else _gather(kept, index)[1]
+    gs = [_gather(p, index)[1] for p in points]
     c = site.context(index)
-    u, new = recipe.combine(g, gs, read("combine", index), c)
+    u, new = recipe.combine(at_w, gs, read("combine", index), c)
     stage("combine", index, new)
-    post = recipe.combine.post(g, gs, c)
+    post = recipe.combine.post(at_w, gs, c)
     out.post = None if post is None else (index, post)
     out.update = _spread(last, index, u)
     return out

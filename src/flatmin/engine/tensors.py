@@ -65,21 +65,26 @@ class Workspace:
 
     def __init__(self) -> None:
         self._sizes: list[int] = []
+        self._small: list[int] = []
+        self._rest: list[int] = []
         self._flat: Tensor | None = None
         self._views: list[Tensor] = []
 
     def join(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Few tensors with the same norm as `tensors`, which share one dtype."""
-        small = [t for t in tensors if t.numel() <= _SMALL]
-        if len(small) < 2 or not plain(small):
+        """Few CPU tensors with the same norm as these, which share one dtype."""
+        sizes = [t.numel() for t in tensors]
+        if sizes != self._sizes or self._flat is None or self._flat.dtype != tensors[0].dtype:
+            self._sizes = sizes
+            self._small = [i for i, n in enumerate(sizes) if n <= _SMALL]
+            self._rest = [i for i, n in enumerate(sizes) if n > _SMALL]
+            chosen = [sizes[i] for i in self._small]
+            self._flat = torch.empty(sum(chosen), dtype=tensors[0].dtype)
+            parts = self._flat.split(chosen)
+            self._views = [v.view(tensors[i].shape) for v, i in zip(parts, self._small, strict=True)]
+        if len(self._small) < 2:
             return tensors
-        sizes = [t.numel() for t in small]
-        if sizes != self._sizes or self._flat is None or self._flat.dtype != small[0].dtype:
-            self._sizes, self._flat = sizes, torch.empty(sum(sizes), dtype=small[0].dtype)
-            parts = self._flat.split(sizes)
-            self._views = [v.view(t.shape) for v, t in zip(parts, small, strict=True)]
-        torch._foreach_copy_(self._views, small)
-        return [self._flat] if len(small) == len(tensors) else [self._flat, *(t for t in tensors if t.numel() > _SMALL)]
+        torch._foreach_copy_(self._views, tensors if not self._rest else [tensors[i] for i in self._small])
+        return [self._flat, *(tensors[i] for i in self._rest)]
 
 
 def norm(tensors: Sequence[Tensor], workspace: Workspace | None = None) -> Tensor:
@@ -88,12 +93,13 @@ def norm(tensors: Sequence[Tensor], workspace: Workspace | None = None) -> Tenso
     Squares are summed in that precision, so entries above about 1e19 overflow to inf in fp32.
     """
     tensors = list(tensors)
+    at_home = workspace is not None and tensors[0].device.type == "cpu" and plain(tensors)
+    if workspace is not None and at_home and len({t.dtype for t in tensors}) == 1:
+        tensors = workspace.join(tensors)
     groups = [tensors] if uniform(tensors) else [[tensors[i] for i in b] for b in buckets(tensors)]
     parts: list[Tensor] = []
     for group in groups:
         low = group[0].dtype in (torch.float16, torch.bfloat16)
-        if workspace is not None and len(groups) == 1 and group[0].device.type == "cpu":
-            group = workspace.join(group)
         parts.extend(torch._foreach_norm(group, 2.0, dtype=torch.float32) if low else torch._foreach_norm(group, 2.0))
     if len(groups) > 1:
         wide = max((p.dtype for p in parts), key=lambda d: d.itemsize)
@@ -141,13 +147,10 @@ def nonfinite_(tensors: Sequence[Tensor], found: Tensor, one: Tensor) -> None:
 
     `one` is an fp32 scalar 1 on the device of `found`. Tensors on another device add a copy of a scalar each way.
     """
-    # On the CPU one call takes mixed dtypes.
-    one_call = found.device.type == "cpu" and len({t.device for t in tensors}) <= 1
-    for chosen in [list(tensors)] if one_call else [[tensors[i] for i in b] for b in buckets(tensors)]:
-        if not chosen:
-            continue
-        if any(map(torch.is_complex, chosen)):
-            chosen = [torch.view_as_real(t) if t.is_complex() else t for t in chosen]
+    for group in buckets(tensors):
+        chosen = [tensors[i] for i in group]
+        if chosen[0].is_complex():
+            chosen = [torch.view_as_real(t) for t in chosen]
         device = chosen[0].device
         if device == found.device:
             torch._amp_foreach_non_finite_check_and_unscale_(chosen, found, one)
@@ -159,6 +162,10 @@ def nonfinite_(tensors: Sequence[Tensor], found: Tensor, one: Tensor) -> None:
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:
     """Whether no entry of these CPU tensors is nan or inf."""
+    # One call takes mixed dtypes there, except complex ones.
+    if any(d.is_complex for d in {t.dtype for t in tensors}):
+        tensors = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
     found, one = torch.zeros((), dtype=torch.float32), torch.ones((), dtype=torch.float32)
-    nonfinite_(tensors, found, one)
+    if tensors:
+        torch._amp_foreach_non_finite_check_and_unscale_(list(tensors), found, one)
     return not float(found)
