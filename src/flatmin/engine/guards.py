@@ -147,7 +147,7 @@ class ModelWatch:
         self.pass_index = 0
         self.bracketed = False  # a closure or `passes()` brackets each pass, so random states are handled there
         self.forwards = [0, 0]
-        self._signature: Any = None
+        self._batch: list[tuple[Tensor, int]] | None = None
         self._warned = False
 
     def remove(self) -> None:
@@ -155,7 +155,7 @@ class ModelWatch:
 
     def begin_update(self) -> None:
         """The next training forward opens a new update."""
-        self.pass_index, self.forwards, self._signature, self.bracketed = 0, [0, 0], None, False
+        self.pass_index, self.forwards, self._batch, self.bracketed = 0, [0, 0], None, False
 
     def begin_pass(self, index: int, *, bracketed: bool) -> None:
         self.pass_index, self.bracketed = index, bracketed
@@ -170,10 +170,10 @@ class ModelWatch:
         if self.forwards[later] == 0:
             if self.random is not None and not self.bracketed:
                 (self.random.replay if later else self.random.capture)()
-            signature = [_fingerprint(x) for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+            batch = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
             if not later:
-                self._signature = signature
-            elif self._signature is not None and signature != self._signature and not self._warned:
+                self._batch = [(x, x._version) for x in batch]
+            elif self._batch is not None and not self._warned and not self._same(batch):
                 self._warned = True
                 warnings.warn(
                     "the passes of one step saw different batches; both must use the same one "
@@ -181,6 +181,13 @@ class ModelWatch:
                     stacklevel=4,
                 )
         self.forwards[later] += 1
+
+    def _same(self, batch: list[Tensor]) -> bool:
+        known = self._batch or []
+        return len(known) == len(batch) and all(
+            x._version == version and (x is y or _fingerprint(x) == _fingerprint(y))
+            for (x, version), y in zip(known, batch, strict=True)
+        )
 
     def check_second_pass(self) -> None:
         if self.forwards[0] and self.pass_index and not self.forwards[1]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Sequence
 
 import torch
@@ -55,8 +54,8 @@ class Ledger:
     """Snapshots of exactly the tensors that are moved; the buffers persist, so their addresses are static."""
 
     def __init__(self) -> None:
+        self._layout: ta.Layout | None = None
         self._buffers: dict[int, Tensor] = {}
-        self._last: tuple[list[Tensor], list[torch.dtype], list[Tensor]] | None = None
         self._away: tuple[list[Tensor], list[Tensor]] | None = None
 
     @property
@@ -64,41 +63,44 @@ class Ledger:
         """Whether the weights are displaced."""
         return self._away is not None
 
-    def move(self, weights: Sequence[Tensor], offset: Offset, flags: Flags | None) -> bool:
-        """Displace weights[i] for i in offset.index; True if the displacement was known (on the host) to be finite.
+    def move(self, layout: ta.Layout, offset: Offset, flags: Flags | None) -> bool:
+        """Displace the weights in offset.index; True if the displacement was known (on the host) to be finite.
 
         Without flags the size is read on the host (CPU tensors); with flags nothing synchronises and a direction
         that is not finite becomes a displacement of exactly zero.
         """
-        whole = len(offset.index) == len(weights)
-        ws = list(weights) if whole else [weights[i] for i in offset.index]
+        weights, index = layout.weights, offset.index
+        ws = weights if len(index) == len(weights) else [weights[i] for i in index]
+        if flags is None and not math.isfinite(float(offset.size)):
+            return False
+        self._save(layout, ws, index)
         if flags is None:
-            size = float(offset.size)
-            if not math.isfinite(size):
-                return False
-            self._save(ws, offset.index)
-            scale = 1.0 if offset.norm is None else 1.0 / (float(offset.norm) + offset.eps)
-            for group, factor in _by_factor(ws, offset, mixed=True):
-                alpha, d = float(factor) * scale, offset.direction
-                if len(group) == len(ws):
-                    torch._foreach_add_(ws, d, alpha=alpha)
-                else:
-                    torch._foreach_add_([ws[i] for i in group], [d[i] for i in group], alpha=alpha)
-            return True
-        self._save(ws, offset.index)
-        self._add_on_device(ws, offset, flags)
+            self._add_on_host(ws, offset, layout)
+        else:
+            self._add_on_device(ws, offset, flags)
         return True
+
+    def _add_on_host(self, ws: list[Tensor], offset: Offset, layout: ta.Layout) -> None:
+        scale = 1.0 if offset.norm is None else 1.0 / (float(offset.norm) + offset.eps)
+        for group, factor in _by_factor(ws, offset, alike=layout.simple):
+            d = offset.direction
+            if len(group) < len(ws):
+                d, some = [d[i] for i in group], [ws[i] for i in group]
+            else:
+                some = ws
+            torch._foreach_add_(some, d, alpha=float(factor) * scale)
 
     def _add_on_device(self, ws: list[Tensor], offset: Offset, flags: Flags) -> None:
         flags.judge(offset.size)
         divisor = None if offset.norm is None else offset.norm + offset.eps
-        for group, factor in _by_factor(ws, offset, mixed=False):
+        for group, factor in _by_factor(ws, offset, alike=False):
             d = [offset.direction[i] for i in group]
             if divisor is None:
                 d = d if offset.scratch else list(torch._foreach_mul(d, 1.0))
             else:
                 # In another dtype the division would launch once per tensor.
-                by = divisor.to(d[0].device, torch.view_as_real(d[0]).dtype if d[0].is_complex() else d[0].dtype)
+                real = torch.view_as_real(d[0]).dtype if d[0].is_complex() else d[0].dtype
+                by = divisor.to(d[0].device, real)
                 if offset.scratch:
                     torch._foreach_div_(d, by)
                 else:
@@ -111,26 +113,16 @@ class Ledger:
             ta.keep_if_(d, flags.gate)
             torch._foreach_add_([ws[i] for i in group], d, alpha=alpha)
 
-    def _save(self, ws: list[Tensor], index: Sequence[int]) -> None:
+    def _save(self, layout: ta.Layout, ws: list[Tensor], index: Sequence[int]) -> None:
         assert self._away is None, "weights are already displaced"
-        self._away = (ta.local(ws), ta.local(self._copies(ws, index)))
+        if layout is not self._layout:
+            self._layout, self._buffers = layout, {}
+        missing = [] if len(self._buffers) == len(layout.weights) else [i for i in index if i not in self._buffers]
+        for i in missing:
+            self._buffers[i] = torch.empty_like(layout.weights[i], requires_grad=False)
+        copies = [self._buffers[i] for i in index]
+        self._away = (ta.local(ws), ta.local(copies))
         torch._foreach_copy_(self._away[1], self._away[0])
-
-    def _copies(self, ws: list[Tensor], index: Sequence[int]) -> list[Tensor]:
-        """The buffers of these weights, made anew only where a weight has become another tensor."""
-        last = self._last
-        if last is not None and len(last[0]) == len(ws) and all(map(operator.is_, last[0], ws)):
-            dtypes = [w.dtype for w in ws]
-            if dtypes == last[1] and ws[0].device == last[2][0].device:
-                return last[2]
-        copies = []
-        for i, w in zip(index, ws, strict=True):
-            buffer = self._buffers.get(i)
-            if buffer is None or buffer.shape != w.shape or buffer.dtype != w.dtype or buffer.device != w.device:
-                buffer = self._buffers[i] = torch.empty_like(w, requires_grad=False)
-            copies.append(buffer)
-        self._last = (ws, [w.dtype for w in ws], copies)
-        return copies
 
     def restore(self) -> None:
         """Put the weights back bit for bit; does nothing if they are at home."""
@@ -139,11 +131,11 @@ class Ledger:
             self._away = None
 
 
-def _by_factor(ws: list[Tensor], offset: Offset, *, mixed: bool) -> list[tuple[Sequence[int], float | Tensor]]:
-    """Positions grouped so that one foreach call with one factor serves each group; `mixed`: whatever the dtypes."""
+def _by_factor(ws: list[Tensor], offset: Offset, *, alike: bool) -> list[tuple[Sequence[int], float | Tensor]]:
+    """Positions grouped so that one foreach call with one factor serves each group; `alike`: one dtype and device."""
     factors, first = offset.factors, offset.factors[0]
-    alike = factors.count(first) == len(factors) if isinstance(first, float) else all(f is first for f in factors)
-    if alike and (mixed or ta.uniform(ws)):
+    equal = factors.count(first) == len(factors) if isinstance(first, float) else all(f is first for f in factors)
+    if equal and (alike or ta.uniform(ws)):
         return [(range(len(ws)), first)]
     keys = [id(f) if isinstance(f, Tensor) else f for f in factors]
     return [(group, factors[group[0]]) for group in ta.buckets(ws, keys)]

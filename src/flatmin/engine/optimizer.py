@@ -18,7 +18,7 @@ from flatmin.engine.guards import FrozenStatistics, ModelWatch, RandomState
 from flatmin.engine.ledger import Flags, Ledger
 from flatmin.engine.program import Generators, Site
 from flatmin.engine.store import PREFIX, VERSION, StateView, Store, load, save
-from flatmin.engine.tensors import Workspace, is_sharded
+from flatmin.engine.tensors import Layout, is_sharded
 from flatmin.parts import Need
 from flatmin.recipes import Recipe, compose
 
@@ -89,6 +89,7 @@ class SAM(Doors):
     criterion: Criterion | None
     _flags: Flags | None
     _random: RandomState | None
+    _layout: Layout
     _force_device_path: bool
     _frozen: bool
 
@@ -204,7 +205,9 @@ class SAM(Doors):
             rhos += [check_rho(group["rho"])] * len(trained)
         names = [self._names.get(w, "") for w in weights] if Need.NAMES in self.recipe.needs else []
         step = int(self.param_groups[0][PREFIX + "step"])
-        return Site(weights, groups, rhos, names, step, self._generators, self._workspace)
+        if not self._layout.fits(weights):
+            self._layout = Layout(weights)
+        return Site(weights, groups, rhos, names, step, self._generators, self._layout)
 
     def _device_flags(self, tensors: Sequence[Tensor]) -> Flags | None:
         """The verdicts kept on these tensors' device; None on the CPU, where reading is free."""
@@ -280,7 +283,7 @@ class SAM(Doors):
         """Everything that is neither saved nor copied."""
         self._update = None
         self._ledger = Ledger()
-        self._workspace = Workspace()
+        self._layout = Layout([])
         self._flags = None
         self._force_device_path = False
         self._frozen = False

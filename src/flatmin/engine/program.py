@@ -27,7 +27,7 @@ class Site:
         names: the name of each, "" if unknown.
         step: number of updates before this one.
         generator: the engine's own random numbers.
-        workspace: scratch for norms; None where a transformation must see every operation.
+        layout: what is known of them; None where a transformation must see every operation.
     """
 
     def __init__(
@@ -38,10 +38,10 @@ class Site:
         names: Sequence[str],
         step: int,
         generator: Generators,
-        workspace: ta.Workspace | None = None,
+        layout: ta.Layout | None = None,
     ) -> None:
         self.weights, self.groups, self.names = weights, groups, names
-        self.step, self.generator, self.workspace = step, generator, workspace
+        self.step, self.generator, self.layout = step, generator, layout
         self.rhos = rhos
         self.moved: Sequence[int] = range(len(weights))
         if 0.0 in rhos:
@@ -82,7 +82,7 @@ class SiteContext:
         return self._site.step
 
     def norm(self, tensors: Tensors) -> Tensor:
-        return ta.norm(tensors, self._site.workspace)
+        return ta.norm(tensors, self._site.layout)
 
     def dot(self, a: Tensors, b: Tensors) -> Tensor:
         return ta.dot(a, b)
@@ -158,6 +158,8 @@ def program(recipe: Recipe, site: Site, store: Reader, eps: float) -> Generator[
     moved = site.context(site.moved)
 
     def read(kind: str, index: Sequence[int]) -> State:
+        if not getattr(recipe, kind).slots:
+            return {}
         return store.read(kind, [site.weights[i] for i in index])
 
     def stage(kind: str, index: Sequence[int], new: Mapping[str, Any]) -> None:

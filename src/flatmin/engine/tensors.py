@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
@@ -60,42 +61,42 @@ def _accumulate_in(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
 
 
-class Workspace:
-    """Persistent scratch for the norm of many small CPU tensors, where a call per tensor costs more than a copy."""
+class Layout:
+    """What one sweep over the weights tells, kept while they are the same tensors of the same dtypes.
 
-    def __init__(self) -> None:
-        self._sizes: list[int] = []
-        self._small: list[int] = []
-        self._rest: list[int] = []
-        self._flat: Tensor | None = None
-        self._views: list[Tensor] = []
+    Attributes:
+        simple: ordinary tensors of one real dtype on the CPU, where a foreach call takes them as they are.
+        small: simple, and each so small that a call per tensor costs more than a copy of all.
+    """
 
-    def join(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Few CPU tensors with the same norm as these, which share one dtype."""
-        sizes = [t.numel() for t in tensors]
-        if sizes != self._sizes or self._flat is None or self._flat.dtype != tensors[0].dtype:
-            self._sizes = sizes
-            self._small = [i for i, n in enumerate(sizes) if n <= _SMALL]
-            self._rest = [i for i, n in enumerate(sizes) if n > _SMALL]
-            chosen = [sizes[i] for i in self._small]
-            self._flat = torch.empty(sum(chosen), dtype=tensors[0].dtype)
-            parts = self._flat.split(chosen)
-            self._views = [v.view(tensors[i].shape) for v, i in zip(parts, self._small, strict=True)]
-        if len(self._small) < 2:
-            return tensors
-        torch._foreach_copy_(self._views, tensors if not self._rest else [tensors[i] for i in self._small])
-        return [self._flat, *(tensors[i] for i in self._rest)]
+    def __init__(self, weights: Sequence[Tensor]) -> None:
+        self.weights = list(weights)
+        self._dtypes = [w.dtype for w in weights]
+        device = weights[0].device if weights else torch.device("cpu")
+        self._device = device
+        one = len(set(self._dtypes)) == 1 and not self._dtypes[0].is_complex
+        self.simple = one and plain(weights) and {w.device.type for w in weights} == {"cpu"}
+        self.small = self.simple and len(weights) > 1 and max(w.numel() for w in weights) <= _SMALL
+
+    def fits(self, weights: Sequence[Tensor]) -> bool:
+        """Whether these are the weights it was made for."""
+        known = self.weights
+        return (
+            len(known) == len(weights)
+            and all(map(operator.is_, known, weights))
+            and self._dtypes == [w.dtype for w in weights]
+            and (not known or known[0].device == self._device)
+        )
 
 
-def norm(tensors: Sequence[Tensor], workspace: Workspace | None = None) -> Tensor:
+def norm(tensors: Sequence[Tensor], layout: Layout | None = None) -> Tensor:
     """Global L2 norm in fp32, or fp64 if any tensor is fp64; one scalar on the first tensor's device.
 
     Squares are summed in that precision, so entries above about 1e19 overflow to inf in fp32.
     """
     tensors = list(tensors)
-    at_home = workspace is not None and tensors[0].device.type == "cpu" and plain(tensors)
-    if workspace is not None and at_home and len({t.dtype for t in tensors}) == 1:
-        tensors = workspace.join(tensors)
+    if layout is not None and layout.small and len(tensors) > 1:
+        tensors = [torch._C._nn.flatten_dense_tensors(tensors)]
     groups = [tensors] if uniform(tensors) else [[tensors[i] for i in b] for b in buckets(tensors)]
     parts: list[Tensor] = []
     for group in groups:
@@ -160,12 +161,11 @@ def nonfinite_(tensors: Sequence[Tensor], found: Tensor, one: Tensor) -> None:
             torch.maximum(found, there.to(found.device), out=found)
 
 
-def all_finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether no entry of these CPU tensors is nan or inf."""
-    # One call takes mixed dtypes there, except complex ones.
-    if any(d.is_complex for d in {t.dtype for t in tensors}):
-        tensors = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
+def all_finite(tensors: Sequence[Tensor], layout: Layout) -> bool:
+    """Whether no entry of these CPU tensors, gradients of the layout's weights, is nan or inf."""
     found, one = torch.zeros((), dtype=torch.float32), torch.ones((), dtype=torch.float32)
-    if tensors:
+    if layout.simple and tensors:
         torch._amp_foreach_non_finite_check_and_unscale_(list(tensors), found, one)
+    else:
+        nonfinite_(tensors, found, one)
     return not float(found)

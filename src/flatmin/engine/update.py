@@ -44,7 +44,7 @@ class Update:
         for w in self.site.weights:
             w.grad = None
         if request is not None and request.at is not None:
-            moved = opt._ledger.move(self.site.weights, request.at, opt._device_flags(request.at.direction))
+            moved = opt._ledger.move(opt._layout, request.at, opt._device_flags(request.at.direction))
             self._ascent_finite = self._ascent_finite and moved
             request.at.clear()
         if self.index == 1:
@@ -157,7 +157,7 @@ class Update:
         current = outcome.update if known else [w.grad for w in self.site.weights]
         update = [g.coalesce().values() if g.is_sparse else g for g in current if g is not None]
         if flags is None:
-            if not ta.all_finite(update):
+            if not ta.all_finite(update, opt._layout):
                 return self._refuse(), None
             base_step()
             return True, None
