@@ -1,0 +1,215 @@
+"""Exact counts of one step: modelled launches, synchronisations, extra memory. No clock; the limits are gates."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import flatmin
+from benchmarks import peers
+from benchmarks.launches import Recorder
+from benchmarks.loops import Loop, Setting, floor, other, ours
+from benchmarks.nets import NETS
+from benchmarks.results import Gate, Result, Table
+
+HELP = "launches, synchronisations and memory of a step, against exact limits"
+GATED_NETS = ("mlp200", "vit-d192", "resnet18-w8")
+METHOD_NET = "vit-d64"
+RATIO, ADDED, SMALL = 1.03, 16, 100
+# label -> (nonfinite, base, synchronisations allowed)
+MODES = {
+    "propagate": ("propagate", "foreach", 0),
+    "skip": ("skip", "foreach", 1),
+    "skip, fused base": ("skip", "fused", 0),
+}
+
+
+@dataclass(frozen=True)
+class Count:
+    """One step, after another one so that all state exists. Memory in bytes, at the most demanding end of pass 2."""
+
+    launches: int
+    syncs: int
+    by_op: dict[str, int]
+    held: tuple[int, int]
+    checkpoint: int
+    parameters: int
+    tensors: int
+
+
+def count(make: Callable[[], Loop], warm: int = 1) -> Count:
+    """Run a loop under the recorder.
+
+    Args:
+        make: builds the loop; everything it allocates is followed.
+        warm: steps before the counted one.
+    """
+    held: list[int] = []
+    with Recorder() as recorder:
+        loop = make()
+        loop.hooks.append(lambda where: held.append(recorder.live_bytes()))
+        for _ in range(warm):
+            loop.step()
+        recorder.reset()
+        held.clear()
+        loop.step()
+        launches, syncs, by_op = recorder.launches, recorder.syncs, dict(recorder.by_op)
+    weights = list(loop.model.parameters())
+    return Count(
+        launches=launches,
+        syncs=syncs,
+        by_op=by_op,
+        held=(held[-2], held[-1]),
+        checkpoint=_checkpoint_bytes(loop.optimizer),
+        parameters=sum(w.nbytes for w in weights),
+        tensors=len(weights),
+    )
+
+
+def _checkpoint_bytes(optimizer: Any) -> int:
+    sizes: dict[int, int] = {}
+
+    def visit(x: Any) -> None:
+        if isinstance(x, torch.Tensor):
+            sizes[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
+        elif isinstance(x, dict):
+            for value in x.values():
+                visit(value)
+        elif isinstance(x, (list, tuple)):
+            for value in x:
+                visit(value)
+
+    visit(optimizer.state_dict())
+    return sum(sizes.values())
+
+
+def extra_copies(count_: Count, reference: Count) -> float:
+    """Memory in pass 2 beyond the floor's, in copies of the parameters: the larger of pass 2's start and end."""
+    return max(a - b for a, b in zip(count_.held, reference.held, strict=True)) / count_.parameters
+
+
+def saved_copies(count_: Count, reference: Count) -> float:
+    """Size of the checkpoint beyond the base's, in copies of the parameters."""
+    return (count_.checkpoint - reference.checkpoint) / count_.parameters
+
+
+def cpu_copies(net: str) -> float:
+    """Memory in pass 2 beyond the floor's where the engine takes its path for the CPU, in copies of the parameters."""
+    setting = Setting(NETS[net])
+    return extra_copies(count(lambda: ours(setting)), count(lambda: floor(setting)))
+
+
+def reads_nothing(net: str = METHOD_NET) -> bool:
+    """Whether a propagating step runs on the meta device, where no value exists that could be read."""
+    loop = ours(Setting(NETS[net], base="foreach", device="meta"), nonfinite="propagate")
+    try:
+        loop.step()
+        loop.step()
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True
+
+
+def sam_gates(net: str, mode: str, step: Count, reference: Count) -> list[Gate]:
+    """The limits for SAM's whole step on one network."""
+    allowed = MODES[mode][2]
+    ratio, added = step.launches / reference.launches, step.launches - reference.launches
+    label = f"{net}, {mode}"
+    gates = [Gate(f"{label}: synchronisations", str(step.syncs), f"= {allowed}", step.syncs == allowed)]
+    if reference.tensors <= SMALL:
+        gates.append(Gate(f"{label}: launches above the floor", f"{added:+d}", f"<= +{ADDED}", added <= ADDED))
+    else:
+        gates.append(Gate(f"{label}: launches / floor", f"{ratio:.4f}", f"<= {RATIO}", ratio <= RATIO))
+    extra, saved = extra_copies(step, reference), saved_copies(step, reference)
+    gates.append(Gate(f"{label}: copies in pass 2", f"{extra:.3f}", "<= 1.01", extra <= 1.01))
+    gates.append(Gate(f"{label}: copies in a checkpoint", f"{saved:.3f}", "= 0", saved == 0))
+    return gates
+
+
+def _row(label: str, step: Count, reference: Count, *more: str) -> tuple[str, ...]:
+    return (
+        label,
+        str(step.launches),
+        f"{step.launches - reference.launches:+d}",
+        f"{step.launches / reference.launches:.3f}",
+        str(step.syncs),
+        f"{extra_copies(step, reference):.2f}",
+        *more,
+        f"{saved_copies(step, reference):.2f}",
+    )
+
+
+HEADERS = ("step", "launches", "above floor", "/ floor", "syncs", "copies in pass 2")
+
+
+def measure(nets: tuple[str, ...] = GATED_NETS, methods: bool = True) -> Result:
+    """Count SAM on `nets`, and every method on one of them."""
+    result = Result("counts", settings={"nets": ", ".join(nets)})
+    for name in nets:
+        net = NETS[name]
+        table = Table(name, (*HEADERS, "in checkpoint"))
+        references: dict[str, Count] = {}
+        for mode, (nonfinite, base, _) in MODES.items():
+            setting = Setting(net, base=base, device="meta")
+            if base not in references:
+                references[base] = count(lambda s=setting: floor(s))
+                label = f"floor, {base} SGD, {references[base].tensors} tensors"
+                table.rows.append(_row(label, references[base], references[base]))
+            reference = references[base]
+            step = count(lambda s=setting, n=nonfinite: ours(s, "sam", n))
+            table.rows.append(_row(f"sam, {mode}", step, reference))
+            result.gates += sam_gates(name, mode, step, reference)
+            added = {k: v - reference.by_op.get(k, 0) for k, v in step.by_op.items()}
+            result.raw[f"{name}, {mode}"] = {
+                "launches": step.launches,
+                "floor": reference.launches,
+                "syncs": step.syncs,
+                "added": {k: v for k, v in added.items() if v},
+            }
+        setting = Setting(net, base="foreach", device="meta")
+        extra = cpu_copies(name)
+        table.rows.append(("sam, skip, on the CPU", "-", "-", "-", "-", f"{extra:.2f}", "-"))
+        result.gates.append(Gate(f"{name}, CPU: copies in pass 2", f"{extra:.3f}", "<= 1.01", extra <= 1.01))
+        for label, build in peers.found().items():
+            table.rows.append(_row(label, count(lambda s=setting, b=build: other(s, b)), references["foreach"]))
+        result.tables.append(table)
+    ok = reads_nothing()
+    result.gates.append(Gate("sam, propagate: runs where no value can be read", "yes" if ok else "no", "yes", ok))
+    if methods:
+        result.tables.append(method_table())
+    result.notes += [
+        "The floor is twice zero_grad, forward and backward, and one step of the base (SGD with momentum).",
+        "Launches are modelled (see launches.py). The model leaves out two launches inside every global norm, and one "
+        "more per 128 tensors.",
+    ]
+    result.notes += [f"{name}: not installed." for name in peers.missing()]
+    return result
+
+
+def method_table() -> Table:
+    """Every method's counts on one network: reported, not gated."""
+    title = f"Every method, {METHOD_NET}, skip, foreach SGD"
+    table = Table(title, (*HEADERS, "declared", "in checkpoint"))
+    setting = Setting(NETS[METHOD_NET], base="foreach", device="meta")
+    reference = count(lambda: floor(setting))
+    for method in flatmin.METHODS:
+        recipe = flatmin.compose(method)
+        passes = 2 if recipe.ascends else 1
+        base = reference if passes == 2 else count(lambda: floor(setting, passes=1))
+        step = count(lambda m=method: ours(setting, m))
+        table.rows.append(_row(method, step, base, str(recipe.extra_copies)))
+    return table
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of this benchmark."""
+    parser.add_argument("--nets", nargs="+", default=list(GATED_NETS), choices=list(NETS), metavar="NET")
+
+
+def run(options: argparse.Namespace) -> Result:
+    """The benchmark as asked for on the command line."""
+    return measure(tuple(options.nets))
