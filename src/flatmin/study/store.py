@@ -42,7 +42,7 @@ class Run:
     @property
     def name(self) -> str:
         """The folder's name: label, seed, and the first ten digits of the key."""
-        slug = re.sub(r"[^a-z0-9.+]+", "-", self.label.lower()).strip("-") or "run"
+        slug = re.sub(r"[^a-z0-9.+]+", "-", self.label.lower()).replace("-+-", "-").strip("-") or "run"
         return f"{slug}-s{self.config.seed}-{self.key[:10]}"
 
 
