@@ -483,6 +483,24 @@ def test_the_device_path_gives_the_same_step_in_every_dtype():
         assert all(torch.allclose(a, b, rtol=1e-6) for a, b in zip(*ends, strict=True))
 
 
+def test_addresses_are_static():
+    """Weights, snapshots and part state stay where they are, so that a step can be captured."""
+    model = net()
+    opt = flatmin.wrap(sgd(model), "vasso", rho=0.1)
+    opt._force_device_path = True
+
+    def addresses():
+        slots = opt._store.per_weight["direction.ema"].values()
+        buffers = opt._ledger._buffers.values()
+        return [t.data_ptr() for t in (*model.parameters(), *slots, *buffers, opt._flags.words)]
+
+    for k in range(5):
+        opt.step(closure_for(model, opt, *batch(k)))
+        if k == 0:
+            first = addresses()
+    assert addresses() == first and len(first) == 3 * 4 + 1
+
+
 # -- the package ---------------------------------------------------------------------------------------------------
 
 
