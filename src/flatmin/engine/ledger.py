@@ -56,6 +56,7 @@ class Ledger:
     def __init__(self) -> None:
         self._layout: ta.Layout | None = None
         self._buffers: dict[int, Tensor] = {}
+        self._whole: tuple[list[Tensor], list[Tensor]] | None = None  # all weights and their copies
         self._away: tuple[list[Tensor], list[Tensor]] | None = None
 
     @property
@@ -116,18 +117,26 @@ class Ledger:
     def _save(self, layout: ta.Layout, ws: list[Tensor], index: Sequence[int]) -> None:
         assert self._away is None, "weights are already displaced"
         if layout is not self._layout:
-            self._layout, self._buffers = layout, {}
-        missing = [] if len(self._buffers) == len(layout.weights) else [i for i in index if i not in self._buffers]
-        for i in missing:
-            self._buffers[i] = torch.empty_like(layout.weights[i], requires_grad=False)
-        copies = [self._buffers[i] for i in index]
-        self._away = (ta.local(ws), ta.local(copies))
+            self._layout, self._buffers, self._whole = layout, {}, None
+        if len(index) < len(layout.weights) or not layout.simple:
+            self._away = (ta.local(ws), ta.local(self._copies(layout, index)))
+        else:
+            if self._whole is None:
+                self._whole = (ws, self._copies(layout, index))
+            self._away = self._whole
         torch._foreach_copy_(self._away[1], self._away[0])
+
+    def _copies(self, layout: ta.Layout, index: Sequence[int]) -> list[Tensor]:
+        for i in index:
+            if i not in self._buffers:
+                self._buffers[i] = torch.empty_like(layout.weights[i], requires_grad=False)
+        return [self._buffers[i] for i in index]
 
     def restore(self) -> None:
         """Put the weights back bit for bit; does nothing if they are at home."""
         if self._away is not None:
-            torch._foreach_copy_(*self._away)
+            weights, copies = self._away
+            torch._foreach_copy_(weights, copies)
             self._away = None
 
 

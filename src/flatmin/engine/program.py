@@ -5,6 +5,7 @@ It knows neither closures nor in-place moves, so the optimizer and the functiona
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -101,6 +102,7 @@ def _real(w: Tensor) -> torch.dtype:
 
 
 T = TypeVar("T")
+_IS_SPARSE = operator.attrgetter("is_sparse")
 
 
 @dataclass(slots=True)
@@ -135,7 +137,7 @@ def _gather(grads: Gradients, index: Sequence[int]) -> tuple[Sequence[int], Tens
     found = [g for g in _pick(grads, index) if g is not None]
     if len(found) < len(index):
         index = [i for i in index if grads[i] is not None]
-    if any([g.is_sparse for g in found]):
+    if any(map(_IS_SPARSE, found)):
         found = [g.to_dense() if g.is_sparse else g for g in found]
     return index, found
 

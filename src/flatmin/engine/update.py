@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Generator
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -16,6 +17,9 @@ from flatmin.parts import Eval, Gradients, Need
 
 if TYPE_CHECKING:
     from flatmin.engine.optimizer import SAM
+
+
+_IS_SPARSE = operator.attrgetter("is_sparse")
 
 
 class Update:
@@ -155,7 +159,9 @@ class Update:
                 return True, self._gate(outcome)
             return True, None
         current = outcome.update if known else [w.grad for w in self.site.weights]
-        update = [g.coalesce().values() if g.is_sparse else g for g in current if g is not None]
+        update = [g for g in current if g is not None]
+        if any(map(_IS_SPARSE, update)):
+            update = [g.coalesce().values() if g.is_sparse else g for g in update]
         if flags is None:
             if not ta.all_finite(update, opt._layout):
                 return self._refuse(), None
