@@ -15,15 +15,15 @@ ValueError: 'asam' and 'usam' both set the geometry; choose one.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import importlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from flatmin import parts as p
 from flatmin.parts import KINDS, Need, Part
+from flatmin.words import suggest
 
 ENTRY_POINTS = "flatmin.methods"
 
@@ -278,13 +278,6 @@ def _merge(table: dict[str, Method], new: Any, origin: str) -> None:
         if name in table and table[name] is not method:
             raise ValueError(f"{origin}: the name {name!r} is taken.")
         table[name] = method
-
-
-def suggest(word: str, known: Iterable[str]) -> str:
-    """'; did you mean ...?' if something is close, else ''."""
-    names = list(known)
-    close = [k for k in names if word and k.startswith(word)] or difflib.get_close_matches(word, names, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def compose(name: str, table: Mapping[str, Method] | None = None, **params: Any) -> Recipe:

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from flatmin.train import settings
 from flatmin.train.config import Scalar
 from flatmin.train.settings import at_least
+from flatmin.words import suggest
 
 BASE = "sgd"
 DEFAULT_METHODS = ("sgd", "sam", "asam", "vasso", "fsam", "bisam-log", "bisam-tanh")
@@ -171,10 +172,10 @@ def _refuse(key: str, config: CompareConfig, parameters: Iterable[str]) -> NoRet
     if key.startswith("rho."):
         known = [f"rho.{method}" for method in config.methods]
         methods = ", ".join(config.methods)
-        raise ValueError(f"{key}: no such method here{settings.suggest(key, known)} (methods: {methods})")
+        raise ValueError(f"{key}: no such method here{suggest(key, known)} (methods: {methods})")
     known = [*options, *parameters]
     short = sorted(name for name in parameters if "." not in name)
     raise ValueError(
-        f"unknown option {key!r}{settings.suggest(key, known)} (options: {', '.join(options)}; "
+        f"unknown option {key!r}{suggest(key, known)} (options: {', '.join(options)}; "
         f"parameters of the methods: {', '.join(short) or 'none'})"
     )

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from flatmin.train.settings import suggest
+from flatmin.words import suggest
 
 
 def search_here() -> None:

@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import math
 import tomllib
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
+from flatmin.words import suggest
+
 T = TypeVar("T")
 _UNIONS = (typing.Union, types.UnionType)
-
-
-def suggest(word: str, known: Iterable[str]) -> str:
-    """The words "; did you mean 'x'?" if something known is close, else nothing."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def field_types(cls: type) -> dict[str, Any]:

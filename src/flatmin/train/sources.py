@@ -13,7 +13,7 @@ from flatmin.data.noise import symmetric_noise
 from flatmin.models.small import MODELS
 from flatmin.train.config import RunConfig, stream
 from flatmin.train.locate import find_function
-from flatmin.train.settings import suggest
+from flatmin.words import suggest
 
 DATA = ("digits",)
 
