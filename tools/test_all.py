@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> int:
     """Run, record, and return pytest's exit code."""
     counts = Counts()
     begun = time.monotonic()
-    code = int(pytest.main(arguments, plugins=[counts]))
+    code = int(pytest.main([*arguments], plugins=[counts]))  # pytest adds its own words to the list
     if not arguments:
         import torch
 
