@@ -5,6 +5,7 @@
 """
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 
 # exp(mu * (phi - 1)) must not underflow at the true class, where phi = 0.
 _DIRECT_EXP_LIMIT = 60.0
+_BLOCK = 1 << 19  # elements
 # phi(0) = 0 for phi(x) = 1 - log(1 + exp(gamma - x)).
 GAMMA = math.log(math.e - 1.0)
 
@@ -58,13 +60,18 @@ def bisam_log(logits: Tensor, target: Tensor, mu: float = 1.0) -> Tensor:
 
     Source: Xie et al., Improving SAM Requires Rethinking its Optimization Formulation, ICML 2024, Eq. 11.
     """
-    # In place: most of the cost is memory traffic. The margin comes first, so that F_y is exactly 0.
-    shifted = margins(logits, target).sub_(GAMMA)
+    return _by_blocks(lambda f, y: _log_sum_log(margins(f, y), mu), logits, target) / mu
+
+
+def _log_sum_log(margin: Tensor, mu: float) -> Tensor:
+    """Log sum_j exp(mu phi(F_j)) of each row, phi of BiSAM(-log); `margin` is overwritten."""
+    # The margin comes before the shift, so that F_y is exactly 0.
+    shifted = margin.sub_(GAMMA)
     if mu == 1.0:
-        return 1.0 + shifted.sigmoid_().sum(1).log().mean()
+        return mu + shifted.sigmoid_().sum(1).log()
     if 0.0 < mu <= _DIRECT_EXP_LIMIT:
-        return 1.0 + shifted.sigmoid_().pow(mu).sum(1).log().mean() / mu
-    return 1.0 + torch.logsumexp(mu * F.logsigmoid(shifted), 1).mean() / mu
+        return mu + shifted.sigmoid_().pow(mu).sum(1).log()
+    return mu + torch.logsumexp(mu * F.logsigmoid(shifted), 1)
 
 
 def bisam_tanh(logits: Tensor, target: Tensor, mu: float = 10.0, alpha: float = 0.1) -> Tensor:
@@ -87,12 +94,26 @@ def bisam_tanh(logits: Tensor, target: Tensor, mu: float = 10.0, alpha: float = 
 
     Source: Xie et al., ICML 2024, Eq. 11.
     """
+    return _by_blocks(lambda f, y: _log_sum_tanh(margins(f, y), mu, alpha), logits, target) / mu
+
+
+def _log_sum_tanh(margin: Tensor, mu: float, alpha: float) -> Tensor:
+    """Log sum_j exp(mu tanh(alpha F_j)) of each row; `margin` is overwritten."""
     # tanh(a) = 2 sigmoid(2a) - 1, and sigmoid is several times cheaper than tanh on a CPU.
-    s = margins(logits, target).mul_(2.0 * alpha).sigmoid_()
+    s = margin.mul_(2.0 * alpha).sigmoid_()
     if 0.0 < mu <= _DIRECT_EXP_LIMIT:
         # phi <= 1, so the shifted exponent never overflows, and phi_y = 0 keeps the sum above exp(-mu).
-        return 1.0 + torch.add(s.new_full((), -2.0 * mu), s, alpha=2.0 * mu).exp_().sum(1).log().mean() / mu
-    return torch.logsumexp(2.0 * mu * s - mu, 1).mean() / mu
+        return mu + torch.add(s.new_full((), -2.0 * mu), s, alpha=2.0 * mu).exp_().sum(1).log()
+    return torch.logsumexp(2.0 * mu * s - mu, 1)
+
+
+def _by_blocks(rows: Callable[[Tensor, Tensor], Tensor], logits: Tensor, target: Tensor) -> Tensor:
+    """The mean of `rows` over the batch; on a CPU in blocks whose temporaries stay in the cache."""
+    check_logits(logits, target)
+    if logits.device.type != "cpu" or logits.numel() <= 2 * _BLOCK:
+        return rows(logits, target).mean()
+    size = max(1, _BLOCK // logits.shape[1])
+    return torch.cat([rows(f, y) for f, y in zip(logits.split(size), target.split(size), strict=True)]).mean()
 
 
 def smoothed_cross_entropy(
