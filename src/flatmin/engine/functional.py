@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flatmin.engine.base import UNSERVED, check_rho
-from flatmin.engine.program import Generators, Reader, Site, program
+from flatmin.engine.program import Generators, Site, program
 from flatmin.parts import Need
 from flatmin.parts import State as PartState
 from flatmin.recipes import Recipe, compose
@@ -18,7 +18,7 @@ Params = Mapping[str, Tensor]
 FunctionalState = dict[str, Any]
 
 
-class _Frozen(Reader):
+class _Frozen:
     """Part state held in a plain dict {"kind.slot": {name: tensor}}."""
 
     def __init__(self, recipe: Recipe, state: FunctionalState, names: Mapping[int, str]) -> None:

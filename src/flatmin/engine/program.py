@@ -8,7 +8,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -120,11 +120,11 @@ class Outcome:
     size: Tensor | None = None
 
 
-class Reader:
-    """Read access to part state by kind; implemented by the engine's store."""
+class Reader(Protocol):
+    """Read access to what parts remember."""
 
     def read(self, kind: str, weights: Sequence[Tensor]) -> State:
-        raise NotImplementedError
+        """The slots of the part of this kind, one entry per weight, None where a weight has none yet."""
 
 
 def _pick(items: Sequence[T], index: Sequence[int]) -> list[T]:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from flatmin.engine import tensors as ta
-from flatmin.engine.program import Reader
 from flatmin.parts import State
 from flatmin.recipes import Recipe
 
@@ -18,7 +17,7 @@ VERSION = 1
 _FILLED = ".filled"
 
 
-class Store(Reader):
+class Store:
     """The slots of a recipe: one tensor per weight ("param") or one in all ("scalar").
 
     Kept outside the base's state, because optimizers initialise a tensor's state where it is empty.
