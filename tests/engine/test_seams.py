@@ -48,7 +48,6 @@ class Decoupled(Combine):
 
     needs: ClassVar = frozenset({Need.GRADIENT_AT_W})
     uses_gradient: ClassVar = True
-    has_post: ClassVar = True
     a: float = 0.5
 
     def __call__(self, g, gs, state, c):
@@ -201,10 +200,11 @@ def problem():
     return net, x, y
 
 
-def run(recipe, door="closure"):
+def run(recipe, door="closure", *, device_path=False):
     net, x, y = problem()
     base = torch.optim.SGD(net.parameters(), lr=LR, momentum=MU)
     opt = flatmin.SAM(base, recipe=recipe, rho=RHO, seed=5)
+    opt._force_device_path = device_path
     for k in range(STEPS):
 
         def backward(k=k):
@@ -354,13 +354,14 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("door", ["closure", "passes", "perturbed"])
-def test_part_matches_its_formula(name, door):
+@pytest.mark.parametrize("device_path", [False, True])
+def test_part_matches_its_formula(name, door, device_path):
     recipe, reference = CASES[name]
     if door == "perturbed" and not recipe.two_pass:
         with pytest.raises(RuntimeError, match=r"perturbed\(\) serves recipes of one pass at w"):
             run(recipe, door)
         return
-    got, _ = run(recipe, door)
+    got, _ = run(recipe, door, device_path=device_path)
     r = Reference()
     for k in range(STEPS):
         reference(r, k)
@@ -377,6 +378,24 @@ def test_a_part_written_to_the_same_point_differs_from_sam():
         ends.append(r.w)
     distances = [(a - b).norm() for i, a in enumerate(ends) for b in ends[:i]]
     assert min(distances) > 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class First(Direction):
+    """d = the very first gradient, kept for ever and returned as it is stored."""
+
+    slots: ClassVar = {"g": "param"}
+
+    def __call__(self, g, state, c):
+        if state["g"][0] is None:
+            return [x.clone() for x in g], {"g": [x.clone() for x in g]}
+        return state["g"], {}
+
+
+def test_stored_tensors_are_not_overwritten_on_the_device_path():
+    (host, _), (device, opt) = (run(flatmin.Recipe(direction=First()), device_path=d) for d in (False, True))
+    assert torch.allclose(host, device, rtol=0, atol=1e-13)
+    assert all(bool(v.abs().max() > 0) for v in opt._store.per_weight["direction.g"].values())
 
 
 def test_scalar_slots_and_counters_travel_in_the_checkpoint():

@@ -59,11 +59,6 @@ class Ledger:
         self._whole: tuple[list[Tensor], list[Tensor]] | None = None  # all weights and their copies
         self._away: tuple[list[Tensor], list[Tensor]] | None = None
 
-    @property
-    def away(self) -> bool:
-        """Whether the weights are displaced."""
-        return self._away is not None
-
     def move(self, layout: ta.Layout, offset: Offset, flags: Flags | None) -> bool:
         """Displace the weights in offset.index; True if the displacement was known (on the host) to be finite.
 

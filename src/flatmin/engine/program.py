@@ -208,8 +208,9 @@ def program(recipe: Recipe, site: Site, store: Reader, eps: float) -> Generator[
             # One product per distinct rho, so that equal radii stay one object.
             products = {rho: rho * radius for rho in set(reach)}
             reach = [products[rho] for rho in reach]
-        remembered = {id(x) for _, n in out.staged.values() for s in n.values() if isinstance(s, list) for x in s}
-        scratch = kept is None and not (remembered and any(id(x) in remembered for x in t))
+        # Only the gradients of this very pass are the engine's to overwrite, and only if nobody wants them later.
+        spent = g is not None and kept is None and not out.staged and len(t) == len(g)
+        scratch = spent and all(map(operator.is_, t, g or ()))
         return Offset(index, t, norm, size, reach, eps, scratch)
 
     when = recipe.when

@@ -287,7 +287,6 @@ class Combine(Part):
 
     kind: ClassVar[str] = "combine"
     uses_gradient: ClassVar[bool] = False  # True: g is kept through pass 2 (one more copy)
-    has_post: ClassVar[bool] = False
     rho_zero_is_base: ClassVar[bool] = True
 
     def __call__(self, g: Tensors | None, gs: list[Tensors], state: State, c: Context) -> tuple[Tensors, NewState]:
