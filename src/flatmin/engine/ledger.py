@@ -56,6 +56,7 @@ class Ledger:
     def __init__(self) -> None:
         self._layout: ta.Layout | None = None
         self._buffers: dict[int, Tensor] = {}
+        self._joined: list[Tensor] = []  # the buffers of each block of the layout, in one piece
         self._whole: tuple[list[Tensor], list[Tensor]] | None = None  # all weights and their copies
         self._away: tuple[list[Tensor], list[Tensor]] | None = None
 
@@ -119,9 +120,17 @@ class Ledger:
             if self._whole is None:
                 self._whole = (ws, self._copies(layout, index))
             self._away = self._whole
+            if layout.blocks:
+                for joined, block in zip(self._joined, layout.by_block(ws), strict=True):
+                    torch.cat(block, out=joined)
+                return
         torch._foreach_copy_(self._away[1], self._away[0])
 
     def _copies(self, layout: ta.Layout, index: Sequence[int]) -> list[Tensor]:
+        if layout.blocks and not self._buffers:
+            self._joined = layout.joined([w.detach() for w in layout.weights]) or []
+            for joined, block in zip(self._joined, layout.blocks, strict=True):
+                self._buffers.update(zip(block, joined.split([len(layout.weights[i]) for i in block]), strict=True))
         for i in index:
             if i not in self._buffers:
                 self._buffers[i] = torch.empty_like(layout.weights[i], requires_grad=False)

@@ -175,7 +175,13 @@ class SAM(Doors):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear all gradients; see `torch.optim.Optimizer.zero_grad`."""
-        self.base.zero_grad(set_to_none)
+        if set_to_none and type(self.base).zero_grad is Optimizer.zero_grad:
+            # Reading .grad first, as torch does, would make an object of every gradient only to drop it.
+            for group in self.param_groups:
+                for w in group["params"]:
+                    w.grad = None
+        else:
+            self.base.zero_grad(set_to_none)
         if self._watch is not None:
             self._watch.cleared = True
 
@@ -195,19 +201,19 @@ class SAM(Doors):
     # -- what updates use ----------------------------------------------------------------------------------------
 
     def _site(self) -> Site:
-        weights: list[Tensor] = []
+        listed = [group["params"] for group in self.param_groups]
+        if not self._layout.fits(listed):
+            self._layout = Layout(listed)
+        layout = self._layout
         groups: list[dict[str, Any]] = []
         rhos: list[float] = []
-        for group in self.param_groups:
-            trained = [w for w in group["params"] if w.requires_grad]
-            weights += trained
-            groups += [group] * len(trained)
-            rhos += [check_rho(group["rho"])] * len(trained)
+        for group, count in zip(self.param_groups, layout.trained, strict=True):
+            groups += [group] * count
+            rhos += [check_rho(group["rho"])] * count
+        weights = layout.weights
         names = [self._names.get(w, "") for w in weights] if Need.NAMES in self.recipe.needs else []
         step = int(self.param_groups[0][PREFIX + "step"])
-        if not self._layout.fits(weights):
-            self._layout = Layout(weights)
-        return Site(weights, groups, rhos, names, step, self._generators, self._layout)
+        return Site(weights, groups, rhos, names, step, self._generators, layout)
 
     def _device_flags(self, tensors: Sequence[Tensor]) -> Flags | None:
         """The verdicts kept on these tensors' device; None on the CPU, where reading is free."""

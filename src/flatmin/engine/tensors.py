@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -61,32 +62,67 @@ def _accumulate_in(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
 
 
+_DTYPE = operator.attrgetter("dtype")
+
+
 class Layout:
-    """What one sweep over the weights tells, kept while they are the same tensors of the same dtypes.
+    """What one look at the param groups tells, kept while they hold the same tensors.
 
     Attributes:
+        weights: the trained tensors of all groups, in order.
+        trained: how many of them each group has.
         simple: ordinary tensors of one real dtype on the CPU, where a foreach call takes them as they are.
-        small: simple, and each so small that a call per tensor costs more than a copy of all.
+        blocks: for each trailing shape the positions of its weights, if all are simple and so small that a call per
+            tensor costs more than a copy of everything; else empty.
     """
 
-    def __init__(self, weights: Sequence[Tensor]) -> None:
-        self.weights = list(weights)
+    def __init__(self, groups: Sequence[Sequence[Tensor]]) -> None:
+        self._groups = [list(group) for group in groups]
+        listed = [w for group in groups for w in group]
+        self._frozen = [w for w in listed if not w.requires_grad]
+        self.trained = [sum(w.requires_grad for w in group) for group in groups]
+        self.weights = weights = [w for w in listed if w.requires_grad]
+        self._device = weights[0].device if weights else torch.device("cpu")
         self._dtypes = [w.dtype for w in weights]
-        device = weights[0].device if weights else torch.device("cpu")
-        self._device = device
         one = len(set(self._dtypes)) == 1 and not self._dtypes[0].is_complex
         self.simple = one and plain(weights) and {w.device.type for w in weights} == {"cpu"}
-        self.small = self.simple and len(weights) > 1 and max(w.numel() for w in weights) <= _SMALL
+        self.blocks: list[list[int]] = []
+        if self.simple and len(weights) > 1 and all(w.ndim > 0 and w.numel() <= _SMALL for w in weights):
+            by_shape: dict[Any, list[int]] = {}
+            for i, w in enumerate(weights):
+                by_shape.setdefault(w.shape[1:], []).append(i)
+            self.blocks = list(by_shape.values())
+        self._pick = [operator.itemgetter(*block, block[-1]) for block in self.blocks]
 
-    def fits(self, weights: Sequence[Tensor]) -> bool:
-        """Whether these are the weights it was made for."""
-        known = self.weights
+    def fits(self, groups: Sequence[Sequence[Tensor]]) -> bool:
+        """Whether these are the groups it was made for.
+
+        A tensor frozen since then stays: it gets no gradient, and that keeps it out of everything.
+        """
         return (
-            len(known) == len(weights)
-            and all(map(operator.is_, known, weights))
-            and self._dtypes == [w.dtype for w in weights]
-            and (not known or known[0].device == self._device)
+            len(groups) == len(self._groups)
+            and all(
+                len(g) == len(known) and all(map(operator.is_, g, known))
+                for g, known in zip(groups, self._groups, strict=True)
+            )
+            and not any(w.requires_grad for w in self._frozen)
+            and (not self.weights or self.weights[0].device == self._device)
         )
+
+    def refreshed(self) -> Layout:
+        """Itself, or a new one if a weight has changed its dtype; to be asked before weights are copied."""
+        same = self._dtypes == list(map(_DTYPE, self.weights))
+        return self if same else Layout(self._groups)
+
+    def joined(self, tensors: Sequence[Tensor]) -> list[Tensor] | None:
+        """All entries of tensors shaped like the weights in a few large tensors; None where that does not pay."""
+        if not self.blocks or len(tensors) != len(self.weights):
+            return None
+        return [torch.cat(block) for block in self.by_block(tensors)]
+
+    def by_block(self, tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+        """The tensors of each block."""
+        return (pick(tensors)[:-1] for pick in self._pick)  # the last position stands twice: always a tuple
 
 
 def norm(tensors: Sequence[Tensor], layout: Layout | None = None) -> Tensor:
@@ -94,9 +130,7 @@ def norm(tensors: Sequence[Tensor], layout: Layout | None = None) -> Tensor:
 
     Squares are summed in that precision, so entries above about 1e19 overflow to inf in fp32.
     """
-    tensors = list(tensors)
-    if layout is not None and layout.small and len(tensors) > 1:
-        tensors = [torch._C._nn.flatten_dense_tensors(tensors)]
+    tensors = (layout and layout.joined(tensors)) or list(tensors)
     groups = [tensors] if uniform(tensors) else [[tensors[i] for i in b] for b in buckets(tensors)]
     parts: list[Tensor] = []
     for group in groups:
@@ -163,6 +197,10 @@ def nonfinite_(tensors: Sequence[Tensor], found: Tensor, one: Tensor) -> None:
 
 def all_finite(tensors: Sequence[Tensor], layout: Layout) -> bool:
     """Whether no entry of these CPU tensors, gradients of the layout's weights, is nan or inf."""
+    joined = layout.joined(tensors)
+    # A sum that is finite clears every entry; one that is not may be an overflow, so the entries decide.
+    if joined is not None and math.isfinite(sum(float(t.sum()) for t in joined)):
+        return True
     found, one = torch.zeros((), dtype=torch.float32), torch.ones((), dtype=torch.float32)
     if layout.simple and tensors:
         torch._amp_foreach_non_finite_check_and_unscale_(list(tensors), found, one)

@@ -48,6 +48,7 @@ class Update:
         for w in self.site.weights:
             w.grad = None
         if request is not None and request.at is not None:
+            opt._layout = opt._layout.refreshed()
             moved = opt._ledger.move(opt._layout, request.at, opt._device_flags(request.at.direction))
             self._ascent_finite = self._ascent_finite and moved
             request.at.clear()
