@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import flatmin
-from flatmin.parts import Context, Direction, Need, NewState, State, Tensors
+from flatmin.parts import Context, Direction, Named, Need, NewState, State, Tensors, WarmUp
 from flatmin.recipes import METHODS, Recipe
 
 DOORS = ("closure", "perturbed", "two calls", "passes")
@@ -23,15 +25,26 @@ BASES = {
 }
 
 
+CHUNKS = 2
+
+
+def takes_chunks(optimizer) -> bool:
+    """Whether its method wants micro-batches."""
+    return Need.MICRO_BATCHES in optimizer.recipe.needs
+
+
 def drive(optimizer, backward, door="closure"):
-    """One update. `backward()` computes the loss, calls backward and returns it; returns the loss of pass 1."""
+    """One update; returns the loss of pass 1.
+
+    `backward()` computes the loss, calls backward and returns it; for methods on micro-batches it is `backward(chunk)`.
+    """
     if door == "closure":
 
-        def closure():
+        def closure(*chunk):
             optimizer.zero_grad()
-            return backward()
+            return backward(*chunk)
 
-        return optimizer.step(closure)
+        return optimizer.step([partial(closure, i) for i in range(CHUNKS)] if takes_chunks(optimizer) else closure)
     if door == "perturbed":
         optimizer.zero_grad()
         first = backward()
@@ -50,9 +63,9 @@ def drive(optimizer, backward, door="closure"):
             raise
     else:
         losses = []
-        for evaluation in optimizer.passes():
+        for evaluation in optimizer.passes(chunks=CHUNKS if takes_chunks(optimizer) else 1):
             with evaluation:
-                losses.append(backward())
+                losses.append(backward() if evaluation.chunk is None else backward(evaluation.chunk))
         optimizer.step()
         first = losses[0]
     return first.detach()
@@ -76,9 +89,11 @@ def train(model, optimizer, criterion, steps, *, door="closure", scheduler=None)
     for k in steps:
         x, y = batch(k, dtype=next(model.parameters()).dtype)
 
-        def backward(x=x, y=y):
+        def backward(chunk=None, x=x, y=y):
+            if chunk is not None:
+                x, y = x.chunk(CHUNKS)[chunk], y.chunk(CHUNKS)[chunk]
             loss = criterion(model(x), y)
-            loss.backward()
+            optimizer.backward(loss)
             return loss
 
         losses.append(drive(optimizer, backward, door))
@@ -118,15 +133,22 @@ class Jitter(Direction):
         return d, {"count": count + 1, "last": [x.clone() for x in g]}
 
 
-def recipe_of(name: str) -> str | Recipe:
-    """A method name, or "jitter" for a recipe that draws and keeps both kinds of state."""
-    return Recipe(direction=Jitter(), name="jitter") if name == "jitter" else name
+def recipe_of(name: str, total: int = 20, table=None, names: str = "0.*", **params) -> Recipe:
+    """A method by name with what its table entry cannot know: the length of the training, the names of the model.
+
+    "jitter" is a recipe that draws and keeps both kinds of state.
+    """
+    if name == "jitter":
+        return Recipe(direction=Jitter(), name="jitter")
+    recipe = flatmin.compose(name, table, **params).for_length(total)
+    instead = {"only": Named(only=names), "warm-up": WarmUp(steps=2)}.get(name)
+    return dataclasses.replace(recipe, **{instead.kind: instead}) if instead else recipe
 
 
 class Session:
     """A small training run with everything that a checkpoint must hold."""
 
-    def __init__(self, method: str, base: str, seed: int = 0, **options) -> None:
+    def __init__(self, method: str, base: str, seed: int = 0, *, diagnostics: bool = False, **params) -> None:
         self.model = noisy_net(seed)
         groups = [
             {"params": list(self.model[0].parameters()), "rho": 0.1},
@@ -135,7 +157,11 @@ class Session:
         ]
         self.criterion = flatmin.Criterion(nn.CrossEntropyLoss(label_smoothing=0.1))
         self.optimizer = flatmin.wrap(
-            BASES[base](groups), recipe_of(method), model=self.model, criterion=self.criterion, **options
+            BASES[base](groups),
+            recipe_of(method, **params),
+            model=self.model,
+            criterion=self.criterion,
+            diagnostics=diagnostics,
         )
         self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, 20)
 

@@ -15,236 +15,23 @@ ValueError: 'asam' and 'usam' both set the geometry; choose one.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
-from flatmin import parts as p
-from flatmin.parts import KINDS, Need, Part
+from flatmin.catalogue import BUILT_IN
+from flatmin.parts import KINDS, Part
+from flatmin.recipe import DEFAULTS, Method, Recipe
 from flatmin.words import suggest
 
+__all__ = ["CONFUSED", "ENTRY_POINTS", "METHODS", "Method", "Recipe", "compose", "method_table"]
 ENTRY_POINTS = "flatmin.methods"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """A method: one part for each question. The defaults are SAM.
-
-    Args:
-        objective, direction, geometry, mask, radius, when, points, combine: the parts; see `flatmin.parts`.
-        name: what tables print. Default "recipe".
-
-    Raises:
-        TypeError: a part of another kind.
-        ValueError: parts whose needs and gifts contradict each other.
-    """
-
-    objective: p.Objective = field(default_factory=p.SameLoss)
-    direction: p.Direction = field(default_factory=p.Gradient)
-    geometry: p.Geometry = field(default_factory=p.L2)
-    mask: p.Mask = field(default_factory=p.All)
-    radius: p.Radius = field(default_factory=p.Constant)
-    when: p.When = field(default_factory=p.Always)
-    points: p.Points = field(default_factory=p.One)
-    combine: p.Combine = field(default_factory=p.Descent)
-    name: str = "recipe"
-
-    def __post_init__(self) -> None:
-        for kind, part in self.parts.items():
-            if not isinstance(part, Part) or part.kind != kind:
-                raise TypeError(f"{kind} must be a part of kind {kind!r}, got {part!r}.")
-        for one in self.parts.values():
-            for need in sorted(_demands(one), key=lambda n: n.name):
-                for other in self.parts.values():
-                    reason = _withheld(other, need)
-                    if reason and other is not one:
-                        raise ValueError(
-                            f"{one.kind} {one} needs {need.value}, which {other.kind} {other} does not give: {reason}."
-                        )
-
-    @property
-    def parts(self) -> dict[str, Part]:
-        """The parts by kind."""
-        return {kind: getattr(self, kind) for kind in KINDS}
-
-    @functools.cached_property
-    def needs(self) -> frozenset[Need]:
-        """What the loop must serve."""
-        asked = frozenset[Need]().union(*(part.demands() for part in self.parts.values()))
-        return asked - {Need.GRADIENT_AT_W, Need.ASCENT}
-
-    @property
-    def default_rho(self) -> float:
-        """The geometry's default radius."""
-        return self.geometry.default_rho
-
-    @property
-    def gradient_evaluations(self) -> float:
-        """Gradients of one batch per step, on average."""
-        full = self.points.evaluations(1 if self.direction.evaluates else 0)
-        return self.when.duty * full + (1.0 - self.when.duty)
-
-    @property
-    def ascends(self) -> bool:
-        """False for the plain base optimizer."""
-        return not isinstance(self.when, p.Never)
-
-    @property
-    def extra_copies(self) -> int:
-        """Copies of the moved weights held during the last pass, beyond the base optimizer's own.
-
-        One snapshot of w; two for each remembered tensor (the old one is kept until the step is known to be good);
-        one for g where the combination needs it.
-        """
-        slots = sum(k == "param" for part in self.parts.values() for k in part.slots.values())
-        return int(self.ascends) + 2 * slots + int(self.combine.uses_gradient)
-
-    @property
-    def two_pass(self) -> bool:
-        """Whether a step is one gradient at w and one at w + eps: what `perturbed()` and `first_step` serve."""
-        return self.direction.evaluates and not self.direction.moves_start and isinstance(self.points, p.One)
-
-    def parameters(self) -> dict[str, Any]:
-        """Every parameter by its qualified name, e.g. {"direction.theta": 0.9}."""
-        return {f"{kind}.{k}": v for kind, part in self.parts.items() for k, v in part.parameters().items()}
-
-    def __str__(self) -> str:
-        inner = ", ".join(f"{k}={v!r}" for k, v in self.parameters().items())
-        return f"{self.name}({inner})"
-
-
-def _demands(part: Part) -> frozenset[Need]:
-    ascent = part.kind != "when" and part != _DEFAULTS.get(part.kind)
-    return part.demands() | ({Need.ASCENT} if ascent else frozenset())
-
-
-def _withheld(part: Part, need: Need) -> str | None:
-    if need in part.withholds:
-        return part.withholds[need]
-    if need is Need.GRADIENT_AT_W and isinstance(part, p.Direction):
-        if part.moves_start:
-            return "pass 1 is not taken at w"
-        if not part.evaluates:
-            return "it takes no pass 1"
-    return None
-
-
-_DEFAULTS: dict[str, Part] = {
-    "objective": p.SameLoss(),
-    "direction": p.Gradient(),
-    "geometry": p.L2(),
-    "mask": p.All(),
-    "radius": p.Constant(),
-    "when": p.Always(),
-    "points": p.One(),
-    "combine": p.Descent(),
+# Names that the literature gives to more than one method.
+CONFUSED = {
+    "msam": "write 'micro-sam' for mSAM (an ascent per micro-batch), 'momentum-sam' for Momentum-SAM",
+    "ssam": "write 'ssam-f' or 'ssam-d' for Sparse SAM, 'bernoulli' for stochastically scheduled SAM (SS-SAM)",
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Method:
-    """One line in the table of names: the parts a name sets, and what the tables print of it.
-
-    Args:
-        name: the key in the table.
-        title: its name in the literature.
-        parts: the parts it sets; all others keep SAM's.
-        formula: the update rule in one line.
-        paper: authors, title, venue.
-        url: where to read it.
-        summary: one sentence.
-    """
-
-    name: str
-    title: str
-    parts: tuple[Part, ...] = ()
-    formula: str
-    paper: str
-    url: str = ""
-    summary: str = ""
-
-    def recipe(self) -> Recipe:
-        """The method alone, with its own defaults."""
-        return Recipe(name=self.name, **{part.kind: part for part in self.parts})  # type: ignore[arg-type]
-
-
-_BUILT_IN = (
-    Method(
-        name="sgd",
-        title="plain base optimizer",
-        parts=(p.Never(),),
-        formula="u = g",
-        paper="the baseline: the base optimizer as it is",
-        summary="No ascent; the same loop and the same diagnostics as the others.",
-    ),
-    Method(
-        name="sam",
-        title="SAM",
-        formula="eps = rho g / ||g||,  u = grad L(w + eps)",
-        paper="Foret, Kleiner, Mobahi & Neyshabur, Sharpness-Aware Minimization, ICLR 2021",
-        url="https://arxiv.org/abs/2010.01412",
-        summary="Climb to the worst nearby point, take the gradient there, descend with it.",
-    ),
-    Method(
-        name="asam",
-        title="ASAM",
-        parts=(p.Adaptive(),),
-        formula="eps = rho T^2 g / ||T g||,  T = |w| + eta",
-        paper="Kwon, Kim, Park & Choi, ASAM, ICML 2021",
-        url="https://arxiv.org/abs/2102.11600",
-        summary="SAM in a norm that follows the scale of each weight.",
-    ),
-    Method(
-        name="usam",
-        title="USAM",
-        parts=(p.Unnormalised(),),
-        formula="eps = rho g",
-        paper="Andriushchenko & Flammarion, Towards Understanding Sharpness-Aware Minimization, ICML 2022",
-        url="https://proceedings.mlr.press/v162/andriushchenko22a.html",
-        summary="SAM without the normalisation.",
-    ),
-    Method(
-        name="vasso",
-        title="VaSSO",
-        parts=(p.EMA(),),
-        formula="d = (1 - theta) d + theta g,  eps = rho d / ||d||",
-        paper="Li & Giannakis, Enhancing Sharpness-Aware Optimization Through Variance Suppression, NeurIPS 2023",
-        url="https://arxiv.org/abs/2309.15639",
-        summary="Climb along a smoothed gradient.",
-    ),
-    Method(
-        name="fsam",
-        title="F-SAM",
-        parts=(p.Friendly(),),
-        formula="m = lam m + (1 - lam) g,  d = g - sigma m,  eps = rho d / ||d||",
-        paper="Li, Zhou, He, Cheng & Huang, Friendly Sharpness-Aware Minimization, CVPR 2024",
-        url="https://arxiv.org/abs/2403.12350",
-        summary="Climb along the batch-specific part of the gradient.",
-    ),
-    Method(
-        name="bisam-log",
-        title="BiSAM (-log)",
-        parts=(p.BiSAMLog(),),
-        formula="q = grad Q(w),  phi(x) = 1 - log(1 + exp(log(e-1) - x)),  eps = rho q / ||q||",
-        paper="Xie, Latorre, Antonakopoulos, Pethick & Cevher, Improving SAM Requires Rethinking its Optimization "
-        "Formulation, ICML 2024",
-        url="https://arxiv.org/abs/2407.12993",
-        summary="Climb a lower bound of the 0-1 loss.",
-    ),
-    Method(
-        name="bisam-tanh",
-        title="BiSAM (tanh)",
-        parts=(p.BiSAMTanh(),),
-        formula="q = grad Q(w),  phi(x) = tanh(alpha x),  eps = rho q / ||q||",
-        paper="Xie, Latorre, Antonakopoulos, Pethick & Cevher, Improving SAM Requires Rethinking its Optimization "
-        "Formulation, ICML 2024",
-        url="https://arxiv.org/abs/2407.12993",
-        summary="Climb a lower bound of the 0-1 loss.",
-    ),
-)
-METHODS: Mapping[str, Method] = {m.name: m for m in _BUILT_IN}
+METHODS: Mapping[str, Method] = {m.name: m for m in BUILT_IN}
 
 
 def method_table(plugins: Sequence[str] = ()) -> dict[str, Method]:
@@ -299,13 +86,15 @@ def compose(name: str, table: Mapping[str, Method] | None = None, **params: Any)
     owner: dict[str, str] = {}
     for n in names:
         if n not in table:
+            if n in CONFUSED:
+                raise ValueError(f"{n!r} is the name of two methods: {CONFUSED[n]}.")
             raise ValueError(f"unknown method {n!r}{suggest(n, table)} (methods: {', '.join(table)})")
         for part in table[n].parts:
             if part.kind in chosen:
                 raise ValueError(f"{owner[part.kind]!r} and {n!r} both set the {part.kind}; choose one.")
             chosen[part.kind], owner[part.kind] = part, n
     for kind, changes in _sort_parameters(name, chosen, params).items():
-        chosen[kind] = changes if isinstance(changes, Part) else _replace(chosen.get(kind, _DEFAULTS[kind]), changes)
+        chosen[kind] = changes if isinstance(changes, Part) else _replace(chosen.get(kind, DEFAULTS[kind]), changes)
     try:
         return Recipe(name="+".join(names), **chosen)  # type: ignore[arg-type]
     except ValueError as error:

@@ -17,7 +17,6 @@ from flatmin.parts import (
     Gradients,
     Mask,
     Need,
-    Objective,
     Offset,
     Points,
     Radius,
@@ -111,7 +110,7 @@ class Drop(Mask):
     needs: ClassVar = frozenset({Need.RANDOM})
     beta: float = 0.5
 
-    def __call__(self, state, c):
+    def __call__(self, d, state, c):
         return [m / self.beta for m in c.bernoulli(self.beta)], {}
 
 
@@ -407,37 +406,6 @@ def test_scalar_slots_and_counters_travel_in_the_checkpoint():
     other = flatmin.SAM(torch.optim.SGD(net.parameters(), lr=LR), recipe=CASES["rsam"][0], seed=99)
     other.load_state_dict(saved)
     assert torch.equal(other._generators.cpu.get_state(), opt._generators.cpu.get_state())
-
-
-@dataclass(frozen=True, kw_only=True)
-class PerSample(Objective):
-    needs: ClassVar = frozenset({Need.PER_SAMPLE})
-
-
-@dataclass(frozen=True, kw_only=True)
-class Micro(Points):
-    needs: ClassVar = frozenset({Need.MICRO_BATCHES})
-
-
-@dataclass(frozen=True, kw_only=True)
-class Curved(Combine):
-    needs: ClassVar = frozenset({Need.SECOND_ORDER})
-
-
-@pytest.mark.parametrize(
-    ("recipe", "text"),
-    [
-        (flatmin.Recipe(objective=PerSample()), "per-sample losses"),
-        (flatmin.Recipe(points=Micro()), "micro-batches"),
-        (flatmin.Recipe(combine=Curved()), "Hessian-vector product"),
-    ],
-)
-def test_needs_that_no_door_serves_are_refused_at_construction(recipe, text):
-    net, _, _ = problem()
-    with pytest.raises(ValueError, match=text):
-        flatmin.SAM(torch.optim.SGD(net.parameters(), lr=LR), recipe=recipe)
-    with pytest.raises(ValueError, match=text):
-        flatmin.value_and_grad(lambda p: p["w"].sum(), {"w": torch.ones(2)}, recipe=recipe)
 
 
 def test_contradicting_parts_are_refused():

@@ -22,6 +22,7 @@ QUESTIONS = {
     "radius": "how far?",
     "when": "on which steps?",
     "points": "how many ascents?",
+    "samples": "which samples are descended on?",
     "combine": "what goes to the base?",
 }
 

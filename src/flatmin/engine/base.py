@@ -7,16 +7,36 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
-from flatmin.parts import Need
+# Where optimizers keep the first moment of a weight.
+_MOMENTA = ("momentum_buffer", "exp_avg")
 
-UNSERVED = {
-    Need.PER_SAMPLE: "no front door hands it per-sample losses yet",
-    Need.MICRO_BATCHES: "no front door takes a list of closures yet",
-    Need.SECOND_ORDER: "no front door keeps the graph of pass 1 yet",
-    Need.BASE_MOMENTUM: "the base's momentum is not read yet",
-}
+
+def has_momentum(base: Optimizer) -> bool:
+    """Whether every group of the base is set up to keep a momentum under a known name."""
+    groups = base.param_groups
+    return all(float(g.get("momentum") or 0) > 0 or "betas" in g or "beta1" in g for g in groups)
+
+
+def momentum_of(base: Optimizer, weight: Tensor) -> Tensor | None:
+    """The base's momentum of a weight; None where it has none yet.
+
+    Raises:
+        ValueError: the base has state for the weight, and no momentum under a known name in it.
+    """
+    state = base.state.get(weight)
+    if not state:
+        return None
+    for name in _MOMENTA:
+        if name in state:
+            found: Tensor | None = state[name]
+            return found
+    raise ValueError(
+        f"{type(base).__name__} keeps no momentum that this library knows ({' or '.join(_MOMENTA)}); it has "
+        f"{', '.join(map(str, state))}."
+    )
 
 
 def check_rho(rho: Any) -> float:

@@ -26,6 +26,7 @@ def wrap(
     replay_rng: bool = True,
     eps: float = 1e-12,
     seed: int = 0,
+    diagnostics: bool = False,
     **params: Any,
 ) -> SAM:
     """Wrap a base optimizer with a method by name, with the parameters of its parts as keywords.
@@ -51,6 +52,7 @@ def wrap(
         replay_rng: see `SAM`.
         eps: see `SAM`.
         seed: see `SAM`.
+        diagnostics: see `SAM`.
 
     Raises:
         ValueError, TypeError: as `SAM` and `flatmin.compose`.
@@ -70,4 +72,5 @@ def wrap(
         replay_rng=replay_rng,
         eps=eps,
         seed=seed,
+        diagnostics=diagnostics,
     )

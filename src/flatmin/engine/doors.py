@@ -3,19 +3,46 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from flatmin.engine.diagnostics import Diagnostics
 from flatmin.engine.program import Site
 from flatmin.engine.update import Evaluation, Update
+from flatmin.parts import Gradients, Need
+from flatmin.parts.points import accumulate
 from flatmin.recipes import Recipe
 
 if TYPE_CHECKING:
     from flatmin.engine.optimizer import SAM
+
+
+Closure = Callable[[], Any]
+
+
+def _run_all(closures: Sequence[Closure], update: Update) -> Any:
+    """Run the closures of all micro-batches; leaves the mean of their gradients and returns the mean of their losses.
+
+    Each may zero the gradients, so they are summed outside of them.
+    """
+    share = 1.0 / len(closures)
+    losses: list[Any] = []
+    total: Gradients = []
+    for closure in closures:
+        for w in update.site.weights:
+            w.grad = None
+        loss = closure()
+        losses.append(loss.detach() if isinstance(loss, Tensor) else loss)
+        del loss
+        with torch.no_grad():
+            total = accumulate(total, [w.grad for w in update.site.weights], share)
+    for w, g in zip(update.site.weights, total, strict=True):
+        w.grad = g
+    return sum(losses) * share if all(x is not None for x in losses) else None
 
 
 class Doors(Optimizer):
@@ -30,21 +57,27 @@ class Doors(Optimizer):
     recipe: Recipe
     loss_point: str
     _update: Update | None
+    _resident: bool
+    _diagnostics: Diagnostics | None
 
     if TYPE_CHECKING:
 
-        def _site(self) -> Site: ...
+        def _site(self, chunks: int = 1) -> Site: ...
 
         def _between_updates(self) -> None: ...
 
         def _rewind(self) -> None: ...
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Closure | Sequence[Closure] | None = None) -> Any:
         """One update.
 
         With a closure (torch's convention: it zeroes the gradients, computes the loss, calls backward, returns the
         loss) all passes run here. Without one it ends an update whose passes a manual loop has run.
+
+        A list of closures stands for the micro-batches of one batch: each returns the mean loss of its own samples, and
+        gradients and losses are averaged over them, all counting alike. Methods with an ascent for every micro-batch
+        need it.
 
         Returns:
             The loss of the first pass, detached: at w unless the recipe skips or moves pass 1 (see `loss_point`).
@@ -54,9 +87,17 @@ class Doors(Optimizer):
             FloatingPointError: see `nonfinite`.
         """
         if closure is not None:
-            if not callable(closure):
-                raise TypeError(f"closure must be callable, got {type(closure).__name__}.")
-            return self._step_closure(closure)
+            listed = isinstance(closure, (list, tuple))
+            closures: list[Any] = list(closure) if isinstance(closure, (list, tuple)) else [closure]
+            for one in closures:
+                if not callable(one):
+                    raise TypeError(f"closure must be callable, got {type(one).__name__}.")
+            if not closures:
+                raise ValueError("step() got an empty list of closures.")
+            return self._step_closures(closures, listed=listed)
+        if self._resident:
+            self._step_resident()
+            return None
         update = self._update
         if update is None:
             self._plain_step()
@@ -81,20 +122,91 @@ class Doors(Optimizer):
             self._update = None
             self._between_updates()
 
-    def _step_closure(self, closure: Callable[[], Any]) -> Any:
-        update = self._begin()
-        first: Any = None
+    def _step_closures(self, closures: list[Closure], *, listed: bool) -> Any:
+        if Need.MICRO_BATCHES in self.recipe.needs and not listed:
+            raise RuntimeError(f"{self.recipe.name} needs {Need.MICRO_BATCHES.value}; got one closure.")
+        update = self._begin(len(closures))
+        firsts: list[Any] = []
+        visited: set[int | None] = set()
         while update.request is not None:
             moved = update.request.at is not None
             with Evaluation(update) as evaluation, torch.enable_grad():
-                loss = closure()
+                chosen = closures if evaluation.chunk is None else [closures[evaluation.chunk]]
+                loss = chosen[0]() if len(chosen) == 1 else _run_all(chosen, update)
+                if self._diagnostics is not None:
+                    self._diagnostics.loss(evaluation.role, loss)
                 if evaluation.index == 0:
-                    first = loss.detach() if isinstance(loss, Tensor) else loss
                     self.loss_point = "w + eps" if moved else "w"
+                if evaluation.index == 0 or (not moved and evaluation.chunk not in visited):
+                    firsts.append(loss.detach() if isinstance(loss, Tensor) else loss)
+                visited.add(evaluation.chunk)
                 # The graph of this pass must not live through the next one.
                 del loss
         self._apply(update, at_once=True)
-        return first
+        return firsts[0] if len(firsts) == 1 else sum(firsts) / len(firsts)
+
+    def backward(self, loss: Tensor) -> None:
+        """`loss.backward()`, keeping the graph in the passes of methods that need second derivatives.
+
+        Loops that call it in place of `loss.backward()` can run every method; its cost is that of `loss.backward()`
+        wherever no graph is needed.
+
+        Args:
+            loss: scalar, with graph.
+        """
+        if self._update is None:
+            loss.backward()
+        else:
+            self._update.backward(loss)
+
+    @torch.no_grad()
+    def train(self) -> None:
+        """Stay at w + eps between steps, for loops without passes; the train/eval swap of Momentum-SAM.
+
+            optimizer.train()
+            for x, y in loader:
+                optimizer.zero_grad()
+                loss_fn(model(x), y).backward()
+                optimizer.step()
+            optimizer.eval()   # before evaluation and checkpoints
+
+        Only for methods that know w + eps without a gradient at w (momentum-sam, stale-sam). Gradients are cleared on
+        entering and after each step. Does nothing if it is on already.
+
+        Raises:
+            RuntimeError: another method, or an update under way.
+        """
+        if self._resident:
+            return
+        if not self.recipe.one_pass:
+            raise RuntimeError(
+                f"train() serves methods that know w + eps before any gradient; {self.recipe.name} needs "
+                "step(closure), perturbed() or passes()."
+            )
+        self._stay()
+
+    @torch.no_grad()
+    def eval(self) -> None:
+        """Return to w and stay there; see `train`. Does nothing if the weights are there."""
+        if self._resident:
+            self.abort()
+
+    def _stay(self) -> None:
+        self._resident = True
+        Evaluation(self._begin(), bracketed=False).__enter__()
+
+    def _step_resident(self) -> None:
+        update = self._update
+        assert update is not None
+        try:
+            update.leave()
+            update.finish()
+        except BaseException:
+            self.abort()
+            raise
+        self._resident = False
+        self._apply(update)
+        self._stay()
 
     @contextlib.contextmanager
     def perturbed(self) -> Iterator[None]:
@@ -114,7 +226,7 @@ class Doors(Optimizer):
         with Evaluation(self._begin_manual("perturbed()"), bracketed=False):
             yield
 
-    def passes(self) -> Iterator[Evaluation]:
+    def passes(self, chunks: int = 1) -> Iterator[Evaluation]:
         """The passes of one update, for manual loops with any recipe.
 
             for evaluation in optimizer.passes():
@@ -122,13 +234,20 @@ class Doors(Optimizer):
                     loss_fn(model(x), y).backward()
             optimizer.step()
 
+        Args:
+            chunks: into how many micro-batches the loop divides the batch, for methods that need them; each pass then
+                says in `chunk` on which of them it runs. Default 1.
+
         Yields:
-            Contexts with `role` and `index`; each must be entered. Gradients are cleared on entering.
+            Contexts with `role`, `index` and `chunk`; each must be entered. Gradients are cleared on entering.
 
         Raises:
             RuntimeError: an update under way, or a context that was not entered.
+            ValueError: chunks below 1.
         """
-        update = self._begin()
+        if chunks < 1:
+            raise ValueError(f"chunks must be at least 1, got {chunks}.")
+        update = self._begin(chunks)
         while update.request is not None:
             evaluation = Evaluation(update)
             yield evaluation
@@ -176,20 +295,22 @@ class Doors(Optimizer):
     def abort(self) -> None:
         """End an update without a step: weights, statistics and state are as the step found them."""
         update, self._update = self._update, None
+        self._resident = False
         if update is not None:
             update.abort()
             self._rewind()
         self._between_updates()
 
-    def _begin(self) -> Update:
+    def _begin(self, chunks: int = 1) -> Update:
         self._refuse_second_update("a new update")
-        self._update = Update(cast("SAM", self), self._site())
+        self._update = Update(cast("SAM", self), self._site(chunks))
         return self._update
 
     def _refuse_second_update(self, what: str) -> None:
         if self._update is not None:
             raise RuntimeError(
-                f"{what}: an update is under way; finish it with step(), or call abort() to restore the weights."
+                f"{what}: an update is under way; finish it with step(), or call "
+                f"{'eval()' if self._resident else 'abort()'} to restore the weights."
             )
 
     def _begin_manual(self, door: str) -> Update:

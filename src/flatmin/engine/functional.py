@@ -8,12 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flatmin.engine.base import UNSERVED, check_rho
+from flatmin.engine.base import check_rho
 from flatmin.engine.program import Generators, Site, program
 from flatmin.parts import Need
 from flatmin.parts import State as PartState
 from flatmin.recipes import Recipe, compose
 
+_UNSERVED = {
+    Need.PER_SAMPLE: "it sees a scalar loss only",
+    Need.MICRO_BATCHES: "it sees one batch only",
+    Need.SECOND_ORDER: "it keeps no graph",
+    Need.BASE_MOMENTUM: "it knows no base optimizer",
+    Need.LAYERS: "it knows no module",
+}
 Params = Mapping[str, Tensor]
 FunctionalState = dict[str, Any]
 
@@ -72,8 +79,10 @@ def value_and_grad(
         ValueError: bad rho, unknown recipe, or needs that a pure function cannot serve.
     """
     recipe = compose(recipe) if isinstance(recipe, str) else recipe
-    for need in sorted(recipe.needs & UNSERVED.keys(), key=lambda n: n.name):
-        raise ValueError(f"{recipe.name} needs {need.value}, and {UNSERVED[need]}.")
+    for need in sorted(recipe.needs & _UNSERVED.keys(), key=lambda n: n.name):
+        raise ValueError(f"{recipe.name} needs {need.value}, which a pure function cannot serve: {_UNSERVED[need]}.")
+    for part in recipe.parts.values():
+        part.examine()
     if Need.CRITERION in recipe.needs and ascent_fn is None:
         raise ValueError(f"{recipe.name} climbs another loss than it descends; pass it as ascent_fn.")
     if not params:

@@ -90,25 +90,27 @@ class RandomState:
     def __init__(self, devices: Iterable[torch.device]) -> None:
         kinds = sorted({d for d in devices if d.type not in ("cpu", "meta")}, key=str)
         self._modules = [(d, getattr(torch, d.type, None)) for d in kinds]
-        self._saved: list[Tensor] | None = None
+        self._saved: dict[int | None, list[Tensor]] = {}
 
-    def capture(self) -> None:
-        self._saved = [
+    def capture(self, chunk: int | None = None) -> None:
+        """Remember the states with which a micro-batch (None: the batch) is first run."""
+        self._saved[chunk] = [
             torch.get_rng_state(),
             *(m.get_rng_state(d) for d, m in self._modules if m is not None),
         ]
 
-    def replay(self) -> None:
-        if self._saved is None:
+    def replay(self, chunk: int | None = None) -> None:
+        """Set the states back to those."""
+        if chunk not in self._saved:
             return
-        torch.set_rng_state(self._saved[0])
-        rest = iter(self._saved[1:])
+        torch.set_rng_state(self._saved[chunk][0])
+        rest = iter(self._saved[chunk][1:])
         for device, module in self._modules:
             if module is not None:
                 module.set_rng_state(next(rest), device)
 
     def forget(self) -> None:
-        self._saved = None
+        self._saved = {}
 
 
 class ForwardHook:

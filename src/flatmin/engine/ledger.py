@@ -136,6 +136,11 @@ class Ledger:
                 self._buffers[i] = torch.empty_like(layout.weights[i], requires_grad=False)
         return [self._buffers[i] for i in index]
 
+    @property
+    def away(self) -> tuple[list[Tensor], list[Tensor]] | None:
+        """The displaced tensors and where they were; None if all are at home."""
+        return self._away
+
     def restore(self) -> None:
         """Put the weights back bit for bit; does nothing if they are at home."""
         if self._away is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -11,12 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from flatmin.engine.base import UNSERVED, build_base, check_rho
-from flatmin.engine.criterion import Criterion
+from flatmin.engine.base import build_base, check_rho, has_momentum, momentum_of
+from flatmin.engine.criterion import Criterion, PassView
+from flatmin.engine.diagnostics import Diagnostics
 from flatmin.engine.doors import Doors
 from flatmin.engine.guards import FrozenStatistics, ModelWatch, RandomState
 from flatmin.engine.ledger import Flags, Ledger
-from flatmin.engine.program import Generators, Site
+from flatmin.engine.program import Generators, Services, Site
 from flatmin.engine.store import PREFIX, VERSION, StateView, Store, load, save
 from flatmin.engine.tensors import Layout, is_sharded
 from flatmin.parts import Need
@@ -78,6 +80,7 @@ class SAM(Doors):
         replay_rng: later passes draw the random numbers of the first one. Default True.
         eps: added to every norm that divides. Default 1e-12 (Foret et al.'s common implementations).
         seed: of the engine's own generator, for recipes that draw. Default 0.
+        diagnostics: record each step's numbers for `diagnostics()`; holds one more copy of g. Default False.
         kwargs: options of `base_optimizer`.
 
     Raises:
@@ -90,6 +93,7 @@ class SAM(Doors):
     _flags: Flags | None
     _random: RandomState | None
     _layout: Layout
+    _layers: dict[Tensor, str]
     _force_device_path: bool
     _frozen: bool
 
@@ -108,6 +112,7 @@ class SAM(Doors):
         replay_rng: bool = True,
         eps: float = 1e-12,
         seed: int = 0,
+        diagnostics: bool = False,
         **kwargs: Any,
     ) -> None:
         if rho is not None:
@@ -127,6 +132,7 @@ class SAM(Doors):
         self.nonfinite, self.eps = nonfinite, float(eps)
         self.criterion = criterion
         self._seed, self._freeze_batchnorm, self._replay_rng = seed, freeze_batchnorm, replay_rng
+        self._diagnoses = diagnostics
         self._generators = Generators(seed)
         self._store = Store(self.recipe)
         self._runtime(model)
@@ -200,7 +206,7 @@ class SAM(Doors):
 
     # -- what updates use ----------------------------------------------------------------------------------------
 
-    def _site(self) -> Site:
+    def _site(self, chunks: int = 1) -> Site:
         listed = [group["params"] for group in self.param_groups]
         if not self._layout.fits(listed):
             self._layout = Layout(listed)
@@ -213,7 +219,9 @@ class SAM(Doors):
         weights = layout.weights
         names = [self._names.get(w, "") for w in weights] if Need.NAMES in self.recipe.needs else []
         step = int(self.param_groups[0][PREFIX + "step"])
-        return Site(weights, groups, rhos, names, step, self._generators, layout)
+        layers = [self._layers.get(w, "") for w in weights] if Need.LAYERS in self.recipe.needs else []
+        services = Services(layers, functools.partial(momentum_of, self.base), chunks)
+        return Site(weights, groups, rhos, names, step, self._generators, layout, services)
 
     def _device_flags(self, tensors: Sequence[Tensor]) -> Flags | None:
         """The verdicts kept on these tensors' device; None on the CPU, where reading is free."""
@@ -250,7 +258,9 @@ class SAM(Doors):
         if self._random is not None:
             self._random.forget()
         if self.criterion is not None:
-            self._criterion_calls = self.criterion.ascent_calls
+            self.criterion.forget()
+        if self._diagnostics is not None:
+            self._diagnostics.turn_over()
 
     def _note(self, *, ascent_finite: bool, stepped: bool) -> None:
         group = self.param_groups[0]
@@ -261,12 +271,40 @@ class SAM(Doors):
         self._host_counts["nonfinite_ascents"] += not ascent_finite
         self._host_counts["skipped_steps"] += not stepped
 
-    def current_role(self) -> str:
-        """The role of the pass that a loss computed now belongs to; between updates it opens the next one."""
+    def current_pass(self) -> PassView:
+        """The pass that a loss computed now belongs to; between updates it opens the next one."""
         update = self._update
         if update is None:
-            return "ascent" if self.recipe.ascends and self.recipe.two_pass and self._moves() else "descent"
-        return update.request.role if update.inside and update.request is not None else "descent"
+            return PassView("ascent" if self.recipe.moves and self.recipe.two_pass and self._moves() else "descent")
+        if not update.inside or update.request is None:
+            return PassView("descent")
+        return PassView(update.request.role, update.request.at is not None, update.request.graph)
+
+    def saw(self, outputs: Tensor, target: Tensor, loss: Tensor, *, perturbed: bool) -> None:
+        """Told by the criterion of every loss computed in training."""
+        if self._diagnostics is not None:
+            self._diagnostics.outputs(outputs, target, perturbed=perturbed)
+            self._diagnostics.loss("descent" if perturbed else "ascent", loss)
+
+    def diagnostics(self) -> dict[str, float]:
+        """What the last update did; needs `diagnostics=True`. Reading synchronises once, recording does not.
+
+        `loss`, `loss_perturbed`: at w and at w + eps (of the last micro-batch, if there are several).
+        `gradient_norm`, `perturbed_gradient_norm`, `weight_norm`, `epsilon_norm`: ||g||, ||g_s||, ||w||, and the
+        realised ||(w + eps) - w||. `cosine`: of g and g_s. `ratio_larger`: share of the entries with |g_s / g| > 1,
+        and the classes `ratio_above_1`, `ratio_0_to_1`, `ratio_minus_1_to_0`, `ratio_below_minus_1` (zeros are in
+        none; |r| = 1 is in an inner one). `same_sign`: share of the entries whose sign agrees. `misclassified`,
+        `flipped`: samples that are wrong at w + eps, and those right at w and wrong there; only with a `Criterion` on
+        class logits.
+
+        Keys of what a step did not have (an ascent, logits) are missing.
+
+        Raises:
+            RuntimeError: the optimizer was built without it.
+        """
+        if self._diagnostics is None:
+            raise RuntimeError("this optimizer records nothing; build it with diagnostics=True.")
+        return self._diagnostics.read()
 
     def _moves(self) -> bool:
         return any(g["rho"] > 0 for g in self.param_groups)
@@ -295,7 +333,8 @@ class SAM(Doors):
         self._frozen = False
         self._host_counts = {"updates": 0, "nonfinite_ascents": 0, "skipped_steps": 0}
         self.loss_point = "w"
-        self._criterion_calls = 0
+        self._resident = False
+        self._diagnostics = Diagnostics() if self._diagnoses else None
         weights = [w for g in self.param_groups for w in g["params"]]
         self._random = RandomState({w.device for w in weights}) if self._replay_rng else None
         self._model = model
@@ -309,12 +348,15 @@ class SAM(Doors):
             self._statistics = FrozenStatistics(model) if self._freeze_batchnorm else None
             self._watch = ModelWatch(model, self._random, lambda: not any(w.grad is not None for w in weights))
         self._names = self._read_names()
+        self._layers = {}
+        for module in () if model is None else model.modules():
+            self._layers.update(dict.fromkeys(module.parameters(recurse=False), type(module).__name__))
         if self.criterion is not None:
             if not isinstance(self.criterion, Criterion):
                 raise TypeError(
                     f"criterion must be a flatmin.Criterion, got {type(self.criterion).__name__}; wrap the loss in one."
                 )
-            self.criterion.bind(self, self.recipe.objective)
+            self.criterion.bind(self, self.recipe)
 
     def _read_names(self) -> dict[Tensor, str]:
         names: dict[Tensor, str] = {}
@@ -338,14 +380,27 @@ class SAM(Doors):
     def _check_needs(self) -> None:
         name, needs = self.recipe.name, self.recipe.needs
         weights = [w for g in self.param_groups for w in g["params"]]
-        for need in sorted(needs & UNSERVED.keys(), key=lambda n: n.name):
-            raise ValueError(f"{name} needs {need.value}, and {UNSERVED[need]}.")
+        for part in self.recipe.parts.values():
+            part.examine()
         if Need.CRITERION in needs and self.criterion is None:
-            raise ValueError(f"{name} needs {Need.CRITERION.value}: it climbs another loss than it descends.")
+            raise ValueError(f"{name} needs {Need.CRITERION.value}: it works with another loss than it descends.")
+        if Need.PER_SAMPLE in needs:
+            if self.criterion is None:
+                raise ValueError(f"{name} needs {Need.PER_SAMPLE.value}.")
+            self.criterion.check_per_sample()
+        if Need.BASE_MOMENTUM in needs and not has_momentum(self.base):
+            raise ValueError(
+                f"{name} needs {Need.BASE_MOMENTUM.value}, and {type(self.base).__name__} is set up without: give it "
+                "momentum > 0 or betas."
+            )
+        if Need.LAYERS in needs and (self._model is None or any(w not in self._layers for w in weights)):
+            raise ValueError(f"{name} needs {Need.LAYERS.value}.")
         if Need.NAMES in needs and any(w not in self._names for w in weights):
             raise ValueError(f"{name} needs {Need.NAMES.value}.")
         if Need.RANDOM in needs and any(map(is_sharded, weights)):
             raise ValueError(f"{name} needs {Need.RANDOM.value}, which are not served on sharded weights yet.")
+        site = self._site()
+        self.recipe.mask.select(site.context(range(len(site.weights))))
 
     def state_dict(self) -> dict[str, Any]:
         """The base's checkpoint with the recipe's state in it, under keys "flatmin.<part>.<slot>" and in group 0.
@@ -371,13 +426,15 @@ class SAM(Doors):
         rng = self.param_groups[0].get(PREFIX + "rng")
         if isinstance(rng, Tensor):
             self._generators.cpu.set_state(rng.to("cpu", torch.uint8))
+        else:
+            self._generators = Generators(self._seed)
         self._init_group_state()
         self._names = self._read_names()
 
     def _copyable(self) -> dict[str, Any]:
         if self._update is not None:
             raise RuntimeError("cannot copy or pickle during an update; finish it with step() or call abort() first.")
-        options = ("recipe", "nonfinite", "eps", "_seed", "_freeze_batchnorm", "_replay_rng")
+        options = ("recipe", "nonfinite", "eps", "_seed", "_freeze_batchnorm", "_replay_rng", "_diagnoses")
         return {k: self.__dict__[k] for k in options}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -387,6 +444,8 @@ class SAM(Doors):
             "base": self.base,
             "criterion": self.criterion,
             "slots": [self._store.of(w) for w in weights],
+            "names": [self._names.get(w) for w in weights],
+            "layers": [self._layers.get(w) for w in weights],
             "scalars": self._store.scalars,
             "rng": self._generators.cpu.get_state(),
         }
@@ -405,6 +464,7 @@ class SAM(Doors):
 
     def _revive(self, state: dict[str, Any], model: nn.Module | None) -> None:
         slots, scalars, rng = state.pop("slots"), state.pop("scalars"), state.pop("rng")
+        names, layers = state.pop("names"), state.pop("layers")
         self.__dict__.update(state)
         self._generators = Generators(self._seed)
         self._generators.cpu.set_state(rng)
@@ -413,6 +473,13 @@ class SAM(Doors):
         for w, entries in zip((w for g in self.param_groups for w in g["params"]), slots, strict=True):
             self._store.put(w, entries)
         self._runtime(model)
+        # Without the model its names are known from before.
+        weights = [w for g in self.param_groups for w in g["params"]]
+        for w, name, layer in zip(weights, names, layers, strict=True):
+            if name is not None:
+                self._names.setdefault(w, name)
+            if layer is not None:
+                self._layers.setdefault(w, layer)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.recipe}, base={self.base!r})"

@@ -6,7 +6,7 @@ It knows neither closures nor in-place moves, so the optimizer and the functiona
 from __future__ import annotations
 
 import operator
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -14,8 +14,31 @@ import torch
 from torch import Tensor
 
 from flatmin.engine import tensors as ta
-from flatmin.parts import Descent, Direction, Eval, Gradients, Offset, State, Tensors
+from flatmin.parts import Descent, Direction, Eval, Gradients, Offset, Products, State, Tensors
 from flatmin.recipes import Recipe
+
+
+class SecondOrder(Protocol):
+    """Products with second derivatives over the weights at these positions."""
+
+    def hessian(self, index: Sequence[int], vectors: Tensors) -> Tensors: ...
+
+    def gauss_newton(self, index: Sequence[int], vectors: Tensors) -> Tensors: ...
+
+    def squared_gradients(self, index: Sequence[int], limit: int) -> Tensors: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What an optimizer knows beyond the weights.
+
+    layers: the class name of the module that holds each weight. momentum: the base's momentum of a weight. chunks: the
+    number of micro-batches of this step.
+    """
+
+    layers: Sequence[str] = ()
+    momentum: Callable[[Tensor], Tensor | None] | None = None
+    chunks: int = 1
 
 
 class Site:
@@ -29,6 +52,12 @@ class Site:
         step: number of updates before this one.
         generator: the engine's own random numbers.
         layout: what is known of them; None where a transformation must see every operation.
+        services: what else parts may ask for.
+        keep_gradients: whether somebody looks at the gradients of pass 1 later.
+
+    Attributes:
+        products: second-order products at the last pass, where it kept its graph.
+        start: where pass 1 was taken, for directions that move it.
     """
 
     def __init__(
@@ -40,8 +69,14 @@ class Site:
         step: int,
         generator: Generators,
         layout: ta.Layout | None = None,
+        services: Services | None = None,
+        *,
+        keep_gradients: bool = False,
     ) -> None:
         self.weights, self.groups, self.names = weights, groups, names
+        self.services, self.keep_gradients = services or Services(), keep_gradients
+        self.products: SecondOrder | None = None
+        self.start: Tensors = []
         self.step, self.generator, self.layout = step, generator, layout
         self.rhos = rhos
         self.moved: Sequence[int] = range(len(weights))
@@ -75,6 +110,33 @@ class SiteContext:
         return [self._site.names[i] for i in self._index]
 
     @property
+    def layers(self) -> Sequence[str]:
+        return [self._site.services.layers[i] for i in self._index]
+
+    @property
+    def start(self) -> Tensors:
+        moved = self._site.moved
+        if len(moved) == len(self._index):
+            return self._site.start
+        at = dict(zip(moved, self._site.start, strict=True))
+        return [at[i] for i in self._index]
+
+    @property
+    def momentum(self) -> list[Tensor | None]:
+        find = self._site.services.momentum
+        assert find is not None
+        return [find(w) for w in self.w]
+
+    @property
+    def curvature(self) -> Products | None:
+        products = self._site.products
+        return None if products is None else BoundProducts(products, self._index)
+
+    @property
+    def chunks(self) -> int:
+        return self._site.services.chunks
+
+    @property
     def options(self) -> Sequence[Mapping[str, Any]]:
         return [self._site.groups[i] for i in self._index]
 
@@ -95,6 +157,30 @@ class SiteContext:
     def bernoulli(self, p: float) -> Tensors:
         cpu = self._site.generator.cpu
         return [(torch.rand(w.shape, generator=cpu) < p).to(w.device, w.dtype) for w in self.w]
+
+    def uniform(self) -> Tensors:
+        cpu = self._site.generator.cpu
+        return [torch.rand(w.shape, generator=cpu, dtype=_real(w)).to(w.device, w.dtype) for w in self.w]
+
+    def draws(self, count: int) -> list[float]:
+        drawn: list[float] = torch.rand(count, generator=self._site.generator.cpu, dtype=torch.float64).tolist()
+        return drawn
+
+
+class BoundProducts:
+    """`SecondOrder` over the tensors of one context."""
+
+    def __init__(self, products: SecondOrder, index: Sequence[int]) -> None:
+        self._products, self._index = products, index
+
+    def hessian(self, vectors: Tensors) -> Tensors:
+        return self._products.hessian(self._index, vectors)
+
+    def gauss_newton(self, vectors: Tensors) -> Tensors:
+        return self._products.gauss_newton(self._index, vectors)
+
+    def squared_gradients(self, limit: int) -> Tensors:
+        return self._products.squared_gradients(self._index, limit)
 
 
 def _real(w: Tensor) -> torch.dtype:
@@ -151,8 +237,12 @@ def program(recipe: Recipe, site: Site, store: Reader, eps: float) -> Generator[
     """The update of `recipe` at `site`: yields evaluations, is sent their gradients, returns the outcome."""
     everything = range(len(site.weights))
     out = Outcome(update=[])
+    if recipe.ascends and site.moved:
+        chosen = recipe.mask.select(site.context(everything))
+        if chosen is not None:
+            site.moved = [i for i in site.moved if chosen[i]]
     if not recipe.ascends or not site.moved:
-        out.update, out.untouched = (yield Eval("descent")), True
+        out.update, out.untouched = (yield Eval("descent", chunk=recipe.points.plain_chunk)), True
         return out
 
     kept: Gradients | None = None
@@ -169,7 +259,7 @@ def program(recipe: Recipe, site: Site, store: Reader, eps: float) -> Generator[
         if new and kind not in out.staged:
             out.staged[kind] = (index, new)
 
-    def ascend(at: Offset | None = None) -> Generator[Eval, Gradients, Offset | None]:
+    def ascend(at: Offset | None = None, chunk: int | None = None) -> Generator[Eval, Gradients, Offset | None]:
         nonlocal kept, first
         direction = recipe.direction
         index: Sequence[int] = site.moved
@@ -177,22 +267,24 @@ def program(recipe: Recipe, site: Site, store: Reader, eps: float) -> Generator[
         if direction.evaluates:
             if first is None:
                 if at is None and direction.moves_start:
-                    at = Offset.of(index, direction.start(read("direction", index), moved), moved)
-                grads = yield Eval("ascent", at)
+                    site.start = direction.start(read("direction", index), moved)
+                    at = Offset.of(index, list(site.start), moved)
+                grads = yield Eval("ascent", at, chunk, recipe.mask.graph(moved))
             else:
                 grads, first = first, None
-            index, g = _gather(grads, index)
-            if not index:
-                return None
             if recipe.combine.uses_gradient and kept is None:
                 kept = grads
+            index, g = _gather(grads, index)
             del grads
+            if not index:
+                return None
         c = site.context(index)
         d, new = direction(g, read("direction", index), c)
         stage("direction", index, new)
         if d is None:
             return None
-        factors, new = recipe.mask(read("mask", index), c)
+        site.start = []
+        factors, new = recipe.mask(d, read("mask", index), c)
         stage("mask", index, new)
         if factors is not None and recipe.mask.norm == "inside":
             d = list(torch._foreach_mul(d, factors))
@@ -204,42 +296,55 @@ def program(recipe: Recipe, site: Site, store: Reader, eps: float) -> Generator[
             out.size = size
         radius = recipe.radius(c)
         reach: list[Any] = _pick(site.rhos, index)
-        if isinstance(radius, Tensor) or radius != 1.0:
+        if isinstance(radius, list):
+            reach = [rho * factor for rho, factor in zip(reach, radius, strict=True)]
+        elif isinstance(radius, Tensor) or radius != 1.0:
             # One product per distinct rho, so that equal radii stay one object.
             products = {rho: rho * radius for rho in set(reach)}
             reach = [products[rho] for rho in reach]
         # Only the gradients of this very pass are the engine's to overwrite, and only if nobody wants them later.
-        spent = g is not None and kept is None and not out.staged and len(t) == len(g)
+        spent = g is not None and kept is None and not site.keep_gradients and not out.staged and len(t) == len(g)
         scratch = spent and all(map(operator.is_, t, g or ()))
         return Offset(index, t, norm, size, reach, eps, scratch)
 
     when = recipe.when
     on = when.before(read("when", site.moved), moved)
     if on is None:
-        first = yield Eval("ascent")
+        first = yield Eval("ascent", graph=recipe.mask.graph(moved))
         index, g = _gather(first, site.moved)
         on, new = when.after(g, read("when", index), site.context(index)) if index else (False, {})
         stage("when", index, new)
         if on and recipe.combine.uses_gradient:
             kept = first
     if not on:
-        grads = first if first is not None else (yield Eval("descent"))
+        grads = first if first is not None else (yield Eval("descent", chunk=recipe.points.plain_chunk))
         index, g = _gather(grads, everything)
         u, new = recipe.combine.off(g, read("combine", index), site.context(index))
         stage("combine", index, new)
         out.update = _spread(grads, index, u)
         return out
 
-    points = yield from recipe.points(ascend, moved)
+    asking = recipe.points(ascend, moved)
+    try:
+        request = next(asking)
+        while True:
+            if request.role == "descent":
+                request.graph = recipe.combine.graph(moved)
+            request = asking.send((yield request))
+    except StopIteration as stop:
+        points: list[Gradients] = stop.value
     last = points[-1]
     if type(recipe.direction).observe is not Direction.observe:
         index, seen = _gather(last, site.moved)
         new = recipe.direction.observe(seen, read("direction", index), site.context(index))
         out.staged["direction"] = (index, new)
     if isinstance(recipe.combine, Descent):
-        out.update, out.untouched = last, True
+        out.update, out.untouched = last, not recipe.points.pooled
         return out
     index = _in_all(points if kept is None else [kept, *points])
+    if not index:
+        out.update, out.untouched = last, not recipe.points.pooled
+        return out
     at_w = None if kept is None else _gather(kept, index)[1]
     gs = [_gather(p, index)[1] for p in points]
     c = site.context(index)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flatmin.engine import tensors as ta
 from flatmin.engine.program import Outcome, Site, program
+from flatmin.engine.second_order import GraphProducts, PooledProducts
 from flatmin.parts import Eval, Gradients, Need
 
 if TYPE_CHECKING:
@@ -35,6 +36,9 @@ class Update:
         self.outcome: Outcome | None = None
         self._ascent_finite = True
         self._criterion_calls = 0
+        self._visited: set[int | None] = set()
+        self.products: list[GraphProducts] = []
+        site.keep_gradients = optimizer._diagnostics is not None
         self._program: Generator[Eval, Gradients, Outcome] = program(
             optimizer.recipe, site, optimizer._store, optimizer.eps
         )
@@ -52,14 +56,20 @@ class Update:
             moved = opt._ledger.move(opt._layout, request.at, opt._device_flags(request.at.direction))
             self._ascent_finite = self._ascent_finite and moved
             request.at.clear()
-        if self.index == 1:
-            opt._freeze()
+            if opt._diagnostics is not None and opt._ledger.away is not None and request.role == "descent":
+                opt._diagnostics.displaced(*opt._ledger.away)
+        chunk = None if request is None else request.chunk
+        seen = chunk in self._visited
+        self._visited.add(chunk)
+        # A batch that is new and still at w counts as a first pass: its statistics are those of w.
+        later = self.index > 0 and (seen or request is None or request.at is not None)
+        (opt._freeze if later else opt._thaw)()
         if opt._watch is not None:
-            opt._watch.begin_pass(self.index, bracketed=bracketed)
+            opt._watch.begin_pass(int(seen), bracketed=bracketed)
         if bracketed and opt._random is not None:
-            (opt._random.capture if self.index == 0 else opt._random.replay)()
+            (opt._random.replay if seen else opt._random.capture)(chunk)
         if opt.criterion is not None:
-            self._criterion_calls = opt.criterion.ascent_calls
+            self._criterion_calls = opt.criterion.calls
 
     def leave(self) -> None:
         """Take the gradients of the evaluation, put the weights back and learn what comes next."""
@@ -67,8 +77,7 @@ class Update:
             # A rule that looked at pass 1 decided against the ascent: u is known, this pass was not needed.
             self._restore()
             return
-        if self.request.role == "ascent":
-            self._check_criterion()
+        self._check_criterion()
         if self.optimizer._watch is not None:
             self.optimizer._watch.check_second_pass()
         grads: Gradients = [w.grad for w in self.site.weights]
@@ -78,18 +87,55 @@ class Update:
                 "the closure must compute the loss from the model and call loss.backward()."
             )
         self._restore()
-        self._advance(grads)
+        self._look(grads)
+        if self.request.graph:
+            if not self.products:
+                raise RuntimeError(
+                    f"{self.optimizer.recipe.name} needs second derivatives in this pass: call "
+                    "optimizer.backward(loss) instead of loss.backward()."
+                )
+            self.site.products = PooledProducts([(1.0 / len(self.products), p) for p in self.products])
+        try:
+            self._advance(grads)
+        finally:
+            self.site.products, self.products = None, []
+
+    def _look(self, grads: Gradients) -> None:
+        """Show the gradients to the diagnostics."""
+        diagnostics, request = self.optimizer._diagnostics, self.request
+        if diagnostics is None or request is None:
+            return
+        if request.role == "descent":
+            diagnostics.last(grads, self.site.weights)
+        elif request.at is None:
+            diagnostics.first(grads)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a loss; keep its graph if the program asked for it."""
+        request, criterion = self.request, self.optimizer.criterion
+        if not (self.inside and request is not None and request.graph):
+            loss.backward()
+            return
+        weights = self.site.weights
+        grads = torch.autograd.grad(loss, weights, create_graph=True, allow_unused=True)
+        for w, g in zip(weights, grads, strict=True):
+            if g is not None:
+                w.grad = g.detach().clone() if w.grad is None else w.grad + g.detach()
+        seen = criterion.seen.pop() if criterion is not None and criterion.seen else None
+        outputs, inner, scores = (None, None, None) if seen is None else (seen.outputs, seen.loss, seen.scores)
+        self.products.append(GraphProducts(weights, grads, outputs, inner, scores))
 
     def take_first(self) -> None:
         """Use the gradients of a pass that a manual loop has run already at w, as the ascent's."""
         assert self.request is not None
-        opt = self.optimizer
         grads: Gradients = [w.grad for w in self.site.weights]
         if all(g is None for g in grads):
             raise RuntimeError("no gradients: call loss.backward() on the batch before perturbing the weights.")
+        self._visited.add(None)
         if self.request.role == "ascent":
-            self._criterion_calls = opt._criterion_calls
+            self._criterion_calls = 0
             self._check_criterion()
+            self._look(grads)
             self._advance(grads)
         else:
             self.index += 1
@@ -102,12 +148,13 @@ class Update:
             self.request, self.outcome = None, stop.value
 
     def _check_criterion(self) -> None:
-        criterion = self.optimizer.criterion
-        needed = Need.CRITERION in self.optimizer.recipe.needs and criterion is not None
-        if needed and criterion is not None and criterion.ascent_calls == self._criterion_calls:
+        criterion, recipe = self.optimizer.criterion, self.optimizer.recipe
+        if criterion is None or criterion.calls > self._criterion_calls:
+            return
+        if recipe.needs & {Need.CRITERION, Need.PER_SAMPLE}:
             raise RuntimeError(
-                "this method climbs its own loss, but the pass never called the criterion given to the optimizer; "
-                "compute the loss with that flatmin.Criterion object."
+                f"{recipe.name} works through the loss object, but the pass never called the criterion given to the "
+                "optimizer; compute the loss with that flatmin.Criterion object."
             )
 
     def _restore(self) -> None:
@@ -208,12 +255,14 @@ class Evaluation:
     Attributes:
         role: "ascent" or "descent".
         index: 0 for the first pass of the step.
+        chunk: which micro-batch it runs on; None: the whole batch.
     """
 
     def __init__(self, update: Update, *, bracketed: bool = True) -> None:
         self._update, self._bracketed = update, bracketed
         self.role = "descent" if update.request is None else update.request.role
         self.index = update.index
+        self.chunk = None if update.request is None else update.request.chunk
         self.entered = False
 
     def __enter__(self) -> Evaluation:

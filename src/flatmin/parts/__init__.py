@@ -1,6 +1,7 @@
 """Parts: pure maths on lists of tensors. See `flatmin.parts.base` for the contract."""
 
 from flatmin.parts.base import (
+    INTERNAL,
     KINDS,
     Ascend,
     Combine,
@@ -16,52 +17,157 @@ from flatmin.parts.base import (
     Offset,
     Part,
     Points,
+    Products,
     Radius,
+    Samples,
     State,
     Tensors,
     When,
+    check_choice,
+    check_count,
     check_range,
 )
-from flatmin.parts.direction import EMA, Friendly, Gradient, filled
-from flatmin.parts.geometry import L2, Adaptive, Unnormalised
-from flatmin.parts.objective import BiSAMLog, BiSAMTanh, SameLoss
-from flatmin.parts.program import All, Always, Constant, Descent, Never, One
+from flatmin.parts.combine import (
+    Descent,
+    Keep,
+    Look,
+    Orthogonal,
+    Penalty,
+    Saner,
+    Weighted,
+)
+from flatmin.parts.curvature import (
+    Curved,
+)
+from flatmin.parts.direction import (
+    EMA,
+    Friendly,
+    Gradient,
+    filled,
+)
+from flatmin.parts.geometry import (
+    L2,
+    Adaptive,
+    Centralised,
+    Unnormalised,
+)
+from flatmin.parts.mask import (
+    All,
+    Dynamic,
+    Fisher,
+    Layers,
+    Named,
+    RandomTensors,
+)
+from flatmin.parts.objective import (
+    BiSAMLog,
+    BiSAMTanh,
+    SameLoss,
+)
+from flatmin.parts.points import (
+    AtW,
+    MicroBatches,
+    NStep,
+    One,
+    OtherBatch,
+)
+from flatmin.parts.radius import (
+    Constant,
+    Power,
+    Ramp,
+    Schedule,
+    WithLR,
+)
+from flatmin.parts.samples import (
+    EverySample,
+    Sharpest,
+)
+from flatmin.parts.ungraded import (
+    Momentum,
+    Randomised,
+    Stale,
+)
+from flatmin.parts.when import (
+    Always,
+    Bernoulli,
+    EveryK,
+    Late,
+    Never,
+    Trigger,
+    WarmUp,
+)
 
 __all__ = [
     "EMA",
+    "INTERNAL",
     "KINDS",
     "L2",
     "Adaptive",
     "All",
     "Always",
     "Ascend",
+    "AtW",
+    "Bernoulli",
     "BiSAMLog",
     "BiSAMTanh",
+    "Centralised",
     "Combine",
     "Constant",
     "Context",
+    "Curved",
     "Descent",
     "Direction",
+    "Dynamic",
     "Eval",
+    "EveryK",
+    "EverySample",
+    "Fisher",
     "Friendly",
     "Geometry",
     "Gradient",
     "Gradients",
+    "Keep",
+    "Late",
+    "Layers",
+    "Look",
     "Mask",
+    "MicroBatches",
+    "Momentum",
+    "NStep",
+    "Named",
     "Need",
     "Never",
     "NewState",
     "Objective",
     "Offset",
     "One",
+    "Orthogonal",
+    "OtherBatch",
     "Part",
+    "Penalty",
     "Points",
+    "Power",
+    "Products",
     "Radius",
+    "Ramp",
+    "RandomTensors",
+    "Randomised",
     "SameLoss",
+    "Samples",
+    "Saner",
+    "Schedule",
+    "Sharpest",
+    "Stale",
     "State",
     "Tensors",
+    "Trigger",
     "Unnormalised",
+    "WarmUp",
+    "Weighted",
     "When",
+    "WithLR",
+    "check_choice",
+    "check_count",
     "check_range",
     "filled",
 ]

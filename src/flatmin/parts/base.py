@@ -1,11 +1,11 @@
 """What a part is: a frozen set of parameters and a pure function on lists of tensors.
 
-A step at weights w is one program made of eight parts:
+A step at weights w is one program made of nine parts:
 
     g   = gradient of the objective's ascent loss          pass 1
     d   = direction(g)
     eps = rho * radius * geometry(mask(d))
-    g_s = gradient of the descent loss at w + eps          pass 2
+    g_s = gradient of the descent loss at w + eps          pass 2, on the chosen samples
     u   = combine(g, g_s)                                  handed to the base optimizer
 
 Parts see tensors through a `Context`, never a model, a closure or an optimizer. They return new state and change
@@ -30,7 +30,7 @@ Gradients = list[Tensor | None]
 State = Mapping[str, Any]
 NewState = dict[str, Any]
 
-KINDS = ("objective", "direction", "geometry", "mask", "radius", "when", "points", "combine")
+KINDS = ("objective", "direction", "geometry", "mask", "radius", "when", "points", "samples", "combine")
 RESERVED = frozenset(
     {*KINDS, "rho", "base", "closure", "lr", "model", "criterion", "recipe", "eps", "nonfinite", "seed"}
 )
@@ -40,15 +40,22 @@ class Need(enum.Enum):
     """What a part asks of the loop, the engine or its fellow parts. The value completes "needs ..."."""
 
     GRADIENT_AT_W = "the descent loss's own gradient at w"
+    LOSSES_AT_W = "the losses at w of the samples that are descended on"
+    WHOLE_BATCH = "one gradient of the whole batch in pass 1"
     ASCENT = "an ascent on every step"
     CRITERION = "the loss object (pass criterion=flatmin.Criterion(loss))"
     NAMES = "parameter names (pass model=, or build the base from named_parameters())"
+    LAYERS = "the kinds of layers (pass model=)"
     RANDOM = "random draws"
-    PER_SAMPLE = "per-sample losses"
-    MICRO_BATCHES = "micro-batches (a list of closures)"
-    SECOND_ORDER = "a Hessian-vector product"
+    PER_SAMPLE = "per-sample losses (pass criterion=flatmin.Criterion(loss))"
+    MICRO_BATCHES = "micro-batches (step([closure, closure, ...]) or passes(chunks=m))"
+    SECOND_ORDER = "the graph of a pass (call optimizer.backward(loss) instead of loss.backward())"
     BASE_MOMENTUM = "the base optimizer's momentum"
-    DECIDES_BY_VALUE = "a decision by value (one synchronisation a step)"
+    DECIDES_BY_VALUE = "a decision by value (one synchronisation a step, no CUDA graph)"
+
+
+# What a recipe settles between its own parts, and no loop has to serve.
+INTERNAL = frozenset({Need.GRADIENT_AT_W, Need.LOSSES_AT_W, Need.WHOLE_BATCH, Need.ASCENT})
 
 
 @dataclass(slots=True)
@@ -88,7 +95,14 @@ class Offset:
 
 @dataclass(slots=True)
 class Eval:
-    """A request for one gradient: which loss, where (None: at w), on which micro-batch, with a graph or not."""
+    """A request for one gradient.
+
+    Args:
+        role: which loss.
+        at: where; None: at w.
+        chunk: on which micro-batch; None: the whole batch.
+        graph: whether `Context.curvature` shall work while the program looks at this gradient.
+    """
 
     role: Literal["ascent", "descent"]
     at: Offset | None = None
@@ -99,11 +113,24 @@ class Eval:
 class Ascend(Protocol):
     """Takes one ascent: pass 1 where the direction wants it, then direction, mask, geometry and radius."""
 
-    def __call__(self, at: Offset | None = None) -> Generator[Eval, Gradients, Offset | None]:
+    def __call__(self, at: Offset | None = None, chunk: int | None = None) -> Generator[Eval, Gradients, Offset | None]:
         """The offset of an ascent whose gradient is taken at `at` (None: where the direction starts, normally w).
 
         None means that no weight moves.
         """
+
+
+class Products(Protocol):
+    """Second-order products of the batch of the last pass; lists run over the context's tensors."""
+
+    def hessian(self, vectors: Tensors) -> Tensors:
+        """H v for the Hessian H of the pass's loss."""
+
+    def gauss_newton(self, vectors: Tensors) -> Tensors:
+        """J^T H_out J v, with J the Jacobian of the outputs and H_out the loss's Hessian in them."""
+
+    def squared_gradients(self, limit: int) -> Tensors:
+        """Sum over the first `limit` samples of the batch of their squared gradients, one backward each."""
 
 
 class Context(Protocol):
@@ -116,6 +143,26 @@ class Context(Protocol):
     @property
     def names(self) -> Sequence[str]:
         """Their names; only for parts that declare Need.NAMES."""
+
+    @property
+    def layers(self) -> Sequence[str]:
+        """The class name of the module that holds each; only for parts that declare Need.LAYERS."""
+
+    @property
+    def start(self) -> Tensors:
+        """Where pass 1 was taken, as a displacement from w; only for directions that move the start."""
+
+    @property
+    def momentum(self) -> list[Tensor | None]:
+        """The base's momentum of each, None where it has none yet; only for parts that declare BASE_MOMENTUM."""
+
+    @property
+    def curvature(self) -> Products | None:
+        """Products with second derivatives at the last pass, if it was asked for with a graph."""
+
+    @property
+    def chunks(self) -> int:
+        """Number of micro-batches of this step; 1 if the loop gave none."""
 
     @property
     def options(self) -> Sequence[Mapping[str, Any]]:
@@ -136,6 +183,12 @@ class Context(Protocol):
 
     def bernoulli(self, p: float) -> Tensors:
         """0/1 draws with mean p, shaped like w, from the engine's own generator."""
+
+    def uniform(self) -> Tensors:
+        """Draws from [0, 1), shaped like w, from the engine's own generator."""
+
+    def draws(self, count: int) -> list[float]:
+        """Numbers from [0, 1), from the engine's own generator."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +218,14 @@ class Part:
         """The needs of this very instance; override where they depend on parameters."""
         return self.needs
 
+    @property
+    def surcharge(self) -> float:
+        """Work beyond the passes that a step costs on average, in gradient evaluations."""
+        return 0.0
+
+    def examine(self) -> None:
+        """Raise ValueError if a parameter that has no default is missing; asked when an optimizer is built."""
+
     def parameters(self) -> dict[str, Any]:
         """The parameters by name."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -182,6 +243,21 @@ def check_range(owner: Part, name: str, low: float, high: float, *, open_low: bo
         left = "(" if open_low else "["
         right = "inf)" if math.isinf(high) else f"{high:g}]"
         raise ValueError(f"{type(owner).__name__}: {name} must be in {left}{low:g}, {right}, got {value!r}.")
+
+
+def check_count(owner: Part, name: str, low: int) -> None:
+    """Raise ValueError unless the parameter is a whole number >= low."""
+    value = getattr(owner, name)
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ValueError(f"{type(owner).__name__}: {name} must be a whole number >= {low}, got {value!r}.")
+
+
+def check_choice(owner: Part, name: str, choices: Sequence[str]) -> None:
+    """Raise ValueError unless the parameter is one of these words."""
+    value = getattr(owner, name)
+    if value not in choices:
+        listed = ", ".join(map(repr, choices[:-1])) + f" or {choices[-1]!r}"
+        raise ValueError(f"{type(owner).__name__}: {name} must be {listed}, got {value!r}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,13 +306,28 @@ class Geometry(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class Mask(Part):
-    """Which weights move?"""
+    """Which weights move?
+
+    norm: "inside" if the mask acts before the norm is taken, so that the masked displacement has length rho; "full" if
+    it acts after.
+    """
 
     kind: ClassVar[str] = "mask"
-    norm: ClassVar[Literal["inside", "full"]] = "inside"  # inside: masked before the norm is taken
+    norm: ClassVar[Literal["inside", "full"]] = "inside"
 
-    def __call__(self, state: State, c: Context) -> tuple[Tensors | None, NewState]:
-        """Factors per element (None: all ones) and the new state."""
+    def select(self, c: Context) -> Sequence[bool] | None:
+        """Which tensors can move at all (None: every one); the others cost nothing.
+
+        Asked at construction too, so that a selection of nothing is refused there by raising ValueError.
+        """
+        return None
+
+    def graph(self, c: Context) -> bool:
+        """Whether pass 1 shall keep its graph, so that `Context.curvature` works in this step's call."""
+        return False
+
+    def __call__(self, d: Tensors, state: State, c: Context) -> tuple[Tensors | list[float] | None, NewState]:
+        """Factors per element or per tensor (None: all ones) and the new state."""
         return None, {}
 
 
@@ -246,7 +337,8 @@ class Radius(Part):
 
     kind: ClassVar[str] = "radius"
 
-    def __call__(self, c: Context) -> float | Tensor:
+    def __call__(self, c: Context) -> float | Tensor | list[float]:
+        """One factor for all, or one per tensor."""
         return 1.0
 
 
@@ -255,7 +347,16 @@ class When(Part):
     """On which steps?"""
 
     kind: ClassVar[str] = "when"
-    duty: ClassVar[float] = 1.0
+
+    @property
+    def duty(self) -> float:
+        """Share of the steps that ascend, on average."""
+        return 1.0
+
+    @property
+    def looks(self) -> bool:
+        """Whether it decides by the gradient at w, so that a step off costs what it costs on the base."""
+        return type(self).after is not When.after
 
     def before(self, state: State, c: Context) -> bool | None:
         """Whether to ascend, known before any gradient; None: ask `after` pass 1."""
@@ -268,9 +369,19 @@ class When(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class Points(Part):
-    """How many ascents?"""
+    """How many ascents?
+
+    pooled: what is returned is not the last evaluation's own gradients but made of several.
+    copies: of the moved weights that it holds during the last pass.
+    leaves: whether the weights leave w at all.
+    plain_chunk: the micro-batch of a step without ascent; None: all of them.
+    """
 
     kind: ClassVar[str] = "points"
+    pooled: ClassVar[bool] = False
+    copies: ClassVar[int] = 0
+    leaves: ClassVar[bool] = True
+    plain_chunk: ClassVar[int | None] = None
 
     def evaluations(self, ascent: int) -> float:
         """Gradients a step, if one ascent costs `ascent`."""
@@ -282,12 +393,28 @@ class Points(Part):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Samples(Part):
+    """Which samples of the batch are descended on?"""
+
+    kind: ClassVar[str] = "samples"
+
+    def __call__(self, first: Tensor, second: Tensor) -> Tensor | None:
+        """Positions of the samples, from each one's loss at w and at w + eps; None: all."""
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Combine(Part):
     """What goes to the base optimizer? Runs over every trained tensor that has a gradient in all passes."""
 
     kind: ClassVar[str] = "combine"
     uses_gradient: ClassVar[bool] = False  # True: g is kept through pass 2 (one more copy)
     rho_zero_is_base: ClassVar[bool] = True
+    ascends: ClassVar[bool] = True  # False: works where the weights never leave w
+
+    def graph(self, c: Context) -> bool:
+        """Whether the descent pass shall keep its graph, so that `Context.curvature` works in this step's call."""
+        return False
 
     def __call__(self, g: Tensors | None, gs: list[Tensors], state: State, c: Context) -> tuple[Tensors, NewState]:
         """The update's gradient u from g (at w, or None) and the descent gradients, one list per point."""

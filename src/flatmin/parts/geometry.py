@@ -72,3 +72,20 @@ class Unnormalised(Geometry):
 
     def __call__(self, d: Tensors, c: Context) -> tuple[Tensors, Tensor | None]:
         return d, None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Centralised(Geometry):
+    """GCSAM: eps = rho C d / ||d||, where C takes off the mean over all dimensions but the first. Default rho 0.05.
+
+    Tensors of fewer than two dimensions are not centred. The norm is that of d before centring (official code), so
+    ||eps|| <= rho.
+
+    Source: Hassan et al., GCSAM: Gradient Centralized Sharpness Aware Minimization, 2025, after Yong et al., ECCV 2020.
+    """
+
+    default_rho: ClassVar[float] = 0.05
+
+    def __call__(self, d: Tensors, c: Context) -> tuple[Tensors, Tensor | None]:
+        centred = [x - x.mean(tuple(range(1, x.ndim)), keepdim=True) if x.ndim > 1 else x for x in d]
+        return centred, c.norm(d)

@@ -1,0 +1,104 @@
+"""What a step did, in numbers: recorded on the device, read on demand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flatmin.engine import tensors as ta
+from flatmin.parts import Gradients
+
+CLASSES = ("ratio_above_1", "ratio_0_to_1", "ratio_minus_1_to_0", "ratio_below_minus_1")
+
+
+class Diagnostics:
+    """The numbers of the last update that ascended and descended; see `SAM.diagnostics`."""
+
+    def __init__(self) -> None:
+        self._latest: dict[str, Tensor] = {}
+        self._clear()
+
+    def _clear(self) -> None:
+        self._values: dict[str, Tensor] = {}
+        self._g: Gradients = []
+        self._correct: list[Tensor] = []
+
+    def turn_over(self) -> None:
+        """An update has ended: its numbers can be read until the next one ends."""
+        self._latest = self._values
+        self._clear()
+
+    def loss(self, role: str, loss: Any) -> None:
+        """The loss that a pass returned."""
+        name = "loss_perturbed" if role == "descent" else "loss"
+        if isinstance(loss, Tensor) and loss.numel() == 1:
+            self._values[name] = loss.detach()
+
+    def outputs(self, outputs: Tensor, target: Tensor, *, perturbed: bool) -> None:
+        """Which samples a pass classified rightly; outputs (N, K), target (N,)."""
+        if outputs.ndim != 2 or target.ndim != 1 or target.is_floating_point():
+            return
+        right = outputs.detach().argmax(1) == target
+        if not perturbed:
+            self._correct.append(right)
+            return
+        self._add("misclassified", (~right).sum())
+        if self._correct and self._correct[0].shape == right.shape:
+            self._add("flipped", (self._correct.pop(0) & ~right).sum())
+
+    def _add(self, name: str, value: Tensor) -> None:
+        self._values[name] = self._values[name] + value if name in self._values else value
+
+    def first(self, grads: Gradients) -> None:
+        """The gradients of the first pass at w."""
+        if not self._g:
+            self._g = list(grads)
+
+    def displaced(self, weights: Sequence[Tensor], copies: Sequence[Tensor]) -> None:
+        """The weights at w + eps and what they were."""
+        self._values["epsilon_norm"] = ta.norm(list(torch._foreach_sub(list(weights), list(copies))))
+
+    def last(self, grads: Gradients, weights: Sequence[Tensor]) -> None:
+        """The gradients of the descent pass, and the weights they are for."""
+        self._values["weight_norm"] = ta.norm([w.detach() for w in weights])
+        pairs = [(g, s) for g, s in zip(self._g, grads, strict=False) if g is not None and s is not None]
+        self._g = []
+        descent = [s for s in grads if s is not None]
+        self._values["perturbed_gradient_norm"] = ta.norm(descent)
+        if not pairs:
+            return
+        g, s = [a for a, _ in pairs], [b for _, b in pairs]
+        g_norm, s_norm = ta.norm(g), ta.norm(s)
+        self._values["gradient_norm"] = g_norm
+        self._values["cosine"] = ta.dot(g, s) / (g_norm * s_norm)
+        counts = torch.stack([_ratio_counts(a, b).to(g_norm.device) for a, b in pairs]).sum(0)
+        for name, count in zip((*CLASSES, "entries", "same_sign"), counts, strict=True):
+            self._values[name] = count
+
+    def read(self) -> dict[str, float]:
+        """All numbers as Python floats: one synchronisation."""
+        names = list(self._latest)
+        if not names:
+            return {}
+        device = self._latest[names[0]].device
+        found = torch.stack([self._latest[n].to(device, torch.float64) for n in names]).tolist()
+        values = dict(zip(names, found, strict=True))
+        entries = values.pop("entries", 0.0)
+        for name in (*CLASSES, "same_sign"):
+            if name in values:
+                values[name] /= max(entries, 1.0)
+        if "ratio_above_1" in values:
+            values["ratio_larger"] = values["ratio_above_1"] + values["ratio_below_minus_1"]
+        return values
+
+
+def _ratio_counts(g: Tensor, s: Tensor) -> Tensor:
+    """How many entries of r = s / g lie in each class, how many there are, how many have one sign."""
+    g, s = ta.local([g])[0], ta.local([s])[0]
+    same, larger = g * s > 0, s.abs() > g.abs()
+    other = g * s < 0
+    counted = [same & larger, same & ~larger, other & ~larger, other & larger, torch.ones_like(same), same]
+    return torch.stack([c.sum() for c in counted]).to(torch.float64)

@@ -1,0 +1,114 @@
+"""Products with second derivatives, from the graph of a pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from flatmin.parts import Tensors
+
+
+class GraphProducts:
+    """Products at the point of one backward pass whose graph is kept.
+
+    Args:
+        weights: trained tensors.
+        grads: its gradients, with graph; None for tensors it does not depend on.
+        outputs: what the criterion saw, with graph; None if it was not asked for.
+        scores: each sample's loss, with graph; None if they were not asked for.
+        mean_loss: the criterion's loss of `outputs`, with graph.
+    """
+
+    def __init__(
+        self,
+        weights: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
+        outputs: Tensor | None,
+        mean_loss: Tensor | None,
+        scores: Tensor | None,
+    ) -> None:
+        self._weights, self._grads = weights, grads
+        self._outputs, self._mean_loss, self._scores = outputs, mean_loss, scores
+
+    def _pick(self, index: Sequence[int]) -> Tensors:
+        return [self._weights[i] for i in index]
+
+    @torch.enable_grad()
+    def hessian(self, index: Sequence[int], vectors: Tensors) -> Tensors:
+        """H v over these weights."""
+        linked = [(g, v) for i, v in zip(index, vectors, strict=True) if (g := self._grads[i]) is not None]
+        linked = [(g, v) for g, v in linked if g.requires_grad]
+        if not linked:
+            return [torch.zeros_like(w) for w in self._pick(index)]
+        return _zeros_for_none(
+            torch.autograd.grad(
+                [g for g, _ in linked],
+                self._pick(index),
+                [v for _, v in linked],
+                retain_graph=True,
+                allow_unused=True,
+            ),
+            self._pick(index),
+        )
+
+    @torch.enable_grad()
+    def gauss_newton(self, index: Sequence[int], vectors: Tensors) -> Tensors:
+        """J^T H_out J v over these weights, by two backward passes for J v and one for the rest."""
+        if self._outputs is None or self._mean_loss is None:
+            raise RuntimeError("the loss was not computed by the flatmin.Criterion given to the optimizer.")
+        outputs, weights = self._outputs, self._pick(index)
+        (slope,) = torch.autograd.grad(self._mean_loss, outputs, create_graph=True)
+        # J^T u is linear in u, so that its derivative in the direction v is J v.
+        u = torch.zeros_like(outputs, requires_grad=True)
+        back = torch.autograd.grad(outputs, weights, u, create_graph=True, allow_unused=True)
+        linked = [(b, v) for b, v in zip(back, vectors, strict=True) if b is not None]
+        if not linked or not slope.requires_grad:
+            return [torch.zeros_like(w) for w in weights]
+        (jv,) = torch.autograd.grad([b for b, _ in linked], u, [v for _, v in linked], retain_graph=True)
+        (curved,) = torch.autograd.grad(slope, outputs, jv, retain_graph=True)
+        return _zeros_for_none(
+            torch.autograd.grad(outputs, weights, curved, retain_graph=True, allow_unused=True), weights
+        )
+
+    @torch.enable_grad()
+    def squared_gradients(self, index: Sequence[int], limit: int) -> Tensors:
+        """Sum of the squared gradients of the first `limit` samples' losses."""
+        if self._scores is None:
+            raise RuntimeError("the loss was not computed by the flatmin.Criterion given to the optimizer.")
+        weights = self._pick(index)
+        total = [torch.zeros_like(w) for w in weights]
+        for score in self._scores[:limit]:
+            grads = torch.autograd.grad(score, weights, retain_graph=True, allow_unused=True)
+            grads = tuple(_zeros_for_none(grads, weights))
+            torch._foreach_addcmul_(total, list(grads), list(grads))
+        return total
+
+
+class PooledProducts:
+    """The products of several backward passes whose gradients were averaged with these weights."""
+
+    def __init__(self, parts: Sequence[tuple[float, GraphProducts]]) -> None:
+        self._parts = list(parts)
+
+    def _sum(self, terms: Sequence[Tensors]) -> Tensors:
+        total = [t * self._parts[0][0] for t in terms[0]]
+        for (weight, _), term in zip(self._parts[1:], terms[1:], strict=True):
+            torch._foreach_add_(total, term, alpha=weight)
+        return total
+
+    def hessian(self, index: Sequence[int], vectors: Tensors) -> Tensors:
+        return self._sum([p.hessian(index, vectors) for _, p in self._parts])
+
+    def gauss_newton(self, index: Sequence[int], vectors: Tensors) -> Tensors:
+        return self._sum([p.gauss_newton(index, vectors) for _, p in self._parts])
+
+    def squared_gradients(self, index: Sequence[int], limit: int) -> Tensors:
+        share = -(-limit // len(self._parts))
+        terms = [p.squared_gradients(index, share) for _, p in self._parts]
+        return [torch.stack(column).sum(0) for column in zip(*terms, strict=True)]
+
+
+def _zeros_for_none(grads: Sequence[Tensor | None], like: Sequence[Tensor]) -> Tensors:
+    return [torch.zeros_like(w) if g is None else g.detach() for g, w in zip(grads, like, strict=True)]

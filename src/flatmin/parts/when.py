@@ -1,0 +1,193 @@
+"""On which steps?"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from flatmin.parts.base import Context, Need, NewState, State, Tensors, When, check_count, check_range
+
+
+@dataclass(frozen=True, kw_only=True)
+class Always(When):
+    """Ascend on every step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Never(When):
+    """Never ascend: the base optimizer itself, one gradient a step."""
+
+    withholds: ClassVar = {Need.ASCENT: "it never ascends"}
+
+    @property
+    def duty(self) -> float:
+        return 0.0
+
+    def before(self, state: State, c: Context) -> bool | None:
+        return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class EveryK(When):
+    """Ascend on steps 0, k, 2k, ...; the steps between are the base's, at the cost of one gradient.
+
+    Directions that remember (VaSSO, F-SAM) learn on the steps that ascend only.
+
+    Args:
+        k: period in updates, >= 1. Default 5 (a choice of this library; 2 to 10 are in use); 1 is always.
+
+    Raises:
+        ValueError: k < 1.
+    """
+
+    k: int = 5
+
+    def __post_init__(self) -> None:
+        check_count(self, "k", 1)
+
+    @property
+    def duty(self) -> float:
+        return 1.0 / self.k
+
+    def before(self, state: State, c: Context) -> bool | None:
+        return c.step % self.k == 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bernoulli(When):
+    """SS-SAM: ascend with probability p, drawn from the engine's generator, so that replicas agree.
+
+    Args:
+        p: in [0, 1]. Default 0.5; 1 is always.
+
+    Raises:
+        ValueError: p outside [0, 1].
+
+    Source: Zhao, Zhang & Hu, SS-SAM: Stochastic Scheduled Sharpness-Aware Minimization, 2022.
+    """
+
+    needs: ClassVar = frozenset({Need.RANDOM})
+    p: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_range(self, "p", 0.0, 1.0)
+
+    @property
+    def duty(self) -> float:
+        return self.p
+
+    def before(self, state: State, c: Context) -> bool | None:
+        return c.draws(1)[0] < self.p
+
+
+@dataclass(frozen=True, kw_only=True)
+class Late(When):
+    """Ascend in the last part of training only: from step start = round((1 - fraction) total) on.
+
+    Args:
+        total: number of updates of the whole training, >= 1. Required.
+        fraction: share of them that ascends, in [0, 1]. Default 0.1; 1 is always.
+
+    Raises:
+        ValueError: no total, or a fraction outside [0, 1].
+
+    Source: Zhou et al., Sharpness-Aware Minimization Efficiently Selects Flatter Minima Late in Training, ICLR 2025.
+    """
+
+    total: int = 0
+    fraction: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_count(self, "total", 0)
+        check_range(self, "fraction", 0.0, 1.0)
+
+    def examine(self) -> None:
+        if not self.total:
+            raise ValueError("Late needs the number of updates of the whole training: total=epochs * len(loader).")
+
+    @property
+    def duty(self) -> float:
+        return self.fraction
+
+    def before(self, state: State, c: Context) -> bool | None:
+        return c.step >= round((1.0 - self.fraction) * self.total)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmUp(When):
+    """Plain steps of the base first, then ascend on every step.
+
+    Args:
+        steps: updates without ascent, >= 0. Default 0, which is always.
+
+    Raises:
+        ValueError: steps < 0.
+    """
+
+    steps: int = 0
+
+    def __post_init__(self) -> None:
+        check_count(self, "steps", 0)
+
+    def before(self, state: State, c: Context) -> bool | None:
+        return c.step >= self.steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trigger(When):
+    """AE-SAM: ascend if ||g||^2 >= mu + c sigma, with running mean mu and variance sigma^2 of ||g||^2.
+
+        mu <- delta mu + (1 - delta) ||g||^2,   sigma^2 <- delta sigma^2 + (1 - delta) (||g||^2 - mu)^2
+
+    updated before the comparison, with c moving linearly from `start` to `end` over `total` updates. It
+    reads ||g|| on the host: one synchronisation a step, and no CUDA graph of the whole step.
+
+    Args:
+        delta: memory of mean and variance, in [0, 1). Default 0.9.
+        start: c at the first update. Default 1.0: rarely.
+        end: c at the last. Default -1.0: nearly always. The method's idea is to ascend more often late; both ends are
+            choices of this library, no official code is known.
+        total: updates of the training over which c moves; 0 keeps c = start. Default 0.
+
+    Raises:
+        ValueError: delta outside [0, 1), total < 0.
+
+    Source: Jiang, Yang, Zhang & Kwok, An Adaptive Policy to Employ Sharpness-Aware Minimization, ICLR 2023. The first
+    update's mean is its own ||g||^2, its variance 0.
+    """
+
+    needs: ClassVar = frozenset({Need.GRADIENT_AT_W, Need.WHOLE_BATCH, Need.DECIDES_BY_VALUE})
+    slots: ClassVar = {"mean": "scalar", "variance": "scalar"}
+    delta: float = 0.9
+    start: float = 1.0
+    end: float = -1.0
+    total: int = 0
+
+    def __post_init__(self) -> None:
+        check_range(self, "delta", 0.0, 1.0)
+        if self.delta == 1.0:
+            raise ValueError("Trigger: delta must be below 1, or the mean never moves from the first gradient.")
+        check_range(self, "start", -1e6, 1e6)
+        check_range(self, "end", -1e6, 1e6)
+        check_count(self, "total", 0)
+
+    @property
+    def duty(self) -> float:
+        """What a normally distributed ||g||^2 would give; the run decides."""
+        middle = self.start if not self.total else (self.start + self.end) / 2.0
+        return 0.5 * math.erfc(middle / math.sqrt(2.0))
+
+    def before(self, state: State, c: Context) -> bool | None:
+        return None
+
+    def after(self, g: Tensors, state: State, c: Context) -> tuple[bool, NewState]:
+        size = c.norm(g).square()
+        if state["mean"] is None:
+            mean, variance = size, torch.zeros_like(size)
+        else:
+            mean = state["mean"].lerp(size, 1.0 - self.delta)
+            variance = state["variance"].lerp((size - mean).square(), 1.0 - self.delta)
+        done = min(c.step / self.total, 1.0) if self.total else 0.0
+        level = mean + (self.start + (self.end - self.start) * done) * variance.sqrt()
+        return bool(size >= level), {"mean": mean, "variance": variance}
