@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import counts, equiv, gpu, kernels, perturb, step
+from benchmarks import cost, counts, equiv, gpu, kernels, perturb, step
 from benchmarks.results import RESULTS, Result, append_json, environment, write_page
 
-BENCHMARKS = {"counts": counts, "equiv": equiv, "perturb": perturb, "step": step, "kernels": kernels}
+BENCHMARKS = {"counts": counts, "equiv": equiv, "perturb": perturb, "step": step, "cost": cost, "kernels": kernels}
 DATED = Path()
 CPU_PAGE = ("counts", "equiv", "perturb", "step")
 

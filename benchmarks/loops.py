@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,9 +14,14 @@ from torch import Tensor, nn
 
 import flatmin
 from benchmarks.nets import Net
+from flatmin.parts import Named, Need, OtherBatch, WarmUp
+from flatmin.recipes import Recipe
 
 BASES = ("default", "foreach", "fused")
 LR, MOMENTUM, RHO = 1e-3, 0.9, 0.05
+CHUNKS = 2
+# Needs that the loss object answers for.
+LOSS_NEEDS = frozenset({Need.CRITERION, Need.PER_SAMPLE})
 
 
 def make_base(params: Any, kind: str) -> torch.optim.SGD:
@@ -36,12 +43,14 @@ class Loop:
         model: what it trains.
         optimizer: whose step it is.
         hooks: called as hook(where) with "start" and "end" of each pass, if given.
+        share: of the batch that one pass works on.
     """
 
     step: Callable[[], Any]
     model: nn.Module
     optimizer: Any
     hooks: list[Callable[[str], None]] = field(default_factory=list)
+    share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -71,6 +80,7 @@ def _closure(
     optimizer: Any,
     criterion: Callable[[Tensor, Tensor], Tensor],
     hooks: list[Callable[[str], None]],
+    backward: Callable[[Tensor], None] = Tensor.backward,
 ) -> Callable[[], Tensor]:
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -79,7 +89,7 @@ def _closure(
         precision = torch.autocast(setting.device, torch.bfloat16) if setting.autocast else contextlib.nullcontext()
         with precision:
             loss = criterion(model(x), y)
-        loss.backward()
+        backward(loss)
         for hook in hooks:
             hook("end")
         return loss
@@ -103,22 +113,50 @@ def floor(setting: Setting, passes: int = 2) -> Loop:
     return loop
 
 
-def ours(setting: Setting, method: str = "sam", nonfinite: str = "skip", *, model_handling: bool = True) -> Loop:
-    """A step of flatmin, with `model=` and its defaults unless said otherwise."""
+def recipe_of(method: str, total: int = 10, **params: Any) -> Recipe:
+    """A method by name, with what its line in the table cannot know.
+
+    That is the length of the training (`total` updates), the names in the model ("only" moves the head, which every net
+    here has), and a warm-up that is over.
+    """
+    recipe = flatmin.compose(method, **params).for_length(total)
+    instead = {"only": Named(only="head.*"), "warm-up": WarmUp(steps=0)}.get(method)
+    return dataclasses.replace(recipe, **{instead.kind: instead}) if instead else recipe
+
+
+def ours(
+    setting: Setting, method: str | Recipe = "sam", nonfinite: str = "skip", *, model_handling: bool = True
+) -> Loop:
+    """A step of flatmin, with `model=` and its defaults unless said otherwise.
+
+    Methods on micro-batches get the batch in CHUNKS parts, "sam-db" the same batch twice: its cost is that of another.
+
+    Raises:
+        ValueError: a method that cannot run on the net, with the reason.
+    """
     model, x, y = setting.net.make(setting.device, setting.batch)
-    recipe = flatmin.compose(method)
-    asks = any(need.name == "CRITERION" for need in recipe.needs)
-    criterion = flatmin.Criterion(nn.CrossEntropyLoss()) if asks else None
+    recipe = recipe_of(method) if isinstance(method, str) else method
+    criterion = flatmin.Criterion(nn.CrossEntropyLoss()) if LOSS_NEEDS & recipe.needs else None
     optimizer = flatmin.wrap(
         make_base(model.parameters(), setting.base),
         recipe,
-        model=model if model_handling else None,
+        model=model if model_handling or {Need.NAMES, Need.LAYERS} & recipe.needs else None,
         criterion=criterion,
         nonfinite=nonfinite,
     )
     loop = Loop(lambda: None, model, optimizer)
-    closure = _closure(setting, model, x, y, optimizer, criterion or nn.CrossEntropyLoss(), loop.hooks)
-    loop.step = lambda: optimizer.step(closure)
+    once = partial(_closure, setting, model)
+    rest = (optimizer, criterion or nn.CrossEntropyLoss(), loop.hooks, optimizer.backward)
+    if Need.MICRO_BATCHES not in recipe.needs:
+        closure = once(x, y, *rest)
+        loop.step = lambda: optimizer.step(closure)
+        return loop
+    if isinstance(recipe.points, OtherBatch):
+        closures = [once(x, y, *rest)] * 2
+    else:
+        closures = [once(a, b, *rest) for a, b in zip(x.chunk(CHUNKS), y.chunk(CHUNKS), strict=True)]
+        loop.share = 1.0 / CHUNKS
+    loop.step = lambda: optimizer.step(closures)
     return loop
 
 

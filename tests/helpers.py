@@ -190,6 +190,7 @@ class Session:
 
 def resume_all(source: str, target: str) -> None:
     """Continue every saved run of a file from step 10 to 20: the other process of the resume test."""
+    torch.set_num_threads(1)
     saved = torch.load(source, weights_only=True)
     torch.save(
         {k: Session(*k.split("/"), seed=9).load(v).run(range(10, 20)).save() for k, v in saved.items()},

@@ -69,7 +69,7 @@ class Recipe:
         """Gradients of one batch per step, on average."""
         full = self.points.evaluations(1 if self.direction.evaluates else 0)
         on = self.when.duty
-        return on * full + (1.0 - on) + sum(part.surcharge for part in self.parts.values())
+        return on * (full + sum(part.surcharge for part in self.parts.values())) + (1.0 - on)
 
     @property
     def ascends(self) -> bool:
@@ -134,6 +134,11 @@ def _demands(part: Part) -> frozenset[Need]:
     asked = part.demands()
     if part.kind != "when" and part != DEFAULTS.get(part.kind) and _needs_ascent(part):
         asked |= {Need.ASCENT}
+    if part.kind != "when" and part != DEFAULTS.get(part.kind):
+        asked |= {Need.RULE}
+    if isinstance(part, p.Combine) and type(part).graph is not p.Combine.graph:
+        # Its products would be taken after the weights are put back.
+        asked |= {Need.STAYS}
     if part.slots:
         asked |= {Need.WHOLE_BATCH}
     return asked
@@ -148,8 +153,10 @@ def _needs_ascent(part: Part) -> bool:
 def _withheld(part: Part, need: Need) -> str | None:
     if need in part.withholds:
         return part.withholds[need]
-    if need in (Need.GRADIENT_AT_W, Need.LOSSES_AT_W) and isinstance(part, p.Direction):
-        if part.moves_start:
+    if need is Need.STAYS and isinstance(part, p.Points) and part.leaves:
+        return "it leaves w"
+    if need in (Need.GRADIENT_AT_W, Need.LOSSES_AT_W, Need.PASS_1) and isinstance(part, p.Direction):
+        if part.moves_start and need is not Need.PASS_1:
             return "pass 1 is not taken at w"
         if not part.evaluates:
             return "it takes no pass 1"

@@ -56,14 +56,54 @@ def test_every_method_with_everything(width):
         assert re.search(rf"^{re.escape(method.name)} ", text, re.MULTILINE)
         for word in (*re.sub(r"\s+", " ", method.formula).split(), *method.paper.split()):
             assert word in flat
-        for parameter, value in method.recipe().parameters().items():
-            assert f"{parameter.partition('.')[2]}={value!r}" in flat
+        for part in method.parts:
+            for parameter, value in part.parameters().items():
+                assert f"{parameter}={value!r}" in flat
     assert "…" not in text and max(map(len, text.splitlines())) <= width
 
 
 def test_numbers_of_a_row():
     row = next(line for line in output().splitlines() if line.startswith("asam "))
     assert row.split()[:4] == ["asam", "0.5", "2", "1"]
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_rules_stand_apart_from_methods_and_each_has_one_line(width):
+    text = output(width=width)
+    first, rules = text.partition("grads: gradient")[0].split("\nRules")
+    rows = [{line.split()[0] for line in part.splitlines() if line.strip()} for part in (first, rules)]
+    kinds = {name: {part.kind for part in method.parts} for name, method in METHODS.items()}
+    expected = {name for name, set_ in kinds.items() if set_ and set_ <= {"when", "radius", "mask"}} - {"sgd"}
+    assert rows[1] & set(METHODS) == expected
+    assert rows[0] & set(METHODS) == set(METHODS) - expected
+    tables = [line for part in (first, rules) for line in part.splitlines() if line.split()[:1]]
+    assert sum(line.split()[0] in METHODS for line in tables) == len(METHODS)
+
+
+def test_the_matrix_fits_a_terminal_and_has_every_name():
+    text = output("--matrix", width=80)
+    assert max(map(len, text.splitlines())) <= 80
+    assert all(re.search(rf"^ *\d+ {re.escape(name)} ", text, re.MULTILINE) for name in METHODS)
+    assert "Both set the geometry, choose one: asam, usam, gcsam." in text
+    flat = re.sub(r"\s+", " ", text)
+    assert "needs the losses at w of the samples that are descended on, which momentum-sam does not give" in flat
+
+
+def test_a_part_of_a_plugin_is_in_the_matrix(plugin):
+    row = next(line for line in output("--matrix", "--plugin", plugin).splitlines() if " back " in line)
+    assert row.split()[0] == str(len(METHODS) + 1) and row.endswith(".")
+
+
+def test_the_matrix_goes_between_the_markers_of_a_page(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- matrix -->\nold\n<!-- /matrix -->\nafter\n", encoding="utf-8")
+    output("--into", str(page))
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith("before\n<!-- matrix -->\n```text\n") and text.endswith("<!-- /matrix -->\nafter\n")
+    assert "old" not in text and output("--markdown") in text
+    page.write_text("no place", encoding="utf-8")
+    result = runner.invoke(app, ["methods", "--into", str(page)])
+    assert isinstance(result.exception, ValueError) and "has no place for the matrix" in str(result.exception)
 
 
 def test_the_base_has_no_radius():
@@ -87,6 +127,7 @@ def test_needs_are_said():
     [
         (["vasso+fsam"], "'vasso' and 'fsam' both set the direction"),
         (["assam"], "did you mean 'asam'"),
+        (["sam", "--matrix"], "leave out 'sam'"),
         (["--plugin", "no_such_module_xyz"], "no_such_module_xyz"),
     ],
 )
@@ -96,7 +137,8 @@ def test_refusals(words, message):
 
 
 def test_a_plugin_in_the_working_directory(plugin):
-    assert re.search(r"^back .*strength=1\.0", output("--plugin", plugin), re.MULTILINE)
+    listed = output("--plugin", plugin)
+    assert re.search(r"^back .* direction ", listed, re.MULTILINE) and "\n    strength=1.0" in listed
     text = output("back+asam", "--plugin", plugin)
     assert "Backwards(strength=1.0)" in text and "nobody, nowhere, 2026" in text
 

@@ -1,5 +1,6 @@
 """What the pages claim: their Python runs, their commands parse, their links lead somewhere."""
 
+import itertools
 import re
 import shlex
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 
 import flatmin
 from flatmin.data.base import as_data
+from flatmin.parts import Need
 from flatmin.recipes import METHODS
 
 ROOT = Path(__file__).parents[2]
@@ -61,18 +63,46 @@ def test_the_table_in_the_readme_has_every_method():
     assert set(listed) == set(METHODS)
     for name, cells in listed.items():
         recipe = METHODS[name].recipe()
-        assert cells[3] == f"{recipe.gradient_evaluations:g}"
+        assert cells[3] == f"{recipe.gradient_evaluations:.3g}"
         assert cells[4] == (f"{recipe.default_rho:g}" if recipe.ascends else "")
+
+
+def test_the_page_of_methods_has_one_line_for_each_with_its_cost():
+    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    tables = text.partition("## Reading the tables")[2].partition("\n## ")[0].replace("\\|", "¦")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in tables.splitlines() if line[:3] == "| `"]
+    listed = {cells[0].strip("`"): cells for cells in rows}
+    assert len(rows) == len(listed) and set(listed) == set(METHODS)
+    for name, cells in listed.items():
+        recipe = METHODS[name].recipe()
+        rho = f"{recipe.default_rho:g}" if recipe.ascends else ""
+        assert cells[2:5] == [f"{recipe.gradient_evaluations:.3g}", str(recipe.extra_copies), rho], name
+
+
+def test_the_page_of_methods_says_which_loop_each_needs():
+    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    part = text.partition("## What the loop must give")[2].partition("\n## ")[0]
+    wanted = {Need.CRITERION, Need.PER_SAMPLE, Need.SECOND_ORDER, Need.MICRO_BATCHES, Need.LAYERS, Need.NAMES}
+    for name, method in METHODS.items():
+        recipe = method.recipe()
+        family = re.sub(r"-.*", "-*", name)
+        if recipe.needs & wanted or not recipe.two_pass:
+            assert f"`{name}`" in part or f"`{family}`" in part, name
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_commands_are_understood(page):
     """Every indented `flatmin compare` line resolves to settings that can be planned."""
+    from flatmin.study.arms import candidates
     from flatmin.study.config import load
 
-    for line in re.findall(r"^    flatmin compare(.*)$", page.read_text(encoding="utf-8"), re.MULTILINE):
+    text = re.sub(r" \\\n +", " ", page.read_text(encoding="utf-8"))
+    for line in re.findall(r"^    flatmin compare(.*)$", text, re.MULTILINE):
         words = shlex.split(line.split("#")[0])
-        load(overrides=[word for word in words if re.fullmatch(r"[a-z_.]+=\S+", word)])
+        methods = tuple(value for word, value in itertools.pairwise(words) if word in ("-m", "--method"))
+        overrides = [word for word in words if re.fullmatch(r"[a-z_.-]+=\S+", word)]
+        config = load(overrides=overrides, methods=None if "--plugin" in words else methods or None)
+        candidates(config)
 
 
 def test_makefile_has_the_commands_that_are_named():

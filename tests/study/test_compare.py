@@ -61,6 +61,21 @@ def test_the_summary(finished):
     assert summary.notes
 
 
+def test_what_the_model_cannot_run_is_left_out_with_its_sentence(tmp_path):
+    config = replace(CONFIG, methods=("sgd", "sam-on", "micro-sam"), seeds=1, skip_unfit=True)
+    config = replace(config, axes={"rho.sam-on": (0.1, 0.2)})
+    summary, events = go(config, tmp_path)
+    assert [row.label for row in summary.rows] == ["sgd", "micro-sam"]
+    (warning,) = [event.text for event in events if isinstance(event, Warned)]
+    assert warning.startswith("'sam-on' is left out: Layers: no layer matches ") and "Linear" in warning
+    assert warning in summary.notes
+    assert kinds(go(config, tmp_path)[1]) == [Warned, Planned]
+    with pytest.raises(ValueError, match="no layer matches"):
+        go(replace(config, skip_unfit=False, axes={}), tmp_path)
+    with pytest.raises(ValueError, match="no method is left to compare; the first refusal: Layers"):
+        go(replace(config, methods=("sam-on",)), tmp_path)
+
+
 def test_the_announcement(finished):
     _, _, events = finished
     planned = events[0]

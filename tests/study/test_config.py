@@ -1,5 +1,6 @@
 import pytest
 
+from flatmin.recipes import METHODS
 from flatmin.study.arms import arms, candidates
 from flatmin.study.config import CompareConfig, load
 
@@ -35,6 +36,22 @@ def test_radii():
     assert found["fsam+bisam-log"] == 0.3
     assert found["usam"] not in config.rho.values()
     assert set(rho(load("digits", ["methods=sam,vasso", "rho=0.07", "baselines=false"])).values()) == {0.07}
+
+
+def test_a_factor_is_no_radius():
+    """sgdhess never leaves w: what was chosen for lengths in the same geometry says nothing about it."""
+    assert rho(load("digits", ["methods=sam,sgdhess"]))["sgdhess"] == 0.05
+    assert rho(load("digits", ["methods=sam,sgdhess", "rho.sgdhess=0.5"]))["sgdhess"] == 0.5
+    assert rho(load("digits", ["methods=sam,sgdhess", "rho=0.07"]))["sgdhess"] == 0.07
+
+
+def test_all_is_every_name_of_the_table():
+    config = load("digits", ["methods=all,vasso+asam", "baselines=false"])
+    assert config.methods == (*METHODS, "vasso+asam") and config.skip_unfit
+    assert load("digits", methods=("all",)).methods == tuple(METHODS)
+    assert not load("digits").skip_unfit
+    assert {arm.label for arm in arms(load("digits", ["methods=all", "micro_batches=8"]))} >= set(METHODS)
+    assert {arm.config.micro_batches for arm in arms(load("digits", ["methods=sam", "micro_batches=8"]))} == {8}
 
 
 def test_ones_own_model_or_data_do_not_inherit_the_presets_radii():

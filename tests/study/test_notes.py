@@ -64,6 +64,19 @@ def test_methods_beyond_the_noise_are():
     assert "sam over asam (10.0 ±" in text
 
 
+def test_two_seeds_rank_nothing_even_if_their_differences_are_equal():
+    text = notes({"sgd": (77.0, 78.0), "sam": (90.0, 91.0), "asam": (95.0, 96.0)})
+    assert "Two seeds are too few to tell any row from another" in text
+    assert "beyond the noise" not in text and "interval without 0" not in text
+
+
+def test_of_many_pairs_the_largest_are_named():
+    levels = {f"m{i}": tuple(50.0 + 5 * i + x for x in (0.0, 0.01, 0.02)) for i in range(6)}
+    text = notes({"sgd": (50.0, 51.0, 52.0), **levels})
+    assert "15 of the 15 pairs differ" in text and "m5 over m0 (25.0 ± 0.0)" in text
+    assert "and 7 more with a smaller difference" in text and "m1 over m0" not in text
+
+
 def test_many_pairs_widen_the_intervals():
     """A difference that a single 95 % interval would show is not claimed among ten pairs."""
     values = {"sgd": (77.0, 78.0, 76.0), "a": (90.0, 90.0, 90.0), "b": (91.0, 91.3, 91.6)}

@@ -189,7 +189,8 @@ def test_folder_names_are_plain(tmp_path):
 
 def test_the_fingerprint_covers_what_a_run_depends_on():
     names = {"/".join(path.parts[-2:]) for path in fingerprint.package_sources()}
-    assert {"train/loop.py", "measure/lanczos.py", "data/noise.py", "models/small.py", "flatmin/recipes.py"} <= names
+    assert {"train/loop.py", "measure/lanczos.py", "data/noise.py", "models/small.py"} <= names
+    assert {"flatmin/recipe.py", "flatmin/recipes.py", "flatmin/catalogue.py"} <= names
     assert any(name.startswith("engine/") for name in names)
     assert any(name.startswith("parts/") for name in names)
     assert not any(name.startswith(("study/", "cli/")) for name in names)

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from flatmin.recipes import METHODS
@@ -135,11 +136,75 @@ def test_a_run_that_blows_up_says_so(method):
     assert len(lines) < 3
 
 
+def normed():
+    return nn.Sequential(nn.Linear(6, 16), nn.LayerNorm(16), nn.ReLU(), nn.Linear(16, 3))
+
+
 @pytest.mark.parametrize("name", [*METHODS, "vasso+asam"])
 def test_every_method_runs(name):
-    result, _ = run(method=name, rho=0.05, epochs=1, measure=False)
+    result, _ = run(method=name, rho=0.05, epochs=1, measure=False, model="tests.train.test_loop:normed")
     assert result.failure is None
     assert result.lambda_max is None
+
+
+def test_a_model_without_the_layers_is_refused_with_a_sentence():
+    with pytest.raises(ValueError, match=r"^Layers: no layer matches '.*'; the trained ones are Linear\.$"):
+        Trainer(config(method="sam-on"))
+
+
+def by_hand(trainer, closures):
+    """The weights after one step of the same optimizer on these closures."""
+    twin = Trainer(trainer.config)
+    twin.optimizer.step([lambda i=i: twin._closure(i) for i in closures])
+    return list(twin.model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("samples", "parts", "sizes"), [(16, 4, [4, 4, 4, 4]), (16, 3, [6, 5, 5]), (2, 4, [1, 1]), (16, 1, [16])]
+)
+def test_a_batch_is_divided_into_equal_micro_batches(samples, parts, sizes):
+    trainer = Trainer(config(method="micro-sam", micro_batches=parts))
+    index = torch.arange(samples)
+    pieces = index.split(sizes)
+    trainer.step(index)
+    assert all(map(torch.equal, trainer.model.parameters(), by_hand(trainer, pieces)))
+
+
+def test_one_micro_batch_is_sam():
+    micro, plain = Trainer(config(method="micro-sam", micro_batches=1)), Trainer(config())
+    for index in (torch.arange(16), torch.arange(16, 32)):
+        micro.step(index)
+        plain.step(index)
+    for a, b in zip(micro.model.parameters(), plain.model.parameters(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_the_probe_climbs_on_the_batch_before_and_at_first_on_its_own():
+    probe, plain = Trainer(config(method="sam-db")), Trainer(config())
+    first, second = torch.arange(16), torch.arange(16, 32)
+    probe.step(first)
+    plain.step(first)
+    assert all(map(torch.equal, probe.model.parameters(), plain.model.parameters()))
+    expected = probe.optimizer.step  # the list that the loop hands over
+    seen = []
+    probe.optimizer.step = lambda closures: seen.append(closures) or expected(closures)
+    loss = probe.step(second)
+    assert [c.args[0].tolist() for c in seen[0]] == [first.tolist(), second.tolist()]
+    assert loss.isfinite()
+
+
+def test_parts_are_told_the_length_of_the_training():
+    # 50 samples in batches of 16 are 4 updates an epoch.
+    assert Trainer(config(method="late", epochs=5)).recipe.when.total == 20
+    assert Trainer(config(method="late", params={"when.total": 7})).recipe.when.total == 7
+    assert Trainer(config(method="ssam-d+ae-sam")).recipe.mask.total == 12
+
+
+def test_a_rule_that_decides_by_value_reports_what_it_took():
+    result, _ = run(method="ae-sam", rho=0.05, measure=False)
+    assert 1 <= result.gradient_evaluations <= 2
+    assert result.gradient_evaluations * 12 == pytest.approx(round(result.gradient_evaluations * 12), abs=0.1)
+    assert run(method="every-k", rho=0.05, measure=False)[0].gradient_evaluations == pytest.approx(1.2)
 
 
 def test_parameters_of_parts_reach_the_recipe():
@@ -159,6 +224,7 @@ def test_streams_differ_by_purpose_and_seed():
     [
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
         ({"lr": -1.0}, "lr must be at least 0"),
+        ({"micro_batches": 0}, "micro_batches must be at least 1, got 0"),
         ({"noise": 1.5}, "noise must be at least 0 and at most 1"),
         ({"rho": float("nan")}, "rho must be at least 0, got nan"),
         ({"rho": -0.1}, "rho must be at least 0"),

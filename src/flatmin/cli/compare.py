@@ -24,7 +24,7 @@ def compare(
     ] = None,
     preset: Annotated[str, typer.Option(help="A preset of the package, or a .toml file.")] = "digits",
     method: Annotated[
-        list[str] | None, typer.Option("--method", "-m", help="A method or a composition. Repeatable.")
+        list[str] | None, typer.Option("--method", "-m", help="A method, a composition, or all. Repeatable.")
     ] = None,
     seeds: Annotated[int | None, typer.Option(help="How many seeds.")] = None,
     noise: Annotated[float | None, typer.Option(help="Share of the training labels replaced by wrong ones.")] = None,

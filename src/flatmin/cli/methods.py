@@ -1,8 +1,9 @@
-"""`flatmin methods`: the table of methods, and what a composed name means part by part."""
+"""`flatmin methods`: the table of methods, what a composed name means part by part, and which names go together."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -10,6 +11,7 @@ import typer
 from flatmin.cli.console import make_console
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
     from flatmin.recipes import Method, Recipe
@@ -25,6 +27,7 @@ QUESTIONS = {
     "samples": "which samples are descended on?",
     "combine": "what goes to the base?",
 }
+RULES = ("when", "radius", "mask")
 
 
 def methods(
@@ -34,22 +37,42 @@ def methods(
     plugin: Annotated[
         list[str] | None, typer.Option(help="An importable module that brings methods of its own. Repeatable.")
     ] = None,
+    matrix: Annotated[
+        bool, typer.Option("--matrix", help="Which pairs of names compose, and why others do not.")
+    ] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the matrix as Markdown.")] = False,
+    into: Annotated[
+        Path | None, typer.Option(help="Write the matrix between its markers in this Markdown file.")
+    ] = None,
 ) -> None:
     """List every method with its formula, cost, needs, defaults and paper; or show one recipe part by part."""
+    from flatmin.cli.matrix import as_markdown, as_text, refresh
     from flatmin.recipes import compose, method_table
     from flatmin.train.locate import search_here
 
     search_here()
     table = method_table(plugin or ())
     console = make_console()
+    if name is not None and (matrix or markdown or into is not None):
+        raise ValueError(f"--matrix is about all methods; leave out {name!r}.")
+    if into is not None:
+        refresh(into, as_markdown(table))
+        return
+    if matrix or markdown:
+        text = as_markdown(table) if markdown else as_text(table, console.width)
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        return
     if name is None:
-        console.print(_overview(table))
+        for title, group in _groups(table):
+            console.print(f"[bold]{title}[/bold]\n")
+            console.print(_overview(group))
+            console.print()
         console.print(
-            "\n[dim]rho: default radius. grads: gradient evaluations a step. copies: of the moved weights, held during "
-            "a step beyond the base optimizer's own. parameters: with their defaults.[/dim]\n"
+            "[dim]rho: default radius. grads: gradient evaluations a step. copies: of the moved weights, held during "
+            "a step beyond the base optimizer's own. sets: the parts that it brings; names compose if these differ: "
+            "flatmin methods vasso+bisam-log+asam. Every pair: flatmin methods --matrix[/dim]\n"
         )
-        console.print(_details(table))
-        console.print("Names compose if they set different parts: flatmin methods vasso+bisam-log+asam")
+        _print_details(table, console)
         return
     recipe = compose(name, table)
     console.print(_summary(recipe, [table[word.strip()] for word in name.split("+")]))
@@ -61,39 +84,54 @@ def _needs(recipe: Recipe) -> str:
     return "; ".join(sorted(need.value for need in recipe.needs)) or "-"
 
 
-def _parameters(recipe: Recipe) -> str:
-    return ", ".join(f"{name.partition('.')[2]}={value!r}" for name, value in recipe.parameters().items()) or "-"
+def _groups(table: Mapping[str, Method]) -> list[tuple[str, dict[str, Method]]]:
+    """The methods, then the rules that only say when, how far and which weights."""
+    rules = {
+        name: method
+        for name, method in table.items()
+        if method.parts and method.recipe().ascends and all(part.kind in RULES for part in method.parts)
+    }
+    methods = {name: method for name, method in table.items() if name not in rules}
+    return [
+        ("Methods", methods),
+        ("Rules: on which steps, how far, which weights. Alone they are SAM with the rule.", rules),
+    ]
 
 
 def _overview(table: Mapping[str, Method]) -> Table:
     from rich.text import Text
 
-    grid = _grid("method", "rho", "grads", "copies", "parameters", "needs")
+    grid = _grid("method", "rho", "grads", "copies", "sets", "needs")
     for method in table.values():
         recipe = method.recipe()
         grid.add_row(
             Text(method.name, style="bold cyan"),
             f"{recipe.default_rho:g}" if recipe.ascends else "-",
-            f"{recipe.gradient_evaluations:g}",
+            f"{recipe.gradient_evaluations:.3g}",
             str(recipe.extra_copies),
-            Text(_parameters(recipe)),
+            Text(", ".join(part.kind for part in method.parts) or "-"),
             Text(", ".join(sorted(need.name.lower().replace("_", " ") for need in recipe.needs)) or "-"),
         )
     return grid
 
 
-def _details(table: Mapping[str, Method]) -> Table:
-    from rich.table import Table
+def _print_details(table: Mapping[str, Method], console: Console) -> None:
+    from rich.padding import Padding
     from rich.text import Text
 
-    grid = Table.grid(padding=(0, 2, 0, 0))
-    grid.add_column(no_wrap=True)
-    grid.add_column(overflow="fold")
     for method in table.values():
-        about = Text.assemble(f"{method.title}. {method.summary}".rstrip(), "\n", (method.formula, "green"), "\n")
-        about.append(method.paper + (f"\n{method.url}\n" if method.url else "\n"), style="dim")
-        grid.add_row(Text(method.name, style="bold cyan"), about)
-    return grid
+        head = Text.assemble((method.name, "bold cyan"), f"  {method.title}. {method.summary}".rstrip())
+        console.print(head)
+        lines = Text(method.formula, style="green")
+        parameters = ", ".join(
+            f"{name}={value!r}" for part in method.parts for name, value in part.parameters().items()
+        )
+        if parameters:
+            lines.append(f"\n{parameters}", style="not green")
+        lines.append(f"\n{method.paper}", style="not green dim")
+        if method.url:
+            lines.append(f"\n{method.url}", style="not green dim")
+        console.print(Padding(lines, (0, 0, 1, 4), expand=False))
 
 
 def _grid(*headers: str) -> Table:
@@ -120,7 +158,7 @@ def _summary(recipe: Recipe, named: Sequence[Method]) -> Table:
     copies = recipe.extra_copies
     grid.add_row(
         "cost",
-        f"{recipe.gradient_evaluations:g} gradient{'s' * (recipe.gradient_evaluations != 1)} a step, "
+        f"{recipe.gradient_evaluations:.3g} gradient{'s' * (recipe.gradient_evaluations != 1)} a step, "
         f"{copies} extra cop{'y' if copies == 1 else 'ies'} of the moved weights",
     )
     grid.add_row(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,23 +20,23 @@ def has_momentum(base: Optimizer) -> bool:
     return all(float(g.get("momentum") or 0) > 0 or "betas" in g or "beta1" in g for g in groups)
 
 
-def momentum_of(base: Optimizer, weight: Tensor) -> Tensor | None:
-    """The base's momentum of a weight; None where it has none yet.
+def momenta_of(base: Optimizer, weights: Sequence[Tensor]) -> list[Tensor | None]:
+    """The base's momentum of each weight; None where it has none yet.
 
     Raises:
-        ValueError: the base has state for the weight, and no momentum under a known name in it.
+        ValueError: the base has state for a weight, and no momentum under a known name in it.
     """
-    state = base.state.get(weight)
-    if not state:
-        return None
-    for name in _MOMENTA:
-        if name in state:
-            found: Tensor | None = state[name]
-            return found
-    raise ValueError(
-        f"{type(base).__name__} keeps no momentum that this library knows ({' or '.join(_MOMENTA)}); it has "
-        f"{', '.join(map(str, state))}."
-    )
+    states = [base.state.get(w) for w in weights]
+    first = next((s for s in states if s), None)
+    if first is None:
+        return [None] * len(states)
+    name = next((n for n in _MOMENTA if n in first), None)
+    if name is None:
+        raise ValueError(
+            f"{type(base).__name__} keeps no momentum that this library knows ({' or '.join(_MOMENTA)}); it has "
+            f"{', '.join(map(str, first))}."
+        )
+    return [s.get(name) if s else None for s in states]
 
 
 def check_rho(rho: Any) -> float:

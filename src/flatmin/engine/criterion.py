@@ -37,7 +37,7 @@ class Speaker(Protocol):
         """The pass that a loss computed now belongs to."""
 
     def saw(self, outputs: Tensor, target: Tensor, loss: Tensor, *, perturbed: bool) -> None:
-        """Told of every loss computed in training."""
+        """Told of every loss computed in training at w, and at w + eps in the descent pass."""
 
 
 @dataclass(slots=True)
@@ -115,21 +115,29 @@ class Criterion(nn.Module):
             loss: Tensor = _ValueOf.apply(value, ascent)  # type: ignore[no-untyped-call]
         else:
             loss = self._chosen(outputs, target) if descent and now.perturbed else self.loss(outputs, target)
-        if not descent and self._selects():
+        if not descent and self.selects:
             with torch.no_grad():
                 self._first.append(self.per_sample(outputs, target))
         if now.graph:
             per_sample = Need.PER_SAMPLE in self._recipe.needs
             self.seen.append(Seen(outputs, loss, self.per_sample(outputs, target) if per_sample else None))
-        speaker.saw(outputs, target, loss, perturbed=now.perturbed)
+        if descent or not now.perturbed:
+            speaker.saw(outputs, target, loss, perturbed=now.perturbed)
         return loss
 
-    def _selects(self) -> bool:
+    def take_seen(self) -> list[Seen]:
+        """What the calls since the last backward saw; called by the optimizer."""
+        seen, self.seen = self.seen, []
+        return seen
+
+    @property
+    def selects(self) -> bool:
+        """Whether the recipe it is bound to chooses among the samples."""
         return not isinstance(self._recipe.samples, EverySample)
 
     def _chosen(self, outputs: Tensor, target: Tensor) -> Tensor:
         """The loss at w + eps of the samples that the recipe descends on."""
-        if not self._selects():
+        if not self.selects:
             return self.loss(outputs, target)
         second = self.per_sample(outputs, target)
         first = self._first.pop(0) if self._first else None

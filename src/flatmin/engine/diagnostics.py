@@ -31,9 +31,9 @@ class Diagnostics:
         self._latest = self._values
         self._clear()
 
-    def loss(self, role: str, loss: Any) -> None:
-        """The loss that a pass returned."""
-        name = "loss_perturbed" if role == "descent" else "loss"
+    def loss(self, loss: Any, *, perturbed: bool) -> None:
+        """The loss of a pass at w, or of the descent pass at w + eps."""
+        name = "loss_perturbed" if perturbed else "loss"
         if isinstance(loss, Tensor) and loss.numel() == 1:
             self._values[name] = loss.detach()
 
@@ -61,19 +61,22 @@ class Diagnostics:
         """The weights at w + eps and what they were."""
         self._values["epsilon_norm"] = ta.norm(list(torch._foreach_sub(list(weights), list(copies))))
 
-    def last(self, grads: Gradients, weights: Sequence[Tensor]) -> None:
+    def last(self, grads: Gradients, weights: Sequence[Tensor], *, perturbed: bool) -> None:
         """The gradients of the descent pass, and the weights they are for."""
         self._values["weight_norm"] = ta.norm([w.detach() for w in weights])
-        pairs = [(g, s) for g, s in zip(self._g, grads, strict=False) if g is not None and s is not None]
+        pairs = [
+            (_dense(g), _dense(s)) for g, s in zip(self._g, grads, strict=False) if g is not None and s is not None
+        ]
         self._g = []
-        descent = [s for s in grads if s is not None]
-        self._values["perturbed_gradient_norm"] = ta.norm(descent)
-        if not pairs:
+        size = ta.norm([_dense(s) for s in grads if s is not None])
+        self._values["perturbed_gradient_norm" if perturbed else "gradient_norm"] = size
+        if not pairs or not perturbed:
             return
         g, s = [a for a, _ in pairs], [b for _, b in pairs]
         g_norm, s_norm = ta.norm(g), ta.norm(s)
         self._values["gradient_norm"] = g_norm
-        self._values["cosine"] = ta.dot(g, s) / (g_norm * s_norm)
+        product = g_norm * s_norm
+        self._values["cosine"] = torch.where(product > 0, ta.dot(g, s) / product, torch.zeros_like(product))
         counts = torch.stack([_ratio_counts(a, b).to(g_norm.device) for a, b in pairs]).sum(0)
         for name, count in zip((*CLASSES, "entries", "same_sign"), counts, strict=True):
             self._values[name] = count
@@ -95,10 +98,17 @@ class Diagnostics:
         return values
 
 
+def _dense(g: Tensor) -> Tensor:
+    return g.to_dense() if g.is_sparse else g
+
+
 def _ratio_counts(g: Tensor, s: Tensor) -> Tensor:
     """How many entries of r = s / g lie in each class, how many there are, how many have one sign."""
     g, s = ta.local([g])[0], ta.local([s])[0]
-    same, larger = g * s > 0, s.abs() > g.abs()
-    other = g * s < 0
+    if g.is_complex():
+        g, s = torch.view_as_real(g), torch.view_as_real(s)
+    # Products of small gradients would underflow.
+    same, other = ((g > 0) & (s > 0)) | ((g < 0) & (s < 0)), ((g > 0) & (s < 0)) | ((g < 0) & (s > 0))
+    larger = s.abs() > g.abs()
     counted = [same & larger, same & ~larger, other & ~larger, other & larger, torch.ones_like(same), same]
     return torch.stack([c.sum() for c in counted]).to(torch.float64)

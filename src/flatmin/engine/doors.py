@@ -35,6 +35,7 @@ def _run_all(closures: Sequence[Closure], update: Update) -> Any:
     for closure in closures:
         for w in update.site.weights:
             w.grad = None
+        update.share = share
         loss = closure()
         losses.append(loss.detach() if isinstance(loss, Tensor) else loss)
         del loss
@@ -133,8 +134,8 @@ class Doors(Optimizer):
             with Evaluation(update) as evaluation, torch.enable_grad():
                 chosen = closures if evaluation.chunk is None else [closures[evaluation.chunk]]
                 loss = chosen[0]() if len(chosen) == 1 else _run_all(chosen, update)
-                if self._diagnostics is not None:
-                    self._diagnostics.loss(evaluation.role, loss)
+                if self._diagnostics is not None and not (moved and evaluation.role == "ascent"):
+                    self._diagnostics.loss(loss, perturbed=moved)
                 if evaluation.index == 0:
                     self.loss_point = "w + eps" if moved else "w"
                 if evaluation.index == 0 or (not moved and evaluation.chunk not in visited):
@@ -170,20 +171,16 @@ class Doors(Optimizer):
                 optimizer.step()
             optimizer.eval()   # before evaluation and checkpoints
 
-        Only for methods that know w + eps without a gradient at w (momentum-sam, stale-sam). Gradients are cleared on
-        entering and after each step. Does nothing if it is on already.
+        Works for methods that know w + eps without a gradient at w (momentum-sam, stale-sam), and does nothing for the
+        others, which need their passes, so that trainers may call it on any optimizer. Gradients are cleared on
+        entering and after each step. The next eps is made inside step(), so a radius that a scheduler sets after it
+        acts one step later than in step(closure).
 
         Raises:
-            RuntimeError: another method, or an update under way.
+            RuntimeError: an update under way.
         """
-        if self._resident:
-            return
-        if not self.recipe.one_pass:
-            raise RuntimeError(
-                f"train() serves methods that know w + eps before any gradient; {self.recipe.name} needs "
-                "step(closure), perturbed() or passes()."
-            )
-        self._stay()
+        if self.recipe.one_pass and not self._resident:
+            self._stay()
 
     @torch.no_grad()
     def eval(self) -> None:

@@ -20,6 +20,7 @@ _UNSERVED = {
     Need.SECOND_ORDER: "it keeps no graph",
     Need.BASE_MOMENTUM: "it knows no base optimizer",
     Need.LAYERS: "it knows no module",
+    Need.LR: "it knows no base optimizer",
 }
 Params = Mapping[str, Tensor]
 FunctionalState = dict[str, Any]
@@ -79,7 +80,8 @@ def value_and_grad(
         ValueError: bad rho, unknown recipe, or needs that a pure function cannot serve.
     """
     recipe = compose(recipe) if isinstance(recipe, str) else recipe
-    for need in sorted(recipe.needs & _UNSERVED.keys(), key=lambda n: n.name):
+    asked = frozenset[Need]().union(*(part.demands() for part in recipe.parts.values()))
+    for need in sorted(asked & _UNSERVED.keys(), key=lambda n: n.name):
         raise ValueError(f"{recipe.name} needs {need.value}, which a pure function cannot serve: {_UNSERVED[need]}.")
     for part in recipe.parts.values():
         part.examine()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from flatmin.engine.base import build_base, check_rho, has_momentum, momentum_of
+from flatmin.engine.base import build_base, check_rho, has_momentum, momenta_of
 from flatmin.engine.criterion import Criterion, PassView
 from flatmin.engine.diagnostics import Diagnostics
 from flatmin.engine.doors import Doors
@@ -220,7 +220,7 @@ class SAM(Doors):
         names = [self._names.get(w, "") for w in weights] if Need.NAMES in self.recipe.needs else []
         step = int(self.param_groups[0][PREFIX + "step"])
         layers = [self._layers.get(w, "") for w in weights] if Need.LAYERS in self.recipe.needs else []
-        services = Services(layers, functools.partial(momentum_of, self.base), chunks)
+        services = Services(layers, functools.partial(momenta_of, self.base), chunks)
         return Site(weights, groups, rhos, names, step, self._generators, layout, services)
 
     def _device_flags(self, tensors: Sequence[Tensor]) -> Flags | None:
@@ -284,7 +284,7 @@ class SAM(Doors):
         """Told by the criterion of every loss computed in training."""
         if self._diagnostics is not None:
             self._diagnostics.outputs(outputs, target, perturbed=perturbed)
-            self._diagnostics.loss("descent" if perturbed else "ascent", loss)
+            self._diagnostics.loss(loss, perturbed=perturbed)
 
     def diagnostics(self) -> dict[str, float]:
         """What the last update did; needs `diagnostics=True`. Reading synchronises once, recording does not.

@@ -32,12 +32,13 @@ class SecondOrder(Protocol):
 class Services:
     """What an optimizer knows beyond the weights.
 
-    layers: the class name of the module that holds each weight. momentum: the base's momentum of a weight. chunks: the
+    layers: the class name of the module that holds each weight. momentum: the base's momentum of each of
+    these weights. chunks: the
     number of micro-batches of this step.
     """
 
     layers: Sequence[str] = ()
-    momentum: Callable[[Tensor], Tensor | None] | None = None
+    momentum: Callable[[Tensors], list[Tensor | None]] | None = None
     chunks: int = 1
 
 
@@ -125,7 +126,7 @@ class SiteContext:
     def momentum(self) -> list[Tensor | None]:
         find = self._site.services.momentum
         assert find is not None
-        return [find(w) for w in self.w]
+        return find(self.w)
 
     @property
     def curvature(self) -> Products | None:
@@ -148,7 +149,12 @@ class SiteContext:
         return ta.norm(tensors, self._site.layout)
 
     def dot(self, a: Tensors, b: Tensors) -> Tensor:
-        return ta.dot(a, b)
+        return ta.dot(a, b, self._site.layout)
+
+    def add_scaled(self, a: Tensors, b: Tensors, factor: Tensor, *, spent: bool = False) -> Tensors:
+        if self._site.layout is None:
+            return [x + factor.to(x.device, x.dtype) * y for x, y in zip(a, b, strict=True)]
+        return ta.add_scaled(a, b, factor, self._site.layout, spent=spent)
 
     def noise(self) -> Tensors:
         cpu = self._site.generator.cpu
@@ -269,7 +275,7 @@ def program(recipe: Recipe, site: Site, store: Reader, eps: float) -> Generator[
                 if at is None and direction.moves_start:
                     site.start = direction.start(read("direction", index), moved)
                     at = Offset.of(index, list(site.start), moved)
-                grads = yield Eval("ascent", at, chunk, recipe.mask.graph(moved))
+                grads = yield Eval("ascent", at, chunk, recipe.mask.graph(read("mask", site.moved), moved))
             else:
                 grads, first = first, None
             if recipe.combine.uses_gradient and kept is None:
@@ -302,6 +308,8 @@ def program(recipe: Recipe, site: Site, store: Reader, eps: float) -> Generator[
             # One product per distinct rho, so that equal radii stay one object.
             products = {rho: rho * radius for rho in set(reach)}
             reach = [products[rho] for rho in reach]
+        if (factor := direction.factor()) != 1.0:
+            reach = [factor * r for r in reach]
         # Only the gradients of this very pass are the engine's to overwrite, and only if nobody wants them later.
         spent = g is not None and kept is None and not site.keep_gradients and not out.staged and len(t) == len(g)
         scratch = spent and all(map(operator.is_, t, g or ()))
@@ -310,10 +318,11 @@ def program(recipe: Recipe, site: Site, store: Reader, eps: float) -> Generator[
     when = recipe.when
     on = when.before(read("when", site.moved), moved)
     if on is None:
-        first = yield Eval("ascent", graph=recipe.mask.graph(moved))
+        first = yield Eval("ascent", graph=recipe.mask.graph(read("mask", site.moved), moved))
         index, g = _gather(first, site.moved)
         on, new = when.after(g, read("when", index), site.context(index)) if index else (False, {})
         stage("when", index, new)
+        del g
         if on and recipe.combine.uses_gradient:
             kept = first
     if not on:
@@ -322,6 +331,7 @@ def program(recipe: Recipe, site: Site, store: Reader, eps: float) -> Generator[
         u, new = recipe.combine.off(g, read("combine", index), site.context(index))
         stage("combine", index, new)
         out.update = _spread(grads, index, u)
+        out.untouched = first is None and all(x is grads[i] for i, x in zip(index, u, strict=True))
         return out
 
     asking = recipe.points(ascend, moved)
@@ -329,7 +339,7 @@ def program(recipe: Recipe, site: Site, store: Reader, eps: float) -> Generator[
         request = next(asking)
         while True:
             if request.role == "descent":
-                request.graph = recipe.combine.graph(moved)
+                request.graph = recipe.combine.graph(read("combine", site.moved), moved)
             request = asking.send((yield request))
     except StopIteration as stop:
         points: list[Gradients] = stop.value

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from flatmin.engine.criterion import Seen
 from flatmin.parts import Tensors
 
 
@@ -16,21 +17,24 @@ class GraphProducts:
     Args:
         weights: trained tensors.
         grads: its gradients, with graph; None for tensors it does not depend on.
-        outputs: what the criterion saw, with graph; None if it was not asked for.
-        scores: each sample's loss, with graph; None if they were not asked for.
-        mean_loss: the criterion's loss of `outputs`, with graph.
+        seen: what the criterion saw on the way to the loss, with graph.
     """
 
     def __init__(
         self,
         weights: Sequence[Tensor],
         grads: Sequence[Tensor | None],
-        outputs: Tensor | None,
-        mean_loss: Tensor | None,
-        scores: Tensor | None,
+        seen: Sequence[Seen],
     ) -> None:
-        self._weights, self._grads = weights, grads
-        self._outputs, self._mean_loss, self._scores = outputs, mean_loss, scores
+        self._weights, self._grads, self._calls = weights, grads, seen
+
+    def _seen(self) -> Seen:
+        if len(self._calls) != 1:
+            raise RuntimeError(
+                "call the flatmin.Criterion given to the optimizer once for each optimizer.backward(loss); it was "
+                f"called {len(self._calls)} times."
+            )
+        return self._calls[0]
 
     def _pick(self, index: Sequence[int]) -> Tensors:
         return [self._weights[i] for i in index]
@@ -56,10 +60,9 @@ class GraphProducts:
     @torch.enable_grad()
     def gauss_newton(self, index: Sequence[int], vectors: Tensors) -> Tensors:
         """J^T H_out J v over these weights, by two backward passes for J v and one for the rest."""
-        if self._outputs is None or self._mean_loss is None:
-            raise RuntimeError("the loss was not computed by the flatmin.Criterion given to the optimizer.")
-        outputs, weights = self._outputs, self._pick(index)
-        (slope,) = torch.autograd.grad(self._mean_loss, outputs, create_graph=True)
+        seen, weights = self._seen(), self._pick(index)
+        outputs = seen.outputs
+        (slope,) = torch.autograd.grad(seen.loss, outputs, create_graph=True)
         # J^T u is linear in u, so that its derivative in the direction v is J v.
         u = torch.zeros_like(outputs, requires_grad=True)
         back = torch.autograd.grad(outputs, weights, u, create_graph=True, allow_unused=True)
@@ -72,14 +75,19 @@ class GraphProducts:
             torch.autograd.grad(outputs, weights, curved, retain_graph=True, allow_unused=True), weights
         )
 
+    def scores(self) -> Tensor:
+        """Each sample's loss, with graph."""
+        scores = self._seen().scores
+        assert scores is not None, "only recipes that need per-sample losses ask for them"
+        return scores
+
     @torch.enable_grad()
     def squared_gradients(self, index: Sequence[int], limit: int) -> Tensors:
         """Sum of the squared gradients of the first `limit` samples' losses."""
-        if self._scores is None:
-            raise RuntimeError("the loss was not computed by the flatmin.Criterion given to the optimizer.")
+        scores = self.scores()
         weights = self._pick(index)
         total = [torch.zeros_like(w) for w in weights]
-        for score in self._scores[:limit]:
+        for score in scores[:limit]:
             grads = torch.autograd.grad(score, weights, retain_graph=True, allow_unused=True)
             grads = tuple(_zeros_for_none(grads, weights))
             torch._foreach_addcmul_(total, list(grads), list(grads))
@@ -105,9 +113,13 @@ class PooledProducts:
         return self._sum([p.gauss_newton(index, vectors) for _, p in self._parts])
 
     def squared_gradients(self, index: Sequence[int], limit: int) -> Tensors:
-        share = -(-limit // len(self._parts))
-        terms = [p.squared_gradients(index, share) for _, p in self._parts]
-        return [torch.stack(column).sum(0) for column in zip(*terms, strict=True)]
+        total = self._parts[0][1].squared_gradients(index, limit)
+        left = limit - len(self._parts[0][1].scores())
+        for _, part in self._parts[1:]:
+            if left > 0:
+                torch._foreach_add_(total, part.squared_gradients(index, left))
+                left -= len(part.scores())
+        return total
 
 
 def _zeros_for_none(grads: Sequence[Tensor | None], like: Sequence[Tensor]) -> Tensors:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -27,6 +28,8 @@ class Store:
         self.per_weight: dict[str, dict[Tensor, Tensor]] = {}
         self.scalars: dict[str, Tensor | None] = {}
         self._kinds: dict[str, Mapping[str, str]] = {}
+        # The last answer of each slot: weights are the same ones step after step, and hashing each costs.
+        self._last: dict[str, tuple[Sequence[Tensor], list[Tensor | None]]] = {}
         for kind, part in recipe.parts.items():
             self._kinds[kind] = part.slots
             for slot, shape in part.slots.items():
@@ -42,12 +45,16 @@ class Store:
         found: dict[str, Any] = {}
         for slot, shape in self._kinds[kind].items():
             key = f"{kind}.{slot}"
-            if shape == "param":
-                tensors = self.per_weight[key]
-                found[slot] = [tensors.get(w) for w in weights]
-            else:
-                found[slot] = self.scalars[key]
+            found[slot] = list(self._slots(key, weights)) if shape == "param" else self.scalars[key]
         return found
+
+    def _slots(self, key: str, weights: Sequence[Tensor]) -> list[Tensor | None]:
+        known, values = self._last.get(key, ((), []))
+        if len(known) != len(weights) or not all(map(operator.is_, known, weights)):
+            tensors = self.per_weight[key]
+            known, values = weights, [tensors.get(w) for w in weights]
+            self._last[key] = known, values
+        return values
 
     def commit(self, kind: str, weights: Sequence[Tensor], new: Mapping[str, Any], gate: Tensor | None) -> None:
         """Keep staged state, in place where the slot exists; with a gate, only where it is 1, decided on the device."""
@@ -60,14 +67,16 @@ class Store:
             slots = self.per_weight[key]
             if len(value) != len(weights):
                 raise RuntimeError(f"{key}: {len(value)} tensors returned for {len(weights)} weights.")
-            known = [(slots[w], v) for w, v in zip(weights, value, strict=True) if w in slots]
-            fresh = [(w, v) for w, v in zip(weights, value, strict=True) if w not in slots]
-            if known:
-                into, source = [k for k, _ in known], [v for _, v in known]
+            old_ones = self._slots(key, weights)
+            into = [s for s in old_ones if s is not None]
+            if into:
+                source = [v for s, v in zip(old_ones, value, strict=True) if s is not None]
                 ta.copy_(into, source) if gate is None else ta.choose_(into, source, gate)
+            fresh = [(w, v) for w, s, v in zip(weights, old_ones, value, strict=True) if s is None]
             # A tensor's first state has nothing to fall back on: the verdict is read on the host, once.
             if fresh and (gate is None or bool(gate)):
                 slots.update({w: v.detach().clone() for w, v in fresh})
+                self._last.pop(key, None)
 
     def of(self, weight: Tensor) -> dict[str, Any]:
         """A weight's slots as checkpoints hold them: unfilled ones appear as zeros with filled = 0."""
@@ -80,6 +89,7 @@ class Store:
 
     def put(self, weight: Tensor, entries: Mapping[str, Any]) -> None:
         """Take a weight's slots from a checkpoint, in the dtype they were saved in."""
+        self._last.clear()
         for key, slots in self.per_weight.items():
             tensor = entries.get(PREFIX + key)
             if tensor is None or not float(entries.get(PREFIX + key + _FILLED, 1.0)):
@@ -88,6 +98,7 @@ class Store:
                 slots[weight] = tensor.detach().clone().to(weight.device)
 
     def clear(self) -> None:
+        self._last.clear()
         for slots in self.per_weight.values():
             slots.clear()
         self.scalars = dict.fromkeys(self.scalars)

@@ -142,16 +142,39 @@ def norm(tensors: Sequence[Tensor], layout: Layout | None = None) -> Tensor:
     return full_scalar(parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts)))
 
 
-def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+def dot(a: Sequence[Tensor], b: Sequence[Tensor], layout: Layout | None = None) -> Tensor:
     """Global inner product sum_i <a_i, b_i> (real part), in fp32 or better, on the first tensor's device."""
+    if layout is not None and layout.blocks:
+        whole = layout.joined(a)
+        a, b = whole or a, (whole if a is b else layout.joined(b)) or b
     total: Tensor | None = None
     for x, y in zip(a, b, strict=True):
         wide = _accumulate_in(x.dtype)
         if x.is_complex():
             x, y = torch.view_as_real(x), torch.view_as_real(y)
-        part = full_scalar((x.to(wide) * y.to(wide)).sum())
+        if x.dtype == y.dtype == wide and x.device.type == "cpu" and not is_sharded(x):
+            part = torch.dot(x.reshape(-1), y.reshape(-1))
+        else:
+            part = full_scalar((x.to(wide) * y.to(wide)).sum())
         total = part if total is None else total + part.to(total.device)
     assert total is not None
+    return total
+
+
+def add_scaled(
+    a: Sequence[Tensor], b: Sequence[Tensor], factor: Tensor, layout: Layout, *, spent: bool
+) -> list[Tensor]:
+    """a_i + factor b_i for a scalar tensor, in the dtype of a, in place if `spent`; no synchronisation off the CPU."""
+    if layout.simple:
+        if spent:
+            torch._foreach_add_(list(a), list(b), alpha=float(factor))
+            return list(a)
+        return list(torch._foreach_add(list(a), list(b), alpha=float(factor)))
+    total = list(a) if spent else [x.clone() for x in a]
+    for group in buckets(total):
+        head = total[group[0]]
+        scaled = torch._foreach_mul([b[i] for i in group], factor.to(head.device, head.dtype))
+        torch._foreach_add_([total[i] for i in group], scaled)
     return total
 
 

@@ -37,7 +37,8 @@ class Update:
         self._ascent_finite = True
         self._criterion_calls = 0
         self._visited: set[int | None] = set()
-        self.products: list[GraphProducts] = []
+        self.products: list[tuple[float, GraphProducts]] = []
+        self.share = 1.0  # of the running closure in the gradient of the pass
         site.keep_gradients = optimizer._diagnostics is not None
         self._program: Generator[Eval, Gradients, Outcome] = program(
             optimizer.recipe, site, optimizer._store, optimizer.eps
@@ -94,7 +95,7 @@ class Update:
                     f"{self.optimizer.recipe.name} needs second derivatives in this pass: call "
                     "optimizer.backward(loss) instead of loss.backward()."
                 )
-            self.site.products = PooledProducts([(1.0 / len(self.products), p) for p in self.products])
+            self.site.products = PooledProducts(self.products)
         try:
             self._advance(grads)
         finally:
@@ -106,7 +107,7 @@ class Update:
         if diagnostics is None or request is None:
             return
         if request.role == "descent":
-            diagnostics.last(grads, self.site.weights)
+            diagnostics.last(grads, self.site.weights, perturbed=request.at is not None)
         elif request.at is None:
             diagnostics.first(grads)
 
@@ -121,9 +122,8 @@ class Update:
         for w, g in zip(weights, grads, strict=True):
             if g is not None:
                 w.grad = g.detach().clone() if w.grad is None else w.grad + g.detach()
-        seen = criterion.seen.pop() if criterion is not None and criterion.seen else None
-        outputs, inner, scores = (None, None, None) if seen is None else (seen.outputs, seen.loss, seen.scores)
-        self.products.append(GraphProducts(weights, grads, outputs, inner, scores))
+        calls = [] if criterion is None else criterion.take_seen()
+        self.products.append((self.share, GraphProducts(weights, grads, calls)))
 
     def take_first(self) -> None:
         """Use the gradients of a pass that a manual loop has run already at w, as the ascent's."""
@@ -148,10 +148,11 @@ class Update:
             self.request, self.outcome = None, stop.value
 
     def _check_criterion(self) -> None:
-        criterion, recipe = self.optimizer.criterion, self.optimizer.recipe
-        if criterion is None or criterion.calls > self._criterion_calls:
+        criterion, recipe, request = self.optimizer.criterion, self.optimizer.recipe, self.request
+        if criterion is None or request is None or criterion.calls > self._criterion_calls:
             return
-        if recipe.needs & {Need.CRITERION, Need.PER_SAMPLE}:
+        climbs = request.role == "ascent" and recipe.needs & {Need.CRITERION, Need.PER_SAMPLE}
+        if climbs or (request.at is not None and criterion.selects):
             raise RuntimeError(
                 f"{recipe.name} works through the loss object, but the pass never called the criterion given to the "
                 "optimizer; compute the loss with that flatmin.Criterion object."

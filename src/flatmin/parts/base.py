@@ -22,6 +22,7 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
+import torch
 from torch import Tensor
 
 Tensors = list[Tensor]
@@ -41,8 +42,13 @@ class Need(enum.Enum):
 
     GRADIENT_AT_W = "the descent loss's own gradient at w"
     LOSSES_AT_W = "the losses at w of the samples that are descended on"
+    STAYS = "a step that stays at w"
+    ONE_ASCENT = "one ascent a step"
+    PASS_1 = "a gradient in pass 1"
+    FREE_START = "a pass 1 whose start it can move"
     WHOLE_BATCH = "one gradient of the whole batch in pass 1"
     ASCENT = "an ascent on every step"
+    RULE = "a step that is more than the base's"
     CRITERION = "the loss object (pass criterion=flatmin.Criterion(loss))"
     NAMES = "parameter names (pass model=, or build the base from named_parameters())"
     LAYERS = "the kinds of layers (pass model=)"
@@ -50,12 +56,26 @@ class Need(enum.Enum):
     PER_SAMPLE = "per-sample losses (pass criterion=flatmin.Criterion(loss))"
     MICRO_BATCHES = "micro-batches (step([closure, closure, ...]) or passes(chunks=m))"
     SECOND_ORDER = "the graph of a pass (call optimizer.backward(loss) instead of loss.backward())"
+    LR = "the learning rate of the param groups"
     BASE_MOMENTUM = "the base optimizer's momentum"
     DECIDES_BY_VALUE = "a decision by value (one synchronisation a step, no CUDA graph)"
 
 
 # What a recipe settles between its own parts, and no loop has to serve.
-INTERNAL = frozenset({Need.GRADIENT_AT_W, Need.LOSSES_AT_W, Need.WHOLE_BATCH, Need.ASCENT})
+INTERNAL = frozenset(
+    {
+        Need.GRADIENT_AT_W,
+        Need.LOSSES_AT_W,
+        Need.STAYS,
+        Need.ONE_ASCENT,
+        Need.PASS_1,
+        Need.FREE_START,
+        Need.WHOLE_BATCH,
+        Need.ASCENT,
+        Need.RULE,
+        Need.LR,
+    }
+)
 
 
 @dataclass(slots=True)
@@ -77,7 +97,11 @@ class Offset:
 
     def tensors(self) -> Tensors:
         """The displacement itself, in fresh tensors; zero everywhere if the direction was not finite."""
-        scaled = [d * f for d, f in zip(self.direction, self.factors, strict=True)]
+        numbers = [f for f in self.factors if isinstance(f, float)]
+        if len(numbers) == len(self.factors):
+            scaled = list(torch._foreach_mul(self.direction, numbers))
+        else:
+            scaled = [d * f for d, f in zip(self.direction, self.factors, strict=True)]
         if self.norm is not None:
             scaled = [s / (self.norm + self.eps).to(s.device) for s in scaled]
         finite = self.size < math.inf
@@ -177,6 +201,9 @@ class Context(Protocol):
 
     def dot(self, a: Tensors, b: Tensors) -> Tensor:
         """Global inner product, one scalar in fp32 or better."""
+
+    def add_scaled(self, a: Tensors, b: Tensors, factor: Tensor, *, spent: bool = False) -> Tensors:
+        """A + factor b for a scalar tensor, in the dtype of a; `spent`: nobody needs a afterwards."""
 
     def noise(self) -> Tensors:
         """Standard normal numbers, shaped like w, from the engine's own generator."""
@@ -279,6 +306,10 @@ class Direction(Part):
     evaluates: ClassVar[bool] = True  # False: takes no pass 1, is called with g = None
     moves_start: ClassVar[bool] = False  # True: pass 1 is taken at w + start()
 
+    def factor(self) -> float:
+        """A factor on the displacement along d; -1 goes against it."""
+        return 1.0
+
     def start(self, state: State, c: Context) -> Tensors:
         """Where pass 1 is taken, as a displacement from w."""
         raise AttributeError(f"{type(self).__name__} declares moves_start and defines no start().")
@@ -322,7 +353,7 @@ class Mask(Part):
         """
         return None
 
-    def graph(self, c: Context) -> bool:
+    def graph(self, state: State, c: Context) -> bool:
         """Whether pass 1 shall keep its graph, so that `Context.curvature` works in this step's call."""
         return False
 
@@ -412,7 +443,7 @@ class Combine(Part):
     rho_zero_is_base: ClassVar[bool] = True
     ascends: ClassVar[bool] = True  # False: works where the weights never leave w
 
-    def graph(self, c: Context) -> bool:
+    def graph(self, state: State, c: Context) -> bool:
         """Whether the descent pass shall keep its graph, so that `Context.curvature` works in this step's call."""
         return False
 
@@ -421,7 +452,7 @@ class Combine(Part):
         raise AttributeError(f"{type(self).__name__} defines no __call__().")
 
     def off(self, g: Tensors, state: State, c: Context) -> tuple[Tensors, NewState]:
-        """U on a step without ascent; g is the descent gradient at w."""
+        """U on a step without ascent; g is the descent gradient at w, and may be given to `add_scaled` as spent."""
         return g, {}
 
     def post(self, g: Tensors | None, gs: list[Tensors], c: Context) -> Tensors | None:

@@ -35,12 +35,6 @@ def _share(c: Context, a: Tensors, along: Tensors) -> Tensor:
     return torch.where(square > _TINY, c.dot(a, along) / square, torch.zeros_like(square))
 
 
-def _add_scaled(a: Tensors, b: Tensors, factor: Tensor) -> Tensors:
-    """a_i + factor b_i for a scalar tensor, in the dtype of a."""
-    scaled = [y * factor.to(y.device, y.dtype) for y in b]
-    return list(torch._foreach_add(a, scaled))
-
-
 @dataclass(frozen=True, kw_only=True)
 class Orthogonal(Combine):
     """GSAM: u = g_s - alpha g_perp, with g_perp = g - (<g, g_s> / ||g_s||^2) g_s.
@@ -69,11 +63,10 @@ class Orthogonal(Combine):
 
     def __call__(self, g: Tensors | None, gs: list[Tensors], state: State, c: Context) -> tuple[Tensors, NewState]:
         assert g is not None
-        # g_s - alpha (g - k g_s) = (1 + alpha k) g_s - alpha g
+        # g_s - alpha (g - k g_s) = (g_s - alpha g) + alpha k g_s
         k = _share(c, g, gs[0])
-        scaled = [s * (1.0 + self.alpha * k).to(s.device, s.dtype) for s in gs[0]]
-        torch._foreach_add_(scaled, g, alpha=-self.alpha)
-        return scaled, {}
+        u = list(torch._foreach_add(gs[0], g, alpha=-self.alpha))
+        return c.add_scaled(u, gs[0], self.alpha * k, spent=True), {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +97,9 @@ class Weighted(Combine):
         check_range(self, "gamma", 0.0, 1.0)
         if self.gamma == 1.0:
             raise ValueError("Weighted: gamma must be below 1, where the weight a = gamma / (1 - gamma) is infinite.")
+
+    def demands(self) -> frozenset[Need]:
+        return self.needs if self.coupled else self.needs | {Need.LR}
 
     @property
     def weight(self) -> float:
@@ -168,7 +164,7 @@ class Look(Combine):
     """
 
     needs: ClassVar = frozenset({Need.GRADIENT_AT_W, Need.WHOLE_BATCH})
-    slots: ClassVar = {"sharp": "param"}
+    slots: ClassVar = {"sharp": "param", "size": "scalar"}
     uses_gradient: ClassVar = True
     alpha: float = 0.7
 
@@ -177,16 +173,17 @@ class Look(Combine):
 
     def __call__(self, g: Tensors | None, gs: list[Tensors], state: State, c: Context) -> tuple[Tensors, NewState]:
         assert g is not None
-        return gs[0], {"sharp": _add_scaled(gs[0], g, -_share(c, gs[0], g))}
+        sharp = c.add_scaled(gs[0], g, -_share(c, gs[0], g))
+        return gs[0], {"sharp": sharp, "size": c.norm(sharp)}
 
     def off(self, g: Tensors, state: State, c: Context) -> tuple[Tensors, NewState]:
-        sharp = state["sharp"]
-        if all(s is None for s in sharp):
+        sharp, size = state["sharp"], state["size"]
+        if size is None:
             return g, {}
-        sharp = [torch.zeros_like(x) if s is None else s for s, x in zip(sharp, g, strict=True)]
-        size = c.norm(sharp)
+        if any(s is None for s in sharp):
+            sharp = [torch.zeros_like(x) if s is None else s for s, x in zip(sharp, g, strict=True)]
         factor = torch.where(size > 0, self.alpha * c.norm(g) / size, torch.zeros_like(size))
-        return _add_scaled(g, sharp, factor), {}
+        return c.add_scaled(g, sharp, factor, spent=True), {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,6 +268,6 @@ class Saner(Combine):
             return gs[0], {}
         # 0 < g_s / g < 1 without dividing: the same sign, and smaller.
         return [
-            torch.where((s * x > 0) & (s.abs() < x.abs()), s * (1.0 - self.alpha), s)
+            torch.where(((s > 0) & (s < x)) | ((s < 0) & (s > x)), s * (1.0 - self.alpha), s)
             for s, x in zip(gs[0], g, strict=True)
         ], {}

@@ -27,14 +27,14 @@ class Curved(Combine):
     Args:
         curvature: see above.
         draws: how many z are averaged, >= 1. Default 1.
-        interval: h is refreshed on steps 0, k, 2k, ...; k >= 1. Default 1.
+        interval: h is refreshed on its first step and on steps 0, k, 2k, ...; k >= 1. Default 1.
         spatial_mean: for "hutchinson_abs". Default True.
 
     Raises:
         ValueError: out of range.
 
     rho is each group's own (default 0.05, as coded); groups with rho = 0 take g. The cost of a refresh is `draws`
-    products, each about two gradients.
+    products, each about three gradients.
 
     Source: Luong, empirical study of SAM (2024), `sgdhess.py`, after AdaHessian (Yao et al., AAAI 2021).
     """
@@ -54,10 +54,10 @@ class Curved(Combine):
 
     @property
     def surcharge(self) -> float:
-        return 2.0 * (1 if self.curvature == "exact" else self.draws) / self.interval
+        return 3.0 * (1 if self.curvature == "exact" else self.draws) / self.interval
 
-    def graph(self, c: Context) -> bool:
-        return c.step % self.interval == 0
+    def graph(self, state: State, c: Context) -> bool:
+        return c.step % self.interval == 0 or all(h is None for h in state["h"])
 
     def demands(self) -> frozenset[Need]:
         draws = frozenset[Need]() if self.curvature == "exact" else frozenset({Need.RANDOM})

@@ -136,7 +136,8 @@ class Fisher(Mask):
     """SSAM-F: only the entries with the largest Fisher diagonal F = sum_i (grad l_i)^2 move; after the norm.
 
     The top (1 - sparsity) of all entries move, by the norm of the unmasked gradient. F comes from the first
-    `num_samples` samples of the batch in pass 1, refreshed on steps 0, k, 2k, ...; each sample is one backward pass.
+    `num_samples` samples of the batch in pass 1, on the first ascent and on steps 0, k, 2k, ...; each sample is one
+    backward pass.
 
     Args:
         sparsity: share of entries that stay, in [0, 1). Default 0.5 (the official README's example; the code's default
@@ -170,8 +171,9 @@ class Fisher(Mask):
     def surcharge(self) -> float:
         return 2.0 / 3.0 * self.num_samples / self.interval if self.sparsity else 0.0
 
-    def graph(self, c: Context) -> bool:
-        return self.sparsity > 0 and c.step % self.interval == 0
+    def graph(self, state: State, c: Context) -> bool:
+        never = all(m is None for m in state["mask"])
+        return self.sparsity > 0 and (never or c.step % self.interval == 0)
 
     def __call__(self, d: Tensors, state: State, c: Context) -> tuple[Tensors | list[float] | None, NewState]:
         if self.sparsity == 0:
@@ -224,7 +226,7 @@ class Dynamic(Mask):
     Source: Mi et al., Make Sharpness-Aware Minimization Stronger: A Sparsified Perturbation Approach, NeurIPS 2022.
     """
 
-    needs: ClassVar = frozenset({Need.RANDOM})
+    needs: ClassVar = frozenset({Need.RANDOM, Need.ONE_ASCENT})
     slots: ClassVar = {"mask": "param"}
     norm: ClassVar = "full"
     sparsity: float = 0.5

@@ -30,7 +30,7 @@ class BiSAMLog(Objective):
     Source: Xie et al., ICML 2024, Eq. 11; see `flatmin.objectives.bisam_log`.
     """
 
-    needs: ClassVar = frozenset({Need.CRITERION})
+    needs: ClassVar = frozenset({Need.CRITERION, Need.PASS_1})
     withholds: ClassVar = {Need.GRADIENT_AT_W: _OTHER_LOSS}
     mu: float = 1.0
 
@@ -55,7 +55,7 @@ class BiSAMTanh(Objective):
     Source: Xie et al., ICML 2024, Eq. 11; see `flatmin.objectives.bisam_tanh`.
     """
 
-    needs: ClassVar = frozenset({Need.CRITERION})
+    needs: ClassVar = frozenset({Need.CRITERION, Need.PASS_1})
     withholds: ClassVar = {Need.GRADIENT_AT_W: _OTHER_LOSS}
     mu: float = 10.0
     alpha: float = 0.1

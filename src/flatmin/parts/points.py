@@ -37,7 +37,12 @@ class NStep(Points):
     Source: Foret et al., SAM, ICLR 2021, Appendix (several inner steps).
     """
 
-    withholds: ClassVar = {Need.LOSSES_AT_W: "only the first of its ascent passes is at w"}
+    needs: ClassVar = frozenset({Need.PASS_1})
+    withholds: ClassVar = {
+        Need.LOSSES_AT_W: "only the first of its ascent passes is at w",
+        Need.ONE_ASCENT: "it takes several",
+        Need.FREE_START: "each of its ascent passes starts where the last one ended",
+    }
     copies: ClassVar[int] = 1
     n: int = 3
     step: str = "split"
@@ -62,6 +67,7 @@ class NStep(Points):
                 continue
             for i, e in zip(offset.index, offset.tensors(), strict=True):
                 total[i] = total[i].add(e, alpha=share) if i in total else e * share
+            offset.direction = []
             if self.step == "full":
                 reach = c.norm([total[i] / f for i, f in zip(offset.index, offset.factors, strict=True)])
                 back = reach.clamp(min=1.0)
@@ -96,6 +102,7 @@ class MicroBatches(Points):
             offset = yield from ascend(chunk=chunk)
             grads = yield Eval("descent", offset, chunk)
             mean = accumulate(mean, grads, 1.0 / c.chunks)
+            del grads
         return [mean]
 
 
@@ -130,7 +137,7 @@ class OtherBatch(Points):
     (`--sam_use_prev_batch`) of Andriushchenko & Flammarion's code, ICML 2022.
     """
 
-    needs: ClassVar = frozenset({Need.MICRO_BATCHES})
+    needs: ClassVar = frozenset({Need.MICRO_BATCHES, Need.PASS_1})
     withholds: ClassVar = {
         Need.GRADIENT_AT_W: "pass 1 sees another batch",
         Need.LOSSES_AT_W: "pass 1 sees another batch",

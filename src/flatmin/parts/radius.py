@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from flatmin.parts.base import Context, Radius, check_count, check_range
+from flatmin.parts.base import Context, Need, Radius, check_count, check_range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +51,7 @@ class WithLR(Radius):
     Source: the linear rule of Zhuang et al., GSAM, ICLR 2022, Alg. 1, with rho_min = floor rho_max and lr_min = 0.
     """
 
+    needs: ClassVar = frozenset({Need.LR})
     floor: float = 0.0
 
     def __post_init__(self) -> None:
@@ -105,7 +106,6 @@ class Schedule(Radius):
         ValueError: at the step, for a factor that is negative or not finite.
     """
 
-    needs: ClassVar = frozenset()
     rule: Callable[[int], float]
 
     def __post_init__(self) -> None:

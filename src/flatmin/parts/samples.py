@@ -23,9 +23,10 @@ class Sharpest(Samples):
     Raises:
         ValueError: gamma outside (0, 1].
 
-    Differs from the official code: ties and the boundary sample are kept (there a strict `>` drops one), BatchNorm sees
-    the whole batch, and the pass at w + eps runs on the whole batch, so that a plain closure can serve it; the
-    published saving of time comes from a second forward on the part and is not had here.
+    Differs from the official code: exactly floor(gamma B) samples are taken, of equal ones the first (there a strict
+    `>` drops the boundary sample), BatchNorm sees the whole batch, and the pass at w + eps runs on all of it, so that
+    a plain closure can serve it; the published saving of time comes from a second forward on the part and is not had
+    here.
 
     Source: Du et al., Efficient Sharpness-Aware Minimization for Improved Training of Neural Networks, ICLR 2022.
     """
@@ -38,4 +39,4 @@ class Sharpest(Samples):
 
     def __call__(self, first: Tensor, second: Tensor) -> Tensor | None:
         count = max(1, int(self.gamma * len(first) + 1e-9))
-        return None if count == len(first) else (second - first).topk(count).indices
+        return None if count == len(first) else (second - first).sort(descending=True, stable=True).indices[:count]

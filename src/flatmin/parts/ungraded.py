@@ -28,7 +28,7 @@ class Randomised(Direction):
     Source: Liu et al., Random Sharpness-Aware Minimization, NeurIPS 2022, and its code.
     """
 
-    needs: ClassVar = frozenset({Need.RANDOM})
+    needs: ClassVar = frozenset({Need.RANDOM, Need.FREE_START})
     moves_start: ClassVar = True
     sigma: float = 0.001
     lam: float = 2.0
@@ -81,12 +81,15 @@ class Momentum(Direction):
         if self.sign not in (-1, 1):
             raise ValueError(f"Momentum: sign must be -1 (look ahead) or 1 (climb), got {self.sign!r}.")
 
+    def factor(self) -> float:
+        return float(self.sign)
+
     def __call__(self, g: Tensors | None, state: State, c: Context) -> tuple[Tensors | None, NewState]:
         known = c.momentum
         if all(v is None for v in known):
             return None, {}
         v = [torch.zeros_like(w) if v is None else v for v, w in zip(known, c.w, strict=True)]
-        return list(torch._foreach_mul(v, float(self.sign))), {}
+        return v, {}
 
 
 @dataclass(frozen=True, kw_only=True)

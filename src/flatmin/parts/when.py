@@ -18,7 +18,7 @@ class Always(When):
 class Never(When):
     """Never ascend: the base optimizer itself, one gradient a step."""
 
-    withholds: ClassVar = {Need.ASCENT: "it never ascends"}
+    withholds: ClassVar = {Need.ASCENT: "it never ascends", Need.RULE: "it is the base alone"}
 
     @property
     def duty(self) -> float:
@@ -140,8 +140,8 @@ class Trigger(When):
 
         mu <- delta mu + (1 - delta) ||g||^2,   sigma^2 <- delta sigma^2 + (1 - delta) (||g||^2 - mu)^2
 
-    updated before the comparison, with c moving linearly from `start` to `end` over `total` updates. It
-    reads ||g|| on the host: one synchronisation a step, and no CUDA graph of the whole step.
+    updated before the comparison, over the tensors that can move, with c moving linearly from `start` to `end` over
+    `total` updates. It reads ||g|| on the host: one synchronisation a step, and no CUDA graph of the whole step.
 
     Args:
         delta: memory of mean and variance, in [0, 1). Default 0.9.
@@ -154,7 +154,7 @@ class Trigger(When):
         ValueError: delta outside [0, 1), total < 0.
 
     Source: Jiang, Yang, Zhang & Kwok, An Adaptive Policy to Employ Sharpness-Aware Minimization, ICLR 2023. The first
-    update's mean is its own ||g||^2, its variance 0.
+    update's mean is its own ||g||^2, its variance 0, so it ascends.
     """
 
     needs: ClassVar = frozenset({Need.GRADIENT_AT_W, Need.WHOLE_BATCH, Need.DECIDES_BY_VALUE})

@@ -93,6 +93,7 @@ def _arm(label: str, method: str, config: CompareConfig) -> Arm:
         params=_qualified(plain, config.params),
         epochs=config.epochs,
         batch_size=config.batch_size,
+        micro_batches=config.micro_batches,
         lr=config.lr,
         momentum=config.momentum,
         weight_decay=config.weight_decay,
@@ -110,6 +111,8 @@ def _arm(label: str, method: str, config: CompareConfig) -> Arm:
 def _radius(method: str, recipe: Recipe, config: CompareConfig) -> float:
     if method in config.rho:
         return config.rho[method]
+    if not recipe.moves:
+        return recipe.default_rho  # a factor, which says nothing about lengths and is not told by any
     table = method_table(config.plugins)
     for name, radius in config.rho.items():
         if all(word in table for word in name.split("+")) and compose(name, table).geometry == recipe.geometry:

@@ -10,7 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from flatmin.study.arms import Candidate, candidates, recipe_of
+from flatmin.data.base import Data
+from flatmin.recipes import Recipe
+from flatmin.study.arms import Candidate, arms, candidates, recipe_of
 from flatmin.study.config import BASE, CompareConfig
 from flatmin.study.events import Event, Planned, Timing, Tuned, Warned
 from flatmin.study.executor import Outcome, execute
@@ -39,6 +41,7 @@ class Plan:
         missing: runs to do, the longest first.
         seconds: a guess of the wall time of the missing runs; None if there are none.
         sizes: samples in train, validation and test; None if the data was not needed.
+        left_out: method -> why this loop or model cannot serve it; only if the settings allow to go on without.
         warnings: about the run folders.
     """
 
@@ -48,6 +51,7 @@ class Plan:
     missing: list[Run]
     seconds: float | None
     sizes: tuple[int, int, int]
+    left_out: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
     def announcement(self, *, tune: bool = False) -> Planned:
@@ -69,9 +73,12 @@ def plan(config: CompareConfig, *, out: Path, workers: int = 2) -> Plan:
         ModuleNotFoundError: the built-in data needs scikit-learn.
     """
     store = Store(out)
-    points = candidates(config)
     check_device(config.device)
     data = load_clean(config.data, config.split_seed)
+    left_out: dict[str, str] = {}
+    if config.skip_unfit:
+        config, left_out = _fitting(config, data.to(config.device))
+    points = candidates(config)
     code = _code(config, points, data_digest(data))
     runs = {
         (i, seed): Run(label=point.label, config=point.with_seed(seed), code=code)
@@ -103,6 +110,7 @@ def plan(config: CompareConfig, *, out: Path, workers: int = 2) -> Plan:
         missing=missing,
         seconds=seconds,
         sizes=(len(data.train), len(data.val), len(data.test)),
+        left_out=left_out,
         warnings=warnings,
     )
 
@@ -133,7 +141,7 @@ def compare(
     """
     tell: OnEvent = on_event if on_event is not None else lambda event: None
     todo = plan(config, out=out, workers=workers) if prepared is None else prepared
-    for text in todo.warnings:
+    for text in (*todo.warnings, *map(_sentence, todo.left_out.items())):
         tell(Warned(text=text))
     tell(todo.announcement(tune=config.tune))
     store = Store(out)
@@ -148,6 +156,31 @@ def compare(
     chosen, choices = _select(findings, tell) if config.tune else (findings, {})
     ratios = _ratios(config, chosen, store, todo, tell) if config.timing else {}
     return _sum_up(config, chosen, choices, ratios, todo, outcomes, command)
+
+
+def _fitting(config: CompareConfig, data: Data) -> tuple[CompareConfig, dict[str, str]]:
+    """The settings with the methods that can be run, and the refusals of the others.
+
+    Raises:
+        ValueError: no method is left.
+    """
+    refusals: dict[str, str] = {}
+    for method in config.methods:
+        alone = dataclasses.replace(config, methods=(method,), baselines=False, axes={}, params={}, tune=False)
+        try:
+            Trainer(arms(alone)[0].config, data=data)
+        except (ValueError, TypeError) as error:
+            refusals[method] = str(error)
+    kept = tuple(method for method in config.methods if method not in refusals)
+    if not kept:
+        raise ValueError(f"no method is left to compare; the first refusal: {next(iter(refusals.values()))}")
+    axes = {key: values for key, values in config.axes.items() if key.removeprefix("rho.") not in refusals}
+    return dataclasses.replace(config, methods=kept, axes=axes), refusals
+
+
+def _sentence(refusal: tuple[str, str]) -> str:
+    method, reason = refusal
+    return f"'{method}' is left out: {reason}"
 
 
 def _base(config: CompareConfig) -> RunConfig:
@@ -237,24 +270,33 @@ def _sum_up(
         make_row(
             finding,
             base,
-            gradient_evaluations=recipes[finding.label].gradient_evaluations,
+            gradient_evaluations=_evaluations(finding, recipes[finding.label]),
             time_ratio=ratios.get(finding.label),
         )
         for finding in chosen
     ]
-    ascends = {label: recipe.ascends for label, recipe in recipes.items()}
+    ascends = {label: recipe.moves for label, recipe in recipes.items()}
     noise = f", {config.noise_share:.0%} of the training labels wrong" if config.noise_share else ""
     return Summary(
         title=config.title + noise,
         rows=rows,
         curves={finding.label: finding.curves() for finding in chosen},
-        notes=write_notes(config, todo.sizes, rows, chosen, choices, ascends),
+        notes=[
+            *write_notes(config, todo.sizes, rows, chosen, choices, ascends),
+            *map(_sentence, todo.left_out.items()),
+        ],
         tuning=_rho_curves(choices),
         choices=dict(choices),
         command=shlex.join(command),
         environment=environment(config.device, 1),
         errors=_errors(todo, outcomes),
     )
+
+
+def _evaluations(finding: Finding, recipe: Recipe) -> float:
+    """Gradients a step: the mean over the runs, which know the length of the training and what was decided in it."""
+    found = [result.gradient_evaluations for result in finding.results.values()]
+    return float(f"{math.fsum(found) / len(found):.3g}") if found else recipe.gradient_evaluations
 
 
 def _rho_curves(choices: Mapping[str, Sequence[Choice]]) -> dict[str, list[tuple[float, Stat]]]:

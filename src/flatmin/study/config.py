@@ -7,12 +7,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
+from flatmin.recipes import method_table
 from flatmin.train import settings
 from flatmin.train.config import Scalar
 from flatmin.train.settings import at_least
 from flatmin.words import suggest
 
 BASE = "sgd"
+ALL = "all"  # every method of the table, wherever a list of methods is given
 DEFAULT_METHODS = ("sgd", "sam", "asam", "vasso", "fsam", "bisam-log", "bisam-tanh")
 DIGITS_NOISE = 0.4
 # Fields of a run that may be an axis: a list of values to choose from on validation.
@@ -25,15 +27,20 @@ class CompareConfig:
 
     Args:
         title: of the table.
-        methods: composed names, each a row, e.g. ("sgd", "sam", "vasso+asam").
+        methods: composed names, each a row, e.g. ("sgd", "sam", "vasso+asam"). `load` writes every name of the table
+            for "all".
+        skip_unfit: leave out methods that this loop, model or base cannot serve, with a note, instead of refusing the
+            whole. `load` sets it for "all".
         baselines: also run SGD with more weight decay, with a shorter schedule, and with a longer one.
         seeds: how many; they are 0, 1, 2, ...
         noise: share of training labels replaced by wrong ones. None: 0.4 for the built-in data, 0 for your own.
-        epochs, batch_size, lr, momentum, weight_decay: of every run; see `flatmin.train.config.RunConfig`.
+        epochs, batch_size, micro_batches, lr, momentum, weight_decay: of every run; see
+            `flatmin.train.config.RunConfig`.
         strong_weight_decay: of the row "sgd + weight decay".
         early_share: length of the row "sgd, early stop", as a share of `epochs`; the schedule ends there.
         rho: radius by method. A method that is not named takes the entry of the first named one in the same
-            geometry, else the geometry's default.
+            geometry, else the geometry's default. A method that never leaves w has no radius but a factor in its place
+            (sgdhess), and takes its own default.
         params: parameters of parts, for all methods that have them, e.g. {"theta": 0.8}.
         axes: lists of values, for `tune` to choose from or, without it, one row each: "rho", "rho.<method>", a part's
             parameter, or one of lr, epochs, batch_size, momentum, weight_decay.
@@ -52,11 +59,13 @@ class CompareConfig:
 
     title: str = "Sharpness-aware training"
     methods: tuple[str, ...] = DEFAULT_METHODS
+    skip_unfit: bool = False
     baselines: bool = True
     seeds: int = 3
     noise: float | None = None
     epochs: int = 30
     batch_size: int = 64
+    micro_batches: int = 4
     lr: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 5e-4
@@ -77,6 +86,7 @@ class CompareConfig:
     def __post_init__(self) -> None:
         at_least(self, "seeds", 1)
         at_least(self, "epochs", 1)
+        at_least(self, "micro_batches", 1)
         at_least(self, "early_share", 0, open_low=True, high=1)
         at_least(self, "strong_weight_decay", 0)
         if self.noise is not None:
@@ -100,8 +110,9 @@ def load(preset: str = "digits", overrides: Sequence[str] = (), **options: Any) 
 
     Args:
         preset: a name inside the package, or a path to a .toml file.
-        overrides: words like "epochs=10", "methods=sgd,sam", "rho=0.1" (all methods), "rho.sam=0.1", "theta=0.8" (a
-            part's parameter). A list where one value is expected makes an axis: "rho=.1,.2,.4", "theta=.8,.9".
+        overrides: words like "epochs=10", "methods=sgd,sam" ("methods=all" is every one), "rho=0.1" (all methods),
+            "rho.sam=0.1", "theta=0.8" (a part's parameter). A list where one value is expected makes an axis:
+            "rho=.1,.2,.4", "theta=.8,.9".
         options: fields by name, as a command line has them.
 
     Raises:
@@ -121,8 +132,17 @@ def load(preset: str = "digits", overrides: Sequence[str] = (), **options: Any) 
     if any(":" in given.get(key, "") for key in ("model", "data")):
         # Radii that were chosen for the preset's data and model say nothing about others.
         table = {key: value for key, value in table.items() if key != "rho"}
-    config = settings.fill(CompareConfig, {**table, **given}, origin=f"preset {preset}")
+    config = _expand(settings.fill(CompareConfig, {**table, **given}, origin=f"preset {preset}"))
     return _apply(config, loose) if loose else config
+
+
+def _expand(config: CompareConfig) -> CompareConfig:
+    """Every name of the table in place of "all", then what else was named."""
+    if ALL not in config.methods:
+        return config
+    every = method_table(config.plugins)
+    rest = [name for name in config.methods if name != ALL and name not in every]
+    return dataclasses.replace(config, methods=(*every, *rest), skip_unfit=True)
 
 
 def _apply(config: CompareConfig, loose: Mapping[str, str]) -> CompareConfig:

@@ -21,7 +21,7 @@ from flatmin.recipes import Recipe
 from flatmin.train.locate import find_module
 
 PARTS = ("parts", "engine", "data", "models", "measure", "train")
-FILES = ("recipes.py", "objectives.py")
+FILES = ("recipe.py", "recipes.py", "catalogue.py", "objectives.py")
 
 
 def package_sources() -> list[Path]:

@@ -11,6 +11,8 @@ from flatmin.study.config import BASE, CompareConfig
 from flatmin.study.stats import Stat, paired, summarise
 from flatmin.study.summary import Choice, Finding, Row
 
+FEWEST_SEEDS = 3  # two differences of counts are often equal by chance, and then their interval has width 0
+MOST_PAIRS = 8  # pairs that a note names
 Accuracies = Mapping[str, Mapping[int, float]]
 
 
@@ -107,9 +109,10 @@ def _choice(
 
 
 def _against_base(rows: Sequence[Row]) -> str:
-    compared = [row for row in rows if row.diff is not None and row.diff.n > 1]
+    several = [row for row in rows if row.diff is not None and row.diff.n > 1]
+    compared = [row for row in several if row.diff and row.diff.n >= FEWEST_SEEDS]
     if not compared:
-        return ""
+        return "Two seeds are too few to tell any row from another; --seeds 3 is the least." if several else ""
     better = [row for row in compared if row.diff and not row.diff.covers_zero and row.diff.mean > 0]
     worse = [row for row in compared if row.diff and not row.diff.covers_zero and row.diff.mean < 0]
     unsure = [row for row in compared if row.diff and row.diff.covers_zero]
@@ -129,15 +132,16 @@ def _ranking(family: Accuracies) -> str:
         return ""
     # Of many 95 % intervals some miss by chance: each pair gets the share of 5 % that keeps the whole at 5 %.
     level = 1 - 0.05 / len(pairs)
-    told, widest = [], None
+    told: list[tuple[float, str]] = []
+    widest = None
     for one, other in pairs:
         plain = paired(family[one], family[other])
-        if plain is None or plain.n < 2:
+        if plain is None or plain.n < FEWEST_SEEDS:
             continue
         wide = summarise(plain.values, confidence=level)
         if not wide.covers_zero:
             upper, lower = (one, other) if wide.mean > 0 else (other, one)
-            told.append(f"{upper} over {lower} ({abs(wide.mean):.1f} ± {wide.half:.1f})")
+            told.append((abs(wide.mean), f"{upper} over {lower} ({abs(wide.mean):.1f} ± {wide.half:.1f})"))
         if widest is None or abs(plain.mean) > abs(widest[1].mean):
             widest = (f"{one} and {other}", plain)
     if widest is None:
@@ -149,9 +153,13 @@ def _ranking(family: Accuracies) -> str:
             f"{_percent(widest[1], unit='points')}, within the noise."
         )
     if told:
+        named = [text for _, text in told]
+        if len(told) > MOST_PAIRS:
+            named = [text for _, text in sorted(told, key=lambda one: -one[0])[:MOST_PAIRS]]
+            named.append(f"and {len(told) - MOST_PAIRS} more with a smaller difference")
         return (
             f"Among the methods that ascend, {len(told)} of the {count} differ at the last epoch beyond the noise "
-            f"(intervals widened for the number of pairs): {'; '.join(told)}. The others are not ranked."
+            f"(intervals widened for the number of pairs): {'; '.join(named)}. The others are not ranked."
         )
     return (
         f"The {len(family)} methods that ascend are not ranked: none of the {count} differs at the last epoch beyond "

@@ -17,11 +17,13 @@ class RunConfig:
 
     Args:
         method: composed name, e.g. "vasso+asam".
-        rho: radius; None for a method that does not ascend.
+        rho: radius, or the factor of a method that has one in its place (sgdhess); None for the plain base.
         params: parameters of the method's parts by qualified name, e.g. {"direction.theta": 0.8}.
         seed: of initialisation, label noise and batch order. Two methods with one seed see the same of all three.
         epochs: length of training and of the cosine schedule.
         batch_size: the last batch of an epoch may be smaller.
+        micro_batches: equal parts of a batch, for methods with an ascent for each; a batch of fewer samples has
+            one part a sample.
         lr: at the start. SGD; the cosine falls once an epoch to lr (1 + cos(pi (E - 1) / E)) / 2 in the last.
         momentum: of SGD.
         weight_decay: of SGD; not part of any loss that is climbed or measured.
@@ -43,6 +45,7 @@ class RunConfig:
     seed: int = 0
     epochs: int = 30
     batch_size: int = 64
+    micro_batches: int = 4
     lr: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 5e-4
@@ -57,6 +60,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         at_least(self, "epochs", 1)
         at_least(self, "batch_size", 1)
+        at_least(self, "micro_batches", 1)
         at_least(self, "lr", 0)
         at_least(self, "momentum", 0)
         at_least(self, "weight_decay", 0)

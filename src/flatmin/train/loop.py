@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from flatmin.data.base import Data
 from flatmin.engine import SAM, Criterion
+from flatmin.parts import Need, OtherBatch
 from flatmin.recipes import Recipe, compose, method_table
 from flatmin.train import metrics
 from flatmin.train.config import RunConfig, stream
@@ -26,7 +28,8 @@ from flatmin.train.sources import build_model, load_data
 class Epoch:
     """One line of metrics.jsonl. Accuracies and `memorised` in percent, losses in nats, seconds of training only.
 
-    `train_loss` is the mean over the epoch's steps of the loss at w, before each step.
+    `train_loss` is the mean over the epoch's steps of the loss that the step returned: at w before the step, or at
+    w + eps for methods that skip or move pass 1.
     """
 
     epoch: int
@@ -45,7 +48,8 @@ class Result:
     """What a run ended with: the content of result.json.
 
     Args:
-        gradient_evaluations: per step.
+        gradient_evaluations: per step; what the recipe costs on average, or what the run took if its rule decides by
+            value.
         trained: False if the final train cross-entropy is at least 95 % of log K.
         last, best: the last epoch and the one with the best validation accuracy (ties: lower validation loss, then
             earlier); None if the run failed.
@@ -74,14 +78,15 @@ class Trainer:
     """A model, its optimizer and its data, one training step at a time.
 
     The step is the loop a user would write: a closure that zeroes, computes and calls backward, handed to the
-    optimizer. Initialisation, noise and batch order depend on the seed alone, so two methods with one seed are paired.
+    optimizer; for methods on micro-batches a list of closures, one for each part of the batch. Initialisation, noise
+    and batch order depend on the seed alone, so two methods with one seed are paired.
 
     Args:
         config: the run.
         data: already loaded data. Default: what the configuration names.
 
     Raises:
-        ValueError: an unknown name, or a method that this loop cannot serve.
+        ValueError: an unknown name, or a method that this loop or this model cannot serve.
     """
 
     def __init__(self, config: RunConfig, *, data: Data | None = None) -> None:
@@ -92,7 +97,7 @@ class Trainer:
         base = torch.optim.SGD(
             self.model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
         )
-        self.recipe = build_recipe(config)
+        self.recipe = build_recipe(config).for_length(updates(config, len(self.data.train)))
         self.optimizer = SAM(
             base,
             rho=config.rho,
@@ -102,6 +107,15 @@ class Trainer:
             seed=stream(config.seed, "engine"),
         )
         self._order = torch.Generator().manual_seed(stream(config.seed, "order"))
+        self._previous: Tensor | None = None
+        self._steps = self._gradients = 0
+
+    @property
+    def gradient_evaluations(self) -> float:
+        """Gradients of one batch per step: the recipe's mean, or what was taken if the rule decides by value."""
+        if Need.DECIDES_BY_VALUE not in self.recipe.needs or not self._steps:
+            return self.recipe.gradient_evaluations
+        return round(self._gradients / self._steps, 2)
 
     def epoch_batches(self) -> Iterator[Tensor]:
         """Indices of the next epoch's batches; every sample once, in the seed's order."""
@@ -109,17 +123,34 @@ class Trainer:
         yield from order.to(self.config.device).split(self.config.batch_size)
 
     def step(self, index: Tensor) -> Tensor:
-        """One update on the samples `index`; the loss at w, detached."""
-        x, y = self.data.train.x[index], self.data.train.y[index]
-
-        def closure() -> Tensor:
-            self.optimizer.zero_grad()
-            loss: Tensor = self.criterion(self.model(x), y)
-            loss.backward()
-            return loss
-
-        loss: Tensor = self.optimizer.step(closure)
+        """One update on the samples `index`; the loss of its first pass, detached."""
+        self._steps += 1
+        if Need.MICRO_BATCHES in self.recipe.needs:
+            closures = [partial(self._closure, part) for part in self._parts(index)]
+            loss: Tensor = self.optimizer.step(closures)
+        else:
+            loss = self.optimizer.step(partial(self._closure, index))
+        self._previous = index
         return loss
+
+    def _closure(self, index: Tensor) -> Tensor:
+        self._gradients += 1
+        self.optimizer.zero_grad()
+        x, y = self.data.train.x[index], self.data.train.y[index]
+        loss: Tensor = self.criterion(self.model(x), y)
+        self.optimizer.backward(loss)
+        return loss
+
+    def _parts(self, index: Tensor) -> list[Tensor]:
+        """The micro-batches of a batch; for the different-batch probe the batch before it, and the batch itself."""
+        if isinstance(self.recipe.points, OtherBatch):
+            return [index if self._previous is None else self._previous, index]
+        return list(index.tensor_split(min(self.config.micro_batches, len(index))))
+
+
+def updates(config: RunConfig, samples: int) -> int:
+    """Updates of the whole training."""
+    return config.epochs * -(-samples // config.batch_size)
 
 
 def build_recipe(config: RunConfig) -> Recipe:
@@ -185,7 +216,7 @@ def _result(trainer: Trainer, lines: list[Epoch], failure: str | None) -> Result
     common: dict[str, Any] = {
         "method": config.method,
         "rho": config.rho if recipe.ascends else None,
-        "gradient_evaluations": recipe.gradient_evaluations,
+        "gradient_evaluations": trainer.gradient_evaluations,
         "seed": config.seed,
         "epochs": config.epochs,
         "noise": config.noise,

@@ -1,0 +1,179 @@
+"""What every method costs, beside what its recipe states: time over a plain step of the base, gradients, and copies.
+
+Every step of a method runs directly after a plain step of the base on its own copy of the model; a sample is the sum
+over a window of steps, a multiple of every method's period. The control is the plain step, run as if it were a method.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import random
+from dataclasses import dataclass, field
+from functools import partial
+
+import flatmin
+from benchmarks.counts import SLACK, held_copies
+from benchmarks.loops import Loop, Setting, floor, ours, recipe_of
+from benchmarks.nets import NETS
+from benchmarks.results import Gate, Result, Spread, Table
+from benchmarks.timing import seconds
+from flatmin.engine.store import PREFIX
+
+HELP = "every method's time, gradients and copies beside what its recipe states; 8 min, wants a quiet machine"
+DEFAULT_NETS = ("mlp200", "resnet18-w8")
+GATED_NET, CONTROL, RESOLUTION = "mlp200", "A/A control (plain step)", 0.10
+WINDOW, WARM, LONG, FEW = 10, 2, 100, 2
+LOOK = ("looksam", "sam", 0.65)
+CHEAP, ABOVE = ("every-k", "momentum-sam", "stale-sam", "late"), 1.15
+HEADERS = (
+    *("method", "x plain step, median [IQR]", "gradients stated", "measured", "x per gradient", "closure calls"),
+    *("copies stated", "measured"),
+)
+
+
+@dataclass
+class Cost:
+    """What was measured of one method on one net.
+
+    Args:
+        ratios: time of a window over that of the plain steps in it.
+        calls: closure calls per step, one entry a window.
+        share: of the batch that a call works on.
+        stated: gradient evaluations per step, by the recipe.
+        copies: (measured, stated) in the last pass.
+    """
+
+    ratios: list[float] = field(default_factory=list)
+    calls: list[float] = field(default_factory=list)
+    share: float = 1.0
+    stated: float = 1.0
+    copies: tuple[float, int] = (0.0, 0)
+
+    @property
+    def over(self) -> Spread:
+        """The time over the plain step's."""
+        return Spread.of(self.ratios)
+
+    @property
+    def passes(self) -> float:
+        """Gradients of the whole batch per step, by the closure calls: second-order products are not among them."""
+        return sum(self.calls) / len(self.calls) * self.share
+
+
+def window(method: str) -> int:
+    """Steps in a sample: a multiple of the method's period."""
+    long = any(name.endswith(".interval") and k > WINDOW for name, k in recipe_of(method).parameters().items())
+    return LONG if long else WINDOW
+
+
+def sample(setting: Setting, loop: Loop, plain: Loop, steps: int) -> tuple[float, float]:
+    """(time over the plain step's, closure calls per step) over a window of steps that starts at update 0."""
+    calls: list[str] = []
+    for _ in range(WARM):
+        plain.step()
+        loop.step()
+    if isinstance(loop.optimizer, flatmin.SAM):
+        loop.optimizer.param_groups[0][PREFIX + "step"] = 0
+    clock = partial(seconds, device=setting.device, repeats=1, warm=False)
+    loop.hooks.append(calls.append)
+    mine = reference = 0.0
+    for _ in range(steps):
+        reference += clock(plain.step)
+        mine += clock(loop.step)
+    return mine / reference, calls.count("start") / steps
+
+
+def measure(setting: Setting, methods: list[str], rounds: int, seed: int = 0) -> tuple[dict[str, Cost], dict[str, str]]:
+    """The costs by method, the control first; and the reasons of the methods that cannot run on the net."""
+    costs, skipped = {CONTROL: Cost()}, {}
+    for method in methods:
+        try:
+            held = held_copies(setting, method)
+        except ValueError as error:
+            skipped[method] = str(error)
+            continue
+        stated = recipe_of(method).gradient_evaluations
+        costs[method] = Cost(share=ours(setting, method).share, stated=stated, copies=held)
+    order = random.Random(seed)
+    gc.disable()
+    try:
+        for number in range(rounds):
+            for label in order.sample(list(costs), len(costs)):
+                steps = WINDOW if label == CONTROL else window(label)
+                if steps > WINDOW and number >= FEW:
+                    continue
+                loop = floor(setting, passes=1) if label == CONTROL else ours(setting, label)
+                ratio, calls = sample(setting, loop, floor(setting, passes=1), steps)
+                costs[label].ratios.append(ratio)
+                costs[label].calls.append(calls)
+                del loop
+                gc.collect()
+    finally:
+        gc.enable()
+    return costs, skipped
+
+
+def row(method: str, cost: Cost) -> tuple[str, ...]:
+    """The line of one method."""
+    over = cost.over
+    return (
+        method,
+        over.ratio(),
+        f"{cost.stated:.2f}",
+        f"{cost.passes:.2f}",
+        f"{over.median / cost.stated:.2f}",
+        f"{cost.passes / cost.share:.2f}",
+        str(cost.copies[1]),
+        f"{cost.copies[0]:.2f}",
+    )
+
+
+def gates(net: str, costs: dict[str, Cost]) -> list[Gate]:
+    """The limits on one net: copies always, times unless the control says that nothing can be told."""
+    noisy = costs[CONTROL].over.relative_iqr > RESOLUTION
+    beyond = {m: c.copies[0] - c.copies[1] for m, c in costs.items()}
+    found = ", ".join(f"{m} {x:+.2f}" for m, x in beyond.items() if x > SLACK) or f"{max(beyond.values()):.3f}"
+    made = [Gate(f"{net}: copies above the stated ones", found, f"<= {SLACK}", max(beyond.values()) <= SLACK)]
+
+    def timed(name: str, value: float, limit: float) -> None:
+        made.append(Gate(name, "inconclusive" if noisy else f"{value:.3f}", f"<= {limit}", noisy or value <= limit))
+
+    mine, other, limit = LOOK
+    if net == GATED_NET and {mine, other} <= costs.keys():
+        timed(f"{net}: {mine} over {other}", costs[mine].over.median / costs[other].over.median, limit)
+    for method in CHEAP:
+        if method in costs:
+            cost = costs[method]
+            timed(f"{net}: {method} over its gradients' plain steps", cost.over.median / cost.stated, ABOVE)
+    return made
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of this benchmark."""
+    parser.add_argument("--nets", nargs="+", default=list(DEFAULT_NETS), choices=list(NETS), metavar="NET")
+    parser.add_argument("--methods", nargs="+", default=list(flatmin.METHODS), metavar="METHOD")
+    parser.add_argument("--rounds", type=int, default=5, help="samples of each method, at least 2")
+
+
+def run(options: argparse.Namespace) -> Result:
+    """The benchmark as asked for on the command line."""
+    settings = {"base": "default", "device": "cpu", "clock": "thread CPU time", "rounds": options.rounds}
+    result = Result("cost", settings=settings)
+    for name in options.nets:
+        costs, skipped = measure(Setting(NETS[name]), options.methods, options.rounds)
+        table = Table(f"{name}: time, gradients and copies", HEADERS, [row(m, c) for m, c in costs.items()])
+        result.tables.append(table)
+        result.gates += gates(name, costs)
+        noise = costs[CONTROL].over.relative_iqr
+        verdict = ", so the times of this run are inconclusive." if noise > RESOLUTION else "."
+        result.notes.append(f"{name}: the control's quartiles are {noise:.1%} apart{verdict}")
+        result.notes += [f"{name}: {m} cannot run: {reason}" for m, reason in skipped.items()]
+        result.raw[name] = {m: c.ratios for m, c in costs.items()}
+    result.notes += [
+        f"A window is {WINDOW} steps, or {LONG} in {FEW} samples for methods with a longer period. Each call of "
+        "micro-sam sees half a batch. Second-order products and per-sample gradients are stated, and are no calls.",
+        "Copies: of all parameters, in the last pass, the most of several steps; activations that a kept graph holds "
+        "are not counted.",
+    ]
+    return result

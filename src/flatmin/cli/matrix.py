@@ -1,0 +1,135 @@
+"""Which pairs of named methods compose: a matrix and the reasons of the refusals, in text and in Markdown."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import textwrap
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from flatmin.recipes import Method, compose
+
+SYMBOLS = {
+    "objective": "o",
+    "direction": "d",
+    "geometry": "g",
+    "mask": "m",
+    "radius": "r",
+    "when": "w",
+    "points": "p",
+    "samples": "s",
+    "combine": "c",
+}
+GOES, SAME, CONTRADICTS = "+", ".", "x"
+BLOCK = 5  # columns between two gaps
+MARKERS = ("<!-- matrix -->", "<!-- /matrix -->")
+COMMAND = "flatmin methods --into docs/methods.md"
+PAGE_WIDTH = 120
+# What `Recipe` says of two parts that contradict each other.
+_SENTENCE = re.compile(r"(\w+) (\w+)\(.*\) needs (.+), which (\w+) (\w+)\(.*\) does not give: (.+)\.$")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """Whether two names go together: the symbol, and the sentence of the refusal or None."""
+
+    symbol: str
+    reason: str | None = None
+
+
+def verdicts(table: Mapping[str, Method]) -> dict[tuple[str, str], Verdict]:
+    """What `compose` says of every pair of names, in the order of the table."""
+    return {(a, b): _verdict(a, b, table) for a, b in itertools.combinations(table, 2)}
+
+
+def _verdict(a: str, b: str, table: Mapping[str, Method]) -> Verdict:
+    try:
+        compose(f"{a}+{b}", table)
+    except ValueError as error:
+        kinds = [part.kind for part in table[a].parts]
+        both = [part.kind for part in table[b].parts if part.kind in kinds]
+        return Verdict(symbol=SYMBOLS[both[0]] if both else CONTRADICTS, reason=str(error))
+    return Verdict(symbol=GOES)
+
+
+def as_text(table: Mapping[str, Method], width: int) -> str:
+    """The matrix, its legend and the refusals, for a terminal."""
+    return _render(table, width, fences=())
+
+
+def as_markdown(table: Mapping[str, Method]) -> str:
+    """The same for a page."""
+    return _render(table, PAGE_WIDTH, fences=("```text", "```"))
+
+
+def _render(table: Mapping[str, Method], width: int, fences: tuple[str, ...]) -> str:
+    found = verdicts(table)
+    lines = [*fences[:1], *_square(table, found), *fences[1:], "", *textwrap.wrap(_legend(), width), ""]
+    for line in _refusals(table, found):
+        lines += textwrap.wrap(line, width, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)
+    return "\n".join(lines)
+
+
+def refresh(page: Path, text: str) -> None:
+    """Put the text between the markers of a page.
+
+    Raises:
+        ValueError: a page without the two markers in their order.
+    """
+    before = page.read_text(encoding="utf-8")
+    head, first, rest = before.partition(MARKERS[0])
+    _, last, tail = rest.partition(MARKERS[1])
+    if not first or not last:
+        raise ValueError(f"{str(page)!r} has no place for the matrix; it goes between {' and '.join(MARKERS)}.")
+    page.write_text(f"{head}{first}\n{text}\n{last}{tail}", encoding="utf-8")
+
+
+def _square(table: Mapping[str, Method], found: Mapping[tuple[str, str], Verdict]) -> list[str]:
+    names = list(table)
+    wide = max(map(len, names)) + 3
+    numbers = [f"{i:>2}" for i in range(1, len(names) + 1)]
+    lines = [f"{'':{wide}} {_spaced([number[digit] for number in numbers])}".rstrip() for digit in (0, 1)]
+    for i, a in enumerate(names):
+        row = [SAME if a == b else found[(a, b) if i < j else (b, a)].symbol for j, b in enumerate(names)]
+        lines.append(f"{numbers[i]} {a:<{wide - 3}} {_spaced(row)}")
+    return lines
+
+
+def _spaced(cells: list[str]) -> str:
+    blocks = ["".join(cells[i : i + BLOCK]) for i in range(0, len(cells), BLOCK)]
+    return " ".join(blocks)
+
+
+def _legend() -> str:
+    letters = ", ".join(f"{symbol} {kind}" for kind, symbol in SYMBOLS.items())
+    return (
+        f"{GOES} composes. {CONTRADICTS} refused: the parts contradict each other. A letter: refused, both set this "
+        f"part ({letters}). The columns are the rows' numbers. "
+        "The whole sentence of a refusal: flatmin methods NAME+NAME."
+    )
+
+
+def _refusals(table: Mapping[str, Method], found: Mapping[tuple[str, str], Verdict]) -> list[str]:
+    """One line for each part that several names set, then one for each name and reason of a contradiction."""
+    lines = []
+    for kind in SYMBOLS:
+        setters = [name for name, method in table.items() if any(part.kind == kind for part in method.parts)]
+        if len(setters) > 1:
+            lines.append(f"Both set the {kind}, choose one: {', '.join(setters)}.")
+    grouped: dict[tuple[str, str], list[str]] = {}
+    for (a, b), verdict in found.items():
+        if verdict.symbol != CONTRADICTS or verdict.reason is None:
+            continue
+        match = _SENTENCE.search(verdict.reason)
+        if match is None:
+            lines.append(verdict.reason)
+            continue
+        _, _, need, _, withholder, why = match.groups()
+        owner = a if any(type(part).__name__ == withholder for part in table[a].parts) else b
+        grouped.setdefault((owner, f"{need}, which {owner} does not give: {why}"), []).append(b if owner == a else a)
+    order = {name: i for i, name in enumerate(table)}
+    for (owner, why), others in sorted(grouped.items(), key=lambda item: order[item[0][0]]):
+        lines.append(f"{owner} with {', '.join(others)}: the other needs {why}.")
+    return lines

@@ -1,0 +1,70 @@
+"""The cost of every method beside what its recipe states: what runs, what is skipped, and that the gates can fail."""
+
+import pytest
+import torch
+
+import flatmin
+from benchmarks import cost
+from benchmarks.counts import SHOWING, held_copies
+from benchmarks.loops import Setting, ours, recipe_of
+from benchmarks.nets import NETS
+
+SMALL, NORMS = Setting(NETS["mlp20"]), Setting(NETS["resnet18-w8"], batch=2)
+
+
+@pytest.mark.parametrize("method", [m for m in flatmin.METHODS if m != "sam-on"])
+def test_a_step_of_every_method_runs_and_moves_the_weights(method):
+    loop = ours(SMALL, method)
+    before = [w.detach().clone() for w in loop.model.parameters()]
+    for _ in range(2):
+        loop.step()
+    assert any(not torch.equal(a, b) for a, b in zip(before, loop.model.parameters(), strict=True))
+    assert loop.optimizer.counts()["updates"] == 2
+
+
+def test_norm_layers_move_where_there_are_any():
+    ours(NORMS, "sam-on").step()
+    costs, skipped = cost.measure(SMALL, ["sam-on"], rounds=2)
+    assert list(costs) == [cost.CONTROL]
+    assert "no layer matches" in skipped["sam-on"]
+
+
+@pytest.mark.parametrize(("method", "copies"), [("sam", 1), ("vasso", 3), ("gsam", 2), ("looksam", 3)])
+def test_copies_are_those_that_the_recipe_states(method, copies):
+    measured, stated = held_copies(SMALL, method)
+    assert stated == copies
+    assert measured <= copies + 0.01
+
+
+def test_methods_are_shown_with_the_copies_that_their_own_parameters_state():
+    for method, params in SHOWING.items():
+        assert recipe_of(method, **params).extra_copies == flatmin.compose(method).extra_copies
+
+
+def test_closure_calls_over_a_period_are_the_stated_gradients():
+    methods = ["every-k", "looksam", "momentum-sam", "late", "micro-sam", "n-step"]
+    costs, skipped = cost.measure(SMALL, methods, rounds=2)
+    assert not skipped
+    for method in methods:
+        assert costs[method].passes == pytest.approx(costs[method].stated), method
+    assert len(cost.row("looksam", costs["looksam"])) == len(cost.HEADERS)
+
+
+def planted(**changes):
+    costs = {m: cost.Cost(ratios=[1.0, 1.0], calls=[1.0]) for m in (cost.CONTROL, "sam", "looksam", "late")}
+    costs["sam"].ratios = [2.0, 2.0]
+    for method, (name, value) in changes.items():
+        setattr(costs[method], name, value)
+    return [g.name for g in cost.gates("mlp200", costs) if not g.passed]
+
+
+def test_planted_costs_are_seen():
+    assert planted() == []
+    assert planted(sam=("copies", (2.0, 1))) == ["mlp200: copies above the stated ones"]
+    assert planted(looksam=("ratios", [1.4, 1.4])) == ["mlp200: looksam over sam"]
+    assert planted(late=("ratios", [1.2, 1.2])) == ["mlp200: late over its gradients' plain steps"]
+
+
+def test_a_noisy_control_says_nothing_about_times():
+    costs = {cost.CONTROL: cost.Cost(ratios=[0.5, 1.5], calls=[1.0]), "late": cost.Cost(ratios=[9.0, 9.0], calls=[1.0])}
+    assert [g.value for g in cost.gates("mlp200", costs)] == ["0.000", "inconclusive"]
