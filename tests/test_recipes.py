@@ -306,6 +306,17 @@ def test_every_built_in_entry_is_complete(name):
     assert recipe == compose(name) and recipe.name == name
 
 
+@pytest.mark.parametrize("name", [n for n in METHODS if n not in ("sam", "sam-magnitude")])
+def test_the_cost_in_the_documentation_is_that_of_the_recipe(name):
+    """SAM's stands at the class; sam-magnitude shares its part with sam-direction."""
+    recipe = compose(name)
+    documented = " ".join(" ".join((type(part).__doc__ or "").split()) for part in METHODS[name].parts)
+    count, copies = recipe.gradient_evaluations, recipe.extra_copies
+    assert f"Cost of {name}: {round(count, 2):g} gradient evaluation" in documented
+    assert f" a step, {copies} extra cop" in documented.partition(f"Cost of {name}:")[2]
+    assert f'compose("{name}"' in documented, "no example"
+
+
 def test_the_names_of_this_version():
     assert len(METHODS) == 36
     names = "sgd sam asam usam rsam fsam vasso bisam-log bisam-tanh sam-direction sam-magnitude sgdhess esam micro-sam"

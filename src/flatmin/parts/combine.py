@@ -52,6 +52,13 @@ class Orthogonal(Combine):
     method is its base.
 
     Source: Zhuang et al., Surrogate Gap Minimization Improves Sharpness-Aware Training, ICLR 2022, Alg. 1.
+
+    Cost of gsam: 2 gradient evaluations a step, 2 extra copies of the moved weights.
+
+    Example:
+        >>> import flatmin
+        >>> print(flatmin.compose("gsam", alpha=0.2).combine)
+        Orthogonal(alpha=0.2)
     """
 
     needs: ClassVar = frozenset({Need.GRADIENT_AT_W})
@@ -86,6 +93,13 @@ class Weighted(Combine):
 
     Source: Yue et al., Sharpness-Aware Minimization Revisited: Weighted Sharpness as a Regularization Term, KDD 2023,
     and the authors' code.
+
+    Cost of wsam: 2 gradient evaluations a step, 2 extra copies of the moved weights.
+
+    Example:
+        >>> import flatmin
+        >>> print(flatmin.compose("wsam", gamma=0.5).combine)
+        Weighted(gamma=0.5, coupled=False)
     """
 
     needs: ClassVar = frozenset({Need.GRADIENT_AT_W})
@@ -131,6 +145,13 @@ class Penalty(Combine):
     Differs from the official code, whose default mixes (1 - alpha) g / ||g||, against its text.
 
     Source: Zhao, Zhang & Hu, Penalizing Gradient Norm for Efficiently Improving Generalization, ICML 2022, Alg. 1.
+
+    Cost of gnp: 2 gradient evaluations a step, 2 extra copies of the moved weights.
+
+    Example:
+        >>> import flatmin
+        >>> print(flatmin.compose("gnp", alpha=0.5).combine)
+        Penalty(alpha=0.5)
     """
 
     needs: ClassVar = frozenset({Need.GRADIENT_AT_W})
@@ -161,6 +182,13 @@ class Look(Combine):
         ValueError: alpha out of range.
 
     Source: Liu et al., Towards Efficient and Scalable Sharpness-Aware Minimization, CVPR 2022, Alg. 1.
+
+    Cost of looksam: 1.2 gradient evaluations a step, 3 extra copies of the moved weights.
+
+    Example:
+        >>> import flatmin
+        >>> print(flatmin.compose("looksam", alpha=0.5).combine)
+        Look(alpha=0.5)
     """
 
     needs: ClassVar = frozenset({Need.GRADIENT_AT_W, Need.WHOLE_BATCH})
@@ -207,6 +235,13 @@ class Keep(Combine):
 
     Source: Luong, empirical study of direction and magnitude in SAM (2024), prose and classes `samdirection.py`,
     `sammagnitude.py`.
+
+    Cost of sam-direction: 2 gradient evaluations a step, 2 extra copies of the moved weights.
+
+    Example:
+        >>> import flatmin
+        >>> print(flatmin.compose("sam-direction", granularity="tensor").combine)
+        Keep(keep='direction', granularity='tensor', legacy_names=False)
     """
 
     needs: ClassVar = frozenset({Need.GRADIENT_AT_W})
@@ -251,6 +286,13 @@ class Saner(Combine):
         ValueError: out of range.
 
     Source: README of the SANER repository (Luong and co-authors).
+
+    Cost of saner: 2 gradient evaluations a step, 2 extra copies of the moved weights.
+
+    Example:
+        >>> import flatmin
+        >>> print(flatmin.compose("saner", alpha=0.25).combine)
+        Saner(alpha=0.25, warm_up=0)
     """
 
     needs: ClassVar = frozenset({Need.GRADIENT_AT_W})

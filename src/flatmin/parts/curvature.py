@@ -37,6 +37,14 @@ class Curved(Combine):
     products, each about three gradients.
 
     Source: Luong, empirical study of SAM (2024), `sgdhess.py`, after AdaHessian (Yao et al., AAAI 2021).
+
+    Cost of sgdhess: 4 gradient evaluations a step, 1 extra copy of the moved weights.
+    Needs: random draws; the graph of a pass (call optimizer.backward(loss) instead of loss.backward()).
+
+    Example:
+        >>> import flatmin
+        >>> print(flatmin.compose("sgdhess", curvature="ggn").combine)
+        Curved(curvature='ggn', draws=1, interval=1, spatial_mean=True)
     """
 
     slots: ClassVar = {"h": "param"}

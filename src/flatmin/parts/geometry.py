@@ -36,6 +36,13 @@ class Adaptive(Geometry):
         ValueError: eta < 0.
 
     Needs parameter names if weights_only. Source: Kwon et al., ASAM, ICML 2021, Eq. 7 and `asam.py`.
+
+    Cost of asam: 2 gradient evaluations a step, 1 extra copy of the moved weights.
+
+    Example:
+        >>> import flatmin
+        >>> print(flatmin.compose("asam", eta=0.01).geometry)
+        Adaptive(eta=0.01, weights_only=False)
     """
 
     default_rho: ClassVar[float] = 0.5
@@ -66,6 +73,13 @@ class Unnormalised(Geometry):
 
     The default is a choice of this library: no published default for deep networks is known to it.
     Source: Andriushchenko & Flammarion, ICML 2022; also the unnormalised method of Khanh et al., NeurIPS 2024.
+
+    Cost of usam: 2 gradient evaluations a step, 1 extra copy of the moved weights.
+
+    Example:
+        >>> import flatmin
+        >>> print(flatmin.compose("usam").geometry)
+        Unnormalised()
     """
 
     default_rho: ClassVar[float] = 0.05
@@ -82,6 +96,13 @@ class Centralised(Geometry):
     ||eps|| <= rho.
 
     Source: Hassan et al., GCSAM: Gradient Centralized Sharpness Aware Minimization, 2025, after Yong et al., ECCV 2020.
+
+    Cost of gcsam: 2 gradient evaluations a step, 1 extra copy of the moved weights.
+
+    Example:
+        >>> import flatmin
+        >>> print(flatmin.compose("gcsam").geometry)
+        Centralised()
     """
 
     default_rho: ClassVar[float] = 0.05

@@ -40,6 +40,14 @@ class Named(Mask):
 
     Raises:
         ValueError: at construction of the optimizer, for a pattern that matches nothing, or if nothing is left.
+
+    Cost of only: 2 gradient evaluations a step, 1 extra copy of the moved weights.
+    Needs: parameter names (pass model=, or build the base from named_parameters()).
+
+    Example:
+        >>> import flatmin
+        >>> print(flatmin.compose("only", but="*.bias").mask)
+        Named(only='*', but='*.bias')
     """
 
     needs: ClassVar = frozenset({Need.NAMES})
@@ -76,6 +84,14 @@ class Layers(Mask):
         ValueError: at construction of the optimizer, if no layer of the model matches.
 
     Source: Mueller et al., Normalization Layers Are All That Sharpness-Aware Minimization Needs, NeurIPS 2023.
+
+    Cost of sam-on: 2 gradient evaluations a step, 1 extra copy of the moved weights.
+    Needs: the kinds of layers (pass model=).
+
+    Example:
+        >>> import flatmin
+        >>> print(flatmin.compose("sam-on", kinds="LayerNorm").mask)
+        Layers(kinds='LayerNorm')
     """
 
     needs: ClassVar = frozenset({Need.LAYERS})
@@ -103,6 +119,14 @@ class RandomTensors(Mask):
         ValueError: beta outside (0, 1].
 
     Source: Du et al., Efficient Sharpness-Aware Minimization for Improved Training of Neural Networks, ICLR 2022.
+
+    Cost of esam: 2 gradient evaluations a step, 1 extra copy of the moved weights.
+    Needs: per-sample losses (pass criterion=flatmin.Criterion(loss)); random draws.
+
+    Example:
+        >>> import flatmin
+        >>> print(flatmin.compose("esam", beta=0.5).mask)
+        RandomTensors(beta=0.5)
     """
 
     needs: ClassVar = frozenset({Need.RANDOM})
@@ -153,6 +177,15 @@ class Fisher(Mask):
     training batch itself and the first mask is refreshed at once.
 
     Source: Mi et al., Make Sharpness-Aware Minimization Stronger: A Sparsified Perturbation Approach, NeurIPS 2022.
+
+    Cost of ssam-f: 2.11 gradient evaluations a step, 3 extra copies of the moved weights.
+    Needs: per-sample losses (pass criterion=flatmin.Criterion(loss)); the graph of a pass (call
+    optimizer.backward(loss) instead of loss.backward()).
+
+    Example:
+        >>> import flatmin
+        >>> print(flatmin.compose("ssam-f", sparsity=0.9).mask)
+        Fisher(sparsity=0.9, num_samples=16, interval=100)
     """
 
     needs: ClassVar = frozenset({Need.PER_SAMPLE, Need.SECOND_ORDER, Need.LOSSES_AT_W})
@@ -224,6 +257,14 @@ class Dynamic(Mask):
     w + eps, and a new mask acts in the very step.
 
     Source: Mi et al., Make Sharpness-Aware Minimization Stronger: A Sparsified Perturbation Approach, NeurIPS 2022.
+
+    Cost of ssam-d: 2 gradient evaluations a step, 3 extra copies of the moved weights.
+    Needs: random draws.
+
+    Example:
+        >>> import flatmin
+        >>> print(flatmin.compose("ssam-d", sparsity=0.9).mask)
+        Dynamic(sparsity=0.9, rate=0.5, drop='gradient', growth='random', interval=100, total=0)
     """
 
     needs: ClassVar = frozenset({Need.RANDOM, Need.ONE_ASCENT})

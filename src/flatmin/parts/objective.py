@@ -28,6 +28,14 @@ class BiSAMLog(Objective):
         ValueError: mu <= 0.
 
     Source: Xie et al., ICML 2024, Eq. 11; see `flatmin.objectives.bisam_log`.
+
+    Cost of bisam-log: 2 gradient evaluations a step, 1 extra copy of the moved weights.
+    Needs: the loss object (pass criterion=flatmin.Criterion(loss)).
+
+    Example:
+        >>> import flatmin
+        >>> print(flatmin.compose("bisam-log", mu=2.0).objective)
+        BiSAMLog(mu=2.0)
     """
 
     needs: ClassVar = frozenset({Need.CRITERION, Need.PASS_1})
@@ -53,6 +61,14 @@ class BiSAMTanh(Objective):
         ValueError: mu <= 0 or alpha <= 0.
 
     Source: Xie et al., ICML 2024, Eq. 11; see `flatmin.objectives.bisam_tanh`.
+
+    Cost of bisam-tanh: 2 gradient evaluations a step, 1 extra copy of the moved weights.
+    Needs: the loss object (pass criterion=flatmin.Criterion(loss)).
+
+    Example:
+        >>> import flatmin
+        >>> print(flatmin.compose("bisam-tanh", mu=5.0).objective)
+        BiSAMTanh(mu=5.0, alpha=0.1)
     """
 
     needs: ClassVar = frozenset({Need.CRITERION, Need.PASS_1})

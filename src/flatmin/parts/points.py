@@ -35,6 +35,13 @@ class NStep(Points):
         ValueError: n < 1, or another word.
 
     Source: Foret et al., SAM, ICLR 2021, Appendix (several inner steps).
+
+    Cost of n-step: 4 gradient evaluations a step, 2 extra copies of the moved weights.
+
+    Example:
+        >>> import flatmin
+        >>> print(flatmin.compose("n-step", n=2).points)
+        NStep(n=2, step='split')
     """
 
     needs: ClassVar = frozenset({Need.PASS_1})
@@ -86,6 +93,14 @@ class MicroBatches(Points):
 
     Source: Foret et al., SAM, ICLR 2021, Section 4.1 (m-sharpness); Behdin et al., mSAM: Micro-Batch-Averaged
     Sharpness-Aware Minimization, 2023.
+
+    Cost of micro-sam: 2 gradient evaluations a step, 2 extra copies of the moved weights.
+    Needs: micro-batches (step([closure, closure, ...]) or passes(chunks=m)).
+
+    Example:
+        >>> import flatmin
+        >>> print(flatmin.compose("micro-sam").points)
+        MicroBatches()
     """
 
     needs: ClassVar = frozenset({Need.MICRO_BATCHES})
@@ -135,6 +150,14 @@ class OtherBatch(Points):
 
     Source: the different-batch probe of Li & Giannakis, VaSSO, NeurIPS 2023; the same idea is a switch
     (`--sam_use_prev_batch`) of Andriushchenko & Flammarion's code, ICML 2022.
+
+    Cost of sam-db: 2 gradient evaluations a step, 1 extra copy of the moved weights.
+    Needs: micro-batches (step([closure, closure, ...]) or passes(chunks=m)).
+
+    Example:
+        >>> import flatmin
+        >>> print(flatmin.compose("sam-db").points)
+        OtherBatch()
     """
 
     needs: ClassVar = frozenset({Need.MICRO_BATCHES, Need.PASS_1})

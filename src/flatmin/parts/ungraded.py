@@ -26,6 +26,14 @@ class Randomised(Direction):
         ValueError: out of range.
 
     Source: Liu et al., Random Sharpness-Aware Minimization, NeurIPS 2022, and its code.
+
+    Cost of rsam: 2 gradient evaluations a step, 1 extra copy of the moved weights.
+    Needs: random draws.
+
+    Example:
+        >>> import flatmin
+        >>> print(flatmin.compose("rsam", sigma=0.002).direction)
+        Randomised(sigma=0.002, lam=2.0, scale='filter')
     """
 
     needs: ClassVar = frozenset({Need.RANDOM, Need.FREE_START})
@@ -71,6 +79,14 @@ class Momentum(Direction):
 
     Source: Becker, Altrock & Risse, Momentum-SAM: Sharpness Aware Minimization without Computational Overhead, 2024;
     official code `optimizer/msam.py`.
+
+    Cost of momentum-sam: 1 gradient evaluation a step, 1 extra copy of the moved weights.
+    Needs: the base optimizer's momentum.
+
+    Example:
+        >>> import flatmin
+        >>> print(flatmin.compose("momentum-sam", sign=1).direction)
+        Momentum(sign=1)
     """
 
     evaluates: ClassVar = False
@@ -99,6 +115,13 @@ class Stale(Direction):
     The first step stays at w. AsyncSAM differs: its old gradient is taken at the old w, in a stream of its own.
 
     Source: the idea of a gradient one step old, as in AsyncSAM.
+
+    Cost of stale-sam: 1 gradient evaluation a step, 2 extra copies of the moved weights.
+
+    Example:
+        >>> import flatmin
+        >>> print(flatmin.compose("stale-sam").direction)
+        Stale()
     """
 
     evaluates: ClassVar = False
