@@ -666,3 +666,24 @@ def test_train_and_eval_do_nothing_to_methods_with_a_pass_1():
         return loop.update(0), flat(loop.model)
 
     assert same_bits(run(lambda optimizer: optimizer.train()), run(lambda optimizer: optimizer.eval()))
+
+
+def test_a_forward_that_was_given_up_is_forgotten():
+    """Its losses are not those that the samples' rise is counted from."""
+    ends = []
+    for gives_up in (False, True):
+        torch.manual_seed(0)
+        model, criterion = nn.Linear(6, 3).double(), flatmin.Criterion(nn.CrossEntropyLoss())
+        base = torch.optim.SGD(model.parameters(), lr=0.1)
+        optimizer = flatmin.wrap(base, "esam", beta=1.0, rho=0.5, model=model, criterion=criterion)
+        if gives_up:
+            x, y = batch(7, dtype=torch.float64)
+            criterion(model(x), y)
+            optimizer.zero_grad()
+        x, y = batch(0, dtype=torch.float64)
+        criterion(model(x), y).backward()
+        with optimizer.perturbed():
+            criterion(model(x), y).backward()
+        optimizer.step()
+        ends.append(model.weight.detach().clone())
+    assert torch.equal(*ends)

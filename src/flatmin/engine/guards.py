@@ -141,8 +141,14 @@ class ModelWatch:
     ran on another batch.
     """
 
-    def __init__(self, model: nn.Module, random: RandomState | None, no_gradients: Callable[[], bool]) -> None:
-        self.model, self.random, self._no_gradients = model, random, no_gradients
+    def __init__(
+        self,
+        model: nn.Module,
+        random: RandomState | None,
+        no_gradients: Callable[[], bool],
+        abandoned: Callable[[], None] | None = None,
+    ) -> None:
+        self.model, self.random, self._no_gradients, self._abandoned = model, random, no_gradients, abandoned
         self.cleared = False
         self.hook = ForwardHook(self)
         self.handle = model.register_forward_pre_hook(self.hook, with_kwargs=True)
@@ -168,6 +174,8 @@ class ModelWatch:
         if not later and self.forwards[0] and self.cleared and not self.bracketed and self._no_gradients():
             # Gradients were cleared since the last forward and none has come: that one was given up.
             self.begin_update()
+            if self._abandoned is not None:
+                self._abandoned()
         self.cleared = False
         if self.forwards[later] == 0:
             if self.random is not None and not self.bracketed:

@@ -346,7 +346,12 @@ class SAM(Doors):
             if not {id(p) for p in model.parameters()} & {id(w) for w in weights}:
                 raise ValueError("model= holds none of the optimizer's parameters; pass the module being trained.")
             self._statistics = FrozenStatistics(model) if self._freeze_batchnorm else None
-            self._watch = ModelWatch(model, self._random, lambda: not any(w.grad is not None for w in weights))
+            self._watch = ModelWatch(
+                model,
+                self._random,
+                lambda: not any(w.grad is not None for w in weights),
+                getattr(self.criterion, "forget", None),
+            )
         self._names = self._read_names()
         self._layers = {}
         for module in () if model is None else model.modules():
