@@ -152,7 +152,8 @@ class Update:
         if criterion is None or request is None or criterion.calls > self._criterion_calls:
             return
         climbs = request.role == "ascent" and recipe.needs & {Need.CRITERION, Need.PER_SAMPLE}
-        if climbs or (request.at is not None and criterion.selects):
+        curved = request.graph and Need.CRITERION in recipe.needs
+        if climbs or curved or (request.at is not None and criterion.selects):
             raise RuntimeError(
                 f"{recipe.name} works through the loss object, but the pass never called the criterion given to the "
                 "optimizer; compute the loss with that flatmin.Criterion object."
