@@ -188,6 +188,15 @@ class Doors(Optimizer):
         if self._resident:
             self.abort()
 
+    def _leave(self, update: Update) -> None:
+        """End the pass that the loop has run at w + eps; a fault ends the update."""
+        try:
+            update.leave()
+            update.finish()
+        except BaseException:
+            self.abort()
+            raise
+
     def _stay(self) -> None:
         self._resident = True
         Evaluation(self._begin(), bracketed=False).__enter__()
@@ -195,12 +204,7 @@ class Doors(Optimizer):
     def _step_resident(self) -> None:
         update = self._update
         assert update is not None
-        try:
-            update.leave()
-            update.finish()
-        except BaseException:
-            self.abort()
-            raise
+        self._leave(update)
         self._resident = False
         self._apply(update)
         self._stay()
@@ -278,12 +282,7 @@ class Doors(Optimizer):
         update = self._update
         if update is None or not update.inside:
             raise RuntimeError("second_step() needs first_step() and a backward pass before it.")
-        try:
-            update.leave()
-            update.finish()
-        except BaseException:
-            self.abort()
-            raise
+        self._leave(update)
         self.step()
         if zero_grad:
             self.zero_grad()
