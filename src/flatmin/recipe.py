@@ -4,11 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from flatmin import parts as p
 from flatmin.parts import KINDS, Need, Part
+
+
+class Contradiction(ValueError):
+    """One part needs what another takes away.
+
+    Attributes:
+        one, other: the part that needs, and the part that does not give.
+        need: what.
+        reason: why not.
+    """
+
+    def __init__(self, one: Part, need: Need, other: Part, reason: str, names: Sequence[str] = ()) -> None:
+        self.one, self.need, self.other, self.reason = one, need, other, reason
+        head = f"{' and '.join(map(repr, names))} do not go together: " if len(names) > 1 else ""
+        super().__init__(
+            f"{head}{one.kind} {one} needs {need.value}, which {other.kind} {other} does not give: {reason}."
+        )
+
+    def between(self, names: Sequence[str]) -> Contradiction:
+        """The same, naming the methods that brought the parts."""
+        return Contradiction(self.one, self.need, self.other, self.reason, names)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +43,7 @@ class Recipe:
 
     Raises:
         TypeError: a part of another kind.
-        ValueError: parts whose needs and gifts contradict each other.
+        Contradiction: a ValueError, for a part that needs what another takes away.
     """
 
     objective: p.Objective = field(default_factory=p.SameLoss)
@@ -44,9 +66,7 @@ class Recipe:
                 for other in self.parts.values():
                     reason = _withheld(other, need)
                     if reason and other is not one:
-                        raise ValueError(
-                            f"{one.kind} {one} needs {need.value}, which {other.kind} {other} does not give: {reason}."
-                        )
+                        raise Contradiction(one, need, other, reason)
 
     @property
     def parts(self) -> dict[str, Part]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import re
 import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from flatmin.recipes import Method, compose
+from flatmin.recipes import Contradiction, Method, compose
 
 SYMBOLS = {
     "objective": "o",
@@ -27,16 +26,15 @@ BLOCK = 5  # columns between two gaps
 MARKERS = ("<!-- matrix -->", "<!-- /matrix -->")
 COMMAND = "flatmin methods --into docs/methods.md"
 PAGE_WIDTH = 120
-# What `Recipe` says of two parts that contradict each other.
-_SENTENCE = re.compile(r"(\w+) (\w+)\(.*\) needs (.+), which (\w+) (\w+)\(.*\) does not give: (.+)\.$")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """Whether two names go together: the symbol, and the sentence of the refusal or None."""
+    """Whether two names go together: the symbol, the sentence of the refusal, and the contradiction behind it."""
 
     symbol: str
     reason: str | None = None
+    clash: Contradiction | None = None
 
 
 def verdicts(table: Mapping[str, Method]) -> dict[tuple[str, str], Verdict]:
@@ -47,10 +45,12 @@ def verdicts(table: Mapping[str, Method]) -> dict[tuple[str, str], Verdict]:
 def _verdict(a: str, b: str, table: Mapping[str, Method]) -> Verdict:
     try:
         compose(f"{a}+{b}", table)
+    except Contradiction as clash:
+        return Verdict(symbol=CONTRADICTS, reason=str(clash), clash=clash)
     except ValueError as error:
         kinds = [part.kind for part in table[a].parts]
-        both = [part.kind for part in table[b].parts if part.kind in kinds]
-        return Verdict(symbol=SYMBOLS[both[0]] if both else CONTRADICTS, reason=str(error))
+        both = next(part.kind for part in table[b].parts if part.kind in kinds)
+        return Verdict(symbol=SYMBOLS[both], reason=str(error))
     return Verdict(symbol=GOES)
 
 
@@ -120,15 +120,12 @@ def _refusals(table: Mapping[str, Method], found: Mapping[tuple[str, str], Verdi
             lines.append(f"Both set the {kind}, choose one: {', '.join(setters)}.")
     grouped: dict[tuple[str, str], list[str]] = {}
     for (a, b), verdict in found.items():
-        if verdict.symbol != CONTRADICTS or verdict.reason is None:
+        clash = verdict.clash
+        if clash is None:
             continue
-        match = _SENTENCE.search(verdict.reason)
-        if match is None:
-            lines.append(verdict.reason)
-            continue
-        _, _, need, _, withholder, why = match.groups()
-        owner = a if any(type(part).__name__ == withholder for part in table[a].parts) else b
-        grouped.setdefault((owner, f"{need}, which {owner} does not give: {why}"), []).append(b if owner == a else a)
+        owner, other = (a, b) if clash.other in table[a].parts else (b, a)
+        why = f"{clash.need.value}, which {owner} does not give: {clash.reason}"
+        grouped.setdefault((owner, why), []).append(other)
     order = {name: i for i, name in enumerate(table)}
     for (owner, why), others in sorted(grouped.items(), key=lambda item: order[item[0][0]]):
         lines.append(f"{owner} with {', '.join(others)}: the other needs {why}.")

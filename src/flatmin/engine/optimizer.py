@@ -388,7 +388,7 @@ class SAM(Doors):
         for part in self.recipe.parts.values():
             part.examine()
         if Need.CRITERION in needs and self.criterion is None:
-            raise ValueError(f"{name} needs {Need.CRITERION.value}: it works with another loss than it descends.")
+            raise ValueError(f"{name} needs {Need.CRITERION.value}, because it does more with it than descend.")
         if Need.PER_SAMPLE in needs:
             if self.criterion is None:
                 raise ValueError(f"{name} needs {Need.PER_SAMPLE.value}.")

@@ -297,7 +297,7 @@ class Dynamic(Mask):
             return mask, {}
         done = min(c.step / self.total, 1.0) if self.total else 0.0
         rate = self.rate * (1.0 + math.cos(math.pi * done)) / 2.0
-        moving = round((1.0 - self.sparsity) * sum(_sizes(d)))
+        moving = kept(self.sparsity, d)
         swaps = min(round(rate * moving), sum(_sizes(d)) - moving)
         if swaps == 0:
             return mask, {}
