@@ -12,7 +12,7 @@ from flatmin import parts as p
 from flatmin.parts import KINDS, Need, Part
 
 
-class Contradiction(ValueError):
+class ContradictionError(ValueError):
     """One part needs what another takes away.
 
     Attributes:
@@ -28,9 +28,9 @@ class Contradiction(ValueError):
             f"{head}{one.kind} {one} needs {need.value}, which {other.kind} {other} does not give: {reason}."
         )
 
-    def between(self, names: Sequence[str]) -> Contradiction:
+    def between(self, names: Sequence[str]) -> ContradictionError:
         """The same, naming the methods that brought the parts."""
-        return Contradiction(self.one, self.need, self.other, self.reason, names)
+        return ContradictionError(self.one, self.need, self.other, self.reason, names)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class Recipe:
 
     Raises:
         TypeError: a part of another kind.
-        Contradiction: a ValueError, for a part that needs what another takes away.
+        ContradictionError: a ValueError, for a part that needs what another takes away.
     """
 
     objective: p.Objective = field(default_factory=p.SameLoss)
@@ -66,7 +66,7 @@ class Recipe:
                 for other in self.parts.values():
                     reason = _withheld(other, need)
                     if reason and other is not one:
-                        raise Contradiction(one, need, other, reason)
+                        raise ContradictionError(one, need, other, reason)
 
     @property
     def parts(self) -> dict[str, Part]:

@@ -21,10 +21,10 @@ from typing import Any
 
 from flatmin.catalogue import BUILT_IN
 from flatmin.parts import KINDS, Part
-from flatmin.recipe import DEFAULTS, Contradiction, Method, Recipe
+from flatmin.recipe import DEFAULTS, ContradictionError, Method, Recipe
 from flatmin.words import suggest
 
-__all__ = ["CONFUSED", "ENTRY_POINTS", "METHODS", "Contradiction", "Method", "Recipe", "compose", "method_table"]
+__all__ = ["CONFUSED", "ENTRY_POINTS", "METHODS", "ContradictionError", "Method", "Recipe", "compose", "method_table"]
 ENTRY_POINTS = "flatmin.methods"
 # Names that the literature gives to more than one method.
 CONFUSED = {
@@ -97,7 +97,7 @@ def compose(name: str, table: Mapping[str, Method] | None = None, **params: Any)
         chosen[kind] = changes if isinstance(changes, Part) else _replace(chosen.get(kind, DEFAULTS[kind]), changes)
     try:
         return Recipe(name="+".join(names), **chosen)  # type: ignore[arg-type]
-    except Contradiction as error:
+    except ContradictionError as error:
         raise error.between(names) from None
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import flatmin
-from flatmin.engine.tensors import Layout, all_finite, norm
+from flatmin.engine.tensors import Layout, all_finite, norm, reject
 
 
 def make(dtype=torch.float32, sizes=((4, 3), (3,), (5, 3), (2,))):
@@ -79,3 +79,37 @@ def test_a_weight_frozen_between_steps_stays():
     before = weights[1].detach().clone()
     optimizer.step(quadratic(optimizer, weights))
     assert torch.equal(before, weights[1])
+
+
+def test_parted_undoes_joined():
+    weights = make()
+    layout = Layout([weights])
+    assert all(torch.equal(a, b) for a, b in zip(layout.parted(layout.joined(weights)), weights, strict=True))
+
+
+def test_the_snapshot_is_never_written_over_while_weights_are_away():
+    weights = make(torch.float64)
+    optimizer = flatmin.SAM(torch.optim.SGD(weights, lr=0.0), rho=0.5)
+    optimizer.step(quadratic(optimizer, weights))
+    layout, before = optimizer._layout, [w.detach().clone() for w in weights]
+    for w in weights:
+        w.grad = torch.ones_like(w)
+    with optimizer.perturbed():
+        norm([torch.full_like(w, 7.0) for w in weights], layout)
+        assert all_finite([torch.full_like(w, 7.0) for w in weights], layout)
+        sum(w.sum() for w in weights).backward()
+    assert all(torch.equal(a, b) for a, b in zip(before, weights, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("sizes", [((4, 3), (3,), (5, 3), (2,)), ((200, 200), (3,))])
+def test_reject_is_orthogonal_and_leaves_its_arguments(dtype, sizes):
+    a, along = ([torch.randn(s, dtype=dtype) for s in sizes] for _ in range(2))
+    kept = [t.clone() for t in (*a, *along)]
+    rest, size = reject(a, along, Layout([[torch.nn.Parameter(t) for t in a]]))
+    x, y, z = (torch.cat([t.flatten().double() for t in ts]) for ts in (a, along, rest))
+    want = x - (x @ y) / (y @ y) * y
+    tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2}[dtype]
+    torch.testing.assert_close(z, want, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(size.double(), want.norm(), rtol=tolerance, atol=0)
+    assert all(torch.equal(s, t) for s, t in zip(kept, (*a, *along), strict=True))

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from flatmin.recipes import Contradiction, Method, compose
+from flatmin.recipes import ContradictionError, Method, compose
 
 SYMBOLS = {
     "objective": "o",
@@ -34,7 +34,7 @@ class Verdict:
 
     symbol: str
     reason: str | None = None
-    clash: Contradiction | None = None
+    clash: ContradictionError | None = None
 
 
 def verdicts(table: Mapping[str, Method]) -> dict[tuple[str, str], Verdict]:
@@ -45,7 +45,7 @@ def verdicts(table: Mapping[str, Method]) -> dict[tuple[str, str], Verdict]:
 def _verdict(a: str, b: str, table: Mapping[str, Method]) -> Verdict:
     try:
         compose(f"{a}+{b}", table)
-    except Contradiction as clash:
+    except ContradictionError as clash:
         return Verdict(symbol=CONTRADICTS, reason=str(clash), clash=clash)
     except ValueError as error:
         kinds = [part.kind for part in table[a].parts]

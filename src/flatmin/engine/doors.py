@@ -297,8 +297,9 @@ class Doors(Optimizer):
             self._rewind()
         self._between_updates()
 
-    def _begin(self, chunks: int = 1) -> Update:
-        self._refuse_second_update("a new update")
+    @torch.no_grad()
+    def _begin(self, chunks: int = 1, *, door: str = "a new update") -> Update:
+        self._refuse_second_update(door)
         self._update = Update(cast("SAM", self), self._site(chunks))
         return self._update
 
@@ -315,8 +316,7 @@ class Doors(Optimizer):
                 f"{door} serves recipes of one pass at w and one at w + eps; {self.recipe.name} needs passes() or "
                 "step(closure)."
             )
-        self._refuse_second_update(door)
-        update = self._update = Update(cast("SAM", self), self._site())
+        update = self._begin(door=door)
         try:
             with torch.no_grad():
                 update.take_first()

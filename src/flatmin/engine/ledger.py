@@ -56,7 +56,6 @@ class Ledger:
     def __init__(self) -> None:
         self._layout: ta.Layout | None = None
         self._buffers: dict[int, Tensor] = {}
-        self._joined: list[Tensor] = []  # the buffers of each block of the layout, in one piece
         self._whole: tuple[list[Tensor], list[Tensor]] | None = None  # all weights and their copies
         self._away: tuple[list[Tensor], list[Tensor]] | None = None
 
@@ -112,6 +111,7 @@ class Ledger:
 
     def _save(self, layout: ta.Layout, ws: list[Tensor], index: Sequence[int]) -> None:
         assert self._away is None, "weights are already displaced"
+        layout.busy = True
         if layout is not self._layout:
             self._layout, self._buffers, self._whole = layout, {}, None
         if len(index) < len(layout.weights) or not layout.simple:
@@ -121,16 +121,14 @@ class Ledger:
                 self._whole = (ws, self._copies(layout, index))
             self._away = self._whole
             if layout.blocks:
-                for joined, block in zip(self._joined, layout.by_block(ws), strict=True):
-                    torch.cat(block, out=joined)
+                layout.join_into(layout.buffer, ws)
                 return
         torch._foreach_copy_(self._away[1], self._away[0])
 
     def _copies(self, layout: ta.Layout, index: Sequence[int]) -> list[Tensor]:
         if layout.blocks and not self._buffers:
-            self._joined = layout.joined([w.detach() for w in layout.weights]) or []
-            for joined, block in zip(self._joined, layout.blocks, strict=True):
-                self._buffers.update(zip(block, joined.split([len(layout.weights[i]) for i in block]), strict=True))
+            layout.buffer = layout.joined([w.detach() for w in layout.weights]) or []
+            self._buffers = dict(enumerate(layout.parted(layout.buffer)))
         for i in index:
             if i not in self._buffers:
                 self._buffers[i] = torch.empty_like(layout.weights[i], requires_grad=False)
@@ -147,6 +145,8 @@ class Ledger:
             weights, copies = self._away
             torch._foreach_copy_(weights, copies)
             self._away = None
+            assert self._layout is not None
+            self._layout.busy = False
 
 
 def _by_factor(ws: list[Tensor], offset: Offset, *, alike: bool) -> list[tuple[Sequence[int], float | Tensor]]:

@@ -5,6 +5,7 @@ It knows neither closures nor in-place moves, so the optimizer and the functiona
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -156,6 +157,15 @@ class SiteContext:
             return [x + factor.to(x.device, x.dtype) * y for x, y in zip(a, b, strict=True)]
         return ta.add_scaled(a, b, factor, self._site.layout, spent=spent)
 
+    def share(self, a: Tensors, along: Tensors) -> Tensor:
+        return ta.share(a, along, self._site.layout)
+
+    def reject(self, a: Tensors, along: Tensors) -> tuple[Tensors, Tensor]:
+        if self._site.layout is None:
+            rest = self.add_scaled(a, along, -self.share(a, along))
+            return rest, self.norm(rest)
+        return ta.reject(a, along, self._site.layout)
+
     def noise(self) -> Tensors:
         cpu = self._site.generator.cpu
         return [torch.randn(w.shape, generator=cpu, dtype=_real(w)).to(w.device, w.dtype) for w in self.w]
@@ -224,10 +234,16 @@ def _pick(items: Sequence[T], index: Sequence[int]) -> list[T]:
     return list(items) if len(index) == len(items) else [items[i] for i in index]
 
 
+def _complete(grads: Gradients) -> bool:
+    """Whether none is missing; `in` would compare tensors by value."""
+    return all(map(operator.is_not, grads, itertools.repeat(None)))
+
+
 def _gather(grads: Gradients, index: Sequence[int]) -> tuple[Sequence[int], Tensors]:
     """The positions in `index` that have a gradient, and these gradients; sparse ones become dense."""
-    found = [g for g in _pick(grads, index) if g is not None]
-    if len(found) < len(index):
+    found: Any = _pick(grads, index)
+    if not _complete(found):
+        found = [g for g in found if g is not None]
         index = [i for i in index if grads[i] is not None]
     if any(map(_IS_SPARSE, found)):
         found = [g.to_dense() if g.is_sparse else g for g in found]
@@ -236,6 +252,8 @@ def _gather(grads: Gradients, index: Sequence[int]) -> tuple[Sequence[int], Tens
 
 def _in_all(lists: Sequence[Gradients]) -> Sequence[int]:
     """The positions at which every list has a gradient."""
+    if all(map(_complete, lists)):
+        return range(len(lists[0]))
     return [i for i, column in enumerate(zip(*lists, strict=True)) if not any(g is None for g in column)]
 
 
@@ -331,7 +349,7 @@ def program(recipe: Recipe, site: Site, store: Reader, eps: float) -> Generator[
         u, new = recipe.combine.off(g, read("combine", index), site.context(index))
         stage("combine", index, new)
         out.update = _spread(grads, index, u)
-        out.untouched = first is None and all(x is grads[i] for i, x in zip(index, u, strict=True))
+        out.untouched = first is None and all(map(operator.is_, u, _pick(grads, index)))
         return out
 
     asking = recipe.points(ascend, moved)

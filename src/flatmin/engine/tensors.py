@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 _PLAIN = {Tensor, torch.nn.Parameter}
+_TINY = 1e-30  # squared norms below it are those of a zero vector
 _SMALL = 1 << 14  # elements
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -92,6 +93,8 @@ class Layout:
             for i, w in enumerate(weights):
                 by_shape.setdefault(w.shape[1:], []).append(i)
             self.blocks = list(by_shape.values())
+        self.buffer: list[Tensor] = []
+        self.busy = False
         self._pick = [operator.itemgetter(*block, block[-1]) for block in self.blocks]
 
     def fits(self, groups: Sequence[Sequence[Tensor]]) -> bool:
@@ -114,14 +117,33 @@ class Layout:
         same = self._dtypes == list(map(_DTYPE, self.weights))
         return self if same else Layout(self._groups)
 
-    def joined(self, tensors: Sequence[Tensor]) -> list[Tensor] | None:
-        """All entries of tensors shaped like the weights in a few large tensors; None where that does not pay."""
+    def joined(self, tensors: Sequence[Tensor], *, passing: bool = False) -> list[Tensor] | None:
+        """All entries of tensors shaped like the weights in a few large tensors; None where that does not pay.
+
+        `passing`: the result is read before anything else is joined or any weight moves, so that it may use `buffer`.
+        """
         if not self.blocks or len(tensors) != len(self.weights):
             return None
-        return [torch.cat(block) for block in self.by_block(tensors)]
+        if passing and self.buffer and not self.busy and tensors[0].dtype == self.buffer[0].dtype:
+            return self.join_into(self.buffer, tensors)
+        return [torch.cat(block) for block in self._by_block(tensors)]
 
-    def by_block(self, tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
-        """The tensors of each block."""
+    def join_into(self, joined: list[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The same, written over `joined`."""
+        for whole, block in zip(joined, self._by_block(tensors), strict=True):
+            torch.cat(block, out=whole)
+        return joined
+
+    def parted(self, joined: Sequence[Tensor]) -> list[Tensor]:
+        """What `joined` put together, as views."""
+        found: list[Tensor] = [joined[0]] * len(self.weights)
+        for block, whole in zip(self.blocks, joined, strict=True):
+            views = whole.split_with_sizes([self.weights[i].shape[0] for i in block])
+            for i, view in zip(block, views, strict=True):
+                found[i] = view
+        return found
+
+    def _by_block(self, tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
         return (pick(tensors)[:-1] for pick in self._pick)  # the last position stands twice: always a tuple
 
 
@@ -130,7 +152,7 @@ def norm(tensors: Sequence[Tensor], layout: Layout | None = None) -> Tensor:
 
     Squares are summed in that precision, so entries above about 1e19 overflow to inf in fp32.
     """
-    tensors = (layout and layout.joined(tensors)) or list(tensors)
+    tensors = (layout and layout.joined(tensors, passing=True)) or list(tensors)
     groups = [tensors] if uniform(tensors) else [[tensors[i] for i in b] for b in buckets(tensors)]
     parts: list[Tensor] = []
     for group in groups:
@@ -145,7 +167,7 @@ def norm(tensors: Sequence[Tensor], layout: Layout | None = None) -> Tensor:
 def dot(a: Sequence[Tensor], b: Sequence[Tensor], layout: Layout | None = None) -> Tensor:
     """Global inner product sum_i <a_i, b_i> (real part), in fp32 or better, on the first tensor's device."""
     if layout is not None and layout.blocks:
-        whole = layout.joined(a)
+        whole = layout.joined(a, passing=True)
         a, b = whole or a, (whole if a is b else layout.joined(b)) or b
     total: Tensor | None = None
     for x, y in zip(a, b, strict=True):
@@ -176,6 +198,22 @@ def add_scaled(
         scaled = torch._foreach_mul([b[i] for i in group], factor.to(head.device, head.dtype))
         torch._foreach_add_([total[i] for i in group], scaled)
     return total
+
+
+def share(a: Sequence[Tensor], along: Sequence[Tensor], layout: Layout | None = None) -> Tensor:
+    """K such that k along is the projection of a; 0 for a zero vector."""
+    square = dot(along, along, layout)
+    return torch.where(square > _TINY, dot(a, along, layout) / square, torch.zeros_like(square))
+
+
+def reject(a: Sequence[Tensor], along: Sequence[Tensor], layout: Layout) -> tuple[list[Tensor], Tensor]:
+    """A minus its projection on `along`, as new tensors, and the norm of that."""
+    whole, line = layout.joined(a), layout.joined(along, passing=True)
+    if whole is None or line is None:
+        rest = add_scaled(a, along, -share(a, along, layout), layout, spent=False)
+        return rest, norm(rest, layout)
+    torch._foreach_add_(whole, line, alpha=-float(share(whole, line)))
+    return layout.parted(whole), norm(whole)
 
 
 def bits(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -220,7 +258,7 @@ def nonfinite_(tensors: Sequence[Tensor], found: Tensor, one: Tensor) -> None:
 
 def all_finite(tensors: Sequence[Tensor], layout: Layout) -> bool:
     """Whether no entry of these CPU tensors, gradients of the layout's weights, is nan or inf."""
-    joined = layout.joined(tensors)
+    joined = layout.joined(tensors, passing=True)
     # A sum that is finite clears every entry; one that is not may be an overflow, so the entries decide.
     if joined is not None and math.isfinite(sum(float(t.sum()) for t in joined)):
         return True

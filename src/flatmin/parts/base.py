@@ -205,6 +205,12 @@ class Context(Protocol):
     def add_scaled(self, a: Tensors, b: Tensors, factor: Tensor, *, spent: bool = False) -> Tensors:
         """A + factor b for a scalar tensor, in the dtype of a; `spent`: nobody needs a afterwards."""
 
+    def share(self, a: Tensors, along: Tensors) -> Tensor:
+        """K = <a, along> / ||along||^2, so that k along is the projection of a; 0 for a zero vector."""
+
+    def reject(self, a: Tensors, along: Tensors) -> tuple[Tensors, Tensor]:
+        """A minus its projection on `along`, as new tensors, and the norm of that."""
+
     def noise(self) -> Tensors:
         """Standard normal numbers, shaped like w, from the engine's own generator."""
 

@@ -18,8 +18,6 @@ from flatmin.parts.base import (
     check_range,
 )
 
-_TINY = 1e-30  # squared norms below it are those of a zero vector
-
 
 @dataclass(frozen=True, kw_only=True)
 class Descent(Combine):
@@ -27,12 +25,6 @@ class Descent(Combine):
 
     def __call__(self, g: Tensors | None, gs: list[Tensors], state: State, c: Context) -> tuple[Tensors, NewState]:
         return gs[0], {}
-
-
-def _share(c: Context, a: Tensors, along: Tensors) -> Tensor:
-    """K such that k along is the projection of a; 0 for a zero vector."""
-    square = c.dot(along, along)
-    return torch.where(square > _TINY, c.dot(a, along) / square, torch.zeros_like(square))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +63,7 @@ class Orthogonal(Combine):
     def __call__(self, g: Tensors | None, gs: list[Tensors], state: State, c: Context) -> tuple[Tensors, NewState]:
         assert g is not None
         # g_s - alpha (g - k g_s) = (g_s - alpha g) + alpha k g_s
-        k = _share(c, g, gs[0])
+        k = c.share(g, gs[0])
         u = list(torch._foreach_add(gs[0], g, alpha=-self.alpha))
         return c.add_scaled(u, gs[0], self.alpha * k, spent=True), {}
 
@@ -201,8 +193,8 @@ class Look(Combine):
 
     def __call__(self, g: Tensors | None, gs: list[Tensors], state: State, c: Context) -> tuple[Tensors, NewState]:
         assert g is not None
-        sharp = c.add_scaled(gs[0], g, -_share(c, gs[0], g))
-        return gs[0], {"sharp": sharp, "size": c.norm(sharp)}
+        sharp, size = c.reject(gs[0], g)
+        return gs[0], {"sharp": sharp, "size": size}
 
     def off(self, g: Tensors, state: State, c: Context) -> tuple[Tensors, NewState]:
         sharp, size = state["sharp"], state["size"]
