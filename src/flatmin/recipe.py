@@ -113,6 +113,11 @@ class Recipe:
         return int(self.points.leaves) + slots + self.points.copies + int(self.combine.uses_gradient)
 
     @property
+    def remembers(self) -> bool:
+        """Whether a gradient of one pass is looked at after the next one has begun."""
+        return self.combine.uses_gradient or any(part.slots for part in self.parts.values())
+
+    @property
     def moves(self) -> bool:
         """Whether a step can leave w at all."""
         return self.ascends and self.points.leaves

@@ -48,6 +48,7 @@ def test_a_sum_that_overflows_is_not_a_bad_entry():
     assert all_finite(weights, Layout([[torch.nn.Parameter(w) for w in weights]]))
 
 
+@pytest.mark.filterwarnings("ignore:weights in half precision")
 @pytest.mark.parametrize("one", [0, 3])
 def test_a_weight_widened_between_steps_is_restored_bit_for_bit(one):
     weights = make(torch.bfloat16)

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from flatmin.engine.criterion import Criterion
 from flatmin.engine.optimizer import SAM, NonFinite
+from flatmin.engine.replicas import AscentSync
 from flatmin.recipes import Method, Recipe, compose
 
 
@@ -27,6 +28,9 @@ def wrap(
     eps: float = 1e-12,
     seed: int = 0,
     diagnostics: bool = False,
+    scaler: Any = None,
+    clip_norm: float | None = None,
+    ascent_sync: AscentSync = "all",
     **params: Any,
 ) -> SAM:
     """Wrap a base optimizer with a method by name, with the parameters of its parts as keywords.
@@ -53,6 +57,9 @@ def wrap(
         eps: see `SAM`.
         seed: see `SAM`.
         diagnostics: see `SAM`.
+        scaler: see `SAM`.
+        clip_norm: see `SAM`.
+        ascent_sync: see `SAM`.
 
     Raises:
         ValueError, TypeError: as `SAM` and `flatmin.compose`.
@@ -73,4 +80,7 @@ def wrap(
         eps=eps,
         seed=seed,
         diagnostics=diagnostics,
+        scaler=scaler,
+        clip_norm=clip_norm,
+        ascent_sync=ascent_sync,
     )

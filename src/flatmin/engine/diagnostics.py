@@ -57,9 +57,9 @@ class Diagnostics:
         if not self._g:
             self._g = list(grads)
 
-    def displaced(self, weights: Sequence[Tensor], copies: Sequence[Tensor]) -> None:
-        """The weights at w + eps and what they were."""
-        self._values["epsilon_norm"] = ta.norm(list(torch._foreach_sub(list(weights), list(copies))))
+    def displaced(self, weights: Sequence[Tensor], copies: Sequence[Tensor], asked: Sequence[Tensor]) -> None:
+        """The weights at w + eps, what they were, and eps before rounding."""
+        self._values.update(realised(weights, copies, asked))
 
     def last(self, grads: Gradients, weights: Sequence[Tensor], *, perturbed: bool) -> None:
         """The gradients of the descent pass, and the weights they are for."""
@@ -96,6 +96,24 @@ class Diagnostics:
         if "ratio_above_1" in values:
             values["ratio_larger"] = values["ratio_above_1"] + values["ratio_below_minus_1"]
         return values
+
+
+def realised(weights: Sequence[Tensor], copies: Sequence[Tensor], asked: Sequence[Tensor]) -> dict[str, Tensor]:
+    """How the displacement weights - copies compares with the one that was asked for."""
+    wide = [torch.promote_types(w.dtype, torch.float32) for w in weights]
+    made = [w.to(d) - c.to(d) for w, c, d in zip(weights, copies, wide, strict=True)]
+    norm, wanted = ta.norm(made), ta.norm(asked)
+    inner = ta.dot(made, asked)
+    still = [ta.full_scalar(((m == 0) & (a != 0)).sum()) for m, a in zip(made, asked, strict=True)]
+    entries = sum(m.numel() for m in made)
+    one = torch.ones_like(norm)
+    return {
+        "epsilon_norm": norm,
+        "epsilon_asked": wanted,
+        "epsilon_projection": torch.where(wanted > 0, inner / wanted**2, one),
+        "epsilon_cosine": torch.where((norm > 0) & (wanted > 0), inner / (norm * wanted), one),
+        "epsilon_unmoved": torch.stack([s.to(norm.device) for s in still]).sum() / max(entries, 1),
+    }
 
 
 def _dense(g: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ from torch.optim import Optimizer
 
 from flatmin.engine.diagnostics import Diagnostics
 from flatmin.engine.program import Site
+from flatmin.engine.replicas import Replicas
+from flatmin.engine.scaling import Scaling
 from flatmin.engine.update import Evaluation, Update
 from flatmin.parts import Gradients, Need
 from flatmin.parts.points import accumulate
@@ -60,6 +62,9 @@ class Doors(Optimizer):
     _update: Update | None
     _resident: bool
     _diagnostics: Diagnostics | None
+    clip_norm: float | None
+    _scaling: Scaling | None
+    _replicas: Replicas
 
     if TYPE_CHECKING:
 
@@ -87,6 +92,25 @@ class Doors(Optimizer):
             RuntimeError: no gradients, a loss without forward pass, or no passes run and no closure.
             FloatingPointError: see `nonfinite`.
         """
+        try:
+            if "found_inf" in self.__dict__ and self._scaling is None:
+                raise RuntimeError(
+                    "scaler.step() on an optimizer that does not know the scaler: give it as scaler= when building the "
+                    "optimizer, or set optimizer.scaler."
+                )
+            return self._step(closure)
+        except BaseException:
+            # The scaler leaves its marks behind when a step raises.
+            for mark in ("grad_scale", "found_inf"):
+                self.__dict__.pop(mark, None)
+            raise
+
+    # torch would fire the step hooks here as well as in the base.
+    step.hooked = True  # type: ignore[attr-defined]
+    # A GradScaler then calls step() in any case, also with a closure, and leaves scaling and skipping to it.
+    _step_supports_amp_scaling = True
+
+    def _step(self, closure: Closure | Sequence[Closure] | None) -> Any:
         if closure is not None:
             listed = isinstance(closure, (list, tuple))
             closures: list[Any] = list(closure) if isinstance(closure, (list, tuple)) else [closure]
@@ -110,9 +134,6 @@ class Doors(Optimizer):
         self._apply(update)
         return None
 
-    # torch would fire the step hooks here as well as in the base.
-    step.hooked = True  # type: ignore[attr-defined]
-
     def _apply(self, update: Update, *, at_once: bool = False) -> None:
         try:
             update.apply(at_once=at_once)
@@ -126,7 +147,7 @@ class Doors(Optimizer):
     def _step_closures(self, closures: list[Closure], *, listed: bool) -> Any:
         if Need.MICRO_BATCHES in self.recipe.needs and not listed:
             raise RuntimeError(f"{self.recipe.name} needs {Need.MICRO_BATCHES.value}; got one closure.")
-        update = self._begin(len(closures))
+        update = self._begin(len(closures), closed=True)
         firsts: list[Any] = []
         visited: set[int | None] = set()
         while update.request is not None:
@@ -144,6 +165,9 @@ class Doors(Optimizer):
                 # The graph of this pass must not live through the next one.
                 del loss
         self._apply(update, at_once=True)
+        if self._scaling is not None:
+            # What is left would be checked, and found infinite, by the next scaler.step().
+            self.zero_grad()
         return firsts[0] if len(firsts) == 1 else sum(firsts) / len(firsts)
 
     def backward(self, loss: Tensor) -> None:
@@ -204,6 +228,7 @@ class Doors(Optimizer):
     def _step_resident(self) -> None:
         update = self._update
         assert update is not None
+        update.hand_over()
         self._leave(update)
         self._resident = False
         self._apply(update)
@@ -273,6 +298,8 @@ class Doors(Optimizer):
     def second_step(self, zero_grad: bool = False) -> None:
         """Return to w and let the base step with the gradients taken at w + eps.
 
+        With a scaler it unscales and skips by itself; `scaler.update()` comes after it.
+
         Args:
             zero_grad: clear the gradients afterwards. Default False.
 
@@ -282,6 +309,7 @@ class Doors(Optimizer):
         update = self._update
         if update is None or not update.inside:
             raise RuntimeError("second_step() needs first_step() and a backward pass before it.")
+        update.close()
         self._leave(update)
         self.step()
         if zero_grad:
@@ -298,9 +326,9 @@ class Doors(Optimizer):
         self._between_updates()
 
     @torch.no_grad()
-    def _begin(self, chunks: int = 1, *, door: str = "a new update") -> Update:
+    def _begin(self, chunks: int = 1, *, door: str = "a new update", closed: bool = False) -> Update:
         self._refuse_second_update(door)
-        self._update = Update(cast("SAM", self), self._site(chunks))
+        self._update = Update(cast("SAM", self), self._site(chunks), closed=closed)
         return self._update
 
     def _refuse_second_update(self, what: str) -> None:
@@ -311,6 +339,8 @@ class Doors(Optimizer):
             )
 
     def _begin_manual(self, door: str) -> Update:
+        if self._replicas.local:
+            raise RuntimeError(f"{door} takes a gradient that is averaged already; ascent_sync needs passes().")
         if not self.recipe.two_pass:
             raise RuntimeError(
                 f"{door} serves recipes of one pass at w and one at w + eps; {self.recipe.name} needs passes() or "
@@ -328,6 +358,11 @@ class Doors(Optimizer):
     def _plain_step(self) -> None:
         groups = self.param_groups
         idle = not self.recipe.ascends or all(g["rho"] == 0 for g in groups)
+        if idle and (self._scaling is not None or self.clip_norm is not None):
+            update = self._begin()
+            update.take_plain()
+            self._apply(update)
+            return
         if idle or all(float(g.get("lr", 1.0)) == 0.0 for g in groups):
             self.base.step()
             return

@@ -58,18 +58,29 @@ class Ledger:
         self._buffers: dict[int, Tensor] = {}
         self._whole: tuple[list[Tensor], list[Tensor]] | None = None  # all weights and their copies
         self._away: tuple[list[Tensor], list[Tensor]] | None = None
+        self._moved: tuple[list[Tensor], list[Tensor]] | None = None  # the same as whole tensors, if they are sharded
+        self._generators: dict[torch.device, torch.Generator] = {}
+        self._seed = 0
+        self.asked: list[Tensor] | None = None
 
-    def move(self, layout: ta.Layout, offset: Offset, flags: Flags | None) -> bool:
+    def move(
+        self, layout: ta.Layout, offset: Offset, flags: Flags | None, *, seed: int = 0, record: bool = False
+    ) -> bool:
         """Displace the weights in offset.index; True if the displacement was known (on the host) to be finite.
 
         Without flags the size is read on the host (CPU tensors); with flags nothing synchronises and a direction
-        that is not finite becomes a displacement of exactly zero.
+        that is not finite becomes a displacement of exactly zero. `seed`: of the random rounding of bf16 and fp16
+        weights. `record`: keep in `asked` what the displacement would be without rounding.
         """
         weights, index = layout.weights, offset.index
         ws = weights if len(index) == len(weights) else [weights[i] for i in index]
         if flags is None and not math.isfinite(float(offset.size)):
             return False
         self._save(layout, ws, index)
+        self.asked = [torch.empty(0)] * len(ws) if record else None
+        if seed != self._seed:
+            self._generators.clear()
+            self._seed = seed
         if flags is None:
             self._add_on_host(ws, offset, layout)
         else:
@@ -84,7 +95,7 @@ class Ledger:
                 d, some = [d[i] for i in group], [ws[i] for i in group]
             else:
                 some = ws
-            torch._foreach_add_(some, d, alpha=float(factor) * scale)
+            self._add(some, d, float(factor) * scale, group)
 
     def _add_on_device(self, ws: list[Tensor], offset: Offset, flags: Flags) -> None:
         flags.judge(offset.size)
@@ -107,7 +118,21 @@ class Ledger:
             else:
                 alpha = factor
             ta.keep_if_(d, flags.gate)
-            torch._foreach_add_([ws[i] for i in group], d, alpha=alpha)
+            self._add([ws[i] for i in group], d, alpha, group)
+
+    def _add(self, ws: list[Tensor], d: list[Tensor], alpha: float, group: Sequence[int]) -> None:
+        """Ws += alpha d; the positions of ws in the whole list are `group`."""
+        if self.asked is not None:
+            for i, x in zip(group, d, strict=True):
+                self.asked[i] = x.to(torch.promote_types(x.dtype, torch.float32)) * alpha
+        if ws[0].dtype not in ta.LOW:
+            torch._foreach_add_(ws, d, alpha=alpha)
+            return
+        device = ws[0].device
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device)
+            self._generators[device].manual_seed(self._seed)
+        ta.add_rounded_(ta.local(ws), ta.local(d), alpha, self._generators[device])
 
     def _save(self, layout: ta.Layout, ws: list[Tensor], index: Sequence[int]) -> None:
         assert self._away is None, "weights are already displaced"
@@ -115,11 +140,12 @@ class Ledger:
         if layout is not self._layout:
             self._layout, self._buffers, self._whole = layout, {}, None
         if len(index) < len(layout.weights) or not layout.simple:
-            self._away = (ta.local(ws), ta.local(self._copies(layout, index)))
+            self._moved = (ws, self._copies(layout, index))
+            self._away = (ta.local(ws), ta.local(self._moved[1]))
         else:
             if self._whole is None:
                 self._whole = (ws, self._copies(layout, index))
-            self._away = self._whole
+            self._away = self._moved = self._whole
             if layout.blocks:
                 layout.join_into(layout.buffer, ws)
                 return
@@ -137,14 +163,14 @@ class Ledger:
     @property
     def away(self) -> tuple[list[Tensor], list[Tensor]] | None:
         """The displaced tensors and where they were; None if all are at home."""
-        return self._away
+        return self._moved
 
     def restore(self) -> None:
         """Put the weights back bit for bit; does nothing if they are at home."""
         if self._away is not None:
             weights, copies = self._away
             torch._foreach_copy_(weights, copies)
-            self._away = None
+            self._away = self._moved = None
             assert self._layout is not None
             self._layout.busy = False
 

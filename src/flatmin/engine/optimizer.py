@@ -19,8 +19,10 @@ from flatmin.engine.doors import Doors
 from flatmin.engine.guards import FrozenStatistics, ModelWatch, RandomState
 from flatmin.engine.ledger import Flags, Ledger
 from flatmin.engine.program import Generators, Services, Site
+from flatmin.engine.replicas import AscentSync, Replicas, refuse_unserved
+from flatmin.engine.scaling import Scaling
 from flatmin.engine.store import PREFIX, VERSION, StateView, Store, load, save
-from flatmin.engine.tensors import Layout, is_sharded
+from flatmin.engine.tensors import Layout
 from flatmin.parts import Need
 from flatmin.recipes import Recipe, compose
 
@@ -81,6 +83,13 @@ class SAM(Doors):
         eps: added to every norm that divides. Default 1e-12 (Foret et al.'s common implementations).
         seed: of the engine's own generator, for recipes that draw. Default 0.
         diagnostics: record each step's numbers for `diagnostics()`; holds one more copy of g. Default False.
+        scaler: the `torch.amp.GradScaler` of the loop, so that gradients of every pass are unscaled and the scaler
+            hears of an inf in any of them; such a step is skipped, whatever `nonfinite` says. Held, never pickled.
+            Default None.
+        clip_norm: the base takes u scaled down to this global norm, > 0. Default None: no clipping.
+        ascent_sync: whose batches pass 1 sees under DistributedDataParallel (needs `model`): "all" replicas' (default),
+            "none" but the replica's own (m-sharpness, and no communication in pass 1), or those of k consecutive
+            ranks.
         kwargs: options of `base_optimizer`.
 
     Raises:
@@ -95,6 +104,7 @@ class SAM(Doors):
     _layout: Layout
     _layers: dict[Tensor, str]
     _force_device_path: bool
+    _unchecked_rounding: bool
     _frozen: bool
 
     def __init__(
@@ -113,6 +123,9 @@ class SAM(Doors):
         eps: float = 1e-12,
         seed: int = 0,
         diagnostics: bool = False,
+        scaler: Any = None,
+        clip_norm: float | None = None,
+        ascent_sync: AscentSync = "all",
         **kwargs: Any,
     ) -> None:
         if rho is not None:
@@ -130,7 +143,10 @@ class SAM(Doors):
             raise ValueError(f"eps must be a positive number, got {eps!r}.")
         self.base = build_base(params, base_optimizer, kwargs)
         self.nonfinite, self.eps = nonfinite, float(eps)
+        if clip_norm is not None and not (isinstance(clip_norm, (int, float)) and 0 < clip_norm < math.inf):
+            raise ValueError(f"clip_norm must be a positive number or None, got {clip_norm!r}.")
         self.criterion = criterion
+        self.clip_norm, self.ascent_sync = clip_norm, ascent_sync
         self._seed, self._freeze_batchnorm, self._replay_rng = seed, freeze_batchnorm, replay_rng
         self._diagnoses = diagnostics
         self._generators = Generators(seed)
@@ -142,6 +158,7 @@ class SAM(Doors):
             group["rho"] = check_rho(group.get("rho", default))
         self._init_group_state()
         self._check_needs()
+        self.scaler = scaler
 
     # -- the base's attributes -----------------------------------------------------------------------------------
 
@@ -173,6 +190,25 @@ class SAM(Doors):
     def model(self) -> nn.Module | None:
         """The module given at construction."""
         return self._model
+
+    @property
+    def scaler(self) -> Any:
+        """The GradScaler of the loop, or None. May be set between updates."""
+        return self._scaler
+
+    @scaler.setter
+    def scaler(self, scaler: Any) -> None:
+        self._refuse_second_update("a new scaler")
+        if scaler is not None and not all(hasattr(scaler, m) for m in ("scale", "unscale_", "step", "is_enabled")):
+            raise TypeError(f"scaler must be a torch.amp.GradScaler, got {type(scaler).__name__}.")
+        on = scaler is not None and scaler.is_enabled()
+        if on and Need.SECOND_ORDER in self.recipe.needs:
+            raise ValueError(
+                f"{self.recipe.name} needs second derivatives, which a GradScaler's scale would not leave finite; use "
+                "bfloat16 autocast, which needs no scaler."
+            )
+        weights = [w for g in self.param_groups for w in g["params"]]
+        self._scaler, self._scaling = scaler, Scaling(scaler, weights[0].device) if on else None
 
     def __getattr__(self, name: str) -> Any:
         if name in _HOOKS:
@@ -336,6 +372,8 @@ class SAM(Doors):
         self._resident = False
         self._diagnostics = Diagnostics() if self._diagnoses else None
         weights = [w for g in self.param_groups for w in g["params"]]
+        self._scaler = self._scaling = None
+        self._unchecked_rounding = True
         self._random = RandomState({w.device for w in weights}) if self._replay_rng else None
         self._model = model
         self._statistics: FrozenStatistics | None = None
@@ -352,6 +390,7 @@ class SAM(Doors):
                 lambda: not any(w.grad is not None for w in weights),
                 getattr(self.criterion, "forget", None),
             )
+        self._replicas = Replicas(self.ascent_sync, model, self.recipe)
         self._names = self._read_names()
         self._layers = {}
         for module in () if model is None else model.modules():
@@ -402,8 +441,7 @@ class SAM(Doors):
             raise ValueError(f"{name} needs {Need.LAYERS.value}.")
         if Need.NAMES in needs and any(w not in self._names for w in weights):
             raise ValueError(f"{name} needs {Need.NAMES.value}.")
-        if Need.RANDOM in needs and any(map(is_sharded, weights)):
-            raise ValueError(f"{name} needs {Need.RANDOM.value}, which are not served on sharded weights yet.")
+        refuse_unserved(self.recipe, weights)
         site = self._site()
         self.recipe.mask.select(site.context(range(len(site.weights))))
 
@@ -439,8 +477,11 @@ class SAM(Doors):
     def _copyable(self) -> dict[str, Any]:
         if self._update is not None:
             raise RuntimeError("cannot copy or pickle during an update; finish it with step() or call abort() first.")
-        options = ("recipe", "nonfinite", "eps", "_seed", "_freeze_batchnorm", "_replay_rng", "_diagnoses")
-        return {k: self.__dict__[k] for k in options}
+        if self.ascent_sync != "all":
+            raise RuntimeError("an optimizer with ascent_sync belongs to its processes; copy its state_dict() instead.")
+        options = ("recipe", "nonfinite", "eps", "clip_norm", "ascent_sync")
+        private = ("_seed", "_freeze_batchnorm", "_replay_rng", "_diagnoses")
+        return {k: self.__dict__[k] for k in (*options, *private)}
 
     def __getstate__(self) -> dict[str, Any]:
         weights = [w for g in self.param_groups for w in g["params"]]

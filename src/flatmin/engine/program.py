@@ -168,15 +168,15 @@ class SiteContext:
 
     def noise(self) -> Tensors:
         cpu = self._site.generator.cpu
-        return [torch.randn(w.shape, generator=cpu, dtype=_real(w)).to(w.device, w.dtype) for w in self.w]
+        return [ta.placed(torch.randn(w.shape, generator=cpu, dtype=_real(w)), w) for w in self.w]
 
     def bernoulli(self, p: float) -> Tensors:
         cpu = self._site.generator.cpu
-        return [(torch.rand(w.shape, generator=cpu) < p).to(w.device, w.dtype) for w in self.w]
+        return [ta.placed(torch.rand(w.shape, generator=cpu) < p, w) for w in self.w]
 
     def uniform(self) -> Tensors:
         cpu = self._site.generator.cpu
-        return [torch.rand(w.shape, generator=cpu, dtype=_real(w)).to(w.device, w.dtype) for w in self.w]
+        return [ta.placed(torch.rand(w.shape, generator=cpu, dtype=_real(w)), w) for w in self.w]
 
     def draws(self, count: int) -> list[float]:
         drawn: list[float] = torch.rand(count, generator=self._site.generator.cpu, dtype=torch.float64).tolist()

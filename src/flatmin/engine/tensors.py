@@ -14,6 +14,8 @@ from torch import Tensor
 _PLAIN = {Tensor, torch.nn.Parameter}
 _TINY = 1e-30  # squared norms below it are those of a zero vector
 _SMALL = 1 << 14  # elements
+_BLOCK = 1 << 22  # elements
+LOW = (torch.float16, torch.bfloat16)  # in them w + eps must be rounded at random
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -38,6 +40,17 @@ def local(tensors: Sequence[Tensor]) -> list[Tensor]:
 def full_scalar(t: Tensor) -> Tensor:
     """A scalar as a plain tensor; sums over the shards if it is a DTensor."""
     return cast(Tensor, cast(Any, t).full_tensor()) if is_sharded(t) else t
+
+
+def placed(values: Tensor, w: Tensor) -> Tensor:
+    """The same numbers for every entry of w, where w lies: in its dtype, on its device, sharded like it."""
+    values = values.to(w.device, w.dtype)
+    if not is_sharded(w):
+        return values
+    sharded = cast(Any, w)
+    return torch.distributed.tensor.distribute_tensor(
+        values, sharded.device_mesh, sharded.placements, src_data_rank=None
+    )
 
 
 def buckets(tensors: Sequence[Tensor], *keys: Sequence[Any]) -> list[list[int]]:
@@ -156,7 +169,7 @@ def norm(tensors: Sequence[Tensor], layout: Layout | None = None) -> Tensor:
     groups = [tensors] if uniform(tensors) else [[tensors[i] for i in b] for b in buckets(tensors)]
     parts: list[Tensor] = []
     for group in groups:
-        low = group[0].dtype in (torch.float16, torch.bfloat16)
+        low = group[0].dtype in LOW
         parts.extend(torch._foreach_norm(group, 2.0, dtype=torch.float32) if low else torch._foreach_norm(group, 2.0))
     if len(groups) > 1:
         wide = max((p.dtype for p in parts), key=lambda d: d.itemsize)
@@ -238,22 +251,34 @@ def choose_(into: Sequence[Tensor], new: Sequence[Tensor], gate: Tensor) -> None
         torch._foreach_add_([old_bits[i] for i in group], [new_bits[i] for i in group])
 
 
-def nonfinite_(tensors: Sequence[Tensor], found: Tensor, one: Tensor) -> None:
+def nonfinite_(tensors: Sequence[Tensor], found: Tensor, factor: Tensor) -> None:
     """Set `found` (a zero fp32 scalar) to 1 if any entry is nan or inf; one launch per foreach chunk, no sync.
 
-    `one` is an fp32 scalar 1 on the device of `found`. Tensors on another device add a copy of a scalar each way.
+    `factor` is an fp32 scalar on the device of `found` by which the entries are multiplied in place, normally 1.
+    Tensors on another device add a copy of a scalar each way. All processes that share a tensor find the same.
     """
-    for group in buckets(tensors):
-        chosen = [tensors[i] for i in group]
+    shards = local(tensors)
+    for group in buckets(shards):
+        chosen = [shards[i] for i in group]
         if chosen[0].is_complex():
             chosen = [torch.view_as_real(t) for t in chosen]
         device = chosen[0].device
         if device == found.device:
-            torch._amp_foreach_non_finite_check_and_unscale_(chosen, found, one)
+            torch._amp_foreach_non_finite_check_and_unscale_(chosen, found, factor)
         else:
             there = torch.zeros_like(found, device=device)
-            torch._amp_foreach_non_finite_check_and_unscale_(chosen, there, one.to(device))
+            torch._amp_foreach_non_finite_check_and_unscale_(chosen, there, factor.to(device))
             torch.maximum(found, there.to(found.device), out=found)
+    agree_(found, tensors)
+
+
+def agree_(flag: Tensor, tensors: Sequence[Tensor]) -> None:
+    """Set a scalar to its maximum over all processes that hold a part of one of these tensors."""
+    if plain(tensors):
+        return
+    for mesh in {cast(Any, t).device_mesh for t in tensors if is_sharded(t)}:
+        for group in mesh.get_all_groups():
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, group=group)
 
 
 def all_finite(tensors: Sequence[Tensor], layout: Layout) -> bool:
@@ -268,3 +293,59 @@ def all_finite(tensors: Sequence[Tensor], layout: Layout) -> bool:
     else:
         nonfinite_(tensors, found, one)
     return not float(found)
+
+
+def clip_(tensors: Sequence[Tensor], limit: float) -> None:
+    """Scale in place so that the global norm is at most `limit`; no synchronisation off the CPU."""
+    values = [t._values() if t.is_sparse else t for t in tensors]
+    if not values:
+        return
+    factor = (limit / (norm(values) + 1e-6)).clamp(max=1.0)
+    for group in buckets(values):
+        head = values[group[0]]
+        torch._foreach_mul_([values[i] for i in group], factor.to(head.device))
+
+
+def add_rounded_(
+    weights: Sequence[Tensor], directions: Sequence[Tensor], alpha: float, generator: torch.Generator
+) -> None:
+    """Weights += alpha directions for weights in bf16 or fp16, rounded at random to one of the two neighbours.
+
+    The neighbour above is taken with the probability that makes the mean of the rounded sum the exact sum, so that
+    changes far below the spacing of the weights survive on average. `generator` is on the weights' device.
+    """
+    for block in _blocks(weights):
+        flat = torch.cat([weights[i].reshape(-1) for i in block])
+        asked = torch.cat([directions[i].reshape(-1) for i in block]).float().mul_(alpha).add_(flat)
+        asked = _round_at_random(asked, flat.dtype, generator)
+        parts = asked.split([weights[i].numel() for i in block])
+        torch._foreach_copy_(
+            [weights[i] for i in block], [p.view_as(weights[i]) for i, p in zip(block, parts, strict=True)]
+        )
+
+
+def _round_at_random(x: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    near = x.to(dtype)
+    error = x - near
+    # Neighbours of a number differ by 1 as integers; towards zero the integer shrinks, whatever the sign.
+    code = near.view(torch.int16)
+    away = torch.where(near == 0, error, near.float()).sign() * error.sign()
+    code = torch.where(near == 0, (error < 0).short() * -0x8000 + 1, code + away.short())
+    other = torch.where(error == 0, near, code.view(dtype))
+    # error / spacing; 0 / 0 where the sum is exact, nan where it overflows: both stay.
+    chance = error / (other.float() - near.float())
+    return torch.where(torch.rand(x.shape, generator=generator, device=x.device) < chance, other, near)
+
+
+def _blocks(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
+    """Positions in runs of at most `_BLOCK` elements, or of one larger tensor."""
+    run: list[int] = []
+    size = 0
+    for i, t in enumerate(tensors):
+        if run and size + t.numel() > _BLOCK:
+            yield run
+            run, size = [], 0
+        run.append(i)
+        size += t.numel()
+    if run:
+        yield run

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import operator
+import warnings
 from collections.abc import Callable, Generator
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -12,7 +14,9 @@ import torch
 from torch import Tensor
 
 from flatmin.engine import tensors as ta
+from flatmin.engine.diagnostics import realised
 from flatmin.engine.program import Outcome, Site, program
+from flatmin.engine.scaling import Scaling
 from flatmin.engine.second_order import GraphProducts, PooledProducts
 from flatmin.parts import Eval, Gradients, Need
 
@@ -20,6 +24,7 @@ if TYPE_CHECKING:
     from flatmin.engine.optimizer import SAM
 
 
+_THROUGH_SCALER = "the gradients are scaled: end the update with scaler.step(optimizer)."
 _IS_SPARSE = operator.attrgetter("is_sparse")
 
 
@@ -27,10 +32,12 @@ class Update:
     """Runs the program of one update over an optimizer's weights, in place.
 
     Invariant: outside `enter` ... `leave` the weights are where the step found them.
+
+    `closed`: nobody sees the gradients between the last pass and the base's step.
     """
 
-    def __init__(self, optimizer: SAM, site: Site) -> None:
-        self.optimizer, self.site = optimizer, site
+    def __init__(self, optimizer: SAM, site: Site, *, closed: bool = False) -> None:
+        self.optimizer, self.site, self.closed = optimizer, site, closed
         self.index = 0
         self.inside = False
         self.outcome: Outcome | None = None
@@ -39,6 +46,10 @@ class Update:
         self._visited: set[int | None] = set()
         self.products: list[tuple[float, GraphProducts]] = []
         self.share = 1.0  # of the running closure in the gradient of the pass
+        self._silence = contextlib.ExitStack()
+        self.scaling = optimizer._scaling
+        if self.scaling is not None:
+            self.scaling.begin()
         site.keep_gradients = optimizer._diagnostics is not None
         self._program: Generator[Eval, Gradients, Outcome] = program(
             optimizer.recipe, site, optimizer._store, optimizer.eps
@@ -54,14 +65,12 @@ class Update:
             w.grad = None
         if request is not None and request.at is not None:
             opt._layout = opt._layout.refreshed()
-            moved = opt._ledger.move(opt._layout, request.at, opt._device_flags(request.at.direction))
-            self._ascent_finite = self._ascent_finite and moved
-            request.at.clear()
-            if opt._diagnostics is not None and opt._ledger.away is not None and request.role == "descent":
-                opt._diagnostics.displaced(*opt._ledger.away)
+            self._displace(request)
         chunk = None if request is None else request.chunk
         seen = chunk in self._visited
         self._visited.add(chunk)
+        if request is not None and request.role == "ascent" and opt._replicas.local:
+            self._silence.enter_context(opt._replicas.silent())
         # A batch that is new and still at w counts as a first pass: its statistics are those of w.
         later = self.index > 0 and (seen or request is None or request.at is not None)
         (opt._freeze if later else opt._thaw)()
@@ -72,6 +81,25 @@ class Update:
         if opt.criterion is not None:
             self._criterion_calls = opt.criterion.calls
 
+    def _displace(self, request: Eval) -> None:
+        opt, at = self.optimizer, request.at
+        assert at is not None
+        flags = opt._device_flags(at.direction)
+        unchecked = opt._unchecked_rounding and any(d.dtype in ta.LOW for d in at.direction)
+        record = unchecked or (opt._diagnostics is not None and request.role == "descent")
+        seed = opt._seed * 1_000_003 + self.site.step
+        moved = opt._ledger.move(opt._layout, at, flags, seed=seed, record=record)
+        self._ascent_finite = self._ascent_finite and moved
+        at.clear()
+        asked, opt._ledger.asked = opt._ledger.asked, None
+        if opt._ledger.away is None or asked is None:
+            return
+        if opt._diagnostics is not None and request.role == "descent":
+            opt._diagnostics.displaced(*opt._ledger.away, asked)
+        if unchecked:
+            opt._unchecked_rounding = False
+            _warn_of_rounding(*opt._ledger.away, asked)
+
     def leave(self) -> None:
         """Take the gradients of the evaluation, put the weights back and learn what comes next."""
         if self.request is None:
@@ -81,6 +109,7 @@ class Update:
         self._check_criterion()
         if self.optimizer._watch is not None:
             self.optimizer._watch.check_second_pass()
+        self._silence.close()
         grads: Gradients = [w.grad for w in self.site.weights]
         if all(g is None for g in grads):
             raise RuntimeError(
@@ -88,6 +117,7 @@ class Update:
                 "the closure must compute the loss from the model and call loss.backward()."
             )
         self._restore()
+        grads = self._received(grads)
         self._look(grads)
         if self.request.graph:
             if not self.products:
@@ -100,6 +130,18 @@ class Update:
             self._advance(grads)
         finally:
             self.site.products, self.products = None, []
+
+    def _received(self, grads: Gradients) -> Gradients:
+        """The gradients of a pass as the program shall see them."""
+        opt, request = self.optimizer, self.request
+        assert request is not None
+        if self.scaling is not None:
+            self.scaling.unscale_(grads)
+        if request.role == "ascent":
+            grads = opt._replicas.average(grads, self.site.weights)
+        if opt._replicas.borrowed and (opt.recipe.remembers or self.site.keep_gradients):
+            grads = [None if g is None else g.clone() for g in grads]
+        return grads
 
     def _look(self, grads: Gradients) -> None:
         """Show the gradients to the diagnostics."""
@@ -132,13 +174,38 @@ class Update:
         if all(g is None for g in grads):
             raise RuntimeError("no gradients: call loss.backward() on the batch before perturbing the weights.")
         self._visited.add(None)
+        if self.scaling is not None and self.scaling.unscaled_early(self.optimizer):
+            raise RuntimeError("scaler.unscale_(optimizer) was called between the passes; call it after the last one.")
         if self.request.role == "ascent":
             self._criterion_calls = 0
             self._check_criterion()
+            grads = self._received(grads)
             self._look(grads)
             self._advance(grads)
         else:
             self.index += 1
+
+    def take_plain(self) -> None:
+        """Use the gradients of a plain loop, for updates that stay at w."""
+        self._advance([w.grad for w in self.site.weights])
+
+    def close(self) -> None:
+        """Let nobody see the gradients before the base's step."""
+        self.closed = True
+        if self.scaling is not None and self.scaling.unscaled_early(self.optimizer):
+            raise RuntimeError("second_step() unscales the gradients itself; to clip them, give clip_norm=.")
+
+    def hand_over(self) -> None:
+        """Expect the gradients of a plain loop that went through the scaler's own step."""
+        self.closed = True
+        if self.scaling is None:
+            return
+        opt = self.optimizer
+        if not hasattr(opt, "found_inf"):
+            raise RuntimeError(_THROUGH_SCALER)
+        if opt.grad_scale is None:
+            self.scaling.scale = torch.ones_like(self.scaling.scale)
+        self.scaling.found += opt.found_inf
 
     def _advance(self, grads: Gradients) -> None:
         self.index += 1
@@ -167,6 +234,7 @@ class Update:
         """Put everything back as the step found it, and forget the update."""
         self.optimizer._thaw()
         self._program.close()
+        self._silence.close()
         self._restore()
         self.request = self.outcome = None
 
@@ -175,11 +243,13 @@ class Update:
         opt, outcome = self.optimizer, self.outcome
         assert outcome is not None
         opt._thaw()
-        if outcome.untouched and self.index:
-            return
-        for w, u in zip(self.site.weights, outcome.update, strict=True):
-            if w.grad is not u:
-                w.grad = None if u is None else u.to(w.dtype)
+        if not (outcome.untouched and self.index):
+            for w, u in zip(self.site.weights, outcome.update, strict=True):
+                if w.grad is not u:
+                    w.grad = None if u is None else u.to(w.dtype)
+        if self.scaling is not None and not self.closed:
+            # The scaler's own unscale_() and step() come next, and expect it so.
+            self.scaling.rescale_([w.grad for w in self.site.weights])
 
     def apply(self, *, at_once: bool = False) -> None:
         """The base's step, by the optimizer's rule for gradients that are not finite.
@@ -188,6 +258,10 @@ class Update:
         """
         opt, outcome = self.optimizer, self.outcome
         assert outcome is not None
+        if self.scaling is not None:
+            self._settle(self.scaling)
+        if opt.clip_norm is not None:
+            ta.clip_([w.grad for w in self.site.weights if w.grad is not None], opt.clip_norm)
         stepped, gate = self._base_step(opt.base.step, outcome, at_once and outcome.untouched)
         if stepped and self._ascent_finite:
             for kind, (index, new) in outcome.staged.items():
@@ -197,12 +271,24 @@ class Update:
             torch._foreach_add_([self.site.weights[i] for i in index], terms)
         opt._note(ascent_finite=self._ascent_finite, stepped=stepped)
 
+    def _settle(self, scaling: Scaling) -> None:
+        """Unscale what is still scaled, and exchange verdicts with the scaler."""
+        opt = self.optimizer
+        if not self.closed:
+            if not hasattr(opt, "found_inf"):
+                raise RuntimeError(_THROUGH_SCALER)
+            scale = opt.grad_scale
+            if scale is not None:
+                scaling.unscale_([w.grad for w in self.site.weights], scale.double().reciprocal().float())
+            scaling.found += opt.found_inf
+        scaling.report()
+
     def _base_step(self, base_step: Callable[[], object], outcome: Outcome, known: bool) -> tuple[bool, Tensor | None]:
         """Whether the host knows of no fault; a 0/1 verdict on staged state where only the device knows."""
         opt = self.optimizer
         flags = opt._device_flags(self.site.weights)
         ascended = flags is not None and outcome.size is not None
-        if opt.nonfinite == "propagate":
+        if opt.nonfinite == "propagate" and self.scaling is None:
             base_step()
             if flags is not None and ascended:
                 flags.count(ascended=True)
@@ -213,14 +299,20 @@ class Update:
         if any(map(_IS_SPARSE, update)):
             update = [g.coalesce().values() if g.is_sparse else g for g in update]
         if flags is None:
-            if not ta.all_finite(update, opt._layout):
+            if (self.scaling is not None and self.scaling.found) or not ta.all_finite(update, opt._layout):
                 return self._refuse(), None
             base_step()
             return True, None
         if not ascended:
             flags.reset()
         ta.nonfinite_(update, flags.found_inf, flags.one)
-        if opt.nonfinite == "skip" and opt._base_takes_found_inf() and outcome.post is None:
+        if self.scaling is not None:
+            flags.found_inf.logical_or_(self.scaling.found)
+        if (
+            (opt.nonfinite == "skip" or self.scaling is not None)
+            and opt._base_takes_found_inf()
+            and outcome.post is None
+        ):
             opt.base.found_inf = flags.found_inf  # type: ignore[attr-defined]
             try:
                 base_step()
@@ -243,12 +335,26 @@ class Update:
         return gate if found_inf is None else gate * (1 - found_inf.to(torch.int32))
 
     def _refuse(self) -> bool:
-        if self.optimizer.nonfinite == "raise":
+        if self.optimizer.nonfinite == "raise" and self.scaling is None:
             raise FloatingPointError(
                 "the descent gradient has nan or inf entries; the weights and the base's state are unchanged "
                 "(nonfinite='raise')."
             )
         return False
+
+
+def _warn_of_rounding(weights: list[Tensor], copies: list[Tensor], asked: list[Tensor]) -> None:
+    """Say once how far rounding has made another perturbation than was asked for."""
+    seen = {k: float(v) for k, v in realised(weights, copies, asked).items()}
+    made, wanted = seen["epsilon_norm"], seen["epsilon_asked"]
+    if wanted > 0 and abs(made / wanted - 1.0) > 0.2:
+        warnings.warn(
+            f"weights in half precision: the perturbation has norm {made:.3g} where {wanted:.3g} was asked for, cosine "
+            f"{seen['epsilon_cosine']:.2f} with it, and {seen['epsilon_unmoved']:.0%} of the entries did not move. Its "
+            "part along the asked direction is right on average, the rest is rounding noise. Keep the weights in "
+            "float32 and use autocast, or raise rho.",
+            stacklevel=2,
+        )
 
 
 class Evaluation:

@@ -55,6 +55,7 @@ class Need(enum.Enum):
     RANDOM = "random draws"
     PER_SAMPLE = "per-sample losses (pass criterion=flatmin.Criterion(loss))"
     MICRO_BATCHES = "micro-batches (step([closure, closure, ...]) or passes(chunks=m))"
+    GLOBAL_ORDER = "the order of all entries (not on sharded weights)"
     SECOND_ORDER = "the graph of a pass (call optimizer.backward(loss) instead of loss.backward())"
     LR = "the learning rate of the param groups"
     BASE_MOMENTUM = "the base optimizer's momentum"

@@ -1,0 +1,118 @@
+"""Data-parallel replicas: whose batches the ascent sees, and what several processes cannot be given."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from flatmin.engine.tensors import is_sharded
+from flatmin.parts import Gradients, Need
+from flatmin.recipes import Recipe
+
+AscentSync = Literal["all", "none"] | int
+
+
+def processes() -> int:
+    """How many processes train together."""
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+class Replicas:
+    """Keeps pass 1 local to a replica, or to a group of replicas, as `ascent_sync` says.
+
+    Args:
+        ascent_sync: "all", "none", or how many consecutive ranks share one ascent.
+        model: where the `DistributedDataParallel` modules are.
+        recipe: what is run.
+
+    Raises:
+        ValueError: another word or size, no such module, or a recipe or module that cannot have local ascents.
+    """
+
+    def __init__(self, ascent_sync: AscentSync, model: nn.Module | None, recipe: Recipe) -> None:
+        self.modules = [] if model is None else [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
+        self._size, self._group = _group_size(ascent_sync), None
+        world = processes()
+        self.local = self._size is not None and self._size < world
+        # Gradients that are views of a bucket change with the next backward pass.
+        self.borrowed = any(m.gradient_as_bucket_view for m in self.modules)
+        if self._size is None:
+            return
+        self._check(recipe)
+        if self.local and self._size > 1:
+            if world % self._size:
+                raise ValueError(f"ascent_sync={self._size} must divide the number of processes, {world}.")
+            self._group, _ = distributed.new_subgroups(self._size)
+
+    def _check(self, recipe: Recipe) -> None:
+        if not self.modules:
+            raise ValueError(
+                "ascent_sync needs the DistributedDataParallel module, made after the process group: give it as model=."
+            )
+        if any(m.static_graph for m in self.modules):
+            raise ValueError(
+                "ascent_sync other than 'all' needs a DistributedDataParallel without static_graph=True: with it the "
+                "graph of the first pass, which communicates nothing, would be taken for that of all."
+            )
+        if recipe.combine.uses_gradient:
+            raise ValueError(
+                f"{recipe.name} hands the gradient of pass 1 to the base, so it must be the same on every replica: use "
+                "ascent_sync='all'."
+            )
+        if Need.DECIDES_BY_VALUE in recipe.needs:
+            raise ValueError(
+                f"{recipe.name} decides by the gradient of pass 1, so it must be the same on every replica: use "
+                "ascent_sync='all'."
+            )
+
+    @contextlib.contextmanager
+    def silent(self) -> Iterator[None]:
+        """Context of a pass in which nothing is communicated."""
+        with contextlib.ExitStack() as stack:
+            for module in self.modules:
+                stack.enter_context(module.no_sync())
+            yield
+
+    def average(self, grads: Gradients, weights: Sequence[Tensor]) -> Gradients:
+        """The mean gradients over the group of this process, one message; None where no member has one."""
+        if self._group is None or not self.local:
+            return grads
+        assert self._size is not None
+        zeros = [torch.zeros_like(w) if g is None else g for g, w in zip(grads, weights, strict=True)]
+        dense = [g.to_dense() if g.is_sparse else g for g in zeros]
+        wide = torch.promote_types(torch.float32, max((g.dtype for g in dense), key=lambda d: d.itemsize))
+        present = torch.tensor([g is not None for g in grads], dtype=wide, device=dense[0].device)
+        message = torch.cat([present, *(g.reshape(-1).to(present) for g in dense)])
+        distributed.all_reduce(message, group=self._group)
+        held, *parts = message.split([len(grads), *(g.numel() for g in dense)])
+        return [
+            (p / self._size).view_as(g).to(g.dtype) if there else None
+            for p, g, there in zip(parts, dense, held.tolist(), strict=True)
+        ]
+
+
+def _group_size(ascent_sync: AscentSync) -> int | None:
+    if ascent_sync == "all":
+        return None
+    if ascent_sync == "none":
+        return 1
+    if isinstance(ascent_sync, int) and not isinstance(ascent_sync, bool) and ascent_sync >= 1:
+        return ascent_sync
+    raise ValueError(f"ascent_sync must be 'all', 'none' or a number of ranks, got {ascent_sync!r}.")
+
+
+def refuse_unserved(recipe: Recipe, weights: Sequence[Tensor]) -> None:
+    """Raise ValueError for needs that several processes cannot serve."""
+    sharded = any(map(is_sharded, weights))
+    if Need.SECOND_ORDER in recipe.needs and (sharded or processes() > 1):
+        raise ValueError(
+            f"{recipe.name} needs second derivatives, which bypass the communication of DistributedDataParallel and "
+            "fully_shard: run it in one process."
+        )
+    if Need.GLOBAL_ORDER in recipe.needs and sharded:
+        raise ValueError(f"{recipe.name} needs {Need.GLOBAL_ORDER.value}, which sharded weights do not offer.")
