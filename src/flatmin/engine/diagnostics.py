@@ -122,11 +122,10 @@ def _dense(g: Tensor) -> Tensor:
 
 def _ratio_counts(g: Tensor, s: Tensor) -> Tensor:
     """How many entries of r = s / g lie in each class, how many there are, how many have one sign."""
-    g, s = ta.local([g])[0], ta.local([s])[0]
     if g.is_complex():
         g, s = torch.view_as_real(g), torch.view_as_real(s)
     # Products of small gradients would underflow.
     same, other = ((g > 0) & (s > 0)) | ((g < 0) & (s < 0)), ((g > 0) & (s < 0)) | ((g < 0) & (s > 0))
     larger = s.abs() > g.abs()
     counted = [same & larger, same & ~larger, other & ~larger, other & larger, torch.ones_like(same), same]
-    return torch.stack([c.sum() for c in counted]).to(torch.float64)
+    return torch.stack([ta.full_scalar(c.sum()) for c in counted]).to(torch.float64)

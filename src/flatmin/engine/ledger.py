@@ -90,11 +90,9 @@ class Ledger:
     def _add_on_host(self, ws: list[Tensor], offset: Offset, layout: ta.Layout) -> None:
         scale = 1.0 if offset.norm is None else 1.0 / (float(offset.norm) + offset.eps)
         for group, factor in _by_factor(ws, offset, alike=layout.simple):
-            d = offset.direction
+            d, some = offset.direction, ws
             if len(group) < len(ws):
                 d, some = [d[i] for i in group], [ws[i] for i in group]
-            else:
-                some = ws
             self._add(some, d, float(factor) * scale, group)
 
     def _add_on_device(self, ws: list[Tensor], offset: Offset, flags: Flags) -> None:
@@ -122,6 +120,7 @@ class Ledger:
 
     def _add(self, ws: list[Tensor], d: list[Tensor], alpha: float, group: Sequence[int]) -> None:
         """Ws += alpha d; the positions of ws in the whole list are `group`."""
+        d = ta.aligned(d, ws)
         if self.asked is not None:
             for i, x in zip(group, d, strict=True):
                 self.asked[i] = x.to(torch.promote_types(x.dtype, torch.float32)) * alpha

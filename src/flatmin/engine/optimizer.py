@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from flatmin.engine.base import build_base, check_rho, has_momentum, momenta_of
@@ -21,7 +22,7 @@ from flatmin.engine.ledger import Flags, Ledger
 from flatmin.engine.program import Generators, Services, Site
 from flatmin.engine.replicas import AscentSync, Replicas, refuse_unserved
 from flatmin.engine.scaling import Scaling
-from flatmin.engine.store import PREFIX, VERSION, StateView, Store, load, save
+from flatmin.engine.store import PREFIX, VERSION, StateView, Store, load, save, unfilled
 from flatmin.engine.tensors import Layout
 from flatmin.parts import Need
 from flatmin.recipes import Recipe, compose
@@ -405,7 +406,7 @@ class SAM(Doors):
     def _read_names(self) -> dict[Tensor, str]:
         names: dict[Tensor, str] = {}
         if self._model is not None:
-            names.update((p, n) for n, p in self._model.named_parameters())
+            names.update((p, _plain_name(n)) for n, p in _unwrapped(self._model).named_parameters())
         for group in self.param_groups:
             names.update(zip(group["params"], group.get("param_names", ()), strict=False))
         return names
@@ -417,7 +418,7 @@ class SAM(Doors):
         first.setdefault(PREFIX + "step", 0)
         # Flattened distributed checkpoints look for the keys of the live group; `save` fills in the values.
         for key in self._store.scalars:
-            first.setdefault(PREFIX + key, None)
+            first.setdefault(PREFIX + key, unfilled(first["params"]))
         if Need.RANDOM in self.recipe.needs:
             first[PREFIX + "rng"] = self._generators.cpu.get_state()
 
@@ -529,3 +530,14 @@ class SAM(Doors):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.recipe}, base={self.base!r})"
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    while isinstance(model, DistributedDataParallel):
+        model = model.module
+    return model
+
+
+def _plain_name(name: str) -> str:
+    """A parameter's name without the levels that compilation and checkpointing put in."""
+    return ".".join(part for part in name.split(".") if part not in ("_orig_mod", "_checkpoint_wrapped_module"))

@@ -78,6 +78,11 @@ class Replicas:
                 stack.enter_context(module.no_sync())
             yield
 
+    def agree_(self, flag: Tensor) -> None:
+        """Set a scalar to its maximum over the replicas, where their first passes differ."""
+        if self.local:
+            distributed.all_reduce(flag, distributed.ReduceOp.MAX, group=self.modules[0].process_group)
+
     def average(self, grads: Gradients, weights: Sequence[Tensor]) -> Gradients:
         """The mean gradients over the group of this process, one message; None where no member has one."""
         if self._group is None or not self.local:

@@ -49,7 +49,7 @@ class Scaling:
         Raises:
             ValueError: gradients in fp16, in which the quotient would underflow.
         """
-        present = values(grads)
+        present = ta.values(grads)
         if any(g.dtype == torch.float16 for g in present):
             raise ValueError(
                 "a GradScaler cannot serve weights in float16; keep them in float32 and use autocast(dtype=float16)."
@@ -58,7 +58,7 @@ class Scaling:
 
     def rescale_(self, grads: Sequence[Tensor | None]) -> None:
         """Multiply by the scale, in place: what the scaler expects to find after the last pass of a manual loop."""
-        for group in ta.buckets(present := values(grads)):
+        for group in ta.buckets(present := ta.local(ta.values(grads))):
             head = present[group[0]]
             torch._foreach_mul_([present[i] for i in group], self.scale.to(head.device, head.dtype))
 
@@ -72,9 +72,3 @@ class Scaling:
         """Whether `scaler.unscale_(optimizer)` has been called since its last update."""
         state = getattr(self.scaler, "_per_optimizer_states", {}).get(id(optimizer))
         return state is not None and state["stage"].name == "UNSCALED"
-
-
-def values(grads: Sequence[Tensor | None]) -> list[Tensor]:
-    """The dense tensors that hold the entries of the gradients that are there, sharing their storage."""
-    present = [g for g in grads if g is not None]
-    return ta.local([g._values() if g.is_sparse else g for g in present])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
@@ -184,8 +185,14 @@ def save(base: torch.optim.Optimizer, store: Store) -> dict[str, Any]:
             if w.requires_grad:
                 saved["state"].setdefault(i, {}).update(store.of(w))
     for key, scalar in store.scalars.items():
-        saved["param_groups"][0][PREFIX + key] = scalar
+        saved["param_groups"][0][PREFIX + key] = unfilled(weights) if scalar is None else scalar
     return saved
+
+
+def unfilled(weights: Sequence[Tensor]) -> Tensor:
+    """How a scalar that has no value yet stands in a checkpoint: distributed ones load tensors into tensors."""
+    wide = {torch.float64, torch.complex128} & {w.dtype for w in weights}
+    return torch.full((), math.nan, dtype=torch.float64 if wide else torch.float32, device=weights[0].device)
 
 
 def load(base: torch.optim.Optimizer, store: Store, recipe: str, checkpoint: Mapping[str, Any]) -> None:
@@ -211,7 +218,9 @@ def load(base: torch.optim.Optimizer, store: Store, recipe: str, checkpoint: Map
     for i, w in zip(ids, weights, strict=True):
         if i in own:
             store.put(w, own[i])
-    store.scalars.update({k: v.clone() if isinstance(v, Tensor) else v for k, v in scalars.items()})
+    store.scalars.update(
+        {k: v.clone() if isinstance(v, Tensor) and not v.isnan() else None for k, v in scalars.items()}
+    )
 
 
 def _check_origin(head: Mapping[str, Any], store: Store, recipe: str) -> None:

@@ -53,6 +53,16 @@ def placed(values: Tensor, w: Tensor) -> Tensor:
     )
 
 
+def aligned(tensors: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors of the weights' shapes, sharded as these are."""
+    if plain(weights):
+        return list(tensors)
+    return [
+        cast(Any, t).redistribute(placements=cast(Any, w).placements) if is_sharded(w) else t
+        for t, w in zip(tensors, weights, strict=True)
+    ]
+
+
 def buckets(tensors: Sequence[Tensor], *keys: Sequence[Any]) -> list[list[int]]:
     """Positions grouped by dtype, device and further keys, so that each group suits one foreach call."""
     found: dict[Any, list[int]] = {}
@@ -295,15 +305,20 @@ def all_finite(tensors: Sequence[Tensor], layout: Layout) -> bool:
     return not float(found)
 
 
-def clip_(tensors: Sequence[Tensor], limit: float) -> None:
+def values(grads: Sequence[Tensor | None]) -> list[Tensor]:
+    """The dense tensors that hold the entries of the gradients that are there, sharing their storage."""
+    return [g._values() if g.is_sparse else g for g in grads if g is not None]
+
+
+def clip_(grads: Sequence[Tensor | None], limit: float) -> None:
     """Scale in place so that the global norm is at most `limit`; no synchronisation off the CPU."""
-    values = [t._values() if t.is_sparse else t for t in tensors]
-    if not values:
+    entries = values(grads)
+    if not entries:
         return
-    factor = (limit / (norm(values) + 1e-6)).clamp(max=1.0)
-    for group in buckets(values):
-        head = values[group[0]]
-        torch._foreach_mul_([values[i] for i in group], factor.to(head.device))
+    factor = (limit / (norm(entries) + 1e-6)).clamp(max=1.0)
+    entries = local(entries)
+    for group in buckets(entries):
+        torch._foreach_mul_([entries[i] for i in group], factor.to(entries[group[0]].device))
 
 
 def add_rounded_(

@@ -141,6 +141,8 @@ class Update:
             grads = opt._replicas.average(grads, self.site.weights)
         if opt._replicas.borrowed and (opt.recipe.remembers or self.site.keep_gradients):
             grads = [None if g is None else g.clone() for g in grads]
+            for w, g in zip(self.site.weights, grads, strict=True):
+                w.grad = g
         return grads
 
     def _look(self, grads: Gradients) -> None:
@@ -261,7 +263,7 @@ class Update:
         if self.scaling is not None:
             self._settle(self.scaling)
         if opt.clip_norm is not None:
-            ta.clip_([w.grad for w in self.site.weights if w.grad is not None], opt.clip_norm)
+            ta.clip_([w.grad for w in self.site.weights], opt.clip_norm)
         stepped, gate = self._base_step(opt.base.step, outcome, at_once and outcome.untouched)
         if stepped and self._ascent_finite:
             for kind, (index, new) in outcome.staged.items():
@@ -281,6 +283,7 @@ class Update:
             if scale is not None:
                 scaling.unscale_([w.grad for w in self.site.weights], scale.double().reciprocal().float())
             scaling.found += opt.found_inf
+        opt._replicas.agree_(scaling.found)
         scaling.report()
 
     def _base_step(self, base_step: Callable[[], object], outcome: Outcome, known: bool) -> tuple[bool, Tensor | None]:

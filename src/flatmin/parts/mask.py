@@ -180,7 +180,7 @@ class Fisher(Mask):
 
     Cost of ssam-f: 2.11 gradient evaluations a step, 3 extra copies of the moved weights.
     Needs: per-sample losses (pass criterion=flatmin.Criterion(loss)); the graph of a pass (call
-    optimizer.backward(loss) instead of loss.backward()).
+    optimizer.backward(loss) instead of loss.backward()); the order of all entries (not on sharded weights).
 
     Example:
         >>> import flatmin
@@ -259,7 +259,7 @@ class Dynamic(Mask):
     Source: Mi et al., Make Sharpness-Aware Minimization Stronger: A Sparsified Perturbation Approach, NeurIPS 2022.
 
     Cost of ssam-d: 2 gradient evaluations a step, 3 extra copies of the moved weights.
-    Needs: random draws.
+    Needs: random draws; the order of all entries (not on sharded weights).
 
     Example:
         >>> import flatmin
