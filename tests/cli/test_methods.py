@@ -103,7 +103,7 @@ def test_the_matrix_goes_between_the_markers_of_a_page(tmp_path):
     assert "old" not in text and output("--markdown") in text
     page.write_text("no place", encoding="utf-8")
     result = runner.invoke(app, ["methods", "--into", str(page)])
-    assert isinstance(result.exception, ValueError) and "has no place for the matrix" in str(result.exception)
+    assert isinstance(result.exception, ValueError) and "has no place for this table" in str(result.exception)
 
 
 def test_the_base_has_no_radius():
@@ -145,3 +145,17 @@ def test_a_plugin_in_the_working_directory(plugin):
 
 def test_the_plugin_text_is_one_small_file():
     assert len(textwrap.dedent(PLUGIN).splitlines()) < 40
+
+
+def test_the_loops_have_every_method_and_reason(tmp_path):
+    text = output("--loops", width=80)
+    assert all(f"\n{name} " in text for name in METHODS)
+    page = tmp_path / "page.md"
+    page.write_text("<!-- loops -->\n<!-- /loops -->\n", encoding="utf-8")
+    output("--loops", "--into", str(page))
+    assert output("--loops", "--markdown").strip() in page.read_text(encoding="utf-8")
+
+
+def test_one_table_at_a_time():
+    result = runner.invoke(app, ["methods", "--loops", "--matrix"])
+    assert isinstance(result.exception, ValueError) and "choose --matrix or --loops" in str(result.exception)

@@ -6,7 +6,6 @@ import itertools
 import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from flatmin.recipes import ContradictionError, Method, compose
 
@@ -70,20 +69,6 @@ def _render(table: Mapping[str, Method], width: int, fences: tuple[str, ...]) ->
     for line in _refusals(table, found):
         lines += textwrap.wrap(line, width, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)
     return "\n".join(lines)
-
-
-def refresh(page: Path, text: str) -> None:
-    """Put the text between the markers of a page.
-
-    Raises:
-        ValueError: a page without the two markers in their order.
-    """
-    before = page.read_text(encoding="utf-8")
-    head, first, rest = before.partition(MARKERS[0])
-    _, last, tail = rest.partition(MARKERS[1])
-    if not first or not last:
-        raise ValueError(f"{str(page)!r} has no place for the matrix; it goes between {' and '.join(MARKERS)}.")
-    page.write_text(f"{head}{first}\n{text}\n{last}{tail}", encoding="utf-8")
 
 
 def _square(table: Mapping[str, Method], found: Mapping[tuple[str, str], Verdict]) -> list[str]:

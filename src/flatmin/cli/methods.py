@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flatmin.cli.console import make_console
+from flatmin.cli.pages import refresh
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -40,27 +41,34 @@ def methods(
     matrix: Annotated[
         bool, typer.Option("--matrix", help="Which pairs of names compose, and why others do not.")
     ] = False,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print the matrix as Markdown.")] = False,
+    loops: Annotated[
+        bool, typer.Option("--loops", help="Which loops serve which method, and why others do not.")
+    ] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the matrix, or the loops, as Markdown.")] = False,
     into: Annotated[
-        Path | None, typer.Option(help="Write the matrix between its markers in this Markdown file.")
+        Path | None, typer.Option(help="Write the matrix, or the loops, between their markers in this Markdown file.")
     ] = None,
 ) -> None:
     """List every method with its formula, cost, needs, defaults and paper; or show one recipe part by part."""
-    from flatmin.cli.matrix import as_markdown, as_text, refresh
+    from flatmin.cli import loops as served
+    from flatmin.cli import matrix as pairs
     from flatmin.recipes import compose, method_table
     from flatmin.train.locate import search_here
 
     search_here()
     table = method_table(plugin or ())
     console = make_console()
-    if name is not None and (matrix or markdown or into is not None):
-        raise ValueError(f"--matrix is about all methods; leave out {name!r}.")
-    if into is not None:
-        refresh(into, as_markdown(table))
-        return
-    if matrix or markdown:
-        text = as_markdown(table) if markdown else as_text(table, console.width)
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+    if name is not None and (matrix or loops or markdown or into is not None):
+        raise ValueError(f"{'--loops' if loops else '--matrix'} is about all methods; leave out {name!r}.")
+    if matrix and loops:
+        raise ValueError("choose --matrix or --loops.")
+    if into is not None or matrix or loops or markdown:
+        table_of = served if loops else pairs
+        if into is not None:
+            refresh(into, table_of.as_markdown(table), table_of.MARKERS)
+        else:
+            text = table_of.as_markdown(table) if markdown else table_of.as_text(table, console.width)
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
         return
     if name is None:
         for title, group in _groups(table):

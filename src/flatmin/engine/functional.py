@@ -10,18 +10,11 @@ from torch import Tensor
 
 from flatmin.engine.base import check_rho
 from flatmin.engine.program import Generators, Site, program
+from flatmin.engine.serving import Loop, refusal
 from flatmin.parts import Need
 from flatmin.parts import State as PartState
 from flatmin.recipes import Recipe, compose
 
-_UNSERVED = {
-    Need.PER_SAMPLE: "it sees a scalar loss only",
-    Need.MICRO_BATCHES: "it sees one batch only",
-    Need.SECOND_ORDER: "it keeps no graph",
-    Need.BASE_MOMENTUM: "it knows no base optimizer",
-    Need.LAYERS: "it knows no module",
-    Need.LR: "it knows no base optimizer",
-}
 Params = Mapping[str, Tensor]
 FunctionalState = dict[str, Any]
 
@@ -80,9 +73,8 @@ def value_and_grad(
         ValueError: bad rho, unknown recipe, or needs that a pure function cannot serve.
     """
     recipe = compose(recipe) if isinstance(recipe, str) else recipe
-    asked = frozenset[Need]().union(*(part.demands() for part in recipe.parts.values()))
-    for need in sorted(asked & _UNSERVED.keys(), key=lambda n: n.name):
-        raise ValueError(f"{recipe.name} needs {need.value}, which a pure function cannot serve: {_UNSERVED[need]}.")
+    if why := refusal(recipe, Loop.FUNCTIONAL):
+        raise ValueError(f"{recipe.name} {why}.")
     for part in recipe.parts.values():
         part.examine()
     if Need.CRITERION in recipe.needs and ascent_fn is None:

@@ -22,6 +22,7 @@ from flatmin.engine.ledger import Flags, Ledger
 from flatmin.engine.program import Generators, Services, Site
 from flatmin.engine.replicas import AscentSync, Replicas, refuse_unserved
 from flatmin.engine.scaling import Scaling
+from flatmin.engine.serving import Loop, refusal
 from flatmin.engine.store import PREFIX, VERSION, StateView, Store, load, save, unfilled
 from flatmin.engine.tensors import Layout
 from flatmin.parts import Need
@@ -203,11 +204,8 @@ class SAM(Doors):
         if scaler is not None and not all(hasattr(scaler, m) for m in ("scale", "unscale_", "step", "is_enabled")):
             raise TypeError(f"scaler must be a torch.amp.GradScaler, got {type(scaler).__name__}.")
         on = scaler is not None and scaler.is_enabled()
-        if on and Need.SECOND_ORDER in self.recipe.needs:
-            raise ValueError(
-                f"{self.recipe.name} needs second derivatives, which a GradScaler's scale would not leave finite; use "
-                "bfloat16 autocast, which needs no scaler."
-            )
+        if on and (why := refusal(self.recipe, Loop.SCALER)):
+            raise ValueError(f"{self.recipe.name} {why}; use bfloat16 autocast, which needs no scaler.")
         weights = [w for g in self.param_groups for w in g["params"]]
         self._scaler, self._scaling = scaler, Scaling(scaler, weights[0].device) if on else None
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from flatmin.engine.serving import Loop, refusal
 from flatmin.engine.tensors import is_sharded
-from flatmin.parts import Gradients, Need
+from flatmin.parts import Gradients
 from flatmin.recipes import Recipe
 
 AscentSync = Literal["all", "none"] | int
@@ -59,16 +60,8 @@ class Replicas:
                 "ascent_sync other than 'all' needs a DistributedDataParallel without static_graph=True: with it the "
                 "graph of the first pass, which communicates nothing, would be taken for that of all."
             )
-        if recipe.combine.uses_gradient:
-            raise ValueError(
-                f"{recipe.name} hands the gradient of pass 1 to the base, so it must be the same on every replica: use "
-                "ascent_sync='all'."
-            )
-        if Need.DECIDES_BY_VALUE in recipe.needs:
-            raise ValueError(
-                f"{recipe.name} decides by the gradient of pass 1, so it must be the same on every replica: use "
-                "ascent_sync='all'."
-            )
+        if why := refusal(recipe, Loop.LOCAL):
+            raise ValueError(f"{recipe.name} {why}: use ascent_sync='all'.")
 
     @contextlib.contextmanager
     def silent(self) -> Iterator[None]:
@@ -114,10 +107,7 @@ def _group_size(ascent_sync: AscentSync) -> int | None:
 def refuse_unserved(recipe: Recipe, weights: Sequence[Tensor]) -> None:
     """Raise ValueError for needs that several processes cannot serve."""
     sharded = any(map(is_sharded, weights))
-    if Need.SECOND_ORDER in recipe.needs and (sharded or processes() > 1):
-        raise ValueError(
-            f"{recipe.name} needs second derivatives, which bypass the communication of DistributedDataParallel and "
-            "fully_shard: run it in one process."
-        )
-    if Need.GLOBAL_ORDER in recipe.needs and sharded:
-        raise ValueError(f"{recipe.name} needs {Need.GLOBAL_ORDER.value}, which sharded weights do not offer.")
+    if (processes() > 1 or sharded) and (why := refusal(recipe, Loop.DDP)):
+        raise ValueError(f"{recipe.name} {why}: run it in one process.")
+    if sharded and (why := refusal(recipe, Loop.SHARDED)):
+        raise ValueError(f"{recipe.name} {why}.")

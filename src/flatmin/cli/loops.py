@@ -1,0 +1,53 @@
+"""Which loops serve which method, for a terminal and for the docs page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from flatmin.engine.serving import Loop, refusal
+from flatmin.recipes import Method
+
+MARKERS = ("<!-- loops -->", "<!-- /loops -->")
+COMMAND = "flatmin methods --loops --into docs/loops.md"
+YES, NO = "yes", "-"
+
+
+def reasons(table: Mapping[str, Method]) -> dict[tuple[str, Loop], str | None]:
+    """Why a loop cannot serve a method (None: it can), for every pair."""
+    return {(name, loop): refusal(method.recipe(), loop) for name, method in table.items() for loop in Loop}
+
+
+def as_text(table: Mapping[str, Method], width: int) -> str:
+    """The table with the letters of the reasons, and the reasons, for a terminal."""
+    return _render(table, markdown=False)
+
+
+def as_markdown(table: Mapping[str, Method]) -> str:
+    """The same for a page."""
+    return _render(table, markdown=True)
+
+
+def _render(table: Mapping[str, Method], *, markdown: bool) -> str:
+    found = reasons(table)
+    letters: dict[str, str] = {}
+    for reason in found.values():
+        if reason is not None:
+            letters.setdefault(reason, chr(ord("a") + len(letters)))
+    heads = ["method", *(f"`{loop.value}`" if markdown and "DDP" not in loop.value else loop.value for loop in Loop)]
+    rows = [[name, *(_cell(found[name, loop], letters) for loop in Loop)] for name in table]
+    if markdown:
+        lines = [_line(heads), _line(["---", *[":-:"] * len(Loop)]), *map(_line, rows)]
+        notes = [f"- **{letter}** {reason}" for reason, letter in letters.items()]
+    else:
+        wide = [max(len(row[i]) for row in (heads, *rows)) for i in range(len(heads))]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, wide, strict=True)).rstrip() for row in (heads, *rows)]
+        notes = [f"{letter}: {reason}" for reason, letter in letters.items()]
+    return "\n".join([*lines, "", *notes])
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _cell(reason: str | None, letters: Mapping[str, str]) -> str:
+    return YES if reason is None else f"{NO} {letters[reason]}"

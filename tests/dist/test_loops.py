@@ -1,0 +1,80 @@
+"""The table of methods and loops is what happens when they meet, and the docs have it."""
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import flatmin
+from flatmin.cli import loops
+from flatmin.engine.serving import Loop, refusal
+from flatmin.recipes import METHODS
+from tests.dist import scenarios_loops
+from tests.helpers import BASES, batch, drive, noisy_net, recipe_of
+
+PAGE = Path(__file__).parents[2] / "docs" / "loops.md"
+HERE = [Loop.TWO_PASSES, Loop.PLAIN, Loop.FUNCTIONAL, Loop.SCALER]
+
+
+def wrapped(method, **options):
+    model = noisy_net()
+    criterion = flatmin.Criterion(nn.CrossEntropyLoss())
+    optimizer = flatmin.wrap(
+        BASES["sgd"](model.parameters()), recipe_of(method), model=model, criterion=criterion, **options
+    )
+    return model, criterion, optimizer
+
+
+def meet(method, loop):
+    """Run a step of the method in the loop; the sentence of the refusal, or None."""
+    x, y = batch(0)
+    try:
+        if loop is Loop.FUNCTIONAL:
+            params = {"0.weight": torch.ones(2, 3), "0.bias": torch.ones(2)}
+            fn = partial(lambda p, s: s * sum(t.square().sum() for t in p.values()), s=1.0)
+            flatmin.value_and_grad(fn, params, recipe=recipe_of(method), ascent_fn=partial(fn, s=2.0))
+            return None
+        scaler = torch.amp.GradScaler("cpu") if loop is Loop.SCALER else None
+        model, criterion, optimizer = wrapped(method, scaler=scaler)
+
+        def backward(chunk=None):
+            part = (x, y) if chunk is None else (x.chunk(2)[chunk], y.chunk(2)[chunk])
+            loss = criterion(model(part[0]), part[1])
+            optimizer.backward(loss if scaler is None else scaler.scale(loss))
+            return loss
+
+        if loop is Loop.PLAIN:
+            optimizer.train()
+            stays, _ = optimizer._resident, optimizer.eval()
+            return None if stays else "is a plain loop's no-op"
+        drive(optimizer, backward, "perturbed" if loop is Loop.TWO_PASSES else "closure")
+    except (ValueError, RuntimeError) as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("loop", HERE, ids=lambda loop: loop.name)
+@pytest.mark.parametrize("method", METHODS)
+def test_the_table_is_what_happens(method, loop):
+    why, found = refusal(recipe_of(method), loop), meet(method, loop)
+    assert (why is None) == (found is None), (why, found)
+    if why is not None and loop in (Loop.FUNCTIONAL, Loop.SCALER):
+        assert f"{method} {why}" in found
+
+
+@pytest.mark.dist
+def test_the_table_is_what_happens_in_several_processes(ranks):
+    for found in ranks.run(scenarios_loops.meet_all, timeout=180):
+        for (method, name), sentence in found.items():
+            why = refusal(recipe_of(method), Loop[name])
+            assert (why is None) == (sentence is None), (method, name, why, sentence)
+            assert why is None or f"{method} {why}" in sentence
+
+
+def test_the_docs_have_the_table():
+    _, _, rest = PAGE.read_text(encoding="utf-8").partition(loops.MARKERS[0] + "\n")
+    assert rest.partition("\n" + loops.MARKERS[1])[0] == loops.as_markdown(METHODS), (
+        f"docs/loops.md is behind the code; run: {loops.COMMAND}"
+    )
