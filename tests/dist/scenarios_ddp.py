@@ -1,5 +1,6 @@
 """What the ranks do in the tests of DistributedDataParallel."""
 
+import contextlib
 import dataclasses
 
 import torch
@@ -119,6 +120,21 @@ def train(rank, world, setup):
         run.step(k)
     weights = [p.detach().clone() for p in run.net.parameters()]
     return weights, run.sent, run.optimizer.counts(), None if run.scaler is None else run.scaler.get_scale()
+
+
+def accumulate(rank, world, ascent_sync):
+    """(weights, bytes of a step) where each pass sends with the last of its micro-batches only."""
+    run = Run(rank, world, Setup(ascent_sync=ascent_sync))
+    for k in range(10):
+        run.sent = 0
+        x, y = (t.chunk(world)[rank] for t in batch(k, torch.float64))
+        for evaluation in run.optimizer.passes():
+            with evaluation:
+                for i, (part_x, part_y) in enumerate(zip(x.chunk(4), y.chunk(4), strict=True)):
+                    with run.model.no_sync() if i < 3 else contextlib.nullcontext():
+                        (run.criterion(run.model(part_x), part_y) / 4).backward()
+        run.optimizer.step()
+    return [p.detach().clone() for p in run.net.parameters()], run.sent
 
 
 def refusal(rank, world, setup):

@@ -119,6 +119,13 @@ def test_a_local_pass_sends_nothing(ranks, ascent_sync, gradients, door):
         assert sent == gradients * SIZE
 
 
+@pytest.mark.parametrize(("ascent_sync", "groups", "gradients"), [("all", [[0, 1]], 2), ("none", [[0], [1]], 1)])
+def test_accumulation_sends_once_a_pass(ranks, ascent_sync, groups, gradients):
+    results = ranks.run(scenarios.accumulate, ascent_sync)
+    close(agree(results), reference(groups, 10), 1e-12)
+    assert [sent for _, sent in results] == [gradients * SIZE] * 2
+
+
 @pytest.mark.parametrize("ascent_sync", ["all", "none"])
 @pytest.mark.parametrize("method", ["sam", "vasso", "fsam", "asam"])
 def test_tensors_that_take_part_on_some_ranks_only(ranks, method, ascent_sync):

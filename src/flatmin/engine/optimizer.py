@@ -325,8 +325,10 @@ class SAM(Doors):
         """What the last update did; needs `diagnostics=True`. Reading synchronises once, recording does not.
 
         `loss`, `loss_perturbed`: at w and at w + eps (of the last micro-batch, if there are several).
-        `gradient_norm`, `perturbed_gradient_norm`, `weight_norm`, `epsilon_norm`: ||g||, ||g_s||, ||w||, and the
-        realised ||(w + eps) - w||. `cosine`: of g and g_s. `ratio_larger`: share of the entries with |g_s / g| > 1,
+        `gradient_norm`, `perturbed_gradient_norm`, `weight_norm`: ||g||, ||g_s||, ||w||. `epsilon_norm`: the realised
+        ||(w + eps) - w||; `epsilon_asked`: ||eps|| before rounding; `epsilon_projection`, `epsilon_cosine`: <made,
+        eps> / ||eps||^2 and the cosine of the two; `epsilon_unmoved`: share of all entries that rounding left where
+        they are. `cosine`: of g and g_s. `ratio_larger`: share of the entries with |g_s / g| > 1,
         and the classes `ratio_above_1`, `ratio_0_to_1`, `ratio_minus_1_to_0`, `ratio_below_minus_1` (zeros are in
         none; |r| = 1 is in an inner one). `same_sign`: share of the entries whose sign agrees. `misclassified`,
         `flipped`: samples that are wrong at w + eps, and those right at w and wrong there; only with a `Criterion` on
