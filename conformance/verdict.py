@@ -1,0 +1,129 @@
+"""What a behaviour is, and how its outcome is written down."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, overload
+
+import torch
+
+from conformance.adapter import Adapter, NotOfferedError
+
+Check = Callable[[Adapter], "str | None"]
+PASS, FAIL, ABSENT = "pass", "fail", "not offered"
+
+
+class Fault(AssertionError):  # noqa: N818
+    """A demand that is not met; the words hold the figure."""
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """A demand on an implementation.
+
+    Attributes:
+        demand: what must hold, in a line.
+        why: what breaks for a user otherwise.
+        check: returns the figure, or raises Fault with it, or NotOfferedError, or whatever the implementation raises.
+        ranks: processes that run it together.
+        limit_s: after which it counts as hung.
+    """
+
+    name: str
+    theme: str
+    demand: str
+    why: str
+    check: Check
+    ranks: int = 1
+    limit_s: float = 60.0
+
+    def run(self, adapter: Adapter) -> Outcome:
+        """Run it on fresh objects."""
+        random.seed(0)
+        torch.manual_seed(0)
+        begun = time.perf_counter()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                figure = self.check(adapter) or ""
+            status = PASS
+        except NotOfferedError as error:
+            status, figure = ABSENT, _first_line(error)
+        except Fault as error:
+            status, figure = FAIL, _first_line(error)
+        except Exception as error:
+            status, figure = FAIL, f"{type(error).__name__}: {_first_line(error)}".rstrip(": ")
+            if _is_mine(error):
+                raise
+        return Outcome(self.name, status, figure, round(time.perf_counter() - begun, 3))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One cell of the table."""
+
+    behaviour: str
+    status: str
+    figure: str
+    seconds: float = 0.0
+
+
+@overload
+def behaviour(check: Check, /) -> Behaviour: ...
+
+
+@overload
+def behaviour(*, ranks: int = 1, limit_s: float = 60.0) -> Callable[[Check], Behaviour]: ...
+
+
+def behaviour(check: Check | None = None, /, *, ranks: int = 1, limit_s: float = 60.0) -> Any:
+    """Make a Behaviour of a function: its name, and the two paragraphs of its docstring as demand and why."""
+
+    def make(check: Check) -> Behaviour:
+        demand, _, why = (check.__doc__ or "").strip().partition("\n\n")
+        name = check.__name__.replace("_", " ")
+        theme = check.__module__.rpartition(".")[2]
+        return Behaviour(name, theme, " ".join(demand.split()), " ".join(why.split()), check, ranks, limit_s)
+
+    return make if check is None else make(check)
+
+
+def at_most(value: Any, limit: float, what: str) -> str:
+    """The figure if it is within the limit, a Fault if not."""
+    value = float(value)
+    text = f"{what} {value:.2g}"
+    # `not <=` catches nan.
+    if not value <= limit:
+        raise Fault(f"{text} (at most {limit:g})")
+    return text
+
+
+def demand(holds: Any, fault: str) -> None:
+    """A Fault unless it holds."""
+    if not holds:
+        raise Fault(fault)
+
+
+def within(value: Any, target: float, share: float, what: str) -> str:
+    """The figure if it is the target up to a share of it, a Fault if not."""
+    value = float(value)
+    if not math.isfinite(value) or abs(value - target) > share * abs(target):
+        raise Fault(f"{what} {value:.3g}, not {target:.3g}")
+    return f"{what} {value:.3g}"
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else ""
+
+
+def _is_mine(error: BaseException) -> bool:
+    """Whether a programming error of a behaviour itself, and no code that it called, raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return isinstance(error, (NameError, UnboundLocalError)) and "conformance" in frames[-1].filename

@@ -1,0 +1,23 @@
+"""Every behaviour of one process on flatmin, as `python -m conformance flatmin` runs them."""
+
+import pytest
+
+from conformance import adapters
+from conformance.behaviours import ALL, BY_NAME
+from conformance.verdict import PASS
+
+# Those of two processes are in tests/dist.
+ALONE = [b for b in ALL if b.ranks == 1]
+
+
+@pytest.mark.parametrize("behaviour", ALONE, ids=lambda b: b.name.replace(" ", "-"))
+def test_behaviour(behaviour):
+    outcome = behaviour.run(adapters.load("flatmin"))
+    assert outcome.status == PASS, outcome.figure
+
+
+def test_every_behaviour_says_what_it_demands_and_why():
+    assert len(BY_NAME) == len(ALL) and {b.ranks for b in ALL} == {1, 2}
+    for b in ALL:
+        assert b.demand.endswith(".") and b.why.endswith("."), b.name
+        assert b.name == b.name.lower() and len(b.name) <= 32, b.name
