@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flatmin.study.stats import Stat, incomplete_beta, paired, summarise, t_quantile
+from flatmin.stats import Stat, incomplete_beta, paired, summarise, t_quantile
 
 
 @pytest.mark.parametrize("df", [1, 2, 3, 4, 5, 9, 29, 100, 1000])

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from flatmin.study.stats import summarise
+from flatmin.stats import summarise
 from flatmin.study.summary import Choice, Ratio, Row, Summary
 
 SEEDS = 3

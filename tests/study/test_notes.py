@@ -5,7 +5,7 @@ import pytest
 
 from flatmin.study.config import CompareConfig
 from flatmin.study.notes import write_notes
-from flatmin.study.stats import paired, summarise
+from flatmin.stats import paired, summarise
 from flatmin.study.summary import Choice, Ratio, Row
 
 CONFIG = CompareConfig(methods=("sgd", "sam", "asam"), rho={"sam": 0.2})

@@ -24,7 +24,7 @@ RESULT = Result(
     last={"epoch": 2, "test_acc": 90.0, "val_acc": 91.0, "memorised": None, "train_loss": 0.1},
     best={"epoch": 1, "test_acc": 89.0, "val_acc": 92.0},
     train_ce=0.1,
-    lambda_max={"value": 1.0, "residual": 1e-3, "hvps": 7, "converged": True},
+    lambda_max={"value": 1.0, "residual": 1e-3, "products": 7, "converged": True},
     seconds=0.5,
 )
 
@@ -189,7 +189,7 @@ def test_folder_names_are_plain(tmp_path):
 
 def test_the_fingerprint_covers_what_a_run_depends_on():
     names = {"/".join(path.parts[-2:]) for path in fingerprint.package_sources()}
-    assert {"train/loop.py", "measure/lanczos.py", "data/noise.py", "models/small.py"} <= names
+    assert {"train/loop.py", "measure/krylov.py", "data/noise.py", "models/small.py"} <= names
     assert {"flatmin/recipe.py", "flatmin/recipes.py", "flatmin/catalogue.py"} <= names
     assert any(name.startswith("engine/") for name in names)
     assert any(name.startswith("parts/") for name in names)

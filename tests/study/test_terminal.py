@@ -5,7 +5,7 @@ import re
 import pytest
 from rich.console import Console
 
-from flatmin.study.stats import summarise
+from flatmin.stats import summarise
 from flatmin.study.terminal import print_summary
 
 

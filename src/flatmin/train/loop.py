@@ -232,7 +232,7 @@ def _result(trainer: Trainer, lines: list[Epoch], failure: str | None) -> Result
     best = max(lines, key=lambda line: (line.val_acc, -line.val_loss, -line.epoch))
     curvature = None
     if config.measure:
-        curvature = dataclasses.asdict(metrics.sharpness(trainer.model, trainer.data.train))
+        curvature = metrics.sharpness(trainer.model, trainer.data.train)
     return Result(
         **common,
         trained=metrics.has_trained(cross_entropy, trainer.data.num_classes),

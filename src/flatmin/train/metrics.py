@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flatmin.data.base import Data, Split
-from flatmin.measure.lanczos import Eigenvalue, largest_eigenvalue
-from flatmin.measure.operators import Batch, Hessian, evaluating
+from flatmin.measure.curvature import Hessian
+from flatmin.measure.krylov import spectrum
+from flatmin.measure.modes import evaluating
+from flatmin.measure.problem import Problem
 
 CHUNK = 300  # samples per forward pass in evaluation
 CURVATURE_CHUNK = 150  # samples per gradient with a graph
-KEEP_GRAPH = (2000, 1_000_000)  # most samples and most weights for which the graphs of all batches are kept in memory
 TRAINED_SHARE = 0.95
 
 
@@ -63,13 +65,22 @@ def has_trained(cross_entropy: float, num_classes: int) -> bool:
     return cross_entropy < TRAINED_SHARE * math.log(num_classes)
 
 
-def batches(split: Split, size: int = CURVATURE_CHUNK) -> list[Batch]:
+def batches(split: Split, size: int = CURVATURE_CHUNK) -> list[tuple[Tensor, Tensor]]:
     """The part in order, in batches."""
     return list(zip(split.x.split(size), split.y.split(size), strict=True))
 
 
-def sharpness(model: nn.Module, train: Split, *, seed: int = 0) -> Eigenvalue:
-    """lambda_max of the mean cross-entropy of the un-augmented training part, in eval mode, without weight decay."""
-    weights = sum(p.numel() for p in model.parameters())
-    keep = len(train) <= KEEP_GRAPH[0] and weights <= KEEP_GRAPH[1]
-    return largest_eigenvalue(Hessian(model, F.cross_entropy, batches(train), keep_graph=keep), seed=seed)
+def sharpness(model: nn.Module, train: Split, *, seed: int = 0) -> dict[str, Any]:
+    """lambda_max of the mean cross-entropy of the un-augmented training part, in eval mode, without weight decay.
+
+    Returns:
+        value, residual (relative), products with the Hessian, converged; see `flatmin.measure.krylov.Spectrum`.
+    """
+    problem = Problem(model, F.cross_entropy, batches(train), split="train")
+    found = spectrum(Hessian(problem), seed=seed)
+    return {
+        "value": found.largest,
+        "residual": float(found.top_residuals[0]),
+        "products": found.products,
+        "converged": found.converged,
+    }

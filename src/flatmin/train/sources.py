@@ -92,7 +92,7 @@ def check_device(name: str) -> None:
 
 def check_fit(model: nn.Module, data: Data) -> None:
     """Raise ValueError unless the model maps the data's inputs to one logit per class."""
-    from flatmin.measure.operators import evaluating
+    from flatmin.measure.modes import evaluating
 
     x = data.train.x[:2]
     try:

@@ -1,0 +1,371 @@
+"""One Krylov run, many answers: extreme eigenvalues and vectors, a sample of the density, a basis for the trace."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flatmin.measure.curvature import Operator
+from flatmin.measure.problem import Conventions
+
+Progress = Callable[[int, float], None]
+_EPS = {torch.float64: 1e-13}  # what is left of a product below this share of the spectrum's size is round-off
+_EPS32 = 1e-6
+_MEMORY = 1 << 31  # bytes of basis before a restart
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Spectrum:
+    r"""What a Krylov run knows of a symmetric operator.
+
+    Args:
+        top: the largest eigenvalues by sign (LA), falling, shape (top,).
+        bottom: the smallest, rising, shape (bottom,).
+        top_vectors, bottom_vectors: unit eigenvectors, shape (top, size) and (bottom, size).
+        top_residuals, bottom_residuals: ||H v - lambda v|| / |lambda|. The error of an eigenvalue is of the order
+            residual^2 lambda^2 / gap, far below the residual.
+        converged: whether every residual reached `tol` and stayed there, at the same values, for the confirming steps.
+        chance_missed: bound on the chance, over start vectors, that one eigenvalue lies half-way between two of those
+            found, or beyond them by `tol` of the spectrum's width, and was not seen. 1 if the bound says nothing.
+            Copies of a multiple eigenvalue are not covered: one start vector finds one of them.
+        nodes, weights: of the spectral density as the start vector saw it; the weights sum to 1.
+        diagonal: q H q of each vector of the basis.
+        basis: orthonormal, shape (steps, size); what deflates the trace.
+        products: with the operator.
+        restarts: how often the basis was compressed for lack of memory.
+        tol: as asked.
+        conventions: of the operator, if it has any.
+    """
+
+    top: Tensor
+    bottom: Tensor
+    top_vectors: Tensor
+    bottom_vectors: Tensor
+    top_residuals: Tensor
+    bottom_residuals: Tensor
+    converged: bool
+    chance_missed: float
+    nodes: Tensor
+    weights: Tensor
+    diagonal: Tensor
+    basis: Tensor
+    products: int
+    restarts: int
+    tol: float
+    conventions: Conventions | None
+
+    @property
+    def largest(self) -> float:
+        """The largest eigenvalue, by sign."""
+        return float(self.top[0]) if len(self.top) else float(self.nodes.max())
+
+    @property
+    def smallest(self) -> float:
+        """The smallest eigenvalue, by sign."""
+        return float(self.bottom[0]) if len(self.bottom) else float(self.nodes.min())
+
+
+def spectrum(
+    operator: Operator,
+    *,
+    top: int = 1,
+    bottom: int = 0,
+    tol: float = 1e-2,
+    confirm: int = 2,
+    min_steps: int = 0,
+    max_products: int = 1000,
+    seed: int = 0,
+    start: Tensor | None = None,
+    memory: int = _MEMORY,
+    progress: Progress | None = None,
+) -> Spectrum:
+    """The ends of the spectrum by Lanczos iteration, reorthogonalised in full, restarted thickly when memory is short.
+
+    Stops when the relative residual of every eigenvalue asked for is at most `tol` and stays so, at values that moved
+    by at most `tol`, for `confirm` further steps: the residuals of what was found say nothing about what was not yet.
+
+    Args:
+        operator: anything with `size`, `dtype`, `device` and `matvec`.
+        top: how many of the largest eigenvalues (LA). Default 1.
+        bottom: how many of the smallest. Default 0.
+        tol: relative residual, > 0. Default 1e-2.
+        confirm: further steps for which it must hold. Default 2.
+        min_steps: least products, for a longer basis or density. Default 0.
+        max_products: most products. Default 1000.
+        seed: of the start vector.
+        start: a vector to start from, such as the last eigenvector of a net in training; mixed with a tenth of the
+            seed's random vector, so that no direction is shut out. The density of such a run is not a sample.
+        memory: bytes of the basis. Default 2 GiB.
+        progress: called with (products, worst residual) after each step.
+
+    Raises:
+        ValueError: k larger than the number of weights, or another bad number.
+        ArithmeticError: a product that is not finite.
+
+    Sources: Lanczos 1950; restarts: Wu & Simon, SIAM J. Matrix Anal. Appl. 22, 2000.
+    """
+    wanted = top + bottom
+    if top < 0 or bottom < 0 or wanted < 1:
+        raise ValueError(f"ask for at least one eigenvalue; got top={top!r}, bottom={bottom!r}.")
+    if wanted > operator.size:
+        raise ValueError(f"{wanted} eigenvalues of an operator of size {operator.size}: there are not so many.")
+    if not tol > 0 or max_products < 1 or confirm < 0:
+        raise ValueError(
+            f"tol and max_products must be positive, confirm >= 0; got {tol!r}, {max_products!r}, {confirm!r}."
+        )
+    run = _Run(operator, wanted, seed, start, memory)
+    held, previous = 0, torch.full((wanted,), math.inf, dtype=torch.float64)
+    converged = False
+    while True:
+        run.step()
+        values, vectors = run.ritz()
+        picked = _ends(len(values), top, bottom)
+        if picked is not None:
+            found = values[picked]
+            residuals = run.residuals(vectors, picked) / run.scale_of(found)
+            if progress is not None:
+                progress(run.products, float(residuals.max()))
+            still = bool(((found - previous).abs() <= tol * run.scale_of(found)).all())
+            held = held + 1 if bool((residuals <= tol).all()) and (held == 0 or still) else 0
+            previous = found
+            if run.full or (run.products >= min_steps and held > confirm):
+                converged = True
+                break
+        if run.products >= max_products or run.full:
+            break
+        run.advance(values, vectors, picked)
+    return run.result(values, vectors, top, bottom, tol, converged)
+
+
+def sample(operator: Operator, steps: int, seed: int, across: Tensor | None = None) -> tuple[Tensor, Tensor, int]:
+    """Nodes and weights of the spectral density as one random vector sees it, and the products that were spent.
+
+    Args:
+        operator: see `spectrum`.
+        steps: most of them.
+        seed: of the vector.
+        across: orthonormal eigenvectors, shape (k, size), that the vector shall not see.
+    """
+    run = _Run(operator, 1, seed, None, operator.size * operator.dtype.itemsize * (steps + 1))
+    run.stay_across(across)
+    while True:
+        run.step()
+        if run.products >= steps or run.broke:
+            values, vectors = run.ritz()
+            return values, vectors[0].square(), run.products
+        run.advance(*run.ritz(), None)
+
+
+class _Run:
+    """The state of a Lanczos iteration: an orthonormal basis and the operator's matrix in it."""
+
+    def __init__(self, operator: Operator, wanted: int, seed: int, start: Tensor | None, memory: int) -> None:
+        self.operator, self.size = operator, operator.size
+        self.eps = _EPS.get(operator.dtype, _EPS32)
+        self._generator = torch.Generator().manual_seed(seed)
+        room = memory // (self.size * operator.dtype.itemsize)
+        self.capacity = int(min(self.size, max(room, 2 * wanted + 10)))
+        self.basis = torch.empty(0, self.size, dtype=operator.dtype, device=operator.device)
+        self.matrix = torch.zeros(self.capacity + 1, self.capacity + 1, dtype=torch.float64)
+        self.filled = self.products = self.restarts = 0
+        self.beta = 0.0
+        self._next = self._unit(self._random() if start is None else self._mixed(start))
+        self._rest: Tensor | None = None
+        self._across: Tensor | None = None
+        self._broke = False
+        # The first sweep's coefficients tell what it could not see; its Ritz values are the density's nodes.
+        self._closed = self._linked = False
+        self._alphas: list[float] = []
+        self._betas: list[float] = []
+        self._sweep: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def broke(self) -> bool:
+        """Whether the space spanned so far is mapped to itself."""
+        return self._broke
+
+    def stay_across(self, vectors: Tensor | None) -> None:
+        """Keep the start and every product across these eigenvectors."""
+        self._across = vectors
+        if vectors is not None:
+            self._next = self._unit(self._project(self._next))
+
+    def _project(self, vector: Tensor) -> Tensor:
+        if self._across is not None:
+            for _ in range(2):
+                vector = vector - self._across.T @ (self._across @ vector)
+        return vector
+
+    @property
+    def full(self) -> bool:
+        return self.filled >= self.size
+
+    def _random(self) -> Tensor:
+        drawn = torch.randn(self.size, generator=self._generator, dtype=torch.float64)
+        return drawn.to(self.operator.device, self.operator.dtype)
+
+    def _mixed(self, start: Tensor) -> Tensor:
+        if start.shape != (self.size,):
+            raise ValueError(f"start must have shape ({self.size},), got {tuple(start.shape)}.")
+        return self._unit(start.to(self._random())) + 0.1 * self._unit(self._random())
+
+    @staticmethod
+    def _unit(vector: Tensor) -> Tensor:
+        unit: Tensor = vector / vector.norm()
+        return unit
+
+    def step(self) -> None:
+        """One product: the basis grows by the next vector."""
+        j = self.filled
+        if j == len(self.basis):
+            grown = min(self.capacity, max(16, 2 * j))
+            more = torch.empty(grown - j, self.size, dtype=self.basis.dtype, device=self.basis.device)
+            self.basis = torch.cat([self.basis, more])
+        self.basis[j] = self._next
+        product = self._project(self.operator.matvec(self._next))
+        self.products += 1
+        alpha = float(torch.dot(self._next.double(), product.double()))
+        if not math.isfinite(alpha):
+            raise ArithmeticError("the product with the operator is not finite; the loss cannot be measured here.")
+        self.matrix[j, j] = alpha
+        known = self.basis[: j + 1]
+        for _ in range(2):
+            product = product - known.T @ (known @ product)
+        self.filled = j + 1
+        self.beta = float(product.double().norm())
+        size = float(self.matrix[: j + 1, : j + 1].abs().max())
+        self._broke = self.beta <= self.eps * max(size, 1e-300) or self.filled == self.size
+        self._rest = None if self._broke else product
+        if not self._closed:
+            self._alphas.append(alpha)
+            self._betas.append(self.beta)
+            self._closed = self._broke
+
+    def ritz(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues, rising, and eigenvectors (columns) of the matrix in the basis."""
+        m = self.filled
+        values, vectors = torch.linalg.eigh(self.matrix[:m, :m])
+        return values, vectors
+
+    def residuals(self, vectors: Tensor, picked: Tensor) -> Tensor:
+        """||H v - theta v|| of these Ritz vectors."""
+        return (0.0 if self._broke else self.beta) * vectors[-1, picked].abs()
+
+    def scale_of(self, values: Tensor) -> Tensor:
+        """|values|, but no less than round-off."""
+        m = self.filled
+        floor = self.eps * max(float(self.matrix[:m, :m].abs().max()), 1e-300)
+        return values.abs().clamp(min=floor)
+
+    def advance(self, values: Tensor, vectors: Tensor, picked: Tensor | None) -> None:
+        """Prepare the next vector; compress the basis first if there is no room for it."""
+        if self.filled >= self.capacity:
+            self._restart(values, vectors, picked)
+        j = self.filled
+        if self._rest is None:
+            # An invariant subspace: whatever else there is lies across it.
+            fresh = self._random()
+            known = self.basis[:j]
+            for _ in range(3):
+                fresh = fresh - known.T @ (known @ fresh)
+            self._next = self._unit(fresh)
+            return
+        self._next = self._rest / self.beta
+        if not self._linked:
+            self.matrix[j - 1, j] = self.matrix[j, j - 1] = self.beta
+        self._linked = False
+
+    def _restart(self, values: Tensor, vectors: Tensor, picked: Tensor | None) -> None:
+        """Keep the Ritz vectors at the ends that were asked for, and as many beside them."""
+        m = self.filled
+        self._closed = True
+        if not self.restarts:
+            self._sweep = values.clone(), vectors[0].square().clone()
+        half = max(1, (m - 5) // 2)
+        ends = torch.zeros(m, dtype=torch.bool)
+        if picked is not None:
+            ends[picked] = True
+        order = torch.arange(m)
+        from_ends = torch.minimum(order, m - 1 - order)
+        if picked is not None and bool((picked >= m - len(picked)).all()):
+            from_ends = m - 1 - order
+        keep = torch.unique(torch.cat([order[ends], from_ends.argsort()[:half]]))
+        kept = vectors[:, keep]
+        rotated = kept.T.to(self.basis) @ self.basis[:m]
+        p = len(keep)
+        self.basis[:p] = rotated
+        coupling = self.beta * kept[-1]
+        self.matrix.zero_()
+        self.matrix[:p, :p] = torch.diag(values[keep])
+        if self._rest is not None:
+            self.matrix[:p, p] = self.matrix[p, :p] = coupling
+            self._linked = True
+        self.filled, self.restarts = p, self.restarts + 1
+
+    def result(self, values: Tensor, vectors: Tensor, top: int, bottom: int, tol: float, converged: bool) -> Spectrum:
+        """Everything that is known now."""
+        m = self.filled
+        last, first = min(top, m), min(bottom, m - min(top, m))
+        high, low = torch.arange(m - 1, m - 1 - last, -1), torch.arange(first)
+        nodes, weights = self._sweep or (values, vectors[0].square())
+        basis = self.basis[:m]
+        return Spectrum(
+            top=values[high],
+            bottom=values[low],
+            top_vectors=vectors[:, high].T.to(basis) @ basis,
+            bottom_vectors=vectors[:, low].T.to(basis) @ basis,
+            top_residuals=self.residuals(vectors, high) / self.scale_of(values[high]),
+            bottom_residuals=self.residuals(vectors, low) / self.scale_of(values[low]),
+            converged=converged,
+            chance_missed=0.0 if m == self.size else self._chance(values[high], values[low], values, tol),
+            nodes=nodes,
+            weights=weights,
+            diagonal=self.matrix.diagonal()[:m].clone(),
+            basis=basis,
+            products=self.products,
+            restarts=self.restarts,
+            tol=tol,
+            conventions=getattr(self.operator, "conventions", None),
+        )
+
+    def _chance(self, high: Tensor, low: Tensor, values: Tensor, tol: float) -> float:
+        """Bound on the chance that the start vector hid an eigenvalue at the points that matter.
+
+        If q is a unit eigenvector of theta, then q . r = chi(theta) (q . v) / (beta_1 ... beta_{m-1}) for the rest r
+        of step m, with chi the characteristic polynomial of the first m coefficients. So |q . v| is at most
+        beta_1 ... beta_m / |chi(theta)|, and a random unit vector has so small a component with a chance of at most
+        that times sqrt(2 size / pi).
+        """
+        width = float(values[-1] - values[0])
+        points = [float(high[0]) + tol * width] if len(high) else []
+        points += [float(low[0]) - tol * width] if len(low) else []
+        points += ((high[1:] + high[:-1]) / 2).tolist() + ((low[1:] + low[:-1]) / 2).tolist()
+        betas = self._betas
+        if betas[-1] <= self.eps * width:
+            return 0.0  # the start vector lies in an invariant subspace, so the others have no component in it
+        log_betas = sum(math.log(b) for b in betas)
+        worst = max(log_betas - _log_chi(theta, self._alphas, betas) for theta in points)
+        return min(1.0, math.exp(min(0.0, worst + 0.5 * math.log(2.0 * self.size / math.pi))))
+
+
+def _log_chi(theta: float, alphas: list[float], betas: list[float]) -> float:
+    """Log |det(theta - T)| of the tridiagonal matrix with these coefficients, by its recurrence, scaled."""
+    last, now, log = 0.0, 1.0, 0.0
+    for i, alpha in enumerate(alphas):
+        last, now = now, (theta - alpha) * now - (betas[i - 1] ** 2 * last if i else 0.0)
+        size = max(abs(now), abs(last))
+        if size == 0.0:
+            return -math.inf
+        last, now, log = last / size, now / size, log + math.log(size)
+    return log + math.log(abs(now)) if now else -math.inf
+
+
+def _ends(count: int, top: int, bottom: int) -> Tensor | None:
+    """Positions of the ends among `count` rising values; None if there are too few."""
+    if count < top + bottom:
+        return None
+    return torch.cat([torch.arange(count - 1, count - 1 - top, -1), torch.arange(bottom)])

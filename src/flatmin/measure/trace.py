@@ -1,0 +1,401 @@
+"""Trace, diagonal, Frobenius norm and spectral density by random probes, each with its standard error."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flatmin.measure.curvature import Operator
+from flatmin.measure.krylov import Spectrum, sample, spectrum
+from flatmin.measure.problem import Conventions
+from flatmin.stats import t_quantile
+
+Progress = Callable[[int, float], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A number from independent probes.
+
+    Args:
+        value: the estimate.
+        error: its standard error; NaN with fewer than two probes, 0 if it is exact.
+        probes: independent probes.
+        products: with the operator, those of a basis that was given not counted again.
+        converged: whether the error reached what was asked.
+        conventions: of the operator, with the seed.
+    """
+
+    value: float
+    error: float
+    probes: int
+    products: int
+    converged: bool
+    conventions: Conventions | None
+
+    def interval(self, confidence: float = 0.95) -> tuple[float, float]:
+        """The t interval of the value."""
+        if not self.error:
+            return self.value, self.value
+        half = t_quantile((1 + confidence) / 2, self.probes - 1) * self.error
+        return self.value - half, self.value + half
+
+
+def trace(
+    operator: Operator,
+    known: Spectrum | None = None,
+    *,
+    tol: float = 1e-2,
+    max_probes: int = 2000,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Estimate:
+    r"""Tr H, by probes across what a Krylov run already knows.
+
+    .. math::
+        \mathrm{tr} H = \sum_{q \in Q} q^T H q + E[z^T H z],\quad z \sim \text{sphere of radius } \sqrt{n - |Q|}
+        \text{ in } Q^\perp
+
+    The basis Q of a `spectrum` run holds the large eigenvalues, whose share of the variance is then gone. Stops when
+    the standard error is at most `tol` of the value, after at least 20 probes, and then draws a fifth more: where an
+    error first looks small it is so by luck, in part.
+
+    Args:
+        operator: see `spectrum`.
+        known: a run on the same operator. Default: none, plain probes.
+        tol: relative standard error, > 0. Default 1 %.
+        max_probes: most probes. Default 2000.
+        seed: of the probes.
+        progress: called with (probes, relative error) after each.
+
+    Raises:
+        ValueError: a bad number, or a run on another size.
+        ArithmeticError: a product that is not finite.
+
+    Source: Hutchinson 1989; deflation: Gambhir, Stathopoulos & Orginos, SIAM J. Sci. Comput. 39, 2017; probes on the
+    sphere: Epperly, Tropp & Webber, XTrace, 2024, Sec. 2.
+    """
+    _check(operator, known, tol, max_probes)
+    basis = _basis(known)
+    exact = 0.0 if known is None else float(known.diagonal.sum())
+    if known is not None and len(known.basis) == operator.size:
+        return Estimate(value=exact, error=0.0, probes=0, products=0, converged=True, conventions=_of(operator, seed))
+    running = _Running()
+    for z in _probes(operator, basis, seed, max_probes):
+        running.add(_dot(z, _finite(operator.matvec(z))))
+        size = abs(exact + running.mean)
+        relative = running.error / size if size else math.inf
+        if progress is not None:
+            progress(running.count, relative)
+        if running.enough(relative <= tol or running.error == 0.0):
+            break
+    value, error = exact + running.mean, running.error
+    return Estimate(
+        value=value,
+        error=error,
+        probes=running.count,
+        products=running.count,
+        converged=running.done,
+        conventions=_of(operator, seed),
+    )
+
+
+def frobenius(
+    operator: Operator,
+    known: Spectrum | None = None,
+    *,
+    tol: float = 1e-2,
+    max_probes: int = 2000,
+    seed: int = 0,
+) -> Estimate:
+    r"""\|H\|_F^2 = tr H^2, as the mean of \|H z\|^2; with a Krylov run, outside of what it knows.
+
+    .. math::
+        \|H\|_F^2 = \|H Q\|_F^2 + E \|H z\|^2
+
+    Args:
+        operator: see `spectrum`.
+        known: a run on the same operator that was not restarted. Its part costs one product per vector of the basis.
+        tol: relative standard error of the square. Default 1 %.
+        max_probes: most probes. Default 2000.
+        seed: of the probes.
+
+    Returns:
+        The square of the norm.
+
+    Raises:
+        ValueError, ArithmeticError: as `trace`.
+    """
+    _check(operator, known, tol, max_probes)
+    basis = _basis(known)
+    inside = 0.0
+    spent = 0
+    if basis is not None:
+        for q in basis:
+            inside += _dot(product := _finite(operator.matvec(q)), product)
+            spent += 1
+        if len(basis) == operator.size:
+            return Estimate(
+                value=inside, error=0.0, probes=0, products=spent, converged=True, conventions=_of(operator, seed)
+            )
+    running = _Running()
+    for z in _probes(operator, basis, seed, max_probes):
+        running.add(_dot(product := _finite(operator.matvec(z)), product))
+        if running.enough(running.error <= tol * (inside + running.mean)):
+            break
+    value = inside + running.mean
+    return Estimate(
+        value=value,
+        error=running.error,
+        probes=running.count,
+        products=spent + running.count,
+        converged=running.done,
+        conventions=_of(operator, seed),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Diagonal:
+    """The diagonal of an operator.
+
+    Args:
+        value: shape (size,).
+        error: standard error of each entry, shape (size,).
+        probes: number of them.
+        conventions: of the operator, with the seed.
+    """
+
+    value: Tensor
+    error: Tensor
+    probes: int
+    conventions: Conventions | None
+
+
+def diagonal(operator: Operator, known: Spectrum | None = None, *, probes: int = 100, seed: int = 0) -> Diagonal:
+    r"""Diag H, as the mean of z * H z over random signs z; with a Krylov run, outside of what it knows.
+
+    .. math::
+        H = P H + (H Q^T) Q,\quad \mathrm{diag}(H) = \mathrm{diag}((H Q^T) Q) + E[z \odot P H z],\quad P = 1 - Q^T Q
+
+    with Q the top and bottom eigenvectors of the run, of which H Q^T = Q^T \Lambda is known.
+
+    Args:
+        operator: see `spectrum`.
+        known: a converged run on the same operator. Default: none.
+        probes: number of products, >= 2. Default 100.
+        seed: of the signs.
+
+    Raises:
+        ValueError: fewer than two probes.
+        ArithmeticError: a product that is not finite.
+
+    Source: Bekas, Kokiopoulou & Saad, Appl. Numer. Math. 57, 2007.
+    """
+    if probes < 2:
+        raise ValueError(f"a diagonal with an error needs at least two probes, got {probes!r}.")
+    generator = torch.Generator().manual_seed(seed)
+    vectors = values = None
+    fixed = torch.zeros(operator.size, dtype=torch.float64, device=operator.device)
+    if known is not None:
+        vectors = torch.cat([known.top_vectors, known.bottom_vectors]).double()
+        values = torch.cat([known.top, known.bottom]).to(vectors)
+        fixed = (values[:, None] * vectors.square()).sum(0)
+    total, squares = torch.zeros_like(fixed), torch.zeros_like(fixed)
+    for _ in range(probes):
+        z = torch.randint(2, (operator.size,), generator=generator).mul_(2).sub_(1).to(operator.device, operator.dtype)
+        product = _finite(operator.matvec(z)).double()
+        if vectors is not None and values is not None:
+            product = product - vectors.T @ (values * (vectors @ z.double()))
+        found = z.double() * product
+        total += found
+        squares += found.square()
+    mean = total / probes
+    variance = ((squares / probes - mean.square()) * probes / (probes - 1)).clamp(min=0.0)
+    return Diagonal(
+        value=fixed + mean, error=(variance / probes).sqrt(), probes=probes, conventions=_of(operator, seed)
+    )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Density:
+    r"""phi(t) = (1/n) sum_i delta(t - lambda_i), as weighted nodes.
+
+    Args:
+        nodes: shape (m,), rising.
+        weights: shape (m,), sum 1.
+        runs: start vectors that were averaged.
+        steps: of each.
+        products: with the operator.
+        conventions: of the operator, with the seed.
+    """
+
+    nodes: Tensor
+    weights: Tensor
+    runs: int
+    steps: int
+    products: int
+    conventions: Conventions | None
+
+    def smoothed(self, grid: Tensor, width: float) -> Tensor:
+        """The density at the points of a grid, convolved with a Gaussian of standard deviation `width`.
+
+        Raises:
+            ValueError: a width that is not positive.
+        """
+        if not width > 0:
+            raise ValueError(f"width must be positive, got {width!r}.")
+        z = (grid.double()[:, None] - self.nodes[None]) / width
+        kernel = torch.exp(-0.5 * z.square()) / (width * math.sqrt(2 * math.pi))
+        return kernel @ self.weights
+
+
+def density(
+    operator: Operator,
+    known: Spectrum | None = None,
+    *,
+    runs: int = 4,
+    steps: int = 100,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Density:
+    """The spectral density by stochastic Lanczos quadrature, reorthogonalised in full: raw nodes and weights.
+
+    Exact, by a run over everything, where the operator is no larger than runs * steps.
+
+    Args:
+        operator: see `spectrum`.
+        known: a run on the same operator. Its eigenvalues then stand in the density themselves, 1/size each, and the
+            start vectors see the rest: what is left of the noise is that of the bulk.
+        runs: start vectors, >= 1. Default 4.
+        steps: of each, >= 1. Default 100.
+        seed: of the start vectors.
+        progress: called with (products, share done).
+
+    Raises:
+        ValueError: runs or steps below 1.
+        ArithmeticError: a product that is not finite.
+
+    Source: Ubaru, Chen & Saad, SIAM J. Matrix Anal. Appl. 38, 2017; Ghorbani, Krishnan & Xiao, ICML 2019.
+    """
+    if runs < 1 or steps < 1:
+        raise ValueError(f"runs and steps must be at least 1, got {runs!r} and {steps!r}.")
+    if operator.size <= runs * steps:
+        # As many products find every eigenvalue.
+        whole = spectrum(operator, top=operator.size, max_products=operator.size, seed=seed)
+        return Density(
+            nodes=whole.top.flip(0),
+            weights=torch.full_like(whole.top, 1.0 / operator.size),
+            runs=1,
+            steps=operator.size,
+            products=whole.products,
+            conventions=_of(operator, seed),
+        )
+    values, vectors = _trusted(known)
+    steps = min(steps, max(1, operator.size - len(values)))
+    rest = operator.size - len(values)
+    nodes, weights = [values], [torch.ones_like(values) / operator.size]
+    products = 0
+    for run in range(runs if rest else 0):
+        found = sample(operator, steps, seed * 1_000_003 + run + 1, vectors)
+        nodes.append(found[0])
+        weights.append(found[1] * (rest / operator.size / runs))
+        products += found[2]
+        if progress is not None:
+            progress(products, (run + 1) / runs)
+    all_nodes = torch.cat(nodes)
+    order = all_nodes.argsort()
+    return Density(
+        nodes=all_nodes[order],
+        weights=torch.cat(weights)[order],
+        runs=runs,
+        steps=steps,
+        products=products,
+        conventions=_of(operator, seed),
+    )
+
+
+def _trusted(known: Spectrum | None) -> tuple[Tensor, Tensor | None]:
+    """The eigenvalues of a run whose residuals are small, and their vectors."""
+    if known is None:
+        return torch.empty(0, dtype=torch.float64), None
+    good = torch.cat([known.top_residuals, known.bottom_residuals]) <= known.tol
+    vectors = torch.cat([known.top_vectors, known.bottom_vectors])
+    return torch.cat([known.top, known.bottom])[good], vectors[good.to(vectors.device)]
+
+
+_LEAST = 20
+_MORE = 0.2
+
+
+class _Running:
+    """Mean and standard error of a stream (Welford)."""
+
+    def __init__(self) -> None:
+        self.count, self.mean, self._squares = 0, 0.0, 0.0
+        self._end: int | None = None
+
+    def add(self, value: float) -> None:
+        self.count += 1
+        change = value - self.mean
+        self.mean += change / self.count
+        self._squares += change * (value - self.mean)
+
+    def enough(self, small: bool) -> bool:
+        """Whether to stop, given that the error is small now.
+
+        Where it first looks small it is small by luck, in part, so a fifth more is drawn.
+        """
+        if self._end is None and small and self.count >= _LEAST:
+            self._end = self.count + math.ceil(_MORE * self.count)
+        return self.done
+
+    @property
+    def done(self) -> bool:
+        """Whether it stopped by itself."""
+        return self._end is not None and self.count >= self._end
+
+    @property
+    def error(self) -> float:
+        return math.sqrt(self._squares / (self.count - 1) / self.count) if self.count > 1 else math.nan
+
+
+def _check(operator: Operator, known: Spectrum | None, tol: float, max_probes: int) -> None:
+    if not tol > 0 or max_probes < 2:
+        raise ValueError(f"tol must be positive and max_probes at least 2, got {tol!r} and {max_probes!r}.")
+    if known is not None and known.basis.shape[1] != operator.size:
+        raise ValueError(f"the spectrum is of size {known.basis.shape[1]}, the operator of size {operator.size}.")
+
+
+def _basis(known: Spectrum | None) -> Tensor | None:
+    return None if known is None else known.basis
+
+
+def _probes(operator: Operator, basis: Tensor | None, seed: int, count: int) -> Iterator[Tensor]:
+    """Vectors that are uniform on the sphere of radius sqrt(n - m) across the basis."""
+    generator = torch.Generator().manual_seed(seed)
+    rest = operator.size - (0 if basis is None else len(basis))
+    for _ in range(count):
+        z = torch.randn(operator.size, generator=generator, dtype=torch.float64).to(operator.device, operator.dtype)
+        if basis is not None:
+            for _ in range(2):
+                z = z - basis.T @ (basis @ z)
+        yield z * (math.sqrt(rest) / float(z.double().norm()))
+
+
+def _dot(a: Tensor, b: Tensor) -> float:
+    return float(torch.dot(a.double(), b.double()))
+
+
+def _finite(product: Tensor) -> Tensor:
+    if not torch.isfinite(product).all():
+        raise ArithmeticError("the product with the operator is not finite; the loss cannot be measured here.")
+    return product
+
+
+def _of(operator: Operator, seed: int) -> Conventions | None:
+    conventions: Conventions | None = getattr(operator, "conventions", None)
+    return None if conventions is None else conventions.with_seed(seed)

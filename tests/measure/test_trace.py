@@ -1,0 +1,135 @@
+"""Trace, diagonal, Frobenius norm and density against dense matrices, and the honesty of their errors."""
+
+import pytest
+import torch
+from scipy.stats import wasserstein_distance
+
+from flatmin.measure.curvature import Hessian, dense
+from flatmin.measure.krylov import spectrum
+from flatmin.measure.problem import Problem
+from flatmin.measure.trace import density, diagonal, frobenius, trace
+from tests.measure.nets import Matrix, batches, make, symmetric
+
+VALUES = torch.cat(
+    [torch.tensor([10.0, 7.0, 5.0, 4.0, 3.5, -3.0, -2.5]), torch.logspace(-4, 0, 200), -torch.logspace(-4, -2, 100)]
+).double()
+TRACE = float(VALUES.sum())
+
+
+@pytest.fixture(scope="module")
+def operator():
+    return symmetric(VALUES)
+
+
+@pytest.fixture(scope="module")
+def known(operator):
+    return spectrum(operator, top=5, bottom=2, min_steps=30)
+
+
+@pytest.mark.parametrize("deflated", [False, True])
+def test_the_interval_of_the_trace_covers_it_as_often_as_it_says(operator, known, deflated):
+    """300 seeds; 91.7 to 98.3 % is the 99 % range of a binomial with 95 %."""
+    tol = 0.01 if deflated else 0.05
+    found = [trace(operator, known if deflated else None, seed=seed, tol=tol) for seed in range(300)]
+    covered = sum(low <= TRACE <= high for low, high in (f.interval() for f in found)) / 300
+    assert 0.917 <= covered <= 0.983
+    assert all(f.converged for f in found)
+    if deflated:
+        plain = trace(operator, tol=tol)
+        assert plain.products >= 8 * sum(f.products for f in found) / 300
+
+
+def test_a_whole_basis_gives_the_exact_trace(operator):
+    whole = spectrum(operator, top=operator.size)
+    found = trace(operator, whole)
+    assert found.value == pytest.approx(TRACE, rel=1e-10)
+    assert (found.error, found.probes, found.interval()) == (0.0, 0, (found.value, found.value))
+
+
+def test_the_trace_of_a_net_with_another_sign():
+    model, x, y, loss = make("mlp")
+    operator = Hessian(Problem(model, loss, batches(x, y, 7)))
+    want = float(dense(operator).trace())
+    found = trace(operator, spectrum(operator, top=3, min_steps=30), tol=2e-2)
+    assert found.converged and abs(found.value - want) <= 5 * found.error
+    negated = Matrix(-dense(operator))
+    assert trace(negated, tol=5e-2).value == pytest.approx(-want, rel=0.3)
+
+
+@pytest.mark.parametrize("deflated", [False, True])
+def test_the_frobenius_norm(operator, known, deflated):
+    want = float(VALUES.square().sum())
+    found = [frobenius(operator, known if deflated else None, seed=seed, tol=0.05) for seed in range(20)]
+    assert sum(f.value for f in found) / 20 == pytest.approx(want, rel=0.03)
+    assert sum(abs(f.value - want) <= 3 * f.error + 1e-9 * want for f in found) >= 17
+    assert frobenius(operator, spectrum(operator, top=operator.size)).value == pytest.approx(want, rel=1e-9)
+
+
+@pytest.mark.parametrize("deflated", [False, True])
+def test_the_diagonal(operator, known, deflated):
+    want = operator.matrix.diagonal()
+    found = diagonal(operator, known if deflated else None, probes=400)
+    off = (found.value - want).abs() / found.error
+    assert 0.55 <= float((off <= 1.0).double().mean()) <= 0.8
+    assert float(off.max()) < 6.0
+    if deflated:
+        assert found.error.norm() < 0.3 * diagonal(operator, probes=400).error.norm()
+
+
+def test_the_diagonal_of_a_diagonal_matrix_is_exact():
+    found = diagonal(Matrix(torch.diag(VALUES)), probes=2)
+    torch.testing.assert_close(found.value, VALUES, rtol=1e-12, atol=1e-14)
+    assert not found.error.any()
+
+
+def test_the_density(operator, known):
+    """Eigenvalues that are known stand in it exactly, the bulk is sampled."""
+    found = density(operator, known, runs=4, steps=70)
+    far = {
+        name: wasserstein_distance(d.nodes.numpy(), VALUES.numpy(), d.weights.numpy()) / 10.0
+        for name, d in (("known", found), ("plain", density(operator, runs=4, steps=70)))
+    }
+    assert far["known"] <= 0.002 and far["known"] < far["plain"] < 0.02
+    assert float(found.weights.sum()) == pytest.approx(1.0, rel=1e-12)
+    assert found.products == 280
+    for value in VALUES[:7]:
+        at = (found.nodes - value).abs().argmin()
+        assert float(found.nodes[at]) == pytest.approx(float(value), rel=1e-3)
+        assert float(found.weights[at]) == pytest.approx(1.0 / operator.size, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["mlp", "relu", "groupnorm", "tied"])
+def test_the_density_of_a_net(name):
+    model, x, y, loss = make(name)
+    operator = Hessian(Problem(model, loss, batches(x, y, 7)))
+    want = torch.linalg.eigvalsh(dense(operator))
+    found = density(operator, spectrum(operator, top=5, bottom=5), runs=4, steps=100)
+    assert wasserstein_distance(found.nodes.numpy(), want.numpy(), found.weights.numpy()) <= 1e-8 * float(want[-1])
+
+
+def test_smoothing_keeps_the_mass(operator):
+    found = density(operator, runs=1, steps=40)
+    assert found.products == 40
+    grid = torch.linspace(-6, 13, 4000, dtype=torch.float64)
+    curve = found.smoothed(grid, 0.2)
+    assert float(torch.trapezoid(curve, grid)) == pytest.approx(1.0, rel=1e-3)
+    with pytest.raises(ValueError, match="width must be positive"):
+        found.smoothed(grid, 0.0)
+
+
+def test_errors_and_seeds(operator, known):
+    model, x, y, loss = make("mlp")
+    net = Hessian(Problem(model, loss, (x, y)))
+    assert trace(net, seed=7, max_probes=3).conventions.seed == 7
+    assert trace(operator, seed=1, tol=0.1) == trace(operator, seed=1, tol=0.1)
+    assert not trace(operator, max_probes=3).converged
+    with pytest.raises(ValueError, match=r"the spectrum is of size 307, the operator of size 57"):
+        trace(net, known)
+    with pytest.raises(ValueError, match="tol must be positive"):
+        trace(net, tol=0)
+    with pytest.raises(ValueError, match="at least two probes"):
+        diagonal(net, probes=1)
+    with pytest.raises(ValueError, match="runs and steps"):
+        density(net, runs=0)
+    with pytest.raises(ArithmeticError, match="not finite"):
+        trace(Matrix(torch.full((30, 30), torch.nan)))
