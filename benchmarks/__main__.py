@@ -8,10 +8,18 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import cost, counts, equiv, gpu, kernels, perturb, step
+from benchmarks import cost, counts, curvature, equiv, gpu, kernels, perturb, step
 from benchmarks.results import RESULTS, Result, append_json, environment, write_page
 
-BENCHMARKS = {"counts": counts, "equiv": equiv, "perturb": perturb, "step": step, "cost": cost, "kernels": kernels}
+BENCHMARKS = {
+    "counts": counts,
+    "equiv": equiv,
+    "perturb": perturb,
+    "step": step,
+    "cost": cost,
+    "curvature": curvature,
+    "kernels": kernels,
+}
 DATED = Path()
 CPU_PAGE = ("counts", "equiv", "perturb", "step")
 

@@ -141,3 +141,32 @@ NETS: dict[str, Net] = {
         Net("resnet18-w64", ResNet18, _IMAGE, 128),
     )
 }
+
+
+class ResNet8(nn.Module):
+    """One residual block each of width 16, 32 and 64, shortcuts by a 1 x 1 convolution: 77 562 weights."""
+
+    def __init__(self, norm: Callable[[int], nn.Module] = nn.BatchNorm2d) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(1, 16, 3, 1, 1, bias=False), norm(16)
+        self.blocks = nn.Sequential(*(_PlainResidual(i, o, norm) for i, o in ((16, 16), (16, 32), (32, 64))))
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of shape (batch, 10) for images of shape (batch, 1, height, width)."""
+        return self.head(self.blocks(F.relu(self.norm(self.conv(x)))).mean((2, 3)))
+
+
+class _PlainResidual(nn.Module):
+    def __init__(self, inside: int, outside: int, norm: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        stride = outside // inside
+        self.conv1 = nn.Conv2d(inside, outside, 3, stride, 1, bias=False)
+        self.conv2 = nn.Conv2d(outside, outside, 3, 1, 1, bias=False)
+        self.norm1, self.norm2 = norm(outside), norm(outside)
+        same = inside == outside
+        self.shortcut = nn.Identity() if same else nn.Conv2d(inside, outside, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
+        return F.relu(y + self.shortcut(x))

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flatmin.measure.problem import Batch, Conventions, Problem, count_terms
+from flatmin.measure.problem import Batch, Conventions, Problem, count_terms, some_of
 
 Form = Literal["reverse", "forward", "finite"]
 Progress = Callable[[int], None]
+_PROBED = 8  # examples on which a form is tried
 _FORMS: tuple[Form, ...] = ("reverse", "forward")
 
 
@@ -139,16 +140,17 @@ class Hessian(Curvature):
         self.form: Form = self._probe() if form == "auto" else form
 
     def _probe(self) -> Form:
-        """The first form whose products on the first batch are those of a symmetric matrix that is there."""
+        """The first form whose products on a few examples are those of a symmetric matrix that is there."""
         if not self.problem.batches:
             return "reverse"
         failures = []
         keep, self._full = self._full, True
+        batch = some_of(self.problem.batches[0], _PROBED)
         for form in _FORMS:
             self.form = form
             try:
                 with self.problem.guard():
-                    flaw = self._flaw(self.problem.batches[0])
+                    flaw = self._flaw(batch)
             except (RuntimeError, NotImplementedError) as error:
                 flaw = str(error).splitlines()[0]
             if flaw is None:

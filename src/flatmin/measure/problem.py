@@ -205,10 +205,15 @@ class Problem:
                 for module, flag in flags:
                     module.training = flag
 
-    def outputs(self, batch: Batch, weights: Sequence[Tensor] | None = None) -> Any:
-        """The model's outputs on a batch at these weights (default: the model's own); inside `guard`."""
+    def outputs(
+        self, batch: Batch, weights: Sequence[Tensor] | None = None, buffers: Mapping[str, Tensor] | None = None
+    ) -> Any:
+        """The model's outputs on a batch at these weights (default: the model's own); inside `guard`.
+
+        Buffers given by name stand in for copies of the model's; the forward pass may write to them.
+        """
         chosen = dict(zip(self.names, self.weights if weights is None else weights, strict=True))
-        state = {**self._rest, **chosen, **{n: b.clone() for n, b in self._buffers.items()}}
+        state = {**self._rest, **chosen, **{n: b.clone() for n, b in self._buffers.items()}, **(buffers or {})}
         args, kwargs = _call(batch.inputs)
         with torch.autocast(self.device.type, self._autocast, enabled=self._autocast is not None):
             return torch.func.functional_call(self.model, state, args, kwargs)
@@ -221,11 +226,22 @@ class Problem:
             raise ValueError(f"the loss must be a scalar over a batch, got {shape}.")
         return value * batch.share
 
-    def value(self, weights: Sequence[Tensor] | None = None) -> float:
-        """L at these weights (default: the model's own)."""
+    def value(
+        self,
+        weights: Sequence[Tensor] | None = None,
+        *,
+        buffers: Mapping[str, Tensor] | None = None,
+        watch: Callable[[Batch, Any], None] | None = None,
+    ) -> float:
+        """L at these weights and buffers (default: the model's own); `watch` is shown each batch with its outputs."""
         at = self.weights if weights is None else list(weights)
         with self.guard(), torch.no_grad():
-            parts = [self.value_of(b, self.outputs(b, at)).double() for b in self.batches]
+            parts = []
+            for batch in self.batches:
+                outputs = self.outputs(batch, at, {n: b.clone() for n, b in (buffers or {}).items()})
+                parts.append(self.value_of(batch, outputs).double())
+                if watch is not None:
+                    watch(batch, outputs)
             total = torch.stack(parts).sum().reshape(1) if parts else torch.zeros(1, dtype=torch.float64)
             total = self._sum(total.to(self.device))
             return float(total) + self._decay(at)
@@ -312,6 +328,31 @@ def count_terms(loss: Loss, targets: Any) -> float:
     if isinstance(weight, Tensor):
         return float(weight.to(target.device)[target[counted]].sum())
     return float(counted.sum())
+
+
+def some_of(batch: Batch, count: int) -> Batch:
+    """The first examples of a batch, where every tensor of it has one row an example; else the batch."""
+    total = len(_first_tensor(batch.targets))
+    if total <= count or not all(len(t) == total for t in _tensors((batch.inputs, batch.targets))):
+        return batch
+    inputs, targets = (_cut(part, count) for part in (batch.inputs, batch.targets))
+    return Batch(inputs, targets, batch.share * count / total)
+
+
+def _tensors(part: Any) -> Iterator[Tensor]:
+    if isinstance(part, Tensor):
+        yield part.reshape(1) if part.dim() == 0 else part
+    values = part.values() if isinstance(part, Mapping) else part if isinstance(part, (tuple, list)) else ()
+    for value in values:
+        yield from _tensors(value)
+
+
+def _cut(part: Any, count: int) -> Any:
+    if isinstance(part, Tensor):
+        return part[:count]
+    if isinstance(part, Mapping):
+        return {k: _cut(v, count) for k, v in part.items()}
+    return tuple(_cut(v, count) for v in part) if isinstance(part, (tuple, list)) else part
 
 
 def _select(names: Sequence[str], patterns: Sequence[str]) -> list[str]:

@@ -197,7 +197,7 @@ def diagonal(operator: Operator, known: Spectrum | None = None, *, probes: int =
     """
     if probes < 2:
         raise ValueError(f"a diagonal with an error needs at least two probes, got {probes!r}.")
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(_stream(seed))
     vectors = values = None
     fixed = torch.zeros(operator.size, dtype=torch.float64, device=operator.device)
     if known is not None:
@@ -376,7 +376,7 @@ def _basis(known: Spectrum | None) -> Tensor | None:
 
 def _probes(operator: Operator, basis: Tensor | None, seed: int, count: int) -> Iterator[Tensor]:
     """Vectors that are uniform on the sphere of radius sqrt(n - m) across the basis."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(_stream(seed))
     rest = operator.size - (0 if basis is None else len(basis))
     for _ in range(count):
         z = torch.randn(operator.size, generator=generator, dtype=torch.float64).to(operator.device, operator.dtype)
@@ -384,6 +384,11 @@ def _probes(operator: Operator, basis: Tensor | None, seed: int, count: int) -> 
             for _ in range(2):
                 z = z - basis.T @ (basis @ z)
         yield z * (math.sqrt(rest) / float(z.double().norm()))
+
+
+def _stream(seed: int) -> int:
+    """Another stream than that of a Krylov run with the same seed, whose start vector a probe must not repeat."""
+    return seed * 1_000_003 + 500_009
 
 
 def _dot(a: Tensor, b: Tensor) -> float:
