@@ -6,11 +6,15 @@ ARGS   ?=
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.flatmin-installed
 
+# The frameworks and all that they bring stay out of the environment for everything else.
+FRAMEWORKS_VENV  ?= $(VENV)-frameworks
+FRAMEWORKS_STAMP := $(FRAMEWORKS_VENV)/.flatmin-installed
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint types bench clean
+.PHONY: help setup demo test test-all test-frameworks lint types bench clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; \
@@ -29,6 +33,15 @@ test: $(STAMP) ## the ordinary tests, a few minutes
 
 test-all: $(STAMP) ## every test, long; dates its result in benchmarks/results/
 	$(BIN)/python tools/test_all.py $(ARGS)
+
+$(FRAMEWORKS_STAMP): pyproject.toml constraints.txt
+	@test -x $(FRAMEWORKS_VENV)/bin/python || $(PYTHON) -m venv $(FRAMEWORKS_VENV)
+	$(FRAMEWORKS_VENV)/bin/python -m pip install --quiet -c constraints.txt \
+	  -e '.[digits,lightning,hf,skorch]' pytest pytest-timeout
+	@touch $@
+
+test-frameworks: $(FRAMEWORKS_STAMP) ## the tests with Lightning, Transformers, Accelerate and skorch; a few minutes
+	$(FRAMEWORKS_VENV)/bin/python -m pytest tests/frameworks $(ARGS)
 
 lint: $(STAMP) ## ruff (lint and format) and the import layers
 	$(BIN)/ruff check .

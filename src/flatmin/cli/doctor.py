@@ -24,6 +24,10 @@ class Extra:
 EXTRAS = (
     Extra("digits", "scikit-learn", "the handwritten digits that `flatmin compare` trains on by default"),
     Extra("report", "plotly", "the HTML report of `flatmin compare`"),
+    Extra("plot", "matplotlib", "figures of landscapes and spectra; see flatmin.study.draw"),
+    Extra("lightning", "lightning", "flatmin.integrations.lightning"),
+    Extra("hf", "transformers", "flatmin.integrations.hf, and Accelerate"),
+    Extra("skorch", "skorch", "skorch nets; see docs/frameworks.md"),
 )
 CORE = ("torch", "numpy", "typer", "rich")
 

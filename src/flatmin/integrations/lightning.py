@@ -1,0 +1,244 @@
+"""Lightning: a mixin that runs every pass over all batches of a step, under every precision."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from flatmin.engine import SAM
+from flatmin.engine.guards import FrozenStatistics, RandomState
+from flatmin.parts import Need
+
+try:
+    from lightning.pytorch.plugins.precision import Precision
+    from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "flatmin.integrations.lightning needs lightning; run: pip install 'flatmin[lightning]'"
+    ) from error
+
+
+class SharpnessAware:
+    """Mixin for a `LightningModule` whose `configure_optimizers` returns a flatmin optimizer.
+
+        class Net(SharpnessAware, L.LightningModule):
+            def configure_optimizers(self):
+                return flatmin.wrap(torch.optim.SGD(self.parameters(), lr=0.1), "sam", rho=0.05, model=self)
+
+    Lightning runs the first pass, as it runs any training step; the mixin runs the others over all batches that were
+    accumulated, and then Lightning clips and steps. So `accumulate_grad_batches`, `gradient_clip_val` and `precision`
+    mean what they mean with any optimizer; clipped is what the base takes. `self.log` and the outputs that callbacks
+    see are those of the first pass. A module whose optimizer is not flatmin's trains as without the mixin.
+
+    A module that overrides `on_train_batch_start`, `optimizer_step`, `backward` or `log` calls `super()` in it.
+    """
+
+    trainer: Any
+    _window: _Window | None = None
+    _repeats: bool = False
+
+    @property
+    def first_pass(self) -> bool:
+        """False while `training_step` runs again on a batch that it has seen: no time to update metrics."""
+        return not self._repeats
+
+    def log(self, *args: Any, **kwargs: Any) -> None:
+        """`LightningModule.log` in the first pass, nothing in the others."""
+        parent: Any = super()
+        if self.first_pass:
+            parent.log(*args, **kwargs)
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """The optimizer's own `backward(loss)`, which serves methods with second derivatives too."""
+        parent: Any = super()
+        sam = self._sam()
+        if sam is None or args or kwargs:
+            parent.backward(loss, *args, **kwargs)
+        else:
+            sam.backward(loss)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+        """Hold the batch until its step is done."""
+        parent: Any = super()
+        answer: int | None = parent.on_train_batch_start(batch, batch_idx)
+        sam = self._sam()
+        if sam is not None:
+            if self._window is None or self._window.last != batch_idx - 1:
+                self._window = _Window(sam, self.trainer.accumulate_grad_batches > 1)
+            self._window.hold(batch, batch_idx)
+        return answer
+
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
+    ) -> None:
+        """One update: Lightning's pass, the others, clipping, the base's step.
+
+        Args:
+            epoch: as Lightning gives it.
+            batch_idx: as Lightning gives it.
+            optimizer: as Lightning gives it.
+            optimizer_closure: as Lightning gives it.
+
+        Raises:
+            RuntimeError: a strategy that takes the steps itself, or an `on_train_batch_start` without `super()`.
+        """
+        parent: Any = super()
+        sam = self._sam()
+        if sam is None or optimizer_closure is None:
+            parent.optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+            return
+        strategy, plugin = self.trainer.strategy, self.trainer.precision_plugin
+        if strategy.handles_gradient_accumulation:
+            raise RuntimeError(
+                f"{type(strategy).__name__} takes the steps itself and leaves no room for a second gradient; choose "
+                "another strategy."
+            )
+        window, self._window = self._window, None
+        if window is None or window.last != batch_idx:
+            raise RuntimeError(
+                f"{type(self).__name__}.on_train_batch_start(batch, batch_idx) must call super(): there SharpnessAware "
+                "learns of the batches."
+            )
+        scaler = getattr(plugin, "scaler", None)
+        if scaler is not None and sam.scaler is not scaler:
+            sam.scaler = scaler
+        stepper = _Stepper(sam, scaler)
+
+        def passes() -> Any:
+            loss = self._run(sam, window, optimizer_closure)
+            stepper.ready = any(w.grad is not None for w in window.weights)
+            if scaler is not None and stepper.ready:
+                scaler.unscale_(sam)
+            return loss
+
+        if scaler is None:
+            strategy.optimizer_step(stepper, passes)
+        else:
+            # The plugin's own would take a single pass for all there is.
+            Precision.optimizer_step(plugin, stepper, model=self, closure=passes)
+
+    def _sam(self) -> SAM | None:
+        found = self.trainer.optimizers
+        return found[0] if len(found) == 1 and isinstance(found[0], SAM) else None
+
+    def _run(self, sam: SAM, window: _Window, closure: Callable[[], Any]) -> Any:
+        """All passes of an update, the first by Lightning's closure; leaves what the base shall take."""
+        if len(window.batches) == 1:
+            for evaluation in sam.passes():
+                with evaluation:
+                    if evaluation.index:
+                        self._repeat(window)
+                    elif (loss := closure()) is None:
+                        sam.abort()  # training_step had nothing to learn from
+            return loss
+        loss = closure()
+        at_hand = [w.grad for w in window.weights]
+        if all(g is None for g in at_hand):
+            return loss
+        if not window.usable:
+            # Lightning's pass is not one of this method's, but the statistics have seen the batches in it.
+            chunks = len(window.batches) if Need.MICRO_BATCHES in sam.recipe.needs else 1
+            with FrozenStatistics(self):  # type: ignore[arg-type]
+                for evaluation in sam.passes(chunks):
+                    with evaluation:
+                        self._repeat(window, evaluation.chunk)
+        elif window.ascends:
+            with sam.perturbed():
+                # A rule that looks at the gradient may have decided against the ascent.
+                if sam.current_pass().perturbed:
+                    self._repeat(window)
+        else:
+            for evaluation in sam.passes():
+                with evaluation:
+                    for w, g in zip(window.weights, at_hand, strict=True):
+                        w.grad = g
+        return loss
+
+    def _repeat(self, window: _Window, chunk: int | None = None) -> None:
+        """Run the batches (of a chunk: one of them) forward and backward again, where the weights are now."""
+        trainer, strategy = self.trainer, self.trainer.strategy
+        count = len(window.batches)
+        chosen = range(count) if chunk is None else [chunk]
+        # A chunk's loss is the mean of its own samples; together, each has its share.
+        share = (1 if chunk is None else count) / trainer.accumulate_grad_batches
+        with_index = is_param_in_hook_signature(getattr(self, "training_step"), "batch_idx", min_args=2)  # noqa: B009
+        self._repeats = True
+        try:
+            for i in chosen:
+                batch, batch_idx = window.batches[i]
+                window.replay(i)
+                silent = getattr(strategy, "block_backward_sync", None) if i != chosen[-1] else None
+                with contextlib.nullcontext() if silent is None else silent():
+                    output = strategy.training_step(*((batch, batch_idx) if with_index else (batch,)))
+                    loss = output.get("loss") if isinstance(output, Mapping) else output
+                    if loss is not None:
+                        strategy.backward(loss * share, None)
+        finally:
+            self._repeats = False
+
+
+@dataclass
+class _Window:
+    """The batches of one step, and the random states with which they were first run."""
+
+    sam: SAM
+    several: bool
+    batches: list[tuple[Any, int]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        sam = self.sam
+        self.weights: Sequence[Tensor] = [w for group in sam.param_groups for w in group["params"]]
+        # A single batch is left to the optimizer, which does the same.
+        self.random = RandomState({w.device for w in self.weights}) if self.several and sam._random else None
+        # Whether the gradients that Lightning accumulates are those of the method's first pass.
+        self.usable = sam.recipe.two_pass and sam.ascent_sync == "all"
+        sam.abort()
+        if self.several and self.usable:
+            self.ascends = next(sam.passes()).role == "ascent"
+            sam.abort()
+            # Between updates a criterion gives the loss that is climbed, in case this one climbs.
+            self.usable = self.ascends or Need.CRITERION not in sam.recipe.needs
+
+    @property
+    def last(self) -> int:
+        """The index of the last batch."""
+        return self.batches[-1][1]
+
+    def hold(self, batch: Any, batch_idx: int) -> None:
+        if self.random is not None:
+            self.random.capture(len(self.batches))
+        self.batches.append((batch, batch_idx))
+
+    def replay(self, i: int) -> None:
+        if self.random is not None:
+            self.random.replay(i)
+
+
+class _Stepper:
+    """What Lightning's precision plugins get for the optimizer: its step runs the closure, then ends the update.
+
+    Attributes:
+        ready: whether the closure left gradients to step with.
+    """
+
+    _step_supports_amp_scaling = False  # the gradients that hooks and clipping see are unscaled
+
+    def __init__(self, sam: SAM, scaler: Any) -> None:
+        self.sam, self.scaler = sam, scaler
+        self.ready = False
+
+    def step(self, closure: Callable[[], Any]) -> Any:
+        result = closure()
+        if self.ready and self.scaler is not None:
+            self.scaler.step(self.sam)
+            self.scaler.update()
+        elif self.ready:
+            self.sam.step()
+        return result
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.sam, name)

@@ -1,0 +1,67 @@
+"""The code of docs/frameworks.md runs; its fences say `py`, because the ordinary tests run those that say `python`."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import flatmin
+
+PAGE = Path(__file__).parents[2] / "docs" / "frameworks.md"
+NEEDS = {
+    "Lightning": "lightning",
+    "Hugging Face Trainer": "transformers",
+    "Accelerate": "accelerate",
+    "skorch": "skorch",
+}
+
+
+def sections():
+    parts = re.split(r"^## (.*)\n", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
+    return {title: text for title, text in zip(parts[::2], parts[1::2], strict=True) if "```py\n" in text}
+
+
+def test_sections_are_known():
+    assert set(sections()) == set(NEEDS)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("title", NEEDS)
+def test_python_runs(title, tmp_path, monkeypatch):
+    pytest.importorskip(NEEDS[title], reason=f"needs {NEEDS[title]}: run make test-frameworks")
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+
+    class Module(torch.nn.Sequential):
+        def __init__(self):
+            super().__init__(torch.nn.Linear(6, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 3))
+
+    x, y = torch.randn(48, 6), torch.randint(3, (48,))
+    model = Module()
+    names = {
+        "torch": torch,
+        "flatmin": flatmin,
+        "Module": Module,
+        "model": model,
+        "base": torch.optim.SGD(model.parameters(), lr=0.1),
+        "loss_fn": torch.nn.CrossEntropyLoss(),
+        "loader": torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=12),
+        "x": x,
+        "y": y,
+        "__name__": "page",
+    }
+    if NEEDS[title] == "transformers":
+        from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
+
+        config = GPT2Config(vocab_size=20, n_positions=16, n_embd=16, n_layer=1, n_head=2)
+        model = names["language_model"] = GPT2LMHeadModel(config)
+        names["arguments"] = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], max_steps=2)
+        names["sequences"] = [{"input_ids": row, "labels": row} for row in torch.randint(0, 20, (8, 10))]
+    before = [p.detach().clone() for p in model.parameters()]
+    for block in re.findall(r"^```py\n(.*?)^```", sections()[title], re.DOTALL | re.MULTILINE):
+        exec(compile(block, PAGE.name, "exec"), names)
+    if "net" in names:
+        assert names["net"].history[-1, "train_loss"] > 0
+    else:
+        assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
