@@ -9,6 +9,7 @@ from torch import nn
 
 import flatmin
 from flatmin.engine.guards import FrozenStatistics
+from tests.helpers import batch
 
 DOORS = ["closure", "perturbed", "two calls", "passes"]
 
@@ -265,3 +266,31 @@ def test_a_compiled_model_does_not_recompile_across_steps(pass_compiled):
             warm = compiles
     assert compiles == warm <= 4
     assert int(net[1].num_batches_tracked) == 8
+
+
+def test_gradients_that_a_closure_drops_are_warned_about_once():
+    """A loop that accumulates over batches and ends with step(closure) would train on the last one only."""
+    torch.manual_seed(0)
+    model = nn.Linear(6, 3)
+    optimizer = flatmin.wrap(torch.optim.SGD(model.parameters(), lr=0.1), "sam", model=model)
+
+    def backward(k):
+        loss = nn.functional.cross_entropy(model(batch(k)[0]), batch(k)[1])
+        loss.backward()
+        return loss
+
+    def closure():
+        optimizer.zero_grad()
+        return backward(2)
+
+    optimizer.step(closure)
+    model(batch(0)[0])  # a forward without gradients is nobody's loss
+    optimizer.step(closure)
+    optimizer.zero_grad()
+    backward(0)
+    with pytest.warns(
+        UserWarning, match=r"drops the gradients of the forward before it.*list of closures, or use passes"
+    ):
+        optimizer.step(closure)
+    backward(1)
+    optimizer.step(closure)

@@ -145,7 +145,8 @@ class TestWithoutGlue:
     def test_accumulation_needs_the_mixin(self):
         """What docs/frameworks.md warns of: Lightning's closure is that of the last batch alone."""
         module = Plain()
-        fit(module, accumulate_grad_batches=3)
+        with pytest.warns(UserWarning, match="drops the gradients of the forward before it"):
+            fit(module, accumulate_grad_batches=3)
         assert apart(module.net, by_hand(n=3)[0]) > 1e-3
 
     def test_fp16_is_refused(self):

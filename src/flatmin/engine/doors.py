@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from flatmin.engine.diagnostics import Diagnostics
+from flatmin.engine.guards import ModelWatch
 from flatmin.engine.program import Site
 from flatmin.engine.replicas import Replicas
 from flatmin.engine.scaling import Scaling
@@ -62,6 +63,7 @@ class Doors(Optimizer):
     _update: Update | None
     _resident: bool
     _diagnostics: Diagnostics | None
+    _watch: ModelWatch | None
     clip_norm: float | None
     _scaling: Scaling | None
     _replicas: Replicas
@@ -147,6 +149,8 @@ class Doors(Optimizer):
     def _step_closures(self, closures: list[Closure], *, listed: bool) -> Any:
         if Need.MICRO_BATCHES in self.recipe.needs and not listed:
             raise RuntimeError(f"{self.recipe.name} needs {Need.MICRO_BATCHES.value}; got one closure.")
+        if self._watch is not None:
+            self._watch.warn_of_dropped_gradients()
         update = self._begin(len(closures), closed=True)
         firsts: list[Any] = []
         visited: set[int | None] = set()

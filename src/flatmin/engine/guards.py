@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -145,10 +145,10 @@ class ModelWatch:
         self,
         model: nn.Module,
         random: RandomState | None,
-        no_gradients: Callable[[], bool],
+        weights: Sequence[Tensor],
         abandoned: Callable[[], None] | None = None,
     ) -> None:
-        self.model, self.random, self._no_gradients, self._abandoned = model, random, no_gradients, abandoned
+        self.model, self.random, self._weights, self._abandoned = model, random, weights, abandoned
         self.cleared = False
         self.hook = ForwardHook(self)
         self.handle = model.register_forward_pre_hook(self.hook, with_kwargs=True)
@@ -156,7 +156,8 @@ class ModelWatch:
         self.bracketed = False  # a closure or `passes()` brackets each pass, so random states are handled there
         self.forwards = [0, 0]
         self._batch: list[tuple[Tensor, int]] | None = None
-        self._warned = False
+        self._left: tuple[int, int] | None = None  # the gradients that the last update left behind
+        self._warned = self._warned_of_drop = False
 
     def remove(self) -> None:
         self.handle.remove()
@@ -164,6 +165,12 @@ class ModelWatch:
     def begin_update(self) -> None:
         """The next training forward opens a new update."""
         self.pass_index, self.forwards, self._batch, self.bracketed = 0, [0, 0], None, False
+        self._left = self._gradients()
+
+    def _gradients(self) -> tuple[int, int] | None:
+        """What tells one state of the gradients from another; None if there are none."""
+        first = next((w.grad for w in self._weights if w.grad is not None), None)
+        return None if first is None else (id(first), first._version)
 
     def begin_pass(self, index: int, *, bracketed: bool) -> None:
         self.pass_index, self.bracketed = index, bracketed
@@ -171,7 +178,7 @@ class ModelWatch:
 
     def seen(self, args: Any, kwargs: Any) -> None:
         later = min(self.pass_index, 1)
-        if not later and self.forwards[0] and self.cleared and not self.bracketed and self._no_gradients():
+        if not later and self.forwards[0] and self.cleared and not self.bracketed and self._gradients() is None:
             # Gradients were cleared since the last forward and none has come: that one was given up.
             self.begin_update()
             if self._abandoned is not None:
@@ -198,6 +205,16 @@ class ModelWatch:
             x._version == version and (x is y or _fingerprint(x) == _fingerprint(y))
             for (x, version), y in zip(known, batch, strict=True)
         )
+
+    def warn_of_dropped_gradients(self) -> None:
+        """Say once that gradients which a loop has accumulated will not be used."""
+        if self.forwards[0] and not self._warned_of_drop and self._gradients() not in (None, self._left):
+            self._warned_of_drop = True
+            warnings.warn(
+                "step(closure) runs all passes itself and drops the gradients of the forward before it. To accumulate "
+                "over micro-batches, give step() a list of closures, or use passes().",
+                stacklevel=5,
+            )
 
     def check_second_pass(self) -> None:
         if self.forwards[0] and self.pass_index and not self.forwards[1]:

@@ -388,7 +388,7 @@ class SAM(Doors):
             self._watch = ModelWatch(
                 model,
                 self._random,
-                lambda: not any(w.grad is not None for w in weights),
+                weights,
                 getattr(self.criterion, "forget", None),
             )
         self._replicas = Replicas(self.ascent_sync, model, self.recipe)
