@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 _COUNT, _SAVED = "_flatmin_frozen", "_flatmin_saved"
+_OWNER = "_flatmin_pass"
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -158,6 +159,8 @@ class ModelWatch:
         self._batch: list[tuple[Tensor, int]] | None = None
         self._left: tuple[int, int] | None = None  # the gradients that the last update left behind
         self._warned = self._warned_of_drop = False
+        self._outer: int | None = None  # whose pass over the same model this one's is inside of
+        self._before_replay: Tensor | None = None
 
     def remove(self) -> None:
         self.handle.remove()
@@ -175,8 +178,24 @@ class ModelWatch:
     def begin_pass(self, index: int, *, bracketed: bool) -> None:
         self.pass_index, self.bracketed = index, bracketed
         self.forwards[min(index, 1)] = 0
+        self._before_replay = None
+        if bracketed:
+            self._outer = self.model.__dict__.get(_OWNER)
+            self.model.__dict__[_OWNER] = id(self)
+
+    def end_pass(self) -> None:
+        """Forwards are again whoever's they are."""
+        if self.model.__dict__.get(_OWNER) == id(self):
+            del self.model.__dict__[_OWNER]
+            if self._outer is not None:
+                self.model.__dict__[_OWNER] = self._outer
 
     def seen(self, args: Any, kwargs: Any) -> None:
+        if self.model.__dict__.get(_OWNER) not in (None, id(self)):
+            return  # another optimizer's pass
+        if torch._C._current_graph_task_id() != -1:
+            self._recomputed()
+            return
         later = min(self.pass_index, 1)
         if not later and self.forwards[0] and self.cleared and not self.bracketed and self._gradients() is None:
             # Gradients were cleared since the last forward and none has come: that one was given up.
@@ -186,7 +205,11 @@ class ModelWatch:
         self.cleared = False
         if self.forwards[later] == 0:
             if self.random is not None and not self.bracketed:
-                (self.random.replay if later else self.random.capture)()
+                if later:
+                    self._before_replay = torch.get_rng_state()
+                    self.random.replay()
+                else:
+                    self.random.capture()
             batch = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
             if not later:
                 self._batch = [(x, x._version) for x in batch]
@@ -198,6 +221,12 @@ class ModelWatch:
                     stacklevel=4,
                 )
         self.forwards[later] += 1
+
+    def _recomputed(self) -> None:
+        """A forward inside a backward: checkpointing runs it again, from the state before its hook had replayed."""
+        if self._before_replay is not None and torch.equal(self._before_replay, torch.get_rng_state()):
+            assert self.random is not None
+            self.random.replay()
 
     def _same(self, batch: list[Tensor]) -> bool:
         known = self._batch or []

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from flatmin.engine import tensors as ta
-from flatmin.parts import Descent, Direction, Eval, Gradients, Offset, Products, State, Tensors
+from flatmin.parts import Combine, Descent, Direction, Eval, Gradients, Offset, Products, State, Tensors
 from flatmin.recipes import Recipe
 
 
@@ -345,6 +345,9 @@ def program(recipe: Recipe, site: Site, store: Reader, eps: float) -> Generator[
             kept = first
     if not on:
         grads = first if first is not None else (yield Eval("descent", chunk=recipe.points.plain_chunk))
+        if type(recipe.combine).off is Combine.off:
+            out.update, out.untouched = grads, first is None
+            return out
         index, g = _gather(grads, everything)
         u, new = recipe.combine.off(g, read("combine", index), site.context(index))
         stage("combine", index, new)

@@ -230,6 +230,8 @@ class Update:
 
     def _restore(self) -> None:
         self.optimizer._ledger.restore()
+        if self.optimizer._watch is not None:
+            self.optimizer._watch.end_pass()
         self.inside = False
 
     def abort(self) -> None:
@@ -299,10 +301,12 @@ class Update:
             return True, None
         current = outcome.update if known else [w.grad for w in self.site.weights]
         update = [g for g in current if g is not None]
+        layout = opt._layout
         if any(map(_IS_SPARSE, update)):
+            layout = ta.Layout([])
             update = [g.coalesce().values() if g.is_sparse else g for g in update]
         if flags is None:
-            if (self.scaling is not None and self.scaling.found) or not ta.all_finite(update, opt._layout):
+            if (self.scaling is not None and self.scaling.found) or not ta.all_finite(update, layout):
                 return self._refuse(), None
             base_step()
             return True, None
