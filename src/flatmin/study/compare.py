@@ -12,13 +12,13 @@ from pathlib import Path
 
 from flatmin.data.base import Data
 from flatmin.recipes import Recipe
+from flatmin.stats import Stat, summarise
 from flatmin.study.arms import Candidate, arms, candidates, recipe_of
 from flatmin.study.config import BASE, CompareConfig
 from flatmin.study.events import Event, Planned, Timing, Tuned, Warned
 from flatmin.study.executor import Outcome, execute
 from flatmin.study.fingerprint import data_digest, digest, environment, package_digest, user_sources
 from flatmin.study.notes import write_notes
-from flatmin.stats import Stat, summarise
 from flatmin.study.store import Run, Store, unique, write_atomically
 from flatmin.study.summary import Choice, Finding, Ratio, Summary, make_row
 from flatmin.study.timing import guess_seconds, measure_speed, time_ratios

@@ -6,9 +6,9 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 
+from flatmin.stats import Stat, paired, summarise
 from flatmin.study.arms import EARLY, LONG, WEIGHT_DECAY
 from flatmin.study.config import BASE, CompareConfig
-from flatmin.stats import Stat, paired, summarise
 from flatmin.study.summary import Choice, Finding, Row
 
 FEWEST_SEEDS = 3  # two differences of counts are often equal by chance, and then their interval has width 0

@@ -1,0 +1,246 @@
+"""One point of a landscape: loss and accuracy at given weights, and what BatchNorm uses there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from flatmin.measure.problem import Batch, Problem, _first_tensor
+
+Statistics = Literal["as they are", "recomputed"]
+Checkpoint = nn.Module | Mapping[str, Tensor] | Tensor
+
+
+def evaluate(
+    problem: Problem, weights: list[Tensor], *, accuracy: bool = False, statistics: Statistics = "as they are"
+) -> tuple[float, float]:
+    """Loss and accuracy at given weights; the model is left as it is.
+
+    Args:
+        problem: the function.
+        weights: as `Problem.moved` and `Problem.shaped` give them.
+        accuracy: whether to count right answers as well, at no further forward pass.
+        statistics: running statistics of BatchNorm: "as they are" in the model, or "recomputed" at these weights, see
+            `batch_statistics`.
+
+    Returns:
+        L, and the share of right answers among the targets that are not ignored, in [0, 1]; NaN if not asked for.
+
+    Raises:
+        ValueError: outputs and targets of which no accuracy can be taken.
+    """
+    buffers = batch_statistics(problem, weights) if statistics == "recomputed" else None
+    if not accuracy:
+        return problem.value(weights, buffers=buffers), math.nan
+    counts = torch.zeros(2, dtype=torch.float64, device=problem.device)
+
+    def count(batch: Batch, outputs: Any) -> None:
+        answers, targets = _answers(outputs, batch.targets)
+        counted = targets != getattr(problem.loss, "ignore_index", -100)
+        counts[0] += ((answers == targets) & counted).sum()
+        counts[1] += counted.sum()
+
+    loss = problem.value(weights, buffers=buffers, watch=count)
+    right, total = problem.reduced(counts).tolist()
+    return loss, right / total
+
+
+def _answers(outputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
+    """The most likely classes and the targets; classes are in dimension 1, as in torch's cross-entropy, or the last."""
+    whole = isinstance(targets, Tensor) and not targets.is_floating_point()
+    if isinstance(outputs, Tensor) and whole and outputs.dim() == targets.dim() + 1:
+        for dim in (1, -1):
+            answers = outputs.argmax(dim)
+            if answers.shape == targets.shape:
+                return answers, targets
+    shapes = [tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__ for t in (outputs, targets)]
+    raise ValueError(
+        f"an accuracy needs outputs (N, classes, ...) and whole-numbered targets (N, ...), got {shapes[0]} and "
+        f"{shapes[1]}; leave accuracy=False."
+    )
+
+
+def batch_statistics(problem: Problem, weights: list[Tensor]) -> dict[str, Tensor]:
+    """Running means and variances of every BatchNorm at given weights, as buffers by name.
+
+    Each batch of the problem is passed on with the other layers in eval mode; the statistics of the batches are
+    averaged with the numbers of examples as weights, so they depend on the batches. Empty without BatchNorm.
+
+    Raises:
+        ValueError: a problem in train mode, which uses no running statistics, or a layer with momentum 0.
+
+    Source: `bn_update` of Garipov et al., NeurIPS 2018; Izmailov et al., UAI 2018, Sec. 3.2.
+    """
+    if problem.mode == "train":
+        raise ValueError("mode='train' normalises by each batch's own statistics; there is nothing to recompute.")
+    layers = _layers(problem.model)
+    if not layers:
+        return {}
+    frozen = [name for name, layer in layers.items() if layer.momentum == 0.0]
+    if frozen:
+        raise ValueError(f"{frozen[0]!r} has momentum 0, so its statistics cannot be taken anew.")
+    names = [f"{name}.{kind}" if name else kind for name in layers for kind in ("running_mean", "running_var")]
+    buffers = dict(problem.model.named_buffers())
+    sums = [torch.zeros_like(buffers[n], dtype=torch.float64) for n in names]
+    examples = 0.0
+    with torch.no_grad():
+        for batch in problem.batches:
+            count = float(len(_first_tensor(batch.targets)))
+            for total, found in zip(sums, _of_batch(problem, layers, batch, weights), strict=True):
+                total += count * found.double()
+            examples += count
+    packed = torch.cat(
+        [torch.tensor([examples], dtype=torch.float64, device=problem.device), *(s.flatten() for s in sums)]
+    )
+    packed = problem.reduced(packed)
+    parts = (packed[1:] / packed[0]).split([s.numel() for s in sums])
+    return {n: p.view_as(s).to(problem.dtype) for n, p, s in zip(names, parts, sums, strict=True)}
+
+
+def batch_outputs(problem: Problem, batch: Batch, weights: list[Tensor]) -> Any:
+    """The outputs with BatchNorm by this batch's statistics; inside `Problem.guard`, which puts the flags back."""
+    return _outputs(problem, _layers(problem.model), batch, weights)[0]
+
+
+def _of_batch(problem: Problem, layers: Mapping[str, _BatchNorm], batch: Batch, weights: list[Tensor]) -> list[Tensor]:
+    """Mean and variance of each layer on one batch, in the layers' order."""
+    with problem.guard(), torch.no_grad():
+        buffers = _outputs(problem, layers, batch, weights)[1]
+    found = []
+    for name, layer in layers.items():
+        prefix = f"{name}." if name else ""
+        calls = float(buffers[f"{prefix}num_batches_tracked"]) if layer.num_batches_tracked is not None else 1.0
+        # Started from zero, the moving average after k calls holds 1 - (1 - m)^k of the statistics.
+        share = 1.0 if layer.momentum is None else 1.0 - (1.0 - layer.momentum) ** calls
+        for kind in ("running_mean", "running_var"):
+            own = dict(layer.named_buffers())[kind]
+            found.append(buffers[f"{prefix}{kind}"] / share if calls else own.detach())
+    return found
+
+
+def _outputs(
+    problem: Problem, layers: Mapping[str, _BatchNorm], batch: Batch, weights: list[Tensor]
+) -> tuple[Any, dict[str, Tensor]]:
+    """Outputs with BatchNorm by the batch, and the layers' buffers, zero before."""
+    buffers = {}
+    for name, layer in layers.items():
+        layer.training = True
+        for kind, buffer in layer.named_buffers(recurse=False):
+            dtype = problem.dtype if buffer.is_floating_point() else buffer.dtype
+            buffers[f"{name}.{kind}" if name else kind] = torch.zeros_like(buffer, dtype=dtype)
+    return problem.outputs(batch, weights, buffers), buffers
+
+
+def _layers(model: nn.Module) -> dict[str, _BatchNorm]:
+    """The layers with running statistics."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None}
+
+
+# -- checkpoints -------------------------------------------------------------------------------------------------------
+
+_WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
+
+
+def weights_of(problem: Problem, checkpoint: Checkpoint) -> Tensor:
+    """The selected weights of a checkpoint as one vector of shape (size,), in the problem's dtype.
+
+    Args:
+        problem: which weights, in which order.
+        checkpoint: a model, a state dict (also of the model wrapped in DistributedDataParallel or compiled), or a
+            vector of shape (size,).
+
+    Raises:
+        ValueError: other keys or shapes, or weights outside of `params` that differ although `params` is "*": they
+            require no gradient, and the loss would not be the checkpoint's.
+    """
+    if isinstance(checkpoint, Tensor):
+        problem.shaped(checkpoint)
+        return checkpoint.detach().to(problem.device, problem.dtype, copy=True)
+    state = _state(problem, checkpoint)
+    for name, own in zip(problem.names, problem.weights, strict=True):
+        if state[name].shape != own.shape:
+            raise ValueError(
+                f"the checkpoint's {name!r} has shape {tuple(state[name].shape)}, the model's {tuple(own.shape)}."
+            )
+    outside = _unlike(state, {n: p for n, p in problem.model.named_parameters() if n not in problem.names})
+    if outside and problem.conventions.params == "*":
+        raise ValueError(
+            f"the checkpoint differs in {_list(outside)} as well, which the model holds fixed (requires_grad=False); "
+            "let them require gradients, or choose the weights to move with params=."
+        )
+    return problem.flat([state[n].to(problem.device, problem.dtype) for n in problem.names])
+
+
+def buffers_unlike(problem: Problem, checkpoint: Checkpoint) -> list[str]:
+    """Names of the floating-point buffers in which a checkpoint differs from the model; none for a vector."""
+    if isinstance(checkpoint, Tensor):
+        return []
+    return _unlike(_state(problem, checkpoint), dict(problem.model.named_buffers()))
+
+
+def choose_statistics(
+    problem: Problem, statistics: Statistics | None, unlike: list[str] | tuple[str, ...]
+) -> Statistics:
+    """The `statistics` of a landscape; None is "as they are" unless a checkpoint's buffers differ from the model's.
+
+    Raises:
+        ValueError: None where buffers differ, another word, or "recomputed" with a problem in train mode.
+    """
+    if statistics not in (None, "as they are", "recomputed"):
+        raise ValueError(f"statistics must be 'as they are' or 'recomputed', got {statistics!r}.")
+    if statistics == "recomputed" and problem.mode == "train":
+        raise ValueError("mode='train' normalises by each batch's own statistics; there is nothing to recompute.")
+    if statistics is None and unlike and problem.mode == "eval":
+        raise ValueError(
+            f"a checkpoint's buffers differ from the model's ({_list(unlike)}), so the model's do not belong to its "
+            "weights; choose statistics='recomputed' (BatchNorm anew at every point) or 'as they are' (the model's at "
+            "every point)."
+        )
+    return statistics or "as they are"
+
+
+def _state(problem: Problem, checkpoint: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A checkpoint's tensors by the model's names."""
+    model = problem.model
+    known = {
+        *model.state_dict(),
+        *(n for n, _ in model.named_parameters(remove_duplicate=False)),
+        *(n for n, _ in model.named_buffers(remove_duplicate=False)),
+    }
+    if isinstance(checkpoint, nn.Module):
+        # With the buffers that a state dict leaves out.
+        checkpoint = {**checkpoint.state_dict(), **dict(checkpoint.named_buffers())}
+    if not isinstance(checkpoint, Mapping):
+        raise ValueError(
+            f"a checkpoint is a model, a state dict or a vector of the weights, got {type(checkpoint).__name__}."
+        )
+    state = dict(checkpoint)
+    for prefix in _WRAPPERS:
+        if state and all(n.startswith(prefix) for n in state) and not any(n.startswith(prefix) for n in known):
+            state = {n.removeprefix(prefix): t for n, t in state.items()}
+    missing = [n for n in problem.names if not isinstance(state.get(n), Tensor)]
+    if missing:
+        raise ValueError(f"the checkpoint has no tensor {missing[0]!r}; it holds {_list(list(state)) or 'nothing'}.")
+    extra = [n for n in state if n not in known]
+    if extra:
+        raise ValueError(f"the checkpoint is of another model: this one has no {_list(extra)}.")
+    return state
+
+
+def _unlike(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
+    found = []
+    for name, tensor in own.items():
+        other = state.get(name)
+        if isinstance(other, Tensor) and tensor.is_floating_point():
+            same = other.shape == tensor.shape and torch.equal(other.to(tensor).detach(), tensor.detach())
+            found += [] if same else [name]
+    return found
+
+
+def _list(names: list[str] | tuple[str, ...], most: int = 4) -> str:
+    return ", ".join(map(repr, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")

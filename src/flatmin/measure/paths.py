@@ -1,0 +1,342 @@
+"""Paths between checkpoints, straight or bent to stay low, and how high the loss rises on them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from flatmin.measure.evaluate import (
+    Checkpoint,
+    Statistics,
+    batch_outputs,
+    buffers_unlike,
+    choose_statistics,
+    weights_of,
+)
+from flatmin.measure.landscape import Landscape, Origin, Progress, blank
+from flatmin.measure.problem import Problem
+
+Training = Callable[[int, float], None]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Path(Landscape):
+    r"""L along a curve in the space of the weights.
+
+    Args:
+        times: float64, rising; "linear": from 0 to the number of segments, checkpoints at whole numbers; "bezier":
+            from 0 to 1.
+        knots: what the curve is made of, shape (m, size): the checkpoints, or both ends with the control point between
+            them.
+        labels: of the checkpoints.
+        shape: "linear" or "bezier".
+        recipe: of the control point's training; empty for a linear path.
+        training: losses of the training's batches, one a step; empty for a linear path.
+        loss, accuracy, done, origin, statistics: see `Landscape`.
+    """
+
+    times: Tensor
+    knots: Tensor
+    labels: tuple[str, ...]
+    shape: str
+    recipe: dict[str, int | float]
+    training: Tensor
+
+    kind: ClassVar[str] = "path"
+    anchored: ClassVar[bool] = False
+
+    @property
+    def segments(self) -> int:
+        """Number of curves between two neighbouring checkpoints."""
+        return len(self.labels) - 1
+
+    def point(self, time: float) -> Tensor:
+        """The weights at a time, shape (size,), in the knots' dtype; at a checkpoint they are its own, to the bit."""
+        if self.shape == "bezier":
+            return bezier_point(self.knots, time)
+        k = min(int(time), self.segments - 1)
+        s = time - k
+        # The ends by themselves: 0 times an overflown weight is not 0.
+        if s in (0.0, 1.0):
+            return self.knots[k + int(s)].clone()
+        return (1.0 - s) * self.knots[k] + s * self.knots[k + 1]
+
+    def weights_at(self, problem: Problem, index: int) -> list[Tensor]:
+        return problem.shaped(self.point(float(self.times[index])).to(problem.device, problem.dtype))
+
+    @property
+    def barriers(self) -> list[float]:
+        r"""Of each segment, the most by which the loss lies above the straight line between its ends' losses.
+
+        .. math::
+            \max_s L(w(s)) - [(1 - s) L(w(0)) + s L(w(1))]
+
+        Over the points of the grid, so from below; 0 at least, since the ends are among them; NaN where a loss is NaN
+        or not evaluated. Source: Entezari et al., ICLR 2022, Definition 2.1; with ends of equal loss that of Frankle et
+        al., ICML 2020.
+        """
+        found = []
+        for k in range(self.segments):
+            inside = (self.times >= k) & (self.times <= k + 1)
+            s, loss = self.times[inside] - k, self.loss[inside]
+            line = torch.where(s == 0, loss[0], torch.where(s == 1, loss[-1], (1.0 - s) * loss[0] + s * loss[-1]))
+            found.append(float((loss - line).max()))
+        return found
+
+    @property
+    def barrier(self) -> float:
+        """The largest of `barriers`."""
+        return float(torch.tensor(self.barriers, dtype=torch.float64).max())
+
+    @property
+    def rise(self) -> float:
+        """The highest loss on the grid less that of the worst checkpoint, in [0, inf).
+
+        Source: the height of a saddle, Draxler et al., ICML 2018.
+        """
+        at = self.loss[(self.times == self.times.round()).nonzero().flatten()]
+        return float(self.loss.max() - at.max())
+
+    def lengths(self) -> Tensor:
+        """L2 distance travelled up to each point of the grid, by straight lines between them."""
+        points = [self.point(float(t)).double() for t in self.times]
+        steps = [float((b - a).norm()) for a, b in itertools.pairwise(points)]
+        return torch.tensor([0.0, *steps], dtype=torch.float64).cumsum(0)
+
+    def _packed(self) -> dict[str, Any]:
+        return {
+            "times": self.times,
+            "knots": self.knots.cpu(),
+            "labels": list(self.labels),
+            "shape": self.shape,
+            "recipe": dict(self.recipe),
+            "training": self.training,
+        }
+
+    @classmethod
+    def _unpacked(cls, saved: dict[str, Any], shared: dict[str, Any]) -> Self:
+        return cls(
+            times=saved["times"],
+            knots=saved["knots"],
+            labels=tuple(saved["labels"]),
+            shape=saved["shape"],
+            recipe=saved["recipe"],
+            training=saved["training"],
+            **shared,
+        )
+
+    def _unlike(self, other: Self) -> str:
+        if self.shape != other.shape or self.recipe != other.recipe:
+            return f"a {other.shape} path{f' trained with {other.recipe}' if other.recipe else ''}"
+        if not torch.equal(self.times, other.times):
+            return "its points differ"
+        mine, its = (p.knots[:: p.knots.shape[0] - 1] if p.shape == "bezier" else p.knots for p in (self, other))
+        if mine.shape != its.shape or not torch.equal(mine.to(its), its):
+            return "its checkpoints differ"
+        return ""
+
+
+def linear(
+    problem: Problem,
+    checkpoints: Sequence[Checkpoint],
+    *,
+    points: int = 25,
+    labels: Sequence[str] | None = None,
+    accuracy: bool = False,
+    statistics: Statistics | None = None,
+    path: str | os.PathLike[str] | None = None,
+    every: float = 60.0,
+    progress: Progress | None = None,
+) -> Path:
+    r"""The loss on straight lines from checkpoint to checkpoint.
+
+    .. math::
+        w(s) = (1 - s) w_k + s w_{k + 1},\quad s \in [0, 1]
+
+    At the ends the weights are the checkpoints' own to the bit. Buffers are those of the model at every point, and so
+    are weights outside of the problem's `params`.
+
+    Args:
+        problem: the function, with the model that the checkpoints are of.
+        checkpoints: two or more: models, state dicts or vectors.
+        points: on each segment, its ends counted, >= 3. Default 25.
+        labels: of the checkpoints. Default "0", "1", ...
+        accuracy: whether to measure the share of right answers too.
+        statistics: running statistics of BatchNorm: "as they are" in the model or "recomputed" at every point, which
+            costs another pass and is needed for BatchNorm to mean anything between checkpoints. There is no default
+            where a checkpoint's buffers differ from the model's.
+        path: see `landscape`.
+        every: see `landscape`.
+        progress: see `landscape`.
+
+    Raises:
+        ValueError: fewer than two checkpoints or three points, other keys or shapes, equal neighbours, statistics that
+            must be chosen, or a file that holds something else.
+
+    Source: Goodfellow, Vinyals & Saxe, ICLR 2015; statistics: Jordan et al., REPAIR, ICLR 2023.
+    """
+    knots, names, statistics = _knots(problem, checkpoints, labels, points, statistics)
+    segments = len(knots) - 1
+    times = [k + i / (points - 1) for k in range(segments) for i in range(points - 1)]
+    request = Path(
+        times=torch.tensor([*times, float(segments)], dtype=torch.float64),
+        knots=knots,
+        labels=names,
+        shape="linear",
+        recipe={},
+        training=torch.empty(0, dtype=torch.float64),
+        origin=Origin.of(problem, statistics),
+        statistics=statistics,
+        **blank((segments * (points - 1) + 1,), accuracy),
+    )
+    return request._resumed(path, problem)._fill(problem, path, every, progress)
+
+
+def bezier(
+    problem: Problem,
+    first: Checkpoint,
+    last: Checkpoint,
+    *,
+    steps: int = 1000,
+    lr: float = 0.02,
+    momentum: float = 0.9,
+    seed: int = 0,
+    points: int = 25,
+    labels: Sequence[str] | None = None,
+    accuracy: bool = False,
+    statistics: Statistics | None = None,
+    path: str | os.PathLike[str] | None = None,
+    every: float = 60.0,
+    progress: Progress | None = None,
+    training: Training | None = None,
+) -> Path:
+    r"""The loss on a quadratic Bezier curve between two checkpoints, whose control point was trained to keep it low.
+
+    .. math::
+        w(t) = (1 - t)^2 w_0 + 2 t (1 - t) c + t^2 w_1,\quad \min_c E_{t \sim U(0, 1)} L(w(t))
+
+    c starts half-way and is trained by SGD on one batch of the problem and one t a step, both by the seed. The learning
+    rate stays for half of the steps and then falls linearly to a hundredth at nine tenths. With
+    statistics="recomputed" BatchNorm takes each batch's own statistics in training. The ends never move.
+
+    Args:
+        problem: see `linear`.
+        first: the checkpoint at t = 0.
+        last: the checkpoint at t = 1.
+        steps: of the training, >= 0. Default 1000.
+        lr: > 0. Default 0.02: try others if the training losses rise.
+        momentum: in [0, 1). Default 0.9.
+        seed: of batches and t.
+        points: see `linear`.
+        labels: of the two checkpoints. Default "0", "1".
+        accuracy: see `linear`.
+        statistics: see `linear`.
+        path: see `linear`. The trained control point is in it before anything is evaluated.
+        every: see `linear`.
+        progress: see `linear`.
+        training: called with (steps done, loss of the batch) after each step of the training.
+
+    Raises:
+        ValueError: as `linear`, or a bad number.
+        ArithmeticError: the training diverged.
+
+    Source: Garipov, Izmailov, Podoprikhin, Vetrov & Wilson, NeurIPS 2018, Sec. 3; the schedule from their code.
+    """
+    if steps < 0 or not (lr > 0 and math.isfinite(lr)) or not 0 <= momentum < 1:
+        raise ValueError(
+            f"steps must be >= 0, lr positive and momentum in [0, 1); got {steps!r}, {lr!r} and {momentum!r}."
+        )
+    if problem.group is not None:
+        raise ValueError("a Bezier path is trained on batches of one process; give a problem without group=.")
+    ends, names, statistics = _knots(problem, [first, last], labels, points, statistics)
+    request = Path(
+        times=torch.tensor([i / (points - 1) for i in range(points)], dtype=torch.float64),
+        knots=torch.stack([ends[0], (ends[0] + ends[1]) / 2, ends[1]]),
+        labels=names,
+        shape="bezier",
+        recipe={"steps": steps, "lr": lr, "momentum": momentum, "seed": seed},
+        training=torch.full((steps,), math.nan, dtype=torch.float64),
+        origin=Origin.of(problem, statistics),
+        statistics=statistics,
+        **blank((points,), accuracy),
+    )
+    found = request._resumed(path, problem)
+    if found is request:
+        _train(problem, found, training)
+        if path is not None:
+            found.save(path)
+    return found._fill(problem, path, every, progress)
+
+
+def bezier_point(knots: Tensor, time: float) -> Tensor:
+    """w(t) of a quadratic Bezier curve with knots of shape (3, size); the ends to the bit."""
+    if time in (0.0, 1.0):
+        return knots[2 * int(time)].clone()
+    return (1.0 - time) ** 2 * knots[0] + 2.0 * time * (1.0 - time) * knots[1] + time**2 * knots[2]
+
+
+def _train(problem: Problem, curve: Path, progress: Training | None) -> None:
+    """SGD on the control point, in place."""
+    recipe, knots = curve.recipe, curve.knots
+    generator = torch.Generator().manual_seed(int(recipe["seed"]))
+    control = knots[1]
+    velocity = torch.zeros_like(control)
+    for step in range(int(recipe["steps"])):
+        t = float(torch.rand((), generator=generator, dtype=torch.float64))
+        batch = problem.batches[int(torch.randint(len(problem.batches), (), generator=generator))]
+        at = [w.requires_grad_() for w in problem.shaped(bezier_point(knots, t).to(problem.dtype))]
+        with problem.guard():
+            outputs = (
+                batch_outputs(problem, batch, at) if curve.statistics == "recomputed" else problem.outputs(batch, at)
+            )
+            # An unbiased estimate of L from one batch out of all.
+            value = problem.value_of(batch, outputs) * len(problem.batches)
+            slope = problem.flat(torch.autograd.grad(value, at, materialize_grads=True))
+        loss = float(value.detach())
+        if not (math.isfinite(loss) and slope.isfinite().all()):
+            raise ArithmeticError(
+                f"the Bezier path's loss is {loss} in step {step + 1} of its training; take a smaller lr than "
+                f"{recipe['lr']:g}."
+            )
+        slope = slope.to(control) + problem.weight_decay * problem.flat(at).to(control)
+        velocity.mul_(recipe["momentum"]).add_(slope, alpha=2.0 * t * (1.0 - t))
+        control.sub_(velocity, alpha=recipe["lr"] * _schedule(step / recipe["steps"]))
+        curve.training[step] = loss
+        if progress is not None:
+            progress(step + 1, loss)
+
+
+def _schedule(done: float) -> float:
+    return 1.0 if done <= 0.5 else max(0.01, 1.0 - 0.99 * (done - 0.5) / 0.4)
+
+
+def _knots(
+    problem: Problem,
+    checkpoints: Sequence[Checkpoint],
+    labels: Sequence[str] | None,
+    points: int,
+    statistics: Statistics | None,
+) -> tuple[Tensor, tuple[str, ...], Statistics]:
+    """Checkpoints as rows, their labels, and the statistics to use."""
+    if isinstance(checkpoints, (Tensor, torch.nn.Module)) or len(checkpoints) < 2:
+        raise ValueError("a path needs a list of at least two checkpoints.")
+    if points < 3:
+        raise ValueError(f"a path needs at least 3 points on a segment, got {points!r}.")
+    names = tuple(map(str, range(len(checkpoints)))) if labels is None else tuple(labels)
+    if len(names) != len(checkpoints):
+        raise ValueError(f"{len(names)} labels for {len(checkpoints)} checkpoints.")
+    unlike = list(dict.fromkeys(n for c in checkpoints for n in buffers_unlike(problem, c)))
+    statistics = choose_statistics(problem, statistics, unlike)
+    dtype = torch.promote_types(problem.dtype, torch.float32)
+    rows = torch.stack([weights_of(problem, c).to(dtype) for c in checkpoints])
+    for k in range(len(rows) - 1):
+        if torch.equal(rows[k], rows[k + 1]):
+            raise ValueError(f"checkpoints {names[k]!r} and {names[k + 1]!r} are the same; there is no path to go.")
+    return rows, names, statistics

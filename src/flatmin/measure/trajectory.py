@@ -1,0 +1,136 @@
+"""Where training went, in the plane of its principal components."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flatmin.measure.directions import Direction, layout
+from flatmin.measure.evaluate import Checkpoint, buffers_unlike, weights_of
+from flatmin.measure.landscape import Slice, grid_around, landscape
+from flatmin.measure.problem import Problem
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Trajectory:
+    """Checkpoints in the coordinates of their principal components.
+
+    Args:
+        directions: unit vectors, by falling variance.
+        coordinates: of the checkpoints, from the model's weights, in the units of the weights, shape (n, k).
+        explained: share of the variance along each direction, shape (k,).
+        off: L2 distance of each checkpoint from the plane through the model, shape (n,). What a figure shows at a
+            checkpoint's place is the loss of its projection, this far away from it.
+    """
+
+    directions: tuple[Direction, ...]
+    coordinates: Tensor
+    explained: Tensor
+    off: Tensor
+
+    def slice(self, problem: Problem, *, points: int = 25, margin: float = 0.2, **options: Any) -> Slice:
+        """The loss on the plane of the first two components through the model, as far as the checkpoints go.
+
+        Args:
+            problem: that of `pca`.
+            points: most points on an axis, of which the model is one. Default 25.
+            margin: how much further than the checkpoints, as a share of their extent. Default 0.2.
+            **options: of `landscape`: accuracy, statistics, path, every, progress.
+
+        Raises:
+            ValueError: one component only, a negative margin, or as `landscape`.
+        """
+        if len(self.directions) < 2:
+            raise ValueError("a plane needs two components, and the trajectory was taken with one.")
+        if not margin >= 0:
+            raise ValueError(f"margin must be >= 0, got {margin!r}.")
+        grid = []
+        for k in range(2):
+            reached = self.coordinates[:, k]
+            low, high = min(float(reached.min()), 0.0), max(float(reached.max()), 0.0)
+            more = margin * (high - low)
+            grid.append(grid_around(low - more, high + more, points))
+        return landscape(problem, self.directions[:2], grid=grid, trajectory=self.coordinates[:, :2], **options)
+
+
+def pca(problem: Problem, checkpoints: Sequence[Checkpoint], *, components: int = 2) -> Trajectory:
+    r"""Principal components of a list of checkpoints.
+
+    .. math::
+        X = [w_1 - \bar w; \dots; w_n - \bar w],\quad X X^T = U S^2 U^T,\quad d_k = X^T u_k / s_k
+
+    by the small n x n matrix, in float64. Signs are such that the last checkpoint lies at or above the first in each
+    coordinate. In many dimensions even a random walk has much of its variance in two components and looks smooth
+    there (Antognini & Sohl-Dickstein, NeurIPS 2018): the plane says little of the path's shape.
+
+    Args:
+        problem: the weights; its model, usually the last checkpoint, is the origin.
+        checkpoints: more than `components`: models, state dicts or vectors, in the order of training.
+        components: >= 1. Default 2.
+
+    Raises:
+        ValueError: too few checkpoints, or checkpoints that lie in fewer dimensions.
+
+    Source: Li et al., NeurIPS 2018, Sec. 7.
+    """
+    if components < 1:
+        raise ValueError(f"components must be at least 1, got {components!r}.")
+    if isinstance(checkpoints, (Tensor, torch.nn.Module)) or len(checkpoints) <= components:
+        count = 1 if isinstance(checkpoints, (Tensor, torch.nn.Module)) else len(checkpoints)
+        raise ValueError(f"{components} components need more than {components} checkpoints, got {count}.")
+    rows = torch.stack([weights_of(problem, c) for c in checkpoints])
+    unlike = tuple(dict.fromkeys(n for c in checkpoints for n in buffers_unlike(problem, c)))
+    gram = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=problem.device)
+    for _, x in _pieces(problem, rows):
+        centred = x - x.mean(0)
+        gram += centred @ centred.T
+    variances, u = torch.linalg.eigh(gram)
+    variances, u = variances.flip(0).clamp(min=0.0), u.flip(1)
+    rank = int((variances > 1e-12 * variances[0]).sum()) if variances[0] > 0 else 0
+    if rank < components:
+        raise ValueError(f"the checkpoints lie in {rank} dimension{'s' * (rank != 1)}; take components={max(rank, 1)}.")
+    basis = torch.empty(components, problem.size, dtype=torch.float64, device=problem.device)
+    for where, x in _pieces(problem, rows):
+        basis[:, where] = u[:, :components].T @ (x - x.mean(0))
+    for k in range(components):  # a second time, since the small matrix squares the condition number
+        for j in range(k):
+            basis[k] -= (basis[k] @ basis[j]) * basis[j]
+        basis[k] /= basis[k].norm()
+        if (rows[-1].double() - rows[0].double()) @ basis[k] < 0:
+            basis[k] *= -1.0
+    coordinates = sum(x @ basis[:, where].T for where, x in _pieces(problem, rows))
+    assert isinstance(coordinates, Tensor)
+    off = sum((x - coordinates @ basis[:, where]).square().sum(1) for where, x in _pieces(problem, rows))
+    assert isinstance(off, Tensor)
+    explained = variances[:components] / variances.sum()
+    directions = tuple(
+        Direction(
+            vector=basis[k].to(problem.dtype),
+            label=f"principal component {k + 1} ({float(explained[k]):.0%} of the variance)",
+            recipe={"kind": "principal", "component": k, "checkpoints": len(rows), "explained": float(explained[k])},
+            layout=layout(problem),
+            unlike=unlike,
+        )
+        for k in range(components)
+    )
+    return Trajectory(
+        directions=directions,
+        coordinates=coordinates.cpu(),
+        explained=explained.cpu(),
+        off=off.sqrt().cpu(),
+    )
+
+
+_CHUNK = 1 << 20
+
+
+def _pieces(problem: Problem, rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Differences to the model in float64, some columns at a time."""
+    origin = problem.flat(problem.weights)
+    for start in range(0, problem.size, _CHUNK):
+        where = slice(start, min(start + _CHUNK, problem.size))
+        yield where, rows[:, where].double() - origin[where].double()
