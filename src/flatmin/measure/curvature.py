@@ -271,7 +271,7 @@ class EmpiricalFisher(GaussNewton):
     r"""F = (1/T) sum_i g_i g_i^T with g_i the gradient of the i-th term of the loss at its label.
 
     The uncentred second moment of the per-sample gradients; not the Fisher information, which `Fisher` is. Source:
-    Kunstner, Hennig & Balles, NeurIPS 2019, Eq. 3.
+    Kunstner, Hennig & Balles, NeurIPS 2019.
 
     Args:
         problem: the function; its loss must be a module with a `reduction`, or come with `per_sample`.

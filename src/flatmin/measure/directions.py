@@ -95,7 +95,7 @@ def gaussian(
     Raises:
         ValueError: another word, or a direction that is zero in every entry.
 
-    Source: Li, Xu, Taylor, Studer & Goldstein, NeurIPS 2018, Sec. 4; vectors="ignore" as in their experiments.
+    Source: Li, Xu, Taylor, Studer & Goldstein, NeurIPS 2018; vectors="ignore" as in their experiments.
     """
     _check(normalise, vectors)
     return _direction(problem, _normalised(problem, seed, normalise, vectors), _recipe(seed, normalise, vectors))

@@ -74,7 +74,7 @@ def batch_statistics(problem: Problem, weights: list[Tensor]) -> dict[str, Tenso
     Raises:
         ValueError: a problem in train mode, which uses no running statistics, or a layer with momentum 0.
 
-    Source: `bn_update` of Garipov et al., NeurIPS 2018; Izmailov et al., UAI 2018, Sec. 3.2.
+    Source: `bn_update` of Garipov et al., NeurIPS 2018; Izmailov et al., UAI 2018.
     """
     if problem.mode == "train":
         raise ValueError("mode='train' normalises by each batch's own statistics; there is nothing to recompute.")

@@ -24,8 +24,7 @@ def edge(lr: float, momentum: float = 0.0) -> float:
     Raises:
         ValueError: out of range.
 
-    Source: Cohen et al., Gradient Descent on Neural Networks Typically Occurs at the Edge of Stability, ICLR 2021,
-    Sec. 2 and App. B.
+    Source: Cohen et al., Gradient Descent on Neural Networks Typically Occurs at the Edge of Stability, ICLR 2021.
     """
     if not lr > 0 or not 0 <= momentum < 1:
         raise ValueError(f"edge() needs lr > 0 and momentum in [0, 1), got {lr!r} and {momentum!r}.")

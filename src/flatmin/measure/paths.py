@@ -79,7 +79,7 @@ class Path(Landscape):
             \max_s L(w(s)) - [(1 - s) L(w(0)) + s L(w(1))]
 
         Over the points of the grid, so from below; 0 at least, since the ends are among them; NaN where a loss is NaN
-        or not evaluated. Source: Entezari et al., ICLR 2022, Definition 2.1; with ends of equal loss that of Frankle et
+        or not evaluated. Source: Entezari et al., ICLR 2022; with ends of equal loss that of Frankle et
         al., ICML 2020.
         """
         found = []
@@ -247,7 +247,7 @@ def bezier(
         ValueError: as `linear`, or a bad number.
         ArithmeticError: the training diverged.
 
-    Source: Garipov, Izmailov, Podoprikhin, Vetrov & Wilson, NeurIPS 2018, Sec. 3; the schedule from their code.
+    Source: Garipov, Izmailov, Podoprikhin, Vetrov & Wilson, NeurIPS 2018; the schedule from their code.
     """
     if steps < 0 or not (lr > 0 and math.isfinite(lr)) or not 0 <= momentum < 1:
         raise ValueError(

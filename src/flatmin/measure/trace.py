@@ -77,7 +77,7 @@ def trace(
         ArithmeticError: a product that is not finite.
 
     Source: Hutchinson 1989; deflation: Gambhir, Stathopoulos & Orginos, SIAM J. Sci. Comput. 39, 2017; probes on the
-    sphere: Epperly, Tropp & Webber, XTrace, 2024, Sec. 2.
+    sphere: Epperly, Tropp & Webber, XTrace, 2024.
     """
     _check(operator, known, tol, max_probes)
     basis = _basis(known)

@@ -75,7 +75,7 @@ def pca(problem: Problem, checkpoints: Sequence[Checkpoint], *, components: int 
     Raises:
         ValueError: too few checkpoints, or checkpoints that lie in fewer dimensions.
 
-    Source: Li et al., NeurIPS 2018, Sec. 7.
+    Source: Li et al., NeurIPS 2018.
     """
     if components < 1:
         raise ValueError(f"components must be at least 1, got {components!r}.")

@@ -1,0 +1,151 @@
+"""How far the loss rises near the weights on average."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from flatmin.measure.ball import ball
+from flatmin.measure.losses import error_rate
+from flatmin.measure.problem import Conventions, Problem
+from flatmin.stats import t_quantile
+
+Of = Literal["loss", "error"]
+Per = Literal["vector", "entry"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Average:
+    """The mean rise of the loss under random displacements.
+
+    Args:
+        value: the mean.
+        error: its standard error over the draws; NaN with fewer than two.
+        draws: independent ones; antithetic, each is the mean of a pair.
+        evaluations: of the loss.
+        rho, per, adaptive, eta, antithetic, of: as asked.
+        conventions: of the problem, with the seed.
+    """
+
+    value: float
+    error: float
+    draws: int
+    evaluations: int
+    rho: float
+    per: Per
+    adaptive: bool
+    eta: float
+    antithetic: bool
+    of: Of
+    conventions: Conventions
+
+    def interval(self, confidence: float = 0.95) -> tuple[float, float]:
+        """The t interval of the value."""
+        half = t_quantile((1 + confidence) / 2, self.draws - 1) * self.error if self.draws > 1 else math.inf
+        return self.value - half, self.value + half
+
+
+def average_case(
+    problem: Problem,
+    rho: float,
+    *,
+    per: Per = "vector",
+    adaptive: bool = False,
+    eta: float = 0.0,
+    draws: int = 50,
+    antithetic: bool = True,
+    of: Of = "loss",
+    seed: int = 0,
+) -> Average:
+    r"""Average-case sharpness under normal displacements, with its standard error.
+
+    .. math::
+        E[L(w + s \odot u)] - L(w),\quad u_i \sim N(0, \rho^2 / n) \text{ or } N(0, \rho^2),\quad
+        s = 1 \text{ or } |w| + \eta
+
+    with n the number of weights that move (s > 0). Near w it is \rho^2 tr(S H S) / 2n, with S = diag(s), or
+    \rho^2 tr(S H S) / 2.
+
+    Args:
+        problem: the function.
+        rho: size of the displacements, > 0.
+        per: "vector" (default): E||u||^2 = rho^2, the scale of the worst case in a ball of radius rho; "entry": every
+            entry of u has standard deviation rho, the convention of Andriushchenko et al. 2023.
+        adaptive: whether u is in multiples of |w|. Default False.
+        eta: added to |w|, >= 0. Default 0, where weights that are zero do not move.
+        draws: independent ones, >= 1. Default 50.
+        antithetic: each draw is the mean over u and -u, at twice the cost: the odd part of L, its gradient first, then
+            adds no noise. Default True.
+        of: "loss" (default), or "error", the error rate.
+        seed: of the draws. They are the same for every rho, so that curves over rho are smooth.
+
+    Raises:
+        ValueError: a bad number or option; see `worst_case`.
+        ArithmeticError: a loss that is not finite at a displaced point.
+
+    Source: Andriushchenko, Croce, Mueller, Hein & Flammarion, ICML 2023.
+    """
+    if per not in ("vector", "entry"):
+        raise ValueError(f"per must be 'vector' or 'entry', got {per!r}.")
+    if draws < 1:
+        raise ValueError(f"draws must be at least 1, got {draws!r}.")
+    statistic = statistic_of(problem, of)
+    within = ball(problem, rho, "l2", adaptive, eta)
+    deviation = rho / math.sqrt(within.moving) if per == "vector" else rho
+    before = statistic(None)
+    rises = []
+    for u in noise(problem, draws, seed):
+        step = within.displacement(u * deviation)
+        after = [statistic(problem.moved(sign * step)) for sign in ((1.0, -1.0) if antithetic else (1.0,))]
+        if not all(math.isfinite(value) for value in after):
+            raise ArithmeticError(
+                f"under displacements of size rho={rho:g} the {of} is not finite; use a smaller rho, or "
+                "dtype=torch.float64 in the Problem."
+            )
+        rises.append(math.fsum(after) / len(after) - before)
+    value, error = mean_and_error(rises)
+    return Average(
+        value=value,
+        error=error,
+        draws=draws,
+        evaluations=1 + draws * (1 + antithetic),
+        rho=rho,
+        per=per,
+        adaptive=adaptive,
+        eta=eta,
+        antithetic=antithetic,
+        of=of,
+        conventions=problem.conventions.with_seed(seed),
+    )
+
+
+def statistic_of(problem: Problem, of: Of) -> Callable[[Sequence[Tensor] | None], float]:
+    """The loss or the error rate as a function of the weights (None: the model's own).
+
+    Raises:
+        ValueError: another word.
+    """
+    if of not in ("loss", "error"):
+        raise ValueError(f"of must be 'loss' or 'error', got {of!r}.")
+    return problem.value if of == "loss" else lambda weights: error_rate(problem, weights)
+
+
+def noise(problem: Problem, draws: int, seed: int) -> Iterator[Tensor]:
+    """Standard normal vectors of shape (size,), drawn on the CPU: the same on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(draws):
+        u = torch.randn(problem.size, generator=generator, dtype=torch.float64)
+        yield u.to(problem.device, problem.dtype)
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and its standard error, which is NaN for a single value."""
+    mean = math.fsum(values) / len(values)
+    if len(values) < 2:
+        return mean, math.nan
+    return mean, math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))

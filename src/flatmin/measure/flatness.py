@@ -1,0 +1,380 @@
+"""Flatness in other senses: PAC-Bayes noise, relative flatness of a layer, and the Fisher-Rao norm."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from flatmin.measure.average import Of, mean_and_error, noise, statistic_of
+from flatmin.measure.ball import check_dtype, dot
+from flatmin.measure.curvature import EmpiricalFisher, GaussNewton, Hessian
+from flatmin.measure.problem import Conventions, Problem
+from flatmin.measure.trace import Estimate, trace
+
+_DOUBLINGS = 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class PacBayes:
+    """The size of the noise that the weights bear.
+
+    Args:
+        sigma: the largest standard deviation found whose mean rise is at most the target; the lower end of `bracket`.
+        sigma_error: its standard error from the finite number of draws, by the slope of the rise; NaN if that is not
+            positive. The width of the bracket comes on top.
+        bracket: sigma and the next larger one that was tried, whose mean rise is above the target.
+        rise: the mean rise at sigma.
+        error: its standard error over the draws.
+        target: as asked.
+        start: the error rate or loss at w itself.
+        of, magnitude, eps: as asked.
+        draws: independent ones, each a pair u and -u.
+        evaluations: of the loss or error rate.
+        conventions: of the problem, with the seed.
+    """
+
+    sigma: float
+    sigma_error: float
+    bracket: tuple[float, float]
+    rise: float
+    error: float
+    target: float
+    start: float
+    of: Of
+    magnitude: bool
+    eps: float
+    draws: int
+    evaluations: int
+    conventions: Conventions
+
+    @property
+    def flatness(self) -> float:
+        """1 / sigma^2, the number that is compared between nets in the literature; large is sharp."""
+        return self.sigma**-2
+
+
+def pac_bayes(
+    problem: Problem,
+    target: float = 0.1,
+    *,
+    of: Of = "error",
+    magnitude: bool = False,
+    eps: float | None = None,
+    draws: int = 10,
+    tol: float = 1e-2,
+    bracket: tuple[float, float] | None = None,
+    seed: int = 0,
+) -> PacBayes:
+    r"""The largest sigma at which normal noise raises the error rate by no more than the target.
+
+    .. math::
+        \max \sigma:\; E[L(w + s(\sigma) \odot u)] - L(w) \le t,\quad u \sim N(0, 1),\quad
+        s = \sigma \text{ or } \sqrt{\sigma^2 w^2 + \epsilon^2}
+
+    s is a standard deviation, not a variance. By bisection, with the same draws of u at every sigma: the mean rise is
+    then one fixed function, whose crossing of the target is what is found, and its error is that of the draws. If it
+    crosses more than once it is one of the crossings.
+
+    Args:
+        problem: the function.
+        target: rise t of the mean, > 0. Default 0.1.
+        of: "error" (default), the error rate, so that the target is a loss of accuracy; or "loss".
+        magnitude: whether the noise is in proportion to each weight. Default False.
+        eps: floor of the standard deviation with magnitude, >= 0; with 0 weights that are zero do not move. Default
+            1e-3, of Jiang et al.
+        draws: pairs of u and -u, >= 2. Default 10.
+        tol: relative width of the bracket at the end, > 0. Default 1 %.
+        bracket: two sigmas to start from, 0 < low < high; widened where the crossing lies outside. Default: half of and
+            the tenth of the weights' root mean square (with magnitude: 0.05 and 0.1).
+        seed: of the draws.
+
+    Raises:
+        ValueError: a bad number, a bracket without width, a target that the error rate has no room for, or one that no
+            sigma reaches.
+        ArithmeticError: outputs that overflow before the target is reached.
+
+    Source: Jiang, Neyshabur, Mobahi, Krishnan & Bengio, ICLR 2020 (sigma, and sigma' with magnitude).
+    """
+    if not (target > 0 and math.isfinite(target)):
+        raise ValueError(f"target must be a positive number, got {target!r}.")
+    if draws < 2:
+        raise ValueError(f"a rise with an error needs at least two draws, got {draws!r}.")
+    if not (0 < tol < 1):
+        raise ValueError(f"tol must lie between 0 and 1, got {tol!r}.")
+    if eps is not None and not (magnitude and eps >= 0 and math.isfinite(eps)):
+        raise ValueError(f"eps must be a number >= 0, and belongs to magnitude=True; got {eps!r}.")
+    check_dtype(problem)
+    run = _Noisy(problem, of, magnitude, 1e-3 if eps is None else eps, draws, seed)
+    if of == "error" and target >= 1.0 - run.start:
+        raise ValueError(
+            f"the error rate is {run.start:.3g} without noise, so it cannot rise by {target:g}; use a smaller target."
+        )
+    low, high = run.bracketed(target, *_bracket(problem, bracket, magnitude))
+    while high > low * (1.0 + tol) and low < (middle := math.sqrt(low * high)) < high:
+        low, high = (low, middle) if run.above(middle, target) else (middle, high)
+    if not math.isfinite(run.mean(high)):
+        raise ArithmeticError(
+            f"at sigma={high:.3g} the net overflows, where its {of} has risen by {run.mean(low):.3g} only; use a "
+            "smaller target, or dtype=torch.float64 in the Problem."
+        )
+    rise, error = mean_and_error(run.rises(low))
+    slope = (run.mean(1.1 * low) - run.mean(0.9 * low)) / (0.2 * low)
+    return PacBayes(
+        sigma=low,
+        sigma_error=error / slope if slope > 0 else math.nan,
+        bracket=(low, high),
+        rise=rise,
+        error=error,
+        target=target,
+        start=run.start,
+        of=of,
+        magnitude=magnitude,
+        eps=run.eps if magnitude else 0.0,
+        draws=draws,
+        evaluations=run.evaluations,
+        conventions=problem.conventions.with_seed(seed),
+    )
+
+
+def _bracket(problem: Problem, bracket: tuple[float, float] | None, magnitude: bool) -> tuple[float, float]:
+    if bracket is None:
+        weights = problem.flat(problem.weights).double()
+        size = 1.0 if magnitude else float(weights.square().mean().sqrt()) or 1.0
+        return 0.05 * size, 0.1 * size
+    low, high = bracket
+    if not (0 < low < high and math.isfinite(high)):
+        raise ValueError(f"a bracket is two sigmas with 0 < low < high, got {bracket!r}.")
+    return float(low), float(high)
+
+
+class _Noisy:
+    """The rise under the same noise at any sigma."""
+
+    def __init__(self, problem: Problem, of: Of, magnitude: bool, eps: float, draws: int, seed: int) -> None:
+        self.problem, self.eps, self.draws, self.seed = problem, eps, draws, seed
+        self.of: Of = of
+        self.statistic = statistic_of(problem, of)
+        self.squares = problem.flat(problem.weights).square() if magnitude else None
+        if magnitude and not eps and not problem.flat(problem.weights).any():
+            raise ValueError("every selected weight is zero, so nothing can move in proportion to it; give eps > 0.")
+        self.start, self.evaluations = self.statistic(None), 1
+        self._known: dict[float, list[float]] = {}
+
+    def rises(self, sigma: float) -> list[float]:
+        """One per draw; not finite where the net overflows."""
+        if sigma not in self._known:
+            deviation = sigma if self.squares is None else (sigma**2 * self.squares + self.eps**2).sqrt()
+            self._known[sigma] = [
+                0.5 * (self._at(deviation * u) + self._at(-deviation * u)) - self.start
+                for u in noise(self.problem, self.draws, self.seed)
+            ]
+        return self._known[sigma]
+
+    def _at(self, displacement: Tensor) -> float:
+        self.evaluations += 1
+        return self.statistic(self.problem.moved(displacement))
+
+    def mean(self, sigma: float) -> float:
+        rises = self.rises(sigma)
+        # fsum refuses infinities of both signs.
+        return sum(rises) / len(rises)
+
+    def above(self, sigma: float, target: float) -> bool:
+        """Whether the mean rise exceeds the target; overflow does."""
+        return not self.mean(sigma) <= target
+
+    def bracketed(self, target: float, low: float, high: float) -> tuple[float, float]:
+        """Two sigmas with the target between their rises."""
+        for _ in range(_DOUBLINGS):
+            if not self.above(low, target):
+                break
+            low, high = 0.5 * low, low
+        else:
+            floor = f"; noise of eps={self.eps:g} alone does" if self.squares is not None and self.eps else ""
+            raise ValueError(f"the {self.of} rises by more than {target:g} even at sigma={high:.3g}{floor}.")
+        for _ in range(_DOUBLINGS):
+            if self.above(high, target):
+                return low, high
+            low, high = high, 2.0 * high
+        raise ValueError(
+            f"the {self.of} does not rise by {target:g} at any sigma up to {low:.3g}, where it rises by "
+            f"{self.mean(low):.3g}; use a smaller target."
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RelativeFlatness(Estimate):
+    """Relative flatness of a layer.
+
+    Args:
+        layer: name of its weight.
+        neurons: rows of the weight matrix.
+        inputs: columns of it. Some authors divide the value by this.
+    """
+
+    layer: str
+    neurons: int
+    inputs: int
+
+
+def relative_flatness(
+    problem: Problem,
+    layer: str,
+    *,
+    exact: int = 512,
+    tol: float = 1e-2,
+    max_probes: int = 2000,
+    seed: int = 0,
+) -> RelativeFlatness:
+    r"""Relative flatness of a layer with weight rows w_s, one for each neuron.
+
+    .. math::
+        \kappa = \sum_{s, s'} \langle w_s, w_{s'} \rangle \operatorname{Tr} H_{s s'},\quad
+        (H_{s s'})_{ij} = \frac{\partial^2 L}{\partial w_{si} \partial w_{s'j}}
+
+    It is the trace of A -> W^T H[W A] over matrices A, so the curvature of L as the layer's inputs x move to x + A x,
+    and does not change when layers of a ReLU net are rescaled. With W W^T = C C^T and C of r = rank W columns it takes
+    r products with the Hessian for each input, or, where these are too many, random probes.
+
+    Args:
+        problem: the function; its weight decay c, if any, adds c * inputs * ||W||^2. Only the layer need be selected,
+            which makes the products cheaper.
+        layer: name of the weight. Its first dimension counts the neurons, all others together the inputs: rows of
+            convolutions are filters, which the paper leaves open.
+        exact: most products for the exact value, >= 0. Default 512.
+        tol: relative standard error with probes. Default 1 %.
+        max_probes: most probes. Default 2000.
+        seed: of the probes.
+
+    Raises:
+        ValueError: no such layer, or one that is no matrix.
+
+    Source: Petzka, Kamp, Adilova, Sminchisescu & Boley, NeurIPS 2021. In their comparison of measures the
+    layer is the last one, with each of its inputs first scaled to unit variance.
+    """
+    matrices = [n for n, w in zip(problem.names, problem.weights, strict=True) if w.dim() >= 2]
+    if layer not in matrices:
+        what = "is no matrix" if layer in problem.names else "is not among the selected weights"
+        raise ValueError(f"{layer!r} {what}; matrices are {', '.join(matrices[:8]) or 'none'}.")
+    if exact < 0:
+        raise ValueError(f"exact must be >= 0, got {exact!r}.")
+    features = _Features(problem, layer)
+    found: Estimate
+    if features.size <= exact:
+        rows = torch.eye(features.size, dtype=features.dtype, device=features.device)
+        value = math.fsum(dot(row, features.matvec(row)) for row in rows)
+        found = Estimate(
+            value=value,
+            error=0.0,
+            probes=0,
+            products=features.size,
+            converged=True,
+            conventions=problem.conventions,
+        )
+    else:
+        found = trace(features, tol=tol, max_probes=max_probes, seed=seed)
+    return RelativeFlatness(
+        value=found.value,
+        error=found.error,
+        probes=found.probes,
+        products=found.products,
+        converged=found.converged,
+        conventions=found.conventions,
+        layer=layer,
+        neurons=features.neurons,
+        inputs=features.inputs,
+    )
+
+
+class _Features:
+    """A -> C^T H[C A] on matrices A of shape (rank, inputs), with W W^T = C C^T."""
+
+    def __init__(self, problem: Problem, layer: str) -> None:
+        self.problem, self.dtype, self.device = problem, problem.dtype, problem.device
+        self.conventions = problem.conventions
+        self._hessian = Hessian(problem)
+        index = problem.names.index(layer)
+        self._start = sum(w.numel() for w in problem.weights[:index])
+        weight = problem.weights[index].detach().flatten(1).double()
+        self.neurons, self.inputs = weight.shape
+        u, s, _ = torch.linalg.svd(weight, full_matrices=False)
+        kept = s > s[0] * max(weight.shape) * torch.finfo(torch.float64).eps
+        self._factor = (u * s)[:, kept].to(self.dtype)
+        self.size = self._factor.shape[1] * self.inputs
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        moved = self._factor @ vector.to(self.dtype).view(-1, self.inputs)
+        v = torch.zeros(self.problem.size, dtype=self.dtype, device=self.device)
+        v[self._start : self._start + moved.numel()] = moved.flatten()
+        product = self._hessian.matvec(v)[self._start : self._start + moved.numel()]
+        pulled: Tensor = self._factor.T @ product.view(self.neurons, self.inputs)
+        return pulled.flatten()
+
+
+@dataclass(frozen=True, kw_only=True)
+class FisherRao:
+    """The Fisher-Rao norm of the selected weights.
+
+    Args:
+        value: sqrt <w, F w>.
+        labels: "model" or "data".
+        products: with the Fisher matrix; exact with one.
+        conventions: of the problem. Weight decay has no part in it.
+    """
+
+    value: float
+    labels: Literal["model", "data"]
+    products: int
+    conventions: Conventions
+
+    @property
+    def square(self) -> float:
+        """<w, F w>."""
+        return self.value**2
+
+
+def fisher_rao(problem: Problem, *, labels: Literal["model", "data"] = "model") -> FisherRao:
+    r"""The Fisher-Rao norm, exactly, by one product.
+
+    .. math::
+        \|w\|_{fr}^2 = \langle w, F w \rangle,\quad F = E[\nabla \ell \, \nabla \ell^T]
+
+    In a ReLU net of K weight matrices without biases it is K^2 E <d l/d f, f>^2, and layers may be rescaled.
+
+    Args:
+        problem: the function. All weights that are not selected count as constants.
+        labels: "model" (default): labels from the softmax of the outputs, all of them with their probabilities, which
+            makes F the Fisher information; "data": the labels of the data, where the norm of a net that fits them goes
+            to zero. The paper uses both.
+
+    Raises:
+        ValueError: another word; "model" and a loss other than cross-entropy without smoothing or class weights; "data"
+            and a loss that gives no value per term.
+
+    Source: Liang, Poggio, Rakhlin & Stokes, AISTATS 2019.
+    """
+    if labels not in ("model", "data"):
+        raise ValueError(f"labels must be 'model' or 'data', got {labels!r}.")
+    loss = problem.loss
+    plain = loss is F.cross_entropy or (
+        isinstance(loss, nn.CrossEntropyLoss) and loss.label_smoothing == 0 and loss.weight is None
+    )
+    if labels == "model" and not plain:
+        raise ValueError(
+            "labels='model' draws from a softmax, so it needs nn.CrossEntropyLoss without smoothing or weights; got "
+            f"{problem.conventions.loss}. labels='data' serves other losses."
+        )
+    operator = GaussNewton(problem, memory=0) if labels == "model" else EmpiricalFisher(problem, memory=0)
+    w = problem.flat(problem.weights)
+    square = dot(w, operator.matvec(w))
+    return FisherRao(
+        value=math.sqrt(max(square, 0.0)),
+        labels=labels,
+        products=1,
+        conventions=problem.conventions,
+    )
