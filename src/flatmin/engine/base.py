@@ -21,7 +21,7 @@ def has_momentum(base: Optimizer) -> bool:
 
 
 def momenta_of(base: Optimizer, weights: Sequence[Tensor]) -> list[Tensor | None]:
-    """The base's momentum of each weight; None where it has none yet.
+    """The base's momentum of each weight, dense; None where it has none yet.
 
     Raises:
         ValueError: the base has state for a weight, and no momentum under a known name in it.
@@ -36,7 +36,8 @@ def momenta_of(base: Optimizer, weights: Sequence[Tensor]) -> list[Tensor | None
             f"{type(base).__name__} keeps no momentum that this library knows ({' or '.join(_MOMENTA)}); it has "
             f"{', '.join(map(str, first))}."
         )
-    return [s.get(name) if s else None for s in states]
+    found = [s.get(name) if s else None for s in states]
+    return [v.to_dense() if v is not None and v.is_sparse else v for v in found]
 
 
 def check_rho(rho: Any) -> float:

@@ -123,4 +123,5 @@ class PooledProducts:
 
 
 def _zeros_for_none(grads: Sequence[Tensor | None], like: Sequence[Tensor]) -> Tensors:
-    return [torch.zeros_like(w) if g is None else g.detach() for g, w in zip(grads, like, strict=True)]
+    dense = [g.to_dense() if g is not None and g.is_sparse else g for g in grads]
+    return [torch.zeros_like(w) if g is None else g.detach() for g, w in zip(dense, like, strict=True)]
