@@ -77,14 +77,14 @@ def test_the_plain_base_is_clipped_as_well(method):
 
 
 def test_sparse_and_complex_gradients():
-    table = nn.Embedding(5, 3, sparse=True)
+    table = nn.Embedding(5, 3, sparse=True)  # one row is looked up twice
     z = nn.Parameter(torch.tensor([3 + 4j, 0j]))
     before = [p.detach().clone() for p in (table.weight, z)]
     optimizer = flatmin.wrap(torch.optim.SGD([table.weight, z], lr=1.0), "sam", rho=1e-4, clip_norm=0.1)
 
     def closure():
         optimizer.zero_grad()
-        loss = 5 * table(torch.tensor([1, 2])).sum() + z.abs().square().sum()
+        loss = 5 * table(torch.tensor([1, 2, 2])).sum() + z.abs().square().sum()
         loss.backward()
         return loss
 

@@ -4,6 +4,7 @@
 """
 
 import copy
+import math
 import os
 import pickle
 from functools import partial
@@ -223,3 +224,47 @@ def test_a_checkpoint_holds_no_copy_of_the_weights(name):
     base = {k: len(v) for k, v in loop.opt.base.state_dict()["state"].items()}
     for i, entries in loop.opt.state_dict()["state"].items():
         assert len(entries) == base.get(i, 0) + 2 * slots
+
+
+@pytest.mark.parametrize("device_path", [False, True])
+@pytest.mark.parametrize("name", ["n-step+vasso", "n-step+fsam", "n-step"])
+def test_an_infinite_first_gradient_does_not_stay_in_the_memory_of_several_ascents(name, device_path):
+    torch.manual_seed(0)
+    w = torch.nn.Parameter(torch.tensor([3.0, 4.0], dtype=torch.float64))
+    optimizer = flatmin.wrap(torch.optim.SGD([w], lr=0.1), name, rho=0.5)
+    optimizer._force_device_path = device_path
+    points = []
+
+    def closure():
+        points.append(w.detach().clone())
+        optimizer.zero_grad()
+        loss = (w**2).sum() * (torch.inf if len(points) == 5 else 1.0)
+        loss.backward()
+        return loss
+
+    for _ in range(4):
+        optimizer.step(closure)
+    passes = len(points) // 4
+    last = [float((p - points[-passes]).norm()) for p in points[-passes:]]
+    assert max(last) > 0.1 and all(map(math.isfinite, last))
+    assert optimizer.counts()["nonfinite_ascents"] == 1
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_what_is_remembered_is_no_gradient_that_the_base_writes_to(foreach):
+    """Nesterov momentum adds to the gradient in place."""
+    w = torch.nn.Parameter(torch.tensor([3.0, 4.0], dtype=torch.float64))
+    base = torch.optim.SGD([w], lr=0.1, momentum=0.9, nesterov=True, foreach=foreach)
+    optimizer = flatmin.wrap(base, "stale-sam", rho=0.5)
+    seen = []
+
+    def closure():
+        optimizer.zero_grad()
+        loss = 0.5 * (w**2).sum()
+        loss.backward()
+        seen.append(w.grad.clone())
+        return loss
+
+    for _ in range(3):
+        optimizer.step(closure)
+        assert torch.equal(optimizer._store.per_weight["direction.gradient"][w], seen[-1])

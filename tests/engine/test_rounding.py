@@ -222,3 +222,40 @@ def test_a_direction_that_is_not_finite_moves_nothing():
 
         net.optimizer.step(closure)
         assert torch.equal(points[0], points[1])
+
+
+@pytest.mark.parametrize("device_path", [False, True])
+def test_a_gradient_norm_beyond_the_range_of_fp16(device_path):
+    """The quotient by it must not be taken in fp16, where it is infinite."""
+    w = nn.Parameter(torch.ones(10000, dtype=torch.float16))
+    optimizer = flatmin.wrap(torch.optim.SGD([w], lr=0.0), "sam", rho=50.0, diagnostics=True)
+    optimizer._force_device_path = device_path
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (w.float() * 1000).sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert optimizer.diagnostics()["epsilon_norm"] == pytest.approx(50.0, rel=1e-2)
+
+
+@pytest.mark.filterwarnings("ignore:weights in half precision")
+def test_draws_after_an_abort_are_those_of_the_step():
+    def point(aborted):
+        net, seen = Net(torch.bfloat16), []
+        if aborted:
+            net.closure()
+            with net.optimizer.perturbed():
+                net.closure()
+            net.optimizer.abort()
+
+        def closure():
+            seen.append(flat(net.weights()))
+            return net.closure()
+
+        net.optimizer.step(closure)
+        return seen[1]
+
+    assert torch.equal(point(True), point(False))

@@ -171,17 +171,22 @@ def test_a_run_resumes_with_its_scaler():
     assert second.scales == straight.scales[5:]
 
 
-def test_without_a_closure_and_with_the_weights_kept_at_w_plus_eps():
-    """momentum-sam in a plain loop: train() and eval()."""
+@pytest.mark.parametrize("spoil", [False, True])
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("growth", [1000, 2])
+def test_without_a_closure_and_with_the_weights_kept_at_w_plus_eps(growth, early, spoil):
+    """momentum-sam in a plain loop: train() and eval(); the scale moves between the steps."""
 
-    def run(scaler, early):
+    def run(scaler):
         model = noisy_net()
         optimizer = flatmin.wrap(BASES["sgd"](model.parameters()), "momentum-sam", model=model, scaler=scaler)
         optimizer.train()
-        for k in range(5):
+        for k in range(6):
+            torch.manual_seed(k)
             x, y = batch(k)
+            bad = spoil and k == 2
             optimizer.zero_grad()
-            loss = nn.functional.cross_entropy(model(x), y)
+            loss = nn.functional.cross_entropy(model(x), y) * (torch.inf if bad else 1.0)
             if scaler is None:
                 loss.backward()
                 optimizer.step()
@@ -194,9 +199,17 @@ def test_without_a_closure_and_with_the_weights_kept_at_w_plus_eps():
         optimizer.eval()
         return bits(model.parameters())
 
-    want = run(None, False)
-    for early in (False, True):
-        assert same(run(torch.amp.GradScaler("cpu", init_scale=SCALE), early), want)
+    assert same(run(torch.amp.GradScaler("cpu", init_scale=SCALE, growth_interval=growth)), run(None))
+
+
+def test_what_a_skipped_step_leaves_is_not_found_again():
+    """A closure after a skipped manual step: the next step is good, and the scale stays."""
+    loop = Loop("passes", spoil={(0, 1)})
+    loop.step(0)
+    loop.kind = "closure"
+    loop.step(1)
+    assert loop.scales == [SCALE / 2, SCALE / 2]
+    assert loop.optimizer.counts()["skipped_steps"] == 1
 
 
 @pytest.mark.parametrize("spoil", [False, True])
@@ -254,16 +267,42 @@ class TestRefusals:
         with pytest.raises(RuntimeError, match=r"the gradients are scaled: end the update with scaler\.step"):
             loop.optimizer.step()
 
-    def test_unscaling_between_the_passes(self):
-        loop = Loop("perturbed")
+    @pytest.mark.parametrize("where", ["before perturbed()", "in the first pass", "between passes", "in the last pass"])
+    def test_unscaling_between_the_passes(self, where):
+        loop = Loop("passes", "gsam")
         loop.calls = 0
         before = bits(loop.model.parameters())
-        loop.backward(0)
-        loop.scaler.unscale_(loop.optimizer)
         sentence = r"unscale_\(optimizer\) was called between the passes"
-        with pytest.raises(RuntimeError, match=sentence), loop.optimizer.perturbed():
-            pass
+        with pytest.raises(RuntimeError, match=sentence):
+            if where == "before perturbed()":
+                loop.backward(0)
+                loop.scaler.unscale_(loop.optimizer)
+                with loop.optimizer.perturbed():
+                    pass
+            for evaluation in loop.optimizer.passes():
+                with evaluation:
+                    loop.backward(0)
+                    if where == f"in the {('first', 'last')[evaluation.index]} pass":
+                        loop.scaler.unscale_(loop.optimizer)
+                if where == "between passes":
+                    loop.scaler.unscale_(loop.optimizer)
         assert same(bits(loop.model.parameters()), before)
+
+    def test_two_steps_without_an_update_of_the_scaler(self):
+        loop = Loop("direct closure")
+        loop.scaler.update = lambda: None
+        loop.step(0)
+        with pytest.raises(RuntimeError, match=r"call scaler\.update\(\) after each step"):
+            loop.step(1)
+
+    def test_a_single_backward_while_lr_is_zero(self):
+        loop = Loop("passes")
+        loop.optimizer.param_groups[0]["lr"] = 0.0
+        loop.calls = 0
+        loop.backward(0)
+        with pytest.raises(RuntimeError, match="needs a closure, or both passes before it"):
+            loop.scaler.step(loop.optimizer)
+        assert not loop.optimizer.base.state
 
     def test_second_derivatives(self):
         model, scaler = noisy_net(), torch.amp.GradScaler("cpu")
@@ -310,3 +349,15 @@ def test_a_scaler_that_is_switched_off_changes_nothing():
         scaler.step(optimizer, closure)
         scaler.update()
     assert same(bits(model.parameters()), bits(plain.model.parameters()))
+
+
+@pytest.mark.parametrize("method", ["sgd", "sam"])
+def test_a_distributed_checkpoint_of_a_fresh_optimizer(method):
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    model = noisy_net()
+    scaler = torch.amp.GradScaler("cpu")
+    base = BASES["sgd"](model.parameters())
+    optimizer = flatmin.wrap(base, method, rho=0.0, model=model, scaler=scaler, clip_norm=1.0)
+    assert get_optimizer_state_dict(model, optimizer)["param_groups"]
+    assert optimizer.counts()["updates"] == 0

@@ -3,9 +3,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from flatmin.stats import paired, summarise
 from flatmin.study.config import CompareConfig
 from flatmin.study.notes import write_notes
-from flatmin.stats import paired, summarise
 from flatmin.study.summary import Choice, Ratio, Row
 
 CONFIG = CompareConfig(methods=("sgd", "sam", "asam"), rho={"sam": 0.2})

@@ -13,7 +13,8 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 _COUNT, _SAVED = "_flatmin_frozen", "_flatmin_saved"
-_OWNER = "_flatmin_pass"
+# Whose pass runs over a model now; beside the model, so that copies do not carry it.
+_OWNERS: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -180,18 +181,18 @@ class ModelWatch:
         self.forwards[min(index, 1)] = 0
         self._before_replay = None
         if bracketed:
-            self._outer = self.model.__dict__.get(_OWNER)
-            self.model.__dict__[_OWNER] = id(self)
+            self._outer = _OWNERS.get(self.model)
+            _OWNERS[self.model] = id(self)
 
     def end_pass(self) -> None:
         """Forwards are again whoever's they are."""
-        if self.model.__dict__.get(_OWNER) == id(self):
-            del self.model.__dict__[_OWNER]
+        if _OWNERS.get(self.model) == id(self):
+            del _OWNERS[self.model]
             if self._outer is not None:
-                self.model.__dict__[_OWNER] = self._outer
+                _OWNERS[self.model] = self._outer
 
     def seen(self, args: Any, kwargs: Any) -> None:
-        if self.model.__dict__.get(_OWNER) not in (None, id(self)):
+        if _OWNERS.get(self.model, id(self)) != id(self):
             return  # another optimizer's pass
         if torch._C._current_graph_task_id() != -1:
             self._recomputed()

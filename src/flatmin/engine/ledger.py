@@ -31,8 +31,11 @@ class Flags:
         self.totals = torch.zeros(2, dtype=torch.int64, device=device)
         self.ascents = 0
 
-    def judge(self, size: Tensor) -> None:
-        """Write the ascent's verdict and clear the descent's."""
+    def judge(self, size: Tensor, *, again: bool = False) -> None:
+        """Write the ascent's verdict and clear the descent's; `again`: all ascents of an update must be finite."""
+        if again:
+            self.gate.mul_((size.to(torch.float32) < math.inf).to(torch.int32))
+            return
         torch.lt(size.to(torch.float32), self.limits, out=self.words)
 
     def reset(self) -> None:
@@ -63,14 +66,19 @@ class Ledger:
         self._seed = 0
         self.asked: list[Tensor] | None = None
 
+    def reseed(self, seed: int) -> None:
+        """Begin an update, whose random rounding draws from this seed."""
+        self._generators.clear()
+        self._seed = seed
+
     def move(
-        self, layout: ta.Layout, offset: Offset, flags: Flags | None, *, seed: int = 0, record: bool = False
+        self, layout: ta.Layout, offset: Offset, flags: Flags | None, *, again: bool = False, record: bool = False
     ) -> bool:
         """Displace the weights in offset.index; True if the displacement was known (on the host) to be finite.
 
         Without flags the size is read on the host (CPU tensors); with flags nothing synchronises and a direction
-        that is not finite becomes a displacement of exactly zero. `seed`: of the random rounding of bf16 and fp16
-        weights. `record`: keep in `asked` what the displacement would be without rounding.
+        that is not finite becomes a displacement of exactly zero. `again`: not the first of this update, so that the
+        verdicts add up. `record`: keep in `asked` what the displacement would be without rounding.
         """
         weights, index = layout.weights, offset.index
         ws = weights if len(index) == len(weights) else [weights[i] for i in index]
@@ -78,13 +86,10 @@ class Ledger:
             return False
         self._save(layout, ws, index)
         self.asked = [torch.empty(0)] * len(ws) if record else None
-        if seed != self._seed:
-            self._generators.clear()
-            self._seed = seed
         if flags is None:
             self._add_on_host(ws, offset, layout)
         else:
-            self._add_on_device(ws, offset, flags)
+            self._add_on_device(ws, offset, flags, again=again)
         return True
 
     def _add_on_host(self, ws: list[Tensor], offset: Offset, layout: ta.Layout) -> None:
@@ -95,18 +100,22 @@ class Ledger:
                 d, some = [d[i] for i in group], [ws[i] for i in group]
             self._add(some, d, float(factor) * scale, group)
 
-    def _add_on_device(self, ws: list[Tensor], offset: Offset, flags: Flags) -> None:
-        flags.judge(offset.size)
+    def _add_on_device(self, ws: list[Tensor], offset: Offset, flags: Flags, *, again: bool) -> None:
+        flags.judge(offset.size, again=again)
         divisor = None if offset.norm is None else offset.norm + offset.eps
         for group, factor in _by_factor(ws, offset, alike=False):
             d = [offset.direction[i] for i in group]
+            # In half precision the quotient could under- or overflow.
+            low = d[0].dtype in ta.LOW
+            d = [x.float() for x in d] if low else d
+            scratch = offset.scratch or low
             if divisor is None:
-                d = d if offset.scratch else list(torch._foreach_mul(d, 1.0))
+                d = d if scratch else list(torch._foreach_mul(d, 1.0))
             else:
                 # In another dtype the division would launch once per tensor.
                 real = torch.view_as_real(d[0]).dtype if d[0].is_complex() else d[0].dtype
                 by = divisor.to(d[0].device, real)
-                if offset.scratch:
+                if scratch:
                     torch._foreach_div_(d, by)
                 else:
                     d = list(torch._foreach_div(d, by))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
@@ -40,8 +41,6 @@ class Replicas:
         self._size, self._group = _group_size(ascent_sync), None
         world = processes()
         self.local = self._size is not None and self._size < world
-        # Gradients that are views of a bucket change with the next backward pass.
-        self.borrowed = any(m.gradient_as_bucket_view for m in self.modules)
         if self._size is None:
             return
         self._check(recipe)
@@ -71,6 +70,14 @@ class Replicas:
                 stack.enter_context(module.no_sync())
             yield
 
+    @staticmethod
+    def lends(grads: Gradients) -> bool:
+        """Whether gradients are views of a bucket, which change with the next backward pass."""
+        if processes() == 1:
+            return False
+        present = [g for g in grads if g is not None and not g.is_sparse and not is_sharded(g)]
+        return any(g.untyped_storage().nbytes() > g.numel() * g.element_size() for g in present)
+
     def agree_(self, flag: Tensor) -> None:
         """Set a scalar to its maximum over the replicas, where their first passes differ."""
         if self.local:
@@ -83,7 +90,7 @@ class Replicas:
         assert self._size is not None
         zeros = [torch.zeros_like(w) if g is None else g for g, w in zip(grads, weights, strict=True)]
         dense = [g.to_dense() if g.is_sparse else g for g in zeros]
-        wide = torch.promote_types(torch.float32, max((g.dtype for g in dense), key=lambda d: d.itemsize))
+        wide = functools.reduce(torch.promote_types, (g.dtype for g in dense), torch.float32)
         present = torch.tensor([g is not None for g in grads], dtype=wide, device=dense[0].device)
         message = torch.cat([present, *(g.reshape(-1).to(present) for g in dense)])
         distributed.all_reduce(message, group=self._group)
@@ -106,6 +113,12 @@ def _group_size(ascent_sync: AscentSync) -> int | None:
 
 def refuse_unserved(recipe: Recipe, weights: Sequence[Tensor]) -> None:
     """Raise ValueError for needs that several processes cannot serve."""
+    meshes = {t.device_mesh if is_sharded(t) else None for t in weights}  # type: ignore[attr-defined]
+    if len(meshes) > 1:
+        raise ValueError(
+            "some weights are sharded and some are not, or they lie on different meshes; shard the whole model over "
+            "one mesh, or give each part an optimizer of its own."
+        )
     sharded = any(map(is_sharded, weights))
     if (processes() > 1 or sharded) and (why := refusal(recipe, Loop.DDP)):
         raise ValueError(f"{recipe.name} {why}: run it in one process.")

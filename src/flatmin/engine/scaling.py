@@ -64,6 +64,8 @@ class Scaling:
 
     def report(self) -> None:
         """Tell the scaler what this update found."""
+        if self.unscaled_early(self._view):
+            raise RuntimeError("call scaler.update() after each step of the optimizer.")
         self._probe.grad = torch.where(self.found > 0, math.inf, 0.0)
         self.scaler.unscale_(self._view)
         self._probe.grad = None

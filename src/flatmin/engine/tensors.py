@@ -286,7 +286,8 @@ def agree_(flag: Tensor, tensors: Sequence[Tensor]) -> None:
     """Set a scalar to its maximum over all processes that hold a part of one of these tensors."""
     if plain(tensors):
         return
-    for mesh in {cast(Any, t).device_mesh for t in tensors if is_sharded(t)}:
+    # In the order of the tensors, which is the same on every process.
+    for mesh in dict.fromkeys(cast(Any, t).device_mesh for t in tensors if is_sharded(t)):
         for group in mesh.get_all_groups():
             torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, group=group)
 

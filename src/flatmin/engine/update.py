@@ -39,7 +39,7 @@ class Update:
     def __init__(self, optimizer: SAM, site: Site, *, closed: bool = False) -> None:
         self.optimizer, self.site, self.closed = optimizer, site, closed
         self.index = 0
-        self.inside = False
+        self.inside = self.resident = False
         self.outcome: Outcome | None = None
         self._ascent_finite = True
         self._criterion_calls = 0
@@ -47,6 +47,8 @@ class Update:
         self.products: list[tuple[float, GraphProducts]] = []
         self.share = 1.0  # of the running closure in the gradient of the pass
         self._silence = contextlib.ExitStack()
+        self._moves = 0
+        optimizer._ledger.reseed(optimizer._seed * 1_000_003 + site.step)
         self.scaling = optimizer._scaling
         if self.scaling is not None:
             self.scaling.begin()
@@ -60,6 +62,7 @@ class Update:
         """Go to the point of the next evaluation, with no gradients left from before."""
         opt, request = self.optimizer, self.request
         assert not self.inside
+        self._check_scaled()
         self.inside = True
         for w in self.site.weights:
             w.grad = None
@@ -87,8 +90,8 @@ class Update:
         flags = opt._device_flags(at.direction)
         unchecked = opt._unchecked_rounding and any(d.dtype in ta.LOW for d in at.direction)
         record = unchecked or (opt._diagnostics is not None and request.role == "descent")
-        seed = opt._seed * 1_000_003 + self.site.step
-        moved = opt._ledger.move(opt._layout, at, flags, seed=seed, record=record)
+        moved = opt._ledger.move(opt._layout, at, flags, again=self._moves > 0, record=record)
+        self._moves += 1
         self._ascent_finite = self._ascent_finite and moved
         at.clear()
         asked, opt._ledger.asked = opt._ledger.asked, None
@@ -107,6 +110,7 @@ class Update:
             self._restore()
             return
         self._check_criterion()
+        self._check_scaled()
         if self.optimizer._watch is not None:
             self.optimizer._watch.check_second_pass()
         self._silence.close()
@@ -131,6 +135,11 @@ class Update:
         finally:
             self.site.products, self.products = None, []
 
+    def _check_scaled(self) -> None:
+        resident = self.resident or self.optimizer._resident
+        if self.scaling is not None and not resident and self.scaling.unscaled_early(self.optimizer):
+            raise RuntimeError("scaler.unscale_(optimizer) was called between the passes; call it after the last one.")
+
     def _received(self, grads: Gradients) -> Gradients:
         """The gradients of a pass as the program shall see them."""
         opt, request = self.optimizer, self.request
@@ -139,7 +148,7 @@ class Update:
             self.scaling.unscale_(grads)
         if request.role == "ascent":
             grads = opt._replicas.average(grads, self.site.weights)
-        if opt._replicas.borrowed and (opt.recipe.remembers or self.site.keep_gradients):
+        if (opt.recipe.remembers or self.site.keep_gradients) and opt._replicas.lends(grads):
             grads = [None if g is None else g.clone() for g in grads]
             for w, g in zip(self.site.weights, grads, strict=True):
                 w.grad = g
@@ -176,8 +185,7 @@ class Update:
         if all(g is None for g in grads):
             raise RuntimeError("no gradients: call loss.backward() on the batch before perturbing the weights.")
         self._visited.add(None)
-        if self.scaling is not None and self.scaling.unscaled_early(self.optimizer):
-            raise RuntimeError("scaler.unscale_(optimizer) was called between the passes; call it after the last one.")
+        self._check_scaled()
         if self.request.role == "ascent":
             self._criterion_calls = 0
             self._check_criterion()
@@ -199,14 +207,14 @@ class Update:
 
     def hand_over(self) -> None:
         """Expect the gradients of a plain loop that went through the scaler's own step."""
-        self.closed = True
+        self.closed = self.resident = True
         if self.scaling is None:
             return
         opt = self.optimizer
         if not hasattr(opt, "found_inf"):
             raise RuntimeError(_THROUGH_SCALER)
-        if opt.grad_scale is None:
-            self.scaling.scale = torch.ones_like(self.scaling.scale)
+        # The update began before the scaler's last update().
+        self.scaling.scale = torch.ones_like(self.scaling.scale) if opt.grad_scale is None else opt.grad_scale
         self.scaling.found += opt.found_inf
 
     def _advance(self, grads: Gradients) -> None:
@@ -265,8 +273,14 @@ class Update:
         if self.scaling is not None:
             self._settle(self.scaling)
         if opt.clip_norm is not None:
+            for w in self.site.weights:
+                if w.grad is not None and w.grad.is_sparse:
+                    w.grad = w.grad.coalesce()
             ta.clip_([w.grad for w in self.site.weights], opt.clip_norm)
         stepped, gate = self._base_step(opt.base.step, outcome, at_once and outcome.untouched)
+        if self.scaling is not None and not stepped:
+            # The scaler would find what is left infinite once more.
+            opt.zero_grad()
         if stepped and self._ascent_finite:
             for kind, (index, new) in outcome.staged.items():
                 opt._store.commit(kind, [self.site.weights[i] for i in index], new, gate)
@@ -306,12 +320,16 @@ class Update:
             layout = ta.Layout([])
             update = [g.coalesce().values() if g.is_sparse else g for g in update]
         if flags is None:
+            # An ascent on the way may have failed where the last one did not.
+            self._ascent_finite &= outcome.size is None or math.isfinite(float(outcome.size))
             if (self.scaling is not None and self.scaling.found) or not ta.all_finite(update, layout):
                 return self._refuse(), None
             base_step()
             return True, None
         if not ascended:
             flags.reset()
+        elif self._moves > 1 and outcome.size is not None:
+            flags.judge(outcome.size, again=True)
         ta.nonfinite_(update, flags.found_inf, flags.one)
         if self.scaling is not None:
             flags.found_inf.logical_or_(self.scaling.found)
@@ -332,7 +350,7 @@ class Update:
         if found:
             return self._refuse(), None
         base_step()
-        return True, None
+        return True, self._gate(outcome)
 
     def _gate(self, outcome: Outcome, found_inf: Tensor | None = None) -> Tensor | None:
         """1 where staged state comes from a finite gradient and the step was good; None if nothing was staged."""

@@ -1,1 +1,47 @@
-"""What training did to the loss surface. Knows no optimizer."""
+"""What training did to the loss surface: curvature, sharpness, landscapes. Knows no optimizer; needs torch alone."""
+
+from flatmin.measure.average import Average, average_case
+from flatmin.measure.curvature import EmpiricalFisher, Fisher, GaussNewton, Hessian
+from flatmin.measure.flatness import fisher_rao, pac_bayes, relative_flatness
+from flatmin.measure.follow import Follow, edge, sam_edge
+from flatmin.measure.krylov import Spectrum, spectrum
+from flatmin.measure.landscape import landscape
+from flatmin.measure.losses import LogitNormalised, error_rate
+from flatmin.measure.paths import bezier, linear
+from flatmin.measure.problem import Conventions, Problem
+from flatmin.measure.sharpness import Sharpness, curve, m_sharpness, worst_case
+from flatmin.measure.trace import density, diagonal, frobenius, trace
+from flatmin.measure.trajectory import pca
+
+__all__ = [
+    "Average",
+    "Conventions",
+    "EmpiricalFisher",
+    "Fisher",
+    "Follow",
+    "GaussNewton",
+    "Hessian",
+    "LogitNormalised",
+    "Problem",
+    "Sharpness",
+    "Spectrum",
+    "average_case",
+    "bezier",
+    "curve",
+    "density",
+    "diagonal",
+    "edge",
+    "error_rate",
+    "fisher_rao",
+    "frobenius",
+    "landscape",
+    "linear",
+    "m_sharpness",
+    "pac_bayes",
+    "pca",
+    "relative_flatness",
+    "sam_edge",
+    "spectrum",
+    "trace",
+    "worst_case",
+]

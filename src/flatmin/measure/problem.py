@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import fnmatch
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -328,6 +329,27 @@ def count_terms(loss: Loss, targets: Any) -> float:
     if isinstance(weight, Tensor):
         return float(weight.to(target.device)[target[counted]].sum())
     return float(counted.sum())
+
+
+def only(problem: Problem, batches: Sequence[Batch]) -> Problem:
+    """The mean over some of a problem's batches, on the same weights; in this process alone.
+
+    Raises:
+        ValueError: no batch.
+    """
+    if not batches:
+        raise ValueError("a problem needs at least one batch.")
+    counts = [count_terms(problem.loss, batch.targets) for batch in batches]
+    summed = getattr(problem.loss, "reduction", "mean") == "sum"
+    twin = copy.copy(problem)
+    twin.batches = [
+        Batch(b.inputs, b.targets, (1.0 if summed else count) / sum(counts))
+        for b, count in zip(batches, counts, strict=True)
+    ]
+    lengths = [len(_first_tensor(b.targets)) for b in batches]
+    twin.group = None
+    twin.conventions = replace(problem.conventions, examples=sum(lengths), terms=sum(counts), batch=max(lengths))
+    return twin
 
 
 def some_of(batch: Batch, count: int) -> Batch:

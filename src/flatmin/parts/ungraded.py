@@ -134,4 +134,5 @@ class Stale(Direction):
         return [torch.zeros_like(w) if s is None else s for s, w in zip(last, c.w, strict=True)], {}
 
     def observe(self, gs: Tensors, state: State, c: Context) -> NewState:
-        return {"gradient": gs}
+        # The base may write to what it is given.
+        return {"gradient": [g.clone() for g in gs]}
