@@ -27,6 +27,7 @@ class Setup:
     nonfinite: str = "skip"
     door: str = "closure"
     wrapped: bool = True
+    told: bool = True  # whether the optimizer is given the module
     ddp: dict = dataclasses.field(default_factory=dict)
     dtype: torch.dtype = torch.float64
     rho: float = 0.1
@@ -69,7 +70,7 @@ class Run:
             BASES[setup.base](self.model.parameters()),
             recipe_of(setup.method, setup.steps, names="first.*"),
             rho=setup.rho,
-            model=self.model,
+            model=self.model if setup.told else None,
             criterion=self.criterion,
             ascent_sync=setup.ascent_sync,
             scaler=self.scaler,

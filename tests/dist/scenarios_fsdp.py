@@ -154,6 +154,21 @@ def refusal(rank, world, setup):
     return None
 
 
+def half_sharded(rank, world):
+    """The sentence for a net of which one layer is sharded, and for one on two meshes."""
+    found = []
+    for both in (False, True):
+        net = Net()
+        fully_shard(net.first, mesh=init_device_mesh("cpu", (world,)))
+        if both:
+            fully_shard(net, mesh=init_device_mesh("cpu", (world, 1), mesh_dim_names=("replicate", "shard")))
+        try:
+            flatmin.wrap(torch.optim.SGD(net.parameters(), lr=0.1), "sam", model=net)
+        except ValueError as error:
+            found.append(str(error))
+    return found
+
+
 def draws(rank, world, sharded):
     """What a part draws for each weight."""
     run = Run(world, Setup(method="jitter", sharded=sharded))

@@ -146,6 +146,16 @@ def test_gradients_that_are_views_of_a_bucket(ranks, method, ascent_sync):
     assert all(map(torch.equal, *runs))
 
 
+@pytest.mark.parametrize("method", ["gsam", "wsam", "gnp", "vasso"])
+def test_views_of_a_bucket_are_seen_without_the_module(ranks, method):
+    options = {"gradient_as_bucket_view": True}
+    runs = [
+        agree(ranks.run(scenarios.train, Setup(method=method, steps=6, told=told, ddp=ddp)))
+        for told, ddp in ((True, {}), (False, options))
+    ]
+    assert all(map(torch.equal, *runs))
+
+
 def test_a_static_graph(ranks):
     options = {"static_graph": True}
     got = agree(ranks.run(scenarios.train, Setup(ddp=options)))

@@ -73,6 +73,12 @@ def test_what_shards_cannot_serve_is_refused(ranks, method):
         assert "run it in one process" in sentence or "not on sharded weights" in sentence
 
 
+def test_weights_that_are_sharded_in_part_are_refused(ranks):
+    for sentences in ranks.run(scenarios.half_sharded):
+        assert len(sentences) == 2
+        assert all("shard the whole model over one mesh" in sentence for sentence in sentences)
+
+
 @pytest.mark.parametrize("scaler", [False, True])
 @pytest.mark.parametrize("device_path", [False, True])
 @pytest.mark.parametrize("spoilt", [0, 1])

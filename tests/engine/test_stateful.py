@@ -403,7 +403,6 @@ class Engine(RuleBasedStateMachine):
     def freeze_or_unfreeze(self, name, plan):
         self.reference.frozen ^= {name}
         self.net.w[name].requires_grad_(name not in self.reference.frozen)
-        self.net.w[name].grad = None
         self.then(plan)
 
     @precondition(lambda self: len(self.reference.groups) < len(GROUPS) + len(LATE))
@@ -417,7 +416,6 @@ class Engine(RuleBasedStateMachine):
 
     # -- checkpoints and copies --------------------------------------------------------------------------------------
 
-    @precondition(lambda self: not self.reference.frozen & set(self.reference.memory))
     @rule(plan=PLAN)
     def save_and_load(self, plan):
         file = io.BytesIO()

@@ -13,8 +13,6 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 _COUNT, _SAVED = "_flatmin_frozen", "_flatmin_saved"
-# Whose pass runs over a model now; beside the model, so that copies do not carry it.
-_OWNERS: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -158,9 +156,8 @@ class ModelWatch:
         self.bracketed = False  # a closure or `passes()` brackets each pass, so random states are handled there
         self.forwards = [0, 0]
         self._batch: list[tuple[Tensor, int]] | None = None
-        self._left: tuple[int, int] | None = None  # the gradients that the last update left behind
+        self._left: tuple[weakref.ref[Tensor], int] | None = None  # the gradients that the last update left behind
         self._warned = self._warned_of_drop = False
-        self._outer: int | None = None  # whose pass over the same model this one's is inside of
         self._before_replay: Tensor | None = None
 
     def remove(self) -> None:
@@ -169,36 +166,31 @@ class ModelWatch:
     def begin_update(self) -> None:
         """The next training forward opens a new update."""
         self.pass_index, self.forwards, self._batch, self.bracketed = 0, [0, 0], None, False
-        self._left = self._gradients()
+        first = self._gradient()
+        self._left = None if first is None else (weakref.ref(first), first._version)
 
-    def _gradients(self) -> tuple[int, int] | None:
-        """What tells one state of the gradients from another; None if there are none."""
-        first = next((w.grad for w in self._weights if w.grad is not None), None)
-        return None if first is None else (id(first), first._version)
+    def _gradient(self) -> Tensor | None:
+        """The first gradient there is."""
+        return next((w.grad for w in self._weights if w.grad is not None), None)
+
+    def _untouched(self) -> bool:
+        """Whether the gradients are those that the last update left behind, or none."""
+        first = self._gradient()
+        return first is None or (
+            self._left is not None and self._left[0]() is first and self._left[1] == first._version
+        )
 
     def begin_pass(self, index: int, *, bracketed: bool) -> None:
         self.pass_index, self.bracketed = index, bracketed
         self.forwards[min(index, 1)] = 0
         self._before_replay = None
-        if bracketed:
-            self._outer = _OWNERS.get(self.model)
-            _OWNERS[self.model] = id(self)
-
-    def end_pass(self) -> None:
-        """Forwards are again whoever's they are."""
-        if _OWNERS.get(self.model) == id(self):
-            del _OWNERS[self.model]
-            if self._outer is not None:
-                _OWNERS[self.model] = self._outer
 
     def seen(self, args: Any, kwargs: Any) -> None:
-        if _OWNERS.get(self.model, id(self)) != id(self):
-            return  # another optimizer's pass
         if torch._C._current_graph_task_id() != -1:
             self._recomputed()
             return
         later = min(self.pass_index, 1)
-        if not later and self.forwards[0] and self.cleared and not self.bracketed and self._gradients() is None:
+        if not later and self.forwards[0] and self.cleared and not self.bracketed and self._gradient() is None:
             # Gradients were cleared since the last forward and none has come: that one was given up.
             self.begin_update()
             if self._abandoned is not None:
@@ -238,7 +230,10 @@ class ModelWatch:
 
     def warn_of_dropped_gradients(self) -> None:
         """Say once that gradients which a loop has accumulated will not be used."""
-        if self.forwards[0] and not self._warned_of_drop and self._gradients() not in (None, self._left):
+        hooks = [h for h in self.model._forward_pre_hooks.values() if isinstance(h, ForwardHook)]
+        if sum(h.watch is not None and h.watch() is not None for h in hooks) > 1:
+            return  # the forward may have been another optimizer's
+        if self.forwards[0] and not self._warned_of_drop and not self._untouched():
             self._warned_of_drop = True
             warnings.warn(
                 "step(closure) runs all passes itself and drops the gradients of the forward before it. To accumulate "

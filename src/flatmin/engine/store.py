@@ -79,6 +79,10 @@ class Store:
                 slots.update({w: v.detach().clone() for w, v in fresh})
                 self._last.pop(key, None)
 
+    def holds(self, weight: Tensor) -> bool:
+        """Whether anything is remembered of a weight, which may have been frozen since."""
+        return any(weight in slots for slots in self.per_weight.values())
+
     def of(self, weight: Tensor) -> dict[str, Any]:
         """A weight's slots as checkpoints hold them: unfilled ones appear as zeros with filled = 0."""
         found: dict[str, Any] = {}
@@ -112,7 +116,8 @@ class StateView(MutableMapping[Tensor, dict[str, Any]]):
         self._base, self._store = base, store
 
     def _weights(self) -> dict[Tensor, None]:
-        listed = {w: None for g in self._base.param_groups for w in g["params"] if w.requires_grad}
+        weights = (w for g in self._base.param_groups for w in g["params"])
+        listed = {w: None for w in weights if w.requires_grad or self._store.holds(w)}
         return {**dict.fromkeys(self._base.state), **(listed if self._store.per_weight else {})}
 
     def __getitem__(self, weight: Tensor) -> dict[str, Any]:
@@ -182,7 +187,7 @@ def save(base: torch.optim.Optimizer, store: Store) -> dict[str, Any]:
     if store.per_weight:
         saved["state"] = {k: dict(v) for k, v in saved["state"].items()}
         for i, w in zip(ids, weights, strict=True):
-            if w.requires_grad:
+            if w.requires_grad or store.holds(w):
                 saved["state"].setdefault(i, {}).update(store.of(w))
     for key, scalar in store.scalars.items():
         saved["param_groups"][0][PREFIX + key] = unfilled(weights) if scalar is None else scalar

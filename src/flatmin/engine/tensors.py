@@ -95,6 +95,7 @@ class Layout:
     Attributes:
         weights: the trained tensors of all groups, in order.
         trained: how many of them each group has.
+        frozen: the tensors of the groups that are not trained.
         simple: ordinary tensors of one real dtype on the CPU, where a foreach call takes them as they are.
         blocks: for each trailing shape the positions of its weights, if all are simple and so small that a call per
             tensor costs more than a copy of everything; else empty.
@@ -103,7 +104,7 @@ class Layout:
     def __init__(self, groups: Sequence[Sequence[Tensor]]) -> None:
         self._groups = [list(group) for group in groups]
         listed = [w for group in groups for w in group]
-        self._frozen = [w for w in listed if not w.requires_grad]
+        self.frozen = [w for w in listed if not w.requires_grad]
         self.trained = [sum(w.requires_grad for w in group) for group in groups]
         self.weights = weights = [w for w in listed if w.requires_grad]
         self._device = weights[0].device if weights else torch.device("cpu")
@@ -131,7 +132,7 @@ class Layout:
                 len(g) == len(known) and all(map(operator.is_, g, known))
                 for g, known in zip(groups, self._groups, strict=True)
             )
-            and not any(w.requires_grad for w in self._frozen)
+            and not any(w.requires_grad for w in self.frozen)
             and (not self.weights or self.weights[0].device == self._device)
         )
 

@@ -66,6 +66,8 @@ class Update:
         self.inside = True
         for w in self.site.weights:
             w.grad = None
+        for w in opt._layout.frozen:
+            w.grad = None
         if request is not None and request.at is not None:
             opt._layout = opt._layout.refreshed()
             self._displace(request)
@@ -238,8 +240,6 @@ class Update:
 
     def _restore(self) -> None:
         self.optimizer._ledger.restore()
-        if self.optimizer._watch is not None:
-            self.optimizer._watch.end_pass()
         self.inside = False
 
     def abort(self) -> None:
