@@ -13,7 +13,7 @@ from flatmin.measure.evaluate import batch_statistics, evaluate
 from flatmin.measure.krylov import spectrum
 from flatmin.measure.landscape import Slice, grid_around, landscape
 from flatmin.measure.problem import Problem
-from tests.helpers import same_bits
+from tests.measure.left import left_as_it_was
 from tests.measure.nets import CASES, batches, dense_hessian, function_of, make
 
 
@@ -215,48 +215,10 @@ class TestGrid:
 
 
 class TestUntouched:
-    class Moody(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.linear, self.norm, self.drop = nn.Linear(5, 3), nn.BatchNorm1d(3), nn.Dropout(0.5)
-            self.register_buffer("calls", torch.zeros(()))
-            self.fail = -1
-            self.norm.eval()
-
-        def forward(self, x):
-            self.calls += 1
-            torch.rand(3)
-            if self.fail == 0:
-                raise OSError("no")
-            self.fail -= 1
-            return self.drop(self.norm(self.linear(x)))
-
     @pytest.mark.parametrize("fail", [-1, 0, 5, 20])
     @pytest.mark.parametrize("statistics", ["as they are", "recomputed"])
     def test_the_model_is_left_bit_for_bit(self, statistics, fail):
-        """Weights, gradients, buffers, flags and random states, also if an evaluation fails."""
-        torch.manual_seed(0)
-        model, x, y = self.Moody().double(), torch.randn(17, 5, dtype=torch.float64), torch.randint(3, (17,))
-        F.cross_entropy(model(x), y).backward()
-        problem = Problem(model, nn.CrossEntropyLoss(), batches(x, y, 7))
-
-        def look():
-            return (
-                {k: v.clone() for k, v in model.state_dict().items()},
-                [None if p.grad is None else p.grad.clone() for p in model.parameters()],
-                torch.get_rng_state(),
-                torch.tensor([m.training for m in model.modules()] + [p.requires_grad for p in model.parameters()]),
-                torch.tensor(torch.is_grad_enabled()),
-            )
-
-        before = look()
-        model.fail = fail
-        try:
-            landscape(problem, gaussian_pair(problem), points=3, accuracy=True, statistics=statistics)
-            assert fail < 0
-        except OSError:
-            assert fail >= 0
-        assert same_bits(look(), before)
+        left_as_it_was(lambda p: landscape(p, gaussian_pair(p), points=3, accuracy=True, statistics=statistics), fail)
 
 
 class TestStatistics:

@@ -9,7 +9,7 @@ from flatmin.measure.curvature import EmpiricalFisher, Fisher, GaussNewton, Hess
 from flatmin.measure.krylov import spectrum
 from flatmin.measure.problem import Problem, count_terms
 from flatmin.measure.trace import density, diagonal, trace
-from tests.helpers import same_bits
+from tests.measure.left import left_as_it_was
 from tests.measure.nets import CASES, batches, function_of, make
 
 
@@ -39,25 +39,6 @@ def test_values_elsewhere_and_weight_decay():
     torch.testing.assert_close(gradient, torch.func.grad(fn)(flat + shift) + 0.2 * (flat + shift), rtol=0, atol=1e-12)
 
 
-class Moody(nn.Module):
-    """Changes buffers and draws in every forward pass, has flags of its own, and fails on demand."""
-
-    def __init__(self):
-        super().__init__()
-        self.linear, self.norm, self.drop = nn.Linear(5, 3), nn.BatchNorm1d(3), nn.Dropout(0.5)
-        self.register_buffer("calls", torch.zeros(()))
-        self.fail = -1
-        self.norm.eval()
-
-    def forward(self, x):
-        self.calls += 1
-        torch.rand(3)
-        if self.fail == 0:
-            raise OSError("no")
-        self.fail -= 1
-        return self.drop(self.norm(self.linear(x)))
-
-
 MEASURES = {
     "value": lambda p: p.value(),
     "gradient": lambda p: p.gradient(),
@@ -76,36 +57,7 @@ MEASURES = {
 @pytest.mark.parametrize("fail", [-1, 0, 3, 7])
 @pytest.mark.parametrize("measure", MEASURES)
 def test_the_model_is_left_bit_for_bit(measure, fail):
-    """Weights, gradients, buffers, flags, what requires a gradient, and the random numbers of the program."""
-    torch.manual_seed(0)
-    model, x, y = Moody().double(), torch.randn(17, 5, dtype=torch.float64), torch.randint(3, (17,))
-    model.linear.bias.requires_grad_(False)
-    F.cross_entropy(model(x), y).backward()
-
-    def look():
-        return (
-            {k: v.clone() for k, v in model.state_dict().items()},
-            [None if p.grad is None else p.grad.clone() for p in model.parameters()],
-            [m.training for m in model.modules()],
-            [p.requires_grad for p in model.parameters()],
-            torch.get_rng_state(),
-            torch.is_grad_enabled(),
-        )
-
-    before = look()
-    model.fail = fail
-    problem = None
-    try:
-        with torch.no_grad():
-            problem = Problem(model, nn.CrossEntropyLoss(), batches(x, y, 7))
-            MEASURES[measure](problem)
-        assert fail < 0 or model.fail >= 0
-    except OSError:
-        assert fail >= 0
-    model.fail = -1
-    # A buffer that the forward pass counts up is passed in as a copy.
-    assert all(same_bits(a, b) for a, b in zip(look()[:2], before[:2], strict=True))
-    assert look()[2:4] == before[2:4] and torch.equal(look()[4], before[4]) and look()[5] == before[5]
+    left_as_it_was(MEASURES[measure], fail)
 
 
 def test_batch_statistics_in_train_mode():
