@@ -7,6 +7,7 @@ from torch import nn
 from flatmin.parts import Need
 from flatmin.recipes import METHODS
 from tests.dist import scenarios_ddp as scenarios
+from tests.dist.pool import RankError
 from tests.dist.scenarios_ddp import Net, Setup, batch
 from tests.helpers import BASES, recipe_of
 
@@ -181,8 +182,6 @@ def test_an_infinite_gradient_on_one_rank_hangs_nobody(ranks, spoilt, ascent_syn
 
 
 def test_raising_is_done_by_all(ranks):
-    from tests.dist.pool import RankError
-
     with pytest.raises(RankError) as caught:
         ranks.run(scenarios.train, Setup(bad=(0, 1, 1), nonfinite="raise"))
     assert str(caught.value).count("FloatingPointError: the descent gradient has nan or inf") == 2

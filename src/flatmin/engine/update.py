@@ -251,7 +251,7 @@ class Update:
         self.request = self.outcome = None
 
     def finish(self) -> None:
-        """Hand u to the base, let it step if it may, keep what the parts learned, add decoupled terms."""
+        """Leave u in the weights' gradients, for the base and for a loop that clips."""
         opt, outcome = self.optimizer, self.outcome
         assert outcome is not None
         opt._thaw()
@@ -264,7 +264,7 @@ class Update:
             self.scaling.rescale_([w.grad for w in self.site.weights])
 
     def apply(self, *, at_once: bool = False) -> None:
-        """The base's step, by the optimizer's rule for gradients that are not finite.
+        """The base's step, by the rule for gradients that are not finite; then what the parts learned is kept.
 
         `at_once`: nobody could have changed the gradients since the last pass.
         """

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from flatmin.measure.problem import Batch, Problem, _first_tensor
+from flatmin.measure.losses import answers
+from flatmin.measure.problem import Batch, Problem, first_tensor
 
 Statistics = Literal["as they are", "recomputed"]
 Checkpoint = nn.Module | Mapping[str, Tensor] | Tensor
@@ -40,29 +41,15 @@ def evaluate(
     counts = torch.zeros(2, dtype=torch.float64, device=problem.device)
 
     def count(batch: Batch, outputs: Any) -> None:
-        answers, targets = _answers(outputs, batch.targets)
+        targets = batch.targets
+        right = answers(outputs, targets) == targets
         counted = targets != getattr(problem.loss, "ignore_index", -100)
-        counts[0] += ((answers == targets) & counted).sum()
+        counts[0] += (right & counted).sum()
         counts[1] += counted.sum()
 
     loss = problem.value(weights, buffers=buffers, watch=count)
     right, total = problem.reduced(counts).tolist()
     return loss, right / total
-
-
-def _answers(outputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
-    """The most likely classes and the targets; classes are in dimension 1, as in torch's cross-entropy, or the last."""
-    whole = isinstance(targets, Tensor) and not targets.is_floating_point()
-    if isinstance(outputs, Tensor) and whole and outputs.dim() == targets.dim() + 1:
-        for dim in (1, -1):
-            answers = outputs.argmax(dim)
-            if answers.shape == targets.shape:
-                return answers, targets
-    shapes = [tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__ for t in (outputs, targets)]
-    raise ValueError(
-        f"an accuracy needs outputs (N, classes, ...) and whole-numbered targets (N, ...), got {shapes[0]} and "
-        f"{shapes[1]}; leave accuracy=False."
-    )
 
 
 def batch_statistics(problem: Problem, weights: list[Tensor]) -> dict[str, Tensor]:
@@ -90,7 +77,7 @@ def batch_statistics(problem: Problem, weights: list[Tensor]) -> dict[str, Tenso
     examples = 0.0
     with torch.no_grad():
         for batch in problem.batches:
-            count = float(len(_first_tensor(batch.targets)))
+            count = float(len(first_tensor(batch.targets)))
             for total, found in zip(sums, _of_batch(problem, layers, batch, weights), strict=True):
                 total += count * found.double()
             examples += count

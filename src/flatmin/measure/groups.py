@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from flatmin.measure.problem import Batch, Problem, _first_tensor, count_terms
+from flatmin.measure.problem import Batch, Problem, count_terms, first_tensor
 
 
 def split(problem: Problem, m: int) -> tuple[list[Problem], int]:
@@ -68,7 +68,7 @@ def _problem(problem: Problem, pieces: list[tuple[Any, Any]], m: int) -> list[Pr
 
 
 def _count(targets: Any) -> int:
-    return len(_first_tensor(targets))
+    return len(first_tensor(targets))
 
 
 def _cut(part: Any, start: int, stop: int, count: int) -> Any:

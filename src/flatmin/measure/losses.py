@@ -38,7 +38,7 @@ def error_rate(problem: Problem, weights: Sequence[Tensor] | None = None) -> flo
         for batch in problem.batches:
             outputs, targets = problem.outputs(batch, weights), batch.targets
             kept = targets != ignored
-            missed = ((_answers(outputs, targets) != targets) & kept).sum()
+            missed = ((answers(outputs, targets) != targets) & kept).sum()
             # A class that is chosen among NaNs is no answer.
             wrong += float(missed) if bool(torch.isfinite(outputs).all()) else math.nan
             counted += float(kept.sum())
@@ -46,17 +46,21 @@ def error_rate(problem: Problem, weights: Sequence[Tensor] | None = None) -> flo
     return float(total[0] / total[1])
 
 
-def _answers(outputs: Any, targets: Any) -> Tensor:
-    """The classes of the largest outputs."""
+def answers(outputs: Any, targets: Any) -> Tensor:
+    """The classes of the largest outputs; in dimension 1, as in torch's cross-entropy, or else the last.
+
+    Raises:
+        ValueError: outputs or targets of another kind.
+    """
     if isinstance(outputs, Tensor) and isinstance(targets, Tensor) and not targets.is_floating_point():
         for dim in (1, -1) if outputs.dim() == targets.dim() + 1 else ():
-            answers = outputs.argmax(dim)
-            if answers.shape == targets.shape:
-                return answers
+            found = outputs.argmax(dim)
+            if found.shape == targets.shape:
+                return found
     given = [f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__ for x in (outputs, targets)]
     raise ValueError(
-        "an error rate needs outputs of shape (N, K, ...) or (N, ..., K) and class indices of shape (N, ...); got "
-        f"{given[0]} and {given[1]}."
+        "an accuracy or error rate needs outputs of shape (N, K, ...) or (N, ..., K) and class indices of shape "
+        f"(N, ...); got {given[0]} and {given[1]}."
     )
 
 

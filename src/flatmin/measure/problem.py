@@ -158,7 +158,7 @@ class Problem:
             if not (isinstance(pair, (tuple, list)) and len(pair) == 2):
                 raise ValueError(f"data must give pairs (inputs, targets), got {type(pair).__name__}.")
             inputs, targets = (_to(part, self.device, self.dtype) for part in pair)
-            count = len(_first_tensor(targets))
+            count = len(first_tensor(targets))
             if count:
                 found.append((inputs, targets, count_terms(self.loss, targets), count))
         local = torch.tensor(
@@ -321,7 +321,7 @@ _DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropou
 
 def count_terms(loss: Loss, targets: Any) -> float:
     """How many terms the mean of a loss runs over: entries of the targets that are not ignored, by class weight."""
-    target = _first_tensor(targets)
+    target = first_tensor(targets)
     if target.is_floating_point():
         return float(target.numel())
     counted = target != getattr(loss, "ignore_index", -100)
@@ -346,7 +346,7 @@ def only(problem: Problem, batches: Sequence[Batch]) -> Problem:
         Batch(b.inputs, b.targets, (1.0 if summed else count) / sum(counts))
         for b, count in zip(batches, counts, strict=True)
     ]
-    lengths = [len(_first_tensor(b.targets)) for b in batches]
+    lengths = [len(first_tensor(b.targets)) for b in batches]
     twin.group = None
     twin.conventions = replace(problem.conventions, examples=sum(lengths), terms=sum(counts), batch=max(lengths))
     return twin
@@ -354,7 +354,7 @@ def only(problem: Problem, batches: Sequence[Batch]) -> Problem:
 
 def some_of(batch: Batch, count: int) -> Batch:
     """The first examples of a batch, where every tensor of it has one row an example; else the batch."""
-    total = len(_first_tensor(batch.targets))
+    total = len(first_tensor(batch.targets))
     if total <= count or not all(len(t) == total for t in _tensors((batch.inputs, batch.targets))):
         return batch
     inputs, targets = (_cut(part, count) for part in (batch.inputs, batch.targets))
@@ -404,7 +404,12 @@ def _to(part: Any, device: torch.device, dtype: torch.dtype) -> Any:
     return part
 
 
-def _first_tensor(part: Any) -> Tensor:
+def first_tensor(part: Any) -> Tensor:
+    """The first tensor in targets that may be nested.
+
+    Raises:
+        ValueError: there is none.
+    """
     if isinstance(part, Tensor):
         return part
     values = part.values() if isinstance(part, Mapping) else part if isinstance(part, (tuple, list)) else ()
