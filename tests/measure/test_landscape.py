@@ -500,5 +500,5 @@ class TestBadInput:
         with pytest.raises(ValueError, match=r"of shape \(n, 2\) belongs to a slice of two"):
             landscape(problem, gaussian(problem), trajectory=torch.zeros(3, 2))
         regression = problem_of("regression")
-        with pytest.raises(ValueError, match=r"class indices of shape \(N, ...\); got torch.float64 \(7, 2\) and torch.float64 \(7, 2\)"):
+        with pytest.raises(ValueError, match=r"class indices of shape .* got torch.float64 \(7, 2\)"):
             landscape(regression, gaussian(regression), accuracy=True)

@@ -95,9 +95,11 @@ class Replicas:
         message = torch.cat([present, *(g.reshape(-1).to(present) for g in dense)])
         distributed.all_reduce(message, group=self._group)
         held, *parts = message.split([len(grads), *(g.numel() for g in dense)])
+        # What is here is somewhere; only where something is missing must the others' word be read.
+        there = held.tolist() if any(g is None for g in grads) else [1.0] * len(grads)
         return [
-            (p / self._size).view_as(g).to(g.dtype) if there else None
-            for p, g, there in zip(parts, dense, held.tolist(), strict=True)
+            (p / self._size).view_as(g).to(g.dtype) if known else None
+            for p, g, known in zip(parts, dense, there, strict=True)
         ]
 
 
