@@ -2,6 +2,8 @@
 
 Every step of a method runs directly after a plain step of the base on its own copy of the model; a sample is the sum
 over a window of steps, a multiple of every method's period. The control is the plain step, run as if it were a method.
+LookSAM against SAM is measured once more for every implementation of the base, in whole windows that take turns: there
+each method finds the caches as it left them itself, as in training.
 """
 
 from __future__ import annotations
@@ -9,12 +11,13 @@ from __future__ import annotations
 import argparse
 import gc
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
 import flatmin
 from benchmarks.counts import SLACK, held_copies
-from benchmarks.loops import Loop, Setting, floor, ours, recipe_of
+from benchmarks.loops import BASES, Loop, Setting, floor, ours, recipe_of
 from benchmarks.nets import NETS
 from benchmarks.results import Gate, Result, Spread, Table
 from benchmarks.timing import seconds
@@ -24,7 +27,7 @@ HELP = "every method's time, gradients and copies beside what its recipe states;
 DEFAULT_NETS = ("mlp200", "resnet18-w8")
 GATED_NET, CONTROL, RESOLUTION = "mlp200", "A/A control (plain step)", 0.10
 WINDOW, WARM, LONG, FEW = 10, 2, 100, 2
-LOOK = ("looksam", "sam", 0.65)
+LOOK, LOOK_BASE, TURNS = ("looksam", "sam", 0.65), "foreach", 6
 CHEAP, ABOVE = ("every-k", "momentum-sam", "stale-sam", "late"), 1.15
 HEADERS = (
     *("method", "x plain step, median [IQR]", "gradients stated", "measured", "x per gradient", "closure calls"),
@@ -139,14 +142,64 @@ def gates(net: str, costs: dict[str, Cost]) -> list[Gate]:
     def timed(name: str, value: float, limit: float) -> None:
         made.append(Gate(name, "inconclusive" if noisy else f"{value:.3f}", f"<= {limit}", noisy or value <= limit))
 
-    mine, other, limit = LOOK
-    if net == GATED_NET and {mine, other} <= costs.keys():
-        timed(f"{net}: {mine} over {other}", costs[mine].over.median / costs[other].over.median, limit)
     for method in CHEAP:
         if method in costs:
             cost = costs[method]
             timed(f"{net}: {method} over its gradients' plain steps", cost.over.median / cost.stated, ABOVE)
     return made
+
+
+def turns(loops: dict[str, Loop], windows: int) -> dict[str, list[float]]:
+    """Seconds of windows of steps, by loop; the loops take turns, after one window each that does not count."""
+    spent: dict[str, list[float]] = {name: [] for name in loops}
+    for number in range(-1, windows):
+        for name, loop in loops.items():
+
+            def window_of(step: Callable[[], object] = loop.step) -> None:
+                for _ in range(WINDOW):
+                    step()
+
+            time = seconds(window_of, "cpu", repeats=1, warm=False)
+            if number >= 0:
+                spent[name].append(time)
+    return spent
+
+
+def by_base(net: str, times: dict[str, dict[str, list[float]]]) -> tuple[Table, Gate]:
+    """LookSAM's time over SAM's for each implementation of the base, from the windows of `turns`.
+
+    A base whose own step is long leaves less to gain, since LookSAM takes as many of these steps as SAM does: the
+    column "without own work" is the share of k - 1 plain steps and one of SAM.
+    """
+    mine, other, limit = LOOK
+    k = recipe_of(mine).parameters()["when.k"]
+    over = {
+        base: {m: Spread.of([x / y for x, y in zip(spent[m], spent[other], strict=True)]) for m in (mine, CONTROL)}
+        for base, spent in times.items()
+    }
+    rows = [
+        (base, found[mine].ratio(), f"{((k - 1) * found[CONTROL].median + 1) / k:.3f}", found[CONTROL].ratio())
+        for base, found in over.items()
+    ]
+    share = over[LOOK_BASE][mine]
+    noisy = share.relative_iqr > RESOLUTION
+    value = "inconclusive" if noisy else f"{share.median:.3f}"
+    name = f"{net}, base {LOOK_BASE}: {mine} over {other}"
+    headers = ("base", f"{mine} over {other}, median [IQR]", "without own work", f"plain step over {other}")
+    table = Table(f"{net}: {mine} over {other} by implementation of the base", headers, rows)
+    return table, Gate(name, value, f"<= {limit}", noisy or share.median <= limit)
+
+
+def run_bases(net: str, windows: int) -> dict[str, dict[str, list[float]]]:
+    """The windows that `by_base` compares."""
+    mine, other, _ = LOOK
+    times = {}
+    for base in BASES:
+        setting = Setting(NETS[net], base)
+        times[base] = turns(
+            {other: ours(setting, other), mine: ours(setting, mine), CONTROL: floor(setting, passes=1)}, windows
+        )
+    return times
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -167,6 +220,12 @@ def run(options: argparse.Namespace) -> Result:
         result.gates += gates(name, costs)
         noise = costs[CONTROL].over.relative_iqr
         verdict = ", so the times of this run are inconclusive." if noise > RESOLUTION else "."
+        if name == GATED_NET and {*LOOK[:2]} <= costs.keys():
+            times = run_bases(name, TURNS * options.rounds)
+            table, gate = by_base(name, times)
+            result.tables.append(table)
+            result.gates.append(gate)
+            result.raw[f"{name} by base"] = times
         result.notes.append(f"{name}: the control's quartiles are {noise:.1%} apart{verdict}")
         result.notes += [f"{name}: {m} cannot run: {reason}" for m, reason in skipped.items()]
         result.raw[name] = {m: c.ratios for m, c in costs.items()}

@@ -1,5 +1,7 @@
 """The cost of every method beside what its recipe states: what runs, what is skipped, and that the gates can fail."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -61,10 +63,24 @@ def planted(**changes):
 def test_planted_costs_are_seen():
     assert planted() == []
     assert planted(sam=("copies", (2.0, 1))) == ["mlp200: copies above the stated ones"]
-    assert planted(looksam=("ratios", [1.4, 1.4])) == ["mlp200: looksam over sam"]
     assert planted(late=("ratios", [1.2, 1.2])) == ["mlp200: late over its gradients' plain steps"]
 
 
 def test_a_noisy_control_says_nothing_about_times():
     costs = {cost.CONTROL: cost.Cost(ratios=[0.5, 1.5], calls=[1.0]), "late": cost.Cost(ratios=[9.0, 9.0], calls=[1.0])}
     assert [g.value for g in cost.gates("mlp200", costs)] == ["0.000", "inconclusive"]
+
+
+@pytest.mark.parametrize(("look", "passed"), [(6.4, True), (6.6, False)])
+def test_looksam_is_held_against_sam_on_the_foreach_base(look, passed):
+    slow = {"sam": [10.0] * 3, "looksam": [9.0] * 3, cost.CONTROL: [5.0] * 3}
+    table, gate = cost.by_base("mlp200", {"default": slow, "foreach": {**slow, "looksam": [look] * 3}})
+    assert gate.passed == passed
+    assert table.rows[1][:3] == ("foreach", f"{look / 10:.3f} [{look / 10:.2f}-{look / 10:.2f}]", "0.600")
+
+
+def test_loops_take_turns():
+    ran = []
+    loops = {n: SimpleNamespace(step=lambda n=n: ran.append(n)) for n in "ab"}
+    assert {n: len(t) for n, t in cost.turns(loops, 2).items()} == {"a": 2, "b": 2}
+    assert "".join(ran) == ("a" * cost.WINDOW + "b" * cost.WINDOW) * 3

@@ -1,9 +1,13 @@
 """What the engine remembers of the weights must not outlive its truth."""
 
+import copy
+
 import pytest
 import torch
+from torch import nn
 
 import flatmin
+from flatmin.engine import tensors
 from flatmin.engine.tensors import Layout, all_finite, norm, reject
 
 
@@ -114,3 +118,78 @@ def test_reject_is_orthogonal_and_leaves_its_arguments(dtype, sizes):
     torch.testing.assert_close(z, want, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(size.double(), want.norm(), rtol=tolerance, atol=0)
     assert all(torch.equal(s, t) for s, t in zip(kept, (*a, *along), strict=True))
+
+
+def small_looksam():
+    torch.manual_seed(0)
+    net = nn.Sequential(*(nn.Linear(4, 4) for _ in range(6))).double()
+    return net, flatmin.wrap(torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9), "looksam", k=2)
+
+
+def slots_of(net, optimizer):
+    return [optimizer.state[w]["flatmin.combine.sharp"] for w in net.parameters()]
+
+
+def train(net, optimizer, steps, seed=1):
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (net(x) ** 2).mean()
+        loss.backward()
+        return loss
+
+    for _ in range(steps):
+        optimizer.step(closure)
+
+
+def test_memory_that_lies_in_large_tensors_is_the_same_as_one_by_one(monkeypatch):
+    net, optimizer = small_looksam()
+    train(net, optimizer, 7)
+    whole = [w.detach().clone() for w in net.parameters()], slots_of(net, optimizer)
+    assert len({s.untyped_storage().data_ptr() for s in whole[1]}) < len(whole[1])
+    monkeypatch.setattr(tensors, "_SMALL", 0)
+    net, optimizer = small_looksam()
+    train(net, optimizer, 7)
+    assert len({s.untyped_storage().data_ptr() for s in slots_of(net, optimizer)}) == len(whole[1])
+    for mine, other in zip([*net.parameters(), *slots_of(net, optimizer)], [*whole[0], *whole[1]], strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-14)
+
+
+def test_memory_in_large_tensors_survives_a_checkpoint_and_a_change_of_the_weights():
+    net, optimizer = small_looksam()
+    train(net, optimizer, 3)
+    other, resumed = small_looksam()
+    other.load_state_dict(net.state_dict())
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # torch would share the momentum
+    copied = copy.deepcopy((net, optimizer))
+    for pair in ((net, optimizer), (other, resumed), copied):
+        train(*pair, 5)
+    for pair in ((other, resumed), copied):
+        for a, b in zip(
+            [*net.parameters(), *slots_of(net, optimizer)], [*pair[0].parameters(), *slots_of(*pair)], strict=True
+        ):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+    # A frozen weight keeps its memory, the others go on.
+    net[0].weight.requires_grad_(False)
+    kept = slots_of(net, optimizer)[0].clone()
+    train(net, optimizer, 3)
+    assert torch.equal(slots_of(net, optimizer)[0], kept)
+    assert not torch.equal(slots_of(net, optimizer)[2], slots_of(other, resumed)[2])
+
+
+@pytest.mark.parametrize("spoiled", [float("nan"), float("inf"), 1e308])
+def test_a_promised_bound_hides_no_fault(spoiled):
+    net, optimizer = small_looksam()
+    train(net, optimizer, 1)
+    before = [w.detach().clone() for w in net.parameters()]
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (net(torch.ones(2, 4, dtype=torch.float64)) ** 2).sum()
+        loss.backward()
+        net[3].bias.grad.fill_(spoiled)
+        return loss
+
+    optimizer.step(closure)
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), before, strict=True))

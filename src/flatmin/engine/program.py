@@ -60,6 +60,7 @@ class Site:
     Attributes:
         products: second-order products at the last pass, where it kept its graph.
         start: where pass 1 was taken, for directions that move it.
+        bound: what no entry of u exceeds, where a part has said so.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class Site:
         self.services, self.keep_gradients = services or Services(), keep_gradients
         self.products: SecondOrder | None = None
         self.start: Tensors = []
+        self.bound: Tensor | None = None
         self.step, self.generator, self.layout = step, generator, layout
         self.rhos = rhos
         self.moved: Sequence[int] = range(len(weights))
@@ -160,11 +162,14 @@ class SiteContext:
     def share(self, a: Tensors, along: Tensors) -> Tensor:
         return ta.share(a, along, self._site.layout)
 
-    def reject(self, a: Tensors, along: Tensors) -> tuple[Tensors, Tensor]:
+    def reject(self, a: Tensors, along: Tensors) -> tuple[Sequence[Tensor], Tensor]:
         if self._site.layout is None:
             rest = self.add_scaled(a, along, -self.share(a, along))
             return rest, self.norm(rest)
         return ta.reject(a, along, self._site.layout)
+
+    def bounded(self, by: Tensor) -> None:
+        self._site.bound = by
 
     def noise(self) -> Tensors:
         cpu = self._site.generator.cpu

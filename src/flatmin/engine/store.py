@@ -31,6 +31,7 @@ class Store:
         self._kinds: dict[str, Mapping[str, str]] = {}
         # The last answer of each slot: weights are the same ones step after step, and hashing each costs.
         self._last: dict[str, tuple[Sequence[Tensor], list[Tensor | None]]] = {}
+        self._joined: dict[str, ta.Joined] = {}  # the slots that lie in a few large tensors
         for kind, part in recipe.parts.items():
             self._kinds[kind] = part.slots
             for slot, shape in part.slots.items():
@@ -68,6 +69,16 @@ class Store:
             slots = self.per_weight[key]
             if len(value) != len(weights):
                 raise RuntimeError(f"{key}: {len(value)} tensors returned for {len(weights)} weights.")
+            if isinstance(value, ta.Joined) and gate is None:
+                mine = self._joined.get(key)
+                if mine is not None and mine.layout is value.layout:
+                    ta.copy_(mine.whole, value.whole)
+                    continue
+                if mine is None and not slots:
+                    self._joined[key] = value = value.clone()
+                    slots.update(zip(weights, value, strict=True))
+                    self._last.pop(key, None)
+                    continue
             old_ones = self._slots(key, weights)
             into = [s for s in old_ones if s is not None]
             if into:
@@ -95,6 +106,7 @@ class Store:
     def put(self, weight: Tensor, entries: Mapping[str, Any]) -> None:
         """Take a weight's slots from a checkpoint, in the dtype they were saved in."""
         self._last.clear()
+        self._joined.clear()
         for key, slots in self.per_weight.items():
             tensor = entries.get(PREFIX + key)
             if tensor is None or not float(entries.get(PREFIX + key + _FILLED, 1.0)):
@@ -104,6 +116,7 @@ class Store:
 
     def clear(self) -> None:
         self._last.clear()
+        self._joined.clear()
         for slots in self.per_weight.values():
             slots.clear()
         self.scalars = dict.fromkeys(self.scalars)

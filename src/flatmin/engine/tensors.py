@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, cast
+from typing import Any, cast, overload
 
 import torch
 from torch import Tensor
@@ -148,6 +149,8 @@ class Layout:
         """
         if not self.blocks or len(tensors) != len(self.weights):
             return None
+        if isinstance(tensors, Joined) and tensors.layout is self:
+            return tensors.whole if passing else [t.clone() for t in tensors.whole]
         if passing and self.buffer and not self.busy and tensors[0].dtype == self.buffer[0].dtype:
             return self.join_into(self.buffer, tensors)
         return [torch.cat(block) for block in self._by_block(tensors)]
@@ -169,6 +172,38 @@ class Layout:
 
     def _by_block(self, tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
         return (pick(tensors)[:-1] for pick in self._pick)  # the last position stands twice: always a tuple
+
+
+class Joined(Sequence[Tensor]):
+    """Tensors shaped like the weights of a layout, in the few large ones of `Layout.joined`: views made when asked for.
+
+    Attributes:
+        layout: whose weights.
+        whole: the large tensors.
+    """
+
+    def __init__(self, layout: Layout, whole: list[Tensor]) -> None:
+        self.layout, self.whole = layout, whole
+
+    @functools.cached_property
+    def _views(self) -> list[Tensor]:
+        return self.layout.parted(self.whole)
+
+    def __len__(self) -> int:
+        return len(self.layout.weights)
+
+    @overload
+    def __getitem__(self, at: int) -> Tensor: ...
+
+    @overload
+    def __getitem__(self, at: slice) -> list[Tensor]: ...
+
+    def __getitem__(self, at: int | slice) -> Tensor | list[Tensor]:
+        return self._views[at]
+
+    def clone(self) -> Joined:
+        """A copy with memory of its own."""
+        return Joined(self.layout, [t.clone() for t in self.whole])
 
 
 def norm(tensors: Sequence[Tensor], layout: Layout | None = None) -> Tensor:
@@ -230,14 +265,14 @@ def share(a: Sequence[Tensor], along: Sequence[Tensor], layout: Layout | None = 
     return torch.where(square > _TINY, dot(a, along, layout) / square, torch.zeros_like(square))
 
 
-def reject(a: Sequence[Tensor], along: Sequence[Tensor], layout: Layout) -> tuple[list[Tensor], Tensor]:
+def reject(a: Sequence[Tensor], along: Sequence[Tensor], layout: Layout) -> tuple[Sequence[Tensor], Tensor]:
     """A minus its projection on `along`, as new tensors, and the norm of that."""
     whole, line = layout.joined(a), layout.joined(along, passing=True)
     if whole is None or line is None:
         rest = add_scaled(a, along, -share(a, along, layout), layout, spent=False)
         return rest, norm(rest, layout)
     torch._foreach_add_(whole, line, alpha=-float(share(whole, line)))
-    return layout.parted(whole), norm(whole)
+    return Joined(layout, whole), norm(whole)
 
 
 def bits(tensors: Sequence[Tensor]) -> list[Tensor]:

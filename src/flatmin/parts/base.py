@@ -209,8 +209,11 @@ class Context(Protocol):
     def share(self, a: Tensors, along: Tensors) -> Tensor:
         """K = <a, along> / ||along||^2, so that k along is the projection of a; 0 for a zero vector."""
 
-    def reject(self, a: Tensors, along: Tensors) -> tuple[Tensors, Tensor]:
+    def reject(self, a: Tensors, along: Tensors) -> tuple[Sequence[Tensor], Tensor]:
         """A minus its projection on `along`, as new tensors, and the norm of that."""
+
+    def bounded(self, by: Tensor) -> None:
+        """Promise that no entry of u exceeds the scalar `by`, nan where u has one: spares a look for nan and inf."""
 
     def noise(self) -> Tensors:
         """Standard normal numbers, shaped like w, from the engine's own generator."""

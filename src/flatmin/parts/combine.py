@@ -202,7 +202,9 @@ class Look(Combine):
             return g, {}
         if any(s is None for s in sharp):
             sharp = [torch.zeros_like(x) if s is None else s for s, x in zip(sharp, g, strict=True)]
-        factor = torch.where(size > 0, self.alpha * c.norm(g) / size, torch.zeros_like(size))
+        norm = c.norm(g)
+        factor = torch.where(size > 0, self.alpha * norm / size, torch.zeros_like(size))
+        c.bounded((1.0 + self.alpha) * norm)
         return c.add_scaled(g, sharp, factor, spent=True), {}
 
 
