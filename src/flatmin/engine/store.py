@@ -58,8 +58,18 @@ class Store:
             self._last[key] = known, values
         return values
 
-    def commit(self, kind: str, weights: Sequence[Tensor], new: Mapping[str, Any], gate: Tensor | None) -> None:
-        """Keep staged state, in place where the slot exists; with a gate, only where it is 1, decided on the device."""
+    def commit(
+        self,
+        kind: str,
+        weights: Sequence[Tensor],
+        new: Mapping[str, Any],
+        gate: Tensor | None,
+        layout: ta.Layout | None = None,
+    ) -> None:
+        """Keep staged state, in place where the slot exists; with a gate, only where it is 1, decided on the device.
+
+        `layout`: that of the weights; state of all of them then lies in a few large tensors where that pays.
+        """
         for slot, value in new.items():
             key = f"{kind}.{slot}"
             if key in self.scalars:
@@ -69,14 +79,14 @@ class Store:
             slots = self.per_weight[key]
             if len(value) != len(weights):
                 raise RuntimeError(f"{key}: {len(value)} tensors returned for {len(weights)} weights.")
-            if isinstance(value, ta.Joined) and gate is None:
+            if layout is not None and gate is None and len(value) == len(layout.weights):
                 mine = self._joined.get(key)
-                if mine is not None and mine.layout is value.layout:
-                    ta.copy_(mine.whole, value.whole)
+                if mine is not None and mine.layout is layout:
+                    layout.join_into(mine.whole, value)
                     continue
-                if mine is None and not slots:
-                    self._joined[key] = value = value.clone()
-                    slots.update(zip(weights, value, strict=True))
+                if not slots and (whole := layout.joined(value)) is not None:
+                    self._joined[key] = mine = ta.Joined(layout, whole)
+                    slots.update(zip(weights, mine, strict=True))
                     self._last.pop(key, None)
                     continue
             old_ones = self._slots(key, weights)

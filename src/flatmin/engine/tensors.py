@@ -157,6 +157,9 @@ class Layout:
 
     def join_into(self, joined: list[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
         """The same, written over `joined`."""
+        if isinstance(tensors, Joined) and tensors.layout is self:
+            torch._foreach_copy_(joined, tensors.whole)
+            return joined
         for whole, block in zip(joined, self._by_block(tensors), strict=True):
             torch.cat(block, out=whole)
         return joined
@@ -200,10 +203,6 @@ class Joined(Sequence[Tensor]):
 
     def __getitem__(self, at: int | slice) -> Tensor | list[Tensor]:
         return self._views[at]
-
-    def clone(self) -> Joined:
-        """A copy with memory of its own."""
-        return Joined(self.layout, [t.clone() for t in self.whole])
 
 
 def norm(tensors: Sequence[Tensor], layout: Layout | None = None) -> Tensor:

@@ -283,7 +283,8 @@ class Update:
             opt.zero_grad()
         if stepped and self._ascent_finite:
             for kind, (index, new) in outcome.staged.items():
-                opt._store.commit(kind, [self.site.weights[i] for i in index], new, gate)
+                weights = [self.site.weights[i] for i in index]
+                opt._store.commit(kind, weights, new, gate, self.site.layout)
         if stepped and outcome.post is not None:
             index, terms = outcome.post
             torch._foreach_add_([self.site.weights[i] for i in index], terms)
