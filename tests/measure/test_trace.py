@@ -129,7 +129,25 @@ def test_errors_and_seeds(operator, known):
         trace(net, tol=0)
     with pytest.raises(ValueError, match="at least two probes"):
         diagonal(net, probes=1)
-    with pytest.raises(ValueError, match="runs and steps"):
-        density(net, runs=0)
+    with pytest.raises(ValueError, match="runs must be at least 0"):
+        density(net, runs=-1)
     with pytest.raises(ArithmeticError, match="not finite"):
         trace(Matrix(torch.full((30, 30), torch.nan)))
+
+
+def test_the_first_sample_of_the_density_is_free_and_near(operator):
+    for seed in range(5):
+        found = spectrum(operator, top=5, bottom=2, min_steps=40, seed=seed)
+        free = density(operator, found, runs=0)
+        assert free.products == 0
+        assert float(free.weights.sum()) == pytest.approx(1.0)
+        assert set(found.top.tolist()) | set(found.bottom.tolist()) <= set(free.nodes.tolist())
+        off = wasserstein_distance(VALUES, free.nodes, None, free.weights)
+        assert off < 0.5 * wasserstein_distance(VALUES, found.nodes, None, found.weights)
+
+
+def test_the_first_sample_needs_a_random_start(operator):
+    steered = spectrum(operator, start=torch.ones(operator.size, dtype=torch.float64))
+    for known in (None, steered):
+        with pytest.raises(ValueError, match="began at a random vector"):
+            density(operator, known, runs=0)

@@ -13,6 +13,7 @@ import torch
 
 from flatmin.measure.curvature import Hessian
 from flatmin.measure.directions import difference, eigenvector, gaussian, gaussian_pair
+from flatmin.measure.follow import Point
 from flatmin.measure.krylov import spectrum
 from flatmin.measure.landscape import landscape
 from flatmin.measure.paths import bezier, linear
@@ -391,3 +392,19 @@ def test_levels_of_ones_own(made):
 def test_a_page_without_figures(tmp_path):
     with pytest.raises(ValueError, match="no figure to write"):
         draw_interactive.save({}, tmp_path / "a.html", title="t")
+
+
+@BOTH
+def test_the_edge_of_stability_is_drawn_where_it_is_known(module):
+    points = [
+        Point(step=i, largest=5.0 + i, residual=0.0, products=9, converged=i != 2, edge=20.0, sam_edge=10.0 - i)
+        for i in range(4)
+    ]
+    drawn = plots.followed(points)
+    assert [line.label for line in drawn.lines] == ["λ max", "edge of stability, 2 (1 + β) / η", "SAM's edge"]
+    assert drawn.lines[0].y.tolist() == [5.0, 6.0, 7.0, 8.0] and drawn.note == "1 point not converged"
+    bare = [Point(step=p.step, largest=p.largest, residual=0.0, products=9, converged=True) for p in points]
+    assert [line.label for line in plots.followed(bare).lines] == ["λ max"]
+    module.followed(points)
+    with pytest.raises(ValueError, match="nothing to draw"):
+        module.followed([])

@@ -12,17 +12,19 @@ import typer
 
 from flatmin.cli.compare import compare
 from flatmin.cli.doctor import doctor
+from flatmin.cli.measure import measure
 from flatmin.cli.methods import methods
 
 app = typer.Typer(
     name="flatmin",
-    help="Sharpness-aware training for PyTorch: compare methods, look them up, check the installation.",
+    help="Sharpness-aware training for PyTorch: compare methods, measure what they did, look them up.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(compare)
+app.command()(measure)
 app.command()(methods)
 app.command()(doctor)
 

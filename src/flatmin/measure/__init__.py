@@ -1,6 +1,7 @@
 """What training did to the loss surface: curvature, sharpness, landscapes. Knows no optimizer; needs torch alone."""
 
 from flatmin.measure.average import Average, average_case
+from flatmin.measure.card import Card, CardSettings, card
 from flatmin.measure.curvature import EmpiricalFisher, Fisher, GaussNewton, Hessian
 from flatmin.measure.flatness import fisher_rao, pac_bayes, relative_flatness
 from flatmin.measure.follow import Follow, edge, sam_edge
@@ -8,13 +9,15 @@ from flatmin.measure.krylov import Spectrum, spectrum
 from flatmin.measure.landscape import landscape
 from flatmin.measure.losses import LogitNormalised, error_rate
 from flatmin.measure.paths import bezier, linear
-from flatmin.measure.problem import Conventions, Problem
+from flatmin.measure.problem import Conventions, Problem, restricted, under
 from flatmin.measure.sharpness import Sharpness, curve, m_sharpness, worst_case
 from flatmin.measure.trace import density, diagonal, frobenius, trace
 from flatmin.measure.trajectory import pca
 
 __all__ = [
     "Average",
+    "Card",
+    "CardSettings",
     "Conventions",
     "EmpiricalFisher",
     "Fisher",
@@ -27,6 +30,7 @@ __all__ = [
     "Spectrum",
     "average_case",
     "bezier",
+    "card",
     "curve",
     "density",
     "diagonal",
@@ -40,8 +44,10 @@ __all__ = [
     "pac_bayes",
     "pca",
     "relative_flatness",
+    "restricted",
     "sam_edge",
     "spectrum",
     "trace",
+    "under",
     "worst_case",
 ]

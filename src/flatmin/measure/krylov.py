@@ -33,6 +33,7 @@ class Spectrum:
             found, or beyond them by `tol` of the spectrum's width, and was not seen. 1 if the bound says nothing.
             Copies of a multiple eigenvalue are not covered: one start vector finds one of them.
         nodes, weights: of the spectral density as the start vector saw it; the weights sum to 1.
+        random_start: whether that vector was drawn from all directions alike, so that they are a sample of it.
         diagonal: q H q of each vector of the basis.
         basis: orthonormal, shape (steps, size); what deflates the trace.
         products: with the operator.
@@ -51,6 +52,7 @@ class Spectrum:
     chance_missed: float
     nodes: Tensor
     weights: Tensor
+    random_start: bool
     diagonal: Tensor
     basis: Tensor
     products: int
@@ -164,6 +166,7 @@ class _Run:
     """The state of a Lanczos iteration: an orthonormal basis and the operator's matrix in it."""
 
     def __init__(self, operator: Operator, wanted: int, seed: int, start: Tensor | None, memory: int) -> None:
+        self.random_start = start is None
         self.operator, self.size = operator, operator.size
         self.eps = _EPS.get(operator.dtype, _EPS32)
         self._generator = torch.Generator().manual_seed(seed)
@@ -324,6 +327,7 @@ class _Run:
             chance_missed=0.0 if m == self.size else self._chance(values[high], values[low], values, tol),
             nodes=nodes,
             weights=weights,
+            random_start=self.random_start,
             diagonal=self.matrix.diagonal()[:m].clone(),
             basis=basis,
             products=self.products,

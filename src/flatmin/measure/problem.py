@@ -352,6 +352,45 @@ def only(problem: Problem, batches: Sequence[Batch]) -> Problem:
     return twin
 
 
+def under(problem: Problem, loss: Loss) -> Problem:
+    """The same data and weights under another loss that counts the same terms, such as a loss of normalised logits.
+
+    Raises:
+        ValueError: a loss with another reduction or other terms.
+    """
+    kinds = [getattr(one, "reduction", "mean") for one in (problem.loss, loss)]
+    counts = [[count_terms(one, batch.targets) for batch in problem.batches] for one in (problem.loss, loss)]
+    if kinds[0] != kinds[1] or counts[0] != counts[1]:
+        raise ValueError(
+            f"{_name(loss)} counts other terms than {problem.conventions.loss}; make a Problem of its own."
+        )
+    twin = copy.copy(problem)
+    twin.loss = loss
+    twin.conventions = replace(problem.conventions, loss=_name(loss))
+    return twin
+
+
+def restricted(problem: Problem, params: str | Sequence[str]) -> Problem:
+    """The same function of fewer weights: the others of the problem become constants.
+
+    Args:
+        problem: the function.
+        params: patterns of parameter names; those that the problem has not selected stay out.
+
+    Raises:
+        ValueError: a pattern that matches none of the problem's weights.
+    """
+    patterns = [p.strip() for p in (params.split(",") if isinstance(params, str) else params)]
+    at = dict(zip(problem.names, problem.weights, strict=True))
+    twin = copy.copy(problem)
+    twin.names = _select(problem.names, patterns)
+    twin.weights = [at.pop(name) for name in twin.names]
+    twin._rest = problem._rest | {name: w.detach() for name, w in at.items()}
+    twin.size = sum(w.numel() for w in twin.weights)
+    twin.conventions = replace(problem.conventions, params=", ".join(patterns), size=twin.size)
+    return twin
+
+
 def some_of(batch: Batch, count: int) -> Batch:
     """The first examples of a batch, where every tensor of it has one row an example; else the batch."""
     total = len(first_tensor(batch.targets))

@@ -270,19 +270,21 @@ def density(
         operator: see `spectrum`.
         known: a run on the same operator. Its eigenvalues then stand in the density themselves, 1/size each, and the
             start vectors see the rest: what is left of the noise is that of the bulk.
-        runs: start vectors, >= 1. Default 4.
+        runs: start vectors, >= 0. Default 4. With 0 the start vector of `known` is the sample, which costs nothing.
         steps: of each, >= 1. Default 100.
         seed: of the start vectors.
         progress: called with (products, share done).
 
     Raises:
-        ValueError: runs or steps below 1.
+        ValueError: runs or steps out of range, or runs=0 without a run that began at a random vector.
         ArithmeticError: a product that is not finite.
 
     Source: Ubaru, Chen & Saad, SIAM J. Matrix Anal. Appl. 38, 2017; Ghorbani, Krishnan & Xiao, ICML 2019.
     """
-    if runs < 1 or steps < 1:
-        raise ValueError(f"runs and steps must be at least 1, got {runs!r} and {steps!r}.")
+    if runs < 0 or steps < 1:
+        raise ValueError(f"runs must be at least 0 and steps at least 1, got {runs!r} and {steps!r}.")
+    if runs == 0:
+        return _first_sample(operator, known)
     if operator.size <= runs * steps:
         # As many products find every eigenvalue.
         whole = spectrum(operator, top=operator.size, max_products=operator.size, seed=seed)
@@ -315,6 +317,28 @@ def density(
         steps=steps,
         products=products,
         conventions=_of(operator, seed),
+    )
+
+
+def _first_sample(operator: Operator, known: Spectrum | None) -> Density:
+    """The density as the start vector of a run saw it, with the eigenvalues that the run found in their place."""
+    if known is None or not known.random_start:
+        raise ValueError("runs=0 takes the density from `known`: give a run that began at a random vector.")
+    values, _ = _trusted(known)
+    found = (known.nodes[:, None] - values[None]).abs() <= known.tol * values.abs()[None]
+    rest = ~found.any(1)
+    seen = known.weights[rest]
+    share = (operator.size - len(values)) / operator.size
+    nodes = torch.cat([known.nodes[rest], values])
+    weights = torch.cat([seen * (share / seen.sum()), torch.full_like(values, 1.0 / operator.size)])
+    order = nodes.argsort()
+    return Density(
+        nodes=nodes[order],
+        weights=weights[order],
+        runs=1,
+        steps=len(known.nodes),
+        products=0,
+        conventions=known.conventions,
     )
 
 

@@ -144,7 +144,7 @@ def compare(
     for text in (*todo.warnings, *map(_sentence, todo.left_out.items())):
         tell(Warned(text=text))
     tell(todo.announcement(tune=config.tune))
-    store = Store(out)
+    store = Store(out, weights=config.weights)
     outcomes = todo.found | execute(todo.missing, store, workers=workers, on_event=tell)
     findings = [
         Finding(candidate=point, outcomes={seed: outcomes[todo.runs[i, seed].name] for seed in range(config.seeds)})

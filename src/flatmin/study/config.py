@@ -50,6 +50,7 @@ class CompareConfig:
         plugins: modules that bring methods.
         timing: whether the time per step is measured.
         measure: whether lambda_max is measured.
+        weights: whether runs keep their trained weights, for `flatmin measure`.
         split_seed: of the split of the built-in data.
         device: "cpu" or "cuda".
 
@@ -80,6 +81,7 @@ class CompareConfig:
     plugins: tuple[str, ...] = ()
     timing: bool = True
     measure: bool = True
+    weights: bool = True
     split_seed: int = 0
     device: str = "cpu"
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from flatmin.measure.follow import Point
 from flatmin.measure.krylov import Spectrum
 from flatmin.measure.landscape import Landscape, Slice
 from flatmin.measure.trace import Density
@@ -61,9 +62,15 @@ def contour(
         ValueError: see `plots.field`.
         ModuleNotFoundError: matplotlib is not installed (extra "plot").
     """
-    field = plots.field(shown, value, unit, log, levels)
-    figure = _figure(6.4, 5.2)
+    figure = new_figure(6.4, 5.2)
     axes = figure.add_subplot()
+    plane_onto(axes, plots.field(shown, value, unit, log, levels))
+    _legend(figure, axes)
+    return figure
+
+
+def plane_onto(axes: Axes, field: Field) -> None:
+    """Draw a plane from above, with its scale, into a part of a figure."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     axes.set_facecolor(_HOLE)
@@ -75,7 +82,8 @@ def contour(
     filled = axes.contourf(field.x, field.y, z, cmap=_MAP, **shared)
     axes.contour(field.x, field.y, z, colors="white", linewidths=0.4, alpha=0.6, **shared)
     ticks = FixedLocator(plots.ticks(field.levels, field.log))
-    bar = figure.colorbar(filled, ax=axes, pad=0.02, ticks=ticks, format=FuncFormatter(lambda v, _: plots.number(v)))
+    numbers = FuncFormatter(lambda v, _: plots.number(v))
+    bar = axes.figure.colorbar(filled, ax=axes, pad=0.02, ticks=ticks, format=numbers)
     bar.ax.yaxis.set_minor_locator(NullLocator())
     bar.ax.tick_params(colors=_SOFT, labelsize=9)
     bar.set_label(_plain(field.zlabel), color=_INK)
@@ -92,8 +100,6 @@ def contour(
         axes.plot(0, 0, "*", color="#ff8c42", markeredgecolor=_INK, markersize=13, label="the model")
     axes.set_xlim(field.x[0], field.x[-1])
     axes.set_ylim(field.y[0], field.y[-1])
-    _legend(figure, axes)
-    return figure
 
 
 def surface(
@@ -120,7 +126,7 @@ def surface(
         ModuleNotFoundError: matplotlib is not installed (extra "plot").
     """
     field = plots.field(shown, value, unit, log)
-    figure = _figure(7.2, 5.6)
+    figure = new_figure(7.2, 5.6)
     from matplotlib.colors import Normalize
     from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
@@ -186,6 +192,16 @@ def curve(
     return _lines(plots.curve(shown, xlabel=xlabel, ylabel=ylabel, log_x=log_x, log_y=log_y))
 
 
+def followed(points: Sequence[Point]) -> Figure:
+    """lambda_max through training, beside the edges of stability; see `plots.followed`.
+
+    Raises:
+        ValueError: see `plots.followed`.
+        ModuleNotFoundError: matplotlib is not installed (extra "plot").
+    """
+    return _lines(plots.followed(points))
+
+
 def save(figure: Figure, path: str | os.PathLike[str], *, dpi: int = 160) -> FilePath:
     """Write a figure as .png, .svg or .pdf; the same figure gives the same bytes.
 
@@ -205,7 +221,12 @@ def save(figure: Figure, path: str | os.PathLike[str], *, dpi: int = 160) -> Fil
     return target
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of this size in inches.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed (extra "plot").
+    """
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
@@ -216,8 +237,13 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _lines(drawn: Lines) -> Figure:
-    figure = _figure(6.4, 4.2)
-    axes = figure.add_subplot()
+    figure = new_figure(6.4, 4.2)
+    lines_onto(figure.add_subplot(), drawn)
+    return figure
+
+
+def lines_onto(axes: Axes, drawn: Lines) -> None:
+    """Draw lines into a part of a figure."""
     handles: list[Any] = []
     for i, line in enumerate(drawn.lines):
         look: dict[str, Any] = {"color": COLORS[i % len(COLORS)], "label": _plain(line.label)}
@@ -245,7 +271,6 @@ def _lines(drawn: Lines) -> Figure:
     _dress(axes, drawn.xlabel, drawn.ylabel, drawn.note)
     if len(drawn.lines) > 1 or any("(" in line.label for line in drawn.lines):
         axes.legend(handles=handles, frameon=False, fontsize=9)
-    return figure
 
 
 def _dress(axes: Axes, xlabel: str, ylabel: str, note: str) -> None:

@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from flatmin.measure.follow import Point
 from flatmin.measure.krylov import Spectrum
 from flatmin.measure.landscape import Landscape, Slice
 from flatmin.measure.trace import Density
 from flatmin.study import plots
-from flatmin.study.page import NUM_TONES, Figure, heading, page, plot_text
+from flatmin.study.page import NUM_TONES, Figure, heading, page, plot_text, write
 from flatmin.study.page import figure as _embedded
 from flatmin.study.plots import Field, Lines, Unit, Value
 
@@ -150,6 +151,11 @@ def curve(
     return _lines(plots.curve(shown, xlabel=xlabel, ylabel=ylabel, log_x=log_x, log_y=log_y))
 
 
+def followed(points: Sequence[Point]) -> Figure:
+    """lambda_max through training, beside the edges of stability; see `plots.followed`."""
+    return _lines(plots.followed(points))
+
+
 def save(figures: Mapping[str, Figure], path: str | os.PathLike[str], *, title: str) -> FilePath:
     """Write figures under their headings as one HTML page that works without a network.
 
@@ -161,12 +167,7 @@ def save(figures: Mapping[str, Figure], path: str | os.PathLike[str], *, title: 
     if not figures:
         raise ValueError("there is no figure to write.")
     text = page(title, [heading(name) + _embedded(figure, name) for name, figure in figures.items()])
-    target = FilePath(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(target)
-    return target
+    return write(text, path)
 
 
 def _lines(drawn: Lines) -> Figure:

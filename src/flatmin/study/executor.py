@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from typing import cast
 
 import torch
@@ -54,7 +53,7 @@ def perform(run: Run, store: Store, on_line: Callable[[Epoch], None]) -> Outcome
             append_line(folder / "metrics.jsonl", line)
             on_line(line)
 
-        result = train(run.config, on_epoch=keep)
+        result = train(run.config, on_epoch=keep, on_end=partial(store.keep, run))
         store.finish(run, result)
     except Exception as error:
         text = str(error).strip() or "no message"
@@ -83,7 +82,7 @@ def execute(runs: Sequence[Run], store: Store, *, workers: int, on_event: OnEven
         if workers == 0:
             _here(runs, store, outcomes, on_event)
         elif runs:
-            _Pool(runs, store.out, min(workers, len(runs)), outcomes, on_event).run()
+            _Pool(runs, store, min(workers, len(runs)), outcomes, on_event).run()
     except KeyboardInterrupt:
         raise Interrupted(len(outcomes), len(runs)) from None
     return outcomes
@@ -112,10 +111,10 @@ class _Pool:
     """Workers, what each is doing, and what waits."""
 
     def __init__(
-        self, runs: Sequence[Run], out: Path, workers: int, outcomes: dict[str, Outcome], on_event: OnEvent
+        self, runs: Sequence[Run], store: Store, workers: int, outcomes: dict[str, Outcome], on_event: OnEvent
     ) -> None:
         self._waiting = list(reversed(runs))
-        self._out, self._size = out, workers
+        self._store, self._size = store, workers
         self._outcomes, self._on_event = outcomes, on_event
         self._context = multiprocessing.get_context("spawn")
         self._workers: dict[Connection, BaseProcess] = {}
@@ -138,7 +137,7 @@ class _Pool:
 
     def _start(self) -> None:
         ours, theirs = self._context.Pipe()
-        process = self._context.Process(target=_serve, args=(theirs, str(self._out)), daemon=True)
+        process = self._context.Process(target=_serve, args=(theirs, self._store), daemon=True)
         with _sigint_ignored():
             process.start()
         theirs.close()
@@ -215,11 +214,10 @@ def _sigint_ignored() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _serve(connection: Connection, out: str) -> None:
+def _serve(connection: Connection, store: Store) -> None:
     """A worker's life: take a run, do it, send epochs and the outcome."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     torch.set_num_threads(1)
-    store = Store(Path(out))
     try:
         connection.send(None)
         while (run := connection.recv()) is not None:

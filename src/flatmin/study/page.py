@@ -16,9 +16,11 @@ import html
 import importlib.util
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 # Nothing may be fetched: a page that is opened from a mail or a share must not call anywhere.
@@ -193,6 +195,16 @@ def page(title: str, body: Sequence[Markup], foot: Sequence[Markup] = ()) -> str
         f"<body><h1>{escape(title)}</h1>\n{content.text}\n<footer>{foot_content.text}</footer>\n"
         f"{library}<script>{_asset('page.js')}</script></body></html>\n"
     )
+
+
+def write(text: str, path: str | os.PathLike[str]) -> Path:
+    """Write a page by a temporary file and a rename, so that a reader never sees half of it; its folder is made."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(target)
+    return target
 
 
 def _asset(name: str) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from flatmin.measure.follow import Point
 from flatmin.measure.krylov import Spectrum
 from flatmin.measure.landscape import Axis, Landscape, Slice
 from flatmin.measure.paths import Path
@@ -310,6 +311,34 @@ def curve(
     )
 
 
+def followed(points: Sequence[Point]) -> Lines:
+    """lambda_max through training beside the edges of stability: 2 / eta, and SAM's where it is known.
+
+    Args:
+        points: of `flatmin.measure.Follow`.
+
+    Raises:
+        ValueError: nothing to draw.
+    """
+    if not points:
+        raise ValueError("there is no point, so there is nothing to draw.")
+    steps = np.array([float(p.step) for p in points])
+    named = {"λ max": "largest", "edge of stability, 2 (1 + β) / η": "edge", "SAM's edge": "sam_edge"}
+    lines = []
+    for label, name in named.items():
+        values = np.array([getattr(p, name) for p in points], dtype=np.float64)
+        if np.isfinite(values).any():
+            lines.append(Line(label=label, x=steps, y=values, lost=np.empty(0)))
+    loose = sum(not p.converged for p in points)
+    return Lines(
+        lines=tuple(lines),
+        xlabel="step",
+        ylabel="eigenvalue λ",
+        note=_count(loose, "not converged"),
+        log_y=_is_log(np.concatenate([line.y for line in lines]), None),
+    )
+
+
 def number(value: float) -> str:
     """A number for a tick."""
     return f"{value:.3g}"
@@ -389,7 +418,7 @@ def _path_label(path: Path) -> str:
 
 
 def _value_label(items: Sequence[Landscape], value: Value) -> str:
-    splits = {item.conventions.split for item in items}
+    splits = {item.conventions.split.partition(",")[0] for item in items}
     split = f"{splits.pop()} " if len(splits) == 1 and splits != {""} else ""
     if value != "loss":
         return f"{split}{value}, %"

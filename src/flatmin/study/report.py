@@ -9,7 +9,21 @@ from pathlib import Path
 
 from flatmin.study import figures
 from flatmin.study.figures import Mark, number
-from flatmin.study.page import Cell, Column, Markup, code, facts, figure, heading, legend, notes, page, paragraph, table
+from flatmin.study.page import (
+    Cell,
+    Column,
+    Markup,
+    code,
+    facts,
+    figure,
+    heading,
+    legend,
+    notes,
+    page,
+    paragraph,
+    table,
+    write,
+)
 from flatmin.study.summary import Row, Summary
 
 _COLUMNS = (
@@ -66,13 +80,7 @@ def write_report(summary: Summary, path: str | os.PathLike[str]) -> Path:
         ModuleNotFoundError: plotly is not installed (extra "report").
         OSError: the file cannot be written.
     """
-    target = Path(path)
-    text = render_report(summary)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(target)
-    return target
+    return write(render_report(summary), path)
 
 
 def _figures(summary: Summary, mark: dict[str, Mark]) -> list[Markup]:

@@ -11,13 +11,17 @@ import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+import torch
+from torch import nn
 
 from flatmin.train.config import RunConfig
 from flatmin.train.loop import Epoch, Result
 from flatmin.train.settings import canonical, content_hash
 
 VERSION = 1
+WEIGHTS = "weights.pt"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,13 +55,14 @@ class Store:
 
     Args:
         out: made if it does not exist.
+        weights: whether finished runs keep their trained weights.
 
     Raises:
         ValueError: a folder that cannot be made or written to.
     """
 
-    def __init__(self, out: Path) -> None:
-        self.out = Path(out)
+    def __init__(self, out: Path, *, weights: bool = True) -> None:
+        self.out, self.weights = Path(out), weights
         self.runs = self.out / "runs"
         try:
             self.runs.mkdir(parents=True, exist_ok=True)
@@ -93,7 +98,7 @@ class Store:
             result = Result(**{key: value for key, value in found.items() if key in fields})
             return result, read_lines(folder / "metrics.jsonl", expected=None if result.failure else result.epochs)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            warn(f"{path} is not a finished result ({_reason(error)}); the run is done again.")
+            warn(f"{path} is not a finished result ({reason(error)}); the run is done again.")
             return None
 
     def begin(self, run: Run, environment: dict[str, Any]) -> Path:
@@ -101,11 +106,18 @@ class Store:
         folder = self.folder(run)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "result.json").unlink(missing_ok=True)
+        (folder / WEIGHTS).unlink(missing_ok=True)
         (folder / "metrics.jsonl").write_text("", encoding="utf-8")
         config = {"label": run.label, "key": run.key, "code": run.code, **canonical(run.config)}
         write_atomically(folder / "config.json", config)
         write_atomically(folder / "env.json", environment)
         return folder
+
+    def keep(self, run: Run, model: nn.Module) -> None:
+        """Keep the trained weights, if this store does."""
+        if self.weights:
+            state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+            _atomically(self.folder(run) / WEIGHTS, lambda file: torch.save(state, file))
 
     def finish(self, run: Run, result: Result) -> None:
         """Write result.json; from then on the run is finished."""
@@ -137,10 +149,14 @@ def read_lines(path: Path, *, expected: int | None) -> list[Epoch]:
 
 def write_atomically(path: Path, content: Any) -> None:
     """JSON by write, fsync and rename: the file is whole or absent."""
+    _atomically(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
+
+
+def _atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1)
+        with temporary.open("wb") as file:
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -154,7 +170,8 @@ def unique(runs: Iterable[Run]) -> list[Run]:
     return list({run.name: run for run in runs}.values())
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """Why a file of a run could not be read, in few words."""
     if isinstance(error, json.JSONDecodeError):
         return "truncated or damaged"
     if isinstance(error, KeyError):

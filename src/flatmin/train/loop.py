@@ -164,7 +164,12 @@ def build_recipe(config: RunConfig) -> Recipe:
     return compose(config.method, method_table(config.plugins), **config.params)
 
 
-def train(config: RunConfig, *, on_epoch: Callable[[Epoch], None] | None = None) -> Result:
+def train(
+    config: RunConfig,
+    *,
+    on_epoch: Callable[[Epoch], None] | None = None,
+    on_end: Callable[[nn.Module], None] | None = None,
+) -> Result:
     """Train once.
 
     The same configuration gives the same numbers bit for bit on one CPU with one number of threads. The global
@@ -173,6 +178,7 @@ def train(config: RunConfig, *, on_epoch: Callable[[Epoch], None] | None = None)
     Args:
         config: the run.
         on_epoch: called after every epoch.
+        on_end: called with the trained model; not where the run failed.
 
     Raises:
         ValueError: a configuration that names something unknown or that does not fit together.
@@ -181,7 +187,10 @@ def train(config: RunConfig, *, on_epoch: Callable[[Epoch], None] | None = None)
         torch.manual_seed(stream(config.seed, "training"))
         trainer = Trainer(config)
         lines, failure = _epochs(trainer, on_epoch)
-        return _result(trainer, lines, failure)
+        result = _result(trainer, lines, failure)
+        if on_end is not None and result.failure is None:
+            on_end(trainer.model)
+        return result
 
 
 def _epochs(trainer: Trainer, on_epoch: Callable[[Epoch], None] | None) -> tuple[list[Epoch], str | None]:

@@ -1,0 +1,243 @@
+"""`flatmin measure`: curvature, sharpness and landscapes of trained nets, one card or a comparison."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from flatmin.cli.console import make_console
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from flatmin.measure.card import CardSettings
+    from flatmin.study.measured import Measured
+
+_SETTING = re.compile(r"[a-z_]+=")
+
+
+def measure(
+    targets: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN... [KEY=VALUE...]",
+            help="Run folders (FOLDER/runs/...) or a file of weights; settings such as top=10 rho=0.1 plane=0.",
+        ),
+    ],
+    what: Annotated[
+        str,
+        typer.Option(
+            help="card, all, or of model,hessian,trace,density,sharpness,flatness,layers,published,landscape."
+        ),
+    ] = "card",
+    split: Annotated[str, typer.Option(help="train (with the labels trained on), val or test.")] = "train",
+    examples: Annotated[int | None, typer.Option(min=1, help="How many of them. Default: all.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Examples in a forward pass.")] = 150,
+    params: Annotated[str, typer.Option(help="Patterns of parameter names, with commas.")] = "*",
+    mode: Annotated[str, typer.Option(help="eval, or train: BatchNorm by the batch.")] = "eval",
+    dtype: Annotated[str, typer.Option(help="float32, float64, or bfloat16 (autocast, some percent off).")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    model: Annotated[str | None, typer.Option(help="For a file of weights: its net, as pkg.module:function.")] = None,
+    data: Annotated[str | None, typer.Option(help="For a file of weights: its data, as pkg.module:function.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the numbers, the page and the landscapes.")] = Path(
+        "flatmin-measures"
+    ),
+    workers: Annotated[int | None, typer.Option(min=0, help="Processes for several nets. Default: one a core.")] = None,
+    page: Annotated[bool, typer.Option("--page/--no-page", help="Write the HTML page.")] = True,
+    png: Annotated[bool, typer.Option("--png", help="Write the card of each net as a picture too.")] = False,
+    open_page: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
+) -> None:
+    """Say how flat trained nets are: numbers with their errors, pictures, and groups of seeds side by side.
+
+    One net gives its card. Several give a table by the arm that they belong to, with paired differences to sgd.
+    """
+    from flatmin.cli.compare import default_workers
+    from flatmin.measure.card import chosen
+    from flatmin.study import draw_card
+    from flatmin.study.fingerprint import environment
+    from flatmin.study.measured import as_json
+    from flatmin.study.measured_page import render
+    from flatmin.study.measuring import View, find, measure_all
+    from flatmin.study.page import require_figures
+    from flatmin.study.page import write as write_page
+    from flatmin.study.store import write_atomically
+
+    chosen(what)
+    if page:
+        require_figures()
+    if png:
+        draw_card.require()
+    words = [word for word in targets if _SETTING.match(word)]
+    paths = [Path(word) for word in targets if not _SETTING.match(word)]
+    if not paths:
+        raise ValueError("name at least one run folder or file of weights.")
+    runs = [find(path, model=model, data=data) for path in dict.fromkeys(paths)]
+    view = View(
+        what=what,
+        settings=_settings(words),
+        split=split,  # type: ignore[arg-type]
+        examples=examples,
+        batch=batch,
+        params=params,
+        mode=mode,  # type: ignore[arg-type]
+        dtype=dtype,
+        device=device,
+        landscapes=out / "landscapes",
+    )
+    several = len(runs) > 1
+    processes = (default_workers() if workers is None else workers) if several and device == "cpu" else 0
+    console = make_console()
+    try:
+        with _Bar(console, len(runs)) as bar:
+            nets = measure_all(runs, view, workers=processes, progress=bar.part, on_done=bar.done)
+    except KeyboardInterrupt:
+        typer.echo("Interrupted; landscapes are kept and go on from there.", err=True)
+        raise typer.Exit(130) from None
+    _print(nets, console)
+    command = ["flatmin", *sys.argv[1:]]
+    name = nets[0].name if not several else "measures"
+    out.mkdir(parents=True, exist_ok=True)
+    about = environment(device, 1 if processes else 0)
+    write_atomically(out / f"{name}.json", as_json(nets, about))
+    written = [out / f"{name}.json"]
+    if png:
+        written += [draw_card.save(net, out / f"{net.name}.png") for net in nets]
+    if page:
+        written.append(write_page(render(nets, command=command, environment=about), out / f"{name}.html"))
+    console.print()
+    for path in written:
+        console.print(f"Written: {path}", markup=False, soft_wrap=True, highlight=False)
+    if page and open_page:
+        typer.launch(written[-1].resolve().as_uri())
+
+
+def _settings(words: Sequence[str]) -> CardSettings:
+    from flatmin.measure.card import CardSettings
+    from flatmin.train.settings import field_types, parse, split_word
+    from flatmin.words import suggest
+
+    kinds = field_types(CardSettings)
+    found = {}
+    for word in words:
+        key, text = split_word(word)
+        if key not in kinds:
+            raise ValueError(f"unknown setting {key!r}{suggest(key, kinds)} (settings: {', '.join(kinds)})")
+        found[key] = parse(key, text, kinds[key])
+    return CardSettings(**found)
+
+
+class _Bar:
+    """A bar over nets and, where one is measured here, what of it is being measured."""
+
+    def __init__(self, console: Console, nets: int) -> None:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+        self._console, self._nets, self._done = console, nets, 0
+        self._bar = Progress(
+            TextColumn("Measuring {task.fields[count]}"),
+            BarColumn(),
+            TextColumn("{task.fields[part]}"),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=1.0 if nets == 1 else nets, count=self._count(), part="")
+
+    def _count(self) -> str:
+        return "" if self._nets == 1 else f"{self._done}/{self._nets}"
+
+    def __enter__(self) -> _Bar:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def part(self, what: str, share: float) -> None:
+        """What is being measured, and how much of it is done."""
+        self._bar.update(self._task, part=what.replace("_", " "), completed=share if self._nets == 1 else None)
+
+    def done(self, net: Measured) -> None:
+        """A net is done."""
+        self._done += 1
+        seconds = sum(section.seconds for section in net.card.sections)
+        if self._nets > 1:
+            self._bar.update(self._task, advance=1, count=self._count())
+            if not self._console.is_terminal:
+                self._console.print(f"[{self._count()}] {net.name}: {seconds:.1f} s", markup=False, highlight=False)
+
+
+def _print(nets: Sequence[Measured], console: Console) -> None:
+    from flatmin.study.measured import groups_of, unlike
+    from flatmin.study.measured_page import sentence
+
+    console.print()
+    console.print(sentence(nets[0]), markup=False, highlight=False, soft_wrap=False)
+    console.print()
+    if len(nets) == 1:
+        for section in nets[0].card.sections:
+            if section.quantities:
+                console.print(f"[bold]{section.title}[/bold]")
+                console.print(_numbers(section.quantities))
+                console.print()
+            for measure_name, why in section.missing.items():
+                console.print(f"{measure_name} is not there: {why}", markup=False, highlight=False)
+        return
+    counts = ", ".join(f"{name} {len(members)}" for name, members in groups_of(nets).items())
+    console.print(_comparison(nets))
+    console.print(
+        f"[dim]Nets: {counts}. Mean ± 95 % t interval over the seeds; differences paired. Flatter or sharper as far as "
+        "the seeds tell.[/dim]"
+    )
+    for words in unlike(nets):
+        console.print(f"The nets were not measured alike: {words}.", markup=False, highlight=False)
+
+
+def _table() -> Table:
+    from rich import box
+    from rich.table import Table
+
+    return Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, header_style="bold")
+
+
+def _numbers(quantities: Sequence[object]) -> Table:
+    from flatmin.measure.card import Quantity
+    from flatmin.study.measured import told
+
+    table = _table()
+    table.show_header = False
+    table.add_column("quantity", no_wrap=True)
+    table.add_column("value", justify="right", no_wrap=True)
+    table.add_column("what it is", overflow="fold")
+    for q in quantities:
+        assert isinstance(q, Quantity)
+        table.add_row(q.name, told(q.value, q.error), q.text + (f" [yellow]({q.note})[/yellow]" if q.note else ""))
+    return table
+
+
+def _comparison(nets: Sequence[Measured]) -> Table:
+    from flatmin.study.measured import compare_cards, groups_of, told
+
+    groups = list(groups_of(nets))
+    base, others = groups[0], groups[1:]
+    table = _table()
+    table.add_column("quantity", no_wrap=True)
+    for name in groups:
+        table.add_column(name, justify="right", no_wrap=True)
+    for name in others:
+        table.add_column(f"{name} - {base}", justify="right", no_wrap=True)
+        table.add_column(f"{name} is", no_wrap=True)
+    for row in compare_cards(nets):
+        cells = [row.quantity.name, *(told(row.groups[name].mean, row.groups[name].half) for name in groups)]
+        for name in others:
+            found = row.difference.get(name)
+            cells += ["-" if found is None else told(found.mean, found.half), row.verdict(name)]
+        table.add_row(*cells)
+    return table

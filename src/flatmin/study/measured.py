@@ -1,0 +1,125 @@
+"""Cards of several nets side by side: what differs between groups of seeds, and by how much."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flatmin.measure.card import Card, Quantity
+from flatmin.stats import Stat, paired, summarise
+from flatmin.study.config import BASE
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Measured:
+    """The card of one net.
+
+    Args:
+        name: of the net, e.g. of its run folder.
+        group: nets that differ by the seed only share it.
+        seed: of its training.
+        card: what was measured.
+    """
+
+    name: str
+    group: str
+    seed: int
+    card: Card
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """One quantity over the groups.
+
+    Args:
+        quantity: that of the first net, for its words.
+        groups: mean over the nets of each group, with the 95 % t interval.
+        difference: to the base group, paired over the seeds that both have; empty for the base.
+        error: the largest error of measurement of a single net, in the quantity's unit.
+    """
+
+    quantity: Quantity
+    groups: dict[str, Stat]
+    difference: dict[str, Stat]
+    error: float
+
+    def verdict(self, group: str) -> str:
+        """Whether the group is flatter or sharper than the base by this quantity, as far as the seeds tell."""
+        found = self.difference.get(group)
+        if found is None or not self.quantity.flat:
+            return ""
+        if found.covers_zero:
+            return "not told apart"
+        return "flatter" if (found.mean < 0) == (self.quantity.flat == "low") else "sharper"
+
+
+def groups_of(nets: Sequence[Measured]) -> dict[str, list[Measured]]:
+    """The nets by group, in order of appearance, the base first."""
+    found: dict[str, list[Measured]] = {}
+    for net in nets:
+        found.setdefault(net.group, []).append(net)
+    return {**({BASE: found[BASE]} if BASE in found else {}), **found}
+
+
+def compare_cards(nets: Sequence[Measured]) -> list[Comparison]:
+    """Every quantity that was measured of all nets.
+
+    Raises:
+        ValueError: no net, or two of one group and seed.
+    """
+    if not nets:
+        raise ValueError("there is no net to compare.")
+    groups = groups_of(nets)
+    for name, members in groups.items():
+        seeds = [net.seed for net in members]
+        if len(set(seeds)) < len(seeds):
+            raise ValueError(f"{name!r} has two nets of seed {next(s for s in seeds if seeds.count(s) > 1)}.")
+    base = next(iter(groups))
+    shared = [name for name in nets[0].card.quantities if all(name in net.card.quantities for net in nets)]
+    rows = []
+    for name in shared:
+        values = {g: {net.seed: net.card.quantities[name].value for net in members} for g, members in groups.items()}
+        differences = {g: paired(found, values[base]) for g, found in values.items() if g != base}
+        rows.append(
+            Comparison(
+                quantity=nets[0].card.quantities[name],
+                groups={g: summarise(list(found.values())) for g, found in values.items()},
+                difference={g: stat for g, stat in differences.items() if stat is not None},
+                error=max(net.card.quantities[name].error for net in nets),
+            )
+        )
+    return rows
+
+
+def unlike(nets: Sequence[Measured]) -> list[str]:
+    """In which conventions the nets differ, in words: numbers of two conventions are not to be compared."""
+    found = [dataclasses.asdict(net.card.conventions) for net in nets]
+    return [
+        f"{key}: {', '.join(map(str, dict.fromkeys(one[key] for one in found)))}"
+        for key in found[0]
+        if len({str(one[key]) for one in found}) > 1
+    ]
+
+
+def told(value: float, error: float = 0.0) -> str:
+    """A number to the second digit of its error, e.g. 23.81 ± 0.22; five digits where the error is none or tiny."""
+    size = max(abs(value), error)
+    if not math.isfinite(size) or not error > 0:
+        return f"{value:.5g}"
+    if error < 1e-4 * abs(value):
+        return f"{value:.5g} ± {error:.1g}"
+    exponent = 0 if 1e-3 <= size < 1e5 else math.floor(math.log10(size))
+    places = max(0, exponent + 1 - math.floor(math.log10(error)))
+    scaled = f"{value / 10**exponent:.{places}f} ± {error / 10**exponent:.{places}f}"
+    return f"({scaled})e{exponent}" if exponent else scaled
+
+
+def as_json(nets: Sequence[Measured], environment: dict[str, object]) -> dict[str, Any]:
+    """Everything that was measured, for a file."""
+    return {
+        "environment": environment,
+        "nets": [{"name": n.name, "group": n.group, "seed": n.seed, **n.card.to_dict()} for n in nets],
+    }

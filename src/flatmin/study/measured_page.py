@@ -1,0 +1,160 @@
+"""The page of `flatmin measure`: every number with its error, the pictures, and how it was made."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from flatmin.study import draw_interactive as draw
+from flatmin.study.measured import Comparison, Measured, compare_cards, groups_of, told, unlike
+from flatmin.study.page import Cell, Column, Figure, Markup, code, facts, figure, heading, notes, page, paragraph, table
+
+_NUMBERS = (
+    Column("quantity", text=True),
+    Column("value", "with its error of measurement"),
+    Column("error is", "what the error stands for", text=True),
+    Column("what it is", text=True),
+)
+
+
+def render(nets: Sequence[Measured], *, command: Sequence[str] = (), environment: Mapping[str, object]) -> str:
+    """The page as text.
+
+    Args:
+        nets: at least one.
+        command: the words of the command line.
+        environment: versions and machine.
+
+    Raises:
+        ValueError: no net.
+        ModuleNotFoundError: plotly is not installed (extra "report").
+    """
+    groups = groups_of(nets)
+    body = _one(nets[0]) if len(nets) == 1 else _several(nets)
+    shown = {(name if len(nets) > 1 else ""): members[0] for name, members in groups.items()}
+    body += [heading(title, caption) + figure(fig, title) for title, caption, fig in _figures(shown, len(nets) > 1)]
+    title = nets[0].name if len(nets) == 1 else " and ".join(groups) if len(groups) < 4 else f"{len(groups)} groups"
+    settings = {k: v for k, v in dataclasses.asdict(nets[0].card.settings).items()}
+    foot = [
+        heading("How this was made"),
+        code(shlex.join(command)),
+        facts(_conventions(nets[0]) | {key.replace("_", " "): value for key, value in settings.items()}),
+        facts({key.replace("_", " "): value for key, value in _flat(environment).items()}),
+    ]
+    return page(f"Measures: {title}", body, foot)
+
+
+def _one(net: Measured) -> list[Markup]:
+    body = [paragraph(sentence(net), "lead")]
+    for section in net.card.sections:
+        if section.quantities:
+            rows = [
+                [
+                    Cell(q.name, flag=q.note),
+                    Cell(told(q.value, q.error), sort=q.value),
+                    Cell(q.error_is if q.error else "exact to rounding"),
+                    Cell(q.text),
+                ]
+                for q in section.quantities
+            ]
+            body += [heading(section.title), table(_NUMBERS, rows)]
+        body.append(notes(f"{what} is not there: {why}" for what, why in section.missing.items()))
+    return body
+
+
+def _several(nets: Sequence[Measured]) -> list[Markup]:
+    groups = groups_of(nets)
+    base, others = next(iter(groups)), list(groups)[1:]
+    counts = ", ".join(f"{name} ({len(members)})" for name, members in groups.items())
+    columns = [
+        Column("quantity", text=True),
+        *(Column(name, "mean with the 95 % t interval over the seeds") for name in groups),
+        *(Column(f"{name} - {base}", "paired over the seeds that both have") for name in others),
+        *(Column(f"{name} is", "by this quantity, as far as the seeds tell", text=True) for name in others),
+        Column("error of one net", "the largest error of measurement of a single net"),
+        Column("what it is", text=True),
+    ]
+    rows = [_row(row, list(groups), others) for row in compare_cards(nets)]
+    differ = unlike(nets)
+    return [
+        paragraph(f"{sentence(nets[0])} Nets: {counts}.", "lead"),
+        table(columns, rows),
+        notes([f"The nets were not measured alike: {words}." for words in differ]),
+    ]
+
+
+def _row(row: Comparison, groups: Sequence[str], others: Sequence[str]) -> list[Cell]:
+    def stat(found: Any) -> Cell:
+        return Cell("–") if found is None else Cell(told(found.mean, found.half), sort=found.mean)
+
+    return [
+        Cell(row.quantity.name),
+        *(stat(row.groups.get(name)) for name in groups),
+        *(stat(row.difference.get(name)) for name in others),
+        *(Cell(row.verdict(name)) for name in others),
+        Cell(f"{row.error:.1g}" if row.error > 0 else "rounding", sort=row.error),
+        Cell(row.quantity.text),
+    ]
+
+
+def sentence(net: Measured) -> str:
+    """What the numbers are of, in one sentence."""
+    c = net.card.conventions
+    return (
+        f"Mean {c.loss} over {c.examples} examples ({c.split}), {c.mode} mode, weight decay "
+        f"{c.weight_decay:g}, {c.size} weights ({c.params}), {c.dtype}."
+    )
+
+
+def _conventions(net: Measured) -> dict[str, object]:
+    return {key.replace("_", " "): value for key, value in dataclasses.asdict(net.card.conventions).items()}
+
+
+def _flat(environment: Mapping[str, object]) -> dict[str, object]:
+    return {
+        key: ", ".join(f"{k} {v}" for k, v in value.items() if v is not None) if isinstance(value, Mapping) else value
+        for key, value in environment.items()
+    }
+
+
+def _figures(shown: Mapping[str, Measured], several: bool) -> list[tuple[str, str, Figure]]:
+    whose = " One net of each group: that of the first seed." if several else ""
+    made: list[tuple[str, str, Figure]] = []
+
+    def add(name: str, title: str, caption: str, make: Callable[[Any], Figure]) -> None:
+        found = {label: net.card.result(name) for label, net in shown.items()}
+        found = {label: result for label, result in found.items() if result is not None}
+        if found:
+            made.append((title, caption + whose, make(found if several else next(iter(found.values())))))
+
+    add("eigenvalues", "Ends of the spectrum", "Bars are residuals.", draw.eigenvalues)
+    add(
+        "density",
+        "Spectral density",
+        "Raw nodes, smoothed for the picture only.",
+        lambda found: draw.density(found if several else {"density": found}),
+    )
+    for name, title in (("worst", "Worst case over the radius"), ("average", "Average case over the radius")):
+
+        def curves(found: Any, title: str = title) -> Figure:
+            named = found if several else {title: found}
+            return draw.curve(
+                {k: (c.rhos, c.values, None if math.isnan(c.errors[0]) else c.errors) for k, c in named.items()},
+                xlabel="rho",
+                ylabel="rise of the loss",
+                log_x=True,
+                log_y=all(v > 0 for c in named.values() for v in c.values),
+            )
+
+        add(name, title, "Largest rise found, a lower bound." if name == "worst" else "Bars: standard error.", curves)
+    add("along_v1", "Loss along the first eigenvector", "", draw.profile)
+    add("along_random", "Loss along a random direction", "Filter-normalised.", draw.profile)
+    for label, net in shown.items():
+        plane = net.card.result("plane")
+        if plane is not None:
+            title = "Loss on a random plane" + (f": {label}" if several else "")
+            made.append((title, "Filter-normalised directions." + whose, draw.contour(plane)))
+    return made

@@ -1,0 +1,195 @@
+"""Measuring trained nets: run folders and files of weights, one after the other or on several processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch.nn import functional as F
+
+from flatmin.data.base import Data, Split
+from flatmin.measure.card import Card, CardSettings, card
+from flatmin.measure.problem import Mode, Problem
+from flatmin.study.measured import Measured
+from flatmin.study.saved import SavedRun, open_run
+from flatmin.train.config import RunConfig
+from flatmin.train.sources import check_device, check_fit
+
+Part = Literal["train", "val", "test"]
+Progress = Callable[[str, float], None]
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.float32}
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """What of a net is measured.
+
+    Args:
+        what: sections of the card, see `flatmin.measure.card`.
+        settings: how they are measured.
+        split: "train" (with the labels that were trained on), "val" or "test".
+        examples: how many of them, drawn by the settings' seed; None: all.
+        batch: examples per forward pass.
+        params: patterns of parameter names.
+        mode: "eval", or "train" for BatchNorm by the batch.
+        dtype: "float32", "float64", or "bfloat16" for products under autocast: a cheap look, some percent off.
+        device: where.
+        landscapes: folder in which each net's landscapes are kept, under its name; None: nowhere.
+
+    Raises:
+        ValueError: a word or a number out of range.
+    """
+
+    what: str = "card"
+    settings: CardSettings = dataclasses.field(default_factory=CardSettings)
+    split: Part = "train"
+    examples: int | None = None
+    batch: int = 150
+    params: str = "*"
+    mode: Mode = "eval"
+    dtype: str = "float32"
+    device: str = "cpu"
+    landscapes: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.split not in ("train", "val", "test"):
+            raise ValueError(f"split must be train, val or test, got {self.split!r}.")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be {' or '.join(DTYPES)}, got {self.dtype!r}.")
+        if self.batch < 1 or (self.examples is not None and self.examples < 1):
+            raise ValueError(f"batch and examples must be at least 1, got {self.batch!r} and {self.examples!r}.")
+
+
+def find(target: Path, *, model: str | None = None, data: str | None = None) -> SavedRun:
+    """A run by its folder, or a file of weights with the model and data that it goes with.
+
+    Args:
+        target: a run folder, or a file that torch.save wrote: a state dict, alone or under "state_dict" or "model".
+        model: for a file: "conv", "mlp", or "package.module:function".
+        data: for a file: "digits", or "package.module:function".
+
+    Raises:
+        ValueError: neither, or names where they are not wanted or missing.
+    """
+    if target.is_dir():
+        if model is not None or data is not None:
+            raise ValueError(f"{target} is a run, which knows its model and data; leave out --model and --data.")
+        run = open_run(target)
+        run.check()
+        return run
+    if not target.exists():
+        raise ValueError(f"there is no run folder or file of weights {str(target)!r}.")
+    if model is None or data is None:
+        raise ValueError(f"{target} is a file: name its net and what to measure on with --model and --data.")
+    config = RunConfig(method="sgd", model=model, data=data)
+    return SavedRun(name=target.stem, label=target.stem, config=config, weights=target)
+
+
+def measure(run: SavedRun, view: View, *, progress: Progress | None = None) -> Measured:
+    """Measure one net.
+
+    Args:
+        run: which.
+        view: what of it.
+        progress: see `flatmin.measure.card`.
+
+    Raises:
+        ValueError, ArithmeticError: the net, its data or a measure refuse.
+    """
+    check_device(view.device)
+    data = run.data()
+    net = run.model(data)
+    check_fit(net, data)
+    net = net.to(view.device)
+    problem = Problem(
+        net,
+        F.cross_entropy,
+        list(batches(data, view)),
+        params=view.params,
+        mode=view.mode,
+        dtype=DTYPES[view.dtype],
+        autocast=torch.bfloat16 if view.dtype == "bfloat16" else None,
+        split=words(data, view),
+    )
+    folder = None if view.landscapes is None else view.landscapes / run.name
+    found: Card = card(problem, view.what, settings=view.settings, folder=folder, progress=progress)
+    return Measured(name=run.name, group=run.label, seed=run.config.seed, card=found)
+
+
+def batches(data: Data, view: View) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The chosen examples, in batches."""
+    part: Split = getattr(data, view.split)
+    if view.examples is not None and view.examples > len(part):
+        raise ValueError(f"the {view.split} part has {len(part)} examples, fewer than {view.examples}.")
+    x, y = part.x, part.y
+    if view.examples is not None:
+        order = torch.randperm(len(part), generator=torch.Generator().manual_seed(view.settings.seed))
+        # In their own order, so that the batches do not depend on the draw's.
+        index = order[: view.examples].sort().values
+        x, y = x[index], y[index]
+    yield from zip(x.split(view.batch), y.split(view.batch), strict=True)
+
+
+def words(data: Data, view: View) -> str:
+    """The part for the record, with the share of wrong labels if there are any."""
+    if view.split != "train" or not bool(data.wrong.any()):
+        return view.split
+    return f"train, {float(data.wrong.double().mean()):.0%} of the labels wrong"
+
+
+def measure_all(
+    runs: Sequence[SavedRun],
+    view: View,
+    *,
+    workers: int = 0,
+    progress: Progress | None = None,
+    on_done: Callable[[Measured], None] | None = None,
+) -> list[Measured]:
+    """Measure several nets.
+
+    Args:
+        runs: which.
+        view: what of them.
+        workers: processes of one thread each, started fresh (spawn); 0 measures here.
+        progress: for measuring here, see `flatmin.measure.card`.
+        on_done: called here with each net as it is done.
+
+    Returns:
+        In the order of the runs.
+
+    Raises:
+        ValueError, ArithmeticError: what the first net that refuses says, with its name.
+    """
+    done: dict[int, Measured] = {}
+    tell = on_done or (lambda net: None)
+    if not workers:
+        for i, run in enumerate(runs):
+            done[i] = _named(run, view, progress)
+            tell(done[i])
+        return list(done.values())
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        waiting = {pool.submit(_named, run, view, None): i for i, run in enumerate(runs)}
+        while waiting:
+            ready, _ = wait(waiting, return_when=FIRST_COMPLETED)
+            for future in ready:
+                i = waiting.pop(future)
+                done[i] = future.result()
+                tell(done[i])
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+    return [done[i] for i in range(len(runs))]
+
+
+def _named(run: SavedRun, view: View, progress: Progress | None) -> Measured:
+    try:
+        return measure(run, view, progress=progress)
+    except (ValueError, ArithmeticError) as error:
+        raise type(error)(f"{run.name}: {error}") from error
