@@ -8,6 +8,15 @@ from flatmin.measure.problem import Problem
 from tests.helpers import same_bits
 from tests.measure.nets import batches
 
+BACK_ENDS = (
+    torch.backends.cuda.math_sdp_enabled,
+    torch.backends.cuda.flash_sdp_enabled,
+    torch.backends.cuda.mem_efficient_sdp_enabled,
+    lambda: torch.backends.cudnn.enabled,
+    lambda: torch.backends.cudnn.deterministic,
+    lambda: torch.backends.cudnn.benchmark,
+)
+
 
 class Moody(nn.Module):
     """Changes buffers and draws in every forward pass, has flags of its own, and fails on demand."""
@@ -31,7 +40,8 @@ class Moody(nn.Module):
 def left_as_it_was(measure, fail):
     """Run measure(problem), failing in forward pass `fail` (-1: not) if it gets there; see that nothing has changed.
 
-    Weights, gradients, buffers, flags, what requires a gradient, and the random numbers of the program.
+    Weights, gradients and buffers (the same tensors with the same bits), flags, what requires a gradient, the data, the
+    random numbers of the program, and what it chose of torch.
     """
     torch.manual_seed(0)
     model, x, y = Moody().double(), torch.randn(17, 5, dtype=torch.float64), torch.randint(3, (17,))
@@ -42,10 +52,14 @@ def left_as_it_was(measure, fail):
         return (
             {k: v.clone() for k, v in model.state_dict().items()},
             [None if p.grad is None else p.grad.clone() for p in model.parameters()],
+            (x.clone(), y.clone()),
+            torch.get_rng_state(),
             [m.training for m in model.modules()],
             [p.requires_grad for p in model.parameters()],
-            torch.get_rng_state(),
-            torch.is_grad_enabled(),
+            [id(t) for t in (*model.parameters(), *model.buffers())],
+            [id(p.grad) for p in model.parameters()],
+            (torch.is_grad_enabled(), torch.get_default_dtype(), torch.is_autocast_enabled("cpu")),
+            [f() for f in BACK_ENDS],
         )
 
     before = look()
@@ -60,5 +74,6 @@ def left_as_it_was(measure, fail):
     assert not failed or fail >= 0
     assert failed or fail < 0 or model.fail >= 0
     model.fail = -1
-    assert all(same_bits(a, b) for a, b in zip(look()[:2], before[:2], strict=True))
-    assert look()[2:4] == before[2:4] and torch.equal(look()[4], before[4]) and look()[5] == before[5]
+    after = look()
+    assert all(same_bits(a, b) for a, b in zip(after[:4], before[:4], strict=True))
+    assert after[4:] == before[4:]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import nn
 from torch.func import functional_call
@@ -155,3 +157,50 @@ def symmetric(values, seed=0, dtype=torch.float64):
     g = torch.Generator().manual_seed(seed)
     q, _ = torch.linalg.qr(torch.randn(len(values), len(values), generator=g, dtype=torch.float64))
     return Matrix((q @ torch.diag(values) @ q.T).to(dtype))
+
+
+def _dense_net(activation, width):
+    return lambda: nn.Sequential(
+        nn.Linear(8, width), activation(), nn.Linear(width, width), activation(), nn.Linear(width, 5)
+    )
+
+
+# name -> (model, shape of an input, steps); of 501, 501, 473 and 1841 weights
+TRAINED = {
+    "tanh": (_dense_net(nn.Tanh, 16), (8,), 100),
+    "relu": (_dense_net(nn.ReLU, 16), (8,), 100),
+    "groupnorm": (
+        lambda: nn.Sequential(
+            *(nn.Conv2d(1, 8, 3), nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.ReLU()),
+            *(nn.Flatten(), nn.Linear(16, 5)),
+        ),
+        (1, 6, 6),
+        30,
+    ),
+    "large": (_dense_net(nn.Tanh, 36), (8,), 100),
+}
+
+
+def trained(name):
+    """(model in float64, inputs, targets, loss) of a net with a few large eigenvalues over a crowd of small ones."""
+    model, shape, steps = TRAINED[name]
+    torch.manual_seed(0)
+    model = model().double()
+    g = torch.Generator().manual_seed(1)
+    centres = torch.randn(5, *shape, generator=g, dtype=torch.float64)
+    y = torch.randint(5, (120,), generator=g)
+    x = centres[y] + torch.randn(120, *shape, generator=g, dtype=torch.float64)
+    loss, base = nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(steps):
+        base.zero_grad()
+        loss(model(x), y).backward()
+        base.step()
+    base.zero_grad()
+    return model.eval(), x, y, loss
+
+
+@functools.cache
+def hessian_of(name):
+    """(the dense Hessian of a trained net, its eigenvalues, falling), to read only."""
+    matrix = dense_hessian(*trained(name))
+    return Matrix(matrix), torch.linalg.eigvalsh(matrix).flip(0)

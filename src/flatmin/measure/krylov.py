@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from flatmin.measure.curvature import Operator
 from flatmin.measure.problem import Conventions
@@ -173,7 +174,7 @@ class _Run:
         room = memory // (self.size * operator.dtype.itemsize)
         self.capacity = int(min(self.size, max(room, 2 * wanted + 10)))
         self.basis = torch.empty(0, self.size, dtype=operator.dtype, device=operator.device)
-        self.matrix = torch.zeros(self.capacity + 1, self.capacity + 1, dtype=torch.float64)
+        self.matrix = torch.zeros(0, 0, dtype=torch.float64)  # grows with the basis
         self.filled = self.products = self.restarts = 0
         self.beta = 0.0
         self._next = self._unit(self._random() if start is None else self._mixed(start))
@@ -228,6 +229,7 @@ class _Run:
             grown = min(self.capacity, max(16, 2 * j))
             more = torch.empty(grown - j, self.size, dtype=self.basis.dtype, device=self.basis.device)
             self.basis = torch.cat([self.basis, more])
+            self.matrix = F.pad(self.matrix, (0, grown + 1 - len(self.matrix)) * 2)
         self.basis[j] = self._next
         product = self._project(self.operator.matvec(self._next))
         self.products += 1
