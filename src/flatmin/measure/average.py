@@ -86,7 +86,7 @@ def average_case(
 
     Raises:
         ValueError: a bad number or option; see `worst_case`.
-        ArithmeticError: a loss that is not finite at a displaced point.
+        ArithmeticError: a loss that is not finite at the weights or at a displaced point.
 
     Source: Andriushchenko, Croce, Mueller, Hein & Flammarion, ICML 2023.
     """
@@ -97,7 +97,7 @@ def average_case(
     statistic = statistic_of(problem, of)
     within = ball(problem, rho, "l2", adaptive, eta)
     deviation = rho / math.sqrt(within.moving) if per == "vector" else rho
-    before = statistic(None)
+    before = at_weights(statistic, of)
     rises = []
     for u in noise(problem, draws, seed):
         step = within.displacement(u * deviation)
@@ -133,6 +133,18 @@ def statistic_of(problem: Problem, of: Of) -> Callable[[Sequence[Tensor] | None]
     if of not in ("loss", "error"):
         raise ValueError(f"of must be 'loss' or 'error', got {of!r}.")
     return problem.value if of == "loss" else lambda weights: error_rate(problem, weights)
+
+
+def at_weights(statistic: Callable[[Sequence[Tensor] | None], float], of: Of) -> float:
+    """The statistic at the model's own weights.
+
+    Raises:
+        ArithmeticError: it is not finite there.
+    """
+    value = statistic(None)
+    if not math.isfinite(value):
+        raise ArithmeticError(f"the {of} at the weights is not finite ({value}), so nothing can be measured near them.")
+    return value
 
 
 def noise(problem: Problem, draws: int, seed: int) -> Iterator[Tensor]:

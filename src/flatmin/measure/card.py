@@ -22,7 +22,7 @@ from flatmin.measure.krylov import Spectrum, spectrum
 from flatmin.measure.landscape import landscape
 from flatmin.measure.losses import LogitNormalised, error_rate
 from flatmin.measure.presets import Published, empirical_sam, pyhessian_batch, sam_paper
-from flatmin.measure.problem import Conventions, Problem, restricted, under
+from flatmin.measure.problem import Conventions, Problem, first_tensor, restricted, under
 from flatmin.measure.sharpness import Sharpness, curve, m_sharpness, worst_case
 from flatmin.measure.trace import density, frobenius, trace
 
@@ -135,8 +135,8 @@ class CardSettings:
             value = getattr(self, name)
             if not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"{name} must be above 0, got {value!r}.")
-        ones = dict.fromkeys(("top", "probes", "steps", "ascent_steps"), 1)
-        for name, least in {**ones, "runs": 0, "bottom": 0, "m": 0, "draws": 2, "seed": 0}.items():
+        ones = dict.fromkeys(("top", "steps", "ascent_steps"), 1)
+        for name, least in {**ones, "runs": 0, "bottom": 0, "m": 0, "draws": 2, "probes": 2, "seed": 0}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)!r}.")
         for name in ("points", "plane"):
@@ -145,7 +145,8 @@ class CardSettings:
                 raise ValueError(
                     f"{name} must be odd and at least 3, so that the model itself is a point; got {value!r}."
                 )
-        if not self.rhos or any(b <= a for a, b in itertools.pairwise((0.0, *self.rhos))):
+        rising = all(a < b for a, b in itertools.pairwise((0.0, *self.rhos, math.inf)))
+        if not self.rhos or not rising:
             raise ValueError(f"rhos must rise from above 0, got {self.rhos!r}.")
 
 
@@ -463,7 +464,7 @@ def _sharpness(session: Session) -> Found:
         lambda: gap(
             "logit_normalised",
             f"within rho = {s.rho:g}, loss of normalised logits",
-            under(problem, LogitNormalised(problem.loss)),
+            _normalised(problem),
             s.rho,
         ),
     )
@@ -616,7 +617,7 @@ def _landscape(session: Session) -> Found:
     s, problem = session.settings, session.problem
     slices: dict[str, Any] = {}
 
-    def keep(name: str, directions: Any, span: float, points: int) -> None:
+    def keep(name: str, directions: Any, span: float, points: int) -> list[Quantity]:
         slices[name] = landscape(
             problem,
             directions,
@@ -625,9 +626,13 @@ def _landscape(session: Session) -> Found:
             path=session.kept(name),
             progress=lambda done, share: session.tell(name, share),
         )
+        return []
 
     if session.known.top.numel():
-        keep("along_v1", eigenvector(problem, session.known, norm="weights"), s.reach, s.points)
+        session.attempt(
+            "first eigenvector",
+            lambda: keep("along_v1", eigenvector(problem, session.known, norm="weights"), s.reach, s.points),
+        )
     if any(w.dim() >= 2 and bool(w.any()) for w in problem.weights):
         keep("along_random", gaussian(problem, seed=s.seed), s.span, s.points)
         if s.plane:
@@ -673,6 +678,17 @@ def plain(value: Any) -> Any:
 
 _LARGEST = 100_000
 _VECTORS = {"basis", "top_vectors", "bottom_vectors", "displacement", "vector", "diagonal", "origin"}
+
+
+def _normalised(problem: Problem) -> Problem:
+    """The problem under the loss of normalised logits.
+
+    Raises:
+        ValueError: targets that are no classes, whose outputs are no logits.
+    """
+    if any(first_tensor(batch.targets).is_floating_point() for batch in problem.batches):
+        raise ValueError("normalised logits are those of a classifier: this takes class indices as targets.")
+    return under(problem, LogitNormalised(problem.loss))
 
 
 def _matrices(problem: Problem) -> list[str]:

@@ -317,6 +317,7 @@ class Fisher(EmpiricalFisher):
 
     Raises:
         ValueError: another loss, or draws below 1.
+        ArithmeticError: outputs that are not finite, at the first product.
     """
 
     name = "Fisher"
@@ -355,6 +356,8 @@ class Fisher(EmpiricalFisher):
         if i not in self._labels:
             generator = torch.Generator().manual_seed(self._seed * 1_000_003 + i)
             chances = outputs.detach().double().softmax(1).cpu()
+            if not chances.isfinite().all():
+                raise ArithmeticError("the outputs of the model are not finite, so no labels can be drawn from them.")
             labels = torch.multinomial(chances, self._draws, replacement=True, generator=generator)
             self._labels[i] = labels.T.reshape(-1).to(outputs.device)
         return self._labels[i]

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flatmin.measure.average import Of, mean_and_error, noise, statistic_of
+from flatmin.measure.average import Of, at_weights, mean_and_error, noise, statistic_of
 from flatmin.measure.ball import check_dtype, dot
 from flatmin.measure.curvature import EmpiricalFisher, GaussNewton, Hessian
 from flatmin.measure.problem import Conventions, Problem
-from flatmin.measure.trace import Estimate, trace
+from flatmin.measure.trace import Estimate, finite, trace
 
 _DOUBLINGS = 30
 
@@ -96,7 +96,7 @@ def pac_bayes(
     Raises:
         ValueError: a bad number, a bracket without width, a target that the error rate has no room for, or one that no
             sigma reaches.
-        ArithmeticError: outputs that overflow before the target is reached.
+        ArithmeticError: a loss that is not finite at the weights; outputs that overflow before the target is reached.
 
     Source: Jiang, Neyshabur, Mobahi, Krishnan & Bengio, ICLR 2020 (sigma, and sigma' with magnitude).
     """
@@ -162,7 +162,7 @@ class _Noisy:
         self.squares = problem.flat(problem.weights).square() if magnitude else None
         if magnitude and not eps and not problem.flat(problem.weights).any():
             raise ValueError("every selected weight is zero, so nothing can move in proportion to it; give eps > 0.")
-        self.start, self.evaluations = self.statistic(None), 1
+        self.start, self.evaluations = at_weights(self.statistic, of), 1
         self._known: dict[float, list[float]] = {}
 
     def rises(self, sigma: float) -> list[float]:
@@ -267,7 +267,7 @@ def relative_flatness(
     found: Estimate
     if features.size <= exact:
         rows = torch.eye(features.size, dtype=features.dtype, device=features.device)
-        value = math.fsum(dot(row, features.matvec(row)) for row in rows)
+        value = math.fsum(dot(row, finite(features.matvec(row))) for row in rows)
         found = Estimate(
             value=value,
             error=0.0,
@@ -355,6 +355,7 @@ def fisher_rao(problem: Problem, *, labels: Literal["model", "data"] = "model") 
     Raises:
         ValueError: another word; "model" and a loss other than cross-entropy without smoothing or class weights; "data"
             and a loss that gives no value per term.
+        ArithmeticError: a product that is not finite.
 
     Source: Liang, Poggio, Rakhlin & Stokes, AISTATS 2019.
     """
@@ -371,7 +372,7 @@ def fisher_rao(problem: Problem, *, labels: Literal["model", "data"] = "model") 
         )
     operator = GaussNewton(problem, memory=0) if labels == "model" else EmpiricalFisher(problem, memory=0)
     w = problem.flat(problem.weights)
-    square = dot(w, operator.matvec(w))
+    square = dot(w, finite(operator.matvec(w)))
     return FisherRao(
         value=math.sqrt(max(square, 0.0)),
         labels=labels,

@@ -180,6 +180,13 @@ class Landscape(ABC):
         self, problem: Problem, path: str | os.PathLike[str] | None, every: float, progress: Progress | None
     ) -> Self:
         loss, done = self.loss.view(-1), self.done.view(-1)
+        if problem.group is not None:
+            counts = problem.reduced(torch.cat([done.double(), torch.ones(1)]).to(problem.device))
+            if not ((counts[:-1] == 0) | (counts[:-1] == counts[-1])).all():
+                raise ValueError(
+                    "the processes of the group have other points done, since they see other files; give all of them "
+                    "the same one."
+                )
         accuracy = None if self.accuracy is None else self.accuracy.view(-1)
         # One process of a group writes for all.
         path = path if problem.group is None or torch.distributed.get_rank() == 0 else None

@@ -10,7 +10,7 @@ from flatmin.measure.curvature import Hessian
 from flatmin.measure.follow import edge
 from flatmin.measure.groups import split
 from flatmin.measure.krylov import spectrum
-from flatmin.measure.problem import Conventions, Problem, only
+from flatmin.measure.problem import Conventions, Problem, first_tensor, only
 from flatmin.measure.sharpness import Grouped, m_sharpness
 
 
@@ -181,6 +181,9 @@ def andriushchenko_m128(
     and their code.
     """
     groups, _ = split(problem, 128)
+    if examples < 128 or not groups:
+        have = sum(len(first_tensor(batch.targets)) for batch in problem.batches)
+        raise ValueError(f"this takes groups of 128 examples; there are {have}, of which {examples} were asked for.")
     first = only(problem, [batch for group in groups[: examples // 128] for batch in group.batches])
     return m_sharpness(first, 128, rho, norm=norm, adaptive=adaptive, steps=20, seed=seed)
 

@@ -158,6 +158,8 @@ class Problem:
             if not (isinstance(pair, (tuple, list)) and len(pair) == 2):
                 raise ValueError(f"data must give pairs (inputs, targets), got {type(pair).__name__}.")
             inputs, targets = (_to(part, self.device, self.dtype) for part in pair)
+            if not first_tensor(targets).dim():
+                raise ValueError("data must give batches, as a DataLoader does; got a single example.")
             count = len(first_tensor(targets))
             if count:
                 found.append((inputs, targets, count_terms(self.loss, targets), count))
@@ -417,6 +419,8 @@ def _cut(part: Any, count: int) -> Any:
 
 
 def _select(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
+    if not patterns:
+        raise ValueError('params holds no pattern; "*" selects all weights.')
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
             raise ValueError(

@@ -86,7 +86,7 @@ def trace(
         return Estimate(value=exact, error=0.0, probes=0, products=0, converged=True, conventions=_of(operator, seed))
     running = _Running()
     for z in _probes(operator, basis, seed, max_probes):
-        running.add(_dot(z, _finite(operator.matvec(z))))
+        running.add(_dot(z, finite(operator.matvec(z))))
         size = abs(exact + running.mean)
         relative = running.error / size if size else math.inf
         if progress is not None:
@@ -136,7 +136,7 @@ def frobenius(
     spent = 0
     if basis is not None:
         for q in basis:
-            inside += _dot(product := _finite(operator.matvec(q)), product)
+            inside += _dot(product := finite(operator.matvec(q)), product)
             spent += 1
         if len(basis) == operator.size:
             return Estimate(
@@ -144,7 +144,7 @@ def frobenius(
             )
     running = _Running()
     for z in _probes(operator, basis, seed, max_probes):
-        running.add(_dot(product := _finite(operator.matvec(z)), product))
+        running.add(_dot(product := finite(operator.matvec(z)), product))
         if running.enough(running.error <= tol * (inside + running.mean)):
             break
     value = inside + running.mean
@@ -207,7 +207,7 @@ def diagonal(operator: Operator, known: Spectrum | None = None, *, probes: int =
     total, squares = torch.zeros_like(fixed), torch.zeros_like(fixed)
     for _ in range(probes):
         z = torch.randint(2, (operator.size,), generator=generator).mul_(2).sub_(1).to(operator.device, operator.dtype)
-        product = _finite(operator.matvec(z)).double()
+        product = finite(operator.matvec(z)).double()
         if vectors is not None and values is not None:
             product = product - vectors.T @ (values * (vectors @ z.double()))
         found = z.double() * product
@@ -419,7 +419,8 @@ def _dot(a: Tensor, b: Tensor) -> float:
     return float(torch.dot(a.double(), b.double()))
 
 
-def _finite(product: Tensor) -> Tensor:
+def finite(product: Tensor) -> Tensor:
+    """A product, if it is finite; ArithmeticError otherwise."""
     if not torch.isfinite(product).all():
         raise ArithmeticError("the product with the operator is not finite; the loss cannot be measured here.")
     return product
