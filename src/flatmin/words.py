@@ -1,7 +1,11 @@
 """Words for error messages; imports nothing heavy."""
 
+from __future__ import annotations
+
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
@@ -9,3 +13,22 @@ def suggest(word: str, known: Iterable[str]) -> str:
     names = list(known)
     close = [k for k in names if word and k.startswith(word)] or difflib.get_close_matches(word, names, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def explained(error: BaseException) -> bool:
+    """Whether the message alone tells a person what to do.
+
+    So do errors of the operating system (they name the file), and those that flatmin itself raises on purpose; a
+    ValueError from the inside of another library does not, nor does a division by zero.
+    """
+    if isinstance(error, OSError):
+        return True
+    meant = isinstance(error, (ValueError, ImportError)) or type(error) in (ArithmeticError, FloatingPointError)
+    return meant and _raised_here(error.__traceback__)
+
+
+def _raised_here(trace: TracebackType | None) -> bool:
+    package = Path(__file__).resolve().parent
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and package in Path(trace.tb_frame.f_code.co_filename).resolve().parents

@@ -96,7 +96,7 @@ class TestItem2Ghosts:
         assert found.products == steps and found.converged
         torch.testing.assert_close(found.top, values[:5], rtol=1e-5, atol=0)
 
-    def test_nor_in_the_density(self):
+    def test_nor_in_the_density(self, sampled):
         operator, values = hessian_of("relu")
         found = density(operator, runs=1, steps=100)
         assert [int(((found.nodes - v).abs() < 1e-3 * v).sum()) for v in values[:3]] == [1, 1, 1]
@@ -222,7 +222,7 @@ class TestItem6TracesByLuckAndValuesOfTheStepBefore:
         for value, vector in zip(found.top, found.top_vectors, strict=True):
             assert float(vector @ operator.matvec(vector)) == pytest.approx(float(value), rel=1e-12)
 
-    def test_weights_of_the_density(self):
+    def test_weights_of_the_density(self, sampled):
         """One real share for each node; with these the mean of the nodes is that of the probe."""
         operator, values = hessian_of("relu")
         found = density(operator, runs=30, steps=10)

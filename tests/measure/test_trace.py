@@ -82,7 +82,7 @@ def test_the_diagonal_of_a_diagonal_matrix_is_exact():
     assert not found.error.any()
 
 
-def test_the_density(operator, known):
+def test_the_density(operator, known, sampled):
     """Eigenvalues that are known stand in it exactly, the bulk is sampled."""
     found = density(operator, known, runs=4, steps=70)
     far = {
@@ -107,7 +107,7 @@ def test_the_density_of_a_net(name):
     assert wasserstein_distance(found.nodes.numpy(), want.numpy(), found.weights.numpy()) <= 1e-8 * float(want[-1])
 
 
-def test_smoothing_keeps_the_mass(operator):
+def test_smoothing_keeps_the_mass(operator, sampled):
     found = density(operator, runs=1, steps=40)
     assert found.products == 40
     grid = torch.linspace(-6, 13, 4000, dtype=torch.float64)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import sys
 import traceback
-from pathlib import Path
-from types import TracebackType
 from typing import Annotated
 
 import typer
@@ -14,6 +12,7 @@ from flatmin.cli.compare import compare
 from flatmin.cli.doctor import doctor
 from flatmin.cli.measure import measure
 from flatmin.cli.methods import methods
+from flatmin.words import explained
 
 app = typer.Typer(
     name="flatmin",
@@ -63,31 +62,13 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         app([word for word in words if word != "--debug"])
     except Exception as error:
-        if debug or not _explained(error):
+        if debug or not explained(error):
             traceback.print_exc()
             if not debug:
                 typer.echo("flatmin: this is a bug in flatmin or in your code; the lines above show where.", err=True)
-            raise SystemExit(2 if _explained(error) else 1) from None
-        typer.echo(f"flatmin: {error}", err=True)
+            raise SystemExit(2 if explained(error) else 1) from None
+        typer.echo(f"flatmin: {' '.join([str(error), *getattr(error, '__notes__', [])])}", err=True)
         raise SystemExit(2) from None
-
-
-def _explained(error: BaseException) -> bool:
-    """Whether the message alone tells a person what to do.
-
-    So do errors of the operating system (they name the file), and those that flatmin itself raises on purpose; a
-    ValueError from the inside of another library does not.
-    """
-    if isinstance(error, OSError):
-        return True
-    return isinstance(error, (ValueError, ImportError)) and _raised_here(error.__traceback__)
-
-
-def _raised_here(trace: TracebackType | None) -> bool:
-    package = Path(__file__).resolve().parents[1]
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is not None and package in Path(trace.tb_frame.f_code.co_filename).resolve().parents
 
 
 if __name__ == "__main__":

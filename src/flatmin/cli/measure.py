@@ -57,6 +57,8 @@ def measure(
 
     One net gives its card. Several give a table by the arm that they belong to, with paired differences to sgd.
     """
+    import torch
+
     from flatmin.cli.compare import default_workers
     from flatmin.measure.card import chosen
     from flatmin.study import draw_card
@@ -103,7 +105,7 @@ def measure(
     command = ["flatmin", *sys.argv[1:]]
     name = nets[0].name if not several else "measures"
     out.mkdir(parents=True, exist_ok=True)
-    about = environment(device, 1 if processes else 0)
+    about = environment(device, 1 if processes else torch.get_num_threads())
     write_atomically(out / f"{name}.json", as_json(nets, about))
     written = [out / f"{name}.json"]
     if png:
@@ -208,6 +210,8 @@ def _table() -> Table:
 
 
 def _numbers(quantities: Sequence[object]) -> Table:
+    from rich.text import Text
+
     from flatmin.measure.card import Quantity
     from flatmin.study.measured import told
 
@@ -218,11 +222,16 @@ def _numbers(quantities: Sequence[object]) -> Table:
     table.add_column("what it is", overflow="fold")
     for q in quantities:
         assert isinstance(q, Quantity)
-        table.add_row(q.name, told(q.value, q.error), q.text + (f" [yellow]({q.note})[/yellow]" if q.note else ""))
+        about = Text(q.text)
+        if q.note:
+            about.append(f" ({q.note})", style="yellow")
+        table.add_row(Text(q.name), told(q.value, q.error), about)
     return table
 
 
 def _comparison(nets: Sequence[Measured]) -> Table:
+    from rich.text import Text
+
     from flatmin.study.measured import compare_cards, groups_of, told
 
     groups = list(groups_of(nets))
@@ -230,12 +239,13 @@ def _comparison(nets: Sequence[Measured]) -> Table:
     table = _table()
     table.add_column("quantity", no_wrap=True)
     for name in groups:
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(Text(name), justify="right", no_wrap=True)
     for name in others:
-        table.add_column(f"{name} - {base}", justify="right", no_wrap=True)
-        table.add_column(f"{name} is", no_wrap=True)
+        table.add_column(Text(f"{name} - {base}"), justify="right", no_wrap=True)
+        table.add_column(Text(f"{name} is"), no_wrap=True)
     for row in compare_cards(nets):
-        cells = [row.quantity.name, *(told(row.groups[name].mean, row.groups[name].half) for name in groups)]
+        cells: list[Text | str] = [Text(row.quantity.name)]
+        cells += [told(row.groups[name].mean, row.groups[name].half) for name in groups]
         for name in others:
             found = row.difference.get(name)
             cells += ["-" if found is None else told(found.mean, found.half), row.verdict(name)]

@@ -160,4 +160,4 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     mean = math.fsum(values) / len(values)
     if len(values) < 2:
         return mean, math.nan
-    return mean, math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
+    return mean, math.sqrt(math.fsum((v - mean) * (v - mean) for v in values) / (len(values) - 1) / len(values))

@@ -137,6 +137,8 @@ class CardSettings:
                 raise ValueError(f"{name} must be above 0, got {value!r}.")
         ones = dict.fromkeys(("top", "steps", "ascent_steps"), 1)
         for name, least in {**ones, "runs": 0, "bottom": 0, "m": 0, "draws": 2, "probes": 2, "seed": 0}.items():
+            if not isinstance(getattr(self, name), int):
+                raise ValueError(f"{name} must be a whole number, got {getattr(self, name)!r}.")
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)!r}.")
         for name in ("points", "plane"):
@@ -436,7 +438,9 @@ def _sharpness(session: Session) -> Found:
     found: list[Quantity] = []
 
     def gap(name: str, text: str, at: Problem, rho: float, **options: Any) -> list[Quantity]:
-        result = worst_case(at, rho, **ascent, **options)
+        return told(name, text, worst_case(at, rho, **ascent, **options))
+
+    def told(name: str, text: str, result: Sharpness) -> list[Quantity]:
         return [
             number(
                 name,
@@ -453,7 +457,7 @@ def _sharpness(session: Session) -> Found:
     session.tell("worst case", 0.0)
     worst = worst_case(problem, s.rho, **ascent)
     found.append(number("sam_gap", f"rise of the loss at SAM's own point, rho = {s.rho:g}", worst.one_step, flat="low"))
-    found += gap("worst_case", f"largest rise found within rho = {s.rho:g}", problem, s.rho)
+    found += told("worst_case", f"largest rise found within rho = {s.rho:g}", worst)
     found += session.attempt(
         "adaptive",
         lambda: gap("adaptive", f"the same within {s.adaptive_rho:g} |w|", problem, s.adaptive_rho, adaptive=True),
@@ -617,7 +621,7 @@ def _landscape(session: Session) -> Found:
     s, problem = session.settings, session.problem
     slices: dict[str, Any] = {}
 
-    def keep(name: str, directions: Any, span: float, points: int) -> list[Quantity]:
+    def keep(name: str, directions: Any, span: float, points: int) -> None:
         slices[name] = landscape(
             problem,
             directions,
@@ -626,13 +630,12 @@ def _landscape(session: Session) -> Found:
             path=session.kept(name),
             progress=lambda done, share: session.tell(name, share),
         )
-        return []
 
-    if session.known.top.numel():
-        session.attempt(
-            "first eigenvector",
-            lambda: keep("along_v1", eigenvector(problem, session.known, norm="weights"), s.reach, s.points),
-        )
+    # In units of ||w||, which a net of zeros does not have.
+    if any(bool(w.any()) for w in problem.weights):
+        keep("along_v1", eigenvector(problem, session.known, norm="weights"), s.reach, s.points)
+    else:
+        session.missing["first eigenvector"] = "every selected weight is zero, so that ||w|| is no unit of length."
     if any(w.dim() >= 2 and bool(w.any()) for w in problem.weights):
         keep("along_random", gaussian(problem, seed=s.seed), s.span, s.points)
         if s.plane:

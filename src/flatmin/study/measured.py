@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +64,15 @@ def groups_of(nets: Sequence[Measured]) -> dict[str, list[Measured]]:
     return {**({BASE: found[BASE]} if BASE in found else {}), **found}
 
 
+def check_doubles(nets: Iterable[tuple[str, int]]) -> None:
+    """Raise ValueError if two nets share their group and seed: pairs of seeds would then be ambiguous."""
+    seen: set[tuple[str, int]] = set()
+    for net in nets:
+        if net in seen:
+            raise ValueError(f"{net[0]!r} has two nets of seed {net[1]}; leave one of them out.")
+        seen.add(net)
+
+
 def compare_cards(nets: Sequence[Measured]) -> list[Comparison]:
     """Every quantity that was measured of all nets.
 
@@ -72,11 +81,8 @@ def compare_cards(nets: Sequence[Measured]) -> list[Comparison]:
     """
     if not nets:
         raise ValueError("there is no net to compare.")
+    check_doubles((net.group, net.seed) for net in nets)
     groups = groups_of(nets)
-    for name, members in groups.items():
-        seeds = [net.seed for net in members]
-        if len(set(seeds)) < len(seeds):
-            raise ValueError(f"{name!r} has two nets of seed {next(s for s in seeds if seeds.count(s) > 1)}.")
     base = next(iter(groups))
     shared = [name for name in nets[0].card.quantities if all(name in net.card.quantities for net in nets)]
     rows = []
@@ -113,6 +119,7 @@ def told(value: float, error: float = 0.0) -> str:
         return f"{value:.5g} ± {error:.1g}"
     exponent = 0 if 1e-3 <= size < 1e5 else math.floor(math.log10(size))
     places = max(0, exponent + 1 - math.floor(math.log10(error)))
+    value = value if abs(value) >= 0.5 * 10.0 ** (exponent - places) else 0.0  # no "-0.0"
     scaled = f"{value / 10**exponent:.{places}f} ± {error / 10**exponent:.{places}f}"
     return f"({scaled})e{exponent}" if exponent else scaled
 

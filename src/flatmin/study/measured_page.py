@@ -32,9 +32,13 @@ def render(nets: Sequence[Measured], *, command: Sequence[str] = (), environment
         ValueError: no net.
         ModuleNotFoundError: plotly is not installed (extra "report").
     """
+    if not nets:
+        raise ValueError("there is no net to show.")
     groups = groups_of(nets)
     body = _one(nets[0]) if len(nets) == 1 else _several(nets)
-    shown = {(name if len(nets) > 1 else ""): members[0] for name, members in groups.items()}
+    shown = {
+        (name if len(nets) > 1 else ""): min(members, key=lambda net: net.seed) for name, members in groups.items()
+    }
     body += [heading(title, caption) + figure(fig, title) for title, caption, fig in _figures(shown, len(nets) > 1)]
     title = nets[0].name if len(nets) == 1 else " and ".join(groups) if len(groups) < 4 else f"{len(groups)} groups"
     settings = {k: v for k, v in dataclasses.asdict(nets[0].card.settings).items()}

@@ -16,10 +16,12 @@ from torch.nn import functional as F
 from flatmin.data.base import Data, Split
 from flatmin.measure.card import Card, CardSettings, card
 from flatmin.measure.problem import Mode, Problem
-from flatmin.study.measured import Measured
+from flatmin.study.measured import Measured, check_doubles
 from flatmin.study.saved import SavedRun, open_run
 from flatmin.train.config import RunConfig
+from flatmin.train.settings import content_hash
 from flatmin.train.sources import check_device, check_fit
+from flatmin.words import explained
 
 Part = Literal["train", "val", "test"]
 Progress = Callable[[str, float], None]
@@ -56,6 +58,12 @@ class View:
     dtype: str = "float32"
     device: str = "cpu"
     landscapes: Path | None = None
+
+    @property
+    def key(self) -> str:
+        """Digits that differ where landscapes do."""
+        parts = (self.settings, self.split, self.examples, self.batch, self.params, self.mode, self.dtype)
+        return content_hash(*parts)[:8]
 
     def __post_init__(self) -> None:
         if self.split not in ("train", "val", "test"):
@@ -117,7 +125,7 @@ def measure(run: SavedRun, view: View, *, progress: Progress | None = None) -> M
         autocast=torch.bfloat16 if view.dtype == "bfloat16" else None,
         split=words(data, view),
     )
-    folder = None if view.landscapes is None else view.landscapes / run.name
+    folder = None if view.landscapes is None else view.landscapes / run.name / view.key
     found: Card = card(problem, view.what, settings=view.settings, folder=folder, progress=progress)
     return Measured(name=run.name, group=run.label, seed=run.config.seed, card=found)
 
@@ -164,8 +172,10 @@ def measure_all(
         In the order of the runs.
 
     Raises:
+        ValueError: two runs of one arm and seed.
         ValueError, ArithmeticError: what the first net that refuses says, with its name.
     """
+    check_doubles((run.label, run.config.seed) for run in runs)
     done: dict[int, Measured] = {}
     tell = on_done or (lambda net: None)
     if not workers:
@@ -173,23 +183,52 @@ def measure_all(
             done[i] = _named(run, view, progress)
             tell(done[i])
         return list(done.values())
+    others = multiprocessing.active_children()
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,))
     try:
-        waiting = {pool.submit(_named, run, view, None): i for i, run in enumerate(runs)}
+        waiting = {pool.submit(_served, run, view): i for i, run in enumerate(runs)}
         while waiting:
             ready, _ = wait(waiting, return_when=FIRST_COMPLETED)
             for future in ready:
                 i = waiting.pop(future)
-                done[i] = future.result()
-                tell(done[i])
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+                found = future.result()
+                if isinstance(found, _Refusal):
+                    raise found.kind(found.text)
+                done[i] = found
+                tell(found)
+    except BaseException:
+        # Nobody waits for what is under way: a net can take minutes.
+        pool.shutdown(wait=False, cancel_futures=True)
+        for child in multiprocessing.active_children():
+            if child not in others:
+                child.terminate()
+        raise
+    pool.shutdown()
     return [done[i] for i in range(len(runs))]
 
 
 def _named(run: SavedRun, view: View, progress: Progress | None) -> Measured:
     try:
         return measure(run, view, progress=progress)
-    except (ValueError, ArithmeticError) as error:
-        raise type(error)(f"{run.name}: {error}") from error
+    except Exception as error:
+        error.add_note(f"(while {run.name} was measured)")
+        raise
+
+
+@dataclass(frozen=True)
+class _Refusal:
+    """What flatmin refused in another process: an exception loses on its way where it was raised."""
+
+    kind: type[Exception]
+    text: str
+
+
+def _served(run: SavedRun, view: View) -> Measured | _Refusal:
+    try:
+        return _named(run, view, None)
+    except Exception as error:
+        if not explained(error):
+            raise
+        kind = ArithmeticError if isinstance(error, ArithmeticError) else ValueError
+        return _Refusal(kind, " ".join([str(error), *error.__notes__]))

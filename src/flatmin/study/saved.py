@@ -81,13 +81,13 @@ def open_run(folder: str | os.PathLike[str]) -> SavedRun:
         label = str(found["label"])
         known = {f.name for f in dataclasses.fields(RunConfig)}
         config = fill(RunConfig, {k: v for k, v in found.items() if k in known}, origin=str(path / "config.json"))
-        result = json.loads((path / "result.json").read_text(encoding="utf-8"))
+        failure = dict(json.loads((path / "result.json").read_text(encoding="utf-8"))).get("failure")
     except FileNotFoundError:
         raise ValueError(f"the run in {path} is not finished: there is no result.json in it.") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"the run in {path} cannot be read: {reason(error)}.") from error
-    if result.get("failure"):
-        raise ValueError(f"the run in {path} failed: {result['failure']}.")
+    if failure:
+        raise ValueError(f"the run in {path} failed: {failure}.")
     return SavedRun(name=path.name, label=label, config=config, weights=path / WEIGHTS)
 
 
@@ -107,7 +107,11 @@ def load_weights(model: nn.Module, path: Path) -> None:
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
+    # Modules may add state of any kind under a name of their own.
+    good = isinstance(state, dict) and all(
+        isinstance(k, str) and (isinstance(t, torch.Tensor) or k.endswith("_extra_state")) for k, t in state.items()
+    )
+    if not good:
         raise ValueError(f'{path} holds no state dict, at its top or under "state_dict" or "model".')
     try:
         model.load_state_dict(state)

@@ -116,7 +116,7 @@ class Store:
     def keep(self, run: Run, model: nn.Module) -> None:
         """Keep the trained weights, if this store does."""
         if self.weights:
-            state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+            state = {k: v.detach().cpu() if isinstance(v, torch.Tensor) else v for k, v in model.state_dict().items()}
             _atomically(self.folder(run) / WEIGHTS, lambda file: torch.save(state, file))
 
     def finish(self, run: Run, result: Result) -> None:

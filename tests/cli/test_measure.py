@@ -1,0 +1,445 @@
+"""`flatmin measure`: what it prints and writes for one net and for several, and how it refuses."""
+
+import dataclasses
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+from flatmin.cli.main import app, main
+from flatmin.measure.card import CardSettings, card
+from flatmin.measure.problem import Problem
+from flatmin.study import page
+from flatmin.study.executor import execute
+from flatmin.study.measured import told
+from flatmin.study.measuring import View, batches, find, measure, measure_all, words
+from flatmin.study.saved import open_run
+from flatmin.study.store import Run, Store
+from flatmin.train.config import RunConfig
+from tests.user_side import data as clouds
+from tests.user_side import net
+
+runner = CliRunner()
+QUICK = ("points=5", "plane=3", "steps=5", "runs=1", "ascent_steps=3", "draws=2", "probes=20", "rhos=0.05,0.1")
+SETTINGS = CardSettings(points=5, plane=3, steps=5, runs=1, ascent_steps=3, draws=2, probes=20, rhos=(0.05, 0.1))
+USER = ("--model", "tests.user_side:net", "--data", "tests.user_side:data")
+
+
+class Named(nn.Module):
+    """A net whose layers have names."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.first(x)))
+
+
+def named():
+    return Named()
+
+
+class Late(Named):
+    """Has a mistake that is met late, when everything has been looked over."""
+
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x) if self.calls < 8 else int("x")
+
+
+def late():
+    return Late()
+
+
+def damaged():
+    """Data whose file is broken."""
+    return json.loads('{"x": ')
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """The folders of two arms of two seeds, by label and seed."""
+    store = Store(tmp_path_factory.mktemp("measure"))
+    config = RunConfig(
+        method="sgd", epochs=1, noise=0.3, data="tests.user_side:data", model="tests.user_side:net", measure=False
+    )
+    arms = {"sam": dataclasses.replace(config, method="sam", rho=0.1), "sgd": config}
+    runs = {
+        (label, seed): Run(label=label, config=dataclasses.replace(one, seed=seed), code="c")
+        for label, one in arms.items()
+        for seed in (0, 1)
+    }
+    execute(list(runs.values()), store, workers=0, on_event=lambda event: None)
+    return {key: store.folder(run) for key, run in runs.items()}
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """A file of weights."""
+    torch.manual_seed(0)
+    torch.save({"state_dict": net().state_dict(), "epoch": 3}, tmp_path / "mine.pt")
+    return tmp_path / "mine.pt"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_plotly():
+    """plotly.js is 5 MB; its text does not matter here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(page, "_plotly_js", lambda: "/* plotly.js */")
+        yield
+
+
+def invoke(out, *given):
+    found = runner.invoke(
+        app, ["measure", *map(str, given), "--out", str(out)], env={"COLUMNS": "100"}, catch_exceptions=False
+    )
+    assert found.exit_code == 0, found.output
+    return found.output
+
+
+def files(out):
+    return sorted(str(p.relative_to(out)) for p in out.rglob("*") if p.is_file())
+
+
+def read(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def one(folders, tmp_path_factory):
+    """(folder, name, what was said, the numbers) of one net."""
+    out, name = tmp_path_factory.mktemp("one"), folders["sam", 0].name
+    said = invoke(out, folders["sam", 0], *QUICK)
+    return out, name, said, read(out / f"{name}.json")
+
+
+@pytest.fixture(scope="module")
+def several(folders, tmp_path_factory):
+    """(folder, what was said, the numbers) of four nets."""
+    out = tmp_path_factory.mktemp("several")
+    said = invoke(out, *folders.values(), *QUICK, "--workers", 0, "--what", "model,hessian,density")
+    return out, said, read(out / "measures.json")
+
+
+@pytest.fixture(scope="module")
+def data(folders):
+    """What the runs were trained on."""
+    return open_run(folders["sgd", 0]).data()
+
+
+@pytest.fixture
+def refused(capsys, tmp_path):
+    """Run a command that must be refused in one sentence before anything is written; the sentence."""
+
+    def run(*given, out=tmp_path / "out"):
+        with pytest.raises(SystemExit) as stop:
+            main(["measure", *map(str, given), "--out", str(out)])
+        said = capsys.readouterr()
+        assert stop.value.code == 2, said.err
+        assert said.err.startswith("flatmin: ") and said.err.count("\n") == 1, said.err
+        assert said.out == "" and not out.exists()
+        return said.err
+
+    return run
+
+
+class TestOneRun:
+    def test_what_is_written(self, one):
+        out, name, said, _ = one
+        *written, first, second, third = sorted(files(out), key=lambda file: (file.startswith("landscapes"), file))
+        assert written == [f"{name}.html", f"{name}.json"]
+        where = Path(first).parent
+        assert where.parent == Path("landscapes") / name
+        assert [first, second, third] == [str(where / f"{which}.pt") for which in ("along_random", "along_v1", "plane")]
+        assert said.splitlines()[-2:] == [f"Written: {out / name}.json", f"Written: {out / name}.html"]
+
+    def test_the_numbers_are_those_of_the_card(self, one, folders):
+        _, name, said, found = one
+        run = open_run(folders["sam", 0])
+        data = run.data()
+        problem = Problem(run.model(), nn.functional.cross_entropy, (data.train.x, data.train.y))
+        want = card(problem, "card", settings=SETTINGS)
+        (net_of,) = found["nets"]
+        assert (net_of["name"], net_of["group"], net_of["seed"]) == (name, "sam", 0)
+        assert list(net_of["sections"]) == [s.name for s in want.sections]
+        for section in want.sections:
+            told_of = net_of["sections"][section.name]["quantities"]
+            assert {n: q["value"] for n, q in told_of.items()} == {q.name: q.value for q in section.quantities}
+        for q in want.quantities.values():
+            assert re.search(rf"^{re.escape(q.name)} +{re.escape(told(q.value, q.error))} ", said, re.MULTILINE), q.name
+
+    def test_how_it_was_measured(self, one):
+        _, _, said, found = one
+        (net_of,) = found["nets"]
+        assert net_of["conventions"]["split"] == "train, 30% of the labels wrong"
+        assert (net_of["conventions"]["examples"], net_of["conventions"]["dtype"]) == (50, "float32")
+        assert net_of["settings"]["rhos"] == [0.05, 0.1] and net_of["settings"]["top"] == 5
+        assert net_of["sections"]["trace"]["quantities"]["trace"]["conventions"]["seed"] == 0
+        assert set(found["environment"]) >= {"versions", "python", "device", "threads"}
+        assert "Mean cross_entropy over 50 examples (train, 30% of the labels wrong), eval mode" in said
+
+    def test_how_many_threads(self, one):
+        assert one[3]["environment"]["threads"] == torch.get_num_threads()
+
+    def test_the_page(self, one):
+        out, name, _, _ = one
+        text = (out / f"{name}.html").read_text(encoding="utf-8")
+        assert f"<title>Measures: {name}</title>" in text and "lambda_1" in text and "flatmin" in text
+
+    def test_landscapes_are_taken_from_where_they_are_kept(self, one, folders, tmp_path):
+        """One value is changed there, so that it can be known again."""
+        out, name, _, _ = one
+        shutil.copytree(out / "landscapes" / name, tmp_path / "landscapes" / name)
+        (kept,) = (tmp_path / "landscapes" / name).rglob("plane.pt")
+        saved = torch.load(kept, weights_only=True)
+        saved["loss"][0, 0] = 42.0
+        torch.save(saved, kept)
+        invoke(tmp_path, folders["sam", 0], *QUICK, "--what", "landscape", "--no-page")
+        found = read(tmp_path / f"{name}.json")["nets"][0]["sections"]["landscape"]["results"]["plane"]
+        assert found["loss"][0][0] == 42.0
+
+    @pytest.mark.parametrize("change", [["points=7"], ["--split", "test"], ["--examples", 20]])
+    def test_the_same_net_looked_at_otherwise(self, folders, tmp_path, change):
+        words = (folders["sam", 0], *QUICK, "plane=0", "--what", "landscape", "--no-page")
+        invoke(tmp_path, *words)
+        invoke(tmp_path, *words, *change)
+
+
+class TestOptions:
+    def test_they_reach_the_numbers(self, folders, tmp_path):
+        given = ("--what", "model,layers", "--split", "val", "--params", "2.*", "--dtype", "float64", "--no-page")
+        said = invoke(tmp_path, folders["sgd", 1], *given, "--examples", 12, "--batch", 5, "tol=0.001", "seed=3")
+        assert files(tmp_path) == [f"{folders['sgd', 1].name}.json"], "numbers only"
+        (one,) = read(tmp_path / f"{folders['sgd', 1].name}.json")["nets"]
+        where = one["conventions"]
+        assert (where["split"], where["params"], where["dtype"]) == ("val", "2.*", "float64")
+        assert (where["examples"], where["batch"], where["size"]) == (12, 5, 51)
+        assert (one["settings"]["tol"], one["settings"]["seed"]) == (0.001, 3)
+        assert list(one["sections"]) == ["model", "layers"]
+        assert "lambda_1[2.weight]" in said and "lambda_1[0.weight]" not in said
+
+    def test_pictures(self, folders, tmp_path):
+        pytest.importorskip("matplotlib")
+        invoke(tmp_path, folders["sgd", 0], *QUICK, "--what", "model,hessian", "--png", "--no-page")
+        picture = tmp_path / f"{folders['sgd', 0].name}.png"
+        assert picture.read_bytes().startswith(b"\x89PNG")
+
+    def test_bfloat16_is_said(self, folders, tmp_path):
+        said = invoke(tmp_path, folders["sgd", 0], "--what", "model", "--dtype", "bfloat16", "--no-page")
+        assert "autocast torch.bfloat16" in said
+
+    def test_the_page_is_opened(self, folders, tmp_path, monkeypatch):
+        opened = []
+        monkeypatch.setattr("typer.launch", opened.append)
+        invoke(tmp_path, folders["sgd", 0], "--what", "model", "--open")
+        assert opened == [(tmp_path / f"{folders['sgd', 0].name}.html").as_uri()]
+
+    def test_names_of_layers_are_printed_whole(self, tmp_path):
+        torch.save(named().state_dict(), tmp_path / "a.pt")
+        given = ("--model", "tests.cli.test_measure:named", "--data", "tests.user_side:data", "--what", "layers")
+        said = invoke(tmp_path, tmp_path / "a.pt", *given, "--no-page")
+        assert "lambda_1[head.weight]" in said
+
+
+class TestSeveral:
+    def test_what_is_written(self, several, folders):
+        out, said, found = several
+        assert files(out) == ["measures.html", "measures.json"]
+        assert [n["name"] for n in found["nets"]] == [folder.name for folder in folders.values()]
+        assert "<title>Measures: sgd and sam</title>" in (out / "measures.html").read_text(encoding="utf-8")
+        assert said.splitlines()[-1] == f"Written: {out / 'measures.html'}"
+
+    def test_the_table(self, several):
+        _, said, found = several
+        assert re.search(r"^quantity +sgd +sam +sam - sgd +sam is", said, re.MULTILINE), "the base comes first"
+        values = {
+            (n["group"], n["seed"]): n["sections"]["hessian"]["quantities"]["lambda_1"]["value"] for n in found["nets"]
+        }
+        differences = [values["sam", seed] - values["sgd", seed] for seed in (0, 1)]
+        mean, half = sum(differences) / 2, 12.706205 * abs(differences[0] - differences[1]) / 2
+        (row,) = re.findall(r"^lambda_1 .*$", said, re.MULTILINE)
+        verdict = "not told apart" if abs(mean) <= half else "flatter" if mean < 0 else "sharper"
+        assert told(mean, half) in row and row.rstrip().endswith(verdict)
+        assert "Nets: sgd 2, sam 2. Mean ± 95 % t interval over the seeds" in " ".join(said.split())
+
+    def test_a_line_a_net(self, several, folders):
+        lines = [line for line in several[1].splitlines() if line.startswith("[")]
+        assert [line.split(":")[0] for line in lines] == [
+            f"[{i}/4] {folder.name}" for i, folder in enumerate(folders.values(), 1)
+        ]
+
+    def test_the_same_run_twice_is_one(self, folders, tmp_path):
+        folder = folders["sgd", 0]
+        invoke(tmp_path, folder, f"{folder}/", "--what", "model", "--no-page")
+        assert files(tmp_path) == [f"{folder.name}.json"]
+
+    def test_processes_give_the_same_numbers(self, folders):
+        runs = [open_run(folder) for folder in folders.values()][:3]
+        view = View(what="model,hessian", settings=SETTINGS)
+        done = []
+        there = measure_all(runs, view, workers=2, on_done=lambda net: done.append(net.name))
+        here = measure_all(runs, view)
+        assert sorted(done) == sorted(run.name for run in runs)
+        for a, b in zip(here, there, strict=True):
+            assert (a.name, a.group, a.seed) == (b.name, b.group, b.seed)
+            assert a.card.quantities == b.card.quantities
+
+
+class TestFile:
+    def test_weights_with_their_net_and_data(self, weights, tmp_path):
+        invoke(tmp_path / "out", weights, *USER, "--what", "model", "--split", "test", "--no-page")
+        found = read(tmp_path / "out" / "mine.json")
+        (one,) = found["nets"]
+        assert (one["name"], one["group"], one["seed"]) == ("mine", "mine", 0)
+        torch.manual_seed(0)
+        model, (_, _, (x, y)) = net(), clouds()
+        want = nn.functional.cross_entropy(model(x), y).item()
+        assert one["sections"]["model"]["quantities"]["loss"]["value"] == pytest.approx(want, rel=1e-6)
+        assert one["conventions"]["split"] == "test"
+
+    def test_two_files_are_two_groups(self, weights, tmp_path):
+        other = shutil.copy(weights, tmp_path / "other.pt")
+        said = invoke(tmp_path / "out", weights, other, *USER, "--what", "model", "--workers", 0, "--no-page")
+        assert re.search(r"^quantity +mine +other +other - mine", said, re.MULTILINE)
+
+
+class TestRefusals:
+    def test_targets(self, refused, folders, weights, tmp_path):
+        folder = folders["sgd", 0]
+        assert "there is no run folder or file of weights" in refused(tmp_path / "absent")
+        assert "is not a run: there is no config.json in it" in refused(tmp_path)
+        assert "is not a run" in refused(folder.parent), "the folder of the runs"
+        assert "leave out --model and --data" in refused(folder, "--model", "mlp")
+        assert "name its net and what to measure on with --model and --data" in refused(weights)
+        assert "with --model and --data" in refused(weights, "--model", "mlp")
+        assert "name at least one run folder or file of weights" in refused("top=3")
+
+    def test_no_word_at_all(self, capsys):
+        with pytest.raises(SystemExit) as stop:
+            main(["measure"])
+        assert stop.value.code == 2 and "Missing argument" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("given", "sentence"),
+        [
+            (["--what", "hesian"], "what must be of card, all, model, "),
+            (["--what", ""], "got nothing."),
+            (["--split", "training"], "split must be train, val or test, got 'training'."),
+            (["--dtype", "float16"], "dtype must be float32 or float64"),
+            (["--mode", "training"], "mode must be 'eval' or 'train', got 'training'."),
+            (["--params", "9.*"], "no parameter matches '9.*'; there are 0.weight, "),
+            (["--examples", 51], "the train part has 50 examples, fewer than 51."),
+            (["--split", "val", "--examples", 21], "the val part has 20 examples, fewer than 21."),
+            (["--device", "nowhere"], "device=nowhere cannot be used here"),
+            (["tops=3"], "unknown setting 'tops'; did you mean 'top'? (settings: top, bottom, "),
+            (["rho=much"], "rho=much is not a number."),
+            (["top=2.5"], "top=2.5 is not a whole number."),
+            (["rho=-1"], "rho must be above 0, got -1.0."),
+            (["points=4"], "points must be odd and at least 3"),
+            (["rhos=0.2,0.1"], "rhos must rise from above 0"),
+            (["rhos="], "rhos must rise from above 0"),
+        ],
+    )
+    def test_words(self, refused, folders, given, sentence):
+        assert sentence in refused(folders["sgd", 0], *given)
+
+    def test_runs_that_cannot_be_measured(self, refused, folders, tmp_path):
+        folder = shutil.copytree(folders["sgd", 0], tmp_path / "sgd-copy")
+        (folder / "weights.pt").unlink()
+        assert "holds no weights (weights.pt); runs keep them unless weights=false" in refused(folder)
+        # Those before it are not measured in vain.
+        assert "holds no weights" in refused(*folders.values(), folder, "--workers", 0)
+        (folder / "result.json").unlink()
+        assert "is not finished" in refused(folder)
+
+    def test_weights_of_another_net(self, refused, weights):
+        said = refused(weights, "--model", "tests.cli.test_measure:named", "--data", "tests.user_side:data")
+        assert said.startswith("flatmin: the weights in ") and "do not fit the model" in said
+        assert said.endswith("(while mine was measured)\n")
+
+    def test_missing_extras_are_said_before(self, refused, folders, monkeypatch):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, "matplotlib.figure", None)
+            assert "pip install 'flatmin[plot]'" in refused(folders["sgd", 0], "--png")
+        with monkeypatch.context() as patch:
+            patch.setattr("importlib.util.find_spec", lambda name: None)
+            assert "pip install 'flatmin[report]'" in refused(folders["sgd", 0])
+
+    def test_a_radius_at_which_the_net_overflows(self, refused, folders):
+        assert "use a smaller rho" in refused(folders["sgd", 0], *QUICK, "--what", "sharpness", "rho=1e30")
+
+    def test_what_a_process_refuses(self, refused, folders):
+        given = (*list(folders.values())[:2], "--what", "model", "--workers", 1)
+        assert "the train part has 50 examples, fewer than 51." in refused(*given, "--examples", 51)
+
+    def test_two_runs_of_one_arm_and_seed(self, refused, folders, tmp_path):
+        copy = shutil.copytree(folders["sgd", 0], tmp_path / "sgd-copy")
+        assert "two nets of seed 0" in refused(folders["sgd", 0], copy, *QUICK, "--what", "landscape", "--workers", 0)
+
+    def test_what_the_data_raise_stays_what_it_is(self, weights):
+        run = find(weights, model="tests.user_side:net", data="tests.cli.test_measure:damaged")
+        with pytest.raises(ValueError, match="Expecting value"):
+            measure_all([run], View(what="model"))
+
+    def test_a_mistake_in_the_net_is_no_mistake_in_the_command(self, tmp_path, capsys):
+        torch.save(late().state_dict(), tmp_path / "a.pt")
+        given = ("--model", "tests.cli.test_measure:late", "--data", "tests.user_side:data", "--what", "sharpness")
+        with pytest.raises(SystemExit) as stop:
+            main(["measure", str(tmp_path / "a.pt"), *given, "--out", str(tmp_path / "out")])
+        assert stop.value.code == 1 and "Traceback" in capsys.readouterr().err
+
+
+def test_ctrl_c_says_what_is_kept(folders, tmp_path, monkeypatch, capsys):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("flatmin.study.measuring.measure", stop)
+    with pytest.raises(SystemExit) as stopped:
+        main(["measure", str(folders["sgd", 0]), "--out", str(tmp_path / "out")])
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == "Interrupted; landscapes are kept and go on from there.\n"
+
+
+class TestView:
+    def test_all_examples_in_batches(self, data):
+        found = list(batches(data, View(batch=15)))
+        assert [len(y) for _, y in found] == [15, 15, 15, 5]
+        assert torch.equal(torch.cat([x for x, _ in found]), data.train.x)
+        assert torch.equal(torch.cat([y for _, y in found]), data.train.y), "with the labels that were trained on"
+
+    def test_some_are_drawn_by_the_seed_in_their_own_order(self, data):
+        def drawn(seed):
+            ((x, y),) = batches(data, View(examples=20, settings=CardSettings(seed=seed)))
+            rows = [int((data.train.x == one).all(1).nonzero()) for one in x]
+            assert torch.equal(y, data.train.y[rows])
+            return rows
+
+        assert len(set(drawn(0))) == 20 and drawn(0) == sorted(drawn(0)) == drawn(0)
+        assert drawn(0) != drawn(1) and drawn(0) != list(range(20))
+
+    def test_the_part_in_words(self, data):
+        assert words(data, View()) == "train, 30% of the labels wrong"
+        assert words(data, View(split="test")) == "test"
+        assert words(dataclasses.replace(data, clean=None), View()) == "train"
+
+    @pytest.mark.parametrize("bad", [{"batch": 0}, {"examples": 0}])
+    def test_bad_numbers(self, bad):
+        with pytest.raises(ValueError, match="batch and examples must be at least 1"):
+            View(**bad)
+
+    def test_progress_is_passed_on_and_nothing_kept_without_a_folder(self, folders, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        told_of = []
+        view = View(what="landscape", settings=SETTINGS)
+        found = measure(open_run(folders["sgd", 0]), view, progress=lambda what, share: told_of.append(what))
+        assert "plane" in told_of and found.card.result("plane").complete
+        assert not list(tmp_path.iterdir())

@@ -1,0 +1,561 @@
+"""The card: its numbers are those of the measures themselves, from one Krylov run, and what is missing is named."""
+
+import importlib
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from flatmin.measure.average import average_case
+from flatmin.measure.card import CARD, SECTIONS, CardSettings, card, chosen, plain
+from flatmin.measure.curvature import Hessian
+from flatmin.measure.directions import eigenvector, gaussian, gaussian_pair
+from flatmin.measure.flatness import fisher_rao, pac_bayes, relative_flatness
+from flatmin.measure.krylov import spectrum
+from flatmin.measure.landscape import Slice, landscape
+from flatmin.measure.losses import LogitNormalised, error_rate
+from flatmin.measure.presets import pyhessian_batch, sam_paper
+from flatmin.measure.problem import Problem, restricted, under
+from flatmin.measure.sharpness import curve, m_sharpness, worst_case
+from flatmin.measure.trace import density, frobenius, trace
+from tests.measure.left import left_as_it_was
+from tests.measure.nets import Tied, batches, dense_hessian, function_of, make
+
+# `flatmin.measure.card` and `.landscape` as attributes are the functions.
+MODULE = importlib.import_module("flatmin.measure.card")
+LANDSCAPES = importlib.import_module("flatmin.measure.landscape")
+
+SMALL = CardSettings(points=5, plane=3, steps=5, runs=1, ascent_steps=3, draws=2, probes=20, rhos=(0.05, 0.1))
+ASCENT = {"steps": 3, "seed": 0}
+
+
+def problem_of(name="mlp", **options):
+    model, x, y, loss = make(name)
+    return Problem(model, loss, batches(x, y, 7), split="train", **options)
+
+
+def zeroed():
+    """A classifier whose weights are all zero."""
+    model = nn.Linear(5, 3).double()
+    for p in model.parameters():
+        nn.init.zeros_(p)
+    _, x, y, loss = make("mlp")
+    return Problem(model, loss, (x, y))
+
+
+class Scaled(nn.Module):
+    """A net that has vectors only."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor([1.0, -0.5, 0.3], dtype=torch.float64))
+
+    def forward(self, x):
+        return x[:, :3] * self.scale
+
+
+def vectors():
+    _, x, y, loss = make("mlp")
+    return Problem(Scaled(), loss, (x, y))
+
+
+def values(found):
+    return {name: q.value for name, q in found.quantities.items()}
+
+
+def section(problem, name, settings=SMALL):
+    (only,) = card(problem, name, settings=settings).sections
+    return only
+
+
+@pytest.fixture(scope="module")
+def problem():
+    return problem_of()
+
+
+@pytest.fixture(scope="module")
+def whole(problem):
+    return card(problem, "all", settings=replace(SMALL, m=5))
+
+
+class TestNumbers:
+    def test_model(self, problem, whole):
+        loss, gradient = problem.gradient()
+        norm = problem.flat(problem.weights).norm()
+        assert values(whole) | {
+            "loss": loss,
+            "error_rate": error_rate(problem),
+            "gradient_norm": pytest.approx(float(gradient.norm()), rel=1e-12),
+            "weight_norm": pytest.approx(float(norm), rel=1e-12),
+        } == values(whole)
+
+    def test_eigenvalues_are_those_of_the_dense_hessian(self, problem):
+        want = torch.linalg.eigvalsh(dense_hessian(*make("mlp")))
+        found = card(problem, "hessian", settings=CardSettings(top=6, bottom=2, tol=1e-6)).quantities
+        order = ["lambda_1", "lambda_2", "lambda_3", "lambda_4", "lambda_5", "lambda_6", "lambda_-1", "lambda_-2"]
+        assert list(found) == [*order, "lambda_1/lambda_5"]
+        for name, value in zip(order, [*want.flip(0)[:6].tolist(), *want[:2].tolist()], strict=True):
+            assert found[name].value == pytest.approx(value, abs=1e-9)
+            assert 0 < found[name].error <= 1.1e-6 * abs(value) and found[name].error_is == "residual"
+        assert [found[name].flat for name in order] == ["low"] * 6 + [""] * 2
+        assert found["lambda_2"].text.startswith("2nd largest") and "number 2" in found["lambda_-2"].text
+
+    def test_the_ratio_of_eigenvalues_has_the_error_of_both(self, whole):
+        a, b, ratio = (whole.quantities[name] for name in ("lambda_1", "lambda_5", "lambda_1/lambda_5"))
+        assert ratio.value == a.value / b.value
+        relative = math.hypot(a.error / a.value, b.error / b.value)
+        assert ratio.error == pytest.approx(relative * ratio.value, rel=1e-12)
+
+    def test_an_error_is_never_below_rounding(self):
+        """The residual of a quadratic loss of few weights is."""
+        found = card(problem_of("linear", dtype=torch.float32), "hessian", settings=CardSettings(top=1, bottom=0))
+        q = found.quantities["lambda_1"]
+        assert (
+            q.error
+            >= torch.finfo(torch.float32).eps * q.value
+            > float(found.result("eigenvalues").top_residuals[0]) * q.value
+        )
+
+    def test_trace_and_norm(self, problem):
+        """From a short run, so that the error that is asked for decides how many probes the norm takes."""
+        settings = CardSettings(top=1, bottom=0, tol=0.3, trace_tol=0.015, probes=300)
+        operator = Hessian(problem)
+        known = spectrum(operator, tol=0.3)
+        traced = trace(operator, known, tol=0.015, max_probes=300)
+        squared = frobenius(operator, known, tol=0.03, max_probes=300)
+        assert 24 < squared.probes < 300
+        found = card(problem, "trace", settings=settings).quantities
+        assert (found["trace"].value, found["trace"].error) == (traced.value, traced.error)
+        norm = found["frobenius"]
+        assert norm.value == pytest.approx(math.sqrt(squared.value), rel=1e-12)
+        assert norm.error == pytest.approx(squared.error / (2 * norm.value), rel=1e-12)
+        dense = dense_hessian(*make("mlp"))
+        assert abs(found["trace"].value - float(dense.trace())) <= 5 * traced.error
+        assert abs(norm.value - float(dense.norm())) <= 5 * norm.error
+        assert found["trace"].conventions.seed == 0
+
+    def test_an_estimate_that_missed_its_error_says_so(self, problem):
+        settings = replace(SMALL, top=1, bottom=0, tol=0.5, trace_tol=1e-9)
+        assert section(problem, "trace", settings).quantities[0].note == "error above what was asked"
+
+    def test_density(self, problem, whole):
+        operator = Hessian(problem)
+        want = density(operator, spectrum(operator, top=5, bottom=1, tol=SMALL.tol), runs=1, steps=5)
+        found = whole.result("density")
+        assert torch.equal(found.nodes, want.nodes) and torch.equal(found.weights, want.weights)
+
+    def test_sharpness(self, problem, whole):
+        worst, adaptive = worst_case(problem, 0.05, **ASCENT), worst_case(problem, 0.5, adaptive=True, **ASCENT)
+        linf = worst_case(problem, 0.001, norm="linf", **ASCENT)
+        normalised = worst_case(under(problem, LogitNormalised(problem.loss)), 0.05, **ASCENT)
+        average = average_case(problem, 0.05, draws=2)
+        groups = m_sharpness(problem, 5, 0.05, **ASCENT)
+        want = {
+            "sam_gap": (worst.one_step, 0.0),
+            "worst_case": (worst.value, worst.left),
+            "adaptive": (adaptive.value, adaptive.left),
+            "linf": (linf.value, linf.left),
+            "logit_normalised": (normalised.value, normalised.left),
+            "average_case": (average.value, average.error),
+            "m_sharpness": (groups.value, groups.error),
+        }
+        (found,) = (s for s in whole.sections if s.name == "sharpness")
+        assert {q.name: (q.value, q.error) for q in found.quantities} == want
+        assert whole.quantities["sam_gap"].value == worst_case(problem, 0.05, steps=1).one_step
+        assert whole.quantities["logit_normalised"].conventions.loss == "logit-normalised CrossEntropyLoss"
+        assert {q.flat for q in found.quantities} == {"low"}
+
+    def test_groups_are_measured_only_where_asked_for(self, problem):
+        assert "m_sharpness" not in card(problem, "sharpness", settings=SMALL).quantities
+
+    def test_curves(self, problem, whole):
+        worst, average = curve(problem, (0.05, 0.1), **ASCENT), curve(problem, (0.05, 0.1), measure="average", draws=2)
+        assert whole.result("worst").values == worst.values and whole.result("worst").rhos == (0.05, 0.1)
+        assert (whole.result("average").values, whole.result("average").errors) == (average.values, average.errors)
+
+    def test_flatness(self, problem, whole):
+        noise = [pac_bayes(problem, 0.1, of="loss", magnitude=magnitude, draws=2) for magnitude in (False, True)]
+        relative = relative_flatness(problem, "2.weight", exact=20)
+        want = {
+            "pac_bayes": (noise[0].sigma, noise[0].sigma_error, "high"),
+            "pac_bayes_magnitude": (noise[1].sigma, noise[1].sigma_error, "high"),
+            "relative_flatness": (pytest.approx(relative.value, rel=1e-10), 0.0, "low"),
+            "fisher_rao_model": (fisher_rao(problem).value, 0.0, "low"),
+            "fisher_rao_data": (fisher_rao(problem, labels="data").value, 0.0, "low"),
+        }
+        assert relative.error == 0.0, "the last layer is small enough for the exact value"
+        (found,) = (s for s in whole.sections if s.name == "flatness")
+        assert {q.name: (q.value, q.error, q.flat) for q in found.quantities} == want
+
+    @pytest.mark.parametrize("name", ["mlp", "groupnorm", "tied"])
+    def test_layers_are_the_blocks_of_the_dense_hessian(self, name):
+        model, x, y, loss = make(name)
+        layers = [n for n, w in model.named_parameters() if w.dim() >= 2]
+        settings = replace(SMALL, tol=1e-6)
+        found = section(Problem(model, loss, (x, y)), "layers", settings).quantities
+        assert [q.name for q in found] == [f"lambda_1[{layer}]" for layer in layers]
+        for layer, q in zip(layers, found, strict=True):
+            block = torch.linalg.eigvalsh(dense_hessian(model, x, y, loss, names=[layer]))
+            assert q.value == pytest.approx(float(block[-1]), abs=1e-9 * float(block.abs().max()))
+            assert q.conventions.params == layer
+
+    def test_published(self, problem, whole):
+        want = {}
+        for measure in (pyhessian_batch, sam_paper):
+            result = measure(problem, seed=0)
+            want |= {f"{result.preset}: {name}": value for name, value in result.numbers.items()}
+        (found,) = (s for s in whole.sections if s.name == "published")
+        assert {q.name: q.value for q in found.quantities} == want
+        assert found.missing == {"empirical_sam": "the problem has 3 batches, 40 were asked for."}
+
+    def test_landscapes(self, problem, whole):
+        known = spectrum(Hessian(problem), top=5, bottom=1, tol=SMALL.tol)
+        along = landscape(problem, eigenvector(problem, known, norm="weights"), span=0.1, points=5)
+        random = landscape(problem, gaussian(problem), points=5)
+        plane = landscape(problem, gaussian_pair(problem), points=3)
+        for name, want in (("along_v1", along), ("along_random", random), ("plane", plane)):
+            assert isinstance(whole.result(name), Slice) and torch.equal(whole.result(name).loss, want.loss)
+        assert whole.result("plane").centre == problem.value()
+
+    def test_no_plane_where_none_is_asked_for(self, problem):
+        assert set(section(problem, "landscape", replace(SMALL, plane=0)).results) == {"along_v1", "along_random"}
+
+    def test_a_net_with_fewer_weights_than_eigenvalues_asked_for(self):
+        found = section(vectors(), "hessian")
+        assert [q.name for q in found.quantities] == ["lambda_1", "lambda_2", "lambda_3"]
+
+
+class TestOneRun:
+    def test_sections_share_it(self, problem, monkeypatch):
+        runs = []
+        monkeypatch.setattr(MODULE, "spectrum", lambda *a, **k: runs.append(spectrum(*a, **k)) or runs[-1])
+        card(problem, "hessian,trace,density,landscape", settings=SMALL)
+        assert len(runs) == 1
+
+    def test_its_products_are_made_once(self, problem, monkeypatch):
+        products = []
+        matvec = Hessian.matvec
+        monkeypatch.setattr(Hessian, "matvec", lambda self, v: products.append(1) or matvec(self, v))
+        found = card(problem, "hessian,density,landscape", settings=SMALL)
+        assert len(products) == found.result("eigenvalues").products + found.result("density").products
+
+    def test_a_section_alone_makes_it(self, problem, whole):
+        assert values(card(problem, "trace", settings=SMALL))["trace"] == values(whole)["trace"]
+
+
+class TestWhat:
+    def test_words(self):
+        assert chosen("card") == list(CARD) and chosen("all") == list(SECTIONS)
+        assert chosen(" trace , model,") == chosen(["trace", "model"]) == ["trace", "model"]
+        assert chosen("model,model,card").count("model") == 1
+        assert chosen("layers,card") == ["layers", *CARD]
+        assert set(SECTIONS) - set(CARD) == {"flatness", "layers", "published"}
+
+    def test_the_sections_come_in_the_order_asked_for(self, problem):
+        found = card(problem, ["layers", "model"], settings=SMALL)
+        assert [s.name for s in found.sections] == ["layers", "model"]
+        assert found.result("plane") is None
+
+    @pytest.mark.parametrize(
+        ("what", "got"),
+        [("hesian", "hesian"), ("model,a,b", "a, b"), ("", "nothing"), (" , ", "nothing"), ([], "nothing")],
+    )
+    def test_unknown(self, what, got, problem):
+        with pytest.raises(ValueError) as error:
+            card(problem, what)
+        assert str(error.value) == f"what must be of card, all, {', '.join(SECTIONS)}; got {got}."
+
+    def test_what_is_under_way_is_told(self, problem):
+        told = []
+        card(problem, "all", settings=SMALL, progress=lambda what, share: told.append((what, share)))
+        assert all(0.0 <= share <= 1.0 for _, share in told)
+        done = [what for what, share in told if what in SECTIONS and share == 1.0]
+        assert list(dict.fromkeys(done)) == list(SECTIONS), "some measures are called as their section is"
+        assert {"eigenvalues", "trace", "worst case", "plane"} <= {what for what, _ in told}
+
+
+class TestMissing:
+    def test_regression(self):
+        model = section(problem_of("regression"), "model")
+        assert [q.name for q in model.quantities] == ["loss", "gradient_norm", "weight_norm"]
+        assert set(model.missing) == {"error rate"} and "class indices" in model.missing["error rate"]
+        flatness = section(problem_of("regression"), "flatness")
+        assert set(flatness.missing) == {"Fisher-Rao, model"} and "got MSELoss" in flatness.missing["Fisher-Rao, model"]
+        assert "fisher_rao_data" in [q.name for q in flatness.quantities]
+
+    def test_regression_has_no_logits(self):
+        found = section(problem_of("regression"), "sharpness")
+        assert "logit-normalised" in found.missing
+        assert "logit_normalised" not in [q.name for q in found.quantities]
+
+    def test_smoothed_labels_are_no_labels_of_the_model(self):
+        assert set(section(problem_of("relu"), "flatness").missing) == {"Fisher-Rao, model"}
+
+    def test_vectors_only(self):
+        found = card(vectors(), "all", settings=SMALL)
+        missing = {what: why for s in found.sections for what, why in s.missing.items() if s.name != "published"}
+        assert missing == {
+            "relative flatness": "no selected weight is a matrix.",
+            "layers": "no selected weight is a matrix.",
+            "random directions": "no selected weight is a matrix that is not zero.",
+        }
+        assert found.result("along_v1") is not None and found.result("plane") is None
+
+    def test_weights_that_are_all_zero(self):
+        found = card(zeroed(), "sharpness,landscape", settings=SMALL)
+        sharpness, slices = found.sections
+        assert (
+            set(sharpness.missing) == {"adaptive"} and "every selected weight is zero" in sharpness.missing["adaptive"]
+        )
+        assert slices.results == {} and "random directions" in slices.missing and len(slices.missing) == 2
+
+    def test_a_section_names_its_own_only(self):
+        found = card(problem_of("regression"), "model,hessian", settings=SMALL)
+        assert [len(s.missing) for s in found.sections] == [1, 0]
+
+    @pytest.mark.parametrize("error", [ArithmeticError, TypeError, RuntimeError, KeyboardInterrupt])
+    @pytest.mark.parametrize(("measure", "what"), [("error_rate", "model"), ("pac_bayes", "flatness")])
+    def test_only_a_refusal_is_a_reason(self, measure, what, error, problem, monkeypatch):
+        def broken(*_, **__):
+            raise error("broken")
+
+        monkeypatch.setattr(MODULE, measure, broken)
+        with pytest.raises(error, match="broken"):
+            card(problem, what, settings=SMALL)
+
+    def test_what_every_problem_has_is_not_missing(self, problem, monkeypatch):
+        def refuse(*_, **__):
+            raise ValueError("no")
+
+        monkeypatch.setattr(MODULE, "worst_case", refuse)
+        with pytest.raises(ValueError, match="no"):
+            card(problem, "sharpness", settings=SMALL)
+
+    def test_neither_is_a_loss_that_is_not_finite(self):
+        """Inside an attempt (the radius of the adaptive ball) and outside."""
+        relu = problem_of("relu", dtype=torch.float32)
+        for radius in ("rho", "adaptive_rho"):
+            with pytest.raises(ArithmeticError, match="use a smaller rho"):
+                card(relu, "sharpness", settings=replace(SMALL, **{radius: 1e30}))
+
+
+def numbers_in(value):
+    """Every list inside plain data."""
+    if isinstance(value, dict):
+        for v in value.values():
+            yield from numbers_in(v)
+    elif isinstance(value, list):
+        yield value
+        for v in value:
+            yield from numbers_in(v)
+
+
+class TestPlain:
+    def test_it_is_json_with_the_conventions_of_every_number(self, whole):
+        found = json.loads(json.dumps(whole.to_dict(), allow_nan=False))
+        assert list(found["sections"]) == list(SECTIONS)
+        assert found["conventions"]["loss"] == "CrossEntropyLoss" and found["conventions"]["examples"] == 17
+        assert found["settings"]["rhos"] == [0.05, 0.1]
+        for s in whole.sections:
+            told = found["sections"][s.name]
+            assert told["title"] == s.title and told["missing"] == s.missing
+            for q in s.quantities:
+                assert told["quantities"][q.name]["value"] == q.value
+                assert told["quantities"][q.name]["conventions"] == plain(q.conventions)
+        assert found["sections"]["hessian"]["results"]["eigenvalues"]["top"] == whole.result("eigenvalues").top.tolist()
+        assert found["sections"]["density"]["results"]["density"]["nodes"]
+        assert found["sections"]["landscape"]["results"]["plane"]["loss"] == whole.result("plane").loss.tolist()
+
+    def test_it_holds_no_vector_of_weights(self, problem, whole):
+        assert not [v for v in numbers_in(whole.to_dict()) if len(v) >= problem.size]
+
+    def test_the_card_holds_no_basis_and_no_displacement(self, whole):
+        ends = whole.result("eigenvalues")
+        vectors = [ends.basis, ends.top_vectors, ends.bottom_vectors]
+        vectors += [result.displacement for result in whole.result("worst").results]
+        # Not a view into a large tensor either.
+        assert [v.numel() for v in vectors] == [v.untyped_storage().nbytes() for v in vectors] == [0] * 5
+
+    def test_numbers_that_json_does_not_know(self):
+        found = plain({"a": math.nan, "b": (math.inf, 1), 3: torch.tensor([1.0, -math.inf]), "d": torch.tensor(2)})
+        assert found == {"a": None, "b": [None, 1], "3": [1.0, None], "d": 2}
+        assert plain(torch.zeros(100_001)) is None and plain(torch.float32) == "torch.float32"
+
+
+class TestKept:
+    @pytest.fixture
+    def evaluations(self, monkeypatch):
+        calls, evaluate = [], LANDSCAPES.evaluate
+        monkeypatch.setattr(LANDSCAPES, "evaluate", lambda *a, **k: calls.append(1) or evaluate(*a, **k))
+        return calls
+
+    def test_a_second_card_evaluates_nothing_again(self, problem, tmp_path, evaluations):
+        first = card(problem, "landscape", settings=SMALL, folder=tmp_path / "new")
+        assert sorted(p.name for p in tmp_path.glob("new/*")) == ["along_random.pt", "along_v1.pt", "plane.pt"]
+        assert len(evaluations) == 5 + 5 + 9 + 3  # and the model itself once a landscape, to know it again
+        evaluations.clear()
+        again = card(problem, "landscape", settings=SMALL, folder=tmp_path / "new")
+        assert len(evaluations) == 3
+        for name in ("along_v1", "along_random", "plane"):
+            assert torch.equal(first.result(name).loss, again.result(name).loss)
+
+    def test_it_goes_on_where_it_was_stopped(self, problem, tmp_path, evaluations):
+        def stop(what, share):
+            if what == "plane" and share > 0.4:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            card(problem, "landscape", settings=SMALL, folder=tmp_path, progress=stop)
+        evaluations.clear()
+        found = card(problem, "landscape", settings=SMALL, folder=tmp_path)
+        assert len(evaluations) == 5 + 3, "four of nine points were done"
+        assert found.result("plane").complete
+
+    def test_nothing_is_written_without_a_folder(self, problem, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        card(problem, "landscape", settings=SMALL)
+        assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("fail", [-1, 0, 2, 12, 100, 300])
+def test_the_model_is_left_bit_for_bit(fail):
+    left_as_it_was(lambda p: card(p, "all", settings=replace(SMALL, m=5, bottom=0)), fail)
+
+
+class TestSettings:
+    @pytest.mark.parametrize(
+        ("bad", "sentence"),
+        [
+            ({"tol": 0.0}, "tol must be above 0, got 0.0."),
+            ({"trace_tol": math.nan}, "trace_tol must be above 0, got nan."),
+            ({"rho": -0.1}, "rho must be above 0, got -0.1."),
+            ({"span": math.inf}, "span must be above 0, got inf."),
+            ({"top": 0}, "top must be at least 1, got 0."),
+            ({"bottom": -1}, "bottom must be at least 0, got -1."),
+            ({"draws": 1}, "draws must be at least 2, got 1."),
+            ({"m": -1}, "m must be at least 0, got -1."),
+            ({"seed": -1}, "seed must be at least 0, got -1."),
+            ({"points": 4}, "points must be odd and at least 3, so that the model itself is a point; got 4."),
+            ({"points": 0}, "points must be odd and at least 3, so that the model itself is a point; got 0."),
+            ({"plane": 2}, "plane must be odd and at least 3, so that the model itself is a point; got 2."),
+            ({"plane": -1}, "plane must be odd and at least 3, so that the model itself is a point; got -1."),
+            ({"rhos": ()}, "rhos must rise from above 0, got ()."),
+            ({"rhos": (0.0, 0.1)}, "rhos must rise from above 0, got (0.0, 0.1)."),
+            ({"rhos": (0.1, 0.1)}, "rhos must rise from above 0, got (0.1, 0.1)."),
+        ],
+    )
+    def test_bad_numbers_are_refused(self, bad, sentence):
+        with pytest.raises(ValueError) as error:
+            CardSettings(**bad)
+        assert str(error.value) == sentence
+
+    @pytest.mark.parametrize("rhos", [(0.1, math.nan), (math.nan,), (0.1, math.inf)])
+    def test_radii_are_finite(self, rhos):
+        with pytest.raises(ValueError, match="rhos must"):
+            CardSettings(rhos=rhos)
+
+    def test_one_probe_has_no_error(self):
+        """The trace refuses it, after the eigenvalues have been found."""
+        with pytest.raises(ValueError, match="probes must be at least 2, got 1"):
+            CardSettings(probes=1)
+
+
+def same_function(one, other):
+    """Values, gradients and conventions of two problems, here and elsewhere."""
+    assert one.conventions == other.conventions and one.names == other.names and one.size == other.size
+    shift = torch.randn(one.size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for weights in (None, shift):
+        at = [p.weights if weights is None else p.moved(weights) for p in (one, other)]
+        (a, ga), (b, gb) = (p.gradient(w) for p, w in zip((one, other), at, strict=True))
+        assert a == b and torch.equal(ga, gb)
+        assert one.value(at[0]) == other.value(at[1])
+
+
+class TestUnder:
+    @pytest.mark.parametrize("name", ["mlp", "sum", "class weights"])
+    def test_it_is_the_problem_built_anew(self, name):
+        model, x, y, loss = make(name)
+        kept = Problem(model, loss, batches(x, y, 7), weight_decay=0.1, split="val")
+        before = kept.conventions
+        other = LogitNormalised(loss)
+        same_function(under(kept, other), Problem(model, other, batches(x, y, 7), weight_decay=0.1, split="val"))
+        assert kept.loss is loss and kept.conventions == before
+
+    @pytest.mark.parametrize(
+        "other",
+        [
+            nn.CrossEntropyLoss(reduction="sum"),
+            nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)),
+            nn.CrossEntropyLoss(ignore_index=0),
+        ],
+    )
+    def test_a_loss_with_other_terms_is_refused(self, other, problem):
+        with pytest.raises(
+            ValueError, match="CrossEntropyLoss counts other terms than CrossEntropyLoss; make a Problem"
+        ):
+            under(problem, other)
+
+
+class TiedWithBias(Tied):
+    """Of its three tensors two are one."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.linspace(-1, 1, 6))
+
+    def forward(self, i):
+        return super().forward(i) + self.bias
+
+
+class TestRestricted:
+    @pytest.mark.parametrize("params", ["0.weight", "0.*,2.bias", "*", ["2.*"]])
+    @pytest.mark.parametrize("name", ["mlp", "sum", "relu"])
+    def test_it_is_the_problem_built_anew(self, name, params):
+        model, x, y, loss = make(name)
+        kept = Problem(model, loss, batches(x, y, 7), weight_decay=0.1, split="val")
+        small = restricted(kept, params)
+        same_function(small, Problem(model, loss, batches(x, y, 7), params=params, weight_decay=0.1, split="val"))
+        assert kept.names == [n for n, _ in model.named_parameters()] and kept.size == 57
+        assert list(kept.gradient()[1].shape) == [57], "the problem itself stays as it was"
+
+    @pytest.mark.parametrize("params", ["embed.weight", "bias"])
+    def test_tied_weights_move_together(self, params):
+        torch.manual_seed(0)
+        model, (_, x, y, loss) = TiedWithBias().double(), make("tied")
+        small = restricted(Problem(model, loss, batches(x, y, 7)), params)
+        fn, flat, _ = function_of(model, x, y, loss, [params])
+        torch.testing.assert_close(small.gradient()[1], torch.func.grad(fn)(flat), rtol=0, atol=1e-12)
+        shift = 0.1 * torch.arange(small.size, dtype=torch.float64)
+        assert small.value(small.moved(shift)) == pytest.approx(float(fn(flat + shift)), rel=1e-12)
+
+    def test_what_was_frozen_or_left_out_stays_so(self):
+        model, x, y, loss = make("mlp")
+        model[0].bias.requires_grad_(False)
+        few = Problem(model, loss, (x, y), params="0.*,2.weight")
+        assert restricted(few, "*").names == ["0.weight", "2.weight"]
+        # The bias of the last layer was not selected, so that the pattern means its weight alone.
+        small, want = restricted(few, "2.*"), Problem(model, loss, (x, y), params="2.weight")
+        assert small.names == ["2.weight"] and torch.equal(small.gradient()[1], want.gradient()[1])
+
+    def test_all_weights_are_in_the_dtype_of_the_problem(self):
+        model, x, y, loss = make("mlp")
+        model.float()
+        kept = Problem(model, loss, batches(x, y, 7), dtype=torch.float64)
+        same_function(
+            restricted(kept, "2.*"), Problem(model, loss, batches(x, y, 7), params="2.*", dtype=torch.float64)
+        )
+
+    def test_batch_norm_keeps_its_buffers(self):
+        model, x, y, loss = make("batchnorm")
+        for mode in ("eval", "train"):
+            kept = Problem(model, loss, batches(x, y, 7), mode=mode)
+            same_function(restricted(kept, "4.*"), Problem(model, loss, batches(x, y, 7), mode=mode, params="4.*"))
+
+    @pytest.mark.parametrize("params", ["3.*", "0.weight,nothing", "2.weight"])
+    def test_a_pattern_without_a_weight_is_refused(self, params):
+        few = problem_of(params="0.*")
+        with pytest.raises(ValueError, match=r"no parameter matches '.*'; there are 0\.weight, 0\.bias"):
+            restricted(few, params)

@@ -1,0 +1,278 @@
+"""Trained nets that are kept and read back: the same net, on the same data, or a sentence that says why not."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+from torch import nn
+
+from flatmin.study import store as stores
+from flatmin.study.compare import compare
+from flatmin.study.config import CompareConfig
+from flatmin.study.executor import execute, perform
+from flatmin.study.saved import SavedRun, load_weights, open_run
+from flatmin.study.store import Run, Store
+from flatmin.train.config import RunConfig
+from flatmin.train.loop import Trainer, train
+from tests.helpers import same_bits
+from tests.user_side import net
+
+CONFIG = RunConfig(
+    method="sam", rho=0.1, epochs=2, noise=0.3, data="tests.user_side:data", model="tests.user_side:net", measure=False
+)
+
+
+def run(label="sam", **changes):
+    return Run(label=label, config=dataclasses.replace(CONFIG, **changes), code="c")
+
+
+def do(one, store, workers=0):
+    """Perform a run; its folder."""
+    execute([one], store, workers=workers, on_event=lambda event: None)
+    return store.folder(one)
+
+
+def normalised():
+    """A net with statistics."""
+    return nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 3))
+
+
+class WithExtraState(nn.Linear):
+    """What a module may add to its state dict beside tensors."""
+
+    def get_extra_state(self):
+        return {"version": 1}
+
+    def set_extra_state(self, state):
+        pass
+
+
+def extra():
+    return WithExtraState(6, 3)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """(the folder of a finished run, its trained model)"""
+    store, kept = Store(tmp_path_factory.mktemp("saved")), []
+    folder = do(run(), store)
+    train(CONFIG, on_end=kept.append)
+    return folder, kept[0]
+
+
+@pytest.fixture
+def folder(finished, tmp_path):
+    """A copy of a finished run, to damage."""
+    return shutil.copytree(finished[0], tmp_path / finished[0].name)
+
+
+class TestKept:
+    def test_the_model_is_the_trained_one(self, finished):
+        folder, trained = finished
+        saved = open_run(folder)
+        assert (saved.name, saved.label, saved.config) == (folder.name, "sam", CONFIG)
+        model, x = saved.model(), saved.data().test.x
+        assert same_bits(model.state_dict(), trained.state_dict())
+        assert torch.equal(model(x), trained(x))
+        assert model.training and all(p.requires_grad for p in model.parameters())
+        assert not torch.equal(net()(x), trained(x))
+
+    def test_statistics_of_batch_norm_come_back(self, tmp_path):
+        one, kept = run(model="tests.study.test_saved:normalised"), []
+        model = open_run(do(one, Store(tmp_path))).model()
+        train(one.config, on_end=kept.append)
+        assert same_bits(model.state_dict(), kept[0].state_dict())
+        assert model[1].num_batches_tracked > 0
+
+    def test_the_data_have_the_wrong_labels_that_were_trained_on(self, finished):
+        data, want = open_run(finished[0]).data(), Trainer(CONFIG).data
+        assert torch.equal(data.train.y, want.train.y) and torch.equal(data.wrong, want.wrong)
+        assert int(data.wrong.sum()) == 15
+
+    def test_data_at_hand_are_not_read_again(self, finished, monkeypatch):
+        saved = open_run(finished[0])
+        data = saved.data()
+        monkeypatch.setattr("flatmin.study.saved.load_data", pytest.fail)
+        saved.model(data)
+
+    def test_a_worker_keeps_them_too(self, finished, tmp_path):
+        there = do(run(), Store(tmp_path), workers=1)
+        assert same_bits(open_run(there).model().state_dict(), finished[1].state_dict())
+
+    def test_a_comparison_keeps_them(self, tmp_path):
+        config = CompareConfig(
+            methods=("sgd", "sam"), baselines=False, seeds=2, epochs=1, timing=False, measure=False,
+            data="tests.user_side:data", model="tests.user_side:net",
+        )  # fmt: skip
+        for weights, count in ((True, 4), (False, 0)):
+            out = tmp_path / str(weights)
+            compare(dataclasses.replace(config, weights=weights), out=out, workers=0)
+            assert len(list(out.glob("runs/*/weights.pt"))) == count
+        assert len(list(out.glob("runs/*/result.json"))) == 4
+
+    def test_a_run_that_was_made_elsewhere_is_read_on_the_cpu(self, folder):
+        found = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**found, "device": "cuda"}))
+        saved = open_run(folder)
+        assert saved.config.device == "cuda"
+        assert {t.device.type for t in (saved.data().train.x, *saved.model().parameters())} == {"cpu"}
+
+    def test_another_state_than_tensors(self, tmp_path):
+        folder = do(run(model="tests.study.test_saved:extra"), Store(tmp_path))
+        assert open_run(folder).model().get_extra_state() == {"version": 1}
+
+
+class TestStore:
+    def test_weights_are_left_out_on_request(self, tmp_path):
+        folder = do(run(), Store(tmp_path, weights=False))
+        assert not list(folder.glob("*weights*")) and (folder / "result.json").exists()
+        saved = open_run(folder)
+        for use in (saved.check, saved.model):
+            with pytest.raises(
+                ValueError, match=r"no weights.*unless weights=false.*remove the folder and do the run again"
+            ):
+                use()
+
+    def test_a_run_that_is_done_again_has_none_of_the_old(self, folder):
+        one = run()
+        store = Store(folder.parents[1])
+        store.runs = folder.parent
+        store.begin(one, {})
+        assert sorted(p.name for p in folder.iterdir()) == ["config.json", "env.json", "metrics.jsonl"]
+
+    def test_a_run_that_fails_has_none(self, tmp_path):
+        one, ends = run(lr=1e9, batch_size=8), []
+        assert train(one.config, on_end=ends.append).failure is not None
+        assert ends == []
+        folder = do(one, Store(tmp_path))
+        assert not (folder / "weights.pt").exists()
+        with pytest.raises(ValueError, match="failed: the training loss was not finite"):
+            open_run(folder)
+
+    def test_half_a_file_is_never_left(self, tmp_path, monkeypatch):
+        def full(state, file):
+            file.write(b"half")
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(stores.torch, "save", full)
+        one, store = run(), Store(tmp_path)
+        outcome = perform(one, store, lambda line: None)
+        assert "No space left" in outcome.error
+        left = sorted(p.name for p in store.folder(one).iterdir())
+        assert left == ["config.json", "env.json", "metrics.jsonl"], "the run is not finished either"
+
+    def test_keeping_changes_neither_the_model_nor_the_numbers(self, tmp_path):
+        one, results = run(), []
+        for weights in (True, False):
+            results.append(perform(one, Store(tmp_path / str(weights), weights=weights), lambda line: None).result)
+        assert [dataclasses.replace(r, seconds=0.0) for r in results] == [
+            dataclasses.replace(results[0], seconds=0.0)
+        ] * 2
+
+
+class TestRefusals:
+    def test_no_run(self, tmp_path):
+        for path in (tmp_path, tmp_path / "absent"):
+            with pytest.raises(
+                ValueError, match=r"is not a run: there is no config\.json in it \(runs are in FOLDER/runs\)"
+            ):
+                open_run(path)
+
+    def test_an_unfinished_run(self, folder):
+        (folder / "result.json").unlink()
+        with pytest.raises(ValueError, match=r"is not finished: there is no result\.json"):
+            open_run(folder)
+
+    @pytest.mark.parametrize(
+        ("file", "content", "reason"),
+        [
+            ("config.json", '{"label": "sa', "truncated or damaged"),
+            ("config.json", "[]", "list indices"),
+            ("config.json", "{}", "no entry 'label'"),
+            ("config.json", '{"label": "sam"}', "method"),
+            ("config.json", '{"label": "sam", "method": 3}', "method = 3 is a int, expected a text"),
+            ("config.json", '{"label": "sam", "method": "sam", "epochs": 0}', "epochs"),
+            ("result.json", "", "truncated or damaged"),
+            ("result.json", "[1]", ""),
+            ("result.json", "null", ""),
+        ],
+    )
+    def test_a_damaged_run(self, folder, file, content, reason):
+        (folder / file).write_text(content)
+        with pytest.raises(ValueError) as error:
+            open_run(folder)
+        text = str(error.value)
+        assert text.startswith(f"the run in {folder} cannot be read: ") and reason in text and text.count("\n") == 0
+
+    def test_entries_that_a_later_version_added_do_not_matter(self, folder):
+        found = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**found, "of_tomorrow": 1}))
+        assert open_run(folder).config == CONFIG
+
+    def test_weights_of_another_net(self, folder):
+        torch.save(nn.Linear(2, 2).state_dict(), folder / "weights.pt")
+        with pytest.raises(ValueError, match=r"weights\.pt do not fit the model: .*Missing key"):
+            open_run(folder).model()
+
+
+def wrapped(key):
+    return lambda state: {key: state, "epoch": 3, "optimizer": {"state": {}, "param_groups": []}}
+
+
+class TestFiles:
+    @pytest.mark.parametrize("wrap", [lambda s: s, wrapped("state_dict"), wrapped("model"), lambda s: {"model": s}])
+    def test_checkpoints(self, wrap, tmp_path):
+        torch.manual_seed(0)
+        trained, other = net(), net()
+        torch.save(wrap(trained.state_dict()), tmp_path / "a.pt")
+        load_weights(other, tmp_path / "a.pt")
+        assert same_bits(other.state_dict(), trained.state_dict())
+
+    @pytest.mark.parametrize(
+        ("content", "sentence"),
+        [
+            (torch.zeros(3), 'holds no state dict, at its top or under "state_dict" or "model".'),
+            ([1, 2], "holds no state dict"),
+            ({"weights": {"a": torch.zeros(1)}}, "holds no state dict"),
+            ({"model": 3, "epoch": 1}, "holds no state dict"),
+            ({}, "do not fit the model: .*Missing key"),
+            ({0: torch.zeros(1)}, "holds no state dict"),
+            ({**net().state_dict(), "0.bias": torch.zeros(5)}, "do not fit the model: .*size mismatch for 0.bias"),
+            ({**net().state_dict(), "more": torch.zeros(5)}, 'do not fit the model: .*Unexpected key.*"more"'),
+        ],
+    )
+    def test_what_is_no_state_dict_of_this_net(self, content, sentence, tmp_path):
+        torch.save(content, tmp_path / "a.pt")
+        with pytest.raises(ValueError, match=sentence) as error:
+            load_weights(net(), tmp_path / "a.pt")
+        assert "\n" not in str(error.value) and str(tmp_path / "a.pt") in str(error.value)
+
+    def test_no_checkpoint_at_all(self, tmp_path):
+        (tmp_path / "a.pt").write_text("hello")
+        with pytest.raises(ValueError, match=r"a\.pt is no ") as error:
+            load_weights(net(), tmp_path / "a.pt")
+        assert "\n" not in str(error.value)
+        with pytest.raises(ValueError, match=r"there is no file .*absent"):
+            load_weights(net(), tmp_path / "absent")
+
+    def test_code_in_a_checkpoint_is_not_run(self, tmp_path):
+        """A whole model is a pickle of its class."""
+        torch.save(net(), tmp_path / "a.pt")
+        with pytest.raises(ValueError, match="it holds more than tensors"):
+            load_weights(net(), tmp_path / "a.pt")
+
+    def test_the_net_is_left_alone_by_a_file_without_weights(self, tmp_path):
+        torch.save({"model": 3}, tmp_path / "a.pt")
+        model = net()
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        with pytest.raises(ValueError):
+            load_weights(model, tmp_path / "a.pt")
+        assert same_bits(model.state_dict(), before)
+
+
+def test_a_file_is_a_run_without_a_folder(tmp_path):
+    torch.save(net().state_dict(), tmp_path / "mine.pt")
+    saved = SavedRun(name="mine", label="mine", config=CONFIG, weights=tmp_path / "mine.pt")
+    assert saved.model()(saved.data().val.x).shape == (20, 3)
