@@ -168,6 +168,9 @@ class SiteContext:
             return rest, self.norm(rest)
         return ta.reject(a, along, self._site.layout)
 
+    def copied(self, tensors: Tensors) -> Sequence[Tensor]:
+        return ta.copied(tensors, self._site.layout)
+
     def bounded(self, by: Tensor) -> None:
         self._site.bound = by
 

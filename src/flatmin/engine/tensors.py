@@ -205,6 +205,12 @@ class Joined(Sequence[Tensor]):
         return self._views[at]
 
 
+def copied(tensors: Sequence[Tensor], layout: Layout | None = None) -> Sequence[Tensor]:
+    """Copies, in a few large tensors where that pays."""
+    whole = None if layout is None else layout.joined(tensors)
+    return [t.clone() for t in tensors] if layout is None or whole is None else Joined(layout, whole)
+
+
 def norm(tensors: Sequence[Tensor], layout: Layout | None = None) -> Tensor:
     """Global L2 norm in fp32, or fp64 if any tensor is fp64; one scalar on the first tensor's device.
 

@@ -212,6 +212,9 @@ class Context(Protocol):
     def reject(self, a: Tensors, along: Tensors) -> tuple[Sequence[Tensor], Tensor]:
         """A minus its projection on `along`, as new tensors, and the norm of that."""
 
+    def copied(self, tensors: Tensors) -> Sequence[Tensor]:
+        """The same values in memory of their own, as state that is to outlive the step's gradients."""
+
     def bounded(self, by: Tensor) -> None:
         """Promise that no entry of u exceeds the scalar `by`, nan where u has one: spares a look for nan and inf."""
 
