@@ -133,8 +133,8 @@ def _cost_of_products(case: Case, rounds: int) -> Table:
     return Table("One product with the Hessian", ("form", "ms", "gradients"), rows)
 
 
-def measure(rounds: int, epochs: int) -> Result:
-    """Run every question in turn, all who answer it interleaved."""
+def measure(rounds: int, epochs: int, about: str = "") -> Result:
+    """Run every question that begins so in turn, all who answer it interleaved."""
     case = trained(epochs)
     result = Result("curvature", settings={"rounds": str(rounds), "examples": str(EXAMPLES), "net": "ResNet-8"})
     cost = _cost_of_products(case, rounds)
@@ -145,6 +145,8 @@ def measure(rounds: int, epochs: int) -> Result:
     want = [*exact.top.tolist(), *exact.bottom.tolist()]
     own, others = ours(case), peers.available(case)
     for question, runs in own.items():
+        if not question.startswith(about):
+            continue
         runs = {**runs, **others.get(question, {})}
         seconds: dict[str, list[float]] = {n: [] for n in runs}
         products: dict[str, list[int]] = {n: [] for n in runs}
@@ -222,7 +224,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds, each with its own seed (default 3)")
     parser.add_argument("--epochs", type=int, default=15, help="epochs of the net's training (default 15)")
 
+    parser.add_argument("--about", default="", help="only questions that begin so: top-1, top-5, trace, card")
+
 
 def run(options: argparse.Namespace) -> Result:
     """Measure what was asked for."""
-    return measure(options.rounds, options.epochs)
+    return measure(options.rounds, options.epochs, options.about)
