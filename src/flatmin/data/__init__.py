@@ -1,1 +1,1 @@
-"""Data sets as tensors, label noise, and the checks that a user's own data must pass."""
+"""Data sets as tensors, image files and their augmentation, label noise, and the checks of a user's own data."""

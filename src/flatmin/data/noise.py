@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
+
+from flatmin.data.images import CIFAR100_COARSE, draw_share
+
+CIFAR10_CONFUSIONS = {9: 1, 2: 0, 4: 7, 3: 5, 5: 3}
+"""Truck to automobile, bird to airplane, deer to horse, cat to dog and back (Patrini et al. 2017, CVPR)."""
 
 
 def symmetric_noise(labels: Tensor, share: float, num_classes: int, *, seed: int) -> Tensor:
@@ -39,3 +46,67 @@ def symmetric_noise(labels: Tensor, share: float, num_classes: int, *, seed: int
     noisy = labels.cpu().clone()
     noisy[chosen] = (noisy[chosen] + shift) % num_classes
     return noisy.to(labels.device)
+
+
+def asymmetric_noise(labels: Tensor, share: float, confusions: Mapping[int, int], *, seed: int) -> Tensor:
+    """Labels with an exact share of those that can be confused replaced by the class that each is confused with.
+
+    Of the m samples whose class is in `confusions`, round(share * m) are drawn without replacement, and of each class
+    its proportion of them, to the nearest sample. Every other label stays. The result depends on the seed alone, not
+    on the global random state.
+
+    Args:
+        labels: shape (n,), int64.
+        share: in [0, 1], of the affected samples. With `CIFAR10_CONFUSIONS`, which affects half of the classes, 0.4
+            makes a fifth of all labels wrong; papers call it 40 %.
+        confusions: class to the class that it is taken for; `CIFAR10_CONFUSIONS`, or `CIFAR100_CONFUSIONS`.
+        seed: of the generator.
+
+    Returns:
+        New labels, shape (n,).
+
+    Raises:
+        ValueError: a share outside [0, 1], a negative class, or a class that is confused with itself.
+
+    Example:
+        >>> clean = torch.tensor([0, 0, 0, 0, 1, 1])
+        >>> asymmetric_noise(clean, 0.5, {0: 2}, seed=0).bincount().tolist()
+        [2, 2, 2]
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"noise must be a share in [0, 1], got {share!r}.")
+    for source, target in confusions.items():
+        if source == target or source < 0 or target < 0:
+            raise ValueError(
+                f"confusions must lead from one class to another one, got {source} to {target}; leave out classes that "
+                "stay."
+            )
+    clean = labels.cpu()
+    order = torch.randperm(len(clean), generator=torch.Generator().manual_seed(seed))
+    order = order[torch.isin(clean[order], torch.tensor(list(confusions), dtype=torch.int64))]
+    chosen = draw_share(order, clean, round(share * len(order)))
+    noisy = clean.clone()
+    for source, target in confusions.items():
+        noisy[chosen[clean[chosen] == source]] = target
+    return noisy.to(labels.device)
+
+
+def next_of_group(groups: tuple[int, ...]) -> dict[int, int]:
+    """Each class to the next one of its group, the last one to the first; groups of one class are left out.
+
+    Args:
+        groups: of class 0, 1, ...
+
+    Example:
+        >>> next_of_group((7, 3, 7, 7))
+        {0: 2, 2: 3, 3: 0}
+    """
+    members: dict[int, list[int]] = {}
+    for label, group in enumerate(groups):
+        members.setdefault(group, []).append(label)
+    after = {a: b for own in members.values() for a, b in zip(own, own[1:] + own[:1], strict=True) if a != b}
+    return dict(sorted(after.items()))
+
+
+CIFAR100_CONFUSIONS = next_of_group(CIFAR100_COARSE)
+"""Each class to the next one of its superclass, in circles of five (Patrini et al. 2017, CVPR)."""

@@ -1,1 +1,1 @@
-"""Small networks to train."""
+"""Networks to train: one file a family, one line a network in `zoo.MODELS`."""

@@ -1,36 +1,51 @@
-"""Two small networks for 8x8 images, without BatchNorm, so that curvature is a function of the weights alone."""
+"""Two small networks, by default for 8x8 images, without BatchNorm: curvature is a function of the weights alone."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import nn
 
+from flatmin.models.common import check_counts
 
-def conv(num_classes: int = 10) -> nn.Module:
-    """3x3 convolutions of 16 and 32 channels, 2x2 max pooling, a hidden layer of 64; for inputs (n, 1, 8, 8).
 
-    38 282 parameters with 10 classes.
+def conv(num_classes: int = 10, *, in_channels: int = 1, image_size: int = 8) -> nn.Module:
+    """3x3 convolutions of 16 and 32 channels, 2x2 max pooling, a hidden layer of 64.
+
+    For inputs (n, in_channels, image_size, image_size), by default (n, 1, 8, 8); 38 282 parameters with 10 classes.
+    Initialised as torch does.
+
+    Raises:
+        ValueError: counts below 1, or an image that cannot be pooled.
     """
+    check_counts(num_classes=num_classes, in_channels=in_channels)
+    check_counts(2, image_size=image_size)
     return nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1),
+        nn.Conv2d(in_channels, 16, 3, padding=1),
         nn.ReLU(),
         nn.Conv2d(16, 32, 3, padding=1),
         nn.ReLU(),
         nn.MaxPool2d(2),
         nn.Flatten(),
-        nn.Linear(32 * 4 * 4, 64),
+        nn.Linear(32 * (image_size // 2) ** 2, 64),
         nn.ReLU(),
         nn.Linear(64, num_classes),
     )
 
 
-def mlp(num_classes: int = 10) -> nn.Module:
-    """Two hidden layers of 64; for inputs with 64 values, such as (n, 1, 8, 8).
+def mlp(num_classes: int = 10, *, in_channels: int = 1, image_size: int = 8) -> nn.Module:
+    """Two hidden layers of 64.
 
-    8970 parameters with 10 classes.
+    For inputs with in_channels * image_size^2 values, by default 64, such as (n, 1, 8, 8); 8970 parameters with 10
+    classes. Initialised as torch does.
+
+    Raises:
+        ValueError: counts below 1.
     """
+    check_counts(num_classes=num_classes, in_channels=in_channels, image_size=image_size)
     return nn.Sequential(
         nn.Flatten(),
-        nn.Linear(64, 64),
+        nn.Linear(in_channels * image_size**2, 64),
         nn.ReLU(),
         nn.Linear(64, 64),
         nn.ReLU(),
@@ -38,4 +53,4 @@ def mlp(num_classes: int = 10) -> nn.Module:
     )
 
 
-MODELS = {"conv": conv, "mlp": mlp}
+MODELS: dict[str, Callable[..., nn.Module]] = {"conv": conv, "mlp": mlp}
