@@ -1,0 +1,152 @@
+"""Augmentation of whole batches of bytes, on the device that they are on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flatmin.data.images import Statistics, check_bytes
+
+_DRAWS = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augment:
+    """Random crop, horizontal flip, normalisation and cutout, in this order, which is that of the papers.
+
+    Padding is black (byte 0, before normalisation); cutout is the mean colour (0, after normalisation). The centre
+    of the cut square is any pixel, so that the border may cut it: it covers rows c - s // 2 to c - s // 2 + s - 1.
+
+    Every call draws one array u of shape (6, n), uniform in [0, 1), from the generator, whatever is switched on, so
+    that two settings with one seed differ in what they switch and in nothing else. Its rows are, in order:
+
+    - u[0], u[1]: first row and first column of the crop in the padded image, floor(u (2 crop + 1));
+    - u[2]: flipped if u < 1/2;
+    - u[3]: cut if u < cutout_p;
+    - u[4], u[5]: row and column of the centre of the cut square, floor(u H) and floor(u W).
+
+    A CPU generator gives the same images on every device.
+
+    Args:
+        crop: padding on each side, of which a window of the old size is cut. 0: none. Default 4.
+        flip: mirror each image with probability 1/2. Default True.
+        cutout: side of the square. 0: none. Default 16, for CIFAR (DeVries & Taylor 2017; BiSAM, VaSSO).
+        cutout_p: probability of the square. Default 0.5, from the code of BiSAM and VaSSO (DeVries & Taylor: 1).
+
+    Raises:
+        ValueError: a negative size, or a probability outside [0, 1].
+
+    Example:
+        >>> from flatmin.data.images import CIFAR10
+        >>> x = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
+        >>> Augment()(x, CIFAR10, torch.Generator().manual_seed(0)).shape
+        torch.Size([8, 3, 32, 32])
+    """
+
+    crop: int = 4
+    flip: bool = True
+    cutout: int = 16
+    cutout_p: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.crop < 0 or self.cutout < 0:
+            raise ValueError(f"crop and cutout must be at least 0, got {self.crop} and {self.cutout}.")
+        if not 0 <= self.cutout_p <= 1:
+            raise ValueError(f"cutout_p must be a probability in [0, 1], got {self.cutout_p!r}.")
+
+    def __call__(
+        self, x: Tensor, statistics: Statistics, generator: torch.Generator, *, channels_last: bool = False
+    ) -> Tensor:
+        """The augmented and normalised batch.
+
+        Args:
+            x: shape (n, C, H, W), uint8; left as it is.
+            statistics: of the training part, C channels.
+            generator: all draws come from here.
+            channels_last: memory format of the result; its values are the same.
+
+        Returns:
+            Shape (n, C, H, W), float32.
+
+        Raises:
+            ValueError: images of another type or shape.
+        """
+        check_bytes(x)
+        n = len(x)
+        # Pageable memory is staged before the copy returns, so the copy needs no wait.
+        u = torch.rand(_DRAWS, n, generator=generator, device=generator.device).to(x.device, non_blocking=True)
+        if self.crop or self.flip:
+            x = self._moved(x, u)
+        out = normalise(x, statistics, channels_last=channels_last)
+        if self.cutout and self.cutout_p:
+            out.mul_(self._kept(u, x.shape[2], x.shape[3]))
+        return out
+
+    def _moved(self, x: Tensor, u: Tensor) -> Tensor:
+        """Crop and flip as one gather."""
+        n, channels, height, width = x.shape
+        rows = torch.arange(height, device=x.device).expand(n, -1)
+        columns = torch.arange(width, device=x.device).expand(n, -1)
+        if self.flip:
+            # |0 - j| = j and |(W - 1) - j| is the mirrored column.
+            columns = ((u[2] < 0.5).mul(width - 1).unsqueeze(1) - columns).abs_()
+        if self.crop:
+            # In float32 u m < m for u < 1: m 2^-24 is more than half a step of the numbers just below m.
+            first = (u[:2] * (2 * self.crop + 1)).long().unsqueeze(2)
+            rows, columns = rows + first[0], columns + first[1]
+            x = F.pad(x, (self.crop,) * 4)
+        index = (rows * x.shape[3]).unsqueeze(2) + columns.unsqueeze(1)
+        index = index.view(n, 1, height * width).expand(-1, channels, -1)
+        return x.flatten(2).gather(2, index).view(n, channels, height, width)
+
+    def _kept(self, u: Tensor, height: int, width: int) -> Tensor:
+        """Mask of the pixels outside the square, shape (n, 1, H, W)."""
+        rows = self._outside(u[4], height) | (u[3] >= self.cutout_p).unsqueeze(1)
+        return (rows.unsqueeze(2) | self._outside(u[5], width).unsqueeze(1)).unsqueeze(1)
+
+    def _outside(self, u: Tensor, size: int) -> Tensor:
+        """The lines that the square leaves, shape (n, size): those with |line + shift - centre| >= cutout / 2."""
+        shift = 0.0 if self.cutout % 2 else 0.5
+        lines = torch.arange(size, device=u.device) + shift
+        return (lines - (u * size).floor_().unsqueeze(1)).abs_() >= self.cutout / 2
+
+
+def normalise(x: Tensor, statistics: Statistics, *, channels_last: bool = False) -> Tensor:
+    """Bytes as float32: (x - 255 mean) * (1 / (255 std)), that is, (x / 255 - mean) / std up to rounding.
+
+    Args:
+        x: shape (n, C, H, W), uint8.
+        statistics: C channels.
+        channels_last: memory format of the result; its values are the same.
+
+    Returns:
+        Shape (n, C, H, W), float32.
+
+    Raises:
+        ValueError: images of another type or shape.
+    """
+    check_bytes(x)
+    if x.shape[1] != len(statistics.mean):
+        raise ValueError(
+            f"the statistics have {len(statistics.mean)} channels, but the images have {x.shape[1]}; "
+            "compute them with Statistics.of(train images)."
+        )
+    shift, scale = _constants(statistics, x.device)
+    # The layout is changed while the numbers are bytes: a quarter of the memory to move.
+    x = x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    return x.to(torch.float32).sub_(shift).mul_(scale)
+
+
+@lru_cache(maxsize=32)
+def _constants(statistics: Statistics, device: torch.device) -> tuple[Tensor, Tensor]:
+    """255 mean and 1 / (255 std), shape (C, 1, 1); kept, because a copy to the device would wait for it."""
+    shift = [255 * mean for mean in statistics.mean]
+    scale = [1 / (255 * std) for std in statistics.std]
+    return (
+        torch.tensor(shift, dtype=torch.float32).view(-1, 1, 1).to(device),
+        torch.tensor(scale, dtype=torch.float32).view(-1, 1, 1).to(device),
+    )
