@@ -28,7 +28,7 @@ class RunConfig:
         momentum: of SGD.
         weight_decay: of SGD; not part of any loss that is climbed or measured.
         noise: share of training labels replaced by wrong ones.
-        model: "conv", "mlp", or "pkg:function".
+        model: a name of `flatmin.models.zoo.MODELS`, such as "conv" or "resnet18", or "pkg:function".
         data: "digits", or "pkg:function".
         split_seed: of the split of the built-in data; the same for all runs.
         plugins: modules that bring methods.

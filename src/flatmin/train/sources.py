@@ -10,7 +10,7 @@ from torch import nn
 from flatmin.data.base import Data, as_data
 from flatmin.data.digits import load_digits
 from flatmin.data.noise import symmetric_noise
-from flatmin.models.small import MODELS
+from flatmin.models.zoo import MODELS
 from flatmin.train.config import RunConfig, stream
 from flatmin.train.locate import find_function
 from flatmin.words import suggest
@@ -48,8 +48,8 @@ def load_clean(name: str, split_seed: int = 0) -> Data:
 def build_model(config: RunConfig, data: Data) -> nn.Module:
     """A freshly initialised model on the run's device.
 
-    A user's function is called with `num_classes=K` if it has a parameter of that name, else with nothing. The
-    global random state is the same after the call as before.
+    A function is called with those of `num_classes=K`, `in_channels=C` and `image_size=H` that it has parameters for,
+    the latter two for inputs of shape (n, C, H, W). The global random state is the same after the call as before.
 
     Raises:
         ValueError: unknown name, a function that needs other arguments, or something that is no module.
@@ -64,7 +64,10 @@ def build_model(config: RunConfig, data: Data) -> nn.Module:
             f"(models: {', '.join(MODELS)}, or package.module:function)"
         )
     known = inspect.signature(function).parameters
-    given = {"num_classes": data.num_classes} if "num_classes" in known else {}
+    told = {"num_classes": data.num_classes}
+    if data.train.x.dim() == 4:
+        told |= {"in_channels": data.train.x.shape[1], "image_size": data.train.x.shape[2]}
+    given = {name: value for name, value in told.items() if name in known}
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     for name, parameter in known.items():
         if parameter.default is parameter.empty and parameter.kind not in variadic and name not in given:

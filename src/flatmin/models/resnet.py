@@ -1,0 +1,116 @@
+"""ResNets of four stages, with the stem for small images."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from flatmin.models.common import Block, Chain, GlobalMean, check_counts, conv, he_normal, stage
+
+
+class Residual(nn.Module):
+    """relu(body(x) + shortcut(x))."""
+
+    def __init__(self, body: nn.Module, shortcut: nn.Module) -> None:
+        super().__init__()
+        self.body, self.shortcut = body, shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.body(x) + self.shortcut(x))
+
+
+def two_convs(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
+    """The body of a basic block: 3x3, 3x3, each with BatchNorm."""
+    return nn.Sequential(
+        conv(in_channels, out_channels, stride=stride),
+        nn.BatchNorm2d(out_channels),
+        nn.ReLU(),
+        conv(out_channels, out_channels),
+        nn.BatchNorm2d(out_channels),
+    )
+
+
+def basic(in_channels: int, out_channels: int, stride: int) -> Residual:
+    """The block of depths 18 and 34."""
+    return Residual(two_convs(in_channels, out_channels, stride), _projection(in_channels, out_channels, stride))
+
+
+def bottleneck(in_channels: int, out_channels: int, stride: int) -> Residual:
+    """The block of depths from 50 on: 1x1 down to a quarter of the channels, 3x3, 1x1 up."""
+    inner = out_channels // 4
+    body = nn.Sequential(
+        conv(in_channels, inner, 1),
+        nn.BatchNorm2d(inner),
+        nn.ReLU(),
+        conv(inner, inner, stride=stride),
+        nn.BatchNorm2d(inner),
+        nn.ReLU(),
+        conv(inner, out_channels, 1),
+        nn.BatchNorm2d(out_channels),
+    )
+    return Residual(body, _projection(in_channels, out_channels, stride))
+
+
+def _projection(in_channels: int, out_channels: int, stride: int) -> nn.Module:
+    if in_channels == out_channels and stride == 1:
+        return nn.Identity()
+    return nn.Sequential(conv(in_channels, out_channels, 1, stride), nn.BatchNorm2d(out_channels))
+
+
+# depth -> block, its channels over the stage's width, blocks in each stage (table 1 of the paper)
+LAYERS: dict[int, tuple[Block, int, tuple[int, int, int, int]]] = {
+    18: (basic, 1, (2, 2, 2, 2)),
+    34: (basic, 1, (3, 4, 6, 3)),
+    50: (bottleneck, 4, (3, 4, 6, 3)),
+    101: (bottleneck, 4, (3, 4, 23, 3)),
+    152: (bottleneck, 4, (3, 8, 36, 3)),
+}
+
+
+class ResNet(Chain):
+    """ResNet for small images: a 3x3 stem of stride 1 without pooling, four stages of residual blocks.
+
+    For inputs (n, in_channels, h, w) of any size. The stages have 64, 128, 256 and 512 channels, times 4 after
+    bottlenecks; each but the first halves the image. Shortcuts are projections (1x1 and BatchNorm) where the shape
+    changes (option B). Initialised by `he_normal`.
+
+    Parameters with 10 and 100 classes: 18: 11 173 962 and 11 220 132; 34: 21 282 122 and 21 328 292; 50: 23 520 842 and
+    23 705 252; 101: 42 512 970 and 42 697 380; 152: 58 156 618 and 58 341 028.
+
+    Differs from the paper: the stem (7x7 of stride 2 and a max pooling there, for images of 224), and the stride of a
+    bottleneck is at its 3x3, as in most code since.
+
+    Args:
+        depth: 18, 34, 50, 101 or 152.
+        num_classes: logits.
+        in_channels: of the images.
+        max_pool: a 3x3 max pooling of stride 2 after the stem. A quarter of the work, and other results: one of the
+            projects that report ResNets with this stem has it, the others do not.
+        width: channels of the first stage.
+
+    Raises:
+        ValueError: another depth, or counts below 1.
+
+    Reference: He, Zhang, Ren & Sun, Deep Residual Learning for Image Recognition, CVPR 2016,
+    https://arxiv.org/abs/1512.03385
+    """
+
+    def __init__(
+        self, depth: int, num_classes: int = 10, *, in_channels: int = 3, max_pool: bool = False, width: int = 64
+    ) -> None:
+        check_counts(num_classes=num_classes, in_channels=in_channels, width=width)
+        if depth not in LAYERS:
+            raise ValueError(f"depth must be one of {', '.join(map(str, LAYERS))}, got {depth!r}.")
+        block, expansion, counts = LAYERS[depth]
+        super().__init__()
+        self.stem = nn.Sequential(conv(in_channels, width), nn.BatchNorm2d(width), nn.ReLU())
+        if max_pool:
+            self.stem.append(nn.MaxPool2d(3, stride=2, padding=1))
+        channels = width
+        for k, count in enumerate(counts):
+            out_channels = width * 2**k * expansion
+            self.add_module(f"stage{k + 1}", stage(block, channels, out_channels, count, stride=1 if k == 0 else 2))
+            channels = out_channels
+        self.pool = GlobalMean()
+        self.head = nn.Linear(channels, num_classes)
+        he_normal(self)
