@@ -84,3 +84,10 @@ def test_loops_take_turns():
     loops = {n: SimpleNamespace(step=lambda n=n: ran.append(n)) for n in "ab"}
     assert {n: len(t) for n, t in cost.turns(loops, 2).items()} == {"a": 2, "b": 2}
     assert "".join(ran) == ("a" * cost.WINDOW + "b" * cost.WINDOW) * 3
+
+
+def test_methods_of_one_gradient_are_held_against_a_plain_step():
+    spent = {cost.CONTROL: [5.0] * 3, "momentum-sam": [5.5] * 3, "stale-sam": [6.0] * 3}
+    table, gates = cost.in_turns("mlp200", spent)
+    assert [row[0] for row in table.rows] == list(cost.IN_TURNS)
+    assert [(g.value, g.passed) for g in gates] == [("1.100", True), ("1.200", False)]
