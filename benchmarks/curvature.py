@@ -136,7 +136,8 @@ def _cost_of_products(case: Case, rounds: int) -> Table:
 def measure(rounds: int, epochs: int, about: str = "") -> Result:
     """Run every question that begins so in turn, all who answer it interleaved."""
     case = trained(epochs)
-    result = Result("curvature", settings={"rounds": str(rounds), "examples": str(EXAMPLES), "net": "ResNet-8"})
+    settings = {"rounds": str(rounds), "examples": str(EXAMPLES), "net": "ResNet-8", "about": about or "everything"}
+    result = Result("curvature", settings=settings)
     cost = _cost_of_products(case, rounds)
     result.tables.append(cost)
     kept = float(cost.rows[1][2])
@@ -223,8 +224,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this command."""
     parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds, each with its own seed (default 3)")
     parser.add_argument("--epochs", type=int, default=15, help="epochs of the net's training (default 15)")
-
-    parser.add_argument("--about", default="", help="only questions that begin so: top-1, top-5, trace, card")
+    parser.add_argument(
+        "--about", default="", choices=("", "top-1", "top-5", "trace", "card"), help="one question only"
+    )
 
 
 def run(options: argparse.Namespace) -> Result:

@@ -253,7 +253,7 @@ class TestOptions:
 class TestSeveral:
     def test_what_is_written(self, several, folders):
         out, said, found = several
-        assert files(out) == ["measures.html", "measures.json"]
+        assert files(out) == sorted(["measures.html", "measures.json", *(f"{f.name}.json" for f in folders.values())])
         assert [n["name"] for n in found["nets"]] == [folder.name for folder in folders.values()]
         assert "<title>Measures: sgd and sam</title>" in (out / "measures.html").read_text(encoding="utf-8")
         assert said.splitlines()[-1] == f"Written: {out / 'measures.html'}"
@@ -443,3 +443,61 @@ class TestView:
         found = measure(open_run(folders["sgd", 0]), view, progress=lambda what, share: told_of.append(what))
         assert "plane" in told_of and found.card.result("plane").complete
         assert not list(tmp_path.iterdir())
+
+
+class TestFilesOfWeights:
+    GIVEN = ("--model", "tests.user_side:net", "--data", "tests.user_side:data", "--no-page")
+
+    def test_of_one_name_go_by_their_folders(self, tmp_path):
+        for seed, folder in enumerate("ab"):
+            (tmp_path / folder).mkdir()
+            torch.manual_seed(seed)
+            torch.save(net().state_dict(), tmp_path / folder / "best.pt")
+        out = tmp_path / "out"
+        said = invoke(out, *(tmp_path / f / "best.pt" for f in "ab"), *self.GIVEN, "--what", "model", "--workers", 0)
+        assert files(out) == ["a-best.json", "b-best.json", "measures.json"] and "b-best - a-best" in said
+
+    def test_are_measured_anew_when_they_have_changed(self, weights, tmp_path):
+        given = (weights, *self.GIVEN, *QUICK, "plane=0", "--what", "landscape")
+        invoke(tmp_path / "out", *given)
+        torch.save({k: v + 0.1 for k, v in net().state_dict().items()}, weights)
+        invoke(tmp_path / "out", *given)
+        assert len(list((tmp_path / "out" / "landscapes" / "mine").iterdir())) == 2
+
+    def test_that_cannot_be_measured_take_nothing_away(self, weights, tmp_path, capsys):
+        torch.save({"0.weight": torch.zeros(1)}, tmp_path / "other.pt")
+        with pytest.raises(SystemExit) as stop:
+            given = [weights, tmp_path / "other.pt", *self.GIVEN, "--what", "model", "--workers", 0]
+            main(["measure", *map(str, given), "--out", str(tmp_path / "out")])
+        assert stop.value.code == 2 and "do not fit the model" in capsys.readouterr().err
+        assert files(tmp_path / "out") == ["mine.json"]
+
+    def test_in_a_folder_that_looks_like_a_setting(self, weights, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "seed=1").mkdir()
+        weights.rename(tmp_path / "seed=1" / "w.pt")
+        invoke("out", "seed=1/w.pt", *self.GIVEN, "--what", "model")
+        assert files(tmp_path / "out") == ["w.json"]
+
+
+def test_workers_for_one_net_are_refused(refused, folders):
+    assert "--workers is for several nets" in refused(folders["sgd", 0], "--workers", 2)
+
+
+def test_what_some_net_lacks_is_said(folders, tmp_path, monkeypatch):
+    import flatmin.measure.card  # noqa: F401
+
+    module = sys.modules["flatmin.measure.card"]
+    real, calls = module.error_rate, []
+
+    def once(problem):
+        calls.append(problem)
+        if len(calls) == 2:
+            raise ValueError("no classes here.")
+        return real(problem)
+
+    monkeypatch.setattr(module, "error_rate", once)
+    said = invoke(tmp_path, *list(folders.values())[:2], "--what", "model", "--no-page", "--workers", 0)
+    name = list(folders.values())[1].name
+    assert f"error rate is not there for {name}: no classes here." in " ".join(said.split())
+    assert not re.search(r"^error_rate", said, re.MULTILINE)

@@ -327,3 +327,9 @@ def test_bad_loaders(root):
         FileLoader(files, Centre(8), batch_size=0)
     with pytest.raises(ValueError, match="11 images, which make no batch of 12; use a smaller batch_size"):
         FileLoader(files, Centre(8), batch_size=12, drop_last=True)
+
+
+def test_pixels_of_16_bits_are_refused(tmp_path):
+    Image.new("I;16", (8, 8), 3000).save(tmp_path / "deep.png")
+    with pytest.raises(ValueError, match=r"deep.png cannot be read as an image: its pixels are of more than 8 bits"):
+        read_image(tmp_path / "deep.png", Centre(8))

@@ -1,6 +1,8 @@
 """What the engine remembers of the weights must not outlive its truth."""
 
 import copy
+import dataclasses
+from typing import ClassVar
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch import nn
 import flatmin
 from flatmin.engine import tensors
 from flatmin.engine.tensors import Layout, all_finite, norm, reject
+from flatmin.parts import Direction
 
 
 def make(dtype=torch.float32, sizes=((4, 3), (3,), (5, 3), (2,))):
@@ -193,3 +196,56 @@ def test_a_promised_bound_hides_no_fault(spoiled):
 
     optimizer.step(closure)
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), before, strict=True))
+
+
+def test_a_bound_from_memory_that_is_not_finite_is_none():
+    """Finite gradients whose inner product overflows leave an infinity in what LookSAM keeps; 0 times it is nan."""
+    weights = [nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(3, 4))]
+    optimizer = flatmin.wrap(torch.optim.SGD(weights, lr=0.1), "looksam", k=3)
+    scale = [1e15, 1e25]
+
+    def closure():
+        optimizer.zero_grad()
+        for w in weights:
+            w.grad = torch.full_like(w, scale[0])
+        scale[:] = scale[1:] or [1.0]
+        return torch.tensor(0.0)
+
+    for _ in range(3):
+        optimizer.step(closure)
+    assert all(w.isfinite().all() for w in weights)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Lazy(Direction):
+    """Keeps what it was given first, and gives back the very state that it is shown; one number beside each tensor."""
+
+    slots: ClassVar = {"first": "param", "size": "param"}
+
+    def __call__(self, g, state, c):
+        seen = all(s is not None for s in state["first"])
+        first = state["first"] if seen else [x.clone() for x in g]
+        return g, {"first": first, "size": [x.norm().reshape(1) for x in g]}
+
+
+def test_memory_that_is_given_back_or_of_another_shape():
+    net, _ = small_looksam()
+    recipe = dataclasses.replace(flatmin.compose("sam"), direction=Lazy())
+    optimizer = flatmin.wrap(torch.optim.SGD(net.parameters(), lr=0.1), recipe)
+    train(net, optimizer, 1)
+    first = [optimizer.state[w]["flatmin.direction.first"].clone() for w in net.parameters()]
+    train(net, optimizer, 3)
+    for w, kept in zip(net.parameters(), first, strict=True):
+        assert torch.equal(optimizer.state[w]["flatmin.direction.first"], kept)
+        assert optimizer.state[w]["flatmin.direction.size"].shape == (1,)
+
+
+def test_memory_lies_in_large_tensors_again_after_a_checkpoint():
+    net, optimizer = small_looksam()
+    train(net, optimizer, 3)
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    apart = slots_of(net, optimizer)
+    assert len({s.untyped_storage().data_ptr() for s in apart}) == len(apart)
+    train(net, optimizer, 2)
+    joined = slots_of(net, optimizer)
+    assert len({s.untyped_storage().data_ptr() for s in joined}) < len(joined)

@@ -31,7 +31,9 @@ def compare(
     tune: Annotated[
         bool | None, typer.Option("--tune/--no-tune", help="Choose rho (or the given axes) on validation.")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="conv, mlp, resnet18, ..., or your own as package.module:function.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="conv, mlp, resnet18, ..., or your own as package.module:function.")
+    ] = None,
     data: Annotated[str | None, typer.Option(help="digits, or your own as package.module:function.")] = None,
     plugin: Annotated[
         list[str] | None, typer.Option(help="A module that brings methods of its own. Repeatable.")

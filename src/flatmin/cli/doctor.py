@@ -25,6 +25,7 @@ EXTRAS = (
     Extra("digits", "scikit-learn", "the handwritten digits that `flatmin compare` trains on by default"),
     Extra("report", "plotly", "the HTML report of `flatmin compare`"),
     Extra("plot", "matplotlib", "figures of landscapes and spectra; see flatmin.study.draw"),
+    Extra("vision", "Pillow", "images in class folders; see flatmin.data.folder"),
     Extra("lightning", "lightning", "flatmin.integrations.lightning"),
     Extra("hf", "transformers", "flatmin.integrations.hf, and Accelerate"),
     Extra("skorch", "skorch", "skorch nets; see docs/frameworks.md"),

@@ -65,7 +65,7 @@ def measure(
     from flatmin.study.fingerprint import environment
     from flatmin.study.measured import as_json
     from flatmin.study.measured_page import render
-    from flatmin.study.measuring import View, find, measure_all
+    from flatmin.study.measuring import View, find_all, measure_all
     from flatmin.study.page import require_figures
     from flatmin.study.page import write as write_page
     from flatmin.study.store import write_atomically
@@ -75,11 +75,11 @@ def measure(
         require_figures()
     if png:
         draw_card.require()
-    words = [word for word in targets if _SETTING.match(word)]
-    paths = [Path(word) for word in targets if not _SETTING.match(word)]
+    words = [word for word in targets if _SETTING.match(word) and not Path(word).exists()]
+    paths = [Path(word) for word in targets if word not in words]
     if not paths:
         raise ValueError("name at least one run folder or file of weights.")
-    runs = [find(path, model=model, data=data) for path in dict.fromkeys(paths)]
+    runs = find_all(paths, model=model, data=data)
     view = View(
         what=what,
         settings=_settings(words),
@@ -93,20 +93,29 @@ def measure(
         landscapes=out / "landscapes",
     )
     several = len(runs) > 1
+    if workers and (not several or device != "cpu"):
+        raise ValueError("--workers is for several nets on the CPU; here there is one process.")
     processes = (default_workers() if workers is None else workers) if several and device == "cpu" else 0
     console = make_console()
+    about = environment(device, 1 if processes else torch.get_num_threads())
     try:
         with _Bar(console, len(runs)) as bar:
-            nets = measure_all(runs, view, workers=processes, progress=bar.part, on_done=bar.done)
+
+            def done(net: Measured) -> None:
+                out.mkdir(parents=True, exist_ok=True)
+                # At once, so that a later net that cannot be measured takes nothing away.
+                write_atomically(out / f"{net.name}.json", as_json([net], about))
+                bar.done(net)
+
+            nets = measure_all(runs, view, workers=processes, progress=bar.part, on_done=done)
     except KeyboardInterrupt:
         typer.echo("Interrupted; landscapes are kept and go on from there.", err=True)
         raise typer.Exit(130) from None
     _print(nets, console)
     command = ["flatmin", *sys.argv[1:]]
     name = nets[0].name if not several else "measures"
-    out.mkdir(parents=True, exist_ok=True)
-    about = environment(device, 1 if processes else torch.get_num_threads())
-    write_atomically(out / f"{name}.json", as_json(nets, about))
+    if several:
+        write_atomically(out / f"{name}.json", as_json(nets, about))
     written = [out / f"{name}.json"]
     if png:
         written += [draw_card.save(net, out / f"{net.name}.png") for net in nets]
@@ -177,7 +186,7 @@ class _Bar:
 
 
 def _print(nets: Sequence[Measured], console: Console) -> None:
-    from flatmin.study.measured import groups_of, unlike
+    from flatmin.study.measured import compare_cards, groups_of, left_out, unlike
     from flatmin.study.measured_page import sentence
 
     console.print()
@@ -198,6 +207,15 @@ def _print(nets: Sequence[Measured], console: Console) -> None:
         f"[dim]Nets: {counts}. Mean ± 95 % t interval over the seeds; differences paired. Flatter or sharper as far as "
         "the seeds tell.[/dim]"
     )
+    for words in left_out(nets):
+        console.print(words, markup=False, highlight=False)
+    noted = {row.quantity.name: row.notes for row in compare_cards(nets) if row.notes}
+    if noted:
+        console.print(
+            "* of some net: " + "; ".join(f"{name} {', '.join(found)}" for name, found in noted.items()),
+            markup=False,
+            highlight=False,
+        )
     for words in unlike(nets):
         console.print(f"The nets were not measured alike: {words}.", markup=False, highlight=False)
 
@@ -244,7 +262,7 @@ def _comparison(nets: Sequence[Measured]) -> Table:
         table.add_column(Text(f"{name} - {base}"), justify="right", no_wrap=True)
         table.add_column(Text(f"{name} is"), no_wrap=True)
     for row in compare_cards(nets):
-        cells: list[Text | str] = [Text(row.quantity.name)]
+        cells: list[Text | str] = [Text(row.quantity.name + " *" * bool(row.notes))]
         cells += [told(row.groups[name].mean, row.groups[name].half) for name in groups]
         for name in others:
             found = row.difference.get(name)

@@ -34,7 +34,7 @@ class Augment:
     Args:
         crop: padding on each side, of which a window of the old size is cut. 0: none. Default 4.
         flip: mirror each image with probability 1/2. Default True.
-        cutout: side of the square. 0: none. Default 16, for CIFAR (DeVries & Taylor 2017; BiSAM, VaSSO).
+        cutout: side of the square. 0: none. Default 16 (DeVries & Taylor 2017 for CIFAR-10; BiSAM and VaSSO).
         cutout_p: probability of the square. Default 0.5, from the code of BiSAM and VaSSO (DeVries & Taylor: 1).
 
     Raises:

@@ -229,8 +229,8 @@ class RandomCrop:
 def read_image(path: str | os.PathLike[str], view: View, *, seed: int = 0, epoch: int = 0, index: int = 0) -> Tensor:
     """One image file as a square of bytes, in red, green and blue.
 
-    Grey images, palettes and transparency are converted; a rotation in the file's notes (EXIF) is not applied, as in
-    most published training code.
+    Grey images of 8 bits, palettes and transparency are converted, deeper pixels refused; a rotation in the file's
+    notes (EXIF) is not applied, as in most published training code.
 
     Args:
         path: the file.
@@ -250,6 +250,8 @@ def read_image(path: str | os.PathLike[str], view: View, *, seed: int = 0, epoch
     draw = random.Random(f"{seed}/{epoch}/{index}")
     try:
         with pillow.open(path) as file:
+            if file.mode.startswith(("I", "F")):
+                raise ValueError(f"its pixels are of more than 8 bits (mode {file.mode})")
             image = file.convert("RGB")
     except Exception as error:  # what a decoder raises on a broken file has no common type
         raise _UnreadableError(f"{path} cannot be read as an image: {error}; replace the file or remove it.") from error
@@ -262,7 +264,7 @@ class FileLoader:
     """Batches of image files as bytes, read by worker processes that live from epoch to epoch.
 
     Order and crops depend on (seed, epoch) alone: the batches are the same for any number of workers, and an epoch
-    can be read again or alone. The global random state is not used.
+    can be read again or alone, but not two of them at the same time. The global random state is not used.
 
     Args:
         files: from `scan_folder` or `scan_annotated`.

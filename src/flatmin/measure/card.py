@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from flatmin.measure.average import average_case
+from flatmin.measure.average import Average, average_case
 from flatmin.measure.curvature import Hessian
 from flatmin.measure.directions import eigenvector, gaussian, gaussian_pair
 from flatmin.measure.flatness import fisher_rao, pac_bayes, relative_flatness
@@ -23,7 +23,7 @@ from flatmin.measure.landscape import landscape
 from flatmin.measure.losses import LogitNormalised, error_rate
 from flatmin.measure.presets import Published, empirical_sam, pyhessian_batch, sam_paper
 from flatmin.measure.problem import Conventions, Problem, first_tensor, restricted, under
-from flatmin.measure.sharpness import Sharpness, curve, m_sharpness, worst_case
+from flatmin.measure.sharpness import Grouped, Sharpness, curve, m_sharpness, worst_case
 from flatmin.measure.trace import density, frobenius, trace
 
 Flat = Literal["low", "high", ""]
@@ -41,7 +41,7 @@ class Quantity:
         text: what it is, in words.
         value: the number.
         error: half width of what is known of it, in its own unit; 0 for a value exact to rounding, NaN if unknown.
-        error_is: what the error is: "standard error", "residual", "bracket" or "rounding".
+        error_is: what the error is, such as "standard error", "residual", "a step could still add" or "rounding".
         flat: whether "low" or "high" values are called flat; "" for neither.
         note: what a reader must know besides, such as "not converged".
         conventions: what it was measured on.
@@ -207,7 +207,7 @@ class Session:
         self.tell(what, 0.0)
         try:
             return list(measure())
-        except ValueError as error:
+        except (ValueError, ArithmeticError) as error:
             self.missing[what] = str(error)
             return []
 
@@ -273,8 +273,8 @@ def card(
         progress: called with (what is measured, share of it done).
 
     Raises:
-        ValueError: an unknown section, or what the measures raise for a problem they cannot measure.
-        ArithmeticError: see the measures.
+        ValueError: an unknown section, or a problem of which nothing can be measured.
+        ArithmeticError: a Hessian or a loss that is not finite at the weights.
 
     Example:
         >>> import torch
@@ -462,7 +462,10 @@ def _sharpness(session: Session) -> Found:
         "adaptive",
         lambda: gap("adaptive", f"the same within {s.adaptive_rho:g} |w|", problem, s.adaptive_rho, adaptive=True),
     )
-    found += gap("linf", f"the same, each weight by at most {s.linf_rho:g}", problem, s.linf_rho, norm="linf")
+    found += session.attempt(
+        "l-infinity",
+        lambda: gap("linf", f"the same, each weight by at most {s.linf_rho:g}", problem, s.linf_rho, norm="linf"),
+    )
     found += session.attempt(
         "logit-normalised",
         lambda: gap(
@@ -472,39 +475,39 @@ def _sharpness(session: Session) -> Found:
             s.rho,
         ),
     )
-    average = average_case(problem, s.rho, draws=s.draws, seed=s.seed)
-    found.append(
-        number(
-            "average_case",
-            f"mean rise over random steps of length {s.rho:g}",
-            average.value,
-            error=average.error,
+
+    def average() -> list[Quantity]:
+        result = average_case(problem, s.rho, draws=s.draws, seed=s.seed)
+        return [estimate("average_case", f"mean rise over random steps of length {s.rho:g}", result)]
+
+    def groups() -> list[Quantity]:
+        result = m_sharpness(problem, s.m, s.rho, **ascent)
+        return [estimate("m_sharpness", f"mean worst case over groups of {s.m}, rho = {s.rho:g}", result)]
+
+    def estimate(name: str, text: str, result: Average | Grouped) -> Quantity:
+        return number(
+            name,
+            text,
+            result.value,
+            error=result.error,
             error_is="standard error",
             flat="low",
-            conventions=average.conventions,
+            conventions=result.conventions,
         )
-    )
+
+    found += session.attempt("average case", average)
     if s.m:
-        session.tell("m-sharpness", 0.0)
-        groups = m_sharpness(problem, s.m, s.rho, **ascent)
-        found.append(
-            number(
-                "m_sharpness",
-                f"mean worst case over groups of {s.m}, rho = {s.rho:g}",
-                groups.value,
-                error=groups.error,
-                error_is="standard error",
-                flat="low",
-                conventions=groups.conventions,
-            )
-        )
-    session.tell("curves", 0.0)
-    worst_curve = curve(problem, s.rhos, **ascent)
-    slim: Any = tuple(replace(r, displacement=torch.empty(0)) for r in worst_curve.results if isinstance(r, Sharpness))
-    curves = {
-        "worst": replace(worst_curve, results=slim),
-        "average": curve(problem, s.rhos, measure="average", draws=s.draws, seed=s.seed),
-    }
+        found += session.attempt("m-sharpness", groups)
+    curves: dict[str, Any] = {}
+
+    def rising() -> list[Quantity]:
+        worst_curve = curve(problem, s.rhos, **ascent)
+        slim: Any = [replace(r, displacement=torch.empty(0)) for r in worst_curve.results if isinstance(r, Sharpness)]
+        curves["worst"] = replace(worst_curve, results=tuple(slim))
+        curves["average"] = curve(problem, s.rhos, measure="average", draws=s.draws, seed=s.seed)
+        return []
+
+    session.attempt("curves", rising)
     return "Sharpness", found, curves
 
 

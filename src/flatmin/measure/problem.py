@@ -373,7 +373,7 @@ def under(problem: Problem, loss: Loss) -> Problem:
 
 
 def restricted(problem: Problem, params: str | Sequence[str]) -> Problem:
-    """The same function of fewer weights: the others of the problem become constants.
+    """The same function of fewer weights: the others of the problem become constants, and their weight decay falls out.
 
     Args:
         problem: the function.

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flatmin.measure.curvature import Operator, dense
+from flatmin.measure.curvature import Operator
 from flatmin.measure.krylov import Spectrum, sample
 from flatmin.measure.problem import Conventions
 from flatmin.stats import t_quantile
 
 Progress = Callable[[int, float], None]
-_WHOLE = 5
+_WHOLE, _LARGEST = 5, 2000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,8 +266,8 @@ def density(
 ) -> Density:
     """The spectral density by stochastic Lanczos quadrature, reorthogonalised in full: raw nodes and weights.
 
-    Exact, from the whole matrix, where the operator has at most 5 runs * steps rows: the noise of a random vector falls
-    with their number, and is largest there.
+    Exact, from the whole matrix, where the operator has at most 5 runs * steps rows and no more than 2000: the noise of
+    a random vector falls with their number, and is largest there.
 
     Args:
         operator: see `spectrum`.
@@ -287,10 +287,14 @@ def density(
     if runs < 0 or steps < 1:
         raise ValueError(f"runs must be at least 0 and steps at least 1, got {runs!r} and {steps!r}.")
     if runs == 0:
-        return _first_sample(operator, known)
-    if operator.size <= _WHOLE * runs * steps:
-        matrix = finite(dense(operator)).double()
-        nodes = torch.linalg.eigvalsh((matrix + matrix.T) / 2).cpu()
+        return _first_sample(known)
+    if operator.size <= min(_WHOLE * runs * steps, _LARGEST):
+        matrix = torch.empty(operator.size, operator.size, dtype=torch.float64)
+        for i, row in enumerate(torch.eye(operator.size, dtype=operator.dtype)):
+            matrix[i] = finite(operator.matvec(row.to(operator.device))).double().cpu()
+            if progress is not None:
+                progress(i + 1, (i + 1) / operator.size)
+        nodes = torch.linalg.eigvalsh((matrix + matrix.T) / 2)
         return Density(
             nodes=nodes,
             weights=torch.full_like(nodes, 1.0 / operator.size),
@@ -323,21 +327,13 @@ def density(
     )
 
 
-def _first_sample(operator: Operator, known: Spectrum | None) -> Density:
-    """The density as the start vector of a run saw it, with the eigenvalues that the run found in their place."""
+def _first_sample(known: Spectrum | None) -> Density:
+    """The density as the start vector of a run saw it."""
     if known is None or not known.random_start:
         raise ValueError("runs=0 takes the density from `known`: give a run that began at a random vector.")
-    values, _ = _trusted(known)
-    found = (known.nodes[:, None] - values[None]).abs() <= known.tol * values.abs()[None]
-    rest = ~found.any(1)
-    seen = known.weights[rest]
-    share = (operator.size - len(values)) / operator.size
-    nodes = torch.cat([known.nodes[rest], values])
-    weights = torch.cat([seen * (share / seen.sum()), torch.full_like(values, 1.0 / operator.size)])
-    order = nodes.argsort()
     return Density(
-        nodes=nodes[order],
-        weights=weights[order],
+        nodes=known.nodes,
+        weights=known.weights,
         runs=1,
         steps=len(known.nodes),
         products=0,
@@ -395,6 +391,8 @@ def _check(operator: Operator, known: Spectrum | None, tol: float, max_probes: i
         raise ValueError(f"tol must be positive and max_probes at least 2, got {tol!r} and {max_probes!r}.")
     if known is not None and known.basis.shape[1] != operator.size:
         raise ValueError(f"the spectrum is of size {known.basis.shape[1]}, the operator of size {operator.size}.")
+    if known is not None and len(known.basis) != len(known.diagonal):
+        raise ValueError("the spectrum has lost its vectors, as those in a card have; run spectrum() again.")
 
 
 def _basis(known: Spectrum | None) -> Tensor | None:

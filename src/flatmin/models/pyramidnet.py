@@ -42,7 +42,7 @@ class PyramidNet(Chain):
     16 + floor(alpha k / N) channels. Initialised by `he_normal`.
 
     Depth 110 with alpha = 270 (5 channels a block) has 28 485 477 parameters with 10 classes, 28 511 307 with 100; the
-    paper rounds to 28.3 M.
+    paper states 28.3 M.
 
     Differs from the paper: its rule floors each sum before the next one is formed, and so ends below 16 + alpha where
     alpha / N is no integer.

@@ -1,5 +1,6 @@
 """What goes to the base optimizer?"""
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -204,7 +205,8 @@ class Look(Combine):
             sharp = [torch.zeros_like(x) if s is None else s for s, x in zip(sharp, g, strict=True)]
         norm = c.norm(g)
         factor = torch.where(size > 0, self.alpha * norm / size, torch.zeros_like(size))
-        c.bounded((1.0 + self.alpha) * norm)
+        # Only a finite size speaks for what is kept: 0 times an infinity is no number.
+        c.bounded(torch.where(size.isfinite(), (1.0 + self.alpha) * norm, math.inf))
         return c.add_scaled(g, sharp, factor, spent=True), {}
 
 

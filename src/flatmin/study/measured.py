@@ -38,13 +38,15 @@ class Comparison:
         quantity: that of the first net, for its words.
         groups: mean over the nets of each group, with the 95 % t interval.
         difference: to the base group, paired over the seeds that both have; empty for the base.
-        error: the largest error of measurement of a single net, in the quantity's unit.
+        error: the largest error of measurement of a single net, in the quantity's unit; NaN if one is not known.
+        notes: what a reader must know of some net's number, such as "not converged".
     """
 
     quantity: Quantity
     groups: dict[str, Stat]
     difference: dict[str, Stat]
     error: float
+    notes: tuple[str, ...] = ()
 
     def verdict(self, group: str) -> str:
         """Whether the group is flatter or sharper than the base by this quantity, as far as the seeds tell."""
@@ -89,15 +91,32 @@ def compare_cards(nets: Sequence[Measured]) -> list[Comparison]:
     for name in shared:
         values = {g: {net.seed: net.card.quantities[name].value for net in members} for g, members in groups.items()}
         differences = {g: paired(found, values[base]) for g, found in values.items() if g != base}
+        measured = [net.card.quantities[name] for net in nets]
+        errors = [q.error for q in measured]
         rows.append(
             Comparison(
                 quantity=nets[0].card.quantities[name],
                 groups={g: summarise(list(found.values())) for g, found in values.items()},
                 difference={g: stat for g, stat in differences.items() if stat is not None},
-                error=max(net.card.quantities[name].error for net in nets),
+                error=math.nan if any(map(math.isnan, errors)) else max(errors),
+                notes=tuple(dict.fromkeys(q.note for q in measured if q.note)),
             )
         )
     return rows
+
+
+def left_out(nets: Sequence[Measured]) -> list[str]:
+    """What some net does not have, and why, in words: `compare_cards` leaves it out for all."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for net in nets:
+        for section in net.card.sections:
+            for what, why in section.missing.items():
+                reasons.setdefault((what, why), []).append(net.name)
+    every = len(nets)
+    return [
+        f"{what} is not there" + (f" for {', '.join(names)}" if len(names) < every else "") + f": {why}"
+        for (what, why), names in reasons.items()
+    ]
 
 
 def unlike(nets: Sequence[Measured]) -> list[str]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from flatmin.study import draw_interactive as draw
-from flatmin.study.measured import Comparison, Measured, compare_cards, groups_of, told, unlike
+from flatmin.study.measured import Comparison, Measured, compare_cards, groups_of, left_out, told, unlike
 from flatmin.study.page import Cell, Column, Figure, Markup, code, facts, figure, heading, notes, page, paragraph, table
 
 _NUMBERS = (
@@ -86,7 +86,7 @@ def _several(nets: Sequence[Measured]) -> list[Markup]:
     return [
         paragraph(f"{sentence(nets[0])} Nets: {counts}.", "lead"),
         table(columns, rows),
-        notes([f"The nets were not measured alike: {words}." for words in differ]),
+        notes([*(f"The nets were not measured alike: {words}." for words in differ), *left_out(nets)]),
     ]
 
 
@@ -95,11 +95,11 @@ def _row(row: Comparison, groups: Sequence[str], others: Sequence[str]) -> list[
         return Cell("–") if found is None else Cell(told(found.mean, found.half), sort=found.mean)
 
     return [
-        Cell(row.quantity.name),
+        Cell(row.quantity.name, flag="; ".join(row.notes)),
         *(stat(row.groups.get(name)) for name in groups),
         *(stat(row.difference.get(name)) for name in others),
         *(Cell(row.verdict(name)) for name in others),
-        Cell(f"{row.error:.1g}" if row.error > 0 else "rounding", sort=row.error),
+        Cell("unknown" if math.isnan(row.error) else f"{row.error:.1g}" if row.error else "rounding", sort=row.error),
         Cell(row.quantity.text),
     ]
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from flatmin.data.base import Data, Split
@@ -18,6 +21,7 @@ from flatmin.measure.card import Card, CardSettings, card
 from flatmin.measure.problem import Mode, Problem
 from flatmin.study.measured import Measured, check_doubles
 from flatmin.study.saved import SavedRun, open_run
+from flatmin.study.store import WEIGHTS
 from flatmin.train.config import RunConfig
 from flatmin.train.settings import content_hash
 from flatmin.train.sources import check_device, check_fit
@@ -61,9 +65,9 @@ class View:
 
     @property
     def key(self) -> str:
-        """Digits that differ where landscapes do."""
-        parts = (self.settings, self.split, self.examples, self.batch, self.params, self.mode, self.dtype)
-        return content_hash(*parts)[:8]
+        """A digest of everything in it that landscapes depend on."""
+        parts = (self.split, self.examples, self.batch, self.params, self.mode, self.dtype, self.device)
+        return content_hash(self.settings, *parts)
 
     def __post_init__(self) -> None:
         if self.split not in ("train", "val", "test"):
@@ -125,30 +129,61 @@ def measure(run: SavedRun, view: View, *, progress: Progress | None = None) -> M
         autocast=torch.bfloat16 if view.dtype == "bfloat16" else None,
         split=words(data, view),
     )
-    folder = None if view.landscapes is None else view.landscapes / run.name / view.key
+    folder = None if view.landscapes is None else view.landscapes / run.name / content_hash(view.key, _digest(net))[:8]
     found: Card = card(problem, view.what, settings=view.settings, folder=folder, progress=progress)
     return Measured(name=run.name, group=run.label, seed=run.config.seed, card=found)
+
+
+def _digest(net: nn.Module) -> str:
+    """Of the weights and buffers."""
+    state = hashlib.sha256()
+    for name, tensor in net.state_dict().items():
+        if isinstance(tensor, torch.Tensor):
+            state.update(name.encode())
+            state.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return state.hexdigest()
+
+
+def find_all(targets: Sequence[Path], *, model: str | None = None, data: str | None = None) -> list[SavedRun]:
+    """`find` for each, once; files of one name go by that of their folder too.
+
+    Raises:
+        ValueError: see `find`.
+    """
+    runs = [find(target, model=model, data=data) for target in dict.fromkeys(targets)]
+    names = [run.name for run in runs]
+    found = []
+    for run in runs:
+        if names.count(run.name) > 1 and run.weights.name != WEIGHTS:
+            name = f"{run.weights.resolve().parent.name}-{run.name}"
+            run = dataclasses.replace(run, name=name, label=name)
+        found.append(run)
+    return found
 
 
 def batches(data: Data, view: View) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """The chosen examples, in batches."""
     part: Split = getattr(data, view.split)
-    if view.examples is not None and view.examples > len(part):
+    index = chosen(data, view)
+    yield from zip(part.x[index].split(view.batch), part.y[index].split(view.batch), strict=True)
+
+
+def chosen(data: Data, view: View) -> torch.Tensor:
+    """Positions of the chosen examples in their part, in its order."""
+    part: Split = getattr(data, view.split)
+    if view.examples is None:
+        return torch.arange(len(part))
+    if view.examples > len(part):
         raise ValueError(f"the {view.split} part has {len(part)} examples, fewer than {view.examples}.")
-    x, y = part.x, part.y
-    if view.examples is not None:
-        order = torch.randperm(len(part), generator=torch.Generator().manual_seed(view.settings.seed))
-        # In their own order, so that the batches do not depend on the draw's.
-        index = order[: view.examples].sort().values
-        x, y = x[index], y[index]
-    yield from zip(x.split(view.batch), y.split(view.batch), strict=True)
+    order = torch.randperm(len(part), generator=torch.Generator().manual_seed(view.settings.seed))
+    return order[: view.examples].sort().values
 
 
 def words(data: Data, view: View) -> str:
-    """The part for the record, with the share of wrong labels if there are any."""
+    """The part for the record, with the share of wrong labels among the chosen examples if there are any."""
     if view.split != "train" or not bool(data.wrong.any()):
         return view.split
-    return f"train, {float(data.wrong.double().mean()):.0%} of the labels wrong"
+    return f"train, {float(data.wrong[chosen(data, view)].double().mean()):.0%} of the labels wrong"
 
 
 def measure_all(
@@ -197,6 +232,12 @@ def measure_all(
                     raise found.kind(found.text)
                 done[i] = found
                 tell(found)
+    except BrokenProcessPool:
+        left = ", ".join(runs[i].name for i in range(len(runs)) if i not in done)
+        raise ValueError(
+            "a process ended while it measured, often because memory ran out; use fewer --workers. Not measured: "
+            f"{left}."
+        ) from None
     except BaseException:
         # Nobody waits for what is under way: a net can take minutes.
         pool.shutdown(wait=False, cancel_futures=True)
