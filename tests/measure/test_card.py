@@ -25,7 +25,7 @@ from tests.measure.left import left_as_it_was
 from tests.measure.nets import Tied, batches, dense_hessian, function_of, make
 
 # `flatmin.measure.card` and `.landscape` as attributes are the functions.
-MODULE = importlib.import_module("flatmin.measure.card")
+MODULE = importlib.import_module("flatmin.measure.sections")
 LANDSCAPES = importlib.import_module("flatmin.measure.landscape")
 
 SMALL = CardSettings(points=5, plane=3, steps=5, runs=1, ascent_steps=3, draws=2, probes=20, rhos=(0.05, 0.1))
@@ -231,7 +231,9 @@ class TestNumbers:
 class TestOneRun:
     def test_sections_share_it(self, problem, monkeypatch):
         runs = []
-        monkeypatch.setattr(MODULE, "spectrum", lambda *a, **k: runs.append(spectrum(*a, **k)) or runs[-1])
+        monkeypatch.setattr(
+            "flatmin.measure.session.spectrum", lambda *a, **k: runs.append(spectrum(*a, **k)) or runs[-1]
+        )
         card(problem, "hessian,trace,density,landscape", settings=SMALL)
         assert len(runs) == 1
 
