@@ -72,11 +72,11 @@ def test_a_noisy_control_says_nothing_about_times():
 
 
 @pytest.mark.parametrize(("look", "passed"), [(6.4, True), (6.6, False)])
-def test_looksam_is_held_against_sam_on_the_foreach_base(look, passed):
+def test_looksam_is_held_against_sam_on_one_base(look, passed):
     slow = {"sam": [10.0] * 3, "looksam": [9.0] * 3, cost.CONTROL: [5.0] * 3}
-    table, gate = cost.by_base("mlp200", {"default": slow, "foreach": {**slow, "looksam": [look] * 3}})
+    table, gate = cost.by_base("mlp200", {"default": slow, cost.LOOK_BASE: {**slow, "looksam": [look] * 3}})
     assert gate.passed == passed
-    assert table.rows[1][:3] == ("foreach", f"{look / 10:.3f} [{look / 10:.2f}-{look / 10:.2f}]", "0.600")
+    assert table.rows[1][:3] == (cost.LOOK_BASE, f"{look / 10:.3f} [{look / 10:.2f}-{look / 10:.2f}]", "0.600")
 
 
 def test_loops_take_turns():
