@@ -182,7 +182,7 @@ def test_memory_in_large_tensors_survives_a_checkpoint_and_a_change_of_the_weigh
 
 
 @pytest.mark.parametrize("spoiled", [float("nan"), float("inf"), 1e308])
-def test_a_promised_bound_hides_no_fault(spoiled):
+def test_a_gradient_that_is_not_finite_is_refused_without_an_ascent_too(spoiled):
     net, optimizer = small_looksam()
     train(net, optimizer, 1)
     before = [w.detach().clone() for w in net.parameters()]
@@ -198,7 +198,7 @@ def test_a_promised_bound_hides_no_fault(spoiled):
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), before, strict=True))
 
 
-def test_a_bound_from_memory_that_is_not_finite_is_none():
+def test_memory_that_is_not_finite_does_not_reach_the_weights():
     """Finite gradients whose inner product overflows leave an infinity in what LookSAM keeps; 0 times it is nan."""
     weights = [nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(3, 4))]
     optimizer = flatmin.wrap(torch.optim.SGD(weights, lr=0.1), "looksam", k=3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 
 import torch
@@ -105,7 +106,7 @@ def make(name):
     """(model in float64, inputs, targets, loss)"""
     model, x, y, loss = CASES[name]
     torch.manual_seed(0)
-    return model().double().eval(), x(), y(), loss
+    return model().double().eval(), x(), y(), copy.deepcopy(loss)  # tests may set its options
 
 
 def batches(x, y, size):

@@ -24,9 +24,9 @@ from flatmin.measure.trace import density, frobenius, trace
 from tests.measure.left import left_as_it_was
 from tests.measure.nets import Tied, batches, dense_hessian, function_of, make
 
-# `flatmin.measure.card` and `.landscape` as attributes are the functions.
+# As attributes of `flatmin.measure` some modules are functions.
 MODULE = importlib.import_module("flatmin.measure.sections")
-LANDSCAPES = importlib.import_module("flatmin.measure.landscape")
+RECORD = importlib.import_module("flatmin.measure.record")
 
 SMALL = CardSettings(points=5, plane=3, steps=5, runs=1, ascent_steps=3, draws=2, probes=20, rhos=(0.05, 0.1))
 ASCENT = {"steps": 3, "seed": 0}
@@ -390,8 +390,8 @@ class TestPlain:
 class TestKept:
     @pytest.fixture
     def evaluations(self, monkeypatch):
-        calls, evaluate = [], LANDSCAPES.evaluate
-        monkeypatch.setattr(LANDSCAPES, "evaluate", lambda *a, **k: calls.append(1) or evaluate(*a, **k))
+        calls, evaluate = [], RECORD.evaluate
+        monkeypatch.setattr(RECORD, "evaluate", lambda *a, **k: calls.append(1) or evaluate(*a, **k))
         return calls
 
     def test_a_second_card_evaluates_nothing_again(self, problem, tmp_path, evaluations):

@@ -166,3 +166,8 @@ def test_the_first_sample_needs_a_random_start(operator):
     for known in (None, steered):
         with pytest.raises(ValueError, match="began at a random vector"):
             density(operator, known, runs=0)
+
+
+def test_a_density_refuses_a_spectrum_without_its_vectors(operator, known, sampled):
+    with pytest.raises(ValueError, match="lost its vectors"):
+        density(operator, replace(known, basis=known.basis[:0]), runs=1, steps=5)

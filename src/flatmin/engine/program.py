@@ -60,7 +60,6 @@ class Site:
     Attributes:
         products: second-order products at the last pass, where it kept its graph.
         start: where pass 1 was taken, for directions that move it.
-        bound: what no entry of u exceeds, where a part has said so.
     """
 
     def __init__(
@@ -80,7 +79,6 @@ class Site:
         self.services, self.keep_gradients = services or Services(), keep_gradients
         self.products: SecondOrder | None = None
         self.start: Tensors = []
-        self.bound: Tensor | None = None
         self.step, self.generator, self.layout = step, generator, layout
         self.rhos = rhos
         self.moved: Sequence[int] = range(len(weights))
@@ -170,9 +168,6 @@ class SiteContext:
 
     def copied(self, tensors: Tensors) -> Sequence[Tensor]:
         return ta.copied(tensors, self._site.layout)
-
-    def bounded(self, by: Tensor) -> None:
-        self._site.bound = by
 
     def noise(self) -> Tensors:
         cpu = self._site.generator.cpu

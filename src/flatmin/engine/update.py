@@ -323,8 +323,7 @@ class Update:
         if flags is None:
             # An ascent on the way may have failed where the last one did not.
             self._ascent_finite &= outcome.size is None or math.isfinite(float(outcome.size))
-            good = known and self._bounded(layout)
-            if (self.scaling is not None and self.scaling.found) or not (good or ta.all_finite(update, layout)):
+            if (self.scaling is not None and self.scaling.found) or not ta.all_finite(update, layout):
                 return self._refuse(), None
             base_step()
             return True, None
@@ -353,11 +352,6 @@ class Update:
             return self._refuse(), None
         base_step()
         return True, self._gate(outcome)
-
-    def _bounded(self, layout: ta.Layout) -> bool:
-        """Whether a part has shown u to be finite in the dtype of the weights."""
-        bound = self.site.bound
-        return bound is not None and layout.simple and float(bound) < torch.finfo(layout.weights[0].dtype).max
 
     def _gate(self, outcome: Outcome, found_inf: Tensor | None = None) -> Tensor | None:
         """1 where staged state comes from a finite gradient and the step was good; None if nothing was staged."""

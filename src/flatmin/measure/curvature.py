@@ -151,6 +151,8 @@ class Hessian(Curvature):
             try:
                 with self.problem.guard():
                     flaw = self._flaw(batch)
+            except torch.OutOfMemoryError:
+                raise  # says nothing about the form
             except (RuntimeError, NotImplementedError) as error:
                 flaw = str(error).splitlines()[0]
             if flaw is None:

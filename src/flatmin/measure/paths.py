@@ -20,8 +20,8 @@ from flatmin.measure.evaluate import (
     choose_statistics,
     weights_of,
 )
-from flatmin.measure.landscape import Landscape, Origin, Progress, blank
 from flatmin.measure.problem import Problem
+from flatmin.measure.record import Landscape, Origin, Progress, blank
 
 Training = Callable[[int, float], None]
 

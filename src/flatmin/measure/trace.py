@@ -345,6 +345,7 @@ def _trusted(known: Spectrum | None) -> tuple[Tensor, Tensor | None]:
     """The eigenvalues of a run whose residuals are small, and their vectors."""
     if known is None:
         return torch.empty(0, dtype=torch.float64), None
+    _check_vectors(known)
     good = torch.cat([known.top_residuals, known.bottom_residuals]) <= known.tol
     vectors = torch.cat([known.top_vectors, known.bottom_vectors])
     return torch.cat([known.top, known.bottom])[good], vectors[good.to(vectors.device)]
@@ -391,7 +392,12 @@ def _check(operator: Operator, known: Spectrum | None, tol: float, max_probes: i
         raise ValueError(f"tol must be positive and max_probes at least 2, got {tol!r} and {max_probes!r}.")
     if known is not None and known.basis.shape[1] != operator.size:
         raise ValueError(f"the spectrum is of size {known.basis.shape[1]}, the operator of size {operator.size}.")
-    if known is not None and len(known.basis) != len(known.diagonal):
+    if known is not None:
+        _check_vectors(known)
+
+
+def _check_vectors(known: Spectrum) -> None:
+    if len(known.basis) != len(known.diagonal):
         raise ValueError("the spectrum has lost its vectors, as those in a card have; run spectrum() again.")
 
 

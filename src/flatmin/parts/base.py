@@ -215,9 +215,6 @@ class Context(Protocol):
     def copied(self, tensors: Tensors) -> Sequence[Tensor]:
         """The same values in memory of their own, as state that is to outlive the step's gradients."""
 
-    def bounded(self, by: Tensor) -> None:
-        """Promise that no entry of u exceeds the scalar `by`, nan where u has one: spares a look for nan and inf."""
-
     def noise(self) -> Tensors:
         """Standard normal numbers, shaped like w, from the engine's own generator."""
 

@@ -1,6 +1,5 @@
 """What goes to the base optimizer?"""
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -203,10 +202,7 @@ class Look(Combine):
             return g, {}
         if any(s is None for s in sharp):
             sharp = [torch.zeros_like(x) if s is None else s for s, x in zip(sharp, g, strict=True)]
-        norm = c.norm(g)
-        factor = torch.where(size > 0, self.alpha * norm / size, torch.zeros_like(size))
-        # Only a finite size speaks for what is kept: 0 times an infinity is no number.
-        c.bounded(torch.where(size.isfinite(), (1.0 + self.alpha) * norm, math.inf))
+        factor = torch.where(size > 0, self.alpha * c.norm(g) / size, torch.zeros_like(size))
         return c.add_scaled(g, sharp, factor, spent=True), {}
 
 

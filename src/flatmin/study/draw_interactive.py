@@ -14,7 +14,8 @@ import numpy as np
 
 from flatmin.measure.follow import Point
 from flatmin.measure.krylov import Spectrum
-from flatmin.measure.landscape import Landscape, Slice
+from flatmin.measure.landscape import Slice
+from flatmin.measure.record import Landscape
 from flatmin.measure.trace import Density
 from flatmin.study import plots
 from flatmin.study.page import NUM_TONES, Figure, heading, page, plot_text, write

@@ -14,8 +14,9 @@ import torch
 
 from flatmin.measure.follow import Point
 from flatmin.measure.krylov import Spectrum
-from flatmin.measure.landscape import Axis, Landscape, Slice
+from flatmin.measure.landscape import Axis, Slice
 from flatmin.measure.paths import Path
+from flatmin.measure.record import Landscape
 from flatmin.measure.trace import Density
 
 Value = Literal["loss", "accuracy", "error"]
