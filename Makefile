@@ -10,8 +10,16 @@ STAMP := $(VENV)/.flatmin-installed
 FRAMEWORKS_VENV  ?= $(VENV)-frameworks
 FRAMEWORKS_STAMP := $(FRAMEWORKS_VENV)/.flatmin-installed
 
+# So do timm and torchvision: an installed torchvision that does not match its torch breaks other packages' imports.
+VISION_VENV  ?= $(VENV)-vision
+VISION_STAMP := $(VISION_VENV)/.flatmin-installed
+
+# And so do the trackers: Trackio wants another Pillow than the tests of images, so that one pin is left out.
+TRACKERS_VENV  ?= $(VENV)-trackers
+TRACKERS_STAMP := $(TRACKERS_VENV)/.flatmin-installed
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-frameworks lint types bench clean
+.PHONY: help setup demo test test-all test-frameworks test-vision test-trackers lint types bench clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +50,24 @@ $(FRAMEWORKS_STAMP): pyproject.toml constraints.txt
 
 test-frameworks: $(FRAMEWORKS_STAMP) ## the tests with Lightning, Transformers, Accelerate and skorch; a few minutes
 	$(FRAMEWORKS_VENV)/bin/python -m pytest tests/frameworks $(ARGS)
+
+$(VISION_STAMP): pyproject.toml constraints.txt
+	@test -x $(VISION_VENV)/bin/python || $(PYTHON) -m venv $(VISION_VENV)
+	$(VISION_VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[vision]' pytest pytest-timeout
+	@touch $@
+
+test-vision: $(VISION_STAMP) ## the tests with timm and torchvision
+	$(VISION_VENV)/bin/python -m pytest tests/vision $(ARGS)
+
+$(TRACKERS_STAMP): pyproject.toml constraints.txt
+	@test -x $(TRACKERS_VENV)/bin/python || $(PYTHON) -m venv $(TRACKERS_VENV)
+	@grep -vi '^pillow=' constraints.txt > $(TRACKERS_VENV)/constraints.txt
+	$(TRACKERS_VENV)/bin/python -m pip install --quiet -c $(TRACKERS_VENV)/constraints.txt \
+	  -e '.[tensorboard,wandb,mlflow,trackio]' pytest pytest-timeout
+	@touch $@
+
+test-trackers: $(TRACKERS_STAMP) ## the tests with TensorBoard, wandb, MLflow and Trackio
+	$(TRACKERS_VENV)/bin/python -m pytest tests/trackers $(ARGS)
 
 lint: $(STAMP) ## ruff (lint and format) and the import layers
 	$(BIN)/ruff check .

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import cost, counts, curvature, equiv, gpu, kernels, perturb, step
+from benchmarks import cost, counts, curvature, equiv, gpu, kernels, perturb, step, train
 from benchmarks.results import RESULTS, Result, append_json, environment, write_page
 
 BENCHMARKS = {
@@ -18,6 +18,7 @@ BENCHMARKS = {
     "step": step,
     "cost": cost,
     "curvature": curvature,
+    "train": train,
     "kernels": kernels,
 }
 DATED = Path()

@@ -1,7 +1,8 @@
-"""Everything for a machine with a GPU in one command: GPU tests, benchmarks, a study; each under its own time limit.
+"""Everything for a machine with a GPU in one command: GPU tests, benchmarks, a study, training runs, each with a limit.
 
 Needs no installation and no network: the package is found in `src`. Writes into FOLDER: gpu.md (what ran, how it ended,
-the benchmark tables), results.jsonl (the benchmarks with raw samples), log.txt (all output), and study.tar.gz.
+the benchmark tables), results.jsonl (the benchmarks with raw samples), log.txt (all output), study.tar.gz, and
+train.tar.gz: the folders of training runs without checkpoints and weights.
 """
 
 from __future__ import annotations
@@ -21,9 +22,12 @@ import torch
 
 from benchmarks.results import environment
 
-HELP = "tests, benchmarks and a study on a machine with a GPU, into a folder"
+HELP = "tests, benchmarks, a study and training runs on a machine with a GPU, into a folder"
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("tests", "counts", "kernels", "step", "step-bf16", "perturb")
+PARTS = ("tests", "counts", "kernels", "step", "step-bf16", "perturb", "train", "train-small", "train-compile")
+LIMIT, LIMITS = 180.0, {"train": 240.0, "train-small": 120.0, "train-compile": 240.0}
+FOLDERS = ("study", "train")
+LARGE = frozenset({"checkpoints", "weights.pt"})
 
 
 @dataclass(frozen=True)
@@ -41,8 +45,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="where the results go; made if missing")
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS), metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--study", metavar="ARGS", help="also run `flatmin compare ARGS`, e.g. 'device=cuda'")
-    parser.add_argument("--limit", type=float, default=180, help="seconds for each part (default 180)")
+    parser.add_argument(
+        "--train",
+        action="append",
+        default=[],
+        metavar="ARGS",
+        help="also run `flatmin train ARGS`, e.g. 'cifar100-resnet18 data_dir=DIR device=cuda'; may be given again",
+    )
+    parser.add_argument(
+        "--limit", type=float, help="seconds for each part (default 180; train and train-compile 240, train-small 120)"
+    )
     parser.add_argument("--study-limit", type=float, default=300, help="seconds for the study (default 300)")
+    parser.add_argument("--train-limit", type=float, default=420, help="seconds for each training run (default 420)")
 
 
 def jobs(options: argparse.Namespace) -> list[Job]:
@@ -51,6 +65,8 @@ def jobs(options: argparse.Namespace) -> list[Job]:
     bench = [sys.executable, "-m", "benchmarks"]
     keep = ["--json", str(folder / "results.jsonl"), "--page"]
     step = [*bench, "step", "--device", "cuda", "--methods", "sam", "asam", "vasso"]
+    train = [*bench, "train", "--device", "cuda", "--seconds"]
+    limits = {name: options.limit or LIMITS.get(name, LIMIT) for name in PARTS}
     commands = {
         "tests": [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"],
         "counts": [*bench, "counts"],
@@ -58,17 +74,40 @@ def jobs(options: argparse.Namespace) -> list[Job]:
         "step": step,
         "step-bf16": [*step, "--autocast", "--nets", "vit-d192", "resnet18-w64"],
         "perturb": [*bench, "perturb", "--device", "cuda"],
+        # They stop by themselves, a little before they would be stopped.
+        "train": [*train, f"{0.85 * limits['train']:g}"],
+        "train-small": [*train, f"{0.85 * limits['train-small']:g}", "--parts", "epoch", "--net", "resnet20"],
+        "train-compile": [
+            *(*train, f"{0.95 * limits['train-compile']:g}", "--parts", "epoch", "--whole", "0", "--compile"),
+            *("--arms", "compile", "graph", "original, 2"),
+        ],
     }
     found = []
     for name in PARTS:
         if name in options.parts:
             page = None if name == "tests" else folder / f".{name}.md"
             more = [] if page is None else [*keep, str(page)]
-            found.append(Job(name, [*commands[name], *more], options.limit, page))
+            found.append(Job(name, [*commands[name], *more], limits[name], page))
+    flatmin = [sys.executable, "-m", "flatmin"]
     if options.study is not None:
-        study = [sys.executable, "-m", "flatmin.cli.main", "compare", *shlex.split(options.study)]
-        found.append(Job("study", [*study, "--out", str(folder / "study")], options.study_limit))
+        study = [*flatmin, "compare", *shlex.split(options.study), "--out", str(folder / "study")]
+        found.append(Job("study", study, options.study_limit))
+    for number, arguments in enumerate(options.train, start=1):
+        run = [*flatmin, "train", *shlex.split(arguments), "--out", str(folder / "train")]
+        found.append(Job(f"run {number}", run, options.train_limit))
     return found
+
+
+def pack(folder: Path) -> None:
+    """Pack what the study and the training runs have left so far, without what is too large to carry."""
+    for name in FOLDERS:
+        if (folder / name).is_dir():
+            with tarfile.open(folder / f"{name}.tar.gz", "w:gz") as archive:
+                archive.add(folder / name, name, filter=_small)
+
+
+def _small(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:
+    return None if LARGE.intersection(Path(entry.name).parts) else entry
 
 
 def run_job(job: Job, log: Path) -> tuple[str, float]:
@@ -125,8 +164,5 @@ def run(options: argparse.Namespace) -> int:
             job.page.unlink()
         # Written after every part, so that an interrupted run keeps what it has.
         (options.folder / "gpu.md").write_text("\n".join([*lines, "", *tables]))
-    study = options.folder / "study"
-    if study.is_dir():
-        with tarfile.open(options.folder / "study.tar.gz", "w:gz") as archive:
-            archive.add(study, "study")
+        pack(options.folder)
     return 0 if good else 1

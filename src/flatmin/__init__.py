@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from flatmin.engine import SAM, Criterion, base_state_dict, value_and_grad, wrap
     from flatmin.recipes import METHODS, Method, Recipe, compose, method_table
+    from flatmin.train.saved import load
 
 __version__ = "0.1.0"
 
@@ -26,6 +27,7 @@ _HOME = {
     "Recipe": "flatmin.recipes",
     "compose": "flatmin.recipes",
     "method_table": "flatmin.recipes",
+    "load": "flatmin.train.saved",
 }
 
 __all__ = [
@@ -37,6 +39,7 @@ __all__ = [
     "__version__",
     "base_state_dict",
     "compose",
+    "load",
     "method_table",
     "value_and_grad",
     "wrap",

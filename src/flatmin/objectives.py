@@ -121,8 +121,9 @@ def smoothed_cross_entropy(
     target: Tensor,
     smoothing: float = 0.1,
     form: Literal["torch", "others"] = "others",
+    reduction: Literal["mean", "none"] = "mean",
 ) -> Tensor:
-    """Cross-entropy against smoothed labels, mean over the batch.
+    """Cross-entropy against smoothed labels.
 
     `form="others"`: target 1 - s on the true class and s/(K-1) on each other one, as a KL divergence (the target's
     entropy is subtracted, so the minimum is 0): the BiSAM and davda54 code. `form="torch"`: s/K on every class, as
@@ -133,6 +134,7 @@ def smoothed_cross_entropy(
         target: (N,) class indices.
         smoothing: s in [0, 1). Default 0.1.
         form: which smoothing. Default "others".
+        reduction: "mean" over the batch, the default, or "none": one loss per sample, shape (N,).
 
     Raises:
         ValueError: for s outside [0, 1), an unknown form, or K = 1 with form "others".
@@ -140,7 +142,7 @@ def smoothed_cross_entropy(
     if not 0.0 <= smoothing < 1.0:
         raise ValueError(f"smoothing must be in [0, 1), got {smoothing}.")
     if form == "torch":
-        return F.cross_entropy(logits, target, label_smoothing=smoothing)
+        return F.cross_entropy(logits, target, label_smoothing=smoothing, reduction=reduction)
     if form != "others":
         raise ValueError(f"unknown form {form!r}; choose 'torch' (s/K on all classes) or 'others' (s/(K-1)).")
     check_logits(logits, target)
@@ -154,4 +156,4 @@ def smoothed_cross_entropy(
     entropy = -(1.0 - smoothing) * math.log(1.0 - smoothing)
     if smoothing > 0.0:
         entropy -= smoothing * math.log(rest)
-    return cross.mean() - entropy
+    return (cross.mean() if reduction == "mean" else cross) - entropy

@@ -1,4 +1,4 @@
-"""Means with Student's t intervals, and paired differences."""
+"""Means with Student's t intervals, paired differences, and intervals of shares."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from statistics import NormalDist
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +54,25 @@ def paired(values: Mapping[int, float], base: Mapping[int, float]) -> Stat | Non
     """Difference to the base over the seeds that both have; None if they share none."""
     shared = [seed for seed in values if seed in base]
     return summarise([values[seed] - base[seed] for seed in shared]) if shared else None
+
+
+def share_interval(hits: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson's interval of a share: of the p with |hits / n - p| <= z sqrt(p (1 - p) / n).
+
+    Args:
+        hits: from 0 to n.
+        n: at least 1.
+        confidence: in (0, 1).
+
+    Example:
+        >>> [round(end, 4) for end in share_interval(95, 100)]
+        [0.8882, 0.9785]
+    """
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    share, more = hits / n, z * z / n
+    middle = (share + more / 2) / (1 + more)
+    half = z * math.sqrt(share * (1 - share) / n + more / (4 * n)) / (1 + more)
+    return (0.0 if hits == 0 else middle - half), (1.0 if hits == n else middle + half)
 
 
 @lru_cache

@@ -3,12 +3,14 @@
 import json
 import re
 import sys
+import tarfile
+from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import equiv, gpu, step
-from benchmarks.__main__ import main
+from benchmarks.__main__ import _parser, main
 from benchmarks.loops import Setting
 from benchmarks.nets import NETS
 from benchmarks.results import Gate, Result, Spread
@@ -52,7 +54,9 @@ def test_a_failed_gate_is_the_exit_code_only_if_asked(monkeypatch, capsys):
 
 
 @no_gpu
-@pytest.mark.parametrize("words", [["gpu", "out"], ["kernels"], ["step", "--device", "cuda"]])
+@pytest.mark.parametrize(
+    "words", [["gpu", "out"], ["kernels"], ["step", "--device", "cuda"], ["train", "--device", "cuda"]]
+)
 def test_without_a_gpu_it_says_so(words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(words) == 2
@@ -80,6 +84,60 @@ def test_a_gpu_run_keeps_what_ended_before_a_part_was_stopped(tmp_path, monkeypa
     assert "| broken | exit code 3 |" in text
     assert "## table" in text
     assert "endless: stopped" in capsys.readouterr().out
+
+
+def gpu_jobs(monkeypatch, *words):
+    """The jobs that the command line asks for."""
+    asked = []
+    monkeypatch.setattr(gpu, "run", asked.append)
+    main(["gpu", *words])
+    return {job.name: job for job in gpu.jobs(asked[0])}
+
+
+def test_the_parts_of_a_gpu_run_have_their_own_limits(tmp_path, monkeypatch):
+    jobs = gpu_jobs(monkeypatch, str(tmp_path))
+    assert list(jobs) == list(gpu.PARTS)
+    assert (jobs["perturb"].limit, jobs["train"].limit, jobs["train-small"].limit) == (180, 240, 120)
+    assert jobs["train"].command[2:7] == ["benchmarks", "train", "--device", "cuda", "--seconds"]
+    for name in ("train", "train-small", "train-compile"):
+        assert float(jobs[name].command[7]) < jobs[name].limit
+    assert jobs["train"].page != jobs["train-small"].page
+    assert gpu_jobs(monkeypatch, str(tmp_path), "--limit", "60", "--parts", "train")["train"].limit == 60
+
+
+def test_every_part_is_a_command_that_exists(tmp_path, monkeypatch):
+    for job in gpu_jobs(monkeypatch, str(tmp_path)).values():
+        if job.command[2] == "benchmarks":
+            _parser().parse_args(job.command[3:])
+
+
+def test_training_runs_come_after_the_parts_and_keep_their_folder_without_large_files(tmp_path, monkeypatch):
+    first, second = "smoke method=sgd epochs=1", "smoke seed=1"
+    words = (str(tmp_path), "--parts", "--train", first, "--train", second, "--train-limit", "9", "--study", "smoke")
+    jobs = gpu_jobs(monkeypatch, *words)
+    assert list(jobs) == ["study", "run 1", "run 2"]
+    assert jobs["run 1"].command[1:] == ["-m", "flatmin", "train", *first.split(), "--out", str(tmp_path / "train")]
+    assert {jobs["run 1"].limit, jobs["run 2"].limit} == {9}
+    run = tmp_path / "train" / "runs" / "sgd-smoke"
+    (run / "checkpoints").mkdir(parents=True)
+    for name in ("metrics.jsonl", "result.json", "weights.pt", "checkpoints/step-1.pt"):
+        (run / name).touch()
+    gpu.pack(tmp_path)
+    with tarfile.open(tmp_path / "train.tar.gz") as archive:
+        files = {Path(entry.name).name for entry in archive if entry.isfile()}
+    assert files == {"metrics.jsonl", "result.json"}
+    assert not (tmp_path / "study.tar.gz").exists()
+
+
+def test_a_training_run_of_a_gpu_run_is_a_run(tmp_path, monkeypatch):
+    job = gpu_jobs(monkeypatch, str(tmp_path), "--parts", "--train", "smoke epochs=1 method=sgd")["run 1"]
+    ended, _ = gpu.run_job(job, tmp_path / "log.txt")
+    assert ended == "done", (tmp_path / "log.txt").read_text()
+    gpu.pack(tmp_path)
+    with tarfile.open(tmp_path / "train.tar.gz") as archive:
+        files = {Path(entry.name).name for entry in archive if entry.isfile()}
+    assert {"config.json", "env.json", "metrics.jsonl", "result.json"} <= files
+    assert "weights.pt" not in files
 
 
 def test_steps_are_sampled_beside_the_floor():

@@ -15,7 +15,7 @@ from flatmin.cli.compare import MAX_WORKERS, default_workers
 from flatmin.cli.main import app
 from flatmin.cli.progress import Progress
 from flatmin.study import events
-from flatmin.train.loop import Epoch, Result
+from flatmin.train.result import Epoch, Result
 
 runner = CliRunner()
 

@@ -20,9 +20,9 @@ from flatmin.study import page
 from flatmin.study.executor import execute
 from flatmin.study.measured import told
 from flatmin.study.measuring import View, batches, find, measure, measure_all, words
-from flatmin.study.saved import open_run
 from flatmin.study.store import Run, Store
 from flatmin.train.config import RunConfig
+from flatmin.train.saved import open_run
 from tests.user_side import data as clouds
 from tests.user_side import net
 
@@ -71,7 +71,7 @@ def folders(tmp_path_factory):
     """The folders of two arms of two seeds, by label and seed."""
     store = Store(tmp_path_factory.mktemp("measure"))
     config = RunConfig(
-        method="sgd", epochs=1, noise=0.3, data="tests.user_side:data", model="tests.user_side:net", measure=False
+        method="sgd", epochs=1, batch_size=50, noise=0.3, data="tests.user_side:data", model="tests.user_side:net"
     )
     arms = {"sam": dataclasses.replace(config, method="sam", rho=0.1), "sgd": config}
     runs = {

@@ -4,16 +4,10 @@ import sys
 import pytest
 import torch
 
-from flatmin.data.folder import (
-    Centre,
-    FileLoader,
-    Files,
-    RandomCrop,
-    load_files,
-    read_image,
-    scan_annotated,
-    scan_folder,
-)
+from flatmin.data.folder import Files, scan_annotated, scan_folder
+from flatmin.data.loader import FileLoader, load_files
+from flatmin.data.views import Centre, RandomCrop, read_image
+from tests.pictures import picture
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow makes the images that are read here")
 
@@ -22,14 +16,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:This DataLoader will create"),
     pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
 ]
-
-
-def picture(path, width, height, *, seed=0, mode="RGB", **options):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data = random.Random(seed).randbytes(width * height * len(Image.new(mode, (1, 1)).getbands()))
-    image = Image.frombytes(mode, (width, height), data)
-    image.save(path, **options)
-    return image
 
 
 def as_tensor(image):

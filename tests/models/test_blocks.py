@@ -69,6 +69,14 @@ def test_the_stem_keeps_the_image_unless_it_pools():
     assert ResNet(18, width=4, max_pool=True).stem(x).shape == (2, 4, 16, 16)
 
 
+def test_the_stem_of_the_paper():
+    stem = ResNet(50, width=4, stem="imagenet").stem
+    assert [type(module).__name__ for module in stem] == ["Conv2d", "BatchNorm2d", "ReLU", "MaxPool2d"]
+    assert (stem[0].kernel_size, stem[0].stride, stem[0].padding) == ((7, 7), (2, 2), (3, 3))
+    assert stem(torch.randn(1, 3, 224, 224)).shape == (1, 4, 56, 56)
+    assert len(ResNet(50, width=4, stem="imagenet", max_pool=True).stem) == 4
+
+
 def test_a_bottleneck_strides_at_its_3x3():
     strides = [module.stride[0] for module in bottleneck(4, 8, 2).body if isinstance(module, nn.Conv2d)]
     assert strides == [1, 2, 1]

@@ -158,6 +158,13 @@ def test_exact_counts(name, classes, published):
     assert count(MODELS[name], num_classes=classes) == published
 
 
+@pytest.mark.parametrize(("name", "published"), [("resnet18", 11_689_512), ("resnet50", 25_557_032)])
+def test_counts_for_imagenet(name, published):
+    """Those of torchvision's networks of these names."""
+    assert count(MODELS[name], num_classes=1000, stem="imagenet") == published
+    assert f"{published:_}".replace("_", " ") in " ".join(MODELS[name].func.__doc__.split())
+
+
 @pytest.mark.parametrize("name", FORMULAS)
 def test_documented_count(name):
     doc = " ".join(getattr(MODELS[name], "func", MODELS[name]).__doc__.split())

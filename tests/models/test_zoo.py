@@ -129,6 +129,7 @@ def test_initial_weights_of_the_transformer():
     ("make", "message"),
     [
         (lambda: ResNet(20), r"depth must be one of 18, 34, 50, 101, 152, got 20\."),
+        (lambda: ResNet(18, stem="large"), r"stem must be one of small, imagenet, got 'large'\."),
         (lambda: CifarResNet(18), r"depth must be 6n \+ 2 with n >= 1, such as 14 or 20, got 18\."),
         (lambda: CifarResNet(2), r"such as 8 or 14, got 2\."),
         (lambda: WideResNet(27, 10), r"depth must be 6n \+ 4 with n >= 1, such as 22 or 28, got 27\."),

@@ -4,10 +4,10 @@ import os
 
 import pytest
 
-from flatmin.study import fingerprint
-from flatmin.study.store import Run, Store, append_line, read_lines, write_atomically
+from flatmin.study.store import Run, Store
 from flatmin.train.config import RunConfig
-from flatmin.train.loop import Epoch, Result
+from flatmin.train.folder import RunFolder
+from flatmin.train.result import Epoch, Result
 
 CONFIG = RunConfig(method="sam", rho=0.1, epochs=2)
 LINE = Epoch(
@@ -37,11 +37,12 @@ def make(label="sam", config=CONFIG, code="c"):
 def finished(tmp_path):
     """A store with one finished run."""
     store, run = Store(tmp_path / "out"), make()
-    folder = store.begin(run, {"threads": 1})
+    folder = RunFolder(store.folder(run))
+    folder.begin(run.config, {"threads": 1}, **run.labels)
     for epoch in (1, 2):
-        append_line(folder / "metrics.jsonl", dataclasses.replace(LINE, epoch=epoch))
-    store.finish(run, RESULT)
-    return store, run, folder
+        folder.add_line(dataclasses.replace(LINE, epoch=epoch))
+    folder.finish(RESULT, **run.labels)
+    return store, run, folder.path
 
 
 def test_a_finished_run_is_found(finished):
@@ -67,6 +68,10 @@ def test_another_configuration_seed_or_code_is_another_run(finished):
         assert other.key != run.key
         assert store.find(other, pytest.fail) is None
     assert make(label="other").key == run.key
+
+
+def test_where_the_data_are_and_who_reads_them_make_no_other_run():
+    assert make(config=dataclasses.replace(CONFIG, data_dir="/elsewhere", workers=3)).name == make().name
 
 
 def damage_truncate(folder):
@@ -133,29 +138,14 @@ def test_an_unfinished_run_is_no_cause_for_a_warning(finished):
 
 def test_a_failed_run_is_kept_with_the_epochs_it_had(finished):
     store, run, folder = finished
-    store.begin(run, {})
-    append_line(folder / "metrics.jsonl", LINE)
+    again = RunFolder(folder)
+    again.begin(run.config, {}, **run.labels)
+    again.add_line(LINE)
     failed = dataclasses.replace(RESULT, failure="not finite", last=None, best=None, train_ce=None, lambda_max=None)
-    store.finish(run, failed)
+    again.finish(failed, **run.labels)
     result, lines = store.find(run, pytest.fail)
     assert result.failure == "not finite"
     assert len(lines) == 1
-
-
-def test_beginning_again_removes_the_old_result_first(finished):
-    store, run, folder = finished
-    store.begin(run, {})
-    assert not (folder / "result.json").exists()
-    assert read_lines(folder / "metrics.jsonl", expected=None) == []
-
-
-def test_writing_is_all_or_nothing(tmp_path):
-    path = tmp_path / "x.json"
-    write_atomically(path, {"a": 1})
-    with pytest.raises(TypeError):
-        write_atomically(path, {"a": object()})
-    assert json.loads(path.read_text()) == {"a": 1}
-    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):
@@ -185,38 +175,3 @@ def test_folder_names_are_plain(tmp_path):
     assert make(label="vasso+asam").name.startswith("vasso+asam-s0-")
     assert make(label="../../etc").name.startswith("..-..-etc-s0-")
     assert "/" not in make(label="a/b").name
-
-
-def test_the_fingerprint_covers_what_a_run_depends_on():
-    names = {"/".join(path.parts[-2:]) for path in fingerprint.package_sources()}
-    assert {"train/loop.py", "measure/krylov.py", "data/noise.py", "models/small.py"} <= names
-    assert {"flatmin/recipe.py", "flatmin/recipes.py", "flatmin/catalogue.py"} <= names
-    assert any(name.startswith("engine/") for name in names)
-    assert any(name.startswith("parts/") for name in names)
-    assert not any(name.startswith(("study/", "cli/")) for name in names)
-
-
-def test_a_changed_file_changes_the_digest(tmp_path):
-    file = tmp_path / "a.py"
-    file.write_text("x = 1")
-    before = fingerprint.digest([file])
-    file.write_text("x = 2")
-    assert fingerprint.digest([file]) != before
-    assert fingerprint.digest([file], "x") != fingerprint.digest([file], "y")
-
-
-def test_a_module_in_a_package_brings_its_whole_folder(tmp_path, monkeypatch):
-    package = tmp_path / "flatmin_test_package"
-    package.mkdir()
-    for name in ("__init__", "one", "two"):
-        (package / f"{name}.py").write_text("")
-    monkeypatch.syspath_prepend(tmp_path)
-    found = fingerprint.user_sources(["flatmin_test_package.one:f"], [])
-    assert [path.name for path in found] == ["__init__.py", "one.py", "two.py"]
-
-
-def test_the_environment_names_no_host_and_no_user():
-    found = json.dumps(fingerprint.environment("cpu", 1))
-    assert os.uname().nodename not in found
-    assert os.path.expanduser("~") not in found
-    assert '"torch"' in found

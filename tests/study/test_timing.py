@@ -4,7 +4,7 @@ from flatmin.study.arms import candidates
 from flatmin.study.config import CompareConfig, load
 from flatmin.study.timing import Speed, guess_seconds, measure_speed, time_ratios
 from flatmin.train.config import RunConfig
-from flatmin.train.loop import Trainer
+from flatmin.train.trainer import Trainer
 
 BASE = RunConfig(method="sgd", batch_size=16, data="tests.user_side:data", model="tests.user_side:slow")
 
@@ -25,12 +25,13 @@ def test_one_round_has_no_spread():
 
 def test_a_guess_is_made_of_steps_scores_and_curvature():
     speed = Speed(step=0.01, score=0.1, steps=10)
-    quiet = RunConfig(method="sgd", epochs=5, measure=False)
+    quiet = RunConfig(method="sgd", epochs=5)
     assert guess_seconds([quiet], speed, 0) == pytest.approx(5 * (10 * 0.01 + 0.1))
-    climbing = RunConfig(method="sam", rho=0.1, epochs=5, measure=False)
+    climbing = RunConfig(method="sam", rho=0.1, epochs=5)
     assert guess_seconds([climbing], speed, 0) == pytest.approx(5 * (2 * 10 * 0.01 + 0.1))
     assert guess_seconds([quiet] * 4, speed, 2) < guess_seconds([quiet] * 4, speed, 1)
-    assert guess_seconds([RunConfig(method="sgd", epochs=5)], speed, 0) > guess_seconds([quiet], speed, 0)
+    measured = RunConfig(method="sgd", epochs=5, measure=True)
+    assert guess_seconds([measured], speed, 0) > guess_seconds([quiet], speed, 0)
 
 
 def test_speed_is_measured_on_the_trainer():

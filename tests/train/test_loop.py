@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -8,9 +9,11 @@ from torch.nn import functional as F
 from flatmin.measure.curvature import Hessian, dense
 from flatmin.measure.problem import Problem
 from flatmin.recipes import METHODS
-from flatmin.train import metrics
+from flatmin.train import evaluate
 from flatmin.train.config import RunConfig, stream
-from flatmin.train.loop import Trainer, train
+from flatmin.train.feed import Batch
+from flatmin.train.loop import train
+from flatmin.train.trainer import Trainer
 
 
 def config(**changes):
@@ -22,8 +25,16 @@ def config(**changes):
         "noise": 0.3,
         "data": "tests.user_side:data",
         "model": "tests.user_side:net",
+        "measure": True,
+        "selection": "last",
+        "test_every": 1,
     }
     return RunConfig(**{**usual, **changes})
+
+
+def batch_of(trainer, first, last):
+    index = torch.arange(first, last)
+    return Batch(trainer.data.train.x[index], trainer.data.train.y[index], index)
 
 
 def run(**changes):
@@ -34,7 +45,7 @@ def run(**changes):
 
 def without_time(result, lines):
     plain = {**vars(result), "seconds": None}
-    return plain, [{**vars(line), "seconds": None} for line in lines]
+    return plain, [{**vars(line), "seconds": None, "images_per_second": None} for line in lines]
 
 
 @pytest.mark.parametrize("model", ["net", "dropping"])
@@ -58,12 +69,12 @@ def test_methods_with_one_seed_are_paired():
     assert all(torch.equal(p, q) for p, q in zip(one.model.parameters(), two.model.parameters(), strict=True))
     assert torch.equal(one.data.train.y, two.data.train.y)
     for _ in range(3):
-        pairs = list(zip(one.epoch_batches(), two.epoch_batches(), strict=True))
+        pairs = list(zip(one.batches(), two.batches(), strict=True))
         for a, b in pairs:
             one.step(a)
-            assert torch.equal(a, b)
+            assert torch.equal(a.index, b.index) and torch.equal(a.x, b.x)
         assert [len(a) for a, _ in pairs] == [16, 16, 16, 2]
-        assert sorted(torch.cat([a for a, _ in pairs]).tolist()) == list(range(50))
+        assert sorted(torch.cat([a.index for a, _ in pairs]).tolist()) == list(range(50))
 
 
 def test_sgd_is_the_plain_loop():
@@ -73,11 +84,13 @@ def test_sgd_is_the_plain_loop():
     base = torch.optim.SGD(trainer.model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     for epoch in range(3):
         base.param_groups[0]["lr"] = 0.05 * (1 + math.cos(math.pi * epoch / 3))
-        for index in trainer.epoch_batches():
+        for batch in trainer.batches():
             base.zero_grad()
-            F.cross_entropy(trainer.model(data.train.x[index]), data.train.y[index]).backward()
+            F.cross_entropy(trainer.model(batch.x), batch.y).backward()
             base.step()
-    assert result.train_ce == pytest.approx(metrics.train_cross_entropy(trainer.model, data.train), rel=1e-6)
+    assert result.train_ce == pytest.approx(
+        evaluate.score(trainer.model, data, data.train, trainer.config).loss, rel=1e-6
+    )
 
 
 def test_what_is_recorded():
@@ -113,9 +126,9 @@ def test_plain_sgd_reports_no_radius_and_no_noise_no_memory():
 def test_curvature_is_that_of_the_last_weights():
     trainer = Trainer(config(method="sgd", rho=None))
     for _ in range(3):
-        for index in trainer.epoch_batches():
-            trainer.step(index)
-    found = metrics.sharpness(trainer.model, trainer.data.train)
+        for batch in trainer.batches():
+            trainer.step(batch)
+    found = evaluate.sharpness(trainer.model, trainer.data)
     full = dense(Hessian(Problem(trainer.model, F.cross_entropy, (trainer.data.train.x, trainer.data.train.y))))
     assert found["value"] == pytest.approx(torch.linalg.eigvalsh(full.double())[-1].item(), rel=1e-3)
     assert found["converged"] and found["residual"] <= 1e-2
@@ -124,9 +137,9 @@ def test_curvature_is_that_of_the_last_weights():
 def test_a_net_that_only_guesses_has_not_trained():
     result, _ = run(lr=0.0, rho=0.0)
     assert not result.trained
-    assert metrics.has_trained(0.94 * math.log(3), 3)
-    assert not metrics.has_trained(0.96 * math.log(3), 3)
-    assert not metrics.has_trained(math.nan, 3)
+    assert evaluate.has_trained(0.94 * math.log(3), 3)
+    assert not evaluate.has_trained(0.96 * math.log(3), 3)
+    assert not evaluate.has_trained(math.nan, 3)
 
 
 @pytest.mark.parametrize("method", ["sgd", "sam"])
@@ -154,10 +167,10 @@ def test_a_model_without_the_layers_is_refused_with_a_sentence():
         Trainer(config(method="sam-on"))
 
 
-def by_hand(trainer, closures):
-    """The weights after one step of the same optimizer on these closures."""
+def by_hand(trainer, pieces):
+    """The weights after one step of the same optimizer on these pieces of a batch."""
     twin = Trainer(trainer.config)
-    twin.optimizer.step([lambda i=i: twin._closure(i) for i in closures])
+    twin.optimizer.step([lambda k=k, piece=piece: twin._closure(k, [piece]) for k, piece in enumerate(pieces)])
     return list(twin.model.parameters())
 
 
@@ -166,32 +179,32 @@ def by_hand(trainer, closures):
 )
 def test_a_batch_is_divided_into_equal_micro_batches(samples, parts, sizes):
     trainer = Trainer(config(method="micro-sam", micro_batches=parts))
-    index = torch.arange(samples)
-    pieces = index.split(sizes)
-    trainer.step(index)
+    ends = list(itertools.accumulate(sizes))
+    pieces = [batch_of(trainer, last - size, last) for size, last in zip(sizes, ends, strict=True)]
+    trainer.step(batch_of(trainer, 0, samples))
     assert all(map(torch.equal, trainer.model.parameters(), by_hand(trainer, pieces)))
 
 
 def test_one_micro_batch_is_sam():
     micro, plain = Trainer(config(method="micro-sam", micro_batches=1)), Trainer(config())
-    for index in (torch.arange(16), torch.arange(16, 32)):
-        micro.step(index)
-        plain.step(index)
+    for first in (0, 16):
+        micro.step(batch_of(micro, first, first + 16))
+        plain.step(batch_of(plain, first, first + 16))
     for a, b in zip(micro.model.parameters(), plain.model.parameters(), strict=True):
         assert torch.allclose(a, b, rtol=1e-6, atol=1e-7)
 
 
 def test_the_probe_climbs_on_the_batch_before_and_at_first_on_its_own():
     probe, plain = Trainer(config(method="sam-db")), Trainer(config())
-    first, second = torch.arange(16), torch.arange(16, 32)
+    first, second = batch_of(probe, 0, 16), batch_of(probe, 16, 32)
     probe.step(first)
     plain.step(first)
     assert all(map(torch.equal, probe.model.parameters(), plain.model.parameters()))
     expected = probe.optimizer.step  # the list that the loop hands over
     seen = []
     probe.optimizer.step = lambda closures: seen.append(closures) or expected(closures)
-    loss = probe.step(second)
-    assert [c.args[0].tolist() for c in seen[0]] == [first.tolist(), second.tolist()]
+    loss = probe.step(second).loss
+    assert [c.args[1] for c in seen[0]] == [[first], [second]]
     assert loss.isfinite()
 
 

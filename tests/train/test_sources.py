@@ -115,4 +115,4 @@ class TestUsersOwn:
 
 def test_unknown_data():
     with pytest.raises(ValueError, match="unknown data 'digit'; did you mean 'digits'"):
-        load_clean("digit")
+        load_clean(RunConfig(method="sgd", data="digit"))

@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 PIPE_WIDTH = 100  # a log or a file has no width of its own
 
 
-def make_console(*, stderr: bool = False) -> Console:
+def make_console(*, stderr: bool = False, quiet: bool = False) -> Console:
     """A console of the terminal's width, or of `PIPE_WIDTH` columns where there is no terminal."""
     from rich.console import Console
 
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() else shutil.get_terminal_size((PIPE_WIDTH, 24)).columns
-    return Console(stderr=stderr, width=width, highlight=False)
+    return Console(stderr=stderr, width=width, highlight=False, quiet=quiet)

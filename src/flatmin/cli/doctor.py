@@ -23,12 +23,17 @@ class Extra:
 
 EXTRAS = (
     Extra("digits", "scikit-learn", "the handwritten digits that `flatmin compare` trains on by default"),
-    Extra("report", "plotly", "the HTML report of `flatmin compare`"),
+    Extra("report", "plotly", "the HTML pages of `flatmin compare`, `measure` and `show`"),
     Extra("plot", "matplotlib", "figures of landscapes and spectra; see flatmin.study.draw"),
-    Extra("vision", "Pillow", "images in class folders; see flatmin.data.folder"),
+    Extra("safetensors", "safetensors", "`flatmin export RUN FILE.safetensors`"),
+    Extra("vision", "timm", "models of timm and torchvision; class folders of images, which need Pillow alone"),
     Extra("lightning", "lightning", "flatmin.integrations.lightning"),
     Extra("hf", "transformers", "flatmin.integrations.hf, and Accelerate"),
     Extra("skorch", "skorch", "skorch nets; see docs/frameworks.md"),
+    Extra("tensorboard", "tensorboard", "TensorBoard files of `flatmin train`"),
+    Extra("wandb", "wandb", "runs of `flatmin train` in Weights & Biases"),
+    Extra("mlflow", "mlflow-skinny", "runs of `flatmin train` in MLflow"),
+    Extra("trackio", "trackio", "runs of `flatmin train` in Trackio"),
 )
 CORE = ("torch", "numpy", "typer", "rich")
 

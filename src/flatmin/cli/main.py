@@ -10,20 +10,30 @@ import typer
 
 from flatmin.cli.compare import compare
 from flatmin.cli.doctor import doctor
+from flatmin.cli.evaluate import evaluate
+from flatmin.cli.export import export
 from flatmin.cli.measure import measure
 from flatmin.cli.methods import methods
+from flatmin.cli.runs import runs
+from flatmin.cli.show import show
+from flatmin.cli.train import train
 from flatmin.words import explained
 
 app = typer.Typer(
     name="flatmin",
-    help="Sharpness-aware training for PyTorch: compare methods, measure what they did, look them up.",
+    help="Sharpness-aware training for PyTorch: train, compare methods, measure what they did.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command()(train)
 app.command()(compare)
 app.command()(measure)
+app.command()(show)
+app.command("eval")(evaluate)
+app.command()(export)
+app.add_typer(runs, name="runs")
 app.command()(methods)
 app.command()(doctor)
 

@@ -62,13 +62,13 @@ def measure(
     from flatmin.cli.compare import default_workers
     from flatmin.measure.card import chosen
     from flatmin.study import draw_card
-    from flatmin.study.fingerprint import environment
     from flatmin.study.measured import as_json
     from flatmin.study.measured_page import render
     from flatmin.study.measuring import View, find_all, measure_all
     from flatmin.study.page import require_figures
     from flatmin.study.page import write as write_page
-    from flatmin.study.store import write_atomically
+    from flatmin.train.files import write_json
+    from flatmin.train.fingerprint import environment
 
     chosen(what)
     if page:
@@ -104,7 +104,7 @@ def measure(
             def done(net: Measured) -> None:
                 out.mkdir(parents=True, exist_ok=True)
                 # At once, so that a later net that cannot be measured takes nothing away.
-                write_atomically(out / f"{net.name}.json", as_json([net], about))
+                write_json(out / f"{net.name}.json", as_json([net], about))
                 bar.done(net)
 
             nets = measure_all(runs, view, workers=processes, progress=bar.part, on_done=done)
@@ -115,7 +115,7 @@ def measure(
     command = ["flatmin", *sys.argv[1:]]
     name = nets[0].name if not several else "measures"
     if several:
-        write_atomically(out / f"{name}.json", as_json(nets, about))
+        write_json(out / f"{name}.json", as_json(nets, about))
     written = [out / f"{name}.json"]
     if png:
         written += [draw_card.save(net, out / f"{net.name}.png") for net in nets]

@@ -61,7 +61,7 @@ class Augment:
     def __call__(
         self, x: Tensor, statistics: Statistics, generator: torch.Generator, *, channels_last: bool = False
     ) -> Tensor:
-        """The augmented and normalised batch.
+        """The augmented and normalised batch: `apply` with `draw`.
 
         Args:
             x: shape (n, C, H, W), uint8; left as it is.
@@ -75,10 +75,27 @@ class Augment:
         Raises:
             ValueError: images of another type or shape.
         """
+        return self.apply(x, statistics, self.draw(len(x), generator), channels_last=channels_last)
+
+    def draw(self, n: int, generator: torch.Generator) -> Tensor:
+        """The array u for n images, shape (6, n), on the generator's device."""
+        return torch.rand(_DRAWS, n, generator=generator, device=generator.device)
+
+    def apply(self, x: Tensor, statistics: Statistics, u: Tensor, *, channels_last: bool = False) -> Tensor:
+        """The batch as drawn.
+
+        Args:
+            x: see `__call__`.
+            statistics: see `__call__`.
+            u: of `draw`, or columns of it, shape (6, n).
+            channels_last: see `__call__`.
+
+        Raises:
+            ValueError: images of another type or shape.
+        """
         check_bytes(x)
-        n = len(x)
         # Pageable memory is staged before the copy returns, so the copy needs no wait.
-        u = torch.rand(_DRAWS, n, generator=generator, device=generator.device).to(x.device, non_blocking=True)
+        u = u.to(x.device, non_blocking=True)
         if self.crop or self.flip:
             x = self._moved(x, u)
         out = normalise(x, statistics, channels_last=channels_last)

@@ -1,14 +1,83 @@
-"""`Split` and `Data`: a data set in three parts, held as tensors."""
+"""`Split` and `Data`: a data set in three parts, held as tensors or read when it is asked for."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+
+from flatmin.data.augment import Augment, normalise
+from flatmin.data.images import Statistics
+
+HELD = 4 * 2**30
+"""Bytes in memory that are asked for at most where inputs are read from files."""
+
+Index = Tensor | slice
+
+
+@runtime_checkable
+class Stored(Protocol):
+    """Inputs that are not in memory: what may stand in for a tensor; `flatmin.data.streamed.FileImages` is one.
+
+    `x[index]` reads samples as they are evaluated, for a slice, a tensor of indices or a mask.
+    """
+
+    @property
+    def shape(self) -> torch.Size:
+        """(n, ...), as of a tensor."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what is read."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where what is read goes."""
+
+    def dim(self) -> int:
+        """Length of the shape."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: Index, /) -> Tensor: ...
+
+    def to(self, device: torch.device | str, /) -> Stored:
+        """The same samples, for another device."""
+
+    def only(self, index: Index, /) -> Stored:
+        """Some of the samples, not read."""
+
+    def check(self) -> None:
+        """Raise ValueError if it is seen at a glance, without reading them, that samples cannot be read."""
+
+    def facts(self) -> Iterator[str]:
+        """What changes when the samples change."""
+
+    def stream(self, seed: int) -> Stream:
+        """The samples as they are trained on, with random views that depend on (seed, epoch, sample) alone."""
+
+
+class Stream(Protocol):
+    """Batches of stored samples, one epoch after the other."""
+
+    def epoch(self, number: int, batches: Sequence[Tensor]) -> Iterator[Tensor]:
+        """The samples of each batch, on the device.
+
+        Args:
+            number: of the epoch.
+            batches: positions of the samples, on the CPU.
+
+        Raises:
+            ValueError: a sample cannot be read.
+        """
+
+
+Samples = Tensor | Stored
 
 
 @dataclass(frozen=True, eq=False)
@@ -16,15 +85,19 @@ class Split:
     """Inputs and integer labels of one part of a data set.
 
     Args:
-        x: inputs, shape (n, ...), floating or integer (token ids).
+        x: inputs, shape (n, ...), floating or integer (token ids); a tensor, or what reads them.
         y: labels, shape (n,), int64 in 0..K-1.
     """
 
-    x: Tensor
+    x: Samples
     y: Tensor
 
     def __len__(self) -> int:
         return len(self.y)
+
+    def only(self, index: Index) -> Split:
+        """Some of the samples, by indices, mask or slice; nothing is read."""
+        return Split(self.x[index] if isinstance(self.x, Tensor) else self.x.only(index), self.y[index])
 
     def to(self, device: torch.device | str) -> Split:
         """The same part on another device."""
@@ -42,6 +115,9 @@ class Data:
         num_classes: K.
         clean: the training labels before noise, shape (n,). Default: `train.y`, that is, no noise.
         name: what tables print.
+        statistics: for images that are kept as bytes: what they are normalised with. Default None: inputs go to the
+            model as they are.
+        augment: of the training images, for images that are kept as bytes. Default None: none.
 
     Raises:
         ValueError: shapes, types or labels that do not fit together.
@@ -53,15 +129,31 @@ class Data:
     num_classes: int
     clean: Tensor | None = None
     name: str = "data"
+    statistics: Statistics | None = None
+    augment: Augment | None = None
 
     def __post_init__(self) -> None:
         for part in ("train", "val", "test"):
             _check(self.name, part, getattr(self, part), self.num_classes, self.train.x.shape[1:])
+        if (self.statistics is None) != (self.train.x.dtype != torch.uint8 or self.train.x.dim() != 4):
+            kind = f"{self.train.x.dtype} of shape {tuple(self.train.x.shape)}"
+            raise ValueError(
+                f"{self.name}: images of bytes need statistics to be normalised with, and nothing else has them; "
+                f"got {'no ' if self.statistics is None else ''}statistics with x of {kind}."
+            )
+        if self.augment is not None and self.statistics is None:
+            raise ValueError(f"{self.name}: only images of bytes, uint8 of shape (n, C, H, W), can be augmented.")
         if self.clean is not None and self.clean.shape != self.train.y.shape:
             raise ValueError(
                 f"{self.name}: clean has shape {tuple(self.clean.shape)}, expected {tuple(self.train.y.shape)} "
                 "like train.y."
             )
+
+    def inputs(self, x: Tensor, *, channels_last: bool = False) -> Tensor:
+        """What the model takes for samples of any part: bytes normalised, anything else as it is, never augmented."""
+        if self.statistics is not None:
+            return normalise(x, self.statistics, channels_last=channels_last)
+        return x.contiguous(memory_format=torch.channels_last) if channels_last and x.dim() == 4 else x
 
     @property
     def wrong(self) -> Tensor:
@@ -75,14 +167,15 @@ class Data:
     def to(self, device: torch.device | str) -> Data:
         """The same data on another device."""
         clean = None if self.clean is None else self.clean.to(device)
-        parts = {part: getattr(self, part).to(device) for part in ("train", "val", "test")}
-        return dataclasses.replace(self, **parts, clean=clean)
+        val = self.val.to(device)
+        test = val if self.test is self.val else self.test.to(device)
+        return dataclasses.replace(self, train=self.train.to(device), val=val, test=test, clean=clean)
 
 
 def _check(name: str, part: str, split: Split, classes: int, shape: Sequence[int]) -> None:
     where = f"{name}: {part}"
     x, y = split.x, split.y
-    if not isinstance(x, Tensor) or not isinstance(y, Tensor):
+    if not isinstance(x, (Tensor, Stored)) or not isinstance(y, Tensor):
         raise ValueError(f"{where} must hold tensors, got {type(x).__name__} and {type(y).__name__}.")
     if y.dim() != 1 or y.dtype != torch.int64:
         raise ValueError(f"{where}.y must be int64 labels of shape (n,), got {y.dtype} of shape {tuple(y.shape)}.")
@@ -93,11 +186,21 @@ def _check(name: str, part: str, split: Split, classes: int, shape: Sequence[int
         )
     if x.shape[1:] != torch.Size(shape):
         raise ValueError(f"{where}.x has samples of shape {tuple(x.shape[1:])}, but train.x has {tuple(shape)}.")
-    if x.is_floating_point() and not bool(x.isfinite().all()):
+    if isinstance(x, Tensor) and x.is_floating_point() and not bool(x.isfinite().all()):
         raise ValueError(f"{where}.x holds NaN or infinite values; clean them first.")
     low, high = int(y.min()), int(y.max())
     if low < 0 or high >= classes:
         raise ValueError(f"{where}.y has labels from {low} to {high}, expected 0 to {classes - 1} ({classes} classes).")
+
+
+def check_held(x: Samples, count: int) -> None:
+    """Raise ValueError if so many samples, kept as floats, are too much to read from files."""
+    size = 4 * math.prod(x.shape[1:])
+    if not isinstance(x, Tensor) and count * size > HELD:
+        raise ValueError(
+            f"measuring keeps its samples in memory, and {count} images of {tuple(x.shape[1:])} are "
+            f"{count * size / 2**30:.0f} GiB; take at most {HELD // size} of them (--examples in `flatmin measure`)."
+        )
 
 
 def as_data(found: Any, name: str) -> Data:
@@ -105,7 +208,8 @@ def as_data(found: Any, name: str) -> Data:
 
     Args:
         found: a `Data`, or three pairs ((x, y) train, (x, y) validation, (x, y) test) of tensors or arrays;
-            the number of classes is then the largest label plus one.
+            the number of classes is then the largest label plus one, and images of bytes are normalised with the
+            statistics of the training part.
         name: what tables and errors call it.
 
     Raises:
@@ -131,7 +235,9 @@ def as_data(found: Any, name: str) -> Data:
         splits.append(Split(x, y))
     classes = 1 + max(int(s.y.max()) if s.y.numel() else -1 for s in splits)
     train, val, test = splits
-    return Data(train, val, test, num_classes=classes, name=name)
+    bytes_ = train.x.dtype == torch.uint8 and train.x.dim() == 4
+    known = Statistics.of(train.x[:]) if bytes_ and len(train) else None
+    return Data(train, val, test, num_classes=classes, name=name, statistics=known)
 
 
 def _shape_of(found: Any) -> str:

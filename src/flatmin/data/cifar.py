@@ -22,8 +22,10 @@ from typing import IO
 import torch
 from torch import Tensor
 
+from flatmin.data.augment import Augment
 from flatmin.data.base import Data, Split
-from flatmin.data.images import split_validation
+from flatmin.data.images import STATISTICS
+from flatmin.data.official import three_parts
 from flatmin.words import suggest
 
 _SHAPE = (3, 32, 32)
@@ -84,7 +86,7 @@ def load_cifar(
     folder: str | os.PathLike[str],
     *,
     coarse: bool = False,
-    validation: float = 0.1,
+    validation: float | None = 0.1,
     split_seed: int = 42,
     stratified: bool = False,
     download: bool = False,
@@ -92,14 +94,15 @@ def load_cifar(
 ) -> Data:
     """CIFAR as bytes in three parts: 45 000 train, 5000 validation, 10 000 test.
 
-    Pixels stay bytes, a quarter of the memory of float32; `flatmin.data.augment` normalises each batch. The
-    validation part is drawn by `flatmin.data.images.split_validation`.
+    Pixels stay bytes, a quarter of the memory of float32; `flatmin.data.augment` normalises each batch, with the
+    statistics that the papers print, and crops and mirrors (no cutout). The validation part is drawn by
+    `flatmin.data.images.split_validation`.
 
     Args:
         name: "cifar10" or "cifar100".
         folder: as in `read_cifar`.
         coarse: the 20 superclasses of CIFAR-100 as labels. Default: its 100 classes.
-        validation: share of the 50 000 training images. Default 0.1.
+        validation: share of the 50 000 training images; None: see `three_parts`. Default 0.1.
         split_seed: of the split. Default 42, as in BiSAM and the papers after it.
         stratified: take the same number of every class into the validation part. Default False.
         download: get the archive if nothing is found. Default False.
@@ -112,15 +115,17 @@ def load_cifar(
         ValueError, FileNotFoundError, OSError: as `read_cifar`, `download_cifar` and `split_validation`.
     """
     train, test = read_cifar(name, folder, coarse=coarse, download=download, progress=progress)
-    labels = train.y if stratified else None
-    chosen, held_out = split_validation(len(train), validation, seed=split_seed, stratified=labels)
     classes = _release(name).classes
-    return Data(
-        Split(train.x[chosen], train.y[chosen]),
-        Split(train.x[held_out], train.y[held_out]),
+    return three_parts(
+        train,
         test,
         num_classes=classes[0 if coarse else -1],
         name=f"{name}-coarse" if coarse else name,
+        validation=validation,
+        split_seed=split_seed,
+        stratified=stratified,
+        statistics=STATISTICS[name],
+        augment=Augment(cutout=0),
     )
 
 

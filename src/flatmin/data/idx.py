@@ -19,8 +19,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from flatmin.data.augment import Augment
 from flatmin.data.base import Data, Split
-from flatmin.data.images import split_validation
+from flatmin.data.official import three_parts
 
 _UNSIGNED_BYTE = 8
 
@@ -30,22 +31,24 @@ def load_idx(
     *,
     name: str = "mnist",
     num_classes: int = 10,
-    validation: float = 0.1,
+    validation: float | None = 0.1,
     split_seed: int = 42,
     stratified: bool = False,
+    augment: Augment | None = None,
 ) -> Data:
     """A data set of four idx files as bytes in three parts; of MNIST 54 000 train, 6000 validation, 10 000 test.
 
-    Pixels stay bytes; `flatmin.data.augment` normalises each batch. The validation part is drawn by
-    `flatmin.data.images.split_validation`.
+    Pixels stay bytes; `flatmin.data.augment` normalises each batch with the statistics of the training part. The
+    validation part is drawn by `flatmin.data.images.split_validation`.
 
     Args:
         folder: as in `read_idx_parts`.
         name: what tables and errors call it. Default "mnist".
         num_classes: K. Default 10.
-        validation: share of the training images. Default 0.1.
+        validation: share of the training images; None: see `three_parts`. Default 0.1.
         split_seed: of the split. Default 42.
         stratified: give every class the same share in the validation part. Default False.
+        augment: of the training images. Default None: none, as mirrored digits are none.
 
     Returns:
         x of shape (n, 1, H, W), uint8.
@@ -54,14 +57,15 @@ def load_idx(
         FileNotFoundError, ValueError: as `read_idx_parts`, `split_validation` and `Data`.
     """
     train, test = read_idx_parts(folder)
-    labels = train.y if stratified else None
-    chosen, held_out = split_validation(len(train), validation, seed=split_seed, stratified=labels)
-    return Data(
-        Split(train.x[chosen], train.y[chosen]),
-        Split(train.x[held_out], train.y[held_out]),
+    return three_parts(
+        train,
         test,
         num_classes=num_classes,
         name=name,
+        validation=validation,
+        split_seed=split_seed,
+        stratified=stratified,
+        augment=augment,
     )
 
 

@@ -69,7 +69,10 @@ CIFAR10 = Statistics((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 CIFAR100 = Statistics((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
 """Of the 50 000 training images of CIFAR-100, rounded to four digits as the papers print them."""
 
-STATISTICS = {"cifar10": CIFAR10, "cifar100": CIFAR100}
+IMAGENET = Statistics((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+"""Of a part of ImageNet's training images, as nearly all published code has them since Torch7's."""
+
+STATISTICS = {"cifar10": CIFAR10, "cifar100": CIFAR100, "imagenet": IMAGENET}
 
 CIFAR100_COARSE = (
     *(4, 1, 14, 8, 0, 6, 7, 7, 18, 3, 3, 14, 9, 18, 7, 11, 3, 9, 7, 11, 6, 11, 5, 10, 7),

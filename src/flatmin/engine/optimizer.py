@@ -358,6 +358,17 @@ class SAM(Doors):
             counts["skipped_steps"] += found // Flags.ONE
         return counts
 
+    def replayed(self) -> None:
+        """Count an update that a CUDA graph has repeated, as far as it is counted on the host.
+
+        A captured update runs no Python, so the number of updates, which checkpoints and `counts()` hold, stands still.
+        """
+        group = self.param_groups[0]
+        group[PREFIX + "step"] = int(group[PREFIX + "step"]) + 1
+        self._host_counts["updates"] += 1
+        if self._flags is not None and self.recipe.moves:
+            self._flags.ascents += 1
+
     # -- construction, copies, checkpoints -----------------------------------------------------------------------
 
     def _runtime(self, model: nn.Module | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 
-from flatmin.parts import Need
+from flatmin.parts import Need, OtherBatch
 from flatmin.recipes import Recipe
 
 
@@ -29,6 +29,20 @@ PURE = {
     Need.LR: "it knows no base optimizer",
 }
 _SILENT = "needs second derivatives, which bypass the communication of DistributedDataParallel and fully_shard"
+
+
+def capture_refusal(recipe: Recipe) -> str | None:
+    """Why a CUDA graph of one update cannot stand for all, as what follows the recipe's name; None if it can."""
+    repeated = ", and a graph repeats the update that it captured"
+    if any(part.counts for part in recipe.parts.values()):
+        return f"depends on the number of the update{repeated}"
+    if isinstance(recipe.points, OtherBatch):
+        return f"climbs on the batch before{repeated}"
+    asked = recipe.needs.union(*(part.demands() for part in recipe.parts.values()))
+    for need in (Need.RANDOM, Need.DECIDES_BY_VALUE, Need.LR):
+        if need in asked:
+            return f"needs {need.value}{repeated}"
+    return None
 
 
 def refusal(recipe: Recipe, loop: Loop) -> str | None:

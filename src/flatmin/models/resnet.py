@@ -1,4 +1,4 @@
-"""ResNets of four stages, with the stem for small images."""
+"""ResNets of four stages, with the stem for small images or that of the paper."""
 
 from __future__ import annotations
 
@@ -67,18 +67,21 @@ LAYERS: dict[int, tuple[Block, int, tuple[int, int, int, int]]] = {
 }
 
 
+STEMS = {"small": (3, 1), "imagenet": (7, 2)}  # size and stride of the convolution
+
+
 class ResNet(Chain):
-    """ResNet for small images: a 3x3 stem of stride 1 without pooling, four stages of residual blocks.
+    """ResNet: a stem, for small images a 3x3 of stride 1 without pooling, and four stages of residual blocks.
 
     For inputs (n, in_channels, h, w) of any size. The stages have 64, 128, 256 and 512 channels, times 4 after
     bottlenecks; each but the first halves the image. Shortcuts are projections (1x1 and BatchNorm) where the shape
     changes (option B). Initialised by `he_normal`.
 
     Parameters with 10 and 100 classes: 18: 11 173 962 and 11 220 132; 34: 21 282 122 and 21 328 292; 50: 23 520 842 and
-    23 705 252; 101: 42 512 970 and 42 697 380; 152: 58 156 618 and 58 341 028.
+    23 705 252; 101: 42 512 970 and 42 697 380; 152: 58 156 618 and 58 341 028. With 1000 classes and the paper's stem:
+    18: 11 689 512; 50: 25 557 032.
 
-    Differs from the paper: the stem (7x7 of stride 2 and a max pooling there, for images of 224), and the stride of a
-    bottleneck is at its 3x3, as in most code since.
+    Differs from the paper: the small stem, and the stride of a bottleneck is at its 3x3, as in most code since.
 
     Args:
         depth: 18, 34, 50, 101 or 152.
@@ -87,24 +90,34 @@ class ResNet(Chain):
         max_pool: a 3x3 max pooling of stride 2 after the stem. A quarter of the work, and other results: one of the
             projects that report ResNets with this stem has it, the others do not.
         width: channels of the first stage.
+        stem: "small", or "imagenet": the paper's, a 7x7 of stride 2 and the max pooling, for images of about 224.
 
     Raises:
-        ValueError: another depth, or counts below 1.
+        ValueError: another depth or stem, or counts below 1.
 
     Reference: He, Zhang, Ren & Sun, Deep Residual Learning for Image Recognition, CVPR 2016,
     https://arxiv.org/abs/1512.03385
     """
 
     def __init__(
-        self, depth: int, num_classes: int = 10, *, in_channels: int = 3, max_pool: bool = False, width: int = 64
+        self,
+        depth: int,
+        num_classes: int = 10,
+        *,
+        in_channels: int = 3,
+        max_pool: bool = False,
+        width: int = 64,
+        stem: str = "small",
     ) -> None:
         check_counts(num_classes=num_classes, in_channels=in_channels, width=width)
         if depth not in LAYERS:
             raise ValueError(f"depth must be one of {', '.join(map(str, LAYERS))}, got {depth!r}.")
+        if stem not in STEMS:
+            raise ValueError(f"stem must be one of {', '.join(STEMS)}, got {stem!r}.")
         block, expansion, counts = LAYERS[depth]
         super().__init__()
-        self.stem = nn.Sequential(conv(in_channels, width), nn.BatchNorm2d(width), nn.ReLU())
-        if max_pool:
+        self.stem = nn.Sequential(conv(in_channels, width, *STEMS[stem]), nn.BatchNorm2d(width), nn.ReLU())
+        if max_pool or stem == "imagenet":
             self.stem.append(nn.MaxPool2d(3, stride=2, padding=1))
         channels = width
         for k, count in enumerate(counts):

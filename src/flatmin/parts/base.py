@@ -235,12 +235,14 @@ class Part:
     kind: which question of the recipe it answers.
     slots: name -> "param" (a tensor per weight) or "scalar" (one tensor): what it remembers between steps.
     needs: what it asks for. withholds: what it takes away from its fellow parts, with the reason.
+    counts: whether what it does depends on the number of the update.
     """
 
     kind: ClassVar[str] = ""
     slots: ClassVar[Mapping[str, Literal["param", "scalar"]]] = {}
     needs: ClassVar[frozenset[Need]] = frozenset()
     withholds: ClassVar[Mapping[Need, str]] = {}
+    counts: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

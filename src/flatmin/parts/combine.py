@@ -287,6 +287,7 @@ class Saner(Combine):
         Saner(alpha=0.25, warm_up=0)
     """
 
+    counts: ClassVar = True
     needs: ClassVar = frozenset({Need.GRADIENT_AT_W})
     uses_gradient: ClassVar = True
     alpha: float = 0.5

@@ -47,6 +47,7 @@ class Curved(Combine):
         Curved(curvature='ggn', draws=1, interval=1, spatial_mean=True)
     """
 
+    counts: ClassVar = True
     slots: ClassVar = {"h": "param"}
     needs: ClassVar = frozenset({Need.SECOND_ORDER})
     ascends: ClassVar[bool] = False

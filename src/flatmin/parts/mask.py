@@ -188,6 +188,7 @@ class Fisher(Mask):
         Fisher(sparsity=0.9, num_samples=16, interval=100)
     """
 
+    counts: ClassVar = True
     needs: ClassVar = frozenset({Need.PER_SAMPLE, Need.SECOND_ORDER, Need.LOSSES_AT_W, Need.GLOBAL_ORDER})
     slots: ClassVar = {"mask": "param"}
     norm: ClassVar = "full"
@@ -267,6 +268,7 @@ class Dynamic(Mask):
         Dynamic(sparsity=0.9, rate=0.5, drop='gradient', growth='random', interval=100, total=0)
     """
 
+    counts: ClassVar = True
     needs: ClassVar = frozenset({Need.RANDOM, Need.ONE_ASCENT, Need.GLOBAL_ORDER})
     slots: ClassVar = {"mask": "param"}
     norm: ClassVar = "full"

@@ -33,6 +33,7 @@ class Power(Radius):
         Power(p=0.5)
     """
 
+    counts: ClassVar = True
     p: float = 0.001
 
     def __post_init__(self) -> None:
@@ -102,6 +103,7 @@ class Ramp(Radius):
         Ramp(start=0.0, end=1.0, total=500)
     """
 
+    counts: ClassVar = True
     start: float = 0.0
     end: float = 1.0
     total: int = 1000
@@ -127,6 +129,7 @@ class Schedule(Radius):
         ValueError: at the step, for a factor that is negative or not finite.
     """
 
+    counts: ClassVar = True
     rule: Callable[[int], float]
 
     def __post_init__(self) -> None:

@@ -56,6 +56,7 @@ class EveryK(When):
         EveryK(k=2)
     """
 
+    counts: ClassVar = True
     k: int = 5
 
     def __post_init__(self) -> None:
@@ -125,6 +126,7 @@ class Late(When):
         Late(total=1000, fraction=0.1)
     """
 
+    counts: ClassVar = True
     total: int = 0
     fraction: float = 0.1
 
@@ -162,6 +164,7 @@ class WarmUp(When):
         WarmUp(steps=50)
     """
 
+    counts: ClassVar = True
     steps: int = 0
 
     def __post_init__(self) -> None:
@@ -202,6 +205,7 @@ class Trigger(When):
         Trigger(delta=0.95, start=1.0, end=-1.0, total=0)
     """
 
+    counts: ClassVar = True
     needs: ClassVar = frozenset({Need.GRADIENT_AT_W, Need.WHOLE_BATCH, Need.DECIDES_BY_VALUE})
     slots: ClassVar = {"mean": "scalar", "variance": "scalar"}
     delta: float = 0.9

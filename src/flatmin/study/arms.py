@@ -11,7 +11,8 @@ from flatmin.recipes import Recipe, compose, method_table
 from flatmin.study.config import BASE, SWEPT, CompareConfig
 from flatmin.train.config import RunConfig, Scalar
 from flatmin.train.locate import find_module
-from flatmin.train.loop import build_recipe
+from flatmin.train.radii import radius_of
+from flatmin.train.trainer import build_recipe
 
 WEIGHT_DECAY, EARLY, LONG = "sgd + weight decay", "sgd, early stop", "sgd, 2x epochs"
 RHO_FACTORS = (0.5, 1.0, 2.0)
@@ -89,7 +90,7 @@ def _arm(label: str, method: str, config: CompareConfig) -> Arm:
     plain = recipe_of(method, config.plugins)
     run = RunConfig(
         method=method,
-        rho=_radius(method, plain, config) if plain.ascends else None,
+        rho=radius_of(method, plain, config.rho, method_table(config.plugins)),
         params=_qualified(plain, config.params),
         epochs=config.epochs,
         batch_size=config.batch_size,
@@ -103,21 +104,11 @@ def _arm(label: str, method: str, config: CompareConfig) -> Arm:
         split_seed=config.split_seed,
         plugins=config.plugins,
         measure=config.measure,
+        selection="last",
+        test_every=1,
         device=config.device,
     )
     return Arm(label=label, config=run, recipe=build_recipe(run))
-
-
-def _radius(method: str, recipe: Recipe, config: CompareConfig) -> float:
-    if method in config.rho:
-        return config.rho[method]
-    if not recipe.moves:
-        return recipe.default_rho  # a factor, which says nothing about lengths and is not told by any
-    table = method_table(config.plugins)
-    for name, radius in config.rho.items():
-        if all(word in table for word in name.split("+")) and compose(name, table).geometry == recipe.geometry:
-            return radius
-    return recipe.default_rho
 
 
 def _holds(recipe: Recipe, name: str) -> bool:

@@ -17,15 +17,16 @@ from flatmin.study.arms import Candidate, arms, candidates, recipe_of
 from flatmin.study.config import BASE, CompareConfig
 from flatmin.study.events import Event, Planned, Timing, Tuned, Warned
 from flatmin.study.executor import Outcome, execute
-from flatmin.study.fingerprint import data_digest, digest, environment, package_digest, user_sources
 from flatmin.study.notes import write_notes
-from flatmin.study.store import Run, Store, unique, write_atomically
+from flatmin.study.store import Run, Store, unique
 from flatmin.study.summary import Choice, Finding, Ratio, Summary, make_row
 from flatmin.study.timing import guess_seconds, measure_speed, time_ratios
 from flatmin.train.config import RunConfig
-from flatmin.train.loop import Trainer, build_recipe
+from flatmin.train.files import write_json
+from flatmin.train.fingerprint import data_digest, digest, environment, external_versions, package_digest, user_sources
 from flatmin.train.settings import content_hash
 from flatmin.train.sources import build_model, check_device, check_fit, load_clean
+from flatmin.train.trainer import Trainer, build_recipe
 
 OnEvent = Callable[[Event], None]
 
@@ -74,7 +75,7 @@ def plan(config: CompareConfig, *, out: Path, workers: int = 2) -> Plan:
     """
     store = Store(out)
     check_device(config.device)
-    data = load_clean(config.data, config.split_seed)
+    data = load_clean(_base(config))
     left_out: dict[str, str] = {}
     if config.skip_unfit:
         config, left_out = _fitting(config, data.to(config.device))
@@ -192,7 +193,7 @@ def _base(config: CompareConfig) -> RunConfig:
 def _code(config: CompareConfig, points: Sequence[Candidate], data: str) -> str:
     specs = [*config.plugins, *(spec for spec in (config.model, config.data) if ":" in spec)]
     recipes = [recipe_of(method, config.plugins) for method in dict.fromkeys(p.config.method for p in points)]
-    return digest(user_sources(specs, recipes), package_digest(), data)
+    return digest(user_sources(specs, recipes), package_digest(), data, *external_versions(specs))
 
 
 def _select(findings: Sequence[Finding], tell: OnEvent) -> tuple[list[Finding], dict[str, list[Choice]]]:
@@ -242,7 +243,7 @@ def _ratios(
     if kept is None:
         tell(Timing(methods=len(timed)))
         kept = time_ratios(timed, base)
-        write_atomically(path, {"key": key, "ratios": {name: dataclasses.asdict(r) for name, r in kept.items()}})
+        write_json(path, {"key": key, "ratios": {name: dataclasses.asdict(r) for name, r in kept.items()}})
     return {label: kept[identity] for label, identity in same.items()}
 
 

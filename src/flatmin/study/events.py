@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flatmin.train.loop import Epoch, Result
+from flatmin.train.result import Epoch, Result
 
 
 @dataclass(frozen=True, kw_only=True)

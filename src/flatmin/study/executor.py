@@ -16,10 +16,12 @@ from typing import cast
 import torch
 
 from flatmin.study.events import EpochDone, Event, RunBroke, RunDone
-from flatmin.study.fingerprint import environment
-from flatmin.study.store import Run, Store, append_line
+from flatmin.study.store import Run, Store
 from flatmin.study.timing import one_thread
-from flatmin.train.loop import Epoch, Result, train
+from flatmin.train.folder import RunFolder
+from flatmin.train.loop import train
+from flatmin.train.options import Options
+from flatmin.train.result import Epoch, Result
 
 OnEvent = Callable[[Event], None]
 
@@ -46,15 +48,14 @@ def perform(run: Run, store: Store, on_line: Callable[[Epoch], None]) -> Outcome
     """Do one run in this process and store it. Errors of any kind become part of the outcome."""
     lines: list[Epoch] = []
     try:
-        folder = store.begin(run, environment(run.config.device, torch.get_num_threads()))
 
         def keep(line: Epoch) -> None:
             lines.append(line)
-            append_line(folder / "metrics.jsonl", line)
             on_line(line)
 
-        result = train(run.config, on_epoch=keep, on_end=partial(store.keep, run))
-        store.finish(run, result)
+        options = Options(checkpoint_every=0, log_every=0, signals=False, weights=store.weights)
+        folder = RunFolder(store.folder(run))
+        result = train(run.config, folder=folder, options=options, labels=run.labels, on_epoch=keep)
     except Exception as error:
         text = str(error).strip() or "no message"
         return Outcome(error=text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}")

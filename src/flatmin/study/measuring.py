@@ -16,13 +16,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from flatmin.data.base import Data, Split
+from flatmin.data.base import Data, Split, check_held
 from flatmin.measure.card import Card, CardSettings, card
 from flatmin.measure.problem import Mode, Problem
 from flatmin.study.measured import Measured, check_doubles
-from flatmin.study.saved import SavedRun, open_run
-from flatmin.study.store import WEIGHTS
 from flatmin.train.config import RunConfig
+from flatmin.train.folder import WEIGHTS
+from flatmin.train.saved import SavedRun, open_run
 from flatmin.train.settings import content_hash
 from flatmin.train.sources import check_device, check_fit
 from flatmin.words import explained
@@ -162,10 +162,16 @@ def find_all(targets: Sequence[Path], *, model: str | None = None, data: str | N
 
 
 def batches(data: Data, view: View) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The chosen examples, in batches."""
+    """The chosen examples, in batches.
+
+    Raises:
+        ValueError: more examples than there are, or than should be read from files at once.
+    """
     part: Split = getattr(data, view.split)
-    index = chosen(data, view)
-    yield from zip(part.x[index].split(view.batch), part.y[index].split(view.batch), strict=True)
+    index_of = chosen(data, view)
+    check_held(part.x, len(index_of))
+    for index in index_of.split(view.batch):
+        yield data.inputs(part.x[index]), part.y[index]
 
 
 def chosen(data: Data, view: View) -> torch.Tensor:

@@ -12,7 +12,7 @@ from flatmin.study.arms import Candidate
 from flatmin.study.executor import Outcome
 from flatmin.study.timing import Ratio
 from flatmin.train.config import Scalar
-from flatmin.train.loop import Result
+from flatmin.train.result import Result
 
 __all__ = ["Choice", "Finding", "Ratio", "Row", "Stat", "Summary", "make_row"]
 

@@ -10,9 +10,10 @@ from statistics import quantiles
 
 import torch
 
-from flatmin.train import metrics
+from flatmin.train import evaluate
 from flatmin.train.config import RunConfig
-from flatmin.train.loop import Trainer, build_recipe
+from flatmin.train.feed import Batch
+from flatmin.train.trainer import Trainer, build_recipe
 
 WARM_UP, STEPS, ROUNDS = 5, 5, 21
 START_SECONDS = 4.0  # a fresh worker imports torch and the data's package
@@ -35,9 +36,10 @@ class Stepper:
         self._trainer = trainer
         self._batches = self._endless()
 
-    def _endless(self) -> Iterator[torch.Tensor]:
+    def _endless(self) -> Iterator[Batch]:
         while True:
-            yield from self._trainer.epoch_batches()
+            yield from self._trainer.batches()
+            self._trainer.steps = 0  # the schedule ends with the run
 
     def seconds(self, steps: int) -> float:
         """Wall time of that many training steps."""
@@ -109,7 +111,8 @@ def measure_speed(trainer: Trainer, *, most: float = 1.0) -> Speed:
         while len(times) < 10 and sum(times) < most:
             times.append(stepper.seconds(1))
         begun = time.perf_counter()
-        metrics.score(trainer.model, trainer.data)
+        for part in (trainer.data.val, trainer.data.test):
+            evaluate.score(trainer.model, trainer.data, part, trainer.config)
         score = time.perf_counter() - begun
     return Speed(
         step=sorted(times)[len(times) // 2],

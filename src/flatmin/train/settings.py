@@ -9,7 +9,7 @@ import math
 import tomllib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,6 +32,8 @@ def describe(kind: Any) -> str:
         return f"{describe(_optional(kind))} or none"
     if typing.get_origin(kind) is tuple:
         return f"list of {describe(typing.get_args(kind)[0])}"
+    if typing.get_origin(kind) in _UNIONS:
+        return ", ".join(map(describe, typing.get_args(kind)))
     names = {int: "whole number", float: "number", bool: "true or false", str: "text"}
     return names.get(kind, "table")
 
@@ -105,11 +107,12 @@ def coerce(key: str, value: Any, kind: Any) -> Any:
     raise ValueError(f"{key} = {value!r} is a {type(value).__name__}, expected a {describe(kind)}.")
 
 
-def read_preset(name: str) -> dict[str, Any]:
+def read_preset(name: str, kind: str = "compare") -> dict[str, Any]:
     """A preset's table, from the package by name or from a file by path.
 
     Args:
         name: "digits", or a path that ends in .toml.
+        kind: "compare" or "train": the command that it is for.
 
     Raises:
         ValueError: unknown name, missing file, or text that is not TOML.
@@ -120,21 +123,21 @@ def read_preset(name: str) -> dict[str, Any]:
             raise ValueError(f"preset file {name!r} does not exist.")
         text = path.read_text(encoding="utf-8")
     else:
-        known = preset_names()
+        known = preset_names(kind)
         if name not in known:
             raise ValueError(
                 f"unknown preset {name!r}{suggest(name, known)} (presets: {', '.join(known)}, or a .toml file)"
             )
-        text = (resources.files("flatmin") / "presets" / f"{name}.toml").read_text(encoding="utf-8")
+        text = (resources.files("flatmin") / "presets" / kind / f"{name}.toml").read_text(encoding="utf-8")
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"preset {name!r} is not valid TOML: {error}.") from error
 
 
-def preset_names() -> list[str]:
-    """Names of the presets inside the package."""
-    folder = resources.files("flatmin") / "presets"
+def preset_names(kind: str = "compare") -> list[str]:
+    """Names of the presets inside the package for a command."""
+    folder = resources.files("flatmin") / "presets" / kind
     return sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".toml"))
 
 
@@ -187,6 +190,13 @@ def at_least(owner: Any, name: str, low: float, *, open_low: bool = False, high:
     if not good or (open_low and value == low):
         upper = f" and at most {high:g}" if math.isfinite(high) else ""
         raise ValueError(f"{name} must be {'above' if open_low else 'at least'} {low:g}{upper}, got {value!r}.")
+
+
+def one_of(owner: Any, name: str, choices: Sequence[str]) -> None:
+    """Raise ValueError unless the field is one of the choices."""
+    value = getattr(owner, name)
+    if value not in choices:
+        raise ValueError(f"{name}={value} is not known{suggest(str(value), choices)} ({name}: {', '.join(choices)})")
 
 
 def _optional(kind: Any) -> Any:

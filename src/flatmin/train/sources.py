@@ -2,50 +2,117 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from flatmin.data.base import Data, as_data
-from flatmin.data.digits import load_digits
-from flatmin.data.noise import symmetric_noise
+from flatmin.data.augment import Augment
+from flatmin.data.base import Data, as_data, check_held
+from flatmin.data.images import STATISTICS, draw_share
+from flatmin.data.named import DATASETS, Progress, Reading, read_named
+from flatmin.data.noise import asymmetric_noise, symmetric_noise
+from flatmin.models.external import external
 from flatmin.models.zoo import MODELS
 from flatmin.train.config import RunConfig, stream
+from flatmin.train.inputs import Inputs
 from flatmin.train.locate import find_function
 from flatmin.words import suggest
 
-DATA = ("digits",)
+_AUGMENT = ("crop", "flip", "cutout", "cutout_p")
 
 
-def load_data(config: RunConfig) -> Data:
+def load_data(config: RunConfig, *, download: bool = False, progress: Progress | None = None) -> Data:
     """The data of a run, with its label noise, on its device.
 
+    Args:
+        config: the run.
+        download: get what is missing, where that is possible.
+        progress: see `flatmin.data.named.Reading`.
+
     Raises:
-        ValueError: unknown name, or a function that returns something else than data.
-        ModuleNotFoundError: scikit-learn is missing.
+        ValueError: unknown name, options that the data does not have, or a function that returns something else.
+        FileNotFoundError, OSError: files that are missing or cannot be read.
+        ModuleNotFoundError: a package is missing; the error names the extra.
     """
-    clean = load_clean(config.data, config.split_seed)
+    clean = load_clean(config, download=download, progress=progress)
+    if config.measure:
+        check_held(clean.train.x, len(clean.train))
     if not config.noise:
         return clean.to(config.device)
     if clean.clean is not None:
         raise ValueError(f"data={config.data} brings wrong labels of its own; set noise=0.")
-    noisy = symmetric_noise(clean.train.y, config.noise, clean.num_classes, seed=stream(config.seed, "noise"))
-    return clean.with_labels(noisy).to(config.device)
+    return clean.with_labels(_noisy(config, clean)).to(config.device)
 
 
-def load_clean(name: str, split_seed: int = 0) -> Data:
-    """The data before flatmin adds noise to the labels."""
-    if name == "digits":
-        return load_digits(split_seed=split_seed)
-    if ":" not in name:
-        raise ValueError(
-            f"unknown data {name!r}{suggest(name, DATA)} (data: {', '.join(DATA)}, or package.module:function)"
+def load_clean(config: RunConfig, *, download: bool = False, progress: Progress | None = None) -> Data:
+    """The data before flatmin adds noise to the labels, on the CPU."""
+    if ":" in config.data:
+        data = as_data(find_function(config.data, option="data")(), config.data)
+        if config.train_on_val:
+            raise ValueError(f"train_on_val=true is for official releases; data={config.data} brings its own parts.")
+    else:
+        reading = Reading(
+            folder=config.data_dir,
+            validation=None if config.train_on_val else config.val_share,
+            split_seed=config.split_seed,
+            image_size=config.image_size,
+            workers=config.workers,
+            download=download,
+            progress=progress,
         )
-    return as_data(find_function(name, option="data")(), name)
+        data = read_named(config.data, reading)
+    if config.statistics is not None:
+        if config.statistics not in STATISTICS:
+            raise ValueError(
+                f"statistics={config.statistics} is not known{suggest(config.statistics, STATISTICS)} "
+                f"(statistics: {', '.join(STATISTICS)}, or none for the data's own)"
+            )
+        data = dataclasses.replace(data, statistics=STATISTICS[config.statistics])
+    data = dataclasses.replace(data, augment=_augmentation(config, data))
+    if config.train_size is not None:
+        data = _smaller(data, config.train_size, seed=stream(config.split_seed, "train_size"))
+    return data
 
 
-def build_model(config: RunConfig, data: Data) -> nn.Module:
+def _augmentation(config: RunConfig, data: Data) -> Augment | None:
+    """What is usual for the data, with the configuration's own options."""
+    given = {name: getattr(config, name) for name in _AUGMENT if getattr(config, name) is not None}
+    if not given:
+        return data.augment
+    if data.statistics is None:
+        raise ValueError(f"{next(iter(given))} is for images of bytes; data={config.data} has none: leave it out.")
+    usual = data.augment or Augment(crop=0, flip=False, cutout=0)
+    return dataclasses.replace(usual, **given)
+
+
+def _smaller(data: Data, size: int, *, seed: int) -> Data:
+    if size > len(data.train):
+        raise ValueError(f"train_size={size} is more than the {len(data.train)} training samples of {data.name}.")
+    order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(seed))
+    kept = draw_share(order, data.train.y, size).sort().values
+    clean = None if data.clean is None else data.clean[kept]
+    return dataclasses.replace(data, train=data.train.only(kept), clean=clean)
+
+
+def _noisy(config: RunConfig, data: Data) -> Tensor:
+    seed = stream(config.seed, "noise")
+    if config.noise_kind == "symmetric":
+        return symmetric_noise(data.train.y, config.noise, data.num_classes, seed=seed)
+    known = DATASETS.get(config.data)
+    if known is None or known.confusions is None:
+        which = ", ".join(name for name, one in DATASETS.items() if one.confusions)
+        raise ValueError(
+            f"noise_kind=asymmetric needs to know which classes are confused, which it does for {which} only; "
+            "use noise_kind=symmetric."
+        )
+    return asymmetric_noise(data.train.y, config.noise, known.confusions, seed=seed)
+
+
+def build_model(config: RunConfig, data: Data | Inputs) -> nn.Module:
     """A freshly initialised model on the run's device.
 
     A function is called with those of `num_classes=K`, `in_channels=C` and `image_size=H` that it has parameters for,
@@ -53,21 +120,30 @@ def build_model(config: RunConfig, data: Data) -> nn.Module:
 
     Raises:
         ValueError: unknown name, a function that needs other arguments, or something that is no module.
+        ModuleNotFoundError, ImportError: timm or torchvision is missing, or does not fit torch.
     """
-    if ":" in config.model:
+    function: Callable[..., Any]
+    if (named := external(config.model)) is not None:
+        function = named
+    elif ":" in config.model:
         function = find_function(config.model, option="model")
     elif config.model in MODELS:
         function = MODELS[config.model]
     else:
         raise ValueError(
             f"unknown model {config.model!r}{suggest(config.model, MODELS)} "
-            f"(models: {', '.join(MODELS)}, or package.module:function)"
+            f"(models: {', '.join(MODELS)}; timm:NAME, torchvision:NAME, or package.module:function)"
         )
     known = inspect.signature(function).parameters
-    told = {"num_classes": data.num_classes}
-    if data.train.x.dim() == 4:
-        told |= {"in_channels": data.train.x.shape[1], "image_size": data.train.x.shape[2]}
-    given = {name: value for name, value in told.items() if name in known}
+    inputs = data if isinstance(data, Inputs) else Inputs.of(data)
+    told: dict[str, Any] = {"num_classes": inputs.num_classes}
+    if len(inputs.shape) == 3:
+        told |= {"in_channels": inputs.shape[0], "image_size": inputs.shape[1]}
+    for name in config.model_params:
+        if name not in known and not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values()):
+            raise ValueError(f"model={config.model} has no option {name!r}{suggest(name, known)}")
+    told |= config.model_params
+    given = {name: value for name, value in told.items() if name in known or name in config.model_params}
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     for name, parameter in known.items():
         if parameter.default is parameter.empty and parameter.kind not in variadic and name not in given:
@@ -97,7 +173,7 @@ def check_fit(model: nn.Module, data: Data) -> None:
     """Raise ValueError unless the model maps the data's inputs to one logit per class."""
     from flatmin.measure.modes import evaluating
 
-    x = data.train.x[:2]
+    x = data.inputs(data.train.x[:2])
     try:
         with evaluating(model), torch.no_grad():
             out = model(x)

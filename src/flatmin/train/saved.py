@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from flatmin.data.base import Data
-from flatmin.study.store import WEIGHTS, reason
 from flatmin.train.config import RunConfig
-from flatmin.train.settings import fill
+from flatmin.train.files import reason
+from flatmin.train.folder import WEIGHTS, RunFolder
+from flatmin.train.inputs import Inputs
 from flatmin.train.sources import build_model, load_data
 
 
@@ -28,12 +29,19 @@ class SavedRun:
         label: the arm that it belongs to.
         config: what it was trained with.
         weights: file of the trained weights.
+        known: what the model takes, if the run has written it down.
     """
 
     name: str
     label: str
     config: RunConfig
     weights: Path
+    known: Inputs | None = None
+
+    @property
+    def here(self) -> RunConfig:
+        """The configuration as it is on the CPU, wherever the run was."""
+        return dataclasses.replace(self.config, device="cpu", graph=False)
 
     def data(self) -> Data:
         """The data that it was trained on, wrong labels included, on the CPU.
@@ -41,7 +49,15 @@ class SavedRun:
         Raises:
             ValueError, ModuleNotFoundError: see `load_data`.
         """
-        return load_data(dataclasses.replace(self.config, device="cpu"))
+        return load_data(self.here)
+
+    def inputs(self) -> Inputs:
+        """What the model takes and answers; read off the data where the run has not written it down."""
+        return self.known or Inputs.of(self.data())
+
+    def transform(self, x: Tensor) -> Tensor:
+        """Samples as the model takes them; see `flatmin.train.inputs.Inputs.transform`."""
+        return self.inputs().transform(x)
 
     def check(self) -> None:
         """Raise ValueError unless there are weights."""
@@ -55,16 +71,39 @@ class SavedRun:
         """The trained model on the CPU, in training mode as it was left.
 
         Args:
-            data: the run's own, if it is at hand.
+            data: the run's own, if it is at hand. Default: not needed, except by runs of an earlier version.
 
         Raises:
             ValueError: no weights, or weights that do not fit the model.
         """
         self.check()
-        config = dataclasses.replace(self.config, device="cpu")
-        model = build_model(config, self.data() if data is None else data)
+        model = build_model(self.here, self.inputs() if data is None else data)
         load_weights(model, self.weights)
         return model
+
+
+def load(run: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> nn.Module:
+    """The trained model of a finished run, ready to be asked: in eval mode, with the weights that the run chose.
+
+    It takes what it was trained on. Where the data were images of bytes, that is floats normalised with the statistics
+    of the training part, which `flatmin.train.saved.open_run(run).transform(x)` makes of a batch of bytes. The data
+    themselves are not needed; a run of flatmin 0.1 before `data.json` has to read them once.
+
+    Args:
+        run: its folder.
+        device: where the model is to be.
+
+    Returns:
+        The module that the run trained, with its parameters as trainable as they were; outputs are logits.
+
+    Raises:
+        ValueError: no run, one that is not finished or failed, one without weights, or weights that do not fit.
+
+    Example:
+        >>> model = flatmin.load("flatmin-runs/runs/mine")                       # doctest: +SKIP
+        >>> logits = model(open_run("flatmin-runs/runs/mine").transform(images)) # doctest: +SKIP
+    """
+    return open_run(run).model().to(device).eval()
 
 
 def open_run(folder: str | os.PathLike[str]) -> SavedRun:
@@ -74,21 +113,21 @@ def open_run(folder: str | os.PathLike[str]) -> SavedRun:
         ValueError: no run, one that is not finished, or one that failed.
     """
     path = Path(folder)
-    if not (path / "config.json").is_file():
+    run = RunFolder(path)
+    if not run.begun:
         raise ValueError(f"{path} is not a run: there is no config.json in it (runs are in FOLDER/runs).")
+    config, labels = run.config()
     try:
-        found = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        label = str(found["label"])
-        known = {f.name for f in dataclasses.fields(RunConfig)}
-        config = fill(RunConfig, {k: v for k, v in found.items() if k in known}, origin=str(path / "config.json"))
         failure = dict(json.loads((path / "result.json").read_text(encoding="utf-8"))).get("failure")
     except FileNotFoundError:
         raise ValueError(f"the run in {path} is not finished: there is no result.json in it.") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"the run in {path} cannot be read: {reason(error)}.") from error
     if failure:
         raise ValueError(f"the run in {path} failed: {failure}.")
-    return SavedRun(name=path.name, label=label, config=config, weights=path / WEIGHTS)
+    name = path.resolve().name
+    label = labels.get("label", name)
+    return SavedRun(name=name, label=label, config=config, weights=path / WEIGHTS, known=run.inputs())
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -96,6 +135,18 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
     Raises:
         ValueError: a file that is no such checkpoint, or weights that do not fit the model.
+    """
+    try:
+        model.load_state_dict(read_weights(path))
+    except RuntimeError as error:
+        raise ValueError(f"the weights in {path} do not fit the model: {' '.join(str(error).split())}") from error
+
+
+def read_weights(path: Path) -> dict[str, Any]:
+    """The state dict in a file, at its top or under "state_dict" or "model", on the CPU.
+
+    Raises:
+        ValueError: a file that holds none.
     """
     try:
         state: Any = torch.load(path, map_location="cpu", weights_only=True)
@@ -113,7 +164,4 @@ def load_weights(model: nn.Module, path: Path) -> None:
     )
     if not good:
         raise ValueError(f'{path} holds no state dict, at its top or under "state_dict" or "model".')
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f"the weights in {path} do not fit the model: {' '.join(str(error).split())}") from error
+    return dict(state)

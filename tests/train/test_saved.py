@@ -8,20 +8,22 @@ import pytest
 import torch
 from torch import nn
 
-from flatmin.study import store as stores
 from flatmin.study.compare import compare
 from flatmin.study.config import CompareConfig
 from flatmin.study.executor import execute, perform
-from flatmin.study.saved import SavedRun, load_weights, open_run
 from flatmin.study.store import Run, Store
 from flatmin.train.config import RunConfig
-from flatmin.train.loop import Trainer, train
+from flatmin.train.folder import RunFolder
+from flatmin.train.loop import train
+from flatmin.train.saved import SavedRun, load_weights, open_run
+from flatmin.train.trainer import Trainer
 from tests.helpers import same_bits
 from tests.user_side import net
 
 CONFIG = RunConfig(
-    method="sam", rho=0.1, epochs=2, noise=0.3, data="tests.user_side:data", model="tests.user_side:net", measure=False
-)
+    method="sam", rho=0.1, epochs=2, batch_size=50, noise=0.3, data="tests.user_side:data", model="tests.user_side:net",
+    selection="last",
+)  # fmt: skip
 
 
 def run(label="sam", **changes):
@@ -80,7 +82,7 @@ class TestKept:
         assert not torch.equal(net()(x), trained(x))
 
     def test_statistics_of_batch_norm_come_back(self, tmp_path):
-        one, kept = run(model="tests.study.test_saved:normalised"), []
+        one, kept = run(model="tests.train.test_saved:normalised"), []
         model = open_run(do(one, Store(tmp_path))).model()
         train(one.config, on_end=kept.append)
         assert same_bits(model.state_dict(), kept[0].state_dict())
@@ -94,7 +96,7 @@ class TestKept:
     def test_data_at_hand_are_not_read_again(self, finished, monkeypatch):
         saved = open_run(finished[0])
         data = saved.data()
-        monkeypatch.setattr("flatmin.study.saved.load_data", pytest.fail)
+        monkeypatch.setattr("flatmin.train.saved.load_data", pytest.fail)
         saved.model(data)
 
     def test_a_worker_keeps_them_too(self, finished, tmp_path):
@@ -103,7 +105,7 @@ class TestKept:
 
     def test_a_comparison_keeps_them(self, tmp_path):
         config = CompareConfig(
-            methods=("sgd", "sam"), baselines=False, seeds=2, epochs=1, timing=False, measure=False,
+            methods=("sgd", "sam"), baselines=False, seeds=2, epochs=1, batch_size=50, timing=False, measure=False,
             data="tests.user_side:data", model="tests.user_side:net",
         )  # fmt: skip
         for weights, count in ((True, 4), (False, 0)):
@@ -120,7 +122,7 @@ class TestKept:
         assert {t.device.type for t in (saved.data().train.x, *saved.model().parameters())} == {"cpu"}
 
     def test_another_state_than_tensors(self, tmp_path):
-        folder = do(run(model="tests.study.test_saved:extra"), Store(tmp_path))
+        folder = do(run(model="tests.train.test_saved:extra"), Store(tmp_path))
         assert open_run(folder).model().get_extra_state() == {"version": 1}
 
 
@@ -136,10 +138,7 @@ class TestStore:
                 use()
 
     def test_a_run_that_is_done_again_has_none_of_the_old(self, folder):
-        one = run()
-        store = Store(folder.parents[1])
-        store.runs = folder.parent
-        store.begin(one, {})
+        RunFolder(folder).begin(CONFIG, {})
         assert sorted(p.name for p in folder.iterdir()) == ["config.json", "env.json", "metrics.jsonl"]
 
     def test_a_run_that_fails_has_none(self, tmp_path):
@@ -156,12 +155,12 @@ class TestStore:
             file.write(b"half")
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(stores.torch, "save", full)
+        monkeypatch.setattr(torch, "save", full)
         one, store = run(), Store(tmp_path)
         outcome = perform(one, store, lambda line: None)
         assert "No space left" in outcome.error
         left = sorted(p.name for p in store.folder(one).iterdir())
-        assert left == ["config.json", "env.json", "metrics.jsonl"], "the run is not finished either"
+        assert left == ["config.json", "data.json", "env.json", "metrics.jsonl"], "the run is not finished either"
 
     def test_keeping_changes_neither_the_model_nor_the_numbers(self, tmp_path):
         one, results = run(), []
@@ -189,8 +188,8 @@ class TestRefusals:
         ("file", "content", "reason"),
         [
             ("config.json", '{"label": "sa', "truncated or damaged"),
-            ("config.json", "[]", "list indices"),
-            ("config.json", "{}", "no entry 'label'"),
+            ("config.json", "[]", "holds no table"),
+            ("config.json", "{}", "method"),
             ("config.json", '{"label": "sam"}', "method"),
             ("config.json", '{"label": "sam", "method": 3}', "method = 3 is a int, expected a text"),
             ("config.json", '{"label": "sam", "method": "sam", "epochs": 0}', "epochs"),

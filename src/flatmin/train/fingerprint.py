@@ -17,6 +17,7 @@ import torch
 
 import flatmin
 from flatmin.data.base import Data
+from flatmin.models.external import external
 from flatmin.recipes import Recipe
 from flatmin.train.locate import find_module
 
@@ -44,7 +45,7 @@ def module_sources(module: ModuleType) -> list[Path]:
 
 def user_sources(specs: Iterable[str], recipes: Iterable[Recipe]) -> list[Path]:
     """The files behind plugins, "module:function" names, and parts that come from outside the package."""
-    modules = {spec.partition(":")[0] for spec in specs}
+    modules = {spec.partition(":")[0] for spec in specs if external(spec) is None}
     found = [path for name in sorted(modules) for path in module_sources(find_module(name, option="fingerprint"))]
     for recipe in recipes:
         for part in recipe.parts.values():
@@ -52,6 +53,12 @@ def user_sources(specs: Iterable[str], recipes: Iterable[Recipe]) -> list[Path]:
             if module is not None and module.__name__.partition(".")[0] != "flatmin":
                 found += module_sources(module)
     return sorted(set(found))
+
+
+def external_versions(specs: Iterable[str]) -> list[str]:
+    """Versions of the packages behind models such as "timm:NAME"."""
+    packages = sorted({spec.partition(":")[0] for spec in specs if external(spec) is not None})
+    return [f"{name} {_version(name)}" for name in packages]
 
 
 def digest(paths: Sequence[Path], *extra: str) -> str:
@@ -73,14 +80,18 @@ def package_digest() -> str:
 def data_digest(data: Data) -> str:
     """Digest of a data set's content, for data whose files are unknown to us."""
     state = hashlib.sha256()
-    for tensor in (data.train.x, data.train.y, data.val.x, data.val.y, data.test.x, data.test.y, data.clean):
-        if tensor is not None:
-            state.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-            state.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    for part in (data.train.x, data.train.y, data.val.x, data.val.y, data.test.x, data.test.y, data.clean):
+        if part is not None:
+            state.update(f"{part.dtype}{tuple(part.shape)}".encode())
+        if isinstance(part, torch.Tensor):
+            state.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        elif part is not None:
+            for fact in part.facts():
+                state.update(fact.encode() + b"\0")
     return state.hexdigest()
 
 
-def environment(device: str, threads: int) -> dict[str, object]:
+def environment(device: str, threads: int, processes: int = 1) -> dict[str, object]:
     """Versions and machine, without names of hosts or users."""
     versions = {name: _version(name) for name in ("flatmin", "torch", "numpy", "scikit-learn")}
     return {
@@ -89,7 +100,8 @@ def environment(device: str, threads: int) -> dict[str, object]:
         "platform": f"{sys.platform}-{platform.machine()}",
         "cpu_count": os.cpu_count(),
         "threads": threads,
-        "device": device,
+        "device": torch.cuda.get_device_name() if device == "cuda" else device,
+        "processes": processes,
         "code": package_digest()[:10],
     }
 

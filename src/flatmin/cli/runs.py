@@ -1,0 +1,133 @@
+"""`flatmin runs`: what runs there are, and the removal of some."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from flatmin.cli.console import make_console
+from flatmin.cli.targets import HOME, run_folder
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from flatmin.study.listing import Entry
+
+runs = typer.Typer(help="List and remove runs.", no_args_is_help=True)
+
+# None sorts last, in either direction.
+_KEYS: dict[str, tuple[Callable[[Entry], Any], bool]] = {
+    "when": (lambda entry: entry.changed, True),
+    "name": (lambda entry: entry.name, False),
+    "method": (lambda entry: entry.history and entry.history.config.method, False),
+    "data": (lambda entry: entry.history and entry.history.config.data, False),
+    "model": (lambda entry: entry.history and entry.history.config.model, False),
+    "state": (lambda entry: entry.state, False),
+    "test": (lambda entry: entry.test_acc, True),
+    "size": (lambda entry: entry.size, True),
+}
+
+
+@runs.command("list")
+def list_runs(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The runs are in FOLDER/runs.")] = HOME,
+    sort: Annotated[str, typer.Option(help=f"By {', '.join(_KEYS)}.")] = "when",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+) -> None:
+    """List the runs in a folder."""
+    from flatmin.study.listing import entries
+    from flatmin.words import suggest
+
+    if sort not in _KEYS:
+        raise ValueError(f"--sort {sort} is not known{suggest(sort, _KEYS)} (by {', '.join(_KEYS)})")
+    found = _sorted(entries(folder), sort)
+    if as_json:
+        typer.echo(json.dumps([entry.as_json() for entry in found], indent=1))
+        return
+    console = make_console()
+    if not found:
+        console.print(f"There are no runs in {folder}.", markup=False, highlight=False, soft_wrap=True)
+        return
+    console.print(_table(found))
+    total = sum(entry.size for entry in found)
+    console.print(f"{len(found)} run{'s' * (len(found) != 1)}, {_bytes(total)}", style="dim", highlight=False)
+    for entry in found:
+        if entry.problem:
+            console.print(f"{entry.name}: {entry.problem}", markup=False, highlight=False, soft_wrap=True)
+
+
+@runs.command("rm")
+def remove_runs(
+    targets: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run folders, or names in flatmin-runs/runs.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Also runs that are going on.")] = False,
+) -> None:
+    """Remove runs with everything that is in their folders."""
+    from flatmin.study.listing import check_removable, remove, size_of
+
+    folders = list({path.resolve(): path for path in map(run_folder, targets)}.values())
+    check_removable(folders, force=force)
+    for folder in folders:
+        typer.echo(f"{folder}  {_bytes(size_of(folder))}")
+    what = "this run" if len(folders) == 1 else f"these {len(folders)} runs"
+    if not yes:
+        try:
+            agreed = typer.confirm(f"Remove {what}?")
+        except typer.Abort:
+            raise ValueError("nothing was removed: nobody answered; add --yes where nobody can.") from None
+        if not agreed:
+            typer.echo("Nothing was removed.")
+            return
+    # Somebody may have gone on with one while the question stood there.
+    check_removable(folders, force=force)
+    remove(folders)
+    typer.echo(f"Removed {what}.")
+
+
+def _sorted(found: Sequence[Entry], key: str) -> list[Entry]:
+    read, down = _KEYS[key]
+    known = [entry for entry in found if read(entry) is not None]
+    return [*sorted(known, key=read, reverse=down), *(entry for entry in found if read(entry) is None)]
+
+
+def _table(found: Sequence[Entry]) -> Table:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, header_style="bold")
+    table.add_column("name", overflow="fold")
+    for title in ("method", "data", "model"):
+        table.add_column(title, overflow="fold")
+    table.add_column("state", no_wrap=True)
+    for title in ("epochs", "test %", "when", "size"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for entry in found:
+        history = entry.history
+        what = ("-",) * 3 if history is None else (history.config.method, history.config.data, history.config.model)
+        table.add_row(
+            Text(entry.name),
+            *(Text(value) for value in what),
+            entry.state,
+            "-" if history is None else f"{len(history.lines)}/{history.config.epochs}",
+            "-" if entry.test_acc is None else f"{entry.test_acc:.2f}",
+            time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.changed)),
+            _bytes(entry.size),
+            style={"failed": "yellow", "damaged": "red", "going on": "green"}.get(entry.state, ""),
+        )
+    return table
+
+
+def _bytes(size: int) -> str:
+    """A size in the largest fitting unit."""
+    value, unit = float(size), "B"
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000 or unit == "GB":
+            break
+        value /= 1000
+    return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.1f} {unit}"

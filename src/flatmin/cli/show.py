@@ -1,0 +1,48 @@
+"""`flatmin show`: runs in the terminal and as a page."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flatmin.cli.console import make_console
+from flatmin.cli.targets import HOME, run_folder
+
+
+def show(
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUN...", help="Run folders, or names of runs in flatmin-runs/runs.")
+    ],
+    page: Annotated[bool, typer.Option("--page/--no-page", help="Write the HTML page.")] = True,
+    out: Annotated[
+        Path | None, typer.Option(help="The page. Default: RUN/show.html; flatmin-runs/show.html for several.")
+    ] = None,
+    open_page: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
+) -> None:
+    """Show what runs have come to: numbers, curves, and what differs in their settings.
+
+    Finished or not: a run that is going on is shown as far as it has come.
+    """
+    from flatmin.study.history import read_all
+    from flatmin.study.history_page import render
+    from flatmin.study.history_terminal import print_runs
+    from flatmin.study.page import require_figures, write
+    from flatmin.train.folder import PAGE
+
+    if page:
+        require_figures()
+    if out is not None and out.suffix != ".html":
+        raise ValueError(f"--out names the page, a file that ends in .html; got {str(out)!r}.")
+    found = read_all(run_folder(word) for word in runs)
+    console = make_console()
+    print_runs(found, console)
+    if not page:
+        return
+    target = out or (found[0].path if len(found) == 1 else HOME) / PAGE
+    path = write(render(found, command=["flatmin", *sys.argv[1:]]), target)
+    console.print(f"\nPage: {path}", markup=False, soft_wrap=True, highlight=False)
+    if open_page:
+        typer.launch(path.resolve().as_uri())

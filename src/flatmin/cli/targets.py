@@ -1,0 +1,27 @@
+"""Runs as they are named on the command line: by their folder, or by their name in the usual place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flatmin.words import suggest
+
+HOME = Path("flatmin-runs")
+
+
+def run_folder(word: str) -> Path:
+    """The folder that is meant: the path itself, or flatmin-runs/runs/NAME.
+
+    Raises:
+        ValueError: neither is there.
+    """
+    path, named = Path(word), HOME / "runs" / word
+    if named.is_dir() and not (path / "config.json").is_file():
+        return named
+    if path.is_dir():
+        return path
+    known = sorted(one.name for one in (HOME / "runs").iterdir()) if (HOME / "runs").is_dir() else []
+    raise ValueError(
+        f"there is no run {word!r}, neither as a folder nor as a name in {HOME / 'runs'}{suggest(word, known)}; "
+        "`flatmin runs list` names them."
+    )

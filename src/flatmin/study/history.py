@@ -1,0 +1,223 @@
+"""Runs read back from their folders as far as they have come: finished, failed, stopped, or going on right now."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flatmin.train.config import RunConfig
+from flatmin.train.files import reason
+from flatmin.train.folder import RunFolder
+from flatmin.train.lock import in_use
+from flatmin.train.result import Epoch, Result
+
+FINISHED, FAILED, GOING_ON, STOPPED = "finished", "failed", "going on", "stopped"
+RULES = {"val": "best on validation", "last": "last epoch", "max-test": "best on test: no honest estimate"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """The epoch whose weights a run keeps, or would keep if it ended now.
+
+    Args:
+        epoch: which.
+        rule: `selection` of the run.
+        val_acc, test_acc, test_top5, test_loss: of these weights, as far as they are known.
+        final: False as long as the run may choose another.
+    """
+
+    epoch: int
+    rule: str
+    val_acc: float | None = None
+    test_acc: float | None = None
+    test_top5: float | None = None
+    test_loss: float | None = None
+    final: bool = True
+
+    @property
+    def words(self) -> str:
+        """Which epoch and why."""
+        return f"{self.epoch}, {RULES.get(self.rule, self.rule)}{'' if self.final else ' so far'}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class History:
+    """A run as it is on disk.
+
+    Args:
+        path: its folder.
+        name: among those that are shown with it.
+        label: the arm that it belongs to.
+        config: what it trains with.
+        environment: versions and machine.
+        state: FINISHED, FAILED, GOING_ON or STOPPED (by Ctrl-C or by force; it can go on).
+        lines: the epochs so far.
+        steps, measures: lines between epochs and measurements, if there are any.
+        result: what it ended with, if it has.
+        blame: where a loss or gradient was not finite, if one was; the content of nonfinite.json.
+    """
+
+    path: Path
+    name: str
+    label: str
+    config: RunConfig
+    environment: Mapping[str, Any]
+    state: str
+    lines: tuple[Epoch, ...]
+    steps: tuple[Mapping[str, Any], ...] = ()
+    measures: tuple[Mapping[str, Any], ...] = ()
+    result: Result | None = None
+    blame: Mapping[str, Any] | None = None
+
+    @property
+    def failure(self) -> str | None:
+        """Why it stopped before its end."""
+        return None if self.result is None else self.result.failure
+
+    @property
+    def chosen(self) -> Chosen | None:
+        """The epoch that counts; None before the first."""
+        selection, result = self.config.selection, self.result
+        if result is not None and result.failure is None:
+            if (found := result.chosen) is not None:
+                return Chosen(
+                    epoch=found["epoch"],
+                    rule=found["selection"],
+                    val_acc=found.get("val_acc"),
+                    test_acc=found.get("test_acc"),
+                    test_top5=found.get("test_top5"),
+                    test_loss=found.get("test_loss"),
+                )
+            if result.last is not None:  # runs of before there was a choice
+                last = result.last
+                return Chosen(epoch=last["epoch"], rule="last", val_acc=last["val_acc"], test_acc=last["test_acc"])
+        if not self.lines:
+            return None
+        line = self.lines[-1]
+        if selection == "val":
+            line = max(self.lines, key=lambda one: (one.val_acc, -one.val_loss, -one.epoch))
+        elif selection == "max-test":
+            line = max(self.lines, key=lambda one: (one.test_acc or 0.0, -one.epoch))
+        return Chosen(
+            epoch=line.epoch,
+            rule=selection,
+            val_acc=line.val_acc,
+            test_acc=line.test_acc,
+            test_top5=line.test_top5,
+            final=False,
+        )
+
+
+def read(folder: Path, *, tables: bool = True) -> History:
+    """One run.
+
+    A last line that is being written is left out; any other that cannot be read is an error.
+
+    Args:
+        folder: of the run.
+        tables: read the lines between epochs and the measurements too.
+
+    Raises:
+        ValueError: no run, or one whose files are damaged.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {str(folder)!r}.")
+    run = RunFolder(folder)
+    if not run.begun:
+        raise ValueError(
+            f"{folder} is not a run: there is no config.json in it (runs are in FOLDER/runs; "
+            f"`flatmin runs list FOLDER` names them)."
+        )
+    config, labels = run.config()
+    name = folder.resolve().name
+    # The result before the lines: a run that ends in between then has all of them.
+    result = _result(run)
+    state = (FAILED if result.failure else FINISHED) if result else GOING_ON if in_use(folder) else STOPPED
+    return History(
+        path=folder,
+        name=name,
+        label=labels.get("label", name),
+        config=config,
+        environment=_table(folder / "env.json") or {},
+        state=state,
+        lines=tuple(_epochs(folder / "metrics.jsonl")),
+        steps=tuple(_rows(folder / "steps.jsonl")) if tables else (),
+        measures=tuple(_rows(folder / "measures.jsonl")) if tables else (),
+        result=result,
+        blame=_table(folder / "nonfinite.json"),
+    )
+
+
+def read_all(folders: Iterable[Path]) -> list[History]:
+    """Several runs, each once, with names that tell them apart.
+
+    Raises:
+        ValueError: what `read` raises.
+    """
+    once: dict[Path, Path] = {}
+    for folder in folders:
+        once.setdefault(folder.resolve(), folder)
+    found = [read(folder) for folder in once.values()]
+    names = [run.name for run in found]
+    return [run if names.count(run.name) == 1 else dataclasses.replace(run, name=str(run.path)) for run in found]
+
+
+def _result(run: RunFolder) -> Result | None:
+    try:
+        return run.result()
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ValueError(f"{run.path / 'result.json'} cannot be read: {reason(error)}.") from error
+
+
+def _table(path: Path) -> dict[str, Any] | None:
+    """What a file of JSON holds; None if there is none or it is no table, which no number depends on."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file; one without its end is still being written.
+
+    Raises:
+        ValueError: a line that is no table of numbers.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    found = []
+    for number, line in enumerate(lines[:-1], 1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict) or not all(v is None or isinstance(v, (int, float)) for v in row.values()):
+            raise ValueError(f"line {number} of {path} is damaged: it is no table of numbers.")
+        found.append(row)
+    return found
+
+
+def _epochs(path: Path) -> list[Epoch]:
+    known = {field.name for field in dataclasses.fields(Epoch)}
+    found = []
+    for number, row in enumerate(_rows(path), 1):
+        try:
+            found.append(Epoch(**{key: value for key, value in row.items() if key in known}))
+        except TypeError as error:
+            raise ValueError(f"line {number} of {path} is damaged: it is no epoch.") from error
+    return found
+
+
+def names_of(rows: Sequence[Mapping[str, Any]], *, without: Iterable[str]) -> list[str]:
+    """The keys of any of the rows, in order of appearance."""
+    left_out = set(without)
+    return [key for key in dict.fromkeys(key for row in rows for key in row) if key not in left_out]

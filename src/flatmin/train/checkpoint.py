@@ -1,0 +1,149 @@
+"""Checkpoints that are whole or not there: written beside, hashed, renamed; read back only if the hash agrees."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from flatmin.train.files import disk_error, sweep, sync_folder
+
+FORMAT = 1
+_NAME = re.compile(r"step-(\d{9})-([0-9a-f]{16})\.pt")
+_BLOCK = 1 << 20
+
+
+class _Hashing:
+    """A file that is only written to, with the digest of what was."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self.digest = file, hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def save(folder: Path, step: int, state: dict[str, Any], *, keep: int = 2) -> Path:
+    """Write a checkpoint and remove the older ones but `keep` - 1.
+
+    The name holds the number of updates and the first half of the content's SHA-256, so that a file is known to be
+    whole without a second one beside it.
+
+    Args:
+        folder: made if needed.
+        step: updates done.
+        state: tensors and plain values.
+        keep: how many stay. Default 2, so that one is left if the newest is damaged.
+
+    Raises:
+        OSError: it could not be written; what was there before stays, and no part of the new one.
+    """
+    temporary = folder / f".step.{uuid.uuid4().hex[:8]}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            hashing = _Hashing(file)
+            torch.save({"format": FORMAT, "step": step, **state}, hashing)  # type: ignore[arg-type]
+            file.flush()
+            os.fsync(file.fileno())
+        path = folder / f"step-{step:09d}-{hashing.digest.hexdigest()[:16]}.pt"
+        os.replace(temporary, path)
+        sync_folder(folder)
+    except (OSError, RuntimeError) as error:
+        if (cause := disk_error(error)) is None:
+            raise
+        raise OSError(
+            f"the checkpoint of step {step} could not be written to {folder}: {cause.strerror or cause}; make room or "
+            "name another folder, and go on from the last one with --resume."
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    others = [one for one in found(folder) if one != path]
+    for old in others[max(0, keep - 1) :]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def found(folder: Path) -> list[Path]:
+    """All checkpoints, the newest first."""
+    if not folder.is_dir():
+        return []
+    named = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_file()]
+    return sorted(named, key=lambda path: (path.name[:14], path.stat().st_mtime_ns), reverse=True)
+
+
+def newest(folder: Path, warn: Callable[[str], None]) -> dict[str, Any] | None:
+    """The newest checkpoint that is whole, on the CPU; None if there is none.
+
+    Args:
+        folder: where they are.
+        warn: told in a sentence of every one that is damaged and passed over, and if none is whole.
+    """
+    damaged = found(folder)
+    for path in damaged:
+        try:
+            return read(path)
+        except ValueError as error:
+            warn(f"{error} It is passed over.")
+    if damaged:
+        warn(f"no checkpoint in {folder} is whole, so the run begins from the start.")
+    return None
+
+
+def rewind(folder: Path, step: int) -> None:
+    """Remove those after an update, which were damaged, and what writes that were interrupted have left."""
+    if not folder.is_dir():
+        return
+    for path in found(folder):
+        if int(path.name[5:14]) > step:
+            path.unlink(missing_ok=True)
+    sweep(folder)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """One checkpoint.
+
+    Raises:
+        ValueError: it is cut short or damaged, or of another format.
+    """
+    named = _NAME.fullmatch(path.name)
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(_BLOCK):
+                digest.update(block)
+        if named is None or not digest.hexdigest().startswith(named[2]):
+            raise ValueError(f"the checkpoint {path} is cut short or damaged.")
+        state: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise ValueError(f"the checkpoint {path} cannot be read: {error.strerror or error}.") from error
+    except ValueError:
+        raise
+    except Exception as error:  # torch.load raises whatever it stumbles over
+        raise ValueError(f"the checkpoint {path} is something else.") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"the checkpoint {path} is something else.")
+    if state.get("format") != FORMAT:
+        raise ValueError(f"the checkpoint {path} is of format {state.get('format')!r}, expected {FORMAT}.")
+    return state
+
+
+def clear(folder: Path) -> None:
+    """Remove all checkpoints, and what an interrupted write has left."""
+    if not folder.is_dir():
+        return
+    for path in found(folder):
+        path.unlink(missing_ok=True)
+    sweep(folder)
+    if not any(folder.iterdir()):
+        folder.rmdir()

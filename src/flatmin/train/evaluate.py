@@ -1,0 +1,127 @@
+"""What is recorded of a model: accuracy, loss, memorised labels, curvature."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from flatmin.data.base import Data, Samples, Split, check_held
+from flatmin.measure.curvature import Hessian
+from flatmin.measure.krylov import spectrum
+from flatmin.measure.modes import evaluating
+from flatmin.measure.problem import Problem
+from flatmin.train.config import RunConfig
+from flatmin.train.numerics import autocast
+from flatmin.train.processes import ALONE, World
+
+CHUNK = {"cpu": 300, "cuda": 2000}  # samples per forward pass in evaluation
+CURVATURE_CHUNK = 150  # samples per gradient with a graph
+_USUAL = 3 * 64 * 64  # numbers in a sample; of larger ones a pass takes fewer
+TRAINED_SHARE = 0.95
+TOP = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """Of one part of the data: mean cross-entropy in nats, accuracies in percent; top-5 with more classes only."""
+
+    loss: float
+    acc: float
+    top5: float | None
+
+
+def score(
+    model: nn.Module, data: Data, split: Split, config: RunConfig, world: World = ALONE, *, size: int | None = None
+) -> Scores:
+    """The model on un-augmented samples, in eval mode, shared by the processes, all of which must call it.
+
+    Args:
+        model: not wrapped in DistributedDataParallel.
+        data: that the part belongs to.
+        split: the part.
+        config: precision, memory format, and whether images are seen mirrored too.
+        world: the processes.
+        size: samples per forward pass. Default: what is usual for the device.
+    """
+    size = size or _fewer(CHUNK[config.device], split.x)
+    starts = range(0, len(split), size)
+    sums = torch.zeros(3, dtype=torch.float64, device=split.y.device)
+    with evaluating(model), torch.no_grad():
+        for turn in range(0, len(starts), world.size):
+            # Sharded models need all processes in every forward pass, so one without a share repeats the first.
+            mine = turn + world.rank < len(starts)
+            start = starts[turn + world.rank] if mine else 0
+            x, y = split.x[start : start + size], split.y[start : start + size]
+            output = logits(model, data.inputs(x, channels_last=config.channels_last), config)
+            if mine:
+                sums += _sums(output, y)
+    loss, right, among = (world.sum_(sums) / len(split)).tolist()
+    return Scores(loss=loss, acc=100 * right, top5=100 * among if data.num_classes > TOP else None)
+
+
+def logits(model: nn.Module, x: Tensor, config: RunConfig) -> Tensor:
+    """Outputs in float32, averaged over image and mirrored image if so configured."""
+    with autocast(config):
+        output: Tensor = model(x).float()
+        if config.flip_tta and x.dim() == 4:
+            output = (output + model(x.flip(3)).float()) / 2
+    return output
+
+
+def _sums(output: Tensor, y: Tensor) -> Tensor:
+    """Sum of the losses, right answers, and targets among the first five."""
+    best = output.topk(min(TOP, output.shape[1]), 1).indices == y.unsqueeze(1)
+    loss = F.cross_entropy(output.double(), y, reduction="sum")
+    return torch.stack([loss, (output.argmax(1) == y).sum().double(), best.sum().double()])
+
+
+def memorised(model: nn.Module, data: Data, config: RunConfig, world: World = ALONE) -> float | None:
+    """Percent of the wrong training labels that the model reproduces; None if there are none."""
+    wrong = data.wrong
+    if not bool(wrong.any()):
+        return None
+    return score(model, data, data.train.only(wrong), config, world).acc
+
+
+def has_trained(cross_entropy: float, num_classes: int) -> bool:
+    """False if the loss stayed at the guessing level: at least 95 % of log K, or not a number."""
+    return cross_entropy < TRAINED_SHARE * math.log(num_classes)
+
+
+def batches(data: Data, split: Split, size: int = CURVATURE_CHUNK) -> Iterator[tuple[Tensor, Tensor]]:
+    """The part in order, in batches ready for the model.
+
+    Raises:
+        ValueError: samples in files, and more of them than should be kept in memory.
+    """
+    check_held(split.x, len(split))
+    size = _fewer(size, split.x)
+    for start in range(0, len(split), size):
+        yield data.inputs(split.x[start : start + size]), split.y[start : start + size]
+
+
+def _fewer(size: int, x: Samples) -> int:
+    """As many samples, or as many as have so many numbers."""
+    return max(1, min(size, size * _USUAL // math.prod(x.shape[1:])))
+
+
+def sharpness(model: nn.Module, data: Data, *, seed: int = 0) -> dict[str, Any]:
+    """lambda_max of the mean cross-entropy of the un-augmented training part, in eval mode, without weight decay.
+
+    Returns:
+        value, residual (relative), products with the Hessian, converged; see `flatmin.measure.krylov.Spectrum`.
+    """
+    problem = Problem(model, F.cross_entropy, list(batches(data, data.train)), split="train")
+    found = spectrum(Hessian(problem), seed=seed)
+    return {
+        "value": found.largest,
+        "residual": float(found.top_residuals[0]),
+        "products": found.products,
+        "converged": found.converged,
+    }

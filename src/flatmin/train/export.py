@@ -1,0 +1,78 @@
+"""A run's weights as a file for others: a plain state dict, or safetensors."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from functools import partial
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from flatmin.train.config import identity
+from flatmin.train.files import write_atomically
+from flatmin.train.saved import SavedRun, read_weights
+from flatmin.train.settings import canonical
+
+ENDINGS = (".pt", ".pth", ".safetensors")
+
+
+def export(run: SavedRun, path: str | os.PathLike[str], *, force: bool = False) -> Path:
+    """Write the weights that a run chose, after making sure that its model takes them.
+
+    Args:
+        run: finished, with weights.
+        path: a file that ends in .pt or .pth (a state dict, as `torch.save` writes it, on the CPU), or in
+            .safetensors (extra "safetensors"), whose metadata say what the run was: "config" and "inputs", as JSON.
+        force: write over a file that is there.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: another ending, a file that is there, no weights, or such as the format cannot hold.
+        ModuleNotFoundError: the extra is not installed.
+        OSError: the file cannot be written.
+    """
+    target = Path(path)
+    if target.suffix not in ENDINGS:
+        raise ValueError(f"{target} must end in {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}, which says what it is.")
+    safe = target.suffix == ".safetensors"
+    if safe:
+        _require()
+    if target.exists() and not force:
+        raise ValueError(f"{target} is there already; name another file, or write over it with --force.")
+    run.model()
+    state = read_weights(run.weights)
+    write = partial(_write, _safe(state, run)) if safe else partial(torch.save, state)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(target, write)
+    return target
+
+
+def _write(content: bytes, file: IO[bytes]) -> None:
+    file.write(content)
+
+
+def _require() -> None:
+    if importlib.util.find_spec("safetensors") is None:
+        raise ModuleNotFoundError(
+            "a .safetensors file needs safetensors, which is not installed; run: pip install 'flatmin[safetensors]', "
+            "or name a .pt file."
+        )
+
+
+def _safe(state: dict[str, Any], run: SavedRun) -> bytes:
+    from safetensors.torch import save
+
+    other = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]
+    if other:
+        raise ValueError(
+            f"{run.name} keeps more than tensors ({', '.join(other)}), which safetensors cannot hold; name a .pt file."
+        )
+    about = {"config": {**identity(run.config), "label": run.label}, "inputs": canonical(run.inputs())}
+    metadata = {"format": "pt", **{name: json.dumps(content) for name, content in about.items()}}
+    # Weights that share their memory are refused there; here each gets its own.
+    return bytes(save({name: value.contiguous().clone() for name, value in state.items()}, metadata=metadata))

@@ -1,0 +1,225 @@
+"""The folder of a run: resolved configuration, environment, lines, checkpoints, weights, and a result written last."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from flatmin.train import checkpoint
+from flatmin.train.config import RunConfig
+from flatmin.train.files import append, reason, sweep, write_atomically, write_json
+from flatmin.train.inputs import Inputs
+from flatmin.train.result import Epoch, Result
+from flatmin.train.settings import canonical, fill
+
+VERSION = 1
+WEIGHTS = "weights.pt"
+INPUTS = "data.json"
+PAGE = "show.html"  # what `flatmin show` writes
+TABLES = ("steps.jsonl", "measures.jsonl")
+
+
+class RunFolder:
+    """One run on disk.
+
+    config.json, env.json, data.json (what the model takes): written first. metrics.jsonl: a line an epoch.
+    steps.jsonl: a line every `log_every` updates. measures.jsonl: a line a measurement. checkpoints/: while it goes on.
+    weights.pt: a state dict. result.json: written last; it makes the run finished.
+
+    Args:
+        path: the folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints are."""
+        return self.path / "checkpoints"
+
+    @property
+    def weights(self) -> Path:
+        """The file of the chosen weights."""
+        return self.path / WEIGHTS
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is a run, finished or not."""
+        return (self.path / "config.json").is_file()
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is a result."""
+        return (self.path / "result.json").is_file()
+
+    def begin(
+        self, config: RunConfig, environment: Mapping[str, Any], inputs: Inputs | None = None, **labels: str
+    ) -> None:
+        """Make the folder for a run from its start, without anything of an earlier one.
+
+        Args:
+            config: resolved.
+            environment: versions and machine.
+            inputs: what the model takes, so that it can be built again without the data.
+            labels: further entries of config.json, such as the run's key.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        for name in ("result.json", WEIGHTS, "nonfinite.json", INPUTS, PAGE, *TABLES):
+            (self.path / name).unlink(missing_ok=True)
+        checkpoint.clear(self.checkpoints)
+        sweep(self.path)
+        self.set_lines([])
+        write_json(self.path / "env.json", dict(environment))
+        if inputs is not None:
+            write_json(self.path / INPUTS, canonical(inputs))
+        write_json(self.path / "config.json", {**labels, **canonical(config)})
+
+    def config(self) -> tuple[RunConfig, dict[str, str]]:
+        """The configuration and the labels beside it.
+
+        Raises:
+            ValueError: it cannot be read.
+        """
+        where = self.path / "config.json"
+        known = {field.name for field in dataclasses.fields(RunConfig)}
+        try:
+            found = json.loads(where.read_text(encoding="utf-8"))
+            if not isinstance(found, dict):
+                raise ValueError("config.json holds no table")
+            config = fill(RunConfig, {k: v for k, v in found.items() if k in known}, origin=str(where))
+            return config, {k: str(v) for k, v in found.items() if k not in known}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"the run in {self.path} cannot be read: {reason(error)}.") from error
+
+    def inputs(self) -> Inputs | None:
+        """What the model takes; None if the run has not written it down, as those of earlier versions.
+
+        Raises:
+            ValueError: it cannot be read.
+        """
+        where = self.path / INPUTS
+        try:
+            return fill(Inputs, json.loads(where.read_text(encoding="utf-8")), origin=str(where))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{where} cannot be read: {reason(error)}; remove it to go by the data.") from error
+
+    def add_line(self, line: Epoch) -> None:
+        """Add an epoch to metrics.jsonl."""
+        append(self.path / "metrics.jsonl", json.dumps(dataclasses.asdict(line)))
+
+    def set_lines(self, lines: Sequence[Epoch]) -> None:
+        """Write metrics.jsonl anew."""
+        text = "".join(json.dumps(dataclasses.asdict(line)) + "\n" for line in lines)
+        write_atomically(self.path / "metrics.jsonl", partial(_write, text.encode()))
+
+    def lines(self, *, expected: int | None = None) -> list[Epoch]:
+        """The epochs in metrics.jsonl.
+
+        Raises:
+            ValueError: a line that is no epoch, or another number of lines than expected.
+        """
+        name = "metrics.jsonl"
+        try:
+            text = (self.path / name).read_text(encoding="utf-8")
+            lines = [Epoch(**json.loads(line)) for line in text.splitlines()]
+        except (OSError, TypeError) as error:
+            raise ValueError(f"{name}: {error}") from error
+        if expected is not None and len(lines) != expected:
+            raise ValueError(f"{name} has {len(lines)} epochs, expected {expected}")
+        return lines
+
+    def add_step(self, step: Mapping[str, Any]) -> None:
+        """Add a line to steps.jsonl."""
+        append(self.path / "steps.jsonl", json.dumps(step))
+
+    def add_measures(self, values: Mapping[str, Any]) -> None:
+        """Add a line to measures.jsonl."""
+        append(self.path / "measures.jsonl", json.dumps(values))
+
+    def blame(self, content: Mapping[str, Any]) -> None:
+        """Write nonfinite.json: where a loss or gradient was not finite."""
+        write_json(self.path / "nonfinite.json", dict(content))
+
+    def steps(self) -> list[dict[str, Any]]:
+        """The lines of steps.jsonl; a last one that was cut short is left out."""
+        return self._table("steps.jsonl")
+
+    def measures(self) -> list[dict[str, Any]]:
+        """The lines of measures.jsonl, likewise."""
+        return self._table("measures.jsonl")
+
+    def _table(self, name: str) -> list[dict[str, Any]]:
+        path = self.path / name
+        if not path.is_file():
+            return []
+        found = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                found.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return found
+
+    def rewind(self, lines: Sequence[Epoch], step: int) -> None:
+        """Take back what was recorded after a checkpoint.
+
+        Args:
+            lines: the epochs that the checkpoint knows.
+            step: updates that it knows.
+        """
+        checkpoint.rewind(self.checkpoints, step)
+        sweep(self.path)
+        self.set_lines(lines)
+        for name in TABLES:
+            kept = "".join(json.dumps(one) + "\n" for one in self._table(name) if one["step"] <= step).encode()
+            if (self.path / name).is_file():
+                write_atomically(self.path / name, partial(_write, kept))
+
+    def keep(self, state: Mapping[str, Any]) -> None:
+        """Write the chosen weights."""
+        plain = {k: v.detach().cpu() if isinstance(v, Tensor) else v for k, v in state.items()}
+        write_atomically(self.weights, lambda file: torch.save(plain, file))
+
+    def finish(self, result: Result, **labels: str) -> None:
+        """Write result.json, and remove the checkpoints unless the run failed; from then on it is finished."""
+        write_json(self.path / "result.json", {"version": VERSION, **labels, **canonical(result)})
+        if result.failure is None:
+            checkpoint.clear(self.checkpoints)
+
+    def result(self, check: Callable[[Mapping[str, Any]], bool] = lambda found: True) -> Result:
+        """The result of a finished run.
+
+        Args:
+            check: told the content; False if it is another run's.
+
+        Raises:
+            ValueError: it cannot be read, or is another run's.
+            FileNotFoundError: the run is not finished.
+        """
+        try:
+            found = json.loads((self.path / "result.json").read_text(encoding="utf-8"))
+            if found["version"] != VERSION or not check(found):
+                raise ValueError("it belongs to another run or version")
+            fields = {field.name for field in dataclasses.fields(Result)}
+            return Result(**{key: value for key, value in found.items() if key in fields})
+        except FileNotFoundError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(reason(error)) from error
+
+
+def _write(content: bytes, file: IO[bytes]) -> None:
+    file.write(content)

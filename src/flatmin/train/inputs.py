@@ -1,0 +1,104 @@
+"""What a run's model takes and answers, kept beside the run so that the model can be built without its data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flatmin.data.augment import normalise
+from flatmin.data.base import Data
+from flatmin.data.images import Statistics
+from flatmin.train.settings import one_of
+
+KINDS = ("bytes", "floats", "integers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """The samples of a data set without the samples: the content of data.json.
+
+    Args:
+        data: name of the data set.
+        num_classes: K.
+        shape: of one sample, (C, H, W) of an image.
+        kind: "bytes" (images that are normalised before the model sees them), "floats", or "integers".
+        mean, std: of each channel, for pixels scaled to [0, 1], which bytes are normalised with; None for the others.
+
+    Raises:
+        ValueError: an unknown kind, or statistics that do not go with it.
+    """
+
+    data: str
+    num_classes: int
+    shape: tuple[int, ...]
+    kind: str = "floats"
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        one_of(self, "kind", KINDS)
+        if (self.kind == "bytes") != (self.mean is not None and self.std is not None):
+            raise ValueError(f"mean and std go with bytes and with nothing else, got them for {self.kind}.")
+
+    @classmethod
+    def of(cls, data: Data) -> Inputs:
+        """Those of a data set."""
+        x, known = data.train.x, data.statistics
+        return cls(
+            data=data.name,
+            num_classes=data.num_classes,
+            shape=tuple(x.shape[1:]),
+            kind=_kind(data),
+            mean=None if known is None else tuple(known.mean),
+            std=None if known is None else tuple(known.std),
+        )
+
+    @property
+    def statistics(self) -> Statistics | None:
+        """What bytes are normalised with."""
+        return None if self.mean is None or self.std is None else Statistics(self.mean, self.std)
+
+    def transform(self, x: Tensor) -> Tensor:
+        """Samples as the model takes them: bytes normalised, anything else as it is.
+
+        Args:
+            x: a batch, shape (n, ...): uint8 if the run's data are bytes.
+
+        Raises:
+            ValueError: samples of another shape, or not of bytes where the model was trained on normalised bytes.
+        """
+        if tuple(x.shape[1:]) != self.shape:
+            raise ValueError(f"the model takes samples of shape {self.shape}, got {tuple(x.shape[1:])}.")
+        statistics = self.statistics
+        if statistics is None:
+            return x
+        if x.dtype != torch.uint8:
+            raise ValueError(f"transform takes the images as bytes, torch.uint8 of shape (n, C, H, W), got {x.dtype}.")
+        return normalise(x, statistics)
+
+    def check(self, data: Data) -> None:
+        """Raise ValueError unless the model can be asked about these data."""
+        if data.num_classes != self.num_classes:
+            raise ValueError(
+                f"{data.name} has {data.num_classes} classes and the run's data, {self.data}, have "
+                f"{self.num_classes}; the numbers must agree."
+            )
+        found = tuple(data.train.x.shape[1:])
+        if found != self.shape or _kind(data) != self.kind:
+            raise ValueError(
+                f"{data.name} has {_kind(data)} of shape {_size(found)} and the run was trained on {self.kind} of "
+                f"shape {_size(self.shape)} ({self.data}); they must agree."
+            )
+
+
+def _kind(data: Data) -> str:
+    if data.statistics is not None:
+        return "bytes"
+    return "floats" if data.train.x.dtype.is_floating_point else "integers"
+
+
+def _size(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))

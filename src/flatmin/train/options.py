@@ -1,0 +1,55 @@
+"""What a run does beside training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flatmin.measure.card import chosen
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What a run does beside training; none of it changes the outcome.
+
+    Args:
+        checkpoint_every: epochs between checkpoints; 0: none.
+        checkpoint_steps: updates between further checkpoints inside an epoch; 0: none.
+        keep_checkpoints: how many stay on disk.
+        weights: whether the chosen weights are kept.
+        signals: whether Ctrl-C and SIGTERM end the run with a checkpoint.
+        log_every: updates between events of steps; 0: none.
+        diagnostics: record the optimizer's diagnostics, at the cost of one more copy of the gradient.
+        trackers: names of `flatmin.train.trackers.TRACKERS`.
+        project: under which trackers file the run.
+        measure_every: epochs between measurements; 0: none.
+        measures: what is measured then, as `what` of `flatmin.measure.card`.
+        measure_examples: on how many training samples.
+
+    Raises:
+        ValueError: a value out of range, or an unknown measurement.
+    """
+
+    checkpoint_every: int = 1
+    checkpoint_steps: int = 0
+    keep_checkpoints: int = 2
+    weights: bool = True
+    signals: bool = True
+    log_every: int = 50
+    diagnostics: bool = False
+    trackers: tuple[str, ...] = ()
+    project: str = "flatmin"
+    measure_every: int = 0
+    measures: str = "hessian,sharpness"
+    measure_examples: int = 1000
+
+    def __post_init__(self) -> None:
+        for name, low in (("keep_checkpoints", 1), ("measure_examples", 1)):
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)!r}.")
+        for name in ("checkpoint_every", "checkpoint_steps", "log_every", "measure_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)!r}.")
+        try:
+            chosen(self.measures)
+        except ValueError as error:
+            raise ValueError(f"measures={self.measures}: {error}") from error

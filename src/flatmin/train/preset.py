@@ -1,0 +1,146 @@
+"""The settings of `flatmin train`: a preset, then `key=value` words, then what the machine has."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NoReturn
+
+import torch
+
+from flatmin.recipes import Recipe, compose, method_table
+from flatmin.train import settings
+from flatmin.train.config import RunConfig, Scalar
+from flatmin.train.locate import find_module
+from flatmin.train.options import Options
+from flatmin.train.radii import radius_of
+from flatmin.train.sources import check_device
+from flatmin.words import suggest
+
+AUTO = "auto"
+_BY_NAME = ("params", "model_params")  # set entry by entry, the latter as model.NAME
+# What "auto", the default, stands for on a device.
+AUTOMATIC: dict[str, dict[str, Scalar]] = {
+    "precision": {"cpu": "float32", "cuda": "bf16"},
+    "channels_last": {"cpu": False, "cuda": True},
+    "tf32": {"cpu": False, "cuda": True},
+}
+
+
+def load_run(preset: str, words: Sequence[str] = (), **given: Any) -> tuple[RunConfig, Options]:
+    """A run's configuration and options.
+
+    `device`, `precision`, `channels_last` and `tf32` are "auto" unless set: the GPU if there is one, and there
+    autocast to bf16, channels_last and TF32. A preset has a table of radii by method; a method that is not in it takes
+    the entry of the first one in the same geometry, or the geometry's default.
+
+    Args:
+        preset: a name inside the package, or a path to a .toml file.
+        words: like "epochs=10", "method=vasso", "rho=0.1", "theta=0.8" (a parameter of the method's parts),
+            "model.maxpool=true" (a keyword of the model), "log_every=10" (an option).
+        given: fields by name that are not None, as a command line has them; they win.
+
+    Raises:
+        ValueError: an unknown preset, key or parameter, or a value of another type or out of range.
+    """
+    table = settings.read_preset(preset, "train")
+    every = settings.field_types(RunConfig) | settings.field_types(Options)
+    kinds = {key: kind for key, kind in every.items() if key not in _BY_NAME}
+    chosen: dict[str, Any] = {}
+    loose: dict[str, Any] = {}
+    for word in words:
+        key, text = settings.split_word(word)
+        if key in ("device", *AUTOMATIC) and text.strip() == AUTO:
+            chosen[key] = AUTO
+        elif key in kinds:
+            chosen[key] = settings.parse(key, text, kinds[key])
+        else:
+            loose[key] = settings.guess(text)
+    chosen |= {key: value for key, value in given.items() if value is not None}
+    radii = settings.coerce("rho", table.pop("rho", {}), Mapping[str, float])
+    table = {**table, **chosen}
+    for key, usual in (("method", "sam"), ("plugins", ()), ("params", {}), ("model_params", {})):
+        table[key] = settings.coerce(key, table.get(key, usual), every[key])
+    _automatic(table)
+    options = {key: table.pop(key) for key in [f.name for f in dataclasses.fields(Options)] if key in table}
+    recipe, methods = _recipe(table["method"], table["plugins"])
+    # What a preset says of the parts of its own method need not be there in another one.
+    own = {key: value for key, value in table["params"].items() if "method" not in chosen or _full(key, recipe)}
+    table["params"], extra = _params(recipe, {**own, **loose}, kinds)
+    table["model_params"] |= extra
+    if chosen.get("rho") is None:
+        table["rho"] = radius_of(recipe.name, recipe, radii, methods)
+    elif not recipe.ascends:
+        raise ValueError(f"{recipe.name} has no radius; leave out rho.")
+    origin = f"preset {preset}"
+    config = settings.fill(RunConfig, table, origin=origin)
+    return config, settings.fill(Options, options, origin=origin)
+
+
+def load_options(words: Sequence[str]) -> tuple[Options, list[str]]:
+    """The options among the words, and the other words.
+
+    Raises:
+        ValueError: a value of another type or out of range.
+    """
+    kinds = settings.field_types(Options)
+    found, rest = {}, []
+    for word in words:
+        key, text = settings.split_word(word)
+        if key in kinds:
+            found[key] = settings.parse(key, text, kinds[key])
+        else:
+            rest.append(word)
+    return Options(**found), rest
+
+
+def _automatic(table: dict[str, Any]) -> None:
+    """Replace "auto" by what the machine has."""
+    if table.get("device", AUTO) == AUTO:
+        table["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+    check_device(str(table["device"]))
+    for key, choices in AUTOMATIC.items():
+        if table.get(key, AUTO) == AUTO:
+            table[key] = choices.get(table["device"], choices["cpu"])
+    if table["precision"] == "bf16" and table["device"] == "cuda" and not torch.cuda.is_bf16_supported():
+        raise ValueError("this GPU has no bf16; set precision=fp16 or precision=float32.")
+
+
+def _recipe(method: str, plugins: Iterable[str]) -> tuple[Recipe, Mapping[str, Any]]:
+    for plugin in plugins:
+        find_module(plugin, option="plugin")
+    table = method_table(tuple(plugins))
+    return compose(method, table), table
+
+
+def _params(
+    recipe: Recipe, loose: Mapping[str, Any], kinds: Mapping[str, Any]
+) -> tuple[dict[str, Scalar], dict[str, Scalar]]:
+    """Parameters of the method's parts by qualified name, and keywords of the model."""
+    params: dict[str, Scalar] = {}
+    model: dict[str, Scalar] = {}
+    for key, value in loose.items():
+        if key.startswith("model."):
+            model[key.removeprefix("model.")] = value
+            continue
+        full = _full(key, recipe)
+        if len(full) > 1:
+            raise ValueError(f"{recipe.name!r} has several parameters {key!r}; write {' or '.join(full)}.")
+        if not full:
+            _refuse(key, recipe, kinds)
+        params[full[0]] = value
+    return params, model
+
+
+def _full(key: str, recipe: Recipe) -> list[str]:
+    """The qualified names of the recipe's parameters that a word can mean."""
+    return [name for name in recipe.parameters() if key in (name, name.partition(".")[2])]
+
+
+def _refuse(key: str, recipe: Recipe, kinds: Mapping[str, Any]) -> NoReturn:
+    own = sorted(recipe.parameters())
+    short = [name.partition(".")[2] for name in own]
+    raise ValueError(
+        f"unknown key {key!r}{suggest(key, [*kinds, *own, *short])} (keys: {', '.join(kinds)}; "
+        f"parameters of {recipe.name}: {', '.join(own) or 'none'}; model.NAME: a keyword of the model)"
+    )

@@ -1,0 +1,182 @@
+"""Several processes, one per device, as `torchrun` starts them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+_SET_BY_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all.
+
+    Args:
+        rank: from 0; rank 0 writes and speaks.
+        size: how many there are.
+        local_rank: on this machine; the number of its GPU.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @property
+    def first(self) -> bool:
+        """Whether this one writes and speaks."""
+        return self.rank == 0
+
+    def sum_(self, values: Tensor) -> Tensor:
+        """The sum over all processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def told(self, value: Any) -> Any:
+        """The value that rank 0 has, in all processes."""
+        if self.size == 1:
+            return value
+        found = [value]
+        dist.broadcast_object_list(found)
+        return found[0]
+
+    def gathered(self, value: Any) -> list[Any]:
+        """The value of every process, in all."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value)
+        return found
+
+    def share_buffers(self, model: nn.Module) -> None:
+        """Give all processes the buffers that rank 0 has: its statistics are kept, so they are to be evaluated."""
+        if self.size > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, 0)
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+ALONE = World()
+
+
+@contextmanager
+def world_of(device: str) -> Iterator[World]:
+    """The processes that `torchrun` started, joined; one alone without it.
+
+    A group that exists already is used and left as it is.
+
+    Args:
+        device: "cpu" (gloo) or "cuda" (nccl, one GPU a process).
+
+    Raises:
+        ValueError: more processes on this machine than GPUs.
+    """
+    if dist.is_available() and dist.is_initialized():
+        yield World(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", dist.get_rank())))
+        return
+    if not all(name in os.environ for name in _SET_BY_TORCHRUN) or int(os.environ["WORLD_SIZE"]) == 1:
+        yield ALONE
+        return
+    local = int(os.environ["LOCAL_RANK"])
+    if device == "cuda":
+        if local >= torch.cuda.device_count():
+            raise ValueError(
+                f"torchrun started {os.environ.get('LOCAL_WORLD_SIZE', 'too many')} processes on this machine, which "
+                f"has {torch.cuda.device_count()} GPUs; use --nproc-per-node={torch.cuda.device_count()}."
+            )
+        torch.cuda.set_device(local)
+    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    try:
+        yield World(dist.get_rank(), dist.get_world_size(), local)
+    finally:
+        dist.destroy_process_group()
+
+
+def spread(model: nn.Module, kind: str, world: World, *, sync_batchnorm: bool = False) -> nn.Module:
+    """What the loop calls in several processes: the model in DistributedDataParallel, or sharded in place (FSDP2).
+
+    Args:
+        model: with the same weights in every process.
+        kind: "ddp" or "fsdp". Sharded are the model and each of its direct children that has parameters.
+        world: the processes.
+        sync_batchnorm: whether statistics of BatchNorm are those of all processes.
+
+    Raises:
+        ValueError: sync_batchnorm on the CPU, where torch has no such layer.
+    """
+    device = next(model.parameters()).device
+    if sync_batchnorm:
+        if device.type == "cpu":
+            raise ValueError("sync_batchnorm=true needs device=cuda; torch has no such layer on the CPU.")
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if kind == "fsdp":
+        from torch.distributed.fsdp import fully_shard
+
+        for child in model.children():
+            if any(parameter.requires_grad for parameter in child.parameters()):
+                fully_shard(child)
+        fully_shard(model)
+        return model
+    return DistributedDataParallel(model, device_ids=[world.local_rank] if device.type == "cuda" else None)
+
+
+def whole_state(model: nn.Module, optimizer: Any, kind: str, world: World) -> tuple[dict[str, Any], dict[str, Any]]:
+    """State dicts of model and optimizer, whole and on the CPU; all processes must call it, rank 0 has the content."""
+    if world.size > 1 and kind == "fsdp":
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        return whole_weights(model), get_optimizer_state_dict(model, optimizer, options=options)
+    return on_cpu(model.state_dict()), on_cpu(optimizer.state_dict())
+
+
+def whole_weights(model: nn.Module) -> dict[str, Any]:
+    """The state dict of a sharded model, whole and on the CPU; all processes must call it, rank 0 has the content."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def load_whole_weights(model: nn.Module, state: dict[str, Any]) -> None:
+    """Set a sharded model to what `whole_weights` gave; every process has the content."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    set_model_state_dict(model, dict(state), options=StateDictOptions(full_state_dict=True))
+
+
+def load_whole_state(
+    model: nn.Module, optimizer: Any, kind: str, world: World, state: tuple[dict[str, Any], dict[str, Any]]
+) -> None:
+    """Set model and optimizer to what `whole_state` gave; every process has the content."""
+    if world.size > 1 and kind == "fsdp":
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+
+        load_whole_weights(model, state[0])
+        set_optimizer_state_dict(model, optimizer, state[1], options=StateDictOptions(full_state_dict=True))
+        return
+    model.load_state_dict(state[0])
+    optimizer.load_state_dict(state[1])
+
+
+def on_cpu(value: Any) -> Any:
+    """Tensors of nested dicts, lists and tuples copied to the CPU."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: on_cpu(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(on_cpu(one) for one in value)
+    return value

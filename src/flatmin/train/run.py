@@ -1,0 +1,392 @@
+"""The state of a run beside its trainer's: epochs, the best weights so far, and what is on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+from flatmin.data.base import Split
+from flatmin.train import checkpoint, evaluate
+from flatmin.train.config import identity
+from flatmin.train.events import Began, Ended, EpochEnded, Event, Measured, OnEvent, Stepped, Ticked, Warned
+from flatmin.train.fingerprint import environment
+from flatmin.train.folder import RunFolder
+from flatmin.train.inputs import Inputs
+from flatmin.train.interrupt import Interrupted, Interruption
+from flatmin.train.measuring import measured
+from flatmin.train.options import Options
+from flatmin.train.processes import load_whole_weights, on_cpu, whole_weights
+from flatmin.train.result import Epoch, Result
+from flatmin.train.tally import Tally
+from flatmin.train.trainer import Trainer
+from flatmin.train.watch import Finding, Watch
+
+
+class Run:
+    """The state of a run beside its trainer's."""
+
+    def __init__(self, trainer: Trainer, folder: RunFolder | None, options: Options, listeners: list[OnEvent]) -> None:
+        self.trainer, self.config, self.world = trainer, trainer.config, trainer.world
+        self.folder, self.options, self.listeners = folder, options, listeners
+        self.epoch = self.position = 0
+        self.lines: list[Epoch] = []
+        self.tally = Tally()
+        self.best: Epoch | None = None
+        self.best_state: dict[str, Any] | None = None
+        self.watch = Watch(trainer)
+        self._logged = (0, 0.0, 0)
+        self._ticked = 0.0
+
+    # -- beginning -----------------------------------------------------------------------------------------------
+
+    def begin(self, resume: bool, labels: dict[str, str]) -> None:
+        """Make the folder, or go on from its last good checkpoint."""
+        found = environment(self.config.device, torch.get_num_threads(), self.world.size)
+        state = None
+        if self.folder is not None:
+            if resume:
+                found_here = checkpoint.newest(self.folder.checkpoints, self._warn) if self.world.first else None
+                state = self.world.told(found_here)
+            if state is not None:
+                self._load(state)
+            if self.world.first and state is not None:
+                self.folder.rewind(self.lines, self.trainer.steps)
+                (self.folder.path / "result.json").unlink(missing_ok=True)
+            elif self.world.first:
+                self.folder.begin(self.config, found, Inputs.of(self.trainer.data), **labels)
+        weights = [p for p in self.trainer.model.parameters() if p.requires_grad]
+        self._tell(
+            Began(
+                name=self.folder.path.name if self.folder is not None else self.config.method,
+                config=self.config,
+                environment=found,
+                parameters=sum(p.numel() for p in weights),
+                samples=len(self.trainer.data.train),
+                steps=self.trainer.feed.steps,
+                gradient_evaluations=self.trainer.recipe.gradient_evaluations,
+                epoch=self.epoch,
+                step=self.trainer.steps,
+            )
+        )
+
+    def go(self, interruption: Interruption | None, labels: dict[str, str]) -> Result:
+        """The remaining epochs and the result."""
+        failure = None
+        while self.epoch < self.config.epochs and failure is None:
+            failure = self._steps(interruption) or self._end_epoch()
+        result = self._result(failure)
+        if self.folder is not None:
+            weights = None
+            if self.options.weights and result.failure is None:
+                weights = self._weights() if self.best_state is None else self.best_state
+            if self.world.first:
+                if weights is not None:
+                    self.folder.keep(weights)
+                self.folder.finish(result, **labels)
+        self._tell(Ended(result=result))
+        return result
+
+    # -- an epoch ------------------------------------------------------------------------------------------------
+
+    def _steps(self, interruption: Interruption | None) -> str | None:
+        """The rest of the epoch's updates; why the run must stop, or None."""
+        trainer, tally = self.trainer, self.tally
+        trainer.net.train()
+        before, begun = tally.seconds, time.perf_counter()
+        self._ticked = before
+        for batch in trainer.batches(self.position):
+            self.watch.before()
+            tally.add(trainer.step(batch), len(batch))
+            self.position += 1
+            tally.seconds = before + time.perf_counter() - begun
+            every = self.options.checkpoint_steps
+            due = every > 0 and trainer.steps % every == 0 and self.position < trainer.feed.steps
+            asked = interruption is not None and interruption.wanted
+            found = self.watch.after(batch, tally, epoch=self.epoch + 1, now=due or asked)
+            if found is not None:
+                self._save(inside=True)
+                return self._blame(found)
+            self._log()
+            if due:
+                self._save(inside=True)
+            if asked:
+                self._save(inside=True, asked_for=True)
+                raise Interrupted(trainer.steps, self.config.epochs * trainer.feed.steps)
+        if self.config.device != "cpu":
+            torch.cuda.synchronize()
+        tally.seconds = before + time.perf_counter() - begun
+        return None
+
+    def _blame(self, found: Finding) -> str:
+        """Write down where it happened; the sentence that says so."""
+        if self.folder is None:
+            return found.sentence()
+        if self.world.first:
+            self.folder.blame(found.content)
+        return found.sentence(" (its samples are in nonfinite.json)")
+
+    def _log(self) -> None:
+        tally = self.tally
+        if tally.seconds - self._ticked >= 1:
+            self._ticked = tally.seconds
+            self._tell(Ticked(step=self.trainer.steps, epoch=self.epoch + 1))
+        every = self.options.log_every
+        heard = self.listeners or self.folder is not None
+        if not self.world.first or not heard or not every or self.trainer.steps % every:
+            return
+        steps, seconds, images = self._logged
+        losses = torch.stack(tally.losses[steps:]).double()
+        self._logged = (len(tally), tally.seconds, tally.images)
+        event = Stepped(
+            step=self.trainer.steps,
+            epoch=self.epoch + 1,
+            lr=self.trainer.schedule.at(self.trainer.steps - 1),
+            rho=self.trainer.rho,
+            loss=losses[losses.isfinite()].mean().item(),
+            seconds=tally.seconds - seconds,
+            images=(tally.images - images) * self.world.size,
+            diagnostics=self.trainer.optimizer.diagnostics() if self.options.diagnostics else {},
+        )
+        if self.folder is not None:
+            line = dataclasses.asdict(event)
+            line |= line.pop("diagnostics")
+            # JSON knows no nan.
+            self.folder.add_step({k: None if v is None or not math.isfinite(v) else v for k, v in line.items()})
+        self._tell(event)
+
+    def _end_epoch(self) -> str | None:
+        """Evaluate, choose, record, and write a checkpoint; why the run must stop, or None."""
+        trainer, config, tally = self.trainer, self.config, self.tally
+        number = self.epoch + 1
+        loss, perturbed, right = tally.means(self.world)
+        if math.isnan(loss):
+            return f"no update of epoch {number} had a finite loss; try a smaller lr or rho"
+        look = config.selection == "max-test" or (config.test_every and number % config.test_every == 0)
+        with nullcontext() if trainer.average is None else trainer.average.applied():
+            self.world.share_buffers(trainer.model)
+            val = self._score(trainer.data.val)
+            same = trainer.data.test is trainer.data.val
+            test = None
+            if look:
+                test = (
+                    val if same else evaluate.score(trainer.model, trainer.data, trainer.data.test, config, self.world)
+                )
+            memory = evaluate.memorised(trainer.model, trainer.data, config, self.world)
+            if not math.isfinite(val.loss):
+                return f"the validation loss was not finite after epoch {number}; try a smaller lr or rho"
+            line = Epoch(
+                epoch=number,
+                lr=trainer.schedule.at(trainer.steps - len(tally)),
+                rho=trainer.rho,
+                train_loss=loss,
+                perturbed_loss=perturbed,
+                train_acc=right,
+                val_acc=val.acc,
+                val_top5=val.top5,
+                val_loss=val.loss,
+                test_acc=None if test is None else test.acc,
+                test_top5=None if test is None else test.top5,
+                memorised=memory,
+                seconds=tally.seconds,
+                images_per_second=tally.images * self.world.size / max(tally.seconds, 1e-9),
+                peak_memory=torch.cuda.max_memory_allocated() if config.device == "cuda" else None,
+                skipped=tally.skipped,
+            )
+            self._choose(line)
+            self.lines.append(line)
+            if self.folder is not None and self.world.first:
+                self.folder.add_line(line)
+            self._tell(EpochEnded(line=line, step=trainer.steps))
+            every = self.options.measure_every
+            if every and number % every == 0:
+                values = measured(trainer, self.options.measures, self.options.measure_examples)
+                if self.folder is not None and self.world.first:
+                    self.folder.add_measures({"epoch": number, "step": trainer.steps, **values})
+                self._tell(Measured(epoch=number, step=trainer.steps, values=values))
+        self.epoch, self.position, self.tally, self._logged = number, 0, Tally(), (0, 0.0, 0)
+        self.watch.begin(0)
+        every = self.options.checkpoint_every
+        if every and number % every == 0 and number < config.epochs:
+            self._save(inside=False)
+        return None
+
+    def _choose(self, line: Epoch) -> None:
+        """Keep the weights if this epoch is the best so far under the run's rule."""
+        if self.config.selection == "max-test":
+            better = self.best is None or (line.test_acc or 0) > (self.best.test_acc or 0)
+        else:
+            better = self.best is None or _merit(line) > _merit(self.best)
+        if better:
+            self.best = line
+            if self.config.selection != "last":
+                self.best_state = self._weights()
+
+    def _weights(self) -> dict[str, Any]:
+        if self.world.size > 1 and self.config.parallel == "fsdp":
+            return whole_weights(self.trainer.model)
+        return dict(on_cpu(self.trainer.model.state_dict()))
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    def _save(self, *, inside: bool, asked_for: bool = False) -> None:
+        """Write a checkpoint; all processes must call it.
+
+        Args:
+            inside: whether the present epoch goes on.
+            asked_for: whether it is written also by a run that writes none by itself.
+        """
+        if self.folder is None:
+            return
+        if not (asked_for or self.options.checkpoint_every or self.options.checkpoint_steps):
+            return
+        trainer = self.trainer
+        state = {
+            "config": identity(self.config),
+            "processes": self.world.size,
+            "epoch": self.epoch,
+            "position": self.position,
+            "trainer": trainer.state_dict(inside=inside),
+            "logged": list(self._logged),
+            "lines": [dataclasses.asdict(line) for line in self.lines],
+            "best": None if self.best is None else self.best.epoch,
+            "best_state": self.best_state,
+            "skips": self.watch.skips,
+            "ranks": self.world.gathered(self._own()),
+        }
+        if self.world.first:
+            checkpoint.save(self.folder.checkpoints, trainer.steps, state, keep=self.options.keep_checkpoints)
+
+    def _own(self) -> dict[str, Any]:
+        """What each process has for itself."""
+        cuda = torch.cuda.get_rng_state() if self.config.device == "cuda" else None
+        found = {
+            "cpu": torch.get_rng_state(),
+            "cuda": cuda,
+            "previous": self.trainer.previous,
+            "tally": self.tally.state_dict(),
+            "optimizer": None,
+        }
+        if self.config.ascent_sync != "all":
+            found["optimizer"] = on_cpu(self.trainer.optimizer.state_dict())
+        return found
+
+    def _load(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            ValueError: it is another run's.
+        """
+        known, mine = state["config"], identity(self.config)
+        for key in mine:
+            if known.get(key) != mine[key]:
+                raise ValueError(
+                    f"the checkpoint in {self.folder and self.folder.checkpoints} is of another run: {key} is "
+                    f"{known.get(key)!r} there and {mine[key]!r} here; use the same settings, or another folder."
+                )
+        if state["processes"] != self.world.size:
+            raise ValueError(
+                f"the checkpoint was written by {state['processes']} process(es), and this run has {self.world.size}; "
+                "start as many, so that the run goes on as it was."
+            )
+        own = state["ranks"][self.world.rank]
+        if own["optimizer"] is not None:
+            state["trainer"]["optimizer"] = own["optimizer"]
+        self.trainer.load_state_dict(state["trainer"])
+        self.trainer.previous = own["previous"]
+        self.epoch, self.position, self.watch.skips = state["epoch"], state["position"], state["skips"]
+        self.tally.load_state_dict(own["tally"], self.config.device)
+        self._logged = tuple(state["logged"])
+        self.watch.begin(len(self.tally))
+        self.lines = [Epoch(**line) for line in state["lines"]]
+        self.best = next((line for line in self.lines if line.epoch == state["best"]), None)
+        self.best_state = state["best_state"]
+        torch.set_rng_state(own["cpu"])
+        if own["cuda"] is not None:
+            torch.cuda.set_rng_state(own["cuda"])
+
+    # -- the end -------------------------------------------------------------------------------------------------
+
+    def _result(self, failure: str | None) -> Result:
+        config, trainer = self.config, self.trainer
+        common: dict[str, Any] = {
+            "method": config.method,
+            "rho": config.rho if trainer.recipe.ascends else None,
+            "gradient_evaluations": trainer.gradient_evaluations,
+            "seed": config.seed,
+            "epochs": config.epochs,
+            "noise": config.noise,
+            "seconds": sum(line.seconds for line in self.lines),
+        }
+        entropy, chosen, curvature = math.nan, None, None
+        if failure is None:
+            self._load_chosen()
+            entropy = self._score(trainer.data.train).loss
+            if not math.isfinite(entropy):
+                failure = "the chosen weights give a train loss that is not finite; try a smaller lr or rho"
+        if failure is not None:
+            nothing: dict[str, Any] = dict.fromkeys(("last", "best", "train_ce", "lambda_max"))
+            return Result(**common, **nothing, trained=False, failure=failure)
+        chosen = self._tested()
+        last, best = (
+            dataclasses.replace(line, test_acc=chosen["test_acc"]) if line.epoch == chosen["epoch"] else line
+            for line in (self.lines[-1], self.best or self.lines[-1])
+        )
+        if config.measure:
+            curvature = evaluate.sharpness(trainer.model, trainer.data)
+        return Result(
+            **common,
+            trained=evaluate.has_trained(entropy, trainer.data.num_classes),
+            last={key: getattr(last, key) for key in ("epoch", "test_acc", "val_acc", "memorised", "train_loss")},
+            best={key: getattr(best, key) for key in ("epoch", "test_acc", "val_acc")},
+            chosen=chosen,
+            train_ce=entropy,
+            lambda_max=curvature,
+        )
+
+    def _load_chosen(self) -> None:
+        """Put the chosen weights into the model; with an average and selection=last, the average."""
+        if self.best_state is None and self.trainer.average is not None:
+            with self.trainer.average.applied():
+                self.best_state = self._weights()
+        if self.best_state is None:
+            return
+        if self.world.size > 1 and self.config.parallel == "fsdp":
+            load_whole_weights(self.trainer.model, self.world.told(self.best_state))
+        else:
+            self.trainer.model.load_state_dict(self.best_state)
+            self.world.share_buffers(self.trainer.model)
+
+    def _tested(self) -> dict[str, Any]:
+        """The chosen weights on the test part."""
+        config = self.config
+        line = self.lines[-1] if config.selection == "last" else self.best or self.lines[-1]
+        test = self._score(self.trainer.data.test)
+        return {
+            "selection": config.selection,
+            "epoch": line.epoch,
+            "val_acc": line.val_acc,
+            "test_acc": test.acc,
+            "test_top5": test.top5,
+            "test_loss": test.loss,
+        }
+
+    def _score(self, part: Split) -> evaluate.Scores:
+        trainer = self.trainer
+        return evaluate.score(trainer.model, trainer.data, part, self.config, self.world)
+
+    def _tell(self, event: Event) -> None:
+        for listener in self.listeners:
+            listener(event)
+
+    def _warn(self, text: str) -> None:
+        self._tell(Warned(text=text))
+
+
+def _merit(line: Epoch) -> tuple[float, float, int]:
+    """Best by validation accuracy, then lower loss, then earlier."""
+    return line.val_acc, -line.val_loss, -line.epoch

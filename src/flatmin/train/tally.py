@@ -1,0 +1,74 @@
+"""What the updates of one epoch add up to."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flatmin.train.processes import World
+from flatmin.train.trainer import Step
+
+_NUMBERS = ("samples", "images", "skipped", "seconds")
+
+
+class Tally:
+    """Losses and hits of an epoch, kept on the device until somebody asks.
+
+    Losses that are not finite belong to updates that were skipped; they are left out of the means.
+    """
+
+    def __init__(self) -> None:
+        self.losses: list[Tensor] = []
+        self.perturbed: list[Tensor] = []
+        self.right: list[Tensor] = []
+        self.samples = self.images = self.skipped = 0
+        self.seconds = 0.0
+
+    def __len__(self) -> int:
+        return len(self.losses)
+
+    def add(self, step: Step, images: int) -> None:
+        """Take an update on so many images in; a method that climbs on another batch sees more than it descends on."""
+        self.images += images
+        self.losses.append(step.loss)
+        self.right.append(step.right)
+        self.samples += step.samples
+        if step.perturbed is not None:
+            self.perturbed.append(step.perturbed)
+
+    def means(self, world: World) -> tuple[float, float | None, float]:
+        """Mean loss, mean perturbed loss or None, and percent of right answers, over all processes."""
+        device = self.losses[0].device
+        rows = [_sum_and_count(kind, device) for kind in (self.losses, self.perturbed)]
+        hits = torch.stack(self.right).double().sum().to(device)
+        parts = [*rows, torch.stack([hits, torch.tensor(float(self.samples), device=device)]).double()]
+        found = world.sum_(torch.stack(parts)).tolist()
+        loss, perturbed, right = ((a / b if b else math.nan) for a, b in found)
+        return loss, perturbed if self.perturbed else None, 100 * right
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything, on the CPU."""
+        stacks = {name: _stack(getattr(self, name)) for name in ("losses", "perturbed", "right")}
+        return {**stacks, **{name: getattr(self, name) for name in _NUMBERS}}
+
+    def load_state_dict(self, state: dict[str, Any], device: str) -> None:
+        """Go on from what `state_dict` gave."""
+        for name in ("losses", "perturbed", "right"):
+            setattr(self, name, list(state[name].to(device).unbind()))
+        for name in _NUMBERS:
+            setattr(self, name, state[name])
+
+
+def _stack(values: list[Tensor]) -> Tensor:
+    return torch.stack(values).cpu() if values else torch.empty(0)
+
+
+def _sum_and_count(values: list[Tensor], device: torch.device) -> Tensor:
+    if not values:
+        return torch.zeros(2, dtype=torch.float64, device=device)
+    found = torch.stack(values).double()
+    good = found.isfinite()
+    return torch.stack([found.where(good, 0.0).sum(), good.sum().double()])

@@ -1,0 +1,143 @@
+"""What the four trackers share: who is called when, and what a failure of theirs means for the run."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import ClassVar, Literal, Protocol
+
+from flatmin.train.events import Began, Ended, Event, Ticked, Warned
+from flatmin.train.files import write_json
+from flatmin.train.trackers.content import scalars
+
+# "stopped": closed before the end, as by Ctrl-C. "broken": the tracker itself raised an exception.
+Status = Literal["stopped", "finished", "failed", "broken"]
+
+_IDENTITIES = "trackers.json"
+
+
+class Tracker(Protocol):
+    """Takes the events of one run, and is closed once, whatever happened."""
+
+    def __call__(self, event: Event) -> None:
+        """Record an event."""
+
+    def close(self) -> None:
+        """Write what is left and say how the run ended."""
+
+
+class Safely:
+    """A tracker that cannot stop a training.
+
+    After the first exception of the tracker `warn` is told once, in a sentence, and the tracker hears of no further
+    event. Only `Exception` is caught: Ctrl-C goes through.
+
+    Args:
+        tracker: any.
+        warn: told the sentence.
+    """
+
+    def __init__(self, tracker: Tracker, warn: Callable[[str], None]) -> None:
+        self._tracker, self._warn = tracker, warn
+        self._failed = False
+
+    def __call__(self, event: Event) -> None:
+        if self._failed:
+            return
+        try:
+            self._tracker(event)
+        except Exception as error:
+            self._give_up(error)
+
+    def close(self) -> None:
+        try:
+            self._tracker.close()
+        except Exception as error:
+            if not self._failed:
+                self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        self._failed = True
+        name = getattr(self._tracker, "name", type(self._tracker).__name__)
+        said = " ".join(str(error).split()).rstrip(".")
+        why = f"{type(error).__name__}: {said}" if said else type(error).__name__
+        self._warn(
+            f"the tracker {name} failed ({why}) and hears nothing more of this run; training goes on, and "
+            "metrics.jsonl and steps.jsonl have everything."
+        )
+
+
+class Sink(ABC):
+    """A tracker whose package takes a table at the beginning, numbers against steps, and a status at the end.
+
+    Args:
+        folder: of the run, absolute.
+        run: its name.
+        project: what runs are collected under.
+        resume: whether to go on with what is in the folder.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, *, folder: Path, run: str, project: str, resume: bool) -> None:
+        self.folder, self.run, self.project, self.resume = folder, run, project, resume
+        self._step = 0
+        self._begun = False
+        self._status: Status = "stopped"
+
+    @abstractmethod
+    def begin(self, event: Began) -> None:
+        """Open the run."""
+
+    @abstractmethod
+    def log(self, values: dict[str, float], step: int) -> None:
+        """Record numbers of one step."""
+
+    @abstractmethod
+    def end(self, values: dict[str, float], step: int, failure: str | None) -> None:
+        """Record the summary, and why the run failed, if it did."""
+
+    @abstractmethod
+    def finish(self, status: Status) -> None:
+        """Close the run; called if `begin` was."""
+
+    def __call__(self, event: Event) -> None:
+        try:
+            self._take(event)
+        except Exception:
+            self._status = "broken"
+            raise
+
+    def close(self) -> None:
+        if self._begun:
+            self._begun = False
+            self.finish(self._status)
+
+    def _take(self, event: Event) -> None:
+        if isinstance(event, Began):
+            self._begun, self._step = True, event.step
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.begin(event)
+        elif isinstance(event, Ended):
+            failure = event.result.failure
+            self.end(scalars(event), self._step, failure)
+            self._status = "finished" if failure is None else "failed"
+        elif not isinstance(event, (Ticked, Warned)):
+            self._step = event.step
+            self.log(scalars(event), event.step)
+
+    @property
+    def identity(self) -> str | None:
+        """By which name the package knows the run that goes on; None for a new one."""
+        return self._identities().get(self.name) if self.resume else None
+
+    def keep_identity(self, identity: str) -> None:
+        """Remember it beside the run, so that a later part finds it."""
+        write_json(self.folder / _IDENTITIES, {**self._identities(), self.name: identity})
+
+    def _identities(self) -> dict[str, str]:
+        path = self.folder / _IDENTITIES
+        found: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return found

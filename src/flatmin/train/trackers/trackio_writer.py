@@ -1,0 +1,39 @@
+"""The process of `flatmin.train.trackers.trackio`: JSON lines from standard input into Trackio.
+
+Run as a script, without flatmin. The first line has what `trackio.init` takes, the others values, step and perhaps
+failure.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+
+
+def main() -> None:
+    """Write until standard input ends.
+
+    Raises:
+        RuntimeError: trackio gave something up; by itself it would only warn.
+    """
+    import trackio
+
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        run = trackio.init(**json.loads(sys.stdin.readline()), embed=False)
+        for line in sys.stdin:
+            found = json.loads(line)
+            run.log(found["values"], step=found["step"])
+            if found.get("failure"):
+                run.alert("the run failed", found["failure"], level=trackio.AlertLevel.ERROR, step=found["step"])
+        run.finish()
+    for one in said:
+        print(one.message)
+    lost = [str(one.message) for one in said if "trackio" in str(one.message).lower()]
+    if lost:
+        raise RuntimeError(lost[0])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""What a run's outcome depends on, as a digest."""
+
+import json
+import os
+
+from flatmin.train import fingerprint
+
+
+def test_the_fingerprint_covers_what_a_run_depends_on():
+    names = {"/".join(path.parts[-2:]) for path in fingerprint.package_sources()}
+    assert {"train/loop.py", "measure/krylov.py", "data/noise.py", "models/small.py"} <= names
+    assert {"flatmin/recipe.py", "flatmin/recipes.py", "flatmin/catalogue.py"} <= names
+    assert any(name.startswith("engine/") for name in names)
+    assert any(name.startswith("parts/") for name in names)
+    assert not any(name.startswith(("study/", "cli/")) for name in names)
+
+
+def test_a_changed_file_changes_the_digest(tmp_path):
+    file = tmp_path / "a.py"
+    file.write_text("x = 1")
+    before = fingerprint.digest([file])
+    file.write_text("x = 2")
+    assert fingerprint.digest([file]) != before
+    assert fingerprint.digest([file], "x") != fingerprint.digest([file], "y")
+
+
+def test_a_module_in_a_package_brings_its_whole_folder(tmp_path, monkeypatch):
+    package = tmp_path / "flatmin_test_package"
+    package.mkdir()
+    for name in ("__init__", "one", "two"):
+        (package / f"{name}.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    found = fingerprint.user_sources(["flatmin_test_package.one:f"], [])
+    assert [path.name for path in found] == ["__init__.py", "one.py", "two.py"]
+
+
+def test_the_environment_names_no_host_and_no_user():
+    found = json.dumps(fingerprint.environment("cpu", 1))
+    assert os.uname().nodename not in found
+    assert os.path.expanduser("~") not in found
+    assert '"torch"' in found

@@ -1,0 +1,149 @@
+"""Runs that are killed at random moments, and the command is given again: the same end, bit for bit."""
+
+import itertools
+import multiprocessing
+import random
+import re
+import signal
+import time
+from dataclasses import replace
+
+import pytest
+
+from tests.helpers import same_bits
+from tests.train.kills import PATIENCE, Command, Forked, Plan
+from tests.train.runs import HERE, outcome, saved_steps
+
+EVERY = 3  # updates between checkpoints
+WORDS = (
+    *(f"data={HERE}:images", f"model={HERE}:image_net", "method=vasso", "rho=0.05", "batch_size=16", "log_every=1"),
+    *(f"checkpoint_steps={EVERY}", "noise=0.2", "test_every=1"),
+)
+PACE = 0.01
+
+
+@pytest.fixture(scope="module")
+def context():
+    """Starts processes that have torch already: they are forked from one that has only imported it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["flatmin", "torch._dynamo", "torch.nn.parallel", "torch.distributed.fsdp", "pytest", "flatmin.train.loop"]
+    )
+    return context
+
+
+def until(condition, launch):
+    """Wait for something, or the end of the processes."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition() and launch.alive:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+class Killer:
+    """Starts a run again and again, and kills it."""
+
+    def __init__(self, start, context, plan, kills, updates):
+        self._start, self._context, self.plan = start, context, plan
+        self._kills, self._updates, self._draw = kills, updates, random.Random(kills)
+
+    def __call__(self):
+        kinds = itertools.cycle(("update", "write", "start"))
+        victims = itertools.cycle(([0, 1], [1], [0])) if self.plan.ranks > 1 else itertools.repeat([0])
+        for number, kind, whom in zip(range(self._kills), kinds, victims, strict=False):
+            begin = (saved_steps(self.plan.path) or [0])[0]
+            launch = self._start(self._context, self.plan)
+            try:
+                self._wait(kind, launch, max(begin, int(self._updates * number / (self._kills + 1))))
+                reached = self.plan.reached
+            finally:
+                launch.kill(whom)
+            self._check(begin, reached)
+
+    def _wait(self, kind, launch, update):
+        """For the moment: somewhere after an update, in the write after it, or at any time since the start."""
+        if kind == "start":
+            time.sleep(self._draw.uniform(0, 0.3))
+            return
+        until(lambda: self.plan.reached > update, launch)
+        if kind == "write":
+            until(lambda: any((self.plan.path / "checkpoints").glob(".step.*")), launch)
+        time.sleep(self._draw.uniform(0, 4 * PACE))
+
+    def _check(self, begin, reached):
+        """It went on from where the last one was, and nothing before the last checkpoint is lost."""
+        assert "Traceback" not in self.plan.said or self.plan.ranks > 1, self.plan.said
+        if (found := re.search(r"Going on after update (\d+) of", self.plan.said)) is not None:
+            assert int(found[1]) == begin
+        assert (saved_steps(self.plan.path) or [0])[0] >= max(begin, EVERY * ((reached - 1) // EVERY))
+        assert not (self.plan.path / "result.json").exists()
+
+
+def check(start, context, folder, kills, epochs, ranks=1, words=()):
+    """Kill a run so often, let it end, and compare it with another that was left alone."""
+    updates = 4 * epochs
+    alone = Plan(folder / "alone", (*WORDS, f"epochs={epochs}", *words), ranks)
+    killed = replace(alone, folder=folder / "killed", pace=PACE)
+    Killer(start, context, killed, kills, updates)()
+    assert 0 < saved_steps(killed.path)[0] < updates
+    for plan in (replace(killed, pace=0.0), alone):
+        launch = start(context, plan)
+        assert set(launch.wait()) == {0}, plan.said
+    found, wanted = outcome(killed.path), outcome(alone.path)
+    for part in wanted:
+        assert same_bits(found[part], wanted[part]), part
+    assert len(wanted["steps"]) == updates
+
+
+TWO = [["parallel=ddp", "ema=0.8"], ["parallel=fsdp"]]
+
+
+def test_one_process_killed_three_times(context, tmp_path):
+    check(Forked, context, tmp_path, kills=3, epochs=4, words=["ema=0.8"])
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("words", TWO, ids=["ddp", "fsdp"])
+def test_two_processes_killed_three_times(context, tmp_path, words):
+    check(Forked, context, tmp_path, kills=3, epochs=4, ranks=2, words=words)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("method", ["vasso", "rsam", "looksam", "sam-db"])
+def test_one_process_killed_twenty_times(context, tmp_path, method):
+    check(Forked, context, tmp_path, kills=20, epochs=16, words=[f"method={method}", "ema=0.8"])
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("words", TWO, ids=["ddp", "fsdp"])
+def test_two_processes_killed_twenty_times(context, tmp_path, words):
+    check(Forked, context, tmp_path, kills=20, epochs=16, ranks=2, words=words)
+
+
+class TestTheCommandItself:
+    """Interpreters and torchrun of their own, which take seconds to start."""
+
+    @pytest.mark.slow
+    @pytest.mark.timeout(900)
+    @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.dist)])
+    def test_killed_three_times(self, tmp_path, ranks):
+        check(Command, None, tmp_path, kills=3, epochs=100, ranks=ranks)
+
+    @pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.slow)])
+    def test_asked_to_end_it_says_how_to_go_on(self, context, tmp_path, name):
+        plan = Plan(tmp_path / "asked", (*WORDS, "epochs=25"))
+        launch = Command(None, plan)
+        until(lambda: plan.reached > 6, launch)
+        launch.process.send_signal(getattr(signal, name))
+        assert launch.wait() == [130]
+        said = re.search(
+            r"Interrupted after (\d+) of 100 updates; a checkpoint is kept, and the same command", plan.said
+        )
+        assert said is not None and saved_steps(plan.path)[0] == int(said[1]) >= plan.reached
+        alone = replace(plan, folder=tmp_path / "alone")
+        for one in (plan, alone):
+            assert Forked(context, one).wait() == [0]
+        assert same_bits(outcome(plan.path), outcome(alone.path))
