@@ -416,7 +416,7 @@ def whole(options: argparse.Namespace, data: Data, result: Result, deadline: flo
                 lines: list[Epoch] = []
                 train(config, data=data, on_epoch=lines.append)
                 took = median(line.seconds for line in lines[1:])
-                speed = median(line.images_per_second for line in lines[1:])
+                speed = median(line.images_per_second or 0.0 for line in lines[1:])
                 table.rows.append((_words(settings), method, f"{took:.2f}", f"{speed:,.0f}"))
                 result.raw[f"whole, {_words(settings)}, {method}"] = [line.seconds for line in lines]
             break

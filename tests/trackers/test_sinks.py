@@ -117,7 +117,13 @@ def test_a_stopped_run_goes_on(name, tmp_path):
     record(name, folder, before)
     stopped = read(name, folder)
     assert stopped.status == STATUS[name]["stopped"]
-    record(name, folder, after, resume=True)
+    tracker = make_tracker(name, folder=folder, run="run", project="studies", resume=True)
+    tracker(after[0])
+    if name == "mlflow":
+        assert read(name, folder).status == "RUNNING"
+    for event in after[1:]:
+        tracker(event)
+    tracker.close()
     found = read(name, folder)
     assert found.identity == stopped.identity
     assert found.status == STATUS[name]["finished"]

@@ -2,9 +2,12 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -272,6 +275,22 @@ class TestCommand:
         done = subprocess.run([*command, *words], check=False, capture_output=True, text=True, timeout=120)
         assert done.returncode != 0 and "Traceback" not in done.stderr
         assert f"{broken.name} cannot be read as an image" in " ".join(done.stderr.split())
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+    def test_a_signal_to_all_processes_ends_in_a_checkpoint(self, kept, tmp_path, name):
+        """As a terminal sends it for Ctrl-C: to the workers too."""
+        words = self.words(kept, tmp_path, "imagenet", workers=2, epochs=500, log_every=1)
+        run = subprocess.Popen(
+            [sys.executable, "-m", "flatmin", *words], start_new_session=True, stderr=subprocess.PIPE, text=True
+        )
+        steps = tmp_path / "runs" / "x" / "steps.jsonl"
+        while run.poll() is None and not (steps.exists() and steps.stat().st_size):
+            time.sleep(0.05)
+        os.killpg(run.pid, getattr(signal, name))
+        said = run.communicate(timeout=60)[1]
+        assert run.returncode == 130, said
+        assert said.startswith("Interrupted after ") and said.count("\n") == 1
 
     def test_the_preset_of_imagenet(self, kept, tmp_path):
         small = {"data_dir": kept, "batch_size": 8, "val_share": 0.2, "workers": 0, "image_size": 32}

@@ -72,7 +72,7 @@ class RunConfig:
         workers: processes that read image files; not part of the outcome.
 
         model: a name of `flatmin.models.zoo.MODELS`, "timm:NAME", "torchvision:NAME", or "pkg:function".
-        model_params: keyword arguments of the model, e.g. {"maxpool": True}.
+        model_params: keyword arguments of the model, e.g. {"max_pool": True}.
 
         device: "cpu" or "cuda".
         precision: "float32", or autocast to "bf16" or "fp16" (with a GradScaler); weights stay in float32.

@@ -54,6 +54,9 @@ def in_use(folder: Path) -> bool:
     handle = _open(folder)
     try:
         mine = _locked(handle)
+        if mine is False:
+            time.sleep(_PAUSE)  # another one who only looks is gone by then
+            mine = _locked(handle)
         return changed(folder) > time.time() - RECENT if mine is None else not mine
     finally:
         if handle is not None:

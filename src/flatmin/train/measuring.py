@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from flatmin.measure.card import card
 from flatmin.measure.problem import Problem
+from flatmin.train.config import stream
 from flatmin.train.evaluate import batches
 from flatmin.train.trainer import Trainer
 
@@ -19,13 +20,14 @@ def measured(trainer: Trainer, what: str, examples: int) -> dict[str, float]:
     Args:
         trainer: of the run; with an average of the weights, the caller applies it.
         what: sections, see `card`.
-        examples: training samples, the first ones of the training part; their labels are those trained on.
+        examples: training samples, drawn once for all runs; their labels are those trained on.
 
     Raises:
         ValueError: an unknown section, or samples in files and more of them than should be kept in memory.
     """
     data = trainer.data
-    part = data.train.only(slice(examples))
+    order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(stream(0, "measure")))
+    part = data.train.only(order[:examples].sort().values)
     training = trainer.model.training
     devices = [] if trainer.config.device == "cpu" else [torch.device(trainer.config.device)]
     with torch.random.fork_rng(devices=devices):

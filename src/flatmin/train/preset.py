@@ -37,7 +37,7 @@ def load_run(preset: str, words: Sequence[str] = (), **given: Any) -> tuple[RunC
     Args:
         preset: a name inside the package, or a path to a .toml file.
         words: like "epochs=10", "method=vasso", "rho=0.1", "theta=0.8" (a parameter of the method's parts),
-            "model.maxpool=true" (a keyword of the model), "log_every=10" (an option).
+            "model.max_pool=true" (a keyword of the model), "log_every=10" (an option).
         given: fields by name that are not None, as a command line has them; they win.
 
     Raises:

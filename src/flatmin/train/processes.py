@@ -147,7 +147,8 @@ def whole_weights(model: nn.Module) -> dict[str, Any]:
     """The state dict of a sharded model, whole and on the CPU; all processes must call it, rank 0 has the content."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    found = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return dict(on_cpu(found))  # on a CPU torch gives the buffers themselves
 
 
 def load_whole_weights(model: nn.Module, state: dict[str, Any]) -> None:
