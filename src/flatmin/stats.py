@@ -56,6 +56,39 @@ def paired(values: Mapping[int, float], base: Mapping[int, float]) -> Stat | Non
     return summarise([values[seed] - base[seed] for seed in shared]) if shared else None
 
 
+def paired_p(diff: Stat) -> float:
+    """The two-sided p value of the t test that a mean difference is 0: P(|T_{n-1}| > |mean| sqrt(n) / s).
+
+    1 if all differences are 0, 0 if all are the same other number.
+
+    Args:
+        diff: of `paired`, over at least two seeds.
+    """
+    if diff.n < 2:
+        raise ValueError(f"a t test needs two differences, got {diff.n}.")
+    if diff.half == 0:
+        return float(diff.mean == 0)
+    t = abs(diff.mean) / diff.half * t_quantile(0.975, diff.n - 1)
+    return _two_sided(t, diff.n - 1)
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """P values corrected for as many tests as there are: Holm, Scandinavian Journal of Statistics 6, 1979.
+
+    The k-th smallest of m is multiplied by m - k + 1, made no smaller than the ones before it, and capped at 1.
+
+    Example:
+        >>> holm([0.01, 0.04, 0.03])
+        [0.03, 0.06, 0.06]
+    """
+    found = [0.0] * len(p)
+    most = 0.0
+    for k, i in enumerate(sorted(range(len(p)), key=lambda i: p[i])):
+        most = max(most, min(1.0, (len(p) - k) * p[i]))
+        found[i] = most
+    return found
+
+
 def share_interval(hits: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
     """Wilson's interval of a share: of the p with |hits / n - p| <= z sqrt(p (1 - p) / n).
 

@@ -181,6 +181,10 @@ class TestCheckpoints:
         go(tmp_path / "run", CONFIG, HOW)
         assert same_bits(outcome(tmp_path / "run"), outcome(alone[0]))
 
+    @pytest.mark.parametrize("name", [".weights.pt", ".result.json"])
+    def test_they_stay_until_the_run_is_finished(self, tmp_path, alone, name):
+        assert check(tmp_path, alone[1].index(("replace", name)), alone) == [6, 4]
+
 
 class TestOrder:
     """What a loss of power may not turn around."""

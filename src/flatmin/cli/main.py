@@ -16,6 +16,7 @@ from flatmin.cli.measure import measure
 from flatmin.cli.methods import methods
 from flatmin.cli.runs import runs
 from flatmin.cli.show import show
+from flatmin.cli.study import study
 from flatmin.cli.train import train
 from flatmin.words import explained
 
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 app.command()(train)
 app.command()(compare)
+app.command()(study)
 app.command()(measure)
 app.command()(show)
 app.command("eval")(evaluate)

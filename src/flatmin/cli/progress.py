@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
     from flatmin.study.events import EpochDone, Event, RunBroke, RunDone
 
-STAGES = {"tune": "Choosing on validation", "compare": "Training"}
+STAGES = {"tune": "Choosing on validation", "compare": "Training", "study": "Training"}
 
 
 class Progress:
@@ -88,7 +88,9 @@ class Progress:
         if result.failure is not None:
             self._say(f"{self._count()} {_short(event.run)}: stopped, {result.failure}")
         elif not self._console.is_terminal and result.last is not None:
-            accuracy = f"test {result.last['test_acc']:.1f} %"
+            last = result.last["test_acc"]
+            value = result.chosen["test_acc"] if last is None and result.chosen is not None else last
+            accuracy = f"test {value:.1f} %"
             self._say(f"{self._count()} {_short(event.run)}: {accuracy}, {result.seconds:.1f} s")
 
     def _broke(self, event: RunBroke) -> None:

@@ -61,11 +61,13 @@ class Known:
         read: its reader.
         confusions: each class to the one it is taken for, for asymmetric noise.
         downloads: whether the reader can get what is missing.
+        train: samples of the official training part, before a validation part is taken from it; None: see the data.
     """
 
     read: Callable[[Reading], Data]
     confusions: Mapping[int, int] | None = None
     downloads: bool = False
+    train: int | None = None
 
 
 def _digits(reading: Reading) -> Data:
@@ -136,7 +138,8 @@ def _images(reading: Reading) -> Data:
     train, *rest = [read(part, reading, side) for part in found]
     data = _drawn(train, rest[-1], len(files.classes), root.resolve().name, reading)
     # A validation part of its own leaves the training part whole.
-    return data if len(rest) == 1 else dataclasses.replace(data, train=train, val=rest[0])
+    whole = len(rest) == 1 or reading.validation is None
+    return data if whole else dataclasses.replace(data, train=train, val=rest[0])
 
 
 def _root(reading: Reading, name: str) -> Path:
@@ -173,13 +176,13 @@ def _drawn(train: Split, test: Split, classes: int, name: str, reading: Reading)
 
 DATASETS: dict[str, Known] = {
     "digits": Known(_digits),
-    "cifar10": Known(partial(_cifar, "cifar10", False), CIFAR10_CONFUSIONS, downloads=True),
-    "cifar100": Known(partial(_cifar, "cifar100", False), CIFAR100_CONFUSIONS, downloads=True),
-    "cifar100-coarse": Known(partial(_cifar, "cifar100", True), downloads=True),
-    "mnist": Known(partial(_idx, "mnist", None)),
-    "fashion-mnist": Known(partial(_idx, "fashion-mnist", Augment(crop=2, cutout=0))),
-    "tiny-imagenet": Known(_tiny_imagenet),
-    "imagenet": Known(_imagenet),
+    "cifar10": Known(partial(_cifar, "cifar10", False), CIFAR10_CONFUSIONS, downloads=True, train=50_000),
+    "cifar100": Known(partial(_cifar, "cifar100", False), CIFAR100_CONFUSIONS, downloads=True, train=50_000),
+    "cifar100-coarse": Known(partial(_cifar, "cifar100", True), downloads=True, train=50_000),
+    "mnist": Known(partial(_idx, "mnist", None), train=60_000),
+    "fashion-mnist": Known(partial(_idx, "fashion-mnist", Augment(crop=2, cutout=0)), train=60_000),
+    "tiny-imagenet": Known(_tiny_imagenet, train=100_000),
+    "imagenet": Known(_imagenet, train=1_281_167),
     "images": Known(_images),
 }
 

@@ -68,6 +68,10 @@ def load_run(preset: str, words: Sequence[str] = (), **given: Any) -> tuple[RunC
     own = {key: value for key, value in table["params"].items() if "method" not in chosen or _full(key, recipe)}
     table["params"], extra = _params(recipe, {**own, **loose}, kinds)
     table["model_params"] |= extra
+    for name in radii:
+        for word in name.split("+"):
+            if word not in methods:
+                raise ValueError(f"preset {preset}: rho of an unknown method {word!r}{suggest(word, methods)}")
     if chosen.get("rho") is None:
         table["rho"] = radius_of(recipe.name, recipe, radii, methods)
     elif not recipe.ascends:

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import time
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -79,6 +79,9 @@ class Run:
         failure = None
         while self.epoch < self.config.epochs and failure is None:
             failure = self._steps(interruption) or self._end_epoch()
+            wanted = interruption is not None and interruption.wanted
+            if failure is None and wanted and self.epoch < self.config.epochs:
+                self._stop(inside=False)
         result = self._result(failure)
         if self.folder is not None:
             weights = None
@@ -115,12 +118,16 @@ class Run:
             if due:
                 self._save(inside=True)
             if asked:
-                self._save(inside=True, asked_for=True)
-                raise Interrupted(trainer.steps, self.config.epochs * trainer.feed.steps)
+                self._stop(inside=True)
         if self.config.device != "cpu":
             torch.cuda.synchronize()
         tally.seconds = before + time.perf_counter() - begun
         return None
+
+    def _stop(self, *, inside: bool) -> NoReturn:
+        """Stop with a checkpoint, because somebody asked for it."""
+        self._save(inside=inside, asked_for=True)
+        raise Interrupted(self.trainer.steps, self.config.epochs * self.trainer.feed.steps)
 
     def _blame(self, found: Finding) -> str:
         """Write down where it happened; the sentence that says so."""
@@ -154,7 +161,8 @@ class Run:
         )
         if self.folder is not None:
             line = dataclasses.asdict(event)
-            line |= line.pop("diagnostics")
+            for name, value in line.pop("diagnostics").items():
+                line[f"last_{name}" if name in line else name] = value
             # JSON knows no nan.
             self.folder.add_step({k: None if v is None or not math.isfinite(v) else v for k, v in line.items()})
         self._tell(event)

@@ -65,6 +65,8 @@ def load_clean(config: RunConfig, *, download: bool = False, progress: Progress 
             progress=progress,
         )
         data = read_named(config.data, reading)
+        if config.image_size not in (None, data.train.x.shape[-1]):
+            raise ValueError(f"image_size is for folders of images; data={config.data} has images of its own size.")
     if config.statistics is not None:
         if config.statistics not in STATISTICS:
             raise ValueError(

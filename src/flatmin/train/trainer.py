@@ -251,6 +251,12 @@ class Trainer:
             raise ValueError(f"{config.method} {does}; leave out accumulate.")
         if config.ema is not None and self.world.size > 1 and config.parallel == "fsdp":
             raise ValueError("ema needs whole weights; with several processes set parallel=ddp.")
+        rest = len(self.data.train) % config.batch_size // self.world.size
+        if rest == 1 and not config.drop_last and any(isinstance(m, nn.BatchNorm1d) for m in self.model.modules()):
+            raise ValueError(
+                "the last batch of an epoch has one sample in a process, of which BatchNorm1d takes no variance; set "
+                "drop_last=true, or another batch_size."
+            )
         if self.world.size == 1 and config.ascent_sync != "all":
             raise ValueError("ascent_sync=none is about several processes, and this is one; start them with torchrun.")
 

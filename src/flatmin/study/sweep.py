@@ -1,0 +1,98 @@
+"""Axes by words: `key=a,b,c` and ranges, and the points that they span."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from flatmin.train.settings import split_word
+
+_RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)")
+_MOST = 10_000
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A key and the values that it takes, as words.
+
+    Raises:
+        ValueError: no value, or one twice.
+    """
+
+    key: str
+    values: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "values", tuple(map(tidy, self.values)))
+        if not self.values:
+            raise ValueError(f"{self.key}= has no value.")
+        double = [value for i, value in enumerate(self.values) if value in self.values[:i]]
+        if double:
+            raise ValueError(f"{self.key} names {double[0]} twice.")
+
+
+def read_axis(word: str, *, lists: Sequence[str] = ()) -> Axis:
+    """The axis that a word names: "rho=0.1,0.2", or "seed=0..4" with both ends.
+
+    Args:
+        word: key=value.
+        lists: keys whose value is itself a list, such as "milestones"; their axes have "/" between the points.
+
+    Raises:
+        ValueError: a word without "=", without a value, with one twice, or with a range that runs backwards.
+
+    Example:
+        >>> read_axis("seed=0..2,7").values
+        ('0', '1', '2', '7')
+    """
+    key, text = split_word(word)
+    if key in lists:
+        return Axis(key, tuple(part.strip() for part in text.split("/") if part.strip()))
+    values: list[str] = []
+    for part in (part.strip() for part in text.split(",")):
+        span = _RANGE.fullmatch(part)
+        if span is None:
+            values += [part] if part else []
+            continue
+        first, last = int(span[1]), int(span[2])
+        if last < first or last - first >= _MOST:
+            raise ValueError(f"{key}={part} is no range; write the smaller end first, at most {_MOST} numbers.")
+        values += [str(number) for number in range(first, last + 1)]
+    return Axis(key, tuple(values))
+
+
+def tidy(word: str) -> str:
+    """A number in one way of writing it, so that ".1" and "0.1" are the same point; other words as they are.
+
+    Example:
+        >>> tidy(".10"), tidy("1e-3"), tidy("28"), tidy("resnet18")
+        ('0.1', '0.001', '28', 'resnet18')
+    """
+    try:
+        return f"{float(word):.12g}"
+    except ValueError:
+        return word
+
+
+def points(axes: Sequence[Axis]) -> list[dict[str, str]]:
+    """Every combination, the last axis moving fastest.
+
+    Raises:
+        ValueError: two axes of one key.
+
+    Example:
+        >>> points([Axis("rho", ("1", "2")), Axis("seed", ("0",))])
+        [{'rho': '1', 'seed': '0'}, {'rho': '2', 'seed': '0'}]
+    """
+    keys = [axis.key for axis in axes]
+    double = [key for i, key in enumerate(keys) if key in keys[:i]]
+    if double:
+        raise ValueError(f"{double[0]} is an axis twice.")
+    return [dict(zip(keys, chosen, strict=True)) for chosen in itertools.product(*(axis.values for axis in axes))]
+
+
+def words(settings: Mapping[str, str]) -> list[str]:
+    """Settings as words."""
+    return [f"{key}={value}" for key, value in settings.items()]
