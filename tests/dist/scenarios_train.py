@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from flatmin.train import loop
+from flatmin.train import evaluate, loop
 from flatmin.train.config import RunConfig
 from flatmin.train.folder import RunFolder
 from flatmin.train.options import Options
@@ -27,10 +27,11 @@ class Stopping(Trainer):
 
 
 def run(rank, world, path: Path, config: RunConfig, options: Options, last: int | None = None):
-    """Begin or go on with a run, up to an update: why it failed, this rank's weights at the end, its warnings."""
+    """Begin or go on with a run, up to an update: why it failed, and this rank's weights at the end."""
     weights, said = {}, []
     Stopping.last = last
     real, loop.Trainer = loop.Trainer, Stopping
+    chunk, evaluate.CHUNK["cpu"] = evaluate.CHUNK["cpu"], 8  # so that all have a share in evaluations
     try:
         result = loop.train(
             config,
@@ -43,7 +44,7 @@ def run(rank, world, path: Path, config: RunConfig, options: Options, last: int 
     except Stop:
         return "stopped", {}
     finally:
-        loop.Trainer = real
+        loop.Trainer, evaluate.CHUNK["cpu"] = real, chunk
     return result.failure, weights
 
 

@@ -53,6 +53,17 @@ def plain_net():
     return nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(36, 3))
 
 
+class Loud(nn.Sequential):
+    """Whose gradients overflow in half precision, so that a scaler halves its scale."""
+
+    def forward(self, x):
+        return 30 * super().forward(x)
+
+
+def loud_net():
+    return Loud(*image_net())
+
+
 def points():
     """Three clouds, of which one training sample is marked for `Poisoned` and `PoisonedGradient`."""
     g = torch.Generator().manual_seed(0)

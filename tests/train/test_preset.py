@@ -116,7 +116,7 @@ class TestAutomatic:
 
     def test_without_a_gpu(self):
         found = config()
-        assert (found.device, found.precision, found.channels_last, found.tf32) == ("cpu", "float32", False, False)
+        assert (found.device, found.precision, found.channels_last, found.tf32) == ("cpu", "float32", True, False)
 
     def test_with_one(self, gpu):
         found = config()
@@ -142,7 +142,7 @@ class TestAutomatic:
 
     def test_the_cpu_of_a_machine_with_a_gpu(self, gpu):
         found = config("smoke", "device=cpu")
-        assert (found.device, found.precision, found.channels_last, found.tf32) == ("cpu", "float32", False, False)
+        assert (found.device, found.precision, found.channels_last, found.tf32) == ("cpu", "float32", True, False)
 
     def test_auto_takes_back_what_a_preset_says(self, gpu, write):
         own = write('device = "cpu"\nprecision = "fp16"\n')

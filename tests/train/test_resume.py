@@ -9,7 +9,7 @@ from flatmin.train.folder import RunFolder
 from flatmin.train.interrupt import Interrupted
 from flatmin.train.loop import train
 from tests.helpers import same_bits
-from tests.train.runs import At, Stop, config, go, go_in_pieces, options, outcome, saved_steps
+from tests.train.runs import HERE, At, Stop, config, go, go_in_pieces, options, outcome, saved_steps
 
 # Inside an epoch, at its last update, between two epochs and in the last one; four updates are an epoch.
 PIECES = ("step 2", "step 7", "step 8", "epoch 2", "step 11")
@@ -28,6 +28,7 @@ SETTINGS = {
     "average": {"ema": 0.8},
     "average, the last": {"ema": 0.8, "selection": "last"},
     "fp16": {"precision": "fp16"},
+    "fp16 with a scale that changes": {"precision": "fp16", "model": f"{HERE}:loud_net", "lr": 1e-3},
     "bf16": {"precision": "bf16"},
     "warm-up": {"warmup": 1.5, "schedule_unit": "step"},
     "steps": {"schedule": "multistep", "milestones": (1, 2)},

@@ -41,7 +41,7 @@ def study(
     Finished runs are kept and shared by all studies in the folder, so one can be extended at any time by more seeds or
     values. Ctrl-C loses at most the runs that are under way.
     """
-    from flatmin.study.spec import read_study
+    from flatmin.study.reading import read_study
     from flatmin.study.studies import plan
 
     console = make_console()
@@ -49,7 +49,7 @@ def study(
         _list(console)
         return
     spec = read_study(name, overrides or (), demo=demo)
-    todo = plan(spec, out)
+    todo = plan(spec, out, make=not dry_run)
     if dry_run:
         _describe(todo, console)
         return
@@ -75,42 +75,39 @@ def _run(todo: StudyPlan, out: Path, workers: int, console: Console) -> StudyTab
 
 def _list(console: Console) -> None:
     """Every study of the package with what it remakes."""
-    from flatmin.study.spec import cells, read_study
+    from flatmin.study.reading import read_study
     from flatmin.train.settings import preset_names, read_preset
 
     rows = [["study", "runs", "demo", "what it remakes"]]
     for name in preset_names("study"):
         spec = read_study(name)
-        twin = len(_runs(read_study(name, demo=True))) if "demo" in read_preset(name, "study") else 0
-        rows.append([name, str(sum(len(cell.configs) for cell in cells(spec))), str(twin or "-"), spec.title])
+        twin = _runs(read_study(name, demo=True)) if "demo" in read_preset(name, "study") else 0
+        rows.append([name, str(_runs(spec)), str(twin or "-"), spec.title])
     _print_rows(rows, console)
 
 
-def _runs(spec: StudySpec) -> list[object]:
-    from flatmin.study.spec import cells
+def _runs(spec: StudySpec) -> int:
+    from flatmin.study.unfold import cells
 
-    return [config for cell in cells(spec) for config in cell.configs.values()]
+    return sum(len(cell.configs) for cell in cells(spec))
 
 
 def _describe(todo: StudyPlan, console: Console) -> None:
     """The runs of a study, what is there already, and what the others cost."""
     from flatmin.study.costs import cost_of
 
-    rows = [["run", "method", "rho", "model", "data", "epochs", "gradients", "state"]]
+    rows = [["run", "row", "seed", "epochs", "gradients", "state"]]
     total = 0.0
     missing = {run.name for run in todo.missing}
     seen: set[str] = set()
-    for run in todo.runs.values():
+    for (i, seed), run in todo.runs.items():
         if run.name in seen:
             continue
         seen.add(run.name)
-        config = run.config
-        cost = cost_of(config)
+        cost = cost_of(run.config)
         total += cost if run.name in missing else 0.0
-        rho = "-" if config.rho is None else f"{config.rho:g}"
         state = "to do" if run.name in missing else "finished"
-        cells = [run.name, config.method, rho, config.model, config.data, str(config.epochs), f"{cost:,.0f}", state]
-        rows.append(cells)
+        rows.append([run.name, todo.cells[i].label, str(seed), str(run.config.epochs), f"{cost:,.0f}", state])
     _print_rows(rows, console)
     console.print(
         f"\n{len(seen)} runs, {len(missing)} to do: {total:,.0f} gradient evaluations on a batch each.",
@@ -129,8 +126,6 @@ def _show(table: StudyTable, console: Console) -> None:
     console.print()
     for text in remarks(table):
         console.print(text, markup=False, soft_wrap=True)
-    for run, error in table.errors.items():
-        console.print(f"{run}: {error}", markup=False, soft_wrap=True)
 
 
 def _print_rows(rows: Sequence[Sequence[str]], console: Console) -> None:

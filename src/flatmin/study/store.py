@@ -52,14 +52,17 @@ class Store:
     Args:
         out: made if it does not exist.
         weights: whether finished runs keep their trained weights.
+        make: False: look for finished runs only, and leave the folder as it is.
 
     Raises:
         ValueError: a folder that cannot be made or written to.
     """
 
-    def __init__(self, out: Path, *, weights: bool = True) -> None:
+    def __init__(self, out: Path, *, weights: bool = True, make: bool = True) -> None:
         self.out, self.weights = Path(out), weights
         self.runs = self.out / "runs"
+        if not make:
+            return
         try:
             self.runs.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.runs):

@@ -13,8 +13,9 @@ from flatmin.stats import Stat, holm, paired, paired_p, summarise
 from flatmin.study.costs import guess_seconds
 from flatmin.study.events import Event, Planned, Warned
 from flatmin.study.executor import Outcome, execute
-from flatmin.study.spec import Cell, Published, StudySpec, cells
+from flatmin.study.spec import METRICS, Published, StudySpec
 from flatmin.study.store import Run, Store, unique
+from flatmin.study.unfold import Cell, cells
 from flatmin.train.config import RunConfig
 from flatmin.train.fingerprint import digest, environment, external_versions, package_digest, user_sources
 from flatmin.train.result import Result
@@ -44,16 +45,22 @@ class StudyPlan:
     warnings: list[str] = field(default_factory=list)
 
 
-def plan(spec: StudySpec, out: Path) -> StudyPlan:
+def plan(spec: StudySpec, out: Path, *, make: bool = True) -> StudyPlan:
     """Unfold a study and look for finished runs; no data are read.
+
+    Args:
+        spec: the study.
+        out: the folder of the runs.
+        make: make that folder if it does not exist.
 
     Raises:
         ValueError: settings that do not go together, or a folder that cannot be written.
     """
     rows = cells(spec)
-    store = Store(out)
+    store = Store(out, make=make)
+    # The method names the folder, not the arm: studies that call one configuration by two names share its runs.
     runs = {
-        (i, seed): Run(label=cell.arm, config=config, code=_code(config))
+        (i, seed): Run(label=config.method, config=config, code=_code(config))
         for i, cell in enumerate(rows)
         for seed, config in cell.configs.items()
     }
@@ -123,7 +130,7 @@ class StudyTable:
         spec: the study.
         rows: in its order.
         metrics: the columns that some row has.
-        errors: run -> why it has no result.
+        errors: row and seed -> why there is no result.
         environment: versions and machine.
     """
 
@@ -132,9 +139,6 @@ class StudyTable:
     metrics: tuple[str, ...]
     errors: Mapping[str, str]
     environment: Mapping[str, object]
-
-
-METRICS = ("test_acc", "val_acc", "memorised", "train_ce", "lambda_max", "seconds")
 
 
 def study(todo: StudyPlan, *, out: Path, workers: int, on_event: OnEvent | None = None) -> StudyTable:
@@ -182,17 +186,17 @@ def tabulate(todo: StudyPlan, outcomes: Mapping[str, Outcome]) -> StudyTable:
     numbers = [{metric: _by_seed(found, metric) for metric in METRICS} for found in results]
     rows = [_row(todo, i, results[i], numbers[i], _baseline(todo, i, numbers)) for i in range(len(todo.cells))]
     errors = {
-        name: text
-        for name, outcome in outcomes.items()
+        f"{todo.cells[i].label}, seed {seed}": text
+        for (i, seed), run in todo.runs.items()
+        if (outcome := outcomes.get(run.name)) is not None
         if (text := outcome.error or (outcome.result.failure if outcome.result else None))
     }
-    config = next(iter(todo.runs.values())).config
     return StudyTable(
         spec=spec,
         rows=_corrected(rows),
         metrics=tuple(metric for metric in METRICS if any(row.columns[metric].stat.n for row in rows)),
         errors=errors,
-        environment=environment(config.device, 1),
+        environment=environment(todo.cells[0].config.device, 1),
     )
 
 
@@ -220,8 +224,7 @@ def _baseline(
     if own.arm == todo.spec.baseline:
         return None
     for k, cell in enumerate(todo.cells):
-        same = all(own.values.get(key, value) == value for key, value in cell.values.items())
-        if cell.arm == todo.spec.baseline and same:
+        if cell.arm == todo.spec.baseline and own.at(cell.values):
             return numbers[k]
     return None
 
@@ -246,21 +249,22 @@ def _row(
             published=tuple(
                 one
                 for one in todo.spec.published
-                if one.label == cell.arm
-                and one.metric == metric
-                and all(cell.values.get(key, value) == value for key, value in one.where.items())
+                if one.label == cell.arm and one.metric == metric and cell.at(one.where)
             ),
         )
     failed = len(cell.configs) - len(found)
     untrained = sum(not result.trained for result in found.values())
     flags = [f"{what}: {count} of {len(cell.configs)}" for what, count in _counts(failed, untrained) if count]
-    gradients = [result.gradient_evaluations for result in found.values()]
-    config = next(iter(cell.configs.values()))
+    gradients = [result.gradient_evaluations for result in found.values()] or [
+        build_recipe(cell.config).gradient_evaluations
+    ]
     return StudyRow(
         arm=cell.arm,
         values=cell.values,
         n=len(found),
-        gradients=math.fsum(gradients) / len(gradients) if gradients else build_recipe(config).gradient_evaluations,
+        gradients=math.fsum(gradients) / len(gradients)
+        if gradients
+        else build_recipe(cell.config).gradient_evaluations,
         columns=columns,
         flags=tuple(flags),
     )

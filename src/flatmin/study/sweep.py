@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from flatmin.train.settings import split_word
 
+_WHOLE = re.compile(r"-?\d+")
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)")
 _MOST = 10_000
 
@@ -71,9 +73,14 @@ def tidy(word: str) -> str:
         ('0.1', '0.001', '28', 'resnet18')
     """
     try:
-        return f"{float(word):.12g}"
+        number = float(word)
     except ValueError:
         return word
+    if not math.isfinite(number):
+        return word
+    if _WHOLE.fullmatch(word):
+        return str(int(word))
+    return str(int(number)) if number.is_integer() and abs(number) < 1e15 else repr(number)
 
 
 def points(axes: Sequence[Axis]) -> list[dict[str, str]]:

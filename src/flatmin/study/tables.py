@@ -18,7 +18,10 @@ TITLES = {
     "seconds": "seconds",
 }
 _DIGITS = {"test_acc": 2, "val_acc": 2, "memorised": 1, "train_ce": 3, "lambda_max": 1, "seconds": 0}
-_LATEX = str.maketrans({"%": r"\%", "&": r"\&", "_": r"\_", "#": r"\#", "±": r"$\pm$"})
+_LATEX = str.maketrans(
+    {char: rf"\{char}" for char in "%&_#${}"}
+    | {"±": r"$\pm$", "<": "$<$", ">": "$>$", "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\^{}"}
+)
 ABSENT = "-"
 
 
@@ -81,8 +84,12 @@ def remarks(table: StudyTable) -> list[str]:
     """What stands below the table: flags, sources, notes, and what p and the intervals are."""
     spec = table.spec
     found = [f"{_name(row)}: {', '.join(row.flags)}." for row in table.rows if row.flags]
-    sources = dict.fromkeys(one.source for one in spec.published)
-    found += [f"Published: {source}." for source in sources]
+    found += [f"{run}: {error}" for run, error in table.errors.items()]
+    shown = [one for row in table.rows for metric in table.metrics for one in row.columns[metric].published]
+    found += [f"Published: {source}." for source in dict.fromkeys(one.source for one in shown)]
+    if spec.changed:
+        beside = "; a published number is of the source's own settings" if shown else ""
+        found.append(f"Changed by the command: {' '.join(spec.changed)}{beside}.")
     if any(row.columns["test_acc"].p is not None for row in table.rows):
         found.append(
             f"Differences are to {spec.baseline} at the same point of the axes, paired over seeds; p is that of their "

@@ -103,7 +103,7 @@ class Feed:
             if first + len(group) <= start:
                 continue
             index = torch.cat([self._mine(part) for part in group])
-            there = index.to(device, non_blocking=True)
+            there = _sent(index, device)
             x, y = self._inputs(samples[there], draws), self.data.train.y[there]
             sizes = [len(part) // self.world.size for part in group]
             made = zip(x.split(sizes), y.split(sizes), index.split(sizes), strict=True)
@@ -122,7 +122,7 @@ class Feed:
         shares = [self._mine(part) for part in left]
         read = self._stream.epoch(self._number - 1, shares)
         for part, index, x in zip(left, shares, read, strict=True):
-            there = index.to(y.device, non_blocking=True)
+            there = _sent(index, y.device)
             yield Batch(self._inputs(x, self._draws([part])), y[there], index)
 
     def _check(self) -> None:
@@ -153,13 +153,19 @@ class Feed:
     def _draws(self, group: Sequence[Tensor]) -> Tensor | None:
         if self.data.augment is None or not group:
             return None
-        return torch.cat([self._mine(self.data.augment.draw(len(part), self._augment)) for part in group], dim=1)
+        drawn = [self._mine(self.data.augment.draw(len(part), self._augment)) for part in group]
+        return _sent(torch.cat(drawn, dim=1), self.data.train.y.device)
 
     def _inputs(self, x: Tensor, draws: Tensor | None) -> Tensor:
         augment, statistics = self.data.augment, self.data.statistics
         if augment is None or statistics is None or draws is None:
             return self.data.inputs(x, channels_last=self._channels_last)
         return augment.apply(x, statistics, draws, channels_last=self._channels_last)
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A small tensor of the CPU on the device; pinned first for a GPU, which would wait for pageable memory."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def steps_of(config: RunConfig, samples: int, processes: int = 1) -> int:

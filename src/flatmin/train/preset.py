@@ -22,7 +22,7 @@ _BY_NAME = ("params", "model_params")  # set entry by entry, the latter as model
 # What "auto", the default, stands for on a device.
 AUTOMATIC: dict[str, dict[str, Scalar]] = {
     "precision": {"cpu": "float32", "cuda": "bf16"},
-    "channels_last": {"cpu": False, "cuda": True},
+    "channels_last": {"cpu": True, "cuda": True},
     "tf32": {"cpu": False, "cuda": True},
 }
 
@@ -31,8 +31,8 @@ def load_run(preset: str, words: Sequence[str] = (), **given: Any) -> tuple[RunC
     """A run's configuration and options.
 
     `device`, `precision`, `channels_last` and `tf32` are "auto" unless set: the GPU if there is one, and there
-    autocast to bf16, channels_last and TF32. A preset has a table of radii by method; a method that is not in it takes
-    the entry of the first one in the same geometry, or the geometry's default.
+    autocast to bf16 and TF32; channels_last on both. A preset has a table of radii by method; a method that is not in
+    it takes the entry of the first one in the same geometry, or the geometry's default.
 
     Args:
         preset: a name inside the package, or a path to a .toml file.

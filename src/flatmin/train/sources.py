@@ -171,17 +171,18 @@ def check_device(name: str) -> None:
         raise ValueError(f"device={name} cannot be used here: {reason}") from error
 
 
-def check_fit(model: nn.Module, data: Data) -> None:
-    """Raise ValueError unless the model maps the data's inputs to one logit per class."""
+def check_fit(model: nn.Module, data: Data, *, channels_last: bool = False) -> None:
+    """Raise ValueError unless the model maps the data's inputs, in this memory format, to one logit per class."""
     from flatmin.measure.modes import evaluating
 
-    x = data.inputs(data.train.x[:2])
+    x = data.inputs(data.train.x[:2], channels_last=channels_last)
     try:
         with evaluating(model), torch.no_grad():
             out = model(x)
     except Exception as error:
+        hint = " (channels_last=false keeps the usual memory format)" if channels_last and x.dim() == 4 else ""
         raise ValueError(
-            f"the model does not take inputs of shape {tuple(x.shape[1:])} from {data.name}: {error}"
+            f"the model does not take inputs of shape {tuple(x.shape[1:])} from {data.name}: {error}{hint}"
         ) from error
     if not isinstance(out, torch.Tensor) or out.shape != (len(x), data.num_classes):
         shape = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__

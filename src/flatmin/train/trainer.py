@@ -76,7 +76,7 @@ class Trainer:
         self.data = load_data(config) if data is None else data
         self.feed = Feed(self.data, config, world)
         self.model: nn.Module = build_model(config, self.data)
-        check_fit(self.model, self.data)
+        check_fit(self.model, self.data, channels_last=config.channels_last)
         self.recipe = build_recipe(config).for_length(updates(config, len(self.data.train), world.size))
         self._check()
         self.schedule = build_schedule(config, self.feed.steps)

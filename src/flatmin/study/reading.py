@@ -1,0 +1,220 @@
+"""A study from a TOML preset, with `key=value` words laid over it; whatever is wrong is said in one sentence."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from flatmin.study.spec import METRICS, Arm, Given, Published, StudySpec, as_word
+from flatmin.study.sweep import Axis, read_axis, tidy
+from flatmin.train.config import RunConfig
+from flatmin.train.options import Options
+from flatmin.train.settings import field_types, read_preset
+from flatmin.words import suggest
+
+_LISTS = tuple(key for key, kind in field_types(RunConfig).items() if str(kind).startswith("tuple"))
+_ARM = ("label", "axes")
+_FIXED = ("method", "plugins")
+
+
+def read_study(name: str, overrides: Sequence[str] = (), *, demo: bool = False) -> StudySpec:
+    """A study by the name of its preset or the path of a .toml file.
+
+    Args:
+        name: see `flatmin study list`.
+        overrides: "epochs=20" sets all runs, "rho=0.1,0.2" makes an axis of all arms that have the key, "seed=0..4"
+            says which seeds.
+        demo: the small twin that the preset has.
+
+    Raises:
+        ValueError: an unknown preset or key, or a table of another form.
+    """
+    table = read_preset(name, "study")
+    twin = table.pop("demo", None)
+    if demo:
+        if twin is None:
+            raise ValueError(f"the study {name} has no demo.")
+        table = {**table, **twin, "published": []}
+    spec = _spec(name, table)
+    for word in overrides:
+        spec = _changed(spec, read_axis(word, lists=_LISTS), word)
+    _apart(spec)
+    return spec
+
+
+def _changed(spec: StudySpec, axis: Axis, word: str) -> StudySpec:
+    """The study with an axis, of one value or several, in place of whatever it and its arms had for that key."""
+    if axis.key == "seed":
+        return dataclasses.replace(spec, seeds=_seeds(axis.values))
+    _words(spec.name, {axis.key: word})
+    if axis.key in _FIXED and len(axis.values) > 1:
+        raise ValueError(f"{axis.key} takes one value here, got {word}; write an arm for each in a .toml file.")
+    arms = []
+    for arm in spec.arms:
+        settings = {key: value for key, value in arm.settings.items() if key != axis.key}
+        own = tuple(one for one in arm.axes if one.key != axis.key)
+        arms.append(dataclasses.replace(arm, settings=settings, axes=own))
+    settings = {key: value for key, value in spec.settings.items() if key != axis.key}
+    axes = [axis if one.key == axis.key else one for one in spec.axes]
+    if axis.key in _FIXED:
+        settings[axis.key] = axis.values[0]
+        axes = [one for one in axes if one.key != axis.key]
+    elif axis not in axes:
+        axes.append(axis)
+    changed = (*(one for one in spec.changed if one.partition("=")[0] != axis.key), word)
+    return dataclasses.replace(spec, arms=tuple(arms), settings=settings, axes=tuple(axes), changed=changed)
+
+
+def _apart(spec: StudySpec) -> None:
+    """Refuse a study two of whose arms are the same runs."""
+    for i, arm in enumerate(spec.arms):
+        for other in spec.arms[:i]:
+            if (arm.settings, arm.axes) == (other.settings, other.axes):
+                by = f" with {' '.join(spec.changed)}" if spec.changed else ""
+                raise ValueError(f"study {spec.name}: the arms {other.label!r} and {arm.label!r} are the same{by}.")
+
+
+_KEYS = tuple(f.name for f in dataclasses.fields(StudySpec) if f.name not in ("name", "changed"))
+_TABLES, _LISTED = ("settings", "axes"), ("arms", "seeds", "given", "published", "notes")
+
+
+def _spec(name: str, table: Mapping[str, Any]) -> StudySpec:
+    """A preset's table, checked.
+
+    Raises:
+        ValueError: an entry that is missing, unknown or of another form.
+    """
+    for key, value in table.items():
+        if key not in _KEYS:
+            raise ValueError(f"study {name}: unknown entry {key!r}{suggest(key, _KEYS)} (entries: {', '.join(_KEYS)})")
+        wanted: type = dict if key in _TABLES else list if key in _LISTED else str
+        _expect(name, key, value, wanted)
+        if key in ("arms", "given", "published"):
+            for one in value:
+                _expect(name, f"an entry of {key}", one, dict)
+    for key in ("title", "train", "arms"):
+        if not table.get(key):
+            raise ValueError(f"study {name} has no {key}.")
+    arms = tuple(_arm(name, one) for one in table["arms"])
+    labels = [arm.label for arm in arms]
+    baseline = table.get("baseline", labels[0])
+    double = [label for i, label in enumerate(labels) if label in labels[:i]]
+    if double:
+        raise ValueError(f"study {name}: the arm {double[0]!r} is there twice.")
+    if baseline not in labels:
+        raise ValueError(f"study {name}: the baseline {baseline!r} is no arm{suggest(baseline, labels)}")
+    spec = StudySpec(
+        name=name,
+        title=table["title"],
+        source=table.get("source", ""),
+        train=table["train"],
+        settings=_words(name, table.get("settings", {})),
+        axes=_axes(name, table.get("axes", {})),
+        arms=arms,
+        seeds=_seeds(table.get("seeds", (0, 1, 2))),
+        baseline=baseline,
+        given=tuple(_given(name, one) for one in table.get("given", ())),
+        published=tuple(_published(name, one) for one in table.get("published", ())),
+        notes=tuple(map(str, table.get("notes", ()))),
+    )
+    for one in spec.published:
+        _check_published(spec, one)
+    return spec
+
+
+def _expect(name: str, what: str, value: Any, wanted: type) -> None:
+    if not isinstance(value, wanted):
+        kinds: dict[type, str] = {dict: "a table", list: "a list", str: "text"}
+        raise ValueError(f"study {name}: {what} is not {kinds[wanted]}.")
+
+
+def _arm(name: str, table: Mapping[str, Any]) -> Arm:
+    if not table.get("label"):
+        raise ValueError(f"study {name}: an arm has no label.")
+    settings = {key: value for key, value in table.items() if key not in _ARM}
+    axes = table.get("axes", {})
+    _expect(name, f"axes of {table['label']!r}", axes, dict)
+    return Arm(label=str(table["label"]), settings=_words(name, settings), axes=_axes(name, axes))
+
+
+def _given(name: str, table: Mapping[str, Any]) -> Given:
+    settings = table.get("set", {})
+    _expect(name, "set of given", settings, dict)
+    when = {key: value if isinstance(value, list) else [value] for key, value in table.items() if key != "set"}
+    if not settings or not when:
+        raise ValueError(f"study {name}: an entry of given needs a key with its values, and a table named set.")
+    tidied = {key: tuple(tidy(as_word(value)) for value in values) for key, values in when.items()}
+    return Given(when=tidied, settings=_words(name, settings))
+
+
+def _published(name: str, table: Mapping[str, Any]) -> Published:
+    wanted = ("label", "metric", "value", "source")
+    missing = [key for key in wanted if key not in table]
+    if missing:
+        raise ValueError(f"study {name}: a published number has no {missing[0]}; it needs {', '.join(wanted)}.")
+    for key in ("value", "spread"):
+        if isinstance(table.get(key, 0), bool) or not isinstance(table.get(key, 0), (int, float)):
+            raise ValueError(f"study {name}: the {key} {table[key]!r} of a published number is no number.")
+    where = {key: tidy(as_word(value)) for key, value in table.items() if key not in (*wanted, "spread")}
+    return Published(
+        label=str(table["label"]),
+        where=where,
+        metric=str(table["metric"]),
+        value=float(table["value"]),
+        spread=float(table["spread"]) if "spread" in table else None,
+        source=str(table["source"]),
+    )
+
+
+def _check_published(spec: StudySpec, one: Published) -> None:
+    """Refuse a published number that could not stand anywhere: a slip of the pen would hide it."""
+    arm = next((arm for arm in spec.arms if arm.label == one.label), None)
+    if arm is None:
+        raise ValueError(f"study {spec.name}: a published number has the label {one.label!r}, which is no arm.")
+    if one.metric not in METRICS:
+        raise ValueError(
+            f"study {spec.name}: a published number has the metric {one.metric!r} (metrics: {', '.join(METRICS)})"
+        )
+    axes = {axis.key: axis.values for axis in (*spec.axes, *arm.axes)}
+    known = {*axes, *field_types(RunConfig), *spec.settings, *arm.settings}
+    for key, value in one.where.items():
+        if key not in known or value not in axes.get(key, (value,)):
+            raise ValueError(f"study {spec.name}: a published number is for {key}={value}, which no run has.")
+
+
+def _axes(name: str, table: Mapping[str, Any]) -> tuple[Axis, ...]:
+    for key, values in table.items():
+        _expect(name, f"the axis {key}", values, list)
+    _words(name, table)
+    return tuple(Axis(key, tuple(map(as_word, values))) for key, values in table.items())
+
+
+def _words(name: str, table: Mapping[str, Any]) -> dict[str, str]:
+    """Settings as words.
+
+    Raises:
+        ValueError: a key that is not for settings.
+    """
+    for key, value in table.items():
+        _expect_flat(name, key, value)
+        if key == "seed":
+            raise ValueError(f"study {name}: seeds stand in the list seeds.")
+        if key in field_types(Options):
+            raise ValueError(f"study {name}: {key} says how one run is logged and kept; a study has its own way.")
+    return {key: as_word(value) for key, value in table.items()}
+
+
+def _expect_flat(name: str, key: str, value: Any) -> None:
+    if isinstance(value, dict):
+        raise ValueError(f'study {name}: {key} is a table; write its entries as "{key}.NAME" = value.')
+
+
+def _seeds(values: Sequence[Any]) -> tuple[int, ...]:
+    return tuple(map(_seed, Axis("seed", tuple(map(as_word, values))).values))
+
+
+def _seed(word: str) -> int:
+    if not word.isdigit():
+        raise ValueError(f"seed={word} is not a whole number from 0.")
+    return int(word)

@@ -1,0 +1,123 @@
+"""The rows of a study: each arm at each point of its axes, as configurations of runs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from flatmin.recipes import Recipe, compose, method_table
+from flatmin.study.spec import Arm, StudySpec, as_word
+from flatmin.study.sweep import Axis, points, tidy, words
+from flatmin.train.config import RunConfig
+from flatmin.train.locate import find_module
+from flatmin.train.options import Options
+from flatmin.train.preset import load_run
+from flatmin.train.settings import field_types, read_preset
+from flatmin.words import suggest
+
+_FIELDS = field_types(RunConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One row: an arm at one point of the axes, with its runs by seed.
+
+    Args:
+        arm: label.
+        values: of the axes that have more than one value.
+        configs: by seed; at least one.
+    """
+
+    arm: str
+    values: Mapping[str, str]
+    configs: Mapping[int, RunConfig]
+
+    @property
+    def label(self) -> str:
+        """Arm and values."""
+        return " ".join([self.arm, *words(self.values)])
+
+    @property
+    def config(self) -> RunConfig:
+        """Of the first seed."""
+        return next(iter(self.configs.values()))
+
+    def setting(self, key: str) -> str | None:
+        """What its runs have for a key, as a word: a field, a parameter of the method, or `model.NAME`."""
+        config = self.config
+        if key in _FIELDS:
+            value: Any = getattr(config, key)
+        elif key.startswith("model."):
+            value = config.model_params.get(key.removeprefix("model."))
+        else:
+            found = [one for name, one in config.params.items() if key in (name, name.partition(".")[2])]
+            value = found[0] if found else None
+        return None if value is None else tidy(as_word(value))
+
+    def at(self, where: Mapping[str, str]) -> bool:
+        """Whether its runs have all these settings."""
+        return all(self.setting(key) == value for key, value in where.items())
+
+
+def cells(spec: StudySpec) -> list[Cell]:
+    """All rows with their configurations.
+
+    Raises:
+        ValueError: settings that `flatmin train` would refuse, or an axis that no arm has.
+    """
+    preset = read_preset(spec.train, "train")
+    found: list[Cell] = []
+    used: set[str] = set()
+    for arm in spec.arms:
+        recipe = _recipe(spec, arm, preset)
+        own = {*arm.settings, *(axis.key for axis in arm.axes)}
+        axes = [axis for axis in spec.axes if axis.key not in own and _takes(recipe, axis)]
+        used |= {axis.key for axis in axes} | own
+        axes += arm.axes
+        shown = {axis.key for axis in axes if len(axis.values) > 1}
+        for point in points(axes):
+            config = _config(spec, arm, point, preset)
+            found.append(
+                Cell(
+                    arm=arm.label,
+                    values={key: value for key, value in point.items() if key in shown},
+                    configs={seed: dataclasses.replace(config, seed=seed) for seed in spec.seeds},
+                )
+            )
+    for axis in spec.axes:
+        if axis.key not in used:
+            raise ValueError(f"study {spec.name}: no arm has {axis.key!r} to set{suggest(axis.key, _FIELDS)}")
+    return found
+
+
+def _config(spec: StudySpec, arm: Arm, point: Mapping[str, str], preset: Mapping[str, Any]) -> RunConfig:
+    chosen = {**spec.settings, **arm.settings, **point}
+    extra: dict[str, str] = {}
+    for given in spec.given:
+        have = {key: chosen.get(key, tidy(as_word(preset.get(key, "")))) for key in given.when}
+        if all(tidy(have[key]) in values for key, values in given.when.items()):
+            extra |= given.settings
+    try:
+        return load_run(spec.train, words({**spec.settings, **arm.settings, **extra, **point}))[0]
+    except ValueError as error:
+        raise ValueError(f"study {spec.name}, arm {arm.label}: {error}") from error
+
+
+def _recipe(spec: StudySpec, arm: Arm, preset: Mapping[str, Any]) -> Recipe:
+    chosen = {**spec.settings, **arm.settings}
+    named = chosen.get("plugins", as_word(preset.get("plugins", ())))
+    plugins = tuple(word.strip() for word in named.split(",") if word.strip())
+    for plugin in plugins:
+        find_module(plugin, option="plugin")
+    return compose(chosen.get("method", str(preset.get("method", "sam"))), method_table(plugins))
+
+
+def _takes(recipe: Recipe, axis: Axis) -> bool:
+    """Whether an arm has what an axis of all arms varies: sgd has no radius, and only some methods a theta."""
+    if axis.key == "rho":
+        return recipe.ascends
+    if axis.key in _FIELDS or axis.key in field_types(Options) or axis.key.startswith("model."):
+        return True
+    return any(axis.key in (name, name.partition(".")[2]) for name in recipe.parameters())
