@@ -45,7 +45,7 @@ class TestAsInOne:
         ("parallel", "changes"),
         [
             ("ddp", PLAIN),
-            ("fsdp", PLAIN),
+            ("fsdp", {**PLAIN, "channels_last": True}),
             ("ddp", DIGITS),
             slow("fsdp", DIGITS),
             ("ddp", {**PLAIN, "accumulate": 2}),

@@ -105,6 +105,35 @@ def test_commands_are_understood(page):
         candidates(config)
 
 
+def test_studies_are_understood(tmp_path, monkeypatch):
+    """Every indented `flatmin study` line unfolds, and so does the study that the page writes out."""
+    from flatmin.study.reading import read_study
+    from flatmin.study.unfold import cells
+
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / "study.md").read_text(encoding="utf-8")
+    Path("my_study.toml").write_text(re.search(r"^```toml\n(.*?)^```", text, re.DOTALL | re.MULTILINE).group(1))
+    for page in PAGES:
+        for line in re.findall(r"^    flatmin study (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE):
+            name, *words = shlex.split(line.split("#")[0])
+            if name != "list":
+                overrides = [word for word in words if "=" in word]
+                assert cells(read_study(name, overrides, demo="--demo" in words))
+    rows = {row.label: row.config for row in cells(read_study("my_study.toml"))}
+    assert len(rows) == 6 and rows["SGD model=mlp"].lr == 0.05 and rows["SGD model=conv"].lr == 0.1
+
+
+def test_the_page_of_studies_has_every_study():
+    from flatmin.train.settings import preset_names
+
+    text = (ROOT / "docs" / "study.md").read_text(encoding="utf-8").partition("## The studies")[2]
+    listed = set()
+    for line in re.findall(r"^\| (`.*?) \|", text, re.MULTILINE):
+        first, *others = re.findall(r"`([^`]+)`", line)
+        listed |= {first, *(first.partition("-")[0] + word if word[0] == "-" else word for word in others)}
+    assert listed == set(preset_names("study"))
+
+
 def test_makefile_has_the_commands_that_are_named():
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for page in PAGES:

@@ -95,6 +95,8 @@ class Forked:
         for rank in victims:
             if self.processes[rank].exitcode is None:
                 os.kill(self.processes[rank].pid, signal.SIGKILL)
+        if len(victims) < len(self.processes):
+            time.sleep(0.2)  # in which the others may find out by themselves
         for process in self.processes:
             process.terminate()
             process.join(10)

@@ -17,7 +17,8 @@ from flatmin.data.images import Statistics
 from flatmin.train import events
 from flatmin.train.config import RunConfig
 from flatmin.train.folder import RunFolder
-from flatmin.train.loop import Options, train
+from flatmin.train.loop import train
+from flatmin.train.options import Options
 
 HERE = "tests.train.runs"
 MARKED = 7

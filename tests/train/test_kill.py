@@ -56,6 +56,7 @@ class Killer:
             try:
                 self._wait(kind, launch, max(begin, int(self._updates * number / (self._kills + 1))))
                 reached = self.plan.reached
+                assert launch.alive, f"it ended before it was killed: {self.plan.said}"
             finally:
                 launch.kill(whom)
             self._check(begin, reached)

@@ -87,16 +87,17 @@ class TestSignals:
 
     @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
     @pytest.mark.parametrize(
-        ("place", "step"), [("step 1", 2), ("step 3", 4), ("epoch 1", 5), ("step 8", 9), ("step 11", 12)]
+        ("place", "step", "epochs"),
+        [("step 1", 2, 0), ("step 3", 4, 0), ("epoch 1", 4, 1), ("step 8", 8, 2), ("step 11", 12, 2)],
     )
-    def test_the_update_is_kept_and_the_run_goes_on(self, tmp_path, name, place, step):
+    def test_the_update_is_kept_and_the_run_goes_on(self, tmp_path, name, place, step, epochs):
         how = options(checkpoint_steps=0)
         with pytest.raises(Interrupted, match=f"^Interrupted after {step} of 12 updates; a checkpoint is kept"):
             go(tmp_path / "run", config(), how, At(place, name))
         assert saved_steps(tmp_path / "run")[0] == step
         assert not RunFolder(tmp_path / "run").finished
         begun = go(tmp_path / "run", config(), how)[0]
-        assert isinstance(begun, Began) and (begun.epoch, begun.step) == ((step - 1) // 4, step)
+        assert isinstance(begun, Began) and (begun.epoch, begun.step) == (epochs, step)
         go(tmp_path / "alone", config(), how)
         assert same_bits(outcome(tmp_path / "run"), outcome(tmp_path / "alone"))
 

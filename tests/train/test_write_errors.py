@@ -4,7 +4,6 @@ import contextlib
 import errno
 import os
 import pathlib
-import resource
 import stat
 
 import pytest
@@ -170,6 +169,7 @@ class TestCheckpoints:
         )
 
     def test_a_limit_of_the_operating_system(self, tmp_path, alone):
+        resource = pytest.importorskip("resource")
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
         try:

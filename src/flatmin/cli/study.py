@@ -61,15 +61,14 @@ def study(
 
 def _run(todo: StudyPlan, out: Path, workers: int, console: Console) -> StudyTable:
     from flatmin.cli.progress import Progress
-    from flatmin.study.executor import Interrupted
     from flatmin.study.studies import study as run
 
     try:
         with Progress(console) as progress:
             return run(todo, out=out, workers=workers, on_event=progress)
-    except Interrupted as interrupt:
+    except KeyboardInterrupt as interrupt:
         # Said here, because typer ends the process on Ctrl-C without a word.
-        typer.echo(str(interrupt), err=True)
+        typer.echo(str(interrupt) or "Interrupted; the same command goes on from the finished runs.", err=True)
         raise typer.Exit(130) from None
 
 

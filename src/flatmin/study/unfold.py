@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from flatmin.data.named import DATASETS
+from flatmin.models.zoo import MODELS
 from flatmin.recipes import Recipe, compose, method_table
 from flatmin.study.spec import Arm, StudySpec, as_word
 from flatmin.study.sweep import Axis, points, tidy, words
@@ -70,8 +73,10 @@ def cells(spec: StudySpec) -> list[Cell]:
     preset = read_preset(spec.train, "train")
     found: list[Cell] = []
     used: set[str] = set()
+    parameters: list[str] = []
     for arm in spec.arms:
         recipe = _recipe(spec, arm, preset)
+        parameters += recipe.parameters()
         own = {*arm.settings, *(axis.key for axis in arm.axes)}
         axes = [axis for axis in spec.axes if axis.key not in own and _takes(recipe, axis)]
         used |= {axis.key for axis in axes} | own
@@ -88,7 +93,8 @@ def cells(spec: StudySpec) -> list[Cell]:
             )
     for axis in spec.axes:
         if axis.key not in used:
-            raise ValueError(f"study {spec.name}: no arm has {axis.key!r} to set{suggest(axis.key, _FIELDS)}")
+            known = [*_FIELDS, *dict.fromkeys(name.partition(".")[2] for name in parameters)]
+            raise ValueError(f"study {spec.name}: no arm has {axis.key!r} to set{suggest(axis.key, known)}")
     return found
 
 
@@ -100,9 +106,23 @@ def _config(spec: StudySpec, arm: Arm, point: Mapping[str, str], preset: Mapping
         if all(tidy(have[key]) in values for key, values in given.when.items()):
             extra |= given.settings
     try:
-        return load_run(spec.train, words({**spec.settings, **arm.settings, **extra, **point}))[0]
+        config = load_run(spec.train, words({**spec.settings, **arm.settings, **extra, **point}))[0]
+        _check_names(config)
     except ValueError as error:
         raise ValueError(f"study {spec.name}, arm {arm.label}: {error}") from error
+    return config
+
+
+def _check_names(config: RunConfig) -> None:
+    """Refuse an unknown data set, network or keyword of a network before any data are read."""
+    for key, name, known in (("data", config.data, DATASETS), ("model", config.model, MODELS)):
+        if ":" not in name and name not in known:
+            raise ValueError(f"unknown {key}={name}{suggest(name, known)} ({key}: {', '.join(known)})")
+    if config.model in MODELS:
+        keywords = inspect.signature(MODELS[config.model]).parameters
+        for key in config.model_params:
+            if key not in keywords:
+                raise ValueError(f"model={config.model} has no option {key!r}{suggest(key, keywords)}")
 
 
 def _recipe(spec: StudySpec, arm: Arm, preset: Mapping[str, Any]) -> Recipe:

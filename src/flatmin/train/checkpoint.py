@@ -122,15 +122,15 @@ def read(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             while block := file.read(_BLOCK):
                 digest.update(block)
-        if named is None or not digest.hexdigest().startswith(named[2]):
-            raise ValueError(f"the checkpoint {path} is cut short or damaged.")
-        state: Any = torch.load(path, map_location="cpu", weights_only=True)
+            whole = named is not None and digest.hexdigest().startswith(named[2])
+            file.seek(0)
+            state: Any = torch.load(file, map_location="cpu", weights_only=True) if whole else None
     except OSError as error:
         raise ValueError(f"the checkpoint {path} cannot be read: {error.strerror or error}.") from error
-    except ValueError:
-        raise
     except Exception as error:  # torch.load raises whatever it stumbles over
         raise ValueError(f"the checkpoint {path} is something else.") from error
+    if not whole:
+        raise ValueError(f"the checkpoint {path} is cut short or damaged.")
     if not isinstance(state, dict):
         raise ValueError(f"the checkpoint {path} is something else.")
     if state.get("format") != FORMAT:

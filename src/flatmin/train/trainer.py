@@ -80,7 +80,8 @@ class Trainer:
         self.recipe = build_recipe(config).for_length(updates(config, len(self.data.train), world.size))
         self._check()
         self.schedule = build_schedule(config, self.feed.steps)
-        if config.channels_last:
+        sharded = world.size > 1 and config.parallel == "fsdp"
+        if config.channels_last and not sharded:  # FSDP2 shards contiguous weights only
             self.model = cast(nn.Module, self.model.to(memory_format=torch.channels_last))  # type: ignore[call-overload]
         self.net = self.model
         if world.size > 1:

@@ -1,0 +1,212 @@
+"""`flatmin study` from end to end, on three clouds of points and a tiny net."""
+
+import csv
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from flatmin.cli.main import app, main
+from flatmin.study import executor
+from flatmin.train.settings import preset_names
+
+runner = CliRunner()
+
+STUDY = """
+title = "Three clouds"
+train = "smoke"
+seeds = [0, 1]
+baseline = "SGD"
+notes = ["To see that it works."]
+
+[settings]
+data = "tests.user_side:data"
+model = "tests.user_side:net"
+epochs = 1
+batch_size = 50
+device = "cpu"
+
+[[arms]]
+label = "SGD"
+method = "sgd"
+
+[[arms]]
+label = "SAM"
+method = "sam"
+[arms.axes]
+rho = [0.1, 0.2]
+
+[[published]]
+label = "SAM"
+rho = 0.2
+metric = "test_acc"
+value = 97.25
+source = "a paper"
+
+[demo]
+title = "Fewer clouds"
+seeds = [0]
+"""
+
+
+def invoke(*words):
+    return runner.invoke(app, ["study", *map(str, words)], env={"COLUMNS": "200"})
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "clouds.toml"
+    path.write_text(STUDY, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def study(file, tmp_path):
+    """The tiny study with more words, in one folder."""
+
+    def study(*words):
+        return invoke(file, *words, "--out", tmp_path / "out", "--workers", 0)
+
+    return study
+
+
+def table(tmp_path, name="clouds"):
+    with open(tmp_path / "out" / "studies" / f"{name}.csv", encoding="utf-8", newline="") as file:
+        return {(row["arm"], row.get("rho", "")): row for row in csv.DictReader(file)}
+
+
+def test_from_a_file_to_a_table_and_on(study, file, tmp_path):
+    first = study()
+    assert first.exit_code == 0, first.output
+    lines = first.output.splitlines()
+    assert lines[0].startswith("Training: 6 runs, about ")
+    assert sum(line.startswith("[") for line in lines) == 6
+    assert "Three clouds" in lines and "To see that it works." in lines and "Published: a paper." in lines
+    head = next(line for line in lines if line.startswith("arm "))
+    assert "vs SGD (paired)" in head and "p (Holm)" in head and "published test %" in head
+    begin = lines.index(head) + 1
+    rows = [line.split() for line in lines[begin : begin + 3]]
+    assert [row[:2] for row in rows] == [["SGD", "-"], ["SAM", "0.1"], ["SAM", "0.2"]]
+    assert "97.25" in rows[2] and "97.25" not in rows[1]
+    folder = tmp_path / "out" / "studies"
+    assert lines[-3:] == [str(folder / f"clouds.{suffix}") for suffix in ("md", "csv", "tex")]
+    assert (folder / "clouds.md").read_text(encoding="utf-8").startswith("# Three clouds\n")
+    assert (folder / "clouds.tex").read_text(encoding="utf-8").startswith(r"\begin{tabular}{llrr")
+    before = table(tmp_path)
+    assert before["SAM", "0.1"]["n"] == "2" and before["SAM", "0.2"]["test_acc_published"] == "97.25"
+    finished = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/runs/*/result.json")}
+    assert len(finished) == 6
+
+    again = study()
+    assert "6 runs, all finished before" in again.output and table(tmp_path) == before
+
+    more = study("seed=0..2", "rho=0.2,0.3")
+    assert "9 runs" in more.output and "5 finished before" not in first.output
+    after = table(tmp_path)
+    assert [row["n"] for row in after.values()] == ["3", "3", "3"] and ("SAM", "0.3") in after
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished, "nothing is trained twice"
+    assert len(list(tmp_path.glob("out/runs/*/result.json"))) == 6 + 5
+
+    other = tmp_path / "other.toml"
+    other.write_text(STUDY.replace('label = "SAM"', 'label = "Foret"').replace("Three", "Other"), encoding="utf-8")
+    shared = invoke(other, "--out", tmp_path / "out", "--workers", 0)
+    assert "6 runs, all finished before" in shared.output, "another name for the arm, the same runs"
+    assert table(tmp_path, "other")["Foret", "0.1"]["test_acc_mean"] == before["SAM", "0.1"]["test_acc_mean"]
+
+    twin = study("--demo")
+    assert "3 runs, all finished before" in twin.output and (folder / "clouds-demo.md").is_file()
+
+
+def test_an_arm_that_fails_is_listed_and_the_others_stand(study, file, tmp_path):
+    file.write_text(STUDY.replace("[[arms]]", '[[arms]]\nlabel = "Wild"\nmethod = "sgd"\nlr = 1e30\n[[arms]]', 1))
+    result = study()
+    assert result.exit_code == 0, result.output
+    assert "Wild: no result: 2 of 2." in result.output
+    errors = [line for line in result.output.splitlines() if line.startswith("Wild, seed ")]
+    assert len(errors) == 2 and all("not finite" in line for line in errors)
+    rows = table(tmp_path)
+    assert rows["Wild", ""]["n"] == "0" and rows["SAM", "0.1"]["n"] == "2"
+    assert "Wild, seed 0: " in (tmp_path / "out" / "studies" / "clouds.md").read_text(encoding="utf-8")
+
+
+def test_a_run_that_broke_is_done_again_alone(study, monkeypatch, tmp_path):
+    perform = executor.perform
+
+    def broken(run, store, on_line):
+        return executor.Outcome(error="a bad day") if run.config.rho == 0.2 else perform(run, store, on_line)
+
+    monkeypatch.setattr(executor, "perform", broken)
+    result = study("seed=0")
+    assert "SAM rho=0.2, seed 0: a bad day" in result.output and "SAM rho=0.2: no result: 1 of 1." in result.output
+    monkeypatch.setattr(executor, "perform", perform)
+    again = study("seed=0")
+    assert sum(line.startswith("[") for line in again.output.splitlines()) == 1
+    assert "a bad day" not in again.output and table(tmp_path)["SAM", "0.2"]["n"] == "1"
+
+
+def test_ctrl_c_says_how_to_go_on(study, monkeypatch, tmp_path):
+    perform = executor.perform
+
+    def stopped(run, store, on_line):
+        if run.config.rho == 0.1:
+            raise KeyboardInterrupt
+        return perform(run, store, on_line)
+
+    monkeypatch.setattr(executor, "perform", stopped)
+    result = study("seed=0")
+    assert result.exit_code == 130
+    assert "1 of 3 runs are finished and kept; the same command goes on from there." in result.stderr
+    assert not (tmp_path / "out" / "studies").exists()
+    monkeypatch.setattr(executor, "perform", perform)
+    assert sum(line.startswith("[") for line in study("seed=0").output.splitlines()) == 2
+
+
+def test_a_dry_run_touches_nothing_and_says_what_there_is(study, tmp_path):
+    result = study("--dry-run", "seed=0")
+    assert result.exit_code == 0 and [path.name for path in tmp_path.iterdir()] == ["clouds.toml"]
+    lines = result.output.splitlines()
+    assert len(lines[0].split()) == 6 and sum(line.endswith("to do") for line in lines) == 3
+    # 50 samples in batches of 50: one update of one gradient for sgd and of two for sam.
+    assert "3 runs, 3 to do: 5 gradient evaluations on a batch each." in lines
+    study("seed=0", "rho=0.1")
+    result = study("--dry-run", "seed=0")
+    assert "3 runs, 1 to do: 2 gradient evaluations on a batch each." in result.output
+
+
+def test_a_dry_run_of_a_study_of_the_package_needs_no_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = invoke("fundamental-tiny", "--dry-run")
+    assert result.exit_code == 0 and "39 runs, 39 to do: 10,982,400 gradient evaluations" in result.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_list_has_every_study(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = invoke("list")
+    lines = result.output.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == preset_names("study")
+    assert next(line for line in lines if line.startswith("empirical ")).split()[1:3] == ["108", "27"]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["empirica"], "flatmin: unknown preset 'empirica'; did you mean 'empirical'?"),
+        (["nowhere.toml"], "flatmin: preset file 'nowhere.toml' does not exist."),
+        (["empirical", "epohcs=3"], "flatmin: study empirical: no arm has 'epohcs' to set; did you mean 'epochs'?"),
+    ],
+)
+def test_mistakes_are_one_sentence(words, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        main(["study", *words])
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and err.startswith(message) and err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_runs_say_the_method_that_they_are(study, tmp_path):
+    study("seed=0", "rho=0.1")
+    labels = {json.loads(path.read_text())["label"] for path in tmp_path.glob("out/runs/*/config.json")}
+    assert labels == {"sgd", "sam"}
