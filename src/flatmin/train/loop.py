@@ -78,6 +78,10 @@ def train(
             listeners += _trackers(options, folder, resume, listeners, stack)
         if folder is not None and world.first:
             stack.enter_context(hold(folder.path))
+        if resume and folder is not None and world.first and folder.finished and folder.result().failure is None:
+            raise ValueError(
+                f"{folder.path} holds a finished run, so there is nothing to go on with; leave out resume."
+            )
         run = Run(trainer, folder, options, listeners if world.first else [])
         run.begin(resume, dict(labels or {}))
         handled = folder is not None and world.size == 1 and options.signals
