@@ -6,6 +6,8 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from flatmin.cli.console import make_bar
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -24,20 +26,8 @@ class Training:
     """
 
     def __init__(self, console: Console) -> None:
-        from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as Bar
-
         self._console = console
-        self._bar = Bar(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.percentage:>3.0f} %"),
-            TimeRemainingColumn(compact=True),
-            TextColumn("[dim]{task.fields[last]}"),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
+        self._bar = make_bar(console)
         self._task = self._bar.add_task("", total=None, last="", visible=False)
         self._epochs = self._steps = 0
         self._began = time.monotonic()

@@ -16,9 +16,9 @@ from flatmin.stats import Stat, summarise
 from flatmin.study.arms import Candidate, arms, candidates, recipe_of
 from flatmin.study.config import BASE, CompareConfig
 from flatmin.study.events import Event, Planned, Timing, Tuned, Warned
-from flatmin.study.executor import Outcome, execute
+from flatmin.study.executor import Outcome, execute, finished_and_missing
 from flatmin.study.notes import write_notes
-from flatmin.study.store import Run, Store, unique
+from flatmin.study.store import Run, Store
 from flatmin.study.summary import Choice, Finding, Ratio, Summary, make_row
 from flatmin.study.timing import guess_seconds, measure_speed, time_ratios
 from flatmin.train.config import RunConfig
@@ -87,14 +87,7 @@ def plan(config: CompareConfig, *, out: Path, workers: int = 2) -> Plan:
         for seed in range(config.seeds)
     }
     warnings: list[str] = []
-    found: dict[str, Outcome] = {}
-    missing: list[Run] = []
-    for run in unique(runs.values()):
-        known = store.find(run, warnings.append)
-        if known is None:
-            missing.append(run)
-        else:
-            found[run.name] = Outcome(result=known[0], lines=tuple(known[1]))
+    found, missing = finished_and_missing(runs.values(), store, warnings.append)
     seconds = None
     if missing:
         here = data.to(config.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +16,7 @@ from typing import cast
 import torch
 
 from flatmin.study.events import EpochDone, Event, RunBroke, RunDone
-from flatmin.study.store import Run, Store
+from flatmin.study.store import Run, Store, unique
 from flatmin.study.timing import one_thread
 from flatmin.train.folder import RunFolder
 from flatmin.train.loop import train
@@ -42,6 +42,27 @@ class Outcome:
     result: Result | None = None
     lines: tuple[Epoch, ...] = ()
     error: str | None = None
+
+
+def finished_and_missing(
+    runs: Iterable[Run], store: Store, warn: Callable[[str], None]
+) -> tuple[dict[str, Outcome], list[Run]]:
+    """Outcomes of the finished runs by name, and the runs to do; each run once.
+
+    Args:
+        runs: wanted.
+        store: where to look.
+        warn: see `Store.find`.
+    """
+    found: dict[str, Outcome] = {}
+    missing: list[Run] = []
+    for run in unique(runs):
+        known = store.find(run, warn)
+        if known is None:
+            missing.append(run)
+        else:
+            found[run.name] = Outcome(result=known[0], lines=tuple(known[1]))
+    return found, missing
 
 
 def perform(run: Run, store: Store, on_line: Callable[[Epoch], None]) -> Outcome:

@@ -12,9 +12,9 @@ from flatmin.recipes import Recipe
 from flatmin.stats import Stat, holm, paired, paired_p, summarise
 from flatmin.study.costs import guess_seconds
 from flatmin.study.events import Event, Planned, Warned
-from flatmin.study.executor import Outcome, execute
+from flatmin.study.executor import Outcome, execute, finished_and_missing
 from flatmin.study.spec import METRICS, Published, StudySpec
-from flatmin.study.store import Run, Store, unique
+from flatmin.study.store import Run, Store
 from flatmin.study.unfold import Cell, cells
 from flatmin.train.config import RunConfig
 from flatmin.train.fingerprint import digest, environment, external_versions, package_digest, user_sources
@@ -65,14 +65,7 @@ def plan(spec: StudySpec, out: Path, *, make: bool = True) -> StudyPlan:
         for seed, config in cell.configs.items()
     }
     warnings: list[str] = []
-    found: dict[str, Outcome] = {}
-    missing: list[Run] = []
-    for run in unique(runs.values()):
-        known = store.find(run, warnings.append)
-        if known is None:
-            missing.append(run)
-        else:
-            found[run.name] = Outcome(result=known[0], lines=tuple(known[1]))
+    found, missing = finished_and_missing(runs.values(), store, warnings.append)
     return StudyPlan(spec=spec, cells=rows, runs=runs, found=found, missing=missing, warnings=warnings)
 
 
