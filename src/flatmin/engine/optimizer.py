@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -14,9 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from flatmin.engine.base import build_base, check_rho, has_momentum, momenta_of
+from flatmin.engine.copies import Copies
 from flatmin.engine.criterion import Criterion, PassView
 from flatmin.engine.diagnostics import Diagnostics
-from flatmin.engine.doors import Doors
 from flatmin.engine.guards import FrozenStatistics, ModelWatch, RandomState
 from flatmin.engine.ledger import Flags, Ledger
 from flatmin.engine.program import Generators, Services, Site
@@ -39,7 +38,7 @@ _HOOKS = (
 NonFinite = Literal["skip", "raise", "propagate"]
 
 
-class SAM(Doors):
+class SAM(Copies):
     r"""Sharpness-aware minimisation around a base optimizer; runs any recipe, SAM by default.
 
     .. math::
@@ -369,7 +368,7 @@ class SAM(Doors):
         if self._flags is not None and self.recipe.moves:
             self._flags.ascents += 1
 
-    # -- construction, copies, checkpoints -----------------------------------------------------------------------
+    # -- construction and checkpoints ------------------------------------------------------------------------------
 
     def _runtime(self, model: nn.Module | None) -> None:
         """Everything that is neither saved nor copied."""
@@ -485,59 +484,6 @@ class SAM(Doors):
             self._generators = Generators(self._seed)
         self._init_group_state()
         self._names = self._read_names()
-
-    def _copyable(self) -> dict[str, Any]:
-        if self._update is not None:
-            raise RuntimeError("cannot copy or pickle during an update; finish it with step() or call abort() first.")
-        if self.ascent_sync != "all":
-            raise RuntimeError("an optimizer with ascent_sync belongs to its processes; copy its state_dict() instead.")
-        options = ("recipe", "nonfinite", "eps", "clip_norm", "ascent_sync")
-        private = ("_seed", "_freeze_batchnorm", "_replay_rng", "_diagnoses")
-        return {k: self.__dict__[k] for k in (*options, *private)}
-
-    def __getstate__(self) -> dict[str, Any]:
-        weights = [w for g in self.param_groups for w in g["params"]]
-        return {
-            **self._copyable(),
-            "base": self.base,
-            "criterion": self.criterion,
-            "slots": [self._store.of(w) for w in weights],
-            "names": [self._names.get(w) for w in weights],
-            "layers": [self._layers.get(w) for w in weights],
-            "scalars": self._store.scalars,
-            "rng": self._generators.cpu.get_state(),
-        }
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self._revive(dict(state), model=None)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> SAM:
-        new = type(self).__new__(type(self))
-        memo[id(self)] = new
-        # The model first, or its weights, copied through the base, would not be the copied model's.
-        model = copy.deepcopy(self._model, memo)
-        state = {k: copy.deepcopy(v, memo) for k, v in self.__getstate__().items() if k != "recipe"}
-        new._revive({**state, "recipe": self.recipe}, model=model)
-        return new
-
-    def _revive(self, state: dict[str, Any], model: nn.Module | None) -> None:
-        slots, scalars, rng = state.pop("slots"), state.pop("scalars"), state.pop("rng")
-        names, layers = state.pop("names"), state.pop("layers")
-        self.__dict__.update(state)
-        self._generators = Generators(self._seed)
-        self._generators.cpu.set_state(rng)
-        self._store = Store(self.recipe)
-        self._store.scalars.update(scalars)
-        for w, entries in zip((w for g in self.param_groups for w in g["params"]), slots, strict=True):
-            self._store.put(w, entries)
-        self._runtime(model)
-        # Without the model its names are known from before.
-        weights = [w for g in self.param_groups for w in g["params"]]
-        for w, name, layer in zip(weights, names, layers, strict=True):
-            if name is not None:
-                self._names.setdefault(w, name)
-            if layer is not None:
-                self._layers.setdefault(w, layer)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.recipe}, base={self.base!r})"
