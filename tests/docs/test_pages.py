@@ -1,5 +1,6 @@
 """What the pages claim: their Python runs, their commands parse, their links lead somewhere."""
 
+import dataclasses
 import itertools
 import re
 import shlex
@@ -7,11 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import flatmin
+from flatmin.cli.main import app
 from flatmin.data.base import as_data
 from flatmin.parts import Need
 from flatmin.recipes import METHODS
+from flatmin.train.originals.projects import PROJECTS
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -132,6 +136,34 @@ def test_the_page_of_studies_has_every_study():
         first, *others = re.findall(r"`([^`]+)`", line)
         listed |= {first, *(first.partition("-")[0] + word if word[0] == "-" else word for word in others)}
     assert listed == set(preset_names("study"))
+
+
+def test_command_lines_of_the_originals_become_what_the_page_says(tmp_path, monkeypatch):
+    """Every block of the page is a session: the command, which is run with --dry-run, and what it prints."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RANK", raising=False)
+    page = (ROOT / "docs" / "originals.md").read_text(encoding="utf-8")
+    sessions = "".join(re.findall(r"^```console\n(.*?)^```", page, re.DOTALL | re.MULTILINE))
+    found = re.findall(r"^\$ flatmin (.*)\n((?:(?!\$ ).*\n)+)", sessions, re.MULTILINE)
+    assert len(found) == sessions.count("$ flatmin") >= 8
+    for line in re.findall(
+        r"^    flatmin (original .*)$", "\n".join(p.read_text(encoding="utf-8") for p in PAGES), re.MULTILINE
+    ):
+        found.append((line.split("#")[0], None))
+    for line, printed in found:
+        result = CliRunner().invoke(app, [*shlex.split(line), "--dry-run"])
+        assert result.exit_code == 0, line
+        assert printed in (None, result.output), line
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_page_of_the_originals_has_every_flag():
+    page = (ROOT / "docs" / "originals.md").read_text(encoding="utf-8")
+    for name, project in PROJECTS.items():
+        part = page.partition(f"## `{name}`")[2].partition("\n## ")[0]
+        table = [cell for line in part.splitlines() if line.startswith("| `--") for cell in line.split("|")[1:2]]
+        flags = re.findall(r"`--(\w+)`", " ".join(table))
+        assert sorted(flags) == sorted(field.name for field in dataclasses.fields(project.flags)), name
 
 
 def test_makefile_has_the_commands_that_are_named():

@@ -14,6 +14,7 @@ from flatmin.cli.evaluate import evaluate
 from flatmin.cli.export import export
 from flatmin.cli.measure import measure
 from flatmin.cli.methods import methods
+from flatmin.cli.original import original
 from flatmin.cli.runs import runs
 from flatmin.cli.show import show
 from flatmin.cli.study import study
@@ -31,6 +32,7 @@ app = typer.Typer(
 app.command()(train)
 app.command()(compare)
 app.command()(study)
+app.command(context_settings={"ignore_unknown_options": True})(original)
 app.command()(measure)
 app.command()(show)
 app.command("eval")(evaluate)

@@ -44,6 +44,38 @@ def train(
 
     Ctrl-C writes a checkpoint; so does every epoch. Several processes: torchrun --nproc-per-node N -m flatmin train ...
     """
+    words = [*(overrides or ())] + ([f"trackers={track}"] if track else [])
+    perform(preset, words, out=out, name=name, resume=resume, again=again, download=download, dry_run=dry_run)
+
+
+def perform(
+    preset: str,
+    words: Sequence[str],
+    *,
+    out: Path = RUNS,
+    name: str | None = None,
+    resume: bool = False,
+    again: bool = False,
+    download: bool = False,
+    dry_run: bool = False,
+) -> None:
+    """What the command does, for other commands too: one run, shown on the console.
+
+    Args:
+        preset: a preset, a .toml file, or a run's folder.
+        words: like "epochs=10".
+        out: where runs are kept. Default "flatmin-runs".
+        name: of the run's folder. Default: from its settings.
+        resume: go on from the last good checkpoint. Default False.
+        again: begin anew where a run is already. Default False.
+        download: get data that are missing. Default False.
+        dry_run: check everything and show the settings only. Default False.
+
+    Raises:
+        ValueError: what `load_run` and the run raise, or a run that is there already.
+        FileNotFoundError: the data are not there.
+        typer.Exit: the run was interrupted, or stopped by itself.
+    """
     from flatmin.cli.training import Training, print_settings
     from flatmin.train.interrupt import Interrupted
     from flatmin.train.loop import train as run
@@ -51,7 +83,6 @@ def train(
     from flatmin.train.sources import check_device
     from flatmin.train.trackers import make_tracker
 
-    words = [*(overrides or ())] + ([f"trackers={track}"] if track else [])
     config, options, folder, labels = _settings(preset, words, name=name, out=out, resume=resume)
     check_device(config.device)
     with world_of(config.device) as world:

@@ -1,0 +1,1 @@
+"""The command lines of the original research projects, in words of `flatmin train`."""

@@ -1,0 +1,148 @@
+"""What a project is: its flags, and the rule that puts them into words of `flatmin train`."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+from flatmin.train import settings
+from flatmin.train.config import RunConfig
+from flatmin.train.originals.reader import read_flags, strip_script
+from flatmin.train.preset import AUTOMATIC, load_run
+from flatmin.train.trainer import build_recipe, build_schedule
+
+F = TypeVar("F")
+Value = bool | int | float | str | tuple[int, ...] | tuple[float, ...]
+_ALWAYS = ("method", "rho", *AUTOMATIC)  # without these a preset does not say what is meant
+
+
+@dataclass(frozen=True, kw_only=True)
+class Translation:
+    """A command line of an original in words of `flatmin train`.
+
+    Args:
+        words: a preset, then `key=value`.
+        notes: sentences that say where the run differs from the script's, and which flags have no effect.
+
+    Example:
+        >>> found = Translation(words=("cifar10-resnet56", "method=sam", "rho=0.05"))
+        >>> found.with_words(["epochs=1", "rho=0.1"]).line
+        'flatmin train cifar10-resnet56 method=sam rho=0.1 epochs=1'
+    """
+
+    words: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def line(self) -> str:
+        """The command line that trains the same."""
+        return shlex.join(("flatmin", "train", *self.words))
+
+    def with_words(self, words: Sequence[str]) -> Translation:
+        """With more `key=value`, which take the place of what is there for the same key.
+
+        Raises:
+            ValueError: a word that is no `key=value`.
+        """
+        preset, *own = self.words
+        table = dict(settings.split_word(word) for word in (*own, *words))
+        joined = (f"{key}={value}" for key, value in table.items())
+        return dataclasses.replace(self, words=(preset, *joined))
+
+
+Rule = Callable[[F, frozenset[str]], Translation]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Project(Generic[F]):
+    """The command line of one project.
+
+    Args:
+        name: on our command line.
+        script: what the flags are of, for errors and lists.
+        paper: whose it is.
+        flags: a frozen dataclass with a field for each flag, whose default is the script's.
+        rule: the translation of the flags; it gets the names of those that were given as well.
+        inert: flags that change nothing in any translation, and why.
+    """
+
+    name: str
+    script: str
+    paper: str
+    flags: type[F]
+    rule: Rule[F]
+    inert: Mapping[str, str] = field(default_factory=dict)
+
+    def translate(self, words: Sequence[str]) -> Translation:
+        """A command line of the script, with or without `python` and the script's name before the flags.
+
+        Raises:
+            ValueError: an unknown flag, a word that belongs to none, a value that is missing, of another type or out of
+                range, or a flag that asks for what `flatmin train` does not do.
+        """
+        rest, variables = strip_script(words)
+        flags, given = read_flags(self.flags, rest, script=self.script)
+        found = self.rule(flags, given)
+        check(found.words)
+        outside = [f"{word} is left out; set it before flatmin." for word in variables]
+        return dataclasses.replace(found, notes=(*found.notes, *idle(given, **self.inert), *outside))
+
+
+def check(words: Sequence[str]) -> RunConfig:
+    """The configuration that a preset and words stand for, if a run can have it.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    config, _ = load_run(words[0], words[1:])
+    build_recipe(config)
+    build_schedule(config, 1)
+    return config
+
+
+def to_words(preset: str, table: Mapping[str, Value]) -> tuple[str, ...]:
+    """A preset and the settings that it does not have by itself.
+
+    Method, radius, and what depends on the machine unless it is set are always there.
+    """
+    kinds, preset_table = settings.field_types(RunConfig), settings.read_preset(preset, "train")
+    usual = {f.name: f.default for f in dataclasses.fields(RunConfig)} | preset_table
+    words = [preset]
+    for key, value in table.items():
+        same = key in kinds and type(value) in (bool, int, float, str) and usual.get(key) == value
+        if key in _ALWAYS or not same:
+            words.append(f"{key}={word(value)}")
+    return tuple(words)
+
+
+def word(value: Value) -> str:
+    """A value as `flatmin train` reads it.
+
+    Example:
+        >>> word(True), word(1.0), word(5e-4), word((60, 120))
+        ('true', '1', '0.0005', '60,120')
+    """
+    if isinstance(value, tuple):
+        return ",".join(map(word, value))
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value).removesuffix(".0") if isinstance(value, float) else str(value)
+
+
+def idle(given: frozenset[str], **reasons: str) -> list[str]:
+    """A note for each given flag that has no effect: its name, and why.
+
+    Example:
+        >>> idle(frozenset({"mu"}), mu="SAM has none", alpha="SAM has none")
+        ['--mu has no effect: SAM has none.']
+    """
+    return [f"--{name} has no effect: {reason}." for name, reason in reasons.items() if name in given]
+
+
+def truth(given: frozenset[str], flags: Any, name: str) -> list[str]:
+    """A note where a flag that the script reads by `bool(text)`, which is true of any text, is given as false."""
+    wrong = name in given and not getattr(flags, name)
+    return [f"--{name} is false here, as it says; the script takes any text for true."] if wrong else []
