@@ -18,8 +18,12 @@ VISION_STAMP := $(VISION_VENV)/.flatmin-installed
 TRACKERS_VENV  ?= $(VENV)-trackers
 TRACKERS_STAMP := $(TRACKERS_VENV)/.flatmin-installed
 
+# Ray alone is as large as everything else together.
+EXECUTORS_VENV  ?= $(VENV)-executors
+EXECUTORS_STAMP := $(EXECUTORS_VENV)/.flatmin-installed
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-frameworks test-vision test-trackers lint types bench clean
+.PHONY: help setup demo test test-all test-frameworks test-vision test-trackers test-executors lint types bench clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -68,6 +72,14 @@ $(TRACKERS_STAMP): pyproject.toml constraints.txt
 
 test-trackers: $(TRACKERS_STAMP) ## the tests with TensorBoard, wandb, MLflow and Trackio
 	$(TRACKERS_VENV)/bin/python -m pytest tests/trackers $(ARGS)
+
+$(EXECUTORS_STAMP): pyproject.toml constraints.txt
+	@test -x $(EXECUTORS_VENV)/bin/python || $(PYTHON) -m venv $(EXECUTORS_VENV)
+	$(EXECUTORS_VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[ray,slurm]' pytest pytest-timeout
+	@touch $@
+
+test-executors: $(EXECUTORS_STAMP) ## the tests with Ray and submitit, which CI leaves out; ARGS="-m slow": 200 runs each
+	$(EXECUTORS_VENV)/bin/python -m pytest tests/executors -m "not slow" $(ARGS)
 
 lint: $(STAMP) ## ruff (lint and format) and the import layers
 	$(BIN)/ruff check .

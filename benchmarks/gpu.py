@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this command."""
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="where the results go; made if missing")
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS), metavar="PART", help=", ".join(PARTS))
-    parser.add_argument("--study", metavar="ARGS", help="also run `flatmin compare ARGS`, e.g. 'device=cuda'")
+    parser.add_argument("--study", metavar="ARGS", help="also run `flatmin study ARGS`, e.g. 'bisam-cifar10 seed=0'")
     parser.add_argument(
         "--train",
         action="append",
@@ -90,7 +90,7 @@ def jobs(options: argparse.Namespace) -> list[Job]:
             found.append(Job(name, [*commands[name], *more], limits[name], page))
     flatmin = [sys.executable, "-m", "flatmin"]
     if options.study is not None:
-        study = [*flatmin, "compare", *shlex.split(options.study), "--out", str(folder / "study")]
+        study = [*flatmin, "study", *shlex.split(options.study), "--out", str(folder / "study")]
         found.append(Job("study", study, options.study_limit))
     for number, arguments in enumerate(options.train, start=1):
         run = [*flatmin, "train", *shlex.split(arguments), "--out", str(folder / "train")]

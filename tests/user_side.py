@@ -35,6 +35,36 @@ def slow():
     return Slow(6, 3)
 
 
+class Paced(nn.Linear):
+    """Takes the seconds that FLATMIN_TEST_PACE says, so that a kill finds something to interrupt."""
+
+    def forward(self, x):
+        time.sleep(float(os.environ.get("FLATMIN_TEST_PACE", "0")))
+        return super().forward(x)
+
+
+def paced():
+    return nn.Sequential(Paced(6, 16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 3))
+
+
+class Diary(nn.Linear):
+    """Adds a line to FLATMIN_TEST_DIARY for every update; the process ends at lines FLATMIN_TEST_ENDS, once each."""
+
+    def forward(self, x):
+        if self.training:
+            with open(os.environ["FLATMIN_TEST_DIARY"], "a+") as diary:
+                diary.write(f"{os.getpid()}\n")
+                diary.seek(0)
+                count = len(diary.readlines())
+            if str(count) in os.environ["FLATMIN_TEST_ENDS"].split():
+                os._exit(9)
+        return super().forward(x)
+
+
+def diary():
+    return Diary(6, 3)
+
+
 class Deadly(nn.Linear):
     """Ends a worker process as a lack of memory would; harmless in the process that pytest runs in."""
 

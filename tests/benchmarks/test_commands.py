@@ -113,9 +113,21 @@ def test_every_part_is_a_command_that_exists(tmp_path, monkeypatch):
 
 def test_training_runs_come_after_the_parts_and_keep_their_folder_without_large_files(tmp_path, monkeypatch):
     first, second = "smoke method=sgd epochs=1", "smoke seed=1"
-    words = (str(tmp_path), "--parts", "--train", first, "--train", second, "--train-limit", "9", "--study", "smoke")
+    words = (
+        str(tmp_path),
+        "--parts",
+        "--train",
+        first,
+        "--train",
+        second,
+        "--train-limit",
+        "9",
+        "--study",
+        "smoke seed=0",
+    )
     jobs = gpu_jobs(monkeypatch, *words)
     assert list(jobs) == ["study", "run 1", "run 2"]
+    assert jobs["study"].command[1:5] == ["-m", "flatmin", "study", "smoke"]
     assert jobs["run 1"].command[1:] == ["-m", "flatmin", "train", *first.split(), "--out", str(tmp_path / "train")]
     assert {jobs["run 1"].limit, jobs["run 2"].limit} == {9}
     run = tmp_path / "train" / "runs" / "sgd-smoke"

@@ -17,7 +17,7 @@ from flatmin.cli.main import app, main
 from flatmin.measure.card import CardSettings, card
 from flatmin.measure.problem import Problem
 from flatmin.study import page
-from flatmin.study.executor import execute
+from flatmin.study.executors import execute
 from flatmin.study.measured import told
 from flatmin.study.measuring import View, batches, find, measure, measure_all, words
 from flatmin.study.store import Run, Store

@@ -5,6 +5,10 @@ import io
 import json
 import os
 import re
+import resource
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -118,6 +122,26 @@ class TestList:
         for name in ("failed", "stopped", "damaged"):
             invoke("runs", "rm", name, "--yes")
         assert re.search(r"^1 run, ", invoke("runs", "list"), re.MULTILINE)
+
+    @pytest.mark.slow
+    def test_ten_thousand_runs_take_less_than_two_seconds(self, runs):
+        """Of a processor, whatever else the machine does."""
+        for name in ("failed", "stopped", "damaged"):
+            shutil.rmtree(runs / name)
+        files = {path.name: path.read_bytes() for path in (runs / "good").iterdir()}
+        for number in range(9_999):
+            folder = runs / f"run-{number}"
+            folder.mkdir()
+            for name, content in files.items():
+                (folder / name).write_bytes(content)
+        for how in ([], ["--json"]):
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            said = subprocess.run(
+                [sys.executable, "-m", "flatmin", "runs", "list", *how], check=True, capture_output=True, text=True
+            ).stdout
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            assert said.count("run-") >= 9_999
+            assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
 
 
 class TestRemove:

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from flatmin.cli.main import app, main
 from flatmin.study import page
-from flatmin.study.executor import execute
+from flatmin.study.executors import execute
 from flatmin.study.store import Run, Store
 from flatmin.train.config import RunConfig
 from flatmin.train.folder import RunFolder

@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from flatmin.cli.main import app, main
-from flatmin.study import executor
+from flatmin.study.executors import local as executor
 from flatmin.train.settings import preset_names
 
 runner = CliRunner()
@@ -89,7 +89,7 @@ def test_from_a_file_to_a_table_and_on(study, file, tmp_path):
     assert [row[:2] for row in rows] == [["SGD", "-"], ["SAM", "0.1"], ["SAM", "0.2"]]
     assert "97.25" in rows[2] and "97.25" not in rows[1]
     folder = tmp_path / "out" / "studies"
-    assert lines[-3:] == [str(folder / f"clouds.{suffix}") for suffix in ("md", "csv", "tex")]
+    assert lines[-4:] == [str(folder / f"clouds.{suffix}") for suffix in ("md", "csv", "tex", "html")]
     assert (folder / "clouds.md").read_text(encoding="utf-8").startswith("# Three clouds\n")
     assert (folder / "clouds.tex").read_text(encoding="utf-8").startswith(r"\begin{tabular}{llrr")
     before = table(tmp_path)
@@ -167,10 +167,12 @@ def test_a_dry_run_touches_nothing_and_says_what_there_is(study, tmp_path):
     lines = result.output.splitlines()
     assert len(lines[0].split()) == 6 and sum(line.endswith("to do") for line in lines) == 3
     # 50 samples in batches of 50: one update of one gradient for sgd and of two for sam.
-    assert "3 runs, 3 to do: 5 gradient evaluations on a batch each." in lines
+    total = next(line for line in lines if line.startswith("3 runs"))
+    assert total.startswith("3 runs, 3 to do: 5 gradient evaluations on a batch each, about ")
+    assert total.endswith(" of training in 1 process here, by one gradient of each network.")
     study("seed=0", "rho=0.1")
     result = study("--dry-run", "seed=0")
-    assert "3 runs, 1 to do: 2 gradient evaluations on a batch each." in result.output
+    assert "3 runs, 1 to do: 2 gradient evaluations on a batch each, about " in result.output
 
 
 def test_a_dry_run_of_a_study_of_the_package_needs_no_data(tmp_path, monkeypatch):
@@ -204,6 +206,54 @@ def test_mistakes_are_one_sentence(words, message, capsys, tmp_path, monkeypatch
     err = capsys.readouterr().err
     assert stopped.value.code == 2 and err.startswith(message) and err.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_honest_baselines_and_a_radius_chosen_on_validation(study, tmp_path):
+    result = study("seed=0", "--baselines", "--choose", "rho")
+    assert result.exit_code == 0, result.output
+    rows = table(tmp_path)
+    assert list(rows) == [
+        (arm, "") for arm in ("SGD", "SAM", "SGD, more weight decay", "SGD, averaged", "SGD, 2x epochs")
+    ]
+    assert rows["SAM", ""]["chosen"] in ("rho=0.1", "rho=0.2") and rows["SAM", ""]["equal_diff"]
+    assert "Equal grads: against plain training" in result.output and "is chosen by mean validation" in result.output
+
+
+def test_runs_that_diverged_are_done_again_when_asked(study, file, tmp_path):
+    file.write_text(STUDY.replace("[[arms]]", '[[arms]]\nlabel = "Wild"\nmethod = "sgd"\nlr = 1e30\n[[arms]]', 1))
+    study("seed=0", "rho=0.1")
+    assert "3 runs, all finished before" in study("seed=0", "rho=0.1").output
+    assert (
+        sum(line.endswith("to do") for line in study("seed=0", "rho=0.1", "--retry", "--dry-run").output.splitlines())
+        == 1
+    )
+    assert "3 runs, all finished before" in study("seed=0", "rho=0.1").output, "a dry run takes nothing away"
+    assert "3 runs, 2 finished before" in study("seed=0", "rho=0.1", "--retry").output
+
+
+def test_the_page_can_be_left_out(study, tmp_path):
+    assert study("seed=0", "rho=0.1", "--no-report").exit_code == 0
+    assert not (tmp_path / "out" / "studies" / "clouds.html").exists()
+    assert study("seed=0", "rho=0.1").exit_code == 0
+    page = (tmp_path / "out" / "studies" / "clouds.html").read_text(encoding="utf-8")
+    assert "<title>Three clouds</title>" in page
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--executor", "cloud"), "unknown executor 'cloud'"),
+        (("--on", "address=here"), "the executor local has no setting 'address'"),
+        (("--on", "address"), "'address' is not an override"),
+        (("--choose", "rhoo"), "rhoo cannot be chosen, for it is no axis"),
+    ],
+)
+def test_bad_options_are_one_sentence_before_any_work(file, tmp_path, words, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["study", str(file), "--out", str(tmp_path / "out"), *words])
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and message in err and err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_runs_say_the_method_that_they_are(study, tmp_path):

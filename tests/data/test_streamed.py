@@ -269,3 +269,13 @@ class TestByName:
         assert small.statistics == Statistics.of(load_files(scan_folder(tmp_path / "train"), Centre(SIDE, SIDE)).x)
         assert large.statistics == IMAGENET
         assert {CLASSES[k] for k in large.train.y.tolist()} == set(CLASSES)
+
+    @pytest.mark.parametrize("name", ["flowers102", "pets"])
+    def test_sets_to_fine_tune_on(self, tmp_path, name):
+        tree(tmp_path / name, train=20, test=6)
+        data = read_named(name, Reading(folder=tmp_path, validation=0.1))
+        assert [len(part) for part in (data.train, data.val, data.test)] == [18, 2, 6]
+        assert data.train.x.shape[1:] == named.DATASETS[name].shape
+        assert (data.statistics, data.num_classes, data.name) == (IMAGENET, 3, name)
+        assert data.train.x.training == RandomCrop(224) and data.test.x.view == Centre(224)
+        assert data.test.x.files.root == tmp_path / name / "test"

@@ -1,21 +1,25 @@
+import json
 import os
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 
-from flatmin.study import executor
-from flatmin.study.events import EpochDone, RunBroke, RunDone
-from flatmin.study.executor import Interrupted, execute
+from flatmin.study.events import EpochDone, RunBroke, RunDone, Warned
+from flatmin.study.executors import Interrupted, execute, executor_settings, local, make_executor, perform
 from flatmin.study.store import Run, Store
+from flatmin.train import checkpoint
+from flatmin.train import run as training
 from flatmin.train.config import RunConfig
+from flatmin.train.lock import hold
 from tests import user_side
 
 
-def run(label="sgd", model="tests.user_side:net", **changes):
+def run(label="sgd", model="tests.user_side:net", epochs=2, **changes):
     config = RunConfig(
-        method="sgd", epochs=2, batch_size=50, data="tests.user_side:data", model=model, selection="last", test_every=1,
-        **changes,
+        method="sgd", epochs=epochs, batch_size=50, data="tests.user_side:data", model=model, selection="last",
+        test_every=1, **changes,
     )  # fmt: skip
     return Run(label=label, config=config, code="c")
 
@@ -59,16 +63,103 @@ def test_an_error_is_told_and_the_others_go_on(tmp_path):
     assert [type(e) for e in events if not isinstance(e, EpochDone)] == [RunBroke, RunDone]
 
 
-def test_a_worker_that_dies_breaks_its_run_only(tmp_path, monkeypatch):
+def test_a_run_whose_workers_die_is_given_up_after_three_and_the_others_go_on(tmp_path, monkeypatch):
     monkeypatch.setenv("FLATMIN_TEST_PARENT", str(os.getpid()))
+    monkeypatch.setattr(local, "START", "fork")
     runs = [run("deadly", model="tests.user_side:deadly"), run(seed=0), run(seed=1)]
-    outcomes = execute(runs, Store(tmp_path), workers=1, on_event=lambda event: None)
-    assert "ended with exit code 9" in outcomes[runs[0].name].error
+    events = []
+    outcomes = execute(runs, Store(tmp_path), workers=1, on_event=events.append)
+    error = outcomes[runs[0].name].error
+    assert error.startswith("its worker was lost 3 times during this run; the last one ended with exit code 9")
     assert all(outcomes[one.name].result is not None for one in runs[1:])
+    assert [type(event) for event in events[:3]] == [Warned, Warned, RunBroke]
+    assert events[0].text.startswith(f"{runs[0].name} is taken up again from its last checkpoint, because its worker")
+
+
+def test_a_run_whose_worker_dies_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
+    """An epoch is an update here; each loss costs the one that was under way."""
+    for name, value in (("DIARY", str(tmp_path / "diary")), ("ENDS", "3 6")):
+        monkeypatch.setenv(f"FLATMIN_TEST_{name}", value)
+    one, events = run(model="tests.user_side:diary", epochs=6), []
+    outcomes = execute([one], Store(tmp_path, checkpoint_seconds=0), workers=1, on_event=events.append)
+    outcome = outcomes[one.name]
+    lives = (tmp_path / "diary").read_text().split()
+    assert [lives.count(pid) for pid in dict.fromkeys(lives)] == [3, 3, 2]
+    assert [line.epoch for line in outcome.lines] == [event.line.epoch for event in events if type(event) is EpochDone]
+    assert [line.epoch for line in outcome.lines] == [1, 2, 3, 4, 5, 6]
+    monkeypatch.setenv("FLATMIN_TEST_ENDS", "")
+    alone = execute([one], Store(tmp_path / "alone"), workers=0, on_event=lambda event: None)[one.name]
+    assert without_time(alone.lines) == without_time(outcome.lines)
+
+
+class TestPerform:
+    """One run in a folder that may hold something."""
+
+    def test_it_waits_for_the_process_that_trains_there_and_takes_its_result(self, tmp_path, monkeypatch):
+        one, store = run(), Store(tmp_path)
+        expected = perform(one, store, lambda line: None)
+        hidden = (store.folder(one) / "result.json").rename(tmp_path / "hidden")
+        seen = []
+        with hold(store.folder(one)):
+            waiting = threading.Thread(target=lambda: seen.append(perform(one, store, lines.append)))
+            lines = []
+            waiting.start()
+            waiting.join(0.3)
+            assert waiting.is_alive() and not seen
+            hidden.rename(store.folder(one) / "result.json")
+            mark = (store.folder(one) / "result.json").stat()
+        waiting.join(20)
+        assert seen == [expected] and tuple(lines) == expected.lines
+        assert (store.folder(one) / "result.json").stat() == mark
+
+    @pytest.mark.parametrize("change", [None, "key", "damage"])
+    def test_it_goes_on_with_this_very_run_only(self, tmp_path, change):
+        one, store = run(epochs=3), Store(tmp_path / "a", checkpoint_seconds=0)
+        expected = perform(one, Store(tmp_path / "b"), lambda line: None)
+        first = []
+
+        def stop(line):
+            first.append(line)
+            if len(first) == 2:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            perform(one, store, stop)
+        assert len(list(store.folder(one).glob("checkpoints/*.pt"))) == 1
+        where = store.folder(one) / "config.json"
+        if change is not None:
+            found = json.loads(where.read_text())
+            where.write_text("{" if change == "damage" else json.dumps({**found, "key": "another"}))
+        lines = []
+        outcome = perform(one, store, lines.append)
+        assert without_time(outcome.lines) == without_time(expected.lines) and tuple(lines) == outcome.lines
+        assert (outcome.lines[0] == first[0]) == (change is None), "the time of an epoch that was not repeated"
+        assert not (store.folder(one) / "checkpoints").exists()
+
+    def test_a_run_that_failed_leaves_no_checkpoint_and_is_not_done_again(self, tmp_path):
+        one, store = run(lr=1e30), Store(tmp_path, checkpoint_seconds=0)
+        outcome = perform(one, store, lambda line: None)
+        assert outcome.result.failure and not list(store.folder(one).glob("checkpoints/*"))
+        mark = (store.folder(one) / "result.json").stat()
+        assert perform(one, store, lambda line: None) == outcome
+        assert (store.folder(one) / "result.json").stat() == mark
+
+    def test_checkpoints_come_by_the_clock(self, tmp_path, monkeypatch):
+        saved = []
+        monkeypatch.setattr(checkpoint, "save", lambda folder, step, state, keep: saved.append(step))
+        perform(run(epochs=4), Store(tmp_path / "a"), lambda line: None)
+        assert saved == []
+        perform(run(epochs=4), Store(tmp_path / "b", checkpoint_seconds=0), lambda line: None)
+        assert saved == [1, 2, 3]
+        clock = iter(range(1000))
+        monkeypatch.setattr(training.time, "monotonic", lambda: next(clock))
+        saved.clear()
+        perform(run(epochs=8), Store(tmp_path / "c", checkpoint_seconds=3), lambda line: None)
+        assert saved == [3, 6]
 
 
 def test_workers_that_cannot_start_are_not_tried_for_ever(tmp_path, monkeypatch):
-    monkeypatch.setattr(executor, "_serve", user_side.stillborn)
+    monkeypatch.setattr(local, "_serve", user_side.stillborn)
     with pytest.raises(RuntimeError, match='needs `if __name__ == "__main__":`'):
         execute([run()], Store(tmp_path), workers=1, on_event=lambda event: None)
 
@@ -85,6 +176,21 @@ def test_an_interrupt_keeps_what_is_finished_and_says_how_to_go_on(tmp_path, wor
         execute(runs, store, workers=workers, on_event=on_event)
     assert len(list(Path(tmp_path).glob("runs/*/result.json"))) == 1
     assert store.find(runs[0], pytest.fail) is not None
+
+
+def test_executors_are_chosen_by_name_and_refuse_what_they_do_not_know(tmp_path, monkeypatch):
+    for name, settings, text in (
+        ("locl", {}, "unknown executor 'locl'; did you mean 'local'"),
+        ("local", {"address": "auto"}, "executor local: unknown option 'address'"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            execute([run()], Store(tmp_path), workers=1, on_event=pytest.fail, executor=name, settings=settings)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for name, package in (("ray", "ray"), ("slurm", "submitit")):
+        with pytest.raises(ModuleNotFoundError, match=rf'needs {package}: pip install "flatmin\[{name}\]"'):
+            make_executor(name)
+    with pytest.raises(ValueError, match="the executor local has no setting 'a'"):
+        executor_settings("local", ["a=1"])
 
 
 def test_nothing_to_do(tmp_path):

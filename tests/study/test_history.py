@@ -1,9 +1,7 @@
 """Runs read back at every stage, their numbers and differences, and the page and the text made of them."""
 
 import dataclasses
-import html.parser
 import io
-import json
 import math
 import re
 
@@ -20,6 +18,7 @@ from flatmin.train.config import RunConfig
 from flatmin.train.folder import RunFolder
 from flatmin.train.lock import hold
 from flatmin.train.result import Epoch, Result
+from tests.pages import Outline
 
 CONFIG = RunConfig(method="sam", rho=0.1, epochs=3, noise=0.4)
 LAMBDA = {"value": 2.5, "residual": 1e-3, "products": 20, "converged": True}
@@ -231,30 +230,6 @@ class TestNumbers:
     def test_seeds_of_one_kind_are_no_trouble(self, tmp_path):
         folders = [make(tmp_path / f"s{seed}", config=dataclasses.replace(CONFIG, seed=seed)) for seed in (0, 1)]
         assert troubles(read_all(folders)) == []
-
-
-class Outline(html.parser.HTMLParser):
-    """Tags, attributes, texts and figures of a page."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.attributes, self.text, self.specs = [], [], [], []
-        self._script = None
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-        self._script = dict(attrs).get("type", "code") if tag in ("script", "style") else None
-
-    def handle_endtag(self, tag):
-        self._script = None
-
-    def handle_data(self, data):
-        if self._script is None:
-            self.text.append(data)
-        elif self._script == "application/json":
-            self.specs.append(json.loads(data))
 
 
 @pytest.fixture(autouse=True)

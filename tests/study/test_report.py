@@ -1,5 +1,4 @@
 import dataclasses
-import html.parser
 import json
 import math
 import re
@@ -10,6 +9,7 @@ import pytest
 from flatmin.study import figures, page
 from flatmin.study.page import Cell, Column, Figure, Markup
 from flatmin.study.report import render_report, write_report
+from tests.pages import Outline
 
 HOSTILE = ["<script>alert(1)</script>", '"><img src=x onerror=alert(2)>', "a & b", "$x$", "</script>", "'quoted'"]
 
@@ -18,34 +18,6 @@ HOSTILE = ["<script>alert(1)</script>", '"><img src=x onerror=alert(2)>', "a & b
 def small_plotly(monkeypatch):
     """plotly.js is 5 MB; its text does not matter to most tests."""
     monkeypatch.setattr(page, "_plotly_js", lambda: "/* plotly.js */")
-
-
-class Outline(html.parser.HTMLParser):
-    """Tags, attributes and texts of a page, with the contents of scripts kept apart."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.attributes, self.text, self.scripts = [], [], [], []
-        self._script = None
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-        self._script = dict(attrs).get("type", "code") if tag in ("script", "style") else None
-
-    def handle_endtag(self, tag):
-        self._script = None
-
-    def handle_data(self, data):
-        if self._script is None:
-            self.text.append(data)
-        else:
-            self.scripts.append((self._script, data))
-
-    @property
-    def specs(self):
-        return [json.loads(data) for kind, data in self.scripts if kind == "application/json"]
 
 
 def test_the_page_is_whole_and_self_contained(summary, small_plotly):

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from flatmin.study.costs import cost_of
+from flatmin.study.costs import Sizes
 from flatmin.study.reading import read_study
 from flatmin.study.unfold import cells
 from flatmin.train.settings import preset_names
@@ -39,16 +39,31 @@ def test_the_studies_of_the_package():
         "bisam-cifar10",
         "bisam-cifar100",
         "bisam-combinations",
+        "bisam-imagenet",
+        "bisam-misclassified",
         "bisam-noise",
+        "cifar100-methods",
         "empirical",
         "empirical-code",
+        "empirical-ratio",
         "empirical-sgdhess",
+        "empirical-sharpness",
+        "empirical-sharpness-code",
+        "finetune-flowers",
+        "finetune-pets",
         "fundamental-cifar10",
+        "fundamental-cifar10-momentum",
         "fundamental-cifar100",
+        "fundamental-cifar100-momentum",
         "fundamental-tiny",
+        "fundamental-tiny-momentum",
+        "imagenet-vit",
+        "one-gradient",
         "vasso-cifar10",
         "vasso-cifar100",
+        "vasso-imagenet",
         "vasso-noise",
+        "vasso-sharpness",
     ]
 
 
@@ -62,13 +77,14 @@ def test_every_study_and_its_demo_unfold(name, monkeypatch, tmp_path):
         assert len(set(labels)) == len(labels)
         configs = [config for row in rows for config in row.configs.values()]
         assert len(set(map(repr, configs))) == len(configs), "two rows of the same runs"
-        assert all(cost_of(config) > 0 for config in configs[:: len(spec.seeds)])
+        assert all(Sizes().cost(config) > 0 for config in configs[:: len(spec.seeds)])
         assert spec.title and spec.source and spec.notes and len(spec.seeds) == 3
         if demo:
             assert {config.data for config in configs} == {"digits"}
-            assert {config.model for config in configs} <= {"conv", "mlp"}
+            assert {config.model for config in configs} <= {"conv", "mlp", "vit"}
             assert not spec.published
-            assert len(configs) <= 36 and all(config.epochs <= 30 for config in configs), "minutes on two cores"
+            samples = sum(Sizes().cost(config) * config.batch_size for config in configs)
+            assert samples < 4e6 and all(config.epochs <= 60 for config in configs), "minutes on two cores"
     assert not list(tmp_path.iterdir())
 
 
@@ -78,7 +94,7 @@ def test_every_published_number_has_one_row_and_a_source(name):
     rows = cells(spec)
     for one in spec.published:
         assert sum(row.arm == one.label and row.at(one.where) for row in rows) == 1, one
-        assert len(one.source) > 10 and one.metric == "test_acc" and 50 < one.value < 100
+        assert len(one.source) > 10 and (50 < one.value < 100 or one.metric != "test_acc")
 
 
 def published(name):
@@ -113,7 +129,10 @@ def test_of_vasso_only_what_was_read_off_the_chart_is_printed():
         assert all("read off" in one.source and one.spread == 0.07 for one in read_study(name).published)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith(("bisam", "fundamental", "vasso-n"))])
+UNREAD = ("bisam", "fundamental", "finetune", "imagenet", "vasso-imagenet", "vasso-n", "vasso-s")
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith(UNREAD) and name != "bisam-imagenet"])
 def test_where_nothing_could_be_read_nothing_is_printed_and_that_is_said(name):
     spec = read_study(name)
     assert not spec.published and any("could not be read" in note for note in spec.notes)
@@ -265,7 +284,7 @@ class TestForm:
         ("entry", "message"),
         [
             ("label = 'SAN'", "the label 'SAN', which is no arm"),
-            ("metric = 'acc'", "the metric 'acc' (metrics: test_acc, "),
+            ("metric = 'acc'", "the metric 'acc' (columns: test_acc, "),
             ("value = '96'", "the value '96' of a published number is no number"),
             ("rho = 0.3", "a published number is for rho=0.3, which no run has"),
             ("rhho = 0.1", "a published number is for rhho=0.1, which no run has"),

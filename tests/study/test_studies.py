@@ -5,9 +5,10 @@ import math
 import pytest
 
 from flatmin.stats import holm, paired, paired_p
-from flatmin.study.executor import Outcome
+from flatmin.study.executors import Outcome
+from flatmin.study.plan import plan
 from flatmin.study.reading import read_study
-from flatmin.study.studies import plan, tabulate
+from flatmin.study.tabulate import tabulate
 from flatmin.train.result import Result
 
 STUDY = """

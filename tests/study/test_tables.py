@@ -10,8 +10,8 @@ import pytest
 
 from flatmin.stats import summarise
 from flatmin.study.spec import METRICS, Arm, Published, StudySpec
-from flatmin.study.studies import StudyRow, StudyTable, Value
 from flatmin.study.tables import body, comma_separated, header, latex, markdown, remarks, widths
+from flatmin.study.tabulate import StudyRow, StudyTable, Value
 
 SPEC = StudySpec(
     name="made",

@@ -1,8 +1,10 @@
 """`flatmin.load` and `export`: the trained net without its data, and as a file for others; who trains in a folder."""
 
 import dataclasses
+import errno
 import json
 import os
+import stat
 import subprocess
 import sys
 import time
@@ -296,6 +298,27 @@ class TestLock:
             os.close(handle)
             with lock.hold(tmp_path):
                 assert time.monotonic() - began > 0.1
+
+    @posix
+    def test_where_only_files_can_be_locked_there_is_one(self, tmp_path, monkeypatch):
+        """As on NFS, where a lock needs something that is open for writing."""
+        flock = lock.fcntl.flock
+
+        def files_only(handle, how):
+            if stat.S_ISDIR(os.fstat(handle).st_mode):
+                raise OSError(errno.EBADF, "Bad file descriptor")
+            flock(handle, how)
+
+        monkeypatch.setattr(lock.fcntl, "flock", files_only)
+        folder = RunFolder(tmp_path / "a")
+        with folder.hold():
+            assert lock.in_use(folder.path)
+            with folder.hold(), pytest.raises(ValueError, match="another process trains"):
+                RunFolder(folder.path).hold(patience=0.1).__enter__()
+            assert lock.in_use(folder.path), "the inner one was a part of the outer"
+        assert not lock.in_use(folder.path)
+        train(CONFIG, folder=folder)
+        assert not lock.in_use(folder.path)
 
     def test_where_folders_cannot_be_locked_the_times_of_files_tell(self, tmp_path, monkeypatch):
         monkeypatch.setattr(lock, "fcntl", None)

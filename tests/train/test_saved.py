@@ -10,7 +10,7 @@ from torch import nn
 
 from flatmin.study.compare import compare
 from flatmin.study.config import CompareConfig
-from flatmin.study.executor import execute, perform
+from flatmin.study.executors import execute, perform
 from flatmin.study.store import Run, Store
 from flatmin.train.config import RunConfig
 from flatmin.train.folder import RunFolder

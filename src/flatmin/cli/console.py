@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -39,3 +41,23 @@ def make_bar(console: Console) -> Progress:
         transient=True,
         disable=not console.is_terminal,
     )
+
+
+def print_rows(rows: Sequence[Sequence[str]], console: Console) -> None:
+    """Columns side by side; numbers to the right."""
+    from flatmin.study.tables import widths
+
+    wide = widths(rows)
+    for row in rows:
+        cells = [
+            cell.rjust(width) if _number(cell) else cell.ljust(width) for cell, width in zip(row, wide, strict=True)
+        ]
+        console.print("  ".join(cells).rstrip(), markup=False, highlight=False, soft_wrap=True)
+
+
+def _number(cell: str) -> bool:
+    word = cell.partition(" ")[0].replace(",", "")
+    try:
+        return not math.isnan(float(word))
+    except ValueError:
+        return cell == "-"

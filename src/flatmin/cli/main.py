@@ -16,6 +16,7 @@ from flatmin.cli.measure import measure
 from flatmin.cli.methods import methods
 from flatmin.cli.original import original
 from flatmin.cli.runs import runs
+from flatmin.cli.search import search
 from flatmin.cli.show import show
 from flatmin.cli.study import study
 from flatmin.cli.train import train
@@ -32,6 +33,7 @@ app = typer.Typer(
 app.command()(train)
 app.command()(compare)
 app.command()(study)
+app.command()(search)
 app.command(context_settings={"ignore_unknown_options": True})(original)
 app.command()(measure)
 app.command()(show)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from flatmin.study.events import EpochDone, Event, RunBroke, RunDone
 
-STAGES = {"tune": "Choosing on validation", "compare": "Training", "study": "Training"}
+STAGES = {"tune": "Choosing on validation", "compare": "Training", "study": "Training", "search": "Searching"}
 
 
 class Progress:
@@ -61,6 +61,11 @@ class Progress:
             case events.Timing():
                 self._say(f"Measuring the time per step of {event.methods} methods.")
                 self._bar.update(self._task, visible=False)
+            case events.Measuring():
+                self._say(f"Measuring {event.nets} trained networks.")
+                self._bar.reset(self._task, total=event.nets, visible=True, last="", description="Measuring")
+            case events.CardDone():
+                self._bar.update(self._task, advance=1, last=_short(event.run))
             case events.Warned():
                 self._say(f"Note: {event.text}")
 

@@ -14,7 +14,7 @@ from flatmin.cli.console import make_console
 from flatmin.cli.targets import HOME, run_folder
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Console
 
     from flatmin.study.listing import Entry
 
@@ -24,13 +24,16 @@ runs = typer.Typer(help="List and remove runs.", no_args_is_help=True)
 _KEYS: dict[str, tuple[Callable[[Entry], Any], bool]] = {
     "when": (lambda entry: entry.changed, True),
     "name": (lambda entry: entry.name, False),
-    "method": (lambda entry: entry.history and entry.history.config.method, False),
-    "data": (lambda entry: entry.history and entry.history.config.data, False),
-    "model": (lambda entry: entry.history and entry.history.config.model, False),
+    "method": (lambda entry: entry.digest and entry.digest.method, False),
+    "data": (lambda entry: entry.digest and entry.digest.data, False),
+    "model": (lambda entry: entry.digest and entry.digest.model, False),
     "state": (lambda entry: entry.state, False),
     "test": (lambda entry: entry.test_acc, True),
     "size": (lambda entry: entry.size, True),
 }
+
+
+_STYLES = {"failed": "yellow", "damaged": "red", "going on": "green"}
 
 
 @runs.command("list")
@@ -53,7 +56,7 @@ def list_runs(
     if not found:
         console.print(f"There are no runs in {folder}.", markup=False, highlight=False, soft_wrap=True)
         return
-    console.print(_table(found))
+    _print(found, console)
     total = sum(entry.size for entry in found)
     console.print(f"{len(found)} run{'s' * (len(found) != 1)}, {_bytes(total)}", style="dim", highlight=False)
     for entry in found:
@@ -95,32 +98,32 @@ def _sorted(found: Sequence[Entry], key: str) -> list[Entry]:
     return [*sorted(known, key=read, reverse=down), *(entry for entry in found if read(entry) is None)]
 
 
-def _table(found: Sequence[Entry]) -> Table:
-    from rich import box
-    from rich.table import Table
+def _print(found: Sequence[Entry], console: Console) -> None:
+    """Columns side by side, numbers to the right; rich's own tables take seconds for thousands of rows."""
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, header_style="bold")
-    table.add_column("name", overflow="fold")
-    for title in ("method", "data", "model"):
-        table.add_column(title, overflow="fold")
-    table.add_column("state", no_wrap=True)
-    for title in ("epochs", "test %", "when", "size"):
-        table.add_column(title, justify="right", no_wrap=True)
-    for entry in found:
-        history = entry.history
-        what = ("-",) * 3 if history is None else (history.config.method, history.config.data, history.config.model)
-        table.add_row(
-            Text(entry.name),
-            *(Text(value) for value in what),
-            entry.state,
-            "-" if history is None else f"{len(history.lines)}/{history.config.epochs}",
-            "-" if entry.test_acc is None else f"{entry.test_acc:.2f}",
-            time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.changed)),
-            _bytes(entry.size),
-            style={"failed": "yellow", "damaged": "red", "going on": "green"}.get(entry.state, ""),
-        )
-    return table
+    rows = [("name", "method", "data", "model", "state", "epochs", "test %", "when", "size"), *map(_row, found)]
+    wide = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join([*map(str.ljust, row[:5], wide[:5]), *map(str.rjust, row[5:], wide[5:])]) for row in rows]
+    if not console.is_terminal:
+        typer.echo("\n".join(lines))
+        return
+    styles = ["bold", *(_STYLES.get(entry.state, "") for entry in found)]
+    for line, style in zip(lines, styles, strict=True):
+        console.print(Text(line, style=style), soft_wrap=True)
+
+
+def _row(entry: Entry) -> tuple[str, ...]:
+    what = entry.digest
+    return (
+        entry.name,
+        *(("-",) * 3 if what is None else (what.method, what.data, what.model)),
+        entry.state,
+        "-" if what is None else f"{what.done}/{what.epochs}",
+        "-" if entry.test_acc is None else f"{entry.test_acc:.2f}",
+        time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.changed)),
+        _bytes(entry.size),
+    )
 
 
 def _bytes(size: int) -> str:

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import math
+import dataclasses
 import os
-from collections.abc import Sequence
-from functools import partial
+import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from flatmin.cli.compare import default_workers
-from flatmin.cli.console import make_console
+from flatmin.cli.console import make_console, print_rows
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from flatmin.study.costs import Sizes
+    from flatmin.study.plan import StudyPlan
     from flatmin.study.spec import StudySpec
-    from flatmin.study.studies import StudyPlan, StudyTable
+    from flatmin.study.tabulate import StudyTable
 
 FILES = {"md": "markdown", "csv": "comma_separated", "tex": "latex"}
 
@@ -30,42 +32,76 @@ def study(
         typer.Argument(metavar="KEY=VALUE", help="For all runs; lists make axes: rho=.1,.2 model=resnet20 seed=0..4."),
     ] = None,
     demo: Annotated[bool, typer.Option("--demo", help="The small twin: minutes on two cores.")] = False,
+    baselines: Annotated[
+        bool, typer.Option("--baselines", help="Also plain training: regularised more, or at SAM's cost.")
+    ] = False,
+    choose: Annotated[
+        str | None, typer.Option(metavar="KEY,...", help="Axes whose value is chosen on validation, e.g. rho,lr.")
+    ] = None,
+    retry: Annotated[bool, typer.Option("--retry", help="Do runs again whose loss was not finite.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the runs and what they cost.")] = False,
     out: Annotated[Path, typer.Option(help="Folder of the runs and the tables.")] = Path("flatmin-runs"),
     workers: Annotated[
-        int | None, typer.Option(min=0, help="Processes of one thread each. Default: one a core.")
+        int | None, typer.Option(min=0, help="Runs at a time, of one thread each. Default: one a core.")
     ] = None,
+    executor: Annotated[str, typer.Option(help="local (processes here), ray or slurm; --on sets how.")] = "local",
+    on: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE", help="A setting of the executor, e.g. address=HOST:PORT partition=gpu. Repeatable."
+        ),
+    ] = None,
+    report: Annotated[bool, typer.Option("--report/--no-report", help="Write the HTML page.")] = True,
+    open_report: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
 ) -> None:
     """Remake a paper's table: train every arm at every point of the axes with every seed, and sum up.
 
     Finished runs are kept and shared by all studies in the folder, so one can be extended at any time by more seeds or
-    values. Ctrl-C loses at most the runs that are under way.
+    values. After Ctrl-C or a crash the same command goes on, with runs that were under way from their last checkpoint.
     """
+    from flatmin.study.baselines import with_baselines
+    from flatmin.study.executors import executor_settings
+    from flatmin.study.page import require_figures, write
+    from flatmin.study.plan import plan
     from flatmin.study.reading import read_study
-    from flatmin.study.studies import plan
+    from flatmin.study.study_page import render
 
     console = make_console()
     if name == "list":
         _list(console)
         return
+    if report and not dry_run:
+        require_figures()
+    settings = executor_settings(executor, on or ())
     spec = read_study(name, overrides or (), demo=demo)
-    todo = plan(spec, out, make=not dry_run)
+    if choose is not None:
+        spec = dataclasses.replace(spec, choose=tuple(key.strip() for key in choose.split(",") if key.strip()))
+    if baselines:
+        spec = with_baselines(spec)
+    todo = plan(spec, out, make=not dry_run, retry=retry)
+    workers = default_workers() if workers is None else workers
     if dry_run:
-        _describe(todo, console)
+        _describe(todo, workers, console)
         return
-    table = _run(todo, out, default_workers() if workers is None else workers, console)
+    table = _run(todo, workers, executor, settings, console)
     _show(table, console)
-    for path in _write(table, out / "studies", f"{Path(name).stem}{'-demo' if demo else ''}"):
+    files = _write(table, out / "studies", f"{Path(name).stem}{'-demo' if demo else ''}")
+    if report:
+        page = render(table, command=["flatmin", *sys.argv[1:]])
+        files.append(write(page, files[0].with_suffix(".html")))
+    for path in files:
         console.print(str(path), markup=False, soft_wrap=True)
+    if open_report and report:
+        typer.launch(files[-1].resolve().as_uri())
 
 
-def _run(todo: StudyPlan, out: Path, workers: int, console: Console) -> StudyTable:
+def _run(todo: StudyPlan, workers: int, executor: str, settings: Mapping[str, Any], console: Console) -> StudyTable:
     from flatmin.cli.progress import Progress
     from flatmin.study.studies import study as run
 
     try:
         with Progress(console) as progress:
-            return run(todo, out=out, workers=workers, on_event=progress)
+            return run(todo, workers=workers, on_event=progress, executor=executor, settings=settings)
     except KeyboardInterrupt as interrupt:
         # Said here, because typer ends the process on Ctrl-C without a word.
         typer.echo(str(interrupt) or "Interrupted; the same command goes on from the finished runs.", err=True)
@@ -82,7 +118,7 @@ def _list(console: Console) -> None:
         spec = read_study(name)
         twin = _runs(read_study(name, demo=True)) if "demo" in read_preset(name, "study") else 0
         rows.append([name, str(_runs(spec)), str(twin or "-"), spec.title])
-    _print_rows(rows, console)
+    print_rows(rows, console)
 
 
 def _runs(spec: StudySpec) -> int:
@@ -91,75 +127,73 @@ def _runs(spec: StudySpec) -> int:
     return sum(len(cell.configs) for cell in cells(spec))
 
 
-def _describe(todo: StudyPlan, console: Console) -> None:
+def _describe(todo: StudyPlan, workers: int, console: Console) -> None:
     """The runs of a study, what is there already, and what the others cost."""
-    from flatmin.study.costs import cost_of
+    from flatmin.study.costs import Sizes
 
     rows = [["run", "row", "seed", "epochs", "gradients", "state"]]
-    total = 0.0
+    total, sizes = 0.0, Sizes()
     missing = {run.name for run in todo.missing}
     seen: set[str] = set()
     for (i, seed), run in todo.runs.items():
         if run.name in seen:
             continue
         seen.add(run.name)
-        cost = cost_of(run.config)
+        cost = sizes.cost(run.config)
         total += cost if run.name in missing else 0.0
         state = "to do" if run.name in missing else "finished"
         rows.append([run.name, todo.cells[i].label, str(seed), str(run.config.epochs), f"{cost:,.0f}", state])
-    _print_rows(rows, console)
-    console.print(
-        f"\n{len(seen)} runs, {len(missing)} to do: {total:,.0f} gradient evaluations on a batch each.",
-        markup=False,
-        soft_wrap=True,
-    )
+    print_rows(rows, console)
+    text = f"\n{len(seen)} runs, {len(missing)} to do: {total:,.0f} gradient evaluations on a batch each"
+    console.print(text + _duration(todo, workers, sizes), markup=False, soft_wrap=True)
     for note in todo.spec.notes:
         console.print(note, markup=False, soft_wrap=True)
+
+
+def _duration(todo: StudyPlan, workers: int, sizes: Sizes) -> str:
+    """The estimated time in words; why there is none, if a network or its data cannot be had here."""
+    from flatmin.study.costs import guess_seconds
+    from flatmin.words import explained
+
+    if not todo.missing:
+        return "."
+    try:
+        seconds = guess_seconds([run.config for run in todo.missing], workers, sizes)
+    except Exception as error:
+        if not explained(error):
+            raise
+        return f"; their time cannot be estimated: {error}"
+    processes = f"{workers} processes" if workers > 1 else "1 process"
+    return f", {_span(seconds)} of training in {processes} here, by one gradient of each network."
+
+
+def _span(seconds: float) -> str:
+    """A duration in two figures."""
+    for size, name in ((86400 * 365, "years"), (86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"about {float(f'{seconds / size:.2g}'):g} {name}"
+    return "about a second" if seconds < 2 else f"about {float(f'{seconds:.2g}'):g} seconds"
 
 
 def _show(table: StudyTable, console: Console) -> None:
     from flatmin.study.tables import body, header, remarks
 
     console.print(f"\n{table.spec.title}\n", markup=False)
-    _print_rows([header(table), *body(table)], console)
+    print_rows([header(table), *body(table)], console)
     console.print()
     for text in remarks(table):
         console.print(text, markup=False, soft_wrap=True)
 
 
-def _print_rows(rows: Sequence[Sequence[str]], console: Console) -> None:
-    """Columns side by side; numbers to the right."""
-    from flatmin.study.tables import widths
-
-    wide = widths(rows)
-    for row in rows:
-        cells = [
-            cell.rjust(width) if _number(cell) else cell.ljust(width) for cell, width in zip(row, wide, strict=True)
-        ]
-        console.print("  ".join(cells).rstrip(), markup=False, highlight=False, soft_wrap=True)
-
-
-def _number(cell: str) -> bool:
-    word = cell.partition(" ")[0].replace(",", "")
-    try:
-        return not math.isnan(float(word))
-    except ValueError:
-        return cell == "-"
-
-
 def _write(table: StudyTable, folder: Path, name: str) -> list[Path]:
     """The table in all forms."""
     from flatmin.study import tables
-    from flatmin.train.files import write_atomically
+    from flatmin.train.files import write_text
 
     os.makedirs(folder, exist_ok=True)
     written = []
     for suffix, maker in FILES.items():
         path = folder / f"{name}.{suffix}"
-        write_atomically(path, partial(_put, getattr(tables, maker)(table).encode()))
+        write_text(path, getattr(tables, maker)(table))
         written.append(path)
     return written
-
-
-def _put(content: bytes, file: IO[bytes]) -> None:
-    file.write(content)

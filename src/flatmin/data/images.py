@@ -72,7 +72,10 @@ CIFAR100 = Statistics((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
 IMAGENET = Statistics((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """Of a part of ImageNet's training images, as nearly all published code has them since Torch7's."""
 
-STATISTICS = {"cifar10": CIFAR10, "cifar100": CIFAR100, "imagenet": IMAGENET}
+HALF = Statistics((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+"""Of no data: it takes bytes to the range from -1 to 1, as pretrained vision transformers want them."""
+
+STATISTICS = {"cifar10": CIFAR10, "cifar100": CIFAR100, "imagenet": IMAGENET, "half": HALF}
 
 CIFAR100_COARSE = (
     *(4, 1, 14, 8, 0, 6, 7, 7, 18, 3, 3, 14, 9, 18, 7, 11, 3, 9, 7, 11, 6, 11, 5, 10, 7),

@@ -16,7 +16,7 @@ from flatmin.stats import Stat, summarise
 from flatmin.study.arms import Candidate, arms, candidates, recipe_of
 from flatmin.study.config import BASE, CompareConfig
 from flatmin.study.events import Event, Planned, Timing, Tuned, Warned
-from flatmin.study.executor import Outcome, execute, finished_and_missing
+from flatmin.study.executors import Outcome, execute, finished_and_missing
 from flatmin.study.notes import write_notes
 from flatmin.study.store import Run, Store
 from flatmin.study.summary import Choice, Finding, Ratio, Summary, make_row
@@ -131,7 +131,7 @@ def compare(
 
     Raises:
         ValueError: what `plan` raises, or no run at all had a result.
-        flatmin.study.executor.Interrupted: on Ctrl-C; finished runs are kept.
+        flatmin.study.executors.Interrupted: on Ctrl-C; finished runs are kept.
     """
     tell: OnEvent = on_event if on_event is not None else lambda event: None
     todo = plan(config, out=out, workers=workers) if prepared is None else prepared

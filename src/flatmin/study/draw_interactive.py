@@ -18,11 +18,11 @@ from flatmin.measure.landscape import Slice
 from flatmin.measure.record import Landscape
 from flatmin.measure.trace import Density
 from flatmin.study import plots
-from flatmin.study.page import NUM_TONES, Figure, heading, page, plot_text, write
+from flatmin.study.page import Figure, heading, page, plot_text, write
 from flatmin.study.page import figure as _embedded
 from flatmin.study.plots import Field, Lines, Unit, Value
+from flatmin.study.strokes import SYMBOLS, tone
 
-_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "x", "star", "pentagon", "hexagon")
 _DASHES = ("solid", "dash", "dashdot", "dot")
 _MAP = "Viridis"
 
@@ -175,7 +175,7 @@ def _lines(drawn: Lines) -> Figure:
     data: list[dict[str, Any]] = []
     heights = [v for line in drawn.lines for v in line.y.tolist() if np.isfinite(v)]
     for i, line in enumerate(drawn.lines):
-        color = f"var:tone-{1 + i % (NUM_TONES - 1)}"
+        color = f"var:{tone(i)}"
         error = (
             {} if line.error is None else {"error_y": {"type": "data", "array": line.error.tolist(), "color": color}}
         )
@@ -188,7 +188,7 @@ def _lines(drawn: Lines) -> Figure:
                 "x": line.x.tolist(),
                 "y": line.y.tolist(),
                 "line": {"color": color, "dash": _DASHES[i % len(_DASHES)], "width": 2},
-                "marker": {"color": color, "symbol": _SYMBOLS[i % len(_SYMBOLS)], "size": 8},
+                "marker": {"color": color, "symbol": SYMBOLS[i % len(SYMBOLS)], "size": 8},
                 "hoverinfo": "text",
                 "hovertext": [
                     f"{plot_text(line.label)}<br>{x:.4g}: {y:.6g}" for x, y in zip(line.x, line.y, strict=True)

@@ -11,7 +11,7 @@ from flatmin.train.result import Epoch, Result
 class Planned:
     """Before any work: how many runs are needed, how many of them are finished already, and a guess of the time.
 
-    `stage` is "tune" or "compare". `seconds` covers all runs still to do, None if there are none.
+    `stage` is "tune", "compare", "study" or "search". `seconds` covers all runs still to do; None if it is not known.
     """
 
     stage: str
@@ -24,10 +24,10 @@ class Planned:
     def sentence(self) -> str:
         """E.g. "30 runs, about 55 s"."""
         count = f"{self.runs} run{'s' if self.runs != 1 else ''}"
-        if self.seconds is None:
+        if self.reused == self.runs:
             return f"{count}, all finished before"
         before = f", {self.reused} finished before" if self.reused else ""
-        return f"{count}{before}, about {_round(self.seconds)} s"
+        return f"{count}{before}" + ("" if self.seconds is None else f", about {_round(self.seconds)} s")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,13 +71,27 @@ class Timing:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Measuring:
+    """Trained networks are being measured."""
+
+    nets: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardDone:
+    """A network has been measured."""
+
+    run: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Warned:
     """Something that the user should know and that stops nothing."""
 
     text: str
 
 
-Event = Planned | EpochDone | RunDone | RunBroke | Tuned | Timing | Warned
+Event = Planned | EpochDone | RunDone | RunBroke | Tuned | Timing | Measuring | CardDone | Warned
 
 
 def _round(seconds: float) -> int:

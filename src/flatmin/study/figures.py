@@ -6,15 +6,13 @@ Every trace's `legendgroup` is its arm's label, so that the page's legend shows 
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flatmin.study.page import NUM_TONES, Figure, plot_text
-from flatmin.study.summary import Row, Stat, Summary
-
-_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "x", "star", "pentagon", "hexagon")
+from flatmin.study.page import Figure, plot_text
+from flatmin.study.strokes import SYMBOLS, broken, error_bars, log_axis, number, tone
+from flatmin.study.summary import Row, Summary
 
 
 @dataclass(frozen=True)
@@ -37,25 +35,10 @@ def marks(rows: Sequence[Row], base: str = "sgd") -> dict[str, Mark]:
     turn = 0
     for i, row in enumerate(rows):
         neutral = row.label == base
-        tone = 0 if neutral else 1 + turn % (NUM_TONES - 1)
         dash = "dash" if row.gradient_evaluations <= 1 and not neutral else "solid"
-        result[row.label] = Mark(f"tone-{tone}", _SYMBOLS[i % len(_SYMBOLS)], dash)
+        result[row.label] = Mark("tone-0" if neutral else tone(turn), SYMBOLS[i % len(SYMBOLS)], dash)
         turn += not neutral
     return result
-
-
-def number(stat: Stat, digits: int = 1) -> str:
-    """The mean with its interval: "95.1 ± 0.4", without the interval for a single value, "–" for none."""
-    if not stat.n or math.isnan(stat.mean):
-        return "–"
-    half = "" if math.isnan(stat.half) else f" ± {stat.half:.{digits}f}"
-    return f"{stat.mean:.{digits}f}{half}"
-
-
-def _error(stat: Stat) -> dict[str, Any]:
-    """An error bar of the interval, thick enough to be seen and never in the way."""
-    half = 0.0 if math.isnan(stat.half) else stat.half
-    return {"type": "data", "array": [half], "visible": half > 0, "thickness": 2, "width": 5}
 
 
 def accuracy(summary: Summary, mark: dict[str, Mark]) -> Figure:
@@ -82,7 +65,7 @@ def accuracy(summary: Summary, mark: dict[str, Mark]) -> Figure:
                     "x": [stat.mean],
                     "y": [i + shift],
                     "hovertext": [f"{plot_text(row.label)}, {name}: {number(stat)} % (n = {stat.n})"],
-                    "error_x": _error(stat) | {"color": look.color},
+                    "error_x": error_bars([stat], look.color),
                     "marker": marker | {"size": 12},
                 }
             )
@@ -91,20 +74,12 @@ def accuracy(summary: Summary, mark: dict[str, Mark]) -> Figure:
         "xaxis": {"title": {"text": "test accuracy, %"}},
         "yaxis": {
             "tickvals": list(range(rows)),
-            "ticktext": [_broken(row.label) for row in summary.rows],
+            "ticktext": [broken(row.label) for row in summary.rows],
             "range": [rows - 0.5, -0.5],
             "showgrid": False,
         },
     }
     return Figure(data, layout, height=90 + 44 * max(rows, 3), narrow_margin={"l": 8, "r": 8, "t": 12})
-
-
-def _broken(label: str, width: int = 20, lines: int = 3) -> str:
-    """A long label in short lines, so that it leaves room for the plot."""
-    pieces = textwrap.wrap(label, width) or [label]
-    if len(pieces) > lines:
-        pieces = [*pieces[: lines - 1], pieces[lines - 1][: width - 1] + "…"]
-    return "<br>".join(plot_text(piece) for piece in pieces)
 
 
 def curve(summary: Summary, mark: dict[str, Mark], metric: str, title: str) -> Figure | None:
@@ -184,21 +159,10 @@ def sharpness(summary: Summary, mark: dict[str, Mark]) -> Figure | None:
     if not data:
         return None
     layout = {
-        "xaxis": _log_axis([v for d in data for v in d["x"]], "train cross-entropy at the end (noisy labels)"),
-        "yaxis": _log_axis([v for d in data for v in d["y"]], "λ<sub>max</sub> of the train loss"),
+        "xaxis": log_axis([v for d in data for v in d["x"]], "train cross-entropy at the end (noisy labels)"),
+        "yaxis": log_axis([v for d in data for v in d["y"]], "λ<sub>max</sub> of the train loss"),
     }
     return Figure(data, layout)
-
-
-def _log_axis(values: Sequence[float], title: str) -> dict[str, Any]:
-    """Powers of ten as ticks where there are several of them, else 1, 2, 5 of each decade."""
-    decades = math.log10(max(values) / min(values))
-    return {
-        "type": "log",
-        "dtick": 1 if decades > 2 else "D2",
-        "exponentformat": "power",
-        "title": {"text": title},
-    }
 
 
 def cost(summary: Summary, mark: dict[str, Mark], base: str = "sgd") -> Figure | None:
@@ -223,7 +187,7 @@ def cost(summary: Summary, mark: dict[str, Mark], base: str = "sgd") -> Figure |
                 "mode": "markers",
                 "x": [ratio * spread],
                 "y": [row.last.mean],
-                "error_y": _error(row.last) | {"color": look.color},
+                "error_y": error_bars([row.last], look.color),
                 "hoverinfo": "text",
                 "hovertext": [hover],
                 "marker": {"color": look.color, "symbol": look.symbol, "size": 11},
@@ -253,7 +217,6 @@ def tuning(summary: Summary, mark: dict[str, Mark]) -> Figure | None:
         if not points:
             continue
         look = mark[row.label]
-        halves = [0.0 if math.isnan(stat.half) else stat.half for _, stat in points]
         data.append(
             {
                 "legendgroup": row.label,
@@ -261,7 +224,7 @@ def tuning(summary: Summary, mark: dict[str, Mark]) -> Figure | None:
                 "mode": "lines+markers",
                 "x": [rho for rho, _ in points],
                 "y": [stat.mean for _, stat in points],
-                "error_y": {"type": "data", "array": halves, "color": look.color, "thickness": 1.5, "width": 4},
+                "error_y": error_bars([stat for _, stat in points], look.color),
                 "hoverinfo": "text",
                 "hovertext": [
                     f"{plot_text(row.label)}, rho {rho:g}: {number(stat)} % (n = {stat.n})" for rho, stat in points

@@ -12,13 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from flatmin.study.history import History
-from flatmin.study.page import NUM_TONES, Figure, plot_text
+from flatmin.study.page import Figure, plot_text
+from flatmin.study.strokes import DASHES, DASHES_IN_WORDS, WIDE, tone
 
 POINTS = 1500  # of a curve; where there are more, each is a mean
-_DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
-_IN_WORDS = ("solid", "dashed", "dotted", "dash-dotted", "long dashes", "long dashes with dots")
 _NARROW = {"l": 48, "r": 8}
-_WIDE = 50.0  # a curve that spans more than this factor has a logarithmic axis
 
 Points = tuple[Sequence[float], Sequence[float]]
 Curves = Mapping[str, Callable[[History], Points]]
@@ -62,16 +60,12 @@ class Drawn:
 
 def tones(runs: Sequence[History]) -> dict[str, str]:
     """A colour of the style sheet for each run by name."""
-    return {run.name: _tone(i) for i, run in enumerate(runs)}
-
-
-def _tone(i: int) -> str:
-    return f"tone-{1 + i % (NUM_TONES - 1)}"
+    return {run.name: tone(i) for i, run in enumerate(runs)}
 
 
 def draw(runs: Sequence[History], wanted: Wanted) -> Drawn | None:
     """The figure; None if no run has values for it."""
-    several, tone = len(runs) > 1, tones(runs)
+    several, own = len(runs) > 1, tones(runs)
     names = [name for name, read in wanted.curves.items() if any(read(run)[0] for run in runs)]
     if not names:
         return None
@@ -81,15 +75,15 @@ def draw(runs: Sequence[History], wanted: Wanted) -> Drawn | None:
             points = _thinned(*wanted.curves[name](run))
             if not points[0]:
                 continue
-            color = f"var:{tone[run.name] if several else _tone(i)}"
+            color = f"var:{own[run.name] if several else tone(i)}"
             group = run.name if several else name
-            dash = _DASHES[i % len(_DASHES)] if several else "solid"
+            dash = DASHES[i % len(DASHES)] if several else "solid"
             data.append(_trace(run if several else None, name, points, group, color, dash, wanted.x))
             if wanted.marked and i == 0:
                 data += _mark(run, color, group)
     caption = wanted.caption
     if several and len(names) > 1:
-        kinds = "; ".join(f"{word}: {name}" for word, name in zip(_IN_WORDS, names, strict=False))
+        kinds = "; ".join(f"{word}: {name}" for word, name in zip(DASHES_IN_WORDS, names, strict=False))
         caption = f"{caption} {kinds[0].upper()}{kinds[1:]}.".strip()
     layout: dict[str, Any] = {"xaxis": {"title": {"text": wanted.x}}, "yaxis": _axis(data, wanted)}
     if several or len(names) == 1:
@@ -144,7 +138,7 @@ def _axis(data: Sequence[Mapping[str, Any]], wanted: Wanted) -> dict[str, Any]:
     axis: dict[str, Any] = {"title": {"text": plot_text(wanted.y)}}
     if wanted.zero and min(values) >= 0:
         axis["rangemode"] = "tozero"
-    elif wanted.log and min(values) > 0 and max(values) > _WIDE * min(values):
+    elif wanted.log and min(values) > 0 and max(values) > WIDE * min(values):
         axis |= {"type": "log", "exponentformat": "power", "dtick": 1 if max(values) > 100 * min(values) else "D2"}
     return axis
 

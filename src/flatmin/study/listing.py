@@ -2,19 +2,49 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import os
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flatmin.study.history import History, read
 from flatmin.train.files import reason
-from flatmin.train.lock import changed, in_use
+from flatmin.train.lock import changed_and_size, in_use
+from flatmin.train.result import VERSION
 
 DAMAGED = "damaged"
 # What `RunFolder.begin` writes: other programs have a config.json too, and this one removes whole folders.
 MARKS = ("config.json", "env.json", "metrics.jsonl")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Digest:
+    """What a list shows of a run.
+
+    Args:
+        state: that of `flatmin.study.history.History`.
+        label, method, rho, data, model, seed, epochs: as the run was told.
+        done: epochs so far.
+        epoch, val_acc, test_acc: of the weights that count.
+        failure: why it stopped before its end.
+    """
+
+    state: str
+    label: str
+    method: str
+    rho: float | None
+    data: str
+    model: str
+    seed: int
+    epochs: int
+    done: int
+    epoch: int | None = None
+    val_acc: float | None = None
+    test_acc: float | None = None
+    failure: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,30 +53,32 @@ class Entry:
 
     Args:
         path: its folder.
-        state: that of `History`, or DAMAGED.
         changed: when it was last written to, in seconds since 1970.
         size: bytes on disk.
-        history: without its tables; None if it cannot be read.
+        digest: what it is; None if it cannot be read.
         problem: why it cannot be read.
     """
 
     path: Path
-    state: str
     changed: float
     size: int
-    history: History | None = None
+    digest: Digest | None = None
     problem: str = ""
 
     @property
     def name(self) -> str:
         """Of the folder."""
-        return self.path.resolve().name
+        return self.path.name or self.path.resolve().name
+
+    @property
+    def state(self) -> str:
+        """That of the digest, or DAMAGED."""
+        return DAMAGED if self.digest is None else self.digest.state
 
     @property
     def test_acc(self) -> float | None:
         """Of the weights that count."""
-        chosen = None if self.history is None else self.history.chosen
-        return None if chosen is None else chosen.test_acc
+        return None if self.digest is None else self.digest.test_acc
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -57,23 +89,7 @@ class Entry:
             "changed": self.changed,
             "size": self.size,
         }
-        if self.history is None:
-            return {**found, "problem": self.problem}
-        config, chosen = self.history.config, self.history.chosen
-        return found | {
-            "label": self.history.label,
-            "method": config.method,
-            "rho": config.rho,
-            "data": config.data,
-            "model": config.model,
-            "seed": config.seed,
-            "epochs": config.epochs,
-            "done": len(self.history.lines),
-            "epoch": None if chosen is None else chosen.epoch,
-            "val_acc": None if chosen is None else chosen.val_acc,
-            "test_acc": self.test_acc,
-            "failure": self.history.failure,
-        }
+        return found | ({"problem": self.problem} if self.digest is None else dataclasses.asdict(self.digest))
 
 
 def entries(folder: Path) -> list[Entry]:
@@ -87,28 +103,66 @@ def entries(folder: Path) -> list[Entry]:
     found: list[Path] = []
     for place in (folder / "runs", folder):
         if not found and place.is_dir():
-            found = [path for path in sorted(place.iterdir()) if (path / "config.json").is_file()]
+            found = [place / name for name in sorted(os.listdir(place)) if os.path.isfile(place / name / "config.json")]
     return [_entry(path) for path in found]
 
 
 def _entry(path: Path) -> Entry:
-    shared: dict[str, Any] = {"path": path, "changed": changed(path), "size": size_of(path)}
+    changed, size = changed_and_size(path)
+    shared: dict[str, Any] = {"path": path, "changed": changed, "size": size}
     try:
-        history = read(path, tables=False)
+        return Entry(**shared, digest=_finished(path) or _digest(path))
     except (OSError, ValueError) as error:
-        return Entry(**shared, state=DAMAGED, problem=reason(error))
-    return Entry(**shared, state=history.state, history=history)
+        return Entry(**shared, problem=reason(error))
+
+
+def _finished(path: Path) -> Digest | None:
+    """Of a run that has come to its end, without a look at all that it has recorded; None for any other.
+
+    Lists are long, and nearly all that is in them is finished.
+    """
+    try:
+        config = json.loads((path / "config.json").read_bytes())
+        result = json.loads((path / "result.json").read_bytes())
+        chosen = result["chosen"]
+        if result["version"] != VERSION or result["failure"] is not None:
+            return None
+        return Digest(
+            state="finished",
+            label=config.get("label", path.name),
+            **{key: config[key] for key in ("method", "rho", "data", "model", "seed", "epochs")},
+            done=(path / "metrics.jsonl").read_bytes().count(b"\n"),
+            **{key: chosen[key] for key in ("epoch", "val_acc", "test_acc")},
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _digest(path: Path) -> Digest:
+    """Of any run.
+
+    Raises:
+        OSError, ValueError: it cannot be read.
+    """
+    from flatmin.study.history import read  # brings torch, which long lists of finished runs do without
+
+    run = read(path, tables=False)
+    chosen = run.chosen
+    return Digest(
+        state=run.state,
+        label=run.label,
+        **{key: getattr(run.config, key) for key in ("method", "rho", "data", "model", "seed", "epochs")},
+        done=len(run.lines),
+        epoch=None if chosen is None else chosen.epoch,
+        val_acc=None if chosen is None else chosen.val_acc,
+        test_acc=None if chosen is None else chosen.test_acc,
+        failure=run.failure,
+    )
 
 
 def size_of(folder: Path) -> int:
     """Bytes of the files in a folder."""
-    total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.lstat().st_size if not path.is_dir() else 0
-        except OSError:  # a checkpoint that was replaced meanwhile
-            continue
-    return total
+    return changed_and_size(folder)[1]
 
 
 def check_removable(folders: Iterable[Path], *, force: bool = False) -> None:

@@ -10,7 +10,21 @@ from typing import Any
 
 from flatmin.study import draw_interactive as draw
 from flatmin.study.measured import Comparison, Measured, compare_cards, groups_of, left_out, told, unlike
-from flatmin.study.page import Cell, Column, Figure, Markup, code, facts, figure, heading, notes, page, paragraph, table
+from flatmin.study.page import (
+    Cell,
+    Column,
+    Figure,
+    Markup,
+    code,
+    facts,
+    figure,
+    flat,
+    heading,
+    notes,
+    page,
+    paragraph,
+    table,
+)
 
 _NUMBERS = (
     Column("quantity", text=True),
@@ -46,7 +60,7 @@ def render(nets: Sequence[Measured], *, command: Sequence[str] = (), environment
         heading("How this was made"),
         code(shlex.join(command)),
         facts(_conventions(nets[0]) | {key.replace("_", " "): value for key, value in settings.items()}),
-        facts({key.replace("_", " "): value for key, value in _flat(environment).items()}),
+        facts(flat(environment)),
     ]
     return page(f"Measures: {title}", body, foot)
 
@@ -115,13 +129,6 @@ def sentence(net: Measured) -> str:
 
 def _conventions(net: Measured) -> dict[str, object]:
     return {key.replace("_", " "): value for key, value in dataclasses.asdict(net.card.conventions).items()}
-
-
-def _flat(environment: Mapping[str, object]) -> dict[str, object]:
-    return {
-        key: ", ".join(f"{k} {v}" for k, v in value.items() if v is not None) if isinstance(value, Mapping) else value
-        for key, value in environment.items()
-    }
 
 
 def _figures(shown: Mapping[str, Measured], several: bool) -> list[tuple[str, str, Figure]]:

@@ -27,6 +27,7 @@ from typing import Any
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data: blob:"
 
 NUM_TONES = 10
+_TALL = 30  # tables of more rows scroll in a box of their own
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,8 @@ class Figure:
     """A plotly figure as plain data.
 
     Args:
-        data: traces, as plotly.js takes them. `legendgroup` is the key by which the page's legend hides them.
+        data: traces, as plotly.js takes them. `legendgroup` is the key by which the page's legend hides them, and
+            `points`, if there, the keys of the choices that show them.
         layout: laid over the house layout (fonts, grid, margins), key by key.
         height: in CSS pixels.
         narrow_margin: margins on a phone.
@@ -115,6 +117,15 @@ def facts(pairs: Mapping[str, object]) -> Markup:
     return Markup(f"<dl>{inner}</dl>")
 
 
+def flat(environment: Mapping[str, object]) -> dict[str, object]:
+    """Facts of a nested table: its own tables as one line each, and no line for what is absent."""
+    nested = {
+        key: ", ".join(f"{k} {v}" for k, v in value.items() if v is not None) if isinstance(value, Mapping) else value
+        for key, value in environment.items()
+    }
+    return {key.replace("_", " "): value for key, value in nested.items() if value not in (None, "")}
+
+
 def table(columns: Sequence[Column], rows: Sequence[Sequence[Cell]]) -> Markup:
     """A table that sorts on a click; the first column names the row.
 
@@ -134,8 +145,9 @@ def table(columns: Sequence[Column], rows: Sequence[Sequence[Cell]]) -> Markup:
             _cell("td" if i else "th", cell, column) for i, (cell, column) in enumerate(zip(row, columns, strict=True))
         ]
         body.append(f"<tr>{''.join(cells)}</tr>")
+    kind = "scroll tall" if len(rows) > _TALL else "scroll"
     return Markup(
-        f'<div class="scroll" tabindex="0"><table class="sortable"><thead><tr>{head}</tr></thead>'
+        f'<div class="{kind}" tabindex="0"><table class="sortable"><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(body)}</tbody></table></div>"
     )
 
@@ -153,14 +165,39 @@ def _cell(tag: str, cell: Cell, column: Column) -> str:
     return f"<{tag}{attributes}>{swatch}{escape(cell.text)}{minor}{flag}</{tag}>"
 
 
-def legend(entries: Mapping[str, tuple[str, str]]) -> Markup:
-    """Check boxes that show and hide traces in all figures of the page: {legendgroup: (text, tone)}."""
+def legend(entries: Mapping[str, tuple[str, str]], points: Mapping[str, str] | None = None, *, at: str = "") -> Markup:
+    """Check boxes that show and hide traces in all figures of the page, and a list of points to choose one from.
+
+    Args:
+        entries: {legendgroup: (text, tone)}.
+        points: {key: text}; a trace that has a list "points" is shown at those of them only. The key "" shows all.
+        at: the key that is chosen at first.
+    """
     inner = "".join(
         f'<label><input type="checkbox" value="{escape(key)}" checked>'
         f'<span class="swatch" style="background: var(--{escape(tone)})"></span><span>{escape(text)}</span></label>'
         for key, (text, tone) in entries.items()
     )
+    if points:
+        options = "".join(
+            f'<option value="{escape(key)}"{" selected" if key == at else ""}>{escape(text)}</option>'
+            for key, text in points.items()
+        )
+        inner = f'<label class="choice"><span>figures show</span><select>{options}</select></label>{inner}'
     return Markup(f'<div class="legend" role="group" aria-label="shown in the figures">{inner}</div>')
+
+
+def panels(figures: Mapping[str, Figure]) -> Markup:
+    """Figures under their names, side by side where the page is wide enough."""
+    inner = [
+        Markup('<div class="panel">')
+        + Markup(f"<h3>{escape(name)}</h3>" if len(figures) > 1 else "")
+        + figure(fig, name)
+        + Markup("</div>")
+        for name, fig in figures.items()
+    ]
+    kind = "panels" if len(figures) > 1 else "panels one"
+    return Markup(f'<div class="{kind}">') + sum(inner, Markup("")) + Markup("</div>")
 
 
 def figure(fig: Figure, description: str) -> Markup:

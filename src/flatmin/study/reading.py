@@ -6,15 +6,18 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from flatmin.measure.card import CardSettings, chosen
+from flatmin.study.measuring import View
+from flatmin.study.record import Record
 from flatmin.study.spec import METRICS, Arm, Given, Published, StudySpec, as_word
 from flatmin.study.sweep import Axis, read_axis, tidy
 from flatmin.train.config import RunConfig
 from flatmin.train.options import Options
-from flatmin.train.settings import field_types, read_preset
+from flatmin.train.settings import describe, field_types, fill, read_preset
 from flatmin.words import suggest
 
 _LISTS = tuple(key for key, kind in field_types(RunConfig).items() if str(kind).startswith("tuple"))
-_ARM = ("label", "axes")
+_ARM = ("label", "axes", "choose")
 _FIXED = ("method", "plugins")
 
 
@@ -76,7 +79,8 @@ def _apart(spec: StudySpec) -> None:
 
 
 _KEYS = tuple(f.name for f in dataclasses.fields(StudySpec) if f.name not in ("name", "changed"))
-_TABLES, _LISTED = ("settings", "axes"), ("arms", "seeds", "given", "published", "notes")
+_TABLES = ("settings", "axes", "record", "measure")
+_LISTED = ("arms", "seeds", "columns", "choose", "given", "published", "notes")
 
 
 def _spec(name: str, table: Mapping[str, Any]) -> StudySpec:
@@ -114,13 +118,66 @@ def _spec(name: str, table: Mapping[str, Any]) -> StudySpec:
         arms=arms,
         seeds=_seeds(table.get("seeds", (0, 1, 2))),
         baseline=baseline,
+        columns=_names(name, "columns", table),
+        choose=_names(name, "choose", table),
+        record=_record(name, table.get("record", {})),
+        measure=_view(name, table["measure"]) if "measure" in table else None,
         given=tuple(_given(name, one) for one in table.get("given", ())),
         published=tuple(_published(name, one) for one in table.get("published", ())),
         notes=tuple(map(str, table.get("notes", ()))),
     )
+    for column in spec.columns:
+        _check_column(spec, column)
     for one in spec.published:
         _check_published(spec, one)
     return spec
+
+
+def _names(name: str, key: str, table: Mapping[str, Any]) -> tuple[str, ...]:
+    found = table.get(key, ())
+    _expect(name, key, list(found) if isinstance(found, tuple) else found, list)
+    return tuple(map(str, found))
+
+
+def _record(name: str, table: Mapping[str, Any]) -> Record:
+    try:
+        return fill(Record, table, origin="record")
+    except ValueError as error:
+        raise ValueError(f"study {name}, record: {error}") from error
+
+
+_VIEW = ("what", "split", "examples", "batch", "params", "mode", "dtype")
+
+
+def _view(name: str, table: Mapping[str, Any]) -> View:
+    """What is measured of trained networks; its own table `settings` is of `flatmin.measure.CardSettings`."""
+    for key, value in table.items():
+        if key != "settings" and key not in _VIEW:
+            raise ValueError(f"study {name}: measure has no {key!r}{suggest(key, _VIEW)} (entries: {', '.join(_VIEW)})")
+        if key != "settings":
+            wanted = int if key in ("examples", "batch") else str
+            if type(value) is not wanted:
+                raise ValueError(f"study {name}: measure.{key} = {value!r} is no {describe(wanted)}.")
+    try:
+        own = fill(CardSettings, table.get("settings", {}), origin="measure.settings")
+        view = View(**{**{key: value for key, value in table.items() if key != "settings"}, "settings": own})
+        chosen(view.what)
+    except ValueError as error:
+        raise ValueError(f"study {name}, measure: {error}") from error
+    return view
+
+
+def _check_column(spec: StudySpec, column: str) -> None:
+    """Refuse a column that no run of the study can have."""
+    diagnostic, _, when = column.partition("@")
+    if when:
+        good = when in ("first", "last") and diagnostic and spec.record.diagnostics
+        wanted = "NAME@first or NAME@last, with diagnostics in [record]"
+    else:
+        good = column in METRICS or spec.measure is not None
+        wanted = f"{', '.join(METRICS)}, or a number on the card that [measure] asks for"
+    if not good:
+        raise ValueError(f"study {spec.name}: no run has the column {column!r}; expected {wanted}.")
 
 
 def _expect(name: str, what: str, value: Any, wanted: type) -> None:
@@ -135,7 +192,12 @@ def _arm(name: str, table: Mapping[str, Any]) -> Arm:
     settings = {key: value for key, value in table.items() if key not in _ARM}
     axes = table.get("axes", {})
     _expect(name, f"axes of {table['label']!r}", axes, dict)
-    return Arm(label=str(table["label"]), settings=_words(name, settings), axes=_axes(name, axes))
+    return Arm(
+        label=str(table["label"]),
+        settings=_words(name, settings),
+        axes=_axes(name, axes),
+        choose=_names(name, "choose", table),
+    )
 
 
 def _given(name: str, table: Mapping[str, Any]) -> Given:
@@ -172,9 +234,10 @@ def _check_published(spec: StudySpec, one: Published) -> None:
     arm = next((arm for arm in spec.arms if arm.label == one.label), None)
     if arm is None:
         raise ValueError(f"study {spec.name}: a published number has the label {one.label!r}, which is no arm.")
-    if one.metric not in METRICS:
+    if one.metric not in (spec.columns or METRICS):
         raise ValueError(
-            f"study {spec.name}: a published number has the metric {one.metric!r} (metrics: {', '.join(METRICS)})"
+            f"study {spec.name}: a published number has the metric {one.metric!r} "
+            f"(columns: {', '.join(spec.columns or METRICS)})"
         )
     axes = {axis.key: axis.values for axis in (*spec.axes, *arm.axes)}
     known = {*axes, *field_types(RunConfig), *spec.settings, *arm.settings}
@@ -201,7 +264,8 @@ def _words(name: str, table: Mapping[str, Any]) -> dict[str, str]:
         if key == "seed":
             raise ValueError(f"study {name}: seeds stand in the list seeds.")
         if key in field_types(Options):
-            raise ValueError(f"study {name}: {key} says how one run is logged and kept; a study has its own way.")
+            own = "; it is an entry of [record]" if key in field_types(Record) else ""
+            raise ValueError(f"study {name}: {key} says how one run is logged and kept, and is no setting{own}.")
     return {key: as_word(value) for key, value in table.items()}
 
 

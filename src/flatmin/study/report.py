@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
 from pathlib import Path
 
 from flatmin.study import figures
-from flatmin.study.figures import Mark, number
+from flatmin.study.figures import Mark
 from flatmin.study.page import (
     Cell,
     Column,
@@ -16,6 +15,7 @@ from flatmin.study.page import (
     code,
     facts,
     figure,
+    flat,
     heading,
     legend,
     notes,
@@ -24,6 +24,7 @@ from flatmin.study.page import (
     table,
     write,
 )
+from flatmin.study.strokes import number
 from flatmin.study.summary import Row, Summary
 
 _COLUMNS = (
@@ -62,7 +63,7 @@ def render_report(summary: Summary) -> str:
         *_figures(summary, mark),
         *_choices(summary, mark),
     ]
-    foot = [heading("How this was made"), code(summary.command), facts(_flat(summary.environment))]
+    foot = [heading("How this was made"), code(summary.command), facts(flat(summary.environment))]
     return page(summary.title, body, foot)
 
 
@@ -164,15 +165,6 @@ def _row(row: Row, mark: Mark) -> list[Cell]:
         Cell(f"{row.gradient_evaluations:g}", sort=row.gradient_evaluations),
         time,
     ]
-
-
-def _flat(environment: Mapping[str, object]) -> dict[str, object]:
-    """Nested tables as one line each, and no line for what is absent."""
-    nested = {
-        key: ", ".join(f"{k} {v}" for k, v in value.items() if v is not None) if isinstance(value, Mapping) else value
-        for key, value in environment.items()
-    }
-    return {key.replace("_", " "): value for key, value in nested.items() if value not in (None, "")}
 
 
 def _signed(text: str) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from flatmin.study.measuring import View
+from flatmin.study.record import Record
 from flatmin.study.sweep import Axis
 
 METRICS = ("test_acc", "val_acc", "memorised", "train_ce", "lambda_max", "seconds")
@@ -19,11 +21,13 @@ class Arm:
         label: what the table calls it.
         settings: of its runs, as words.
         axes: of its own, beside the study's.
+        choose: of its axes, those whose value is chosen on validation, beside the study's.
     """
 
     label: str
     settings: Mapping[str, str]
     axes: tuple[Axis, ...] = ()
+    choose: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +50,7 @@ class Published:
     Args:
         label: of the arm.
         where: values of axes that it belongs to.
-        metric: a column, e.g. "test_acc".
+        metric: a column, e.g. "test_acc"; see `StudySpec.columns`.
         value: in that column's unit.
         spread: as printed, e.g. a standard deviation; None if none is.
         source: where it was read.
@@ -74,6 +78,12 @@ class StudySpec:
         arms: rows.
         seeds: one run each.
         baseline: label of the arm that differences are taken to.
+        columns: of the table; none: those of `METRICS` that some run has. Beside these: NAME@first and NAME@last, the
+            mean of a diagnostic over the first and the last tenth of the lines that `record` asks for, and names of
+            numbers on the card that `measure` asks for, such as lambda_1.
+        choose: axes whose value is chosen, for every arm and point of the other axes, by mean validation accuracy.
+        record: what runs write down while they train.
+        measure: what is measured of the trained networks; None: nothing.
         given: further settings of some points.
         published: numbers to stand beside.
         notes: what a reader must know, such as how this differs from the source.
@@ -89,6 +99,10 @@ class StudySpec:
     arms: tuple[Arm, ...]
     seeds: tuple[int, ...]
     baseline: str
+    columns: tuple[str, ...] = ()
+    choose: tuple[str, ...] = ()
+    record: Record = field(default_factory=Record)
+    measure: View | None = None
     given: tuple[Given, ...] = ()
     published: tuple[Published, ...] = ()
     notes: tuple[str, ...] = ()

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from flatmin.study.record import Record
 from flatmin.train.config import RunConfig, identity
 from flatmin.train.files import reason
 from flatmin.train.folder import RunFolder
@@ -23,11 +24,13 @@ class Run:
         label: the arm it belongs to; names the folder and nothing else.
         config: what decides the outcome.
         code: digest of the code that matters.
+        record: what it writes down beside; a finished run that has not is done again.
     """
 
     label: str
     config: RunConfig
     code: str
+    record: Record = field(default_factory=Record)
 
     @property
     def key(self) -> str:
@@ -37,7 +40,8 @@ class Run:
     @property
     def labels(self) -> dict[str, str]:
         """What config.json holds beside the configuration."""
-        return {"label": self.label, "key": self.key, "code": self.code}
+        found = {"label": self.label, "key": self.key, "code": self.code}
+        return {**found, "record": self.record.word} if self.record.word else found
 
     @property
     def name(self) -> str:
@@ -52,14 +56,16 @@ class Store:
     Args:
         out: made if it does not exist.
         weights: whether finished runs keep their trained weights.
+        checkpoint_seconds: runs write a checkpoint at the end of an epoch if so many seconds have passed since the last
+            one; 0: at the end of every epoch.
         make: False: look for finished runs only, and leave the folder as it is.
 
     Raises:
         ValueError: a folder that cannot be made or written to.
     """
 
-    def __init__(self, out: Path, *, weights: bool = True, make: bool = True) -> None:
-        self.out, self.weights = Path(out), weights
+    def __init__(self, out: Path, *, weights: bool = True, make: bool = True, checkpoint_seconds: float = 60.0) -> None:
+        self.out, self.weights, self.checkpoint_seconds = Path(out), weights, checkpoint_seconds
         self.runs = self.out / "runs"
         if not make:
             return
@@ -90,6 +96,9 @@ class Store:
             return None
         try:
             result = folder.result(lambda found: found["key"] == run.key)
+            if not run.record.kept_in(folder.config()[1]):
+                warn(f"{folder.path} has not recorded what this study looks at; the run is done again.")
+                return None
             return result, folder.lines(expected=None if result.failure else result.epochs)
         except (OSError, ValueError) as error:
             path = folder.path / "result.json"

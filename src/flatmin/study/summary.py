@@ -9,7 +9,7 @@ from typing import Any
 
 from flatmin.stats import Stat, paired, summarise
 from flatmin.study.arms import Candidate
-from flatmin.study.executor import Outcome
+from flatmin.study.executors import Outcome
 from flatmin.study.timing import Ratio
 from flatmin.train.config import Scalar
 from flatmin.train.result import Result

@@ -5,9 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from flatmin.study.studies import StudyRow, StudyTable, Value
+from flatmin.stats import Stat
+from flatmin.study.tabulate import StudyRow, StudyTable, Value
 
 TITLES = {
     "test_acc": "test %",
@@ -27,26 +28,39 @@ ABSENT = "-"
 
 def header(table: StudyTable) -> list[str]:
     """Names of the columns: arm, axes, n, gradients, then the metrics, differences and published numbers."""
-    found = ["arm", *_axes(table), "n", "grads/step"]
+    found = ["arm", *axes(table), *(["chosen"] if table.tried else []), "n", "grads/step"]
     for metric in table.metrics:
-        found.append(f"{TITLES[metric]} ±95 %")
+        found.append(f"{title(metric)} ±95 %")
         if metric == "test_acc":
             found += [f"vs {table.spec.baseline} (paired)", "p (Holm)"]
+            if _has_equal(table):
+                found += ["vs plain, equal grads", "p (Holm), equal grads"]
         if _has_published(table, metric):
-            found.append(f"published {TITLES[metric]}")
+            found.append(f"published {title(metric)}")
     return found
+
+
+def title(metric: str) -> str:
+    """What a column is called."""
+    return TITLES.get(metric, metric)
 
 
 def body(table: StudyTable) -> list[list[str]]:
     """One list of cells a row, as `header` names them."""
     rows = []
     for row in table.rows:
-        cells = [row.arm, *(row.values.get(key, ABSENT) for key in _axes(table)), str(row.n), f"{row.gradients:.3g}"]
+        cells = [row.arm, *(row.point.get(key, ABSENT) for key in axes(table))]
+        if table.tried:
+            cells.append(_words(row.chosen) or ABSENT)
+        cells += [str(row.n), f"{row.gradients:.3g}"]
         for metric in table.metrics:
             value = row.columns[metric]
             cells.append(estimate(value, metric))
             if metric == "test_acc":
-                cells += [difference(value), ABSENT if value.p is None else f"{value.p:.2g}"]
+                cells += [difference(value.diff), _chance(value.p)]
+                if _has_equal(table):
+                    equal = row.equal
+                    cells += [ABSENT, ABSENT] if equal is None else [difference(equal.diff), _chance(equal.p)]
             if _has_published(table, metric):
                 cells.append(published(value, metric))
         rows.append(cells)
@@ -55,16 +69,24 @@ def body(table: StudyTable) -> list[list[str]]:
 
 def estimate(value: Value, metric: str) -> str:
     """Mean and half width of the 95 % interval; the mean alone for one seed."""
-    stat, digits = value.stat, _DIGITS[metric]
+    stat = value.stat
     if not stat.n:
         return ABSENT
-    half = "" if math.isnan(stat.half) else f" ±{stat.half:.{digits}f}"
-    return f"{stat.mean:.{digits}f}{half}"
+    form = _form(metric)
+    half = "" if math.isnan(stat.half) else f" ±{stat.half:{form}}"
+    return f"{stat.mean:{form}}{half}"
 
 
-def difference(value: Value) -> str:
-    """The paired difference with its interval."""
-    diff = value.diff
+def _form(metric: str) -> str:
+    return f".{_DIGITS[metric]}f" if metric in _DIGITS else ".4g"
+
+
+def _chance(p: float | None) -> str:
+    return ABSENT if p is None else f"{p:.2g}"
+
+
+def difference(diff: Stat | None) -> str:
+    """A paired difference with its interval."""
     if diff is None:
         return ABSENT
     half = "" if math.isnan(diff.half) else f" ±{diff.half:.2f}"
@@ -76,14 +98,14 @@ def published(value: Value, metric: str) -> str:
     texts = []
     for one in value.published:
         spread = "" if one.spread is None else f" ±{one.spread:g}"
-        texts.append(f"{one.value:.{_DIGITS[metric]}f}{spread}")
+        texts.append(f"{one.value:{_form(metric)}}{spread}")
     return ", ".join(texts) or ABSENT
 
 
 def remarks(table: StudyTable) -> list[str]:
     """What stands below the table: flags, sources, notes, and what p and the intervals are."""
     spec = table.spec
-    found = [f"{_name(row)}: {', '.join(row.flags)}." for row in table.rows if row.flags]
+    found = [f"{row.label}: {', '.join(row.flags)}." for row in table.rows if row.flags]
     found += [f"{run}: {error}" for run, error in table.errors.items()]
     shown = [one for row in table.rows for metric in table.metrics for one in row.columns[metric].published]
     found += [f"Published: {source}." for source in dict.fromkeys(one.source for one in shown)]
@@ -96,7 +118,24 @@ def remarks(table: StudyTable) -> list[str]:
             "t test, corrected for all rows by Holm's method. Nothing is bold: what lies inside the intervals is not "
             "told apart."
         )
+    if _has_equal(table):
+        names = dict.fromkeys(row.equal.label for row in table.rows if row.equal is not None)
+        found.append(
+            "Equal grads: against plain training that took as many gradient evaluations (within 2 %), of several the "
+            f"best on validation: {', '.join(names)}."
+        )
+    found += [_choice(label, rows) for label, rows in table.tried.items()]
     return [*found, *spec.notes]
+
+
+def _choice(label: str, rows: Sequence[StudyRow]) -> str:
+    """What a row was chosen from."""
+    scores = [f"{_words(row.chosen)} {estimate(row.columns['val_acc'], 'val_acc')}" for row in rows]
+    return f"{label} is chosen by mean validation accuracy in %: {'; '.join(scores)}."
+
+
+def _words(values: Mapping[str, str]) -> str:
+    return " ".join(f"{key}={value}" for key, value in values.items())
 
 
 def markdown(table: StudyTable) -> str:
@@ -111,42 +150,50 @@ def comma_separated(table: StudyTable) -> str:
     """CSV with one number a cell: mean, half width, standard deviation, difference, its half width, p, published."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    axes = _axes(table)
+    keys = axes(table)
     kinds = ("mean", "half", "std", "diff", "diff_half", "p", "published")
-    writer.writerow(["arm", *axes, "n", "gradients", *(f"{m}_{kind}" for m in table.metrics for kind in kinds)])
+    equal = ("equal_diff", "equal_half", "equal_p")
+    names = [f"{m}_{kind}" for m in table.metrics for kind in kinds]
+    writer.writerow(["arm", *keys, "chosen", "n", "gradients", "budget", *equal, *names])
     for row in table.rows:
-        cells: list[object] = [row.arm, *(row.values.get(key, "") for key in axes), row.n, row.gradients]
+        cells: list[object] = [row.arm, *(row.point.get(key, "") for key in keys), _words(row.chosen)]
+        cells += [row.n, row.gradients]
+        own = [row.budget, *([math.nan] * 3 if row.equal is None else _numbers(row.equal.diff, row.equal.p))]
+        cells += ["" if math.isnan(number) else number for number in own]
         for metric in table.metrics:
             value = row.columns[metric]
-            diff = value.diff
-            numbers = [value.stat.mean, value.stat.half, value.std]
-            numbers += [math.nan, math.nan] if diff is None else [diff.mean, diff.half]
-            numbers += [math.nan if value.p is None else value.p]
+            numbers = [value.stat.mean, value.stat.half, value.std, *_numbers(value.diff, value.p)]
             numbers += [value.published[0].value if value.published else math.nan]
             cells += ["" if math.isnan(number) else number for number in numbers]
         writer.writerow(cells)
     return out.getvalue()
 
 
+def _numbers(diff: Stat | None, p: float | None) -> list[float]:
+    found = [math.nan, math.nan] if diff is None else [diff.mean, diff.half]
+    return [*found, math.nan if p is None else p]
+
+
 def latex(table: StudyTable) -> str:
     """A LaTeX tabular for the package booktabs."""
     names = header(table)
-    columns = "l" * (1 + len(_axes(table))) + "r" * (len(names) - 1 - len(_axes(table)))
+    columns = "l" * (1 + len(axes(table))) + "r" * (len(names) - 1 - len(axes(table)))
     lines = [" & ".join(cell.translate(_LATEX) for cell in row) + r" \\" for row in [names, *body(table)]]
     begin = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", lines[0], r"\midrule"]
     return "\n".join([*begin, *lines[1:], r"\bottomrule", r"\end{tabular}"]) + "\n"
 
 
-def _axes(table: StudyTable) -> list[str]:
-    return list(dict.fromkeys(key for row in table.rows for key in row.values))
+def axes(table: StudyTable) -> list[str]:
+    """Keys of the columns that tell the rows of an arm apart."""
+    return list(dict.fromkeys(key for row in table.rows for key in row.point))
 
 
 def _has_published(table: StudyTable, metric: str) -> bool:
     return any(row.columns[metric].published for row in table.rows)
 
 
-def _name(row: StudyRow) -> str:
-    return " ".join([row.arm, *(f"{key}={value}" for key, value in row.values.items())])
+def _has_equal(table: StudyTable) -> bool:
+    return any(row.equal is not None for row in table.rows)
 
 
 def widths(rows: Sequence[Sequence[str]]) -> list[int]:

@@ -12,7 +12,7 @@ from flatmin.data.named import DATASETS
 from flatmin.models.zoo import MODELS
 from flatmin.recipes import Recipe, compose, method_table
 from flatmin.study.spec import Arm, StudySpec, as_word
-from flatmin.study.sweep import Axis, points, tidy, words
+from flatmin.study.sweep import points, tidy, words
 from flatmin.train.config import RunConfig
 from flatmin.train.locate import find_module
 from flatmin.train.options import Options
@@ -31,11 +31,13 @@ class Cell:
         arm: label.
         values: of the axes that have more than one value.
         configs: by seed; at least one.
+        choose: those of `values` that are chosen on validation.
     """
 
     arm: str
     values: Mapping[str, str]
     configs: Mapping[int, RunConfig]
+    choose: frozenset[str] = frozenset()
 
     @property
     def label(self) -> str:
@@ -59,6 +61,11 @@ class Cell:
             value = found[0] if found else None
         return None if value is None else tidy(as_word(value))
 
+    @property
+    def point(self) -> dict[str, str]:
+        """The values that are not chosen."""
+        return {key: value for key, value in self.values.items() if key not in self.choose}
+
     def at(self, where: Mapping[str, str]) -> bool:
         """Whether its runs have all these settings."""
         return all(self.setting(key) == value for key, value in where.items())
@@ -78,7 +85,7 @@ def cells(spec: StudySpec) -> list[Cell]:
         recipe = _recipe(spec, arm, preset)
         parameters += recipe.parameters()
         own = {*arm.settings, *(axis.key for axis in arm.axes)}
-        axes = [axis for axis in spec.axes if axis.key not in own and _takes(recipe, axis)]
+        axes = [axis for axis in spec.axes if axis.key not in own and _takes(recipe, axis.key)]
         used |= {axis.key for axis in axes} | own
         axes += arm.axes
         shown = {axis.key for axis in axes if len(axis.values) > 1}
@@ -89,12 +96,17 @@ def cells(spec: StudySpec) -> list[Cell]:
                     arm=arm.label,
                     values={key: value for key, value in point.items() if key in shown},
                     configs={seed: dataclasses.replace(config, seed=seed) for seed in spec.seeds},
+                    choose=frozenset(shown & {*spec.choose, *arm.choose}),
                 )
             )
     for axis in spec.axes:
         if axis.key not in used:
             known = [*_FIELDS, *dict.fromkeys(name.partition(".")[2] for name in parameters)]
             raise ValueError(f"study {spec.name}: no arm has {axis.key!r} to set{suggest(axis.key, known)}")
+    axes_of_all = {axis.key for axis in (*spec.axes, *(axis for arm in spec.arms for axis in arm.axes))}
+    for key in (*spec.choose, *(key for arm in spec.arms for key in arm.choose)):
+        if key not in axes_of_all:
+            raise ValueError(f"study {spec.name}: {key} cannot be chosen, for it is no axis{suggest(key, axes_of_all)}")
     return found
 
 
@@ -134,10 +146,14 @@ def _recipe(spec: StudySpec, arm: Arm, preset: Mapping[str, Any]) -> Recipe:
     return compose(chosen.get("method", str(preset.get("method", "sam"))), method_table(plugins))
 
 
-def _takes(recipe: Recipe, axis: Axis) -> bool:
-    """Whether an arm has what an axis of all arms varies: sgd has no radius, and only some methods a theta."""
-    if axis.key == "rho":
+def takes(spec: StudySpec, arm: Arm, key: str) -> bool:
+    """Whether an arm's runs have a setting: sgd has no radius, and only some methods a theta."""
+    return _takes(_recipe(spec, arm, read_preset(spec.train, "train")), key)
+
+
+def _takes(recipe: Recipe, key: str) -> bool:
+    if key == "rho":
         return recipe.ascends
-    if axis.key in _FIELDS or axis.key in field_types(Options) or axis.key.startswith("model."):
+    if key in _FIELDS or key in field_types(Options) or key.startswith("model."):
         return True
-    return any(axis.key in (name, name.partition(".")[2]) for name in recipe.parameters())
+    return any(key in (name, name.partition(".")[2]) for name in recipe.parameters())

@@ -19,6 +19,11 @@ def write_json(path: Path, content: Any) -> None:
     write_atomically(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
 
 
+def write_text(path: Path, text: str) -> None:
+    """Text by write, fsync and rename."""
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """A file by write, fsync and rename: it has the old content or the new one, never a part.
 

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from flatmin.train import checkpoint
+from flatmin.train import checkpoint, lock
 from flatmin.train.config import RunConfig
-from flatmin.train.files import append, reason, sweep, write_atomically, write_json
+from flatmin.train.files import append, reason, sweep, write_atomically, write_json, write_text
 from flatmin.train.inputs import Inputs
-from flatmin.train.result import Epoch, Result
+from flatmin.train.result import VERSION, Epoch, Result
 from flatmin.train.settings import canonical, fill
 
-VERSION = 1
 WEIGHTS = "weights.pt"
 INPUTS = "data.json"
 PAGE = "show.html"  # what `flatmin show` writes
@@ -39,6 +38,28 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
+        self._held = False
+
+    @contextmanager
+    def hold(self, *, patience: float | None = lock.GLANCE) -> Iterator[None]:
+        """Keep other processes from training here; inside, a second call of this object's is part of the first.
+
+        Args:
+            patience: see `flatmin.train.lock.hold`.
+
+        Raises:
+            ValueError: another process trains here.
+            OSError: the folder cannot be made.
+        """
+        if self._held:
+            yield
+            return
+        with lock.hold(self.path, patience=patience):
+            self._held = True
+            try:
+                yield
+            finally:
+                self._held = False
 
     @property
     def checkpoints(self) -> Path:
@@ -77,6 +98,8 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         for name in ("result.json", WEIGHTS, "nonfinite.json", INPUTS, PAGE, *TABLES):
             (self.path / name).unlink(missing_ok=True)
+        for card in self.path.glob("card-*.json"):  # of an earlier run's weights
+            card.unlink()
         checkpoint.clear(self.checkpoints)
         sweep(self.path)
         self.set_lines([])
@@ -123,7 +146,7 @@ class RunFolder:
     def set_lines(self, lines: Sequence[Epoch]) -> None:
         """Write metrics.jsonl anew."""
         text = "".join(json.dumps(dataclasses.asdict(line)) + "\n" for line in lines)
-        write_atomically(self.path / "metrics.jsonl", partial(_write, text.encode()))
+        write_text(self.path / "metrics.jsonl", text)
 
     def lines(self, *, expected: int | None = None) -> list[Epoch]:
         """The epochs in metrics.jsonl.
@@ -184,9 +207,9 @@ class RunFolder:
         sweep(self.path)
         self.set_lines(lines)
         for name in TABLES:
-            kept = "".join(json.dumps(one) + "\n" for one in self._table(name) if one["step"] <= step).encode()
             if (self.path / name).is_file():
-                write_atomically(self.path / name, partial(_write, kept))
+                kept = [json.dumps(one) + "\n" for one in self._table(name) if one["step"] <= step]
+                write_text(self.path / name, "".join(kept))
 
     def keep(self, state: Mapping[str, Any]) -> None:
         """Write the chosen weights."""
@@ -219,7 +242,3 @@ class RunFolder:
             raise
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(reason(error)) from error
-
-
-def _write(content: bytes, file: IO[bytes]) -> None:
-    file.write(content)

@@ -1,7 +1,7 @@
 """Whether somebody trains in a folder: a lock on the folder itself, which ends with the process, however it ends.
 
-No file is left behind, and no name of a host or number of a process is written. Where the operating system or the
-file system cannot lock a folder, `in_use` goes by the times of the files in it.
+No name of a host or number of a process is written. A file system that locks files only, as NFS does, has a file of
+that purpose in the folder. Where nothing can be locked, `in_use` goes by the times of the files in it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,27 +19,33 @@ except ImportError:  # not a POSIX system
     fcntl = None  # type: ignore[assignment]
 
 RECENT = 600  # seconds
-_WRITTEN = ("config.json", "*.jsonl", "result.json", "checkpoints/*")
-_TRIES, _PAUSE = 20, 0.05  # somebody who only looks holds the lock for a moment
+_WRITTEN = ("config.json", "result.json")  # beside lines and checkpoints
+_FILE = ".lock"
+_PAUSE, _LONGEST = 0.05, 0.5
+GLANCE = 1.0  # seconds; somebody who only looks holds the lock for a moment
 
 
 @contextmanager
-def hold(folder: Path) -> Iterator[None]:
+def hold(folder: Path, *, patience: float | None = GLANCE) -> Iterator[None]:
     """Train in a folder; it is made if it is not there.
+
+    Args:
+        folder: which.
+        patience: seconds to wait for another process that trains there; None: for as long as it takes.
 
     Raises:
         ValueError: another process does.
         OSError: the folder cannot be made.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    handle = _open(folder)
+    handle = _open(folder, make=True)
     try:
-        for turn in range(_TRIES):
-            if _locked(handle) is not False:
-                break
-            if turn == _TRIES - 1:
+        begun, pause = time.monotonic(), _PAUSE
+        while _locked(handle) is False:
+            if patience is not None and time.monotonic() - begun > patience:
                 raise ValueError(f"another process trains in {folder}: wait until it ends, or name another folder.")
-            time.sleep(_PAUSE)
+            time.sleep(pause)
+            pause = min(_LONGEST, 1.1 * pause)
         yield
     finally:
         if handle is not None:
@@ -65,24 +71,71 @@ def in_use(folder: Path) -> bool:
 
 def changed(folder: Path) -> float:
     """When a run last wrote into its folder, in seconds since 1970; 0 if it never did."""
-    times = [0.0]
-    for path in (one for pattern in _WRITTEN for one in folder.glob(pattern)):
-        with contextlib.suppress(OSError):  # checkpoints come and go
-            times.append(path.stat().st_mtime)
-    return max(times)
+    return changed_and_size(folder)[0]
 
 
-def _open(folder: Path) -> int | None:
+def changed_and_size(folder: Path) -> tuple[float, int]:
+    """`changed`, and the bytes of all files, by one look at each."""
+    return _walk(folder, _tells)
+
+
+def _tells(name: str) -> bool:
+    """Whether a file in a run's folder is written while it trains."""
+    return name in _WRITTEN or name.endswith(".jsonl")
+
+
+def _every(name: str) -> bool:
+    return True
+
+
+def _none(name: str) -> bool:
+    return False
+
+
+def _walk(folder: str | os.PathLike[str], tells: Callable[[str], bool]) -> tuple[float, int]:
+    latest, size = 0.0, 0
+    with contextlib.suppress(OSError), os.scandir(folder) as found:
+        for one in found:
+            with contextlib.suppress(OSError):  # checkpoints come and go
+                if one.is_dir(follow_symlinks=False):
+                    moment, more = _walk(one, _every if tells is _tells and one.name == "checkpoints" else _none)
+                    latest, size = max(latest, moment), size + more
+                    continue
+                status = one.stat(follow_symlinks=False)
+                size += status.st_size
+                if tells(one.name):
+                    latest = max(latest, status.st_mtime)
+    return latest, size
+
+
+def _open(folder: Path, *, make: bool = False) -> int | None:
+    """What can be locked: the folder, or the file in it; None if there is nothing."""
     if fcntl is None:
         return None
     try:
-        return os.open(folder, os.O_RDONLY)
+        handle = os.open(folder, os.O_RDONLY)
+        if _lockable(handle):
+            return handle
+        os.close(handle)
+        return os.open(folder / _FILE, os.O_RDWR | (os.O_CREAT if make else 0))
     except OSError:
         return None
 
 
+def _lockable(handle: int) -> bool:
+    """Whether the file system locks this kind of file, whoever has the lock."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_UN)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
 def _locked(handle: int | None) -> bool | None:
-    """Lock an open folder; False if somebody else has it, None if it cannot be locked."""
+    """Lock what is open; False if somebody else has it, None if it cannot be locked."""
     if handle is None:
         return None
     try:

@@ -13,7 +13,6 @@ from flatmin.train.config import RunConfig, stream
 from flatmin.train.events import EpochEnded, OnEvent, Warned
 from flatmin.train.folder import RunFolder
 from flatmin.train.interrupt import Interruption
-from flatmin.train.lock import hold
 from flatmin.train.numerics import numerics
 from flatmin.train.options import Options
 from flatmin.train.processes import world_of
@@ -77,7 +76,7 @@ def train(
             # Before anything is written: a package may be missing.
             listeners += _trackers(options, folder, resume, listeners, stack)
         if folder is not None and world.first:
-            stack.enter_context(hold(folder.path))
+            stack.enter_context(folder.hold())
         if resume and folder is not None and world.first and folder.finished and folder.result().failure is None:
             raise ValueError(
                 f"{folder.path} holds a finished run, so there is nothing to go on with; leave out resume."

@@ -13,6 +13,8 @@ class Options:
 
     Args:
         checkpoint_every: epochs between checkpoints; 0: none.
+        checkpoint_seconds: write one at the end of an epoch only if so many seconds have passed since the last one, or
+            since the start; 0: at the end of every epoch that `checkpoint_every` names.
         checkpoint_steps: updates between further checkpoints inside an epoch; 0: none.
         keep_checkpoints: how many stay on disk.
         weights: whether the chosen weights are kept.
@@ -30,6 +32,7 @@ class Options:
     """
 
     checkpoint_every: int = 1
+    checkpoint_seconds: float = 0.0
     checkpoint_steps: int = 0
     keep_checkpoints: int = 2
     weights: bool = True
@@ -46,8 +49,8 @@ class Options:
         for name, low in (("keep_checkpoints", 1), ("measure_examples", 1)):
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)!r}.")
-        for name in ("checkpoint_every", "checkpoint_steps", "log_every", "measure_every"):
-            if getattr(self, name) < 0:
+        for name in ("checkpoint_every", "checkpoint_seconds", "checkpoint_steps", "log_every", "measure_every"):
+            if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)!r}.")
         try:
             chosen(self.measures)

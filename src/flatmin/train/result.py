@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+VERSION = 1  # of result.json
+
 
 @dataclass(frozen=True, kw_only=True)
 class Epoch:

@@ -12,7 +12,6 @@ import torch
 
 from flatmin.data.base import Split
 from flatmin.train import checkpoint, evaluate
-from flatmin.train.config import identity
 from flatmin.train.events import Began, Ended, EpochEnded, Event, Measured, OnEvent, Stepped, Ticked, Warned
 from flatmin.train.fingerprint import environment
 from flatmin.train.folder import RunFolder
@@ -22,6 +21,7 @@ from flatmin.train.measuring import measured
 from flatmin.train.options import Options
 from flatmin.train.processes import load_whole_weights, on_cpu, whole_weights
 from flatmin.train.result import Epoch, Result
+from flatmin.train.state import restore, state_of
 from flatmin.train.tally import Tally
 from flatmin.train.trainer import Trainer
 from flatmin.train.watch import Finding, Watch
@@ -39,8 +39,9 @@ class Run:
         self.best: Epoch | None = None
         self.best_state: dict[str, Any] | None = None
         self.watch = Watch(trainer)
-        self._logged = (0, 0.0, 0)
+        self.logged = (0, 0.0, 0)
         self._ticked = 0.0
+        self._saved = time.monotonic()
 
     # -- beginning -----------------------------------------------------------------------------------------------
 
@@ -53,7 +54,7 @@ class Run:
                 found_here = checkpoint.newest(self.folder.checkpoints, self._warn) if self.world.first else None
                 state = self.world.told(found_here)
             if state is not None:
-                self._load(state)
+                restore(self, state)
             if self.world.first and state is not None:
                 self.folder.rewind(self.lines, self.trainer.steps)
                 (self.folder.path / "result.json").unlink(missing_ok=True)
@@ -146,9 +147,9 @@ class Run:
         heard = self.listeners or self.folder is not None
         if not self.world.first or not heard or not every or self.trainer.steps % every:
             return
-        steps, seconds, images = self._logged
+        steps, seconds, images = self.logged
         losses = torch.stack(tally.losses[steps:]).double()
-        self._logged = (len(tally), tally.seconds, tally.images)
+        self.logged = (len(tally), tally.seconds, tally.images)
         event = Stepped(
             step=self.trainer.steps,
             epoch=self.epoch + 1,
@@ -181,9 +182,7 @@ class Run:
             same = trainer.data.test is trainer.data.val
             test = None
             if look:
-                test = (
-                    val if same else evaluate.score(trainer.model, trainer.data, trainer.data.test, config, self.world)
-                )
+                test = val if same else self._score(trainer.data.test)
             memory = evaluate.memorised(trainer.model, trainer.data, config, self.world)
             if not math.isfinite(val.loss):
                 return f"the validation loss was not finite after epoch {number}; try a smaller lr or rho"
@@ -216,10 +215,9 @@ class Run:
                 if self.folder is not None and self.world.first:
                     self.folder.add_measures({"epoch": number, "step": trainer.steps, **values})
                 self._tell(Measured(epoch=number, step=trainer.steps, values=values))
-        self.epoch, self.position, self.tally, self._logged = number, 0, Tally(), (0, 0.0, 0)
+        self.epoch, self.position, self.tally, self.logged = number, 0, Tally(), (0, 0.0, 0)
         self.watch.begin(0)
-        every = self.options.checkpoint_every
-        if every and number % every == 0 and number < config.epochs:
+        if self._due():
             self._save(inside=False)
         return None
 
@@ -252,70 +250,17 @@ class Run:
             return
         if not (asked_for or self.options.checkpoint_every or self.options.checkpoint_steps):
             return
-        trainer = self.trainer
-        state = {
-            "config": identity(self.config),
-            "processes": self.world.size,
-            "epoch": self.epoch,
-            "position": self.position,
-            "trainer": trainer.state_dict(inside=inside),
-            "logged": list(self._logged),
-            "lines": [dataclasses.asdict(line) for line in self.lines],
-            "best": None if self.best is None else self.best.epoch,
-            "best_state": self.best_state,
-            "skips": self.watch.skips,
-            "ranks": self.world.gathered(self._own()),
-        }
+        state = state_of(self, inside=inside)
         if self.world.first:
-            checkpoint.save(self.folder.checkpoints, trainer.steps, state, keep=self.options.keep_checkpoints)
+            checkpoint.save(self.folder.checkpoints, self.trainer.steps, state, keep=self.options.keep_checkpoints)
+        self._saved = time.monotonic()
 
-    def _own(self) -> dict[str, Any]:
-        """What each process has for itself."""
-        cuda = torch.cuda.get_rng_state() if self.config.device == "cuda" else None
-        found = {
-            "cpu": torch.get_rng_state(),
-            "cuda": cuda,
-            "previous": self.trainer.previous,
-            "tally": self.tally.state_dict(),
-            "optimizer": None,
-        }
-        if self.config.ascent_sync != "all":
-            found["optimizer"] = on_cpu(self.trainer.optimizer.state_dict())
-        return found
-
-    def _load(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint.
-
-        Raises:
-            ValueError: it is another run's.
-        """
-        known, mine = state["config"], identity(self.config)
-        for key in mine:
-            if known.get(key) != mine[key]:
-                raise ValueError(
-                    f"the checkpoint in {self.folder and self.folder.checkpoints} is of another run: {key} is "
-                    f"{known.get(key)!r} there and {mine[key]!r} here; use the same settings, or another folder."
-                )
-        if state["processes"] != self.world.size:
-            raise ValueError(
-                f"the checkpoint was written by {state['processes']} process(es), and this run has {self.world.size}; "
-                "start as many, so that the run goes on as it was."
-            )
-        own = state["ranks"][self.world.rank]
-        if own["optimizer"] is not None:
-            state["trainer"]["optimizer"] = own["optimizer"]
-        self.trainer.load_state_dict(state["trainer"])
-        self.trainer.previous = own["previous"]
-        self.epoch, self.position, self.watch.skips = state["epoch"], state["position"], state["skips"]
-        self.tally.load_state_dict(own["tally"], self.config.device)
-        self._logged = tuple(state["logged"])
-        self.watch.begin(len(self.tally))
-        self.lines = [Epoch(**line) for line in state["lines"]]
-        self.best = next((line for line in self.lines if line.epoch == state["best"]), None)
-        self.best_state = state["best_state"]
-        torch.set_rng_state(own["cpu"])
-        if own["cuda"] is not None:
-            torch.cuda.set_rng_state(own["cuda"])
+    def _due(self) -> bool:
+        """Whether the epoch that has just ended is one with a checkpoint; all processes must ask."""
+        every, seconds = self.options.checkpoint_every, self.options.checkpoint_seconds
+        if not every or self.epoch % every or self.epoch >= self.config.epochs:
+            return False
+        return not seconds or bool(self.world.told(time.monotonic() - self._saved >= seconds))
 
     # -- the end -------------------------------------------------------------------------------------------------
 

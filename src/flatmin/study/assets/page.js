@@ -32,6 +32,7 @@ const figures = [...document.querySelectorAll(".plot")].map((node) => ({
   spec: JSON.parse(node.parentElement.querySelector("script").textContent),
 }));
 const hidden = new Set();
+let point = ""; // of the list of points; "" shows all
 const config = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };
 
 function themed(value, key, style) {
@@ -48,7 +49,11 @@ function draw() {
   const narrow = window.innerWidth < 640;
   const tools = window.matchMedia("(hover: hover)").matches ? "hover" : false;
   for (const { node, spec } of figures) {
-    const data = themed(spec.data, "", style).map((trace) => ({ ...trace, visible: !hidden.has(trace.legendgroup) }));
+    const data = themed(spec.data, "", style).map(({ points, ...trace }) => ({
+      ...trace,
+      visible: !hidden.has(trace.legendgroup) && (!point || !points || points.includes(point)),
+    }));
+    node.parentElement.classList.toggle("empty", !data.some((trace) => trace.visible));
     const layout = themed(spec.layout, "", style);
     if (narrow) {
       layout.margin = { ...layout.margin, ...spec.narrow.margin };
@@ -63,6 +68,15 @@ for (const box of document.querySelectorAll(".legend input")) {
   box.addEventListener("change", () => {
     if (box.checked) hidden.delete(box.value);
     else hidden.add(box.value);
+    draw();
+  });
+}
+
+for (const list of document.querySelectorAll(".legend select")) {
+  const first = list.querySelector("option[selected]") || list.options[0];
+  list.value = point = first.value;
+  list.addEventListener("change", () => {
+    point = list.value;
     draw();
   });
 }

@@ -1,0 +1,119 @@
+"""Where the runs of a study are done: here, on a Ray cluster, or as Slurm jobs."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from flatmin.study.executors.base import Executor, Interrupted, OnEvent, Outcome, finished_and_missing, perform
+from flatmin.study.store import Run, Store
+from flatmin.train.settings import field_types, fill, parse, split_word
+from flatmin.words import suggest
+
+__all__ = [
+    "EXECUTORS",
+    "Executor",
+    "Interrupted",
+    "OnEvent",
+    "Outcome",
+    "execute",
+    "executor_settings",
+    "finished_and_missing",
+    "make_executor",
+    "perform",
+]
+
+# The package that each one needs beside flatmin's own.
+EXECUTORS = {"local": None, "ray": "ray", "slurm": "submitit"}
+
+
+def make_executor(name: str, settings: Mapping[str, Any] | None = None) -> Executor:
+    """An executor; nothing is started before its `run`.
+
+    Args:
+        name: one of `EXECUTORS`.
+        settings: fields of `flatmin.study.executors.local.Local`, `.ray.Ray` or `.slurm.Slurm`.
+
+    Raises:
+        ValueError: an unknown name or setting.
+        ModuleNotFoundError: the executor's package is not installed.
+    """
+    if name not in EXECUTORS:
+        raise ValueError(f"unknown executor {name!r}{suggest(name, EXECUTORS)} (executors: {', '.join(EXECUTORS)})")
+    package = EXECUTORS[name]
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise ModuleNotFoundError(f'the executor {name} needs {package}: pip install "flatmin[{name}]".')
+    made: Executor = fill(
+        importlib.import_module(f"flatmin.study.executors.{name}").EXECUTOR, settings or {}, origin=f"executor {name}"
+    )
+    return made
+
+
+def executor_settings(name: str, words: Sequence[str]) -> dict[str, Any]:
+    """Settings of an executor from `key=value` words.
+
+    Raises:
+        ValueError: an unknown executor or setting, or a value of another type.
+        ModuleNotFoundError: the executor's package is not installed.
+    """
+    kinds = field_types(type(make_executor(name)))
+    found: dict[str, Any] = {}
+    for word in words:
+        key, text = split_word(word)
+        table, dot, entry = key.partition(".")
+        if dot and typing.get_origin(kinds.get(table)) is dict:
+            found.setdefault(table, {})[entry] = text
+            continue
+        if key not in kinds:
+            known = f" (settings: {', '.join(kinds)})" if kinds else ""
+            raise ValueError(f"the executor {name} has no setting {key!r}{suggest(key, kinds)}{known}")
+        found[key] = parse(key, text, kinds[key])
+    make_executor(name, found)
+    return found
+
+
+def execute(
+    runs: Sequence[Run],
+    store: Store,
+    *,
+    workers: int,
+    on_event: OnEvent,
+    executor: str = "local",
+    settings: Mapping[str, Any] | None = None,
+) -> dict[str, Outcome]:
+    """Do all runs, in the given order as workers become free.
+
+    A run whose worker is lost is taken up again from its last checkpoint, by another worker and at most twice. So is a
+    run that an earlier call has left unfinished, and one that somebody else has finished meanwhile is not repeated:
+    several calls may work on one store.
+
+    Args:
+        runs: with different names.
+        store: where they are kept.
+        workers: how many runs are done at a time, each with one thread. Local ones are processes that are started fresh
+            (spawn), so a script that calls this needs `if __name__ == "__main__":`. 0, of the local executor only: all
+            in this process, with one thread.
+        on_event: called here, in this process, with `EpochDone`, `RunDone`, `RunBroke` and `Warned`.
+        executor: one of `EXECUTORS`. Default: processes on this machine.
+        settings: of the executor, see `make_executor`.
+
+    Returns:
+        The outcome of every run by its name.
+
+    Raises:
+        Interrupted: on Ctrl-C, after what is under way has been stopped.
+        ValueError, ModuleNotFoundError: see `make_executor`; or a number of workers that the executor cannot have.
+    """
+    chosen = make_executor(executor, settings)
+    if workers < 0 or (workers == 0 and executor != "local"):
+        raise ValueError(f"the executor {executor} needs at least one worker, got workers={workers}.")
+    outcomes: dict[str, Outcome] = {}
+    try:
+        if runs:
+            chosen.run(runs, store, workers=workers, on_event=on_event, outcomes=outcomes)
+    except KeyboardInterrupt:
+        raise Interrupted(len(outcomes), len(runs)) from None
+    return outcomes

@@ -1,0 +1,166 @@
+"""Runs on local processes: one thread each, results as they come, nothing lost but what is under way."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Final, cast
+
+import torch
+
+from flatmin.study.executors.base import OnEvent, Outcome, Teller, perform
+from flatmin.study.store import Run, Store
+from flatmin.study.timing import one_thread
+from flatmin.train.result import Epoch
+
+START: Final = "spawn"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Local:
+    """Processes of this machine, or this process alone."""
+
+    def run(
+        self, runs: Sequence[Run], store: Store, *, workers: int, on_event: OnEvent, outcomes: dict[str, Outcome]
+    ) -> None:
+        """See `flatmin.study.executors.base.Executor`; with 0 workers all in this process."""
+        teller = Teller(on_event, outcomes)
+        if workers:
+            _Pool(runs, store, min(workers, len(runs)), teller).run()
+            return
+        with one_thread():
+            for run in runs:
+                teller.end(run, perform(run, store, partial(teller.epoch, run)))
+
+
+EXECUTOR = Local
+
+
+class _Pool:
+    """Workers, what each is doing, and what waits."""
+
+    def __init__(self, runs: Sequence[Run], store: Store, workers: int, teller: Teller) -> None:
+        self._waiting = list(reversed(runs))
+        self._store, self._size, self._teller = store, workers, teller
+        self._context = multiprocessing.get_context(START)
+        self._workers: dict[Connection, BaseProcess] = {}
+        self._started: set[Connection] = set()
+        self._busy: dict[Connection, Run] = {}
+
+    def run(self) -> None:
+        try:
+            for _ in range(self._size):
+                self._start()
+            while self._busy:
+                for ready in wait(list(self._busy)):
+                    self._receive(cast(Connection, ready))
+            for connection in self._workers:
+                connection.send(None)
+            for process in self._workers.values():
+                process.join(5)
+        finally:
+            self._stop()
+
+    def _start(self) -> None:
+        ours, theirs = self._context.Pipe()
+        process = self._context.Process(target=_serve, args=(theirs, self._store), daemon=True)
+        with _sigint_ignored():
+            process.start()
+        theirs.close()
+        self._workers[ours] = process
+        self._assign(ours)
+
+    def _assign(self, connection: Connection) -> None:
+        self._busy.pop(connection, None)
+        if self._waiting:
+            self._busy[connection] = self._waiting.pop()
+            try:
+                connection.send(self._busy[connection])
+            except OSError:
+                self._replace(connection)
+
+    def _receive(self, connection: Connection) -> None:
+        run = self._busy[connection]
+        try:
+            message = connection.recv()
+        except (EOFError, OSError):
+            self._replace(connection)
+            return
+        self._started.add(connection)
+        if message is None:
+            return
+        if isinstance(message, Epoch):
+            self._teller.epoch(run, message)
+            return
+        self._assign(connection)
+        self._teller.end(run, message)
+
+    def _replace(self, connection: Connection) -> None:
+        """A worker died: another one takes its place, and its run, unless that has had enough of them."""
+        process = self._workers.pop(connection)
+        run = self._busy.pop(connection)
+        connection.close()
+        process.join(5)
+        code = process.exitcode
+        if connection not in self._started and (code is None or code >= 0):  # not by a signal
+            raise RuntimeError(
+                f"a worker process could not start (exit code {code}); a script that calls compare() needs "
+                '`if __name__ == "__main__":` around the call, or workers=0.'
+            )
+        how = f"ended with exit code {code}; a negative code is a signal, -9 often means that memory ran out"
+        if self._teller.lost(run, how):
+            self._waiting.append(run)
+        if self._waiting:
+            self._start()
+
+    def _stop(self) -> None:
+        for process in self._workers.values():
+            if process.is_alive():
+                process.terminate()
+        for process in self._workers.values():
+            process.join(2)
+            if process.is_alive():
+                process.kill()
+                process.join()
+
+
+@contextmanager
+def _sigint_ignored() -> Iterator[None]:
+    """A process started inside ignores Ctrl-C from its first moment; signals can only be set in the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _serve(connection: Connection, store: Store) -> None:
+    """A worker's life: take a run, do it, send epochs and the outcome."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(1)
+    try:
+        connection.send(None)
+        while (run := connection.recv()) is not None:
+            connection.send(perform(run, store, connection.send))
+    except (EOFError, OSError):
+        return
+
+
+def _end_with_parent() -> None:
+    """End as soon as the process that asked for the work has; whoever goes on with it starts from the checkpoint."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

@@ -1,0 +1,111 @@
+"""Runs as tasks of a Ray cluster: one that is there, or one of this machine for as long as it takes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray import exceptions
+
+from flatmin.study.executors.base import OnEvent, Outcome, Teller, work
+from flatmin.study.executors.driving import Lost, drive
+from flatmin.study.store import Run, Store
+from flatmin.train.settings import at_least
+
+_PAUSE = 0.1  # seconds between looks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ray:
+    """Tasks of a Ray cluster.
+
+    The store must be a folder that all nodes see under one name, flatmin and the user's own modules must be installed
+    on them, and data that are files must lie where the settings say. Ray's usage statistics stay off.
+
+    Args:
+        address: of the cluster, as `ray.init` takes it ("auto", "ray://head:10001"). Default: a cluster of this machine
+            with a CPU for each worker, which ends with the study. One that the program is connected to already is used
+            in any case.
+        cpus: of each run; a run computes with one thread, further ones are for processes that read image files.
+        gpus: of each run. Default: one if the run is on a GPU.
+
+    Raises:
+        ValueError: a number out of range.
+    """
+
+    address: str | None = None
+    cpus: float = 1.0
+    gpus: float | None = None
+
+    def __post_init__(self) -> None:
+        at_least(self, "cpus", 0, open_low=True)
+        if self.gpus is not None:
+            at_least(self, "gpus", 0)
+
+    def run(
+        self, runs: Sequence[Run], store: Store, *, workers: int, on_event: OnEvent, outcomes: dict[str, Outcome]
+    ) -> None:
+        """See `flatmin.study.executors.base.Executor`."""
+        mine = not ray.is_initialized()
+        if mine:
+            self._connect(workers)
+        try:
+            there = Store(store.out.absolute(), weights=store.weights, checkpoint_seconds=store.checkpoint_seconds)
+            drive(_Engine(self), runs, there, workers=workers, pause=_PAUSE, teller=Teller(on_event, outcomes))
+        finally:
+            if mine:
+                ray.shutdown()
+
+    def _connect(self, workers: int) -> None:
+        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+        shared: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
+        if self.address is not None:
+            try:
+                ray.init(address=self.address, **shared)
+            except (ConnectionError, ValueError, RuntimeError) as error:
+                raise ValueError(
+                    f"there is no Ray cluster at {self.address!r}: {' '.join(str(error).split())}"
+                ) from error
+            return
+        ray.init(address="local", num_cpus=max(1, round(workers * self.cpus)), include_dashboard=False, **shared)
+
+
+EXECUTOR = Ray
+
+
+class _Engine:
+    """Tasks that are not repeated by Ray itself, so that one place counts."""
+
+    def __init__(self, settings: Ray) -> None:
+        self._settings, self._remote = settings, ray.remote(work)
+
+    def submit(self, run: Run, store: Store) -> Any:
+        gpus = self._settings.gpus
+        task = self._remote.options(
+            num_cpus=self._settings.cpus,
+            num_gpus=float(run.config.device == "cuda") if gpus is None else gpus,
+            max_retries=0,
+            name=run.name,
+        )
+        return task.remote(run, store)
+
+    def look(self, job: Any) -> Outcome | Lost | None:
+        if not ray.wait([job], timeout=0)[0]:
+            return None
+        try:
+            found: Outcome = ray.get(job)
+        except exceptions.RayTaskError as error:  # before the run: it makes an outcome of its own errors
+            return Outcome(error=f"it could not be started on its node: {_first_line(error.cause or error)}")
+        except exceptions.RayError as error:
+            return Lost(f"ended with {type(error).__name__}: {_first_line(error)}")
+        return found
+
+    def cancel(self, job: Any) -> None:
+        ray.cancel(job, force=True)
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__

@@ -1,0 +1,151 @@
+"""Runs as jobs of Slurm, through submitit."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import submitit
+from submitit.core.utils import FailedJobError, UncompletedJobError
+from submitit.helpers import DelayedSubmission
+
+from flatmin.study.executors.base import OnEvent, Outcome, Teller, work
+from flatmin.study.executors.driving import Lost, drive
+from flatmin.study.store import Run, Store
+from flatmin.train.settings import at_least, one_of
+
+CLUSTERS = ("slurm", "local", "debug")
+_PAUSE = {"slurm": 2.0, "local": 0.1, "debug": 0.0}  # seconds between looks
+_SLURM_ONLY = ("partition", "account", "qos", "constraint", "exclude", "nodelist", "gres", "comment")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slurm:
+    """Jobs of Slurm, one for each run.
+
+    The store must be a folder that all nodes see under one name. A job that is preempted, or that reaches its time
+    limit, is queued again and goes on from the run's last checkpoint. Logs are in FOLDER/slurm.
+
+    Args:
+        cluster: "slurm"; or submitit's stand-ins for it: "local" (processes of this machine, which outlive this one),
+            "debug" (in this process).
+        timeout_min: time limit of a job.
+        requeues: how often a job may reach it.
+        mem_gb, cpus_per_task, gpus_per_node: of each job; a run computes with one thread, further CPUs are for
+            processes that read image files.
+        partition, account, qos, constraint, exclude, nodelist, gres, comment: as sbatch takes them.
+        setup: shell commands before the run, such as "module load cuda".
+        extra: further options of sbatch, without the dashes.
+
+    Raises:
+        ValueError: a number out of range or an unknown cluster.
+    """
+
+    cluster: str = "slurm"
+    timeout_min: int = 60
+    requeues: int = 50
+    mem_gb: float | None = None
+    cpus_per_task: int = 1
+    gpus_per_node: int | None = None
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    exclude: str | None = None
+    nodelist: str | None = None
+    gres: str | None = None
+    comment: str | None = None
+    setup: tuple[str, ...] = ()
+    extra: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        one_of(self, "cluster", CLUSTERS)
+        for name in ("timeout_min", "cpus_per_task"):
+            at_least(self, name, 1)
+        for name in ("requeues", "mem_gb", "gpus_per_node"):
+            if getattr(self, name) is not None:
+                at_least(self, name, 0)
+
+    def run(
+        self, runs: Sequence[Run], store: Store, *, workers: int, on_event: OnEvent, outcomes: dict[str, Outcome]
+    ) -> None:
+        """See `flatmin.study.executors.base.Executor`.
+
+        Raises:
+            ValueError: there is no Slurm on this machine, or it refuses the settings.
+        """
+        there = Store(store.out.absolute(), weights=store.weights, checkpoint_seconds=store.checkpoint_seconds)
+        engine = _Engine(self, there.out / "slurm")
+        teller = Teller(on_event, outcomes)
+        drive(engine, runs, there, workers=workers, pause=_PAUSE[self.cluster], teller=teller)
+
+    def parameters(self) -> dict[str, Any]:
+        """As `submitit.AutoExecutor.update_parameters` takes them."""
+        plain = ("timeout_min", "mem_gb", "cpus_per_task", "gpus_per_node")
+        found = {name: getattr(self, name) for name in plain}
+        found |= {f"slurm_{name}": getattr(self, name) for name in _SLURM_ONLY}
+        if self.setup:
+            found |= {"slurm_setup": list(self.setup), "local_setup": list(self.setup)}
+        if self.extra:
+            found["slurm_additional_parameters"] = dict(self.extra)
+        return {name: value for name, value in found.items() if value is not None}
+
+
+EXECUTOR = Slurm
+
+
+class _Engine:
+    """submitit's jobs."""
+
+    def __init__(self, settings: Slurm, logs: Path) -> None:
+        self._settings = settings
+        try:
+            self._executor = submitit.AutoExecutor(
+                logs,
+                cluster=settings.cluster,
+                slurm_max_num_timeout=settings.requeues,
+                local_max_num_timeout=settings.requeues,
+            )
+            self._executor.update_parameters(**settings.parameters())
+        except (RuntimeError, NameError, AssertionError) as error:
+            raise ValueError(f"executor slurm: {' '.join(str(error).split())}") from error
+
+    def submit(self, run: Run, store: Store) -> Any:
+        self._executor.update_parameters(name=run.name)
+        return self._executor.submit(_Work(), run, store)
+
+    def look(self, job: Any) -> Outcome | Lost | None:
+        try:
+            if not job.done():
+                return None
+            if self._settings.cluster == "local" and not job.paths.result_pickle.exists():
+                return self._lost(job)  # submitit would wait for a slow file system
+            found: Outcome = job.result()
+        except FailedJobError as error:  # before the run: it makes an outcome of its own errors
+            lines = [line for line in str(error).splitlines() if line.strip(" -")]
+            why = next((line for line in reversed(lines) if "Error" in line), "no reason given").strip()
+            return Outcome(error=f"it could not be started: {why}; its log is {job.paths.stderr}")
+        except UncompletedJobError:
+            return self._lost(job)
+        return found
+
+    def cancel(self, job: Any) -> None:
+        job.cancel(check=False)
+
+    @staticmethod
+    def _lost(job: Any) -> Lost:
+        return Lost(f"(job {job.job_id}) ended as {job.state.lower()}; its log is {job.paths.stderr}")
+
+
+class _Work:
+    """A run as a job; one with `checkpoint` is what submitit calls checkpointable."""
+
+    def __call__(self, run: Run, store: Store) -> Outcome:
+        return work(run, store)
+
+    def checkpoint(self, run: Run, store: Store) -> DelayedSubmission:
+        """What is queued after preemption or at the time limit: the same, because the state is in the run's folder."""
+        return DelayedSubmission(self, run, store)

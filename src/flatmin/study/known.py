@@ -1,0 +1,65 @@
+"""What is known of a finished run, and the numbers that a table shows of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flatmin.train.result import Epoch, Result
+
+_PART = 10  # "first" and "last" are the first and the last tenth
+
+
+@dataclass(frozen=True, kw_only=True)
+class Known:
+    """A run that reached its end.
+
+    Args:
+        result: see `Result`.
+        lines: its epochs.
+        steps: lines of steps.jsonl, if the study records any.
+        card: what was measured of its network, as `flatmin.measure.Card.to_dict`; None if nothing was.
+    """
+
+    result: Result
+    lines: Sequence[Epoch] = ()
+    steps: Sequence[Mapping[str, Any]] = ()
+    card: Mapping[str, Any] | None = None
+
+    def number(self, column: str) -> float | None:
+        """The number that a column has for this run, in the column's unit; None if it has none.
+
+        Args:
+            column: see `flatmin.study.spec.StudySpec.columns`.
+        """
+        found = self._found(column)
+        return None if found is None or not math.isfinite(found) else found
+
+    def _found(self, column: str) -> float | None:
+        result = self.result
+        if column in ("test_acc", "val_acc"):
+            return None if result.chosen is None else float(result.chosen[column])
+        if column == "memorised":
+            return None if result.last is None or result.last[column] is None else float(result.last[column])
+        if column == "lambda_max":
+            return None if result.lambda_max is None else float(result.lambda_max["value"])
+        if column in ("train_ce", "seconds"):
+            value = result.train_ce if column == "train_ce" else result.seconds
+            return None if value is None else float(value)
+        name, _, when = column.partition("@")
+        return self._diagnostic(name, when) if when else self._measured(name)
+
+    def _diagnostic(self, name: str, when: str) -> float | None:
+        values = [float(step[name]) for step in self.steps if step.get(name) is not None]
+        count = max(1, len(values) // _PART)
+        part = values[:count] if when == "first" else values[-count:]
+        return math.fsum(part) / len(part) if part else None
+
+    def _measured(self, name: str) -> float | None:
+        for section in (self.card or {}).get("sections", {}).values():
+            if name in section["quantities"]:
+                value = section["quantities"][name]["value"]
+                return None if value is None else float(value)
+        return None

@@ -1,0 +1,56 @@
+"""What the runs of a study write down beside their result."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from flatmin.measure.card import chosen
+from flatmin.train.options import Options
+from flatmin.train.settings import at_least
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What runs write down while they train; it changes no outcome.
+
+    Args:
+        log_every: updates between lines of steps.jsonl; 0: none.
+        diagnostics: the optimizer's diagnostics in these lines.
+        measure_every: epochs between measurements; 0: none.
+        measures: what is measured then, sections of `flatmin.measure.card`.
+        measure_examples: on how many training samples.
+
+    Raises:
+        ValueError: a value out of range, an unknown measurement, or diagnostics without lines to write them to.
+    """
+
+    log_every: int = 0
+    diagnostics: bool = False
+    measure_every: int = 0
+    measures: str = "hessian,sharpness"
+    measure_examples: int = 1000
+
+    def __post_init__(self) -> None:
+        for name, low in (("log_every", 0), ("measure_every", 0), ("measure_examples", 1)):
+            at_least(self, name, low)
+        if self.diagnostics and not self.log_every:
+            raise ValueError("diagnostics=true needs log_every: updates between the lines that hold them.")
+        chosen(self.measures)
+
+    @property
+    def word(self) -> str:
+        """As config.json keeps it; empty if nothing is recorded."""
+        if not (self.log_every or self.measure_every):
+            return ""
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+    def kept_in(self, labels: Mapping[str, str]) -> bool:
+        """Whether a run with these labels has written down what is asked for."""
+        return not self.word or labels.get("record") == self.word
+
+    def options(self, **others: bool | int | float) -> Options:
+        """As options of a run, with others beside."""
+        return Options(**dataclasses.asdict(self), **others)  # type: ignore[arg-type]

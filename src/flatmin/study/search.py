@@ -1,0 +1,296 @@
+"""Search for a study's settings on validation, with as many gradient evaluations for every method."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flatmin.study.costs import Sizes
+from flatmin.study.events import Event, Planned, Warned
+from flatmin.study.executors import Outcome, execute, finished_and_missing
+from flatmin.study.plan import run_of
+from flatmin.study.spec import StudySpec
+from flatmin.study.store import Run, Store
+from flatmin.study.sweep import Axis, tidy
+from flatmin.study.unfold import Cell, cells, takes
+from flatmin.train.config import RunConfig
+from flatmin.train.feed import steps_of
+from flatmin.train.settings import field_types, split_word
+from flatmin.words import suggest
+
+BATCH = 4  # trials of an arm at a time: a constant, so that the search is the same on any number of workers
+_LOG = 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dimension:
+    """What is searched: an interval or a choice.
+
+    Args:
+        key: of the setting.
+        low, high: ends of the interval, included.
+        whole: whole numbers only.
+        values: instead of an interval.
+    """
+
+    key: str
+    low: float = 0.0
+    high: float = 0.0
+    whole: bool = False
+    values: tuple[str, ...] = ()
+
+    @property
+    def log(self) -> bool:
+        """Whether the interval is searched on a logarithmic scale: from a tenth of its upper end down, above 0."""
+        return 0 < self.low <= self.high / _LOG
+
+    def ask(self, trial: Any) -> str:
+        """A value from an Optuna trial, as a word of three digits."""
+        if self.values:
+            return str(trial.suggest_categorical(self.key, self.values))
+        if self.whole:
+            return str(trial.suggest_int(self.key, int(self.low), int(self.high), log=self.log))
+        return tidy(f"{trial.suggest_float(self.key, self.low, self.high, log=self.log):.3g}")
+
+
+def read_dimension(word: str) -> Dimension:
+    """The dimension that a word names: "lr=0.01..1", or "batch_size=64,128".
+
+    Raises:
+        ValueError: a word of another form, an interval that runs backwards, or a single value.
+
+    Example:
+        >>> read_dimension("rho=0.01..0.5").log, read_dimension("model=conv,mlp").values
+        (True, ('conv', 'mlp'))
+    """
+    key, text = split_word(word)
+    low, dots, high = text.partition("..")
+    if not dots:
+        values = Axis(key, tuple(part.strip() for part in text.split(",") if part.strip())).values
+        if len(values) < 2:
+            raise ValueError(f"{word} leaves nothing to search; write LOW..HIGH, or several values with commas.")
+        return Dimension(key=key, values=values)
+    try:
+        ends = float(low), float(high)
+    except ValueError:
+        raise ValueError(f"{word} is no interval of numbers; write {key}=LOW..HIGH, for example lr=0.01..1.") from None
+    if not (math.isfinite(ends[0]) and math.isfinite(ends[1]) and ends[0] < ends[1]):
+        raise ValueError(f"{word} is no interval; write the smaller end first.")
+    whole = field_types(RunConfig).get(key) is int
+    if whole and not all(end.is_integer() for end in ends):
+        raise ValueError(f"{word}: {key} takes whole numbers.")
+    return Dimension(key=key, low=ends[0], high=ends[1], whole=whole)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One point that was tried.
+
+    Args:
+        settings: as words.
+        score: mean validation accuracy over the search's seeds in percent; 0 where a run diverged.
+        cost: gradient evaluations, in epochs of plain training.
+    """
+
+    settings: Mapping[str, str]
+    score: float
+    cost: float
+
+
+@dataclass(kw_only=True)
+class Found:
+    """The trials of one arm at one point of the study's other axes.
+
+    Args:
+        cell: the row of the study.
+        trials: in the order in which they were asked for.
+    """
+
+    cell: Cell
+    trials: list[Trial] = field(default_factory=list)
+
+    @property
+    def best(self) -> Trial | None:
+        """The first of the best."""
+        return max(self.trials, key=lambda trial: trial.score, default=None)
+
+    @property
+    def spent(self) -> float:
+        """Gradient evaluations, in epochs of plain training."""
+        return math.fsum(trial.cost for trial in self.trials)
+
+
+def search(
+    spec: StudySpec,
+    dimensions: Sequence[Dimension],
+    *,
+    budget: float,
+    out: Path,
+    workers: int,
+    on_event: Callable[[Event], None] | None = None,
+    **how: Any,
+) -> list[Found]:
+    """Search every row of a study by Optuna's tree-structured Parzen estimator, with the same budget for each.
+
+    A trial trains the row's configuration with the asked settings once for each of the study's seeds. Its cost is
+    counted in gradient evaluations: a method of two an update gets half the trials of plain training. A row stops
+    before the trial that would exceed the budget. Runs are those of the store, so the same call again replays the
+    finished ones and a larger budget goes on from them.
+
+    Args:
+        spec: the study; its arms must not set what is searched.
+        dimensions: what is searched; an arm that has no radius is searched in the others.
+        budget: gradient evaluations for each row, in epochs of plain training.
+        out: folder of the runs.
+        workers: see `flatmin.study.executors.execute`.
+        on_event: told what happens.
+        how: further words of `execute`.
+
+    Returns:
+        What was found, in the order of the study's rows.
+
+    Raises:
+        ValueError: a budget below the cost of one trial, a setting that no arm has, a trial that flatmin refuses.
+        ModuleNotFoundError: Optuna is not installed (extra "search").
+        Interrupted: on Ctrl-C; finished runs are kept.
+    """
+    tell = on_event if on_event is not None else lambda event: None
+    tasks = _tasks(spec, dimensions)
+    sizes, store = Sizes(), Store(out)
+    for task in tasks:
+        least = task.cost(task.found.cell.config, sizes) * len(spec.seeds)
+        if least > budget:
+            raise ValueError(
+                f"a trial of {task.found.cell.label} costs {least:g} epochs of plain training, more than the budget of "
+                f"{budget:g}; raise the budget or lower epochs."
+            )
+    planned = sum(int(budget / (t.cost(t.found.cell.config, sizes) * len(spec.seeds))) for t in tasks) * len(spec.seeds)
+    epochs = sum(task.found.cell.config.epochs for task in tasks) * planned // len(tasks)
+    tell(Planned(stage="search", runs=planned, reused=0, epochs=epochs, seconds=None))
+    for task in tasks:
+        if task.unsearched:
+            tell(Warned(text=f"{task.found.cell.label} has no {' and no '.join(task.unsearched)} to search."))
+    while open_tasks := [task for task in tasks if not task.done]:
+        asked = [(task, ask) for task in open_tasks for ask in task.ask(spec, budget, sizes)]
+        runs = {run.name: run for _, ask in asked for run in ask.runs}
+        found, missing = finished_and_missing(runs.values(), store, lambda text: tell(Warned(text=text)))
+        outcomes = found | execute(missing, store, workers=workers, on_event=tell, **how)
+        for task, ask in asked:
+            task.tell(ask, outcomes)
+    return [task.found for task in tasks]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Ask:
+    """A point under way: Optuna's trial, its settings, its runs, its cost."""
+
+    trial: Any
+    settings: dict[str, str]
+    runs: list[Run]
+    cost: float
+
+
+class _Task:
+    """The search of one row."""
+
+    def __init__(self, cell: Cell, arm: int, dimensions: Sequence[Dimension], unsearched: Sequence[str]) -> None:
+        optuna = _optuna()
+        self.found, self.arm = Found(cell=cell), arm
+        self.dimensions, self.unsearched = dimensions, unsearched
+        self.done = not dimensions
+        sampler = optuna.samplers.TPESampler(seed=0, constant_liar=True)
+        self._study = optuna.create_study(direction="maximize", sampler=sampler)
+
+    def cost(self, config: RunConfig, sizes: Sizes) -> float:
+        """Of one run, in epochs of plain training."""
+        return sizes.cost(config) / steps_of(config, sizes.of(config)[0])
+
+    def ask(self, spec: StudySpec, budget: float, sizes: Sizes) -> list[_Ask]:
+        """The next points; at the end of the budget the task is done."""
+        asked: list[_Ask] = []
+        spent = self.found.spent
+        while len(asked) < BATCH:
+            trial = self._study.ask()
+            settings = {dimension.key: dimension.ask(trial) for dimension in self.dimensions}
+            configs = _configs(spec, self.arm, self.found.cell, settings)
+            cost = math.fsum(self.cost(config, sizes) for config in configs)
+            if spent + cost > budget * (1 + 1e-9):
+                self.done = True
+                break
+            spent += cost
+            asked.append(_Ask(trial=trial, settings=settings, runs=[run_of(config) for config in configs], cost=cost))
+        return asked
+
+    def tell(self, ask: _Ask, outcomes: Mapping[str, Outcome]) -> None:
+        """What came of a point.
+
+        Raises:
+            ValueError: a run raised an error.
+        """
+        scores = []
+        for run in ask.runs:
+            outcome = outcomes[run.name]
+            if outcome.result is None:
+                raise ValueError(f"the trial {' '.join(f'{k}={v}' for k, v in ask.settings.items())}: {outcome.error}")
+            scores.append(0.0 if outcome.result.chosen is None else float(outcome.result.chosen["val_acc"]))
+        score = math.fsum(scores) / len(scores)
+        self._study.tell(ask.trial, score)
+        self.found.trials.append(Trial(settings=ask.settings, score=score, cost=ask.cost))
+
+
+def _tasks(spec: StudySpec, dimensions: Sequence[Dimension]) -> list[_Task]:
+    """One for each row without the searched axes."""
+    keys = [dimension.key for dimension in dimensions]
+    double = [key for i, key in enumerate(keys) if key in keys[:i]]
+    if not keys:
+        raise ValueError("there is nothing to search; write an interval such as lr=0.01..1.")
+    if double:
+        raise ValueError(f"{double[0]} is searched twice.")
+    tasks = []
+    for i in range(len(spec.arms)):
+        own = [dimension for dimension in dimensions if takes(spec, spec.arms[i], dimension.key)]
+        missing = [dimension.key for dimension in dimensions if dimension not in own]
+        tasks += [_Task(cell, i, own, missing) for cell in cells(_alone(spec, i, {key: None for key in keys}))]
+    for key in keys:
+        if all(key in task.unsearched for task in tasks):
+            near = suggest(key, field_types(RunConfig))
+            raise ValueError(f"study {spec.name}: no arm has {key!r} to search{near}")
+    return tasks
+
+
+def _alone(spec: StudySpec, arm: int, settings: Mapping[str, str | None]) -> StudySpec:
+    """The study of one arm, with settings in place of whatever it has for their keys; None takes the key away."""
+    one = spec.arms[arm]
+    kept = {key: value for key, value in one.settings.items() if key not in settings}
+    chosen = {key: value for key, value in settings.items() if value is not None}
+    axes = tuple(axis for axis in one.axes if axis.key not in settings)
+    return dataclasses.replace(
+        spec,
+        arms=(dataclasses.replace(one, settings={**kept, **chosen}, axes=axes, choose=()),),
+        axes=tuple(axis for axis in spec.axes if axis.key not in settings),
+        settings={key: value for key, value in spec.settings.items() if key not in settings},
+        choose=(),
+        baseline=one.label,
+        published=(),
+    )
+
+
+def _configs(spec: StudySpec, arm: int, cell: Cell, settings: Mapping[str, str]) -> list[RunConfig]:
+    """The runs of a point: the row's, with these settings."""
+    rows = cells(_alone(spec, arm, {**cell.values, **settings}))
+    return list(rows[0].configs.values())
+
+
+def _optuna() -> Any:
+    try:
+        import optuna
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "searching needs Optuna, which is not installed; run: pip install 'flatmin[search]'"
+        ) from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna

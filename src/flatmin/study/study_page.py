@@ -1,0 +1,182 @@
+"""The page of `flatmin study`: the table, what stands below it, and the figures that its runs have numbers for."""
+
+from __future__ import annotations
+
+import math
+import re
+import shlex
+from collections.abc import Sequence
+
+from flatmin.stats import summarise
+from flatmin.study import study_curves, study_figures, tables
+from flatmin.study.page import (
+    Cell,
+    Column,
+    Markup,
+    code,
+    facts,
+    flat,
+    heading,
+    legend,
+    notes,
+    page,
+    panels,
+    paragraph,
+    table,
+)
+from flatmin.study.strokes import number
+from flatmin.study.study_looks import Looks, Section, every_row
+from flatmin.study.study_phi import phi
+from flatmin.study.tabulate import StudyRow, StudyTable
+
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
+_NONE = "–"
+_HINTS = {
+    "n": "seeds with a result",
+    "grads/step": "gradient evaluations of one update",
+    "p (Holm)": "of the paired t test of the difference, corrected for all rows",
+    "p (Holm), equal grads": "of the paired t test of that difference, corrected for all rows",
+    "vs plain, equal grads": "difference to plain training with as many gradient evaluations, paired by seed",
+}
+
+
+def render(shown: StudyTable, *, command: Sequence[str] = ()) -> str:
+    """The page as text.
+
+    Args:
+        shown: the study's table; see `flatmin.study.tabulate.tabulate`.
+        command: the words of the command line.
+
+    Raises:
+        ModuleNotFoundError: there are figures and plotly is not installed (extra "report").
+    """
+    looks = Looks(shown)
+    body = [paragraph(sentence(shown), "lead"), _table(shown, looks), notes(tables.remarks(shown))]
+    sections = _sections(shown, looks)
+    if sections:
+        points, at = looks.choices()
+        body.append(legend({arm: (arm, tone) for arm, tone in looks.tones.items()}, points, at=at))
+        body.append(paragraph(told, "caption") if (told := looks.explained()) else Markup(""))
+    for section in sections:
+        body += [heading(section.title, section.caption), panels(section.figures)]
+    body += _published(shown, looks)
+    if not sections:
+        body.append(paragraph("No run has numbers for a figure."))
+    return page(shown.spec.title, body, _foot(shown, command))
+
+
+def sentence(shown: StudyTable) -> str:
+    """What was run, in a sentence or two."""
+    spec = shown.spec
+    cells = [row.cell for row in every_row(shown) if row.cell is not None]
+    planned = sum(len(cell.configs) for cell in cells)
+    ended = sum(row.n for row in every_row(shown))
+    seeds = ", ".join(map(str, spec.seeds))
+    source = f" Source: {spec.source}." if spec.source else ""
+    return (
+        f"{_counted(len(spec.arms), 'arm')}, {_counted(len(shown.rows), 'row')}, results of {ended} of "
+        f"{_counted(planned, 'run')}, seed{'s' * (len(spec.seeds) > 1)} {seeds}.{source}"
+    )
+
+
+def _counted(count: int, word: str) -> str:
+    return f"{count} {word}{'s' * (count != 1)}"
+
+
+def _table(shown: StudyTable, looks: Looks) -> Markup:
+    names, rows = tables.header(shown), tables.body(shown)
+    text = [i == 0 or not all(_plain(row[i]) for row in rows) for i in range(len(names))]
+    columns = [Column(name, _hint(name, shown), text=is_text) for name, is_text in zip(names, text, strict=True)]
+    return table(columns, [_cells(row, cells, text, looks) for row, cells in zip(shown.rows, rows, strict=True)])
+
+
+def _plain(cell: str) -> bool:
+    """Whether a cell is a number, with whatever interval, or empty."""
+    return cell == tables.ABSENT or sort_key(cell) is not None
+
+
+def sort_key(cell: str) -> float | None:
+    """The number that a cell begins with, alone or before a space or comma; None if there is none.
+
+    Example:
+        >>> sort_key("+1.25 ±0.40"), sort_key("95.1, 94"), sort_key("-"), sort_key("3x3")
+        (1.25, 95.1, None, None)
+    """
+    found = _NUMBER.match(cell)
+    if found is None or cell[found.end() : found.end() + 1] not in ("", " ", ","):
+        return None
+    return float(found.group())
+
+
+def _cells(row: StudyRow, cells: Sequence[str], text: Sequence[bool], looks: Looks) -> list[Cell]:
+    made = [Cell(cells[0], tone=looks.tones[row.arm], flag="; ".join(row.flags))]
+    for cell, is_text in zip(cells[1:], text[1:], strict=True):
+        if is_text or cell == tables.ABSENT:
+            made.append(Cell(_NONE if cell == tables.ABSENT else cell))
+            continue
+        value, _, half = cell.partition(" ±")
+        made.append(Cell(value, sort=sort_key(cell), minor=f"± {half}" if half else ""))
+    return made
+
+
+def _hint(name: str, shown: StudyTable) -> str:
+    if name in _HINTS:
+        return _HINTS[name]
+    if name == f"vs {shown.spec.baseline} (paired)":
+        return "difference at the same point of the axes, paired by seed, with its 95 % interval"
+    if name.startswith("published "):
+        return "the source's own number, its spread as printed"
+    return "mean over the seeds and half width of the 95 % t interval" if name.endswith("±95 %") else ""
+
+
+def _sections(shown: StudyTable, looks: Looks) -> list[Section]:
+    made = [
+        study_figures.over_rho(shown, looks),
+        study_figures.over_cost(shown, looks),
+        study_figures.radar(shown, looks),
+        study_curves.over_epochs(shown, looks),
+        study_figures.over_sharpness(shown, looks),
+        study_curves.spectra(shown, looks),
+        study_curves.slices(shown, looks),
+        study_curves.under_perturbation(shown, looks),
+        study_curves.ratios(shown, looks),
+        phi(shown),
+    ]
+    return [section for section in made if section is not None]
+
+
+def _published(shown: StudyTable, looks: Looks) -> list[Markup]:
+    """Numbers by the conventions of others, where the cards have them."""
+    found: list[dict[str, list[float]]] = []
+    for row in shown.rows:
+        values: dict[str, list[float]] = {}
+        for run in row.runs.values():
+            section = (run.card or {}).get("sections", {}).get("published", {})
+            for name, quantity in section.get("quantities", {}).items():
+                if quantity["value"] is not None and math.isfinite(quantity["value"]):
+                    values.setdefault(name, []).append(float(quantity["value"]))
+        found.append(values)
+    names = list(dict.fromkeys(name for values in found for name in values))
+    if not names:
+        return []
+    rows = []
+    for row, values in zip(shown.rows, found, strict=True):
+        cells = [Cell(row.label, tone=looks.tones[row.arm])]
+        for name in names:
+            value, _, half = number(summarise(values.get(name, [])), 2).partition(" ± ")
+            cells.append(Cell(value, sort=sort_key(value), minor=f"± {half}" if half else ""))
+        rows.append(cells)
+    caption = (
+        "Eigenvalues by each source's own choice of data and statistic; mean over the seeds, ± half width of the 95 % "
+        "t interval."
+    )
+    return [heading("Sharpness as others publish it", caption), table([Column("row"), *map(Column, names)], rows)]
+
+
+def _foot(shown: StudyTable, command: Sequence[str]) -> list[Markup]:
+    made = [heading("How this was made")]
+    if command:
+        made.append(code(shlex.join(command)))
+    spec = shown.spec
+    about = {"study": spec.name, "settings of": f"flatmin train {spec.train}", "source": spec.source}
+    return [*made, facts({key: value for key, value in about.items() if value}), facts(flat(shown.environment))]

@@ -1,0 +1,288 @@
+"""The table of a study: means, differences, what was chosen on validation, and plain training at equal cost."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from flatmin.stats import Stat, holm, paired, paired_p, summarise
+from flatmin.study.config import BASE
+from flatmin.study.costs import Sizes
+from flatmin.study.executors import Outcome
+from flatmin.study.known import Known
+from flatmin.study.plan import StudyPlan
+from flatmin.study.spec import METRICS, Published, StudySpec
+from flatmin.study.unfold import Cell
+from flatmin.train.fingerprint import environment
+from flatmin.train.folder import RunFolder
+from flatmin.train.trainer import build_recipe
+
+_SAME_TASK = ("data", "model", "model_params", "noise", "noise_kind", "train_size", "batch_size", "optimizer")
+_EQUAL = 0.02  # budgets that differ by no more count as equal: epochs are whole numbers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Value:
+    """A number of a row: ours over the seeds, its difference to the baseline, and what was published.
+
+    Args:
+        stat: mean and 95 % t interval over the seeds.
+        std: sample standard deviation, as papers print it; NaN for one seed.
+        diff: paired difference to the baseline at the same point of the axes; None without one.
+        p: of the paired t test of that difference, corrected over the table (Holm); None without one.
+        published: numbers to stand beside.
+    """
+
+    stat: Stat
+    std: float
+    diff: Stat | None = None
+    p: float | None = None
+    published: tuple[Published, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Equal:
+    """Plain training at the same number of gradient evaluations.
+
+    Args:
+        label: the row that had it; of several, the one that is best on validation.
+        diff: test accuracy of this row minus that one's, paired by seed.
+        p: of the paired t test, corrected over the table (Holm); None for fewer than two pairs.
+    """
+
+    label: str
+    diff: Stat
+    p: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyRow:
+    """One row of the table.
+
+    Args:
+        arm, values: see `Cell`.
+        n: seeds with a result.
+        gradients: gradient evaluations of one update.
+        columns: by metric.
+        flags: e.g. "failed: 1 of 3".
+        cell: its configurations; None in made-up tables.
+        runs: what is known of each run that has a result, by seed.
+        budget: gradient evaluations of a whole run, on a batch each; NaN if no run has a result.
+        equal: plain training at that budget; None without one.
+    """
+
+    arm: str
+    values: Mapping[str, str]
+    n: int
+    gradients: float
+    columns: Mapping[str, Value]
+    flags: tuple[str, ...] = ()
+    cell: Cell | None = None
+    runs: Mapping[int, Known] = field(default_factory=dict)
+    budget: float = math.nan
+    equal: Equal | None = None
+
+    @property
+    def point(self) -> Mapping[str, str]:
+        """The values that tell the rows of an arm apart."""
+        return self.values if self.cell is None else self.cell.point
+
+    @property
+    def chosen(self) -> Mapping[str, str]:
+        """The values that were chosen on validation."""
+        return {key: value for key, value in self.values.items() if key not in self.point}
+
+    @property
+    def label(self) -> str:
+        """Arm and values."""
+        return " ".join([self.arm, *(f"{key}={value}" for key, value in self.values.items())])
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyTable:
+    """What a study found.
+
+    Args:
+        spec: the study.
+        rows: in its order, the chosen ones only.
+        metrics: the columns: those that the study names, or that some row has.
+        errors: row and seed -> why there is no result.
+        environment: versions and machine.
+        tried: rows from which one was chosen, by the label of the chosen one.
+    """
+
+    spec: StudySpec
+    rows: list[StudyRow]
+    metrics: tuple[str, ...]
+    errors: Mapping[str, str]
+    environment: Mapping[str, object]
+    tried: Mapping[str, Sequence[StudyRow]] = field(default_factory=dict)
+
+
+def tabulate(
+    todo: StudyPlan, outcomes: Mapping[str, Outcome], cards: Mapping[str, Mapping[str, Any]] | None = None
+) -> StudyTable:
+    """The table of what is finished.
+
+    Args:
+        todo: the study.
+        outcomes: by the run's name.
+        cards: what was measured of the trained networks, by the run's name.
+    """
+    spec = todo.spec
+    sizes = Sizes()
+    every = [_row(todo, i, outcomes, cards or {}, sizes) for i in range(len(todo.cells))]
+    rows, tried = _chosen(every)
+    rows = [_compared(row, rows, spec) for row in rows]
+    rows = _corrected(rows)
+    errors = {
+        f"{todo.cells[i].label}, seed {seed}": text
+        for (i, seed), run in todo.runs.items()
+        if (outcome := outcomes.get(run.name)) is not None
+        if (text := outcome.error or (outcome.result.failure if outcome.result else None))
+    }
+    return StudyTable(
+        spec=spec,
+        rows=rows,
+        metrics=spec.columns or tuple(name for name in METRICS if any(row.columns[name].stat.n for row in rows)),
+        errors=errors,
+        environment=environment(todo.cells[0].config.device, 1),
+        tried=tried,
+    )
+
+
+def _row(
+    todo: StudyPlan, i: int, outcomes: Mapping[str, Outcome], cards: Mapping[str, Mapping[str, Any]], sizes: Sizes
+) -> StudyRow:
+    """A row by itself."""
+    cell, spec = todo.cells[i], todo.spec
+    runs: dict[int, Known] = {}
+    for seed in cell.configs:
+        run = todo.runs[i, seed]
+        outcome = outcomes.get(run.name)
+        if outcome is None or outcome.result is None or outcome.result.failure is not None:
+            continue
+        steps = RunFolder(todo.store.folder(run)).steps() if spec.record.log_every else []
+        runs[seed] = Known(result=outcome.result, lines=outcome.lines, steps=steps, card=cards.get(run.name))
+    columns = {}
+    for metric in dict.fromkeys((*METRICS, *spec.columns)):
+        stat = summarise(list(_by_seed(runs, metric).values()))
+        published = tuple(
+            one for one in spec.published if one.label == cell.arm and one.metric == metric and cell.at(one.where)
+        )
+        columns[metric] = Value(stat=stat, std=_deviation(stat), published=published)
+    known = [one.result for one in runs.values()]
+    counts = {"no result": len(cell.configs) - len(runs), "did not train": sum(not one.trained for one in known)}
+    gradients = [one.gradient_evaluations for one in known] or [build_recipe(cell.config).gradient_evaluations]
+    mean = math.fsum(gradients) / len(gradients)
+    return StudyRow(
+        arm=cell.arm,
+        values=cell.values,
+        n=len(runs),
+        gradients=mean,
+        columns=columns,
+        flags=tuple(f"{what}: {count} of {len(cell.configs)}" for what, count in counts.items() if count),
+        cell=cell,
+        runs=runs,
+        budget=mean * sizes.updates(cell.config) if runs else math.nan,
+    )
+
+
+def _by_seed(runs: Mapping[int, Known], metric: str) -> dict[int, float]:
+    return {seed: value for seed, run in runs.items() if (value := run.number(metric)) is not None}
+
+
+def _deviation(stat: Stat) -> float:
+    if stat.n < 2:
+        return math.nan
+    return math.sqrt(math.fsum((value - stat.mean) ** 2 for value in stat.values) / (stat.n - 1))
+
+
+def _chosen(every: Sequence[StudyRow]) -> tuple[list[StudyRow], dict[str, list[StudyRow]]]:
+    """For each arm and point the row that is best on validation, and those it was chosen from.
+
+    A row that lacks a seed cannot be chosen, unless all do: then the first stands for them.
+    """
+    groups: dict[tuple[object, ...], list[StudyRow]] = {}
+    for row in every:
+        assert row.cell is not None
+        groups.setdefault((row.arm, *sorted(row.cell.point.items())), []).append(row)
+    rows, tried = [], {}
+    for group in groups.values():
+        best = group[0]
+        whole = [row for row in group if row.cell is not None and row.n == len(row.cell.configs)]
+        if whole:
+            best = max(whole, key=lambda row: row.columns["val_acc"].stat.mean)
+        rows.append(best)
+        if len(group) > 1:
+            tried[best.label] = group
+    return rows, tried
+
+
+def _compared(row: StudyRow, rows: Sequence[StudyRow], spec: StudySpec) -> StudyRow:
+    """The row with its differences: to the baseline at the same point, and to plain training at its cost."""
+    base = _baseline(row, rows, spec)
+    columns = dict(row.columns)
+    if base is not None:
+        for metric, value in row.columns.items():
+            diff = paired(_by_seed(row.runs, metric), _by_seed(base.runs, metric))
+            columns[metric] = dataclasses.replace(value, diff=diff, p=_p(diff))
+    return dataclasses.replace(row, columns=columns, equal=_equal(row, rows))
+
+
+def _baseline(row: StudyRow, rows: Sequence[StudyRow], spec: StudySpec) -> StudyRow | None:
+    """The baseline's row at the same point of the axes that it has."""
+    if row.arm == spec.baseline or row.cell is None:
+        return None
+    for other in rows:
+        if other.arm == spec.baseline and other.cell is not None and row.cell.at(other.cell.point):
+            return other
+    return None
+
+
+def _equal(row: StudyRow, rows: Sequence[StudyRow]) -> Equal | None:
+    """Plain training of the same network on the same task with as many gradient evaluations."""
+    if row.cell is None or row.cell.config.method == BASE or math.isnan(row.budget):
+        return None
+    plain = [
+        other
+        for other in rows
+        if other.cell is not None
+        and other.cell.config.method == BASE
+        and all(getattr(other.cell.config, key) == getattr(row.cell.config, key) for key in _SAME_TASK)
+        and abs(other.budget - row.budget) <= _EQUAL * row.budget
+    ]
+    if not plain:
+        return None
+    best = max(plain, key=lambda other: other.columns["val_acc"].stat.mean)
+    diff = paired(_by_seed(row.runs, "test_acc"), _by_seed(best.runs, "test_acc"))
+    return None if diff is None else Equal(label=best.label, diff=diff, p=_p(diff))
+
+
+def _p(diff: Stat | None) -> float | None:
+    return None if diff is None or diff.n < 2 else paired_p(diff)
+
+
+def _corrected(rows: Sequence[StudyRow]) -> list[StudyRow]:
+    """P values corrected for all rows of a column."""
+    columns = [dict(row.columns) for row in rows]
+    for metric in dict.fromkeys(metric for row in rows for metric in row.columns):
+        found = _holm(own[metric].p for own in columns)
+        for own, p in zip(columns, found, strict=True):
+            own[metric] = dataclasses.replace(own[metric], p=p)
+    equal = _holm(None if row.equal is None else row.equal.p for row in rows)
+    return [
+        dataclasses.replace(row, columns=own, equal=row.equal and dataclasses.replace(row.equal, p=p))
+        for row, own, p in zip(rows, columns, equal, strict=True)
+    ]
+
+
+def _holm(found: Any) -> list[float | None]:
+    values: list[float | None] = list(found)
+    known = [i for i, p in enumerate(values) if p is not None]
+    for i, p in zip(known, holm([values[i] or 0.0 for i in known]), strict=True):
+        values[i] = p
+    return values

@@ -1,0 +1,80 @@
+"""What a search found, as a study that can be run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+
+from flatmin.study.search import Dimension, Found
+from flatmin.study.spec import StudySpec
+
+FRESH = 5  # seeds of the study that follows
+
+
+def found_study(spec: StudySpec, dimensions: Sequence[Dimension], found: Sequence[Found], budget: float) -> str:
+    """A study of one arm a row with the settings that were best, over seeds that the search has not seen, as TOML.
+
+    Args:
+        spec: what was searched.
+        dimensions: in what.
+        found: by the search.
+        budget: gradient evaluations for each row, in epochs of plain training.
+    """
+    first = max(spec.seeds) + 1
+    ranges = ", ".join(_range(dimension) for dimension in dimensions)
+    keys = {dimension.key for dimension in dimensions}
+    best = next(one.cell.label for one in found if one.cell.arm == spec.baseline)
+    lines = [
+        f"title = {_text(f'{spec.title}, searched')}",
+        f"source = {_text(spec.source)}",
+        f"train = {_text(spec.train)}",
+        f"seeds = {list(range(first, first + FRESH))}",
+        f"baseline = {_text(best)}",
+        f"notes = {_texts((_note(ranges, budget, spec.seeds), *spec.notes))}",
+        *_table("settings", {key: value for key, value in spec.settings.items() if key not in keys}),
+    ]
+    arms = {arm.label: arm for arm in spec.arms}
+    for one in found:
+        trial = one.best
+        own = {key: value for key, value in arms[one.cell.arm].settings.items() if key not in keys}
+        settings = {**own, **one.cell.values, **(trial.settings if trial is not None else {})}
+        lines += ["", "[[arms]]", f"label = {_text(one.cell.label)}", *_entries(settings)]
+    for given in spec.given:
+        settings = {key: value for key, value in given.settings.items() if key not in keys}
+        if settings:
+            lines += ["", "[[given]]", *(f"{_key(key)} = {_texts(values)}" for key, values in given.when.items())]
+            lines.append(f"set = {{ {', '.join(_entries(settings))} }}")
+    return "\n".join(lines) + "\n"
+
+
+def _note(ranges: str, budget: float, seeds: Sequence[int]) -> str:
+    return (
+        f"Settings were searched on validation in {ranges}, each arm with {budget:g} epochs' worth of plain gradient "
+        f"evaluations, with seed {', '.join(map(str, seeds))}; the seeds here are others."
+    )
+
+
+def _range(dimension: Dimension) -> str:
+    ends = ",".join(dimension.values) or f"{dimension.low:g}..{dimension.high:g}"
+    return f"{dimension.key}={ends}"
+
+
+def _table(name: str, settings: Mapping[str, str]) -> list[str]:
+    return ["", f"[{name}]", *_entries(settings)] if settings else []
+
+
+def _entries(settings: Mapping[str, str]) -> list[str]:
+    return [f"{_key(key)} = {_text(value)}" for key, value in settings.items()]
+
+
+def _key(key: str) -> str:
+    return key if key.replace("_", "").replace("-", "").isalnum() else _text(key)
+
+
+def _texts(values: Sequence[str]) -> str:
+    return f"[{', '.join(map(_text, values))}]"
+
+
+def _text(value: str) -> str:
+    """A basic string of TOML, which has the escapes of JSON."""
+    return json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,182 @@
+"""Honest baselines, settings chosen on validation, and plain training at equal cost."""
+
+import dataclasses
+
+import pytest
+
+from flatmin.study.baselines import with_baselines
+from flatmin.study.executors import Outcome
+from flatmin.study.reading import read_study
+from flatmin.study.tables import body, header, remarks
+from flatmin.study.unfold import cells
+from flatmin.train.settings import preset_names
+from flatmin.train.sources import load_clean
+from tests.study.made import made_result, made_table
+
+STUDY = """
+title = "Made up"
+train = "digits"
+seeds = [0, 1, 2]
+baseline = "SGD"
+[settings]
+epochs = 10
+weight_decay = 0.001
+[[arms]]
+label = "SGD"
+method = "sgd"
+weight_decay = 0.0005
+[[arms]]
+label = "SAM"
+method = "sam"
+axes = { rho = [0.05, 0.1, 0.2] }
+choose = ["rho"]
+"""
+
+
+def spec_of(tmp_path, text=STUDY):
+    path = tmp_path / "s.toml"
+    path.write_text(text, encoding="utf-8")
+    return read_study(str(path))
+
+
+def by_arm(spec):
+    found = {}
+    for cell in cells(spec):
+        found.setdefault(cell.arm, []).append(cell.config)
+    return found
+
+
+class TestBaselines:
+    def test_are_plain_training_with_more_of_one_thing_each(self, tmp_path):
+        arms = by_arm(with_baselines(spec_of(tmp_path)))
+        assert list(arms) == [
+            "SGD",
+            "SAM",
+            "SGD, more weight decay",
+            "SGD, early stop",
+            "SGD, averaged",
+            "SGD, 2x epochs",
+        ]
+        plain = arms["SGD"][0]
+
+        def differences(label):
+            found = []
+            for config in arms[label]:
+                mine, base = vars(config), vars(plain)
+                found.append({key: mine[key] for key in mine if mine[key] != base[key]})
+            return found
+
+        assert differences("SGD, more weight decay") == [{"weight_decay": value} for value in (0.001, 0.002, 0.004)]
+        assert differences("SGD, early stop") == [{"epochs": value} for value in (3, 5, 7)]
+        assert differences("SGD, averaged") == [{"ema": value} for value in (0.99, 0.999)]
+        assert differences("SGD, 2x epochs") == [{"epochs": 20}]
+
+    def test_all_but_the_budget_are_chosen_on_validation(self, tmp_path):
+        for cell in cells(with_baselines(spec_of(tmp_path))):
+            if cell.arm.startswith("SGD,") and "2x" not in cell.arm:
+                assert cell.choose == set(cell.values) and len(cell.choose) == 1
+
+    def test_bring_plain_training_where_there_is_none_and_its_networks(self, tmp_path):
+        text = STUDY.replace('[[arms]]\nlabel = "SGD"\nmethod = "sgd"\nweight_decay = 0.0005\n', "")
+        text = text.replace('baseline = "SGD"', "").replace("[settings]", '[axes]\nmodel = ["conv", "mlp"]\n[settings]')
+        arms = by_arm(with_baselines(spec_of(tmp_path, text)))
+        assert [config.model for config in arms["SGD"]] == ["conv", "mlp"]
+        assert {config.weight_decay for config in arms["SGD"]} == {0.001}
+        assert len(arms["SGD, early stop"]) == 6
+
+    def test_one_length_for_each_cost(self, tmp_path):
+        text = (
+            STUDY + '[[arms]]\nlabel = "twice"\nmethod = "sam"\nrho = 0.3\n[[arms]]\nlabel = "k"\nmethod = "looksam"\n'
+        )
+        arms = by_arm(with_baselines(spec_of(tmp_path, text)))
+        longer = {label: configs[0].epochs for label, configs in arms.items() if "x epochs" in label}
+        assert longer == {"SGD, 1.2x epochs": 12, "SGD, 2x epochs": 20}
+
+    @pytest.mark.parametrize("name", preset_names("study"))
+    def test_every_study_can_have_them(self, name):
+        found = with_baselines(read_study(name))
+        assert len(found.arms) > len(read_study(name).arms) and cells(found)
+
+    def test_a_name_that_is_taken(self, tmp_path):
+        text = STUDY + '[[arms]]\nlabel = "SGD, averaged"\nmethod = "sgd"\nema = 0.9\n'
+        with pytest.raises(ValueError, match="has an arm 'SGD, averaged' already; leave out the baselines"):
+            with_baselines(spec_of(tmp_path, text))
+
+
+class TestChoice:
+    def test_is_by_validation_and_not_by_test(self, tmp_path):
+        def result_of(cell, seed):
+            rho = cell.values.get("rho", "")
+            test = {"0.05": 90.0, "0.1": 80.0, "0.2": 70.0}.get(rho, 60.0) + seed
+            val = {"0.05": 80.0, "0.1": 90.0, "0.2": 85.0}.get(rho, 60.0) + seed
+            point = {"epoch": 1, "val_acc": val, "test_acc": test, "memorised": None}
+            return Outcome(result=made_result(cell.configs[seed], test, chosen=point))
+
+        table = made_table(STUDY, tmp_path, result_of)
+        sam = table.rows[1]
+        assert [row.arm for row in table.rows] == ["SGD", "SAM"]
+        assert sam.chosen == {"rho": "0.1"} and sam.columns["test_acc"].stat.mean == 81
+        assert [row.values["rho"] for row in table.tried["SAM rho=0.1"]] == ["0.05", "0.1", "0.2"]
+        assert header(table)[:2] == ["arm", "chosen"] and [row[1] for row in body(table)] == ["-", "rho=0.1"]
+        assert sam.columns["test_acc"].diff.mean == pytest.approx(20), "the baseline has no radius"
+        said = next(text for text in remarks(table) if "is chosen" in text)
+        assert "rho=0.05 81.00 ±2.48; rho=0.1 91.00 ±2.48; rho=0.2 86.00 ±2.48" in said
+
+    def test_a_value_that_lacks_a_seed_is_not_chosen_unless_all_do(self, tmp_path):
+        def result_of(cell, seed, broken):
+            if cell.values.get("rho") in broken and seed == 1:
+                return Outcome(error="lost")
+            return 99.0 if cell.values.get("rho") == "0.2" else 80.0
+
+        table = made_table(STUDY, tmp_path, lambda cell, seed: result_of(cell, seed, ("0.2",)))
+        assert table.rows[1].chosen == {"rho": "0.05"}
+        table = made_table(STUDY, tmp_path, lambda cell, seed: result_of(cell, seed, ("0.05", "0.1", "0.2")))
+        assert table.rows[1].chosen == {"rho": "0.05"} and table.rows[1].flags == ("no result: 1 of 3",)
+
+    def test_each_point_of_the_other_axes_has_its_own(self, tmp_path):
+        best = {"conv": "0.05", "mlp": "0.2"}
+        text = STUDY.replace("[settings]", '[axes]\nmodel = ["conv", "mlp"]\n[settings]')
+        table = made_table(
+            text, tmp_path, lambda cell, seed: 90.0 if cell.values.get("rho") == best[cell.values["model"]] else 80.0
+        )
+        assert [row.chosen for row in table.rows if row.arm == "SAM"] == [{"rho": "0.05"}, {"rho": "0.2"}]
+        assert header(table)[:3] == ["arm", "model", "chosen"]
+
+    def test_only_an_axis_can_be_chosen(self, tmp_path):
+        spec = dataclasses.replace(spec_of(tmp_path), choose=("rhoo",))
+        with pytest.raises(ValueError, match="rhoo cannot be chosen, for it is no axis; did you mean 'rho'"):
+            cells(spec)
+
+
+class TestEqualCost:
+    def table(self, tmp_path, score, text=STUDY):
+        return made_table(text, tmp_path, lambda cell, seed: score(cell) + seed, changed=with_baselines)
+
+    def test_stands_beside_twice_the_epochs(self, tmp_path):
+        scores = {"SGD": 80.0, "SAM": 85.0, "SGD, 2x epochs": 83.0}
+        table = self.table(tmp_path, lambda cell: scores.get(cell.arm, 70.0))
+        rows = {row.arm: row for row in table.rows}
+        steps = -(-len(load_clean(rows["SGD"].cell.config).train) // 64)
+        assert rows["SGD"].budget == 10 * steps and rows["SAM"].budget == rows["SGD, 2x epochs"].budget == 20 * steps
+        equal = rows["SAM"].equal
+        assert equal.label == "SGD, 2x epochs" and equal.diff.mean == pytest.approx(2) and equal.diff.n == 3
+        assert all(row.equal is None for row in table.rows if row.arm != "SAM")
+        assert rows["SAM"].columns["test_acc"].diff.mean == pytest.approx(5), "at equal epochs"
+        assert "vs plain, equal grads" in header(table)
+        assert body(table)[1][header(table).index("vs plain, equal grads")].startswith("+2.00")
+
+    def test_of_several_is_the_best_on_validation(self, tmp_path):
+        text = STUDY + '[[arms]]\nlabel = "long"\nmethod = "sgd"\nepochs = 20\nweight_decay = 0.01\n'
+        scores = {"SAM": 85.0, "SGD, 2x epochs": 83.0, "long": 84.0}
+        table = self.table(tmp_path, lambda cell: scores.get(cell.arm, 70.0), text)
+        assert {row.arm: row.equal.label for row in table.rows if row.equal} == {"SAM": "long"}
+
+    def test_is_of_the_same_network(self, tmp_path):
+        text = STUDY.replace("[settings]", '[axes]\nmodel = ["conv", "mlp"]\n[settings]')
+        table = self.table(tmp_path, lambda cell: 80.0 if cell.values["model"] == "conv" else 90.0, text)
+        found = {row.values["model"]: row.equal for row in table.rows if row.arm == "SAM"}
+        assert {model: equal.label for model, equal in found.items()} == {
+            "conv": "SGD, 2x epochs model=conv",
+            "mlp": "SGD, 2x epochs model=mlp",
+        }
+        assert all(equal.diff.mean == 0 for equal in found.values())

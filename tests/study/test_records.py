@@ -1,0 +1,182 @@
+"""What runs write down beside their result, and cards of their networks, as columns of a table."""
+
+import json
+import math
+
+import pytest
+
+from flatmin.study.cards import card_path
+from flatmin.study.events import CardDone, Measuring, RunDone
+from flatmin.study.known import Known
+from flatmin.study.plan import plan
+from flatmin.study.reading import read_study
+from flatmin.study.record import Record
+from flatmin.study.studies import study
+from flatmin.study.tables import body, comma_separated, header
+from flatmin.train.folder import RunFolder
+
+STUDY = """
+title = "Three clouds"
+train = "smoke"
+seeds = [0, 1]
+baseline = "SGD"
+columns = ["test_acc", "cosine@first", "cosine@last", "lambda_1"]
+[settings]
+data = "tests.user_side:data"
+model = "tests.user_side:net"
+epochs = 2
+batch_size = 4
+device = "cpu"
+[[arms]]
+label = "SGD"
+method = "sgd"
+[[arms]]
+label = "SAM"
+method = "sam"
+[record]
+log_every = 1
+diagnostics = true
+[measure]
+what = "model,hessian"
+examples = 40
+settings = { top = 2 }
+[[published]]
+label = "SAM"
+metric = "lambda_1"
+value = 12.5
+source = "a paper"
+"""
+
+
+def spec_of(tmp_path, text=STUDY):
+    path = tmp_path / "clouds.toml"
+    path.write_text(text, encoding="utf-8")
+    return read_study(str(path))
+
+
+def run(tmp_path, text=STUDY):
+    events = []
+    table = study(plan(spec_of(tmp_path, text), tmp_path / "out"), workers=0, on_event=events.append)
+    return table, events
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("records")
+    return folder, *run(folder)
+
+
+def test_columns_are_those_of_the_study(done):
+    _, table, _ = done
+    assert table.metrics == ("test_acc", "cosine@first", "cosine@last", "lambda_1")
+    assert [name for name in header(table) if "@" in name] == ["cosine@first ±95 %", "cosine@last ±95 %"]
+    sam = table.rows[1]
+    for seed, one in sam.runs.items():
+        values = [step["cosine"] for step in one.steps]
+        tenth = len(values) // 10
+        assert len(values) > 20 and tenth >= 2
+        assert one.number("cosine@first") == pytest.approx(math.fsum(values[:tenth]) / tenth)
+        assert one.number("cosine@last") == pytest.approx(math.fsum(values[-tenth:]) / tenth)
+        assert sam.columns["cosine@first"].stat.values[seed] == one.number("cosine@first")
+    assert table.rows[0].columns["cosine@first"].stat.n == 0, "plain training has no second gradient"
+    assert body(table)[1][header(table).index("published lambda_1")] == "12.5"
+    assert "lambda_1_mean" in comma_separated(table).splitlines()[0]
+
+
+def test_cards_are_measured_once_and_belong_to_their_weights(done):
+    folder, table, events = done
+    assert next(e for e in events if isinstance(e, Measuring)).nets == 4
+    assert sum(isinstance(e, CardDone) for e in events) == 4
+    sam = table.rows[1]
+    assert all(one.number("lambda_1") > one.number("lambda_2") for one in sam.runs.values())
+    again, events = run(folder)
+    assert events[-1].reused == 4 and len(events) == 1, "nothing is trained or measured again"
+    assert [row.columns["lambda_1"].stat for row in again.rows] == [row.columns["lambda_1"].stat for row in table.rows]
+
+
+def test_another_view_is_another_card(done):
+    folder, _, _ = done
+    _, events = run(folder, STUDY.replace("examples = 40", "examples = 30"))
+    assert next(e for e in events if isinstance(e, Measuring)).nets == 4
+
+
+def test_a_run_that_is_done_again_loses_its_card_and_a_damaged_one_is_measured_again(tmp_path):
+    run(tmp_path)
+    todo = plan(spec_of(tmp_path), tmp_path / "out")
+    first, *rest = dict.fromkeys(run.name for run in todo.runs.values())
+    paths = {run.name: card_path(todo.store.folder(run), todo.spec.measure) for run in todo.runs.values()}
+    paths[rest[0]].write_text('{"sect', encoding="utf-8")
+    (todo.store.runs / first / "result.json").unlink()
+    _, events = run(tmp_path)
+    assert {e.run for e in events if isinstance(e, RunDone)} == {first}
+    assert {e.run for e in events if isinstance(e, CardDone)} == {first, rest[0]}
+    assert "sections" in json.loads(paths[rest[0]].read_text())
+
+
+def test_runs_that_have_not_recorded_it_are_done_again_and_others_reuse_them(tmp_path):
+    plain = STUDY.replace("log_every = 1\ndiagnostics = true", "").replace(
+        'columns = ["test_acc", "cosine@first", "cosine@last", "lambda_1"]', ""
+    )
+    plain = plain.replace('metric = "lambda_1"', 'metric = "test_acc"')
+    before, _ = run(tmp_path, plain)
+    todo = plan(spec_of(tmp_path), tmp_path / "out")
+    assert len(todo.missing) == 4 and "has not recorded what this study looks at" in todo.warnings[0]
+    after, _ = run(tmp_path)
+    assert [row.columns["test_acc"].stat for row in after.rows] == [row.columns["test_acc"].stat for row in before.rows]
+    assert not plan(spec_of(tmp_path, plain), tmp_path / "out").missing, "more than asked for is enough"
+
+
+class TestRecord:
+    def test_word_is_empty_for_nothing(self):
+        assert Record().word == "" and Record().kept_in({})
+        assert not Record(log_every=2).kept_in({"record": Record(log_every=3).word})
+
+    @pytest.mark.parametrize(
+        ("entry", "message"),
+        [
+            ("log_every = -1", "log_every must be at least 0"),
+            ("log_every = 0\ndiagnostics = true", "diagnostics=true needs log_every"),
+            ("measures = 'nonsense'", "what must be of"),
+            ("log_evry = 1", "unknown option 'log_evry'; did you mean 'log_every'"),
+        ],
+    )
+    def test_bad_entries(self, tmp_path, entry, message):
+        text = STUDY.replace("log_every = 1\ndiagnostics = true", entry).replace(
+            'columns = ["test_acc", "cosine@first", "cosine@last", "lambda_1"]', 'columns = ["lambda_1"]'
+        )
+        with pytest.raises(ValueError, match=message):
+            spec_of(tmp_path, text)
+
+    @pytest.mark.parametrize(
+        ("old", "new", "message"),
+        [
+            ('"cosine@first"', '"cosine@middle"', "no run has the column 'cosine@middle'; expected NAME@first"),
+            ("diagnostics = true", "", "no run has the column 'cosine@first'"),
+            ("examples = 40", "example = 40", "measure has no 'example'; did you mean 'examples'"),
+            ("examples = 40", "examples = '40'", "measure.examples = '40' is no whole number"),
+            ("examples = 40", "split = 'all'", "split must be train, val or test"),
+            ("top = 2", "topp = 2", "unknown option 'topp'"),
+            ('"model,hessian"', '"hessien"', "what must be of"),
+        ],
+    )
+    def test_bad_columns_and_views(self, tmp_path, old, new, message):
+        with pytest.raises(ValueError, match=message):
+            spec_of(tmp_path, STUDY.replace(old, new))
+
+    def test_a_number_without_its_file(self):
+        result = run_result()
+        assert Known(result=result).number("lambda_1") is None and Known(result=result).number("cosine@last") is None
+
+
+def run_result():
+    from tests.study.made import made_result
+
+    config = type("Config", (), {"method": "sgd", "rho": None, "seed": 0, "epochs": 1})
+    return made_result(config, 50.0)
+
+
+def test_measurements_while_training_are_kept(tmp_path):
+    text = STUDY.replace("[measure]", "measure_every = 1\nmeasures = 'hessian'\nmeasure_examples = 20\n[measure]")
+    table, _ = run(tmp_path, text)
+    folder = next((tmp_path / "out" / "runs").iterdir())
+    assert [line["epoch"] for line in RunFolder(folder).measures()] == [1, 2] and table.rows[0].n == 2
