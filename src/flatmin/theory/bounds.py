@@ -1,0 +1,144 @@
+"""Upper bounds on the gradient norm that follow from the rules alone, to hold against runs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from flatmin.recipes import Recipe
+from flatmin.theory.families import Family, family
+from flatmin.theory.functions import Problem
+from flatmin.theory.methods import RadiusLike, StepLike, positive
+from flatmin.theory.rules import Product
+from flatmin.theory.words import as_radius, as_step
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Bounds on a run, for k = 0, ..., updates.
+
+    Attributes:
+        best: on min_{j <= k} ||grad f(x^j)||, shape (updates + 1,); None where inf f is not known.
+        last: on ||grad f(x^k)||, shape (updates + 1,); None where f is no convex quadratic.
+    """
+
+    best: np.ndarray | None
+    last: np.ndarray | None
+
+
+def gradient_bound(
+    problem: Problem,
+    step: StepLike,
+    radius: RadiusLike,
+    updates: int,
+    method: str | Recipe | Family = "sam",
+    **how: Any,
+) -> Bound:
+    r"""What the gradient norm of a run from the problem's start cannot exceed.
+
+    Best iterate, any L-smooth f with ||g - grad f|| <= eps (eps_k = L rho_k for normalised methods). From the identity
+    -t <grad f, g> + (t/2) ||g||^2 = (t/2) (||g - grad f||^2 - ||grad f||^2) and the descent lemma,
+    f(x+) <= f - (t/2) ||grad f||^2 + (t/2) eps^2 - (t/2) (1 - L t) ||g||^2; where L t > 1,
+    ||g||^2 <= 2 ||grad f||^2 + 2 eps^2. So with a = max(L t - 1, 0), c = t (1/2 - a) and d = t (1/2 + a) eps^2:
+
+        min_{j < k} ||grad f(x^j)||^2 <= (f(x^0) - inf f + sum_j d_j) / sum_j c_j.
+
+    For a relative error nu, c = t (1 - nu) - L t^2 (1 + nu)^2 / 2 and d = 0.
+
+    Last iterate, f a convex quadratic with eigenvalues mu <= lambda <= L besides 0, and g = grad f(x^k), which stays
+    in their span. SAM: g+ = (1 - t A - t rho A^2 / ||g||) g, so ||g+|| <= max_lambda |(1 - t lambda) ||g|| -
+    t rho lambda^2|, and therefore
+
+        B+ = max((1 - t mu) B, max(t L - 1, 0) B + t rho L^2),
+
+    which for t L <= 1 is max(exp(-mu sum t) B_0, max_j t_j rho_j L^2 exp(-mu sum_{i > j} t_i)) at most: the start is
+    forgotten at the rate of sum t, and what is left is t_k rho_k L^2. Other normalised directions and igd:
+    B+ = max(|1 - t mu|, |1 - t L|) B + t L eps. The gradient, USAM and the extragradient multiply by the largest factor
+    |1 - t lambda (1 +- rho lambda)|; igdr adds t L nu B.
+
+    Args:
+        problem: f; L is its `known.L`.
+        step: as in `flatmin.theory.methods.run`.
+        radius: likewise.
+        updates: >= 1.
+        method: as in `flatmin.theory.checker.check`.
+        how: parameters of the recipe's parts.
+
+    Raises:
+        ValueError: L is not known, steps so long that no bound follows (t L >= 3/2, or beyond `largest_step`), or a
+            method without theorem.
+    """
+    chosen = family(method, **how)
+    f = problem.known
+    if chosen.kind == "other":
+        raise ValueError(f"no bound: {chosen.reason}.")
+    if f.L is None:
+        raise ValueError(f"no bound: L of {problem.name} is not known.")
+    t_rule = as_step(step)
+    rho_rule = as_radius(radius, t_rule)
+    if chosen.factor is not None:
+        rho_rule = Product((rho_rule, chosen.factor))
+    t = np.array([positive(t_rule, n) for n in range(1, updates + 1)])
+    rho = np.array([rho_rule.at(n) for n in range(1, updates + 1)])
+    if chosen.kind == "gradient":
+        rho = np.zeros(updates)
+    x = problem.start()
+    start = float(problem.gradient(x).norm())
+    best = None
+    if problem.f_star is not None and f.bounded_below:
+        best = _best(float(problem.value(x)) - problem.f_star, start, t, rho, f.L, chosen)
+    spectrum = np.array([s for s in f.spectrum if s != 0])
+    last = _last(start, t, rho, spectrum, chosen) if len(spectrum) and spectrum.min() > 0 else None
+    return Bound(best, last)
+
+
+def sam_floor(t: float, rho: float, L: float) -> float:
+    """The gradient norm t rho L^2 / (2 - t L) at which SAM's cycle on a quadratic has its ends; it follows t_k rho_k.
+
+    Args:
+        t: step size of this update.
+        rho: its radius.
+        L: the largest eigenvalue, t L < 2.
+    """
+    return t * rho * L**2 / (2 - t * L) if t * L < 2 else math.inf
+
+
+def _best(gap: float, start: float, t: np.ndarray, rho: np.ndarray, L: float, method: Family) -> np.ndarray:
+    if method.kind in ("normalised", "absolute"):
+        eps = rho if method.kind == "absolute" else L * rho
+        excess = np.maximum(L * t - 1, 0)
+        fall, rise = t * (0.5 - excess), t * (0.5 + excess) * eps**2
+    else:
+        nu = rho if method.kind == "relative" else L * rho
+        fall, rise = t * (1 - nu) - L * t**2 * (1 + nu) ** 2 / 2, np.zeros_like(t)
+    if not bool((fall > 0).all()):
+        n = int(np.flatnonzero(fall <= 0)[0]) + 1
+        raise ValueError(f"no bound: the step t = {t[n - 1]:g} of update {n} is too long for L = {L:g}.")
+    bound = np.sqrt((gap + np.cumsum(rise)) / np.cumsum(fall))
+    return np.concatenate([[start], np.minimum(bound, start)])
+
+
+def _last(start: float, t: np.ndarray, rho: np.ndarray, spectrum: np.ndarray, method: Family) -> np.ndarray:
+    mu, L = float(spectrum.min()), float(spectrum.max())
+    if method.kind == "normalised" and method.climbs:
+        keep, over, add = 1 - t * mu, np.maximum(t * L - 1, 0), t * rho * L**2
+        found = [start]
+        for a, b, c in zip(keep, over, add, strict=True):
+            found.append(max(a * found[-1], b * found[-1] + c))
+        return np.array(found)
+    sign = {"unnormalised": 1.0, "extragradient": -1.0}.get(method.kind, 0.0)
+    by = np.zeros_like(t)
+    for eigenvalue in spectrum:
+        by = np.maximum(by, np.abs(1 - t * eigenvalue * (1 + sign * rho * eigenvalue)))
+    add = np.zeros_like(t)
+    if method.kind == "relative":
+        by = by + t * L * rho
+    elif method.kind in ("normalised", "absolute"):
+        add = t * L * rho * (L if method.kind == "normalised" else 1.0)
+    found = [start]
+    for a, c in zip(by, add, strict=True):
+        found.append(a * found[-1] + c)
+    return np.array(found)

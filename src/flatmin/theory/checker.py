@@ -1,0 +1,129 @@
+"""The checker: which theorem covers a step size, a radius, a class of functions and a method, and what follows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flatmin.recipes import Recipe
+from flatmin.theory import theorems
+from flatmin.theory.classes import FunctionClass
+from flatmin.theory.failures import failures, stays_away
+from flatmin.theory.families import Family, family
+from flatmin.theory.functions import Problem
+from flatmin.theory.kl import rate_words
+from flatmin.theory.methods import RadiusLike, StepLike, positive
+from flatmin.theory.rules import Asymptotics, Constant, Product, Rule
+from flatmin.theory.verdict import PROPERTIES, Property, Theorem, Verdict
+from flatmin.theory.words import as_radius, as_step
+
+_STATEMENTS = {
+    "gradient": (theorems.relative,),
+    "normalised": (theorems.convex, theorems.absolute),
+    "unnormalised": (theorems.relative,),
+    "extragradient": (theorems.relative,),
+    "absolute": (theorems.absolute,),
+    "relative": (theorems.relative,),
+    "other": (),
+}
+
+
+def check(
+    step: StepLike,
+    radius: RadiusLike,
+    functions: FunctionClass | Problem,
+    method: str | Recipe | Family = "sam",
+    **how: Any,
+) -> Verdict:
+    """What the theory says of a method with these rules on a class of functions.
+
+        >>> verdict = check("diminish2", "power:c=0.1,p=0.5", FunctionClass(L=4.0))
+        >>> verdict.theorem, verdict.statuses
+        ('Corollary 3.5 (normalised methods)', ('follows', 'follows', 'follows', 'not shown', 'not shown'))
+        >>> verdict = check(0.1, 0.1, FunctionClass(L=4.0, convex=True, spectrum=(1.0, 4.0), minimisers="unique"))
+        >>> verdict.theorem, verdict.statuses[2], round(verdict.distance, 12)
+        (None, 'fails', 0.025)
+
+    Args:
+        step: t_n, n = 1, 2, ...: a rule, a number, words as in `read_rule`, or a function of n.
+        radius: rho_n, likewise, or tied to the step; eps_n of igd, nu_n of igdr.
+        functions: the class, or a problem, whose `known` is taken.
+        method: as in `flatmin.theory.families.family`. Default "sam".
+        how: parameters of the recipe's parts.
+
+    Raises:
+        ValueError: unknown words or method, or a step size that is not positive at n = 1.
+        TypeError: something else than a rule or a class.
+    """
+    chosen = family(method, **how)
+    f = functions.known if isinstance(functions, Problem) else functions
+    if not isinstance(f, FunctionClass):
+        raise TypeError(f"functions must be a FunctionClass or a Problem, got {type(f).__name__}.")
+    t = as_step(step)
+    rho = as_radius(radius, t)
+    positive(t, 1)
+    rho.at(1)
+    if chosen.factor is not None:
+        rho = Product((rho, chosen.factor))
+    if chosen.kind == "gradient":
+        rho = Constant(0.0)
+    judged = _without_radius(chosen) if _is_zero(rho) and chosen.kind in _MOVING else chosen
+    tried = sorted((s(t, rho, f, judged) for s in _STATEMENTS[judged.kind]), key=_nearness)
+    nearest = tried[0] if tried else None
+    wrong = failures(t, rho, f, judged)
+    applies = nearest.name if nearest is not None and nearest.holds else None
+    return Verdict(
+        step=t,
+        radius=rho,
+        functions=f,
+        family=chosen,
+        theorem=applies,
+        conditions=() if nearest is None else nearest.conditions,
+        theorems=tuple(tried),
+        properties=tuple(_property(k, tried, wrong, chosen) for k in range(1, len(PROPERTIES) + 1)),
+        rate=_rate(t, rho, f, judged, applies),
+        distance=stays_away(t, rho, f, judged),
+    )
+
+
+_MOVING = ("normalised", "unnormalised", "extragradient")
+
+
+def _is_zero(rule: Rule) -> bool:
+    growth = rule.asymptotics
+    return isinstance(growth, Asymptotics) and growth.c == 0
+
+
+def _without_radius(chosen: Family) -> Family:
+    return Family(chosen.name, "gradient", chosen.recipe)
+
+
+def _nearness(theorem: Theorem) -> tuple[int, int, int]:
+    """Theorems that hold first, of these the one that gives most; then those that other rules could make hold."""
+    setting = sum(c.about == "setting" for c in theorem.missing)
+    return (setting, len(theorem.missing), -len(theorem.gives))
+
+
+def _property(number: int, tried: list[Theorem], wrong: dict[int, str], method: Family) -> Property:
+    for theorem in tried:
+        if theorem.holds and number in theorem.gives:
+            return Property(number, "follows", theorem.gives[number])
+    if number in wrong:
+        return Property(number, "fails", wrong[number])
+    if method.kind == "other":
+        return Property(number, "not shown", f"no theorem: {method.reason}")
+    nearest = tried[0]
+    if nearest.holds:
+        return Property(number, "not shown", nearest.lacks.get(number, "it is not part of the theorem"))
+    lacking = ", ".join(c.name for c in nearest.missing)
+    return Property(number, "not shown", f"{nearest.name} lacks: {lacking}")
+
+
+def _rate(t: Rule, rho: Rule, f: FunctionClass, method: Family, applies: str | None) -> str:
+    if applies is None:
+        return ""
+    if method.kind in ("gradient", "unnormalised", "extragradient", "relative"):
+        return rate_words(f.kl, t) if f.accumulates or f.convex else ""
+    both = Product((t, rho)).asymptotics
+    if method.climbs and f.spectrum and min(f.spectrum) > 0 and isinstance(both, Asymptotics):
+        return f"||grad f(x^k)|| falls like t_k rho_k ~ {both}, once exp(-mu sum t) is below it (derived, quadratics)"
+    return ""

@@ -1,0 +1,112 @@
+"""What is known of a function: the hypotheses of the theorems."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from flatmin.words import suggest
+
+_WORDS: dict[str, dict[str, Any]] = {
+    "convex": {"convex": True},
+    "unique": {"minimisers": "unique"},
+    "bounded": {"minimisers": "bounded"},
+    "unbounded": {"minimisers": "unbounded"},
+    "none": {"minimisers": "none"},
+    "coercive": {"bounded_levels": True},
+    "falling": {"bounded_below": False},
+    "analytic": {"has_kl": True},
+}
+Minimisers = Literal["unique", "bounded", "unbounded", "none", "unknown"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FunctionClass:
+    """A class of functions, by what its members are known to satisfy.
+
+    Args:
+        L: Lipschitz constant of the gradient; None: there is one, but it is not known. Default None.
+        convex: Default False.
+        minimisers: the set of minimisers: one point, a bounded nonempty set, an unbounded one, none, or not known.
+            Default "unknown".
+        bounded_below: inf f > -inf. Default True.
+        bounded_levels: {f <= a} is bounded for every a, so that iterates with bounded f accumulate. Default False.
+        kl: exponent q in (0, 1) of the Kurdyka-Lojasiewicz property with phi(s) = M s^q, that is
+            ||grad f|| >= (f - f(x))^(1-q) / (M q) near every stationary x: 1/2 where the Hessian is nondegenerate, 1/4
+            for x^4. Default None: not known.
+        has_kl: the property holds with some exponent, as for every real-analytic f (Lojasiewicz 1963). Default False,
+            True where `kl` is given.
+        spectrum: eigenvalues of the Hessian if f is a quadratic. Default empty: f is none, or may be another.
+        where: where L holds. Default "everywhere".
+
+    Raises:
+        ValueError: L is not positive and finite, kl outside (0, 1), or a spectrum whose largest modulus is not L.
+    """
+
+    L: float | None = None
+    convex: bool = False
+    minimisers: Minimisers = "unknown"
+    bounded_below: bool = True
+    bounded_levels: bool = False
+    kl: float | None = None
+    has_kl: bool = False
+    spectrum: tuple[float, ...] = ()
+    where: str = "everywhere"
+
+    def __post_init__(self) -> None:
+        if self.L is not None and not 0 < self.L < math.inf:
+            raise ValueError(f"L must be positive and finite, or None if it is not known, got {self.L!r}.")
+        if self.kl is not None and not 0 < self.kl < 1:
+            raise ValueError(f"the KL exponent q must be within (0, 1), got {self.kl!r}.")
+        if self.minimisers not in ("unique", "bounded", "unbounded", "none", "unknown"):
+            raise ValueError(
+                f"minimisers must be unique, bounded, unbounded, none or unknown, got {self.minimisers!r}."
+            )
+        if self.spectrum and (self.L is None or not math.isclose(max(map(abs, self.spectrum)), self.L)):
+            raise ValueError(f"the largest modulus of the spectrum must be L = {self.L!r}, got {self.spectrum!r}.")
+        if self.kl is not None:
+            object.__setattr__(self, "has_kl", True)
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether iterates with bounded f have an accumulation point."""
+        return self.bounded_levels or (self.convex and self.minimisers in ("unique", "bounded"))
+
+    @classmethod
+    def read(cls, words: str) -> FunctionClass:
+        """The class that the words stand for, as on a command line.
+
+            >>> FunctionClass.read("convex, L=4, unique")
+            FunctionClass(L=4.0, convex=True, minimisers='unique', ...)
+
+        Args:
+            words: any of "convex"; "unique", "bounded", "unbounded" or "none" (minimisers); "coercive" (bounded level
+                sets); "falling" (not bounded below); "analytic" (KL with an exponent that is not known); "L=4";
+                "kl=0.5"; joined by commas.
+
+        Raises:
+            ValueError: a word that is none of them, or a number that is none.
+        """
+        given: dict[str, Any] = {}
+        for word in filter(None, (w.strip() for w in words.split(","))):
+            key, _, text = word.partition("=")
+            if word in _WORDS:
+                given |= _WORDS[word]
+            elif key.strip() in ("L", "kl") and text:
+                try:
+                    given[key.strip()] = float(text)
+                except ValueError:
+                    raise ValueError(f"{key.strip()} must be a number, got {text!r}.") from None
+            else:
+                known = [*_WORDS, "L=4", "kl=0.5"]
+                raise ValueError(f"unknown word {word!r}{suggest(word, known)} (words: {', '.join(known)}).")
+        return cls(**given)
+
+    def __str__(self) -> str:
+        words = ["quadratic"] if self.spectrum else []
+        words.append("convex" if self.convex else "not known to be convex")
+        words.append("L not known" if self.L is None else f"L = {self.L:g}")
+        words.append(f"minimisers {self.minimisers}")
+        words.append(f"KL q = {self.kl:g}" if self.kl else "KL, exponent not known" if self.has_kl else "KL not known")
+        return ", ".join(words)

@@ -1,0 +1,75 @@
+"""Closed forms on quadratics: where a constant step size and radius end, and what decides over divergence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+
+def limit_distance(t: float, rho: float, spectrum: Sequence[float]) -> float:
+    """Distance to the minimiser at which SAM with constant t and rho ends on a quadratic, from a generic start.
+
+    Along an eigenvector of lambda, x+ = (1 - t lambda) x - t rho lambda sign(x); |x| = t rho lambda / (2 - t lambda)
+    is a cycle of period 2, and it attracts there if t lambda < 2. Of the cycles of a quadratic the one along the
+    largest eigenvalue attracts: near it, the component of another mu is multiplied by
+    1 - t mu - (2 - t lambda) (mu / lambda)^2 in modulus below 1. For f(x) = x^2, lambda = 2: t rho / (1 - t).
+
+        >>> round(limit_distance(0.1, 0.1, [1.0, 4.0]), 12), round(limit_distance(0.3, 0.5, [2.0]), 7)
+        (0.025, 0.2142857)
+
+    Args:
+        t: > 0.
+        rho: >= 0.
+        spectrum: eigenvalues, all positive.
+
+    Raises:
+        ValueError: t lambda >= 2, where the iterates are not bounded, or an argument out of range.
+
+    Source: Khanh et al., NeurIPS 2024, Example 3.1; the formula is derived here.
+    """
+    largest = max(spectrum, default=math.nan)
+    if not (t > 0 and rho >= 0 and min(spectrum, default=0.0) > 0):
+        raise ValueError(
+            f"limit_distance needs t > 0, rho >= 0 and positive eigenvalues, got t = {t!r}, rho = {rho!r}, "
+            f"spectrum = {list(spectrum)!r}."
+        )
+    if t * largest >= 2:
+        raise ValueError(f"t lambda must be below 2, got {t!r} * {largest!r} = {t * largest:g}: there is no cycle.")
+    return t * rho * largest / (2 - t * largest)
+
+
+def orbit_square(t: float, rho: float) -> float:
+    """|x| of the cycle of period 2 of SAM on f(x) = x^2: t rho / (1 - t), for t < 1."""
+    return limit_distance(t, rho, [2.0])
+
+
+def factor(kind: str, t: float, rho: float, eigenvalue: float) -> float:
+    """What an update multiplies the component of an eigenvalue with, on a quadratic.
+
+    gradient: 1 - t lambda; unnormalised: 1 - t lambda (1 + rho lambda); extragradient: 1 - t lambda (1 - rho lambda).
+
+    Args:
+        kind: one of these three.
+        t: step size.
+        rho: radius.
+        eigenvalue: lambda.
+    """
+    sign = {"gradient": 0.0, "unnormalised": 1.0, "extragradient": -1.0}[kind]
+    return 1 - t * eigenvalue * (1 + sign * rho * eigenvalue)
+
+
+def largest_step(L: float, nu: float = 0.0) -> float:
+    """2 (1 - nu) / (L (1 + nu)^2): below it the relative-error theorem lets f fall at every update.
+
+    f(x+) <= f - (t (1 - nu) - L t^2 (1 + nu)^2 / 2) ||grad f||^2, by the descent lemma.
+
+    Args:
+        L: > 0.
+        nu: in [0, 1), the relative error; L rho for USAM. Default 0.0, gradient descent: 2 / L.
+
+    Raises:
+        ValueError: out of range.
+    """
+    if not (L > 0 and 0 <= nu < 1):
+        raise ValueError(f"the largest step needs L > 0 and nu in [0, 1), got L = {L!r}, nu = {nu!r}.")
+    return 2 * (1 - nu) / (L * (1 + nu) ** 2)

@@ -1,0 +1,109 @@
+"""Which family of the theory a method belongs to, read off its parts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from flatmin import parts as p
+from flatmin.recipes import Recipe, compose, method_table
+from flatmin.theory.rules import Power, Rule
+from flatmin.words import suggest
+
+Kind = Literal["gradient", "normalised", "unnormalised", "extragradient", "absolute", "relative", "other"]
+Error = Literal["against", "along", "random"]
+FRAMEWORKS: dict[str, Kind] = {"igd": "absolute", "igdr": "relative", "extragradient": "extragradient"}
+ERRORS = ("against", "along", "random")
+
+
+@dataclass(frozen=True)
+class Family:
+    """A method as the theory sees it.
+
+    - gradient: x+ = x - t grad f(x), exactly.
+    - normalised: x+ = x - t grad f(x + eps), ||eps|| <= rho, so the error is at most L rho.
+    - unnormalised: eps = rho grad f(x), so the error is at most L rho ||grad f(x)||.
+    - extragradient: eps = -rho grad f(x), same bound. No recipe: a radius is >= 0. It runs as an instance of igdr.
+    - absolute: igd, ||g - grad f(x)|| <= eps_k given as the radius.
+    - relative: igdr, ||g - grad f(x)|| <= nu_k ||grad f(x)||, nu_k given as the radius.
+    - other: none of them, for the `reason`.
+
+    Attributes:
+        name: as it was asked for.
+        recipe: of the library; "sgd" for the frameworks, whose error is put into the gradient that it takes.
+        climbs: whether the ascent goes exactly along grad f(x), as Theorem 3.2 needs.
+        factor: a rule that the recipe multiplies the radius with, or None.
+        error: of igd and igdr: "against" the gradient, "along" it, or "random", uniform on the sphere.
+        reason: of "other".
+    """
+
+    name: str
+    kind: Kind
+    recipe: Recipe
+    climbs: bool = False
+    factor: Rule | None = None
+    error: Error = "against"
+    reason: str = ""
+
+
+def family(method: str | Recipe | Family, *, error: Error = "against", **how: Any) -> Family:
+    """The family of a method.
+
+        >>> family("vasso", theta=0.4).kind, family("usam").kind, family("asam").kind
+        ('normalised', 'unnormalised', 'other')
+
+    Args:
+        method: a name as in `flatmin.compose`, "igd", "igdr", "extragradient", or a recipe.
+        error: of igd and igdr. Default "against", the worst for descent.
+        how: parameters of the recipe's parts.
+
+    Raises:
+        ValueError: an unknown method or error, or parameters that the method does not have.
+    """
+    if isinstance(method, Family):
+        return method
+    if error not in ERRORS:
+        raise ValueError(f"unknown error {error!r}{suggest(str(error), ERRORS)} (errors: {', '.join(ERRORS)}).")
+    if isinstance(method, str) and method in FRAMEWORKS:
+        if how:
+            raise ValueError(f"{method} has no parameter {next(iter(how))!r}; its radius is a rule of its own.")
+        return Family(method, FRAMEWORKS[method], compose("sgd"), error=error)
+    if isinstance(method, Recipe):
+        recipe = method
+    else:
+        known = method_table()
+        if "+" not in method and method not in known:
+            names = [*known, *FRAMEWORKS]
+            raise ValueError(f"unknown method {method!r}{suggest(method, names)} (methods: {', '.join(names)}).")
+        recipe = compose(method, **how)
+    kind, reason = _kind(recipe)
+    factor = Power(1.0, recipe.radius.p) if isinstance(recipe.radius, p.Power) else None
+    climbs = isinstance(recipe.direction, p.Gradient)
+    return Family(recipe.name, kind, recipe, climbs=climbs, factor=factor, reason=reason)
+
+
+def _kind(recipe: Recipe) -> tuple[Kind, str]:
+    if not recipe.ascends:
+        return "gradient", ""
+    plain: tuple[tuple[p.Part, type, str], ...] = (
+        (recipe.objective, p.SameLoss, "climbs another loss than f"),
+        (recipe.when, p.Always, "does not ascend at every update"),
+        (recipe.mask, p.All, "moves a part of the weights"),
+        (recipe.points, p.One, "takes other points than one ascent and one descent"),
+        (recipe.samples, p.EverySample, "descends on a part of the samples"),
+        (recipe.combine, p.Descent, "descends along another vector than the gradient at x + eps"),
+    )
+    for part, wanted, words in plain:
+        if not isinstance(part, wanted):
+            return "other", f"{recipe.name} {words} ({part})"
+    if not isinstance(recipe.radius, (p.Constant, p.Power)):
+        return "other", f"{recipe.name} sets its own radius ({recipe.radius}); give it as a rule instead"
+    if abs(recipe.direction.factor()) > 1:
+        return "other", f"{recipe.name} goes further than rho"
+    if isinstance(recipe.geometry, (p.L2, p.Centralised)):
+        return "normalised", ""
+    if isinstance(recipe.geometry, p.Unnormalised) and isinstance(recipe.direction, p.Gradient):
+        return "unnormalised", ""
+    if isinstance(recipe.geometry, p.Unnormalised):
+        return "other", f"{recipe.name} climbs along another direction than the gradient without normalising it"
+    return "other", f"{recipe.name} measures eps in a norm that follows the weights, so ||eps|| <= rho may fail"

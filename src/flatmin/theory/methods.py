@@ -1,0 +1,187 @@
+"""Runs of the library's recipes, and of inexact gradients of a chosen error, on functions with known constants."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flatmin.recipes import Recipe
+from flatmin.theory.drive import Door, Gradient, OptimizerDoor, ProgramDoor
+from flatmin.theory.families import Error, Family, family
+from flatmin.theory.functions import Problem
+from flatmin.theory.rules import Rule, Tied
+from flatmin.theory.words import as_radius, as_step
+
+StepLike = Rule | float | str | Callable[[int], float]
+RadiusLike = StepLike | Tied
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a run did, at the iterates x^k that were recorded.
+
+    Attributes:
+        k: numbers of updates done, rising from 0, shape (m,).
+        f: f(x^k), shape (m,).
+        gradient: ||grad f(x^k)||, shape (m,).
+        distance: of x^k to the minimisers, nan where they are not known, shape (m,).
+        t, rho: step size and radius of the update that led to x^k, number n = k; at k = 0 those of the first.
+        x: the iterates, shape (m, dim).
+        stopped: why the run ended early, "" if it did not.
+    """
+
+    k: np.ndarray
+    f: np.ndarray
+    gradient: np.ndarray
+    distance: np.ndarray
+    t: np.ndarray
+    rho: np.ndarray
+    x: np.ndarray
+    stopped: str = ""
+
+    def at(self, k: int) -> int:
+        """The position of the last recorded iterate with at most k updates."""
+        return int(np.searchsorted(self.k, k, side="right")) - 1
+
+
+def run(
+    problem: Problem,
+    method: str | Recipe | Family = "sam",
+    *,
+    steps: StepLike,
+    radius: RadiusLike = 0.0,
+    updates: int,
+    start: Tensor | None = None,
+    record: int = 1000,
+    door: Literal["optimizer", "program"] = "optimizer",
+    error: Error = "against",
+    seed: int = 0,
+    eps: float = 1e-12,
+    **how: Any,
+) -> Trace:
+    """Run x^{k+1} = x^k - t_{k+1} u^k, with u^k of a method, from x^0, in float64.
+
+        >>> from flatmin.theory.functions import Square
+        >>> trace = run(Square(), "sam", steps=0.1, radius=0.1, updates=300)
+        >>> round(float(trace.distance[-1]), 10)
+        0.0111111111
+
+    Args:
+        problem: f.
+        method: a recipe of the library (see `flatmin methods`), which runs as it is; "igd": u = grad f + e with
+            ||e|| = eps_k; "igdr": ||e|| = nu_k ||grad f||; "extragradient": u = grad f(x - rho grad f(x)), an instance
+            of igdr with nu = L rho, as no recipe has a negative radius. Default "sam".
+        steps: t_n > 0, n = 1, 2, ...: a rule, a number, words as in `read_rule`, or a function of n.
+        radius: rho_n >= 0, likewise, or tied to the step; eps_n of igd, nu_n of igdr. Default 0.0.
+        updates: >= 1.
+        start: x^0, shape (dim,). Default: the problem's own.
+        record: iterates kept: all where there are at most this many, else about so many, evenly in log k. Default 1000.
+        door: "optimizer", `flatmin.SAM(torch.optim.SGD([x]))`, or "program", the same recipe without the optimizer
+            around it, about three times as fast. Default "optimizer".
+        error: direction of e: "against" grad f (the worst for descent; beyond ||grad f|| it climbs), "along" it (that
+            of SAM to first order), "random", uniform on the sphere, a floor of label noise. Default "against".
+        seed: of random errors and of recipes that draw. Default 0.
+        eps: added to the norms that divide. Default 1e-12, as in `flatmin.SAM`.
+        how: parameters of the recipe's parts, e.g. theta=0.4.
+
+    Raises:
+        ValueError: a step size that is not positive, a bad start, or words that are not understood.
+    """
+    if updates < 1:
+        raise ValueError(f"updates must be at least 1, got {updates!r}.")
+    chosen = family(method, error=error, **how)
+    t_rule = as_step(steps)
+    rho_rule = as_radius(radius, t_rule)
+    x0 = problem.start() if start is None else torch.as_tensor(start, dtype=torch.float64).detach().clone()
+    if x0.shape != (problem.dim,) or not bool(torch.isfinite(x0).all()):
+        raise ValueError(f"start must be {problem.dim} finite numbers, got {x0.tolist()!r}.")
+    gradient = inexact(problem, chosen, seed)
+    machine: Door
+    if door == "optimizer":
+        first = positive(t_rule, 1)
+        machine = OptimizerDoor(chosen.recipe, problem, gradient, x0, seed=seed, eps=eps, first_t=first)
+    elif door == "program":
+        machine = ProgramDoor(chosen.recipe, gradient, x0, seed=seed, eps=eps)
+    else:
+        raise ValueError(f"door must be 'optimizer' or 'program', got {door!r}.")
+    wanted = set(recorded(updates, record))
+    rows: list[tuple[float, ...]] = []
+    points: list[Tensor] = []
+    framework = isinstance(gradient, Inexact)
+
+    def note(k: int, t: float, rho: float) -> None:
+        x = machine.x.clone()
+        points.append(x)
+        rows.append((k, float(problem.value(x)), float(problem.gradient(x).norm()), problem.distance(x), t, rho))
+
+    note(0, positive(t_rule, 1), rho_rule.at(1))
+    stopped = ""
+    for n in range(1, updates + 1):
+        t, rho = positive(t_rule, n), rho_rule.at(n)
+        if framework:
+            gradient.size = rho  # type: ignore[attr-defined]
+        if not machine.update(t, 0.0 if framework else rho):
+            stopped = f"the gradient is not finite at update {n}"
+            break
+        if n in wanted:
+            note(n, t, rho)
+    table = np.array(rows, dtype=np.float64).T
+    f, norm, distance, ts, rhos = table[1:]
+    k = table[0].astype(np.int64)
+    return Trace(k, f, norm, distance, ts, rhos, torch.stack(points).numpy(), stopped)
+
+
+class Inexact:
+    """grad f(x) with an error of the size that is set before each update: eps_k, nu_k, or rho of the extragradient."""
+
+    def __init__(self, problem: Problem, chosen: Family, seed: int) -> None:
+        self._problem, self._family, self.size = problem, chosen, 0.0
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        g = self._problem.gradient(x)
+        if self.size == 0:
+            return g
+        if self._family.kind == "extragradient":
+            return self._problem.gradient(x - self.size * g)
+        norm = float(g.norm())
+        length = self.size * norm if self._family.kind == "relative" else self.size
+        if self._family.error == "random":
+            e = torch.randn(x.shape, dtype=x.dtype, generator=self._generator)
+            return g + e * (length / float(e.norm()))
+        if norm == 0:
+            return g
+        return g * (1 + (length if self._family.error == "along" else -length) / norm)
+
+
+def inexact(problem: Problem, chosen: Family, seed: int = 0) -> Gradient:
+    """What the closure of a run hands over: the gradient, with the error of the frameworks."""
+    framework = chosen.kind in ("absolute", "relative", "extragradient")
+    return Inexact(problem, chosen, seed) if framework else problem.gradient
+
+
+def positive(rule: Rule, n: int) -> float:
+    """The step size of update n.
+
+    Raises:
+        ValueError: it is not positive.
+    """
+    t = rule.at(n)
+    if not t > 0:
+        raise ValueError(f"step sizes must be positive, but {rule} is {t:g} at n = {n}.")
+    return t
+
+
+def recorded(updates: int, record: int) -> list[int]:
+    """The iterates that a run keeps: all of 0..updates, or about `record` of them evenly in log k, with both ends."""
+    if record < 2:
+        raise ValueError(f"record must be at least 2, the first and the last iterate, got {record!r}.")
+    if updates < record:
+        return list(range(updates + 1))
+    spaced = np.geomspace(1, updates, record - 1).round().astype(int)
+    return sorted({0, *(int(k) for k in spaced), updates})

@@ -1,0 +1,65 @@
+"""The functions by name, for command lines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from flatmin.theory.functions import LeastSquares, Problem, Quadratic, Square, random_system
+from flatmin.theory.landscapes import LogSum, MexicanHat, Quartic, Rosenbrock
+from flatmin.theory.logistic import breast_cancer, digits_pair
+from flatmin.words import suggest
+
+
+@dataclass(frozen=True)
+class Named:
+    """A line of the table of functions.
+
+    Attributes:
+        make: the numbers after the colon -> the problem.
+        numbers: how many it takes at most; -1: any.
+        summary: what it is, and what the numbers are.
+    """
+
+    make: Callable[..., Problem]
+    numbers: int
+    summary: str
+
+
+PROBLEMS: dict[str, Named] = {
+    "square": Named(Square, 0, "x^2"),
+    "quadratic": Named(lambda *s: Quadratic(s or (1.0, 4.0)), -1, "a quadratic with these eigenvalues (1,4)"),
+    "least-squares": Named(
+        lambda m=10, n=5: LeastSquares(*random_system(int(m), int(n))), 2, "||A x - b||^2 / 2, A random of m,n (10,5)"
+    ),
+    "log-sum": Named(lambda n=20: LogSum.random(int(n)), 1, "sum log(1 + (A x - b)^2) of n variables (20), L = 8"),
+    "breast-cancer": Named(lambda l2=1e-3: breast_cancer(l2), 1, "logistic regression on real data, l2 (0.001)"),
+    "digits": Named(
+        lambda one=3, other=8: digits_pair(int(one), int(other)), 2, "logistic regression, two digits (3,8)"
+    ),
+    "rosenbrock": Named(Rosenbrock, 1, "Rosenbrock's function, L on |x| <= reach (2)"),
+    "quartic": Named(Quartic, 1, "x^4 / 4, KL with q = 1/4, L on |x| <= reach (2)"),
+    "hat": Named(MexicanHat, 0, "the Mexican hat, without the KL property"),
+}
+
+
+def read_problem(words: str) -> Problem:
+    """The function that the words stand for: a name of `PROBLEMS`, or a name and its numbers, `quadratic:1,4`.
+
+        >>> read_problem("quadratic:1,4").known.L
+        4.0
+
+    Raises:
+        ValueError: an unknown name, or numbers that it does not take.
+    """
+    name, _, rest = words.partition(":")
+    if name not in PROBLEMS:
+        raise ValueError(f"unknown function {name!r}{suggest(name, PROBLEMS)} (functions: {', '.join(PROBLEMS)}).")
+    named = PROBLEMS[name]
+    try:
+        numbers = [float(text) for text in rest.split(",") if text.strip()]
+    except ValueError:
+        raise ValueError(f"{words!r}: what follows the colon must be numbers joined by commas.") from None
+    if 0 <= named.numbers < len(numbers):
+        raise ValueError(f"{name} takes at most {named.numbers} numbers, got {len(numbers)}: {named.summary}.")
+    return named.make(*numbers)

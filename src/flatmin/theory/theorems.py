@@ -1,0 +1,164 @@
+"""The statements of the convergence paper as functions: a pair of rules and a class of functions -> a `Theorem`.
+
+Source of all: Khanh, Luong, Mordukhovich & Tran, Fundamental Convergence Analysis of Sharpness-Aware Minimization,
+NeurIPS 2024. Where a consequence goes beyond the paper's statement, its reason says "derived".
+"""
+
+from __future__ import annotations
+
+from flatmin.theory import sums
+from flatmin.theory.classes import FunctionClass
+from flatmin.theory.closed import largest_step
+from flatmin.theory.families import Family
+from flatmin.theory.kl import kl_condition
+from flatmin.theory.rules import Product, Rule
+from flatmin.theory.verdict import Condition, Theorem
+
+CONVEX = "Theorem 3.2 (SAM, convex)"
+IGD = "Theorem 3.3 (inexact gradient, absolute error)"
+NORMALISED = "Corollary 3.5 (normalised methods)"
+RELATIVE = "Section 4 (inexact gradient, relative error)"
+UNNORMALISED = "Section 4 (unnormalised SAM)"
+GIVE_L = "L is not known; give it as FunctionClass(L=...)"
+
+
+def convex(step: Rule, radius: Rule, f: FunctionClass, method: Family) -> Theorem:
+    """Theorem 3.2: SAM on a convex function; the radius may be constant.
+
+    sum t_k = inf, sum t_k^2 < inf, sup rho_k < inf => (1); with a unique minimiser x^k -> x*.
+    As the gradient is monotone, <grad f(x + eps), grad f> >= ||grad f||^2, and the descent lemma gives
+    f(x+) <= f - t (1 - L t) ||grad f||^2 + L^3 t^2 rho^2. Derived: so sum t ||grad f||^2 < inf and f(x^k) converges;
+    from | ||grad f(x+)|| - ||grad f|| | <= L t (||grad f|| + L rho) and t -> 0, a gradient norm that rose from e to 2e
+    infinitely often would need sum t >= c over each rise, against the first sum; hence grad f(x^k) -> 0. inf f > -inf
+    is needed, as f(x) = x shows.
+    """
+    bounded, reason, proof = sums.limsup(radius)
+    along = "along the gradient" if method.climbs else "in another direction"
+    conditions = (
+        Condition("f convex", f.convex, "given" if f.convex else "the class is not convex", about="setting"),
+        _below(f),
+        _lipschitz(f),
+        Condition.of("sum t = inf", sums.sum_is_finite(step).negated()),
+        Condition.of("sum t^2 < inf", sums.sum_is_finite(step, 2)),
+        Condition("sup rho < inf", bounded < float("inf"), reason, proof),
+        Condition("d = grad f", method.climbs, f"the ascent goes {along}", about="setting"),
+    )
+    gives = {1: CONVEX, 2: f"{CONVEX}, derived", 3: f"{CONVEX}, derived"}
+    lacks: dict[int, str] = {}
+    if f.minimisers == "unique":
+        gives |= {2: CONVEX, 3: CONVEX, 4: CONVEX, 5: f"{CONVEX}, as the minimiser is unique"}
+    elif f.accumulates:
+        gives[4] = f"{CONVEX}, as the minimisers are bounded; f(x^k) converges (derived)"
+        lacks[5] = "it needs a unique minimiser"
+    else:
+        lacks[4] = lacks[5] = f"it needs a bounded set of minimisers, which are {f.minimisers}"
+    return Theorem(CONVEX, conditions, gives, lacks)
+
+
+def absolute(step: Rule, radius: Rule, f: FunctionClass, method: Family) -> Theorem:
+    """Theorem 3.3 and Corollary 3.5: ||g - grad f|| <= eps_k, which is L rho_k for every normalised method.
+
+    sum t_k = inf, t_k decreasing to 0, sum t_k eps_k < inf, limsup eps_k < 2 => grad f(x^k) -> 0, accumulation points
+    are stationary, f(x^k) -> f(x) at one; with KL and sum_k t_k (sum_{i >= k} t_i eps_i)^(1-q) < inf, x^k -> x.
+    By f(x+) <= f - t (1 - eps/2) ||grad f||^2 + t eps / 2 + L t^2 (||grad f|| + eps)^2 / 2.
+    """
+    framework = method.kind == "absolute"
+    name, error = (IGD, "eps") if framework else (NORMALISED, "rho")
+    size, reason, proof = sums.limsup(radius)
+    known = 2.0 if framework else None if f.L is None else 2 / f.L
+    bound = "2" if framework else "2/L" if known is None else f"2/L = {known:.4g}"
+    if known is None and size > 0:
+        small = Condition(f"limsup {error} < 2/L", None, f"{GIVE_L}, or a radius that tends to 0", proof)
+    else:
+        small = Condition(f"limsup {error} < {bound}", known is None or size < known, reason, proof)
+    conditions = (
+        _below(f),
+        _lipschitz(f),
+        Condition.of("sum t = inf", sums.sum_is_finite(step).negated()),
+        Condition.of("t decreasing", sums.is_decreasing(step)),
+        Condition.of("t -> 0", sums.tends_to_zero(step)),
+        Condition.of(f"sum t {error} < inf", sums.sum_is_finite(Product((step, radius)))),
+        small,
+    )
+    gives, lacks = {1: name, 2: name, 3: name}, dict[int, str]()
+    if f.accumulates:
+        gives[4] = f"{name}, as bounded f keeps the iterates bounded"
+    else:
+        lacks[4] = lacks[5] = "it needs an accumulation point, and the level sets of f are not known to be bounded"
+    if f.accumulates and f.convex and f.minimisers == "unique":
+        gives[5] = f"{name}, as there is one stationary point"
+    elif f.accumulates:
+        found = kl_condition(step, radius, f)
+        reason = f"{name} with KL, where f(x^k) > f(x) eventually: {found.reason}"
+        (gives if found.holds else lacks)[5] = reason if found.holds else found.reason
+    return Theorem(name, conditions, gives, lacks)
+
+
+def relative(step: Rule, radius: Rule, f: FunctionClass, method: Family) -> Theorem:
+    """Section 4: ||g - grad f|| <= nu ||grad f||, with nu = L rho for USAM and the extragradient, 0 for the gradient.
+
+    nu < 1, sum t_k = inf, limsup t_k < 2 (1 - nu) / (L (1 + nu)^2) => f falls from some update on, and f(x^k) -> -inf
+    or accumulation points are stationary and grad f(x^k) -> 0; with KL, x^k -> x. Constant t and rho suffice.
+    By f(x+) <= f - (t (1 - nu) - L t^2 (1 + nu)^2 / 2) ||grad f||^2.
+    """
+    framework, plain = method.kind == "relative", method.kind == "gradient"
+    name = RELATIVE if framework else UNNORMALISED
+    if plain:
+        name = "Section 4 (gradient descent, nu = 0)"
+    size, why, proof = sums.limsup(radius)
+    nu = size if framework or size == 0 else None if f.L is None else f.L * size
+    label = "limsup nu < 1" if framework or plain else "limsup rho < 1/L"
+    error = Condition(label, None if nu is None else nu < 1, GIVE_L if nu is None else f"nu = {nu:.4g}; {why}", proof)
+    conditions = (
+        _lipschitz(f),
+        error,
+        Condition.of("sum t = inf", sums.sum_is_finite(step).negated()),
+        _step_bound(step, nu, f),
+    )
+    gives, lacks = {2: f"{name} (or f(x^k) -> -inf)"}, dict[int, str]()
+    if f.bounded_below:
+        gives |= {1: name, 2: name, 3: name}
+    else:
+        lacks |= {k: "f may fall without bound" for k in (1, 3, 4, 5)}
+        return Theorem(name, conditions, gives, lacks)
+    if f.accumulates:
+        gives[4] = f"{name}, as f falls and its level sets are bounded"
+    else:
+        lacks[4] = lacks[5] = "it needs an accumulation point, and the level sets of f are not known to be bounded"
+    if f.accumulates and f.convex and f.minimisers == "unique":
+        gives[5] = f"{name}, as there is one stationary point"
+    elif f.accumulates and f.has_kl:
+        gives[5] = f"{name} with KL"
+    elif f.accumulates:
+        lacks[5] = "it needs the KL property"
+    return Theorem(name, conditions, gives, lacks)
+
+
+def _step_bound(step: Rule, nu: float | None, f: FunctionClass) -> Condition:
+    t, why, proof = sums.limsup(step)
+    name = "limsup t < 2 (1 - nu) / (L (1 + nu)^2)"
+    if nu is not None and nu >= 1:
+        return Condition(name, False, f"there is no such step for nu = {nu:.4g}, which is not below 1")
+    if t == 0 and nu is not None:
+        first = ""
+        if f.L is not None and (n := sums.last_above(step, largest_step(f.L, nu) * (1 - 1e-12))):
+            first = f", from n = {n + 1} on" if n < sums.EVIDENCE else ", beyond n = 1e6"
+        return Condition(name, True, f"{why}{first}", proof)
+    if f.L is None or nu is None:
+        return Condition(name, None, f"{GIVE_L}, or a step size that tends to 0", proof)
+    bound = largest_step(f.L, nu)
+    return Condition(f"{name} = {bound:.4g}", t < bound, why, proof)
+
+
+def _below(f: FunctionClass) -> Condition:
+    why = "given" if f.bounded_below else "f is not bounded below"
+    return Condition("inf f > -inf", f.bounded_below, why, about="setting")
+
+
+def _lipschitz(f: FunctionClass) -> Condition:
+    where = (
+        "given"
+        if f.where == "everywhere"
+        else f"as long as the iterates and x + eps keep to {f.where.removeprefix('on ')}"
+    )
+    return Condition("grad f Lipschitz", True, where if f.L is None else f"L = {f.L:.4g}, {where}")

@@ -1,0 +1,118 @@
+"""Rules from words, for command lines: `constant:0.1`, `power:c=0.5,p=0.5001`, `diminish1`, `tied:0.5`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from flatmin.theory.rules import Constant, Power, Product, Rule, Tied, as_rule
+from flatmin.theory.schedules import Cosine, Diminish
+from flatmin.words import suggest
+
+
+@dataclass(frozen=True)
+class Form:
+    """One form of the grammar: its maker, the key that a lone number fills, and the keys that are whole numbers."""
+
+    make: Callable[..., Rule | Tied]
+    keys: tuple[str, ...]
+    lone: str
+    required: tuple[str, ...] = ()
+    whole: tuple[str, ...] = ()
+    formula: str = ""
+
+
+FORMS: dict[str, Form] = {
+    "constant": Form(Constant, ("c",), "c", ("c",), formula="c"),
+    "power": Form(Power, ("c", "p", "q", "shift"), "p", ("p",), formula="c / ((n + shift)^p (log(n + shift))^q)"),
+    "harmonic": Form(partial(Power, p=1.0), ("c", "shift"), "c", formula="c / (n + shift)"),
+    "nlogn": Form(partial(Power, p=1.0, q=1.0, shift=1.0), ("c", "shift"), "c", formula="c / ((n + 1) log(n + 1))"),
+    "diminish1": Form(partial(Diminish, 1), ("lr", "epoch"), "lr", (), ("epoch",), "lr / (e + 1)"),
+    "diminish2": Form(partial(Diminish, 2), ("lr", "epoch"), "lr", (), ("epoch",), "lr / (e + 1)^0.5001"),
+    "diminish3": Form(
+        partial(Diminish, 3), ("lr", "epoch"), "lr", (), ("epoch",), "lr / (b ln b), b = 2 + floor(e / 5)"
+    ),
+    "cosine": Form(Cosine, ("T", "lr", "floor"), "T", ("T",), ("T",), "cosine from lr to floor over T updates"),
+    "tied": Form(Tied, ("factor",), "factor", ("factor",), formula="factor t_n (radii only)"),
+}
+"""The grammar: `name`, `name:number` or `name:key=number,...`; a product of rules is joined by `*`."""
+
+
+def read_rule(words: str) -> Rule:
+    """The rule that the words stand for.
+
+        >>> read_rule("power:c=0.5,p=0.5001").at(1)
+        0.5
+        >>> read_rule("harmonic:0.1*constant:0.5").at(5)
+        0.01
+        >>> read_rule("0.1")
+        Constant(c=0.1)
+
+    Args:
+        words: a number, a form of `FORMS`, or several of them joined by `*`.
+
+    Raises:
+        ValueError: an unknown form or key, a missing or unreadable number, or a tied radius where a step is read.
+    """
+    rule = _read(words)
+    if isinstance(rule, Tied):
+        raise ValueError(f"{words!r} ties a radius to the step size; a step size cannot be tied.")
+    return rule
+
+
+def read_radius(words: str) -> Rule | Tied:
+    """The radius that the words stand for; like `read_rule`, and `tied:factor` as well."""
+    return _read(words)
+
+
+def as_step(value: Rule | float | str | Callable[[int], float]) -> Rule:
+    """A step size from a rule, a number, words or a function of n."""
+    if isinstance(value, Tied):
+        raise ValueError(f"{value} ties a radius to the step size; a step size cannot be tied.")
+    return read_rule(value) if isinstance(value, str) else as_rule(value)
+
+
+def as_radius(value: Rule | Tied | float | str | Callable[[int], float], step: Rule) -> Rule:
+    """A radius from a rule, a tied radius, a number, words or a function of n; `step`: what tied radii follow."""
+    read = read_radius(value) if isinstance(value, str) else value
+    return read.of(step) if isinstance(read, Tied) else as_rule(read)
+
+
+def _read(words: str) -> Rule | Tied:
+    parts = [_read_one(part.strip(), words) for part in words.split("*")]
+    if len(parts) == 1:
+        return parts[0]
+    rules = [part for part in parts if not isinstance(part, Tied)]
+    if len(rules) < len(parts):
+        raise ValueError(f"{words!r}: a tied radius stands alone, not in a product.")
+    return Product(tuple(rules))
+
+
+def _read_one(part: str, words: str) -> Rule | Tied:
+    name, colon, rest = part.partition(":")
+    if not colon and (lone := _number(part)) is not None:
+        return Constant(lone)
+    if name not in FORMS:
+        raise ValueError(f"unknown rule {name!r}{suggest(name, FORMS)} (rules: a number, {', '.join(FORMS)}).")
+    form, given = FORMS[name], dict[str, float]()
+    for item in filter(None, rest.split(",")):
+        key, equals, text = (s.strip() for s in item.partition("="))
+        if not equals:
+            key, text = form.lone, key
+        if key not in form.keys:
+            raise ValueError(f"{name} has no {key!r}{suggest(key, form.keys)} (it has: {', '.join(form.keys)}).")
+        value = _number(text)
+        if value is None or key in given:
+            raise ValueError(f"{words!r}: {key} must be given one number, got {text!r}.")
+        given[key] = int(value) if key in form.whole and value == int(value) else value
+    if missing := [key for key in form.required if key not in given]:
+        raise ValueError(f"{name} needs {missing[0]}, as in '{name}:{missing[0]}=0.5'.")
+    return form.make(**given)
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None

@@ -1,0 +1,211 @@
+"""Functions: gradients against autograd, L against dense Hessians, minimisers and exponents."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from flatmin.theory import PROBLEMS as NAMED
+from flatmin.theory import (
+    FunctionClass,
+    LeastSquares,
+    Logistic,
+    LogSum,
+    MexicanHat,
+    Quadratic,
+    Quartic,
+    Rosenbrock,
+    Square,
+    breast_cancer,
+    digits_pair,
+    random_system,
+    read_problem,
+)
+
+
+def small_logistic(l2=1e-3):
+    X, noise = random_system(40, 3, seed=3)
+    return Logistic(X, torch.sign(X[:, 0] + noise), l2)
+
+
+PROBLEMS = [
+    Quadratic([0.5, 1.0, 4.0], centre=[1.0, -2.0, 0.0], seed=2),
+    Quadratic([0.0, 3.0]),
+    Quadratic([-1.0, 3.0], seed=1),
+    Square(),
+    LeastSquares(*random_system(7, 3)),
+    LeastSquares(*random_system(2, 4)),
+    LogSum(*random_system(5, 5, seed=4)),
+    LogSum.random(3),
+    Rosenbrock(),
+    Quartic(),
+    small_logistic(),
+    small_logistic(0.0),
+    MexicanHat(),
+]
+
+
+def points(problem, count=25):
+    generator = torch.Generator().manual_seed(0)
+    unit = torch.rand(count, problem.dim, dtype=torch.float64, generator=generator)
+    if isinstance(problem, Rosenbrock):
+        return unit * torch.tensor([4.0, 5.0]) - torch.tensor([2.0, 1.0])
+    if isinstance(problem, MexicanHat):
+        return 0.65 * (2 * unit - 1)
+    return 4 * unit - 2
+
+
+def hessian(problem, x):
+    return torch.autograd.functional.hessian(problem.value, x)
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.name)
+def test_closed_gradients_are_those_of_autograd(problem):
+    for x in points(problem):
+        y = x.clone().requires_grad_()
+        (found,) = torch.autograd.grad(problem.value(y), y)
+        assert torch.allclose(problem.gradient(x), found, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.name)
+def test_values_and_gradients_agree_by_differences(problem):
+    h = 1e-6
+    for x in points(problem, 5):
+        g = problem.gradient(x)
+        for i in range(problem.dim):
+            step = torch.zeros_like(x)
+            step[i] = h
+            slope = (problem.value(x + step) - problem.value(x - step)) / (2 * h)
+            assert float(slope) == pytest.approx(float(g[i]), rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("problem", [p for p in PROBLEMS if p.known.L], ids=lambda p: p.name)
+def test_no_hessian_exceeds_L(problem):
+    L = problem.known.L
+    norms = [float(torch.linalg.matrix_norm(hessian(problem, x), 2)) for x in points(problem, 60)]
+    assert max(norms) <= L * (1 + 1e-12)
+
+
+def test_L_is_attained():
+    cases = [
+        (LogSum.random(3), None),
+        (small_logistic(), torch.zeros(3, dtype=torch.float64)),
+        (Rosenbrock(), torch.tensor([2.0, -1.0], dtype=torch.float64)),
+        (Quartic(), torch.tensor([2.0], dtype=torch.float64)),
+        (LeastSquares(*random_system(7, 3)), torch.zeros(3, dtype=torch.float64)),
+    ]
+    for problem, x in cases:
+        at = problem.solution if x is None else x
+        assert float(torch.linalg.matrix_norm(hessian(problem, at), 2)) == pytest.approx(problem.known.L, rel=1e-9)
+    assert abs(LogSum.random(3).known.L - 8) < 1e-12
+
+
+@pytest.mark.parametrize("problem", [p for p in PROBLEMS if p.known.convex], ids=lambda p: p.name)
+def test_convex_functions_have_no_negative_curvature(problem):
+    for x in points(problem):
+        assert float(torch.linalg.eigvalsh(hessian(problem, x)).min()) > -1e-12
+
+
+@pytest.mark.parametrize("problem", [p for p in PROBLEMS if p.f_star == p.f_star and p.f_star is not None
+                                     and math.isfinite(p.f_star)], ids=lambda p: p.name)  # fmt: skip
+def test_f_star_is_a_lower_bound(problem):
+    assert all(float(problem.value(x)) >= problem.f_star - 1e-12 for x in points(problem))
+
+
+@pytest.mark.parametrize("problem", [PROBLEMS[0], *PROBLEMS[3:9], PROBLEMS[10]], ids=lambda p: p.name)
+def test_the_gradient_vanishes_at_the_minimisers(problem):
+    x = {"Rosenbrock": torch.ones(2, dtype=torch.float64)}.get(problem.name)
+    if x is None:
+        x = problem.centre if isinstance(problem, Quadratic) else problem.solution
+    assert float(problem.gradient(x).norm()) < 1e-9 and problem.distance(x) < 1e-9
+    assert float(problem.value(x)) == pytest.approx(problem.f_star, abs=1e-12)
+
+
+@pytest.mark.parametrize("problem", [Quadratic([1.0, 4.0]), Quadratic([0.0, 3.0]), Quartic(), LeastSquares(
+    *random_system(2, 4))], ids=lambda p: p.name)  # fmt: skip
+def test_kl_exponents(problem):
+    """||grad f|| / (f - f*)^(1-q) is bounded away from 0 and inf at all scales."""
+    generator = torch.Generator().manual_seed(5)
+    ratios = []
+    for scale in (1.0, 1e-2, 1e-4):
+        d = torch.randn(problem.dim, dtype=torch.float64, generator=generator)
+        x = getattr(problem, "solution", torch.zeros(problem.dim, dtype=torch.float64)) + scale * d
+        gap = float(problem.value(x)) - problem.f_star
+        ratios.append(float(problem.gradient(x).norm()) / gap ** (1 - problem.known.kl))
+    assert min(ratios) > 1e-2 and max(ratios) / min(ratios) < 10
+
+
+def test_a_plane_of_minimisers():
+    problem = LeastSquares(*random_system(2, 4))
+    x = torch.randn(4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    assert problem.known.minimisers == "unbounded" and problem.f_star < 1e-20
+    null = torch.eye(4, dtype=torch.float64) - torch.linalg.pinv(problem.A) @ problem.A
+    assert problem.distance(x + 5 * null @ x) == pytest.approx(problem.distance(x))
+
+
+def test_the_hat_has_value_zero_on_and_outside_of_the_circle():
+    hat = MexicanHat()
+    for x in ([1.0, 0.0], [0.0, 1.5]):
+        at = torch.tensor(x, dtype=torch.float64)
+        assert float(hat.value(at)) == 0 and float(hat.gradient(at).norm()) == 0
+    assert float(hat.value(hat.start())) > 0 and hat.known.L is None and not hat.known.has_kl
+
+
+def test_functions_by_name():
+    for name in NAMED:
+        if name not in ("breast-cancer", "digits"):
+            problem = read_problem(name)
+            assert problem.start().shape == (problem.dim,)
+    assert read_problem("quadratic:0.5,1,3").known.spectrum == (0.5, 1.0, 3.0)
+    assert read_problem("log-sum:7").dim == 7
+    words = "convex, L=4, unique, kl=0.5"
+    assert FunctionClass.read(words) == FunctionClass(L=4.0, convex=True, minimisers="unique", kl=0.5)
+
+
+def test_real_data():
+    pytest.importorskip("sklearn")
+    for problem in (breast_cancer(), digits_pair()):
+        assert problem.distance(problem.solution) == 0
+        assert float(problem.gradient(problem.solution).norm()) < 1e-10
+        H = hessian(problem, torch.zeros(problem.dim, dtype=torch.float64))
+        assert float(torch.linalg.matrix_norm(H, 2)) == pytest.approx(problem.known.L, rel=1e-9)
+    assert breast_cancer().dim == 31
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: Quadratic([0.0, 0.0]), "not all 0"),
+        (lambda: Quadratic([1.0], centre=[1.0, 2.0]), "centre must have 1 entries, got 2"),
+        (lambda: LogSum(torch.zeros(2, 2), torch.zeros(2)), "not all 0"),
+        (lambda: LeastSquares(torch.eye(2), torch.zeros(3)), "shape"),
+        (lambda: Logistic(torch.eye(2), torch.tensor([0.0, 1.0])), "labels y must be -1 and"),
+        (lambda: Logistic(torch.eye(2), torch.ones(2), l2=-1), "l2 must be >= 0, got -1"),
+        (lambda: Rosenbrock(0.5), "reach must be at least 1"),
+        (lambda: Quartic(0), "reach must be positive"),
+        (lambda: digits_pair(3, 3), "two different digits"),
+        (lambda: read_problem("squre"), "unknown function 'squre'; did you mean 'square'"),
+        (lambda: read_problem("square:2"), "square takes at most 0 numbers, got 1"),
+        (lambda: read_problem("quadratic:a"), "must be numbers joined by commas"),
+        (lambda: FunctionClass.read("covex"), "unknown word 'covex'; did you mean 'convex'"),
+        (lambda: FunctionClass.read("L=four"), "L must be a number, got 'four'"),
+        (lambda: FunctionClass(L=0), "L must be positive and finite, or None if it is not known, got 0."),
+        (lambda: FunctionClass(kl=1.0), r"the KL exponent q must be within \(0, 1\), got 1.0"),
+        (lambda: FunctionClass(L=3.0, spectrum=(1.0, 2.0)), "largest modulus of the spectrum must be L"),
+        (lambda: FunctionClass(minimisers="some"), "minimisers must be unique, bounded"),
+    ],
+)
+def test_bad_functions_are_refused_in_a_sentence(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_theory_needs_no_terminal_and_no_plots():
+    code = (
+        "import sys, flatmin.theory as t; t.check(0.1, 0.1, t.Square());"
+        "bad = {'rich', 'typer', 'plotly', 'pandas', 'matplotlib', 'sklearn', 'scipy'} & set(sys.modules);"
+        "assert not bad, bad"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
