@@ -7,6 +7,7 @@ import pytest
 
 from flatmin.study.cards import card_path
 from flatmin.study.events import CardDone, Measuring, RunDone
+from flatmin.study.executors import Outcome
 from flatmin.study.known import Known
 from flatmin.study.plan import plan
 from flatmin.study.reading import read_study
@@ -166,6 +167,20 @@ class TestRecord:
     def test_a_number_without_its_file(self):
         result = run_result()
         assert Known(result=result).number("lambda_1") is None and Known(result=result).number("cosine@last") is None
+
+
+def test_top_five_is_a_column_where_a_study_names_it(tmp_path):
+    from tests.study.made import made_result, made_table
+
+    text = 'title = "T"\ntrain = "smoke"\nseeds = [0]\ncolumns = ["test_top5"]\n[[arms]]\nlabel = "A"\nmethod = "sgd"\n'
+
+    def result_of(cell, seed):
+        point = {"epoch": 1, "val_acc": 50.0, "test_acc": 51.0, "test_top5": 80.0}
+        return Outcome(result=made_result(cell.configs[seed], 51.0, chosen=point))
+
+    table = made_table(text, tmp_path, result_of)
+    assert table.metrics == ("test_top5",) and body(table)[0][-1] == "80.00"
+    assert header(table)[-1] == "test top-5 % ±95 %"
 
 
 def run_result():

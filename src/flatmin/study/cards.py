@@ -19,7 +19,9 @@ from flatmin.train.settings import content_hash
 def cards_of(
     runs: Sequence[Run], store: Store, view: View, *, workers: int, on_event: Callable[[Event], None]
 ) -> dict[str, Mapping[str, Any]]:
-    """The card of each finished run by name, measured now where it is not kept; on this machine, whoever trained them.
+    """The card of each finished run by name, measured now where it is not kept.
+
+    That is done on this machine, whoever trained them, and on the device that they name.
 
     Args:
         runs: finished ones that keep their weights.
@@ -43,6 +45,7 @@ def cards_of(
         write_json(places[one.name], dict(found[one.name]))
         on_event(CardDone(run=one.name))
 
+    view = dataclasses.replace(view, device=todo[0].config.device)
     # Arms may share a method and a seed; here each run is a group of its own.
     nets = [dataclasses.replace(find(store.folder(run)), name=run.name, label=run.name) for run in todo]
     measure_all(nets, view, workers=min(workers, len(nets)), on_done=keep)

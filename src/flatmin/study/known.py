@@ -39,8 +39,9 @@ class Known:
 
     def _found(self, column: str) -> float | None:
         result = self.result
-        if column in ("test_acc", "val_acc"):
-            return None if result.chosen is None else float(result.chosen[column])
+        if column in ("test_acc", "test_top5", "val_acc"):
+            found = (result.chosen or {}).get(column)
+            return None if found is None else float(found)
         if column == "memorised":
             return None if result.last is None or result.last[column] is None else float(result.last[column])
         if column == "lambda_max":

@@ -9,7 +9,7 @@ from typing import Any
 from flatmin.measure.card import CardSettings, chosen
 from flatmin.study.measuring import View
 from flatmin.study.record import Record
-from flatmin.study.spec import METRICS, Arm, Given, Published, StudySpec, as_word
+from flatmin.study.spec import METRICS, NAMED, Arm, Given, Published, StudySpec, as_word
 from flatmin.study.sweep import Axis, read_axis, tidy
 from flatmin.train.config import RunConfig
 from flatmin.train.options import Options
@@ -174,8 +174,8 @@ def _check_column(spec: StudySpec, column: str) -> None:
         good = when in ("first", "last") and diagnostic and spec.record.diagnostics
         wanted = "NAME@first or NAME@last, with diagnostics in [record]"
     else:
-        good = column in METRICS or spec.measure is not None
-        wanted = f"{', '.join(METRICS)}, or a number on the card that [measure] asks for"
+        good = column in (*METRICS, *NAMED) or spec.measure is not None
+        wanted = f"{', '.join((*METRICS, *NAMED))}, or a number on the card that [measure] asks for"
     if not good:
         raise ValueError(f"study {spec.name}: no run has the column {column!r}; expected {wanted}.")
 

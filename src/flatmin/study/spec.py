@@ -10,6 +10,8 @@ from flatmin.study.measuring import View
 from flatmin.study.record import Record
 from flatmin.study.sweep import Axis
 
+# Numbers that every run has; top-5 accuracy is a column only where a study names it.
+NAMED = ("test_top5",)
 METRICS = ("test_acc", "val_acc", "memorised", "train_ce", "lambda_max", "seconds")
 
 
@@ -78,9 +80,9 @@ class StudySpec:
         arms: rows.
         seeds: one run each.
         baseline: label of the arm that differences are taken to.
-        columns: of the table; none: those of `METRICS` that some run has. Beside these: NAME@first and NAME@last, the
-            mean of a diagnostic over the first and the last tenth of the lines that `record` asks for, and names of
-            numbers on the card that `measure` asks for, such as lambda_1.
+        columns: of the table; none: those of `METRICS` that some run has. Beside these: test_top5, with more than five
+            classes; NAME@first and NAME@last, the mean of a diagnostic over the first and the last tenth of the lines
+            that `record` asks for; and names of numbers on the card that `measure` asks for, such as lambda_1.
         choose: axes whose value is chosen, for every arm and point of the other axes, by mean validation accuracy.
         record: what runs write down while they train.
         measure: what is measured of the trained networks; None: nothing.

@@ -136,7 +136,7 @@ def over_epochs(table: StudyTable, looks: Looks) -> Section | None:
         "Train loss is that of the updates, averaged over the epoch: at w, or at w + ε for methods whose first pass is "
         "not at w. Accuracies are those after the epoch.",
         {
-            "Train loss": Curve(y="train loss", read=line("train_loss"), log=True),
+            "Train loss": Curve(y="train loss", read=line("train_loss"), ends=(0.0, math.inf), log=True),
             "Validation accuracy": Curve(y="validation accuracy, %", read=line("val_acc"), ends=percent),
             "Test accuracy": Curve(y="test accuracy, %", read=line("test_acc"), ends=percent),
             "Memorised wrong labels": Curve(y="memorised, %", read=line("memorised"), ends=percent),

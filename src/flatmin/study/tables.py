@@ -12,13 +12,14 @@ from flatmin.study.tabulate import StudyRow, StudyTable, Value
 
 TITLES = {
     "test_acc": "test %",
+    "test_top5": "test top-5 %",
     "val_acc": "val %",
     "memorised": "memorised %",
     "train_ce": "train loss",
     "lambda_max": "lambda_max",
     "seconds": "seconds",
 }
-_DIGITS = {"test_acc": 2, "val_acc": 2, "memorised": 1, "train_ce": 3, "lambda_max": 1, "seconds": 0}
+_DIGITS = {"test_acc": 2, "test_top5": 2, "val_acc": 2, "memorised": 1, "train_ce": 3, "lambda_max": 1, "seconds": 0}
 _LATEX = str.maketrans(
     {char: rf"\{char}" for char in "%&_#${}"}
     | {"±": r"$\pm$", "<": "$<$", ">": "$>$", "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\^{}"}
