@@ -110,8 +110,11 @@ def test_commands_are_understood(page):
 
 
 def test_studies_are_understood(tmp_path, monkeypatch):
-    """Every indented `flatmin study` line unfolds, and so does the study that the page writes out."""
+    """Every indented line of a study unfolds, with what it adds, and so does the study that the page writes out."""
+    from flatmin.study.baselines import with_baselines
+    from flatmin.study.executors import executor_settings
     from flatmin.study.reading import read_study
+    from flatmin.study.search import read_dimension
     from flatmin.study.unfold import cells
 
     monkeypatch.chdir(tmp_path)
@@ -120,9 +123,19 @@ def test_studies_are_understood(tmp_path, monkeypatch):
     for page in PAGES:
         for line in re.findall(r"^    flatmin study (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE):
             name, *words = shlex.split(line.split("#")[0])
+            pairs = list(itertools.pairwise(words))
+            on = [value for word, value in pairs if word == "--on"]
+            if ("--executor", "ray") not in pairs:  # it is in an environment of its own
+                executor_settings("slurm" if on else "local", on)
             if name != "list":
-                overrides = [word for word in words if "=" in word]
-                assert cells(read_study(name, overrides, demo="--demo" in words))
+                overrides = [word for word in words if "=" in word and word not in on]
+                spec = read_study(name, overrides, demo="--demo" in words)
+                chosen = tuple(key for word, keys in pairs if word == "--choose" for key in keys.split(","))
+                spec = dataclasses.replace(spec, choose=chosen or spec.choose)
+                assert cells(with_baselines(spec) if "--baselines" in words else spec)
+        for line in re.findall(r"^    flatmin search (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE):
+            name, *words = shlex.split(line.split("#")[0])
+            assert [read_dimension(word) for word in words if ".." in word] and cells(read_study(name))
     rows = {row.label: row.config for row in cells(read_study("my_study.toml"))}
     assert len(rows) == 6 and rows["SGD model=mlp"].lr == 0.05 and rows["SGD model=conv"].lr == 0.1
 
