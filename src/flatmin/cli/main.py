@@ -19,6 +19,7 @@ from flatmin.cli.runs import runs
 from flatmin.cli.search import search
 from flatmin.cli.show import show
 from flatmin.cli.study import study
+from flatmin.cli.theory import theory
 from flatmin.cli.train import train
 from flatmin.words import explained
 
@@ -40,6 +41,7 @@ app.command()(show)
 app.command("eval")(evaluate)
 app.command()(export)
 app.add_typer(runs, name="runs")
+app.add_typer(theory, name="theory")
 app.command()(methods)
 app.command()(doctor)
 

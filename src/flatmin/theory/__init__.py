@@ -17,7 +17,7 @@ from flatmin.theory.classes import FunctionClass
 from flatmin.theory.closed import factor, largest_step, limit_distance, orbit_square
 from flatmin.theory.families import Family, family
 from flatmin.theory.functions import LeastSquares, Problem, Quadratic, Square, random_system
-from flatmin.theory.landscapes import LogSum, MexicanHat, Quartic, Rosenbrock
+from flatmin.theory.landscapes import LogSum, MexicanHat, Quartic, Rosenbrock, Wave
 from flatmin.theory.logistic import Logistic, breast_cancer, digits_pair
 from flatmin.theory.methods import Trace, run
 from flatmin.theory.problems import PROBLEMS, read_problem
@@ -56,6 +56,7 @@ __all__ = [
     "Tied",
     "Trace",
     "Verdict",
+    "Wave",
     "breast_cancer",
     "check",
     "digits_pair",

@@ -8,16 +8,17 @@ from typing import Any, Literal
 
 from flatmin.words import suggest
 
-_WORDS: dict[str, dict[str, Any]] = {
-    "convex": {"convex": True},
-    "unique": {"minimisers": "unique"},
-    "bounded": {"minimisers": "bounded"},
-    "unbounded": {"minimisers": "unbounded"},
-    "none": {"minimisers": "none"},
-    "coercive": {"bounded_levels": True},
-    "falling": {"bounded_below": False},
-    "analytic": {"has_kl": True},
+WORDS: dict[str, tuple[dict[str, Any], str]] = {
+    "convex": ({"convex": True}, "f is convex"),
+    "unique": ({"minimisers": "unique"}, "there is one minimiser"),
+    "bounded": ({"minimisers": "bounded"}, "the minimisers are a bounded set that is not empty"),
+    "unbounded": ({"minimisers": "unbounded"}, "the minimisers are an unbounded set"),
+    "none": ({"minimisers": "none"}, "there is no minimiser"),
+    "coercive": ({"bounded_levels": True}, "the sets {f <= a} are bounded"),
+    "falling": ({"bounded_below": False}, "f is not bounded below"),
+    "analytic": ({"has_kl": True}, "f has the KL property with some exponent, as real-analytic functions do"),
 }
+"""The words of a class without a number: what they give, and their meaning; besides there are L=... and kl=..."""
 Minimisers = Literal["unique", "bounded", "unbounded", "none", "unknown"]
 
 
@@ -91,15 +92,15 @@ class FunctionClass:
         given: dict[str, Any] = {}
         for word in filter(None, (w.strip() for w in words.split(","))):
             key, _, text = word.partition("=")
-            if word in _WORDS:
-                given |= _WORDS[word]
+            if word in WORDS:
+                given |= WORDS[word][0]
             elif key.strip() in ("L", "kl") and text:
                 try:
                     given[key.strip()] = float(text)
                 except ValueError:
                     raise ValueError(f"{key.strip()} must be a number, got {text!r}.") from None
             else:
-                known = [*_WORDS, "L=4", "kl=0.5"]
+                known = [*WORDS, "L=4", "kl=0.5"]
                 raise ValueError(f"unknown word {word!r}{suggest(word, known)} (words: {', '.join(known)}).")
         return cls(**given)
 

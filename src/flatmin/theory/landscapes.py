@@ -1,4 +1,4 @@
-"""Functions that are not convex, or not flat in the usual way: log-sums, Rosenbrock, a quartic, and one without KL."""
+"""Functions that are not convex, or not flat in the usual way: log-sums, Rosenbrock, x^4, a wave, one without KL."""
 
 from __future__ import annotations
 
@@ -154,6 +154,32 @@ class Quartic(Problem):
 
     def start(self) -> Tensor:
         return torch.ones(1, dtype=torch.float64)
+
+
+class Wave(Problem):
+    """f(x) = 1 - cos x on R, L = 1: minima at 2 pi Z, maxima between them, of the same curvature. Starts at x = 2.
+
+    Every stationary point is nondegenerate, so KL holds with q = 1/2.
+    """
+
+    f_star = 0.0
+
+    def __init__(self) -> None:
+        self.name, self.dim = "1 - cos x", 1
+        self.why = "f'' = cos x; q = 1/2 as f'' is 1 or -1 at every stationary point."
+        self.known = FunctionClass(L=1.0, minimisers="unbounded", kl=0.5)
+
+    def value(self, x: Tensor) -> Tensor:
+        return 2 * torch.sin(x[0] / 2) ** 2
+
+    def gradient(self, x: Tensor) -> Tensor:
+        return torch.sin(x)
+
+    def distance(self, x: Tensor) -> float:
+        return abs(math.remainder(float(x), 2 * math.pi))
+
+    def start(self) -> Tensor:
+        return torch.full((1,), 2.0, dtype=torch.float64)
 
 
 class MexicanHat(Problem):

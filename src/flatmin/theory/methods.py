@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,12 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flatmin.parts import Need
 from flatmin.recipes import Recipe
 from flatmin.theory.drive import Door, Gradient, OptimizerDoor, ProgramDoor
 from flatmin.theory.families import Error, Family, family
 from flatmin.theory.functions import Problem
 from flatmin.theory.rules import Rule, Tied
 from flatmin.theory.words import as_radius, as_step
+from flatmin.train.config import stream
 
 StepLike = Rule | float | str | Callable[[int], float]
 RadiusLike = StepLike | Tied
@@ -60,6 +63,7 @@ def run(
     record: int = 1000,
     door: Literal["optimizer", "program"] = "optimizer",
     error: Error = "against",
+    noise: float = 0.0,
     seed: int = 0,
     eps: float = 1e-12,
     **how: Any,
@@ -85,12 +89,15 @@ def run(
             around it, about three times as fast. Default "optimizer".
         error: direction of e: "against" grad f (the worst for descent; beyond ||grad f|| it climbs), "along" it (that
             of SAM to first order), "random", uniform on the sphere, a floor of label noise. Default "against".
-        seed: of random errors and of recipes that draw. Default 0.
+        noise: standard deviation of a normal error of every coordinate of the gradient, drawn once an update and the
+            same in all of its passes, as that of a mini-batch is. What is recorded is exact. Default 0.0.
+        seed: of random errors, of the noise and of recipes that draw. Default 0.
         eps: added to the norms that divide. Default 1e-12, as in `flatmin.SAM`.
         how: parameters of the recipe's parts, e.g. theta=0.4.
 
     Raises:
-        ValueError: a step size that is not positive, a bad start, or words that are not understood.
+        ValueError: a step size that is not positive, a bad start, noise below 0 or where the recipe takes second
+            derivatives, or words that are not understood.
     """
     if updates < 1:
         raise ValueError(f"updates must be at least 1, got {updates!r}.")
@@ -100,13 +107,17 @@ def run(
     x0 = problem.start() if start is None else torch.as_tensor(start, dtype=torch.float64).detach().clone()
     if x0.shape != (problem.dim,) or not bool(torch.isfinite(x0).all()):
         raise ValueError(f"start must be {problem.dim} finite numbers, got {x0.tolist()!r}.")
-    gradient = inexact(problem, chosen, seed)
+    gradient = taken = inexact(problem, chosen, seed)
+    if noise:
+        if not 0 < noise < math.inf or Need.SECOND_ORDER in chosen.recipe.needs:
+            raise ValueError(f"noise must be >= 0, and 0 for recipes with second derivatives, got {noise!r}.")
+        taken = Noisy(gradient, noise, problem.dim, seed)
     machine: Door
     if door == "optimizer":
         first = positive(t_rule, 1)
-        machine = OptimizerDoor(chosen.recipe, problem, gradient, x0, seed=seed, eps=eps, first_t=first)
+        machine = OptimizerDoor(chosen.recipe, problem, taken, x0, seed=seed, eps=eps, first_t=first)
     elif door == "program":
-        machine = ProgramDoor(chosen.recipe, gradient, x0, seed=seed, eps=eps)
+        machine = ProgramDoor(chosen.recipe, taken, x0, seed=seed, eps=eps)
     else:
         raise ValueError(f"door must be 'optimizer' or 'program', got {door!r}.")
     wanted = set(recorded(updates, record))
@@ -125,6 +136,8 @@ def run(
         t, rho = positive(t_rule, n), rho_rule.at(n)
         if framework:
             gradient.size = rho  # type: ignore[attr-defined]
+        if isinstance(taken, Noisy):
+            taken.draw()
         if not machine.update(t, 0.0 if framework else rho):
             stopped = f"the gradient is not finite at update {n}"
             break
@@ -157,6 +170,22 @@ class Inexact:
         if norm == 0:
             return g
         return g * (1 + (length if self._family.error == "along" else -length) / norm)
+
+
+class Noisy:
+    """A gradient plus a normal error that stays until the next `draw`."""
+
+    def __init__(self, gradient: Gradient, size: float, dim: int, seed: int) -> None:
+        self._gradient, self._size, self._dim = gradient, size, dim
+        self._generator = torch.Generator().manual_seed(stream(seed, "theory noise"))
+        self.draw()
+
+    def draw(self) -> None:
+        """Take a new error."""
+        self._error = self._size * torch.randn(self._dim, dtype=torch.float64, generator=self._generator)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._gradient(x) + self._error
 
 
 def inexact(problem: Problem, chosen: Family, seed: int = 0) -> Gradient:

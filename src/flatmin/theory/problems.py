@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from flatmin.theory.functions import LeastSquares, Problem, Quadratic, Square, random_system
-from flatmin.theory.landscapes import LogSum, MexicanHat, Quartic, Rosenbrock
+from flatmin.theory.landscapes import LogSum, MexicanHat, Quartic, Rosenbrock, Wave
 from flatmin.theory.logistic import breast_cancer, digits_pair
 from flatmin.words import suggest
 
@@ -39,6 +39,7 @@ PROBLEMS: dict[str, Named] = {
     ),
     "rosenbrock": Named(Rosenbrock, 1, "Rosenbrock's function, L on |x| <= reach (2)"),
     "quartic": Named(Quartic, 1, "x^4 / 4, KL with q = 1/4, L on |x| <= reach (2)"),
+    "wave": Named(Wave, 0, "1 - cos x, L = 1"),
     "hat": Named(MexicanHat, 0, "the Mexican hat, without the KL property"),
 }
 

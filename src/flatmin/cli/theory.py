@@ -1,0 +1,199 @@
+"""`flatmin theory`: the convergence theory shown by runs, and the checker of its conditions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from flatmin.cli.console import make_console
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from flatmin.theory.demonstrations.base import Claim, Demonstration, Shown
+    from flatmin.theory.verdict import Verdict
+
+HOME = Path("flatmin-theory")
+WORDS = ("list", "all", "check", "rules")
+
+Out = Annotated[Path, typer.Option(metavar="FOLDER", help="Where the figures go.")]
+Png = Annotated[bool, typer.Option("--png", help="Figures as PNG, the default.")]
+Svg = Annotated[bool, typer.Option("--svg", help="Figures as SVG; with --png as both.")]
+NoFigure = Annotated[bool, typer.Option("--no-figure", help="Draw nothing.")]
+
+
+class _Names(TyperGroup):
+    """A group that takes every other word for the name of a demonstration."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        known = not args or args[0] in self.commands or args[0].startswith("-")
+        return super().resolve_command(ctx, args if known else ["one", *args])
+
+
+theory = typer.Typer(
+    cls=_Names,
+    help="The convergence theory of SAM, shown by runs: `flatmin theory NAME` prints a table, draws a figure and "
+    "checks its claims (exit code 1 if one fails). The names: flatmin theory list.",
+    no_args_is_help=True,
+)
+
+
+@theory.command("list")
+def list_demonstrations() -> None:
+    """List the demonstrations."""
+    from flatmin.theory.demonstrations import DEMONSTRATIONS
+    from flatmin.theory.demonstrations.base import PAPER
+
+    console = make_console()
+    rows = [(d.name, d.title, d.source.removeprefix(f"{PAPER}, ")) for d in DEMONSTRATIONS.values()]
+    console.print(_table(("name", "what it shows", "of the paper"), rows))
+    console.print(f"\nThe paper: {PAPER}.", markup=False)
+
+
+@theory.command("all")
+def show_all(out: Out = HOME, png: Png = False, svg: Svg = False, no_figure: NoFigure = False) -> None:
+    """Run every demonstration; less than a minute on two cores."""
+    from flatmin.theory.demonstrations import DEMONSTRATIONS
+
+    _show(list(DEMONSTRATIONS.values()), out, () if no_figure else _kinds(png, svg))
+
+
+@theory.command("one", hidden=True)
+def show_one(
+    names: Annotated[list[str], typer.Argument(metavar="NAME...")],
+    out: Out = HOME,
+    png: Png = False,
+    svg: Svg = False,
+    no_figure: NoFigure = False,
+) -> None:
+    """Run demonstrations by name: print the table, draw the figure, check the claims of each."""
+    from flatmin.theory.demonstrations import find
+
+    _show([find(name, WORDS) for name in names], out, () if no_figure else _kinds(png, svg))
+
+
+@theory.command(context_settings={"ignore_unknown_options": True})
+def check(
+    step: Annotated[str, typer.Argument(help="The step size t_n, e.g. 0.1 or diminish1 or power:c=0.5,p=0.6.")],
+    radius: Annotated[str, typer.Argument(help="The radius rho_n, likewise, or tied:0.5, half of the step size.")],
+    on: Annotated[str | None, typer.Option(metavar="F", help="A function, e.g. quadratic:1,4.")] = None,
+    functions: Annotated[
+        str | None, typer.Option("--class", metavar="WORDS", help="A class of functions, e.g. 'convex, L=4, unique'.")
+    ] = None,
+    method: Annotated[str, typer.Option(help="Any method, or igd, igdr, extragradient.")] = "sam",
+) -> None:
+    """Say which theorem covers a step size and a radius, and what follows. The words: flatmin theory rules."""
+    from flatmin.theory.checker import check as judge
+    from flatmin.theory.classes import FunctionClass
+    from flatmin.theory.problems import read_problem
+
+    if (on is None) == (functions is None):
+        raise ValueError("say on what: --on quadratic:1,4 for a function, or --class 'convex, L=4' for a class.")
+    what = FunctionClass.read(functions or "") if on is None else read_problem(on)
+    verdict = judge(step, radius, what, method)
+    console = make_console()
+    console.print(str(verdict), markup=False, soft_wrap=True)
+    if hint := _without_L(verdict):
+        console.print(hint, markup=False, soft_wrap=True)
+
+
+@theory.command()
+def rules() -> None:
+    """The words for step sizes and radii, functions, and classes of functions."""
+    from flatmin.theory import classes
+    from flatmin.theory.problems import PROBLEMS
+    from flatmin.theory.words import FORMS
+
+    console = make_console()
+    forms = [
+        (name, ", ".join(key if key != form.lone else f"{key} (alone)" for key in form.keys), form.formula)
+        for name, form in FORMS.items()
+    ]
+    console.print(
+        "Step sizes t_n and radii rho_n, n = 1, 2, ...: a number, name:number or name:key=number,...;", end=" "
+    )
+    console.print("a product is joined by *.\n", markup=False)
+    console.print(_table(("rule", "keys", "value at n; e = floor((n - 1) / epoch)"), forms))
+    console.print("\nFunctions for --on, with numbers after a colon:\n", markup=False)
+    console.print(_table(("function", "what it is"), [(name, p.summary) for name, p in PROBLEMS.items()]))
+    console.print("\nWords for --class, joined by commas:\n", markup=False)
+    words = [(word, meaning) for word, (_, meaning) in classes.WORDS.items()]
+    words += [("L=4", "the Lipschitz constant of the gradient"), ("kl=0.5", "the KL exponent q, phi(s) = M s^q")]
+    console.print(_table(("word", "meaning"), words))
+
+
+def _kinds(png: bool, svg: bool) -> tuple[str, ...]:
+    return tuple(kind for kind, wanted in (("png", png or not svg), ("svg", svg)) if wanted)
+
+
+def _show(wanted: list[Demonstration], out: Path, kinds: tuple[str, ...]) -> None:
+    """Run, print, draw and check; exit code 1 if a claim fails."""
+    from flatmin.theory import draw
+
+    if kinds:
+        draw.new_figure(1, 1)  # before the runs: matplotlib may be missing
+    console = make_console()
+    failed: list[tuple[str, Claim]] = []
+    begun, count = time.perf_counter(), 0
+    for demonstration in wanted:
+        shown = demonstration.run()
+        _print(demonstration, shown, console)
+        for kind in kinds:
+            path = draw.save(draw.figure(shown), out / f"{demonstration.name}.{kind}", dpi=96)
+            console.print(f"figure: {path}", markup=False, soft_wrap=True)
+        console.print()
+        count += len(shown.claims)
+        failed += [(demonstration.name, claim) for claim in shown.claims if not claim.holds]
+    seconds = time.perf_counter() - begun
+    kept = "all hold" if not failed else f"{len(failed)} of them fail{'s' * (len(failed) == 1)}"
+    console.print(f"{len(wanted)} shown, {count} claims, {kept}; {seconds:.0f} s", markup=False)
+    if failed:
+        for name, claim in failed:
+            typer.echo(f"flatmin theory: {name}: this claim fails: {claim}", err=True)
+        raise typer.Exit(1)
+
+
+def _print(demonstration: Demonstration, shown: Shown, console: Console) -> None:
+    from flatmin.theory.demonstrations.base import shown as cell
+
+    console.print(f"[bold]{demonstration.name}[/bold]  ", end="")
+    console.print(f"{shown.title}\n{shown.statement}\n{demonstration.source}.\n", markup=False)
+    console.print(_table(shown.columns, [[cell(value) for value in row] for row in shown.rows]))
+    console.print()
+    for claim in shown.claims:
+        console.print(f"{'ok  ' if claim.holds else 'FAIL'}  {claim}", markup=False, soft_wrap=True)
+
+
+def _table(columns: tuple[str, ...], rows: Sequence[Sequence[str]]) -> Table:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table(box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False, header_style="bold")
+    for place, name in enumerate(columns):
+        number = bool(rows) and all(_is_number(row[place]) for row in rows)
+        grid.add_column(Text(name), justify="right" if number else "left", no_wrap=number, overflow="fold")
+    for row in rows:
+        grid.add_row(*(Text(word) for word in row))
+    return grid
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return word == "-"
+    return True
+
+
+def _without_L(verdict: Verdict) -> str:
+    undecided = any(c.holds is None for theorem in verdict.theorems for c in theorem.conditions)
+    if verdict.theorem is None and verdict.functions.L is None and undecided:
+        return "L is needed here: name it in the class, as in --class 'L=4'."
+    return ""

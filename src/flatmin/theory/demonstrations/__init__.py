@@ -1,0 +1,40 @@
+"""The demonstrations of the convergence theory by name: each is one file and one line of this table."""
+
+from collections.abc import Sequence
+
+from flatmin.theory.demonstrations.base import Claim, Demonstration, Marks, Panel, Shown
+from flatmin.theory.demonstrations.checker import CHECKER
+from flatmin.theory.demonstrations.diminishing import DIMINISHING
+from flatmin.theory.demonstrations.network import NETWORK
+from flatmin.theory.demonstrations.noise import NOISE
+from flatmin.theory.demonstrations.orbit import ORBIT
+from flatmin.theory.demonstrations.properties import PROPERTIES
+from flatmin.theory.demonstrations.quadratic import QUADRATIC
+from flatmin.theory.demonstrations.radius import RADIUS
+from flatmin.theory.demonstrations.rates import RATES
+from flatmin.theory.demonstrations.usam import USAM
+from flatmin.words import suggest
+
+__all__ = ["DEMONSTRATIONS", "Claim", "Demonstration", "Marks", "Panel", "Shown", "find"]
+
+DEMONSTRATIONS: dict[str, Demonstration] = {
+    d.name: d for d in (ORBIT, QUADRATIC, DIMINISHING, USAM, RADIUS, PROPERTIES, RATES, NOISE, CHECKER, NETWORK)
+}
+
+
+def find(name: str, others: Sequence[str] = ()) -> Demonstration:
+    """The demonstration of this name.
+
+    Args:
+        name: of `DEMONSTRATIONS`.
+        others: further words that the reader may have meant.
+
+    Raises:
+        ValueError: there is none; the error names one that is close.
+    """
+    if name not in DEMONSTRATIONS:
+        known = ", ".join(DEMONSTRATIONS)
+        raise ValueError(
+            f"unknown demonstration {name!r}{suggest(name, [*DEMONSTRATIONS, *others])} (demonstrations: {known})."
+        )
+    return DEMONSTRATIONS[name]

@@ -1,0 +1,100 @@
+"""SAM with a constant step size and radius stays away from a quadratic's minimiser; the gradient and USAM do not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from flatmin.theory.closed import limit_distance
+from flatmin.theory.demonstrations.base import PAPER, Claim, Curve, Demonstration, Panel, Shown, below, near, seen
+from flatmin.theory.functions import Quadratic
+from flatmin.theory.methods import run
+
+T, RHO, SPECTRUM = 0.1, 0.1, (1.0, 4.0)
+METHODS: tuple[tuple[str, str, dict[str, Any], bool], ...] = (
+    ("gradient descent", "sgd", {}, False),
+    ("USAM", "usam", {}, False),
+    ("SAM", "sam", {}, True),
+    ("VaSSO, theta = 0.4", "vasso", {"theta": 0.4}, True),
+    ("F-SAM, sigma = 1, lambda = 0.6", "fsam", {"sigma": 1.0, "lam": 0.6}, True),
+)
+OTHERS = ((0.05, 0.1), (0.1, 0.3), (0.2, 0.1), (0.3, 0.05), (0.4, 0.1), (0.45, 0.02))
+"""Further pairs (t, rho) of SAM, on the same quadratic, rotated."""
+
+
+def _run() -> Shown:
+    rows: list[tuple[str | float, ...]] = []
+    claims: list[Claim] = []
+    curves = []
+    problem = Quadratic(SPECTRUM)
+    end = limit_distance(T, RHO, SPECTRUM)
+    for number, (label, method, how, stays) in enumerate(METHODS):
+        trace = run(problem, method, steps=T, radius=RHO, updates=800, door="program", **how)
+        found = float(trace.distance[-1])
+        rows.append((label, T, RHO, found, end if stays else 0.0, abs(float(trace.x[-1, 1]))))
+        claims.append(
+            near(f"{label} ends at t rho lambda / (2 - t lambda)", found, end, tol=1e-10)
+            if stays
+            else below(f"{label} reaches the minimiser", found, 1e-15)
+        )
+        part = slice(0, 251)
+        y = seen(trace.distance[part])
+        greek = label.replace("theta", "θ").replace("sigma", "σ").replace("lambda", "λ")
+        curves.append(Curve(label=greek, x=trace.k[part].astype(float), y=y, color=number))
+    rotated = Quadratic(SPECTRUM, centre=[3.0, -1.0], seed=7)
+    ends = []
+    for t, rho in OTHERS:
+        trace = run(rotated, "sam", steps=t, radius=rho, updates=2000, door="program")
+        found, expected = float(trace.distance[-1]), limit_distance(t, rho, SPECTRUM)
+        along = abs(float(rotated.rotation[:, 1].numpy() @ (trace.x[-1] - rotated.centre.numpy())))
+        rows.append(("SAM, axes rotated", t, rho, found, expected, along))
+        claims.append(near(f"SAM, t = {t:g}, rho = {rho:g}, rotated quadratic", found, expected, tol=1e-10))
+        ends.append((t * max(SPECTRUM), found / rho))
+    grid = np.linspace(0.0, 1.9, 200)
+    return Shown(
+        title="SAM with constant steps does not converge on a quadratic",
+        statement=(
+            "On f(x) = x^T A x / 2 with constant t and rho, SAM, VaSSO and F-SAM end at the distance "
+            "t rho lambda / (2 - t lambda), lambda the largest eigenvalue of A, along its eigenvector; gradient "
+            "descent and USAM reach the minimiser. Here A has the eigenvalues 1 and 4."
+        ),
+        columns=("method", "t", "rho", "distance", "predicted", "along top eigenvector"),
+        rows=tuple(rows),
+        claims=tuple(claims),
+        panels=(
+            Panel(
+                title="eigenvalues 1 and 4, t = ρ = 0.1",
+                xlabel="update k",
+                ylabel="distance to the minimiser",
+                curves=tuple(curves),
+                levels=((end, "tρλ/(2−tλ) = 0.025"),),
+                log_y=True,
+                low=1e-17,
+            ),
+            Panel(
+                title="where SAM ends",
+                xlabel="tλ, λ the largest eigenvalue",
+                ylabel="distance in the end, in units of ρ",
+                curves=(
+                    Curve(label="tλ/(2−tλ)", x=grid, y=grid / (2 - grid), look="theory"),
+                    Curve(
+                        label="SAM, measured",
+                        x=np.array([x for x, _ in [*ends, (T * max(SPECTRUM), end / RHO)]]),
+                        y=np.array([y for _, y in [*ends, (T * max(SPECTRUM), float(str(rows[2][3])) / RHO)]]),
+                        look="points",
+                        color=2,
+                    ),
+                ),
+                low=0.0,
+            ),
+        ),
+    )
+
+
+QUADRATIC = Demonstration(
+    "quadratic",
+    "constant steps: SAM, VaSSO and F-SAM stay away from a quadratic's minimiser, GD and USAM reach it",
+    f"{PAPER}, Example 3.1; the distance is derived here",
+    _run,
+)
