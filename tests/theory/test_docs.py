@@ -31,7 +31,7 @@ def test_every_command_is_understood(words, monkeypatch):
 
 
 def test_sessions_are_what_is_printed():
-    sessions = re.findall(r"^```console\n\$ flatmin theory (.*)\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
+    sessions = re.findall(r"^```console\n\$ flatmin theory ([^\n]*)\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
     assert sessions
     for line, printed in sessions:
         shown, dots, _ = printed.partition("...\n")

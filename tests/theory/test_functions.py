@@ -18,6 +18,7 @@ from flatmin.theory import (
     Quartic,
     Rosenbrock,
     Square,
+    Wave,
     breast_cancer,
     digits_pair,
     random_system,
@@ -44,6 +45,7 @@ PROBLEMS = [
     small_logistic(),
     small_logistic(0.0),
     MexicanHat(),
+    Wave(),
 ]
 
 

@@ -69,8 +69,8 @@ def _options(
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit.
 
-    Exit codes: 0 done; 1 a bug, with its traceback; 2 a mistake in the command or its surroundings, said in one
-    sentence; 130 interrupted.
+    Exit codes: 0 done; 1 a bug, with its traceback, or a claim of `flatmin theory` that does not hold; 2 a mistake in
+    the command or its surroundings, said in one sentence; 130 interrupted.
 
     Args:
         arguments: the words after `flatmin`. Default: those of the process.

@@ -93,6 +93,7 @@ def _run() -> Shown:
                 ylabel="validation loss (nats)",
                 curves=tuple(curves),
                 log_y=True,
+                low=0.01,
             ),
             Panel(
                 title="how far the steps reach",
