@@ -23,8 +23,8 @@ class Extra:
 
 EXTRAS = (
     Extra("digits", "scikit-learn", "the handwritten digits that `flatmin compare` trains on by default"),
-    Extra("report", "plotly", "the HTML pages of `flatmin compare`, `measure` and `show`"),
-    Extra("plot", "matplotlib", "figures of landscapes and spectra; see flatmin.study.draw"),
+    Extra("report", "plotly", "the HTML pages of `flatmin compare`, `study`, `measure` and `show`"),
+    Extra("plot", "matplotlib", "figures of landscapes and spectra (flatmin.study.draw) and of `flatmin theory`"),
     Extra("safetensors", "safetensors", "`flatmin export RUN FILE.safetensors`"),
     Extra("vision", "timm", "models of timm and torchvision; class folders of images, which need Pillow alone"),
     Extra("lightning", "lightning", "flatmin.integrations.lightning"),
@@ -34,6 +34,9 @@ EXTRAS = (
     Extra("wandb", "wandb", "runs of `flatmin train` in Weights & Biases"),
     Extra("mlflow", "mlflow-skinny", "runs of `flatmin train` in MLflow"),
     Extra("trackio", "trackio", "runs of `flatmin train` in Trackio"),
+    Extra("search", "optuna", "`flatmin search`: settings of a study's arms"),
+    Extra("ray", "ray", "runs of `flatmin study` on a Ray cluster"),
+    Extra("slurm", "submitit", "runs of `flatmin study` as Slurm jobs"),
 )
 CORE = ("torch", "numpy", "typer", "rich")
 
