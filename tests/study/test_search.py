@@ -1,13 +1,14 @@
 """Search at equal cost: budgets, replays, what is searched, and the study that follows."""
 
 import dataclasses
+import json
 import tomllib
 
 import pytest
 
 from flatmin.study.events import Planned, RunDone, Warned
 from flatmin.study.reading import read_study
-from flatmin.study.search import BATCH, Dimension, Found, read_dimension, search
+from flatmin.study.search import BATCH, Dimension, Found, read_dimension, read_words, search
 from flatmin.study.unfold import cells
 from flatmin.study.writing import FRESH, found_study
 
@@ -114,11 +115,42 @@ def test_a_trial_that_diverges_counts_as_nothing_right(spec, tmp_path):
     assert [trial.score for trial in sgd.trials] == [0.0, 0.0]
 
 
-def test_rows_of_the_study_are_searched_one_by_one(tmp_path):
+def test_an_arm_of_several_rows_is_refused_unless_one_is_named(tmp_path):
     path = tmp_path / "clouds.toml"
     path.write_text(STUDY + "[axes]\nweight_decay = [0, 0.01]\nlr = [0.1, 0.2]\n", encoding="utf-8")
-    found = run(read_study(str(path)), tmp_path, "lr=0.01..1", budget=8)
-    assert [one.cell.label for one in found] == [f"{a} weight_decay={w}" for a in ("SGD", "SAM") for w in ("0", "0.01")]
+    with pytest.raises(ValueError, match=r"SGD has 2 rows to search; name one value .* such as weight_decay=0"):
+        run(read_study(str(path)), tmp_path, "lr=0.01..1", budget=8)
+    spec = read_study(str(path), ["weight_decay=0.01", "epochs=1"])
+    found = run(spec, tmp_path, "lr=0.01..1", budget=4)
+    assert [one.cell.label for one in found] == ["SGD", "SAM"]
+    path.write_text(found_study(spec, [read_dimension("lr=0.01..1")], found, 4), encoding="utf-8")
+    for cell in cells(read_study(str(path))):
+        assert (cell.config.weight_decay, cell.config.epochs) == (0.01, 1), "what was searched is what is run"
+
+
+def test_what_is_given_with_other_values_does_not_win_over_the_search(tmp_path):
+    path = tmp_path / "clouds.toml"
+    given = '[[given]]\nmethod = ["sgd"]\nset = { lr = 0.05, momentum = 0.5 }\n'
+    path.write_text(STUDY + given, encoding="utf-8")
+    spec = read_study(str(path))
+    sgd, _ = run(spec, tmp_path, "lr=0.2..0.5", budget=4)
+    runs = list((tmp_path / "out" / "runs").glob("sgd-*"))
+    settings = [json.loads((one / "config.json").read_text()) for one in runs]
+    assert {str(one["lr"]) for one in settings} == {trial.settings["lr"] for trial in sgd.trials}
+    assert {one["momentum"] for one in settings} == {0.5}
+
+
+def test_the_test_part_is_not_searched_on(spec, tmp_path):
+    spec = dataclasses.replace(spec, settings={**spec.settings, "train_on_val": "true", "selection": "last"})
+    with pytest.raises(ValueError, match="train_on_val=true validates on the test part"):
+        run(spec, tmp_path, "lr=0.2..0.5", budget=4)
+
+
+def test_which_words_are_searched():
+    words = ["lr=.1..1", "seed=0..2", "data_dir=../data", "milestones=3,5", "batch_size=16,32", "epochs=3"]
+    found, rest = read_words(words)
+    assert [one.key for one in found] == ["lr", "batch_size"]
+    assert rest == ["seed=0..2", "data_dir=../data", "milestones=3,5", "epochs=3"]
 
 
 @pytest.mark.parametrize(
@@ -126,6 +158,7 @@ def test_rows_of_the_study_are_searched_one_by_one(tmp_path):
     [
         ((), 9, "there is nothing to search"),
         (("lr=0.1..1", "lr=0.2..0.3"), 9, "lr is searched twice"),
+        (("log_every=1..5",), 9, "log_every changes no outcome that could be searched for"),
         (("lrr=0.1..1",), 9, "no arm has 'lrr' to search; did you mean 'lr'"),
         (("lr=0.1..1",), 3, "a trial of SAM costs 4 epochs of plain training, more than the budget of 3"),
     ],

@@ -43,16 +43,14 @@ def search(
     """
     from flatmin.cli.progress import Progress
     from flatmin.study.reading import read_study
-    from flatmin.study.search import read_dimension
+    from flatmin.study.search import read_words
     from flatmin.study.search import search as run
     from flatmin.study.writing import found_study
     from flatmin.train.files import write_text
 
-    searched = [word for word in words if ".." in word or ("," in word and not word.startswith("seed="))]
-    rest = [word for word in words if word not in searched]
+    dimensions, rest = read_words(words)
     if not any(word.startswith("seed=") for word in rest):
         rest.append("seed=0")
-    dimensions = [read_dimension(word) for word in searched]
     spec = read_study(name, rest, demo=demo)
     console = make_console()
     try:

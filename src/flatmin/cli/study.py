@@ -65,6 +65,7 @@ def study(
     from flatmin.study.plan import plan
     from flatmin.study.reading import read_study
     from flatmin.study.study_page import render
+    from flatmin.study.unfold import cells
 
     console = make_console()
     if name == "list":
@@ -78,6 +79,12 @@ def study(
         spec = dataclasses.replace(spec, choose=tuple(key.strip() for key in choose.split(",") if key.strip()))
     if baselines:
         spec = with_baselines(spec)
+    asked = any(settings.get(key) for key in ("gpus", "gpus_per_node"))
+    if asked and any(cell.config.device == "cpu" for cell in cells(spec)):
+        raise ValueError(
+            "the runs are on the CPU, as this machine has no GPU, and need none: leave out the GPUs, or start the "
+            "command on a machine that has one."
+        )
     todo = plan(spec, out, make=not dry_run, retry=retry)
     workers = default_workers() if workers is None else workers
     if dry_run:

@@ -6,11 +6,11 @@ import dataclasses
 from collections.abc import Iterable
 
 from flatmin.study.config import BASE
+from flatmin.study.costs import Sizes
 from flatmin.study.spec import Arm, StudySpec
 from flatmin.study.sweep import Axis, tidy
 from flatmin.study.unfold import cells
 from flatmin.train.config import RunConfig
-from flatmin.train.trainer import build_recipe
 
 NAMES = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW"}
 WEIGHT_DECAY_FACTORS = (2.0, 4.0, 8.0)
@@ -26,7 +26,8 @@ def with_baselines(spec: StudySpec) -> StudySpec:
     - "more weight decay": 2, 4 or 8 times the study's (none if it has none);
     - "early stop": a schedule of a third, a half or two thirds of the epochs;
     - "averaged": an exponential average of the weights, decay 0.99 or 0.999 an update;
-    - "N x epochs", for the cost of each method: as many gradient evaluations as SAM and its kind take.
+    - "N x epochs", for the cost of each method: as many gradient evaluations as SAM and its kind take (a method that
+      decides by value when to climb is taken at its expected cost), unless an arm of plain training has that length.
 
     Axes of the study that plain training has, such as networks, hold for them too.
 
@@ -43,12 +44,14 @@ def with_baselines(spec: StudySpec) -> StudySpec:
     own = next((arm for arm in spec.arms if plain and arm.label == plain[0].arm), Arm(label=name, settings={}))
     # What plain training of this study has beside its method, such as a weight decay of its own.
     kept = {key: value for key, value in own.settings.items() if key not in _OWN}
-    decay = own.settings.get("weight_decay", tidy(repr(first.weight_decay)))
+    decay = {key: value for key, value in own.settings.items() if key == "weight_decay"}
+    axes = tuple(axis for axis in own.axes if axis.key not in _OWN)
 
     def arm(label: str, key: str, values: Iterable[float]) -> Arm:
         words = tuple(dict.fromkeys(tidy(f"{value:.6g}") for value in values))
-        settings = {"method": BASE, **kept, **({} if key == "weight_decay" else {"weight_decay": decay})}
-        return Arm(label=f"{name}, {label}", settings=settings, axes=(Axis(key, words),), choose=(key,))
+        settings = {"method": BASE, **kept, **({} if key == "weight_decay" else decay)}
+        chosen = (*own.choose, key)
+        return Arm(label=f"{name}, {label}", settings=settings, axes=(*axes, Axis(key, words)), choose=chosen)
 
     arms = [] if plain else [Arm(label=name, settings={"method": BASE})]
     if first.weight_decay:
@@ -57,12 +60,14 @@ def with_baselines(spec: StudySpec) -> StudySpec:
         arms.append(arm("early stop", "epochs", (max(1, round(share * first.epochs)) for share in EARLY_SHARES)))
     if first.ema is None:
         arms.append(arm("averaged", "ema", AVERAGES))
+    lengths = {cell.config.epochs for cell in plain}
     for cost in _costs(cell.config for cell in found):
-        longer = Arm(
-            label=f"{name}, {cost:g}x epochs",
-            settings={"method": BASE, **kept, "weight_decay": decay, "epochs": str(round(cost * first.epochs))},
-        )
-        arms.append(longer)
+        epochs = round(cost * first.epochs)
+        if epochs not in lengths:
+            # As an axis of one value, so that it wins over what is given with other values.
+            longer = (*axes, Axis("epochs", (str(epochs),)))
+            settings = {"method": BASE, **kept, **decay}
+            arms.append(Arm(label=f"{name}, {cost:g}x epochs", settings=settings, axes=longer, choose=own.choose))
     taken = {one.label for one in spec.arms}
     for one in arms:
         if one.label in taken:
@@ -71,6 +76,7 @@ def with_baselines(spec: StudySpec) -> StudySpec:
 
 
 def _costs(configs: Iterable[RunConfig]) -> list[float]:
-    """Gradient evaluations an update that some method takes, above one, to a tenth."""
-    found = {round(build_recipe(config).gradient_evaluations, 1) for config in configs}
+    """Gradient evaluations an update that some method takes over its run, above one, to three digits."""
+    sizes = Sizes()
+    found = {float(f"{sizes.cost(config) / sizes.updates(config):.3g}") for config in configs}
     return sorted(cost for cost in found if cost > 1)

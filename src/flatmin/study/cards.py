@@ -18,7 +18,7 @@ from flatmin.train.settings import content_hash
 
 def cards_of(
     runs: Sequence[Run], store: Store, view: View, *, workers: int, on_event: Callable[[Event], None]
-) -> dict[str, Mapping[str, Any]]:
+) -> tuple[dict[str, Mapping[str, Any]], dict[str, str]]:
     """The card of each finished run by name, measured now where it is not kept.
 
     That is done on this machine, whoever trained them, and on the device that they name.
@@ -30,14 +30,18 @@ def cards_of(
         workers: processes of one thread each; 0: this one.
         on_event: told of `Measuring` before the work, and of `CardDone` after each.
 
+    Returns:
+        The cards, and why the others have none, by the run's name.
+
     Raises:
-        ValueError, ArithmeticError: a network, its data or a measure refuse.
+        ValueError: a process ended while it measured.
     """
     places = {run.name: card_path(store.folder(run), view) for run in runs}
     found = {name: kept for name, path in places.items() if (kept := _kept(path)) is not None}
     todo = [run for run in runs if run.name not in found]
     if not todo:
-        return found
+        return found, {}
+    refused: dict[str, str] = {}
     on_event(Measuring(nets=len(todo)))
 
     def keep(one: Measured) -> None:
@@ -45,11 +49,24 @@ def cards_of(
         write_json(places[one.name], dict(found[one.name]))
         on_event(CardDone(run=one.name))
 
-    view = dataclasses.replace(view, device=todo[0].config.device)
-    # Arms may share a method and a seed; here each run is a group of its own.
-    nets = [dataclasses.replace(find(store.folder(run)), name=run.name, label=run.name) for run in todo]
-    measure_all(nets, view, workers=min(workers, len(nets)), on_done=keep)
-    return found
+    for device in dict.fromkeys(run.config.device for run in todo):
+        nets = []
+        for run in todo:
+            if run.config.device != device:
+                continue
+            try:
+                # Arms may share a method and a seed; here each run is a group of its own.
+                nets.append(dataclasses.replace(find(store.folder(run)), name=run.name, label=run.name))
+            except ValueError as error:
+                refused[run.name] = str(error)
+        measure_all(
+            nets,
+            dataclasses.replace(view, device=device),
+            workers=min(workers, len(nets)),
+            on_done=keep,
+            on_refusal=lambda net, text: refused.update({net.name: text}),
+        )
+    return found, refused
 
 
 def card_path(folder: Path, view: View) -> Path:

@@ -78,14 +78,26 @@ def guess_seconds(configs: Sequence[RunConfig], workers: int, sizes: Sizes | Non
     """
     sizes = sizes or Sizes()
     known: dict[tuple[object, ...], float] = {}
-    total = 0.0
+    each: list[float] = []
     for config in configs:
         _, inputs = sizes.of(config)
-        key = (inputs, config.model, str(config.model_params), config.device, config.precision, config.channels_last)
+        key: tuple[object, ...] = (
+            inputs,
+            config.model,
+            str(config.model_params),
+            config.device,
+            config.precision,
+            config.channels_last,
+        )
+        key += (min(_SAMPLES[config.device], config.batch_size),)
         if key not in known:
             known[key] = _gradient_seconds(config, inputs)
-        total += sizes.cost(config) * config.batch_size * known[key]
-    return total / max(1, workers)
+        each.append(sizes.cost(config) * config.batch_size * known[key])
+    if not each:
+        return 0.0
+    # Runs that share a GPU share its speed.
+    at_once = 1 if configs[0].device == "cuda" else max(1, min(workers, len(each)))
+    return max(max(each), sum(each) / at_once)
 
 
 def _gradient_seconds(config: RunConfig, inputs: Inputs) -> float:

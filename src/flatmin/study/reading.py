@@ -249,6 +249,8 @@ def _check_published(spec: StudySpec, one: Published) -> None:
 def _axes(name: str, table: Mapping[str, Any]) -> tuple[Axis, ...]:
     for key, values in table.items():
         _expect(name, f"the axis {key}", values, list)
+        if key in _FIXED:
+            raise ValueError(f"study {name}: {key} is no axis; write an arm for each.")
     _words(name, table)
     return tuple(Axis(key, tuple(map(as_word, values))) for key, values in table.items())
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from flatmin.measure.card import chosen
 from flatmin.train.options import Options
-from flatmin.train.settings import at_least
+from flatmin.train.settings import at_least, fill
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +49,31 @@ class Record:
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
 
     def kept_in(self, labels: Mapping[str, str]) -> bool:
-        """Whether a run with these labels has written down what is asked for."""
-        return not self.word or labels.get("record") == self.word
+        """Whether a run with these labels has written down what is asked for, perhaps more often."""
+        theirs = Record.of(labels)
+        logged = not self.log_every or (theirs.log_every and self.log_every % theirs.log_every == 0)
+        if self.log_every and self.diagnostics and not theirs.diagnostics:
+            return False
+        measured = not self.measure_every or self._measures == theirs._measures
+        return bool(logged and measured)
+
+    @property
+    def _measures(self) -> tuple[object, ...]:
+        return self.measure_every, self.measures, self.measure_examples
+
+    @classmethod
+    def of(cls, labels: Mapping[str, str]) -> Record:
+        """What a run with these labels has written down; nothing if its word cannot be read."""
+        try:
+            return fill(cls, json.loads(labels.get("record") or "{}"), origin="record")
+        except ValueError:
+            return cls()
+
+    def with_also(self, other: Record) -> Record:
+        """What serves both; of two different measurements while training this one."""
+        often = math.gcd(self.log_every, other.log_every)
+        measured = self if self.measure_every else other
+        return dataclasses.replace(measured, log_every=often, diagnostics=self.diagnostics or other.diagnostics)
 
     def options(self, **others: bool | int | float) -> Options:
         """As options of a run, with others beside."""

@@ -19,6 +19,7 @@ from flatmin.study.sweep import Axis, tidy
 from flatmin.study.unfold import Cell, cells, takes
 from flatmin.train.config import RunConfig
 from flatmin.train.feed import steps_of
+from flatmin.train.options import Options
 from flatmin.train.settings import field_types, split_word
 from flatmin.words import suggest
 
@@ -124,6 +125,29 @@ class Found:
         return math.fsum(trial.cost for trial in self.trials)
 
 
+def read_words(words: Sequence[str]) -> tuple[list[Dimension], list[str]]:
+    """The dimensions among the words, and the others, which set something for all runs.
+
+    A word is a dimension if its value is LOW..HIGH, or several values with commas. Seeds, and settings that are
+    themselves lists, are never searched.
+
+    Raises:
+        ValueError: see `read_dimension`.
+    """
+    found, rest = [], []
+    for word in words:
+        key, text = split_word(word)
+        kind = field_types(RunConfig).get(key)
+        low, dots, high = text.partition("..")
+        interval = bool(low and dots and high) and "/" not in text and kind is not str
+        several = "," in text and not str(kind).startswith("tuple")
+        if key != "seed" and (interval or several):
+            found.append(read_dimension(word))
+        else:
+            rest.append(word)
+    return found, rest
+
+
 def search(
     spec: StudySpec,
     dimensions: Sequence[Dimension],
@@ -138,11 +162,11 @@ def search(
 
     A trial trains the row's configuration with the asked settings once for each of the study's seeds. Its cost is
     counted in gradient evaluations: a method of two an update gets half the trials of plain training. A row stops
-    before the trial that would exceed the budget. Runs are those of the store, so the same call again replays the
-    finished ones and a larger budget goes on from them.
+    before the trial that would exceed the budget; a point that is asked for twice counts twice. Runs are those of the
+    store, so the same call again replays the finished ones and a larger budget goes on from them.
 
     Args:
-        spec: the study; its arms must not set what is searched.
+        spec: the study; what its arms and axes have for what is searched is left out. Each arm must have one row.
         dimensions: what is searched; an arm that has no radius is searched in the others.
         budget: gradient evaluations for each row, in epochs of plain training.
         out: folder of the runs.
@@ -181,6 +205,12 @@ def search(
         outcomes = found | execute(missing, store, workers=workers, on_event=tell, **how)
         for task, ask in asked:
             task.tell(ask, outcomes)
+    for task in tasks:
+        if task.dimensions and not task.found.trials:
+            raise ValueError(
+                f"the first trial of {task.found.cell.label} would have cost more than the budget of {budget:g}; raise "
+                "the budget, or search smaller epochs."
+            )
     return [task.found for task in tasks]
 
 
@@ -216,7 +246,7 @@ class _Task:
         while len(asked) < BATCH:
             trial = self._study.ask()
             settings = {dimension.key: dimension.ask(trial) for dimension in self.dimensions}
-            configs = _configs(spec, self.arm, self.found.cell, settings)
+            configs = _configs(spec, self.arm, settings)
             cost = math.fsum(self.cost(config, sizes) for config in configs)
             if spent + cost > budget * (1 + 1e-9):
                 self.done = True
@@ -250,11 +280,25 @@ def _tasks(spec: StudySpec, dimensions: Sequence[Dimension]) -> list[_Task]:
         raise ValueError("there is nothing to search; write an interval such as lr=0.01..1.")
     if double:
         raise ValueError(f"{double[0]} is searched twice.")
+    for key in keys:
+        if key == "seed" or key in field_types(Options):
+            raise ValueError(f"{key} changes no outcome that could be searched for; name seeds as seed=0,1.")
     tasks = []
     for i in range(len(spec.arms)):
         own = [dimension for dimension in dimensions if takes(spec, spec.arms[i], dimension.key)]
         missing = [dimension.key for dimension in dimensions if dimension not in own]
-        tasks += [_Task(cell, i, own, missing) for cell in cells(_alone(spec, i, {key: None for key in keys}))]
+        rows = cells(_alone(spec, i, {key: None for key in keys}))
+        if len(rows) > 1:
+            axis = next(iter(rows[0].values))
+            raise ValueError(
+                f"study {spec.name}: {rows[0].arm} has {len(rows)} rows to search; name one value of each axis that is "
+                f"not searched, such as {axis}={rows[0].values[axis]}."
+            )
+        if rows[0].config.train_on_val:
+            raise ValueError(
+                f"study {spec.name}: train_on_val=true validates on the test part, which must not be searched on."
+            )
+        tasks.append(_Task(rows[0], i, own, missing))
     for key in keys:
         if all(key in task.unsearched for task in tasks):
             near = suggest(key, field_types(RunConfig))
@@ -263,14 +307,17 @@ def _tasks(spec: StudySpec, dimensions: Sequence[Dimension]) -> list[_Task]:
 
 
 def _alone(spec: StudySpec, arm: int, settings: Mapping[str, str | None]) -> StudySpec:
-    """The study of one arm, with settings in place of whatever it has for their keys; None takes the key away."""
+    """The study of one arm, with settings in place of whatever it has for their keys; None takes the key away.
+
+    As axes of one value they also win over what is given with other values.
+    """
     one = spec.arms[arm]
     kept = {key: value for key, value in one.settings.items() if key not in settings}
-    chosen = {key: value for key, value in settings.items() if value is not None}
-    axes = tuple(axis for axis in one.axes if axis.key not in settings)
+    chosen = [Axis(key, (value,)) for key, value in settings.items() if value is not None]
+    axes = (*(axis for axis in one.axes if axis.key not in settings), *chosen)
     return dataclasses.replace(
         spec,
-        arms=(dataclasses.replace(one, settings={**kept, **chosen}, axes=axes, choose=()),),
+        arms=(dataclasses.replace(one, settings=kept, axes=axes, choose=()),),
         axes=tuple(axis for axis in spec.axes if axis.key not in settings),
         settings={key: value for key, value in spec.settings.items() if key not in settings},
         choose=(),
@@ -279,10 +326,9 @@ def _alone(spec: StudySpec, arm: int, settings: Mapping[str, str | None]) -> Stu
     )
 
 
-def _configs(spec: StudySpec, arm: int, cell: Cell, settings: Mapping[str, str]) -> list[RunConfig]:
-    """The runs of a point: the row's, with these settings."""
-    rows = cells(_alone(spec, arm, {**cell.values, **settings}))
-    return list(rows[0].configs.values())
+def _configs(spec: StudySpec, arm: int, settings: Mapping[str, str]) -> list[RunConfig]:
+    """The runs of a point: the arm's, with these settings."""
+    return list(cells(_alone(spec, arm, settings))[0].configs.values())
 
 
 def _optuna() -> Any:

@@ -51,14 +51,14 @@ def study(
     outcomes = dict(todo.found) | execute(
         todo.missing, todo.store, workers=workers, on_event=tell, executor=executor, settings=settings
     )
-    return tabulate(todo, outcomes, _cards(todo, outcomes, workers, tell))
+    return tabulate(todo, outcomes, *_cards(todo, outcomes, workers, tell))
 
 
 def _cards(
     todo: StudyPlan, outcomes: Mapping[str, Outcome], workers: int, tell: OnEvent
-) -> dict[str, Mapping[str, Any]]:
+) -> tuple[dict[str, Mapping[str, Any]], dict[str, str]]:
     if todo.spec.measure is None:
-        return {}
+        return {}, {}
     runs = {run.name: run for run in todo.runs.values()}
     ended = [
         run

@@ -126,12 +126,19 @@ def remarks(table: StudyTable) -> list[str]:
             f"best on validation: {', '.join(names)}."
         )
     found += [_choice(label, rows) for label, rows in table.tried.items()]
+    found += [f"No run has the column {name}." for name in spec.columns if _empty(table, name)]
     return [*found, *spec.notes]
+
+
+def _empty(table: StudyTable, metric: str) -> bool:
+    return any(row.n for row in table.rows) and not any(row.columns[metric].stat.n for row in table.rows)
 
 
 def _choice(label: str, rows: Sequence[StudyRow]) -> str:
     """What a row was chosen from."""
     scores = [f"{_words(row.chosen)} {estimate(row.columns['val_acc'], 'val_acc')}" for row in rows]
+    if not any(row.cell is not None and row.n == len(row.cell.configs) for row in rows):
+        return f"{label} stands for all values, none of which has every seed: {'; '.join(scores)}."
     return f"{label} is chosen by mean validation accuracy in %: {'; '.join(scores)}."
 
 

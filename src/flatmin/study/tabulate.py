@@ -20,7 +20,12 @@ from flatmin.train.fingerprint import environment
 from flatmin.train.folder import RunFolder
 from flatmin.train.trainer import build_recipe
 
-_SAME_TASK = ("data", "model", "model_params", "noise", "noise_kind", "train_size", "batch_size", "optimizer")
+# What two rows must share to be compared, and what beside to be of equal cost.
+_TASK = (
+    *("data", "model", "model_params", "noise", "noise_kind", "train_size", "train_on_val", "val_share", "split_seed"),
+    "image_size",
+)
+_COST = ("optimizer", "batch_size")
 _EQUAL = 0.02  # budgets that differ by no more count as equal: epochs are whole numbers
 
 
@@ -123,7 +128,10 @@ class StudyTable:
 
 
 def tabulate(
-    todo: StudyPlan, outcomes: Mapping[str, Outcome], cards: Mapping[str, Mapping[str, Any]] | None = None
+    todo: StudyPlan,
+    outcomes: Mapping[str, Outcome],
+    cards: Mapping[str, Mapping[str, Any]] | None = None,
+    refused: Mapping[str, str] | None = None,
 ) -> StudyTable:
     """The table of what is finished.
 
@@ -131,6 +139,7 @@ def tabulate(
         todo: the study.
         outcomes: by the run's name.
         cards: what was measured of the trained networks, by the run's name.
+        refused: why it was not, by the run's name.
     """
     spec = todo.spec
     sizes = Sizes()
@@ -144,6 +153,9 @@ def tabulate(
         if (outcome := outcomes.get(run.name)) is not None
         if (text := outcome.error or (outcome.result.failure if outcome.result else None))
     }
+    for (i, seed), run in todo.runs.items():
+        if run.name in (refused or {}):
+            errors[f"{todo.cells[i].label}, seed {seed}, not measured"] = (refused or {})[run.name]
     return StudyTable(
         spec=spec,
         rows=rows,
@@ -238,7 +250,12 @@ def _baseline(row: StudyRow, rows: Sequence[StudyRow], spec: StudySpec) -> Study
     if row.arm == spec.baseline or row.cell is None:
         return None
     for other in rows:
-        if other.arm == spec.baseline and other.cell is not None and row.cell.at(other.cell.point):
+        if (
+            other.arm == spec.baseline
+            and other.cell is not None
+            and row.cell.at(other.cell.point)
+            and _same(row, other, _TASK)
+        ):
             return other
     return None
 
@@ -252,14 +269,22 @@ def _equal(row: StudyRow, rows: Sequence[StudyRow]) -> Equal | None:
         for other in rows
         if other.cell is not None
         and other.cell.config.method == BASE
-        and all(getattr(other.cell.config, key) == getattr(row.cell.config, key) for key in _SAME_TASK)
+        and _same(row, other, (*_TASK, *_COST))
         and abs(other.budget - row.budget) <= _EQUAL * row.budget
     ]
     if not plain:
         return None
-    best = max(plain, key=lambda other: other.columns["val_acc"].stat.mean)
+    whole = [other for other in plain if other.cell is not None and other.n == len(other.cell.configs)]
+    best = max(whole or plain, key=lambda other: other.columns["val_acc"].stat.mean)
     diff = paired(_by_seed(row.runs, "test_acc"), _by_seed(best.runs, "test_acc"))
     return None if diff is None else Equal(label=best.label, diff=diff, p=_p(diff))
+
+
+def _same(row: StudyRow, other: StudyRow, keys: Sequence[str]) -> bool:
+    if row.cell is None or other.cell is None:
+        return False
+    mine, theirs = row.cell.config, other.cell.config
+    return all(getattr(mine, key) == getattr(theirs, key) for key in keys)
 
 
 def _p(diff: Stat | None) -> float | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from flatmin.data.named import DATASETS
@@ -21,6 +21,7 @@ from flatmin.train.settings import field_types, read_preset
 from flatmin.words import suggest
 
 _FIELDS = field_types(RunConfig)
+_USUAL = {f.name: f.default for f in dataclasses.fields(RunConfig) if f.default is not dataclasses.MISSING}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,12 +33,14 @@ class Cell:
         values: of the axes that have more than one value.
         configs: by seed; at least one.
         choose: those of `values` that are chosen on validation.
+        axes: what all axes set, also those of one value.
     """
 
     arm: str
     values: Mapping[str, str]
     configs: Mapping[int, RunConfig]
     choose: frozenset[str] = frozenset()
+    axes: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -97,12 +100,19 @@ def cells(spec: StudySpec) -> list[Cell]:
                     values={key: value for key, value in point.items() if key in shown},
                     configs={seed: dataclasses.replace(config, seed=seed) for seed in spec.seeds},
                     choose=frozenset(shown & {*spec.choose, *arm.choose}),
+                    axes=point,
                 )
             )
     for axis in spec.axes:
         if axis.key not in used:
             known = [*_FIELDS, *dict.fromkeys(name.partition(".")[2] for name in parameters)]
             raise ValueError(f"study {spec.name}: no arm has {axis.key!r} to set{suggest(axis.key, known)}")
+    for cell in found:
+        if cell.choose and cell.config.train_on_val:
+            raise ValueError(
+                f"study {spec.name}: {', '.join(sorted(cell.choose))} cannot be chosen on validation with "
+                "train_on_val=true, which validates on the test part."
+            )
     axes_of_all = {axis.key for axis in (*spec.axes, *(axis for arm in spec.arms for axis in arm.axes))}
     for key in (*spec.choose, *(key for arm in spec.arms for key in arm.choose)):
         if key not in axes_of_all:
@@ -114,7 +124,7 @@ def _config(spec: StudySpec, arm: Arm, point: Mapping[str, str], preset: Mapping
     chosen = {**spec.settings, **arm.settings, **point}
     extra: dict[str, str] = {}
     for given in spec.given:
-        have = {key: chosen.get(key, tidy(as_word(preset.get(key, "")))) for key in given.when}
+        have = {key: chosen.get(key, tidy(as_word(preset.get(key, _USUAL.get(key, ""))))) for key in given.when}
         if all(tidy(have[key]) in values for key, values in given.when.items()):
             extra |= given.settings
     try:

@@ -12,7 +12,7 @@ FRESH = 5  # seeds of the study that follows
 
 
 def found_study(spec: StudySpec, dimensions: Sequence[Dimension], found: Sequence[Found], budget: float) -> str:
-    """A study of one arm a row with the settings that were best, over seeds that the search has not seen, as TOML.
+    """The study with the settings that were best for each arm, over seeds that the search has not seen, as TOML.
 
     Args:
         spec: what was searched.
@@ -37,8 +37,10 @@ def found_study(spec: StudySpec, dimensions: Sequence[Dimension], found: Sequenc
     for one in found:
         trial = one.best
         own = {key: value for key, value in arms[one.cell.arm].settings.items() if key not in keys}
-        settings = {**own, **one.cell.values, **(trial.settings if trial is not None else {})}
-        lines += ["", "[[arms]]", f"label = {_text(one.cell.label)}", *_entries(settings)]
+        # Axes of one value, so that they win over what is given with other values.
+        point = {**one.cell.axes, **(trial.settings if trial is not None else {})}
+        axes = ", ".join(f"{_key(key)} = {_texts([value])}" for key, value in point.items())
+        lines += ["", "[[arms]]", f"label = {_text(one.cell.label)}", *_entries(own), f"axes = {{ {axes} }}"]
     for given in spec.given:
         settings = {key: value for key, value in given.settings.items() if key not in keys}
         if settings:

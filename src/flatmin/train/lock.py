@@ -41,15 +41,43 @@ def hold(folder: Path, *, patience: float | None = GLANCE) -> Iterator[None]:
     handle = _open(folder, make=True)
     try:
         begun, pause = time.monotonic(), _PAUSE
-        while _locked(handle) is False:
+        while _locked(handle) is False or not _still(handle, folder):
             if patience is not None and time.monotonic() - begun > patience:
                 raise ValueError(f"another process trains in {folder}: wait until it ends, or name another folder.")
+            if not _still(handle, folder):  # removed and made anew while this one waited
+                _release(handle)
+                folder.mkdir(parents=True, exist_ok=True)
+                handle = _open(folder, make=True)
+                continue
             time.sleep(pause)
             pause = min(_LONGEST, 1.1 * pause)
         yield
     finally:
-        if handle is not None:
-            os.close(handle)
+        _release(handle)
+
+
+def _still(handle: int | None, folder: Path) -> bool:
+    """Whether what is open is still what the folder's name stands for."""
+    if handle is None:
+        return True
+    mine = os.fstat(handle)
+    for path in (folder, folder / _FILE):
+        try:
+            there = path.stat()
+        except OSError:
+            continue
+        if (there.st_dev, there.st_ino) == (mine.st_dev, mine.st_ino):
+            return True
+    return False
+
+
+def _release(handle: int | None) -> None:
+    """Let go of a lock, also where a process that was forked meanwhile has the file open."""
+    if handle is None:
+        return
+    with contextlib.suppress(OSError):
+        fcntl.flock(handle, fcntl.LOCK_UN)
+    os.close(handle)
 
 
 def in_use(folder: Path) -> bool:
@@ -65,8 +93,7 @@ def in_use(folder: Path) -> bool:
             mine = _locked(handle)
         return changed(folder) > time.time() - RECENT if mine is None else not mine
     finally:
-        if handle is not None:
-            os.close(handle)
+        _release(handle)
 
 
 def changed(folder: Path) -> float:

@@ -115,5 +115,6 @@ def execute(
         if runs:
             chosen.run(runs, store, workers=workers, on_event=on_event, outcomes=outcomes)
     except KeyboardInterrupt:
-        raise Interrupted(len(outcomes), len(runs)) from None
+        done = sum(outcome.result is not None for outcome in outcomes.values())
+        raise Interrupted(done, len(runs)) from None
     return outcomes

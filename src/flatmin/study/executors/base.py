@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from flatmin.study.events import EpochDone, Event, RunBroke, RunDone, Warned
+from flatmin.study.record import Record
 from flatmin.study.store import Run, Store, unique
 from flatmin.study.timing import one_thread
 from flatmin.train import checkpoint
@@ -61,6 +63,8 @@ def finished_and_missing(
 ) -> tuple[dict[str, Outcome], list[Run]]:
     """Outcomes of the finished runs by name, and the runs to do; each run once.
 
+    A run that is done again because it has not recorded what is asked for also records what it had.
+
     Args:
         runs: wanted.
         store: where to look.
@@ -71,10 +75,18 @@ def finished_and_missing(
     for run in unique(runs):
         known = store.find(run, warn)
         if known is None:
-            missing.append(run)
+            missing.append(dataclasses.replace(run, record=run.record.with_also(_recorded(run, store))))
         else:
             found[run.name] = Outcome(result=known[0], lines=tuple(known[1]))
     return found, missing
+
+
+def _recorded(run: Run, store: Store) -> Record:
+    try:
+        labels = RunFolder(store.folder(run)).config()[1]
+    except ValueError:
+        return Record()
+    return Record.of(labels) if labels.get("key") == run.key else Record()
 
 
 def perform(run: Run, store: Store, on_line: Callable[[Epoch], None]) -> Outcome:
@@ -97,6 +109,7 @@ def perform(run: Run, store: Store, on_line: Callable[[Epoch], None]) -> Outcome
     except Exception as error:
         text = str(error).strip() or "no message"
         return Outcome(error=text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}")
+    checkpoint.clear(folder.checkpoints)  # a process that was killed right after its result may have left some
     for line in known[1]:
         on_line(line)
     return Outcome(result=known[0], lines=tuple(known[1]))

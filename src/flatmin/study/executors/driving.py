@@ -70,8 +70,10 @@ def drive(
                 del busy[run.name]
                 if isinstance(found, Outcome):
                     teller.end(run, found)
-                elif teller.lost(run, found.how):
-                    waiting.append(run)
+                else:
+                    engine.cancel(job)  # it may be queued again by its own scheduler
+                    if teller.lost(run, found.how):
+                        waiting.append(run)
             if busy:
                 time.sleep(pause)
     finally:

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection, wait
@@ -60,10 +60,14 @@ class _Pool:
             for _ in range(self._size):
                 self._start()
             while self._busy:
-                for ready in wait(list(self._busy)):
-                    self._receive(cast(Connection, ready))
+                # Processes that read images may hold a dead worker's end of the pipe, so its end is watched too.
+                ends = {self._workers[connection].sentinel: connection for connection in self._busy}
+                ready = wait([*self._busy, *ends])
+                for connection in {ends.get(one, one) if isinstance(one, int) else one for one in ready}:
+                    self._receive(cast(Connection, connection))
             for connection in self._workers:
-                connection.send(None)
+                with suppress(OSError):  # it has ended meanwhile
+                    connection.send(None)
             for process in self._workers.values():
                 process.join(5)
         finally:
@@ -71,7 +75,8 @@ class _Pool:
 
     def _start(self) -> None:
         ours, theirs = self._context.Pipe()
-        process = self._context.Process(target=_serve, args=(theirs, self._store), daemon=True)
+        # No daemon, which could not start processes that read images; it ends with this process all the same.
+        process = self._context.Process(target=_serve, args=(theirs, self._store), daemon=False)
         with _sigint_ignored():
             process.start()
         theirs.close()
@@ -90,6 +95,8 @@ class _Pool:
     def _receive(self, connection: Connection) -> None:
         run = self._busy[connection]
         try:
+            if not connection.poll():
+                raise EOFError
             message = connection.recv()
         except (EOFError, OSError):
             self._replace(connection)
@@ -123,8 +130,7 @@ class _Pool:
 
     def _stop(self) -> None:
         for process in self._workers.values():
-            if process.is_alive():
-                process.terminate()
+            process.terminate()
         for process in self._workers.values():
             process.join(2)
             if process.is_alive():

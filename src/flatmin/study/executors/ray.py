@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -53,11 +54,31 @@ class Ray:
         if mine:
             self._connect(workers)
         try:
+            self._check(runs)
             there = Store(store.out.absolute(), weights=store.weights, checkpoint_seconds=store.checkpoint_seconds)
             drive(_Engine(self), runs, there, workers=workers, pause=_PAUSE, teller=Teller(on_event, outcomes))
         finally:
             if mine:
                 ray.shutdown()
+
+    def _check(self, runs: Sequence[Run]) -> None:
+        """Refuse runs that would wait for ever, as no node has what one of them needs.
+
+        Raises:
+            ValueError: no node has as many CPUs or GPUs.
+        """
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        for run in runs:
+            needs = {"CPU": self.cpus, "GPU": self.gpus_of(run)}
+            if not any(all(node.get(kind, 0.0) >= need for kind, need in needs.items()) for node in nodes):
+                raise ValueError(
+                    f"no node of the Ray cluster has {self.cpus:g} CPUs and {self.gpus_of(run):g} GPUs, which "
+                    f"{run.name} needs; set cpus and gpus, or device=cpu."
+                )
+
+    def gpus_of(self, run: Run) -> float:
+        """GPUs of a run."""
+        return float(run.config.device == "cuda") if self.gpus is None else self.gpus
 
     def _connect(self, workers: int) -> None:
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -70,7 +91,7 @@ class Ray:
                     f"there is no Ray cluster at {self.address!r}: {' '.join(str(error).split())}"
                 ) from error
             return
-        ray.init(address="local", num_cpus=max(1, round(workers * self.cpus)), include_dashboard=False, **shared)
+        ray.init(address="local", num_cpus=max(1, math.ceil(workers * self.cpus)), include_dashboard=False, **shared)
 
 
 EXECUTOR = Ray
@@ -83,10 +104,9 @@ class _Engine:
         self._settings, self._remote = settings, ray.remote(work)
 
     def submit(self, run: Run, store: Store) -> Any:
-        gpus = self._settings.gpus
         task = self._remote.options(
             num_cpus=self._settings.cpus,
-            num_gpus=float(run.config.device == "cuda") if gpus is None else gpus,
+            num_gpus=self._settings.gpus_of(run),
             max_retries=0,
             name=run.name,
         )
