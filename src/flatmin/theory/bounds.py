@@ -68,8 +68,8 @@ def gradient_bound(
         how: parameters of the recipe's parts.
 
     Raises:
-        ValueError: L is not known, steps so long that no bound follows (t L >= 3/2, or beyond `largest_step`), or a
-            method without theorem.
+        ValueError: L is not known or does not hold everywhere, radii so wide that nu >= 1, steps so long that no bound
+            follows (t L >= 3/2, or beyond `largest_step`), or a method without theorem.
     """
     chosen = family(method, **how)
     f = problem.known
@@ -77,6 +77,8 @@ def gradient_bound(
         raise ValueError(f"no bound: {chosen.reason}.")
     if f.L is None:
         raise ValueError(f"no bound: L of {problem.name} is not known.")
+    if f.where != "everywhere":
+        raise ValueError(f"no bound: L of {problem.name} holds only {f.where}, and a run may leave that.")
     t_rule = as_step(step)
     rho_rule = as_radius(radius, t_rule)
     if chosen.factor is not None:
@@ -113,6 +115,12 @@ def _best(gap: float, start: float, t: np.ndarray, rho: np.ndarray, L: float, me
         fall, rise = t * (0.5 - excess), t * (0.5 + excess) * eps**2
     else:
         nu = rho if method.kind == "relative" else L * rho
+        if bool((nu >= 1).any()):
+            n = int(np.flatnonzero(nu >= 1)[0]) + 1
+            what = "nu" if method.kind == "relative" else "rho L"
+            raise ValueError(
+                f"no bound: the radius {rho[n - 1]:g} of update {n} is too wide, {what} = {nu[n - 1]:g} >= 1."
+            )
         fall, rise = t * (1 - nu) - L * t**2 * (1 + nu) ** 2 / 2, np.zeros_like(t)
     if not bool((fall > 0).all()):
         n = int(np.flatnonzero(fall <= 0)[0]) + 1

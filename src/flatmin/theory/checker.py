@@ -13,6 +13,7 @@ from flatmin.theory.functions import Problem
 from flatmin.theory.kl import rate_words
 from flatmin.theory.methods import RadiusLike, StepLike, positive
 from flatmin.theory.rules import Asymptotics, Constant, Product, Rule
+from flatmin.theory.sums import CAUTION, converges
 from flatmin.theory.verdict import PROPERTIES, Property, Theorem, Verdict
 from flatmin.theory.words import as_radius, as_step
 
@@ -43,6 +44,9 @@ def check(
         >>> verdict.theorem, verdict.statuses[2], round(verdict.distance, 12)
         (None, 'fails', 0.025)
 
+    "fails" means: for a member of the class. For a problem without a spectrum that member is another function, and the
+    reason says so.
+
     Args:
         step: t_n, n = 1, 2, ...: a rule, a number, words as in `read_rule`, or a function of n.
         radius: rho_n, likewise, or tied to the step; eps_n of igd, nu_n of igdr.
@@ -70,6 +74,7 @@ def check(
     tried = sorted((s(t, rho, f, judged) for s in _STATEMENTS[judged.kind]), key=_nearness)
     nearest = tried[0] if tried else None
     wrong = failures(t, rho, f, judged)
+    other = functions.name if isinstance(functions, Problem) and not f.spectrum else ""
     applies = nearest.name if nearest is not None and nearest.holds else None
     return Verdict(
         step=t,
@@ -79,7 +84,7 @@ def check(
         theorem=applies,
         conditions=() if nearest is None else nearest.conditions,
         theorems=tuple(tried),
-        properties=tuple(_property(k, tried, wrong, chosen) for k in range(1, len(PROPERTIES) + 1)),
+        properties=tuple(_property(k, tried, wrong, chosen, other) for k in range(1, len(PROPERTIES) + 1)),
         rate=_rate(t, rho, f, judged, applies),
         distance=stays_away(t, rho, f, judged),
     )
@@ -103,12 +108,15 @@ def _nearness(theorem: Theorem) -> tuple[int, int, int]:
     return (setting, len(theorem.missing), -len(theorem.gives))
 
 
-def _property(number: int, tried: list[Theorem], wrong: dict[int, str], method: Family) -> Property:
+def _property(number: int, tried: list[Theorem], wrong: dict[int, str], method: Family, other: str) -> Property:
+    """`other`: the name of the function asked about, where `wrong` speaks of quadratics of its class only."""
     for theorem in tried:
         if theorem.holds and number in theorem.gives:
-            return Property(number, "follows", theorem.gives[number])
+            numeric = any(c.proof == "numeric" for c in theorem.conditions)
+            return Property(number, "follows", theorem.gives[number] + (f"; {CAUTION}" if numeric else ""))
     if number in wrong:
-        return Property(number, "fails", wrong[number])
+        about = f" (a quadratic of the class; of {other} itself nothing is said)" if other else ""
+        return Property(number, "fails", wrong[number] + about, elsewhere=bool(other))
     if method.kind == "other":
         return Property(number, "not shown", f"no theorem: {method.reason}")
     nearest = tried[0]
@@ -122,8 +130,26 @@ def _rate(t: Rule, rho: Rule, f: FunctionClass, method: Family, applies: str | N
     if applies is None:
         return ""
     if method.kind in ("gradient", "unnormalised", "extragradient", "relative"):
-        return rate_words(f.kl, t) if f.accumulates or f.convex else ""
-    both = Product((t, rho)).asymptotics
-    if method.climbs and f.spectrum and min(f.spectrum) > 0 and isinstance(both, Asymptotics):
-        return f"||grad f(x^k)|| falls like t_k rho_k ~ {both}, once exp(-mu sum t) is below it (derived, quadratics)"
-    return ""
+        arrives = f.accumulates or (f.convex and f.minimisers in ("unique", "bounded", "unbounded"))
+        return rate_words(f.kl, t) if f.bounded_below and arrives else ""
+    return _rate_of_the_cycle(t, rho, f) if method.climbs and f.spectrum and min(f.spectrum) > 0 else ""
+
+
+def _rate_of_the_cycle(t: Rule, rho: Rule, f: FunctionClass) -> str:
+    """How fast SAM is on a quadratic whose steps vanish.
+
+    Far out ||g+|| <= (1 - t mu) ||g|| - t rho mu^2, so that the start is forgotten if sum t rho = inf, or if
+    exp(-mu sum t), k^(-c mu) for t ~ c/k, is smaller than t_k rho_k; then ||g|| = O(t_k rho_k). The distance to the
+    cycle of the current step is multiplied by 1 - t lambda in modulus, lambda the largest eigenvalue; that product,
+    k^(-c lambda), is smaller than the cycle if n t_n -> inf, or c lambda exceeds the exponent of t_k rho_k.
+    """
+    both, growth = Product((t, rho)).asymptotics, t.asymptotics
+    if not (isinstance(both, Asymptotics) and isinstance(growth, Asymptotics)) or both.c == 0:
+        return ""
+    harmonic = growth.c if growth.p == 1 and growth.q == 0 else 0.0
+    far, near = (growth.p < 1 or harmonic * s > both.p for s in (min(f.spectrum), max(f.spectrum)))
+    if not far and converges(both):
+        return ""
+    if near:
+        return f"||grad f(x^k)|| falls like t_k rho_k ~ {both}, once the start is forgotten (derived, quadratics)"
+    return f"||grad f(x^k)|| = O(t_k rho_k), t_k rho_k ~ {both}, once the start is forgotten (derived, quadratics)"

@@ -42,7 +42,9 @@ class FunctionClass:
         where: where L holds. Default "everywhere".
 
     Raises:
-        ValueError: L is not positive and finite, kl outside (0, 1), or a spectrum whose largest modulus is not L.
+        ValueError: L is not positive and finite, kl outside (0, 1), a spectrum whose largest modulus is not L, or
+            statements that contradict each other: minimisers, or a coercive f, that is not bounded below; no
+            minimiser, or an unbounded set of them, of a coercive f.
     """
 
     L: float | None = None
@@ -66,6 +68,11 @@ class FunctionClass:
             )
         if self.spectrum and (self.L is None or not math.isclose(max(map(abs, self.spectrum)), self.L)):
             raise ValueError(f"the largest modulus of the spectrum must be L = {self.L!r}, got {self.spectrum!r}.")
+        if not self.bounded_below and (self.minimisers in ("unique", "bounded", "unbounded") or self.bounded_levels):
+            known = "has bounded sets {f <= a}" if self.bounded_levels else f"has minimisers ({self.minimisers})"
+            raise ValueError(f"f {known} and is not bounded below: that is contradictory.")
+        if self.bounded_levels and self.minimisers in ("none", "unbounded"):
+            raise ValueError(f"f has bounded sets {{f <= a}} and minimisers {self.minimisers}: that is contradictory.")
         if self.kl is not None:
             object.__setattr__(self, "has_kl", True)
 
@@ -87,11 +94,15 @@ class FunctionClass:
                 "kl=0.5"; joined by commas.
 
         Raises:
-            ValueError: a word that is none of them, or a number that is none.
+            ValueError: a word that is none of them, a number that is none, or words that contradict each other.
         """
         given: dict[str, Any] = {}
+        said: dict[str, str] = {}
         for word in filter(None, (w.strip() for w in words.split(","))):
             key, _, text = word.partition("=")
+            about = next(iter(WORDS[word][0])) if word in WORDS else key.strip()
+            if said.setdefault(about, word) != word:
+                raise ValueError(f"{said[about]!r} and {word!r} contradict each other.")
             if word in WORDS:
                 given |= WORDS[word][0]
             elif key.strip() in ("L", "kl") and text:

@@ -5,50 +5,58 @@ from __future__ import annotations
 from flatmin.theory.classes import FunctionClass
 from flatmin.theory.closed import factor, limit_distance
 from flatmin.theory.families import Family
-from flatmin.theory.rules import Rule
-from flatmin.theory.sums import sum_is_finite
+from flatmin.theory.rules import Asymptotics, Rule
+from flatmin.theory.sums import last_above, sum_is_finite
 
 Failures = dict[int, str]
 ALL = (1, 2, 3, 4, 5)
+DIVERGES = (1, 3, 4, 5)
+"""What fails where the iterates diverge: without an accumulation point, property (2) says nothing."""
+ARRIVES = (3, 4, 5)
+LONGEST = 10**5
+"""Up to which n a step that removes a component at once is looked for."""
 
 
 def failures(step: Rule, radius: Rule, f: FunctionClass, method: Family) -> Failures:
     """Number of a property -> the member of the class, a quadratic, for which it fails from a generic start.
 
     Only rules of known growth are judged. A class that is one quadratic (`f.spectrum`) is judged by its eigenvalues;
-    others by f = lambda x^2 / 2, lambda <= L, which belongs to each of them.
+    others by f = lambda x^2 / 2 with a lambda <= L that suits, if the class admits it (`admits`).
 
-    - sum t < inf: x^k converges after a finite way. For lambda small enough the product of the factors is not 0.
+    - sum t < inf: x^k converges after a finite way. It cannot reach the minimiser from starts far enough away, as
+      |x+| >= |1 - t lambda| |x| - t rho lambda and the product of the factors is not 0. For one quadratic that needs
+      an eigenvalue without a factor 0, and a step with t lambda = 1 has one.
     - normalised, t and rho bounded away from 0: t (grad f(x + eps)) -> 0 would need ||x - x*|| = ||eps||, so
-      grad f(x^k) -> 0 is impossible. For SAM the orbit of `limit_distance` refutes (1) and (2) too.
+      grad f(x^k) -> 0 is impossible. For SAM the orbit of `limit_distance` refutes (1) and (2) too; one quadratic
+      with t lambda >= 2 diverges. Nothing is said of methods whose eps may be 0 (`Family.rests`).
     - gradient, unnormalised, extragradient: a factor of modulus >= 1, see `closed.factor`.
-    - absolute error that does not vanish: against the gradient, every x with ||grad f|| = eps is a fixed point.
-    - relative error: no update gets closer against the gradient if nu >= 1, nor along it if
-      t lambda (1 + nu) >= 2.
+    - igd, an error that does not vanish: against the gradient, every x with ||grad f|| = eps is a fixed point; along
+      it, a line has the cycle t eps / (2 - t lambda). Of random errors nothing is said.
+    - igdr: the factor 1 - t lambda (1 - nu) against the gradient, 1 - t lambda (1 + nu) along it.
     """
     t, rho = step.limit, radius.limit
-    if method.kind == "other" or t is None or rho is None or (f.spectrum and min(f.spectrum) < 0):
+    if method.kind == "other" or t is None or rho is None or not admits(f):
         return {}
     if sum_is_finite(step).holds:
-        return dict.fromkeys(ALL, "sum t is finite, so a quadratic's iterates stop short of its minimiser")
+        reason = "sum t is finite, so a quadratic's iterates stop short of its minimiser from starts far enough away"
+        return dict.fromkeys(ALL, reason) if _short(step, radius, f, method) else {}
     if method.kind == "normalised":
         return _normalised(t, rho, f, method)
     if method.kind == "absolute":
-        if rho == 0:
-            return {}
-        return dict.fromkeys(ALL, f"an error against the gradient holds the iterates at ||grad f|| = {rho:g}")
-    if method.kind == "relative":
-        if rho >= 1:
-            return dict.fromkeys(ALL, "an error against the gradient cancels it")
-        long = [s for s in _eigenvalues(f) if t * s * (1 + rho) >= 2]
-        return dict.fromkeys(ALL, f"an error along the gradient of lambda = {long[0]:g} overshoots") if long else {}
-    for eigenvalue in _eigenvalues(f):
-        if method.kind == "extragradient" and rho * eigenvalue >= 1:
-            return dict.fromkeys(ALL, f"rho lambda = {rho * eigenvalue:g} >= 1: the step does not descend")
-        by = factor(method.kind, t, rho, eigenvalue)
-        if t > 0 and abs(by) >= 1:
-            return dict.fromkeys(ALL, f"the quadratic with lambda = {eigenvalue:g} is multiplied by {by:.4g} each time")
-    return {}
+        return _absolute(t, rho, f, method)
+    return _multiplied(step, radius, f, method)
+
+
+def admits(f: FunctionClass) -> bool:
+    """Whether the class has members lambda x^2 / 2 for every small lambda, or is one quadratic without ascent.
+
+    It has not where there is no minimiser or f falls without bound, and for a KL exponent q > 1/2, which
+    lambda x^2 / 2 does not have. (In fact an L-smooth f has q > 1/2 only where it is constant, as
+    ||grad f||^2 <= 2 L (f - inf f) near a minimiser.)
+    """
+    if f.spectrum:
+        return min(f.spectrum) >= 0
+    return f.bounded_below and f.minimisers != "none" and (f.kl is None or f.kl <= 0.5)
 
 
 def stays_away(step: Rule, radius: Rule, f: FunctionClass, method: Family) -> float | None:
@@ -61,18 +69,95 @@ def stays_away(step: Rule, radius: Rule, f: FunctionClass, method: Family) -> fl
     return None
 
 
+def _short(step: Rule, radius: Rule, f: FunctionClass, method: Family) -> bool:
+    """Whether a component of the quadratic is never removed at once."""
+    return not f.spectrum or any(not _removes(step, radius, s, method) for s in _eigenvalues(f))
+
+
+def _removes(step: Rule, radius: Rule, eigenvalue: float, method: Family) -> bool:
+    """Whether some factor is 0, or might be."""
+    most = 1 + (radius.at(1) * max(1.0, eigenvalue) if method.kind not in ("gradient", "normalised", "absolute") else 0)
+    if not (step.decreasing and radius.decreasing):
+        return True
+    last = last_above(step, (1 - 1e-9) / (eigenvalue * most))
+    if last > LONGEST:
+        return True
+    return any(abs(_factor(step.at(n), radius.at(n), eigenvalue, method)) <= 1e-9 for n in range(1, last + 1))
+
+
+def _factor(t: float, rho: float, eigenvalue: float, method: Family) -> float:
+    """What a component is multiplied by, apart from additions of a bounded size."""
+    if method.kind in ("unnormalised", "extragradient"):
+        return factor(method.kind, t, rho, eigenvalue)
+    sign = {"along": 1.0, "against": -1.0, "random": 0.0}[method.error] if method.kind == "relative" else 0.0
+    return 1 - t * eigenvalue * (1 + sign * rho)
+
+
 def _normalised(t: float, rho: float, f: FunctionClass, method: Family) -> Failures:
-    if not (t > 0 and rho > 0):
+    if not (t > 0 and rho > 0) or method.rests:
         return {}
-    found = dict.fromkeys(
-        (3, 4, 5), "t and rho are bounded away from 0: near a quadratic's minimiser updates stay long"
-    )
-    if method.climbs:
-        orbit = "SAM ends on a cycle of period 2 of a quadratic"
-        if f.spectrum and min(f.spectrum) > 0 and t * max(f.spectrum) < 2:
-            orbit += f", at distance {limit_distance(t, rho, f.spectrum):.6g} from its minimiser"
-        found |= dict.fromkeys(ALL, orbit)
-    return found
+    found = dict.fromkeys(ARRIVES, "t and rho are bounded away from 0: near a quadratic's minimiser updates stay long")
+    if not method.climbs:
+        return found
+    top = max(f.spectrum, default=0.0)
+    if t * top >= 2:
+        return dict.fromkeys(DIVERGES, f"t lambda = {t * top:g} >= 2: the iterates diverge")
+    orbit = "SAM ends on a cycle of period 2 of a quadratic"
+    if f.spectrum and min(f.spectrum) > 0:
+        orbit += f", at distance {limit_distance(t, rho, f.spectrum):.6g} from its minimiser"
+    return dict.fromkeys(ALL, orbit)
+
+
+def _absolute(t: float, rho: float, f: FunctionClass, method: Family) -> Failures:
+    if rho == 0 or method.error == "random":
+        return {}
+    settles = t * max(f.spectrum, default=0.0) < 2
+    if method.error == "against":
+        reason = f"an error against the gradient holds the iterates at ||grad f|| = {rho:g}"
+        away = "an error against the gradient drives the iterates away from the minimiser"
+        return dict.fromkeys(ALL, reason) if settles else dict.fromkeys(ARRIVES, away)
+    if t == 0:
+        return {}
+    line = settles and len(f.spectrum) <= 1
+    reason = "an error along the gradient throws the iterates across a quadratic's minimiser"
+    return dict.fromkeys(ALL if line else ARRIVES, reason)
+
+
+def _multiplied(step: Rule, radius: Rule, f: FunctionClass, method: Family) -> Failures:
+    """Methods that multiply each component: the worst factor of the eigenvalues, in the limit."""
+    t, rho = step.limit or 0.0, radius.limit or 0.0
+    against = method.kind == "relative" and method.error == "against"
+    if method.kind == "relative" and method.error == "random" and rho > 0:
+        return {}
+    if against and rho >= 1 and _steady(radius):
+        reason = (
+            "an error against the gradient cancels it" if rho == 1 else "an error against the gradient outweighs it"
+        )
+        return dict.fromkeys(ALL if rho == 1 else DIVERGES, reason)
+    if t == 0:
+        if method.kind == "extragradient" and any(rho * s >= 1 for s in _eigenvalues(f)) and _steady(radius):
+            found = max(rho * s for s in _eigenvalues(f))
+            number = ALL if found == 1 or not f.spectrum else DIVERGES
+            return dict.fromkeys(number, f"rho lambda = {found:g} >= 1: the step does not descend")
+        return {}
+    steady = _steady(step) and _steady(radius)
+    worst = max(_eigenvalues(f), key=lambda s: abs(_factor(t, rho, s, method)), default=None)
+    if worst is None:
+        return {}
+    by = _factor(t, rho, worst, method)
+    if abs(by) < 1 or (abs(by) == 1 and not steady):
+        return {}
+    if abs(by) > 1 and f.spectrum:
+        return dict.fromkeys(DIVERGES, f"the component of lambda = {worst:g} is multiplied by {by:.4g}: it diverges")
+    # A class has a member whose factor is 1 or -1, so that it neither diverges nor converges.
+    reason = f"the quadratic with lambda = {worst:g} is multiplied by {by:.4g} each time"
+    return dict.fromkeys(ALL if steady else DIVERGES, reason)
+
+
+def _steady(rule: Rule) -> bool:
+    """Whether the rule is constant, at least in the end."""
+    growth = rule.asymptotics
+    return isinstance(growth, Asymptotics) and (growth.c == 0 or growth.p == growth.q == 0)
 
 
 def _eigenvalues(f: FunctionClass) -> tuple[float, ...]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from flatmin import parts as p
+from flatmin.parts import Need
 from flatmin.recipes import Recipe, compose, method_table
 from flatmin.theory.rules import Power, Rule
 from flatmin.words import suggest
@@ -32,6 +33,7 @@ class Family:
         name: as it was asked for.
         recipe: of the library; "sgd" for the frameworks, whose error is put into the gradient that it takes.
         climbs: whether the ascent goes exactly along grad f(x), as Theorem 3.2 needs.
+        rests: whether eps may be 0 where grad f(x) is not, so that constant rules need not keep a run away.
         factor: a rule that the recipe multiplies the radius with, or None.
         error: of igd and igdr: "against" the gradient, "along" it, or "random", uniform on the sphere.
         reason: of "other".
@@ -41,6 +43,7 @@ class Family:
     kind: Kind
     recipe: Recipe
     climbs: bool = False
+    rests: bool = False
     factor: Rule | None = None
     error: Error = "against"
     reason: str = ""
@@ -78,8 +81,15 @@ def family(method: str | Recipe | Family, *, error: Error = "against", **how: An
         recipe = compose(method, **how)
     kind, reason = _kind(recipe)
     factor = Power(1.0, recipe.radius.p) if isinstance(recipe.radius, p.Power) else None
-    climbs = isinstance(recipe.direction, p.Gradient)
-    return Family(recipe.name, kind, recipe, climbs=climbs, factor=factor, reason=reason)
+    centred = isinstance(recipe.geometry, p.Centralised)
+    climbs = isinstance(recipe.direction, p.Gradient) and not centred
+    rests = centred or _cancels(recipe.direction)
+    return Family(recipe.name, kind, recipe, climbs=climbs, rests=rests, factor=factor, reason=reason)
+
+
+def _cancels(direction: p.Part) -> bool:
+    """Whether d is the gradient less itself: F-SAM with sigma = 1 and a mean of one gradient."""
+    return isinstance(direction, p.Friendly) and direction.sigma == 1 and direction.lam == 0
 
 
 def _kind(recipe: Recipe) -> tuple[Kind, str]:
@@ -98,6 +108,8 @@ def _kind(recipe: Recipe) -> tuple[Kind, str]:
             return "other", f"{recipe.name} {words} ({part})"
     if not isinstance(recipe.radius, (p.Constant, p.Power)):
         return "other", f"{recipe.name} sets its own radius ({recipe.radius}); give it as a rule instead"
+    if Need.BASE_MOMENTUM in recipe.needs:
+        return "other", f"{recipe.name} climbs along the momentum of the base optimizer, which is no part of x+ here"
     if abs(recipe.direction.factor()) > 1:
         return "other", f"{recipe.name} goes further than rho"
     if isinstance(recipe.geometry, (p.L2, p.Centralised)):

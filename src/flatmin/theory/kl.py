@@ -44,8 +44,9 @@ def kl_condition(step: Rule, radius: Rule, f: FunctionClass) -> Finding:
 def rate_words(q: float | None, step: Rule) -> str:
     """The rate that KL with exponent q gives for a step size bounded away from 0 and a relative error.
 
-    From f+ - f* <= (f - f*) - c (f - f*)^(2-2q): linear for q >= 1/2, else f - f* = O(k^(-1/(1-2q))) and
-    ||x - x*|| = O(k^(-q/(1-2q))). For vanishing steps k is replaced by sum t (derived).
+    x is the limit, which must exist: a point of accumulation, or a minimiser of a convex f. From
+    f+ - f(x) <= (f - f(x)) - c (f - f(x))^(2-2q): linear for q >= 1/2, else f - f(x) = O(k^(-1/(1-2q))) and
+    ||x^k - x|| = O(k^(-q/(1-2q))). For vanishing steps k is replaced by sum t (derived).
 
     Args:
         q: in (0, 1), or None: not known.
@@ -56,11 +57,11 @@ def rate_words(q: float | None, step: Rule) -> str:
         return ""
     if limit > 0:
         if q >= 0.5:
-            return f"linear: f(x^k) - f* and ||x^k - x|| fall geometrically (KL with q = {q:g})"
-        return f"f(x^k) - f* = O(k^-{1 / (1 - 2 * q):g}), ||x^k - x|| = O(k^-{q / (1 - 2 * q):g}) (KL with q = {q:g})"
+            return f"linear: f(x^k) - f(x) and ||x^k - x|| fall geometrically (KL with q = {q:g})"
+        return f"f(x^k) - f(x) = O(k^-{1 / (1 - 2 * q):g}), ||x^k - x|| = O(k^-{q / (1 - 2 * q):g}) (KL with q = {q:g})"
     if q >= 0.5:
-        return f"f(x^k) - f* = O(exp(-c S_k)), S_k = t_1 + ... + t_k (KL with q = {q:g}, derived)"
-    return f"f(x^k) - f* = O(S_k^-{1 / (1 - 2 * q):g}), S_k = t_1 + ... + t_k (KL with q = {q:g}, derived)"
+        return f"f(x^k) - f(x) = O(exp(-c S_k)), S_k = t_1 + ... + t_k (KL with q = {q:g}, derived)"
+    return f"f(x^k) - f(x) = O(S_k^-{1 / (1 - 2 * q):g}), S_k = t_1 + ... + t_k (KL with q = {q:g}, derived)"
 
 
 def _power(terms: Asymptotics) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,23 +20,27 @@ class Named:
         make: the numbers after the colon -> the problem.
         numbers: how many it takes at most; -1: any.
         summary: what it is, and what the numbers are.
+        least: where they are whole numbers, the smallest; None: any finite ones.
+        default: the numbers, where there are none.
     """
 
     make: Callable[..., Problem]
     numbers: int
     summary: str
+    least: int | None = None
+    default: tuple[float, ...] = ()
 
 
 PROBLEMS: dict[str, Named] = {
     "square": Named(Square, 0, "x^2"),
     "quadratic": Named(lambda *s: Quadratic(s or (1.0, 4.0)), -1, "a quadratic with these eigenvalues (1,4)"),
     "least-squares": Named(
-        lambda m=10, n=5: LeastSquares(*random_system(int(m), int(n))), 2, "||A x - b||^2 / 2, A random of m,n (10,5)"
+        lambda m=10, n=5: LeastSquares(*random_system(m, n)), 2, "||A x - b||^2 / 2, A random of m,n (10,5)", least=1
     ),
-    "log-sum": Named(lambda n=20: LogSum.random(int(n)), 1, "sum log(1 + (A x - b)^2) of n variables (20), L = 8"),
+    "log-sum": Named(LogSum.random, 1, "sum log(1 + (A x - b)^2) of n variables (20), L = 8", least=1, default=(20,)),
     "breast-cancer": Named(lambda l2=1e-3: breast_cancer(l2), 1, "logistic regression on real data, l2 (0.001)"),
     "digits": Named(
-        lambda one=3, other=8: digits_pair(int(one), int(other)), 2, "logistic regression, two digits (3,8)"
+        lambda one=3, other=8: digits_pair(one, other), 2, "logistic regression, two digits (3,8)", least=0
     ),
     "rosenbrock": Named(Rosenbrock, 1, "Rosenbrock's function, L on |x| <= reach (2)"),
     "quartic": Named(Quartic, 1, "x^4 / 4, KL with q = 1/4, L on |x| <= reach (2)"),
@@ -63,4 +68,11 @@ def read_problem(words: str) -> Problem:
         raise ValueError(f"{words!r}: what follows the colon must be numbers joined by commas.") from None
     if 0 <= named.numbers < len(numbers):
         raise ValueError(f"{name} takes at most {named.numbers} numbers, got {len(numbers)}: {named.summary}.")
+    for number in numbers:
+        if not math.isfinite(number):
+            raise ValueError(f"{words!r}: the numbers must be finite, got {number:g}.")
+        if named.least is not None and not (number >= named.least and number.is_integer()):
+            raise ValueError(f"{words!r}: {name} takes whole numbers >= {named.least}, got {number:g}.")
+    if named.least is not None:
+        return named.make(*(int(number) for number in numbers or named.default))
     return named.make(*numbers)

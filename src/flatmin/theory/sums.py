@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -15,6 +16,8 @@ Proof = Literal["symbolic", "numeric"]
 EVIDENCE = 10**6
 """Up to which n a rule of unknown growth is looked at."""
 CAUTION = "numeric evidence up to n = 1e6, no proof"
+DECADES = ((10**2, 10**3), (10**3, 10**4), (10**4, 10**5), (10**5, EVIDENCE))
+"""The stretches over which a rule that tends to 0 must fall, one after the other."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,15 @@ class Finding:
     def negated(self) -> Finding:
         """The opposite statement, for the same reason."""
         return Finding(None if self.holds is None else not self.holds, self.reason, self.proof)
+
+
+@dataclass(frozen=True)
+class Limsup:
+    """The limsup of a rule; None if a rule of unknown growth was still rising, so that nothing bounds it."""
+
+    value: float | None
+    reason: str
+    proof: Proof = "symbolic"
 
 
 def sum_is_finite(rule: Rule, power: int = 1) -> Finding:
@@ -75,13 +87,19 @@ def tail(terms: Asymptotics) -> Asymptotics:
 
 
 def tends_to_zero(rule: Rule) -> Finding:
-    """Whether t_n -> 0."""
+    """Whether t_n -> 0.
+
+    A rule of unknown growth must fall: the largest values over 10^j < n <= 10^(j+1), j = 2, ..., 5, must go down by
+    2 % or more each time. A value of 0 somewhere or a single drop is no evidence.
+    """
     growth = rule.asymptotics
     if growth is None:
-        p = fitted_exponent(rule)
-        last = rule.at(EVIDENCE)
-        holds = True if p > 0.01 or last == 0 else False if abs(p) <= 1e-3 else None
-        return Finding(holds, f"t_n falls like n^-{p:.3g}, t_1000000 = {last:.3g}: {CAUTION}", "numeric")
+        tops = [float(values(rule)[low:high].max()) for low, high in DECADES]
+        falls = all(after < 0.98 * before or after == 0 for before, after in itertools.pairwise(tops))
+        stays = tops[-1] >= (1 - 1e-3) * tops[-2] > 0
+        holds = True if falls else False if stays else None
+        words = ", ".join(f"{top:.3g}" for top in tops)
+        return Finding(holds, f"largest t_n over the decades from n = 100 on: {words}: {CAUTION}", "numeric")
     return Finding(rule.limit == 0, f"t_n ~ {growth}" if isinstance(growth, Asymptotics) else f"it is {growth}")
 
 
@@ -97,13 +115,20 @@ def is_decreasing(rule: Rule) -> Finding:
     return Finding(True, f"no rise: {CAUTION}", "numeric")
 
 
-def limsup(rule: Rule) -> tuple[float, str, Proof]:
-    """The limsup of t_n with its reason; for a rule of unknown growth the largest value over 1e5 < n <= 1e6."""
+def limsup(rule: Rule) -> Limsup:
+    """The limsup of t_n with its reason.
+
+    For a rule of unknown growth it is the largest value over 1e5 < n <= 1e6, unless that exceeds the largest over
+    1e4 < n <= 1e5 by more than rounding: such a rule is still rising.
+    """
     limit = rule.limit
     if limit is not None:
-        return limit, f"the limit of {rule} is {limit:g}", "symbolic"
-    largest = float(values(rule)[EVIDENCE // 10 :].max())
-    return largest, f"at most {largest:.4g} for 1e5 < n <= 1e6: {CAUTION}", "numeric"
+        return Limsup(limit, f"the limit of {rule} is {limit:g}")
+    seen = values(rule)
+    before, largest = float(seen[10**4 : 10**5].max()), float(seen[10**5 :].max())
+    if largest > before * (1 + 1e-12):
+        return Limsup(None, f"still rising: {before:.4g} up to n = 1e5, {largest:.4g} up to 1e6", "numeric")
+    return Limsup(largest, f"at most {largest:.4g} for 1e5 < n <= 1e6: {CAUTION}", "numeric")
 
 
 def last_above(rule: Rule, bound: float) -> int:

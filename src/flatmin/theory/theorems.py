@@ -32,7 +32,8 @@ def convex(step: Rule, radius: Rule, f: FunctionClass, method: Family) -> Theore
     infinitely often would need sum t >= c over each rise, against the first sum; hence grad f(x^k) -> 0. inf f > -inf
     is needed, as f(x) = x shows.
     """
-    bounded, reason, proof = sums.limsup(radius)
+    top = sums.limsup(radius)
+    bounded = None if top.value is None else top.value < float("inf")
     along = "along the gradient" if method.climbs else "in another direction"
     conditions = (
         Condition("f convex", f.convex, "given" if f.convex else "the class is not convex", about="setting"),
@@ -40,7 +41,7 @@ def convex(step: Rule, radius: Rule, f: FunctionClass, method: Family) -> Theore
         _lipschitz(f),
         Condition.of("sum t = inf", sums.sum_is_finite(step).negated()),
         Condition.of("sum t^2 < inf", sums.sum_is_finite(step, 2)),
-        Condition("sup rho < inf", bounded < float("inf"), reason, proof),
+        Condition("sup rho < inf", bounded, top.reason, top.proof),
         Condition("d = grad f", method.climbs, f"the ascent goes {along}", about="setting"),
     )
     gives = {1: CONVEX, 2: f"{CONVEX}, derived", 3: f"{CONVEX}, derived"}
@@ -64,13 +65,16 @@ def absolute(step: Rule, radius: Rule, f: FunctionClass, method: Family) -> Theo
     """
     framework = method.kind == "absolute"
     name, error = (IGD, "eps") if framework else (NORMALISED, "rho")
-    size, reason, proof = sums.limsup(radius)
+    top = sums.limsup(radius)
+    size = top.value
     known = 2.0 if framework else None if f.L is None else 2 / f.L
     bound = "2" if framework else "2/L" if known is None else f"2/L = {known:.4g}"
-    if known is None and size > 0:
-        small = Condition(f"limsup {error} < 2/L", None, f"{GIVE_L}, or a radius that tends to 0", proof)
+    if size is None:
+        small = Condition(f"limsup {error} < {bound}", None, top.reason, top.proof)
+    elif known is None and size > 0:
+        small = Condition(f"limsup {error} < 2/L", None, f"{GIVE_L}, or a radius that tends to 0", top.proof)
     else:
-        small = Condition(f"limsup {error} < {bound}", known is None or size < known, reason, proof)
+        small = Condition(f"limsup {error} < {bound}", known is None or size < known, top.reason, top.proof)
     conditions = (
         _below(f),
         _lipschitz(f),
@@ -89,7 +93,7 @@ def absolute(step: Rule, radius: Rule, f: FunctionClass, method: Family) -> Theo
         gives[5] = f"{name}, as there is one stationary point"
     elif f.accumulates:
         found = kl_condition(step, radius, f)
-        reason = f"{name} with KL, where f(x^k) > f(x) eventually: {found.reason}"
+        reason = f"{name} with KL: {found.reason} (derived)"
         (gives if found.holds else lacks)[5] = reason if found.holds else found.reason
     return Theorem(name, conditions, gives, lacks)
 
@@ -105,10 +109,11 @@ def relative(step: Rule, radius: Rule, f: FunctionClass, method: Family) -> Theo
     name = RELATIVE if framework else UNNORMALISED
     if plain:
         name = "Section 4 (gradient descent, nu = 0)"
-    size, why, proof = sums.limsup(radius)
-    nu = size if framework or size == 0 else None if f.L is None else f.L * size
+    top = sums.limsup(radius)
+    nu = top.value if framework or not top.value else None if f.L is None else f.L * top.value
     label = "limsup nu < 1" if framework or plain else "limsup rho < 1/L"
-    error = Condition(label, None if nu is None else nu < 1, GIVE_L if nu is None else f"nu = {nu:.4g}; {why}", proof)
+    why = f"nu = {nu:.4g}; {top.reason}" if nu is not None else top.reason if top.value is None else GIVE_L
+    error = Condition(label, None if nu is None else nu < 1, why, top.proof)
     conditions = (
         _lipschitz(f),
         error,
@@ -135,15 +140,20 @@ def relative(step: Rule, radius: Rule, f: FunctionClass, method: Family) -> Theo
 
 
 def _step_bound(step: Rule, nu: float | None, f: FunctionClass) -> Condition:
-    t, why, proof = sums.limsup(step)
+    top = sums.limsup(step)
+    t, why, proof = top.value, top.reason, top.proof
     name = "limsup t < 2 (1 - nu) / (L (1 + nu)^2)"
     if nu is not None and nu >= 1:
         return Condition(name, False, f"there is no such step for nu = {nu:.4g}, which is not below 1")
+    if t is None:
+        return Condition(name, None, why, proof)
     if t == 0 and nu is not None:
         first = ""
         if f.L is not None and (n := sums.last_above(step, largest_step(f.L, nu) * (1 - 1e-12))):
             first = f", from n = {n + 1} on" if n < sums.EVIDENCE else ", beyond n = 1e6"
         return Condition(name, True, f"{why}{first}", proof)
+    if nu is None and f.L is not None:
+        return Condition(name, None, "nu is not known", proof)
     if f.L is None or nu is None:
         return Condition(name, None, f"{GIVE_L}, or a step size that tends to 0", proof)
     bound = largest_step(f.L, nu)
@@ -156,9 +166,9 @@ def _below(f: FunctionClass) -> Condition:
 
 
 def _lipschitz(f: FunctionClass) -> Condition:
-    where = (
-        "given"
-        if f.where == "everywhere"
-        else f"as long as the iterates and x + eps keep to {f.where.removeprefix('on ')}"
-    )
-    return Condition("grad f Lipschitz", True, where if f.L is None else f"L = {f.L:.4g}, {where}")
+    known = "" if f.L is None else f"L = {f.L:.4g}, "
+    if f.where == "everywhere":
+        return Condition("grad f Lipschitz", True, f"{known}given")
+    where = f.where.removeprefix("on ")
+    why = f"{known}only on {where}: the theorem holds for runs whose iterates and x + eps keep to it"
+    return Condition("grad f Lipschitz", None, why, about="setting")

@@ -84,12 +84,14 @@ class Property:
     Attributes:
         number: 1 to 5, the position in `PROPERTIES`.
         status: "follows" from a theorem that applies; "fails" for a known member of the class; "not shown".
-        reason: by which theorem, which counter-example, or what is missing.
+        reason: by which theorem, which counter-example, or what is missing; says so where numeric evidence was used.
+        elsewhere: whether it is known to fail only for another member of the class than the function asked about.
     """
 
     number: int
     status: Status
     reason: str
+    elsewhere: bool = False
 
     @property
     def name(self) -> str:
@@ -129,8 +131,12 @@ class Verdict:
 
     @property
     def converges(self) -> bool | None:
-        """Whether grad f(x^k) -> 0: True if it follows, False if it is known to fail, else None."""
-        return {"follows": True, "fails": False, "not shown": None}[self.properties[2].status]
+        """Whether grad f(x^k) -> 0: True if it follows, False if it is known to fail, else None.
+
+        Of a function that is no quadratic a counter-example in its class says nothing: None.
+        """
+        found = self.properties[2]
+        return None if found.elsewhere else {"follows": True, "fails": False, "not shown": None}[found.status]
 
     @property
     def statuses(self) -> tuple[Status, ...]:

@@ -105,7 +105,9 @@ def _read_one(part: str, words: str) -> Rule | Tied:
         value = _number(text)
         if value is None or key in given:
             raise ValueError(f"{words!r}: {key} must be given one number, got {text!r}.")
-        given[key] = int(value) if key in form.whole and value == int(value) else value
+        if key in form.whole and not (value >= 1 and value.is_integer()):
+            raise ValueError(f"{name}: {key} must be a whole number >= 1, got {text}.")
+        given[key] = int(value) if key in form.whole else value
     if missing := [key for key in form.required if key not in given]:
         raise ValueError(f"{name} needs {missing[0]}, as in '{name}:{missing[0]}=0.5'.")
     return form.make(**given)

@@ -66,8 +66,9 @@ def _run() -> Shown:
         title="With diminishing steps SAM converges, at a constant radius",
         statement=(
             "On a convex function sum t = inf and sum t^2 < inf are enough (Theorem 3.2); the radius stays 0.1. The "
-            "run follows the cycle that belongs to the current step, f - f* = lambda d^2 / 2 with "
-            "d = t_k rho lambda / (2 - t_k lambda), down to the minimiser."
+            "runs here follow the cycle that belongs to the current step, f - f* = lambda d^2 / 2 with "
+            "d = t_k rho lambda / (2 - t_k lambda): for good where n t_n -> c with c lambda > 1 or inf, else f - f* is "
+            "only known to be O((t_k rho)^2)."
         ),
         columns=("f", "step", "updates", "t at the end", "f - f*", "of the cycle", "theorem"),
         rows=tuple(rows),

@@ -43,7 +43,7 @@ def _run() -> Shown:
     claims: list[Claim] = []
     traced: dict[str, list[Curve]] = {"gradient": [], "f": [], "distance": []}
     for number, (label, method, how) in enumerate(METHODS):
-        for rules, step, radius in (("1/(k+8)", DIMINISHING, ALMOST), ("constant", CONSTANT, FIXED)):
+        for rules, step, radius in (("1/(k+9)", DIMINISHING, ALMOST), ("constant", CONSTANT, FIXED)):
             verdict = check(step, radius, problem, method, **how)
             trace = run(problem, method, steps=step, radius=radius, updates=UPDATES, door="program", **how)
             late = trace.gradient[trace.k >= UPDATES // 2]
@@ -77,7 +77,7 @@ def _run() -> Shown:
     return Shown(
         title="Five properties, four methods: the direction does not matter",
         statement=(
-            "On a function that is not convex (log-sum, 5 variables, one stationary point), t = 1/(k + 8) and "
+            "On a function that is not convex (log-sum, 5 variables, one stationary point), t = 1/(k + 9) and "
             "rho = 0.1/k^0.001 give all five properties to every normalised method; constant t = 0.05 and rho = 0.1 "
             "keep each of them away. F follows, n is not shown, X fails for a member of the class."
         ),

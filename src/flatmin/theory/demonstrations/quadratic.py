@@ -55,9 +55,10 @@ def _run() -> Shown:
     return Shown(
         title="SAM with constant steps does not converge on a quadratic",
         statement=(
-            "On f(x) = x^T A x / 2 with constant t and rho, SAM, VaSSO and F-SAM end at the distance "
-            "t rho lambda / (2 - t lambda), lambda the largest eigenvalue of A, along its eigenvector; gradient "
-            "descent and USAM reach the minimiser. Here A has the eigenvalues 1 and 4."
+            "On f(x) = x^T A x / 2 with constant t and rho, SAM ends at the distance t rho lambda / (2 - t lambda), "
+            "lambda the largest eigenvalue of A, along its eigenvector, and so do VaSSO and F-SAM with these "
+            "parameters (with others they may end on other cycles); gradient descent and USAM reach the minimiser. "
+            "Here A has the eigenvalues 1 and 4."
         ),
         columns=("method", "t", "rho", "distance", "predicted", "along top eigenvector"),
         rows=tuple(rows),

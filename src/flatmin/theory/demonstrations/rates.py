@@ -25,7 +25,7 @@ def _run() -> Shown:
             "With q = 1/2 and constant steps the gradient and USAM converge linearly, f - f* times "
             "(1 - t mu (1 + rho mu))^2 at every update; with q = 1/4, f - f* = O(k^-2) and |x| = O(k^-1/2). With "
             "vanishing steps S_k = t_1 + ... + t_k takes the place of k. SAM is no faster than its own cycle: "
-            "||grad f|| ~ t_k rho L^2 / 2."
+            "||grad f|| ~ t_k rho L^2 / 2 for steps with n t_n -> c, c L > 1, or n t_n -> inf."
         ),
         columns=COLUMNS,
         rows=tuple(rows),
@@ -123,7 +123,7 @@ def _sam(rows: list[Row], claims: list[Claim]) -> Panel:
         line = np.array([read_rule(words).at(int(n)) for n in k[k > 9]]) * rho * top**2 / 2
         curves.append(Curve(label="tₖρL²/2" if number else "", x=k[k > 9], y=line, look="theory"))
     return Panel(
-        title="SAM, ρ = 0.1: as fast as its steps vanish",
+        title="SAM, ρ = 0.1: as its steps, where lim n·tₙ > 1/L",
         xlabel="update k",
         ylabel="‖∇f(xₖ)‖",
         curves=tuple(curves),

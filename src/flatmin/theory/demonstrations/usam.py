@@ -15,6 +15,7 @@ from flatmin.theory.demonstrations.base import (
     Demonstration,
     Panel,
     Shown,
+    above,
     below,
     brief,
     near,
@@ -96,6 +97,13 @@ def _long_steps(rows: list[Row], claims: list[Claim]) -> Panel:
         rows.append(_row("quadratic 1, 4", 4 * rho, t, trace, check(t, rho, problem, "usam").theorem))
         found = abs(float(trace.x[10, 1] / trace.x[9, 1]))
         claims.append(near(f"quadratic, t = {t:g}: |1 - t L (1 + rho L)| an update", found, abs(by), rel=1e-9))
+        if t == 0.2:
+            text = f"quadratic, t = 0.2, longer than the bound {bound:.3f}: ||grad f|| in the end"
+            claims.append(below(text, float(trace.gradient[-1]), 1e-5))
+        if t == 0.4:
+            claims.append(
+                above("quadratic, t = 0.4: smallest rise of f after 10 updates", _least_rise(trace, 10), 1e-3)
+            )
         y = trace.distance
         curves.append(Curve(label=f"t = {t:g}, factor {by:.2g}", x=trace.k.astype(float), y=y))
     return Panel(
@@ -105,6 +113,10 @@ def _long_steps(rows: list[Row], claims: list[Claim]) -> Panel:
         curves=tuple(curves),
         log_y=True,
     )
+
+
+def _least_rise(trace: Trace, begin: int) -> float:
+    return float(np.diff(trace.f[begin:]).min())
 
 
 def _wide_radii(rows: list[Row], claims: list[Claim]) -> Panel:
