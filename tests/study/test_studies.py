@@ -9,7 +9,7 @@ from flatmin.study.executors import Outcome
 from flatmin.study.plan import plan
 from flatmin.study.reading import read_study
 from flatmin.study.tabulate import tabulate
-from flatmin.train.result import Result
+from tests.study.made import made_result
 
 STUDY = """
 title = "Made up"
@@ -48,23 +48,7 @@ source = "a chart"
 
 
 def result(config, test, **changes):
-    point = {"epoch": 1, "val_acc": test + 1, "test_acc": test, "memorised": None}
-    values = dict(
-        method=config.method,
-        rho=config.rho,
-        gradient_evaluations=2.0,
-        seed=config.seed,
-        epochs=config.epochs,
-        noise=0.0,
-        trained=True,
-        last=point,
-        best=point,
-        chosen=point,
-        train_ce=0.5,
-        lambda_max=None,
-        seconds=1.0,
-    )
-    return Result(**(values | changes))
+    return made_result(config, test, **{"gradient_evaluations": 2.0, **changes})
 
 
 @pytest.fixture
