@@ -4,9 +4,11 @@ import csv
 import json
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from flatmin.cli.main import app, main
+from flatmin.study.executors import Outcome
 from flatmin.study.executors import local as executor
 from flatmin.train.settings import preset_names
 
@@ -132,8 +134,8 @@ def test_an_arm_that_fails_is_listed_and_the_others_stand(study, file, tmp_path)
 def test_a_run_that_broke_is_done_again_alone(study, monkeypatch, tmp_path):
     perform = executor.perform
 
-    def broken(run, store, on_line):
-        return executor.Outcome(error="a bad day") if run.config.rho == 0.2 else perform(run, store, on_line)
+    def broken(order, store, on_line):
+        return Outcome(error="a bad day") if order.run.config.rho == 0.2 else perform(order, store, on_line)
 
     monkeypatch.setattr(executor, "perform", broken)
     result = study("seed=0")
@@ -147,10 +149,10 @@ def test_a_run_that_broke_is_done_again_alone(study, monkeypatch, tmp_path):
 def test_ctrl_c_says_how_to_go_on(study, monkeypatch, tmp_path):
     perform = executor.perform
 
-    def stopped(run, store, on_line):
-        if run.config.rho == 0.1:
+    def stopped(order, store, on_line):
+        if order.run.config.rho == 0.1:
             raise KeyboardInterrupt
-        return perform(run, store, on_line)
+        return perform(order, store, on_line)
 
     monkeypatch.setattr(executor, "perform", stopped)
     result = study("seed=0")
@@ -245,7 +247,11 @@ def test_the_page_can_be_left_out(study, tmp_path):
         (("--executor", "cloud"), "unknown executor 'cloud'"),
         (("--on", "address=here"), "the executor local has no setting 'address'"),
         (("--on", "address"), "'address' is not an override"),
-        (("--executor", "slurm", "--on", "gpus_per_node=1"), "the runs are on the CPU, as this machine has no GPU"),
+        (
+            ("--executor", "slurm", "--on", "gpus_per_node=1"),
+            "the runs are on the CPU and need no GPU: set device=",
+        ),
+        (("--table", "up/there"), "--table takes the name of a file without its folder, not 'up/there'"),
         (("--choose", "rhoo"), "rhoo cannot be chosen, for it is no axis"),
     ],
 )
@@ -255,6 +261,28 @@ def test_bad_options_are_one_sentence_before_any_work(file, tmp_path, words, mes
     err = capsys.readouterr().err
     assert stopped.value.code == 2 and message in err and err.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_table_under_its_own_name_leaves_the_other(study, tmp_path):
+    study("seed=0", "rho=0.1")
+    before = (tmp_path / "out" / "studies" / "clouds.md").read_text(encoding="utf-8")
+    study("seed=0", "rho=0.2", "--table", "larger")
+    assert (tmp_path / "out" / "studies" / "clouds.md").read_text(encoding="utf-8") == before
+    names = {path.stem for path in (tmp_path / "out" / "studies").iterdir()}
+    assert names == {"clouds", "larger"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_runs_on_a_gpu_elsewhere_are_planned_here_and_refused_here(file, tmp_path, capsys):
+    words = ["study", str(file), "device=cuda", "--out", str(tmp_path / "out")]
+    dry = invoke(*words[1:], "--dry-run")
+    assert dry.exit_code == 0 and "6 runs, 6 to do" in dry.output
+    assert "their time cannot be estimated: device=cuda cannot be used here" in dry.output
+    with pytest.raises(SystemExit):
+        main(words)
+    err = capsys.readouterr().err
+    assert "device=cuda cannot be used here" in err and err.count("\n") == 1
+    assert not list((tmp_path / "out").glob("runs/*"))
 
 
 def test_runs_say_the_method_that_they_are(study, tmp_path):

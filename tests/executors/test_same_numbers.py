@@ -1,5 +1,6 @@
 """One tiny study through every executor: the same numbers, the same events, and an end to all that was started."""
 
+import dataclasses
 import importlib.util
 import os
 import signal
@@ -7,8 +8,10 @@ import time
 
 import pytest
 
-from flatmin.study.events import EpochDone, RunBroke, RunDone, Warned
+from flatmin.measure.card import CardSettings
+from flatmin.study.events import CardDone, EpochDone, RunBroke, RunDone, Warned
 from flatmin.study.executors import Interrupted, execute, executor_settings
+from flatmin.study.measuring import View
 from flatmin.study.store import Store
 from tests.executors.killing import alive, below, command, plain, runs
 from tests.train.kills import ROOT
@@ -37,18 +40,32 @@ def engine(request, monkeypatch):
     return ENGINES[request.param]
 
 
+def measured():
+    """Three runs whose networks are measured by the worker that has trained them."""
+    view = View(what="hessian", examples=40, settings=CardSettings(top=1))
+    return [dataclasses.replace(run, view=view) for run in runs(3, epochs=3)]
+
+
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory):
-    wanted = runs(3, epochs=3)
+    wanted = measured()
     return execute(wanted, Store(tmp_path_factory.mktemp("here")), workers=0, on_event=lambda event: None)
+
+
+def lambda_1(outcome):
+    return outcome.card["sections"]["hessian"]["quantities"]["lambda_1"]["value"]
 
 
 def test_the_same_numbers_as_in_this_process(tmp_path, engine, expected, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    wanted, events = runs(3, epochs=3), []
+    wanted, events = measured(), []
     found = execute(wanted, Store("out"), on_event=events.append, **engine)
     assert {name: plain(one) for name, one in found.items()} == {name: plain(one) for name, one in expected.items()}
+    assert {name: lambda_1(one) for name, one in found.items()} == {
+        name: lambda_1(one) for name, one in expected.items()
+    }
+    assert sum(isinstance(event, CardDone) for event in events) == 3
     assert sum(isinstance(event, RunDone) for event in events) == 3
     told = [(event.run, event.line.epoch) for event in events if isinstance(event, EpochDone)]
     assert sorted(told) == sorted((run.name, epoch) for run in wanted for epoch in (1, 2, 3))

@@ -1,14 +1,20 @@
 import dataclasses
 import json
 import os
+import signal
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
 
 from flatmin.study.events import EpochDone, RunBroke, RunDone, Warned
-from flatmin.study.executors import Interrupted, execute, executor_settings, local, make_executor, perform
+from flatmin.study.executors import Interrupted, execute, executor_settings, local, make_executor
+from flatmin.study.executors.base import Teller
+from flatmin.study.executors.orders import Busy, Order
+from flatmin.study.executors.performing import perform
+from flatmin.study.executors.signals import ctrl_c_later
 from flatmin.study.store import Run, Store
 from flatmin.train import checkpoint
 from flatmin.train import run as training
@@ -98,11 +104,11 @@ class TestPerform:
 
     def test_it_waits_for_the_process_that_trains_there_and_takes_its_result(self, tmp_path, monkeypatch):
         one, store = run(), Store(tmp_path)
-        expected = perform(one, store, lambda line: None)
+        expected = perform(Order.of(one), store, lambda line: None)
         hidden = (store.folder(one) / "result.json").rename(tmp_path / "hidden")
         seen = []
         with hold(store.folder(one)):
-            waiting = threading.Thread(target=lambda: seen.append(perform(one, store, lines.append)))
+            waiting = threading.Thread(target=lambda: seen.append(perform(Order.of(one), store, lines.append)))
             lines = []
             waiting.start()
             waiting.join(0.3)
@@ -116,7 +122,7 @@ class TestPerform:
     @pytest.mark.parametrize("change", [None, "key", "damage"])
     def test_it_goes_on_with_this_very_run_only(self, tmp_path, change):
         one, store = run(epochs=3), Store(tmp_path / "a", checkpoint_seconds=0)
-        expected = perform(one, Store(tmp_path / "b"), lambda line: None)
+        expected = perform(Order.of(one), Store(tmp_path / "b"), lambda line: None)
         first = []
 
         def stop(line):
@@ -125,38 +131,109 @@ class TestPerform:
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            perform(one, store, stop)
+            perform(Order.of(one), store, stop)
         assert len(list(store.folder(one).glob("checkpoints/*.pt"))) == 1
         where = store.folder(one) / "config.json"
         if change is not None:
             found = json.loads(where.read_text())
             where.write_text("{" if change == "damage" else json.dumps({**found, "key": "another"}))
         lines = []
-        outcome = perform(one, store, lines.append)
+        outcome = perform(Order.of(one), store, lines.append)
         assert without_time(outcome.lines) == without_time(expected.lines) and tuple(lines) == outcome.lines
         assert (outcome.lines[0] == first[0]) == (change is None), "the time of an epoch that was not repeated"
         assert not (store.folder(one) / "checkpoints").exists()
 
     def test_a_run_that_failed_leaves_no_checkpoint_and_is_not_done_again(self, tmp_path):
         one, store = run(lr=1e30), Store(tmp_path, checkpoint_seconds=0)
-        outcome = perform(one, store, lambda line: None)
+        outcome = perform(Order.of(one), store, lambda line: None)
         assert outcome.result.failure and not list(store.folder(one).glob("checkpoints/*"))
         mark = (store.folder(one) / "result.json").stat().st_mtime_ns
-        assert perform(one, store, lambda line: None) == outcome
+        assert perform(Order.of(one), store, lambda line: None) == outcome
         assert (store.folder(one) / "result.json").stat().st_mtime_ns == mark
 
     def test_checkpoints_come_by_the_clock(self, tmp_path, monkeypatch):
         saved = []
         monkeypatch.setattr(checkpoint, "save", lambda folder, step, state, keep: saved.append(step))
-        perform(run(epochs=4), Store(tmp_path / "a"), lambda line: None)
+        perform(Order.of(run(epochs=4)), Store(tmp_path / "a"), lambda line: None)
         assert saved == []
-        perform(run(epochs=4), Store(tmp_path / "b", checkpoint_seconds=0), lambda line: None)
+        perform(Order.of(run(epochs=4)), Store(tmp_path / "b", checkpoint_seconds=0), lambda line: None)
         assert saved == [1, 2, 3]
         clock = iter(range(1000))
         monkeypatch.setattr(training.time, "monotonic", lambda: next(clock))
         saved.clear()
-        perform(run(epochs=8), Store(tmp_path / "c", checkpoint_seconds=3), lambda line: None)
+        perform(Order.of(run(epochs=8)), Store(tmp_path / "c", checkpoint_seconds=3), lambda line: None)
         assert saved == [3, 6]
+
+    def test_a_run_that_another_process_has_is_left_to_it_if_told_so(self, tmp_path):
+        one, store = run(), Store(tmp_path)
+        with hold(store.folder(one)):
+            assert perform(dataclasses.replace(Order.of(one), wait=False), store, pytest.fail) == Busy()
+
+    def test_code_that_is_not_that_of_the_study_is_refused(self, tmp_path):
+        one, store = run(), Store(tmp_path)
+        outcome = perform(dataclasses.replace(Order.of(one), code="another"), store, pytest.fail)
+        assert outcome.result is None and "flatmin, torch or your own modules have changed since" in outcome.error
+        assert not store.folder(one).exists()
+
+    def test_what_a_listener_raises_is_no_error_of_the_run(self, tmp_path):
+        def broken(event):
+            raise ZeroDivisionError("the display")
+
+        one, store = run(), Store(tmp_path)
+        with pytest.raises(ZeroDivisionError, match="the display"):
+            execute([one], store, workers=0, on_event=broken)
+        assert not store.folder(one).joinpath("result.json").exists()
+        assert execute([one], store, workers=0, on_event=lambda event: None)[one.name].error is None
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_second_call_does_what_the_first_has_not_begun(tmp_path, monkeypatch, workers):
+    """The first run is held elsewhere: all others are done before it is waited for."""
+    monkeypatch.setattr(local, "START", "fork")
+    store, runs, ended = Store(tmp_path), [run(seed=seed) for seed in range(3)], []
+    with ExitStack() as elsewhere:
+        elsewhere.enter_context(hold(store.folder(runs[0])))
+
+        def listen(event):
+            if isinstance(event, RunDone):
+                ended.append(event.run)
+                if len(ended) == 2:
+                    elsewhere.close()
+
+        outcomes = execute(runs, store, workers=workers, on_event=listen)
+    assert ended == [runs[1].name, runs[2].name, runs[0].name]
+    assert all(outcome.result is not None for outcome in outcomes.values())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_here_is_refused_before_the_first_run(tmp_path):
+    runs = [run(), run(seed=1, device="cuda")]
+    with pytest.raises(ValueError, match="device=cuda cannot be used here"):
+        execute(runs, Store(tmp_path), workers=1, on_event=pytest.fail)
+
+
+def test_a_worker_that_is_lost_while_it_measures_loses_no_run(tmp_path):
+    one, store, events, outcomes = run(), Store(tmp_path), [], {}
+    perform(Order.of(one), store, lambda line: None)
+    teller = Teller(store, events.append, outcomes)
+    assert teller.lost(one, "vanished") and teller.lost(one, "vanished") and not teller.lost(one, "vanished")
+    outcome = outcomes[one.name]
+    assert outcome.error is None and outcome.result == store.find(one, pytest.fail)[0]
+    assert outcome.refusal == "its worker was lost 3 times during this run; the last one vanished"
+    assert events[-1].text == f"{one.name} is not measured: {outcome.refusal}"
+
+
+def test_ctrl_c_waits_for_what_is_being_handed_over():
+    steps = []
+    with pytest.raises(KeyboardInterrupt), ctrl_c_later():
+        signal.raise_signal(signal.SIGINT)
+        steps.append("handed over")
+    assert steps == ["handed over"]
+    with pytest.raises(KeyboardInterrupt), ctrl_c_later():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        steps.append("a second one does not wait")
+    assert steps == ["handed over"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_worker_may_have_processes_that_read_its_data(tmp_path):

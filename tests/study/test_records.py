@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from flatmin.study.cards import card_path
-from flatmin.study.events import CardDone, Measuring, RunDone
+from flatmin.study.events import CardDone, Planned, RunDone, Warned
 from flatmin.study.executors import Outcome
 from flatmin.study.known import Known
 from flatmin.study.plan import plan
@@ -87,19 +87,19 @@ def test_columns_are_those_of_the_study(done):
 
 def test_cards_are_measured_once_and_belong_to_their_weights(done):
     folder, table, events = done
-    assert next(e for e in events if isinstance(e, Measuring)).nets == 4
+    assert next(e for e in events if isinstance(e, Planned)).nets == 4
     assert sum(isinstance(e, CardDone) for e in events) == 4
     sam = table.rows[1]
     assert all(one.number("lambda_1") > one.number("lambda_2") for one in sam.runs.values())
     again, events = run(folder)
-    assert events[-1].reused == 4 and len(events) == 1, "nothing is trained or measured again"
+    assert events[-1].reused == 4 and events[-1].nets == 0 and len(events) == 1, "nothing is trained or measured again"
     assert [row.columns["lambda_1"].stat for row in again.rows] == [row.columns["lambda_1"].stat for row in table.rows]
 
 
 def test_another_view_is_another_card(done):
     folder, _, _ = done
     _, events = run(folder, STUDY.replace("examples = 40", "examples = 30"))
-    assert next(e for e in events if isinstance(e, Measuring)).nets == 4
+    assert next(e for e in events if isinstance(e, Planned)).nets == 4
 
 
 def test_a_run_that_is_done_again_loses_its_card_and_a_damaged_one_is_measured_again(tmp_path):
@@ -109,9 +109,13 @@ def test_a_run_that_is_done_again_loses_its_card_and_a_damaged_one_is_measured_a
     paths = {run.name: card_path(todo.store.folder(run), todo.spec.measure) for run in todo.runs.values()}
     paths[rest[0]].write_text('{"sect', encoding="utf-8")
     (todo.store.runs / first / "result.json").unlink()
+    kept = (todo.store.runs / rest[0] / "result.json").stat()
+    todo = plan(spec_of(tmp_path), tmp_path / "out")
+    assert [one.name for one in todo.missing] == [first] and [one.name for one in todo.unmeasured] == [rest[0]]
     _, events = run(tmp_path)
-    assert {e.run for e in events if isinstance(e, RunDone)} == {first}
     assert {e.run for e in events if isinstance(e, CardDone)} == {first, rest[0]}
+    assert events[0].sentence.startswith("4 runs, 2 finished before, 2 networks to measure")
+    assert (todo.store.runs / rest[0] / "result.json").stat().st_mtime_ns == kept.st_mtime_ns, "not trained again"
     assert "sections" in json.loads(paths[rest[0]].read_text())
 
 
@@ -135,8 +139,10 @@ def test_a_network_that_cannot_be_measured_takes_nothing_else_away(tmp_path):
     folder = todo.store.folder(first)
     card_path(folder, todo.spec.measure).unlink()
     torch.save({"nonsense": torch.ones(1)}, folder / "weights.pt")
-    table, _ = run(tmp_path)
+    table, events = run(tmp_path)
     assert [row.columns["lambda_1"].stat.n for row in table.rows] == [1, 2] and table.rows[0].n == 2
+    (warned,) = (event.text for event in events if isinstance(event, Warned))
+    assert warned.startswith(f"{first.name} is not measured: ")
     assert list(table.errors) == ["SGD, seed 0, not measured"]
 
 

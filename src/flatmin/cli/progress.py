@@ -47,7 +47,7 @@ class Progress:
                 self._stage = STAGES.get(event.stage, event.stage)
                 self._finished, self._total = 0, event.runs - event.reused
                 self._say(f"{self._stage}: {event.sentence}.")
-                self._bar.reset(self._task, total=max(event.epochs, 1), visible=self._total > 0, last="")
+                self._bar.reset(self._task, total=max(event.epochs + event.nets, 1), visible=self._total > 0, last="")
                 self._describe()
             case events.EpochDone():
                 self._epoch(event)
@@ -61,9 +61,6 @@ class Progress:
             case events.Timing():
                 self._say(f"Measuring the time per step of {event.methods} methods.")
                 self._bar.update(self._task, visible=False)
-            case events.Measuring():
-                self._say(f"Measuring {event.nets} trained networks.")
-                self._bar.reset(self._task, total=event.nets, visible=True, last="", description="Measuring")
             case events.CardDone():
                 self._bar.update(self._task, advance=1, last=_short(event.run))
             case events.Warned():

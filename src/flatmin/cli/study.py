@@ -52,6 +52,9 @@ def study(
         ),
     ] = None,
     report: Annotated[bool, typer.Option("--report/--no-report", help="Write the HTML page.")] = True,
+    table_name: Annotated[
+        str | None, typer.Option("--table", metavar="NAME", help="Of the files in OUT/studies. Default: the study's.")
+    ] = None,
     open_report: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
 ) -> None:
     """Remake a paper's table: train every arm at every point of the axes with every seed, and sum up.
@@ -73,6 +76,8 @@ def study(
         return
     if report and not dry_run:
         require_figures()
+    if table_name is not None and (not table_name.strip(". ") or Path(table_name).name != table_name):
+        raise ValueError(f"--table takes the name of a file without its folder, not {table_name!r}.")
     settings = executor_settings(executor, on or ())
     spec = read_study(name, overrides or (), demo=demo)
     if choose is not None:
@@ -82,19 +87,19 @@ def study(
     asked = any(settings.get(key) for key in ("gpus", "gpus_per_node"))
     if asked and any(cell.config.device == "cpu" for cell in cells(spec)):
         raise ValueError(
-            "the runs are on the CPU, as this machine has no GPU, and need none: leave out the GPUs, or start the "
-            "command on a machine that has one."
+            "the runs are on the CPU and need no GPU: set device=cuda (device=auto goes by this machine), or leave out "
+            "the GPUs."
         )
     todo = plan(spec, out, make=not dry_run, retry=retry)
     workers = default_workers() if workers is None else workers
     if dry_run:
         _describe(todo, workers, console)
         return
-    table = _run(todo, workers, executor, settings, console)
-    _show(table, console)
-    files = _write(table, out / "studies", f"{Path(name).stem}{'-demo' if demo else ''}")
+    found = _run(todo, workers, executor, settings, console)
+    _show(found, console)
+    files = _write(found, out / "studies", table_name or f"{Path(name).stem}{'-demo' if demo else ''}")
     if report:
-        page = render(table, command=["flatmin", *sys.argv[1:]])
+        page = render(found, command=["flatmin", *sys.argv[1:]])
         files.append(write(page, files[0].with_suffix(".html")))
     for path in files:
         console.print(str(path), markup=False, soft_wrap=True)
@@ -141,6 +146,7 @@ def _describe(todo: StudyPlan, workers: int, console: Console) -> None:
     rows = [["run", "row", "seed", "epochs", "gradients", "state"]]
     total, sizes = 0.0, Sizes()
     missing = {run.name for run in todo.missing}
+    unmeasured = {run.name for run in todo.unmeasured}
     seen: set[str] = set()
     for (i, seed), run in todo.runs.items():
         if run.name in seen:
@@ -148,7 +154,7 @@ def _describe(todo: StudyPlan, workers: int, console: Console) -> None:
         seen.add(run.name)
         cost = sizes.cost(run.config)
         total += cost if run.name in missing else 0.0
-        state = "to do" if run.name in missing else "finished"
+        state = "to do" if run.name in missing else "to measure" if run.name in unmeasured else "finished"
         rows.append([run.name, todo.cells[i].label, str(seed), str(run.config.epochs), f"{cost:,.0f}", state])
     print_rows(rows, console)
     text = f"\n{len(seen)} runs, {len(missing)} to do: {total:,.0f} gradient evaluations on a batch each"

@@ -80,11 +80,11 @@ def perform(
     from flatmin.train.interrupt import Interrupted
     from flatmin.train.loop import train as run
     from flatmin.train.processes import world_of
-    from flatmin.train.sources import check_device
+    from flatmin.train.sources import check_machine
     from flatmin.train.trackers import make_tracker
 
     config, options, folder, labels = _settings(preset, words, name=name, out=out, resume=resume)
-    check_device(config.device)
+    check_machine(config)
     with world_of(config.device) as world:
         console = make_console(quiet=not world.first)
         if world.first and not dry_run:

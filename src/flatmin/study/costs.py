@@ -14,7 +14,7 @@ from flatmin.train.config import RunConfig
 from flatmin.train.feed import steps_of
 from flatmin.train.inputs import Inputs
 from flatmin.train.numerics import autocast
-from flatmin.train.sources import build_model, load_clean
+from flatmin.train.sources import build_model, check_machine, load_clean
 from flatmin.train.trainer import build_recipe
 
 _SAMPLES = {"cpu": 8, "cuda": 256}
@@ -74,7 +74,7 @@ def guess_seconds(configs: Sequence[RunConfig], workers: int, sizes: Sizes | Non
     Training only: reading data, evaluation and the start of workers come on top.
 
     Raises:
-        OSError, ValueError, ModuleNotFoundError: a network, or data of no known size, cannot be had.
+        OSError, ValueError, ModuleNotFoundError: a network, a device, or data of no known size, cannot be had.
     """
     sizes = sizes or Sizes()
     known: dict[tuple[object, ...], float] = {}
@@ -102,6 +102,7 @@ def guess_seconds(configs: Sequence[RunConfig], workers: int, sizes: Sizes | Non
 
 def _gradient_seconds(config: RunConfig, inputs: Inputs) -> float:
     """Seconds of forward and backward for one sample of a batch."""
+    check_machine(config)
     few = min(_SAMPLES[config.device], config.batch_size)
     model = build_model(config, inputs).train()
     x = _samples(inputs, few).to(config.device)

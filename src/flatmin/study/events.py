@@ -11,7 +11,8 @@ from flatmin.train.result import Epoch, Result
 class Planned:
     """Before any work: how many runs are needed, how many of them are finished already, and a guess of the time.
 
-    `stage` is "tune", "compare", "study" or "search". `seconds` covers all runs still to do; None if it is not known.
+    `stage` is "tune", "compare", "study" or "search". `epochs` and `seconds` are of all runs still to do; None if the
+    time is not known. `nets` of them are to be measured when they have been trained.
     """
 
     stage: str
@@ -19,6 +20,7 @@ class Planned:
     reused: int
     epochs: int
     seconds: float | None
+    nets: int = 0
 
     @property
     def sentence(self) -> str:
@@ -27,7 +29,8 @@ class Planned:
         if self.reused == self.runs:
             return f"{count}, all finished before"
         before = f", {self.reused} finished before" if self.reused else ""
-        return f"{count}{before}" + ("" if self.seconds is None else f", about {_round(self.seconds)} s")
+        nets = f", {self.nets} network{'s' if self.nets != 1 else ''} to measure" if self.nets else ""
+        return f"{count}{before}{nets}" + ("" if self.seconds is None else f", about {_round(self.seconds)} s")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,13 +74,6 @@ class Timing:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measuring:
-    """Trained networks are being measured."""
-
-    nets: int
-
-
-@dataclass(frozen=True, kw_only=True)
 class CardDone:
     """A network has been measured."""
 
@@ -91,7 +87,7 @@ class Warned:
     text: str
 
 
-Event = Planned | EpochDone | RunDone | RunBroke | Tuned | Timing | Measuring | CardDone | Warned
+Event = Planned | EpochDone | RunDone | RunBroke | Tuned | Timing | CardDone | Warned
 
 
 def _round(seconds: float) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from flatmin.study.measuring import View
 from flatmin.study.record import Record
 from flatmin.train.config import RunConfig, identity
 from flatmin.train.files import reason
@@ -25,12 +26,14 @@ class Run:
         config: what decides the outcome.
         code: digest of the code that matters.
         record: what it writes down beside; a finished run that has not is done again.
+        view: what is measured of its network when it has ended; None: nothing.
     """
 
     label: str
     config: RunConfig
     code: str
     record: Record = field(default_factory=Record)
+    view: View | None = None
 
     @property
     def key(self) -> str:

@@ -15,8 +15,9 @@ from flatmin.study.executors import Outcome
 from flatmin.study.known import Known
 from flatmin.study.plan import StudyPlan
 from flatmin.study.spec import METRICS, Published, StudySpec
+from flatmin.study.store import unique
 from flatmin.study.unfold import Cell
-from flatmin.train.fingerprint import environment
+from flatmin.train.fingerprint import merged
 from flatmin.train.folder import RunFolder
 from flatmin.train.trainer import build_recipe
 
@@ -115,7 +116,7 @@ class StudyTable:
         rows: in its order, the chosen ones only.
         metrics: the columns: those that the study names, or that some row has.
         errors: row and seed -> why there is no result.
-        environment: versions and machine.
+        environment: versions and machines of the runs.
         tried: rows from which one was chosen, by the label of the chosen one.
     """
 
@@ -127,48 +128,38 @@ class StudyTable:
     tried: Mapping[str, Sequence[StudyRow]] = field(default_factory=dict)
 
 
-def tabulate(
-    todo: StudyPlan,
-    outcomes: Mapping[str, Outcome],
-    cards: Mapping[str, Mapping[str, Any]] | None = None,
-    refused: Mapping[str, str] | None = None,
-) -> StudyTable:
+def tabulate(todo: StudyPlan, outcomes: Mapping[str, Outcome]) -> StudyTable:
     """The table of what is finished.
 
     Args:
         todo: the study.
         outcomes: by the run's name.
-        cards: what was measured of the trained networks, by the run's name.
-        refused: why it was not, by the run's name.
     """
     spec = todo.spec
     sizes = Sizes()
-    every = [_row(todo, i, outcomes, cards or {}, sizes) for i in range(len(todo.cells))]
+    every = [_row(todo, i, outcomes, sizes) for i in range(len(todo.cells))]
     rows, tried = _chosen(every)
     rows = [_compared(row, rows, spec) for row in rows]
     rows = _corrected(rows)
-    errors = {
-        f"{todo.cells[i].label}, seed {seed}": text
-        for (i, seed), run in todo.runs.items()
-        if (outcome := outcomes.get(run.name)) is not None
-        if (text := outcome.error or (outcome.result.failure if outcome.result else None))
-    }
+    errors: dict[str, str] = {}
     for (i, seed), run in todo.runs.items():
-        if run.name in (refused or {}):
-            errors[f"{todo.cells[i].label}, seed {seed}, not measured"] = (refused or {})[run.name]
+        outcome = outcomes.get(run.name, Outcome())
+        name = f"{todo.cells[i].label}, seed {seed}"
+        if text := outcome.error or (outcome.result.failure if outcome.result else None):
+            errors[name] = text
+        if outcome.refusal:
+            errors[f"{name}, not measured"] = outcome.refusal
     return StudyTable(
         spec=spec,
         rows=rows,
         metrics=spec.columns or tuple(name for name in METRICS if any(row.columns[name].stat.n for row in rows)),
         errors=errors,
-        environment=environment(todo.cells[0].config.device, 1),
+        environment=merged(RunFolder(todo.store.folder(run)).environment() for run in unique(todo.runs.values())),
         tried=tried,
     )
 
 
-def _row(
-    todo: StudyPlan, i: int, outcomes: Mapping[str, Outcome], cards: Mapping[str, Mapping[str, Any]], sizes: Sizes
-) -> StudyRow:
+def _row(todo: StudyPlan, i: int, outcomes: Mapping[str, Outcome], sizes: Sizes) -> StudyRow:
     """A row by itself."""
     cell, spec = todo.cells[i], todo.spec
     runs: dict[int, Known] = {}
@@ -178,7 +169,7 @@ def _row(
         if outcome is None or outcome.result is None or outcome.result.failure is not None:
             continue
         steps = RunFolder(todo.store.folder(run)).steps() if spec.record.log_every else []
-        runs[seed] = Known(result=outcome.result, lines=outcome.lines, steps=steps, card=cards.get(run.name))
+        runs[seed] = Known(result=outcome.result, lines=outcome.lines, steps=steps, card=outcome.card)
     columns = {}
     for metric in dict.fromkeys((*METRICS, *spec.columns)):
         stat = summarise(list(_by_seed(runs, metric).values()))

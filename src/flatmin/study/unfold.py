@@ -75,7 +75,7 @@ class Cell:
 
 
 def cells(spec: StudySpec) -> list[Cell]:
-    """All rows with their configurations.
+    """All rows with their configurations; their device need not be on this machine.
 
     Raises:
         ValueError: settings that `flatmin train` would refuse, or an axis that no arm has.
@@ -128,7 +128,7 @@ def _config(spec: StudySpec, arm: Arm, point: Mapping[str, str], preset: Mapping
         if all(tidy(have[key]) in values for key, values in given.when.items()):
             extra |= given.settings
     try:
-        config = load_run(spec.train, words({**spec.settings, **arm.settings, **extra, **point}))[0]
+        config = load_run(spec.train, words({**spec.settings, **arm.settings, **extra, **point}), here=False)[0]
         _check_names(config)
     except ValueError as error:
         raise ValueError(f"study {spec.name}, arm {arm.label}: {error}") from error

@@ -8,10 +8,11 @@ import inspect
 import os
 import platform
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -104,6 +105,24 @@ def environment(device: str, threads: int, processes: int = 1) -> dict[str, obje
         "processes": processes,
         "code": package_digest()[:10],
     }
+
+
+def merged(environments: Iterable[Mapping[str, Any]]) -> dict[str, object]:
+    """One table for several environments; where they differ, every value that there is, in the order of the first."""
+    found: dict[str, list[Any]] = {}
+    for environment in environments:
+        for key, value in environment.items():
+            values = found.setdefault(key, [])
+            if value not in values:
+                values.append(value)
+    return {
+        key: merged(values) if all(isinstance(one, dict) for one in values) else _joined(values)
+        for key, values in found.items()
+    }
+
+
+def _joined(values: Sequence[Any]) -> object:
+    return values[0] if len(values) == 1 else "; ".join(map(str, values))
 
 
 def _version(name: str) -> str | None:

@@ -48,7 +48,7 @@ class RunFolder:
             patience: see `flatmin.train.lock.hold`.
 
         Raises:
-            ValueError: another process trains here.
+            flatmin.train.lock.InUseError: another process trains here.
             OSError: the folder cannot be made.
         """
         if self._held:
@@ -138,6 +138,14 @@ class RunFolder:
             return None
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{where} cannot be read: {reason(error)}; remove it to go by the data.") from error
+
+    def environment(self) -> dict[str, Any]:
+        """Versions and machine; empty if they cannot be read."""
+        try:
+            found = json.loads((self.path / "env.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
 
     def add_line(self, line: Epoch) -> None:
         """Add an epoch to metrics.jsonl."""

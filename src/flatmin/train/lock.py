@@ -25,6 +25,10 @@ _PAUSE, _LONGEST = 0.05, 0.5
 GLANCE = 1.0  # seconds; somebody who only looks holds the lock for a moment
 
 
+class InUseError(ValueError):
+    """Another process trains in the folder."""
+
+
 @contextmanager
 def hold(folder: Path, *, patience: float | None = GLANCE) -> Iterator[None]:
     """Train in a folder; it is made if it is not there.
@@ -34,7 +38,7 @@ def hold(folder: Path, *, patience: float | None = GLANCE) -> Iterator[None]:
         patience: seconds to wait for another process that trains there; None: for as long as it takes.
 
     Raises:
-        ValueError: another process does.
+        InUseError: another process does.
         OSError: the folder cannot be made.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -43,7 +47,7 @@ def hold(folder: Path, *, patience: float | None = GLANCE) -> Iterator[None]:
         begun, pause = time.monotonic(), _PAUSE
         while _locked(handle) is False or not _still(handle, folder):
             if patience is not None and time.monotonic() - begun > patience:
-                raise ValueError(f"another process trains in {folder}: wait until it ends, or name another folder.")
+                raise InUseError(f"another process trains in {folder}: wait until it ends, or name another folder.")
             if not _still(handle, folder):  # removed and made anew while this one waited
                 _release(handle)
                 folder.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ from flatmin.train.options import Options
 from flatmin.train.processes import world_of
 from flatmin.train.result import Epoch, Result
 from flatmin.train.run import Run
+from flatmin.train.sources import check_machine
 from flatmin.train.trainer import Trainer
 
 
@@ -60,6 +61,7 @@ def train(
         Interrupted: by Ctrl-C or SIGTERM, with a folder and in one process, after writing a checkpoint.
     """
     options = Options() if options is None else options
+    check_machine(config)
     devices = [] if config.device == "cpu" else [torch.device(config.device)]
     with ExitStack() as stack:
         stack.enter_context(numerics(config))

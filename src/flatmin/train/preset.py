@@ -14,7 +14,7 @@ from flatmin.train.config import RunConfig, Scalar
 from flatmin.train.locate import find_module
 from flatmin.train.options import Options
 from flatmin.train.radii import radius_of
-from flatmin.train.sources import check_device
+from flatmin.train.sources import check_machine
 from flatmin.words import suggest
 
 AUTO = "auto"
@@ -27,7 +27,7 @@ AUTOMATIC: dict[str, dict[str, Scalar]] = {
 }
 
 
-def load_run(preset: str, words: Sequence[str] = (), **given: Any) -> tuple[RunConfig, Options]:
+def load_run(preset: str, words: Sequence[str] = (), *, here: bool = True, **given: Any) -> tuple[RunConfig, Options]:
     """A run's configuration and options.
 
     `device`, `precision`, `channels_last` and `tf32` are "auto" unless set: the GPU if there is one, and there
@@ -38,6 +38,7 @@ def load_run(preset: str, words: Sequence[str] = (), **given: Any) -> tuple[RunC
         preset: a name inside the package, or a path to a .toml file.
         words: like "epochs=10", "method=vasso", "rho=0.1", "theta=0.8" (a parameter of the method's parts),
             "model.max_pool=true" (a keyword of the model), "log_every=10" (an option).
+        here: whether the run is to be done on this machine, which must then have its device.
         given: fields by name that are not None, as a command line has them; they win.
 
     Raises:
@@ -78,6 +79,8 @@ def load_run(preset: str, words: Sequence[str] = (), **given: Any) -> tuple[RunC
         raise ValueError(f"{recipe.name} has no radius; leave out rho.")
     origin = f"preset {preset}"
     config = settings.fill(RunConfig, table, origin=origin)
+    if here:
+        check_machine(config)
     return config, settings.fill(Options, options, origin=origin)
 
 
@@ -102,12 +105,9 @@ def _automatic(table: dict[str, Any]) -> None:
     """Replace "auto" by what the machine has."""
     if table.get("device", AUTO) == AUTO:
         table["device"] = "cuda" if torch.cuda.is_available() else "cpu"
-    check_device(str(table["device"]))
     for key, choices in AUTOMATIC.items():
         if table.get(key, AUTO) == AUTO:
             table[key] = choices.get(table["device"], choices["cpu"])
-    if table["precision"] == "bf16" and table["device"] == "cuda" and not torch.cuda.is_bf16_supported():
-        raise ValueError("this GPU has no bf16; set precision=fp16 or precision=float32.")
 
 
 def _recipe(method: str, plugins: Iterable[str]) -> tuple[Recipe, Mapping[str, Any]]:

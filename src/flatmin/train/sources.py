@@ -171,6 +171,13 @@ def check_device(name: str) -> None:
         raise ValueError(f"device={name} cannot be used here: {reason}") from error
 
 
+def check_machine(config: RunConfig) -> None:
+    """Raise ValueError unless this machine has the run's device and precision."""
+    check_device(config.device)
+    if config.precision == "bf16" and config.device == "cuda" and not torch.cuda.is_bf16_supported():
+        raise ValueError("this GPU has no bf16; set precision=fp16 or precision=float32.")
+
+
 def check_fit(model: nn.Module, data: Data, *, channels_last: bool = False) -> None:
     """Raise ValueError unless the model maps the data's inputs, in this memory format, to one logit per class."""
     from flatmin.measure.modes import evaluating

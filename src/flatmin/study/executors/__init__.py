@@ -8,7 +8,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flatmin.study.executors.base import Executor, Interrupted, OnEvent, Outcome, finished_and_missing, perform
+from flatmin.study.executors.base import Executor, Interrupted, OnEvent, Outcome, finished_and_missing
 from flatmin.study.store import Run, Store
 from flatmin.train.settings import field_types, fill, parse, split_word
 from flatmin.words import suggest
@@ -23,7 +23,6 @@ __all__ = [
     "executor_settings",
     "finished_and_missing",
     "make_executor",
-    "perform",
 ]
 
 # The package that each one needs beside flatmin's own.

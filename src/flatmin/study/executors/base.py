@@ -1,20 +1,16 @@
-"""What all executors share: how one run is done and gone on with, and what is told of it."""
+"""What all executors share: what they are, what a run comes to, and what is told of it."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
-from flatmin.study.events import EpochDone, Event, RunBroke, RunDone, Warned
+from flatmin.study.events import CardDone, EpochDone, Event, RunBroke, RunDone, Warned
 from flatmin.study.record import Record
 from flatmin.study.store import Run, Store, unique
-from flatmin.study.timing import one_thread
-from flatmin.train import checkpoint
-from flatmin.train import events as training
 from flatmin.train.folder import RunFolder
-from flatmin.train.loop import train
 from flatmin.train.result import Epoch, Result
 
 OnEvent = Callable[[Event], None]
@@ -33,11 +29,19 @@ class Interrupted(KeyboardInterrupt):
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """A run's result and epochs, or the error that it raised."""
+    """A run's result and epochs, or the error that it raised.
+
+    Args:
+        result, lines, error: the former two, or the latter.
+        card: what was measured of its network, as `flatmin.measure.Card.to_dict`; None if nothing was to be.
+        refusal: why there is no card.
+    """
 
     result: Result | None = None
     lines: tuple[Epoch, ...] = ()
     error: str | None = None
+    card: Mapping[str, Any] | None = None
+    refusal: str | None = None
 
 
 class Executor(Protocol):
@@ -89,82 +93,17 @@ def _recorded(run: Run, store: Store) -> Record:
     return Record.of(labels) if labels.get("key") == run.key else Record()
 
 
-def perform(run: Run, store: Store, on_line: Callable[[Epoch], None]) -> Outcome:
-    """Do one run in this process and store it, or go on with it from its last checkpoint.
-
-    While another process trains in its folder this one waits, and takes the result that it finds then. Errors of any
-    kind become part of the outcome.
-
-    Args:
-        run: which.
-        store: where it is kept.
-        on_line: called with every epoch, those of earlier parts of the run included.
-    """
-    folder = RunFolder(store.folder(run))
-    try:
-        with folder.hold(patience=None):
-            known = store.find(run, lambda text: None)
-            if known is None:
-                return _train(run, store, folder, on_line)
-    except Exception as error:
-        text = str(error).strip() or "no message"
-        return Outcome(error=text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}")
-    checkpoint.clear(folder.checkpoints)  # a process that was killed right after its result may have left some
-    for line in known[1]:
-        on_line(line)
-    return Outcome(result=known[0], lines=tuple(known[1]))
-
-
-def work(run: Run, store: Store) -> Outcome:
-    """`perform` with one thread and without progress, for a process elsewhere; it needs nothing but these two."""
-    with one_thread():
-        return perform(run, store, lambda line: None)
-
-
-def _train(run: Run, store: Store, folder: RunFolder, on_line: Callable[[Epoch], None]) -> Outcome:
-    def on_event(event: training.Event) -> None:
-        if isinstance(event, training.Began):
-            for line in folder.lines():
-                on_line(line)
-
-    options = run.record.options(
-        checkpoint_every=1, checkpoint_seconds=store.checkpoint_seconds, signals=False, weights=store.weights
-    )
-    resume = _unfinished(run, folder)
-    result = train(
-        run.config,
-        folder=folder,
-        resume=resume,
-        options=options,
-        labels=run.labels,
-        on_event=on_event,
-        on_epoch=on_line,
-    )
-    checkpoint.clear(folder.checkpoints)  # a study does not go on with a run that failed
-    return Outcome(result=result, lines=tuple(folder.lines(expected=None if result.failure else result.epochs)))
-
-
-def _unfinished(run: Run, folder: RunFolder) -> bool:
-    """Whether the folder holds a part of this very run."""
-    if not folder.begun or folder.finished:
-        return False
-    try:
-        labels = folder.config()[1]
-    except ValueError:
-        return False
-    return all(labels.get(key, "") == run.labels.get(key, "") for key in ("key", "record"))
-
-
 class Teller:
     """Tells of each epoch and the end of a run once, however often parts of it are repeated.
 
     Args:
+        store: where the runs are.
         on_event: told.
         outcomes: filled by name.
     """
 
-    def __init__(self, on_event: OnEvent, outcomes: dict[str, Outcome]) -> None:
-        self._on_event, self._outcomes = on_event, outcomes
+    def __init__(self, store: Store, on_event: OnEvent, outcomes: dict[str, Outcome]) -> None:
+        self._store, self._on_event, self._outcomes = store, on_event, outcomes
         self._reached: dict[str, int] = {}
         self._begun: dict[str, int] = {}
 
@@ -179,10 +118,14 @@ class Teller:
         for line in outcome.lines:
             self.epoch(run, line)
         self._outcomes[run.name] = outcome
-        if outcome.result is not None:
-            self._on_event(RunDone(run=run.name, result=outcome.result))
-        else:
+        if outcome.result is None:
             self._on_event(RunBroke(run=run.name, error=outcome.error or "no result"))
+            return
+        self._on_event(RunDone(run=run.name, result=outcome.result))
+        if outcome.card is not None:
+            self._on_event(CardDone(run=run.name))
+        if outcome.refusal is not None:
+            self._on_event(Warned(text=f"{run.name} is not measured: {outcome.refusal}"))
 
     def lost(self, run: Run, how: str) -> bool:
         """Whether a run whose worker is gone is to be taken up again; else it is broken.
@@ -197,5 +140,10 @@ class Teller:
                 Warned(text=f"{run.name} is taken up again from its last checkpoint, because its worker {how}.")
             )
             return True
-        self.end(run, Outcome(error=f"its worker was lost {tries} times during this run; the last one {how}"))
+        text = f"its worker was lost {tries} times during this run; the last one {how}"
+        known = self._store.find(run, lambda text: None)  # if it was lost while it measured
+        if known is None:
+            self.end(run, Outcome(error=text))
+        else:
+            self.end(run, Outcome(result=known[0], lines=tuple(known[1]), refusal=text))
         return False

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from flatmin.study.executors.base import Outcome, Teller
+from flatmin.study.executors.orders import Busy, Order, Queue
+from flatmin.study.executors.signals import ctrl_c_later
 from flatmin.study.store import Run, Store
 from flatmin.train.folder import RunFolder
 
@@ -26,13 +28,13 @@ class Lost:
 
 
 class Engine(Protocol[Job]):
-    """A scheduler that exists already. Its jobs call `flatmin.study.executors.base.work`."""
+    """A scheduler that exists already. Its jobs call `flatmin.study.executors.performing.work`."""
 
-    def submit(self, run: Run, store: Store) -> Job:
+    def submit(self, order: Order, store: Store) -> Job:
         """Hand over a run."""
         ...
 
-    def look(self, job: Job) -> Outcome | Lost | None:
+    def look(self, job: Job) -> Outcome | Busy | Lost | None:
         """How a job ended; None while it has not."""
         ...
 
@@ -54,26 +56,29 @@ def drive(
         pause: seconds between looks.
         teller: told of epochs and ends.
     """
-    waiting = list(reversed(runs))
-    busy: dict[str, tuple[Run, Job]] = {}
+    waiting = Queue(runs)
+    busy: dict[str, tuple[Order, Job]] = {}
     sizes: dict[str, int] = {}
     try:
         while waiting or busy:
             while waiting and len(busy) < workers:
-                run = waiting.pop()
-                busy[run.name] = (run, engine.submit(run, store))
-            for run, job in list(busy.values()):
+                order = waiting.take()
+                with ctrl_c_later():  # else a job could be handed over and nobody know of it
+                    busy[order.run.name] = (order, engine.submit(order, store))
+            for order, job in list(busy.values()):
                 found = engine.look(job)
-                _tell_epochs(run, store, teller, sizes)
+                _tell_epochs(order.run, store, teller, sizes)
                 if found is None:
                     continue
-                del busy[run.name]
+                del busy[order.run.name]
                 if isinstance(found, Outcome):
-                    teller.end(run, found)
+                    teller.end(order.run, found)
+                elif isinstance(found, Busy):
+                    waiting.put_off(order)
                 else:
                     engine.cancel(job)  # it may be queued again by its own scheduler
-                    if teller.lost(run, found.how):
-                        waiting.append(run)
+                    if teller.lost(order.run, found.how):
+                        waiting.again(order)
             if busy:
                 time.sleep(pause)
     finally:

@@ -6,8 +6,8 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection, wait
@@ -16,10 +16,14 @@ from typing import Final, cast
 
 import torch
 
-from flatmin.study.executors.base import OnEvent, Outcome, Teller, perform
+from flatmin.study.executors.base import OnEvent, Outcome, Teller
+from flatmin.study.executors.orders import Busy, Order, Queue
+from flatmin.study.executors.performing import perform
+from flatmin.study.executors.signals import ctrl_c_ignored
 from flatmin.study.store import Run, Store
 from flatmin.study.timing import one_thread
 from flatmin.train.result import Epoch
+from flatmin.train.sources import check_machine
 
 START: Final = "spawn"
 
@@ -31,14 +35,25 @@ class Local:
     def run(
         self, runs: Sequence[Run], store: Store, *, workers: int, on_event: OnEvent, outcomes: dict[str, Outcome]
     ) -> None:
-        """See `flatmin.study.executors.base.Executor`; with 0 workers all in this process."""
-        teller = Teller(on_event, outcomes)
+        """See `flatmin.study.executors.base.Executor`; with 0 workers all in this process.
+
+        Raises:
+            ValueError: this machine lacks the device of a run, or its precision.
+        """
+        for config in {(run.config.device, run.config.precision): run.config for run in runs}.values():
+            check_machine(config)
+        waiting, teller = Queue(runs), Teller(store, on_event, outcomes)
         if workers:
-            _Pool(runs, store, min(workers, len(runs)), teller).run()
+            _Pool(waiting, store, min(workers, len(runs)), teller).run()
             return
         with one_thread():
-            for run in runs:
-                teller.end(run, perform(run, store, partial(teller.epoch, run)))
+            while waiting:
+                order = waiting.take()
+                found = perform(order, store, partial(teller.epoch, order.run))
+                if isinstance(found, Busy):
+                    waiting.put_off(order)
+                else:
+                    teller.end(order.run, found)
 
 
 EXECUTOR = Local
@@ -47,13 +62,13 @@ EXECUTOR = Local
 class _Pool:
     """Workers, what each is doing, and what waits."""
 
-    def __init__(self, runs: Sequence[Run], store: Store, workers: int, teller: Teller) -> None:
-        self._waiting = list(reversed(runs))
+    def __init__(self, waiting: Queue, store: Store, workers: int, teller: Teller) -> None:
+        self._waiting = waiting
         self._store, self._size, self._teller = store, workers, teller
         self._context = multiprocessing.get_context(START)
         self._workers: dict[Connection, BaseProcess] = {}
         self._started: set[Connection] = set()
-        self._busy: dict[Connection, Run] = {}
+        self._busy: dict[Connection, Order] = {}
 
     def run(self) -> None:
         try:
@@ -77,7 +92,7 @@ class _Pool:
         ours, theirs = self._context.Pipe()
         # No daemon, which could not start processes that read images; it ends with this process all the same.
         process = self._context.Process(target=_serve, args=(theirs, self._store), daemon=False)
-        with _sigint_ignored():
+        with ctrl_c_ignored():
             process.start()
         theirs.close()
         self._workers[ours] = process
@@ -86,14 +101,14 @@ class _Pool:
     def _assign(self, connection: Connection) -> None:
         self._busy.pop(connection, None)
         if self._waiting:
-            self._busy[connection] = self._waiting.pop()
+            self._busy[connection] = self._waiting.take()
             try:
                 connection.send(self._busy[connection])
             except OSError:
                 self._replace(connection)
 
     def _receive(self, connection: Connection) -> None:
-        run = self._busy[connection]
+        order = self._busy[connection]
         try:
             if not connection.poll():
                 raise EOFError
@@ -105,15 +120,18 @@ class _Pool:
         if message is None:
             return
         if isinstance(message, Epoch):
-            self._teller.epoch(run, message)
+            self._teller.epoch(order.run, message)
             return
+        if isinstance(message, Busy):
+            self._waiting.put_off(order)
         self._assign(connection)
-        self._teller.end(run, message)
+        if isinstance(message, Outcome):
+            self._teller.end(order.run, message)
 
     def _replace(self, connection: Connection) -> None:
         """A worker died: another one takes its place, and its run, unless that has had enough of them."""
         process = self._workers.pop(connection)
-        run = self._busy.pop(connection)
+        order = self._busy.pop(connection)
         connection.close()
         process.join(5)
         code = process.exitcode
@@ -123,8 +141,8 @@ class _Pool:
                 '`if __name__ == "__main__":` around the call, or workers=0.'
             )
         how = f"ended with exit code {code}; a negative code is a signal, -9 often means that memory ran out"
-        if self._teller.lost(run, how):
-            self._waiting.append(run)
+        if self._teller.lost(order.run, how):
+            self._waiting.again(order)
         if self._waiting:
             self._start()
 
@@ -138,19 +156,6 @@ class _Pool:
                 process.join()
 
 
-@contextmanager
-def _sigint_ignored() -> Iterator[None]:
-    """A process started inside ignores Ctrl-C from its first moment; signals can only be set in the main thread."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 def _serve(connection: Connection, store: Store) -> None:
     """A worker's life: take a run, do it, send epochs and the outcome."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
@@ -158,8 +163,8 @@ def _serve(connection: Connection, store: Store) -> None:
     torch.set_num_threads(1)
     try:
         connection.send(None)
-        while (run := connection.recv()) is not None:
-            connection.send(perform(run, store, connection.send))
+        while (order := connection.recv()) is not None:
+            connection.send(perform(order, store, connection.send))
     except (EOFError, OSError):
         return
 

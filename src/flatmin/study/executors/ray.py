@@ -11,8 +11,10 @@ from typing import Any
 import ray
 from ray import exceptions
 
-from flatmin.study.executors.base import OnEvent, Outcome, Teller, work
+from flatmin.study.executors.base import OnEvent, Outcome, Teller
 from flatmin.study.executors.driving import Lost, drive
+from flatmin.study.executors.orders import Busy, Order
+from flatmin.study.executors.performing import work
 from flatmin.study.store import Run, Store
 from flatmin.train.settings import at_least
 
@@ -56,7 +58,8 @@ class Ray:
         try:
             self._check(runs)
             there = Store(store.out.absolute(), weights=store.weights, checkpoint_seconds=store.checkpoint_seconds)
-            drive(_Engine(self), runs, there, workers=workers, pause=_PAUSE, teller=Teller(on_event, outcomes))
+            teller = Teller(there, on_event, outcomes)
+            drive(_Engine(self), runs, there, workers=workers, pause=_PAUSE, teller=teller)
         finally:
             if mine:
                 ray.shutdown()
@@ -103,20 +106,20 @@ class _Engine:
     def __init__(self, settings: Ray) -> None:
         self._settings, self._remote = settings, ray.remote(work)
 
-    def submit(self, run: Run, store: Store) -> Any:
+    def submit(self, order: Order, store: Store) -> Any:
         task = self._remote.options(
             num_cpus=self._settings.cpus,
-            num_gpus=self._settings.gpus_of(run),
+            num_gpus=self._settings.gpus_of(order.run),
             max_retries=0,
-            name=run.name,
+            name=order.run.name,
         )
-        return task.remote(run, store)
+        return task.remote(order, store)
 
-    def look(self, job: Any) -> Outcome | Lost | None:
+    def look(self, job: Any) -> Outcome | Busy | Lost | None:
         if not ray.wait([job], timeout=0)[0]:
             return None
         try:
-            found: Outcome = ray.get(job)
+            found: Outcome | Busy = ray.get(job)
         except exceptions.RayTaskError as error:  # before the run: it makes an outcome of its own errors
             return Outcome(error=f"it could not be started on its node: {_first_line(error.cause or error)}")
         except exceptions.RayError as error:

@@ -12,8 +12,10 @@ import submitit
 from submitit.core.utils import FailedJobError, UncompletedJobError
 from submitit.helpers import DelayedSubmission
 
-from flatmin.study.executors.base import OnEvent, Outcome, Teller, work
+from flatmin.study.executors.base import OnEvent, Outcome, Teller
 from flatmin.study.executors.driving import Lost, drive
+from flatmin.study.executors.orders import Busy, Order
+from flatmin.study.executors.performing import work
 from flatmin.study.store import Run, Store
 from flatmin.train.settings import at_least, one_of
 
@@ -79,7 +81,7 @@ class Slurm:
         """
         there = Store(store.out.absolute(), weights=store.weights, checkpoint_seconds=store.checkpoint_seconds)
         engine = _Engine(self, there.out / "slurm")
-        teller = Teller(on_event, outcomes)
+        teller = Teller(there, on_event, outcomes)
         drive(engine, runs, there, workers=workers, pause=_PAUSE[self.cluster], teller=teller)
 
     def parameters(self) -> dict[str, Any]:
@@ -113,17 +115,17 @@ class _Engine:
         except (RuntimeError, NameError, AssertionError) as error:
             raise ValueError(f"executor slurm: {' '.join(str(error).split())}") from error
 
-    def submit(self, run: Run, store: Store) -> Any:
-        self._executor.update_parameters(name=run.name)
-        return self._executor.submit(_Work(), run, store)
+    def submit(self, order: Order, store: Store) -> Any:
+        self._executor.update_parameters(name=order.run.name)
+        return self._executor.submit(_Work(), order, store)
 
-    def look(self, job: Any) -> Outcome | Lost | None:
+    def look(self, job: Any) -> Outcome | Busy | Lost | None:
         try:
             if not job.done():
                 return None
             if self._settings.cluster == "local" and not job.paths.result_pickle.exists():
                 return self._lost(job)  # submitit would wait for a slow file system
-            found: Outcome = job.result()
+            found: Outcome | Busy = job.result()
         except FailedJobError as error:  # before the run: it makes an outcome of its own errors
             lines = [line for line in str(error).splitlines() if line.strip(" -")]
             why = next((line for line in reversed(lines) if "Error" in line), "no reason given").strip()
@@ -143,9 +145,9 @@ class _Engine:
 class _Work:
     """A run as a job; one with `checkpoint` is what submitit calls checkpointable."""
 
-    def __call__(self, run: Run, store: Store) -> Outcome:
-        return work(run, store)
+    def __call__(self, order: Order, store: Store) -> Outcome | Busy:
+        return work(order, store)
 
-    def checkpoint(self, run: Run, store: Store) -> DelayedSubmission:
+    def checkpoint(self, order: Order, store: Store) -> DelayedSubmission:
         """What is queued after preemption or at the time limit: the same, because the state is in the run's folder."""
-        return DelayedSubmission(self, run, store)
+        return DelayedSubmission(self, order, store)
