@@ -43,9 +43,6 @@ demo: $(STAMP) ## train a small net with every method on noisy digits and show w
 test: $(STAMP) ## the ordinary tests, a few minutes
 	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
 
-test-all: $(STAMP) ## every test, long; dates its result in benchmarks/results/
-	$(BIN)/python tools/test_all.py $(ARGS)
-
 $(FRAMEWORKS_STAMP): pyproject.toml constraints.txt
 	@test -x $(FRAMEWORKS_VENV)/bin/python || $(PYTHON) -m venv $(FRAMEWORKS_VENV)
 	$(FRAMEWORKS_VENV)/bin/python -m pip install --quiet -c constraints.txt \
@@ -80,6 +77,12 @@ $(EXECUTORS_STAMP): pyproject.toml constraints.txt
 
 test-executors: $(EXECUTORS_STAMP) ## the tests with Ray and submitit, which CI leaves out; ARGS="-m slow": 200 runs each
 	$(EXECUTORS_VENV)/bin/python -m pytest tests/executors -m "not slow" $(ARGS)
+
+OTHERS := $(FRAMEWORKS_STAMP) $(VISION_STAMP) $(TRACKERS_STAMP) $(EXECUTORS_STAMP)
+
+test-all: $(STAMP) $(OTHERS) ## every test in every environment, an hour or more; dated in benchmarks/results/
+	$(BIN)/python tools/test_all.py frameworks=$(FRAMEWORKS_VENV)/bin/python vision=$(VISION_VENV)/bin/python \
+	  trackers=$(TRACKERS_VENV)/bin/python executors=$(EXECUTORS_VENV)/bin/python
 
 lint: $(STAMP) ## ruff (lint and format) and the import layers
 	$(BIN)/ruff check .

@@ -1,6 +1,8 @@
-"""Run every test, slow ones included, and date the outcome in benchmarks/results/test-all.json.
+"""Run every test in every environment, slow ones included, and date the outcome in benchmarks/results/test-all.json.
 
-Words after the script go to pytest; with any, part of the tests may be left out, so nothing is written.
+    python tools/test_all.py [NAME=PYTHON ...]
+
+runs the tests of this environment, and with each further interpreter those of the folder tests/NAME.
 """
 
 from __future__ import annotations
@@ -8,49 +10,52 @@ from __future__ import annotations
 import datetime
 import json
 import platform
+import subprocess
 import sys
+import tempfile
 import time
-from collections import Counter
 from pathlib import Path
+from xml.etree import ElementTree
 
-import pytest
+ROOT = Path(__file__).parents[1]
+RECORD = ROOT / "benchmarks" / "results" / "test-all.json"
 
-RECORD = Path(__file__).parents[1] / "benchmarks" / "results" / "test-all.json"
 
-
-class Counts:
-    """A pytest plugin that counts outcomes."""
-
-    def __init__(self) -> None:
-        self.outcomes: Counter[str] = Counter()
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Count a test once: its call, or the set-up or tear-down that went wrong or was skipped."""
-        if report.when == "call" or not report.passed:
-            self.outcomes[report.outcome] += 1
+def suite(python: str, words: list[str]) -> dict[str, int]:
+    """Run pytest with these words; its exit code, the tests by outcome, and the seconds."""
+    begun = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        code = subprocess.run([python, "-m", "pytest", *words, f"--junitxml={report}"], cwd=ROOT, check=False).returncode
+        counts = dict.fromkeys(("tests", "failures", "errors", "skipped"), 0)
+        if report.is_file():
+            for one in ElementTree.parse(report).getroot().iter("testsuite"):
+                counts = {key: value + int(one.get(key, 0)) for key, value in counts.items()}
+    passed = counts.pop("tests") - sum(counts.values())
+    return {"exit_code": code, "passed": passed, **counts, "seconds": round(time.monotonic() - begun)}
 
 
 def main(arguments: list[str]) -> int:
-    """Run, record, and return pytest's exit code."""
-    counts = Counts()
-    begun = time.monotonic()
-    code = int(pytest.main([*arguments], plugins=[counts]))  # pytest adds its own words to the list
-    if not arguments:
-        import torch
+    """Run, record, and return 0 if all passed."""
+    import torch
 
-        record = {
-            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-            "exit_code": code,
-            "outcomes": dict(sorted(counts.outcomes.items())),
-            "seconds": round(time.monotonic() - begun),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "platform": f"{sys.platform}-{platform.machine()}",
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        }
-        RECORD.parent.mkdir(parents=True, exist_ok=True)
-        RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    return code
+    if any("=" not in word for word in arguments):
+        raise SystemExit(f"expected NAME=PYTHON words, got {' '.join(arguments)}")
+    others = dict(word.split("=", 1) for word in arguments)
+    # What has an environment of its own is not run twice.
+    suites = {"here": suite(sys.executable, [f"--ignore=tests/{name}" for name in others])}
+    suites |= {name: suite(python, [f"tests/{name}"]) for name, python in others.items()}
+    record = {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "suites": suites,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": f"{sys.platform}-{platform.machine()}",
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+    RECORD.parent.mkdir(parents=True, exist_ok=True)
+    RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return int(any(found["exit_code"] for found in suites.values()))
 
 
 if __name__ == "__main__":
