@@ -26,7 +26,9 @@ def suite(python: str, words: list[str]) -> dict[str, int]:
     begun = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        code = subprocess.run([python, "-m", "pytest", *words, f"--junitxml={report}"], cwd=ROOT, check=False).returncode
+        code = subprocess.run(
+            [python, "-m", "pytest", *words, f"--junitxml={report}"], cwd=ROOT, check=False
+        ).returncode
         counts = dict.fromkeys(("tests", "failures", "errors", "skipped"), 0)
         if report.is_file():
             for one in ElementTree.parse(report).getroot().iter("testsuite"):
