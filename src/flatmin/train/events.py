@@ -58,7 +58,7 @@ class Stepped:
         epoch: the one that goes on, from 1.
         lr: of the last update.
         rho: see `Epoch`.
-        loss: mean since the event before, of the first process's share; see `Epoch.train_loss`.
+        loss: mean since the event before, over all processes; see `Epoch.train_loss`.
         seconds: of training since the event before.
         images: seen since the event before.
         diagnostics: of the last update, if the run records them; see `SAM.diagnostics`.

@@ -144,18 +144,19 @@ class Run:
             self._ticked = tally.seconds
             self._tell(Ticked(step=self.trainer.steps, epoch=self.epoch + 1))
         every = self.options.log_every
-        heard = self.listeners or self.folder is not None
-        if not self.world.first or not heard or not every or self.trainer.steps % every:
+        if not every or self.trainer.steps % every:
             return
         steps, seconds, images = self.logged
-        losses = torch.stack(tally.losses[steps:]).double()
+        loss = tally.mean_since(steps, self.world)  # all processes take part, rank 0 tells
         self.logged = (len(tally), tally.seconds, tally.images)
+        if not self.world.first or not (self.listeners or self.folder is not None):
+            return
         event = Stepped(
             step=self.trainer.steps,
             epoch=self.epoch + 1,
             lr=self.trainer.schedule.at(self.trainer.steps - 1),
             rho=self.trainer.rho,
-            loss=losses[losses.isfinite()].mean().item(),
+            loss=loss,
             seconds=tally.seconds - seconds,
             images=(tally.images - images) * self.world.size,
             diagnostics=self.trainer.optimizer.diagnostics() if self.options.diagnostics else {},

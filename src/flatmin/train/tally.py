@@ -49,6 +49,11 @@ class Tally:
         loss, perturbed, right = ((a / b if b else math.nan) for a, b in found)
         return loss, perturbed if self.perturbed else None, 100 * right
 
+    def mean_since(self, update: int, world: World) -> float:
+        """Mean loss of the updates after the first so many, over all processes; nan if none of them was finite."""
+        total, count = world.sum_(_sum_and_count(self.losses[update:], self.losses[0].device)).tolist()
+        return total / count if count else math.nan
+
     def state_dict(self) -> dict[str, Any]:
         """Everything, on the CPU."""
         stacks = {name: _stack(getattr(self, name)) for name in ("losses", "perturbed", "right")}
