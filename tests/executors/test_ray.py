@@ -1,6 +1,7 @@
 """A Ray cluster that is there already, by its address or by a connection of the program's own."""
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ import pytest
 from flatmin.study.events import EpochDone, RunDone
 from flatmin.study.executors import execute, executor_settings, make_executor
 from flatmin.study.store import Store
-from tests.executors.killing import plain, runs
+from tests.executors.killing import below, command, plain, runs
 from tests.train.kills import PATIENCE, ROOT
 
 ray = pytest.importorskip("ray", reason="needs Ray: run make test-executors")
@@ -56,6 +57,21 @@ def test_by_its_address_and_by_an_open_connection(tmp_path, cluster):
     for run in wanted:
         result, lines = store.find(run, pytest.fail)
         assert plain(found[run.name]) == plain(type(found[run.name])(result=result, lines=tuple(lines)))
+
+
+def test_a_cluster_without_nodes_is_not_waited_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("FLATMIN_TEST_PACE", "0.02")
+    killed = []
+
+    def lose(event):
+        if not killed and isinstance(event, EpochDone):
+            killed.extend(pid for pid in below(os.getpid()) if command(pid).split(b"\0")[0].endswith(b"/raylet"))
+            os.kill(killed[0], signal.SIGKILL)
+
+    with pytest.raises(ValueError, match="the Ray cluster has lost all its nodes"):
+        execute(runs(1, epochs=1000), Store(tmp_path), workers=1, on_event=lose, executor="ray")
+    assert len(killed) == 1 and not ray.is_initialized()
 
 
 def test_settings():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from flatmin.study.store import Run, Store
 from flatmin.train.settings import at_least
 
 _PAUSE = 0.1  # seconds between looks
+_NODES = 5.0  # seconds between looks for nodes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +53,11 @@ class Ray:
     def run(
         self, runs: Sequence[Run], store: Store, *, workers: int, on_event: OnEvent, outcomes: dict[str, Outcome]
     ) -> None:
-        """See `flatmin.study.executors.base.Executor`."""
+        """See `flatmin.study.executors.base.Executor`.
+
+        Raises:
+            ValueError: there is no such cluster, no node has what a run needs, or all nodes were lost.
+        """
         mine = not ray.is_initialized()
         if mine:
             self._connect(workers)
@@ -105,6 +111,7 @@ class _Engine:
 
     def __init__(self, settings: Ray) -> None:
         self._settings, self._remote = settings, ray.remote(work)
+        self._looked = time.monotonic()
 
     def submit(self, order: Order, store: Store) -> Any:
         task = self._remote.options(
@@ -117,6 +124,7 @@ class _Engine:
 
     def look(self, job: Any) -> Outcome | Busy | Lost | None:
         if not ray.wait([job], timeout=0)[0]:
+            self._look_for_nodes()
             return None
         try:
             found: Outcome | Busy = ray.get(job)
@@ -125,6 +133,21 @@ class _Engine:
         except exceptions.RayError as error:
             return Lost(f"ended with {type(error).__name__}: {_first_line(error)}")
         return found
+
+    def _look_for_nodes(self) -> None:
+        """Ray waits for ever for a node that does not come back.
+
+        Raises:
+            ValueError: no node is left.
+        """
+        if time.monotonic() - self._looked < _NODES:
+            return
+        self._looked = time.monotonic()
+        if not any(node["Alive"] for node in ray.nodes()):
+            raise ValueError(
+                "the Ray cluster has lost all its nodes (one that is too busy to answer counts as lost); finished runs "
+                "are kept, and the same command goes on from there."
+            )
 
     def cancel(self, job: Any) -> None:
         ray.cancel(job, force=True)
