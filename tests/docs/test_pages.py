@@ -112,9 +112,9 @@ def test_commands_are_understood(page):
 def test_studies_are_understood(tmp_path, monkeypatch):
     """Every indented line of a study unfolds, with what it adds, and so does the study that the page writes out."""
     from flatmin.study.baselines import with_baselines
+    from flatmin.study.dimensions import read_dimension
     from flatmin.study.executors import executor_settings
     from flatmin.study.reading import read_study
-    from flatmin.study.search import read_dimension
     from flatmin.study.unfold import cells
 
     monkeypatch.chdir(tmp_path)

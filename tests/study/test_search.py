@@ -6,9 +6,10 @@ import tomllib
 
 import pytest
 
+from flatmin.study.dimensions import Dimension, read_dimension, read_words
 from flatmin.study.events import Planned, RunDone, Warned
 from flatmin.study.reading import read_study
-from flatmin.study.search import BATCH, Dimension, Found, read_dimension, read_words, search
+from flatmin.study.search import BATCH, Found, search
 from flatmin.study.unfold import cells
 from flatmin.study.writing import FRESH, found_study
 

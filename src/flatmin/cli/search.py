@@ -42,8 +42,8 @@ def search(
     and one with a larger budget goes on. Writes a study with the best settings and seeds that the search has not seen.
     """
     from flatmin.cli.progress import Progress
+    from flatmin.study.dimensions import read_words
     from flatmin.study.reading import read_study
-    from flatmin.study.search import read_words
     from flatmin.study.search import search as run
     from flatmin.study.writing import found_study
     from flatmin.train.files import write_text

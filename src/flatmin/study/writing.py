@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 
-from flatmin.study.search import Dimension, Found
+from flatmin.study.dimensions import Dimension
+from flatmin.study.search import Found
 from flatmin.study.spec import StudySpec
 
 FRESH = 5  # seeds of the study that follows

@@ -1,0 +1,97 @@
+"""What a search is over: intervals and choices, as words of the command line."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flatmin.study.sweep import Axis, tidy
+from flatmin.train.config import RunConfig
+from flatmin.train.settings import field_types, split_word
+
+_LOG = 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dimension:
+    """What is searched: an interval or a choice.
+
+    Args:
+        key: of the setting.
+        low, high: ends of the interval, included.
+        whole: whole numbers only.
+        values: instead of an interval.
+    """
+
+    key: str
+    low: float = 0.0
+    high: float = 0.0
+    whole: bool = False
+    values: tuple[str, ...] = ()
+
+    @property
+    def log(self) -> bool:
+        """Whether the interval is searched on a logarithmic scale: from a tenth of its upper end down, above 0."""
+        return 0 < self.low <= self.high / _LOG
+
+    def ask(self, trial: Any) -> str:
+        """A value from an Optuna trial, as a word of three digits."""
+        if self.values:
+            return str(trial.suggest_categorical(self.key, self.values))
+        if self.whole:
+            return str(trial.suggest_int(self.key, int(self.low), int(self.high), log=self.log))
+        return tidy(f"{trial.suggest_float(self.key, self.low, self.high, log=self.log):.3g}")
+
+
+def read_dimension(word: str) -> Dimension:
+    """The dimension that a word names: "lr=0.01..1", or "batch_size=64,128".
+
+    Raises:
+        ValueError: a word of another form, an interval that runs backwards, or a single value.
+
+    Example:
+        >>> read_dimension("rho=0.01..0.5").log, read_dimension("model=conv,mlp").values
+        (True, ('conv', 'mlp'))
+    """
+    key, text = split_word(word)
+    low, dots, high = text.partition("..")
+    if not dots:
+        values = Axis(key, tuple(part.strip() for part in text.split(",") if part.strip())).values
+        if len(values) < 2:
+            raise ValueError(f"{word} leaves nothing to search; write LOW..HIGH, or several values with commas.")
+        return Dimension(key=key, values=values)
+    try:
+        ends = float(low), float(high)
+    except ValueError:
+        raise ValueError(f"{word} is no interval of numbers; write {key}=LOW..HIGH, for example lr=0.01..1.") from None
+    if not (math.isfinite(ends[0]) and math.isfinite(ends[1]) and ends[0] < ends[1]):
+        raise ValueError(f"{word} is no interval; write the smaller end first.")
+    whole = field_types(RunConfig).get(key) is int
+    if whole and not all(end.is_integer() for end in ends):
+        raise ValueError(f"{word}: {key} takes whole numbers.")
+    return Dimension(key=key, low=ends[0], high=ends[1], whole=whole)
+
+
+def read_words(words: Sequence[str]) -> tuple[list[Dimension], list[str]]:
+    """The dimensions among the words, and the others, which set something for all runs.
+
+    A word is a dimension if its value is LOW..HIGH, or several values with commas. Seeds, and settings that are
+    themselves lists, are never searched.
+
+    Raises:
+        ValueError: see `read_dimension`.
+    """
+    found, rest = [], []
+    for word in words:
+        key, text = split_word(word)
+        kind = field_types(RunConfig).get(key)
+        low, dots, high = text.partition("..")
+        interval = bool(low and dots and high) and "/" not in text and kind is not str
+        several = "," in text and not str(kind).startswith("tuple")
+        if key != "seed" and (interval or several):
+            found.append(read_dimension(word))
+        else:
+            rest.append(word)
+    return found, rest
