@@ -74,6 +74,8 @@ _DIAGNOSTICS: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
      ("gradient_norm", "perturbed_gradient_norm"), "norm"),
     ("Angle of the two gradients", "Cosine of the gradients at the weights and at the perturbed weights.",
      ("cosine",), "cosine"),
+    ("Angle of neighbouring ascents", "Cosine of the perturbation and the one of the last update that ascended.",
+     ("ascent_cosine",), "cosine"),
     ("Norm of the perturbation", "As it was asked for, and as it was after rounding.",
      ("epsilon_asked", "epsilon_norm"), "norm"),
     ("Rounding of the perturbation", "Its projection on what was asked for, the cosine of the two, and the share of "

@@ -20,7 +20,8 @@ class Options:
         weights: whether the chosen weights are kept.
         signals: whether Ctrl-C and SIGTERM end the run with a checkpoint.
         log_every: updates between events of steps; 0: none.
-        diagnostics: record the optimizer's diagnostics, at the cost of one more copy of the gradient.
+        diagnostics: record the optimizer's diagnostics, at the cost of one more copy of the gradient and one of the
+            displacement, which checkpoints hold too.
         trackers: names of `flatmin.train.trackers.TRACKERS`.
         project: under which trackers file the run.
         measure_every: epochs between measurements; 0: none.
