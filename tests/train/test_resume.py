@@ -19,7 +19,7 @@ MEMORY = (
     *("vasso", "fsam", "looksam", "stale-sam", "momentum-sam", "rsam", "esam", "sam-db", "late", "ssam-d", "ae-sam"),
     *("micro-sam", "bisam-log", "n-step", "bernoulli", "sgdhess", "ssam-f", "rho-ramp", "vasso+bisam-log+asam"),
 )
-MEASURED = {"measure_every": 2, "measures": "sharpness", "measure_examples": 20}
+MEASURED = {"measure_every": 2, "measures": "sharpness", "measure_examples": 20, "measure_m": 8}
 # What a run can be, and the options of some.
 SETTINGS = {
     "accumulate": {"accumulate": 2},
