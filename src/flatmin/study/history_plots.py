@@ -89,11 +89,11 @@ _DIAGNOSTICS: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
      ("misclassified", "flipped"), "samples of a batch"),
     ("Norm of the weights", "", ("weight_norm",), "norm"),
 )  # fmt: skip
-_NOT_A_DIAGNOSTIC = ("step", "epoch", "lr", "rho", "seconds", "images")
+NOT_A_DIAGNOSTIC = ("step", "epoch", "lr", "rho", "seconds", "images")
 
 
 def _updates(runs: Sequence[History]) -> list[Wanted]:
-    there = names_of([row for run in runs for row in run.steps], without=_NOT_A_DIAGNOSTIC)
+    there = names_of([row for run in runs for row in run.steps], without=NOT_A_DIAGNOSTIC)
     grouped = {name for _, _, names, _ in _DIAGNOSTICS for name in names}
     groups = [*_DIAGNOSTICS, *((name, "", (name,), name) for name in there if name not in grouped)]
     long = any(len(run.steps) > POINTS for run in runs)
