@@ -544,7 +544,7 @@ class TestRecorded:
         assert line["x"] == [2, 4, 6] and line["y"] == pytest.approx([2e-2, 2e-4, 2e-6]) and shade["fill"] == "toself"
         assert section.figures["m_sharpness"].layout["yaxis"]["type"] == "log"
         assert traces_of(section, "odd", "SGD")[-1]["x"] == [4, 6], "a word is no point"
-        told = "on 1000 training samples. The radius is 0.05. m_sharpness is the mean over groups of 8."
+        told = "on 1000 training samples. The l2 radius is 0.05. m_sharpness is the mean over groups of 8."
         assert told in section.caption
 
     def test_only_what_the_study_asks_for(self, make):

@@ -24,7 +24,7 @@ class Record:
         measures: what is measured then, sections of `flatmin.measure.card`.
         measure_examples: on how many training samples.
         measure_m: of these in a group of m-sharpness; 0: no m-sharpness.
-        measure_rho: radius of worst and average cases, those of the groups too.
+        measure_rho: l2 radius of worst and average cases, those of the groups too.
 
     Raises:
         ValueError: a value out of range, an unknown measurement, diagnostics without lines to write them to, or groups

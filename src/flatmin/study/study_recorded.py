@@ -48,7 +48,7 @@ def while_training(table: StudyTable, looks: Looks) -> Section | None:
         ]
 
     record = table.spec.record
-    radius = f" The radius is {record.measure_rho:g}." if "sharpness" in chosen(record.measures) else ""
+    radius = f" The l2 radius is {record.measure_rho:g}." if "sharpness" in chosen(record.measures) else ""
     groups = f" m_sharpness is the mean over groups of {record.measure_m}." if record.measure_m else ""
     names = names_of([line for run in _runs(table) for line in run.measures], without=_NOT_MEASURED)
     return section(

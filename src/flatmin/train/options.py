@@ -29,7 +29,7 @@ class Options:
         measures: what is measured then, as `what` of `flatmin.measure.card`.
         measure_examples: on how many training samples.
         measure_m: of these in a group of m-sharpness; 0: no m-sharpness.
-        measure_rho: radius of worst and average cases, those of the groups too.
+        measure_rho: l2 radius of worst and average cases, those of the groups too.
 
     Raises:
         ValueError: a value out of range, an unknown measurement, or groups that nothing fills or asks for.
