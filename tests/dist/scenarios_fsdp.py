@@ -193,13 +193,32 @@ def bf16_weights(rank, world):
     return before, run.weights(), sum(projections) / len(projections)
 
 
-def numbers(rank, world, setup):
-    """The diagnostics of the last step."""
+def diagnosed(world, setup):
+    """A run that records its diagnostics."""
     run = Run(world, setup)
     run.optimizer = flatmin.wrap(
         BASES["sgd"](run.net.parameters()), setup.method, rho=setup.rho, model=run.net, diagnostics=True
     )
-    return run.run(range(3)).optimizer.diagnostics()
+    return run
+
+
+def numbers(rank, world, setup):
+    """The diagnostics of the last step."""
+    return diagnosed(world, setup).run(range(3)).optimizer.diagnostics()
+
+
+def numbers_of_one_that_goes_on(rank, world, setup, whole):
+    """The same, with a checkpoint before the last step that another run goes on from."""
+    first, second = diagnosed(world, setup).run(range(2)), diagnosed(world, setup)
+    model = get_model_state_dict(first.net, options=options(whole))
+    optimizer = get_optimizer_state_dict(first.net, first.optimizer, options=options(whole))
+    if whole:
+        found = [model, optimizer]
+        torch.distributed.broadcast_object_list(found)
+        model, optimizer = found
+    set_model_state_dict(second.net, model, options=options(whole))
+    set_optimizer_state_dict(second.net, second.optimizer, optimizer, options=options(whole))
+    return second.run(range(2, 3)).optimizer.diagnostics()
 
 
 @contextlib.contextmanager

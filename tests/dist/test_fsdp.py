@@ -107,6 +107,15 @@ def test_diagnostics_are_those_of_the_whole(ranks):
         assert found == pytest.approx(want, rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.parametrize("whole", [True, False], ids=["full", "sharded"])
+@pytest.mark.parametrize("method", ["sam", "vasso"])
+def test_diagnostics_go_on_from_a_checkpoint(ranks, method, whole):
+    want = scenarios.numbers(0, 1, Setup(method=method, sharded=False))
+    assert "ascent_cosine" in want
+    for found in ranks.run(scenarios.numbers_of_one_that_goes_on, Setup(method=method), whole):
+        assert found == pytest.approx(want, rel=1e-4, abs=1e-6)
+
+
 @pytest.mark.parametrize("method", ["sam", slow("asam"), "vasso", slow("rsam")])
 def test_mixed_precision(ranks, method):
     """Weights and perturbation stay in float32, products are in bfloat16: near the float32 run, the same everywhere."""

@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flatmin
@@ -16,7 +17,8 @@ from tests.helpers import BASES, CHUNKS, Session, batch, bits, drive, noisy_net,
 RATIOS = {"ratio_above_1", "ratio_0_to_1", "ratio_minus_1_to_0", "ratio_below_minus_1", "ratio_larger"}
 GRADIENTS = {"gradient_norm", "perturbed_gradient_norm", "cosine", "same_sign", *RATIOS}
 LOSSES, SAMPLES = {"loss", "loss_perturbed"}, {"misclassified", "flipped"}
-EPSILON = {"epsilon_norm", "epsilon_asked", "epsilon_projection", "epsilon_cosine", "epsilon_unmoved"}
+REALISED = {"epsilon_norm", "epsilon_asked", "epsilon_projection", "epsilon_cosine", "epsilon_unmoved"}
+EPSILON = {*REALISED, "ascent_cosine"}
 ALL = {"weight_norm", *EPSILON, *GRADIENTS, *LOSSES, *SAMPLES}
 OF_ASCENT = ALL - {"loss", "weight_norm", "gradient_norm"}
 TWO_PASS = ["sam", "asam", "vasso", "bisam-log", "gsam", "wsam", "looksam", "sam-direction", "every-k"]
@@ -47,7 +49,7 @@ class Witness:
             **options,
         )
         self.optimizer._force_device_path = device_path
-        self.seen = []
+        self.seen, self.ascents = [], []
 
     def backward(self, k, chunk=None, accumulate=1):
         x, y = batch(k, dtype=next(self.net.parameters()).dtype)
@@ -66,7 +68,10 @@ class Witness:
     def steps(self, count, door="closure"):
         for k in range(count):
             self.seen = []
+            home = torch.cat([w.detach().flatten() for w in self.net.parameters()])
             drive(self.optimizer, partial(self.backward, k), door)
+            eps = torch.cat([w.flatten() for w in self.seen[-1][0]]) - home
+            self.ascents += [eps] if eps.any() else []
         return self
 
     def expected(self, first=0, last=-1):
@@ -95,6 +100,7 @@ class Witness:
             "epsilon_projection": 1.0,
             "epsilon_cosine": 1.0,
             "epsilon_unmoved": 0.0,
+            "ascent_cosine": float(F.cosine_similarity(*self.ascents[-2:], dim=0)) if self.ascents[1:] else math.nan,
             "cosine": float(g @ gs / (g.norm() * gs.norm())),
             "misclassified": float((~right_there).sum()),
             "flipped": float((right & ~right_there).sum()),
@@ -126,7 +132,7 @@ def test_every_number_is_that_of_the_last_step(method, door, device_path):
 def test_every_kind_of_entry_and_sample_occurs():
     """Far enough away that each class has entries, and right samples turn wrong."""
     found = Witness("sam", rho=6.0).steps(3).check()
-    assert all(found[name] > 0 for name in ALL - {"epsilon_unmoved"})
+    assert all(found[name] > 0 for name in ALL - {"epsilon_unmoved", "ascent_cosine"})
 
 
 @pytest.mark.parametrize("door", ["closure", "perturbed", "passes"])
@@ -152,7 +158,7 @@ def test_without_a_pass_at_w(method, door):
     found = witness.optimizer.diagnostics() if witness.steps(3, door) else {}
     want = witness.expected()
     assert set(found) == keys
-    for name in keys - {*EPSILON, "weight_norm"}:
+    for name in keys - {*REALISED, "weight_norm"}:
         assert found[name] == pytest.approx(want[name], rel=1e-10), name
     # The loop sees w + eps only.
     assert 0.0 < found["epsilon_norm"] <= 0.5 + 1e-9
@@ -200,7 +206,7 @@ def test_other_outputs_than_class_logits():
         return loss
 
     drive(optimizer, backward)
-    assert set(optimizer.diagnostics()) == ALL - SAMPLES
+    assert set(optimizer.diagnostics()) == ALL - SAMPLES - {"ascent_cosine"}, "nothing to compare the first ascent with"
 
 
 @pytest.mark.filterwarnings("ignore:weights in half precision")

@@ -196,5 +196,10 @@ class TestOneGradient:
 def test_sharpness_is_measured_at_the_radius_that_was_trained_with():
     for demo in (False, True):
         spec = read_study("vasso-sharpness", demo=demo)
+        record, end = spec.record, spec.measure
+        assert (record.measure_m, record.measure_rho) == (end.settings.m, end.settings.rho)
+        assert record.measure_examples == end.examples and record.measures in end.what.split(",")
+        epochs = {config.epochs for config in configs("vasso-sharpness", demo=demo).values()}
+        assert all(count % record.measure_every == 0 and count >= 6 * record.measure_every for count in epochs)
         assert {config.rho for config in configs("vasso-sharpness", demo=demo).values()} == {spec.measure.settings.rho}
         assert spec.measure.examples == 8 * spec.measure.settings.m

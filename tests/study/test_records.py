@@ -175,6 +175,26 @@ class TestRecord:
         assert not Record(measure_every=2).kept_in({"record": Record(measure_every=4).word})
         assert not Record(log_every=2).kept_in({"record": Record(log_every=3).word})
 
+    @pytest.mark.parametrize("other", [{"measure_m": 4}, {"measure_rho": 0.1}, {"measure_m": 8, "measure_rho": 0.1}])
+    def test_those_that_measure_otherwise_are_others(self, other):
+        mine = Record(measure_every=2, measures="sharpness", measure_m=8)
+        theirs = Record(**{"measure_every": 2, "measures": "sharpness", "measure_m": 8} | other)
+        assert mine != theirs and mine.word != theirs.word
+        assert not mine.kept_in({"record": theirs.word}) and mine.kept_in({"record": mine.word})
+        assert Record.of({"record": mine.word}) == mine and mine.options().measure_m == 8
+        assert mine.with_also(theirs) == mine and Record(log_every=3).with_also(theirs) == Record(
+            **{"log_every": 3, "measure_every": 2, "measures": "sharpness", "measure_m": 8} | other
+        )
+        assert Record(log_every=3).kept_in({"record": mine.with_also(Record(log_every=3)).word})
+
+    def test_what_was_written_down_before_there_were_groups_counts_as_without(self):
+        old = '{"log_every": 0, "measure_every": 2, "measure_examples": 50, "measures": "sharpness"}'
+        plain = Record(measure_every=2, measure_examples=50, measures="sharpness")
+        assert plain.kept_in({"record": old})
+        assert not Record(measure_every=2, measure_examples=50, measures="sharpness", measure_m=5).kept_in(
+            {"record": old}
+        )
+
     @pytest.mark.parametrize(
         ("entry", "message"),
         [
@@ -182,6 +202,10 @@ class TestRecord:
             ("log_every = 0\ndiagnostics = true", "diagnostics=true needs log_every"),
             ("measures = 'nonsense'", "what must be of"),
             ("log_evry = 1", "unknown option 'log_evry'; did you mean 'log_every'"),
+            ("measure_m = -1", "measure_m must be at least 0, got -1"),
+            ("measure_rho = 0.0", r"measure_rho must be above 0, got 0\.0"),
+            ("measure_m = 101\nmeasure_examples = 100", "measure_m=101 samples are a group, but only 100 are"),
+            ("measure_m = 8\nmeasures = 'hessian'", "measure_m=8 is for m-sharpness, .*; measures=hessian has none"),
         ],
     )
     def test_bad_entries(self, tmp_path, entry, message):
@@ -234,7 +258,10 @@ def run_result():
 
 
 def test_measurements_while_training_are_kept(tmp_path):
-    text = STUDY.replace("[measure]", "measure_every = 1\nmeasures = 'hessian'\nmeasure_examples = 20\n[measure]")
-    table, _ = run(tmp_path, text)
+    asked = "measure_every = 1\nmeasures = 'sharpness'\nmeasure_examples = 20\nmeasure_m = 5\nmeasure_rho = 0.1\n"
+    table, _ = run(tmp_path, STUDY.replace("[measure]", f"{asked}[measure]"))
     folder = next((tmp_path / "out" / "runs").iterdir())
-    assert [line["epoch"] for line in RunFolder(folder).measures()] == [1, 2] and table.rows[0].n == 2
+    lines = RunFolder(folder).measures()
+    assert [line["epoch"] for line in lines] == [1, 2] and table.rows[0].n == 2
+    assert all(line["m_sharpness"] > line["worst_case"] > 0 for line in lines), "smaller groups, higher rises"
+    assert [one.measures for row in table.rows for one in row.runs.values() if one.measures == lines] == [lines]

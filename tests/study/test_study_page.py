@@ -8,7 +8,7 @@ import torch
 
 from flatmin.objectives import bisam_log, bisam_tanh
 from flatmin.stats import summarise
-from flatmin.study import page, study_curves, study_figures, tables
+from flatmin.study import page, study_curves, study_figures, study_recorded, tables
 from flatmin.study.executors import Outcome
 from flatmin.study.plan import plan
 from flatmin.study.reading import read_study
@@ -161,11 +161,12 @@ def make(tmp_path):
                 outcomes[run.name] = Outcome(result=own, lines=found.get("lines", ()))
                 if found.get("card"):
                     cards[run.name] = found["card"]
-                if found.get("steps"):
-                    folder = todo.store.folder(run)
-                    folder.mkdir(parents=True, exist_ok=True)
-                    lines = "".join(json.dumps(step) + "\n" for step in found["steps"])
-                    (folder / "steps.jsonl").write_text(lines, encoding="utf-8")
+                for kind in ("steps", "measures"):
+                    if found.get(kind):
+                        folder = todo.store.folder(run)
+                        folder.mkdir(parents=True, exist_ok=True)
+                        lines = "".join(json.dumps(step) + "\n" for step in found[kind])
+                        (folder / f"{kind}.jsonl").write_text(lines, encoding="utf-8")
         return tabulate(todo, outcomes, cards)
 
     return make
@@ -488,6 +489,75 @@ class TestRadar:
         assert study_figures.radar(table, Looks(table)) is None
         table = make(lambda label, seed: everything(label, seed) if label.startswith("SAM") else None, text=self.TEXT)
         assert study_figures.radar(table, Looks(table)) is None
+
+
+class TestRecorded:
+    """Whatever was written down is drawn, by the name that it was written down with."""
+
+    TEXT = SMALL.replace(
+        "diagnostics = true", 'diagnostics = true\nmeasure_every = 2\nmeasures = "sharpness"\nmeasure_m = 8'
+    )
+
+    def of(self, label, seed):
+        found = everything(label, seed)
+        own = {} if label == "SGD" else {"ascent_cosine": 0.5 + 0.1 * seed}
+        common = {"lr": 0.1, "rho": 0.1, "seconds": 1.0, "images": 9, "flipped": 3}
+        found["steps"] = [
+            {"step": k, "epoch": k // 60, "loss": 1.0 / k, "new <b>": None if k % 2 else seed, **own, **common}
+            for k in range(1, 151)
+        ]
+        found["measures"] = [
+            {"epoch": e, "step": 60 * e, "m_sharpness": 10.0**-e * (1 + seed), "odd": "word" if e == 2 else 2.0}
+            for e in (2, 4, 6)
+        ]
+        return found
+
+    def test_diagnostics_over_the_updates(self, make):
+        table = make(self.of, text=self.TEXT)
+        section = study_recorded.over_updates(table, Looks(table))
+        assert list(section.figures) == ["loss", "new <b>", "ascent_cosine"], "those of other sections are left out"
+        shade, line = traces_of(section, "ascent_cosine", "SAM")
+        assert not traces_of(section, "ascent_cosine", "SGD")
+        # 150 lines are blocks of three.
+        assert line["x"] == list(range(3, 151, 3)) and line["y"] == pytest.approx([0.6] * 50)
+        stat = summarise([0.5, 0.6, 0.7])
+        assert shade["fill"] == "toself" and line["hovertext"][0].endswith(f"3: 0.6 ± {stat.half:.2g} (n = 3)")
+        loss = traces_of(section, "loss", "SGD")[-1]
+        assert loss["y"][:2] == pytest.approx([(1 + 1 / 2 + 1 / 3) / 3, (1 / 4 + 1 / 5 + 1 / 6) / 3], rel=1e-5)
+        gaps = traces_of(section, "new <b>", "SGD")[-1]
+        assert gaps["x"] == line["x"] and gaps["y"] == [1.0] * 50, "a mean of what is there"
+        assert section.figures["loss"].layout["xaxis"]["title"]["text"] == "update"
+
+    def test_few_lines_are_points_of_their_own(self, make):
+        def of(label, seed):
+            return self.of(label, seed) | {"steps": self.of(label, seed)["steps"][: study_recorded.POINTS]}
+
+        table = make(of, text=self.TEXT)
+        line = traces_of(study_recorded.over_updates(table, Looks(table)), "loss", "SAM")[-1]
+        assert line["x"] == list(range(1, 61)) and line["y"] == pytest.approx([1 / k for k in range(1, 61)], rel=1e-5)
+
+    def test_measurements_over_the_epochs(self, make):
+        table = make(self.of, text=self.TEXT)
+        section = study_recorded.while_training(table, Looks(table))
+        assert list(section.figures) == ["m_sharpness", "odd"]
+        shade, line = traces_of(section, "m_sharpness", "SAM")
+        assert line["x"] == [2, 4, 6] and line["y"] == pytest.approx([2e-2, 2e-4, 2e-6]) and shade["fill"] == "toself"
+        assert section.figures["m_sharpness"].layout["yaxis"]["type"] == "log"
+        assert traces_of(section, "odd", "SGD")[-1]["x"] == [4, 6], "a word is no point"
+        told = "on 1000 training samples. The l2 radius is 0.05. m_sharpness is the mean over groups of 8."
+        assert told in section.caption
+
+    def test_only_what_the_study_asks_for(self, make):
+        table = make(self.of, text=SMALL)
+        assert study_recorded.while_training(table, Looks(table)) is None
+        table = make(self.of, text=SMALL.replace("log_every = 1\ndiagnostics = true", ""))
+        assert study_recorded.over_updates(table, Looks(table)) is None
+
+    def test_on_the_page(self, make, small_plotly):
+        outline = Outline(render(make(self.of, text=self.TEXT)))
+        shown = "".join(outline.text)
+        assert shown.index("Measured while training") < shown.index("Over the updates")
+        assert "new <b>" in shown and "b" not in outline.tags
 
 
 class TestWhole:

@@ -414,6 +414,10 @@ class TestRefused:
             (["keep_checkpoints=0"], r"^keep_checkpoints must be at least 1, got 0\.$"),
             (["measure_examples=0"], r"^measure_examples must be at least 1, got 0\.$"),
             (["log_every=-1"], r"^log_every must be at least 0, got -1\.$"),
+            (["measure_m=-1"], r"^measure_m must be at least 0, got -1\.$"),
+            (["measure_rho=0"], r"^measure_rho must be above 0, got 0\.0\.$"),
+            (["measure_m=64", "measure_examples=50"], r"^measure_m=64 samples are a group, but only 50 are .*\.$"),
+            (["measure_m=8", "measures=hessian"], r"^measure_m=8 is for m-sharpness, .*; measures=hessian has none\.$"),
             (["measures=hesian"], r"^measures=hesian: what must be of .*hessian.*; got hesian\.$"),
         ],
     )

@@ -19,7 +19,7 @@ MEMORY = (
     *("vasso", "fsam", "looksam", "stale-sam", "momentum-sam", "rsam", "esam", "sam-db", "late", "ssam-d", "ae-sam"),
     *("micro-sam", "bisam-log", "n-step", "bernoulli", "sgdhess", "ssam-f", "rho-ramp", "vasso+bisam-log+asam"),
 )
-MEASURED = {"measure_every": 2, "measures": "sharpness", "measure_examples": 20}
+MEASURED = {"measure_every": 2, "measures": "sharpness", "measure_examples": 20, "measure_m": 8}
 # What a run can be, and the options of some.
 SETTINGS = {
     "accumulate": {"accumulate": 2},
@@ -71,8 +71,13 @@ class TestEveryPlace:
     def test_with_losses_that_are_means_of_several_updates(self, tmp_path):
         check(tmp_path, config(), ["step 2", "step 6", "epoch 2", "step 10"], options(log_every=2, checkpoint_steps=1))
 
-    def test_with_diagnostics(self, tmp_path):
-        check(tmp_path, config(), PIECES, options(diagnostics=True))
+    @pytest.mark.parametrize("method", ["sam", "vasso", "every-k"])
+    def test_with_diagnostics(self, tmp_path, method):
+        check(tmp_path, config(method=method), PIECES, options(diagnostics=True))
+        lines = RunFolder(tmp_path / "pieces").steps()
+        known = [one["step"] for one in lines if "ascent_cosine" in one]
+        ascended = [one["step"] for one in lines if "epsilon_norm" in one]
+        assert known == ascended[1:] and len(known) > 1, "all ascents but the first, whatever was stopped between"
 
     def test_with_measurements(self, tmp_path):
         how = options(**MEASURED, checkpoint_steps=2)

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from flatmin.data.base import Data, Split
+from flatmin.measure.problem import Problem
+from flatmin.measure.sharpness import m_sharpness, worst_case
 from flatmin.train import evaluate, events, trackers
 from flatmin.train.config import RunConfig
 from flatmin.train.folder import RunFolder
@@ -350,6 +352,26 @@ class TestEvents:
         assert RunFolder(tmp_path).measures() == [{"epoch": e.epoch, "step": e.step, **e.values} for e in measured]
         assert [e.epoch for e in measured] == [1, 2]
 
+    def test_m_sharpness_is_that_of_the_card(self, tmp_path):
+        """Of all training samples, after the last epoch, in the groups and within the radius that were asked for."""
+        nets, how = [], {"measure_every": 2, "measures": "sharpness", "measure_m": 7, "measure_rho": 0.3}
+        run(config(epochs=2, selection="last"), tmp_path, on_end=nets.append, **how)
+        data = load_data(config())
+        nets[0].eval()
+        problem = Problem(nets[0], nn.functional.cross_entropy, (data.train.x, data.train.y))
+        line = RunFolder(tmp_path).measures()[-1]
+        assert line["m_sharpness"] == pytest.approx(m_sharpness(problem, 7, 0.3).value, rel=1e-4)
+        assert line["worst_case"] == pytest.approx(worst_case(problem, 0.3).value, rel=1e-4)
+        assert line["m_sharpness"] > line["worst_case"] > 0
+
+    def test_groups_that_the_data_cannot_fill_are_refused_before_the_first_step(self, tmp_path):
+        told = []
+        how = Options(measure_every=1, measures="sharpness", measure_m=51)
+        message = r"^measure_m=51 samples are a group, but only 50 are measured on; use fewer\.$"
+        with pytest.raises(ValueError, match=message):
+            train(config(), folder=RunFolder(tmp_path / "run"), options=how, on_event=told.append)
+        assert not told and not (tmp_path / "run").exists()
+
     def test_a_skipped_update_leaves_valid_json_and_means_of_the_others(self, tmp_path):
         settings = config(epochs=1, nonfinite="skip", model=f"{HERE}:blank_in_the_second", method="sgd", rho=None)
         result, told = run(settings, tmp_path, log_every=1)
@@ -373,7 +395,7 @@ class TestLookingChangesNothing:
     @pytest.mark.parametrize(
         "options",
         [
-            {"measure_every": 1, "measures": "hessian,sharpness", "measure_examples": 30},
+            {"measure_every": 1, "measures": "hessian,sharpness", "measure_examples": 30, "measure_m": 10},
             {"diagnostics": True},
             {"log_every": 0},
             {"log_every": 1, "checkpoint_steps": 1},

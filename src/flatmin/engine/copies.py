@@ -23,6 +23,7 @@ class Copies(Doors):
     criterion: Criterion | None
     ascent_sync: AscentSync
     _seed: int
+    _diagnoses: bool
     _generators: Generators
     _model: nn.Module | None
     _names: dict[Tensor, str]
@@ -73,7 +74,7 @@ class Copies(Doors):
         self.__dict__.update(state)
         self._generators = Generators(self._seed)
         self._generators.cpu.set_state(rng)
-        self._store = Store(self.recipe)
+        self._store = Store(self.recipe, self._diagnoses)
         self._store.scalars.update(scalars)
         for w, entries in zip((w for g in self.param_groups for w in g["params"]), slots, strict=True):
             self._store.put(w, entries)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,15 +10,21 @@ import torch
 from torch import Tensor
 
 from flatmin.engine import tensors as ta
+from flatmin.engine.store import ASCENT, DIAGNOSTICS, Store
 from flatmin.parts import Gradients
 
 CLASSES = ("ratio_above_1", "ratio_0_to_1", "ratio_minus_1_to_0", "ratio_below_minus_1")
 
 
 class Diagnostics:
-    """The numbers of the last update that ascended and descended; see `SAM.diagnostics`."""
+    """The numbers of the last update that ascended and descended; see `SAM.diagnostics`.
 
-    def __init__(self) -> None:
+    Args:
+        store: with a slot for the last ascent.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
         self._latest: dict[str, Tensor] = {}
         self._clear()
 
@@ -25,6 +32,7 @@ class Diagnostics:
         self._values: dict[str, Tensor] = {}
         self._g: Gradients = []
         self._correct: list[Tensor] = []
+        self._ascent: tuple[Sequence[Tensor], Sequence[Tensor]] = ((), ())
 
     def turn_over(self) -> None:
         """An update has ended: its numbers can be read until the next one ends."""
@@ -60,6 +68,30 @@ class Diagnostics:
     def displaced(self, weights: Sequence[Tensor], copies: Sequence[Tensor], asked: Sequence[Tensor]) -> None:
         """The weights at w + eps, what they were, and eps before rounding."""
         self._values.update(realised(weights, copies, asked))
+        self._ascent = weights, asked
+        last = self._store.per_weight[f"{DIAGNOSTICS}.{ASCENT}"]
+        if not last:
+            return
+        both = [(a, last[w]) for w, a in zip(weights, asked, strict=True) if w in last]
+        norm = self._values["epsilon_asked"] * ta.norm(list(last.values())).to(asked[0].device)
+        inner = ta.dot([a for a, _ in both], [b for _, b in both]).to(norm.device) if both else torch.zeros_like(norm)
+        self._values["ascent_cosine"] = torch.where(norm > 0, inner / norm, math.nan)
+
+    def keep(self) -> None:
+        """The update has ended, with a step or without: the next ascent is compared with its ascent.
+
+        In place and without waiting for the device, so that a CUDA graph can repeat it. An ascent of length zero, as
+        that of a gradient that is not finite, is none: the one before it stays.
+        """
+        weights, eps = self._ascent
+        if not weights:
+            return
+        size = self._values["epsilon_asked"]
+        gate = ((size > 0) & (size < math.inf)).to(torch.int32)
+        moved = set(weights)
+        still = [e for w, e in self._store.per_weight[f"{DIAGNOSTICS}.{ASCENT}"].items() if w not in moved]
+        ta.keep_if_(still, 1 - gate)
+        self._store.commit(DIAGNOSTICS, weights, {ASCENT: eps}, gate)
 
     def last(self, grads: Gradients, weights: Sequence[Tensor], *, perturbed: bool) -> None:
         """The gradients of the descent pass, and the weights they are for."""
@@ -93,6 +125,8 @@ class Diagnostics:
         for name in (*CLASSES, "same_sign"):
             if name in values:
                 values[name] /= max(entries, 1.0)
+        if math.isnan(values.get("ascent_cosine", 0.0)):
+            del values["ascent_cosine"]
         if "ratio_above_1" in values:
             values["ratio_larger"] = values["ratio_above_1"] + values["ratio_below_minus_1"]
         return values

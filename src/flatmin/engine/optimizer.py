@@ -83,7 +83,8 @@ class SAM(Copies):
         replay_rng: later passes draw the random numbers of the first one. Default True.
         eps: added to every norm that divides. Default 1e-12 (Foret et al.'s common implementations).
         seed: of the engine's own generator, for recipes that draw. Default 0.
-        diagnostics: record each step's numbers for `diagnostics()`; holds one more copy of g. Default False.
+        diagnostics: record each step's numbers for `diagnostics()`; holds one more copy of g, and one of eps, which
+            goes into checkpoints. Default False.
         scaler: the `torch.amp.GradScaler` of the loop, so that gradients of every pass are unscaled and the scaler
             hears of an inf in any of them; such a step is skipped, whatever `nonfinite` says. Held, never pickled.
             Default None.
@@ -151,7 +152,7 @@ class SAM(Copies):
         self._seed, self._freeze_batchnorm, self._replay_rng = seed, freeze_batchnorm, replay_rng
         self._diagnoses = diagnostics
         self._generators = Generators(seed)
-        self._store = Store(self.recipe)
+        self._store = Store(self.recipe, diagnostics)
         self._runtime(model)
         default = self.recipe.default_rho if rho is None else rho
         self.base.defaults.setdefault("rho", default)
@@ -301,6 +302,8 @@ class SAM(Copies):
         group[PREFIX + "step"] = int(group[PREFIX + "step"]) + 1
         if Need.RANDOM in self.recipe.needs:
             group[PREFIX + "rng"] = self._generators.cpu.get_state()
+        if self._diagnostics is not None:
+            self._diagnostics.keep()
         self._host_counts["updates"] += 1
         self._host_counts["nonfinite_ascents"] += not ascent_finite
         self._host_counts["skipped_steps"] += not stepped
@@ -327,13 +330,17 @@ class SAM(Copies):
         `gradient_norm`, `perturbed_gradient_norm`, `weight_norm`: ||g||, ||g_s||, ||w||. `epsilon_norm`: the realised
         ||(w + eps) - w||; `epsilon_asked`: ||eps|| before rounding; `epsilon_projection`, `epsilon_cosine`: <made,
         eps> / ||eps||^2 and the cosine of the two; `epsilon_unmoved`: share of all entries that rounding left where
-        they are. `cosine`: of g and g_s. `ratio_larger`: share of the entries with |g_s / g| > 1,
+        they are. `ascent_cosine`: of eps before rounding and that of the last update that ascended, over all weights,
+        those that stayed where they were counting as zero; how stable the adversary is. `cosine`: of g and g_s.
+        `ratio_larger`: share of the entries with |g_s / g| > 1,
         and the classes `ratio_above_1`, `ratio_0_to_1`, `ratio_minus_1_to_0`, `ratio_below_minus_1` (zeros are in
         none; |r| = 1 is in an inner one). `same_sign`: share of the entries whose sign agrees. `misclassified`,
         `flipped`: samples that are wrong at w + eps, and those right at w and wrong there; only with a `Criterion` on
         class logits.
 
-        Keys of what a step did not have (an ascent, logits) are missing.
+        Keys of what a step did not have (an ascent, logits, an ascent before it) are missing. With several ascents in a
+        row eps is the whole way from w; with one for each micro-batch it is that of the last one. The eps of the ascent
+        before is part of checkpoints, so that a run that goes on shows the same numbers.
 
         Raises:
             RuntimeError: the optimizer was built without it.
@@ -381,7 +388,7 @@ class SAM(Copies):
         self._host_counts = {"updates": 0, "nonfinite_ascents": 0, "skipped_steps": 0}
         self.loss_point = "w"
         self._resident = False
-        self._diagnostics = Diagnostics() if self._diagnoses else None
+        self._diagnostics = Diagnostics(self._store) if self._diagnoses else None
         weights = [w for g in self.param_groups for w in g["params"]]
         self._scaler = self._scaling = None
         self._unchecked_rounding = True

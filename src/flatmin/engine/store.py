@@ -16,6 +16,7 @@ from flatmin.recipes import Recipe
 
 PREFIX = "flatmin."
 VERSION = 1
+DIAGNOSTICS, ASCENT = "diagnostics", "ascent"
 _FILLED = ".filled"
 
 
@@ -23,18 +24,27 @@ class Store:
     """The slots of a recipe: one tensor per weight ("param") or one in all ("scalar").
 
     Kept outside the base's state, because optimizers initialise a tensor's state where it is empty.
+
+    Args:
+        recipe: whose parts remember.
+        diagnoses: whether the last ascent is remembered as well, for `SAM.diagnostics`. Default False.
+
+    Attributes:
+        remembers: whether the recipe itself remembers anything.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, diagnoses: bool = False) -> None:
         self.per_weight: dict[str, dict[Tensor, Tensor]] = {}
         self.scalars: dict[str, Tensor | None] = {}
         self._kinds: dict[str, Mapping[str, str]] = {}
         # The last answer of each slot: weights are the same ones step after step, and hashing each costs.
         self._last: dict[str, tuple[Sequence[Tensor], list[Tensor | None]]] = {}
         self._joined: dict[str, ta.Joined] = {}  # the slots that lie in a few large tensors
-        for kind, part in recipe.parts.items():
-            self._kinds[kind] = part.slots
-            for slot, shape in part.slots.items():
+        kinds = {kind: part.slots for kind, part in recipe.parts.items()}
+        self.remembers = any(kinds.values())
+        for kind, slots in (kinds | ({DIAGNOSTICS: {ASCENT: "param"}} if diagnoses else {})).items():
+            self._kinds[kind] = slots
+            for slot, shape in slots.items():
                 if shape == "param":
                     self.per_weight[f"{kind}.{slot}"] = {}
                 else:
@@ -259,7 +269,7 @@ def _check_origin(head: Mapping[str, Any], store: Store, recipe: str) -> None:
     version, origin = int(head[PREFIX + "version"]), head.get(PREFIX + "recipe")
     if version > VERSION:
         raise ValueError(f"the checkpoint is of version {version}; this flatmin reads up to {VERSION}: upgrade it.")
-    if origin != recipe and store:
+    if origin != recipe and store.remembers:
         raise ValueError(
             f"the checkpoint is of recipe {origin}, this optimizer runs {recipe}; "
             "load flatmin.base_state_dict(checkpoint) to keep the base's state only."

@@ -74,6 +74,8 @@ _DIAGNOSTICS: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
      ("gradient_norm", "perturbed_gradient_norm"), "norm"),
     ("Angle of the two gradients", "Cosine of the gradients at the weights and at the perturbed weights.",
      ("cosine",), "cosine"),
+    ("Angle of neighbouring ascents", "Cosine of the perturbation and the one of the last update that ascended.",
+     ("ascent_cosine",), "cosine"),
     ("Norm of the perturbation", "As it was asked for, and as it was after rounding.",
      ("epsilon_asked", "epsilon_norm"), "norm"),
     ("Rounding of the perturbation", "Its projection on what was asked for, the cosine of the two, and the share of "
@@ -87,11 +89,11 @@ _DIAGNOSTICS: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
      ("misclassified", "flipped"), "samples of a batch"),
     ("Norm of the weights", "", ("weight_norm",), "norm"),
 )  # fmt: skip
-_NOT_A_DIAGNOSTIC = ("step", "epoch", "lr", "rho", "seconds", "images")
+NOT_A_DIAGNOSTIC = ("step", "epoch", "lr", "rho", "seconds", "images")
 
 
 def _updates(runs: Sequence[History]) -> list[Wanted]:
-    there = names_of([row for run in runs for row in run.steps], without=_NOT_A_DIAGNOSTIC)
+    there = names_of([row for run in runs for row in run.steps], without=NOT_A_DIAGNOSTIC)
     grouped = {name for _, _, names, _ in _DIAGNOSTICS for name in names}
     groups = [*_DIAGNOSTICS, *((name, "", (name,), name) for name in there if name not in grouped)]
     long = any(len(run.steps) > POINTS for run in runs)

@@ -20,12 +20,14 @@ class Known:
         result: see `Result`.
         lines: its epochs.
         steps: lines of steps.jsonl, if the study records any.
+        measures: lines of measures.jsonl, likewise.
         card: what was measured of its network, as `flatmin.measure.Card.to_dict`; None if nothing was.
     """
 
     result: Result
     lines: Sequence[Epoch] = ()
     steps: Sequence[Mapping[str, Any]] = ()
+    measures: Sequence[Mapping[str, Any]] = ()
     card: Mapping[str, Any] | None = None
 
     def number(self, column: str) -> float | None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from flatmin.measure.card import chosen
-from flatmin.train.options import Options
+from flatmin.train.options import Options, check_groups
 from flatmin.train.settings import at_least, fill
 
 
@@ -23,9 +23,12 @@ class Record:
         measure_every: epochs between measurements; 0: none.
         measures: what is measured then, sections of `flatmin.measure.card`.
         measure_examples: on how many training samples.
+        measure_m: of these in a group of m-sharpness; 0: no m-sharpness.
+        measure_rho: l2 radius of worst and average cases, those of the groups too.
 
     Raises:
-        ValueError: a value out of range, an unknown measurement, or diagnostics without lines to write them to.
+        ValueError: a value out of range, an unknown measurement, diagnostics without lines to write them to, or groups
+            that nothing fills or asks for.
     """
 
     log_every: int = 0
@@ -33,13 +36,16 @@ class Record:
     measure_every: int = 0
     measures: str = "hessian,sharpness"
     measure_examples: int = 1000
+    measure_m: int = 0
+    measure_rho: float = 0.05
 
     def __post_init__(self) -> None:
-        for name, low in (("log_every", 0), ("measure_every", 0), ("measure_examples", 1)):
+        for name, low in (("log_every", 0), ("measure_every", 0), ("measure_examples", 1), ("measure_m", 0)):
             at_least(self, name, low)
         if self.diagnostics and not self.log_every:
             raise ValueError("diagnostics=true needs log_every: updates between the lines that hold them.")
         chosen(self.measures)
+        check_groups(self.measures, self.measure_examples, self.measure_m, self.measure_rho)
 
     @property
     def word(self) -> str:
@@ -59,7 +65,7 @@ class Record:
 
     @property
     def _measures(self) -> tuple[object, ...]:
-        return self.measure_every, self.measures, self.measure_examples
+        return self.measure_every, self.measures, self.measure_examples, self.measure_m, self.measure_rho
 
     @classmethod
     def of(cls, labels: Mapping[str, str]) -> Record:

@@ -27,6 +27,15 @@ _ROOM = 0.25  # of the range of the means that bands may leave it by
 _HEIGHT = 360
 _EPOCHS = 10  # up to so many have a tick each
 _DENSITY_POINTS = 3  # every third point of a density is drawn
+_RATIOS = {
+    "|r| > 1": "ratio_larger",
+    "r > 1": "ratio_above_1",
+    "0 < r ≤ 1": "ratio_0_to_1",
+    "-1 ≤ r < 0": "ratio_minus_1_to_0",
+    "r < -1": "ratio_below_minus_1",
+}
+COUNTED = ("misclassified", "flipped", *_RATIOS.values())
+"""Diagnostics that are drawn by epochs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +120,8 @@ def _short(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-def _section(table: StudyTable, looks: Looks, title: str, caption: str, wanted: Mapping[str, Curve]) -> Section | None:
+def section(table: StudyTable, looks: Looks, title: str, caption: str, wanted: Mapping[str, Curve]) -> Section | None:
+    """The figures that there are values for, by name; None if there is none."""
     drawn = {name: fig for name, one in wanted.items() if (fig := curve(table, looks, one)) is not None}
     if not drawn:
         return None
@@ -129,7 +139,7 @@ def over_epochs(table: StudyTable, looks: Looks) -> Section | None:
         return read
 
     percent = (0.0, 100.0)
-    return _section(
+    return section(
         table,
         looks,
         "Training",
@@ -153,7 +163,7 @@ def under_perturbation(table: StudyTable, looks: Looks) -> Section | None:
 
         return read
 
-    return _section(
+    return section(
         table,
         looks,
         "Misclassified under perturbation",
@@ -190,19 +200,13 @@ def ratios(table: StudyTable, looks: Looks) -> Section | None:
 
         return Curve(y="share of the entries, %", read=read, ends=(0.0, 100.0))
 
-    return _section(
+    return section(
         table,
         looks,
         "SAM's gradient against SGD's",
         "Shares of the entries of the gradient by their ratio r = gₛ / g, at w + ε over at w: mean of the updates that "
         "were logged in an epoch.",
-        {
-            "|r| > 1": share("ratio_larger"),
-            "r > 1": share("ratio_above_1"),
-            "0 < r ≤ 1": share("ratio_0_to_1"),
-            "-1 ≤ r < 0": share("ratio_minus_1_to_0"),
-            "r < -1": share("ratio_below_minus_1"),
-        },
+        {words: share(name) for words, name in _RATIOS.items()},
     )
 
 
@@ -219,7 +223,7 @@ def slices(table: StudyTable, looks: Looks) -> Section | None:
 
         return read
 
-    return _section(
+    return section(
         table,
         looks,
         "Slices of the loss",

@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Sequence
 
 from flatmin.stats import summarise
-from flatmin.study import study_curves, study_figures, tables
+from flatmin.study import study_curves, study_figures, study_recorded, tables
 from flatmin.study.page import (
     Cell,
     Column,
@@ -135,11 +135,13 @@ def _sections(shown: StudyTable, looks: Looks) -> list[Section]:
         study_figures.over_cost(shown, looks),
         study_figures.radar(shown, looks),
         study_curves.over_epochs(shown, looks),
+        study_recorded.while_training(shown, looks),
         study_figures.over_sharpness(shown, looks),
         study_curves.spectra(shown, looks),
         study_curves.slices(shown, looks),
         study_curves.under_perturbation(shown, looks),
         study_curves.ratios(shown, looks),
+        study_recorded.over_updates(shown, looks),
         phi(shown),
     ]
     return [section for section in made if section is not None]

@@ -168,8 +168,14 @@ def _row(todo: StudyPlan, i: int, outcomes: Mapping[str, Outcome], sizes: Sizes)
         outcome = outcomes.get(run.name)
         if outcome is None or outcome.result is None or outcome.result.failure is not None:
             continue
-        steps = RunFolder(todo.store.folder(run)).steps() if spec.record.log_every else []
-        runs[seed] = Known(result=outcome.result, lines=outcome.lines, steps=steps, card=outcome.card)
+        folder = RunFolder(todo.store.folder(run))
+        runs[seed] = Known(
+            result=outcome.result,
+            lines=outcome.lines,
+            steps=folder.steps() if spec.record.log_every else [],
+            measures=folder.measures() if spec.record.measure_every else [],
+            card=outcome.card,
+        )
     columns = {}
     for metric in dict.fromkeys((*METRICS, *spec.columns)):
         stat = summarise(list(_by_seed(runs, metric).values()))

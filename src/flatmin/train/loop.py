@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from flatmin.data.base import Data
+from flatmin.train import measuring
 from flatmin.train.config import RunConfig, stream
 from flatmin.train.events import EpochEnded, OnEvent, Warned
 from flatmin.train.folder import RunFolder
@@ -71,6 +72,7 @@ def train(
         if config.parallel == "fsdp" and world.size > 1 and (config.measure or options.measure_every):
             raise ValueError("measuring needs whole weights; with parallel=fsdp use `flatmin measure` after the run.")
         trainer = Trainer(config, data=data, world=world, diagnostics=options.diagnostics)
+        measuring.check(trainer, options)
         listeners: list[OnEvent] = [] if on_event is None else [on_event]
         if on_epoch is not None:
             listeners.append(lambda event: on_epoch(event.line) if isinstance(event, EpochEnded) else None)

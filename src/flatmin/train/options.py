@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from flatmin.measure.card import chosen
@@ -20,15 +21,18 @@ class Options:
         weights: whether the chosen weights are kept.
         signals: whether Ctrl-C and SIGTERM end the run with a checkpoint.
         log_every: updates between events of steps; 0: none.
-        diagnostics: record the optimizer's diagnostics, at the cost of one more copy of the gradient.
+        diagnostics: record the optimizer's diagnostics, at the cost of one more copy of the gradient and one of the
+            displacement, which checkpoints hold too.
         trackers: names of `flatmin.train.trackers.TRACKERS`.
         project: under which trackers file the run.
         measure_every: epochs between measurements; 0: none.
         measures: what is measured then, as `what` of `flatmin.measure.card`.
         measure_examples: on how many training samples.
+        measure_m: of these in a group of m-sharpness; 0: no m-sharpness.
+        measure_rho: l2 radius of worst and average cases, those of the groups too.
 
     Raises:
-        ValueError: a value out of range, or an unknown measurement.
+        ValueError: a value out of range, an unknown measurement, or groups that nothing fills or asks for.
     """
 
     checkpoint_every: int = 1
@@ -44,9 +48,11 @@ class Options:
     measure_every: int = 0
     measures: str = "hessian,sharpness"
     measure_examples: int = 1000
+    measure_m: int = 0
+    measure_rho: float = 0.05
 
     def __post_init__(self) -> None:
-        for name, low in (("keep_checkpoints", 1), ("measure_examples", 1)):
+        for name, low in (("keep_checkpoints", 1), ("measure_examples", 1), ("measure_m", 0)):
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)!r}.")
         for name in ("checkpoint_every", "checkpoint_seconds", "checkpoint_steps", "log_every", "measure_every"):
@@ -56,3 +62,24 @@ class Options:
             chosen(self.measures)
         except ValueError as error:
             raise ValueError(f"measures={self.measures}: {error}") from error
+        check_groups(self.measures, self.measure_examples, self.measure_m, self.measure_rho)
+
+
+def check_groups(measures: str, examples: int, m: int, rho: float) -> None:
+    """Refuse groups of m-sharpness that nothing fills or asks for, and a radius that is none.
+
+    Args:
+        measures: sections of the card.
+        examples: samples that are measured on.
+        m: of these in a group; 0: no groups.
+        rho: radius.
+
+    Raises:
+        ValueError: see above.
+    """
+    if not 0 < rho < math.inf:
+        raise ValueError(f"measure_rho must be above 0, got {rho!r}.")
+    if m > examples:
+        raise ValueError(f"measure_m={m} samples are a group, but only {examples} are measured on; use fewer.")
+    if m and "sharpness" not in chosen(measures):
+        raise ValueError(f"measure_m={m} is for m-sharpness, of the section sharpness; measures={measures} has none.")
