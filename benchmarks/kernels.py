@@ -46,7 +46,7 @@ def observe(make: Callable[[], Loop]) -> dict[str, int]:
         "launch calls": sum(e.name.startswith(_LAUNCHES) for e in events if e.device_type == DeviceType.CPU),
         "kernels": len(on_device) - memory,
         "memory operations": memory,
-        "syncs": sum("synchronizing" in str(w.message) for w in caught),
+        "syncs": sum("called a synchronizing" in str(w.message) for w in caught),
         "peak bytes": peak,
     }
 

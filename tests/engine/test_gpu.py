@@ -14,6 +14,7 @@ from tests.helpers import CHUNKS, drive, recipe_of
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode"),
 ]
 ALL = list(TABLE)
 METHODS = ["sgd", "sam", "asam", "usam", "vasso", "fsam", "bisam-log", "bisam-tanh", "vasso+bisam-log+asam"]
@@ -67,12 +68,12 @@ def test_host_synchronisations(name, nonfinite, fused, syncs):
         step(net, criterion, opt, x, y)
     torch.cuda.synchronize()
     seen = 0
-    torch.cuda.set_sync_debug_mode("warn")
     try:
+        torch.cuda.set_sync_debug_mode("warn")
         for x, y in data[4:]:
             with pytest.warns(UserWarning) if syncs else contextlib.nullcontext() as caught:
                 step(net, criterion, opt, x, y)
-            seen += len([w for w in caught or [] if "synchroniz" in str(w.message)])
+            seen += len([w for w in caught or [] if "called a synchronizing" in str(w.message)])
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert seen == 4 * syncs
@@ -227,8 +228,8 @@ def test_a_fused_base_under_a_scaler_does_not_synchronise():
         return loss
 
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         run.scaler.step(run.opt, closure)
     finally:
         torch.cuda.set_sync_debug_mode("default")

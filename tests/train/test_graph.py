@@ -11,6 +11,10 @@ from flatmin.data.images import Statistics
 from flatmin.engine.serving import capture_refusal
 from flatmin.recipes import METHODS, compose
 from flatmin.train.config import RunConfig
+from flatmin.train.folder import RunFolder
+from flatmin.train.loop import train
+from flatmin.train.numerics import numerics
+from flatmin.train.options import Options
 from flatmin.train.trainer import Trainer
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -68,8 +72,10 @@ def config(**changes):
 
 def final_weights(**changes):
     torch.manual_seed(0)
-    trainer = Trainer(config(deterministic=True, **changes))
-    losses = [trainer.step(batch).loss.item() for _ in range(3) for batch in trainer.batches()]
+    wanted = config(deterministic=True, **changes)
+    with numerics(wanted):
+        trainer = Trainer(wanted)
+        losses = [trainer.step(batch).loss.item() for _ in range(3) for batch in trainer.batches()]
     return torch.cat([p.detach().flatten() for p in trainer.model.parameters()]), losses, trainer
 
 
@@ -93,6 +99,56 @@ def test_the_learning_rate_moves_in_a_captured_run():
     captured, _, trainer = final_weights(schedule_unit="step", graph=True)
     torch.testing.assert_close(captured, plain, rtol=1e-3, atol=1e-5)
     assert float(trainer.optimizer.param_groups[0]["lr"]) < 0.01
+
+
+@on_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"batch_size": 48},  # the last batch of an epoch is another one
+        {"precision": "bf16", "channels_last": True, "nesterov": True},
+        {"ema": 0.9},
+        {"nonfinite": "skip"},
+    ],
+    ids=lambda changes: "-".join(changes),
+)
+def test_a_whole_captured_run_is_the_run(tmp_path, changes):
+    """With evaluations, lines of steps and their diagnostics in between."""
+    ends = []
+    for graph in (False, True):
+        folder = RunFolder(tmp_path / str(graph))
+        wanted = config(deterministic=True, graph=graph, test_every=1, **changes)
+        result = train(wanted, folder=folder, options=Options(log_every=1, diagnostics=True, checkpoint_every=0))
+        assert result.failure is None
+        ends.append((torch.load(folder.weights, weights_only=True), folder.steps(), folder.lines()))
+    for name, value in ends[0][0].items():
+        torch.testing.assert_close(ends[1][0][name], value, rtol=2e-2 if "precision" in changes else 1e-3, atol=1e-3)
+    for plain, captured in zip(ends[0][1], ends[1][1], strict=True):
+        assert plain.keys() == captured.keys()
+        assert captured["gradient_norm"] == pytest.approx(plain["gradient_norm"], rel=0.05)
+
+
+@on_gpu
+@pytest.mark.gpu
+def test_a_captured_run_goes_on_from_a_checkpoint(tmp_path):
+    class Stop(Exception):
+        pass
+
+    def stop(line):
+        if line.epoch == 2:
+            raise Stop
+
+    wanted, folder = config(deterministic=True, graph=True), RunFolder(tmp_path / "stopped")
+    train(wanted, folder=RunFolder(tmp_path / "whole"))
+    with pytest.raises(Stop):
+        train(wanted, folder=folder, on_epoch=stop)
+    train(wanted, folder=folder, resume=True)
+    whole, gone_on = (
+        torch.load(RunFolder(tmp_path / name).weights, weights_only=True) for name in ("whole", "stopped")
+    )
+    for name, value in whole.items():
+        torch.testing.assert_close(gone_on[name], value, rtol=1e-3, atol=1e-5)
 
 
 @on_gpu

@@ -25,7 +25,7 @@ class Diagnostics:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._latest: dict[str, Tensor] = {}
+        self.latest: dict[str, Tensor] = {}
         self._clear()
 
     def _clear(self) -> None:
@@ -36,7 +36,7 @@ class Diagnostics:
 
     def turn_over(self) -> None:
         """An update has ended: its numbers can be read until the next one ends."""
-        self._latest = self._values
+        self.latest = self._values
         self._clear()
 
     def loss(self, loss: Any, *, perturbed: bool) -> None:
@@ -115,11 +115,11 @@ class Diagnostics:
 
     def read(self) -> dict[str, float]:
         """All numbers as Python floats: one synchronisation."""
-        names = list(self._latest)
+        names = list(self.latest)
         if not names:
             return {}
-        device = self._latest[names[0]].device
-        found = torch.stack([self._latest[n].to(device, torch.float64) for n in names]).tolist()
+        device = self.latest[names[0]].device
+        found = torch.stack([self.latest[n].to(device, torch.float64) for n in names]).tolist()
         values = dict(zip(names, found, strict=True))
         entries = values.pop("entries", 0.0)
         for name in (*CLASSES, "same_sign"):

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 
 from flatmin.engine.base import build_base, check_rho, has_momentum, momenta_of
 from flatmin.engine.copies import Copies
@@ -268,7 +268,22 @@ class SAM(Copies):
         return self._flags
 
     def _base_takes_found_inf(self) -> bool:
-        return type(self.base).__module__.startswith("torch.optim") and all(g.get("fused") for g in self.param_groups)
+        """Whether the base can leave out a step by itself, so that the host need not know."""
+        if not (
+            type(self.base).__module__.startswith("torch.optim") and all(g.get("fused") for g in self.param_groups)
+        ):
+            return False
+        if not isinstance(self.base, SGD):
+            return True
+        # It makes its momentum in a step that a found inf then leaves out, and takes it for filled in the next one.
+        state = self.base.state
+        return all(
+            state.get(w, {}).get("momentum_buffer") is not None
+            for group in self.param_groups
+            if group["momentum"]
+            for w in group["params"]
+            if w.grad is not None
+        )
 
     def _freeze(self) -> None:
         if self._statistics is not None and not self._frozen:
@@ -363,17 +378,6 @@ class SAM(Copies):
             counts["nonfinite_ascents"] += self._flags.ascents - finite
             counts["skipped_steps"] += found // Flags.ONE
         return counts
-
-    def replayed(self) -> None:
-        """Count an update that a CUDA graph has repeated, as far as it is counted on the host.
-
-        A captured update runs no Python, so the number of updates, which checkpoints and `counts()` hold, stands still.
-        """
-        group = self.param_groups[0]
-        group[PREFIX + "step"] = int(group[PREFIX + "step"]) + 1
-        self._host_counts["updates"] += 1
-        if self._flags is not None and self.recipe.moves:
-            self._flags.ascents += 1
 
     # -- construction and checkpoints ------------------------------------------------------------------------------
 

@@ -36,6 +36,8 @@ def capture_refusal(recipe: Recipe) -> str | None:
     repeated = ", and a graph repeats the update that it captured"
     if any(part.counts for part in recipe.parts.values()):
         return f"depends on the number of the update{repeated}"
+    if any("scalar" in part.slots.values() for part in recipe.parts.values()):
+        return "remembers a number that each update replaces, and a graph reads the one that it captured"
     if isinstance(recipe.points, OtherBatch):
         return f"climbs on the batch before{repeated}"
     asked = recipe.needs.union(*(part.demands() for part in recipe.parts.values()))

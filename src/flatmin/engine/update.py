@@ -354,11 +354,14 @@ class Update:
         return True, self._gate(outcome)
 
     def _gate(self, outcome: Outcome, found_inf: Tensor | None = None) -> Tensor | None:
-        """1 where staged state comes from a finite gradient and the step was good; None if nothing was staged."""
-        if not outcome.staged or outcome.size is None:
+        """1 where staged state comes from a finite gradient and the step was good; None if nobody need ask."""
+        if not outcome.staged:
             return None
+        good = None if found_inf is None else 1 - found_inf.to(torch.int32)
+        if outcome.size is None:
+            return good
         gate = (outcome.size < math.inf).to(torch.int32)
-        return gate if found_inf is None else gate * (1 - found_inf.to(torch.int32))
+        return gate if good is None else gate * good
 
     def _refuse(self) -> bool:
         if self.optimizer.nonfinite == "raise" and self.scaling is None:

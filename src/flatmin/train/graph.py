@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from flatmin.engine.capture import Captured
 from flatmin.engine.serving import capture_refusal
 from flatmin.train.feed import Batch
 
@@ -62,39 +64,44 @@ class Graphed:
             self._eager += 1
             return self._watched(batch, update)
         if self._graph is None:
-            self._capture(batch, update)
+            graph = self._graph = self._capture(batch, update)
         else:
-            self._trainer.optimizer.replayed()
+            graph = self._graph
+            self._captured.repeat()
             self._trainer.gradients += self._gradients
-        assert self._graph is not None
         self._x.copy_(batch.x)
         self._y.copy_(batch.y)
-        self._graph.replay()
+        graph.replay()
         return self._step.copied()
 
     def _watched(self, batch: Batch, update: Callable[[Batch], Step]) -> Step:
         """An update on a stream of its own, as captures are, that must not draw."""
-        before = torch.cuda.get_rng_state()
+        before = torch.cuda.get_rng_state(), torch.get_rng_state()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             step = update(batch)
         torch.cuda.current_stream().wait_stream(stream)
-        if not torch.equal(before, torch.cuda.get_rng_state()):
+        after = torch.cuda.get_rng_state(), torch.get_rng_state()
+        if not all(map(torch.equal, before, after)):
             raise ValueError(
                 "graph=true cannot serve this model: it draws random numbers (dropout), and a graph cannot give both "
                 "passes the same masks; leave out graph."
             )
         return step
 
-    def _capture(self, batch: Batch, update: Callable[[Batch], Step]) -> None:
+    def _capture(self, batch: Batch, update: Callable[[Batch], Step]) -> torch.cuda.CUDAGraph:
         self._x, self._y = batch.x.clone(), batch.y.clone()
         before = self._trainer.gradients
-        self._graph = torch.cuda.CUDAGraph()
+        graph = torch.cuda.CUDAGraph()
+        gc.collect()  # old graphs hold memory, and none may be freed during the capture
         torch.cuda.synchronize()
-        with torch.cuda.graph(self._graph):
+        # Only this thread's calls are captured: others pin batches meanwhile.
+        capture = torch.cuda.graph(graph, capture_error_mode="thread_local")
+        with Captured(self._trainer.optimizer) as self._captured, capture:
             self._step = update(Batch(self._x, self._y, batch.index))
         self._gradients = self._trainer.gradients - before
+        return graph
 
 
 def tensor_rate(lr: float, device: str) -> Tensor:

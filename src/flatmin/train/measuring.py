@@ -7,6 +7,7 @@ import math
 import torch
 from torch.nn import functional as F
 
+from flatmin.data.base import check_held
 from flatmin.measure.card import CardSettings, card
 from flatmin.measure.problem import Problem
 from flatmin.train.config import stream
@@ -39,13 +40,14 @@ def measured(trainer: Trainer, options: Options) -> dict[str, float]:
 
 
 def check(trainer: Trainer, options: Options) -> None:
-    """Refuse, before the first step, groups of m-sharpness that the training data cannot fill.
+    """Refuse, before the first step, groups of m-sharpness that the data cannot fill, and more samples than fit.
 
     Raises:
         ValueError: so.
     """
     if options.measure_every:
         examples = min(options.measure_examples, len(trainer.data.train))
+        check_held(trainer.data.train.x, examples)
         check_groups(options.measures, examples, options.measure_m, options.measure_rho)
 
 

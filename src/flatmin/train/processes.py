@@ -123,12 +123,14 @@ def spread(model: nn.Module, kind: str, world: World, *, sync_batchnorm: bool = 
             raise ValueError("sync_batchnorm=true needs device=cuda; torch has no such layer on the CPU.")
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if kind == "fsdp":
+        from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
+        mesh = init_device_mesh(device.type, (world.size,))
         for child in model.children():
             if any(parameter.requires_grad for parameter in child.parameters()):
-                fully_shard(child)
-        fully_shard(model)
+                fully_shard(child, mesh=mesh)
+        fully_shard(model, mesh=mesh)
         return model
     return DistributedDataParallel(model, device_ids=[world.local_rank] if device.type == "cuda" else None)
 

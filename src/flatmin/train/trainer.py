@@ -90,7 +90,7 @@ class Trainer:
         self.criterion = Criterion(*build_loss(config))
         self.scaler = torch.amp.GradScaler(config.device) if config.precision == "fp16" else None
         self.optimizer = SAM(
-            build_base(config, self.model),
+            build_base(config, self.model, sharded=sharded),
             rho=config.rho,
             recipe=self.recipe,
             model=self.net,
@@ -299,9 +299,15 @@ def build_schedule(config: RunConfig, steps_per_epoch: int) -> Schedule:
     )
 
 
-def build_base(config: RunConfig, model: nn.Module) -> Optimizer:
-    """The base optimizer; fused on a GPU, where skipping a step then needs no synchronisation."""
-    fused = True if config.device == "cuda" else None
+def build_base(config: RunConfig, model: nn.Module, *, sharded: bool = False) -> Optimizer:
+    """The base optimizer; fused on a GPU, where skipping a step then needs no synchronisation.
+
+    Args:
+        config: names it.
+        model: whose weights it changes.
+        sharded: whether these are sharded; torch has no fused SGD for them.
+    """
+    fused = True if config.device == "cuda" and not (sharded and config.optimizer == "sgd") else None
     lr = tensor_rate(config.lr, config.device) if config.graph else config.lr
     weights = list(model.parameters())
     if config.optimizer == "sgd":
