@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
+from flatmin.cli.main import app
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = '''
@@ -43,16 +46,24 @@ METHODS = {
 
 
 @pytest.fixture(params=["--plugin", "entry point"])
-def package(tmp_path, request):
-    """The folder to put on the path, and the words that announce the plugin to a command."""
+def package(tmp_path, request, monkeypatch):
+    """The folder, which is on the path, and the words that announce the plugin to a command."""
     (tmp_path / "smooth_sign.py").write_text(SOURCE)
+    monkeypatch.syspath_prepend(tmp_path)
     if request.param == "entry point":
         info = tmp_path / "smooth_sign-1.0.dist-info"
         info.mkdir()
         (info / "METADATA").write_text("Metadata-Version: 2.1\nName: smooth-sign\nVersion: 1.0\n")
         (info / "entry_points.txt").write_text("[flatmin.methods]\nsmooth-sign = smooth_sign:METHODS\n")
-        return tmp_path, []
-    return tmp_path, ["--plugin", "smooth_sign"]
+    yield tmp_path, [] if request.param == "entry point" else ["--plugin", "smooth_sign"]
+    sys.modules.pop("smooth_sign", None)
+
+
+def command(*words):
+    """What the command prints in this process."""
+    result = CliRunner().invoke(app, [*words], env={"COLUMNS": "160"}, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
 
 
 def run(words, folder, **env):
@@ -72,18 +83,20 @@ def run(words, folder, **env):
 
 def test_it_is_listed_composes_and_is_compared(package):
     folder, words = package
-    cli = ["-m", "flatmin"]
-    assert "smooth-sign" in run([*cli, "methods", *words], folder)
-    composed = run([*cli, "methods", "smooth-sign+asam", *words], folder)
+    assert "smooth-sign" in command("methods", *words)
+    composed = command("methods", "smooth-sign+asam", *words)
     assert "SmoothSign" in composed and "Adaptive" in composed
     out = folder / "out"
     options = ["--preset", "smoke", "-m", "sgd", "-m", "smooth-sign", "--seeds", "1", "--no-report", "--out", str(out)]
-    table = run([*cli, "compare", "epochs=2", "rho.smooth-sign=0.1", *options, *words], folder)
+    compare = ["compare", "epochs=2", "rho.smooth-sign=0.1", *options, *words]
+    # That a plugin that was named reaches worker processes is tested in study/test_compare.py.
+    table = command(*compare, "--workers", "0") if words else run(["-m", "flatmin", *compare, "--workers", "1"], folder)
     assert "smooth-sign" in table
     results = [json.loads(p.read_text()) for p in out.glob("runs/smooth-sign*/result.json")]
     assert len(results) == 1 and results[0]["gradient_evaluations"] == 2 and results[0]["rho"] == 0.1
 
 
+@pytest.mark.parametrize("package", [pytest.param("--plugin", marks=pytest.mark.slow), "entry point"], indirect=True)
 def test_it_passes_what_every_method_must(package):
     folder, words = package
     env = {"FLATMIN_TEST_PLUGINS": words[-1]} if words else {}
@@ -97,7 +110,7 @@ def test_it_passes_what_every_method_must(package):
 
 
 def test_a_method_that_breaks_the_contract_is_caught(tmp_path):
-    """The suite fails a part that moves a weight behind the engine's back."""
+    """The suite fails a part that moves a weight behind the engine's back, and finds the plugins that it is told of."""
     call = "    def __call__(self, g, state, c):"
     (tmp_path / "smooth_sign.py").write_text(SOURCE.replace(call, call + "\n        c.w[0].data.add_(1e-3)"))
     words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/engine/test_every_method.py"]

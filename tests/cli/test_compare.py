@@ -3,8 +3,7 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
+import threading
 import time
 
 import pytest
@@ -12,7 +11,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from flatmin.cli.compare import MAX_WORKERS, default_workers
-from flatmin.cli.main import app
+from flatmin.cli.main import app, main
 from flatmin.cli.progress import Progress
 from flatmin.study import events
 from flatmin.train.result import Epoch, Result
@@ -103,22 +102,31 @@ def test_missing_plotly_is_said_before_training(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends a signal")
-def test_ctrl_c_says_how_to_go_on(tmp_path):
+def test_ctrl_c_says_how_to_go_on(tmp_path, capsys):
+    """The signal comes in the first run; one from outside to a whole process group is in study/test_compare.py."""
     words = ["compare", "--preset", "smoke", "epochs=100000", "--workers", "0", "--no-report", "--out", str(tmp_path)]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "flatmin.cli.main", *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # A test runner in the background may have been started with Ctrl-C ignored; its children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("runs/*/metrics.jsonl")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
+    ended = threading.Event()
+
+    def interrupt():
+        deadline = time.monotonic() + 60
+        while not (ended.is_set() or list(tmp_path.glob("runs/*/metrics.jsonl"))) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        if not ended.is_set():
+            os.kill(os.getpid(), signal.SIGINT)
+
+    # A test runner in the background may have been started with Ctrl-C ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            main(words)
+    finally:
+        ended.set()
+        thread.join()
+        signal.signal(signal.SIGINT, before)
+    assert stopped.value.code == 130
+    err = capsys.readouterr().err
     assert "0 of 6 runs are finished and kept; the same command goes on from there." in err and "Traceback" not in err
 
 

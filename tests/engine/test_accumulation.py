@@ -7,6 +7,7 @@ from torch import nn
 import flatmin
 from flatmin.parts import Need
 from flatmin.recipes import METHODS
+from tests.covering import pairs
 from tests.helpers import BASES, batch, recipe_of
 
 # Methods on micro-batches mean them, and those that choose samples choose in each.
@@ -79,9 +80,7 @@ class Run:
         return None
 
 
-@pytest.mark.parametrize("base", list(BASES))
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("method", OF_THE_BATCH)
+@pairs("method, way, base", OF_THE_BATCH, WAYS, list(BASES))
 def test_micro_batches_are_the_big_batch(method, way, base):
     recipe = recipe_of(method)
     if way == "loop in perturbed()" and not recipe.two_pass:

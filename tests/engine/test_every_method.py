@@ -15,6 +15,7 @@ from torch import nn
 
 import flatmin
 from flatmin.parts import Need
+from tests.covering import pairs
 from tests.helpers import recipe_of
 
 PLUGINS = [p for p in os.environ.get("FLATMIN_TEST_PLUGINS", "").split(",") if p]
@@ -114,9 +115,7 @@ def test_the_device_path_agrees_to_rounding(name):
     same(host.everything(), device.everything(), 1e-5)
 
 
-@every_method
-@every_base
-@pytest.mark.parametrize("device_path", [False, True])
+@pairs("name, base, device_path", list(TABLE), list(BASES), [False, True])
 def test_rho_zero_is_the_base(name, base, device_path):
     recipe = recipe_of(name, 6, TABLE)
     if not recipe.combine.rho_zero_is_base:

@@ -510,9 +510,10 @@ def test_import_loads_torch_and_nothing_heavy():
         "print(time.perf_counter() - t); "
         "print([m for m in ('pandas','matplotlib','plotly','sklearn','rich','typer','scipy') if m in sys.modules])"
     )
-    runs = [
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
-        for _ in range(3)
-    ]
-    assert all(r[1] == "[]" for r in runs)
-    assert min(float(r[0]) for r in runs) < 0.2
+    for _ in range(3):  # the first may be slowed down by others
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        seconds, heavy = run.stdout.splitlines()
+        assert heavy == "[]"
+        if float(seconds) < 0.2:
+            return
+    pytest.fail(f"three imports, of which the last took {seconds} s")

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 import flatmin
+from tests.covering import pairs
 from tests.helpers import BASES, NAMES, Session, batch, noisy_net, same_bits, train
 
 ROOT = Path(__file__).parents[2]
@@ -38,11 +39,21 @@ def size_of(checkpoint) -> int:
 
 
 @pytest.fixture(scope="module")
-def resumed(tmp_path_factory):
+def straight():
+    """Every run at step 10 and, gone on with, at step 20."""
+    found = {}
+    for name in (f"{m}/{b}" for m in METHODS for b in BASES):
+        session = Session(*name.split("/")).run(range(10))
+        at10 = copy.deepcopy(session.save())
+        found[name] = at10, session.run(range(10, 20)).save()
+    return found
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory, straight):
     """Every run saved at step 10 and continued to step 20 by one new process, which loads with weights_only=True."""
     folder = tmp_path_factory.mktemp("resume")
-    saved = {f"{m}/{b}": Session(m, b).run(range(10)).save() for m in METHODS for b in BASES}
-    torch.save(saved, folder / "at10.pt")
+    torch.save({name: at10 for name, (at10, _) in straight.items()}, folder / "at10.pt")
     code = f"from tests.helpers import resume_all; resume_all({str(folder / 'at10.pt')!r}, {str(folder / 'at20.pt')!r})"
     path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
     subprocess.run([sys.executable, "-c", code], check=True, cwd=folder, env={**os.environ, "PYTHONPATH": path})
@@ -51,9 +62,9 @@ def resumed(tmp_path_factory):
 
 @every_base
 @every_method
-def test_ten_and_ten_steps_in_a_new_process_are_twenty(method, base, resumed):
+def test_ten_and_ten_steps_in_a_new_process_are_twenty(method, base, resumed, straight):
     """Weights, statistics, base state, recipe state, learning rate and random stream."""
-    assert same_bits(resumed[f"{method}/{base}"], Session(method, base).run(range(20)).save())
+    assert same_bits(resumed[f"{method}/{base}"], straight[f"{method}/{base}"][1])
 
 
 def test_the_memory_matters(resumed):
@@ -237,9 +248,7 @@ def test_an_aborted_step_before_saving_leaves_resume_exact():
 # -- copies and pickles -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("order", ["model first", "optimizer first", "one object"])
-@every_base
-@every_method
+@pairs("method, order, base", METHODS, ["model first", "optimizer first", "one object"], list(BASES))
 def test_a_deepcopy_of_model_and_optimizer_stays_paired(method, base, order):
     """The copy trains as the original does, and the original does not notice."""
     session = Session(method, base).run(range(4))
@@ -349,9 +358,7 @@ def test_schedulers_give_the_base_its_rates_and_resume(make, on_base):
 # -- torch.distributed.checkpoint, one process --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("flatten", [False, True])
-@every_base
-@every_method
+@pairs("method, base, flatten", METHODS, list(BASES), [False, True])
 def test_distributed_checkpoints_round_trip_bit_for_bit(method, base, flatten):
     """Ids are names there, and the flattened form asks the optimizer's state for its keys."""
     options = StateDictOptions(flatten_optimizer_state_dict=flatten)

@@ -7,6 +7,7 @@ from torch import nn
 import flatmin
 from flatmin.parts import Need
 from flatmin.recipes import METHODS
+from tests.covering import pairs
 from tests.helpers import BASES, CHUNKS, batch, bits, noisy_net, recipe_of, takes_chunks
 
 LOOPS = ["closure", "direct closure", "passes", "passes, unscaled", "perturbed", "two calls"]
@@ -105,9 +106,7 @@ def test_the_trajectory_is_the_unscaled_one(method, kind, device_path):
     assert same(Loop(kind, method, device_path=device_path).run(6).weights[-1], plain.weights[-1])
 
 
-@pytest.mark.parametrize("base", list(BASES))
-@pytest.mark.parametrize("kind", ["closure", "passes"])
-@pytest.mark.parametrize("method", SERVED)
+@pairs("method, kind, base", SERVED, ["closure", "passes"], list(BASES))
 def test_every_method_is_served(method, kind, base):
     assert same(Loop(kind, method, base).run(4).weights[-1], Loop("plain", method, base).run(4).weights[-1])
 

@@ -10,6 +10,7 @@ from torch import nn
 
 import flatmin
 from flatmin.parts import Need
+from tests.covering import pairs
 from tests.helpers import BASES, DOORS, NAMES, batch, bits, drive, noisy_net, recipe_of, same_bits, train
 
 # Their limit is the base on micro-batches, in test_every_method.
@@ -22,9 +23,7 @@ NAMES_DESCENDING_WITH_GS = [n for n in NAMES if n not in ON_CHUNKS]
 # -- rho = 0 is the base ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("door", DOORS)
-@pytest.mark.parametrize("name", NAMES_DESCENDING_WITH_GS)
+@pairs("name, door, base", NAMES_DESCENDING_WITH_GS, DOORS, list(BASES))
 def test_rho_zero_is_the_base_bit_for_bit(name, door, base):
     """Weights, BatchNorm statistics, base state, losses and the random stream, with a net that has all of these."""
     recipe = recipe_of(name)
@@ -298,11 +297,14 @@ def everything(model, optimizer):
     return {"weights": [p.detach().clone() for p in model.parameters()], "optimizer": optimizer.state_dict()}
 
 
-@pytest.mark.parametrize("device_path", [False, True])
-@pytest.mark.parametrize("error", [Planned, KeyboardInterrupt])
-@pytest.mark.parametrize("where", ["pass 1", "pass 2", "base"])
-@pytest.mark.parametrize("door", DOORS)
-@pytest.mark.parametrize("name", ["sam", "vasso", "fsam+usam"])
+@pairs(
+    "name, door, where, error, device_path",
+    ["sam", "vasso", "fsam+usam"],
+    DOORS,
+    ["pass 1", "pass 2", "base"],
+    [Planned, KeyboardInterrupt],
+    [False, True],
+)
 def test_an_exception_leaves_no_trace_and_the_next_step_is_as_if_it_had_not_been(name, door, where, error, device_path):
     """Weights, base state and recipe state stay bit for bit; the following step equals that of an untroubled twin."""
     model, twin = noisy_net(), noisy_net()

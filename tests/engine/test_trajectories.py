@@ -14,6 +14,7 @@ import flatmin
 from tests.helpers import DOORS, batch, cosine, drive, soft_targets
 
 STEPS, TOLERANCE = 50, 1e-10
+BEGINNING = 20  # of the same fifty: as many as every further door and base is compared over
 SHAPES = {"0.weight": (5, 6), "0.bias": (5,), "2.weight": (3, 5), "2.bias": (3,)}
 # Three groups: two radii, and one group that is not moved. Values stand for each tensor of SHAPES.
 RHO = dict(zip(SHAPES, (0.1, 0.1, 0.3, 0.0), strict=True))
@@ -191,7 +192,7 @@ def flat(model):
 
 
 @functools.cache
-def reference(case, base):
+def reference(case, base, steps=STEPS):
     """The weights after each step, and the descent loss at w of each step."""
     lr0, make_update, _, _ = BASES[base]
     update, parts = make_update(), CASES[case][2]
@@ -201,7 +202,7 @@ def reference(case, base):
         ascent_loss, make_direction, geometry = parts
         direction = make_direction()
     w, weights, losses = flat(net()), [], []
-    for k in range(STEPS):
+    for k in range(steps):
         x, y = batch(k, dtype=torch.float64)
         losses.append(descent_loss(w, x, y))
         eps = torch.zeros_like(w)
@@ -230,12 +231,12 @@ def build(model, case, base, fused=None, **options):
     return optimizer, criterion, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
 
 
-def trajectory(case, base, door="closure", device_path=False, **options):
+def trajectory(case, base, door="closure", device_path=False, steps=STEPS, **options):
     model = net()
     optimizer, criterion, scheduler = build(model, case, base, **options)
     optimizer._force_device_path = device_path
     weights, losses = [], []
-    for k in range(STEPS):
+    for k in range(steps):
         x, y = batch(k, dtype=torch.float64)
 
         def backward(x=x, y=y):
@@ -246,7 +247,7 @@ def trajectory(case, base, door="closure", device_path=False, **options):
         losses.append(drive(optimizer, backward, door))
         scheduler.step()
         weights.append(flat(model))
-    assert optimizer.counts() == {"updates": STEPS, "nonfinite_ascents": 0, "skipped_steps": 0}
+    assert optimizer.counts() == {"updates": steps, "nonfinite_ascents": 0, "skipped_steps": 0}
     return torch.stack(weights), torch.stack(losses)
 
 
@@ -255,22 +256,35 @@ def assert_close(got, want):
         assert float((g - w).abs().max()) <= TOLERANCE
 
 
-@pytest.mark.parametrize("base", ["sgd", "adamw"])
+def assert_begins(case, base, door="closure", **options):
+    """The same on the first steps of the fifty."""
+    got = trajectory(case, base, door, steps=BEGINNING, **options)
+    if base == "sgd":  # known to the end
+        assert_close(got, [known[:BEGINNING] for known in reference(case, base)])
+    else:
+        assert_close(got, reference(case, base, BEGINNING))
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_a_closure_follows_the_formula(case, base):
+def test_a_closure_follows_the_formula(case):
     """Weights after every step, and the returned loss, which is the descent loss at w for each method."""
-    assert_close(trajectory(case, base), reference(case, base))
+    assert_close(trajectory(case, "sgd"), reference(case, "sgd"))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_closure_follows_the_formula_with_adamw(case):
+    assert_begins(case, "adamw")
 
 
 @pytest.mark.parametrize("case", ["sam", "vasso+bisam-log+asam"])
 def test_nesterov_momentum(case):
-    assert_close(trajectory(case, "nesterov"), reference(case, "nesterov"))
+    assert_begins(case, "nesterov")
 
 
 @pytest.mark.parametrize("door", [d for d in DOORS if d != "closure"])
 @pytest.mark.parametrize("case", CASES)
 def test_every_door_follows_the_formula(case, door):
-    assert_close(trajectory(case, "sgd", door), reference(case, "sgd"))
+    assert_begins(case, "sgd", door)
 
 
 @pytest.mark.parametrize(
@@ -279,19 +293,19 @@ def test_every_door_follows_the_formula(case, door):
 @pytest.mark.parametrize("case", CASES)
 def test_the_path_of_accelerators_follows_the_formula(case, options):
     """Scales and verdicts stay tensors; with a fused base the verdict on the gradient does as well."""
-    assert_close(trajectory(case, "sgd", device_path=True, **options), reference(case, "sgd"))
+    assert_begins(case, "sgd", device_path=True, **options)
 
 
 @pytest.mark.parametrize("case", ["sam", "vasso+bisam-log+asam"])
 @pytest.mark.parametrize("door", DOORS)
 def test_the_path_of_accelerators_with_adamw_in_every_door(case, door):
-    assert_close(trajectory(case, "adamw", door, device_path=True, fused=True), reference(case, "adamw"))
+    assert_begins(case, "adamw", door, device_path=True, fused=True)
 
 
 @pytest.mark.parametrize("nonfinite", ["propagate", "raise"])
 @pytest.mark.parametrize("case", ["sgd", "sam", "fsam+usam"])
 def test_the_rule_for_bad_gradients_does_not_touch_good_ones(case, nonfinite):
-    assert_close(trajectory(case, "adamw", nonfinite=nonfinite), reference(case, "adamw"))
+    assert_begins(case, "adamw", nonfinite=nonfinite)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -19,6 +19,7 @@ from flatmin.recipes import Recipe
 from tests.helpers import batch, cosine, drive, same_bits, soft_targets
 
 STEPS, TOLERANCE, EPS, SEED, SMOOTHING = 50, 1e-10, 1e-12, 3, 0.1
+BEGINNING = 20  # of the same fifty: as many as every further door and base is compared over
 # parameter -> shape, rho, learning rate relative to the first group's; equal neighbours share a param group
 TABLES = {
     None: {
@@ -366,12 +367,12 @@ def pieces(case, k):
 
 
 @functools.cache
-def reference(case, base):
+def reference(case, base, steps=STEPS):
     """The weights after each step, and the loss that each step returns."""
     lr0, update = BASES[base][0], BASES[base][1]()
     table, draw, memory = TABLES[case.norm], torch.Generator().manual_seed(SEED), {}
     w, weights, losses = flat(build(case.norm)[0]), [], []
-    for k in range(STEPS):
+    for k in range(steps):
         u, loss = case.step(Step(case.norm, k, w, pieces(case, k), update.v, draw, memory), **case.params)
         w = update(w, u, spread(table, {n: lr * lr0 * decay(k, rho) for n, (_, rho, lr) in table.items()}))
         weights.append(w)
@@ -447,12 +448,12 @@ class Loop:
         return loss
 
 
-def trajectory(case, base="sgd", door="closure", **options):
+def trajectory(case, base="sgd", door="closure", steps=STEPS, **options):
     loop, weights, losses = Loop(case, base, **options), [], []
-    for k in range(STEPS):
+    for k in range(steps):
         losses.append(loop.update(k, door))
         weights.append(flat(loop.model))
-    assert loop.optimizer.counts() == {"updates": STEPS, "nonfinite_ascents": 0, "skipped_steps": 0}
+    assert loop.optimizer.counts() == {"updates": steps, "nonfinite_ascents": 0, "skipped_steps": 0}
     return torch.stack(weights), torch.stack(losses)
 
 
@@ -481,17 +482,28 @@ def assert_close(got, want, tolerance=TOLERANCE):
 # -- every method follows its formula ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("base", BASES)
+def assert_begins(case, base, door="closure", **options):
+    """The same on the first steps of the fifty, but for what comes late."""
+    steps = STEPS if case.name == "late" else BEGINNING
+    known = [each[:steps] for each in reference(case, base)] if base == "sgd" else reference(case, base, steps)
+    assert_close(trajectory(case, base, door, steps, **options), known)
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_a_closure_follows_the_formula(case, base):
+def test_a_closure_follows_the_formula(case):
     """Weights after every step, and the returned loss."""
-    assert_close(trajectory(case, base), reference(case, base))
+    assert_close(trajectory(case, "sgd"), reference(case, "sgd"))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_closure_follows_the_formula_with_adamw(case):
+    assert_begins(case, "adamw")
 
 
 # `passes` hands out the whole batch where the list of closures is no part of the method.
 @pytest.mark.parametrize("case", [c for c in CASES if c.chunks != 3 or "micro" in c.name], ids=str)
 def test_passes_follow_the_formula(case):
-    assert_close(trajectory(case, "sgd", "passes"), reference(case, "sgd"))
+    assert_begins(case, "sgd", "passes")
 
 
 TWO_PASS = ("gcsam", "bisam-log+esam", "every-k+esam", "ae-sam", "only")
@@ -500,7 +512,7 @@ TWO_PASS = ("gcsam", "bisam-log+esam", "every-k+esam", "ae-sam", "only")
 @pytest.mark.parametrize(("door", "base"), [("perturbed", "adamw"), ("two calls", "sgd")])
 @pytest.mark.parametrize("case", [c for c in CASES if c.name in TWO_PASS], ids=str)
 def test_loops_of_two_passes_follow_the_formula(case, door, base):
-    assert_close(trajectory(case, base, door), reference(case, base))
+    assert_begins(case, base, door)
 
 
 ON_DEVICE = ("rsam", "esam", "micro-sam", "ssam-f", "ssam-d", "sam-db", "n-step", "n-step+vasso", "sam-on", "ae-sam")
@@ -509,7 +521,7 @@ ON_DEVICE = ("rsam", "esam", "micro-sam", "ssam-f", "ssam-d", "sam-db", "n-step"
 @pytest.mark.parametrize("case", [c for c in CASES if c.name in ON_DEVICE] + ONE_PASS, ids=str)
 def test_the_path_of_accelerators_follows_the_formula(case):
     """Fused, so that the verdict on the gradient stays on the device as well."""
-    assert_close(trajectory(case, "adamw", device_path=True, fused=True), reference(case, "adamw"))
+    assert_begins(case, "adamw", device_path=True, fused=True)
 
 
 def test_the_cases_differ():
@@ -559,19 +571,19 @@ ROUNDED = [
 
 @functools.cache
 def plain_sam(base):
-    return trajectory(Case("sam"), base)
+    return trajectory(Case("sam"), base, steps=BEGINNING)
 
 
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("case", EXACT, ids=str)
 def test_limits_are_sam_bit_for_bit(case, base):
-    assert same_bits(trajectory(case, base), plain_sam(base))
+    assert same_bits(trajectory(case, base, steps=BEGINNING), plain_sam(base))
 
 
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("case", ROUNDED, ids=str)
 def test_limits_are_sam_up_to_rounding(case, base):
-    assert_close(trajectory(case, base), plain_sam(base), 1e-12)
+    assert_close(trajectory(case, base, steps=BEGINNING), plain_sam(base), 1e-12)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import flatmin
 from flatmin.parts.combine import Saner
 from tests.engine.test_trajectories import (
     BASES,
+    BEGINNING,
     LR_FACTOR,
     RHO,
     SHAPES,
@@ -243,14 +244,14 @@ RUNS = [
 
 
 @functools.cache
-def reference(case, base):
+def reference(case, base, steps=STEPS):
     """The weights after each step, and the loss at w of each."""
     lr0, make_update, _, _ = BASES[base]
     update, rule = make_update(), CASES[case][2]()
     rho, lr = per_element(RHO), per_element(LR_FACTOR) * lr0
     draw = torch.Generator().manual_seed(SEED)
     w, weights, losses = flat(net()), [], []
-    for k in range(STEPS):
+    for k in range(steps):
         x, y = batch(k, dtype=torch.float64)
         losses.append(descent_loss(w, x, y))
         now = lr * cosine(k, STEPS)
@@ -260,7 +261,7 @@ def reference(case, base):
     return torch.stack(weights), torch.stack(losses)
 
 
-def trajectory(case, base, door="closure", device_path=False, fused=None, **more):
+def trajectory(case, base, door="closure", steps=STEPS, device_path=False, fused=None, **more):
     """The library's weights after each step, with three groups, and the loss that a loop sees."""
     name, params, _ = CASES[case] if isinstance(case, str) else case
     lr, _, torch_class, options = BASES[base]
@@ -277,7 +278,7 @@ def trajectory(case, base, door="closure", device_path=False, fused=None, **more
     optimizer._force_device_path = device_path
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     weights, losses = [], []
-    for k in range(STEPS):
+    for k in range(steps):
         x, y = batch(k, dtype=torch.float64)
 
         def backward(x=x, y=y):
@@ -288,7 +289,7 @@ def trajectory(case, base, door="closure", device_path=False, fused=None, **more
         losses.append(drive(optimizer, backward, door))
         scheduler.step()
         weights.append(flat(model))
-    assert optimizer.counts() == {"updates": STEPS, "nonfinite_ascents": 0, "skipped_steps": 0}
+    assert optimizer.counts() == {"updates": steps, "nonfinite_ascents": 0, "skipped_steps": 0}
     return torch.stack(weights), torch.stack(losses)
 
 
@@ -298,8 +299,14 @@ def trajectory(case, base, door="closure", device_path=False, fused=None, **more
     ids=["-".join([*r[:3], *r[3]]).replace("device_path", "device") for r in RUNS],
 )
 def test_every_loop_follows_the_formula(case, base, door, options):
-    """Weights after every step, and the loss at w."""
-    assert_close(trajectory(case, base, door, **options), reference(case, base))
+    """Weights after every step, and the loss at w: of all fifty with SGD and a closure, else of the first."""
+    if (base, door, options) == ("sgd", "closure", {}):
+        assert_close(trajectory(case, base, door), reference(case, base))
+    elif base == "sgd":  # known to the end
+        known = [each[:BEGINNING] for each in reference(case, base)]
+        assert_close(trajectory(case, base, door, BEGINNING, **options), known)
+    else:
+        assert_close(trajectory(case, base, door, BEGINNING, **options), reference(case, base, BEGINNING))
 
 
 def test_the_cases_differ():
@@ -361,7 +368,7 @@ def test_kernels_take_the_spatial_mean(curvature, spatial_mean):
 
 @functools.cache
 def limit_of(name):
-    return trajectory((name, {"k": 3} if name == "every-k" else {}, None), "adamw")
+    return trajectory((name, {"k": 3} if name == "every-k" else {}, None), "adamw", steps=BEGINNING)
 
 
 # -- limits that are other methods, and methods at limits of the loss ------------------------------------------------
@@ -383,7 +390,7 @@ def limit_of(name):
     ],
 )
 def test_limits_are_the_methods_they_name(name, params, limit):
-    got = trajectory((name, params, None), "adamw")
+    got = trajectory((name, params, None), "adamw", steps=BEGINNING)
     assert_close(got, limit_of(limit))
 
 

@@ -35,7 +35,7 @@ class Attention(nn.Module):
 class Recurrent(nn.Module):
     def __init__(self):
         super().__init__()
-        self.lstm, self.out = nn.LSTM(3, 4, batch_first=True), nn.Linear(4, 3)
+        self.lstm, self.out = nn.LSTM(3, 2, batch_first=True), nn.Linear(2, 3)
 
     def forward(self, x):
         return self.out(self.lstm(x)[0][:, -1])

@@ -1,5 +1,7 @@
 """Hessian, Gauss-Newton and Fisher products against dense matrices."""
 
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +9,7 @@ from torch.nn import functional as F
 
 from flatmin.measure.curvature import EmpiricalFisher, Fisher, GaussNewton, Hessian, dense
 from flatmin.measure.problem import Problem
+from tests.covering import pairs
 from tests.measure.nets import CASES, batches, dense_hessian, dense_jacobian, function_of, make
 
 SIZES = [17, 7, 1]  # one batch, an uneven last one, single samples
@@ -16,13 +19,16 @@ def equal(found, want):
     assert (found - want).abs().max() <= 1e-11 * max(1.0, float(want.abs().max()))
 
 
-@pytest.mark.parametrize("memory", [None, 0], ids=["kept", "recomputed"])
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("name", CASES)
+@functools.cache
+def known_hessian(name):
+    return dense_hessian(*make(name))
+
+
+@pairs("name, size, memory", list(CASES), SIZES, [None, 0])  # memory: graphs are kept, or made again
 def test_the_hessian_is_the_dense_one(name, size, memory):
     model, x, y, loss = make(name)
     operator = Hessian(Problem(model, loss, batches(x, y, size)), memory=memory)
-    equal(dense(operator), dense_hessian(model, x, y, loss))
+    equal(dense(operator), known_hessian(name))
     assert operator.products == operator.size
     assert operator.kept == (0 if memory == 0 else -(-17 // size))
 
@@ -32,7 +38,7 @@ def test_the_forward_form_is_the_same(name):
     """Mean squared error has no forward derivative of its gradient in every release of torch."""
     model, x, y, loss = make(name)
     operator = Hessian(Problem(model, loss, batches(x, y, 7)), form="forward")
-    equal(dense(operator), dense_hessian(model, x, y, loss))
+    equal(dense(operator), known_hessian(name))
 
 
 @pytest.mark.parametrize("name", ["mlp", "regression"])
@@ -135,15 +141,20 @@ def in_outputs(outputs, y, loss, i):
     return torch.autograd.functional.hessian(lambda f: single(f[None], y[i : i + 1]), outputs[i])
 
 
+@functools.cache
+def known_gauss_newton(name):
+    model, x, y, loss = make(name)
+    jacobian = dense_jacobian(model, x, y, loss)
+    outputs = model(x).detach()
+    return sum(jacobian[i].T @ in_outputs(outputs, y, loss, i) @ jacobian[i] for i in range(len(y))) / len(y)
+
+
 @pytest.mark.parametrize("memory", [None, 0])
 @pytest.mark.parametrize("name", [n for n in CASES if n != "class weights"])
 def test_the_gauss_newton_matrix_is_the_dense_one(name, memory):
     model, x, y, loss = make(name)
-    jacobian = dense_jacobian(model, x, y, loss)
-    outputs = model(x).detach()
-    want = sum(jacobian[i].T @ in_outputs(outputs, y, loss, i) @ jacobian[i] for i in range(len(y))) / len(y)
     found = dense(GaussNewton(Problem(model, loss, batches(x, y, 7)), memory=memory))
-    equal(found, want)
+    equal(found, known_gauss_newton(name))
     assert torch.linalg.eigvalsh(found)[0] >= -1e-12
 
 
@@ -153,7 +164,9 @@ def test_of_a_linear_model_gauss_newton_is_the_hessian():
     equal(dense(GaussNewton(problem)), dense(Hessian(problem)))
 
 
-def per_sample_gradients(model, x, y, loss):
+@functools.cache
+def per_sample_gradients(name):
+    model, x, y, loss = make(name)
     fn = [function_of(model, x[i : i + 1], y[i : i + 1], loss)[:2] for i in range(len(y))]
     return torch.stack([torch.autograd.functional.jacobian(f, w) for f, w in fn])
 
@@ -162,7 +175,7 @@ def per_sample_gradients(model, x, y, loss):
 @pytest.mark.parametrize("name", ["mlp", "relu", "groupnorm", "batchnorm", "attention", "lstm", "tied", "sum"])
 def test_the_empirical_fisher_is_the_mean_of_outer_products(name, memory):
     model, x, y, loss = make(name)
-    g = per_sample_gradients(model, x, y, loss)
+    g = per_sample_gradients(name)
     found = dense(EmpiricalFisher(Problem(model, loss, batches(x, y, 7)), memory=memory))
     equal(found, g.T @ g / len(y))
 
@@ -170,7 +183,7 @@ def test_the_empirical_fisher_is_the_mean_of_outer_products(name, memory):
 def test_the_fisher_is_gauss_newton_in_the_mean_and_not_the_empirical_one():
     model, x, y, loss = make("mlp")
     problem = Problem(model, loss, batches(x, y, 7))
-    mean = sum(dense(Fisher(problem, seed=seed, draws=20)) for seed in range(60)) / 60
+    mean = sum(dense(Fisher(problem, seed=seed, draws=200)) for seed in range(6)) / 6
     want, other = dense(GaussNewton(problem)), dense(EmpiricalFisher(problem))
     assert (mean - want).norm() < 0.05 * want.norm() < (other - want).norm()
 

@@ -72,18 +72,18 @@ def test_every_study_and_its_demo_unfold(name, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     for demo in (False, True):
         spec = read_study(name, demo=demo)
-        rows = cells(spec)
+        rows, sizes = cells(spec), Sizes()
         labels = [row.label for row in rows]
         assert len(set(labels)) == len(labels)
         configs = [config for row in rows for config in row.configs.values()]
         assert len(set(map(repr, configs))) == len(configs), "two rows of the same runs"
-        assert all(Sizes().cost(config) > 0 for config in configs[:: len(spec.seeds)])
+        assert all(sizes.cost(config) > 0 for config in configs[:: len(spec.seeds)])
         assert spec.title and spec.source and spec.notes and len(spec.seeds) == 3
         if demo:
             assert {config.data for config in configs} == {"digits"}
             assert {config.model for config in configs} <= {"conv", "mlp", "vit"}
             assert not spec.published
-            samples = sum(Sizes().cost(config) * config.batch_size for config in configs)
+            samples = sum(sizes.cost(config) * config.batch_size for config in configs)
             assert samples < 4e6 and all(config.epochs <= 60 for config in configs), "minutes on two cores"
     assert not list(tmp_path.iterdir())
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -144,32 +145,31 @@ def everything(label, seed):
     }
 
 
+def table_of(folder, of=everything, words=(), text=STUDY):
+    """The table of a study whose runs have what `of(row, seed)` gives: an error, nothing, or parts of a run."""
+    path = folder / "made.toml"
+    path.write_text(text, encoding="utf-8")
+    todo = plan(read_study(str(path), words), folder / "out")
+    outcomes = {}
+    for (i, seed), run in todo.runs.items():
+        found = of(todo.cells[i].label, seed)
+        if isinstance(found, str):
+            outcomes[run.name] = Outcome(error=found)
+        elif found is not None:
+            own = a_result(run.config, found.get("gradients", 2.0), **found["result"])
+            outcomes[run.name] = Outcome(result=own, lines=found.get("lines", ()), card=found.get("card"))
+            for kind in ("steps", "measures"):
+                if found.get(kind):
+                    run_folder = todo.store.folder(run)
+                    run_folder.mkdir(parents=True, exist_ok=True)
+                    lines = "".join(json.dumps(step) + "\n" for step in found[kind])
+                    (run_folder / f"{kind}.jsonl").write_text(lines, encoding="utf-8")
+    return tabulate(todo, outcomes)
+
+
 @pytest.fixture
 def make(tmp_path):
-    def make(of=everything, words=(), text=STUDY):
-        """The table of a study whose runs have what `of(row, seed)` gives: an error, nothing, or parts of a run."""
-        path = tmp_path / "made.toml"
-        path.write_text(text, encoding="utf-8")
-        todo = plan(read_study(str(path), words), tmp_path / "out")
-        outcomes, cards = {}, {}
-        for (i, seed), run in todo.runs.items():
-            found = of(todo.cells[i].label, seed)
-            if isinstance(found, str):
-                outcomes[run.name] = Outcome(error=found)
-            elif found is not None:
-                own = a_result(run.config, found.get("gradients", 2.0), **found["result"])
-                outcomes[run.name] = Outcome(result=own, lines=found.get("lines", ()))
-                if found.get("card"):
-                    cards[run.name] = found["card"]
-                for kind in ("steps", "measures"):
-                    if found.get(kind):
-                        folder = todo.store.folder(run)
-                        folder.mkdir(parents=True, exist_ok=True)
-                        lines = "".join(json.dumps(step) + "\n" for step in found[kind])
-                        (folder / f"{kind}.jsonl").write_text(lines, encoding="utf-8")
-        return tabulate(todo, outcomes, cards)
-
-    return make
+    return partial(table_of, tmp_path)
 
 
 def only(section, name=None):
@@ -645,9 +645,10 @@ class TestWhole:
         widths = ", ".join(f"{0.01 * (i + 1):.2f}" for i in range(7))
         text = SMALL[: SMALL.index("[[arms]]")] + f"[axes]\nrho = [{widths}]\n{arms}"
         table = make(text=text)
-        outline = Outline(render(table))
+        text = render(table)
+        outline = Outline(text)
         assert len(table.rows) == 49 and outline.tags.count("option") == 8
-        assert len(render(table)) < 3e6
+        assert len(text) < 3e6
 
     def test_more_arms_than_colours(self, make):
         arms = "".join(f'[[arms]]\nlabel = "arm {i}"\nmethod = "sam"\nlr = {0.1 / (i + 1)}\n' for i in range(21))
@@ -667,6 +668,12 @@ def tab(tmp_path_factory):
         yield found
 
 
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("page")
+    return page.write(render(table_of(folder), command=["flatmin", "study"]), folder / "page.html")
+
+
 class TestChromium:
     @pytest.fixture
     def opened(self, tab, make, tmp_path):
@@ -678,8 +685,16 @@ class TestChromium:
 
         return opened
 
-    def test_the_table_sorts(self, opened):
-        tab = opened()
+    @pytest.fixture
+    def usual(self, tab, written):
+        """The page of the study, opened where the last test has left it for another."""
+        if tab.run("location.href") != written.as_uri():
+            tab.problems.clear()
+            tab.open(written)
+        return tab
+
+    def test_the_table_sorts(self, usual):
+        tab = usual
         column = "[...document.querySelectorAll('table')[0].tBodies[0].rows].map((row) => row.cells[5].dataset.sort)"
         before = tab.run(column)
         tab.click("table thead th:nth-child(6) button")
@@ -689,8 +704,8 @@ class TestChromium:
         assert [float(value) for value in tab.run(column)] == falling[::-1]
         assert not tab.problems
 
-    def test_tooltips_legend_and_points(self, opened):
-        tab = opened()
+    def test_tooltips_legend_and_points(self, usual):
+        tab = usual
         plots = "[...document.querySelectorAll('.plot')]"
         assert tab.run(f"{plots}.every((plot) => plot.querySelector('.main-svg'))")
         hidden = f"{plots}.flatMap((p) => p.data).filter((t) => t.legendgroup === 'SAM').map((t) => t.visible)"
@@ -712,8 +727,8 @@ class TestChromium:
         assert "gradients of a batch" in tab.run("document.querySelector('.hovertext').textContent")
         assert not tab.problems
 
-    def test_light_and_dark(self, opened):
-        tab = opened()
+    def test_light_and_dark(self, usual):
+        tab = usual
         look = (
             "[getComputedStyle(document.body).backgroundColor,"
             " document.querySelector('.plot').layout.paper_bgcolor, document.querySelector('.plot').data[1].line.color]"
@@ -722,10 +737,11 @@ class TestChromium:
         tab.dark(True)
         tab.settle()
         dark = tab.run(look)
+        tab.dark(False)
         assert light[0] == "rgb(255, 255, 255)" and all(a != b for a, b in zip(light, dark, strict=True))
         assert not tab.problems
 
-    @pytest.mark.parametrize("hostile", [False, True])
+    @pytest.mark.parametrize("hostile", [pytest.param(False, marks=pytest.mark.slow), True])
     def test_fits_a_phone(self, opened, make, hostile):
         text = STUDY.replace('"Made up"', json.dumps(HOSTILE[3]))
         for old, new in (("SAM", HOSTILE[1]), ("BiSAM (tanh)", HOSTILE[2]), ("BiSAM (-log)", HOSTILE[3])):

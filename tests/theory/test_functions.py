@@ -205,8 +205,10 @@ def test_bad_functions_are_refused_in_a_sentence(call, message):
 
 
 def test_theory_needs_no_terminal_and_no_plots():
+    """Neither do its demonstrations, nor what draws them before it is to draw."""
     code = (
-        "import sys, flatmin.theory as t; t.check(0.1, 0.1, t.Square());"
+        "import sys, flatmin.theory as t, flatmin.theory.demonstrations, flatmin.theory.draw;"
+        "t.check(0.1, 0.1, t.Square());"
         "bad = {'rich', 'typer', 'plotly', 'pandas', 'matplotlib', 'sklearn', 'scipy'} & set(sys.modules);"
         "assert not bad, bad"
     )

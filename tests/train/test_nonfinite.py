@@ -11,7 +11,7 @@ from flatmin.train.config import RunConfig
 from flatmin.train.folder import RunFolder
 from flatmin.train.loop import train
 from tests.helpers import same_bits
-from tests.train.runs import HERE, MARKED, At, Stop, go, options, outcome, saved_steps
+from tests.train.runs import HERE, MARKED, At, Stop, go, left_alone, options, outcome, saved_steps
 
 
 def config(**changes):
@@ -154,8 +154,7 @@ class TestSkip:
         with pytest.raises(Stop):
             go(tmp_path / "run", run, how, At(f"step {step}"))
         go(tmp_path / "run", run, how)
-        go(tmp_path / "alone", run, how)
-        assert same_bits(outcome(tmp_path / "run"), outcome(tmp_path / "alone"))
+        assert same_bits(outcome(tmp_path / "run"), left_alone(tmp_path, run, how))
 
     def test_nothing_but_such_batches(self, tmp_path):
         go(tmp_path / "run", config(nonfinite="skip", batch_size=48, max_skips=99))

@@ -9,7 +9,7 @@ from flatmin.train.folder import RunFolder
 from flatmin.train.interrupt import Interrupted
 from flatmin.train.loop import train
 from tests.helpers import same_bits
-from tests.train.runs import HERE, At, Stop, config, go, go_in_pieces, options, outcome, saved_steps
+from tests.train.runs import HERE, At, Stop, config, go, go_in_pieces, left_alone, options, outcome, saved_steps
 
 # Inside an epoch, at its last update, between two epochs and in the last one; four updates are an epoch.
 PIECES = ("step 2", "step 7", "step 8", "epoch 2", "step 11")
@@ -47,9 +47,9 @@ SETTINGS = {
 
 def check(folder, run, places, how=None):
     """Stop a run at these places and compare it with one that is left alone."""
-    go(folder / "alone", run, how)
+    alone = left_alone(folder, run, how)
     go_in_pieces(folder / "pieces", run, places, how)
-    alone, pieces = outcome(folder / "alone"), outcome(folder / "pieces")
+    pieces = outcome(folder / "pieces")
     for part in alone:
         assert same_bits(pieces[part], alone[part]), part
 
@@ -103,8 +103,7 @@ class TestSignals:
         assert not RunFolder(tmp_path / "run").finished
         begun = go(tmp_path / "run", config(), how)[0]
         assert isinstance(begun, Began) and (begun.epoch, begun.step) == (epochs, step)
-        go(tmp_path / "alone", config(), how)
-        assert same_bits(outcome(tmp_path / "run"), outcome(tmp_path / "alone"))
+        assert same_bits(outcome(tmp_path / "run"), left_alone(tmp_path, config(), how))
 
     def test_a_run_that_has_only_its_end_before_it_ends(self, tmp_path):
         go(tmp_path / "run", config(), None, At("epoch 3", "SIGINT"))

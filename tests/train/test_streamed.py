@@ -13,7 +13,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from flatmin.cli.main import app
+from flatmin.cli.main import app, main
 from flatmin.data import base
 from flatmin.data.augment import Augment
 from flatmin.data.base import Data, Split
@@ -33,7 +33,7 @@ from flatmin.train.sources import load_data
 from flatmin.train.trainer import Trainer
 from tests.helpers import same_bits
 from tests.pictures import cut_short, tree
-from tests.train.runs import HERE, At, Stop, config, go, options, outcome
+from tests.train.runs import HERE, At, Stop, config, go, left_alone, options, outcome
 
 pytest.importorskip("PIL.Image", reason="Pillow makes the images that are read here")
 
@@ -151,11 +151,11 @@ class TestResume:
         """Bit for bit, also with another number of workers."""
         how = options(checkpoint_steps=1)
         run = settings(kept, model=f"{HERE}:image_net", noise=0.2)
-        go(tmp_path / "alone", run, how)
+        alone = left_alone(tmp_path, run, how)
         with pytest.raises(Stop):
             go(tmp_path / "run", dataclasses.replace(run, workers=workers[0]), how, At("step 6"))
         go(tmp_path / "run", dataclasses.replace(run, workers=workers[1]), how)
-        assert same_bits(outcome(tmp_path / "run"), outcome(tmp_path / "alone"))
+        assert same_bits(outcome(tmp_path / "run"), alone)
 
 
 class TestFilesThatCannotBeRead:
@@ -263,18 +263,22 @@ class TestCommand:
         found = json.loads((tmp_path / "runs" / "x" / "result.json").read_text())
         assert found["failure"] is None and 0 <= found["chosen"]["test_acc"] <= 100
 
-    def test_in_a_process_of_its_own_with_workers(self, kept, root, tmp_path):
+    def test_in_a_process_of_its_own_with_workers(self, kept, tmp_path):
         command = [sys.executable, "-m", "flatmin"]
         words = self.words(kept, tmp_path, "imagenet", workers=2)
         done = subprocess.run([*command, *words], check=False, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         assert "Traceback" not in done.stderr
+
+    def test_what_a_worker_cannot_read_is_one_sentence(self, root, tmp_path, capfd):
+        """On the standard error of this process, which the workers share."""
         broken = sorted((root / "train").rglob("*.png"))[0]
         broken.write_text("<html>")
-        words = self.words(root, tmp_path / "again", "imagenet", workers=2)
-        done = subprocess.run([*command, *words], check=False, capture_output=True, text=True, timeout=120)
-        assert done.returncode != 0 and "Traceback" not in done.stderr
-        assert f"{broken.name} cannot be read as an image" in " ".join(done.stderr.split())
+        with pytest.raises(SystemExit) as stopped:
+            main(self.words(root, tmp_path, "imagenet", workers=2))
+        err = capfd.readouterr().err
+        assert stopped.value.code not in (0, None) and "Traceback" not in err
+        assert f"{broken.name} cannot be read as an image" in " ".join(err.split())
 
     @pytest.mark.slow
     @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
