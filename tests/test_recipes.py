@@ -361,8 +361,10 @@ def test_a_plugin_that_cannot_be_imported():
         method_table(["no_such_module"])
 
 
-def test_an_entry_point_is_found_without_naming_it(monkeypatch):
-    """compose() looks there only for names that are not built in."""
+def test_an_entry_point_is_found_without_naming_it(monkeypatch, tmp_path):
+    """compose() looks there only for names that are not built in, and once for each path."""
+    flatmin.method_table()
+    monkeypatch.syspath_prepend(tmp_path)
     name = plugin(monkeypatch, METHODS={"mix": TABLE["mix"]})
     found = EntryPoints([EntryPoint("mine", f"{name}:METHODS", "flatmin.methods")])
     monkeypatch.setattr("importlib.metadata.entry_points", lambda group: found.select(group=group))

@@ -16,13 +16,18 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 from flatmin.catalogue import BUILT_IN
 from flatmin.parts import KINDS, Part
 from flatmin.recipe import DEFAULTS, ContradictionError, Method, Recipe
 from flatmin.words import suggest
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoints
 
 __all__ = ["CONFUSED", "ENTRY_POINTS", "METHODS", "ContradictionError", "Method", "Recipe", "compose", "method_table"]
 ENTRY_POINTS = "flatmin.methods"
@@ -42,10 +47,8 @@ def method_table(plugins: Sequence[str] = ()) -> dict[str, Method]:
     Raises:
         ValueError: a plugin that cannot be imported or has no such dict, or a name that is taken.
     """
-    from importlib.metadata import entry_points
-
     table = dict(METHODS)
-    for entry in entry_points(group=ENTRY_POINTS):
+    for entry in _installed(tuple(sys.path)):
         _merge(table, entry.load(), f"entry point {entry.value!r}")
     for module in plugins:
         try:
@@ -54,6 +57,14 @@ def method_table(plugins: Sequence[str] = ()) -> dict[str, Method]:
             raise ValueError(f"plugin {module!r} cannot be imported: {error}.") from error
         _merge(table, getattr(found, "METHODS", None), f"plugin {module!r}")
     return table
+
+
+@lru_cache(maxsize=4)
+def _installed(path: tuple[str, ...]) -> EntryPoints:
+    """The methods of installed packages; looking for them reads a file of each package on the path."""
+    from importlib.metadata import entry_points
+
+    return entry_points(group=ENTRY_POINTS)
 
 
 def _merge(table: dict[str, Method], new: Any, origin: str) -> None:

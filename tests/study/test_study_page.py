@@ -158,10 +158,11 @@ def table_of(folder, of=everything, words=(), text=STUDY):
         elif found is not None:
             own = a_result(run.config, found.get("gradients", 2.0), **found["result"])
             outcomes[run.name] = Outcome(result=own, lines=found.get("lines", ()), card=found.get("card"))
+            run_folder = todo.store.folder(run)
+            run_folder.mkdir(parents=True, exist_ok=True)
+            (run_folder / "env.json").write_text(json.dumps({"versions": {"torch": "2.0"}}), encoding="utf-8")
             for kind in ("steps", "measures"):
                 if found.get(kind):
-                    run_folder = todo.store.folder(run)
-                    run_folder.mkdir(parents=True, exist_ok=True)
                     lines = "".join(json.dumps(step) + "\n" for step in found[kind])
                     (run_folder / f"{kind}.jsonl").write_text(lines, encoding="utf-8")
     return tabulate(todo, outcomes)
