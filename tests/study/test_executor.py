@@ -10,7 +10,14 @@ import pytest
 import torch
 
 from flatmin.study.events import EpochDone, RunBroke, RunDone, Warned
-from flatmin.study.executors import Interrupted, execute, executor_settings, local, make_executor
+from flatmin.study.executors import (
+    Interrupted,
+    execute,
+    executor_settings,
+    finished_and_missing,
+    local,
+    make_executor,
+)
 from flatmin.study.executors.base import Teller
 from flatmin.study.executors.orders import Busy, Order
 from flatmin.study.executors.performing import perform
@@ -184,6 +191,25 @@ class TestPerform:
             execute([one], store, workers=0, on_event=broken)
         assert not store.folder(one).joinpath("result.json").exists()
         assert execute([one], store, workers=0, on_event=lambda event: None)[one.name].error is None
+
+
+def test_checkpoints_that_a_finished_run_has_left_are_removed(tmp_path):
+    """Its worker and its driver were killed between the result and the end of the work."""
+    one, store, left = run(epochs=3), Store(tmp_path, checkpoint_seconds=0), tmp_path / "left"
+
+    def copy(line):
+        if line.epoch == 3:
+            left.write_bytes(next(store.folder(one).glob("checkpoints/*.pt")).read_bytes())
+            (tmp_path / "name").write_text(next(store.folder(one).glob("checkpoints/*.pt")).name)
+
+    outcome = perform(Order.of(one), store, copy)
+    where = store.folder(one) / "checkpoints" / (tmp_path / "name").read_text()
+    where.parent.mkdir()
+    left.rename(where)
+    finished_and_missing([one], Store(tmp_path, make=False), pytest.fail)
+    assert where.exists()
+    assert finished_and_missing([one], store, pytest.fail)[0] == {one.name: outcome}
+    assert not where.parent.exists()
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -69,6 +69,7 @@ class Store:
 
     def __init__(self, out: Path, *, weights: bool = True, make: bool = True, checkpoint_seconds: float = 60.0) -> None:
         self.out, self.weights, self.checkpoint_seconds = Path(out), weights, checkpoint_seconds
+        self.writes = make
         self.runs = self.out / "runs"
         if not make:
             return

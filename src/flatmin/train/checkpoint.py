@@ -7,6 +7,7 @@ import os
 import re
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -140,10 +141,9 @@ def read(path: Path) -> dict[str, Any]:
 
 def clear(folder: Path) -> None:
     """Remove all checkpoints, and what an interrupted write has left."""
-    if not folder.is_dir():
-        return
-    for path in found(folder):
-        path.unlink(missing_ok=True)
-    sweep(folder)
-    if not any(folder.iterdir()):
-        folder.rmdir()
+    with suppress(FileNotFoundError):  # there is none, or another process clears it too
+        for path in found(folder):
+            path.unlink(missing_ok=True)
+        sweep(folder)
+        if not any(folder.iterdir()):
+            folder.rmdir()

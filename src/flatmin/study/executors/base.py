@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from flatmin.study.events import CardDone, EpochDone, Event, RunBroke, RunDone, Warned
 from flatmin.study.record import Record
 from flatmin.study.store import Run, Store, unique
+from flatmin.train import checkpoint
 from flatmin.train.folder import RunFolder
 from flatmin.train.result import Epoch, Result
 
@@ -67,7 +68,8 @@ def finished_and_missing(
 ) -> tuple[dict[str, Outcome], list[Run]]:
     """Outcomes of the finished runs by name, and the runs to do; each run once.
 
-    A run that is done again because it has not recorded what is asked for also records what it had.
+    A run that is done again because it has not recorded what is asked for also records what it had. Checkpoints that a
+    finished run has left are removed, if the store may write.
 
     Args:
         runs: wanted.
@@ -82,6 +84,8 @@ def finished_and_missing(
             missing.append(dataclasses.replace(run, record=run.record.with_also(_recorded(run, store))))
         else:
             found[run.name] = Outcome(result=known[0], lines=tuple(known[1]))
+            if store.writes:  # its worker and its driver may have been killed right after the result
+                checkpoint.clear(RunFolder(store.folder(run)).checkpoints)
     return found, missing
 
 
