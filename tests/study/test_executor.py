@@ -19,6 +19,7 @@ from flatmin.study.executors import (
     make_executor,
 )
 from flatmin.study.executors.base import Teller
+from flatmin.study.executors.driving import drive
 from flatmin.study.executors.orders import Busy, Order
 from flatmin.study.executors.performing import perform
 from flatmin.study.executors.signals import ctrl_c_later
@@ -260,6 +261,47 @@ def test_ctrl_c_waits_for_what_is_being_handed_over():
         signal.raise_signal(signal.SIGINT)
         steps.append("a second one does not wait")
     assert steps == ["handed over"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    with pytest.raises(KeyboardInterrupt) as stopped, ctrl_c_later():
+        signal.raise_signal(signal.SIGINT)
+        raise ValueError("the command that hands over was stopped too")
+    assert isinstance(stopped.value.__cause__, ValueError)
+    with pytest.raises(ValueError, match="of its own"), ctrl_c_later():
+        raise ValueError("of its own")
+
+
+class Elsewhere:
+    """An engine whose jobs find the first run held for a while, and nothing to do but what `outcome` says."""
+
+    def __init__(self, held, outcome):
+        self.held, self.outcome, self.submitted = held, outcome, []
+
+    def submit(self, order, store):
+        self.submitted.append((order.run.name, order.wait))
+        return order.run
+
+    def look(self, job):
+        return Busy() if job.name == self.held and len(self.submitted) < 4 else self.outcome
+
+    def cancel(self, job):
+        raise AssertionError("nothing is lost")
+
+
+def test_no_job_is_handed_over_to_wait_for_another(tmp_path):
+    store, runs, outcomes, told = Store(tmp_path), [run(seed=seed) for seed in range(3)], {}, []
+    outcome = perform(Order.of(run(seed=9)), store, lambda line: None)
+    engine = Elsewhere(runs[0].name, outcome)
+    with ExitStack() as elsewhere:
+        elsewhere.enter_context(hold(store.folder(runs[0])))
+
+        def listen(event):
+            if isinstance(event, RunDone):
+                told.append(event.run)
+                if len(told) == 2:
+                    threading.Timer(0.7, elsewhere.close).start()
+
+        drive(engine, runs, store, workers=1, pause=0.0, teller=Teller(store, listen, outcomes))
+    assert [name for name, _ in engine.submitted] == [run.name for run in (*runs, runs[0])]
+    assert not any(wait for _, wait in engine.submitted) and set(outcomes) == {run.name for run in runs}
 
 
 def test_a_worker_may_have_processes_that_read_its_data(tmp_path):

@@ -39,3 +39,22 @@ def test_the_environment_names_no_host_and_no_user():
     assert os.uname().nodename not in found
     assert os.path.expanduser("~") not in found
     assert '"torch"' in found
+
+
+def test_a_digest_does_not_depend_on_where_the_code_lies(tmp_path):
+    for first, second in (("a", "b"), ("d", "c")):
+        for folder, name in ((first, "net.py"), (second, "parts.py")):
+            (tmp_path / folder).mkdir()
+            (tmp_path / folder / name).write_text(name)
+    here = sorted([tmp_path / "a" / "net.py", tmp_path / "b" / "parts.py"])
+    there = sorted([tmp_path / "d" / "net.py", tmp_path / "c" / "parts.py"])
+    assert [path.name for path in here] != [path.name for path in there]
+    assert fingerprint.digest(here) == fingerprint.digest(there)
+
+
+def test_environments_that_differ_have_every_value_once():
+    a = {"versions": {"torch": "2.0", "numpy": "1"}, "device": "cpu", "threads": 1}
+    b = {"versions": {"torch": "2.1", "numpy": "1"}, "device": "cpu", "threads": 2, "processes": 1}
+    both = fingerprint.merged([a, b, a])
+    assert both == {"versions": {"torch": "2.0; 2.1", "numpy": "1"}, "device": "cpu", "threads": "1; 2", "processes": 1}
+    assert fingerprint.merged([both, a, b]) == both and fingerprint.merged([a]) == a and fingerprint.merged([]) == {}

@@ -127,7 +127,9 @@ def check(folder, number, alone):
     for file in checkpoint.found(path / "checkpoints"):
         checkpoint.read(file)
     updates = saved_steps(path)
-    if not RunFolder(path).finished:  # else only the name of its result was not yet safe
+    if RunFolder(path).finished:  # only the name of its result was not yet safe
+        checkpoint.clear(path / "checkpoints")
+    else:
         go(path, CONFIG, HOW)
     assert same_bits(outcome(path), outcome(alone[0])), (what, name)
     return updates

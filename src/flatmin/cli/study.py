@@ -158,6 +158,8 @@ def _describe(todo: StudyPlan, workers: int, console: Console) -> None:
         rows.append([run.name, todo.cells[i].label, str(seed), str(run.config.epochs), f"{cost:,.0f}", state])
     print_rows(rows, console)
     text = f"\n{len(seen)} runs, {len(missing)} to do: {total:,.0f} gradient evaluations on a batch each"
+    if nets := sum(run.view is not None for run in todo.open):
+        text += f", and {nets} network{'s' if nets > 1 else ''} to measure"
     console.print(text + _duration(todo, workers, sizes), markup=False, soft_wrap=True)
     for note in todo.spec.notes:
         console.print(note, markup=False, soft_wrap=True)

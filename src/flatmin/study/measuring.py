@@ -199,7 +199,6 @@ def measure_all(
     workers: int = 0,
     progress: Progress | None = None,
     on_done: Callable[[Measured], None] | None = None,
-    on_refusal: Callable[[SavedRun, str], None] | None = None,
 ) -> list[Measured]:
     """Measure several nets.
 
@@ -209,10 +208,9 @@ def measure_all(
         workers: processes of one thread each, started fresh (spawn); 0 measures here.
         progress: for measuring here, see `flatmin.measure.card`.
         on_done: called here with each net as it is done.
-        on_refusal: called here with each net that cannot be measured, and why. Default: the first one raises.
 
     Returns:
-        In the order of the runs; without those that were refused.
+        In the order of the runs.
 
     Raises:
         ValueError: two runs of one arm and seed.
@@ -223,13 +221,7 @@ def measure_all(
     tell = on_done or (lambda net: None)
     if not workers:
         for i, run in enumerate(runs):
-            try:
-                done[i] = _named(run, view, progress)
-            except Exception as error:
-                if on_refusal is None or not explained(error):
-                    raise
-                on_refusal(run, str(error))
-                continue
+            done[i] = _named(run, view, progress)
             tell(done[i])
         return list(done.values())
     others = multiprocessing.active_children()
@@ -243,10 +235,7 @@ def measure_all(
                 i = waiting.pop(future)
                 found = future.result()
                 if isinstance(found, _Refusal):
-                    if on_refusal is None:
-                        raise found.kind(found.text)
-                    on_refusal(runs[i], found.text)
-                    continue
+                    raise found.kind(found.text)
                 done[i] = found
                 tell(found)
     except BrokenProcessPool:

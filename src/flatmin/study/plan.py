@@ -10,6 +10,7 @@ from pathlib import Path
 from flatmin.study.cards import kept_card
 from flatmin.study.code import code_of
 from flatmin.study.executors import Outcome, finished_and_missing
+from flatmin.study.executors.base import done_again
 from flatmin.study.measuring import View
 from flatmin.study.record import Record
 from flatmin.study.spec import StudySpec
@@ -90,7 +91,7 @@ def plan(spec: StudySpec, out: Path, *, make: bool = True, retry: bool = False) 
                 again.add(run.name)
     for run in unique(runs.values()):
         if run.name in again:
-            missing.append(run)
+            missing.append(done_again(run, store))
             del found[run.name]
             if make:
                 (store.folder(run) / "result.json").unlink(missing_ok=True)

@@ -23,6 +23,7 @@ from flatmin.recipes import Recipe
 from flatmin.train.locate import find_module
 
 PARTS = ("parts", "engine", "data", "models", "measure", "train")
+_AND = "; "
 FILES = ("recipe.py", "recipes.py", "catalogue.py", "objectives.py")
 
 
@@ -65,8 +66,9 @@ def external_versions(specs: Iterable[str]) -> list[str]:
 def digest(paths: Sequence[Path], *extra: str) -> str:
     """Hex digest of files' names and contents and of further words."""
     state = hashlib.sha256()
-    for path in paths:
-        state.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    # Not by path: the same code may lie elsewhere on another machine.
+    for name, content in sorted((path.name, path.read_bytes()) for path in paths):
+        state.update(name.encode() + b"\0" + content + b"\0")
     for word in extra:
         state.update(word.encode() + b"\0")
     return state.hexdigest()
@@ -113,8 +115,8 @@ def merged(environments: Iterable[Mapping[str, Any]]) -> dict[str, object]:
     for environment in environments:
         for key, value in environment.items():
             values = found.setdefault(key, [])
-            if value not in values:
-                values.append(value)
+            several = value.split(_AND) if isinstance(value, str) else [value]
+            values += [one for one in several if str(one) not in map(str, values)]
     return {
         key: merged(values) if all(isinstance(one, dict) for one in values) else _joined(values)
         for key, values in found.items()
@@ -122,7 +124,7 @@ def merged(environments: Iterable[Mapping[str, Any]]) -> dict[str, object]:
 
 
 def _joined(values: Sequence[Any]) -> object:
-    return values[0] if len(values) == 1 else "; ".join(map(str, values))
+    return values[0] if len(values) == 1 else _AND.join(map(str, values))
 
 
 def _version(name: str) -> str | None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from flatmin.train import checkpoint, lock
 from flatmin.train.config import RunConfig
 from flatmin.train.files import append, reason, sweep, write_atomically, write_json, write_text
+from flatmin.train.fingerprint import merged
 from flatmin.train.inputs import Inputs
 from flatmin.train.result import VERSION, Epoch, Result
 from flatmin.train.settings import canonical, fill
@@ -146,6 +147,10 @@ class RunFolder:
         except (OSError, ValueError):
             return {}
         return found if isinstance(found, dict) else {}
+
+    def add_environment(self, found: Mapping[str, Any]) -> None:
+        """Add the environment in which the run goes on; where it is another one, env.json has both."""
+        write_json(self.path / "env.json", merged([self.environment(), found]))
 
     def add_line(self, line: Epoch) -> None:
         """Add an epoch to metrics.jsonl."""

@@ -57,6 +57,7 @@ class Run:
                 restore(self, state)
             if self.world.first and state is not None:
                 self.folder.rewind(self.lines, self.trainer.steps)
+                self.folder.add_environment(found)
                 (self.folder.path / "result.json").unlink(missing_ok=True)
             elif self.world.first:
                 self.folder.begin(self.config, found, Inputs.of(self.trainer.data), **labels)

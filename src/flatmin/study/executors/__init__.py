@@ -114,6 +114,6 @@ def execute(
         if runs:
             chosen.run(runs, store, workers=workers, on_event=on_event, outcomes=outcomes)
     except KeyboardInterrupt:
-        done = sum(outcome.result is not None for outcome in outcomes.values())
+        done = sum(store.find(run, lambda text: None) is not None for run in runs)
         raise Interrupted(done, len(runs)) from None
     return outcomes

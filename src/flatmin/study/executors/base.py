@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,6 +13,7 @@ from flatmin.study.record import Record
 from flatmin.study.store import Run, Store, unique
 from flatmin.train import checkpoint
 from flatmin.train.folder import RunFolder
+from flatmin.train.lock import InUseError
 from flatmin.train.result import Epoch, Result
 
 OnEvent = Callable[[Event], None]
@@ -81,12 +83,25 @@ def finished_and_missing(
     for run in unique(runs):
         known = store.find(run, warn)
         if known is None:
-            missing.append(dataclasses.replace(run, record=run.record.with_also(_recorded(run, store))))
+            missing.append(done_again(run, store))
         else:
             found[run.name] = Outcome(result=known[0], lines=tuple(known[1]))
-            if store.writes:  # its worker and its driver may have been killed right after the result
-                checkpoint.clear(RunFolder(store.folder(run)).checkpoints)
+            if store.writes:
+                _tidy(RunFolder(store.folder(run)))
     return found, missing
+
+
+def done_again(run: Run, store: Store) -> Run:
+    """The run, recording also what it has recorded before, for other studies that look at that."""
+    return dataclasses.replace(run, record=run.record.with_also(_recorded(run, store)))
+
+
+def _tidy(folder: RunFolder) -> None:
+    """Remove checkpoints of a finished run whose worker and driver were killed right after its result."""
+    if folder.checkpoints.is_dir():
+        with suppress(InUseError), folder.hold(patience=0):
+            if folder.finished:
+                checkpoint.clear(folder.checkpoints)
 
 
 def _recorded(run: Run, store: Store) -> Record:
@@ -139,13 +154,12 @@ class Teller:
             how: what happened to the worker, e.g. "ended with exit code -9".
         """
         tries = self._begun[run.name] = self._begun.get(run.name, 0) + 1
+        known = self._store.find(run, lambda text: None)  # if it was lost while it measured
         if tries < ATTEMPTS:
-            self._on_event(
-                Warned(text=f"{run.name} is taken up again from its last checkpoint, because its worker {how}.")
-            )
+            again = "taken up again from its last checkpoint" if known is None else "measured anew"
+            self._on_event(Warned(text=f"{run.name} is {again}, because its worker {how}."))
             return True
         text = f"its worker was lost {tries} times during this run; the last one {how}"
-        known = self._store.find(run, lambda text: None)  # if it was lost while it measured
         if known is None:
             self.end(run, Outcome(error=text))
         else:

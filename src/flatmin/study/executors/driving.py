@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,8 +13,10 @@ from flatmin.study.executors.orders import Busy, Order, Queue
 from flatmin.study.executors.signals import ctrl_c_later
 from flatmin.study.store import Run, Store
 from flatmin.train.folder import RunFolder
+from flatmin.train.lock import in_use
 
 Job = TypeVar("Job")
+_IDLE = 0.5  # seconds between looks where all that is left is done by others
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,14 @@ def drive(
     sizes: dict[str, int] = {}
     try:
         while waiting or busy:
-            while waiting and len(busy) < workers:
+            for _ in range(len(waiting)):
+                if len(busy) == workers:
+                    break
                 order = waiting.take()
+                if order.wait and in_use(store.folder(order.run)):
+                    waiting.put_off(order)  # a job that waits would keep its node from others
+                    continue
+                order = dataclasses.replace(order, wait=False)
                 with ctrl_c_later():  # else a job could be handed over and nobody know of it
                     busy[order.run.name] = (order, engine.submit(order, store))
             for order, job in list(busy.values()):
@@ -79,8 +88,8 @@ def drive(
                     engine.cancel(job)  # it may be queued again by its own scheduler
                     if teller.lost(order.run, found.how):
                         waiting.again(order)
-            if busy:
-                time.sleep(pause)
+            if busy or waiting:
+                time.sleep(pause if busy else max(pause, _IDLE))
     finally:
         for _, job in busy.values():
             engine.cancel(job)

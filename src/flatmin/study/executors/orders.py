@@ -56,8 +56,8 @@ class Queue:
     def __init__(self, runs: Iterable[Run]) -> None:
         self._waiting = deque(dataclasses.replace(Order.of(run), wait=False) for run in runs)
 
-    def __bool__(self) -> bool:
-        return bool(self._waiting)
+    def __len__(self) -> int:
+        return len(self._waiting)
 
     def take(self) -> Order:
         """The next one."""

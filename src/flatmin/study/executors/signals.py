@@ -24,7 +24,7 @@ def ctrl_c_ignored() -> Iterator[None]:
 
 @contextmanager
 def ctrl_c_later() -> Iterator[None]:
-    """Ctrl-C inside is raised at the end, the second one at once.
+    """Ctrl-C inside is raised at the end, in place of an error that it has caused; the second one at once.
 
     Nothing changes outside the main thread, or where somebody else handles Ctrl-C.
     """
@@ -43,6 +43,10 @@ def ctrl_c_later() -> Iterator[None]:
     signal.signal(signal.SIGINT, later)
     try:
         yield
+    except Exception as error:
+        if pressed:
+            raise KeyboardInterrupt from error
+        raise
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if pressed:

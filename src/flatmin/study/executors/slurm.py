@@ -29,7 +29,8 @@ class Slurm:
     """Jobs of Slurm, one for each run.
 
     The store must be a folder that all nodes see under one name. A job that is preempted, or that reaches its time
-    limit, is queued again and goes on from the run's last checkpoint. Logs are in FOLDER/slurm.
+    limit, is queued again and goes on from the run's last checkpoint; measuring a network begins anew, so the limit
+    must be longer than that takes. Logs are in FOLDER/slurm.
 
     Args:
         cluster: "slurm"; or submitit's stand-ins for it: "local" (processes of this machine, which outlive this one),
@@ -117,7 +118,10 @@ class _Engine:
 
     def submit(self, order: Order, store: Store) -> Any:
         self._executor.update_parameters(name=order.run.name)
-        return self._executor.submit(_Work(), order, store)
+        try:
+            return self._executor.submit(_Work(), order, store)
+        except FailedJobError as error:
+            raise ValueError(f"executor slurm: {' '.join(str(error).split())}") from error
 
     def look(self, job: Any) -> Outcome | Busy | Lost | None:
         try:
