@@ -2,39 +2,50 @@
 
     python tools/test_all.py [NAME=PYTHON ...]
 
-runs the tests of this environment, and with each further interpreter those of the folder tests/NAME.
+runs the tests of this environment, and with each further interpreter those of the folder tests/NAME: two lanes side by
+side, one thread each. What pytest says is printed when a suite has ended.
 """
 
 from __future__ import annotations
 
 import datetime
 import json
+import os
 import platform
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "benchmarks" / "results" / "test-all.json"
+OUTCOMES = ("failures", "errors", "skipped")
 
 
-def suite(python: str, words: list[str]) -> dict[str, int]:
+def suite(name: str, python: str, words: list[str]) -> dict[str, int]:
     """Run pytest with these words; its exit code, the tests by outcome, and the seconds."""
     begun = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        code = subprocess.run(
-            [python, "-m", "pytest", *words, f"--junitxml={report}"], cwd=ROOT, check=False
-        ).returncode
-        counts = dict.fromkeys(("tests", "failures", "errors", "skipped"), 0)
+        done = subprocess.run(
+            [python, "-m", "pytest", "-q", "--durations=15", f"--junitxml={report}", *words],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        counts = dict.fromkeys(("tests", *OUTCOMES), 0)
         if report.is_file():
             for one in ElementTree.parse(report).getroot().iter("testsuite"):
                 counts = {key: value + int(one.get(key, 0)) for key, value in counts.items()}
+    print(f"=== {name}\n{done.stdout}", flush=True)
     passed = counts.pop("tests") - sum(counts.values())
-    return {"exit_code": code, "passed": passed, **counts, "seconds": round(time.monotonic() - begun)}
+    return {"exit_code": done.returncode, "passed": passed, **counts, "seconds": round(time.monotonic() - begun)}
 
 
 def main(arguments: list[str]) -> int:
@@ -44,9 +55,11 @@ def main(arguments: list[str]) -> int:
     if any("=" not in word for word in arguments):
         raise SystemExit(f"expected NAME=PYTHON words, got {' '.join(arguments)}")
     others = dict(word.split("=", 1) for word in arguments)
-    # What has an environment of its own is not run twice.
-    suites = {"here": suite(sys.executable, [f"--ignore=tests/{name}" for name in others])}
-    suites |= {name: suite(python, [f"tests/{name}"]) for name, python in others.items()}
+    with ThreadPoolExecutor(2) as lanes:
+        # What has an environment of its own is not run twice.
+        here = lanes.submit(suite, "here", sys.executable, [f"--ignore=tests/{name}" for name in others])
+        there = lanes.submit(lambda: {name: suite(name, others[name], [f"tests/{name}"]) for name in others})
+        suites = {"here": here.result(), **there.result()}
     record = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "suites": suites,
