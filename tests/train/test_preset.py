@@ -11,7 +11,6 @@ from flatmin.data.base import Data, Split
 from flatmin.data.images import STATISTICS, Statistics
 from flatmin.models.zoo import MODELS
 from flatmin.recipes import compose, method_table
-from flatmin.train import preset as presets
 from flatmin.train.config import RunConfig
 from flatmin.train.options import Options
 from flatmin.train.preset import load_options, load_run
@@ -34,7 +33,7 @@ def gpu(monkeypatch):
     seen = SimpleNamespace(checked=[], bf16=True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: seen.bf16)
-    monkeypatch.setattr(presets, "check_device", seen.checked.append)
+    monkeypatch.setattr("flatmin.train.sources.check_device", seen.checked.append)
     return seen
 
 
@@ -164,7 +163,7 @@ class TestAutomatic:
         ("device", "words"),
         [
             ("cuda", r"^device=cuda cannot be used here: "),
-            ("gpu", r"^device=gpu cannot be used here: "),
+            ("gpu", r"^device=gpu is not known.*\(device: cpu, cuda\)"),
             ("meta", r"^device=meta is not known \(device: cpu, cuda\)"),
             ("cuda:1", r"^device=cuda:1 (cannot be used here|is not known)"),
         ],

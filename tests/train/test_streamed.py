@@ -27,7 +27,8 @@ from flatmin.train import evaluate
 from flatmin.train.feed import Feed
 from flatmin.train.fingerprint import data_digest
 from flatmin.train.loop import train
-from flatmin.train.measuring import measured
+from flatmin.train.measuring import check, measured
+from flatmin.train.options import Options
 from flatmin.train.processes import World
 from flatmin.train.sources import load_data
 from flatmin.train.trainer import Trainer
@@ -215,7 +216,7 @@ class TestMeasuring:
 
     def test_some_examples(self, kept):
         trainer = Trainer(settings(kept))
-        found = measured(trainer, "sharpness", 9)
+        found = measured(trainer, Options(measures="sharpness", measure_examples=9))
         one, two = pair(kept)
         view = measuring.View(examples=9, batch=4)
         for (a, b), (c, d) in zip(measuring.batches(one, view), measuring.batches(two, view), strict=True):
@@ -232,7 +233,7 @@ class TestMeasuring:
         with pytest.raises(ValueError, match=said.format(45)):
             evaluate.sharpness(trainer.model, trainer.data)
         with pytest.raises(ValueError, match=said.format(11)):
-            measured(trainer, "sharpness", 11)
+            check(trainer, Options(measure_every=1, measures="sharpness", measure_examples=11))
         with pytest.raises(ValueError, match=said.format(45)):
             list(measuring.batches(trainer.data, measuring.View()))
         assert len(list(measuring.batches(trainer.data, measuring.View(examples=10, batch=5)))) == 2
