@@ -80,7 +80,7 @@ test-executors: $(EXECUTORS_STAMP) ## the tests with Ray and submitit, which CI 
 
 OTHERS := $(FRAMEWORKS_STAMP) $(VISION_STAMP) $(TRACKERS_STAMP) $(EXECUTORS_STAMP)
 
-test-all: $(STAMP) $(OTHERS) ## every test in every environment, an hour or more; dated in benchmarks/results/
+test-all: $(STAMP) $(OTHERS) ## every test in every environment, half an hour or more; dated in benchmarks/results/
 	$(BIN)/python tools/test_all.py frameworks=$(FRAMEWORKS_VENV)/bin/python vision=$(VISION_VENV)/bin/python \
 	  trackers=$(TRACKERS_VENV)/bin/python executors=$(EXECUTORS_VENV)/bin/python
 
