@@ -1,5 +1,6 @@
 """BatchNorm statistics, dropout masks and the batch are the same for all passes of a step."""
 
+import contextlib
 import copy
 import pickle
 
@@ -201,9 +202,7 @@ def test_copies_of_the_model_are_not_watched_and_pairs_stay_paired():
     model = Recorder()
     opt = flatmin.SAM(torch.optim.SGD(model.parameters(), lr=0.1), model=model)
     ema = copy.deepcopy(model)
-    (hook,) = ema._forward_pre_hooks.values()
-    assert hook.watch is None
-    pickle.loads(pickle.dumps(model))
+    assert not ema._forward_pre_hooks and pickle.loads(pickle.dumps(model)).__dict__.keys() == ema.__dict__.keys()
     for pair in (copy.deepcopy((model, opt)), copy.deepcopy((opt, model))[::-1]):
         twin, twin_opt = pair
         assert twin_opt.model is twin and twin_opt.param_groups[0]["params"][0] is twin.lin.weight
@@ -261,7 +260,10 @@ def test_a_compiled_model_does_not_recompile_across_steps(pass_compiled):
     compiled = torch.compile(net, backend=backend, fullgraph=True)
     opt = flatmin.SAM(torch.optim.SGD(net.parameters(), lr=0.1), model=compiled if pass_compiled else net)
     for k in range(8):
-        one_step(compiled, opt, torch.randn(16, 4), DOORS[k % 4])
+        # Inside a compiled net no forward is seen: masks of a manual loop differ, and that is said.
+        unseen = not pass_compiled and k == 1
+        with pytest.warns(UserWarning, match="outside a call of model=") if unseen else contextlib.nullcontext():
+            one_step(compiled, opt, torch.randn(16, 4), DOORS[k % 4])
         if k == 3:
             warm = compiles
     assert compiles == warm <= 4

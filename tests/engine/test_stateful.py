@@ -353,6 +353,8 @@ class Engine(RuleBasedStateMachine):
         passes = self.parts(door, first, second)
         where = min(where, self.expected_passes(door) - 1)
         kept = self.memory()
+        if fault == "silent" and not any(group["rho"] for group in self.optimizer.param_groups):
+            fault = "before"  # the base's own step, which takes the gradients at hand
         if fault == "silent":
             expectation = pytest.raises(RuntimeError, match=r"no weight received a gradient|no gradients")
         else:
@@ -476,12 +478,14 @@ COMMON = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:gradients were added up or changed")  # by what poisons them
 @pytest.mark.timeout(600)  # to make a failure short takes hypothesis up to five minutes
 def test_sixty_short_lives():
     run_state_machine_as_test(Engine, settings=settings(**COMMON, max_examples=60, stateful_step_count=30))
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:gradients were added up or changed")
 @pytest.mark.timeout(900)
 def test_ten_thousand_steps():
     steps = 0

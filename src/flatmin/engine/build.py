@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -24,8 +24,10 @@ def wrap(
     table: Mapping[str, Method] | None = None,
     nonfinite: NonFinite = "skip",
     freeze_batchnorm: bool = True,
+    freeze_state: bool = True,
     replay_rng: bool = True,
-    eps: float = 1e-12,
+    generators: Sequence[Any] = (),
+    eps: float | None = None,
     seed: int = 0,
     diagnostics: bool = False,
     scaler: Any = None,
@@ -53,7 +55,9 @@ def wrap(
         criterion: see `SAM`.
         nonfinite: see `SAM`.
         freeze_batchnorm: see `SAM`.
+        freeze_state: see `SAM`.
         replay_rng: see `SAM`.
+        generators: see `SAM`.
         eps: see `SAM`.
         seed: see `SAM`.
         diagnostics: see `SAM`.
@@ -76,7 +80,9 @@ def wrap(
         criterion=criterion,
         nonfinite=nonfinite,
         freeze_batchnorm=freeze_batchnorm,
+        freeze_state=freeze_state,
         replay_rng=replay_rng,
+        generators=generators,
         eps=eps,
         seed=seed,
         diagnostics=diagnostics,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor, nn
 
+from flatmin.engine.base import rho_key
 from flatmin.engine.criterion import Criterion
 from flatmin.engine.doors import Doors
 from flatmin.engine.program import Generators
@@ -22,6 +23,8 @@ class Copies(Doors):
 
     criterion: Criterion | None
     ascent_sync: AscentSync
+    rho_key: str
+    _own_generators: tuple[Any, ...]
     _seed: int
     _diagnoses: bool
     _generators: Generators
@@ -40,7 +43,7 @@ class Copies(Doors):
         if self.ascent_sync != "all":
             raise RuntimeError("an optimizer with ascent_sync belongs to its processes; copy its state_dict() instead.")
         options = ("recipe", "nonfinite", "eps", "clip_norm", "ascent_sync")
-        private = ("_seed", "_freeze_batchnorm", "_replay_rng", "_diagnoses")
+        private = ("_seed", "_freeze_batchnorm", "_freeze_state", "_replay_rng", "_diagnoses")
         return {k: self.__dict__[k] for k in (*options, *private)}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -71,7 +74,12 @@ class Copies(Doors):
     def _revive(self, state: dict[str, Any], model: nn.Module | None) -> None:
         slots, scalars, rng = state.pop("slots"), state.pop("scalars"), state.pop("rng")
         names, layers = state.pop("names"), state.pop("layers")
-        self.__dict__.update(state)
+        self.__dict__.update({"_freeze_state": True} | state)
+        if not getattr(self.base, "param_groups", None):
+            raise RuntimeError(
+                f"{type(self.base).__name__} loses what it wraps when it is copied or pickled; copy its state_dict()."
+            )
+        self.rho_key, self._own_generators = rho_key(self.base), ()
         self._generators = Generators(self._seed)
         self._generators.cpu.set_state(rng)
         self._store = Store(self.recipe, self._diagnoses)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -11,11 +14,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from flatmin.engine.diagnostics import Diagnostics
-from flatmin.engine.guards import ModelWatch
 from flatmin.engine.program import Site
 from flatmin.engine.replicas import Replicas
 from flatmin.engine.scaling import Scaling
+from flatmin.engine.tensors import Layout
 from flatmin.engine.update import Evaluation, Update
+from flatmin.engine.watch import ModelWatch
 from flatmin.parts import Gradients, Need
 from flatmin.parts.points import accumulate
 from flatmin.recipes import Recipe
@@ -27,6 +31,39 @@ if TYPE_CHECKING:
 Closure = Callable[[], Any]
 
 
+def loss_in(result: Any) -> Any:
+    """The loss in what a closure returned: itself, or "loss" of a mapping or object, or the first of a sequence."""
+    if isinstance(result, Mapping):
+        return result.get("loss")
+    if isinstance(result, (list, tuple)):
+        return result[0] if result else None
+    return getattr(result, "loss", result)
+
+
+def detached(result: Any) -> Any:
+    """What a closure returned, with no graph behind its tensors."""
+    if isinstance(result, Tensor):
+        return result.detach()
+    if isinstance(result, Mapping):
+        kept = {k: detached(v) for k, v in result.items()}
+        return type(result)(**kept) if dataclasses.is_dataclass(result) else _like(result, kept)
+    if isinstance(result, (list, tuple)):
+        items = [detached(v) for v in result]
+        return type(result)(*items) if hasattr(result, "_fields") else _like(result, items)
+    if dataclasses.is_dataclass(result) and not isinstance(result, type):
+        return dataclasses.replace(
+            result, **{f.name: detached(getattr(result, f.name)) for f in dataclasses.fields(result) if f.init}
+        )
+    return result
+
+
+def _like(result: Any, items: Any) -> Any:
+    try:
+        return type(result)(items)
+    except TypeError:
+        return items
+
+
 def _run_all(closures: Sequence[Closure], update: Update) -> Any:
     """Run the closures of all micro-batches; leaves the mean of their gradients and returns the mean of their losses.
 
@@ -35,18 +72,30 @@ def _run_all(closures: Sequence[Closure], update: Update) -> Any:
     share = 1.0 / len(closures)
     losses: list[Any] = []
     total: Gradients = []
+    targets = [*update.site.weights, *update.others]
     for closure in closures:
-        for w in update.site.weights:
+        for w in targets:
             w.grad = None
         update.share = share
-        loss = closure()
-        losses.append(loss.detach() if isinstance(loss, Tensor) else loss)
-        del loss
+        losses.append(detached(loss_in(closure())))
         with torch.no_grad():
-            total = accumulate(total, [w.grad for w in update.site.weights], share)
-    for w, g in zip(update.site.weights, total, strict=True):
+            total = accumulate(total, [w.grad for w in targets], share)
+    for w, g in zip(targets, total, strict=True):
         w.grad = g
-    return sum(losses) * share if all(x is not None for x in losses) else None
+    return _mean(losses)
+
+
+def _mean(losses: Sequence[Any]) -> Any:
+    """The mean of micro-batches' losses; None if one returned none."""
+    if any(x is None for x in losses):
+        return None
+    bad = next((x for x in losses if not isinstance(x, (Tensor, int, float))), None)
+    if bad is not None:
+        raise TypeError(
+            "each closure of a list must return the loss, or a dict, tuple or object that holds it as 'loss' or first; "
+            f"got {type(bad).__name__}."
+        )
+    return sum(losses) / len(losses)
 
 
 class Doors(Optimizer):
@@ -67,6 +116,10 @@ class Doors(Optimizer):
     clip_norm: float | None
     _scaling: Scaling | None
     _replicas: Replicas
+    _layout: Layout
+    _left: tuple[weakref.ref[Tensor], int] | None
+    _warned: set[str]
+    _base_differentiates: bool
 
     if TYPE_CHECKING:
 
@@ -75,6 +128,10 @@ class Doors(Optimizer):
         def _between_updates(self) -> None: ...
 
         def _rewind(self) -> None: ...
+
+        def _moves(self) -> bool: ...
+
+        def _refuse_second_order_base(self) -> None: ...
 
     @torch.no_grad()
     def step(self, closure: Closure | Sequence[Closure] | None = None) -> Any:
@@ -88,7 +145,9 @@ class Doors(Optimizer):
         need it.
 
         Returns:
-            The loss of the first pass, detached: at w unless the recipe skips or moves pass 1 (see `loss_point`).
+            What the closure returned in the first pass, detached: its loss at w unless the recipe skips or moves pass 1
+            (see `loss_point`). Of a list of closures: the mean of their losses. A closure may return the loss, or a
+            dict, tuple or object that holds it as "loss" or first.
 
         Raises:
             RuntimeError: no gradients, a loss without forward pass, or no passes run and no closure.
@@ -136,9 +195,9 @@ class Doors(Optimizer):
         self._apply(update)
         return None
 
-    def _apply(self, update: Update, *, at_once: bool = False) -> None:
+    def _apply(self, update: Update, *, at_once: bool = False, loss: Any = None) -> None:
         try:
-            update.apply(at_once=at_once)
+            update.apply(at_once=at_once, loss=loss)
         except BaseException:
             self._rewind()
             raise
@@ -149,30 +208,71 @@ class Doors(Optimizer):
     def _step_closures(self, closures: list[Closure], *, listed: bool) -> Any:
         if Need.MICRO_BATCHES in self.recipe.needs and not listed:
             raise RuntimeError(f"{self.recipe.name} needs {Need.MICRO_BATCHES.value}; got one closure.")
-        if self._watch is not None:
-            self._watch.warn_of_dropped_gradients()
         update = self._begin(len(closures), closed=True)
+        unused = None if update.plain else self._unused_gradient()
         firsts: list[Any] = []
         visited: set[int | None] = set()
         while update.request is not None:
             moved = update.request.at is not None
             with Evaluation(update) as evaluation, torch.enable_grad():
                 chosen = closures if evaluation.chunk is None else [closures[evaluation.chunk]]
-                loss = chosen[0]() if len(chosen) == 1 else _run_all(chosen, update)
+                probe = unused if evaluation.index == 0 else None
+                if probe is not None:
+                    probe.grad = torch.zeros_like(probe)
+                    cleared = probe.grad
+                result = chosen[0]() if len(chosen) == 1 else _run_all(chosen, update)
+                if probe is not None and probe.grad is cleared:
+                    self._judge_closure(probe)
                 if self._diagnostics is not None and not (moved and evaluation.role == "ascent"):
-                    self._diagnostics.loss(loss, perturbed=moved)
+                    self._diagnostics.loss(loss_in(result), perturbed=moved)
                 if evaluation.index == 0:
                     self.loss_point = "w + eps" if moved else "w"
                 if evaluation.index == 0 or (not moved and evaluation.chunk not in visited):
-                    firsts.append(loss.detach() if isinstance(loss, Tensor) else loss)
+                    firsts.append(detached(result))
                 visited.add(evaluation.chunk)
                 # The graph of this pass must not live through the next one.
-                del loss
-        self._apply(update, at_once=True)
+                del result
+        first = firsts[0] if len(firsts) == 1 else _mean([loss_in(x) for x in firsts])
+        self._apply(update, at_once=True, loss=loss_in(first))
         if self._scaling is not None:
             # What is left would be checked, and found infinite, by the next scaler.step().
             self.zero_grad()
-        return firsts[0] if len(firsts) == 1 else sum(firsts) / len(firsts)
+        return first
+
+    def _unused_gradient(self) -> Tensor | None:
+        """A weight whose gradient the loop has made since the last update, which a closure's passes would drop.
+
+        None where it was another loss's, or where the model tells, and the warning is given at once.
+        """
+        found = next((w for w in self._layout.weights if w.grad is not None), None)
+        if found is None or "dropped" in self._warned:
+            return None
+        g = found.grad
+        if self._left is not None and self._left[0]() is g and g is not None and self._left[1] == g._version:
+            return None
+        if self._watch is None:
+            return found if not found.is_sparse and g is not None and not g.is_sparse else None
+        if self._watch.own_forwards and self._watch.alone:
+            self._warn_of_drop("; to accumulate over micro-batches, give step() a list of closures, or use passes()")
+        return None
+
+    def _judge_closure(self, probe: Tensor) -> None:
+        """The closure cleared no gradients: was it written to go on from those at hand?"""
+        g = probe.grad
+        if g is not None and g._version == 0:
+            probe.grad = None
+        elif g is not None and g._version == 1:
+            self._warn_of_drop(
+                " (here the closure runs in every pass). To accumulate over micro-batches, give step() a list of "
+                "closures, or use passes(); a loop that calls backward() itself needs first_step() and second_step()"
+            )
+
+    def _warn_of_drop(self, way_out: str) -> None:
+        self._warned.add("dropped")
+        warnings.warn(
+            f"step(closure) runs all passes itself and drops the gradients of the forward before it{way_out}.",
+            stacklevel=6,
+        )
 
     def backward(self, loss: Tensor) -> None:
         """`loss.backward()`, keeping the graph in the passes of methods that need second derivatives.
@@ -184,13 +284,13 @@ class Doors(Optimizer):
             loss: scalar, with graph.
         """
         if self._update is None:
-            loss.backward()
+            loss.backward(create_graph=self._base_differentiates)
         else:
             self._update.backward(loss)
 
     @torch.no_grad()
     def train(self) -> None:
-        """Stay at w + eps between steps, for loops without passes; the train/eval swap of Momentum-SAM.
+        """Tell a base that has `train()`, as schedule-free ones have; and stay at w + eps between steps (Momentum-SAM).
 
             optimizer.train()
             for x, y in loader:
@@ -199,22 +299,30 @@ class Doors(Optimizer):
                 optimizer.step()
             optimizer.eval()   # before evaluation and checkpoints
 
-        Works for methods that know w + eps without a gradient at w (momentum-sam, stale-sam), and does nothing for the
-        others, which need their passes, so that trainers may call it on any optimizer. Gradients are cleared on
-        entering and after each step. The next eps is made inside step(), so a radius that a scheduler sets after it
+        Methods that know w + eps without a gradient at w (momentum-sam, stale-sam) stay there; the others need their
+        passes. Trainers may call it on any optimizer: a base without `train()` is told nothing. Gradients are cleared
+        on entering and after each step. The next eps is made inside step(), so a radius that a scheduler sets after it
         acts one step later than in step(closure).
 
         Raises:
             RuntimeError: an update under way.
         """
-        if self.recipe.one_pass and not self._resident:
+        if self._resident:
+            return
+        self._refuse_second_update("train()")
+        if callable(told := getattr(self.base, "train", None)):
+            told()
+        if self.recipe.one_pass:
             self._stay()
 
     @torch.no_grad()
     def eval(self) -> None:
-        """Return to w and stay there; see `train`. Does nothing if the weights are there."""
+        """Return to w and stay there, and tell a base that has `eval()`; see `train`."""
         if self._resident:
             self.abort()
+        self._refuse_second_update("eval()")
+        if callable(told := getattr(self.base, "eval", None)):
+            told()
 
     def _leave(self, update: Update) -> None:
         """End the pass that the loop has run at w + eps; a fault ends the update."""
@@ -332,6 +440,7 @@ class Doors(Optimizer):
     @torch.no_grad()
     def _begin(self, chunks: int = 1, *, door: str = "a new update", closed: bool = False) -> Update:
         self._refuse_second_update(door)
+        self._refuse_second_order_base()
         self._update = Update(cast("SAM", self), self._site(chunks), closed=closed)
         return self._update
 
@@ -361,9 +470,9 @@ class Doors(Optimizer):
 
     def _plain_step(self) -> None:
         groups = self.param_groups
-        idle = not self.recipe.ascends or all(g["rho"] == 0 for g in groups)
+        idle = not (self.recipe.ascends and self._moves())
         # Distributed checkpoints make a base's state so, past any scaler.
-        if "found_inf" not in self.__dict__ and all(float(g.get("lr", 1.0)) == 0.0 for g in groups):
+        if "found_inf" not in self.__dict__ and all(g.get("lr") is not None and float(g["lr"]) == 0.0 for g in groups):
             self.base.step()
             return
         if idle and (self._scaling is not None or self.clip_norm is not None):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import math
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -12,11 +12,22 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Optimizer
 
-from flatmin.engine.base import build_base, check_rho, has_momentum, momenta_of
+from flatmin.engine.base import (
+    build_base,
+    check_positive,
+    check_rho,
+    differentiates_gradients,
+    hands_on_eps,
+    has_momentum,
+    momenta_of,
+    needs_closure,
+    rho_key,
+    set_rho,
+)
 from flatmin.engine.copies import Copies
 from flatmin.engine.criterion import Criterion, PassView
 from flatmin.engine.diagnostics import Diagnostics
-from flatmin.engine.guards import FrozenStatistics, ModelWatch, RandomState
+from flatmin.engine.guards import FrozenStatistics, OtherGradients, RandomState, UntrainedState, generators_of
 from flatmin.engine.ledger import Flags, Ledger
 from flatmin.engine.program import Generators, Services, Site
 from flatmin.engine.replicas import AscentSync, Replicas, refuse_unserved
@@ -24,6 +35,7 @@ from flatmin.engine.scaling import Scaling
 from flatmin.engine.serving import Loop, refusal
 from flatmin.engine.store import PREFIX, VERSION, StateView, Store, load, save, unfilled
 from flatmin.engine.tensors import Layout
+from flatmin.engine.watch import ModelWatch
 from flatmin.parts import Need
 from flatmin.recipes import Recipe, compose
 
@@ -70,8 +82,9 @@ class SAM(Copies):
         params: a constructed base optimizer, or parameters (then `base_optimizer` is its class).
         base_optimizer: class of the base, called with `params` and `kwargs`. Default None.
         rho: ascent radius for groups that set none, in units of the weights' norm under the recipe's geometry, >= 0.
-            Default: the geometry's own (`recipe.default_rho`; 0.05 for SAM, Foret et al. 2021).
-        adaptive: shorthand for the recipe "asam". Default False.
+            Default: the geometry's own (`recipe.default_rho`; 0.05 for SAM, Foret et al. 2021). Around a base that has
+            an option `rho` of its own (Adadelta) groups hold the radius as "flatmin.rho"; see `rho_key`.
+        adaptive: shorthand for the recipe "asam". A param group's own `adaptive` goes before. Default False.
         recipe: a name as in `flatmin.compose`, or a `Recipe`. Default "sam".
         model: the module being trained, for BatchNorm statistics (touched by the first pass only), equal dropout masks
             in manual loops, parameter names and checks. Held, never pickled or put into `state_dict`. Default None.
@@ -80,8 +93,15 @@ class SAM(Copies):
             state stay; synchronises once a step on an accelerator unless the base is a fused torch optimizer. "raise":
             FloatingPointError, likewise unchanged. "propagate": exactly the base's behaviour, no check.
         freeze_batchnorm: keep running statistics out of later passes (needs `model`). Default True.
-        replay_rng: later passes draw the random numbers of the first one. Default True.
-        eps: added to every norm that divides. Default 1e-12 (Foret et al.'s common implementations).
+        freeze_state: put back what later passes change in all else of the model that is not trained, so that it
+            advances once a step: buffers, untrained parameters, and numbers and tensors that its modules hold as
+            attributes (needs `model`). Default True.
+        replay_rng: later passes draw the random numbers of the first one: torch's, numpy's and Python's global
+            generators, those that modules of `model` hold, and `generators`. Default True.
+        generators: further ones that the loss draws from (`torch.Generator`, `numpy.random.Generator`,
+            `numpy.random.RandomState`, `random.Random`). Not copied or pickled with the optimizer. Default ().
+        eps: added to every norm that divides. Default None: 1e-12 (Foret et al.'s common implementations). A base given
+            by its class, if it has an option of this name, is handed it instead.
         seed: of the engine's own generator, for recipes that draw. Default 0.
         diagnostics: record each step's numbers for `diagnostics()`; holds one more copy of g, and one of eps, which
             goes into checkpoints. Default False.
@@ -93,6 +113,9 @@ class SAM(Copies):
             "none" but the replica's own (m-sharpness, and no communication in pass 1), or those of k consecutive
             ranks.
         kwargs: options of `base_optimizer`.
+
+    Attributes:
+        rho_key: the option of the param groups that holds the radius: "rho", or "flatmin.rho".
 
     Raises:
         ValueError, TypeError: bad rho, unknown or contradicting recipe, needs that this loop cannot serve.
@@ -108,6 +131,7 @@ class SAM(Copies):
     _force_device_path: bool
     _unchecked_rounding: bool
     _frozen: bool
+    rho_key: str
 
     def __init__(
         self,
@@ -121,8 +145,10 @@ class SAM(Copies):
         criterion: Criterion | None = None,
         nonfinite: NonFinite = "skip",
         freeze_batchnorm: bool = True,
+        freeze_state: bool = True,
         replay_rng: bool = True,
-        eps: float = 1e-12,
+        generators: Sequence[Any] = (),
+        eps: float | None = None,
         seed: int = 0,
         diagnostics: bool = False,
         scaler: Any = None,
@@ -132,35 +158,48 @@ class SAM(Copies):
     ) -> None:
         if rho is not None:
             rho = check_rho(rho)
-        if adaptive:
-            if recipe != "sam":
-                raise ValueError(f"adaptive=True means the recipe 'asam'; got recipe={recipe!r} as well.")
-            recipe = "asam"
+        if adaptive and recipe != "sam":
+            raise ValueError(f"adaptive=True means the recipe 'asam'; got recipe={recipe!r} as well.")
+        if nonfinite not in ("skip", "raise", "propagate"):
+            raise ValueError(f"nonfinite must be 'skip', 'raise' or 'propagate', got {nonfinite!r}.")
+        eps = None if eps is None else check_positive("eps", eps)
+        self.clip_norm = None if clip_norm is None else check_positive("clip_norm", clip_norm)
+        given = {"eps": eps, "model": model, "criterion": criterion, "clip_norm": clip_norm, "scaler": scaler}
+        both = {k: v for k, v in given.items() if v is not None} | ({"seed": seed} if seed else {})
+        self.base = build_base(params, base_optimizer, kwargs, both)
+        self.nonfinite, self.eps = nonfinite, 1e-12 if eps is None or hands_on_eps(base_optimizer) else eps
+        recipe = self._adaptive(recipe, adaptive, rho)
         self.recipe = compose(recipe) if isinstance(recipe, str) else recipe
         if not isinstance(self.recipe, Recipe):
             raise TypeError(f"recipe must be a name or a flatmin.Recipe, got {type(recipe).__name__}.")
-        if nonfinite not in ("skip", "raise", "propagate"):
-            raise ValueError(f"nonfinite must be 'skip', 'raise' or 'propagate', got {nonfinite!r}.")
-        if not (isinstance(eps, (int, float)) and 0 < eps < math.inf):
-            raise ValueError(f"eps must be a positive number, got {eps!r}.")
-        self.base = build_base(params, base_optimizer, kwargs)
-        self.nonfinite, self.eps = nonfinite, float(eps)
-        if clip_norm is not None and not (isinstance(clip_norm, (int, float)) and 0 < clip_norm < math.inf):
-            raise ValueError(f"clip_norm must be a positive number or None, got {clip_norm!r}.")
         self.criterion = criterion
-        self.clip_norm, self.ascent_sync = clip_norm, ascent_sync
+        self.ascent_sync = ascent_sync
         self._seed, self._freeze_batchnorm, self._replay_rng = seed, freeze_batchnorm, replay_rng
+        self._freeze_state, self._own_generators = freeze_state, tuple(generators)
         self._diagnoses = diagnostics
         self._generators = Generators(seed)
         self._store = Store(self.recipe, diagnostics)
+        self.rho_key = rho_key(self.base)
         self._runtime(model)
-        default = self.recipe.default_rho if rho is None else rho
-        self.base.defaults.setdefault("rho", default)
-        for group in self.base.param_groups:
-            group["rho"] = check_rho(group.get("rho", default))
+        set_rho(self.base, self.rho_key, rho, self.recipe.default_rho)
         self._init_group_state()
         self._check_needs()
         self.scaler = scaler
+
+    def _adaptive(self, recipe: Any, adaptive: bool, rho: float | None) -> Any:
+        """The recipe that `adaptive`, also of single param groups, asks for."""
+        asked = [group.get("adaptive", adaptive) for group in self.base.param_groups]
+        if "adaptive" in self.base.defaults or not any(asked):
+            return recipe
+        if not isinstance(recipe, str) or "asam" not in recipe.split("+"):
+            if recipe != "sam":
+                raise ValueError(f"a param group with adaptive=True needs a recipe with 'asam'; got recipe={recipe!r}.")
+            recipe = "asam"
+        if not all(asked) and rho is None:
+            raise ValueError("param groups differ in adaptive and share one norm: give rho=.")
+        for group, one in zip(self.base.param_groups, asked, strict=True):
+            group["adaptive"] = bool(one)
+        return recipe
 
     # -- the base's attributes -----------------------------------------------------------------------------------
 
@@ -234,9 +273,12 @@ class SAM(Copies):
             ValueError: bad rho.
         """
         self._refuse_second_update("add_param_group()")
-        if "rho" in param_group:
-            check_rho(param_group["rho"])
+        if self.rho_key in param_group:
+            check_rho(param_group[self.rho_key])
+        if param_group.get("adaptive") and not hasattr(self.recipe.geometry, "eta"):
+            raise ValueError(f"a param group with adaptive=True needs a recipe with 'asam'; this is {self.recipe}.")
         self.base.add_param_group(param_group)
+        self._look_at_the_rest()
         self._names = self._read_names()
 
     # -- what updates use ----------------------------------------------------------------------------------------
@@ -245,12 +287,13 @@ class SAM(Copies):
         listed = [group["params"] for group in self.param_groups]
         if not self._layout.fits(listed):
             self._layout = Layout(listed)
+            self._look_at_the_rest()
         layout = self._layout
         groups: list[dict[str, Any]] = []
         rhos: list[float] = []
         for group, count in zip(self.param_groups, layout.trained, strict=True):
             groups += [group] * count
-            rhos += [check_rho(group["rho"])] * count
+            rhos += [check_rho(group[self.rho_key])] * count
         weights = layout.weights
         names = [self._names.get(w, "") for w in weights] if Need.NAMES in self.recipe.needs else []
         step = int(self.param_groups[0][PREFIX + "step"])
@@ -289,11 +332,15 @@ class SAM(Copies):
         if self._statistics is not None and not self._frozen:
             self._statistics.__enter__()
             self._frozen = True
+        if self._state is not None:
+            self._state.hold()
 
     def _thaw(self) -> None:
         if self._statistics is not None and self._frozen:
             self._frozen = False
             self._statistics.__exit__(None, None, None)
+        if self._state is not None:
+            self._state.release()
 
     def _rewind(self) -> None:
         """Take back the random draws of an update that did not happen."""
@@ -305,8 +352,12 @@ class SAM(Copies):
         """What is seen from here on belongs to the next update."""
         if self._watch is not None:
             self._watch.begin_update()
+        if self._state is not None:
+            self._state.begin()
         if self._random is not None:
             self._random.forget()
+        first = next((g for w in self._layout.weights if (g := w.grad) is not None), None)
+        self._left = None if first is None else (weakref.ref(first), first._version)
         if self.criterion is not None:
             self.criterion.forget()
         if self._diagnostics is not None:
@@ -365,7 +416,7 @@ class SAM(Copies):
         return self._diagnostics.read()
 
     def _moves(self) -> bool:
-        return any(g["rho"] > 0 for g in self.param_groups)
+        return any(check_rho(g[self.rho_key]) > 0 for g in self.param_groups)
 
     def counts(self) -> dict[str, int]:
         """Updates, ascents not taken because their direction was not finite, and steps skipped, since construction.
@@ -383,6 +434,10 @@ class SAM(Copies):
 
     def _runtime(self, model: nn.Module | None) -> None:
         """Everything that is neither saved nor copied."""
+        self._base_differentiates, self._base_needs_closure = (
+            differentiates_gradients(self.base),
+            needs_closure(self.base),
+        )
         self._update = None
         self._ledger = Ledger()
         self._layout = Layout([])
@@ -396,22 +451,24 @@ class SAM(Copies):
         weights = [w for g in self.param_groups for w in g["params"]]
         self._scaler = self._scaling = None
         self._unchecked_rounding = True
-        self._random = RandomState({w.device for w in weights}) if self._replay_rng else None
+        self._left = None  # the first gradient that the last update left behind, and its version
+        self._warned: set[str] = set()
+        if model is not None and not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+        own = [*self._own_generators, *(() if model is None else generators_of(model))]
+        self._random = RandomState({w.device for w in weights}, own) if self._replay_rng else None
         self._model = model
         self._statistics: FrozenStatistics | None = None
+        self._state: UntrainedState | None = None
+        self._others: OtherGradients | None = None
         self._watch: ModelWatch | None = None
         if model is not None:
-            if not isinstance(model, nn.Module):
-                raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
             if not {id(p) for p in model.parameters()} & {id(w) for w in weights}:
                 raise ValueError("model= holds none of the optimizer's parameters; pass the module being trained.")
-            self._statistics = FrozenStatistics(model) if self._freeze_batchnorm else None
-            self._watch = ModelWatch(
-                model,
-                self._random,
-                weights,
-                getattr(self.criterion, "forget", None),
-            )
+            statistics = FrozenStatistics(model) if self._freeze_batchnorm else None
+            self._statistics = statistics if statistics is not None and statistics.layers else None
+            self._watch = ModelWatch(model, self._random, weights, getattr(self.criterion, "forget", None))
+            self._look_at_the_rest()
         self._replicas = Replicas(self.ascent_sync, model, self.recipe)
         self._names = self._read_names()
         self._layers = {}
@@ -423,6 +480,20 @@ class SAM(Copies):
                     f"criterion must be a flatmin.Criterion, got {type(self.criterion).__name__}; wrap the loss in one."
                 )
             self.criterion.bind(self, self.recipe)
+
+    def _look_at_the_rest(self) -> None:
+        """Find what the model has beside the weights of this optimizer."""
+        if self._model is None or self._watch is None:
+            return
+        weights = [w for group in self.param_groups for w in group["params"]]
+        self._watch.weights = weights
+        self._others = OtherGradients(self._model, weights) or None
+        if self._freeze_state:
+            layers = () if self._statistics is None else self._statistics.layers
+            self._state = UntrainedState(self._model, weights, layers, not self._freeze_batchnorm) or None
+            self._watch.state = self._state
+            if self._state is not None:
+                self._state.begin()
 
     def _read_names(self) -> dict[Tensor, str]:
         names: dict[Tensor, str] = {}
@@ -464,8 +535,16 @@ class SAM(Copies):
         if Need.NAMES in needs and any(w not in self._names for w in weights):
             raise ValueError(f"{name} needs {Need.NAMES.value}.")
         refuse_unserved(self.recipe, weights)
+        self._refuse_second_order_base()
         site = self._site()
         self.recipe.mask.select(site.context(range(len(site.weights))))
+
+    def _refuse_second_order_base(self) -> None:
+        if self._base_differentiates and self.recipe.ascends and self._moves():
+            raise ValueError(
+                f"{type(self.base).__name__} differentiates the gradients once more in its step, when the weights have "
+                "left w + eps: it is a base with rho = 0 only (call optimizer.backward(loss), which keeps the graph)."
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """The base's checkpoint with the recipe's state in it, under keys "flatmin.<part>.<slot>" and in group 0.

@@ -143,6 +143,10 @@ class SiteContext:
         return [self._site.groups[i] for i in self._index]
 
     @property
+    def rhos(self) -> Sequence[float]:
+        return _pick(self._site.rhos, self._index)
+
+    @property
     def step(self) -> int:
         return self._site.step
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flatmin.engine import tensors as ta
+from flatmin.engine.base import OWN_RHO
 from flatmin.parts import State
 from flatmin.recipes import Recipe
 
@@ -209,9 +210,10 @@ def base_state_dict(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         {"state", "param_groups"} without rho and without what the recipe remembered.
     """
     base, _ = split(checkpoint["state"])
-    groups = [
-        {k: v for k, v in g.items() if k != "rho" and not k.startswith(PREFIX)} for g in checkpoint["param_groups"]
-    ]
+    groups = checkpoint["param_groups"]
+    # The rho of a base that has one of its own (Adadelta) stays.
+    radius = None if any(OWN_RHO in g for g in groups) else "rho"
+    groups = [{k: v for k, v in g.items() if k != radius and not k.startswith(PREFIX)} for g in groups]
     return {"state": base, "param_groups": groups}
 
 
@@ -250,7 +252,9 @@ def load(base: torch.optim.Optimizer, store: Store, recipe: str, checkpoint: Map
         _check_origin(head, store, recipe)
     base_state, own = split(checkpoint["state"])
     for new, old in zip(groups, base.param_groups, strict=False):
-        new.setdefault("rho", old["rho"])
+        for key in ("rho", OWN_RHO):
+            if key in old:
+                new.setdefault(key, old[key])
     scalars = {k: head.pop(PREFIX + k, None) for k in store.scalars}
     ids = [i for g in groups for i in g["params"]]
     # The base casts floating state to each weight's dtype; ours keeps the dtype it was saved in.

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import operator
 import warnings
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from flatmin.engine import tensors as ta
+from flatmin.engine.base import known_loss
 from flatmin.engine.diagnostics import realised
+from flatmin.engine.guards import OtherGradients
 from flatmin.engine.program import Outcome, Site, program
 from flatmin.engine.scaling import Scaling
 from flatmin.engine.second_order import GraphProducts, PooledProducts
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
 
 
 _THROUGH_SCALER = "the gradients are scaled: end the update with scaler.step(optimizer)."
+# What torch says of a graph that has been used, or whose weights have moved since.
+_STALE_GRAPH = ("backward through the graph a second time", "modified by an inplace operation")
 _IS_SPARSE = operator.attrgetter("is_sparse")
 
 
@@ -34,11 +39,17 @@ class Update:
     Invariant: outside `enter` ... `leave` the weights are where the step found them.
 
     `closed`: nobody sees the gradients between the last pass and the base's step.
+
+    Attributes:
+        plain: nothing moves in this update (rho = 0, or a recipe without ascent): it is the base's own step, also with
+            the gradients at hand where the pass makes none.
     """
 
     def __init__(self, optimizer: SAM, site: Site, *, closed: bool = False) -> None:
         self.optimizer, self.site, self.closed = optimizer, site, closed
-        self.index = 0
+        self.index = self._added = 0
+        self._bracketed = True
+        self._before: Gradients = [None] * len(site.weights)
         self.inside = self.resident = False
         self.outcome: Outcome | None = None
         self._ascent_finite = True
@@ -57,6 +68,12 @@ class Update:
             optimizer.recipe, site, optimizer._store, optimizer.eps
         )
         self.request: Eval | None = next(self._program)
+        self.plain = not (optimizer.recipe.ascends and any(site.rhos))
+
+    @property
+    def others(self) -> list[Tensor]:
+        """The model's parameters that another optimizer trains."""
+        return [] if self.optimizer._others is None else self.optimizer._others.parameters
 
     def enter(self, *, bracketed: bool) -> None:
         """Go to the point of the next evaluation, with no gradients left from before."""
@@ -64,10 +81,15 @@ class Update:
         assert not self.inside
         self._check_scaled()
         self.inside = True
+        self._bracketed = bracketed
+        if self.plain and self.index == 0:
+            self._before = [w.grad for w in self.site.weights]
         for w in self.site.weights:
             w.grad = None
         for w in opt._layout.frozen:
             w.grad = None
+        if opt._others is not None and not self.plain:
+            self._part_with_others(opt._others)
         if request is not None and request.at is not None:
             opt._layout = opt._layout.refreshed()
             self._displace(request)
@@ -79,12 +101,45 @@ class Update:
         # A batch that is new and still at w counts as a first pass: its statistics are those of w.
         later = self.index > 0 and (seen or request is None or request.at is not None)
         (opt._freeze if later else opt._thaw)()
+        if opt._state is not None and bracketed and not later:
+            opt._state.begin()
         if opt._watch is not None:
             opt._watch.begin_pass(int(seen), bracketed=bracketed)
-        if bracketed and opt._random is not None:
-            (opt._random.replay if seen else opt._random.capture)(chunk)
+        if opt._random is not None:
+            if bracketed:
+                (opt._random.replay if seen else opt._random.capture)(chunk)
+            elif seen:
+                opt._random.enter()
         if opt.criterion is not None:
             self._criterion_calls = opt.criterion.calls
+
+    def _part_with_others(self, others: OtherGradients) -> None:
+        opt = self.optimizer
+        if self._bracketed:
+            others.aside()
+        elif self.index:
+            others.copy()
+            climbed = Need.CRITERION in opt.recipe.needs and "others" not in opt._warned
+            if climbed and (name := others.first()) is not None:
+                opt._warned.add("others")
+                warnings.warn(
+                    f"{name} is not in this optimizer, and its gradient is that of the loss that {opt.recipe.name} "
+                    "climbs; use step(closure) or passes(), where other weights take the gradient of the descent.",
+                    stacklevel=6,
+                )
+
+    def _join_others(self) -> None:
+        """The other weights' gradients, as the pass that ends leaves them."""
+        others, request = self.optimizer._others, self.request
+        if others is None or self.plain:
+            return
+        if not self._bracketed:
+            others.restore()
+        elif request is None or request.role == "ascent":
+            others.back(None)
+        else:
+            pooled = self.optimizer.recipe.points.pooled and request.chunk is not None
+            others.back(1.0 / self.site.services.chunks if pooled else 1.0)
 
     def _displace(self, request: Eval) -> None:
         opt, at = self.optimizer, request.at
@@ -107,6 +162,9 @@ class Update:
 
     def leave(self) -> None:
         """Take the gradients of the evaluation, put the weights back and learn what comes next."""
+        self._join_others()
+        if not self._bracketed:
+            self._check_manual()
         if self.request is None:
             # A rule that looked at pass 1 decided against the ascent: u is known, this pass was not needed.
             self._restore()
@@ -117,7 +175,11 @@ class Update:
             self.optimizer._watch.check_second_pass()
         self._silence.close()
         grads: Gradients = [w.grad for w in self.site.weights]
-        if all(g is None for g in grads):
+        if all(g is None for g in grads) and self.plain:
+            grads = self._before
+            for w, g in zip(self.site.weights, grads, strict=True):
+                w.grad = g
+        elif all(g is None for g in grads):
             raise RuntimeError(
                 f"no weight received a gradient in pass {self.index + 1}; "
                 "the closure must compute the loss from the model and call loss.backward()."
@@ -136,6 +198,27 @@ class Update:
             self._advance(grads)
         finally:
             self.site.products, self.products = None, []
+
+    def _check_manual(self) -> None:
+        """Warn of what a manual loop did in one pass and not in the other."""
+        opt = self.optimizer
+        if opt._random is not None and self.index:
+            opt._random.leave()
+        added = _additions(self.site.weights)
+        if (
+            self.index
+            and opt._watch is None
+            and not self.plain
+            and added != self._added
+            and "accumulation" not in opt._warned
+        ):
+            opt._warned.add("accumulation")
+            warnings.warn(
+                f"gradients were added up or changed {self._added} times before the weights were perturbed and {added} "
+                "times after it. To accumulate over micro-batches, run all of them in the second pass too, or use "
+                "passes() or a list of closures.",
+                stacklevel=6,
+            )
 
     def _check_scaled(self) -> None:
         resident = self.resident or self.optimizer._resident
@@ -170,7 +253,7 @@ class Update:
         """Add the gradients of a loss; keep its graph if the program asked for it."""
         request, criterion = self.request, self.optimizer.criterion
         if not (self.inside and request is not None and request.graph):
-            loss.backward()
+            loss.backward(create_graph=self.optimizer._base_differentiates)
             return
         weights = self.site.weights
         grads = torch.autograd.grad(loss, weights, create_graph=True, allow_unused=True)
@@ -184,8 +267,9 @@ class Update:
         """Use the gradients of a pass that a manual loop has run already at w, as the ascent's."""
         assert self.request is not None
         grads: Gradients = [w.grad for w in self.site.weights]
-        if all(g is None for g in grads):
+        if all(g is None for g in grads) and not self.plain:
             raise RuntimeError("no gradients: call loss.backward() on the batch before perturbing the weights.")
+        self._added = _additions(self.site.weights)
         self._visited.add(None)
         self._check_scaled()
         if self.request.role == "ascent":
@@ -244,6 +328,8 @@ class Update:
 
     def abort(self) -> None:
         """Put everything back as the step found it, and forget the update."""
+        if self.inside:
+            self._join_others()
         self.optimizer._thaw()
         self._program.close()
         self._silence.close()
@@ -263,10 +349,11 @@ class Update:
             # The scaler's own unscale_() and step() come next, and expect it so.
             self.scaling.rescale_([w.grad for w in self.site.weights])
 
-    def apply(self, *, at_once: bool = False) -> None:
+    def apply(self, *, at_once: bool = False, loss: Any = None) -> None:
         """The base's step, by the rule for gradients that are not finite; then what the parts learned is kept.
 
-        `at_once`: nobody could have changed the gradients since the last pass.
+        `at_once`: nobody could have changed the gradients since the last pass. `loss`: this update's, for bases whose
+        step asks for it.
         """
         opt, outcome = self.optimizer, self.outcome
         assert outcome is not None
@@ -277,7 +364,12 @@ class Update:
                 if w.grad is not None and w.grad.is_sparse:
                     w.grad = w.grad.coalesce()
             ta.clip_([w.grad for w in self.site.weights], opt.clip_norm)
-        stepped, gate = self._base_step(opt.base.step, outcome, at_once and outcome.untouched)
+        step: Callable[..., object] = opt.base.step
+        if loss is not None:
+            step = functools.partial(step, known_loss(opt.base, loss, self.site.weights))
+        elif opt._base_needs_closure:
+            raise RuntimeError(f"the step of {type(opt.base).__name__} asks for the loss: use optimizer.step(closure).")
+        stepped, gate = self._base_step(step, outcome, at_once and outcome.untouched)
         if self.scaling is not None and not stepped:
             # The scaler would find what is left infinite once more.
             opt.zero_grad()
@@ -372,6 +464,11 @@ class Update:
         return False
 
 
+def _additions(weights: Sequence[Tensor]) -> int:
+    """How often the first gradient there is has been added to, or changed otherwise, since it was made."""
+    return next((g._version for w in weights if (g := w.grad) is not None), 0)
+
+
 def _warn_of_rounding(weights: list[Tensor], copies: list[Tensor], asked: list[Tensor]) -> None:
     """Say once how far rounding has made another perturbation than was asked for."""
     seen = {k: float(v) for k, v in realised(weights, copies, asked).items()}
@@ -415,6 +512,11 @@ class Evaluation:
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         if kind is not None:
             self._update.optimizer.abort()
+            if self.index and isinstance(value, RuntimeError) and any(text in str(value) for text in _STALE_GRAPH):
+                raise RuntimeError(
+                    "this pass went backward through a graph of the pass before: the loss is cached. Compute it again "
+                    "from the batch in every pass."
+                ) from value
             return
         try:
             with torch.no_grad():

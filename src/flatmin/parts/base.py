@@ -191,7 +191,11 @@ class Context(Protocol):
 
     @property
     def options(self) -> Sequence[Mapping[str, Any]]:
-        """The param group of each tensor (rho, lr, ...)."""
+        """The param group of each tensor (lr, ...)."""
+
+    @property
+    def rhos(self) -> Sequence[float]:
+        """The radius of each tensor's group."""
 
     @property
     def step(self) -> int:

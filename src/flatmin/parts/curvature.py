@@ -81,9 +81,8 @@ class Curved(Combine):
             h = c.curvature.hessian(grads)
         else:
             h = self._estimate(c)
-        rho = [float(group["rho"]) for group in c.options]
         change = list(h) if self.curvature == "exact" else list(torch._foreach_mul(h, grads))
-        update = torch._foreach_add(grads, torch._foreach_mul(change, rho))
+        update = torch._foreach_add(grads, torch._foreach_mul(change, list(c.rhos)))
         return list(update), ({} if c.curvature is None else {"h": h})
 
     def _estimate(self, c: Context) -> Tensors:

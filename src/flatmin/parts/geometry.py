@@ -24,7 +24,7 @@ class L2(Geometry):
 
 @dataclass(frozen=True, kw_only=True)
 class Adaptive(Geometry):
-    """ASAM: eps = rho T^2 d / ||T d|| with T = |w| + eta. Default rho 0.5.
+    """ASAM: eps = rho T^2 d / ||T d|| with T = |w| + eta; T = 1 in param groups with adaptive=False. Default rho 0.5.
 
     Args:
         eta: added to |w|, >= 0. Default 0.0 (the example command of the official code; its class default is 0.01).
@@ -59,6 +59,9 @@ class Adaptive(Geometry):
         t = list(torch._foreach_abs(c.w))
         if self.eta:
             torch._foreach_add_(t, self.eta)
+        plain = [options.get("adaptive") is False for options in c.options]
+        if any(plain):
+            t = [torch.ones_like(x) if one else x for x, one in zip(t, plain, strict=True)]
         if self.weights_only:
             t = [x if "weight" in name else torch.ones_like(x) for x, name in zip(t, c.names, strict=True)]
         td = list(torch._foreach_mul(d, t))

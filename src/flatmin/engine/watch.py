@@ -1,0 +1,257 @@
+"""Seeing a model's training forwards without leaving a trace on it."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flatmin.engine.guards import RandomState, UntrainedState
+
+_SLOT = "_compiled_call_impl"
+
+
+class CallSlot:
+    """Stands where `nn.Module.__call__` looks for a compiled forward, and tells watches of each call.
+
+    torch leaves this attribute out of copies and pickles, and `torch.jit.script`, `torch.export` and `torch.fx` do not
+    look at it, so that a model can be saved, copied and exported while it is watched.
+
+    Args:
+        module: whose calls.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module, self._thread = weakref.ref(module), threading.get_ident()
+        self.inner = module.__dict__.get(_SLOT)  # what `module.compile()` has put there
+        self.watches: list[tuple[weakref.ref[ModelWatch], bool]] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        module: Any = self._module()
+        if torch.compiler.is_compiling():
+            # Traced away, so that the phases of an update cause no recompilation.
+            return module._call_impl(*args, **kwargs)
+        if threading.get_ident() != self._thread:
+            # A replica of DataParallel has the attributes of its original: the caller knows which module it is.
+            module = sys._getframe(1).f_locals.get("self", module)
+            return module._call_impl(*args, **kwargs)
+        call = module._call_impl if self.inner is None else self.inner
+        if not (module.training and torch.is_grad_enabled()):
+            result = call(*args, **kwargs)
+            for reference, whole in self.watches:
+                if whole and (watch := reference()) is not None and watch.random is not None:
+                    watch.random.evaluated()
+            return result
+        entered = []
+        for reference, whole in self.watches:
+            watch = reference()
+            if watch is not None and watch.called(args, kwargs, whole=whole):
+                entered.append(watch)
+        try:
+            return call(*args, **kwargs)
+        finally:
+            for watch in entered:
+                watch.inside = False
+
+    def drop(self, watch: weakref.ref[ModelWatch]) -> None:
+        """Forget a watch; the last one takes the slot with it."""
+        self.watches = [entry for entry in self.watches if entry[0] is not watch and entry[0]() is not None]
+        module = self._module()
+        if not self.watches and module is not None and module.__dict__.get(_SLOT) is self:
+            del module.__dict__[_SLOT]
+            if self.inner is not None:
+                module.__dict__[_SLOT] = self.inner
+
+
+def _slot_of(module: nn.Module) -> CallSlot:
+    slot = module.__dict__.get(_SLOT)
+    if not isinstance(slot, CallSlot):
+        slot = module.__dict__[_SLOT] = CallSlot(module)
+    return slot
+
+
+def _parts(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules that a method of the model's own may call instead of its forward."""
+    if type(model).__module__.startswith("torch."):
+        return
+    waiting = list(model.children())
+    while waiting:
+        module = waiting.pop()
+        yield module
+        if isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
+            waiting += module.children()
+
+
+class ModelWatch:
+    """Sees the model's training forwards.
+
+    Captures and replays random states around them in manual loops, and notices a second pass that ran no forward or
+    ran on another batch. It ends with its optimizer.
+
+    Args:
+        model: the module that the loop calls.
+        random: what to capture and replay; None: nothing.
+        weights: the optimizer's.
+        abandoned: called when a forward of a first pass turns out to have been given up.
+
+    Attributes:
+        state: what else a forward changes; it is noted before a first pass.
+        own_forwards: forwards of the first pass whose inputs are data, not the outputs of another network in training.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        random: RandomState | None,
+        weights: Sequence[Tensor],
+        abandoned: Callable[[], None] | None = None,
+    ) -> None:
+        self.random, self.weights, self._abandoned = random, weights, abandoned
+        self.state: UntrainedState | None = None
+        self.cleared = self.inside = False
+        self._warned = False
+        self._before_replay: Tensor | None = None
+        self._slots = [_slot_of(module) for module in (model, *_parts(model))]
+        self.begin_update()
+        me = weakref.ref(self)
+        for k, slot in enumerate(self._slots):
+            slot.watches.append((me, k == 0))
+            weakref.finalize(self, slot.drop, me)
+
+    def begin_update(self) -> None:
+        """The next training forward opens a new update."""
+        self.pass_index, self.forwards = 0, [0, 0]
+        self.own_forwards = 0
+        self.bracketed = False  # a closure or `passes()` brackets each pass, so random states are handled there
+        self._batch: list[tuple[Any, int]] | None = None
+
+    def begin_pass(self, index: int, *, bracketed: bool) -> None:
+        self.pass_index, self.bracketed = index, bracketed
+        self.forwards[min(index, 1)] = 0
+        self._before_replay = None
+
+    @property
+    def alone(self) -> bool:
+        """Whether no other optimizer watches the model, whose forward it may have been."""
+        return len(self._slots[0].watches) == 1
+
+    def called(self, args: Any, kwargs: Any, *, whole: bool) -> bool:
+        """A training forward begins, of the model or (not `whole`) of a part of it; whether it is the model's own."""
+        if self.inside:
+            return False
+        if torch._C._current_graph_task_id() != -1:
+            if whole:
+                self._recomputed()
+            return False
+        if whole or not self.forwards[min(self.pass_index, 1)]:
+            self._seen([*leaves((args, kwargs))] if whole else [], whole)
+        self.inside = whole
+        return whole
+
+    def _seen(self, batch: list[Any], whole: bool) -> None:
+        later = min(self.pass_index, 1)
+        if not later and self.forwards[0] and self.cleared and not self.bracketed and self._without_gradients():
+            # Gradients were cleared since the last forward and none has come: that one was given up.
+            self.begin_update()
+            if self._abandoned is not None:
+                self._abandoned()
+        self.cleared = False
+        if self.forwards[later] == 0:
+            if not self.bracketed:
+                self._open_pass(later)
+            if not later:
+                self._batch = [(x, _version(x)) for x in batch] if whole else None
+            elif whole and self._batch is not None and not self._warned and not self._same(batch):
+                self._warn_of_batches()
+        self.forwards[later] += 1
+        if not later and not any(isinstance(x, Tensor) and x.requires_grad for x in batch):
+            self.own_forwards += 1
+
+    def _open_pass(self, later: int) -> None:
+        if later:
+            if self.random is not None and self.random.captured():
+                self._before_replay = torch.get_rng_state()
+                self.random.repeat()
+            return
+        if self.state is not None:
+            self.state.begin()
+        if self.random is not None:
+            self.random.capture()
+
+    def _without_gradients(self) -> bool:
+        return all(w.grad is None for w in self.weights)
+
+    def _recomputed(self) -> None:
+        """A forward inside a backward: checkpointing runs it again, from the state before it was replayed."""
+        if self._before_replay is not None and torch.equal(self._before_replay, torch.get_rng_state()):
+            assert self.random is not None
+            self.random.replay()
+
+    def _same(self, batch: list[Any]) -> bool:
+        known = self._batch or []
+        return len(known) == len(batch) and all(
+            _version(x) == version and (x is y or _alike(x, y)) for (x, version), y in zip(known, batch, strict=True)
+        )
+
+    def _warn_of_batches(self) -> None:
+        self._warned = True
+        if self.bracketed:
+            way_out = "fetch the batch before the step, outside the closure"
+        elif self.forwards[0] > 1:
+            way_out = (
+                f"{self.forwards[0]} forwards ran before the weights were perturbed: to accumulate gradients over "
+                "micro-batches, run all of them in the second pass too, or use passes() or a list of closures"
+            )
+        else:
+            way_out = "run the second pass on the batch of the first"
+        warnings.warn(f"the passes of one step saw different batches; {way_out}.", stacklevel=6)
+
+    def check_second_pass(self) -> None:
+        if self.forwards[0] and self.pass_index and not self.forwards[1]:
+            raise RuntimeError(
+                "no forward pass of the model ran at w + eps; the loss is detached or cached: "
+                "compute it again from the batch in every pass."
+            )
+
+
+def leaves(value: Any, depth: int = 4) -> Iterator[Any]:
+    """The tensors and arrays in a value, through mappings, sequences, dataclasses and plain objects."""
+    if isinstance(value, Tensor) or hasattr(value, "__array_interface__"):
+        yield value
+        return
+    if depth == 0 or value is None or isinstance(value, (str, bytes, int, float, nn.Module)):
+        return
+    inner: Iterable[Any] = ()
+    if isinstance(value, Mapping):
+        inner = list(value.values())
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        inner = value
+    elif hasattr(value, "__dict__"):
+        inner = list(vars(value).values())
+    elif dataclasses.is_dataclass(value):
+        inner = [getattr(value, f.name) for f in dataclasses.fields(value)]  # with __slots__
+    for item in inner:
+        yield from leaves(item, depth - 1)
+
+
+def _version(x: Any) -> int:
+    return x._version if isinstance(x, Tensor) and not x.is_inference() else 0
+
+
+def _alike(x: Any, y: Any) -> bool:
+    """Whether two tensors or arrays have equal shape, type and, on the CPU, values; never a synchronisation."""
+    if type(x) is not type(y) or x.shape != y.shape or x.dtype != y.dtype:
+        return False
+    if not isinstance(x, Tensor):
+        return bool((x == y).all())
+    if x.layout is not torch.strided or x.device.type != "cpu" or y.device.type != "cpu":
+        return True
+    same = x.detach() == y.detach()
+    return bool(same.all()) or bool((same | (x.detach().isnan() & y.detach().isnan())).all())
