@@ -91,7 +91,8 @@ FLAT = {
     "batchmean": (nn.KLDivLoss(reduction="batchmean"), SOFT, divergence),
 }
 SHAPES = {"classes": (), "sequences": (5,), "maps": (3, 3)}
-CASES = [(name, shape) for name in LOSSES for shape in SHAPES] + [(name, "classes") for name in FLAT]
+CASES = [(name, shape) for name in LOSSES for shape in ("classes", "maps")] + [(name, "classes") for name in FLAT]
+CASES += [("all", "sequences"), ("soft", "sequences")]
 
 
 def data(kind, shape, ignore=False, n=9):
@@ -324,7 +325,7 @@ def test_further_arguments_are_refused_where_they_would_be_lost(method):
     net, (x, y) = net_of(()), data(INDICES, ())
     criterion = flatmin.Criterion(F.cross_entropy)
     optimizer = flatmin.wrap(torch.optim.SGD(net.parameters(), lr=0.1), method, criterion=criterion)
-    with pytest.raises(TypeError, match=rf"^{method} .*2 arguments and weight by name.*functools\.partial"):
+    with pytest.raises(TypeError, match=rf"^{method} .*2 by position and weight by name.*functools\.partial"):
         optimizer.step(lambda: criterion(net(x), y, weight=WEIGHT))
 
 

@@ -192,7 +192,7 @@ class Criterion(nn.Module):
             return objective.ascent(  # type: ignore[no-any-return]
                 outputs,
                 target,
-                weight=class_weight(self.loss),
+                weight=class_weight(self.loss, outputs),
                 ignore_index=-100 if self.ignored is None else self.ignored,
                 reduction=reduction if reduction in ("sum", "none") else "mean",
             )
@@ -259,7 +259,7 @@ class Criterion(nn.Module):
                 f"per-sample losses must have the batch's length {batch}, got shape {tuple(losses.shape)} from "
                 f"{source}; give Criterion a per_sample= that makes one loss per sample of (outputs, target)."
             )
-        counted = counted_targets(self.loss, target, len(losses))
+        counted = counted_targets(self.loss, outputs, target, len(losses))
         some = counted if counted is None or counted.ndim == 1 else counted.flatten(1).any(1)
         if losses.ndim > 1 and counted is not None and counted.shape == losses.shape:
             losses = losses.where(counted, 0).flatten(1).sum(1) / counted.flatten(1).sum(1).clamp(min=1)
@@ -287,8 +287,8 @@ class Criterion(nn.Module):
         if len(args) != 2 or kwargs:
             named = f" and {', '.join(kwargs)} by name" if kwargs else ""
             raise TypeError(
-                f"{self._recipe.name} calls the loss also on its own account, and needs a criterion of (outputs, "
-                f"target); got {len(args)} arguments{named}. Bind options into the loss, as "
+                f"{self._recipe.name} computes more than the loss from outputs and target, so the criterion takes "
+                f"these two only; got {len(args)} by position{named}. Bind options into the loss, as "
                 "functools.partial(F.cross_entropy, weight=...) does; further tensors of the batch can come in a tuple "
                 "as the target of a loss of your own."
             )

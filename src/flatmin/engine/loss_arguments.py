@@ -90,17 +90,19 @@ def ignored_target(loss: Any) -> int | float | None:
     return found if isinstance(found, (int, float)) else None
 
 
-def class_weight(loss: Any) -> Tensor | None:
-    """The loss's `weight`, if that is one number per class."""
+def class_weight(loss: Any, outputs: Any) -> Tensor | None:
+    """The loss's `weight`, if that is one number for each class of the outputs."""
     found = argument(loss, "weight")
-    return found if isinstance(found, Tensor) and found.ndim == 1 else None
+    if not (isinstance(found, Tensor) and isinstance(outputs, Tensor) and found.ndim == 1 < outputs.ndim):
+        return None
+    return found if len(found) in (outputs.shape[1], outputs.shape[-1]) else None
 
 
-def counted_targets(loss: Any, target: Any, batch: int) -> Tensor | None:
+def counted_targets(loss: Any, outputs: Any, target: Any, batch: int) -> Tensor | None:
     """Which targets the loss counts: those that it does not ignore, of a class whose weight is not 0; None: all."""
     if not isinstance(target, Tensor) or target.ndim == 0 or len(target) != batch:
         return None
-    ignored, weight = ignored_target(loss), class_weight(loss)
+    ignored, weight = ignored_target(loss), class_weight(loss, outputs)
     counted = None if ignored is None else target != ignored
     if weight is not None and not target.is_floating_point():
         index = target if counted is None else target.where(counted, 0)
