@@ -162,7 +162,7 @@ class Fisher(Mask):
     The top (1 - sparsity) of all entries move, by the norm of the unmasked gradient. F comes from the first
     `num_samples` samples of the batch in pass 1, on the first ascent and on steps 0, k, 2k, ...; each sample is one
     backward pass. l_i is the mean of the loss over the elements of a sample that it counts, class weights included (see
-    `flatmin.Criterion`); samples without any are passed over, for which a refresh reads from the device which they are.
+    `flatmin.Criterion`); samples without any are passed over (a refresh reads from the device which these are).
 
     Args:
         sparsity: share of entries that stay, in [0, 1). Default 0.5 (the official README's example; the code's default
