@@ -1,11 +1,13 @@
 """Loss functions of the papers, as pure functions of logits and class indices.
 
-`bisam_log` and `bisam_tanh` are BiSAM's lower bounds of the 0-1 loss (the loss that is climbed);
+`bisam_log` and `bisam_tanh` are BiSAM's lower bounds of the 0-1 loss (the loss that is climbed), with the arguments
+`weight`, `ignore_index` and `reduction` of `torch.nn.functional.cross_entropy`;
 `smoothed_cross_entropy` is cross-entropy with label smoothing in the two forms in use.
 """
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
@@ -15,21 +17,25 @@ from torch.nn import functional as F
 # exp(mu * (phi - 1)) must not underflow at the true class, where phi = 0.
 _DIRECT_EXP_LIMIT = 60.0
 _BLOCK = 1 << 19  # elements
+_SOFT = "soft targets have no margin to a true class"
+Reduction = Literal["mean", "sum", "none"]
 # phi(0) = 0 for phi(x) = 1 - log(1 + exp(gamma - x)).
 GAMMA = math.log(math.e - 1.0)
 
 
 def check_logits(logits: Tensor, target: Tensor) -> None:
     """Refuse anything but logits (N, K) with class indices (N,), by shape and dtype only (no synchronisation)."""
+    for name, x in (("logits", logits), ("class indices", target)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"expected a tensor of {name}, got {type(x).__name__}.")
+    if logits.ndim > 2 and target.shape == logits.shape:
+        raise ValueError(f"expected class indices, got targets of the logits' shape {tuple(target.shape)}; {_SOFT}.")
     if logits.ndim != 2:
         raise ValueError(
             f"expected logits of shape (N, K), got {tuple(logits.shape)}; move other dimensions into N first."
         )
     if target.ndim != 1 or target.shape[0] != logits.shape[0]:
-        raise ValueError(
-            f"expected class indices of shape ({logits.shape[0]},), got {tuple(target.shape)}; "
-            "soft targets have no margin to a true class."
-        )
+        raise ValueError(f"expected class indices of shape ({logits.shape[0]},), got {tuple(target.shape)}; {_SOFT}.")
     if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
         raise TypeError(f"expected integer class indices, got {target.dtype}.")
 
@@ -40,7 +46,15 @@ def margins(logits: Tensor, target: Tensor) -> Tensor:
     return logits - logits.gather(1, target[:, None].long())
 
 
-def bisam_log(logits: Tensor, target: Tensor, mu: float = 1.0) -> Tensor:
+def bisam_log(
+    logits: Tensor,
+    target: Tensor,
+    mu: float = 1.0,
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+) -> Tensor:
     """BiSAM's smooth lower bound of the 0-1 loss with phi(x) = 1 - log(1 + exp(gamma - x)).
 
     Q = (1/N) sum_i (1/mu) log sum_j exp(mu phi(F_ij)), gamma = log(e - 1), so that phi(0) = 0 and phi < 1.
@@ -48,19 +62,26 @@ def bisam_log(logits: Tensor, target: Tensor, mu: float = 1.0) -> Tensor:
     true class always contributes sigmoid(-gamma) = 1/e.
 
     Args:
-        logits: (N, K), any floating dtype.
-        target: (N,) class indices.
+        logits: (N, K), (N, K, d1, ...) or (N, d1, ..., K), any floating dtype.
+        target: class indices, (N,) or (N, d1, ...).
         mu: sharpness of the soft maximum over classes, > 0. Default 1 (original code, `loss_fnc.py`).
+        weight: (K,), a weight for each class; the mean is then sum_i weight[y_i] Q_i / sum_i weight[y_i].
+            Default None: all count alike.
+        ignore_index: targets that do not count. Default -100.
+        reduction: "mean" over the targets that count, the default, their "sum", or "none": one value for each target,
+            shaped like it, 0 for ignored ones.
 
     Returns:
-        Scalar mean over the batch; max_j phi(F_j) <= Q_i <= max_j phi(F_j) + log(K)/mu.
+        A scalar, or with "none" the Q_i; max_j phi(F_j) <= Q_i <= max_j phi(F_j) + log(K)/mu. The mean over no target
+        is NaN, as that of torch's cross-entropy.
 
     Raises:
         ValueError, TypeError: for other shapes or dtypes.
 
     Source: Xie et al., Improving SAM Requires Rethinking its Optimization Formulation, ICML 2024, Eq. 11.
     """
-    return _by_blocks(lambda f, y: _log_sum_log(margins(f, y), mu), logits, target) / mu
+    rows = partial(_log_sum_log, mu=mu)
+    return _over_batch(rows, logits, target, weight, ignore_index, reduction) / mu
 
 
 def _log_sum_log(margin: Tensor, mu: float) -> Tensor:
@@ -74,27 +95,40 @@ def _log_sum_log(margin: Tensor, mu: float) -> Tensor:
     return mu + torch.logsumexp(mu * F.logsigmoid(shifted), 1)
 
 
-def bisam_tanh(logits: Tensor, target: Tensor, mu: float = 10.0, alpha: float = 0.1) -> Tensor:
+def bisam_tanh(
+    logits: Tensor,
+    target: Tensor,
+    mu: float = 10.0,
+    alpha: float = 0.1,
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+) -> Tensor:
     """BiSAM's smooth lower bound of the 0-1 loss with phi(x) = tanh(alpha x).
 
     Q = (1/N) sum_i (1/mu) log sum_j exp(mu phi(F_ij)).
 
     Args:
-        logits: (N, K), any floating dtype.
-        target: (N,) class indices.
+        logits: see `bisam_log`.
+        target: see `bisam_log`.
         mu: sharpness of the soft maximum over classes, > 0. Default 10 (the original function's default; the
             original command line passes 1).
         alpha: slope of phi at 0, > 0. Default 0.1 (original code).
+        weight: see `bisam_log`, as all that follow.
+        ignore_index: see `bisam_log`.
+        reduction: see `bisam_log`.
 
     Returns:
-        Scalar mean over the batch; max_j phi(F_j) <= Q_i <= max_j phi(F_j) + log(K)/mu.
+        A scalar, or with "none" the Q_i; max_j phi(F_j) <= Q_i <= max_j phi(F_j) + log(K)/mu.
 
     Raises:
         ValueError, TypeError: for other shapes or dtypes.
 
     Source: Xie et al., ICML 2024, Eq. 11.
     """
-    return _by_blocks(lambda f, y: _log_sum_tanh(margins(f, y), mu, alpha), logits, target) / mu
+    rows = partial(_log_sum_tanh, mu=mu, alpha=alpha)
+    return _over_batch(rows, logits, target, weight, ignore_index, reduction) / mu
 
 
 def _log_sum_tanh(margin: Tensor, mu: float, alpha: float) -> Tensor:
@@ -107,13 +141,55 @@ def _log_sum_tanh(margin: Tensor, mu: float, alpha: float) -> Tensor:
     return torch.logsumexp(2.0 * mu * s - mu, 1)
 
 
-def _by_blocks(rows: Callable[[Tensor, Tensor], Tensor], logits: Tensor, target: Tensor) -> Tensor:
-    """The mean of `rows` over the batch; on a CPU in blocks whose temporaries stay in the cache."""
+def _over_batch(
+    rows: Callable[[Tensor], Tensor],
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: Reduction,
+) -> Tensor:
+    """`rows` of the margins, reduced over the targets that count, as `torch.nn.functional.cross_entropy` does."""
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}.")
+    logits, flat = _in_rows(logits, target)
+    counted = flat != ignore_index
+    flat = flat.where(counted, 0)
+    share = None if weight is None else weight[flat]
+    q = _by_blocks(rows, logits, flat)
+    q = (q if share is None else q * share).where(counted, 0)
+    if reduction == "none":
+        return q.reshape(target.shape)
+    # A sum over many pixels leaves the range of float16.
+    total = q.sum(dtype=torch.promote_types(q.dtype, torch.float32))
+    if reduction == "mean":
+        total = total / (counted if share is None else share.where(counted, 0)).sum()
+    return total.to(q.dtype)
+
+
+def _in_rows(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits as (M, K) and class indices as (M,); the classes are dimension 1, as in torch's losses, or the last."""
+    if isinstance(logits, Tensor) and isinstance(target, Tensor) and target.ndim == logits.ndim - 1 >= 2:
+        for dim in (1, -1):
+            last = logits.movedim(dim, -1)
+            if last.shape[:-1] == target.shape:
+                logits, target = last.reshape(-1, last.shape[-1]), target.reshape(-1)
+                break
+        else:
+            raise ValueError(
+                f"expected class indices of shape (N, d1, ...) with logits of shape (N, K, d1, ...) or "
+                f"(N, d1, ..., K), got {tuple(target.shape)} and {tuple(logits.shape)}."
+            )
     check_logits(logits, target)
+    return logits, target.long()
+
+
+def _by_blocks(rows: Callable[[Tensor], Tensor], logits: Tensor, target: Tensor) -> Tensor:
+    """`rows` of the margins; on a CPU in blocks whose temporaries stay in the cache."""
     if logits.device.type != "cpu" or logits.numel() <= 2 * _BLOCK:
-        return rows(logits, target).mean()
+        return rows(margins(logits, target))
     size = max(1, _BLOCK // logits.shape[1])
-    return torch.cat([rows(f, y) for f, y in zip(logits.split(size), target.split(size), strict=True)]).mean()
+    return torch.cat([rows(margins(f, y)) for f, y in zip(logits.split(size), target.split(size), strict=True)])
 
 
 def smoothed_cross_entropy(

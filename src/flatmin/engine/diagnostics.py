@@ -45,11 +45,16 @@ class Diagnostics:
         if isinstance(loss, Tensor) and loss.numel() == 1:
             self._values[name] = loss.detach()
 
-    def outputs(self, outputs: Tensor, target: Tensor, *, perturbed: bool) -> None:
-        """Which samples a pass classified rightly; outputs (N, K), target (N,)."""
+    def outputs(self, outputs: Any, target: Any, ignored: Any, *, perturbed: bool) -> None:
+        """Which samples a pass classified rightly; outputs (N, K), target (N,), where `ignored` is no class."""
+        if not (isinstance(outputs, Tensor) and isinstance(target, Tensor)):
+            return
         if outputs.ndim != 2 or target.ndim != 1 or target.is_floating_point():
             return
         right = outputs.detach().argmax(1) == target
+        if ignored is not None:
+            # Neither wrong nor, since it was right before too, flipped.
+            right |= target == ignored
         if not perturbed:
             self._correct.append(right)
             return

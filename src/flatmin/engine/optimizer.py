@@ -383,10 +383,11 @@ class SAM(Copies):
             return PassView("descent")
         return PassView(update.request.role, update.request.at is not None, update.request.graph)
 
-    def saw(self, outputs: Tensor, target: Tensor, loss: Tensor, *, perturbed: bool) -> None:
+    def saw(self, outputs: Any, target: Any, loss: Tensor, *, perturbed: bool) -> None:
         """Told by the criterion of every loss computed in training."""
         if self._diagnostics is not None:
-            self._diagnostics.outputs(outputs, target, perturbed=perturbed)
+            ignored = None if self.criterion is None else self.criterion.ignored
+            self._diagnostics.outputs(outputs, target, ignored, perturbed=perturbed)
             self._diagnostics.loss(loss, perturbed=perturbed)
 
     def diagnostics(self) -> dict[str, float]:

@@ -62,6 +62,11 @@ class GraphProducts:
         """J^T H_out J v over these weights, by two backward passes for J v and one for the rest."""
         seen, weights = self._seen(), self._pick(index)
         outputs = seen.outputs
+        if not isinstance(outputs, Tensor) or seen.loss.ndim:
+            raise TypeError(
+                "the Gauss-Newton product needs a criterion of (outputs, target) with a tensor as outputs and a scalar "
+                f"as result; got {type(outputs).__name__} and a loss of shape {tuple(seen.loss.shape)}."
+            )
         (slope,) = torch.autograd.grad(seen.loss, outputs, create_graph=True)
         # J^T u is linear in u, so that its derivative in the direction v is J v.
         u = torch.zeros_like(outputs, requires_grad=True)
@@ -83,8 +88,10 @@ class GraphProducts:
 
     @torch.enable_grad()
     def squared_gradients(self, index: Sequence[int], limit: int) -> Tensors:
-        """Sum of the squared gradients of the first `limit` samples' losses."""
+        """Sum of the squared gradients of the first `limit` samples' losses; empty if the loss counts no sample."""
         scores = self.scores()
+        if not len(scores):
+            return []
         weights = self._pick(index)
         total = [torch.zeros_like(w) for w in weights]
         for score in scores[:limit]:
@@ -113,12 +120,13 @@ class PooledProducts:
         return self._sum([p.gauss_newton(index, vectors) for _, p in self._parts])
 
     def squared_gradients(self, index: Sequence[int], limit: int) -> Tensors:
-        total = self._parts[0][1].squared_gradients(index, limit)
-        left = limit - len(self._parts[0][1].scores())
-        for _, part in self._parts[1:]:
-            if left > 0:
-                torch._foreach_add_(total, part.squared_gradients(index, left))
-                left -= len(part.scores())
+        total: Tensors = []
+        for _, part in self._parts:
+            found = part.squared_gradients(index, limit) if limit > 0 else []
+            limit -= len(part.scores())
+            if total and found:
+                torch._foreach_add_(total, found)
+            total = total or found
         return total
 
 

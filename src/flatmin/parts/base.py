@@ -155,7 +155,10 @@ class Products(Protocol):
         """J^T H_out J v, with J the Jacobian of the outputs and H_out the loss's Hessian in them."""
 
     def squared_gradients(self, limit: int) -> Tensors:
-        """Sum over the first `limit` samples of the batch of their squared gradients, one backward each."""
+        """Sum over the first `limit` samples of the batch of their squared gradients, one backward each.
+
+        Samples of which the loss counts nothing are passed over; an empty list if there is no other.
+        """
 
 
 class Context(Protocol):
@@ -305,9 +308,14 @@ def check_choice(owner: Part, name: str, choices: Sequence[str]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Objective(Part):
-    """Which loss is climbed?"""
+    """Which loss is climbed?
+
+    by_class: whether the ascent loss is one of class logits and class indices; `ascent` then gets the arguments of the
+    wrapped loss by which targets count, as the keywords `weight`, `ignore_index` and `reduction`.
+    """
 
     kind: ClassVar[str] = "objective"
+    by_class: ClassVar[bool] = False
 
     def ascent(self, outputs: Tensor, target: Tensor) -> Tensor | None:
         """The ascent loss of a batch, or None for the descent loss itself."""
@@ -446,7 +454,10 @@ class Samples(Part):
     kind: ClassVar[str] = "samples"
 
     def __call__(self, first: Tensor, second: Tensor) -> Tensor | None:
-        """Positions of the samples, from each one's loss at w and at w + eps; None: all."""
+        """Positions of the samples, from each one's loss at w and at w + eps; None: all.
+
+        A sample of which the loss counts nothing has the loss -inf in `second`.
+        """
         return None
 
 

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -27,6 +27,9 @@ class BiSAMLog(Objective):
     Raises:
         ValueError: mu <= 0.
 
+    Targets count as in the loss: by its `ignore_index`, class `weight` and `reduction`. Label smoothing has no place in
+    a bound of the 0-1 loss and acts in the descent loss only; soft targets are refused.
+
     Source: Xie et al., ICML 2024, Eq. 11; see `flatmin.objectives.bisam_log`.
 
     Cost of bisam-log: 2 gradient evaluations a step, 1 extra copy of the moved weights.
@@ -40,13 +43,14 @@ class BiSAMLog(Objective):
 
     needs: ClassVar = frozenset({Need.CRITERION, Need.PASS_1})
     withholds: ClassVar = {Need.GRADIENT_AT_W: _OTHER_LOSS}
+    by_class: ClassVar[bool] = True
     mu: float = 1.0
 
     def __post_init__(self) -> None:
         check_range(self, "mu", 0.0, math.inf, open_low=True)
 
-    def ascent(self, outputs: Tensor, target: Tensor) -> Tensor:
-        return objectives.bisam_log(outputs, target, self.mu)
+    def ascent(self, outputs: Tensor, target: Tensor, **counting: Any) -> Tensor:
+        return objectives.bisam_log(outputs, target, self.mu, **counting)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +63,9 @@ class BiSAMTanh(Objective):
 
     Raises:
         ValueError: mu <= 0 or alpha <= 0.
+
+    Targets count as in the loss: by its `ignore_index`, class `weight` and `reduction`. Label smoothing has no place in
+    a bound of the 0-1 loss and acts in the descent loss only; soft targets are refused.
 
     Source: Xie et al., ICML 2024, Eq. 11; see `flatmin.objectives.bisam_tanh`.
 
@@ -73,6 +80,7 @@ class BiSAMTanh(Objective):
 
     needs: ClassVar = frozenset({Need.CRITERION, Need.PASS_1})
     withholds: ClassVar = {Need.GRADIENT_AT_W: _OTHER_LOSS}
+    by_class: ClassVar[bool] = True
     mu: float = 10.0
     alpha: float = 0.1
 
@@ -80,5 +88,5 @@ class BiSAMTanh(Objective):
         check_range(self, "mu", 0.0, math.inf, open_low=True)
         check_range(self, "alpha", 0.0, math.inf, open_low=True)
 
-    def ascent(self, outputs: Tensor, target: Tensor) -> Tensor:
-        return objectives.bisam_tanh(outputs, target, self.mu, self.alpha)
+    def ascent(self, outputs: Tensor, target: Tensor, **counting: Any) -> Tensor:
+        return objectives.bisam_tanh(outputs, target, self.mu, self.alpha, **counting)

@@ -17,6 +17,9 @@ class EverySample(Samples):
 class Sharpest(Samples):
     """ESAM's SDS: the floor(gamma B) samples (at least one) whose loss rises most from w to w + eps.
 
+    A sample's loss is the mean over its elements that the loss counts, class weights included, and samples without any
+    come last; what is descended is the loss of the chosen samples alone (see `flatmin.Criterion`).
+
     Args:
         gamma: share of the batch, in (0, 1]. Default 0.5 (the official `run.sh`); 1 is the whole batch.
 
@@ -39,4 +42,4 @@ class Sharpest(Samples):
 
     def __call__(self, first: Tensor, second: Tensor) -> Tensor | None:
         count = max(1, int(self.gamma * len(first) + 1e-9))
-        return None if count == len(first) else (second - first).sort(descending=True, stable=True).indices[:count]
+        return None if count >= len(first) else (second - first).sort(descending=True, stable=True).indices[:count]
