@@ -17,6 +17,7 @@ from flatmin.engine.copies import Copies
 from flatmin.engine.criterion import Criterion, PassView
 from flatmin.engine.diagnostics import Diagnostics
 from flatmin.engine.guards import FrozenStatistics, ModelWatch, RandomState
+from flatmin.engine.imitated import reach_through
 from flatmin.engine.ledger import Flags, Ledger
 from flatmin.engine.program import Generators, Services, Site
 from flatmin.engine.replicas import AscentSync, Replicas, refuse_unserved
@@ -161,6 +162,10 @@ class SAM(Copies):
         self._init_group_state()
         self._check_needs()
         self.scaler = scaler
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        reach_through(cls)
 
     # -- the base's attributes -----------------------------------------------------------------------------------
 
