@@ -26,7 +26,8 @@ def reach_through(cls: type) -> None:
         return
     for owner in imitated[: imitated.index(Optimizer)]:
         for name in vars(owner):
-            if not (name.startswith("__") or hasattr(wrapper, name) or name in _ON_THE_WRAPPER):
+            taken = name.startswith("__") and name != "__deepcopy__"
+            if not (taken or hasattr(wrapper, name) or name in _ON_THE_WRAPPER):
                 setattr(cls, name, property(operator.attrgetter(f"optimizer.{name}")))
 
     def own(self: Any, name: str) -> bool:
