@@ -50,13 +50,13 @@ class Plain(L.LightningModule):
         super().__init__()
         self.net, self.method, self.options = net(), method, options
         self.criterion = flatmin.Criterion(nn.CrossEntropyLoss())
-        self.outputs, self.runs = [], 0
+        self.outputs, self.passes = [], []
 
     def forward(self, x):
         return self.net(x)
 
     def training_step(self, batch, batch_idx):
-        self.runs += 1
+        self.passes.append(batch_idx)
         loss = self.criterion(self(batch[0]), batch[1])
         self.log("loss", loss)
         return loss
@@ -166,7 +166,7 @@ class TestWithoutGlue:
                 self.optimizers().eval()
 
         module = Swapped("momentum-sam", plain_net)
-        assert fit(module).global_step == 6 and module.runs == 6
+        assert fit(module).global_step == 6 and len(module.passes) == 6
         model, optimizer = plain_net(), None
         optimizer = optimizer_of(model, "momentum-sam")
         optimizer.train()
@@ -185,10 +185,10 @@ class Manual(Plain):
 
     def __init__(self, *args, door="closure", clip=None, decay=1.0, setup=None, **kwargs):
         super().__init__(*args, **kwargs)
-        self.door, self.clip, self.decay, self.setup_optimizer, self.hooks = door, clip, decay, setup, 0
+        self.door, self.clip, self.decay, self.setup_optimizer, self.hooks = door, clip, decay, setup, []
 
     def backward_of(self, batch):
-        self.runs += 1
+        self.passes.append(batch)
         loss = self.criterion(self(batch[0]), batch[1])
         self.manual_backward(loss)
         return loss
@@ -207,7 +207,7 @@ class Manual(Plain):
 
     def on_before_optimizer_step(self, optimizer):
         assert any(p.grad is not None for p in self.parameters())
-        self.hooks += 1
+        self.hooks.append(optimizer)
 
     def on_train_batch_end(self, *_):
         pass
@@ -237,7 +237,9 @@ class TestManual:
         trainer = fit(module)
         assert same(module.net, by_hand(method)[0])
         assert trainer.global_step == 6
-        assert module.hooks == (module.runs if door == "closure" else 6), "Lightning's hook is in its closure"
+        assert len(module.hooks) == (len(module.passes) if door == "closure" else 6), (
+            "Lightning's hook is in its closure"
+        )
         assert trainer.optimizers[0].counts()["updates"] == 6
 
     @pytest.mark.parametrize("method", (*MOVED_FIRST, "n-step"))
@@ -478,6 +480,57 @@ class TestFabric:
         assert same(model, again) and same_bits(optimizer.state_dict(), other.state_dict())
 
 
+class TestScheduleFree:
+    """The module calls `train()` and `eval()` of `self.optimizers()`. kozistr/pytorch_optimizer#334."""
+
+    @pytest.mark.parametrize("form", ("closure", "mixin", "manual"))
+    def test_validation_sees_the_average(self, form):
+        schedulefree = pytest.importorskip("schedulefree")
+
+        class Free:
+            def configure_optimizers(self):
+                base = schedulefree.AdamWScheduleFree(self.parameters(), lr=0.05)
+                optimizer = flatmin.SAM(base, rho=0.1, model=self)
+                return [optimizer], [torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)]
+
+            def on_train_start(self):
+                self.optimizers().train()
+                self.seen = []
+
+            def on_validation_start(self):
+                self.optimizers().eval()
+
+            def validation_step(self, batch, batch_idx):
+                if not self.trainer.sanity_checking and batch_idx == 0:
+                    self.seen.append([p.detach().clone() for p in self.net.parameters()])
+
+            def on_validation_end(self):
+                self.optimizers().train()
+
+        kind = {"closure": Plain, "mixin": Net, "manual": Manual}[form]
+        options = {"door": "two calls"} if form == "manual" else {}
+        module = type("Module", (Free, kind), {})(net=plain_net, **options)
+        fit(module, epochs=2, validate=True, val_check_interval=3)
+        model = plain_net()
+        base = schedulefree.AdamWScheduleFree(model.parameters(), lr=0.05)
+        optimizer = flatmin.SAM(base, rho=0.1)
+        batches = [*loader(8), *loader(8)]
+        for validated in range(4):
+            base.train()
+            for x, y in batches[3 * validated : 3 * validated + 3]:
+
+                def closure(x=x, y=y):
+                    optimizer.zero_grad()
+                    loss = F.cross_entropy(model(x), y)
+                    loss.backward()
+                    return loss
+
+                optimizer.step(closure)
+            base.eval()
+            assert all(torch.equal(p, q) for p, q in zip(module.seen[validated], model.parameters(), strict=True))
+        assert len(module.seen) == 4
+
+
 class TestMixin:
     @pytest.mark.parametrize("n", (1, 3, 4, 5))
     @pytest.mark.parametrize("method", METHODS + WITH_CRITERION)
@@ -533,7 +586,7 @@ class TestMixin:
 
         module = Counts()
         fit(module, accumulate_grad_batches=2)
-        assert module.seen == 48 and module.runs == 12
+        assert module.seen == 48 and len(module.passes) == 12
 
     @pytest.mark.parametrize(
         ("method", "n", "runs"),
@@ -543,14 +596,14 @@ class TestMixin:
         """Gradients for 6 batches; methods whose pass 1 is not at w pay for Lightning's own when n > 1."""
         module = Net(method)
         fit(module, accumulate_grad_batches=n)
-        assert module.runs == runs
+        assert len(module.passes) == runs
 
     @pytest.mark.parametrize("n", (1, 3))
     def test_cost_where_the_gradient_decides(self, n):
         """The first update ascends, no other one does."""
         module = Net("ae-sam", start=1e6)
         fit(module, accumulate_grad_batches=n)
-        assert module.runs == 6 + n
+        assert len(module.passes) == 6 + n
 
     @pytest.mark.parametrize("method", ("sam", "n-step"))
     def test_masks_are_equal_where_the_loader_draws_between_batches(self, method):
@@ -570,7 +623,7 @@ class TestMixin:
         module.masks = {}
         batches = DataLoader(Draws(*loader(8).dataset.tensors), batch_size=8)
         L.Trainer(max_epochs=1, accelerator="cpu", accumulate_grad_batches=3, **QUIET).fit(module, batches)
-        assert len({tuple(m.tolist()) for m in module.masks.values()}) == 6 and module.runs >= 12
+        assert len({tuple(m.tolist()) for m in module.masks.values()}) == 6 and len(module.passes) >= 12
 
     @pytest.mark.parametrize("n", (1, 2))
     def test_bf16(self, n):
