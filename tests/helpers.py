@@ -206,3 +206,23 @@ def cosine(step: int, total: int) -> float:
 def soft_targets(y: Tensor, classes: int, smoothing: float) -> Tensor:
     """1 - s on the true class plus s/K on every class."""
     return (1.0 - smoothing) * F.one_hot(y, classes).double() + smoothing / classes
+
+
+def sam_by_hand(parameters, rho: float, backward, base) -> None:
+    """One step of SAM from its formula: g at w, g_s at w + rho g / ||g||, back to w, the base steps with g_s."""
+    parameters = list(parameters)
+    for p in parameters:
+        p.grad = None
+    backward()
+    with torch.no_grad():
+        start = [p.clone() for p in parameters]
+        grads = [p.grad.to_dense() for p in parameters]
+        norm = torch.cat([g.flatten() for g in grads]).norm()
+        for p, g in zip(parameters, grads, strict=True):
+            p.add_(g, alpha=rho / float(norm))
+            p.grad = None
+    backward()
+    with torch.no_grad():
+        for p, w in zip(parameters, start, strict=True):
+            p.copy_(w)
+    base.step()

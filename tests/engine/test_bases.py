@@ -187,6 +187,7 @@ def test_a_base_that_asks_for_the_loss_gets_that_of_the_step_without_another_pas
 class SecondOrder(torch.optim.SGD):
     """Differentiates its gradients once more, as AdaHessian does."""
 
+    @torch.enable_grad()
     def step(self, closure=None, hessian=None):
         for w in self.param_groups[0]["params"]:
             (h,) = torch.autograd.grad(w.grad.sum(), w, retain_graph=True)
@@ -196,7 +197,7 @@ class SecondOrder(torch.optim.SGD):
 
 def test_a_base_that_differentiates_the_gradients_has_their_graph_at_rho_0_and_is_refused_above():
     model, twin = net(), net()
-    with pytest.raises(ValueError, match="SecondOrder differentiates the gradients once more.*rho = 0 only"):
+    with pytest.raises(ValueError, match=r"SecondOrder differentiates the gradients once more.*rho = 0 only"):
         flatmin.SAM(SecondOrder(model.parameters(), lr=0.1), rho=RHO)
     optimizer = flatmin.SAM(SecondOrder(model.parameters(), lr=0.1), rho=0.0)
     base = SecondOrder(twin.parameters(), lr=0.1)

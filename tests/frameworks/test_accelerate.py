@@ -205,6 +205,78 @@ def test_resume_is_exact(method, tmp_path):
     assert same_bits(whole.sam.state_dict(), rest.sam.state_dict())
 
 
+@pytest.mark.parametrize("door", ("perturbed", "two calls"))
+@pytest.mark.parametrize("method", ("sam", "vasso", "gsam"))
+def test_other_entry_points_are_those_of_the_optimizer_inside(method, door):
+    """`optimizer.optimizer` of the prepared one is the flatmin optimizer; the prepared one ends the step."""
+    run = Run(cpu(), method)
+    assert run.optimizer.optimizer is run.sam
+    for batch in run.loader:
+        run.optimizer.zero_grad()
+        run.backward(*batch)
+        if door == "perturbed":
+            with run.sam.perturbed():
+                run.backward(*batch)
+            run.optimizer.step()
+        else:
+            run.sam.first_step()
+            run.backward(*batch)
+            run.sam.second_step()
+        run.scheduler.step()
+    assert apart(run, Run(None, method).with_closures()) == 0
+    with pytest.raises(AttributeError, match="perturbed"):
+        run.optimizer.perturbed()
+
+
+@pytest.mark.parametrize("scale", (2.0**10, 2.0**20))
+def test_fp16_between_the_passes_of_a_context(scale):
+    scalers = [torch.amp.GradScaler("cpu", init_scale=scale) for _ in range(2)]
+    accelerator = cpu(mixed_precision="fp16")
+    accelerator.scaler, accelerator.native_amp = scalers[0], True
+    run = Run(accelerator, scaler=accelerator.scaler)
+    for batch in run.loader:
+        run.optimizer.zero_grad()
+        run.backward(*batch)
+        with run.sam.perturbed():
+            run.backward(*batch)
+        run.clip()
+        run.step()
+    alone = Run(None, scaler=scalers[1], dtype=torch.float16).with_passes()
+    assert apart(run, alone) < 1e-6 and scalers[0].state_dict() == scalers[1].state_dict()
+
+
+def test_modes_of_a_schedule_free_base():
+    """`train()` and `eval()` of the prepared optimizer reach the base. huggingface/accelerate#2631 and #4161."""
+    schedulefree = pytest.importorskip("schedulefree")
+    x, y = data(48).dataset.tensors
+    found = []
+    for accelerator in (cpu(), None):
+        model = net()
+        base = schedulefree.SGDScheduleFree(model.parameters(), lr=0.5)
+        optimizer = flatmin.SAM(base, rho=0.1, model=model)
+        prepared = model
+        if accelerator is not None:
+            prepared, optimizer = accelerator.prepare(model, optimizer)
+        modes = base if accelerator is None else optimizer
+        torch.manual_seed(7)
+        for _ in range(2):
+            modes.train()
+            prepared.train()
+            for _ in range(5):
+
+                def closure(optimizer=optimizer, prepared=prepared):
+                    optimizer.zero_grad()
+                    loss = F.cross_entropy(prepared(x), y)
+                    loss.backward()
+                    return loss
+
+                optimizer.step(closure)
+            modes.eval()
+            prepared.eval()
+            found.append(F.cross_entropy(prepared(x), y).item())
+    assert found[:2] == found[2:] and found[1] < found[0]
+
+
 def test_a_single_backward_is_refused():
     run = Run(cpu())
     run.backward(*next(iter(run.loader)))

@@ -238,6 +238,49 @@ def test_evaluation_and_checkpoints_see_w(tmp_path):
     assert same_bits(with_it.model.state_dict(), trained(tmp_path, "momentum-sam").model.state_dict())
 
 
+@pytest.mark.parametrize("recipe", ("sam", "stale-sam", "sgd"))
+def test_a_schedule_free_base_is_evaluated_at_its_average(recipe, tmp_path):
+    """The Trainer's train() and eval() reach it, outside of the passes. huggingface/accelerate#2631 and #4161."""
+    schedulefree = pytest.importorskip("schedulefree")
+
+    def base_of(model):
+        return schedulefree.AdamWScheduleFree(model.parameters(), lr=RATE, warmup_steps=3)
+
+    model, right = net(), net()
+    trainer = Watched(
+        model=model,
+        args=arguments(tmp_path, n=2, num_train_epochs=2, eval_strategy="epoch", lr_scheduler_type="constant"),
+        train_dataset=texts(),
+        eval_dataset=texts(8),
+        optimizers=(base_of(model), None),
+        recipe=recipe,
+        rho=0.05,
+    )
+    trainer.train()
+    base, losses = base_of(right), []
+    optimizer = flatmin.wrap(base, recipe, rho=0.05, model=right)
+    steps = [trainer.seen[i : i + 2] for i in range(0, len(trainer.seen), 2)]
+    for epoch in (steps[:3], steps[3:]):
+        base.train()
+        right.train()
+        for held in epoch:
+            for evaluation in optimizer.passes():
+                with evaluation:
+                    for batch, count in held:
+                        right(**batch, num_items_in_batch=count).loss.backward()
+            torch.nn.utils.clip_grad_norm_(right.parameters(), CLIP)
+            optimizer.step()
+        base.eval()
+        right.eval()
+        held = trainer.data_collator(texts(8))
+        with torch.no_grad():
+            losses.append(right(**held, num_items_in_batch=(held["labels"] != -100).sum()).loss.item())
+    assert len(steps) == 6
+    assert apart(model, right) < 1e-12 and apart(model, net()) > 5e-3
+    seen = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert seen == pytest.approx(losses, rel=1e-5)
+
+
 def test_takes_a_flatmin_optimizer_as_it_is(tmp_path):
     model = net()
     mine = flatmin.wrap(torch.optim.SGD(model.parameters(), lr=RATE), "asam", rho=0.3, model=model)

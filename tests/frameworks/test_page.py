@@ -14,6 +14,7 @@ NEEDS = {
     "Hugging Face Trainer": "transformers",
     "Accelerate": "accelerate",
     "skorch": "skorch",
+    "Optimizers of other packages as the base": "schedulefree",
 }
 
 

@@ -64,7 +64,7 @@ def check_rho(rho: Any) -> float:
 def check_positive(name: str, value: Any) -> float:
     """A positive finite number as a float; ValueError otherwise."""
     if not is_number(value) or value <= 0:
-        raise ValueError(f"{name} must be a positive number, got {value!r}.")
+        raise ValueError(f"{name} must be a positive number or None, got {value!r}.")
     return float(value)
 
 
@@ -178,7 +178,7 @@ def _refuse(base: Optimizer) -> None:
         raise TypeError(f"{name} has no param_groups of its own and cannot be a base; give the optimizer inside it.")
     if isinstance(base, torch.optim.LBFGS) or name == "LBFGS":
         raise TypeError("LBFGS evaluates the loss inside its own step and cannot be a base.")
-    if any(callable(getattr(base, method, None)) for method in ("first_step", "perturb")):
+    if any(callable(getattr(base, method, None)) for method in ("first_step", "perturb", "perturb_weights")):
         raise TypeError(f"{name} is a sharpness-aware optimizer itself; give the base optimizer inside it.")
     if any(hasattr(base, method) for method in ("fused_backward", "fuse_update")):
         raise TypeError(

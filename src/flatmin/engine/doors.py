@@ -180,6 +180,8 @@ class Doors(Optimizer):
                     raise TypeError(f"closure must be callable, got {type(one).__name__}.")
             if not closures:
                 raise ValueError("step() got an empty list of closures.")
+            if self._resident or (self._update is not None and self._update.outcome is not None):
+                return self._step_late(closures)
             return self._step_closures(closures, listed=listed)
         if self._resident:
             self._step_resident()
@@ -194,6 +196,35 @@ class Doors(Optimizer):
             )
         self._apply(update)
         return None
+
+    def _step_late(self, closures: list[Closure]) -> Any:
+        """A step with closures where w + eps is the place between steps, or where the loop has run the passes already.
+
+        Frameworks whose step() always has a closure (Lightning's) give one that computes nothing if the loop gave none.
+        """
+        update = self._update
+        assert update is not None
+        if self._resident and self._scaling is not None:
+            raise RuntimeError(
+                "between train() and eval() a GradScaler looks at the gradients before it calls step(): run backward "
+                "before scaler.step(optimizer), and give it no closure."
+            )
+        with torch.enable_grad():
+            loss = closures[0]() if len(closures) == 1 else _run_all(closures, update)
+        if self._resident:
+            self.loss_point = "w + eps"
+            if self._diagnostics is not None:
+                self._diagnostics.loss(loss_in(loss), perturbed=True)
+            self._step_resident(loss_in(loss))
+        elif loss is None:
+            self._apply(update)
+        else:
+            self.abort()
+            raise RuntimeError(
+                "step() got a closure that computes a loss, and the passes of this update are done; call step() "
+                "without one after perturbed() and passes()."
+            )
+        return detached(loss)
 
     def _apply(self, update: Update, *, at_once: bool = False, loss: Any = None) -> None:
         try:
@@ -337,13 +368,13 @@ class Doors(Optimizer):
         self._resident = True
         Evaluation(self._begin(), bracketed=False).__enter__()
 
-    def _step_resident(self) -> None:
+    def _step_resident(self, loss: Any = None) -> None:
         update = self._update
         assert update is not None
         update.hand_over()
         self._leave(update)
         self._resident = False
-        self._apply(update)
+        self._apply(update, loss=loss)
         self._stay()
 
     @contextlib.contextmanager
@@ -487,4 +518,5 @@ class Doors(Optimizer):
             f"step() needs a closure, or both passes before it: {self.recipe.name} takes a second gradient at w + eps. "
             "Pass a closure that zeroes, computes the loss and calls backward, or run the second pass in "
             "`with optimizer.perturbed():`."
+            + (" Lightning's precision '16-mixed' keeps a closure to itself." if "found_inf" in self.__dict__ else "")
         )

@@ -28,6 +28,7 @@ from flatmin.engine.copies import Copies
 from flatmin.engine.criterion import Criterion, PassView
 from flatmin.engine.diagnostics import Diagnostics
 from flatmin.engine.guards import FrozenStatistics, OtherGradients, RandomState, UntrainedState, generators_of
+from flatmin.engine.imitated import reach_through
 from flatmin.engine.ledger import Flags, Ledger
 from flatmin.engine.program import Generators, Services, Site
 from flatmin.engine.replicas import AscentSync, Replicas, refuse_unserved
@@ -185,6 +186,10 @@ class SAM(Copies):
         self._init_group_state()
         self._check_needs()
         self.scaler = scaler
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        reach_through(cls)
 
     def _adaptive(self, recipe: Any, adaptive: bool, rho: float | None) -> Any:
         """The recipe that `adaptive`, also of single param groups, asks for."""

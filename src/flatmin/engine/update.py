@@ -182,7 +182,8 @@ class Update:
         elif all(g is None for g in grads):
             raise RuntimeError(
                 f"no weight received a gradient in pass {self.index + 1}; "
-                "the closure must compute the loss from the model and call loss.backward()."
+                "the closure must compute the loss from the model and call loss.backward(). (A step() of Lightning's "
+                "without a closure gives an empty one: run both passes before it, or give it a closure.)"
             )
         self._restore()
         grads = self._received(grads)

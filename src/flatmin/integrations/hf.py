@@ -113,6 +113,8 @@ class SharpnessAware:
         scaler = getattr(self.accelerator, "scaler", None)
         if scaler is not None and sam.scaler is not scaler:
             sam.scaler = scaler
+        # A base that has modes (schedule-free ones) moves the weights when it is switched: before the passes.
+        getattr(sam.base, "train", lambda: None)()
         parent: Any = super()
         visited: set[int | None] = set()
         for evaluation in sam.passes(len(held) if Need.MICRO_BATCHES in sam.recipe.needs else 1):

@@ -35,9 +35,13 @@ class SharpnessAware:
     see are those of the first pass. A module whose optimizer is not flatmin's trains as without the mixin.
 
     A module that overrides `on_train_batch_start`, `optimizer_step`, `backward` or `log` calls `super()` in it.
+
+    With `automatic_optimization = False` the passes stand in `training_step`; the mixin then only gives the optimizers
+    the scaler of the precision plugin, and lets `self.manual_backward(loss)` serve methods with second derivatives.
     """
 
     trainer: Any
+    automatic_optimization: bool
     _window: _Window | None = None
     _repeats: bool = False
 
@@ -65,8 +69,9 @@ class SharpnessAware:
         """Hold the batch until its step is done."""
         parent: Any = super()
         answer: int | None = parent.on_train_batch_start(batch, batch_idx)
+        self._share_scaler()
         sam = self._sam()
-        if sam is not None:
+        if sam is not None and self.automatic_optimization:
             if self._window is None or self._window.last != batch_idx - 1:
                 self._window = _Window(sam, self.trainer.accumulate_grad_batches > 1)
             self._window.hold(batch, batch_idx)
@@ -104,8 +109,6 @@ class SharpnessAware:
                 "learns of the batches."
             )
         scaler = getattr(plugin, "scaler", None)
-        if scaler is not None and sam.scaler is not scaler:
-            sam.scaler = scaler
         stepper = _Stepper(sam, scaler)
 
         def passes() -> Any:
@@ -124,6 +127,13 @@ class SharpnessAware:
     def _sam(self) -> SAM | None:
         found = self.trainer.optimizers
         return found[0] if len(found) == 1 and isinstance(found[0], SAM) else None
+
+    def _share_scaler(self) -> None:
+        """Give the scaler of the precision plugin to every flatmin optimizer."""
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        for sam in self.trainer.optimizers if scaler is not None else ():
+            if isinstance(sam, SAM) and sam.scaler is not scaler:
+                sam.scaler = scaler
 
     def _run(self, sam: SAM, window: _Window, closure: Callable[[], Any]) -> Any:
         """All passes of an update, the first by Lightning's closure; leaves what the base shall take."""

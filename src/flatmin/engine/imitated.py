@@ -1,0 +1,43 @@
+"""Wrappers of frameworks that imitate the class of an optimizer: Lightning's and Fabric's."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+from torch.optim import Optimizer
+
+# It ends in step(), which has to be the wrapper's own: there the framework counts steps and calls its hooks.
+_ON_THE_WRAPPER = frozenset({"second_step"})
+
+
+def reach_through(cls: type) -> None:
+    """Let a class that a framework derives from its wrapper and from an optimizer's class use the optimizer inside.
+
+    Such a wrapper forwards what is read to the optimizer in its `optimizer`, and takes methods from the imitated
+    class. They would run on the wrapper, and what they set would stay in it. Here everything that the wrapper does not
+    define itself is looked up, and set, on the optimizer inside. Other classes stay as they are.
+
+    Args:
+        cls: a new class, derived from an optimizer's.
+    """
+    wrapper, *imitated = cls.__mro__[1:]
+    if issubclass(wrapper, Optimizer) or not isinstance(getattr(wrapper, "optimizer", None), property):
+        return
+    for owner in imitated[: imitated.index(Optimizer)]:
+        for name in vars(owner):
+            taken = name.startswith("__") and name != "__deepcopy__"
+            if not (taken or hasattr(wrapper, name) or name in _ON_THE_WRAPPER):
+                setattr(cls, name, property(operator.attrgetter(f"optimizer.{name}")))
+
+    def own(self: Any, name: str) -> bool:
+        return name in self.__dict__ or hasattr(wrapper, name)
+
+    def __setattr__(self: Any, name: str, value: Any) -> None:  # noqa: N807
+        object.__setattr__(self, name, value) if own(self, name) else setattr(self.optimizer, name, value)
+
+    def __delattr__(self: Any, name: str) -> None:  # noqa: N807
+        object.__delattr__(self, name) if own(self, name) else delattr(self.optimizer, name)
+
+    setattr(cls, "__setattr__", __setattr__)  # noqa: B010
+    setattr(cls, "__delattr__", __delattr__)  # noqa: B010
