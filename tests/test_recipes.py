@@ -9,6 +9,7 @@ from importlib.metadata import EntryPoint, EntryPoints
 from types import ModuleType
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 
@@ -144,12 +145,43 @@ def test_composition_changes_no_table_entry():
         ("zzzzzz", r"unknown method 'zzzzzz' \(methods: sgd, sam, asam"),
         ("", "unknown method ''"),
         ("sam++asam", "unknown method ''"),
-        ("SAM", "unknown method 'SAM'"),
+        ("fisher-sam", r"unknown method 'fisher-sam' \(methods: "),  # near nothing: no guess
+        ("tilted-sam", r"unknown method 'tilted-sam' \(methods: "),
+        ("SS-SAM", "unknown method 'SS-SAM'; did you mean 'bernoulli'"),  # by its title in the literature
     ],
 )
 def test_unknown_names(name, text):
     with pytest.raises(ValueError, match=text):
         compose(name)
+
+
+@pytest.mark.parametrize("name", ["VaSSO+BiSAM-log+ASAM", "vasso+bisam-LOG+asam"])
+def test_the_case_of_a_name_does_not_matter(name):
+    assert compose(name) == compose("vasso+bisam-log+asam")
+
+
+def test_a_name_in_another_case_that_two_methods_share_is_unknown():
+    table = {n: dataclasses.replace(METHODS["sam"], name=n) for n in ("Mine", "mine")}
+    assert compose("Mine", table).name == "Mine"
+    with pytest.raises(ValueError, match="unknown method 'MINE'; did you mean 'Mine'"):
+        compose("MINE", table)
+
+
+def test_lengths_and_numbers_of_numpy():
+    assert compose("late", total=np.int64(9), fraction=np.float32(0.5)) == compose("late", total=9, fraction=0.5)
+    assert compose("late").for_length(np.int32(9)) == compose("late", total=9)
+    for bad in (0, -1, 2.5, True):
+        with pytest.raises(ValueError, match="for_length: total must be a whole number of updates >= 1, got"):
+            compose("sam").for_length(bad)
+
+
+def test_phase_must_fit_its_fellows():
+    """Masks refresh on steps 0, interval, ...: of these at least some must ascend."""
+    with pytest.raises(ValueError, match=r"phase must be below k = 5, got 5"):
+        compose("every-k", phase=5)
+    with pytest.raises(ValueError, match=r"every 100th step, and EveryK\(k=5, phase=4\) ascends on none of them"):
+        compose("every-k+ssam-d", phase=4)
+    assert compose("every-k+ssam-d", phase=4, interval=99).when.phase == 4
 
 
 @pytest.mark.parametrize(

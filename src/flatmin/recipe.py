@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -67,6 +68,12 @@ class Recipe:
                     reason = _withheld(other, need)
                     if reason and other is not one:
                         raise ContradictionError(one, need, other, reason)
+            interval = one.parameters().get("interval")
+            if isinstance(interval, int) and not self.when.meets(interval):
+                raise ValueError(
+                    f"{one.kind} {one} works on every {interval}th step, and {self.when} ascends on none of them; "
+                    "choose another interval or phase."
+                )
 
     @property
     def parts(self) -> dict[str, Part]:
@@ -138,9 +145,15 @@ class Recipe:
 
         Args:
             total: updates of the whole training, >= 1.
+
+        Raises:
+            ValueError: total is not a whole number >= 1.
         """
+        given: Any = total
+        if isinstance(given, bool) or not isinstance(given, numbers.Integral) or given < 1:
+            raise ValueError(f"for_length: total must be a whole number of updates >= 1, got {total!r}.")
         changed = {
-            kind: dataclasses.replace(part, **{"total": total})
+            kind: dataclasses.replace(part, **{"total": int(total)})
             for kind, part in self.parts.items()
             if part.parameters().get("total") == 0
         }

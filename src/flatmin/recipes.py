@@ -82,7 +82,7 @@ def compose(name: str, table: Mapping[str, Method] | None = None, **params: Any)
     """The recipe of one or several names joined by "+", each name giving the parts it sets.
 
     Args:
-        name: e.g. "sam", "vasso+bisam-log+asam". The order does not matter.
+        name: e.g. "sam", "vasso+bisam-log+asam". Neither the order nor the case matters.
         table: names to choose from. Default: built-ins, then entry points.
         params: parameters of the parts: `theta=0.8` if exactly one part has it, else qualified by kind:
             `direction=dict(theta=0.8)`, `direction=EMA(theta=0.8)` or `**{"direction.theta": 0.8}`.
@@ -93,13 +93,14 @@ def compose(name: str, table: Mapping[str, Method] | None = None, **params: Any)
     names = [n.strip() for n in name.split("+")]
     if table is None:
         table = METHODS if all(n in METHODS for n in names) else method_table()
+    names = [_spelled(n, table) for n in names]
     chosen: dict[str, Part] = {}
     owner: dict[str, str] = {}
     for n in names:
         if n not in table:
             if n in CONFUSED:
                 raise ValueError(f"{n!r} is the name of two methods: {CONFUSED[n]}.")
-            raise ValueError(f"unknown method {n!r}{suggest(n, table)} (methods: {', '.join(table)})")
+            raise ValueError(f"unknown method {n!r}{_guess(n, table)} (methods: {', '.join(table)})")
         for part in table[n].parts:
             if part.kind in chosen:
                 raise ValueError(f"{owner[part.kind]!r} and {n!r} both set the {part.kind}; choose one.")
@@ -110,6 +111,18 @@ def compose(name: str, table: Mapping[str, Method] | None = None, **params: Any)
         return Recipe(name="+".join(names), **chosen)  # type: ignore[arg-type]
     except ContradictionError as error:
         raise error.between(names) from None
+
+
+def _spelled(name: str, table: Mapping[str, Method]) -> str:
+    """The table's own spelling of a name in another case; the name itself if the table has it, or nothing like it."""
+    alike = [name] if name in table else [known for known in table if known.lower() == name.lower()]
+    return alike[0] if len(alike) == 1 else name
+
+
+def _guess(name: str, table: Mapping[str, Method]) -> str:
+    """What may be meant by an unknown name: a method of this title, or one whose name is near."""
+    titled = [known for known, method in table.items() if method.title.lower() == name.lower()]
+    return f"; did you mean {titled[0]!r}?" if titled else suggest(name, table)
 
 
 def _sort_parameters(name: str, chosen: dict[str, Part], params: dict[str, Any]) -> dict[str, Any]:

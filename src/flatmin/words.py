@@ -9,10 +9,44 @@ from types import TracebackType
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """The words "; did you mean 'x'?" if something known begins with the word or is close to it, else nothing."""
-    names = list(known)
-    close = [k for k in names if word and k.startswith(word)] or difflib.get_close_matches(word, names, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    """The words "; did you mean 'x'?" if something known is a slip of the keyboard away from the word, else nothing.
+
+    Near is, whatever the case and leading dashes: what begins with the word; what differs in one letter (added, left
+    out, another one, or two swapped), in two from 8 letters on, in three from 12 on; what makes up most of the word.
+    """
+    near = nearest(word, known, 1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def nearest(word: str, known: Iterable[str], count: int) -> list[str]:
+    """At most `count` of the known words that are near this one in the sense of `suggest`, the nearest first."""
+    asked = word.lstrip("-").lower()
+    limit = 1 + (len(asked) >= 8) + (len(asked) >= 12)
+    found: list[tuple[int, float, str]] = []
+    for name in known if asked else ():
+        own = name.lstrip("-").lower()
+        if own.startswith(asked):
+            found.append((0, 0.0, name))
+        elif abs(len(own) - len(asked)) <= limit and (slips := _slips(asked, own)) <= limit:
+            found.append((slips, -difflib.SequenceMatcher(None, asked, own).ratio(), name))
+        elif own in asked and len(own) > 0.6 * len(asked):
+            found.append((limit + 1, -len(own) / len(asked), name))
+    # Sorted by nearness only, so that equally near words keep their order.
+    return [name for _, _, name in sorted(found, key=lambda f: f[:2])[:count]]
+
+
+def _slips(a: str, b: str) -> int:
+    """Letters added, left out, exchanged or swapped with the next between two words (optimal string alignment)."""
+    before: list[int] = []
+    last = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        row = [i]
+        for j, y in enumerate(b, 1):
+            row.append(min(last[j] + 1, row[-1] + 1, last[j - 1] + (x != y)))
+            if i > 1 and j > 1 and x == b[j - 2] and y == a[i - 2]:
+                row[-1] = min(row[-1], before[j - 2] + 1)
+        before, last = last, row
+    return last[-1]
 
 
 def explained(error: BaseException) -> bool:

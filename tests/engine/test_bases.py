@@ -195,6 +195,7 @@ class SecondOrder(torch.optim.SGD):
         super().step()
 
 
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
 def test_a_base_that_differentiates_the_gradients_has_their_graph_at_rho_0_and_is_refused_above():
     model, twin = net(), net()
     with pytest.raises(ValueError, match=r"SecondOrder differentiates the gradients once more.*rho = 0 only"):

@@ -381,6 +381,71 @@ def test_a_model_that_is_recomputed_as_a_whole_trains_the_same(reentrant, door):
     assert close(*ends)
 
 
+class Named(nn.Module):
+    """With a child that bears the name of DataParallel's own level."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head, self.module = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+        self.double()
+
+    def forward(self, x):
+        return self.module(self.head(self.body(x)))
+
+
+@pytest.fixture(scope="module")
+def one_process():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # of DistributedDataParallel's own imports
+@pytest.mark.parametrize("names", ["of the model", "of the groups", "of both"])
+@pytest.mark.parametrize("pattern", ["head.*", "module.head.*", "_orig_mod.module.head.*", "module.*", "*.bias"])
+def test_patterns_match_below_wrappers(one_process, pattern, names):
+    """pytorch/pytorch: DistributedDataParallel, DataParallel and torch.compile put levels before every name."""
+    ddp, compiled = nn.parallel.DistributedDataParallel, torch.compile
+    wrappers = (
+        lambda net: net,
+        nn.DataParallel,
+        lambda net: compiled(ddp(net)),
+        lambda net: ddp(compiled(net)),
+        lambda net: nn.DataParallel(nn.DataParallel(net)),
+    )
+    for wrap in wrappers:
+        net = Named()
+        model = wrap(net)
+        base = torch.optim.SGD(model.parameters() if names == "of the model" else model.named_parameters(), lr=LR)
+        given = None if names == "of the groups" else model
+        optimizer = flatmin.wrap(base, "only", only=pattern, rho=RHO, model=given)
+        net(inputs()).square().mean().backward()
+        before = {n: p.detach().clone() for n, p in net.named_parameters()}
+        optimizer.first_step()
+        moved = {n for n, p in net.named_parameters() if not torch.equal(p, before[n])}
+        optimizer.abort()
+        want = {n for n in before if n.endswith("bias")} if pattern == "*.bias" else None
+        assert moved == (want or {f"{part}.{n}" for part in [pattern.split(".")[-2]] for n in ("weight", "bias")})
+
+
+@pytest.mark.parametrize(("recipe", "params"), [("only", {"only": "*.weight"}), ("sam-on", {"kinds": "Linear"})])
+def test_a_weight_that_comes_later_is_looked_up_in_the_model(recipe, params):
+    """Or refused, where the model does not hold it: it would silently stay at w."""
+    net = Named()
+    optimizer = flatmin.wrap(torch.optim.SGD(net.parameters(), lr=LR), recipe, rho=RHO, model=net, **params)
+    net.late = nn.Linear(4, 4).double()
+    optimizer.add_param_group({"params": list(net.late.parameters())})
+    net(net.late(inputs())).square().mean().backward()
+    before = net.late.weight.detach().clone()
+    optimizer.first_step()
+    assert not torch.equal(net.late.weight, before)
+    optimizer.abort()
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2, 3))]})
+    net(inputs()).square().mean().backward()
+    with pytest.raises(ValueError, match=r"a weight of shape \(2, 3\) was put into a .*group"):
+        optimizer.first_step()
+
+
 def test_a_compiled_model_trains_as_the_plain_one_without_compiling_again():
     torch._dynamo.reset()
     counters.clear()

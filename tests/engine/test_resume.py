@@ -1,6 +1,7 @@
 """Checkpoints, copies and pickles carry everything: what follows is bit for bit what would have followed."""
 
 import copy
+import dataclasses
 import io
 import os
 import pickle
@@ -18,6 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 import flatmin
+from flatmin import parts
 from tests.covering import pairs
 from tests.helpers import BASES, NAMES, Session, batch, noisy_net, same_bits, train
 
@@ -156,30 +158,69 @@ def test_the_base_part_of_a_checkpoint_loads_into_the_plain_base(method, base):
     assert same_bits(model.state_dict(), session.model.state_dict())
 
 
-@stateful_method
+@pytest.mark.parametrize("method", [*STATEFUL, "sam", "asam", "sam-magnitude"])
 def test_the_checkpoint_of_another_recipe_is_refused_before_anything_changes(method):
     session = Session(method, "sgd").run(range(2))
     before = copy.deepcopy(session.optimizer.state_dict())
-    for other in ("sam", "fsam"):
+    for other in {"sam", "fsam", "sam-direction"} - {method}:
         foreign = Session(other, "sgd").run(range(2)).optimizer.state_dict()
+        with pytest.raises(ValueError, match=rf"recipe {other}.*this optimizer runs .*flatmin\.base_state_dict"):
+            session.optimizer.load_state_dict(foreign)
+        foreign["param_groups"][0].pop("flatmin.parts")  # as before it was kept
         with pytest.raises(ValueError, match=rf"recipe {other}.*this optimizer runs .*flatmin\.base_state_dict"):
             session.optimizer.load_state_dict(foreign)
     assert same_bits(session.optimizer.state_dict(), before)
 
 
-def test_other_parameters_of_the_same_method_are_another_recipe():
-    checkpoint = Session("vasso", "sgd", theta=0.5).run(range(2)).optimizer.state_dict()
+def small(method="sam", rho=0.05, base=torch.optim.SGD, **params):
+    net = nn.Linear(6, 3)
+    return net, flatmin.wrap(base(net.parameters(), lr=0.1), method, rho=rho, **params)
+
+
+def test_rho_comes_with_a_checkpoint_of_the_recipe_and_stays_with_that_of_the_base():
+    """As lr does. A recipe is told by its parts: the order of names and a name of one's own do not matter."""
+    saved = small("vasso+asam", rho=0.3)[1].state_dict()
+    optimizer = small("asam+vasso")[1]
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["rho"] == 0.3
+    recipe = flatmin.Recipe(direction=parts.EMA(), geometry=parts.Adaptive(), name="mine")
+    small(recipe)[1].load_state_dict(saved)
+    optimizer = small()[1]
+    with pytest.raises(ValueError, match=r"recipe vasso\+asam.* runs sam.*rho is then the one given here"):
+        optimizer.load_state_dict(saved)
+    optimizer.load_state_dict(flatmin.base_state_dict(saved))
+    assert optimizer.param_groups[0]["rho"] == 0.05
+    with pytest.raises(ValueError, match=r"recipe recipe\(\), this optimizer runs recipe\(\)"):
+        small(flatmin.Recipe(geometry=parts.Unnormalised()))[1].load_state_dict(small(flatmin.Recipe())[1].state_dict())
+
+
+def test_other_parameters_of_the_same_method():
+    """Refused where the recipe's memory was made with them, said where there is none; functions cannot be compared."""
+    checkpoint = small("vasso", theta=0.5)[1].state_dict()
     with pytest.raises(ValueError, match=r"theta=0\.5.*theta=0\.9"):
-        Session("vasso", "sgd").optimizer.load_state_dict(checkpoint)
+        small("vasso")[1].load_state_dict(checkpoint)
+    with pytest.warns(UserWarning, match=r"made with when\.k=3; this optimizer goes on with when\.k=4\."):
+        small("every-k", k=4)[1].load_state_dict(small("every-k", k=3)[1].state_dict())
+    rule = dataclasses.replace(flatmin.compose("vasso"), radius=parts.Schedule(rule=lambda k: 1.0))
+    again = dataclasses.replace(rule, radius=parts.Schedule(rule=lambda k: 1.0))
+    small(again)[1].load_state_dict(small(rule)[1].state_dict())
 
 
-def test_a_method_without_memory_takes_any_checkpoint():
-    checkpoint = Session("vasso", "sgd").run(range(2)).optimizer.state_dict()
-    optimizer = Session("sam", "sgd").optimizer
-    optimizer.load_state_dict(checkpoint)
-    assert same_bits(
-        flatmin.base_state_dict(optimizer.state_dict())["state"], flatmin.base_state_dict(checkpoint)["state"]
-    )
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_a_checkpoint_of_the_single_file_implementation(adaptive):
+    """davda54/sam saves `old_p` in place of the base's state: Adam must not take it for its moments."""
+    net, optimizer = small("asam" if adaptive else "sam", base=torch.optim.Adam)
+    saved = torch.optim.Adam(net.parameters(), lr=0.01).state_dict()
+    saved["param_groups"][0].update(rho=0.3, adaptive=adaptive)
+    saved["state"] = {i: {"old_p": p.detach().clone()} for i, p in enumerate(net.parameters())}
+    with pytest.warns(UserWarning, match="saves no state of the base optimizer"):
+        optimizer.load_state_dict(saved)
+    train(net, optimizer, nn.CrossEntropyLoss(), [0])
+    group = optimizer.param_groups[0]
+    assert (group["lr"], group["rho"], "adaptive" in group) == (0.01, 0.3, False)
+    assert all("exp_avg" in entries and "old_p" not in entries for entries in optimizer.state_dict()["state"].values())
+    with pytest.raises(ValueError, match=rf"single-file SAM with adaptive={adaptive}, this optimizer runs "):
+        small("sam" if adaptive else "asam", base=torch.optim.Adam)[1].load_state_dict(saved)
 
 
 def test_a_checkpoint_of_a_newer_version_is_refused():
@@ -190,7 +231,7 @@ def test_a_checkpoint_of_a_newer_version_is_refused():
         optimizer.load_state_dict(checkpoint)
 
 
-@pytest.mark.parametrize("cut", ["groups", "weights", "all groups"])
+@pytest.mark.parametrize("cut", ["groups", "weights", "all groups", "shapes"])
 def test_a_checkpoint_of_another_model_is_refused_and_nothing_is_lost(cut):
     session = Session("vasso", "sgd").run(range(2))
     checkpoint = copy.deepcopy(session.optimizer.state_dict())
@@ -198,10 +239,14 @@ def test_a_checkpoint_of_another_model_is_refused_and_nothing_is_lost(cut):
         checkpoint["param_groups"].pop()
     elif cut == "weights":
         checkpoint["param_groups"][0]["params"].pop()
+    elif cut == "shapes":
+        entries = checkpoint["state"][0]
+        entries["flatmin.direction.ema"] = entries["flatmin.direction.ema"][:2]
     else:
         checkpoint["param_groups"].clear()
     before = copy.deepcopy(session.optimizer.state_dict())
-    with pytest.raises(ValueError, match=r"param(eter)? group"):
+    match = r"direction\.ema of parameter 0 has shape \(2, .*saved for another model" if cut == "shapes" else None
+    with pytest.raises(ValueError, match=match or r"param(eter)? group"):
         session.optimizer.load_state_dict(checkpoint)
     assert same_bits(session.optimizer.state_dict(), before)
 

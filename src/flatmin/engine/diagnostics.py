@@ -74,10 +74,11 @@ class Diagnostics:
         """The weights at w + eps, what they were, and eps before rounding."""
         self._values.update(realised(weights, copies, asked))
         self._ascent = weights, asked
+        before = self._store.read(DIAGNOSTICS, weights)[ASCENT]
         last = self._store.per_weight[f"{DIAGNOSTICS}.{ASCENT}"]
         if not last:
             return
-        both = [(a, last[w]) for w, a in zip(weights, asked, strict=True) if w in last]
+        both = [(a, b) for a, b in zip(asked, before, strict=True) if b is not None]
         norm = self._values["epsilon_asked"] * ta.norm(list(last.values())).to(asked[0].device)
         inner = ta.dot([a for a, _ in both], [b for _, b in both]).to(norm.device) if both else torch.zeros_like(norm)
         self._values["ascent_cosine"] = torch.where(norm > 0, inner / norm, math.nan)

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Optimizer
 
 from flatmin.engine.base import (
@@ -34,10 +33,10 @@ from flatmin.engine.program import Generators, Services, Site
 from flatmin.engine.replicas import AscentSync, Replicas, refuse_unserved
 from flatmin.engine.scaling import Scaling
 from flatmin.engine.serving import Loop, refusal
-from flatmin.engine.store import PREFIX, VERSION, StateView, Store, load, save, unfilled
+from flatmin.engine.store import PREFIX, VERSION, StateView, Store, load, parts_of, save, unfilled
 from flatmin.engine.tensors import Layout
 from flatmin.engine.watch import ModelWatch
-from flatmin.parts import Need
+from flatmin.parts import Need, Radius, learning_rate
 from flatmin.recipes import Recipe, compose
 
 _HOOKS = (
@@ -283,8 +282,7 @@ class SAM(Copies):
         if param_group.get("adaptive") and not hasattr(self.recipe.geometry, "eta"):
             raise ValueError(f"a param group with adaptive=True needs a recipe with 'asam'; this is {self.recipe}.")
         self.base.add_param_group(param_group)
-        self._look_at_the_rest()
-        self._names = self._read_names()
+        self._regroup()
 
     # -- what updates use ----------------------------------------------------------------------------------------
 
@@ -292,7 +290,7 @@ class SAM(Copies):
         listed = [group["params"] for group in self.param_groups]
         if not self._layout.fits(listed):
             self._layout = Layout(listed)
-            self._look_at_the_rest()
+            self._regroup()
         layout = self._layout
         groups: list[dict[str, Any]] = []
         rhos: list[float] = []
@@ -305,6 +303,16 @@ class SAM(Copies):
         layers = [self._layers.get(w, "") for w in weights] if Need.LAYERS in self.recipe.needs else []
         services = Services(layers, functools.partial(momenta_of, self.base), chunks)
         return Site(weights, groups, rhos, names, step, self._generators, layout, services)
+
+    def _regroup(self) -> None:
+        """Follow a change of the param groups: a weight that left is forgotten, a new one is looked up in the model."""
+        weights = [w for group in self.param_groups for w in group["params"]]
+        self._store.keep_only(weights)
+        for known, found in ((self._names, self._read_names()), (self._layers, self._read_layers())):
+            kept = {w: known[w] for w in weights if w in known}
+            known.clear()
+            known.update({**kept, **found})
+        self._look_at_the_rest()
 
     def _device_flags(self, tensors: Sequence[Tensor]) -> Flags | None:
         """The verdicts kept on these tensors' device; None on the CPU, where reading is free."""
@@ -373,6 +381,10 @@ class SAM(Copies):
         group[PREFIX + "step"] = int(group[PREFIX + "step"]) + 1
         if Need.RANDOM in self.recipe.needs:
             group[PREFIX + "rng"] = self._generators.cpu.get_state()
+        radius = self.recipe.radius
+        if type(radius).remember is not Radius.remember:
+            for group in self.param_groups:
+                group.update(radius.remember(group))
         if self._diagnostics is not None:
             self._diagnostics.keep()
         self._host_counts["updates"] += 1
@@ -477,9 +489,7 @@ class SAM(Copies):
             self._look_at_the_rest()
         self._replicas = Replicas(self.ascent_sync, model, self.recipe)
         self._names = self._read_names()
-        self._layers = {}
-        for module in () if model is None else model.modules():
-            self._layers.update(dict.fromkeys(module.parameters(recurse=False), type(module).__name__))
+        self._layers = self._read_layers()
         if self.criterion is not None:
             if not isinstance(self.criterion, Criterion):
                 raise TypeError(
@@ -504,19 +514,34 @@ class SAM(Copies):
     def _read_names(self) -> dict[Tensor, str]:
         names: dict[Tensor, str] = {}
         if self._model is not None:
-            names.update((p, _plain_name(n)) for n, p in _unwrapped(self._model).named_parameters())
-        for group in self.param_groups:
-            names.update(zip(group["params"], group.get("param_names", ()), strict=False))
-        return names
+            names.update(plain_names(self._model))
+        given = {
+            w: _plain_name(n)
+            for group in self.param_groups
+            for w, n in zip(group["params"], group.get("param_names", ()), strict=False)
+        }
+        while given and all(n.startswith(_MODULE) for n in given.values()):
+            given = {w: n.removeprefix(_MODULE) for w, n in given.items()}
+        return {**names, **given}
+
+    def _read_layers(self) -> dict[Tensor, str]:
+        layers: dict[Tensor, str] = {}
+        for module in () if self._model is None else self._model.modules():
+            layers.update(dict.fromkeys(module.parameters(recurse=False), type(module).__name__))
+        return layers
 
     def _init_group_state(self) -> None:
         """Counters live in the first group from the start: distributed checkpoints keep only groups and state."""
         first = self.base.param_groups[0]
         first[PREFIX + "version"], first[PREFIX + "recipe"] = VERSION, str(self.recipe)
+        first[PREFIX + "parts"] = parts_of(self.recipe)
         first.setdefault(PREFIX + "step", 0)
         # Flattened distributed checkpoints look for the keys of the live group; `save` fills in the values.
         for key in self._store.scalars:
             first.setdefault(PREFIX + key, unfilled(first["params"]))
+        for group in self.base.param_groups:
+            for key, value in self.recipe.radius.marks.items():
+                group.setdefault(key, value)
         if Need.RANDOM in self.recipe.needs:
             first[PREFIX + "rng"] = self._generators.cpu.get_state()
 
@@ -525,6 +550,9 @@ class SAM(Copies):
         weights = [w for g in self.param_groups for w in g["params"]]
         for part in self.recipe.parts.values():
             part.examine()
+            if Need.LR in part.demands():
+                for group in self.param_groups:
+                    learning_rate(group, part)
         if Need.CRITERION in needs and self.criterion is None:
             raise ValueError(f"{name} needs {Need.CRITERION.value}, because it does more with it than descend.")
         if Need.PER_SAMPLE in needs:
@@ -565,14 +593,20 @@ class SAM(Copies):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load a checkpoint of this class, or a plain one of the base (then rho and a fresh recipe state are kept).
+        """Load a checkpoint of this class, or a plain one of the base.
+
+        A checkpoint of this class brings each group's rho with it, as it brings lr. It must be of the same recipe; the
+        recipe's own parameters are those of this optimizer. Other ones (another theta) are refused where the recipe
+        remembers something, and warned of where it does not. A plain checkpoint leaves rho as it is, and the recipe
+        begins anew; `flatmin.base_state_dict` makes one of any checkpoint. A checkpoint of the common single-file
+        implementation brings lr and rho; its copies of the weights are left out.
 
         Raises:
             RuntimeError: during an update.
-            ValueError: a checkpoint of another recipe or a newer version, or groups that do not match.
+            ValueError: a checkpoint of another recipe or a newer version, groups or shapes that do not match.
         """
         self._refuse_second_update("load_state_dict()")
-        load(self.base, self._store, str(self.recipe), state_dict)
+        load(self.base, self._store, state_dict)
         rng = self.param_groups[0].get(PREFIX + "rng")
         if isinstance(rng, Tensor):
             self._generators.cpu.set_state(rng.to("cpu", torch.uint8))
@@ -585,12 +619,34 @@ class SAM(Copies):
         return f"{type(self).__name__}({self.recipe}, base={self.base!r})"
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    while isinstance(model, DistributedDataParallel):
-        model = model.module
-    return model
+_MODULE = "module."
+# Levels that compilation, checkpointing, sharding and Fabric put into names.
+_LEVELS = frozenset(
+    {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_forward_module", "_original_module"}
+)
+# Modules that hold the user's own one as `module`.
+_WRAPPERS = frozenset(
+    {
+        "AveragedModel",
+        "DataParallel",
+        "DeepSpeedEngine",
+        "DistributedDataParallel",
+        "FullyShardedDataParallel",
+        "ShardedDataParallel",
+    }
+)
+
+
+def plain_names(model: nn.Module) -> dict[Tensor, str]:
+    """The parameters' names in the user's own module, without the levels of wrappers, however deep they are nested."""
+    wrappers = {n for n, m in model.named_modules() if any(c.__name__ in _WRAPPERS for c in type(m).__mro__)}
+    names: dict[Tensor, str] = {}
+    for name, parameter in model.named_parameters():
+        levels = name.split(".")
+        own = [x for i, x in enumerate(levels) if not (x == "module" and ".".join(levels[:i]) in wrappers)]
+        names[parameter] = _plain_name(".".join(own))
+    return names
 
 
 def _plain_name(name: str) -> str:
-    """A parameter's name without the levels that compilation and checkpointing put in."""
-    return ".".join(part for part in name.split(".") if part not in ("_orig_mod", "_checkpoint_wrapped_module"))
+    return ".".join(level for level in name.split(".") if level not in _LEVELS)

@@ -87,7 +87,7 @@ def _accumulate_in(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
 
 
-_DTYPE = operator.attrgetter("dtype")
+_DTYPE, _SHAPE = operator.attrgetter("dtype"), operator.attrgetter("shape")
 
 
 class Layout:
@@ -109,7 +109,7 @@ class Layout:
         self.trained = [sum(w.requires_grad for w in group) for group in groups]
         self.weights = weights = [w for w in listed if w.requires_grad]
         self._device = weights[0].device if weights else torch.device("cpu")
-        self._dtypes = [w.dtype for w in weights]
+        self._dtypes, self._shapes = [w.dtype for w in weights], [w.shape for w in weights]
         one = len(set(self._dtypes)) == 1 and not self._dtypes[0].is_complex
         self.simple = one and plain(weights) and {w.device.type for w in weights} == {"cpu"}
         self.blocks: list[list[int]] = []
@@ -123,7 +123,7 @@ class Layout:
         self._pick = [operator.itemgetter(*block, block[-1]) for block in self.blocks]
 
     def fits(self, groups: Sequence[Sequence[Tensor]]) -> bool:
-        """Whether these are the groups it was made for.
+        """Whether these are the groups it was made for, and the weights have the shapes of then.
 
         A tensor frozen since then stays: it gets no gradient, and that keeps it out of everything.
         """
@@ -135,6 +135,7 @@ class Layout:
             )
             and not any(w.requires_grad for w in self.frozen)
             and (not self.weights or self.weights[0].device == self._device)
+            and self._shapes == list(map(_SHAPE, self.weights))
         )
 
     def refreshed(self) -> Layout:

@@ -26,6 +26,7 @@ from flatmin.parts.base import (
     check_choice,
     check_count,
     check_range,
+    learning_rate,
 )
 from flatmin.parts.combine import (
     Descent,
@@ -170,4 +171,5 @@ __all__ = [
     "check_count",
     "check_range",
     "filled",
+    "learning_rate",
 ]

@@ -18,6 +18,7 @@ import dataclasses
 import enum
 import inspect
 import math
+import numbers
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
@@ -281,9 +282,29 @@ class Part:
         return f"{type(self).__name__}({inner})"
 
 
+def learning_rate(group: Mapping[str, Any], owner: Part) -> float:
+    """The learning rate of a param group; ValueError if the base keeps none there."""
+    rate = group.get("lr")
+    if not isinstance(rate, (numbers.Real, Tensor)):
+        raise ValueError(
+            f"{type(owner).__name__} needs {Need.LR.value}, and a group has lr={rate!r}: give the base optimizer a "
+            "number as its learning rate, or choose a method that does not read group['lr']."
+        )
+    return float(rate)
+
+
+def _plain_number(owner: Part, name: str) -> Any:
+    """The parameter; numbers of other libraries, such as numpy's, are turned into Python's."""
+    value = getattr(owner, name)
+    if isinstance(value, numbers.Real) and not isinstance(value, (bool, int, float)):
+        value = int(value) if isinstance(value, numbers.Integral) else float(value)
+        object.__setattr__(owner, name, value)
+    return value
+
+
 def check_range(owner: Part, name: str, low: float, high: float, *, open_low: bool = False) -> None:
     """Raise ValueError unless low <= parameter <= high (low < with open_low) and it is a number."""
-    value = getattr(owner, name)
+    value = _plain_number(owner, name)
     good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if not good or value > high or value < low or (open_low and value == low):
         left = "(" if open_low else "["
@@ -293,7 +314,7 @@ def check_range(owner: Part, name: str, low: float, high: float, *, open_low: bo
 
 def check_count(owner: Part, name: str, low: int) -> None:
     """Raise ValueError unless the parameter is a whole number >= low."""
-    value = getattr(owner, name)
+    value = _plain_number(owner, name)
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
         raise ValueError(f"{type(owner).__name__}: {name} must be a whole number >= {low}, got {value!r}.")
 
@@ -388,13 +409,22 @@ class Mask(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class Radius(Part):
-    """How far? A factor on each group's rho."""
+    """How far? A factor on each group's rho.
+
+    marks: keys, beginning with "flatmin.radius.", that the rule keeps in each param group, with their first values.
+    They travel in checkpoints as `lr` does.
+    """
 
     kind: ClassVar[str] = "radius"
+    marks: ClassVar[Mapping[str, float]] = {}
 
     def __call__(self, c: Context) -> float | Tensor | list[float]:
         """One factor for all, or one per tensor."""
         return 1.0
+
+    def remember(self, group: Mapping[str, Any]) -> Mapping[str, float]:
+        """The new values of `marks` at the end of an update, with or without ascent; for rules that have any."""
+        return {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -412,6 +442,10 @@ class When(Part):
     def looks(self) -> bool:
         """Whether it decides by the gradient at w, so that a step off costs what it costs on the base."""
         return type(self).after is not When.after
+
+    def meets(self, interval: int) -> bool:
+        """Whether a step that ascends can be a multiple of `interval`, on which a fellow part does its own work."""
+        return True
 
     def before(self, state: State, c: Context) -> bool | None:
         """Whether to ascend, known before any gradient; None: ask `after` pass 1."""

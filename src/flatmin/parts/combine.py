@@ -16,6 +16,7 @@ from flatmin.parts.base import (
     check_choice,
     check_count,
     check_range,
+    learning_rate,
 )
 
 
@@ -120,7 +121,7 @@ class Weighted(Combine):
         if self.coupled or g is None:
             return None
         change = list(torch._foreach_sub(gs[0], g))
-        torch._foreach_mul_(change, [-float(group["lr"]) * self.weight for group in c.options])
+        torch._foreach_mul_(change, [-learning_rate(group, self) * self.weight for group in c.options])
         return change
 
 

@@ -9,8 +9,11 @@ from flatmin.parts.base import Context, Direction, NewState, State, Tensors, che
 
 
 def filled(slot: list[torch.Tensor | None], default: Tensors) -> Tensors:
-    """The slot's tensors, with `default` where a tensor has not been seen before."""
-    return [d if s is None else s for s, d in zip(slot, default, strict=True)]
+    """The slot's tensors in the dtypes of `default`, and `default` where a tensor has not been seen before.
+
+    A checkpoint may have been saved in another precision than training goes on in.
+    """
+    return [d if s is None else s if s.dtype is d.dtype else s.to(d.dtype) for s, d in zip(slot, default, strict=True)]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 import fnmatch
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flatmin.parts.base import Context, Mask, Need, NewState, State, Tensors, check_choice, check_count, check_range
+from flatmin.words import nearest
 
 NORM_LAYERS = "*BatchNorm*,*InstanceNorm*,*LayerNorm*,*GroupNorm*,*RMSNorm*"
 
@@ -34,12 +36,14 @@ class Named(Mask):
     The others cost no copy and no work.
 
     Args:
-        only: shell patterns of parameter names joined by commas, e.g. "head.*,*.bias"; "*" is every tensor. Default
-            "*".
+        only: shell patterns of parameter names joined by commas, e.g. "head.*,*.bias"; "*" is every tensor. Names are
+            those of the model itself: the levels that DataParallel, DistributedDataParallel, FSDP and torch.compile
+            add ("module.", "_orig_mod.") are left out, and may stand in a pattern. Default "*".
         but: patterns of names that stay although they match. Default "".
 
     Raises:
-        ValueError: at construction of the optimizer, for a pattern that matches nothing, or if nothing is left.
+        ValueError: at construction of the optimizer, for a pattern that matches nothing, or if nothing is left; at a
+            step, for a weight without a name that has been put into a group since.
 
     Cost of only: 2 gradient evaluations a step, 1 extra copy of the moved weights.
     Needs: parameter names (pass model=, or build the base from named_parameters()).
@@ -55,16 +59,41 @@ class Named(Mask):
     but: str = ""
 
     def select(self, c: Context) -> Sequence[bool]:
-        keep = [False] * len(c.names)
+        names = c.names
+        if "" in names:
+            shape = tuple(c.w[names.index("")].shape)
+            raise ValueError(f"Named: a weight of shape {shape} was put into a param group and has no name; {_RENEW}")
+        keep = [False] * len(names)
         for patterns, value in ((self.only, True), (self.but, False)):
             for pattern in _patterns(patterns):
-                found = _chosen(c.names, [pattern])
+                found = _matching(names, pattern)
                 if not any(found):
-                    raise ValueError(f"Named: no parameter matches {pattern!r} (there are {_some(c.names)}).")
+                    near = nearest(pattern.strip("*."), names, 3) or _holding(pattern, names)
+                    hint = f"; did you mean {_some(near)}?" if near else f" (there are {_some(names)})."
+                    raise ValueError(f"Named: no parameter matches {pattern!r}{hint}")
                 keep = [value if f else k for f, k in zip(found, keep, strict=True)]
         if not any(keep):
             raise ValueError(f"Named: only={self.only!r}, but={self.but!r} leaves no parameter to move.")
         return keep
+
+
+_RENEW = "register it in the module that was given as model=, or build the optimizer anew."
+
+
+def _matching(names: Sequence[str], pattern: str) -> list[bool]:
+    """Which names match; a pattern that names the levels of wrappers matches the names below them."""
+    found = _chosen(names, [pattern])
+    if any(found):
+        return found
+    plain = re.sub(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.", "", pattern)
+    found = _chosen(names, [plain])
+    return found if any(found) else _chosen([f"module.{name}" for name in names], [plain])
+
+
+def _holding(pattern: str, names: Sequence[str]) -> list[str]:
+    """The names that hold the longest word of a pattern."""
+    words = sorted(re.findall(r"\w+", pattern), key=len)
+    return [name for name in names if words and words[-1].lower() in name.lower()]
 
 
 def _some(names: Sequence[str]) -> str:
@@ -98,6 +127,11 @@ class Layers(Mask):
     kinds: str = NORM_LAYERS
 
     def select(self, c: Context) -> Sequence[bool]:
+        if "" in c.layers:
+            shape = tuple(c.w[list(c.layers).index("")].shape)
+            raise ValueError(
+                f"Layers: a weight of shape {shape} was put into a param group and is in no layer; {_RENEW}"
+            )
         keep = _chosen(c.layers, _patterns(self.kinds))
         if not any(keep):
             there = ", ".join(sorted(set(c.layers)))

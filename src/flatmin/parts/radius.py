@@ -1,10 +1,16 @@
 """How far? Factors on each group's rho."""
 
-from collections.abc import Callable
+import numbers
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from flatmin.parts.base import Context, Need, Radius, check_count, check_range
+from torch import Tensor
+
+from flatmin.parts.base import Context, Need, Radius, check_count, check_range, learning_rate
+
+PEAK, GREW = "flatmin.radius.peak", "flatmin.radius.grew"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,42 +51,72 @@ class Power(Radius):
 
 @dataclass(frozen=True, kw_only=True)
 class WithLR(Radius):
-    """rho_t = rho * max(lr_t / lr_0, floor): the radius follows each group's learning rate.
+    """rho_t = rho * max(lr_t / lr_max, floor): the radius follows each group's learning rate and is never above rho.
 
-    lr_0 is the group's "initial_lr", which every torch scheduler writes; without a scheduler the radius is constant.
-    A warm-up that starts from a small lr makes the radius start small as well.
+    lr_max is the largest learning rate known of the group: of `initial_lr` (every torch scheduler but ReduceLROnPlateau
+    writes it), `max_lr` (OneCycleLR writes it; a loop may), and all rates that updates have used so far, which
+    checkpoints keep. A warm-up that starts from a small lr makes the radius start small as well.
+
+    A schedule that says its largest rate nowhere (CyclicLR, rates set by hand) makes the radius rho while the rate is
+    higher than ever before, and in proportion to the highest one afterwards; a warning says so once. Give `peak` then,
+    also where no update reaches the base's own rate (LambdaLR over lr = 1).
 
     Args:
         floor: smallest factor, in [0, 1]. Default 0.0.
+        peak: lr_max of all groups, > 0; a rate above it has radius rho. Groups with different ones set
+            group["max_lr"] instead. Default 0.0: as above.
 
     Raises:
-        ValueError: floor outside [0, 1].
+        ValueError: floor outside [0, 1], peak < 0; a group without a learning rate (lr=None).
 
-    Source: the linear rule of Zhuang et al., GSAM, ICLR 2022, Alg. 1, with rho_min = floor rho_max and lr_min = 0.
+    Source: the linear rule of Zhuang et al., GSAM, ICLR 2022, Alg. 1, with rho_min = lr_min = 0; the floor is a choice
+    of this library.
 
     Cost of rho-lr: 2 gradient evaluations a step, 1 extra copy of the moved weights.
 
     Example:
         >>> import flatmin
         >>> print(flatmin.compose("rho-lr", floor=0.1).radius)
-        WithLR(floor=0.1)
+        WithLR(floor=0.1, peak=0.0)
     """
 
     needs: ClassVar = frozenset({Need.LR})
+    marks: ClassVar = {PEAK: 0.0, GREW: 0.0}
     floor: float = 0.0
+    peak: float = 0.0
 
     def __post_init__(self) -> None:
         check_range(self, "floor", 0.0, 1.0)
+        check_range(self, "peak", 0.0, 1e12)
 
     def __call__(self, c: Context) -> list[float]:
         known: dict[int, float] = {}
         factors = []
         for group in c.options:
             if id(group) not in known:
-                first = float(group.get("initial_lr", group["lr"]))
-                known[id(group)] = max(float(group["lr"]) / first if first else 1.0, self.floor)
+                rate = learning_rate(group, self)
+                peak = self.peak or max(_largest(group), rate)
+                known[id(group)] = max(min(rate / peak, 1.0) if peak else 1.0, self.floor)
             factors.append(known[id(group)])
         return factors
+
+    def remember(self, group: Mapping[str, Any]) -> Mapping[str, float]:
+        rate, known, grew = learning_rate(group, self), _largest(group), bool(group.get(GREW))
+        if 0.0 < known < rate and not (self.peak or grew):
+            grew = True
+            warnings.warn(
+                f"rho-lr: the learning rate has risen to {rate:g}, above the largest one known so far ({known:g}). The "
+                "radius is rho while the learning rate is higher than before, and in proportion to the highest one "
+                "afterwards. Give the largest learning rate of the schedule as peak=, or as group['max_lr'].",
+                stacklevel=2,
+            )
+        return {PEAK: max(known, rate), GREW: float(grew)}
+
+
+def _largest(group: Mapping[str, Any]) -> float:
+    """The largest learning rate that a group tells of, its present one aside."""
+    told = (group.get(key) for key in ("initial_lr", "max_lr", PEAK))
+    return max((float(rate) for rate in told if isinstance(rate, (numbers.Real, Tensor))), default=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)

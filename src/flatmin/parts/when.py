@@ -38,36 +38,47 @@ class Never(When):
 
 @dataclass(frozen=True, kw_only=True)
 class EveryK(When):
-    """Ascend on steps 0, k, 2k, ...; the steps between are the base's, at the cost of one gradient.
+    """Ascend on steps phase, phase + k, phase + 2k, ...; the others are the base's, at the cost of one gradient.
 
-    Directions that remember (VaSSO, F-SAM) learn on the steps that ascend only.
+    Directions that remember (VaSSO, F-SAM) learn on the steps that ascend only. LookSAM's steps before the first ascent
+    are the base's.
 
     Args:
         k: period in updates, >= 1. Default 5 (a choice of this library; 2 to 10 are in use); 1 is always.
+        phase: first step that ascends, counted from 0, in [0, k - 1]. Default 0. k - 1 ascends on the last step of each
+            period, as composer's SAM with interval = k.
 
     Raises:
-        ValueError: k < 1.
+        ValueError: k < 1, or a phase outside [0, k - 1]; from `Recipe`, a fellow part that works on steps 0, interval,
+            2 interval, ... (ssam-f, ssam-d) of which none would ascend.
 
     Cost of every-k: 1.2 gradient evaluations a step, 1 extra copy of the moved weights.
 
     Example:
         >>> import flatmin
         >>> print(flatmin.compose("every-k", k=2).when)
-        EveryK(k=2)
+        EveryK(k=2, phase=0)
     """
 
     counts: ClassVar = True
     k: int = 5
+    phase: int = 0
 
     def __post_init__(self) -> None:
         check_count(self, "k", 1)
+        check_count(self, "phase", 0)
+        if self.phase >= self.k:
+            raise ValueError(f"EveryK: phase must be below k = {self.k}, got {self.phase}; steps are counted from 0.")
 
     @property
     def duty(self) -> float:
         return 1.0 / self.k
 
+    def meets(self, interval: int) -> bool:
+        return self.phase % math.gcd(self.k, interval) == 0
+
     def before(self, state: State, c: Context) -> bool | None:
-        return c.step % self.k == 0
+        return c.step % self.k == self.phase
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +147,10 @@ class Late(When):
 
     def examine(self) -> None:
         if not self.total:
-            raise ValueError("Late needs the number of updates of the whole training: total=epochs * len(loader).")
+            raise ValueError(
+                "late needs the number of updates of the whole training: total=epochs * len(loader) beside the name, "
+                "or the recipe flatmin.compose(...).for_length(epochs * len(loader))."
+            )
 
     @property
     def duty(self) -> float:
@@ -235,8 +249,8 @@ class Trigger(When):
         if state["mean"] is None:
             mean, variance = size, torch.zeros_like(size)
         else:
-            mean = state["mean"].lerp(size, 1.0 - self.delta)
-            variance = state["variance"].lerp((size - mean).square(), 1.0 - self.delta)
+            mean = state["mean"].to(size).lerp(size, 1.0 - self.delta)
+            variance = state["variance"].to(size).lerp((size - mean).square(), 1.0 - self.delta)
         done = min(c.step / self.total, 1.0) if self.total else 0.0
         level = mean + (self.start + (self.end - self.start) * done) * variance.sqrt()
         return bool(size >= level), {"mean": mean, "variance": variance}
