@@ -249,26 +249,6 @@ def test_the_first_mask_of_ssam_f_waits_for_a_batch_that_counts():
     assert lengths[0] == 0 and min(lengths[1:]) > 0
 
 
-def test_micro_batches_fill_the_fisher_samples_with_those_that_count():
-    """An ignored micro-batch takes none of the places."""
-    net, (x, y), masks = net_of(()), data(INDICES, (), n=8), []
-    for target in (torch.cat([torch.full((4,), 255), y[:4]]), y[:4]):
-        criterion = flatmin.Criterion(nn.CrossEntropyLoss(ignore_index=255, reduction="sum"))
-        twin = copy.deepcopy(net)
-        base = torch.optim.SGD(twin.parameters(), lr=0.1)
-        optimizer = flatmin.wrap(base, "ssam-f", criterion=criterion, num_samples=3)
-
-        def closure(i, target=target, twin=twin, criterion=criterion, optimizer=optimizer):
-            loss = criterion(twin(x[-len(target) :][i]), target[i])
-            optimizer.backward(loss)
-            return loss
-
-        parts = [slice(i, i + 4) for i in range(0, len(target), 4)]
-        optimizer.step([partial(closure, i) for i in parts])
-        masks.append([s for w in twin.parameters() for s in optimizer.state[w].values()])
-    assert all(map(torch.equal, *masks)) and masks[0]
-
-
 # -- how the criterion is called -----------------------------------------------------------------------------------
 
 

@@ -95,6 +95,11 @@ def differentiates_gradients(base: Optimizer) -> bool:
     return "hessian" in _parameters(type(base).step) or hasattr(base, "get_trace")
 
 
+def takes_closure(base: Optimizer) -> bool:
+    """Whether the base's step can be given a closure."""
+    return any(p.kind not in (p.KEYWORD_ONLY, p.VAR_KEYWORD) for p in _parameters(base.step).values())
+
+
 def needs_closure(base: Optimizer) -> bool:
     """Whether the base's step cannot be called without a closure."""
     closure = _parameters(type(base).step).get("closure")
@@ -137,6 +142,10 @@ def build_base(
                 f"got a constructed base optimizer and {extra!r} as well; give its options where it is built."
             )
         base = params
+    elif isinstance(params, torch.nn.Module):
+        raise TypeError(
+            f"got the module {type(params).__name__}; give its weights, as in SAM(model.parameters(), ...)."
+        )
     elif isinstance(base_optimizer, Optimizer):
         raise TypeError(
             f"the second argument is the base's class, got a constructed {type(base_optimizer).__name__}; give it "

@@ -160,8 +160,8 @@ class Criterion(nn.Module):
             scores = None
             if by_sample:
                 scores, counted = self._each(outputs, target)
-                # The host must know how many there are; this waits for an accelerator, at a refresh only.
-                scores = scores if counted is None else scores[counted]
+                # Samples that count come first; how many there are stays on the device.
+                scores = scores if counted is None else scores[(~counted).to(torch.uint8).argsort(stable=True)]
             self.seen.append(Seen(outputs, loss, scores))
         if descent or not now.perturbed:
             speaker.saw(outputs, target, loss, perturbed=now.perturbed)

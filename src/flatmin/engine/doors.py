@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import copy
 import dataclasses
 import warnings
 import weakref
@@ -14,12 +16,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from flatmin.engine.diagnostics import Diagnostics
+from flatmin.engine.guards import OtherGradients
 from flatmin.engine.program import Site
 from flatmin.engine.replicas import Replicas
 from flatmin.engine.scaling import Scaling
 from flatmin.engine.tensors import Layout
 from flatmin.engine.update import Evaluation, Update
-from flatmin.engine.watch import ModelWatch
+from flatmin.engine.watch import ModelWatch, leaves
 from flatmin.parts import Gradients, Need
 from flatmin.parts.points import accumulate
 from flatmin.recipes import Recipe
@@ -54,6 +57,11 @@ def detached(result: Any) -> Any:
         return dataclasses.replace(
             result, **{f.name: detached(getattr(result, f.name)) for f in dataclasses.fields(result) if f.init}
         )
+    if isinstance(result, (set, frozenset, collections.deque)):
+        return _like(result, [detached(v) for v in result])
+    if hasattr(result, "__dict__") and any(isinstance(x, Tensor) and x.requires_grad for x in leaves(result)):
+        result = copy.copy(result)
+        vars(result).update({k: detached(v) for k, v in vars(result).items()})
     return result
 
 
@@ -72,15 +80,19 @@ def _run_all(closures: Sequence[Closure], update: Update) -> Any:
     share = 1.0 / len(closures)
     losses: list[Any] = []
     total: Gradients = []
-    targets = [*update.site.weights, *update.others]
+    others = None if update.plain else update.optimizer._others
     for closure in closures:
-        for w in targets:
+        for w in update.site.weights:
             w.grad = None
+        if others is not None:
+            others.restart()
         update.share = share
         losses.append(detached(loss_in(closure())))
         with torch.no_grad():
-            total = accumulate(total, [w.grad for w in targets], share)
-    for w, g in zip(targets, total, strict=True):
+            total = accumulate(total, [w.grad for w in update.site.weights], share)
+            if others is not None:
+                others.collect(share)
+    for w, g in zip(update.site.weights, total, strict=True):
         w.grad = g
     return _mean(losses)
 
@@ -120,6 +132,7 @@ class Doors(Optimizer):
     _left: tuple[weakref.ref[Tensor], int] | None
     _warned: set[str]
     _base_differentiates: bool
+    _others: OtherGradients | None
 
     if TYPE_CHECKING:
 
@@ -281,8 +294,12 @@ class Doors(Optimizer):
         g = found.grad
         if self._left is not None and self._left[0]() is g and g is not None and self._left[1] == g._version:
             return None
+        if g is None or g.is_sparse:
+            return None
         if self._watch is None:
-            return found if not found.is_sparse and g is not None and not g.is_sparse else None
+            return found
+        if self._others is not None and self._others.trained():
+            return found  # the forward may have been another optimizer's
         if self._watch.own_forwards and self._watch.alone:
             self._warn_of_drop("; to accumulate over micro-batches, give step() a list of closures, or use passes()")
         return None

@@ -6,7 +6,7 @@ import functools
 import random
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,9 +15,11 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from flatmin.engine.tensors import is_sharded
+from flatmin.engine.untrained import STATISTICS
+from flatmin.parts import Gradients
+from flatmin.parts.points import accumulate
 
 _COUNT, _SAVED = "_flatmin_frozen", "_flatmin_saved"
-STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _KNOWN_FORWARDS = {_BatchNorm.forward, _InstanceNorm.forward, nn.SyncBatchNorm.forward}
 
 
@@ -74,137 +76,12 @@ class FrozenStatistics:
             module.track_running_stats = saved
 
 
-Mark = tuple[Any, int, int]
-
-
-class UntrainedState:
-    """The state that a model's forward may change and the optimizer does not train: it advances once a step.
-
-    Buffers, untrained parameters, and the numbers and tensors that modules of the user's own hold as attributes. What
-    the first pass changed is copied before later passes and put back after them. Changes show in a tensor's version
-    counter, its address or its identity, so that nothing is copied, compared or synchronised where nothing changes.
-
-    Args:
-        model: whose state.
-        trained: the optimizer's weights.
-        statistics: layers whose running statistics are kept by `FrozenStatistics`.
-        free: whether running statistics may advance in every pass (`freeze_batchnorm=False`).
-    """
-
-    def __init__(
-        self, model: nn.Module, trained: Iterable[Tensor], statistics: Collection[nn.Module], free: bool
-    ) -> None:
-        mine = {id(w) for w in trained}
-        kept = set(map(id, statistics))
-        self._places: list[tuple[dict[str, Any], str]] = []
-        self._numbers: list[tuple[dict[str, Any], str]] = []
-        self._names: list[str] = []
-        for prefix, module in model.named_modules():
-            skipped = STATISTICS if id(module) in kept or (free and hasattr(module, "running_mean")) else ()
-            own: dict[str, Any] = {} if type(module).__module__.startswith("torch.") else module.__dict__
-            self._numbers += [(own, k) for k, v in own.items() if type(v) in (int, float, bool) and k not in _PLAIN]
-            tensors = {k: v for k, v in own.items() if isinstance(v, Tensor) and not v.requires_grad}
-            for place in (module._buffers, module._parameters, tensors):
-                for key, value in place.items():
-                    frozen = value is not None and not (isinstance(value, nn.Parameter) and value.requires_grad)
-                    if frozen and id(value) not in mine and key not in skipped and not is_sharded(value):
-                        self._places.append((own if place is tensors else place, key))
-                        self._names.append(f"{prefix}.{key}".lstrip("."))
-        self._begun: tuple[list[Mark], list[Any]] | None = None
-        self._after: list[Mark] = []
-        self._kept: dict[int, tuple[Any, Any]] = {}  # place -> (what stood there, a copy of its values)
-        self._kept_numbers: list[Any] | None = None
-        self._always: set[int] = set()
-
-    def __bool__(self) -> bool:
-        return bool(self._places or self._numbers)
-
-    def _marks(self) -> list[Mark]:
-        return [_mark(place.get(key)) for place, key in self._places]
-
-    def begin(self) -> None:
-        """Note how things stand before a first pass."""
-        self._begun = self._marks(), [place.get(key) for place, key in self._numbers]
-
-    def hold(self) -> None:
-        """Keep what has changed since; before a later pass, or put it back if it is kept already."""
-        if self._begun is None:
-            return
-        if self._kept_numbers is not None:
-            self._put_back()
-            return
-        before, _ = self._begun
-        now = self._after = self._marks()
-        self._kept = {
-            i: (a[0], a[0].clone())
-            for i, (a, b) in enumerate(zip(now, before, strict=True))
-            if (i in self._always or not _same(a, b)) and isinstance(a[0], Tensor)
-        }
-        self._kept_numbers = [place.get(key) for place, key in self._numbers]
-
-    def release(self) -> None:
-        """Put back what later passes have changed."""
-        if self._kept_numbers is None:
-            return
-        self._put_back(last=True)
-        self._kept, self._kept_numbers, self._begun = {}, None, None
-
-    @torch.no_grad()
-    def _put_back(self, last: bool = False) -> None:
-        now, lost = self._marks(), []
-        for i, (mark, after) in enumerate(zip(now, self._after, strict=True)):
-            if _same(mark, after) or (isinstance(mark[0], nn.Parameter) and mark[0].requires_grad):
-                continue  # unchanged, or trained by somebody since
-            if i not in self._kept:
-                lost.append(i)
-                continue
-            place, key = self._places[i]
-            value, copy = self._kept[i]
-            if value._version != after[1] or _address(value) != after[2]:
-                value.copy_(copy)
-                self._after[i] = _mark(value)
-            place[key] = value
-        assert self._kept_numbers is not None
-        for (place, key), number in zip(self._numbers, self._kept_numbers, strict=True):
-            if place.get(key) is not number and key in place:
-                place[key] = number
-        if lost and last and not self._always.issuperset(lost):
-            self._always.update(lost)
-            warnings.warn(
-                f"{', '.join(self._names[i] for i in lost[:3])} changed in the second forward of a step and not in the "
-                "first, so this once it could not be put back; from now on it is copied before every second pass.",
-                stacklevel=2,
-            )
-
-
-_PLAIN = set(nn.Module().__dict__)
-
-
-def _address(x: Tensor) -> int:
-    try:
-        return x.data_ptr()
-    except RuntimeError:
-        return 0  # tensors without memory of their own
-
-
-def _mark(x: Any) -> Mark:
-    if not isinstance(x, Tensor):
-        return x, 0, 0
-    try:
-        return x, x._version, _address(x)
-    except RuntimeError:
-        return x, 0, 0  # an inference tensor, which nothing can change in place
-
-
-def _same(a: Mark, b: Mark) -> bool:
-    return a[0] is b[0] and a[1] == b[1] and a[2] == b[2]
-
-
 class OtherGradients:
     """Gradients of the model's parameters that another optimizer trains: they come from one pass, not from all.
 
-    In passes that the engine brackets (a closure, `passes()`) they are those of the descent passes. In manual loops
-    they are those of the backward before the perturbation, because whoever steps next may need them at once.
+    In passes that the engine brackets (a closure, `passes()`) they are those of the descent passes: each pass begins
+    with what was there before the update, and those of ascents are dropped. In manual loops they are those of the
+    backward before the perturbation, because whoever steps next may need them at once.
 
     Args:
         model: whose parameters.
@@ -213,38 +90,60 @@ class OtherGradients:
 
     def __init__(self, model: nn.Module, trained: Iterable[Tensor]) -> None:
         mine = {id(w) for w in trained}
-        self.parameters: list[Tensor] = [p for p in model.parameters() if id(p) not in mine and not is_sharded(p)]
-        self._names = {id(p): n for n, p in model.named_parameters()}
-        self._aside: list[tuple[Tensor, Tensor | None]] | None = None
+        self._names, self._parameters = [], []
+        for name, p in model.named_parameters():
+            if id(p) not in mine and not is_sharded(p):
+                self._names.append(name)
+                self._parameters.append(p)
+        self._prior: Gradients | None = None
+        self._pass: Gradients | None = None
+        self._total: Gradients | None = None
         self._copies: list[tuple[Tensor, Tensor, int, Tensor]] = []
 
     def __bool__(self) -> bool:
-        return bool(self.parameters)
+        return bool(self._parameters)
+
+    def trained(self) -> bool:
+        """Whether another optimizer may train one of them."""
+        return any(p.requires_grad for p in self._parameters)
 
     def first(self) -> str | None:
         """The name of the first of them that has a gradient."""
-        return next((self._names[id(p)] for p in self.parameters if p.grad is not None), None)
+        return next((n for n, p in zip(self._names, self._parameters, strict=True) if p.grad is not None), None)
 
-    def aside(self) -> None:
-        """Put their gradients aside, so that the coming pass begins without any."""
-        self._aside = [(p, g if g is None or not _lent(g) else g.clone()) for p in self.parameters for g in (p.grad,)]
-        for p in self.parameters:
-            p.grad = None
+    def enter(self) -> None:
+        """A pass begins."""
+        if self._prior is None:
+            self._prior = [g if g is None or not _lent(g) else g.clone() for g in self._now()]
+        self._pass = None
+        self.restart()
 
-    def back(self, share: float | None) -> None:
-        """End such a pass: add its gradients, times `share`, to those put aside; None: drop them."""
-        aside, self._aside = self._aside or (), None
-        for p, before in aside:
-            new, p.grad = p.grad, before
-            if share is None or new is None:
-                continue
-            if share != 1.0:
-                new = new * share
-            p.grad = new if before is None else before + new
+    def restart(self) -> None:
+        """One of several backward passes begins whose gradients are averaged."""
+        assert self._prior is not None
+        self._set([None if g is None else g.clone() for g in self._prior])
+
+    def collect(self, share: float) -> None:
+        """It ends, and counts by this share."""
+        self._pass = accumulate(self._pass or [], self._now(), share)
+
+    def leave(self, share: float | None) -> None:
+        """The pass ends, and counts by this share; None: not at all."""
+        found = self._now() if self._pass is None else self._pass
+        if share is not None:
+            self._total = found if share == 1.0 and self._total is None else accumulate(self._total or [], found, share)
+        self._set(self._total or self._prior or [])
+
+    def end(self, *, keep: bool = True) -> None:
+        """The update ends; `keep=False`: with the gradients from before it."""
+        if not keep and self._prior is not None:
+            self._set(self._prior)
+        self._prior = self._pass = self._total = None
+        self._copies = []
 
     def copy(self) -> None:
         """Remember gradients that a backward in the coming pass would add to."""
-        self._copies = [(p, g, g._version, g.clone()) for p in self.parameters if (g := p.grad) is not None]
+        self._copies = [(p, g, g._version, g.clone()) for p in self._parameters if (g := p.grad) is not None]
 
     def restore(self) -> None:
         """Take back what was added since; a gradient that was cleared meanwhile belongs to whoever cleared it."""
@@ -252,6 +151,13 @@ class OtherGradients:
         for p, gradient, version, copy in copies:
             if p.grad is gradient and gradient._version != version:
                 gradient.copy_(copy)
+
+    def _now(self) -> Gradients:
+        return [p.grad for p in self._parameters]
+
+    def _set(self, gradients: Gradients) -> None:
+        for p, g in zip(self._parameters, gradients, strict=True):
+            p.grad = g
 
 
 def _lent(gradient: Tensor) -> bool:
@@ -319,10 +225,11 @@ class RandomState:
         if self._entry is not None:
             self._entry = self.states()
 
-    def repeat(self) -> None:
-        """That forward begins: replay the first pass."""
-        self._check("the loop draws random numbers before it calls the model, and those")
+    def repeat(self) -> bool:
+        """That forward begins: replay the first pass; whether the loop has drawn before."""
+        drawn = self._check("the loop draws random numbers before it calls the model, and those")
         self.replay()
+        return drawn
 
     def leave(self) -> None:
         """That pass ends: draws that nothing replayed are warned of."""
@@ -330,9 +237,11 @@ class RandomState:
             "the second pass drew random numbers (dropout, augmentation, noise) outside a call of model=, and they"
         )
 
-    def _check(self, what: str) -> None:
+    def _check(self, what: str) -> bool:
         entry, self._entry = self._entry, None
-        if entry is not None and not self._warned and not all(map(_equal, entry, self.states())):
+        if entry is None or all(map(_equal, entry, self.states())):
+            return False
+        if not self._warned:
             self._warned = True
             warnings.warn(
                 f"{what} differ from those of the first pass. Use step(closure) or passes(), which repeat all draws, "
@@ -340,6 +249,7 @@ class RandomState:
                 "that they may differ.",
                 stacklevel=6,
             )
+        return True
 
     def forget(self) -> None:
         self._saved = {}

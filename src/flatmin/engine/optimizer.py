@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import operator
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -22,11 +24,12 @@ from flatmin.engine.base import (
     needs_closure,
     rho_key,
     set_rho,
+    takes_closure,
 )
 from flatmin.engine.copies import Copies
 from flatmin.engine.criterion import Criterion, PassView
 from flatmin.engine.diagnostics import Diagnostics
-from flatmin.engine.guards import FrozenStatistics, OtherGradients, RandomState, UntrainedState, generators_of
+from flatmin.engine.guards import FrozenStatistics, OtherGradients, RandomState, generators_of
 from flatmin.engine.imitated import reach_through
 from flatmin.engine.ledger import Flags, Ledger
 from flatmin.engine.program import Generators, Services, Site
@@ -35,6 +38,7 @@ from flatmin.engine.scaling import Scaling
 from flatmin.engine.serving import Loop, refusal
 from flatmin.engine.store import PREFIX, VERSION, StateView, Store, load, parts_of, save, unfilled
 from flatmin.engine.tensors import Layout
+from flatmin.engine.untrained import UntrainedState
 from flatmin.engine.watch import ModelWatch
 from flatmin.parts import Need, Radius, learning_rate
 from flatmin.recipes import Recipe, compose
@@ -296,13 +300,20 @@ class SAM(Copies):
         rhos: list[float] = []
         for group, count in zip(self.param_groups, layout.trained, strict=True):
             groups += [group] * count
-            rhos += [check_rho(group[self.rho_key])] * count
+            rhos += [self._rho(group)] * count
         weights = layout.weights
         names = [self._names.get(w, "") for w in weights] if Need.NAMES in self.recipe.needs else []
+        if PREFIX + "step" not in self.param_groups[0]:
+            self._init_group_state()  # a checkpoint was loaded into the base itself
         step = int(self.param_groups[0][PREFIX + "step"])
         layers = [self._layers.get(w, "") for w in weights] if Need.LAYERS in self.recipe.needs else []
         services = Services(layers, functools.partial(momenta_of, self.base), chunks)
         return Site(weights, groups, rhos, names, step, self._generators, layout, services)
+
+    def _rho(self, group: dict[str, Any]) -> float:
+        if self.rho_key not in group:  # likewise
+            group[self.rho_key] = self.base.defaults[self.rho_key]
+        return check_rho(group[self.rho_key])
 
     def _regroup(self) -> None:
         """Follow a change of the param groups: a weight that left is forgotten, a new one is looked up in the model."""
@@ -434,7 +445,7 @@ class SAM(Copies):
         return self._diagnostics.read()
 
     def _moves(self) -> bool:
-        return any(check_rho(g[self.rho_key]) > 0 for g in self.param_groups)
+        return any(self._rho(g) > 0 for g in self.param_groups)
 
     def counts(self) -> dict[str, int]:
         """Updates, ascents not taken because their direction was not finite, and steps skipped, since construction.
@@ -452,10 +463,8 @@ class SAM(Copies):
 
     def _runtime(self, model: nn.Module | None) -> None:
         """Everything that is neither saved nor copied."""
-        self._base_differentiates, self._base_needs_closure = (
-            differentiates_gradients(self.base),
-            needs_closure(self.base),
-        )
+        self._base_differentiates = differentiates_gradients(self.base)
+        self._base_takes_closure, self._base_needs_closure = takes_closure(self.base), needs_closure(self.base)
         self._update = None
         self._ledger = Ledger()
         self._layout = Layout([])
@@ -483,9 +492,8 @@ class SAM(Copies):
         if model is not None:
             if not {id(p) for p in model.parameters()} & {id(w) for w in weights}:
                 raise ValueError("model= holds none of the optimizer's parameters; pass the module being trained.")
-            statistics = FrozenStatistics(model) if self._freeze_batchnorm else None
-            self._statistics = statistics if statistics is not None and statistics.layers else None
-            self._watch = ModelWatch(model, self._random, weights, getattr(self.criterion, "forget", None))
+            forget = getattr(self.criterion, "forget", None)
+            self._watch = ModelWatch(model, self._random, weights, self._follow_model, forget)
             self._look_at_the_rest()
         self._replicas = Replicas(self.ascent_sync, model, self.recipe)
         self._names = self._read_names()
@@ -503,6 +511,10 @@ class SAM(Copies):
             return
         weights = [w for group in self.param_groups for w in group["params"]]
         self._watch.weights = weights
+        self._modules = list(self._model.modules())
+        if self._freeze_batchnorm and not self._frozen:
+            statistics = FrozenStatistics(self._model)
+            self._statistics = statistics if statistics.layers else None
         self._others = OtherGradients(self._model, weights) or None
         if self._freeze_state:
             layers = () if self._statistics is None else self._statistics.layers
@@ -510,6 +522,13 @@ class SAM(Copies):
             self._watch.state = self._state
             if self._state is not None:
                 self._state.begin()
+
+    def _follow_model(self) -> None:
+        """Look again at a model whose layers have been replaced since (SyncBatchNorm, quantisation)."""
+        if self._model is not None and not all(
+            itertools.starmap(operator.is_, itertools.zip_longest(self._modules, self._model.modules()))
+        ):
+            self._look_at_the_rest()
 
     def _read_names(self) -> dict[Tensor, str]:
         names: dict[Tensor, str] = {}

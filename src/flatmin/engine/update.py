@@ -41,15 +41,14 @@ class Update:
     `closed`: nobody sees the gradients between the last pass and the base's step.
 
     Attributes:
-        plain: nothing moves in this update (rho = 0, or a recipe without ascent): it is the base's own step, also with
-            the gradients at hand where the pass makes none.
+        plain: nothing moves in this update (rho = 0, or a recipe without ascent): it is the base's own step, with
+            the gradients as a closure leaves them.
     """
 
     def __init__(self, optimizer: SAM, site: Site, *, closed: bool = False) -> None:
         self.optimizer, self.site, self.closed = optimizer, site, closed
         self.index = self._added = 0
         self._bracketed = True
-        self._before: Gradients = [None] * len(site.weights)
         self.inside = self.resident = False
         self.outcome: Outcome | None = None
         self._ascent_finite = True
@@ -70,11 +69,6 @@ class Update:
         self.request: Eval | None = next(self._program)
         self.plain = not (optimizer.recipe.ascends and any(site.rhos))
 
-    @property
-    def others(self) -> list[Tensor]:
-        """The model's parameters that another optimizer trains."""
-        return [] if self.optimizer._others is None else self.optimizer._others.parameters
-
     def enter(self, *, bracketed: bool) -> None:
         """Go to the point of the next evaluation, with no gradients left from before."""
         opt, request = self.optimizer, self.request
@@ -82,12 +76,11 @@ class Update:
         self._check_scaled()
         self.inside = True
         self._bracketed = bracketed
-        if self.plain and self.index == 0:
-            self._before = [w.grad for w in self.site.weights]
-        for w in self.site.weights:
-            w.grad = None
-        for w in opt._layout.frozen:
-            w.grad = None
+        if not (self.plain and self.closed):
+            for w in self.site.weights:
+                w.grad = None
+            for w in opt._layout.frozen:
+                w.grad = None
         if opt._others is not None and not self.plain:
             self._part_with_others(opt._others)
         if request is not None and request.at is not None:
@@ -116,7 +109,7 @@ class Update:
     def _part_with_others(self, others: OtherGradients) -> None:
         opt = self.optimizer
         if self._bracketed:
-            others.aside()
+            others.enter()
         elif self.index:
             others.copy()
             climbed = Need.CRITERION in opt.recipe.needs and "others" not in opt._warned
@@ -136,10 +129,10 @@ class Update:
         if not self._bracketed:
             others.restore()
         elif request is None or request.role == "ascent":
-            others.back(None)
+            others.leave(None)
         else:
             pooled = self.optimizer.recipe.points.pooled and request.chunk is not None
-            others.back(1.0 / self.site.services.chunks if pooled else 1.0)
+            others.leave(1.0 / self.site.services.chunks if pooled else 1.0)
 
     def _displace(self, request: Eval) -> None:
         opt, at = self.optimizer, request.at
@@ -175,11 +168,7 @@ class Update:
             self.optimizer._watch.check_second_pass()
         self._silence.close()
         grads: Gradients = [w.grad for w in self.site.weights]
-        if all(g is None for g in grads) and self.plain:
-            grads = self._before
-            for w, g in zip(self.site.weights, grads, strict=True):
-                w.grad = g
-        elif all(g is None for g in grads):
+        if all(g is None for g in grads) and not self.plain:
             raise RuntimeError(
                 f"no weight received a gradient in pass {self.index + 1}; "
                 "the closure must compute the loss from the model and call loss.backward(). (A step() of Lightning's "
@@ -329,8 +318,9 @@ class Update:
 
     def abort(self) -> None:
         """Put everything back as the step found it, and forget the update."""
-        if self.inside:
-            self._join_others()
+        if self.optimizer._others is not None:
+            self.optimizer._others.restore()
+            self.optimizer._others.end(keep=False)
         self.optimizer._thaw()
         self._program.close()
         self._silence.close()
@@ -342,6 +332,8 @@ class Update:
         opt, outcome = self.optimizer, self.outcome
         assert outcome is not None
         opt._thaw()
+        if opt._others is not None:
+            opt._others.end()
         if not (outcome.untouched and self.index):
             for w, u in zip(self.site.weights, outcome.update, strict=True):
                 if w.grad is not u:
@@ -366,7 +358,7 @@ class Update:
                     w.grad = w.grad.coalesce()
             ta.clip_([w.grad for w in self.site.weights], opt.clip_norm)
         step: Callable[..., object] = opt.base.step
-        if loss is not None:
+        if loss is not None and opt._base_takes_closure:
             step = functools.partial(step, known_loss(opt.base, loss, self.site.weights))
         elif opt._base_needs_closure:
             raise RuntimeError(f"the step of {type(opt.base).__name__} asks for the loss: use optimizer.step(closure).")

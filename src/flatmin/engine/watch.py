@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flatmin.engine.guards import RandomState, UntrainedState
+from flatmin.engine.guards import RandomState
+from flatmin.engine.untrained import UntrainedState
 
 _SLOT = "_compiled_call_impl"
+_EVERY = 100  # updates between two looks at which modules a model has
 
 
 class CallSlot:
@@ -29,7 +30,7 @@ class CallSlot:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._module, self._thread = weakref.ref(module), threading.get_ident()
+        self._module = weakref.ref(module)
         self.inner = module.__dict__.get(_SLOT)  # what `module.compile()` has put there
         self.watches: list[tuple[weakref.ref[ModelWatch], bool]] = []
 
@@ -38,12 +39,14 @@ class CallSlot:
         if torch.compiler.is_compiling():
             # Traced away, so that the phases of an update cause no recompilation.
             return module._call_impl(*args, **kwargs)
-        if threading.get_ident() != self._thread:
-            # A replica of DataParallel has the attributes of its original: the caller knows which module it is.
-            module = sys._getframe(1).f_locals.get("self", module)
-            return module._call_impl(*args, **kwargs)
+        # Who copies a module's attributes, as DataParallel does for its replicas, copies the slot: the caller knows.
+        caller = sys._getframe(1).f_locals.get("self", module)
+        if caller is not module:
+            return caller._call_impl(*args, **kwargs)
         call = module._call_impl if self.inner is None else self.inner
-        if not (module.training and torch.is_grad_enabled()):
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return call(*args, **kwargs)  # a transformation, which must see no values
+        if not (torch.is_grad_enabled() and (module.training or any(m.training for m in module.modules()))):
             result = call(*args, **kwargs)
             for reference, whole in self.watches:
                 if whole and (watch := reference()) is not None and watch.random is not None:
@@ -58,7 +61,24 @@ class CallSlot:
             return call(*args, **kwargs)
         finally:
             for watch in entered:
-                watch.inside = False
+                watch.left()
+
+    def stay(self) -> None:
+        """Go round what `module.compile()` has put in the place since."""
+        module = self._module()
+        if module is not None and (found := module.__dict__.get(_SLOT)) is not self:
+            self.inner = found
+            module.__dict__[_SLOT] = self
+
+    def watches_over(self, module: nn.Module) -> bool:
+        """Whether it was made for this very module."""
+        return self._module() is module
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None  # which is what torch finds where nothing is compiled
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
 
     def drop(self, watch: weakref.ref[ModelWatch]) -> None:
         """Forget a watch; the last one takes the slot with it."""
@@ -72,7 +92,7 @@ class CallSlot:
 
 def _slot_of(module: nn.Module) -> CallSlot:
     slot = module.__dict__.get(_SLOT)
-    if not isinstance(slot, CallSlot):
+    if not (isinstance(slot, CallSlot) and slot.watches_over(module)):
         slot = module.__dict__[_SLOT] = CallSlot(module)
     return slot
 
@@ -99,6 +119,7 @@ class ModelWatch:
         model: the module that the loop calls.
         random: what to capture and replay; None: nothing.
         weights: the optimizer's.
+        follow: called before the first update and now and then, for models whose modules change.
         abandoned: called when a forward of a first pass turns out to have been given up.
 
     Attributes:
@@ -111,9 +132,12 @@ class ModelWatch:
         model: nn.Module,
         random: RandomState | None,
         weights: Sequence[Tensor],
+        follow: Callable[[], None] | None = None,
         abandoned: Callable[[], None] | None = None,
     ) -> None:
         self.random, self.weights, self._abandoned = random, weights, abandoned
+        self._follow = None if follow is None else weakref.WeakMethod(follow)
+        self._updates = 0
         self.state: UntrainedState | None = None
         self.cleared = self.inside = False
         self._warned = False
@@ -131,6 +155,8 @@ class ModelWatch:
         self.own_forwards = 0
         self.bracketed = False  # a closure or `passes()` brackets each pass, so random states are handled there
         self._batch: list[tuple[Any, int]] | None = None
+        for slot in self._slots:
+            slot.stay()
 
     def begin_pass(self, index: int, *, bracketed: bool) -> None:
         self.pass_index, self.bracketed = index, bracketed
@@ -153,10 +179,20 @@ class ModelWatch:
         if whole or not self.forwards[min(self.pass_index, 1)]:
             self._seen([*leaves((args, kwargs))] if whole else [], whole)
         self.inside = whole
+        if whole and self.state is not None and self.pass_index:
+            self.state.enter_forward()
         return whole
+
+    def left(self) -> None:
+        """The model's own forward has ended."""
+        self.inside = False
+        if self.state is not None and self.pass_index:
+            self.state.leave_forward()
 
     def _seen(self, batch: list[Any], whole: bool) -> None:
         later = min(self.pass_index, 1)
+        # What depends on weights differs between the passes, and has a graph that must not be kept.
+        data = [x for x in batch if not (isinstance(x, Tensor) and x.requires_grad)]
         if not later and self.forwards[0] and self.cleared and not self.bracketed and self._without_gradients():
             # Gradients were cleared since the last forward and none has come: that one was given up.
             self.begin_update()
@@ -164,21 +200,27 @@ class ModelWatch:
                 self._abandoned()
         self.cleared = False
         if self.forwards[later] == 0:
+            if not later:
+                follow = self._follow() if self._follow is not None and self._updates % _EVERY == 0 else None
+                self._updates += 1
+                if follow is not None:
+                    follow()
             if not self.bracketed:
                 self._open_pass(later)
             if not later:
-                self._batch = [(x, _version(x)) for x in batch] if whole else None
-            elif whole and self._batch is not None and not self._warned and not self._same(batch):
+                self._batch = [(x, _version(x)) for x in data] if whole else None
+            elif whole and self._batch is not None and not self._warned and not self._same(data):
                 self._warn_of_batches()
         self.forwards[later] += 1
-        if not later and not any(isinstance(x, Tensor) and x.requires_grad for x in batch):
+        if not later and len(data) == len(batch):
             self.own_forwards += 1
 
     def _open_pass(self, later: int) -> None:
         if later:
             if self.random is not None and self.random.captured():
                 self._before_replay = torch.get_rng_state()
-                self.random.repeat()
+                # A batch that is made of such draws differs for that reason.
+                self._warned |= self.random.repeat()
             return
         if self.state is not None:
             self.state.begin()
@@ -196,9 +238,14 @@ class ModelWatch:
 
     def _same(self, batch: list[Any]) -> bool:
         known = self._batch or []
-        return len(known) == len(batch) and all(
-            _version(x) == version and (x is y or _alike(x, y)) for (x, version), y in zip(known, batch, strict=True)
-        )
+        if len(known) != len(batch):
+            return False
+        for (x, version), y in zip(known, batch, strict=True):
+            written = _version(x) != version
+            # Another tensor beside one that the model has written over tells nothing.
+            if (written and x is y) or not (written or x is y or _alike(x, y)):
+                return False
+        return True
 
     def _warn_of_batches(self) -> None:
         self._warned = True
@@ -223,7 +270,7 @@ class ModelWatch:
 
 def leaves(value: Any, depth: int = 4) -> Iterator[Any]:
     """The tensors and arrays in a value, through mappings, sequences, dataclasses and plain objects."""
-    if isinstance(value, Tensor) or hasattr(value, "__array_interface__"):
+    if isinstance(value, (Tensor, *_arrays())):
         yield value
         return
     if depth == 0 or value is None or isinstance(value, (str, bytes, int, float, nn.Module)):
@@ -247,11 +294,19 @@ def _version(x: Any) -> int:
 
 def _alike(x: Any, y: Any) -> bool:
     """Whether two tensors or arrays have equal shape, type and, on the CPU, values; never a synchronisation."""
+    if isinstance(x, Tensor) and isinstance(y, Tensor) and (x.is_nested or y.is_nested):
+        return True
     if type(x) is not type(y) or x.shape != y.shape or x.dtype != y.dtype:
         return False
-    if not isinstance(x, Tensor):
-        return bool((x == y).all())
-    if x.layout is not torch.strided or x.device.type != "cpu" or y.device.type != "cpu":
+    if isinstance(x, Tensor):
+        if x.layout is not torch.strided or x.device.type != "cpu" or y.device.type != "cpu":
+            return True
+    elif x.dtype == object:
         return True
-    same = x.detach() == y.detach()
-    return bool(same.all()) or bool((same | (x.detach().isnan() & y.detach().isnan())).all())
+    same = x == y
+    return bool(same.all()) or bool((same | ((x != x) & (y != y))).all())
+
+
+def _arrays() -> tuple[type, ...]:
+    numpy = sys.modules.get("numpy")
+    return () if numpy is None else (numpy.ndarray,)

@@ -158,7 +158,7 @@ class Products(Protocol):
     def squared_gradients(self, limit: int) -> Tensors:
         """Sum over the first `limit` samples of the batch of their squared gradients, one backward each.
 
-        Samples of which the loss counts nothing are passed over; an empty list if there is no other.
+        Samples of which the loss counts nothing come last. An empty batch gives an empty list.
         """
 
 

@@ -196,7 +196,7 @@ class Fisher(Mask):
     The top (1 - sparsity) of all entries move, by the norm of the unmasked gradient. F comes from the first
     `num_samples` samples of the batch in pass 1, on the first ascent and on steps 0, k, 2k, ...; each sample is one
     backward pass. l_i is the mean of the loss over the elements of a sample that it counts, class weights included (see
-    `flatmin.Criterion`); samples without any are passed over (a refresh reads from the device which these are).
+    `flatmin.Criterion`); samples without any come last.
 
     Args:
         sparsity: share of entries that stay, in [0, 1). Default 0.5 (the official README's example; the code's default
@@ -248,10 +248,12 @@ class Fisher(Mask):
         if self.sparsity == 0:
             return None, {}
         squares = [] if c.curvature is None else c.curvature.squared_gradients(self.num_samples)
-        if not squares:
-            # The loss counts nothing of this batch, or no refresh is due; a mask that never was is made next time.
+        if not squares:  # no refresh is due; a mask that never was is made next time
             return [torch.zeros_like(x) if s is None else s for s, x in zip(state["mask"], d, strict=True)], {}
         mask = _top(squares, kept(self.sparsity, squares))
+        if not any(s is None for s in state["mask"]):
+            counted = c.norm(squares) > 0  # else the loss counts nothing of this batch, and the mask stays
+            mask = [torch.where(counted.to(m.device), m, s) for m, s in zip(mask, state["mask"], strict=True)]
         return mask, {"mask": mask}
 
 
