@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from flatmin.engine.base import build_base, check_rho, has_momentum, momenta_of
+from flatmin.engine.checkpoint import VERSION, load, parts_of, save, unfilled
 from flatmin.engine.copies import Copies
 from flatmin.engine.criterion import Criterion, PassView
 from flatmin.engine.diagnostics import Diagnostics
@@ -21,7 +22,7 @@ from flatmin.engine.program import Generators, Services, Site
 from flatmin.engine.replicas import AscentSync, Replicas, refuse_unserved
 from flatmin.engine.scaling import Scaling
 from flatmin.engine.serving import Loop, refusal
-from flatmin.engine.store import PREFIX, VERSION, StateView, Store, load, parts_of, save, unfilled
+from flatmin.engine.store import PREFIX, StateView, Store
 from flatmin.engine.tensors import Layout
 from flatmin.parts import Need, Radius, learning_rate
 from flatmin.recipes import Recipe, compose
