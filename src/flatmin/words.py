@@ -11,8 +11,9 @@ from types import TracebackType
 def suggest(word: str, known: Iterable[str]) -> str:
     """The words "; did you mean 'x'?" if something known is a slip of the keyboard away from the word, else nothing.
 
-    Near is, whatever the case and leading dashes: what begins with the word; what differs in one letter (added, left
-    out, another one, or two swapped), in two from 8 letters on, in three from 12 on; what makes up most of the word.
+    Near is, whatever the case and leading dashes: what begins with the word; what differs from a word of 3 letters or
+    more in one (added, left out, another one, or two swapped), from 8 on in two, from 12 on in three; what makes up
+    most of the word.
     """
     near = nearest(word, known, 1)
     return f"; did you mean {near[0]!r}?" if near else ""
@@ -21,7 +22,7 @@ def suggest(word: str, known: Iterable[str]) -> str:
 def nearest(word: str, known: Iterable[str], count: int) -> list[str]:
     """At most `count` of the known words that are near this one in the sense of `suggest`, the nearest first."""
     asked = word.lstrip("-").lower()
-    limit = 1 + (len(asked) >= 8) + (len(asked) >= 12)
+    limit = (len(asked) >= 3) + (len(asked) >= 8) + (len(asked) >= 12)
     found: list[tuple[int, float, str]] = []
     for name in known if asked else ():
         own = name.lstrip("-").lower()

@@ -62,6 +62,10 @@ def test_every_method_with_everything(width):
     assert "…" not in text and max(map(len, text.splitlines())) <= width
 
 
+def test_the_case_of_a_name_does_not_matter():
+    assert output("VaSSO + ASAM") == output("vasso+asam")
+
+
 def test_numbers_of_a_row():
     row = next(line for line in output().splitlines() if line.startswith("asam "))
     assert row.split()[:4] == ["asam", "0.5", "2", "1"]

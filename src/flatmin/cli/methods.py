@@ -83,7 +83,7 @@ def methods(
         _print_details(table, console)
         return
     recipe = compose(name, table)
-    console.print(_summary(recipe, [table[word.strip()] for word in name.split("+")]))
+    console.print(_summary(recipe, [table[word] for word in recipe.name.split("+")]))
     console.print()
     console.print(_parts(recipe))
 

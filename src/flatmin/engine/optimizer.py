@@ -26,6 +26,7 @@ from flatmin.engine.base import (
     set_rho,
     takes_closure,
 )
+from flatmin.engine.checkpoint import VERSION, load, parts_of, save, unfilled
 from flatmin.engine.copies import Copies
 from flatmin.engine.criterion import Criterion, PassView
 from flatmin.engine.diagnostics import Diagnostics
@@ -36,7 +37,7 @@ from flatmin.engine.program import Generators, Services, Site
 from flatmin.engine.replicas import AscentSync, Replicas, refuse_unserved
 from flatmin.engine.scaling import Scaling
 from flatmin.engine.serving import Loop, refusal
-from flatmin.engine.store import PREFIX, VERSION, StateView, Store, load, parts_of, save, unfilled
+from flatmin.engine.store import PREFIX, StateView, Store
 from flatmin.engine.tensors import Layout
 from flatmin.engine.untrained import UntrainedState
 from flatmin.engine.watch import ModelWatch
