@@ -501,6 +501,13 @@ class TestWhatFails:
         assert "loss" in one["sections"]["model"]["quantities"]
         assert one["sections"]["sharpness"]["missing"] == {"Sharpness": "it was interrupted (KeyboardInterrupt)."}
         assert one["sections"]["trace"]["missing"] == {"Trace": "it was not reached."}
+        monkeypatch.undo()
+        invoke(tmp_path / "out", folders["sgd", 0], *given[:2], "--no-page", *QUICK)
+        whole = read(tmp_path / "out" / f"{name}-2.json")
+        monkeypatch.setattr(module, "error_rate", stop)
+        with pytest.raises(SystemExit):
+            main(["measure", str(folders["sgd", 0]), *given, *QUICK])
+        assert read(tmp_path / "out" / f"{name}-2.json") == whole, "less does not take the place of more"
 
 
 class TestView:

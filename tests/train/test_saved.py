@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import shutil
+import warnings
 from collections import OrderedDict, defaultdict
 from pathlib import Path
 
@@ -259,6 +260,9 @@ class Compiled(nn.Module):
         super().__init__()
         self._orig_mod = net
 
+    def __reduce__(self):
+        return Compiled, (self._orig_mod,)
+
 
 class Tied(nn.Module):
     """Two names of one weight."""
@@ -300,6 +304,7 @@ CONTAINERS = {
     "two by prefix": lambda n: prefixed("online.")(n) | {f"ema_model.{k}": v for k, v in smaller(n).items()},
     "module": lambda n: n,
     "module in a module": lambda n: {"model": Whole(nn.DataParallel(n)), "config": Config()},
+    "compiled module": lambda n: Compiled(n),
     "with more": lambda n: {**n.state_dict(), "epoch": 3},
     "history": lambda n: {"model": n.state_dict(), "history": defaultdict(list, loss=[0.1])},
 }  # fmt: skip
@@ -359,7 +364,7 @@ class TestFiles:
         torch.save({"a": trained.state_dict(), "b": trained.state_dict()}, tmp_path / "a.pt")
         load_weights(other, tmp_path / "a.pt")
         torch.save(Whole(trained).state_dict(), tmp_path / "a.pt")
-        with pytest.warns(UserWarning, match=r"under 'model' are taken; 'criterion\.weight' beside them are left out"):
+        with pytest.warns(UserWarning, match=r"under 'model' are taken, and .* left out: 'criterion\.weight'"):
             load_weights(other, tmp_path / "a.pt")
 
     @pytest.mark.parametrize(
@@ -404,6 +409,13 @@ class TestFiles:
             load_weights(net(), tmp_path / "touch.pt")
         load_weights(net(), tmp_path / "eval.pt")
         assert not (tmp_path / "made").exists()
+
+    def test_a_scripted_model_says_how(self, tmp_path):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            torch.jit.script(net()).save(str(tmp_path / "a.pt"))
+        with pytest.raises(ValueError, match=r"is a scripted model.*torch\.jit\.load\('.*a\.pt'\)\.state_dict\(\)"):
+            load_weights(net(), tmp_path / "a.pt")
 
     def test_the_net_is_left_alone_by_a_file_without_weights(self, tmp_path):
         torch.save({"model": 3}, tmp_path / "a.pt")

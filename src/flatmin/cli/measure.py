@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -120,18 +120,23 @@ def measure(
     keep = partial(_keep, files, about)
     try:
         with _Bar(console, len(runs)) as bar:
+
+            def done(net: Measured) -> None:
+                keep(net, done=True)
+                bar.done(net)
+
             nets = measure_all(
                 runs,
                 view,
                 workers=processes,
                 progress=bar.part,
-                on_done=bar.done,
+                on_done=done,
                 # At once, so that nothing that comes later takes it away.
                 on_part=keep,
                 on_failed=failed.append if several else None,
             )
     except KeyboardInterrupt:
-        kept = [str(file.json) for file in files.values() if file.is_there()]
+        kept = [str(file.json) for file in files.values() if file.read()]
         typer.echo(
             f"Interrupted; {'what was measured is in ' + ', '.join(kept) if kept else 'nothing was measured yet'}; "
             "landscapes are kept and go on from there.",
@@ -201,26 +206,33 @@ class _File:
         for number in itertools.count(1):
             file = folder / (f"{name}.json" if number == 1 else f"{name}-{number}.json")
             found = cls(file, of, "" if number == 1 else f"{name}.json holds other numbers; these are in {file.name}.")
-            if file not in taken and (not file.exists() or found.is_there()):
+            if file not in taken and (not file.exists() or found.read()):
                 return found
         raise AssertionError
 
-    def is_there(self) -> bool:
-        """Whether the file holds numbers of this net and these settings."""
+    def read(self) -> dict[str, Any]:
+        """What the file holds, if that is of this net and these settings; else nothing."""
         try:
-            return bool(json.loads(self.json.read_text(encoding="utf-8")).get("of") == self.of)
-        except (OSError, ValueError, AttributeError):
-            return False
+            found = json.loads(self.json.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) and found.get("of") == self.of else {}
 
 
-def _keep(files: Mapping[str, _File], about: dict[str, object], net: Measured) -> None:
-    """Write what is known of a net; also in another process."""
+def _keep(files: Mapping[str, _File], about: dict[str, object], net: Measured, *, done: bool = False) -> None:
+    """Write what is known of a net, also in another process; of a net in work only what is more than is there."""
     from flatmin.study.measured import as_json
     from flatmin.train.files import write_json
 
-    file = files[net.name]
-    file.json.parent.mkdir(parents=True, exist_ok=True)
-    write_json(file.json, as_json([net], about, of=file.of))
+    file, found = files[net.name], as_json([net], about, of=files[net.name].of)
+    if done or _numbers_in(found) >= _numbers_in(file.read()):
+        file.json.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file.json, found)
+
+
+def _numbers_in(found: Mapping[str, Any]) -> int:
+    sections = [section for net in found.get("nets", []) for section in net["sections"].values()]
+    return sum(len(section["quantities"]) + len(section["results"]) for section in sections)
 
 
 def _settings(words: Sequence[str]) -> CardSettings:

@@ -45,7 +45,9 @@ class Weights:
                 "(key= names them, --key on the command line)."
             )
         if self.aside:
-            found.append(f"the weights under {self.name!r} are taken; {listed(self.aside)} beside them are left out.")
+            found.append(
+                f"the weights under {self.name!r} are taken, and what is beside them left out: {listed(self.aside)}."
+            )
         return found
 
 

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from flatmin.data.base import Data, Split, check_held
 from flatmin.measure.card import Card, CardSettings, card
+from flatmin.measure.checkpoints import unwrapped
 from flatmin.measure.losses import logits_of
 from flatmin.measure.problem import Mode, Problem
 from flatmin.study.measured import Measured, Unmeasured, check_doubles
@@ -133,7 +134,7 @@ def measure(
     data = run.data()
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        net = run.model(data)
+        net = unwrapped(run.model(data))
     remarks = tuple(dict.fromkeys(str(one.message) for one in told))
     net.register_forward_hook(_logits)
     check_fit(net, data)

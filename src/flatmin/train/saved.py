@@ -219,6 +219,11 @@ def read_file(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         why = error
     except Exception as error:
+        if "TorchScript" in str(error):
+            raise ValueError(
+                f"{path} is a scripted model, which is a program; save its weights alone: "
+                f"torch.save(torch.jit.load({str(path)!r}).state_dict(), 'weights.pt')."
+            ) from error
         raise ValueError(f"{path} is no file that torch.save wrote, or it is damaged.") from error
     try:
         unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
@@ -238,8 +243,9 @@ def read_file(path: Path) -> Any:
 class _Attributes:
     """Stands for a class that is not to be imported: its objects become dictionaries that keep the attributes."""
 
-    def __new__(cls, *_: Any, **__: Any) -> Any:
-        return OrderedDict()
+    def __new__(cls, *arguments: Any) -> Any:
+        # torch.compile's module, for one, is made of the module inside.
+        return OrderedDict((str(i), argument) for i, argument in enumerate(arguments))
 
 
 class _Number:
