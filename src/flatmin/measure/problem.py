@@ -125,7 +125,9 @@ class Problem:
         first = named[self.names[0]]
         self.device, self.dtype = first.device, dtype or first.dtype
         places = sorted({str(p.device) for p in model.parameters()})
-        if len(places) > 1 or first.is_meta:
+        if first.is_meta:
+            raise ValueError("the model's parameters have no values yet: they are on the device 'meta'.")
+        if len(places) > 1:
             raise ValueError(f"the model's parameters are on {', '.join(places)}; move them to one device.")
         self.weights = [self._cast(named[n].detach()).requires_grad_() for n in self.names]
         chosen = set(self.names)
