@@ -41,7 +41,7 @@ class TestEmptyLoaders:
     [
         (
             lambda x, y: [{"inputs": x, "labels": y}],
-            r"got dict with 'inputs', 'labels'; make it a pair, such as \(batch, ",
+            r"got dict with 'inputs', 'labels'; make it a pair, such as \(ba",
         ),
         (lambda x, y: {"inputs": x, "labels": y}, "got dict with 'inputs', 'labels'; make it a pair"),
         (lambda x, y: [x, y], r"got Tensor; a single batch is a tuple \(inputs, targets\)"),
