@@ -50,13 +50,14 @@ def named():
 
 
 class Late(Named):
-    """Has a mistake that is met late, when everything has been looked over."""
+    """Has a mistake that is met near its own weights only, when everything has been looked over."""
 
-    calls = 0
+    home = None
 
     def forward(self, x):
-        self.calls += 1
-        return super().forward(x) if self.calls < 8 else int("x")
+        weight = self.head.weight.detach().double()
+        self.home = weight.clone() if self.home is None else self.home
+        return int("x") if 0 < float((weight - self.home).norm()) < 0.1 else super().forward(x)
 
 
 def late():
@@ -427,7 +428,7 @@ class TestWhatFails:
         (one,) = read(tmp_path / "out" / "a.json")["nets"]
         assert set(one["sections"]["model"]["quantities"]) == {"loss", "error_rate", "gradient_norm", "weight_norm"}
         sharpness = one["sections"]["sharpness"]
-        assert sharpness["quantities"] == {} and "worst case" in sharpness["missing"]
+        assert "worst_case" not in sharpness["quantities"] and "worst case" in sharpness["missing"]
         assert "worst case is not there" in (tmp_path / "out" / "a.html").read_text(encoding="utf-8")
 
     def test_a_radius_at_which_the_net_overflows(self, folders, tmp_path):
