@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import traceback
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
+
+_LONGEST = 400
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
@@ -60,6 +63,24 @@ def explained(error: BaseException) -> bool:
         return True
     meant = isinstance(error, (ValueError, ImportError)) or type(error) in (ArithmeticError, FloatingPointError)
     return meant and _raised_here(error.__traceback__)
+
+
+def reason(error: BaseException) -> str:
+    """Why something is missing, in one line: the message, with the type of the error unless flatmin refused on purpose.
+
+    Of an error from elsewhere it also says which line raised it: that of a person's own code, if there is one.
+    """
+    text = " ".join(str(error).split())
+    text = text if len(text) <= _LONGEST else f"{text[:_LONGEST].rstrip()} ..."
+    if isinstance(error, ValueError) and explained(error):
+        return text
+    named = type(error).__name__ + (f": {text}" if text else "")
+    if explained(error):
+        return named
+    lines = traceback.extract_tb(error.__traceback__)
+    own = [line for line in lines if not {"site-packages", "flatmin"} & set(Path(line.filename).parts)]
+    at = (own or lines)[-1:]
+    return named + "".join(f" ({Path(line.filename).name}, line {line.lineno})" for line in at)
 
 
 def _raised_here(trace: TracebackType | None) -> bool:

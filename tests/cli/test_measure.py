@@ -3,10 +3,12 @@
 import dataclasses
 import importlib
 import json
+import os
 import re
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from flatmin.measure.problem import Problem
 from flatmin.study import page
 from flatmin.study.executors import execute
 from flatmin.study.measured import told
-from flatmin.study.measuring import View, batches, find, measure, measure_all, words
+from flatmin.study.measuring import View, batches, find, find_all, measure, measure_all, words
 from flatmin.study.store import Run, Store
 from flatmin.train.config import RunConfig
 from flatmin.train.saved import open_run
@@ -48,17 +50,42 @@ def named():
 
 
 class Late(Named):
-    """Has a mistake that is met late, when everything has been looked over."""
+    """Has a mistake that is met near its own weights only, when everything has been looked over."""
 
-    calls = 0
+    home = None
 
     def forward(self, x):
-        self.calls += 1
-        return super().forward(x) if self.calls < 8 else int("x")
+        weight = self.head.weight.detach().double()
+        self.home = weight.clone() if self.home is None else self.home
+        return int("x") if 0 < float((weight - self.home).norm()) < 0.1 else super().forward(x)
 
 
 def late():
     return Late()
+
+
+class Answer(Named):
+    """Returns an object, as the models of Hugging Face do."""
+
+    def forward(self, x):
+        return SimpleNamespace(logits=super().forward(x))
+
+
+def answer():
+    return Answer()
+
+
+class Deadly(Named):
+    """Ends its process, as a lack of memory does, if its weights are all one."""
+
+    def forward(self, x):
+        if bool((self.head.weight == 1).all()):
+            os._exit(9)
+        return super().forward(x)
+
+
+def deadly():
+    return Deadly()
 
 
 def damaged():
@@ -99,11 +126,11 @@ def small_plotly():
         yield
 
 
-def invoke(out, *given):
+def invoke(out, *given, status=0):
     found = runner.invoke(
         app, ["measure", *map(str, given), "--out", str(out)], env={"COLUMNS": "100"}, catch_exceptions=False
     )
-    assert found.exit_code == 0, found.output
+    assert found.exit_code == status, found.output
     return found.output
 
 
@@ -375,11 +402,8 @@ class TestRefusals:
             patch.setattr("importlib.util.find_spec", lambda name: None)
             assert "pip install 'flatmin[report]'" in refused(folders["sgd", 0])
 
-    def test_a_radius_at_which_the_net_overflows(self, refused, folders):
-        assert "use a smaller rho" in refused(folders["sgd", 0], *QUICK, "--what", "sharpness", "rho=1e30")
-
-    def test_what_a_process_refuses(self, refused, folders):
-        given = (*list(folders.values())[:2], "--what", "model", "--workers", 1)
+    def test_what_every_net_refuses(self, refused, folders):
+        given = (*list(folders.values())[:2], "--what", "model", "--workers", 0)
         assert "the train part has 50 examples, fewer than 51." in refused(*given, "--examples", 51)
 
     def test_two_runs_of_one_arm_and_seed(self, refused, folders, tmp_path):
@@ -391,23 +415,100 @@ class TestRefusals:
         with pytest.raises(ValueError, match="Expecting value"):
             measure_all([run], View(what="model"))
 
-    def test_a_mistake_in_the_net_is_no_mistake_in_the_command(self, tmp_path, capsys):
+
+class TestWhatFails:
+    def test_a_section_takes_nothing_else_away(self, tmp_path):
+        """Status 3 says that something is missing; all else is printed and written."""
         torch.save(late().state_dict(), tmp_path / "a.pt")
-        given = ("--model", "tests.cli.test_measure:late", "--data", "tests.user_side:data", "--what", "sharpness")
-        with pytest.raises(SystemExit) as stop:
-            main(["measure", str(tmp_path / "a.pt"), *given, "--out", str(tmp_path / "out")])
-        assert stop.value.code == 1 and "Traceback" in capsys.readouterr().err
+        given = ("--model", "tests.cli.test_measure:late", "--data", "tests.user_side:data", *QUICK)
+        said = invoke(tmp_path / "out", tmp_path / "a.pt", *given, "--what", "model,sharpness", status=3)
+        words = " ".join(said.split())
+        assert re.search(r"^loss +\d", said, re.MULTILINE) and re.search(r"^weight_norm +\d", said, re.MULTILINE)
+        assert "worst case is not there: ValueError: invalid literal for int() with base 10: 'x' (test_me" in words
+        (one,) = read(tmp_path / "out" / "a.json")["nets"]
+        assert set(one["sections"]["model"]["quantities"]) == {"loss", "error_rate", "gradient_norm", "weight_norm"}
+        sharpness = one["sections"]["sharpness"]
+        assert "worst_case" not in sharpness["quantities"] and "worst case" in sharpness["missing"]
+        assert "worst case is not there" in (tmp_path / "out" / "a.html").read_text(encoding="utf-8")
 
+    def test_a_radius_at_which_the_net_overflows(self, folders, tmp_path):
+        given = (folders["sgd", 0], *QUICK, "--what", "sharpness", "rho=1e30", "--no-page")
+        said = invoke(tmp_path, *given, status=3)
+        assert "use a smaller rho" in " ".join(said.split()) and re.search(r"^adaptive +\d", said, re.MULTILINE)
 
-def test_ctrl_c_says_what_is_kept(folders, tmp_path, monkeypatch, capsys):
-    def stop(*_, **__):
-        raise KeyboardInterrupt
+    def test_a_net_takes_no_other_net_away(self, weights, tmp_path):
+        torch.save({"0.weight": torch.zeros(1)}, tmp_path / "other.pt")
+        given = [tmp_path / "other.pt", weights, *TestFilesOfWeights.GIVEN, "--what", "model", "--workers", 0]
+        said = invoke(tmp_path / "out", *given, status=3)
+        assert "other could not be measured: the weights in" in said and "do not fit the model" in said
+        assert re.search(r"^loss +\d", said, re.MULTILINE)
+        assert files(tmp_path / "out") == ["measures.json", "mine.json"]
+        assert "do not fit" in read(tmp_path / "out" / "measures.json")["not_measured"]["other"]
 
-    monkeypatch.setattr("flatmin.study.measuring.measure", stop)
-    with pytest.raises(SystemExit) as stopped:
-        main(["measure", str(folders["sgd", 0]), "--out", str(tmp_path / "out")])
-    assert stopped.value.code == 130
-    assert capsys.readouterr().err == "Interrupted; landscapes are kept and go on from there.\n"
+    def test_a_process_that_ends_takes_no_other_net_away(self, tmp_path):
+        """As where memory runs out: each net that is left gets a process to itself."""
+        state, paths = named().state_dict(), [tmp_path / f"{name}.pt" for name in ("good", "other", "deadly")]
+        torch.save(state, paths[0])
+        torch.save({"0.weight": torch.zeros(1)}, paths[1])
+        torch.save({k: torch.ones_like(v) for k, v in state.items()}, paths[2])
+        given = ("--model", "tests.cli.test_measure:deadly", "--data", "tests.user_side:data", "--no-page")
+        said = invoke(tmp_path / "out", *paths, *given, "--what", "model", "--workers", 1, status=3)
+        assert "deadly could not be measured: its process ended while it measured, often because memory ran out" in said
+        assert "other could not be measured: the weights in" in said and "do not fit the model" in said
+        assert files(tmp_path / "out") == ["good.json", "measures.json"]
+
+    def test_a_figure_takes_no_number_away(self, folders, tmp_path, monkeypatch):
+        def broken(*_, **__):
+            raise ZeroDivisionError("no scale")
+
+        monkeypatch.setattr("flatmin.study.draw_interactive.eigenvalues", broken)
+        name = folders["sgd", 0].name
+        said = invoke(tmp_path, folders["sgd", 0], "--what", "model,hessian", status=3)
+        assert "Ends of the spectrum could not be drawn: ZeroDivisionError: no scale" in said
+        text = (tmp_path / f"{name}.html").read_text(encoding="utf-8")
+        assert "Ends of the spectrum could not be drawn: ZeroDivisionError: no scale" in text and "lambda_1" in text
+        monkeypatch.setattr("flatmin.study.measured_page.render", broken)
+        said = invoke(tmp_path, folders["sgd", 0], "--what", "model,hessian", status=3)
+        assert "the page could not be made: ZeroDivisionError: no scale" in said
+        assert said.splitlines()[-1] == f"Written: {tmp_path / name}.json"
+
+    def test_outputs_with_logits(self, tmp_path):
+        """huggingface/transformers#10459."""
+        torch.manual_seed(0)
+        torch.save(named().state_dict(), tmp_path / "a.pt")
+        values = []
+        for build in ("named", "answer"):
+            given = ("--model", f"tests.cli.test_measure:{build}", "--data", "tests.user_side:data", *QUICK)
+            invoke(tmp_path / build, tmp_path / "a.pt", *given, "--what", "model,hessian,sharpness", "--no-page")
+            (one,) = read(tmp_path / build / "a.json")["nets"]
+            values.append({n: q["value"] for s in one["sections"].values() for n, q in s["quantities"].items()})
+        assert len(values[0]) > 10 and values[0] == values[1]
+
+    def test_ctrl_c_keeps_what_was_measured(self, folders, tmp_path, monkeypatch, capsys):
+        module = importlib.import_module("flatmin.measure.sections")
+
+        def stop(*_, **__):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(module, "worst_case", stop)
+        name, given = folders["sgd", 0].name, ("--what", "model,sharpness,trace", "--out", str(tmp_path / "out"))
+        with pytest.raises(SystemExit) as stopped:
+            main(["measure", str(folders["sgd", 0]), *given])
+        assert stopped.value.code == 130
+        file = tmp_path / "out" / f"{name}.json"
+        said = f"Interrupted; what was measured is in {file}; landscapes are kept and go on from there.\n"
+        assert capsys.readouterr().err == said
+        (one,) = read(file)["nets"]
+        assert "loss" in one["sections"]["model"]["quantities"]
+        assert one["sections"]["sharpness"]["missing"] == {"Sharpness": "it was interrupted (KeyboardInterrupt)."}
+        assert one["sections"]["trace"]["missing"] == {"Trace": "it was not reached."}
+        monkeypatch.undo()
+        invoke(tmp_path / "out", folders["sgd", 0], *given[:2], "--no-page", *QUICK)
+        whole = read(tmp_path / "out" / f"{name}-2.json")
+        monkeypatch.setattr(module, "error_rate", stop)
+        with pytest.raises(SystemExit):
+            main(["measure", str(folders["sgd", 0]), *given, *QUICK])
+        assert read(tmp_path / "out" / f"{name}-2.json") == whole, "less does not take the place of more"
 
 
 class TestView:
@@ -450,13 +551,47 @@ class TestFilesOfWeights:
     GIVEN = ("--model", "tests.user_side:net", "--data", "tests.user_side:data", "--no-page")
 
     def test_of_one_name_go_by_their_folders(self, tmp_path):
+        paths = [tmp_path / folder / name for folder in ("x/a", "y/a", "b") for name in ("best.pt", "last.pt")]
+        for seed, path in enumerate([*paths, tmp_path / "b" / "best.pth"]):
+            path.parent.mkdir(exist_ok=True, parents=True)
+            torch.manual_seed(seed)
+            torch.save(net().state_dict(), path)
+        out, given = tmp_path / "out", (*self.GIVEN, "--what", "model", "--workers", 0)
+        assert "b-best - x-a-best" in invoke(out, paths[0], paths[2], paths[4], *given)
+        assert files(out) == ["b-best.json", "measures.json", "x-a-best.json", "y-a-best.json"]
+        runs = find_all([tmp_path / "b" / "best.pth", paths[4], paths[4]], model="m:n", data="m:d")
+        assert [run.name for run in runs] == ["b-best.pth", "b-best.pt"]
+
+    def test_measured_in_turn_keep_their_numbers(self, tmp_path):
         for seed, folder in enumerate("ab"):
             (tmp_path / folder).mkdir()
             torch.manual_seed(seed)
             torch.save(net().state_dict(), tmp_path / folder / "best.pt")
-        out = tmp_path / "out"
-        said = invoke(out, *(tmp_path / f / "best.pt" for f in "ab"), *self.GIVEN, "--what", "model", "--workers", 0)
-        assert files(out) == ["a-best.json", "b-best.json", "measures.json"] and "b-best - a-best" in said
+        out, given = tmp_path / "out", (*self.GIVEN, "--what", "model")
+        invoke(out, tmp_path / "a" / "best.pt", *given)
+        first = (out / "best.json").read_text()
+        said = invoke(out, tmp_path / "b" / "best.pt", *given)
+        assert "best.json holds other numbers; these are in best-2.json." in said
+        assert (out / "best.json").read_text() == first != (out / "best-2.json").read_text()
+        invoke(out, tmp_path / "a" / "best.pt", *given, "--split", "test")
+        assert files(out) == ["best-2.json", "best-3.json", "best.json"], "other settings, other numbers"
+        invoke(out, tmp_path / "b" / "best.pt", *given)
+        invoke(out, tmp_path / "a" / "best.pt", *given)
+        assert files(out) == ["best-2.json", "best-3.json", "best.json"], "the same ones take the place of the old"
+
+    def test_with_several_weights(self, weights, tmp_path):
+        state = torch.load(weights)["state_dict"]
+        torch.save({"model": state, "ema": {f"module.{k}": 0.5 * v for k, v in state.items()}}, weights)
+        given = (weights, *self.GIVEN, "--what", "model")
+        assert "under 'model' are taken; those under 'ema' fit as well" in " ".join(
+            invoke(tmp_path / "a", *given).split()
+        )
+        assert "are taken" not in invoke(tmp_path / "b", *given, "--key", "ema")
+        one, other = (
+            read(tmp_path / out / "mine.json")["nets"][0]["sections"]["model"]["quantities"]["weight_norm"]["value"]
+            for out in "ab"
+        )
+        assert other == pytest.approx(0.5 * one, rel=1e-6)
 
     def test_are_measured_anew_when_they_have_changed(self, weights, tmp_path):
         given = (weights, *self.GIVEN, *QUICK, "plane=0", "--what", "landscape")
@@ -464,14 +599,6 @@ class TestFilesOfWeights:
         torch.save({k: v + 0.1 for k, v in net().state_dict().items()}, weights)
         invoke(tmp_path / "out", *given)
         assert len(list((tmp_path / "out" / "landscapes" / "mine").iterdir())) == 2
-
-    def test_that_cannot_be_measured_take_nothing_away(self, weights, tmp_path, capsys):
-        torch.save({"0.weight": torch.zeros(1)}, tmp_path / "other.pt")
-        with pytest.raises(SystemExit) as stop:
-            given = [weights, tmp_path / "other.pt", *self.GIVEN, "--what", "model", "--workers", 0]
-            main(["measure", *map(str, given), "--out", str(tmp_path / "out")])
-        assert stop.value.code == 2 and "do not fit the model" in capsys.readouterr().err
-        assert files(tmp_path / "out") == ["mine.json"]
 
     def test_in_a_folder_that_looks_like_a_setting(self, weights, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
@@ -496,7 +623,8 @@ def test_what_some_net_lacks_is_said(folders, tmp_path, monkeypatch):
         return real(problem)
 
     monkeypatch.setattr(module, "error_rate", once)
-    said = invoke(tmp_path, *list(folders.values())[:2], "--what", "model", "--no-page", "--workers", 0)
-    name = list(folders.values())[1].name
-    assert f"error rate is not there for {name}: no classes here." in " ".join(said.split())
-    assert not re.search(r"^error_rate", said, re.MULTILINE)
+    paths = [folders["sgd", 0], folders["sam", 0]]
+    said = invoke(tmp_path, *paths, "--what", "model", "--no-page", "--workers", 0, status=3)
+    assert f"error rate is not there for {paths[1].name}: ValueError: no classes here." in " ".join(said.split())
+    assert re.search(r"^error_rate \* +0\.\d+ +- +- *$", said, re.MULTILINE), "that of the other is shown"
+    assert "error_rate of 1 of 2 nets" in " ".join(said.split())

@@ -36,6 +36,29 @@ class TestEmptyLoaders:
             Problem(model, loss, data)
 
 
+@pytest.mark.parametrize(
+    ("data", "sentence"),
+    [
+        (
+            lambda x, y: [{"inputs": x, "labels": y}],
+            r"got dict with 'inputs', 'labels'; make it a pair, such as \(ba",
+        ),
+        (lambda x, y: {"inputs": x, "labels": y}, "got dict with 'inputs', 'labels'; make it a pair"),
+        (lambda x, y: [x, y], r"got Tensor; a single batch is a tuple \(inputs, targets\)"),
+    ],
+)
+def test_data_that_are_no_pairs(data, sentence):
+    model, x, y, loss = make("mlp")
+    with pytest.raises(ValueError, match=rf"data must give pairs \(inputs, targets\), {sentence}"):
+        Problem(model, loss, data(x, y))
+
+
+def test_a_model_without_values():
+    _, x, y, loss = make("mlp")
+    with pytest.raises(ValueError, match="the model's parameters have no values yet: they are on the device 'meta'"):
+        Problem(nn.Linear(5, 3, device="meta"), loss, (x, y))
+
+
 # In a batch that is not the first, which the problem itself looks at.
 LATE = {
     "spectrum": lambda p: measures.spectrum(measures.Hessian(p)),

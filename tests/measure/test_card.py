@@ -3,11 +3,14 @@
 import importlib
 import json
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from flatmin.measure.average import average_case
 from flatmin.measure.card import CARD, SECTIONS, CardSettings, card, chosen, plain
@@ -263,12 +266,18 @@ class TestWhat:
 
     @pytest.mark.parametrize(
         ("what", "got"),
-        [("hesian", "hesian"), ("model,a,b", "a, b"), ("", "nothing"), (" , ", "nothing"), ([], "nothing")],
+        [
+            ("hesian", "hesian; did you mean 'hessian'?"),
+            ("model,xyz,b", "xyz, b."),
+            ("", "nothing."),
+            (" , ", "nothing."),
+            ([], "nothing."),
+        ],
     )
     def test_unknown(self, what, got, problem):
         with pytest.raises(ValueError) as error:
             card(problem, what)
-        assert str(error.value) == f"what must be of card, all, {', '.join(SECTIONS)}; got {got}."
+        assert str(error.value) == f"what must be of card, all, {', '.join(SECTIONS)}; got {got}"
 
     def test_what_is_under_way_is_told(self, problem):
         told = []
@@ -318,30 +327,188 @@ class TestMissing:
         found = card(problem_of("regression"), "model,hessian", settings=SMALL)
         assert [len(s.missing) for s in found.sections] == [1, 0]
 
-    @pytest.mark.parametrize("error", [TypeError, RuntimeError, KeyboardInterrupt])
-    @pytest.mark.parametrize(("measure", "what"), [("error_rate", "model"), ("pac_bayes", "flatness")])
-    def test_only_a_refusal_is_a_reason(self, measure, what, error, problem, monkeypatch):
+
+class Returns(nn.Module):
+    """Answers with what is made of the logits."""
+
+    def __init__(self, net, make):
+        super().__init__()
+        self.inner, self.make = net, make
+
+    def forward(self, x):
+        return self.make(self.inner(x))
+
+
+@dataclass
+class Output:
+    logits: torch.Tensor
+    hidden: torch.Tensor
+
+
+class Pair(NamedTuple):
+    logits: torch.Tensor
+    features: torch.Tensor
+
+
+MADE = {
+    "object": (lambda z: SimpleNamespace(logits=z), lambda o: o.logits),
+    "dataclass": (lambda z: Output(z, 2 * z), lambda o: o.logits),
+    "dict": (lambda z: {"logits": z, "features": 2 * z}, lambda o: o["logits"]),
+    "dict of one": (lambda z: {"out": z}, lambda o: o["out"]),
+    "named tuple": (lambda z: Pair(z, 2 * z), lambda o: o.logits),
+    "tuple of one": (lambda z: (z,), lambda o: o[0]),
+    "list": (lambda z: [z, "more"], lambda o: o[0]),
+}
+
+
+@pytest.fixture(scope="module")
+def of_logits():
+    """The card of a net that returns its logits."""
+    model, x, y, _ = make("mlp")
+    return card(Problem(model, lambda o, t: F.cross_entropy(o, t), (x, y)), "all", settings=SMALL)
+
+
+class TestOutputs:
+    """Models whose output is no tensor, such as those of Hugging Face: huggingface/transformers#10459."""
+
+    @pytest.mark.parametrize("kind", MADE)
+    def test_everything_is_as_for_the_logits_alone(self, kind, of_logits):
+        model, x, y, _ = make("mlp")
+        put, take = MADE[kind]
+        problem = Problem(Returns(model, put), lambda o, t: F.cross_entropy(take(o), t), (x, y))
+        found = card(problem, "all", settings=SMALL)
+        assert set(found.missing) == set(of_logits.missing)
+        want = {name.replace("[", "[inner."): value for name, value in values(of_logits).items()}
+        assert values(found) == pytest.approx(want, rel=1e-9, abs=1e-12)
+
+    def test_logits_that_are_not_known_are_named(self, of_logits):
+        model, x, y, _ = make("mlp")
+        problem = Problem(Returns(model, lambda z: (z, 2 * z)), lambda o, t: F.cross_entropy(o[0], t), (x, y))
+        found = card(problem, "model,sharpness", settings=SMALL)
+        assert set(found.missing) == {"error rate", "logit-normalised"}
+        assert all("a tuple with 2 tensors and none called 'logits'" in why for why in found.missing.values())
+        assert found.quantities["worst_case"].value == pytest.approx(
+            of_logits.quantities["worst_case"].value, rel=1e-12
+        )
+
+    def test_a_loss_that_the_model_has_computed_has_no_normalised_logits(self):
+        """It would be the same as the plain one."""
+        model, x, y, _ = make("mlp")
+        problem = Problem(
+            Returns(model, lambda z: {"logits": z, "loss": F.cross_entropy(z, y)}), lambda o, t: o["loss"], (x, y)
+        )
+        found = section(problem, "sharpness")
+        assert "does not depend on the logits" in found.missing["logit-normalised"] and len(found.missing) == 1
+
+    def test_classes_in_the_last_dimension_are_normalised_there(self):
+        torch.manual_seed(0)
+        z, y = torch.randn(4, 5, 3, dtype=torch.float64), torch.randint(3, (4, 5))
+        loss = LogitNormalised(lambda o, t: F.cross_entropy(o.flatten(0, 1), t.flatten()))
+        centred = z - z.mean(2, keepdim=True)
+        want = F.cross_entropy((centred / centred.norm(dim=2, keepdim=True)).flatten(0, 1), y.flatten())
+        assert loss(z, y) == pytest.approx(float(want), rel=1e-12)
+
+
+class TestFailures:
+    """What fails takes nothing else with it."""
+
+    @pytest.mark.parametrize("kind", [TypeError, RuntimeError, MemoryError])
+    @pytest.mark.parametrize(
+        ("what", "measure", "missing", "kept"),
+        [
+            ("model", "error_rate", {"error rate"}, {"loss", "gradient_norm", "weight_norm"}),
+            ("trace", "frobenius", {"Frobenius norm"}, {"trace"}),
+            ("flatness", "fisher_rao", {"Fisher-Rao, model", "Fisher-Rao, data"}, {"pac_bayes", "relative_flatness"}),
+            ("landscape", "eigenvector", {"first eigenvector"}, set()),
+            ("published", "sam_paper", {"sam_paper", "empirical_sam"}, {"pyhessian_batch: lambda_1"}),
+            ("density,model", "density", {"Spectral density"}, {"loss", "error_rate"}),
+        ],
+    )
+    def test_a_failure_is_a_reason(self, what, measure, missing, kept, kind, problem, monkeypatch):
         def broken(*_, **__):
-            raise error("broken")
+            raise kind("broken,\nindeed")
 
+        broken.__name__ = measure
         monkeypatch.setattr(MODULE, measure, broken)
-        with pytest.raises(error, match="broken"):
-            card(problem, what, settings=SMALL)
+        found = card(problem, what, settings=SMALL)
+        assert set(found.missing) == missing and kept <= set(found.quantities)
+        reasons = [why for what, why in found.missing.items() if what != "empirical_sam"]
+        assert all(why.startswith(f"{kind.__name__}: broken, indeed (test_card.py, line ") for why in reasons)
+        assert ("smaller batches" in reasons[0]) == (kind is MemoryError)
 
-    def test_what_every_problem_has_is_not_missing(self, problem, monkeypatch):
-        def refuse(*_, **__):
-            raise ValueError("no")
+    def test_eigenvalues_that_fail_are_tried_once(self, problem, monkeypatch):
+        tried = []
 
-        monkeypatch.setattr(MODULE, "worst_case", refuse)
-        with pytest.raises(ValueError, match="no"):
-            card(problem, "sharpness", settings=SMALL)
+        def broken(*_, **__):
+            tried.append(1)
+            raise torch.OutOfMemoryError("no room")
 
-    def test_a_loss_that_is_not_finite_takes_nothing_else_away(self):
+        monkeypatch.setattr("flatmin.measure.session.spectrum", broken)
+        found = card(problem, "card", settings=SMALL)
+        assert len(tried) == 1
+        assert set(found.missing) == {"Curvature", "Trace", "Spectral density", "first eigenvector"}
+        assert {why.partition(" (")[0] for why in found.missing.values()} == {"OutOfMemoryError: no room"}
+        assert {"loss", "worst_case", "average_case"} <= set(found.quantities)
+        assert set(found.sections[-1].results) == {"along_random", "plane"}
+
+    def test_a_model_that_fails_at_other_weights(self):
+        """The first step of the ascent is kept where a later one fails."""
+        model, x, y, loss = make("mlp")
+        calls = []
+
+        class Fragile(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.inner = model
+
+            def forward(self, x):
+                calls.append(1)
+                if len(calls) == 4:
+                    raise IndexError("out of range")
+                return self.inner(x)
+
+        problem = Problem(Fragile(), loss, (x, y))
+        calls.clear()
+        found = section(problem, "sharpness")
+        want = section(problem_of(), "sharpness", SMALL)
+        assert set(found.missing) == {"worst case"}
+        assert found.missing["worst case"].startswith("IndexError: out of range (test_card.py, line ")
+        assert "worst_case" not in [q.name for q in found.quantities]
+        first = {q.name: q.value for q in want.quantities}["sam_gap"]
+        assert {q.name: q.value for q in found.quantities}["sam_gap"] == pytest.approx(first, rel=1e-9)
+        assert len(found.quantities) == len(want.quantities) - 1
+
+    def test_a_radius_at_which_the_net_overflows(self):
         relu = problem_of("relu", dtype=torch.float32)
-        found = section(relu, "sharpness", replace(SMALL, adaptive_rho=1e30))
-        assert "use a smaller rho" in found.missing["adaptive"] and "sam_gap" in [q.name for q in found.quantities]
-        with pytest.raises(ArithmeticError, match="use a smaller rho"):
-            card(relu, "sharpness", settings=replace(SMALL, rho=1e30))
+        found = section(relu, "sharpness", replace(SMALL, rho=1e30))
+        assert "use a smaller rho" in found.missing["worst case"] and "adaptive" in [q.name for q in found.quantities]
+
+    def test_a_number_that_is_not_finite_says_so(self, problem, monkeypatch):
+        monkeypatch.setattr(MODULE, "error_rate", lambda problem: math.nan)
+        found = {q.name: q.note for q in section(problem, "model").quantities}
+        assert found == {"loss": "", "error_rate": "the value is nan", "gradient_norm": "", "weight_norm": ""}
+
+    def test_what_is_interrupted_is_told_as_far_as_it_came(self, problem, monkeypatch):
+        def stop(*_, **__):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(MODULE, "average_case", stop)
+        told = []
+        with pytest.raises(KeyboardInterrupt):
+            card(problem, "model,sharpness,flatness", settings=SMALL, on_section=told.append)
+        assert len(told) == 2 and [s.name for s in told[0].sections] == ["model", "sharpness", "flatness"]
+        assert {"loss", "sam_gap", "worst_case", "adaptive"} <= set(told[1].quantities)
+        assert told[0].missing == {"Sharpness": "it was not reached.", "Flatness": "it was not reached."}
+        assert told[1].missing["Sharpness"] == "it was interrupted (KeyboardInterrupt)."
+        json.dumps(told[1].to_dict(), allow_nan=False)
+
+    def test_what_the_caller_raises_is_no_failure_of_a_measure(self, problem):
+        def stop(what, share):
+            if what == "eigenvalues":
+                raise LookupError("enough")
+
+        with pytest.raises(LookupError, match="enough"):
+            card(problem, "model,hessian", settings=SMALL, progress=stop)
 
 
 def numbers_in(value):

@@ -9,6 +9,7 @@ from torch import nn
 from flatmin.measure.curvature import Hessian
 from flatmin.measure.directions import difference, eigenvector, gaussian, gaussian_pair, given
 from flatmin.measure.krylov import spectrum
+from flatmin.measure.landscape import landscape
 from flatmin.measure.problem import Problem
 from tests.measure.nets import CASES, dense_hessian, make
 
@@ -217,7 +218,7 @@ class TestBadInput:
         with pytest.raises(ValueError, match="'checkpoint' has the model's own weights"):
             difference(problem, problem.model)
         with pytest.raises(ValueError, match=r"no tensor '0.weight'; it holds 'model', 'epoch'"):
-            difference(problem, {"model": state, "epoch": 3})
+            difference(problem, {"model": 3, "epoch": 3})
         with pytest.raises(ValueError, match=r"no tensor '2.bias'; it holds"):
             difference(problem, {k: v for k, v in state.items() if k != "2.bias"})
         with pytest.raises(ValueError, match=r"of another model: this one has no '4.weight'"):
@@ -228,6 +229,12 @@ class TestBadInput:
             difference(problem, torch.zeros(5))
         with pytest.raises(ValueError, match="a model, a state dict or a vector of the weights, got list"):
             difference(problem, [1])
+
+    def test_checkpoints_as_people_save_them(self):
+        problem = problem_of()
+        moved = {f"module.{k}": v + 1.0 for k, v in problem.model.state_dict().items()}
+        for saved in (moved, {"net": moved, "epoch": 3}, {"state_dict": {f"model.{k}": v for k, v in moved.items()}}):
+            torch.testing.assert_close(difference(problem, saved).vector, torch.ones(57, dtype=torch.float64))
 
     def test_frozen_weights_that_differ(self):
         model, x, y, loss = make("mlp")
@@ -252,3 +259,20 @@ class TestBadInput:
         with pytest.raises(ValueError, match="weights of other names or shapes"):
             other = Problem(nn.Linear(18, 3), nn.CrossEntropyLoss(), (torch.zeros(2, 18), torch.tensor([0, 1])))
             given(problem, torch.ones(57), label="g").check(other)
+        with pytest.raises(ValueError, match=r"no selected weight is called '3\.weight'; there are '0\.weight', "):
+            given(problem, {"3.weight": torch.ones(3)}, label="g")
+        with pytest.raises(ValueError, match=r"'2\.bias' has shape \(4,\) in the direction, \(3,\) in the model"):
+            given(problem, {"2.bias": torch.ones(4)}, label="g")
+        with pytest.raises(ValueError, match="2 tensors for 4 selected weights"):
+            given(problem, [torch.ones(3), torch.ones(3)], label="g")
+        with pytest.raises(TypeError, match="a vector of weights is made a direction by "):
+            landscape(problem, torch.ones(57))
+
+    def test_given_by_name_or_one_by_one(self):
+        problem = problem_of()
+        gradient = problem.gradient()[1]
+        pieces = problem.shaped(gradient)
+        for form in (pieces, tuple(pieces), dict(zip(problem.names, pieces, strict=True))):
+            assert torch.equal(given(problem, form, label="g").vector, gradient)
+        one = given(problem, {"2.bias": pieces[3]}, label="g").vector
+        assert torch.equal(one[-3:], gradient[-3:]) and not one[:-3].any()

@@ -106,10 +106,21 @@ class TestCompare:
         (row,) = compare_cards(nets({"sgd": {0: 1.0}, "sam": {1: 2.0}}))
         assert row.difference == {} and row.verdict("sam") == "" and row.groups["sam"].mean == 2.0
 
-    def test_only_what_all_nets_have(self):
-        both, one = quantity(), quantity("trace")
-        rows = compare_cards([made("sgd", 0, both, one), made("sam", 0, quantity("frobenius"), both)])
-        assert [row.quantity.name for row in rows] == ["lambda_1"]
+    def test_what_some_nets_lack_is_compared_over_the_others(self):
+        both, one = quantity(), quantity("trace", 2.0)
+        rows = compare_cards(
+            [made("sgd", 0, both, one), made("sam", 0, quantity("frobenius"), both), made("sam", 1, one)]
+        )
+        found = {row.quantity.name: row for row in rows}
+        assert list(found) == ["lambda_1", "trace", "frobenius"]
+        assert {name: row.notes for name, row in found.items()} == {
+            "lambda_1": ("of 2 of 3 nets",),
+            "trace": ("of 2 of 3 nets",),
+            "frobenius": ("of 1 of 3 nets",),
+        }
+        assert found["lambda_1"].difference["sam"].values == (0.0,) and found["lambda_1"].groups["sam"].n == 1
+        assert set(found["frobenius"].groups) == {"sam"} and found["frobenius"].difference == {}
+        assert found["trace"].difference == {}, "no seed in common"
 
     def test_the_error_is_that_of_the_worst_net(self):
         a, b = quantity(error=0.1), quantity(error=0.3)
@@ -263,6 +274,18 @@ class TestPicture:
         assert [axes.get_title("left") for axes in figure.axes] == [""]
         words = words_of(figure)
         assert {"1 *", "2.00 ± 0.10", "* not converged"} <= set(words)
+        figure.canvas.draw()
+
+    def test_a_picture_that_cannot_be_drawn_says_why(self, real, monkeypatch):
+        def broken(*_, **__):
+            raise ZeroDivisionError("no scale")
+
+        monkeypatch.setattr("flatmin.study.plots.density", broken)
+        told = []
+        figure = draw_card.card(real[0], on_missing=told.append)
+        assert len(told) == 1 and told[0].startswith("Spectral density could not be drawn: ZeroDivisionError: no scale")
+        assert {"Ends of the spectrum", "Sharpness"} <= {a.get_title("left").partition("  (")[0] for a in figure.axes}
+        assert told[0] in words_of(figure)
         figure.canvas.draw()
 
     def test_more_numbers_than_fit_are_counted(self):

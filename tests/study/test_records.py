@@ -14,7 +14,7 @@ from flatmin.study.plan import plan
 from flatmin.study.reading import read_study
 from flatmin.study.record import Record
 from flatmin.study.studies import study
-from flatmin.study.tables import body, comma_separated, header
+from flatmin.study.tables import body, comma_separated, header, remarks
 from flatmin.train.folder import RunFolder
 
 STUDY = """
@@ -132,7 +132,7 @@ def test_runs_that_have_not_recorded_it_are_done_again_and_others_reuse_them(tmp
     assert not plan(spec_of(tmp_path, plain), tmp_path / "out").missing, "more than asked for is enough"
 
 
-def test_a_network_that_cannot_be_measured_takes_nothing_else_away(tmp_path):
+def test_a_network_that_cannot_be_measured_takes_nothing_else_away(tmp_path, monkeypatch):
     todo = plan(spec_of(tmp_path), tmp_path / "out")
     run(tmp_path)
     first = next(iter(todo.runs.values()))
@@ -144,6 +144,23 @@ def test_a_network_that_cannot_be_measured_takes_nothing_else_away(tmp_path):
     (warned,) = (event.text for event in events if isinstance(event, Warned))
     assert warned.startswith(f"{first.name} is not measured: ")
     assert list(table.errors) == ["SGD, seed 0, not measured"]
+    # Of another one a part fails: the rest of its card is kept, and --retry measures it again.
+    second = list(todo.runs.values())[1]
+    card_path(todo.store.folder(second), todo.spec.measure).unlink()
+
+    def broken(*_, **__):
+        raise MemoryError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("flatmin.measure.session.spectrum", broken)
+        table, events = run(tmp_path)
+    assert [row.columns["lambda_1"].stat.n for row in table.rows] == [0, 2]
+    assert table.rows[0].runs[1].number("loss") > 0
+    (why,) = (why for what, why in table.errors.items() if what == "Curvature is not there for SGD, seed 1")
+    assert why.startswith("MemoryError: no room") and any("no room" in remark for remark in remarks(table))
+    assert second not in plan(spec_of(tmp_path), tmp_path / "out").unmeasured
+    again = study(plan(spec_of(tmp_path), tmp_path / "out", retry=True), workers=0, on_event=lambda event: None)
+    assert [row.columns["lambda_1"].stat.n for row in again.rows] == [1, 2]
 
 
 def test_a_run_without_weights_is_done_again_where_they_are_to_be_measured(tmp_path):

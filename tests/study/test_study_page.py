@@ -217,13 +217,23 @@ class TestTable:
     def test_keys(self, cell, key):
         assert sort_key(cell) == key
 
-    def test_failures_and_remarks_are_said(self, make, small_plotly):
+    def test_failures_and_remarks_are_said(self, make, small_plotly, monkeypatch):
         table = make(
             lambda label, seed: "out of <memory>" if label.startswith("SAM rho=0.1") else everything(label, seed)
         )
         shown = "".join(Outline(render(table)).text)
         assert "no result: 3 of 3" in shown and "out of <memory>" in shown
         assert all(remark in shown for remark in tables.remarks(table))
+        # A figure that fails takes no other away.
+        count = len(Outline(render(table)).specs)
+
+        def broken(*_, **__):
+            raise ZeroDivisionError("no scale")
+
+        monkeypatch.setattr(study_figures, "over_cost", broken)
+        outline = Outline(render(table))
+        assert "what the accuracy costs could not be drawn: ZeroDivisionError: no scale" in "".join(outline.text)
+        assert 0 < len(outline.specs) == count - 1
 
 
 class TestPoints:

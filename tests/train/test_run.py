@@ -352,6 +352,22 @@ class TestEvents:
         assert RunFolder(tmp_path).measures() == [{"epoch": e.epoch, "step": e.step, **e.values} for e in measured]
         assert [e.epoch for e in measured] == [1, 2]
 
+    def test_what_cannot_be_measured_is_told_and_ends_nothing(self, tmp_path, monkeypatch):
+        def broken(*_, **__):
+            raise MemoryError("no room")
+
+        monkeypatch.setattr("flatmin.measure.sections.average_case", broken)
+        result, told = run(config(epochs=2), tmp_path, measure_every=1, measures="model,sharpness")
+        assert result.failure is None and [line["epoch"] for line in RunFolder(tmp_path).measures()] == [1, 2]
+        assert all("worst_case" in line and "average_case" not in line for line in RunFolder(tmp_path).measures())
+        texts = [event.text for event in told if isinstance(event, events.Warned)]
+        assert sum(t.startswith("average case could not be measured: MemoryError: no room") for t in texts) == 2
+        monkeypatch.setattr("flatmin.train.measuring.Problem", broken)
+        result, told = run(config(epochs=1), tmp_path / "other", measure_every=1)
+        texts = [event.text for event in told if isinstance(event, events.Warned)]
+        assert result.failure is None
+        assert any(text.startswith("nothing could be measured: MemoryError: no room") for text in texts)
+
     def test_m_sharpness_is_that_of_the_card(self, tmp_path):
         """Of all training samples, after the last epoch, in the groups and within the radius that were asked for."""
         nets, how = [], {"measure_every": 2, "measures": "sharpness", "measure_m": 7, "measure_rho": 0.3}

@@ -1,12 +1,19 @@
 """Trained nets that are kept and read back: the same net, on the same data, or a sentence that says why not."""
 
+import argparse
 import dataclasses
 import json
+import os
 import shutil
+import warnings
+from collections import OrderedDict, defaultdict
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from flatmin.study.compare import compare
 from flatmin.study.config import CompareConfig
@@ -216,34 +223,169 @@ class TestRefusals:
 
     def test_weights_of_another_net(self, folder):
         torch.save(nn.Linear(2, 2).state_dict(), folder / "weights.pt")
-        with pytest.raises(ValueError, match=r"weights\.pt do not fit the model: .*Missing key"):
+        with pytest.raises(ValueError, match=r"weights\.pt do not fit the model: missing in the file: '0\.weight'"):
             open_run(folder).model()
 
 
-def wrapped(key):
-    return lambda state: {key: state, "epoch": 3, "optimizer": {"state": {}, "param_groups": []}}
+class Config:
+    """A class that a file must not need, and that must not be made from it."""
+
+    made = 0
+
+    def __init__(self):
+        self.rate, self.act = 0.1, nn.functional.relu
+
+    def __setstate__(self, state):
+        Config.made += 1
+
+
+class Ball(dict):
+    """A dictionary of a class of its own."""
+
+
+class Malicious:
+    """Calls something when it is read."""
+
+    def __init__(self, *call):
+        self.call = call
+
+    def __reduce__(self):
+        return self.call[0], self.call[1:]
+
+
+class Compiled(nn.Module):
+    """As torch.compile wraps a module."""
+
+    def __init__(self, net):
+        super().__init__()
+        self._orig_mod = net
+
+    def __reduce__(self):
+        return Compiled, (self._orig_mod,)
+
+
+class Tied(nn.Module):
+    """Two names of one weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.b.weight = self.a.weight
+
+
+class Whole(nn.Module):
+    """A net inside another module, as people train it."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.model, self.criterion = net, nn.CrossEntropyLoss(weight=torch.ones(3))
+
+
+def prefixed(prefix):
+    return lambda net: {prefix + k: v for k, v in net.state_dict().items()}
+
+
+def smaller(net):
+    return {k: 0.5 * v for k, v in net.state_dict().items()}
+
+
+CONTAINERS = {
+    "plain": lambda n: n.state_dict(),
+    "state_dict": lambda n: {"state_dict": n.state_dict(), "optimizer": torch.optim.SGD(n.parameters()).state_dict()},
+    "model_state_dict": lambda n: {"model_state_dict": n.state_dict(), "args": argparse.Namespace(out=Path("x"))},
+    "net of DataParallel": lambda n: {"net": prefixed("module.")(n), "acc": np.float64(0.9), "epoch": 7},
+    "compiled": prefixed("_orig_mod."),
+    "compiled and parallel": prefixed("module._orig_mod."),
+    "deep": lambda n: {"trainer": {"state": {"weights": n.state_dict()}}},
+    "Lightning": lambda n: {"state_dict": Whole(n).state_dict(), "hyper_parameters": Ball(lr=0.1), "config": Config()},
+    "averaged": lambda n: AveragedModel(n).state_dict(),
+    "average alone": lambda n: {"ema": prefixed("module.")(n), "decay": 0.999},
+    "two": lambda n: {"model": n.state_dict(), "model_ema": smaller(n)},
+    "two by prefix": lambda n: prefixed("online.")(n) | {f"ema_model.{k}": v for k, v in smaller(n).items()},
+    "module": lambda n: n,
+    "module in a module": lambda n: {"model": Whole(nn.DataParallel(n)), "config": Config()},
+    "compiled module": lambda n: Compiled(n),
+    "with more": lambda n: {**n.state_dict(), "epoch": 3},
+    "history": lambda n: {"model": n.state_dict(), "history": defaultdict(list, loss=[0.1])},
+}  # fmt: skip
 
 
 class TestFiles:
-    @pytest.mark.parametrize("wrap", [lambda s: s, wrapped("state_dict"), wrapped("model"), lambda s: {"model": s}])
-    def test_checkpoints(self, wrap, tmp_path):
+    @pytest.mark.filterwarnings("ignore:.*are taken")
+    @pytest.mark.parametrize("kind", CONTAINERS)
+    def test_checkpoints_as_people_save_them(self, kind, tmp_path):
+        """As in pytorch/pytorch#3805, kuangliu/pytorch-cifar and Lightning-AI/pytorch-lightning#2798."""
         torch.manual_seed(0)
         trained, other = net(), net()
-        torch.save(wrap(trained.state_dict()), tmp_path / "a.pt")
+        torch.save(CONTAINERS[kind](trained), tmp_path / "a.pt")
         load_weights(other, tmp_path / "a.pt")
+        assert same_bits(other.state_dict(), trained.state_dict()) and Config.made == 0
+
+    def test_safetensors(self, tmp_path):
+        safetensors = pytest.importorskip("safetensors.torch")
+        trained, other = net(), net()
+        safetensors.save_file(prefixed("model.")(trained), tmp_path / "a.safetensors")
+        load_weights(other, tmp_path / "a.safetensors")
         assert same_bits(other.state_dict(), trained.state_dict())
+        (tmp_path / "b.safetensors").write_bytes(b"hello")
+        with pytest.raises(ValueError, match=r"b\.safetensors is no \.safetensors file"):
+            load_weights(other, tmp_path / "b.safetensors")
+
+    def test_models_that_are_wrapped_take_plain_weights(self, tmp_path):
+        trained = net()
+        torch.save(trained.state_dict(), tmp_path / "a.pt")
+        for wrap in (nn.DataParallel, Compiled, Whole):
+            other = net()
+            if wrap is Whole:
+                load_weights(nn.Sequential(OrderedDict(net=other)), tmp_path / "a.pt")
+            else:
+                load_weights(wrap(other), tmp_path / "a.pt")
+            assert same_bits(other.state_dict(), trained.state_dict())
+
+    def test_tied_weights_that_were_saved_once(self, tmp_path):
+        """As safetensors files of Hugging Face hold them."""
+        trained, other = Tied(), Tied()
+        torch.save({k: v for k, v in trained.state_dict().items() if k != "b.weight"}, tmp_path / "a.pt")
+        load_weights(other, tmp_path / "a.pt")
+        assert same_bits(other.state_dict(), trained.state_dict()) and other.a.weight is other.b.weight
+
+    def test_of_several_one_is_chosen_and_the_choice_is_said(self, tmp_path):
+        trained, other = net(), net()
+        torch.save(CONTAINERS["two"](trained), tmp_path / "a.pt")
+        with pytest.warns(UserWarning, match=r"under 'model' are taken; those under 'model_ema' fit as well"):
+            load_weights(other, tmp_path / "a.pt")
+        load_weights(other, tmp_path / "a.pt", key="model_ema")
+        assert same_bits(other.state_dict(), smaller(trained))
+        with pytest.raises(ValueError, match=r"are under 'swa'; .* under 'model', under 'model_ema'"):
+            load_weights(other, tmp_path / "a.pt", key="swa")
+        torch.save({"a": trained.state_dict(), "b": smaller(trained)}, tmp_path / "a.pt")
+        with pytest.raises(ValueError, match=r"several weights fit the model, under 'a', under 'b'; choose one"):
+            load_weights(other, tmp_path / "a.pt")
+        torch.save({"a": trained.state_dict(), "b": trained.state_dict()}, tmp_path / "a.pt")
+        load_weights(other, tmp_path / "a.pt")
+        torch.save(Whole(trained).state_dict(), tmp_path / "a.pt")
+        with pytest.warns(UserWarning, match=r"under 'model' are taken, and .* left out: 'criterion\.weight'"):
+            load_weights(other, tmp_path / "a.pt")
 
     @pytest.mark.parametrize(
         ("content", "sentence"),
         [
-            (torch.zeros(3), 'holds no state dict, at its top or under "state_dict" or "model".'),
+            (torch.zeros(3), "holds no state dict, at its top or in the dictionaries inside it"),
             ([1, 2], "holds no state dict"),
-            ({"weights": {"a": torch.zeros(1)}}, "holds no state dict"),
+            ({"shadow_params": [torch.zeros(1)]}, "holds no state dict"),
             ({"model": 3, "epoch": 1}, "holds no state dict"),
-            ({}, "do not fit the model: .*Missing key"),
             ({0: torch.zeros(1)}, "holds no state dict"),
-            ({**net().state_dict(), "0.bias": torch.zeros(5)}, "do not fit the model: .*size mismatch for 0.bias"),
-            ({**net().state_dict(), "more": torch.zeros(5)}, 'do not fit the model: .*Unexpected key.*"more"'),
+            ({}, "do not fit the model: missing in the file: '0.weight', .*'2.bias'"),
+            ({"weights": {"a": torch.zeros(1)}}, "do not fit .*under 'weights', missing .*unexpected in the file: 'a'"),
+            (
+                {**net().state_dict(), "0.bias": torch.zeros(5)},
+                r"shape: '0.bias', \(5,\) in the file and \(16,\) in the",
+            ),
+            ({**net().state_dict(), "more": torch.zeros(5)}, "do not fit the model: unexpected in the file: 'more'"),
+            (
+                {f"net.{k}": v for k, v in net().state_dict().items() if k != "2.bias"},
+                "do not fit the model: under 'net', missing in the file: '2.bias'.*Build the model as it was",
+            ),
         ],
     )
     def test_what_is_no_state_dict_of_this_net(self, content, sentence, tmp_path):
@@ -261,9 +403,18 @@ class TestFiles:
             load_weights(net(), tmp_path / "absent")
 
     def test_code_in_a_checkpoint_is_not_run(self, tmp_path):
-        """A whole model is a pickle of its class."""
-        torch.save(net(), tmp_path / "a.pt")
-        with pytest.raises(ValueError, match="it holds more than tensors"):
+        for name, call in (("touch", (os.mkdir, str(tmp_path / "made"))), ("eval", (eval, "1/0"))):
+            torch.save({"model": net().state_dict(), "extra": Malicious(*call)}, tmp_path / f"{name}.pt")
+        with pytest.raises(ValueError, match="cannot be read without running the code in it"):
+            load_weights(net(), tmp_path / "touch.pt")
+        load_weights(net(), tmp_path / "eval.pt")
+        assert not (tmp_path / "made").exists()
+
+    def test_a_scripted_model_says_how(self, tmp_path):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            torch.jit.script(net()).save(str(tmp_path / "a.pt"))
+        with pytest.raises(ValueError, match=r"is a scripted model.*torch\.jit\.load\('.*a\.pt'\)\.state_dict\(\)"):
             load_weights(net(), tmp_path / "a.pt")
 
     def test_the_net_is_left_alone_by_a_file_without_weights(self, tmp_path):

@@ -26,6 +26,8 @@ def net(num_classes):
 def plain():
     return nn.Linear(4, 3)
 
+built = nn.Linear(4, 3)
+
 def needy(width):
     return nn.Linear(4, width)
 
@@ -89,7 +91,11 @@ class TestUsersOwn:
     @pytest.mark.parametrize(
         ("changes", "words"),
         [
-            ({"model": "my_sources:needy"}, "callable without arguments, but it requires 'width'"),
+            (
+                {"model": "my_sources:needy"},
+                "callable without arguments, but it requires 'width'; name a",
+            ),
+            ({"model": "my_sources:built"}, "my_sources:built is a module; name a function that builds one"),
             ({"model": "my_sources:nothing"}, "returned a int, expected a torch.nn.Module"),
             ({"model": "my_sources:frozen"}, "no parameter that requires a gradient"),
             ({"model": "my_sources:nett"}, "no function 'nett'; did you mean 'net'"),

@@ -216,7 +216,7 @@ class TestMeasuring:
 
     def test_some_examples(self, kept):
         trainer = Trainer(settings(kept))
-        found = measured(trainer, Options(measures="sharpness", measure_examples=9))
+        found = measured(trainer, Options(measures="sharpness", measure_examples=9), pytest.fail)
         one, two = pair(kept)
         view = measuring.View(examples=9, batch=4)
         for (a, b), (c, d) in zip(measuring.batches(one, view), measuring.batches(two, view), strict=True):

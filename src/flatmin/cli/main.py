@@ -70,7 +70,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit.
 
     Exit codes: 0 done; 1 a bug, with its traceback, or a claim of `flatmin theory` that does not hold; 2 a mistake in
-    the command or its surroundings, said in one sentence; 130 interrupted.
+    the command or its surroundings, said in one sentence; 3 `flatmin measure` is done, but something that was asked for
+    is missing, said with the reason; 130 interrupted.
 
     Args:
         arguments: the words after `flatmin`. Default: those of the process.

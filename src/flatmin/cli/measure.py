@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,7 +21,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from flatmin.measure.card import CardSettings
-    from flatmin.study.measured import Measured
+    from flatmin.study.measured import Measured, Unmeasured
 
 _SETTING = re.compile(r"[a-z_]+=")
 
@@ -45,6 +49,9 @@ def measure(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     model: Annotated[str | None, typer.Option(help="For a file of weights: its net, as pkg.module:function.")] = None,
     data: Annotated[str | None, typer.Option(help="For a file of weights: its data, as pkg.module:function.")] = None,
+    key: Annotated[
+        str | None, typer.Option(help="For a file with several weights that fit: which, such as ema or state_dict.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder of the numbers, the page and the landscapes.")] = Path(
         "flatmin-measures"
     ),
@@ -55,7 +62,9 @@ def measure(
 ) -> None:
     """Say how flat trained nets are: numbers with their errors, pictures, and groups of seeds side by side.
 
-    One net gives its card. Several give a table by the arm that they belong to, with paired differences to sgd.
+    One net gives its card. Several give a table by the arm that they belong to, with paired differences to sgd. What
+    cannot be measured is named with its reason, and the exit status is 3; all else is kept. Numbers of another net or
+    of other settings that are in the folder already are left there: the new ones get a name with a number.
     """
     import torch
 
@@ -64,11 +73,13 @@ def measure(
     from flatmin.study import draw_card
     from flatmin.study.measured import as_json
     from flatmin.study.measured_page import render
-    from flatmin.study.measuring import View, find_all, measure_all
+    from flatmin.study.measuring import View, find_all, identity, measure_all
     from flatmin.study.page import require_figures
     from flatmin.study.page import write as write_page
     from flatmin.train.files import write_json
     from flatmin.train.fingerprint import environment
+    from flatmin.train.settings import content_hash
+    from flatmin.words import reason
 
     chosen(what)
     if page:
@@ -79,7 +90,7 @@ def measure(
     paths = [Path(word) for word in targets if word not in words]
     if not paths:
         raise ValueError("name at least one run folder or file of weights.")
-    runs = find_all(paths, model=model, data=data)
+    runs = find_all(paths, model=model, data=data, key=key)
     view = View(
         what=what,
         settings=_settings(words),
@@ -98,34 +109,130 @@ def measure(
     processes = (default_workers() if workers is None else workers) if several and device == "cpu" else 0
     console = make_console()
     about = environment(device, 1 if processes else torch.get_num_threads())
+    files: dict[str, _File] = {}
+    for run in runs:
+        files[run.name] = _File.free(out, run.name, identity(run, view), files.values())
+    whole = files[runs[0].name]
+    if several:
+        every = content_hash(what, *(file.of for file in files.values()))
+        whole = _File.free(out, "measures", every, files.values())
+    failed: list[Unmeasured] = []
+    keep = partial(_keep, files, about)
     try:
         with _Bar(console, len(runs)) as bar:
 
             def done(net: Measured) -> None:
-                out.mkdir(parents=True, exist_ok=True)
-                # At once, so that a later net that cannot be measured takes nothing away.
-                write_json(out / f"{net.name}.json", as_json([net], about))
+                keep(net, done=True)
                 bar.done(net)
 
-            nets = measure_all(runs, view, workers=processes, progress=bar.part, on_done=done)
+            nets = measure_all(
+                runs,
+                view,
+                workers=processes,
+                progress=bar.part,
+                on_done=done,
+                # At once, so that nothing that comes later takes it away.
+                on_part=keep,
+                on_failed=failed.append if several else None,
+            )
     except KeyboardInterrupt:
-        typer.echo("Interrupted; landscapes are kept and go on from there.", err=True)
+        kept = [str(file.json) for file in files.values() if file.read()]
+        typer.echo(
+            f"Interrupted; {'what was measured is in ' + ', '.join(kept) if kept else 'nothing was measured yet'}; "
+            "landscapes are kept and go on from there.",
+            err=True,
+        )
         raise typer.Exit(130) from None
+    if not nets:
+        whys = " ".join(f"{why} (while {names} was measured)" for why, names in _by_reason(failed))
+        raise ValueError(f"no net could be measured: {whys}")
     _print(nets, console)
-    command = ["flatmin", *sys.argv[1:]]
-    name = nets[0].name if not several else "measures"
+    lacking = bool(failed) or any(net.card.missing for net in nets)
     if several:
-        write_json(out / f"{name}.json", as_json(nets, about))
-    written = [out / f"{name}.json"]
-    if png:
-        written += [draw_card.save(net, out / f"{net.name}.png") for net in nets]
+        write_json(whole.json, as_json(nets, about, failed, of=whole.of))
+    written = [whole.json]
+    notes = [f"{names} could not be measured: {why}" for why, names in _by_reason(failed)]
+    undrawn: list[str] = []
+
+    def draw(what: str, make: Callable[[], Path]) -> None:
+        try:
+            written.append(make())
+        except Exception as error:
+            undrawn.append(f"{what} could not be made: {reason(error)}")
+
+    for net in nets if png else ():
+        picture = files[net.name].json.with_suffix(".png")
+        draw(f"the picture of {net.name}", partial(draw_card.save, net, picture, on_missing=undrawn.append))
     if page:
-        written.append(write_page(render(nets, command=command, environment=about), out / f"{name}.html"))
+        command = ["flatmin", *sys.argv[1:]]
+        draw(
+            "the page",
+            lambda: write_page(
+                render(nets, command=command, environment=about, failed=failed, on_missing=undrawn.append),
+                whole.json.with_suffix(".html"),
+            ),
+        )
     console.print()
+    for note in [*notes, *undrawn, *(file.remark for file in (*files.values(), whole) if file.remark)]:
+        console.print(note, markup=False, soft_wrap=True, highlight=False)
     for path in written:
         console.print(f"Written: {path}", markup=False, soft_wrap=True, highlight=False)
-    if page and open_page:
+    if page and open_page and written[-1].suffix == ".html":
         typer.launch(written[-1].resolve().as_uri())
+    if lacking or undrawn:
+        raise typer.Exit(3)
+
+
+def _by_reason(failed: Sequence[Unmeasured]) -> list[tuple[str, str]]:
+    """Each reason with the names of the nets."""
+    found: dict[str, list[str]] = {}
+    for net in failed:
+        found.setdefault(net.why, []).append(net.name)
+    return [(why, ", ".join(names)) for why, names in found.items()]
+
+
+@dataclass(frozen=True)
+class _File:
+    """Where numbers are kept: beside those of other nets and settings, in place of the same ones."""
+
+    json: Path
+    of: str
+    remark: str
+
+    @classmethod
+    def free(cls, folder: Path, name: str, of: str, others: Iterable[_File]) -> _File:
+        """The file of this name, or the first of it with a number that holds nothing else."""
+        taken = {other.json for other in others}
+        for number in itertools.count(1):
+            file = folder / (f"{name}.json" if number == 1 else f"{name}-{number}.json")
+            found = cls(file, of, "" if number == 1 else f"{name}.json holds other numbers; these are in {file.name}.")
+            if file not in taken and (not file.exists() or found.read()):
+                return found
+        raise AssertionError
+
+    def read(self) -> dict[str, Any]:
+        """What the file holds, if that is of this net and these settings; else nothing."""
+        try:
+            found = json.loads(self.json.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) and found.get("of") == self.of else {}
+
+
+def _keep(files: Mapping[str, _File], about: dict[str, object], net: Measured, *, done: bool = False) -> None:
+    """Write what is known of a net, also in another process; of a net in work only what is more than is there."""
+    from flatmin.study.measured import as_json
+    from flatmin.train.files import write_json
+
+    file, found = files[net.name], as_json([net], about, of=files[net.name].of)
+    if done or _numbers_in(found) >= _numbers_in(file.read()):
+        file.json.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file.json, found)
+
+
+def _numbers_in(found: Mapping[str, Any]) -> int:
+    sections = [section for net in found.get("nets", []) for section in net["sections"].values()]
+    return sum(len(section["quantities"]) + len(section["results"]) for section in sections)
 
 
 def _settings(words: Sequence[str]) -> CardSettings:
@@ -186,11 +293,13 @@ class _Bar:
 
 
 def _print(nets: Sequence[Measured], console: Console) -> None:
-    from flatmin.study.measured import compare_cards, groups_of, left_out, unlike
+    from flatmin.study.measured import compare_cards, groups_of, left_out, remarks, unlike
     from flatmin.study.measured_page import sentence
 
     console.print()
     console.print(sentence(nets[0]), markup=False, highlight=False, soft_wrap=False)
+    for remark in remarks(nets):
+        console.print(remark, markup=False, highlight=False)
     console.print()
     if len(nets) == 1:
         for section in nets[0].card.sections:
@@ -263,7 +372,7 @@ def _comparison(nets: Sequence[Measured]) -> Table:
         table.add_column(Text(f"{name} is"), no_wrap=True)
     for row in compare_cards(nets):
         cells: list[Text | str] = [Text(row.quantity.name + " *" * bool(row.notes))]
-        cells += [told(row.groups[name].mean, row.groups[name].half) for name in groups]
+        cells += ["-" if (found := row.groups.get(name)) is None else told(found.mean, found.half) for name in groups]
         for name in others:
             found = row.difference.get(name)
             cells += ["-" if found is None else told(found.mean, found.half), row.verdict(name)]

@@ -38,7 +38,10 @@ def study(
     choose: Annotated[
         str | None, typer.Option(metavar="KEY,...", help="Axes whose value is chosen on validation, e.g. rho,lr.")
     ] = None,
-    retry: Annotated[bool, typer.Option("--retry", help="Do runs again whose loss was not finite.")] = False,
+    retry: Annotated[
+        bool,
+        typer.Option("--retry", help="Do runs again that failed and cards that lack something."),
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the runs and what they cost.")] = False,
     out: Annotated[Path, typer.Option(help="Folder of the runs and the tables.")] = Path("flatmin-runs"),
     workers: Annotated[

@@ -20,6 +20,12 @@ def run_folder(word: str) -> Path:
         return named
     if path.is_dir():
         return path
+    if path.is_file():
+        raise ValueError(
+            f"{word} is a file, and this takes the folder of a run; of a file of weights, "
+            f"`flatmin measure {word} --model MODULE:FUNCTION --data MODULE:FUNCTION --what model --split test` gives "
+            "loss and error rate."
+        )
     known = sorted(one.name for one in (HOME / "runs").iterdir()) if (HOME / "runs").is_dir() else []
     raise ValueError(
         f"there is no run {word!r}, neither as a folder nor as a name in {HOME / 'runs'}{suggest(word, known)}; "

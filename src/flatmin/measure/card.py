@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from flatmin.measure.problem import Conventions, Problem
 from flatmin.measure.sections import SECTIONS
 from flatmin.measure.session import CardSettings, Progress, Quantity, Section, Session
+from flatmin.words import suggest
 
 __all__ = ["CARD", "SECTIONS", "Card", "CardSettings", "Quantity", "Section", "card", "chosen", "plain"]
 
@@ -40,6 +42,11 @@ class Card:
     def quantities(self) -> dict[str, Quantity]:
         """All numbers by name."""
         return {q.name: q for section in self.sections for q in section.quantities}
+
+    @property
+    def missing(self) -> dict[str, str]:
+        """What was asked for and could not be measured, and why."""
+        return {what: why for section in self.sections for what, why in section.missing.items()}
 
     def result(self, name: str) -> Any:
         """What a measure returned, or None if it was not asked for."""
@@ -70,8 +77,11 @@ def card(
     settings: CardSettings | None = None,
     folder: Path | None = None,
     progress: Progress | None = None,
+    on_section: Callable[[Card], None] | None = None,
 ) -> Card:
     """Measure a problem by sections, which share one Krylov run.
+
+    What cannot be measured takes nothing else away: it is named with its reason under `missing` of its section.
 
     Args:
         problem: the function.
@@ -81,10 +91,12 @@ def card(
         settings: how. Default: `CardSettings()`.
         folder: where landscapes are kept and continued. Default: nowhere.
         progress: called with (what is measured, share of it done).
+        on_section: called after each section, and when the card is interrupted, with the card as far as it has come;
+            what has not been reached is missing there. Default: not called.
 
     Raises:
-        ValueError: an unknown section, or a problem of which nothing can be measured.
-        ArithmeticError: a Hessian or a loss that is not finite at the weights.
+        ValueError: an unknown section.
+        KeyboardInterrupt: as it came, after `on_section`.
 
     Example:
         >>> import torch
@@ -96,23 +108,45 @@ def card(
     """
     names = chosen(what)
     session = Session(problem, settings, folder=folder, progress=progress)
-    sections = []
+    sections = {name: _section(name, missing={SECTIONS[name][0]: "it was not reached."}) for name in names}
+
+    def so_far() -> Card:
+        return Card(sections=tuple(sections.values()), settings=session.settings, conventions=problem.conventions)
+
     for name in names:
+        title, measure = SECTIONS[name]
         begun = time.perf_counter()
-        session.missing = {}
-        title, quantities, results = SECTIONS[name](session)
-        sections.append(
-            Section(
-                name=name,
-                title=title,
-                quantities=tuple(quantities),
-                results=results,
-                missing=session.missing,
-                seconds=time.perf_counter() - begun,
+        session.begin()
+        try:
+            session.attempt(title, partial(measure, session))
+        except BaseException as stop:
+            session.missing[title] = f"it was interrupted ({type(stop).__name__})."
+            raise
+        finally:
+            sections[name] = _section(
+                name, session.quantities, session.results, session.missing, time.perf_counter() - begun
             )
-        )
+            if on_section is not None:
+                on_section(so_far())
         session.tell(name, 1.0)
-    return Card(sections=tuple(sections), settings=session.settings, conventions=problem.conventions)
+    return so_far()
+
+
+def _section(
+    name: str,
+    quantities: Sequence[Quantity] = (),
+    results: dict[str, Any] | None = None,
+    missing: dict[str, str] | None = None,
+    seconds: float = 0.0,
+) -> Section:
+    return Section(
+        name=name,
+        title=SECTIONS[name][0],
+        quantities=tuple(quantities),
+        results=results or {},
+        missing=missing or {},
+        seconds=seconds,
+    )
 
 
 def chosen(what: str | Sequence[str]) -> list[str]:
@@ -125,7 +159,9 @@ def chosen(what: str | Sequence[str]) -> list[str]:
     groups = {"card": CARD, "all": tuple(SECTIONS)}
     unknown = [word for word in words if word not in groups and word not in SECTIONS]
     if unknown or not words:
-        raise ValueError(f"what must be of {', '.join([*groups, *SECTIONS])}; got {', '.join(unknown) or 'nothing'}.")
+        known = [*groups, *SECTIONS]
+        near = suggest(unknown[0], known) if unknown else ""
+        raise ValueError(f"what must be of {', '.join(known)}; got {', '.join(unknown) or 'nothing'}{near or '.'}")
     return list(dict.fromkeys(name for word in words for name in groups.get(word, (word,))))
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from flatmin.measure.checkpoints import listed
 from flatmin.measure.evaluate import Checkpoint, buffers_unlike, weights_of
 from flatmin.measure.krylov import Spectrum
 from flatmin.measure.problem import Problem
@@ -204,14 +205,47 @@ def difference(problem: Problem, checkpoint: Checkpoint, *, label: str = "checkp
     )
 
 
-def given(problem: Problem, vector: Tensor, *, label: str) -> Direction:
-    """Any vector of shape (size,), such as a gradient, under a label.
+def given(problem: Problem, vector: Tensor | Mapping[str, Tensor] | Sequence[Tensor], *, label: str) -> Direction:
+    """Any vector in the space of the weights, such as a gradient, under a label.
+
+    Args:
+        problem: the weights.
+        vector: shape (size,); or tensors shaped like the selected weights, by their names (the others do not move) or
+            one for each in the order of `problem.names`.
+        label: what the axis calls it.
 
     Raises:
-        ValueError: another shape, or zero.
+        ValueError: another shape or name, or zero.
+
+    Example:
+        >>> import torch
+        >>> from flatmin.measure import Problem, landscape
+        >>> net, x, y = torch.nn.Linear(4, 3), torch.randn(20, 4), torch.randint(3, (20,))
+        >>> problem = Problem(net, torch.nn.functional.cross_entropy, (x, y))
+        >>> along = given(problem, {"bias": torch.ones(3)}, label="all biases")
+        >>> landscape(problem, along, points=5).loss.shape
+        torch.Size([5])
     """
+    vector = vector if isinstance(vector, Tensor) else _joined(problem, vector)
     problem.shaped(vector)
     return _direction(problem, vector.detach().double().clone(), {"kind": "given", "label": label}, label)
+
+
+def _joined(problem: Problem, tensors: Mapping[str, Tensor] | Sequence[Tensor]) -> Tensor:
+    """One vector of the tensors of a direction."""
+    own = dict(zip(problem.names, problem.weights, strict=True))
+    if not isinstance(tensors, Mapping):
+        if len(tensors) != len(own):
+            raise ValueError(f"{len(tensors)} tensors for {len(own)} selected weights; give one for each, or by name.")
+        tensors = dict(zip(own, tensors, strict=True))
+    for name, tensor in tensors.items():
+        if name not in own:
+            raise ValueError(f"no selected weight is called {name!r}; there are {listed(problem.names)}.")
+        if tensor.shape != own[name].shape:
+            raise ValueError(
+                f"{name!r} has shape {tuple(tensor.shape)} in the direction, {tuple(own[name].shape)} in the model."
+            )
+    return problem.flat([tensors[n].to(w) if n in tensors else torch.zeros_like(w) for n, w in own.items()])
 
 
 def _direction(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from flatmin.measure.checkpoints import find_weights, listed
 from flatmin.measure.losses import answers
 from flatmin.measure.problem import Batch, Problem, first_tensor
 
@@ -130,16 +132,14 @@ def _layers(model: nn.Module) -> dict[str, _BatchNorm]:
 
 # -- checkpoints -------------------------------------------------------------------------------------------------------
 
-_WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
-
 
 def weights_of(problem: Problem, checkpoint: Checkpoint) -> Tensor:
     """The selected weights of a checkpoint as one vector of shape (size,), in the problem's dtype.
 
     Args:
         problem: which weights, in which order.
-        checkpoint: a model, a state dict (also of the model wrapped in DistributedDataParallel or compiled), or a
-            vector of shape (size,).
+        checkpoint: a model, a state dict (also of the model wrapped in DistributedDataParallel or compiled, or inside
+            what was saved with it, see `flatmin.measure.checkpoints`), or a vector of shape (size,).
 
     Raises:
         ValueError: other keys or shapes, or weights outside of `params` that differ although `params` is "*": they
@@ -157,7 +157,7 @@ def weights_of(problem: Problem, checkpoint: Checkpoint) -> Tensor:
     outside = _unlike(state, {n: p for n, p in problem.model.named_parameters() if n not in problem.names})
     if outside and problem.conventions.params == "*":
         raise ValueError(
-            f"the checkpoint differs in {_list(outside)} as well, which the model holds fixed (requires_grad=False); "
+            f"the checkpoint differs in {listed(outside)} as well, which the model holds fixed (requires_grad=False); "
             "let them require gradients, or choose the weights to move with params=."
         )
     return problem.flat([state[n].to(problem.device, problem.dtype) for n in problem.names])
@@ -184,7 +184,7 @@ def choose_statistics(
         raise ValueError("mode='train' normalises by each batch's own statistics; there is nothing to recompute.")
     if statistics is None and unlike and problem.mode == "eval":
         raise ValueError(
-            f"a checkpoint's buffers differ from the model's ({_list(unlike)}), so the model's do not belong to its "
+            f"a checkpoint's buffers differ from the model's ({listed(unlike)}), so the model's do not belong to its "
             "weights; choose statistics='recomputed' (BatchNorm anew at every point) or 'as they are' (the model's at "
             "every point)."
         )
@@ -195,9 +195,9 @@ def _state(problem: Problem, checkpoint: nn.Module | Mapping[str, Tensor]) -> di
     """A checkpoint's tensors by the model's names."""
     model = problem.model
     known = {
-        *model.state_dict(),
-        *(n for n, _ in model.named_parameters(remove_duplicate=False)),
-        *(n for n, _ in model.named_buffers(remove_duplicate=False)),
+        **model.state_dict(keep_vars=True),
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
     }
     if isinstance(checkpoint, nn.Module):
         # With the buffers that a state dict leaves out.
@@ -206,16 +206,16 @@ def _state(problem: Problem, checkpoint: nn.Module | Mapping[str, Tensor]) -> di
         raise ValueError(
             f"a checkpoint is a model, a state dict or a vector of the weights, got {type(checkpoint).__name__}."
         )
-    state = dict(checkpoint)
-    for prefix in _WRAPPERS:
-        if state and all(n.startswith(prefix) for n in state) and not any(n.startswith(prefix) for n in known):
-            state = {n.removeprefix(prefix): t for n, t in state.items()}
+    found = find_weights(known, checkpoint, needed=problem.names)
+    for remark in () if found is None else found.remarks:
+        warnings.warn(remark, stacklevel=4)
+    state = dict(checkpoint) if found is None else found.state
     missing = [n for n in problem.names if not isinstance(state.get(n), Tensor)]
     if missing:
-        raise ValueError(f"the checkpoint has no tensor {missing[0]!r}; it holds {_list(list(state)) or 'nothing'}.")
+        raise ValueError(f"the checkpoint has no tensor {missing[0]!r}; it holds {listed(list(state)) or 'nothing'}.")
     extra = [n for n in state if n not in known]
     if extra:
-        raise ValueError(f"the checkpoint is of another model: this one has no {_list(extra)}.")
+        raise ValueError(f"the checkpoint is of another model: this one has no {listed(extra)}.")
     return state
 
 
@@ -227,7 +227,3 @@ def _unlike(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]
             same = other.shape == tensor.shape and torch.equal(other.to(tensor).detach(), tensor.detach())
             found += [] if same else [name]
     return found
-
-
-def _list(names: list[str] | tuple[str, ...], most: int = 4) -> str:
-    return ", ".join(map(repr, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")

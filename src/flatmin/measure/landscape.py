@@ -170,8 +170,13 @@ def landscape(
     Raises:
         ValueError: no direction or more than two, parallel ones, another model's, a span without width, a number of
             points that misses 0, statistics that must be chosen, or a file that holds something else.
+        TypeError: vectors that are no directions.
     """
     chosen = [directions] if isinstance(directions, Direction) else list(directions)
+    if isinstance(directions, Tensor) or not all(isinstance(direction, Direction) for direction in chosen):
+        raise TypeError(
+            "a vector of weights is made a direction by flatmin.measure.directions.given(problem, vector, label=...)."
+        )
     if len(chosen) not in (1, 2):
         raise ValueError(f"a slice has one direction or two, got {len(chosen)}.")
     for direction in chosen:

@@ -124,6 +124,11 @@ class Problem:
         self.names = _select(list(named), patterns)
         first = named[self.names[0]]
         self.device, self.dtype = first.device, dtype or first.dtype
+        places = sorted({str(p.device) for p in model.parameters()})
+        if first.is_meta:
+            raise ValueError("the model's parameters have no values yet: they are on the device 'meta'.")
+        if len(places) > 1:
+            raise ValueError(f"the model's parameters are on {', '.join(places)}; move them to one device.")
         self.weights = [self._cast(named[n].detach()).requires_grad_() for n in self.names]
         chosen = set(self.names)
         # Aliases of tied weights follow by themselves.
@@ -156,7 +161,7 @@ class Problem:
         found: list[tuple[Any, Any, float, int]] = []
         for pair in pairs:
             if not (isinstance(pair, (tuple, list)) and len(pair) == 2):
-                raise ValueError(f"data must give pairs (inputs, targets), got {type(pair).__name__}.")
+                raise ValueError(f"data must give pairs (inputs, targets), got {_no_pair(data, pair)}.")
             inputs, targets = (_to(part, self.device, self.dtype) for part in pair)
             if not first_tensor(targets).dim():
                 raise ValueError("data must give batches, as a DataLoader does; got a single example.")
@@ -427,6 +432,16 @@ def _select(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
                 f"no parameter matches {pattern!r}; there are {', '.join(names[:8])}{', ...' * (len(names) > 8)}."
             )
     return [n for n in names if any(fnmatch.fnmatchcase(n, p) for p in patterns)]
+
+
+def _no_pair(data: Any, pair: Any) -> str:
+    """What the data gave instead of a pair, and how to make one."""
+    if isinstance(given := data if isinstance(data, Mapping) else pair, Mapping):
+        keys = ", ".join(repr(key) for key in list(given)[:4])
+        return f"{type(given).__name__} with {keys}; make it a pair, such as (batch, batch['labels'])"
+    if isinstance(pair, Tensor):
+        return "Tensor; a single batch is a tuple (inputs, targets)"
+    return type(pair).__name__
 
 
 def _recurrent(model: nn.Module) -> bool:

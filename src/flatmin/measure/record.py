@@ -8,7 +8,7 @@ import math
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Any, ClassVar, Self
@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from flatmin.measure.checkpoints import listed
 from flatmin.measure.evaluate import Statistics, evaluate
 from flatmin.measure.problem import Conventions, Problem
 
@@ -65,14 +66,14 @@ class Origin:
         found = []
         for kind, mine, its in (("weights", self.weights, other.weights), ("other tensors", self.rest, other.rest)):
             if missing := [n for n in mine if n not in its]:
-                found.append(f"it has no {_names(missing)}")
+                found.append(f"it has no {listed(missing)}")
             if extra := [n for n in its if n not in mine]:
-                found.append(f"it has {_names(extra)} as well")
+                found.append(f"it has {listed(extra)} as well")
             both = [n for n in mine if n in its]
             if shapes := [n for n in both if mine[n].rpartition(" ")[0] != its[n].rpartition(" ")[0]]:
-                found.append(f"shape or dtype of {_names(shapes)} differ")
+                found.append(f"shape or dtype of {listed(shapes)} differ")
             if values := [n for n in both if mine[n] != its[n] and n not in shapes]:
-                found += [f"the values of {_names(values)} differ"] * (weights or kind != "weights")
+                found += [f"the values of {listed(values)} differ"] * (weights or kind != "weights")
         for name, mine_is in dataclasses.asdict(self.conventions).items():
             its_is = getattr(other.conventions, name)
             # Batches may be of another size; where the loss depends on them, the loss below says so.
@@ -312,7 +313,3 @@ def _hash(tensor: Tensor) -> str:
     flat = tensor.detach().cpu().contiguous()
     digest = hashlib.sha256(flat.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
     return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} {digest}"
-
-
-def _names(names: Sequence[str], most: int = 4) -> str:
-    return ", ".join(map(repr, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")

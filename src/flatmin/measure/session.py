@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
+
+import torch
 
 from flatmin.measure.curvature import Hessian
 from flatmin.measure.krylov import Spectrum, spectrum
 from flatmin.measure.problem import Conventions, Problem
+from flatmin.words import reason
 
+Result = TypeVar("Result")
 Flat = Literal["low", "high", ""]
 Progress = Callable[[str, float], None]
 
@@ -53,7 +57,7 @@ class Section:
         quantities: the numbers.
         results: what the measures returned, by a name for a figure: Spectrum (without its vectors), Density, Curve or
             Slice.
-        missing: measure -> why this problem does not have it.
+        missing: what could not be measured -> why.
         seconds: it took, of wall time.
     """
 
@@ -139,13 +143,16 @@ class CardSettings:
 
 
 class Session:
-    """A problem under measurement: what sections share.
+    """A problem under measurement: what sections share, and what the present one has found.
 
     Args:
         problem: the function.
         settings: how it is measured.
         folder: where landscapes are kept, so that they go on where they were stopped; None: nowhere.
         progress: called with (what is measured, share of it done).
+
+    Attributes:
+        quantities, results, missing: of the present section, see `Section`.
     """
 
     def __init__(
@@ -158,7 +165,15 @@ class Session:
     ) -> None:
         self.problem, self.settings = problem, settings or CardSettings()
         self.folder = folder
-        self.tell: Progress = progress or (lambda what, share: None)
+        self._progress = progress
+        self._raised: Exception | None = None  # by progress
+        self._krylov: Spectrum | str | None = None
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin a section, of which nothing is known yet."""
+        self.quantities: list[Quantity] = []
+        self.results: dict[str, Any] = {}
         self.missing: dict[str, str] = {}
 
     @cached_property
@@ -166,9 +181,29 @@ class Session:
         """Of the problem."""
         return Hessian(self.problem)
 
-    @cached_property
+    def tell(self, what: str, share: float) -> None:
+        """Say what is being measured."""
+        if self._progress is not None:
+            try:
+                self._progress(what, share)
+            except Exception as error:
+                self._raised = error
+                raise
+
+    @property
     def known(self) -> Spectrum:
-        """The Krylov run from which eigenvalues come, and which deflates the rest."""
+        """The Krylov run from which eigenvalues come, and which deflates the rest; tried once."""
+        if self._krylov is None:
+            try:
+                self._krylov = self._run()
+            except Exception as error:
+                self._krylov = self._why(error)
+                raise _KrylovError(self._krylov) from error
+        if isinstance(self._krylov, str):
+            raise _KrylovError(self._krylov)
+        return self._krylov
+
+    def _run(self) -> Spectrum:
         s, size = self.settings, self.problem.size
         top = min(s.top, size)
         return spectrum(
@@ -184,18 +219,40 @@ class Session:
         """The file of a landscape."""
         return None if self.folder is None else self.folder / f"{name}.pt"
 
-    def quantity(self, name: str, text: str, value: float, **rest: Any) -> Quantity:
-        """A number of this problem."""
-        return Quantity(name=name, text=text, value=value, **{"conventions": self.problem.conventions} | rest)
+    def add(self, name: str, text: str, value: float, **rest: Any) -> Quantity:
+        """Add a number to the section, by the entries of `Quantity`; one that is not finite is noted as such."""
+        if not math.isfinite(value):
+            rest["note"] = "; ".join(filter(None, (f"the value is {value}", rest.get("note"))))
+        found = Quantity(name=name, text=text, value=value, **{"conventions": self.problem.conventions} | rest)
+        self.quantities.append(found)
+        return found
 
-    def attempt(self, what: str, measure: Callable[[], Iterable[Quantity]]) -> list[Quantity]:
-        """The numbers of a measure that not every problem has; the reason is kept where this one does not."""
+    def attempt(self, what: str, measure: Callable[[], Result]) -> Result | None:
+        """What a measure gives; where it fails it is missing under this name, with the reason, and None is given."""
         self.tell(what, 0.0)
         try:
-            return list(measure())
-        except (ValueError, ArithmeticError) as error:
-            self.missing[what] = str(error)
-            return []
+            return measure()
+        except Exception as error:
+            self.missing[what] = str(error) if isinstance(error, _KrylovError) else self._why(error)
+            return None
+
+    def _why(self, error: Exception) -> str:
+        """The reason for a number that is missing; what is no failure of a measure is raised again."""
+        refused = isinstance(error, (ValueError, ArithmeticError, _KrylovError))
+        # Processes of a group must go on alike, and what they refuse, all of them do.
+        if error is self._raised or (self.problem.group is not None and not refused):
+            raise error
+        why = reason(error)
+        # On the CPU torch raises a plain RuntimeError.
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in why:
+            why += "; smaller batches or fewer examples need less memory"
+            if "hessian" in vars(self):
+                self.hessian.close()  # what it keeps is made anew where it is needed
+        return why
+
+
+class _KrylovError(Exception):
+    """The Krylov run has failed; the message is the reason."""
 
 
 def closeness(error: float, tol: float) -> float:

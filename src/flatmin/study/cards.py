@@ -24,7 +24,8 @@ def make_card(folder: Path, view: View) -> Mapping[str, Any]:
         `flatmin.measure.Card.to_dict`.
 
     Raises:
-        ValueError, ArithmeticError: the network, its data or a measure refuse.
+        ValueError, ArithmeticError: the network or its data refuse. What a single measure cannot give is missing on the
+            card, see `lacking`.
     """
     run = find(folder)
     found = measure(run, dataclasses.replace(view, device=run.config.device)).card.to_dict()
@@ -39,6 +40,15 @@ def kept_card(folder: Path, view: View) -> Mapping[str, Any] | None:
     except (OSError, ValueError):
         return None  # measured again
     return found if isinstance(found, dict) and "sections" in found else None
+
+
+def lacking(card: Mapping[str, Any]) -> dict[str, str]:
+    """What a kept card was to have and has not, and why."""
+    found: dict[str, str] = {}
+    for section in card["sections"].values():
+        found |= section.get("missing", {})
+        found |= {name: q.get("note", "") for name, q in section["quantities"].items() if q["value"] is None}
+    return found
 
 
 def card_path(folder: Path, view: View) -> Path:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from flatmin.study import draw, plots
 from flatmin.study.measured import Measured, told
+from flatmin.words import reason
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,8 +30,12 @@ def require() -> None:
     draw.new_figure(1.0, 1.0)
 
 
-def card(net: Measured) -> Figure:
+def card(net: Measured, *, on_missing: Callable[[str], None] = lambda text: None) -> Figure:
     """Numbers with their errors, and a picture of each result: one page.
+
+    Args:
+        net: what was measured.
+        on_missing: called with a sentence, which stands in its place, for each picture that could not be drawn.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed (extra "plot").
@@ -43,7 +48,15 @@ def card(net: Measured) -> Figure:
     _numbers(figure.add_subplot(grid[:, 0]), net)
     for i, (title, onto) in enumerate(panels):
         axes = figure.add_subplot(grid[i // (_COLUMNS - 1), 1 + i % (_COLUMNS - 1)])
-        onto(axes)
+        try:
+            onto(axes)
+        except Exception as error:
+            axes.clear()
+            axes.axis("off")
+            text = f"{title} could not be drawn: {reason(error)}"
+            on_missing(text)
+            axes.text(0.0, 0.9, text.replace("$", r"\$"), transform=axes.transAxes, va="top", wrap=True)
+            continue
         if axes.get_xscale() == "linear" and title != _ENDS:
             axes.locator_params(axis="x", nbins=6)
         note = axes.get_title(loc="left")
@@ -51,14 +64,20 @@ def card(net: Measured) -> Figure:
     return figure
 
 
-def save(net: Measured, path: str | os.PathLike[str], *, dpi: int = 120) -> Path:
-    """Write the card as .png, .svg or .pdf.
+def save(
+    net: Measured,
+    path: str | os.PathLike[str],
+    *,
+    dpi: int = 120,
+    on_missing: Callable[[str], None] = lambda text: None,
+) -> Path:
+    """Write the card as .png, .svg or .pdf; see `card`.
 
     Raises:
         ValueError: another ending.
         ModuleNotFoundError: matplotlib is not installed (extra "plot").
     """
-    return draw.save(card(net), path, dpi=dpi)
+    return draw.save(card(net, on_missing=on_missing), path, dpi=dpi)
 
 
 def _panels(net: Measured) -> list[tuple[str, Callable[[Axes], None] | None]]:
@@ -110,5 +129,7 @@ def _numbers(axes: Axes, net: Measured) -> None:
     notes = sorted({q.note for q in listed if q.note})
     if len(listed) > _MOST:
         notes.append(f"{len(listed) - _MOST} more in the table")
+    if net.card.missing:
+        notes.append(f"not there: {', '.join(net.card.missing)}")
     if notes:
         axes.text(0.0, 1.0 - (min(len(listed), _MOST) + len(about) + 2) * height, "* " + "; ".join(notes), **style)

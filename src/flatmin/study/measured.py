@@ -22,12 +22,29 @@ class Measured:
         group: nets that differ by the seed only share it.
         seed: of its training.
         card: what was measured.
+        remarks: what a reader must know of its weights, in sentences.
     """
 
     name: str
     group: str
     seed: int
     card: Card
+    remarks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unmeasured:
+    """A net that could not be measured at all.
+
+    Args:
+        name: of the net.
+        why: the reason.
+        refused: whether flatmin refused on purpose: the reason then says what to do.
+    """
+
+    name: str
+    why: str
+    refused: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +53,10 @@ class Comparison:
 
     Args:
         quantity: that of the first net, for its words.
-        groups: mean over the nets of each group, with the 95 % t interval.
+        groups: mean over the nets of each group that have it, with the 95 % t interval.
         difference: to the base group, paired over the seeds that both have; empty for the base.
         error: the largest error of measurement of a single net, in the quantity's unit; NaN if one is not known.
-        notes: what a reader must know of some net's number, such as "not converged".
+        notes: what a reader must know of some net's number, such as "not converged", or that some nets have none.
     """
 
     quantity: Quantity
@@ -76,7 +93,7 @@ def check_doubles(nets: Iterable[tuple[str, int]]) -> None:
 
 
 def compare_cards(nets: Sequence[Measured]) -> list[Comparison]:
-    """Every quantity that was measured of all nets.
+    """Every quantity that was measured of some net, in the order of the nets.
 
     Raises:
         ValueError: no net, or two of one group and seed.
@@ -86,27 +103,33 @@ def compare_cards(nets: Sequence[Measured]) -> list[Comparison]:
     check_doubles((net.group, net.seed) for net in nets)
     groups = groups_of(nets)
     base = next(iter(groups))
-    shared = [name for name in nets[0].card.quantities if all(name in net.card.quantities for net in nets)]
     rows = []
-    for name in shared:
-        values = {g: {net.seed: net.card.quantities[name].value for net in members} for g, members in groups.items()}
-        differences = {g: paired(found, values[base]) for g, found in values.items() if g != base}
-        measured = [net.card.quantities[name] for net in nets]
+    for name in dict.fromkeys(name for net in nets for name in net.card.quantities):
+        found = {
+            g: {net.seed: q for net in members if (q := net.card.quantities.get(name)) is not None}
+            for g, members in groups.items()
+        }
+        values = {g: {seed: q.value for seed, q in one.items()} for g, one in found.items() if one}
+        differences = {g: paired(one, values[base]) for g, one in values.items() if g != base and base in values}
+        measured = [q for one in found.values() for q in one.values()]
         errors = [q.error for q in measured]
+        notes = list(dict.fromkeys(q.note for q in measured if q.note))
+        if len(measured) < len(nets):
+            notes.append(f"of {len(measured)} of {len(nets)} nets")
         rows.append(
             Comparison(
-                quantity=nets[0].card.quantities[name],
-                groups={g: summarise(list(found.values())) for g, found in values.items()},
+                quantity=measured[0],
+                groups={g: summarise(list(one.values())) for g, one in values.items()},
                 difference={g: stat for g, stat in differences.items() if stat is not None},
                 error=math.nan if any(map(math.isnan, errors)) else max(errors),
-                notes=tuple(dict.fromkeys(q.note for q in measured if q.note)),
+                notes=tuple(notes),
             )
         )
     return rows
 
 
 def left_out(nets: Sequence[Measured]) -> list[str]:
-    """What some net does not have, and why, in words: `compare_cards` leaves it out for all."""
+    """What some net does not have, and why, in words."""
     reasons: dict[tuple[str, str], list[str]] = {}
     for net in nets:
         for section in net.card.sections:
@@ -117,6 +140,11 @@ def left_out(nets: Sequence[Measured]) -> list[str]:
         f"{what} is not there" + (f" for {', '.join(names)}" if len(names) < every else "") + f": {why}"
         for (what, why), names in reasons.items()
     ]
+
+
+def remarks(nets: Sequence[Measured]) -> list[str]:
+    """What must be known of the nets' weights, in sentences."""
+    return [f"{net.name}: {remark}" for net in nets for remark in net.remarks]
 
 
 def unlike(nets: Sequence[Measured]) -> list[str]:
@@ -143,9 +171,23 @@ def told(value: float, error: float = 0.0) -> str:
     return f"({scaled})e{exponent}" if exponent else scaled
 
 
-def as_json(nets: Sequence[Measured], environment: dict[str, object]) -> dict[str, Any]:
-    """Everything that was measured, for a file."""
+def as_json(
+    nets: Sequence[Measured], environment: dict[str, object], failed: Sequence[Unmeasured] = (), *, of: str = ""
+) -> dict[str, Any]:
+    """Everything that was measured, for a file.
+
+    Args:
+        nets: what was measured.
+        environment: versions and machine.
+        failed: nets that could not be measured.
+        of: a digest of what was to be measured, and how.
+    """
     return {
+        "of": of,
         "environment": environment,
-        "nets": [{"name": n.name, "group": n.group, "seed": n.seed, **n.card.to_dict()} for n in nets],
+        "nets": [
+            {"name": n.name, "group": n.group, "seed": n.seed, "remarks": list(n.remarks), **n.card.to_dict()}
+            for n in nets
+        ],
+        "not_measured": {one.name: one.why for one in failed},
     }

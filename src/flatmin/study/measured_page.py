@@ -6,10 +6,21 @@ import dataclasses
 import math
 import shlex
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from flatmin.study import draw_interactive as draw
-from flatmin.study.measured import Comparison, Measured, compare_cards, groups_of, left_out, told, unlike
+from flatmin.study.measured import (
+    Comparison,
+    Measured,
+    Unmeasured,
+    compare_cards,
+    groups_of,
+    left_out,
+    remarks,
+    told,
+    unlike,
+)
 from flatmin.study.page import (
     Cell,
     Column,
@@ -25,6 +36,7 @@ from flatmin.study.page import (
     paragraph,
     table,
 )
+from flatmin.words import reason
 
 _NUMBERS = (
     Column("quantity", text=True),
@@ -34,13 +46,22 @@ _NUMBERS = (
 )
 
 
-def render(nets: Sequence[Measured], *, command: Sequence[str] = (), environment: Mapping[str, object]) -> str:
-    """The page as text.
+def render(
+    nets: Sequence[Measured],
+    *,
+    command: Sequence[str] = (),
+    environment: Mapping[str, object],
+    failed: Sequence[Unmeasured] = (),
+    on_missing: Callable[[str], None] = lambda text: None,
+) -> str:
+    """The page as text. A figure that cannot be drawn is named with the reason.
 
     Args:
         nets: at least one.
         command: the words of the command line.
         environment: versions and machine.
+        failed: nets that could not be measured.
+        on_missing: called with a sentence for each figure that could not be drawn.
 
     Raises:
         ValueError: no net.
@@ -50,10 +71,20 @@ def render(nets: Sequence[Measured], *, command: Sequence[str] = (), environment
         raise ValueError("there is no net to show.")
     groups = groups_of(nets)
     body = _one(nets[0]) if len(nets) == 1 else _several(nets)
+    body.append(notes([*remarks(nets), *(f"{one.name} could not be measured: {one.why}" for one in failed)]))
     shown = {
         (name if len(nets) > 1 else ""): min(members, key=lambda net: net.seed) for name, members in groups.items()
     }
-    body += [heading(title, caption) + figure(fig, title) for title, caption, fig in _figures(shown, len(nets) > 1)]
+    for title, caption, make in _figures(shown, len(nets) > 1):
+        try:
+            drawn = figure(make(), title)
+        except ModuleNotFoundError:
+            raise
+        except Exception as error:
+            text = f"{title} could not be drawn: {reason(error)}"
+            on_missing(text)
+            drawn = notes([text])
+        body.append(heading(title, caption) + drawn)
     title = nets[0].name if len(nets) == 1 else " and ".join(groups) if len(groups) < 4 else f"{len(groups)} groups"
     settings = {k: v for k, v in dataclasses.asdict(nets[0].card.settings).items()}
     foot = [
@@ -131,15 +162,15 @@ def _conventions(net: Measured) -> dict[str, object]:
     return {key.replace("_", " "): value for key, value in dataclasses.asdict(net.card.conventions).items()}
 
 
-def _figures(shown: Mapping[str, Measured], several: bool) -> list[tuple[str, str, Figure]]:
+def _figures(shown: Mapping[str, Measured], several: bool) -> list[tuple[str, str, Callable[[], Figure]]]:
     whose = " One net of each group: that of the first seed." if several else ""
-    made: list[tuple[str, str, Figure]] = []
+    made: list[tuple[str, str, Callable[[], Figure]]] = []
 
     def add(name: str, title: str, caption: str, make: Callable[[Any], Figure]) -> None:
         found = {label: net.card.result(name) for label, net in shown.items()}
         found = {label: result for label, result in found.items() if result is not None}
         if found:
-            made.append((title, caption + whose, make(found if several else next(iter(found.values())))))
+            made.append((title, caption + whose, partial(make, found if several else next(iter(found.values())))))
 
     add("eigenvalues", "Ends of the spectrum", "Bars are residuals.", draw.eigenvalues)
     add(
@@ -167,5 +198,5 @@ def _figures(shown: Mapping[str, Measured], several: bool) -> list[tuple[str, st
         plane = net.card.result("plane")
         if plane is not None:
             title = "Loss on a random plane" + (f": {label}" if several else "")
-            made.append((title, "Filter-normalised directions." + whose, draw.contour(plane)))
+            made.append((title, "Filter-normalised directions." + whose, partial(draw.contour, plane)))
     return made

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import multiprocessing
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,14 +20,15 @@ from torch.nn import functional as F
 
 from flatmin.data.base import Data, Split, check_held
 from flatmin.measure.card import Card, CardSettings, card
+from flatmin.measure.checkpoints import unwrapped
+from flatmin.measure.losses import logits_of
 from flatmin.measure.problem import Mode, Problem
-from flatmin.study.measured import Measured, check_doubles
+from flatmin.study.measured import Measured, Unmeasured, check_doubles
 from flatmin.train.config import RunConfig
-from flatmin.train.folder import WEIGHTS
 from flatmin.train.saved import SavedRun, open_run
 from flatmin.train.settings import content_hash
 from flatmin.train.sources import check_device, check_fit
-from flatmin.words import explained
+from flatmin.words import explained, reason
 
 Part = Literal["train", "val", "test"]
 Progress = Callable[[str, float], None]
@@ -78,45 +81,62 @@ class View:
             raise ValueError(f"batch and examples must be at least 1, got {self.batch!r} and {self.examples!r}.")
 
 
-def find(target: Path, *, model: str | None = None, data: str | None = None) -> SavedRun:
+def find(target: Path, *, model: str | None = None, data: str | None = None, key: str | None = None) -> SavedRun:
     """A run by its folder, or a file of weights with the model and data that it goes with.
 
     Args:
-        target: a run folder, or a file that torch.save wrote: a state dict, alone or under "state_dict" or "model".
+        target: a run folder, or a file of weights; see `flatmin.train.saved.weights_for`.
         model: for a file: "conv", "mlp", or "package.module:function".
         data: for a file: "digits", or "package.module:function".
+        key: for a file: which weights, where it holds several that fit.
 
     Raises:
         ValueError: neither, or names where they are not wanted or missing.
     """
     if target.is_dir():
-        if model is not None or data is not None:
-            raise ValueError(f"{target} is a run, which knows its model and data; leave out --model and --data.")
+        if model is not None or data is not None or key is not None:
+            raise ValueError(
+                f"{target} is a run, which knows its model and data; leave out --model and --data, and --key."
+            )
         run = open_run(target)
         run.check()
         return run
     if not target.exists():
         raise ValueError(f"there is no run folder or file of weights {str(target)!r}.")
     if model is None or data is None:
-        raise ValueError(f"{target} is a file: name its net and what to measure on with --model and --data.")
+        raise ValueError(
+            f"{target} is a file: name its net and what to measure on with --model and --data. Of a run name the "
+            "folder."
+        )
     config = RunConfig(method="sgd", model=model, data=data)
-    return SavedRun(name=target.stem, label=target.stem, config=config, weights=target)
+    return SavedRun(name=target.stem, label=target.stem, config=config, weights=target, key=key)
 
 
-def measure(run: SavedRun, view: View, *, progress: Progress | None = None) -> Measured:
+def measure(
+    run: SavedRun,
+    view: View,
+    *,
+    progress: Progress | None = None,
+    on_part: Callable[[Measured], None] | None = None,
+) -> Measured:
     """Measure one net.
 
     Args:
         run: which.
         view: what of it.
         progress: see `flatmin.measure.card`.
+        on_part: called after each section with what is known, see `on_section` of `flatmin.measure.card`.
 
     Raises:
-        ValueError, ArithmeticError: the net, its data or a measure refuse.
+        ValueError, ArithmeticError: the net or its data refuse.
     """
     check_device(view.device)
     data = run.data()
-    net = run.model(data)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        net = unwrapped(run.model(data))
+    remarks = tuple(dict.fromkeys(str(one.message) for one in told))
+    net.register_forward_hook(_logits)
     check_fit(net, data)
     net = net.to(view.device)
     problem = Problem(
@@ -130,8 +150,20 @@ def measure(run: SavedRun, view: View, *, progress: Progress | None = None) -> M
         split=words(data, view),
     )
     folder = None if view.landscapes is None else view.landscapes / run.name / content_hash(view.key, _digest(net))[:8]
-    found: Card = card(problem, view.what, settings=view.settings, folder=folder, progress=progress)
-    return Measured(name=run.name, group=run.label, seed=run.config.seed, card=found)
+
+    def named(card: Card) -> Measured:
+        return Measured(name=run.name, group=run.label, seed=run.config.seed, card=card, remarks=remarks)
+
+    def part(card: Card) -> None:
+        if on_part is not None:
+            on_part(named(card))
+
+    return named(card(problem, view.what, settings=view.settings, folder=folder, progress=progress, on_section=part))
+
+
+def _logits(net: nn.Module, inputs: object, outputs: object) -> torch.Tensor:
+    """A forward hook, so that models that return more than their logits are measured as well."""
+    return logits_of(outputs)
 
 
 def _digest(net: nn.Module) -> str:
@@ -144,21 +176,41 @@ def _digest(net: nn.Module) -> str:
     return state.hexdigest()
 
 
-def find_all(targets: Sequence[Path], *, model: str | None = None, data: str | None = None) -> list[SavedRun]:
-    """`find` for each, once; files of one name go by that of their folder too.
+def find_all(
+    targets: Sequence[Path], *, model: str | None = None, data: str | None = None, key: str | None = None
+) -> list[SavedRun]:
+    """`find` for each, once; files of one name go by as many of their folders as tell them apart.
 
     Raises:
         ValueError: see `find`.
     """
-    runs = [find(target, model=model, data=data) for target in dict.fromkeys(targets)]
-    names = [run.name for run in runs]
-    found = []
-    for run in runs:
-        if names.count(run.name) > 1 and run.weights.name != WEIGHTS:
-            name = f"{run.weights.resolve().parent.name}-{run.name}"
-            run = dataclasses.replace(run, name=name, label=name)
-        found.append(run)
-    return found
+    once: dict[Path, Path] = {}
+    for target in targets:
+        once.setdefault(target.resolve(), target)
+    runs = {path: find(target, model=model, data=data, key=key) for path, target in once.items()}
+    names = {path: run.name for path, run in runs.items()}
+    for path, run in runs.items():
+        if like := [other for other in names if names[other] == names[path] and other != path]:
+            depth = next((k for k in range(1, len(path.parts)) if _tail(path, k) not in [_tail(o, k) for o in like]), 0)
+            # Of files that differ by their ending only, the ending too.
+            name = _tail(path, depth) if depth else f"{_tail(path, 1)}{path.suffix}"
+            runs[path] = dataclasses.replace(run, name=name, label=run.label if path.is_dir() else name)
+    return list(runs.values())
+
+
+def _tail(path: Path, folders: int) -> str:
+    """The name of a run folder or of a file without its ending, after so many of its folders."""
+    return "-".join([*path.parts[:-1][-folders:], path.name if path.is_dir() else path.stem])
+
+
+def identity(run: SavedRun, view: View) -> str:
+    """A digest of what is measured of which net: the file of weights with its content, and the view."""
+    content = ""
+    if run.weights.is_file():
+        with run.weights.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+    about = (run.config.model, run.config.data, run.key, str(run.weights.resolve()), content)
+    return content_hash(view.key, view.what, *map(str, about))
 
 
 def batches(data: Data, view: View) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -199,6 +251,8 @@ def measure_all(
     workers: int = 0,
     progress: Progress | None = None,
     on_done: Callable[[Measured], None] | None = None,
+    on_part: Callable[[Measured], None] | None = None,
+    on_failed: Callable[[Unmeasured], None] | None = None,
 ) -> list[Measured]:
     """Measure several nets.
 
@@ -208,42 +262,79 @@ def measure_all(
         workers: processes of one thread each, started fresh (spawn); 0 measures here.
         progress: for measuring here, see `flatmin.measure.card`.
         on_done: called here with each net as it is done.
+        on_part: see `measure`; called where the net is measured, so it must be picklable for workers.
+        on_failed: called here with each net that could not be measured. Default: the first one ends it all.
 
     Returns:
-        In the order of the runs.
+        What was measured, in the order of the runs.
 
     Raises:
         ValueError: two runs of one arm and seed.
-        ValueError, ArithmeticError: what the first net that refuses says, with its name.
+        Exception: without `on_failed`, what the first net that could not be measured raised, with its name.
     """
     check_doubles((run.label, run.config.seed) for run in runs)
     done: dict[int, Measured] = {}
-    tell = on_done or (lambda net: None)
+
+    def end(i: int, found: Measured | Unmeasured) -> None:
+        if isinstance(found, Measured):
+            done[i] = found
+            if on_done is not None:
+                on_done(found)
+        elif on_failed is not None:
+            on_failed(found)
+        else:
+            kind = ValueError if found.refused else RuntimeError
+            raise kind(f"{found.why} (while {found.name} was measured)")
+
     if not workers:
         for i, run in enumerate(runs):
-            done[i] = _named(run, view, progress)
-            tell(done[i])
+            try:
+                found: Measured | Unmeasured = measure(run, view, progress=progress, on_part=on_part)
+            except Exception as error:
+                if on_failed is None:
+                    error.add_note(f"(while {run.name} was measured)")
+                    raise
+                found = _unmeasured(run, error)
+            end(i, found)
         return list(done.values())
+    left = dict(enumerate(runs))
+    try:
+        with closing(_served_by(workers, left, view, on_part)) as served:
+            for i, found in served:
+                del left[i]
+                end(i, found)
+    except BrokenProcessPool:
+        # Which net ended its process is not known: each of those that are left gets a process to itself.
+        for i, run in list(left.items()):
+            try:
+                ((_, found),) = _served_by(1, {i: run}, view, on_part)
+            except BrokenProcessPool:
+                found = Unmeasured(
+                    name=run.name,
+                    why="its process ended while it measured, often because memory ran out; use fewer --workers, "
+                    "smaller batches or fewer examples.",
+                )
+            end(i, found)
+    return [done[i] for i in range(len(runs)) if i in done]
+
+
+def _served_by(
+    workers: int, runs: Mapping[int, SavedRun], view: View, on_part: Callable[[Measured], None] | None
+) -> Generator[tuple[int, Measured | Unmeasured]]:
+    """What a pool of processes measures, as it is done.
+
+    Raises:
+        BrokenProcessPool: a process ended.
+    """
     others = multiprocessing.active_children()
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,))
     try:
-        waiting = {pool.submit(_served, run, view): i for i, run in enumerate(runs)}
+        waiting = {pool.submit(_served, run, view, on_part): i for i, run in runs.items()}
         while waiting:
             ready, _ = wait(waiting, return_when=FIRST_COMPLETED)
             for future in ready:
-                i = waiting.pop(future)
-                found = future.result()
-                if isinstance(found, _Refusal):
-                    raise found.kind(found.text)
-                done[i] = found
-                tell(found)
-    except BrokenProcessPool:
-        left = ", ".join(runs[i].name for i in range(len(runs)) if i not in done)
-        raise ValueError(
-            "a process ended while it measured, often because memory ran out; use fewer --workers. Not measured: "
-            f"{left}."
-        ) from None
+                yield waiting.pop(future), future.result()
     except BaseException:
         # Nobody waits for what is under way: a net can take minutes.
         pool.shutdown(wait=False, cancel_futures=True)
@@ -252,30 +343,15 @@ def measure_all(
                 child.terminate()
         raise
     pool.shutdown()
-    return [done[i] for i in range(len(runs)) if i in done]
 
 
-def _named(run: SavedRun, view: View, progress: Progress | None) -> Measured:
+def _served(run: SavedRun, view: View, on_part: Callable[[Measured], None] | None) -> Measured | Unmeasured:
+    """In another process; an exception may not find its way back."""
     try:
-        return measure(run, view, progress=progress)
+        return measure(run, view, on_part=on_part)
     except Exception as error:
-        error.add_note(f"(while {run.name} was measured)")
-        raise
+        return _unmeasured(run, error)
 
 
-@dataclass(frozen=True)
-class _Refusal:
-    """What flatmin refused in another process: an exception loses on its way where it was raised."""
-
-    kind: type[Exception]
-    text: str
-
-
-def _served(run: SavedRun, view: View) -> Measured | _Refusal:
-    try:
-        return _named(run, view, None)
-    except Exception as error:
-        if not explained(error):
-            raise
-        kind = ArithmeticError if isinstance(error, ArithmeticError) else ValueError
-        return _Refusal(kind, " ".join([str(error), *error.__notes__]))
+def _unmeasured(run: SavedRun, error: Exception) -> Unmeasured:
+    return Unmeasured(name=run.name, why=reason(error), refused=explained(error))

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from flatmin.study.cards import kept_card
+from flatmin.study.cards import card_path, kept_card, lacking
 from flatmin.study.code import code_of
 from flatmin.study.executors import Outcome, finished_and_missing
 from flatmin.study.executors.base import done_again
@@ -59,7 +59,8 @@ def plan(spec: StudySpec, out: Path, *, make: bool = True, retry: bool = False) 
         spec: the study.
         out: the folder of the runs.
         make: make that folder if it does not exist.
-        retry: also do those runs again whose loss was not finite. If `make`, the results of these are taken away, as
+        retry: also do those runs again whose loss was not finite, and measure those networks again of which something
+            is missing. If `make`, the results of these are taken away, as
             are those of runs without weights whose networks are to be measured.
 
     Raises:
@@ -84,6 +85,10 @@ def plan(spec: StudySpec, out: Path, *, make: bool = True, retry: bool = False) 
         elif run.view is not None:
             folder = store.folder(run)
             card = kept_card(folder, run.view)
+            if retry and card is not None and lacking(card):
+                card = None
+                if make:
+                    card_path(folder, run.view).unlink(missing_ok=True)
             found[run.name] = dataclasses.replace(outcome, card=card)
             if card is None and RunFolder(folder).weights.is_file():
                 unmeasured.append(run)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from flatmin.stats import summarise
 from flatmin.study import study_curves, study_figures, study_recorded, tables
@@ -28,6 +28,7 @@ from flatmin.study.strokes import number
 from flatmin.study.study_looks import Looks, Section, every_row
 from flatmin.study.study_phi import phi
 from flatmin.study.tabulate import StudyRow, StudyTable
+from flatmin.words import reason
 
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
 _NONE = "–"
@@ -51,8 +52,8 @@ def render(shown: StudyTable, *, command: Sequence[str] = ()) -> str:
         ModuleNotFoundError: there are figures and plotly is not installed (extra "report").
     """
     looks = Looks(shown)
-    body = [paragraph(sentence(shown), "lead"), _table(shown, looks), notes(tables.remarks(shown))]
-    sections = _sections(shown, looks)
+    sections, failed = _sections(shown, looks)
+    body = [paragraph(sentence(shown), "lead"), _table(shown, looks), notes([*tables.remarks(shown), *failed])]
     if sections:
         points, at = looks.choices()
         body.append(legend({arm: (arm, tone) for arm, tone in looks.tones.items()}, points, at=at))
@@ -129,22 +130,34 @@ def _hint(name: str, shown: StudyTable) -> str:
     return "mean over the seeds and half width of the 95 % t interval" if name.endswith("±95 %") else ""
 
 
-def _sections(shown: StudyTable, looks: Looks) -> list[Section]:
-    made = [
-        study_figures.over_rho(shown, looks),
-        study_figures.over_cost(shown, looks),
-        study_figures.radar(shown, looks),
-        study_curves.over_epochs(shown, looks),
-        study_recorded.while_training(shown, looks),
-        study_figures.over_sharpness(shown, looks),
-        study_curves.spectra(shown, looks),
-        study_curves.slices(shown, looks),
-        study_curves.under_perturbation(shown, looks),
-        study_curves.ratios(shown, looks),
-        study_recorded.over_updates(shown, looks),
-        phi(shown),
-    ]
-    return [section for section in made if section is not None]
+def _sections(shown: StudyTable, looks: Looks) -> tuple[list[Section], list[str]]:
+    """The figures; and a sentence for each kind of them that could not be made."""
+    makers: dict[str, Callable[[StudyTable, Looks], Section | None]] = {
+        "accuracy over the radius": study_figures.over_rho,
+        "what the accuracy costs": study_figures.over_cost,
+        "the radar": study_figures.radar,
+        "curves over the epochs": study_curves.over_epochs,
+        "what was measured while training": study_recorded.while_training,
+        "sharpness against accuracy": study_figures.over_sharpness,
+        "the eigenvalue density": study_curves.spectra,
+        "slices of the loss": study_curves.slices,
+        "counts under perturbation": study_curves.under_perturbation,
+        "ratios of gradients": study_curves.ratios,
+        "curves over the updates": study_recorded.over_updates,
+        "BiSAM's φ": lambda shown, looks: phi(shown),
+    }
+    made, failed = [], []
+    for what, make in makers.items():
+        try:
+            section = make(shown, looks)
+        except ModuleNotFoundError:
+            raise
+        except Exception as error:
+            failed.append(f"{what} could not be drawn: {reason(error)}")
+            continue
+        if section is not None:
+            made.append(section)
+    return made, failed
 
 
 def _published(shown: StudyTable, looks: Looks) -> list[Markup]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flatmin.stats import Stat, holm, paired, paired_p, summarise
+from flatmin.study.cards import lacking
 from flatmin.study.config import BASE
 from flatmin.study.costs import Sizes
 from flatmin.study.executors import Outcome
@@ -27,6 +28,7 @@ _TASK = (
     "image_size",
 )
 _COST = ("optimizer", "batch_size")
+_NAMED = 3  # runs that a reason names
 _EQUAL = 0.02  # budgets that differ by no more count as equal: epochs are whole numbers
 
 
@@ -115,7 +117,7 @@ class StudyTable:
         spec: the study.
         rows: in its order, the chosen ones only.
         metrics: the columns: those that the study names, or that some row has.
-        errors: row and seed -> why there is no result.
+        errors: row and seed, or a number that some runs lack -> why there is none.
         environment: versions and machines of the runs.
         tried: rows from which one was chosen, by the label of the chosen one.
     """
@@ -142,6 +144,7 @@ def tabulate(todo: StudyPlan, outcomes: Mapping[str, Outcome]) -> StudyTable:
     rows = [_compared(row, rows, spec) for row in rows]
     rows = _corrected(rows)
     errors: dict[str, str] = {}
+    without: dict[tuple[str, str], list[str]] = {}
     for (i, seed), run in todo.runs.items():
         outcome = outcomes.get(run.name, Outcome())
         name = f"{todo.cells[i].label}, seed {seed}"
@@ -149,6 +152,11 @@ def tabulate(todo: StudyPlan, outcomes: Mapping[str, Outcome]) -> StudyTable:
             errors[name] = text
         if outcome.refusal:
             errors[f"{name}, not measured"] = outcome.refusal
+        for what, why in lacking(outcome.card or {"sections": {}}).items():
+            without.setdefault((what, why), []).append(name)
+    for (what, why), names in without.items():
+        some = "; ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
+        errors[f"{what} is not there for {some}"] = why
     return StudyTable(
         spec=spec,
         rows=rows,

@@ -13,7 +13,7 @@ import torch
 
 from flatmin.train.config import identity
 from flatmin.train.files import write_atomically
-from flatmin.train.saved import SavedRun, read_weights
+from flatmin.train.saved import SavedRun, weights_for
 from flatmin.train.settings import canonical
 
 ENDINGS = (".pt", ".pth", ".safetensors")
@@ -44,8 +44,7 @@ def export(run: SavedRun, path: str | os.PathLike[str], *, force: bool = False) 
         _require()
     if target.exists() and not force:
         raise ValueError(f"{target} is there already; name another file, or write over it with --force.")
-    run.model()
-    state = read_weights(run.weights)
+    state = weights_for(run.model(), run.weights)
     write = partial(_write, _safe(state, run)) if safe else partial(torch.save, state)
     target.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(target, write)

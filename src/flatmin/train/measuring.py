@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch.nn import functional as F
@@ -14,18 +15,19 @@ from flatmin.train.config import stream
 from flatmin.train.evaluate import batches
 from flatmin.train.options import Options, check_groups
 from flatmin.train.trainer import Trainer
+from flatmin.words import reason
 
 
-def measured(trainer: Trainer, options: Options) -> dict[str, float]:
+def measured(trainer: Trainer, options: Options, warn: Callable[[str], None]) -> dict[str, float]:
     """Numbers of `flatmin.measure.card` by name, for the mean cross-entropy in eval mode; the model is left as it is.
+
+    What cannot be measured is left out, and told; it does not end the run.
 
     Args:
         trainer: of the run; with an average of the weights, the caller applies it.
         options: what is measured, and on how many training samples, which are drawn once for all runs; their labels
             are those trained on.
-
-    Raises:
-        ValueError: an unknown section, or samples in files and more of them than should be kept in memory.
+        warn: called with a sentence for everything that could not be measured.
     """
     data = trainer.data
     order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(stream(0, "measure")))
@@ -33,9 +35,18 @@ def measured(trainer: Trainer, options: Options) -> dict[str, float]:
     training = trainer.model.training
     devices = [] if trainer.config.device == "cpu" else [torch.device(trainer.config.device)]
     with torch.random.fork_rng(devices=devices):
-        problem = Problem(trainer.model, F.cross_entropy, list(batches(data, part)), split="train")
+        try:
+            problem = Problem(trainer.model, F.cross_entropy, list(batches(data, part)), split="train")
+        except Exception as error:
+            warn(f"nothing could be measured: {reason(error)}")
+            return {}
+        finally:
+            trainer.model.train(training)
         found = card(problem, options.measures, settings=_settings(options))
     trainer.model.train(training)
+    lacking = found.missing | {q.name: q.note for q in found.quantities.values() if not math.isfinite(q.value)}
+    for what, why in lacking.items():
+        warn(f"{what} could not be measured: {why}")
     return {name: q.value for name, q in found.quantities.items() if math.isfinite(q.value)}
 
 

@@ -213,7 +213,7 @@ class Run:
             self._tell(EpochEnded(line=line, step=trainer.steps))
             every = self.options.measure_every
             if every and number % every == 0:
-                values = measured(trainer, self.options)
+                values = measured(trainer, self.options, self._warn)
                 if self.folder is not None and self.world.first:
                     self.folder.add_measures({"epoch": number, "step": trainer.steps, **values})
                 self._tell(Measured(epoch=number, step=trainer.steps, values=values))

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import importlib.util
 import json
 import os
+import pickle
+import warnings
+from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from flatmin.data.base import Data
+from flatmin.measure.checkpoints import find_weights, misfit, misshapen, state_dicts, unwrapped
 from flatmin.train.config import RunConfig
 from flatmin.train.files import reason
 from flatmin.train.folder import WEIGHTS, RunFolder
@@ -30,6 +36,7 @@ class SavedRun:
         config: what it was trained with.
         weights: file of the trained weights.
         known: what the model takes, if the run has written it down.
+        key: which weights of the file, see `weights_for`.
     """
 
     name: str
@@ -37,6 +44,7 @@ class SavedRun:
     config: RunConfig
     weights: Path
     known: Inputs | None = None
+    key: str | None = None
 
     @property
     def here(self) -> RunConfig:
@@ -78,7 +86,7 @@ class SavedRun:
         """
         self.check()
         model = build_model(self.here, self.inputs() if data is None else data)
-        load_weights(model, self.weights)
+        load_weights(model, self.weights, key=self.key)
         return model
 
 
@@ -130,38 +138,134 @@ def open_run(folder: str | os.PathLike[str]) -> SavedRun:
     return SavedRun(name=name, label=label, config=config, weights=path / WEIGHTS, known=run.inputs())
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Read a state dict, or a checkpoint that holds one under "state_dict" or "model", into a model.
-
-    Raises:
-        ValueError: a file that is no such checkpoint, or weights that do not fit the model.
-    """
+def load_weights(model: nn.Module, path: Path, *, key: str | None = None) -> None:
+    """Read weights from a file into a model; see `weights_for`."""
+    model = unwrapped(model)
+    state = weights_for(model, path, key=key)
     try:
-        model.load_state_dict(read_weights(path))
+        model.load_state_dict(state)
     except RuntimeError as error:
         raise ValueError(f"the weights in {path} do not fit the model: {' '.join(str(error).split())}") from error
 
 
-def read_weights(path: Path) -> dict[str, Any]:
-    """The state dict in a file, at its top or under "state_dict" or "model", on the CPU.
+def weights_for(model: nn.Module, path: Path, *, key: str | None = None) -> dict[str, Any]:
+    """The weights of a model in a file, as a state dict by the model's own names, on the CPU.
+
+    The file holds a state dict, a dictionary with state dicts somewhere in it, such as a checkpoint of Lightning or one
+    with the optimizer's state beside the weights, or a whole module; torch.save or safetensors wrote it. Names may have
+    a prefix, and what DataParallel, torch.compile or FSDP add. A warning says what of the file was left out.
+
+    Args:
+        model: of these weights; only its names and shapes are read.
+        path: the file. Its code is never run: of classes that torch does not know only the attributes are read.
+        key: which weights, where the file holds several that fit. Default: those that are no average over training.
 
     Raises:
-        ValueError: a file that holds none.
+        ValueError: a file that holds no weights, weights that do not fit the model, or several that do.
+        ModuleNotFoundError: a .safetensors file without the extra "safetensors".
     """
+    saved = read_file(path)
+    own = unwrapped(model).state_dict(keep_vars=True)
     try:
-        state: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"there is no file {path}.") from None
+        found = find_weights(own, saved, key=key)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if found is None:
+        how = misfit(own, saved)
+        if not how:
+            raise ValueError(f"{path} holds no state dict, at its top or in the dictionaries inside it.")
+        state = next((state for _, state in state_dicts(saved) if _takes(model, state)), None)
+        if state is None:
+            raise ValueError(
+                f"the weights in {path} do not fit the model: {how}. Build the model as it was when they were saved: "
+                "with the same code and the same arguments."
+            )
+        return state
+    if bad := misshapen(own, found.state):
+        shapes = "; ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
+        raise ValueError(
+            f"the weights in {path} do not fit the model: of another shape: {shapes}. Build the model as it was when "
+            "they were saved: with the same arguments, such as the number of classes or the width."
+        )
+    for remark in found.remarks:
+        warnings.warn(f"{path}: {remark}", stacklevel=2)
+    return found.state
+
+
+def _takes(model: nn.Module, state: dict[str, Any]) -> bool:
+    """Whether a model loads a state dict of other names, as modules that know the names of earlier versions do."""
+    try:
+        copy.deepcopy(unwrapped(model)).load_state_dict(state)
+    except Exception:  # a module's own hooks may raise anything
+        return False
+    return True
+
+
+def read_file(path: Path) -> Any:
+    """What a file of weights holds, on the CPU, without running code from it.
+
+    Objects of classes that torch does not know come as dictionaries, with their attributes as attributes.
+
+    Raises:
+        ValueError: no file, or one that cannot be read so.
+        ModuleNotFoundError: a .safetensors file without the extra "safetensors".
+    """
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}.")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        why = error
     except Exception as error:
+        if "TorchScript" in str(error):
+            raise ValueError(
+                f"{path} is a scripted model, which is a program; save its weights alone: "
+                f"torch.save(torch.jit.load({str(path)!r}).state_dict(), 'weights.pt')."
+            ) from error
+        raise ValueError(f"{path} is no file that torch.save wrote, or it is damaged.") from error
+    try:
+        unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        # numpy's numbers are made by functions, everything else that is usual by a class and its attributes.
+        inert = [(_Number if name.startswith("numpy") else _Attributes, name) for name in unknown]
+        with torch.serialization.safe_globals(inert):  # type: ignore[arg-type]
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:
         # torch's own advice, to load without weights_only, would run whatever the file holds.
-        raise ValueError(f"{path} is no state dict that torch.save wrote, or it holds more than tensors.") from error
-    for key in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    # Modules may add state of any kind under a name of their own.
-    good = isinstance(state, dict) and all(
-        isinstance(k, str) and (isinstance(t, torch.Tensor) or k.endswith("_extra_state")) for k, t in state.items()
-    )
-    if not good:
-        raise ValueError(f'{path} holds no state dict, at its top or under "state_dict" or "model".')
-    return dict(state)
+        raise ValueError(
+            f"{path} cannot be read without running the code in it. If you trust it, save its weights alone: "
+            f"torch.save(torch.load({str(path)!r}, weights_only=False).state_dict(), 'weights.pt') for a whole model, "
+            "or the entry that holds the state dict."
+        ) from why
+
+
+class _Attributes:
+    """Stands for a class that is not to be imported: its objects become dictionaries that keep the attributes."""
+
+    def __new__(cls, *arguments: Any) -> Any:
+        # torch.compile's module, for one, is made of the module inside.
+        return OrderedDict((str(i), argument) for i, argument in enumerate(arguments))
+
+
+class _Number:
+    """Stands for numpy's types and functions, whose numbers are of no interest here."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    if importlib.util.find_spec("safetensors") is None:
+        raise ModuleNotFoundError(
+            f"{path} needs safetensors, which is not installed; run: pip install 'flatmin[safetensors]'."
+        )
+    from safetensors.torch import load_file
+
+    try:
+        return dict(load_file(path))
+    except Exception as error:
+        raise ValueError(f"{path} is no .safetensors file, or it is damaged: {error}.") from error

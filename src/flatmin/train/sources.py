@@ -136,6 +136,8 @@ def build_model(config: RunConfig, data: Data | Inputs) -> nn.Module:
             f"unknown model {config.model!r}{suggest(config.model, MODELS)} "
             f"(models: {', '.join(MODELS)}; timm:NAME, torchvision:NAME, or package.module:function)"
         )
+    if isinstance(function, nn.Module):
+        raise ValueError(f"model={config.model} is a module; name a function that builds one: def build(): return ...")
     known = inspect.signature(function).parameters
     inputs = data if isinstance(data, Inputs) else Inputs.of(data)
     told: dict[str, Any] = {"num_classes": inputs.num_classes}
@@ -149,7 +151,10 @@ def build_model(config: RunConfig, data: Data | Inputs) -> nn.Module:
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     for name, parameter in known.items():
         if parameter.default is parameter.empty and parameter.kind not in variadic and name not in given:
-            raise ValueError(f"model={config.model} must be callable without arguments, but it requires {name!r}.")
+            raise ValueError(
+                f"model={config.model} must be callable without arguments, but it requires {name!r}; name a "
+                f"function that gives it: def build(): return ...({name}=...)."
+            )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream(config.seed, "model"))
         model = function(**given)
