@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from flatmin.words import read_text
+
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm")
 
 
@@ -100,7 +102,7 @@ def scan_annotated(root: str | os.PathLike[str], *, classes: Sequence[str]) -> F
     label_of = {name: label for label, name in enumerate(known)}
     there = set(os.listdir(_folder(root / "images")))
     rows = []
-    for number, line in enumerate(table.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(read_text(table).splitlines(), start=1):
         fields = line.split("\t")
         if len(fields) < 2:
             raise ValueError(f"{table}, line {number}: expected a file and its class between tabs, got {line!r}.")

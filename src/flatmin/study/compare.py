@@ -27,6 +27,7 @@ from flatmin.train.fingerprint import data_digest, digest, environment, external
 from flatmin.train.settings import content_hash
 from flatmin.train.sources import build_model, check_device, check_fit, load_clean
 from flatmin.train.trainer import Trainer, build_recipe
+from flatmin.words import read_text
 
 OnEvent = Callable[[Event], None]
 
@@ -243,7 +244,7 @@ def _ratios(
 def _kept_ratios(path: Path, key: str) -> dict[str, Ratio] | None:
     """Ratios of an earlier call, or None if there are none for this key."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(read_text(path))
         return {name: Ratio(**one) for name, one in found["ratios"].items()} if found["key"] == key else None
     except (OSError, ValueError, KeyError, TypeError):
         return None  # measuring again costs seconds

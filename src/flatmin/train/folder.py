@@ -19,6 +19,7 @@ from flatmin.train.fingerprint import merged
 from flatmin.train.inputs import Inputs
 from flatmin.train.result import VERSION, Epoch, Result
 from flatmin.train.settings import canonical, fill
+from flatmin.words import read_text
 
 WEIGHTS = "weights.pt"
 INPUTS = "data.json"
@@ -118,7 +119,7 @@ class RunFolder:
         where = self.path / "config.json"
         known = {field.name for field in dataclasses.fields(RunConfig)}
         try:
-            found = json.loads(where.read_text(encoding="utf-8"))
+            found = json.loads(read_text(where))
             if not isinstance(found, dict):
                 raise ValueError("config.json holds no table")
             config = fill(RunConfig, {k: v for k, v in found.items() if k in known}, origin=str(where))
@@ -134,7 +135,7 @@ class RunFolder:
         """
         where = self.path / INPUTS
         try:
-            return fill(Inputs, json.loads(where.read_text(encoding="utf-8")), origin=str(where))
+            return fill(Inputs, json.loads(read_text(where)), origin=str(where))
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError, AttributeError) as error:
@@ -143,7 +144,7 @@ class RunFolder:
     def environment(self) -> dict[str, Any]:
         """Versions and machine; empty if they cannot be read."""
         try:
-            found = json.loads((self.path / "env.json").read_text(encoding="utf-8"))
+            found = json.loads(read_text(self.path / "env.json"))
         except (OSError, ValueError):
             return {}
         return found if isinstance(found, dict) else {}
@@ -169,7 +170,7 @@ class RunFolder:
         """
         name = "metrics.jsonl"
         try:
-            text = (self.path / name).read_text(encoding="utf-8")
+            text = read_text(self.path / name)
             lines = [Epoch(**json.loads(line)) for line in text.splitlines()]
         except (OSError, TypeError) as error:
             raise ValueError(f"{name}: {error}") from error
@@ -202,7 +203,7 @@ class RunFolder:
         if not path.is_file():
             return []
         found = []
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in read_text(path).splitlines():
             try:
                 found.append(json.loads(line))
             except json.JSONDecodeError:
@@ -246,7 +247,7 @@ class RunFolder:
             FileNotFoundError: the run is not finished.
         """
         try:
-            found = json.loads((self.path / "result.json").read_text(encoding="utf-8"))
+            found = json.loads(read_text(self.path / "result.json"))
             if found["version"] != VERSION or not check(found):
                 raise ValueError("it belongs to another run or version")
             fields = {field.name for field in dataclasses.fields(Result)}
