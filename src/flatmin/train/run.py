@@ -277,13 +277,13 @@ class Run:
             "noise": config.noise,
             "seconds": sum(line.seconds for line in self.lines),
         }
-        entropy, chosen, curvature = math.nan, None, None
+        found, chosen, curvature = None, None, None
         if failure is None:
             self._load_chosen()
-            entropy = self._score(trainer.data.train).loss
-            if not math.isfinite(entropy):
+            found = self._score(trainer.data.train)
+            if not math.isfinite(found.loss):
                 failure = "the chosen weights give a train loss that is not finite; try a smaller lr or rho"
-        if failure is not None:
+        if failure is not None or found is None:
             nothing: dict[str, Any] = dict.fromkeys(("last", "best", "train_ce", "lambda_max"))
             return Result(**common, **nothing, trained=False, failure=failure)
         chosen = self._tested()
@@ -293,13 +293,15 @@ class Run:
         )
         if config.measure:
             curvature = evaluate.sharpness(trainer.model, trainer.data)
+        chance = evaluate.Chance.of(trainer.data, config)
         return Result(
             **common,
-            trained=evaluate.has_trained(entropy, trainer.data.num_classes),
+            trained=chance.beaten(found),
+            chance=chance.loss,
             last={key: getattr(last, key) for key in ("epoch", "test_acc", "val_acc", "memorised", "train_loss")},
             best={key: getattr(best, key) for key in ("epoch", "test_acc", "val_acc")},
             chosen=chosen,
-            train_ce=entropy,
+            train_ce=found.loss,
             lambda_max=curvature,
         )
 
