@@ -138,7 +138,7 @@ def test_curvature_is_that_of_the_last_weights():
 def test_a_net_that_only_guesses_has_not_trained():
     result, _ = run(lr=0.0, rho=0.0)
     assert not result.trained
-    assert result.untrained.startswith("has not learned: its final training loss is above chance level (1.")
+    assert result.untrained.endswith(f"chance level ({result.train_ce:.3f}; chance is {result.chance:.3f})")
 
 
 @pytest.mark.parametrize(

@@ -123,12 +123,12 @@ class Chance:
     def beaten(self, found: Scores) -> bool:
         """Whether a network has learned: a loss clearly below, or more than half of what chance gets wrong is right.
 
-        Clearly is by more than 5 % of the way from chance to `least`. The second counts because a network that is too
-        sure of itself has a large loss, whatever it has learned.
+        Clearly is by more than 5 %, or by more than half of what there is between chance and `least`, if that is less.
+        The second counts because a network that is too sure of itself has a large loss, whatever it has learned.
         """
         if not math.isfinite(found.loss):
             return False
-        bound = self.loss - (1 - TRAINED_SHARE) * (self.loss - self.least)
+        bound = max(TRAINED_SHARE * self.loss, (self.loss + self.least) / 2)
         return found.loss < bound or found.acc > (100 + self.acc) / 2 or found.acc == 100
 
 
