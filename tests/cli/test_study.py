@@ -254,7 +254,7 @@ def test_the_page_can_be_left_out(study, tmp_path):
             ("--executor", "slurm", "--on", "gpus_per_node=1"),
             "the runs are on the CPU and need no GPU: set device=",
         ),
-        (("--table", "up/there"), "--table takes the name of a file without its folder, not 'up/there'"),
+        (("--table", "up/there"), "--table 'up/there' cannot be the name of a file or folder: it is a path"),
         (("--choose", "rhoo"), "rhoo cannot be chosen, for it is no axis"),
     ],
 )

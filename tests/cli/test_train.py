@@ -330,7 +330,11 @@ class TestAgainAndResume:
         for words, message in (
             (["lr=0.2"], "lr is 0.1 there and 0.2 here"),
             (["method=vasso"], "method is 'sam' there and 'vasso' here"),
-            (["model=train_own:wide", "data=train_own:data"], "the model returned"),
+            (
+                ["lr=0.2", "seed=1"],
+                "lr is 0.1 there and 0.2 here, seed is 0 there and 1 here; give this",
+            ),
+            (["epochs=9"], "epochs is 4 there and 9 here, and it cannot go on to that: its cosine schedule depends on"),
             (["model=tests.user_side:net"], "model is 'train_own:net' there and 'tests.user_side:net' here"),
         ):
             said = refused(capsys, *own, *words, "--resume")

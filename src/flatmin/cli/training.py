@@ -170,6 +170,8 @@ def print_settings(config: RunConfig, data: Data, world: World, console: Console
         highlight=False,
         soft_wrap=True,
     )
+    for note in data.notes:
+        console.print(f"Note: {note}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _span(seconds: float) -> str:

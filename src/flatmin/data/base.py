@@ -121,6 +121,7 @@ class Data:
         statistics: for images that are kept as bytes: what they are normalised with. Default None: inputs go to the
             model as they are.
         augment: of the training images, for images that are kept as bytes. Default None: none.
+        notes: what a person should know of how the data were read, in sentences. Default: nothing.
 
     Raises:
         ValueError: shapes, types or labels that do not fit together.
@@ -134,6 +135,7 @@ class Data:
     name: str = "data"
     statistics: Statistics | None = None
     augment: Augment | None = None
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for part in ("train", "val", "test"):

@@ -23,7 +23,7 @@ from flatmin.study.summary import Choice, Finding, Ratio, Summary, make_row
 from flatmin.study.timing import guess_seconds, measure_speed, time_ratios
 from flatmin.train.config import RunConfig
 from flatmin.train.files import write_json
-from flatmin.train.fingerprint import data_digest, digest, environment, external_versions, package_digest, user_sources
+from flatmin.train.fingerprint import content_of, digest, environment, external_versions, package_digest, user_sources
 from flatmin.train.settings import content_hash
 from flatmin.train.sources import build_model, check_device, check_fit, load_clean
 from flatmin.train.trainer import Trainer, build_recipe
@@ -81,13 +81,13 @@ def plan(config: CompareConfig, *, out: Path, workers: int = 2) -> Plan:
     if config.skip_unfit:
         config, left_out = _fitting(config, data.to(config.device))
     points = candidates(config)
-    code = _code(config, points, data_digest(data))
+    code, content = _code(config, points), content_of(_base(config), data)
     runs = {
-        (i, seed): Run(label=point.label, config=point.with_seed(seed), code=code)
+        (i, seed): Run(label=point.label, config=point.with_seed(seed), code=code, content=content)
         for i, point in enumerate(points)
         for seed in range(config.seeds)
     }
-    warnings: list[str] = []
+    warnings = list(data.notes)
     found, missing = finished_and_missing(runs.values(), store, warnings.append)
     seconds = None
     if missing:
@@ -184,10 +184,10 @@ def _base(config: CompareConfig) -> RunConfig:
     return candidates(plain)[0].config
 
 
-def _code(config: CompareConfig, points: Sequence[Candidate], data: str) -> str:
+def _code(config: CompareConfig, points: Sequence[Candidate]) -> str:
     specs = [*config.plugins, *(spec for spec in (config.model, config.data) if ":" in spec)]
     recipes = [recipe_of(method, config.plugins) for method in dict.fromkeys(p.config.method for p in points)]
-    return digest(user_sources(specs, recipes), package_digest(), data, *external_versions(specs))
+    return digest(user_sources(specs, recipes), package_digest(), *external_versions(specs))
 
 
 def _select(findings: Sequence[Finding], tell: OnEvent) -> tuple[list[Finding], dict[str, list[Choice]]]:
@@ -230,8 +230,9 @@ def _ratios(
         same[finding.label] = identity
         timed.setdefault(identity, run)
     base = _base(config)
-    code = next(iter(todo.runs.values())).code
-    key = content_hash(sorted(timed), dataclasses.replace(base, epochs=1), code)
+    first = next(iter(todo.runs.values()))
+    data = "" if first.content is None else first.content.digest
+    key = content_hash(sorted(timed), dataclasses.replace(base, epochs=1), first.code, data)
     path = store.out / "timing.json"
     kept = _kept_ratios(path, key)
     if kept is None:

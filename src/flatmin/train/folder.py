@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -108,7 +109,24 @@ class RunFolder:
         write_json(self.path / "env.json", dict(environment))
         if inputs is not None:
             write_json(self.path / INPUTS, canonical(inputs))
+        self.set_config(config, **labels)
+
+    def set_config(self, config: RunConfig, **labels: str) -> None:
+        """Write config.json."""
         write_json(self.path / "config.json", {**labels, **canonical(config)})
+
+    def take_over(self, other: RunFolder) -> None:
+        """Copy what a run of another folder needs to go on in this one, where no run is yet.
+
+        Raises:
+            OSError: something cannot be read or written.
+        """
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        for name in ("env.json", INPUTS, "metrics.jsonl", *TABLES):
+            if (other.path / name).is_file():
+                shutil.copyfile(other.path / name, self.path / name)
+        for path in checkpoint.found(other.checkpoints)[:1]:
+            shutil.copyfile(path, self.checkpoints / path.name)
 
     def config(self) -> tuple[RunConfig, dict[str, str]]:
         """The configuration and the labels beside it.
@@ -230,11 +248,18 @@ class RunFolder:
         plain = {k: v.detach().cpu() if isinstance(v, Tensor) else v for k, v in state.items()}
         write_atomically(self.weights, lambda file: torch.save(plain, file))
 
-    def finish(self, result: Result, **labels: str) -> None:
-        """Write result.json, and remove the checkpoints unless the run failed; from then on it is finished."""
+    def finish(self, result: Result, *, prolong: bool = False, **labels: str) -> None:
+        """Write result.json; from then on the run is finished.
+
+        Args:
+            result: of the run.
+            prolong: keep the last checkpoint, from which the run can go on. Default: the checkpoints of a run that has
+                not failed are removed.
+            labels: further entries.
+        """
         write_json(self.path / "result.json", {"version": VERSION, **labels, **canonical(result)})
         if result.failure is None:
-            checkpoint.clear(self.checkpoints)
+            checkpoint.clear(self.checkpoints, keep=1 if prolong else 0)
 
     def result(self, check: Callable[[Mapping[str, Any]], bool] = lambda found: True) -> Result:
         """The result of a finished run.
