@@ -170,11 +170,16 @@ def _sums(data: Data) -> Iterator[float]:
         plain = weighted = 0.0
         for start in range(0, len(part), _ROWS):
             rows = part[start : start + _ROWS].detach().cpu().double().flatten(1 if part.dim() > 1 else 0)
-            place = 1 + torch.arange(start, start + len(rows), dtype=torch.float64) / len(part)
+            place = _weights(start, len(rows))
             if rows.dim() > 1:
-                place = place.unsqueeze(1) * torch.linspace(1, 2, rows.shape[1], dtype=torch.float64)
+                place = place.unsqueeze(1) * _weights(0, rows.shape[1])
             plain, weighted = plain + float(rows.abs().sum()), weighted + float((rows * place).sum())
         yield from (plain, weighted)
+
+
+def _weights(start: int, count: int) -> torch.Tensor:
+    """Numbers from 1 to 2 that differ much between neighbours: multiples of the golden ratio without their integers."""
+    return 1 + (torch.arange(start, start + count, dtype=torch.float64) * 0.6180339887498949) % 1
 
 
 def environment(device: str, threads: int, processes: int = 1) -> dict[str, object]:

@@ -52,13 +52,11 @@ def restore(run: Run, state: dict[str, Any]) -> None:
     """
     where = f"the checkpoint in {run.folder and run.folder.checkpoints}"
     other = differences(state["config"], run.config)
-    if list(other) == ["epochs"] and (why := _not_with(run, state)) is None:
-        other = {}
-    elif list(other) == ["epochs"]:
-        raise ValueError(f"{where} is of a run in which {other['epochs']}, and it cannot go on from there: {why}.")
-    if other:
+    why = _not_with(run, state) if list(other) == ["epochs"] else ""
+    if other and why is not None:
+        reason = f" ({why})" if why else ""
         raise ValueError(
-            f"{where} is of another run: {', '.join(other.values())}; use the same settings, or another folder."
+            f"{where} is of another run: {', '.join(other.values())}; use the same settings, or another folder{reason}."
         )
     content = state.get("content")  # checkpoints of earlier versions have none
     if content is not None and run.content is not None:
