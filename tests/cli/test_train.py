@@ -379,7 +379,7 @@ class TestAgainAndResume:
         (here / "train_own.py").write_text(OWN.replace("manual_seed(0)", "manual_seed(1)"))
         sys.modules.pop("train_own")
         said = refused(capsys, *own, "--resume")
-        assert "is of a run on other data: data=train_own:data returned something else." in said
+        assert "is of a run on other data: data=train_own:data returned something else, because a file" in said
         assert "holds another run, not finished: what the data hold is something else" in refused(capsys, *own)
         assert "is of a run on other data" in refused(capsys, "flatmin-runs/runs/own", "--resume")
         unnamed = own[: own.index("--name")]

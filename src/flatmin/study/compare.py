@@ -147,7 +147,8 @@ def compare(
     ]
     if not any(finding.results for finding in findings):
         reasons = [o.error or (o.result.failure if o.result else None) for o in outcomes.values()]
-        raise ValueError(f"no run had a result; the first one: {next(filter(None, reasons), 'unknown')}.")
+        first = next(filter(None, reasons), "unknown").rstrip(".")
+        raise ValueError(f"no run had a result; the first one: {first}.")
     chosen, choices = _select(findings, tell) if config.tune else (findings, {})
     ratios = _ratios(config, chosen, store, todo, tell) if config.timing else {}
     return _sum_up(config, chosen, choices, ratios, todo, outcomes, command)

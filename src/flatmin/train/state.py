@@ -110,10 +110,10 @@ def changed_data(config: RunConfig) -> str:
     """What to do about data that are others than before, for an error."""
     if ":" in config.data:
         return (
-            f"data={config.data} returned something else. A file that it reads has changed, or it draws random numbers "
-            "without a seed of its own. Put the file back or fix the seed, or begin anew."
+            f"data={config.data} returned something else, because a file that it reads has changed or it draws random "
+            "numbers without a seed of its own; put the file back or give it a seed, or begin anew."
         )
-    return f"what lies in data_dir={config.data_dir} has changed. Put it back, or begin anew."
+    return f"what lies in data_dir={config.data_dir} has changed; put it back, or begin anew."
 
 
 def _own(run: Run) -> dict[str, Any]:
