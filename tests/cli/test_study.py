@@ -187,6 +187,112 @@ def test_a_dry_run_of_a_study_of_the_package_needs_no_data(tmp_path, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
+TWO = """
+title = "Two folders"
+train = "smoke"
+seeds = [0]
+[settings]
+data = "images"
+model = "mlp"
+epochs = 1
+batch_size = 4
+image_size = 8
+val_share = 0.2
+[[arms]]
+label = "SGD"
+method = "sgd"
+"""
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Two folders of images of the same names, sizes and labels, and other colours."""
+    Image = pytest.importorskip("PIL.Image", reason="Pillow makes the images that are read here")
+    for k, root in enumerate("AB"):
+        for part, count in (("train", 5), ("test", 3)):
+            for j, name in enumerate(("ant", "bee")):
+                (tmp_path / root / part / name).mkdir(parents=True)
+                for i in range(count):
+                    pixel = (40 * i, 90 * j + 50 * k, 20 + i)
+                    Image.new("RGB", (8, 8), pixel).save(tmp_path / root / part / name / f"{i}.bmp")
+    (tmp_path / "two.toml").write_text(TWO, encoding="utf-8")
+    return tmp_path
+
+
+class TestData:
+    """Runs on other data are other runs, wherever the data lie."""
+
+    def study(self, here, *words, out="out"):
+        result = invoke(here / "two.toml", *words, "--out", here / out, "--no-report", "--workers", 0)
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    def losses(self, here, out="out"):
+        with open(here / out / "studies" / "two.csv", encoding="utf-8", newline="") as file:
+            return [row["train_ce_mean"] for row in csv.DictReader(file)]
+
+    def test_two_folders_in_one_study(self, folders):
+        self.study(folders, f"data_dir={folders / 'A'},{folders / 'B'}")
+        both = self.losses(folders)
+        for name, loss in zip("AB", both, strict=True):
+            self.study(folders, f"data_dir={folders / name}", out=name.lower())
+            assert self.losses(folders, name.lower()) == [loss]
+        assert both[0] != both[1]
+
+    def test_what_is_moved_stays_and_what_is_replaced_is_trained_anew(self, folders):
+        def planned(name):
+            return self.study(folders, f"data_dir={folders / name}", "--dry-run")
+
+        self.study(folders, f"data_dir={folders / 'A'}")
+        (folders / "A").rename(folders / "C")
+        assert "1 runs, 0 to do" in planned("C")
+        (folders / "B").rename(folders / "A")
+        assert "1 runs, 1 to do" in planned("A"), "other images of the same names and sizes"
+        (folders / "C" / "train" / "ant" / "notes.txt").write_text("")
+        said = planned("C")
+        assert "0 to do" in said and "are left out: 1 of .txt." in said
+
+    def test_where_the_data_are_not(self, folders):
+        """What is finished is summed up all the same, as on a laptop, and it is said what is not known."""
+        words = ("data=pets", f"data_dir={folders / 'A'}")
+        self.study(folders, *words)
+        (folders / "A").rename(folders / "gone")
+        said = self.study(folders, *words, "--table", "again")
+        assert len(list((folders / "out" / "runs").iterdir())) == 1 and (folders / "out/studies/again.csv").exists()
+        assert "data=pets cannot be read here, so it is not known whether finished runs are of the data" in said
+        both = self.study(folders, "data=pets", f"data_dir={folders / 'A'},{folders / 'B'}", "--dry-run")
+        assert "2 runs, 1 to do" in both
+
+
+def test_a_file_that_a_function_reads_is_part_of_the_key(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "reads_csv.py").write_text(
+        "import numpy as np, torch\n"
+        "def net():\n"
+        "    return torch.nn.Linear(2, 2)\n"
+        "def load():\n"
+        "    rows = np.loadtxt('rows.csv', delimiter=',')\n"
+        "    return [(rows[:, :2], rows[:, 2].astype(int))] * 3\n"
+        "def draws():\n"
+        "    return [(np.random.rand(8, 2), np.arange(8) % 2)] * 3\n"
+    )
+    rows = "".join(f"{k},{k * k},{k % 2}\n" for k in range(8))
+    (tmp_path / "rows.csv").write_text(rows)
+    text = TWO.replace('"images"', '"reads_csv:load"').replace("image_size = 8\nval_share = 0.2\n", "")
+    text = text.replace('"mlp"', '"reads_csv:net"')
+    (tmp_path / "mine.toml").write_text(text)
+    words = ("mine.toml", "--no-report", "--workers", 0)
+    assert invoke(*words).exit_code == 0
+    assert "1 runs, 0 to do" in invoke(*words, "--dry-run").output
+    (tmp_path / "rows.csv").write_text(rows.replace("7,49", "7,48"))
+    assert "1 runs, 1 to do" in invoke(*words, "--dry-run").output
+    (tmp_path / "rows.csv").write_text(rows)
+    assert "1 runs, 0 to do" in invoke(*words, "--dry-run").output
+    said = invoke(*words, "data=reads_csv:draws").output
+    assert "the data are not those that the run was planned with: data=reads_csv:draws returned something else" in said
+    assert "it draws random numbers without a seed of its own" in said
+
+
 def test_the_list_has_every_study(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = invoke("list")
@@ -254,7 +360,7 @@ def test_the_page_can_be_left_out(study, tmp_path):
             ("--executor", "slurm", "--on", "gpus_per_node=1"),
             "the runs are on the CPU and need no GPU: set device=",
         ),
-        (("--table", "up/there"), "--table takes the name of a file without its folder, not 'up/there'"),
+        (("--table", "up/there"), "--table 'up/there' cannot be the name of a file or folder: it is a path"),
         (("--choose", "rhoo"), "rhoo cannot be chosen, for it is no axis"),
     ],
 )

@@ -17,11 +17,34 @@ def test_three_pairs_become_data():
     assert not data.wrong.any()
 
 
-def test_arrays_become_float32_and_int64():
-    x, y = np.zeros((4, 3)), np.array([0, 1, 0, 1], dtype=np.int32)
-    data = as_data(((x, y), (x, y), (x, y)), "mine")
-    assert data.train.x.dtype == torch.float32
-    assert data.train.y.dtype == torch.int64
+def read_only(x):
+    x.flags.writeable = False
+    return x
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: x,
+        read_only,  # as pandas hands them out
+        lambda x: x[::-1].copy()[::-1],
+        lambda x: np.asfortranarray(x),
+        lambda x: x.astype(x.dtype.newbyteorder(">")),
+        lambda x: x.astype(object),
+        lambda x: x.astype(np.longdouble if x.dtype.kind == "f" else np.uint16),
+        lambda x: x.astype(np.float16 if x.dtype.kind == "f" else np.uint64),
+        lambda x: list(x),
+        lambda x: [torch.tensor(row) for row in x.tolist()],
+    ],
+)
+def test_arrays_of_any_layout_become_float32_and_int64(change):
+    """Without a warning, which the settings of pytest make an error."""
+    x, y = np.arange(12.0).reshape(4, 3) / 8, np.array([0, 1, 0, 1], dtype=np.int32)
+    data = as_data([(change(x.copy()), change(y.copy()))] * 3, "mine")
+    assert data.train.x.dtype == torch.float32 and data.train.y.dtype == torch.int64
+    assert data.train.x.tolist() == x.tolist() and data.train.y.tolist() == y.tolist()
+    data.train.x[0, 0] = 9.0
+    assert as_data([(x > 0.5, y)] * 3, "mine").train.x.tolist() == (x > 0.5).astype(float).tolist()
 
 
 def test_data_passes_through():
@@ -43,7 +66,11 @@ def test_noisy_labels_keep_the_clean_ones():
         (None, "mine returned a NoneType; expected .* three pairs"),
         ((pair(), pair()), "mine returned a tuple of 2"),
         ((pair(), 3, pair()), "mine returned a int for validation"),
-        ((("text", [1]), pair(), pair()), "mine: train cannot be made into tensors"),
+        ((("text", [1]), pair(), pair()), "mine: train.x cannot be made into a tensor: it holds text"),
+        (((torch.randn(2, 3), ["cat", "dog"]), pair(), pair()), "train.y cannot .* holds text; convert it to numbers"),
+        (((np.array([["a", 1.0]], object), [0]), pair(), pair()), "dtype is object and it holds str"),
+        (((np.ma.masked_less(np.eye(2), 1), [0, 1]), pair(), pair()), "entries are masked"),
+        (((torch.eye(2).to_sparse(), [0, 1]), pair(), pair()), "sparse or complex"),
         ((pair(), pair(), (torch.randn(4, 5), torch.zeros(4).long())), "test.x has samples of shape .5,., but train.x"),
         (((torch.randn(4, 3), torch.randn(4)), pair(), pair()), "train.y must be int64 labels"),
         (((torch.randn(4, 3), torch.zeros(5).long()), pair(), pair()), "as many inputs as labels"),

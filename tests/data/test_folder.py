@@ -1,10 +1,13 @@
+import os
 import random
+import shutil
 import sys
 
 import pytest
 import torch
 
-from flatmin.data.folder import Files, scan_annotated, scan_folder
+from flatmin.data import folder
+from flatmin.data.folder import Files, files_digest, scan_annotated, scan_folder
 from flatmin.data.loader import FileLoader, load_files
 from flatmin.data.views import Centre, RandomCrop, read_image
 from tests.pictures import picture
@@ -45,6 +48,53 @@ def test_classes_and_files_in_order(root):
     assert files.paths[:4] == ("ant/ant_01.png", "ant/ant_04.png", "ant/ant_07.png", "ant/ant_10.png")
     assert files.labels == (0,) * 4 + (1,) * 3 + (2,) * 4
     assert len(files) == 11
+
+
+def test_what_is_left_out_is_counted_and_said(root):
+    assert scan_folder(root).notes == ()
+    for name in ("cat/a.gif", "cat/b.GIF", "bee/notes.txt", "bee/README", "bee/Thumbs.db", "ant/.hidden.txt"):
+        (root / name).write_text("no image")
+    for name in ("lost.png", "cat/kittens/a.png", "cat/kittens/b.png"):
+        picture(root / name, 4, 4)
+    (root / "ant" / "link").symlink_to(root / "cat")
+    files = scan_folder(root)
+    assert files.counts == {"ant": 4, "bee": 3, "cat": 6}
+    said = [note.removeprefix(f"{root}: ") for note in files.notes]
+    assert said[0].endswith("are left out: 1 of no ending, 2 of .gif, 1 of .txt.")
+    assert said[1:] == [
+        "images that lie beside the class folders have no class and are left out: 1.",
+        "images in subfolders of a class folder count as images of that class: 2.",
+        "folders behind links in a class folder are left out: 1.",
+    ]
+    (root / "gifs").mkdir()
+    (root / "gifs" / "a.gif").write_text("")
+    with pytest.raises(
+        ValueError, match=r"gifs holds no images, expected files .* \(the classes up to it have .*of \.gif"
+    ):
+        scan_folder(root)
+
+
+def test_a_digest_is_of_names_and_content_wherever_they_lie(root, tmp_path, monkeypatch):
+    def digest(place=root):
+        return files_digest([scan_folder(place)])
+
+    first = digest()
+    shutil.copytree(root, tmp_path / "moved")
+    assert digest(tmp_path / "moved") == first
+    path = root / "cat" / "cat_00.png"
+    content = path.read_bytes()
+    for whole in (True, False):
+        if not whole:
+            monkeypatch.setattr(folder, "WHOLE", 0)
+            first = digest()
+        path.write_bytes(content[:-1] + b"x")
+        assert digest() != first, "of the same size"
+        path.write_bytes(content)
+        os.utime(path, ns=(5, 5))
+        assert digest() == first
+        path.rename(root / "bee" / "cat_00.png")
+        assert digest() != first
+        (root / "bee" / "cat_00.png").rename(path)
 
 
 def test_subfolders_and_capital_endings(tmp_path):

@@ -219,10 +219,12 @@ class TestNumbers:
             "two failed: the training loss was not finite in step 7.",
             "There is one run of each: seeds can differ by more than methods do; see `flatmin compare`.",
         ]
-        odd = result(trained=False, lambda_max={**LAMBDA, "converged": False, "residual": 0.2})
+        odd = result(
+            trained=False, train_ce=2.3, chance=2.302, lambda_max={**LAMBDA, "converged": False, "residual": 0.2}
+        )
         best = dataclasses.replace(CONFIG, selection="max-test")
         assert troubles([read(make(tmp_path / "odd", ended=odd, config=best))]) == [
-            "odd has not learned: its train loss is that of guessing.",
+            "odd has not learned: its final training loss is at chance level (2.300; chance is 2.302).",
             "odd chose its weights on the test part; its test accuracy is no honest estimate.",
             "lambda_max of odd has not converged (relative residual 2e-01).",
         ]

@@ -150,7 +150,7 @@ def test_where_the_radius_comes_from():
 
 
 def test_flags_are_explained():
-    assert "95 % of log K" in notes(FAMILY, flags=["did not train: 1 of 3"])
+    assert "not clearly below chance level" in notes(FAMILY, flags=["did not train: 1 of 3"])
     assert "a run without a result" in notes(FAMILY, flags=["failed: 1 of 3"])
 
 

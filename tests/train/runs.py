@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -209,7 +210,8 @@ def outcome(path: Path) -> dict[str, Any]:
         "steps": [_timeless(step) for step in folder.steps()],
         "measures": folder.measures(),
         "result": _timeless(result),
-        "files": sorted(p.relative_to(path).as_posix() for p in path.rglob("*")),
+        # The name of a checkpoint holds a digest of its content, times included.
+        "files": sorted(re.sub(r"-[0-9a-f]{16}\.pt", "", p.relative_to(path).as_posix()) for p in path.rglob("*")),
     }
 
 

@@ -153,6 +153,7 @@ class TestRefused:
             ({"lr": 0.2}, "lr is 0.1 there and 0.2 here"),
             ({"seed": 1}, "seed is 0 there and 1 here"),
             ({"epochs": 4}, "epochs is 3 there and 4 here"),
+            ({"epochs": 4, "lr": 0.2}, "lr is 0.1 there and 0.2 here, epochs is 3 there and 4 here"),
             ({"ema": None}, "ema is 0.8 there and None here"),
             ({"optimizer": "adamw"}, "optimizer is 'sgd' there and 'adamw' here"),
             ({"model": "tests.train.runs:plain_net"}, "model is .*image_net.* there and .*plain_net.* here"),

@@ -9,9 +9,10 @@ from torch import nn
 from flatmin.data.augment import Augment
 from flatmin.data.base import Data, Split
 from flatmin.data.images import Statistics
+from flatmin.data.noise import symmetric_noise
 from flatmin.train import evaluate
 from flatmin.train.config import RunConfig
-from flatmin.train.evaluate import Scores, batches, has_trained, logits, memorised, score
+from flatmin.train.evaluate import Chance, Scores, batches, logits, memorised, score
 from flatmin.train.processes import World
 
 
@@ -226,12 +227,47 @@ def test_curvature_is_that_of_the_whole_training_part():
     assert found["converged"]
 
 
-def test_the_level_of_guessing():
-    assert has_trained(0.94 * math.log(8), 8) and not has_trained(0.96 * math.log(8), 8)
-    assert not has_trained(math.inf, 8)
-    data = images()
-    blank = nn.Sequential(nn.Flatten(), nn.Linear(192, 8))
-    for parameter in blank.parameters():
-        nn.init.zeros_(parameter)
-    found = score(blank, data, data.test, config())
-    assert found.loss == pytest.approx(math.log(8)) and not has_trained(found.loss, 8)
+def labelled(counts, wrong=0.0):
+    """Data with so many samples of each class; of those, the first share of the labels is moved to the next class."""
+    y = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    noisy = symmetric_noise(y, wrong, len(counts), seed=0)
+    data = Data(*[Split(torch.zeros(len(y), 2), y)] * 3, num_classes=len(counts))
+    return data.with_labels(noisy) if wrong else data
+
+
+def scored(loss, acc):
+    return Scores(loss=loss, acc=acc, top5=None)
+
+
+def test_chance_is_the_best_constant_answer():
+    """Of frequent classes it is far below log K, and a network that has found the frequencies has learned nothing."""
+    for counts in ((50, 50), (90, 10), (10, 20, 70, 0)):
+        data = labelled(counts)
+        constant = nn.Linear(2, len(counts), bias=True)
+        nn.init.zeros_(constant.weight)
+        shares = torch.tensor(counts) / sum(counts)
+        constant.bias.data = (shares + 1e-12).log()
+        found, chance = score(constant, data, data.train, config()), Chance.of(data, config())
+        assert (chance.loss, chance.acc) == pytest.approx((found.loss, found.acc), rel=1e-5)
+        assert chance.least == 0.0 and not chance.beaten(found)
+        assert chance.beaten(scored(0.94 * chance.loss, chance.acc)) and not chance.beaten(scored(9.0, chance.acc))
+        assert chance.beaten(scored(9.0, (chance.acc + 100) / 2 + 1)), "sure of itself, and mostly right"
+        assert not chance.beaten(scored(math.inf, 100.0)) and not chance.beaten(scored(math.nan, 0.0))
+    one = Chance.of(labelled((5,)), config())
+    assert one.beaten(scored(0.0, 100.0)) and one.loss == 0
+
+
+@pytest.mark.parametrize("smoothing", ["uniform", "others"])
+@pytest.mark.parametrize(("noise", "share"), [(0.0, 0.0), (0.8, 0.0), (0.0, 0.8), (0.8, 0.5)])
+def test_what_wrong_labels_and_smoothing_leave_is_no_failure_to_learn(noise, share, smoothing):
+    """The right classes with the best probabilities under the smoothed loss, against an average over the labels."""
+    data, k = labelled((1000,) * 10, noise), 10
+    run = config(noise=noise, label_smoothing=share, smoothing=smoothing)
+    off = share / k if smoothing == "uniform" else share / (k - 1)
+    target = torch.full((k, k), off).fill_diagonal_(1 - (k - 1) * off)
+    clean = data.train.y if data.clean is None else data.clean
+    best = torch.stack([target[data.train.y[clean == c]].mean(0) for c in range(k)])
+    loss = float(-best[clean, data.train.y].log().mean())
+    chance = Chance.of(data, run)
+    assert chance.least == pytest.approx(loss, rel=2e-3)
+    assert chance.beaten(scored(loss, 0.0)) and not chance.beaten(scored(chance.loss, 0.0))

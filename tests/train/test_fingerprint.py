@@ -1,9 +1,14 @@
 """What a run's outcome depends on, as a digest."""
 
+import dataclasses
 import json
 import os
 
+import torch
+
+from flatmin.data.base import Data, Split
 from flatmin.train import fingerprint
+from flatmin.train.config import RunConfig
 
 
 def test_the_fingerprint_covers_what_a_run_depends_on():
@@ -58,3 +63,31 @@ def test_environments_that_differ_have_every_value_once():
     both = fingerprint.merged([a, b, a])
     assert both == {"versions": {"torch": "2.0; 2.1", "numpy": "1"}, "device": "cpu", "threads": "1; 2", "processes": 1}
     assert fingerprint.merged([both, a, b]) == both and fingerprint.merged([a]) == a and fingerprint.merged([]) == {}
+
+
+def clouds(change=lambda x: x):
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(10_000, 3, generator=g), torch.arange(10_000) % 2
+    return Data(Split(change(x), y), Split(x[:5], y[:5]), Split(x[5:9], y[5:9]), num_classes=2, name="mine:load")
+
+
+def test_tensors_agree_up_to_rounding_and_in_no_other_change():
+    config = RunConfig(method="sgd", data="mine:load")
+    one = fingerprint.content_of(config, clouds())
+    rounded = fingerprint.content_of(config, clouds(lambda x: x * (1 + 1e-7)))
+    assert one.digest != rounded.digest and one.agrees(rounded) and rounded.agrees(one)
+    for change in (
+        lambda x: x.index_fill(0, torch.tensor([77]), 3.0),
+        lambda x: x.flip(0),
+        lambda x: x.flip(1),
+        lambda x: x * 1.001,
+        lambda x: x[:9_999].repeat(2, 1)[:10_000],
+    ):
+        assert not one.agrees(fingerprint.content_of(config, clouds(change)))
+    labels = clouds().train.y.clone()
+    labels[:2] = labels[:2].flip(0)
+    data = dataclasses.replace(clouds(), train=Split(clouds().train.x, labels))
+    assert not one.agrees(fingerprint.content_of(config, data)), "two labels that have changed places"
+    noisy = dataclasses.replace(config, noise=0.3)
+    assert fingerprint.content_of(noisy, clouds().with_labels(1 - clouds().train.y)) == one, "noise is a setting"
+    assert fingerprint.content_of(RunConfig(method="sgd")) is None

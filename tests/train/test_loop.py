@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import math
 
@@ -137,9 +138,21 @@ def test_curvature_is_that_of_the_last_weights():
 def test_a_net_that_only_guesses_has_not_trained():
     result, _ = run(lr=0.0, rho=0.0)
     assert not result.trained
-    assert evaluate.has_trained(0.94 * math.log(3), 3)
-    assert not evaluate.has_trained(0.96 * math.log(3), 3)
-    assert not evaluate.has_trained(math.nan, 3)
+    assert result.untrained.endswith(f"chance level ({result.train_ce:.3f}; chance is {result.chance:.3f})")
+
+
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [
+        (35.0, "has not learned: its final training loss is above chance level (35.000; chance is 2.303)"),
+        (2.3, "has not learned: its final training loss is at chance level (2.300; chance is 2.303)"),
+        (2.2, "has hardly learned: its final training loss is little below chance level (2.200; chance is 2.303)"),
+    ],
+)
+def test_chance_level_is_said_only_of_a_loss_that_is_there(loss, words):
+    result, _ = run(lr=0.0, rho=0.0, epochs=1)
+    assert dataclasses.replace(result, train_ce=loss, chance=math.log(10)).untrained == words
+    assert dataclasses.replace(result, train_ce=loss, trained=True).untrained is None
 
 
 @pytest.mark.parametrize("method", ["sgd", "sam"])

@@ -13,7 +13,7 @@ from torch import nn
 from flatmin.data.base import Data, Split
 from flatmin.measure.problem import Problem
 from flatmin.measure.sharpness import m_sharpness, worst_case
-from flatmin.train import evaluate, events, trackers
+from flatmin.train import evaluate, events, fingerprint, trackers
 from flatmin.train.config import RunConfig
 from flatmin.train.folder import RunFolder
 from flatmin.train.loop import train
@@ -263,7 +263,9 @@ class TestResult:
     def test_the_file_is_what_was_returned(self, tmp_path):
         result, told = run(config(measure=True, test_every=1), tmp_path, labels={"label": "mine", "key": "abc"})
         found = json.loads((tmp_path / "result.json").read_text())
-        assert found == {"version": 1, "label": "mine", "key": "abc", **dataclasses.asdict(result)}
+        content = fingerprint.content_of(config()).digest
+        labels = {"label": "mine", "key": "abc", "content": content}
+        assert found == {"version": 1, **labels, **dataclasses.asdict(result)}
         assert told[-1] == events.Ended(result=result)
         written = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
         assert written == [dataclasses.asdict(line) for line in lines(told)]
@@ -289,7 +291,8 @@ class TestResult:
     def test_configuration_and_labels(self, tmp_path):
         settings = config(epochs=1)
         run(settings, tmp_path, labels={"label": "mine"})
-        assert RunFolder(tmp_path).config() == (settings, {"label": "mine"})
+        content = fingerprint.content_of(settings).digest
+        assert RunFolder(tmp_path).config() == (settings, {"label": "mine", "content": content})
         assert json.loads((tmp_path / "env.json").read_text())["processes"] == 1
 
 

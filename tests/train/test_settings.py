@@ -1,3 +1,4 @@
+import re
 from dataclasses import dataclass, field
 
 import pytest
@@ -85,6 +86,30 @@ def test_presets():
         settings.read_preset("digit")
     with pytest.raises(ValueError, match=r"preset file 'no.toml' does not exist"):
         settings.read_preset("no.toml")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_a_preset_file_from_any_editor(tmp_path, encoding, end):
+    text = end.join(['title = "Größe"', "epochs = 3", ""])
+    mark = b"\xfe\xff" if encoding == "utf-16-be" else b""
+    (tmp_path / "mine.TOML").write_bytes(mark + text.encode(encoding))
+    assert settings.read_preset(str(tmp_path / "mine.TOML")) == {"title": "Größe", "epochs": 3}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ('a = 1\ntitle = "Größe"\n'.encode("latin-1"), "line 2 has the byte 0xf6, as in Latin-1 or Windows-1252; save"),
+        ("a = 1\n".encode("utf-16-le"), "looks like UTF-16 without a byte order mark; save it as UTF-8"),
+        ('a = "ß"\n'.encode("utf-16-le"), "as in UTF-16 without a byte order mark; save it as UTF-8"),
+        (b"\xff\xfea", "begins like UTF-16 but is damaged; save it as UTF-8"),
+    ],
+)
+def test_a_preset_file_in_another_encoding_is_refused_in_a_sentence(tmp_path, content, words):
+    (tmp_path / "mine.toml").write_bytes(content)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path / 'mine.toml'))} .*{words}[^\n]*$"):
+        settings.read_preset(str(tmp_path / "mine.toml"), "study")
 
 
 def test_a_preset_file(tmp_path):

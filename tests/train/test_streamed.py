@@ -240,7 +240,7 @@ class TestMeasuring:
         two = pair(kept)[1]
         assert list(measuring.batches(two, measuring.View())), "what is in memory is there already"
 
-    def test_the_digest_is_of_names_sizes_and_times(self, root):
+    def test_the_digest_is_of_names_and_content(self, root):
         data = [load_data(settings(root, workers=workers)) for workers in (0, 2)]
         first = data_digest(data[0])
         assert data_digest(data[1]) == first

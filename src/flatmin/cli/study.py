@@ -72,6 +72,7 @@ def study(
     from flatmin.study.reading import read_study
     from flatmin.study.study_page import render
     from flatmin.study.unfold import cells
+    from flatmin.train.files import check_name
 
     console = make_console()
     if name == "list":
@@ -79,8 +80,8 @@ def study(
         return
     if report and not dry_run:
         require_figures()
-    if table_name is not None and (not table_name.strip(". ") or Path(table_name).name != table_name):
-        raise ValueError(f"--table takes the name of a file without its folder, not {table_name!r}.")
+    if table_name is not None:
+        check_name(table_name, "--table")
     settings = executor_settings(executor, on or ())
     spec = read_study(name, overrides or (), demo=demo)
     if choose is not None:
@@ -164,7 +165,7 @@ def _describe(todo: StudyPlan, workers: int, console: Console) -> None:
     if nets := sum(run.view is not None for run in todo.open):
         text += f", and {nets} network{'s' if nets > 1 else ''} to measure"
     console.print(text + _duration(todo, workers, sizes), markup=False, soft_wrap=True)
-    for note in todo.spec.notes:
+    for note in (*todo.warnings, *todo.spec.notes):
         console.print(note, markup=False, soft_wrap=True)
 
 

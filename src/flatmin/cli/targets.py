@@ -10,13 +10,14 @@ HOME = Path("flatmin-runs")
 
 
 def run_folder(word: str) -> Path:
-    """The folder that is meant: the path itself, or flatmin-runs/runs/NAME.
+    """The folder that is meant: the path itself, or flatmin-runs/runs/NAME for a name without a folder.
 
     Raises:
         ValueError: neither is there.
     """
-    path, named = Path(word), HOME / "runs" / word
-    if named.is_dir() and not (path / "config.json").is_file():
+    path = Path(word)
+    named = HOME / "runs" / path.name
+    if path.name == word and word != ".." and named.is_dir() and not (path / "config.json").is_file():
         return named
     if path.is_dir():
         return path

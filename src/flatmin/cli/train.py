@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from flatmin.cli.training import Training
     from flatmin.data.base import Data
     from flatmin.train.config import RunConfig
+    from flatmin.train.fingerprint import Content
     from flatmin.train.folder import RunFolder
     from flatmin.train.options import Options
     from flatmin.train.processes import World
@@ -72,25 +75,36 @@ def perform(
         dry_run: check everything and show the settings only. Default False.
 
     Raises:
-        ValueError: what `load_run` and the run raise, or a run that is there already.
+        ValueError: what `load_run` and the run raise, a name that is none, or a run that is there already.
         FileNotFoundError: the data are not there.
         typer.Exit: the run was interrupted, or stopped by itself.
     """
     from flatmin.cli.training import Training, print_settings
+    from flatmin.train.events import Warned
+    from flatmin.train.files import check_name
+    from flatmin.train.fingerprint import content_of
     from flatmin.train.interrupt import Interrupted
     from flatmin.train.loop import train as run
     from flatmin.train.processes import world_of
     from flatmin.train.sources import check_machine
     from flatmin.train.trackers import make_tracker
+    from flatmin.train.trainer import updates
 
-    config, options, folder, labels = _settings(preset, words, name=name, out=out, resume=resume)
+    if name is not None:
+        check_name(name, "--name")
+    config, options, run_there = _settings(preset, words, name=name, resume=resume)
     check_machine(config)
     with world_of(config.device) as world:
         console = make_console(quiet=not world.first)
-        if world.first and not dry_run:
-            _check_folder(folder, resume=resume, again=again)
         with Training(console) as display:
             data = _load(config, download, world, display)
+            content = content_of(config, data)
+            folder, labels = run_there or _new(preset, config, content, name=name, out=out)
+            if world.first and not dry_run:
+                total = updates(config, len(data.train), world.size)
+                note = _prepare(folder, preset, config, content, updates=total, resume=resume, again=again)
+                if note is not None:
+                    display(Warned(text=note))
             if dry_run:
                 for tracker in options.trackers:
                     make_tracker(tracker, folder=folder.path, run=folder.path.name)
@@ -104,6 +118,7 @@ def perform(
                     options=options,
                     labels=labels,
                     data=data,
+                    content=content,
                     on_event=display,
                 )
             except Interrupted as interrupt:
@@ -143,9 +158,9 @@ def _load(config: RunConfig, download: bool, world: World, display: Training) ->
 
 
 def _settings(
-    preset: str, words: Sequence[str], *, name: str | None, out: Path, resume: bool
-) -> tuple[RunConfig, Options, RunFolder, dict[str, str]]:
-    """Configuration, options, folder and labels of the run.
+    preset: str, words: Sequence[str], *, name: str | None, resume: bool
+) -> tuple[RunConfig, Options, tuple[RunFolder, dict[str, str]] | None]:
+    """Configuration and options of the run; and its folder and labels, if the preset is the folder of a run.
 
     Raises:
         ValueError: a run's folder with settings of its own, and what `load_run` raises.
@@ -164,45 +179,139 @@ def _settings(
                 "preset for another run."
             )
         config, labels = folder.config()
-        return config, options, folder, labels
+        return config, options, (folder, labels)
     if Path(preset).is_dir() and len(Path(preset).parts) > 1:
         raise ValueError(f"{preset} is not a run: there is no config.json in it (runs are in FOLDER/runs).")
     config, options = load_run(preset, words)
-    labels = {"label": name or f"{config.method} {preset}", **_key(config)}
-    return config, options, RunFolder(out / "runs" / (name or default_name(preset, config))), labels
+    return config, options, None
 
 
-def default_name(preset: str, config: RunConfig) -> str:
+def _new(
+    preset: str, config: RunConfig, content: Content | None, *, name: str | None, out: Path
+) -> tuple[RunFolder, dict[str, str]]:
+    """Folder and labels of a run by its settings."""
+    from flatmin.train.folder import RunFolder
+
+    labels = {"label": name or f"{config.method} {preset}", "key": _key(config, content)}
+    return RunFolder(out / "runs" / (name or default_name(preset, config, content))), labels
+
+
+def default_name(preset: str, config: RunConfig, content: Content | None) -> str:
     """Method, preset, seed, and ten digits that tell apart what differs in anything that decides the outcome."""
-    slug = re.sub(r"[^a-z0-9.+]+", "-", f"{config.method}-{Path(preset).stem}".lower()).strip("-")
-    return f"{slug}-s{config.seed}-{_key(config)['key'][:10]}"
+    return f"{_slug(preset, config)}-s{config.seed}-{_key(config, content)[:10]}"
 
 
-def _key(config: RunConfig) -> dict[str, str]:
+def _slug(preset: str, config: RunConfig) -> str:
+    return re.sub(r"[^a-z0-9.+]+", "-", f"{config.method}-{Path(preset).stem}".lower()).strip("-")[:100]
+
+
+def _key(config: RunConfig, content: Content | None) -> str:
+    """Of the settings and the data; of data that come with a package, they are the name in the settings."""
     from flatmin.train.config import identity
     from flatmin.train.settings import content_hash
 
-    return {"key": content_hash(identity(config))}
+    return content_hash(identity(config), *([] if content is None else [content.digest]))
 
 
-def _check_folder(folder: RunFolder, *, resume: bool, again: bool) -> None:
-    """Refuse to lose a run that is there.
+def _prepare(
+    folder: RunFolder,
+    preset: str,
+    config: RunConfig,
+    content: Content | None,
+    *,
+    updates: int,
+    resume: bool,
+    again: bool,
+) -> str | None:
+    """Refuse to lose a run that is there; what a person should know before the run begins or goes on, if anything.
 
     Raises:
-        ValueError: there is one, and nothing says what to do with it.
+        ValueError: there is one, and nothing says what to do with it, or it is of other settings or data.
     """
+    from flatmin.train.state import fixed_length
+
     if resume and again:
         raise ValueError("--resume goes on with a run and --again begins it anew; give one of them.")
-    if again or not folder.begun:
-        return
+    if again:
+        return None
+    if not folder.begun:
+        return _before(folder, preset, config, content, updates) if resume else None
     try:
         done = folder.finished and folder.result().failure is None
     except ValueError as error:
         raise ValueError(f"{folder.path} holds a run whose result cannot be read: {error}; use --again.") from error
-    if done:
+    other = _differ(folder, config, content)
+    reached, way_out = _reached(folder), "give this one another --name, or begin it in place of the other with --again."
+    # Whether the data are the same up to rounding, the checkpoint tells.
+    open_ = list(other) == ["epochs"] or (list(other) == ["content"] and reached >= 0 and not done)
+    if other and not (resume and open_):
+        what = "finished" if done else "not finished"
+        raise ValueError(f"{folder.path} holds another run, {what}: {', '.join(other.values())}; {way_out}")
+    if "epochs" in other:
+        why = fixed_length(config) or ("it has no checkpoint" if reached < 0 else None)
+        if why is not None:
+            raise ValueError(
+                f"{folder.path} holds a run in which {other['epochs']}, and it cannot go on to that: {why}; {way_out}"
+            )
+    elif done:
         raise ValueError(
             f"{folder.path} holds this run, finished; look at it with `flatmin show {folder.path}`, or begin it anew "
             "with --again."
         )
     if not resume:
         raise ValueError(f"{folder.path} holds this run, not finished; go on with --resume, or anew with --again.")
+    if reached < 0:
+        return f"there is no checkpoint in {folder.path}, so the run begins from the start."
+    return None
+
+
+def _before(folder: RunFolder, preset: str, config: RunConfig, content: Content | None, updates: int) -> str:
+    """Make ready to go on from a run of fewer epochs, if one allows it; else say how the nearest run differs."""
+    from flatmin.train.folder import RunFolder
+    from flatmin.train.state import fixed_length
+
+    runs: list[tuple[RunFolder, dict[str, str]]] = []
+    for place in sorted(folder.path.parent.glob(f"{glob.escape(_slug(preset, config))}-s*")):
+        with suppress(ValueError):  # it cannot be read, so there is nothing to go on with
+            there = RunFolder(place)
+            runs.append((there, _differ(there, config, content)))
+    why = fixed_length(config)
+    fewer = [run for run in runs if list(run[1]) == ["epochs"] and 0 <= _reached(run[0]) <= updates]
+    if fewer and why is None:
+        there, other = max(fewer, key=lambda run: _reached(run[0]))
+        folder.take_over(there)
+        return f"{folder.path.name} goes on from {there.path.name}, in which {other['epochs']}."
+    begins = f"there is no run of these settings to go on with, so {folder.path.name} begins from the start"
+    if not runs:
+        return f"{begins}."
+    there, other = min(runs, key=lambda run: len(run[1]))
+    if not other:
+        return (
+            f"{there.path} is a run of these settings by an earlier version, which has not written down its data, so "
+            f"{folder.path.name} begins from the start; `flatmin train {there.path} --resume` goes on with the other."
+        )
+    if list(other) == ["epochs"]:
+        return f"{begins}: in {there.path.name} {other['epochs']}, and {why or 'it has no checkpoint that fits'}."
+    return f"{begins}; in {there.path.name}, {', '.join(other.values())}."
+
+
+def _reached(folder: RunFolder) -> int:
+    """The update of the last checkpoint; -1 if there is none."""
+    from flatmin.train import checkpoint
+
+    return max((checkpoint.step_of(path) for path in checkpoint.found(folder.checkpoints)), default=-1)
+
+
+def _differ(folder: RunFolder, config: RunConfig, content: Content | None) -> dict[str, str]:
+    """In what a run that is there differs, by setting; under "content", that it is on other data.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    from flatmin.train.config import differences, identity
+
+    known, labels = folder.config()
+    found = differences(identity(known), config)
+    if content is not None and labels.get("content", content.digest) != content.digest:
+        found["content"] = "what the data hold is something else"
+    return found

@@ -145,8 +145,8 @@ class Training:
         self._say(f"Test accuracy {result.chosen['test_acc']:.2f} %{top5} ({rule}).")
         if result.lambda_max is not None:
             self._say(f"lambda_max {result.lambda_max['value']:.4g} (train part, eval mode).")
-        if not result.trained:
-            self._say(f"Note: the network has not learned: its train loss is {result.train_ce:.3f}, that of guessing.")
+        if result.untrained is not None:
+            self._say(f"Note: the network {result.untrained}.")
 
     def _say(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -170,6 +170,8 @@ def print_settings(config: RunConfig, data: Data, world: World, console: Console
         highlight=False,
         soft_wrap=True,
     )
+    for note in data.notes:
+        console.print(f"Note: {note}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _span(seconds: float) -> str:

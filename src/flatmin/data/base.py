@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -118,6 +121,7 @@ class Data:
         statistics: for images that are kept as bytes: what they are normalised with. Default None: inputs go to the
             model as they are.
         augment: of the training images, for images that are kept as bytes. Default None: none.
+        notes: what a person should know of how the data were read, in sentences. Default: nothing.
 
     Raises:
         ValueError: shapes, types or labels that do not fit together.
@@ -131,6 +135,7 @@ class Data:
     name: str = "data"
     statistics: Statistics | None = None
     augment: Augment | None = None
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for part in ("train", "val", "test"):
@@ -224,12 +229,11 @@ def as_data(found: Any, name: str) -> Data:
     for part, pair in zip(("train", "validation", "test"), found, strict=True):
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
             raise ValueError(f"{name} returned {_shape_of(pair)} for {part}; {expected}.")
-        try:
-            x, y = torch.as_tensor(pair[0]), torch.as_tensor(pair[1])
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"{name}: {part} cannot be made into tensors: {error}; {expected}.") from error
-        if x.dtype == torch.float64:
+        x, y = (_tensor(value, f"{name}: {part}.{which}", expected) for value, which in zip(pair, "xy", strict=True))
+        if x.is_floating_point() or x.dtype == torch.bool:
             x = x.float()
+        elif x.dtype in (torch.uint16, torch.uint32, torch.uint64):  # which torch computes little with
+            x = x.long()
         if not y.is_floating_point() and y.dtype != torch.bool:
             y = y.long()
         splits.append(Split(x, y))
@@ -238,6 +242,51 @@ def as_data(found: Any, name: str) -> Data:
     bytes_ = train.x.dtype == torch.uint8 and train.x.dim() == 4
     known = Statistics.of(train.x[:]) if bytes_ and len(train) else None
     return Data(train, val, test, num_classes=classes, name=name, statistics=known)
+
+
+def _tensor(value: Any, where: str, expected: str) -> Tensor:
+    """What a user's function returned for inputs or labels, as a tensor of its own type.
+
+    Raises:
+        ValueError: text, dates or other objects, or rows of different lengths.
+    """
+    try:
+        if isinstance(value, Tensor):
+            if value.layout != torch.strided or value.is_complex():
+                raise TypeError("it is sparse or complex; pass a dense tensor of real numbers")
+            return value.detach()
+        if isinstance(value, (list, tuple)) and any(isinstance(one, Tensor) for one in value):
+            return torch.stack([torch.as_tensor(one).detach() for one in value])
+        with warnings.catch_warnings():
+            # Of a file that is mapped for reading only: it may be larger than memory, and nothing here writes to it.
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+            return torch.from_numpy(_numbers(value))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{where} cannot be made into a tensor: {str(error).rstrip('.')}; {expected}.") from error
+
+
+def _numbers(value: Any) -> np.ndarray:
+    """An array that torch takes: writable, contiguous, of the machine's byte order, of numbers of at most 8 bytes.
+
+    Raises:
+        TypeError, ValueError: it holds something else, or masked entries.
+    """
+    array = np.asarray(value)
+    if np.ma.is_masked(value):
+        raise ValueError("some of its entries are masked; fill them or leave out their samples")
+    kind = array.dtype.kind
+    if kind == "O":
+        other = next((type(one).__name__ for one in array.flat if not isinstance(one, Real)), None)
+        if other is not None:
+            raise TypeError(f"its dtype is object and it holds {other}; convert it to numbers first")
+        kind = "i" if all(isinstance(one, Integral) for one in array.flat) else "f"
+        array = array.astype(np.int64 if kind == "i" else np.float64)
+    if kind not in "biuf":
+        known = {"U": "text", "S": "text", "M": "dates", "m": "times", "c": "complex numbers"}
+        raise TypeError(f"it holds {known.get(kind, array.dtype)}; convert it to numbers first, classes to 0 to K - 1")
+    native = np.dtype(np.float64) if kind == "f" and array.dtype.itemsize > 8 else array.dtype.newbyteorder("=")
+    array = array.astype(native, order="C", copy=False)
+    return array if array.flags.writeable or isinstance(value, np.memmap) else array.copy()
 
 
 def _shape_of(found: Any) -> str:

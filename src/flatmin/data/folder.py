@@ -6,11 +6,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
+from flatmin.words import read_text
+
+_OF_SYSTEMS = ("Thumbs.db", "desktop.ini")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm")
 
 
@@ -23,12 +29,14 @@ class Files:
         classes: names in alphabetical order; the position is the label.
         paths: of the files, relative to the root, class by class and in alphabetical order within each.
         labels: one per file.
+        notes: what a person should know of what was found, such as how many files are left out, in sentences.
     """
 
     root: Path
     classes: tuple[str, ...]
     paths: tuple[str, ...]
     labels: tuple[int, ...]
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -45,7 +53,8 @@ class Files:
 def scan_folder(root: str | os.PathLike[str], *, classes: Sequence[str] | None = None) -> Files:
     """The image files of root/CLASS/, subfolders included, as in ImageNet's and Tiny-ImageNet's `train`.
 
-    Files with other endings than `SUFFIXES` and names that begin with a dot are passed over.
+    Names that begin with a dot are passed over. So are files with other endings than `SUFFIXES`, images beside the
+    class folders, and folders behind links; `Files.notes` counts these, and the images in subfolders.
 
     Args:
         root: one folder per class.
@@ -65,16 +74,18 @@ def scan_folder(root: str | os.PathLike[str], *, classes: Sequence[str] | None =
             raise ValueError(f"{root / name} is none of the {len(known)} classes of the training part; remove it.")
     paths: list[str] = []
     labels: list[int] = []
+    seen = _Seen(beside=sum(entry.is_file() and _is_image(entry.name) for entry in os.scandir(root)))
     for label, name in enumerate(known):
-        own = _images_below(root, name)
+        own = _images_below(root, name, seen)
         if not own:
+            there = f" (the classes up to it have {seen.listed()})" if seen.others else ""
             raise ValueError(
-                f"{root / name} holds no images, expected files that end in {', '.join(SUFFIXES)}; add some or remove "
-                "the class."
+                f"{root / name} holds no images, expected files that end in {', '.join(SUFFIXES)}{there}; add some or "
+                "remove the class."
             )
         paths += own
         labels += [label] * len(own)
-    return Files(root, known, tuple(paths), tuple(labels))
+    return Files(root, known, tuple(paths), tuple(labels), seen.notes(root))
 
 
 def scan_annotated(root: str | os.PathLike[str], *, classes: Sequence[str]) -> Files:
@@ -100,7 +111,7 @@ def scan_annotated(root: str | os.PathLike[str], *, classes: Sequence[str]) -> F
     label_of = {name: label for label, name in enumerate(known)}
     there = set(os.listdir(_folder(root / "images")))
     rows = []
-    for number, line in enumerate(table.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(read_text(table).splitlines(), start=1):
         fields = line.split("\t")
         if len(fields) < 2:
             raise ValueError(f"{table}, line {number}: expected a file and its class between tabs, got {line!r}.")
@@ -127,13 +138,90 @@ def _folder(path: str | os.PathLike[str]) -> Path:
     return path
 
 
-def _images_below(root: Path, name: str) -> list[str]:
+def files_digest(parts: Sequence[Files]) -> str:
+    """Hex digest of image files by their names below the root, labels, sizes and content; not of where they lie.
+
+    Up to `WHOLE` bytes in all are read whole. Of more, about `SAMPLED` files that are spread evenly over the list give
+    a block at their beginning, in their middle and at their end. A digest is kept for as long as the process lives and
+    no file has another size or time of change.
+
+    Raises:
+        OSError: a file is missing or cannot be read.
+    """
+    files = [(part, index) for part in parts for index in range(len(part))]
+    named, states = hashlib.sha256(), hashlib.sha256()
+    total = 0
+    for part, index in files:
+        state = os.stat(part.root / part.paths[index])
+        total += state.st_size
+        named.update(f"{part.paths[index]}\0{part.labels[index]}\0{state.st_size}\0".encode(errors="surrogateescape"))
+        states.update(f"{part.root.absolute()}\0{state.st_mtime_ns}\0".encode(errors="surrogateescape"))
+    key = named.hexdigest() + states.hexdigest()
+    if key not in _digests:
+        step = 1 if total <= WHOLE else max(1, len(files) // SAMPLED)
+        for part, index in files[::step]:
+            with open(part.root / part.paths[index], "rb") as file:
+                for block in iter(lambda: file.read(_BLOCK), b"") if total <= WHOLE else _blocks(file):
+                    named.update(block)
+        _digests[key] = named.hexdigest()
+    return _digests[key]
+
+
+WHOLE, SAMPLED = 256 * 2**20, 2000
+_BLOCK, _PIECE = 2**20, 4096
+_digests: dict[str, str] = {}
+
+
+def _blocks(file: IO[bytes]) -> Iterator[bytes]:
+    size = os.fstat(file.fileno()).st_size
+    for begin in (0, (size - _PIECE) // 2, size - _PIECE):
+        file.seek(max(0, begin))
+        yield file.read(_PIECE)
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
+
+
+@dataclass
+class _Seen:
+    """What a scan has counted: other files by ending, images in subfolders and beside the classes, linked folders."""
+
+    beside: int = 0
+    below: int = 0
+    links: int = 0
+    others: Counter[str] = field(default_factory=Counter)
+
+    def listed(self) -> str:
+        return ", ".join(f"{count} of {ending or 'no ending'}" for ending, count in sorted(self.others.items()))
+
+    def notes(self, root: Path) -> tuple[str, ...]:
+        found = []
+        if self.others:
+            found.append(f"{root}: files with other endings than {', '.join(SUFFIXES)} are left out: {self.listed()}.")
+        if self.beside:
+            found.append(
+                f"{root}: images that lie beside the class folders have no class and are left out: {self.beside}."
+            )
+        if self.below:
+            found.append(f"{root}: images in subfolders of a class folder count as images of that class: {self.below}.")
+        if self.links:
+            found.append(f"{root}: folders behind links in a class folder are left out: {self.links}.")
+        return tuple(found)
+
+
+def _images_below(root: Path, name: str, seen: _Seen) -> list[str]:
     """Image files below root/name, relative to the root, in alphabetical order."""
     found = []
     for place, folders, files in os.walk(root / name):
         folders[:] = [folder for folder in folders if not folder.startswith(".")]
+        seen.links += sum(os.path.islink(os.path.join(place, folder)) for folder in folders)
         below = Path(place).relative_to(root)
         for file in files:
-            if file.lower().endswith(SUFFIXES) and not file.startswith("."):
+            if _is_image(file):
                 found.append((below / file).as_posix())
+                # `images` is where Tiny-ImageNet has them.
+                seen.below += len(below.parts) > 1 and below.parts[1:] != ("images",)
+            elif not file.startswith(".") and file not in _OF_SYSTEMS:
+                seen.others[os.path.splitext(file)[1].lower()] += 1
     return sorted(found)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -59,6 +59,8 @@ class Known:
 
     Args:
         read: its reader.
+        scan: lists the files of its parts, where these are folders of images.
+        shipped: it comes with a package, so it is the same for everybody.
         confusions: each class to the one it is taken for, for asymmetric noise.
         downloads: whether the reader can get what is missing.
         train: samples of the official training part, before a validation part is taken from it; None: see the data.
@@ -67,6 +69,8 @@ class Known:
     """
 
     read: Callable[[Reading], Data]
+    scan: Callable[[Reading], list[Files]] | None = field(default=None, kw_only=True)
+    shipped: bool = field(default=False, kw_only=True)
     confusions: Mapping[int, int] | None = None
     downloads: bool = False
     train: int | None = None
@@ -104,29 +108,44 @@ def _idx(name: str, augment: Augment | None, reading: Reading) -> Data:
     )
 
 
-def _tiny_imagenet(reading: Reading) -> Data:
-    """Its `val` is the test part, as its `test` has no labels."""
+def _scan_tiny_imagenet(reading: Reading) -> list[Files]:
     root = _root(reading, "tiny-imagenet-200")
     files = scan_folder(root / "train")
-    train = _bytes(files, reading, 64)
-    test = _bytes(scan_annotated(root / "val", classes=files.classes), reading, 64)
-    return _drawn(train, test, len(files.classes), "tiny-imagenet", reading)
+    return [files, scan_annotated(root / "val", classes=files.classes)]
 
 
-def _imagenet(reading: Reading) -> Data:
-    """ILSVRC 2012 with one folder per class in `train` and `val`, whose images are the test part; read when needed."""
-    root = _root(reading, "imagenet")
-    files = scan_folder(root / "train")
-    test = scan_folder(root / "val", classes=files.classes)
-    return _drawn(_files(files, reading, 224), _files(test, reading, 224), len(files.classes), "imagenet", reading)
+def _tiny_imagenet(reading: Reading) -> Data:
+    """Its `val` is the test part, as its `test` has no labels."""
+    files = _scan_tiny_imagenet(reading)
+    train, test = (_bytes(part, reading, 64) for part in files)
+    return _drawn(train, test, files, "tiny-imagenet", reading)
 
 
-def _sorted(name: str, reading: Reading) -> Data:
-    """Folders `train` and `test` with one folder per class, read when needed."""
+def _scan_sorted(name: str, test: str, reading: Reading) -> list[Files]:
     root = _root(reading, name)
     files = scan_folder(root / "train")
-    test = scan_folder(root / "test", classes=files.classes)
-    return _drawn(_files(files, reading, 224), _files(test, reading, 224), len(files.classes), name, reading)
+    return [files, scan_folder(root / test, classes=files.classes)]
+
+
+def _sorted(name: str, test: str, reading: Reading) -> Data:
+    """Folders `train` and another one for testing with one folder per class in each; read when needed.
+
+    In ILSVRC 2012 the other one is `val`.
+    """
+    files = _scan_sorted(name, test, reading)
+    parts = [_files(part, reading, 224) for part in files]
+    return _drawn(parts[0], parts[1], files, name, reading)
+
+
+def _scan_images(reading: Reading) -> list[Files]:
+    root = Path(reading.folder)
+    files = scan_folder(root / "train")
+    others = [name for name in ("val", "test") if (root / name).is_dir()]
+    if not others:
+        raise FileNotFoundError(
+            f"{root} has neither a folder `test` nor `val` beside `train`; expected one folder per class in them."
+        )
+    return [files, *(scan_folder(root / name, classes=files.classes) for name in others)]
 
 
 def _images(reading: Reading) -> Data:
@@ -137,18 +156,11 @@ def _images(reading: Reading) -> Data:
     More stay files that are read again every epoch, as ImageNet's: random parts for training, the middle after a
     resize to 256/224 of the side for evaluation, normalised with ImageNet's statistics.
     """
-    root = Path(reading.folder)
-    files = scan_folder(root / "train")
-    others = [name for name in ("val", "test") if (root / name).is_dir()]
-    if not others:
-        raise FileNotFoundError(
-            f"{root} has neither a folder `test` nor `val` beside `train`; expected one folder per class in them."
-        )
-    found = [files, *(scan_folder(root / name, classes=files.classes) for name in others)]
+    found = _scan_images(reading)
     side = reading.image_size or 64
     read = _bytes if 3 * side**2 * sum(map(len, found)) <= HELD else _files
     train, *rest = [read(part, reading, side) for part in found]
-    data = _drawn(train, rest[-1], len(files.classes), root.resolve().name, reading)
+    data = _drawn(train, rest[-1], found, Path(reading.folder).resolve().name, reading)
     # A validation part of its own leaves the training part whole.
     whole = len(rest) == 1 or reading.validation is None
     return data if whole else dataclasses.replace(data, train=train, val=rest[0])
@@ -171,12 +183,12 @@ def _files(files: Files, reading: Reading, size: int) -> Split:
     return Split(x, torch.tensor(files.labels, dtype=torch.int64))
 
 
-def _drawn(train: Split, test: Split, classes: int, name: str, reading: Reading) -> Data:
+def _drawn(train: Split, test: Split, files: Sequence[Files], name: str, reading: Reading) -> Data:
     streamed = isinstance(train.x, FileImages)
-    return three_parts(
+    data = three_parts(
         train,
         test,
-        num_classes=classes,
+        num_classes=len(files[0].classes),
         name=name,
         validation=reading.validation,
         split_seed=reading.split_seed,
@@ -184,12 +196,18 @@ def _drawn(train: Split, test: Split, classes: int, name: str, reading: Reading)
         # Random parts are cut where the file is read.
         augment=Augment(crop=0 if streamed else train.x.shape[2] // 8, cutout=0),
     )
+    return dataclasses.replace(data, notes=tuple(note for part in files for note in part.notes))
+
+
+def _folders(name: str, test: str, train: int, classes: int) -> Known:
+    read, scan = partial(_sorted, name, test), partial(_scan_sorted, name, test)
+    return Known(read, scan=scan, train=train, shape=(3, 224, 224), classes=classes)
 
 
 _RGB, _GREY = (3, 32, 32), (1, 28, 28)
 
 DATASETS: dict[str, Known] = {
-    "digits": Known(_digits),
+    "digits": Known(_digits, shipped=True),
     "cifar10": Known(partial(_cifar, "cifar10", False), CIFAR10_CONFUSIONS, True, 50_000, _RGB, 10),
     "cifar100": Known(partial(_cifar, "cifar100", False), CIFAR100_CONFUSIONS, True, 50_000, _RGB, 100),
     "cifar100-coarse": Known(partial(_cifar, "cifar100", True), None, True, 50_000, _RGB, 20),
@@ -197,11 +215,11 @@ DATASETS: dict[str, Known] = {
     "fashion-mnist": Known(
         partial(_idx, "fashion-mnist", Augment(crop=2, cutout=0)), train=60_000, shape=_GREY, classes=10
     ),
-    "tiny-imagenet": Known(_tiny_imagenet, train=100_000, shape=(3, 64, 64), classes=200),
-    "imagenet": Known(_imagenet, train=1_281_167, shape=(3, 224, 224), classes=1000),
-    "flowers102": Known(partial(_sorted, "flowers102"), train=2040, shape=(3, 224, 224), classes=102),
-    "pets": Known(partial(_sorted, "pets"), train=3680, shape=(3, 224, 224), classes=37),
-    "images": Known(_images),
+    "tiny-imagenet": Known(_tiny_imagenet, scan=_scan_tiny_imagenet, train=100_000, shape=(3, 64, 64), classes=200),
+    "imagenet": _folders("imagenet", "val", 1_281_167, 1000),
+    "flowers102": _folders("flowers102", "test", 2040, 102),
+    "pets": _folders("pets", "test", 3680, 37),
+    "images": Known(_images, scan=_scan_images),
 }
 
 

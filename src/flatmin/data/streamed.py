@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flatmin.data.base import HELD, Index
-from flatmin.data.folder import Files
+from flatmin.data.folder import Files, files_digest
 from flatmin.data.loader import FileStream, check_files
 from flatmin.data.views import Centre, RandomCrop, View, read_planes
 
@@ -113,12 +113,10 @@ class FileImages:
         check_files(self.files, self.chosen.tolist(), workers=self.workers)
 
     def facts(self) -> Iterator[str]:
-        """Name, size and time of change of every file, and how they are seen."""
+        """Content of the files as far as `flatmin.data.folder.files_digest` reads it, which of them, and how seen."""
         yield f"{self.view} {self.training}"
-        for index in self.chosen.tolist():
-            path = self.files.paths[index]
-            state = (self.files.root / path).stat()
-            yield f"{path} {state.st_size} {state.st_mtime_ns}"
+        yield files_digest([self.files])
+        yield ",".join(map(str, self.chosen.tolist()))
 
     def stream(self, seed: int) -> ImageStream:
         """Batches as they are trained on; what `RandomCrop` draws depends on (seed, epoch, file) alone.

@@ -11,6 +11,7 @@ from typing import Any
 from flatmin.study.measuring import View, find, measure
 from flatmin.train.files import write_json
 from flatmin.train.settings import content_hash
+from flatmin.words import read_text
 
 
 def make_card(folder: Path, view: View) -> Mapping[str, Any]:
@@ -36,7 +37,7 @@ def make_card(folder: Path, view: View) -> Mapping[str, Any]:
 def kept_card(folder: Path, view: View) -> Mapping[str, Any] | None:
     """The card of this view that a run keeps; None if there is none that can be read."""
     try:
-        found = json.loads(card_path(folder, view).read_text(encoding="utf-8"))
+        found = json.loads(read_text(card_path(folder, view)))
     except (OSError, ValueError):
         return None  # measured again
     return found if isinstance(found, dict) and "sections" in found else None

@@ -23,10 +23,11 @@ from flatmin.study.summary import Choice, Finding, Ratio, Summary, make_row
 from flatmin.study.timing import guess_seconds, measure_speed, time_ratios
 from flatmin.train.config import RunConfig
 from flatmin.train.files import write_json
-from flatmin.train.fingerprint import data_digest, digest, environment, external_versions, package_digest, user_sources
+from flatmin.train.fingerprint import content_of, digest, environment, external_versions, package_digest, user_sources
 from flatmin.train.settings import content_hash
 from flatmin.train.sources import build_model, check_device, check_fit, load_clean
 from flatmin.train.trainer import Trainer, build_recipe
+from flatmin.words import read_text
 
 OnEvent = Callable[[Event], None]
 
@@ -80,13 +81,13 @@ def plan(config: CompareConfig, *, out: Path, workers: int = 2) -> Plan:
     if config.skip_unfit:
         config, left_out = _fitting(config, data.to(config.device))
     points = candidates(config)
-    code = _code(config, points, data_digest(data))
+    code, content = _code(config, points), content_of(_base(config), data)
     runs = {
-        (i, seed): Run(label=point.label, config=point.with_seed(seed), code=code)
+        (i, seed): Run(label=point.label, config=point.with_seed(seed), code=code, content=content)
         for i, point in enumerate(points)
         for seed in range(config.seeds)
     }
-    warnings: list[str] = []
+    warnings = list(data.notes)
     found, missing = finished_and_missing(runs.values(), store, warnings.append)
     seconds = None
     if missing:
@@ -146,7 +147,8 @@ def compare(
     ]
     if not any(finding.results for finding in findings):
         reasons = [o.error or (o.result.failure if o.result else None) for o in outcomes.values()]
-        raise ValueError(f"no run had a result; the first one: {next(filter(None, reasons), 'unknown')}.")
+        first = next(filter(None, reasons), "unknown").rstrip(".")
+        raise ValueError(f"no run had a result; the first one: {first}.")
     chosen, choices = _select(findings, tell) if config.tune else (findings, {})
     ratios = _ratios(config, chosen, store, todo, tell) if config.timing else {}
     return _sum_up(config, chosen, choices, ratios, todo, outcomes, command)
@@ -183,10 +185,10 @@ def _base(config: CompareConfig) -> RunConfig:
     return candidates(plain)[0].config
 
 
-def _code(config: CompareConfig, points: Sequence[Candidate], data: str) -> str:
+def _code(config: CompareConfig, points: Sequence[Candidate]) -> str:
     specs = [*config.plugins, *(spec for spec in (config.model, config.data) if ":" in spec)]
     recipes = [recipe_of(method, config.plugins) for method in dict.fromkeys(p.config.method for p in points)]
-    return digest(user_sources(specs, recipes), package_digest(), data, *external_versions(specs))
+    return digest(user_sources(specs, recipes), package_digest(), *external_versions(specs))
 
 
 def _select(findings: Sequence[Finding], tell: OnEvent) -> tuple[list[Finding], dict[str, list[Choice]]]:
@@ -229,8 +231,9 @@ def _ratios(
         same[finding.label] = identity
         timed.setdefault(identity, run)
     base = _base(config)
-    code = next(iter(todo.runs.values())).code
-    key = content_hash(sorted(timed), dataclasses.replace(base, epochs=1), code)
+    first = next(iter(todo.runs.values()))
+    data = "" if first.content is None else first.content.digest
+    key = content_hash(sorted(timed), dataclasses.replace(base, epochs=1), first.code, data)
     path = store.out / "timing.json"
     kept = _kept_ratios(path, key)
     if kept is None:
@@ -243,7 +246,7 @@ def _ratios(
 def _kept_ratios(path: Path, key: str) -> dict[str, Ratio] | None:
     """Ratios of an earlier call, or None if there are none for this key."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(read_text(path))
         return {name: Ratio(**one) for name, one in found["ratios"].items()} if found["key"] == key else None
     except (OSError, ValueError, KeyError, TypeError):
         return None  # measuring again costs seconds

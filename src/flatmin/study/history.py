@@ -14,6 +14,7 @@ from flatmin.train.files import reason
 from flatmin.train.folder import RunFolder
 from flatmin.train.lock import in_use
 from flatmin.train.result import Epoch, Result
+from flatmin.words import read_text
 
 FINISHED, FAILED, GOING_ON, STOPPED = "finished", "failed", "going on", "stopped"
 RULES = {"val": "best on validation", "last": "last epoch", "max-test": "best on test: no honest estimate"}
@@ -178,7 +179,7 @@ def _result(run: RunFolder) -> Result | None:
 def _table(path: Path) -> dict[str, Any] | None:
     """What a file of JSON holds; None if there is none or it is no table, which no number depends on."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(read_text(path))
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None

@@ -173,8 +173,8 @@ def troubles(runs: Sequence[History]) -> list[str]:
     for run in runs:
         if run.state == FAILED:
             found.append(f"{run.name} failed: {run.failure}.")
-        elif run.result is not None and not run.result.trained:
-            found.append(f"{run.name} has not learned: its train loss is that of guessing.")
+        elif run.result is not None and run.result.untrained is not None:
+            found.append(f"{run.name} {run.result.untrained}.")
         if run.config.selection == "max-test":
             found.append(f"{run.name} chose its weights on the test part; its test accuracy is no honest estimate.")
         lambda_max = None if run.result is None else run.result.lambda_max

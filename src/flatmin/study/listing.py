@@ -184,4 +184,4 @@ def check_removable(folders: Iterable[Path], *, force: bool = False) -> None:
 def remove(folders: Sequence[Path]) -> None:
     """Remove folders with all that is in them."""
     for folder in folders:
-        shutil.rmtree(folder)
+        shutil.rmtree(folder.resolve())  # "." cannot be removed by that name

@@ -260,7 +260,10 @@ def _noise(config: CompareConfig) -> str:
 def _failures(rows: Sequence[Row]) -> list[str]:
     told = []
     if any("did not train" in flag for row in rows for flag in row.flags):
-        told.append("'did not train': the final train loss is at least 95 % of log K, the loss of guessing.")
+        told.append(
+            "'did not train': the final train loss is not clearly below chance level, the loss of answering every "
+            "sample with the frequencies of the classes (log K for K equally frequent ones)."
+        )
     if any("failed" in flag for row in rows for flag in row.flags):
         told.append("'failed': a run without a result, left out of the row's means; its n is smaller.")
     return told

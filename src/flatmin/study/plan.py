@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from flatmin.study.cards import card_path, kept_card, lacking
-from flatmin.study.code import code_of
+from flatmin.study.code import Contents, code_of
 from flatmin.study.executors import Outcome, finished_and_missing
 from flatmin.study.executors.base import done_again
 from flatmin.study.measuring import View
@@ -51,7 +51,10 @@ class StudyPlan:
 
 
 def plan(spec: StudySpec, out: Path, *, make: bool = True, retry: bool = False) -> StudyPlan:
-    """Unfold a study and look for finished runs; no data are read.
+    """Unfold a study and look for finished runs.
+
+    Of the data only that is read by which they are known, see `flatmin.train.fingerprint.content_of`. They need not be
+    here: runs are then known by their settings, code and data_dir, and a warning says so.
 
     A run that raised an error has no result, so it is among the missing ones. One whose loss was not finite has.
 
@@ -68,12 +71,13 @@ def plan(spec: StudySpec, out: Path, *, make: bool = True, retry: bool = False) 
     """
     rows = cells(spec)
     store = Store(out, make=make)
+    contents = Contents()
     runs = {
-        (i, seed): run_of(config, spec.record, spec.measure)
+        (i, seed): run_of(config, store, contents, spec.record, spec.measure)
         for i, cell in enumerate(rows)
         for seed, config in cell.configs.items()
     }
-    warnings: list[str] = []
+    warnings = contents.warnings
     found, missing = finished_and_missing(runs.values(), store, warnings.append)
     unmeasured = []
     again = set()
@@ -112,9 +116,25 @@ def plan(spec: StudySpec, out: Path, *, make: bool = True, retry: bool = False) 
     )
 
 
-def run_of(config: RunConfig, record: Record | None = None, view: View | None = None) -> Run:
+def run_of(
+    config: RunConfig,
+    store: Store,
+    contents: Contents,
+    record: Record | None = None,
+    view: View | None = None,
+) -> Run:
     """The run of a configuration.
 
     The method names its folder, not the arm: studies that call one configuration by two names share its runs.
     """
-    return Run(label=config.method, config=config, code=code_of(config), record=record or Record(), view=view)
+    run = Run(
+        label=config.method,
+        config=config,
+        code=code_of(config),
+        record=record or Record(),
+        view=view,
+        content=contents.of(config),
+    )
+    if not contents.absent(config):
+        return run
+    return dataclasses.replace(run, data_key=store.known_data(run) or f"data_dir={config.data_dir}")

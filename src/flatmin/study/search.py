@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from flatmin.study.code import Contents
 from flatmin.study.costs import Sizes
 from flatmin.study.dimensions import Dimension
 from flatmin.study.events import Event, Planned, Warned
@@ -101,7 +102,7 @@ def search(
     """
     tell = on_event if on_event is not None else lambda event: None
     tasks = _tasks(spec, dimensions)
-    sizes, store = Sizes(), Store(out)
+    sizes, store, contents = Sizes(), Store(out), Contents()
     for task in tasks:
         least = task.cost(task.found.cell.config, sizes) * len(spec.seeds)
         if least > budget:
@@ -112,11 +113,15 @@ def search(
     planned = sum(int(budget / (t.cost(t.found.cell.config, sizes) * len(spec.seeds))) for t in tasks) * len(spec.seeds)
     epochs = sum(task.found.cell.config.epochs for task in tasks) * planned // len(tasks)
     tell(Planned(stage="search", runs=planned, reused=0, epochs=epochs, seconds=None))
+    for config in (config for task in tasks for config in task.found.cell.configs.values()):
+        contents.of(config)
+    for text in contents.warnings:
+        tell(Warned(text=text))
     for task in tasks:
         if task.unsearched:
             tell(Warned(text=f"{task.found.cell.label} has no {' and no '.join(task.unsearched)} to search."))
     while open_tasks := [task for task in tasks if not task.done]:
-        asked = [(task, ask) for task in open_tasks for ask in task.ask(spec, budget, sizes)]
+        asked = [(task, ask) for task in open_tasks for ask in task.ask(spec, budget, sizes, store, contents)]
         runs = {run.name: run for _, ask in asked for run in ask.runs}
         found, missing = finished_and_missing(runs.values(), store, lambda text: tell(Warned(text=text)))
         outcomes = found | execute(missing, store, workers=workers, on_event=tell, **how)
@@ -156,7 +161,7 @@ class _Task:
         """Of one run, in epochs of plain training."""
         return sizes.cost(config) / steps_of(config, sizes.of(config)[0])
 
-    def ask(self, spec: StudySpec, budget: float, sizes: Sizes) -> list[_Ask]:
+    def ask(self, spec: StudySpec, budget: float, sizes: Sizes, store: Store, contents: Contents) -> list[_Ask]:
         """The next points; at the end of the budget the task is done."""
         asked: list[_Ask] = []
         spent = self.found.spent
@@ -169,7 +174,8 @@ class _Task:
                 self.done = True
                 break
             spent += cost
-            asked.append(_Ask(trial=trial, settings=settings, runs=[run_of(config) for config in configs], cost=cost))
+            runs = [run_of(config, store, contents) for config in configs]
+            asked.append(_Ask(trial=trial, settings=settings, runs=runs, cost=cost))
         return asked
 
     def tell(self, ask: _Ask, outcomes: Mapping[str, Outcome]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import re
 import tempfile
 from collections.abc import Callable, Iterable
@@ -12,6 +13,7 @@ from flatmin.study.measuring import View
 from flatmin.study.record import Record
 from flatmin.train.config import RunConfig, identity
 from flatmin.train.files import reason
+from flatmin.train.fingerprint import Content
 from flatmin.train.folder import RunFolder
 from flatmin.train.result import Epoch, Result
 from flatmin.train.settings import content_hash
@@ -27,6 +29,8 @@ class Run:
         code: digest of the code that matters.
         record: what it writes down beside; a finished run that has not is done again.
         view: what is measured of its network when it has ended; None: nothing.
+        content: what its data are; None: of a package, or not known where the run is planned.
+        data_key: what stands for the data in the key. Default: the digest of `content`, if there is one.
     """
 
     label: str
@@ -34,23 +38,39 @@ class Run:
     code: str
     record: Record = field(default_factory=Record)
     view: View | None = None
+    content: Content | None = None
+    data_key: str | None = None
 
     @property
     def key(self) -> str:
-        """Hex digest of configuration and code."""
-        return content_hash(identity(self.config), self.code)
+        """Hex digest of configuration, code and data."""
+        return content_hash(identity(self.config), self.code, *self._data)
+
+    @property
+    def _data(self) -> list[str]:
+        """What stands for the data in the key; nothing for data of a package."""
+        if self.data_key is not None:
+            return [self.data_key]
+        return [] if self.content is None else [self.content.digest]
 
     @property
     def labels(self) -> dict[str, str]:
         """What config.json holds beside the configuration."""
         found = {"label": self.label, "key": self.key, "code": self.code}
+        for word in self._data:
+            found["data_key"] = word
         return {**found, "record": self.record.word} if self.record.word else found
 
     @property
     def name(self) -> str:
         """The folder's name: label, seed, and the first ten digits of the key."""
+        return f"{self.stem}-{self.key[:10]}"
+
+    @property
+    def stem(self) -> str:
+        """The folder's name without what tells settings apart."""
         slug = re.sub(r"[^a-z0-9.+]+", "-", self.label.lower()).replace("-+-", "-").strip("-") or "run"
-        return f"{slug}-s{self.config.seed}-{self.key[:10]}"
+        return f"{slug[:100]}-s{self.config.seed}"
 
 
 class Store:
@@ -108,6 +128,21 @@ class Store:
             path = folder.path / "result.json"
             warn(f"{path} is not a finished result ({reason(error)}); the run is done again.")
             return None
+
+    def known_data(self, run: Run) -> str | None:
+        """What stood for the data in the key of a run of the same settings, code and data_dir; None if none is there.
+
+        For a machine that cannot see the data, as where finished runs are summed up elsewhere.
+        """
+        for path in sorted(self.runs.glob(f"{glob.escape(run.stem)}-*")):
+            try:
+                config, labels = RunFolder(path).config()
+            except ValueError:
+                continue
+            same = identity(config) == identity(run.config) and config.data_dir == run.config.data_dir
+            if same and labels.get("code") == run.code and "data_key" in labels:
+                return labels["data_key"]
+        return None
 
 
 def unique(runs: Iterable[Run]) -> list[Run]:

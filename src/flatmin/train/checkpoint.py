@@ -83,6 +83,11 @@ def found(folder: Path) -> list[Path]:
     return sorted(named, key=lambda path: (path.name[:14], path.stat().st_mtime_ns), reverse=True)
 
 
+def step_of(path: Path) -> int:
+    """The updates after which a checkpoint was written."""
+    return int(path.name[5:14])
+
+
 def newest(folder: Path, warn: Callable[[str], None]) -> dict[str, Any] | None:
     """The newest checkpoint that is whole, on the CPU; None if there is none.
 
@@ -106,7 +111,7 @@ def rewind(folder: Path, step: int) -> None:
     if not folder.is_dir():
         return
     for path in found(folder):
-        if int(path.name[5:14]) > step:
+        if step_of(path) > step:
             path.unlink(missing_ok=True)
     sweep(folder)
 
@@ -139,10 +144,10 @@ def read(path: Path) -> dict[str, Any]:
     return state
 
 
-def clear(folder: Path) -> None:
-    """Remove all checkpoints, and what an interrupted write has left."""
+def clear(folder: Path, *, keep: int = 0) -> None:
+    """Remove all checkpoints but the newest so many, and what an interrupted write has left."""
     with suppress(FileNotFoundError):  # there is none, or another process clears it too
-        for path in found(folder):
+        for path in found(folder)[keep:]:
             path.unlink(missing_ok=True)
         sweep(folder)
         if not any(folder.iterdir()):

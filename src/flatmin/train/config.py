@@ -214,6 +214,25 @@ def identity(config: RunConfig) -> dict[str, Any]:
     return {name: value for name, value in canonical(config).items() if name not in NEUTRAL}
 
 
+def differences(known: Mapping[str, Any], config: RunConfig) -> dict[str, str]:
+    """What decides the outcome and is another thing in a run that is there: by field, in words.
+
+    Args:
+        known: of the other run, as `identity` gives it.
+        config: of this one.
+
+    Example:
+        >>> differences({**identity(RunConfig(method="sam")), "lr": 0.2}, RunConfig(method="sam"))
+        {'lr': 'lr is 0.2 there and 0.1 here'}
+    """
+    mine = identity(config)
+    return {
+        key: f"{key} is {known.get(key)!r} there and {value!r} here"
+        for key, value in mine.items()
+        if known.get(key) != value
+    }
+
+
 def stream(seed: int, purpose: str) -> int:
     """A seed for one purpose, unrelated to the same seed for another.
 

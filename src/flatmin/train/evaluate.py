@@ -25,6 +25,7 @@ CURVATURE_CHUNK = 150  # samples per gradient with a graph
 _USUAL = 3 * 64 * 64  # numbers in a sample; of larger ones a pass takes fewer
 TRAINED_SHARE = 0.95
 TOP = 5
+_TINY = 1e-300  # for the logarithm of what counts nothing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,9 +90,46 @@ def memorised(model: nn.Module, data: Data, config: RunConfig, world: World = AL
     return score(model, data, data.train.only(wrong), config, world).acc
 
 
-def has_trained(cross_entropy: float, num_classes: int) -> bool:
-    """False if the loss stayed at the guessing level: at least 95 % of log K, or not a number."""
-    return cross_entropy < TRAINED_SHARE * math.log(num_classes)
+@dataclass(frozen=True, kw_only=True)
+class Chance:
+    """What a network reaches that knows how frequent the classes are and nothing else.
+
+    Args:
+        loss: cross-entropy of the class frequencies as a constant answer: the entropy of the training labels, log K if
+            all classes are equally frequent.
+        acc: percent of right answers of the most frequent class as a constant answer.
+        least: cross-entropy that is left to a network which answers every sample rightly before noise, and has learned
+            the shares of wrong labels and the smoothed targets; 0 without either.
+    """
+
+    loss: float
+    acc: float
+    least: float
+
+    @classmethod
+    def of(cls, data: Data, config: RunConfig) -> Chance:
+        """Of a training part with its wrong labels and of the loss that is trained."""
+        shares = torch.bincount(data.train.y.cpu(), minlength=data.num_classes).double() / len(data.train)
+        entropy = -float(torch.special.xlogy(shares, shares).sum())
+        wrong, others = float(data.wrong.double().mean()), data.num_classes - 1
+        # Where wrong labels always are of one other class, a network can learn more of them.
+        among = 1 if config.noise and config.noise_kind == "asymmetric" else max(1, others)
+        smooth = config.label_smoothing / max(1, others + (config.smoothing == "uniform"))
+        on = 1 - smooth * others  # the target of the label; `smooth` is that of every other class
+        least = -(1 - wrong) * math.log(max(on * (1 - wrong) + smooth * wrong, _TINY))
+        least -= wrong * math.log(max(on * wrong / among + smooth * (1 - wrong / among), _TINY))
+        return cls(loss=entropy, acc=100 * float(shares.max()), least=min(least, entropy))
+
+    def beaten(self, found: Scores) -> bool:
+        """Whether a network has learned: a loss clearly below, or more than half of what chance gets wrong is right.
+
+        Clearly is by more than 5 %, or by more than half of what there is between chance and `least`, if that is less.
+        The second counts because a network that is too sure of itself has a large loss, whatever it has learned.
+        """
+        if not math.isfinite(found.loss):
+            return False
+        bound = max(TRAINED_SHARE * self.loss, (self.loss + self.least) / 2)
+        return found.loss < bound or found.acc > (100 + self.acc) / 2 or found.acc == 100
 
 
 def batches(data: Data, split: Split, size: int = CURVATURE_CHUNK) -> Iterator[tuple[Tensor, Tensor]]:

@@ -14,6 +14,40 @@ from typing import IO, Any
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}")
 
 
+_TELLS = '<>:"/\\|?*'  # what some file system takes for something else than a part of a name
+_DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{kind}{n}" for kind in ("COM", "LPT") for n in "123456789")}
+_LONGEST = 200  # bytes: file systems allow 255, and endings and marks of unfinished files come on top
+
+
+def check_name(name: str, option: str) -> None:
+    """Refuse what is no plain name of a file or folder on every system: paths, above all.
+
+    Args:
+        name: as it was typed.
+        option: that it was typed for, for the error.
+
+    Raises:
+        ValueError: an empty or too long name, one with a separator, a control character or one that Windows reserves,
+            "." and "..", a space or dot at an end, or a device of Windows.
+    """
+    why = None
+    if not name.strip():
+        why = "it is empty"
+    elif any(one in "/\\" for one in name):
+        why = "it is a path; names have no / and no \\"
+    elif bad := next((one for one in name if one in _TELLS or not one.isprintable()), None):
+        why = f"names have no {bad!r}"
+    elif name != name.strip() or name.endswith(".") or name.startswith("-"):
+        why = "names neither begin with a space or a hyphen nor end with a space or a dot"
+    elif name.partition(".")[0].strip().upper() in _DEVICES:
+        why = "Windows keeps this name for a device"
+    elif len(name.encode(errors="surrogateescape")) > _LONGEST:
+        why = f"it is longer than {_LONGEST} bytes"
+    if why is not None:
+        shown = name if len(name) <= 60 else f"{name[:57]}..."
+        raise ValueError(f"{option} {shown!r} cannot be the name of a file or folder: {why}.")
+
+
 def write_json(path: Path, content: Any) -> None:
     """JSON by write, fsync and rename."""
     write_atomically(path, lambda file: file.write(json.dumps(content, indent=1).encode()))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import inspect
 import os
 import platform
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
@@ -17,13 +19,20 @@ from typing import Any
 import torch
 
 import flatmin
-from flatmin.data.base import Data
+from flatmin.data.base import Data, Samples, Split
+from flatmin.data.folder import files_digest
+from flatmin.data.named import DATASETS
 from flatmin.models.external import external
 from flatmin.recipes import Recipe
+from flatmin.train.config import RunConfig
 from flatmin.train.locate import find_module
+from flatmin.train.settings import canonical
+from flatmin.train.sources import load_clean, reading_of
 
 PARTS = ("parts", "engine", "data", "models", "measure", "train")
 _AND = "; "
+_ROUNDING = 1e-6
+_ROWS = 4096
 FILES = ("recipe.py", "recipes.py", "catalogue.py", "objectives.py")
 
 
@@ -80,18 +89,97 @@ def package_digest() -> str:
     return digest(package_sources(), torch.__version__)
 
 
+class OtherDataError(ValueError):
+    """The data are not those that a run, or a plan of runs, was begun with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Content:
+    """What the data of a run are, wherever they lie.
+
+    Args:
+        digest: hex digest of what is read.
+        sums: by which tensors are compared up to rounding: two numbers for each; none for files.
+        notes: see `flatmin.data.base.Data.notes`.
+    """
+
+    digest: str
+    sums: tuple[float, ...] = ()
+    notes: tuple[str, ...] = dataclasses.field(default=(), compare=False)
+
+    def agrees(self, other: Content) -> bool:
+        """Whether both are the same, tensors up to rounding: processors and numbers of threads round differently."""
+        if self.digest == other.digest or len(self.sums) != len(other.sums):
+            return self.digest == other.digest or bool(self.sums) != bool(other.sums)
+        pairs = list(zip(self.sums, other.sums, strict=True))
+        # Each second sum is at most four times as large as the first one before it, which has no signs.
+        return bool(pairs) and all(abs(a - b) <= _ROUNDING * pairs[k - k % 2][0] for k, (a, b) in enumerate(pairs))
+
+
+def content_of(config: RunConfig, data: Data | None = None) -> Content | None:
+    """What a run's data are, before flatmin makes labels wrong; None for data that come with a package.
+
+    Of folders of images it is `flatmin.data.folder.files_digest`; of anything else, the tensors as they are read.
+
+    Args:
+        config: the run.
+        data: its data, if they are at hand. Default: read here, where they must be.
+
+    Raises:
+        OSError, ValueError, ModuleNotFoundError: see `flatmin.train.sources.load_clean`.
+    """
+    known = DATASETS.get(config.data)
+    if known is not None and known.scan is not None:
+        parts = known.scan(reading_of(config))
+        return Content(digest=files_digest(parts), notes=tuple(note for part in parts for note in part.notes))
+    if known is not None and known.shipped and (data is None or data.name == config.data):
+        return None
+    if data is None:
+        data = load_clean(config)
+    elif config.noise and data.clean is not None:
+        data = dataclasses.replace(data, train=Split(data.train.x, data.clean), clean=None)
+    return Content(digest=data_digest(data), sums=tuple(_sums(data)) if known is None else (), notes=data.notes)
+
+
 def data_digest(data: Data) -> str:
     """Digest of a data set's content, for data whose files are unknown to us."""
-    state = hashlib.sha256()
-    for part in (data.train.x, data.train.y, data.val.x, data.val.y, data.test.x, data.test.y, data.clean):
-        if part is not None:
-            state.update(f"{part.dtype}{tuple(part.shape)}".encode())
+    # An augmentation of one's own may print its address in memory.
+    augment = canonical(data.augment) if dataclasses.is_dataclass(data.augment) else type(data.augment).__qualname__
+    state = hashlib.sha256(f"{data.num_classes} {data.statistics} {augment}".encode())
+    for part in _tensors(data):
+        state.update(f"{part.dtype}{tuple(part.shape)}".encode())
         if isinstance(part, torch.Tensor):
             state.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        elif part is not None:
+        else:
             for fact in part.facts():
-                state.update(fact.encode() + b"\0")
+                state.update(fact.encode(errors="surrogateescape") + b"\0")
     return state.hexdigest()
+
+
+def _tensors(data: Data) -> Iterator[Samples]:
+    for part in (data.train.x, data.train.y, data.val.x, data.val.y, data.test.x, data.test.y, data.clean):
+        if part is not None:
+            yield part
+
+
+def _sums(data: Data) -> Iterator[float]:
+    """Of every tensor the sum of absolute values, and a sum with a weight that tells places apart."""
+    for part in _tensors(data):
+        if not isinstance(part, torch.Tensor):
+            continue
+        plain = weighted = 0.0
+        for start in range(0, len(part), _ROWS):
+            rows = part[start : start + _ROWS].detach().cpu().double().flatten(1 if part.dim() > 1 else 0)
+            place = _weights(start, len(rows))
+            if rows.dim() > 1:
+                place = place.unsqueeze(1) * _weights(0, rows.shape[1])
+            plain, weighted = plain + float(rows.abs().sum()), weighted + float((rows * place).sum())
+        yield from (plain, weighted)
+
+
+def _weights(start: int, count: int) -> torch.Tensor:
+    """Numbers from 1 to 2 that differ much between neighbours: multiples of the golden ratio without their integers."""
+    return 1 + (torch.arange(start, start + count, dtype=torch.float64) * 0.6180339887498949) % 1
 
 
 def environment(device: str, threads: int, processes: int = 1) -> dict[str, object]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from flatmin.train.fingerprint import merged
 from flatmin.train.inputs import Inputs
 from flatmin.train.result import VERSION, Epoch, Result
 from flatmin.train.settings import canonical, fill
+from flatmin.words import read_text
 
 WEIGHTS = "weights.pt"
 INPUTS = "data.json"
@@ -107,7 +109,24 @@ class RunFolder:
         write_json(self.path / "env.json", dict(environment))
         if inputs is not None:
             write_json(self.path / INPUTS, canonical(inputs))
+        self.set_config(config, **labels)
+
+    def set_config(self, config: RunConfig, **labels: str) -> None:
+        """Write config.json."""
         write_json(self.path / "config.json", {**labels, **canonical(config)})
+
+    def take_over(self, other: RunFolder) -> None:
+        """Copy what a run of another folder needs to go on in this one, where no run is yet.
+
+        Raises:
+            OSError: something cannot be read or written.
+        """
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        for name in ("env.json", INPUTS, "metrics.jsonl", *TABLES):
+            if (other.path / name).is_file():
+                shutil.copyfile(other.path / name, self.path / name)
+        for path in checkpoint.found(other.checkpoints)[:1]:
+            shutil.copyfile(path, self.checkpoints / path.name)
 
     def config(self) -> tuple[RunConfig, dict[str, str]]:
         """The configuration and the labels beside it.
@@ -118,7 +137,7 @@ class RunFolder:
         where = self.path / "config.json"
         known = {field.name for field in dataclasses.fields(RunConfig)}
         try:
-            found = json.loads(where.read_text(encoding="utf-8"))
+            found = json.loads(read_text(where))
             if not isinstance(found, dict):
                 raise ValueError("config.json holds no table")
             config = fill(RunConfig, {k: v for k, v in found.items() if k in known}, origin=str(where))
@@ -134,7 +153,7 @@ class RunFolder:
         """
         where = self.path / INPUTS
         try:
-            return fill(Inputs, json.loads(where.read_text(encoding="utf-8")), origin=str(where))
+            return fill(Inputs, json.loads(read_text(where)), origin=str(where))
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError, AttributeError) as error:
@@ -143,7 +162,7 @@ class RunFolder:
     def environment(self) -> dict[str, Any]:
         """Versions and machine; empty if they cannot be read."""
         try:
-            found = json.loads((self.path / "env.json").read_text(encoding="utf-8"))
+            found = json.loads(read_text(self.path / "env.json"))
         except (OSError, ValueError):
             return {}
         return found if isinstance(found, dict) else {}
@@ -169,7 +188,7 @@ class RunFolder:
         """
         name = "metrics.jsonl"
         try:
-            text = (self.path / name).read_text(encoding="utf-8")
+            text = read_text(self.path / name)
             lines = [Epoch(**json.loads(line)) for line in text.splitlines()]
         except (OSError, TypeError) as error:
             raise ValueError(f"{name}: {error}") from error
@@ -202,7 +221,7 @@ class RunFolder:
         if not path.is_file():
             return []
         found = []
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in read_text(path).splitlines():
             try:
                 found.append(json.loads(line))
             except json.JSONDecodeError:
@@ -229,11 +248,18 @@ class RunFolder:
         plain = {k: v.detach().cpu() if isinstance(v, Tensor) else v for k, v in state.items()}
         write_atomically(self.weights, lambda file: torch.save(plain, file))
 
-    def finish(self, result: Result, **labels: str) -> None:
-        """Write result.json, and remove the checkpoints unless the run failed; from then on it is finished."""
+    def finish(self, result: Result, *, prolong: bool = False, **labels: str) -> None:
+        """Write result.json; from then on the run is finished.
+
+        Args:
+            result: of the run.
+            prolong: keep the last checkpoint, from which the run can go on. Default: the checkpoints of a run that has
+                not failed are removed.
+            labels: further entries.
+        """
         write_json(self.path / "result.json", {"version": VERSION, **labels, **canonical(result)})
         if result.failure is None:
-            checkpoint.clear(self.checkpoints)
+            checkpoint.clear(self.checkpoints, keep=1 if prolong else 0)
 
     def result(self, check: Callable[[Mapping[str, Any]], bool] = lambda found: True) -> Result:
         """The result of a finished run.
@@ -246,7 +272,7 @@ class RunFolder:
             FileNotFoundError: the run is not finished.
         """
         try:
-            found = json.loads((self.path / "result.json").read_text(encoding="utf-8"))
+            found = json.loads(read_text(self.path / "result.json"))
             if found["version"] != VERSION or not check(found):
                 raise ValueError("it belongs to another run or version")
             fields = {field.name for field in dataclasses.fields(Result)}

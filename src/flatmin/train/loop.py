@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from flatmin.data.base import Data
-from flatmin.train import measuring
-from flatmin.train.config import RunConfig, stream
+from flatmin.train import checkpoint, measuring
+from flatmin.train.config import RunConfig, differences, identity, stream
 from flatmin.train.events import EpochEnded, OnEvent, Warned
+from flatmin.train.fingerprint import Content, OtherDataError, content_of
 from flatmin.train.folder import RunFolder
 from flatmin.train.interrupt import Interruption
 from flatmin.train.numerics import numerics
@@ -20,6 +21,7 @@ from flatmin.train.processes import world_of
 from flatmin.train.result import Epoch, Result
 from flatmin.train.run import Run
 from flatmin.train.sources import check_machine
+from flatmin.train.state import changed_data
 from flatmin.train.trainer import Trainer
 
 
@@ -31,6 +33,7 @@ def train(
     options: Options | None = None,
     labels: Mapping[str, str] | None = None,
     data: Data | None = None,
+    content: Content | None = None,
     on_event: OnEvent | None = None,
     on_epoch: Callable[[Epoch], None] | None = None,
     on_end: Callable[[nn.Module], None] | None = None,
@@ -48,6 +51,7 @@ def train(
         options: Default `Options()`.
         labels: further entries of config.json.
         data: already loaded data of this configuration. Default: loaded here.
+        content: what the data must be. Default: whatever they are.
         on_event: called with the events of `flatmin.train.events`.
         on_epoch: called with every epoch's line.
         on_end: called with the model and its chosen weights; not where the run failed.
@@ -58,6 +62,7 @@ def train(
     Raises:
         ValueError: a configuration that names something unknown or that does not fit together, or a folder with the
             checkpoint of another run, or in which another process trains.
+        flatmin.train.fingerprint.OtherDataError: the data are not `content`, or not those of the checkpoint.
         OSError: a file could not be read or written.
         Interrupted: by Ctrl-C or SIGTERM, with a folder and in one process, after writing a checkpoint.
     """
@@ -81,18 +86,43 @@ def train(
             listeners += _trackers(options, folder, resume, listeners, stack)
         if folder is not None and world.first:
             stack.enter_context(folder.hold())
-        if resume and folder is not None and world.first and folder.finished and folder.result().failure is None:
-            raise ValueError(
-                f"{folder.path} holds a finished run, so there is nothing to go on with; leave out resume."
-            )
-        run = Run(trainer, folder, options, listeners if world.first else [])
-        run.begin(resume, dict(labels or {}))
+        if resume and folder is not None and world.first:
+            _check_resumable(folder, config)
+        words = dict(labels or {})
+        found = None
+        if folder is not None or content is not None:
+            found = content_of(config, trainer.data)
+            if content is not None and found is not None and not content.agrees(found):
+                raise OtherDataError(f"the data are not those that the run was planned with: {changed_data(config)}")
+            words |= {} if found is None else {"content": found.digest}
+        run = Run(trainer, folder, options, listeners if world.first else [], found)
+        run.begin(resume, words)
         handled = folder is not None and world.size == 1 and options.signals
         with Interruption() if handled else nullcontext() as interruption:
-            result = run.go(interruption, dict(labels or {}))
+            result = run.go(interruption, words)
         if on_end is not None and result.failure is None:
             on_end(trainer.model)
         return result
+
+
+def _check_resumable(folder: RunFolder, config: RunConfig) -> None:
+    """Refuse to begin anew in place of a run that is finished or has other settings.
+
+    Raises:
+        ValueError: it is so, and there is no checkpoint that could be gone on with.
+    """
+    finished = folder.finished and folder.result().failure is None
+    if not folder.begun or (checkpoint.found(folder.checkpoints) and not finished):
+        return
+    other = differences(identity(folder.config()[0]), config)
+    if finished and not other:
+        raise ValueError(f"{folder.path} holds a finished run, so there is nothing to go on with; leave out resume.")
+    if other and not (list(other) == ["epochs"] and checkpoint.found(folder.checkpoints)):
+        state = "finished run" if finished else "run"
+        raise ValueError(
+            f"{folder.path} holds a {state} of other settings and no checkpoint to go on from: "
+            f"{', '.join(other.values())}; name another folder, or leave out resume to begin anew in this one."
+        )
 
 
 def _trackers(

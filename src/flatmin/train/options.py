@@ -18,6 +18,8 @@ class Options:
             since the start; 0: at the end of every epoch that `checkpoint_every` names.
         checkpoint_steps: updates between further checkpoints inside an epoch; 0: none.
         keep_checkpoints: how many stay on disk.
+        prolong: keep the last checkpoint of a finished run that can go on with more epochs, see
+            `flatmin.train.state.fixed_length`.
         weights: whether the chosen weights are kept.
         signals: whether Ctrl-C and SIGTERM end the run with a checkpoint.
         log_every: updates between events of steps; 0: none.
@@ -39,6 +41,7 @@ class Options:
     checkpoint_seconds: float = 0.0
     checkpoint_steps: int = 0
     keep_checkpoints: int = 2
+    prolong: bool = True
     weights: bool = True
     signals: bool = True
     log_every: int = 50

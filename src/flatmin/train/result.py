@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 VERSION = 1  # of result.json
+_BELOW, _ABOVE = 0.99, 1.01  # times chance: in between, a loss is at chance level
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,8 @@ class Result:
     Args:
         gradient_evaluations: per step; what the recipe costs on average, or what the run took if its rule decides by
             value.
-        trained: False if the final train cross-entropy is at least 95 % of log K.
+        trained: whether the chosen weights do better than chance on the training part, see
+            `flatmin.train.evaluate.Chance.beaten`.
         last, best: the last epoch and the one with the best validation accuracy (ties: lower validation loss, then
             earlier); None if the run failed. `test_acc` in them is None where the test part was not looked at then.
         chosen: of the weights that are kept: by which `selection`, from which epoch, and their val_acc, test_acc,
@@ -65,6 +67,8 @@ class Result:
         lambda_max: value, relative residual, products and convergence; None if not measured.
         seconds: training only.
         failure: why the run stopped early, or None.
+        chance: cross-entropy of the frequencies of the training labels as a constant answer; None for failed runs, and
+            for those of earlier versions.
     """
 
     method: str
@@ -81,3 +85,18 @@ class Result:
     seconds: float
     chosen: dict[str, Any] | None = None
     failure: str | None = None
+    chance: float | None = None
+
+    @property
+    def untrained(self) -> str | None:
+        """In what way a run that reached its end has not trained; None if it has."""
+        if self.trained or self.failure is not None or self.train_ce is None:
+            return None
+        if self.chance is None:
+            return f"has not learned: its final training loss is {self.train_ce:.3f}"
+        level = f"({self.train_ce:.3f}; chance is {self.chance:.3f})"
+        if self.train_ce > _ABOVE * self.chance:
+            return f"has not learned: its final training loss is above chance level {level}"
+        if self.train_ce < _BELOW * self.chance:
+            return f"has hardly learned: its final training loss is little below chance level {level}"
+        return f"has not learned: its final training loss is at chance level {level}"

@@ -12,8 +12,9 @@ import torch
 
 from flatmin.data.base import Split
 from flatmin.train import checkpoint, evaluate
+from flatmin.train.config import identity
 from flatmin.train.events import Began, Ended, EpochEnded, Event, Measured, OnEvent, Stepped, Ticked, Warned
-from flatmin.train.fingerprint import environment
+from flatmin.train.fingerprint import Content, environment
 from flatmin.train.folder import RunFolder
 from flatmin.train.inputs import Inputs
 from flatmin.train.interrupt import Interrupted, Interruption
@@ -21,7 +22,7 @@ from flatmin.train.measuring import measured
 from flatmin.train.options import Options
 from flatmin.train.processes import load_whole_weights, on_cpu, whole_weights
 from flatmin.train.result import Epoch, Result
-from flatmin.train.state import restore, state_of
+from flatmin.train.state import fixed_length, restore, state_of
 from flatmin.train.tally import Tally
 from flatmin.train.trainer import Trainer
 from flatmin.train.watch import Finding, Watch
@@ -30,9 +31,17 @@ from flatmin.train.watch import Finding, Watch
 class Run:
     """The state of a run beside its trainer's."""
 
-    def __init__(self, trainer: Trainer, folder: RunFolder | None, options: Options, listeners: list[OnEvent]) -> None:
+    def __init__(
+        self,
+        trainer: Trainer,
+        folder: RunFolder | None,
+        options: Options,
+        listeners: list[OnEvent],
+        content: Content | None = None,
+    ) -> None:
         self.trainer, self.config, self.world = trainer, trainer.config, trainer.world
-        self.folder, self.options, self.listeners = folder, options, listeners
+        self.folder, self.options, self.listeners, self.content = folder, options, listeners, content
+        self.prolongable = options.prolong and fixed_length(self.config) is None
         self.epoch = self.position = 0
         self.lines: list[Epoch] = []
         self.tally = Tally()
@@ -58,6 +67,8 @@ class Run:
             if self.world.first and state is not None:
                 self.folder.rewind(self.lines, self.trainer.steps)
                 self.folder.add_environment(found)
+                if state["config"] != identity(self.config):
+                    self.folder.set_config(self.config, **labels)
                 (self.folder.path / "result.json").unlink(missing_ok=True)
             elif self.world.first:
                 self.folder.begin(self.config, found, Inputs.of(self.trainer.data), **labels)
@@ -75,6 +86,8 @@ class Run:
                 step=self.trainer.steps,
             )
         )
+        for note in self.trainer.data.notes:
+            self._warn(note)
 
     def go(self, interruption: Interruption | None, labels: dict[str, str]) -> Result:
         """The remaining epochs and the result."""
@@ -92,7 +105,7 @@ class Run:
             if self.world.first:
                 if weights is not None:
                     self.folder.keep(weights)
-                self.folder.finish(result, **labels)
+                self.folder.finish(result, prolong=self.prolongable, **labels)
         self._tell(Ended(result=result))
         return result
 
@@ -260,7 +273,9 @@ class Run:
     def _due(self) -> bool:
         """Whether the epoch that has just ended is one with a checkpoint; all processes must ask."""
         every, seconds = self.options.checkpoint_every, self.options.checkpoint_seconds
-        if not every or self.epoch % every or self.epoch >= self.config.epochs:
+        if self.epoch >= self.config.epochs:
+            return every > 0 and self.prolongable
+        if not every or self.epoch % every:
             return False
         return not seconds or bool(self.world.told(time.monotonic() - self._saved >= seconds))
 
@@ -277,13 +292,13 @@ class Run:
             "noise": config.noise,
             "seconds": sum(line.seconds for line in self.lines),
         }
-        entropy, chosen, curvature = math.nan, None, None
+        found, chosen, curvature = None, None, None
         if failure is None:
             self._load_chosen()
-            entropy = self._score(trainer.data.train).loss
-            if not math.isfinite(entropy):
+            found = self._score(trainer.data.train)
+            if not math.isfinite(found.loss):
                 failure = "the chosen weights give a train loss that is not finite; try a smaller lr or rho"
-        if failure is not None:
+        if failure is not None or found is None:
             nothing: dict[str, Any] = dict.fromkeys(("last", "best", "train_ce", "lambda_max"))
             return Result(**common, **nothing, trained=False, failure=failure)
         chosen = self._tested()
@@ -293,13 +308,15 @@ class Run:
         )
         if config.measure:
             curvature = evaluate.sharpness(trainer.model, trainer.data)
+        chance = evaluate.Chance.of(trainer.data, config)
         return Result(
             **common,
-            trained=evaluate.has_trained(entropy, trainer.data.num_classes),
+            trained=chance.beaten(found),
+            chance=chance.loss,
             last={key: getattr(last, key) for key in ("epoch", "test_acc", "val_acc", "memorised", "train_loss")},
             best={key: getattr(best, key) for key in ("epoch", "test_acc", "val_acc")},
             chosen=chosen,
-            train_ce=entropy,
+            train_ce=found.loss,
             lambda_max=curvature,
         )
 

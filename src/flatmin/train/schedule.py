@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from flatmin.train.settings import at_least
 from flatmin.words import suggest
 
+BY_LENGTH = ("cosine", "linear")  # whose rates depend on how long the training is
 DIMINISH = ("diminish1", "diminish2", "diminish3")
 SCHEDULES = ("cosine", "multistep", "exponential", "constant", "linear", *DIMINISH)
 UNITS = ("epoch", "step")

@@ -14,7 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
-from flatmin.words import suggest
+from flatmin.words import read_text, suggest
 
 T = TypeVar("T")
 _UNIONS = (typing.Union, types.UnionType)
@@ -115,20 +115,20 @@ def read_preset(name: str, kind: str = "compare") -> dict[str, Any]:
         kind: "compare" or "train": the command that it is for.
 
     Raises:
-        ValueError: unknown name, missing file, or text that is not TOML.
+        ValueError: unknown name, missing file, a file in another encoding (see `flatmin.words.read_text`), or no TOML.
     """
-    if name.endswith(".toml"):
+    if name.lower().endswith(".toml"):
         path = Path(name)
         if not path.is_file():
             raise ValueError(f"preset file {name!r} does not exist.")
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     else:
         known = preset_names(kind)
         if name not in known:
             raise ValueError(
                 f"unknown preset {name!r}{suggest(name, known)} (presets: {', '.join(known)}, or a .toml file)"
             )
-        text = (resources.files("flatmin") / "presets" / kind / f"{name}.toml").read_text(encoding="utf-8")
+        text = read_text(resources.files("flatmin") / "presets" / kind / f"{name}.toml")
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:

@@ -55,16 +55,7 @@ def load_clean(config: RunConfig, *, download: bool = False, progress: Progress 
         if config.train_on_val:
             raise ValueError(f"train_on_val=true is for official releases; data={config.data} brings its own parts.")
     else:
-        reading = Reading(
-            folder=config.data_dir,
-            validation=None if config.train_on_val else config.val_share,
-            split_seed=config.split_seed,
-            image_size=config.image_size,
-            workers=config.workers,
-            download=download,
-            progress=progress,
-        )
-        data = read_named(config.data, reading)
+        data = read_named(config.data, reading_of(config, download=download, progress=progress))
         if config.image_size not in (None, data.train.x.shape[-1]):
             raise ValueError(f"image_size is for folders of images; data={config.data} has images of its own size.")
     if config.statistics is not None:
@@ -78,6 +69,19 @@ def load_clean(config: RunConfig, *, download: bool = False, progress: Progress 
     if config.train_size is not None:
         data = _smaller(data, config.train_size, seed=stream(config.split_seed, "train_size"))
     return data
+
+
+def reading_of(config: RunConfig, *, download: bool = False, progress: Progress | None = None) -> Reading:
+    """How a run reads a data set of the table."""
+    return Reading(
+        folder=config.data_dir,
+        validation=None if config.train_on_val else config.val_share,
+        split_seed=config.split_seed,
+        image_size=config.image_size,
+        workers=config.workers,
+        download=download,
+        progress=progress,
+    )
 
 
 def _augmentation(config: RunConfig, data: Data) -> Augment | None:

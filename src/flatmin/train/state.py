@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from flatmin.train.config import identity
+from flatmin.train.config import RunConfig, differences, identity
+from flatmin.train.fingerprint import Content, OtherDataError
 from flatmin.train.processes import on_cpu
 from flatmin.train.result import Epoch
+from flatmin.train.schedule import BY_LENGTH
+from flatmin.train.trainer import build_recipe
 
 if TYPE_CHECKING:
     from flatmin.train.run import Run
@@ -24,6 +27,7 @@ def state_of(run: Run, *, inside: bool) -> dict[str, Any]:
     """
     return {
         "config": identity(run.config),
+        "content": None if run.content is None else {"digest": run.content.digest, "sums": list(run.content.sums)},
         "processes": run.world.size,
         "epoch": run.epoch,
         "position": run.position,
@@ -40,16 +44,25 @@ def state_of(run: Run, *, inside: bool) -> dict[str, Any]:
 def restore(run: Run, state: dict[str, Any]) -> None:
     """Put a run where `state_of` was called.
 
+    The number of epochs may be another one, see `fixed_length`.
+
     Raises:
+        OtherDataError: the state is of a run on other data.
         ValueError: the state is another run's.
     """
-    known, mine = state["config"], identity(run.config)
-    for key in mine:
-        if known.get(key) != mine[key]:
-            raise ValueError(
-                f"the checkpoint in {run.folder and run.folder.checkpoints} is of another run: {key} is "
-                f"{known.get(key)!r} there and {mine[key]!r} here; use the same settings, or another folder."
-            )
+    where = f"the checkpoint in {run.folder and run.folder.checkpoints}"
+    other = differences(state["config"], run.config)
+    why = _not_with(run, state) if list(other) == ["epochs"] else ""
+    if other and why is not None:
+        reason = f" ({why})" if why else ""
+        raise ValueError(
+            f"{where} is of another run: {', '.join(other.values())}; use the same settings, or another folder{reason}."
+        )
+    content = state.get("content")  # checkpoints of earlier versions have none
+    if content is not None and run.content is not None:
+        before = Content(digest=content["digest"], sums=tuple(content["sums"]))
+        if not before.agrees(run.content):
+            raise OtherDataError(f"{where} is of a run on other data: {changed_data(run.config)}")
     if state["processes"] != run.world.size:
         raise ValueError(
             f"the checkpoint was written by {state['processes']} process(es), and this run has {run.world.size}; "
@@ -70,6 +83,37 @@ def restore(run: Run, state: dict[str, Any]) -> None:
     torch.set_rng_state(own["cpu"])
     if own["cuda"] is not None:
         torch.cuda.set_rng_state(own["cuda"])
+
+
+def fixed_length(config: RunConfig) -> str | None:
+    """Why a run cannot go on with another number of epochs; None if it can, with the numbers of one uninterrupted run.
+
+    It can where learning rates and the method's own rules do not depend on how long the training is.
+    """
+    if config.schedule in BY_LENGTH:
+        return f"its {config.schedule} schedule depends on the number of epochs"
+    recipe = build_recipe(config)
+    if recipe.for_length(1) != recipe.for_length(2):
+        return f"{config.method} depends on the length of the training"
+    return None
+
+
+def _not_with(run: Run, state: dict[str, Any]) -> str | None:
+    """Why a run with another number of epochs cannot go on from a state."""
+    done = state["epoch"] + (state["position"] > 0)
+    if done > run.config.epochs:
+        return f"it is in epoch {done} already"
+    return fixed_length(run.config)
+
+
+def changed_data(config: RunConfig) -> str:
+    """What to do about data that are others than before, for an error."""
+    if ":" in config.data:
+        return (
+            f"data={config.data} returned something else, because a file that it reads has changed or it draws random "
+            "numbers without a seed of its own; put the file back or give it a seed, or begin anew."
+        )
+    return f"what lies in data_dir={config.data_dir} has changed; put it back, or begin anew."
 
 
 def _own(run: Run) -> dict[str, Any]:

@@ -13,9 +13,10 @@ from flatmin.study.store import Run, Store
 from flatmin.study.timing import one_thread
 from flatmin.train import checkpoint, lock
 from flatmin.train import events as training
+from flatmin.train.fingerprint import OtherDataError
 from flatmin.train.folder import RunFolder
 from flatmin.train.loop import train
-from flatmin.train.result import Epoch
+from flatmin.train.result import Epoch, Result
 
 
 def perform(order: Order, store: Store, on_line: Callable[[Epoch], None]) -> Outcome | Busy:
@@ -97,19 +98,33 @@ def _train(run: Run, store: Store, folder: RunFolder, on_line: Callable[[Epoch],
             for line in folder.lines():
                 on_line(line)
 
+    def go(resume: bool) -> Result:
+        return train(
+            run.config,
+            folder=folder,
+            resume=resume,
+            options=options,
+            labels=run.labels,
+            content=run.content,
+            on_event=on_event,
+            on_epoch=on_line,
+        )
+
     options = run.record.options(
-        checkpoint_every=1, checkpoint_seconds=store.checkpoint_seconds, signals=False, weights=store.weights
+        checkpoint_every=1,
+        checkpoint_seconds=store.checkpoint_seconds,
+        signals=False,
+        weights=store.weights,
+        prolong=False,
     )
     resume = _unfinished(run, folder)
-    result = train(
-        run.config,
-        folder=folder,
-        resume=resume,
-        options=options,
-        labels=run.labels,
-        on_event=on_event,
-        on_epoch=on_line,
-    )
+    try:
+        result = go(resume)
+    except OtherDataError:
+        # The plan did not know the data, and they have changed since a part of the run was done.
+        if not resume or run.content is not None:
+            raise
+        result = go(False)
     checkpoint.clear(folder.checkpoints)  # a study does not go on with a run that failed
     return Outcome(result=result, lines=tuple(folder.lines(expected=None if result.failure else result.epochs)))
 

@@ -11,6 +11,7 @@ from typing import ClassVar, Literal, Protocol
 from flatmin.train.events import Began, Ended, Event, Ticked, Warned
 from flatmin.train.files import write_json
 from flatmin.train.trackers.content import scalars
+from flatmin.words import read_text
 
 # "stopped": closed before the end, as by Ctrl-C. "broken": the tracker itself raised an exception.
 Status = Literal["stopped", "finished", "failed", "broken"]
@@ -139,5 +140,5 @@ class Sink(ABC):
 
     def _identities(self) -> dict[str, str]:
         path = self.folder / _IDENTITIES
-        found: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        found: dict[str, str] = json.loads(read_text(path)) if path.is_file() else {}
         return found
