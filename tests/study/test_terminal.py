@@ -5,7 +5,7 @@ import re
 import pytest
 from rich.console import Console
 
-from flatmin.stats import summarise
+from flatmin.stats import PERCENT, summarise
 from flatmin.study.terminal import print_summary
 
 
@@ -15,8 +15,8 @@ def shown(summary, width):
     return console.file.getvalue()
 
 
-@pytest.mark.parametrize("width", [80, 100, 200])
-def test_nothing_is_cut_at_usual_widths(summary, width):
+@pytest.mark.parametrize("width", [30, 60, 80, 100, 200])
+def test_no_number_is_cut_at_any_width(summary, width):
     text = shown(summary, width)
     assert "…" not in text
     assert max(len(line) for line in text.splitlines()) <= width
@@ -27,6 +27,13 @@ def test_nothing_is_cut_at_usual_widths(summary, width):
 def test_a_wide_terminal_gets_one_table_and_a_narrow_one_two(summary):
     assert len(re.findall(r"^arm ", shown(summary, 200), re.MULTILINE)) == 1
     assert len(re.findall(r"^arm ", shown(summary, 80), re.MULTILINE)) == 2
+
+
+def test_intervals_stay_where_numbers_can_be(summary):
+    wide = dataclasses.replace(summary.rows[1], memorised=summarise([8.0, 64.0], ends=PERCENT))
+    text = shown(dataclasses.replace(summary, rows=[summary.rows[0], wide]), 80)
+    assert "36.0 (0 to 100)" in text and "36.0 ±" not in text and "the seeds are too few" in " ".join(text.split())
+    assert "too few" not in shown(summary, 80)
 
 
 def test_notes_hang(summary):

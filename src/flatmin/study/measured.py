@@ -11,6 +11,7 @@ from typing import Any
 from flatmin.measure.card import Card, Quantity
 from flatmin.stats import Stat, paired, summarise
 from flatmin.study.config import BASE
+from flatmin.study.known import ends_of
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -90,19 +91,29 @@ def compare_cards(nets: Sequence[Measured]) -> list[Comparison]:
     rows = []
     for name in shared:
         values = {g: {net.seed: net.card.quantities[name].value for net in members} for g, members in groups.items()}
-        differences = {g: paired(found, values[base]) for g, found in values.items() if g != base}
+        (low, high), step = ends_of(name), _step(name, nets)
+        differences = {
+            g: paired(found, values[base], step=step, ends=(low - high, high - low))
+            for g, found in values.items()
+            if g != base
+        }
         measured = [net.card.quantities[name] for net in nets]
         errors = [q.error for q in measured]
         rows.append(
             Comparison(
                 quantity=nets[0].card.quantities[name],
-                groups={g: summarise(list(found.values())) for g, found in values.items()},
+                groups={g: summarise(list(found.values()), step=step, ends=(low, high)) for g, found in values.items()},
                 difference={g: stat for g, stat in differences.items() if stat is not None},
                 error=math.nan if any(map(math.isnan, errors)) else max(errors),
                 notes=tuple(dict.fromkeys(q.note for q in measured if q.note)),
             )
         )
     return rows
+
+
+def _step(name: str, nets: Sequence[Measured]) -> float:
+    """What one example counts in a share of them; 0 for other quantities."""
+    return 1 / min(net.card.conventions.examples for net in nets) if name == "error_rate" else 0.0
 
 
 def left_out(nets: Sequence[Measured]) -> list[str]:
@@ -141,6 +152,13 @@ def told(value: float, error: float = 0.0) -> str:
     value = value if abs(value) >= 0.5 * 10.0 ** (exponent - places) else 0.0  # no "-0.0"
     scaled = f"{value / 10**exponent:.{places}f} ± {error / 10**exponent:.{places}f}"
     return f"({scaled})e{exponent}" if exponent else scaled
+
+
+def told_stat(stat: Stat) -> str:
+    """A mean with its interval, likewise; with both ends where the interval is cut."""
+    if not stat.cut:
+        return told(stat.mean, stat.half)
+    return f"{stat.mean:.3g} ({stat.low:.3g} to {stat.high:.3g})"
 
 
 def as_json(nets: Sequence[Measured], environment: dict[str, object]) -> dict[str, Any]:

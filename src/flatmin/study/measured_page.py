@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from flatmin.study import draw_interactive as draw
-from flatmin.study.measured import Comparison, Measured, compare_cards, groups_of, left_out, told, unlike
+from flatmin.study.measured import Comparison, Measured, compare_cards, groups_of, left_out, told, told_stat, unlike
 from flatmin.study.page import (
     Cell,
     Column,
@@ -106,7 +106,7 @@ def _several(nets: Sequence[Measured]) -> list[Markup]:
 
 def _row(row: Comparison, groups: Sequence[str], others: Sequence[str]) -> list[Cell]:
     def stat(found: Any) -> Cell:
-        return Cell("–") if found is None else Cell(told(found.mean, found.half), sort=found.mean)
+        return Cell("–") if found is None else Cell(told_stat(found), sort=found.mean)
 
     return [
         Cell(row.quantity.name, flag="; ".join(row.notes)),

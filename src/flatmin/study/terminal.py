@@ -1,4 +1,4 @@
-"""The table of a comparison for a terminal: one block if it fits, else two that fit in 80 columns."""
+"""The table of a comparison for a terminal: one block if it fits, else two that fit in 80 columns, else more."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flatmin.study.summary import Row, Stat, Summary
+from flatmin.study.tables import CUT
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,7 @@ class _Column:
 def _stat(stat: Stat, digits: int = 1, sign: str = "") -> str:
     if not stat.n or math.isnan(stat.mean):
         return "-"
-    half = "" if math.isnan(stat.half) else f" ±{stat.half:.{digits}f}"
-    return f"{stat.mean:{sign}.{digits}f}{half}"
+    return stat.text(f"{sign}.{digits}f")
 
 
 def _label(row: Row) -> Text:
@@ -68,16 +68,18 @@ def render(summary: Summary, console: Console) -> RenderableType:
     """The table, its key and its notes, for this console's width."""
     counts = sorted({row.n for row in summary.rows})
     seeds: tuple[_Column, ...] = () if len(counts) == 1 else (_SEEDS,)
-    tables = [_block((_NAME, *_OUTCOME, *seeds, *_COST), summary.rows)]
-    unbounded = console.options.update(max_width=10_000)
-    if Measurement.get(console, unbounded, tables[0]).maximum > console.width:
-        tables = [_block((_NAME, *_OUTCOME, *seeds), summary.rows), _block((_NAME, *_COST), summary.rows)]
+    columns = (*_OUTCOME, *seeds, *_COST)
+    tables = [_block((_NAME, *columns), summary.rows)]
+    if not _fits(tables[0], console):
+        tables = [*_blocks((*_OUTCOME, *seeds), summary.rows, console), *_blocks(_COST, summary.rows, console)]
     number = f"{counts[0]} seed{'s' * (counts[0] != 1)}" if len(counts) == 1 else "n seeds"
     interval = "mean ± 95 % t-interval" if counts and counts[-1] > 1 else "no interval from a single seed"
     key = (
         f"{number}, {interval}; last epoch and best-validation epoch; memorised: wrong labels learnt by heart; "
         "train loss and lambda_max: un-augmented training set, evaluation mode; time relative to sgd."
     )
+    if any(row.cut for row in summary.rows):
+        key += f" {CUT}"
     parts: list[RenderableType] = [Text(summary.title, style="bold")]
     for table in tables:
         parts += [Text(), table]
@@ -89,6 +91,22 @@ def render(summary: Summary, console: Console) -> RenderableType:
 def print_summary(summary: Summary, console: Console) -> None:
     """Print the table at the console's width."""
     console.print(render(summary, console), highlight=False)
+
+
+def _fits(table: Table, console: Console) -> bool:
+    unbounded = console.options.update(max_width=10_000)
+    return Measurement.get(console, unbounded, table).maximum <= console.width
+
+
+def _blocks(columns: Sequence[_Column], rows: Sequence[Row], console: Console) -> list[Table]:
+    """Tables below each other that have as many of the columns as fit, and one at least."""
+    for count in range(len(columns), 1, -1):
+        table = _block((_NAME, *columns[:count]), rows)
+        if _fits(table, console):
+            break
+    else:
+        count, table = 1, _block((_NAME, *columns[:1]), rows)
+    return [table, *(_blocks(columns[count:], rows, console) if columns[count:] else [])]
 
 
 def _block(columns: Sequence[_Column], rows: Sequence[Row]) -> Table:
