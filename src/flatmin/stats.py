@@ -73,6 +73,8 @@ class Stat:
         if self.cut:
             sign = "+" if form.startswith("+") else ""
             low, high = (f"{end:{sign}g}" if end in self.ends else f"{end:{form}}" for end in (self.low, self.high))
+            if float(low) == float(high):
+                low, high = f"{self.low:{sign}.2g}", f"{self.high:{sign}.2g}"
             return f"{mean} ({low} to {high})"
         half = f"{self.half:{width or form.removeprefix('+')}}"
         # A small half width is not none.

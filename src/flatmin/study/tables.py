@@ -26,8 +26,8 @@ _LATEX = str.maketrans(
 )
 ABSENT = "-"
 CUT = (
-    "An interval that would leave what a number can be, as 0 to 100 % for a share, is cut there and given by both its "
-    "ends; one that reaches from end to end says that the seeds are too few."
+    "Intervals are cut where a number cannot go, such as below 0 or above 100 %, and both ends are given then. An "
+    "interval from 0 to 100 % means that there are too few seeds."
 )
 
 
