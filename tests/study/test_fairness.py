@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from flatmin.study import tables
+from flatmin.data.named import DATASETS
+from flatmin.study import costs, tables
 from flatmin.study.baselines import with_baselines
 from flatmin.study.costs import Sizes
 from flatmin.study.executors import Outcome
@@ -210,6 +211,9 @@ class TestEqualCost:
 
 
 class TestSteps:
+    def test_every_official_training_part_has_its_test_part(self):
+        assert set(costs._TESTS) == {name for name, known in DATASETS.items() if known.train is not None}
+
     def test_equal_differences_count_as_one_sample_apart(self, tmp_path):
         """The digits have 100 validation and 797 test images; 3 of 797 more in every seed are no certainty."""
 

@@ -61,8 +61,7 @@ class Known:
         read: its reader.
         confusions: each class to the one it is taken for, for asymmetric noise.
         downloads: whether the reader can get what is missing.
-        train, test: samples of the official parts, before a validation part is taken from the training part; None: see
-            the data.
+        train: samples of the official training part, before a validation part is taken from it; None: see the data.
         shape: of an image as it is read without `image_size`, (C, H, W); None: see the data.
         classes: K; None: see the data.
     """
@@ -71,7 +70,6 @@ class Known:
     confusions: Mapping[int, int] | None = None
     downloads: bool = False
     train: int | None = None
-    test: int | None = None
     shape: tuple[int, int, int] | None = None
     classes: int | None = None
 
@@ -192,17 +190,17 @@ _RGB, _GREY = (3, 32, 32), (1, 28, 28)
 
 DATASETS: dict[str, Known] = {
     "digits": Known(_digits),
-    "cifar10": Known(partial(_cifar, "cifar10", False), CIFAR10_CONFUSIONS, True, 50_000, 10_000, _RGB, 10),
-    "cifar100": Known(partial(_cifar, "cifar100", False), CIFAR100_CONFUSIONS, True, 50_000, 10_000, _RGB, 100),
-    "cifar100-coarse": Known(partial(_cifar, "cifar100", True), None, True, 50_000, 10_000, _RGB, 20),
-    "mnist": Known(partial(_idx, "mnist", None), train=60_000, test=10_000, shape=_GREY, classes=10),
+    "cifar10": Known(partial(_cifar, "cifar10", False), CIFAR10_CONFUSIONS, True, 50_000, _RGB, 10),
+    "cifar100": Known(partial(_cifar, "cifar100", False), CIFAR100_CONFUSIONS, True, 50_000, _RGB, 100),
+    "cifar100-coarse": Known(partial(_cifar, "cifar100", True), None, True, 50_000, _RGB, 20),
+    "mnist": Known(partial(_idx, "mnist", None), train=60_000, shape=_GREY, classes=10),
     "fashion-mnist": Known(
-        partial(_idx, "fashion-mnist", Augment(crop=2, cutout=0)), train=60_000, test=10_000, shape=_GREY, classes=10
+        partial(_idx, "fashion-mnist", Augment(crop=2, cutout=0)), train=60_000, shape=_GREY, classes=10
     ),
-    "tiny-imagenet": Known(_tiny_imagenet, train=100_000, test=10_000, shape=(3, 64, 64), classes=200),
-    "imagenet": Known(_imagenet, train=1_281_167, test=50_000, shape=(3, 224, 224), classes=1000),
-    "flowers102": Known(partial(_sorted, "flowers102"), train=2040, test=6149, shape=(3, 224, 224), classes=102),
-    "pets": Known(partial(_sorted, "pets"), train=3680, test=3669, shape=(3, 224, 224), classes=37),
+    "tiny-imagenet": Known(_tiny_imagenet, train=100_000, shape=(3, 64, 64), classes=200),
+    "imagenet": Known(_imagenet, train=1_281_167, shape=(3, 224, 224), classes=1000),
+    "flowers102": Known(partial(_sorted, "flowers102"), train=2040, shape=(3, 224, 224), classes=102),
+    "pets": Known(partial(_sorted, "pets"), train=3680, shape=(3, 224, 224), classes=37),
     "images": Known(_images),
 }
 

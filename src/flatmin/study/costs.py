@@ -21,6 +21,11 @@ from flatmin.train.trainer import build_recipe
 
 _SAMPLES = {"cpu": 8, "cuda": 256}
 _ENOUGH = 1.0  # seconds
+# Samples of the official test parts.
+_TESTS = {
+    **dict.fromkeys(("cifar10", "cifar100", "cifar100-coarse", "mnist", "fashion-mnist", "tiny-imagenet"), 10_000),
+    **{"imagenet": 50_000, "flowers102": 6149, "pets": 3669},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,16 +107,16 @@ class Sizes:
 
 
 def _official(config: RunConfig) -> Counts | None:
-    known = DATASETS.get(config.data)
-    if known is None or known.train is None or known.test is None or known.shape is None or known.classes is None:
+    known, test = DATASETS.get(config.data), _TESTS.get(config.data)
+    if known is None or test is None or known.train is None or known.shape is None or known.classes is None:
         return None
     held = 0 if config.train_on_val else round(config.val_share * known.train)
     side = config.image_size
     shape = known.shape if side is None else (known.shape[0], side, side)
     return Counts(
         train=config.train_size or known.train - held,
-        val=held or known.test,
-        test=known.test,
+        val=held or test,
+        test=test,
         inputs=Inputs(data=config.data, num_classes=known.classes, shape=shape),
     )
 
