@@ -8,7 +8,7 @@ from flatmin.study.config import CompareConfig
 from flatmin.study.notes import write_notes
 from flatmin.study.summary import Choice, Ratio, Row
 
-CONFIG = CompareConfig(methods=("sgd", "sam", "asam"), rho={"sam": 0.2})
+CONFIG = CompareConfig(methods=("sgd", "sam", "asam"), seeds=3, rho={"sam": 0.2})
 SIZES = (900, 100, 797)
 
 
