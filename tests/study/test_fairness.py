@@ -4,7 +4,10 @@ import dataclasses
 
 import pytest
 
+from flatmin.data.named import DATASETS
+from flatmin.study import costs, tables
 from flatmin.study.baselines import with_baselines
+from flatmin.study.costs import Sizes
 from flatmin.study.executors import Outcome
 from flatmin.study.reading import read_study
 from flatmin.study.tables import body, header, remarks
@@ -205,3 +208,47 @@ class TestEqualCost:
             "mlp": "SGD, 2x epochs model=mlp",
         }
         assert all(equal.diff.mean == 0 for equal in found.values())
+
+
+class TestSteps:
+    def test_every_official_training_part_has_its_test_part(self):
+        assert set(costs._TESTS) == {name for name, known in DATASETS.items() if known.train is not None}
+
+    def test_equal_differences_count_as_one_sample_apart(self, tmp_path):
+        """The digits have 100 validation and 797 test images; 3 of 797 more in every seed are no certainty."""
+
+        def result_of(cell, seed):
+            return 100 * (700 + seed + 3 * (cell.arm == "SAM")) / 797
+
+        text = STUDY.replace("axes = { rho = [0.05, 0.1, 0.2] }", "rho = 0.1").replace('choose = ["rho"]\n', "")
+        table = made_table(text, tmp_path, result_of)
+        value = table.rows[1].columns["test_acc"]
+        assert value.diff.half == pytest.approx(4.302653 * 100 / 797 / 3**0.5, rel=1e-6)
+        # df = 2: P(|T| > t) = 1 - t / sqrt(2 + t^2), t = 3 sqrt(3).
+        assert value.p == pytest.approx(1 - (27 / 29) ** 0.5, rel=1e-6)
+        assert tables.difference(value.diff) == "+0.38 ±0.31"
+        # Numbers on no grid that differ by the same in every seed have no interval.
+        seconds = table.rows[1].columns["seconds"]
+        assert seconds.p == 1.0 and tables.difference(seconds.diff) == "+0.00"
+        assert table.rows[1].steps == {
+            "val_acc": 1.0,
+            "test_acc": 100 / 797,
+            "test_top5": 100 / 797,
+            "memorised": 100 / 360,
+        }
+
+    @pytest.mark.parametrize(
+        ("settings", "val", "test", "wrong"),
+        [
+            ({"noise": 0.0}, 5000, 10_000, 0),
+            ({"noise": 0.2, "val_share": 0.2}, 10_000, 10_000, 8000),
+            ({"noise": 0.2, "noise_kind": "asymmetric"}, 5000, 10_000, 4500),
+            ({"data": "imagenet", "train_on_val": True, "selection": "last", "noise": 0.1}, 50_000, 50_000, 128_117),
+        ],
+    )
+    def test_official_sizes_need_no_data(self, tmp_path, settings, val, test, wrong):
+        config = cells(spec_of(tmp_path))[0].configs[0]
+        steps = Sizes().steps(dataclasses.replace(config, **{"data": "cifar10", **settings}))
+        counts = {name: round(100 / step) for name, step in steps.items()}
+        expected = {"val_acc": val, "test_acc": test, "test_top5": test, "memorised": wrong}
+        assert counts == {name: count for name, count in expected.items() if count}

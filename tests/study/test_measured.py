@@ -14,7 +14,7 @@ import torch
 from flatmin.measure.card import Card, CardSettings, Quantity, Section, card
 from flatmin.measure.problem import Conventions, Problem
 from flatmin.study import draw_card, page
-from flatmin.study.measured import Measured, as_json, compare_cards, groups_of, told, unlike
+from flatmin.study.measured import Measured, as_json, compare_cards, groups_of, told, told_stat, unlike
 from flatmin.study.measured_page import render, sentence
 from tests.measure.nets import batches, make
 from tests.study.test_report import HOSTILE, Outline
@@ -126,6 +126,15 @@ class TestCompare:
         a, b = quantity(error=0.1), quantity(error=0.3)
         assert compare_cards([made("sgd", 0, a), made("sgd", 1, b)])[0].error == 0.3
 
+    def test_shares_end_at_one_and_are_counted_in_examples(self):
+        values = {"sgd": {0: 0.0, 1: 0.25}, "sam": {0: 0.25, 1: 0.5}}
+        (row,) = compare_cards(nets(values, name="error_rate"))
+        # Equal differences: their spread is taken to be one of the examples.
+        assert row.difference["sam"].half == pytest.approx(12.706205 / WHERE.examples / math.sqrt(2), rel=1e-6)
+        assert told_stat(row.groups["sgd"]) == "0.125 (0 to 1)" and told_stat(row.groups["sam"]) == "0.375 (0 to 1)"
+        (row,) = compare_cards(nets(values))
+        assert row.verdict("sam") == "not told apart" and told_stat(row.difference["sam"]) == "0.25"
+
     def test_refusals(self):
         with pytest.raises(ValueError, match="there is no net to compare"):
             compare_cards([])
@@ -195,7 +204,7 @@ class TestPage:
         assert {row.verdict("sam") for row in rows} >= {"not told apart"}
         for row in rows:
             stats = (row.groups["sgd"], row.groups["sam"], row.difference["sam"])
-            assert row.quantity.name in words and all(told(s.mean, s.half) in outline.text for s in stats)
+            assert row.quantity.name in words and all(told_stat(s) in outline.text for s in stats)
             assert row.verdict("sam") in {*outline.text, ""}
         assert "not measured alike" not in words
         assert len(outline.specs) == 8, "a plane for each group"

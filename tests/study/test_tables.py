@@ -8,9 +8,9 @@ import re
 
 import pytest
 
-from flatmin.stats import summarise
+from flatmin.stats import PERCENT, POINTS, summarise
 from flatmin.study.spec import METRICS, Arm, Published, StudySpec
-from flatmin.study.tables import body, comma_separated, header, latex, markdown, remarks, widths
+from flatmin.study.tables import CUT, body, comma_separated, header, latex, markdown, remarks, widths
 from flatmin.study.tabulate import StudyRow, StudyTable, Value
 
 SPEC = StudySpec(
@@ -65,8 +65,8 @@ def test_header_and_body(table):
         "train loss ±95 %",
     ]
     assert body(table) == [
-        ["SGD", "-", "2", "2", "90.50 ±6.35", "-", "-", "-", "0.500 ±0.000"],
-        ["a|b & 50 %", "0.1", "2", "2", "92.50 ±6.35", "+2.50 ±6.35", "0.12", "97.10 ±0.25", "0.500 ±0.000"],
+        ["SGD", "-", "2", "2", "90.50 ±6.35", "-", "-", "-", "0.500"],
+        ["a|b & 50 %", "0.1", "2", "2", "92.50 ±6.35", "+2.50 ±6.35", "0.12", "97.10 ±0.25", "0.500"],
         ["a|b & 50 %", "0.2", "1", "2", "95.00", "+5.00", "-", "-", "0.500"],
         ["lost", "-", "0", "2", "-", "-", "-", "-", "-"],
     ]
@@ -95,6 +95,19 @@ def test_remarks(table):
     assert not any("Published" in text for text in remarks(dataclasses.replace(table, rows=table.rows[:1])))
 
 
+def test_intervals_stay_where_numbers_can_be(table):
+    wide = Value(
+        stat=summarise([55.0, 99.0], ends=PERCENT), std=31.1, diff=summarise([-10.0, 60.0], ends=POINTS), p=math.nan
+    )
+    row = dataclasses.replace(table.rows[1], columns={**table.rows[1].columns, "test_acc": wide})
+    found = dataclasses.replace(table, rows=[table.rows[0], row])
+    assert body(found)[1][4:7] == ["77.00 (0 to 100)", "+25.00 (-100 to +100)", "-"]
+    assert CUT in remarks(found) and CUT not in remarks(table)
+    one = list(csv.DictReader(io.StringIO(comma_separated(found))))[1]
+    assert one["test_acc_half"] == one["test_acc_diff_half"] == ""
+    assert [float(one[f"test_acc_{end}"]) for end in ("low", "high", "diff_low", "diff_high")] == [0, 100, -100, 100]
+
+
 def test_markdown_read_back(table):
     lines = markdown(table).splitlines()
     assert lines[:2] == ["# Made up", ""]
@@ -112,7 +125,9 @@ def test_csv_read_back(table):
     assert [row["arm"] for row in rows] == [row.arm for row in table.rows]
     second = rows[1]
     assert float(second["test_acc_mean"]) == 92.5 and float(second["test_acc_std"]) == pytest.approx(0.5**0.5)
-    assert float(second["test_acc_half"]) == table.rows[1].columns["test_acc"].stat.half
+    stat = table.rows[1].columns["test_acc"].stat
+    assert float(second["test_acc_half"]) == stat.half
+    assert (float(second["test_acc_low"]), float(second["test_acc_high"])) == (stat.low, stat.high)
     assert (second["rho"], second["n"], second["gradients"]) == ("0.1", "2", "2.0")
     assert [float(second[f"test_acc_{kind}"]) for kind in ("diff", "p", "published")] == [2.5, 0.125, 97.1]
     assert rows[2]["test_acc_half"] == rows[2]["test_acc_p"] == rows[3]["test_acc_mean"] == rows[0]["rho"] == ""

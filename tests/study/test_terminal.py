@@ -5,7 +5,7 @@ import re
 import pytest
 from rich.console import Console
 
-from flatmin.stats import summarise
+from flatmin.stats import PERCENT, summarise
 from flatmin.study.terminal import print_summary
 
 
@@ -15,8 +15,8 @@ def shown(summary, width):
     return console.file.getvalue()
 
 
-@pytest.mark.parametrize("width", [80, 100, 200])
-def test_nothing_is_cut_at_usual_widths(summary, width):
+@pytest.mark.parametrize("width", [30, 60, 80, 100, 200])
+def test_no_number_is_cut_at_any_width(summary, width):
     text = shown(summary, width)
     assert "…" not in text
     assert max(len(line) for line in text.splitlines()) <= width
@@ -27,6 +27,13 @@ def test_nothing_is_cut_at_usual_widths(summary, width):
 def test_a_wide_terminal_gets_one_table_and_a_narrow_one_two(summary):
     assert len(re.findall(r"^arm ", shown(summary, 200), re.MULTILINE)) == 1
     assert len(re.findall(r"^arm ", shown(summary, 80), re.MULTILINE)) == 2
+
+
+def test_intervals_stay_where_numbers_can_be(summary):
+    wide = dataclasses.replace(summary.rows[1], memorised=summarise([8.0, 64.0], ends=PERCENT))
+    text = shown(dataclasses.replace(summary, rows=[summary.rows[0], wide]), 80)
+    assert "36.0 (0 to 100)" in text and "36.0 ±" not in text and "there are too few seeds" in " ".join(text.split())
+    assert "too few seeds" not in shown(summary, 80)
 
 
 def test_notes_hang(summary):
@@ -72,3 +79,13 @@ def test_names_are_not_markup(build):
 def test_a_failed_seed_is_visible_as_its_own_count(summary):
     row = dataclasses.replace(summary.rows[1], n=1, last=summarise([90.0]))
     assert "90.0" in shown(dataclasses.replace(summary, rows=[summary.rows[0], row]), 120)
+
+
+def test_an_ascii_terminal_gets_words_for_what_it_lacks(summary):
+    """Also from `print_summary` in a script, whose output nobody has prepared."""
+    rows = [summary.rows[0], dataclasses.replace(summary.rows[1], label="größer ρ", flags=["λ not converged"])]
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    print_summary(dataclasses.replace(summary, title="ρ", notes=["λ_max"], rows=rows), Console(file=out, width=100))
+    out.flush()
+    text = out.buffer.getvalue().decode()
+    assert "grosser rho [lambda not converged]" in text and "94.5 +-1.2" in text and "- lambda_max" in text

@@ -83,10 +83,10 @@ def compare(
         # Said here, because typer ends the process on Ctrl-C without a word.
         typer.echo(str(interrupt) or "Interrupted; the same command goes on from the finished runs.", err=True)
         raise typer.Exit(130) from None
+    path = write_report(summary, out / "report.html") if report else None
     console.print()
     print_summary(summary, console)
-    if report:
-        path = write_report(summary, out / "report.html")
+    if path is not None:
         console.print(f"\nReport: {path}", markup=False, soft_wrap=True)
         if open_report:
             typer.launch(path.resolve().as_uri())

@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+from flatmin.streams import fitted
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
 PIPE_WIDTH = 100  # a log or a file has no width of its own
+LEAST_WIDTH = 20
 
 
 def make_console(*, stderr: bool = False, quiet: bool = False) -> Console:
-    """A console of the terminal's width, or of `PIPE_WIDTH` columns where there is no terminal."""
+    """A console of the terminal's width, or of `PIPE_WIDTH` columns where there is no terminal.
+
+    A dumb terminal, which cannot redraw a line, gets what a pipe gets.
+    """
     from rich.console import Console
 
     stream = sys.stderr if stderr else sys.stdout
-    width = None if stream.isatty() else shutil.get_terminal_size((PIPE_WIDTH, 24)).columns
-    return Console(stderr=stderr, width=width, highlight=False, quiet=quiet)
+    dumb = os.environ.get("TERM", "").lower() in ("dumb", "unknown")
+    terminal = stream is not None and stream.isatty() and not dumb  # it is None where it was closed
+    width = None if terminal else max(LEAST_WIDTH, shutil.get_terminal_size((PIPE_WIDTH, 24)).columns)
+    return Console(stderr=stderr, width=width, highlight=False, quiet=quiet, force_terminal=False if dumb else None)
 
 
 def make_bar(console: Console) -> Progress:
@@ -47,6 +56,7 @@ def print_rows(rows: Sequence[Sequence[str]], console: Console) -> None:
     """Columns side by side; numbers to the right."""
     from flatmin.study.tables import widths
 
+    rows = [[fitted(cell, console.encoding) for cell in row] for row in rows]
     wide = widths(rows)
     for row in rows:
         cells = [

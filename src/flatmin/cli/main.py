@@ -21,6 +21,7 @@ from flatmin.cli.show import show
 from flatmin.cli.study import study
 from flatmin.cli.theory import theory
 from flatmin.cli.train import train
+from flatmin.streams import settle_streams, unwritten
 from flatmin.words import explained
 
 app = typer.Typer(
@@ -78,8 +79,14 @@ def main(arguments: list[str] | None = None) -> None:
     """
     words = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in words
+    settle_streams()
     try:
         app([word for word in words if word != "--debug"])
+    except SystemExit as end:
+        if not end.code and (problem := _unprinted()):
+            typer.echo(f"flatmin: {problem}", err=True)
+            raise SystemExit(2) from None
+        raise
     except Exception as error:
         if debug or not explained(error):
             traceback.print_exc()
@@ -88,6 +95,14 @@ def main(arguments: list[str] | None = None) -> None:
             raise SystemExit(2 if explained(error) else 1) from None
         typer.echo(f"flatmin: {' '.join([str(error), *getattr(error, '__notes__', [])])}", err=True)
         raise SystemExit(2) from None
+
+
+def _unprinted() -> str:
+    """Why the output is not whole; empty if it is, or if its reader has just left."""
+    if sys.stdout is not None:
+        sys.stdout.flush()
+    problem = unwritten()
+    return "" if problem is None else f"the output could not be written ({problem.strerror}); files are whole."
 
 
 if __name__ == "__main__":

@@ -359,7 +359,7 @@ def _numbers(quantities: Sequence[object]) -> Table:
 def _comparison(nets: Sequence[Measured]) -> Table:
     from rich.text import Text
 
-    from flatmin.study.measured import compare_cards, groups_of, told
+    from flatmin.study.measured import compare_cards, groups_of, told_stat
 
     groups = list(groups_of(nets))
     base, others = groups[0], groups[1:]
@@ -372,9 +372,9 @@ def _comparison(nets: Sequence[Measured]) -> Table:
         table.add_column(Text(f"{name} is"), no_wrap=True)
     for row in compare_cards(nets):
         cells: list[Text | str] = [Text(row.quantity.name + " *" * bool(row.notes))]
-        cells += ["-" if (found := row.groups.get(name)) is None else told(found.mean, found.half) for name in groups]
+        cells += ["-" if (found := row.groups.get(name)) is None else told_stat(found) for name in groups]
         for name in others:
             found = row.difference.get(name)
-            cells += ["-" if found is None else told(found.mean, found.half), row.verdict(name)]
+            cells += ["-" if found is None else told_stat(found), row.verdict(name)]
         table.add_row(*cells)
     return table

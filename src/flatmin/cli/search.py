@@ -67,10 +67,10 @@ def search(
         # Said here, because typer ends the process on Ctrl-C without a word.
         typer.echo(str(interrupt) or "Interrupted; the same command goes on from the finished runs.", err=True)
         raise typer.Exit(130) from None
-    _show(found, console)
     path = out / "studies" / f"{Path(name).stem}{'-demo' if demo else ''}-found.toml"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, found_study(spec, dimensions, found, budget))
+    _show(found, console)
     console.print(f"\nNext: flatmin study {path} --out {out}", markup=False, soft_wrap=True)
 
 

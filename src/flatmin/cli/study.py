@@ -100,11 +100,11 @@ def study(
         _describe(todo, workers, console)
         return
     found = _run(todo, workers, executor, settings, console)
-    _show(found, console)
     files = _write(found, out / "studies", table_name or f"{Path(name).stem}{'-demo' if demo else ''}")
     if report:
         page = render(found, command=["flatmin", *sys.argv[1:]])
         files.append(write(page, files[0].with_suffix(".html")))
+    _show(found, console)
     for path in files:
         console.print(str(path), markup=False, soft_wrap=True)
     if open_report and report:

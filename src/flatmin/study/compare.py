@@ -12,9 +12,10 @@ from pathlib import Path
 
 from flatmin.data.base import Data
 from flatmin.recipes import Recipe
-from flatmin.stats import Stat, summarise
+from flatmin.stats import PERCENT, Stat, summarise
 from flatmin.study.arms import Candidate, arms, candidates, recipe_of
 from flatmin.study.config import BASE, CompareConfig
+from flatmin.study.costs import Counts
 from flatmin.study.events import Event, Planned, Timing, Tuned, Warned
 from flatmin.study.executors import Outcome, execute, finished_and_missing
 from flatmin.study.notes import write_notes
@@ -42,7 +43,8 @@ class Plan:
         found: outcomes of finished runs by name.
         missing: runs to do, the longest first.
         seconds: a guess of the wall time of the missing runs; None if there are none.
-        sizes: samples in train, validation and test; None if the data was not needed.
+        sizes: samples in train, validation and test.
+        steps: of the metrics; see `flatmin.study.costs.Counts.steps`.
         left_out: method -> why this loop or model cannot serve it; only if the settings allow to go on without.
         warnings: about the run folders.
     """
@@ -53,6 +55,7 @@ class Plan:
     missing: list[Run]
     seconds: float | None
     sizes: tuple[int, int, int]
+    steps: Mapping[str, float] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
@@ -105,6 +108,7 @@ def plan(config: CompareConfig, *, out: Path, workers: int = 2) -> Plan:
         missing=missing,
         seconds=seconds,
         sizes=(len(data.train), len(data.val), len(data.test)),
+        steps=Counts.of(data).steps(points[0].config),
         left_out=left_out,
         warnings=warnings,
     )
@@ -149,7 +153,7 @@ def compare(
         reasons = [o.error or (o.result.failure if o.result else None) for o in outcomes.values()]
         first = next(filter(None, reasons), "unknown").rstrip(".")
         raise ValueError(f"no run had a result; the first one: {first}.")
-    chosen, choices = _select(findings, tell) if config.tune else (findings, {})
+    chosen, choices = _select(findings, todo.steps, tell) if config.tune else (findings, {})
     ratios = _ratios(config, chosen, store, todo, tell) if config.timing else {}
     return _sum_up(config, chosen, choices, ratios, todo, outcomes, command)
 
@@ -191,7 +195,9 @@ def _code(config: CompareConfig, points: Sequence[Candidate]) -> str:
     return digest(user_sources(specs, recipes), package_digest(), *external_versions(specs))
 
 
-def _select(findings: Sequence[Finding], tell: OnEvent) -> tuple[list[Finding], dict[str, list[Choice]]]:
+def _select(
+    findings: Sequence[Finding], steps: Mapping[str, float], tell: OnEvent
+) -> tuple[list[Finding], dict[str, list[Choice]]]:
     """The best candidate of every arm by mean validation accuracy at the last epoch; every run must have a result."""
     groups: dict[str, list[Finding]] = {}
     for finding in findings:
@@ -199,7 +205,7 @@ def _select(findings: Sequence[Finding], tell: OnEvent) -> tuple[list[Finding], 
     chosen: list[Finding] = []
     choices: dict[str, list[Choice]] = {}
     for label, group in groups.items():
-        scores = [_validation(finding) for finding in group]
+        scores = [_validation(finding, steps.get("val_acc", 0.0)) for finding in group]
         whole = [i for i, finding in enumerate(group) if len(finding.results) == len(finding.outcomes)]
         best = max(whole, key=lambda i: (scores[i][0].mean, -scores[i][1], -i), default=None)
         chosen.append(group[best or 0])
@@ -213,10 +219,11 @@ def _select(findings: Sequence[Finding], tell: OnEvent) -> tuple[list[Finding], 
     return chosen, choices
 
 
-def _validation(finding: Finding) -> tuple[Stat, float]:
+def _validation(finding: Finding, step: float) -> tuple[Stat, float]:
     """Validation accuracy and mean validation loss at the last epoch."""
     losses = [outcome.lines[-1].val_loss for outcome in finding.outcomes.values() if outcome.lines]
-    return summarise(list(finding.last("val_acc").values())), math.fsum(losses) / max(1, len(losses))
+    accuracy = summarise(list(finding.last("val_acc").values()), step=step, ends=PERCENT)
+    return accuracy, math.fsum(losses) / max(1, len(losses))
 
 
 def _ratios(
@@ -269,6 +276,7 @@ def _sum_up(
             base,
             gradient_evaluations=_evaluations(finding, recipes[finding.label]),
             time_ratio=ratios.get(finding.label),
+            steps=todo.steps,
         )
         for finding in chosen
     ]

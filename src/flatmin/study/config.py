@@ -15,7 +15,7 @@ from flatmin.words import suggest
 
 BASE = "sgd"
 ALL = "all"  # every method of the table, wherever a list of methods is given
-DEFAULT_METHODS = ("sgd", "sam", "asam", "vasso", "fsam", "bisam-log", "bisam-tanh")
+DEFAULT_METHODS = ("sgd", "sam", "vasso", "bisam-log")
 DIGITS_NOISE = 0.4
 # Fields of a run that may be an axis: a list of values to choose from on validation.
 SWEPT = ("lr", "epochs", "batch_size", "momentum", "weight_decay")
@@ -62,7 +62,7 @@ class CompareConfig:
     methods: tuple[str, ...] = DEFAULT_METHODS
     skip_unfit: bool = False
     baselines: bool = True
-    seeds: int = 3
+    seeds: int = 5
     noise: float | None = None
     epochs: int = 30
     batch_size: int = 64

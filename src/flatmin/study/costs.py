@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
 
+from flatmin.data.base import Data
 from flatmin.data.named import DATASETS
 from flatmin.study.timing import one_thread
 from flatmin.train.config import RunConfig
@@ -19,16 +21,56 @@ from flatmin.train.trainer import build_recipe
 
 _SAMPLES = {"cpu": 8, "cuda": 256}
 _ENOUGH = 1.0  # seconds
+# Samples of the official test parts.
+_TESTS = {
+    **dict.fromkeys(("cifar10", "cifar100", "cifar100-coarse", "mnist", "fashion-mnist", "tiny-imagenet"), 10_000),
+    **{"imagenet": 50_000, "flowers102": 6149, "pets": 3669},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """How many samples the parts of a data set have.
+
+    Args:
+        train, val, test: samples.
+        wrong: training samples with a wrong label that the data bring of their own.
+        inputs: what the model takes.
+    """
+
+    train: int
+    val: int
+    test: int
+    wrong: int = 0
+    inputs: Inputs
+
+    @classmethod
+    def of(cls, data: Data) -> Counts:
+        """Those of data without the noise of a run."""
+        parts = {"train": len(data.train), "val": len(data.val), "test": len(data.test)}
+        return cls(**parts, wrong=int(data.wrong.sum()), inputs=Inputs.of(data))
+
+    def steps(self, config: RunConfig) -> dict[str, float]:
+        """Of every metric that is a share of samples, in percent, what one sample counts in a run.
+
+        Of asymmetric noise it is taken that classes are of equal size.
+        """
+        known = DATASETS.get(config.data)
+        confusions = known.confusions if known and config.noise_kind == "asymmetric" else None
+        share = config.noise * (len(confusions) / self.inputs.num_classes if confusions else 1.0)
+        wrong = self.wrong or round(share * self.train)
+        counts = {"val_acc": self.val, "test_acc": self.test, "test_top5": self.test, "memorised": wrong}
+        return {metric: 100.0 / count for metric, count in counts.items() if count}
 
 
 class Sizes:
-    """How many samples runs train on and what these look like, each data set asked once.
+    """How many samples the parts of runs' data have and what these look like, each data set asked once.
 
     Known by name where the table of data sets has the official numbers, so that no data need be there; read otherwise.
     """
 
     def __init__(self) -> None:
-        self._found: dict[tuple[object, ...], tuple[int, Inputs]] = {}
+        self._found: dict[tuple[object, ...], Counts] = {}
 
     def of(self, config: RunConfig) -> tuple[int, Inputs]:
         """Training samples, and what the model takes.
@@ -36,6 +78,18 @@ class Sizes:
         Raises:
             OSError, ValueError, ModuleNotFoundError: data that must be read and cannot be had.
         """
+        found = self._of(config)
+        return found.train, found.inputs
+
+    def steps(self, config: RunConfig) -> dict[str, float]:
+        """See `Counts.steps`.
+
+        Raises:
+            OSError, ValueError, ModuleNotFoundError: as `of`.
+        """
+        return self._of(config).steps(config)
+
+    def _of(self, config: RunConfig) -> Counts:
         source = (config.data, config.data_dir, config.split_seed, config.train_on_val, config.val_share)
         key = (*source, config.image_size, config.train_size)
         if key not in self._found:
@@ -52,20 +106,23 @@ class Sizes:
         return updates * build_recipe(config).for_length(updates).gradient_evaluations
 
 
-def _official(config: RunConfig) -> tuple[int, Inputs] | None:
-    known = DATASETS.get(config.data)
-    if known is None or known.train is None or known.shape is None or known.classes is None:
+def _official(config: RunConfig) -> Counts | None:
+    known, test = DATASETS.get(config.data), _TESTS.get(config.data)
+    if known is None or test is None or known.train is None or known.shape is None or known.classes is None:
         return None
-    share = 0.0 if config.train_on_val else config.val_share
-    samples = config.train_size or known.train - round(share * known.train)
+    held = 0 if config.train_on_val else round(config.val_share * known.train)
     side = config.image_size
     shape = known.shape if side is None else (known.shape[0], side, side)
-    return samples, Inputs(data=config.data, num_classes=known.classes, shape=shape)
+    return Counts(
+        train=config.train_size or known.train - held,
+        val=held or test,
+        test=test,
+        inputs=Inputs(data=config.data, num_classes=known.classes, shape=shape),
+    )
 
 
-def _read(config: RunConfig) -> tuple[int, Inputs]:
-    data = load_clean(config)
-    return config.train_size or len(data.train), Inputs.of(data)
+def _read(config: RunConfig) -> Counts:
+    return Counts.of(load_clean(config))
 
 
 def guess_seconds(configs: Sequence[RunConfig], workers: int, sizes: Sizes | None = None) -> float:

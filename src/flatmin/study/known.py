@@ -7,9 +7,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from flatmin.engine.diagnostics import CLASSES
+from flatmin.stats import PERCENT, UNBOUNDED, Ends
 from flatmin.train.result import Epoch, Result
 
+_ENDS: Mapping[str, Ends] = {
+    **dict.fromkeys(("test_acc", "test_top5", "val_acc", "memorised"), PERCENT),
+    **dict.fromkeys(("train_ce", "seconds", "misclassified", "flipped"), (0.0, math.inf)),
+    **dict.fromkeys((*CLASSES, "ratio_larger", "same_sign", "error_rate"), (0.0, 1.0)),
+}
 _PART = 10  # "first" and "last" are the first and the last tenth
+
+
+def ends_of(column: str) -> Ends:
+    """The least and the largest number that a column can have."""
+    return _ENDS.get(column.partition("@")[0], UNBOUNDED)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ from typing import Any
 from flatmin.measure.card import Card, Quantity
 from flatmin.stats import Stat, paired, summarise
 from flatmin.study.config import BASE
+from flatmin.study.known import ends_of
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -110,7 +111,12 @@ def compare_cards(nets: Sequence[Measured]) -> list[Comparison]:
             for g, members in groups.items()
         }
         values = {g: {seed: q.value for seed, q in one.items()} for g, one in found.items() if one}
-        differences = {g: paired(one, values[base]) for g, one in values.items() if g != base and base in values}
+        (low, high), step = ends_of(name), _step(name, nets)
+        differences = {
+            g: paired(one, values[base], step=step, ends=(low - high, high - low))
+            for g, one in values.items()
+            if g != base and base in values
+        }
         measured = [q for one in found.values() for q in one.values()]
         errors = [q.error for q in measured]
         notes = list(dict.fromkeys(q.note for q in measured if q.note))
@@ -119,13 +125,18 @@ def compare_cards(nets: Sequence[Measured]) -> list[Comparison]:
         rows.append(
             Comparison(
                 quantity=measured[0],
-                groups={g: summarise(list(one.values())) for g, one in values.items()},
+                groups={g: summarise(list(one.values()), step=step, ends=(low, high)) for g, one in values.items()},
                 difference={g: stat for g, stat in differences.items() if stat is not None},
                 error=math.nan if any(map(math.isnan, errors)) else max(errors),
                 notes=tuple(notes),
             )
         )
     return rows
+
+
+def _step(name: str, nets: Sequence[Measured]) -> float:
+    """What one example counts in a share of them; 0 for other quantities."""
+    return 1 / min(net.card.conventions.examples for net in nets) if name == "error_rate" else 0.0
 
 
 def left_out(nets: Sequence[Measured]) -> list[str]:
@@ -169,6 +180,13 @@ def told(value: float, error: float = 0.0) -> str:
     value = value if abs(value) >= 0.5 * 10.0 ** (exponent - places) else 0.0  # no "-0.0"
     scaled = f"{value / 10**exponent:.{places}f} ± {error / 10**exponent:.{places}f}"
     return f"({scaled})e{exponent}" if exponent else scaled
+
+
+def told_stat(stat: Stat) -> str:
+    """A mean with its interval, likewise; with both ends where the interval is cut."""
+    if not stat.cut:
+        return told(stat.mean, stat.half)
+    return f"{stat.mean:.3g} ({stat.low:.3g} to {stat.high:.3g})"
 
 
 def as_json(

@@ -19,6 +19,7 @@ from flatmin.study.measured import (
     left_out,
     remarks,
     told,
+    told_stat,
     unlike,
 )
 from flatmin.study.page import (
@@ -137,7 +138,7 @@ def _several(nets: Sequence[Measured]) -> list[Markup]:
 
 def _row(row: Comparison, groups: Sequence[str], others: Sequence[str]) -> list[Cell]:
     def stat(found: Any) -> Cell:
-        return Cell("–") if found is None else Cell(told(found.mean, found.half), sort=found.mean)
+        return Cell("–") if found is None else Cell(told_stat(found), sort=found.mean)
 
     return [
         Cell(row.quantity.name, flag="; ".join(row.notes)),

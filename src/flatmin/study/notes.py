@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
-from flatmin.stats import Stat, paired, summarise
+from flatmin.stats import POINTS, Stat, paired
 from flatmin.study.arms import EARLY, LONG, WEIGHT_DECAY
 from flatmin.study.config import BASE, CompareConfig
 from flatmin.study.summary import Choice, Finding, Row
 
-FEWEST_SEEDS = 3  # two differences of counts are often equal by chance, and then their interval has width 0
+FEWEST_SEEDS = 3  # the t of two is 12.7
 MOST_PAIRS = 8  # pairs that a note names
 Accuracies = Mapping[str, Mapping[int, float]]
+Difference = Callable[..., Stat | None]
 
 
 def write_notes(
@@ -37,13 +40,16 @@ def write_notes(
     known: dict[str, dict[int, float]] = {f.label: f.last() for f in findings if f.last()}
     family = {label: values for label, values in known.items() if ascends[label]}
     by_label = {row.label: row for row in rows}
+    # One test sample more or less.
+    step = 0.0 if sizes is None else 100 / sizes[2]
+    difference = partial(paired, step=step, ends=POINTS)
     found = [
         _protocol(config, sizes),
         _choice(config, choices, ascends, sizes),
         _against_base(rows),
-        _ranking(family),
-        *_baselines(family, known),
-        _cost(by_label, known, ascends),
+        _ranking(family, difference),
+        *_baselines(family, known, difference),
+        _cost(by_label, known, ascends, difference),
         _curvature(by_label, ascends),
         _time(rows),
         _noise(config),
@@ -126,7 +132,7 @@ def _against_base(rows: Sequence[Row]) -> str:
     return _sentence("; ".join(told))
 
 
-def _ranking(family: Accuracies) -> str:
+def _ranking(family: Accuracies, difference: Difference) -> str:
     pairs = list(itertools.combinations(family, 2))
     if not pairs:
         return ""
@@ -135,13 +141,13 @@ def _ranking(family: Accuracies) -> str:
     told: list[tuple[float, str]] = []
     widest = None
     for one, other in pairs:
-        plain = paired(family[one], family[other])
-        if plain is None or plain.n < FEWEST_SEEDS:
+        plain, wide = difference(family[one], family[other]), difference(family[one], family[other], level)
+        if plain is None or wide is None or plain.n < FEWEST_SEEDS:
             continue
-        wide = summarise(plain.values, confidence=level)
         if not wide.covers_zero:
             upper, lower = (one, other) if wide.mean > 0 else (other, one)
-            told.append((abs(wide.mean), f"{upper} over {lower} ({abs(wide.mean):.1f} ± {wide.half:.1f})"))
+            ahead = dataclasses.replace(wide, mean=abs(wide.mean))
+            told.append((ahead.mean, f"{upper} over {lower} ({ahead.text(gap=' ')})"))
         if widest is None or abs(plain.mean) > abs(widest[1].mean):
             widest = (f"{one} and {other}", plain)
     if widest is None:
@@ -168,7 +174,7 @@ def _ranking(family: Accuracies) -> str:
     )
 
 
-def _baselines(family: Accuracies, known: Accuracies) -> list[str]:
+def _baselines(family: Accuracies, known: Accuracies, difference: Difference) -> list[str]:
     """The family's mean against the regularised baselines and the longer schedule."""
     if not family:
         return []
@@ -178,7 +184,7 @@ def _baselines(family: Accuracies, known: Accuracies) -> list[str]:
     for label in (WEIGHT_DECAY, EARLY):
         if label not in known or BASE not in known:
             continue
-        ahead, gain = paired(mean, known[label]), paired(known[label], known[BASE])
+        ahead, gain = difference(mean, known[label]), difference(known[label], known[BASE])
         if ahead is None or gain is None or ahead.n < 2:
             continue
         verdict = (
@@ -193,11 +199,11 @@ def _baselines(family: Accuracies, known: Accuracies) -> list[str]:
     return told
 
 
-def _cost(rows: Mapping[str, Row], known: Accuracies, ascends: Mapping[str, bool]) -> str:
+def _cost(rows: Mapping[str, Row], known: Accuracies, ascends: Mapping[str, bool], difference: Difference) -> str:
     doubled = [row for row in rows.values() if ascends[row.label] and row.gradient_evaluations > 1]
     if not doubled or LONG not in known or BASE not in known:
         return ""
-    gain = paired(known[LONG], known[BASE])
+    gain = difference(known[LONG], known[BASE])
     if gain is None:
         return ""
     return (
@@ -275,9 +281,7 @@ def _at_edge(value: object, values: Sequence[object]) -> bool:
 
 
 def _percent(stat: Stat, unit: str = "%") -> str:
-    sign = "+" if unit == "points" else ""
-    half = "" if math.isnan(stat.half) else f" ± {stat.half:.1f}"
-    return f"{stat.mean:{sign}.1f}{half} {unit}"
+    return f"{stat.text('+.1f' if unit == 'points' else '.1f', gap=' ')} {unit}"
 
 
 def _labels(rows: Sequence[Row]) -> str:

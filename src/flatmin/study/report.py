@@ -26,6 +26,7 @@ from flatmin.study.page import (
 )
 from flatmin.study.strokes import number
 from flatmin.study.summary import Row, Summary
+from flatmin.study.tables import CUT
 
 _COLUMNS = (
     Column("arm", "what was trained; the colour is that of the figures", text=True),
@@ -58,7 +59,13 @@ def render_report(summary: Summary) -> str:
     body = [
         paragraph(f"{len(summary.rows)} arms, {span} seed{'s' * (span != '1')} each. Click a header to sort.", "lead"),
         table(columns, rows),
-        notes([*summary.notes, *(f"No result from {run}: {why}" for run, why in summary.errors.items())]),
+        notes(
+            [
+                *summary.notes,
+                *([CUT] if any(row.cut for row in summary.rows) else []),
+                *(f"No result from {run}: {why}" for run, why in summary.errors.items()),
+            ]
+        ),
         legend({row.label: (row.label, mark[row.label].tone) for row in summary.rows}),
         *_figures(summary, mark),
         *_choices(summary, mark),
@@ -142,7 +149,7 @@ def _choices(summary: Summary, mark: dict[str, Mark]) -> list[Markup]:
 
 
 def _row(row: Row, mark: Mark) -> list[Cell]:
-    diff = Cell("–") if row.diff is None else Cell(_signed(number(row.diff)), sort=row.diff.mean)
+    diff = Cell("–") if row.diff is None else Cell(row.diff.text("+.1f", gap=" "), sort=row.diff.mean)
     time = (
         Cell("–")
         if row.time_ratio is None
@@ -165,7 +172,3 @@ def _row(row: Row, mark: Mark) -> list[Cell]:
         Cell(f"{row.gradient_evaluations:g}", sort=row.gradient_evaluations),
         time,
     ]
-
-
-def _signed(text: str) -> str:
-    return text if text.startswith(("-", "–")) else f"+{text}"

@@ -22,26 +22,24 @@ def tone(i: int) -> str:
 
 
 def number(stat: Stat, digits: int = 1) -> str:
-    """The mean with its interval: "95.1 ± 0.4", without the interval for a single value, "–" for none."""
-    if not stat.n or math.isnan(stat.mean):
-        return "–"
-    half = "" if math.isnan(stat.half) else f" ± {stat.half:.{digits}f}"
-    return f"{stat.mean:.{digits}f}{half}"
+    """The mean with its interval as `Stat.text` has it, "–" for none."""
+    return "–" if not stat.n or math.isnan(stat.mean) else stat.text(f".{digits}f", gap=" ")
 
 
-def error_bars(stats: Sequence[Stat], color: str, ends: tuple[float, float] = (-math.inf, math.inf)) -> dict[str, Any]:
+def error_bars(stats: Sequence[Stat], color: str) -> dict[str, Any]:
     """Error bars of the intervals, thick enough to be seen and never in the way.
 
     Args:
         stats: one for each point.
         color: as figures name it.
-        ends: where bars are cut: an accuracy has no room beyond 0 and 100 %.
     """
-    halves = [0.0 if math.isnan(stat.half) else stat.half for stat in stats]
-    bars: dict[str, Any] = {"type": "data", "visible": any(halves), "thickness": 2, "width": 5, "color": color}
-    over = [max(0.0, min(half, ends[1] - stat.mean)) for half, stat in zip(halves, stats, strict=True)]
-    under = [max(0.0, min(half, stat.mean - ends[0])) for half, stat in zip(halves, stats, strict=True)]
-    return bars | ({"array": over} if over == under else {"array": over, "arrayminus": under, "symmetric": False})
+    over = [0.0 if math.isnan(stat.half) else max(0.0, stat.high - stat.mean) for stat in stats]
+    under = [0.0 if math.isnan(stat.half) else max(0.0, stat.mean - stat.low) for stat in stats]
+    visible = any(over) or any(under)
+    bars: dict[str, Any] = {"type": "data", "visible": visible, "thickness": 2, "width": 5, "color": color}
+    if not any(stat.cut for stat in stats):
+        return bars | {"array": over}
+    return bars | {"array": over, "arrayminus": under, "symmetric": False}
 
 
 def band(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from flatmin.measure.trace import Density
-from flatmin.stats import Stat, summarise
+from flatmin.stats import PERCENT, UNBOUNDED, Ends, Stat, summarise
 from flatmin.study import plots
 from flatmin.study.known import Known
 from flatmin.study.page import Figure, plot_text
@@ -48,13 +48,15 @@ class Curve:
         x: what the horizontal axis is.
         log: the vertical axis is logarithmic where the values ask for it.
         ends: of the values that there can be.
+        metric: whose steps the values have; see `StudyRow`.
     """
 
     y: str
     read: Callable[[StudyRow, Known], Points]
     x: str = "epoch"
     log: bool = False
-    ends: tuple[float, float] = (-math.inf, math.inf)
+    ends: Ends = UNBOUNDED
+    metric: str = ""
 
 
 def curve(table: StudyTable, looks: Looks, wanted: Curve) -> Figure | None:
@@ -67,7 +69,8 @@ def curve(table: StudyTable, looks: Looks, wanted: Curve) -> Figure | None:
                 if math.isfinite(x) and math.isfinite(y):
                     values.setdefault(x, []).append(y)
         if values:
-            found.append((row, {x: summarise(values[x]) for x in sorted(values)}))
+            step = row.steps.get(wanted.metric, 0.0)
+            found.append((row, {x: summarise(values[x], step=step, ends=wanted.ends) for x in sorted(values)}))
     if not found:
         return None
     means = [stat.mean for _, stats in found for stat in stats.values()]
@@ -83,14 +86,12 @@ def curve(table: StudyTable, looks: Looks, wanted: Curve) -> Figure | None:
     return Figure(data, {"xaxis": xaxis, "yaxis": axis}, _HEIGHT)
 
 
-def _band(row: StudyRow, stats: Mapping[float, Stat], looks: Looks, ends: tuple[float, float]) -> list[dict[str, Any]]:
+def _band(row: StudyRow, stats: Mapping[float, Stat], looks: Looks, ends: Ends) -> list[dict[str, Any]]:
     """The intervals; nothing if none is known."""
     if all(math.isnan(stat.half) for stat in stats.values()):
         return []
-    lows = [_short(max(stat.mean - stat.half, ends[0])) for stat in stats.values()]
-    highs = [_short(min(stat.mean + stat.half, ends[1])) for stat in stats.values()]
-    unknown = [math.isnan(stat.half) for stat in stats.values()]
-    lows = [math.nan if gap else low for gap, low in zip(unknown, lows, strict=True)]
+    lows = [math.nan if math.isnan(stat.half) else _short(max(stat.low, ends[0])) for stat in stats.values()]
+    highs = [_short(min(stat.high, ends[1])) for stat in stats.values()]
     return [looks.shared(row) | band(list(stats), lows, highs, looks.look(row).color, min(0.14, 1 / len(looks.tones)))]
 
 
@@ -112,7 +113,7 @@ def _line(row: StudyRow, stats: Mapping[float, Stat], looks: Looks, wanted: Curv
 
 
 def _told(stat: Stat) -> str:
-    return f"{stat.mean:.4g}" + ("" if math.isnan(stat.half) else f" ± {stat.half:.2g}")
+    return stat.text(".4g", width=".2g", gap=" ")
 
 
 def _short(value: float) -> float:
@@ -138,7 +139,9 @@ def over_epochs(table: StudyTable, looks: Looks) -> Section | None:
 
         return read
 
-    percent = (0.0, 100.0)
+    def percent(title: str, name: str) -> Curve:
+        return Curve(y=title, read=line(name), ends=PERCENT, metric=name)
+
     return section(
         table,
         looks,
@@ -147,9 +150,9 @@ def over_epochs(table: StudyTable, looks: Looks) -> Section | None:
         "not at w. Accuracies are those after the epoch.",
         {
             "Train loss": Curve(y="train loss", read=line("train_loss"), ends=(0.0, math.inf), log=True),
-            "Validation accuracy": Curve(y="validation accuracy, %", read=line("val_acc"), ends=percent),
-            "Test accuracy": Curve(y="test accuracy, %", read=line("test_acc"), ends=percent),
-            "Memorised wrong labels": Curve(y="memorised, %", read=line("memorised"), ends=percent),
+            "Validation accuracy": percent("validation accuracy, %", "val_acc"),
+            "Test accuracy": percent("test accuracy, %", "test_acc"),
+            "Memorised wrong labels": percent("memorised, %", "memorised"),
         },
     )
 
@@ -198,7 +201,7 @@ def ratios(table: StudyTable, looks: Looks) -> Section | None:
         def read(row: StudyRow, run: Known) -> Points:
             return [(epoch, 100.0 * mean) for epoch, mean in _by_epoch(run, name)]
 
-        return Curve(y="share of the entries, %", read=read, ends=(0.0, 100.0))
+        return Curve(y="share of the entries, %", read=read, ends=PERCENT)
 
     return section(
         table,

@@ -18,7 +18,6 @@ from flatmin.study.tabulate import StudyRow, StudyTable
 _SHARPNESS = ("lambda_max", "lambda_1")
 _SPOKES = ("data", "model")
 _INNER = 0.15  # of the radar's radius, where the smallest mean of an axis is
-_PERCENT = (0.0, 100.0)
 _ASIDE = 0.012  # of the place, between marks that would hide each other
 _ROOM = 0.1  # of the place, for all of them together
 _LOG_FROM = 8.0  # budgets that differ by more than this factor have a logarithmic axis
@@ -48,8 +47,7 @@ def over_rho(table: StudyTable, looks: Looks) -> Section | None:
         ends = [radii[0], radii[-1]]
         shared = looks.shared(row)
         if not math.isnan(stat.half):
-            low, high = max(stat.mean - stat.half, 0.0), min(stat.mean + stat.half, 100.0)
-            data.append(shared | band(ends, [low, low], [high, high], look.color, 0.12))
+            data.append(shared | band(ends, [stat.low] * 2, [stat.high] * 2, look.color, 0.12))
         data.append(
             shared
             | _scatter("lines", ends, [stat.mean] * 2, [_hover(row.label, "no radius", stat)] * 2)
@@ -71,7 +69,7 @@ def over_rho(table: StudyTable, looks: Looks) -> Section | None:
             looks.shared(row, values)
             | _scatter("lines+markers", [rho * aside for rho in xs], [stat.mean for stat in stats], texts)
             | {
-                "error_y": error_bars(stats, look.color, _PERCENT),
+                "error_y": error_bars(stats, look.color),
                 "line": {"color": look.color, "dash": look.dash, "width": 2},
                 "marker": {"color": look.color, "symbol": look.symbol, "size": 9},
             }
@@ -120,7 +118,7 @@ def over_cost(table: StudyTable, looks: Looks) -> Section | None:
             looks.shared(row)
             | _scatter("markers", [row.budget * (1 + aside)], [stat.mean], [_hover(row.label, text, stat)])
             | {
-                "error_y": error_bars([stat], look.color, _PERCENT),
+                "error_y": error_bars([stat], look.color),
                 "marker": {"color": look.color, "symbol": look.symbol, "size": 11},
             }
         )

@@ -31,6 +31,7 @@ from flatmin.study.tabulate import StudyRow, StudyTable
 from flatmin.words import reason
 
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
+_AFTER = re.compile(" (?=[±(])")  # before an interval
 _NONE = "–"
 _HINTS = {
     "n": "seeds with a result",
@@ -115,9 +116,14 @@ def _cells(row: StudyRow, cells: Sequence[str], text: Sequence[bool], looks: Loo
         if is_text or cell == tables.ABSENT:
             made.append(Cell(_NONE if cell == tables.ABSENT else cell))
             continue
-        value, _, half = cell.partition(" ±")
-        made.append(Cell(value, sort=sort_key(cell), minor=f"± {half}" if half else ""))
+        made.append(_with_interval(cell))
     return made
+
+
+def _with_interval(cell: str) -> Cell:
+    """A number, with what follows it in a smaller print."""
+    value, *rest = _AFTER.split(cell, maxsplit=1)
+    return Cell(value, sort=sort_key(cell), minor=re.sub("± ?", "± ", "".join(rest)))
 
 
 def _hint(name: str, shown: StudyTable) -> str:
@@ -178,8 +184,7 @@ def _published(shown: StudyTable, looks: Looks) -> list[Markup]:
     for row, values in zip(shown.rows, found, strict=True):
         cells = [Cell(row.label, tone=looks.tones[row.arm])]
         for name in names:
-            value, _, half = number(summarise(values.get(name, [])), 2).partition(" ± ")
-            cells.append(Cell(value, sort=sort_key(value), minor=f"± {half}" if half else ""))
+            cells.append(_with_interval(number(summarise(values.get(name, [])), 2)))
         rows.append(cells)
     caption = (
         "Eigenvalues by each source's own choice of data and statistic; mean over the seeds, ± half width of the 95 % "

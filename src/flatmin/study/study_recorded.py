@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from flatmin.measure.card import chosen
 from flatmin.study.history import names_of
 from flatmin.study.history_plots import NOT_A_DIAGNOSTIC
-from flatmin.study.known import Known
+from flatmin.study.known import Known, ends_of
 from flatmin.study.study_curves import COUNTED, Curve, Points, section
 from flatmin.study.study_looks import Looks, Section
 from flatmin.study.tabulate import StudyRow, StudyTable
@@ -35,7 +35,7 @@ def over_updates(table: StudyTable, looks: Looks) -> Section | None:
         "Over the updates",
         "Of the updates that were logged, as SAM.diagnostics() names them; loss is the mean since the one before. If "
         f"more than {POINTS} were logged, a point is the mean of neighbours, at the last of them.",
-        {name: Curve(y=name, x="update", read=read(name)) for name in names},
+        {name: Curve(y=name, x="update", read=read(name), ends=ends_of(name)) for name in names},
     )
 
 
@@ -57,7 +57,7 @@ def while_training(table: StudyTable, looks: Looks) -> Section | None:
         "Measured while training",
         "As the card of a network names them, of the weights after an epoch, in eval mode, on "
         f"{record.measure_examples} training samples.{radius}{groups}",
-        {name: Curve(y=name, read=read(name), log=True) for name in names},
+        {name: Curve(y=name, read=read(name), log=True, ends=ends_of(name)) for name in names},
     )
 
 

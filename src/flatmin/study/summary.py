@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from flatmin.stats import Stat, paired, summarise
+from flatmin.stats import PERCENT, POINTS, Stat, paired, summarise
 from flatmin.study.arms import Candidate
 from flatmin.study.executors import Outcome
+from flatmin.study.known import ends_of
 from flatmin.study.timing import Ratio
 from flatmin.train.config import Scalar
 from flatmin.train.result import Result
@@ -49,6 +50,11 @@ class Row:
     lambda_residual: float = math.nan
     time_ratio: Ratio | None = None
     flags: list[str] = field(default_factory=list)
+
+    @property
+    def cut(self) -> bool:
+        """Whether an interval of the row is cut; see `Stat.cut`."""
+        return any(stat.cut for stat in (self.last, self.best, self.diff, self.memorised, self.train_ce) if stat)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,8 +124,24 @@ class Finding:
         return {metric: [[_number(getattr(line, metric)) for line in one] for one in lines] for metric in METRICS}
 
 
-def make_row(finding: Finding, base: Finding | None, *, gradient_evaluations: float, time_ratio: Ratio | None) -> Row:
-    """The arm's row; `base` is the arm to which differences are taken."""
+def make_row(
+    finding: Finding,
+    base: Finding | None,
+    *,
+    gradient_evaluations: float,
+    time_ratio: Ratio | None,
+    steps: Mapping[str, float],
+) -> Row:
+    """The arm's row.
+
+    Args:
+        finding: its runs.
+        base: the arm to which differences are taken; None if there is none.
+        gradient_evaluations: per step.
+        time_ratio: see `Row`.
+        steps: see `flatmin.study.costs.Counts.steps`.
+    """
+    test = steps.get("test_acc", 0.0)
     found = list(finding.results.values())
     curvature = [r.lambda_max for r in found if r.lambda_max is not None]
     return Row(
@@ -128,11 +150,13 @@ def make_row(finding: Finding, base: Finding | None, *, gradient_evaluations: fl
         rho=finding.candidate.config.rho,
         gradient_evaluations=gradient_evaluations,
         n=len(found),
-        last=summarise(list(finding.last().values())),
-        best=summarise([float(r.best["test_acc"]) for r in found if r.best is not None]),
-        diff=None if base is None or base.label == finding.label else paired(finding.last(), base.last()),
-        memorised=summarise(list(finding.last("memorised").values())),
-        train_ce=summarise([r.train_ce for r in found if r.train_ce is not None]),
+        last=summarise(list(finding.last().values()), step=test, ends=PERCENT),
+        best=summarise([float(r.best["test_acc"]) for r in found if r.best is not None], step=test, ends=PERCENT),
+        diff=None
+        if base is None or base.label == finding.label
+        else paired(finding.last(), base.last(), step=test, ends=POINTS),
+        memorised=summarise(list(finding.last("memorised").values()), step=steps.get("memorised", 0.0), ends=PERCENT),
+        train_ce=summarise([r.train_ce for r in found if r.train_ce is not None], ends=ends_of("train_ce")),
         lambda_max=summarise([float(one["value"]) for one in curvature]),
         lambda_residual=max((float(one["residual"]) for one in curvature), default=math.nan),
         time_ratio=time_ratio,

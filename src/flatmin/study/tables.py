@@ -25,6 +25,10 @@ _LATEX = str.maketrans(
     | {"±": r"$\pm$", "<": "$<$", ">": "$>$", "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\^{}"}
 )
 ABSENT = "-"
+CUT = (
+    "Intervals are cut where a number cannot go, such as below 0 or above 100 %, and both ends are given then. An "
+    "interval from 0 to 100 % means that there are too few seeds."
+)
 
 
 def header(table: StudyTable) -> list[str]:
@@ -69,13 +73,8 @@ def body(table: StudyTable) -> list[list[str]]:
 
 
 def estimate(value: Value, metric: str) -> str:
-    """Mean and half width of the 95 % interval; the mean alone for one seed."""
-    stat = value.stat
-    if not stat.n:
-        return ABSENT
-    form = _form(metric)
-    half = "" if math.isnan(stat.half) else f" ±{stat.half:{form}}"
-    return f"{stat.mean:{form}}{half}"
+    """The mean with its 95 % interval (see `Stat.text`); the mean alone for one seed."""
+    return value.stat.text(_form(metric)) if value.stat.n else ABSENT
 
 
 def _form(metric: str) -> str:
@@ -83,15 +82,12 @@ def _form(metric: str) -> str:
 
 
 def _chance(p: float | None) -> str:
-    return ABSENT if p is None else f"{p:.2g}"
+    return ABSENT if p is None or math.isnan(p) else f"{p:.2g}"
 
 
 def difference(diff: Stat | None) -> str:
     """A paired difference with its interval."""
-    if diff is None:
-        return ABSENT
-    half = "" if math.isnan(diff.half) else f" ±{diff.half:.2f}"
-    return f"{diff.mean:+.2f}{half}"
+    return ABSENT if diff is None else diff.text("+.2f")
 
 
 def published(value: Value, metric: str) -> str:
@@ -119,6 +115,8 @@ def remarks(table: StudyTable) -> list[str]:
             "t test, corrected for all rows by Holm's method. Nothing is bold: what lies inside the intervals is not "
             "told apart."
         )
+    if any(stat.cut for stat in _shown(table)):
+        found.append(CUT)
     if _has_equal(table):
         names = dict.fromkeys(row.equal.label for row in table.rows if row.equal is not None)
         found.append(
@@ -128,6 +126,13 @@ def remarks(table: StudyTable) -> list[str]:
     found += [_choice(label, rows) for label, rows in table.tried.items()]
     found += [f"No run has the column {name}." for name in spec.columns if _empty(table, name)]
     return [*found, *spec.notes]
+
+
+def _shown(table: StudyTable) -> list[Stat]:
+    """Everything in the table that has an interval."""
+    values = [row.columns[metric] for row in table.rows for metric in table.metrics]
+    found = [value.stat for value in values] + [value.diff for value in values if value.diff is not None]
+    return found + [row.equal.diff for row in table.rows if row.equal is not None]
 
 
 def _empty(table: StudyTable, metric: str) -> bool:
@@ -155,22 +160,25 @@ def markdown(table: StudyTable) -> str:
 
 
 def comma_separated(table: StudyTable) -> str:
-    """CSV with one number a cell: mean, half width, standard deviation, difference, its half width, p, published."""
+    """CSV with one number a cell: mean, interval, standard deviation, difference, its interval, p, published.
+
+    An interval has its half width and its ends; the half width is left out where the interval is cut.
+    """
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     keys = axes(table)
-    kinds = ("mean", "half", "std", "diff", "diff_half", "p", "published")
-    equal = ("equal_diff", "equal_half", "equal_p")
+    kinds = ("mean", "half", "low", "high", "std", *("diff", "diff_half", "diff_low", "diff_high"), "p", "published")
+    equal = ("equal_diff", "equal_half", "equal_low", "equal_high", "equal_p")
     names = [f"{m}_{kind}" for m in table.metrics for kind in kinds]
     writer.writerow(["arm", *keys, "chosen", "n", "gradients", "budget", *equal, *names])
     for row in table.rows:
         cells: list[object] = [row.arm, *(row.point.get(key, "") for key in keys), _words(row.chosen)]
         cells += [row.n, row.gradients]
-        own = [row.budget, *([math.nan] * 3 if row.equal is None else _numbers(row.equal.diff, row.equal.p))]
+        own = [row.budget, *(_numbers(None, None) if row.equal is None else _numbers(row.equal.diff, row.equal.p))]
         cells += ["" if math.isnan(number) else number for number in own]
         for metric in table.metrics:
             value = row.columns[metric]
-            numbers = [value.stat.mean, value.stat.half, value.std, *_numbers(value.diff, value.p)]
+            numbers = [*_interval(value.stat), value.std, *_numbers(value.diff, value.p)]
             numbers += [value.published[0].value if value.published else math.nan]
             cells += ["" if math.isnan(number) else number for number in numbers]
         writer.writerow(cells)
@@ -178,8 +186,14 @@ def comma_separated(table: StudyTable) -> str:
 
 
 def _numbers(diff: Stat | None, p: float | None) -> list[float]:
-    found = [math.nan, math.nan] if diff is None else [diff.mean, diff.half]
-    return [*found, math.nan if p is None else p]
+    return [*_interval(diff), math.nan if p is None else p]
+
+
+def _interval(stat: Stat | None) -> list[float]:
+    """Mean, half width, and both ends."""
+    if stat is None:
+        return [math.nan] * 4
+    return [stat.mean, math.nan if stat.cut else stat.half, stat.low, stat.high]
 
 
 def latex(table: StudyTable) -> str:

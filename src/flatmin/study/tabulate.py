@@ -13,7 +13,7 @@ from flatmin.study.cards import lacking
 from flatmin.study.config import BASE
 from flatmin.study.costs import Sizes
 from flatmin.study.executors import Outcome
-from flatmin.study.known import Known
+from flatmin.study.known import Known, ends_of
 from flatmin.study.plan import StudyPlan
 from flatmin.study.spec import METRICS, Published, StudySpec
 from flatmin.study.store import unique
@@ -40,7 +40,8 @@ class Value:
         stat: mean and 95 % t interval over the seeds.
         std: sample standard deviation, as papers print it; NaN for one seed.
         diff: paired difference to the baseline at the same point of the axes; None without one.
-        p: of the paired t test of that difference, corrected over the table (Holm); None without one.
+        p: of the paired t test of that difference, corrected over the table (Holm); None without one, and where the
+            interval of the difference is unknown.
         published: numbers to stand beside.
     """
 
@@ -80,6 +81,8 @@ class StudyRow:
         runs: what is known of each run that has a result, by seed.
         budget: gradient evaluations of a whole run, on a batch each; NaN if no run has a result.
         equal: plain training at that budget; None without one.
+        steps: between neighbours among the numbers that a metric can have; none for a metric that has no grid. See
+            `flatmin.study.costs.Counts.steps`.
     """
 
     arm: str
@@ -92,6 +95,7 @@ class StudyRow:
     runs: Mapping[int, Known] = field(default_factory=dict)
     budget: float = math.nan
     equal: Equal | None = None
+    steps: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def point(self) -> Mapping[str, str]:
@@ -185,8 +189,10 @@ def _row(todo: StudyPlan, i: int, outcomes: Mapping[str, Outcome], sizes: Sizes)
             card=outcome.card,
         )
     columns = {}
+    steps = sizes.steps(cell.config) if runs else {}
     for metric in dict.fromkeys((*METRICS, *spec.columns)):
-        stat = summarise(list(_by_seed(runs, metric).values()))
+        values = list(_by_seed(runs, metric).values())
+        stat = summarise(values, step=steps.get(metric, 0.0), ends=ends_of(metric))
         published = tuple(
             one for one in spec.published if one.label == cell.arm and one.metric == metric and cell.at(one.where)
         )
@@ -205,6 +211,7 @@ def _row(todo: StudyPlan, i: int, outcomes: Mapping[str, Outcome], sizes: Sizes)
         cell=cell,
         runs=runs,
         budget=mean * sizes.updates(cell.config) if runs else math.nan,
+        steps=steps,
     )
 
 
@@ -245,7 +252,7 @@ def _compared(row: StudyRow, rows: Sequence[StudyRow], spec: StudySpec) -> Study
     columns = dict(row.columns)
     if base is not None:
         for metric, value in row.columns.items():
-            diff = paired(_by_seed(row.runs, metric), _by_seed(base.runs, metric))
+            diff = _difference(row, base, metric)
             columns[metric] = dataclasses.replace(value, diff=diff, p=_p(diff))
     return dataclasses.replace(row, columns=columns, equal=_equal(row, rows))
 
@@ -281,8 +288,15 @@ def _equal(row: StudyRow, rows: Sequence[StudyRow]) -> Equal | None:
         return None
     whole = [other for other in plain if other.cell is not None and other.n == len(other.cell.configs)]
     best = max(whole or plain, key=lambda other: other.columns["val_acc"].stat.mean)
-    diff = paired(_by_seed(row.runs, "test_acc"), _by_seed(best.runs, "test_acc"))
+    diff = _difference(row, best, "test_acc")
     return None if diff is None else Equal(label=best.label, diff=diff, p=_p(diff))
+
+
+def _difference(row: StudyRow, other: StudyRow, metric: str) -> Stat | None:
+    """Paired by seed; both rows are on the same data."""
+    low, high = ends_of(metric)
+    mine, theirs = _by_seed(row.runs, metric), _by_seed(other.runs, metric)
+    return paired(mine, theirs, step=row.steps.get(metric, 0.0), ends=(low - high, high - low))
 
 
 def _same(row: StudyRow, other: StudyRow, keys: Sequence[str]) -> bool:
@@ -293,7 +307,9 @@ def _same(row: StudyRow, other: StudyRow, keys: Sequence[str]) -> bool:
 
 
 def _p(diff: Stat | None) -> float | None:
-    return None if diff is None or diff.n < 2 else paired_p(diff)
+    if diff is None or diff.n < 2 or math.isnan(p := paired_p(diff)):
+        return None
+    return p
 
 
 def _corrected(rows: Sequence[StudyRow]) -> list[StudyRow]:

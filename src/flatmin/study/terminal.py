@@ -1,7 +1,8 @@
-"""The table of a comparison for a terminal: one block if it fits, else two that fit in 80 columns."""
+"""The table of a comparison for a terminal: one block if it fits, else two that fit in 80 columns, else more."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import textwrap
 from collections.abc import Callable, Sequence
@@ -13,7 +14,9 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from flatmin.streams import fitted
 from flatmin.study.summary import Row, Stat, Summary
+from flatmin.study.tables import CUT
 
 
 @dataclass(frozen=True)
@@ -26,8 +29,7 @@ class _Column:
 def _stat(stat: Stat, digits: int = 1, sign: str = "") -> str:
     if not stat.n or math.isnan(stat.mean):
         return "-"
-    half = "" if math.isnan(stat.half) else f" ±{stat.half:.{digits}f}"
-    return f"{stat.mean:{sign}.{digits}f}{half}"
+    return stat.text(f"{sign}.{digits}f")
 
 
 def _label(row: Row) -> Text:
@@ -68,17 +70,19 @@ def render(summary: Summary, console: Console) -> RenderableType:
     """The table, its key and its notes, for this console's width."""
     counts = sorted({row.n for row in summary.rows})
     seeds: tuple[_Column, ...] = () if len(counts) == 1 else (_SEEDS,)
-    tables = [_block((_NAME, *_OUTCOME, *seeds, *_COST), summary.rows)]
-    unbounded = console.options.update(max_width=10_000)
-    if Measurement.get(console, unbounded, tables[0]).maximum > console.width:
-        tables = [_block((_NAME, *_OUTCOME, *seeds), summary.rows), _block((_NAME, *_COST), summary.rows)]
+    rows = [_fitted_row(row, console) for row in summary.rows]
+    tables = [_block((_NAME, *_OUTCOME, *seeds, *_COST), rows, console)]
+    if not _fits(tables[0], console):
+        tables = [*_blocks((*_OUTCOME, *seeds), rows, console), *_blocks(_COST, rows, console)]
     number = f"{counts[0]} seed{'s' * (counts[0] != 1)}" if len(counts) == 1 else "n seeds"
     interval = "mean ± 95 % t-interval" if counts and counts[-1] > 1 else "no interval from a single seed"
     key = (
         f"{number}, {interval}; last epoch and best-validation epoch; memorised: wrong labels learnt by heart; "
         "train loss and lambda_max: un-augmented training set, evaluation mode; time relative to sgd."
     )
-    parts: list[RenderableType] = [Text(summary.title, style="bold")]
+    if any(row.cut for row in summary.rows):
+        key += f" {CUT}"
+    parts: list[RenderableType] = [Text(fitted(summary.title, console.encoding), style="bold")]
     for table in tables:
         parts += [Text(), table]
     parts += [Text(), _wrapped(key, console, style="dim"), Text()]
@@ -91,17 +95,42 @@ def print_summary(summary: Summary, console: Console) -> None:
     console.print(render(summary, console), highlight=False)
 
 
-def _block(columns: Sequence[_Column], rows: Sequence[Row]) -> Table:
+def _fitted_row(row: Row, console: Console) -> Row:
+    """The row with its words as the console can show them."""
+    flags = [fitted(flag, console.encoding) for flag in row.flags]
+    return dataclasses.replace(row, label=fitted(row.label, console.encoding), flags=flags)
+
+
+def _fits(table: Table, console: Console) -> bool:
+    unbounded = console.options.update(max_width=10_000)
+    return Measurement.get(console, unbounded, table).maximum <= console.width
+
+
+def _blocks(columns: Sequence[_Column], rows: Sequence[Row], console: Console) -> list[Table]:
+    """Tables below each other that have as many of the columns as fit, and one at least."""
+    for count in range(len(columns), 1, -1):
+        table = _block((_NAME, *columns[:count]), rows, console)
+        if _fits(table, console):
+            break
+    else:
+        count, table = 1, _block((_NAME, *columns[:1]), rows, console)
+    return [table, *(_blocks(columns[count:], rows, console) if columns[count:] else [])]
+
+
+def _block(columns: Sequence[_Column], rows: Sequence[Row], console: Console) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, header_style="bold")
     for column in columns:
         table.add_column(
             column.header, justify="right" if column.right else "left", no_wrap=column.right, overflow="fold"
         )
     for row in rows:
-        table.add_row(*(column.cell(row) for column in columns), style="yellow" if row.flags else "")
+        cells = (column.cell(row) for column in columns)
+        fit = [fitted(cell, console.encoding) if isinstance(cell, str) else cell for cell in cells]
+        table.add_row(*fit, style="yellow" if row.flags else "")
     return table
 
 
 def _wrapped(text: str, console: Console, *, first: str = "", rest: str = "", style: str = "") -> Text:
     """A paragraph with a hanging indent, and without the trailing blanks that a table would leave in a file."""
+    text = fitted(text, console.encoding)
     return Text(textwrap.fill(text, console.width, initial_indent=first, subsequent_indent=rest), style=style)

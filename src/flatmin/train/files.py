@@ -55,7 +55,12 @@ def write_json(path: Path, content: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Text by write, fsync and rename."""
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_atomically(path, lambda file: file.write(as_utf8(text)))
+
+
+def as_utf8(text: str) -> bytes:
+    """The text in UTF-8; a byte of a file name that is no text is written out."""
+    return text.encode(errors="backslashreplace")
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:

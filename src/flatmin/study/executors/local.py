@@ -16,6 +16,7 @@ from typing import Final, cast
 
 import torch
 
+from flatmin.streams import settle_streams
 from flatmin.study.executors.base import OnEvent, Outcome, Teller
 from flatmin.study.executors.orders import Busy, Order, Queue
 from flatmin.study.executors.performing import perform
@@ -158,6 +159,7 @@ class _Pool:
 
 def _serve(connection: Connection, store: Store) -> None:
     """A worker's life: take a run, do it, send epochs and the outcome."""
+    settle_streams()  # a model or a data set of the user's may print
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)

@@ -1,0 +1,130 @@
+"""Standard output and error that no character and no reader can break: work must not end by what is said of it."""
+
+from __future__ import annotations
+
+import codecs
+import io
+import sys
+import unicodedata
+from typing import Any, TextIO
+
+_PLAIN = "flatmin-plain"  # name of the error handler
+_SIGNS = "± × − – — · • ‖ → ≤ ≥ ≈ ∞ ∇ √ ß λ Λ ‘ ’ “ ”"
+_WORDS = "+- x - - - . * || -> <= >= ~ inf grad sqrt ss lambda Lambda ' ' \" \""
+_ASCII = dict(zip(_SIGNS.split(), _WORDS.split(), strict=True))
+
+
+def settle_streams() -> None:
+    """Let this process's standard output and error take any text, whatever their encoding, and lose their reader.
+
+    A character that the encoding lacks becomes what stands for it in ASCII: "+-" for "±", "rho" for "ρ", "o" for "ö",
+    "?" for what has nothing like it. What can no longer be written, as after `| head`, is dropped. Encodings and
+    error handlers that the user has chosen beyond the usual ones stay.
+    """
+    codecs.register_error(_PLAIN, _replace)
+    for name in ("stdout", "stderr"):
+        stream: TextIO | None = getattr(sys, name)
+        if not isinstance(stream, io.TextIOWrapper):
+            continue
+        errors = stream.errors if stream.errors in ("ignore", "replace", "xmlcharrefreplace", "namereplace") else _PLAIN
+        if stream is getattr(sys, f"__{name}__") and not stream.isatty():  # a terminal has no reader that leaves
+            stream.flush()
+            setattr(sys, name, _lasting(stream, errors))
+        else:
+            stream.reconfigure(errors=errors)
+
+
+def unwritten() -> OSError | None:
+    """Why standard output was not written to its end, unless its reader just left; None if it was."""
+    raw = _raw(sys.stdout) if isinstance(sys.stdout, io.TextIOWrapper) else None
+    problem = raw.problem if isinstance(raw, Lasting) else None
+    return None if isinstance(problem, BrokenPipeError) else problem
+
+
+class Lasting(io.RawIOBase):
+    """Bytes to a file or a pipe, up to the first that cannot be written; the rest is dropped.
+
+    Args:
+        raw: where they go.
+    """
+
+    def __init__(self, raw: Any) -> None:
+        self._to = raw
+        self.problem: OSError | None = None
+
+    def write(self, data: Any) -> int | None:
+        """Write, or drop."""
+        if self.problem is None:
+            try:
+                written: int | None = self._to.write(data)
+                return written
+            except OSError as error:
+                self.problem = error
+        return len(data)
+
+    def writable(self) -> bool:
+        """True."""
+        return True
+
+    def fileno(self) -> int:
+        """Of the file."""
+        number: int = self._to.fileno()
+        return number
+
+    def isatty(self) -> bool:
+        """Of the file."""
+        return bool(self._to.isatty())
+
+
+def _raw(stream: io.TextIOWrapper) -> Any:
+    buffer = stream.buffer
+    return getattr(buffer, "raw", buffer)
+
+
+def _lasting(stream: io.TextIOWrapper, errors: str) -> io.TextIOWrapper:
+    """The same stream upon `Lasting`."""
+    raw = Lasting(_raw(stream))
+    buffer: Any = raw if stream.buffer is _raw(stream) else io.BufferedWriter(raw)
+    return io.TextIOWrapper(
+        buffer,
+        encoding=stream.encoding,
+        errors=errors,
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )
+
+
+def _replace(error: UnicodeError) -> tuple[str | bytes, int]:
+    """An error handler as `codecs.register_error` takes it."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = error.object[error.start : error.end]
+    if "\udc80" <= text[0] <= "\udcff":  # a byte of a file name that is no text: as it came
+        return bytes([ord(text[0]) - 0xDC00]), error.start + 1
+    return "".join(map(plain, text)), error.end
+
+
+def fitted(text: str, encoding: str) -> str:
+    """The text as a stream of that encoding will show it, so that columns can be measured."""
+    codecs.register_error(_PLAIN, _replace)
+    return text.encode(encoding, _PLAIN).decode(encoding, "replace")
+
+
+def plain(char: str) -> str:
+    """What stands for a character in ASCII.
+
+    Example:
+        >>> [plain(char) for char in "±ρöₖ─│█π"]
+        ['+-', 'rho', 'o', 'k', '-', '|', '#', 'pi']
+    """
+    if char.isascii() or char in _ASCII:
+        return _ASCII.get(char, char)
+    parts = [part for part in unicodedata.normalize("NFKD", char) if not unicodedata.combining(part)]
+    if parts and all(part.isascii() for part in parts):
+        return "".join(parts)
+    kind, *rest = unicodedata.name(char, "UNKNOWN").split()
+    if kind == "GREEK":
+        return rest[-1].title() if "CAPITAL" in rest else rest[-1].lower()
+    if kind == "BOX":
+        return "-" if rest[-1] == "HORIZONTAL" else "|" if rest[-1] == "VERTICAL" else "+"
+    return "#" if "BLOCK" in rest else "?"
