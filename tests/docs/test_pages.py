@@ -41,6 +41,7 @@ def test_python_runs(page):
         "__name__": "page",
     }
     for block in blocks(page):
+        model.zero_grad()  # each block is a loop of its own
         exec(compile(block, page.name, "exec"), names)
     if page.name == "compare.md":
         data = as_data(names["load"](), "load")
