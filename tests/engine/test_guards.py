@@ -632,6 +632,41 @@ def test_weights_of_another_optimizer_have_the_gradient_of_one_pass(door, clears
     assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(taken, wanted, strict=True))
 
 
+@pytest.mark.parametrize(("method", "rho"), [("ae-sam", 0.3), ("sgdhess", 0.3), ("sam", 0.0)])
+@pytest.mark.parametrize("door", OTHERS)
+def test_weights_of_another_optimizer_have_a_gradient_where_a_pass_is_missing_or_keeps_its_graph(door, method, rho):
+    if method == "sgdhess" and door in ("perturbed", "two calls"):
+        pytest.skip("not a step of two passes")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    head, x = list(model[2].parameters()), torch.randn(16, 4).double()
+    opt = flatmin.wrap(torch.optim.SGD(model[0].parameters(), lr=0.0), method, rho=rho, model=model)
+
+    class Backward:
+        def __call__(self, given):
+            self.loss = model(given)
+            return self
+
+        def square(self):
+            return self
+
+        def mean(self):
+            return self
+
+        def backward(self):
+            opt.backward(self.loss.square().mean())
+
+    at_w = torch.autograd.grad(model(x).square().mean(), head)
+    for _ in range(4):
+        one_step(Backward(), opt, x, door)
+        if rho == 0 or method == "sgdhess":
+            assert all(torch.allclose(p.grad, g, atol=1e-12) for p, g in zip(head, at_w, strict=True))
+        ratio = head[0].grad.norm() / at_w[0].norm()
+        assert 0.5 < ratio < 1.9, "the sum of two passes, or none"
+        for p in head:
+            p.grad = None
+
+
 def test_two_optimizers_may_perturb_at_once():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double()
@@ -655,6 +690,32 @@ def test_two_optimizers_may_perturb_at_once():
     twin.load_state_dict(start)
     for p, q, d in zip(model.parameters(), twin.parameters(), g, strict=True):
         torch.testing.assert_close(p, q - 0.1 * d)
+
+
+def test_a_forward_of_another_optimizers_step_is_not_taken_for_the_first_pass():
+    """The generator's step runs the discriminator, and `zero_grad` of the module clears what it left."""
+    torch.manual_seed(0)
+    g, d = nn.Linear(2, 4), nn.Sequential(nn.Linear(4, 64), nn.Dropout(0.5), nn.Linear(64, 1))
+    sam, plain = flatmin.SAM(torch.optim.SGD(d.parameters(), lr=0.1), model=d), torch.optim.SGD(g.parameters(), lr=0.1)
+    masks, data = [], []
+    d[1].register_forward_hook(lambda module, given, out: masks.append(out != 0))
+    for _ in range(3):
+        data.append(torch.randn(4, 4))
+
+        def backward(x=data[-1]):
+            d(x).square().mean().backward()
+
+        d.zero_grad()
+        masks.clear()
+        backward()
+        with sam.perturbed():
+            backward()
+        sam.step()
+        assert torch.equal(*masks)
+        plain.zero_grad()
+        d(g(torch.randn(4, 2))).mean().backward()
+        plain.step()
+    assert not torch.equal(data[1], data[2])
 
 
 def test_a_gan_whose_discriminator_begins_from_cleared_gradients_gives_no_warning():

@@ -298,7 +298,7 @@ class Doors(Optimizer):
             return None
         if self._watch is None:
             return found
-        if self._others is not None and self._others.trained():
+        if self._others is not None and self._others.in_training():
             return found  # the forward may have been another optimizer's
         if self._watch.own_forwards and self._watch.alone:
             self._warn_of_drop("; to accumulate over micro-batches, give step() a list of closures, or use passes()")

@@ -98,14 +98,15 @@ class OtherGradients:
         self._prior: Gradients | None = None
         self._pass: Gradients | None = None
         self._total: Gradients | None = None
+        self._last: Gradients | None = None
         self._copies: list[tuple[Tensor, Tensor, int, Tensor]] = []
 
     def __bool__(self) -> bool:
         return bool(self._parameters)
 
-    def trained(self) -> bool:
-        """Whether another optimizer may train one of them."""
-        return any(p.requires_grad for p in self._parameters)
+    def in_training(self) -> list[Tensor]:
+        """Those that another optimizer may train."""
+        return [p for p in self._parameters if p.requires_grad]
 
     def first(self) -> str | None:
         """The name of the first of them that has a gradient."""
@@ -130,6 +131,7 @@ class OtherGradients:
     def leave(self, share: float | None) -> None:
         """The pass ends, and counts by this share; None: not at all."""
         found = self._now() if self._pass is None else self._pass
+        self._last = found
         if share is not None:
             self._total = found if share == 1.0 and self._total is None else accumulate(self._total or [], found, share)
         self._set(self._total or self._prior or [])
@@ -138,7 +140,9 @@ class OtherGradients:
         """The update ends; `keep=False`: with the gradients from before it."""
         if not keep and self._prior is not None:
             self._set(self._prior)
-        self._prior = self._pass = self._total = None
+        elif self._total is None and self._last is not None:
+            self._set(self._last)  # the base takes the gradient of the ascent
+        self._prior = self._pass = self._total = self._last = None
         self._copies = []
 
     def copy(self) -> None:
@@ -239,7 +243,11 @@ class RandomState:
 
     def _check(self, what: str) -> bool:
         entry, self._entry = self._entry, None
-        if entry is None or all(map(_equal, entry, self.states())):
+        if entry is None:
+            return False
+        # Another optimizer of the same loop may have replayed them already.
+        now, first = self.states(), self._saved.get(None)
+        if all(map(_equal, entry, now)) or (first is not None and all(map(_equal, first, now))):
             return False
         if not self._warned:
             self._warned = True

@@ -81,7 +81,7 @@ class Update:
                 w.grad = None
             for w in opt._layout.frozen:
                 w.grad = None
-        if opt._others is not None and not self.plain:
+        if opt._others is not None and not (self.plain and bracketed):
             self._part_with_others(opt._others)
         if request is not None and request.at is not None:
             opt._layout = opt._layout.refreshed()
@@ -124,7 +124,7 @@ class Update:
     def _join_others(self) -> None:
         """The other weights' gradients, as the pass that ends leaves them."""
         others, request = self.optimizer._others, self.request
-        if others is None or self.plain:
+        if others is None or (self.plain and self._bracketed):
             return
         if not self._bracketed:
             others.restore()
@@ -246,10 +246,13 @@ class Update:
             loss.backward(create_graph=self.optimizer._base_differentiates)
             return
         weights = self.site.weights
-        grads = torch.autograd.grad(loss, weights, create_graph=True, allow_unused=True)
-        for w, g in zip(weights, grads, strict=True):
+        known = self.optimizer._others
+        others = [] if known is None else known.in_training()
+        grads = torch.autograd.grad(loss, [*weights, *others], create_graph=True, allow_unused=True)
+        for w, g in zip([*weights, *others], grads, strict=True):
             if g is not None:
                 w.grad = g.detach().clone() if w.grad is None else w.grad + g.detach()
+        grads = grads[: len(weights)]
         calls = [] if criterion is None else criterion.take_seen()
         self.products.append((self.share, GraphProducts(weights, grads, calls)))
 

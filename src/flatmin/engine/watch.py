@@ -58,10 +58,13 @@ class CallSlot:
             if watch is not None and watch.called(args, kwargs, whole=whole):
                 entered.append(watch)
         try:
-            return call(*args, **kwargs)
+            result = call(*args, **kwargs)
         finally:
             for watch in entered:
                 watch.left()
+        for watch in entered:
+            watch.expect_backward(result)
+        return result
 
     def stay(self) -> None:
         """Go round what `module.compile()` has put in the place since."""
@@ -153,6 +156,7 @@ class ModelWatch:
         """The next training forward opens a new update."""
         self.pass_index, self.forwards = 0, [0, 0]
         self.own_forwards = 0
+        self.backed = False  # gradients of a forward of this update have come
         self.bracketed = False  # a closure or `passes()` brackets each pass, so random states are handled there
         self._batch: list[tuple[Any, int]] | None = None
         for slot in self._slots:
@@ -189,12 +193,28 @@ class ModelWatch:
         if self.state is not None and self.pass_index:
             self.state.leave_forward()
 
+    def expect_backward(self, result: Any) -> None:
+        """Learn when a forward of a manual loop's first pass is followed by a backward that reaches the weights."""
+        if self.bracketed or self.pass_index or not self.weights:
+            return
+        output = next((x for x in leaves(result) if isinstance(x, Tensor) and x.grad_fn is not None), None)
+        if output is not None:
+            me = weakref.ref(self)
+
+            def came(_: Tensor) -> None:
+                watch = me()
+                if watch is not None and any(map(_accumulates, (watch.weights[0], watch.weights[-1]))):
+                    watch.backed = True
+
+            output.register_hook(came)
+
     def _seen(self, batch: list[Any], whole: bool) -> None:
         later = min(self.pass_index, 1)
         # What depends on weights differs between the passes, and has a graph that must not be kept.
         data = [x for x in batch if not (isinstance(x, Tensor) and x.requires_grad)]
-        if not later and self.forwards[0] and self.cleared and not self.bracketed and self._without_gradients():
-            # Gradients were cleared since the last forward and none has come: that one was given up.
+        over = self.cleared or self.backed
+        if not later and self.forwards[0] and over and not self.bracketed and self._without_gradients():
+            # Gradients were cleared since the last forward: it was given up, or another optimizer's.
             self.begin_update()
             if self._abandoned is not None:
                 self._abandoned()
@@ -266,6 +286,18 @@ class ModelWatch:
                 "no forward pass of the model ran at w + eps; the loss is detached or cached: "
                 "compute it again from the batch in every pass."
             )
+
+
+def _accumulates(weight: Tensor) -> bool:
+    """Whether the backward pass that is running adds to this weight's gradient."""
+    if not weight.requires_grad:
+        return False
+    with torch.enable_grad():
+        node: Any = weight.view_as(weight).grad_fn
+    try:
+        return bool(torch._C._will_engine_execute_node(node.next_functions[0][0]))
+    except RuntimeError:
+        return False  # this is how torch says that it runs autograd.grad(), which adds to no gradient
 
 
 def leaves(value: Any, depth: int = 4) -> Iterator[Any]:
