@@ -94,12 +94,16 @@ def test_a_gan(page, word):
     g, d = right["generator"], right["discriminator"]
     betas = (0.5, 0.9) if "closure_d" in word else (0.9, 0.999)
     base_g, base_d = (torch.optim.Adam(net.parameters(), lr=1e-3, betas=betas) for net in (g, d))
+
+    def shared(own):
+        return (g, d) if "closure_d" in word else (own,)  # what model= holds
+
     for real, _ in loader:
         with torch.no_grad():
             fake = g(torch.randn(len(real), 4))
-        hand(d.parameters(), 0.02, lambda real=real, fake=fake: right["loss_d"](real, fake), base_d, d)
+        hand(d.parameters(), 0.02, lambda real=real, fake=fake: right["loss_d"](real, fake), base_d, *shared(d))
         latent = torch.randn(len(real), 4)
-        hand(g.parameters(), 0.02, lambda latent=latent: right["loss_g"](latent), base_g, g)
+        hand(g.parameters(), 0.02, lambda latent=latent: right["loss_g"](latent), base_g, *shared(g))
     same(ours["generator"], g)
     same(ours["discriminator"], d)
 
