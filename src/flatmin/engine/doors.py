@@ -133,6 +133,7 @@ class Doors(Optimizer):
     _warned: set[str]
     _base_differentiates: bool
     _others: OtherGradients | None
+    _looked: bool
 
     if TYPE_CHECKING:
 
@@ -267,6 +268,11 @@ class Doors(Optimizer):
                 result = chosen[0]() if len(chosen) == 1 else _run_all(chosen, update)
                 if probe is not None and probe.grad is cleared:
                     self._judge_closure(probe)
+                if not (update.plain or self._looked or len(chosen) > 1):
+                    self._looked = True
+                    others = self._others or OtherGradients(None, ())
+                    others.look(loss_in(result), update.site.weights)
+                    self._others = others or None
                 if self._diagnostics is not None and not (moved and evaluation.role == "ascent"):
                     self._diagnostics.loss(loss_in(result), perturbed=moved)
                 if evaluation.index == 0:

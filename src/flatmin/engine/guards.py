@@ -84,14 +84,15 @@ class OtherGradients:
     backward before the perturbation, because whoever steps next may need them at once.
 
     Args:
-        model: whose parameters.
+        model: whose parameters; None: none are known before `look`.
         trained: the optimizer's weights.
     """
 
-    def __init__(self, model: nn.Module, trained: Iterable[Tensor]) -> None:
+    def __init__(self, model: nn.Module | None, trained: Iterable[Tensor]) -> None:
         mine = {id(w) for w in trained}
-        self._names, self._parameters = [], []
-        for name, p in model.named_parameters():
+        self._names: list[str] = []
+        self._parameters: list[Tensor] = []
+        for name, p in () if model is None else model.named_parameters():
             if id(p) not in mine and not is_sharded(p):
                 self._names.append(name)
                 self._parameters.append(p)
@@ -112,10 +113,19 @@ class OtherGradients:
         """The name of the first of them that has a gradient."""
         return next((n for n, p in zip(self._names, self._parameters, strict=True) if p.grad is not None), None)
 
+    def look(self, loss: Any, trained: Iterable[Tensor]) -> None:
+        """Find further ones that a loss depends on; in the first pass of an update, before it ends."""
+        known = {id(w) for w in (*trained, *self._parameters)}
+        # What had a gradient before this pass as well is left to the next look.
+        found = [p for p in _leaves(loss) if id(p) not in known and p.grad is not None and p.grad._version == 0]
+        self._parameters += found
+        self._names += [f"a weight of shape {tuple(p.shape)}" for p in found]
+        self._prior = [*(self._prior or []), *[None] * len(found)]
+
     def enter(self) -> None:
         """A pass begins."""
         if self._prior is None:
-            self._prior = [g if g is None or not _lent(g) else g.clone() for g in self._now()]
+            self._prior = [g if g is None or not lent(g) else g.clone() for g in self._now()]
         self._pass = None
         self.restart()
 
@@ -164,7 +174,21 @@ class OtherGradients:
             p.grad = g
 
 
-def _lent(gradient: Tensor) -> bool:
+def _leaves(loss: Any) -> list[Tensor]:
+    """The tensors at the ends of a loss's graph, which a backward pass gives gradients to."""
+    waiting, seen, found = [getattr(loss, "grad_fn", None)], set(), []
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if (leaf := getattr(node, "variable", None)) is not None:
+            found.append(leaf)
+        waiting += [following for following, _ in node.next_functions]
+    return found
+
+
+def lent(gradient: Tensor) -> bool:
     """Whether it is a view of a DistributedDataParallel bucket, which the next backward overwrites."""
     if gradient.is_sparse:
         return False

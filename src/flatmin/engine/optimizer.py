@@ -489,6 +489,7 @@ class SAM(Copies):
         self._statistics: FrozenStatistics | None = None
         self._state: UntrainedState | None = None
         self._others: OtherGradients | None = None
+        self._looked = False  # whether a loss was asked for further weights that it depends on
         self._watch: ModelWatch | None = None
         if model is not None:
             if not {id(p) for p in model.parameters()} & {id(w) for w in weights}:
@@ -516,7 +517,7 @@ class SAM(Copies):
         if self._freeze_batchnorm and not self._frozen:
             statistics = FrozenStatistics(self._model)
             self._statistics = statistics if statistics.layers else None
-        self._others = OtherGradients(self._model, weights) or None
+        self._others, self._looked = OtherGradients(self._model, weights) or None, False
         if self._freeze_state:
             layers = () if self._statistics is None else self._statistics.layers
             self._state = UntrainedState(self._model, weights, layers, not self._freeze_batchnorm) or None

@@ -18,7 +18,7 @@ from flatmin.engine.tensors import is_sharded
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _PLAIN = set(nn.Module().__dict__)
-_COMPARED = 3  # updates in which values are compared, before what changes silently is known
+_COMPARED, _AGAIN = 3, 100  # values are compared in the first updates, and in one of so many later on
 Place = tuple[dict[str, Any], str]
 
 
@@ -53,8 +53,9 @@ class UntrainedState:
     Buffers, other parameters, and the numbers, texts and tensors that modules of the user's own hold as attributes.
     What a forward of a later pass changes is put back to what the first pass left; so is what changed in both passes.
     What a loop changes once, outside a forward, stays. Changes show in a tensor's version counter, its address or its
-    identity, so that nothing is copied, compared or synchronised where nothing changes. In the first updates values are
-    compared as well, for tensors that are written to through `.data`; not where they are more than twice the weights.
+    identity, so that nothing is copied, compared or synchronised where nothing changes. In the first updates and in
+    every hundredth, values are compared as well, for tensors that are written to through `.data`; not where they are
+    more than twice the weights.
 
     Args:
         model: whose state.
@@ -109,6 +110,8 @@ class UntrainedState:
                         continue
                     self._places.append((table, key))
                     self._names.append(prefix + key)
+                    if type(module).__module__.startswith("torch.ao."):
+                        self._silent.add(prefix + key)  # observers are written by kernels that count no version
 
     def _look(self) -> _Look:
         tensors = [place.get(key) for place, key in self._places]
@@ -152,7 +155,7 @@ class UntrainedState:
         self._updates += 1
         present = [x for x in held.tensors if isinstance(x, Tensor)]
         self._compares = (
-            self._updates <= _COMPARED
+            (self._updates <= _COMPARED or self._updates % _AGAIN == 0)
             and sum(x.numel() for x in present) <= 2 * sum(self._trained.values())
             and all(x.device.type in ("cpu", "cuda") and x.layout is torch.strided for x in present)
             and not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())

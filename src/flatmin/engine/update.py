@@ -17,7 +17,7 @@ from torch import Tensor
 from flatmin.engine import tensors as ta
 from flatmin.engine.base import known_loss
 from flatmin.engine.diagnostics import realised
-from flatmin.engine.guards import OtherGradients
+from flatmin.engine.guards import OtherGradients, lent
 from flatmin.engine.program import Outcome, Site, program
 from flatmin.engine.scaling import Scaling
 from flatmin.engine.second_order import GraphProducts, PooledProducts
@@ -191,24 +191,26 @@ class Update:
 
     def _check_manual(self) -> None:
         """Warn of what a manual loop did in one pass and not in the other."""
-        opt = self.optimizer
-        if opt._random is not None and self.index:
+        opt, watch = self.optimizer, self.optimizer._watch
+        if not self.index:
+            return
+        if opt._random is not None:
             opt._random.leave()
-        added = _additions(self.site.weights)
-        if (
-            self.index
-            and opt._watch is None
-            and not self.plain
-            and added != self._added
-            and "accumulation" not in opt._warned
-        ):
-            opt._warned.add("accumulation")
+        if self.plain or "batches" in opt._warned:
+            return
+        before, after = self._added, _additions(self.site.weights)
+        forwards = (1, 0) if watch is None else watch.forwards
+        if before > after and forwards[0] > forwards[1]:
+            opt._warned.add("batches")
             warnings.warn(
-                f"gradients were added up or changed {self._added} times before the weights were perturbed and {added} "
+                f"gradients were added up or changed {before} times before the weights were perturbed and {after} "
                 "times after it. To accumulate over micro-batches, run all of them in the second pass too, or use "
-                "passes() or a list of closures.",
+                "passes() or a list of closures; clip gradients after the second pass.",
                 stacklevel=6,
             )
+        elif watch is not None and watch.differs:
+            opt._warned.add("batches")
+            watch.warn_of_batches()
 
     def _check_scaled(self) -> None:
         resident = self.resident or self.optimizer._resident
@@ -462,7 +464,8 @@ class Update:
 
 def _additions(weights: Sequence[Tensor]) -> int:
     """How often the first gradient there is has been added to, or changed otherwise, since it was made."""
-    return next((g._version for w in weights if (g := w.grad) is not None), 0)
+    first = next((g for w in weights if (g := w.grad) is not None), None)
+    return 0 if first is None or lent(first) else first._version
 
 
 def _warn_of_rounding(weights: list[Tensor], copies: list[Tensor], asked: list[Tensor]) -> None:

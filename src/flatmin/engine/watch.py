@@ -52,17 +52,15 @@ class CallSlot:
                 if whole and (watch := reference()) is not None and watch.random is not None:
                     watch.random.evaluated()
             return result
-        entered = []
-        for reference, whole in self.watches:
-            watch = reference()
-            if watch is not None and watch.called(args, kwargs, whole=whole):
-                entered.append(watch)
+        seen = [(watch, whole) for reference, whole in self.watches if (watch := reference()) is not None]
+        seen = [(watch, whole) for watch, whole in seen if watch.called(args, kwargs, whole=whole)]
         try:
             result = call(*args, **kwargs)
         finally:
-            for watch in entered:
-                watch.left()
-        for watch in entered:
+            for watch, whole in seen:
+                if whole:
+                    watch.left()
+        for watch, _ in seen:
             watch.expect_backward(result)
         return result
 
@@ -94,6 +92,10 @@ class CallSlot:
 
 
 def _slot_of(module: nn.Module) -> CallSlot:
+    # torch's own list of the attributes that scripting leaves out; else it would read this one's annotation.
+    ignored = torch.jit._recursive.ignored_attributes
+    if _SLOT not in ignored:
+        ignored.append(_SLOT)
     slot = module.__dict__.get(_SLOT)
     if not (isinstance(slot, CallSlot) and slot.watches_over(module)):
         slot = module.__dict__[_SLOT] = CallSlot(module)
@@ -156,6 +158,7 @@ class ModelWatch:
         """The next training forward opens a new update."""
         self.pass_index, self.forwards = 0, [0, 0]
         self.own_forwards = 0
+        self.differs = False  # the batch of the second pass from that of the first
         self.backed = False  # gradients of a forward of this update have come
         self.bracketed = False  # a closure or `passes()` brackets each pass, so random states are handled there
         self._batch: list[tuple[Any, int]] | None = None
@@ -173,19 +176,20 @@ class ModelWatch:
         return len(self._slots[0].watches) == 1
 
     def called(self, args: Any, kwargs: Any, *, whole: bool) -> bool:
-        """A training forward begins, of the model or (not `whole`) of a part of it; whether it is the model's own."""
+        """A training forward begins, of the model or (not `whole`) of a part of it outside of one; whether it does."""
         if self.inside:
             return False
         if torch._C._current_graph_task_id() != -1:
             if whole:
                 self._recomputed()
             return False
-        if whole or not self.forwards[min(self.pass_index, 1)]:
+        later = min(self.pass_index, 1)
+        if whole or not self.forwards[later] or (not later and (self.cleared or self.backed)):
             self._seen([*leaves((args, kwargs))] if whole else [], whole)
         self.inside = whole
         if whole and self.state is not None and self.pass_index:
             self.state.enter_forward()
-        return whole
+        return True
 
     def left(self) -> None:
         """The model's own forward has ended."""
@@ -195,7 +199,7 @@ class ModelWatch:
 
     def expect_backward(self, result: Any) -> None:
         """Learn when a forward of a manual loop's first pass is followed by a backward that reaches the weights."""
-        if self.bracketed or self.pass_index or not self.weights:
+        if self.bracketed or self.pass_index or self.backed or not self.weights:
             return
         output = next((x for x in leaves(result) if isinstance(x, Tensor) and x.grad_fn is not None), None)
         if output is not None:
@@ -230,7 +234,13 @@ class ModelWatch:
             if not later:
                 self._batch = [(x, _version(x)) for x in data] if whole else None
             elif whole and self._batch is not None and not self._warned and not self._same(data):
-                self._warn_of_batches()
+                # Micro-batches that are left out of a second pass are the likelier cause; its end will tell.
+                self.differs = True
+                if self.bracketed or self.forwards[0] == 1:
+                    self.warn_of_batches()
+        elif whole and not self.bracketed and self.random is not None:
+            # Data may be drawn between the forwards of the first pass, and not again in the second.
+            (self.random.replay if later else self.random.capture)(-self.forwards[later])
         self.forwards[later] += 1
         if not later and len(data) == len(batch):
             self.own_forwards += 1
@@ -267,18 +277,16 @@ class ModelWatch:
                 return False
         return True
 
-    def _warn_of_batches(self) -> None:
-        self._warned = True
-        if self.bracketed:
-            way_out = "fetch the batch before the step, outside the closure"
-        elif self.forwards[0] > 1:
+    def warn_of_batches(self) -> None:
+        """Say once that the passes saw different batches."""
+        if not self._warned:
+            self._warned = True
             way_out = (
-                f"{self.forwards[0]} forwards ran before the weights were perturbed: to accumulate gradients over "
-                "micro-batches, run all of them in the second pass too, or use passes() or a list of closures"
+                "fetch the batch before the step, outside the closure"
+                if self.bracketed
+                else "run the second pass on the batch of the first"
             )
-        else:
-            way_out = "run the second pass on the batch of the first"
-        warnings.warn(f"the passes of one step saw different batches; {way_out}.", stacklevel=6)
+            warnings.warn(f"the passes of one step saw different batches; {way_out}.", stacklevel=6)
 
     def check_second_pass(self) -> None:
         if self.forwards[0] and self.pass_index and not self.forwards[1]:
