@@ -238,8 +238,13 @@ class SAM(Copies):
 
     @property
     def model(self) -> nn.Module | None:
-        """The module given at construction."""
+        """The module being trained, as given at construction; may be set between updates, after unpickling for one."""
         return self._model
+
+    @model.setter
+    def model(self, model: nn.Module | None) -> None:
+        self._refuse_second_update("a new model")
+        self._attach(model)
 
     @property
     def scaler(self) -> Any:
@@ -376,9 +381,10 @@ class SAM(Copies):
     def _between_updates(self) -> None:
         """What is seen from here on belongs to the next update."""
         if self._watch is not None:
+            bracketed = self._watch.bracketed
             self._watch.begin_update()
-        if self._state is not None:
-            self._state.begin()
+            if self._state is not None and not bracketed:
+                self._state.begin()  # a loop that calls parts of the model may show no forward
         if self._random is not None:
             self._random.forget()
         first = next((g for w in self._layout.weights if (g := w.grad) is not None), None)
@@ -476,11 +482,21 @@ class SAM(Copies):
         self.loss_point = "w"
         self._resident = False
         self._diagnostics = Diagnostics(self._store) if self._diagnoses else None
-        weights = [w for g in self.param_groups for w in g["params"]]
         self._scaler = self._scaling = None
         self._unchecked_rounding = True
         self._left = None  # the first gradient that the last update left behind, and its version
         self._warned: set[str] = set()
+        self._attach(model)
+        if self.criterion is not None:
+            if not isinstance(self.criterion, Criterion):
+                raise TypeError(
+                    f"criterion must be a flatmin.Criterion, got {type(self.criterion).__name__}; wrap the loss in one."
+                )
+            self.criterion.bind(self, self.recipe)
+
+    def _attach(self, model: nn.Module | None) -> None:
+        """Take in the model; None: there is none."""
+        weights = [w for g in self.param_groups for w in g["params"]]
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
         own = [*self._own_generators, *(() if model is None else generators_of(model))]
@@ -500,12 +516,6 @@ class SAM(Copies):
         self._replicas = Replicas(self.ascent_sync, model, self.recipe)
         self._names = self._read_names()
         self._layers = self._read_layers()
-        if self.criterion is not None:
-            if not isinstance(self.criterion, Criterion):
-                raise TypeError(
-                    f"criterion must be a flatmin.Criterion, got {type(self.criterion).__name__}; wrap the loss in one."
-                )
-            self.criterion.bind(self, self.recipe)
 
     def _look_at_the_rest(self) -> None:
         """Find what the model has beside the weights of this optimizer."""

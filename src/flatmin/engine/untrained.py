@@ -135,7 +135,7 @@ class UntrainedState:
         """A later pass begins: note how the first one left things, or put that back after another later pass."""
         if self._held is not None:
             self._put_back()
-        elif self._before is not None:
+        else:
             self._note()
         self._inside: tuple[set[int], set[int]] = set(), set()
         self._forward: _Look | None = None
@@ -143,15 +143,14 @@ class UntrainedState:
 
     def _note(self) -> None:
         before, model = self._before, self._model()
-        assert before is not None
-        if model is not None and self._extent() != self._scanned:
+        if model is not None and (before is None or self._extent() != self._scanned):
             # The first forward has made attributes or buffers: in this update everything counts as changed.
             self._scan(model)
             self._held = held = self._look()
             self._first = set(range(len(self._places))), set(range(len(self._numbers)))
         else:
             self._held = held = self._look()
-            self._first = held.changes(before)
+            self._first = (set(), set()) if before is None else held.changes(before)
         self._updates += 1
         present = [x for x in held.tensors if isinstance(x, Tensor)]
         self._compares = (
@@ -222,6 +221,8 @@ class UntrainedState:
         place, key = self._places[i]
         value = held.tensors[i]
         if isinstance(value, Tensor):
+            if value.shape != self._copies[i].shape:
+                value.resize_(self._copies[i].shape)
             value.copy_(self._copies[i])
             held.versions[i], held.addresses[i] = _version(value), _address(value)
         place[key] = value
@@ -246,5 +247,7 @@ def _version(x: Any) -> int:
 
 
 def _equal(x: Tensor, y: Tensor) -> bool:
+    if x.shape != y.shape:
+        return False
     same = x == y
     return bool(same.all()) or bool((same | ((x != x) & (y != y))).all())

@@ -49,6 +49,7 @@ class Update:
         self.optimizer, self.site, self.closed = optimizer, site, closed
         self.index = self._added = 0
         self._bracketed = True
+        self._began = False  # whether a manual loop's first pass has made gradients
         self.inside = self.resident = False
         self.outcome: Outcome | None = None
         self._ascent_finite = True
@@ -168,7 +169,7 @@ class Update:
             self.optimizer._watch.check_second_pass()
         self._silence.close()
         grads: Gradients = [w.grad for w in self.site.weights]
-        if all(g is None for g in grads) and not self.plain:
+        if all(g is None for g in grads) and not (self.plain and (self._bracketed or not self._began)):
             raise RuntimeError(
                 f"no weight received a gradient in pass {self.index + 1}; "
                 "the closure must compute the loss from the model and call loss.backward(). (A step() of Lightning's "
@@ -265,6 +266,7 @@ class Update:
         if all(g is None for g in grads) and not self.plain:
             raise RuntimeError("no gradients: call loss.backward() on the batch before perturbing the weights.")
         self._added = _additions(self.site.weights)
+        self._began = any(g is not None for g in grads)
         self._visited.add(None)
         self._check_scaled()
         if self.request.role == "ascent":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
 import warnings
 import weakref
@@ -16,6 +17,7 @@ from flatmin.engine.guards import RandomState
 from flatmin.engine.untrained import UntrainedState
 
 _SLOT = "_compiled_call_impl"
+_MOST = 256  # items of a container that are looked at
 _EVERY = 100  # updates between two looks at which modules a model has
 
 
@@ -44,6 +46,8 @@ class CallSlot:
         if caller is not module:
             return caller._call_impl(*args, **kwargs)
         call = module._call_impl if self.inner is None else self.inner
+        if all((watch := reference()) is None or watch.inside for reference, _ in self.watches):
+            return call(*args, **kwargs)
         if torch._C._functorch.peek_interpreter_stack() is not None:
             return call(*args, **kwargs)  # a transformation, which must see no values
         if not (torch.is_grad_enabled() and (module.training or any(m.training for m in module.modules()))):
@@ -324,7 +328,7 @@ def leaves(value: Any, depth: int = 4) -> Iterator[Any]:
         inner = list(vars(value).values())
     elif dataclasses.is_dataclass(value):
         inner = [getattr(value, f.name) for f in dataclasses.fields(value)]  # with __slots__
-    for item in inner:
+    for item in itertools.islice(inner, _MOST):
         yield from leaves(item, depth - 1)
 
 
