@@ -46,10 +46,10 @@ def wide():
 class Net(nn.Linear):
     def forward(self, x):
         if self.training:
-            self.count = getattr(self, "count", 0) + 1
+            self.passes = getattr(self, "passes", []) + [None]  # a number would count once an update
             if os.path.exists("slow"):
                 time.sleep(0.05)
-            if os.path.exists("stop") and self.count == int(pathlib.Path("stop").read_text()):
+            if os.path.exists("stop") and len(self.passes) == int(pathlib.Path("stop").read_text()):
                 signal.raise_signal(signal.SIGINT)
         return super().forward(x)
 
