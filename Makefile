@@ -37,7 +37,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 setup: $(STAMP) ## make the virtual environment (the other targets do it too)
 
-demo: $(STAMP) ## train a small net with every method on noisy digits and show what happened
+demo: $(STAMP) ## train a small net with several methods on noisy digits and show what happened
 	$(BIN)/flatmin compare $(ARGS)
 
 test: $(STAMP) ## the ordinary tests, a few minutes

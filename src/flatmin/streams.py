@@ -1,8 +1,9 @@
-"""Standard output and error that no character and no reader can break: work must not end by what is said of it."""
+"""Standard output and error that never raise: not on a character, a closed pipe or a full disk."""
 
 from __future__ import annotations
 
 import codecs
+import errno
 import io
 import sys
 import unicodedata
@@ -15,11 +16,11 @@ _ASCII = dict(zip(_SIGNS.split(), _WORDS.split(), strict=True))
 
 
 def settle_streams() -> None:
-    """Let this process's standard output and error take any text, whatever their encoding, and lose their reader.
+    """Make this process's standard output and error accept any text, so that printing cannot end a training run.
 
-    A character that the encoding lacks becomes what stands for it in ASCII: "+-" for "±", "rho" for "ρ", "o" for "ö",
-    "?" for what has nothing like it. What can no longer be written, as after `| head`, is dropped. Encodings and
-    error handlers that the user has chosen beyond the usual ones stay.
+    A character that the encoding lacks is replaced by ASCII: "+-" for "±", "rho" for "ρ", "o" for "ö", and "?" if there
+    is nothing like it. What can no longer be written, as after `| head`, is dropped. The encoding stays, and so does an
+    error handler that the user has chosen (PYTHONIOENCODING).
     """
     codecs.register_error(_PLAIN, _replace)
     for name in ("stdout", "stderr"):
@@ -35,10 +36,11 @@ def settle_streams() -> None:
 
 
 def unwritten() -> OSError | None:
-    """Why standard output was not written to its end, unless its reader just left; None if it was."""
+    """Why standard output is not complete; None if it is, or if its reader has closed the pipe."""
     raw = _raw(sys.stdout) if isinstance(sys.stdout, io.TextIOWrapper) else None
     problem = raw.problem if isinstance(raw, Lasting) else None
-    return None if isinstance(problem, BrokenPipeError) else problem
+    # Windows says EINVAL where POSIX says EPIPE.
+    return None if problem is None or problem.errno in (errno.EPIPE, errno.EINVAL) else problem
 
 
 class Lasting(io.RawIOBase):

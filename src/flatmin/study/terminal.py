@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import textwrap
 from collections.abc import Callable, Sequence
@@ -107,18 +108,16 @@ def _fits(table: Table, console: Console) -> bool:
 
 
 def _blocks(columns: Sequence[_Column], rows: Sequence[Row], console: Console) -> list[Table]:
-    """Tables below each other that have as many of the columns as fit, and one at least."""
-    for count in range(len(columns), 1, -1):
-        table = _block((_NAME, *columns[:count]), rows, console)
+    """Tables below each other that have as many of the columns as fit, and one at least; closer ones if that helps."""
+    for count, gap in itertools.product(range(len(columns), 0, -1), (1, 0)):
+        table = _block((_NAME, *columns[:count]), rows, console, gap)
         if _fits(table, console):
             break
-    else:
-        count, table = 1, _block((_NAME, *columns[:1]), rows, console)
     return [table, *(_blocks(columns[count:], rows, console) if columns[count:] else [])]
 
 
-def _block(columns: Sequence[_Column], rows: Sequence[Row], console: Console) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, header_style="bold")
+def _block(columns: Sequence[_Column], rows: Sequence[Row], console: Console, gap: int = 1) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, gap, 0, 0), pad_edge=False, show_edge=False, header_style="bold")
     for column in columns:
         table.add_column(
             column.header, justify="right" if column.right else "left", no_wrap=column.right, overflow="fold"
