@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flatmin.measure.problem import Batch, Conventions, Problem, count_terms, some_of
+from flatmin.measure.problem import Batch, Conventions, Problem, some_of
 
 Form = Literal["reverse", "forward", "finite"]
 Progress = Callable[[int], None]
@@ -71,6 +71,7 @@ class Curvature:
 
         Raises:
             ValueError: another shape.
+            ArithmeticError: it is not finite; with the batch whose loss is not, if there is one.
         """
         v = self.problem.shaped(vector.detach().to(self.dtype))
         total = torch.zeros(self.size, dtype=self.dtype, device=self.device)
@@ -78,6 +79,9 @@ class Curvature:
             for i, batch in enumerate(self.problem.batches):
                 total += self._batch_product(i, batch, v)
         total = self.problem.reduced(total)
+        if not torch.isfinite(total).all():
+            where = self.problem.not_finite()
+            raise ArithmeticError(f"a product with the {self.name} is not finite; nothing can be measured here.{where}")
         self.products += 1
         return total + self._decay() * vector.to(self.dtype)
 
@@ -145,7 +149,7 @@ class Hessian(Curvature):
             return "reverse"
         failures = []
         keep, self._full = self._full, True
-        batch = some_of(self.problem.batches[0], _PROBED)
+        batch = some_of(self.problem, self.problem.batches[0], _PROBED)
         for form in _FORMS:
             self.form = form
             try:
@@ -202,7 +206,7 @@ class Hessian(Curvature):
         return self._difference(batch, v)
 
     def _value(self, batch: Batch) -> Callable[[tuple[Tensor, ...]], Tensor]:
-        return lambda weights: self.problem.value_of(batch, self.problem.outputs(batch, weights))
+        return lambda weights: self.problem.value_of(batch, self.problem.outputs(batch, weights), weights)
 
     def _gradients(self, batch: Batch) -> list[Tensor]:
         weights = self.problem.weights
@@ -388,7 +392,7 @@ def terms_of(loss: Any) -> Callable[[Any, Any], Tensor]:
 
 def _counted(problem: Problem, batch: Batch) -> float:
     """Terms of a batch: its share is that of the mean over them."""
-    return 1.0 if getattr(problem.loss, "reduction", "mean") == "sum" else count_terms(problem.loss, batch.targets)
+    return 1.0 if problem.reduction == "sum" else batch.terms
 
 
 def dense(operator: Operator) -> Tensor:
