@@ -91,9 +91,7 @@ def _trace(session: Session) -> Found:
     within: dict[str, Any] = {"max_probes": s.probes, "seed": s.seed}
     traced = trace(session.hessian, session.known, tol=s.trace_tol, progress=running, **within)
     session.tell("Frobenius norm", 0.0)
-    # The error of a root is half that of the square.
-    squared = frobenius(session.hessian, session.known, tol=2 * s.trace_tol, **within)
-    norm = math.sqrt(max(squared.value, 0.0))
+    norm = frobenius(session.hessian, session.known, tol=s.trace_tol, **within)
 
     def number(name: str, text: str, value: float, error: float, done: bool) -> Quantity:
         return session.quantity(
@@ -109,13 +107,7 @@ def _trace(session: Session) -> Found:
 
     found = [
         number("trace", "trace of the Hessian", traced.value, traced.error, traced.converged),
-        number(
-            "frobenius",
-            "Frobenius norm of the Hessian",
-            norm,
-            squared.error / (2 * norm) if norm else math.nan,
-            squared.converged,
-        ),
+        number("frobenius", "Frobenius norm of the Hessian", norm.value, norm.error, norm.converged),
     ]
     return "Trace", found, {}
 
