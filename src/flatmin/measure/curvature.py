@@ -149,7 +149,9 @@ class Hessian(Curvature):
                 "percent.",
                 stacklevel=2,
             )
-        self.form: Form = self._probe() if form == "auto" else form
+        self.form: Form = "reverse"
+        with problem.together():
+            self.form = self._probe() if form == "auto" else form
 
     def _probe(self) -> Form:
         """The first form whose products on a few examples are differences of the gradient."""
@@ -257,7 +259,8 @@ class GaussNewton(Curvature):
 
     def __init__(self, problem: Problem, *, memory: int | None = None) -> None:
         super().__init__(problem, memory=memory)
-        self._try()
+        with problem.together():
+            self._try()
 
     def _try(self) -> None:
         """Refuse a net whose Jacobian is not the derivative of its outputs."""
@@ -363,7 +366,7 @@ class EmpiricalFisher(GaussNewton):
             ValueError: values that are not those of examples, or whose mean (sum) is not the loss.
         """
         values = 0
-        with self.problem.guard(), torch.no_grad():
+        with self.problem.together(), self.problem.guard(), torch.no_grad():
             for i, batch in enumerate(self.problem.batches if own else self.problem.batches[:1]):
                 found = self._per_sample(self.problem.outputs(batch), batch.targets)
                 examples = len(first_tensor(batch.targets))

@@ -174,10 +174,10 @@ class Problem:
         self.loss: Loss = loss if dtype is None else cast_loss(loss, dtype)
         self._closed = False
         pairs = self._read(data)
-        with self._together():
+        with self.together():
             values = self._check(pairs)
         self.rule = self._weigh(pairs, terms, reduction)
-        with self._together():
+        with self.together():
             counts = self._counts(pairs, values)
         held = torch.tensor([sum(counts), sum(_length(y) for _, y in pairs)], dtype=torch.float64)
         total = self._sum(held.to(self.device)).tolist()
@@ -251,7 +251,7 @@ class Problem:
         return -100 if self.rule.count.ignored is None else self.rule.count.ignored
 
     @contextlib.contextmanager
-    def _together(self) -> Iterator[None]:
+    def together(self) -> Iterator[None]:
         """What one process refuses, all do, so that none waits for it."""
         found: ValueError | None = None
         try:
