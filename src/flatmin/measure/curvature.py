@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flatmin.measure.derivatives import PROBED, against_differences, outputs_against_differences, suspects
+from flatmin.measure.nested import first_tensor
 from flatmin.measure.problem import Batch, Conventions, Problem, some_of
-from flatmin.measure.terms import first_tensor
 
 Form = Literal["reverse", "forward", "finite"]
 Progress = Callable[[int], None]

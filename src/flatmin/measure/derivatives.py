@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flatmin.measure.nested import mapped, tensors
 from flatmin.measure.problem import Batch, Problem, displaced, in_double
-from flatmin.measure.terms import mapped, tensors
 
 PROBED = 8  # examples on which derivatives are tried
 Product = Callable[[Problem, list[Tensor], Batch, Tensor], Tensor]
 # Where to look, in multiples of each tensor's root mean square: a kink may lie at the weights.
-_FAR = (1e-2, 0.0, 0.3)
+_FAR = (1e-2, 0.0, 0.3, 1.0)
 # Of the differences, in multiples of the weights, likewise.
 _STEPS = (1e-5, 1e-6, 1e-7, 1e-4, 1e-8, 1e-3)
 _LEAST = 1e-8  # change of the loss, as all weights move by their own size, below which it is round-off

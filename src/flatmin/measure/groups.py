@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from flatmin.measure.nested import cut, first_tensor
 from flatmin.measure.problem import Problem, over
-from flatmin.measure.terms import cut, first_tensor
 
 
 def split(problem: Problem, m: int) -> tuple[list[Problem], int]:

@@ -15,20 +15,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
-from flatmin.measure.terms import (
-    Given,
-    Reduction,
-    Rule,
-    axis_of,
-    candidates,
-    cast_loss,
-    cut,
-    mapped,
-    options_of,
-    tensors,
-    weigh,
-)
-from flatmin.measure.terms import first_tensor as first_tensor
+from flatmin.measure.counts import Given, Reduction, Rule, candidates, cast_loss, options_of
+from flatmin.measure.nested import axis_of, cut, mapped, tensors
+from flatmin.measure.nested import first_tensor as first_tensor
+from flatmin.measure.terms import weigh
 
 Loss = Callable[[Any, Any], Tensor]
 Mode = Literal["eval", "train"]
