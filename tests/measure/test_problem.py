@@ -373,6 +373,13 @@ def test_what_runs_a_model_is_taken_off(wrap):
     assert Problem(wrap(model), loss, (x, y)).value() == Problem(model, loss, (x, y)).value()
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_what_takes_no_weights_is_refused():
+    model, x, y, loss = make("mlp")
+    with pytest.raises(ValueError, match=r"compiled by TorchScript.* measure the Python model"):
+        Problem(torch.jit.trace(model, x), loss, (x, y))
+
+
 class TestBadInput:
     def problem(self, **changes):
         model, x, y, loss = make("mlp")

@@ -564,6 +564,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
             model = inner
         else:
             break
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise ValueError(
+            "the model is compiled by TorchScript, which takes no weights from outside; measure the Python model with "
+            "the same weights (load_state_dict(scripted.state_dict()))."
+        )
     sharded = [n for n, p in model.named_parameters() if type(p).__name__ in ("DTensor", "FlatParameter")]
     if sharded:
         raise ValueError(
