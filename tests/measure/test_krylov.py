@@ -78,8 +78,8 @@ def test_copies_of_eigenvalues(name, memory):
     """
     values, top, bottom = COPIES[name]
     want = torch.tensor([*values, *BULK]).double().sort().values
-    for seed in range(4):
-        operator = symmetric(want, seed=1)
+    operator = symmetric(want, seed=1)
+    for seed in range(3):
         found = spectrum(operator, top=top, bottom=bottom, tol=1e-3, seed=seed, memory=memory)
         assert found.converged and found.searched > 0 and found.chance_missed < 1
         torch.testing.assert_close(found.top, want.flip(0)[:top], rtol=1e-5, atol=0)
