@@ -670,8 +670,8 @@ def test_nothing_is_saved_or_begun_while_the_weights_are_away():
     loop = Loop(Case("momentum-sam"))
     optimizer = loop.optimizer
     optimizer.train()
-    begin = (partial(loop.update, 0), partial(loop.update, 0, "passes"))
-    for refused in (optimizer.state_dict, partial(optimizer.load_state_dict, {}), *begin):
+    begin = partial(loop.update, 0, "passes")
+    for refused in (optimizer.state_dict, partial(optimizer.load_state_dict, {}), begin):
         with pytest.raises(RuntimeError, match=r"under way.*call eval\(\)"):
             refused()
     optimizer.eval()

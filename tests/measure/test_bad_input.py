@@ -88,11 +88,11 @@ LATE = {
 
 
 def late(bad):
-    """A problem whose tenth example has no finite loss."""
+    """A problem whose tenth example has no finite loss since the problem was made."""
     model, x, y, loss = make("mlp")
-    x = x.clone()
-    x[10] = bad
-    return Problem(model, loss, batches(x, y, 7))
+    problem = Problem(model, loss, batches(x.clone(), y, 7))
+    problem.batches[1].inputs[3] = bad
+    return problem
 
 
 class TestLossesThatAreNotFinite:
@@ -101,6 +101,18 @@ class TestLossesThatAreNotFinite:
     def test_in_a_late_batch(self, measure, bad):
         with pytest.raises((ArithmeticError, ValueError), match=r"not finite|Bezier path's loss is"):
             LATE[measure](late(bad))
+
+    @pytest.mark.parametrize("bad", [math.nan, math.inf])
+    def test_the_batch_is_named(self, bad):
+        """Before anything is measured, and by the first product after that."""
+        model, x, y, loss = make("mlp")
+        x = x.clone()
+        x[10] = bad
+        with pytest.raises(ValueError, match=r"the loss of batch 2 of 3 is (nan|inf); there is nothing to measure"):
+            Problem(model, loss, batches(x, y, 7))
+        for operator in (measures.Hessian, measures.GaussNewton, measures.EmpiricalFisher):
+            with pytest.raises(ArithmeticError, match=r"not finite.* The loss of batch 2 of 3 is (nan|inf)"):
+                measures.trace(operator(late(bad)))
 
     def test_numbers_that_say_so_themselves(self):
         problem = late(math.nan)

@@ -50,34 +50,148 @@ def test_finite_differences_warn_and_serve_smooth_nets(name):
     assert (dense(operator) - want).abs().max() <= 1e-6 * want.abs().max()
 
 
-def test_a_backward_that_is_taken_for_a_constant_is_found():
-    class Once(torch.autograd.Function):
-        @staticmethod
-        def forward(x):
-            return x.square()
+class Own(torch.autograd.Function):
+    """tanh with a backward that is right, and differentiable."""
 
-        @staticmethod
-        def setup_context(ctx, inputs, output):
-            ctx.save_for_backward(inputs[0])
-            ctx.save_for_forward(inputs[0])
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.tanh()
 
-        @staticmethod
-        @torch.autograd.function.once_differentiable
-        def backward(ctx, grad):
-            return 2 * ctx.saved_tensors[0] * grad
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * (1 - ctx.saved_tensors[0].tanh() ** 2)
 
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.linear = nn.Linear(5, 3)
 
-        def forward(self, x):
-            return Once.apply(self.linear(x))
+class Once(Own):
+    backward = staticmethod(torch.autograd.function.once_differentiable(Own.backward))
 
-    _, x, y, loss = make("mlp")
-    with pytest.raises(ValueError, match=r"neither derivative .* form='finite' remains") as caught:
-        Hessian(Problem(Net().double(), loss, (x, y)))
-    assert "reverse: " in str(caught.value) and "forward: " in str(caught.value)
+
+class Constant(Own):
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * (1 - ctx.saved_tensors[0].detach().tanh() ** 2)
+
+
+class Through(Own):
+    """Rounds, and lets the gradient through."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return (8 * x).round() / 8
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+class Apply(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+class Quantised(nn.Linear):
+    def forward(self, x):
+        return F.linear(x, self.weight + ((16 * self.weight).round() / 16 - self.weight).detach(), self.bias)
+
+
+def _normed(width, weight_norm=nn.utils.parametrizations.weight_norm):
+    return nn.Sequential(weight_norm(nn.Linear(12, width)), nn.ReLU(), nn.Linear(width, width), nn.ReLU())
+
+
+def _custom(function, width):
+    return nn.Sequential(nn.Linear(12, width), Apply(function), nn.Linear(width, width), nn.ReLU())
+
+
+# name -> (net of a width, where the fault is)
+WRONG = {
+    # torch.autograd.gradgradcheck fails on torch._weight_norm.
+    "weight_norm": (_normed, r"look at '0\.parametrizations\.weight\.0' \(weight_norm\)"),
+    "once differentiable": (lambda w: _custom(Once.apply, w), r"look at '1' \(Once\)"),
+    "detached": (lambda w: _custom(Constant.apply, w), r"look at '1' \(Constant\)"),
+    "straight through": (lambda w: _custom(Through.apply, w), r"look at '1' \(Through\)"),
+    "quantised": (lambda w: nn.Sequential(Quantised(12, w), nn.Tanh()), "a part of it is detached"),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("width", [8, 256])
+@pytest.mark.parametrize("name", WRONG)
+def test_a_derivative_that_is_wrong_is_found_whatever_the_size(name, width, dtype):
+    net, where = WRONG[name]
+    torch.manual_seed(0)
+    model = nn.Sequential(*net(width), nn.Linear(width, 4)).to(dtype)
+    x, y = torch.randn(16, 12).to(dtype), torch.randint(4, (16,))
+    with pytest.raises(ValueError, match=rf"no second derivative .* trusted.*{where}.* form='finite'"):
+        Hessian(Problem(model, nn.CrossEntropyLoss(), (x, y)))
+    assert Hessian(Problem(model, nn.CrossEntropyLoss(), (x, y)), form="reverse").form == "reverse"
+
+
+def test_what_is_detached_in_the_loss_or_the_model_is_found():
+    def focal(f, y):
+        ce = F.cross_entropy(f, y, reduction="none")
+        return ((1 - torch.exp(-ce)).detach() * ce).mean()
+
+    model, x, y, loss = make("mlp")
+    with pytest.raises(ValueError, match="no second derivative of this net can be trusted"):
+        Hessian(Problem(model, focal, (x, y)))
+    cut = nn.Sequential(model[0], Apply(torch.Tensor.detach), model[2])
+    with pytest.raises(ValueError, match="no second derivative of this net can be trusted"):
+        Hessian(Problem(cut, loss, (x, y)))
+    assert Hessian(Problem(cut, loss, (x, y), params="2.*")).form == "reverse"
+
+
+@pytest.mark.parametrize("kind", [GaussNewton, EmpiricalFisher, Fisher])
+def test_a_jacobian_that_is_wrong_is_found(kind):
+    for function, wrong in ((Once.apply, True), (Through.apply, True), (Own.apply, False)):
+        torch.manual_seed(0)
+        model = nn.Sequential(*_custom(function, 64), nn.Linear(64, 4)).double()
+        problem = Problem(model, nn.CrossEntropyLoss(), (torch.randn(16, 12).double(), torch.randint(4, (16,))))
+        if wrong:
+            with pytest.raises(
+                ValueError, match=r"the derivative of this net's outputs cannot be trusted; look at '1'"
+            ):
+                kind(problem)
+        else:
+            kind(problem)
+
+
+KINKED = {
+    "wide": (lambda: nn.Sequential(nn.Linear(36, 400), nn.ReLU(), nn.Linear(400, 4)), (36,)),
+    "deep": (lambda: nn.Sequential(*(m for _ in range(8) for m in (nn.Linear(36, 36), nn.LeakyReLU()))), (36,)),
+    # Zero biases and black borders: preactivations are zero, on the kink itself.
+    "borders": (
+        lambda: nn.Sequential(
+            *(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3), nn.ReLU()),
+            *(nn.Flatten(), nn.Linear(8, 4)),
+        ),
+        (1, 6, 6),
+    ),
+    "zero head": (lambda: nn.Sequential(nn.Linear(36, 36), nn.ReLU(), nn.Linear(36, 4)), (36,)),
+    "saturated": (lambda: nn.Sequential(nn.Linear(36, 36), nn.ReLU6(), nn.Linear(36, 4)), (36,)),
+}
+
+
+@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(), lambda f, y: (f - y[:, None].to(f)).abs().mean()])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", KINKED)
+def test_kinks_are_not_taken_for_wrong_derivatives(name, dtype, loss):
+    build, shape = KINKED[name]
+    for seed in range(2):
+        torch.manual_seed(seed)
+        model = build()
+        with torch.no_grad():
+            for n, p in model.named_parameters():
+                p.mul_(0.0 if "bias" in n or (name == "zero head" and n.startswith("2")) else 1.0)
+                p.mul_(30.0 if name == "saturated" else 1.0)
+        x, y = torch.randn(12, *shape), torch.randint(4, (12,))
+        if name == "borders":
+            x[..., :2] = 0.0
+        assert Hessian(Problem(model.to(dtype), loss, (x.to(dtype), y))).form == "reverse"
 
 
 def test_a_budget_for_some_graphs_keeps_some():
@@ -213,7 +327,60 @@ def test_float64_for_a_float32_model():
     assert model[0].weight.dtype == torch.float32
 
 
+def test_values_of_a_function_are_counted():
+    """One for each token, or for each sequence: the mean of the outer products of their gradients."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 5)).double()
+    ids = torch.randint(5, (11, 4))
+
+    def tokens(f, y):
+        return F.cross_entropy(f.flatten(0, 1), y.flatten(), reduction="none")
+
+    problem = Problem(model, lambda f, y: tokens(f, y).mean(), batches(ids, ids, 4))
+    for f in (tokens, lambda f, y: tokens(f, y).view(len(y), -1).sum(1)):
+        values = f(model(ids), ids)
+        rows = [torch.autograd.grad(v, list(model.parameters()), retain_graph=True) for v in values]
+        g = torch.stack([torch.cat([t.reshape(-1) for t in row]) for row in rows])
+        equal(dense(EmpiricalFisher(problem, per_sample=f)), g.T @ g / len(values))
+
+
+def test_terms_of_soft_targets_and_ignored_labels():
+    model, x, y, _ = make("mlp")
+    soft = torch.softmax(torch.randn(17, 3, generator=torch.Generator().manual_seed(0)), 1).double()
+    y = torch.where(torch.arange(17) % 3 == 0, -100, y)
+    for targets in (soft, y):
+        loss, kept = nn.CrossEntropyLoss(), [i for i in range(17) if targets is soft or int(targets[i]) >= 0]
+        fn = [function_of(model, x[i : i + 1], targets[i : i + 1], loss)[:2] for i in kept]
+        g = torch.stack([torch.autograd.functional.jacobian(f, w) for f, w in fn])
+        problem = Problem(model, loss, batches(x, targets, 7))
+        equal(dense(EmpiricalFisher(problem)), g.T @ g / len(kept))
+    many, want = dense(Fisher(problem, draws=300)), dense(GaussNewton(problem))  # of the labels, some of them ignored
+    assert (many - want).norm() < 0.15 * want.norm()
+
+
 class TestBadInput:
+    def test_values_that_are_no_terms(self):
+        model, x, y, _ = make("mlp")
+
+        class Mean(nn.Module):
+            reduction = "mean"
+
+            def forward(self, f, t):
+                return F.cross_entropy(f, t)
+
+        class Doubled(Mean):
+            def forward(self, f, t):
+                return (
+                    F.cross_entropy(f, t) if self.reduction == "mean" else 2 * F.cross_entropy(f, t, reduction="none")
+                )
+
+        with pytest.raises(ValueError, match=r"reduction=none must give a value for each of the 7 examples .* got 1"):
+            EmpiricalFisher(Problem(model, Mean(), batches(x, y, 7)))
+        with pytest.raises(ValueError, match=r"values whose mean is .* on a batch, where the loss is .* per_sample="):
+            EmpiricalFisher(Problem(model, Doubled(), batches(x, y, 7)))
+        with pytest.raises(ValueError, match=r"per_sample= must give a value for each of the 17 examples"):
+            EmpiricalFisher(Problem(model, Mean(), (x, y)), per_sample=lambda f, t: F.cross_entropy(f, t))
+
     def test_forms(self):
         model, x, y, loss = make("mlp")
         with pytest.raises(ValueError, match=r"form must be 'auto', 'reverse'"):

@@ -1,5 +1,7 @@
 """The function that is measured: exact over batches, and the model is left as it was, bit for bit."""
 
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -7,7 +9,7 @@ from torch.nn import functional as F
 
 from flatmin.measure.curvature import EmpiricalFisher, Fisher, GaussNewton, Hessian
 from flatmin.measure.krylov import spectrum
-from flatmin.measure.problem import Problem, count_terms
+from flatmin.measure.problem import Problem
 from flatmin.measure.trace import density, diagonal, trace
 from tests.measure.left import left_as_it_was
 from tests.measure.nets import CASES, batches, function_of, make
@@ -95,12 +97,287 @@ def test_the_record_says_what_was_measured():
     assert (record.split, record.augmentation, record.seed) == ("train", "flip", None)
 
 
-def test_terms_of_losses():
-    y = torch.tensor([0, 1, -100, 2])
-    assert count_terms(nn.CrossEntropyLoss(), y) == 3.0
-    assert count_terms(nn.CrossEntropyLoss(ignore_index=1), torch.tensor([0, 1, 2])) == 2.0
-    assert count_terms(nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 3.0])), y) == 6.0
-    assert count_terms(nn.MSELoss(), torch.zeros(4, 2)) == 8.0
+X, Y = torch.randn(50, 6, generator=torch.Generator().manual_seed(0)).double(), torch.arange(50).div(40).long()
+Y[30:40] = 2
+MANY, WEIGHT = (
+    torch.randn(50, 3, generator=torch.Generator().manual_seed(1)).double(),
+    torch.tensor([0.1, 1, 10]).double(),
+)
+IDS = torch.randint(3, (23, 6), generator=torch.Generator().manual_seed(2))
+TOKENS = torch.where(torch.arange(6) < torch.arange(23)[:, None] % 6 + 1, IDS, -100)
+
+
+class Focal(nn.Module):
+    """Class weights that are kept or used, and never divided by."""
+
+    reduction = "mean"
+
+    def __init__(self, used):
+        super().__init__()
+        self.weight, self.used = WEIGHT, used
+
+    def forward(self, f, y):
+        ce = F.cross_entropy(f, y, weight=self.weight if self.used else None, reduction="none")
+        return ((1 - torch.exp(-ce)) ** 2 * ce).mean()
+
+
+class Words(nn.Module):
+    """A small language model; with labels among its inputs it returns its own loss, of the next token."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.mix, self.out = nn.Embedding(3, 4), nn.GRU(4, 4, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, ids, labels=None):
+        f = self.out(self.mix(self.embed(ids))[0])
+        return f if labels is None else {"loss": shifted(f, labels)}
+
+
+def shifted(f, y, ignored=-100):
+    return F.cross_entropy(f[:, :-1].reshape(-1, 3), y[:, 1:].reshape(-1), ignore_index=ignored)
+
+
+def masked(f, y):
+    return (F.cross_entropy(f, y["y"], reduction="none") * y["w"]).sum() / y["w"].sum()
+
+
+def halves(n, *tensors):
+    return list(zip(*(t.split(n) for t in tensors), strict=True))
+
+
+def weighted_by_class():
+    weight = WEIGHT
+    return lambda f, y: F.cross_entropy(f, y, weight=weight)
+
+
+# name -> (model, loss, data as batches of n, what a batch counts)
+MEANS = {
+    "focal": (None, Focal(False), lambda n: halves(n, X, Y), len),
+    "focal with weights": (None, Focal(True), lambda n: halves(n, X, Y), len),
+    "partial": (None, functools.partial(F.cross_entropy, ignore_index=0), lambda n: halves(n, X, Y), lambda y: y != 0),
+    "lambda": (None, lambda f, y: F.cross_entropy(f, y, ignore_index=2), lambda n: halves(n, X, Y), lambda y: y != 2),
+    "closure": (None, weighted_by_class(), lambda n: halves(n, X, Y), lambda y: WEIGHT[y]),
+    "margin": (None, nn.MultiMarginLoss(weight=WEIGHT), lambda n: halves(n, X, Y), len),
+    "per positive": (
+        None,
+        lambda f, y: F.cross_entropy(f, y, reduction="sum") / (y == 0).sum(),
+        None,
+        lambda y: y == 0,
+    ),
+    "soft": (None, nn.CrossEntropyLoss(weight=WEIGHT), lambda n: halves(n, X, MANY.softmax(1)), len),
+    "sum of soft": (None, nn.CrossEntropyLoss(reduction="sum"), lambda n: halves(n, X, MANY.softmax(1)), len),
+    "sum by a partial": (None, functools.partial(F.cross_entropy, reduction="sum"), lambda n: halves(n, X, Y), len),
+    "missing": (
+        None,
+        lambda f, y: (f - y.nan_to_num())[y.isfinite()].square().mean(),
+        lambda n: halves(n, X, torch.where(MANY > 1, torch.nan, MANY)),
+        lambda y: y.isfinite(),
+    ),
+    "nested": (
+        None,
+        masked,
+        lambda n: [(x, {"y": y, "w": w}) for x, y, w in halves(n, X, Y, MANY[:, 0].exp())],
+        lambda y: y["w"],
+    ),
+    "shift": (Words, shifted, lambda n: halves(n, IDS, TOKENS), lambda y: y[:, 1:] != -100),
+    "shift inside": (
+        Words,
+        lambda out, _: out["loss"],
+        lambda n: [({"ids": i, "labels": y}, y) for i, y in halves(n, IDS, TOKENS)],
+        lambda y: y[:, 1:] != -100,
+    ),
+    "padding": (Words, lambda f, y: shifted(f, y, 0), lambda n: halves(n, IDS, IDS), lambda y: y[:, 1:] != 0),
+    "sequences": (
+        Words,
+        lambda f, y: torch.stack([F.cross_entropy(a, b) for a, b in zip(f, y, strict=True)]).mean(),
+        lambda n: halves(n, IDS, TOKENS),
+        len,
+    ),
+    "first dimension of time": (
+        lambda: nn.GRU(3, 3).double(),
+        lambda out, y: F.cross_entropy(out[0].reshape(-1, 3), y.reshape(-1)),
+        lambda n: [(F.one_hot(i.T, 3).double(), y.T) for i, y in halves(n, IDS, TOKENS)],
+        lambda y: y != -100,
+    ),
+}
+
+
+def counted(rule, y):
+    found = rule(y)
+    return float(found if isinstance(found, int) else found.sum())
+
+
+@pytest.mark.filterwarnings("ignore:in eval mode the outputs")  # of an example with the first dimension of time
+@pytest.mark.parametrize("size", [16, 1])
+@pytest.mark.parametrize("name", MEANS)
+def test_batches_count_by_what_the_mean_divides_by(name, size):
+    """Focal losses (rruisong/CoHFF), weights and labels that a loss does not tell, masks, shifts: as all data at once.
+
+    The references: the batches' own losses by weights that are written down here, for the loss and the gradient.
+    """
+    model, loss, data, rule = MEANS[name]
+    torch.manual_seed(0)
+    net = model().double() if model else nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    order = torch.randperm(50, generator=torch.Generator().manual_seed(3))  # with a positive in each batch
+    pairs = (data or (lambda n: halves(n, X[order], Y[order])))(size if data else 20)
+    problem = Problem(net, loss, pairs)
+    total, sums = sum(counted(rule, y) for _, y in pairs), problem.reduction == "sum"
+    want = 0.0
+    for x, y in pairs:
+        if part := counted(rule, y):
+            outputs = net(**x) if isinstance(x, dict) else net(x)
+            want = want + loss(outputs, y) * (1.0 if sums else part) / total
+    slope = torch.cat([g.reshape(-1) for g in torch.autograd.grad(want, list(net.parameters()))])
+    value, gradient = problem.gradient()
+    assert value == pytest.approx(float(want.detach()), rel=1e-10)
+    assert (gradient - slope).norm() <= 1e-9 * slope.norm()
+    assert sums == name.startswith("sum")
+
+
+def agreement(f, y):
+    """Of examples with each other, as contrastive losses."""
+    z = F.normalize(f, dim=1)
+    same = (y[:, None] == y[None]).double()
+    return -(F.log_softmax(2 * z @ z.T, 1) * same).sum(1).div(same.sum(1)).mean()
+
+
+class TestMeansThatAreRefused:
+    """Where no weights of batches give the loss of all data, a sentence says so."""
+
+    def net(self):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+
+    @pytest.mark.parametrize(
+        "loss",
+        [
+            agreement,
+            lambda f, y: F.cross_entropy(f, y).sqrt(),
+            lambda f, y: F.cross_entropy(f, y, reduction="sum") + 0.3,
+            lambda f, y: torch.stack([F.cross_entropy(f[y == k], y[y == k]) for k in y.unique()]).mean(),
+            lambda f, y: F.cross_entropy(f - f.mean(0), y),
+        ],
+        ids=["contrastive", "root", "sum and penalty", "mean of classes", "centred"],
+    )
+    @pytest.mark.parametrize("size", [16, 1])
+    def test_losses_that_are_no_mean(self, loss, size):
+        with pytest.raises(ValueError, match=r"neither a mean nor a sum .* give the data as one batch.* pass terms="):
+            Problem(self.net(), loss, halves(size, X, Y))
+        whole = Problem(self.net(), loss, (X, Y))
+        assert whole.value() == pytest.approx(float(loss(self.net()(X), Y).detach()), rel=1e-12)
+
+    def test_terms_that_are_given(self):
+        def plain(f, y):
+            return F.cross_entropy(f, y, ignore_index=0)
+
+        want = Problem(self.net(), plain, (X, Y)).value()
+        given = Problem(self.net(), plain, halves(16, X, Y), terms=lambda x, y: (y != 0).sum())
+        assert given.value() == pytest.approx(want, rel=1e-12) and given.conventions.terms == float((Y != 0).sum())
+        with pytest.warns(UserWarning, match=r"not the mean of its parts' losses weighted by terms="):
+            other = Problem(self.net(), agreement, halves(16, X, Y), terms=lambda x, y: len(y))
+        parts = [(len(y) / 50, agreement(self.net()(x), y)) for x, y in halves(16, X, Y)]
+        assert other.value() == pytest.approx(float(sum(w * v for w, v in parts).detach()), rel=1e-12)
+        for bad in (lambda x, y: None, lambda x, y: -1.0, lambda x, y: y):
+            with pytest.raises(ValueError, match="terms= must return the number of terms of a batch"):
+                Problem(self.net(), plain, halves(16, X, Y), terms=bad)
+
+    def test_reductions_that_are_given(self):
+        def adding(f, y):
+            return F.cross_entropy(f, y, reduction="sum")
+
+        with pytest.warns(UserWarning, match=r"the sum over its terms, not their mean.* Pass reduction='sum'"):
+            found = Problem(self.net(), adding, halves(16, X, Y))
+        assert found.value() == pytest.approx(float(F.cross_entropy(self.net()(X), Y).detach()), rel=1e-12)
+        assert Problem(self.net(), adding, (X, Y), reduction="sum").value() == pytest.approx(found.value(), rel=1e-12)
+        with pytest.raises(ValueError, match="reduction='mean' was given, but the loss of a batch is the sum"):
+            Problem(self.net(), adding, halves(16, X, Y), reduction="mean")
+        with pytest.raises(ValueError, match="neither a mean nor a sum"):
+            Problem(self.net(), nn.CrossEntropyLoss(), halves(16, X, Y), reduction="sum")
+        with pytest.raises(ValueError, match="reduction must be 'mean' or 'sum'"):
+            Problem(self.net(), adding, (X, Y), reduction="none")
+
+    def test_data_that_cannot_be_divided(self):
+        """One tensor of targets for a batch of sequences: where the examples are is not to be seen."""
+        flat = nn.Sequential(nn.Embedding(3, 3), nn.Flatten(0, 1)).double()
+        data = [(i, y.reshape(-1)) for i, y in halves(5, IDS, TOKENS)]
+        with pytest.warns(UserWarning, match=r"could not be taken of parts of a batch.* Pass terms="):
+            Problem(flat, lambda f, y: F.cross_entropy(f, y), data)
+        assert Problem(flat, nn.CrossEntropyLoss(), data).conventions.terms == float((TOKENS != -100).sum())
+
+    def test_outputs_that_depend_on_the_batch(self):
+        net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8, track_running_stats=False), nn.Linear(8, 3)).double()
+        with pytest.warns(UserWarning, match="in eval mode the outputs of an example depend on the others"):
+            Problem(net, nn.CrossEntropyLoss(), halves(16, X, Y))
+        net[1] = nn.BatchNorm1d(8).double()
+        found = Problem(net, lambda f, y: F.cross_entropy(f, y, ignore_index=0), halves(16, X, Y), mode="train")
+        assert found.conventions.terms == float((Y != 0).sum()) and found.ignored == 0
+
+    def test_a_penalty_of_the_weights(self):
+        """It counts once, and moves with the weights."""
+        net = self.net()
+        problem = Problem(
+            net,
+            lambda f, y: F.cross_entropy(f, y) + 0.05 * sum(p.square().sum() for p in net.parameters()),
+            halves(16, X, Y),
+        )
+        plain = Problem(net, nn.CrossEntropyLoss(), halves(16, X, Y), weight_decay=0.1)
+        step = torch.randn(problem.size, generator=torch.Generator().manual_seed(0)).double()
+        assert problem.value(problem.moved(step)) == pytest.approx(plain.value(plain.moved(step)), rel=1e-12)
+        torch.testing.assert_close(problem.gradient()[1], plain.gradient()[1], rtol=0, atol=1e-12)
+        torch.testing.assert_close(Hessian(problem).matvec(step), Hessian(plain).matvec(step), rtol=0, atol=1e-12)
+        held = list(net.parameters())
+        with pytest.raises(ValueError, match=r"weights of the model that were taken from it before.* weight_decay="):
+            Problem(net, lambda f, y: F.cross_entropy(f, y) + sum(p.square().sum() for p in held), (X, Y))
+
+
+class TestDtypes:
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.norm, self.b = nn.Linear(6, 8).bfloat16(), nn.LayerNorm(8), nn.Linear(8, 3).bfloat16()
+
+        def forward(self, x):
+            return self.b(self.norm(self.a(x.to(self.a.weight.dtype)).float()).to(self.b.weight.dtype)).float()
+
+    def test_several_of_them(self):
+        torch.manual_seed(0)
+        model, x = self.Mixed(), X.float()
+        with pytest.raises(ValueError, match=r"several dtypes: 'a.weight' is bfloat16, 'norm.weight' float32.* dtype="):
+            Problem(model, nn.CrossEntropyLoss(), (x, Y))
+        whole = Problem(model, nn.CrossEntropyLoss(), (x, Y), dtype=torch.float32)
+        assert whole.value() == pytest.approx(float(F.cross_entropy(model.float()(x), Y).detach()), rel=1e-5)
+
+    def test_of_what_is_not_selected_each_keeps_its_own(self):
+        torch.manual_seed(0)
+        model, x = self.Mixed(), X.float()
+        own = float(F.cross_entropy(model(x), Y).detach())
+        assert Problem(model, nn.CrossEntropyLoss(), (x, Y), params="norm.*").value() == pytest.approx(own, rel=1e-6)
+
+    def test_that_do_not_fit_in_the_model(self):
+        class Fixed(nn.Linear):
+            def forward(self, x):
+                return super().forward(x.float())
+
+        with pytest.raises(ValueError, match=r"tensors of unlike dtypes meet .* dtype=torch.float32"):
+            Problem(Fixed(6, 3), nn.CrossEntropyLoss(), (X, Y), dtype=torch.float64)
+
+    def test_class_weights_follow(self):
+        loss = nn.CrossEntropyLoss(weight=WEIGHT.float())
+        problem = Problem(nn.Linear(6, 3), loss, halves(16, X.float(), Y), dtype=torch.float64)
+        assert problem.dtype == torch.float64 and loss.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda net: torch.compile(net, backend="eager")])
+def test_what_runs_a_model_is_taken_off(wrap):
+    model, x, y, loss = make("mlp")
+    assert Problem(wrap(model), loss, (x, y)).value() == Problem(model, loss, (x, y)).value()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_what_takes_no_weights_is_refused():
+    model, x, y, loss = make("mlp")
+    with pytest.raises(ValueError, match=r"compiled by TorchScript.* measure the Python model"):
+        Problem(torch.jit.trace(model, x), loss, (x, y))
 
 
 class TestBadInput:
@@ -134,7 +411,7 @@ class TestBadInput:
 
     @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
     def test_a_loss_that_is_not_finite(self, bad):
-        with pytest.raises(ValueError, match=r"the loss of the first batch is (nan|inf)"):
+        with pytest.raises(ValueError, match=r"the loss of batch 1 of 1 is (nan|inf)"):
             self.problem(loss=lambda f, y: F.cross_entropy(f, y) + bad)
 
     def test_a_loss_without_a_graph(self):

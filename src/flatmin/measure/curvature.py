@@ -5,17 +5,18 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flatmin.measure.problem import Batch, Conventions, Problem, count_terms, some_of
+from flatmin.measure.derivatives import PROBED, against_differences, outputs_against_differences, suspects
+from flatmin.measure.nested import first_tensor
+from flatmin.measure.problem import Batch, Conventions, Problem, some_of
 
 Form = Literal["reverse", "forward", "finite"]
 Progress = Callable[[int], None]
-_PROBED = 8  # examples on which a form is tried
 _FORMS: tuple[Form, ...] = ("reverse", "forward")
 
 
@@ -71,6 +72,7 @@ class Curvature:
 
         Raises:
             ValueError: another shape.
+            ArithmeticError: it is not finite; with the batch whose loss is not, if there is one.
         """
         v = self.problem.shaped(vector.detach().to(self.dtype))
         total = torch.zeros(self.size, dtype=self.dtype, device=self.device)
@@ -78,6 +80,9 @@ class Curvature:
             for i, batch in enumerate(self.problem.batches):
                 total += self._batch_product(i, batch, v)
         total = self.problem.reduced(total)
+        if not torch.isfinite(total).all():
+            where = self.problem.not_finite()
+            raise ArithmeticError(f"a product with the {self.name} is not finite; nothing can be measured here.{where}")
         self.products += 1
         return total + self._decay() * vector.to(self.dtype)
 
@@ -101,6 +106,13 @@ class Curvature:
         self._graphs[i] = found
         self.kept += 1
         return found, True
+
+    def _elsewhere(self, problem: Problem, at: Sequence[Tensor]) -> Self:
+        """The operator of a problem at other weights, for a trial."""
+        twin = copy.copy(self)
+        twin.problem, twin.dtype, twin._graphs, twin._full = copy.copy(problem), problem.dtype, {}, True
+        twin.problem.weights = [w.detach().requires_grad_() for w in at]
+        return twin
 
     def close(self) -> None:
         """Drop the kept graphs."""
@@ -137,15 +149,17 @@ class Hessian(Curvature):
                 "percent.",
                 stacklevel=2,
             )
-        self.form: Form = self._probe() if form == "auto" else form
+        self.form: Form = "reverse"
+        with problem.together():
+            self.form = self._probe() if form == "auto" else form
 
     def _probe(self) -> Form:
-        """The first form whose products on a few examples are those of a symmetric matrix that is there."""
+        """The first form whose products on a few examples are differences of the gradient."""
         if not self.problem.batches:
             return "reverse"
         failures = []
         keep, self._full = self._full, True
-        batch = some_of(self.problem.batches[0], _PROBED)
+        batch = some_of(self.problem, self.problem.batches[0], PROBED)
         for form in _FORMS:
             self.form = form
             try:
@@ -160,20 +174,27 @@ class Hessian(Curvature):
                 return form
             failures.append(f"{form}: {flaw}")
         raise ValueError(
-            "neither derivative of this net's gradient can be taken; form='finite' remains, for smooth nets only. "
-            + " ".join(failures)
+            f"no second derivative of this net can be trusted{suspects(self.problem, batch)}. If the loss is smooth, "
+            "form='finite' takes differences of the gradient; form='reverse' takes products as they are; params= "
+            "leaves weights out. " + " ".join(failures)
         )
 
     def _flaw(self, batch: Batch) -> str | None:
-        """What shows that a backward without a derivative of its own was taken for a constant."""
+        """What is wrong with the products, if anything is: against differences of the gradient, then in themselves."""
+
+        def product(problem: Problem, at: Sequence[Tensor], piece: Batch, v: Tensor) -> Tensor:
+            return self._elsewhere(problem, at)._batch_product(0, piece, problem.shaped(v))
+
+        flaw = against_differences(self.problem, batch, product)
+        if flaw is not None:
+            return flaw
+        # In the precision of the problem, and where differences say nothing.
         generator = torch.Generator().manual_seed(0)
         u, v = (
             torch.randn(self.size, generator=generator, dtype=torch.float64).to(self.device, self.dtype)
             for _ in range(2)
         )
         hu, hv = (self._batch_product(0, batch, self.problem.shaped(x)) for x in (u, v))
-        if not hv.any() and self._difference(batch, self.problem.shaped(v)).norm() > 1e-3 * v.norm():
-            return "the products are zero, and the gradient is not constant."
         left, right = torch.dot(u.double(), hv.double()), torch.dot(v.double(), hu.double())
         size = float(hu.double().norm() * v.double().norm() + hv.double().norm() * u.double().norm())
         if size and abs(float(left - right)) > 1e-2 * size:
@@ -202,7 +223,7 @@ class Hessian(Curvature):
         return self._difference(batch, v)
 
     def _value(self, batch: Batch) -> Callable[[tuple[Tensor, ...]], Tensor]:
-        return lambda weights: self.problem.value_of(batch, self.problem.outputs(batch, weights))
+        return lambda weights: self.problem.value_of(batch, self.problem.outputs(batch, weights), weights)
 
     def _gradients(self, batch: Batch) -> list[Tensor]:
         weights = self.problem.weights
@@ -236,8 +257,50 @@ class GaussNewton(Curvature):
 
     name = "GaussNewton"
 
+    def __init__(self, problem: Problem, *, memory: int | None = None) -> None:
+        super().__init__(problem, memory=memory)
+        with problem.together():
+            self._try()
+
+    def _try(self) -> None:
+        """Refuse a net whose Jacobian is not the derivative of its outputs."""
+        if not self.problem.batches:
+            return
+        batch = some_of(self.problem, self.problem.batches[0], PROBED)
+
+        def outputs(problem: Problem, at: Sequence[Tensor], piece: Batch) -> Tensor:
+            return self._elsewhere(problem, at)._tried(piece)
+
+        def push(problem: Problem, at: Sequence[Tensor], piece: Batch, v: Tensor) -> Tensor:
+            twin = self._elsewhere(problem, at)
+            rows, pulled, seed = twin._pullback(twin._tried(piece))
+            return _push(pulled, seed, problem.shaped(v), rows)
+
+        try:
+            flaw = outputs_against_differences(self.problem, batch, outputs, push)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, NotImplementedError) as error:
+            flaw = str(error).splitlines()[0]
+        if flaw is not None:
+            raise ValueError(
+                f"the derivative of this net's outputs cannot be trusted{suspects(self.problem, batch)}. "
+                f"params= leaves weights out. {flaw}"
+            )
+
+    def _tried(self, batch: Batch) -> Tensor:
+        """What the Jacobian is tried on."""
+        return self._rows(0, batch)
+
+    def _rows(self, i: int, batch: Batch) -> Tensor:
+        """What the Jacobian is of: the outputs on a batch."""
+        outputs = self.problem.outputs(batch)
+        if not isinstance(outputs, Tensor):
+            raise ValueError(f"{self.name} needs a model whose output is one tensor, got {type(outputs).__name__}.")
+        return outputs
+
     def _batch_product(self, i: int, batch: Batch, v: list[Tensor]) -> Tensor:
-        (outputs, pulled, seed), kept = self._graph(i, lambda: self._pullback(self.problem.outputs(batch)))
+        (outputs, pulled, seed), kept = self._graph(i, lambda: self._pullback(self._rows(i, batch)))
         jv = _push(pulled, seed, v, outputs)
         at = outputs.detach().requires_grad_()
         with torch.enable_grad():
@@ -247,10 +310,8 @@ class GaussNewton(Curvature):
             hjv = torch.autograd.grad(slope, at, jv, materialize_grads=True)[0]
         return self._pull(outputs, hjv, retain=kept)
 
-    def _pullback(self, outputs: Any) -> tuple[Tensor, list[Tensor], Tensor]:
+    def _pullback(self, outputs: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
         """The outputs, J^T s as a function of a seed s, and the seed."""
-        if not isinstance(outputs, Tensor):
-            raise ValueError(f"{self.name} needs a model whose output is one tensor, got {type(outputs).__name__}.")
         seed = torch.zeros_like(outputs, requires_grad=True)
         pulled = torch.autograd.grad(outputs, self.problem.weights, seed, create_graph=True, materialize_grads=True)
         return outputs, list(pulled), seed
@@ -277,11 +338,12 @@ class EmpiricalFisher(GaussNewton):
 
     Args:
         problem: the function; its loss must be a module with a `reduction`, or come with `per_sample`.
-        per_sample: (outputs, targets) -> one value per term. Default: the loss with reduction="none".
+        per_sample: (outputs, targets) -> one value per term, of which there may be more or fewer than examples; T is
+            the number of values over all data. Default: the loss with reduction="none", counted as its mean counts.
         memory: see `Curvature`.
 
     Raises:
-        ValueError: no way to the terms.
+        ValueError: no way to the terms, or values that are not those of the loss.
     """
 
     name = "EmpiricalFisher"
@@ -293,15 +355,53 @@ class EmpiricalFisher(GaussNewton):
         per_sample: Callable[[Any, Any], Tensor] | None = None,
         memory: int | None = None,
     ) -> None:
-        super().__init__(problem, memory=memory)
         self._per_sample = per_sample or terms_of(problem.loss)
+        super().__init__(problem, memory=memory)
+        self._total = self._count(own=per_sample is not None)
+
+    def _count(self, *, own: bool) -> float | None:
+        """Values of the caller's function over all data; None for terms of the loss, which count as in its mean.
+
+        Raises:
+            ValueError: values that are not those of examples, or whose mean (sum) is not the loss.
+        """
+        values = 0
+        with self.problem.together(), self.problem.guard(), torch.no_grad():
+            for i, batch in enumerate(self.problem.batches if own else self.problem.batches[:1]):
+                found = self._per_sample(self.problem.outputs(batch), batch.targets)
+                examples = len(first_tensor(batch.targets))
+                if not isinstance(found, Tensor) or (examples > 1 and found.numel() < 2):
+                    what = f"{found.numel()} of them" if isinstance(found, Tensor) else type(found).__name__
+                    raise ValueError(
+                        f"{'per_sample=' if own else 'the loss with reduction=none'} must give a value for each of the "
+                        f"{examples} examples of a batch (or for each of their tokens), got {what}; pass per_sample=, "
+                        "a function (outputs, targets) -> values."
+                    )
+                values += found.numel()
+                if not own and i == 0:
+                    loss = float(self.problem.value_of(batch, self.problem.outputs(batch))) / batch.share
+                    mean = float(found.double().sum()) / _counted(self.problem, batch)
+                    if abs(mean - loss) > 1e-2 * max(abs(mean), abs(loss)) + 1e-6:
+                        raise ValueError(
+                            f"the loss with reduction='none' gives values whose {self.problem.reduction} is {mean:.5g} "
+                            f"on a batch, where the loss is {loss:.5g}; pass per_sample=, a function (outputs, "
+                            "targets) -> values."
+                        )
+        if not own:
+            return None
+        total = torch.tensor([values], dtype=torch.float64, device=self.device)
+        return float(self.problem.reduced(total)[0])
 
     def _batch_product(self, i: int, batch: Batch, v: list[Tensor]) -> Tensor:
-        (terms, pulled, seed), kept = self._graph(i, lambda: self._pullback(self._terms(batch)))
+        (terms, pulled, seed), kept = self._graph(i, lambda: self._pullback(self._rows(i, batch)))
         along = _push(pulled, seed, v, terms)
-        return self._pull(terms, along * (batch.share / _counted(self.problem, batch)), retain=kept)
+        return self._pull(terms, along * self._weight(batch, terms), retain=kept)
 
-    def _terms(self, batch: Batch) -> Tensor:
+    def _weight(self, batch: Batch, terms: Tensor) -> float:
+        """Of each term in the mean."""
+        return batch.share / _counted(self.problem, batch) if self._total is None else 1.0 / self._total
+
+    def _rows(self, i: int, batch: Batch) -> Tensor:
         return self._per_sample(self.problem.outputs(batch), batch.targets).reshape(-1)
 
 
@@ -336,23 +436,28 @@ class Fisher(EmpiricalFisher):
                 "Fisher draws labels from a softmax, so it needs nn.CrossEntropyLoss without smoothing or weights; "
                 f"got {problem.conventions.loss}. GaussNewton serves every loss."
             )
-        super().__init__(problem, per_sample=_unreduced_cross_entropy, memory=memory)
         self._draws, self._seed = draws, seed
         self._labels: dict[int, Tensor] = {}
+        super().__init__(problem, memory=memory)
+
+    def _count(self, *, own: bool) -> None:
+        return None
+
+    def _tried(self, batch: Batch) -> Tensor:
+        return GaussNewton._rows(self, 0, batch)
 
     @property
     def conventions(self) -> Conventions:
         return self.problem.conventions.with_seed(self._seed)
 
-    def _batch_product(self, i: int, batch: Batch, v: list[Tensor]) -> Tensor:
-        def build() -> tuple[Tensor, list[Tensor], Tensor]:
-            outputs = self.problem.outputs(batch)
-            logits = torch.cat([outputs] * self._draws)
-            return self._pullback(_unreduced_cross_entropy(logits, self._draw(i, outputs)))
+    def _rows(self, i: int, batch: Batch) -> Tensor:
+        outputs = self.problem.outputs(batch)
+        if not batch.targets.is_floating_point():
+            outputs = outputs[batch.targets != self.problem.ignored]
+        return _unreduced_cross_entropy(torch.cat([outputs] * self._draws), self._draw(i, outputs))
 
-        (terms, pulled, seed), kept = self._graph(i, build)
-        along = _push(pulled, seed, v, terms)
-        return self._pull(terms, along * (batch.share / len(terms)), retain=kept)
+    def _weight(self, batch: Batch, terms: Tensor) -> float:
+        return batch.share / len(terms)
 
     def _draw(self, i: int, outputs: Tensor) -> Tensor:
         if i not in self._labels:
@@ -387,8 +492,8 @@ def terms_of(loss: Any) -> Callable[[Any, Any], Tensor]:
 
 
 def _counted(problem: Problem, batch: Batch) -> float:
-    """Terms of a batch: its share is that of the mean over them."""
-    return 1.0 if getattr(problem.loss, "reduction", "mean") == "sum" else count_terms(problem.loss, batch.targets)
+    """Terms of a batch in the mean that its share is of."""
+    return 1.0 if problem.reduction == "sum" else batch.terms
 
 
 def dense(operator: Operator) -> Tensor:

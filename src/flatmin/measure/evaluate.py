@@ -45,7 +45,7 @@ def evaluate(
     def count(batch: Batch, outputs: Any) -> None:
         targets = batch.targets
         right = answers(outputs, targets) == targets
-        counted = targets != getattr(problem.loss, "ignore_index", -100)
+        counted = targets != problem.ignored
         counts[0] += (right & counted).sum()
         counts[1] += counted.sum()
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from flatmin.measure.curvature import Hessian
+from flatmin.measure.curvature import Form, Hessian
 from flatmin.measure.krylov import spectrum
 from flatmin.measure.problem import Problem
 
@@ -123,6 +124,7 @@ class Follow:
         self.problem, self.every, self._tol, self._most = problem, every, tol, max_products
         self.points: list[Point] = []
         self._vector: Tensor | None = None
+        self._form: Form | Literal["auto"] = "auto"
 
     def __call__(
         self,
@@ -155,7 +157,9 @@ class Follow:
         """
         if step % self.every:
             return None
-        with_graphs = Hessian(self.problem)
+        # The derivatives are tried at the first look.
+        with_graphs = Hessian(self.problem, form=self._form)
+        self._form = with_graphs.form
         found = spectrum(with_graphs, tol=self._tol, max_products=self._most, seed=step, start=self._vector)
         with_graphs.close()
         self._vector = found.top_vectors[0]

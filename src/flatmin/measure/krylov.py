@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ Progress = Callable[[int, float], None]
 _EPS = {torch.float64: 1e-13}  # what is left of a product below this share of the spectrum's size is round-off
 _EPS32 = 1e-6
 _MEMORY = 1 << 31  # bytes of basis before a restart
+_CHANCE = 1e-3  # that a copy of an eigenvalue is missed
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -29,15 +30,17 @@ class Spectrum:
         top_vectors, bottom_vectors: unit eigenvectors, shape (top, size) and (bottom, size).
         top_residuals, bottom_residuals: ||H v - lambda v|| / |lambda|. The error of an eigenvalue is of the order
             residual^2 lambda^2 / gap, far below the residual.
-        converged: whether every residual reached `tol` and stayed there, at the same values, for the confirming steps.
+        converged: whether every residual reached `tol` and stayed there, at the same values, for the confirming steps,
+            and no further copy of an eigenvalue above the last of the top (below that of the bottom) was found.
         chance_missed: bound on the chance, over start vectors, that one eigenvalue lies half-way between two of those
-            found, or beyond them by `tol` of the spectrum's width, and was not seen. 1 if the bound says nothing.
-            Copies of a multiple eigenvalue are not covered: one start vector finds one of them.
+            found, or beyond them by `tol` of the spectrum's width, and was not seen; or, where copies were looked for,
+            that a further copy was not. 1 if the bound says nothing.
         nodes, weights: of the spectral density as the start vector saw it; the weights sum to 1.
         random_start: whether that vector was drawn from all directions alike, so that they are a sample of it.
         diagonal: q H q of each vector of the basis.
         basis: orthonormal, shape (steps, size); what deflates the trace.
         products: with the operator.
+        searched: those of them that looked for copies.
         restarts: how often the basis was compressed for lack of memory.
         tol: as asked.
         conventions: of the operator, if it has any.
@@ -57,6 +60,7 @@ class Spectrum:
     diagonal: Tensor
     basis: Tensor
     products: int
+    searched: int = 0
     restarts: int
     tol: float
     conventions: Conventions | None
@@ -91,6 +95,13 @@ def spectrum(
     Stops when the relative residual of every eigenvalue asked for is at most `tol` and stays so, at values that moved
     by at most `tol`, for `confirm` further steps: the residuals of what was found say nothing about what was not yet.
 
+    A Krylov space holds one vector of each eigenspace, so a single run finds an eigenvalue once however often it is
+    there, and a multi-output regression has each as often as it has outputs. So where the eigenvalues found are not all
+    the same, the run goes on from new random vectors across all that it knows, until one of them finds no further copy
+    of any but the last, and had at most a chance of 0.1 % to miss it. That is one such vector of about five to ten
+    products where nothing is found (more where the spectrum is crowded), and one more for each copy; with top=1 (and
+    bottom=1) there is nothing to look for.
+
     Args:
         operator: anything with `size`, `dtype`, `device` and `matvec`.
         top: how many of the largest eigenvalues (LA). Default 1.
@@ -123,6 +134,7 @@ def spectrum(
     run = _Run(operator, wanted, seed, start, memory)
     held, previous = 0, torch.full((wanted,), math.inf, dtype=torch.float64)
     converged = False
+    search: _Search | None = None
     while True:
         run.step()
         values, vectors = run.ritz()
@@ -135,13 +147,71 @@ def spectrum(
             still = bool(((found - previous).abs() <= tol * run.scale_of(found)).all())
             held = held + 1 if bool((residuals <= tol).all()) and (held == 0 or still) else 0
             previous = found
-            if run.full or (run.products >= min_steps and held > confirm):
-                converged = True
+            settled = run.products >= min_steps and held > confirm
+            if settled and search is not None and not search.found(values):
+                settled = False
+                converged = search.chance(run) <= _CHANCE or run.settled_beyond(values, vectors, top, bottom, tol)
+            if settled and not run.full:
+                search = _Search.of(values, residuals * run.scale_of(found), top, bottom, tol)
+                converged = search is None
+                if search is not None and run.products < max_products:
+                    run.turn(values, vectors, picked)
+                    continue
+            converged = converged or run.full
+            if converged:
                 break
         if run.products >= max_products or run.full:
             break
         run.advance(values, vectors, picked)
-    return run.result(values, vectors, top, bottom, tol, converged)
+    chance = 0.0 if search is None else search.chance(run)
+    return run.result(values, vectors, top, bottom, tol, converged, chance)
+
+
+@dataclass(frozen=True)
+class _Search:
+    """What a further copy of an eigenvalue would change.
+
+    Args:
+        points: the eigenvalue nearest to the last one at each end of which a copy would push that out.
+        cuts: half-way from it to the last one, with the sign of the end.
+        counts: Ritz values beyond each cut, as the search began.
+    """
+
+    points: tuple[float, ...]
+    cuts: tuple[tuple[float, float], ...]
+    counts: tuple[int, ...]
+
+    @classmethod
+    def of(cls, values: Tensor, residuals: Tensor, top: int, bottom: int, tol: float) -> _Search | None:
+        """The search for copies at the ends of these Ritz values; None where no copy would change what is found."""
+        points, cuts = [], []
+        for count, sign, last in ((top, 1.0, top - 1), (bottom, -1.0, top + bottom - 1)):
+            ordered = values.flip(0) if sign > 0 else -values
+            found = ordered[:count]
+            if count > 1:
+                # What is known of the last one: values that lie closer together are taken for the same.
+                gap, residual = float(found[-1] - ordered[count : count + 1].sum()), float(residuals[last])
+                unsure = min(residual, residual**2 / gap) if gap > 0 else residual
+                others = found[found > found[-1] + max(unsure, min(tol, 1e-2) ** 2 * float(found.abs().max()))]
+                if len(others):
+                    points.append(sign * float(others[-1]))
+                    cuts.append((sign, sign * float(others[-1] + found[-1]) / 2))
+        if not points:
+            return None
+        return cls(tuple(points), tuple(cuts), tuple(_beyond(values, cut) for cut in cuts))
+
+    def found(self, values: Tensor) -> bool:
+        """Whether there are more eigenvalues beyond a cut by now."""
+        return any(_beyond(values, cut) > count for cut, count in zip(self.cuts, self.counts, strict=True))
+
+    def chance(self, run: _Run) -> float:
+        """Bound on the chance that the present start vector hid a copy."""
+        return run.chain.chance(self.points, run.size, run.eps * run.width)
+
+
+def _beyond(values: Tensor, cut: tuple[float, float]) -> int:
+    sign, at = cut
+    return int((sign * values > sign * at).sum())
 
 
 def sample(operator: Operator, steps: int, seed: int, across: Tensor | None = None) -> tuple[Tensor, Tensor, int]:
@@ -181,11 +251,14 @@ class _Run:
         self._rest: Tensor | None = None
         self._across: Tensor | None = None
         self._broke = False
+        self._linked = False
         # The first sweep's coefficients tell what it could not see; its Ritz values are the density's nodes.
-        self._closed = self._linked = False
-        self._alphas: list[float] = []
-        self._betas: list[float] = []
+        self.first = self.chain = _Chain()
         self._sweep: tuple[Tensor, Tensor] | None = None
+        # What the products of earlier chains left outside of the basis, and the share of each basis vector in it.
+        self._open: list[tuple[Tensor, Tensor]] = []
+        self._share = torch.zeros(0, dtype=torch.float64)  # of the basis vectors in the rest
+        self._turned: int | None = None
 
     @property
     def broke(self) -> bool:
@@ -203,6 +276,11 @@ class _Run:
             for _ in range(2):
                 vector = vector - self._across.T @ (self._across @ vector)
         return vector
+
+    @property
+    def width(self) -> float:
+        """The largest entry of the operator's matrix in the basis."""
+        return float(self.matrix[: self.filled, : self.filled].abs().max())
 
     @property
     def full(self) -> bool:
@@ -237,6 +315,11 @@ class _Run:
         if not math.isfinite(alpha):
             raise ArithmeticError("the product with the operator is not finite; the loss cannot be measured here.")
         self.matrix[j, j] = alpha
+        for i, (rest, share) in enumerate(self._open):
+            along = torch.dot(self._next, rest)
+            self.matrix[: len(share), j] += share * float(along)
+            self.matrix[j, : len(share)] += share * float(along)
+            self._open[i] = rest - along * self._next, share
         known = self.basis[: j + 1]
         for _ in range(2):
             product = product - known.T @ (known @ product)
@@ -245,10 +328,8 @@ class _Run:
         size = float(self.matrix[: j + 1, : j + 1].abs().max())
         self._broke = self.beta <= self.eps * max(size, 1e-300) or self.filled == self.size
         self._rest = None if self._broke else product
-        if not self._closed:
-            self._alphas.append(alpha)
-            self._betas.append(self.beta)
-            self._closed = self._broke
+        self._share = F.one_hot(torch.tensor(j), j + 1).double()
+        self.chain.add(alpha, self.beta, self._broke)
 
     def ritz(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues, rising, and eigenvectors (columns) of the matrix in the basis."""
@@ -258,7 +339,14 @@ class _Run:
 
     def residuals(self, vectors: Tensor, picked: Tensor) -> Tensor:
         """||H v - theta v|| of these Ritz vectors."""
-        return (0.0 if self._broke else self.beta) * vectors[-1, picked].abs()
+        own = (0.0 if self._broke else self.beta) * vectors[-1, picked].abs()
+        if not self._open:
+            return own
+        rests = [*self._open, *([] if self._rest is None else [(self._rest, self._share)])]
+        outside = torch.stack([rest for rest, _ in rests]).double()
+        gram = (outside @ outside.T).cpu()
+        shares = torch.stack([share @ vectors[: len(share), picked] for _, share in rests])
+        return (shares * (gram @ shares)).sum(0).clamp(min=0.0).sqrt()
 
     def scale_of(self, values: Tensor) -> Tensor:
         """|values|, but no less than round-off."""
@@ -284,11 +372,33 @@ class _Run:
             self.matrix[j - 1, j] = self.matrix[j, j - 1] = self.beta
         self._linked = False
 
+    def turn(self, values: Tensor, vectors: Tensor, picked: Tensor) -> None:
+        """Go on from a new random vector across the basis, which a copy of an eigenvalue cannot hide from."""
+        if self._sweep is None:
+            self._sweep = values.clone(), vectors[0].square().clone()
+        if self.filled > self.capacity // 2 + len(picked) and self.capacity < self.size:
+            self._restart(values, vectors, picked)
+            self.matrix[:, self.filled] = self.matrix[self.filled] = 0.0
+            self._linked = False
+        if self._rest is not None:
+            self._open.append((self._rest, self._share))
+        self._rest = None
+        self.chain = _Chain()
+        self._turned = self.products if self._turned is None else self._turned
+        self.advance(values, vectors, picked)
+
+    def settled_beyond(self, values: Tensor, vectors: Tensor, top: int, bottom: int, tol: float) -> bool:
+        """Whether the next eigenvalues beyond those asked for have converged, in a chain that was cut by a restart."""
+        if not self.chain.closed or self._broke or len(values) <= top + bottom:
+            return False
+        ends = torch.tensor([*([len(values) - 1 - top] if top else []), *([bottom] if bottom else [])])
+        return bool((self.residuals(vectors, ends) / self.scale_of(values[ends]) <= tol).all())
+
     def _restart(self, values: Tensor, vectors: Tensor, picked: Tensor | None) -> None:
         """Keep the Ritz vectors at the ends that were asked for, and as many beside them."""
         m = self.filled
-        self._closed = True
-        if not self.restarts:
+        self.chain.closed = True
+        if self._sweep is None:
             self._sweep = values.clone(), vectors[0].square().clone()
         half = max(1, (m - 5) // 2)
         ends = torch.zeros(m, dtype=torch.bool)
@@ -306,12 +416,16 @@ class _Run:
         coupling = self.beta * kept[-1]
         self.matrix.zero_()
         self.matrix[:p, :p] = torch.diag(values[keep])
+        self._share = kept[-1].clone()
+        self._open = [(rest, share @ kept[: len(share)]) for rest, share in self._open]
         if self._rest is not None:
             self.matrix[:p, p] = self.matrix[p, :p] = coupling
             self._linked = True
         self.filled, self.restarts = p, self.restarts + 1
 
-    def result(self, values: Tensor, vectors: Tensor, top: int, bottom: int, tol: float, converged: bool) -> Spectrum:
+    def result(
+        self, values: Tensor, vectors: Tensor, top: int, bottom: int, tol: float, converged: bool, copies: float
+    ) -> Spectrum:
         """Everything that is known now."""
         m = self.filled
         last, first = min(top, m), min(bottom, m - min(top, m))
@@ -326,36 +440,62 @@ class _Run:
             top_residuals=self.residuals(vectors, high) / self.scale_of(values[high]),
             bottom_residuals=self.residuals(vectors, low) / self.scale_of(values[low]),
             converged=converged,
-            chance_missed=0.0 if m == self.size else self._chance(values[high], values[low], values, tol),
+            chance_missed=0.0 if m == self.size else max(copies, self._chance(values[high], values[low], values, tol)),
             nodes=nodes,
             weights=weights,
             random_start=self.random_start,
             diagonal=self.matrix.diagonal()[:m].clone(),
             basis=basis,
             products=self.products,
+            searched=0 if self._turned is None else self.products - self._turned,
             restarts=self.restarts,
             tol=tol,
             conventions=getattr(self.operator, "conventions", None),
         )
 
     def _chance(self, high: Tensor, low: Tensor, values: Tensor, tol: float) -> float:
-        """Bound on the chance that the start vector hid an eigenvalue at the points that matter.
+        """Bound on the chance that the start vector hid an eigenvalue at the points that matter."""
+        width = float(values[-1] - values[0])
+        least = tol * tol * width
+        points = [float(high[0]) + tol * width] if len(high) else []
+        points += [float(low[0]) - tol * width] if len(low) else []
+        for found in (high, low):
+            # Copies of an eigenvalue have nothing between them.
+            apart = (found[1:] - found[:-1]).abs() > least
+            points += ((found[1:] + found[:-1]) / 2)[apart].tolist()
+        return self.first.chance(points, self.size, self.eps * width)
+
+
+class _Chain:
+    """The coefficients of Lanczos vectors that follow from one start vector, up to a restart."""
+
+    def __init__(self) -> None:
+        self.alphas: list[float] = []
+        self.betas: list[float] = []
+        self.closed = False
+
+    def add(self, alpha: float, beta: float, broke: bool) -> None:
+        """One step."""
+        if not self.closed:
+            self.alphas.append(alpha)
+            self.betas.append(beta)
+            self.closed = broke
+
+    def chance(self, points: Sequence[float], size: int, nothing: float) -> float:
+        """Bound on the chance that the start vector hid an eigenvalue at one of these points.
 
         If q is a unit eigenvector of theta, then q . r = chi(theta) (q . v) / (beta_1 ... beta_{m-1}) for the rest r
         of step m, with chi the characteristic polynomial of the first m coefficients. So |q . v| is at most
         beta_1 ... beta_m / |chi(theta)|, and a random unit vector has so small a component with a chance of at most
         that times sqrt(2 size / pi).
         """
-        width = float(values[-1] - values[0])
-        points = [float(high[0]) + tol * width] if len(high) else []
-        points += [float(low[0]) - tol * width] if len(low) else []
-        points += ((high[1:] + high[:-1]) / 2).tolist() + ((low[1:] + low[:-1]) / 2).tolist()
-        betas = self._betas
-        if betas[-1] <= self.eps * width:
+        if not self.betas:
+            return 1.0
+        if self.betas[-1] <= nothing:
             return 0.0  # the start vector lies in an invariant subspace, so the others have no component in it
-        log_betas = sum(math.log(b) for b in betas)
-        worst = max(log_betas - _log_chi(theta, self._alphas, betas) for theta in points)
-        return min(1.0, math.exp(min(0.0, worst + 0.5 * math.log(2.0 * self.size / math.pi))))
+        log_betas = sum(math.log(b) for b in self.betas)
+        worst = max(log_betas - _log_chi(theta, self.alphas, self.betas) for theta in points)
+        return min(1.0, math.exp(min(0.0, worst + 0.5 * math.log(2.0 * size / math.pi))))
 
 
 def _log_chi(theta: float, alphas: list[float], betas: list[float]) -> float:

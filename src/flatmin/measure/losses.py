@@ -34,7 +34,7 @@ def error_rate(problem: Problem, weights: Sequence[Tensor] | None = None) -> flo
     Raises:
         ValueError: outputs or targets of another kind.
     """
-    ignored = getattr(problem.loss, "ignore_index", -100)
+    ignored = problem.ignored
     wrong = counted = 0.0
     with problem.guard(), torch.no_grad():
         for batch in problem.batches:

@@ -297,7 +297,7 @@ def _train(problem: Problem, curve: Path, progress: Training | None) -> None:
                 batch_outputs(problem, batch, at) if curve.statistics == "recomputed" else problem.outputs(batch, at)
             )
             # An unbiased estimate of L from one batch out of all.
-            value = problem.value_of(batch, outputs) * len(problem.batches)
+            value = problem.value_of(batch, outputs, at) * len(problem.batches)
             slope = problem.flat(torch.autograd.grad(value, at, materialize_grads=True))
         loss = float(value.detach())
         if not (math.isfinite(loss) and slope.isfinite().all()):

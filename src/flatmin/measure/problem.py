@@ -13,7 +13,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.parallel import DistributedDataParallel
+
+from flatmin.measure.checkpoints import unwrapped
+from flatmin.measure.counts import Given, Reduction, Rule, candidates, cast_loss, options_of
+from flatmin.measure.nested import axis_of, cut, mapped, tensors
+from flatmin.measure.nested import first_tensor as first_tensor
+from flatmin.measure.terms import weigh
 
 Loss = Callable[[Any, Any], Tensor]
 Mode = Literal["eval", "train"]
@@ -60,24 +65,31 @@ class Conventions:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Inputs and targets on the model's device, and the share of the loss's terms that they are."""
+    """Inputs and targets on the model's device, the share of L that their loss is, and the terms that it has."""
 
     inputs: Any
     targets: Any
     share: float
+    terms: float
 
 
 class Problem:
     r"""L(w) = (1/T) sum of the terms of the loss over a data set, plus c/2 ||w||^2, as a function of chosen weights.
 
-    Batches count by their number of terms, so that an uneven last batch, or tokens that are ignored, are exact. The
-    data are put on the device once. The model itself is never written to: its weights are passed in from outside, its
-    buffers as copies, and training flags and random states are put back.
+    For a loss that is a mean it is the loss of all data as one batch; a sum is divided by its terms. Batches count by
+    their number of terms, so that an uneven last batch, or tokens that are ignored, are exact. What a batch counts (its
+    examples, entries of the targets, class weights, ...) is found when the problem is made: losses and gradients of a
+    few examples are compared with those of two unequal parts of them, in float64, for every weight that a batch could
+    have; about a dozen gradients of six examples each. Further, the loss of each batch is evaluated once.
+
+    The data are put on the device once. The model itself is never written to: its weights are passed in from outside,
+    its buffers as copies, and training flags and random states are put back.
 
     Args:
         model: any module; called as model(x), model(*x) or model(**x) as the inputs are a tensor, a tuple or a
-            mapping.
-        loss: (outputs, targets) -> scalar; a mean over its terms, or a sum if it says reduction="sum".
+            mapping. DataParallel, DistributedDataParallel and torch.compile are taken off.
+        loss: (outputs, targets) -> scalar, a mean or a sum over terms. It may add a penalty of the weights to a mean,
+            if it reads them from the model whenever it is called.
         data: pairs (inputs, targets), such as a DataLoader; read once. One pair of tensors is one batch.
         params: shell patterns of parameter names, or one of them with commas. Default "*": all that require gradients.
         mode: "eval" (default), or "train", in which BatchNorm takes the statistics of each batch, so that L depends on
@@ -85,13 +97,25 @@ class Problem:
         weight_decay: c >= 0. Default 0.
         dtype: of weights, buffers, floating inputs and products. Default: the weights' own.
         autocast: a dtype in which matrix products are taken, for a cheap look; bf16 is some percent off. Default None.
+        terms: (inputs, targets) -> number of terms of a batch, which is its weight in the mean. Default: found, as said
+            above.
+        reduction: "mean" or "sum", what the loss does with its terms. Default: found.
         group: process group whose ranks hold a part of the data each; results are those of all parts. Default None:
             this process alone.
         split, augmentation: what the data are, for the record.
 
+    Attributes:
+        reduction: of the loss.
+        ignored: label whose targets do not count.
+
     Raises:
-        ValueError: no data, no weights, a pattern that matches none, a loss that is not a finite scalar, that does not
-            depend on the weights or that differs from one evaluation to the next (dropout).
+        ValueError: no data, no weights, a pattern that matches none, weights of several dtypes without dtype=, a loss
+            that is not a finite scalar in every batch, that does not depend on the weights, that differs from one
+            evaluation to the next (dropout), or that is neither a mean nor a sum over several batches (such as one that
+            compares the examples of a batch with each other).
+
+    Warns:
+        UserWarning: a sum that does not say so; batches of which the weights cannot be tried, or on which L depends.
     """
 
     def __init__(
@@ -105,6 +129,8 @@ class Problem:
         weight_decay: float = 0.0,
         dtype: torch.dtype | None = None,
         autocast: torch.dtype | None = None,
+        terms: Callable[[Any, Any], float] | None = None,
+        reduction: Reduction | None = None,
         group: Any = None,
         split: str = "",
         augmentation: str = "none",
@@ -113,9 +139,14 @@ class Problem:
             raise ValueError(f"mode must be 'eval' or 'train', got {mode!r}.")
         if not (weight_decay >= 0 and math.isfinite(weight_decay)):
             raise ValueError(f"weight_decay must be a number >= 0, got {weight_decay!r}.")
-        while isinstance(model, DistributedDataParallel):
-            model = model.module
-        self.model, self.loss, self.mode, self.weight_decay = model, loss, mode, float(weight_decay)
+        if reduction not in (None, "mean", "sum"):
+            raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}.")
+        if terms is not None and not callable(terms):
+            raise ValueError(f"terms must be a function (inputs, targets) -> number of terms, got {terms!r}.")
+        if options_of(loss).get("reduction") == "none":
+            raise ValueError("the loss must be a mean or a sum, got reduction='none'.")
+        model = _measurable(model)
+        self.model, self.mode, self.weight_decay = model, mode, float(weight_decay)
         self._autocast, self.group = autocast, group
         named = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if not named:
@@ -123,7 +154,8 @@ class Problem:
         patterns = [p.strip() for p in (params.split(",") if isinstance(params, str) else params)]
         self.names = _select(list(named), patterns)
         first = named[self.names[0]]
-        self.device, self.dtype = first.device, dtype or first.dtype
+        self.device, self.dtype = first.device, dtype or _common_dtype(named, self.names)
+        self._given = dtype
         places = sorted({str(p.device) for p in model.parameters()})
         if first.is_meta:
             raise ValueError("the model's parameters have no values yet: they are on the device 'meta'.")
@@ -135,52 +167,107 @@ class Problem:
         self._rest = {n: self._cast(p.detach()) for n, p in model.named_parameters() if n not in chosen}
         self._buffers = {n: self._cast(b.detach()) for n, b in model.named_buffers()}
         self.size = sum(w.numel() for w in self.weights)
-        self.batches, examples, terms, largest = self._load(data)
+        self.loss: Loss = loss if dtype is None else cast_loss(loss, dtype)
+        self._closed = False
+        pairs = self._read(data)
+        with self.together():
+            values = self._check(pairs)
+        self.rule = self._weigh(pairs, terms, reduction)
+        with self.together():
+            counts = self._counts(pairs, values)
+        held = torch.tensor([sum(counts), sum(_length(y) for _, y in pairs)], dtype=torch.float64)
+        total = self._sum(held.to(self.device)).tolist()
+        if not total[1]:
+            raise ValueError("the data hold no example, so there is nothing to measure.")
+        if not total[0]:
+            raise ValueError("every term of the loss is ignored, so there is nothing to measure.")
+        self.batches = _shared(pairs, counts, self.reduction, total[0])
         self.conventions = Conventions(
             loss=_name(loss),
             weight_decay=self.weight_decay,
             split=split,
             augmentation=augmentation,
-            examples=examples,
-            terms=terms,
-            batch=largest,
+            examples=int(total[1]),
+            terms=total[0],
+            batch=max((_length(y) for _, y in pairs), default=0),
             mode=mode,
             params=", ".join(patterns),
             size=self.size,
             dtype=str(self.dtype).removeprefix("torch.") + (f", autocast {autocast}" if autocast else ""),
         )
-        self._check()
 
     # -- data ----------------------------------------------------------------------------------------------------
-
-    def _load(self, data: Any) -> tuple[list[Batch], int, float, int]:
-        """Batches on the device with their shares; examples, terms and the largest batch."""
-        if getattr(self.loss, "reduction", "mean") not in ("mean", "sum"):
-            raise ValueError(f"the loss must be a mean or a sum, got reduction={self.loss.reduction!r}.")  # type: ignore[attr-defined]
+    def _read(self, data: Any) -> list[tuple[Any, Any]]:
+        """Batches on the device."""
         pairs = [data] if isinstance(data, tuple) and len(data) == 2 and isinstance(data[1], Tensor) else data
-        found: list[tuple[Any, Any, float, int]] = []
+        found: list[tuple[Any, Any]] = []
         for pair in pairs:
             if not (isinstance(pair, (tuple, list)) and len(pair) == 2):
                 raise ValueError(f"data must give pairs (inputs, targets), got {_no_pair(data, pair)}.")
-            inputs, targets = (_to(part, self.device, self.dtype) for part in pair)
+            inputs, targets = (mapped(part, lambda t: self._cast(t.to(self.device), data=True)) for part in pair)
             if not first_tensor(targets).dim():
                 raise ValueError("data must give batches, as a DataLoader does; got a single example.")
-            count = len(first_tensor(targets))
-            if count:
-                found.append((inputs, targets, count_terms(self.loss, targets), count))
-        local = torch.tensor(
-            [sum(f[3] for f in found), sum(f[2] for f in found), max((f[3] for f in found), default=0)],
-            dtype=torch.float64,
+            if _length(targets):
+                found.append((inputs, targets))
+        return found
+
+    def _weigh(
+        self,
+        pairs: Sequence[tuple[Any, Any]],
+        terms: Callable[[Any, Any], float] | None = None,
+        reduction: Reduction | None = None,
+    ) -> Rule:
+        """How these batches make up L, see `terms.weigh`."""
+        return weigh(
+            self.loss,
+            pairs,
+            (_Trial(self, double, far) for double, far in ((True, 0.0), (False, 0.0), (True, 0.5), (False, 0.5))),
+            terms=terms,
+            reduction=reduction,
+            in_eval=self.mode == "eval",
+            gathered=self._gathered,
         )
-        total = self._sum(local[:2].clone()).tolist() if self.group is not None else local[:2].tolist()
-        if not total[0]:
-            raise ValueError("the data hold no example, so there is nothing to measure.")
-        if not total[1]:
-            raise ValueError("every term of the loss is ignored, so there is nothing to measure.")
-        # A sum counts each of its terms once, so its batches are not weighted.
-        summed = getattr(self.loss, "reduction", "mean") == "sum"
-        batches = [Batch(x, y, (1.0 if summed else terms) / total[1]) for x, y, terms, _ in found if terms]
-        return batches, int(total[0]), total[1], int(local[2])
+
+    def _counts(self, pairs: Sequence[tuple[Any, Any]], values: Sequence[float]) -> list[float]:
+        """The terms of each batch; a mean over none is not a number."""
+        counts = [self.rule.total(pair) for pair in pairs]
+        for i, (count, value) in enumerate(zip(counts, values, strict=True), 1):
+            if not math.isfinite(value) and (count or not math.isnan(value)):
+                raise ValueError(f"the loss of batch {i} of {len(pairs)} is {value}; there is nothing to measure here.")
+        return counts
+
+    @property
+    def reduction(self) -> Reduction:
+        """What the loss does with its terms."""
+        return self.rule.reduction
+
+    @property
+    def ignored(self) -> int:
+        """The label whose targets do not count."""
+        return -100 if self.rule.count.ignored is None else self.rule.count.ignored
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """What one process refuses, all do, so that none waits for it."""
+        found: ValueError | None = None
+        try:
+            yield
+        except ValueError as error:
+            found = error
+        others = [text for text in self._gathered(None if found is None else str(found)) if text is not None]
+        if found is not None:
+            raise found
+        if others:
+            raise ValueError(f"another process says: {others[0]}")
+
+    def _gathered(self, part: Any) -> list[Any]:
+        """The objects of all ranks of the group."""
+        if self.group is None:
+            return [part]
+        group = None if self.group == "world" else self.group
+        found: list[Any] = [None] * torch.distributed.get_world_size(group)
+        torch.distributed.all_gather_object(found, part, group=group)
+        return found
 
     def _sum(self, values: Tensor) -> Tensor:
         """The sum over the ranks of the group, in place."""
@@ -226,9 +313,15 @@ class Problem:
         with torch.autocast(self.device.type, self._autocast, enabled=self._autocast is not None):
             return torch.func.functional_call(self.model, state, args, kwargs)
 
-    def value_of(self, batch: Batch, outputs: Any) -> Tensor:
-        """The batch's part of L, without weight decay, from the model's outputs."""
-        value = self.loss(outputs, batch.targets)
+    def value_of(self, batch: Batch, outputs: Any, weights: Sequence[Tensor] | None = None) -> Tensor:
+        """The batch's part of L, without weight decay, from the model's outputs at these weights."""
+        if self._closed:
+            chosen = dict(zip(self.names, self.weights if weights is None else weights, strict=True))
+            state = {f"model.{n}": t for n, t in {**self._rest, **chosen}.items()}
+            within = _Within(self.model, self.loss)
+            value: Any = torch.func.functional_call(within, state, (outputs, batch.targets))
+        else:
+            value = self.loss(outputs, batch.targets)
         if not isinstance(value, Tensor) or value.dim():
             shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"the loss must be a scalar over a batch, got {shape}.")
@@ -247,7 +340,7 @@ class Problem:
             parts = []
             for batch in self.batches:
                 outputs = self.outputs(batch, at, {n: b.clone() for n, b in (buffers or {}).items()})
-                parts.append(self.value_of(batch, outputs).double())
+                parts.append(self.value_of(batch, outputs, at).double())
                 if watch is not None:
                     watch(batch, outputs)
             total = torch.stack(parts).sum().reshape(1) if parts else torch.zeros(1, dtype=torch.float64)
@@ -261,7 +354,7 @@ class Problem:
         flat = flat.to(self.device)
         with self.guard():
             for batch in self.batches:
-                value = self.value_of(batch, self.outputs(batch, at))
+                value = self.value_of(batch, self.outputs(batch, at), at)
                 grads = torch.autograd.grad(value, at, materialize_grads=True)
                 flat[1:] += torch.cat([g.reshape(-1) for g in grads])
                 flat[0] += value.detach()
@@ -295,25 +388,46 @@ class Problem:
         """The weights displaced by a vector of shape (size,)."""
         return [w.detach() + d for w, d in zip(self.weights, self.shaped(displacement.to(self.dtype)), strict=True)]
 
-    def _cast(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+    def _cast(self, tensor: Tensor, *, data: bool = False) -> Tensor:
+        """A tensor of the model or of the data in the problem's dtype; of the model's only if one was asked for."""
+        wanted = self.dtype if data else self._given
+        return tensor.to(wanted) if wanted is not None and tensor.is_floating_point() else tensor
 
     # -- checks --------------------------------------------------------------------------------------------------
 
-    def _check(self) -> None:
-        """Refuse what cannot be measured, by two evaluations of the first batch."""
+    def _check(self, pairs: Sequence[tuple[Any, Any]]) -> list[float]:
+        """Refuse what cannot be measured; the losses of the batches.
+
+        Each batch is evaluated once, and one of them twice more with its gradient.
+        """
         if self.mode == "train":
             active = [n for n, m in self.model.named_modules() if isinstance(m, _DROPOUT) and m.p > 0]
             if active:
                 raise ValueError(f"mode='train' with dropout in {active[0]!r} measures a random function; use 'eval'.")
-        if not self.batches:
-            return
+        batches = [Batch(x, y, 1.0, 1.0) for x, y in pairs]
+        if not batches:
+            return []
+        with self.guard(), torch.no_grad():
+            values = [float(self._first_value(batch)) for batch in batches]
+        usable = [i for i, value in enumerate(values) if math.isfinite(value)]
+        if not usable:
+            said = candidates(self.loss, pairs, ())[0]
+            if not any(said.total(pair) for pair in pairs):
+                raise ValueError("every term of the loss is ignored, so there is nothing to measure.")
+            raise ValueError(f"the loss of batch 1 of {len(pairs)} is {values[0]}; there is nothing to measure here.")
+        batch = batches[usable[0]]
         with self.guard():
-            first, second = (self.value_of(b, self.outputs(b)) for b in [self.batches[0]] * 2)
-        if not torch.isfinite(first):
-            raise ValueError(
-                f"the loss of the first batch is {float(first.detach())}; there is nothing to measure here."
-            )
+            first, second = (self._first_value(batch) for _ in range(2))
+            if not self._closed and self._reaches_the_model(first):
+                # A penalty of the weights, say: the loss must see the weights that the model is given.
+                self._closed = True
+                first, second = (self._first_value(batch) for _ in range(2))
+            if self._closed and self._reaches_the_model(first):
+                raise ValueError(
+                    "the loss uses weights of the model that were taken from it before, so it would not follow when "
+                    "the weights move; read them from the model whenever the loss is called (model.parameters()), or "
+                    "pass weight_decay=."
+                )
         if not first.requires_grad:
             raise ValueError("the loss does not depend on the selected weights (it has no graph).")
         if not torch.equal(first, second):
@@ -321,21 +435,200 @@ class Problem:
                 "two evaluations of the same batch differ, so the loss is random or changes the model; nothing can be "
                 "measured of it."
             )
+        return values
+
+    def _first_value(self, batch: Batch) -> Tensor:
+        """The loss of a batch, with a sentence for tensors of unlike dtypes."""
+        try:
+            return self.value_of(batch, self.outputs(batch))
+        except RuntimeError as error:
+            if not any(word in str(error) for word in ("dtype", "scalar type")):
+                raise
+            raise ValueError(
+                f"tensors of unlike dtypes meet in the model or the loss ({str(error).splitlines()[0]}). The selected "
+                f"weights and floating-point inputs are {_dtype_name(self.dtype)}; give another dtype=, such as "
+                "dtype=torch.float32, in which all weights, buffers and inputs are then measured."
+            ) from error
+
+    def _reaches_the_model(self, value: Tensor) -> bool:
+        """Whether a loss depends on the model's own weights, beside those that the problem gives it."""
+        own = [p for p in self.model.parameters() if p.requires_grad]
+        if not value.requires_grad:
+            return False
+        return any(g is not None for g in torch.autograd.grad(value, own, allow_unused=True, retain_graph=True))
+
+    def not_finite(self) -> str:
+        """Which batches have no finite loss now, in words; "" if all have one."""
+        with self.guard(), torch.no_grad():
+            values = [float(self.value_of(b, self.outputs(b))) for b in self.batches]
+        bad = [i for i, value in enumerate(values, 1) if not math.isfinite(value)]
+        if not bad:
+            return ""
+        return f" The loss of batch {bad[0]} of {len(values)} is {values[bad[0] - 1]}."
+
+
+class _Within(nn.Module):
+    """A loss beside its model, so that it is called with the weights that the model is given."""
+
+    def __init__(self, model: nn.Module, loss: Loss) -> None:
+        super().__init__()
+        self.model = model
+        self.losses = (loss,)  # not a module of this one
+
+    def forward(self, outputs: Any, targets: Any) -> Any:
+        """The loss."""
+        return self.losses[0](outputs, targets)
+
+
+class _Trial:
+    """Losses and gradients of a few examples of a problem.
+
+    Args:
+        problem: the function.
+        double: whether in float64, where the model and the loss can be.
+        far: how far from the weights, in multiples of each tensor's root mean square. Where a net fits its data
+            perfectly, or has a last layer of zeros, all losses are alike.
+    """
+
+    def __init__(self, problem: Problem, double: bool, far: float) -> None:
+        self.problem = in_double(problem) if double else problem
+        half = self.problem.dtype in (torch.float16, torch.bfloat16) or self.problem._autocast is not None
+        self.tol = 1e-6 if self.problem.dtype == torch.float64 else 5e-2 if half else 2e-3
+        self.weights = displaced(self.problem, far) if far else self.problem.weights
+
+    def together(
+        self, pair: tuple[Any, Any], rows: Sequence[Tensor], count: int, axes: tuple[int, int]
+    ) -> list[Tensor] | None:
+        """Loss and gradient of each set of rows of one forward pass; None if an output has no rows."""
+        pair = self._cast(pair)
+        every = torch.cat(list(rows[:-1]))
+        places = [*torch.arange(len(every)).split([len(r) for r in rows[:-1]]), torch.arange(len(every))]
+        inputs, targets = cut(pair, every, count, axes)
+        with self.problem.guard():
+            outputs = self.problem.outputs(Batch(inputs, targets, 1.0, 1.0), self.weights)
+            if any(axis_of(t, len(every), axes) is None for _, t in tensors(outputs)) or not list(tensors(outputs)):
+                return None
+            return [
+                self._signature(cut(outputs, p, len(every), axes), cut(targets, p, len(every), axes)) for p in places
+            ]
+
+    def apart(
+        self, pair: tuple[Any, Any], rows: Sequence[Tensor], count: int, axes: tuple[int, int]
+    ) -> list[Tensor] | None:
+        """The same of forward passes of their own, in eval mode."""
+        found = []
+        twin = copy.copy(self.problem)
+        twin.mode = "eval"
+        with twin.guard():
+            for r in rows:
+                inputs, targets = cut(self._cast(pair), r, count, axes)
+                outputs = twin.outputs(Batch(inputs, targets, 1.0, 1.0), self.weights)
+                found.append(self._signature(outputs, targets))
+        return found
+
+    def _cast(self, pair: tuple[Any, Any]) -> Any:
+        return mapped(pair, lambda t: self.problem._cast(t, data=True))
+
+    def _signature(self, outputs: Any, targets: Any) -> Tensor:
+        value = self.problem.value_of(Batch(None, targets, 1.0, 1.0), outputs, self.weights)
+        slopes = torch.autograd.grad(value, self.weights, retain_graph=True, materialize_grads=True)
+        return torch.cat([value.detach().reshape(1).double(), self.problem.flat(slopes).double()])
+
+
+def in_double(problem: Problem) -> Problem:
+    """The same function in float64, where the device has it; the batches stay as they are."""
+    if problem.device.type == "mps":
+        return problem
+    twin = copy.copy(problem)
+    twin.dtype = twin._given = torch.float64
+    twin._autocast = None
+    twin.weights = [w.detach().double().requires_grad_() for w in problem.weights]
+    twin._rest = {n: twin._cast(t) for n, t in problem._rest.items()}
+    twin._buffers = {n: twin._cast(t) for n, t in problem._buffers.items()}
+    twin.loss = cast_loss(problem.loss, torch.float64)
+    return twin
+
+
+def displaced(problem: Problem, far: float, seed: int = 0) -> Tensors:
+    """The weights, each displaced by noise of `far` times the root mean square of its tensor (or, of zeros, of all)."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = [float(w.detach().double().square().mean().sqrt()) for w in problem.weights]
+    usual = sum(sizes) / len(sizes) or 0.1
+    found = []
+    for w, size in zip(problem.weights, sizes, strict=True):
+        noise = torch.randn(w.shape, generator=generator, dtype=torch.float64).to(w.device)
+        found.append((w.detach() + (far * (size or usual) * noise).to(w.dtype)).requires_grad_())
+    return found
+
+
+def _measurable(model: nn.Module) -> nn.Module:
+    """The model without what runs it: replicas, and compilation, of which no second derivative can be taken."""
+    model = unwrapped(model)
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise ValueError(
+            "the model is compiled by TorchScript, which takes no weights from outside; measure the Python model with "
+            "the same weights (load_state_dict(scripted.state_dict()))."
+        )
+    sharded = [n for n, p in model.named_parameters() if type(p).__name__ in ("DTensor", "FlatParameter")]
+    if sharded:
+        raise ValueError(
+            f"the weights are divided among processes ({sharded[0]!r}); measure a model that holds them whole, such as "
+            "one loaded from a full state dict."
+        )
+    return model
+
+
+def _common_dtype(named: Mapping[str, Tensor], names: Sequence[str]) -> torch.dtype:
+    """The dtype of the selected weights."""
+    first = named[names[0]].dtype
+    other = next((n for n in names if named[n].dtype != first), None)
+    if other is not None:
+        raise ValueError(
+            f"the selected weights have several dtypes: {names[0]!r} is {_dtype_name(first)}, {other!r} "
+            f"{_dtype_name(named[other].dtype)}. Give one for all with dtype=, such as dtype=torch.float32."
+        )
+    return first
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _length(targets: Any) -> int:
+    return len(first_tensor(targets))
+
+
+def _shared(
+    pairs: Sequence[tuple[Any, Any]], counts: Sequence[float], reduction: Reduction, total: float
+) -> list[Batch]:
+    """Batches with their shares of the mean over `total` terms; those without a term are left out.
+
+    A sum counts each of its terms once, so its batches are not weighted.
+    """
+    return [
+        Batch(x, y, (1.0 if reduction == "sum" else count) / total, count)
+        for (x, y), count in zip(pairs, counts, strict=True)
+        if count
+    ]
 
 
 _DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
-def count_terms(loss: Loss, targets: Any) -> float:
-    """How many terms the mean of a loss runs over: entries of the targets that are not ignored, by class weight."""
-    target = first_tensor(targets)
-    if target.is_floating_point():
-        return float(target.numel())
-    counted = target != getattr(loss, "ignore_index", -100)
-    weight = getattr(loss, "weight", None)
-    if isinstance(weight, Tensor):
-        return float(weight.to(target.device)[target[counted]].sum())
-    return float(counted.sum())
+def over(problem: Problem, pairs: Sequence[tuple[Any, Any]]) -> Problem:
+    """The mean over other batches of a problem's data, on the same weights; in this process alone.
+
+    Raises:
+        ValueError: no term.
+    """
+    counts = [problem.rule.total(pair) for pair in pairs]
+    if not sum(counts):
+        raise ValueError("every term of the loss is ignored, so there is nothing to measure.")
+    lengths = [_length(targets) for _, targets in pairs]
+    twin = copy.copy(problem)
+    twin.batches, twin.group = _shared(pairs, counts, problem.reduction, sum(counts)), None
+    twin.conventions = replace(problem.conventions, examples=sum(lengths), terms=sum(counts), batch=max(lengths))
+    return twin
 
 
 def only(problem: Problem, batches: Sequence[Batch]) -> Problem:
@@ -346,17 +639,7 @@ def only(problem: Problem, batches: Sequence[Batch]) -> Problem:
     """
     if not batches:
         raise ValueError("a problem needs at least one batch.")
-    counts = [count_terms(problem.loss, batch.targets) for batch in batches]
-    summed = getattr(problem.loss, "reduction", "mean") == "sum"
-    twin = copy.copy(problem)
-    twin.batches = [
-        Batch(b.inputs, b.targets, (1.0 if summed else count) / sum(counts))
-        for b, count in zip(batches, counts, strict=True)
-    ]
-    lengths = [len(first_tensor(b.targets)) for b in batches]
-    twin.group = None
-    twin.conventions = replace(problem.conventions, examples=sum(lengths), terms=sum(counts), batch=max(lengths))
-    return twin
+    return over(problem, [(batch.inputs, batch.targets) for batch in batches])
 
 
 def under(problem: Problem, loss: Loss) -> Problem:
@@ -365,14 +648,15 @@ def under(problem: Problem, loss: Loss) -> Problem:
     Raises:
         ValueError: a loss with another reduction or other terms.
     """
-    kinds = [getattr(one, "reduction", "mean") for one in (problem.loss, loss)]
-    counts = [[count_terms(one, batch.targets) for batch in problem.batches] for one in (problem.loss, loss)]
-    if kinds[0] != kinds[1] or counts[0] != counts[1]:
+    twin = copy.copy(problem)
+    twin.loss = loss if problem._given is None else cast_loss(loss, problem._given)
+    pairs = [(batch.inputs, batch.targets) for batch in problem.batches]
+    given = problem.rule.count
+    twin.rule = twin._weigh(pairs, given.terms if isinstance(given, Given) else None)
+    if twin.reduction != problem.reduction or [twin.rule.total(p) for p in pairs] != [b.terms for b in problem.batches]:
         raise ValueError(
             f"{_name(loss)} counts other terms than {problem.conventions.loss}; make a Problem of its own."
         )
-    twin = copy.copy(problem)
-    twin.loss = loss
     twin.conventions = replace(problem.conventions, loss=_name(loss))
     return twin
 
@@ -398,29 +682,17 @@ def restricted(problem: Problem, params: str | Sequence[str]) -> Problem:
     return twin
 
 
-def some_of(batch: Batch, count: int) -> Batch:
-    """The first examples of a batch, where every tensor of it has one row an example; else the batch."""
-    total = len(first_tensor(batch.targets))
-    if total <= count or not all(len(t) == total for t in _tensors((batch.inputs, batch.targets))):
+def some_of(problem: Problem, batch: Batch, count: int) -> Batch:
+    """The first examples of a batch that have a term; the batch where not every tensor has one row an example."""
+    total = _length(batch.targets)
+    pair = (batch.inputs, batch.targets)
+    if total <= count or any(axis_of(t, total, (0,)) is None for _, t in tensors(pair)):
         return batch
-    inputs, targets = (_cut(part, count) for part in (batch.inputs, batch.targets))
-    return Batch(inputs, targets, batch.share * count / total)
-
-
-def _tensors(part: Any) -> Iterator[Tensor]:
-    if isinstance(part, Tensor):
-        yield part.reshape(1) if part.dim() == 0 else part
-    values = part.values() if isinstance(part, Mapping) else part if isinstance(part, (tuple, list)) else ()
-    for value in values:
-        yield from _tensors(value)
-
-
-def _cut(part: Any, count: int) -> Any:
-    if isinstance(part, Tensor):
-        return part[:count]
-    if isinstance(part, Mapping):
-        return {k: _cut(v, count) for k, v in part.items()}
-    return tuple(_cut(v, count) for v in part) if isinstance(part, (tuple, list)) else part
+    weights = problem.rule.count.rows(pair, total, (0, 1))
+    rows = torch.arange(total) if weights is None else weights.nonzero()[:, 0]
+    inputs, targets = cut(pair, rows[:count], total, (0,))
+    terms = problem.rule.total((inputs, targets))
+    return Batch(inputs, targets, batch.share * (terms / batch.terms if problem.reduction == "mean" else 1.0), terms)
 
 
 def _select(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
@@ -452,32 +724,7 @@ def _name(loss: Loss) -> str:
     return getattr(loss, "__name__", type(loss).__name__)
 
 
-def _to(part: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    if isinstance(part, Tensor):
-        return part.to(device, dtype if part.is_floating_point() else None)
-    if isinstance(part, Mapping):
-        return {k: _to(v, device, dtype) for k, v in part.items()}
-    if isinstance(part, (tuple, list)):
-        return tuple(_to(v, device, dtype) for v in part)
-    return part
-
-
-def first_tensor(part: Any) -> Tensor:
-    """The first tensor in targets that may be nested.
-
-    Raises:
-        ValueError: there is none.
-    """
-    if isinstance(part, Tensor):
-        return part
-    values = part.values() if isinstance(part, Mapping) else part if isinstance(part, (tuple, list)) else ()
-    for value in values:
-        if isinstance(value, Tensor):
-            return value
-    raise ValueError(f"the targets hold no tensor, got {type(part).__name__}.")
-
-
 def _call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
-    return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
+    return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), {}

@@ -102,14 +102,9 @@ def _trace(session: Session) -> None:
     )
     if traced is not None:
         add("trace", "trace of the Hessian", traced.value, traced.error, traced)
-    # The error of a root is half that of the square.
-    squared = session.attempt(
-        "Frobenius norm", lambda: frobenius(session.hessian, known, tol=2 * s.trace_tol, **within)
-    )
-    if squared is not None:
-        norm = math.sqrt(max(squared.value, 0.0))
-        error = squared.error / (2 * norm) if norm else math.nan
-        add("frobenius", "Frobenius norm of the Hessian", norm, error, squared)
+    norm = session.attempt("Frobenius norm", lambda: frobenius(session.hessian, known, tol=s.trace_tol, **within))
+    if norm is not None:
+        add("frobenius", "Frobenius norm of the Hessian", norm.value, norm.error, norm)
 
 
 def _density(session: Session) -> None:

@@ -114,20 +114,20 @@ def frobenius(
     max_probes: int = 2000,
     seed: int = 0,
 ) -> Estimate:
-    r"""\|H\|_F^2 = tr H^2, as the mean of \|H z\|^2; with a Krylov run, outside of what it knows.
+    r"""The Frobenius norm, by the mean of \|H z\|^2; with a Krylov run, outside of what it knows.
 
     .. math::
-        \|H\|_F^2 = \|H Q\|_F^2 + E \|H z\|^2
+        \|H\|_F = \sqrt{\mathrm{tr} H^2},\quad \mathrm{tr} H^2 = \|H Q\|_F^2 + E \|H z\|^2
 
     Args:
         operator: see `spectrum`.
         known: a run on the same operator that was not restarted. Its part costs one product per vector of the basis.
-        tol: relative standard error of the square. Default 1 %.
+        tol: relative standard error of the norm. Default 1 %.
         max_probes: most probes. Default 2000.
         seed: of the probes.
 
     Returns:
-        The square of the norm.
+        The norm. Its standard error is that of the square divided by twice the norm.
 
     Raises:
         ValueError, ArithmeticError: as `trace`.
@@ -141,18 +141,20 @@ def frobenius(
             inside += _dot(product := finite(operator.matvec(q)), product)
             spent += 1
         if len(basis) == operator.size:
+            exact = math.sqrt(inside)
             return Estimate(
-                value=inside, error=0.0, probes=0, products=spent, converged=True, conventions=_of(operator, seed)
+                value=exact, error=0.0, probes=0, products=spent, converged=True, conventions=_of(operator, seed)
             )
     running = _Running()
     for z in _probes(operator, basis, seed, max_probes):
         running.add(_dot(product := finite(operator.matvec(z)), product))
-        if running.enough(running.error <= tol * (inside + running.mean)):
+        # The relative error of a root is half that of the square.
+        if running.enough(running.error <= 2 * tol * (inside + running.mean)):
             break
-    value = inside + running.mean
+    norm = math.sqrt(inside + running.mean)
     return Estimate(
-        value=value,
-        error=running.error,
+        value=norm,
+        error=running.error / (2 * norm) if norm else running.error,
         probes=running.count,
         products=spent + running.count,
         converged=running.done,

@@ -1,0 +1,242 @@
+"""What a batch may count in the mean that a loss takes."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from flatmin.measure.nested import Axes, Pair, axis_of, first_tensor, tensors
+
+Reduction = Literal["mean", "sum"]
+_IGNORED = -100  # of torch's cross-entropy
+_VALUES = 24  # labels that are tried as ignored ones
+
+
+@dataclass(frozen=True, eq=False)
+class Count:
+    """A weight that a batch could have in the mean.
+
+    Args:
+        text: what is counted, in words; two counts with one text are the same.
+        of: (tensor) -> weight of each entry; None counts examples.
+        where: name of the tensor, as `tensors` gives it for (inputs, targets).
+        ignored: label that is left out, if any.
+    """
+
+    text: str
+    of: Callable[[Tensor], Tensor] | None = None
+    where: str = ""
+    ignored: int | None = None
+
+    def _tensor(self, pair: Pair) -> Tensor:
+        return first_tensor(pair[1]) if not self.where else dict(tensors(pair))[self.where]
+
+    def rows(self, pair: Pair, count: int, axes: Axes) -> Tensor | None:
+        """The weight of each example, shape (count,); None if they cannot be told apart."""
+        if self.of is None:
+            return torch.ones(count, dtype=torch.float64)
+        tensor = self._tensor(pair)
+        axis = axis_of(tensor, count, axes)
+        if axis is None:
+            return None
+        weights = self.of(tensor)
+        if axis >= weights.dim() or weights.shape[axis] != count:
+            return None  # examples and positions are one dimension
+        return weights.double().movedim(axis, 0).reshape(count, -1).sum(1).cpu()
+
+    def total(self, pair: Pair) -> float:
+        """The weight of a batch."""
+        if self.of is None:
+            return float(len(first_tensor(pair[1])))
+        return float(self.of(self._tensor(pair)).double().sum())
+
+
+@dataclass(frozen=True, eq=False)
+class Given:
+    """Weights by a function of the caller."""
+
+    terms: Callable[[Any, Any], float]
+    text: str = "terms="
+    ignored: int | None = None
+
+    def rows(self, pair: Pair, count: int, axes: Axes) -> Tensor | None:
+        """Unknown for single examples."""
+        return None
+
+    def total(self, pair: Pair) -> float:
+        """The weight of a batch.
+
+        Raises:
+            ValueError: what it returns is no weight.
+        """
+        value: Any = self.terms(*pair)
+        try:
+            weight = float(value)
+        except (TypeError, ValueError, RuntimeError):
+            weight = math.nan
+        if not (weight >= 0 and math.isfinite(weight)):
+            raise ValueError(f"terms= must return the number of terms of a batch, a number >= 0; got {value!r}.")
+        return weight
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How batches make up the loss of all data.
+
+    Args:
+        count: the weight of a batch.
+        reduction: whether the loss of a batch is the mean or the sum of its terms.
+    """
+
+    count: Count | Given
+    reduction: Reduction
+
+    def total(self, pair: Pair) -> float:
+        """The weight of a batch."""
+        return self.count.total(pair)
+
+
+def options_of(loss: Any) -> dict[str, Any]:
+    """What a loss says of itself: its attributes, and the keywords of a functools.partial."""
+    found: dict[str, Any] = {}
+    while isinstance(loss, functools.partial):
+        found = {**loss.keywords, **found}
+        loss = loss.func
+    for name in ("ignore_index", "weight", "reduction"):
+        if hasattr(loss, name):
+            found.setdefault(name, getattr(loss, name))
+    return found
+
+
+def is_of_torch(loss: Any) -> bool:
+    """Whether it is one of torch's own losses, or a `LogitNormalised` one."""
+    loss = getattr(loss, "inner", loss)
+    while isinstance(loss, functools.partial):
+        loss = loss.func
+    return type(loss).__module__ == "torch.nn.modules.loss" or getattr(loss, "__module__", "") == "torch.nn.functional"
+
+
+def _vectors(loss: Any) -> Iterator[tuple[str, Tensor]]:
+    """Vectors that a loss holds, which may be class weights: attributes, buffers, keywords, variables of a closure."""
+    options = options_of(loss)
+    while isinstance(loss, functools.partial):
+        loss = loss.func
+    closed = getattr(loss, "__closure__", None) or ()
+    names = getattr(getattr(loss, "__code__", None), "co_freevars", ())
+    inside = {n: c.cell_contents for n, c in zip(names, closed, strict=False) if _is_filled(c)}
+    known = getattr(loss, "__globals__", {})
+    inside |= {n: known[n] for n in getattr(getattr(loss, "__code__", None), "co_names", ()) if n in known}
+    held = dict(loss.named_buffers()) if isinstance(loss, nn.Module) else {}
+    for name, value in {**inside, **getattr(loss, "__dict__", {}), **held, **options}.items():
+        if isinstance(value, Tensor) and value.dim() == 1 and value.is_floating_point():
+            yield name, value.detach()
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False
+
+
+def _unlike(value: int) -> Callable[[Tensor], Tensor]:
+    return lambda t: t != value
+
+
+def _like(value: int) -> Callable[[Tensor], Tensor]:
+    return lambda t: t == value
+
+
+def _weighted(weight: Tensor, ignored: int) -> Callable[[Tensor], Tensor]:
+    def of(t: Tensor) -> Tensor:
+        counted = (t != ignored) & (t >= 0) & (t < len(weight))
+        return torch.where(counted, weight.to(t.device)[t.clamp(0, len(weight) - 1).long()], 0.0)
+
+    return of
+
+
+def _shifted(of: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda t: of(t)[..., 1:] if t.dim() > 1 else of(t)
+
+
+def _positions(t: Tensor) -> Tensor:
+    """One for each distribution over classes, which are dimension 1."""
+    return torch.full_like(t, 1.0 / (t.shape[1] if t.dim() > 1 else 1))
+
+
+def candidates(loss: Any, pairs: Sequence[Pair], labels: Sequence[int]) -> list[Count]:
+    """Every weight that is tried, what the loss says of itself first; of `labels` each may be one that is ignored."""
+    options = options_of(loss)
+    first = first_tensor(pairs[0][1])
+    examples = Count("examples")
+    entries = Count("entries of the targets", torch.ones_like)
+    found: list[Count] = []
+    if first.is_floating_point() or first.is_complex():
+        soft = loss is F.cross_entropy or isinstance(getattr(loss, "inner", loss), nn.CrossEntropyLoss)
+        soft = soft or (isinstance(loss, functools.partial) and loss.func is F.cross_entropy)
+        found += [Count("distributions over classes", _positions)] if soft else []
+        found += [entries, examples, Count("finite entries of the targets", torch.isfinite)]
+        found += [Count("sum of the targets", lambda t: t), Count("targets that are not zero", lambda t: t != 0)]
+    else:
+        given = options.get("ignore_index")
+        said = given if isinstance(given, int) else _IGNORED
+        weighted = [
+            Count(f"class weights {name} of the targets", _weighted(vector, said), ignored=said)
+            for name, vector in _vectors(loss)
+        ]
+        # Only labels that are there make a difference.
+        other = [v for v in labels if v != said]
+        found += sorted(weighted, key=lambda c: c.text != "class weights weight of the targets")
+        for v in (said, *other):
+            text = f"targets other than {v}"
+            found += [Count(text, _unlike(v), ignored=v)]
+            found += [Count(f"{text} but the first", _shifted(_unlike(v)), ignored=v)] if first.dim() > 1 else []
+            found += [Count(f"targets that are {v}", _like(v))]
+            found += [examples, entries] if v == said else []
+        found += [Count("entries of the targets but the first", _shifted(torch.ones_like))] if first.dim() > 1 else []
+    for name, tensor in tensors(pairs[0]):
+        if tensor is first or not tensor.dim():
+            continue
+        whole = f"entries of (inputs, targets){name}"
+        kinds: list[tuple[str, Callable[[Tensor], Tensor]]] = []
+        if not tensor.is_floating_point():
+            kinds += [(f"{whole} other than {_IGNORED}", _unlike(_IGNORED)), (f"{whole} other than 0", _unlike(0))]
+            kinds += [(f"{whole} that are 0", lambda t: t == 0)]  # a mask of what is padding
+        elif name.startswith("[1]"):
+            kinds += [(f"sum of {whole}", lambda t: t), (whole, torch.ones_like)]
+        for text, of in kinds:
+            found.append(Count(text, of, name))
+            if tensor.dim() > 1:
+                found.append(Count(f"{text} but the first", _shifted(of), name))
+    return found
+
+
+def labels_of(pairs: Sequence[Pair]) -> list[int]:
+    """The labels that there are, if targets are labels."""
+    firsts = [first_tensor(targets) for _, targets in pairs]
+    seen = [set(t.unique().tolist()) for t in firsts if not (t.is_floating_point() or t.is_complex())]
+    return sorted(set().union(*seen))
+
+
+def may_be_ignored(seen: set[int]) -> list[int]:
+    """Some labels: the outermost and the usual ones first."""
+    order = sorted(seen)
+    usual = [v for v in (-1, 0, 255) if v in seen]
+    return list(dict.fromkeys([*order[:1], *order[-1:], *usual, *order]))[:_VALUES]
+
+
+def cast_loss(loss: Any, dtype: torch.dtype) -> Any:
+    """A loss module whose buffers have another dtype, as a copy; others as they are."""
+    if not isinstance(loss, nn.Module) or next(loss.parameters(), None) is not None:
+        return loss
+    if all(b.dtype == dtype for b in loss.buffers() if b.is_floating_point()):
+        return loss
+    return copy.deepcopy(loss).to(dtype)

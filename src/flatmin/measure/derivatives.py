@@ -1,0 +1,244 @@
+"""Whether derivatives of a net are those of its loss: products against differences, in float64, on a few examples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flatmin.measure.nested import mapped, tensors
+from flatmin.measure.problem import Batch, Problem, displaced, in_double
+
+PROBED = 8  # examples on which derivatives are tried
+Product = Callable[[Problem, list[Tensor], Batch, Tensor], Tensor]
+# Where to look, in multiples of each tensor's root mean square: a kink may lie at the weights.
+_FAR = (1e-2, 0.0, 0.3, 1.0)
+# Of the differences, in multiples of the weights, likewise.
+_STEPS = (1e-5, 1e-6, 1e-7, 1e-4, 1e-8, 1e-3)
+_LEAST = 1e-8  # change of the loss, as all weights move by their own size, below which it is round-off
+
+
+@dataclass(frozen=True)
+class _Precision:
+    """Relative error of a derivative that counts as wrong, and the round-off of the differences' ends."""
+
+    tol: float
+    noise: float
+
+    @classmethod
+    def of(cls, problem: Problem) -> _Precision:
+        eps = torch.finfo(problem.dtype).eps
+        return cls(1e-3 if problem.dtype == torch.float64 else 5e-2, 8.0 * eps)
+
+
+def against_differences(problem: Problem, batch: Batch, product: Product) -> str | None:
+    """What is wrong with the derivatives on a few examples, in words; None if nothing is, or nothing can be said.
+
+    Two differences of the gradient with unlike steps must agree, in every weight tensor, before they are believed.
+    Where a kink (of ReLU, max pooling) lies between their ends they do not, since it adds a jump divided by the step;
+    then smaller steps and other points are tried. So a net with kinks is not refused for them. In float64, or in the
+    problem's own precision where a net does not run in that.
+
+    Args:
+        problem: the function.
+        batch: a few examples.
+        product: (problem, weights, batch, vector) -> product with the Hessian of the batch's loss at these weights.
+
+    Costs: a product, and five gradients of these examples if the first steps serve.
+    """
+    return _tried(problem, batch, lambda twin, at, piece: _gradients(twin, at, piece, product))
+
+
+def outputs_against_differences(problem: Problem, batch: Batch, outputs: Outputs, push: Product) -> str | None:
+    """The same of J v, the derivative of the outputs (or terms of the loss) along a vector.
+
+    Args:
+        problem: the function.
+        batch: a few examples.
+        outputs: (problem, weights, batch) -> tensor.
+        push: (problem, weights, batch, vector) -> J v.
+
+    Costs: a product with J, and five forward passes of these examples if the first steps serve.
+    """
+    return _tried(problem, batch, lambda twin, at, piece: _pushed(twin, at, piece, outputs, push))
+
+
+Outputs = Callable[[Problem, list[Tensor], Batch], Tensor]
+Told = tuple[bool, str | None]  # whether anything can be said, and what is wrong
+
+
+def _tried(problem: Problem, batch: Batch, look: Callable[[Problem, list[Tensor], Batch], Told]) -> str | None:
+    """What the first point says at which anything can be said."""
+    twins = (in_double(problem), problem)
+    for twin in twins:
+        piece = replace(batch, inputs=_cast(twin, batch.inputs), targets=_cast(twin, batch.targets))
+        try:
+            for far in _FAR:
+                with twin.guard():
+                    at = [w.detach() for w in (displaced(twin, far) if far else twin.weights)]
+                    told, flaw = look(twin, at, piece)
+                if told:
+                    return flaw
+            return None
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            if twin is twins[-1]:
+                raise
+    return None
+
+
+def _direction(problem: Problem, at: list[Tensor]) -> Tensor:
+    """A random vector in which each tensor moves in proportion to its size, so that none is lost beside larger ones."""
+    sizes = [float(w.double().square().mean().sqrt()) for w in at]
+    usual = sum(sizes) / len(sizes) or 0.1
+    generator = torch.Generator().manual_seed(1)
+    drawn = [torch.randn(w.numel(), generator=generator, dtype=torch.float64) for w in at]
+    return torch.cat([(d * (size or usual)).to(w) for w, d, size in zip(at, drawn, sizes, strict=True)])
+
+
+def _gradients(problem: Problem, at: list[Tensor], batch: Batch, product: Product) -> Told:
+    """Products with the Hessian against differences of gradients, and the gradient against those of the loss."""
+    v, precise = _direction(problem, at), _Precision.of(problem)
+    start = _gradient(problem, at, batch)[1]
+    if not torch.isfinite(start).all():
+        return False, None
+    last: tuple[Tensor, float, float] | None = None
+    for step in _STEPS:
+        up, down = (
+            _gradient(problem, [w + s * step * d for w, d in _along(problem, at, v)], batch) for s in (1.0, -1.0)
+        )
+        rise, found, noise = (up[0] - down[0]) / (2.0 * step), (up[1] - down[1]) / (2.0 * step), precise.noise / step
+        if last is not None:
+            other, before, rough = last[0], last[1], max(noise, last[2])
+            if _agree(problem, other, found, start, rough, precise.tol):
+                slope = float(torch.dot(start.double(), v.double()))
+                unsure = precise.tol * max(abs(slope), abs(rise)) + rough * (10.0 + abs(up[0]) + abs(slope)) + _LEAST
+                if abs(rise - before) <= 0.2 * unsure and abs(rise - slope) > unsure:
+                    said = f"it is {slope:.4g} along a vector, along which the loss rises by {rise:.4g}"
+                    return True, f"the gradient is not that of the loss ({said})."
+                exact = product(problem, at, batch, v)
+                if max(float(found.norm()), float(exact.norm())) * float(v.norm()) > _LEAST:
+                    return True, _unlike(problem, exact, found, other, start, rough, precise.tol)
+        last = (found, rise, noise)
+    return False, None
+
+
+def _pushed(problem: Problem, at: list[Tensor], batch: Batch, outputs: Outputs, push: Product) -> Told:
+    """J v against differences of the outputs."""
+    v, precise = _direction(problem, at), _Precision.of(problem)
+    last: Tensor | None = None
+    for step in _STEPS:
+        with torch.no_grad():
+            up, down = (
+                outputs(problem, [w + s * step * d for w, d in _along(problem, at, v)], batch) for s in (1.0, -1.0)
+            )
+        found, size = (up - down) / (2.0 * step), float(up.norm())
+        if last is not None and torch.isfinite(found).all():
+            unsure = precise.noise / step * size
+            if float((found - last).norm()) <= 0.2 * precise.tol * float(found.norm()) + unsure:
+                exact = push(problem, at, batch, v)
+                largest = max(float(found.norm()), float(exact.norm()))
+                off = float((exact - found).norm()) - 10.0 * unsure
+                if largest > _LEAST * size:
+                    flaw = f"J v is not the difference of the outputs ({off / largest:.1%} off)."
+                    return True, flaw if off > precise.tol * largest else None
+        last = found
+    return False, None
+
+
+def _along(problem: Problem, at: Sequence[Tensor], v: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(at, problem.shaped(v), strict=True)
+
+
+def _gradient(problem: Problem, at: Sequence[Tensor], batch: Batch) -> tuple[float, Tensor]:
+    weights = [w.detach().requires_grad_() for w in at]
+    value = problem.value_of(batch, problem.outputs(batch, weights), weights)
+    slopes = torch.autograd.grad(value, weights, materialize_grads=True)
+    return float(value.detach()), problem.flat(slopes)
+
+
+def _blocks(problem: Problem, *vectors: Tensor) -> Iterator[tuple[str, list[Tensor]]]:
+    """The parts of vectors in each weight tensor."""
+    sizes = [w.numel() for w in problem.weights]
+    for tensor, *pieces in zip(problem.names, *(x.split(sizes) for x in vectors), strict=True):
+        yield tensor, list(pieces)
+
+
+def _agree(problem: Problem, a: Tensor, b: Tensor, start: Tensor, noise: float, tol: float) -> bool:
+    """Whether two differences are the same in every tensor, to a fifth of what counts as wrong."""
+    whole = float(b.norm())
+    for _, (x, y, g) in _blocks(problem, a, b, start):
+        if float((x - y).norm()) > 0.2 * tol * (float(y.norm()) + 1e-3 * whole) + noise * float(g.norm()):
+            return False
+    return noise * float(start.norm()) <= 0.2 * tol * whole or not whole
+
+
+def _unlike(
+    problem: Problem, exact: Tensor, found: Tensor, other: Tensor, start: Tensor, noise: float, tol: float
+) -> str | None:
+    """The tensor in which a product differs most from the differences, if it does."""
+    worst, where = 0.0, ""
+    whole = float(found.norm())
+    for name, (x, y, z, g) in _blocks(problem, exact, found, other, start):
+        size = max(float(y.norm()), float(x.norm())) + 1e-3 * whole
+        off = float((x - y).norm()) - 10.0 * (float((y - z).norm()) + noise * float(g.norm()))
+        if size and off / size > worst:
+            worst, where = off / size, name
+    if worst <= tol:
+        return None
+    return f"the products are not the differences of the gradient ({worst:.1%} off in {where!r})."
+
+
+def _cast(problem: Problem, part: Any) -> Any:
+    return mapped(part, lambda t: problem._cast(t, data=True))
+
+
+# -- where it may be ---------------------------------------------------------------------------------------------------
+
+_WRONG = ("WeightNorm",)  # of which torch's own second derivative is wrong
+
+
+def suspects(problem: Problem, batch: Batch) -> str:
+    """The modules of a net whose backward is somebody's own, or known to have a wrong derivative; in words."""
+    found: list[str] = []
+
+    def look(name: str, module: nn.Module) -> Callable[..., None]:
+        def hook(called: nn.Module, inputs: Any, outputs: Any) -> None:
+            stops = {t.grad_fn for _, t in tensors(inputs)}
+            for _, t in tensors(outputs):
+                found.extend(f"{name or type(module).__name__!r} ({node})" for node in _own_nodes(t.grad_fn, stops))
+
+        return hook
+
+    leaves = [(name, leaf) for name, leaf in problem.model.named_modules() if next(leaf.children(), None) is None]
+    handles = [leaf.register_forward_hook(look(name, leaf)) for name, leaf in leaves]
+    try:
+        with problem.guard():
+            value = problem.value_of(batch, problem.outputs(batch))
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not found:
+        found = list(_own_nodes(value.grad_fn, set()))
+    if not found:
+        return " (a part of it is detached, or has a backward that autograd does not follow)"
+    some = list(dict.fromkeys(found))
+    return f"; look at {', '.join(some[:4])}{' and others' * (len(some) > 4)}"
+
+
+def _own_nodes(start: Any, stops: set[Any]) -> Iterator[str]:
+    """Names of the backward functions between tensors that are not torch's, or are known to be wrong."""
+    seen, left = set(stops), [start]
+    while left:
+        node = left.pop()
+        if node is None or node in seen or len(seen) > 10_000:
+            continue
+        seen.add(node)
+        kind = type(node).__name__
+        if isinstance(node, torch.autograd.function.BackwardCFunction) or any(word in kind for word in _WRONG):
+            yield "weight_norm" if "WeightNorm" in kind else kind.removesuffix("Backward")
+        left.extend(following for following, _ in node.next_functions)

@@ -1,0 +1,371 @@
+"""How the losses of batches make up the loss of all data: weights that are tried on a few examples and their parts.
+
+A loss is a function of (outputs, targets), and nothing in it says for certain what its mean divides by. So every weight
+that a batch could have is a candidate, and is kept if the losses and gradients of two parts of a few examples give
+those of the examples together.
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from flatmin.measure.counts import (
+    Count,
+    Given,
+    Reduction,
+    Rule,
+    candidates,
+    is_of_torch,
+    labels_of,
+    may_be_ignored,
+    options_of,
+)
+from flatmin.measure.nested import Axes, Pair, axis_of, cut, first_tensor, joined, tensors
+
+_PROBES = 10  # sets of examples that are compared with their parts, beside the first few
+_ROWS = 6  # examples of one batch in one of them
+# What a loss may raise on examples that it cannot take.
+Unfit = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError)
+
+
+class Trial(Protocol):
+    """Losses with gradients, to be compared."""
+
+    tol: float
+
+    def together(self, pair: Pair, rows: Sequence[Tensor], count: int, axes: Axes) -> list[Tensor] | None:
+        """[loss, gradient] of each set of rows, the outputs cut; None if the outputs have no rows."""
+
+    def apart(self, pair: Pair, rows: Sequence[Tensor], count: int, axes: Axes) -> list[Tensor] | None:
+        """The same, the model run on each set of rows by itself."""
+
+
+@dataclass
+class Outcome:
+    """What trials say.
+
+    Args:
+        names: texts of the counts that stood all of them.
+        summed: whether the sum did.
+        probes: sets of examples that were compared.
+        coupled: whether the outputs of an example depend on the others.
+        told: one comparison, in words.
+    """
+
+    names: list[str]
+    summed: bool
+    probes: int = 0
+    coupled: bool = False
+    told: str = ""
+
+    @property
+    def failed(self) -> bool:
+        """Whether nothing stood the trials."""
+        return self.probes > 0 and not self.names and not self.summed
+
+
+def compare(trial: Trial, pairs: Sequence[Pair], counts: Sequence[Count | Given], *, in_eval: bool) -> Outcome:
+    """Which of the counts make the losses of parts the loss of the whole.
+
+    Args:
+        trial: evaluates.
+        pairs: the batches.
+        counts: candidates.
+        in_eval: whether examples are independent of each other in the model, as far as is known; then the model runs on
+            the parts, otherwise its outputs for the whole are cut.
+    """
+    shapes = [first_tensor(targets).shape for _, targets in pairs]
+    ways = ("apart", "together") if in_eval else ("together", "apart")
+    tries: list[tuple[str, Axes]] = [(way, (0, 1)) for way in ways]
+    if all(len(s) > 1 for s in shapes):
+        # Outputs may fall into parts along any dimension. That examples are dimension 1 is seen where it alone differs
+        # between batches, or where the model runs on parts of it.
+        second = len({s[:1] for s in shapes}) == 1 < len({s[1:2] for s in shapes})
+        tries += [(way, (1, 0)) for way in (ways if second else ways[:1] if in_eval else ())]
+    first: Outcome | None = None
+    for way, along in tries:
+        outcome = _Comparison(getattr(trial, way), trial.tol, pairs, counts, along).run()
+        if outcome.probes and not outcome.failed:
+            outcome.coupled = in_eval and way == "together"
+            return outcome
+        first = outcome if first is None or (outcome.probes and not first.probes) else first
+    assert first is not None
+    return first
+
+
+Row = tuple[int, int]  # number of a batch, and of an example in it
+
+
+class _Comparison:
+    """Comparisons in one way, along one dimension."""
+
+    def __init__(
+        self,
+        evaluate: Callable[[Pair, Sequence[Tensor], int, Axes], list[Tensor] | None],
+        tol: float,
+        pairs: Sequence[Pair],
+        counts: Sequence[Count | Given],
+        axes: Axes,
+    ) -> None:
+        self.evaluate, self.tol, self.axes = evaluate, tol, axes
+        self.units = [(pair, first_tensor(pair[1]).shape[axes[0]]) for pair in pairs]
+        layouts = {tuple(axis_of(t, n, axes) for _, t in tensors(pair)) for pair, n in self.units}
+        if len(layouts) > 1:
+            self.units = []  # by their sizes alone it cannot be seen where a tensor has its examples
+        self.generator = torch.Generator().manual_seed(0)
+        self.alive: dict[str, Count | Given] = {c.text: c for c in reversed(counts)}
+        self.alive = {c.text: self.alive[c.text] for c in counts}  # in their order, the first of each text
+        self.rows: dict[str, Tensor | None] = {}
+        self.summed, self.probes, self.told = True, 0, ""
+
+    def run(self) -> Outcome:
+        """All of them."""
+        for rows in (*self._mixed(), *self._within()):
+            first = 2 if len(rows) > 4 else 1
+            self._try(rows[:first], rows[first:])
+        tried: set[tuple[str, str]] = set()
+        for _ in range(_PROBES if self.probes else 0):
+            chosen = self._apart(tried)
+            if chosen is None:
+                break
+            self._try(*chosen)
+        return Outcome(list(self.alive), self.summed, self.probes, told=self.told)
+
+    def _within(self) -> Iterator[list[Row]]:
+        """Examples of one batch, the first and the last."""
+        for unit in sorted({0, len(self.units) - 1} if self.units else ()):
+            yield [(unit, i) for i in self._drawn(self.units[unit][1], _ROWS)]
+
+    def _mixed(self) -> Iterator[list[Row]]:
+        """Examples of several batches, twice, with unlike labels among them."""
+        for _ in range(2 if len(self.units) > 1 else 0):
+            some = [self._one(unit) for _ in range(2) for unit in self._drawn(len(self.units), _ROWS)]
+            some = list(dict.fromkeys([*some[: 2 * _ROWS - 4], *self._unlike()]))
+            yield [some[i] for i in self._drawn(len(some), len(some))]
+
+    def _unlike(self) -> list[Row]:
+        """Examples of up to four labels."""
+        found: dict[float, Row] = {}
+        for unit, (pair, n) in enumerate(self.units):
+            first = first_tensor(pair[1])
+            axis = axis_of(first, n, self.axes)
+            if first.is_floating_point() or first.is_complex() or axis is None or not first.numel():
+                break
+            labels = first.movedim(axis, 0).reshape(n, -1)[:, -1].tolist()
+            for i, label in enumerate(labels):
+                found.setdefault(label, (unit, i))
+            if len(found) >= 4:
+                break
+        return list(found.values())[:4]
+
+    def _drawn(self, count: int, most: int) -> list[int]:
+        found: list[int] = torch.randperm(count, generator=self.generator)[:most].tolist()
+        return found
+
+    def _one(self, unit: int) -> Row:
+        return unit, int(torch.randint(self.units[unit][1], (), generator=self.generator))
+
+    def _apart(self, tried: set[tuple[str, str]]) -> tuple[list[Row], list[Row]] | None:
+        """Two parts that tell apart two of the counts that are left; None if they are proportional on all examples."""
+        for name in self.alive.keys() - self.rows.keys():
+            self.rows[name] = self._rows(self.alive[name])
+        rows = {name: self.rows[name] for name in self.alive}
+        known = {name: r / r.sum() for name, r in rows.items() if r is not None and float(r.sum()) > 0}
+        for (a, x), (b, y) in itertools.combinations(known.items(), 2):
+            far = x - y
+            if (a, b) in tried or float(far.abs().max()) <= 1e-9 * float(torch.maximum(x, y).max()):
+                continue
+            tried.add((a, b))
+            most, least = self._place(int(far.argmax())), self._place(int(far.argmin()))
+            if self._pair([most, least]) is not None:
+                return [most], [least]
+            # Batches that do not fit together: the best within one.
+            best: tuple[float, list[Row], list[Row]] = (-1.0, [], [])
+            start = 0
+            for unit, (_, n) in enumerate(self.units):
+                part = slice(start, start + n)
+                if n > 1:
+                    high, low = int(far[part].argmax()), int(far[part].argmin())
+                    shares = [float(v[part][high] / (v[part][high] + v[part][low]).clamp(min=1e-300)) for v in (x, y)]
+                    best = max(best, (abs(shares[0] - shares[1]), [(unit, high)], [(unit, low)]))
+                start += n
+            if best[0] > 0:
+                return best[1:]
+        return None
+
+    def _place(self, row: int) -> Row:
+        for unit, (_, n) in enumerate(self.units):
+            if row < n:
+                return unit, row
+            row -= n
+        raise IndexError("a row beyond the last")
+
+    def _rows(self, count: Count | Given) -> Tensor | None:
+        found = [count.rows(pair, n, self.axes) for pair, n in self.units]
+        known = [r for r in found if r is not None]
+        return torch.cat(known) if len(known) == len(found) and found else None
+
+    def _pair(self, rows: Sequence[Row]) -> Pair | None:
+        """These examples as one batch."""
+        parts = []
+        for unit, group in itertools.groupby(rows, key=lambda row: row[0]):
+            pair, n = self.units[unit]
+            places = torch.tensor([i for _, i in group])
+            parts.append((cut(pair, places, n, self.axes), len(places)))
+        return parts[0][0] if len(parts) == 1 else joined(parts, self.axes)
+
+    def _try(self, a: Sequence[Row], b: Sequence[Row]) -> None:
+        """Compare, and drop what does not stand."""
+        pair = self._pair([*a, *b]) if a and b else None
+        if pair is None:
+            return
+        n = len(a) + len(b)
+        parts = [torch.arange(len(a)), torch.arange(len(a), n), torch.arange(n)]
+        try:
+            found = self.evaluate(pair, parts, n, self.axes)
+        except torch.OutOfMemoryError:
+            raise
+        except Unfit:
+            found = None
+        if found is None:
+            return
+        one, two, whole = found
+        if not torch.isfinite(whole).all():
+            return  # every term of these examples is ignored, say
+        self.probes += bool(one.isfinite().all() and two.isfinite().all())
+        pieces = [cut(pair, rows, n, self.axes) for rows in parts]
+        self.summed = self.summed and self._alike(one + two, whole, one, two)
+        for name, count in list(self.alive.items()):
+            weights = [count.total(piece) for piece in pieces[:2]]
+            total = sum(weights)
+            counted = [(w / total) * p for w, p in zip(weights, (one, two), strict=True) if w and total]
+            if counted and self._alike(torch.stack(counted).sum(0), whole, one, two):
+                continue
+            # The mean over no term is not finite, and says nothing of what it divides.
+            if not any(w == 0 and not p.isfinite().all() for w, p in zip(weights, (one, two), strict=True)):
+                del self.alive[name]
+        self.told = (
+            f"{n} examples have a loss of {float(whole[0]):.4g}, {len(a)} of them {float(one[0]):.4g} and the other "
+            f"{len(b)} {float(two[0]):.4g}"
+        )
+
+    def _alike(self, found: Tensor, whole: Tensor, *parts: Tensor) -> bool:
+        """Whether loss and gradient are the same up to round-off."""
+        for rows in (slice(0, 1), slice(1, None)):
+            size = max(float(v[rows].norm()) for v in (whole, *(p for p in parts if torch.isfinite(p).all())))
+            if not float((found[rows] - whole[rows]).norm()) <= self.tol * size:
+                return False
+        return True
+
+
+# -- the verdict -------------------------------------------------------------------------------------------------------
+
+
+def weigh(
+    loss: Any,
+    pairs: Sequence[Pair],
+    trials: Iterable[Trial],
+    *,
+    terms: Callable[[Any, Any], float] | None,
+    reduction: Reduction | None,
+    in_eval: bool,
+    gathered: Callable[[Any], list[Any]],
+) -> Rule:
+    """How batches make up the loss of all data.
+
+    Args:
+        loss: (outputs, targets) -> scalar.
+        pairs: the batches of this process with a finite loss.
+        trials: evaluate; the next one is asked where nothing stands the one before.
+        terms: given weights, or None.
+        reduction: given, or None.
+        in_eval: see `compare`.
+        gathered: (object) -> those of all processes.
+
+    Raises:
+        ValueError: nothing that is tried gives the loss of a batch from its parts'.
+
+    Warns:
+        UserWarning: see `Problem`.
+    """
+    seen = may_be_ignored(set().union(*gathered(labels_of(pairs))))
+    counts: list[Count | Given] = []
+    if pairs:
+        counts += [Given(terms)] if terms is not None else candidates(loss, pairs, seen)
+    outcome = Outcome([], False)
+    for trial in trials if pairs else ():
+        found = compare(trial, pairs, counts, in_eval=in_eval)
+        outcome = outcome if outcome.probes and (found.failed or not found.probes) else found
+        if outcome.probes and not outcome.failed:
+            break
+    every = gathered((outcome, len(pairs)))
+    tried = [one for one, _ in every if one.probes]
+    batches = sum(count for _, count in every)
+    names = [name for name in outcome.names if all(name in one.names for one in tried)] if outcome.probes else []
+    names = names if outcome.probes else [c.text for c in counts if all(c.text in one.names for one in tried)]
+    means = bool(tried) and bool(set(tried[0].names).intersection(*(one.names for one in tried)))
+    sums = bool(tried) and all(one.summed for one in tried)
+    said = options_of(loss).get("reduction")
+    chosen: Reduction = reduction or ("sum" if said == "sum" else "mean")
+    if not tried:
+        if batches > 1 and terms is None and reduction is None and not is_of_torch(loss):
+            _warn(
+                "the loss could not be taken of parts of a batch, so it is not known what its mean divides by; batches "
+                f"count by their {counts[0].text if counts else 'examples'}. Pass terms=, a function (inputs, targets) "
+                "-> number of terms of a batch, to say so."
+            )
+    elif reduction is None and (means or sums):
+        chosen = "sum" if sums and (said == "sum" or not means) else "mean"
+        if chosen == "sum" and said != "sum":
+            _warn(
+                "the loss of a batch is the sum over its terms, not their mean; what is measured is the sum divided by "
+                f"the number of terms ({counts[0].text if counts else 'examples'}). Pass reduction='sum' if it is "
+                "meant so, and terms= to count otherwise."
+            )
+    elif not (means if chosen == "mean" else sums):
+        _refuse(batches, tried, chosen, terms, reduction, sums)
+    if batches > 1 and any(one.coupled for one in tried):
+        _warn(
+            "in eval mode the outputs of an example depend on the others of its batch (such as by batch statistics), "
+            "or examples are not the first dimension of the targets; so what is measured depends on the batches. Give "
+            "the data as one batch to be free of it."
+        )
+    by_name = {c.text: c for c in reversed(counts)}
+    count = by_name[names[0]] if chosen == "mean" and names else counts[0] if counts else Count("examples")
+    return Rule(count, chosen)
+
+
+def _refuse(
+    batches: int, tried: Sequence[Outcome], chosen: Reduction, terms: Any, reduction: Reduction | None, sums: bool
+) -> None:
+    """Raise, or warn where the caller has taken it on, what no weights make right."""
+    told = next(one.told for one in tried if one.failed or one.told)
+    if batches == 1 and chosen == "mean":
+        return  # the batch is the whole
+    if reduction == "mean" and sums:
+        raise ValueError(f"reduction='mean' was given, but the loss of a batch is the sum over its terms: {told}.")
+    if terms is not None and reduction is None:
+        _warn(
+            f"the loss of a batch is not the mean of its parts' losses weighted by terms=: {told}. What is measured "
+            "depends on how the data are divided into batches."
+        )
+        return
+    raise ValueError(
+        f"the loss of a batch is neither a mean nor a sum over its examples, by any weight that was tried: {told}. "
+        "So the loss of all data cannot be had from those of batches. If the loss compares the examples of a batch "
+        "with each other, give the data as one batch. If it is a mean that divides by something else, pass terms=, a "
+        "function (inputs, targets) -> weight of a batch. If it is a sum with a penalty of the weights added, take the "
+        "penalty out (weight_decay=) or make it a mean (reduction)."
+    )
+
+
+def _warn(text: str) -> None:
+    """At the line that makes the problem."""
+    warnings.warn(text, UserWarning, stacklevel=5)
