@@ -348,3 +348,17 @@ def test_the_cases_differ():
         for b in CASES:
             far = float((ends[a] - ends[b]).abs().max())
             assert far < TOLERANCE if a == b or {a, b} == twins else far > 1e-5, (a, b)
+
+
+def test_the_pure_function_names_vmap_where_it_cannot_run():
+    """And runs where the loss itself is mapped."""
+    w, x = torch.randn(4, 3), torch.randn(4, 3)
+
+    def one(w, x):
+        return flatmin.value_and_grad(lambda p: (p["w"] @ x).square(), {"w": w})[1]["w"]
+
+    with pytest.raises(RuntimeError, match=r"inside torch.vmap.*Python loop over the members"):
+        torch.vmap(one)(w, x)
+    inner = lambda p: torch.vmap(lambda w, x: (w @ x).square())(p["w"], x).sum()  # noqa: E731
+    _, grads, _ = flatmin.value_and_grad(inner, {"w": w}, rho=0.0)
+    torch.testing.assert_close(grads["w"], 2 * (w * x).sum(1, keepdim=True) * x)

@@ -71,7 +71,13 @@ def value_and_grad(
 
     Raises:
         ValueError: bad rho, unknown recipe, or needs that a pure function cannot serve.
+        RuntimeError: inside `torch.vmap`.
     """
+    if _inside_vmap():
+        raise RuntimeError(
+            "value_and_grad cannot run inside torch.vmap: kernels over lists of tensors have no batching rule. Call it in "
+            "a Python loop over the members, each with parameters of its own; vmap inside loss_fn works."
+        )
     recipe = compose(recipe) if isinstance(recipe, str) else recipe
     if why := refusal(recipe, Loop.FUNCTIONAL):
         raise ValueError(f"{recipe.name} {why}.")
@@ -118,3 +124,8 @@ def value_and_grad(
             else:
                 new[key] = value
     return loss, dict(zip(names, outcome.update, strict=True)), new
+
+
+def _inside_vmap() -> bool:
+    stack = torch._C._functorch.get_interpreter_stack()
+    return any(level.key() == torch._C._functorch.TransformType.Vmap for level in stack or ())
