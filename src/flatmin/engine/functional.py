@@ -75,8 +75,8 @@ def value_and_grad(
     """
     if _inside_vmap():
         raise RuntimeError(
-            "value_and_grad cannot run inside torch.vmap: kernels over lists of tensors have no batching rule. Call it in "
-            "a Python loop over the members, each with parameters of its own; vmap inside loss_fn works."
+            "value_and_grad cannot run inside torch.vmap: kernels over lists of tensors have no batching rule. Call it "
+            "in a Python loop over the members, each with parameters of its own; vmap inside loss_fn works."
         )
     recipe = compose(recipe) if isinstance(recipe, str) else recipe
     if why := refusal(recipe, Loop.FUNCTIONAL):
