@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 import flatmin
+from flatmin.engine.containers import leaves
 from flatmin.engine.guards import FrozenStatistics
-from flatmin.engine.watch import leaves
-from tests.helpers import batch
+from tests.helpers import batch, sam_by_hand
 
 DOORS = ["closure", "perturbed", "two calls", "passes"]
 
@@ -428,6 +428,44 @@ def test_what_only_a_second_forward_changes_is_put_back_and_what_the_loop_change
         opt.step()
         opt.zero_grad()
     assert (int(model.slow), model.beta) == (1, 4.0)
+
+
+class Flat(nn.Module):
+    """Its weights are views of one buffer, and it keeps what it has computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.lin, self.features = nn.Linear(4, 3), None
+        self.register_buffer("flat", torch.cat([p.detach().flatten() for p in self.lin.parameters()]))
+        self.lin.weight.data, self.lin.bias.data = self.flat[:12].view(3, 4), self.flat[12:]
+
+    def forward(self, x):
+        self.features = self.lin(x)
+        return self.features
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_state_that_is_a_view_of_the_weights_is_left_to_them(door):
+    torch.manual_seed(0)
+    model, twin = Flat(), nn.Linear(4, 3)
+    twin.load_state_dict(model.lin.state_dict())
+    opt = flatmin.SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.3, model=model)
+    base = torch.optim.SGD(twin.parameters(), lr=0.1)
+    for _ in range(3):
+        x = torch.randn(8, 4)
+        one_step(model, opt, x, door)
+        sam_by_hand(twin.parameters(), 0.3, lambda x=x: twin(x).square().mean().backward(), base)
+    torch.testing.assert_close(model.flat[:12].view(3, 4), twin.weight.detach())
+
+
+def test_layers_that_are_replaced_are_followed():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+    opt = flatmin.SAM(torch.optim.SGD(model[0].parameters(), lr=0.1), model=model)
+    for k in range(4):
+        if k in (0, 2):
+            model[1] = nn.BatchNorm1d(4)  # as `convert_sync_batchnorm` and quantisation do
+        one_step(model, opt, torch.randn(8, 4), DOORS[k])
+    assert int(model[1].num_batches_tracked) == 2
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, lambda m: pickle.loads(pickle.dumps(m))])

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
-import copy
-import dataclasses
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from flatmin.engine.containers import detached, loss_in
 from flatmin.engine.diagnostics import Diagnostics
 from flatmin.engine.guards import OtherGradients
 from flatmin.engine.program import Site
@@ -22,7 +20,7 @@ from flatmin.engine.replicas import Replicas
 from flatmin.engine.scaling import Scaling
 from flatmin.engine.tensors import Layout
 from flatmin.engine.update import Evaluation, Update
-from flatmin.engine.watch import ModelWatch, leaves
+from flatmin.engine.watch import ModelWatch
 from flatmin.parts import Gradients, Need
 from flatmin.parts.points import accumulate
 from flatmin.recipes import Recipe
@@ -34,42 +32,9 @@ if TYPE_CHECKING:
 Closure = Callable[[], Any]
 
 
-def loss_in(result: Any) -> Any:
-    """The loss in what a closure returned: itself, or "loss" of a mapping or object, or the first of a sequence."""
-    if isinstance(result, Mapping):
-        return result.get("loss")
-    if isinstance(result, (list, tuple)):
-        return result[0] if result else None
-    return getattr(result, "loss", result)
-
-
-def detached(result: Any) -> Any:
-    """What a closure returned, with no graph behind its tensors."""
-    if isinstance(result, Tensor):
-        return result.detach()
-    if isinstance(result, Mapping):
-        kept = {k: detached(v) for k, v in result.items()}
-        return type(result)(**kept) if dataclasses.is_dataclass(result) else _like(result, kept)
-    if isinstance(result, (list, tuple)):
-        items = [detached(v) for v in result]
-        return type(result)(*items) if hasattr(result, "_fields") else _like(result, items)
-    if dataclasses.is_dataclass(result) and not isinstance(result, type):
-        return dataclasses.replace(
-            result, **{f.name: detached(getattr(result, f.name)) for f in dataclasses.fields(result) if f.init}
-        )
-    if isinstance(result, (set, frozenset, collections.deque)):
-        return _like(result, [detached(v) for v in result])
-    if hasattr(result, "__dict__") and any(isinstance(x, Tensor) and x.requires_grad for x in leaves(result)):
-        result = copy.copy(result)
-        vars(result).update({k: detached(v) for k, v in vars(result).items()})
-    return result
-
-
-def _like(result: Any, items: Any) -> Any:
-    try:
-        return type(result)(items)
-    except TypeError:
-        return items
+def _due(count: int) -> bool:
+    """Whether to look at the graph of a loss: in the first updates, and now and then."""
+    return count <= 3 or count % 100 == 0
 
 
 def _run_all(closures: Sequence[Closure], update: Update) -> Any:
@@ -133,7 +98,7 @@ class Doors(Optimizer):
     _warned: set[str]
     _base_differentiates: bool
     _others: OtherGradients | None
-    _looked: bool
+    _looks: int
 
     if TYPE_CHECKING:
 
@@ -146,6 +111,8 @@ class Doors(Optimizer):
         def _moves(self) -> bool: ...
 
         def _refuse_second_order_base(self) -> None: ...
+
+        def _follow_model(self) -> None: ...
 
     @torch.no_grad()
     def step(self, closure: Closure | Sequence[Closure] | None = None) -> Any:
@@ -255,6 +222,7 @@ class Doors(Optimizer):
             raise RuntimeError(f"{self.recipe.name} needs {Need.MICRO_BATCHES.value}; got one closure.")
         update = self._begin(len(closures), closed=True)
         unused = None if update.plain else self._unused_gradient()
+        self._looks += 1
         firsts: list[Any] = []
         visited: set[int | None] = set()
         while update.request is not None:
@@ -268,10 +236,9 @@ class Doors(Optimizer):
                 result = chosen[0]() if len(chosen) == 1 else _run_all(chosen, update)
                 if probe is not None and probe.grad is cleared:
                     self._judge_closure(probe)
-                if not (update.plain or self._looked or len(chosen) > 1):
-                    self._looked = True
+                if evaluation.index == 0 and not update.plain and len(chosen) == 1 and _due(self._looks):
                     others = self._others or OtherGradients(None, ())
-                    others.look(loss_in(result), update.site.weights)
+                    others.look(result, update.site.weights)
                     self._others = others or None
                 if self._diagnostics is not None and not (moved and evaluation.role == "ascent"):
                     self._diagnostics.loss(loss_in(result), perturbed=moved)
@@ -495,6 +462,7 @@ class Doors(Optimizer):
     def _begin(self, chunks: int = 1, *, door: str = "a new update", closed: bool = False) -> Update:
         self._refuse_second_update(door)
         self._refuse_second_order_base()
+        self._follow_model()
         self._update = Update(cast("SAM", self), self._site(chunks), closed=closed)
         return self._update
 

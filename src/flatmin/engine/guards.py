@@ -6,7 +6,7 @@ import functools
 import random
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from flatmin.engine.containers import leaves
 from flatmin.engine.tensors import is_sharded
 from flatmin.engine.untrained import STATISTICS
 from flatmin.parts import Gradients
@@ -96,6 +97,7 @@ class OtherGradients:
             if id(p) not in mine and not is_sharded(p):
                 self._names.append(name)
                 self._parameters.append(p)
+        self._later: list[Tensor] = []
         self._prior: Gradients | None = None
         self._pass: Gradients | None = None
         self._total: Gradients | None = None
@@ -103,7 +105,7 @@ class OtherGradients:
         self._copies: list[tuple[Tensor, Tensor, int, Tensor]] = []
 
     def __bool__(self) -> bool:
-        return bool(self._parameters)
+        return bool(self._parameters or self._later)
 
     def in_training(self) -> list[Tensor]:
         """Those that another optimizer may train."""
@@ -113,14 +115,19 @@ class OtherGradients:
         """The name of the first of them that has a gradient."""
         return next((n for n, p in zip(self._names, self._parameters, strict=True) if p.grad is not None), None)
 
-    def look(self, loss: Any, trained: Iterable[Tensor]) -> None:
-        """Find further ones that a loss depends on; in the first pass of an update, before it ends."""
+    def look(self, result: Any, trained: Iterable[Tensor]) -> None:
+        """Find further ones that what a closure returned depends on; before the first pass of an update ends."""
         known = {id(w) for w in (*trained, *self._parameters)}
-        # What had a gradient before this pass as well is left to the next look.
-        found = [p for p in _leaves(loss) if id(p) not in known and p.grad is not None and p.grad._version == 0]
-        self._parameters += found
-        self._names += [f"a weight of shape {tuple(p.shape)}" for p in found]
-        self._prior = [*(self._prior or []), *[None] * len(found)]
+        found = [p for p in _leaves(result) if id(p) not in known and p.grad is not None]
+        # What had a gradient before this pass as well cannot be told from it now; the next update can.
+        fresh = [p for p in found if p.grad is not None and p.grad._version == 0]
+        self._add(fresh)
+        self._prior = [*(self._prior or []), *[None] * len(fresh)]
+        self._later += [p for p in found if p.grad is not None and p.grad._version > 0]
+
+    def _add(self, parameters: Sequence[Tensor]) -> None:
+        self._parameters += parameters
+        self._names += [f"a weight of shape {tuple(p.shape)}" for p in parameters]
 
     def enter(self) -> None:
         """A pass begins."""
@@ -154,6 +161,9 @@ class OtherGradients:
             self._set(self._last)  # the base takes the gradient of the ascent
         self._prior = self._pass = self._total = self._last = None
         self._copies = []
+        if self._later:
+            self._add(self._later)
+            self._later = []
 
     def copy(self) -> None:
         """Remember gradients that a backward in the coming pass would add to."""
@@ -174,9 +184,11 @@ class OtherGradients:
             p.grad = g
 
 
-def _leaves(loss: Any) -> list[Tensor]:
-    """The tensors at the ends of a loss's graph, which a backward pass gives gradients to."""
-    waiting, seen, found = [getattr(loss, "grad_fn", None)], set(), []
+def _leaves(result: Any) -> list[Tensor]:
+    """The tensors at the ends of the graphs behind what a closure returned: a backward pass gives them gradients."""
+    waiting: list[Any] = [x.grad_fn for x in leaves(result) if isinstance(x, Tensor)]
+    seen: set[Any] = set()
+    found: list[Tensor] = []
     while waiting:
         node = waiting.pop()
         if node is None or node in seen:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
-import operator
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -505,7 +503,7 @@ class SAM(Copies):
         self._statistics: FrozenStatistics | None = None
         self._state: UntrainedState | None = None
         self._others: OtherGradients | None = None
-        self._looked = False  # whether a loss was asked for further weights that it depends on
+        self._looks = 0  # updates in which a loss was asked, or may be, for further weights that it depends on
         self._watch: ModelWatch | None = None
         if model is not None:
             if not {id(p) for p in model.parameters()} & {id(w) for w in weights}:
@@ -523,11 +521,11 @@ class SAM(Copies):
             return
         weights = [w for group in self.param_groups for w in group["params"]]
         self._watch.weights = weights
-        self._modules = list(self._model.modules())
+        self._families = [(m._modules, list(m._modules.values())) for m in self._model.modules() if m._modules]
         if self._freeze_batchnorm and not self._frozen:
             statistics = FrozenStatistics(self._model)
             self._statistics = statistics if statistics.layers else None
-        self._others, self._looked = OtherGradients(self._model, weights) or None, False
+        self._others, self._looks = OtherGradients(self._model, weights) or None, 0
         if self._freeze_state:
             layers = () if self._statistics is None else self._statistics.layers
             self._state = UntrainedState(self._model, weights, layers, not self._freeze_batchnorm) or None
@@ -537,9 +535,7 @@ class SAM(Copies):
 
     def _follow_model(self) -> None:
         """Look again at a model whose layers have been replaced since (SyncBatchNorm, quantisation)."""
-        if self._model is not None and not all(
-            itertools.starmap(operator.is_, itertools.zip_longest(self._modules, self._model.modules()))
-        ):
+        if self._model is not None and any(list(now.values()) != known for now, known in self._families):
             self._look_at_the_rest()
 
     def _read_names(self) -> dict[Tensor, str]:

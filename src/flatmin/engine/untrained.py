@@ -19,6 +19,7 @@ from flatmin.engine.tensors import is_sharded
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _PLAIN = set(nn.Module().__dict__)
 _COMPARED, _AGAIN = 3, 100  # values are compared in the first updates, and in one of so many later on
+_SIMPLE = {int, float, bool, str, type(None)}
 Place = tuple[dict[str, Any], str]
 
 
@@ -68,7 +69,7 @@ class UntrainedState:
         self, model: nn.Module, trained: Iterable[Tensor], statistics: Collection[nn.Module], free: bool
     ) -> None:
         self._model, self._free = weakref.ref(model), free
-        self._trained = {id(w): w.numel() for w in trained if w.requires_grad}
+        self._trained = {id(w): w for w in trained if w.requires_grad}
         self._statistics = set(map(id, statistics))
         self._own = [m for m in model.modules() if not type(m).__module__.startswith("torch.")]
         self._updates = 0
@@ -114,12 +115,19 @@ class UntrainedState:
                         self._silent.add(prefix + key)  # observers are written by kernels that count no version
 
     def _look(self) -> _Look:
-        tensors = [place.get(key) for place, key in self._places]
+        tensors = [_kept(place.get(key)) for place, key in self._places]
+        values = [place.get(key) for place, key in self._numbers]
         return _Look(
             tensors,
             list(map(_version, tensors)),
             list(map(_address, tensors)),
-            [place.get(key) for place, key in self._numbers],
+            [v if type(v) in _SIMPLE or isinstance(v, (numbers.Number, str)) else _Other(id(v)) for v in values],
+        )
+
+    def _changed_shape(self) -> bool:
+        """Whether there are attributes or buffers that the last scan did not see, or tensors where it saw none."""
+        return self._extent() != self._scanned or any(
+            isinstance(_kept(place.get(key)), Tensor) for place, key in self._numbers
         )
 
     # -- the passes of an update ---------------------------------------------------------------------------------
@@ -127,7 +135,7 @@ class UntrainedState:
     def begin(self) -> None:
         """A first pass begins."""
         model = self._model()
-        if model is not None and self._extent() != self._scanned:
+        if model is not None and self._changed_shape():
             self._scan(model)
         self._before = self._look()
 
@@ -143,7 +151,7 @@ class UntrainedState:
 
     def _note(self) -> None:
         before, model = self._before, self._model()
-        if model is not None and (before is None or self._extent() != self._scanned):
+        if model is not None and (before is None or self._changed_shape()):
             # The first forward has made attributes or buffers: in this update everything counts as changed.
             self._scan(model)
             self._held = held = self._look()
@@ -155,12 +163,16 @@ class UntrainedState:
         present = [x for x in held.tensors if isinstance(x, Tensor)]
         self._compares = (
             (self._updates <= _COMPARED or self._updates % _AGAIN == 0)
-            and sum(x.numel() for x in present) <= 2 * sum(self._trained.values())
+            and sum(x.numel() for x in present) <= 2 * sum(w.numel() for w in self._trained.values())
             and all(x.device.type in ("cpu", "cuda") and x.layout is torch.strided for x in present)
             and not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
         )
         known = self._silent | self._late
         copied = self._first[0] | {i for i, n in enumerate(self._names) if self._compares or n in known}
+        # What shares its memory with a weight moves with it.
+        weights = {_memory(w) for w in self._trained.values()} - {0} if copied else set()
+        self._aliases = {i for i in copied if _memory(held.tensors[i]) in weights}
+        copied -= self._aliases
         self._copies = {i: x.clone() for i in copied if isinstance(x := held.tensors[i], Tensor)}
 
     def enter_forward(self) -> None:
@@ -187,11 +199,13 @@ class UntrainedState:
         assert held is not None
         tensors, counters = self._look().changes(held)
         for i in counters:
+            if isinstance(held.numbers[i], _Other):
+                continue
             if i in self._first[1] or i in self._inside[1] or not self._forwards:
                 place, key = self._numbers[i]
                 place[key] = held.numbers[i]
         lost = []
-        for i in tensors:
+        for i in tensors - self._aliases:
             value = held.tensors[i]
             trained = isinstance(value, nn.Parameter) and value.requires_grad  # by another optimizer
             ours = i in self._inside[0] or (not trained and (i in self._first[0] or not self._forwards))
@@ -226,6 +240,25 @@ class UntrainedState:
             value.copy_(self._copies[i])
             held.versions[i], held.addresses[i] = _version(value), _address(value)
         place[key] = value
+
+
+@dataclass(frozen=True, slots=True)
+class _Other:
+    """Stands for an object that is no number; the object itself is not kept."""
+
+    identity: int
+
+
+def _kept(x: Any) -> Any:
+    """A tensor, unless it has a graph, which must not be kept alive; None for anything else."""
+    return x if isinstance(x, Tensor) and x.grad_fn is None else None
+
+
+def _memory(x: Any) -> int:
+    try:
+        return x.untyped_storage().data_ptr() if isinstance(x, Tensor) else 0
+    except (RuntimeError, NotImplementedError):
+        return 0  # tensors without memory of their own
 
 
 def _has_values(x: Any) -> bool:

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from flatmin.engine.containers import leaves
 from flatmin.engine.guards import RandomState
 from flatmin.engine.untrained import UntrainedState
 
 _SLOT = "_compiled_call_impl"
-_MOST = 256  # items of a container that are looked at
-_EVERY = 100  # updates between two looks at which modules a model has
 
 
 class CallSlot:
@@ -128,7 +125,7 @@ class ModelWatch:
         model: the module that the loop calls.
         random: what to capture and replay; None: nothing.
         weights: the optimizer's.
-        follow: called before the first update and now and then, for models whose modules change.
+        follow: called before the first forward of a manual loop's update, for models whose modules change.
         abandoned: called when a forward of a first pass turns out to have been given up.
 
     Attributes:
@@ -146,7 +143,6 @@ class ModelWatch:
     ) -> None:
         self.random, self.weights, self._abandoned = random, weights, abandoned
         self._follow = None if follow is None else weakref.WeakMethod(follow)
-        self._updates = 0
         self.state: UntrainedState | None = None
         self.cleared = self.inside = False
         self._warned = False
@@ -228,12 +224,9 @@ class ModelWatch:
                 self._abandoned()
         self.cleared = False
         if self.forwards[later] == 0:
-            if not later:
-                follow = self._follow() if self._follow is not None and self._updates % _EVERY == 0 else None
-                self._updates += 1
-                if follow is not None:
-                    follow()
             if not self.bracketed:
+                if not later and (follow := self._follow and self._follow()) is not None:
+                    follow()
                 self._open_pass(later)
             if not later:
                 self._batch = [(x, _version(x)) for x in data] if whole else None
@@ -312,26 +305,6 @@ def _accumulates(weight: Tensor) -> bool:
         return False  # this is how torch says that it runs autograd.grad(), which adds to no gradient
 
 
-def leaves(value: Any, depth: int = 4) -> Iterator[Any]:
-    """The tensors and arrays in a value, through mappings, sequences, dataclasses and plain objects."""
-    if isinstance(value, (Tensor, *_arrays())):
-        yield value
-        return
-    if depth == 0 or value is None or isinstance(value, (str, bytes, int, float, nn.Module)):
-        return
-    inner: Iterable[Any] = ()
-    if isinstance(value, Mapping):
-        inner = list(value.values())
-    elif isinstance(value, (list, tuple, set, frozenset)):
-        inner = value
-    elif hasattr(value, "__dict__"):
-        inner = list(vars(value).values())
-    elif dataclasses.is_dataclass(value):
-        inner = [getattr(value, f.name) for f in dataclasses.fields(value)]  # with __slots__
-    for item in itertools.islice(inner, _MOST):
-        yield from leaves(item, depth - 1)
-
-
 def _version(x: Any) -> int:
     return x._version if isinstance(x, Tensor) and not x.is_inference() else 0
 
@@ -349,8 +322,3 @@ def _alike(x: Any, y: Any) -> bool:
         return True
     same = x == y
     return bool(same.all()) or bool((same | ((x != x) & (y != y))).all())
-
-
-def _arrays() -> tuple[type, ...]:
-    numpy = sys.modules.get("numpy")
-    return () if numpy is None else (numpy.ndarray,)
