@@ -194,7 +194,7 @@ def _leaves(result: Any) -> list[Tensor]:
         if node is None or node in seen:
             continue
         seen.add(node)
-        if (leaf := getattr(node, "variable", None)) is not None:
+        if isinstance(leaf := getattr(node, "variable", None), nn.Parameter):  # not an input of its own batch
             found.append(leaf)
         waiting += [following for following, _ in node.next_functions]
     return found
