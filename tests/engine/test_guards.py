@@ -543,6 +543,37 @@ def test_a_manual_loop_that_calls_a_method_of_the_model_repeats_its_draws():
     assert torch.equal(*model.masks)
 
 
+@pytest.mark.parametrize("door", DOORS)
+def test_forwards_without_gradients_are_part_of_a_pass(door):
+    """A model that learns from its own outputs under another mask."""
+    model = nn.Sequential(nn.Linear(4, 64), nn.Dropout(0.5))
+    masks = []
+
+    def forward(x):
+        with torch.no_grad():
+            target = model(x)
+        out = model(x)
+        masks.append([target != 0, out != 0])
+        return out - target
+
+    opt = flatmin.SAM(torch.optim.SGD(model.parameters(), lr=0.1), model=model)
+    for _ in range(2):
+        opt.zero_grad()
+        one_step(forward, opt, torch.randn(8, 4), door)
+        (a, b), (c, d) = masks[-2:]
+        assert torch.equal(a, c) and torch.equal(b, d) and not torch.equal(a, b)
+
+
+def test_a_forward_too_many_in_the_first_pass_is_said():
+    model = nn.Sequential(nn.Linear(4, 64), nn.Dropout(0.5))
+    opt = flatmin.SAM(torch.optim.SGD(model.parameters(), lr=0.1), model=model)
+    x = torch.randn(8, 4)
+    model(x)
+    model(x).square().mean().backward()
+    with pytest.warns(UserWarning, match="the model ran 2 times before the weights were perturbed"), opt.perturbed():
+        model(x).square().mean().backward()
+
+
 @pytest.mark.parametrize(
     ("with_model", "noise", "sentence"),
     [(False, False, "outside a call of model="), (True, True, "draws random numbers before it calls the model")],

@@ -45,7 +45,7 @@ def _run_all(closures: Sequence[Closure], update: Update) -> Any:
     share = 1.0 / len(closures)
     losses: list[Any] = []
     total: Gradients = []
-    others = None if update.plain else update.optimizer._others
+    others = update.optimizer._others
     for closure in closures:
         for w in update.site.weights:
             w.grad = None

@@ -295,6 +295,11 @@ class RandomState:
             )
         return True
 
+    def drawn(self) -> bool:
+        """Whether anything has been drawn since the states of the first pass were set again."""
+        first = self._saved.get(None)
+        return first is not None and not all(map(_equal, first, self.states()))
+
     def forget(self) -> None:
         self._saved = {}
 

@@ -19,6 +19,7 @@ from flatmin.engine.tensors import is_sharded
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _PLAIN = set(nn.Module().__dict__)
 _COMPARED, _AGAIN = 3, 100  # values are compared in the first updates, and in one of so many later on
+_WHOLE = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 _SIMPLE = {int, float, bool, str, type(None)}
 Place = tuple[dict[str, Any], str]
 
@@ -77,6 +78,8 @@ class UntrainedState:
         self._late: set[str] = set()  # tensors that a second forward has changed and the first had not
         self._before: _Look | None = None
         self._held: _Look | None = None
+        self._copies: dict[int, Tensor] = {}
+        self._aliases: set[int] = set()
         self._scan(model)
 
     def __bool__(self) -> bool:
@@ -102,7 +105,7 @@ class UntrainedState:
                     continue
                 if value is None or isinstance(value, (numbers.Number, str)):
                     self._numbers.append((held, key))
-                elif isinstance(value, Tensor) and not value.requires_grad and not is_sharded(value):
+                elif isinstance(value, Tensor) and not value.requires_grad and _has_values(value):
                     self._places.append((held, key))
                     self._names.append(prefix + key)
             for table in (module._buffers, module._parameters):
@@ -262,7 +265,11 @@ def _memory(x: Any) -> int:
 
 
 def _has_values(x: Any) -> bool:
-    return x is None or not (is_sharded(x) or is_lazy(x))
+    """Whether it can be copied and compared; quantised and nested tensors cannot."""
+    if x is None:
+        return True
+    odd = is_sharded(x) or is_lazy(x) or x.is_quantized or x.is_nested
+    return not odd and (x.is_floating_point() or x.is_complex() or x.dtype in _WHOLE)
 
 
 def _address(x: Any) -> int:

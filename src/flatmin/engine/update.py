@@ -82,7 +82,7 @@ class Update:
                 w.grad = None
             for w in opt._layout.frozen:
                 w.grad = None
-        if opt._others is not None and not (self.plain and bracketed):
+        if opt._others is not None and not self._joins_others():
             self._part_with_others(opt._others)
         if request is not None and request.at is not None:
             opt._layout = opt._layout.refreshed()
@@ -107,6 +107,10 @@ class Update:
         if opt.criterion is not None:
             self._criterion_calls = opt.criterion.calls
 
+    def _joins_others(self) -> bool:
+        """Whether the other weights' gradients are simply those of the one backward pass that comes."""
+        return self.plain and self._bracketed and self.site.services.chunks == 1
+
     def _part_with_others(self, others: OtherGradients) -> None:
         opt = self.optimizer
         if self._bracketed:
@@ -125,7 +129,7 @@ class Update:
     def _join_others(self) -> None:
         """The other weights' gradients, as the pass that ends leaves them."""
         others, request = self.optimizer._others, self.request
-        if others is None or (self.plain and self._bracketed):
+        if others is None or self._joins_others():
             return
         if not self._bracketed:
             others.restore()
@@ -199,6 +203,14 @@ class Update:
             opt._random.leave()
         if self.plain or "batches" in opt._warned:
             return
+        if watch is not None and opt._random is not None and watch.turns[0] != watch.turns[1] and opt._random.drawn():
+            opt._warned.add("batches")
+            warnings.warn(
+                f"the model ran {watch.turns[0]} times before the weights were perturbed and {watch.turns[1]} times "
+                "after it, so the second pass cannot draw the random numbers of the first. Run the same forwards in "
+                "both passes, call optimizer.zero_grad() after forwards that are no part of a step, or use a closure.",
+                stacklevel=6,
+            )
         before, after = self._added, _additions(self.site.weights)
         forwards = (1, 0) if watch is None else watch.forwards
         if before > after and forwards[0] > forwards[1]:

@@ -47,10 +47,14 @@ class CallSlot:
             return call(*args, **kwargs)
         if torch._C._functorch.peek_interpreter_stack() is not None:
             return call(*args, **kwargs)  # a transformation, which must see no values
-        if not (torch.is_grad_enabled() and (module.training or any(m.training for m in module.modules()))):
+        trains = module.training or any(m.training for m in module.modules())
+        if not (trains and torch.is_grad_enabled()):
+            whole_ones = [watch for reference, whole in self.watches if whole and (watch := reference()) is not None]
+            for watch in whole_ones if trains else ():
+                watch.take_turn()
             result = call(*args, **kwargs)
-            for reference, whole in self.watches:
-                if whole and (watch := reference()) is not None and watch.random is not None:
+            for watch in () if trains else whole_ones:
+                if watch.random is not None:
                     watch.random.evaluated()
             return result
         seen = [(watch, whole) for reference, whole in self.watches if (watch := reference()) is not None]
@@ -157,6 +161,7 @@ class ModelWatch:
     def begin_update(self) -> None:
         """The next training forward opens a new update."""
         self.pass_index, self.forwards = 0, [0, 0]
+        self.turns = [0, 0]  # forwards in train mode, also those without gradients
         self.own_forwards = 0
         self.differs = False  # the batch of the second pass from that of the first
         self.backed = False  # gradients of a forward of this update have come
@@ -167,7 +172,7 @@ class ModelWatch:
 
     def begin_pass(self, index: int, *, bracketed: bool) -> None:
         self.pass_index, self.bracketed = index, bracketed
-        self.forwards[min(index, 1)] = 0
+        self.forwards[min(index, 1)] = self.turns[min(index, 1)] = 0
         self._before_replay = None
 
     @property
@@ -222,12 +227,13 @@ class ModelWatch:
             self.begin_update()
             if self._abandoned is not None:
                 self._abandoned()
-        self.cleared = False
         if self.forwards[later] == 0:
-            if not self.bracketed:
-                if not later and (follow := self._follow and self._follow()) is not None:
+            if not (self.bracketed or later):
+                if (follow := self._follow and self._follow()) is not None:
                     follow()
-                self._open_pass(later)
+                if self.state is not None:
+                    self.state.begin()
+            self.take_turn()
             if not later:
                 self._batch = [(x, _version(x)) for x in data] if whole else None
             elif whole and self._batch is not None and not self._warned and not self._same(data):
@@ -235,24 +241,33 @@ class ModelWatch:
                 self.differs = True
                 if self.bracketed or self.forwards[0] == 1:
                     self.warn_of_batches()
-        elif whole and not self.bracketed and self.random is not None:
-            # Data may be drawn between the forwards of the first pass, and not again in the second.
-            (self.random.replay if later else self.random.capture)(-self.forwards[later])
+        elif whole:
+            self.take_turn()
+        self.cleared = False
         self.forwards[later] += 1
         if not later and len(data) == len(batch):
             self.own_forwards += 1
 
-    def _open_pass(self, later: int) -> None:
-        if later:
-            if self.random is not None and self.random.captured():
-                self._before_replay = torch.get_rng_state()
-                # A batch that is made of such draws differs for that reason.
-                self._warned |= self.random.repeat()
+    def take_turn(self) -> None:
+        """A forward of a manual loop begins, in train mode: it draws what the one of its turn drew in the first pass.
+
+        Data may be drawn between the forwards of the first pass, and not again in the second.
+        """
+        if self.random is None or self.bracketed or self.inside:
             return
-        if self.state is not None:
-            self.state.begin()
-        if self.random is not None:
-            self.random.capture()
+        later = min(self.pass_index, 1)
+        if not later and self.cleared and not self.forwards[0] and self._without_gradients():
+            self.turns[0], self.cleared = 0, False  # a forward before it was no part of a step
+        turn = self.turns[later]
+        self.turns[later] += 1
+        if not later:
+            self.random.capture(-turn or None)
+        elif turn:
+            self.random.replay(-turn)
+        elif self.random.captured():
+            self._before_replay = torch.get_rng_state()
+            # A batch that is made of such draws differs for that reason.
+            self._warned |= self.random.repeat()
 
     def _without_gradients(self) -> bool:
         return all(w.grad is None for w in self.weights)
