@@ -12,11 +12,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-_MOST = 256  # items of a container that are looked at
+_MOST = 256  # items that are looked at
 
 
-def leaves(value: Any, depth: int = 4) -> Iterator[Any]:
+def leaves(value: Any) -> Iterator[Any]:
     """The tensors and arrays in a value, through mappings, sequences, dataclasses and plain objects."""
+    return _walk(value, 4, itertools.count())
+
+
+def _walk(value: Any, depth: int, seen: Iterator[int]) -> Iterator[Any]:
+    if next(seen) > _MOST:
+        return
     if isinstance(value, (Tensor, *_arrays())):
         yield value
         return
@@ -32,7 +38,7 @@ def leaves(value: Any, depth: int = 4) -> Iterator[Any]:
     elif dataclasses.is_dataclass(value):
         inner = [getattr(value, f.name) for f in dataclasses.fields(value)]  # with __slots__
     for item in itertools.islice(inner, _MOST):
-        yield from leaves(item, depth - 1)
+        yield from _walk(item, depth - 1, seen)
 
 
 def _arrays() -> tuple[type, ...]:

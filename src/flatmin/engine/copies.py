@@ -57,6 +57,7 @@ class Copies(Doors):
             "layers": [self._layers.get(w) for w in weights],
             "scalars": self._store.scalars,
             "rng": self._generators.cpu.get_state(),
+            "_lost_model": self._model is not None,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -74,7 +75,7 @@ class Copies(Doors):
     def _revive(self, state: dict[str, Any], model: nn.Module | None) -> None:
         slots, scalars, rng = state.pop("slots"), state.pop("scalars"), state.pop("rng")
         names, layers = state.pop("names"), state.pop("layers")
-        self.__dict__.update({"_freeze_state": True} | state)
+        self.__dict__.update({"_freeze_state": True, "_lost_model": False} | state)
         if not getattr(self.base, "param_groups", None):
             raise RuntimeError(
                 f"{type(self.base).__name__} loses what it wraps when it is copied or pickled; copy its state_dict()."

@@ -99,6 +99,7 @@ class Doors(Optimizer):
     _base_differentiates: bool
     _others: OtherGradients | None
     _looks: int
+    _lost_model: bool
 
     if TYPE_CHECKING:
 
@@ -461,6 +462,13 @@ class Doors(Optimizer):
     @torch.no_grad()
     def _begin(self, chunks: int = 1, *, door: str = "a new update", closed: bool = False) -> Update:
         self._refuse_second_update(door)
+        if self._lost_model:
+            self._lost_model = False
+            warnings.warn(
+                "this optimizer was unpickled, and its model is not known any more: set optimizer.model, or BatchNorm "
+                "statistics and other state of the model advance in every pass.",
+                stacklevel=5,
+            )
         self._refuse_second_order_base()
         self._follow_model()
         self._update = Update(cast("SAM", self), self._site(chunks), closed=closed)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import random
+import struct
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -225,6 +227,7 @@ class RandomState:
         kinds = sorted({d for d in devices if d.type not in ("cpu", "meta")}, key=str)
         self._devices = [(d, m) for d in kinds if (m := getattr(torch, d.type, None)) is not None]
         self._own = [_access(g) for g in own]
+        self._numpy = _NumpyGlobal()
         self._saved: dict[int | None, list[Any]] = {}
         self._entry: list[Any] | None = None
         self._warned = False
@@ -236,8 +239,8 @@ class RandomState:
         yield random.getstate, random.setstate
         yield from self._own
         # Last, because it may be imported between two calls.
-        if (numpy := sys.modules.get("numpy.random")) is not None:
-            yield numpy.get_state, numpy.set_state
+        if "numpy.random" in sys.modules:
+            yield self._numpy.get, self._numpy.put
 
     def states(self) -> list[Any]:
         """All of them as they are now."""
@@ -302,6 +305,32 @@ class RandomState:
 
     def forget(self) -> None:
         self._saved = {}
+
+
+class _NumpyGlobal:
+    """numpy's global generator; reading its whole state is slow, so its memory is compared until it first draws."""
+
+    SIZE = 2500  # of the Mersenne twister: 624 words and a position
+
+    def __init__(self) -> None:
+        self.draws = False
+
+    def get(self) -> Any:
+        numpy = sys.modules["numpy.random"]
+        bits: Any = numpy.get_bit_generator() if hasattr(numpy, "get_bit_generator") else None
+        if self.draws or type(bits).__name__ != "MT19937":
+            return numpy.get_state()
+        return ctypes.string_at(bits.ctypes.state_address, self.SIZE)
+
+    def put(self, state: Any) -> None:
+        numpy = sys.modules["numpy.random"]
+        if isinstance(state, bytes):
+            if self.get() == state:
+                return
+            self.draws = True
+            *key, position = struct.unpack("=624Ii", state)
+            state = ("MT19937", key, position, 0, 0.0)
+        numpy.set_state(state)
 
 
 def _put_device(module: Any, device: torch.device, state: Tensor) -> None:

@@ -178,6 +178,7 @@ class SAM(Copies):
         self.criterion = criterion
         self.ascent_sync = ascent_sync
         self._seed, self._freeze_batchnorm, self._replay_rng = seed, freeze_batchnorm, replay_rng
+        self._lost_model = False
         self._freeze_state, self._own_generators = freeze_state, tuple(generators)
         self._diagnoses = diagnostics
         self._generators = Generators(seed)
@@ -494,6 +495,7 @@ class SAM(Copies):
 
     def _attach(self, model: nn.Module | None) -> None:
         """Take in the model; None: there is none."""
+        self._lost_model &= model is None
         weights = [w for g in self.param_groups for w in g["params"]]
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")

@@ -149,7 +149,9 @@ class UntrainedState:
         else:
             self._note()
         self._inside: tuple[set[int], set[int]] = set(), set()
+        self._written: set[int] = set()  # what forwards have changed in value alone
         self._forward: _Look | None = None
+        self._unwritten: set[int] = set()
         self._forwards = 0
 
     def _note(self) -> None:
@@ -180,14 +182,26 @@ class UntrainedState:
 
     def enter_forward(self) -> None:
         """A forward of the model begins."""
-        self._forward = None if self._held is None else self._look()
+        if self._held is None:
+            self._forward = None
+            return
+        self._forward = self._look()
+        silent = {i for i in self._copies if self._compares or self._names[i] in self._silent}
+        self._unwritten = silent - self._differing(silent)
 
     def leave_forward(self) -> None:
         """It ends: what it has changed is known."""
         if self._forward is not None:
             for seen, new in zip(self._inside, self._look().changes(self._forward), strict=True):
                 seen |= new
+            self._written |= self._differing(self._unwritten)
             self._forwards += 1
+
+    def _differing(self, places: set[int]) -> set[int]:
+        """Those whose values are not what the first pass left."""
+        held = self._held
+        assert held is not None
+        return {i for i in places if not _equal(held.tensors[i], self._copies[i])}
 
     def release(self) -> None:
         """The last pass has ended."""
@@ -221,11 +235,10 @@ class UntrainedState:
                 lost.append(self._names[i])
                 continue
             self._restore(i, held)
-        for i in self._copies.keys() - tensors:
-            value, copy = held.tensors[i], self._copies[i]
-            if self._names[i] in self._silent or (self._compares and not _equal(value, copy)):
-                self._silent.add(self._names[i])
-                value.copy_(copy)
+        silent = {i for i in self._copies.keys() - tensors if self._compares or self._names[i] in self._silent}
+        for i in self._written - tensors if self._forwards else self._differing(silent):
+            self._silent.add(self._names[i])
+            held.tensors[i].copy_(self._copies[i])
         if new := [name for name in lost if name not in self._late]:
             self._late.update(new)
             warnings.warn(

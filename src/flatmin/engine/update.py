@@ -337,14 +337,16 @@ class Update:
 
     def abort(self) -> None:
         """Put everything back as the step found it, and forget the update."""
-        if self.optimizer._others is not None:
-            self.optimizer._others.restore()
-            self.optimizer._others.end(keep=False)
-        self.optimizer._thaw()
-        self._program.close()
-        self._silence.close()
         self._restore()
         self.request = self.outcome = None
+        try:
+            if self.optimizer._others is not None:
+                self.optimizer._others.restore()
+                self.optimizer._others.end(keep=False)
+            self.optimizer._thaw()
+        finally:
+            self._program.close()
+            self._silence.close()
 
     def finish(self) -> None:
         """Leave u in the weights' gradients, for the base and for a loop that clips."""

@@ -152,11 +152,12 @@ class ModelWatch:
         self._warned = False
         self._before_replay: Tensor | None = None
         self._slots = [_slot_of(module) for module in (model, *_parts(model))]
-        self.begin_update()
-        me = weakref.ref(self)
+        self._whole_called = False
+        self._me = weakref.ref(self)
         for k, slot in enumerate(self._slots):
-            slot.watches.append((me, k == 0))
-            weakref.finalize(self, slot.drop, me)
+            slot.watches.append((self._me, k == 0))
+            weakref.finalize(self, slot.drop, self._me)
+        self.begin_update()
 
     def begin_update(self) -> None:
         """The next training forward opens a new update."""
@@ -167,8 +168,12 @@ class ModelWatch:
         self.backed = False  # gradients of a forward of this update have come
         self.bracketed = False  # a closure or `passes()` brackets each pass, so random states are handled there
         self._batch: list[tuple[Any, int]] | None = None
-        for slot in self._slots:
-            slot.stay()
+        if self._whole_called and len(self._slots) > 1:
+            # The loop calls the model itself, so that no part need tell.
+            for slot in self._slots[1:]:
+                slot.drop(self._me)
+            del self._slots[1:]
+        self._slots[0].stay()
 
     def begin_pass(self, index: int, *, bracketed: bool) -> None:
         self.pass_index, self.bracketed = index, bracketed
@@ -191,9 +196,10 @@ class ModelWatch:
         later = min(self.pass_index, 1)
         if whole or not self.forwards[later] or (not later and (self.cleared or self.backed)):
             self._seen([*leaves((args, kwargs))] if whole else [], whole)
-        self.inside = whole
         if whole and self.state is not None and self.pass_index:
             self.state.enter_forward()
+        self.inside = whole
+        self._whole_called |= whole
         return True
 
     def left(self) -> None:
@@ -208,7 +214,7 @@ class ModelWatch:
             return
         output = next((x for x in leaves(result) if isinstance(x, Tensor) and x.grad_fn is not None), None)
         if output is not None:
-            me = weakref.ref(self)
+            me = self._me
 
             def came(_: Tensor) -> None:
                 watch = me()
@@ -220,7 +226,7 @@ class ModelWatch:
     def _seen(self, batch: list[Any], whole: bool) -> None:
         later = min(self.pass_index, 1)
         # What depends on weights differs between the passes, and has a graph that must not be kept.
-        data = [x for x in batch if not (isinstance(x, Tensor) and x.requires_grad)]
+        data = [None if isinstance(x, Tensor) and x.requires_grad else x for x in batch]
         over = self.cleared or self.backed
         if not later and self.forwards[0] and over and not self.bracketed and self._without_gradients():
             # Gradients were cleared since the last forward: it was given up, or another optimizer's.
@@ -245,7 +251,7 @@ class ModelWatch:
             self.take_turn()
         self.cleared = False
         self.forwards[later] += 1
-        if not later and len(data) == len(batch):
+        if not later and all(x is not None for x in data):
             self.own_forwards += 1
 
     def take_turn(self) -> None:
@@ -283,6 +289,8 @@ class ModelWatch:
         if len(known) != len(batch):
             return False
         for (x, version), y in zip(known, batch, strict=True):
+            if x is None or y is None:
+                continue
             written = _version(x) != version
             # Another tensor beside one that the model has written over tells nothing.
             if (written and x is y) or not (written or x is y or _alike(x, y)):
