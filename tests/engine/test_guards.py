@@ -458,6 +458,37 @@ def test_state_that_is_a_view_of_the_weights_is_left_to_them(door):
     torch.testing.assert_close(model.flat[:12].view(3, 4), twin.weight.detach())
 
 
+def test_what_the_loop_writes_between_the_calls_stays():
+    """A target that the loop averages through `.data`, and a head whose own optimizer steps so."""
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 1))
+    model.register_buffer("target", torch.zeros(3))
+    opt = flatmin.SAM(torch.optim.SGD(model[0].parameters(), lr=0.0), rho=0.3, model=model)
+    head, x = model[1].weight.detach().clone(), torch.randn(8, 4)
+    for _ in range(5):
+        model(x).square().mean().backward()
+        opt.first_step()
+        model(x).square().mean().backward()
+        model.target.data.add_(1)
+        model[1].weight.data.add_(1)
+        opt.second_step(zero_grad=True)
+    assert torch.equal(model.target, torch.full((3,), 5.0))
+    torch.testing.assert_close(model[1].weight.detach(), head + 5)
+
+
+def test_a_fault_in_the_guards_brings_the_weights_back(monkeypatch):
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
+    opt = flatmin.SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.3, model=model)
+    before = [p.detach().clone() for p in model.parameters()]
+
+    def broken():
+        raise KeyError("planned")
+
+    monkeypatch.setattr(opt, "_freeze", broken)
+    with pytest.raises(KeyError, match="planned"):
+        one_step(model, opt, torch.randn(8, 4), "closure")
+    assert all(map(torch.equal, before, model.parameters()))
+
+
 def test_layers_that_are_replaced_are_followed():
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
     opt = flatmin.SAM(torch.optim.SGD(model[0].parameters(), lr=0.1), model=model)
