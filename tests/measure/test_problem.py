@@ -281,6 +281,26 @@ class TestMeansThatAreRefused:
             with pytest.raises(ValueError, match="terms= must return the number of terms of a batch"):
                 Problem(self.net(), plain, halves(16, X, Y), terms=bad)
 
+    @pytest.mark.parametrize(
+        ("loss", "size"),
+        [
+            (lambda f, y: F.cross_entropy(f, y, weight=torch.tensor([1.0] * 97 + [30.0] * 3).to(f)), 97 * 20),
+            (lambda f, y: F.cross_entropy(f, y, ignore_index=57), 64),
+            (lambda f, y: F.cross_entropy(f, y) + (0.1 * f.square().mean() if len(f) > 32 else 0.0), 64),
+        ],
+        ids=["weights in a list", "one of a hundred labels", "more in large batches"],
+    )
+    def test_what_a_few_examples_do_not_show(self, loss, size):
+        """Every batch tells, or the border of two of which each is alike in itself."""
+        torch.manual_seed(0)
+        net, x, y = nn.Linear(6, 100), torch.randn(2000, 6), torch.arange(100).repeat_interleave(20)
+        with pytest.raises(ValueError, match=r"neither a mean nor a sum .* pass terms="):
+            Problem(net, loss, halves(size, x, y))
+        Problem(net, nn.CrossEntropyLoss(), halves(size, x, y))
+        Problem(net, loss, (x, y))
+        with pytest.warns(UserWarning, match=r"not the mean of its parts' losses weighted by terms="):
+            Problem(net, loss, halves(size, x, y), terms=lambda x, y: len(y))
+
     def test_reductions_that_are_given(self):
         def adding(f, y):
             return F.cross_entropy(f, y, reduction="sum")
