@@ -145,6 +145,20 @@ def test_what_is_detached_in_the_loss_or_the_model_is_found():
     assert Hessian(Problem(cut, loss, (x, y), params="2.*")).form == "reverse"
 
 
+def test_a_branch_that_only_later_examples_take_is_tried_too():
+    class Branch(nn.Linear):
+        def forward(self, x):
+            f = super().forward(x)
+            return torch.where(x[:, :1] > 5, f.detach(), f)
+
+    torch.manual_seed(0)
+    x, y = torch.randn(40, 6).double(), torch.randint(3, (40,))
+    x[20:, 0] += 10
+    for kind in (Hessian, GaussNewton):
+        with pytest.raises(ValueError, match=r"can(not)? be trusted"):
+            kind(Problem(Branch(6, 3).double(), nn.CrossEntropyLoss(), batches(x, y, 17)))
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_padding_row_of_an_embedding_is_a_constant(tied):
     """Against the dense Hessian in the other weights; with a tied head the row is constant in the look-up alone."""

@@ -167,7 +167,7 @@ class Hessian(Curvature):
             return "reverse"
         failures = []
         keep, self._full = self._full, True
-        batch = some_of(self.problem, self.problem.batches[0], PROBED)
+        batch = some_of(self.problem, PROBED)
         for form in _FORMS:
             self.form = form
             try:
@@ -277,7 +277,7 @@ class GaussNewton(Curvature):
         """Refuse a net whose Jacobian is not the derivative of its outputs."""
         if not self.problem.batches:
             return
-        batch = some_of(self.problem, self.problem.batches[0], PROBED)
+        batch = some_of(self.problem, PROBED)
 
         def outputs(problem: Problem, at: Sequence[Tensor], piece: Batch) -> Tensor:
             return self._elsewhere(problem, at)._tried(piece)

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flatmin.measure.checkpoints import unwrapped
 from flatmin.measure.counts import Given, Reduction, Rule, candidates, cast_loss, options_of
-from flatmin.measure.nested import axis_of, cut, mapped, tensors
+from flatmin.measure.nested import axis_of, cut, joined, mapped, tensors
 from flatmin.measure.nested import first_tensor as first_tensor
 from flatmin.measure.terms import EveryBatch, refuse, weigh
 
@@ -715,17 +715,33 @@ def restricted(problem: Problem, params: str | Sequence[str]) -> Problem:
     return twin
 
 
-def some_of(problem: Problem, batch: Batch, count: int) -> Batch:
-    """The first examples of a batch that have a term; the batch where not every tensor has one row an example."""
-    total = _length(batch.targets)
-    pair = (batch.inputs, batch.targets)
-    if total <= count or any(axis_of(t, total, (0,)) is None for _, t in tensors(pair)):
-        return batch
-    weights = problem.rule.count.rows(pair, total, (0, 1))
-    rows = torch.arange(total) if weights is None else weights.nonzero()[:, 0]
-    inputs, targets = cut(pair, rows[:count], total, (0,))
-    terms = problem.rule.total((inputs, targets))
-    return Batch(inputs, targets, batch.share * (terms / batch.terms if problem.reduction == "mean" else 1.0), terms)
+def some_of(problem: Problem, count: int) -> Batch:
+    """A few examples that have a term, drawn from all batches.
+
+    The first of the first batch where examples of several do not fit together, and that batch as it is where not every
+    tensor has one row an example.
+    """
+    batch = problem.batches[0]
+    kept = []
+    for pair in ((b.inputs, b.targets) for b in problem.batches):
+        total = _length(pair[1])
+        if any(axis_of(t, total, (0,)) is None for _, t in tensors(pair)):
+            return batch
+        weights = problem.rule.count.rows(pair, total, (0, 1))
+        kept.append((pair, torch.arange(total) if weights is None else weights.nonzero()[:, 0]))
+    order = torch.randperm(sum(len(rows) for _, rows in kept), generator=torch.Generator().manual_seed(0))[:count]
+    ends = torch.tensor([len(rows) for _, rows in kept]).cumsum(0)
+    parts = []
+    for (pair, rows), end in zip(kept, ends.tolist(), strict=True):
+        drawn = order[(order < end) & (order >= end - len(rows))].sort().values - (end - len(rows))
+        if len(drawn):
+            parts.append((cut(pair, rows[drawn], _length(pair[1]), (0,)), len(drawn)))
+    found = joined(parts, (0, 0))
+    if found is None:
+        pair, rows = kept[0]
+        found = cut(pair, rows[:count], _length(pair[1]), (0,))
+    terms = problem.rule.total(found)
+    return Batch(*found, batch.share * (terms / batch.terms if problem.reduction == "mean" else 1.0), terms)
 
 
 def _select(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
