@@ -400,6 +400,17 @@ def test_what_takes_no_weights_is_refused():
         Problem(torch.jit.trace(model, x), loss, (x, y))
 
 
+def test_weights_that_a_forward_pass_writes_to():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Embedding(3, 8, max_norm=1.0), nn.Flatten(), nn.Linear(48, 3))
+    before, y = net[0].weight.detach().clone(), IDS[:, 0]
+    with pytest.raises(ValueError, match=r"the model writes to its weight '0\.weight' .* set max_norm = None"):
+        Problem(net, nn.CrossEntropyLoss(), (IDS, y))
+    found = Problem(net, nn.CrossEntropyLoss(), (IDS, y), params="2.*").value()
+    assert torch.equal(before, net[0].weight)
+    assert found == pytest.approx(float(F.cross_entropy(net(IDS), y).detach()), rel=1e-6)
+
+
 class TestBadInput:
     def problem(self, **changes):
         model, x, y, loss = make("mlp")

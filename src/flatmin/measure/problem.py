@@ -111,10 +111,11 @@ class Problem:
         ignored: label whose targets do not count.
 
     Raises:
-        ValueError: no data, no weights, a pattern that matches none, weights of several dtypes without dtype=, a loss
-            that is not a finite scalar in every batch, that does not depend on the weights, that differs from one
-            evaluation to the next (dropout), or that is neither a mean nor a sum over several batches by any weights
-            that are tried (such as one that compares the examples of a batch with each other).
+        ValueError: no data, no weights, a pattern that matches none, weights of several dtypes without dtype=, selected
+            weights that the forward pass writes to (nn.Embedding(max_norm=...)), a loss that is not a finite scalar in
+            every batch, that does not depend on the weights, that differs from one evaluation to the next (dropout), or
+            that is neither a mean nor a sum over several batches by any weights that are tried (such as one that
+            compares the examples of a batch with each other).
 
     Warns:
         UserWarning: a sum that does not say so; batches of which the weights cannot be tried, or on which L depends.
@@ -440,7 +441,7 @@ class Problem:
         values: dict[int, float] = {}
         for i, batch in enumerate(batches):
             with self.guard(), torch.no_grad():
-                values[i] = float(self._evaluated(batch)[1])
+                values[i] = float(self._evaluated(batch)[1] if i else self._first_value(batch))
             if math.isfinite(values[i]):
                 break
         else:
@@ -469,11 +470,27 @@ class Problem:
             )
         return values
 
-    def _evaluated(self, batch: Batch) -> tuple[Any, Tensor]:
+    def _first_value(self, batch: Batch) -> Tensor:
+        """The loss of a batch; the forward pass may not write to selected weights, and to copies of the others only."""
+        chosen = [w.detach().clone() for w in self.weights]
+        twin = copy.copy(self)
+        twin._rest = {n: w.clone() for n, w in self._rest.items()}
+        value = twin._evaluated(batch, chosen)[1]
+        written = [n for n, w in zip(self.names, chosen, strict=True) if w._version]
+        if written:
+            raise ValueError(
+                f"the model writes to its weight {written[0]!r} whenever it is called, as nn.Embedding(max_norm=...) "
+                "does, so its loss is no function of the weights that it is given. params= leaves the weight out; or "
+                "set max_norm = None."
+            )
+        self._rest |= {n: self._rest[n].clone() for n, w in twin._rest.items() if w._version}
+        return value
+
+    def _evaluated(self, batch: Batch, weights: Sequence[Tensor] | None = None) -> tuple[Any, Tensor]:
         """Outputs and loss of a batch, with a sentence for tensors of unlike dtypes."""
         try:
-            outputs = self.outputs(batch)
-            return outputs, self.value_of(batch, outputs)
+            outputs = self.outputs(batch, weights)
+            return outputs, self.value_of(batch, outputs, weights)
         except RuntimeError as error:
             if not any(word in str(error) for word in ("dtype", "scalar type")):
                 raise
