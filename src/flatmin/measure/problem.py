@@ -757,8 +757,9 @@ def some_of(problem: Problem, count: int) -> Batch:
     if found is None:
         pair, rows = kept[0]
         found = cut(pair, rows[:count], _length(pair[1]), (0,))
+    inputs, targets = found
     terms = problem.rule.total(found)
-    return Batch(*found, batch.share * (terms / batch.terms if problem.reduction == "mean" else 1.0), terms)
+    return Batch(inputs, targets, batch.share * (terms / batch.terms if problem.reduction == "mean" else 1.0), terms)
 
 
 def _select(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
