@@ -311,7 +311,7 @@ class TestMeansThatAreRefused:
         assert Problem(self.net(), adding, (X, Y), reduction="sum").value() == pytest.approx(found.value(), rel=1e-12)
         with pytest.raises(ValueError, match="reduction='mean' was given, but the loss of a batch is the sum"):
             Problem(self.net(), adding, halves(16, X, Y), reduction="mean")
-        with pytest.raises(ValueError, match="neither a mean nor a sum"):
+        with pytest.raises(ValueError, match="reduction='sum' was given, but the loss of a batch is the mean of its"):
             Problem(self.net(), nn.CrossEntropyLoss(), halves(16, X, Y), reduction="sum")
         with pytest.raises(ValueError, match="reduction must be 'mean' or 'sum'"):
             Problem(self.net(), adding, (X, Y), reduction="none")

@@ -464,7 +464,7 @@ def weigh(
                 "meant so, and terms= to count otherwise."
             )
     elif not (means if chosen == "mean" else sums):
-        _refuse(batches, tried, chosen, terms, reduction, sums)
+        _refuse(batches, tried, chosen, terms, reduction, sums, means)
     if batches > 1 and any(one.coupled for one in tried):
         _warn(
             "in eval mode the outputs of an example depend on the others of its batch (such as by batch statistics), "
@@ -478,7 +478,13 @@ def weigh(
 
 
 def _refuse(
-    batches: int, tried: Sequence[Outcome], chosen: Reduction, terms: Any, reduction: Reduction | None, sums: bool
+    batches: int,
+    tried: Sequence[Outcome],
+    chosen: Reduction,
+    terms: Any,
+    reduction: Reduction | None,
+    sums: bool,
+    means: bool,
 ) -> None:
     """Refuse what no weights make right, unless the batch is the whole."""
     told = next(one.told for one in tried if one.failed or one.told)
@@ -486,6 +492,8 @@ def _refuse(
         return  # the batch is the whole
     if reduction == "mean" and sums:
         raise ValueError(f"reduction='mean' was given, but the loss of a batch is the sum over its terms: {told}.")
+    if reduction == "sum" and means:
+        raise ValueError(f"reduction='sum' was given, but the loss of a batch is the mean of its terms: {told}.")
     refuse(told, taken_on=terms is not None and reduction is None)
 
 
