@@ -13,6 +13,7 @@ from flatmin.data.base import Data, Split, as_data
 from flatmin.data.images import Statistics
 from flatmin.stats import share_interval
 from flatmin.train import reevaluate as module
+from flatmin.train import saved
 from flatmin.train.config import RunConfig
 from flatmin.train.folder import RunFolder
 from flatmin.train.loop import train
@@ -199,9 +200,19 @@ class TestOtherData:
 
     def test_its_own_data_from_another_folder(self, images, monkeypatch):
         asked = []
-        monkeypatch.setattr(module, "load_data", lambda config: asked.append(config) or as_data(pictures(), "p"))
+        monkeypatch.setattr(saved, "load_data", lambda config: asked.append(config) or as_data(pictures(), "p"))
         reevaluate(open_run(images), Asked(data_dir="elsewhere"))
         assert asked[0].data_dir == "elsewhere" and asked[0].data == f"{HERE}:pictures"
+
+    def test_data_that_have_changed_since_training(self, images, monkeypatch):
+        """Of the same name and shape; the numbers are of what is there now, and a warning says so."""
+        (x, y), val, test = pictures()
+        monkeypatch.setattr(saved, "load_data", lambda config: as_data(((x, y.roll(1)), val, test), "pictures"))
+        with pytest.warns(UserWarning, match="test_eval:pictures' are not, bit for bit, those that 'images'"):
+            found = reevaluate(open_run(images))
+        assert found.samples == 23
+        with pytest.warns(UserWarning, match="are not, bit for bit, those"):
+            open_run(images).data()
 
 
 class TestRefusals:

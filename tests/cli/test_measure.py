@@ -341,9 +341,14 @@ class TestFile:
 
 
 class TestRefusals:
-    def test_targets(self, refused, folders, weights, tmp_path):
+    def test_targets(self, refused, folders, weights, tmp_path, monkeypatch):
         folder = folders["sgd", 0]
-        assert "there is no run folder or file of weights" in refused(tmp_path / "absent")
+        assert "neither as a folder nor as a name" in refused(tmp_path / "absent")
+        shutil.copytree(folder, tmp_path / "flatmin-runs" / "runs" / "by name")
+        (tmp_path / "flatmin-runs" / "runs" / "by name" / "weights.pt").unlink()
+        with monkeypatch.context() as patch:
+            patch.chdir(tmp_path)
+            assert "by name holds no weights" in refused("by name")
         assert "is not a run: there is no config.json in it" in refused(tmp_path)
         assert "is not a run" in refused(folder.parent), "the folder of the runs"
         assert "leave out --model and --data" in refused(folder, "--model", "mlp")

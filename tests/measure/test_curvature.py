@@ -145,6 +145,49 @@ def test_what_is_detached_in_the_loss_or_the_model_is_found():
     assert Hessian(Problem(cut, loss, (x, y), params="2.*")).form == "reverse"
 
 
+def test_a_branch_that_only_later_examples_take_is_tried_too():
+    class Branch(nn.Linear):
+        def forward(self, x):
+            f = super().forward(x)
+            return torch.where(x[:, :1] > 5, f.detach(), f)
+
+    torch.manual_seed(0)
+    x, y = torch.randn(40, 6).double(), torch.randint(3, (40,))
+    x[20:, 0] += 10
+    for kind in (Hessian, GaussNewton):
+        with pytest.raises(ValueError, match=r"can(not)? be trusted"):
+            kind(Problem(Branch(6, 3).double(), nn.CrossEntropyLoss(), batches(x, y, 17)))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_padding_row_of_an_embedding_is_a_constant(tied):
+    """Against the dense Hessian in the other weights; with a tied head the row is constant in the look-up alone."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(5, 3, padding_idx=-5), nn.Tanh(), nn.Flatten(), nn.Linear(12, 3)).double()
+    if tied:
+        model.append(nn.Linear(3, 5, bias=False).double())
+        model[4].weight = model[0].weight
+    nn.init.normal_(model[0].weight)
+    x, y = torch.randint(1, 5, (9, 4)), torch.randint(3, (9,))
+    x[:, 2:] = 0
+    problem = Problem(model, nn.CrossEntropyLoss(), batches(x, y, 7))
+    own = dict(model.named_parameters())
+
+    def value(flat):
+        state = dict(zip(own, problem.shaped(flat), strict=True))
+        table = torch.cat([own["0.weight"][:1].detach(), state["0.weight"][1:]])
+        f = torch.tanh(table[x]).flatten(1) @ state["3.weight"].T + state["3.bias"]
+        return F.cross_entropy(f @ state["0.weight"].T if tied else f, y)
+
+    want = torch.func.hessian(value)(problem.flat(problem.weights))
+    torch.testing.assert_close(dense(Hessian(problem)), want, rtol=0, atol=1e-11)
+    GaussNewton(problem)
+    if not tied:
+        torch.testing.assert_close(dense(Hessian(problem, form="forward")), want, rtol=0, atol=1e-11)
+        with pytest.warns(UserWarning, match="finite differences"):
+            torch.testing.assert_close(dense(Hessian(problem, form="finite")), want, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", [GaussNewton, EmpiricalFisher, Fisher])
 def test_a_jacobian_that_is_wrong_is_found(kind):
     for function, wrong in ((Once.apply, True), (Through.apply, True), (Own.apply, False)):

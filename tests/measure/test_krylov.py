@@ -108,6 +108,17 @@ def test_copies_in_a_regression_with_several_outputs(outputs):
     assert one.searched == 0 and one.largest == pytest.approx(float(want[0]), rel=1e-4)
 
 
+@pytest.mark.parametrize("seed", [12, 16])
+def test_a_search_that_restarts_cut_short_is_no_convergence(seed):
+    """Three copies beside a crowd: of each chain too little is left to bound the chance that one was missed."""
+    crowd = torch.rand(100, generator=torch.Generator().manual_seed(seed)).double().sort().values
+    operator = symmetric(torch.cat([crowd, torch.full((3,), 1.03).double()]), seed=1)
+    short = spectrum(operator, top=5, memory=20 * 103 * 8, max_products=200, seed=seed)
+    assert short.restarts > 0 and short.chance_missed == 1 and not short.converged
+    whole = spectrum(operator, top=5, seed=seed)
+    assert whole.converged and int((whole.top > 1.02).sum()) == 3
+
+
 def test_too_few_products_for_the_search_say_so():
     operator = symmetric([10.0, 10.0, 5.0, 4.0, *BULK])
     full = spectrum(operator, top=3)

@@ -281,6 +281,26 @@ class TestMeansThatAreRefused:
             with pytest.raises(ValueError, match="terms= must return the number of terms of a batch"):
                 Problem(self.net(), plain, halves(16, X, Y), terms=bad)
 
+    @pytest.mark.parametrize(
+        ("loss", "size"),
+        [
+            (lambda f, y: F.cross_entropy(f, y, weight=torch.tensor([1.0] * 97 + [30.0] * 3).to(f)), 97 * 20),
+            (lambda f, y: F.cross_entropy(f, y, ignore_index=57), 64),
+            (lambda f, y: F.cross_entropy(f, y) + (0.1 * f.square().mean() if len(f) > 32 else 0.0), 64),
+        ],
+        ids=["weights in a list", "one of a hundred labels", "more in large batches"],
+    )
+    def test_what_a_few_examples_do_not_show(self, loss, size):
+        """Every batch tells, or the border of two of which each is alike in itself."""
+        torch.manual_seed(0)
+        net, x, y = nn.Linear(6, 100), torch.randn(2000, 6), torch.arange(100).repeat_interleave(20)
+        with pytest.raises(ValueError, match=r"neither a mean nor a sum .* pass terms="):
+            Problem(net, loss, halves(size, x, y))
+        Problem(net, nn.CrossEntropyLoss(), halves(size, x, y))
+        Problem(net, loss, (x, y))
+        with pytest.warns(UserWarning, match=r"not the mean of its parts' losses weighted by terms="):
+            Problem(net, loss, halves(size, x, y), terms=lambda x, y: len(y))
+
     def test_reductions_that_are_given(self):
         def adding(f, y):
             return F.cross_entropy(f, y, reduction="sum")
@@ -291,7 +311,7 @@ class TestMeansThatAreRefused:
         assert Problem(self.net(), adding, (X, Y), reduction="sum").value() == pytest.approx(found.value(), rel=1e-12)
         with pytest.raises(ValueError, match="reduction='mean' was given, but the loss of a batch is the sum"):
             Problem(self.net(), adding, halves(16, X, Y), reduction="mean")
-        with pytest.raises(ValueError, match="neither a mean nor a sum"):
+        with pytest.raises(ValueError, match="reduction='sum' was given, but the loss of a batch is the mean of its"):
             Problem(self.net(), nn.CrossEntropyLoss(), halves(16, X, Y), reduction="sum")
         with pytest.raises(ValueError, match="reduction must be 'mean' or 'sum'"):
             Problem(self.net(), adding, (X, Y), reduction="none")
@@ -378,6 +398,17 @@ def test_what_takes_no_weights_is_refused():
     model, x, y, loss = make("mlp")
     with pytest.raises(ValueError, match=r"compiled by TorchScript.* measure the Python model"):
         Problem(torch.jit.trace(model, x), loss, (x, y))
+
+
+def test_weights_that_a_forward_pass_writes_to():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Embedding(3, 8, max_norm=1.0), nn.Flatten(), nn.Linear(48, 3))
+    before, y = net[0].weight.detach().clone(), IDS[:, 0]
+    with pytest.raises(ValueError, match=r"the model writes to its weight '0\.weight' .* set max_norm = None"):
+        Problem(net, nn.CrossEntropyLoss(), (IDS, y))
+    found = Problem(net, nn.CrossEntropyLoss(), (IDS, y), params="2.*").value()
+    assert torch.equal(before, net[0].weight)
+    assert found == pytest.approx(float(F.cross_entropy(net(IDS), y).detach()), rel=1e-6)
 
 
 class TestBadInput:

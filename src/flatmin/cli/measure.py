@@ -69,6 +69,7 @@ def measure(
     import torch
 
     from flatmin.cli.compare import default_workers
+    from flatmin.cli.targets import run_folder
     from flatmin.measure.card import chosen
     from flatmin.study import draw_card
     from flatmin.study.measured import as_json
@@ -87,7 +88,8 @@ def measure(
     if png:
         draw_card.require()
     words = [word for word in targets if _SETTING.match(word) and not Path(word).exists()]
-    paths = [Path(word) for word in targets if word not in words]
+    # A path, or the name of a run.
+    paths = [Path(word) if Path(word).is_file() else run_folder(word) for word in targets if word not in words]
     if not paths:
         raise ValueError("name at least one run folder or file of weights.")
     runs = find_all(paths, model=model, data=data, key=key)

@@ -94,10 +94,13 @@ class Rule:
     Args:
         count: the weight of a batch.
         reduction: whether the loss of a batch is the mean or the sum of its terms.
+        trial: how the trial that it stood took examples apart: "apart" or "together", and the dimensions that may run
+            over examples. None if there was none, or the rule does not matter.
     """
 
     count: Count | Given
     reduction: Reduction
+    trial: tuple[str, Axes] | None = None
 
     def total(self, pair: Pair) -> float:
         """The weight of a batch."""

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flatmin.measure.derivatives import PROBED, against_differences, outputs_against_differences, suspects
+from flatmin.measure.derivatives import (
+    PROBED,
+    against_differences,
+    outputs_against_differences,
+    padding_of,
+    suspects,
+    without_padding,
+)
 from flatmin.measure.nested import first_tensor
 from flatmin.measure.problem import Batch, Conventions, Problem, some_of
 
@@ -126,7 +133,7 @@ class Hessian(Curvature):
     Products are by double backward (Pearlmutter, Neural Computation 1994), with the graph of the gradient kept within
     the memory budget; by the forward derivative of the gradient where a net has no double backward; by central
     differences only on request: on nets with kinks (ReLU, max pooling) they are wrong by tens of percent whatever the
-    step.
+    step. The row `padding_idx` of an embedding is a constant, as in training.
 
     Args:
         problem: the function.
@@ -150,6 +157,7 @@ class Hessian(Curvature):
                 stacklevel=2,
             )
         self.form: Form = "reverse"
+        self._padding: list[tuple[int, int]] | None = None
         with problem.together():
             self.form = self._probe() if form == "auto" else form
 
@@ -159,7 +167,7 @@ class Hessian(Curvature):
             return "reverse"
         failures = []
         keep, self._full = self._full, True
-        batch = some_of(self.problem, self.problem.batches[0], PROBED)
+        batch = some_of(self.problem, PROBED)
         for form in _FORMS:
             self.form = form
             try:
@@ -213,6 +221,9 @@ class Hessian(Curvature):
             outputs, seeds = zip(*reached, strict=True)
             rows = torch.autograd.grad(outputs, self.problem.weights, seeds, retain_graph=kept, materialize_grads=True)
             return self.problem.flat(rows)
+        if self._padding is None:
+            self._padding = padding_of(self.problem, batch)
+        v = without_padding(v, self._padding)  # these forms would move it
         if self.form == "forward":
             weights = tuple(w.detach() for w in self.problem.weights)
             with warnings.catch_warnings():
@@ -266,7 +277,7 @@ class GaussNewton(Curvature):
         """Refuse a net whose Jacobian is not the derivative of its outputs."""
         if not self.problem.batches:
             return
-        batch = some_of(self.problem, self.problem.batches[0], PROBED)
+        batch = some_of(self.problem, PROBED)
 
         def outputs(problem: Problem, at: Sequence[Tensor], piece: Batch) -> Tensor:
             return self._elsewhere(problem, at)._tried(piece)

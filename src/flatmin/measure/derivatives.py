@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from flatmin.measure.nested import mapped, tensors
 from flatmin.measure.problem import Batch, Problem, displaced, in_double
@@ -91,18 +93,52 @@ def _tried(problem: Problem, batch: Batch, look: Callable[[Problem, list[Tensor]
     return None
 
 
-def _direction(problem: Problem, at: list[Tensor]) -> Tensor:
+class _Lookups(TorchFunctionMode):
+    """Notes the tables of the embeddings that are looked up, with their padding rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[Tensor, int]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        given = dict(kwargs or {})
+        if func is F.embedding and given.get("padding_idx") is not None:
+            self.found.append((args[1], given["padding_idx"]))
+        return func(*args, **given)
+
+
+def padding_of(problem: Problem, batch: Batch) -> list[tuple[int, int]]:
+    """Numbers of the weight tensors that embeddings look up with a `padding_idx`, and of that row in each.
+
+    Autograd holds such a row constant, and so does L: torch does not train it.
+    """
+    with problem.guard(), torch.no_grad(), _Lookups() as lookups:
+        problem.outputs(batch)
+    pairs = [(i, row % len(w)) for table, row in lookups.found for i, w in enumerate(problem.weights) if table is w]
+    return sorted(set(pairs))
+
+
+def without_padding(v: Sequence[Tensor], padding: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """A direction, as tensors shaped like the weights, that leaves these rows where they are."""
+    found = list(v)
+    for i, row in padding:
+        found[i] = found[i].index_fill(0, torch.tensor(row, device=found[i].device), 0.0)
+    return found
+
+
+def _direction(problem: Problem, at: list[Tensor], batch: Batch) -> Tensor:
     """A random vector in which each tensor moves in proportion to its size, so that none is lost beside larger ones."""
     sizes = [float(w.double().square().mean().sqrt()) for w in at]
     usual = sum(sizes) / len(sizes) or 0.1
     generator = torch.Generator().manual_seed(1)
     drawn = [torch.randn(w.numel(), generator=generator, dtype=torch.float64) for w in at]
-    return torch.cat([(d * (size or usual)).to(w) for w, d, size in zip(at, drawn, sizes, strict=True)])
+    scaled = [(d.view_as(w) * (size or usual)).to(w) for w, d, size in zip(at, drawn, sizes, strict=True)]
+    return problem.flat(without_padding(scaled, padding_of(problem, batch)))
 
 
 def _gradients(problem: Problem, at: list[Tensor], batch: Batch, product: Product) -> Told:
     """Products with the Hessian against differences of gradients, and the gradient against those of the loss."""
-    v, precise = _direction(problem, at), _Precision.of(problem)
+    v, precise = _direction(problem, at, batch), _Precision.of(problem)
     start = _gradient(problem, at, batch)[1]
     if not torch.isfinite(start).all():
         return False, None
@@ -129,7 +165,7 @@ def _gradients(problem: Problem, at: list[Tensor], batch: Batch, product: Produc
 
 def _pushed(problem: Problem, at: list[Tensor], batch: Batch, outputs: Outputs, push: Product) -> Told:
     """J v against differences of the outputs."""
-    v, precise = _direction(problem, at), _Precision.of(problem)
+    v, precise = _direction(problem, at, batch), _Precision.of(problem)
     last: Tensor | None = None
     for step in _STEPS:
         with torch.no_grad():

@@ -18,6 +18,7 @@ _EPS = {torch.float64: 1e-13}  # what is left of a product below this share of t
 _EPS32 = 1e-6
 _MEMORY = 1 << 31  # bytes of basis before a restart
 _CHANCE = 1e-3  # that a copy of an eigenvalue is missed
+_TURNS = 3  # random vectors in a row that find no copy, after which a search ends that can bound no such chance
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -99,8 +100,9 @@ def spectrum(
     there, and a multi-output regression has each as often as it has outputs. So where the eigenvalues found are not all
     the same, the run goes on from new random vectors across all that it knows, until one of them finds no further copy
     of any but the last, and had at most a chance of 0.1 % to miss it. That is one such vector of about five to ten
-    products where nothing is found (more where the spectrum is crowded), and one more for each copy; with top=1 (and
-    bottom=1) there is nothing to look for.
+    products where nothing is found (more where the spectrum is crowded), and one more for each copy. Where restarts
+    leave no bound on that chance, the search ends after three vectors that find none, and the spectrum is not
+    `converged`; a larger `memory` helps. With top=1 (and bottom=1) there is nothing to look for.
 
     Args:
         operator: anything with `size`, `dtype`, `device` and `matvec`.
@@ -132,7 +134,7 @@ def spectrum(
             f"tol and max_products must be positive, confirm >= 0; got {tol!r}, {max_products!r}, {confirm!r}."
         )
     run = _Run(operator, wanted, seed, start, memory)
-    held, previous = 0, torch.full((wanted,), math.inf, dtype=torch.float64)
+    held, fruitless, previous = 0, 0, torch.full((wanted,), math.inf, dtype=torch.float64)
     converged = False
     search: _Search | None = None
     while True:
@@ -150,8 +152,16 @@ def spectrum(
             settled = run.products >= min_steps and held > confirm
             if settled and search is not None and not search.found(values):
                 settled = False
-                converged = search.chance(run) <= _CHANCE or run.settled_beyond(values, vectors, top, bottom, tol)
+                converged = search.chance(run) <= _CHANCE
+                if not converged and run.settled_beyond(values, vectors, top, bottom, tol):
+                    fruitless += 1
+                    if fruitless == _TURNS:
+                        break
+                    if run.products < max_products:
+                        run.turn(values, vectors, picked)
+                        continue
             if settled and not run.full:
+                fruitless = 0
                 search = _Search.of(values, residuals * run.scale_of(found), top, bottom, tol)
                 converged = search is None
                 if search is not None and run.products < max_products:

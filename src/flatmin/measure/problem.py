@@ -16,9 +16,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flatmin.measure.checkpoints import unwrapped
 from flatmin.measure.counts import Given, Reduction, Rule, candidates, cast_loss, options_of
-from flatmin.measure.nested import axis_of, cut, mapped, tensors
+from flatmin.measure.nested import axis_of, cut, joined, mapped, tensors
 from flatmin.measure.nested import first_tensor as first_tensor
-from flatmin.measure.terms import weigh
+from flatmin.measure.terms import EveryBatch, refuse, weigh
 
 Loss = Callable[[Any, Any], Tensor]
 Mode = Literal["eval", "train"]
@@ -80,7 +80,9 @@ class Problem:
     their number of terms, so that an uneven last batch, or tokens that are ignored, are exact. What a batch counts (its
     examples, entries of the targets, class weights, ...) is found when the problem is made: losses and gradients of a
     few examples are compared with those of two unequal parts of them, in float64, for every weight that a batch could
-    have; about a dozen gradients of six examples each. Further, the loss of each batch is evaluated once.
+    have; about a dozen gradients of six examples each. Further, each batch is evaluated once. Where there are several,
+    the loss of each is compared with those of parts of its outputs, for what only some examples show; not where an
+    output has no row for each example.
 
     The data are put on the device once. The model itself is never written to: its weights are passed in from outside,
     its buffers as copies, and training flags and random states are put back.
@@ -109,9 +111,10 @@ class Problem:
         ignored: label whose targets do not count.
 
     Raises:
-        ValueError: no data, no weights, a pattern that matches none, weights of several dtypes without dtype=, a loss
-            that is not a finite scalar in every batch, that does not depend on the weights, that differs from one
-            evaluation to the next (dropout), or that is neither a mean nor a sum over several batches (such as one that
+        ValueError: no data, no weights, a pattern that matches none, weights of several dtypes without dtype=, selected
+            weights that the forward pass writes to (nn.Embedding(max_norm=...)), a loss that is not a finite scalar in
+            every batch, that does not depend on the weights, that differs from one evaluation to the next (dropout), or
+            that is neither a mean nor a sum over several batches by any weights that are tried (such as one that
             compares the examples of a batch with each other).
 
     Warns:
@@ -171,9 +174,10 @@ class Problem:
         self._closed = False
         pairs = self._read(data)
         with self.together():
-            values = self._check(pairs)
+            known = self._check(pairs)
         self.rule = self._weigh(pairs, terms, reduction)
         with self.together():
+            values = self._values(pairs, known, taken_on=terms is not None and reduction is None)
             counts = self._counts(pairs, values)
         held = torch.tensor([sum(counts), sum(_length(y) for _, y in pairs)], dtype=torch.float64)
         total = self._sum(held.to(self.device)).tolist()
@@ -221,12 +225,39 @@ class Problem:
         return weigh(
             self.loss,
             pairs,
-            (_Trial(self, double, far) for double, far in ((True, 0.0), (False, 0.0), (True, 0.5), (False, 0.5))),
+            self._trials(),
             terms=terms,
             reduction=reduction,
             in_eval=self.mode == "eval",
             gathered=self._gathered,
         )
+
+    def _trials(self) -> Iterator[_Trial]:
+        """What compares losses, the surest first."""
+        for far in (0.0, 0.5):
+            for double in (True, False):
+                yield _Trial(self, double, far)
+
+    def _values(self, pairs: Sequence[tuple[Any, Any]], known: Mapping[int, float], *, taken_on: bool) -> list[float]:
+        """The loss of each batch, one of those known or evaluated, and compared with those of its parts."""
+        every = None if self.rule.trial is None else EveryBatch(pairs, self.rule, self._loss_of)
+        values: list[float] = []
+        for i, (x, y) in enumerate(pairs):
+            if every is None and i in known:
+                values.append(known[i])
+                continue
+            with self.guard(), torch.no_grad():
+                outputs, value = self._evaluated(Batch(x, y, 1.0, 1.0))
+                told = "" if every is None else every.told_against(i, outputs, value, self._trials())
+            if told:
+                every = None
+                refuse(told, taken_on=taken_on)
+            values.append(float(value))
+        return values
+
+    def _loss_of(self, outputs: Any, targets: Any) -> Tensor:
+        """The loss of a batch as it is."""
+        return self.value_of(Batch(None, targets, 1.0, 1.0), outputs)
 
     def _counts(self, pairs: Sequence[tuple[Any, Any]], values: Sequence[float]) -> list[float]:
         """The terms of each batch; a mean over none is not a number."""
@@ -395,10 +426,10 @@ class Problem:
 
     # -- checks --------------------------------------------------------------------------------------------------
 
-    def _check(self, pairs: Sequence[tuple[Any, Any]]) -> list[float]:
-        """Refuse what cannot be measured; the losses of the batches.
+    def _check(self, pairs: Sequence[tuple[Any, Any]]) -> dict[int, float]:
+        """Refuse what cannot be measured, seen on the first batch with a finite loss; losses of batches by number.
 
-        Each batch is evaluated once, and one of them twice more with its gradient.
+        That batch is evaluated once, and twice more with its gradient.
         """
         if self.mode == "train":
             active = [n for n, m in self.model.named_modules() if isinstance(m, _DROPOUT) and m.p > 0]
@@ -406,22 +437,24 @@ class Problem:
                 raise ValueError(f"mode='train' with dropout in {active[0]!r} measures a random function; use 'eval'.")
         batches = [Batch(x, y, 1.0, 1.0) for x, y in pairs]
         if not batches:
-            return []
-        with self.guard(), torch.no_grad():
-            values = [float(self._first_value(batch)) for batch in batches]
-        usable = [i for i, value in enumerate(values) if math.isfinite(value)]
-        if not usable:
+            return {}
+        values: dict[int, float] = {}
+        for i, batch in enumerate(batches):
+            with self.guard(), torch.no_grad():
+                values[i] = float(self._evaluated(batch)[1] if i else self._first_value(batch))
+            if math.isfinite(values[i]):
+                break
+        else:
             said = candidates(self.loss, pairs, ())[0]
             if not any(said.total(pair) for pair in pairs):
                 raise ValueError("every term of the loss is ignored, so there is nothing to measure.")
             raise ValueError(f"the loss of batch 1 of {len(pairs)} is {values[0]}; there is nothing to measure here.")
-        batch = batches[usable[0]]
         with self.guard():
-            first, second = (self._first_value(batch) for _ in range(2))
+            first, second = (self._evaluated(batch)[1] for _ in range(2))
             if not self._closed and self._reaches_the_model(first):
                 # A penalty of the weights, say: the loss must see the weights that the model is given.
                 self._closed = True
-                first, second = (self._first_value(batch) for _ in range(2))
+                first, second = (self._evaluated(batch)[1] for _ in range(2))
             if self._closed and self._reaches_the_model(first):
                 raise ValueError(
                     "the loss uses weights of the model that were taken from it before, so it would not follow when "
@@ -438,9 +471,26 @@ class Problem:
         return values
 
     def _first_value(self, batch: Batch) -> Tensor:
-        """The loss of a batch, with a sentence for tensors of unlike dtypes."""
+        """The loss of a batch; the forward pass may not write to selected weights, and to copies of the others only."""
+        chosen = [w.detach().clone() for w in self.weights]
+        twin = copy.copy(self)
+        twin._rest = {n: w.clone() for n, w in self._rest.items()}
+        value = twin._evaluated(batch, chosen)[1]
+        written = [n for n, w in zip(self.names, chosen, strict=True) if w._version]
+        if written:
+            raise ValueError(
+                f"the model writes to its weight {written[0]!r} whenever it is called, as nn.Embedding(max_norm=...) "
+                "does, so its loss is no function of the weights that it is given. params= leaves the weight out; or "
+                "set max_norm = None."
+            )
+        self._rest |= {n: self._rest[n].clone() for n, w in twin._rest.items() if w._version}
+        return value
+
+    def _evaluated(self, batch: Batch, weights: Sequence[Tensor] | None = None) -> tuple[Any, Tensor]:
+        """Outputs and loss of a batch, with a sentence for tensors of unlike dtypes."""
         try:
-            return self.value_of(batch, self.outputs(batch))
+            outputs = self.outputs(batch, weights)
+            return outputs, self.value_of(batch, outputs, weights)
         except RuntimeError as error:
             if not any(word in str(error) for word in ("dtype", "scalar type")):
                 raise
@@ -682,16 +732,33 @@ def restricted(problem: Problem, params: str | Sequence[str]) -> Problem:
     return twin
 
 
-def some_of(problem: Problem, batch: Batch, count: int) -> Batch:
-    """The first examples of a batch that have a term; the batch where not every tensor has one row an example."""
-    total = _length(batch.targets)
-    pair = (batch.inputs, batch.targets)
-    if total <= count or any(axis_of(t, total, (0,)) is None for _, t in tensors(pair)):
-        return batch
-    weights = problem.rule.count.rows(pair, total, (0, 1))
-    rows = torch.arange(total) if weights is None else weights.nonzero()[:, 0]
-    inputs, targets = cut(pair, rows[:count], total, (0,))
-    terms = problem.rule.total((inputs, targets))
+def some_of(problem: Problem, count: int) -> Batch:
+    """A few examples that have a term, drawn from all batches.
+
+    The first of the first batch where examples of several do not fit together, and that batch as it is where not every
+    tensor has one row an example.
+    """
+    batch = problem.batches[0]
+    kept = []
+    for pair in ((b.inputs, b.targets) for b in problem.batches):
+        total = _length(pair[1])
+        if any(axis_of(t, total, (0,)) is None for _, t in tensors(pair)):
+            return batch
+        weights = problem.rule.count.rows(pair, total, (0, 1))
+        kept.append((pair, torch.arange(total) if weights is None else weights.nonzero()[:, 0]))
+    order = torch.randperm(sum(len(rows) for _, rows in kept), generator=torch.Generator().manual_seed(0))[:count]
+    ends = torch.tensor([len(rows) for _, rows in kept]).cumsum(0)
+    parts = []
+    for (pair, rows), end in zip(kept, ends.tolist(), strict=True):
+        drawn = order[(order < end) & (order >= end - len(rows))].sort().values - (end - len(rows))
+        if len(drawn):
+            parts.append((cut(pair, rows[drawn], _length(pair[1]), (0,)), len(drawn)))
+    found = joined(parts, (0, 0))
+    if found is None:
+        pair, rows = kept[0]
+        found = cut(pair, rows[:count], _length(pair[1]), (0,))
+    inputs, targets = found
+    terms = problem.rule.total(found)
     return Batch(inputs, targets, batch.share * (terms / batch.terms if problem.reduction == "mean" else 1.0), terms)
 
 

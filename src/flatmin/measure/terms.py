@@ -2,12 +2,14 @@
 
 A loss is a function of (outputs, targets), and nothing in it says for certain what its mean divides by. So every weight
 that a batch could have is a candidate, and is kept if the losses and gradients of two parts of a few examples give
-those of the examples together.
+those of the examples together. What only other examples show is seen where the loss of every batch is compared with
+those of parts of its outputs.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -57,6 +59,7 @@ class Outcome:
         probes: sets of examples that were compared.
         coupled: whether the outputs of an example depend on the others.
         told: one comparison, in words.
+        trial: see `Rule`.
     """
 
     names: list[str]
@@ -64,6 +67,7 @@ class Outcome:
     probes: int = 0
     coupled: bool = False
     told: str = ""
+    trial: tuple[str, Axes] | None = None
 
     @property
     def failed(self) -> bool:
@@ -94,6 +98,7 @@ def compare(trial: Trial, pairs: Sequence[Pair], counts: Sequence[Count | Given]
         outcome = _Comparison(getattr(trial, way), trial.tol, pairs, counts, along).run()
         if outcome.probes and not outcome.failed:
             outcome.coupled = in_eval and way == "together"
+            outcome.trial = way, along
             return outcome
         first = outcome if first is None or (outcome.probes and not first.probes) else first
     assert first is not None
@@ -101,6 +106,29 @@ def compare(trial: Trial, pairs: Sequence[Pair], counts: Sequence[Count | Given]
 
 
 Row = tuple[int, int]  # number of a batch, and of an example in it
+
+
+def _layout(part: Any, count: int, axes: Axes) -> tuple[int | None, ...]:
+    """The dimension of the examples in each tensor."""
+    return tuple(axis_of(t, count, axes) for _, t in tensors(part))
+
+
+def _units(pairs: Sequence[Pair], axes: Axes) -> list[tuple[Pair, int]]:
+    """Batches with their numbers of examples; none if by sizes alone it cannot be seen where a tensor has these."""
+    units = [(pair, first_tensor(pair[1]).shape[axes[0]]) for pair in pairs]
+    return units if len({_layout(pair, n, axes) for pair, n in units}) == 1 else []
+
+
+def _mean(weights: Sequence[float], parts: Sequence[Tensor]) -> Tensor | None:
+    """The mean of two parts' losses by their weights; None where neither counts."""
+    total = sum(weights)
+    counted = [(w / total) * p for w, p in zip(weights, parts, strict=True) if w and total]
+    return torch.stack(counted).sum(0) if counted else None
+
+
+def _empty(weights: Sequence[float], parts: Sequence[Tensor]) -> bool:
+    """Whether a part is a mean over no term, which is not finite, and says nothing of what it divides."""
+    return any(w == 0 and not p.isfinite().all() for w, p in zip(weights, parts, strict=True))
 
 
 class _Comparison:
@@ -115,10 +143,7 @@ class _Comparison:
         axes: Axes,
     ) -> None:
         self.evaluate, self.tol, self.axes = evaluate, tol, axes
-        self.units = [(pair, first_tensor(pair[1]).shape[axes[0]]) for pair in pairs]
-        layouts = {tuple(axis_of(t, n, axes) for _, t in tensors(pair)) for pair, n in self.units}
-        if len(layouts) > 1:
-            self.units = []  # by their sizes alone it cannot be seen where a tensor has its examples
+        self.units = _units(pairs, axes)
         self.generator = torch.Generator().manual_seed(0)
         self.alive: dict[str, Count | Given] = {c.text: c for c in reversed(counts)}
         self.alive = {c.text: self.alive[c.text] for c in counts}  # in their order, the first of each text
@@ -221,6 +246,11 @@ class _Comparison:
             parts.append((cut(pair, places, n, self.axes), len(places)))
         return parts[0][0] if len(parts) == 1 else joined(parts, self.axes)
 
+    def refuted(self, a: Sequence[Row], b: Sequence[Row], reduction: Reduction) -> bool:
+        """Whether these parts tell against the counts, or against the sum."""
+        self._try(a, b)
+        return not (self.summed if reduction == "sum" else self.alive)
+
     def _try(self, a: Sequence[Row], b: Sequence[Row]) -> None:
         """Compare, and drop what does not stand."""
         pair = self._pair([*a, *b]) if a and b else None
@@ -229,14 +259,14 @@ class _Comparison:
         n = len(a) + len(b)
         parts = [torch.arange(len(a)), torch.arange(len(a), n), torch.arange(n)]
         try:
-            found = self.evaluate(pair, parts, n, self.axes)
+            evaluated = self.evaluate(pair, parts, n, self.axes)
         except torch.OutOfMemoryError:
             raise
         except Unfit:
-            found = None
-        if found is None:
+            evaluated = None
+        if evaluated is None:
             return
-        one, two, whole = found
+        one, two, whole = evaluated
         if not torch.isfinite(whole).all():
             return  # every term of these examples is ignored, say
         self.probes += bool(one.isfinite().all() and two.isfinite().all())
@@ -244,12 +274,10 @@ class _Comparison:
         self.summed = self.summed and self._alike(one + two, whole, one, two)
         for name, count in list(self.alive.items()):
             weights = [count.total(piece) for piece in pieces[:2]]
-            total = sum(weights)
-            counted = [(w / total) * p for w, p in zip(weights, (one, two), strict=True) if w and total]
-            if counted and self._alike(torch.stack(counted).sum(0), whole, one, two):
+            found = _mean(weights, (one, two))
+            if found is not None and self._alike(found, whole, one, two):
                 continue
-            # The mean over no term is not finite, and says nothing of what it divides.
-            if not any(w == 0 and not p.isfinite().all() for w, p in zip(weights, (one, two), strict=True)):
+            if not _empty(weights, (one, two)):
                 del self.alive[name]
         self.told = (
             f"{n} examples have a loss of {float(whole[0]):.4g}, {len(a)} of them {float(one[0]):.4g} and the other "
@@ -263,6 +291,112 @@ class _Comparison:
             if not float((found[rows] - whole[rows]).norm()) <= self.tol * size:
                 return False
         return True
+
+
+# -- every batch -------------------------------------------------------------------------------------------------------
+
+_LAST, _FIRST = 3, 5  # examples on either side of the border between two batches
+# Round-off of a loss, times the root of its number of terms; what is beyond it is evaluated once more.
+_ROUND_OFF = {torch.float64: 1e-12, torch.float32: 1e-6}
+
+
+class EveryBatch:
+    """A rule against every batch, by losses of parts of the outputs that its own loss was taken of.
+
+    The parts of a batch are a third and the rest of it, and beside them the last few examples of the batch before with
+    its own first few.
+
+    Args:
+        pairs: the batches.
+        rule: how they make up the loss of all data; with a trial.
+        value: (outputs, targets) -> loss.
+    """
+
+    def __init__(self, pairs: Sequence[Pair], rule: Rule, value: Callable[[Any, Any], Tensor]) -> None:
+        self.pairs, self.rule, self.value = pairs, rule, value
+        self.way, self.axes = rule.trial or ("", (0, 1))
+        self.units = _units(pairs, self.axes)
+        self.last: tuple[Any, int, list[Row]] | None = None
+
+    def told_against(self, unit: int, outputs: Any, whole: Tensor, trials: Iterable[Trial]) -> str:
+        """What tells against the rule in a batch, in words; "" if nothing does.
+
+        Args:
+            unit: number of the batch.
+            outputs: of the model on it.
+            whole: its loss.
+            trials: evaluate what is in doubt once more, with gradients and as exactly as in the first trial.
+        """
+        for a, b in list(self._doubted(unit, outputs, whole)):
+            for trial in trials:
+                again = _Comparison(getattr(trial, self.way), trial.tol, self.pairs, [self.rule.count], self.axes)
+                if again.refuted(a, b, self.rule.reduction):
+                    return again.told
+                if again.probes:
+                    break
+        return ""
+
+    def _doubted(self, unit: int, outputs: Any, whole: Tensor) -> Iterator[tuple[list[Row], list[Row]]]:
+        """Two parts whose losses do not give that of both."""
+        before, self.last = self.last, None
+        if not self.units or not all(axis is not None for axis in self._outputs(outputs, self.units[unit][1])):
+            return
+        pair, n = self.units[unit]
+        held, rows = (pair, outputs), [(unit, i) for i in range(n)]
+
+        def cut_to(start: int, stop: int) -> tuple[Any, int, list[Row]]:
+            return cut(held, slice(start, stop), n, self.axes), stop - start, rows[start:stop]
+
+        third = max(1, n // 3)
+        if n > 1 and not self._stands(_layout(held, n, self.axes), cut_to(0, third), cut_to(third, n), whole):
+            yield rows[:third], rows[third:]
+        if before is not None:
+            first = cut_to(0, min(n, _FIRST))
+            if not self._stands(_layout(held, n, self.axes), before, first, None):
+                yield before[2], first[2]
+        kept = torch.arange(max(0, n - _LAST), n)  # by index, for a copy: a view would hold the whole batch
+        self.last = cut(held, kept, n, self.axes), len(kept), rows[-len(kept) :]
+
+    def _outputs(self, outputs: Any, count: int) -> tuple[int | None, ...]:
+        return _layout(outputs, count, self.axes) or (None,)
+
+    def _stands(
+        self,
+        layout: tuple[int | None, ...],
+        a: tuple[Any, int, list[Row]],
+        b: tuple[Any, int, list[Row]],
+        whole: Tensor | None,
+    ) -> bool:
+        """Whether the rule gives the loss of both parts, as far as that can be said."""
+        if any(_layout(part, n, self.axes) != layout for part, n, _ in (a, b)):
+            return True
+        both: Any = None
+        if whole is None:
+            both = joined([(a[0], a[1]), (b[0], b[1])], self.axes)
+            if both is None or _layout(both, a[1] + b[1], self.axes) != layout:
+                return True
+        try:
+            one, two = (self.value(outputs, pair[1]) for (pair, outputs), _, _ in (a, b))
+            if whole is None:
+                whole = self.value(both[1], both[0][1])
+        except torch.OutOfMemoryError:
+            raise
+        except Unfit:
+            return True
+        if not torch.isfinite(whole):
+            return True
+        parts = [one.double(), two.double()]
+        if self.rule.reduction == "sum":
+            found: Tensor | None = parts[0] + parts[1]
+        else:
+            weights = [self.rule.count.total(part[0]) for part, _, _ in (a, b)]
+            if _empty(weights, parts):
+                return True
+            found = _mean(weights, parts)
+        size = max(float(v.abs()) for v in (whole, *parts) if v.isfinite())
+        terms = sum(first_tensor(part[0][1]).numel() for part, _, _ in (a, b))
+        tol = min(2e-2, _ROUND_OFF.get(whole.dtype, 2e-3) * math.sqrt(terms))
+        return found is not None and float((found - whole).abs()) <= tol * size
 
 
 # -- the verdict -------------------------------------------------------------------------------------------------------
@@ -330,7 +464,7 @@ def weigh(
                 "meant so, and terms= to count otherwise."
             )
     elif not (means if chosen == "mean" else sums):
-        _refuse(batches, tried, chosen, terms, reduction, sums)
+        _refuse(batches, tried, chosen, terms, reduction, sums, means)
     if batches > 1 and any(one.coupled for one in tried):
         _warn(
             "in eval mode the outputs of an example depend on the others of its batch (such as by batch statistics), "
@@ -339,19 +473,38 @@ def weigh(
         )
     by_name = {c.text: c for c in reversed(counts)}
     count = by_name[names[0]] if chosen == "mean" and names else counts[0] if counts else Count("examples")
-    return Rule(count, chosen)
+    stands = batches > 1 and (means if chosen == "mean" else sums)
+    return Rule(count, chosen, outcome.trial if stands else None)
 
 
 def _refuse(
-    batches: int, tried: Sequence[Outcome], chosen: Reduction, terms: Any, reduction: Reduction | None, sums: bool
+    batches: int,
+    tried: Sequence[Outcome],
+    chosen: Reduction,
+    terms: Any,
+    reduction: Reduction | None,
+    sums: bool,
+    means: bool,
 ) -> None:
-    """Raise, or warn where the caller has taken it on, what no weights make right."""
+    """Refuse what no weights make right, unless the batch is the whole."""
     told = next(one.told for one in tried if one.failed or one.told)
     if batches == 1 and chosen == "mean":
         return  # the batch is the whole
     if reduction == "mean" and sums:
         raise ValueError(f"reduction='mean' was given, but the loss of a batch is the sum over its terms: {told}.")
-    if terms is not None and reduction is None:
+    if reduction == "sum" and means:
+        raise ValueError(f"reduction='sum' was given, but the loss of a batch is the mean of its terms: {told}.")
+    refuse(told, taken_on=terms is not None and reduction is None)
+
+
+def refuse(told: str, *, taken_on: bool) -> None:
+    """Raise, or warn where the caller has taken it on by terms=, since a loss is not what the rule gives.
+
+    Args:
+        told: a comparison that tells against it, in words.
+        taken_on: whether to warn.
+    """
+    if taken_on:
         _warn(
             f"the loss of a batch is not the mean of its parts' losses weighted by terms=: {told}. What is measured "
             "depends on how the data are divided into batches."

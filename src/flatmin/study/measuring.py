@@ -131,9 +131,9 @@ def measure(
         ValueError, ArithmeticError: the net or its data refuse.
     """
     check_device(view.device)
-    data = run.data()
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
+        data = run.data()
         net = unwrapped(run.model(data))
     remarks = tuple(dict.fromkeys(str(one.message) for one in told))
     net.register_forward_hook(_logits)

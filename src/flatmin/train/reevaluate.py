@@ -17,7 +17,7 @@ from flatmin.train.inputs import Inputs
 from flatmin.train.numerics import numerics
 from flatmin.train.saved import SavedRun
 from flatmin.train.settings import one_of
-from flatmin.train.sources import check_device, load_clean, load_data
+from flatmin.train.sources import check_device, load_clean
 
 SPLITS = ("train", "val", "test")
 
@@ -155,7 +155,7 @@ def _config(config: RunConfig, asked: Asked) -> RunConfig:
 def _data(run: SavedRun, asked: Asked) -> Data:
     own = run.here if asked.data_dir is None else dataclasses.replace(run.here, data_dir=asked.data_dir)
     if asked.data is None or asked.data == own.data:
-        return load_data(own)
+        return run.data(asked.data_dir)
     shape = () if run.known is None else run.known.shape
     foreign = RunConfig(
         method="sgd",

@@ -21,6 +21,7 @@ from flatmin.data.base import Data
 from flatmin.measure.checkpoints import find_weights, misfit, misshapen, state_dicts, unwrapped
 from flatmin.train.config import RunConfig
 from flatmin.train.files import reason
+from flatmin.train.fingerprint import content_of
 from flatmin.train.folder import WEIGHTS, RunFolder
 from flatmin.train.inputs import Inputs
 from flatmin.train.sources import build_model, load_data
@@ -36,6 +37,7 @@ class SavedRun:
         config: what it was trained with.
         weights: file of the trained weights.
         known: what the model takes, if the run has written it down.
+        content: digest of the data that it was trained on, if the run has written it down.
         key: which weights of the file, see `weights_for`.
     """
 
@@ -44,6 +46,7 @@ class SavedRun:
     config: RunConfig
     weights: Path
     known: Inputs | None = None
+    content: str | None = None
     key: str | None = None
 
     @property
@@ -51,13 +54,29 @@ class SavedRun:
         """The configuration as it is on the CPU, wherever the run was."""
         return dataclasses.replace(self.config, device="cpu", graph=False)
 
-    def data(self) -> Data:
+    def data(self, data_dir: str | None = None) -> Data:
         """The data that it was trained on, wrong labels included, on the CPU.
+
+        Args:
+            data_dir: where they lie now. Default: where they were.
 
         Raises:
             ValueError, ModuleNotFoundError: see `load_data`.
+
+        Warns:
+            UserWarning: they are others than in training.
         """
-        return load_data(self.here)
+        config = self.here if data_dir is None else dataclasses.replace(self.here, data_dir=data_dir)
+        data = load_data(config)
+        if self.content is not None:
+            found = content_of(config, data)
+            if found is not None and found.digest != self.content:
+                warnings.warn(
+                    f"the data {config.data!r} are not, bit for bit, those that {self.name!r} was trained on; what is "
+                    "said here is of the data as they are now.",
+                    stacklevel=2,
+                )
+        return data
 
     def inputs(self) -> Inputs:
         """What the model takes and answers; read off the data where the run has not written it down."""
@@ -135,7 +154,14 @@ def open_run(folder: str | os.PathLike[str]) -> SavedRun:
         raise ValueError(f"the run in {path} failed: {failure}.")
     name = path.resolve().name
     label = labels.get("label", name)
-    return SavedRun(name=name, label=label, config=config, weights=path / WEIGHTS, known=run.inputs())
+    return SavedRun(
+        name=name,
+        label=label,
+        config=config,
+        weights=path / WEIGHTS,
+        known=run.inputs(),
+        content=labels.get("content"),
+    )
 
 
 def load_weights(model: nn.Module, path: Path, *, key: str | None = None) -> None:
