@@ -13,7 +13,7 @@ import flatmin
 from tests.helpers import sam_by_hand
 
 # Importing torch's test harness forbids to set flags of torch.backends, which the tests of runs do.
-torch.backends.__dict__["__allow_nonbracketed_mutation_flag"] = True
+torch.backends.disable_global_flags.__globals__["__allow_nonbracketed_mutation_flag"] = True
 RHO, STEPS = 0.05, 3
 
 
