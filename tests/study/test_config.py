@@ -11,7 +11,7 @@ def rho(config):
 
 def test_the_default():
     config = load()
-    assert config.methods == DEFAULT_METHODS == ("sgd", "sam", "vasso", "bisam-log") and config.seeds == 5
+    assert config.methods == DEFAULT_METHODS == ("sgd", "sam", "vasso") and config.seeds == 5
     assert config.noise_share == 0.4
     assert [arm.label for arm in arms(config)][-3:] == ["sgd + weight decay", "sgd, early stop", "sgd, 2x epochs"]
     by_label = {arm.label: arm.config for arm in arms(config)}
@@ -19,7 +19,7 @@ def test_the_default():
     assert by_label["sgd, 2x epochs"].epochs == 60
     assert by_label["sgd + weight decay"].weight_decay == config.strong_weight_decay
     assert by_label["sgd"].rho is None
-    assert len(candidates(config)) == 7
+    assert len(candidates(config)) == 6
 
 
 def test_options_come_before_words_before_the_preset():

@@ -276,7 +276,7 @@ class SAM(Copies):
         else:
             self.base.zero_grad(set_to_none)
         if self._watch is not None:
-            self._watch.cleared = True
+            self._watch.clear()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base; it takes the default rho unless it sets one.

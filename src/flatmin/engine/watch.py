@@ -175,6 +175,11 @@ class ModelWatch:
             del self._slots[1:]
         self._slots[0].stay()
 
+    def clear(self) -> None:
+        """Gradients have been cleared: a forward that comes now may open an update."""
+        self.cleared = True
+        self._slots[0].stay()
+
     def begin_pass(self, index: int, *, bracketed: bool) -> None:
         self.pass_index, self.bracketed = index, bracketed
         self.forwards[min(index, 1)] = self.turns[min(index, 1)] = 0

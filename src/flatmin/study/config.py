@@ -15,7 +15,7 @@ from flatmin.words import suggest
 
 BASE = "sgd"
 ALL = "all"  # every method of the table, wherever a list of methods is given
-DEFAULT_METHODS = ("sgd", "sam", "vasso", "bisam-log")
+DEFAULT_METHODS = ("sgd", "sam", "vasso")
 DIGITS_NOISE = 0.4
 # Fields of a run that may be an axis: a list of values to choose from on validation.
 SWEPT = ("lr", "epochs", "batch_size", "momentum", "weight_decay")
