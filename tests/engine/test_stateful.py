@@ -445,7 +445,10 @@ class Engine(RuleBasedStateMachine):
 
     @rule(plan=PLAN)
     def pickle(self, plan):
+        known = self.optimizer.model is not None
         self.net, optimizer = pickle.loads(pickle.dumps((self.net, self.optimizer)))
+        if known:
+            optimizer.model = self.net
         self.adopt(optimizer)
         self.then(plan)
 
