@@ -55,9 +55,9 @@ class UntrainedState:
     Buffers, other parameters, and the numbers, texts and tensors that modules of the user's own hold as attributes.
     What a forward of a later pass changes is put back to what the first pass left; so is what changed in both passes.
     What a loop changes once, outside a forward, stays. Changes show in a tensor's version counter, its address or its
-    identity, so that nothing is copied, compared or synchronised where nothing changes. In the first updates and in
-    every hundredth, values are compared as well, for tensors that are written to through `.data`; not where they are
-    more than twice the weights.
+    identity, so that nothing is copied, compared or synchronised where nothing changes. On the CPU, in the first
+    updates and in every hundredth, values are compared as well, for tensors that are written to through `.data`; not
+    where they are more than twice the weights.
 
     Args:
         model: whose state.
@@ -169,8 +169,8 @@ class UntrainedState:
         self._compares = (
             (self._updates <= _COMPARED or self._updates % _AGAIN == 0)
             and sum(x.numel() for x in present) <= 2 * sum(w.numel() for w in self._trained.values())
-            and all(x.device.type in ("cpu", "cuda") and x.layout is torch.strided for x in present)
-            and not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+            # Elsewhere a comparison would wait for the device.
+            and all(x.device.type == "cpu" and x.layout is torch.strided for x in present)
         )
         known = self._silent | self._late
         copied = self._first[0] | {i for i, n in enumerate(self._names) if self._compares or n in known}
@@ -201,7 +201,7 @@ class UntrainedState:
         """Those whose values are not what the first pass left."""
         held = self._held
         assert held is not None
-        return {i for i in places if not _equal(held.tensors[i], self._copies[i])}
+        return {i for i in places if held.tensors[i].is_cpu and not _equal(held.tensors[i], self._copies[i])}
 
     def release(self) -> None:
         """The last pass has ended."""
@@ -236,7 +236,8 @@ class UntrainedState:
                 continue
             self._restore(i, held)
         silent = {i for i in self._copies.keys() - tensors if self._compares or self._names[i] in self._silent}
-        for i in self._written - tensors if self._forwards else self._differing(silent):
+        written = self._written - tensors if self._forwards else self._differing(silent)
+        for i in written | {i for i in silent if not held.tensors[i].is_cpu}:
             self._silent.add(self._names[i])
             held.tensors[i].copy_(self._copies[i])
         if new := [name for name in lost if name not in self._late]:
