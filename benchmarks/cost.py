@@ -21,7 +21,7 @@ from benchmarks.loops import BASES, Loop, Setting, floor, ours, recipe_of
 from benchmarks.nets import NETS
 from benchmarks.results import Gate, Result, Spread, Table
 from benchmarks.timing import seconds
-from flatmin.engine.store import PREFIX
+from flatmin.optim.state import PREFIX
 
 HELP = "every method's time, gradients and copies beside what its recipe states; 8 min, wants a quiet machine"
 DEFAULT_NETS = ("mlp200", "resnet18-w8")

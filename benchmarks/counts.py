@@ -16,8 +16,8 @@ from benchmarks.launches import Recorder
 from benchmarks.loops import Loop, Setting, floor, other, ours, recipe_of
 from benchmarks.nets import NETS
 from benchmarks.results import Gate, Result, Table
-from flatmin.parts import Combine
-from flatmin.recipes import Recipe
+from flatmin.methods import Combine
+from flatmin.methods.compose import Recipe
 
 HELP = "launches, synchronisations and memory of a step, against exact limits"
 GATED_NETS = ("mlp200", "vit-d192", "resnet18-w8")

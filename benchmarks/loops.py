@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import flatmin
 from benchmarks.nets import Net
-from flatmin.parts import Named, Need, OtherBatch, WarmUp
-from flatmin.recipes import Recipe
+from flatmin.methods import Named, Need, OtherBatch, WarmUp
+from flatmin.methods.compose import Recipe
 
 BASES = ("default", "foreach", "fused")
 LR, MOMENTUM, RHO = 1e-3, 0.9, 0.05

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import flatmin
-from flatmin.parts import Context, Direction, Named, Need, NewState, State, Tensors, WarmUp
-from flatmin.recipes import METHODS, Recipe
+from flatmin.methods import Context, Direction, Named, Need, NewState, State, Tensors, WarmUp
+from flatmin.methods.compose import METHODS, Recipe
 
 DOORS = ("closure", "perturbed", "two calls", "passes")
 # Every named method, and compositions that cross a stateful part, another loss and another norm.

@@ -10,23 +10,23 @@ Names are loaded on first use, so that command lines answer before torch is impo
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flatmin.engine import SAM, Criterion, base_state_dict, value_and_grad, wrap
-    from flatmin.recipes import METHODS, Method, Recipe, compose, method_table
+    from flatmin.methods.compose import METHODS, Method, Recipe, compose, method_table
+    from flatmin.optim import SAM, Criterion, base_state_dict, value_and_grad, wrap
     from flatmin.train.saved import load
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "SAM": "flatmin.engine",
-    "Criterion": "flatmin.engine",
-    "base_state_dict": "flatmin.engine",
-    "value_and_grad": "flatmin.engine",
-    "wrap": "flatmin.engine",
-    "METHODS": "flatmin.recipes",
-    "Method": "flatmin.recipes",
-    "Recipe": "flatmin.recipes",
-    "compose": "flatmin.recipes",
-    "method_table": "flatmin.recipes",
+    "SAM": "flatmin.optim",
+    "Criterion": "flatmin.optim",
+    "base_state_dict": "flatmin.optim",
+    "value_and_grad": "flatmin.optim",
+    "wrap": "flatmin.optim",
+    "METHODS": "flatmin.methods.compose",
+    "Method": "flatmin.methods.compose",
+    "Recipe": "flatmin.methods.compose",
+    "compose": "flatmin.methods.compose",
+    "method_table": "flatmin.methods.compose",
     "load": "flatmin.train.saved",
 }
 

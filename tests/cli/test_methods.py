@@ -6,14 +6,14 @@ import pytest
 from typer.testing import CliRunner
 
 from flatmin.cli.main import app
-from flatmin.recipes import METHODS
+from flatmin.methods.compose import METHODS
 
 runner = CliRunner()
 
 PLUGIN = '''
 from dataclasses import dataclass
-from flatmin.parts import Direction
-from flatmin.recipes import Method
+from flatmin.methods import Direction
+from flatmin.methods.compose import Method
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,8 +5,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import flatmin
-from flatmin.engine.serving import Loop
-from flatmin.recipes import METHODS
+from flatmin.optim.support import Loop
+from flatmin.methods.compose import METHODS
 from tests.dist.scenarios_fsdp import Net, batch
 from tests.helpers import BASES, drive, recipe_of
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from flatmin.parts import Need
-from flatmin.recipes import METHODS
+from flatmin.methods import Need
+from flatmin.methods.compose import METHODS
 from tests.dist import scenarios_fsdp as scenarios
 from tests.dist.scenarios_fsdp import Net, Setup
 from tests.helpers import recipe_of

@@ -9,8 +9,8 @@ from torch import nn
 
 import flatmin
 from flatmin.cli import loops
-from flatmin.engine.serving import Loop, refusal
-from flatmin.recipes import METHODS
+from flatmin.optim.support import Loop, refusal
+from flatmin.methods.compose import METHODS
 from tests.dist import scenarios_loops
 from tests.helpers import BASES, batch, drive, noisy_net, recipe_of
 

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 import flatmin
 from flatmin.cli.main import app
 from flatmin.data.base import as_data
-from flatmin.parts import Need
-from flatmin.recipes import METHODS
+from flatmin.methods import Need
+from flatmin.methods.compose import METHODS
 from flatmin.train.originals.projects import PROJECTS
 
 ROOT = Path(__file__).parents[2]

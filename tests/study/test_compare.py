@@ -215,8 +215,8 @@ def test_a_net_that_only_guesses_is_flagged(tmp_path):
 
 PLUGIN = """
 from dataclasses import dataclass
-from flatmin.parts import Direction
-from flatmin.recipes import Method
+from flatmin.methods import Direction
+from flatmin.methods.compose import Method
 
 @dataclass(frozen=True, kw_only=True)
 class Signs(Direction):

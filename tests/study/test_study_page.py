@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from flatmin.objectives import bisam_log, bisam_tanh
+from flatmin.methods.losses import bisam_log, bisam_tanh
 from flatmin.stats import summarise
 from flatmin.study import page, study_curves, study_figures, study_recorded, tables
 from flatmin.study.executors import Outcome

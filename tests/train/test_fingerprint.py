@@ -14,9 +14,9 @@ from flatmin.train.config import RunConfig
 def test_the_fingerprint_covers_what_a_run_depends_on():
     names = {"/".join(path.parts[-2:]) for path in fingerprint.package_sources()}
     assert {"train/loop.py", "measure/krylov.py", "data/noise.py", "models/small.py"} <= names
-    assert {"flatmin/recipe.py", "flatmin/recipes.py", "flatmin/catalogue.py"} <= names
-    assert any(name.startswith("engine/") for name in names)
-    assert any(name.startswith("parts/") for name in names)
+    assert {"flatmin/streams.py", "methods/recipe.py", "methods/table.py"} <= names
+    assert any(name.startswith("optim/") for name in names)
+    assert any(name.startswith("methods/") for name in names)
     assert not any(name.startswith(("study/", "cli/")) for name in names)
 
 

@@ -5,11 +5,11 @@ import inspect
 import pytest
 import torch
 
-from flatmin import parts
+from flatmin import methods as parts
 from flatmin.data.base import Data, Split
 from flatmin.data.images import Statistics
-from flatmin.engine.serving import capture_refusal
-from flatmin.recipes import METHODS, compose
+from flatmin.methods.compose import METHODS, compose
+from flatmin.optim.support import capture_refusal
 from flatmin.train.config import RunConfig
 from flatmin.train.folder import RunFolder
 from flatmin.train.loop import train

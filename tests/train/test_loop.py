@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from flatmin.measure.curvature import Hessian, dense
 from flatmin.measure.problem import Problem
-from flatmin.recipes import METHODS
+from flatmin.methods.compose import METHODS
 from flatmin.train import evaluate
 from flatmin.train.config import RunConfig, stream
 from flatmin.train.feed import Batch

@@ -9,8 +9,8 @@ import torch
 
 from flatmin.data.base import Data, Split
 from flatmin.data.images import STATISTICS, Statistics
+from flatmin.methods.compose import compose, method_table
 from flatmin.models.zoo import MODELS
-from flatmin.recipes import compose, method_table
 from flatmin.train.config import RunConfig
 from flatmin.train.options import Options
 from flatmin.train.preset import load_options, load_run
@@ -315,8 +315,8 @@ class TestParameters:
 
 
 PLUGIN = """
-from flatmin.parts import Direction
-from flatmin.recipes import Method
+from flatmin.methods import Direction
+from flatmin.methods.compose import Method
 from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from flatmin.engine.serving import Loop, refusal
-from flatmin.recipes import Method
+from flatmin.methods.compose import Method
+from flatmin.optim.support import Loop, refusal
 
 MARKERS = ("<!-- loops -->", "<!-- /loops -->")
 COMMAND = "flatmin methods --loops --into docs/loops.md"

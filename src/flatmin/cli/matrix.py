@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from flatmin.recipes import ContradictionError, Method, compose
+from flatmin.methods.compose import ContradictionError, Method, compose
 
 SYMBOLS = {
     "objective": "o",

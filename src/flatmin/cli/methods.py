@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from flatmin.recipes import Method, Recipe
+    from flatmin.methods.compose import Method, Recipe
 
 QUESTIONS = {
     "objective": "which loss is climbed?",
@@ -52,7 +52,7 @@ def methods(
     """List every method with its formula, cost, needs, defaults and paper; or show one recipe part by part."""
     from flatmin.cli import loops as served
     from flatmin.cli import matrix as pairs
-    from flatmin.recipes import compose, method_table
+    from flatmin.methods.compose import compose, method_table
     from flatmin.train.locate import search_here
 
     search_here()

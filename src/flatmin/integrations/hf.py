@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flatmin.engine import SAM, wrap
-from flatmin.parts import Need
-from flatmin.recipes import Recipe
+from flatmin.methods import Need
+from flatmin.methods.compose import Recipe
+from flatmin.optim import SAM, wrap
 
 try:
     from transformers import Trainer

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from flatmin.engine import SAM
-from flatmin.engine.guards import FrozenStatistics, RandomState
-from flatmin.parts import Need
+from flatmin.methods import Need
+from flatmin.optim import SAM
+from flatmin.optim.guards import FrozenStatistics, RandomState
 
 try:
     from lightning.pytorch.plugins.precision import Precision

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from flatmin.recipes import Recipe, compose, method_table
+from flatmin.methods.compose import Recipe, compose, method_table
 from flatmin.study.config import BASE, SWEPT, CompareConfig
 from flatmin.train.config import RunConfig, Scalar
 from flatmin.train.locate import find_module

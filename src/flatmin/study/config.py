@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from flatmin.recipes import method_table
+from flatmin.methods.compose import method_table
 from flatmin.train import settings
 from flatmin.train.config import Scalar
 from flatmin.train.settings import at_least

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flatmin.engine.diagnostics import CLASSES
+from flatmin.optim.diagnostics import CLASSES
 from flatmin.stats import PERCENT, UNBOUNDED, Ends
 from flatmin.train.result import Epoch, Result
 

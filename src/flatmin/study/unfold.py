@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flatmin.data.named import DATASETS
+from flatmin.methods.compose import Recipe, compose, method_table
 from flatmin.models.zoo import MODELS
-from flatmin.recipes import Recipe, compose, method_table
 from flatmin.study.spec import Arm, StudySpec, as_word
 from flatmin.study.sweep import points, tidy, words
 from flatmin.train.config import RunConfig

@@ -9,11 +9,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from flatmin.engine import SAM
-from flatmin.engine.program import Generators, Site, program
-from flatmin.engine.serving import Loop, refusal
-from flatmin.parts import Need, State
-from flatmin.recipes import Recipe
+from flatmin.methods import Need, State
+from flatmin.methods.compose import Recipe
+from flatmin.optim import SAM
+from flatmin.optim.program import Generators, Site, program
+from flatmin.optim.support import Loop, refusal
 from flatmin.theory.functions import Problem
 
 Gradient = Callable[[Tensor], Tensor]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from flatmin import parts as p
-from flatmin.parts import Need
-from flatmin.recipes import Recipe, compose, method_table
+from flatmin import methods as p
+from flatmin.methods import Need
+from flatmin.methods.compose import Recipe, compose, method_table
 from flatmin.theory.rules import Power, Rule
 from flatmin.words import suggest
 

@@ -22,18 +22,18 @@ import flatmin
 from flatmin.data.base import Data, Samples, Split
 from flatmin.data.folder import files_digest
 from flatmin.data.named import DATASETS
+from flatmin.methods.compose import Recipe
 from flatmin.models.external import external
-from flatmin.recipes import Recipe
 from flatmin.train.config import RunConfig
 from flatmin.train.locate import find_module
 from flatmin.train.settings import canonical
 from flatmin.train.sources import load_clean, reading_of
 
-PARTS = ("parts", "engine", "data", "models", "measure", "train")
+PARTS = ("methods", "optim", "data", "models", "measure", "train")
 _AND = "; "
 _ROUNDING = 1e-6
 _ROWS = 4096
-FILES = ("recipe.py", "recipes.py", "catalogue.py", "objectives.py")
+FILES = ("streams.py",)
 
 
 def package_sources() -> list[Path]:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from flatmin.engine.capture import Captured
-from flatmin.engine.serving import capture_refusal
+from flatmin.optim.capture import Captured
+from flatmin.optim.support import capture_refusal
 from flatmin.train.feed import Batch
 
 if TYPE_CHECKING:

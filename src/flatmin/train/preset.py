@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from flatmin.recipes import Recipe, compose, method_table
+from flatmin.methods.compose import Recipe, compose, method_table
 from flatmin.train import settings
 from flatmin.train.config import RunConfig, Scalar
 from flatmin.train.locate import find_module

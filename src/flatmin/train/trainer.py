@@ -14,10 +14,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from flatmin.data.base import Data
-from flatmin.engine import SAM, Criterion
-from flatmin.objectives import smoothed_cross_entropy
-from flatmin.parts import Need, OtherBatch
-from flatmin.recipes import Recipe, compose, method_table
+from flatmin.methods import Need, OtherBatch
+from flatmin.methods.compose import Recipe, compose, method_table
+from flatmin.methods.losses import smoothed_cross_entropy
+from flatmin.optim import SAM, Criterion
 from flatmin.train.average import Average
 from flatmin.train.config import RunConfig, stream
 from flatmin.train.feed import Batch, Feed, steps_of

@@ -1,0 +1,309 @@
+"""What goes to the base optimizer?"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from flatmin.methods.part import (
+    Combine,
+    Context,
+    Need,
+    NewState,
+    State,
+    Tensors,
+    check_choice,
+    check_count,
+    check_range,
+    learning_rate,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Descent(Combine):
+    """u = g_s: the base takes the gradient at w + eps. Source: Foret et al., SAM, ICLR 2021, Alg. 1."""
+
+    def __call__(self, g: Tensors | None, gs: list[Tensors], state: State, c: Context) -> tuple[Tensors, NewState]:
+        return gs[0], {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Orthogonal(Combine):
+    """GSAM: u = g_s - alpha g_perp, with g_perp = g - (<g, g_s> / ||g_s||^2) g_s.
+
+    g_perp is the part of the gradient at w that is orthogonal to the descent gradient, over all tensors as one vector:
+    going against it lowers the surrogate gap without changing the perturbed loss to first order.
+
+    Args:
+        alpha: >= 0. Default 0.4 (the official repository's example); 0 is SAM.
+
+    Raises:
+        ValueError: alpha out of range.
+
+    The paper ties rho to lr as well; add "+rho-lr" for that. With rho = 0 the two gradients are one, g_perp = 0 and the
+    method is its base.
+
+    Source: Zhuang et al., Surrogate Gap Minimization Improves Sharpness-Aware Training, ICLR 2022, Alg. 1.
+
+    Cost of gsam: 2 gradient evaluations a step, 2 extra copies of the moved weights.
+
+    Example:
+        >>> import flatmin
+        >>> print(flatmin.compose("gsam", alpha=0.2).combine)
+        Orthogonal(alpha=0.2)
+    """
+
+    needs: ClassVar = frozenset({Need.GRADIENT_AT_W})
+    uses_gradient: ClassVar = True
+    alpha: float = 0.4
+
+    def __post_init__(self) -> None:
+        check_range(self, "alpha", 0.0, 1e6)
+
+    def __call__(self, g: Tensors | None, gs: list[Tensors], state: State, c: Context) -> tuple[Tensors, NewState]:
+        assert g is not None
+        # g_s - alpha (g - k g_s) = (g_s - alpha g) + alpha k g_s
+        k = c.share(g, gs[0])
+        u = list(torch._foreach_add(gs[0], g, alpha=-self.alpha))
+        return c.add_scaled(u, gs[0], self.alpha * k, spent=True), {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weighted(Combine):
+    """WSAM: coupled u = (1 - a) g + a g_s, with a = gamma / (1 - gamma); a > 1 extrapolates.
+
+    `coupled=False`: the base takes g, and then w <- w - lr a (g_s - g), so that momentum and Adam's moments see the
+    plain gradient only.
+
+    Args:
+        gamma: weight of the sharpness term, in [0, 1). Default 0.9, so a = 9 (official code); 0.5 coupled is SAM
+            (a = 1), 0 is the base.
+        coupled: default False (official code).
+
+    Raises:
+        ValueError: gamma outside [0, 1).
+
+    Source: Yue et al., Sharpness-Aware Minimization Revisited: Weighted Sharpness as a Regularization Term, KDD 2023,
+    and the authors' code.
+
+    Cost of wsam: 2 gradient evaluations a step, 2 extra copies of the moved weights.
+
+    Example:
+        >>> import flatmin
+        >>> print(flatmin.compose("wsam", gamma=0.5).combine)
+        Weighted(gamma=0.5, coupled=False)
+    """
+
+    needs: ClassVar = frozenset({Need.GRADIENT_AT_W})
+    uses_gradient: ClassVar = True
+    gamma: float = 0.9
+    coupled: bool = False
+
+    def __post_init__(self) -> None:
+        check_range(self, "gamma", 0.0, 1.0)
+        if self.gamma == 1.0:
+            raise ValueError("Weighted: gamma must be below 1, where the weight a = gamma / (1 - gamma) is infinite.")
+
+    def demands(self) -> frozenset[Need]:
+        return self.needs if self.coupled else self.needs | {Need.LR}
+
+    @property
+    def weight(self) -> float:
+        """A = gamma / (1 - gamma)."""
+        return self.gamma / (1.0 - self.gamma)
+
+    def __call__(self, g: Tensors | None, gs: list[Tensors], state: State, c: Context) -> tuple[Tensors, NewState]:
+        assert g is not None
+        return (list(torch._foreach_lerp(g, gs[0], self.weight)) if self.coupled else g), {}
+
+    def post(self, g: Tensors | None, gs: list[Tensors], c: Context) -> Tensors | None:
+        if self.coupled or g is None:
+            return None
+        change = list(torch._foreach_sub(gs[0], g))
+        torch._foreach_mul_(change, [-learning_rate(group, self) * self.weight for group in c.options])
+        return change
+
+
+@dataclass(frozen=True, kw_only=True)
+class Penalty(Combine):
+    """GNP: u = (1 - alpha) g + alpha g_s, which penalises the gradient's norm to first order.
+
+    Args:
+        alpha: >= 0. Default 0.8 (the official recipes); 1 is SAM, 0 the base.
+
+    Raises:
+        ValueError: alpha out of range.
+
+    Differs from the official code, whose default mixes (1 - alpha) g / ||g||, against its text.
+
+    Source: Zhao, Zhang & Hu, Penalizing Gradient Norm for Efficiently Improving Generalization, ICML 2022, Alg. 1.
+
+    Cost of gnp: 2 gradient evaluations a step, 2 extra copies of the moved weights.
+
+    Example:
+        >>> import flatmin
+        >>> print(flatmin.compose("gnp", alpha=0.5).combine)
+        Penalty(alpha=0.5)
+    """
+
+    needs: ClassVar = frozenset({Need.GRADIENT_AT_W})
+    uses_gradient: ClassVar = True
+    alpha: float = 0.8
+
+    def __post_init__(self) -> None:
+        check_range(self, "alpha", 0.0, 1e6)
+
+    def __call__(self, g: Tensors | None, gs: list[Tensors], state: State, c: Context) -> tuple[Tensors, NewState]:
+        assert g is not None
+        return list(torch._foreach_lerp(g, gs[0], self.alpha)), {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Look(Combine):
+    """LookSAM's memory: what SAM adds to the gradient is used again on the steps that do not ascend.
+
+        on:   u = g_s,  g_v = g_s - (<g_s, g> / ||g||^2) g is kept
+        off:  u = g + alpha (||g|| / ||g_v||) g_v
+
+    Norms and projection over all tensors as one vector. Meant for a rule that ascends every k-th step.
+
+    Args:
+        alpha: >= 0. Default 0.7 (the default of the public re-implementations; no official code is known).
+
+    Raises:
+        ValueError: alpha out of range.
+
+    Source: Liu et al., Towards Efficient and Scalable Sharpness-Aware Minimization, CVPR 2022, Alg. 1.
+
+    Cost of looksam: 1.2 gradient evaluations a step, 3 extra copies of the moved weights.
+
+    Example:
+        >>> import flatmin
+        >>> print(flatmin.compose("looksam", alpha=0.5).combine)
+        Look(alpha=0.5)
+    """
+
+    needs: ClassVar = frozenset({Need.GRADIENT_AT_W, Need.WHOLE_BATCH})
+    slots: ClassVar = {"sharp": "param", "size": "scalar"}
+    uses_gradient: ClassVar = True
+    alpha: float = 0.7
+
+    def __post_init__(self) -> None:
+        check_range(self, "alpha", 0.0, 1e6)
+
+    def __call__(self, g: Tensors | None, gs: list[Tensors], state: State, c: Context) -> tuple[Tensors, NewState]:
+        assert g is not None
+        sharp, size = c.reject(gs[0], g)
+        return gs[0], {"sharp": sharp, "size": size}
+
+    def off(self, g: Tensors, state: State, c: Context) -> tuple[Tensors, NewState]:
+        sharp, size = state["sharp"], state["size"]
+        if size is None:
+            return g, {}
+        if any(s is None for s in sharp):
+            sharp = [torch.zeros_like(x) if s is None else s for s, x in zip(sharp, g, strict=True)]
+        factor = torch.where(size > 0, self.alpha * c.norm(g) / size, torch.zeros_like(size))
+        return c.add_scaled(g, sharp, factor, spent=True), {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keep(Combine):
+    """Ablation: one half of g_s and the other half of g.
+
+    granularity "element": direction = sign, magnitude = absolute value of each entry;
+    "tensor" and "global": direction = v / ||v||, magnitude = ||v|| of each tensor or of all.
+
+        keep="direction":  u = sign(g_s) |g|      or  g_s ||g|| / ||g_s||
+        keep="magnitude":  u = |g_s| sign(g)      or  g ||g_s|| / ||g||
+
+    Args:
+        keep: "direction" or "magnitude" of SAM's gradient.
+        granularity: "element" (default, as coded), "tensor" or "global".
+        legacy_names: True swaps the two, as the original classes do: its class SAMDIRECTION keeps SAM's magnitude and
+            SAMMAGNITUDE its direction, against its text and table. Default False: named by the text.
+
+    Raises:
+        ValueError: another word.
+
+    Source: Luong, empirical study of direction and magnitude in SAM (2024), prose and classes `samdirection.py`,
+    `sammagnitude.py`.
+
+    Cost of sam-direction: 2 gradient evaluations a step, 2 extra copies of the moved weights.
+
+    Example:
+        >>> import flatmin
+        >>> print(flatmin.compose("sam-direction", granularity="tensor").combine)
+        Keep(keep='direction', granularity='tensor', legacy_names=False)
+    """
+
+    needs: ClassVar = frozenset({Need.GRADIENT_AT_W})
+    uses_gradient: ClassVar = True
+    keep: str = "direction"
+    granularity: str = "element"
+    legacy_names: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice(self, "keep", ("direction", "magnitude"))
+        check_choice(self, "granularity", ("element", "tensor", "global"))
+
+    def __call__(self, g: Tensors | None, gs: list[Tensors], state: State, c: Context) -> tuple[Tensors, NewState]:
+        assert g is not None
+        of_sam = (self.keep == "direction") != self.legacy_names
+        direction, magnitude = (gs[0], g) if of_sam else (g, gs[0])
+        if self.granularity == "element":
+            return list(torch._foreach_mul(torch._foreach_sign(direction), torch._foreach_abs(magnitude))), {}
+        if self.granularity == "global":
+            factors = [_ratio(c.norm(magnitude), c.norm(direction))] * len(direction)
+        else:
+            factors = [_ratio(c.norm([m]), c.norm([d])) for m, d in zip(magnitude, direction, strict=True)]
+        return [d * f.to(d.device, d.dtype) for d, f in zip(direction, factors, strict=True)], {}
+
+
+def _ratio(a: Tensor, b: Tensor) -> Tensor:
+    """A / b, and 0 where b is 0."""
+    return torch.where(b > 0, a / b, torch.zeros_like(a))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saner(Combine):
+    """SANER: u = (1 - alpha 1[0 < r < 1]) g_s entry by entry, with r = g_s / g.
+
+    Entries whose gradient shrank without changing sign on the way to w + eps are damped.
+
+    Args:
+        alpha: in [0, 1]. Default 0.5; 0 is SAM. The original code's alpha is the part that is kept, 1 - alpha here.
+        warm_up: updates that are plain SAM first. Default 0; the original waits 50 of 200 epochs.
+
+    Raises:
+        ValueError: out of range.
+
+    Source: README of the SANER repository (Luong and co-authors).
+
+    Cost of saner: 2 gradient evaluations a step, 2 extra copies of the moved weights.
+
+    Example:
+        >>> import flatmin
+        >>> print(flatmin.compose("saner", alpha=0.25).combine)
+        Saner(alpha=0.25, warm_up=0)
+    """
+
+    counts: ClassVar = True
+    needs: ClassVar = frozenset({Need.GRADIENT_AT_W})
+    uses_gradient: ClassVar = True
+    alpha: float = 0.5
+    warm_up: int = 0
+
+    def __post_init__(self) -> None:
+        check_range(self, "alpha", 0.0, 1.0)
+        check_count(self, "warm_up", 0)
+
+    def __call__(self, g: Tensors | None, gs: list[Tensors], state: State, c: Context) -> tuple[Tensors, NewState]:
+        assert g is not None
+        if c.step < self.warm_up:
+            return gs[0], {}
+        # 0 < g_s / g < 1 without dividing: the same sign, and smaller.
+        return [
+            torch.where(((s > 0) & (s < x)) | ((s < 0) & (s > x)), s * (1.0 - self.alpha), s)
+            for s, x in zip(gs[0], g, strict=True)
+        ], {}

@@ -1,0 +1,169 @@
+"""Recipes: named methods as frozen sets of parts, and their composition by name.
+
+>>> from flatmin.methods.compose import compose
+>>> recipe = compose("vasso+bisam-log+asam", theta=0.8)
+>>> recipe.direction
+EMA(theta=0.8)
+>>> recipe.default_rho, recipe.gradient_evaluations
+(0.5, 2.0)
+>>> compose("asam+usam")
+Traceback (most recent call last):
+...
+ValueError: 'asam' and 'usam' both set the geometry; choose one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import sys
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from flatmin.methods import KINDS, Part
+from flatmin.methods.recipe import DEFAULTS, ContradictionError, Method, Recipe
+from flatmin.methods.table import BUILT_IN
+from flatmin.words import suggest
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoints
+
+__all__ = ["CONFUSED", "ENTRY_POINTS", "METHODS", "ContradictionError", "Method", "Recipe", "compose", "method_table"]
+ENTRY_POINTS = "flatmin.methods"
+# Names that the literature gives to more than one method.
+CONFUSED = {
+    "msam": "write 'micro-sam' for mSAM (an ascent per micro-batch), 'momentum-sam' for Momentum-SAM",
+    "ssam": "write 'ssam-f' or 'ssam-d' for Sparse SAM, 'bernoulli' for stochastically scheduled SAM (SS-SAM)",
+}
+METHODS: Mapping[str, Method] = {m.name: m for m in BUILT_IN}
+
+
+def method_table(plugins: Sequence[str] = ()) -> dict[str, Method]:
+    """All methods by name: built in, from entry points of the group "flatmin.methods", and from plugin modules.
+
+    A plugin is an importable module with a dict `METHODS` of name -> `Method`; an entry point refers to such a dict.
+
+    Raises:
+        ValueError: a plugin that cannot be imported or has no such dict, or a name that is taken.
+    """
+    table = dict(METHODS)
+    for entry in _installed(tuple(sys.path)):
+        _merge(table, entry.load(), f"entry point {entry.value!r}")
+    for module in plugins:
+        try:
+            found = importlib.import_module(module)
+        except ImportError as error:
+            raise ValueError(f"plugin {module!r} cannot be imported: {error}.") from error
+        _merge(table, getattr(found, "METHODS", None), f"plugin {module!r}")
+    return table
+
+
+@lru_cache(maxsize=4)
+def _installed(path: tuple[str, ...]) -> EntryPoints:
+    """The methods of installed packages; looking for them reads a file of each package on the path."""
+    from importlib.metadata import entry_points
+
+    return entry_points(group=ENTRY_POINTS)
+
+
+def _merge(table: dict[str, Method], new: Any, origin: str) -> None:
+    if not isinstance(new, Mapping) or not all(isinstance(m, Method) for m in new.values()):
+        raise ValueError(f"{origin} needs a dict METHODS of name -> flatmin.methods.compose.Method.")
+    for name, method in new.items():
+        if "+" in name or name != method.name:
+            raise ValueError(f"{origin}: key {name!r} must equal the method's name and contain no '+'.")
+        if name in table and table[name] is not method:
+            raise ValueError(f"{origin}: the name {name!r} is taken.")
+        table[name] = method
+
+
+def compose(name: str, table: Mapping[str, Method] | None = None, **params: Any) -> Recipe:
+    """The recipe of one or several names joined by "+", each name giving the parts it sets.
+
+    Args:
+        name: e.g. "sam", "vasso+bisam-log+asam". Neither the order nor the case matters.
+        table: names to choose from. Default: built-ins, then entry points.
+        params: parameters of the parts: `theta=0.8` if exactly one part has it, else qualified by kind:
+            `direction=dict(theta=0.8)`, `direction=EMA(theta=0.8)` or `**{"direction.theta": 0.8}`.
+
+    Raises:
+        ValueError: unknown name or parameter, two names that set the same part, contradicting parts, bad values.
+    """
+    names = [n.strip() for n in name.split("+")]
+    if table is None:
+        table = METHODS if all(n in METHODS for n in names) else method_table()
+    names = [_spelled(n, table) for n in names]
+    chosen: dict[str, Part] = {}
+    owner: dict[str, str] = {}
+    for n in names:
+        if n not in table:
+            if n in CONFUSED:
+                raise ValueError(f"{n!r} is the name of two methods: {CONFUSED[n]}.")
+            raise ValueError(f"unknown method {n!r}{_guess(n, table)} (methods: {', '.join(table)})")
+        for part in table[n].parts:
+            if part.kind in chosen:
+                raise ValueError(f"{owner[part.kind]!r} and {n!r} both set the {part.kind}; choose one.")
+            chosen[part.kind], owner[part.kind] = part, n
+    for kind, changes in _sort_parameters(name, chosen, params).items():
+        chosen[kind] = changes if isinstance(changes, Part) else _replace(chosen.get(kind, DEFAULTS[kind]), changes)
+    try:
+        return Recipe(name="+".join(names), **chosen)  # type: ignore[arg-type]
+    except ContradictionError as error:
+        raise error.between(names) from None
+
+
+def _spelled(name: str, table: Mapping[str, Method]) -> str:
+    """The table's own spelling of a name in another case; the name itself if the table has it, or nothing like it."""
+    alike = [name] if name in table else [known for known in table if known.lower() == name.lower()]
+    return alike[0] if len(alike) == 1 else name
+
+
+def _guess(name: str, table: Mapping[str, Method]) -> str:
+    """What may be meant by an unknown name: a method of this title, or one whose name is near."""
+    titled = [known for known, method in table.items() if method.title.lower() == name.lower()]
+    return f"; did you mean {titled[0]!r}?" if titled else suggest(name, table)
+
+
+def _sort_parameters(name: str, chosen: dict[str, Part], params: dict[str, Any]) -> dict[str, Any]:
+    """{kind: part or {field: value}} from the three ways of writing a parameter."""
+    sorted_: dict[str, Any] = {}
+    for key, value in params.items():
+        kind, _, fld = key.partition(".")
+        if key in KINDS:
+            if not isinstance(value, (Part, Mapping)):
+                raise ValueError(f"{key} must be a part or a dict of its parameters, got {value!r}.")
+            sorted_[key] = value if isinstance(value, Part) else {**sorted_.get(key, {}), **value}
+            continue
+        if fld:
+            if kind not in KINDS:
+                raise ValueError(f"unknown part {kind!r} in {key!r}{suggest(kind, KINDS)} (parts: {', '.join(KINDS)})")
+        else:
+            holders = [k for k, part in chosen.items() if key in part.parameters()]
+            if len(holders) > 1:
+                both = " or ".join(f"{k}.{key}" for k in holders)
+                raise ValueError(f"{name!r} has several parameters {key!r}; write {both}.")
+            known = [f for part in chosen.values() for f in part.parameters()]
+            if not holders:
+                listed = f" (parameters: {', '.join(known)})" if known else " (it has none)"
+                raise ValueError(f"{name!r} has no parameter {key!r}{suggest(key, known)}{listed}")
+            kind, fld = holders[0], key
+        if isinstance(sorted_.get(kind), Part):
+            raise ValueError(f"{kind} is given as a part and as {key!r}; choose one.")
+        sorted_.setdefault(kind, {})[fld] = value
+    return sorted_
+
+
+def _replace(part: Part, changes: Mapping[str, Any]) -> Part:
+    known = part.parameters()
+    typed = {}
+    for key, value in changes.items():
+        if key not in known:
+            raise ValueError(f"{part.kind} {part} has no parameter {key!r}{suggest(key, known)}")
+        default = known[key]
+        if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if isinstance(default, (bool, str)) and not isinstance(value, type(default)):
+            raise ValueError(f"{part.kind}.{key} must be {type(default).__name__}, got {value!r}.")
+        typed[key] = value
+    return dataclasses.replace(part, **typed)

@@ -1,0 +1,179 @@
+"""How far? Factors on each group's rho."""
+
+import numbers
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from flatmin.methods.part import Context, Need, Radius, check_count, check_range, learning_rate
+
+PEAK, GREW = "flatmin.radius.peak", "flatmin.radius.grew"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Constant(Radius):
+    """The radius is each group's rho. A loop may set group["rho"] as it sets group["lr"]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Power(Radius):
+    """rho_k = rho / (k + 1)^p at update k = 0, 1, ...
+
+    Args:
+        p: exponent, >= 0. Default 0.001, the "almost constant" radius of the convergence analysis; 0 is constant.
+
+    Raises:
+        ValueError: p < 0.
+
+    Source: Khanh, Luong, Mordukhovich & Tran, Fundamental Convergence Analysis of Sharpness-Aware Minimization,
+    NeurIPS 2024, Remark 3.6.
+
+    Cost of rho-power: 2 gradient evaluations a step, 1 extra copy of the moved weights.
+
+    Example:
+        >>> import flatmin
+        >>> print(flatmin.compose("rho-power", p=0.5).radius)
+        Power(p=0.5)
+    """
+
+    counts: ClassVar = True
+    p: float = 0.001
+
+    def __post_init__(self) -> None:
+        check_range(self, "p", 0.0, 1e3)
+
+    def __call__(self, c: Context) -> float:
+        return float((c.step + 1) ** -self.p)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithLR(Radius):
+    """rho_t = rho * max(lr_t / lr_max, floor): the radius follows each group's learning rate and is never above rho.
+
+    lr_max is the largest learning rate known of the group: of `initial_lr` (every torch scheduler but ReduceLROnPlateau
+    writes it), `max_lr` (OneCycleLR writes it; a loop may), and all rates that updates have used so far, which
+    checkpoints keep. A warm-up that starts from a small lr makes the radius start small as well.
+
+    A schedule that says its largest rate nowhere (CyclicLR, rates set by hand) makes the radius rho while the rate is
+    higher than ever before, and in proportion to the highest one afterwards; a warning says so once. Give `peak` then,
+    also where no update reaches the base's own rate (LambdaLR over lr = 1).
+
+    Args:
+        floor: smallest factor, in [0, 1]. Default 0.0.
+        peak: lr_max of all groups, > 0; a rate above it has radius rho. Groups with different ones set
+            group["max_lr"] instead. Default 0.0: as above.
+
+    Raises:
+        ValueError: floor outside [0, 1], peak < 0; a group without a learning rate (lr=None).
+
+    Source: the linear rule of Zhuang et al., GSAM, ICLR 2022, Alg. 1, with rho_min = lr_min = 0; the floor is a choice
+    of this library.
+
+    Cost of rho-lr: 2 gradient evaluations a step, 1 extra copy of the moved weights.
+
+    Example:
+        >>> import flatmin
+        >>> print(flatmin.compose("rho-lr", floor=0.1).radius)
+        WithLR(floor=0.1, peak=0.0)
+    """
+
+    needs: ClassVar = frozenset({Need.LR})
+    marks: ClassVar = {PEAK: 0.0, GREW: 0.0}
+    floor: float = 0.0
+    peak: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_range(self, "floor", 0.0, 1.0)
+        check_range(self, "peak", 0.0, 1e12)
+
+    def __call__(self, c: Context) -> list[float]:
+        known: dict[int, float] = {}
+        factors = []
+        for group in c.options:
+            if id(group) not in known:
+                rate = learning_rate(group, self)
+                peak = self.peak or max(_largest(group), rate)
+                known[id(group)] = max(min(rate / peak, 1.0) if peak else 1.0, self.floor)
+            factors.append(known[id(group)])
+        return factors
+
+    def remember(self, group: Mapping[str, Any]) -> Mapping[str, float]:
+        rate, known, grew = learning_rate(group, self), _largest(group), bool(group.get(GREW))
+        if 0.0 < known < rate and not (self.peak or grew):
+            grew = True
+            warnings.warn(
+                f"rho-lr: the learning rate has risen to {rate:g}, above the largest one known so far ({known:g}). The "
+                "radius is rho while the learning rate is higher than before, and in proportion to the highest one "
+                "afterwards. Give the largest learning rate of the schedule as peak=, or as group['max_lr'].",
+                stacklevel=2,
+            )
+        return {PEAK: max(known, rate), GREW: float(grew)}
+
+
+def _largest(group: Mapping[str, Any]) -> float:
+    """The largest learning rate that a group tells of, its present one aside."""
+    told = (group.get(key) for key in ("initial_lr", "max_lr", PEAK))
+    return max((float(rate) for rate in told if isinstance(rate, (numbers.Real, Tensor))), default=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ramp(Radius):
+    """rho_k grows (or falls) linearly from `start` rho to `end` rho over `total` updates, then stays.
+
+    Args:
+        start: factor at update 0, >= 0. Default 0.0.
+        end: factor from update `total` on, >= 0. Default 1.0.
+        total: length in updates, >= 1. Default 1000.
+
+    Raises:
+        ValueError: out of range.
+
+    Cost of rho-ramp: 2 gradient evaluations a step, 1 extra copy of the moved weights.
+
+    Example:
+        >>> import flatmin
+        >>> print(flatmin.compose("rho-ramp", total=500).radius)
+        Ramp(start=0.0, end=1.0, total=500)
+    """
+
+    counts: ClassVar = True
+    start: float = 0.0
+    end: float = 1.0
+    total: int = 1000
+
+    def __post_init__(self) -> None:
+        check_range(self, "start", 0.0, 1e6)
+        check_range(self, "end", 0.0, 1e6)
+        check_count(self, "total", 1)
+
+    def __call__(self, c: Context) -> float:
+        return self.start + (self.end - self.start) * min(c.step / self.total, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule(Radius):
+    """rho_k = rho * rule(k) for any function of the update's number k = 0, 1, ...
+
+    Args:
+        rule: k -> factor >= 0; a named function if the optimizer shall be pickled. Required.
+
+    Raises:
+        TypeError: rule is not callable.
+        ValueError: at the step, for a factor that is negative or not finite.
+    """
+
+    counts: ClassVar = True
+    rule: Callable[[int], float]
+
+    def __post_init__(self) -> None:
+        if not callable(self.rule):
+            raise TypeError(f"Schedule: rule must be a function of the update's number, got {self.rule!r}.")
+
+    def __call__(self, c: Context) -> float:
+        factor = float(self.rule(c.step))
+        if not 0.0 <= factor < float("inf"):
+            raise ValueError(f"Schedule: the rule must give a finite factor >= 0, got {factor} at update {c.step}.")
+        return factor

@@ -1,0 +1,52 @@
+"""What Python does in an update and a CUDA graph, which repeats the kernels of one, does not."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from flatmin.optim.state import PREFIX
+
+if TYPE_CHECKING:
+    from flatmin.optim.sam import SAM
+
+
+class Captured:
+    """A context around the capture of one update; `repeat` then goes with every replay but the first.
+
+    The captured update itself is counted by the optimizer while it is captured, and done by the first replay.
+
+    Args:
+        optimizer: whose update it is.
+    """
+
+    def __init__(self, optimizer: SAM) -> None:
+        self._optimizer = optimizer
+        self._ascents = self._counted()
+
+    def __enter__(self) -> Self:
+        self._ascents = self._counted()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ascents = self._counted() - self._ascents
+        diagnostics = self._optimizer._diagnostics
+        # Updates that run as usual in between have numbers of their own, and those of the graph stay where they are.
+        self._numbers = None if diagnostics is None else diagnostics.latest
+
+    def repeat(self) -> None:
+        """Count an update, and show its numbers; checkpoints and `counts()` hold the number of updates."""
+        optimizer = self._optimizer
+        group = optimizer.param_groups[0]
+        group[PREFIX + "step"] = int(group[PREFIX + "step"]) + 1
+        optimizer._host_counts["updates"] += 1
+        if optimizer._flags is not None:
+            optimizer._flags.ascents += self._ascents
+        if optimizer._diagnostics is not None and self._numbers is not None:
+            optimizer._diagnostics.latest = self._numbers
+
+    def _counted(self) -> int:
+        flags = self._optimizer._flags
+        return 0 if flags is None else flags.ascents

@@ -1,0 +1,227 @@
+"""How what parts remember travels in checkpoints, and which checkpoints load."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flatmin.methods import KINDS, Adaptive
+from flatmin.methods.recipe import DEFAULTS, Recipe
+from flatmin.optim.base_optimizer import OWN_RHO
+from flatmin.optim.state import PREFIX, Store, filled_slot
+
+VERSION = 1
+BASE = "flatmin.base"  # where a base's checkpoint stands that has a form of its own
+# What the single-file implementations of SAM put into each weight's state.
+_SINGLE_FILE = frozenset({"old_p", "old_g", "e_w"})
+
+
+def split(state: Mapping[Any, Any]) -> tuple[dict[Any, Any], dict[Any, dict[str, Any]]]:
+    """A checkpoint's "state" as (the base's, ours), both by the checkpoint's own ids."""
+    base: dict[Any, Any] = {}
+    own: dict[Any, dict[str, Any]] = {}
+    for key, entries in state.items():
+        if isinstance(entries, Mapping):
+            mine = {k: v for k, v in entries.items() if str(k).startswith(PREFIX)}
+            rest = {k: v for k, v in entries.items() if not str(k).startswith(PREFIX)}
+            if mine:
+                own[key] = mine
+            if rest or not mine:
+                base[key] = rest
+        else:
+            base[key] = entries
+    return base, own
+
+
+def base_state_dict(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """A checkpoint of this library as a plain checkpoint of the base optimizer.
+
+    Args:
+        checkpoint: what `optimizer.state_dict()` returned.
+
+    Returns:
+        {"state", "param_groups"} without rho and without what the recipe remembered; of a base whose `state_dict` has a
+        form of its own, just that.
+    """
+    if BASE in checkpoint:
+        return dict(checkpoint[BASE])
+    base, _ = split(checkpoint["state"])
+    groups = checkpoint["param_groups"]
+    # The rho of a base that has one of its own (Adadelta) stays.
+    radius = None if any(OWN_RHO in g for g in groups) else "rho"
+    groups = [{k: v for k, v in g.items() if k != radius and not k.startswith(PREFIX)} for g in groups]
+    return {"state": base, "param_groups": groups}
+
+
+def save(base: torch.optim.Optimizer, store: Store) -> dict[str, Any]:
+    """The base's checkpoint with the slots merged in; beside them, if it has a form of its own."""
+    saved: dict[str, Any] = base.state_dict()
+    if not _in_torchs_form(saved):
+        numbers = itertools.count()
+        groups = [{**_own_options(g), "params": [next(numbers) for _ in g["params"]]} for g in base.param_groups]
+        saved = {BASE: saved, "state": {}, "param_groups": groups}
+    saved["param_groups"] = [dict(g) for g in saved["param_groups"]]
+    weights = [w for g in base.param_groups for w in g["params"]]
+    ids = [i for g in saved["param_groups"] for i in g["params"]]
+    if store.per_weight:
+        saved["state"] = {k: dict(v) for k, v in saved["state"].items()}
+        for i, w in zip(ids, weights, strict=True):
+            if w.requires_grad or store.holds(w):
+                saved["state"].setdefault(i, {}).update(store.of(w))
+    for key, scalar in store.scalars.items():
+        saved["param_groups"][0][PREFIX + key] = unfilled(weights) if scalar is None else scalar
+    return saved
+
+
+def _in_torchs_form(checkpoint: Mapping[str, Any]) -> bool:
+    return "state" in checkpoint and "param_groups" in checkpoint
+
+
+def _own_options(group: Mapping[str, Any]) -> dict[str, Any]:
+    """What the wrapper has put into a group."""
+    return {k: v for k, v in group.items() if k == "rho" or k.startswith(PREFIX)}
+
+
+def unfilled(weights: Sequence[Tensor]) -> Tensor:
+    """How a scalar that has no value yet stands in a checkpoint: distributed ones load tensors into tensors."""
+    wide = {torch.float64, torch.complex128} & {w.dtype for w in weights}
+    return torch.full((), math.nan, dtype=torch.float64 if wide else torch.float32, device=weights[0].device)
+
+
+def load(base: torch.optim.Optimizer, store: Store, checkpoint: Mapping[str, Any]) -> None:
+    """Load what `save` returned, or a plain checkpoint of the base, which leaves the slots empty and rho as it is.
+
+    Ids may be numbers or names: weights are matched by their place in the groups.
+    """
+    if not _in_torchs_form(checkpoint):
+        # A plain checkpoint of a base with a form of its own, or nothing that anybody could load.
+        options = list(map(_own_options, base.param_groups))
+        base.load_state_dict(dict(checkpoint))
+        for group, kept in zip(base.param_groups, options, strict=True):
+            group.update(kept)
+        store.clear()
+        return
+    groups = [dict(g) for g in checkpoint["param_groups"]]
+    if not groups:
+        raise ValueError("the checkpoint has no param groups.")
+    head = groups[0]
+    state = checkpoint["state"]
+    if PREFIX + "version" in head:
+        _check_origin(head, store.recipe, store.remembers)
+    else:
+        state = _without_single_file(groups, state, base, store.recipe)
+    base_state, own = split(state)
+    ids = [i for g in groups for i in g["params"]]
+    _check_shapes(store, dict(zip(ids, (w for g in base.param_groups for w in g["params"]), strict=False)), own)
+    for new, old in zip(groups, base.param_groups, strict=False):
+        for key in ("rho", OWN_RHO):
+            if key in old:
+                new.setdefault(key, old[key])
+    scalars = {k: head.pop(PREFIX + k, None) for k in store.scalars}
+    if BASE in checkpoint:
+        base.load_state_dict(checkpoint[BASE])
+        for new, group in zip(groups, base.param_groups, strict=True):
+            group.update(_own_options(new))
+    else:
+        # The base casts floating state to each weight's dtype; ours keeps the dtype it was saved in.
+        base.load_state_dict({**checkpoint, "state": base_state, "param_groups": groups})
+    store.clear()
+    weights = [w for g in base.param_groups for w in g["params"]]
+    for i, w in zip(ids, weights, strict=True):
+        if i in own:
+            store.put(w, own[i])
+    store.scalars.update(
+        {k: v.clone() if isinstance(v, Tensor) and not v.isnan() else None for k, v in scalars.items()}
+    )
+
+
+def parts_of(recipe: Recipe) -> str:
+    """The classes of a recipe's parts, those of SAM left out, as checkpoints tell them."""
+    return ", ".join(f"{k}={type(part).__name__}" for k, part in recipe.parts.items() if part != DEFAULTS[k])
+
+
+def _check_origin(head: Mapping[str, Any], recipe: Recipe, remembers: bool) -> None:
+    """Refuse a checkpoint of another recipe, or one whose memory was made with other parameters."""
+    version = int(head[PREFIX + "version"])
+    if version > VERSION:
+        raise ValueError(f"the checkpoint is of version {version}; this flatmin reads up to {VERSION}: upgrade it.")
+    origin = str(head.get(PREFIX + "recipe"))
+    name, given = _read_recipe(origin)
+    changed = _changed(given, recipe)
+    named = sorted(name.split("+")) == sorted(recipe.name.split("+"))
+    parts = head.get(PREFIX + "parts")
+    other = not named if parts is None else parts != parts_of(recipe)
+    if other or (changed and (remembers or not named)) or given.keys() - recipe.parameters().keys():
+        raise ValueError(
+            f"the checkpoint is of recipe {origin}, this optimizer runs {recipe}; "
+            "load flatmin.base_state_dict(checkpoint) to keep the base's state only: rho is then the one given here, "
+            "and the recipe begins anew."
+        )
+    if changed:
+        warnings.warn(
+            f"the checkpoint of {name} was made with {', '.join(f'{k}={given[k]}' for k in changed)}; this optimizer "
+            f"goes on with {', '.join(f'{k}={recipe.parameters()[k]!r}' for k in changed)}.",
+            stacklevel=5,
+        )
+
+
+def _read_recipe(text: str) -> tuple[str, dict[str, str]]:
+    """The name and the parameters, each as it was printed, of a recipe printed by `Recipe.__str__`."""
+    name, _, inner = text.partition("(")
+    found = re.split(rf"(?:^|, )((?:{'|'.join(KINDS)})\.\w+)=", inner.removesuffix(")"))
+    return name, dict(zip(found[1::2], found[2::2], strict=True))
+
+
+def _changed(given: Mapping[str, str], recipe: Recipe) -> list[str]:
+    """The parameters that a checkpoint tells otherwise; functions are told by their address, which says nothing."""
+    own = recipe.parameters()
+    return [k for k, text in given.items() if k in own and text != repr(own[k]) and not re.search(r" at 0x", text)]
+
+
+def _check_shapes(store: Store, weights: Mapping[Any, Tensor], own: Mapping[Any, Mapping[str, Any]]) -> None:
+    for place, (i, w) in enumerate(weights.items()):
+        for key in store.per_weight:
+            slot = filled_slot(own.get(i, {}), key)
+            if (
+                slot is None
+                or slot.ndim != w.ndim
+                or all(n in (1, m) for n, m in zip(slot.shape, w.shape, strict=True))
+            ):
+                continue
+            raise ValueError(
+                f"the checkpoint's {PREFIX}{key} of parameter {i if isinstance(i, str) else place} has shape "
+                f"{tuple(slot.shape)}, the parameter {tuple(w.shape)}: it was saved for another model, or before the "
+                "parameter was pruned or grown. Build the model as it was saved, or load "
+                "flatmin.base_state_dict(checkpoint)."
+            )
+
+
+def _without_single_file(
+    groups: list[dict[str, Any]], state: Mapping[Any, Any], base: torch.optim.Optimizer, recipe: Recipe
+) -> Mapping[Any, Any]:
+    """The state of a plain checkpoint, without what a single-file SAM put into it and into the groups."""
+    adaptive = {bool(g.pop("adaptive")) for g in groups if "adaptive" in g and "adaptive" not in base.defaults}
+    if adaptive and adaptive != {isinstance(recipe.geometry, Adaptive)}:
+        raise ValueError(
+            f"the checkpoint is of a single-file SAM with adaptive={True in adaptive}, this optimizer runs {recipe}; "
+            f"build it with recipe={'asam' if True in adaptive else 'sam'!r}, or take 'adaptive' out of the "
+            "checkpoint's groups."
+        )
+    if not any(isinstance(entries, Mapping) and _SINGLE_FILE & entries.keys() for entries in state.values()):
+        return state
+    kept = {i: {k: v for k, v in entries.items() if k not in _SINGLE_FILE} for i, entries in state.items()}
+    rest = {i: entries for i, entries in kept.items() if entries}
+    if not rest:
+        warnings.warn(
+            "the checkpoint is of a single-file SAM, which saves no state of the base optimizer (momentum, moments): "
+            "the base begins anew, with the learning rate and rho of the checkpoint.",
+            stacklevel=5,
+        )
+    return rest

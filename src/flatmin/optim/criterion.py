@@ -1,0 +1,327 @@
+"""The loss object through which a method can climb another loss than it descends, or choose among the samples."""
+
+from __future__ import annotations
+
+import functools
+import math
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from flatmin.methods import EverySample, Need
+from flatmin.methods.compose import Recipe
+from flatmin.optim.loss_arguments import (
+    Loss,
+    argument,
+    check_classes,
+    check_weights,
+    class_weight,
+    counted_targets,
+    ignored_target,
+    in_order,
+    name_of,
+    required,
+    unreduced,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class PassView:
+    """What a criterion must know of the pass it is called in.
+
+    role: "ascent" or "descent". perturbed: whether the weights are away from w. graph: whether somebody will ask for
+    second derivatives.
+    """
+
+    role: Literal["ascent", "descent"]
+    perturbed: bool = False
+    graph: bool = False
+
+
+class Speaker(Protocol):
+    """What the criterion asks of the optimizer it is bound to."""
+
+    def current_pass(self) -> PassView:
+        """The pass that a loss computed now belongs to."""
+
+    def saw(self, outputs: Any, target: Any, loss: Tensor, *, perturbed: bool) -> None:
+        """Told of every loss computed in training at w, and at w + eps in the descent pass."""
+
+
+@dataclass(slots=True)
+class Seen:
+    """What one call saw, with graph, for products with second derivatives.
+
+    scores: one loss per sample of which the loss counts anything; None where nobody needs them.
+    """
+
+    outputs: Any
+    loss: Tensor
+    scores: Tensor | None
+
+
+class Criterion(nn.Module):
+    """An ordinary loss that knows which pass it is in.
+
+    Replace the loss constructor and hand the object to the optimizer; nothing else in the loop changes:
+
+        >>> import torch, flatmin
+        >>> model = torch.nn.Linear(4, 3)
+        >>> criterion = flatmin.Criterion(torch.nn.CrossEntropyLoss(label_smoothing=0.1))
+        >>> optimizer = flatmin.wrap(torch.optim.SGD(model.parameters(), lr=0.1), "bisam-log", criterion=criterion)
+        >>> x, y = torch.randn(8, 4), torch.randint(3, (8,))
+        >>> def closure():
+        ...     optimizer.zero_grad()
+        ...     loss = criterion(model(x), y)
+        ...     loss.backward()
+        ...     return loss
+        >>> optimizer.step(closure).shape
+        torch.Size([])
+
+    It is called as the loss is, with whatever arguments that takes, and returns what the loss returns, except in two
+    kinds of passes:
+
+    - In an ascent pass of a method with its own ascent loss (`bisam-log`, `bisam-tanh`), the returned tensor has the
+      *value* of the wrapped loss and the *gradient* of the ascent loss, so that what a loop logs is always the descent
+      loss. Targets count in the ascent loss as they do in the wrapped one: by its `ignore_index`, class `weight` and
+      `reduction`.
+    - In the descent pass of a method that chooses among the samples (`esam`) it is the wrapped loss of the chosen
+      samples alone, `loss(outputs[chosen], target[chosen])`.
+
+    A sample is an entry of dimension 0. Its own loss, by which `esam` chooses and of which `ssam-f` takes gradients, is
+    the mean over its elements (pixels, tokens) of the loss without reduction, class weights included. Elements with the
+    `ignore_index` and those of a class with weight 0 do not count; samples without any that counts are chosen last,
+    and have no part in `ssam-f`'s Fisher diagonal.
+
+    Args:
+        loss: callable, of (outputs, target) in most cases, e.g. `torch.nn.CrossEntropyLoss()`.
+        per_sample: callable (outputs, target) -> one loss per sample, shape (N,), or one per element, (N, ...), for
+            `esam` and `ssam-f`. Default: `loss` with reduction="none", if it has a `reduction`: torch's loss modules,
+            torch's functions, also in `functools.partial`, and your own modules and functions that take one.
+
+    Raises:
+        TypeError: loss is not callable.
+    """
+
+    def __init__(self, loss: Loss, per_sample: Loss | None = None) -> None:
+        super().__init__()
+        if not callable(loss):
+            raise TypeError(f"Criterion wraps a callable (outputs, target) -> loss, got {type(loss).__name__}.")
+        self.loss = loss
+        self._per_sample = per_sample
+        self._recipe = Recipe()
+        self._speaker: weakref.ref[Any] | None = None
+        self.forget()
+
+    def bind(self, speaker: Speaker, recipe: Recipe) -> None:
+        """Called by the optimizer. A criterion serves one optimizer, the one bound last.
+
+        Raises:
+            TypeError: the recipe climbs a loss of class logits, and the wrapped loss takes something else.
+        """
+        if recipe.objective.by_class:
+            check_classes(self.loss, recipe.name)
+        self._speaker, self._recipe = weakref.ref(speaker), recipe
+
+    def forget(self) -> None:
+        """Drop what the passes of an update have left; called by the optimizer."""
+        self.calls = 0
+        self._first: list[Tensor] = []
+        self.seen: list[Seen] = []
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        args, kwargs = in_order(args, kwargs)
+        speaker = None if self._speaker is None else self._speaker()
+        if speaker is None or not torch.is_grad_enabled():
+            return self.loss(*args, **kwargs)
+        now: PassView = speaker.current_pass()
+        self.calls += 1
+        descent = now.role == "descent"
+        by_sample = Need.PER_SAMPLE in self._recipe.needs
+        if by_sample or self.selects or self._recipe.objective.by_class:
+            self._check_pair(args, kwargs)
+        outputs, target = (*args, None, None)[:2]
+        ascent = None if descent else self._ascent(outputs, target)
+        if ascent is not None:
+            loss = self._climbing(ascent, *args, **kwargs)
+        elif descent and now.perturbed and self.selects:
+            loss = self._chosen(outputs, target)
+        else:
+            loss = self.loss(*args, **kwargs)
+        if not descent and self.selects:
+            with torch.no_grad():
+                self._first.append(self._each(outputs, target)[0])
+        if now.graph:
+            scores = None
+            if by_sample:
+                scores, counted = self._each(outputs, target)
+                # Samples that count come first; how many there are stays on the device.
+                scores = scores if counted is None else scores[(~counted).to(torch.uint8).argsort(stable=True)]
+            self.seen.append(Seen(outputs, loss, scores))
+        if descent or not now.perturbed:
+            speaker.saw(outputs, target, loss, perturbed=now.perturbed)
+        return loss
+
+    def take_seen(self) -> list[Seen]:
+        """What the calls since the last backward saw; called by the optimizer."""
+        seen, self.seen = self.seen, []
+        return seen
+
+    @property
+    def ignored(self) -> int | float | None:
+        """The loss's `ignore_index`; None: it has none."""
+        return ignored_target(self.loss)
+
+    @property
+    def selects(self) -> bool:
+        """Whether the recipe it is bound to chooses among the samples."""
+        return not isinstance(self._recipe.samples, EverySample)
+
+    def _ascent(self, outputs: Any, target: Any) -> Tensor | None:
+        """The ascent loss, with graph; None: the wrapped loss itself."""
+        objective: Any = self._recipe.objective
+        if not objective.by_class:
+            return objective.ascent(outputs, target)  # type: ignore[no-any-return]
+        reduction = argument(self.loss, "reduction")
+        try:
+            return objective.ascent(  # type: ignore[no-any-return]
+                outputs,
+                target,
+                weight=class_weight(self.loss, outputs),
+                ignore_index=-100 if self.ignored is None else self.ignored,
+                reduction=reduction if reduction in ("sum", "none") else "mean",
+            )
+        except (IndexError, RuntimeError) as error:
+            if "out of bounds" not in str(error):
+                raise
+            raise ValueError(
+                f"{self._recipe.name} wants class indices from 0 to K - 1 ({error}). Of the targets that the loss "
+                "ignores it knows by the loss's own ignore_index: give the loss as "
+                "torch.nn.CrossEntropyLoss(ignore_index=...) or functools.partial(F.cross_entropy, ignore_index=...)."
+            ) from error
+
+    def _climbing(self, ascent: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The value of the wrapped loss with the gradient of the ascent loss."""
+        with torch.no_grad():
+            value = self.loss(*args, **kwargs)
+        if value.shape != ascent.shape:
+            raise ValueError(
+                f"{self._recipe.name} climbs a loss of shape {tuple(ascent.shape)} and the wrapped one has the shape "
+                f"{tuple(value.shape)}; reduce it to a scalar, or say so by the loss's `reduction` attribute or "
+                "argument."
+            )
+        return _ValueOf.apply(value, ascent)  # type: ignore[no-untyped-call, no-any-return]
+
+    def _chosen(self, outputs: Any, target: Any) -> Tensor:
+        """The loss at w + eps of the samples that the recipe descends on."""
+        with torch.no_grad():
+            second, counted = self._each(outputs, target)
+        first = self._first.pop(0) if self._first else None
+        if first is None or first.shape != second.shape:
+            raise RuntimeError(
+                "this method compares each sample's loss at w and at w + eps; call the criterion equally often, on the "
+                "same batches, in both passes."
+            )
+        if counted is not None:
+            second = second.where(counted, -math.inf)
+        index = self._recipe.samples(first, second)
+        if index is None:
+            return self.loss(outputs, target)
+        check_weights(self.loss, target, self._recipe.name)
+        return self.loss(
+            *tree_map_only(Tensor, functools.partial(_taken, index=index, count=len(second)), (outputs, target))
+        )
+
+    def per_sample(self, outputs: Any, target: Any) -> Tensor:
+        """One loss per sample, shape (N,): the mean over its elements that the loss counts, 0 without any.
+
+        Raises:
+            TypeError: the wrapped loss gives none, and no `per_sample` was given.
+            ValueError: a result of another length than the batch.
+        """
+        self.check_per_sample()
+        return self._each(outputs, target)[0]
+
+    def _each(self, outputs: Any, target: Any) -> tuple[Tensor, Tensor | None]:
+        """One loss per sample, and of which samples the loss counts anything; None: of all."""
+        each = self._per_sample or unreduced(self.loss)
+        assert each is not None, "checked at construction"
+        losses = each(outputs, target)
+        batch = len(outputs) if isinstance(outputs, Tensor) and outputs.ndim else None
+        if losses.ndim == 0 or batch not in (None, len(losses)):
+            source = "per_sample=" if self._per_sample else f"{name_of(self.loss)} with reduction='none'"
+            raise ValueError(
+                f"per-sample losses must have the batch's length {batch}, got shape {tuple(losses.shape)} from "
+                f"{source}; give Criterion a per_sample= that makes one loss per sample of (outputs, target)."
+            )
+        counted = counted_targets(self.loss, outputs, target, len(losses))
+        some = counted if counted is None or counted.ndim == 1 else counted.flatten(1).any(1)
+        if losses.ndim > 1 and counted is not None and counted.shape == losses.shape:
+            losses = losses.where(counted, 0).flatten(1).sum(1) / counted.flatten(1).sum(1).clamp(min=1)
+        elif losses.ndim > 1:
+            losses = losses.flatten(1).mean(1)
+        return losses, some
+
+    def check_per_sample(self) -> None:
+        """Raise TypeError if there is no way to per-sample losses."""
+        name, wanted = name_of(self.loss), required(self.loss)
+        if len(wanted) > 2:
+            raise TypeError(
+                f"{name} takes {', '.join(wanted)}, and this method takes apart the samples of (outputs, target): give "
+                "Criterion a loss of your own that gets further tensors in a tuple as its target, each with one entry "
+                "per sample in dimension 0, and per_sample=."
+            )
+        if self._per_sample is None and unreduced(self.loss) is None:
+            raise TypeError(
+                f"{name} gives no per-sample losses, because it has no `reduction` that could be 'none'; pass "
+                "Criterion(loss, per_sample=function of (outputs, target))."
+            )
+
+    def _check_pair(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Refuse further arguments, which a loss other than the wrapped one would not honour."""
+        if len(args) != 2 or kwargs:
+            named = f" and {', '.join(kwargs)} by name" if kwargs else ""
+            raise TypeError(
+                f"{self._recipe.name} computes more than the loss from outputs and target, so the criterion takes "
+                f"these two only; got {len(args)} by position{named}. Bind options into the loss, as "
+                "functools.partial(F.cross_entropy, weight=...) does; further tensors of the batch can come in a tuple "
+                "as the target of a loss of your own."
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = {k: v for k, v in self.__dict__.items() if k not in ("_first", "seen")}
+        return {**kept, "_speaker": None, "_recipe": Recipe(), "calls": 0, "_first": [], "seen": []}
+
+    def extra_repr(self) -> str:
+        return "" if isinstance(self.loss, nn.Module) else repr(self.loss)
+
+
+class _ValueOf(torch.autograd.Function):
+    """The value of one tensor with the gradient of another, exact also where either is not finite."""
+
+    @staticmethod
+    def forward(value: Tensor, source: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        return None, grad
+
+
+def _taken(x: Tensor, index: Tensor, count: int) -> Tensor:
+    """The chosen samples of a batch."""
+    if x.ndim == 0 or len(x) != count:
+        raise ValueError(
+            f"this method descends on some of the {count} samples, so that outputs and targets must have one entry per "
+            f"sample in dimension 0; got a tensor of shape {tuple(x.shape)}."
+        )
+    return x[index.to(x.device)]

@@ -1,0 +1,128 @@
+"""Data-parallel replicas: whose batches the ascent sees, and what several processes cannot be given."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from flatmin.methods import Gradients
+from flatmin.methods.compose import Recipe
+from flatmin.optim.support import Loop, refusal
+from flatmin.optim.tensors import is_sharded
+
+AscentSync = Literal["all", "none"] | int
+
+
+def processes() -> int:
+    """How many processes train together."""
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+class Replicas:
+    """Keeps pass 1 local to a replica, or to a group of replicas, as `ascent_sync` says.
+
+    Args:
+        ascent_sync: "all", "none", or how many consecutive ranks share one ascent.
+        model: where the `DistributedDataParallel` modules are.
+        recipe: what is run.
+
+    Raises:
+        ValueError: another word or size, no such module, or a recipe or module that cannot have local ascents.
+    """
+
+    def __init__(self, ascent_sync: AscentSync, model: nn.Module | None, recipe: Recipe) -> None:
+        self.modules = [] if model is None else [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
+        self._size, self._group = _group_size(ascent_sync), None
+        world = processes()
+        self.local = self._size is not None and self._size < world
+        if self._size is None:
+            return
+        self._check(recipe)
+        if self.local and self._size > 1:
+            if world % self._size:
+                raise ValueError(f"ascent_sync={self._size} must divide the number of processes, {world}.")
+            self._group, _ = distributed.new_subgroups(self._size)
+
+    def _check(self, recipe: Recipe) -> None:
+        if not self.modules:
+            raise ValueError(
+                "ascent_sync needs the DistributedDataParallel module, made after the process group: give it as model=."
+            )
+        if any(m.static_graph for m in self.modules):
+            raise ValueError(
+                "ascent_sync other than 'all' needs a DistributedDataParallel without static_graph=True: with it the "
+                "graph of the first pass, which communicates nothing, would be taken for that of all."
+            )
+        if why := refusal(recipe, Loop.LOCAL):
+            raise ValueError(f"{recipe.name} {why}: use ascent_sync='all'.")
+
+    @contextlib.contextmanager
+    def silent(self) -> Iterator[None]:
+        """Context of a pass in which nothing is communicated."""
+        with contextlib.ExitStack() as stack:
+            for module in self.modules:
+                stack.enter_context(module.no_sync())
+            yield
+
+    @staticmethod
+    def lends(grads: Gradients) -> bool:
+        """Whether gradients are views of a bucket, which change with the next backward pass."""
+        if processes() == 1:
+            return False
+        present = [g for g in grads if g is not None and not g.is_sparse and not is_sharded(g)]
+        return any(g.untyped_storage().nbytes() > g.numel() * g.element_size() for g in present)
+
+    def agree_(self, flag: Tensor) -> None:
+        """Set a scalar to its maximum over the replicas, where their first passes differ."""
+        if self.local:
+            distributed.all_reduce(flag, distributed.ReduceOp.MAX, group=self.modules[0].process_group)
+
+    def average(self, grads: Gradients, weights: Sequence[Tensor]) -> Gradients:
+        """The mean gradients over the group of this process, one message; None where no member has one."""
+        if self._group is None or not self.local:
+            return grads
+        assert self._size is not None
+        zeros = [torch.zeros_like(w) if g is None else g for g, w in zip(grads, weights, strict=True)]
+        dense = [g.to_dense() if g.is_sparse else g for g in zeros]
+        wide = functools.reduce(torch.promote_types, (g.dtype for g in dense), torch.float32)
+        present = torch.tensor([g is not None for g in grads], dtype=wide, device=dense[0].device)
+        message = torch.cat([present, *(g.reshape(-1).to(present) for g in dense)])
+        distributed.all_reduce(message, group=self._group)
+        held, *parts = message.split([len(grads), *(g.numel() for g in dense)])
+        # What is here is somewhere; only where something is missing must the others' word be read.
+        there = held.tolist() if any(g is None for g in grads) else [1.0] * len(grads)
+        return [
+            (p / self._size).view_as(g).to(g.dtype) if known else None
+            for p, g, known in zip(parts, dense, there, strict=True)
+        ]
+
+
+def _group_size(ascent_sync: AscentSync) -> int | None:
+    if ascent_sync == "all":
+        return None
+    if ascent_sync == "none":
+        return 1
+    if isinstance(ascent_sync, int) and not isinstance(ascent_sync, bool) and ascent_sync >= 1:
+        return ascent_sync
+    raise ValueError(f"ascent_sync must be 'all', 'none' or a number of ranks, got {ascent_sync!r}.")
+
+
+def refuse_unserved(recipe: Recipe, weights: Sequence[Tensor]) -> None:
+    """Raise ValueError for needs that several processes cannot serve."""
+    meshes = {t.device_mesh if is_sharded(t) else None for t in weights}  # type: ignore[attr-defined]
+    if len(meshes) > 1:
+        raise ValueError(
+            "some weights are sharded and some are not, or they lie on different meshes; shard the whole model over "
+            "one mesh, or give each part an optimizer of its own."
+        )
+    sharded = any(map(is_sharded, weights))
+    if (processes() > 1 or sharded) and (why := refusal(recipe, Loop.DDP)):
+        raise ValueError(f"{recipe.name} {why}: run it in one process.")
+    if sharded and (why := refusal(recipe, Loop.SHARDED)):
+        raise ValueError(f"{recipe.name} {why}.")

@@ -1,0 +1,193 @@
+"""Moving weights in place and putting them back exactly."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from flatmin.methods import Offset
+from flatmin.optim import tensors as ta
+
+
+class Flags:
+    """Device-side verdicts of one update, two words of one buffer: [ascent was finite, descent was not].
+
+    Comparing the ascent's norm with (inf, -inf) writes the first verdict as an integer and clears the second (the
+    bit pattern of 0 is 0.0) in one launch; one more adds both to the totals, where a found inf counts as the bit
+    pattern of 1.0.
+    """
+
+    ONE = 0x3F800000
+
+    def __init__(self, device: torch.device) -> None:
+        self.words = torch.zeros(2, dtype=torch.int32, device=device)
+        self.limits = torch.tensor([math.inf, -math.inf], dtype=torch.float32, device=device)
+        self.one = torch.ones((), dtype=torch.float32, device=device)
+        self.gate = self.words[0]
+        self.found_inf = self.words.view(torch.float32)[1]
+        self.totals = torch.zeros(2, dtype=torch.int64, device=device)
+        self.ascents = 0
+
+    def judge(self, size: Tensor, *, again: bool = False) -> None:
+        """Write the ascent's verdict and clear the descent's; `again`: all ascents of an update must be finite."""
+        if again:
+            self.gate.mul_((size.to(torch.float32) < math.inf).to(torch.int32))
+            return
+        torch.lt(size.to(torch.float32), self.limits, out=self.words)
+
+    def reset(self) -> None:
+        """Clear both verdicts, for an update without ascent."""
+        self.words.zero_()
+
+    def count(self, *, ascended: bool) -> None:
+        """Add this update's verdicts to the totals, on the device."""
+        self.totals.add_(self.words)
+        self.ascents += ascended
+
+    def read(self) -> tuple[bool, bool]:
+        """(ascent was finite, descent was not), one synchronisation."""
+        finite, found = self.words.tolist()
+        return bool(finite), bool(found)
+
+
+class Ledger:
+    """Snapshots of exactly the tensors that are moved; the buffers persist, so their addresses are static."""
+
+    def __init__(self) -> None:
+        self._layout: ta.Layout | None = None
+        self._buffers: dict[int, Tensor] = {}
+        self._whole: tuple[list[Tensor], list[Tensor]] | None = None  # all weights and their copies
+        self._away: tuple[list[Tensor], list[Tensor]] | None = None
+        self._moved: tuple[list[Tensor], list[Tensor]] | None = None  # the same as whole tensors, if they are sharded
+        self._generators: dict[torch.device, torch.Generator] = {}
+        self._seed = 0
+        self.asked: list[Tensor] | None = None
+
+    def reseed(self, seed: int) -> None:
+        """Begin an update, whose random rounding draws from this seed."""
+        self._generators.clear()
+        self._seed = seed
+
+    def move(
+        self, layout: ta.Layout, offset: Offset, flags: Flags | None, *, again: bool = False, record: bool = False
+    ) -> bool:
+        """Displace the weights in offset.index; True if the displacement was known (on the host) to be finite.
+
+        Without flags the size is read on the host (CPU tensors); with flags nothing synchronises and a direction
+        that is not finite becomes a displacement of exactly zero. `again`: not the first of this update, so that the
+        verdicts add up. `record`: keep in `asked` what the displacement would be without rounding.
+        """
+        weights, index = layout.weights, offset.index
+        ws = weights if len(index) == len(weights) else [weights[i] for i in index]
+        if flags is None and not math.isfinite(float(offset.size)):
+            return False
+        self._save(layout, ws, index)
+        self.asked = [torch.empty(0)] * len(ws) if record else None
+        if flags is None:
+            self._add_on_host(ws, offset, layout)
+        else:
+            self._add_on_device(ws, offset, flags, again=again)
+        return True
+
+    def _add_on_host(self, ws: list[Tensor], offset: Offset, layout: ta.Layout) -> None:
+        scale = 1.0 if offset.norm is None else 1.0 / (float(offset.norm) + offset.eps)
+        for group, factor in _by_factor(ws, offset, alike=layout.simple):
+            d, some = offset.direction, ws
+            if len(group) < len(ws):
+                d, some = [d[i] for i in group], [ws[i] for i in group]
+            self._add(some, d, float(factor) * scale, group)
+
+    def _add_on_device(self, ws: list[Tensor], offset: Offset, flags: Flags, *, again: bool) -> None:
+        flags.judge(offset.size, again=again)
+        divisor = None if offset.norm is None else offset.norm + offset.eps
+        for group, factor in _by_factor(ws, offset, alike=False):
+            d = [offset.direction[i] for i in group]
+            # In half precision the quotient could under- or overflow.
+            low = d[0].dtype in ta.LOW
+            d = [x.float() for x in d] if low else d
+            scratch = offset.scratch or low
+            if divisor is None:
+                d = d if scratch else list(torch._foreach_mul(d, 1.0))
+            else:
+                # In another dtype the division would launch once per tensor.
+                real = torch.view_as_real(d[0]).dtype if d[0].is_complex() else d[0].dtype
+                by = divisor.to(d[0].device, real)
+                if scratch:
+                    torch._foreach_div_(d, by)
+                else:
+                    d = list(torch._foreach_div(d, by))
+            alpha = 1.0
+            if isinstance(factor, Tensor):
+                torch._foreach_mul_(d, factor.to(d[0].device, d[0].dtype))
+            else:
+                alpha = factor
+            ta.keep_if_(d, flags.gate)
+            self._add([ws[i] for i in group], d, alpha, group)
+
+    def _add(self, ws: list[Tensor], d: list[Tensor], alpha: float, group: Sequence[int]) -> None:
+        """Ws += alpha d; the positions of ws in the whole list are `group`."""
+        d = ta.aligned(d, ws)
+        if self.asked is not None:
+            for i, x in zip(group, d, strict=True):
+                self.asked[i] = x.to(torch.promote_types(x.dtype, torch.float32)) * alpha
+        if ws[0].dtype not in ta.LOW:
+            torch._foreach_add_(ws, d, alpha=alpha)
+            return
+        device = ws[0].device
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device)
+            self._generators[device].manual_seed(self._seed)
+        ta.add_rounded_(ta.local(ws), ta.local(d), alpha, self._generators[device])
+
+    def _save(self, layout: ta.Layout, ws: list[Tensor], index: Sequence[int]) -> None:
+        assert self._away is None, "weights are already displaced"
+        layout.busy = True
+        if layout is not self._layout:
+            self._layout, self._buffers, self._whole = layout, {}, None
+        if len(index) < len(layout.weights) or not layout.simple:
+            self._moved = (ws, self._copies(layout, index))
+            self._away = (ta.local(ws), ta.local(self._moved[1]))
+        else:
+            if self._whole is None:
+                self._whole = (ws, self._copies(layout, index))
+            self._away = self._moved = self._whole
+            if layout.blocks:
+                layout.join_into(layout.buffer, ws)
+                return
+        torch._foreach_copy_(self._away[1], self._away[0])
+
+    def _copies(self, layout: ta.Layout, index: Sequence[int]) -> list[Tensor]:
+        if layout.blocks and not self._buffers:
+            layout.buffer = layout.joined([w.detach() for w in layout.weights]) or []
+            self._buffers = dict(enumerate(layout.parted(layout.buffer)))
+        for i in index:
+            if i not in self._buffers:
+                self._buffers[i] = torch.empty_like(layout.weights[i], requires_grad=False)
+        return [self._buffers[i] for i in index]
+
+    @property
+    def away(self) -> tuple[list[Tensor], list[Tensor]] | None:
+        """The displaced tensors and where they were; None if all are at home."""
+        return self._moved
+
+    def restore(self) -> None:
+        """Put the weights back bit for bit; does nothing if they are at home."""
+        if self._away is not None:
+            weights, copies = self._away
+            torch._foreach_copy_(weights, copies)
+            self._away = self._moved = None
+            assert self._layout is not None
+            self._layout.busy = False
+
+
+def _by_factor(ws: list[Tensor], offset: Offset, *, alike: bool) -> list[tuple[Sequence[int], float | Tensor]]:
+    """Positions grouped so that one foreach call with one factor serves each group; `alike`: one dtype and device."""
+    factors, first = offset.factors, offset.factors[0]
+    equal = factors.count(first) == len(factors) if isinstance(first, float) else all(f is first for f in factors)
+    if equal and (alike or ta.uniform(ws)):
+        return [(range(len(ws)), first)]
+    keys = [id(f) if isinstance(f, Tensor) else f for f in factors]
+    return [(group, factors[group[0]]) for group in ta.buckets(ws, keys)]

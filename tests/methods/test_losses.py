@@ -1,0 +1,387 @@
+"""BiSAM's bounds, label smoothing, and the criterion that climbs one loss and reports another."""
+
+import copy
+import math
+import pickle
+import time
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+import flatmin
+from flatmin.methods.losses import GAMMA, bisam_log, bisam_tanh, margins, smoothed_cross_entropy
+from flatmin.optim.criterion import PassView
+from tests.helpers import soft_targets
+
+LOSSES = {"log": bisam_log, "tanh": bisam_tanh}
+# The formulas as the paper writes them, without care for overflow.
+PHI = {
+    "log": lambda x: 1 - torch.log(1 + torch.exp(math.log(math.e - 1) - x)),
+    "tanh": lambda x: torch.tanh(0.1 * x),
+}
+DEFAULT_MU = {"log": 1.0, "tanh": 10.0}
+every_loss = pytest.mark.parametrize("kind", LOSSES)
+
+
+def naive(kind, logits, target, mu):
+    f = logits - logits[torch.arange(len(target)), target][:, None]
+    return ((mu * PHI[kind](f)).exp().sum(1).log() / mu).mean()
+
+
+def sample(n=16, k=5, scale=1.0, dtype=torch.float64):
+    g = torch.Generator().manual_seed(0)
+    return scale * torch.randn(n, k, generator=g, dtype=dtype), torch.randint(k, (n,), generator=g)
+
+
+# -- BiSAM --------------------------------------------------------------------------------------------------------
+
+
+@every_loss
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    row=st.lists(st.floats(-20, 20), min_size=1, max_size=12),
+    true=st.integers(0, 11),
+    log_mu=st.floats(math.log(0.05), math.log(500.0)),
+)
+def test_the_soft_maximum_lies_within_log_k_over_mu_of_the_maximum(kind, row, true, log_mu):
+    """max_j phi(F_j) <= Q_i <= max_j phi(F_j) + log K / mu, for one sample at a time."""
+    logits, mu = torch.tensor([row], dtype=torch.float64), math.exp(log_mu)
+    target = torch.tensor([true % len(row)])
+    q = float(LOSSES[kind](logits, target, mu))
+    top = float(PHI[kind](margins(logits, target)).max())
+    slack = 1e-12 * (1 + 1 / mu)
+    assert top - slack <= q <= top + math.log(len(row)) / mu + slack
+
+
+@every_loss
+def test_it_bounds_the_zero_one_loss_from_below(kind):
+    """phi(x) <= 1 where x >= 0 and <= 0 elsewhere, so Q - log(K)/mu <= the share of errors."""
+    x = torch.linspace(-50, 50, 10001, dtype=torch.float64)
+    assert (PHI[kind](x) <= (x >= 0).double() + 1e-12).all()
+    logits, target = sample(200, 5, 3.0)
+    errors = float((logits.argmax(1) != target).double().mean())
+    for mu in (1.0, 10.0, 1000.0):
+        assert float(LOSSES[kind](logits, target, mu)) - math.log(5) / mu <= errors
+
+
+@every_loss
+@pytest.mark.parametrize("mu", [0.1, 1.0, 7.3, 10.0, 59.9])
+@pytest.mark.parametrize("scale", [0.1, 3.0])
+def test_value_and_gradient_equal_the_plain_formula(kind, mu, scale):
+    logits, target = sample(scale=scale)
+    a, b = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    ours, plain = LOSSES[kind](a, target, mu), naive(kind, b, target, mu)
+    ours.backward()
+    plain.backward()
+    torch.testing.assert_close(ours, plain, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(a.grad, b.grad, rtol=1e-11, atol=1e-14)
+
+
+@every_loss
+@pytest.mark.parametrize("other", [math.nextafter(60.0, 61.0), 60.0])
+def test_the_two_ways_of_evaluation_meet(kind, other):
+    """Both sides of the change of formula at mu = 60 agree with logsumexp, in value and gradient."""
+    logits, target = sample()
+    a, b = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    ours = LOSSES[kind](a, target, other)
+    stable = torch.logsumexp(other * PHI[kind](margins(b, target)), 1).mean() / other
+    ours.backward()
+    stable.backward()
+    torch.testing.assert_close(ours, stable, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(a.grad, b.grad, rtol=1e-10, atol=1e-14)
+
+
+@every_loss
+def test_a_large_mu_is_the_maximum(kind):
+    logits, target = sample()
+    top = PHI[kind](margins(logits, target)).max(1).values.mean()
+    q = LOSSES[kind](logits, target, 1e6)
+    assert 0 <= float(q - top) <= math.log(5) / 1e6 + 1e-12
+
+
+@every_loss
+def test_phi_is_zero_at_zero(kind):
+    """One class only has the margin 0, and there Q = phi(0) = 0."""
+    target = torch.zeros(4, dtype=torch.long)
+    for mu in (0.5, 1.0, 10.0, 200.0):
+        q = LOSSES[kind](torch.randn(4, 1, dtype=torch.float64), target, mu)
+        assert abs(float(q)) <= 1e-14
+    assert math.log(math.e - 1) == GAMMA
+
+
+@every_loss
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("mu", [None, 1.0, 10.0, 60.0, 61.0, 1000.0])
+@pytest.mark.parametrize("size", [0.0, 30.0, 1e4, 1e30])
+def test_finite_for_any_finite_logits(kind, dtype, mu, size):
+    """Value and gradient, with the true class on top, at the bottom, and tied."""
+    mu = DEFAULT_MU[kind] if mu is None else mu
+    logits = torch.tensor(
+        [[size, -size, 0.0], [-size, size, 0.0], [size, size, -size], [0.0, 0.0, 0.0]],
+        dtype=dtype,
+        requires_grad=True,
+    )
+    for true in range(3):
+        target = torch.full((4,), true)
+        q = LOSSES[kind](logits, target, mu)
+        (grad,) = torch.autograd.grad(q, logits)
+        assert q.dtype == dtype and torch.isfinite(q) and torch.isfinite(grad).all()
+        assert -0.05 <= float(q.detach()) <= 1 + math.log(3) / mu + 0.05
+
+
+@every_loss
+@pytest.mark.parametrize("mu", [1.0, 10.0, 80.0])
+def test_first_and_second_derivatives(kind, mu):
+    logits, target = sample(4, 3)
+    logits.requires_grad_()
+    assert torch.autograd.gradcheck(lambda z: LOSSES[kind](z, target, mu), logits)
+    assert torch.autograd.gradgradcheck(lambda z: LOSSES[kind](z, target, mu), logits)
+
+
+@every_loss
+def test_it_runs_under_function_transforms(kind):
+    """torch.func takes it, as the functional door does."""
+    logits, target = sample(4, 3)
+    grad = torch.func.grad(lambda z: LOSSES[kind](z, target))(logits)
+    leaf = logits.clone().requires_grad_()
+    LOSSES[kind](leaf, target).backward()
+    assert torch.equal(grad, leaf.grad)
+
+
+@every_loss
+@pytest.mark.parametrize(
+    ("logits", "target", "error", "text"),
+    [
+        (torch.zeros(4), torch.zeros(4, dtype=torch.long), ValueError, r"shape \(N, K\), got \(4,\)"),
+        (
+            torch.zeros(4, 3, 2),
+            torch.zeros(4, dtype=torch.long),
+            ValueError,
+            r"\(N, K\), got \(4, 3, 2\); move other",
+        ),
+        (torch.zeros(4, 3), torch.zeros(5, dtype=torch.long), ValueError, r"shape \(4,\), got \(5,\)"),
+        (torch.zeros(4, 3), torch.zeros(4, 3), ValueError, "soft targets have no margin"),
+        (torch.zeros(4, 3), torch.zeros(4), TypeError, "expected integer class indices, got torch.float32"),
+        (torch.zeros(4, 3), torch.zeros(4, dtype=torch.bool), TypeError, "got torch.bool"),
+    ],
+)
+def test_bad_shapes_and_dtypes_are_refused(kind, logits, target, error, text):
+    with pytest.raises(error, match=text):
+        LOSSES[kind](logits, target)
+
+
+@every_loss
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
+def test_any_integer_dtype_of_targets(kind, dtype):
+    logits, target = sample()
+    assert torch.equal(LOSSES[kind](logits, target.to(dtype)), LOSSES[kind](logits, target))
+
+
+@pytest.mark.slow
+@every_loss
+def test_cost_is_that_of_cross_entropy(kind):
+    """Forward and backward on 4096 x 1000 logits, interleaved; the fastest of each, since machines are shared."""
+    logits, target = sample(4096, 1000, dtype=torch.float32)
+    leaf = logits.requires_grad_()
+
+    def seconds(loss):
+        start = time.perf_counter()
+        torch.autograd.grad(loss(leaf, target), leaf)
+        return time.perf_counter() - start
+
+    ours = theirs = math.inf
+    for _ in range(100):
+        ours, theirs = min(ours, seconds(LOSSES[kind])), min(theirs, seconds(F.cross_entropy))
+    print(f"bisam-{kind}: {ours / theirs:.2f} x cross-entropy ({1e3 * ours:.1f} ms, {1e3 * theirs:.1f} ms)")
+    assert ours <= 3.0 * theirs
+
+
+# -- label smoothing ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.9])
+def test_the_torch_form_is_torch_cross_entropy(smoothing):
+    logits, target = sample()
+    ours = smoothed_cross_entropy(logits, target, smoothing, form="torch")
+    by_hand = -(soft_targets(target, 5, smoothing) * logits.log_softmax(1)).sum(1).mean()
+    torch.testing.assert_close(ours, F.cross_entropy(logits, target, label_smoothing=smoothing), rtol=0, atol=0)
+    torch.testing.assert_close(ours, by_hand)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.9])
+def test_the_other_form_is_a_divergence_from_the_smoothed_labels(smoothing):
+    """1 - s on the true class, s/(K-1) on each other one; value and gradient of F.kl_div."""
+    logits, target = sample()
+    labels = torch.full((16, 5), smoothing / 4, dtype=torch.float64).scatter_(1, target[:, None], 1 - smoothing)
+    a, b = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    ours = smoothed_cross_entropy(a, target, smoothing)
+    theirs = F.kl_div(b.log_softmax(1), labels, reduction="batchmean")
+    ours.backward()
+    theirs.backward()
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(a.grad, b.grad)
+    if smoothing:
+        at_minimum = smoothed_cross_entropy(labels.log(), target, smoothing)
+        assert abs(float(at_minimum)) <= 1e-14
+
+
+def test_the_forms_differ():
+    logits, target = sample()
+    assert smoothed_cross_entropy(logits, target) != smoothed_cross_entropy(logits, target, form="torch")
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        (
+            lambda z, y: smoothed_cross_entropy(z, y, 1.0),
+            ValueError,
+            r"smoothing must be in \[0, 1\), got 1.0",
+        ),
+        (lambda z, y: smoothed_cross_entropy(z, y, -0.1), ValueError, "smoothing must be in"),
+        (lambda z, y: smoothed_cross_entropy(z, y, math.nan), ValueError, "smoothing must be in"),
+        (
+            lambda z, y: smoothed_cross_entropy(z, y, form="kl"),
+            ValueError,
+            "unknown form 'kl'; choose 'torch'",
+        ),
+        (lambda z, y: smoothed_cross_entropy(z[:, :1], y * 0), ValueError, "at least two classes"),
+        (
+            lambda z, y: smoothed_cross_entropy(z, y[:3]),
+            ValueError,
+            r"class indices of shape \(16,\), got \(3,\)",
+        ),
+    ],
+)
+def test_bad_smoothing_is_refused(call, error, text):
+    with pytest.raises(error, match=text):
+        call(*sample())
+
+
+# -- Criterion ----------------------------------------------------------------------------------------------------
+
+
+class Speaker:
+    """Stands for the optimizer."""
+
+    role = "ascent"
+    told = 0
+
+    def current_pass(self):
+        return PassView(self.role)
+
+    def saw(self, outputs, target, loss, *, perturbed):
+        self.told += 1
+
+
+def bound(name):
+    speaker, criterion = Speaker(), flatmin.Criterion(nn.CrossEntropyLoss(label_smoothing=0.1))
+    criterion.bind(speaker, flatmin.compose(name))
+    return speaker, criterion
+
+
+@pytest.mark.parametrize("name", ["bisam-log", "bisam-tanh"])
+def test_in_an_ascent_pass_the_value_is_the_descent_loss_and_the_gradient_the_ascent_loss(name):
+    speaker, criterion = bound(name)
+    logits, target = sample()
+    a, b = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    loss = criterion(a, target)
+    loss.backward()
+    LOSSES[name.removeprefix("bisam-")](b, target).backward()
+    assert torch.equal(loss.detach(), criterion.loss(logits, target))
+    assert torch.equal(a.grad, b.grad)
+    assert criterion.calls == speaker.told == 1
+
+
+@pytest.mark.parametrize("scale", [1.0, 1024.0, 0.25])
+def test_a_scaled_loss_scales_the_ascent_gradient(scale):
+    """As gradient scaling or accumulation does."""
+    _speaker, criterion = bound("bisam-log")
+    logits, target = sample()
+    a, b = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    (scale * criterion(a, target)).backward()
+    (scale * bisam_log(b, target)).backward()
+    assert torch.equal(a.grad, b.grad)
+
+
+@pytest.mark.parametrize(
+    "case", ["descent pass", "no grad", "unbound", "optimizer gone", "same loss", "copied", "pickled"]
+)
+def test_everywhere_else_it_is_the_plain_loss(case):
+    speaker, criterion = bound("sam" if case == "same loss" else "bisam-log")
+    logits, target = sample()
+    if case == "descent pass":
+        speaker.role = "descent"
+    elif case == "unbound":
+        criterion = flatmin.Criterion(nn.CrossEntropyLoss(label_smoothing=0.1))
+    elif case == "optimizer gone":
+        del speaker
+    elif case == "copied":
+        criterion = copy.deepcopy(criterion)
+    elif case == "pickled":
+        criterion = pickle.loads(pickle.dumps(criterion))
+    a, b = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    plain = F.cross_entropy(b, target, label_smoothing=0.1)
+    if case == "no grad":
+        with torch.no_grad():
+            loss = criterion(a, target)
+        assert not loss.requires_grad
+    else:
+        loss = criterion(a, target)
+        loss.backward()
+        plain.backward()
+        assert torch.equal(a.grad, b.grad)
+    assert torch.equal(loss.detach(), plain.detach())
+
+
+def test_evaluation_between_the_passes_of_a_real_optimizer_is_plain():
+    torch.manual_seed(0)
+    model, criterion = nn.Linear(6, 3), flatmin.Criterion(nn.CrossEntropyLoss())
+    optimizer = flatmin.wrap(torch.optim.SGD(model.parameters(), lr=0.1), "bisam-log", criterion=criterion)
+    x, y = torch.randn(8, 6), torch.randint(3, (8,))
+    criterion(model(x), y).backward()
+    with torch.no_grad():
+        assert torch.equal(criterion(model(x), y), F.cross_entropy(model(x), y))
+    with optimizer.perturbed():
+        loss = criterion(model(x), y)
+        assert torch.equal(loss, F.cross_entropy(model(x), y))
+        loss.backward()
+    optimizer.step()
+
+
+def test_a_manual_loop_that_forgets_the_criterion_later_on_is_caught():
+    """The check is of each update, not of the run so far."""
+    torch.manual_seed(0)
+    model, criterion = nn.Linear(6, 3), flatmin.Criterion(nn.CrossEntropyLoss())
+    optimizer = flatmin.wrap(torch.optim.SGD(model.parameters(), lr=0.1), "bisam-log", criterion=criterion)
+    x, y = torch.randn(8, 6), torch.randint(3, (8,))
+    criterion(model(x), y).backward()
+    with optimizer.perturbed():
+        criterion(model(x), y).backward()
+    optimizer.step()
+    before = model.weight.detach().clone()
+    F.cross_entropy(model(x), y).backward()
+    with pytest.raises(RuntimeError, match="never called the criterion"), optimizer.perturbed():
+        pytest.fail("the weights moved")
+    assert torch.equal(model.weight, before)
+
+
+def test_a_loss_that_is_not_finite_keeps_its_value_and_a_finite_ascent_gradient():
+    """The value comes through as it is; no inf - inf on the way."""
+    speaker, criterion = Speaker(), flatmin.Criterion(lambda z, y: F.cross_entropy(z, y) * math.inf)
+    criterion.bind(speaker, flatmin.compose("bisam-log"))
+    logits, target = sample()
+    logits.requires_grad_()
+    loss = criterion(logits, target)
+    loss.backward()
+    assert math.isinf(float(loss.detach())) and torch.isfinite(logits.grad).all()
+
+
+def test_it_wraps_a_callable():
+    with pytest.raises(TypeError, match=r"wraps a callable .*got float"):
+        flatmin.Criterion(0.1)
+    assert not list(flatmin.Criterion(F.cross_entropy).parameters())

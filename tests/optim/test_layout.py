@@ -1,0 +1,393 @@
+"""What the engine remembers of the weights must not outlive its truth."""
+
+import copy
+import dataclasses
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import nn
+
+import flatmin
+from flatmin.methods import Direction
+from flatmin.optim import tensors
+from flatmin.optim.tensors import Layout, all_finite, norm, reject
+
+
+def make(dtype=torch.float32, sizes=((4, 3), (3,), (5, 3), (2,))):
+    return [torch.nn.Parameter(torch.randn(s, dtype=dtype)) for s in sizes]
+
+
+def quadratic(optimizer, weights):
+    def closure():
+        optimizer.zero_grad()
+        loss = sum((w.double() ** 2).sum() for w in weights if w.requires_grad)
+        loss.backward()
+        return loss
+
+    return closure
+
+
+def test_joined_holds_every_entry_once():
+    layout, weights = Layout([make()]), make()
+    joined = layout.joined(weights)
+    assert sorted(torch.cat([t.flatten() for t in joined]).tolist()) == sorted(
+        torch.cat([w.flatten() for w in weights]).tolist()
+    )
+
+
+def test_norm_with_a_layout_is_the_norm_without():
+    weights = make(torch.float64)
+    torch.testing.assert_close(norm(weights, Layout([weights])), norm(weights), rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_one_bad_entry_is_found(bad):
+    weights = [w.detach() for w in make()]
+    layout = Layout([[torch.nn.Parameter(w) for w in weights]])
+    assert all_finite(weights, layout)
+    weights[2][1, 1] = bad
+    assert not all_finite(weights, layout)
+
+
+def test_a_sum_that_overflows_is_not_a_bad_entry():
+    weights = [torch.full((4, 3), 3e38), torch.full((5, 3), 3e38)]
+    assert all_finite(weights, Layout([[torch.nn.Parameter(w) for w in weights]]))
+
+
+@pytest.mark.filterwarnings("ignore:weights in half precision")
+@pytest.mark.parametrize("one", [0, 3])
+def test_a_weight_widened_between_steps_is_restored_bit_for_bit(one):
+    weights = make(torch.bfloat16)
+    optimizer = flatmin.SAM(torch.optim.SGD(weights, lr=0.0), rho=0.5)
+    optimizer.step(quadratic(optimizer, weights))
+    weights[one].data = torch.randn_like(weights[one], dtype=torch.float32)
+    before = [w.detach().clone() for w in weights]
+    optimizer.step(quadratic(optimizer, weights))
+    assert all(torch.equal(a, b) for a, b in zip(before, weights, strict=True))
+
+
+def test_a_weight_unfrozen_between_steps_is_trained():
+    weights = make()
+    weights[1].requires_grad_(False)
+    optimizer = flatmin.SAM(torch.optim.SGD(weights, lr=0.1), rho=0.5)
+    before = weights[1].detach().clone()
+    optimizer.step(quadratic(optimizer, weights))
+    assert torch.equal(before, weights[1])
+    weights[1].requires_grad_(True)
+    optimizer.step(quadratic(optimizer, weights))
+    assert not torch.equal(before, weights[1])
+
+
+def test_a_weight_frozen_between_steps_stays():
+    weights = make()
+    optimizer = flatmin.SAM(torch.optim.SGD(weights, lr=0.1), rho=0.5)
+    optimizer.step(quadratic(optimizer, weights))
+    weights[1].requires_grad_(False)
+    before = weights[1].detach().clone()
+    optimizer.step(quadratic(optimizer, weights))
+    assert torch.equal(before, weights[1])
+
+
+def test_parted_undoes_joined():
+    weights = make()
+    layout = Layout([weights])
+    assert all(torch.equal(a, b) for a, b in zip(layout.parted(layout.joined(weights)), weights, strict=True))
+
+
+def test_the_snapshot_is_never_written_over_while_weights_are_away():
+    weights = make(torch.float64)
+    optimizer = flatmin.SAM(torch.optim.SGD(weights, lr=0.0), rho=0.5)
+    optimizer.step(quadratic(optimizer, weights))
+    layout, before = optimizer._layout, [w.detach().clone() for w in weights]
+    for w in weights:
+        w.grad = torch.ones_like(w)
+    with optimizer.perturbed():
+        norm([torch.full_like(w, 7.0) for w in weights], layout)
+        assert all_finite([torch.full_like(w, 7.0) for w in weights], layout)
+        sum(w.sum() for w in weights).backward()
+    assert all(torch.equal(a, b) for a, b in zip(before, weights, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("sizes", [((4, 3), (3,), (5, 3), (2,)), ((200, 200), (3,))])
+def test_reject_is_orthogonal_and_leaves_its_arguments(dtype, sizes):
+    a, along = ([torch.randn(s, dtype=dtype) for s in sizes] for _ in range(2))
+    kept = [t.clone() for t in (*a, *along)]
+    rest, size = reject(a, along, Layout([[torch.nn.Parameter(t) for t in a]]))
+    x, y, z = (torch.cat([t.flatten().double() for t in ts]) for ts in (a, along, rest))
+    want = x - (x @ y) / (y @ y) * y
+    tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2}[dtype]
+    torch.testing.assert_close(z, want, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(size.double(), want.norm(), rtol=tolerance, atol=0)
+    assert all(torch.equal(s, t) for s, t in zip(kept, (*a, *along), strict=True))
+
+
+def small_looksam():
+    torch.manual_seed(0)
+    net = nn.Sequential(*(nn.Linear(4, 4) for _ in range(6))).double()
+    return net, flatmin.wrap(torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9), "looksam", k=2)
+
+
+def slots_of(net, optimizer):
+    return [optimizer.state[w]["flatmin.combine.sharp"] for w in net.parameters()]
+
+
+def train(net, optimizer, steps, seed=1):
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (net(x.to(net[0].weight.dtype)) ** 2).mean()
+        loss.backward()
+        return loss
+
+    for _ in range(steps):
+        optimizer.step(closure)
+
+
+def test_memory_that_lies_in_large_tensors_is_the_same_as_one_by_one(monkeypatch):
+    net, optimizer = small_looksam()
+    train(net, optimizer, 7)
+    whole = [w.detach().clone() for w in net.parameters()], slots_of(net, optimizer)
+    assert len({s.untyped_storage().data_ptr() for s in whole[1]}) < len(whole[1])
+    monkeypatch.setattr(tensors, "_SMALL", 0)
+    net, optimizer = small_looksam()
+    train(net, optimizer, 7)
+    assert len({s.untyped_storage().data_ptr() for s in slots_of(net, optimizer)}) == len(whole[1])
+    for mine, other in zip([*net.parameters(), *slots_of(net, optimizer)], [*whole[0], *whole[1]], strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-14)
+
+
+def test_memory_in_large_tensors_survives_a_checkpoint_and_a_change_of_the_weights():
+    net, optimizer = small_looksam()
+    train(net, optimizer, 3)
+    other, resumed = small_looksam()
+    other.load_state_dict(net.state_dict())
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # torch would share the momentum
+    copied = copy.deepcopy((net, optimizer))
+    for pair in ((net, optimizer), (other, resumed), copied):
+        train(*pair, 5)
+    for pair in ((other, resumed), copied):
+        for a, b in zip(
+            [*net.parameters(), *slots_of(net, optimizer)], [*pair[0].parameters(), *slots_of(*pair)], strict=True
+        ):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+    # A frozen weight keeps its memory, the others go on.
+    net[0].weight.requires_grad_(False)
+    kept = slots_of(net, optimizer)[0].clone()
+    train(net, optimizer, 3)
+    assert torch.equal(slots_of(net, optimizer)[0], kept)
+    assert not torch.equal(slots_of(net, optimizer)[2], slots_of(other, resumed)[2])
+
+
+@pytest.mark.parametrize("spoiled", [float("nan"), float("inf"), 1e308])
+def test_a_gradient_that_is_not_finite_is_refused_without_an_ascent_too(spoiled):
+    net, optimizer = small_looksam()
+    train(net, optimizer, 1)
+    before = [w.detach().clone() for w in net.parameters()]
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (net(torch.ones(2, 4, dtype=torch.float64)) ** 2).sum()
+        loss.backward()
+        net[3].bias.grad.fill_(spoiled)
+        return loss
+
+    optimizer.step(closure)
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), before, strict=True))
+
+
+def test_memory_that_is_not_finite_does_not_reach_the_weights():
+    """Finite gradients whose inner product overflows leave an infinity in what LookSAM keeps; 0 times it is nan."""
+    weights = [nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(3, 4))]
+    optimizer = flatmin.wrap(torch.optim.SGD(weights, lr=0.1), "looksam", k=3)
+    scale = [1e15, 1e25]
+
+    def closure():
+        optimizer.zero_grad()
+        for w in weights:
+            w.grad = torch.full_like(w, scale[0])
+        scale[:] = scale[1:] or [1.0]
+        return torch.tensor(0.0)
+
+    for _ in range(3):
+        optimizer.step(closure)
+    assert all(w.isfinite().all() for w in weights)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Lazy(Direction):
+    """Keeps what it was given first, and gives back the very state that it is shown; one number beside each tensor."""
+
+    slots: ClassVar = {"first": "param", "size": "param"}
+
+    def __call__(self, g, state, c):
+        seen = all(s is not None for s in state["first"])
+        first = state["first"] if seen else [x.clone() for x in g]
+        return g, {"first": first, "size": [x.norm().reshape(1) for x in g]}
+
+
+def test_memory_that_is_given_back_or_of_another_shape():
+    net, _ = small_looksam()
+    recipe = dataclasses.replace(flatmin.compose("sam"), direction=Lazy())
+    optimizer = flatmin.wrap(torch.optim.SGD(net.parameters(), lr=0.1), recipe)
+    train(net, optimizer, 1)
+    first = [optimizer.state[w]["flatmin.direction.first"].clone() for w in net.parameters()]
+    train(net, optimizer, 3)
+    for w, kept in zip(net.parameters(), first, strict=True):
+        assert torch.equal(optimizer.state[w]["flatmin.direction.first"], kept)
+        assert optimizer.state[w]["flatmin.direction.size"].shape == (1,)
+
+
+def test_memory_lies_in_large_tensors_again_after_a_checkpoint():
+    net, optimizer = small_looksam()
+    train(net, optimizer, 3)
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    apart = slots_of(net, optimizer)
+    assert len({s.untyped_storage().data_ptr() for s in apart}) == len(apart)
+    train(net, optimizer, 2)
+    joined = slots_of(net, optimizer)
+    assert len({s.untyped_storage().data_ptr() for s in joined}) < len(joined)
+
+
+# -- weights that are replaced --------------------------------------------------------------------------------------
+
+REMEMBERING = ("vasso", "fsam", "stale-sam", "looksam", "ssam-d", "ae-sam", "momentum-sam")
+ROWS = ([*range(10), 0, 1, 2, 3], slice(0, 14, 2), [0] * 9)
+
+
+class Points:
+    """Points and their weights, as in graphdeco-inria/gaussian-splatting, in double precision."""
+
+    def __init__(self, recipe, base, rows=10, **params):
+        torch.manual_seed(0)
+        self.base = base
+        shapes = ((rows, 3), (rows, 1))
+        groups = [{"params": [nn.Parameter(torch.randn(s, dtype=torch.float64))]} for s in shapes]
+        self.optimizer = flatmin.wrap(base(groups), recipe, rho=0.05, diagnostics=True, **params)
+
+    @property
+    def weights(self):
+        return [group["params"][0] for group in self.optimizer.param_groups]
+
+    def step(self):
+        a, b = self.weights
+
+        def closure():
+            self.optimizer.zero_grad()
+            loss = ((a - 1.0) * b).square().mean()
+            loss.backward()
+            return loss
+
+        self.optimizer.step(closure)
+
+    def replace(self, rows):
+        """New tensors of the rows chosen, with the base's state of them, by the code of that project."""
+        for group in self.optimizer.param_groups:
+            old = group["params"][0]
+            new, kept = nn.Parameter(old.detach()[rows].clone()), self.optimizer.state.get(old, None)
+            if kept is not None:
+                for key in set(kept) & {"exp_avg", "exp_avg_sq", "momentum_buffer"}:
+                    kept[key] = kept[key][rows]
+                del self.optimizer.state[old]
+                self.optimizer.state[new] = kept
+            group["params"][0] = new
+
+    def swap(self, rows):
+        """The same tensors with other data."""
+        for w in self.weights:
+            w.data, w.grad = w.data[rows].clone(), None
+            for key, value in self.optimizer.base.state[w].items():
+                if isinstance(value, torch.Tensor) and value.ndim:
+                    self.optimizer.base.state[w][key] = value[rows]
+
+
+def momentum(groups):
+    return torch.optim.SGD(groups, lr=0.01, momentum=0.9)
+
+
+def adam(groups):
+    return torch.optim.Adam(groups, lr=0.01)
+
+
+@pytest.mark.parametrize("how", ["replace", "swap"])
+@pytest.mark.parametrize("base", [momentum, adam])
+@pytest.mark.parametrize("recipe", REMEMBERING)
+def test_weights_that_grow_and_shrink_begin_their_memory_anew(recipe, base, how):
+    """graphdeco-inria/gaussian-splatting: what follows is what a new optimizer does, given weights and base state."""
+    run = Points(recipe, base)
+    run.replace([*range(10)])  # before the first step there is no state to move
+    for rows in ROWS:
+        run.step()
+        run.step()
+        getattr(run, how)(rows)
+    fresh = Points(recipe, base, rows=9)
+    fresh.optimizer.load_state_dict(flatmin.base_state_dict(copy.deepcopy(run.optimizer.state_dict())))
+    for w, value in zip(fresh.weights, run.weights, strict=True):
+        w.data.copy_(value.data)
+    if recipe in ("looksam", "ae-sam"):  # counters and numbers of all weights together stay
+        assert not any(bool(v) for w in run.weights for k, v in run.optimizer.state[w].items() if k.endswith(".filled"))
+    if recipe == "ssam-d":  # the draws have gone on
+        fresh.optimizer._generators.cpu.set_state(run.optimizer._generators.cpu.get_state())
+    for _ in range(2):
+        run.step()
+        fresh.step()
+    if recipe not in ("looksam", "ae-sam"):
+        assert all(torch.equal(a, b) for a, b in zip(run.weights, fresh.weights, strict=True))
+    assert all(w.isfinite().all() for w in run.weights)
+    assert run.optimizer.diagnostics().get("epsilon_norm", 0.0) <= 0.05 + 1e-9
+    held = {w for slots in run.optimizer._store.per_weight.values() for w in slots}
+    assert held <= set(run.weights)  # nothing of the replaced ones is held
+
+
+def test_a_weight_that_stays_keeps_its_memory():
+    """Only the tensor that was replaced begins anew; one that leaves its group is forgotten, one that comes is new."""
+    run = Points("vasso", momentum)
+    run.step()
+    first, second = run.weights
+    ema = run.optimizer.state[second]["flatmin.direction.ema"].clone()
+    run.optimizer.param_groups[0]["params"][0] = nn.Parameter(first.detach()[:10].clone())
+    del run.optimizer.state[first]
+    run.step()
+    assert not torch.equal(run.optimizer.state[second]["flatmin.direction.ema"], ema)
+    assert first not in run.optimizer.state
+    with pytest.raises(KeyError):
+        del run.optimizer.state[first]
+
+
+def small_vasso(dtype=torch.float32):
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).to(dtype)
+    return net, flatmin.wrap(torch.optim.SGD(net.parameters(), lr=0.1), "vasso")
+
+
+@pytest.mark.filterwarnings("ignore:weights in half precision")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_memory_follows_the_precision_of_its_weight(dtype):
+    """And a checkpoint goes on in another one."""
+    net, optimizer = small_vasso()
+    train(net, optimizer, 2)
+    saved = copy.deepcopy(optimizer.state_dict())
+    net.to(dtype)
+    optimizer.zero_grad()
+    train(net, optimizer, 2)
+    assert {optimizer.state[w]["flatmin.direction.ema"].dtype for w in net.parameters()} == {dtype}
+    net, optimizer = small_vasso(dtype)
+    optimizer.load_state_dict(saved)
+    train(net, optimizer, 2)
+    assert all(w.isfinite().all() for w in net.parameters())
+
+
+def test_entries_of_the_state_are_written_to_where_they_belong():
+    """As moving them to another device in a loop over `optimizer.state.values()` does."""
+    net, optimizer = small_vasso()
+    train(net, optimizer, 2)
+    for entries in optimizer.state.values():
+        for key, value in list(entries.items()):
+            entries[key] = torch.full_like(value, 7.0)
+        entries.pop("nothing", None)
+        entries.update(mine=torch.ones(1))
+    for w in net.parameters():
+        assert "mine" in optimizer.base.state[w]
+        assert bool((optimizer.state[w]["flatmin.direction.ema"] == 7.0).all())
+    assert type(copy.deepcopy(optimizer.state[w])) is dict

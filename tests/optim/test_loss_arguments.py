@@ -1,0 +1,392 @@
+"""The arguments of the user's loss count in every method that works on more than its mean over the batch.
+
+Each reference is written here from the losses' formulas: a numerator and a share for every element of the target, so
+that a loss is sum(numerator) / sum(share) over the elements that count.
+"""
+
+import copy
+import math
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import flatmin
+from flatmin.optim.loss_arguments import unreduced
+
+K, RHO = 4, 0.3
+WEIGHT = torch.tensor([0.5, 2.0, 0.0, 1.0], dtype=torch.float64)
+
+
+class Focal(nn.Module):
+    """A loss as people write it: its own mean over what it does not ignore."""
+
+    def __init__(self, reduction="mean", ignore_index=255):
+        super().__init__()
+        self.reduction, self.ignore_index = reduction, ignore_index
+
+    def forward(self, outputs, target):
+        nll = F.cross_entropy(outputs, target, reduction="none", ignore_index=self.ignore_index)
+        loss = (1 - (-nll).exp()) ** 2 * nll
+        return loss if self.reduction == "none" else loss.sum() / (target != self.ignore_index).sum()
+
+
+# -- formulas: (numerator, share) of each element ------------------------------------------------------------------
+
+
+def entropy(z, y, *, ignore=-100, weight=None, smoothing=0.0, gamma=0):
+    logp = z.log_softmax(1)
+    counted = (y != ignore).double()
+    safe = torch.where(y != ignore, y, 0)
+    w = torch.ones(K, dtype=z.dtype) if weight is None else weight
+    nll = -logp.gather(1, safe[:, None])[:, 0]
+    spread = -(logp * w.view(-1, *[1] * (z.ndim - 2))).sum(1) / K
+    loss = (1 - smoothing) * w[safe] * nll + smoothing * spread
+    return loss * (1 - (-nll).exp()) ** gamma * counted, w[safe] * counted
+
+
+def soft(z, y, weight):
+    return -(z.log_softmax(1) * y * weight.view(-1, *[1] * (z.ndim - 2))).sum(1), torch.ones(z.shape[0], *z.shape[2:])
+
+
+def binary(z, y, positive):
+    return positive * y * F.softplus(-z) + (1 - y) * F.softplus(z), torch.ones_like(z)
+
+
+def square(z, y):
+    return (z - y) ** 2, torch.ones_like(z)
+
+
+def divergence(z, y):
+    return y * (y.log() - z), torch.full_like(z, 1 / K)
+
+
+INDICES, SOFT = "class indices", "shares of the classes"
+POSITIVE = torch.tensor([1.0, 3.0, 0.5, 2.0], dtype=torch.float64)
+LOSSES = {
+    "ignore_index": (nn.CrossEntropyLoss(ignore_index=255), INDICES, partial(entropy, ignore=255)),
+    "weight": (nn.CrossEntropyLoss(weight=WEIGHT), INDICES, partial(entropy, weight=WEIGHT)),
+    "all": (
+        nn.CrossEntropyLoss(weight=WEIGHT, ignore_index=255, label_smoothing=0.2),
+        INDICES,
+        partial(entropy, weight=WEIGHT, ignore=255, smoothing=0.2),
+    ),
+    "sum": (nn.CrossEntropyLoss(ignore_index=255, reduction="sum"), INDICES, partial(entropy, ignore=255)),
+    "none": (nn.CrossEntropyLoss(reduction="none"), INDICES, entropy),
+    "soft": (nn.CrossEntropyLoss(weight=WEIGHT), SOFT, partial(soft, weight=WEIGHT)),
+    "function": (F.cross_entropy, INDICES, entropy),
+    "partial": (
+        partial(F.cross_entropy, ignore_index=255, weight=WEIGHT),
+        INDICES,
+        partial(entropy, ignore=255, weight=WEIGHT),
+    ),
+    "focal": (Focal(), INDICES, partial(entropy, ignore=255, gamma=2)),
+    "mse": (nn.MSELoss(), SOFT, square),
+}
+# Of outputs (N, K) alone.
+FLAT = {
+    "binary": (nn.BCEWithLogitsLoss(pos_weight=POSITIVE), SOFT, partial(binary, positive=POSITIVE)),
+    "batchmean": (nn.KLDivLoss(reduction="batchmean"), SOFT, divergence),
+}
+SHAPES = {"classes": (), "sequences": (5,), "maps": (3, 3)}
+CASES = [(name, shape) for name in LOSSES for shape in ("classes", "maps")] + [(name, "classes") for name in FLAT]
+CASES += [("all", "sequences"), ("soft", "sequences")]
+
+
+def data(kind, shape, ignore=False, n=9):
+    g = torch.Generator().manual_seed(len(shape))
+    x = torch.randn(n, 3, *shape, generator=g, dtype=torch.float64)
+    if kind != INDICES:
+        y = torch.rand(n, K, *shape, generator=g, dtype=torch.float64) + 0.1
+        return x, y / y.sum(1, keepdim=True)
+    y = torch.randint(K, (n, *shape), generator=g)
+    if ignore:
+        # More than half of all, and the whole second sample.
+        y[torch.rand(n, *shape, generator=g) < 0.6] = y[1] = 255
+    return x, y
+
+
+def net_of(shape):
+    torch.manual_seed(1)
+    return [nn.Linear, partial(nn.Conv1d, kernel_size=1), partial(nn.Conv2d, kernel_size=1)][len(shape)](3, K).double()
+
+
+def step(method, loss, x, y, net, *, reduce=lambda loss: loss, per_sample=None, **options):
+    """What the base takes in one step of a method, and the loss that the closure returns."""
+    net, criterion = copy.deepcopy(net), flatmin.Criterion(loss, per_sample)
+    before = nn.utils.parameters_to_vector(net.parameters()).detach()
+    base = torch.optim.SGD(net.parameters(), lr=1.0)
+    optimizer = flatmin.wrap(base, method, rho=RHO, model=net, criterion=criterion, **options)
+
+    def closure():
+        optimizer.zero_grad()
+        found = reduce(criterion(net(x), y))
+        optimizer.backward(found)
+        return found
+
+    told = optimizer.step(closure)
+    return before - nn.utils.parameters_to_vector(net.parameters()).detach(), told
+
+
+class Reference:
+    """A linear net as a function of one flat vector, and a loss by its formula."""
+
+    def __init__(self, net, formula, x, y, total=False):
+        self.net, self.formula, self.x, self.y, self.total = net, formula, x, y, total
+        self.w = nn.utils.parameters_to_vector(net.parameters()).detach()
+
+    def outputs(self, w):
+        split = w.split([p.numel() for p in self.net.parameters()])
+        named = {n: v.view_as(p) for (n, p), v in zip(self.net.named_parameters(), split, strict=True)}
+        return torch.func.functional_call(self.net, named, (self.x,))
+
+    def loss(self, w, index=slice(None)):
+        top, share = (t[index] for t in self.formula(self.outputs(w), self.y))
+        return top.sum() / (1 if self.total else share.sum())
+
+    def samples(self, w):
+        """The mean over what counts of each sample, and of which samples anything does."""
+        top, share = (t.flatten(1) if t.ndim > 1 else t[:, None] for t in self.formula(self.outputs(w), self.y))
+        counted = (share > 0).sum(1)
+        return top.sum(1) / counted.clamp(min=1), counted > 0
+
+    def grad(self, function, w):
+        return torch.func.grad(function)(w)
+
+    def climb(self, q, mask=1.0):
+        return self.w + mask * RHO * q / q.norm()
+
+
+def case(name, shape):
+    loss, kind, formula = {**LOSSES, **FLAT}[name]
+    ignores = getattr(loss, "ignore_index", getattr(loss, "keywords", {}).get("ignore_index", -100)) == 255
+    x, y = data(kind, SHAPES[shape], ignores)
+    net = net_of(SHAPES[shape])
+    reference = Reference(net, formula, x, y, total=getattr(loss, "reduction", "") == "sum")
+    return loss, x, y, net, reference, torch.mean if name == "none" else (lambda loss: loss)
+
+
+@pytest.mark.parametrize(("name", "shape"), CASES)
+def test_esam_descends_on_the_loss_of_the_chosen_samples_alone(name, shape):
+    """A mean over the counted, class-weighted elements of the chosen (qubvel-org/segmentation_models.pytorch#852)."""
+    loss, x, y, net, r, reduce = case(name, shape)
+    at = r.climb(r.grad(r.loss, r.w))
+    rise, counted = r.samples(at)[0] - r.samples(r.w)[0], r.samples(r.w)[1]
+    for gamma in (0.3, 0.5, 1.0):
+        chosen = rise.where(counted, -math.inf).argsort(descending=True)[: int(gamma * len(y))]
+        u, told = step("esam", loss, x, y, net, reduce=reduce, beta=1.0, gamma=gamma)
+        torch.testing.assert_close(u, r.grad(lambda w, i=chosen: r.loss(w, i), at), rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(told, r.loss(r.w), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(("name", "shape"), CASES)
+def test_ssam_f_takes_the_fisher_diagonal_of_the_first_samples_that_count(name, shape):
+    loss, x, y, net, r, reduce = case(name, shape)
+    some = r.samples(r.w)[1].nonzero()[:3, 0]
+    fisher = sum(r.grad(lambda w, i=i: r.samples(w)[0][i], r.w) ** 2 for i in some)
+    mask = torch.zeros_like(r.w)
+    mask[fisher.argsort(descending=True, stable=True)[: len(r.w) // 2]] = 1.0
+    u, _ = step("ssam-f", loss, x, y, net, reduce=reduce, num_samples=3, sparsity=0.5)
+    torch.testing.assert_close(u, r.grad(r.loss, r.climb(r.grad(r.loss, r.w), mask)), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(("name", "shape"), [c for c in CASES if LOSSES.get(c[0], FLAT.get(c[0]))[1] == INDICES])
+@pytest.mark.parametrize("method", ["bisam-log", "bisam-tanh"])
+def test_bisam_climbs_the_bound_over_the_targets_that_count(method, name, shape):
+    """Class weights weigh the 0-1 loss that it bounds; label smoothing is in the descent loss alone.
+
+    Without normalisation (usam) the length of the ascent shows how Q is reduced.
+    """
+    loss, x, y, net, r, reduce = case(name, shape)
+
+    def bound(w):
+        z = r.outputs(w)
+        share = r.formula(z, y)[1]
+        margin = z - z.gather(1, torch.where(y == 255, 0, y)[:, None])
+        phi = 1 - F.softplus(math.log(math.e - 1) - margin) if method == "bisam-log" else torch.tanh(0.1 * margin)
+        mu = 1.0 if method == "bisam-log" else 10.0
+        q = torch.logsumexp(mu * phi, 1) / mu * share
+        return q.sum() / (1 if r.total else share.sum())
+
+    at = r.w + RHO * r.grad(bound, r.w)
+    u, told = step(f"{method}+usam", loss, x, y, net, reduce=reduce)
+    torch.testing.assert_close(u, r.grad(r.loss, at), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(told, r.loss(r.w), rtol=1e-12, atol=0)
+
+
+# -- batches of which little or nothing counts ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["sam", "esam", "bisam-log", "bisam-tanh", "ssam-f", "bisam-log+esam"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("kind", ["nothing counts", "empty"])
+def test_a_batch_of_which_nothing_counts_is_what_it_is_for_the_loss_itself(kind, reduction, method):
+    """torch: the value nan for a mean and 0 for a sum, and gradients of 0."""
+    net, n = net_of((3, 3)), 0 if kind == "empty" else 4
+    x, y = torch.randn(n, 3, 3, 3, dtype=torch.float64), torch.full((n, 3, 3), 255)
+    u, told = step(method, nn.CrossEntropyLoss(ignore_index=255, reduction=reduction), x, y, net)
+    assert math.isnan(told) if reduction == "mean" else told == 0
+    assert torch.equal(u, torch.zeros_like(u))
+
+
+def test_the_first_mask_of_ssam_f_waits_for_a_batch_that_counts():
+    net, (x, y) = net_of((3, 3)), data(INDICES, (3, 3), True)
+    criterion = flatmin.Criterion(nn.CrossEntropyLoss(ignore_index=255))
+    optimizer = flatmin.wrap(torch.optim.SGD(net.parameters(), lr=0.1), "ssam-f", criterion=criterion, diagnostics=True)
+    lengths = []
+    for target in (torch.full_like(y, 255), y, y):
+
+        def closure(target=target):
+            optimizer.zero_grad()
+            loss = criterion(net(x), target)
+            optimizer.backward(loss)
+            return loss
+
+        optimizer.step(closure)
+        lengths.append(optimizer.diagnostics().get("epsilon_norm", 0.0))
+    assert lengths[0] == 0 and min(lengths[1:]) > 0
+
+
+# -- how the criterion is called -----------------------------------------------------------------------------------
+
+
+def test_a_loss_of_more_arguments_works_as_the_loss_itself():
+    """By position and by name, unbound, without gradients and in a step."""
+    torch.manual_seed(0)
+    names = ("log_probs", "targets", "input_lengths", "target_lengths")
+    rest = (torch.randint(1, 4, (2, 3)), torch.tensor([5, 5]), torch.tensor([3, 2]))
+    x, net, loss = torch.randn(5, 2, 6), nn.Linear(6, 4), nn.CTCLoss()
+    criterion = flatmin.Criterion(loss)
+    optimizer = flatmin.wrap(torch.optim.SGD(net.parameters(), lr=0.1), "sam", criterion=criterion, diagnostics=True)
+
+    def forward(function, named):
+        out = net(x).log_softmax(2)
+        return function(**dict(zip(names, (out, *rest), strict=True))) if named else function(out, *rest)
+
+    for named in (False, True):
+        with torch.no_grad():
+            assert torch.equal(forward(criterion, named), forward(loss, named))
+
+        def closure(named=named):
+            optimizer.zero_grad()
+            found = forward(criterion, named)
+            found.backward()
+            return found
+
+        want = forward(loss, named).detach()
+        assert torch.equal(optimizer.step(closure), want)
+    triplet = flatmin.Criterion(nn.TripletMarginLoss())
+    a, p, n = torch.randn(3, 4, 5)
+    assert torch.equal(triplet(a, positive=p, negative=n), nn.TripletMarginLoss()(a, p, n))
+
+
+@pytest.mark.parametrize("given", [("outputs", "target"), ("input", "target"), ("target",), ()])
+@pytest.mark.parametrize("method", ["sam", "esam", "bisam-log"])
+def test_outputs_and_target_may_come_by_name(method, given):
+    net, (x, y) = net_of(()), data(INDICES, ())
+    criterion = flatmin.Criterion(nn.CrossEntropyLoss())
+    optimizer = flatmin.wrap(torch.optim.SGD(net.parameters(), lr=0.1), method, model=net, criterion=criterion)
+
+    def closure():
+        optimizer.zero_grad()
+        both = {given[0] if len(given) == 2 else "outputs": net(x), "target": y}
+        positional = [v for k, v in both.items() if k not in given]
+        loss = criterion(*positional, **{k: v for k, v in both.items() if k in given})
+        loss.backward()
+        return loss
+
+    assert torch.equal(optimizer.step(closure), F.cross_entropy(net_of(())(x), y).detach())
+
+
+@pytest.mark.parametrize("method", ["esam", "ssam-f", "bisam-log"])
+def test_further_arguments_are_refused_where_they_would_be_lost(method):
+    net, (x, y) = net_of(()), data(INDICES, ())
+    criterion = flatmin.Criterion(F.cross_entropy)
+    optimizer = flatmin.wrap(torch.optim.SGD(net.parameters(), lr=0.1), method, criterion=criterion)
+    with pytest.raises(TypeError, match=rf"^{method} .*2 by position and weight by name.*functools\.partial"):
+        optimizer.step(lambda: criterion(net(x), y, weight=WEIGHT))
+
+
+@pytest.mark.parametrize(
+    ("method", "loss", "kind", "match"),
+    [
+        ("esam", nn.BCEWithLogitsLoss(weight=torch.ones(9, 1).double()), SOFT, "a weight for each sample of a batch"),
+        ("esam", partial(F.binary_cross_entropy_with_logits, pos_weight=torch.ones(9, 1)), SOFT, "a pos_weight for"),
+        ("bisam-log", nn.CrossEntropyLoss(), SOFT, "soft targets have no margin"),
+        ("bisam-log", lambda z, y: z.sum(1), INDICES, r"reduce it to a scalar, or .*`reduction`"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused(method, loss, kind, match):
+    with pytest.raises(ValueError, match=match):
+        step(method, loss, *data(kind, ()), net_of(()))
+
+
+def test_a_target_out_of_range_says_how_to_ignore_it():
+    """A function of one's own does not tell what it ignores."""
+    loss = lambda z, y: F.cross_entropy(z, y, ignore_index=255)  # noqa: E731
+    with pytest.raises(
+        ValueError, match=r"class indices from 0 to K - 1 \(index 255 .*CrossEntropyLoss\(ignore_index="
+    ):
+        step("bisam-tanh", loss, *data(INDICES, (3, 3), True), net_of((3, 3)))
+
+
+def test_further_tensors_of_a_batch_come_in_the_target():
+    """The way out that the refusals name: weights of the samples beside their classes."""
+    net, (x, y) = net_of(()), data(INDICES, ())
+    weights = torch.linspace(0.5, 2.0, len(y), dtype=torch.float64)
+
+    def each(z, target):
+        return F.cross_entropy(z, target[0], reduction="none") * target[1]
+
+    def weighed(z, target):
+        return each(z, target).sum() / target[1].sum()
+
+    r = Reference(net, lambda z, y: (each(z, y), y[1]), x, (y, weights))
+    at = r.climb(r.grad(r.loss, r.w))
+    chosen = (each(r.outputs(at), r.y) - each(r.outputs(r.w), r.y)).argsort(descending=True)[:4]
+    u, _ = step("esam", weighed, x, (y, weights), net, per_sample=each, beta=1.0, gamma=0.5)
+    torch.testing.assert_close(u, r.grad(lambda w: r.loss(w, chosen), at), rtol=1e-9, atol=1e-12)
+
+
+def test_the_form_without_reduction_leaves_the_loss_as_it_is():
+    """Also where torch.compile has wrapped it, whose copies share the module inside."""
+    for inner in (nn.CrossEntropyLoss(), nn.MSELoss(reduction="sum"), Focal()):
+        was = inner.reduction
+        for loss in (inner, torch.compile(inner, backend="eager")):
+            assert unreduced(loss).reduction == "none" and inner.reduction == loss.reduction == was
+
+
+def test_a_reduction_that_cannot_be_set_is_refused():
+    """As the constant of a scripted loss."""
+
+    class Fixed(nn.Module):
+        reduction = property(lambda self: "mean")
+
+        def forward(self, outputs, target):
+            return F.cross_entropy(outputs, target)
+
+    with pytest.raises(TypeError, match=r"Fixed gives no per-sample losses.*per_sample="):
+        step("esam", Fixed(), *data(INDICES, ()), net_of(()))
+
+
+def test_ignored_targets_are_neither_wrong_nor_flipped():
+    net, (x, y) = net_of(()), data(INDICES, (), True)
+    criterion = flatmin.Criterion(nn.CrossEntropyLoss(ignore_index=255))
+    base = torch.optim.SGD(net.parameters(), lr=0.0)
+    optimizer = flatmin.wrap(base, "sam", rho=2.0, model=net, criterion=criterion, diagnostics=True)
+    seen = []
+
+    def closure():
+        optimizer.zero_grad()
+        z = net(x)
+        seen.append((z.argmax(1) == y)[y != 255])
+        loss = criterion(z, y)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    found = optimizer.diagnostics()
+    assert found["misclassified"] == (~seen[1]).sum() > 0
+    assert found["flipped"] == (seen[0] & ~seen[1]).sum()

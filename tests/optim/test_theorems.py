@@ -1,0 +1,415 @@
+"""Identities that hold exactly, and limits that theory gives in closed form."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import flatmin
+from flatmin.methods import Need
+from tests.covering import pairs
+from tests.helpers import BASES, DOORS, NAMES, batch, bits, drive, noisy_net, recipe_of, same_bits, train
+
+# Their limit is the base on micro-batches, in test_every_method.
+ON_CHUNKS = {n for n in NAMES if Need.MICRO_BATCHES in flatmin.compose(n).needs}
+# Those that a closure on a bare tensor can run.
+BARE = [n for n in NAMES if flatmin.compose(n).needs <= {Need.RANDOM, Need.DECIDES_BY_VALUE} and n != "late"]
+NAMES_DESCENDING_WITH_GS = [n for n in NAMES if n not in ON_CHUNKS]
+
+
+# -- rho = 0 is the base ------------------------------------------------------------------------------------------
+
+
+@pairs("name, door, base", NAMES_DESCENDING_WITH_GS, DOORS, list(BASES))
+def test_rho_zero_is_the_base_bit_for_bit(name, door, base):
+    """Weights, BatchNorm statistics, base state, losses and the random stream, with a net that has all of these."""
+    recipe = recipe_of(name)
+    if door in ("perturbed", "two calls") and not recipe.two_pass:
+        pytest.skip(f"{name} is not a method of one pass at w and one at w + eps")
+    plain_model, model = noisy_net(), noisy_net()
+    plain = BASES[base](plain_model.parameters())
+    loss_fn = nn.CrossEntropyLoss()
+    torch.manual_seed(1)
+    plain_losses = []
+    for k in range(6):
+        x, y = batch(k)
+        plain.zero_grad()
+        loss = loss_fn(plain_model(x), y)
+        loss.backward()
+        plain.step()
+        plain_losses.append(loss.detach())
+    plain_rng = torch.get_rng_state()
+
+    criterion = flatmin.Criterion(loss_fn)
+    optimizer = flatmin.wrap(BASES[base](model.parameters()), recipe, rho=0.0, model=model, criterion=criterion)
+    torch.manual_seed(1)
+    losses = train(model, optimizer, criterion, range(6), door=door)
+
+    assert same_bits(losses, plain_losses)
+    assert same_bits(model.state_dict(), plain_model.state_dict())
+    assert same_bits(flatmin.base_state_dict(optimizer.state_dict()), plain.state_dict())
+    assert torch.equal(torch.get_rng_state(), plain_rng)
+
+
+def test_rho_zero_in_every_group_costs_one_pass():
+    model = noisy_net()
+    optimizer = flatmin.SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.0, model=model)
+    calls = []
+
+    def closure():
+        calls.append(1)
+        optimizer.zero_grad()
+        loss = model(batch(0)[0]).square().mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert len(calls) == 1
+
+
+# -- special cases of one method in another ----------------------------------------------------------------------
+
+
+def weights_after(steps, name, signs=False, base="sgd", **params):
+    """The weights of a float32 net after some steps; with signs, it starts at +-1."""
+    model = noisy_net()
+    if signs:
+        with torch.no_grad():
+            for p in model.parameters():
+                p.copy_(torch.where(p < 0, -1.0, 1.0))
+    criterion = flatmin.Criterion(nn.CrossEntropyLoss())
+    optimizer = flatmin.wrap(BASES[base](model.parameters()), name, rho=0.1, model=model, criterion=criterion, **params)
+    train(model, optimizer, criterion, range(steps))
+    return [p.detach() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize(("name", "params"), [("vasso", {"theta": 1.0}), ("fsam", {"sigma": 0.0})])
+def test_methods_with_memory_contain_sam_bit_for_bit(name, params, base):
+    sam = weights_after(10, "sam", base=base)
+    assert same_bits(weights_after(10, name, base=base, **params), sam)
+    assert not same_bits(weights_after(10, name, base=base), sam)
+
+
+def test_asam_is_sam_where_every_weight_is_one_in_size():
+    """T = |w| = 1 holds for the first step only."""
+    assert same_bits(weights_after(1, "asam", signs=True), weights_after(1, "sam", signs=True))
+    assert not same_bits(weights_after(2, "asam", signs=True), weights_after(2, "sam", signs=True))
+
+
+def test_asam_does_not_notice_a_rescaling_that_keeps_the_function():
+    """Halving one layer and doubling the next moves ASAM's perturbed loss by nothing, and SAM's by much."""
+    x, y = batch(0, dtype=torch.float64)
+
+    def perturbed_loss(name, scale):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 8, bias=False), nn.ReLU(), nn.Linear(8, 3, bias=False)).double()
+        with torch.no_grad():
+            model[0].weight.mul_(scale)
+            model[2].weight.div_(scale)
+        optimizer = flatmin.wrap(torch.optim.SGD(model.parameters(), lr=0.0), name, rho=0.5)
+        losses = []
+
+        def backward():
+            loss = nn.functional.cross_entropy(model(x), y)
+            loss.backward()
+            losses.append(loss.item())
+            return loss
+
+        drive(optimizer, backward)
+        return losses[1]
+
+    assert perturbed_loss("asam", 0.5) == pytest.approx(perturbed_loss("asam", 1.0), rel=1e-12)
+    assert abs(perturbed_loss("sam", 0.5) - perturbed_loss("sam", 1.0)) > 1e-3
+
+
+# -- limits with constant step size and radius --------------------------------------------------------------------
+
+
+def minimise(curvature, name, t, rho, steps, start, device_path=False, **params):
+    """Full-gradient steps on f(x) = 1/2 sum_i a_i x_i^2; the last two iterates."""
+    x = torch.tensor(start, dtype=torch.float64, requires_grad=True)
+    a = torch.tensor(curvature, dtype=torch.float64)
+    optimizer = flatmin.wrap(torch.optim.SGD([x], lr=t), name, rho=rho, **params)
+    optimizer._force_device_path = device_path
+
+    def closure():
+        x.grad = a * x.detach()
+        return 0.5 * (a * x.detach() ** 2).sum()
+
+    for _ in range(steps - 1):
+        optimizer.step(closure)
+    last_but_one = x.detach().clone()
+    optimizer.step(closure)
+    return last_but_one, x.detach().clone()
+
+
+@pytest.mark.parametrize("device_path", [False, True])
+@pytest.mark.parametrize(("t", "rho", "orbit"), [(0.1, 0.1, 1 / 90), (0.01, 0.1, 1e-3 / 0.99), (0.3, 0.5, 0.15 / 0.7)])
+def test_sam_on_a_parabola_ends_on_an_orbit_of_two_points(t, rho, orbit, device_path):
+    """f(x) = x^2: |x| = t rho / (1 - t), with alternating sign; never 0."""
+    assert orbit == pytest.approx(t * rho / (1 - t), rel=1e-15)
+    before, after = minimise([2.0], "sam", t, rho, round(15 / t), [1.0], device_path)
+    assert abs(abs(float(after)) - orbit) <= 1e-10
+    assert abs(float(before) + float(after)) <= 1e-10
+
+
+@pytest.mark.parametrize(
+    ("name", "params"), [("sam", {}), ("vasso", {"theta": 0.4}), ("fsam", {"sigma": 1.0, "lam": 0.6})]
+)
+def test_normalised_methods_stop_at_a_distance_from_the_minimum(name, params):
+    """On a quadratic |x - x*| -> t rho L / (2 - t L), along the top eigenvector: 0.025 here."""
+    t, rho, top = 0.1, 0.1, 4.0
+    _, x = minimise([1.0, top], name, t, rho, 600, [1.0, 1.0], **params)
+    assert abs(float(x.norm()) - t * rho * top / (2 - t * top)) <= 1e-10
+    assert abs(float(x[0])) <= 1e-10
+
+
+@pytest.mark.parametrize("name", ["sgd", "usam"])
+def test_the_base_and_the_unnormalised_method_reach_the_minimum(name):
+    _, x = minimise([1.0, 4.0], name, 0.1, 0.1, 600, [1.0, 1.0])
+    assert float(x.norm()) <= 1e-14
+
+
+@pytest.mark.parametrize("device_path", [False, True])
+@pytest.mark.parametrize("name", BARE)
+def test_a_zero_gradient_moves_nothing(name, device_path):
+    before, after = minimise([1.0, 4.0], name, 0.1, 0.1, 3, [0.0, 0.0], device_path)
+    assert same_bits(before, after) and not before.any()
+
+
+# -- lr = 0 is the identity, whatever happens ---------------------------------------------------------------------
+
+
+class Planned(Exception):
+    """Raised on purpose."""
+
+
+class Branches(nn.Module):
+    """The sum of some of its branches; a branch that is off gets no gradient."""
+
+    def __init__(self, count, dtype):
+        super().__init__()
+        self.branches = nn.ModuleList(
+            nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Dropout(0.2), nn.Linear(4, 3)) for _ in range(count)
+        ).to(dtype)
+
+    def forward(self, x, on):
+        return sum(branch(x) for branch, used in zip(self.branches, on, strict=True) if used)
+
+
+FAILURES = (
+    "none",
+    "raise in 1",
+    "raise in 2",
+    "raise in base",
+    "nan in 1",
+    "nan in 2",
+    "no backward in 1",
+    "no backward in 2",
+)
+
+
+@st.composite
+def plans(draw):
+    count = draw(st.integers(1, 3))
+    on = st.lists(st.booleans(), min_size=count, max_size=count).filter(any)
+    step = st.tuples(st.sampled_from(DOORS), on, on, st.sampled_from(FAILURES))
+    return {
+        "count": count,
+        "name": draw(st.sampled_from(NAMES)),
+        "base": draw(st.sampled_from(sorted(BASES))),
+        "rhos": draw(st.lists(st.sampled_from([0.0, 0.05, 3.0]), min_size=count, max_size=count)),
+        "dtype": draw(st.sampled_from([torch.float32, torch.float64])),
+        "device_path": draw(st.booleans()),
+        "fused": draw(st.booleans()),
+        "steps": draw(st.lists(step, min_size=1, max_size=4)),
+    }
+
+
+@settings(max_examples=120, deadline=None, derandomize=True)
+@given(plans())
+def test_lr_zero_is_the_identity_bit_for_bit(plan):
+    """Over missing gradients, exceptions in either pass or in the base, bad gradients, every door and method.
+
+    BatchNorm counts show that statistics were touched by each step's first forward only.
+    """
+    torch.manual_seed(0)
+    model = Branches(plan["count"], plan["dtype"])
+    groups = [{"params": list(b.parameters()), "rho": r} for b, r in zip(model.branches, plan["rhos"], strict=True)]
+    criterion = flatmin.Criterion(nn.CrossEntropyLoss())
+    base = BASES[plan["base"]](groups, lr=0.0, fused=plan["fused"])
+    optimizer = flatmin.wrap(base, recipe_of(plan["name"], names="branches.0.*"), model=model, criterion=criterion)
+    chunked = Need.MICRO_BATCHES in optimizer.recipe.needs
+    optimizer._force_device_path = plan["device_path"]
+    start = bits(model.parameters())
+    seen = [0] * plan["count"]
+
+    for k, (door, first, second, failure) in enumerate(plan["steps"]):
+        x, y = batch(k, dtype=plan["dtype"])
+        calls = []
+
+        if door in ("perturbed", "two calls") and not optimizer.recipe.two_pass:
+            door = "passes"
+
+        def backward(chunk=None, first=first, second=second, failure=failure, x=x, y=y, calls=calls):
+            calls.append(1)
+            here = len(calls)
+            if here == 1:
+                seen[:] = [n + used for n, used in zip(seen, first, strict=True)]
+            loss = criterion(model(x, first if here == 1 else second), y)
+            if failure == f"nan in {here}":
+                loss = loss * math.nan
+            if failure != f"no backward in {here}":
+                optimizer.backward(loss)
+            if failure == f"raise in {here}":
+                raise Planned
+            return loss
+
+        def fail(*_):
+            raise Planned
+
+        handle = base.register_step_pre_hook(fail) if failure == "raise in base" else None
+        try:
+            drive(optimizer, backward, door)
+        except Planned:
+            assert failure.startswith("raise")
+        except RuntimeError as error:
+            assert failure.startswith("no backward"), error
+            assert "gradient" in str(error) or "second derivatives" in str(error)
+        if handle is not None:
+            handle.remove()
+        optimizer.zero_grad()
+        assert all(map(torch.equal, bits(model.parameters()), start))
+        # Micro-batches are each seen once at w.
+        assert chunked or [int(b[1].num_batches_tracked) for b in model.branches] == seen
+        assert all(b[1].track_running_stats for b in model.branches)
+
+
+# -- restore after an exception, with a base that would move -------------------------------------------------------
+
+
+def everything(model, optimizer):
+    """Weights and all that the optimizer remembers."""
+    return {"weights": [p.detach().clone() for p in model.parameters()], "optimizer": optimizer.state_dict()}
+
+
+@pairs(
+    "name, door, where, error, device_path",
+    ["sam", "vasso", "fsam+usam"],
+    DOORS,
+    ["pass 1", "pass 2", "base"],
+    [Planned, KeyboardInterrupt],
+    [False, True],
+)
+def test_an_exception_leaves_no_trace_and_the_next_step_is_as_if_it_had_not_been(name, door, where, error, device_path):
+    """Weights, base state and recipe state stay bit for bit; the following step equals that of an untroubled twin."""
+    model, twin = noisy_net(), noisy_net()
+    loss_fn = nn.CrossEntropyLoss()
+    optimizers = []
+    for m in (model, twin):
+        optimizers.append(flatmin.wrap(BASES["sgd"](m.parameters()), name, rho=0.2, model=m))
+        optimizers[-1]._force_device_path = device_path
+        torch.manual_seed(1)
+        train(m, optimizers[-1], loss_fn, range(2))
+    optimizer, other = optimizers
+    before = everything(model, optimizer)
+    calls = []
+
+    def backward():
+        calls.append(1)
+        loss = loss_fn(model(batch(2)[0]), batch(2)[1])
+        loss.backward()
+        if where == f"pass {len(calls)}":
+            raise error
+        return loss
+
+    def fail(*_):
+        raise error
+
+    handle = optimizer.register_step_pre_hook(fail) if where == "base" else None
+    with pytest.raises(error):
+        drive(optimizer, backward, door)
+    if handle is not None:
+        handle.remove()
+    assert same_bits(everything(model, optimizer), before)
+
+    # The failed step's first forward has been seen by BatchNorm; weights and dropout masks go on as before.
+    model.load_state_dict(twin.state_dict())
+    optimizer.zero_grad()
+    for m, o in ((model, optimizer), (twin, other)):
+        torch.manual_seed(2)
+        train(m, o, loss_fn, range(2, 4), door=door)
+    assert same_bits(everything(model, optimizer), everything(twin, other))
+    assert same_bits(model.state_dict(), twin.state_dict())
+    assert optimizer.counts()["updates"] == 4
+
+
+@pytest.mark.parametrize("door", ["closure", "passes"])
+def test_the_random_stream_goes_on_after_a_step_as_after_one_forward(door):
+    """Both passes draw the same numbers, so a step consumes what one forward does."""
+    model = noisy_net()
+    optimizer = flatmin.SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.1, model=model)
+    torch.manual_seed(3)
+    model(batch(0)[0])
+    expected = torch.get_rng_state()
+    torch.manual_seed(3)
+    train(model, optimizer, nn.CrossEntropyLoss(), range(1), door=door)
+    assert torch.equal(torch.get_rng_state(), expected)
+
+
+@pytest.mark.parametrize("device_path", [False, True])
+@pytest.mark.parametrize("name", ["sam", "vasso", "asam"])
+def test_a_gradient_that_is_not_finite_in_pass_1_gives_no_ascent_and_no_memory(name, device_path):
+    """The step is then the base's own; the direction's memory does not learn from it."""
+    model, plain_model = noisy_net(), noisy_net()
+    optimizer = flatmin.wrap(BASES["sgd"](model.parameters()), name, rho=0.2, model=model)
+    optimizer._force_device_path = device_path
+    plain = BASES["sgd"](plain_model.parameters())
+    loss_fn, (x, y) = nn.CrossEntropyLoss(), batch(0)
+    calls = []
+
+    def backward():
+        calls.append(1)
+        loss = loss_fn(model(x), y)
+        (loss * (math.inf if len(calls) == 1 else 1.0)).backward()
+        return loss
+
+    torch.manual_seed(1)
+    drive(optimizer, backward)
+    torch.manual_seed(1)
+    loss_fn(plain_model(x), y).backward()
+    plain.step()
+    assert same_bits(model.state_dict(), plain_model.state_dict())
+    assert optimizer.counts() == {"updates": 1, "nonfinite_ascents": 1, "skipped_steps": 0}
+    own = [v for entries in optimizer.state_dict()["state"].values() for k, v in entries.items() if "filled" in str(k)]
+    assert not any(map(bool, own))
+
+
+@pytest.mark.parametrize("options", [{}, {"fused": True}], ids=["plain", "fused"])
+@pytest.mark.parametrize("device_path", [False, True])
+@pytest.mark.parametrize("name", ["sam", "vasso"])
+def test_a_gradient_that_is_not_finite_in_pass_2_skips_the_step(name, device_path, options):
+    model = noisy_net()
+    optimizer = flatmin.wrap(BASES["sgd"](model.parameters(), **options), name, rho=0.2, model=model)
+    optimizer._force_device_path = device_path
+    loss_fn = nn.CrossEntropyLoss()
+    train(model, optimizer, loss_fn, range(2))
+    before = everything(model, optimizer)
+    calls = []
+
+    def backward():
+        calls.append(1)
+        loss = loss_fn(model(batch(2)[0]), batch(2)[1])
+        (loss * (math.inf if len(calls) == 2 else 1.0)).backward()
+        return loss
+
+    drive(optimizer, backward)
+    after = everything(model, optimizer)
+    assert after["optimizer"]["param_groups"][0].pop("flatmin.step") == 3
+    before["optimizer"]["param_groups"][0].pop("flatmin.step")
+    assert same_bits(after, before)
+    assert optimizer.counts() == {"updates": 3, "nonfinite_ascents": 0, "skipped_steps": 1}
