@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import codecs
 import difflib
+import os
+import sys
 import traceback
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
@@ -95,6 +98,15 @@ def _slips(a: str, b: str) -> int:
                 row[-1] = min(row[-1], before[j - 2] + 1)
         before, last = last, row
     return last[-1]
+
+
+def warn(text: str) -> None:
+    """Warn the person whose code led here: the line named is the nearest one outside of flatmin and torch."""
+    own = (str(Path(__file__).parent), f"{os.sep}torch{os.sep}")
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and any(part in frame.f_code.co_filename for part in own):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, stacklevel=level - 1)
 
 
 def explained(error: BaseException) -> bool:

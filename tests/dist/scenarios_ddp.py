@@ -161,7 +161,7 @@ def manual_door(rank, world):
 def names(rank, world):
     """The names that masks see."""
     run = Run(rank, world, Setup())
-    return [run.optimizer._names[p] for p in run.net.parameters()]
+    return [run.optimizer._tools.weights.names[p] for p in run.net.parameters()]
 
 
 def copied(rank, world):

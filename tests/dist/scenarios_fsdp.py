@@ -90,7 +90,7 @@ class Run:
             clip_norm=setup.clip_norm,
             scaler=self.scaler,
         )
-        self.optimizer._force_device_path = setup.device_path
+        self.optimizer._tools.on_device = setup.device_path
         self.points = []
 
     def step(self, k):
@@ -172,7 +172,7 @@ def half_sharded(rank, world):
 def draws(rank, world, sharded):
     """What a part draws for each weight."""
     run = Run(world, Setup(method="jitter", sharded=sharded))
-    site = run.optimizer._site()
+    site = run.optimizer._tools.weights.site(run.optimizer._tools.state)
     context = site.context(range(len(site.weights)))
     return [[full(t) for t in found] for found in (context.noise(), context.uniform(), context.bernoulli(0.5))]
 

@@ -47,7 +47,7 @@ def meet(method, loop):
 
         if loop is Loop.PLAIN:
             optimizer.train()
-            stays, _ = optimizer._resident, optimizer.eval()
+            stays, _ = (optimizer._under_way is not None and optimizer._under_way.resident), optimizer.eval()
             return None if stays else "is a plain loop's no-op"
         drive(optimizer, backward, "perturbed" if loop is Loop.TWO_PASSES else "closure")
     except (ValueError, RuntimeError) as error:

@@ -79,7 +79,7 @@ class Loop:
         }
         recipe = flatmin.compose(method, **params)
         self.optimizer = flatmin.wrap(kinds[base](), recipe, diagnostics=True)
-        self.optimizer._force_device_path = device_path
+        self.optimizer._tools.on_device = device_path
         self.eps = []
 
     def step(self, t, seen=(0, 1), spoilt=False):
@@ -272,7 +272,7 @@ def test_a_mask_moves_other_tensors_each_time():
     found, eps = [], []
     for t, only in enumerate(("a", "b", "*")):
         recipe = dataclasses.replace(flatmin.compose("sam"), mask=Named(only=only))
-        loop.optimizer.recipe, loop.optimizer._names = recipe, names
+        loop.optimizer._tools.recipe, loop.optimizer._tools.weights.names = recipe, names
         found.append(loop.step(t))
         eps.append(loop.eps)
     assert found[1] == 0.0 and found[2] == pytest.approx(angle(*eps[1:]), rel=1e-8) and abs(found[2]) < 1

@@ -13,7 +13,7 @@ def train(door, by_hand, clip=0.3, method="sam", device_path=False, **options):
     optimizer = flatmin.wrap(
         BASES["sgd"](model.parameters()), method, rho=0.1, model=model, clip_norm=None if by_hand else clip, **options
     )
-    optimizer._force_device_path = device_path
+    optimizer._tools.on_device = device_path
     norms = []
     for k in range(5):
         torch.manual_seed(k)

@@ -48,7 +48,7 @@ class Witness:
             diagnostics=True,
             **options,
         )
-        self.optimizer._force_device_path = device_path
+        self.optimizer._tools.on_device = device_path
         self.seen, self.ascents = [], []
 
     def backward(self, k, chunk=None, accumulate=1):
@@ -336,7 +336,7 @@ def test_recording_does_not_synchronise_and_reading_does_once(method, door, monk
     model, criterion = Mixed(), flatmin.Criterion(nn.CrossEntropyLoss())
     base = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
     optimizer = flatmin.wrap(base, recipe_of(method), criterion=criterion, diagnostics=True)
-    optimizer._force_device_path = True
+    optimizer._tools.on_device = True
     x, y = batch(0)
 
     def backward(chunk=0):

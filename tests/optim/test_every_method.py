@@ -43,7 +43,7 @@ class Loop:
         self.opt = flatmin.wrap(
             inner, recipe_of(name, total, TABLE), model=self.model, criterion=self.criterion, seed=3, **kw
         )
-        self.opt._force_device_path = device_path
+        self.opt._tools.on_device = device_path
         self.calls = 0
 
     def backward(self, k, chunk=None):
@@ -231,7 +231,7 @@ def test_an_infinite_first_gradient_does_not_stay_in_the_memory_of_several_ascen
     torch.manual_seed(0)
     w = torch.nn.Parameter(torch.tensor([3.0, 4.0], dtype=torch.float64))
     optimizer = flatmin.wrap(torch.optim.SGD([w], lr=0.1), name, rho=0.5)
-    optimizer._force_device_path = device_path
+    optimizer._tools.on_device = device_path
     points = []
 
     def closure():
@@ -266,4 +266,4 @@ def test_what_is_remembered_is_no_gradient_that_the_base_writes_to(foreach):
 
     for _ in range(3):
         optimizer.step(closure)
-        assert torch.equal(optimizer._store.per_weight["direction.gradient"][w], seen[-1])
+        assert torch.equal(optimizer._tools.state.per_weight["direction.gradient"][w], seen[-1])

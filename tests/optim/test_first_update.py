@@ -19,7 +19,7 @@ def build(method="sam", base=torch.optim.SGD, **settings):
     net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
     settings = {"lr": 0.05, "momentum": 0.9, "fused": True, **settings} if base is torch.optim.SGD else settings
     optimizer = flatmin.wrap(base(net.parameters(), **settings), method, model=net, diagnostics=True)
-    optimizer._force_device_path = True
+    optimizer._tools.on_device = True
     return net, optimizer
 
 
@@ -60,7 +60,7 @@ def test_skipped_updates_leave_nothing_behind(method, bad, factor):
 def test_bases_that_begin_with_zeros_need_no_look(base):
     net, optimizer = build(base=base, lr=0.01, fused=True)
     update(net, optimizer, 0, math.nan)
-    assert optimizer._base_takes_found_inf()
+    assert optimizer._tools.base.takes_found_inf()
     other, without = build(base=base, lr=0.01, fused=True)
     update(net, optimizer, 1)
     update(other, without, 1)
@@ -79,7 +79,7 @@ class TestCaptured:
         update(net, optimizer, 2)
         assert optimizer.diagnostics() != numbers
         captured.repeat()
-        optimizer._flags.totals[0] += 1  # as the kernels of a replay do
+        optimizer._tools.flags.totals[0] += 1  # as the kernels of a replay do
         assert optimizer.diagnostics() == numbers
         assert optimizer.counts() == {"updates": 4, "nonfinite_ascents": 0, "skipped_steps": 0}
 

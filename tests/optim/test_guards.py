@@ -17,7 +17,7 @@ from torch import nn
 
 import flatmin
 from flatmin.optim.containers import leaves
-from flatmin.optim.guards import FrozenStatistics
+from flatmin.optim.model_guard import FrozenStatistics
 from tests.helpers import batch, sam_by_hand
 
 DOORS = ["closure", "perturbed", "two calls", "passes"]
@@ -483,7 +483,7 @@ def test_a_fault_in_the_guards_brings_the_weights_back(monkeypatch):
     def broken():
         raise KeyError("planned")
 
-    monkeypatch.setattr(opt, "_freeze", broken)
+    monkeypatch.setattr(opt._tools.guard, "_freeze", broken)
     with pytest.raises(KeyError, match="planned"):
         one_step(model, opt, torch.randn(8, 4), "closure")
     assert all(map(torch.equal, before, model.parameters()))

@@ -538,7 +538,7 @@ def train_table(name, door, sparse, *, device_path=False, bad_step=None):
         model=model,
         criterion=criterion,
     )
-    optimizer._force_device_path = device_path
+    optimizer._tools.on_device = device_path
     for k in range(6):
         index = torch.randint(10, (8, 2), generator=torch.Generator().manual_seed(k))
 
@@ -581,7 +581,7 @@ def test_complex_weights_train_as_pairs_of_real_ones(name, device_path, door):
         b = nn.Parameter(start[1].clone())
         base = torch.optim.SGD([{"params": [w]}, {"params": [b], "rho": 0.1}], lr=0.05, momentum=0.9)
         optimizer = flatmin.wrap(base, name, rho=RHO)
-        optimizer._force_device_path = device_path
+        optimizer._tools.on_device = device_path
         for k in range(6):
 
             def backward(w=w, b=b, pairs=pairs, k=k):
@@ -661,7 +661,7 @@ def test_tensors_without_elements_change_nothing(name, device_path):
         model, criterion = WithEmpty(empty), flatmin.Criterion(nn.CrossEntropyLoss())
         base = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9)
         optimizer = flatmin.wrap(base, recipe, rho=RHO, model=model, criterion=criterion)
-        optimizer._force_device_path = device_path
+        optimizer._tools.on_device = device_path
         start = weights(model.net)
         for k in range(6):
 
@@ -691,7 +691,7 @@ def test_weights_snapshots_and_memory_stay_where_they_are(name, joined, device_p
         model[2].scale = nn.Parameter(torch.ones((), dtype=torch.float64))
     groups = [{"params": model[0].parameters()}, {"params": model[2].parameters()}]
     optimizer = flatmin.wrap(torch.optim.SGD(groups, lr=LR, momentum=0.9), name, rho=RHO)
-    optimizer._force_device_path = device_path
+    optimizer._tools.on_device = device_path
 
     def backward(factor=1.0, raising=False):
         y = model(inputs()) * getattr(model[2], "scale", 1.0)
@@ -702,7 +702,7 @@ def test_weights_snapshots_and_memory_stay_where_they_are(name, joined, device_p
         return loss
 
     def addresses():
-        ledger, store = optimizer._ledger, optimizer._store
+        ledger, store = optimizer._tools.snapshot, optimizer._tools.state
         slots = [t for tensors in store.per_weight.values() for t in tensors.values()]
         momenta = [optimizer.base.state[p]["momentum_buffer"] for p in model.parameters()]
         held = [*model.parameters(), *momenta, *slots, *(ledger._buffers[i] for i in sorted(ledger._buffers))]

@@ -99,7 +99,7 @@ def test_the_snapshot_is_never_written_over_while_weights_are_away():
     weights = make(torch.float64)
     optimizer = flatmin.SAM(torch.optim.SGD(weights, lr=0.0), rho=0.5)
     optimizer.step(quadratic(optimizer, weights))
-    layout, before = optimizer._layout, [w.detach().clone() for w in weights]
+    layout, before = optimizer._tools.weights.layout, [w.detach().clone() for w in weights]
     for w in weights:
         w.grad = torch.ones_like(w)
     with optimizer.perturbed():
@@ -329,7 +329,7 @@ def test_weights_that_grow_and_shrink_begin_their_memory_anew(recipe, base, how)
     if recipe in ("looksam", "ae-sam"):  # counters and numbers of all weights together stay
         assert not any(bool(v) for w in run.weights for k, v in run.optimizer.state[w].items() if k.endswith(".filled"))
     if recipe == "ssam-d":  # the draws have gone on
-        fresh.optimizer._generators.cpu.set_state(run.optimizer._generators.cpu.get_state())
+        fresh.optimizer._tools.state.generator.cpu.set_state(run.optimizer._tools.state.generator.cpu.get_state())
     for _ in range(2):
         run.step()
         fresh.step()
@@ -337,7 +337,7 @@ def test_weights_that_grow_and_shrink_begin_their_memory_anew(recipe, base, how)
         assert all(torch.equal(a, b) for a, b in zip(run.weights, fresh.weights, strict=True))
     assert all(w.isfinite().all() for w in run.weights)
     assert run.optimizer.diagnostics().get("epsilon_norm", 0.0) <= 0.05 + 1e-9
-    held = {w for slots in run.optimizer._store.per_weight.values() for w in slots}
+    held = {w for slots in run.optimizer._tools.state.per_weight.values() for w in slots}
     assert held <= set(run.weights)  # nothing of the replaced ones is held
 
 

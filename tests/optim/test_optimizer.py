@@ -381,7 +381,7 @@ def test_skip_leaves_weights_and_base_state(base, bad, device_path):
     fused = base.startswith("fused")
     inner = torch.optim.AdamW(model.parameters(), fused=True) if "adamw" in base else sgd(model, fused=fused)
     opt = flatmin.wrap(inner, "vasso", rho=0.1)
-    opt._force_device_path = device_path
+    opt._tools.on_device = device_path
     opt.step(closure_for(model, opt, *batch()))
     before, state = (
         vector(model),
@@ -414,7 +414,7 @@ def test_skip_leaves_weights_and_base_state(base, bad, device_path):
 def test_a_bad_first_pass_means_no_ascent(device_path):
     model, twin = net(), net()
     opt, base = flatmin.SAM(sgd(model), rho=0.5), sgd(twin)
-    opt._force_device_path = device_path
+    opt._tools.on_device = device_path
     x, y = batch()
     calls = 0
 
@@ -452,7 +452,7 @@ def test_raise_and_propagate():
 def test_a_zero_gradient_moves_nothing(method, device_path):
     model = net()
     opt = flatmin.wrap(torch.optim.SGD(model.parameters(), lr=0.1), method)
-    opt._force_device_path = device_path
+    opt._tools.on_device = device_path
     before = vector(model)
     seen = []
 
@@ -474,7 +474,7 @@ def test_the_device_path_gives_the_same_step_in_every_dtype():
             torch.manual_seed(1)
             w = [nn.Parameter(torch.randn(3, 2, dtype=dtype)), nn.Parameter(torch.randn(5, dtype=torch.float64))]
             opt = flatmin.SAM(torch.optim.SGD([{"params": w[:1]}, {"params": w[1:], "rho": 0.2}], lr=0.1))
-            opt._force_device_path = device_path
+            opt._tools.on_device = device_path
             for _ in range(3):
 
                 def closure(w=w, opt=opt):
@@ -492,12 +492,12 @@ def test_addresses_are_static():
     """Weights, snapshots and part state stay where they are, so that a step can be captured."""
     model = net()
     opt = flatmin.wrap(sgd(model), "vasso", rho=0.1)
-    opt._force_device_path = True
+    opt._tools.on_device = True
 
     def addresses():
-        slots = opt._store.per_weight["direction.ema"].values()
-        buffers = opt._ledger._buffers.values()
-        return [t.data_ptr() for t in (*model.parameters(), *slots, *buffers, opt._flags.words)]
+        slots = opt._tools.state.per_weight["direction.ema"].values()
+        buffers = opt._tools.snapshot._buffers.values()
+        return [t.data_ptr() for t in (*model.parameters(), *slots, *buffers, opt._tools.flags.words)]
 
     for k in range(5):
         opt.step(closure_for(model, opt, *batch(k)))

@@ -166,7 +166,7 @@ def test_the_checkpoint_of_another_recipe_is_refused_before_anything_changes(met
         foreign = Session(other, "sgd").run(range(2)).optimizer.state_dict()
         with pytest.raises(ValueError, match=rf"recipe {other}.*this optimizer runs .*flatmin\.base_state_dict"):
             session.optimizer.load_state_dict(foreign)
-        foreign["param_groups"][0].pop("flatmin.methods")  # as before it was kept
+        foreign["param_groups"][0].pop("flatmin.parts")  # as before it was kept
         with pytest.raises(ValueError, match=rf"recipe {other}.*this optimizer runs .*flatmin\.base_state_dict"):
             session.optimizer.load_state_dict(foreign)
     assert same_bits(session.optimizer.state_dict(), before)

@@ -77,7 +77,7 @@ class Net:
         self.model.to(dtype)
         base = torch.optim.SGD(self.model.parameters(), lr=options.pop("lr", 0.1), momentum=0.9)
         self.optimizer = flatmin.wrap(base, method, rho=rho, model=self.model, **options)
-        self.optimizer._force_device_path = device_path
+        self.optimizer._tools.on_device = device_path
         self.x, self.y = torch.randn(32, 64).to(dtype), torch.randint(4, (32,))
 
     def closure(self):
@@ -229,7 +229,7 @@ def test_a_gradient_norm_beyond_the_range_of_fp16(device_path):
     """The quotient by it must not be taken in fp16, where it is infinite."""
     w = nn.Parameter(torch.ones(10000, dtype=torch.float16))
     optimizer = flatmin.wrap(torch.optim.SGD([w], lr=0.0), "sam", rho=50.0, diagnostics=True)
-    optimizer._force_device_path = device_path
+    optimizer._tools.on_device = device_path
 
     def closure():
         optimizer.zero_grad()

@@ -34,7 +34,7 @@ class Loop:
             scaler=self.scaler,
             **options,
         )
-        self.optimizer._force_device_path = device_path
+        self.optimizer._tools.on_device = device_path
         self.scales, self.weights = [], []
 
     def backward(self, k, chunk=None):

@@ -203,7 +203,7 @@ def run(recipe, door="closure", *, device_path=False):
     net, x, y = problem()
     base = torch.optim.SGD(net.parameters(), lr=LR, momentum=MU)
     opt = flatmin.SAM(base, recipe=recipe, rho=RHO, seed=5)
-    opt._force_device_path = device_path
+    opt._tools.on_device = device_path
     for k in range(STEPS):
 
         def backward(k=k):
@@ -393,7 +393,7 @@ class First(Direction):
 
 def test_stored_tensors_are_not_overwritten_on_the_device_path():
     runs = [run(flatmin.Recipe(direction=First()), device_path=d) for d in (False, True)]
-    host, device = ([w, *opt._store.per_weight["direction.g"].values()] for w, opt in runs)
+    host, device = ([w, *opt._tools.state.per_weight["direction.g"].values()] for w, opt in runs)
     assert all(torch.allclose(a, b, rtol=0, atol=1e-13) for a, b in zip(host, device, strict=True))
 
 
@@ -405,7 +405,7 @@ def test_scalar_slots_and_counters_travel_in_the_checkpoint():
     net, _, _ = problem()
     other = flatmin.SAM(torch.optim.SGD(net.parameters(), lr=LR), recipe=CASES["rsam"][0], seed=99)
     other.load_state_dict(saved)
-    assert torch.equal(other._generators.cpu.get_state(), opt._generators.cpu.get_state())
+    assert torch.equal(other._tools.state.generator.cpu.get_state(), opt._tools.state.generator.cpu.get_state())
 
 
 def test_contradicting_parts_are_refused():
@@ -438,9 +438,9 @@ def test_memory_of_a_part_survives_a_bad_step():
         return loss
 
     opt.step(closure)
-    before = {k: v.clone() for k, v in opt._store.per_weight["direction.ema"].items()}
+    before = {k: v.clone() for k, v in opt._tools.state.per_weight["direction.ema"].items()}
     weights = [p.detach().clone() for p in net.parameters()]
     opt.step(lambda: closure(float("nan")))
-    assert all(torch.equal(before[k], v) for k, v in opt._store.per_weight["direction.ema"].items())
+    assert all(torch.equal(before[k], v) for k, v in opt._tools.state.per_weight["direction.ema"].items())
     assert all(torch.equal(a, b) for a, b in zip(weights, net.parameters(), strict=True))
     assert opt.counts() == {"updates": 2, "nonfinite_ascents": 1, "skipped_steps": 1}

@@ -212,7 +212,7 @@ class Engine(RuleBasedStateMachine):
     def adopt(self, optimizer):
         """Go on with an optimizer that has made no update in its life."""
         self.optimizer = optimizer
-        optimizer._force_device_path = self.device_path
+        optimizer._tools.on_device = self.device_path
         optimizer.register_step_pre_hook(self.look_at_home)
         self.reference.counts = dict.fromkeys(self.reference.counts, 0)
 

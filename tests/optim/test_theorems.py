@@ -134,7 +134,7 @@ def minimise(curvature, name, t, rho, steps, start, device_path=False, **params)
     x = torch.tensor(start, dtype=torch.float64, requires_grad=True)
     a = torch.tensor(curvature, dtype=torch.float64)
     optimizer = flatmin.wrap(torch.optim.SGD([x], lr=t), name, rho=rho, **params)
-    optimizer._force_device_path = device_path
+    optimizer._tools.on_device = device_path
 
     def closure():
         x.grad = a * x.detach()
@@ -244,7 +244,7 @@ def test_lr_zero_is_the_identity_bit_for_bit(plan):
     base = BASES[plan["base"]](groups, lr=0.0, fused=plan["fused"])
     optimizer = flatmin.wrap(base, recipe_of(plan["name"], names="branches.0.*"), model=model, criterion=criterion)
     chunked = Need.MICRO_BATCHES in optimizer.recipe.needs
-    optimizer._force_device_path = plan["device_path"]
+    optimizer._tools.on_device = plan["device_path"]
     start = bits(model.parameters())
     seen = [0] * plan["count"]
 
@@ -312,7 +312,7 @@ def test_an_exception_leaves_no_trace_and_the_next_step_is_as_if_it_had_not_been
     optimizers = []
     for m in (model, twin):
         optimizers.append(flatmin.wrap(BASES["sgd"](m.parameters()), name, rho=0.2, model=m))
-        optimizers[-1]._force_device_path = device_path
+        optimizers[-1]._tools.on_device = device_path
         torch.manual_seed(1)
         train(m, optimizers[-1], loss_fn, range(2))
     optimizer, other = optimizers
@@ -367,7 +367,7 @@ def test_a_gradient_that_is_not_finite_in_pass_1_gives_no_ascent_and_no_memory(n
     """The step is then the base's own; the direction's memory does not learn from it."""
     model, plain_model = noisy_net(), noisy_net()
     optimizer = flatmin.wrap(BASES["sgd"](model.parameters()), name, rho=0.2, model=model)
-    optimizer._force_device_path = device_path
+    optimizer._tools.on_device = device_path
     plain = BASES["sgd"](plain_model.parameters())
     loss_fn, (x, y) = nn.CrossEntropyLoss(), batch(0)
     calls = []
@@ -395,7 +395,7 @@ def test_a_gradient_that_is_not_finite_in_pass_1_gives_no_ascent_and_no_memory(n
 def test_a_gradient_that_is_not_finite_in_pass_2_skips_the_step(name, device_path, options):
     model = noisy_net()
     optimizer = flatmin.wrap(BASES["sgd"](model.parameters(), **options), name, rho=0.2, model=model)
-    optimizer._force_device_path = device_path
+    optimizer._tools.on_device = device_path
     loss_fn = nn.CrossEntropyLoss()
     train(model, optimizer, loss_fn, range(2))
     before = everything(model, optimizer)

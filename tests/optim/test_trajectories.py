@@ -234,7 +234,7 @@ def build(model, case, base, fused=None, **options):
 def trajectory(case, base, door="closure", device_path=False, steps=STEPS, **options):
     model = net()
     optimizer, criterion, scheduler = build(model, case, base, **options)
-    optimizer._force_device_path = device_path
+    optimizer._tools.on_device = device_path
     weights, losses = [], []
     for k in range(steps):
         x, y = batch(k, dtype=torch.float64)

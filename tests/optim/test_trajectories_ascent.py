@@ -411,7 +411,7 @@ class Loop:
         self.criterion = flatmin.Criterion(loss or nn.CrossEntropyLoss(label_smoothing=SMOOTHING))
         options = {"model": self.model, "criterion": self.criterion, "seed": SEED, **case.params, **options}
         self.optimizer = flatmin.wrap(made, case.name, **options)
-        self.optimizer._force_device_path = device_path
+        self.optimizer._tools.on_device = device_path
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, rules)
 
     def backward(self, k, chunk=None):

@@ -275,7 +275,7 @@ def trajectory(case, base, door="closure", steps=STEPS, device_path=False, fused
     criterion = flatmin.Criterion(nn.CrossEntropyLoss(label_smoothing=SMOOTHING))
     made = torch_class(groups, lr=lr, fused=fused, **options)
     optimizer = flatmin.wrap(made, name, model=model, criterion=criterion, seed=SEED, **params, **more)
-    optimizer._force_device_path = device_path
+    optimizer._tools.on_device = device_path
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     weights, losses = [], []
     for k in range(steps):

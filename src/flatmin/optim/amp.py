@@ -1,8 +1,9 @@
-"""The engine's side of a `torch.amp.GradScaler`."""
+"""This side of a `torch.amp.GradScaler`."""
 
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 from flatmin.optim import tensors as ta
 
 
-class Scaling:
+class GradScaling:
     """Gradients come in scaled, parts see them unscaled, and the scaler hears of an inf in any pass.
 
     Only the scaler's public methods are used: `scale` tells the factor without a synchronisation, and `unscale_` of a
@@ -21,11 +22,17 @@ class Scaling:
 
     Args:
         scaler: the scaler of the loop.
+        optimizer: the object whose `step` the scaler calls and on which it leaves its marks.
         device: where the verdict is kept.
+
+    Attributes:
+        scale: the factor of this update's losses.
+        found: whether an entry has been found that is not finite, 0 or 1.
     """
 
-    def __init__(self, scaler: Any, device: torch.device) -> None:
+    def __init__(self, scaler: Any, optimizer: object, device: torch.device) -> None:
         self.scaler, self._device = scaler, device
+        self._optimizer = weakref.ref(optimizer)
         self._probe = torch.zeros((), device=device)
         self._view = SimpleNamespace(param_groups=[{"params": [self._probe]}])
         # A scaler that has scaled nothing yet refuses step() before the closure can run.
@@ -36,6 +43,26 @@ class Scaling:
         """Read the scale that this update's losses carry."""
         self.scale: Tensor = self.scaler.scale(torch.ones((), device=self._device))
         self.found = torch.zeros((), device=self._device)
+
+    def begin_again(self) -> None:
+        """Take the scale from the marks of the scaler's step: the update began before its last `update()`."""
+        scale, found = self._marks()
+        self.scale = torch.ones_like(self.scale) if scale is None else scale
+        self.found += found
+
+    def finish_manual(self, grads: Sequence[Tensor | None]) -> None:
+        """Unscale what the last pass of a manual loop left scaled, as the marks of the scaler's step say."""
+        scale, found = self._marks()
+        if scale is not None:
+            self.unscale_(grads, scale.double().reciprocal().float())
+        self.found += found
+
+    def _marks(self) -> tuple[Tensor | None, Tensor]:
+        """What `scaler.step(optimizer)` has set on the optimizer: the scale (None: already off) and an inf."""
+        optimizer: Any = self._optimizer()
+        if not hasattr(optimizer, "found_inf"):
+            raise RuntimeError("the gradients are scaled: end the update with scaler.step(optimizer).")
+        return optimizer.grad_scale, optimizer.found_inf
 
     @property
     def inverse(self) -> Tensor:
@@ -64,13 +91,16 @@ class Scaling:
 
     def report(self) -> None:
         """Tell the scaler what this update found."""
-        if self.unscaled_early(self._view):
+        if self._unscaled(self._view):
             raise RuntimeError("call scaler.update() after each step of the optimizer.")
         self._probe.grad = torch.where(self.found > 0, math.inf, 0.0)
         self.scaler.unscale_(self._view)
         self._probe.grad = None
 
-    def unscaled_early(self, optimizer: object) -> bool:
+    def unscaled_early(self) -> bool:
         """Whether `scaler.unscale_(optimizer)` has been called since its last update."""
+        return self._unscaled(self._optimizer())
+
+    def _unscaled(self, optimizer: object) -> bool:
         state = getattr(self.scaler, "_per_optimizer_states", {}).get(id(optimizer))
         return state is not None and state["stage"].name == "UNSCALED"

@@ -1,46 +1,226 @@
-"""What may be a base optimizer, and which options it may carry."""
+"""The base optimizer: what may be one, which options it carries, and how it takes its step."""
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import numbers
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
+
+from flatmin.optim import tensors as ta
+from flatmin.optim.perturb import FoundInf
+from flatmin.optim.tensors import Layout
 
 # Where optimizers keep the first moment of a weight.
 _MOMENTA = ("momentum_buffer", "exp_avg")
+_IS_SPARSE = operator.attrgetter("is_sparse")
 WRAPPED, OWN_RHO, _FILLED = "flatmin.version", "flatmin.rho", "_flatmin_filled"
 
 
-def has_momentum(base: Optimizer) -> bool:
-    """Whether every group of the base is set up to keep a momentum under a known name."""
-    groups = base.param_groups
-    return all(float(g.get("momentum") or 0) > 0 or "betas" in g or "beta1" in g for g in groups)
+class BaseOptimizer:
+    """The wrapped optimizer, with what is known of it from the start.
 
+    Args:
+        optimizer: the base itself.
 
-def momenta_of(base: Optimizer, weights: Sequence[Tensor]) -> list[Tensor | None]:
-    """The base's momentum of each weight, dense; None where it has none yet.
-
-    Raises:
-        ValueError: the base has state for a weight, and no momentum under a known name in it.
+    Attributes:
+        rho_key: the option of its param groups that holds the radius: "rho", or "flatmin.rho" where the base has a rho
+            of its own.
+        differentiates: whether its step differentiates the gradients once more, and so needs their graph.
     """
-    states = [base.state.get(w) for w in weights]
-    first = next((s for s in states if s), None)
-    if first is None:
-        return [None] * len(states)
-    name = next((n for n in _MOMENTA if n in first), None)
-    if name is None:
-        raise ValueError(
-            f"{type(base).__name__} keeps no momentum that this library knows ({' or '.join(_MOMENTA)}); it has "
-            f"{', '.join(map(str, first))}."
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+        step = type(optimizer).step
+        self.rho_key = rho_key(optimizer)
+        self.differentiates = "hessian" in _parameters(step) or hasattr(optimizer, "get_trace")
+        asks = any(p.kind not in (p.KEYWORD_ONLY, p.VAR_KEYWORD) for p in _parameters(optimizer.step).values())
+        # torch's own call a closure only to return what it returns.
+        self._takes_closure = asks and not type(optimizer).__module__.startswith("torch.optim.")
+        closure = _parameters(step).get("closure")
+        self._needs_closure = closure is not None and closure.default is inspect.Parameter.empty
+        self._zeroes_as_torch = type(optimizer).zero_grad is Optimizer.zero_grad
+
+    @property
+    def name(self) -> str:
+        return type(self.optimizer).__name__
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """The tensors of all groups, in order."""
+        return [w for group in self.optimizer.param_groups for w in group["params"]]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        if not (set_to_none and self._zeroes_as_torch):
+            self.optimizer.zero_grad(set_to_none)
+            return
+        # Reading .grad first, as torch does, would make an object of every gradient only to drop it.
+        for group in self.optimizer.param_groups:
+            for w in group["params"]:
+                w.grad = None
+
+    def has_momentum(self) -> bool:
+        """Whether every group is set up to keep a momentum under a known name."""
+        return all(
+            float(g.get("momentum") or 0) > 0 or "betas" in g or "beta1" in g for g in self.optimizer.param_groups
         )
-    found = [s.get(name) if s else None for s in states]
-    return [v.to_dense() if v is not None and v.is_sparse else v for v in found]
+
+    def momenta(self, weights: Sequence[Tensor]) -> list[Tensor | None]:
+        """The base's momentum of each weight, dense; None where it has none yet.
+
+        Raises:
+            ValueError: the base has state for a weight, and no momentum under a known name in it.
+        """
+        states = [self.optimizer.state.get(w) for w in weights]
+        first = next((s for s in states if s), None)
+        if first is None:
+            return [None] * len(states)
+        name = next((n for n in _MOMENTA if n in first), None)
+        if name is None:
+            raise ValueError(
+                f"{self.name} keeps no momentum that this library knows ({' or '.join(_MOMENTA)}); it has "
+                f"{', '.join(map(str, first))}."
+            )
+        momenta = [s.get(name) if s else None for s in states]
+        return [v.to_dense() if v is not None and v.is_sparse else v for v in momenta]
+
+    def takes_found_inf(self) -> bool:
+        """Whether the base can leave out a step by itself, so that the host need not know."""
+        if not (
+            type(self.optimizer).__module__.startswith("torch.optim")
+            and all(g.get("fused") for g in self.optimizer.param_groups)
+        ):
+            return False
+        if not isinstance(self.optimizer, SGD):
+            return True
+        # It makes its momentum in a step that a found inf then leaves out, and takes it for filled in the next one.
+        state = self.optimizer.state
+        return all(
+            state.get(w, {}).get("momentum_buffer") is not None
+            for group in self.optimizer.param_groups
+            if group["momentum"]
+            for w in group["params"]
+            if w.grad is not None
+        )
+
+    def step_with(self, loss: Any, weights: Sequence[Tensor]) -> Callable[[], object]:
+        """The base's step as a call without arguments; a base whose step asks for the loss is told this one.
+
+        Args:
+            loss: this update's; None: not known.
+            weights: by which a base is noticed that moves them before it asks.
+
+        Raises:
+            RuntimeError: the base's step cannot be called without the loss, and it is not known. When the step is
+                called: the base has moved the weights before it asks, so that it wants the loss of another point.
+        """
+        if loss is not None and self._takes_closure:
+            return functools.partial(self.optimizer.step, self._known_loss(loss, weights))
+        if self._needs_closure:
+            raise RuntimeError(f"the step of {self.name} asks for the loss: use optimizer.step(closure).")
+        return self.optimizer.step
+
+    def step_if_finite(
+        self,
+        step: Callable[[], object],
+        gradients: Sequence[Tensor],
+        layout: Layout,
+        *,
+        nonfinite: str,
+        size: Tensor | None,
+        ascents: int,
+        flags: FoundInf | None,
+        scaled: Tensor | None,
+        alone: bool,
+    ) -> tuple[bool, bool, Tensor | None]:
+        """Take a step of the base by the rule for gradients that are not finite.
+
+        Args:
+            step: of `step_with`.
+            gradients: what the base takes.
+            layout: of the weights.
+            nonfinite: "skip", "raise" or "propagate".
+            size: the norm that decided whether the ascent was taken; None: there was none.
+            ascents: how many displacements the update has made.
+            flags: the verdicts on the weights' device; None on the CPU, where reading is free.
+            scaled: what unscaling has found, 0 or 1; None: no scaler.
+            alone: whether nothing follows the base's step that must be left out with it.
+
+        Returns:
+            Whether the step was taken and whether the ascent was finite, as far as the host knows; and a scalar on the
+            device that is 1 where the base has left the step out by itself, None where it has not been asked to.
+
+        Raises:
+            FloatingPointError: nonfinite="raise", and the gradients are not finite.
+        """
+        ascended = flags is not None and size is not None
+        if nonfinite == "propagate" and scaled is None:
+            step()
+            if flags is None or not ascended:
+                return True, True, None
+            flags.count(ascended=True)
+            return True, True, None
+        if any(map(_IS_SPARSE, gradients)):
+            layout = Layout([])
+            gradients = [g.coalesce().values() if g.is_sparse else g for g in gradients]
+        if flags is None:
+            # An ascent on the way may have failed where the last one did not.
+            finite = size is None or math.isfinite(float(size))
+            if (scaled is not None and scaled) or not ta.all_finite(gradients, layout):
+                return self._refuse(nonfinite, scaled), finite, None
+            step()
+            return True, finite, None
+        if not ascended:
+            flags.reset()
+        elif ascents > 1 and size is not None:
+            flags.judge(size, again=True)
+        ta.nonfinite_(gradients, flags.found_inf, flags.one)
+        if scaled is not None:
+            flags.found_inf.logical_or_(scaled)
+        if (nonfinite == "skip" or scaled is not None) and self.takes_found_inf() and alone:
+            self.optimizer.found_inf = flags.found_inf  # type: ignore[attr-defined]
+            try:
+                step()
+            finally:
+                del self.optimizer.found_inf  # type: ignore[attr-defined]
+            flags.count(ascended=ascended)
+            return True, True, flags.found_inf
+        finite, found = flags.read()
+        finite = finite or not ascended
+        if found:
+            return self._refuse(nonfinite, scaled), finite, None
+        step()
+        return True, finite, None
+
+    @staticmethod
+    def _refuse(nonfinite: str, scaled: Tensor | None) -> bool:
+        if nonfinite == "raise" and scaled is None:
+            raise FloatingPointError(
+                "the descent gradient has nan or inf entries; the weights and the base's state are unchanged "
+                "(nonfinite='raise')."
+            )
+        return False
+
+    def _known_loss(self, loss: Any, weights: Sequence[Tensor]) -> Callable[[], Any]:
+        probes = (weights[0], weights[-1])
+        versions = [w._version for w in probes]
+
+        def closure() -> Any:
+            if [w._version for w in probes] != versions:
+                raise RuntimeError(
+                    f"{self.name} moves the weights before it asks for the loss, or asks again after it; a base must "
+                    "step with the gradients that it finds. Use its form without such a closure."
+                )
+            return loss
+
+        return closure
 
 
 def is_number(x: Any) -> bool:
@@ -88,42 +268,6 @@ def set_rho(base: Optimizer, key: str, asked: float | None, default: float) -> N
             group[key] = base.defaults[key]
             filled.add(k)
         group[key] = check_rho(group[key])
-
-
-def differentiates_gradients(base: Optimizer) -> bool:
-    """Whether the base's step differentiates the gradients once more, and so needs their graph."""
-    return "hessian" in _parameters(type(base).step) or hasattr(base, "get_trace")
-
-
-def takes_closure(base: Optimizer) -> bool:
-    """Whether the base's step can be given a closure."""
-    return any(p.kind not in (p.KEYWORD_ONLY, p.VAR_KEYWORD) for p in _parameters(base.step).values())
-
-
-def needs_closure(base: Optimizer) -> bool:
-    """Whether the base's step cannot be called without a closure."""
-    closure = _parameters(type(base).step).get("closure")
-    return closure is not None and closure.default is inspect.Parameter.empty
-
-
-def known_loss(base: Optimizer, loss: Any, weights: Sequence[Tensor]) -> Callable[[], Any]:
-    """A closure for the base's step that returns the loss of this update without computing it again.
-
-    Raises (when it is called):
-        RuntimeError: the base has moved the weights before, so that it wants the loss of another point.
-    """
-    probes = (weights[0], weights[-1])
-    versions = [w._version for w in probes]
-
-    def closure() -> Any:
-        if [w._version for w in probes] != versions:
-            raise RuntimeError(
-                f"{type(base).__name__} moves the weights before it asks for the loss, or asks again after it; a base "
-                "must step with the gradients that it finds. Use its form without such a closure."
-            )
-        return loss
-
-    return closure
 
 
 def build_base(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from flatmin.optim.state import PREFIX
+from flatmin.optim.state import STEP
 
 if TYPE_CHECKING:
     from flatmin.optim.sam import SAM
@@ -32,21 +32,21 @@ class Captured:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._ascents = self._counted() - self._ascents
-        diagnostics = self._optimizer._diagnostics
+        diagnostics = self._optimizer._tools.diagnostics
         # Updates that run as usual in between have numbers of their own, and those of the graph stay where they are.
         self._numbers = None if diagnostics is None else diagnostics.latest
 
     def repeat(self) -> None:
         """Count an update, and show its numbers; checkpoints and `counts()` hold the number of updates."""
-        optimizer = self._optimizer
-        group = optimizer.param_groups[0]
-        group[PREFIX + "step"] = int(group[PREFIX + "step"]) + 1
-        optimizer._host_counts["updates"] += 1
-        if optimizer._flags is not None:
-            optimizer._flags.ascents += self._ascents
-        if optimizer._diagnostics is not None and self._numbers is not None:
-            optimizer._diagnostics.latest = self._numbers
+        tools = self._optimizer._tools
+        first = tools.base.optimizer.param_groups[0]
+        first[STEP] = int(first[STEP]) + 1
+        tools.counts.updates += 1
+        if tools.flags is not None:
+            tools.flags.ascents += self._ascents
+        if tools.diagnostics is not None and self._numbers is not None:
+            tools.diagnostics.latest = self._numbers
 
     def _counted(self) -> int:
-        flags = self._optimizer._flags
+        flags = self._optimizer._tools.flags
         return 0 if flags is None else flags.ascents

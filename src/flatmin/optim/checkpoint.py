@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flatmin.methods import KINDS, Adaptive
+from flatmin.methods import KINDS, Adaptive, Need
 from flatmin.methods.recipe import DEFAULTS, Recipe
 from flatmin.optim.base_optimizer import OWN_RHO
-from flatmin.optim.state import PREFIX, Store, filled_slot
+from flatmin.optim.state import PREFIX, RNG, STEP, MethodState, filled_slot
 
 VERSION = 1
 BASE = "flatmin.base"  # where a base's checkpoint stands that has a form of its own
@@ -60,7 +60,26 @@ def base_state_dict(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     return {"state": base, "param_groups": groups}
 
 
-def save(base: torch.optim.Optimizer, store: Store) -> dict[str, Any]:
+def mark(groups: Sequence[dict[str, Any]], state: MethodState) -> None:
+    """Write into the base's groups what checkpoints tell of the recipe.
+
+    From the start, because flattened distributed checkpoints look for the keys of the live groups; `save` fills in the
+    values.
+    """
+    first, recipe = groups[0], state.recipe
+    first[PREFIX + "version"], first[PREFIX + "recipe"] = VERSION, str(recipe)
+    first[PREFIX + "parts"] = parts_of(recipe)
+    first.setdefault(STEP, 0)
+    for key in state.scalars:
+        first.setdefault(PREFIX + key, unfilled(first["params"]))
+    for group in groups:
+        for key, value in recipe.radius.marks.items():
+            group.setdefault(key, value)
+    if Need.RANDOM in recipe.needs:
+        first[RNG] = state.generator.cpu.get_state()
+
+
+def save(base: torch.optim.Optimizer, store: MethodState) -> dict[str, Any]:
     """The base's checkpoint with the slots merged in; beside them, if it has a form of its own."""
     saved: dict[str, Any] = base.state_dict()
     if not _in_torchs_form(saved):
@@ -95,7 +114,7 @@ def unfilled(weights: Sequence[Tensor]) -> Tensor:
     return torch.full((), math.nan, dtype=torch.float64 if wide else torch.float32, device=weights[0].device)
 
 
-def load(base: torch.optim.Optimizer, store: Store, checkpoint: Mapping[str, Any]) -> None:
+def load(base: torch.optim.Optimizer, store: MethodState, checkpoint: Mapping[str, Any]) -> None:
     """Load what `save` returned, or a plain checkpoint of the base, which leaves the slots empty and rho as it is.
 
     Ids may be numbers or names: weights are matched by their place in the groups.
@@ -185,7 +204,7 @@ def _changed(given: Mapping[str, str], recipe: Recipe) -> list[str]:
     return [k for k, text in given.items() if k in own and text != repr(own[k]) and not re.search(r" at 0x", text)]
 
 
-def _check_shapes(store: Store, weights: Mapping[Any, Tensor], own: Mapping[Any, Mapping[str, Any]]) -> None:
+def _check_shapes(store: MethodState, weights: Mapping[Any, Tensor], own: Mapping[Any, Mapping[str, Any]]) -> None:
     for place, (i, w) in enumerate(weights.items()):
         for key in store.per_weight:
             slot = filled_slot(own.get(i, {}), key)

@@ -43,13 +43,13 @@ class PassView:
     graph: bool = False
 
 
-class Speaker(Protocol):
+class Callback(Protocol):
     """What the criterion asks of the optimizer it is bound to."""
 
     def current_pass(self) -> PassView:
         """The pass that a loss computed now belongs to."""
 
-    def saw(self, outputs: Any, target: Any, loss: Tensor, *, perturbed: bool) -> None:
+    def on_loss(self, outputs: Any, target: Any, loss: Tensor, *, perturbed: bool) -> None:
         """Told of every loss computed in training at w, and at w + eps in the descent pass."""
 
 
@@ -115,10 +115,10 @@ class Criterion(nn.Module):
         self.loss = loss
         self._per_sample = per_sample
         self._recipe = Recipe()
-        self._speaker: weakref.ref[Any] | None = None
+        self._callback: weakref.ref[Any] | None = None
         self.forget()
 
-    def bind(self, speaker: Speaker, recipe: Recipe) -> None:
+    def bind(self, callback: Callback, recipe: Recipe) -> None:
         """Called by the optimizer. A criterion serves one optimizer, the one bound last.
 
         Raises:
@@ -126,7 +126,7 @@ class Criterion(nn.Module):
         """
         if recipe.objective.by_class:
             check_classes(self.loss, recipe.name)
-        self._speaker, self._recipe = weakref.ref(speaker), recipe
+        self._callback, self._recipe = weakref.ref(callback), recipe
 
     def forget(self) -> None:
         """Drop what the passes of an update have left; called by the optimizer."""
@@ -136,10 +136,10 @@ class Criterion(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         args, kwargs = in_order(args, kwargs)
-        speaker = None if self._speaker is None else self._speaker()
-        if speaker is None or not torch.is_grad_enabled():
+        callback = None if self._callback is None else self._callback()
+        if callback is None or not torch.is_grad_enabled():
             return self.loss(*args, **kwargs)
-        now: PassView = speaker.current_pass()
+        now: PassView = callback.current_pass()
         self.calls += 1
         descent = now.role == "descent"
         by_sample = Need.PER_SAMPLE in self._recipe.needs
@@ -164,7 +164,7 @@ class Criterion(nn.Module):
                 scores = scores if counted is None else scores[(~counted).to(torch.uint8).argsort(stable=True)]
             self.seen.append(Seen(outputs, loss, scores))
         if descent or not now.perturbed:
-            speaker.saw(outputs, target, loss, perturbed=now.perturbed)
+            callback.on_loss(outputs, target, loss, perturbed=now.perturbed)
         return loss
 
     def take_seen(self) -> list[Seen]:
@@ -295,7 +295,7 @@ class Criterion(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {k: v for k, v in self.__dict__.items() if k not in ("_first", "seen")}
-        return {**kept, "_speaker": None, "_recipe": Recipe(), "calls": 0, "_first": [], "seen": []}
+        return {**kept, "_callback": None, "_recipe": Recipe(), "calls": 0, "_first": [], "seen": []}
 
     def extra_repr(self) -> str:
         return "" if isinstance(self.loss, nn.Module) else repr(self.loss)

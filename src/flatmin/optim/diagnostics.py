@@ -11,7 +11,8 @@ from torch import Tensor
 
 from flatmin.methods import Gradients
 from flatmin.optim import tensors as ta
-from flatmin.optim.state import ASCENT, DIAGNOSTICS, Store
+from flatmin.optim.state import ASCENT, DIAGNOSTICS, MethodState
+from flatmin.words import warn
 
 CLASSES = ("ratio_above_1", "ratio_0_to_1", "ratio_minus_1_to_0", "ratio_below_minus_1")
 
@@ -20,11 +21,11 @@ class Diagnostics:
     """The numbers of the last update that ascended and descended; see `SAM.diagnostics`.
 
     Args:
-        store: with a slot for the last ascent.
+        state: with a slot for the last ascent.
     """
 
-    def __init__(self, store: Store) -> None:
-        self._store = store
+    def __init__(self, state: MethodState) -> None:
+        self._state = state
         self.latest: dict[str, Tensor] = {}
         self._clear()
 
@@ -74,8 +75,8 @@ class Diagnostics:
         """The weights at w + eps, what they were, and eps before rounding."""
         self._values.update(realised(weights, copies, asked))
         self._ascent = weights, asked
-        before = self._store.read(DIAGNOSTICS, weights)[ASCENT]
-        last = self._store.per_weight[f"{DIAGNOSTICS}.{ASCENT}"]
+        before = self._state.read(DIAGNOSTICS, weights)[ASCENT]
+        last = self._state.per_weight[f"{DIAGNOSTICS}.{ASCENT}"]
         if not last:
             return
         both = [(a, b) for a, b in zip(asked, before, strict=True) if b is not None]
@@ -95,9 +96,9 @@ class Diagnostics:
         size = self._values["epsilon_asked"]
         gate = ((size > 0) & (size < math.inf)).to(torch.int32)
         moved = set(weights)
-        still = [e for w, e in self._store.per_weight[f"{DIAGNOSTICS}.{ASCENT}"].items() if w not in moved]
+        still = [e for w, e in self._state.per_weight[f"{DIAGNOSTICS}.{ASCENT}"].items() if w not in moved]
         ta.keep_if_(still, 1 - gate)
-        self._store.commit(DIAGNOSTICS, weights, {ASCENT: eps}, gate)
+        self._state.commit(DIAGNOSTICS, weights, {ASCENT: eps}, gate)
 
     def last(self, grads: Gradients, weights: Sequence[Tensor], *, perturbed: bool) -> None:
         """The gradients of the descent pass, and the weights they are for."""
@@ -169,3 +170,16 @@ def _ratio_counts(g: Tensor, s: Tensor) -> Tensor:
     larger = s.abs() > g.abs()
     counted = [same & larger, same & ~larger, other & ~larger, other & larger, torch.ones_like(same), same]
     return torch.stack([ta.full_scalar(c.sum()) for c in counted]).to(torch.float64)
+
+
+def warn_of_rounding(weights: list[Tensor], copies: list[Tensor], asked: list[Tensor]) -> None:
+    """Say once how far rounding has made another perturbation than was asked for."""
+    seen = {k: float(v) for k, v in realised(weights, copies, asked).items()}
+    made, wanted = seen["epsilon_norm"], seen["epsilon_asked"]
+    if wanted > 0 and abs(made / wanted - 1.0) > 0.2:
+        warn(
+            f"weights in half precision: the perturbation has norm {made:.3g} where {wanted:.3g} was asked for, cosine "
+            f"{seen['epsilon_cosine']:.2f} with it, and {seen['epsilon_unmoved']:.0%} of the entries did not move. Its "
+            "part along the asked direction is right on average, the rest is rounding noise. Keep the weights in "
+            "float32 and use autocast, or raise rho."
+        )

@@ -13,15 +13,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from flatmin.methods import Gradients
 from flatmin.methods.compose import Recipe
-from flatmin.optim.support import Loop, refusal
+from flatmin.optim.support import Loop, processes, refusal
 from flatmin.optim.tensors import is_sharded
 
 AscentSync = Literal["all", "none"] | int
-
-
-def processes() -> int:
-    """How many processes train together."""
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 class Replicas:
@@ -111,18 +106,3 @@ def _group_size(ascent_sync: AscentSync) -> int | None:
     if isinstance(ascent_sync, int) and not isinstance(ascent_sync, bool) and ascent_sync >= 1:
         return ascent_sync
     raise ValueError(f"ascent_sync must be 'all', 'none' or a number of ranks, got {ascent_sync!r}.")
-
-
-def refuse_unserved(recipe: Recipe, weights: Sequence[Tensor]) -> None:
-    """Raise ValueError for needs that several processes cannot serve."""
-    meshes = {t.device_mesh if is_sharded(t) else None for t in weights}  # type: ignore[attr-defined]
-    if len(meshes) > 1:
-        raise ValueError(
-            "some weights are sharded and some are not, or they lie on different meshes; shard the whole model over "
-            "one mesh, or give each part an optimizer of its own."
-        )
-    sharded = any(map(is_sharded, weights))
-    if (processes() > 1 or sharded) and (why := refusal(recipe, Loop.DDP)):
-        raise ValueError(f"{recipe.name} {why}: run it in one process.")
-    if sharded and (why := refusal(recipe, Loop.SHARDED)):
-        raise ValueError(f"{recipe.name} {why}.")

@@ -12,7 +12,7 @@ from flatmin.methods import Offset
 from flatmin.optim import tensors as ta
 
 
-class Flags:
+class FoundInf:
     """Device-side verdicts of one update, two words of one buffer: [ascent was finite, descent was not].
 
     Comparing the ascent's norm with (inf, -inf) writes the first verdict as an integer and clears the second (the
@@ -53,26 +53,31 @@ class Flags:
         return bool(finite), bool(found)
 
 
-class Ledger:
-    """Snapshots of exactly the tensors that are moved; the buffers persist, so their addresses are static."""
+class WeightSnapshot:
+    """Copies of exactly the tensors that an ascent moves; the buffers persist, so their addresses are static.
 
-    def __init__(self) -> None:
+    Args:
+        seed: of the random rounding of weights in half precision. Default 0.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
         self._layout: ta.Layout | None = None
         self._buffers: dict[int, Tensor] = {}
         self._whole: tuple[list[Tensor], list[Tensor]] | None = None  # all weights and their copies
         self._away: tuple[list[Tensor], list[Tensor]] | None = None
         self._moved: tuple[list[Tensor], list[Tensor]] | None = None  # the same as whole tensors, if they are sharded
         self._generators: dict[torch.device, torch.Generator] = {}
-        self._seed = 0
+        self._seed, self._rounding = seed, 0
+        self.unchecked = True  # whether rounding has not been looked at yet
         self.asked: list[Tensor] | None = None
 
-    def reseed(self, seed: int) -> None:
-        """Begin an update, whose random rounding draws from this seed."""
+    def begin_update(self, step: int) -> None:
+        """Seed the random rounding of the update after `step` others."""
         self._generators.clear()
-        self._seed = seed
+        self._rounding = self._seed * 1_000_003 + step
 
     def move(
-        self, layout: ta.Layout, offset: Offset, flags: Flags | None, *, again: bool = False, record: bool = False
+        self, layout: ta.Layout, offset: Offset, flags: FoundInf | None, *, again: bool = False, record: bool = False
     ) -> bool:
         """Displace the weights in offset.index; True if the displacement was known (on the host) to be finite.
 
@@ -100,7 +105,7 @@ class Ledger:
                 d, some = [d[i] for i in group], [ws[i] for i in group]
             self._add(some, d, float(factor) * scale, group)
 
-    def _add_on_device(self, ws: list[Tensor], offset: Offset, flags: Flags, *, again: bool) -> None:
+    def _add_on_device(self, ws: list[Tensor], offset: Offset, flags: FoundInf, *, again: bool) -> None:
         flags.judge(offset.size, again=again)
         divisor = None if offset.norm is None else offset.norm + offset.eps
         for group, factor in _by_factor(ws, offset, alike=False):
@@ -139,7 +144,7 @@ class Ledger:
         device = ws[0].device
         if device not in self._generators:
             self._generators[device] = torch.Generator(device)
-            self._generators[device].manual_seed(self._seed)
+            self._generators[device].manual_seed(self._rounding)
         ta.add_rounded_(ta.local(ws), ta.local(d), alpha, self._generators[device])
 
     def _save(self, layout: ta.Layout, ws: list[Tensor], index: Sequence[int]) -> None:

@@ -2,45 +2,37 @@
 
 from __future__ import annotations
 
-import functools
-import weakref
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
+from torch.optim import Optimizer
 
-from flatmin.methods import Need, Radius, learning_rate
+from flatmin.methods import Need
 from flatmin.methods.compose import Recipe, compose
-from flatmin.optim.amp import Scaling
-from flatmin.optim.base_optimizer import (
-    build_base,
-    check_positive,
-    check_rho,
-    differentiates_gradients,
-    hands_on_eps,
-    has_momentum,
-    momenta_of,
-    needs_closure,
-    rho_key,
-    set_rho,
-    takes_closure,
-)
-from flatmin.optim.checkpoint import VERSION, load, parts_of, save, unfilled
-from flatmin.optim.copies import Copies
+from flatmin.optim.amp import GradScaling
+from flatmin.optim.base_optimizer import BaseOptimizer, build_base, check_positive, check_rho, hands_on_eps, set_rho
+from flatmin.optim.checkpoint import load, mark, save
+from flatmin.optim.closures import Closure, Probe, as_list, run_all
+from flatmin.optim.containers import detached, loss_in
 from flatmin.optim.criterion import Criterion, PassView
 from flatmin.optim.diagnostics import Diagnostics
-from flatmin.optim.distributed import AscentSync, Replicas, refuse_unserved
-from flatmin.optim.guards import FrozenStatistics, OtherGradients, RandomState, generators_of
+from flatmin.optim.distributed import AscentSync, Replicas
+from flatmin.optim.evaluation import Evaluation
 from flatmin.optim.imitated import reach_through
-from flatmin.optim.perturb import Flags, Ledger
-from flatmin.optim.program import Generators, Services, Site
-from flatmin.optim.state import PREFIX, StateView, Store
-from flatmin.optim.support import Loop, refusal
-from flatmin.optim.tensors import Layout
-from flatmin.optim.untrained import UntrainedState
-from flatmin.optim.watch import ModelWatch
+from flatmin.optim.model_guard import ModelGuard
+from flatmin.optim.other_gradients import OtherGradients
+from flatmin.optim.perturb import WeightSnapshot
+from flatmin.optim.random_state import RandomState, generators_of
+from flatmin.optim.state import STEP, MethodState, StateView
+from flatmin.optim.step import Step
+from flatmin.optim.support import Loop, check_recipe, refusal
+from flatmin.optim.tools import Tools
+from flatmin.optim.weights import TrainedWeights
+from flatmin.words import warn
 
 _HOOKS = (
     "_optimizer_step_pre_hooks",
@@ -50,10 +42,15 @@ _HOOKS = (
     "_optimizer_load_state_dict_pre_hooks",
     "_optimizer_load_state_dict_post_hooks",
 )
+# What is copied and pickled as it is.
+_OPTIONS = (
+    "nonfinite", "eps", "clip_norm", "ascent_sync",
+    "_seed", "_freeze_batchnorm", "_freeze_state", "replay_rng", "_diagnoses",
+)  # fmt: skip
 NonFinite = Literal["skip", "raise", "propagate"]
 
 
-class SAM(Copies):
+class SAM(Optimizer):
     r"""Sharpness-aware minimisation around a base optimizer; runs any recipe, SAM by default.
 
     .. math::
@@ -126,16 +123,6 @@ class SAM(Copies):
     Source: Foret et al., Sharpness-Aware Minimization for Efficiently Improving Generalization, ICLR 2021, Alg. 1.
     """
 
-    criterion: Criterion | None
-    _flags: Flags | None
-    _random: RandomState | None
-    _layout: Layout
-    _layers: dict[Tensor, str]
-    _force_device_path: bool
-    _unchecked_rounding: bool
-    _frozen: bool
-    rho_key: str
-
     def __init__(
         self,
         params: Any,
@@ -159,40 +146,87 @@ class SAM(Copies):
         ascent_sync: AscentSync = "all",
         **kwargs: Any,
     ) -> None:
-        if rho is not None:
-            rho = check_rho(rho)
+        rho = None if rho is None else check_rho(rho)
+        eps = None if eps is None else check_positive("eps", eps)
+        self.clip_norm = None if clip_norm is None else check_positive("clip_norm", clip_norm)
         if adaptive and recipe != "sam":
             raise ValueError(f"adaptive=True means the recipe 'asam'; got recipe={recipe!r} as well.")
         if nonfinite not in ("skip", "raise", "propagate"):
             raise ValueError(f"nonfinite must be 'skip', 'raise' or 'propagate', got {nonfinite!r}.")
-        eps = None if eps is None else check_positive("eps", eps)
-        self.clip_norm = None if clip_norm is None else check_positive("clip_norm", clip_norm)
         given = {"eps": eps, "model": model, "criterion": criterion, "clip_norm": clip_norm, "scaler": scaler}
         both = {k: v for k, v in given.items() if v is not None} | ({"seed": seed} if seed else {})
         self.base = build_base(params, base_optimizer, kwargs, both)
         self.nonfinite, self.eps = nonfinite, 1e-12 if eps is None or hands_on_eps(base_optimizer) else eps
         recipe = self._adaptive(recipe, adaptive, rho)
-        self.recipe = compose(recipe) if isinstance(recipe, str) else recipe
-        if not isinstance(self.recipe, Recipe):
+        recipe = compose(recipe) if isinstance(recipe, str) else recipe
+        if not isinstance(recipe, Recipe):
             raise TypeError(f"recipe must be a name or a flatmin.Recipe, got {type(recipe).__name__}.")
-        self.criterion = criterion
-        self.ascent_sync = ascent_sync
-        self._seed, self._freeze_batchnorm, self._replay_rng = seed, freeze_batchnorm, replay_rng
-        self._lost_model = False
-        self._freeze_state, self._own_generators = freeze_state, tuple(generators)
-        self._diagnoses = diagnostics
-        self._generators = Generators(seed)
-        self._store = Store(self.recipe, diagnostics)
-        self.rho_key = rho_key(self.base)
-        self._runtime(model)
-        set_rho(self.base, self.rho_key, rho, self.recipe.default_rho)
-        self._init_group_state()
-        self._check_needs()
+        self.criterion, self.ascent_sync, self._seed, self._diagnoses = criterion, ascent_sync, seed, diagnostics
+        self._freeze_batchnorm, self._freeze_state, self.replay_rng = freeze_batchnorm, freeze_state, replay_rng
+        self._own_generators, self._lost_model = tuple(generators), False
+        self._assemble(MethodState(recipe, seed, diagnostics), model)
+        set_rho(self.base, self.rho_key, rho, recipe.default_rho)
+        mark(self.param_groups, self._tools.state)
+        check_recipe(recipe, self._tools.base, self._tools.weights, model, criterion)
+        self._refuse_second_order_base()
+        self._look_at_groups()
+        site = self._tools.weights.site(self._tools.state)
+        recipe.mask.select(site.context(range(len(site.weights))))
         self.scaler = scaler
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        reach_through(cls)
+    def _assemble(self, state: MethodState, model: nn.Module | None) -> None:
+        """Make all that is neither saved nor copied.
+
+        Args:
+            state: what the method remembers.
+            model: the module being trained; None: there is none.
+        """
+        if model is not None and not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+        if self.criterion is not None and not isinstance(self.criterion, Criterion):
+            raise TypeError(
+                f"criterion must be a flatmin.Criterion, got {type(self.criterion).__name__}; wrap the loss in one."
+            )
+        base = BaseOptimizer(self.base)
+        self._step: Step | None = None
+        self._scaler: Any = None
+        self.loss_point = "w"
+        self._warned_of_drop = False
+        self._tools = Tools(
+            state.recipe,
+            base,
+            TrainedWeights(base, state.recipe),
+            state,
+            WeightSnapshot(self._seed),
+            self.criterion,
+            Diagnostics(state) if self._diagnoses else None,
+        )
+        self._attach(model)
+        if self.criterion is not None:
+            self.criterion.bind(self, state.recipe)
+
+    def _attach(self, model: nn.Module | None) -> None:
+        """Take in the model; None: there is none."""
+        tools = self._tools
+        weights = tools.base.weights
+        if model is not None and not {id(p) for p in model.parameters()} & {id(w) for w in weights}:
+            raise ValueError("model= holds none of the optimizer's parameters; pass the module being trained.")
+        own = [*self._own_generators, *(() if model is None else generators_of(model))]
+        tools.replicas = Replicas(self.ascent_sync, model, tools.recipe)
+        tools.random = RandomState({w.device for w in weights}, own) if self.replay_rng else None
+        tools.others, tools.guard, self._model = OtherGradients(), None, model
+        if model is not None:
+            tools.guard = ModelGuard(
+                model,
+                weights,
+                tools.random,
+                tools.others,
+                freeze_batchnorm=self._freeze_batchnorm,
+                freeze_state=self._freeze_state,
+                abandoned=getattr(self.criterion, "forget", None),
+            )
+        tools.weights.attach(model)
+        self._lost_model &= model is None
 
     def _adaptive(self, recipe: Any, adaptive: bool, rho: float | None) -> Any:
         """The recipe that `adaptive`, also of single param groups, asks for."""
@@ -209,7 +243,14 @@ class SAM(Copies):
             group["adaptive"] = bool(one)
         return recipe
 
-    # -- the base's attributes -----------------------------------------------------------------------------------
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        reach_through(cls)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.recipe}, base={self.base!r})"
+
+    # -- attributes ----------------------------------------------------------------------------------------------
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -228,12 +269,22 @@ class SAM(Copies):
     @property
     def state(self) -> Any:  # type: ignore[override]
         """The base's state; with a recipe that remembers, a view of it together with the recipe's own."""
-        return StateView(self.base, self._store) if self._store else self.base.state
+        return StateView(self.base, self._tools.state) if self._tools.state else self.base.state
 
     @property
     def base_optimizer(self) -> Optimizer:
         """The wrapped optimizer, by the name other implementations use."""
         return self.base
+
+    @property
+    def recipe(self) -> Recipe:
+        """What is run, as given at construction."""
+        return self._tools.recipe
+
+    @property
+    def rho_key(self) -> str:
+        """The option of the param groups that holds the radius: "rho", or "flatmin.rho"."""
+        return self._tools.base.rho_key
 
     @property
     def model(self) -> nn.Module | None:
@@ -242,7 +293,9 @@ class SAM(Copies):
 
     @model.setter
     def model(self, model: nn.Module | None) -> None:
-        self._refuse_second_update("a new model")
+        self._refuse_during_update("a new model")
+        if model is not None and not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
         self._attach(model)
 
     @property
@@ -252,14 +305,14 @@ class SAM(Copies):
 
     @scaler.setter
     def scaler(self, scaler: Any) -> None:
-        self._refuse_second_update("a new scaler")
+        self._refuse_during_update("a new scaler")
         if scaler is not None and not all(hasattr(scaler, m) for m in ("scale", "unscale_", "step", "is_enabled")):
             raise TypeError(f"scaler must be a torch.amp.GradScaler, got {type(scaler).__name__}.")
         on = scaler is not None and scaler.is_enabled()
         if on and (why := refusal(self.recipe, Loop.SCALER)):
             raise ValueError(f"{self.recipe.name} {why}; use bfloat16 autocast, which needs no scaler.")
-        weights = [w for g in self.param_groups for w in g["params"]]
-        self._scaler, self._scaling = scaler, Scaling(scaler, weights[0].device) if on else None
+        self._scaler = scaler
+        self._tools.scaling = GradScaling(scaler, self, self._tools.base.weights[0].device) if on else None
 
     def __getattr__(self, name: str) -> Any:
         if name in _HOOKS:
@@ -268,15 +321,9 @@ class SAM(Copies):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear all gradients; see `torch.optim.Optimizer.zero_grad`."""
-        if set_to_none and type(self.base).zero_grad is Optimizer.zero_grad:
-            # Reading .grad first, as torch does, would make an object of every gradient only to drop it.
-            for group in self.param_groups:
-                for w in group["params"]:
-                    w.grad = None
-        else:
-            self.base.zero_grad(set_to_none)
-        if self._watch is not None:
-            self._watch.clear()
+        self._tools.base.zero_grad(set_to_none)
+        if self._tools.guard is not None:
+            self._tools.guard.watch.clear()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base; it takes the default rho unless it sets one.
@@ -285,144 +332,412 @@ class SAM(Copies):
             RuntimeError: during an update.
             ValueError: bad rho.
         """
-        self._refuse_second_update("add_param_group()")
+        self._refuse_during_update("add_param_group()")
         if self.rho_key in param_group:
             check_rho(param_group[self.rho_key])
         if param_group.get("adaptive") and not hasattr(self.recipe.geometry, "eta"):
             raise ValueError(f"a param group with adaptive=True needs a recipe with 'asam'; this is {self.recipe}.")
         self.base.add_param_group(param_group)
-        self._regroup()
+        self._look_at_groups(changed=True)
 
-    # -- what updates use ----------------------------------------------------------------------------------------
+    def _look_at_groups(self, *, changed: bool = False) -> None:
+        """Follow what the loop has done to the param groups: weights that left are forgotten, new ones looked up."""
+        tools = self._tools
+        if tools.weights.changed() or changed:
+            weights = tools.base.weights
+            tools.state.keep_only(weights)
+            tools.weights.regroup()
+            if tools.guard is not None:
+                tools.guard.look_again(weights)
+        if STEP not in self.param_groups[0]:
+            mark(self.param_groups, tools.state)  # a checkpoint was loaded into the base itself
 
-    def _site(self, chunks: int = 1) -> Site:
-        listed = [group["params"] for group in self.param_groups]
-        if not self._layout.fits(listed):
-            self._layout = Layout(listed)
-            self._regroup()
-        layout = self._layout
-        groups: list[dict[str, Any]] = []
-        rhos: list[float] = []
-        for group, count in zip(self.param_groups, layout.trained, strict=True):
-            groups += [group] * count
-            rhos += [self._rho(group)] * count
-        weights = layout.weights
-        names = [self._names.get(w, "") for w in weights] if Need.NAMES in self.recipe.needs else []
-        if PREFIX + "step" not in self.param_groups[0]:
-            self._init_group_state()  # a checkpoint was loaded into the base itself
-        step = int(self.param_groups[0][PREFIX + "step"])
-        layers = [self._layers.get(w, "") for w in weights] if Need.LAYERS in self.recipe.needs else []
-        services = Services(layers, functools.partial(momenta_of, self.base), chunks)
-        return Site(weights, groups, rhos, names, step, self._generators, layout, services)
+    # -- one update ----------------------------------------------------------------------------------------------
 
-    def _rho(self, group: dict[str, Any]) -> float:
-        if self.rho_key not in group:  # likewise
-            group[self.rho_key] = self.base.defaults[self.rho_key]
-        return check_rho(group[self.rho_key])
+    @torch.no_grad()
+    def step(self, closure: Closure | Sequence[Closure] | None = None) -> Any:
+        """One update.
 
-    def _regroup(self) -> None:
-        """Follow a change of the param groups: a weight that left is forgotten, a new one is looked up in the model."""
-        weights = [w for group in self.param_groups for w in group["params"]]
-        self._store.keep_only(weights)
-        for known, found in ((self._names, self._read_names()), (self._layers, self._read_layers())):
-            kept = {w: known[w] for w in weights if w in known}
-            known.clear()
-            known.update({**kept, **found})
-        self._look_at_the_rest()
+        With a closure (torch's convention: it zeroes the gradients, computes the loss, calls backward, returns the
+        loss) all passes run here. Without one it ends an update whose passes a manual loop has run.
 
-    def _device_flags(self, tensors: Sequence[Tensor]) -> Flags | None:
-        """The verdicts kept on these tensors' device; None on the CPU, where reading is free."""
-        device = tensors[0].device if tensors else torch.device("cpu")
-        if device.type == "cpu" and not self._force_device_path:
-            return None
-        if self._flags is None or self._flags.words.device != device:
-            self._flags = Flags(device)
-        return self._flags
+        A list of closures stands for the micro-batches of one batch: each returns the mean loss of its own samples, and
+        gradients and losses are averaged over them, all counting alike. Methods with an ascent for every micro-batch
+        need it.
 
-    def _base_takes_found_inf(self) -> bool:
-        """Whether the base can leave out a step by itself, so that the host need not know."""
-        if not (
-            type(self.base).__module__.startswith("torch.optim") and all(g.get("fused") for g in self.param_groups)
-        ):
-            return False
-        if not isinstance(self.base, SGD):
-            return True
-        # It makes its momentum in a step that a found inf then leaves out, and takes it for filled in the next one.
-        state = self.base.state
-        return all(
-            state.get(w, {}).get("momentum_buffer") is not None
-            for group in self.param_groups
-            if group["momentum"]
-            for w in group["params"]
-            if w.grad is not None
+        Returns:
+            What the closure returned in the first pass, detached: its loss at w unless the recipe skips or moves pass 1
+            (see `loss_point`). Of a list of closures: the mean of their losses. A closure may return the loss, or a
+            dict, tuple or object that holds it as "loss" or first.
+
+        Raises:
+            RuntimeError: no gradients, a loss without forward pass, or no passes run and no closure.
+            FloatingPointError: see `nonfinite`.
+        """
+        try:
+            if "found_inf" in self.__dict__ and self._tools.scaling is None:
+                raise RuntimeError(
+                    "scaler.step() on an optimizer that does not know the scaler: give it as scaler= when building the "
+                    "optimizer, or set optimizer.scaler."
+                )
+            step = self._under_way
+            if closure is None:
+                self._end(step)
+                return None
+            closures = as_list(closure)
+            if step is not None and (step.resident or step.outcome is not None):
+                return self._end_with(closures, step)
+            return self._run(closures, listed=isinstance(closure, (list, tuple)))
+        except BaseException:
+            # The scaler leaves its marks behind when a step raises.
+            for attribute in ("grad_scale", "found_inf"):
+                self.__dict__.pop(attribute, None)
+            raise
+
+    # torch would fire the step hooks here as well as in the base.
+    step.hooked = True  # type: ignore[attr-defined]
+    # A GradScaler then calls step() in any case, also with a closure, and leaves scaling and skipping to it.
+    _step_supports_amp_scaling = True
+
+    def _run(self, closures: Sequence[Closure], *, listed: bool) -> Any:
+        """All passes of an update, and its step."""
+        recipe = self._tools.recipe
+        if Need.MICRO_BATCHES in recipe.needs and not listed:
+            raise RuntimeError(f"{recipe.name} needs {Need.MICRO_BATCHES.value}; got one closure.")
+        step = self._begin(len(closures), closed=True)
+        probe = None if step.plain or self._warned_of_drop else self._probe()
+        first, moved = step.run(closures, probe)
+        self.loss_point = "w + eps" if moved else "w"
+        if probe is not None and probe.added:
+            self._warn_of_drop(
+                " (here the closure runs in every pass). To accumulate over micro-batches, give step() a list of "
+                "closures, or use passes(); a loop that calls backward() itself needs first_step() and second_step()"
+            )
+        step.apply(
+            self.nonfinite, self.clip_norm, at_once=True, loss=first if isinstance(first, Tensor) else loss_in(first)
         )
+        if self._tools.scaling is not None:
+            # What is left would be checked, and found infinite, by the next scaler.step().
+            self.zero_grad()
+        return first
 
-    def _freeze(self) -> None:
-        if self._statistics is not None and not self._frozen:
-            self._statistics.__enter__()
-            self._frozen = True
-        if self._state is not None:
-            self._state.hold()
+    def _end(self, step: Step | None) -> None:
+        """The step of an update whose passes a manual loop has run."""
+        if step is None:
+            self._plain_step()
+        elif step.resident:
+            self._step_resident(step)
+        elif step.outcome is None:
+            raise RuntimeError(
+                "step() called before the passes of this update are done; leave perturbed(), or use second_step()."
+            )
+        else:
+            step.apply(self.nonfinite, self.clip_norm)
 
-    def _thaw(self) -> None:
-        if self._statistics is not None and self._frozen:
-            self._frozen = False
-            self._statistics.__exit__(None, None, None)
-        if self._state is not None:
-            self._state.release()
+    def _end_with(self, closures: Sequence[Closure], step: Step) -> Any:
+        """A step with closures where w + eps is the place between steps, or where the loop has run the passes already.
 
-    def _rewind(self) -> None:
-        """Take back the random draws of an update that did not happen."""
-        rng = self.param_groups[0].get(PREFIX + "rng")
-        if isinstance(rng, Tensor):
-            self._generators.cpu.set_state(rng)
+        Frameworks whose step() always has a closure (Lightning's) give one that computes nothing if the loop gave none.
+        """
+        if step.resident and self._tools.scaling is not None:
+            raise RuntimeError(
+                "between train() and eval() a GradScaler looks at the gradients before it calls step(): run backward "
+                "before scaler.step(optimizer), and give it no closure."
+            )
+        with torch.enable_grad():
+            result = closures[0]() if len(closures) == 1 else run_all(closures, step.site.weights, self._tools.others)
+        if step.resident:
+            self.loss_point = "w + eps"
+            if self._tools.diagnostics is not None:
+                self._tools.diagnostics.loss(loss_in(result), perturbed=True)
+            self._step_resident(step, loss_in(result))
+        elif result is None:
+            step.apply(self.nonfinite, self.clip_norm)
+        else:
+            self.abort()
+            raise RuntimeError(
+                "step() got a closure that computes a loss, and the passes of this update are done; call step() "
+                "without one after perturbed() and passes()."
+            )
+        return detached(result)
 
-    def _between_updates(self) -> None:
-        """What is seen from here on belongs to the next update."""
-        if self._watch is not None:
-            bracketed = self._watch.bracketed
-            self._watch.begin_update()
-            if self._state is not None and not bracketed:
-                self._state.begin()  # a loop that calls parts of the model may show no forward
-        if self._random is not None:
-            self._random.forget()
-        first = next((g for w in self._layout.weights if (g := w.grad) is not None), None)
-        self._left = None if first is None else (weakref.ref(first), first._version)
-        if self.criterion is not None:
-            self.criterion.forget()
-        if self._diagnostics is not None:
-            self._diagnostics.turn_over()
+    def _plain_step(self) -> None:
+        """The step of a loop that has run no passes: the base's own, where nothing moves."""
+        groups, tools = self.param_groups, self._tools
+        # Distributed checkpoints make a base's state so, past any scaler.
+        if "found_inf" not in self.__dict__ and all(g.get("lr") is not None and float(g["lr"]) == 0.0 for g in groups):
+            self.base.step()
+            return
+        if self.recipe.ascends and tools.weights.move():
+            raise RuntimeError(
+                f"step() needs a closure, or both passes before it: {self.recipe.name} takes a second gradient at w + "
+                "eps. Pass a closure that zeroes, computes the loss and calls backward, or run the second pass in "
+                "`with optimizer.perturbed():`."
+                + (" Lightning's precision '16-mixed' keeps a closure to itself." if "found_inf" in vars(self) else "")
+            )
+        if tools.scaling is None and self.clip_norm is None:
+            self.base.step()
+            return
+        step = self._begin()
+        step.take_plain()
+        step.apply(self.nonfinite, self.clip_norm)
 
-    def _note(self, *, ascent_finite: bool, stepped: bool) -> None:
-        group = self.param_groups[0]
-        group[PREFIX + "step"] = int(group[PREFIX + "step"]) + 1
-        if Need.RANDOM in self.recipe.needs:
-            group[PREFIX + "rng"] = self._generators.cpu.get_state()
-        radius = self.recipe.radius
-        if type(radius).remember is not Radius.remember:
-            for group in self.param_groups:
-                group.update(radius.remember(group))
-        if self._diagnostics is not None:
-            self._diagnostics.keep()
-        self._host_counts["updates"] += 1
-        self._host_counts["nonfinite_ascents"] += not ascent_finite
-        self._host_counts["skipped_steps"] += not stepped
+    def _begin(
+        self, chunks: int = 1, *, entry: str = "a new update", closed: bool = False, resident: bool = False
+    ) -> Step:
+        """Begin an update.
+
+        Args:
+            chunks: number of micro-batches. Default 1.
+            entry: what the loop has called, for errors.
+            closed: see `Step`.
+            resident: see `Step`.
+        """
+        self._refuse_during_update(entry)
+        if self._lost_model:
+            self._lost_model = False
+            warn(
+                "this optimizer was unpickled, and its model is not known any more: set optimizer.model, or BatchNorm "
+                "statistics and other state of the model advance in every pass."
+            )
+        if self._tools.base.differentiates:
+            self._refuse_second_order_base()
+        if self._tools.guard is not None:
+            self._tools.guard.follow()
+        self._look_at_groups()
+        self._step = Step(self._tools, chunks, eps=self.eps, closed=closed, resident=resident)
+        return self._step
+
+    @property
+    def _under_way(self) -> Step | None:
+        """The update that has begun and not ended."""
+        step = self._step
+        return None if step is None or step.over else step
+
+    def _refuse_during_update(self, what: str) -> None:
+        step = self._under_way
+        if step is not None:
+            raise RuntimeError(
+                f"{what}: an update is under way; finish it with step(), or call "
+                f"{'eval()' if step.resident else 'abort()'} to restore the weights."
+            )
+
+    def _refuse_second_order_base(self) -> None:
+        if self._tools.base.differentiates and self.recipe.ascends and self._tools.weights.move():
+            raise ValueError(
+                f"{type(self.base).__name__} differentiates the gradients once more in its step, when the weights have "
+                "left w + eps: it is a base with rho = 0 only (call optimizer.backward(loss), which keeps the graph)."
+            )
+
+    def _probe(self) -> Probe | None:
+        """What finds out whether a closure's passes drop gradients of the loop's; warns where that is known."""
+        tools = self._tools
+        weight = tools.weights.new_gradient()
+        if weight is None:
+            return None
+        if tools.guard is None or tools.others.in_training():  # the forward may have been another optimizer's
+            return Probe(weight)
+        if tools.guard.watch.own_forwards and tools.guard.watch.alone:
+            self._warn_of_drop("; to accumulate over micro-batches, give step() a list of closures, or use passes()")
+        return None
+
+    def _warn_of_drop(self, way_out: str) -> None:
+        self._warned_of_drop = True
+        warn(f"step(closure) runs all passes itself and drops the gradients of the forward before it{way_out}.")
+
+    # -- manual loops --------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def perturbed(self) -> Iterator[None]:
+        """Context for manual loops: inside, the weights are at w + eps.
+
+            loss_fn(model(x), y).backward()
+            with optimizer.perturbed():
+                loss_fn(model(x), y).backward()
+            optimizer.step()
+
+        Gradients are cleared on entering; after it they hold what the base will take, so clip there. Weights are
+        restored on leaving, also by an exception, which ends the update.
+
+        Raises:
+            RuntimeError: no gradients before it, an update under way, or a recipe whose step is not two passes.
+        """
+        with Evaluation(self._begin_manual("perturbed()"), bracketed=False):
+            yield
+
+    def passes(self, chunks: int = 1) -> Iterator[Evaluation]:
+        """The passes of one update, for manual loops with any recipe.
+
+            for evaluation in optimizer.passes():
+                with evaluation:
+                    loss_fn(model(x), y).backward()
+            optimizer.step()
+
+        Args:
+            chunks: into how many micro-batches the loop divides the batch, for methods that need them; each pass then
+                says in `chunk` on which of them it runs. Default 1.
+
+        Yields:
+            Contexts with `role`, `index` and `chunk`; each must be entered. Gradients are cleared on entering.
+
+        Raises:
+            RuntimeError: an update under way, or a context that was not entered.
+            ValueError: chunks below 1.
+        """
+        if chunks < 1:
+            raise ValueError(f"chunks must be at least 1, got {chunks}.")
+        with torch.no_grad():
+            step = self._begin(chunks)
+        while step.request is not None:
+            evaluation = Evaluation(step)
+            yield evaluation
+            if not evaluation.entered:
+                self.abort()
+                raise RuntimeError("each pass must be run inside `with evaluation:`.")
+            if step.over:
+                return
+
+    @torch.no_grad()
+    def first_step(self, zero_grad: bool = False) -> None:
+        """Climb to w + eps with the gradients at hand; the two-call form of `perturbed()`.
+
+        Gradients are cleared in any case: they are spent.
+
+        Raises:
+            RuntimeError: no gradients, an update under way, or a recipe whose step is not two passes.
+        """
+        Evaluation(self._begin_manual("first_step()"), bracketed=False).__enter__()
+
+    @torch.no_grad()
+    def second_step(self, zero_grad: bool = False) -> None:
+        """Return to w and let the base step with the gradients taken at w + eps.
+
+        With a scaler it unscales and skips by itself; `scaler.update()` comes after it.
+
+        Args:
+            zero_grad: clear the gradients afterwards. Default False.
+
+        Raises:
+            RuntimeError: without a first_step before it, or no gradients.
+        """
+        step = self._under_way
+        if step is None or not step.inside:
+            raise RuntimeError("second_step() needs first_step() and a backward pass before it.")
+        step.close()
+        Evaluation(step).end()
+        self.step()
+        if zero_grad:
+            self.zero_grad()
+
+    @torch.no_grad()
+    def _begin_manual(self, entry: str) -> Step:
+        """Begin an update with the gradients at hand as those of pass 1."""
+        if self._tools.replicas.local:
+            raise RuntimeError(f"{entry} takes a gradient that is averaged already; ascent_sync needs passes().")
+        if not self.recipe.two_pass:
+            raise RuntimeError(
+                f"{entry} serves recipes of one pass at w and one at w + eps; {self.recipe.name} needs passes() or "
+                "step(closure)."
+            )
+        step = self._begin(entry=entry)
+        try:
+            step.take_first()
+        except BaseException:
+            self.abort()
+            raise
+        return step
+
+    def backward(self, loss: Tensor) -> None:
+        """`loss.backward()`, keeping the graph in the passes of methods that need second derivatives.
+
+        Loops that call it in place of `loss.backward()` can run every method; its cost is that of `loss.backward()`
+        wherever no graph is needed.
+
+        Args:
+            loss: scalar, with graph.
+        """
+        step = self._under_way
+        if step is None:
+            loss.backward(create_graph=self._tools.base.differentiates)
+        else:
+            step.backward(loss)
+
+    @torch.no_grad()
+    def abort(self) -> None:
+        """End an update without a step: weights, statistics and state are as the step found them."""
+        if (step := self._under_way) is not None:
+            step.abort()
+        else:
+            self._tools.end_update()
+
+    # -- staying at w + eps ---------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def train(self) -> None:
+        """Tell a base that has `train()`, as schedule-free ones have; and stay at w + eps between steps (Momentum-SAM).
+
+            optimizer.train()
+            for x, y in loader:
+                optimizer.zero_grad()
+                loss_fn(model(x), y).backward()
+                optimizer.step()
+            optimizer.eval()   # before evaluation and checkpoints
+
+        Methods that know w + eps without a gradient at w (momentum-sam, stale-sam) stay there; the others need their
+        passes. Trainers may call it on any optimizer: a base without `train()` is told nothing. Gradients are cleared
+        on entering and after each step. The next eps is made inside step(), so a radius that a scheduler sets after it
+        acts one step later than in step(closure).
+
+        Raises:
+            RuntimeError: an update under way.
+        """
+        step = self._under_way
+        if step is not None and step.resident:
+            return
+        self._refuse_during_update("train()")
+        if callable(train := getattr(self.base, "train", None)):
+            train()
+        if self.recipe.one_pass:
+            self._stay()
+
+    @torch.no_grad()
+    def eval(self) -> None:
+        """Return to w and stay there, and tell a base that has `eval()`; see `train`."""
+        step = self._under_way
+        if step is not None and step.resident:
+            self.abort()
+        self._refuse_during_update("eval()")
+        if callable(evaluate := getattr(self.base, "eval", None)):
+            evaluate()
+
+    def _stay(self) -> None:
+        Evaluation(self._begin(resident=True), bracketed=False).__enter__()
+
+    def _step_resident(self, step: Step, loss: Any = None) -> None:
+        step.hand_over()
+        Evaluation(step).end()
+        step.apply(self.nonfinite, self.clip_norm, loss=loss)
+        self._stay()
+
+    # -- numbers -------------------------------------------------------------------------------------------------
 
     def current_pass(self) -> PassView:
         """The pass that a loss computed now belongs to; between updates it opens the next one."""
-        update = self._update
-        if update is None:
-            return PassView("ascent" if self.recipe.moves and self.recipe.two_pass and self._moves() else "descent")
-        if not update.inside or update.request is None:
+        step, recipe = self._under_way, self.recipe
+        if step is None:
+            ascends = recipe.moves and recipe.two_pass and self._tools.weights.move()
+            return PassView("ascent" if ascends else "descent")
+        if not step.inside or step.request is None:
             return PassView("descent")
-        return PassView(update.request.role, update.request.at is not None, update.request.graph)
+        return PassView(step.request.role, step.request.at is not None, step.request.graph)
 
-    def saw(self, outputs: Any, target: Any, loss: Tensor, *, perturbed: bool) -> None:
-        """Told by the criterion of every loss computed in training."""
-        if self._diagnostics is not None:
+    def on_loss(self, outputs: Any, target: Any, loss: Tensor, *, perturbed: bool) -> None:
+        """Called by the criterion with every loss computed in training."""
+        diagnostics = self._tools.diagnostics
+        if diagnostics is not None:
             ignored = None if self.criterion is None else self.criterion.ignored
-            self._diagnostics.outputs(outputs, target, ignored, perturbed=perturbed)
-            self._diagnostics.loss(loss, perturbed=perturbed)
+            diagnostics.outputs(outputs, target, ignored, perturbed=perturbed)
+            diagnostics.loss(loss, perturbed=perturbed)
 
     def diagnostics(self) -> dict[str, float]:
         """What the last update did; needs `diagnostics=True`. Reading synchronises once, recording does not.
@@ -446,168 +761,18 @@ class SAM(Copies):
         Raises:
             RuntimeError: the optimizer was built without it.
         """
-        if self._diagnostics is None:
+        if self._tools.diagnostics is None:
             raise RuntimeError("this optimizer records nothing; build it with diagnostics=True.")
-        return self._diagnostics.read()
-
-    def _moves(self) -> bool:
-        return any(self._rho(g) > 0 for g in self.param_groups)
+        return self._tools.diagnostics.read()
 
     def counts(self) -> dict[str, int]:
         """Updates, ascents not taken because their direction was not finite, and steps skipped, since construction.
 
         Reading synchronises; counting does not.
         """
-        counts = dict(self._host_counts)
-        if self._flags is not None:
-            finite, found = self._flags.totals.tolist()
-            counts["nonfinite_ascents"] += self._flags.ascents - finite
-            counts["skipped_steps"] += found // Flags.ONE
-        return counts
+        return self._tools.totals()
 
-    # -- construction and checkpoints ------------------------------------------------------------------------------
-
-    def _runtime(self, model: nn.Module | None) -> None:
-        """Everything that is neither saved nor copied."""
-        self._base_differentiates = differentiates_gradients(self.base)
-        self._base_takes_closure, self._base_needs_closure = takes_closure(self.base), needs_closure(self.base)
-        self._update = None
-        self._ledger = Ledger()
-        self._layout = Layout([])
-        self._flags = None
-        self._force_device_path = False
-        self._frozen = False
-        self._host_counts = {"updates": 0, "nonfinite_ascents": 0, "skipped_steps": 0}
-        self.loss_point = "w"
-        self._resident = False
-        self._diagnostics = Diagnostics(self._store) if self._diagnoses else None
-        self._scaler = self._scaling = None
-        self._unchecked_rounding = True
-        self._left = None  # the first gradient that the last update left behind, and its version
-        self._warned: set[str] = set()
-        self._attach(model)
-        if self.criterion is not None:
-            if not isinstance(self.criterion, Criterion):
-                raise TypeError(
-                    f"criterion must be a flatmin.Criterion, got {type(self.criterion).__name__}; wrap the loss in one."
-                )
-            self.criterion.bind(self, self.recipe)
-
-    def _attach(self, model: nn.Module | None) -> None:
-        """Take in the model; None: there is none."""
-        self._lost_model &= model is None
-        weights = [w for g in self.param_groups for w in g["params"]]
-        if model is not None and not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
-        own = [*self._own_generators, *(() if model is None else generators_of(model))]
-        self._random = RandomState({w.device for w in weights}, own) if self._replay_rng else None
-        self._model = model
-        self._statistics: FrozenStatistics | None = None
-        self._state: UntrainedState | None = None
-        self._others: OtherGradients | None = None
-        self._looks = 0  # updates in which a loss was asked, or may be, for further weights that it depends on
-        self._watch: ModelWatch | None = None
-        if model is not None:
-            if not {id(p) for p in model.parameters()} & {id(w) for w in weights}:
-                raise ValueError("model= holds none of the optimizer's parameters; pass the module being trained.")
-            forget = getattr(self.criterion, "forget", None)
-            self._watch = ModelWatch(model, self._random, weights, self._follow_model, forget)
-            self._look_at_the_rest()
-        self._replicas = Replicas(self.ascent_sync, model, self.recipe)
-        self._names = self._read_names()
-        self._layers = self._read_layers()
-
-    def _look_at_the_rest(self) -> None:
-        """Find what the model has beside the weights of this optimizer."""
-        if self._model is None or self._watch is None:
-            return
-        weights = [w for group in self.param_groups for w in group["params"]]
-        self._watch.weights = weights
-        self._families = [(m._modules, list(m._modules.values())) for m in self._model.modules() if m._modules]
-        if self._freeze_batchnorm and not self._frozen:
-            statistics = FrozenStatistics(self._model)
-            self._statistics = statistics if statistics.layers else None
-        self._others, self._looks = OtherGradients(self._model, weights) or None, 0
-        if self._freeze_state:
-            layers = () if self._statistics is None else self._statistics.layers
-            self._state = UntrainedState(self._model, weights, layers, not self._freeze_batchnorm) or None
-            self._watch.state = self._state
-            if self._state is not None:
-                self._state.begin()
-
-    def _follow_model(self) -> None:
-        """Look again at a model whose layers have been replaced since (SyncBatchNorm, quantisation)."""
-        if self._model is not None and any(list(now.values()) != known for now, known in self._families):
-            self._look_at_the_rest()
-
-    def _read_names(self) -> dict[Tensor, str]:
-        names: dict[Tensor, str] = {}
-        if self._model is not None:
-            names.update(plain_names(self._model))
-        given = {
-            w: _plain_name(n)
-            for group in self.param_groups
-            for w, n in zip(group["params"], group.get("param_names", ()), strict=False)
-        }
-        while given and all(n.startswith(_MODULE) for n in given.values()):
-            given = {w: n.removeprefix(_MODULE) for w, n in given.items()}
-        return {**names, **given}
-
-    def _read_layers(self) -> dict[Tensor, str]:
-        layers: dict[Tensor, str] = {}
-        for module in () if self._model is None else self._model.modules():
-            layers.update(dict.fromkeys(module.parameters(recurse=False), type(module).__name__))
-        return layers
-
-    def _init_group_state(self) -> None:
-        """Counters live in the first group from the start: distributed checkpoints keep only groups and state."""
-        first = self.base.param_groups[0]
-        first[PREFIX + "version"], first[PREFIX + "recipe"] = VERSION, str(self.recipe)
-        first[PREFIX + "parts"] = parts_of(self.recipe)
-        first.setdefault(PREFIX + "step", 0)
-        # Flattened distributed checkpoints look for the keys of the live group; `save` fills in the values.
-        for key in self._store.scalars:
-            first.setdefault(PREFIX + key, unfilled(first["params"]))
-        for group in self.base.param_groups:
-            for key, value in self.recipe.radius.marks.items():
-                group.setdefault(key, value)
-        if Need.RANDOM in self.recipe.needs:
-            first[PREFIX + "rng"] = self._generators.cpu.get_state()
-
-    def _check_needs(self) -> None:
-        name, needs = self.recipe.name, self.recipe.needs
-        weights = [w for g in self.param_groups for w in g["params"]]
-        for part in self.recipe.parts.values():
-            part.examine()
-            if Need.LR in part.demands():
-                for group in self.param_groups:
-                    learning_rate(group, part)
-        if Need.CRITERION in needs and self.criterion is None:
-            raise ValueError(f"{name} needs {Need.CRITERION.value}, because it does more with it than descend.")
-        if Need.PER_SAMPLE in needs:
-            if self.criterion is None:
-                raise ValueError(f"{name} needs {Need.PER_SAMPLE.value}.")
-            self.criterion.check_per_sample()
-        if Need.BASE_MOMENTUM in needs and not has_momentum(self.base):
-            raise ValueError(
-                f"{name} needs {Need.BASE_MOMENTUM.value}, and {type(self.base).__name__} is set up without: give it "
-                "momentum > 0 or betas."
-            )
-        if Need.LAYERS in needs and (self._model is None or any(w not in self._layers for w in weights)):
-            raise ValueError(f"{name} needs {Need.LAYERS.value}.")
-        if Need.NAMES in needs and any(w not in self._names for w in weights):
-            raise ValueError(f"{name} needs {Need.NAMES.value}.")
-        refuse_unserved(self.recipe, weights)
-        self._refuse_second_order_base()
-        site = self._site()
-        self.recipe.mask.select(site.context(range(len(site.weights))))
-
-    def _refuse_second_order_base(self) -> None:
-        if self._base_differentiates and self.recipe.ascends and self._moves():
-            raise ValueError(
-                f"{type(self.base).__name__} differentiates the gradients once more in its step, when the weights have "
-                "left w + eps: it is a base with rho = 0 only (call optimizer.backward(loss), which keeps the graph)."
-            )
+    # -- checkpoints and copies -----------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """The base's checkpoint with the recipe's state in it, under keys "flatmin.<part>.<slot>" and in group 0.
@@ -617,8 +782,8 @@ class SAM(Copies):
         Raises:
             RuntimeError: during an update.
         """
-        self._refuse_second_update("state_dict()")
-        return save(self.base, self._store)
+        self._refuse_during_update("state_dict()")
+        return save(self.base, self._tools.state)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -634,48 +799,49 @@ class SAM(Copies):
             RuntimeError: during an update.
             ValueError: a checkpoint of another recipe or a newer version, groups or shapes that do not match.
         """
-        self._refuse_second_update("load_state_dict()")
-        load(self.base, self._store, state_dict)
-        rng = self.param_groups[0].get(PREFIX + "rng")
-        if isinstance(rng, Tensor):
-            self._generators.cpu.set_state(rng.to("cpu", torch.uint8))
-        else:
-            self._generators = Generators(self._seed)
-        self._init_group_state()
-        self._names = self._read_names()
+        self._refuse_during_update("load_state_dict()")
+        load(self.base, self._tools.state, state_dict)
+        self._tools.state.restart(self.param_groups)
+        mark(self.param_groups, self._tools.state)
+        self._tools.weights.find_names()
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.recipe}, base={self.base!r})"
+    def __getstate__(self) -> dict[str, Any]:
+        if self._under_way is not None:
+            raise RuntimeError("cannot copy or pickle during an update; finish it with step() or call abort() first.")
+        if self.ascent_sync != "all":
+            raise RuntimeError("an optimizer with ascent_sync belongs to its processes; copy its state_dict() instead.")
+        return {
+            **{name: self.__dict__[name] for name in _OPTIONS},
+            "recipe": self.recipe,
+            "base": self.base,
+            "criterion": self.criterion,
+            "state": self._tools.state.dump(self._tools.base.weights),
+            "weights": self._tools.weights.dump(),
+            "_lost_model": self._model is not None,
+        }
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Without hooks and without the model; names and layers of the weights are known from before."""
+        self._revive(dict(state), model=None)
 
-_MODULE = "module."
-# Levels that compilation, checkpointing, sharding and Fabric put into names.
-_LEVELS = frozenset(
-    {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_forward_module", "_original_module"}
-)
-# Modules that hold the user's own one as `module`.
-_WRAPPERS = frozenset(
-    {
-        "AveragedModel",
-        "DataParallel",
-        "DeepSpeedEngine",
-        "DistributedDataParallel",
-        "FullyShardedDataParallel",
-        "ShardedDataParallel",
-    }
-)
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        # The model first, or its weights, copied through the base, would not be the copied model's.
+        model = copy.deepcopy(self._model, memo)
+        state = {k: copy.deepcopy(v, memo) for k, v in self.__getstate__().items() if k != "recipe"}
+        new._revive({**state, "recipe": self.recipe}, model=model)
+        return new
 
-
-def plain_names(model: nn.Module) -> dict[Tensor, str]:
-    """The parameters' names in the user's own module, without the levels of wrappers, however deep they are nested."""
-    wrappers = {n for n, m in model.named_modules() if any(c.__name__ in _WRAPPERS for c in type(m).__mro__)}
-    names: dict[Tensor, str] = {}
-    for name, parameter in model.named_parameters():
-        levels = name.split(".")
-        own = [x for i, x in enumerate(levels) if not (x == "module" and ".".join(levels[:i]) in wrappers)]
-        names[parameter] = _plain_name(".".join(own))
-    return names
-
-
-def _plain_name(name: str) -> str:
-    return ".".join(level for level in name.split(".") if level not in _LEVELS)
+    def _revive(self, state: dict[str, Any], model: nn.Module | None) -> None:
+        remembered, known, recipe = state.pop("state"), state.pop("weights"), state.pop("recipe")
+        self.__dict__.update(state)
+        if not getattr(self.base, "param_groups", None):
+            raise RuntimeError(
+                f"{type(self.base).__name__} loses what it wraps when it is copied or pickled; copy its state_dict()."
+            )
+        self._own_generators = ()
+        method_state = MethodState(recipe, self._seed, self._diagnoses)
+        method_state.restore([w for group in self.param_groups for w in group["params"]], remembered)
+        self._assemble(method_state, model)
+        self._tools.weights.restore(known)

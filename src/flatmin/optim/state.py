@@ -1,4 +1,4 @@
-"""What parts remember between steps."""
+"""What a method remembers between steps: its parts' slots, the number of updates, its random numbers."""
 
 from __future__ import annotations
 
@@ -9,20 +9,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flatmin.methods import State
+from flatmin.methods import Need, Radius, State
 from flatmin.methods.recipe import Recipe
 from flatmin.optim import tensors as ta
+from flatmin.optim.program import Generators
 
 PREFIX = "flatmin."
+STEP, RNG = PREFIX + "step", PREFIX + "rng"
 DIAGNOSTICS, ASCENT = "diagnostics", "ascent"
 _FILLED = ".filled"
 _SORT = operator.attrgetter("shape", "dtype", "device")
 
 
-class Store:
-    """The slots of a recipe: one tensor per weight ("param") or one in all ("scalar").
+class MethodState:
+    """The slots of a recipe, one tensor per weight ("param") or one in all ("scalar"), and its random numbers.
 
-    Kept outside the base's state, because optimizers initialise a tensor's state where it is empty.
+    Slots are kept outside the base's state, because optimizers initialise a tensor's state where it is empty. Numbers
+    that every checkpoint must hold, distributed ones too, lie in the base's first param group, under keys "flatmin.":
+    the number of updates, and the state of the generator of recipes that draw.
 
     What is remembered of a weight belongs to that tensor in that shape. It is forgotten when the weight leaves the
     param groups and when the weight's shape changes (pruning, densification): the tensor then begins anew, as one that
@@ -30,13 +34,17 @@ class Store:
 
     Args:
         recipe: whose parts remember.
+        seed: of the random numbers. Default 0.
         diagnoses: whether the last ascent is remembered as well, for `SAM.diagnostics`. Default False.
 
     Attributes:
         remembers: whether the recipe itself remembers anything.
+        generator: the random numbers that parts draw from.
     """
 
-    def __init__(self, recipe: Recipe, diagnoses: bool = False) -> None:
+    def __init__(self, recipe: Recipe, seed: int = 0, diagnoses: bool = False) -> None:
+        self.generator = Generators(seed)
+        self._seed, self._draws = seed, Need.RANDOM in recipe.needs
         self.per_weight: dict[str, dict[Tensor, Tensor]] = {}
         self.scalars: dict[str, Tensor | None] = {}
         self._kinds: dict[str, Mapping[str, str]] = {}
@@ -57,6 +65,32 @@ class Store:
 
     def __bool__(self) -> bool:
         return bool(self.per_weight or self.scalars)
+
+    # -- what lies in the first param group ----------------------------------------------------------------------
+
+    def advance(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Count an update, keep the state of the generator, and let the radius note what it has learned."""
+        first = groups[0]
+        first[STEP] = int(first[STEP]) + 1
+        if self._draws:
+            first[RNG] = self.generator.cpu.get_state()
+        radius = self.recipe.radius
+        if type(radius).remember is not Radius.remember:
+            for group in groups:
+                group.update(radius.remember(group))
+
+    def rewind(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Take back the random draws since the last update that ended, or since a checkpoint was loaded."""
+        rng = groups[0].get(RNG)
+        if isinstance(rng, Tensor):
+            self.generator.cpu.set_state(rng.to("cpu", torch.uint8))
+
+    def restart(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Draw on from where the groups of a checkpoint say, or from the seed."""
+        self.generator = Generators(self._seed)
+        self.rewind(groups)
+
+    # -- slots ---------------------------------------------------------------------------------------------------
 
     def read(self, kind: str, weights: Sequence[Tensor]) -> State:
         found: dict[str, Any] = {}
@@ -185,7 +219,20 @@ class Store:
             for gone in [w for w in slots if w not in live]:
                 del slots[gone]
 
+    def dump(self, weights: Sequence[Tensor]) -> dict[str, Any]:
+        """All of it, for copies and pickles; slots by the place of their weight."""
+        slots = [self.of(w) for w in weights]
+        return {"slots": slots, "scalars": self.scalars, "rng": self.generator.cpu.get_state()}
+
+    def restore(self, weights: Sequence[Tensor], dumped: Mapping[str, Any]) -> None:
+        """Take what `dump` gave, for these weights."""
+        self.generator.cpu.set_state(dumped["rng"])
+        self.scalars.update(dumped["scalars"])
+        for w, entries in zip(weights, dumped["slots"], strict=True):
+            self.put(w, entries)
+
     def clear(self) -> None:
+        """Forget all slots."""
         self._last.clear()
         self._joined.clear()
         for slots in self.per_weight.values():
@@ -206,27 +253,27 @@ class StateView(MutableMapping[Tensor, dict[str, Any]]):
     recipe's memory of it begins anew.
     """
 
-    def __init__(self, base: torch.optim.Optimizer, store: Store) -> None:
-        self._base, self._store = base, store
+    def __init__(self, base: torch.optim.Optimizer, state: MethodState) -> None:
+        self._base, self._state = base, state
 
     def _weights(self) -> dict[Tensor, None]:
-        held = dict.fromkeys(w for slots in self._store.per_weight.values() for w in slots)
+        held = dict.fromkeys(w for slots in self._state.per_weight.values() for w in slots)
         return {**dict.fromkeys(self._base.state), **held}
 
     def __getitem__(self, weight: Tensor) -> dict[str, Any]:
         if weight not in self:
             raise KeyError(weight)
-        return _Entries(self, weight, {**self._base.state.get(weight, {}), **self._store.of(weight)})
+        return _Entries(self, weight, {**self._base.state.get(weight, {}), **self._state.of(weight)})
 
     def __setitem__(self, weight: Tensor, entries: dict[str, Any]) -> None:
         self._base.state[weight] = {k: v for k, v in entries.items() if not str(k).startswith(PREFIX)}
-        self._store.put(weight, entries, moved=True)
+        self._state.put(weight, entries, moved=True)
 
     def __delitem__(self, weight: Tensor) -> None:
         if weight not in self:
             raise KeyError(weight)
         self._base.state.pop(weight, None)
-        self._store.put(weight, {})
+        self._state.put(weight, {})
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter(self._weights())
@@ -239,7 +286,7 @@ class StateView(MutableMapping[Tensor, dict[str, Any]]):
         return bool(self._base.state)
 
     def __contains__(self, weight: object) -> bool:
-        return isinstance(weight, Tensor) and (weight in self._base.state or self._store.holds(weight))
+        return isinstance(weight, Tensor) and (weight in self._base.state or self._state.holds(weight))
 
 
 def _writing(change: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,292 +1,326 @@
-"""One update as a state machine: passes are entered and left, then the base takes its step."""
+"""One update: its passes are entered and left, then the base takes its step. Knows no optimizer."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
-import operator
-import warnings
-from collections.abc import Callable, Generator, Sequence
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from collections.abc import Generator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from flatmin.methods import Eval, Gradients, Need
 from flatmin.optim import tensors as ta
-from flatmin.optim.amp import Scaling
-from flatmin.optim.base_optimizer import known_loss
-from flatmin.optim.diagnostics import realised
-from flatmin.optim.guards import OtherGradients, lent
-from flatmin.optim.program import Outcome, Site, program
+from flatmin.optim.amp import GradScaling
+from flatmin.optim.closures import Closure, Probe, mean_loss, run_all
+from flatmin.optim.containers import detached, loss_in
+from flatmin.optim.criterion import Criterion
+from flatmin.optim.diagnostics import warn_of_rounding
+from flatmin.optim.model_guard import Pass
+from flatmin.optim.other_gradients import additions
+from flatmin.optim.program import Outcome, program
 from flatmin.optim.second_order import GraphProducts, PooledProducts
+from flatmin.optim.tools import Tools
+from flatmin.words import warn
 
-if TYPE_CHECKING:
-    from flatmin.optim.sam import SAM
-
-
-_THROUGH_SCALER = "the gradients are scaled: end the update with scaler.step(optimizer)."
 # What torch says of a graph that has been used, or whose weights have moved since.
 _STALE_GRAPH = ("backward through the graph a second time", "modified by an inplace operation")
-_IS_SPARSE = operator.attrgetter("is_sparse")
 
 
-class Update:
-    """Runs the program of one update over an optimizer's weights, in place.
+class Step:
+    """Runs the program of one update over the weights, in place.
 
     Invariant: outside `enter` ... `leave` the weights are where the step found them.
 
-    `closed`: nobody sees the gradients between the last pass and the base's step.
+    Args:
+        tools: what it works with.
+        chunks: number of micro-batches. Default 1.
+        eps: added to every norm that divides. Default 1e-12.
+        closed: nobody sees the gradients between the last pass and the base's step. Default False.
+        resident: the place between updates is w + eps, and the loop's plain step ends this one. Default False.
 
     Attributes:
-        plain: nothing moves in this update (rho = 0, or a recipe without ascent): it is the base's own step, with
-            the gradients as a closure leaves them.
+        request: what the program asks for next; None: nothing any more.
+        outcome: what the base shall take, once all passes are done.
+        index: the number of passes that have ended.
+        inside: whether a pass is under way.
+        over: whether the update has ended, with a step or without.
+        plain: whether nothing moves in this update (rho = 0, or a recipe without ascent): it is the base's own step,
+            with the gradients as a closure leaves them.
+        share: of the running closure in the gradient of the pass.
     """
 
-    def __init__(self, optimizer: SAM, site: Site, *, closed: bool = False) -> None:
-        self.optimizer, self.site, self.closed = optimizer, site, closed
-        self.index = self._added = 0
-        self._bracketed = True
-        self._began = False  # whether a manual loop's first pass has made gradients
-        self.inside = self.resident = False
-        self.outcome: Outcome | None = None
+    def __init__(
+        self,
+        tools: Tools,
+        chunks: int = 1,
+        *,
+        eps: float = 1e-12,
+        closed: bool = False,
+        resident: bool = False,
+    ) -> None:
+        self.tools, self.closed, self.resident = tools, closed, resident
+        self.site = site = tools.weights.site(tools.state, chunks)
+        self.index = 0
+        self.inside = self.over = False
+        self.share = 1.0
+        self._pass = _BEFORE
+        self._additions = 0  # to the gradients of a manual loop's first pass
+        self._began = False  # whether that pass has made gradients
         self._ascent_finite = True
-        self._criterion_calls = 0
+        self._ascents = self._criterion_calls = 0
         self._visited: set[int | None] = set()
-        self.products: list[tuple[float, GraphProducts]] = []
-        self.share = 1.0  # of the running closure in the gradient of the pass
-        self._silence = contextlib.ExitStack()
-        self._moves = 0
-        optimizer._ledger.reseed(optimizer._seed * 1_000_003 + site.step)
-        self.scaling = optimizer._scaling
-        if self.scaling is not None:
-            self.scaling.begin()
-        site.keep_gradients = optimizer._diagnostics is not None
-        self._program: Generator[Eval, Gradients, Outcome] = program(
-            optimizer.recipe, site, optimizer._store, optimizer.eps
-        )
+        self._products: list[tuple[float, GraphProducts]] = []
+        self._silence: contextlib.AbstractContextManager[None] | None = None
+        tools.snapshot.begin_update(site.step)
+        if tools.scaling is not None:
+            tools.scaling.begin()
+        site.keep_gradients = tools.diagnostics is not None
+        self._program: Generator[Eval, Gradients, Outcome] = program(tools.recipe, site, tools.state, eps)
         self.request: Eval | None = next(self._program)
-        self.plain = not (optimizer.recipe.ascends and any(site.rhos))
+        self.outcome: Outcome | None = None
+        self.plain = not (tools.recipe.ascends and any(site.rhos))
+
+    # -- closures ------------------------------------------------------------------------------------------------
+
+    def run(self, closures: Sequence[Closure], probe: Probe | None = None) -> tuple[Any, bool]:
+        """Run all passes with the closures of a loop.
+
+        Args:
+            closures: one for each micro-batch.
+            probe: told of the first pass, to find out whether the closure clears gradients. Default None.
+
+        Returns:
+            What the closure returned in the first pass, detached (of several micro-batches: the mean of their losses),
+            and whether that pass was away from w.
+        """
+        diagnostics, single = self.tools.diagnostics, len(closures) == 1
+        results: list[Any] = []
+        seen: set[int | None] = set()
+        first_moved = False
+        while (request := self.request) is not None:
+            moved, chunk, first = request.at is not None, request.chunk, self.index == 0
+            try:
+                self.enter(bracketed=True)
+                with torch.enable_grad():
+                    if first and probe is not None:
+                        probe.put()
+                    if chunk is not None or single:
+                        result = closures[chunk or 0]()
+                    else:
+                        self.share = 1.0 / len(closures)
+                        result = run_all(closures, self.site.weights, self.tools.others)
+                    if first and probe is not None:
+                        probe.judge()
+                    if first and not self.plain and (chunk is not None or single):
+                        self.tools.others.look(result, self.site.weights)
+                if diagnostics is not None and not (moved and request.role == "ascent"):
+                    diagnostics.loss(loss_in(result), perturbed=moved)
+                self.leave()
+            except BaseException as error:
+                self.fail(error)
+                raise
+            if first:
+                first_moved = moved
+            if first or (not moved and chunk not in seen):
+                results.append(result.detach() if isinstance(result, Tensor) else detached(result))
+            seen.add(chunk)
+            # The graph of this pass must not live through the next one.
+            del result
+        return results[0] if len(results) == 1 else mean_loss([loss_in(x) for x in results]), first_moved
+
+    # -- passes --------------------------------------------------------------------------------------------------
 
     def enter(self, *, bracketed: bool) -> None:
-        """Go to the point of the next evaluation, with no gradients left from before."""
-        opt, request = self.optimizer, self.request
+        """Go to the point of the next evaluation, with no gradients left from before.
+
+        Args:
+            bracketed: whether the forward comes between this call and `leave`, and nothing else.
+        """
+        tools, request, chunk = self.tools, self.request, None
         assert not self.inside
-        self._check_scaled()
+        if tools.scaling is not None:
+            self._refuse_unscaled(tools.scaling)
         self.inside = True
-        self._bracketed = bracketed
         if not (self.plain and self.closed):
             for w in self.site.weights:
                 w.grad = None
-            for w in opt._layout.frozen:
+            for w in tools.weights.layout.frozen:
                 w.grad = None
-        if opt._others is not None and not self._joins_others():
-            self._part_with_others(opt._others)
-        if request is not None and request.at is not None:
-            opt._layout = opt._layout.refreshed()
-            self._displace(request)
-        chunk = None if request is None else request.chunk
-        seen = chunk in self._visited
+        perturbed = True  # a pass that is not needed any more counts as one at w + eps
+        if request is not None:
+            chunk, perturbed = request.chunk, request.at is not None
+            if perturbed:
+                self._displace(request)
+            if tools.replicas.local and request.role == "ascent":
+                self._silence = tools.replicas.silent()
+                self._silence.__enter__()
+        repeated = chunk in self._visited
         self._visited.add(chunk)
-        if request is not None and request.role == "ascent" and opt._replicas.local:
-            self._silence.enter_context(opt._replicas.silent())
-        # A batch that is new and still at w counts as a first pass: its statistics are those of w.
-        later = self.index > 0 and (seen or request is None or request.at is not None)
-        (opt._freeze if later else opt._thaw)()
-        if opt._state is not None and bracketed and not later:
-            opt._state.begin()
-        if opt._watch is not None:
-            opt._watch.begin_pass(int(seen), bracketed=bracketed)
-        if opt._random is not None:
+        self._pass = now = Pass(self.index, chunk, repeated, perturbed, bracketed)
+        if tools.others.any and not self._joins_others(now):
+            self._enter_others(now)
+        if tools.guard is not None:
+            tools.guard.enter(now)
+        if tools.random is not None:
             if bracketed:
-                (opt._random.replay if seen else opt._random.capture)(chunk)
-            elif seen:
-                opt._random.enter()
-        if opt.criterion is not None:
-            self._criterion_calls = opt.criterion.calls
-
-    def _joins_others(self) -> bool:
-        """Whether the other weights' gradients are simply those of the one backward pass that comes."""
-        return self.plain and self._bracketed and self.site.services.chunks == 1
-
-    def _part_with_others(self, others: OtherGradients) -> None:
-        opt = self.optimizer
-        if self._bracketed:
-            others.enter()
-        elif self.index:
-            others.copy()
-            climbed = Need.CRITERION in opt.recipe.needs and "others" not in opt._warned
-            if climbed and (name := others.first()) is not None:
-                opt._warned.add("others")
-                warnings.warn(
-                    f"{name} is not in this optimizer, and its gradient is that of the loss that {opt.recipe.name} "
-                    "climbs; use step(closure) or passes(), where other weights take the gradient of the descent.",
-                    stacklevel=6,
-                )
-
-    def _join_others(self) -> None:
-        """The other weights' gradients, as the pass that ends leaves them."""
-        others, request = self.optimizer._others, self.request
-        if others is None or self._joins_others():
-            return
-        if not self._bracketed:
-            others.restore()
-        elif request is None or request.role == "ascent":
-            others.leave(None)
-        else:
-            pooled = self.optimizer.recipe.points.pooled and request.chunk is not None
-            others.leave(1.0 / self.site.services.chunks if pooled else 1.0)
+                (tools.random.replay if repeated else tools.random.capture)(chunk)
+            elif repeated:
+                tools.random.enter()
+        if tools.criterion is not None:
+            self._criterion_calls = tools.criterion.calls
 
     def _displace(self, request: Eval) -> None:
-        opt, at = self.optimizer, request.at
+        tools, at = self.tools, request.at
         assert at is not None
-        flags = opt._device_flags(at.direction)
-        unchecked = opt._unchecked_rounding and any(d.dtype in ta.LOW for d in at.direction)
-        record = unchecked or (opt._diagnostics is not None and request.role == "descent")
-        moved = opt._ledger.move(opt._layout, at, flags, again=self._moves > 0, record=record)
-        self._moves += 1
+        weights, snapshot = tools.weights, tools.snapshot
+        weights.layout = weights.layout.refreshed()
+        flags = tools.flags_for(at.direction)
+        unchecked = snapshot.unchecked and any(d.dtype in ta.LOW for d in at.direction)
+        recorded = tools.diagnostics if request.role == "descent" else None
+        moved = snapshot.move(
+            weights.layout, at, flags, again=self._ascents > 0, record=unchecked or recorded is not None
+        )
+        self._ascents += 1
         self._ascent_finite = self._ascent_finite and moved
         at.clear()
-        asked, opt._ledger.asked = opt._ledger.asked, None
-        if opt._ledger.away is None or asked is None:
+        asked, snapshot.asked = snapshot.asked, None
+        if snapshot.away is None or asked is None:
             return
-        if opt._diagnostics is not None and request.role == "descent":
-            opt._diagnostics.displaced(*opt._ledger.away, asked)
+        if recorded is not None:
+            recorded.displaced(*snapshot.away, asked)
         if unchecked:
-            opt._unchecked_rounding = False
-            _warn_of_rounding(*opt._ledger.away, asked)
+            snapshot.unchecked = False
+            warn_of_rounding(*snapshot.away, asked)
 
     def leave(self) -> None:
         """Take the gradients of the evaluation, put the weights back and learn what comes next."""
-        self._join_others()
-        if not self._bracketed:
+        tools, request, now = self.tools, self.request, self._pass
+        if tools.others.any and not self._joins_others(now):
+            self._leave_others(now, request)
+        if not now.bracketed and self.index:
             self._check_manual()
-        if self.request is None:
+        if request is None:
             # A rule that looked at pass 1 decided against the ascent: u is known, this pass was not needed.
             self._restore()
+            if self.outcome is not None:
+                self._finish(self.outcome)
             return
-        self._check_criterion()
-        self._check_scaled()
-        if self.optimizer._watch is not None:
-            self.optimizer._watch.check_second_pass()
-        self._silence.close()
-        grads: Gradients = [w.grad for w in self.site.weights]
-        if all(g is None for g in grads) and not (self.plain and (self._bracketed or not self._began)):
+        if tools.criterion is not None:
+            self._check_criterion(request, tools.criterion)
+        if tools.scaling is not None:
+            self._refuse_unscaled(tools.scaling)
+        if tools.guard is not None:
+            tools.guard.watch.check_second_pass()
+        if self._silence is not None:
+            self._speak(self._silence)
+        gradients: Gradients = [w.grad for w in self.site.weights]
+        empty = self.plain and (now.bracketed or not self._began)
+        if not empty and all(g is None for g in gradients):
             raise RuntimeError(
                 f"no weight received a gradient in pass {self.index + 1}; "
                 "the closure must compute the loss from the model and call loss.backward(). (A step() of Lightning's "
                 "without a closure gives an empty one: run both passes before it, or give it a closure.)"
             )
         self._restore()
-        grads = self._received(grads)
-        self._look(grads)
-        if self.request.graph:
-            if not self.products:
+        gradients = self._received(request, gradients)
+        if request.graph:
+            if not self._products:
                 raise RuntimeError(
-                    f"{self.optimizer.recipe.name} needs second derivatives in this pass: call "
-                    "optimizer.backward(loss) instead of loss.backward()."
+                    f"{tools.recipe.name} needs second derivatives in this pass: call optimizer.backward(loss) instead "
+                    "of loss.backward()."
                 )
-            self.site.products = PooledProducts(self.products)
+            self.site.products = PooledProducts(self._products)
         try:
-            self._advance(grads)
+            self._advance(gradients)
         finally:
-            self.site.products, self.products = None, []
+            self.site.products, self._products = None, []
+        if self.outcome is not None:
+            self._finish(self.outcome)
 
-    def _check_manual(self) -> None:
-        """Warn of what a manual loop did in one pass and not in the other."""
-        opt, watch = self.optimizer, self.optimizer._watch
-        if not self.index:
-            return
-        if opt._random is not None:
-            opt._random.leave()
-        if self.plain or "batches" in opt._warned:
-            return
-        if watch is not None and opt._random is not None and watch.turns[0] != watch.turns[1] and opt._random.drawn():
-            opt._warned.add("batches")
-            warnings.warn(
-                f"the model ran {watch.turns[0]} times before the weights were perturbed and {watch.turns[1]} times "
-                "after it, so the second pass cannot draw the random numbers of the first. Run the same forwards in "
-                "both passes, call optimizer.zero_grad() after forwards that are no part of a step, or use a closure.",
-                stacklevel=6,
-            )
-        before, after = self._added, _additions(self.site.weights)
-        forwards = (1, 0) if watch is None else watch.forwards
-        if before > after and forwards[0] > forwards[1]:
-            opt._warned.add("batches")
-            warnings.warn(
-                f"gradients were added up or changed {before} times before the weights were perturbed and {after} "
-                "times after it. To accumulate over micro-batches, run all of them in the second pass too, or use "
-                "passes() or a list of closures; clip gradients after the second pass.",
-                stacklevel=6,
-            )
-        elif watch is not None and watch.differs:
-            opt._warned.add("batches")
-            watch.warn_of_batches()
+    def _joins_others(self, now: Pass) -> bool:
+        """Whether the gradients of weights that another optimizer trains are simply those of the only pass."""
+        return self.plain and now.bracketed and self.site.services.chunks == 1
 
-    def _check_scaled(self) -> None:
-        resident = self.resident or self.optimizer._resident
-        if self.scaling is not None and not resident and self.scaling.unscaled_early(self.optimizer):
-            raise RuntimeError("scaler.unscale_(optimizer) was called between the passes; call it after the last one.")
+    def _enter_others(self, now: Pass) -> None:
+        others, recipe = self.tools.others, self.tools.recipe
+        if now.bracketed:
+            others.enter()
+        elif now.index:
+            others.copy()
+            if Need.CRITERION in recipe.needs:
+                others.warn_of_climbed(recipe.name)
 
-    def _received(self, grads: Gradients) -> Gradients:
+    def _leave_others(self, now: Pass, request: Eval | None) -> None:
+        others = self.tools.others
+        if not now.bracketed:
+            others.restore()
+        elif request is None or request.role == "ascent":
+            others.leave(None)
+        else:
+            pooled = self.tools.recipe.points.pooled and request.chunk is not None
+            others.leave(1.0 / self.site.services.chunks if pooled else 1.0)
+
+    def _received(self, request: Eval, gradients: Gradients) -> Gradients:
         """The gradients of a pass as the program shall see them."""
-        opt, request = self.optimizer, self.request
-        assert request is not None
-        if self.scaling is not None:
-            self.scaling.unscale_(grads)
-        if request.role == "ascent":
-            grads = opt._replicas.average(grads, self.site.weights)
-        if (opt.recipe.remembers or self.site.keep_gradients) and opt._replicas.lends(grads):
-            grads = [None if g is None else g.clone() for g in grads]
-            for w, g in zip(self.site.weights, grads, strict=True):
+        tools, weights = self.tools, self.site.weights
+        if tools.scaling is not None:
+            tools.scaling.unscale_(gradients)
+        if request.role == "ascent" and tools.replicas.local:
+            gradients = tools.replicas.average(gradients, weights)
+        if (tools.recipe.remembers or self.site.keep_gradients) and tools.replicas.lends(gradients):
+            gradients = [None if g is None else g.clone() for g in gradients]
+            for w, g in zip(weights, gradients, strict=True):
                 w.grad = g
-        return grads
+        if tools.diagnostics is not None:
+            if request.role == "descent":
+                tools.diagnostics.last(gradients, weights, perturbed=request.at is not None)
+            elif request.at is None:
+                tools.diagnostics.first(gradients)
+        return gradients
 
-    def _look(self, grads: Gradients) -> None:
-        """Show the gradients to the diagnostics."""
-        diagnostics, request = self.optimizer._diagnostics, self.request
-        if diagnostics is None or request is None:
-            return
-        if request.role == "descent":
-            diagnostics.last(grads, self.site.weights, perturbed=request.at is not None)
-        elif request.at is None:
-            diagnostics.first(grads)
+    def _advance(self, gradients: Gradients) -> None:
+        self.index += 1
+        try:
+            self.request = self._program.send(gradients)
+        except StopIteration as stop:
+            self.request, self.outcome = None, stop.value
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a loss; keep its graph if the program asked for it."""
-        request, criterion = self.request, self.optimizer.criterion
+        tools, request = self.tools, self.request
         if not (self.inside and request is not None and request.graph):
-            loss.backward(create_graph=self.optimizer._base_differentiates)
+            loss.backward(create_graph=tools.base.differentiates)
             return
         weights = self.site.weights
-        known = self.optimizer._others
-        others = [] if known is None else known.in_training()
-        grads = torch.autograd.grad(loss, [*weights, *others], create_graph=True, allow_unused=True)
-        for w, g in zip([*weights, *others], grads, strict=True):
+        targets = [*weights, *tools.others.in_training()]
+        gradients = torch.autograd.grad(loss, targets, create_graph=True, allow_unused=True)
+        for w, g in zip(targets, gradients, strict=True):
             if g is not None:
                 w.grad = g.detach().clone() if w.grad is None else w.grad + g.detach()
-        grads = grads[: len(weights)]
-        calls = [] if criterion is None else criterion.take_seen()
-        self.products.append((self.share, GraphProducts(weights, grads, calls)))
+        calls = [] if tools.criterion is None else tools.criterion.take_seen()
+        self._products.append((self.share, GraphProducts(weights, gradients[: len(weights)], calls)))
+
+    # -- gradients that a loop has made outside of passes ---------------------------------------------------------
 
     def take_first(self) -> None:
         """Use the gradients of a pass that a manual loop has run already at w, as the ascent's."""
-        assert self.request is not None
-        grads: Gradients = [w.grad for w in self.site.weights]
-        if all(g is None for g in grads) and not self.plain:
+        tools, request = self.tools, self.request
+        assert request is not None
+        gradients: Gradients = [w.grad for w in self.site.weights]
+        self._began = any(g is not None for g in gradients)
+        if not (self._began or self.plain):
             raise RuntimeError("no gradients: call loss.backward() on the batch before perturbing the weights.")
-        self._added = _additions(self.site.weights)
-        self._began = any(g is not None for g in grads)
+        self._additions = additions(self.site.weights)
         self._visited.add(None)
-        self._check_scaled()
-        if self.request.role == "ascent":
+        if tools.scaling is not None:
+            self._refuse_unscaled(tools.scaling)
+        if request.role == "ascent":
             self._criterion_calls = 0
-            self._check_criterion()
-            grads = self._received(grads)
-            self._look(grads)
-            self._advance(grads)
+            if tools.criterion is not None:
+                self._check_criterion(request, tools.criterion)
+            self._advance(self._received(request, gradients))
         else:
             self.index += 1
 
@@ -297,31 +331,48 @@ class Update:
     def close(self) -> None:
         """Let nobody see the gradients before the base's step."""
         self.closed = True
-        if self.scaling is not None and self.scaling.unscaled_early(self.optimizer):
+        if self.tools.scaling is not None and self.tools.scaling.unscaled_early():
             raise RuntimeError("second_step() unscales the gradients itself; to clip them, give clip_norm=.")
 
     def hand_over(self) -> None:
         """Expect the gradients of a plain loop that went through the scaler's own step."""
-        self.closed = self.resident = True
-        if self.scaling is None:
+        self.closed = True
+        if self.tools.scaling is not None:
+            # The update began before the scaler's last update().
+            self.tools.scaling.begin_again()
+
+    # -- checks --------------------------------------------------------------------------------------------------
+
+    def _check_manual(self) -> None:
+        """Warn of what a manual loop did in one pass and not in the other, at the end of a later pass."""
+        tools = self.tools
+        if tools.random is not None:
+            tools.random.leave()
+        if self.plain or tools.warned_of_passes:
             return
-        opt = self.optimizer
-        if not hasattr(opt, "found_inf"):
-            raise RuntimeError(_THROUGH_SCALER)
-        # The update began before the scaler's last update().
-        self.scaling.scale = torch.ones_like(self.scaling.scale) if opt.grad_scale is None else opt.grad_scale
-        self.scaling.found += opt.found_inf
+        watch = None if tools.guard is None else tools.guard.watch
+        if watch is not None and watch.warn_of_turns():
+            tools.warned_of_passes = True
+        before, after = self._additions, additions(self.site.weights)
+        forwards = (1, 0) if watch is None else watch.forwards
+        if before > after and forwards[0] > forwards[1]:
+            tools.warned_of_passes = True
+            warn(
+                f"gradients were added up or changed {before} times before the weights were perturbed and {after} "
+                "times after it. To accumulate over micro-batches, run all of them in the second pass too, or use "
+                "passes() or a list of closures; clip gradients after the second pass."
+            )
+        elif watch is not None and watch.differs:
+            tools.warned_of_passes = True
+            watch.warn_of_batches()
 
-    def _advance(self, grads: Gradients) -> None:
-        self.index += 1
-        try:
-            self.request = self._program.send(grads)
-        except StopIteration as stop:
-            self.request, self.outcome = None, stop.value
+    def _refuse_unscaled(self, scaling: GradScaling) -> None:
+        if not self.resident and scaling.unscaled_early():
+            raise RuntimeError("scaler.unscale_(optimizer) was called between the passes; call it after the last one.")
 
-    def _check_criterion(self) -> None:
-        criterion, recipe, request = self.optimizer.criterion, self.optimizer.recipe, self.request
-        if criterion is None or request is None or criterion.calls > self._criterion_calls:
+    def _check_criterion(self, request: Eval, criterion: Criterion) -> None:
+        recipe = self.tools.recipe
+        if criterion.calls > self._criterion_calls:
             return
         climbs = request.role == "ascent" and recipe.needs & {Need.CRITERION, Need.PER_SAMPLE}
         curved = request.graph and Need.CRITERION in recipe.needs
@@ -331,213 +382,145 @@ class Update:
                 "optimizer; compute the loss with that flatmin.Criterion object."
             )
 
+    # -- the end -------------------------------------------------------------------------------------------------
+
     def _restore(self) -> None:
-        self.optimizer._ledger.restore()
+        self.tools.snapshot.restore()
         self.inside = False
 
+    def _speak(self, silence: contextlib.AbstractContextManager[None]) -> None:
+        """End the silence between replicas."""
+        self._silence = None
+        silence.__exit__(None, None, None)
+
+    def fail(self, error: BaseException) -> None:
+        """Give the update up because of an error in a pass; raise a clearer one where the cause is known."""
+        self.abort()
+        if self.index and isinstance(error, RuntimeError) and any(text in str(error) for text in _STALE_GRAPH):
+            raise RuntimeError(
+                "this pass went backward through a graph of the pass before: the loss is cached. Compute it again from "
+                "the batch in every pass."
+            ) from error
+
+    @torch.no_grad()
     def abort(self) -> None:
-        """Put everything back as the step found it, and forget the update."""
+        """End the update without a step: weights, statistics and state are as the step found them."""
+        if self.over:
+            return
+        tools = self.tools
         self._restore()
-        self.request = self.outcome = None
         try:
-            if self.optimizer._others is not None:
-                self.optimizer._others.restore()
-                self.optimizer._others.end(keep=False)
-            self.optimizer._thaw()
+            tools.others.restore()
+            tools.others.end(keep=False)
+            if tools.guard is not None:
+                tools.guard.finish()
         finally:
             self._program.close()
-            self._silence.close()
+            if self._silence is not None:
+                self._speak(self._silence)
+            self._end(taken=False)
 
-    def finish(self) -> None:
+    def _end(self, *, taken: bool) -> None:
+        """The update is over; what parts have drawn is taken back unless the step was taken."""
+        self.over = True
+        self.request = self.outcome = None
+        self.site.products, self._products = None, []
+        if not taken:
+            self.tools.state.rewind(self.tools.base.optimizer.param_groups)
+        self.tools.end_update()
+
+    def _finish(self, outcome: Outcome) -> None:
         """Leave u in the weights' gradients, for the base and for a loop that clips."""
-        opt, outcome = self.optimizer, self.outcome
-        assert outcome is not None
-        opt._thaw()
-        if opt._others is not None:
-            opt._others.end()
+        tools, scaling = self.tools, self.tools.scaling
+        if tools.guard is not None:
+            tools.guard.finish()
+        if tools.others.any:
+            tools.others.end()
         if not (outcome.untouched and self.index):
             for w, u in zip(self.site.weights, outcome.update, strict=True):
                 if w.grad is not u:
                     w.grad = None if u is None else u.to(w.dtype)
-        if self.scaling is not None and not self.closed:
+        if scaling is not None and not self.closed:
             # The scaler's own unscale_() and step() come next, and expect it so.
-            self.scaling.rescale_([w.grad for w in self.site.weights])
+            scaling.rescale_([w.grad for w in self.site.weights])
 
-    def apply(self, *, at_once: bool = False, loss: Any = None) -> None:
-        """The base's step, by the rule for gradients that are not finite; then what the parts learned is kept.
+    def apply(
+        self, nonfinite: str = "skip", clip_norm: float | None = None, *, at_once: bool = False, loss: Any = None
+    ) -> None:
+        """Let the base step, by the rule for gradients that are not finite; then keep what the parts have learned.
 
-        `at_once`: nobody could have changed the gradients since the last pass. `loss`: this update's, for bases whose
-        step asks for it.
+        Args:
+            nonfinite: "skip" (default), "raise" or "propagate", see `SAM`.
+            clip_norm: the base takes u scaled down to this global norm. Default None.
+            at_once: nobody could have changed the gradients since the last pass. Default False.
+            loss: this update's, for bases whose step asks for it.
+
+        Raises:
+            FloatingPointError: nonfinite="raise", and u is not finite.
+            RuntimeError: the base asks for a loss that is not known, or the scaler's part of the step is missing.
         """
-        opt, outcome = self.optimizer, self.outcome
+        try:
+            self._apply(nonfinite, clip_norm, at_once=at_once, loss=loss)
+        except BaseException:
+            self._end(taken=False)
+            raise
+        self._end(taken=True)
+
+    def _apply(self, nonfinite: str, clip_norm: float | None, *, at_once: bool, loss: Any) -> None:
+        tools, outcome, weights, scaling = self.tools, self.outcome, self.site.weights, self.tools.scaling
         assert outcome is not None
-        if self.scaling is not None:
-            self._settle(self.scaling)
-        if opt.clip_norm is not None:
-            for w in self.site.weights:
+        if scaling is not None:
+            if not self.closed:
+                scaling.finish_manual([w.grad for w in weights])
+            tools.replicas.agree_(scaling.found)
+            scaling.report()
+        if clip_norm is not None:
+            for w in weights:
                 if w.grad is not None and w.grad.is_sparse:
                     w.grad = w.grad.coalesce()
-            ta.clip_([w.grad for w in self.site.weights], opt.clip_norm)
-        step: Callable[..., object] = opt.base.step
-        if loss is not None and opt._base_takes_closure:
-            step = functools.partial(step, known_loss(opt.base, loss, self.site.weights))
-        elif opt._base_needs_closure:
-            raise RuntimeError(f"the step of {type(opt.base).__name__} asks for the loss: use optimizer.step(closure).")
-        stepped, gate = self._base_step(step, outcome, at_once and outcome.untouched)
-        if self.scaling is not None and not stepped:
+            ta.clip_([w.grad for w in weights], clip_norm)
+        current = outcome.update if at_once and outcome.untouched else [w.grad for w in weights]
+        flags = tools.flags_for(weights)
+        stepped, finite, left_out = tools.base.step_if_finite(
+            tools.base.step_with(loss, weights),
+            [g for g in current if g is not None],
+            tools.weights.layout,
+            nonfinite=nonfinite,
+            size=outcome.size,
+            ascents=self._ascents,
+            flags=flags,
+            scaled=None if scaling is None else scaling.found,
+            alone=outcome.post is None,
+        )
+        finite = finite and self._ascent_finite
+        if scaling is not None and not stepped:
             # The scaler would find what is left infinite once more.
-            opt.zero_grad()
-        if stepped and self._ascent_finite:
+            tools.base.zero_grad()
+            if tools.guard is not None:
+                tools.guard.watch.clear()
+        if stepped and finite:
+            gate = None if flags is None or not outcome.staged else _gate(outcome.size, left_out)
             for kind, (index, new) in outcome.staged.items():
-                weights = [self.site.weights[i] for i in index]
-                opt._store.commit(kind, weights, new, gate, self.site.layout)
+                tools.state.commit(kind, [weights[i] for i in index], new, gate, self.site.layout)
         if stepped and outcome.post is not None:
             index, terms = outcome.post
-            torch._foreach_add_([self.site.weights[i] for i in index], terms)
-        opt._note(ascent_finite=self._ascent_finite, stepped=stepped)
-
-    def _settle(self, scaling: Scaling) -> None:
-        """Unscale what is still scaled, and exchange verdicts with the scaler."""
-        opt = self.optimizer
-        if not self.closed:
-            if not hasattr(opt, "found_inf"):
-                raise RuntimeError(_THROUGH_SCALER)
-            scale = opt.grad_scale
-            if scale is not None:
-                scaling.unscale_([w.grad for w in self.site.weights], scale.double().reciprocal().float())
-            scaling.found += opt.found_inf
-        opt._replicas.agree_(scaling.found)
-        scaling.report()
-
-    def _base_step(self, base_step: Callable[[], object], outcome: Outcome, known: bool) -> tuple[bool, Tensor | None]:
-        """Whether the host knows of no fault; a 0/1 verdict on staged state where only the device knows."""
-        opt = self.optimizer
-        flags = opt._device_flags(self.site.weights)
-        ascended = flags is not None and outcome.size is not None
-        if opt.nonfinite == "propagate" and self.scaling is None:
-            base_step()
-            if flags is not None and ascended:
-                flags.count(ascended=True)
-                return True, self._gate(outcome)
-            return True, None
-        current = outcome.update if known else [w.grad for w in self.site.weights]
-        update = [g for g in current if g is not None]
-        layout = opt._layout
-        if any(map(_IS_SPARSE, update)):
-            layout = ta.Layout([])
-            update = [g.coalesce().values() if g.is_sparse else g for g in update]
-        if flags is None:
-            # An ascent on the way may have failed where the last one did not.
-            self._ascent_finite &= outcome.size is None or math.isfinite(float(outcome.size))
-            if (self.scaling is not None and self.scaling.found) or not ta.all_finite(update, layout):
-                return self._refuse(), None
-            base_step()
-            return True, None
-        if not ascended:
-            flags.reset()
-        elif self._moves > 1 and outcome.size is not None:
-            flags.judge(outcome.size, again=True)
-        ta.nonfinite_(update, flags.found_inf, flags.one)
-        if self.scaling is not None:
-            flags.found_inf.logical_or_(self.scaling.found)
-        if (
-            (opt.nonfinite == "skip" or self.scaling is not None)
-            and opt._base_takes_found_inf()
-            and outcome.post is None
-        ):
-            opt.base.found_inf = flags.found_inf  # type: ignore[attr-defined]
-            try:
-                base_step()
-            finally:
-                del opt.base.found_inf  # type: ignore[attr-defined]
-            flags.count(ascended=ascended)
-            return True, self._gate(outcome, flags.found_inf)
-        finite, found = flags.read()
-        self._ascent_finite = finite or not ascended
-        if found:
-            return self._refuse(), None
-        base_step()
-        return True, self._gate(outcome)
-
-    def _gate(self, outcome: Outcome, found_inf: Tensor | None = None) -> Tensor | None:
-        """1 where staged state comes from a finite gradient and the step was good; None if nobody need ask."""
-        if not outcome.staged:
-            return None
-        good = None if found_inf is None else 1 - found_inf.to(torch.int32)
-        if outcome.size is None:
-            return good
-        gate = (outcome.size < math.inf).to(torch.int32)
-        return gate if good is None else gate * good
-
-    def _refuse(self) -> bool:
-        if self.optimizer.nonfinite == "raise" and self.scaling is None:
-            raise FloatingPointError(
-                "the descent gradient has nan or inf entries; the weights and the base's state are unchanged "
-                "(nonfinite='raise')."
-            )
-        return False
+            torch._foreach_add_([weights[i] for i in index], terms)
+        tools.state.advance(tools.base.optimizer.param_groups)
+        if tools.diagnostics is not None:
+            tools.diagnostics.keep()
+        counts = tools.counts
+        counts.updates += 1
+        counts.nonfinite_ascents += not finite
+        counts.skipped_steps += not stepped
 
 
-def _additions(weights: Sequence[Tensor]) -> int:
-    """How often the first gradient there is has been added to, or changed otherwise, since it was made."""
-    first = next((g for w in weights if (g := w.grad) is not None), None)
-    return 0 if first is None or lent(first) else first._version
+def _gate(size: Tensor | None, left_out: Tensor | None) -> Tensor | None:
+    """1 where the ascent was finite and the base has taken its step; None if nobody need ask."""
+    stepped = None if left_out is None else 1 - left_out.to(torch.int32)
+    if size is None:
+        return stepped
+    gate = (size < math.inf).to(torch.int32)
+    return gate if stepped is None else gate * stepped
 
 
-def _warn_of_rounding(weights: list[Tensor], copies: list[Tensor], asked: list[Tensor]) -> None:
-    """Say once how far rounding has made another perturbation than was asked for."""
-    seen = {k: float(v) for k, v in realised(weights, copies, asked).items()}
-    made, wanted = seen["epsilon_norm"], seen["epsilon_asked"]
-    if wanted > 0 and abs(made / wanted - 1.0) > 0.2:
-        warnings.warn(
-            f"weights in half precision: the perturbation has norm {made:.3g} where {wanted:.3g} was asked for, cosine "
-            f"{seen['epsilon_cosine']:.2f} with it, and {seen['epsilon_unmoved']:.0%} of the entries did not move. Its "
-            "part along the asked direction is right on average, the rest is rounding noise. Keep the weights in "
-            "float32 and use autocast, or raise rho.",
-            stacklevel=2,
-        )
-
-
-class Evaluation:
-    """One pass of a manual loop, from `optimizer.passes()`: a context around forward and backward.
-
-    Attributes:
-        role: "ascent" or "descent".
-        index: 0 for the first pass of the step.
-        chunk: which micro-batch it runs on; None: the whole batch.
-    """
-
-    def __init__(self, update: Update, *, bracketed: bool = True) -> None:
-        self._update, self._bracketed = update, bracketed
-        self.role = "descent" if update.request is None else update.request.role
-        self.index = update.index
-        self.chunk = None if update.request is None else update.request.chunk
-        self.entered = False
-
-    def __enter__(self) -> Evaluation:
-        self.entered = True
-        try:
-            with torch.no_grad():
-                self._update.enter(bracketed=self._bracketed)
-        except BaseException:
-            self._update.optimizer.abort()
-            raise
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
-        if kind is not None:
-            self._update.optimizer.abort()
-            if self.index and isinstance(value, RuntimeError) and any(text in str(value) for text in _STALE_GRAPH):
-                raise RuntimeError(
-                    "this pass went backward through a graph of the pass before: the loss is cached. Compute it again "
-                    "from the batch in every pass."
-                ) from value
-            return
-        try:
-            with torch.no_grad():
-                self._update.leave()
-                if self._update.outcome is not None:
-                    self._update.finish()
-        except BaseException:
-            self._update.optimizer.abort()
-            raise
+_BEFORE = Pass(0, None, repeated=False, perturbed=False, bracketed=False)

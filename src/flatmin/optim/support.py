@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from flatmin.methods import Need, OtherBatch
+from torch import Tensor, distributed, nn
+
+from flatmin.methods import Need, OtherBatch, learning_rate
 from flatmin.methods.compose import Recipe
+from flatmin.optim.tensors import is_sharded
+
+if TYPE_CHECKING:
+    from flatmin.optim.base_optimizer import BaseOptimizer
+    from flatmin.optim.criterion import Criterion
+    from flatmin.optim.weights import TrainedWeights
 
 
 class Loop(enum.Enum):
@@ -70,3 +80,59 @@ def refusal(recipe: Recipe, loop: Loop) -> str | None:
     if loop is Loop.SHARDED and Need.GLOBAL_ORDER in needs:
         return f"needs {Need.GLOBAL_ORDER.value}"
     return None
+
+
+def processes() -> int:
+    """How many processes train together."""
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def check_recipe(
+    recipe: Recipe,
+    base: BaseOptimizer,
+    weights: TrainedWeights,
+    model: nn.Module | None,
+    criterion: Criterion | None,
+) -> None:
+    """Refuse a recipe that the base, the model, the criterion, or the processes that train cannot serve.
+
+    Raises:
+        ValueError, TypeError: with what is missing and how to give it.
+    """
+    name, needs, trained = recipe.name, recipe.needs, base.weights
+    for part in recipe.parts.values():
+        part.examine()
+        if Need.LR in part.demands():
+            for group in base.optimizer.param_groups:
+                learning_rate(group, part)
+    if Need.CRITERION in needs and criterion is None:
+        raise ValueError(f"{name} needs {Need.CRITERION.value}, because it does more with it than descend.")
+    if Need.PER_SAMPLE in needs:
+        if criterion is None:
+            raise ValueError(f"{name} needs {Need.PER_SAMPLE.value}.")
+        criterion.check_per_sample()
+    if Need.BASE_MOMENTUM in needs and not base.has_momentum():
+        raise ValueError(
+            f"{name} needs {Need.BASE_MOMENTUM.value}, and {base.name} is set up without: give it momentum > 0 or "
+            "betas."
+        )
+    if Need.LAYERS in needs and (model is None or any(w not in weights.layers for w in trained)):
+        raise ValueError(f"{name} needs {Need.LAYERS.value}.")
+    if Need.NAMES in needs and any(w not in weights.names for w in trained):
+        raise ValueError(f"{name} needs {Need.NAMES.value}.")
+    _check_processes(recipe, trained)
+
+
+def _check_processes(recipe: Recipe, weights: Sequence[Tensor]) -> None:
+    """Raise ValueError for needs that several processes cannot serve."""
+    meshes = {t.device_mesh if is_sharded(t) else None for t in weights}  # type: ignore[attr-defined]
+    if len(meshes) > 1:
+        raise ValueError(
+            "some weights are sharded and some are not, or they lie on different meshes; shard the whole model over "
+            "one mesh, or give each part an optimizer of its own."
+        )
+    sharded = any(map(is_sharded, weights))
+    if (processes() > 1 or sharded) and (why := refusal(recipe, Loop.DDP)):
+        raise ValueError(f"{recipe.name} {why}: run it in one process.")
+    if sharded and (why := refusal(recipe, Loop.SHARDED)):
+        raise ValueError(f"{recipe.name} {why}.")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numbers
 import operator
-import warnings
 import weakref
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from flatmin.optim.tensors import is_sharded
+from flatmin.words import warn
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _PLAIN = set(nn.Module().__dict__)
@@ -242,10 +242,9 @@ class UntrainedState:
             held.tensors[i].copy_(self._copies[i])
         if new := [name for name in lost if name not in self._late]:
             self._late.update(new)
-            warnings.warn(
+            warn(
                 f"{', '.join(new[:3])} changed in the second forward of a step and not in the first, so this once it "
-                "could not be put back; from now on it is copied before every second pass.",
-                stacklevel=2,
+                "could not be put back; from now on it is copied before every second pass."
             )
 
     def _restore(self, i: int, held: _Look) -> None:

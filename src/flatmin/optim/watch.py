@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -12,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from flatmin.optim.containers import leaves
-from flatmin.optim.guards import RandomState
+from flatmin.optim.random_state import RandomState
 from flatmin.optim.untrained import UntrainedState
+from flatmin.words import warn
 
 _SLOT = "_compiled_call_impl"
 
@@ -142,7 +142,7 @@ class ModelWatch:
         model: nn.Module,
         random: RandomState | None,
         weights: Sequence[Tensor],
-        follow: Callable[[], None] | None = None,
+        follow: Callable[[], object] | None = None,
         abandoned: Callable[[], None] | None = None,
     ) -> None:
         self.random, self.weights, self._abandoned = random, weights, abandoned
@@ -311,7 +311,18 @@ class ModelWatch:
                 if self.bracketed
                 else "run the second pass on the batch of the first"
             )
-            warnings.warn(f"the passes of one step saw different batches; {way_out}.", stacklevel=6)
+            warn(f"the passes of one step saw different batches; {way_out}.")
+
+    def warn_of_turns(self) -> bool:
+        """Say that a manual loop ran the model more often in one pass than in the other, and draws; whether it did."""
+        if self.random is None or self.turns[0] == self.turns[1] or not self.random.drawn():
+            return False
+        warn(
+            f"the model ran {self.turns[0]} times before the weights were perturbed and {self.turns[1]} times after "
+            "it, so the second pass cannot draw the random numbers of the first. Run the same forwards in both passes, "
+            "call optimizer.zero_grad() after forwards that are no part of a step, or use a closure."
+        )
+        return True
 
     def check_second_pass(self) -> None:
         if self.forwards[0] and self.pass_index and not self.forwards[1]:

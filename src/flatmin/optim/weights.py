@@ -1,0 +1,174 @@
+"""The weights that are trained, with what is known of each: its param group, radius, name and layer."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from typing import Any
+
+from torch import Tensor, nn
+
+from flatmin.methods import Need
+from flatmin.methods.compose import Recipe
+from flatmin.optim.base_optimizer import BaseOptimizer, check_rho
+from flatmin.optim.program import Services, Site
+from flatmin.optim.state import STEP, MethodState
+from flatmin.optim.tensors import Layout
+
+
+class TrainedWeights:
+    """The weights of the base's param groups.
+
+    Args:
+        base: whose groups.
+        recipe: what is run; names and layers are looked up only where it needs them.
+
+    Attributes:
+        layout: what one look at the groups tells, see `Layout`.
+        names: of the weights that have one, in the user's own module.
+        layers: the class name of the module that holds each weight.
+    """
+
+    def __init__(self, base: BaseOptimizer, recipe: Recipe) -> None:
+        self._base, self._recipe = base, recipe
+        self._model: nn.Module | None = None
+        self._left: tuple[weakref.ref[Tensor], int] | None = None
+        self.layout = Layout([])
+        self.names: dict[Tensor, str] = {}
+        self.layers: dict[Tensor, str] = {}
+
+    def attach(self, model: nn.Module | None) -> None:
+        """Take names and layers from this model alone; None: there is none."""
+        self._model = model
+        self.names.clear()
+        self.layers.clear()
+        self._look_up()
+
+    def _look_up(self) -> None:
+        model = self._model
+        self.find_names()
+        for module in () if model is None else model.modules():
+            self.layers.update(dict.fromkeys(module.parameters(recurse=False), type(module).__name__))
+
+    def find_names(self) -> None:
+        """Take the names of the model and of the param groups, which go before."""
+        if self._model is not None:
+            self.names.update(plain_names(self._model))
+        given = {
+            w: _plain_name(n)
+            for group in self._base.optimizer.param_groups
+            for w, n in zip(group["params"], group.get("param_names", ()), strict=False)
+        }
+        while given and all(n.startswith(_MODULE) for n in given.values()):
+            given = {w: n.removeprefix(_MODULE) for w, n in given.items()}
+        self.names.update(given)
+
+    def changed(self) -> bool:
+        """Whether the groups hold other weights than at the last look, or weights of other shapes; looks again."""
+        listed = [group["params"] for group in self._base.optimizer.param_groups]
+        if self.layout.fits(listed):
+            return False
+        self.layout = Layout(listed)
+        return True
+
+    def regroup(self) -> None:
+        """Follow a change of the groups: forget the weights that have left, look up new ones in the model."""
+        weights = self._base.weights
+        for known in (self.names, self.layers):
+            kept = {w: known[w] for w in weights if w in known}
+            known.clear()
+            known.update(kept)
+        self._look_up()
+
+    def dump(self) -> list[tuple[str | None, str | None]]:
+        """Name and layer of each weight, for copies and pickles."""
+        return [(self.names.get(w), self.layers.get(w)) for w in self._base.weights]
+
+    def restore(self, dumped: list[tuple[str | None, str | None]]) -> None:
+        """Take what `dump` gave, where the model does not tell better."""
+        for w, (name, layer) in zip(self._base.weights, dumped, strict=True):
+            if name is not None:
+                self.names.setdefault(w, name)
+            if layer is not None:
+                self.layers.setdefault(w, layer)
+
+    def rho(self, group: dict[str, Any]) -> float:
+        """The radius of a group, checked."""
+        key = self._base.rho_key
+        if key not in group:  # a checkpoint was loaded into the base itself
+            group[key] = self._base.optimizer.defaults[key]
+        rho = group[key]
+        if type(rho) is float and 0.0 <= rho < math.inf:
+            return rho
+        return check_rho(rho)
+
+    def move(self) -> bool:
+        """Whether any group has a radius above 0."""
+        return any(self.rho(group) > 0 for group in self._base.optimizer.param_groups)
+
+    def site(self, state: MethodState, chunks: int = 1) -> Site:
+        """The weights as an update finds them.
+
+        Args:
+            state: of the method; its number of updates lies in the first group.
+            chunks: number of micro-batches of the update. Default 1.
+        """
+        groups: list[dict[str, Any]] = []
+        rhos: list[float] = []
+        for group, count in zip(self._base.optimizer.param_groups, self.layout.trained, strict=True):
+            groups += [group] * count
+            rhos += [self.rho(group)] * count
+        weights, needs = self.layout.weights, self._recipe.needs
+        names = [self.names.get(w, "") for w in weights] if Need.NAMES in needs else []
+        layers = [self.layers.get(w, "") for w in weights] if Need.LAYERS in needs else []
+        step = int(self._base.optimizer.param_groups[0][STEP])
+        services = Services(layers, self._base.momenta, chunks)
+        return Site(weights, groups, rhos, names, step, state.generator, self.layout, services)
+
+    # -- gradients that an update leaves behind -------------------------------------------------------------------
+
+    def leave_gradients(self) -> None:
+        """An update ends: the gradients that are there now are known not to be made by the loop since."""
+        first = next((g for w in self.layout.weights if (g := w.grad) is not None), None)
+        self._left = None if first is None else (weakref.ref(first), first._version)
+
+    def new_gradient(self) -> Tensor | None:
+        """A weight whose gradient the loop has made or changed since the last update ended; None if there is none."""
+        holder = next((w for w in self.layout.weights if w.grad is not None), None)
+        if holder is None or holder.grad is None or holder.grad.is_sparse:
+            return None
+        g = holder.grad
+        return None if self._left is not None and self._left[0]() is g and self._left[1] == g._version else holder
+
+
+_MODULE = "module."
+# Levels that compilation, checkpointing, sharding and Fabric put into names.
+_LEVELS = frozenset(
+    {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_forward_module", "_original_module"}
+)
+# Modules that hold the user's own one as `module`.
+_WRAPPERS = frozenset(
+    {
+        "AveragedModel",
+        "DataParallel",
+        "DeepSpeedEngine",
+        "DistributedDataParallel",
+        "FullyShardedDataParallel",
+        "ShardedDataParallel",
+    }
+)
+
+
+def plain_names(model: nn.Module) -> dict[Tensor, str]:
+    """The parameters' names in the user's own module, without the levels of wrappers, however deep they are nested."""
+    wrappers = {n for n, m in model.named_modules() if any(c.__name__ in _WRAPPERS for c in type(m).__mro__)}
+    names: dict[Tensor, str] = {}
+    for name, parameter in model.named_parameters():
+        levels = name.split(".")
+        own = [x for i, x in enumerate(levels) if not (x == "module" and ".".join(levels[:i]) in wrappers)]
+        names[parameter] = _plain_name(".".join(own))
+    return names
+
+
+def _plain_name(name: str) -> str:
+    return ".".join(level for level in name.split(".") if level not in _LEVELS)
