@@ -11,7 +11,8 @@ from torch import Tensor
 
 from flatmin.methods import Need
 from flatmin.optim import SAM
-from flatmin.optim.guards import FrozenStatistics, RandomState
+from flatmin.optim.model_guard import FrozenStatistics
+from flatmin.optim.random_state import RandomState
 
 try:
     from lightning.pytorch.plugins.precision import Precision
