@@ -12,15 +12,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from flatmin.methods import Gradients, Need
-from flatmin.methods.compose import Recipe
-from flatmin.methods.inner_loop import accumulate
+from flatmin.methods import Gradients, Need, Recipe, accumulate
 from flatmin.optim.amp import Scaling
 from flatmin.optim.containers import detached, loss_in
 from flatmin.optim.diagnostics import Diagnostics
 from flatmin.optim.distributed import Replicas
 from flatmin.optim.guards import OtherGradients
-from flatmin.optim.program import Site
+from flatmin.optim.program import StepInputs
 from flatmin.optim.step import Evaluation, Update
 from flatmin.optim.tensors import Layout
 from flatmin.optim.watch import ModelWatch
@@ -103,7 +101,7 @@ class Doors(Optimizer):
 
     if TYPE_CHECKING:
 
-        def _site(self, chunks: int = 1) -> Site: ...
+        def _site(self, chunks: int = 1) -> StepInputs: ...
 
         def _between_updates(self) -> None: ...
 

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from flatmin.methods import Gradients
-from flatmin.methods.inner_loop import accumulate
+from flatmin.methods import Gradients, accumulate
 from flatmin.optim.containers import leaves
 from flatmin.optim.tensors import is_sharded
 from flatmin.optim.untrained import STATISTICS

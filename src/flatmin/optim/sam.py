@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from flatmin.methods import Need, Radius, learning_rate
-from flatmin.methods.compose import Recipe, compose
+from flatmin.methods import Need, Recipe, compose, learning_rate
 from flatmin.optim.amp import Scaling
 from flatmin.optim.base_optimizer import (
     build_base,
@@ -35,7 +34,7 @@ from flatmin.optim.distributed import AscentSync, Replicas, refuse_unserved
 from flatmin.optim.guards import FrozenStatistics, OtherGradients, RandomState, generators_of
 from flatmin.optim.imitated import reach_through
 from flatmin.optim.perturb import Flags, Ledger
-from flatmin.optim.program import Generators, Services, Site
+from flatmin.optim.program import EngineContext, Generators, StepInputs
 from flatmin.optim.state import PREFIX, StateView, Store
 from flatmin.optim.support import Loop, refusal
 from flatmin.optim.tensors import Layout
@@ -288,14 +287,14 @@ class SAM(Copies):
         self._refuse_second_update("add_param_group()")
         if self.rho_key in param_group:
             check_rho(param_group[self.rho_key])
-        if param_group.get("adaptive") and not hasattr(self.recipe.geometry, "eta"):
+        if param_group.get("adaptive") and not self.recipe.geometry.adaptive:
             raise ValueError(f"a param group with adaptive=True needs a recipe with 'asam'; this is {self.recipe}.")
         self.base.add_param_group(param_group)
         self._regroup()
 
     # -- what updates use ----------------------------------------------------------------------------------------
 
-    def _site(self, chunks: int = 1) -> Site:
+    def _site(self, chunks: int = 1) -> StepInputs:
         listed = [group["params"] for group in self.param_groups]
         if not self._layout.fits(listed):
             self._layout = Layout(listed)
@@ -307,13 +306,13 @@ class SAM(Copies):
             groups += [group] * count
             rhos += [self._rho(group)] * count
         weights = layout.weights
-        names = [self._names.get(w, "") for w in weights] if Need.NAMES in self.recipe.needs else []
+        names = [self._names.get(w, "") for w in weights] if self.recipe.needs_names else []
         if PREFIX + "step" not in self.param_groups[0]:
             self._init_group_state()  # a checkpoint was loaded into the base itself
         step = int(self.param_groups[0][PREFIX + "step"])
-        layers = [self._layers.get(w, "") for w in weights] if Need.LAYERS in self.recipe.needs else []
-        services = Services(layers, functools.partial(momenta_of, self.base), chunks)
-        return Site(weights, groups, rhos, names, step, self._generators, layout, services)
+        layers = [self._layers.get(w, "") for w in weights] if self.recipe.needs_layers else []
+        momentum = functools.partial(momenta_of, self.base)
+        return StepInputs(weights, groups, rhos, names, step, self._generators, layout, layers, momentum, chunks)
 
     def _rho(self, group: dict[str, Any]) -> float:
         if self.rho_key not in group:  # likewise
@@ -396,10 +395,10 @@ class SAM(Copies):
     def _note(self, *, ascent_finite: bool, stepped: bool) -> None:
         group = self.param_groups[0]
         group[PREFIX + "step"] = int(group[PREFIX + "step"]) + 1
-        if Need.RANDOM in self.recipe.needs:
+        if self.recipe.is_random:
             group[PREFIX + "rng"] = self._generators.cpu.get_state()
         radius = self.recipe.radius
-        if type(radius).remember is not Radius.remember:
+        if radius.remembers:
             for group in self.param_groups:
                 group.update(radius.remember(group))
         if self._diagnostics is not None:
@@ -571,14 +570,14 @@ class SAM(Copies):
         for group in self.base.param_groups:
             for key, value in self.recipe.radius.marks.items():
                 group.setdefault(key, value)
-        if Need.RANDOM in self.recipe.needs:
+        if self.recipe.is_random:
             first[PREFIX + "rng"] = self._generators.cpu.get_state()
 
     def _check_needs(self) -> None:
         name, needs = self.recipe.name, self.recipe.needs
         weights = [w for g in self.param_groups for w in g["params"]]
         for part in self.recipe.parts.values():
-            part.examine()
+            part.validate()
             if Need.LR in part.demands():
                 for group in self.param_groups:
                     learning_rate(group, part)
@@ -599,8 +598,8 @@ class SAM(Copies):
             raise ValueError(f"{name} needs {Need.NAMES.value}.")
         refuse_unserved(self.recipe, weights)
         self._refuse_second_order_base()
-        site = self._site()
-        self.recipe.mask.select(site.context(range(len(site.weights))))
+        inputs = self._site()
+        self.recipe.mask.select(EngineContext(inputs, range(len(inputs.weights))))
 
     def _refuse_second_order_base(self) -> None:
         if self._base_differentiates and self.recipe.ascends and self._moves():

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flatmin.methods import State
-from flatmin.methods.recipe import Recipe
+from flatmin.methods import Recipe, State
 from flatmin.optim import tensors as ta
 
 PREFIX = "flatmin."

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from flatmin.methods import Eval, Gradients, Need
+from flatmin.methods import GradientRequest, Gradients, Need
 from flatmin.optim import tensors as ta
 from flatmin.optim.amp import Scaling
 from flatmin.optim.base_optimizer import known_loss
 from flatmin.optim.diagnostics import realised
 from flatmin.optim.guards import OtherGradients, lent
-from flatmin.optim.program import Outcome, Site, program
+from flatmin.optim.program import Outcome, StepInputs, program
 from flatmin.optim.second_order import GraphProducts, PooledProducts
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Update:
             the gradients as a closure leaves them.
     """
 
-    def __init__(self, optimizer: SAM, site: Site, *, closed: bool = False) -> None:
+    def __init__(self, optimizer: SAM, site: StepInputs, *, closed: bool = False) -> None:
         self.optimizer, self.site, self.closed = optimizer, site, closed
         self.index = self._added = 0
         self._bracketed = True
@@ -64,10 +64,10 @@ class Update:
         if self.scaling is not None:
             self.scaling.begin()
         site.keep_gradients = optimizer._diagnostics is not None
-        self._program: Generator[Eval, Gradients, Outcome] = program(
+        self._program: Generator[GradientRequest, Gradients, Outcome] = program(
             optimizer.recipe, site, optimizer._store, optimizer.eps
         )
-        self.request: Eval | None = next(self._program)
+        self.request: GradientRequest | None = next(self._program)
         self.plain = not (optimizer.recipe.ascends and any(site.rhos))
 
     def enter(self, *, bracketed: bool) -> None:
@@ -109,7 +109,7 @@ class Update:
 
     def _joins_others(self) -> bool:
         """Whether the other weights' gradients are simply those of the one backward pass that comes."""
-        return self.plain and self._bracketed and self.site.services.chunks == 1
+        return self.plain and self._bracketed and self.site.chunks == 1
 
     def _part_with_others(self, others: OtherGradients) -> None:
         opt = self.optimizer
@@ -136,10 +136,10 @@ class Update:
         elif request is None or request.role == "ascent":
             others.leave(None)
         else:
-            pooled = self.optimizer.recipe.points.pooled and request.chunk is not None
-            others.leave(1.0 / self.site.services.chunks if pooled else 1.0)
+            pooled = self.optimizer.recipe.inner_loop.pooled and request.chunk is not None
+            others.leave(1.0 / self.site.chunks if pooled else 1.0)
 
-    def _displace(self, request: Eval) -> None:
+    def _displace(self, request: GradientRequest) -> None:
         opt, at = self.optimizer, request.at
         assert at is not None
         flags = opt._device_flags(at.direction)
