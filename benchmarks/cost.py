@@ -173,7 +173,7 @@ def by_base(net: str, times: dict[str, dict[str, list[float]]]) -> tuple[Table, 
     column "without own work" is the share of k - 1 plain steps and one of SAM.
     """
     mine, other, limit = LOOK
-    k = recipe_of(mine).parameters()["when.k"]
+    k = recipe_of(mine).parameters()["schedule.k"]
     over = {
         base: {m: Spread.of([x / y for x, y in zip(spent[m], spent[other], strict=True)]) for m in (mine, CONTROL)}
         for base, spent in times.items()

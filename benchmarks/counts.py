@@ -16,8 +16,7 @@ from benchmarks.launches import Recorder
 from benchmarks.loops import Loop, Setting, floor, other, ours, recipe_of
 from benchmarks.nets import NETS
 from benchmarks.results import Gate, Result, Table
-from flatmin.methods import Combine
-from flatmin.methods.compose import Recipe
+from flatmin.methods import Recipe
 
 HELP = "launches, synchronisations and memory of a step, against exact limits"
 GATED_NETS = ("mlp200", "vit-d192", "resnet18-w8")
@@ -110,7 +109,7 @@ def extra_copies(count_: Count, reference: Count, *, graph: bool = False) -> flo
 
 def keeps_graph(recipe: Recipe) -> bool:
     """Whether the graph of the last pass is kept for second derivatives."""
-    return type(recipe.combine).graph is not Combine.graph
+    return recipe.combine.keeps_graph
 
 
 def saved_copies(count_: Count, reference: Count) -> float:

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 import flatmin
 from benchmarks.nets import Net
-from flatmin.methods import Named, Need, OtherBatch, WarmUp
-from flatmin.methods.compose import Recipe
+from flatmin.methods import Named, Need, Recipe, WarmUp
 
 BASES = ("default", "foreach", "fused")
 LR, MOMENTUM, RHO = 1e-3, 0.9, 0.05
@@ -151,7 +150,7 @@ def ours(
         closure = once(x, y, *rest)
         loop.step = lambda: optimizer.step(closure)
         return loop
-    if isinstance(recipe.points, OtherBatch):
+    if recipe.inner_loop.two_batches:
         closures = [once(x, y, *rest)] * 2
     else:
         closures = [once(a, b, *rest) for a, b in zip(x.chunk(CHUNKS), y.chunk(CHUNKS), strict=True)]

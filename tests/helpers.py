@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import flatmin
-from flatmin.methods import Context, Direction, Named, Need, NewState, State, Tensors, WarmUp
-from flatmin.methods.compose import METHODS, Recipe
+from flatmin.methods import METHODS, Direction, Named, Need, NewState, Recipe, State, StepContext, Tensors, WarmUp
 
 DOORS = ("closure", "perturbed", "two calls", "passes")
 # Every named method, and compositions that cross a stateful part, another loss and another norm.
@@ -126,7 +125,7 @@ class Jitter(Direction):
     needs: ClassVar = frozenset({Need.RANDOM})
     slots: ClassVar = {"count": "scalar", "last": "param"}
 
-    def __call__(self, g: Tensors | None, state: State, c: Context) -> tuple[Tensors | None, NewState]:
+    def __call__(self, g: Tensors | None, state: State, c: StepContext) -> tuple[Tensors | None, NewState]:
         count = torch.zeros(()) if state["count"] is None else state["count"]
         last = [x if s is None else s for x, s in zip(g, state["last"], strict=True)]
         d = [x + 0.1 * n + 0.01 * s * count for x, n, s in zip(g, c.noise(), last, strict=True)]

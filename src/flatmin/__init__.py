@@ -10,7 +10,7 @@ Names are loaded on first use, so that command lines answer before torch is impo
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flatmin.methods.compose import METHODS, Method, Recipe, compose, method_table
+    from flatmin.methods import METHODS, Method, Recipe, compose, method_table
     from flatmin.optim import SAM, Criterion, base_state_dict, value_and_grad, wrap
     from flatmin.train.saved import load
 
@@ -22,11 +22,11 @@ _HOME = {
     "base_state_dict": "flatmin.optim",
     "value_and_grad": "flatmin.optim",
     "wrap": "flatmin.optim",
-    "METHODS": "flatmin.methods.compose",
-    "Method": "flatmin.methods.compose",
-    "Recipe": "flatmin.methods.compose",
-    "compose": "flatmin.methods.compose",
-    "method_table": "flatmin.methods.compose",
+    "METHODS": "flatmin.methods",
+    "Method": "flatmin.methods",
+    "Recipe": "flatmin.methods",
+    "compose": "flatmin.methods",
+    "method_table": "flatmin.methods",
     "load": "flatmin.train.saved",
 }
 

@@ -172,7 +172,7 @@ def half_sharded(rank, world):
 def draws(rank, world, sharded):
     """What a part draws for each weight."""
     run = Run(world, Setup(method="jitter", sharded=sharded))
-    site = run.optimizer._tools.weights.site(run.optimizer._tools.state)
+    site = run.optimizer._tools.weights.inputs(run.optimizer._tools.state)
     context = site.context(range(len(site.weights)))
     return [[full(t) for t in found] for found in (context.noise(), context.uniform(), context.bernoulli(0.5))]
 

@@ -6,7 +6,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import flatmin
 from flatmin.optim.support import Loop
-from flatmin.methods.compose import METHODS
+from flatmin.methods import METHODS
 from tests.dist.scenarios_fsdp import Net, batch
 from tests.helpers import BASES, drive, recipe_of
 

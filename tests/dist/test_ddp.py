@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from flatmin.methods import Need
-from flatmin.methods.compose import METHODS
+from flatmin.methods import METHODS
 from tests.dist import scenarios_ddp as scenarios
 from tests.dist.pool import RankError
 from tests.dist.scenarios_ddp import Net, Setup, batch

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from flatmin.methods import Need
-from flatmin.methods.compose import METHODS
+from flatmin.methods import METHODS
 from tests.dist import scenarios_fsdp as scenarios
 from tests.dist.scenarios_fsdp import Net, Setup
 from tests.helpers import recipe_of

@@ -1,7 +1,6 @@
 """The table of methods and loops is what happens when they meet, and the docs have it."""
 
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,11 +9,10 @@ from torch import nn
 import flatmin
 from flatmin.cli import loops
 from flatmin.optim.support import Loop, refusal
-from flatmin.methods.compose import METHODS
+from flatmin.methods import METHODS
 from tests.dist import scenarios_loops
 from tests.helpers import BASES, batch, drive, noisy_net, recipe_of
 
-PAGE = Path(__file__).parents[2] / "docs" / "loops.md"
 HERE = [Loop.TWO_PASSES, Loop.PLAIN, Loop.FUNCTIONAL, Loop.SCALER]
 
 
@@ -71,10 +69,3 @@ def test_the_table_is_what_happens_in_several_processes(ranks):
             why = refusal(recipe_of(method), Loop[name])
             assert (why is None) == (sentence is None), (method, name, why, sentence)
             assert why is None or f"{method} {why}" in sentence
-
-
-def test_the_docs_have_the_table():
-    _, _, rest = PAGE.read_text(encoding="utf-8").partition(loops.MARKERS[0] + "\n")
-    assert rest.partition("\n" + loops.MARKERS[1])[0] == loops.as_markdown(METHODS), (
-        f"docs/loops.md is behind the code; run: {loops.COMMAND}"
-    )

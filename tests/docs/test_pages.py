@@ -13,8 +13,6 @@ from typer.testing import CliRunner
 import flatmin
 from flatmin.cli.main import app
 from flatmin.data.base import as_data
-from flatmin.methods import Need
-from flatmin.methods.compose import METHODS
 from flatmin.train.originals.projects import PROJECTS
 
 ROOT = Path(__file__).parents[2]
@@ -55,44 +53,6 @@ def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
         if "://" not in target:
             assert (page.parent / target).exists(), target
-
-
-def test_the_table_in_the_readme_has_every_method():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    table = re.search(r"## Methods\n(.*?)\n## ", text, re.DOTALL).group(1)
-    rows = [line for line in table.splitlines() if line.startswith("| `")]
-    listed = {}
-    for row in rows:
-        cells = [cell.strip() for cell in row.strip("|").split("|")]
-        listed |= dict.fromkeys(re.findall(r"`([^`]+)`", cells[0]), cells)
-    assert set(listed) == set(METHODS)
-    for name, cells in listed.items():
-        recipe = METHODS[name].recipe()
-        assert cells[3] == f"{recipe.gradient_evaluations:.3g}"
-        assert cells[4] == (f"{recipe.default_rho:g}" if recipe.ascends else "")
-
-
-def test_the_page_of_methods_has_one_line_for_each_with_its_cost():
-    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
-    tables = text.partition("## Reading the tables")[2].partition("\n## ")[0].replace("\\|", "¦")
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in tables.splitlines() if line[:3] == "| `"]
-    listed = {cells[0].strip("`"): cells for cells in rows}
-    assert len(rows) == len(listed) and set(listed) == set(METHODS)
-    for name, cells in listed.items():
-        recipe = METHODS[name].recipe()
-        rho = f"{recipe.default_rho:g}" if recipe.ascends else ""
-        assert cells[2:5] == [f"{recipe.gradient_evaluations:.3g}", str(recipe.extra_copies), rho], name
-
-
-def test_the_page_of_methods_says_which_loop_each_needs():
-    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
-    part = text.partition("## What the loop must give")[2].partition("\n## ")[0]
-    wanted = {Need.CRITERION, Need.PER_SAMPLE, Need.SECOND_ORDER, Need.MICRO_BATCHES, Need.LAYERS, Need.NAMES}
-    for name, method in METHODS.items():
-        recipe = method.recipe()
-        family = re.sub(r"-.*", "-*", name)
-        if recipe.needs & wanted or not recipe.two_pass:
-            assert f"`{name}`" in part or f"`{family}`" in part, name
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

@@ -19,7 +19,7 @@ from typing import ClassVar
 
 import torch
 from flatmin.methods import Direction, check_range, filled
-from flatmin.methods.compose import Method
+from flatmin.methods import Method
 
 
 @dataclass(frozen=True, kw_only=True)

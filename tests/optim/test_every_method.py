@@ -211,7 +211,7 @@ def test_the_stated_cost_is_the_measured_one(name):
     loop.steps(0, 60)
     calls = loop.calls / 60 * (0.5 if name == "micro-sam" else 1.0)
     stated = recipe.gradient_evaluations - sum(part.surcharge for part in recipe.parts.values())
-    by_chance = Need.RANDOM in recipe.when.demands() or Need.DECIDES_BY_VALUE in recipe.needs
+    by_chance = Need.RANDOM in recipe.schedule.demands() or Need.DECIDES_BY_VALUE in recipe.needs
     assert abs(calls - stated) <= (0.3 if by_chance else 0.1)
 
 

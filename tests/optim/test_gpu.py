@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import flatmin
-from flatmin.methods.compose import METHODS as TABLE
+from flatmin.methods import METHODS as TABLE
 from tests.helpers import CHUNKS, drive, recipe_of
 
 pytestmark = [

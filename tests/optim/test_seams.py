@@ -12,15 +12,15 @@ import flatmin
 from flatmin.methods import (
     Combine,
     Direction,
-    Eval,
     Geometry,
+    GradientRequest,
     Gradients,
+    InnerLoop,
     Mask,
     Need,
-    Offset,
-    Points,
+    Perturbation,
     Radius,
-    When,
+    Schedule,
 )
 
 RHO, LR, MU, STEPS = 0.1, 0.05, 0.9, 12
@@ -115,7 +115,7 @@ class Drop(Mask):
 
 
 @dataclass(frozen=True, kw_only=True)
-class NSteps(Points):
+class NSteps(InnerLoop):
     """n ascents of rho/n each, the gradient of each taken at the previous point."""
 
     n: int = 3
@@ -123,18 +123,18 @@ class NSteps(Points):
     def evaluations(self, ascent):
         return self.n * ascent + 1
 
-    def __call__(self, ascend, c) -> Generator[Eval, Gradients, list[Gradients]]:
+    def __call__(self, ascend, c) -> Generator[GradientRequest, Gradients, list[Gradients]]:
         total: dict[int, Tensor] = {}
         for _ in range(self.n):
-            here = Offset.of(list(total), list(total.values()), c) if total else None
+            here = Perturbation.of(list(total), list(total.values()), c) if total else None
             offset = yield from ascend(here)
             for i, e in zip(offset.index, offset.tensors(), strict=True):
                 total[i] = total[i] + e / self.n if i in total else e / self.n
-        return [(yield Eval("descent", Offset.of(list(total), list(total.values()), c)))]
+        return [(yield GradientRequest("descent", Perturbation.of(list(total), list(total.values()), c)))]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TwoSided(Points):
+class TwoSided(InnerLoop):
     """Descent gradients at w + eps and w - eps, averaged by the combination."""
 
     def evaluations(self, ascent):
@@ -143,8 +143,8 @@ class TwoSided(Points):
     def __call__(self, ascend, c):
         offset = yield from ascend()
         e = offset.tensors()
-        up = yield Eval("descent", Offset.of(offset.index, e, c))
-        down = yield Eval("descent", Offset.of(offset.index, [-x for x in e], c))
+        up = yield GradientRequest("descent", Perturbation.of(offset.index, e, c))
+        down = yield GradientRequest("descent", Perturbation.of(offset.index, [-x for x in e], c))
         return [up, down]
 
 
@@ -155,7 +155,7 @@ class Mean(Combine):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Every(When):
+class Every(Schedule):
     k: int = 3
 
     def before(self, state, c):
@@ -163,7 +163,7 @@ class Every(When):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trigger(When):
+class Trigger(Schedule):
     """Ascend when the squared gradient norm is above its running mean (the shape of AE-SAM)."""
 
     needs: ClassVar = frozenset({Need.GRADIENT_AT_W, Need.DECIDES_BY_VALUE})
@@ -341,11 +341,11 @@ CASES = {
     "stale": (flatmin.Recipe(direction=Stale()), ref_stale),
     "rsam": (flatmin.Recipe(direction=Noisy()), ref_noisy),
     "bernoulli-mask": (flatmin.Recipe(mask=Drop()), ref_drop),
-    "n-steps": (flatmin.Recipe(points=NSteps()), ref_nsteps),
-    "two-sided": (flatmin.Recipe(points=TwoSided(), combine=Mean()), ref_two_sided),
-    "every-k": (flatmin.Recipe(when=Every()), ref_every),
-    "reuse": (flatmin.Recipe(when=Every(), combine=Reuse()), ref_reuse),
-    "trigger": (flatmin.Recipe(when=Trigger()), ref_trigger),
+    "n-steps": (flatmin.Recipe(inner_loop=NSteps()), ref_nsteps),
+    "two-sided": (flatmin.Recipe(inner_loop=TwoSided(), combine=Mean()), ref_two_sided),
+    "every-k": (flatmin.Recipe(schedule=Every()), ref_every),
+    "reuse": (flatmin.Recipe(schedule=Every(), combine=Reuse()), ref_reuse),
+    "trigger": (flatmin.Recipe(schedule=Trigger()), ref_trigger),
     "radius": (flatmin.Recipe(radius=Harmonic()), ref_harmonic),
     "per-tensor": (flatmin.Recipe(geometry=PerTensor()), ref_per_tensor),
 }
@@ -416,7 +416,7 @@ def test_contradicting_parts_are_refused():
     with pytest.raises(ValueError, match="takes no pass 1"):
         flatmin.Recipe(direction=Stale(), combine=Orthogonal())
     with pytest.raises(ValueError, match="climbs another loss"):
-        flatmin.Recipe(objective=flatmin.methods.BiSAMTanh(), when=Trigger())
+        flatmin.Recipe(objective=flatmin.methods.BiSAMTanh(), schedule=Trigger())
     with pytest.raises(TypeError, match="must be a part of kind 'direction'"):
         flatmin.Recipe(direction=Orthogonal())
     with pytest.raises(TypeError, match="must not be named 'rho'"):

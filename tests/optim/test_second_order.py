@@ -12,9 +12,7 @@ import torch
 from torch import nn
 
 import flatmin
-from flatmin.methods import Combine, Need
-from flatmin.methods.compose import Recipe
-from flatmin.methods.inner_loop import AtW, One
+from flatmin.methods import Combine, Need, NoAscent, OneStep, Recipe
 from flatmin.optim.criterion import Seen
 from flatmin.optim.second_order import GraphProducts, PooledProducts
 from tests.helpers import batch
@@ -111,9 +109,9 @@ class Flat:
         return total
 
 
-def build(model, product="hessian", loss="entropy", rho=0.05, points=None, **probe):
+def build(model, product="hessian", loss="entropy", rho=0.05, inner_loop=None, **probe):
     criterion = flatmin.Criterion(LOSSES[loss]() if isinstance(loss, str) else loss)
-    recipe = Recipe(points=points or AtW(), combine=Probe(product=product, **probe), name="probe")
+    recipe = Recipe(inner_loop=inner_loop or NoAscent(), combine=Probe(product=product, **probe), name="probe")
     base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     return flatmin.wrap(base, recipe, rho=rho, model=model, criterion=criterion), criterion, recipe.combine.log
 
@@ -310,8 +308,8 @@ def test_blocks_that_vanish_are_zero(model, loss, empty, product):
 
 
 def test_products_away_from_w_are_refused():
-    with pytest.raises(ValueError, match=r"needs a step that stays at w.*One.*it leaves w"):
-        build(net(), points=One())
+    with pytest.raises(ValueError, match=r"needs a step that stays at w.*OneStep.*it leaves w"):
+        build(net(), inner_loop=OneStep())
 
 
 # -- nothing is kept -------------------------------------------------------------------------------------------------
@@ -333,7 +331,7 @@ def recorded(model, criterion, x, y, call, kept, *, fails=False):
 def test_no_graph_outlives_the_step(product, door, diagnostics):
     model, kept = net(), []
     every = 2 if door == "no graph" else 1
-    recipe = Recipe(points=AtW(), combine=Probe(product=product, every=every), name="probe")
+    recipe = Recipe(inner_loop=NoAscent(), combine=Probe(product=product, every=every), name="probe")
     criterion = flatmin.Criterion(nn.CrossEntropyLoss())
     base = torch.optim.SGD(model.parameters(), lr=0.1)
     optimizer = flatmin.wrap(base, recipe, model=model, criterion=criterion, diagnostics=diagnostics)

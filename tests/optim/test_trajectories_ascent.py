@@ -14,8 +14,7 @@ import torch
 from torch import nn
 
 import flatmin
-from flatmin.methods import Schedule
-from flatmin.methods.compose import Recipe
+from flatmin.methods import LambdaRadius, Recipe
 from tests.helpers import batch, cosine, drive, same_bits, soft_targets
 
 STEPS, TOLERANCE, EPS, SEED, SMOOTHING = 50, 1e-10, 1e-12, 3, 0.1
@@ -345,7 +344,7 @@ CASES = [
     Case("rho-lr", lambda s: sam(s, factor=with_lr(s))),
     Case("rho-lr", lambda s, floor: sam(s, factor=with_lr(s, floor)), floor=0.4),
     Case("rho-ramp", lambda s, **_: sam(s, factor=0.2 + 1.3 * min(s.k / 30, 1)), start=0.2, end=1.5, total=30),
-    Case(Recipe(radius=Schedule(rule=rule)), lambda s: sam(s, factor=rule(s.k))),
+    Case(Recipe(radius=LambdaRadius(rule=rule)), lambda s: sam(s, factor=rule(s.k))),
     Case("momentum-sam+rho-lr", lambda s: ahead(s, factor=with_lr(s))),
 ]
 # Methods that know w + eps when a step ends.
@@ -623,10 +622,10 @@ def test_the_first_fisher_mask_is_made_at_the_first_ascent(case):
         (TypeError, r"bisam-log climbs .*BCEWithLogitsLoss has none", "bisam-log", {"loss": nn.BCEWithLogitsLoss()}),
         (ValueError, r"EveryK: k must be a whole number >= 1, got 0", "every-k", {"k": 0}),
         (ValueError, r"Bernoulli: p must be in \[0, 1\], got 2", "bernoulli", {"p": 2}),
-        (ValueError, r"Fisher: sparsity must be below 1", "ssam-f", {"sparsity": 1}),
-        (ValueError, r"Dynamic: sparsity must be below 1", "ssam-d", {"sparsity": 1.0}),
-        (ValueError, r"Sharpest: gamma must be in \(0, 1\], got 0", "esam", {"gamma": 0}),
-        (ValueError, r"RandomTensors: beta must be in \(0, 1\], got 0", "esam", {"beta": 0.0}),
+        (ValueError, r"FisherMask: sparsity must be below 1", "ssam-f", {"sparsity": 1}),
+        (ValueError, r"DynamicMask: sparsity must be below 1", "ssam-d", {"sparsity": 1.0}),
+        (ValueError, r"SharpnessSensitiveDataSelection: gamma must be in \(0, 1\], got 0", "esam", {"gamma": 0}),
+        (ValueError, r"StochasticWeightPerturbation: beta must be in \(0, 1\], got 0", "esam", {"beta": 0.0}),
         (ValueError, r"NStep: n must be a whole number >= 1, got 0", "n-step", {"n": 0}),
         (ValueError, r"Momentum: sign must be -1 .* or 1", "momentum-sam", {"sign": 0}),
     ],
@@ -645,7 +644,7 @@ def test_a_bad_optimizer_is_refused(error, match, name, options):
         (RuntimeError, r"sam-db needs micro-batches .*got one closure", Case("sam-db"), "closure"),
         (ValueError, r"wants two closures.*got 3", Case("sam-db", chunks=3), "closure"),
         (ValueError, r"wants two closures.*got 1", Case("sam-db", chunks=1), "passes"),
-        (ValueError, r"finite factor >= 0, got -1.0", Case(Recipe(radius=Schedule(rule=lambda k: -1))), "closure"),
+        (ValueError, r"finite factor >= 0, got -1.0", Case(Recipe(radius=LambdaRadius(rule=lambda k: -1))), "closure"),
         (RuntimeError, r"step\(\) needs a closure", Case("sam"), "resident"),
     ],
 )

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import flatmin
-from flatmin.methods.combine import Saner
+from flatmin.methods import SANER
 from tests.helpers import batch, bits, cosine, drive, noisy_net, soft_targets
 from tests.optim.test_trajectories import (
     BASES,
@@ -474,7 +474,7 @@ def test_a_loss_without_curvature_is_the_base(case):
 def test_saner_damps_small_entries(dtype):
     """r = 1/2 everywhere, at sizes whose product float16 cannot hold."""
     g = torch.linspace(5e-5, 2e-4, 16).to(dtype)
-    u, _ = Saner(alpha=0.5)([g], [[g / 2]], {}, Now(0, g, g, g, g, g, None))
+    u, _ = SANER(alpha=0.5)([g], [[g / 2]], {}, Now(0, g, g, g, g, g, None))
     assert torch.equal(u[0], g / 2 * 0.5)
 
 

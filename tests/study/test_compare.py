@@ -216,7 +216,7 @@ def test_a_net_that_only_guesses_is_flagged(tmp_path):
 PLUGIN = """
 from dataclasses import dataclass
 from flatmin.methods import Direction
-from flatmin.methods.compose import Method
+from flatmin.methods import Method
 
 @dataclass(frozen=True, kw_only=True)
 class Signs(Direction):

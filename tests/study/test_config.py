@@ -1,6 +1,6 @@
 import pytest
 
-from flatmin.methods.compose import METHODS
+from flatmin.methods import METHODS
 from flatmin.study.arms import arms, candidates
 from flatmin.study.config import DEFAULT_METHODS, CompareConfig, load
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from flatmin.measure.curvature import Hessian, dense
 from flatmin.measure.problem import Problem
-from flatmin.methods.compose import METHODS
+from flatmin.methods import METHODS
 from flatmin.train import evaluate
 from flatmin.train.config import RunConfig, stream
 from flatmin.train.feed import Batch
@@ -223,8 +223,8 @@ def test_the_probe_climbs_on_the_batch_before_and_at_first_on_its_own():
 
 def test_parts_are_told_the_length_of_the_training():
     # 50 samples in batches of 16 are 4 updates an epoch.
-    assert Trainer(config(method="late", epochs=5)).recipe.when.total == 20
-    assert Trainer(config(method="late", params={"when.total": 7})).recipe.when.total == 7
+    assert Trainer(config(method="late", epochs=5)).recipe.schedule.total == 20
+    assert Trainer(config(method="late", params={"when.total": 7})).recipe.schedule.total == 7
     assert Trainer(config(method="ssam-d+ae-sam")).recipe.mask.total == 12
 
 

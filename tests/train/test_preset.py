@@ -9,7 +9,7 @@ import torch
 
 from flatmin.data.base import Data, Split
 from flatmin.data.images import STATISTICS, Statistics
-from flatmin.methods.compose import compose, method_table
+from flatmin.methods import compose, method_table
 from flatmin.models.zoo import MODELS
 from flatmin.train.config import RunConfig
 from flatmin.train.options import Options
@@ -292,7 +292,7 @@ class TestParameters:
         words = r"^'ssam-d\+late' has several parameters 'total'; write mask\.total or when\.total\.$"
         with pytest.raises(ValueError, match=words):
             config("smoke", "method=ssam-d+late", "total=3")
-        assert config("smoke", "method=ssam-d+late", "when.total=3").params == {"when.total": 3}
+        assert config("smoke", "method=ssam-d+late", "when.total=3").params == {"schedule.total": 3}
 
     def test_of_a_preset(self, write):
         own = write('method = "vasso"\n[params]\n"direction.theta" = 0.5\n')
@@ -316,7 +316,7 @@ class TestParameters:
 
 PLUGIN = """
 from flatmin.methods import Direction
-from flatmin.methods.compose import Method
+from flatmin.methods import Method
 from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)

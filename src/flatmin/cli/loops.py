@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from flatmin.methods.compose import Method
+from flatmin.methods import Method
 from flatmin.optim.support import Loop, refusal
 
-MARKERS = ("<!-- loops -->", "<!-- /loops -->")
-COMMAND = "flatmin methods --loops --into docs/loops.md"
 YES, NO = "yes", "-"
 
 

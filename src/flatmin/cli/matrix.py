@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from flatmin.methods.compose import ContradictionError, Method, compose
+from flatmin.methods import ContradictionError, Method, compose
 
 SYMBOLS = {
     "objective": "o",
@@ -15,15 +15,13 @@ SYMBOLS = {
     "geometry": "g",
     "mask": "m",
     "radius": "r",
-    "when": "w",
-    "points": "p",
+    "schedule": "t",
+    "inner_loop": "i",
     "samples": "s",
     "combine": "c",
 }
 GOES, SAME, CONTRADICTS = "+", ".", "x"
 BLOCK = 5  # columns between two gaps
-MARKERS = ("<!-- matrix -->", "<!-- /matrix -->")
-COMMAND = "flatmin methods --into docs/methods.md"
 PAGE_WIDTH = 120
 
 

@@ -3,32 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from flatmin.cli.console import make_console
-from flatmin.cli.pages import refresh
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from flatmin.methods.compose import Method, Recipe
+    from flatmin.methods import Method, Recipe
 
-QUESTIONS = {
-    "objective": "which loss is climbed?",
-    "direction": "along what?",
-    "geometry": "in which norm?",
-    "mask": "which weights move?",
-    "radius": "how far?",
-    "when": "on which steps?",
-    "points": "how many ascents?",
-    "samples": "which samples are descended on?",
-    "combine": "what goes to the base?",
-}
-RULES = ("when", "radius", "mask")
+RULES = ("schedule", "radius", "mask")
 
 
 def methods(
@@ -45,30 +32,24 @@ def methods(
         bool, typer.Option("--loops", help="Which loops serve which method, and why others do not.")
     ] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the matrix, or the loops, as Markdown.")] = False,
-    into: Annotated[
-        Path | None, typer.Option(help="Write the matrix, or the loops, between their markers in this Markdown file.")
-    ] = None,
 ) -> None:
     """List every method with its formula, cost, needs, defaults and paper; or show one recipe part by part."""
     from flatmin.cli import loops as served
     from flatmin.cli import matrix as pairs
-    from flatmin.methods.compose import compose, method_table
+    from flatmin.methods import compose, method_table
     from flatmin.train.locate import search_here
 
     search_here()
     table = method_table(plugin or ())
     console = make_console()
-    if name is not None and (matrix or loops or markdown or into is not None):
+    if name is not None and (matrix or loops or markdown):
         raise ValueError(f"{'--loops' if loops else '--matrix'} is about all methods; leave out {name!r}.")
     if matrix and loops:
         raise ValueError("choose --matrix or --loops.")
-    if into is not None or matrix or loops or markdown:
+    if matrix or loops or markdown:
         table_of = served if loops else pairs
-        if into is not None:
-            refresh(into, table_of.as_markdown(table), table_of.MARKERS)
-        else:
-            text = table_of.as_markdown(table) if markdown else table_of.as_text(table, console.width)
-            console.print(text, markup=False, highlight=False, soft_wrap=True)
+        text = table_of.as_markdown(table) if markdown else table_of.as_text(table, console.width)
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
         return
     if name is None:
         for title, group in _groups(table):
@@ -118,7 +99,7 @@ def _overview(table: Mapping[str, Method]) -> Table:
             f"{recipe.gradient_evaluations:.3g}",
             str(recipe.extra_copies),
             Text(", ".join(part.kind for part in method.parts) or "-"),
-            Text(", ".join(sorted(need.name.lower().replace("_", " ") for need in recipe.needs)) or "-"),
+            Text(", ".join(sorted(need.word for need in recipe.needs)) or "-"),
         )
     return grid
 
@@ -184,5 +165,5 @@ def _parts(recipe: Recipe) -> Table:
     grid = _grid("part", "question", "answer")
     for kind, part in recipe.parts.items():
         described = (type(part).__doc__ or "").strip().partition("\n")[0]
-        grid.add_row(kind, Text(QUESTIONS[kind], style="dim"), Text.assemble((str(part), "bold"), f"\n{described}"))
+        grid.add_row(kind, Text(part.question, style="dim"), Text.assemble((str(part), "bold"), f"\n{described}"))
     return grid

@@ -207,10 +207,13 @@ def _slug(preset: str, config: RunConfig) -> str:
 
 def _key(config: RunConfig, content: Content | None) -> str:
     """Of the settings and the data; of data that come with a package, they are the name in the settings."""
+    from flatmin.methods import former_word
     from flatmin.train.config import identity
     from flatmin.train.settings import content_hash
 
-    return content_hash(identity(config), *([] if content is None else [content.digest]))
+    # Folders keep the names that runs of earlier versions have.
+    params = {former_word(name): value for name, value in config.params.items()}
+    return content_hash({**identity(config), "params": params}, *([] if content is None else [content.digest]))
 
 
 def _prepare(

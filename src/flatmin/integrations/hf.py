@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flatmin.methods import Need
-from flatmin.methods.compose import Recipe
+from flatmin.methods import Need, Recipe
 from flatmin.optim import SAM, wrap
 
 try:

@@ -1,175 +1,53 @@
-"""Parts: pure maths on lists of tensors. See `flatmin.methods.part` for the contract."""
+"""Methods: their parts, the recipes that parts make, and the table of names.
 
-from flatmin.methods.combine import (
-    Descent,
-    Keep,
-    Look,
-    Orthogonal,
-    Penalty,
-    Saner,
-    Weighted,
-)
-from flatmin.methods.curvature import (
-    Curved,
-)
-from flatmin.methods.direction import (
-    EMA,
-    Friendly,
-    Gradient,
-    filled,
-)
-from flatmin.methods.geometry import (
-    L2,
-    Adaptive,
-    Centralised,
-    Unnormalised,
-)
-from flatmin.methods.inner_loop import (
-    AtW,
-    MicroBatches,
-    NStep,
-    One,
-    OtherBatch,
-)
-from flatmin.methods.mask import (
-    All,
-    Dynamic,
-    Fisher,
-    Layers,
-    Named,
-    RandomTensors,
-)
-from flatmin.methods.objective import (
-    BiSAMLog,
-    BiSAMTanh,
-    SameLoss,
-)
-from flatmin.methods.part import (
-    INTERNAL,
-    KINDS,
-    Ascend,
-    Combine,
-    Context,
-    Direction,
-    Eval,
-    Geometry,
-    Gradients,
-    Mask,
-    Need,
-    NewState,
-    Objective,
-    Offset,
-    Part,
-    Points,
-    Products,
-    Radius,
-    Samples,
-    State,
-    Tensors,
-    When,
-    check_choice,
-    check_count,
-    check_range,
-    learning_rate,
-)
-from flatmin.methods.radius import (
-    Constant,
-    Power,
-    Ramp,
-    Schedule,
-    WithLR,
-)
-from flatmin.methods.samples import (
-    EverySample,
-    Sharpest,
-)
-from flatmin.methods.schedule import (
-    Always,
-    Bernoulli,
-    EveryK,
-    Late,
-    Never,
-    Trigger,
-    WarmUp,
-)
-from flatmin.methods.ungraded import (
-    Momentum,
-    Randomised,
-    Stale,
-)
+A part answers one question of a step (`flatmin.methods.part`); the base class of a question stands with its parts in a
+file of its own. A `Recipe` is one part for each question, and `compose` makes one from names. All that a plugin needs
+is here.
+"""
 
-__all__ = [
-    "EMA",
-    "INTERNAL",
-    "KINDS",
-    "L2",
-    "Adaptive",
-    "All",
-    "Always",
-    "Ascend",
-    "AtW",
-    "Bernoulli",
-    "BiSAMLog",
-    "BiSAMTanh",
-    "Centralised",
-    "Combine",
-    "Constant",
-    "Context",
-    "Curved",
-    "Descent",
-    "Direction",
-    "Dynamic",
-    "Eval",
-    "EveryK",
-    "EverySample",
-    "Fisher",
-    "Friendly",
-    "Geometry",
-    "Gradient",
-    "Gradients",
-    "Keep",
-    "Late",
-    "Layers",
-    "Look",
-    "Mask",
-    "MicroBatches",
-    "Momentum",
-    "NStep",
-    "Named",
-    "Need",
-    "Never",
-    "NewState",
-    "Objective",
-    "Offset",
-    "One",
-    "Orthogonal",
-    "OtherBatch",
-    "Part",
-    "Penalty",
-    "Points",
-    "Power",
-    "Products",
-    "Radius",
-    "Ramp",
-    "RandomTensors",
-    "Randomised",
-    "SameLoss",
-    "Samples",
-    "Saner",
-    "Schedule",
-    "Sharpest",
-    "Stale",
-    "State",
-    "Tensors",
-    "Trigger",
-    "Unnormalised",
-    "WarmUp",
-    "Weighted",
-    "When",
-    "WithLR",
-    "check_choice",
-    "check_count",
-    "check_range",
-    "filled",
-    "learning_rate",
-]
+from flatmin.methods import (
+    combine,
+    context,
+    curvature,
+    direction,
+    geometry,
+    inner_loop,
+    mask,
+    names,
+    objective,
+    part,
+    radius,
+    recipe,
+    samples,
+    schedule,
+)
+from flatmin.methods.combine import *
+from flatmin.methods.context import *
+from flatmin.methods.curvature import *
+from flatmin.methods.direction import *
+from flatmin.methods.geometry import *
+from flatmin.methods.inner_loop import *
+from flatmin.methods.mask import *
+from flatmin.methods.names import *
+from flatmin.methods.objective import *
+from flatmin.methods.part import *
+from flatmin.methods.radius import *
+from flatmin.methods.recipe import *
+from flatmin.methods.samples import *
+from flatmin.methods.schedule import *
+
+# Each file says what it offers, so that a new part is named in its own file only.
+__all__ = [*combine.__all__]
+__all__ += context.__all__
+__all__ += curvature.__all__
+__all__ += direction.__all__
+__all__ += geometry.__all__
+__all__ += inner_loop.__all__
+__all__ += mask.__all__
+__all__ += names.__all__
+__all__ += objective.__all__
+__all__ += part.__all__
+__all__ += radius.__all__
+__all__ += recipe.__all__
+__all__ += samples.__all__
+__all__ += schedule.__all__

@@ -6,30 +6,74 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from flatmin.methods.part import (
-    Combine,
-    Context,
-    Need,
-    NewState,
-    State,
-    Tensors,
-    check_choice,
-    check_count,
-    check_range,
-    learning_rate,
-)
+from flatmin.methods.context import NewState, State, StepContext, Tensors
+from flatmin.methods.part import Need, Part, check_choice, check_count, check_range, learning_rate
+
+__all__ = ["GNP", "GSAM", "SANER", "WSAM", "Combine", "Descent", "DirectionMagnitude", "LookSAM"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Combine(Part):
+    """What goes to the base optimizer? Runs over every trained tensor that has a gradient in all passes.
+
+    Attributes:
+        ascends: False for combinations that work where the weights never leave w. Default True.
+        uses_gradient: whether g is kept through pass 2, which costs one more copy. Default False: g is None.
+        passes_on: whether u is the last descent gradient itself; it is then handed over without a call. Default False.
+        rho_zero_is_base: whether rho = 0 gives the base's own steps. Default True.
+        keeps_graph: whether the descent pass may have to keep its graph; true where `graph` is defined.
+        off_step: whether a step without ascent is more than the base's; true where `off` is defined.
+        post_step: whether something is added to w after the base's step; true where `post` is defined.
+    """
+
+    kind: ClassVar[str] = "combine"
+    question: ClassVar[str] = "what goes to the base?"
+    declared_by: ClassVar = {
+        "keeps_graph": "graph",
+        "off_step": "off",
+        "post_step": "post",
+    }
+    uses_gradient: ClassVar[bool] = False
+    passes_on: ClassVar[bool] = False
+    rho_zero_is_base: ClassVar[bool] = True
+    keeps_graph: ClassVar[bool] = False
+    off_step: ClassVar[bool] = False
+    post_step: ClassVar[bool] = False
+
+    @property
+    def implied(self) -> frozenset[Need]:
+        # The products of a graph are taken after the weights are put back.
+        return super().implied | (frozenset({Need.STAYS}) if self.keeps_graph else frozenset())
+
+    def graph(self, state: State, c: StepContext) -> bool:
+        """Whether the descent pass shall keep its graph, so that `StepContext.curvature` works in this step's call."""
+        return False
+
+    def __call__(self, g: Tensors | None, gs: list[Tensors], state: State, c: StepContext) -> tuple[Tensors, NewState]:
+        """The update's gradient u from g (at w, or None) and the descent gradients, one list per point."""
+        raise AttributeError(f"{type(self).__name__} defines no __call__().")
+
+    def off(self, g: Tensors, state: State, c: StepContext) -> tuple[Tensors, NewState]:
+        """U on a step without ascent; g is the descent gradient at w, and may be given to `add_scaled` as spent."""
+        return g, {}
+
+    def post(self, g: Tensors | None, gs: list[Tensors], c: StepContext) -> Tensors | None:
+        """Added to w after the base's step, for decoupled terms; None: nothing."""
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Descent(Combine):
     """u = g_s: the base takes the gradient at w + eps. Source: Foret et al., SAM, ICLR 2021, Alg. 1."""
 
-    def __call__(self, g: Tensors | None, gs: list[Tensors], state: State, c: Context) -> tuple[Tensors, NewState]:
-        return gs[0], {}
+    passes_on: ClassVar = True
+
+    def __call__(self, g: Tensors | None, gs: list[Tensors], state: State, c: StepContext) -> tuple[Tensors, NewState]:
+        return gs[-1], {}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Orthogonal(Combine):
+class GSAM(Combine):
     """GSAM: u = g_s - alpha g_perp, with g_perp = g - (<g, g_s> / ||g_s||^2) g_s.
 
     g_perp is the part of the gradient at w that is orthogonal to the descent gradient, over all tensors as one vector:
@@ -46,14 +90,13 @@ class Orthogonal(Combine):
 
     Source: Zhuang et al., Surrogate Gap Minimization Improves Sharpness-Aware Training, ICLR 2022, Alg. 1.
 
-    Cost of gsam: 2 gradient evaluations a step, 2 extra copies of the moved weights.
-
     Example:
         >>> import flatmin
         >>> print(flatmin.compose("gsam", alpha=0.2).combine)
-        Orthogonal(alpha=0.2)
+        GSAM(alpha=0.2)
     """
 
+    former_names: ClassVar = ("Orthogonal",)
     needs: ClassVar = frozenset({Need.GRADIENT_AT_W})
     uses_gradient: ClassVar = True
     alpha: float = 0.4
@@ -61,7 +104,7 @@ class Orthogonal(Combine):
     def __post_init__(self) -> None:
         check_range(self, "alpha", 0.0, 1e6)
 
-    def __call__(self, g: Tensors | None, gs: list[Tensors], state: State, c: Context) -> tuple[Tensors, NewState]:
+    def __call__(self, g: Tensors | None, gs: list[Tensors], state: State, c: StepContext) -> tuple[Tensors, NewState]:
         assert g is not None
         # g_s - alpha (g - k g_s) = (g_s - alpha g) + alpha k g_s
         k = c.share(g, gs[0])
@@ -70,7 +113,7 @@ class Orthogonal(Combine):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Weighted(Combine):
+class WSAM(Combine):
     """WSAM: coupled u = (1 - a) g + a g_s, with a = gamma / (1 - gamma); a > 1 extrapolates.
 
     `coupled=False`: the base takes g, and then w <- w - lr a (g_s - g), so that momentum and Adam's moments see the
@@ -87,14 +130,13 @@ class Weighted(Combine):
     Source: Yue et al., Sharpness-Aware Minimization Revisited: Weighted Sharpness as a Regularization Term, KDD 2023,
     and the authors' code.
 
-    Cost of wsam: 2 gradient evaluations a step, 2 extra copies of the moved weights.
-
     Example:
         >>> import flatmin
         >>> print(flatmin.compose("wsam", gamma=0.5).combine)
-        Weighted(gamma=0.5, coupled=False)
+        WSAM(gamma=0.5, coupled=False)
     """
 
+    former_names: ClassVar = ("Weighted",)
     needs: ClassVar = frozenset({Need.GRADIENT_AT_W})
     uses_gradient: ClassVar = True
     gamma: float = 0.9
@@ -103,7 +145,7 @@ class Weighted(Combine):
     def __post_init__(self) -> None:
         check_range(self, "gamma", 0.0, 1.0)
         if self.gamma == 1.0:
-            raise ValueError("Weighted: gamma must be below 1, where the weight a = gamma / (1 - gamma) is infinite.")
+            raise ValueError("WSAM: gamma must be below 1, where the weight a = gamma / (1 - gamma) is infinite.")
 
     def demands(self) -> frozenset[Need]:
         return self.needs if self.coupled else self.needs | {Need.LR}
@@ -113,11 +155,11 @@ class Weighted(Combine):
         """A = gamma / (1 - gamma)."""
         return self.gamma / (1.0 - self.gamma)
 
-    def __call__(self, g: Tensors | None, gs: list[Tensors], state: State, c: Context) -> tuple[Tensors, NewState]:
+    def __call__(self, g: Tensors | None, gs: list[Tensors], state: State, c: StepContext) -> tuple[Tensors, NewState]:
         assert g is not None
         return (list(torch._foreach_lerp(g, gs[0], self.weight)) if self.coupled else g), {}
 
-    def post(self, g: Tensors | None, gs: list[Tensors], c: Context) -> Tensors | None:
+    def post(self, g: Tensors | None, gs: list[Tensors], c: StepContext) -> Tensors | None:
         if self.coupled or g is None:
             return None
         change = list(torch._foreach_sub(gs[0], g))
@@ -126,7 +168,7 @@ class Weighted(Combine):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Penalty(Combine):
+class GNP(Combine):
     """GNP: u = (1 - alpha) g + alpha g_s, which penalises the gradient's norm to first order.
 
     Args:
@@ -139,14 +181,13 @@ class Penalty(Combine):
 
     Source: Zhao, Zhang & Hu, Penalizing Gradient Norm for Efficiently Improving Generalization, ICML 2022, Alg. 1.
 
-    Cost of gnp: 2 gradient evaluations a step, 2 extra copies of the moved weights.
-
     Example:
         >>> import flatmin
         >>> print(flatmin.compose("gnp", alpha=0.5).combine)
-        Penalty(alpha=0.5)
+        GNP(alpha=0.5)
     """
 
+    former_names: ClassVar = ("Penalty",)
     needs: ClassVar = frozenset({Need.GRADIENT_AT_W})
     uses_gradient: ClassVar = True
     alpha: float = 0.8
@@ -154,13 +195,13 @@ class Penalty(Combine):
     def __post_init__(self) -> None:
         check_range(self, "alpha", 0.0, 1e6)
 
-    def __call__(self, g: Tensors | None, gs: list[Tensors], state: State, c: Context) -> tuple[Tensors, NewState]:
+    def __call__(self, g: Tensors | None, gs: list[Tensors], state: State, c: StepContext) -> tuple[Tensors, NewState]:
         assert g is not None
         return list(torch._foreach_lerp(g, gs[0], self.alpha)), {}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Look(Combine):
+class LookSAM(Combine):
     """LookSAM's memory: what SAM adds to the gradient is used again on the steps that do not ascend.
 
         on:   u = g_s,  g_v = g_s - (<g_s, g> / ||g||^2) g is kept
@@ -176,14 +217,13 @@ class Look(Combine):
 
     Source: Liu et al., Towards Efficient and Scalable Sharpness-Aware Minimization, CVPR 2022, Alg. 1.
 
-    Cost of looksam: 1.2 gradient evaluations a step, 3 extra copies of the moved weights.
-
     Example:
         >>> import flatmin
         >>> print(flatmin.compose("looksam", alpha=0.5).combine)
-        Look(alpha=0.5)
+        LookSAM(alpha=0.5)
     """
 
+    former_names: ClassVar = ("Look",)
     needs: ClassVar = frozenset({Need.GRADIENT_AT_W, Need.WHOLE_BATCH})
     slots: ClassVar = {"sharp": "param", "size": "scalar"}
     uses_gradient: ClassVar = True
@@ -192,12 +232,12 @@ class Look(Combine):
     def __post_init__(self) -> None:
         check_range(self, "alpha", 0.0, 1e6)
 
-    def __call__(self, g: Tensors | None, gs: list[Tensors], state: State, c: Context) -> tuple[Tensors, NewState]:
+    def __call__(self, g: Tensors | None, gs: list[Tensors], state: State, c: StepContext) -> tuple[Tensors, NewState]:
         assert g is not None
         sharp, size = c.reject(gs[0], g)
         return gs[0], {"sharp": sharp, "size": size}
 
-    def off(self, g: Tensors, state: State, c: Context) -> tuple[Tensors, NewState]:
+    def off(self, g: Tensors, state: State, c: StepContext) -> tuple[Tensors, NewState]:
         sharp, size = state["sharp"], state["size"]
         if size is None:
             return g, {}
@@ -208,7 +248,7 @@ class Look(Combine):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Keep(Combine):
+class DirectionMagnitude(Combine):
     """Ablation: one half of g_s and the other half of g.
 
     granularity "element": direction = sign, magnitude = absolute value of each entry;
@@ -229,14 +269,13 @@ class Keep(Combine):
     Source: Luong, empirical study of direction and magnitude in SAM (2024), prose and classes `samdirection.py`,
     `sammagnitude.py`.
 
-    Cost of sam-direction: 2 gradient evaluations a step, 2 extra copies of the moved weights.
-
     Example:
         >>> import flatmin
         >>> print(flatmin.compose("sam-direction", granularity="tensor").combine)
-        Keep(keep='direction', granularity='tensor', legacy_names=False)
+        DirectionMagnitude(keep='direction', granularity='tensor', legacy_names=False)
     """
 
+    former_names: ClassVar = ("Keep",)
     needs: ClassVar = frozenset({Need.GRADIENT_AT_W})
     uses_gradient: ClassVar = True
     keep: str = "direction"
@@ -247,7 +286,7 @@ class Keep(Combine):
         check_choice(self, "keep", ("direction", "magnitude"))
         check_choice(self, "granularity", ("element", "tensor", "global"))
 
-    def __call__(self, g: Tensors | None, gs: list[Tensors], state: State, c: Context) -> tuple[Tensors, NewState]:
+    def __call__(self, g: Tensors | None, gs: list[Tensors], state: State, c: StepContext) -> tuple[Tensors, NewState]:
         assert g is not None
         of_sam = (self.keep == "direction") != self.legacy_names
         direction, magnitude = (gs[0], g) if of_sam else (g, gs[0])
@@ -266,7 +305,7 @@ def _ratio(a: Tensor, b: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Saner(Combine):
+class SANER(Combine):
     """SANER: u = (1 - alpha 1[0 < r < 1]) g_s entry by entry, with r = g_s / g.
 
     Entries whose gradient shrank without changing sign on the way to w + eps are damped.
@@ -280,15 +319,14 @@ class Saner(Combine):
 
     Source: README of the SANER repository (Luong and co-authors).
 
-    Cost of saner: 2 gradient evaluations a step, 2 extra copies of the moved weights.
-
     Example:
         >>> import flatmin
         >>> print(flatmin.compose("saner", alpha=0.25).combine)
-        Saner(alpha=0.25, warm_up=0)
+        SANER(alpha=0.25, warm_up=0)
     """
 
-    counts: ClassVar = True
+    former_names: ClassVar = ("Saner",)
+    step_dependent: ClassVar = True
     needs: ClassVar = frozenset({Need.GRADIENT_AT_W})
     uses_gradient: ClassVar = True
     alpha: float = 0.5
@@ -298,7 +336,7 @@ class Saner(Combine):
         check_range(self, "alpha", 0.0, 1.0)
         check_count(self, "warm_up", 0)
 
-    def __call__(self, g: Tensors | None, gs: list[Tensors], state: State, c: Context) -> tuple[Tensors, NewState]:
+    def __call__(self, g: Tensors | None, gs: list[Tensors], state: State, c: StepContext) -> tuple[Tensors, NewState]:
         assert g is not None
         if c.step < self.warm_up:
             return gs[0], {}

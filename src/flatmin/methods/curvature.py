@@ -6,13 +6,18 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from flatmin.methods.part import Combine, Context, Need, NewState, State, Tensors, check_choice, check_count
+from flatmin.methods.combine import Combine
+from flatmin.methods.context import NewState, State, StepContext, Tensors
+from flatmin.methods.part import Need, check_choice, check_count
+
+__all__ = ["SGDHess"]
+
 
 ESTIMATES = ("hutchinson_abs", "hutchinson_diag", "ggn", "exact")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Curved(Combine):
+class SGDHess(Combine):
     """SGDHESS: u = g + rho h * g with a diagonal curvature h, or u = g + rho H g.
 
     curvature:
@@ -38,16 +43,14 @@ class Curved(Combine):
 
     Source: Luong, empirical study of SAM (2024), `sgdhess.py`, after AdaHessian (Yao et al., AAAI 2021).
 
-    Cost of sgdhess: 4 gradient evaluations a step, 1 extra copy of the moved weights.
-    Needs: random draws; the graph of a pass (call optimizer.backward(loss) instead of loss.backward()).
-
     Example:
         >>> import flatmin
         >>> print(flatmin.compose("sgdhess", curvature="ggn").combine)
-        Curved(curvature='ggn', draws=1, interval=1, spatial_mean=True)
+        SGDHess(curvature='ggn', draws=1, interval=1, spatial_mean=True)
     """
 
-    counts: ClassVar = True
+    former_names: ClassVar = ("Curved",)
+    step_dependent: ClassVar = True
     slots: ClassVar = {"h": "param"}
     needs: ClassVar = frozenset({Need.SECOND_ORDER})
     ascends: ClassVar[bool] = False
@@ -65,7 +68,7 @@ class Curved(Combine):
     def surcharge(self) -> float:
         return 3.0 * (1 if self.curvature == "exact" else self.draws) / self.interval
 
-    def graph(self, state: State, c: Context) -> bool:
+    def graph(self, state: State, c: StepContext) -> bool:
         return c.step % self.interval == 0 or all(h is None for h in state["h"])
 
     def demands(self) -> frozenset[Need]:
@@ -73,7 +76,7 @@ class Curved(Combine):
         loss = frozenset({Need.CRITERION}) if self.curvature == "ggn" else frozenset[Need]()
         return self.needs | draws | loss
 
-    def __call__(self, g: Tensors | None, gs: list[Tensors], state: State, c: Context) -> tuple[Tensors, NewState]:
+    def __call__(self, g: Tensors | None, gs: list[Tensors], state: State, c: StepContext) -> tuple[Tensors, NewState]:
         grads = gs[0]
         if c.curvature is None:
             h = [torch.zeros_like(x) if s is None else s for s, x in zip(state["h"], grads, strict=True)]
@@ -85,7 +88,7 @@ class Curved(Combine):
         update = torch._foreach_add(grads, torch._foreach_mul(change, list(c.rhos)))
         return list(update), ({} if c.curvature is None else {"h": h})
 
-    def _estimate(self, c: Context) -> Tensors:
+    def _estimate(self, c: StepContext) -> Tensors:
         products = c.curvature
         assert products is not None
         total: Tensors | None = None

@@ -4,11 +4,56 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
-from flatmin.methods.part import Context, Direction, NewState, State, Tensors, check_range
+from flatmin.methods.context import NewState, State, StepContext, Tensors
+from flatmin.methods.part import Need, Part, check_choice, check_range
+
+__all__ = ["EMA", "FSAM", "RSAM", "Direction", "Gradient", "Momentum", "StaleGradient", "filled"]
 
 
-def filled(slot: list[torch.Tensor | None], default: Tensors) -> Tensors:
+@dataclass(frozen=True, kw_only=True)
+class Direction(Part):
+    """Along what?
+
+    Attributes:
+        evaluates: whether it takes pass 1; without, it is called with g = None. Default True.
+        moves_start: whether pass 1 is taken at w + `start()`. Default False.
+        observes: whether it learns from the descent gradient; true where `observe` is defined.
+    """
+
+    kind: ClassVar[str] = "direction"
+    question: ClassVar[str] = "along what?"
+    declared_by: ClassVar = {"observes": "observe"}
+    evaluates: ClassVar[bool] = True
+    moves_start: ClassVar[bool] = False
+    observes: ClassVar[bool] = False
+
+    def conflict(self, need: Need) -> str | None:
+        if need in (Need.GRADIENT_AT_W, Need.LOSSES_AT_W) and self.moves_start:
+            return "pass 1 is not taken at w"
+        if need in (Need.GRADIENT_AT_W, Need.LOSSES_AT_W, Need.PASS_1) and not self.evaluates:
+            return "it takes no pass 1"
+        return super().conflict(need)
+
+    def factor(self) -> float:
+        """A factor on the displacement along d, asked once; -1 goes against it."""
+        return 1.0
+
+    def start(self, state: State, c: StepContext) -> Tensors:
+        """Where pass 1 is taken, as a displacement from w."""
+        raise AttributeError(f"{type(self).__name__} declares moves_start and defines no start().")
+
+    def __call__(self, g: Tensors | None, state: State, c: StepContext) -> tuple[Tensors | None, NewState]:
+        """The direction d (None: stay at w this time) and the new state."""
+        raise AttributeError(f"{type(self).__name__} defines no __call__().")
+
+    def observe(self, gs: Tensors, state: State, c: StepContext) -> NewState:
+        """New state from the descent gradient."""
+        return {}
+
+
+def filled(slot: list[Tensor | None], default: Tensors) -> Tensors:
     """The slot's tensors in the dtypes of `default`, and `default` where a tensor has not been seen before.
 
     A checkpoint may have been saved in another precision than training goes on in.
@@ -20,7 +65,7 @@ def filled(slot: list[torch.Tensor | None], default: Tensors) -> Tensors:
 class Gradient(Direction):
     """d = g. Source: Foret et al., SAM, ICLR 2021, Eq. 2."""
 
-    def __call__(self, g: Tensors | None, state: State, c: Context) -> tuple[Tensors | None, NewState]:
+    def __call__(self, g: Tensors | None, state: State, c: StepContext) -> tuple[Tensors | None, NewState]:
         return g, {}
 
 
@@ -36,8 +81,6 @@ class EMA(Direction):
 
     Source: Li & Giannakis, VaSSO, NeurIPS 2023; `solver/vasso.py` of the original code.
 
-    Cost of vasso: 2 gradient evaluations a step, 3 extra copies of the moved weights.
-
     Example:
         >>> import flatmin
         >>> print(flatmin.compose("vasso", theta=0.4).direction)
@@ -50,14 +93,14 @@ class EMA(Direction):
     def __post_init__(self) -> None:
         check_range(self, "theta", 0.0, 1.0, open_low=True)
 
-    def __call__(self, g: Tensors | None, state: State, c: Context) -> tuple[Tensors | None, NewState]:
+    def __call__(self, g: Tensors | None, state: State, c: StepContext) -> tuple[Tensors | None, NewState]:
         assert g is not None
         ema = torch._foreach_lerp(filled(state["ema"], g), g, self.theta)
         return list(ema), {"ema": list(ema)}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Friendly(Direction):
+class FSAM(Direction):
     """F-SAM: d = g - sigma m, with m_t = lam m_{t-1} + (1 - lam) g_t: the batch-specific part of the gradient.
 
     A tensor's first gradient starts m at g; the first step is plain SAM (d = g), because g - m would vanish.
@@ -75,14 +118,13 @@ class Friendly(Direction):
 
     Source: Li et al., Friendly SAM, CVPR 2024; `utils.py` of the original code.
 
-    Cost of fsam: 2 gradient evaluations a step, 3 extra copies of the moved weights.
-
     Example:
         >>> import flatmin
         >>> print(flatmin.compose("fsam", sigma=0.5).direction)
-        Friendly(sigma=0.5, lam=0.9, ema='current')
+        FSAM(sigma=0.5, lam=0.9, ema='current')
     """
 
+    former_names: ClassVar = ("Friendly",)
     slots: ClassVar = {"mean": "param"}
     sigma: float = 1.0
     lam: float = 0.9
@@ -92,13 +134,11 @@ class Friendly(Direction):
         check_range(self, "sigma", -1e6, 1e6)
         check_range(self, "lam", 0.0, 1.0)
         if self.lam == 1.0:
-            raise ValueError("Friendly: lam must be below 1, or the average never moves from the first gradient.")
+            raise ValueError("FSAM: lam must be below 1, or the average never moves from the first gradient.")
         if self.ema not in ("current", "previous"):
-            raise ValueError(
-                f"Friendly: ema must be 'current' (paper) or 'previous' (original code), got {self.ema!r}."
-            )
+            raise ValueError(f"FSAM: ema must be 'current' (paper) or 'previous' (original code), got {self.ema!r}.")
 
-    def __call__(self, g: Tensors | None, state: State, c: Context) -> tuple[Tensors | None, NewState]:
+    def __call__(self, g: Tensors | None, state: State, c: StepContext) -> tuple[Tensors | None, NewState]:
         assert g is not None
         previous = filled(state["mean"], g)
         mean = list(torch._foreach_lerp(previous, g, 1.0 - self.lam))
@@ -108,3 +148,125 @@ class Friendly(Direction):
         if any(first):
             d = [x if new else y for new, x, y in zip(first, g, d, strict=True)]
         return d, {"mean": mean}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RSAM(Direction):
+    """RSAM: d = Delta + lam grad L(w + Delta), with Delta = sigma n ||w_filter|| and n ~ N(0, I).
+
+    Pass 1 is taken at w + Delta; Delta is held through it (one more copy then, none in pass 2). The displacement is
+    taken from w.
+
+    Args:
+        sigma: scale of the noise, >= 0. Default 0.001 (the official runs go from 0.0005 to 0.0025).
+        lam: weight of the gradient, > 0. Default 2.0 (official code). With sigma = 0 it cancels: the method is SAM.
+        scale: "filter" (default, official code): every entry's noise is multiplied by the norm of its filter (a slice
+            along the first dimension; a vector is one filter). "none": Delta = sigma n.
+
+    Raises:
+        ValueError: out of range.
+
+    Source: Liu et al., Random Sharpness-Aware Minimization, NeurIPS 2022, and its code.
+
+    Example:
+        >>> import flatmin
+        >>> print(flatmin.compose("rsam", sigma=0.002).direction)
+        RSAM(sigma=0.002, lam=2.0, scale='filter')
+    """
+
+    former_names: ClassVar = ("Randomised",)
+    needs: ClassVar = frozenset({Need.RANDOM, Need.FREE_START})
+    moves_start: ClassVar = True
+    sigma: float = 0.001
+    lam: float = 2.0
+    scale: str = "filter"
+
+    def __post_init__(self) -> None:
+        check_range(self, "sigma", 0.0, 1e6)
+        check_range(self, "lam", 0.0, 1e12, open_low=True)
+        check_choice(self, "scale", ("filter", "none"))
+
+    def start(self, state: State, c: StepContext) -> Tensors:
+        noise = list(torch._foreach_mul(c.noise(), self.sigma))
+        return noise if self.scale == "none" else list(torch._foreach_mul(noise, [_filter_norms(w) for w in c.w]))
+
+    def __call__(self, g: Tensors | None, state: State, c: StepContext) -> tuple[Tensors | None, NewState]:
+        assert g is not None
+        return list(torch._foreach_add(c.start, g, alpha=self.lam)), {}
+
+
+def _filter_norms(w: Tensor) -> Tensor:
+    """The norm of each filter, shaped so that it multiplies every entry of it."""
+    axes = tuple(range(1, w.ndim)) if w.ndim > 1 else tuple(range(w.ndim))
+    return torch.linalg.vector_norm(w, dim=axes, keepdim=True).expand_as(w) if axes else w.abs()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Momentum(Direction):
+    """Momentum-SAM: d = sign * v with v the base optimizer's momentum; no pass 1, one gradient a step.
+
+    v is SGD's momentum buffer or Adam's first moment (not preconditioned). Until the base has one, the weights stay.
+
+    Args:
+        sign: -1 (default) looks ahead along the update, as the official code and its followers do, whatever their
+            comments say; +1 climbs.
+
+    The official runs use a larger radius than SAM's (0.3 to 10; 3 on CIFAR): set rho.
+
+    Raises:
+        ValueError: another sign.
+
+    Source: Becker, Altrock & Risse, Momentum-SAM: Sharpness Aware Minimization without Computational Overhead, 2024;
+    official code `optimizer/msam.py`.
+
+    Example:
+        >>> import flatmin
+        >>> print(flatmin.compose("momentum-sam", sign=1).direction)
+        Momentum(sign=1)
+    """
+
+    evaluates: ClassVar = False
+    needs: ClassVar = frozenset({Need.BASE_MOMENTUM})
+    sign: int = -1
+
+    def __post_init__(self) -> None:
+        if self.sign not in (-1, 1):
+            raise ValueError(f"Momentum: sign must be -1 (look ahead) or 1 (climb), got {self.sign!r}.")
+
+    def factor(self) -> float:
+        return float(self.sign)
+
+    def __call__(self, g: Tensors | None, state: State, c: StepContext) -> tuple[Tensors | None, NewState]:
+        momenta = c.momentum
+        if all(v is None for v in momenta):
+            return None, {}
+        return [torch.zeros_like(w) if v is None else v for v, w in zip(momenta, c.w, strict=True)], {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StaleGradient(Direction):
+    """d_t = the last step's descent gradient, grad L_{B_{t-1}}(w_{t-1} + eps_{t-1}); no pass 1, one gradient a step.
+
+    The first step stays at w. AsyncSAM differs: its old gradient is taken at the old w, in a stream of its own.
+
+    Source: the idea of a gradient one step old, as in AsyncSAM.
+
+    Example:
+        >>> import flatmin
+        >>> print(flatmin.compose("stale-sam").direction)
+        StaleGradient()
+    """
+
+    former_names: ClassVar = ("Stale",)
+    evaluates: ClassVar = False
+    slots: ClassVar = {"gradient": "param"}
+
+    def __call__(self, g: Tensors | None, state: State, c: StepContext) -> tuple[Tensors | None, NewState]:
+        last = state["gradient"]
+        if all(s is None for s in last):
+            return None, {}
+        return [torch.zeros_like(w) if s is None else s for s, w in zip(last, c.w, strict=True)], {}
+
+    def observe(self, gs: Tensors, state: State, c: StepContext) -> NewState:
+        # The base may write to what it is given.
+        return {"gradient": c.copied(gs)}

@@ -6,7 +6,30 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from flatmin.methods.part import Context, Geometry, Need, Tensors, check_range
+from flatmin.methods.context import StepContext, Tensors
+from flatmin.methods.part import Need, Part, check_range
+
+__all__ = ["L2", "Adaptive", "Centralised", "Geometry", "Unnormalised"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Geometry(Part):
+    """In which norm?
+
+    Attributes:
+        default_rho: the radius of recipes in this geometry that are given none. Default 0.05.
+        adaptive: whether it follows the scale of the weights, except in param groups with `adaptive=False`. Default
+            False: groups with `adaptive=True` are refused.
+    """
+
+    kind: ClassVar[str] = "geometry"
+    question: ClassVar[str] = "in which norm?"
+    default_rho: ClassVar[float] = 0.05
+    adaptive: ClassVar[bool] = False
+
+    def __call__(self, d: Tensors, c: StepContext) -> tuple[Tensors, Tensor | None]:
+        """T(T d) and ||T d||; None for no normalisation. May return d itself."""
+        raise AttributeError(f"{type(self).__name__} defines no __call__().")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +41,7 @@ class L2(Geometry):
 
     default_rho: ClassVar[float] = 0.05
 
-    def __call__(self, d: Tensors, c: Context) -> tuple[Tensors, Tensor | None]:
+    def __call__(self, d: Tensors, c: StepContext) -> tuple[Tensors, Tensor | None]:
         return d, c.norm(d)
 
 
@@ -37,8 +60,6 @@ class Adaptive(Geometry):
 
     Needs parameter names if weights_only. Source: Kwon et al., ASAM, ICML 2021, Eq. 7 and `asam.py`.
 
-    Cost of asam: 2 gradient evaluations a step, 1 extra copy of the moved weights.
-
     Example:
         >>> import flatmin
         >>> print(flatmin.compose("asam", eta=0.01).geometry)
@@ -46,6 +67,7 @@ class Adaptive(Geometry):
     """
 
     default_rho: ClassVar[float] = 0.5
+    adaptive: ClassVar[bool] = True
     eta: float = 0.0
     weights_only: bool = False
 
@@ -55,7 +77,7 @@ class Adaptive(Geometry):
     def demands(self) -> frozenset[Need]:
         return frozenset({Need.NAMES}) if self.weights_only else frozenset()
 
-    def __call__(self, d: Tensors, c: Context) -> tuple[Tensors, Tensor | None]:
+    def __call__(self, d: Tensors, c: StepContext) -> tuple[Tensors, Tensor | None]:
         t = list(torch._foreach_abs(c.w))
         if self.eta:
             torch._foreach_add_(t, self.eta)
@@ -77,8 +99,6 @@ class Unnormalised(Geometry):
     The default is a choice of this library: no published default for deep networks is known to it.
     Source: Andriushchenko & Flammarion, ICML 2022; also the unnormalised method of Khanh et al., NeurIPS 2024.
 
-    Cost of usam: 2 gradient evaluations a step, 1 extra copy of the moved weights.
-
     Example:
         >>> import flatmin
         >>> print(flatmin.compose("usam").geometry)
@@ -87,7 +107,7 @@ class Unnormalised(Geometry):
 
     default_rho: ClassVar[float] = 0.05
 
-    def __call__(self, d: Tensors, c: Context) -> tuple[Tensors, Tensor | None]:
+    def __call__(self, d: Tensors, c: StepContext) -> tuple[Tensors, Tensor | None]:
         return d, None
 
 
@@ -100,8 +120,6 @@ class Centralised(Geometry):
 
     Source: Hassan et al., GCSAM: Gradient Centralized Sharpness Aware Minimization, 2025, after Yong et al., ECCV 2020.
 
-    Cost of gcsam: 2 gradient evaluations a step, 1 extra copy of the moved weights.
-
     Example:
         >>> import flatmin
         >>> print(flatmin.compose("gcsam").geometry)
@@ -110,6 +128,6 @@ class Centralised(Geometry):
 
     default_rho: ClassVar[float] = 0.05
 
-    def __call__(self, d: Tensors, c: Context) -> tuple[Tensors, Tensor | None]:
+    def __call__(self, d: Tensors, c: StepContext) -> tuple[Tensors, Tensor | None]:
         centred = [x - x.mean(tuple(range(1, x.ndim)), keepdim=True) if x.ndim > 1 else x for x in d]
         return centred, c.norm(d)

@@ -7,19 +7,65 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from flatmin.methods.part import Ascend, Context, Eval, Gradients, Need, Offset, Points, check_choice, check_count
+from flatmin.methods.context import Ascend, GradientRequest, Gradients, Perturbation, StepContext
+from flatmin.methods.part import Need, Part, check_choice, check_count
+
+__all__ = ["DifferentBatch", "InnerLoop", "MicroBatches", "NStep", "NoAscent", "OneStep", "accumulate"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class One(Points):
+class InnerLoop(Part):
+    """How many ascents, from where, on what?
+
+    Attributes:
+        ascends: whether the weights leave w at all. Default True.
+        one_ascent: whether it is one ascent from w and one descent gradient at w + eps on the whole batch, so that
+            manual loops of two passes serve it. Default False.
+        two_batches: whether it climbs on one batch and descends on another: micro-batch 0 and `plain_chunk`. A loop
+            that trains on single batches gives the batch before as the first. Default False.
+        pooled: whether what is returned is not the last request's own gradients but made of several. Default False.
+        copies: of the moved weights that it holds during the last pass. Default 0.
+        plain_chunk: the micro-batch of a step without ascent. Default None: all of them.
+    """
+
+    kind: ClassVar[str] = "inner_loop"
+    question: ClassVar[str] = "how many ascents?"
+    one_ascent: ClassVar[bool] = False
+    two_batches: ClassVar[bool] = False
+    pooled: ClassVar[bool] = False
+    copies: ClassVar[int] = 0
+    plain_chunk: ClassVar[int | None] = None
+
+    def conflict(self, need: Need) -> str | None:
+        if need is Need.ASCENT and not self.ascends:
+            return "it never leaves w"
+        if need is Need.STAYS and self.ascends:
+            return "it leaves w"
+        return super().conflict(need)
+
+    def evaluations(self, ascent: int) -> float:
+        """Gradients a step, if one ascent costs `ascent`."""
+        return ascent + 1
+
+    def __call__(self, ascend: Ascend, c: StepContext) -> Generator[GradientRequest, Gradients, list[Gradients]]:
+        """Ask for gradients; return the descent gradients, one list for each point."""
+        raise AttributeError(f"{type(self).__name__} defines no __call__().")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneStep(InnerLoop):
     """One ascent, one descent gradient. Source: Foret et al., SAM, ICLR 2021, Alg. 1."""
 
-    def __call__(self, ascend: Ascend, c: Context) -> Generator[Eval, Gradients, list[Gradients]]:
-        return [(yield Eval("descent", (yield from ascend())))]
+    one_ascent: ClassVar[bool] = True
+
+    former_names: ClassVar = ("One",)
+
+    def __call__(self, ascend: Ascend, c: StepContext) -> Generator[GradientRequest, Gradients, list[Gradients]]:
+        return [(yield GradientRequest("descent", (yield from ascend())))]
 
 
 @dataclass(frozen=True, kw_only=True)
-class NStep(Points):
+class NStep(InnerLoop):
     """n ascents: w_{j+1} = w_j + step_j, and the descent gradient at w_n.
 
     step="split": each moves by rho / n along geometry(d(w_j)). step="full": each moves by rho, and the sum is then
@@ -36,16 +82,14 @@ class NStep(Points):
 
     Source: Foret et al., SAM, ICLR 2021, Appendix (several inner steps).
 
-    Cost of n-step: 4 gradient evaluations a step, 2 extra copies of the moved weights.
-
     Example:
         >>> import flatmin
-        >>> print(flatmin.compose("n-step", n=2).points)
+        >>> print(flatmin.compose("n-step", n=2).inner_loop)
         NStep(n=2, step='split')
     """
 
     needs: ClassVar = frozenset({Need.PASS_1})
-    withholds: ClassVar = {
+    conflicts: ClassVar = {
         Need.LOSSES_AT_W: "only the first of its ascent passes is at w",
         Need.ONE_ASCENT: "it takes several",
         Need.FREE_START: "each of its ascent passes starts where the last one ended",
@@ -61,29 +105,29 @@ class NStep(Points):
     def evaluations(self, ascent: int) -> float:
         return self.n * ascent + 1
 
-    def __call__(self, ascend: Ascend, c: Context) -> Generator[Eval, Gradients, list[Gradients]]:
+    def __call__(self, ascend: Ascend, c: StepContext) -> Generator[GradientRequest, Gradients, list[Gradients]]:
         total: dict[int, Tensor] = {}
         share = 1.0 / self.n if self.step == "split" else 1.0
 
-        def here() -> Offset | None:
-            return Offset.of(list(total), list(total.values()), c) if total else None
+        def here() -> Perturbation | None:
+            return Perturbation.of(list(total), list(total.values()), c) if total else None
 
         for _ in range(self.n):
-            offset = yield from ascend(here())
-            if offset is None:
+            eps = yield from ascend(here())
+            if eps is None:
                 continue
-            for i, e in zip(offset.index, offset.tensors(), strict=True):
+            for i, e in zip(eps.index, eps.tensors(), strict=True):
                 total[i] = total[i].add(e, alpha=share) if i in total else e * share
-            offset.direction = []
+            eps.direction = []
             if self.step == "full":
-                reach = c.norm([total[i] / f for i, f in zip(offset.index, offset.factors, strict=True)])
+                reach = c.norm([total[i] / f for i, f in zip(eps.index, eps.factors, strict=True)])
                 back = reach.clamp(min=1.0)
                 total = {i: t / back.to(t.device, t.dtype) for i, t in total.items()}
-        return [(yield Eval("descent", here()))]
+        return [(yield GradientRequest("descent", here()))]
 
 
 @dataclass(frozen=True, kw_only=True)
-class MicroBatches(Points):
+class MicroBatches(InnerLoop):
     """mSAM: every micro-batch B_i climbs by its own gradient, and their descent gradients are averaged.
 
         eps_i = rho g_i / ||g_i||,   u = (1/m) sum_i grad L_{B_i}(w + eps_i)
@@ -94,28 +138,25 @@ class MicroBatches(Points):
     Source: Foret et al., SAM, ICLR 2021, Section 4.1 (m-sharpness); Behdin et al., mSAM: Micro-Batch-Averaged
     Sharpness-Aware Minimization, 2023.
 
-    Cost of micro-sam: 2 gradient evaluations a step, 2 extra copies of the moved weights.
-    Needs: micro-batches (step([closure, closure, ...]) or passes(chunks=m)).
-
     Example:
         >>> import flatmin
-        >>> print(flatmin.compose("micro-sam").points)
+        >>> print(flatmin.compose("micro-sam").inner_loop)
         MicroBatches()
     """
 
     needs: ClassVar = frozenset({Need.MICRO_BATCHES})
-    withholds: ClassVar = {
+    conflicts: ClassVar = {
         Need.WHOLE_BATCH: "each micro-batch has a gradient of its own",
         Need.GRADIENT_AT_W: "each micro-batch has a gradient of its own",
     }
     pooled: ClassVar[bool] = True
     copies: ClassVar[int] = 1
 
-    def __call__(self, ascend: Ascend, c: Context) -> Generator[Eval, Gradients, list[Gradients]]:
+    def __call__(self, ascend: Ascend, c: StepContext) -> Generator[GradientRequest, Gradients, list[Gradients]]:
         mean: Gradients = []
         for chunk in range(c.chunks):
-            offset = yield from ascend(chunk=chunk)
-            grads = yield Eval("descent", offset, chunk)
+            eps = yield from ascend(chunk=chunk)
+            grads = yield GradientRequest("descent", eps, chunk)
             mean = accumulate(mean, grads, 1.0 / c.chunks)
             del grads
         return [mean]
@@ -124,21 +165,21 @@ class MicroBatches(Points):
 def accumulate(total: Gradients, new: Gradients, weight: float) -> Gradients:
     """Total + weight * new, where a tensor without gradient counts as zero; the gradients given are not changed."""
     added: Gradients = list(total) if total else [None] * len(new)
-    known: list[tuple[int, Tensor, Tensor]] = []
+    both: list[tuple[int, Tensor, Tensor]] = []
     for i, (t, g) in enumerate(zip(added, new, strict=True)):
         if t is not None and g is not None:
-            known.append((i, t, g))
+            both.append((i, t, g))
         elif g is not None:
             added[i] = g * weight
-    if known:
-        sums = torch._foreach_add([t for _, t, _ in known], [g for _, _, g in known], alpha=weight)
-        for (i, _, _), t in zip(known, sums, strict=True):
+    if both:
+        sums = torch._foreach_add([t for _, t, _ in both], [g for _, _, g in both], alpha=weight)
+        for (i, _, _), t in zip(both, sums, strict=True):
             added[i] = t
     return added
 
 
 @dataclass(frozen=True, kw_only=True)
-class OtherBatch(Points):
+class DifferentBatch(InnerLoop):
     """SAM-db, a probe: the ascent's gradient comes from another batch than the descent's.
 
         eps = rho g' / ||g'||,  g' = grad L_{B'}(w),   u = grad L_B(w + eps)
@@ -151,41 +192,39 @@ class OtherBatch(Points):
     Source: the different-batch probe of Li & Giannakis, VaSSO, NeurIPS 2023; the same idea is a switch
     (`--sam_use_prev_batch`) of Andriushchenko & Flammarion's code, ICML 2022.
 
-    Cost of sam-db: 2 gradient evaluations a step, 1 extra copy of the moved weights.
-    Needs: micro-batches (step([closure, closure, ...]) or passes(chunks=m)).
-
     Example:
         >>> import flatmin
-        >>> print(flatmin.compose("sam-db").points)
-        OtherBatch()
+        >>> print(flatmin.compose("sam-db").inner_loop)
+        DifferentBatch()
     """
 
+    former_names: ClassVar = ("OtherBatch",)
     needs: ClassVar = frozenset({Need.MICRO_BATCHES, Need.PASS_1})
-    withholds: ClassVar = {
+    conflicts: ClassVar = {
         Need.GRADIENT_AT_W: "pass 1 sees another batch",
         Need.LOSSES_AT_W: "pass 1 sees another batch",
     }
+    two_batches: ClassVar[bool] = True
     plain_chunk: ClassVar[int | None] = 1
 
-    def __call__(self, ascend: Ascend, c: Context) -> Generator[Eval, Gradients, list[Gradients]]:
+    def __call__(self, ascend: Ascend, c: StepContext) -> Generator[GradientRequest, Gradients, list[Gradients]]:
         if c.chunks != 2:
             raise ValueError(
-                f"OtherBatch wants two closures, the batch that is climbed on and the one that is descended on; got "
-                f"{c.chunks}."
+                f"DifferentBatch wants two closures, for the batch to climb and the one to descend; got {c.chunks}."
             )
-        offset = yield from ascend(chunk=0)
-        return [(yield Eval("descent", offset, 1))]
+        eps = yield from ascend(chunk=0)
+        return [(yield GradientRequest("descent", eps, 1))]
 
 
 @dataclass(frozen=True, kw_only=True)
-class AtW(Points):
+class NoAscent(InnerLoop):
     """No ascent: one gradient, at w."""
 
-    withholds: ClassVar = {Need.ASCENT: "it never leaves w"}
-    leaves: ClassVar[bool] = False
+    former_names: ClassVar = ("AtW",)
+    ascends: ClassVar[bool] = False
 
     def evaluations(self, ascent: int) -> float:
         return 1.0
 
-    def __call__(self, ascend: Ascend, c: Context) -> Generator[Eval, Gradients, list[Gradients]]:
-        return [(yield Eval("descent"))]
+    def __call__(self, ascend: Ascend, c: StepContext) -> Generator[GradientRequest, Gradients, list[Gradients]]:
+        return [(yield GradientRequest("descent"))]

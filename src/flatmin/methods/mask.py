@@ -5,13 +5,57 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from flatmin.methods.part import Context, Mask, Need, NewState, State, Tensors, check_choice, check_count, check_range
+from flatmin.methods.context import NewState, State, StepContext, Tensors
+from flatmin.methods.part import Need, Part, check_choice, check_count, check_range
 from flatmin.words import nearest
+
+__all__ = ["All", "DynamicMask", "FisherMask", "Layers", "Mask", "Named", "StochasticWeightPerturbation"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mask(Part):
+    """Which weights move?
+
+    Attributes:
+        norm: "inside", the default, if the mask acts before the norm is taken, so that the masked displacement has
+            length rho; "full" if it acts after.
+        selects: whether some tensors cannot move at all; true where `select` is defined.
+        keeps_graph: whether pass 1 may have to keep its graph; true where `graph` is defined.
+        weighs: whether it has factors for the moving ones; true where `__call__` is defined.
+    """
+
+    kind: ClassVar[str] = "mask"
+    question: ClassVar[str] = "which weights move?"
+    declared_by: ClassVar = {
+        "selects": "select",
+        "keeps_graph": "graph",
+        "weighs": "__call__",
+    }
+    norm: ClassVar[Literal["inside", "full"]] = "inside"
+    selects: ClassVar[bool] = False
+    keeps_graph: ClassVar[bool] = False
+    weighs: ClassVar[bool] = False
+
+    def select(self, c: StepContext) -> Sequence[bool] | None:
+        """Which tensors can move at all (None: every one); the others cost nothing.
+
+        Asked at construction too, so that a selection of nothing is refused there by raising ValueError.
+        """
+        return None
+
+    def graph(self, state: State, c: StepContext) -> bool:
+        """Whether pass 1 shall keep its graph, so that `StepContext.curvature` works in this step's call."""
+        return False
+
+    def __call__(self, d: Tensors, state: State, c: StepContext) -> tuple[Tensors | list[float] | None, NewState]:
+        """Factors per element or per tensor (None: all ones) and the new state."""
+        return None, {}
+
 
 NORM_LAYERS = "*BatchNorm*,*InstanceNorm*,*LayerNorm*,*GroupNorm*,*RMSNorm*"
 
@@ -45,9 +89,6 @@ class Named(Mask):
         ValueError: at construction of the optimizer, for a pattern that matches nothing, or if nothing is left; at a
             step, for a weight without a name that has been put into a group since.
 
-    Cost of only: 2 gradient evaluations a step, 1 extra copy of the moved weights.
-    Needs: parameter names (pass model=, or build the base from named_parameters()).
-
     Example:
         >>> import flatmin
         >>> print(flatmin.compose("only", but="*.bias").mask)
@@ -58,23 +99,23 @@ class Named(Mask):
     only: str = "*"
     but: str = ""
 
-    def select(self, c: Context) -> Sequence[bool]:
+    def select(self, c: StepContext) -> Sequence[bool]:
         names = c.names
         if "" in names:
             shape = tuple(c.w[names.index("")].shape)
             raise ValueError(f"Named: a weight of shape {shape} was put into a param group and has no name; {_RENEW}")
-        keep = [False] * len(names)
+        moves = [False] * len(names)
         for patterns, value in ((self.only, True), (self.but, False)):
             for pattern in _patterns(patterns):
-                found = _matching(names, pattern)
-                if not any(found):
+                matches = _matching(names, pattern)
+                if not any(matches):
                     near = nearest(pattern.strip("*."), names, 3) or _holding(pattern, names)
                     hint = f"; did you mean {_some(near)}?" if near else f" (there are {_some(names)})."
                     raise ValueError(f"Named: no parameter matches {pattern!r}{hint}")
-                keep = [value if f else k for f, k in zip(found, keep, strict=True)]
-        if not any(keep):
+                moves = [value if match else before for match, before in zip(matches, moves, strict=True)]
+        if not any(moves):
             raise ValueError(f"Named: only={self.only!r}, but={self.but!r} leaves no parameter to move.")
-        return keep
+        return moves
 
 
 _RENEW = "register it in the module that was given as model=, or build the optimizer anew."
@@ -82,12 +123,12 @@ _RENEW = "register it in the module that was given as model=, or build the optim
 
 def _matching(names: Sequence[str], pattern: str) -> list[bool]:
     """Which names match; a pattern that names the levels of wrappers matches the names below them."""
-    found = _chosen(names, [pattern])
-    if any(found):
-        return found
+    matches = _chosen(names, [pattern])
+    if any(matches):
+        return matches
     plain = re.sub(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.", "", pattern)
-    found = _chosen(names, [plain])
-    return found if any(found) else _chosen([f"module.{name}" for name in names], [plain])
+    matches = _chosen(names, [plain])
+    return matches if any(matches) else _chosen([f"module.{name}" for name in names], [plain])
 
 
 def _holding(pattern: str, names: Sequence[str]) -> list[str]:
@@ -114,9 +155,6 @@ class Layers(Mask):
 
     Source: Mueller et al., Normalization Layers Are All That Sharpness-Aware Minimization Needs, NeurIPS 2023.
 
-    Cost of sam-on: 2 gradient evaluations a step, 1 extra copy of the moved weights.
-    Needs: the kinds of layers (pass model=).
-
     Example:
         >>> import flatmin
         >>> print(flatmin.compose("sam-on", kinds="LayerNorm").mask)
@@ -126,21 +164,21 @@ class Layers(Mask):
     needs: ClassVar = frozenset({Need.LAYERS})
     kinds: str = NORM_LAYERS
 
-    def select(self, c: Context) -> Sequence[bool]:
+    def select(self, c: StepContext) -> Sequence[bool]:
         if "" in c.layers:
             shape = tuple(c.w[list(c.layers).index("")].shape)
             raise ValueError(
                 f"Layers: a weight of shape {shape} was put into a param group and is in no layer; {_RENEW}"
             )
-        keep = _chosen(c.layers, _patterns(self.kinds))
-        if not any(keep):
-            there = ", ".join(sorted(set(c.layers)))
-            raise ValueError(f"Layers: no layer matches {self.kinds!r}; the trained ones are {there}.")
-        return keep
+        moves = _chosen(c.layers, _patterns(self.kinds))
+        if not any(moves):
+            trained = ", ".join(sorted(set(c.layers)))
+            raise ValueError(f"Layers: no layer matches {self.kinds!r}; the trained ones are {trained}.")
+        return moves
 
 
 @dataclass(frozen=True, kw_only=True)
-class RandomTensors(Mask):
+class StochasticWeightPerturbation(Mask):
     """ESAM's SWP: each tensor moves with probability beta and then by 1/beta; after the norm over all tensors.
 
     So eps is SAM's in the mean (the paper's form). The official code takes the norm over the moving tensors only, whose
@@ -154,15 +192,13 @@ class RandomTensors(Mask):
 
     Source: Du et al., Efficient Sharpness-Aware Minimization for Improved Training of Neural Networks, ICLR 2022.
 
-    Cost of esam: 2 gradient evaluations a step, 1 extra copy of the moved weights.
-    Needs: per-sample losses (pass criterion=flatmin.Criterion(loss)); random draws.
-
     Example:
         >>> import flatmin
         >>> print(flatmin.compose("esam", beta=0.5).mask)
-        RandomTensors(beta=0.5)
+        StochasticWeightPerturbation(beta=0.5)
     """
 
+    former_names: ClassVar = ("RandomTensors",)
     needs: ClassVar = frozenset({Need.RANDOM})
     norm: ClassVar = "full"
     beta: float = 0.6
@@ -170,7 +206,7 @@ class RandomTensors(Mask):
     def __post_init__(self) -> None:
         check_range(self, "beta", 0.0, 1.0, open_low=True)
 
-    def __call__(self, d: Tensors, state: State, c: Context) -> tuple[Tensors | list[float] | None, NewState]:
+    def __call__(self, d: Tensors, state: State, c: StepContext) -> tuple[Tensors | list[float] | None, NewState]:
         if self.beta == 1.0:
             return None, {}
         return [1.0 / self.beta if u < self.beta else 0.0 for u in c.draws(len(d))], {}
@@ -190,7 +226,7 @@ def _top(scores: Tensors, count: int) -> Tensors:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fisher(Mask):
+class FisherMask(Mask):
     """SSAM-F: only the entries with the largest Fisher diagonal F = sum_i (grad l_i)^2 move; after the norm.
 
     The top (1 - sparsity) of all entries move, by the norm of the unmasked gradient. F comes from the first
@@ -213,17 +249,14 @@ class Fisher(Mask):
 
     Source: Mi et al., Make Sharpness-Aware Minimization Stronger: A Sparsified Perturbation Approach, NeurIPS 2022.
 
-    Cost of ssam-f: 2.11 gradient evaluations a step, 3 extra copies of the moved weights.
-    Needs: per-sample losses (pass criterion=flatmin.Criterion(loss)); the graph of a pass (call
-    optimizer.backward(loss) instead of loss.backward()); the order of all entries (not on sharded weights).
-
     Example:
         >>> import flatmin
         >>> print(flatmin.compose("ssam-f", sparsity=0.9).mask)
-        Fisher(sparsity=0.9, num_samples=16, interval=100)
+        FisherMask(sparsity=0.9, num_samples=16, interval=100)
     """
 
-    counts: ClassVar = True
+    former_names: ClassVar = ("Fisher",)
+    step_dependent: ClassVar = True
     needs: ClassVar = frozenset({Need.PER_SAMPLE, Need.SECOND_ORDER, Need.LOSSES_AT_W, Need.GLOBAL_ORDER})
     slots: ClassVar = {"mask": "param"}
     norm: ClassVar = "full"
@@ -240,17 +273,17 @@ class Fisher(Mask):
     def surcharge(self) -> float:
         return 2.0 / 3.0 * self.num_samples / self.interval if self.sparsity else 0.0
 
-    def graph(self, state: State, c: Context) -> bool:
+    def graph(self, state: State, c: StepContext) -> bool:
         never = all(m is None for m in state["mask"])
         return self.sparsity > 0 and (never or c.step % self.interval == 0)
 
-    def __call__(self, d: Tensors, state: State, c: Context) -> tuple[Tensors | list[float] | None, NewState]:
+    def __call__(self, d: Tensors, state: State, c: StepContext) -> tuple[Tensors | list[float] | None, NewState]:
         if self.sparsity == 0:
             return None, {}
         squares = [] if c.curvature is None else c.curvature.squared_gradients(self.num_samples)
         if not squares:  # no refresh is due; a mask that never was is made next time
             return [torch.zeros_like(x) if s is None else s for s, x in zip(state["mask"], d, strict=True)], {}
-        mask = _top(squares, kept(self.sparsity, squares))
+        mask = _top(squares, moving_count(self.sparsity, squares))
         if not any(s is None for s in state["mask"]):
             counted = c.norm(squares) > 0  # else the loss counts nothing of this batch, and the mask stays
             mask = [torch.where(counted.to(m.device), m, s) for m, s in zip(mask, state["mask"], strict=True)]
@@ -264,13 +297,13 @@ def check_sparsity(part: Mask) -> None:
         raise ValueError(f"{type(part).__name__}: sparsity must be below 1, or nothing moves.")
 
 
-def kept(sparsity: float, tensors: Sequence[Tensor]) -> int:
+def moving_count(sparsity: float, tensors: Sequence[Tensor]) -> int:
     """How many of all entries a sparsity leaves, at least one."""
     return max(1, round((1.0 - sparsity) * sum(_sizes(tensors))))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dynamic(Mask):
+class DynamicMask(Mask):
     """SSAM-D: a random sparse mask of which every k steps some entries are dropped and as many grow; after the norm.
 
     The first mask has (1 - sparsity) of all entries at random. At steps k, 2k, ... the death rate is
@@ -297,16 +330,14 @@ class Dynamic(Mask):
 
     Source: Mi et al., Make Sharpness-Aware Minimization Stronger: A Sparsified Perturbation Approach, NeurIPS 2022.
 
-    Cost of ssam-d: 2 gradient evaluations a step, 3 extra copies of the moved weights.
-    Needs: random draws; the order of all entries (not on sharded weights).
-
     Example:
         >>> import flatmin
         >>> print(flatmin.compose("ssam-d", sparsity=0.9).mask)
-        Dynamic(sparsity=0.9, rate=0.5, drop='gradient', growth='random', interval=100, total=0)
+        DynamicMask(sparsity=0.9, rate=0.5, drop='gradient', growth='random', interval=100, total=0)
     """
 
-    counts: ClassVar = True
+    former_names: ClassVar = ("Dynamic",)
+    step_dependent: ClassVar = True
     needs: ClassVar = frozenset({Need.RANDOM, Need.ONE_ASCENT, Need.GLOBAL_ORDER})
     slots: ClassVar = {"mask": "param"}
     norm: ClassVar = "full"
@@ -325,19 +356,19 @@ class Dynamic(Mask):
         check_count(self, "interval", 1)
         check_count(self, "total", 0)
 
-    def __call__(self, d: Tensors, state: State, c: Context) -> tuple[Tensors | list[float] | None, NewState]:
+    def __call__(self, d: Tensors, state: State, c: StepContext) -> tuple[Tensors | list[float] | None, NewState]:
         if self.sparsity == 0:
             return None, {}
         mask = state["mask"]
         if all(m is None for m in mask):
-            mask = _top(c.uniform(), kept(self.sparsity, d))
+            mask = _top(c.uniform(), moving_count(self.sparsity, d))
             return mask, {"mask": mask}
         mask = [torch.zeros_like(x) if m is None else m for m, x in zip(mask, d, strict=True)]
         if c.step % self.interval:
             return mask, {}
         done = min(c.step / self.total, 1.0) if self.total else 0.0
         rate = self.rate * (1.0 + math.cos(math.pi * done)) / 2.0
-        moving = kept(self.sparsity, d)
+        moving = moving_count(self.sparsity, d)
         swaps = min(round(rate * moving), sum(_sizes(d)) - moving)
         if swaps == 0:
             return mask, {}
@@ -348,7 +379,7 @@ class Dynamic(Mask):
         new = list(torch._foreach_add(stay, grown))
         return new, {"mask": new}
 
-    def _score(self, rule: str, d: Tensors, c: Context) -> Tensors:
+    def _score(self, rule: str, d: Tensors, c: StepContext) -> Tensors:
         if rule == "random":
             return c.uniform()
         return list(torch._foreach_abs(c.w if rule == "weight" else d))

@@ -6,8 +6,30 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from flatmin.methods import losses as objectives
-from flatmin.methods.part import Need, Objective, check_range
+from flatmin.methods.losses import bisam_log, bisam_tanh
+from flatmin.methods.part import Need, Part, check_range
+
+__all__ = ["BiSAMLog", "BiSAMTanh", "Objective", "SameLoss"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective(Part):
+    """Which loss is climbed?
+
+    Attributes:
+        by_class: whether the ascent loss is one of class logits and class indices; `ascent` then gets the arguments of
+            the wrapped loss by which targets count, as the keywords `weight`, `ignore_index` and `reduction`. Default
+            False.
+    """
+
+    kind: ClassVar[str] = "objective"
+    question: ClassVar[str] = "which loss is climbed?"
+    by_class: ClassVar[bool] = False
+
+    def ascent(self, outputs: Tensor, target: Tensor) -> Tensor | None:
+        """The ascent loss of a batch, or None for the descent loss itself."""
+        return None
+
 
 _OTHER_LOSS = "pass 1 climbs another loss"
 
@@ -32,9 +54,6 @@ class BiSAMLog(Objective):
 
     Source: Xie et al., ICML 2024, Eq. 11; see `flatmin.methods.losses.bisam_log`.
 
-    Cost of bisam-log: 2 gradient evaluations a step, 1 extra copy of the moved weights.
-    Needs: the loss object (pass criterion=flatmin.Criterion(loss)).
-
     Example:
         >>> import flatmin
         >>> print(flatmin.compose("bisam-log", mu=2.0).objective)
@@ -42,7 +61,7 @@ class BiSAMLog(Objective):
     """
 
     needs: ClassVar = frozenset({Need.CRITERION, Need.PASS_1})
-    withholds: ClassVar = {Need.GRADIENT_AT_W: _OTHER_LOSS}
+    conflicts: ClassVar = {Need.GRADIENT_AT_W: _OTHER_LOSS}
     by_class: ClassVar[bool] = True
     mu: float = 1.0
 
@@ -50,7 +69,7 @@ class BiSAMLog(Objective):
         check_range(self, "mu", 0.0, math.inf, open_low=True)
 
     def ascent(self, outputs: Tensor, target: Tensor, **counting: Any) -> Tensor:
-        return objectives.bisam_log(outputs, target, self.mu, **counting)
+        return bisam_log(outputs, target, self.mu, **counting)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,9 +88,6 @@ class BiSAMTanh(Objective):
 
     Source: Xie et al., ICML 2024, Eq. 11; see `flatmin.methods.losses.bisam_tanh`.
 
-    Cost of bisam-tanh: 2 gradient evaluations a step, 1 extra copy of the moved weights.
-    Needs: the loss object (pass criterion=flatmin.Criterion(loss)).
-
     Example:
         >>> import flatmin
         >>> print(flatmin.compose("bisam-tanh", mu=5.0).objective)
@@ -79,7 +95,7 @@ class BiSAMTanh(Objective):
     """
 
     needs: ClassVar = frozenset({Need.CRITERION, Need.PASS_1})
-    withholds: ClassVar = {Need.GRADIENT_AT_W: _OTHER_LOSS}
+    conflicts: ClassVar = {Need.GRADIENT_AT_W: _OTHER_LOSS}
     by_class: ClassVar[bool] = True
     mu: float = 10.0
     alpha: float = 0.1
@@ -89,4 +105,4 @@ class BiSAMTanh(Objective):
         check_range(self, "alpha", 0.0, math.inf, open_low=True)
 
     def ascent(self, outputs: Tensor, target: Tensor, **counting: Any) -> Tensor:
-        return objectives.bisam_tanh(outputs, target, self.mu, self.alpha, **counting)
+        return bisam_tanh(outputs, target, self.mu, self.alpha, **counting)

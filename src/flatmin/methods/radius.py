@@ -8,18 +8,51 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from flatmin.methods.part import Context, Need, Radius, check_count, check_range, learning_rate
+from flatmin.methods.context import StepContext
+from flatmin.methods.part import Need, Part, check_count, check_range, learning_rate
+
+__all__ = ["ConstantRadius", "LRProportionalRadius", "LambdaRadius", "LinearRadius", "PowerRadius", "Radius"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Radius(Part):
+    """How far? A factor on each group's rho.
+
+    Attributes:
+        marks: keys, beginning with "flatmin.radius.", that the rule keeps in each param group, with their first values.
+            They travel in checkpoints as `lr` does.
+        scales: whether the factor can be another than 1; true where `__call__` is defined.
+        remembers: whether marks change; true where `remember` is defined.
+    """
+
+    kind: ClassVar[str] = "radius"
+    question: ClassVar[str] = "how far?"
+    declared_by: ClassVar = {"scales": "__call__", "remembers": "remember"}
+    marks: ClassVar[Mapping[str, float]] = {}
+    scales: ClassVar[bool] = False
+    remembers: ClassVar[bool] = False
+
+    def __call__(self, c: StepContext) -> float | Tensor | list[float]:
+        """One factor for all, or one per tensor."""
+        return 1.0
+
+    def remember(self, group: Mapping[str, Any]) -> Mapping[str, float]:
+        """The new values of `marks` at the end of an update, with or without ascent."""
+        return {}
+
 
 PEAK, GREW = "flatmin.radius.peak", "flatmin.radius.grew"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Constant(Radius):
+class ConstantRadius(Radius):
     """The radius is each group's rho. A loop may set group["rho"] as it sets group["lr"]."""
+
+    former_names: ClassVar = ("Constant",)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Power(Radius):
+class PowerRadius(Radius):
     """rho_k = rho / (k + 1)^p at update k = 0, 1, ...
 
     Args:
@@ -31,26 +64,25 @@ class Power(Radius):
     Source: Khanh, Luong, Mordukhovich & Tran, Fundamental Convergence Analysis of Sharpness-Aware Minimization,
     NeurIPS 2024, Remark 3.6.
 
-    Cost of rho-power: 2 gradient evaluations a step, 1 extra copy of the moved weights.
-
     Example:
         >>> import flatmin
         >>> print(flatmin.compose("rho-power", p=0.5).radius)
-        Power(p=0.5)
+        PowerRadius(p=0.5)
     """
 
-    counts: ClassVar = True
+    former_names: ClassVar = ("Power",)
+    step_dependent: ClassVar = True
     p: float = 0.001
 
     def __post_init__(self) -> None:
         check_range(self, "p", 0.0, 1e3)
 
-    def __call__(self, c: Context) -> float:
+    def __call__(self, c: StepContext) -> float:
         return float((c.step + 1) ** -self.p)
 
 
 @dataclass(frozen=True, kw_only=True)
-class WithLR(Radius):
+class LRProportionalRadius(Radius):
     """rho_t = rho * max(lr_t / lr_max, floor): the radius follows each group's learning rate and is never above rho.
 
     lr_max is the largest learning rate known of the group: of `initial_lr` (every torch scheduler but ReduceLROnPlateau
@@ -72,14 +104,13 @@ class WithLR(Radius):
     Source: the linear rule of Zhuang et al., GSAM, ICLR 2022, Alg. 1, with rho_min = lr_min = 0; the floor is a choice
     of this library.
 
-    Cost of rho-lr: 2 gradient evaluations a step, 1 extra copy of the moved weights.
-
     Example:
         >>> import flatmin
         >>> print(flatmin.compose("rho-lr", floor=0.1).radius)
-        WithLR(floor=0.1, peak=0.0)
+        LRProportionalRadius(floor=0.1, peak=0.0)
     """
 
+    former_names: ClassVar = ("WithLR",)
     needs: ClassVar = frozenset({Need.LR})
     marks: ClassVar = {PEAK: 0.0, GREW: 0.0}
     floor: float = 0.0
@@ -89,38 +120,38 @@ class WithLR(Radius):
         check_range(self, "floor", 0.0, 1.0)
         check_range(self, "peak", 0.0, 1e12)
 
-    def __call__(self, c: Context) -> list[float]:
-        known: dict[int, float] = {}
+    def __call__(self, c: StepContext) -> list[float]:
+        by_group: dict[int, float] = {}
         factors = []
         for group in c.options:
-            if id(group) not in known:
+            if id(group) not in by_group:
                 rate = learning_rate(group, self)
                 peak = self.peak or max(_largest(group), rate)
-                known[id(group)] = max(min(rate / peak, 1.0) if peak else 1.0, self.floor)
-            factors.append(known[id(group)])
+                by_group[id(group)] = max(min(rate / peak, 1.0) if peak else 1.0, self.floor)
+            factors.append(by_group[id(group)])
         return factors
 
     def remember(self, group: Mapping[str, Any]) -> Mapping[str, float]:
-        rate, known, grew = learning_rate(group, self), _largest(group), bool(group.get(GREW))
-        if 0.0 < known < rate and not (self.peak or grew):
+        rate, largest, grew = learning_rate(group, self), _largest(group), bool(group.get(GREW))
+        if 0.0 < largest < rate and not (self.peak or grew):
             grew = True
             warnings.warn(
-                f"rho-lr: the learning rate has risen to {rate:g}, above the largest one known so far ({known:g}). The "
+                f"rho-lr: the learning rate has risen to {rate:g}, above the largest one so far ({largest:g}). The "
                 "radius is rho while the learning rate is higher than before, and in proportion to the highest one "
                 "afterwards. Give the largest learning rate of the schedule as peak=, or as group['max_lr'].",
                 stacklevel=2,
             )
-        return {PEAK: max(known, rate), GREW: float(grew)}
+        return {PEAK: max(largest, rate), GREW: float(grew)}
 
 
 def _largest(group: Mapping[str, Any]) -> float:
-    """The largest learning rate that a group tells of, its present one aside."""
-    told = (group.get(key) for key in ("initial_lr", "max_lr", PEAK))
-    return max((float(rate) for rate in told if isinstance(rate, (numbers.Real, Tensor))), default=0.0)
+    """The largest learning rate that a group has an entry for, its present one aside."""
+    entries = (group.get(key) for key in ("initial_lr", "max_lr", PEAK))
+    return max((float(rate) for rate in entries if isinstance(rate, (numbers.Real, Tensor))), default=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ramp(Radius):
+class LinearRadius(Radius):
     """rho_k grows (or falls) linearly from `start` rho to `end` rho over `total` updates, then stays.
 
     Args:
@@ -131,15 +162,14 @@ class Ramp(Radius):
     Raises:
         ValueError: out of range.
 
-    Cost of rho-ramp: 2 gradient evaluations a step, 1 extra copy of the moved weights.
-
     Example:
         >>> import flatmin
         >>> print(flatmin.compose("rho-ramp", total=500).radius)
-        Ramp(start=0.0, end=1.0, total=500)
+        LinearRadius(start=0.0, end=1.0, total=500)
     """
 
-    counts: ClassVar = True
+    former_names: ClassVar = ("Ramp",)
+    step_dependent: ClassVar = True
     start: float = 0.0
     end: float = 1.0
     total: int = 1000
@@ -149,12 +179,12 @@ class Ramp(Radius):
         check_range(self, "end", 0.0, 1e6)
         check_count(self, "total", 1)
 
-    def __call__(self, c: Context) -> float:
+    def __call__(self, c: StepContext) -> float:
         return self.start + (self.end - self.start) * min(c.step / self.total, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Schedule(Radius):
+class LambdaRadius(Radius):
     """rho_k = rho * rule(k) for any function of the update's number k = 0, 1, ...
 
     Args:
@@ -165,15 +195,16 @@ class Schedule(Radius):
         ValueError: at the step, for a factor that is negative or not finite.
     """
 
-    counts: ClassVar = True
+    former_names: ClassVar = ("Schedule",)
+    step_dependent: ClassVar = True
     rule: Callable[[int], float]
 
     def __post_init__(self) -> None:
         if not callable(self.rule):
-            raise TypeError(f"Schedule: rule must be a function of the update's number, got {self.rule!r}.")
+            raise TypeError(f"LambdaRadius: rule must be a function of the update's number, got {self.rule!r}.")
 
-    def __call__(self, c: Context) -> float:
+    def __call__(self, c: StepContext) -> float:
         factor = float(self.rule(c.step))
         if not 0.0 <= factor < float("inf"):
-            raise ValueError(f"Schedule: the rule must give a finite factor >= 0, got {factor} at update {c.step}.")
+            raise ValueError(f"LambdaRadius: the rule must give a finite factor >= 0, got {factor} at update {c.step}.")
         return factor

@@ -1,16 +1,38 @@
-"""What a method is: a frozen set of parts, and its line in the table of names."""
+"""What a method is: a frozen set of parts that do not contradict each other."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import numbers
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from flatmin import methods as p
-from flatmin.methods import KINDS, Need, Part
+from flatmin.methods.combine import Combine, Descent
+from flatmin.methods.direction import Direction, Gradient
+from flatmin.methods.geometry import L2, Geometry
+from flatmin.methods.inner_loop import InnerLoop, OneStep
+from flatmin.methods.mask import All, Mask
+from flatmin.methods.objective import Objective, SameLoss
+from flatmin.methods.part import INTERNAL, KINDS, Need, Part, current_word
+from flatmin.methods.radius import ConstantRadius, Radius
+from flatmin.methods.samples import EverySample, Samples
+from flatmin.methods.schedule import Always, Schedule
+
+__all__ = ["DEFAULTS", "ContradictionError", "Method", "Recipe"]
+
+# The parts of SAM.
+DEFAULTS: dict[str, Part] = {
+    "objective": SameLoss(),
+    "direction": Gradient(),
+    "geometry": L2(),
+    "mask": All(),
+    "radius": ConstantRadius(),
+    "schedule": Always(),
+    "inner_loop": OneStep(),
+    "samples": EverySample(),
+    "combine": Descent(),
+}
 
 
 class ContradictionError(ValueError):
@@ -34,111 +56,137 @@ class ContradictionError(ValueError):
         return ContradictionError(self.one, self.need, self.other, self.reason, names)
 
 
+def _fact() -> Any:
+    """A field that `Recipe` fills in itself."""
+    return field(init=False, repr=False, compare=False)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """A method: one part for each question. The defaults are SAM.
 
+    Recipes are values: frozen, hashable, comparable, and to be changed by `dataclasses.replace`. What follows from the
+    parts is computed once, here; a step only reads it.
+
     Args:
-        objective, direction, geometry, mask, radius, when, points, samples, combine: the parts; see `flatmin.methods`.
+        objective, direction, geometry, mask, radius, schedule, inner_loop, samples, combine: the parts; see
+            `flatmin.methods`.
         name: what tables print. Default "recipe".
+
+    Attributes:
+        parts: the parts by kind.
+        demands: everything that parts ask for, of the loop and of each other.
+        needs: of these, what the loop must serve.
+        needs_names, needs_layers: whether the names of the weights and the kinds of their layers are needed.
+        is_random: whether a step draws random numbers.
+        remembers: whether a gradient of one pass is looked at after the next one has begun.
+        ascends: False for the plain base optimizer.
+        moves: whether a step can leave w at all.
+        two_pass: whether a step is one gradient at w and one at w + eps: what `perturbed()` and `first_step` serve.
+        one_pass: whether a step is one gradient, at a point known before it: what `train()` and `eval()` serve.
+        direction_factor: the direction's factor on the displacement.
+        default_rho: the geometry's default radius.
+        gradient_evaluations: gradients of one batch per step, on average.
+        extra_copies: copies of the moved weights held during the last pass, beyond the base optimizer's own: one
+            snapshot of w, what the ascents hold, and one for g where the combination needs it. A tensor that is
+            remembered counts two where it changes before the last pass (the old one is kept until the step is known to
+            be good), else one.
 
     Raises:
         TypeError: a part of another kind.
         ContradictionError: a ValueError, for a part that needs what another takes away.
+        ValueError: a schedule that never ascends on the steps on which another part does its work.
     """
 
-    objective: p.Objective = field(default_factory=p.SameLoss)
-    direction: p.Direction = field(default_factory=p.Gradient)
-    geometry: p.Geometry = field(default_factory=p.L2)
-    mask: p.Mask = field(default_factory=p.All)
-    radius: p.Radius = field(default_factory=p.Constant)
-    when: p.When = field(default_factory=p.Always)
-    points: p.Points = field(default_factory=p.One)
-    samples: p.Samples = field(default_factory=p.EverySample)
-    combine: p.Combine = field(default_factory=p.Descent)
+    objective: Objective = field(default_factory=SameLoss)
+    direction: Direction = field(default_factory=Gradient)
+    geometry: Geometry = field(default_factory=L2)
+    mask: Mask = field(default_factory=All)
+    radius: Radius = field(default_factory=ConstantRadius)
+    schedule: Schedule = field(default_factory=Always)
+    inner_loop: InnerLoop = field(default_factory=OneStep)
+    samples: Samples = field(default_factory=EverySample)
+    combine: Combine = field(default_factory=Descent)
     name: str = "recipe"
 
+    parts: Mapping[str, Part] = _fact()
+    demands: frozenset[Need] = _fact()
+    needs: frozenset[Need] = _fact()
+    needs_names: bool = _fact()
+    needs_layers: bool = _fact()
+    is_random: bool = _fact()
+    remembers: bool = _fact()
+    ascends: bool = _fact()
+    moves: bool = _fact()
+    two_pass: bool = _fact()
+    one_pass: bool = _fact()
+    direction_factor: float = _fact()
+    default_rho: float = _fact()
+    gradient_evaluations: float = _fact()
+    extra_copies: int = _fact()
+
     def __post_init__(self) -> None:
-        for kind, part in self.parts.items():
+        parts: dict[str, Part] = {kind: getattr(self, kind) for kind in KINDS}
+        for kind, part in parts.items():
             if not isinstance(part, Part) or part.kind != kind:
                 raise TypeError(f"{kind} must be a part of kind {kind!r}, got {part!r}.")
-        for one in self.parts.values():
-            for need in sorted(_demands(one), key=lambda n: n.name):
-                for other in self.parts.values():
-                    reason = _withheld(other, need)
-                    if reason and other is not one:
-                        raise ContradictionError(one, need, other, reason)
-            interval = one.parameters().get("interval")
-            if isinstance(interval, int) and not self.when.meets(interval):
-                raise ValueError(
-                    f"{one.kind} {one} works on every {interval}th step, and {self.when} ascends on none of them; "
-                    "choose another interval or phase."
-                )
+        for part in parts.values():
+            self._check_fellows(part, parts)
+        direction, inner_loop, combine = self.direction, self.inner_loop, self.combine
+        demands = frozenset[Need]().union(*(part.demands() for part in parts.values()))
+        moves = self.schedule.ascends and inner_loop.ascends
+        self._set(
+            parts=parts,
+            demands=demands,
+            needs=demands - INTERNAL,
+            needs_names=Need.NAMES in demands,
+            needs_layers=Need.LAYERS in demands,
+            is_random=Need.RANDOM in demands,
+            remembers=combine.uses_gradient or any(part.slots for part in parts.values()),
+            ascends=self.schedule.ascends,
+            moves=moves,
+            two_pass=direction.evaluates
+            and not direction.moves_start
+            and inner_loop.one_ascent
+            and Need.SECOND_ORDER not in demands,
+            one_pass=moves and not direction.evaluates and inner_loop.one_ascent and not self.schedule.by_gradient,
+            direction_factor=direction.factor(),
+            default_rho=self.geometry.default_rho,
+            gradient_evaluations=self._evaluations(parts),
+            extra_copies=self._copies(parts),
+        )
 
-    @property
-    def parts(self) -> dict[str, Part]:
-        """The parts by kind."""
-        return {kind: getattr(self, kind) for kind in KINDS}
+    def _set(self, **facts: Any) -> None:
+        for name, value in facts.items():
+            object.__setattr__(self, name, value)
 
-    @functools.cached_property
-    def needs(self) -> frozenset[Need]:
-        """What the loop must serve."""
-        asked = frozenset[Need]().union(*(part.demands() for part in self.parts.values()))
-        return asked - p.INTERNAL
+    def _check_fellows(self, one: Part, parts: Mapping[str, Part]) -> None:
+        """Refuse a part whose needs another one takes away, or whose work falls on no step that ascends."""
+        for need in sorted(_asked(one), key=lambda n: n.name):
+            for other in parts.values():
+                reason = other.conflict(need)
+                if reason and other is not one:
+                    raise ContradictionError(one, need, other, reason)
+        interval = one.parameters().get("interval")
+        if isinstance(interval, int) and not self.schedule.meets(interval):
+            raise ValueError(
+                f"{one.kind} {one} works on every {interval}th step, and {self.schedule} ascends on none of them; "
+                "choose another interval or phase."
+            )
 
-    @property
-    def default_rho(self) -> float:
-        """The geometry's default radius."""
-        return self.geometry.default_rho
+    def _evaluations(self, parts: Mapping[str, Part]) -> float:
+        full = self.inner_loop.evaluations(1 if self.direction.evaluates else 0)
+        on = self.schedule.ascent_fraction
+        return on * (full + sum(part.surcharge for part in parts.values())) + (1.0 - on)
 
-    @property
-    def gradient_evaluations(self) -> float:
-        """Gradients of one batch per step, on average."""
-        full = self.points.evaluations(1 if self.direction.evaluates else 0)
-        on = self.when.duty
-        return on * (full + sum(part.surcharge for part in self.parts.values())) + (1.0 - on)
-
-    @property
-    def ascends(self) -> bool:
-        """False for the plain base optimizer."""
-        return not isinstance(self.when, p.Never)
-
-    @property
-    def extra_copies(self) -> int:
-        """Copies of the moved weights held during the last pass, beyond the base optimizer's own.
-
-        One snapshot of w; what the ascents hold; one for g where the combination needs it. A tensor that is remembered
-        counts two where it changes before the last pass (the old one is kept until the step is known to be good), else
-        one.
-        """
-        if not self.ascends:
+    def _copies(self, parts: Mapping[str, Part]) -> int:
+        if not self.schedule.ascends:
             return 0
-        learns_late = {self.combine} | ({self.direction} if not self.direction.evaluates else set())
+        learns_late = {"combine"} | ({"direction"} if not self.direction.evaluates else set())
         slots = 0
-        for part in self.parts.values():
-            slots += (1 if part in learns_late else 2) * sum(k == "param" for k in part.slots.values())
-        return int(self.points.leaves) + slots + self.points.copies + int(self.combine.uses_gradient)
-
-    @property
-    def remembers(self) -> bool:
-        """Whether a gradient of one pass is looked at after the next one has begun."""
-        return self.combine.uses_gradient or any(part.slots for part in self.parts.values())
-
-    @property
-    def moves(self) -> bool:
-        """Whether a step can leave w at all."""
-        return self.ascends and self.points.leaves
-
-    @property
-    def two_pass(self) -> bool:
-        """Whether a step is one gradient at w and one at w + eps: what `perturbed()` and `first_step` serve."""
-        plain = self.direction.evaluates and not self.direction.moves_start and isinstance(self.points, p.One)
-        return plain and Need.SECOND_ORDER not in self.needs
-
-    @property
-    def one_pass(self) -> bool:
-        """Whether a step is one gradient, at a point known before it: what `train()` and `eval()` serve."""
-        return self.moves and not self.direction.evaluates and isinstance(self.points, p.One) and not self.when.looks
+        for kind, part in parts.items():
+            slots += (1 if kind in learns_late else 2) * sum(k == "param" for k in part.slots.values())
+        return int(self.inner_loop.ascends) + slots + self.inner_loop.copies + int(self.combine.uses_gradient)
 
     def for_length(self, total: int) -> Recipe:
         """This recipe for a training of `total` updates: every part's `total` that is 0 is set to it.
@@ -163,55 +211,22 @@ class Recipe:
         """Every parameter by its qualified name, e.g. {"direction.theta": 0.9}."""
         return {f"{kind}.{k}": v for kind, part in self.parts.items() for k, v in part.parameters().items()}
 
+    def qualified(self, word: str) -> list[str]:
+        """The qualified names of the parameters that a word can mean: "theta", "direction.theta"."""
+        word = current_word(word)
+        return [name for name in self.parameters() if word in (name, name.partition(".")[2])]
+
     def __str__(self) -> str:
         inner = ", ".join(f"{k}={v!r}" for k, v in self.parameters().items())
         return f"{self.name}({inner})"
 
 
-def _demands(part: Part) -> frozenset[Need]:
-    asked = part.demands()
-    if part.kind != "when" and part != DEFAULTS.get(part.kind) and _needs_ascent(part):
-        asked |= {Need.ASCENT}
-    if part.kind != "when" and part != DEFAULTS.get(part.kind):
-        asked |= {Need.RULE}
-    if isinstance(part, p.Combine) and type(part).graph is not p.Combine.graph:
-        # Its products would be taken after the weights are put back.
-        asked |= {Need.STAYS}
-    if part.slots:
-        asked |= {Need.WHOLE_BATCH}
+def _asked(part: Part) -> frozenset[Need]:
+    """What a part asks of its fellows: beside its own needs, those of any part that is not SAM's."""
+    asked = part.demands() | part.implied
+    if part.kind != "schedule" and part != DEFAULTS.get(part.kind):
+        asked |= {Need.RULE, Need.ASCENT} if part.ascends else {Need.RULE}
     return asked
-
-
-def _needs_ascent(part: Part) -> bool:
-    if isinstance(part, p.Combine):
-        return part.ascends
-    return not isinstance(part, p.Points) or part.leaves
-
-
-def _withheld(part: Part, need: Need) -> str | None:
-    if need in part.withholds:
-        return part.withholds[need]
-    if need is Need.STAYS and isinstance(part, p.Points) and part.leaves:
-        return "it leaves w"
-    if need in (Need.GRADIENT_AT_W, Need.LOSSES_AT_W, Need.PASS_1) and isinstance(part, p.Direction):
-        if part.moves_start and need is not Need.PASS_1:
-            return "pass 1 is not taken at w"
-        if not part.evaluates:
-            return "it takes no pass 1"
-    return None
-
-
-DEFAULTS: dict[str, Part] = {
-    "objective": p.SameLoss(),
-    "direction": p.Gradient(),
-    "geometry": p.L2(),
-    "mask": p.All(),
-    "radius": p.Constant(),
-    "when": p.Always(),
-    "points": p.One(),
-    "samples": p.EverySample(),
-    "combine": p.Descent(),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,6 +241,7 @@ class Method:
         paper: authors, title, venue.
         url: where to read it.
         summary: one sentence.
+        note: where its defaults differ from the paper or its code, or what else a user should know.
     """
 
     name: str
@@ -235,6 +251,7 @@ class Method:
     paper: str
     url: str = ""
     summary: str = ""
+    note: str = ""
 
     def recipe(self) -> Recipe:
         """The method alone, with its own defaults."""

@@ -5,7 +5,30 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from flatmin.methods.part import Need, Samples, check_range
+from flatmin.methods.part import Need, Part, check_range
+
+__all__ = ["EverySample", "Samples", "SharpnessSensitiveDataSelection"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples(Part):
+    """Which samples of the batch are descended on?
+
+    Attributes:
+        selects: whether it can be fewer than all; true where `__call__` is defined.
+    """
+
+    kind: ClassVar[str] = "samples"
+    question: ClassVar[str] = "which samples are descended on?"
+    declared_by: ClassVar = {"selects": "__call__"}
+    selects: ClassVar[bool] = False
+
+    def __call__(self, first: Tensor, second: Tensor) -> Tensor | None:
+        """Positions of the samples, from each one's loss at w and at w + eps; None: all.
+
+        A sample of which the loss counts nothing has the loss -inf in `second`.
+        """
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,7 +37,7 @@ class EverySample(Samples):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sharpest(Samples):
+class SharpnessSensitiveDataSelection(Samples):
     """ESAM's SDS: the floor(gamma B) samples (at least one) whose loss rises most from w to w + eps.
 
     A sample's loss is the mean over its elements that the loss counts, class weights included, and samples without any
@@ -34,6 +57,7 @@ class Sharpest(Samples):
     Source: Du et al., Efficient Sharpness-Aware Minimization for Improved Training of Neural Networks, ICLR 2022.
     """
 
+    former_names: ClassVar = ("Sharpest",)
     needs: ClassVar = frozenset({Need.PER_SAMPLE, Need.LOSSES_AT_W})
     gamma: float = 0.5
 

@@ -6,38 +6,80 @@ from typing import ClassVar
 
 import torch
 
-from flatmin.methods.part import Context, Need, NewState, State, Tensors, When, check_count, check_range
+from flatmin.methods.context import NewState, State, StepContext, Tensors
+from flatmin.methods.part import Need, Part, check_count, check_range
+
+__all__ = ["AESAM", "Always", "Bernoulli", "EveryK", "LatePhase", "Never", "Schedule", "WarmUp"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Always(When):
+class Schedule(Part):
+    """On which steps?
+
+    Attributes:
+        ascends: False if no step ascends; the recipe is then the base alone. Default True.
+        conditional: whether it may decide against an ascent; true where `before` or `after` is defined.
+        by_gradient: whether it decides by the gradient at w, so that a step off costs what it costs on the base; true
+            where `after` is defined.
+    """
+
+    kind: ClassVar[str] = "schedule"
+    question: ClassVar[str] = "on which steps?"
+    declared_by: ClassVar = {
+        "conditional": ("before", "after"),
+        "by_gradient": "after",
+    }
+    conditional: ClassVar[bool] = False
+    by_gradient: ClassVar[bool] = False
+
+    def conflict(self, need: Need) -> str | None:
+        if need is Need.ASCENT and not self.ascends:
+            return "it never ascends"
+        if need is Need.RULE and not self.ascends:
+            return "it is the base alone"
+        return super().conflict(need)
+
+    @property
+    def ascent_fraction(self) -> float:
+        """Share of the steps that ascend, on average."""
+        return 1.0 if self.ascends else 0.0
+
+    def meets(self, interval: int) -> bool:
+        """Whether a step that ascends can be a multiple of `interval`, on which a fellow part does its own work."""
+        return True
+
+    def before(self, state: State, c: StepContext) -> bool | None:
+        """Whether to ascend, known before any gradient; None: ask `after` pass 1."""
+        return None if self.by_gradient else True
+
+    def after(self, g: Tensors, state: State, c: StepContext) -> tuple[bool, NewState]:
+        """Whether to ascend, given the gradient at w."""
+        return True, {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Always(Schedule):
     """Ascend on every step."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Never(When):
+class Never(Schedule):
     """Never ascend: the base optimizer itself, one gradient a step.
-
-    Cost of sgd: 1 gradient evaluation a step, 0 extra copies of the moved weights.
 
     Example:
         >>> import flatmin
-        >>> print(flatmin.compose("sgd").when)
+        >>> print(flatmin.compose("sgd").schedule)
         Never()
     """
 
-    withholds: ClassVar = {Need.ASCENT: "it never ascends", Need.RULE: "it is the base alone"}
+    ascends: ClassVar = False
 
-    @property
-    def duty(self) -> float:
-        return 0.0
-
-    def before(self, state: State, c: Context) -> bool | None:
+    def before(self, state: State, c: StepContext) -> bool | None:
         return False
 
 
 @dataclass(frozen=True, kw_only=True)
-class EveryK(When):
+class EveryK(Schedule):
     """Ascend on steps phase, phase + k, phase + 2k, ...; the others are the base's, at the cost of one gradient.
 
     Directions that remember (VaSSO, F-SAM) learn on the steps that ascend only. LookSAM's steps before the first ascent
@@ -52,15 +94,13 @@ class EveryK(When):
         ValueError: k < 1, or a phase outside [0, k - 1]; from `Recipe`, a fellow part that works on steps 0, interval,
             2 interval, ... (ssam-f, ssam-d) of which none would ascend.
 
-    Cost of every-k: 1.2 gradient evaluations a step, 1 extra copy of the moved weights.
-
     Example:
         >>> import flatmin
-        >>> print(flatmin.compose("every-k", k=2).when)
+        >>> print(flatmin.compose("every-k", k=2).schedule)
         EveryK(k=2, phase=0)
     """
 
-    counts: ClassVar = True
+    step_dependent: ClassVar = True
     k: int = 5
     phase: int = 0
 
@@ -71,18 +111,18 @@ class EveryK(When):
             raise ValueError(f"EveryK: phase must be below k = {self.k}, got {self.phase}; steps are counted from 0.")
 
     @property
-    def duty(self) -> float:
+    def ascent_fraction(self) -> float:
         return 1.0 / self.k
 
     def meets(self, interval: int) -> bool:
         return self.phase % math.gcd(self.k, interval) == 0
 
-    def before(self, state: State, c: Context) -> bool | None:
+    def before(self, state: State, c: StepContext) -> bool | None:
         return c.step % self.k == self.phase
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bernoulli(When):
+class Bernoulli(Schedule):
     """SS-SAM: ascend with probability p, drawn from the engine's generator, so that replicas agree.
 
     Args:
@@ -93,12 +133,9 @@ class Bernoulli(When):
 
     Source: Zhao, Zhang & Hu, SS-SAM: Stochastic Scheduled Sharpness-Aware Minimization, 2022.
 
-    Cost of bernoulli: 1.5 gradient evaluations a step, 1 extra copy of the moved weights.
-    Needs: random draws.
-
     Example:
         >>> import flatmin
-        >>> print(flatmin.compose("bernoulli", p=0.25).when)
+        >>> print(flatmin.compose("bernoulli", p=0.25).schedule)
         Bernoulli(p=0.25)
     """
 
@@ -109,15 +146,15 @@ class Bernoulli(When):
         check_range(self, "p", 0.0, 1.0)
 
     @property
-    def duty(self) -> float:
+    def ascent_fraction(self) -> float:
         return self.p
 
-    def before(self, state: State, c: Context) -> bool | None:
+    def before(self, state: State, c: StepContext) -> bool | None:
         return c.draws(1)[0] < self.p
 
 
 @dataclass(frozen=True, kw_only=True)
-class Late(When):
+class LatePhase(Schedule):
     """Ascend in the last part of training only: from step start = round((1 - fraction) total) on.
 
     Args:
@@ -129,15 +166,14 @@ class Late(When):
 
     Source: Zhou et al., Sharpness-Aware Minimization Efficiently Selects Flatter Minima Late in Training, ICLR 2025.
 
-    Cost of late: 1.1 gradient evaluations a step, 1 extra copy of the moved weights.
-
     Example:
         >>> import flatmin
-        >>> print(flatmin.compose("late", total=1000).when)
-        Late(total=1000, fraction=0.1)
+        >>> print(flatmin.compose("late", total=1000).schedule)
+        LatePhase(total=1000, fraction=0.1)
     """
 
-    counts: ClassVar = True
+    former_names: ClassVar = ("Late",)
+    step_dependent: ClassVar = True
     total: int = 0
     fraction: float = 0.1
 
@@ -145,7 +181,7 @@ class Late(When):
         check_count(self, "total", 0)
         check_range(self, "fraction", 0.0, 1.0)
 
-    def examine(self) -> None:
+    def validate(self) -> None:
         if not self.total:
             raise ValueError(
                 "late needs the number of updates of the whole training: total=epochs * len(loader) beside the name, "
@@ -153,15 +189,15 @@ class Late(When):
             )
 
     @property
-    def duty(self) -> float:
+    def ascent_fraction(self) -> float:
         return self.fraction
 
-    def before(self, state: State, c: Context) -> bool | None:
+    def before(self, state: State, c: StepContext) -> bool | None:
         return c.step >= round((1.0 - self.fraction) * self.total)
 
 
 @dataclass(frozen=True, kw_only=True)
-class WarmUp(When):
+class WarmUp(Schedule):
     """Plain steps of the base first, then ascend on every step.
 
     Args:
@@ -170,26 +206,24 @@ class WarmUp(When):
     Raises:
         ValueError: steps < 0.
 
-    Cost of warm-up: 2 gradient evaluations a step, 1 extra copy of the moved weights.
-
     Example:
         >>> import flatmin
-        >>> print(flatmin.compose("warm-up", steps=50).when)
+        >>> print(flatmin.compose("warm-up", steps=50).schedule)
         WarmUp(steps=50)
     """
 
-    counts: ClassVar = True
+    step_dependent: ClassVar = True
     steps: int = 0
 
     def __post_init__(self) -> None:
         check_count(self, "steps", 0)
 
-    def before(self, state: State, c: Context) -> bool | None:
+    def before(self, state: State, c: StepContext) -> bool | None:
         return c.step >= self.steps
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trigger(When):
+class AESAM(Schedule):
     """AE-SAM: ascend if ||g||^2 >= mu + c sigma, with running mean mu and variance sigma^2 of ||g||^2.
 
         mu <- delta mu + (1 - delta) ||g||^2,   sigma^2 <- delta sigma^2 + (1 - delta) (||g||^2 - mu)^2
@@ -210,16 +244,14 @@ class Trigger(When):
     Source: Jiang, Yang, Zhang & Kwok, An Adaptive Policy to Employ Sharpness-Aware Minimization, ICLR 2023. The first
     update's mean is its own ||g||^2, its variance 0, so it ascends.
 
-    Cost of ae-sam: 1.16 gradient evaluations a step, 1 extra copy of the moved weights.
-    Needs: a decision by value (one synchronisation a step, no CUDA graph).
-
     Example:
         >>> import flatmin
-        >>> print(flatmin.compose("ae-sam", delta=0.95).when)
-        Trigger(delta=0.95, start=1.0, end=-1.0, total=0)
+        >>> print(flatmin.compose("ae-sam", delta=0.95).schedule)
+        AESAM(delta=0.95, start=1.0, end=-1.0, total=0)
     """
 
-    counts: ClassVar = True
+    former_names: ClassVar = ("Trigger",)
+    step_dependent: ClassVar = True
     needs: ClassVar = frozenset({Need.GRADIENT_AT_W, Need.WHOLE_BATCH, Need.DECIDES_BY_VALUE})
     slots: ClassVar = {"mean": "scalar", "variance": "scalar"}
     delta: float = 0.9
@@ -230,21 +262,18 @@ class Trigger(When):
     def __post_init__(self) -> None:
         check_range(self, "delta", 0.0, 1.0)
         if self.delta == 1.0:
-            raise ValueError("Trigger: delta must be below 1, or the mean never moves from the first gradient.")
+            raise ValueError("AESAM: delta must be below 1, or the mean never moves from the first gradient.")
         check_range(self, "start", -1e6, 1e6)
         check_range(self, "end", -1e6, 1e6)
         check_count(self, "total", 0)
 
     @property
-    def duty(self) -> float:
+    def ascent_fraction(self) -> float:
         """What a normally distributed ||g||^2 would give; the run decides."""
         middle = self.start if not self.total else (self.start + self.end) / 2.0
         return 0.5 * math.erfc(middle / math.sqrt(2.0))
 
-    def before(self, state: State, c: Context) -> bool | None:
-        return None
-
-    def after(self, g: Tensors, state: State, c: Context) -> tuple[bool, NewState]:
+    def after(self, g: Tensors, state: State, c: StepContext) -> tuple[bool, NewState]:
         size = c.norm(g).square()
         if state["mean"] is None:
             mean, variance = size, torch.zeros_like(size)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from flatmin.methods.compose import Method, Recipe, compose
+from flatmin.methods import Method, Recipe, compose
 from flatmin.optim.criterion import Criterion
 from flatmin.optim.distributed import AscentSync
 from flatmin.optim.sam import SAM, NonFinite

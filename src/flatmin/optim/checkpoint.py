@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flatmin.methods import KINDS, Adaptive, Need
-from flatmin.methods.recipe import DEFAULTS, Recipe
+from flatmin.methods import DEFAULTS, FORMER_KINDS, KINDS, Recipe, current_word
 from flatmin.optim.base_optimizer import OWN_RHO
 from flatmin.optim.state import PREFIX, RNG, STEP, MethodState, filled_slot
 
@@ -75,7 +74,7 @@ def mark(groups: Sequence[dict[str, Any]], state: MethodState) -> None:
     for group in groups:
         for key, value in recipe.radius.marks.items():
             group.setdefault(key, value)
-    if Need.RANDOM in recipe.needs:
+    if recipe.is_random:
         first[RNG] = state.generator.cpu.get_state()
 
 
@@ -127,11 +126,13 @@ def load(base: torch.optim.Optimizer, store: MethodState, checkpoint: Mapping[st
             group.update(kept)
         store.clear()
         return
-    groups = [dict(g) for g in checkpoint["param_groups"]]
+    groups = [_with_current_words(g) for g in checkpoint["param_groups"]]
     if not groups:
         raise ValueError("the checkpoint has no param groups.")
     head = groups[0]
-    state = checkpoint["state"]
+    state: Mapping[Any, Any] = {
+        i: _with_current_words(e) if isinstance(e, Mapping) else e for i, e in checkpoint["state"].items()
+    }
     if PREFIX + "version" in head:
         _check_origin(head, store.recipe, store.remembers)
     else:
@@ -161,9 +162,25 @@ def load(base: torch.optim.Optimizer, store: MethodState, checkpoint: Mapping[st
     )
 
 
+def _with_current_words(entries: Mapping[Any, Any]) -> dict[Any, Any]:
+    """A group's or a weight's entries, those of our own under the present names of the kinds."""
+    ours = {k: PREFIX + current_word(k.removeprefix(PREFIX)) for k in entries if str(k).startswith(PREFIX)}
+    return {ours.get(k, k): v for k, v in entries.items()}
+
+
 def parts_of(recipe: Recipe) -> str:
-    """The classes of a recipe's parts, those of SAM left out, as checkpoints tell them."""
+    """The classes of a recipe's parts, those of SAM left out, as checkpoints write them."""
     return ", ".join(f"{k}={type(part).__name__}" for k, part in recipe.parts.items() if part != DEFAULTS[k])
+
+
+def _are_parts_of(text: str, recipe: Recipe) -> bool:
+    """Whether `parts_of` gave this text for such a recipe, in this version or an earlier one."""
+    classes = dict(one.partition("=")[::2] for one in text.split(", ") if one)
+    classes = {current_word(kind): name for kind, name in classes.items()}
+    parts = {kind: part for kind, part in recipe.parts.items() if part != DEFAULTS[kind]}
+    return classes.keys() == parts.keys() and all(
+        classes[kind] in (type(part).__name__, *part.former_names) for kind, part in parts.items()
+    )
 
 
 def _check_origin(head: Mapping[str, Any], recipe: Recipe, remembers: bool) -> None:
@@ -176,7 +193,7 @@ def _check_origin(head: Mapping[str, Any], recipe: Recipe, remembers: bool) -> N
     changed = _changed(given, recipe)
     named = sorted(name.split("+")) == sorted(recipe.name.split("+"))
     parts = head.get(PREFIX + "parts")
-    other = not named if parts is None else parts != parts_of(recipe)
+    other = not named if parts is None else not _are_parts_of(parts, recipe)
     if other or (changed and (remembers or not named)) or given.keys() - recipe.parameters().keys():
         raise ValueError(
             f"the checkpoint is of recipe {origin}, this optimizer runs {recipe}; "
@@ -194,8 +211,8 @@ def _check_origin(head: Mapping[str, Any], recipe: Recipe, remembers: bool) -> N
 def _read_recipe(text: str) -> tuple[str, dict[str, str]]:
     """The name and the parameters, each as it was printed, of a recipe printed by `Recipe.__str__`."""
     name, _, inner = text.partition("(")
-    found = re.split(rf"(?:^|, )((?:{'|'.join(KINDS)})\.\w+)=", inner.removesuffix(")"))
-    return name, dict(zip(found[1::2], found[2::2], strict=True))
+    words = re.split(rf"(?:^|, )((?:{'|'.join((*KINDS, *FORMER_KINDS))})\.\w+)=", inner.removesuffix(")"))
+    return name, dict(zip(map(current_word, words[1::2]), words[2::2], strict=True))
 
 
 def _changed(given: Mapping[str, str], recipe: Recipe) -> list[str]:
@@ -227,7 +244,7 @@ def _without_single_file(
 ) -> Mapping[Any, Any]:
     """The state of a plain checkpoint, without what a single-file SAM put into it and into the groups."""
     adaptive = {bool(g.pop("adaptive")) for g in groups if "adaptive" in g and "adaptive" not in base.defaults}
-    if adaptive and adaptive != {isinstance(recipe.geometry, Adaptive)}:
+    if adaptive and adaptive != {recipe.geometry.adaptive}:
         raise ValueError(
             f"the checkpoint is of a single-file SAM with adaptive={True in adaptive}, this optimizer runs {recipe}; "
             f"build it with recipe={'asam' if True in adaptive else 'sam'!r}, or take 'adaptive' out of the "

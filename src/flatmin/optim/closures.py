@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flatmin.methods import Gradients
-from flatmin.methods.inner_loop import accumulate
+from flatmin.methods import Gradients, accumulate
 from flatmin.optim.containers import detached, loss_in
 from flatmin.optim.other_gradients import OtherGradients
 

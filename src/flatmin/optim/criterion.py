@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from flatmin.methods import EverySample, Need
-from flatmin.methods.compose import Recipe
+from flatmin.methods import Need, Recipe
 from flatmin.optim.loss_arguments import (
     Loss,
     argument,
@@ -180,7 +179,7 @@ class Criterion(nn.Module):
     @property
     def selects(self) -> bool:
         """Whether the recipe it is bound to chooses among the samples."""
-        return not isinstance(self._recipe.samples, EverySample)
+        return self._recipe.samples.selects
 
     def _ascent(self, outputs: Any, target: Any) -> Tensor | None:
         """The ascent loss, with graph; None: the wrapped loss itself."""

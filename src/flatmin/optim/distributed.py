@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from flatmin.methods import Gradients
-from flatmin.methods.compose import Recipe
+from flatmin.methods import Gradients, Recipe
 from flatmin.optim.support import Loop, processes, refusal
 from flatmin.optim.tensors import is_sharded
 

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flatmin.methods import Need
+from flatmin.methods import Need, Recipe, compose, current_word
 from flatmin.methods import State as PartState
-from flatmin.methods.compose import Recipe, compose
 from flatmin.optim.base_optimizer import check_rho
-from flatmin.optim.program import Generators, Site, program
+from flatmin.optim.program import Generators, StepInputs, program
 from flatmin.optim.support import Loop, refusal
 
 Params = Mapping[str, Tensor]
@@ -82,7 +81,7 @@ def value_and_grad(
     if why := refusal(recipe, Loop.FUNCTIONAL):
         raise ValueError(f"{recipe.name} {why}.")
     for part in recipe.parts.values():
-        part.examine()
+        part.validate()
     if Need.CRITERION in recipe.needs and ascent_fn is None:
         raise ValueError(f"{recipe.name} climbs another loss than it descends; pass it as ascent_fn.")
     if not params:
@@ -94,10 +93,10 @@ def value_and_grad(
     # Views, so that each has its own identity also if one tensor stands under two names.
     weights = [params[n].detach().view_as(params[n]) for n in names]
     groups = [{"rho": check_rho(radius[n] if isinstance(radius, Mapping) else radius)} for n in names]
-    old = dict(state or {})
+    old = {current_word(key): value for key, value in (state or {}).items()}
     step = int(old.get("step", 0))
-    site = Site(weights, groups, [g["rho"] for g in groups], names, step, Generators(seed + step))
-    run = program(recipe, site, _Frozen(recipe, old, {id(w): n for w, n in zip(weights, names, strict=True)}), eps)
+    inputs = StepInputs(weights, groups, [g["rho"] for g in groups], names, step, Generators(seed + step))
+    run = program(recipe, inputs, _Frozen(recipe, old, {id(w): n for w, n in zip(weights, names, strict=True)}), eps)
     loss: Tensor | None = None
     request = next(run)
     while True:

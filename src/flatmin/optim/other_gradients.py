@@ -7,8 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from flatmin.methods import Gradients
-from flatmin.methods.inner_loop import accumulate
+from flatmin.methods import Gradients, accumulate
 from flatmin.optim.containers import leaves
 from flatmin.optim.tensors import is_sharded
 from flatmin.words import warn

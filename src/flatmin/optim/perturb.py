@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from flatmin.methods import Offset
+from flatmin.methods import Perturbation
 from flatmin.optim import tensors as ta
 
 
@@ -77,7 +77,13 @@ class WeightSnapshot:
         self._rounding = self._seed * 1_000_003 + step
 
     def move(
-        self, layout: ta.Layout, offset: Offset, flags: FoundInf | None, *, again: bool = False, record: bool = False
+        self,
+        layout: ta.Layout,
+        offset: Perturbation,
+        flags: FoundInf | None,
+        *,
+        again: bool = False,
+        record: bool = False,
     ) -> bool:
         """Displace the weights in offset.index; True if the displacement was known (on the host) to be finite.
 
@@ -97,7 +103,7 @@ class WeightSnapshot:
             self._add_on_device(ws, offset, flags, again=again)
         return True
 
-    def _add_on_host(self, ws: list[Tensor], offset: Offset, layout: ta.Layout) -> None:
+    def _add_on_host(self, ws: list[Tensor], offset: Perturbation, layout: ta.Layout) -> None:
         scale = 1.0 if offset.norm is None else 1.0 / (float(offset.norm) + offset.eps)
         for group, factor in _by_factor(ws, offset, alike=layout.simple):
             d, some = offset.direction, ws
@@ -105,7 +111,7 @@ class WeightSnapshot:
                 d, some = [d[i] for i in group], [ws[i] for i in group]
             self._add(some, d, float(factor) * scale, group)
 
-    def _add_on_device(self, ws: list[Tensor], offset: Offset, flags: FoundInf, *, again: bool) -> None:
+    def _add_on_device(self, ws: list[Tensor], offset: Perturbation, flags: FoundInf, *, again: bool) -> None:
         flags.judge(offset.size, again=again)
         divisor = None if offset.norm is None else offset.norm + offset.eps
         for group, factor in _by_factor(ws, offset, alike=False):
@@ -188,7 +194,7 @@ class WeightSnapshot:
             self._layout.busy = False
 
 
-def _by_factor(ws: list[Tensor], offset: Offset, *, alike: bool) -> list[tuple[Sequence[int], float | Tensor]]:
+def _by_factor(ws: list[Tensor], offset: Perturbation, *, alike: bool) -> list[tuple[Sequence[int], float | Tensor]]:
     """Positions grouped so that one foreach call with one factor serves each group; `alike`: one dtype and device."""
     factors, first = offset.factors, offset.factors[0]
     equal = factors.count(first) == len(factors) if isinstance(first, float) else all(f is first for f in factors)

@@ -14,8 +14,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from flatmin.methods import Combine, Descent, Direction, Eval, Gradients, Offset, Products, State, Tensors
-from flatmin.methods.compose import Recipe
+from flatmin.methods import GradientRequest, Gradients, Part, Perturbation, Products, Recipe, State, Tensors
 from flatmin.optim import tensors as ta
 
 
@@ -29,66 +28,6 @@ class SecondOrder(Protocol):
     def squared_gradients(self, index: Sequence[int], limit: int) -> Tensors: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Services:
-    """What an optimizer knows beyond the weights.
-
-    layers: the class name of the module that holds each weight. momentum: the base's momentum of each of
-    these weights. chunks: the
-    number of micro-batches of this step.
-    """
-
-    layers: Sequence[str] = ()
-    momentum: Callable[[Tensors], list[Tensor | None]] | None = None
-    chunks: int = 1
-
-
-class Site:
-    """The weights of one update: every trained tensor, and which of them move.
-
-    Args:
-        weights: trained tensors.
-        groups: the param group of each.
-        rhos: the radius of each.
-        names: the name of each, "" if unknown.
-        step: number of updates before this one.
-        generator: the engine's own random numbers.
-        layout: what is known of them; None where a transformation must see every operation.
-        services: what else parts may ask for.
-        keep_gradients: whether somebody looks at the gradients of pass 1 later.
-
-    Attributes:
-        products: second-order products at the last pass, where it kept its graph.
-        start: where pass 1 was taken, for directions that move it.
-    """
-
-    def __init__(
-        self,
-        weights: Sequence[Tensor],
-        groups: Sequence[Mapping[str, Any]],
-        rhos: Sequence[float],
-        names: Sequence[str],
-        step: int,
-        generator: Generators,
-        layout: ta.Layout | None = None,
-        services: Services | None = None,
-        *,
-        keep_gradients: bool = False,
-    ) -> None:
-        self.weights, self.groups, self.names = weights, groups, names
-        self.services, self.keep_gradients = services or Services(), keep_gradients
-        self.products: SecondOrder | None = None
-        self.start: Tensors = []
-        self.step, self.generator, self.layout = step, generator, layout
-        self.rhos = rhos
-        self.moved: Sequence[int] = range(len(weights))
-        if 0.0 in rhos:
-            self.moved = [i for i, rho in enumerate(rhos) if rho > 0]
-
-    def context(self, index: Sequence[int]) -> SiteContext:
-        return SiteContext(self, index)
-
-
 class Generators:
     """The engine's own random numbers: one seeded CPU generator, so that draws do not depend on device or shards."""
 
@@ -97,96 +36,141 @@ class Generators:
         self.cpu.manual_seed(seed)
 
 
-class SiteContext:
-    """The context that parts see; lists run over `index`."""
+@dataclass(slots=True)
+class StepInputs:
+    """The weights of one update, and what is known of them.
 
-    def __init__(self, site: Site, index: Sequence[int]) -> None:
-        self._site, self._index = site, index
+    Args:
+        weights: trained tensors.
+        groups: the param group of each.
+        rhos: the radius of each.
+        names: the name of each, "" if unknown; empty where no part needs names.
+        step: number of updates before this one.
+        generator: the engine's own random numbers.
+        layout: what is known of their shapes; None where a transformation must see every operation. Default None.
+        layers: the class name of the module that holds each; empty where no part needs layers. Default empty.
+        momentum: gives the base's momentum of some weights. Default None: no part needs it.
+        chunks: number of micro-batches. Default 1.
+        keep_gradients: whether somebody looks at the gradients of pass 1 later. Default False.
+
+    Attributes:
+        moved: positions of the weights that move; the program leaves out those that the mask does not select.
+        products: second-order products at the last pass, where it kept its graph.
+        start: where pass 1 was taken, over `moved`, for directions that move it.
+    """
+
+    weights: Sequence[Tensor]
+    groups: Sequence[Mapping[str, Any]]
+    rhos: Sequence[float]
+    names: Sequence[str]
+    step: int
+    generator: Generators
+    layout: ta.Layout | None = None
+    layers: Sequence[str] = ()
+    momentum: Callable[[Tensors], list[Tensor | None]] | None = None
+    chunks: int = 1
+    keep_gradients: bool = False
+    moved: Sequence[int] = field(init=False)
+    products: SecondOrder | None = field(init=False, default=None)
+    start: Tensors = field(init=False, default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.moved = range(len(self.weights))
+        if 0.0 in self.rhos:
+            self.moved = [i for i, rho in enumerate(self.rhos) if rho > 0]
+
+
+class EngineContext:
+    """What parts see of the inputs (`flatmin.methods.StepContext`); lists run over the weights at `index`."""
+
+    __slots__ = ("index", "inputs")
+
+    def __init__(self, inputs: StepInputs, index: Sequence[int]) -> None:
+        self.inputs, self.index = inputs, index
 
     @property
     def w(self) -> Tensors:
-        return _pick(self._site.weights, self._index)
+        return _pick(self.inputs.weights, self.index)
 
     @property
     def names(self) -> Sequence[str]:
-        return [self._site.names[i] for i in self._index]
+        return _pick(self.inputs.names, self.index)
 
     @property
     def layers(self) -> Sequence[str]:
-        return [self._site.services.layers[i] for i in self._index]
+        return _pick(self.inputs.layers, self.index)
 
     @property
     def start(self) -> Tensors:
-        moved = self._site.moved
-        if len(moved) == len(self._index):
-            return self._site.start
-        at = dict(zip(moved, self._site.start, strict=True))
-        return [at[i] for i in self._index]
+        moved = self.inputs.moved
+        if len(moved) == len(self.index):
+            return self.inputs.start
+        at = dict(zip(moved, self.inputs.start, strict=True))
+        return [at[i] for i in self.index]
 
     @property
     def momentum(self) -> list[Tensor | None]:
-        find = self._site.services.momentum
-        assert find is not None
-        return find(self.w)
+        assert self.inputs.momentum is not None
+        return self.inputs.momentum(self.w)
 
     @property
     def curvature(self) -> Products | None:
-        products = self._site.products
-        return None if products is None else BoundProducts(products, self._index)
+        products = self.inputs.products
+        return None if products is None else BoundProducts(products, self.index)
 
     @property
     def chunks(self) -> int:
-        return self._site.services.chunks
+        return self.inputs.chunks
 
     @property
     def options(self) -> Sequence[Mapping[str, Any]]:
-        return [self._site.groups[i] for i in self._index]
+        return _pick(self.inputs.groups, self.index)
 
     @property
     def rhos(self) -> Sequence[float]:
-        return _pick(self._site.rhos, self._index)
+        return _pick(self.inputs.rhos, self.index)
 
     @property
     def step(self) -> int:
-        return self._site.step
+        return self.inputs.step
 
     def norm(self, tensors: Tensors) -> Tensor:
-        return ta.norm(tensors, self._site.layout)
+        return ta.norm(tensors, self.inputs.layout)
 
     def dot(self, a: Tensors, b: Tensors) -> Tensor:
-        return ta.dot(a, b, self._site.layout)
+        return ta.dot(a, b, self.inputs.layout)
 
     def add_scaled(self, a: Tensors, b: Tensors, factor: Tensor, *, spent: bool = False) -> Tensors:
-        if self._site.layout is None:
+        if self.inputs.layout is None:
             return [x + factor.to(x.device, x.dtype) * y for x, y in zip(a, b, strict=True)]
-        return ta.add_scaled(a, b, factor, self._site.layout, spent=spent)
+        return ta.add_scaled(a, b, factor, self.inputs.layout, spent=spent)
 
     def share(self, a: Tensors, along: Tensors) -> Tensor:
-        return ta.share(a, along, self._site.layout)
+        return ta.share(a, along, self.inputs.layout)
 
     def reject(self, a: Tensors, along: Tensors) -> tuple[Sequence[Tensor], Tensor]:
-        if self._site.layout is None:
+        if self.inputs.layout is None:
             rest = self.add_scaled(a, along, -self.share(a, along))
             return rest, self.norm(rest)
-        return ta.reject(a, along, self._site.layout)
+        return ta.reject(a, along, self.inputs.layout)
 
     def copied(self, tensors: Tensors) -> Sequence[Tensor]:
-        return ta.copied(tensors, self._site.layout)
+        return ta.copied(tensors, self.inputs.layout)
 
     def noise(self) -> Tensors:
-        cpu = self._site.generator.cpu
+        cpu = self.inputs.generator.cpu
         return [ta.placed(torch.randn(w.shape, generator=cpu, dtype=_real(w)), w) for w in self.w]
 
     def bernoulli(self, p: float) -> Tensors:
-        cpu = self._site.generator.cpu
+        cpu = self.inputs.generator.cpu
         return [ta.placed(torch.rand(w.shape, generator=cpu) < p, w) for w in self.w]
 
     def uniform(self) -> Tensors:
-        cpu = self._site.generator.cpu
+        cpu = self.inputs.generator.cpu
         return [ta.placed(torch.rand(w.shape, generator=cpu, dtype=_real(w)), w) for w in self.w]
 
     def draws(self, count: int) -> list[float]:
-        drawn: list[float] = torch.rand(count, generator=self._site.generator.cpu, dtype=torch.float64).tolist()
+        drawn: list[float] = torch.rand(count, generator=self.inputs.generator.cpu, dtype=torch.float64).tolist()
         return drawn
 
 
@@ -241,157 +225,168 @@ def _pick(items: Sequence[T], index: Sequence[int]) -> list[T]:
     return list(items) if len(index) == len(items) else [items[i] for i in index]
 
 
-def _complete(grads: Gradients) -> bool:
-    """Whether none is missing; `in` would compare tensors by value."""
-    return all(map(operator.is_not, grads, itertools.repeat(None)))
-
-
 def _gather(grads: Gradients, index: Sequence[int]) -> tuple[Sequence[int], Tensors]:
     """The positions in `index` that have a gradient, and these gradients; sparse ones become dense."""
-    found: Any = _pick(grads, index)
-    if not _complete(found):
-        found = [g for g in found if g is not None]
+    chosen: Any = _pick(grads, index)
+    if not all(map(operator.is_not, chosen, itertools.repeat(None))):  # `in` would compare tensors by value
+        chosen = [g for g in chosen if g is not None]
         index = [i for i in index if grads[i] is not None]
-    if any(map(_IS_SPARSE, found)):
-        found = [g.to_dense() if g.is_sparse else g for g in found]
-    return index, found
+    if any(map(_IS_SPARSE, chosen)):
+        chosen = [g.to_dense() if g.is_sparse else g for g in chosen]
+    return index, chosen
 
 
 def _in_all(lists: Sequence[Gradients]) -> Sequence[int]:
     """The positions at which every list has a gradient."""
-    if all(map(_complete, lists)):
+    if all(all(map(operator.is_not, grads, itertools.repeat(None))) for grads in lists):
         return range(len(lists[0]))
     return [i for i, column in enumerate(zip(*lists, strict=True)) if not any(g is None for g in column)]
 
 
-def program(recipe: Recipe, site: Site, store: Reader, eps: float) -> Generator[Eval, Gradients, Outcome]:
-    """The update of `recipe` at `site`: yields evaluations, is sent their gradients, returns the outcome."""
-    everything = range(len(site.weights))
+def program(
+    recipe: Recipe, inputs: StepInputs, store: Reader, eps: float
+) -> Generator[GradientRequest, Gradients, Outcome]:
+    """The update of `recipe` on `inputs`: yields requests, is sent their gradients, returns the outcome.
+
+    Parts are asked for what they declare only (`flatmin.methods.Part`).
+    """
+    direction, mask, schedule, combine = recipe.direction, recipe.mask, recipe.schedule, recipe.combine
     out = Outcome(update=[])
-    if recipe.ascends and site.moved:
-        chosen = recipe.mask.select(site.context(everything))
-        if chosen is not None:
-            site.moved = [i for i in site.moved if chosen[i]]
-    if not recipe.ascends or not site.moved:
-        out.update, out.untouched = (yield Eval("descent", chunk=recipe.points.plain_chunk)), True
+    if recipe.ascends and inputs.moved and mask.selects:
+        selected = mask.select(EngineContext(inputs, range(len(inputs.weights))))
+        if selected is not None:
+            inputs.moved = [i for i in inputs.moved if selected[i]]
+    if not recipe.ascends or not inputs.moved:
+        out.update = yield GradientRequest("descent", chunk=recipe.inner_loop.plain_chunk)
+        out.untouched = True
         return out
 
-    kept: Gradients | None = None
-    first: Gradients | None = None
-    moved = site.context(site.moved)
+    at_w: Gradients | None = None  # the gradients of pass 1, for combinations that use them
+    pass_1: Gradients | None = None  # those by which the schedule has decided, for the ascent
+    moved = EngineContext(inputs, inputs.moved)
 
-    def read(kind: str, index: Sequence[int]) -> State:
-        if not getattr(recipe, kind).slots:
-            return {}
-        return store.read(kind, [site.weights[i] for i in index])
+    def read(part: Part, index: Sequence[int]) -> State:
+        return store.read(part.kind, [inputs.weights[i] for i in index]) if part.slots else {}
 
-    def stage(kind: str, index: Sequence[int], new: Mapping[str, Any]) -> None:
+    def stage(part: Part, index: Sequence[int], new: Mapping[str, Any]) -> None:
         # State advances once a step: from the first ascent.
-        if new and kind not in out.staged:
-            out.staged[kind] = (index, new)
+        if new and part.kind not in out.staged:
+            out.staged[part.kind] = (index, new)
 
-    def ascend(at: Offset | None = None, chunk: int | None = None) -> Generator[Eval, Gradients, Offset | None]:
-        nonlocal kept, first
-        direction = recipe.direction
-        index: Sequence[int] = site.moved
+    def context(index: Sequence[int]) -> EngineContext:
+        return moved if index is inputs.moved else EngineContext(inputs, index)
+
+    def ascend(
+        at: Perturbation | None = None, chunk: int | None = None
+    ) -> Generator[GradientRequest, Gradients, Perturbation | None]:
+        nonlocal at_w, pass_1
+        index: Sequence[int] = inputs.moved
         g: Tensors | None = None
         if direction.evaluates:
-            if first is None:
+            if pass_1 is None:
                 if at is None and direction.moves_start:
-                    site.start = direction.start(read("direction", index), moved)
-                    at = Offset.of(index, list(site.start), moved)
-                grads = yield Eval("ascent", at, chunk, recipe.mask.graph(read("mask", site.moved), moved))
+                    inputs.start = direction.start(read(direction, index), moved)
+                    at = Perturbation.of(index, list(inputs.start), moved)
+                graph = mask.keeps_graph and mask.graph(read(mask, index), moved)
+                grads = yield GradientRequest("ascent", at, chunk, graph)
             else:
-                grads, first = first, None
-            if recipe.combine.uses_gradient and kept is None:
-                kept = grads
+                grads, pass_1 = pass_1, None
+            if combine.uses_gradient and at_w is None:
+                at_w = grads
             index, g = _gather(grads, index)
             del grads
             if not index:
                 return None
-        c = site.context(index)
-        d, new = direction(g, read("direction", index), c)
-        stage("direction", index, new)
+        c = context(index)
+        d, new = direction(g, read(direction, index) if direction.slots else {}, c)
+        if new:
+            stage(direction, index, new)
         if d is None:
             return None
-        site.start = []
-        factors, new = recipe.mask(d, read("mask", index), c)
-        stage("mask", index, new)
-        if factors is not None and recipe.mask.norm == "inside":
-            d = list(torch._foreach_mul(d, factors))
+        inputs.start = []
+        factors: Tensors | list[float] | None = None
+        if mask.weighs:
+            factors, new = mask(d, read(mask, index), c)
+            stage(mask, index, new)
+            if factors is not None and mask.norm == "inside":
+                d = list(torch._foreach_mul(d, factors))
         t, norm = recipe.geometry(d, c)
-        if factors is not None and recipe.mask.norm == "full":
+        if factors is not None and mask.norm == "full":
             t = list(torch._foreach_mul(t, factors))
         size = c.norm(t) if norm is None else norm
         if out.size is None:
             out.size = size
-        radius = recipe.radius(c)
-        reach: list[Any] = _pick(site.rhos, index)
-        if isinstance(radius, list):
-            reach = [rho * factor for rho, factor in zip(reach, radius, strict=True)]
-        elif isinstance(radius, Tensor) or radius != 1.0:
-            # One product per distinct rho, so that equal radii stay one object.
-            products = {rho: rho * radius for rho in set(reach)}
-            reach = [products[rho] for rho in reach]
-        if (factor := direction.factor()) != 1.0:
+        reach: list[Any] = _pick(inputs.rhos, index)
+        if recipe.radius.scales:
+            reach = _scaled(reach, recipe.radius(c))
+        if (factor := recipe.direction_factor) != 1.0:
             reach = [factor * r for r in reach]
         # Only the gradients of this very pass are the engine's to overwrite, and only if nobody wants them later.
-        spent = g is not None and kept is None and not site.keep_gradients and not out.staged and len(t) == len(g)
+        spent = g is not None and at_w is None and not inputs.keep_gradients and not out.staged and len(t) == len(g)
         scratch = spent and all(map(operator.is_, t, g or ()))
-        return Offset(index, t, norm, size, reach, eps, scratch)
+        return Perturbation(index, t, norm, size, reach, eps, scratch)
 
-    when = recipe.when
-    on = when.before(read("when", site.moved), moved)
+    on = schedule.before(read(schedule, inputs.moved), moved) if schedule.conditional else True
     if on is None:
-        first = yield Eval("ascent", graph=recipe.mask.graph(read("mask", site.moved), moved))
-        index, g = _gather(first, site.moved)
-        on, new = when.after(g, read("when", index), site.context(index)) if index else (False, {})
-        stage("when", index, new)
+        graph = mask.keeps_graph and mask.graph(read(mask, inputs.moved), moved)
+        pass_1 = yield GradientRequest("ascent", graph=graph)
+        index, g = _gather(pass_1, inputs.moved)
+        on, new = schedule.after(g, read(schedule, index), context(index)) if index else (False, {})
+        stage(schedule, index, new)
         del g
-        if on and recipe.combine.uses_gradient:
-            kept = first
+        if on and combine.uses_gradient:
+            at_w = pass_1
     if not on:
-        grads = first if first is not None else (yield Eval("descent", chunk=recipe.points.plain_chunk))
-        if type(recipe.combine).off is Combine.off:
-            out.update, out.untouched = grads, first is None
+        asked = pass_1 is None  # else the schedule has had the gradients at w already
+        grads = pass_1
+        if grads is None:
+            grads = yield GradientRequest("descent", chunk=recipe.inner_loop.plain_chunk)
+        if not combine.off_step:
+            out.update, out.untouched = grads, asked
             return out
-        index, g = _gather(grads, everything)
-        u, new = recipe.combine.off(g, read("combine", index), site.context(index))
-        stage("combine", index, new)
+        index, g = _gather(grads, range(len(inputs.weights)))
+        u, new = combine.off(g, read(combine, index), context(index))
+        stage(combine, index, new)
         out.update = _spread(grads, index, u)
-        out.untouched = first is None and all(map(operator.is_, u, _pick(grads, index)))
+        out.untouched = asked and all(map(operator.is_, u, _pick(grads, index)))
         return out
 
-    asking = recipe.points(ascend, moved)
+    loop = recipe.inner_loop(ascend, moved)
     try:
-        request = next(asking)
+        request = next(loop)
         while True:
-            if request.role == "descent":
-                request.graph = recipe.combine.graph(read("combine", site.moved), moved)
-            request = asking.send((yield request))
+            if combine.keeps_graph and request.role == "descent":
+                request.graph = combine.graph(read(combine, inputs.moved), moved)
+            request = loop.send((yield request))
     except StopIteration as stop:
         points: list[Gradients] = stop.value
     last = points[-1]
-    if type(recipe.direction).observe is not Direction.observe:
-        index, seen = _gather(last, site.moved)
-        new = recipe.direction.observe(seen, read("direction", index), site.context(index))
-        out.staged["direction"] = (index, new)
-    if isinstance(recipe.combine, Descent):
-        out.update, out.untouched = last, not recipe.points.pooled
-        return out
-    index = _in_all(points if kept is None else [kept, *points])
+    if direction.observes:
+        index, seen = _gather(last, inputs.moved)
+        out.staged["direction"] = (index, direction.observe(seen, read(direction, index), context(index)))
+    index = [] if combine.passes_on else _in_all(points if at_w is None else [at_w, *points])
     if not index:
-        out.update, out.untouched = last, not recipe.points.pooled
+        out.update, out.untouched = last, not recipe.inner_loop.pooled
         return out
-    at_w = None if kept is None else _gather(kept, index)[1]
+    plain = None if at_w is None else _gather(at_w, index)[1]
     gs = [_gather(p, index)[1] for p in points]
-    c = site.context(index)
-    u, new = recipe.combine(at_w, gs, read("combine", index), c)
-    stage("combine", index, new)
-    post = recipe.combine.post(at_w, gs, c)
+    c = context(index)
+    u, new = combine(plain, gs, read(combine, index), c)
+    stage(combine, index, new)
+    post = combine.post(plain, gs, c) if combine.post_step else None
     out.post = None if post is None else (index, post)
     out.update = _spread(last, index, u)
     return out
+
+
+def _scaled(rhos: list[Any], radius: float | Tensor | list[float]) -> list[Any]:
+    """Each tensor's rho times the radius; equal products are one object."""
+    if isinstance(radius, list):
+        return [rho * factor for rho, factor in zip(rhos, radius, strict=True)]
+    if not isinstance(radius, Tensor) and radius == 1.0:
+        return rhos
+    products = {rho: rho * radius for rho in set(rhos)}
+    return [products[rho] for rho in rhos]
 
 
 def _spread(last: Gradients, index: Sequence[int], u: Tensors) -> Gradients:

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from flatmin.methods import Need
-from flatmin.methods.compose import Recipe, compose
+from flatmin.methods import Need, Recipe, compose
 from flatmin.optim.amp import GradScaling
 from flatmin.optim.base_optimizer import BaseOptimizer, build_base, check_positive, check_rho, hands_on_eps, set_rho
 from flatmin.optim.checkpoint import load, mark, save
@@ -26,6 +25,7 @@ from flatmin.optim.imitated import reach_through
 from flatmin.optim.model_guard import ModelGuard
 from flatmin.optim.other_gradients import OtherGradients
 from flatmin.optim.perturb import WeightSnapshot
+from flatmin.optim.program import EngineContext
 from flatmin.optim.random_state import RandomState, generators_of
 from flatmin.optim.state import STEP, MethodState, StateView
 from flatmin.optim.step import Step
@@ -170,8 +170,8 @@ class SAM(Optimizer):
         check_recipe(recipe, self._tools.base, self._tools.weights, model, criterion)
         self._refuse_second_order_base()
         self._look_at_groups()
-        site = self._tools.weights.site(self._tools.state)
-        recipe.mask.select(site.context(range(len(site.weights))))
+        inputs = self._tools.weights.inputs(self._tools.state)
+        recipe.mask.select(EngineContext(inputs, range(len(inputs.weights))))
         self.scaler = scaler
 
     def _assemble(self, state: MethodState, model: nn.Module | None) -> None:
@@ -335,7 +335,7 @@ class SAM(Optimizer):
         self._refuse_during_update("add_param_group()")
         if self.rho_key in param_group:
             check_rho(param_group[self.rho_key])
-        if param_group.get("adaptive") and not hasattr(self.recipe.geometry, "eta"):
+        if param_group.get("adaptive") and not self.recipe.geometry.adaptive:
             raise ValueError(f"a param group with adaptive=True needs a recipe with 'asam'; this is {self.recipe}.")
         self.base.add_param_group(param_group)
         self._look_at_groups(changed=True)
@@ -445,7 +445,7 @@ class SAM(Optimizer):
                 "before scaler.step(optimizer), and give it no closure."
             )
         with torch.enable_grad():
-            result = closures[0]() if len(closures) == 1 else run_all(closures, step.site.weights, self._tools.others)
+            result = closures[0]() if len(closures) == 1 else run_all(closures, step.inputs.weights, self._tools.others)
         if step.resident:
             self.loss_point = "w + eps"
             if self._tools.diagnostics is not None:

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flatmin.methods import Need, Radius, State
-from flatmin.methods.recipe import Recipe
+from flatmin.methods import Recipe, State
 from flatmin.optim import tensors as ta
 from flatmin.optim.program import Generators
 
@@ -44,7 +43,7 @@ class MethodState:
 
     def __init__(self, recipe: Recipe, seed: int = 0, diagnoses: bool = False) -> None:
         self.generator = Generators(seed)
-        self._seed, self._draws = seed, Need.RANDOM in recipe.needs
+        self._seed, self._draws = seed, recipe.is_random
         self.per_weight: dict[str, dict[Tensor, Tensor]] = {}
         self.scalars: dict[str, Tensor | None] = {}
         self._kinds: dict[str, Mapping[str, str]] = {}
@@ -75,7 +74,7 @@ class MethodState:
         if self._draws:
             first[RNG] = self.generator.cpu.get_state()
         radius = self.recipe.radius
-        if type(radius).remember is not Radius.remember:
+        if radius.remembers:
             for group in groups:
                 group.update(radius.remember(group))
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flatmin.methods import Eval, Gradients, Need
+from flatmin.methods import GradientRequest, Gradients, Need
 from flatmin.optim import tensors as ta
 from flatmin.optim.amp import GradScaling
 from flatmin.optim.closures import Closure, Probe, mean_loss, run_all
@@ -61,7 +61,7 @@ class Step:
         resident: bool = False,
     ) -> None:
         self.tools, self.closed, self.resident = tools, closed, resident
-        self.site = site = tools.weights.site(tools.state, chunks)
+        self.inputs = inputs = tools.weights.inputs(tools.state, chunks)
         self.index = 0
         self.inside = self.over = False
         self.share = 1.0
@@ -73,14 +73,14 @@ class Step:
         self._visited: set[int | None] = set()
         self._products: list[tuple[float, GraphProducts]] = []
         self._silence: contextlib.AbstractContextManager[None] | None = None
-        tools.snapshot.begin_update(site.step)
+        tools.snapshot.begin_update(inputs.step)
         if tools.scaling is not None:
             tools.scaling.begin()
-        site.keep_gradients = tools.diagnostics is not None
-        self._program: Generator[Eval, Gradients, Outcome] = program(tools.recipe, site, tools.state, eps)
-        self.request: Eval | None = next(self._program)
+        inputs.keep_gradients = tools.diagnostics is not None
+        self._program: Generator[GradientRequest, Gradients, Outcome] = program(tools.recipe, inputs, tools.state, eps)
+        self.request: GradientRequest | None = next(self._program)
         self.outcome: Outcome | None = None
-        self.plain = not (tools.recipe.ascends and any(site.rhos))
+        self.plain = not (tools.recipe.ascends and any(inputs.rhos))
 
     # -- closures ------------------------------------------------------------------------------------------------
 
@@ -110,11 +110,11 @@ class Step:
                         result = closures[chunk or 0]()
                     else:
                         self.share = 1.0 / len(closures)
-                        result = run_all(closures, self.site.weights, self.tools.others)
+                        result = run_all(closures, self.inputs.weights, self.tools.others)
                     if first and probe is not None:
                         probe.judge()
                     if first and not self.plain and (chunk is not None or single):
-                        self.tools.others.look(result, self.site.weights)
+                        self.tools.others.look(result, self.inputs.weights)
                 if diagnostics is not None and not (moved and request.role == "ascent"):
                     diagnostics.loss(loss_in(result), perturbed=moved)
                 self.leave()
@@ -144,7 +144,7 @@ class Step:
             self._refuse_unscaled(tools.scaling)
         self.inside = True
         if not (self.plain and self.closed):
-            for w in self.site.weights:
+            for w in self.inputs.weights:
                 w.grad = None
             for w in tools.weights.layout.frozen:
                 w.grad = None
@@ -171,7 +171,7 @@ class Step:
         if tools.criterion is not None:
             self._criterion_calls = tools.criterion.calls
 
-    def _displace(self, request: Eval) -> None:
+    def _displace(self, request: GradientRequest) -> None:
         tools, at = self.tools, request.at
         assert at is not None
         weights, snapshot = tools.weights, tools.snapshot
@@ -215,7 +215,7 @@ class Step:
             tools.guard.watch.check_second_pass()
         if self._silence is not None:
             self._speak(self._silence)
-        gradients: Gradients = [w.grad for w in self.site.weights]
+        gradients: Gradients = [w.grad for w in self.inputs.weights]
         empty = self.plain and (now.bracketed or not self._began)
         if not empty and all(g is None for g in gradients):
             raise RuntimeError(
@@ -231,17 +231,17 @@ class Step:
                     f"{tools.recipe.name} needs second derivatives in this pass: call optimizer.backward(loss) instead "
                     "of loss.backward()."
                 )
-            self.site.products = PooledProducts(self._products)
+            self.inputs.products = PooledProducts(self._products)
         try:
             self._advance(gradients)
         finally:
-            self.site.products, self._products = None, []
+            self.inputs.products, self._products = None, []
         if self.outcome is not None:
             self._finish(self.outcome)
 
     def _joins_others(self, now: Pass) -> bool:
         """Whether the gradients of weights that another optimizer trains are simply those of the only pass."""
-        return self.plain and now.bracketed and self.site.services.chunks == 1
+        return self.plain and now.bracketed and self.inputs.chunks == 1
 
     def _enter_others(self, now: Pass) -> None:
         others, recipe = self.tools.others, self.tools.recipe
@@ -252,24 +252,24 @@ class Step:
             if Need.CRITERION in recipe.needs:
                 others.warn_of_climbed(recipe.name)
 
-    def _leave_others(self, now: Pass, request: Eval | None) -> None:
+    def _leave_others(self, now: Pass, request: GradientRequest | None) -> None:
         others = self.tools.others
         if not now.bracketed:
             others.restore()
         elif request is None or request.role == "ascent":
             others.leave(None)
         else:
-            pooled = self.tools.recipe.points.pooled and request.chunk is not None
-            others.leave(1.0 / self.site.services.chunks if pooled else 1.0)
+            pooled = self.tools.recipe.inner_loop.pooled and request.chunk is not None
+            others.leave(1.0 / self.inputs.chunks if pooled else 1.0)
 
-    def _received(self, request: Eval, gradients: Gradients) -> Gradients:
+    def _received(self, request: GradientRequest, gradients: Gradients) -> Gradients:
         """The gradients of a pass as the program shall see them."""
-        tools, weights = self.tools, self.site.weights
+        tools, weights = self.tools, self.inputs.weights
         if tools.scaling is not None:
             tools.scaling.unscale_(gradients)
         if request.role == "ascent" and tools.replicas.local:
             gradients = tools.replicas.average(gradients, weights)
-        if (tools.recipe.remembers or self.site.keep_gradients) and tools.replicas.lends(gradients):
+        if (tools.recipe.remembers or self.inputs.keep_gradients) and tools.replicas.lends(gradients):
             gradients = [None if g is None else g.clone() for g in gradients]
             for w, g in zip(weights, gradients, strict=True):
                 w.grad = g
@@ -293,7 +293,7 @@ class Step:
         if not (self.inside and request is not None and request.graph):
             loss.backward(create_graph=tools.base.differentiates)
             return
-        weights = self.site.weights
+        weights = self.inputs.weights
         targets = [*weights, *tools.others.in_training()]
         gradients = torch.autograd.grad(loss, targets, create_graph=True, allow_unused=True)
         for w, g in zip(targets, gradients, strict=True):
@@ -308,11 +308,11 @@ class Step:
         """Use the gradients of a pass that a manual loop has run already at w, as the ascent's."""
         tools, request = self.tools, self.request
         assert request is not None
-        gradients: Gradients = [w.grad for w in self.site.weights]
+        gradients: Gradients = [w.grad for w in self.inputs.weights]
         self._began = any(g is not None for g in gradients)
         if not (self._began or self.plain):
             raise RuntimeError("no gradients: call loss.backward() on the batch before perturbing the weights.")
-        self._additions = additions(self.site.weights)
+        self._additions = additions(self.inputs.weights)
         self._visited.add(None)
         if tools.scaling is not None:
             self._refuse_unscaled(tools.scaling)
@@ -326,7 +326,7 @@ class Step:
 
     def take_plain(self) -> None:
         """Use the gradients of a plain loop, for updates that stay at w."""
-        self._advance([w.grad for w in self.site.weights])
+        self._advance([w.grad for w in self.inputs.weights])
 
     def close(self) -> None:
         """Let nobody see the gradients before the base's step."""
@@ -353,7 +353,7 @@ class Step:
         watch = None if tools.guard is None else tools.guard.watch
         if watch is not None and watch.warn_of_turns():
             tools.warned_of_passes = True
-        before, after = self._additions, additions(self.site.weights)
+        before, after = self._additions, additions(self.inputs.weights)
         forwards = (1, 0) if watch is None else watch.forwards
         if before > after and forwards[0] > forwards[1]:
             tools.warned_of_passes = True
@@ -370,7 +370,7 @@ class Step:
         if not self.resident and scaling.unscaled_early():
             raise RuntimeError("scaler.unscale_(optimizer) was called between the passes; call it after the last one.")
 
-    def _check_criterion(self, request: Eval, criterion: Criterion) -> None:
+    def _check_criterion(self, request: GradientRequest, criterion: Criterion) -> None:
         recipe = self.tools.recipe
         if criterion.calls > self._criterion_calls:
             return
@@ -424,7 +424,7 @@ class Step:
         """The update is over; what parts have drawn is taken back unless the step was taken."""
         self.over = True
         self.request = self.outcome = None
-        self.site.products, self._products = None, []
+        self.inputs.products, self._products = None, []
         if not taken:
             self.tools.state.rewind(self.tools.base.optimizer.param_groups)
         self.tools.end_update()
@@ -437,12 +437,12 @@ class Step:
         if tools.others.any:
             tools.others.end()
         if not (outcome.untouched and self.index):
-            for w, u in zip(self.site.weights, outcome.update, strict=True):
+            for w, u in zip(self.inputs.weights, outcome.update, strict=True):
                 if w.grad is not u:
                     w.grad = None if u is None else u.to(w.dtype)
         if scaling is not None and not self.closed:
             # The scaler's own unscale_() and step() come next, and expect it so.
-            scaling.rescale_([w.grad for w in self.site.weights])
+            scaling.rescale_([w.grad for w in self.inputs.weights])
 
     def apply(
         self, nonfinite: str = "skip", clip_norm: float | None = None, *, at_once: bool = False, loss: Any = None
@@ -467,7 +467,7 @@ class Step:
         self._end(taken=True)
 
     def _apply(self, nonfinite: str, clip_norm: float | None, *, at_once: bool, loss: Any) -> None:
-        tools, outcome, weights, scaling = self.tools, self.outcome, self.site.weights, self.tools.scaling
+        tools, outcome, weights, scaling = self.tools, self.outcome, self.inputs.weights, self.tools.scaling
         assert outcome is not None
         if scaling is not None:
             if not self.closed:
@@ -501,7 +501,7 @@ class Step:
         if stepped and finite:
             gate = None if flags is None or not outcome.staged else _gate(outcome.size, left_out)
             for kind, (index, new) in outcome.staged.items():
-                tools.state.commit(kind, [weights[i] for i in index], new, gate, self.site.layout)
+                tools.state.commit(kind, [weights[i] for i in index], new, gate, self.inputs.layout)
         if stepped and outcome.post is not None:
             index, terms = outcome.post
             torch._foreach_add_([weights[i] for i in index], terms)

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, distributed, nn
 
-from flatmin.methods import Need, OtherBatch, learning_rate
-from flatmin.methods.compose import Recipe
+from flatmin.methods import Need, Recipe, learning_rate
 from flatmin.optim.tensors import is_sharded
 
 if TYPE_CHECKING:
@@ -44,15 +43,14 @@ _SILENT = "needs second derivatives, which bypass the communication of Distribut
 def capture_refusal(recipe: Recipe) -> str | None:
     """Why a CUDA graph of one update cannot stand for all, as what follows the recipe's name; None if it can."""
     repeated = ", and a graph repeats the update that it captured"
-    if any(part.counts for part in recipe.parts.values()):
+    if any(part.step_dependent for part in recipe.parts.values()):
         return f"depends on the number of the update{repeated}"
     if any("scalar" in part.slots.values() for part in recipe.parts.values()):
         return "remembers a number that each update replaces, and a graph reads the one that it captured"
-    if isinstance(recipe.points, OtherBatch):
+    if recipe.inner_loop.two_batches:
         return f"climbs on the batch before{repeated}"
-    asked = recipe.needs.union(*(part.demands() for part in recipe.parts.values()))
     for need in (Need.RANDOM, Need.DECIDES_BY_VALUE, Need.LR):
-        if need in asked:
+        if need in recipe.demands:
             return f"needs {need.value}{repeated}"
     return None
 
@@ -65,8 +63,7 @@ def refusal(recipe: Recipe, loop: Loop) -> str | None:
     if loop is Loop.PLAIN and not recipe.one_pass:
         return "does not know w + eps before a gradient" if recipe.moves else "stays at w in any loop"
     if loop is Loop.FUNCTIONAL:
-        asked = needs.union(*(part.demands() for part in recipe.parts.values()))
-        for need in sorted(asked & PURE.keys(), key=lambda n: n.name):
+        for need in sorted(recipe.demands & PURE.keys(), key=lambda n: n.name):
             return f"needs {need.value}, which a pure function cannot serve: {PURE[need]}"
     if Need.SECOND_ORDER in needs:
         if loop is Loop.SCALER:
@@ -101,7 +98,7 @@ def check_recipe(
     """
     name, needs, trained = recipe.name, recipe.needs, base.weights
     for part in recipe.parts.values():
-        part.examine()
+        part.validate()
         if Need.LR in part.demands():
             for group in base.optimizer.param_groups:
                 learning_rate(group, part)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from flatmin.methods.compose import Recipe
+from flatmin.methods import Recipe
 from flatmin.optim.amp import GradScaling
 from flatmin.optim.base_optimizer import BaseOptimizer
 from flatmin.optim.criterion import Criterion

@@ -8,10 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from flatmin.methods import Need
-from flatmin.methods.compose import Recipe
+from flatmin.methods import Recipe
 from flatmin.optim.base_optimizer import BaseOptimizer, check_rho
-from flatmin.optim.program import Services, Site
+from flatmin.optim.program import StepInputs
 from flatmin.optim.state import STEP, MethodState
 from flatmin.optim.tensors import Layout
 
@@ -106,7 +105,7 @@ class TrainedWeights:
         """Whether any group has a radius above 0."""
         return any(self.rho(group) > 0 for group in self._base.optimizer.param_groups)
 
-    def site(self, state: MethodState, chunks: int = 1) -> Site:
+    def inputs(self, state: MethodState, chunks: int = 1) -> StepInputs:
         """The weights as an update finds them.
 
         Args:
@@ -118,12 +117,13 @@ class TrainedWeights:
         for group, count in zip(self._base.optimizer.param_groups, self.layout.trained, strict=True):
             groups += [group] * count
             rhos += [self.rho(group)] * count
-        weights, needs = self.layout.weights, self._recipe.needs
-        names = [self.names.get(w, "") for w in weights] if Need.NAMES in needs else []
-        layers = [self.layers.get(w, "") for w in weights] if Need.LAYERS in needs else []
+        weights, recipe = self.layout.weights, self._recipe
+        names = [self.names.get(w, "") for w in weights] if recipe.needs_names else []
+        layers = [self.layers.get(w, "") for w in weights] if recipe.needs_layers else []
         step = int(self._base.optimizer.param_groups[0][STEP])
-        services = Services(layers, self._base.momenta, chunks)
-        return Site(weights, groups, rhos, names, step, state.generator, self.layout, services)
+        return StepInputs(
+            weights, groups, rhos, names, step, state.generator, self.layout, layers, self._base.momenta, chunks
+        )
 
     # -- gradients that an update leaves behind -------------------------------------------------------------------
 

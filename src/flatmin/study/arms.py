@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from flatmin.methods.compose import Recipe, compose, method_table
+from flatmin.methods import Recipe, compose, method_table
 from flatmin.study.config import BASE, SWEPT, CompareConfig
 from flatmin.train.config import RunConfig, Scalar
 from flatmin.train.locate import find_module
@@ -68,7 +68,7 @@ def arms(config: CompareConfig) -> list[Arm]:
     """
     recipes = [recipe_of(method, config.plugins) for method in config.methods]
     for name in config.params:
-        if not any(_holds(recipe, name) for recipe in recipes):
+        if not any(recipe.qualified(name) for recipe in recipes):
             raise ValueError(f"none of the methods has a parameter {name!r}.")
     found = [_arm(method, method, config) for method in config.methods]
     if config.baselines:
@@ -111,10 +111,6 @@ def _arm(label: str, method: str, config: CompareConfig) -> Arm:
     return Arm(label=label, config=run, recipe=build_recipe(run))
 
 
-def _holds(recipe: Recipe, name: str) -> bool:
-    return any(name in (full, full.partition(".")[2]) for full in recipe.parameters())
-
-
 def _qualified(recipe: Recipe, params: Mapping[str, Scalar]) -> dict[str, Scalar]:
     """The parameters that this recipe has, by qualified name.
 
@@ -123,7 +119,7 @@ def _qualified(recipe: Recipe, params: Mapping[str, Scalar]) -> dict[str, Scalar
     """
     chosen: dict[str, Scalar] = {}
     for name, value in params.items():
-        full = [one for one in recipe.parameters() if name in (one, one.partition(".")[2])]
+        full = recipe.qualified(name)
         if len(full) > 1:
             raise ValueError(f"{recipe.name!r} has several parameters {name!r}; write {' or '.join(full)}.")
         if full:
@@ -166,7 +162,7 @@ def _axes_of(arm: Arm, config: CompareConfig) -> dict[str, tuple[Scalar, ...]]:
         elif key in SWEPT:
             fits = key not in arm.own
         else:
-            fits = _holds(arm.recipe, key)
+            fits = bool(arm.recipe.qualified(key))
         if fits:
             axes[key] = values
     if not config.tune:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flatmin.methods.compose import Recipe
+from flatmin.methods import Recipe
 from flatmin.train.config import RunConfig
 from flatmin.train.fingerprint import Content, content_of, digest, external_versions, package_digest, user_sources
 from flatmin.train.trainer import build_recipe

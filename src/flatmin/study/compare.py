@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from flatmin.data.base import Data
-from flatmin.methods.compose import Recipe
+from flatmin.methods import Recipe
 from flatmin.stats import PERCENT, Stat, summarise
 from flatmin.study.arms import Candidate, arms, candidates, recipe_of
 from flatmin.study.config import BASE, CompareConfig

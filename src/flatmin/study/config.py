@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from flatmin.methods.compose import method_table
+from flatmin.methods import current_word, method_table
 from flatmin.train import settings
 from flatmin.train.config import Scalar
 from flatmin.train.settings import at_least
@@ -152,7 +152,8 @@ def _apply(config: CompareConfig, loose: Mapping[str, str]) -> CompareConfig:
     rho, params, axes = dict(config.rho), dict(config.params), dict(config.axes)
     kinds = settings.field_types(CompareConfig)
     names = part_parameters(config)
-    for key, text in loose.items():
+    for given, text in loose.items():
+        key = current_word(given)
         words = [word.strip() for word in text.split(",") if word.strip()]
         if not words:
             raise ValueError(f"{key}= has no value.")

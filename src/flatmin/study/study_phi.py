@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from flatmin.methods import BiSAMLog, BiSAMTanh
 from flatmin.methods import losses as objectives
-from flatmin.methods.objective import BiSAMLog, BiSAMTanh
 from flatmin.study.page import Figure, plot_text
 from flatmin.study.strokes import DASHES, tone
 from flatmin.study.study_looks import Section

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flatmin.data.named import DATASETS
-from flatmin.methods.compose import Recipe, compose, method_table
+from flatmin.methods import Recipe, compose, current_word, method_table
 from flatmin.models.zoo import MODELS
 from flatmin.study.spec import Arm, StudySpec, as_word
 from flatmin.study.sweep import points, tidy, words
@@ -60,8 +60,8 @@ class Cell:
         elif key.startswith("model."):
             value = config.model_params.get(key.removeprefix("model."))
         else:
-            found = [one for name, one in config.params.items() if key in (name, name.partition(".")[2])]
-            value = found[0] if found else None
+            names = [name for name in config.params if current_word(key) in (name, name.partition(".")[2])]
+            value = config.params[names[0]] if names else None
         return None if value is None else tidy(as_word(value))
 
     @property
@@ -166,4 +166,4 @@ def _takes(recipe: Recipe, key: str) -> bool:
         return recipe.ascends
     if key in _FIELDS or key in field_types(Options) or key.startswith("model."):
         return True
-    return any(key in (name, name.partition(".")[2]) for name in recipe.parameters())
+    return bool(recipe.qualified(key))

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from flatmin.methods.compose import Recipe
+from flatmin.methods import Recipe
 from flatmin.theory.families import Family, family
 from flatmin.theory.functions import Problem
 from flatmin.theory.methods import RadiusLike, StepLike, positive

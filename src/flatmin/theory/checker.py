@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from flatmin.methods.compose import Recipe
+from flatmin.methods import Recipe
 from flatmin.theory import theorems
 from flatmin.theory.classes import FunctionClass
 from flatmin.theory.failures import failures, stays_away

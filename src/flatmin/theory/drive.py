@@ -9,10 +9,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from flatmin.methods import Need, State
-from flatmin.methods.compose import Recipe
+from flatmin.methods import Need, Recipe, State
 from flatmin.optim import SAM
-from flatmin.optim.program import Generators, Site, program
+from flatmin.optim.program import Generators, StepInputs, program
 from flatmin.optim.support import Loop, refusal
 from flatmin.theory.functions import Problem
 
@@ -107,8 +106,8 @@ class ProgramDoor:
 
     def update(self, t: float, rho: float) -> bool:
         x, group = self.x, {"lr": t, "rho": rho}
-        site = Site([x], [group], [rho], ["x"], self._step, self._generators)
-        run = program(self._recipe, site, self, self._eps)
+        inputs = StepInputs([x], [group], [rho], ["x"], self._step, self._generators)
+        run = program(self._recipe, inputs, self, self._eps)
         request = next(run)
         while True:
             point = x if request.at is None else x + request.at.tensors()[0]

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from flatmin import methods as p
-from flatmin.methods import Need
-from flatmin.methods.compose import Recipe, compose, method_table
+from flatmin.methods import Need, Recipe, compose, method_table
 from flatmin.theory.rules import Power, Rule
 from flatmin.words import suggest
 
@@ -80,7 +79,7 @@ def family(method: str | Recipe | Family, *, error: Error = "against", **how: An
             raise ValueError(f"unknown method {method!r}{suggest(method, names)} (methods: {', '.join(names)}).")
         recipe = compose(method, **how)
     kind, reason = _kind(recipe)
-    factor = Power(1.0, recipe.radius.p) if isinstance(recipe.radius, p.Power) else None
+    factor = Power(1.0, recipe.radius.p) if isinstance(recipe.radius, p.PowerRadius) else None
     centred = isinstance(recipe.geometry, p.Centralised)
     climbs = isinstance(recipe.direction, p.Gradient) and not centred
     rests = centred or _cancels(recipe.direction)
@@ -89,7 +88,7 @@ def family(method: str | Recipe | Family, *, error: Error = "against", **how: An
 
 def _cancels(direction: p.Part) -> bool:
     """Whether d is the gradient less itself: F-SAM with sigma = 1 and a mean of one gradient."""
-    return isinstance(direction, p.Friendly) and direction.sigma == 1 and direction.lam == 0
+    return isinstance(direction, p.FSAM) and direction.sigma == 1 and direction.lam == 0
 
 
 def _kind(recipe: Recipe) -> tuple[Kind, str]:
@@ -97,16 +96,16 @@ def _kind(recipe: Recipe) -> tuple[Kind, str]:
         return "gradient", ""
     plain: tuple[tuple[p.Part, type, str], ...] = (
         (recipe.objective, p.SameLoss, "climbs another loss than f"),
-        (recipe.when, p.Always, "does not ascend at every update"),
+        (recipe.schedule, p.Always, "does not ascend at every update"),
         (recipe.mask, p.All, "moves a part of the weights"),
-        (recipe.points, p.One, "takes other points than one ascent and one descent"),
+        (recipe.inner_loop, p.OneStep, "takes other points than one ascent and one descent"),
         (recipe.samples, p.EverySample, "descends on a part of the samples"),
         (recipe.combine, p.Descent, "descends along another vector than the gradient at x + eps"),
     )
     for part, wanted, words in plain:
         if not isinstance(part, wanted):
             return "other", f"{recipe.name} {words} ({part})"
-    if not isinstance(recipe.radius, (p.Constant, p.Power)):
+    if not isinstance(recipe.radius, (p.ConstantRadius, p.PowerRadius)):
         return "other", f"{recipe.name} sets its own radius ({recipe.radius}); give it as a rule instead"
     if Need.BASE_MOMENTUM in recipe.needs:
         return "other", f"{recipe.name} climbs along the momentum of the base optimizer, which is no part of x+ here"

@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flatmin.methods import Need
-from flatmin.methods.compose import Recipe
+from flatmin.methods import Need, Recipe
 from flatmin.theory.drive import Door, Gradient, OptimizerDoor, ProgramDoor
 from flatmin.theory.families import Error, Family, family
 from flatmin.theory.functions import Problem

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from flatmin.methods import current_word
 from flatmin.train.schedule import SCHEDULES
 from flatmin.train.settings import at_least, canonical, one_of
 
@@ -165,6 +166,7 @@ class RunConfig:
     measure: bool = False
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "params", {current_word(name): value for name, value in self.params.items()})
         for name in ("epochs", "batch_size", "micro_batches", "accumulate"):
             at_least(self, name, 1)
         for name in ("lr", "momentum", "weight_decay", "seed", "split_seed", "test_every", "max_skips", "workers"):
@@ -226,10 +228,11 @@ def differences(known: Mapping[str, Any], config: RunConfig) -> dict[str, str]:
         {'lr': 'lr is 0.2 there and 0.1 here'}
     """
     mine = identity(config)
+    theirs = {**known, "params": {current_word(name): value for name, value in known.get("params", {}).items()}}
     return {
-        key: f"{key} is {known.get(key)!r} there and {value!r} here"
+        key: f"{key} is {theirs.get(key)!r} there and {value!r} here"
         for key, value in mine.items()
-        if known.get(key) != value
+        if theirs.get(key) != value
     }
 
 

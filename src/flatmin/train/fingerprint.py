@@ -22,7 +22,7 @@ import flatmin
 from flatmin.data.base import Data, Samples, Split
 from flatmin.data.folder import files_digest
 from flatmin.data.named import DATASETS
-from flatmin.methods.compose import Recipe
+from flatmin.methods import Recipe
 from flatmin.models.external import external
 from flatmin.train.config import RunConfig
 from flatmin.train.locate import find_module

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from flatmin.methods.compose import Recipe, compose, method_table
+from flatmin.methods import Recipe, compose, method_table
 from flatmin.train import settings
 from flatmin.train.config import RunConfig, Scalar
 from flatmin.train.locate import find_module
@@ -66,7 +66,7 @@ def load_run(preset: str, words: Sequence[str] = (), *, here: bool = True, **giv
     options = {key: table.pop(key) for key in [f.name for f in dataclasses.fields(Options)] if key in table}
     recipe, methods = _recipe(table["method"], table["plugins"])
     # What a preset says of the parts of its own method need not be there in another one.
-    own = {key: value for key, value in table["params"].items() if "method" not in chosen or _full(key, recipe)}
+    own = {key: value for key, value in table["params"].items() if "method" not in chosen or recipe.qualified(key)}
     table["params"], extra = _params(recipe, {**own, **loose}, kinds)
     table["model_params"] |= extra
     for name in radii:
@@ -127,18 +127,13 @@ def _params(
         if key.startswith("model."):
             model[key.removeprefix("model.")] = value
             continue
-        full = _full(key, recipe)
+        full = recipe.qualified(key)
         if len(full) > 1:
             raise ValueError(f"{recipe.name!r} has several parameters {key!r}; write {' or '.join(full)}.")
         if not full:
             _refuse(key, recipe, kinds)
         params[full[0]] = value
     return params, model
-
-
-def _full(key: str, recipe: Recipe) -> list[str]:
-    """The qualified names of the recipe's parameters that a word can mean."""
-    return [name for name in recipe.parameters() if key in (name, name.partition(".")[2])]
 
 
 def _refuse(key: str, recipe: Recipe, kinds: Mapping[str, Any]) -> NoReturn:

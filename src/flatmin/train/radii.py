@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from flatmin.methods.compose import Method, Recipe, compose
+from flatmin.methods import Method, Recipe, compose
 
 
 def radius_of(method: str, recipe: Recipe, radii: Mapping[str, float], table: Mapping[str, Method]) -> float | None:

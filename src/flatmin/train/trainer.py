@@ -14,8 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from flatmin.data.base import Data
-from flatmin.methods import Need, OtherBatch
-from flatmin.methods.compose import Recipe, compose, method_table
+from flatmin.methods import Need, Recipe, compose, method_table
 from flatmin.methods.losses import smoothed_cross_entropy
 from flatmin.optim import SAM, Criterion
 from flatmin.train.average import Average
@@ -151,7 +150,7 @@ class Trainer:
         else:
             parts = batch.split(self.config.accumulate) if self.config.accumulate > 1 else [batch]
             loss = self._update(partial(self._closure, 0, parts))
-        if isinstance(self.recipe.points, OtherBatch):
+        if self.recipe.inner_loop.two_batches:
             self._previous = batch
         two = len(self._seen) == 2 and self.recipe.two_pass
         right = list(self._right.values())
@@ -159,7 +158,7 @@ class Trainer:
 
     def parts(self, batch: Batch) -> list[Batch]:
         """The micro-batches of a batch; for the different-batch probe the batch before it, and the batch itself."""
-        if isinstance(self.recipe.points, OtherBatch):
+        if self.recipe.inner_loop.two_batches:
             return [batch if self._previous is None else self._previous, batch]
         return batch.split(self.config.micro_batches)
 
@@ -246,7 +245,7 @@ class Trainer:
     def _check(self) -> None:
         config = self.config
         if config.accumulate > 1 and Need.MICRO_BATCHES in self.recipe.needs:
-            other = isinstance(self.recipe.points, OtherBatch)
+            other = self.recipe.inner_loop.two_batches
             itself = f"divides each batch by itself (micro_batches={config.micro_batches})"
             does = "climbs on another batch" if other else itself
             raise ValueError(f"{config.method} {does}; leave out accumulate.")

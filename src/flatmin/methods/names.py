@@ -1,6 +1,6 @@
-"""Recipes: named methods as frozen sets of parts, and their composition by name.
+"""From names to recipes: the table with its plugins, and the composition of names and parameters.
 
->>> from flatmin.methods.compose import compose
+>>> from flatmin.methods import compose
 >>> recipe = compose("vasso+bisam-log+asam", theta=0.8)
 >>> recipe.direction
 EMA(theta=0.8)
@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from flatmin.methods import KINDS, Part
+from flatmin.methods.part import KINDS, Part, current_word
 from flatmin.methods.recipe import DEFAULTS, ContradictionError, Method, Recipe
 from flatmin.methods.table import BUILT_IN
 from flatmin.words import suggest
@@ -29,14 +29,15 @@ from flatmin.words import suggest
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoints
 
-__all__ = ["CONFUSED", "ENTRY_POINTS", "METHODS", "ContradictionError", "Method", "Recipe", "compose", "method_table"]
+__all__ = ["ENTRY_POINTS", "METHODS", "compose", "method_table"]
+
 ENTRY_POINTS = "flatmin.methods"
+METHODS: Mapping[str, Method] = {m.name: m for m in BUILT_IN}
 # Names that the literature gives to more than one method.
-CONFUSED = {
+_AMBIGUOUS = {
     "msam": "write 'micro-sam' for mSAM (an ascent per micro-batch), 'momentum-sam' for Momentum-SAM",
     "ssam": "write 'ssam-f' or 'ssam-d' for Sparse SAM, 'bernoulli' for stochastically scheduled SAM (SS-SAM)",
 }
-METHODS: Mapping[str, Method] = {m.name: m for m in BUILT_IN}
 
 
 def method_table(plugins: Sequence[str] = ()) -> dict[str, Method]:
@@ -50,12 +51,12 @@ def method_table(plugins: Sequence[str] = ()) -> dict[str, Method]:
     table = dict(METHODS)
     for entry in _installed(tuple(sys.path)):
         _merge(table, entry.load(), f"entry point {entry.value!r}")
-    for module in plugins:
+    for name in plugins:
         try:
-            found = importlib.import_module(module)
+            module = importlib.import_module(name)
         except ImportError as error:
-            raise ValueError(f"plugin {module!r} cannot be imported: {error}.") from error
-        _merge(table, getattr(found, "METHODS", None), f"plugin {module!r}")
+            raise ValueError(f"plugin {name!r} cannot be imported: {error}.") from error
+        _merge(table, getattr(module, "METHODS", None), f"plugin {name!r}")
     return table
 
 
@@ -69,7 +70,7 @@ def _installed(path: tuple[str, ...]) -> EntryPoints:
 
 def _merge(table: dict[str, Method], new: Any, origin: str) -> None:
     if not isinstance(new, Mapping) or not all(isinstance(m, Method) for m in new.values()):
-        raise ValueError(f"{origin} needs a dict METHODS of name -> flatmin.methods.compose.Method.")
+        raise ValueError(f"{origin} needs a dict METHODS of name -> flatmin.methods.Method.")
     for name, method in new.items():
         if "+" in name or name != method.name:
             raise ValueError(f"{origin}: key {name!r} must equal the method's name and contain no '+'.")
@@ -98,14 +99,14 @@ def compose(name: str, table: Mapping[str, Method] | None = None, **params: Any)
     owner: dict[str, str] = {}
     for n in names:
         if n not in table:
-            if n in CONFUSED:
-                raise ValueError(f"{n!r} is the name of two methods: {CONFUSED[n]}.")
+            if n in _AMBIGUOUS:
+                raise ValueError(f"{n!r} is the name of two methods: {_AMBIGUOUS[n]}.")
             raise ValueError(f"unknown method {n!r}{_guess(n, table)} (methods: {', '.join(table)})")
         for part in table[n].parts:
             if part.kind in chosen:
                 raise ValueError(f"{owner[part.kind]!r} and {n!r} both set the {part.kind}; choose one.")
             chosen[part.kind], owner[part.kind] = part, n
-    for kind, changes in _sort_parameters(name, chosen, params).items():
+    for kind, changes in _by_kind(name, chosen, params).items():
         chosen[kind] = changes if isinstance(changes, Part) else _replace(chosen.get(kind, DEFAULTS[kind]), changes)
     try:
         return Recipe(name="+".join(names), **chosen)  # type: ignore[arg-type]
@@ -115,25 +116,26 @@ def compose(name: str, table: Mapping[str, Method] | None = None, **params: Any)
 
 def _spelled(name: str, table: Mapping[str, Method]) -> str:
     """The table's own spelling of a name in another case; the name itself if the table has it, or nothing like it."""
-    alike = [name] if name in table else [known for known in table if known.lower() == name.lower()]
+    alike = [name] if name in table else [entry for entry in table if entry.lower() == name.lower()]
     return alike[0] if len(alike) == 1 else name
 
 
 def _guess(name: str, table: Mapping[str, Method]) -> str:
     """What may be meant by an unknown name: a method of this title, or one whose name is near."""
-    titled = [known for known, method in table.items() if method.title.lower() == name.lower()]
+    titled = [entry for entry, method in table.items() if method.title.lower() == name.lower()]
     return f"; did you mean {titled[0]!r}?" if titled else suggest(name, table)
 
 
-def _sort_parameters(name: str, chosen: dict[str, Part], params: dict[str, Any]) -> dict[str, Any]:
+def _by_kind(name: str, chosen: Mapping[str, Part], params: Mapping[str, Any]) -> dict[str, Any]:
     """{kind: part or {field: value}} from the three ways of writing a parameter."""
-    sorted_: dict[str, Any] = {}
-    for key, value in params.items():
+    by_kind: dict[str, Any] = {}
+    for word, value in params.items():
+        key = current_word(word)
         kind, _, fld = key.partition(".")
         if key in KINDS:
             if not isinstance(value, (Part, Mapping)):
-                raise ValueError(f"{key} must be a part or a dict of its parameters, got {value!r}.")
-            sorted_[key] = value if isinstance(value, Part) else {**sorted_.get(key, {}), **value}
+                raise ValueError(f"{word} must be a part or a dict of its parameters, got {value!r}.")
+            by_kind[key] = value if isinstance(value, Part) else {**by_kind.get(key, {}), **value}
             continue
         if fld:
             if kind not in KINDS:
@@ -143,24 +145,24 @@ def _sort_parameters(name: str, chosen: dict[str, Part], params: dict[str, Any])
             if len(holders) > 1:
                 both = " or ".join(f"{k}.{key}" for k in holders)
                 raise ValueError(f"{name!r} has several parameters {key!r}; write {both}.")
-            known = [f for part in chosen.values() for f in part.parameters()]
+            fields = [f for part in chosen.values() for f in part.parameters()]
             if not holders:
-                listed = f" (parameters: {', '.join(known)})" if known else " (it has none)"
-                raise ValueError(f"{name!r} has no parameter {key!r}{suggest(key, known)}{listed}")
+                listed = f" (parameters: {', '.join(fields)})" if fields else " (it has none)"
+                raise ValueError(f"{name!r} has no parameter {key!r}{suggest(key, fields)}{listed}")
             kind, fld = holders[0], key
-        if isinstance(sorted_.get(kind), Part):
+        if isinstance(by_kind.get(kind), Part):
             raise ValueError(f"{kind} is given as a part and as {key!r}; choose one.")
-        sorted_.setdefault(kind, {})[fld] = value
-    return sorted_
+        by_kind.setdefault(kind, {})[fld] = value
+    return by_kind
 
 
 def _replace(part: Part, changes: Mapping[str, Any]) -> Part:
-    known = part.parameters()
+    defaults = part.parameters()
     typed = {}
     for key, value in changes.items():
-        if key not in known:
-            raise ValueError(f"{part.kind} {part} has no parameter {key!r}{suggest(key, known)}")
-        default = known[key]
+        if key not in defaults:
+            raise ValueError(f"{part.kind} {part} has no parameter {key!r}{suggest(key, defaults)}")
+        default = defaults[key]
         if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if isinstance(default, (bool, str)) and not isinstance(value, type(default)):
