@@ -23,7 +23,7 @@ EXECUTORS_VENV  ?= $(VENV)-executors
 EXECUTORS_STAMP := $(EXECUTORS_VENV)/.flatmin-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-frameworks test-vision test-trackers test-executors lint types bench clean
+.PHONY: help setup demo generate test test-all test-frameworks test-vision test-trackers test-executors lint types bench clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -88,6 +88,9 @@ lint: $(STAMP) ## ruff (lint and format) and the import layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+
+generate: $(STAMP) ## write the tables in README and docs that follow from the table of methods
+	$(BIN)/python tools/generate.py $(ARGS)
 
 types: $(STAMP) ## mypy --strict on src
 	$(BIN)/mypy

@@ -143,7 +143,7 @@ def needs(table: Mapping[str, Method]) -> str:
         _listed(name for name, recipe in recipes.items() if recipe.for_length(1) != recipe),
         "the length of the training: `recipe.for_length(epochs * len(loader))`",
     ))  # fmt: skip
-    return _table(("needs", "methods", "what to write"), rows)
+    return _table(("needs", "methods", "what that is, and what to write"), rows)
 
 
 def cost(recipe: Recipe) -> str:

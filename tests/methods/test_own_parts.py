@@ -15,6 +15,7 @@ from flatmin.methods import (
     GradientRequest,
     InnerLoop,
     Mask,
+    Method,
     Need,
     Perturbation,
     Radius,
@@ -131,6 +132,9 @@ class Swapped(InnerLoop):
 
     def __call__(self, ascend, c):
         return [(yield GradientRequest("descent", (yield from ascend(chunk=0)), 1))]
+
+
+METHODS = {"swapped": Method(name="swapped", title="Swapped", parts=(Swapped(),), formula="u = g_s", paper="none")}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,6 @@
 """Names compose into recipes, and what does not go together is refused with a sentence."""
 
 import dataclasses
-import itertools
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -23,7 +22,6 @@ from flatmin.methods import (
     Method,
     Need,
     Objective,
-    Part,
     Radius,
     Recipe,
     compose,
@@ -85,9 +83,9 @@ TABLE = {
 # -- composition --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("names", list(itertools.permutations(["vasso", "bisam-log", "asam"])))
-def test_the_order_of_names_does_not_matter(names):
-    recipe = compose("+".join(names), theta=0.8)
+def test_a_composition_has_the_parameters_of_all_its_names():
+    recipe = compose("asam + vasso+bisam-log", theta=0.8)
+    assert recipe == compose("asam+vasso+bisam-log", theta=0.8)
     assert recipe.parts == compose("vasso+bisam-log+asam", theta=0.8).parts
     assert recipe.parameters() == {
         "objective.mu": 1.0,
@@ -95,7 +93,6 @@ def test_the_order_of_names_does_not_matter(names):
         "geometry.eta": 0.0,
         "geometry.weights_only": False,
     }
-    assert compose(" + ".join(names), theta=0.8) == recipe
 
 
 def test_a_composition_inherits_the_radius_of_its_geometry():
@@ -333,18 +330,16 @@ def test_a_parameter_must_not_be_named_like_a_kind_or_an_option_of_the_optimizer
 # -- the table ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_every_built_in_entry_is_complete(name):
-    method = METHODS[name]
-    assert method.name == name and "+" not in name
-    assert method.title and method.formula and method.paper and method.summary.endswith(".")
-    assert method.url.startswith("https://") or not method.url
-    for part in method.parts:
-        assert isinstance(part, Part) and type(part).__doc__
-        for parameter in part.parameters():
-            assert f"{parameter}:" in type(part).__doc__, f"{type(part).__name__} does not document {parameter}"
-    recipe = method.recipe()
-    assert recipe == compose(name) and recipe.name == name
+def test_every_built_in_entry_is_complete():
+    for name, method in METHODS.items():
+        assert method.name == name and "+" not in name
+        assert method.title and method.formula and method.paper and method.summary.endswith(".")
+        assert method.url.startswith("https://") or not method.url
+        assert method.recipe() == compose(name) and method.recipe().name == name
+        for part in method.parts:
+            assert getattr(parts, type(part).__name__) is type(part), f"{part} is not in the __all__ of its file"
+            for parameter in part.parameters():
+                assert f"{parameter}:" in type(part).__doc__, f"{type(part).__name__} does not document {parameter}"
 
 
 def plugin(monkeypatch, name="flatmin_test_plugin", **contents):

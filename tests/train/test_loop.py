@@ -16,6 +16,8 @@ from flatmin.train.feed import Batch
 from flatmin.train.loop import train
 from flatmin.train.trainer import Trainer
 
+OWN = "tests.methods.test_own_parts"
+
 
 def config(**changes):
     usual = {
@@ -207,8 +209,10 @@ def test_one_micro_batch_is_sam():
         assert torch.allclose(a, b, rtol=1e-6, atol=1e-7)
 
 
-def test_the_probe_climbs_on_the_batch_before_and_at_first_on_its_own():
-    probe, plain = Trainer(config(method="sam-db")), Trainer(config())
+@pytest.mark.parametrize("words", [{"method": "sam-db"}, {"method": "swapped", "plugins": (OWN,)}])
+def test_the_probe_climbs_on_the_batch_before_and_at_first_on_its_own(words):
+    """The built-in one, and a part of one's own that declares two batches."""
+    probe, plain = Trainer(config(**words)), Trainer(config())
     first, second = batch_of(probe, 0, 16), batch_of(probe, 16, 32)
     probe.step(first)
     plain.step(first)

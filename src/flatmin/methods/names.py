@@ -86,7 +86,8 @@ def compose(name: str, table: Mapping[str, Method] | None = None, **params: Any)
         name: e.g. "sam", "vasso+bisam-log+asam". Neither the order nor the case matters.
         table: names to choose from. Default: built-ins, then entry points.
         params: parameters of the parts: `theta=0.8` if exactly one part has it, else qualified by kind:
-            `direction=dict(theta=0.8)`, `direction=EMA(theta=0.8)` or `**{"direction.theta": 0.8}`.
+            `direction=dict(theta=0.8)`, `direction=EMA(theta=0.8)` or `**{"direction.theta": 0.8}`. `when` and `points`
+            stand for `schedule` and `inner_loop`.
 
     Raises:
         ValueError: unknown name or parameter, two names that set the same part, contradicting parts, bad values.

@@ -273,9 +273,6 @@ def program(
         if new and part.kind not in out.staged:
             out.staged[part.kind] = (index, new)
 
-    def context(index: Sequence[int]) -> EngineContext:
-        return moved if index is inputs.moved else EngineContext(inputs, index)
-
     def ascend(
         at: Perturbation | None = None, chunk: int | None = None
     ) -> Generator[GradientRequest, Gradients, Perturbation | None]:
@@ -297,7 +294,7 @@ def program(
             del grads
             if not index:
                 return None
-        c = context(index)
+        c = moved if index is inputs.moved else EngineContext(inputs, index)
         d, new = direction(g, read(direction, index) if direction.slots else {}, c)
         if new:
             stage(direction, index, new)
@@ -331,7 +328,7 @@ def program(
         graph = mask.keeps_graph and mask.graph(read(mask, inputs.moved), moved)
         pass_1 = yield GradientRequest("ascent", graph=graph)
         index, g = _gather(pass_1, inputs.moved)
-        on, new = schedule.after(g, read(schedule, index), context(index)) if index else (False, {})
+        on, new = schedule.after(g, read(schedule, index), EngineContext(inputs, index)) if index else (False, {})
         stage(schedule, index, new)
         del g
         if on and combine.uses_gradient:
@@ -345,7 +342,7 @@ def program(
             out.update, out.untouched = grads, asked
             return out
         index, g = _gather(grads, range(len(inputs.weights)))
-        u, new = combine.off(g, read(combine, index), context(index))
+        u, new = combine.off(g, read(combine, index), EngineContext(inputs, index))
         stage(combine, index, new)
         out.update = _spread(grads, index, u)
         out.untouched = asked and all(map(operator.is_, u, _pick(grads, index)))
@@ -363,14 +360,14 @@ def program(
     last = points[-1]
     if direction.observes:
         index, seen = _gather(last, inputs.moved)
-        out.staged["direction"] = (index, direction.observe(seen, read(direction, index), context(index)))
+        out.staged["direction"] = (index, direction.observe(seen, read(direction, index), EngineContext(inputs, index)))
     index = [] if combine.passes_on else _in_all(points if at_w is None else [at_w, *points])
     if not index:
         out.update, out.untouched = last, not recipe.inner_loop.pooled
         return out
     plain = None if at_w is None else _gather(at_w, index)[1]
     gs = [_gather(p, index)[1] for p in points]
-    c = context(index)
+    c = EngineContext(inputs, index)
     u, new = combine(plain, gs, read(combine, index), c)
     stage(combine, index, new)
     post = combine.post(plain, gs, c) if combine.post_step else None
