@@ -15,8 +15,8 @@ from typing import Any
 
 import flatmin
 from benchmarks import peers
-from benchmarks.loops import BASES, Loop, Setting, floor, other, ours
-from benchmarks.nets import NETS
+from benchmarks.loops import Loop, Setting, floor, other, ours
+from benchmarks.nets import BASES, NETS
 from benchmarks.results import Gate, Result, Spread, Table
 from benchmarks.timing import seconds
 
