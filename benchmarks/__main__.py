@@ -8,11 +8,12 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import cost, counts, curvature, equiv, gpu, kernels, perturb, step, train
+from benchmarks import calls, cost, counts, curvature, equiv, gpu, kernels, perturb, step, train
 from benchmarks.results import RESULTS, Result, append_json, environment, write_page
 
 BENCHMARKS = {
     "counts": counts,
+    "calls": calls,
     "equiv": equiv,
     "perturb": perturb,
     "step": step,
@@ -22,7 +23,7 @@ BENCHMARKS = {
     "kernels": kernels,
 }
 DATED = Path()
-CPU_PAGE = ("counts", "equiv", "perturb", "step")
+CPU_PAGE = ("counts", "calls", "equiv", "perturb", "step")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -17,8 +17,8 @@ from functools import partial
 
 import flatmin
 from benchmarks.counts import SLACK, held_copies
-from benchmarks.loops import BASES, Loop, Setting, floor, ours, recipe_of
-from benchmarks.nets import NETS
+from benchmarks.loops import Loop, Setting, floor, ours, recipe_of
+from benchmarks.nets import BASES, NETS
 from benchmarks.results import Gate, Result, Spread, Table
 from benchmarks.timing import seconds
 from flatmin.optim.state import PREFIX

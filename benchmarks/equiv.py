@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 import flatmin
 from benchmarks import peers
-from benchmarks.loops import LR, MOMENTUM, RHO
+from benchmarks.loops import RHO
+from benchmarks.nets import LR, MOMENTUM
 from benchmarks.results import Gate, Result, Table
 
 HELP = "float64 steps against a reference written from the formula"

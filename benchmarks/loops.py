@@ -13,24 +13,13 @@ import torch
 from torch import Tensor, nn
 
 import flatmin
-from benchmarks.nets import Net
+from benchmarks.nets import Net, make_base
 from flatmin.methods import Named, Need, Recipe, WarmUp
 
-BASES = ("default", "foreach", "fused")
-LR, MOMENTUM, RHO = 1e-3, 0.9, 0.05
+RHO = 0.05
 CHUNKS = 2
 # Needs that the loss object answers for.
 LOSS_NEEDS = frozenset({Need.CRITERION, Need.PER_SAMPLE})
-
-
-def make_base(params: Any, kind: str) -> torch.optim.SGD:
-    """SGD with momentum in one of torch's three implementations ("default": torch's choice for the device)."""
-    flags = {} if kind == "default" else {kind: True}
-    base = torch.optim.SGD(params, lr=LR, momentum=MOMENTUM, **flags)
-    if base.param_groups[0]["params"][0].is_meta:
-        # torch refuses fused kernels on the meta device, where `launches` stands in for them.
-        base._need_device_dtype_check_for_fused = False
-    return base
 
 
 @dataclass

@@ -1,13 +1,30 @@
-"""The networks that costs are measured on: many small tensors, a transformer, a convolutional net with BatchNorm."""
+"""The networks that costs are measured on: many small tensors, a transformer, a convolutional net with BatchNorm.
+
+And the optimizer of all of them. Nothing here needs flatmin.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+BASES = ("default", "foreach", "fused")
+LR, MOMENTUM = 1e-3, 0.9
+
+
+def make_base(params: Any, kind: str) -> torch.optim.SGD:
+    """SGD with momentum in one of torch's three implementations ("default": torch's choice for the device)."""
+    flags = {} if kind == "default" else {kind: True}
+    base = torch.optim.SGD(params, lr=LR, momentum=MOMENTUM, **flags)
+    if base.param_groups[0]["params"][0].is_meta:
+        # torch refuses fused kernels on the meta device, where `launches` stands in for them.
+        base._need_device_dtype_check_for_fused = False
+    return base
 
 
 class DeepMLP(nn.Module):

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.loops import LR, MOMENTUM, RHO, make_base
+from benchmarks.loops import RHO
+from benchmarks.nets import LR, MOMENTUM, make_base
 
 
 class PlainLoop:

@@ -3,6 +3,8 @@
 The floor is twice zero_grad, forward and backward and one step of the base, on its own copy of the model. Each sample
 of a method is taken between two of the floor and divided by their mean; the order of methods is random in every round.
 The control is the floor itself, run as if it were a method: its spread is what the machine can resolve.
+
+With `--against`, a step of this source tree beside that of another commit instead; see `against.py`.
 """
 
 from __future__ import annotations
@@ -10,13 +12,13 @@ from __future__ import annotations
 import argparse
 import gc
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import flatmin
-from benchmarks import peers
-from benchmarks.loops import BASES, Loop, Setting, floor, other, ours
-from benchmarks.nets import NETS
+from benchmarks import against, peers
+from benchmarks.loops import Loop, Setting, floor, other, ours
+from benchmarks.nets import BASES, NETS
 from benchmarks.results import Gate, Result, Spread, Table
 from benchmarks.timing import seconds
 
@@ -24,6 +26,7 @@ HELP = "time of a step over the floor of two passes and one base step"
 CONTROL, SGD = "A/A control (the floor)", "plain SGD step"
 RESOLUTION, TARGET = 0.10, 1.07
 DEFAULT_NETS = {"mlp200": 12, "vit-d64": 8, "resnet18-w8": 8}
+AGAINST_ROUNDS = 24
 GPU_NETS = ("mlp200", "vit-d192", "resnet18-w64")
 # Two passes in every step (and the base), so that the floor is theirs; `cost` has the others.
 METHODS = ("sgd", "sam", "asam", "usam", "vasso", "fsam", "bisam-log", "bisam-tanh")
@@ -117,7 +120,14 @@ def judge(setting: Setting, samples: dict[str, list[list[float]]], result: Resul
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this benchmark."""
     parser.add_argument("--nets", nargs="+", choices=list(NETS), metavar="NET", help=f"of {', '.join(NETS)}")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(flatmin.METHODS), metavar="METHOD")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=list(flatmin.METHODS),
+        metavar="METHOD",
+        help="default: all with two passes in every step; with --against: sam",
+    )
+    parser.add_argument("--against", metavar="COMMIT", help="compare with a commit, not with the floor (CPU only)")
     parser.add_argument("--rounds", type=int, help="samples of each method")
     parser.add_argument("--repeats", type=int, help="steps in a sample (CPU: the fastest of 2; GPU: the mean of 5)")
     parser.add_argument("--base", choices=BASES, default="default", help="implementation of SGD")
@@ -130,12 +140,31 @@ def run(options: argparse.Namespace) -> Result:
     """The benchmark as asked for on the command line."""
     gpu = options.device == "cuda"
     nets = options.nets or (GPU_NETS if gpu else DEFAULT_NETS)
+    if options.against is not None:
+        return _against(options, nets)
     settings = {"base": options.base, "device": options.device, "clock": "CUDA events" if gpu else "thread CPU time"}
     result = Result("step", settings=settings)
     for name in nets:
         setting = Setting(NETS[name], options.base, options.device, options.batch, options.autocast)
         rounds = options.rounds or (8 if gpu else DEFAULT_NETS.get(name, 8))
         repeats = options.repeats or (5 if gpu else 2)
-        judge(setting, sample(setting, options.methods, rounds, repeats), result)
+        judge(setting, sample(setting, options.methods or list(METHODS), rounds, repeats), result)
     result.notes += [f"{name}: not installed." for name in peers.missing()]
     return result
+
+
+def _against(options: argparse.Namespace, nets: Iterable[str]) -> Result:
+    if options.device == "cuda" or options.autocast:
+        raise SystemExit("--against compares on the CPU in float32: leave out --device cuda and --autocast.")
+    try:
+        return against.measure(
+            options.against,
+            nets,
+            options.methods or ["sam"],
+            rounds=options.rounds or AGAINST_ROUNDS,
+            base=options.base,
+            batch=options.batch,
+            repeats=options.repeats or 3,
+        )
+    except (ValueError, RuntimeError) as error:
+        raise SystemExit(str(error)) from error

@@ -1,8 +1,9 @@
-"""The cost gate holds, and it can fail: planted launches, reads and copies are seen."""
+"""The cost gates hold, and they can fail: planted launches, reads, copies and calls are seen."""
 
 import pytest
 import torch
 
+from benchmarks import calls
 from benchmarks.counts import MODES, Count, count, extra_copies, measure, reads_nothing, sam_gates
 from benchmarks.launches import Recorder, multi_tensor_launches
 from benchmarks.loops import Loop, Setting, floor, ours
@@ -26,15 +27,11 @@ def failed(step: Count) -> list[str]:
     return [g.name for g in sam_gates("net", "skip", step, count(lambda: floor(SMALL))) if not g.passed]
 
 
-def test_the_gate_holds_on_the_deep_mlp():
-    result = measure(("mlp200",), methods=False)
+@pytest.mark.parametrize("net", ["mlp200", "resnet18-w8"])
+def test_the_gate_holds(net):
+    result = measure((net,), methods=False)
     assert [g.name for g in result.gates if not g.passed] == []
     assert len(result.gates) == 4 * len(MODES) + 2
-
-
-def test_the_gate_holds_on_a_small_net_with_batchnorm():
-    result = measure(("resnet18-w8",), methods=False)
-    assert [g.name for g in result.gates if not g.passed] == []
 
 
 def test_nothing_fails_without_a_plant():
@@ -119,3 +116,42 @@ def test_views_and_allocations_are_free():
         x + 1
         assert recorder.launches == 1
         assert recorder.syncs == 0
+
+
+PLANTED = """
+def outer():
+    inner([x for x in range(9)])
+    return sum(x for x in range(3)) + sum(resumed())
+def inner(xs):
+    return {x: x for x in xs}
+def resumed():
+    yield 1
+    yield 2
+"""
+
+
+def test_calls_are_functions_and_resumed_generators_of_the_package():
+    package, elsewhere = {}, {}
+    exec(compile(PLANTED, str(calls.PACKAGE / "optim" / "planted.py"), "exec"), package)
+    exec(compile(PLANTED, "planted.py", "exec"), elsewhere)
+    seen = calls.recorded(lambda: (package["outer"](), elsewhere["outer"]()))
+    inside = ["outer.<locals>.<genexpr>"] * 4 + ["resumed"] * 3
+    assert [(c.depth, c.function) for c in seen] == [(0, "outer"), (1, "inner"), *((1, name) for name in inside)]
+    assert calls.files_of(seen) == {"optim/planted.py"}
+    assert calls.changes_of(seen) == 0
+
+
+def test_the_gate_on_calls_fails_above_its_limits():
+    few = [calls.Call(f"{i % calls.FILES}.py", "f", 0) for i in range(calls.CALLS)]
+    assert all(g.passed for g in calls.gates(few))
+    assert [g.passed for g in calls.gates([*few, few[0]])] == [False, True]
+    assert [g.passed for g in calls.gates([*few[1:], calls.Call("one more.py", "f", 0)])] == [True, False]
+
+
+def test_every_step_is_counted_once_it_is_steady():
+    result = calls.measure(verbose=True)
+    assert [table.title for table in result.tables[1:]] == list(calls.STEPS)
+    assert [len(table.rows) for table in result.tables[1:]] == [int(row[1]) for row in result.tables[0].rows]
+    for build in (calls.STEPS[calls.PLAIN], calls.STEPS["sam, perturbed()"]):
+        step = build()
+        assert len(calls.steady(step)) == len(calls.recorded(step))

@@ -135,10 +135,10 @@ class EngineContext:
         return self.inputs.step
 
     def norm(self, tensors: Tensors) -> Tensor:
-        return ta.norm(tensors, self.inputs.layout)
+        return ta.norm(tensors)
 
     def dot(self, a: Tensors, b: Tensors) -> Tensor:
-        return ta.dot(a, b, self.inputs.layout)
+        return ta.dot(a, b)
 
     def add_scaled(self, a: Tensors, b: Tensors, factor: Tensor, *, spent: bool = False) -> Tensors:
         if self.inputs.layout is None:
@@ -146,16 +146,14 @@ class EngineContext:
         return ta.add_scaled(a, b, factor, self.inputs.layout, spent=spent)
 
     def share(self, a: Tensors, along: Tensors) -> Tensor:
-        return ta.share(a, along, self.inputs.layout)
+        return ta.share(a, along)
 
     def reject(self, a: Tensors, along: Tensors) -> tuple[Sequence[Tensor], Tensor]:
-        if self.inputs.layout is None:
-            rest = self.add_scaled(a, along, -self.share(a, along))
-            return rest, self.norm(rest)
-        return ta.reject(a, along, self.inputs.layout)
+        rest = self.add_scaled(a, along, -self.share(a, along))
+        return rest, self.norm(rest)
 
     def copied(self, tensors: Tensors) -> Sequence[Tensor]:
-        return ta.copied(tensors, self.inputs.layout)
+        return [t.clone() for t in tensors]
 
     def noise(self) -> Tensors:
         cpu = self.inputs.generator.cpu

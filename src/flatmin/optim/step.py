@@ -501,7 +501,7 @@ class Step:
         if stepped and finite:
             gate = None if flags is None or not outcome.staged else _gate(outcome.size, left_out)
             for kind, (index, new) in outcome.staged.items():
-                tools.state.commit(kind, [weights[i] for i in index], new, gate, self.inputs.layout)
+                tools.state.commit(kind, [weights[i] for i in index], new, gate)
         if stepped and outcome.post is not None:
             index, terms = outcome.post
             torch._foreach_add_([weights[i] for i in index], terms)
