@@ -110,8 +110,10 @@ def test_the_choice_is_made_on_seeds_of_its_own(trained, refused, tmp_path):
     assert chosen.startswith(f"SAM rho={best:g} is chosen")
     later = invoke("study", file, "--dry-run", "--out", tmp_path / "none")
     assert later.count("after the choice") == 2 and "6 runs, 6 to do" in later
-    for words, why in ((["seed=7,8"], "seed 7 is among seeds and choose_seeds"), (["rho=0.1"], "nothing to choose")):
-        assert why in refused("study", file, *words, "--dry-run", "--out", tmp_path / "none")
+    assert "4 runs, 4 to do" in invoke("study", file, "rho=0.1", "--dry-run", "--out", tmp_path / "none")
+    assert "seed 7 is among seeds and" in refused("study", file, "seed=7,8", "--dry-run", "--out", tmp_path / "none")
+    (tmp_path / "none.toml").write_text(STUDY.replace('choose = ["rho"]', ""), encoding="utf-8")
+    assert "nothing to choose" in refused("study", tmp_path / "none.toml", "--dry-run")
 
 
 def test_a_later_version_draws_the_table_and_says_what_trained_it(trained, out, tmp_path, monkeypatch, refused):

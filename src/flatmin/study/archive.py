@@ -172,12 +172,15 @@ class Archive:
     Args:
         path: of `pack`.
 
+    Attributes:
+        unrecorded: names of runs that `find` has passed over because they have not recorded what was asked for.
+
     Raises:
         ValueError: see `read`.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.unrecorded = path, set[str]()
         self._runs = read(path)
         self._by_config: dict[str, list[str]] = {}
         self._folder = Path(tempfile.mkdtemp(prefix="flatmin-archive-"))
@@ -203,7 +206,9 @@ class Archive:
         Raises:
             ValueError: several runs that differ in code, or in data that are not here to decide by.
         """
-        fitting = [name for name in self._by_config.get(_key(run.config), ()) if self._fits(run, self._labels(name))]
+        trained = [name for name in self._by_config.get(_key(run.config), ()) if _trained_on(run, self._labels(name))]
+        fitting = [name for name in trained if run.record.kept_in({"record": self._labels(name).get("record") or ""})]
+        self.unrecorded |= set(trained) - set(fitting)
         same = [name for name in fitting if self._labels(name).get("code") == run.code]
         found = same or fitting
         if len(found) > 1:
@@ -218,10 +223,10 @@ class Archive:
         labels: Mapping[str, Any] = self._runs[name][_CONFIG]
         return labels
 
-    def _fits(self, run: Run, labels: Mapping[str, Any]) -> bool:
-        if run.content is not None and labels.get("data_key", run.content.digest) != run.content.digest:
-            return False
-        return run.record.kept_in({"record": str(labels.get("record") or "")})
+
+def _trained_on(run: Run, labels: Mapping[str, Any]) -> bool:
+    """Whether a run of the archive had the data of this one, as far as these are known here."""
+    return run.content is None or run.content.digest in (labels.get("data_key"), labels.get("content"))
 
 
 def _key(config: RunConfig) -> str:

@@ -99,14 +99,12 @@ def _plan(spec: StudySpec, store: Store, archive: Archive | None, *, retry: bool
     def planned(spec: StudySpec, rows: list[Cell]) -> StudyPlan:
         return _planned(spec, rows, store, archive, contents, retry=retry)
 
-    if not spec.choose_seeds:
-        return planned(spec, cells(spec))
     rows = cells(spec)
+    if not spec.choose_seeds or not any(row.choose for row in rows):
+        return planned(spec, rows)
     both = [seed for seed in spec.choose_seeds if seed in spec.seeds]
     if both:
         raise ValueError(f"study {spec.name}: seed {both[0]} is among seeds and choose_seeds; the choice needs others.")
-    if not any(row.choose for row in rows):
-        raise ValueError(f"study {spec.name} has choose_seeds, and nothing to choose; name axes in choose.")
     trial = dataclasses.replace(spec, seeds=spec.choose_seeds, choose_seeds=())
     # What is measured and recorded is asked of the rows of the table alone.
     trial = dataclasses.replace(trial, measure=None, record=Record())
@@ -164,6 +162,9 @@ def _planned(
     for run in unique(runs.values()):
         if archive is not None and (folder := archive.find(run)) is not None:
             store.take(run, folder)
+    if archive is not None and archive.unrecorded:
+        names = ", ".join(sorted(archive.unrecorded))
+        warnings.append(f"these runs of {archive.path} have not recorded what this study looks at: {names}.")
     found, missing = finished_and_missing(runs.values(), store, warnings.append)
     unmeasured = []
     again = set()
@@ -182,7 +183,9 @@ def _planned(
             found[run.name] = dataclasses.replace(outcome, card=card)
             if card is None and RunFolder(folder).weights.is_file():
                 unmeasured.append(run)
-            elif card is None and not archived:
+            elif card is None and archived:
+                warnings.append(f"{run.name}, of the archive, has not been measured as this study asks.")
+            elif card is None:
                 again.add(run.name)
     for run in unique(runs.values()):
         if run.name in again:

@@ -127,6 +127,8 @@ def _spec(name: str, table: Mapping[str, Any]) -> StudySpec:
         published=tuple(_published(name, one) for one in table.get("published", ())),
         notes=tuple(map(str, table.get("notes", ()))),
     )
+    if spec.choose_seeds and not spec.choose and not any(arm.choose for arm in arms):
+        raise ValueError(f"study {name} has choose_seeds, and nothing to choose; name axes in choose.")
     for column in spec.columns:
         _check_column(spec, column)
     for one in spec.published:
