@@ -85,26 +85,25 @@ def plan(
         ValueError: settings that do not go together, a folder that cannot be written, or an archive that cannot be
             read.
     """
-    return _plan(spec, Store(out, make=make), None if archive is None else Archive(archive), retry=retry)
+    rows = cells(spec)  # before a folder is made: they may be refused
+    _check_seeds(spec)
+    kept = None if archive is None else Archive(archive)
+    return _plan(spec, rows, Store(out, make=make), kept, retry=retry)
 
 
 def plan_again(todo: StudyPlan) -> StudyPlan:
     """The plan of the same study, by what is finished now."""
-    return _plan(todo.spec, todo.store, todo.archive, retry=False)
+    return _plan(todo.spec, cells(todo.spec), todo.store, todo.archive, retry=False)
 
 
-def _plan(spec: StudySpec, store: Store, archive: Archive | None, *, retry: bool) -> StudyPlan:
+def _plan(spec: StudySpec, rows: list[Cell], store: Store, archive: Archive | None, *, retry: bool) -> StudyPlan:
     contents = Contents()
 
     def planned(spec: StudySpec, rows: list[Cell]) -> StudyPlan:
         return _planned(spec, rows, store, archive, contents, retry=retry)
 
-    rows = cells(spec)
     if not spec.choose_seeds or not any(row.choose for row in rows):
         return planned(spec, rows)
-    both = [seed for seed in spec.choose_seeds if seed in spec.seeds]
-    if both:
-        raise ValueError(f"study {spec.name}: seed {both[0]} is among seeds and choose_seeds; the choice needs others.")
     trial = dataclasses.replace(spec, seeds=spec.choose_seeds, choose_seeds=())
     # What is measured and recorded is asked of the rows of the table alone.
     trial = dataclasses.replace(trial, measure=None, record=Record())
@@ -124,6 +123,12 @@ def _plan(spec: StudySpec, store: Store, archive: Archive | None, *, retry: bool
         choice=choice,
         waiting=[run for run in own.open if run.name in late],
     )
+
+
+def _check_seeds(spec: StudySpec) -> None:
+    both = [seed for seed in spec.choose_seeds if seed in spec.seeds]
+    if both:
+        raise ValueError(f"study {spec.name}: seed {both[0]} is among seeds and choose_seeds; the choice needs others.")
 
 
 def _decided(choice: StudyPlan) -> tuple[set[str], set[str]]:
