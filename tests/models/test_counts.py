@@ -110,6 +110,7 @@ FORMULAS = {
     "resnet50": lambda k: resnet((3, 4, 6, 3), True, k),
     "resnet101": lambda k: resnet((3, 4, 23, 3), True, k),
     "resnet152": lambda k: resnet((3, 8, 36, 3), True, k),
+    "resnet8": lambda k: option_a(8, k),
     "resnet20": lambda k: option_a(20, k),
     "resnet32": lambda k: option_a(32, k),
     "resnet44": lambda k: option_a(44, k),

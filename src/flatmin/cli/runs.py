@@ -1,4 +1,4 @@
-"""`flatmin runs`: what runs there are, and the removal of some."""
+"""`flatmin runs`: what runs there are, the removal of some, and archives of finished ones."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from flatmin.study.listing import Entry
 
-runs = typer.Typer(help="List and remove runs.", no_args_is_help=True)
+runs = typer.Typer(help="List and remove runs, and keep finished ones as text.", no_args_is_help=True)
 
 # None sorts last, in either direction.
 _KEYS: dict[str, tuple[Callable[[Entry], Any], bool]] = {
@@ -90,6 +90,51 @@ def remove_runs(
     check_removable(folders, force=force)
     remove(folders)
     typer.echo(f"Removed {what}.")
+
+
+@runs.command("pack")
+def pack_runs(
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="The --out of studies; the runs are in FOLDER/runs.")
+    ],
+    archive: Annotated[Path, typer.Argument(metavar="ARCHIVE", help="Folder of the archive, such as results/NAME.")],
+) -> None:
+    """Write the finished runs of a study's folder to an archive: a small text file each, without weights.
+
+    Runs that are in the archive stay there; one with another result there is refused. `flatmin study --archive ARCHIVE`
+    draws tables and pages from it.
+    """
+    from flatmin.study.archive import pack
+
+    done = pack(folder, archive)
+    for name, why in done.left.items():
+        typer.echo(f"left out: {name}: {why}")
+    typer.echo(
+        f"{archive}: {_counted(done.added)} added, {done.changed} with new measurements, {done.same} there before, "
+        f"{_counted(len(done.left))} left out."
+    )
+
+
+@runs.command("unpack")
+def unpack_runs(
+    archive: Annotated[Path, typer.Argument(metavar="ARCHIVE", help="Folder of an archive that `runs pack` wrote.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The runs go to FOLDER/runs.")],
+) -> None:
+    """Write the runs of an archive as run folders, without weights, beside those that are there.
+
+    The flatmin that trained them takes them for finished, so the same study goes on from them.
+    """
+    from flatmin.study.archive import unpack
+
+    done = unpack(archive, folder)
+    typer.echo(
+        f"{folder / 'runs'}: {_counted(done.added)} added, {done.changed} with new measurements, {done.same} there "
+        "before."
+    )
+
+
+def _counted(count: int) -> str:
+    return f"{count} run{'s' * (count != 1)}"
 
 
 def _sorted(found: Sequence[Entry], key: str) -> list[Entry]:

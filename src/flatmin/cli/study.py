@@ -42,6 +42,13 @@ def study(
         bool,
         typer.Option("--retry", help="Do runs again that failed and cards that lack something."),
     ] = False,
+    archive: Annotated[
+        Path | None,
+        typer.Option(help="Take finished runs of this archive (see runs pack), whatever version trained them."),
+    ] = None,
+    train: Annotated[
+        bool, typer.Option("--train/--no-train", help="--no-train: sum up the runs that are finished.")
+    ] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the runs and what they cost.")] = False,
     out: Annotated[Path, typer.Option(help="Folder of the runs and the tables.")] = Path("flatmin-runs"),
     workers: Annotated[
@@ -94,12 +101,16 @@ def study(
             "the runs are on the CPU and need no GPU: set device=cuda (device=auto goes by this machine), or leave out "
             "the GPUs."
         )
-    todo = plan(spec, out, make=not dry_run, retry=retry)
+    if retry and not train:
+        raise ValueError("--retry does runs again, and --no-train does none; leave out one of them.")
+    todo = plan(spec, out, make=train and not dry_run, retry=retry, archive=archive)
     workers = default_workers() if workers is None else workers
     if dry_run:
         _describe(todo, workers, console)
         return
-    found = _run(todo, workers, executor, settings, console)
+    if not train and not todo.found:
+        raise ValueError(f"no run of study {spec.name} is finished in {archive or out}, so there is nothing to sum up.")
+    found = _run(todo, workers, executor, settings, console) if train else _finished(todo, console)
     files = _write(found, out / "studies", table_name or f"{Path(name).stem}{'-demo' if demo else ''}")
     if report:
         page = render(found, command=["flatmin", *sys.argv[1:]])
@@ -122,6 +133,15 @@ def _run(todo: StudyPlan, workers: int, executor: str, settings: Mapping[str, An
         # Said here, because typer ends the process on Ctrl-C without a word.
         typer.echo(str(interrupt) or "Interrupted; the same command goes on from the finished runs.", err=True)
         raise typer.Exit(130) from None
+
+
+def _finished(todo: StudyPlan, console: Console) -> StudyTable:
+    """The table of the runs that are finished, and how many are not."""
+    from flatmin.study.tabulate import tabulate
+
+    for text in todo.warnings:
+        console.print(f"Note: {text}", markup=False, highlight=False, soft_wrap=True)
+    return tabulate(todo, todo.found)
 
 
 def _list(console: Console) -> None:
@@ -152,17 +172,22 @@ def _describe(todo: StudyPlan, workers: int, console: Console) -> None:
     missing = {run.name for run in todo.missing}
     unmeasured = {run.name for run in todo.unmeasured}
     seen: set[str] = set()
-    for (i, seed), run in todo.runs.items():
-        if run.name in seen:
-            continue
-        seen.add(run.name)
-        cost = sizes.cost(run.config)
-        total += cost if run.name in missing else 0.0
-        state = "to do" if run.name in missing else "to measure" if run.name in unmeasured else "finished"
-        rows.append([run.name, todo.cells[i].label, str(seed), str(run.config.epochs), f"{cost:,.0f}", state])
+    waiting = {run.name for run in todo.waiting}
+    for part in (todo.choice, todo) if todo.choice else (todo,):
+        for (i, seed), run in part.runs.items():
+            if run.name in seen:
+                continue
+            seen.add(run.name)
+            cost = sizes.cost(run.config)
+            total += cost if run.name in missing | waiting else 0.0
+            state = "to do" if run.name in missing else "to measure" if run.name in unmeasured else "finished"
+            name, label = run.name, part.cells[i].label
+            if run.name in waiting:
+                name, label, state = f"{run.stem}-...", part.cells[i].arm, "after the choice"
+            rows.append([name, label, str(seed), str(run.config.epochs), f"{cost:,.0f}", state])
     print_rows(rows, console)
-    text = f"\n{len(seen)} runs, {len(missing)} to do: {total:,.0f} gradient evaluations on a batch each"
-    if nets := sum(run.view is not None for run in todo.open):
+    text = f"\n{len(seen)} runs, {len(missing | waiting)} to do: {total:,.0f} gradient evaluations on a batch each"
+    if nets := sum(run.view is not None for run in (*todo.open, *todo.waiting)):
         text += f", and {nets} network{'s' if nets > 1 else ''} to measure"
     console.print(text + _duration(todo, workers, sizes), markup=False, soft_wrap=True)
     for note in (*todo.warnings, *todo.spec.notes):
@@ -174,10 +199,11 @@ def _duration(todo: StudyPlan, workers: int, sizes: Sizes) -> str:
     from flatmin.study.costs import guess_seconds
     from flatmin.words import explained
 
-    if not todo.missing:
+    runs = [*todo.missing, *todo.waiting]
+    if not runs:
         return "."
     try:
-        seconds = guess_seconds([run.config for run in todo.missing], workers, sizes)
+        seconds = guess_seconds([run.config for run in runs], workers, sizes)
     except Exception as error:
         if not explained(error):
             raise

@@ -24,7 +24,7 @@ from flatmin.models.wide_resnet import WideResNet
 MODELS: dict[str, Callable[..., nn.Module]] = {
     **small.MODELS,
     **{f"resnet{depth}": partial(ResNet, depth) for depth in LAYERS},
-    **{f"resnet{depth}": partial(CifarResNet, depth) for depth in (20, 32, 44, 56, 110)},
+    **{f"resnet{depth}": partial(CifarResNet, depth) for depth in (8, 20, 32, 44, 56, 110)},
     **{f"wrn{d}-{w}": partial(WideResNet, d, w) for d, w in ((28, 10), (28, 2), (16, 8), (34, 10))},
     "densenet121": DenseNet,
     **{f"vgg{depth}-bn": partial(VGG, depth) for depth in CONVS},

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from flatmin.study.archive import Archive
 from flatmin.study.cards import card_path, kept_card, lacking
 from flatmin.study.code import Contents, code_of
 from flatmin.study.executors import Outcome, finished_and_missing
@@ -15,7 +17,7 @@ from flatmin.study.measuring import View
 from flatmin.study.record import Record
 from flatmin.study.spec import StudySpec
 from flatmin.study.store import Run, Store, unique
-from flatmin.study.unfold import Cell, cells
+from flatmin.study.unfold import Cell, best, cells
 from flatmin.train.config import RunConfig
 from flatmin.train.folder import RunFolder
 
@@ -29,10 +31,14 @@ class StudyPlan:
         store: where its runs are.
         cells: its rows.
         runs: by (row, seed); rows of one configuration share their runs.
-        found: outcomes of finished runs by name, with their cards.
+        found: outcomes of finished runs by name, with their cards; those of `choice` too.
         missing: runs to do.
         unmeasured: finished runs whose networks are still to be measured.
         warnings: about the run folders.
+        choice: the runs that values are chosen on, where they have seeds of their own; then `cells` has one row for
+            each choice: the chosen one, or the first while there are runs to wait for.
+        waiting: runs that are not among the missing ones because their values are not chosen yet.
+        archive: of finished runs that are taken whatever their code.
     """
 
     spec: StudySpec
@@ -43,14 +49,19 @@ class StudyPlan:
     missing: list[Run]
     unmeasured: list[Run] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    choice: StudyPlan | None = None
+    waiting: list[Run] = field(default_factory=list)
+    archive: Archive | None = None
 
     @property
     def open(self) -> list[Run]:
-        """The runs of which something is still to be done."""
+        """The runs of which something is still to be done, and can be."""
         return [*self.missing, *self.unmeasured]
 
 
-def plan(spec: StudySpec, out: Path, *, make: bool = True, retry: bool = False) -> StudyPlan:
+def plan(
+    spec: StudySpec, out: Path, *, make: bool = True, retry: bool = False, archive: Path | None = None
+) -> StudyPlan:
     """Unfold a study and look for finished runs.
 
     Of the data only that is read by which they are known, see `flatmin.train.fingerprint.content_of`. They need not be
@@ -58,51 +69,134 @@ def plan(spec: StudySpec, out: Path, *, make: bool = True, retry: bool = False) 
 
     A run that raised an error has no result, so it is among the missing ones. One whose loss was not finite has.
 
+    With `choose_seeds` the runs of a row whose values are chosen are planned when the choice can be made; plan again
+    when what is missing has been done.
+
     Args:
         spec: the study.
         out: the folder of the runs.
         make: make that folder if it does not exist.
         retry: also do those runs again whose loss was not finite, and measure those networks again of which something
             is missing. If `make`, the results of these are taken away, as
-            are those of runs without weights whose networks are to be measured.
+            are those of runs without weights whose networks are to be measured. Runs of the archive stay.
+        archive: of finished runs that are taken whatever their code, see `flatmin.study.archive`.
 
     Raises:
-        ValueError: settings that do not go together, or a folder that cannot be written.
+        ValueError: settings that do not go together, a folder that cannot be written, or an archive that cannot be
+            read.
     """
-    rows = cells(spec)
-    store = Store(out, make=make)
+    rows = cells(spec)  # before a folder is made: they may be refused
+    _check_seeds(spec)
+    kept = None if archive is None else Archive(archive)
+    return _plan(spec, rows, Store(out, make=make), kept, retry=retry)
+
+
+def plan_again(todo: StudyPlan) -> StudyPlan:
+    """The plan of the same study, by what is finished now."""
+    return _plan(todo.spec, cells(todo.spec), todo.store, todo.archive, retry=False)
+
+
+def _plan(spec: StudySpec, rows: list[Cell], store: Store, archive: Archive | None, *, retry: bool) -> StudyPlan:
     contents = Contents()
+
+    def planned(spec: StudySpec, rows: list[Cell]) -> StudyPlan:
+        return _planned(spec, rows, store, archive, contents, retry=retry)
+
+    if not spec.choose_seeds or not any(row.choose for row in rows):
+        return planned(spec, rows)
+    trial = dataclasses.replace(spec, seeds=spec.choose_seeds, choose_seeds=())
+    # What is measured and recorded is asked of the rows of the table alone.
+    trial = dataclasses.replace(trial, measure=None, record=Record())
+    choice = planned(trial, [row for row in cells(trial) if row.choose])
+    chosen, undecided = _decided(choice)
+    kept = [row for row in rows if not row.choose or row.label in chosen]
+    own = planned(spec, kept)
+    late = {own.runs[i, seed].name for i, row in enumerate(kept) if row.label in undecided for seed in row.configs}
+    early = {own.runs[i, seed].name for i, row in enumerate(kept) if row.label not in undecided for seed in row.configs}
+    late -= early
+    return dataclasses.replace(
+        own,
+        found={**choice.found, **own.found},
+        missing=[*choice.missing, *(run for run in own.missing if run.name not in late)],
+        unmeasured=[*choice.unmeasured, *(run for run in own.unmeasured if run.name not in late)],
+        warnings=list(dict.fromkeys([*choice.warnings, *own.warnings])),
+        choice=choice,
+        waiting=[run for run in own.open if run.name in late],
+    )
+
+
+def _check_seeds(spec: StudySpec) -> None:
+    both = [seed for seed in spec.choose_seeds if seed in spec.seeds]
+    if both:
+        raise ValueError(f"study {spec.name}: seed {both[0]} is among seeds and choose_seeds; the choice needs others.")
+
+
+def _decided(choice: StudyPlan) -> tuple[set[str], set[str]]:
+    """The labels of the rows that stand for each choice, and of these the ones that are not decided yet."""
+    chosen: set[str] = set()
+    undecided: set[str] = set()
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for i, row in enumerate(choice.cells):
+        groups.setdefault(row.group, []).append(i)
+    for group in groups.values():
+        results = [
+            [choice.found.get(choice.runs[i, seed].name, Outcome()).result for seed in choice.cells[i].configs]
+            for i in group
+        ]
+        scores = []
+        for own in results:
+            known = [one.chosen["val_acc"] for one in own if one is not None and one.chosen is not None]
+            scores.append(math.fsum(known) / len(known) if len(known) == len(own) else None)
+        label = choice.cells[group[best(scores)]].label
+        chosen.add(label)
+        if any(one is None for own in results for one in own):
+            undecided.add(label)
+    return chosen, undecided
+
+
+def _planned(
+    spec: StudySpec, rows: list[Cell], store: Store, archive: Archive | None, contents: Contents, *, retry: bool
+) -> StudyPlan:
+    """The plan of rows, each with its own seeds."""
     runs = {
         (i, seed): run_of(config, store, contents, spec.record, spec.measure)
         for i, cell in enumerate(rows)
         for seed, config in cell.configs.items()
     }
     warnings = contents.warnings
+    for run in unique(runs.values()):
+        if archive is not None and (folder := archive.find(run)) is not None:
+            store.take(run, folder)
+    if archive is not None and archive.unrecorded:
+        names = ", ".join(sorted(archive.unrecorded))
+        warnings.append(f"these runs of {archive.path} have not recorded what this study looks at: {names}.")
     found, missing = finished_and_missing(runs.values(), store, warnings.append)
     unmeasured = []
     again = set()
     for run in unique(runs.values()):
         if (outcome := found.get(run.name)) is None or outcome.result is None:
             continue
+        folder, archived = store.folder(run), store.taken(run)
         if outcome.result.failure is not None:
-            again |= {run.name} if retry else set()
+            again |= {run.name} if retry and not archived else set()
         elif run.view is not None:
-            folder = store.folder(run)
             card = kept_card(folder, run.view)
-            if retry and card is not None and lacking(card):
+            if retry and not archived and card is not None and lacking(card):
                 card = None
-                if make:
+                if store.writes:
                     card_path(folder, run.view).unlink(missing_ok=True)
             found[run.name] = dataclasses.replace(outcome, card=card)
             if card is None and RunFolder(folder).weights.is_file():
                 unmeasured.append(run)
+            elif card is None and archived:
+                warnings.append(f"{run.name}, of the archive, has not been measured as this study asks.")
             elif card is None:
                 again.add(run.name)
     for run in unique(runs.values()):
         if run.name in again:
             missing.append(done_again(run, store))
             del found[run.name]
-            if make:
+            if store.writes:
                 (store.folder(run) / "result.json").unlink(missing_ok=True)
     return StudyPlan(
         spec=spec,
@@ -113,6 +207,7 @@ def plan(spec: StudySpec, out: Path, *, make: bool = True, retry: bool = False) 
         missing=missing,
         unmeasured=unmeasured,
         warnings=warnings,
+        archive=archive,
     )
 
 

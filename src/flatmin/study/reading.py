@@ -80,7 +80,7 @@ def _apart(spec: StudySpec) -> None:
 
 _KEYS = tuple(f.name for f in dataclasses.fields(StudySpec) if f.name not in ("name", "changed"))
 _TABLES = ("settings", "axes", "record", "measure")
-_LISTED = ("arms", "seeds", "columns", "choose", "given", "published", "notes")
+_LISTED = ("arms", "seeds", "columns", "choose", "choose_seeds", "given", "published", "notes")
 
 
 def _spec(name: str, table: Mapping[str, Any]) -> StudySpec:
@@ -120,12 +120,15 @@ def _spec(name: str, table: Mapping[str, Any]) -> StudySpec:
         baseline=baseline,
         columns=_names(name, "columns", table),
         choose=_names(name, "choose", table),
+        choose_seeds=_seeds(table["choose_seeds"]) if "choose_seeds" in table else (),
         record=_record(name, table.get("record", {})),
         measure=_view(name, table["measure"]) if "measure" in table else None,
         given=tuple(_given(name, one) for one in table.get("given", ())),
         published=tuple(_published(name, one) for one in table.get("published", ())),
         notes=tuple(map(str, table.get("notes", ()))),
     )
+    if spec.choose_seeds and not spec.choose and not any(arm.choose for arm in arms):
+        raise ValueError(f"study {name} has choose_seeds, and nothing to choose; name axes in choose.")
     for column in spec.columns:
         _check_column(spec, column)
     for one in spec.published:

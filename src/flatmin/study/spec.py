@@ -84,6 +84,8 @@ class StudySpec:
             classes; NAME@first and NAME@last, the mean of a diagnostic over the first and the last tenth of the lines
             that `record` asks for; and names of numbers on the card that `measure` asks for, such as lambda_1.
         choose: axes whose value is chosen, for every arm and point of the other axes, by mean validation accuracy.
+        choose_seeds: seeds of the runs on which these values are chosen, none of them among `seeds`; only the chosen
+            value is then run with `seeds`. Default: the choice is made on the runs with `seeds`.
         record: what runs write down while they train.
         measure: what is measured of the trained networks; None: nothing.
         given: further settings of some points.
@@ -103,6 +105,7 @@ class StudySpec:
     baseline: str
     columns: tuple[str, ...] = ()
     choose: tuple[str, ...] = ()
+    choose_seeds: tuple[int, ...] = ()
     record: Record = field(default_factory=Record)
     measure: View | None = None
     given: tuple[Given, ...] = ()

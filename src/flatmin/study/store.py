@@ -90,6 +90,7 @@ class Store:
     def __init__(self, out: Path, *, weights: bool = True, make: bool = True, checkpoint_seconds: float = 60.0) -> None:
         self.out, self.weights, self.checkpoint_seconds = Path(out), weights, checkpoint_seconds
         self.writes = make
+        self._taken: dict[str, Path] = {}
         self.runs = self.out / "runs"
         if not make:
             return
@@ -104,7 +105,15 @@ class Store:
 
     def folder(self, run: Run) -> Path:
         """Where a run lives."""
-        return self.runs / run.name
+        return self._taken.get(run.name, self.runs / run.name)
+
+    def take(self, run: Run, folder: Path) -> None:
+        """Take a finished run of an archive for this one, whatever code trained it."""
+        self._taken[run.name] = folder
+
+    def taken(self, run: Run) -> bool:
+        """Whether it is a run of an archive."""
+        return run.name in self._taken
 
     def find(self, run: Run, warn: Callable[[str], None]) -> tuple[Result, list[Epoch]] | None:
         """A finished run's result and epochs, or None if it must be run.
@@ -119,7 +128,7 @@ class Store:
         if not folder.finished:
             return None
         try:
-            result = folder.result(lambda found: found["key"] == run.key)
+            result = folder.result(lambda found: self.taken(run) or found["key"] == run.key)
             if not run.record.kept_in(folder.config()[1]):
                 warn(f"{folder.path} has not recorded what this study looks at; the run is done again.")
                 return None

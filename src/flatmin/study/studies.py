@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from flatmin.study.costs import guess_seconds
 from flatmin.study.events import Event, Planned, Warned
 from flatmin.study.executors import execute
-from flatmin.study.plan import StudyPlan
+from flatmin.study.plan import StudyPlan, plan_again
+from flatmin.study.store import Run
 from flatmin.study.tabulate import StudyTable, tabulate
 
 OnEvent = Callable[[Event], None]
@@ -31,26 +32,36 @@ def study(
         executor: where they are done, see `flatmin.study.executors.execute`.
         settings: of the executor.
 
+    Where values are chosen on seeds of their own, the runs that the choice is made on come first, then the others.
+
     Raises:
         Interrupted: on Ctrl-C; finished runs are kept.
         OSError, ValueError, ModuleNotFoundError: the data, a network or a device cannot be had.
     """
     tell: OnEvent = on_event if on_event is not None else lambda event: None
-    configs = [run.config for run in todo.missing]
-    for text in todo.warnings:
-        tell(Warned(text=text))
-    tell(
-        Planned(
-            stage="study",
-            runs=len(todo.found) + len(todo.missing),
-            reused=len(todo.found) - len(todo.unmeasured),
-            epochs=sum(run.config.epochs for run in todo.open),
-            nets=sum(run.view is not None for run in todo.open),
-            # What it takes elsewhere is not known here.
-            seconds=guess_seconds(configs, workers) if configs and executor == "local" else None,
+    found = dict(todo.found)
+
+    def do(todo: StudyPlan, runs: Sequence[Run]) -> None:
+        configs = [run.config for run in runs if run not in todo.unmeasured]
+        for text in todo.warnings:
+            tell(Warned(text=text))
+        tell(
+            Planned(
+                stage="study",
+                runs=len({run.name for plan in (todo, todo.choice) if plan for run in plan.runs.values()}),
+                reused=len(todo.found) - len(todo.unmeasured),
+                epochs=sum(run.config.epochs for run in runs),
+                nets=sum(run.view is not None for run in runs),
+                # What it takes elsewhere is not known here.
+                seconds=guess_seconds(configs, workers) if configs and executor == "local" else None,
+            )
         )
-    )
-    outcomes = dict(todo.found) | execute(
-        todo.open, todo.store, workers=workers, on_event=tell, executor=executor, settings=settings
-    )
-    return tabulate(todo, outcomes)
+        found.update(execute(runs, todo.store, workers=workers, on_event=tell, executor=executor, settings=settings))
+
+    do(todo, todo.open)
+    if todo.waiting:
+        begun = {run.name for run in todo.open}
+        todo = plan_again(todo)
+        found |= {name: outcome for name, outcome in todo.found.items() if name not in found}
+        do(todo, [run for run in todo.open if run.name not in begun])
+    return tabulate(todo, found)

@@ -12,7 +12,7 @@ from typing import Any
 from flatmin.stats import Stat
 from flatmin.study.page import Figure, plot_text
 from flatmin.study.strokes import band, broken, error_bars, log_axis, number
-from flatmin.study.study_looks import EVERY, Looks, Section, every_row, point_of, words
+from flatmin.study.study_looks import EVERY, Looks, Section, every_row, point_of, tried_rows, words
 from flatmin.study.tabulate import StudyRow, StudyTable
 
 _SHARPNESS = ("lambda_max", "lambda_1")
@@ -29,7 +29,7 @@ def over_rho(table: StudyTable, looks: Looks) -> Section | None:
     metric, name = ("val_acc", "validation accuracy") if chosen else ("test_acc", "test accuracy")
     lines: dict[tuple[object, ...], list[tuple[float, StudyRow]]] = {}
     flat: list[StudyRow] = []
-    for row in every_row(table):
+    for row in tried_rows(table) if chosen else every_row(table):
         if not row.columns[metric].stat.n:
             continue
         rho = _radius(row)

@@ -122,6 +122,15 @@ def words(values: Mapping[str, str]) -> str:
     return ", ".join(f"{key} = {value}" for key, value in values.items())
 
 
-def every_row(table: StudyTable) -> list[StudyRow]:
-    """All rows, those that were not chosen too."""
+def tried_rows(table: StudyTable) -> list[StudyRow]:
+    """Those that a choice was made from, and those that no choice was needed for."""
     return [one for row in table.rows for one in table.tried.get(row.label, [row])]
+
+
+def every_row(table: StudyTable) -> list[StudyRow]:
+    """All rows, those that were not chosen too; a choice on seeds of its own comes before the row that it led to."""
+    found: list[StudyRow] = []
+    for row in table.rows:
+        tried = table.tried.get(row.label, [row])
+        found += tried if any(one is row for one in tried) else [*tried, row]
+    return found

@@ -74,6 +74,8 @@ def sentence(shown: StudyTable) -> str:
     planned = sum(len(cell.configs) for cell in cells)
     ended = sum(row.n for row in every_row(shown))
     seeds = ", ".join(map(str, spec.seeds))
+    if spec.choose_seeds:
+        seeds += f"; values chosen with seed {', '.join(map(str, spec.choose_seeds))}"
     source = f" Source: {spec.source}." if spec.source else ""
     return (
         f"{_counted(len(spec.arms), 'arm')}, {_counted(len(shown.rows), 'row')}, results of {ended} of "

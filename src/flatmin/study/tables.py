@@ -104,6 +104,7 @@ def remarks(table: StudyTable) -> list[str]:
     spec = table.spec
     found = [f"{row.label}: {', '.join(row.flags)}." for row in table.rows if row.flags]
     found += [f"{run}: {error}" for run, error in table.errors.items()]
+    found += table.origins
     shown = [one for row in table.rows for metric in table.metrics for one in row.columns[metric].published]
     found += [f"Published: {source}." for source in dict.fromkeys(one.source for one in shown)]
     if spec.changed:
@@ -123,7 +124,7 @@ def remarks(table: StudyTable) -> list[str]:
             "Equal grads: against plain training that took as many gradient evaluations (within 2 %), of several the "
             f"best on validation: {', '.join(names)}."
         )
-    found += [_choice(label, rows) for label, rows in table.tried.items()]
+    found += [_choice(label, rows, spec.choose_seeds) for label, rows in table.tried.items()]
     found += [f"No run has the column {name}." for name in spec.columns if _empty(table, name)]
     return [*found, *spec.notes]
 
@@ -139,12 +140,13 @@ def _empty(table: StudyTable, metric: str) -> bool:
     return any(row.n for row in table.rows) and not any(row.columns[metric].stat.n for row in table.rows)
 
 
-def _choice(label: str, rows: Sequence[StudyRow]) -> str:
-    """What a row was chosen from."""
+def _choice(label: str, rows: Sequence[StudyRow], seeds: Sequence[int]) -> str:
+    """What a row was chosen from, and on which seeds if they are others than those of the table."""
+    own = f" with seed {', '.join(map(str, seeds))}, not in the table" if seeds else ""
     scores = [f"{_words(row.chosen)} {estimate(row.columns['val_acc'], 'val_acc')}" for row in rows]
     if not any(row.cell is not None and row.n == len(row.cell.configs) for row in rows):
-        return f"{label} stands for all values, none of which has every seed: {'; '.join(scores)}."
-    return f"{label} is chosen by mean validation accuracy in %: {'; '.join(scores)}."
+        return f"{label} stands for all values, none of which has every seed{own}: {'; '.join(scores)}."
+    return f"{label} is chosen by mean validation accuracy in %{own}: {'; '.join(scores)}."
 
 
 def _words(values: Mapping[str, str]) -> str:

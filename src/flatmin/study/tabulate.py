@@ -14,10 +14,11 @@ from flatmin.study.config import BASE
 from flatmin.study.costs import Sizes
 from flatmin.study.executors import Outcome
 from flatmin.study.known import Known, ends_of
+from flatmin.study.origins import origins
 from flatmin.study.plan import StudyPlan
 from flatmin.study.spec import METRICS, Published, StudySpec
 from flatmin.study.store import unique
-from flatmin.study.unfold import Cell
+from flatmin.study.unfold import Cell, best
 from flatmin.train.fingerprint import merged
 from flatmin.train.folder import RunFolder
 from flatmin.train.trainer import build_recipe
@@ -124,6 +125,7 @@ class StudyTable:
         errors: row and seed, or a number that some runs lack -> why there is none.
         environment: versions and machines of the runs.
         tried: rows from which one was chosen, by the label of the chosen one.
+        origins: sentences about runs that are of an archive: of which one, and what trained them.
     """
 
     spec: StudySpec
@@ -132,6 +134,7 @@ class StudyTable:
     errors: Mapping[str, str]
     environment: Mapping[str, object]
     tried: Mapping[str, Sequence[StudyRow]] = field(default_factory=dict)
+    origins: tuple[str, ...] = ()
 
 
 def tabulate(todo: StudyPlan, outcomes: Mapping[str, Outcome]) -> StudyTable:
@@ -143,15 +146,18 @@ def tabulate(todo: StudyPlan, outcomes: Mapping[str, Outcome]) -> StudyTable:
     """
     spec = todo.spec
     sizes = Sizes()
-    every = [_row(todo, i, outcomes, sizes) for i in range(len(todo.cells))]
-    rows, tried = _chosen(every)
+    rows, tried = _chosen([_row(todo, i, outcomes, sizes) for i in range(len(todo.cells))])
+    if todo.choice is not None:
+        tried = _chosen([_row(todo.choice, i, outcomes, sizes) for i in range(len(todo.choice.cells))])[1]
     rows = [_compared(row, rows, spec) for row in rows]
     rows = _corrected(rows)
     errors: dict[str, str] = {}
     without: dict[tuple[str, str], list[str]] = {}
-    for (i, seed), run in todo.runs.items():
+    parts = (todo,) if todo.choice is None else (todo.choice, todo)
+    named = {(part.cells[i].label, seed): run for part in parts for (i, seed), run in part.runs.items()}
+    for (label, seed), run in named.items():
         outcome = outcomes.get(run.name, Outcome())
-        name = f"{todo.cells[i].label}, seed {seed}"
+        name = f"{label}, seed {seed}"
         if text := outcome.error or (outcome.result.failure if outcome.result else None):
             errors[name] = text
         if outcome.refusal:
@@ -166,8 +172,9 @@ def tabulate(todo: StudyPlan, outcomes: Mapping[str, Outcome]) -> StudyTable:
         rows=rows,
         metrics=spec.columns or tuple(name for name in METRICS if any(row.columns[name].stat.n for row in rows)),
         errors=errors,
-        environment=merged(RunFolder(todo.store.folder(run)).environment() for run in unique(todo.runs.values())),
+        environment=merged(RunFolder(todo.store.folder(run)).environment() for run in unique(named.values())),
         tried=tried,
+        origins=origins(todo, named.values()),
     )
 
 
@@ -233,16 +240,14 @@ def _chosen(every: Sequence[StudyRow]) -> tuple[list[StudyRow], dict[str, list[S
     groups: dict[tuple[object, ...], list[StudyRow]] = {}
     for row in every:
         assert row.cell is not None
-        groups.setdefault((row.arm, *sorted(row.cell.point.items())), []).append(row)
+        groups.setdefault(row.cell.group, []).append(row)
     rows, tried = [], {}
     for group in groups.values():
-        best = group[0]
-        whole = [row for row in group if row.cell is not None and row.n == len(row.cell.configs)]
-        if whole:
-            best = max(whole, key=lambda row: row.columns["val_acc"].stat.mean)
-        rows.append(best)
+        whole = [row.cell is not None and row.n == len(row.cell.configs) for row in group]
+        scores = [row.columns["val_acc"].stat.mean if ok else None for row, ok in zip(group, whole, strict=True)]
+        rows.append(group[best(scores)])
         if len(group) > 1:
-            tried[best.label] = group
+            tried[rows[-1].label] = group
     return rows, tried
 
 
@@ -287,9 +292,9 @@ def _equal(row: StudyRow, rows: Sequence[StudyRow]) -> Equal | None:
     if not plain:
         return None
     whole = [other for other in plain if other.cell is not None and other.n == len(other.cell.configs)]
-    best = max(whole or plain, key=lambda other: other.columns["val_acc"].stat.mean)
-    diff = _difference(row, best, "test_acc")
-    return None if diff is None else Equal(label=best.label, diff=diff, p=_p(diff))
+    rival = max(whole or plain, key=lambda other: other.columns["val_acc"].stat.mean)
+    diff = _difference(row, rival, "test_acc")
+    return None if diff is None else Equal(label=rival.label, diff=diff, p=_p(diff))
 
 
 def _difference(row: StudyRow, other: StudyRow, metric: str) -> Stat | None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,9 +70,27 @@ class Cell:
         """The values that are not chosen."""
         return {key: value for key, value in self.values.items() if key not in self.choose}
 
+    @property
+    def group(self) -> tuple[object, ...]:
+        """What it shares with the rows that one is chosen from."""
+        return (self.arm, *sorted(self.point.items()))
+
     def at(self, where: Mapping[str, str]) -> bool:
         """Whether its runs have all these settings."""
         return all(self.setting(key) == value for key, value in where.items())
+
+
+def best(scores: Sequence[float | None]) -> int:
+    """Which of the rows of a choice is the chosen one: the first with the highest score; the first if none has one.
+
+    Args:
+        scores: mean validation accuracies; None of a row that lacks a seed.
+
+    Example:
+        >>> best([None, 61.0, 61.0]), best([None, None])
+        (1, 0)
+    """
+    return max(range(len(scores)), key=lambda i: -math.inf if (score := scores[i]) is None else score)
 
 
 def cells(spec: StudySpec) -> list[Cell]:

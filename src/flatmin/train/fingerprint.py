@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import inspect
+import json
 import os
 import platform
 import sys
@@ -28,6 +29,7 @@ from flatmin.train.config import RunConfig
 from flatmin.train.locate import find_module
 from flatmin.train.settings import canonical
 from flatmin.train.sources import load_clean, reading_of
+from flatmin.words import read_text
 
 PARTS = ("methods", "optim", "data", "models", "measure", "train")
 _AND = "; "
@@ -194,7 +196,21 @@ def environment(device: str, threads: int, processes: int = 1) -> dict[str, obje
         "device": torch.cuda.get_device_name() if device == "cuda" else device,
         "processes": processes,
         "code": package_digest()[:10],
+        **({} if (known := commit()) is None else {"commit": known}),
     }
+
+
+def commit() -> str | None:
+    """The commit that this copy of the package is of, where `git archive` or pip have written it down; else None."""
+    written = read_text(Path(flatmin.__file__).parent / "commit.txt").strip()
+    if not written.startswith("$"):
+        return written
+    try:
+        about = json.loads(importlib.metadata.distribution("flatmin").read_text("direct_url.json") or "{}")
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        return None
+    found = about.get("vcs_info", {}).get("commit_id")
+    return None if found is None else str(found)
 
 
 def merged(environments: Iterable[Mapping[str, Any]]) -> dict[str, object]:

@@ -1,0 +1,211 @@
+"""Archives of finished runs: packed, added to, unpacked, and drawn by another version; what is damaged is refused."""
+
+import json
+import shutil
+
+import pytest
+from typer.testing import CliRunner
+
+from flatmin.cli.main import app, main
+from flatmin.study import code
+from flatmin.train import fingerprint
+
+STUDY = """
+title = "Three clouds"
+train = "smoke"
+seeds = [0, 1]
+baseline = "SGD"
+choose = ["rho"]
+choose_seeds = [7]
+columns = ["test_acc", "loss", "grad_norm@last"]
+[settings]
+data = "tests.user_side:data"
+model = "tests.user_side:net"
+epochs = 1
+batch_size = 50
+device = "cpu"
+[record]
+log_every = 1
+diagnostics = true
+[measure]
+what = "model"
+examples = 20
+[axes]
+rho = [0.1, 0.2]
+[[arms]]
+label = "SGD"
+method = "sgd"
+[[arms]]
+label = "SAM"
+method = "sam"
+"""
+
+
+def invoke(*given):
+    found = CliRunner().invoke(app, [*map(str, given)], env={"COLUMNS": "200"}, catch_exceptions=False)
+    assert found.exit_code == 0, found.output
+    return found.output
+
+
+@pytest.fixture
+def refused(capsys):
+    def run(*given):
+        with pytest.raises(SystemExit) as stop:
+            main([*map(str, given)])
+        said = capsys.readouterr()
+        assert stop.value.code == 2 and said.err.count("\n") == 1, said.err
+        return said.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The study's file and its folder, trained once."""
+    folder = tmp_path_factory.mktemp("trained")
+    file = folder / "clouds.toml"
+    file.write_text(STUDY, encoding="utf-8")
+    invoke("study", file, "--out", folder / "out", "--workers", 0, "--no-report")
+    return file, folder / "out"
+
+
+@pytest.fixture
+def out(trained, tmp_path):
+    shutil.copytree(trained[1], tmp_path / "out")
+    return tmp_path / "out"
+
+
+def text_of(archive):
+    return {
+        path.relative_to(archive): path.read_text(encoding="utf-8") for path in archive.rglob("*") if path.is_file()
+    }
+
+
+def table(folder):
+    return (folder / "studies" / "clouds.csv").read_text(encoding="utf-8")
+
+
+class AnotherVersion:
+    """The package after a change of one of its files."""
+
+    def __init__(self, monkeypatch):
+        for module in (code, fingerprint):
+            monkeypatch.setattr(module, "package_digest", lambda: "f" * 64)
+
+
+def test_the_choice_is_made_on_seeds_of_its_own(trained, refused, tmp_path):
+    file, out = trained
+    runs = [json.loads(path.read_text())["seed"] for path in out.glob("runs/*/result.json")]
+    assert sorted(runs) == [0, 0, 1, 1, 7, 7], "both radii with seed 7, the chosen one and SGD with the others"
+    said = invoke("study", file, "--out", out, "--no-train", "--no-report")
+    chosen = next(
+        line for line in said.splitlines() if "is chosen by mean validation accuracy in % with seed 7" in line
+    )
+    scores = {}
+    for path in out.glob("runs/*/result.json"):
+        found = json.loads(path.read_text())
+        if found["seed"] == 7:
+            scores[found["rho"]] = found["chosen"]["val_acc"]
+    best = max(sorted(scores), key=scores.get)
+    assert chosen.startswith(f"SAM rho={best:g} is chosen")
+    later = invoke("study", file, "--dry-run", "--out", tmp_path / "none")
+    assert later.count("after the choice") == 2 and "6 runs, 6 to do" in later
+    assert "4 runs, 4 to do" in invoke("study", file, "rho=0.1", "--dry-run", "--out", tmp_path / "none")
+    assert "seed 7 is among seeds and" in refused("study", file, "seed=7,8", "--dry-run", "--out", tmp_path / "none")
+    (tmp_path / "none.toml").write_text(STUDY.replace('choose = ["rho"]', ""), encoding="utf-8")
+    assert "nothing to choose" in refused("study", tmp_path / "none.toml", "--dry-run")
+
+
+def test_a_later_version_draws_the_table_and_says_what_trained_it(trained, out, tmp_path, monkeypatch, refused):
+    file, archive = trained[0], tmp_path / "results" / "clouds"
+    assert "6 runs added, 0 with new measurements, 0 there before, 0 runs left out" in invoke(
+        "runs", "pack", out, archive
+    )
+    packed = text_of(archive)
+    assert len(packed) == 7 and all(len(text) < 15_000 for text in packed.values())
+    before = table(out)
+    AnotherVersion(monkeypatch)
+    new = tmp_path / "new"
+    words = ("study", file, "--out", new, "--no-report")
+    assert "no run of study" in refused(*words, "--no-train"), "runs of other code are not taken by themselves"
+    said = invoke(*words, "--no-train", "--archive", archive)
+    assert table(new) == before and not (new / "runs").exists()
+    old = json.loads(next(out.glob("runs/*/env.json")).read_text())["code"]
+    assert (
+        f"6 of the 6 finished runs are of the archive {archive}: 6 trained by flatmin" in said
+        and f"code {old})" in said
+    )
+    assert "(code ffffffffff)" in said and "another code" in said
+    mixed = invoke(*words, "seed=0..2", "--workers", 0, "--archive", archive)
+    assert "The other 2 runs were trained by the code that made the table." in mixed and "Rows whose runs were" in mixed
+    assert len(list(new.glob("runs/*/result.json"))) == 2 and text_of(archive) == packed
+
+
+def test_packing_adds_and_never_loses(out, tmp_path, refused):
+    archive, half = tmp_path / "archive", tmp_path / "half"
+    shutil.copytree(out, half)
+    names = sorted(path.name for path in (half / "runs").iterdir())
+    for name in names[:2]:
+        shutil.rmtree(half / "runs" / name)
+    (half / "runs" / names[2] / "result.json").unlink()
+    card = next(path for name in names[3:] for path in (half / "runs" / name).glob("card-*.json"))
+    card.unlink()
+    assert f"left out: {names[2]}: it is not finished" in invoke("runs", "pack", half, archive)
+    assert "3 runs added, 1 with new measurements, 2 there before" in invoke("runs", "pack", out, archive)
+    whole = text_of(archive)
+    for folder in (out, half):
+        invoke("runs", "pack", folder, archive)
+        assert text_of(archive) == whole
+    back = tmp_path / "back"
+    assert "6 runs added" in invoke("runs", "unpack", archive, back)
+    assert "0 runs added, 0 with new measurements, 6 there before" in invoke("runs", "unpack", archive, back)
+    invoke("runs", "pack", back, tmp_path / "twice")
+    assert text_of(tmp_path / "twice") == whole
+    for path in out.glob("runs/*/*.json*"):
+        copy = back / "runs" / path.parent.name / path.name
+        same = [json.loads(line) for line in path.read_text().splitlines()] if path.suffix == ".jsonl" else None
+        if same is None:
+            assert json.loads(copy.read_text()) == json.loads(path.read_text())
+        else:
+            assert [json.loads(line) for line in copy.read_text().splitlines()] == same
+    result = out / "runs" / names[5] / "result.json"
+    result.write_text(result.read_text().replace('"seconds": ', '"seconds": 1'))
+    assert f"{names[5]} is there already with another result.json; nothing was written" in refused(
+        "runs", "pack", out, archive
+    )
+    assert "another result.json" in refused("runs", "unpack", archive, out)
+    assert text_of(archive) == whole
+
+
+def cut(path):
+    path.write_text(path.read_text()[:-40])
+
+
+def edited(path):
+    path.write_text(path.read_text().replace('"seed": ', '"seed": 1', 1))
+
+
+@pytest.mark.parametrize(
+    ("harm", "why"),
+    [
+        (lambda file, sums: cut(file), "is not what SHA256SUMS says: it was cut short or edited"),
+        (lambda file, sums: edited(file), "is not what SHA256SUMS says"),
+        (lambda file, sums: file.unlink(), "is listed in SHA256SUMS and cannot be read"),
+        (lambda file, sums: sums.write_text(sums.read_text().split("\n", 1)[1]), "is not listed in SHA256SUMS"),
+        (lambda file, sums: cut(sums), "names no run file"),
+        (lambda file, sums: sums.unlink(), "is no archive of runs"),
+    ],
+)
+def test_a_damaged_archive_is_one_sentence(trained, out, tmp_path, refused, harm, why):
+    archive = tmp_path / "archive"
+    invoke("runs", "pack", out, archive)
+    harm(sorted(archive.glob("runs/*.json"))[0], archive / "SHA256SUMS")
+    assert why in refused("study", trained[0], "--no-train", "--archive", archive, "--out", tmp_path / "new")
+    assert why in refused("runs", "unpack", archive, tmp_path / "new") and not (tmp_path / "new").exists()
+
+
+def test_what_is_no_store_is_one_sentence(tmp_path, refused):
+    assert "is not the folder of a study" in refused("runs", "pack", tmp_path / "none", tmp_path / "archive")
+    (tmp_path / "out" / "runs" / "x").mkdir(parents=True)
+    assert "no finished run of a study" in refused("runs", "pack", tmp_path / "out", tmp_path / "archive")
+    assert not (tmp_path / "archive").exists()
