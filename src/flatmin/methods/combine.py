@@ -19,7 +19,7 @@ class Combine(Part):
     Attributes:
         ascends: False for combinations that work where the weights never leave w. Default True.
         uses_gradient: whether g is kept through pass 2, which costs one more copy. Default False: g is None.
-        passes_on: whether u is the last descent gradient itself; it is then handed over without a call. Default False.
+        mixes: whether u is anything but the last descent gradient; true where `__call__` is defined.
         rho_zero_is_base: whether rho = 0 gives the base's own steps. Default True.
         keeps_graph: whether the descent pass may have to keep its graph; true where `graph` is defined.
         off_step: whether a step without ascent is more than the base's; true where `off` is defined.
@@ -29,12 +29,13 @@ class Combine(Part):
     kind: ClassVar[str] = "combine"
     question: ClassVar[str] = "what goes to the base?"
     declared_by: ClassVar = {
+        "mixes": "__call__",
         "keeps_graph": "graph",
         "off_step": "off",
         "post_step": "post",
     }
     uses_gradient: ClassVar[bool] = False
-    passes_on: ClassVar[bool] = False
+    mixes: ClassVar[bool] = False
     rho_zero_is_base: ClassVar[bool] = True
     keeps_graph: ClassVar[bool] = False
     off_step: ClassVar[bool] = False
@@ -51,7 +52,7 @@ class Combine(Part):
 
     def __call__(self, g: Tensors | None, gs: list[Tensors], state: State, c: StepContext) -> tuple[Tensors, NewState]:
         """The update's gradient u from g (at w, or None) and the descent gradients, one list per point."""
-        raise AttributeError(f"{type(self).__name__} defines no __call__().")
+        return gs[-1], {}
 
     def off(self, g: Tensors, state: State, c: StepContext) -> tuple[Tensors, NewState]:
         """U on a step without ascent; g is the descent gradient at w, and may be given to `add_scaled` as spent."""
@@ -65,11 +66,6 @@ class Combine(Part):
 @dataclass(frozen=True, kw_only=True)
 class Descent(Combine):
     """u = g_s: the base takes the gradient at w + eps. Source: Foret et al., SAM, ICLR 2021, Alg. 1."""
-
-    passes_on: ClassVar = True
-
-    def __call__(self, g: Tensors | None, gs: list[Tensors], state: State, c: StepContext) -> tuple[Tensors, NewState]:
-        return gs[-1], {}
 
 
 @dataclass(frozen=True, kw_only=True)

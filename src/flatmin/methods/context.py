@@ -71,10 +71,6 @@ class Perturbation:
         """A displacement given as tensors, to be used as it is."""
         return cls(index, tensors, None, c.norm(tensors), [1.0] * len(tensors), 0.0)
 
-    def clear(self) -> None:
-        """Drop the tensors, so that nothing is held through the next pass."""
-        self.direction, self.factors = [], []
-
 
 @dataclass(slots=True)
 class GradientRequest:

@@ -1,7 +1,7 @@
 """Along what?"""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,16 +18,23 @@ class Direction(Part):
 
     Attributes:
         evaluates: whether it takes pass 1; without, it is called with g = None. Default True.
+        turns: whether d is anything but g; true where `__call__` is defined.
         moves_start: whether pass 1 is taken at w + `start()`. Default False.
         observes: whether it learns from the descent gradient; true where `observe` is defined.
     """
 
     kind: ClassVar[str] = "direction"
     question: ClassVar[str] = "along what?"
-    declared_by: ClassVar = {"observes": "observe"}
+    declared_by: ClassVar = {"turns": "__call__", "observes": "observe"}
     evaluates: ClassVar[bool] = True
+    turns: ClassVar[bool] = False
     moves_start: ClassVar[bool] = False
     observes: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if not (cls.evaluates or cls.turns):
+            raise TypeError(f"{cls.__name__} takes no pass 1, so it must define __call__(), which says where to go.")
 
     def conflict(self, need: Need) -> str | None:
         if need in (Need.GRADIENT_AT_W, Need.LOSSES_AT_W) and self.moves_start:
@@ -46,7 +53,7 @@ class Direction(Part):
 
     def __call__(self, g: Tensors | None, state: State, c: StepContext) -> tuple[Tensors | None, NewState]:
         """The direction d (None: stay at w this time) and the new state."""
-        raise AttributeError(f"{type(self).__name__} defines no __call__().")
+        return g, {}
 
     def observe(self, gs: Tensors, state: State, c: StepContext) -> NewState:
         """New state from the descent gradient."""
@@ -64,9 +71,6 @@ def filled(slot: list[Tensor | None], default: Tensors) -> Tensors:
 @dataclass(frozen=True, kw_only=True)
 class Gradient(Direction):
     """d = g. Source: Foret et al., SAM, ICLR 2021, Eq. 2."""
-
-    def __call__(self, g: Tensors | None, state: State, c: StepContext) -> tuple[Tensors | None, NewState]:
-        return g, {}
 
 
 @dataclass(frozen=True, kw_only=True)

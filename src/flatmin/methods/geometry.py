@@ -18,6 +18,7 @@ class Geometry(Part):
 
     Attributes:
         default_rho: the radius of recipes in this geometry that are given none. Default 0.05.
+        scales: whether T is anything but 1; true where `__call__` is defined.
         adaptive: whether it follows the scale of the weights, except in param groups with `adaptive=False`. Default
             False: groups with `adaptive=True` are refused.
     """
@@ -25,11 +26,13 @@ class Geometry(Part):
     kind: ClassVar[str] = "geometry"
     question: ClassVar[str] = "in which norm?"
     default_rho: ClassVar[float] = 0.05
+    declared_by: ClassVar = {"scales": "__call__"}
+    scales: ClassVar[bool] = False
     adaptive: ClassVar[bool] = False
 
     def __call__(self, d: Tensors, c: StepContext) -> tuple[Tensors, Tensor | None]:
         """T(T d) and ||T d||; None for no normalisation. May return d itself."""
-        raise AttributeError(f"{type(self).__name__} defines no __call__().")
+        return d, c.norm(d)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +41,6 @@ class L2(Geometry):
 
     Source: Foret et al., SAM, ICLR 2021, Eq. 2 (p = 2), rho of their Section 3.
     """
-
-    default_rho: ClassVar[float] = 0.05
-
-    def __call__(self, d: Tensors, c: StepContext) -> tuple[Tensors, Tensor | None]:
-        return d, c.norm(d)
 
 
 @dataclass(frozen=True, kw_only=True)

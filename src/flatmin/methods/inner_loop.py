@@ -19,6 +19,7 @@ class InnerLoop(Part):
 
     Attributes:
         ascends: whether the weights leave w at all. Default True.
+        loops: whether it is anything but one ascent and one descent gradient; true where `__call__` is defined.
         one_ascent: whether it is one ascent from w and one descent gradient at w + eps on the whole batch, so that
             manual loops of two passes serve it. Default False.
         two_batches: whether it climbs on one batch and descends on another: micro-batch 0 and `plain_chunk`. A loop
@@ -30,6 +31,8 @@ class InnerLoop(Part):
 
     kind: ClassVar[str] = "inner_loop"
     question: ClassVar[str] = "how many ascents?"
+    declared_by: ClassVar = {"loops": "__call__"}
+    loops: ClassVar[bool] = False
     one_ascent: ClassVar[bool] = False
     two_batches: ClassVar[bool] = False
     pooled: ClassVar[bool] = False
@@ -49,7 +52,7 @@ class InnerLoop(Part):
 
     def __call__(self, ascend: Ascend, c: StepContext) -> Generator[GradientRequest, Gradients, list[Gradients]]:
         """Ask for gradients; return the descent gradients, one list for each point."""
-        raise AttributeError(f"{type(self).__name__} defines no __call__().")
+        return [(yield GradientRequest("descent", (yield from ascend())))]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +62,6 @@ class OneStep(InnerLoop):
     one_ascent: ClassVar[bool] = True
 
     former_names: ClassVar = ("One",)
-
-    def __call__(self, ascend: Ascend, c: StepContext) -> Generator[GradientRequest, Gradients, list[Gradients]]:
-        return [(yield GradientRequest("descent", (yield from ascend())))]
 
 
 @dataclass(frozen=True, kw_only=True)

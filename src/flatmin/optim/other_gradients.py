@@ -29,7 +29,6 @@ class OtherGradients:
         self._names: list[str] = []
         self._parameters: list[Tensor] = []
         self._later: list[Tensor] = []
-        self._looks = 0
         self._prior: Gradients | None = None
         self._pass: Gradients | None = None
         self._total: Gradients | None = None
@@ -42,7 +41,7 @@ class OtherGradients:
         mine = {id(w) for w in trained}
         found = [(n, p) for n, p in model.named_parameters() if id(p) not in mine and not is_sharded(p)]
         self._names, self._parameters = [n for n, _ in found], [p for _, p in found]
-        self._later, self._looks = [], 0
+        self._later = []
         self.any = bool(found)
 
     def in_training(self) -> list[Tensor]:
@@ -60,13 +59,7 @@ class OtherGradients:
             )
 
     def look(self, result: Any, trained: Iterable[Tensor]) -> None:
-        """Find further ones that what a closure returned depends on, before the first pass of an update ends.
-
-        It looks in the first updates, and in one of a hundred later on.
-        """
-        self._looks += 1
-        if self._looks > 3 and self._looks % 100:
-            return
+        """Find further ones that what a closure returned depends on, before the first pass of an update ends."""
         known = {id(w) for w in (*trained, *self._parameters)}
         new = [p for p in _leaves(result) if id(p) not in known and p.grad is not None]
         # What had a gradient before this pass as well cannot be told from it now; the next update can.

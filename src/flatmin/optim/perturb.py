@@ -58,6 +58,10 @@ class WeightSnapshot:
 
     Args:
         seed: of the random rounding of weights in half precision. Default 0.
+
+    Attributes:
+        away: the displaced tensors and where they were; None if all are at home.
+        asked: what the last displacement would have been without rounding, if it was recorded.
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -65,7 +69,7 @@ class WeightSnapshot:
         self._buffers: dict[int, Tensor] = {}
         self._whole: tuple[list[Tensor], list[Tensor]] | None = None  # all weights and their copies
         self._away: tuple[list[Tensor], list[Tensor]] | None = None
-        self._moved: tuple[list[Tensor], list[Tensor]] | None = None  # the same as whole tensors, if they are sharded
+        self.away: tuple[list[Tensor], list[Tensor]] | None = None
         self._generators: dict[torch.device, torch.Generator] = {}
         self._seed, self._rounding = seed, 0
         self.unchecked = True  # whether rounding has not been looked at yet
@@ -158,12 +162,12 @@ class WeightSnapshot:
         if layout is not self._layout:
             self._layout, self._buffers, self._whole = layout, {}, None
         if len(index) < len(layout.weights) or not layout.simple:
-            self._moved = (ws, self._copies(layout, index))
-            self._away = (ta.local(ws), ta.local(self._moved[1]))
+            self.away = (ws, self._copies(layout, index))
+            self._away = (ta.local(ws), ta.local(self.away[1]))
         else:
             if self._whole is None:
                 self._whole = (ws, self._copies(layout, index))
-            self._away = self._moved = self._whole
+            self._away = self.away = self._whole
         torch._foreach_copy_(self._away[1], self._away[0])
 
     def _copies(self, layout: ta.Layout, index: Sequence[int]) -> list[Tensor]:
@@ -172,17 +176,12 @@ class WeightSnapshot:
                 self._buffers[i] = torch.empty_like(layout.weights[i], requires_grad=False)
         return [self._buffers[i] for i in index]
 
-    @property
-    def away(self) -> tuple[list[Tensor], list[Tensor]] | None:
-        """The displaced tensors and where they were; None if all are at home."""
-        return self._moved
-
     def restore(self) -> None:
         """Put the weights back bit for bit; does nothing if they are at home."""
         if self._away is not None:
             weights, copies = self._away
             torch._foreach_copy_(weights, copies)
-            self._away = self._moved = None
+            self._away = self.away = None
 
 
 def _by_factor(ws: list[Tensor], offset: Perturbation, *, alike: bool) -> list[tuple[Sequence[int], float | Tensor]]:

@@ -293,8 +293,9 @@ def program(
             if not index:
                 return None
         c = moved if index is inputs.moved else EngineContext(inputs, index)
-        d, new = direction(g, read(direction, index) if direction.slots else {}, c)
-        if new:
+        d = g
+        if direction.turns:
+            d, new = direction(g, read(direction, index), c)
             stage(direction, index, new)
         if d is None:
             return None
@@ -305,7 +306,7 @@ def program(
             stage(mask, index, new)
             if factors is not None and mask.norm == "inside":
                 d = list(torch._foreach_mul(d, factors))
-        t, norm = recipe.geometry(d, c)
+        t, norm = recipe.geometry(d, c) if recipe.geometry.scales else (d, c.norm(d))
         if factors is not None and mask.norm == "full":
             t = list(torch._foreach_mul(t, factors))
         size = c.norm(t) if norm is None else norm
@@ -346,20 +347,24 @@ def program(
         out.untouched = asked and all(map(operator.is_, u, _pick(grads, index)))
         return out
 
-    loop = recipe.inner_loop(ascend, moved)
-    try:
-        request = next(loop)
-        while True:
-            if combine.keeps_graph and request.role == "descent":
-                request.graph = combine.graph(read(combine, inputs.moved), moved)
-            request = loop.send((yield request))
-    except StopIteration as stop:
-        points: list[Gradients] = stop.value
+    points: list[Gradients]
+    if not (recipe.inner_loop.loops or combine.keeps_graph):
+        points = [(yield GradientRequest("descent", (yield from ascend())))]
+    else:
+        loop = recipe.inner_loop(ascend, moved)
+        try:
+            request = next(loop)
+            while True:
+                if combine.keeps_graph and request.role == "descent":
+                    request.graph = combine.graph(read(combine, inputs.moved), moved)
+                request = loop.send((yield request))
+        except StopIteration as stop:
+            points = stop.value
     last = points[-1]
     if direction.observes:
         index, seen = _gather(last, inputs.moved)
         out.staged["direction"] = (index, direction.observe(seen, read(direction, index), EngineContext(inputs, index)))
-    index = [] if combine.passes_on else _in_all(points if at_w is None else [at_w, *points])
+    index = _in_all(points if at_w is None else [at_w, *points]) if combine.mixes else []
     if not index:
         out.update, out.untouched = last, not recipe.inner_loop.pooled
         return out

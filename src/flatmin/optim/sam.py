@@ -28,7 +28,7 @@ from flatmin.optim.perturb import WeightSnapshot
 from flatmin.optim.program import EngineContext
 from flatmin.optim.random_state import RandomState, generators_of
 from flatmin.optim.state import STEP, MethodState, StateView
-from flatmin.optim.step import Step
+from flatmin.optim.step import Step, end_update
 from flatmin.optim.support import Loop, check_recipe, refusal
 from flatmin.optim.tools import Tools
 from flatmin.optim.weights import TrainedWeights
@@ -349,8 +349,8 @@ class SAM(Optimizer):
             tools.weights.regroup()
             if tools.guard is not None:
                 tools.guard.look_again(weights)
-        if STEP not in self.param_groups[0]:
-            mark(self.param_groups, tools.state)  # a checkpoint was loaded into the base itself
+        if STEP not in self.base.param_groups[0]:
+            mark(self.base.param_groups, tools.state)  # a checkpoint was loaded into the base itself
 
     # -- one update ----------------------------------------------------------------------------------------------
 
@@ -380,13 +380,17 @@ class SAM(Optimizer):
                     "scaler.step() on an optimizer that does not know the scaler: give it as scaler= when building the "
                     "optimizer, or set optimizer.scaler."
                 )
-            step = self._under_way
+            step = self._step
+            if step is not None and step.over:
+                step = self._step = None
             if closure is None:
                 self._end(step)
                 return None
-            closures = as_list(closure)
+            closures = [closure] if callable(closure) else as_list(closure)
             if step is not None and (step.resident or step.outcome is not None):
                 return self._end_with(closures, step)
+            if step is not None:
+                self._refuse_during_update("a new update")
             return self._run(closures, listed=isinstance(closure, (list, tuple)))
         except BaseException:
             # The scaler leaves its marks behind when a step raises.
@@ -482,18 +486,14 @@ class SAM(Optimizer):
         step.take_plain()
         step.apply(self.nonfinite, self.clip_norm)
 
-    def _begin(
-        self, chunks: int = 1, *, entry: str = "a new update", closed: bool = False, resident: bool = False
-    ) -> Step:
+    def _begin(self, chunks: int = 1, *, closed: bool = False, resident: bool = False) -> Step:
         """Begin an update.
 
         Args:
             chunks: number of micro-batches. Default 1.
-            entry: what the loop has called, for errors.
             closed: see `Step`.
             resident: see `Step`.
         """
-        self._refuse_during_update(entry)
         if self._lost_model:
             self._lost_model = False
             warn(
@@ -586,6 +586,7 @@ class SAM(Optimizer):
         """
         if chunks < 1:
             raise ValueError(f"chunks must be at least 1, got {chunks}.")
+        self._refuse_during_update("a new update")
         with torch.no_grad():
             step = self._begin(chunks)
         while step.request is not None:
@@ -639,7 +640,8 @@ class SAM(Optimizer):
                 f"{entry} serves recipes of one pass at w and one at w + eps; {self.recipe.name} needs passes() or "
                 "step(closure)."
             )
-        step = self._begin(entry=entry)
+        self._refuse_during_update(entry)
+        step = self._begin()
         try:
             step.take_first()
         except BaseException:
@@ -668,7 +670,7 @@ class SAM(Optimizer):
         if (step := self._under_way) is not None:
             step.abort()
         else:
-            self._tools.end_update()
+            end_update(self._tools)
 
     # -- staying at w + eps ---------------------------------------------------------------------------------------
 

@@ -66,12 +66,10 @@ class MethodState:
 
     # -- what lies in the first param group ----------------------------------------------------------------------
 
-    def advance(self, groups: Sequence[dict[str, Any]]) -> None:
-        """Count an update, keep the state of the generator, and let the radius note what it has learned."""
-        first = groups[0]
-        first[STEP] = int(first[STEP]) + 1
+    def note(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Keep the state of the generator, and let the radius note what it has learned."""
         if self._draws:
-            first[RNG] = self.generator.cpu.get_state()
+            groups[0][RNG] = self.generator.cpu.get_state()
         radius = self.recipe.radius
         if radius.remembers:
             for group in groups:

@@ -80,6 +80,8 @@ class Step:
         self._program: Generator[GradientRequest, Gradients, Outcome] = program(tools.recipe, inputs, tools.state, eps)
         self.request: GradientRequest | None = next(self._program)
         self.outcome: Outcome | None = None
+        # On the CPU reading a verdict is free.
+        self._on_host = tools.weights.layout.on_cpu and not tools.on_device
         self.plain = not (tools.recipe.ascends and any(inputs.rhos))
 
     # -- closures ------------------------------------------------------------------------------------------------
@@ -99,6 +101,9 @@ class Step:
         results: list[Any] = []
         seen: set[int | None] = set()
         first_moved = False
+        # A loss is asked for further weights that it depends on in the first updates, and now and then.
+        updates = self.tools.counts.updates
+        look = not self.plain and (updates < 3 or updates % 100 == 99)
         while (request := self.request) is not None:
             moved, chunk, first = request.at is not None, request.chunk, self.index == 0
             try:
@@ -113,7 +118,7 @@ class Step:
                         result = run_all(closures, self.inputs.weights, self.tools.others)
                     if first and probe is not None:
                         probe.judge()
-                    if first and not self.plain and (chunk is not None or single):
+                    if first and look and (chunk is not None or single):
                         self.tools.others.look(result, self.inputs.weights)
                 if diagnostics is not None and not (moved and request.role == "ascent"):
                     diagnostics.loss(loss_in(result), perturbed=moved)
@@ -176,7 +181,7 @@ class Step:
         assert at is not None
         weights, snapshot = tools.weights, tools.snapshot
         weights.layout = weights.layout.refreshed()
-        flags = tools.flags_for(at.direction)
+        flags = None if self._on_host else tools.flags_for(at.direction)
         unchecked = snapshot.unchecked and any(d.dtype in ta.LOW for d in at.direction)
         recorded = tools.diagnostics if request.role == "descent" else None
         moved = snapshot.move(
@@ -184,7 +189,7 @@ class Step:
         )
         self._ascents += 1
         self._ascent_finite = self._ascent_finite and moved
-        at.clear()
+        at.direction, at.factors = [], []  # nothing is held through the pass
         asked, snapshot.asked = snapshot.asked, None
         if snapshot.away is None or asked is None:
             return
@@ -385,7 +390,8 @@ class Step:
     # -- the end -------------------------------------------------------------------------------------------------
 
     def _restore(self) -> None:
-        self.tools.snapshot.restore()
+        if self.tools.snapshot.away is not None:
+            self.tools.snapshot.restore()
         self.inside = False
 
     def _speak(self, silence: contextlib.AbstractContextManager[None]) -> None:
@@ -427,7 +433,7 @@ class Step:
         self.inputs.products, self._products = None, []
         if not taken:
             self.tools.state.rewind(self.tools.base.optimizer.param_groups)
-        self.tools.end_update()
+        end_update(self.tools)
 
     def _finish(self, outcome: Outcome) -> None:
         """Leave u in the weights' gradients, for the base and for a loop that clips."""
@@ -480,7 +486,7 @@ class Step:
                     w.grad = w.grad.coalesce()
             ta.clip_([w.grad for w in weights], clip_norm)
         current = outcome.update if at_once and outcome.untouched else [w.grad for w in weights]
-        flags = tools.flags_for(weights)
+        flags = None if self._on_host else tools.flags_for(weights)
         stepped, finite, left_out = tools.base.step_if_finite(
             tools.base.step_with(loss, weights),
             [g for g in current if g is not None],
@@ -505,7 +511,7 @@ class Step:
         if stepped and outcome.post is not None:
             index, terms = outcome.post
             torch._foreach_add_([weights[i] for i in index], terms)
-        tools.state.advance(tools.base.optimizer.param_groups)
+        tools.weights.count_update(tools.state)
         if tools.diagnostics is not None:
             tools.diagnostics.keep()
         counts = tools.counts
@@ -521,6 +527,19 @@ def _gate(size: Tensor | None, left_out: Tensor | None) -> Tensor | None:
         return stepped
     gate = (size < math.inf).to(torch.int32)
     return gate if stepped is None else gate * stepped
+
+
+def end_update(tools: Tools) -> None:
+    """What is seen from here on belongs to the next update."""
+    if tools.guard is not None:
+        tools.guard.end_update()
+    if tools.random is not None:
+        tools.random.forget()
+    tools.weights.leave_gradients()
+    if tools.criterion is not None:
+        tools.criterion.forget()
+    if tools.diagnostics is not None:
+        tools.diagnostics.turn_over()
 
 
 _BEFORE = Pass(0, None, repeated=False, perturbed=False, bracketed=False)

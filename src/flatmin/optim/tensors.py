@@ -96,6 +96,7 @@ class Layout:
         weights: the trained tensors of all groups, in order.
         trained: how many of them each group has.
         frozen: the tensors of the groups that are not trained.
+        on_cpu: whether all of them lie on the CPU.
         simple: ordinary tensors of one real dtype on the CPU, where a foreach call takes them as they are.
     """
 
@@ -106,6 +107,7 @@ class Layout:
         self.trained = [sum(w.requires_grad for w in group) for group in groups]
         self.weights = weights = [w for w in listed if w.requires_grad]
         self._device = weights[0].device if weights else torch.device("cpu")
+        self.on_cpu = all(w.device.type == "cpu" for w in weights)
         self._dtypes, self._shapes = [w.dtype for w in weights], [w.shape for w in weights]
         one = len(set(self._dtypes)) == 1 and not self._dtypes[0].is_complex
         self.simple = one and plain(weights) and {w.device.type for w in weights} == {"cpu"}

@@ -89,15 +89,3 @@ class Tools:
             totals["nonfinite_ascents"] += self.flags.ascents - finite
             totals["skipped_steps"] += found // FoundInf.ONE
         return totals
-
-    def end_update(self) -> None:
-        """What is seen from here on belongs to the next update."""
-        if self.guard is not None:
-            self.guard.end_update()
-        if self.random is not None:
-            self.random.forget()
-        self.weights.leave_gradients()
-        if self.criterion is not None:
-            self.criterion.forget()
-        if self.diagnostics is not None:
-            self.diagnostics.turn_over()

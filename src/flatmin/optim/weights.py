@@ -125,6 +125,13 @@ class TrainedWeights:
             weights, groups, rhos, names, step, state.generator, self.layout, layers, self._base.momenta, chunks
         )
 
+    def count_update(self, state: MethodState) -> None:
+        """An update has ended: count it, and let the method note what it has to in the groups."""
+        groups = self._base.optimizer.param_groups
+        groups[0][STEP] = int(groups[0][STEP]) + 1
+        if self._recipe.is_random or self._recipe.radius.remembers:
+            state.note(groups)
+
     # -- gradients that an update leaves behind -------------------------------------------------------------------
 
     def leave_gradients(self) -> None:
