@@ -189,14 +189,15 @@ def sample(sources: dict[str, Path], asked: dict[str, Any], rounds: int, order: 
 
 
 def judge(net: str, method: str, rows: dict[str, list[list[float]]], table: Table, result: Result) -> None:
-    """Add a row to the table and a gate to the result: not slower than the control's upper quartile, nor than 1."""
+    """Add a row to the table and a gate to the result, which fails if it is slower beyond the control."""
     over = {label: Spread.of([2 * b / (a + c) for a, b, c in of]) for label, of in rows.items()}
     new = Spread.of([b for _, b, _ in rows[NEW]]).median
     old = Spread.of([t for of in rows.values() for a, _, c in of for t in (a, c)]).median
     cells = [f"{s.median:.3f} [{s.q25:.3f}-{s.q75:.3f}]" for s in (over[NEW], over[CONTROL])]
     table.rows.append((f"{net}, {method}", *cells, f"{new * 1e3:.2f}", f"{old * 1e3:.2f}", str(len(rows[NEW]))))
-    limit, value = max(1.0, over[CONTROL].q75), over[NEW].median
-    result.gates.append(Gate(f"{net}, {method}: new / old", f"{value:.3f}", f"<= {limit:.3f}", value <= limit))
+    limit, value = max(1.0, over[CONTROL].q75), over[NEW].q25
+    name = f"{net}, {method}: lower quartile of new / old"
+    result.gates.append(Gate(name, f"{value:.3f}", f"<= {limit:.3f}", value <= limit))
     result.raw[f"{net}, {method}"] = rows
 
 
@@ -236,5 +237,5 @@ def measure(
             for method in methods:
                 asked = {"net": net, "method": method, "base": base, "batch": batch, "repeats": repeats}
                 judge(net, method, sample(sources, asked, rounds, order), table, result)
-    result.notes.append("The control is the old commit beside itself: a difference inside its quartiles is none.")
+    result.notes.append("The control is the old commit beside itself: where quartiles overlap, nothing is shown.")
     return result

@@ -41,11 +41,11 @@ def test_a_package_that_takes_more_time_is_seen(tmp_path, monkeypatch):
 
 def test_the_gate_is_the_spread_of_the_control():
     even = [[1.0, x, 1.0] for x in (0.98, 1.0, 1.0, 1.02)]
-    for new, passes in ((0.9, True), (1.001, True), (1.1, False)):
+    for new, passes in (([0.9] * 4, True), ([1.0, 1.0, 1.1, 1.1], True), ([1.05, 1.05, 1.1, 1.1], False)):
         result, table = Result("step"), Table("", against.HEADERS)
-        against.judge("net", "sam", {against.NEW: [[1.0, new, 1.0]] * 4, against.CONTROL: even}, table, result)
+        against.judge("net", "sam", {against.NEW: [[1.0, x, 1.0] for x in new], against.CONTROL: even}, table, result)
         assert result.gates[0].passed == passes
-        assert table.rows[0][1].startswith(f"{new:.3f} ")
+        assert table.rows[0][1].startswith(f"{(new[1] + new[2]) / 2:.3f} ")
 
 
 def test_the_other_commit_is_unpacked_and_taken_away(tmp_path, monkeypatch):
