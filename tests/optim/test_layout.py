@@ -10,8 +10,7 @@ from torch import nn
 
 import flatmin
 from flatmin.methods import Direction
-from flatmin.optim import tensors
-from flatmin.optim.tensors import Layout, all_finite, norm, reject
+from flatmin.optim.tensors import Layout, add_scaled, all_finite, norm, share
 
 
 def make(dtype=torch.float32, sizes=((4, 3), (3,), (5, 3), (2,))):
@@ -26,19 +25,6 @@ def quadratic(optimizer, weights):
         return loss
 
     return closure
-
-
-def test_joined_holds_every_entry_once():
-    layout, weights = Layout([make()]), make()
-    joined = layout.joined(weights)
-    assert sorted(torch.cat([t.flatten() for t in joined]).tolist()) == sorted(
-        torch.cat([w.flatten() for w in weights]).tolist()
-    )
-
-
-def test_norm_with_a_layout_is_the_norm_without():
-    weights = make(torch.float64)
-    torch.testing.assert_close(norm(weights, Layout([weights])), norm(weights), rtol=1e-14, atol=0)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -89,37 +75,17 @@ def test_a_weight_frozen_between_steps_stays():
     assert torch.equal(before, weights[1])
 
 
-def test_parted_undoes_joined():
-    weights = make()
-    layout = Layout([weights])
-    assert all(torch.equal(a, b) for a, b in zip(layout.parted(layout.joined(weights)), weights, strict=True))
-
-
-def test_the_snapshot_is_never_written_over_while_weights_are_away():
-    weights = make(torch.float64)
-    optimizer = flatmin.SAM(torch.optim.SGD(weights, lr=0.0), rho=0.5)
-    optimizer.step(quadratic(optimizer, weights))
-    layout, before = optimizer._layout, [w.detach().clone() for w in weights]
-    for w in weights:
-        w.grad = torch.ones_like(w)
-    with optimizer.perturbed():
-        norm([torch.full_like(w, 7.0) for w in weights], layout)
-        assert all_finite([torch.full_like(w, 7.0) for w in weights], layout)
-        sum(w.sum() for w in weights).backward()
-    assert all(torch.equal(a, b) for a, b in zip(before, weights, strict=True))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("sizes", [((4, 3), (3,), (5, 3), (2,)), ((200, 200), (3,))])
-def test_reject_is_orthogonal_and_leaves_its_arguments(dtype, sizes):
+def test_what_is_left_of_a_projection_is_orthogonal(dtype, sizes):
     a, along = ([torch.randn(s, dtype=dtype) for s in sizes] for _ in range(2))
     kept = [t.clone() for t in (*a, *along)]
-    rest, size = reject(a, along, Layout([[torch.nn.Parameter(t) for t in a]]))
+    rest = add_scaled(a, along, -share(a, along), Layout([[nn.Parameter(t) for t in a]]), spent=False)
     x, y, z = (torch.cat([t.flatten().double() for t in ts]) for ts in (a, along, rest))
     want = x - (x @ y) / (y @ y) * y
     tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2}[dtype]
     torch.testing.assert_close(z, want, rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(size.double(), want.norm(), rtol=tolerance, atol=0)
+    torch.testing.assert_close(norm(rest).double(), want.norm(), rtol=tolerance, atol=0)
     assert all(torch.equal(s, t) for s, t in zip(kept, (*a, *along), strict=True))
 
 
@@ -146,20 +112,7 @@ def train(net, optimizer, steps, seed=1):
         optimizer.step(closure)
 
 
-def test_memory_that_lies_in_large_tensors_is_the_same_as_one_by_one(monkeypatch):
-    net, optimizer = small_looksam()
-    train(net, optimizer, 7)
-    whole = [w.detach().clone() for w in net.parameters()], slots_of(net, optimizer)
-    assert len({s.untyped_storage().data_ptr() for s in whole[1]}) < len(whole[1])
-    monkeypatch.setattr(tensors, "_SMALL", 0)
-    net, optimizer = small_looksam()
-    train(net, optimizer, 7)
-    assert len({s.untyped_storage().data_ptr() for s in slots_of(net, optimizer)}) == len(whole[1])
-    for mine, other in zip([*net.parameters(), *slots_of(net, optimizer)], [*whole[0], *whole[1]], strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-14)
-
-
-def test_memory_in_large_tensors_survives_a_checkpoint_and_a_change_of_the_weights():
+def test_memory_survives_a_checkpoint_and_a_change_of_the_weights():
     net, optimizer = small_looksam()
     train(net, optimizer, 3)
     other, resumed = small_looksam()
@@ -238,17 +191,6 @@ def test_memory_that_is_given_back_or_of_another_shape():
     for w, kept in zip(net.parameters(), first, strict=True):
         assert torch.equal(optimizer.state[w]["flatmin.direction.first"], kept)
         assert optimizer.state[w]["flatmin.direction.size"].shape == (1,)
-
-
-def test_memory_lies_in_large_tensors_again_after_a_checkpoint():
-    net, optimizer = small_looksam()
-    train(net, optimizer, 3)
-    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    apart = slots_of(net, optimizer)
-    assert len({s.untyped_storage().data_ptr() for s in apart}) == len(apart)
-    train(net, optimizer, 2)
-    joined = slots_of(net, optimizer)
-    assert len({s.untyped_storage().data_ptr() for s in joined}) < len(joined)
 
 
 # -- weights that are replaced --------------------------------------------------------------------------------------

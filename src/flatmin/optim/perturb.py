@@ -144,7 +144,6 @@ class Ledger:
 
     def _save(self, layout: ta.Layout, ws: list[Tensor], index: Sequence[int]) -> None:
         assert self._away is None, "weights are already displaced"
-        layout.busy = True
         if layout is not self._layout:
             self._layout, self._buffers, self._whole = layout, {}, None
         if len(index) < len(layout.weights) or not layout.simple:
@@ -154,15 +153,9 @@ class Ledger:
             if self._whole is None:
                 self._whole = (ws, self._copies(layout, index))
             self._away = self._moved = self._whole
-            if layout.blocks:
-                layout.join_into(layout.buffer, ws)
-                return
         torch._foreach_copy_(self._away[1], self._away[0])
 
     def _copies(self, layout: ta.Layout, index: Sequence[int]) -> list[Tensor]:
-        if layout.blocks and not self._buffers:
-            layout.buffer = layout.joined([w.detach() for w in layout.weights]) or []
-            self._buffers = dict(enumerate(layout.parted(layout.buffer)))
         for i in index:
             if i not in self._buffers:
                 self._buffers[i] = torch.empty_like(layout.weights[i], requires_grad=False)
@@ -179,8 +172,6 @@ class Ledger:
             weights, copies = self._away
             torch._foreach_copy_(weights, copies)
             self._away = self._moved = None
-            assert self._layout is not None
-            self._layout.busy = False
 
 
 def _by_factor(ws: list[Tensor], offset: Offset, *, alike: bool) -> list[tuple[Sequence[int], float | Tensor]]:

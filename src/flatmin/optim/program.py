@@ -151,10 +151,10 @@ class SiteContext:
         return self._site.step
 
     def norm(self, tensors: Tensors) -> Tensor:
-        return ta.norm(tensors, self._site.layout)
+        return ta.norm(tensors)
 
     def dot(self, a: Tensors, b: Tensors) -> Tensor:
-        return ta.dot(a, b, self._site.layout)
+        return ta.dot(a, b)
 
     def add_scaled(self, a: Tensors, b: Tensors, factor: Tensor, *, spent: bool = False) -> Tensors:
         if self._site.layout is None:
@@ -162,16 +162,14 @@ class SiteContext:
         return ta.add_scaled(a, b, factor, self._site.layout, spent=spent)
 
     def share(self, a: Tensors, along: Tensors) -> Tensor:
-        return ta.share(a, along, self._site.layout)
+        return ta.share(a, along)
 
     def reject(self, a: Tensors, along: Tensors) -> tuple[Sequence[Tensor], Tensor]:
-        if self._site.layout is None:
-            rest = self.add_scaled(a, along, -self.share(a, along))
-            return rest, self.norm(rest)
-        return ta.reject(a, along, self._site.layout)
+        rest = self.add_scaled(a, along, -self.share(a, along))
+        return rest, self.norm(rest)
 
     def copied(self, tensors: Tensors) -> Sequence[Tensor]:
-        return ta.copied(tensors, self._site.layout)
+        return [t.clone() for t in tensors]
 
     def noise(self) -> Tensors:
         cpu = self._site.generator.cpu

@@ -43,7 +43,6 @@ class Store:
         # The last answer of each slot: weights are the same ones step after step, and hashing each costs.
         self._last: dict[str, tuple[Sequence[Tensor], list[Any], list[Tensor | None]]] = {}
         self._unlike: set[str] = set()  # slots whose tensors are not shaped like their weights
-        self._joined: dict[str, ta.Joined] = {}  # the slots that lie in a few large tensors
         self.recipe = recipe
         kinds = {kind: part.slots for kind, part in recipe.parts.items()}
         self.remembers = any(kinds.values())
@@ -83,7 +82,6 @@ class Store:
         shape, dtype, device = before or _SORT(weight)
         if shape != weight.shape or not (slot.shape == weight.shape or key in self._unlike):
             del slots[weight]
-            self._joined.pop(key, None)
             return None
         changes: dict[str, Any] = {}
         if slot.dtype == dtype != weight.dtype:
@@ -92,21 +90,10 @@ class Store:
             changes["device"] = weight.device
         if changes:
             slots[weight] = slot = slot.to(**changes)
-            self._joined.pop(key, None)
         return slot
 
-    def commit(
-        self,
-        kind: str,
-        weights: Sequence[Tensor],
-        new: Mapping[str, Any],
-        gate: Tensor | None,
-        layout: ta.Layout | None = None,
-    ) -> None:
-        """Keep staged state, in place where the slot exists; with a gate, only where it is 1, decided on the device.
-
-        `layout`: that of the weights; state of all of them then lies in a few large tensors where that pays.
-        """
+    def commit(self, kind: str, weights: Sequence[Tensor], new: Mapping[str, Any], gate: Tensor | None) -> None:
+        """Keep staged state, in place where the slot exists; with a gate, only where it is 1, decided on the device."""
         for slot, value in new.items():
             key = f"{kind}.{slot}"
             if key in self.scalars:
@@ -116,20 +103,6 @@ class Store:
             slots = self.per_weight[key]
             if len(value) != len(weights):
                 raise RuntimeError(f"{key}: {len(value)} tensors returned for {len(weights)} weights.")
-            if layout is not None and gate is None and len(value) == len(layout.weights):
-                mine = self._joined.get(key)
-                if mine is not None and mine.layout is layout:
-                    if any(map(operator.is_, value, mine)):
-                        ta.copy_(mine, value)  # a part gave back what it had been shown
-                    else:
-                        layout.join_into(mine.whole, value)
-                    continue
-                alike = all(v.shape == w.shape for v, w in zip(value, weights, strict=True))
-                if alike and (whole := layout.joined(value)) is not None:
-                    self._joined[key] = mine = ta.Joined(layout, whole)
-                    slots.update(zip(weights, mine, strict=True))
-                    self._last.pop(key, None)
-                    continue
             old_ones = self._slots(key, weights)
             into = [s for s in old_ones if s is not None]
             if into:
@@ -163,7 +136,6 @@ class Store:
         then left out.
         """
         self._last.clear()
-        self._joined.clear()
         for key, slots in self.per_weight.items():
             tensor = filled_slot(entries, key)
             if tensor is not None and tensor.shape != weight.shape:
@@ -180,14 +152,12 @@ class Store:
         """Forget what is remembered of all other weights; to be called when the param groups have changed."""
         live = set(weights)
         self._last.clear()
-        self._joined.clear()
         for slots in self.per_weight.values():
             for gone in [w for w in slots if w not in live]:
                 del slots[gone]
 
     def clear(self) -> None:
         self._last.clear()
-        self._joined.clear()
         for slots in self.per_weight.values():
             slots.clear()
         self.scalars = dict.fromkeys(self.scalars)

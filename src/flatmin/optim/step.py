@@ -390,7 +390,7 @@ class Update:
         if stepped and self._ascent_finite:
             for kind, (index, new) in outcome.staged.items():
                 weights = [self.site.weights[i] for i in index]
-                opt._store.commit(kind, weights, new, gate, self.site.layout)
+                opt._store.commit(kind, weights, new, gate)
         if stepped and outcome.post is not None:
             index, terms = outcome.post
             torch._foreach_add_([self.site.weights[i] for i in index], terms)

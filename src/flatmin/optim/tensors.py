@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import functools
-import math
+import itertools
 import operator
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, cast, overload
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 _PLAIN = {Tensor, torch.nn.Parameter}
 _TINY = 1e-30  # squared norms below it are those of a zero vector
-_SMALL = 1 << 14  # elements
 _BLOCK = 1 << 22  # elements
 LOW = (torch.float16, torch.bfloat16)  # in them w + eps must be rounded at random
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -87,7 +86,7 @@ def _accumulate_in(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
 
 
-_DTYPE, _SHAPE = operator.attrgetter("dtype"), operator.attrgetter("shape")
+_DTYPE, _SHAPE, _ON_CPU = map(operator.attrgetter, ("dtype", "shape", "is_cpu"))
 
 
 class Layout:
@@ -98,8 +97,6 @@ class Layout:
         trained: how many of them each group has.
         frozen: the tensors of the groups that are not trained.
         simple: ordinary tensors of one real dtype on the CPU, where a foreach call takes them as they are.
-        blocks: for each trailing shape the positions of its weights, if all are simple and so small that a call per
-            tensor costs more than a copy of everything; else empty.
     """
 
     def __init__(self, groups: Sequence[Sequence[Tensor]]) -> None:
@@ -112,15 +109,6 @@ class Layout:
         self._dtypes, self._shapes = [w.dtype for w in weights], [w.shape for w in weights]
         one = len(set(self._dtypes)) == 1 and not self._dtypes[0].is_complex
         self.simple = one and plain(weights) and {w.device.type for w in weights} == {"cpu"}
-        self.blocks: list[list[int]] = []
-        if self.simple and len(weights) > 1 and all(w.ndim > 0 and w.numel() <= _SMALL for w in weights):
-            by_shape: dict[Any, list[int]] = {}
-            for i, w in enumerate(weights):
-                by_shape.setdefault(w.shape[1:], []).append(i)
-            self.blocks = list(by_shape.values())
-        self.buffer: list[Tensor] = []
-        self.busy = False
-        self._pick = [operator.itemgetter(*block, block[-1]) for block in self.blocks]
 
     def fits(self, groups: Sequence[Sequence[Tensor]]) -> bool:
         """Whether these are the groups it was made for, and the weights have the shapes of then.
@@ -143,81 +131,13 @@ class Layout:
         same = self._dtypes == list(map(_DTYPE, self.weights))
         return self if same else Layout(self._groups)
 
-    def joined(self, tensors: Sequence[Tensor], *, passing: bool = False) -> list[Tensor] | None:
-        """All entries of tensors shaped like the weights in a few large tensors; None where that does not pay.
 
-        `passing`: the result is read before anything else is joined or any weight moves, so that it may use `buffer`.
-        """
-        if not self.blocks or len(tensors) != len(self.weights):
-            return None
-        if isinstance(tensors, Joined) and tensors.layout is self:
-            return tensors.whole if passing else [t.clone() for t in tensors.whole]
-        if passing and self.buffer and not self.busy and tensors[0].dtype == self.buffer[0].dtype:
-            return self.join_into(self.buffer, tensors)
-        return [torch.cat(block) for block in self._by_block(tensors)]
-
-    def join_into(self, joined: list[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The same, written over `joined`."""
-        if isinstance(tensors, Joined) and tensors.layout is self:
-            torch._foreach_copy_(joined, tensors.whole)
-            return joined
-        for whole, block in zip(joined, self._by_block(tensors), strict=True):
-            torch.cat(block, out=whole)
-        return joined
-
-    def parted(self, joined: Sequence[Tensor]) -> list[Tensor]:
-        """What `joined` put together, as views."""
-        found: list[Tensor] = [joined[0]] * len(self.weights)
-        for block, whole in zip(self.blocks, joined, strict=True):
-            views = whole.split_with_sizes([self.weights[i].shape[0] for i in block])
-            for i, view in zip(block, views, strict=True):
-                found[i] = view
-        return found
-
-    def _by_block(self, tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
-        return (pick(tensors)[:-1] for pick in self._pick)  # the last position stands twice: always a tuple
-
-
-class Joined(Sequence[Tensor]):
-    """Tensors shaped like the weights of a layout, in the few large ones of `Layout.joined`: views made when asked for.
-
-    Attributes:
-        layout: whose weights.
-        whole: the large tensors.
-    """
-
-    def __init__(self, layout: Layout, whole: list[Tensor]) -> None:
-        self.layout, self.whole = layout, whole
-
-    @functools.cached_property
-    def _views(self) -> list[Tensor]:
-        return self.layout.parted(self.whole)
-
-    def __len__(self) -> int:
-        return len(self.layout.weights)
-
-    @overload
-    def __getitem__(self, at: int) -> Tensor: ...
-
-    @overload
-    def __getitem__(self, at: slice) -> list[Tensor]: ...
-
-    def __getitem__(self, at: int | slice) -> Tensor | list[Tensor]:
-        return self._views[at]
-
-
-def copied(tensors: Sequence[Tensor], layout: Layout | None = None) -> Sequence[Tensor]:
-    """Copies, in a few large tensors where that pays."""
-    whole = None if layout is None else layout.joined(tensors)
-    return [t.clone() for t in tensors] if layout is None or whole is None else Joined(layout, whole)
-
-
-def norm(tensors: Sequence[Tensor], layout: Layout | None = None) -> Tensor:
+def norm(tensors: Sequence[Tensor]) -> Tensor:
     """Global L2 norm in fp32, or fp64 if any tensor is fp64; one scalar on the first tensor's device.
 
     Squares are summed in that precision, so entries above about 1e19 overflow to inf in fp32.
     """
-    tensors = (layout and layout.joined(tensors, passing=True)) or list(tensors)
+    tensors = list(tensors)
     groups = [tensors] if uniform(tensors) else [[tensors[i] for i in b] for b in buckets(tensors)]
     parts: list[Tensor] = []
     for group in groups:
@@ -229,11 +149,13 @@ def norm(tensors: Sequence[Tensor], layout: Layout | None = None) -> Tensor:
     return full_scalar(parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts)))
 
 
-def dot(a: Sequence[Tensor], b: Sequence[Tensor], layout: Layout | None = None) -> Tensor:
+def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     """Global inner product sum_i <a_i, b_i> (real part), in fp32 or better, on the first tensor's device."""
-    if layout is not None and layout.blocks:
-        whole = layout.joined(a, passing=True)
-        a, b = whole or a, (whole if a is b else layout.joined(b)) or b
+    both = [*a, *b]
+    if plain(both) and all(map(_ON_CPU, both)) and set(map(_DTYPE, both)) in ({torch.float32}, {torch.float64}):
+        # The loop below without its questions, which cost more than the products of small tensors.
+        pairs = zip(map(torch.flatten, a), map(torch.flatten, b), strict=True)
+        return functools.reduce(torch.add, itertools.starmap(torch.dot, pairs))
     total: Tensor | None = None
     for x, y in zip(a, b, strict=True):
         wide = _accumulate_in(x.dtype)
@@ -265,20 +187,10 @@ def add_scaled(
     return total
 
 
-def share(a: Sequence[Tensor], along: Sequence[Tensor], layout: Layout | None = None) -> Tensor:
+def share(a: Sequence[Tensor], along: Sequence[Tensor]) -> Tensor:
     """K such that k along is the projection of a; 0 for a zero vector."""
-    square = dot(along, along, layout)
-    return torch.where(square > _TINY, dot(a, along, layout) / square, torch.zeros_like(square))
-
-
-def reject(a: Sequence[Tensor], along: Sequence[Tensor], layout: Layout) -> tuple[Sequence[Tensor], Tensor]:
-    """A minus its projection on `along`, as new tensors, and the norm of that."""
-    whole, line = layout.joined(a), layout.joined(along, passing=True)
-    if whole is None or line is None:
-        rest = add_scaled(a, along, -share(a, along, layout), layout, spent=False)
-        return rest, norm(rest, layout)
-    torch._foreach_add_(whole, line, alpha=-float(share(whole, line)))
-    return Joined(layout, whole), norm(whole)
+    square = dot(along, along)
+    return torch.where(square > _TINY, dot(a, along) / square, torch.zeros_like(square))
 
 
 def bits(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -336,10 +248,6 @@ def agree_(flag: Tensor, tensors: Sequence[Tensor]) -> None:
 
 def all_finite(tensors: Sequence[Tensor], layout: Layout) -> bool:
     """Whether no entry of these CPU tensors, gradients of the layout's weights, is nan or inf."""
-    joined = layout.joined(tensors, passing=True)
-    # A sum that is finite clears every entry; one that is not may be an overflow, so the entries decide.
-    if joined is not None and math.isfinite(sum(float(t.sum()) for t in joined)):
-        return True
     found, one = torch.zeros((), dtype=torch.float32), torch.ones((), dtype=torch.float32)
     if layout.simple and tensors:
         torch._amp_foreach_non_finite_check_and_unscale_(list(tensors), found, one)
