@@ -189,7 +189,7 @@ def sample(sources: dict[str, Path], asked: dict[str, Any], rounds: int, order: 
 
 
 def judge(net: str, method: str, rows: dict[str, list[list[float]]], table: Table, result: Result) -> None:
-    """Add a row to the table and a gate to the result; it fails where the quartiles lie above 1 and the control's."""
+    """Add a row to the table and a gate to the result, which fails if it is slower beyond the control."""
     over = {label: Spread.of([2 * b / (a + c) for a, b, c in of]) for label, of in rows.items()}
     new = Spread.of([b for _, b, _ in rows[NEW]]).median
     old = Spread.of([t for of in rows.values() for a, _, c in of for t in (a, c)]).median
@@ -237,7 +237,5 @@ def measure(
             for method in methods:
                 asked = {"net": net, "method": method, "base": base, "batch": batch, "repeats": repeats}
                 judge(net, method, sample(sources, asked, rounds, order), table, result)
-    result.notes.append(
-        "The control is the old commit beside itself: where the quartiles overlap, no difference is shown."
-    )
+    result.notes.append("The control is the old commit beside itself: where quartiles overlap, nothing is shown.")
     return result
