@@ -142,10 +142,12 @@ def test_calls_are_functions_and_resumed_generators_of_the_package():
 
 
 def test_the_gate_on_calls_fails_above_its_limits():
-    few = [calls.Call(f"{i % calls.FILES}.py", "f", 0) for i in range(calls.CALLS)]
-    assert all(g.passed for g in calls.gates(few))
-    assert [g.passed for g in calls.gates([*few, few[0]])] == [False, True]
-    assert [g.passed for g in calls.gates([*few[1:], calls.Call("one more.py", "f", 0)])] == [True, False]
+    most, files = calls.LIMITS[calls.PLAIN]
+    few = [calls.Call(f"{i % files}.py", "f", 0) for i in range(most)]
+    assert all(g.passed for g in calls.gates(calls.PLAIN, few))
+    assert [g.passed for g in calls.gates(calls.PLAIN, [*few, few[0]])] == [False, True]
+    one_more = [*few[1:], calls.Call("one more.py", "f", 0)]
+    assert [g.passed for g in calls.gates(calls.PLAIN, one_more)] == [True, False]
 
 
 def test_every_step_is_counted_once_it_is_steady():

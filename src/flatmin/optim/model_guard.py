@@ -150,8 +150,10 @@ class ModelGuard:
 
     def follow(self) -> None:
         """Look again at a model whose layers have been replaced since (SyncBatchNorm, quantisation)."""
-        if any(list(now.values()) != before for now, before in self._children):
-            self.look_again(self.watch.weights)
+        for children, before in self._children:
+            if list(children.values()) != before:
+                self.look_again(self.watch.weights)
+                return
 
     def enter(self, now: Pass) -> None:
         """A pass begins."""

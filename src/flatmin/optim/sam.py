@@ -409,7 +409,8 @@ class SAM(Optimizer):
         if Need.MICRO_BATCHES in recipe.needs and not listed:
             raise RuntimeError(f"{recipe.name} needs {Need.MICRO_BATCHES.value}; got one closure.")
         step = self._begin(len(closures), closed=True)
-        probe = None if step.plain or self._warned_of_drop else self._probe()
+        made = None if step.plain or self._warned_of_drop else self._tools.weights.new_gradient()
+        probe = None if made is None else self._probe(made)
         first, moved = step.run(closures, probe)
         self.loss_point = "w + eps" if moved else "w"
         if probe is not None and probe.added:
@@ -529,12 +530,9 @@ class SAM(Optimizer):
                 "left w + eps: it is a base with rho = 0 only (call optimizer.backward(loss), which keeps the graph)."
             )
 
-    def _probe(self) -> Probe | None:
-        """What finds out whether a closure's passes drop gradients of the loop's; warns where that is known."""
+    def _probe(self, weight: Tensor) -> Probe | None:
+        """What finds out whether a closure's passes drop this gradient of the loop's; warns where that is known."""
         tools = self._tools
-        weight = tools.weights.new_gradient()
-        if weight is None:
-            return None
         if tools.guard is None or tools.others.in_training():  # the forward may have been another optimizer's
             return Probe(weight)
         if tools.guard.watch.own_forwards and tools.guard.watch.alone:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import operator
 from collections.abc import Generator, Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ from flatmin.optim.second_order import GraphProducts, PooledProducts
 from flatmin.optim.tools import Tools
 from flatmin.words import warn
 
+_DTYPE, _LOW, _NONE = operator.attrgetter("dtype"), set(ta.LOW), {type(None)}
 # What torch says of a graph that has been used, or whose weights have moved since.
 _STALE_GRAPH = ("backward through the graph a second time", "modified by an inplace operation")
 
@@ -182,7 +184,7 @@ class Step:
         weights, snapshot = tools.weights, tools.snapshot
         weights.layout = weights.layout.refreshed()
         flags = None if self._on_host else tools.flags_for(at.direction)
-        unchecked = snapshot.unchecked and any(d.dtype in ta.LOW for d in at.direction)
+        unchecked = snapshot.unchecked and not _LOW.isdisjoint(map(_DTYPE, at.direction))
         recorded = tools.diagnostics if request.role == "descent" else None
         moved = snapshot.move(
             weights.layout, at, flags, again=self._ascents > 0, record=unchecked or recorded is not None
@@ -222,7 +224,7 @@ class Step:
             self._speak(self._silence)
         gradients: Gradients = [w.grad for w in self.inputs.weights]
         empty = self.plain and (now.bracketed or not self._began)
-        if not empty and all(g is None for g in gradients):
+        if not empty and set(map(type, gradients)) == _NONE:
             raise RuntimeError(
                 f"no weight received a gradient in pass {self.index + 1}; "
                 "the closure must compute the loss from the model and call loss.backward(). (A step() of Lightning's "

@@ -16,6 +16,8 @@ _PLAIN = {Tensor, torch.nn.Parameter}
 _TINY = 1e-30  # squared norms below it are those of a zero vector
 _BLOCK = 1 << 22  # elements
 LOW = (torch.float16, torch.bfloat16)  # in them w + eps must be rounded at random
+_DTYPE, _SHAPE, _DEVICE = map(operator.attrgetter, ("dtype", "shape", "device"))
+_TRAINED, _ON_CPU = map(operator.attrgetter, ("requires_grad", "is_cpu"))
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -55,7 +57,7 @@ def placed(values: Tensor, w: Tensor) -> Tensor:
 
 def aligned(tensors: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
     """Tensors of the weights' shapes, sharded as these are."""
-    if plain(weights):
+    if set(map(type, weights)) <= _PLAIN:
         return list(tensors)
     return [
         cast(Any, t).redistribute(placements=cast(Any, w).placements) if is_sharded(w) else t
@@ -73,7 +75,7 @@ def buckets(tensors: Sequence[Tensor], *keys: Sequence[Any]) -> list[list[int]]:
 
 def uniform(tensors: Sequence[Tensor]) -> bool:
     """Whether one foreach call serves all."""
-    return len({t.dtype for t in tensors}) == 1 and len({t.device for t in tensors}) == 1
+    return len(set(map(_DTYPE, tensors))) == 1 and len(set(map(_DEVICE, tensors))) == 1
 
 
 def copy_(into: Sequence[Tensor], source: Sequence[Tensor]) -> None:
@@ -84,9 +86,6 @@ def copy_(into: Sequence[Tensor], source: Sequence[Tensor]) -> None:
 
 def _accumulate_in(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
-
-
-_DTYPE, _SHAPE, _ON_CPU = map(operator.attrgetter, ("dtype", "shape", "is_cpu"))
 
 
 class Layout:
@@ -117,16 +116,13 @@ class Layout:
 
         A tensor frozen since then stays: it gets no gradient, and that keeps it out of everything.
         """
-        return (
-            len(groups) == len(self._groups)
-            and all(
-                len(g) == len(known) and all(map(operator.is_, g, known))
-                for g, known in zip(groups, self._groups, strict=True)
-            )
-            and not any(w.requires_grad for w in self.frozen)
-            and (not self.weights or self.weights[0].device == self._device)
-            and self._shapes == list(map(_SHAPE, self.weights))
-        )
+        if len(groups) != len(self._groups) or any(map(_TRAINED, self.frozen)):
+            return False
+        for group, before in zip(groups, self._groups, strict=True):
+            if len(group) != len(before) or not all(map(operator.is_, group, before)):
+                return False
+        moved = self.weights and self.weights[0].device != self._device
+        return not moved and self._shapes == list(map(_SHAPE, self.weights))
 
     def refreshed(self) -> Layout:
         """Itself, or a new one if a weight has changed its dtype; to be asked before weights are copied."""
@@ -148,7 +144,8 @@ def norm(tensors: Sequence[Tensor]) -> Tensor:
     if len(groups) > 1:
         wide = max((p.dtype for p in parts), key=lambda d: d.itemsize)
         parts = [p.to(device=tensors[0].device, dtype=wide) for p in map(full_scalar, parts)]
-    return full_scalar(parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts)))
+    total = parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts))
+    return total if type(total) is Tensor else full_scalar(total)
 
 
 def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:

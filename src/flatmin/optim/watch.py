@@ -43,7 +43,10 @@ class CallSlot:
         if caller is not module:
             return caller._call_impl(*args, **kwargs)
         call = module._call_impl if self.inner is None else self.inner
-        if all((watch := reference()) is None or watch.inside for reference, _ in self.watches):
+        for reference, _ in self.watches:
+            if (watch := reference()) is not None and not watch.inside:
+                break
+        else:
             return call(*args, **kwargs)
         if torch._C._functorch.peek_interpreter_stack() is not None:
             return call(*args, **kwargs)  # a transformation, which must see no values
@@ -200,7 +203,13 @@ class ModelWatch:
             return False
         later = min(self.pass_index, 1)
         if whole or not self.forwards[later] or (not later and (self.cleared or self.backed)):
-            self._seen([*leaves((args, kwargs))] if whole else [], whole)
+            if not whole:
+                batch = []
+            elif not kwargs and set(map(type, args)) == {Tensor}:
+                batch = list(args)
+            else:
+                batch = [*leaves((args, kwargs))]
+            self._seen(batch, whole)
         if whole and self.state is not None and self.pass_index:
             self.state.enter_forward()
         self.inside = whole
@@ -256,7 +265,7 @@ class ModelWatch:
             self.take_turn()
         self.cleared = False
         self.forwards[later] += 1
-        if not later and all(x is not None for x in data):
+        if not later and type(None) not in map(type, data):
             self.own_forwards += 1
 
     def take_turn(self) -> None:

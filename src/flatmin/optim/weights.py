@@ -96,10 +96,7 @@ class TrainedWeights:
         key = self._base.rho_key
         if key not in group:  # a checkpoint was loaded into the base itself
             group[key] = self._base.optimizer.defaults[key]
-        rho = group[key]
-        if type(rho) is float and 0.0 <= rho < math.inf:
-            return rho
-        return check_rho(rho)
+        return check_rho(group[key])
 
     def move(self) -> bool:
         """Whether any group has a radius above 0."""
@@ -114,9 +111,13 @@ class TrainedWeights:
         """
         groups: list[dict[str, Any]] = []
         rhos: list[float] = []
+        key = self._base.rho_key
         for group, count in zip(self._base.optimizer.param_groups, self.layout.trained, strict=True):
+            rho = group.get(key)
+            if not (type(rho) is float and 0.0 <= rho < math.inf):
+                rho = self.rho(group)
             groups += [group] * count
-            rhos += [self.rho(group)] * count
+            rhos += [rho] * count
         weights, recipe = self.layout.weights, self._recipe
         names = [self.names.get(w, "") for w in weights] if recipe.needs_names else []
         layers = [self.layers.get(w, "") for w in weights] if recipe.needs_layers else []
@@ -136,16 +137,19 @@ class TrainedWeights:
 
     def leave_gradients(self) -> None:
         """An update ends: the gradients that are there now are known not to be made by the loop since."""
-        first = next((g for w in self.layout.weights if (g := w.grad) is not None), None)
-        self._left = None if first is None else (weakref.ref(first), first._version)
+        self._left = None
+        for w in self.layout.weights:
+            if (g := w.grad) is not None:
+                self._left = weakref.ref(g), g._version
+                return
 
     def new_gradient(self) -> Tensor | None:
         """A weight whose gradient the loop has made or changed since the last update ended; None if there is none."""
-        holder = next((w for w in self.layout.weights if w.grad is not None), None)
-        if holder is None or holder.grad is None or holder.grad.is_sparse:
-            return None
-        g = holder.grad
-        return None if self._left is not None and self._left[0]() is g and self._left[1] == g._version else holder
+        for w in self.layout.weights:
+            if (g := w.grad) is not None:
+                known = self._left is not None and self._left[0]() is g and self._left[1] == g._version
+                return None if known or g.is_sparse else w
+        return None
 
 
 _MODULE = "module."
