@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 import flatmin.theory.demonstrations as demonstrations
 from flatmin.cli.main import app, main
 from flatmin.theory.classes import WORDS
-from flatmin.theory.demonstrations.base import Demonstration
-from flatmin.theory.problems import PROBLEMS
-from flatmin.theory.words import FORMS
+from flatmin.theory.demonstrations.demonstration import Demonstration
+from flatmin.theory.named import FUNCTIONS
+from flatmin.theory.parse import FORMS
 
 runner = CliRunner()
 
@@ -138,7 +138,7 @@ def test_no_matplotlib_is_said_before_the_runs(monkeypatch, capsys):
 
 def test_rules_has_the_whole_grammar():
     said = output("rules")
-    for word in (*FORMS, *PROBLEMS, *WORDS, "L=4", "kl=0.5"):
+    for word in (*FORMS, *FUNCTIONS, *WORDS, "L=4", "kl=0.5"):
         assert f"\n{word} " in said, word
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from flatmin.theory.demonstrations.base import Claim, Demonstration, Shown
+    from flatmin.theory.demonstrations.demonstration import Claim, Demonstration, DemonstrationResult
     from flatmin.theory.verdict import Verdict
 
 HOME = Path("flatmin-theory")
@@ -32,8 +32,8 @@ class _Names(TyperGroup):
     """A group that takes every other word for the name of a demonstration."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        known = not args or args[0] in self.commands or args[0].startswith("-")
-        return super().resolve_command(ctx, args if known else ["one", *args])
+        is_own = not args or args[0] in self.commands or args[0].startswith("-")
+        return super().resolve_command(ctx, args if is_own else ["one", *args])
 
 
 theory = typer.Typer(
@@ -48,7 +48,7 @@ theory = typer.Typer(
 def list_demonstrations() -> None:
     """List the demonstrations."""
     from flatmin.theory.demonstrations import DEMONSTRATIONS
-    from flatmin.theory.demonstrations.base import PAPER
+    from flatmin.theory.demonstrations.demonstration import PAPER
 
     console = make_console()
     rows = [(d.name, d.title, d.source.removeprefix(f"{PAPER}, ")) for d in DEMONSTRATIONS.values()]
@@ -91,11 +91,11 @@ def check(
     """Say which theorem covers a step size and a radius, and what follows. The words: flatmin theory rules."""
     from flatmin.theory.checker import check as judge
     from flatmin.theory.classes import FunctionClass
-    from flatmin.theory.problems import read_problem
+    from flatmin.theory.named import read_function
 
     if (on is None) == (functions is None):
         raise ValueError("say on what: --on quadratic:1,4 for a function, or --class 'convex, L=4' for a class.")
-    what = FunctionClass.read(functions or "") if on is None else read_problem(on)
+    what = FunctionClass.read(functions or "") if on is None else read_function(on)
     verdict = judge(step, radius, what, method)
     console = make_console()
     console.print(str(verdict), markup=False, soft_wrap=True)
@@ -107,8 +107,8 @@ def check(
 def rules() -> None:
     """The words for step sizes and radii, functions, and classes of functions."""
     from flatmin.theory import classes
-    from flatmin.theory.problems import PROBLEMS
-    from flatmin.theory.words import FORMS
+    from flatmin.theory.named import FUNCTIONS
+    from flatmin.theory.parse import FORMS
 
     console = make_console()
     forms = [
@@ -121,7 +121,7 @@ def rules() -> None:
     console.print("a product is joined by *.\n", markup=False)
     console.print(_table(("rule", "keys", "value at n; e = floor((n - 1) / epoch)"), forms))
     console.print("\nFunctions for --on, with numbers after a colon:\n", markup=False)
-    console.print(_table(("function", "what it is"), [(name, p.summary) for name, p in PROBLEMS.items()]))
+    console.print(_table(("function", "what it is"), [(name, p.summary) for name, p in FUNCTIONS.items()]))
     console.print("\nWords for --class, joined by commas:\n", markup=False)
     words = [(word, meaning) for word, (_, meaning) in classes.WORDS.items()]
     words += [("L=4", "the Lipschitz constant of the gradient"), ("kl=0.5", "the KL exponent q, phi(s) = M s^q")]
@@ -151,16 +151,16 @@ def _show(wanted: list[Demonstration], out: Path, kinds: tuple[str, ...]) -> Non
         count += len(shown.claims)
         failed += [(demonstration.name, claim) for claim in shown.claims if not claim.holds]
     seconds = time.perf_counter() - begun
-    kept = "all hold" if not failed else f"{len(failed)} of them fail{'s' * (len(failed) == 1)}"
-    console.print(f"{len(wanted)} shown, {count} claims, {kept}; {seconds:.0f} s", markup=False)
+    summary = "all hold" if not failed else f"{len(failed)} of them fail{'s' * (len(failed) == 1)}"
+    console.print(f"{len(wanted)} shown, {count} claims, {summary}; {seconds:.0f} s", markup=False)
     if failed:
         for name, claim in failed:
             typer.echo(f"flatmin theory: {name}: this claim fails: {claim}", err=True)
         raise typer.Exit(1)
 
 
-def _print(demonstration: Demonstration, shown: Shown, console: Console) -> None:
-    from flatmin.theory.demonstrations.base import shown as cell
+def _print(demonstration: Demonstration, shown: DemonstrationResult, console: Console) -> None:
+    from flatmin.theory.demonstrations.demonstration import shown as cell
 
     console.print(f"[bold]{demonstration.name}[/bold]  ", end="")
     console.print(f"{shown.title}\n{shown.statement}\n{demonstration.source}.\n", markup=False)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from flatmin.theory.rules import Constant, Power, Product, Rule, Tied, as_rule
+from flatmin.theory.rules import ConstantRule, PowerRule, Product, Rule, Tied, as_rule
 from flatmin.theory.schedules import Cosine, Diminish
 from flatmin.words import suggest
 
@@ -24,10 +24,10 @@ class Form:
 
 
 FORMS: dict[str, Form] = {
-    "constant": Form(Constant, ("c",), "c", ("c",), formula="c"),
-    "power": Form(Power, ("c", "p", "q", "shift"), "p", ("p",), formula="c / ((n + shift)^p (log(n + shift))^q)"),
-    "harmonic": Form(partial(Power, p=1.0), ("c", "shift"), "c", formula="c / (n + shift)"),
-    "nlogn": Form(partial(Power, p=1.0, q=1.0, shift=1.0), ("c", "shift"), "c", formula="c / ((n + 1) log(n + 1))"),
+    "constant": Form(ConstantRule, ("c",), "c", ("c",), formula="c"),
+    "power": Form(PowerRule, ("c", "p", "q", "shift"), "p", ("p",), formula="c / ((n + shift)^p (log(n + shift))^q)"),
+    "harmonic": Form(partial(PowerRule, p=1.0), ("c", "shift"), "c", formula="c / (n + shift)"),
+    "nlogn": Form(partial(PowerRule, p=1.0, q=1.0, shift=1.0), ("c", "shift"), "c", formula="c / ((n + 1) log(n + 1))"),
     "diminish1": Form(partial(Diminish, 1), ("lr", "epoch"), "lr", (), ("epoch",), "lr / (e + 1)"),
     "diminish2": Form(partial(Diminish, 2), ("lr", "epoch"), "lr", (), ("epoch",), "lr / (e + 1)^0.5001"),
     "diminish3": Form(
@@ -92,7 +92,7 @@ def _read(words: str) -> Rule | Tied:
 def _read_one(part: str, words: str) -> Rule | Tied:
     name, colon, rest = part.partition(":")
     if not colon and (lone := _number(part)) is not None:
-        return Constant(lone)
+        return ConstantRule(lone)
     if name not in FORMS:
         raise ValueError(f"unknown rule {name!r}{suggest(name, FORMS)} (rules: a number, {', '.join(FORMS)}).")
     form, given = FORMS[name], dict[str, float]()

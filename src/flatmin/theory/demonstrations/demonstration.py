@@ -77,20 +77,20 @@ def same(text: str, measured: str, expected: str) -> Claim:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Curve:
+class PanelCurve:
     """A line of a panel.
 
     Attributes:
         label: for the legend; "" leaves it out.
         x, y: of the points, shape (m,).
-        look: a "run" is a solid line, "theory" a dashed one, "points" are not joined.
+        style: a "run" is a solid line, "theory" a dashed one, "points" are not joined.
         color: number of the colour; None: the next one, and dark for theory.
     """
 
     label: str
     x: np.ndarray
     y: np.ndarray
-    look: Literal["run", "theory", "points"] = "run"
+    style: Literal["run", "theory", "points"] = "run"
     color: int | None = None
 
 
@@ -109,7 +109,7 @@ class Panel:
     title: str
     xlabel: str
     ylabel: str
-    curves: tuple[Curve, ...]
+    curves: tuple[PanelCurve, ...]
     levels: tuple[tuple[float, str], ...] = ()
     log_x: bool = False
     log_y: bool = False
@@ -132,7 +132,7 @@ class Marks:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shown:
+class DemonstrationResult:
     """What a demonstration found.
 
     Attributes:
@@ -171,7 +171,7 @@ class Demonstration:
     name: str
     title: str
     source: str
-    run: Callable[[], Shown]
+    run: Callable[[], DemonstrationResult]
 
 
 def shown(value: Cell) -> str:
