@@ -88,7 +88,7 @@ def ours(case: Case) -> dict[str, dict[str, Run]]:
         found = trace(Hessian(case.problem()), seed=seed, max_probes=60)
         return [found.value], round(60 * (found.error / (0.01 * found.value)) ** 2)
 
-    def card(runs: int) -> Run:
+    def report(runs: int) -> Run:
         def run(seed: int) -> tuple[Any, int]:
             operator = Hessian(case.problem())
             known = spectrum(operator, top=5, bottom=1, min_steps=30, seed=seed)
@@ -102,7 +102,10 @@ def ours(case: Case) -> dict[str, dict[str, Run]]:
         "top-1": {"flatmin": top(1, None), "flatmin, recomputed": top(1, 0)},
         "top-5": {"flatmin": top(5, None), "flatmin, recomputed": top(5, 0)},
         "trace to 1 %": {"flatmin": tr, "flatmin, no basis (extrapolated)": plain},
-        "card: top-5, lambda_min, trace to 1 %, density": {"flatmin": card(0), "flatmin, density 4 x 100": card(4)},
+        "report: top-5, lambda_min, trace to 1 %, density": {
+            "flatmin": report(0),
+            "flatmin, density 4 x 100": report(4),
+        },
     }
 
 
@@ -172,10 +175,10 @@ def measure(rounds: int, epochs: int, about: str = "") -> Result:
     if missing := peers.missing():
         result.notes.append(f"Not installed: {', '.join(missing)}.")
     result.notes.append(
-        "Products of the trace and the card include those of the Krylov run. PyHessian and hessian-eigenthings get all "
-        "examples as one batch, the others batches of 256. The peers' steps are tuned by hand to the least that meets "
-        "1e-3, where the row says so; ours stop by themselves. The density of the card is that of one start vector: "
-        "ours of the Krylov run that found the eigenvalues, the cheapest peer's of 30 steps of its own."
+        "Products of the trace and the report include those of the Krylov run. PyHessian and hessian-eigenthings get "
+        "all examples as one batch, the others batches of 256. The peers' steps are tuned by hand to the least that "
+        "meets 1e-3, where the row says so; ours stop by themselves. The density of the report is that of one start "
+        "vector: ours of the Krylov run that found the eigenvalues, the cheapest peer's of 30 steps of its own."
     )
     return result
 
@@ -183,14 +186,14 @@ def measure(rounds: int, epochs: int, about: str = "") -> Result:
 def _error(question: str, found: list[float], want: list[float]) -> float:
     if question.startswith("trace"):
         return math.nan  # its error is stated by the estimate itself
-    wanted = want if question.startswith("card") else want[: len(found)]
+    wanted = want if question.startswith("report") else want[: len(found)]
     return max(abs(f - w) / abs(w) for f, w in zip(found, wanted, strict=False))
 
 
 LIMITS = {"top-1": 9, "top-5": 18}
 FASTER = {
     "top-5": {"PyHessian": 2.5, "hessian-eigenthings": 1.3, "curvlinops": 2.0},
-    "card: top-5, lambda_min, trace to 1 %, density": {"cheapest": 4.0},
+    "report: top-5, lambda_min, trace to 1 %, density": {"cheapest": 4.0},
 }
 
 
@@ -225,7 +228,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds, each with its own seed (default 3)")
     parser.add_argument("--epochs", type=int, default=15, help="epochs of the net's training (default 15)")
     parser.add_argument(
-        "--about", default="", choices=("", "top-1", "top-5", "trace", "card"), help="one question only"
+        "--about", default="", choices=("", "top-1", "top-5", "trace", "report"), help="one question only"
     )
 
 

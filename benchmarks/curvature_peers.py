@@ -31,7 +31,7 @@ def available(case: Any) -> dict[str, dict[str, Run]]:
             for question, runs in answers(case).items():
                 found.setdefault(question, {}).update(runs)
     if importlib.util.find_spec("hessian_eigenthings") is not None:
-        found.update(_card(case))
+        found.update(_report(case))
     return found
 
 
@@ -148,11 +148,11 @@ def _curvlinops(case: Any) -> dict[str, dict[str, Run]]:
     }
 
 
-def _card(case: Any) -> dict[str, dict[str, Run]]:
+def _report(case: Any) -> dict[str, dict[str, Run]]:
     """The cheapest of the peers for each answer: all four are hessian-eigenthings'."""
     import hessian_eigenthings as he
 
-    def card(runs: int, steps: int) -> Run:
+    def report(runs: int, steps: int) -> Run:
         def run(seed: int) -> tuple[Any, int]:
             counted = _Counting(_operator(case), inside=True)
             top = he.lanczos(counted.operator, k=5, max_iter=18, which="LA", seed=seed)
@@ -165,8 +165,8 @@ def _card(case: Any) -> dict[str, dict[str, Run]]:
         return run
 
     return {
-        "card: top-5, lambda_min, trace to 1 %, density": {
-            "cheapest mix of peers, density 4 x 100": card(4, 100),
-            "cheapest mix of peers, density 1 x 30": card(1, 30),
+        "report: top-5, lambda_min, trace to 1 %, density": {
+            "cheapest mix of peers, density 4 x 100": report(4, 100),
+            "cheapest mix of peers, density 1 x 30": report(1, 30),
         }
     }

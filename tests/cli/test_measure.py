@@ -16,8 +16,8 @@ from torch import nn
 from typer.testing import CliRunner
 
 from flatmin.cli.main import app, main
-from flatmin.measure.card import CardSettings, card
 from flatmin.measure.problem import Problem
+from flatmin.measure.report import ReportSettings, report
 from flatmin.study import page
 from flatmin.study.executors import execute
 from flatmin.study.measured import told
@@ -30,7 +30,7 @@ from tests.user_side import net
 
 runner = CliRunner()
 QUICK = ("points=5", "plane=3", "steps=5", "runs=1", "ascent_steps=3", "draws=2", "probes=20", "rhos=0.05,0.1")
-SETTINGS = CardSettings(points=5, plane=3, steps=5, runs=1, ascent_steps=3, draws=2, probes=20, rhos=(0.05, 0.1))
+SETTINGS = ReportSettings(points=5, plane=3, steps=5, runs=1, ascent_steps=3, draws=2, probes=20, rhos=(0.05, 0.1))
 USER = ("--model", "tests.user_side:net", "--data", "tests.user_side:data")
 
 
@@ -190,12 +190,12 @@ class TestOneRun:
         assert [first, second, third] == [str(where / f"{which}.pt") for which in ("along_random", "along_v1", "plane")]
         assert said.splitlines()[-2:] == [f"Written: {out / name}.json", f"Written: {out / name}.html"]
 
-    def test_the_numbers_are_those_of_the_card(self, one, folders):
+    def test_the_numbers_are_those_of_the_report(self, one, folders):
         _, name, said, found = one
         run = open_run(folders["sam", 0])
         data = run.data()
         problem = Problem(run.model(), nn.functional.cross_entropy, (data.train.x, data.train.y))
-        want = card(problem, "card", settings=SETTINGS)
+        want = report(problem, "report", settings=SETTINGS)
         (net_of,) = found["nets"]
         assert (net_of["name"], net_of["group"], net_of["seed"]) == (name, "sam", 0)
         assert list(net_of["sections"]) == [s.name for s in want.sections]
@@ -319,7 +319,7 @@ class TestSeveral:
         assert sorted(done) == sorted(run.name for run in runs)
         for a, b in zip(here, there, strict=True):
             assert (a.name, a.group, a.seed) == (b.name, b.group, b.seed)
-            assert a.card.quantities == b.card.quantities
+            assert a.report.quantities == b.report.quantities
 
 
 class TestFile:
@@ -364,7 +364,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("given", "sentence"),
         [
-            (["--what", "hesian"], "what must be of card, all, model, "),
+            (["--what", "hesian"], "what must be of report, all, model, "),
             (["--what", ""], "got nothing."),
             (["--split", "training"], "split must be train, val or test, got 'training'."),
             (["--dtype", "float16"], "dtype must be float32 or float64"),
@@ -525,7 +525,7 @@ class TestView:
 
     def test_some_are_drawn_by_the_seed_in_their_own_order(self, data):
         def drawn(seed):
-            ((x, y),) = batches(data, View(examples=20, settings=CardSettings(seed=seed)))
+            ((x, y),) = batches(data, View(examples=20, settings=ReportSettings(seed=seed)))
             rows = [int((data.train.x == one).all(1).nonzero()) for one in x]
             assert torch.equal(y, data.train.y[rows])
             return rows
@@ -548,7 +548,7 @@ class TestView:
         told_of = []
         view = View(what="landscape", settings=SETTINGS)
         found = measure(open_run(folders["sgd", 0]), view, progress=lambda what, share: told_of.append(what))
-        assert "plane" in told_of and found.card.result("plane").complete
+        assert "plane" in told_of and found.report.result("plane").complete
         assert not list(tmp_path.iterdir())
 
 

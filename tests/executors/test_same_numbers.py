@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from flatmin.measure.card import CardSettings
-from flatmin.study.events import CardDone, EpochDone, RunBroke, RunDone, Warned
+from flatmin.measure.report import ReportSettings
+from flatmin.study.events import EpochDone, ReportDone, RunBroke, RunDone, Warned
 from flatmin.study.executors import Interrupted, execute, executor_settings
 from flatmin.study.measuring import View
 from flatmin.study.store import Store
@@ -42,7 +42,7 @@ def engine(request, monkeypatch):
 
 def measured():
     """Three runs whose networks are measured by the worker that has trained them."""
-    view = View(what="hessian", examples=40, settings=CardSettings(top=1))
+    view = View(what="hessian", examples=40, settings=ReportSettings(top=1))
     return [dataclasses.replace(run, view=view) for run in runs(3, epochs=3)]
 
 
@@ -53,7 +53,7 @@ def expected(tmp_path_factory):
 
 
 def lambda_1(outcome):
-    return outcome.card["sections"]["hessian"]["quantities"]["lambda_1"]["value"]
+    return outcome.report["sections"]["hessian"]["quantities"]["lambda_1"]["value"]
 
 
 def test_the_same_numbers_as_in_this_process(tmp_path, engine, expected, monkeypatch):
@@ -65,7 +65,7 @@ def test_the_same_numbers_as_in_this_process(tmp_path, engine, expected, monkeyp
     assert {name: lambda_1(one) for name, one in found.items()} == {
         name: lambda_1(one) for name, one in expected.items()
     }
-    assert sum(isinstance(event, CardDone) for event in events) == 3
+    assert sum(isinstance(event, ReportDone) for event in events) == 3
     assert sum(isinstance(event, RunDone) for event in events) == 3
     told = [(event.run, event.line.epoch) for event in events if isinstance(event, EpochDone)]
     assert sorted(told) == sorted((run.name, epoch) for run in wanted for epoch in (1, 2, 3))

@@ -106,7 +106,7 @@ def steps(seed, wrong=10):
     ]
 
 
-def card(seed, size=100):
+def report(seed, size=100):
     axis = {"direction": {"label": "v"}, "points": [-1.0, 0.0, 1.0]}
     return {
         "conventions": {"size": size},
@@ -141,7 +141,7 @@ def everything(label, seed):
         "gradients": 1.0 if label.startswith("SGD") else 2.0,
         "lines": epochs(score(label, seed)),
         "steps": [] if label.startswith("SGD") else steps(seed),
-        "card": card(seed),
+        "report": report(seed),
     }
 
 
@@ -157,7 +157,7 @@ def table_of(folder, of=everything, words=(), text=STUDY):
             outcomes[run.name] = Outcome(error=found)
         elif found is not None:
             own = a_result(run.config, found.get("gradients", 2.0), **found["result"])
-            outcomes[run.name] = Outcome(result=own, lines=found.get("lines", ()), card=found.get("card"))
+            outcomes[run.name] = Outcome(result=own, lines=found.get("lines", ()), report=found.get("report"))
             run_folder = todo.store.folder(run)
             run_folder.mkdir(parents=True, exist_ok=True)
             (run_folder / "env.json").write_text(json.dumps({"versions": {"torch": "2.0"}}), encoding="utf-8")
@@ -343,8 +343,8 @@ class TestSharpness:
         for row, trace in zip(table.rows, marks, strict=True):
             assert trace["x"] == [score(row.label, seed) for seed in range(3)] and trace["y"] == [5.0, 6.0, 7.0]
 
-    def test_from_the_card_where_the_runs_have_none(self, make):
-        table = make(lambda label, seed: {"result": {}, "card": card(seed)})
+    def test_from_the_report_where_the_runs_have_none(self, make):
+        table = make(lambda label, seed: {"result": {}, "report": report(seed)})
         section = study_figures.over_sharpness(table, Looks(table))
         assert only(section)[0]["y"] == [10.0, 11.0, 12.0]
         assert "lambda_1" in section.figures["Sharpness"].layout["yaxis"]["title"]["text"]
@@ -437,8 +437,8 @@ class TestCurves:
         peaks = [x[i] for i in range(1, len(x) - 1) if (y[i] or 0) > max(y[i - 1] or 0, y[i + 1] or 0)]
         assert peaks == pytest.approx([-1, 0, 10, 11, 12], abs=0.05)
 
-    def test_cards_without_these_sections(self, make):
-        table = make(lambda label, seed: {"result": {}, "card": {"sections": {}}})
+    def test_reports_without_these_sections(self, make):
+        table = make(lambda label, seed: {"result": {}, "report": {"sections": {}}})
         looks = Looks(table)
         assert study_curves.spectra(table, looks) is None and study_curves.slices(table, looks) is None
 
@@ -619,8 +619,8 @@ class TestWhole:
             point = {"epoch": 1, "val_acc": math.nan, "test_acc": math.inf if seed else math.nan, "memorised": None}
             found["result"] = {"chosen": point, "train_ce": math.inf, "lambda_max": {"value": math.nan}}
             found["steps"] = [{"step": 1, "epoch": 1, "misclassified": None, "ratio_larger": math.nan}]
-            found["card"]["sections"]["density"]["results"]["density"]["nodes"] = [None, 1.0, 2.0]
-            found["card"]["sections"]["published"]["quantities"]["sam_paper: lambda_1"]["value"] = None
+            found["report"]["sections"]["density"]["results"]["density"]["nodes"] = [None, 1.0, 2.0]
+            found["report"]["sections"]["published"]["quantities"]["sam_paper: lambda_1"]["value"] = None
             return found
 
         outline = Outline(render(make(of)))

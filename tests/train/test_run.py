@@ -371,7 +371,7 @@ class TestEvents:
         assert result.failure is None
         assert any(text.startswith("nothing could be measured: MemoryError: no room") for text in texts)
 
-    def test_m_sharpness_is_that_of_the_card(self, tmp_path):
+    def test_m_sharpness_is_that_of_the_report(self, tmp_path):
         """Of all training samples, after the last epoch, in the groups and within the radius that were asked for."""
         nets, how = [], {"measure_every": 2, "measures": "sharpness", "measure_m": 7, "measure_rho": 0.3}
         run(config(epochs=2, selection="last"), tmp_path, on_end=nets.append, **how)

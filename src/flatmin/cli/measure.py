@@ -1,4 +1,4 @@
-"""`flatmin measure`: curvature, sharpness and landscapes of trained nets, one card or a comparison."""
+"""`flatmin measure`: curvature, sharpness and landscapes of trained nets, one report or a comparison."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from flatmin.measure.card import CardSettings
+    from flatmin.measure.report import ReportSettings
     from flatmin.study.measured import Measured, Unmeasured
 
 _SETTING = re.compile(r"[a-z_]+=")
@@ -37,9 +37,9 @@ def measure(
     what: Annotated[
         str,
         typer.Option(
-            help="card, all, or of model,hessian,trace,density,sharpness,flatness,layers,published,landscape."
+            help="report, all, or of model,hessian,trace,density,sharpness,flatness,layers,published,landscape."
         ),
-    ] = "card",
+    ] = "report",
     split: Annotated[str, typer.Option(help="train (with the labels trained on), val or test.")] = "train",
     examples: Annotated[int | None, typer.Option(min=1, help="How many of them. Default: all.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Examples in a forward pass.")] = 150,
@@ -57,12 +57,12 @@ def measure(
     ),
     workers: Annotated[int | None, typer.Option(min=0, help="Processes for several nets. Default: one a core.")] = None,
     page: Annotated[bool, typer.Option("--page/--no-page", help="Write the HTML page.")] = True,
-    png: Annotated[bool, typer.Option("--png", help="Write the card of each net as a picture too.")] = False,
+    png: Annotated[bool, typer.Option("--png", help="Write the report of each net as a picture too.")] = False,
     open_page: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
 ) -> None:
     """Say how flat trained nets are: numbers with their errors, pictures, and groups of seeds side by side.
 
-    One net gives its card. Several give a table by the arm that they belong to, with paired differences to sgd. What
+    One net gives its report. Several give a table by the arm that they belong to, with paired differences to sgd. What
     cannot be measured is named with its reason, and the exit status is 3; all else is kept. Numbers of another net or
     of other settings that are in the folder already are left there: the new ones get a name with a number.
     """
@@ -70,8 +70,8 @@ def measure(
 
     from flatmin.cli.compare import default_workers
     from flatmin.cli.targets import run_folder
-    from flatmin.measure.card import chosen
-    from flatmin.study import draw_card
+    from flatmin.measure.report import chosen
+    from flatmin.study import draw_report
     from flatmin.study.measured import as_json
     from flatmin.study.measured_page import render
     from flatmin.study.measuring import View, find_all, identity, measure_all
@@ -86,7 +86,7 @@ def measure(
     if page:
         require_figures()
     if png:
-        draw_card.require()
+        draw_report.require()
     words = [word for word in targets if _SETTING.match(word) and not Path(word).exists()]
     # A path, or the name of a run.
     paths = [Path(word) if Path(word).is_file() else run_folder(word) for word in targets if word not in words]
@@ -149,7 +149,7 @@ def measure(
         whys = " ".join(f"{why} (while {names} was measured)" for why, names in _by_reason(failed))
         raise ValueError(f"no net could be measured: {whys}")
     _print(nets, console)
-    lacking = bool(failed) or any(net.card.missing for net in nets)
+    lacking = bool(failed) or any(net.report.missing for net in nets)
     if several:
         write_json(whole.json, as_json(nets, about, failed, of=whole.of))
     written = [whole.json]
@@ -164,7 +164,7 @@ def measure(
 
     for net in nets if png else ():
         picture = files[net.name].json.with_suffix(".png")
-        draw(f"the picture of {net.name}", partial(draw_card.save, net, picture, on_missing=undrawn.append))
+        draw(f"the picture of {net.name}", partial(draw_report.save, net, picture, on_missing=undrawn.append))
     if page:
         command = ["flatmin", *sys.argv[1:]]
         draw(
@@ -237,19 +237,19 @@ def _numbers_in(found: Mapping[str, Any]) -> int:
     return sum(len(section["quantities"]) + len(section["results"]) for section in sections)
 
 
-def _settings(words: Sequence[str]) -> CardSettings:
-    from flatmin.measure.card import CardSettings
+def _settings(words: Sequence[str]) -> ReportSettings:
+    from flatmin.measure.report import ReportSettings
     from flatmin.train.settings import field_types, parse, split_word
     from flatmin.words import suggest
 
-    kinds = field_types(CardSettings)
+    kinds = field_types(ReportSettings)
     found = {}
     for word in words:
         key, text = split_word(word)
         if key not in kinds:
             raise ValueError(f"unknown setting {key!r}{suggest(key, kinds)} (settings: {', '.join(kinds)})")
         found[key] = parse(key, text, kinds[key])
-    return CardSettings(**found)
+    return ReportSettings(**found)
 
 
 class _Bar:
@@ -287,7 +287,7 @@ class _Bar:
     def done(self, net: Measured) -> None:
         """A net is done."""
         self._done += 1
-        seconds = sum(section.seconds for section in net.card.sections)
+        seconds = sum(section.seconds for section in net.report.sections)
         if self._nets > 1:
             self._bar.update(self._task, advance=1, count=self._count())
             if not self._console.is_terminal:
@@ -295,7 +295,7 @@ class _Bar:
 
 
 def _print(nets: Sequence[Measured], console: Console) -> None:
-    from flatmin.study.measured import compare_cards, groups_of, left_out, remarks, unlike
+    from flatmin.study.measured import compare_reports, groups_of, left_out, remarks, unlike
     from flatmin.study.measured_page import sentence
 
     console.print()
@@ -304,7 +304,7 @@ def _print(nets: Sequence[Measured], console: Console) -> None:
         console.print(remark, markup=False, highlight=False)
     console.print()
     if len(nets) == 1:
-        for section in nets[0].card.sections:
+        for section in nets[0].report.sections:
             if section.quantities:
                 console.print(f"[bold]{section.title}[/bold]")
                 console.print(_numbers(section.quantities))
@@ -320,7 +320,7 @@ def _print(nets: Sequence[Measured], console: Console) -> None:
     )
     for words in left_out(nets):
         console.print(words, markup=False, highlight=False)
-    noted = {row.quantity.name: row.notes for row in compare_cards(nets) if row.notes}
+    noted = {row.quantity.name: row.notes for row in compare_reports(nets) if row.notes}
     if noted:
         console.print(
             "* of some net: " + "; ".join(f"{name} {', '.join(found)}" for name, found in noted.items()),
@@ -341,7 +341,7 @@ def _table() -> Table:
 def _numbers(quantities: Sequence[object]) -> Table:
     from rich.text import Text
 
-    from flatmin.measure.card import Quantity
+    from flatmin.measure.report import Quantity
     from flatmin.study.measured import told
 
     table = _table()
@@ -361,7 +361,7 @@ def _numbers(quantities: Sequence[object]) -> Table:
 def _comparison(nets: Sequence[Measured]) -> Table:
     from rich.text import Text
 
-    from flatmin.study.measured import compare_cards, groups_of, told_stat
+    from flatmin.study.measured import compare_reports, groups_of, told_stat
 
     groups = list(groups_of(nets))
     base, others = groups[0], groups[1:]
@@ -372,7 +372,7 @@ def _comparison(nets: Sequence[Measured]) -> Table:
     for name in others:
         table.add_column(Text(f"{name} - {base}"), justify="right", no_wrap=True)
         table.add_column(Text(f"{name} is"), no_wrap=True)
-    for row in compare_cards(nets):
+    for row in compare_reports(nets):
         cells: list[Text | str] = [Text(row.quantity.name + " *" * bool(row.notes))]
         cells += ["-" if (found := row.groups.get(name)) is None else told_stat(found) for name in groups]
         for name in others:

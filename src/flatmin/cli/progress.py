@@ -61,7 +61,7 @@ class Progress:
             case events.Timing():
                 self._say(f"Measuring the time per step of {event.methods} methods.")
                 self._bar.update(self._task, visible=False)
-            case events.CardDone():
+            case events.ReportDone():
                 self._bar.update(self._task, advance=1, last=_short(event.run))
             case events.Warned():
                 self._say(f"Note: {event.text}")

@@ -40,7 +40,7 @@ def study(
     ] = None,
     retry: Annotated[
         bool,
-        typer.Option("--retry", help="Do runs again that failed and cards that lack something."),
+        typer.Option("--retry", help="Do runs again that failed and reports that lack something."),
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the runs and what they cost.")] = False,
     out: Annotated[Path, typer.Option(help="Folder of the runs and the tables.")] = Path("flatmin-runs"),

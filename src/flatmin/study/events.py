@@ -74,7 +74,7 @@ class Timing:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CardDone:
+class ReportDone:
     """A network has been measured."""
 
     run: str
@@ -87,7 +87,7 @@ class Warned:
     text: str
 
 
-Event = Planned | EpochDone | RunDone | RunBroke | Tuned | Timing | CardDone | Warned
+Event = Planned | EpochDone | RunDone | RunBroke | Tuned | Timing | ReportDone | Warned
 
 
 def _round(seconds: float) -> int:

@@ -33,14 +33,14 @@ class Known:
         lines: its epochs.
         steps: lines of steps.jsonl, if the study records any.
         measures: lines of measures.jsonl, likewise.
-        card: what was measured of its network, as `flatmin.measure.Card.to_dict`; None if nothing was.
+        report: what was measured of its network, as `flatmin.measure.Report.to_dict`; None if nothing was.
     """
 
     result: Result
     lines: Sequence[Epoch] = ()
     steps: Sequence[Mapping[str, Any]] = ()
     measures: Sequence[Mapping[str, Any]] = ()
-    card: Mapping[str, Any] | None = None
+    report: Mapping[str, Any] | None = None
 
     def number(self, column: str) -> float | None:
         """The number that a column has for this run, in the column's unit; None if it has none.
@@ -73,7 +73,7 @@ class Known:
         return math.fsum(part) / len(part) if part else None
 
     def _measured(self, name: str) -> float | None:
-        for section in (self.card or {}).get("sections", {}).values():
+        for section in (self.report or {}).get("sections", {}).values():
             if name in section["quantities"]:
                 value = section["quantities"][name]["value"]
                 return None if value is None else float(value)

@@ -1,4 +1,4 @@
-"""Cards of several nets side by side: what differs between groups of seeds, and by how much."""
+"""Reports of several nets side by side: what differs between groups of seeds, and by how much."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flatmin.measure.card import Card, Quantity
+from flatmin.measure.report import Quantity, Report
 from flatmin.stats import Stat, paired, summarise
 from flatmin.study.config import BASE
 from flatmin.study.known import ends_of
@@ -16,20 +16,20 @@ from flatmin.study.known import ends_of
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Measured:
-    """The card of one net.
+    """The report of one net.
 
     Args:
         name: of the net, e.g. of its run folder.
         group: nets that differ by the seed only share it.
         seed: of its training.
-        card: what was measured.
+        report: what was measured.
         remarks: what a reader must know of its weights, in sentences.
     """
 
     name: str
     group: str
     seed: int
-    card: Card
+    report: Report
     remarks: tuple[str, ...] = ()
 
 
@@ -93,7 +93,7 @@ def check_doubles(nets: Iterable[tuple[str, int]]) -> None:
         seen.add(net)
 
 
-def compare_cards(nets: Sequence[Measured]) -> list[Comparison]:
+def compare_reports(nets: Sequence[Measured]) -> list[Comparison]:
     """Every quantity that was measured of some net, in the order of the nets.
 
     Raises:
@@ -105,9 +105,9 @@ def compare_cards(nets: Sequence[Measured]) -> list[Comparison]:
     groups = groups_of(nets)
     base = next(iter(groups))
     rows = []
-    for name in dict.fromkeys(name for net in nets for name in net.card.quantities):
+    for name in dict.fromkeys(name for net in nets for name in net.report.quantities):
         found = {
-            g: {net.seed: q for net in members if (q := net.card.quantities.get(name)) is not None}
+            g: {net.seed: q for net in members if (q := net.report.quantities.get(name)) is not None}
             for g, members in groups.items()
         }
         values = {g: {seed: q.value for seed, q in one.items()} for g, one in found.items() if one}
@@ -136,14 +136,14 @@ def compare_cards(nets: Sequence[Measured]) -> list[Comparison]:
 
 def _step(name: str, nets: Sequence[Measured]) -> float:
     """What one example counts in a share of them; 0 for other quantities."""
-    return 1 / min(net.card.conventions.examples for net in nets) if name == "error_rate" else 0.0
+    return 1 / min(net.report.conventions.examples for net in nets) if name == "error_rate" else 0.0
 
 
 def left_out(nets: Sequence[Measured]) -> list[str]:
     """What some net does not have, and why, in words."""
     reasons: dict[tuple[str, str], list[str]] = {}
     for net in nets:
-        for section in net.card.sections:
+        for section in net.report.sections:
             for what, why in section.missing.items():
                 reasons.setdefault((what, why), []).append(net.name)
     every = len(nets)
@@ -160,7 +160,7 @@ def remarks(nets: Sequence[Measured]) -> list[str]:
 
 def unlike(nets: Sequence[Measured]) -> list[str]:
     """In which conventions the nets differ, in words: numbers of two conventions are not to be compared."""
-    found = [dataclasses.asdict(net.card.conventions) for net in nets]
+    found = [dataclasses.asdict(net.report.conventions) for net in nets]
     return [
         f"{key}: {', '.join(map(str, dict.fromkeys(one[key] for one in found)))}"
         for key in found[0]
@@ -204,7 +204,7 @@ def as_json(
         "of": of,
         "environment": environment,
         "nets": [
-            {"name": n.name, "group": n.group, "seed": n.seed, "remarks": list(n.remarks), **n.card.to_dict()}
+            {"name": n.name, "group": n.group, "seed": n.seed, "remarks": list(n.remarks), **n.report.to_dict()}
             for n in nets
         ],
         "not_measured": {one.name: one.why for one in failed},

@@ -14,7 +14,7 @@ from flatmin.study.measured import (
     Comparison,
     Measured,
     Unmeasured,
-    compare_cards,
+    compare_reports,
     groups_of,
     left_out,
     remarks,
@@ -87,7 +87,7 @@ def render(
             drawn = notes([text])
         body.append(heading(title, caption) + drawn)
     title = nets[0].name if len(nets) == 1 else " and ".join(groups) if len(groups) < 4 else f"{len(groups)} groups"
-    settings = {k: v for k, v in dataclasses.asdict(nets[0].card.settings).items()}
+    settings = {k: v for k, v in dataclasses.asdict(nets[0].report.settings).items()}
     foot = [
         heading("How this was made"),
         code(shlex.join(command)),
@@ -99,7 +99,7 @@ def render(
 
 def _one(net: Measured) -> list[Markup]:
     body = [paragraph(sentence(net), "lead")]
-    for section in net.card.sections:
+    for section in net.report.sections:
         if section.quantities:
             rows = [
                 [
@@ -127,7 +127,7 @@ def _several(nets: Sequence[Measured]) -> list[Markup]:
         Column("error of one net", "the largest error of measurement of a single net"),
         Column("what it is", text=True),
     ]
-    rows = [_row(row, list(groups), others) for row in compare_cards(nets)]
+    rows = [_row(row, list(groups), others) for row in compare_reports(nets)]
     differ = unlike(nets)
     return [
         paragraph(f"{sentence(nets[0])} Nets: {counts}.", "lead"),
@@ -152,7 +152,7 @@ def _row(row: Comparison, groups: Sequence[str], others: Sequence[str]) -> list[
 
 def sentence(net: Measured) -> str:
     """What the numbers are of, in one sentence."""
-    c = net.card.conventions
+    c = net.report.conventions
     return (
         f"Mean {c.loss} over {c.examples} examples ({c.split}), {c.mode} mode, weight decay "
         f"{c.weight_decay:g}, {c.size} weights ({c.params}), {c.dtype}."
@@ -160,7 +160,7 @@ def sentence(net: Measured) -> str:
 
 
 def _conventions(net: Measured) -> dict[str, object]:
-    return {key.replace("_", " "): value for key, value in dataclasses.asdict(net.card.conventions).items()}
+    return {key.replace("_", " "): value for key, value in dataclasses.asdict(net.report.conventions).items()}
 
 
 def _figures(shown: Mapping[str, Measured], several: bool) -> list[tuple[str, str, Callable[[], Figure]]]:
@@ -168,7 +168,7 @@ def _figures(shown: Mapping[str, Measured], several: bool) -> list[tuple[str, st
     made: list[tuple[str, str, Callable[[], Figure]]] = []
 
     def add(name: str, title: str, caption: str, make: Callable[[Any], Figure]) -> None:
-        found = {label: net.card.result(name) for label, net in shown.items()}
+        found = {label: net.report.result(name) for label, net in shown.items()}
         found = {label: result for label, result in found.items() if result is not None}
         if found:
             made.append((title, caption + whose, partial(make, found if several else next(iter(found.values())))))
@@ -196,7 +196,7 @@ def _figures(shown: Mapping[str, Measured], several: bool) -> list[tuple[str, st
     add("along_v1", "Loss along the first eigenvector", "", draw.profile)
     add("along_random", "Loss along a random direction", "Filter-normalised.", draw.profile)
     for label, net in shown.items():
-        plane = net.card.result("plane")
+        plane = net.report.result("plane")
         if plane is not None:
             title = "Loss on a random plane" + (f": {label}" if several else "")
             made.append((title, "Filter-normalised directions." + whose, partial(draw.contour, plane)))

@@ -19,10 +19,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from flatmin.data.base import Data, Split, check_held
-from flatmin.measure.card import Card, CardSettings, card
 from flatmin.measure.checkpoints import unwrapped
 from flatmin.measure.losses import logits_of
 from flatmin.measure.problem import Mode, Problem
+from flatmin.measure.report import Report, ReportSettings, report
 from flatmin.study.measured import Measured, Unmeasured, check_doubles
 from flatmin.train.config import RunConfig
 from flatmin.train.saved import SavedRun, open_run
@@ -40,7 +40,7 @@ class View:
     """What of a net is measured.
 
     Args:
-        what: sections of the card, see `flatmin.measure.card`.
+        what: sections of the report, see `flatmin.measure.report`.
         settings: how they are measured.
         split: "train" (with the labels that were trained on), "val" or "test".
         examples: how many of them, drawn by the settings' seed; None: all.
@@ -55,8 +55,8 @@ class View:
         ValueError: a word or a number out of range.
     """
 
-    what: str = "card"
-    settings: CardSettings = dataclasses.field(default_factory=CardSettings)
+    what: str = "report"
+    settings: ReportSettings = dataclasses.field(default_factory=ReportSettings)
     split: Part = "train"
     examples: int | None = None
     batch: int = 150
@@ -71,6 +71,11 @@ class View:
         """A digest of everything in it that landscapes depend on."""
         parts = (self.split, self.examples, self.batch, self.params, self.mode, self.dtype, self.device)
         return content_hash(self.settings, *parts)
+
+    @property
+    def sections_key(self) -> str:
+        """`what` as digests and names of recorded files spell it: "report" is "card" there."""
+        return self.what.replace("report", "card")
 
     def __post_init__(self) -> None:
         if self.split not in ("train", "val", "test"):
@@ -124,8 +129,8 @@ def measure(
     Args:
         run: which.
         view: what of it.
-        progress: see `flatmin.measure.card`.
-        on_part: called after each section with what is known, see `on_section` of `flatmin.measure.card`.
+        progress: see `flatmin.measure.report`.
+        on_part: called after each section with what is known, see `on_section` of `flatmin.measure.report`.
 
     Raises:
         ValueError, ArithmeticError: the net or its data refuse.
@@ -151,14 +156,14 @@ def measure(
     )
     folder = None if view.landscapes is None else view.landscapes / run.name / content_hash(view.key, _digest(net))[:8]
 
-    def named(card: Card) -> Measured:
-        return Measured(name=run.name, group=run.label, seed=run.config.seed, card=card, remarks=remarks)
+    def named(report: Report) -> Measured:
+        return Measured(name=run.name, group=run.label, seed=run.config.seed, report=report, remarks=remarks)
 
-    def part(card: Card) -> None:
+    def part(report: Report) -> None:
         if on_part is not None:
-            on_part(named(card))
+            on_part(named(report))
 
-    return named(card(problem, view.what, settings=view.settings, folder=folder, progress=progress, on_section=part))
+    return named(report(problem, view.what, settings=view.settings, folder=folder, progress=progress, on_section=part))
 
 
 def _logits(net: nn.Module, inputs: object, outputs: object) -> torch.Tensor:
@@ -210,7 +215,7 @@ def identity(run: SavedRun, view: View) -> str:
         with run.weights.open("rb") as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()
     about = (run.config.model, run.config.data, run.key, str(run.weights.resolve()), content)
-    return content_hash(view.key, view.what, *map(str, about))
+    return content_hash(view.key, view.sections_key, *map(str, about))
 
 
 def batches(data: Data, view: View) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -260,7 +265,7 @@ def measure_all(
         runs: which.
         view: what of them.
         workers: processes of one thread each, started fresh (spawn); 0 measures here.
-        progress: for measuring here, see `flatmin.measure.card`.
+        progress: for measuring here, see `flatmin.measure.report`.
         on_done: called here with each net as it is done.
         on_part: see `measure`; called where the net is measured, so it must be picklable for workers.
         on_failed: called here with each net that could not be measured. Default: the first one ends it all.

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from flatmin.study.cards import card_path, kept_card, lacking
 from flatmin.study.code import Contents, code_of
 from flatmin.study.executors import Outcome, finished_and_missing
 from flatmin.study.executors.base import done_again
@@ -15,6 +14,7 @@ from flatmin.study.measuring import View
 from flatmin.study.record import Record
 from flatmin.study.spec import StudySpec
 from flatmin.study.store import Run, Store, unique
+from flatmin.study.stored_reports import lacking, report_path, stored_report
 from flatmin.study.unfold import Cell, cells
 from flatmin.train.config import RunConfig
 from flatmin.train.folder import RunFolder
@@ -29,7 +29,7 @@ class StudyPlan:
         store: where its runs are.
         cells: its rows.
         runs: by (row, seed); rows of one configuration share their runs.
-        found: outcomes of finished runs by name, with their cards.
+        found: outcomes of finished runs by name, with their reports.
         missing: runs to do.
         unmeasured: finished runs whose networks are still to be measured.
         warnings: about the run folders.
@@ -88,15 +88,15 @@ def plan(spec: StudySpec, out: Path, *, make: bool = True, retry: bool = False) 
             again |= {run.name} if retry else set()
         elif run.view is not None:
             folder = store.folder(run)
-            card = kept_card(folder, run.view)
-            if retry and card is not None and lacking(card):
-                card = None
+            report = stored_report(folder, run.view)
+            if retry and report is not None and lacking(report):
+                report = None
                 if make:
-                    card_path(folder, run.view).unlink(missing_ok=True)
-            found[run.name] = dataclasses.replace(outcome, card=card)
-            if card is None and RunFolder(folder).weights.is_file():
+                    report_path(folder, run.view).unlink(missing_ok=True)
+            found[run.name] = dataclasses.replace(outcome, report=report)
+            if report is None and RunFolder(folder).weights.is_file():
                 unmeasured.append(run)
-            elif card is None:
+            elif report is None:
                 again.add(run.name)
     for run in unique(runs.values()):
         if run.name in again:

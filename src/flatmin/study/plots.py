@@ -14,7 +14,7 @@ import torch
 
 from flatmin.measure.follow import Point
 from flatmin.measure.krylov import Spectrum
-from flatmin.measure.landscape import Axis, Slice
+from flatmin.measure.landscape import LandscapeAxis, Slice
 from flatmin.measure.paths import Path
 from flatmin.measure.record import Landscape
 from flatmin.measure.trace import Density
@@ -386,13 +386,13 @@ def _count(count: int, what: str) -> str:
     return f"{count} point{'s' * (count != 1)} {what}" if count else ""
 
 
-def _scale(axis: Axis, shown: Slice, unit: Unit) -> float:
+def _scale(axis: LandscapeAxis, shown: Slice, unit: Unit) -> float:
     """Of the axis's points in the unit."""
     kind = _unit(axis, shown, unit)
     return 1.0 if kind == "steps" else axis.direction.length / (shown.origin.norm if kind == "relative" else 1.0)
 
 
-def _unit(axis: Axis, shown: Slice, unit: Unit) -> str:
+def _unit(axis: LandscapeAxis, shown: Slice, unit: Unit) -> str:
     if unit not in ("auto", "relative", "absolute", "steps"):
         raise ValueError(f"unit must be 'auto', 'relative', 'absolute' or 'steps', got {unit!r}.")
     if unit == "auto":

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flatmin.measure.card import CardSettings, chosen
+from flatmin.measure.report import ReportSettings, chosen
 from flatmin.study.measuring import View
 from flatmin.study.record import Record
 from flatmin.study.spec import METRICS, NAMED, Arm, Given, Published, StudySpec, as_word
@@ -150,7 +150,7 @@ _VIEW = ("what", "split", "examples", "batch", "params", "mode", "dtype")
 
 
 def _view(name: str, table: Mapping[str, Any]) -> View:
-    """What is measured of trained networks; its own table `settings` is of `flatmin.measure.CardSettings`."""
+    """What is measured of trained networks; its own table `settings` is of `flatmin.measure.ReportSettings`."""
     for key, value in table.items():
         if key != "settings" and key not in _VIEW:
             raise ValueError(f"study {name}: measure has no {key!r}{suggest(key, _VIEW)} (entries: {', '.join(_VIEW)})")
@@ -159,7 +159,7 @@ def _view(name: str, table: Mapping[str, Any]) -> View:
             if type(value) is not wanted:
                 raise ValueError(f"study {name}: measure.{key} = {value!r} is no {describe(wanted)}.")
     try:
-        own = fill(CardSettings, table.get("settings", {}), origin="measure.settings")
+        own = fill(ReportSettings, table.get("settings", {}), origin="measure.settings")
         view = View(**{**{key: value for key, value in table.items() if key != "settings"}, "settings": own})
         chosen(view.what)
     except ValueError as error:
@@ -175,7 +175,7 @@ def _check_column(spec: StudySpec, column: str) -> None:
         wanted = "NAME@first or NAME@last, with diagnostics in [record]"
     else:
         good = column in (*METRICS, *NAMED) or spec.measure is not None
-        wanted = f"{', '.join((*METRICS, *NAMED))}, or a number on the card that [measure] asks for"
+        wanted = f"{', '.join((*METRICS, *NAMED))}, or a number on the report that [measure] asks for"
     if not good:
         raise ValueError(f"study {spec.name}: no run has the column {column!r}; expected {wanted}.")
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from flatmin.measure.card import chosen
+from flatmin.measure.report import chosen
 from flatmin.train.options import Options, check_groups
 from flatmin.train.settings import at_least, fill
 
@@ -21,7 +21,7 @@ class Record:
         log_every: updates between lines of steps.jsonl; 0: none.
         diagnostics: the optimizer's diagnostics in these lines.
         measure_every: epochs between measurements; 0: none.
-        measures: what is measured then, sections of `flatmin.measure.card`.
+        measures: what is measured then, sections of `flatmin.measure.report`.
         measure_examples: on how many training samples.
         measure_m: of these in a group of m-sharpness; 0: no m-sharpness.
         measure_rho: l2 radius of worst and average cases, those of the groups too.

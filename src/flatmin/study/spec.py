@@ -82,7 +82,7 @@ class StudySpec:
         baseline: label of the arm that differences are taken to.
         columns: of the table; none: those of `METRICS` that some run has. Beside these: test_top5, with more than five
             classes; NAME@first and NAME@last, the mean of a diagnostic over the first and the last tenth of the lines
-            that `record` asks for; and names of numbers on the card that `measure` asks for, such as lambda_1.
+            that `record` asks for; and names of numbers on the report that `measure` asks for, such as lambda_1.
         choose: axes whose value is chosen, for every arm and point of the other axes, by mean validation accuracy.
         record: what runs write down while they train.
         measure: what is measured of the trained networks; None: nothing.

@@ -245,11 +245,11 @@ def spectra(table: StudyTable, looks: Looks) -> Section | None:
     found: list[tuple[StudyRow, Density]] = []
     sizes: list[int] = []
     for row in table.rows:
-        cards = [one for run in row.runs.values() if (one := _measured(run, "density", "density")) is not None]
-        cards = [one for one in cards if one["nodes"] and None not in (*one["nodes"], *one["weights"])]
-        if cards:
-            found.append((row, _mean_density(cards)))
-            sizes += [one["conventions"]["size"] for one in cards if one.get("conventions")]
+        reports = [one for run in row.runs.values() if (one := _measured(run, "density", "density")) is not None]
+        reports = [one for one in reports if one["nodes"] and None not in (*one["nodes"], *one["weights"])]
+        if reports:
+            found.append((row, _mean_density(reports)))
+            sizes += [one["conventions"]["size"] for one in reports if one.get("conventions")]
     if not found:
         return None
     drawn = plots.density({str(i): density for i, (_, density) in enumerate(found)})
@@ -282,13 +282,13 @@ def spectra(table: StudyTable, looks: Looks) -> Section | None:
     )
 
 
-def _mean_density(cards: Sequence[Mapping[str, Any]]) -> Density:
+def _mean_density(reports: Sequence[Mapping[str, Any]]) -> Density:
     """The mean of densities; `runs` is their number."""
-    nodes = torch.tensor([x for one in cards for x in one["nodes"]], dtype=torch.float64)
-    weights = torch.tensor([x / len(cards) for one in cards for x in one["weights"]], dtype=torch.float64)
-    return Density(nodes=nodes, weights=weights, runs=len(cards), steps=0, products=0, conventions=None)
+    nodes = torch.tensor([x for one in reports for x in one["nodes"]], dtype=torch.float64)
+    weights = torch.tensor([x / len(reports) for one in reports for x in one["weights"]], dtype=torch.float64)
+    return Density(nodes=nodes, weights=weights, runs=len(reports), steps=0, products=0, conventions=None)
 
 
 def _measured(run: Known, section: str, name: str) -> Mapping[str, Any] | None:
-    found = (run.card or {}).get("sections", {}).get(section, {}).get("results", {}).get(name)
+    found = (run.report or {}).get("sections", {}).get(section, {}).get("results", {}).get(name)
     return found if isinstance(found, Mapping) else None

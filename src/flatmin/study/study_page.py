@@ -167,12 +167,12 @@ def _sections(shown: StudyTable, looks: Looks) -> tuple[list[Section], list[str]
 
 
 def _published(shown: StudyTable, looks: Looks) -> list[Markup]:
-    """Numbers by the conventions of others, where the cards have them."""
+    """Numbers by the conventions of others, where the reports have them."""
     found: list[dict[str, list[float]]] = []
     for row in shown.rows:
         values: dict[str, list[float]] = {}
         for run in row.runs.values():
-            section = (run.card or {}).get("sections", {}).get("published", {})
+            section = (run.report or {}).get("sections", {}).get("published", {})
             for name, quantity in section.get("quantities", {}).items():
                 if quantity["value"] is not None and math.isfinite(quantity["value"]):
                     values.setdefault(name, []).append(float(quantity["value"]))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 
-from flatmin.measure.card import chosen
+from flatmin.measure.report import chosen
 from flatmin.study.history import names_of
 from flatmin.study.history_plots import NOT_A_DIAGNOSTIC
 from flatmin.study.known import Known, ends_of
@@ -55,7 +55,7 @@ def while_training(table: StudyTable, looks: Looks) -> Section | None:
         table,
         looks,
         "Measured while training",
-        "As the card of a network names them, of the weights after an epoch, in eval mode, on "
+        "As the report of a network names them, of the weights after an epoch, in eval mode, on "
         f"{record.measure_examples} training samples.{radius}{groups}",
         {name: Curve(y=name, read=read(name), log=True, ends=ends_of(name)) for name in names},
     )

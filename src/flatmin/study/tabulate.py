@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flatmin.stats import Stat, holm, paired, paired_p, summarise
-from flatmin.study.cards import lacking
 from flatmin.study.config import BASE
 from flatmin.study.costs import Sizes
 from flatmin.study.executors import Outcome
@@ -17,6 +16,7 @@ from flatmin.study.known import Known, ends_of
 from flatmin.study.plan import StudyPlan
 from flatmin.study.spec import METRICS, Published, StudySpec
 from flatmin.study.store import unique
+from flatmin.study.stored_reports import lacking
 from flatmin.study.unfold import Cell
 from flatmin.train.fingerprint import merged
 from flatmin.train.folder import RunFolder
@@ -156,7 +156,7 @@ def tabulate(todo: StudyPlan, outcomes: Mapping[str, Outcome]) -> StudyTable:
             errors[name] = text
         if outcome.refusal:
             errors[f"{name}, not measured"] = outcome.refusal
-        for what, why in lacking(outcome.card or {"sections": {}}).items():
+        for what, why in lacking(outcome.report or {"sections": {}}).items():
             without.setdefault((what, why), []).append(name)
     for (what, why), names in without.items():
         some = "; ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
@@ -186,7 +186,7 @@ def _row(todo: StudyPlan, i: int, outcomes: Mapping[str, Outcome], sizes: Sizes)
             lines=outcome.lines,
             steps=folder.steps() if spec.record.log_every else [],
             measures=folder.measures() if spec.record.measure_every else [],
-            card=outcome.card,
+            report=outcome.report,
         )
     columns = {}
     steps = sizes.steps(cell.config) if runs else {}

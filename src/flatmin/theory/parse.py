@@ -47,7 +47,7 @@ def read_rule(words: str) -> Rule:
         >>> read_rule("harmonic:0.1*constant:0.5").at(5)
         0.01
         >>> read_rule("0.1")
-        Constant(c=0.1)
+        ConstantRule(c=0.1)
 
     Args:
         words: a number, a form of `FORMS`, or several of them joined by `*`.

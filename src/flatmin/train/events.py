@@ -84,7 +84,7 @@ class EpochEnded:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """After an epoch at which the run measures: numbers of `flatmin.measure.card` by name."""
+    """After an epoch at which the run measures: numbers of `flatmin.measure.report` by name."""
 
     epoch: int
     step: int

@@ -101,8 +101,8 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         for name in ("result.json", WEIGHTS, "nonfinite.json", INPUTS, PAGE, *TABLES):
             (self.path / name).unlink(missing_ok=True)
-        for card in self.path.glob("card-*.json"):  # of an earlier run's weights
-            card.unlink()
+        for report in self.path.glob("card-*.json"):  # of an earlier run's weights
+            report.unlink()
         checkpoint.clear(self.checkpoints)
         sweep(self.path)
         self.set_lines([])

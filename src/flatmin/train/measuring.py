@@ -1,4 +1,4 @@
-"""Measurements between epochs: the card of a part of the training data."""
+"""Measurements between epochs: the report of a part of the training data."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from torch.nn import functional as F
 
 from flatmin.data.base import check_held
-from flatmin.measure.card import CardSettings, card
 from flatmin.measure.problem import Problem
+from flatmin.measure.report import ReportSettings, report
 from flatmin.train.config import stream
 from flatmin.train.evaluate import batches
 from flatmin.train.options import Options, check_groups
@@ -19,7 +19,7 @@ from flatmin.words import reason
 
 
 def measured(trainer: Trainer, options: Options, warn: Callable[[str], None]) -> dict[str, float]:
-    """Numbers of `flatmin.measure.card` by name, for the mean cross-entropy in eval mode; the model is left as it is.
+    """Numbers of `flatmin.measure.report` by name, for the mean cross-entropy in eval mode; the model is left as it is.
 
     What cannot be measured is left out, and told; it does not end the run.
 
@@ -42,7 +42,7 @@ def measured(trainer: Trainer, options: Options, warn: Callable[[str], None]) ->
             return {}
         finally:
             trainer.model.train(training)
-        found = card(problem, options.measures, settings=_settings(options))
+        found = report(problem, options.measures, settings=_settings(options))
     trainer.model.train(training)
     lacking = found.missing | {q.name: q.note for q in found.quantities.values() if not math.isfinite(q.value)}
     for what, why in lacking.items():
@@ -62,6 +62,6 @@ def check(trainer: Trainer, options: Options) -> None:
         check_groups(options.measures, examples, options.measure_m, options.measure_rho)
 
 
-def _settings(options: Options) -> CardSettings:
+def _settings(options: Options) -> ReportSettings:
     """One radius: of the curves over several nothing is written down."""
-    return CardSettings(m=options.measure_m, rho=options.measure_rho, rhos=(options.measure_rho,))
+    return ReportSettings(m=options.measure_m, rho=options.measure_rho, rhos=(options.measure_rho,))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from flatmin.measure.card import chosen
+from flatmin.measure.report import chosen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class Options:
         trackers: names of `flatmin.train.trackers.TRACKERS`.
         project: under which trackers file the run.
         measure_every: epochs between measurements; 0: none.
-        measures: what is measured then, as `what` of `flatmin.measure.card`.
+        measures: what is measured then, as `what` of `flatmin.measure.report`.
         measure_examples: on how many training samples.
         measure_m: of these in a group of m-sharpness; 0: no m-sharpness.
         measure_rho: l2 radius of worst and average cases, those of the groups too.
@@ -72,7 +72,7 @@ def check_groups(measures: str, examples: int, m: int, rho: float) -> None:
     """Refuse groups of m-sharpness that nothing fills or asks for, and a radius that is none.
 
     Args:
-        measures: sections of the card.
+        measures: sections of the report.
         examples: samples that are measured on.
         m: of these in a group; 0: no groups.
         rho: radius.

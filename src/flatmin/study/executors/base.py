@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from flatmin.study.events import CardDone, EpochDone, Event, RunBroke, RunDone, Warned
+from flatmin.study.events import EpochDone, Event, ReportDone, RunBroke, RunDone, Warned
 from flatmin.study.record import Record
 from flatmin.study.store import Run, Store, unique
 from flatmin.train import checkpoint
@@ -36,14 +36,14 @@ class Outcome:
 
     Args:
         result, lines, error: the former two, or the latter.
-        card: what was measured of its network, as `flatmin.measure.Card.to_dict`; None if nothing was to be.
-        refusal: why there is no card.
+        report: what was measured of its network, as `flatmin.measure.Report.to_dict`; None if nothing was to be.
+        refusal: why there is no report.
     """
 
     result: Result | None = None
     lines: tuple[Epoch, ...] = ()
     error: str | None = None
-    card: Mapping[str, Any] | None = None
+    report: Mapping[str, Any] | None = None
     refusal: str | None = None
 
 
@@ -141,8 +141,8 @@ class Teller:
             self._on_event(RunBroke(run=run.name, error=outcome.error or "no result"))
             return
         self._on_event(RunDone(run=run.name, result=outcome.result))
-        if outcome.card is not None:
-            self._on_event(CardDone(run=run.name))
+        if outcome.report is not None:
+            self._on_event(ReportDone(run=run.name))
         if outcome.refusal is not None:
             self._on_event(Warned(text=f"{run.name} is not measured: {outcome.refusal}"))
 

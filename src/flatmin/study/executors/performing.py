@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from flatmin.study.cards import kept_card, make_card
 from flatmin.study.code import code_of
 from flatmin.study.executors.base import Outcome
 from flatmin.study.executors.orders import Busy, Order
 from flatmin.study.store import Run, Store
+from flatmin.study.stored_reports import make_report, stored_report
 from flatmin.study.timing import one_thread
 from flatmin.train import checkpoint, lock
 from flatmin.train import events as training
@@ -80,16 +80,16 @@ def _in_words(error: Exception) -> str:
 
 
 def _measured(run: Run, folder: RunFolder, outcome: Outcome) -> Outcome:
-    """With the card of the network, if it is wanted and there is a network."""
+    """With the report of the network, if it is wanted and there is a network."""
     if run.view is None or outcome.result is None or outcome.result.failure is not None:
         return outcome
-    card = kept_card(folder.path, run.view)
-    if card is None:
+    report = stored_report(folder.path, run.view)
+    if report is None:
         try:
-            card = make_card(folder.path, run.view)
+            report = make_report(folder.path, run.view)
         except Exception as error:
             return dataclasses.replace(outcome, refusal=_in_words(error))
-    return dataclasses.replace(outcome, card=card)
+    return dataclasses.replace(outcome, report=report)
 
 
 def _train(run: Run, store: Store, folder: RunFolder, on_line: Callable[[Epoch], None]) -> Outcome:

@@ -1,4 +1,4 @@
-"""The card of one net as one picture, with matplotlib (extra "plot")."""
+"""The report of one net as one picture, with matplotlib (extra "plot")."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def require() -> None:
     draw.new_figure(1.0, 1.0)
 
 
-def card(net: Measured, *, on_missing: Callable[[str], None] = lambda text: None) -> Figure:
+def report(net: Measured, *, on_missing: Callable[[str], None] = lambda text: None) -> Figure:
     """Numbers with their errors, and a picture of each result: one page.
 
     Args:
@@ -71,17 +71,17 @@ def save(
     dpi: int = 120,
     on_missing: Callable[[str], None] = lambda text: None,
 ) -> Path:
-    """Write the card as .png, .svg or .pdf; see `card`.
+    """Write the report as .png, .svg or .pdf; see `report`.
 
     Raises:
         ValueError: another ending.
         ModuleNotFoundError: matplotlib is not installed (extra "plot").
     """
-    return draw.save(card(net, on_missing=on_missing), path, dpi=dpi)
+    return draw.save(report(net, on_missing=on_missing), path, dpi=dpi)
 
 
 def _panels(net: Measured) -> list[tuple[str, Callable[[Axes], None] | None]]:
-    found = net.card.result
+    found = net.report.result
 
     def lines(result: Any, make: Callable[[Any], plots.Lines]) -> Callable[[Axes], None] | None:
         return None if result is None else lambda axes: draw.lines_onto(axes, make(result))
@@ -110,7 +110,7 @@ def _panels(net: Measured) -> list[tuple[str, Callable[[Axes], None] | None]]:
 def _numbers(axes: Axes, net: Measured) -> None:
     """The numbers as text, in two columns."""
     axes.axis("off")
-    c = net.card.conventions
+    c = net.report.conventions
     about = [
         f"mean {c.loss}, {c.examples} examples",
         c.split,
@@ -121,7 +121,7 @@ def _numbers(axes: Axes, net: Measured) -> None:
     height = 1.0 / (_MOST + len(about) + 2)
     for i, text in enumerate(about):
         axes.text(0.0, 1.0 - i * height, text, color="#5b6470", **style)
-    listed = list(net.card.quantities.values())
+    listed = list(net.report.quantities.values())
     for i, q in enumerate(listed[:_MOST]):
         y = 1.0 - (i + len(about) + 1) * height
         axes.text(0.0, y, q.name.replace("$", r"\$"), **style)
@@ -129,7 +129,7 @@ def _numbers(axes: Axes, net: Measured) -> None:
     notes = sorted({q.note for q in listed if q.note})
     if len(listed) > _MOST:
         notes.append(f"{len(listed) - _MOST} more in the table")
-    if net.card.missing:
-        notes.append(f"not there: {', '.join(net.card.missing)}")
+    if net.report.missing:
+        notes.append(f"not there: {', '.join(net.report.missing)}")
     if notes:
         axes.text(0.0, 1.0 - (min(len(listed), _MOST) + len(about) + 2) * height, "* " + "; ".join(notes), **style)
