@@ -21,7 +21,7 @@ def missing() -> list[str]:
 
 def available(case: Any) -> dict[str, dict[str, Run]]:
     """Question -> name -> run, of the packages that are installed."""
-    found: dict[str, dict[str, Run]] = {}
+    peers: dict[str, dict[str, Run]] = {}
     for module, answers in (
         ("pyhessian", _pyhessian),
         ("hessian_eigenthings", _eigenthings),
@@ -29,10 +29,10 @@ def available(case: Any) -> dict[str, dict[str, Run]]:
     ):
         if importlib.util.find_spec(module) is not None:
             for question, runs in answers(case).items():
-                found.setdefault(question, {}).update(runs)
+                peers.setdefault(question, {}).update(runs)
     if importlib.util.find_spec("hessian_eigenthings") is not None:
-        found.update(_report(case))
-    return found
+        peers.update(_report(case))
+    return peers
 
 
 def _seeded(seed: int) -> None:
@@ -101,15 +101,15 @@ def _eigenthings(case: Any) -> dict[str, dict[str, Run]]:
     def top(k: int, steps: int | None) -> Run:
         def run(seed: int) -> tuple[Any, int]:
             counted = _Counting(_operator(case), inside=True)
-            found = he.lanczos(counted.operator, k=k, max_iter=steps, which="LA", seed=seed)
-            return sorted((float(v) for v in found.eigenvalues), reverse=True), counted.count
+            returned = he.lanczos(counted.operator, k=k, max_iter=steps, which="LA", seed=seed)
+            return sorted((float(v) for v in returned.eigenvalues), reverse=True), counted.count
 
         return run
 
     def tr(seed: int) -> tuple[Any, int]:
         counted = _Counting(_operator(case), inside=True)
-        found = he.hutch_plus_plus(counted.operator, num_matvecs=159, seed=seed)
-        return [float(found.estimate)], counted.count
+        returned = he.hutch_plus_plus(counted.operator, num_matvecs=159, seed=seed)
+        return [float(returned.estimate)], counted.count
 
     return {
         "top-1": {"hessian-eigenthings, default": top(1, None), "hessian-eigenthings, 8 steps by hand": top(1, 8)},

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import flatmin
 from flatmin.cli.main import app
-from flatmin.data.base import as_data
+from flatmin.data.dataset import as_data
 from flatmin.methods import Need
 from flatmin.methods.compose import METHODS
 from flatmin.train.originals.projects import PROJECTS

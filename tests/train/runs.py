@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from flatmin.data.augment import Augment
-from flatmin.data.base import Data, Split
+from flatmin.data.dataset import Data, Split
 from flatmin.data.images import Statistics
 from flatmin.train import events
 from flatmin.train.config import RunConfig

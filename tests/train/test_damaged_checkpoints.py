@@ -46,7 +46,7 @@ def stopped(runs, tmp_path):
 @pytest.fixture
 def files(stopped):
     """The two checkpoints, the newest first."""
-    return checkpoint.found(stopped / "checkpoints")
+    return checkpoint.listed(stopped / "checkpoints")
 
 
 def resumed(path):
@@ -139,7 +139,7 @@ class TestPassedOver:
         os.truncate(files[0], 100)
         with pytest.raises(Stop):
             go(stopped, CONFIG, options(checkpoint_steps=2), At("step 11"))
-        good = [path for path in checkpoint.found(stopped / "checkpoints") if path.stat().st_size > 100]
+        good = [path for path in checkpoint.listed(stopped / "checkpoints") if path.stat().st_size > 100]
         assert [int(path.name[5:14]) for path in good] == [10, 8]
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import flatmin
-from flatmin.data.base import as_data
+from flatmin.data.dataset import as_data
 from flatmin.train import lock
 from flatmin.train.config import RunConfig
 from flatmin.train.export import export

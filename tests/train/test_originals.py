@@ -11,7 +11,7 @@ from flatmin.study.reading import read_study
 from flatmin.study.unfold import cells
 from flatmin.train.config import RunConfig, identity
 from flatmin.train.originals import bisam, empirical, fundamental, vasso
-from flatmin.train.originals.base import check
+from flatmin.train.originals.project import check
 from flatmin.train.originals.projects import PROJECTS
 from flatmin.train.settings import content_hash
 from flatmin.train.trainer import build_schedule

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from flatmin.data.base import Data, Split
+from flatmin.data.dataset import Data, Split
 from flatmin.measure.problem import Problem
 from flatmin.measure.sharpness import m_sharpness, worst_case
 from flatmin.train import evaluate, events, fingerprint, trackers

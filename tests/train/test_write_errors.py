@@ -124,7 +124,7 @@ def check(folder, number, alone):
     assert "could not be written" in said and "No space left on device" in said and "\n" not in said, (what, name, said)
     assert str(path) in said, (what, name, said)
     assert not [p for p in path.rglob(".*")], (what, name)
-    for file in checkpoint.found(path / "checkpoints"):
+    for file in checkpoint.listed(path / "checkpoints"):
         checkpoint.read(file)
     updates = saved_steps(path)
     if RunFolder(path).finished:  # only the name of its result was not yet safe

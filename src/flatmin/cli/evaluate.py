@@ -14,7 +14,7 @@ from flatmin.cli.targets import run_folder
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from flatmin.train.reevaluate import Evaluation
+    from flatmin.train.reevaluate import Reevaluation
     from flatmin.train.saved import SavedRun
 
 
@@ -56,7 +56,7 @@ def evaluate(
     _print(saved, found, make_console())
 
 
-def _print(saved: SavedRun, found: Evaluation, console: Console) -> None:
+def _print(saved: SavedRun, found: Reevaluation, console: Console) -> None:
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 

@@ -35,7 +35,7 @@ def original(
 
     flatmin original vasso python train.py --opt vasso-sgd --dataset CIFAR10_cutout
     """
-    from flatmin.train.originals.base import check
+    from flatmin.train.originals.project import check
     from flatmin.train.originals.projects import PROJECTS, find_project
 
     if project == "list":

@@ -15,7 +15,7 @@ from flatmin.cli.console import make_console
 
 if TYPE_CHECKING:
     from flatmin.cli.training import Training
-    from flatmin.data.base import Data
+    from flatmin.data.dataset import Data
     from flatmin.train.config import RunConfig
     from flatmin.train.fingerprint import Content
     from flatmin.train.folder import RunFolder
@@ -83,7 +83,7 @@ def perform(
     from flatmin.train.events import Warned
     from flatmin.train.files import check_name
     from flatmin.train.fingerprint import content_of
-    from flatmin.train.interrupt import Interrupted
+    from flatmin.train.interrupt import TrainingInterrupted
     from flatmin.train.loop import train as run
     from flatmin.train.processes import world_of
     from flatmin.train.sources import check_machine
@@ -121,7 +121,7 @@ def perform(
                     content=content,
                     on_event=display,
                 )
-            except Interrupted as interrupt:
+            except TrainingInterrupted as interrupt:
                 display.stop()
                 # Said here, because typer ends the process on Ctrl-C without a word.
                 typer.echo(str(interrupt), err=True)
@@ -299,7 +299,7 @@ def _reached(folder: RunFolder) -> int:
     """The update of the last checkpoint; -1 if there is none."""
     from flatmin.train import checkpoint
 
-    return max((checkpoint.step_of(path) for path in checkpoint.found(folder.checkpoints)), default=-1)
+    return max((checkpoint.step_of(path) for path in checkpoint.listed(folder.checkpoints)), default=-1)
 
 
 def _differ(folder: RunFolder, config: RunConfig, content: Content | None) -> dict[str, str]:

@@ -11,7 +11,7 @@ from flatmin.cli.console import make_bar
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from flatmin.data.base import Data
+    from flatmin.data.dataset import Data
     from flatmin.train.config import RunConfig
     from flatmin.train.events import Began, Event, Stepped
     from flatmin.train.processes import World

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from flatmin.data.base import Data
+from flatmin.data.dataset import Data
 from flatmin.methods.compose import Recipe
 from flatmin.stats import PERCENT, Stat, summarise
 from flatmin.study.arms import Candidate, arms, candidates, recipe_of

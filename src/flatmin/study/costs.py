@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from flatmin.data.base import Data
+from flatmin.data.dataset import Data
 from flatmin.data.named import DATASETS
 from flatmin.study.timing import one_thread
 from flatmin.train.config import RunConfig

@@ -59,7 +59,7 @@ class History:
         lines: the epochs so far.
         steps, measures: lines between epochs and measurements, if there are any.
         result: what it ended with, if it has.
-        blame: where a loss or gradient was not finite, if one was; the content of nonfinite.json.
+        nonfinite: where a loss or gradient was not finite, if one was; the content of nonfinite.json.
     """
 
     path: Path
@@ -72,7 +72,7 @@ class History:
     steps: tuple[Mapping[str, Any], ...] = ()
     measures: tuple[Mapping[str, Any], ...] = ()
     result: Result | None = None
-    blame: Mapping[str, Any] | None = None
+    nonfinite: Mapping[str, Any] | None = None
 
     @property
     def failure(self) -> str | None:
@@ -149,7 +149,7 @@ def read(folder: Path, *, tables: bool = True) -> History:
         steps=tuple(_rows(folder / "steps.jsonl")) if tables else (),
         measures=tuple(_rows(folder / "measures.jsonl")) if tables else (),
         result=result,
-        blame=_table(folder / "nonfinite.json"),
+        nonfinite=_table(folder / "nonfinite.json"),
     )
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from flatmin.data.base import Data, Split, check_held
+from flatmin.data.dataset import Data, Split, check_held
 from flatmin.measure.checkpoints import unwrapped
 from flatmin.measure.losses import logits_of
 from flatmin.measure.problem import Mode, Problem

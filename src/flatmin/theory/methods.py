@@ -18,7 +18,7 @@ from flatmin.theory.families import Error, Family, family
 from flatmin.theory.functions import Function
 from flatmin.theory.parse import as_radius, as_step
 from flatmin.theory.rules import Rule, Tied
-from flatmin.train.config import stream
+from flatmin.train.config import derive_seed
 
 StepLike = Rule | float | str | Callable[[int], float]
 RadiusLike = StepLike | Tied
@@ -177,7 +177,7 @@ class Noisy:
 
     def __init__(self, gradient: Gradient, size: float, dim: int, seed: int) -> None:
         self._gradient, self._size, self._dim = gradient, size, dim
-        self._generator = torch.Generator().manual_seed(stream(seed, "theory noise"))
+        self._generator = torch.Generator().manual_seed(derive_seed(seed, "theory noise"))
         self.draw()
 
     def draw(self) -> None:

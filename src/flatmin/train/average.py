@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 
-class Average:
+class WeightAverage:
     """a <- decay a + (1 - decay) w after every update, of parameters and floating-point buffers; others are copied.
 
     It begins at the weights after the first update, so it needs no correction of its start.

@@ -69,13 +69,13 @@ def save(folder: Path, step: int, state: dict[str, Any], *, keep: int = 2) -> Pa
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
-    others = [one for one in found(folder) if one != path]
+    others = [one for one in listed(folder) if one != path]
     for old in others[max(0, keep - 1) :]:
         old.unlink(missing_ok=True)
     return path
 
 
-def found(folder: Path) -> list[Path]:
+def listed(folder: Path) -> list[Path]:
     """All checkpoints, the newest first."""
     if not folder.is_dir():
         return []
@@ -95,7 +95,7 @@ def newest(folder: Path, warn: Callable[[str], None]) -> dict[str, Any] | None:
         folder: where they are.
         warn: told in a sentence of every one that is damaged and passed over, and if none is whole.
     """
-    damaged = found(folder)
+    damaged = listed(folder)
     for path in damaged:
         try:
             return read(path)
@@ -110,7 +110,7 @@ def rewind(folder: Path, step: int) -> None:
     """Remove those after an update, which were damaged, and what writes that were interrupted have left."""
     if not folder.is_dir():
         return
-    for path in found(folder):
+    for path in listed(folder):
         if step_of(path) > step:
             path.unlink(missing_ok=True)
     sweep(folder)
@@ -147,7 +147,7 @@ def read(path: Path) -> dict[str, Any]:
 def clear(folder: Path, *, keep: int = 0) -> None:
     """Remove all checkpoints but the newest so many, and what an interrupted write has left."""
     with suppress(FileNotFoundError):  # there is none, or another process clears it too
-        for path in found(folder)[keep:]:
+        for path in listed(folder)[keep:]:
             path.unlink(missing_ok=True)
         sweep(folder)
         if not any(folder.iterdir()):

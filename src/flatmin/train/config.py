@@ -52,7 +52,7 @@ class RunConfig:
         drop_last: leave out a last batch that is smaller.
         accumulate: parts in which a batch goes through the model, to save memory; gradients are added up.
         schedule, schedule_unit, warmup, warmup_lr, lr_min, milestones, gamma, as_coded: see
-            `flatmin.train.schedule.Schedule`.
+            `flatmin.train.schedule.LearningRateSchedule`.
         label_smoothing: share of the target that is taken from the true class.
         smoothing: where it goes: "uniform" over all K classes (torch), or "others": the K - 1 other ones (BiSAM).
         ema: decay per update of an exponential average of the weights, which is then what is evaluated and kept; None:
@@ -214,11 +214,11 @@ def identity(config: RunConfig) -> dict[str, Any]:
     return {name: value for name, value in canonical(config).items() if name not in NEUTRAL}
 
 
-def differences(known: Mapping[str, Any], config: RunConfig) -> dict[str, str]:
+def differences(recorded: Mapping[str, Any], config: RunConfig) -> dict[str, str]:
     """What decides the outcome and is another thing in a run that is there: by field, in words.
 
     Args:
-        known: of the other run, as `identity` gives it.
+        recorded: of the other run, as `identity` gives it.
         config: of this one.
 
     Example:
@@ -227,13 +227,13 @@ def differences(known: Mapping[str, Any], config: RunConfig) -> dict[str, str]:
     """
     mine = identity(config)
     return {
-        key: f"{key} is {known.get(key)!r} there and {value!r} here"
+        key: f"{key} is {recorded.get(key)!r} there and {value!r} here"
         for key, value in mine.items()
-        if known.get(key) != value
+        if recorded.get(key) != value
     }
 
 
-def stream(seed: int, purpose: str) -> int:
+def derive_seed(seed: int, purpose: str) -> int:
     """A seed for one purpose, unrelated to the same seed for another.
 
     Example:

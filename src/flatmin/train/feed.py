@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flatmin.data.base import Data, Stored, Stream
-from flatmin.train.config import RunConfig, stream
+from flatmin.data.dataset import Data, Stored, Stream
+from flatmin.train.config import RunConfig, derive_seed
 from flatmin.train.processes import ALONE, World
 
 # On a GPU the launches of augmentation are shared by several batches; a CPU's cache would not hold them.
@@ -61,9 +61,9 @@ class Feed:
     def __init__(self, data: Data, config: RunConfig, world: World = ALONE) -> None:
         self.data, self.world = data, world
         self._size, self._drop_last, self._channels_last = config.batch_size, config.drop_last, config.channels_last
-        self._order = torch.Generator().manual_seed(stream(config.seed, "order"))
-        self._augment = torch.Generator().manual_seed(stream(config.seed, "augment"))
-        self._views = stream(config.seed, "views")
+        self._order = torch.Generator().manual_seed(derive_seed(config.seed, "order"))
+        self._augment = torch.Generator().manual_seed(derive_seed(config.seed, "augment"))
+        self._views = derive_seed(config.seed, "views")
         self._number = 0
         self._stream: Stream | None = None
         self._began = self._states()

@@ -125,7 +125,7 @@ class RunFolder:
         for name in ("env.json", INPUTS, "metrics.jsonl", *TABLES):
             if (other.path / name).is_file():
                 shutil.copyfile(other.path / name, self.path / name)
-        for path in checkpoint.found(other.checkpoints)[:1]:
+        for path in checkpoint.listed(other.checkpoints)[:1]:
             shutil.copyfile(path, self.checkpoints / path.name)
 
     def config(self) -> tuple[RunConfig, dict[str, str]]:
@@ -135,13 +135,13 @@ class RunFolder:
             ValueError: it cannot be read.
         """
         where = self.path / "config.json"
-        known = {field.name for field in dataclasses.fields(RunConfig)}
+        names = {field.name for field in dataclasses.fields(RunConfig)}
         try:
-            found = json.loads(read_text(where))
-            if not isinstance(found, dict):
+            table = json.loads(read_text(where))
+            if not isinstance(table, dict):
                 raise ValueError("config.json holds no table")
-            config = fill(RunConfig, {k: v for k, v in found.items() if k in known}, origin=str(where))
-            return config, {k: str(v) for k, v in found.items() if k not in known}
+            config = fill(RunConfig, {k: v for k, v in table.items() if k in names}, origin=str(where))
+            return config, {k: str(v) for k, v in table.items() if k not in names}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"the run in {self.path} cannot be read: {reason(error)}.") from error
 
@@ -162,14 +162,14 @@ class RunFolder:
     def environment(self) -> dict[str, Any]:
         """Versions and machine; empty if they cannot be read."""
         try:
-            found = json.loads(read_text(self.path / "env.json"))
+            table = json.loads(read_text(self.path / "env.json"))
         except (OSError, ValueError):
             return {}
-        return found if isinstance(found, dict) else {}
+        return table if isinstance(table, dict) else {}
 
-    def add_environment(self, found: Mapping[str, Any]) -> None:
+    def add_environment(self, added: Mapping[str, Any]) -> None:
         """Add the environment in which the run goes on; where it is another one, env.json has both."""
-        write_json(self.path / "env.json", merged([self.environment(), found]))
+        write_json(self.path / "env.json", merged([self.environment(), added]))
 
     def add_line(self, line: Epoch) -> None:
         """Add an epoch to metrics.jsonl."""
@@ -204,7 +204,7 @@ class RunFolder:
         """Add a line to measures.jsonl."""
         append(self.path / "measures.jsonl", json.dumps(values))
 
-    def blame(self, content: Mapping[str, Any]) -> None:
+    def record_nonfinite(self, content: Mapping[str, Any]) -> None:
         """Write nonfinite.json: where a loss or gradient was not finite."""
         write_json(self.path / "nonfinite.json", dict(content))
 
@@ -220,13 +220,13 @@ class RunFolder:
         path = self.path / name
         if not path.is_file():
             return []
-        found = []
+        rows = []
         for line in read_text(path).splitlines():
             try:
-                found.append(json.loads(line))
+                rows.append(json.loads(line))
             except json.JSONDecodeError:
                 break
-        return found
+        return rows
 
     def rewind(self, lines: Sequence[Epoch], step: int) -> None:
         """Take back what was recorded after a checkpoint.
@@ -240,8 +240,8 @@ class RunFolder:
         self.set_lines(lines)
         for name in TABLES:
             if (self.path / name).is_file():
-                kept = [json.dumps(one) + "\n" for one in self._table(name) if one["step"] <= step]
-                write_text(self.path / name, "".join(kept))
+                rows = [json.dumps(one) + "\n" for one in self._table(name) if one["step"] <= step]
+                write_text(self.path / name, "".join(rows))
 
     def keep(self, state: Mapping[str, Any]) -> None:
         """Write the chosen weights."""
@@ -261,7 +261,7 @@ class RunFolder:
         if result.failure is None:
             checkpoint.clear(self.checkpoints, keep=1 if prolong else 0)
 
-    def result(self, check: Callable[[Mapping[str, Any]], bool] = lambda found: True) -> Result:
+    def result(self, check: Callable[[Mapping[str, Any]], bool] = lambda table: True) -> Result:
         """The result of a finished run.
 
         Args:
@@ -272,11 +272,11 @@ class RunFolder:
             FileNotFoundError: the run is not finished.
         """
         try:
-            found = json.loads(read_text(self.path / "result.json"))
-            if found["version"] != VERSION or not check(found):
+            table = json.loads(read_text(self.path / "result.json"))
+            if table["version"] != VERSION or not check(table):
                 raise ValueError("it belongs to another run or version")
             fields = {field.name for field in dataclasses.fields(Result)}
-            return Result(**{key: value for key, value in found.items() if key in fields})
+            return Result(**{key: value for key, value in table.items() if key in fields})
         except FileNotFoundError:
             raise
         except (OSError, ValueError, KeyError, TypeError) as error:

@@ -10,7 +10,7 @@ from typing import Any, Self
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class Interrupted(KeyboardInterrupt):
+class TrainingInterrupted(KeyboardInterrupt):
     """A run that stopped because it was asked to. The message says what is kept and how to go on."""
 
     def __init__(self, done: int, total: int) -> None:

@@ -125,8 +125,8 @@ def _none(name: str) -> bool:
 
 def _walk(folder: str | os.PathLike[str], tells: Callable[[str], bool]) -> tuple[float, int]:
     latest, size = 0.0, 0
-    with contextlib.suppress(OSError), os.scandir(folder) as found:
-        for one in found:
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for one in entries:
             with contextlib.suppress(OSError):  # checkpoints come and go
                 if one.is_dir(follow_symlinks=False):
                     moment, more = _walk(one, _every if tells is _tells and one.name == "checkpoints" else _none)

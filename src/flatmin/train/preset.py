@@ -91,14 +91,14 @@ def load_options(words: Sequence[str]) -> tuple[Options, list[str]]:
         ValueError: a value of another type or out of range.
     """
     kinds = settings.field_types(Options)
-    found, rest = {}, []
+    values, rest = {}, []
     for word in words:
         key, text = settings.split_word(word)
         if key in kinds:
-            found[key] = settings.parse(key, text, kinds[key])
+            values[key] = settings.parse(key, text, kinds[key])
         else:
             rest.append(word)
-    return Options(**found), rest
+    return Options(**values), rest
 
 
 def _automatic(table: dict[str, Any]) -> None:

@@ -41,21 +41,21 @@ class World:
             dist.all_reduce(values)
         return values
 
-    def told(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """The value that rank 0 has, in all processes."""
         if self.size == 1:
             return value
-        found = [value]
-        dist.broadcast_object_list(found)
-        return found[0]
+        box = [value]
+        dist.broadcast_object_list(box)
+        return box[0]
 
-    def gathered(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         """The value of every process, in all."""
         if self.size == 1:
             return [value]
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value)
-        return found
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
 
     def share_buffers(self, model: nn.Module) -> None:
         """Give all processes the buffers that rank 0 has: its statistics are kept, so they are to be evaluated."""
@@ -149,8 +149,8 @@ def whole_weights(model: nn.Module) -> dict[str, Any]:
     """The state dict of a sharded model, whole and on the CPU; all processes must call it, rank 0 has the content."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-    found = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    return dict(on_cpu(found))  # on a CPU torch gives the buffers themselves
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return dict(on_cpu(state))  # on a CPU torch gives the buffers themselves
 
 
 def load_whole_weights(model: nn.Module, state: dict[str, Any]) -> None:

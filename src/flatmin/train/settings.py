@@ -123,10 +123,10 @@ def read_preset(name: str, kind: str = "compare") -> dict[str, Any]:
             raise ValueError(f"preset file {name!r} does not exist.")
         text = read_text(path)
     else:
-        known = preset_names(kind)
-        if name not in known:
+        presets = preset_names(kind)
+        if name not in presets:
             raise ValueError(
-                f"unknown preset {name!r}{suggest(name, known)} (presets: {', '.join(known)}, or a .toml file)"
+                f"unknown preset {name!r}{suggest(name, presets)} (presets: {', '.join(presets)}, or a .toml file)"
             )
         text = read_text(resources.files("flatmin") / "presets" / kind / f"{name}.toml")
     try:

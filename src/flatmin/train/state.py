@@ -15,10 +15,10 @@ from flatmin.train.schedule import BY_LENGTH
 from flatmin.train.trainer import build_recipe
 
 if TYPE_CHECKING:
-    from flatmin.train.run import Run
+    from flatmin.train.run import TrainingRun
 
 
-def state_of(run: Run, *, inside: bool) -> dict[str, Any]:
+def state_of(run: TrainingRun, *, inside: bool) -> dict[str, Any]:
     """What a run needs to go on; all processes must call it.
 
     Args:
@@ -36,12 +36,12 @@ def state_of(run: Run, *, inside: bool) -> dict[str, Any]:
         "lines": [dataclasses.asdict(line) for line in run.lines],
         "best": None if run.best is None else run.best.epoch,
         "best_state": run.best_state,
-        "skips": run.watch.skips,
-        "ranks": run.world.gathered(_own(run)),
+        "skips": run.monitor.skips,
+        "ranks": run.world.all_gather(_own(run)),
     }
 
 
-def restore(run: Run, state: dict[str, Any]) -> None:
+def restore(run: TrainingRun, state: dict[str, Any]) -> None:
     """Put a run where `state_of` was called.
 
     The number of epochs may be another one, see `fixed_length`.
@@ -73,10 +73,10 @@ def restore(run: Run, state: dict[str, Any]) -> None:
         state["trainer"]["optimizer"] = own["optimizer"]
     run.trainer.load_state_dict(state["trainer"])
     run.trainer.previous = own["previous"]
-    run.epoch, run.position, run.watch.skips = state["epoch"], state["position"], state["skips"]
-    run.tally.load_state_dict(own["tally"], run.config.device)
+    run.epoch, run.position, run.monitor.skips = state["epoch"], state["position"], state["skips"]
+    run.meter.load_state_dict(own["tally"], run.config.device)
     run.logged = tuple(state["logged"])
-    run.watch.begin(len(run.tally))
+    run.monitor.begin(len(run.meter))
     run.lines = [Epoch(**line) for line in state["lines"]]
     run.best = next((line for line in run.lines if line.epoch == state["best"]), None)
     run.best_state = state["best_state"]
@@ -98,7 +98,7 @@ def fixed_length(config: RunConfig) -> str | None:
     return None
 
 
-def _not_with(run: Run, state: dict[str, Any]) -> str | None:
+def _not_with(run: TrainingRun, state: dict[str, Any]) -> str | None:
     """Why a run with another number of epochs cannot go on from a state."""
     done = state["epoch"] + (state["position"] > 0)
     if done > run.config.epochs:
@@ -116,16 +116,16 @@ def changed_data(config: RunConfig) -> str:
     return f"what lies in data_dir={config.data_dir} has changed; put it back, or begin anew."
 
 
-def _own(run: Run) -> dict[str, Any]:
+def _own(run: TrainingRun) -> dict[str, Any]:
     """What each process has for itself."""
     cuda = torch.cuda.get_rng_state() if run.config.device == "cuda" else None
-    found = {
+    state = {
         "cpu": torch.get_rng_state(),
         "cuda": cuda,
         "previous": run.trainer.previous,
-        "tally": run.tally.state_dict(),
+        "tally": run.meter.state_dict(),
         "optimizer": None,
     }
     if run.config.ascent_sync != "all":
-        found["optimizer"] = on_cpu(run.trainer.optimizer.state_dict())
-    return found
+        state["optimizer"] = on_cpu(run.trainer.optimizer.state_dict())
+    return state

@@ -8,7 +8,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flatmin.study.executors.base import Executor, Interrupted, OnEvent, Outcome, finished_and_missing
+from flatmin.study.executors.base import Executor, OnEvent, Outcome, StudyInterrupted, finished_and_missing
 from flatmin.study.store import Run, Store
 from flatmin.train.settings import field_types, fill, parse, split_word
 from flatmin.words import suggest
@@ -115,5 +115,5 @@ def execute(
             chosen.run(runs, store, workers=workers, on_event=on_event, outcomes=outcomes)
     except KeyboardInterrupt:
         done = sum(store.find(run, lambda text: None) is not None for run in runs)
-        raise Interrupted(done, len(runs)) from None
+        raise StudyInterrupted(done, len(runs)) from None
     return outcomes

@@ -21,7 +21,7 @@ OnEvent = Callable[[Event], None]
 ATTEMPTS = 3  # how often a run is begun whose workers are lost
 
 
-class Interrupted(KeyboardInterrupt):
+class StudyInterrupted(KeyboardInterrupt):
     """Ctrl-C during a study. The message says what is kept and how to go on."""
 
     def __init__(self, done: int, total: int) -> None:

@@ -19,7 +19,7 @@ from flatmin.theory.demonstrations.demonstration import (
 from flatmin.train.config import RunConfig
 from flatmin.train.loop import train
 from flatmin.train.result import Epoch
-from flatmin.train.schedule import Schedule
+from flatmin.train.schedule import LearningRateSchedule
 from flatmin.train.sources import load_data
 
 ARMS = (
@@ -69,7 +69,7 @@ def _run() -> DemonstrationResult:
             tests.append(float(result.chosen["test_acc"]))
         losses[label] = statistics.fmean(ends)
         accuracies[label] = statistics.fmean(tests)
-        rule = Schedule(kind=schedule, lr=lr, epochs=EPOCHS, steps_per_epoch=1)
+        rule = LearningRateSchedule(kind=schedule, lr=lr, epochs=EPOCHS, steps_per_epoch=1)
         steps = [rule.at(e) for e in range(EPOCHS)]
         both = ", ".join(f"{acc:.1f}" for acc in tests)
         rows.append((label, sum(steps), sum(s * s for s in steps), losses[label], accuracies[label], both))

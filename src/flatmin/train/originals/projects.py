@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from flatmin.train.originals import bisam, empirical, fundamental, vasso
-from flatmin.train.originals.base import Project
+from flatmin.train.originals.project import Project
 from flatmin.words import suggest
 
 PROJECTS: dict[str, Project[Any]] = {

@@ -33,7 +33,7 @@ def read_flags(cls: type[F], words: Sequence[str], *, script: str) -> tuple[F, f
         ValueError: an unknown or ambiguous flag, a word that belongs to none, a value of another type, or none.
     """
     kinds = settings.field_types(cls)
-    rest, found = list(words), {}
+    rest, values = list(words), {}
     while rest:
         word = rest.pop(0)
         if not word.startswith("--"):
@@ -44,8 +44,8 @@ def read_flags(cls: type[F], words: Sequence[str], *, script: str) -> tuple[F, f
         name, equals, text = word.partition("=")
         key = _known(name, kinds, script)
         texts = [text] if equals else _values(rest, kinds[key])
-        found[key] = _parse(key, texts, kinds[key])
-    return cls(**found), frozenset(found)
+        values[key] = _parse(key, texts, kinds[key])
+    return cls(**values), frozenset(values)
 
 
 def strip_script(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -70,15 +70,15 @@ def strip_script(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return rest, variables
 
 
-def choose(flag: str, value: str, known: Mapping[str, V]) -> V:
+def choose(flag: str, value: str, choices: Mapping[str, V]) -> V:
     """The entry of a table of the values that a flag may have.
 
     Raises:
         ValueError: another value.
     """
-    if value not in known:
-        raise ValueError(f"--{flag} expects one of {', '.join(known)}, got {value!r}{suggest(value, known)}")
-    return known[value]
+    if value not in choices:
+        raise ValueError(f"--{flag} expects one of {', '.join(choices)}, got {value!r}{suggest(value, choices)}")
+    return choices[value]
 
 
 def _flags(kinds: Mapping[str, Any]) -> list[str]:

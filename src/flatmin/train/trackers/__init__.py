@@ -10,8 +10,8 @@ import importlib
 import importlib.util
 from pathlib import Path
 
-from flatmin.train.trackers.base import Safely, Sink, Tracker
 from flatmin.train.trackers.content import scalars, settings
+from flatmin.train.trackers.tracker import Safely, Sink, Tracker
 from flatmin.words import suggest
 
 __all__ = ["TRACKERS", "Safely", "Sink", "Tracker", "make_tracker", "scalars", "settings"]
@@ -49,5 +49,5 @@ def make_tracker(name: str, *, folder: Path, run: str, project: str = "flatmin",
 
 def _installed(module: str) -> bool:
     """Whether it can be imported; a folder of that name in the working directory (as trackers make them) is none."""
-    found = importlib.util.find_spec(module)
-    return found is not None and found.origin is not None
+    spec = importlib.util.find_spec(module)
+    return spec is not None and spec.origin is not None

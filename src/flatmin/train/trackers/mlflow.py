@@ -15,8 +15,8 @@ from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 
 from flatmin.train.events import Began
-from flatmin.train.trackers.base import Sink, Status
 from flatmin.train.trackers.content import settings
+from flatmin.train.trackers.tracker import Sink, Status
 
 _STATUS = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 _OTHER = re.compile(r"[^\w\-. :/]")
@@ -47,8 +47,8 @@ class MLflow(Sink):
 
     def log(self, values: dict[str, float], step: int) -> None:
         now = int(time.time() * 1000)
-        found = [Metric(_OTHER.sub("_", name), value, now, step) for name, value in values.items()]
-        self._client.log_batch(self._id, metrics=found)
+        metrics = [Metric(_OTHER.sub("_", name), value, now, step) for name, value in values.items()]
+        self._client.log_batch(self._id, metrics=metrics)
 
     def end(self, values: dict[str, float], step: int, failure: str | None) -> None:
         self.log(values, step)
@@ -81,19 +81,19 @@ class MLflow(Sink):
         return identity
 
     def _experiment(self) -> Any:
-        found = self._client.get_experiment_by_name(self.project)
-        if found is not None:
-            return found.experiment_id
+        experiment = self._client.get_experiment_by_name(self.project)
+        if experiment is not None:
+            return experiment.experiment_id
         # Without a place of its own, files would go to ./mlruns of whoever reads them.
         place = None if mlflow.is_tracking_uri_set() else (self.folder / "mlflow").as_uri()
         try:
             return self._client.create_experiment(self.project, artifact_location=place)
         except MlflowException:
             # Another process may have been faster.
-            found = self._client.get_experiment_by_name(self.project)
-            if found is None:
+            experiment = self._client.get_experiment_by_name(self.project)
+            if experiment is None:
                 raise
-            return found.experiment_id
+            return experiment.experiment_id
 
 
 SINK = MLflow

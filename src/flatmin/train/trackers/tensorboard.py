@@ -10,8 +10,8 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from flatmin.train.events import Began
-from flatmin.train.trackers.base import Sink, Status
 from flatmin.train.trackers.content import settings
+from flatmin.train.trackers.tracker import Sink, Status
 
 # Of all numbers, those that the table of hyperparameters is sorted by.
 _METRICS = ("val/acc", "val/loss", "summary/chosen/test_acc")

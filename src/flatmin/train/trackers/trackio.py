@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from flatmin.train.events import Began
-from flatmin.train.trackers.base import Sink, Status
 from flatmin.train.trackers.content import settings
+from flatmin.train.trackers.tracker import Sink, Status
 
 _WRITER = Path(__file__).with_name("trackio_writer.py")
 _PATIENCE = 60.0

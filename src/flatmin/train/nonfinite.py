@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flatmin.train.feed import Batch
-from flatmin.train.tally import Tally
+from flatmin.train.meter import Meter
 from flatmin.train.trainer import Trainer
 
 # Between two looks a GPU runs ahead; the optimizer has skipped by then what was not finite.
@@ -18,7 +18,7 @@ _EVERY = 50
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finding:
+class NonFiniteUpdate:
     """Where it happened.
 
     Args:
@@ -56,7 +56,7 @@ class Finding:
         )
 
 
-class Watch:
+class NonFiniteMonitor:
     """Takes every update's batch and says when the run must stop.
 
     On one CPU, and when updates may be skipped, it looks at every update; otherwise at every 50th and at the end of an
@@ -92,40 +92,40 @@ class Watch:
         self._kept = [(one, one.detach().clone()) for one in touched]
         self._averaged = average is not None and average.begun
 
-    def after(self, batch: Batch, tally: Tally, *, epoch: int, now: bool = False) -> Finding | None:
+    def after(self, batch: Batch, meter: Meter, *, epoch: int, now: bool = False) -> NonFiniteUpdate | None:
         """To be called after an update; what was found, if the run must stop.
 
         Args:
             batch: of the update.
-            tally: of the epoch, the update included.
+            meter: of the epoch, the update included.
             epoch: from 1.
             now: look in any case: a checkpoint must not hide what nobody has looked at.
         """
         self._unseen.append(batch.index)
-        if not now and len(tally) % self._every and len(tally) < self._trainer.feed.steps:
+        if not now and len(meter) % self._every and len(meter) < self._trainer.feed.steps:
             return None
-        losses = torch.stack(tally.losses[self._looked :])
+        losses = torch.stack(meter.losses[self._looked :])
         bad = (~losses.isfinite()).nonzero().flatten().tolist()
         count = self._agreed(max(len(bad), self._skipped()), losses.device)
         unseen, first = self._unseen, self._looked
-        self.begin(len(tally))
+        self.begin(len(meter))
         if not count:
             return None
         self._put_back()
         before, self.skips = self.skips, self.skips + count
-        tally.skipped += count
+        meter.skipped += count
         if self.skips <= self._skips_allowed:
             return None
         world = self._trainer.world
-        first_bad = [found[0] for found in world.gathered(bad) if found]
+        first_bad = [positions[0] for positions in world.all_gather(bad) if positions]
         at = min(first_bad, default=len(unseen) - 1)
-        seen = world.gathered(float(losses[at]))
-        return Finding(
-            step=self._trainer.steps - len(tally) + first + at + 1,
+        seen = world.all_gather(float(losses[at]))
+        return NonFiniteUpdate(
+            step=self._trainer.steps - len(meter) + first + at + 1,
             epoch=epoch,
             batch=first + at + 1,
             loss=next((loss for loss in seen if not math.isfinite(loss)), seen[0]),
-            samples=world.gathered(unseen[at].tolist()),
+            samples=world.all_gather(unseen[at].tolist()),
             before=before,
         )
 
@@ -150,4 +150,4 @@ class Watch:
         """The largest count of all processes, so that all stop or none."""
         if self._trainer.world.size == 1:
             return count
-        return int(max(self._trainer.world.gathered(count)))
+        return int(max(self._trainer.world.all_gather(count)))

@@ -140,5 +140,5 @@ class Sink(ABC):
 
     def _identities(self) -> dict[str, str]:
         path = self.folder / _IDENTITIES
-        found: dict[str, str] = json.loads(read_text(path)) if path.is_file() else {}
-        return found
+        identities: dict[str, str] = json.loads(read_text(path)) if path.is_file() else {}
+        return identities

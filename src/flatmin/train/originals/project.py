@@ -85,10 +85,10 @@ class Project(Generic[F]):
         """
         rest, variables = strip_script(words)
         flags, given = read_flags(self.flags, rest, script=self.script)
-        found = self.rule(flags, given)
-        check(found.words)
+        translation = self.rule(flags, given)
+        check(translation.words)
         outside = [f"{word} is left out; set it before flatmin." for word in variables]
-        return dataclasses.replace(found, notes=(*found.notes, *idle(given, **self.inert), *outside))
+        return dataclasses.replace(translation, notes=(*translation.notes, *idle(given, **self.inert), *outside))
 
 
 def check(words: Sequence[str]) -> RunConfig:

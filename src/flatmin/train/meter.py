@@ -14,7 +14,7 @@ from flatmin.train.trainer import Step
 _NUMBERS = ("samples", "images", "skipped", "seconds")
 
 
-class Tally:
+class Meter:
     """Losses and hits of an epoch, kept on the device until somebody asks.
 
     Losses that are not finite belong to updates that were skipped; they are left out of the means.
@@ -45,8 +45,8 @@ class Tally:
         rows = [_sum_and_count(kind, device) for kind in (self.losses, self.perturbed)]
         hits = torch.stack(self.right).double().sum().to(device)
         parts = [*rows, torch.stack([hits, torch.tensor(float(self.samples), device=device)]).double()]
-        found = world.sum_(torch.stack(parts)).tolist()
-        loss, perturbed, right = ((a / b if b else math.nan) for a, b in found)
+        sums = world.sum_(torch.stack(parts)).tolist()
+        loss, perturbed, right = ((a / b if b else math.nan) for a, b in sums)
         return loss, perturbed if self.perturbed else None, 100 * right
 
     def mean_since(self, update: int, world: World) -> float:
@@ -74,6 +74,6 @@ def _stack(values: list[Tensor]) -> Tensor:
 def _sum_and_count(values: list[Tensor], device: torch.device) -> Tensor:
     if not values:
         return torch.zeros(2, dtype=torch.float64, device=device)
-    found = torch.stack(values).double()
-    good = found.isfinite()
-    return torch.stack([found.where(good, 0.0).sum(), good.sum().double()])
+    stacked = torch.stack(values).double()
+    good = stacked.isfinite()
+    return torch.stack([stacked.where(good, 0.0).sum(), good.sum().double()])
