@@ -21,7 +21,7 @@ from flatmin.measure.report import ReportSettings, report
 from flatmin.study import page
 from flatmin.study.executors import execute
 from flatmin.study.measured import told
-from flatmin.study.measuring import View, batches, find, find_all, measure, measure_all, words
+from flatmin.study.measuring import View, batches, find, find_all, measure, measure_all, split_of
 from flatmin.study.store import Run, Store
 from flatmin.train.config import RunConfig
 from flatmin.train.saved import open_run
@@ -534,9 +534,9 @@ class TestView:
         assert drawn(0) != drawn(1) and drawn(0) != list(range(20))
 
     def test_the_part_in_words(self, data):
-        assert words(data, View()) == "train, 30% of the labels wrong"
-        assert words(data, View(split="test")) == "test"
-        assert words(dataclasses.replace(data, clean=None), View()) == "train"
+        assert split_of(data, View()) == "train, 30% of the labels wrong"
+        assert split_of(data, View(split="test")) == "test"
+        assert split_of(dataclasses.replace(data, clean=None), View()) == "train"
 
     @pytest.mark.parametrize("bad", [{"batch": 0}, {"examples": 0}])
     def test_bad_numbers(self, bad):

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from flatmin.cli.main import app, main
 from flatmin.study import costs
-from flatmin.study.executors import Outcome
+from flatmin.study.executors import RunOutcome
 from flatmin.study.executors import local as executor
 from flatmin.train.settings import preset_names
 
@@ -136,7 +136,7 @@ def test_a_run_that_broke_is_done_again_alone(study, monkeypatch, tmp_path):
     perform = executor.perform
 
     def broken(order, store, on_line):
-        return Outcome(error="a bad day") if order.run.config.rho == 0.2 else perform(order, store, on_line)
+        return RunOutcome(error="a bad day") if order.run.config.rho == 0.2 else perform(order, store, on_line)
 
     monkeypatch.setattr(executor, "perform", broken)
     result = study("seed=0")

@@ -115,8 +115,8 @@ def test_studies_are_understood(tmp_path, monkeypatch):
     from flatmin.study.baselines import with_baselines
     from flatmin.study.dimensions import read_dimension
     from flatmin.study.executors import executor_settings
+    from flatmin.study.expand import cells
     from flatmin.study.reading import read_study
-    from flatmin.study.unfold import cells
 
     monkeypatch.chdir(tmp_path)
     text = (ROOT / "docs" / "study.md").read_text(encoding="utf-8")

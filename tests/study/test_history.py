@@ -81,13 +81,13 @@ class TestReading:
         assert (run.name, run.label, run.state, run.config) == ("one", "sam", FINISHED, CONFIG)
         assert run.lines == (line(1), line(2), line(3)) and run.result == result()
         assert (run.chosen.epoch, run.chosen.test_acc, run.chosen.final) == (2, 78.0, True)
-        assert run.chosen.words == "2, best on validation"
+        assert run.chosen.text == "2, best on validation"
 
     def test_a_run_that_goes_on(self, tmp_path):
         folder = make(tmp_path / "a", epochs=2)
         with hold(folder):
             run = read(folder)
-        assert (run.state, len(run.lines), run.chosen.words) == (GOING_ON, 2, "2, best on validation so far")
+        assert (run.state, len(run.lines), run.chosen.text) == (GOING_ON, 2, "2, best on validation so far")
         assert read(folder).state == STOPPED
 
     def test_a_line_that_is_being_written(self, tmp_path):

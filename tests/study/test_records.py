@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from flatmin.study.events import Planned, ReportDone, RunDone, Warned
-from flatmin.study.executors import Outcome
-from flatmin.study.known import Known
+from flatmin.study.executors import RunOutcome
+from flatmin.study.finished import FinishedRun
 from flatmin.study.plan import plan
 from flatmin.study.reading import read_study
 from flatmin.study.record import Record
@@ -250,7 +250,10 @@ class TestRecord:
 
     def test_a_number_without_its_file(self):
         result = run_result()
-        assert Known(result=result).number("lambda_1") is None and Known(result=result).number("cosine@last") is None
+        assert (
+            FinishedRun(result=result).number("lambda_1") is None
+            and FinishedRun(result=result).number("cosine@last") is None
+        )
 
 
 def test_top_five_is_a_column_where_a_study_names_it(tmp_path):
@@ -260,7 +263,7 @@ def test_top_five_is_a_column_where_a_study_names_it(tmp_path):
 
     def result_of(cell, seed):
         point = {"epoch": 1, "val_acc": 50.0, "test_acc": 51.0, "test_top5": 80.0}
-        return Outcome(result=made_result(cell.configs[seed], 51.0, chosen=point))
+        return RunOutcome(result=made_result(cell.configs[seed], 51.0, chosen=point))
 
     table = made_table(text, tmp_path, result_of)
     assert table.metrics == ("test_top5",) and body(table)[0][-1] == "80.00"

@@ -28,7 +28,7 @@ def translated(project, line=""):
     ],
 )
 def test_lines_that_mean_the_same(project, one, other):
-    assert translated(project, one).words == translated(project, other).words
+    assert translated(project, one).command == translated(project, other).command
 
 
 @pytest.mark.parametrize(
@@ -64,10 +64,10 @@ def test_what_differs_is_said(project, line, note):
 
 
 def test_trackers():
-    words = translated("vasso", "--wandb --wandb_project mine --log_freq 20").words
+    words = translated("vasso", "--wandb --wandb_project mine --log_freq 20").command
     assert {"trackers=wandb", "project=mine", "log_every=20"} <= set(words)
     line = "--experiment default_sam --framework_name tensorboard"
-    assert "trackers=tensorboard" in translated("empirical", line).words
+    assert "trackers=tensorboard" in translated("empirical", line).command
 
 
 @pytest.mark.parametrize(

@@ -68,10 +68,12 @@ def doctor() -> None:
     typer.echo("\nExtras")
     missing = []
     for extra in EXTRAS:
-        found = installed(extra.distribution)
-        state = f"{extra.distribution} {found}" if found else f"{extra.distribution} not installed"
+        installed_version = installed(extra.distribution)
+        state = (
+            f"{extra.distribution} {installed_version}" if installed_version else f"{extra.distribution} not installed"
+        )
         _line(extra.name, f"{state}: {extra.purpose}")
-        if found is None:
+        if installed_version is None:
             missing.append(f"{extra.name} is not installed; to get it: pip install 'flatmin[{extra.name}]'")
     typer.echo("")
     for line in problems + missing:

@@ -49,32 +49,33 @@ def evaluate(
         data=data, data_dir=data_dir, split=split, flip_tta=flip_tta, batch=batch, device=device, classes=classes
     )
     saved = open_run(run_folder(run))
-    found = reevaluate(saved, asked)
+    evaluation = reevaluate(saved, asked)
     if as_json:
-        typer.echo(json.dumps({"run": str(saved.weights.parent), **dataclasses.asdict(found)}, indent=1))
+        typer.echo(json.dumps({"run": str(saved.weights.parent), **dataclasses.asdict(evaluation)}, indent=1))
         return
-    _print(saved, found, make_console())
+    _print(saved, evaluation, make_console())
 
 
-def _print(saved: SavedRun, found: Reevaluation, console: Console) -> None:
+def _print(saved: SavedRun, evaluation: Reevaluation, console: Console) -> None:
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    precision = "" if found.precision == "float32" else f", {found.precision}"
-    mirrored = ", mean over image and mirrored image" if found.flip_tta else ""
+    precision = "" if evaluation.precision == "float32" else f", {evaluation.precision}"
+    mirrored = ", mean over image and mirrored image" if evaluation.flip_tta else ""
     say(f"{saved.name}: {saved.config.method}, {saved.config.model} trained on {saved.config.data}")
-    say(f"{found.split} part of {found.data}, {found.samples:,} samples, on {found.device}{precision}{mirrored}")
-    if found.normalised_with is not None:
-        mean, std = (" ".join(f"{value:.4f}" for value in values) for values in found.normalised_with)
+    where = f"on {evaluation.device}{precision}{mirrored}"
+    say(f"{evaluation.split} part of {evaluation.data}, {evaluation.samples:,} samples, {where}")
+    if evaluation.normalised_with is not None:
+        mean, std = (" ".join(f"{value:.4f}" for value in values) for values in evaluation.normalised_with)
         say(f"normalised with the statistics of the run's training data: mean {mean}, std {std}")
-    if found.wrong:
-        say(f"{found.wrong:.0f} % of these labels are wrong on purpose, as they were in training")
-    say(f"\nloss   {found.loss:8.4f}")
-    interval = f"(95 % interval over the samples: {found.acc_low:.2f} to {found.acc_high:.2f})"
-    say(f"top-1  {found.acc:8.2f} %  {interval}")
-    if found.top5 is not None:
-        say(f"top-5  {found.top5:8.2f} %")
-    if found.classes:
+    if evaluation.wrong:
+        say(f"{evaluation.wrong:.0f} % of these labels are wrong on purpose, as they were in training")
+    say(f"\nloss   {evaluation.loss:8.4f}")
+    interval = f"(95 % interval over the samples: {evaluation.acc_low:.2f} to {evaluation.acc_high:.2f})"
+    say(f"top-1  {evaluation.acc:8.2f} %  {interval}")
+    if evaluation.top5 is not None:
+        say(f"top-5  {evaluation.top5:8.2f} %")
+    if evaluation.classes:
         say("\nclass  samples  accuracy")
-    for number, share in enumerate(found.classes):
+    for number, share in enumerate(evaluation.classes):
         say(f"{number:>5}  {share.samples:>7,}  " + ("       -" if share.acc is None else f"{share.acc:6.2f} %"))

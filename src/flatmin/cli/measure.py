@@ -138,9 +138,9 @@ def measure(
                 on_failed=failed.append if several else None,
             )
     except KeyboardInterrupt:
-        kept = [str(file.json) for file in files.values() if file.read()]
+        stored = [str(file.json) for file in files.values() if file.read()]
         typer.echo(
-            f"Interrupted; {'what was measured is in ' + ', '.join(kept) if kept else 'nothing was measured yet'}; "
+            f"Interrupted; {'what was measured is in ' + ', '.join(stored) if stored else 'nothing was measured yet'}; "
             "landscapes are kept and go on from there.",
             err=True,
         )
@@ -187,10 +187,10 @@ def measure(
 
 def _by_reason(failed: Sequence[Unmeasured]) -> list[tuple[str, str]]:
     """Each reason with the names of the nets."""
-    found: dict[str, list[str]] = {}
+    names_of: dict[str, list[str]] = {}
     for net in failed:
-        found.setdefault(net.why, []).append(net.name)
-    return [(why, ", ".join(names)) for why, names in found.items()]
+        names_of.setdefault(net.why, []).append(net.name)
+    return [(why, ", ".join(names)) for why, names in names_of.items()]
 
 
 @dataclass(frozen=True)
@@ -207,18 +207,20 @@ class _File:
         taken = {other.json for other in others}
         for number in itertools.count(1):
             file = folder / (f"{name}.json" if number == 1 else f"{name}-{number}.json")
-            found = cls(file, of, "" if number == 1 else f"{name}.json holds other numbers; these are in {file.name}.")
-            if file not in taken and (not file.exists() or found.read()):
-                return found
+            candidate = cls(
+                file, of, "" if number == 1 else f"{name}.json holds other numbers; these are in {file.name}."
+            )
+            if file not in taken and (not file.exists() or candidate.read()):
+                return candidate
         raise AssertionError
 
     def read(self) -> dict[str, Any]:
         """What the file holds, if that is of this net and these settings; else nothing."""
         try:
-            found = json.loads(self.json.read_text(encoding="utf-8"))
+            table = json.loads(self.json.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
-        return found if isinstance(found, dict) and found.get("of") == self.of else {}
+        return table if isinstance(table, dict) and table.get("of") == self.of else {}
 
 
 def _keep(files: Mapping[str, _File], about: dict[str, object], net: Measured, *, done: bool = False) -> None:
@@ -226,30 +228,30 @@ def _keep(files: Mapping[str, _File], about: dict[str, object], net: Measured, *
     from flatmin.study.measured import as_json
     from flatmin.train.files import write_json
 
-    file, found = files[net.name], as_json([net], about, of=files[net.name].of)
-    if done or _numbers_in(found) >= _numbers_in(file.read()):
+    file, table = files[net.name], as_json([net], about, of=files[net.name].of)
+    if done or _numbers_in(table) >= _numbers_in(file.read()):
         file.json.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file.json, found)
+        write_json(file.json, table)
 
 
-def _numbers_in(found: Mapping[str, Any]) -> int:
-    sections = [section for net in found.get("nets", []) for section in net["sections"].values()]
+def _numbers_in(table: Mapping[str, Any]) -> int:
+    sections = [section for net in table.get("nets", []) for section in net["sections"].values()]
     return sum(len(section["quantities"]) + len(section["results"]) for section in sections)
 
 
-def _settings(words: Sequence[str]) -> ReportSettings:
+def _settings(overrides: Sequence[str]) -> ReportSettings:
     from flatmin.measure.report import ReportSettings
-    from flatmin.train.settings import field_types, parse, split_word
+    from flatmin.train.settings import field_types, parse, split_override
     from flatmin.words import suggest
 
     kinds = field_types(ReportSettings)
-    found = {}
-    for word in words:
-        key, text = split_word(word)
+    values = {}
+    for word in overrides:
+        key, text = split_override(word)
         if key not in kinds:
             raise ValueError(f"unknown setting {key!r}{suggest(key, kinds)} (settings: {', '.join(kinds)})")
-        found[key] = parse(key, text, kinds[key])
-    return ReportSettings(**found)
+        values[key] = parse(key, text, kinds[key])
+    return ReportSettings(**values)
 
 
 class _Bar:
@@ -323,7 +325,7 @@ def _print(nets: Sequence[Measured], console: Console) -> None:
     noted = {row.quantity.name: row.notes for row in compare_reports(nets) if row.notes}
     if noted:
         console.print(
-            "* of some net: " + "; ".join(f"{name} {', '.join(found)}" for name, found in noted.items()),
+            "* of some net: " + "; ".join(f"{name} {', '.join(names)}" for name, names in noted.items()),
             markup=False,
             highlight=False,
         )
@@ -374,9 +376,9 @@ def _comparison(nets: Sequence[Measured]) -> Table:
         table.add_column(Text(f"{name} is"), no_wrap=True)
     for row in compare_reports(nets):
         cells: list[Text | str] = [Text(row.quantity.name + " *" * bool(row.notes))]
-        cells += ["-" if (found := row.groups.get(name)) is None else told_stat(found) for name in groups]
+        cells += ["-" if (stat := row.groups.get(name)) is None else told_stat(stat) for name in groups]
         for name in others:
-            found = row.difference.get(name)
-            cells += ["-" if found is None else told_stat(found), row.verdict(name)]
+            stat = row.difference.get(name)
+            cells += ["-" if stat is None else told_stat(stat), row.verdict(name)]
         table.add_row(*cells)
     return table

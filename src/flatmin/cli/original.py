@@ -42,12 +42,12 @@ def original(
         for one in PROJECTS.values():
             typer.echo(f"{one.name:<12} {one.script}: {one.paper}")
         return
-    found = find_project(project).translate(command or ()).with_words(settings or ())
-    check(found.words)
+    translation = find_project(project).translate(command or ()).with_overrides(settings or ())
+    check(translation.command)
     if os.environ.get("RANK", "0") == "0":
-        typer.echo(found.line)
-        for note in found.notes:
+        typer.echo(translation.line)
+        for note in translation.notes:
             typer.echo(f"Note: {note}")
     if not dry_run:
-        preset, *words = found.words
-        perform(preset, words, out=out, resume=resume, again=again, download=download)
+        preset, *overrides = translation.command
+        perform(preset, overrides, out=out, resume=resume, again=again, download=download)

@@ -48,18 +48,18 @@ def list_runs(
 
     if sort not in _KEYS:
         raise ValueError(f"--sort {sort} is not known{suggest(sort, _KEYS)} (by {', '.join(_KEYS)})")
-    found = _sorted(entries(folder), sort)
+    listed = _sorted(entries(folder), sort)
     if as_json:
-        typer.echo(json.dumps([entry.as_json() for entry in found], indent=1))
+        typer.echo(json.dumps([entry.as_json() for entry in listed], indent=1))
         return
     console = make_console()
-    if not found:
+    if not listed:
         console.print(f"There are no runs in {folder}.", markup=False, highlight=False, soft_wrap=True)
         return
-    _print(found, console)
-    total = sum(entry.size for entry in found)
-    console.print(f"{len(found)} run{'s' * (len(found) != 1)}, {_bytes(total)}", style="dim", highlight=False)
-    for entry in found:
+    _print(listed, console)
+    total = sum(entry.size for entry in listed)
+    console.print(f"{len(listed)} run{'s' * (len(listed) != 1)}, {_bytes(total)}", style="dim", highlight=False)
+    for entry in listed:
         if entry.problem:
             console.print(f"{entry.name}: {entry.problem}", markup=False, highlight=False, soft_wrap=True)
 
@@ -92,23 +92,23 @@ def remove_runs(
     typer.echo(f"Removed {what}.")
 
 
-def _sorted(found: Sequence[Entry], key: str) -> list[Entry]:
+def _sorted(every: Sequence[Entry], key: str) -> list[Entry]:
     read, down = _KEYS[key]
-    known = [entry for entry in found if read(entry) is not None]
-    return [*sorted(known, key=read, reverse=down), *(entry for entry in found if read(entry) is None)]
+    with_value = [entry for entry in every if read(entry) is not None]
+    return [*sorted(with_value, key=read, reverse=down), *(entry for entry in every if read(entry) is None)]
 
 
-def _print(found: Sequence[Entry], console: Console) -> None:
+def _print(listed: Sequence[Entry], console: Console) -> None:
     """Columns side by side, numbers to the right; rich's own tables take seconds for thousands of rows."""
     from rich.text import Text
 
-    rows = [("name", "method", "data", "model", "state", "epochs", "test %", "when", "size"), *map(_row, found)]
+    rows = [("name", "method", "data", "model", "state", "epochs", "test %", "when", "size"), *map(_row, listed)]
     wide = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join([*map(str.ljust, row[:5], wide[:5]), *map(str.rjust, row[5:], wide[5:])]) for row in rows]
     if not console.is_terminal:
         typer.echo("\n".join(lines))
         return
-    styles = ["bold", *(_STYLES.get(entry.state, "") for entry in found)]
+    styles = ["bold", *(_STYLES.get(entry.state, "") for entry in listed)]
     for line, style in zip(lines, styles, strict=True):
         console.print(Text(line, style=style), soft_wrap=True)
 

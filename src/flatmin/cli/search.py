@@ -14,12 +14,12 @@ from flatmin.cli.console import make_console, print_rows
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from flatmin.study.search import Found
+    from flatmin.study.search import SearchResult
 
 
 def search(
     name: Annotated[str, typer.Argument(metavar="STUDY", help="A study of the package, or a .toml file.")],
-    words: Annotated[
+    overrides: Annotated[
         list[str],
         typer.Argument(
             metavar="KEY=LOW..HIGH",
@@ -42,20 +42,20 @@ def search(
     and one with a larger budget goes on. Writes a study with the best settings and seeds that the search has not seen.
     """
     from flatmin.cli.progress import Progress
-    from flatmin.study.dimensions import read_words
+    from flatmin.study.dimensions import read_overrides
     from flatmin.study.reading import read_study
     from flatmin.study.search import search as run
-    from flatmin.study.writing import found_study
+    from flatmin.study.writing import best_study
     from flatmin.train.files import write_text
 
-    dimensions, rest = read_words(words)
+    dimensions, rest = read_overrides(overrides)
     if not any(word.startswith("seed=") for word in rest):
         rest.append("seed=0")
     spec = read_study(name, rest, demo=demo)
     console = make_console()
     try:
         with Progress(console) as progress:
-            found = run(
+            results = run(
                 spec,
                 dimensions,
                 budget=budget,
@@ -69,17 +69,17 @@ def search(
         raise typer.Exit(130) from None
     path = out / "studies" / f"{Path(name).stem}{'-demo' if demo else ''}-found.toml"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, found_study(spec, dimensions, found, budget))
-    _show(found, console)
+    write_text(path, best_study(spec, dimensions, results, budget))
+    _show(results, console)
     console.print(f"\nNext: flatmin study {path} --out {out}", markup=False, soft_wrap=True)
 
 
-def _show(found: Sequence[Found], console: Console) -> None:
+def _show(results: Sequence[SearchResult], console: Console) -> None:
     rows = [["arm", "trials", "epochs' worth", "val %", "settings"]]
-    for one in found:
+    for one in results:
         best = one.best
         settings = "" if best is None else " ".join(f"{key}={value}" for key, value in best.settings.items())
         score = "-" if best is None else f"{best.score:.2f}"
-        rows.append([one.cell.label, str(len(one.trials)), f"{one.spent:g}", score, settings])
+        rows.append([one.grid_point.label, str(len(one.trials)), f"{one.spent:g}", score, settings])
     console.print()
     print_rows(rows, console)

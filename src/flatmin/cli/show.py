@@ -36,13 +36,13 @@ def show(
         require_figures()
     if out is not None and out.suffix != ".html":
         raise ValueError(f"--out names the page, a file that ends in .html; got {str(out)!r}.")
-    found = read_all(run_folder(word) for word in runs)
+    histories = read_all(run_folder(word) for word in runs)
     console = make_console()
-    print_runs(found, console)
+    print_runs(histories, console)
     if not page:
         return
-    target = out or (found[0].path if len(found) == 1 else HOME) / PAGE
-    path = write(render(found, command=["flatmin", *sys.argv[1:]]), target)
+    target = out or (histories[0].path if len(histories) == 1 else HOME) / PAGE
+    path = write(render(histories, command=["flatmin", *sys.argv[1:]]), target)
     console.print(f"\nPage: {path}", markup=False, soft_wrap=True, highlight=False)
     if open_page:
         typer.launch(path.resolve().as_uri())

@@ -67,11 +67,11 @@ def study(
     """
     from flatmin.study.baselines import with_baselines
     from flatmin.study.executors import executor_settings
+    from flatmin.study.expand import grid_points
     from flatmin.study.page import require_figures, write
     from flatmin.study.plan import plan
     from flatmin.study.reading import read_study
     from flatmin.study.study_page import render
-    from flatmin.study.unfold import cells
     from flatmin.train.files import check_name
 
     console = make_console()
@@ -89,7 +89,7 @@ def study(
     if baselines:
         spec = with_baselines(spec)
     asked = any(settings.get(key) for key in ("gpus", "gpus_per_node"))
-    if asked and any(cell.config.device == "cpu" for cell in cells(spec)):
+    if asked and any(grid_point.config.device == "cpu" for grid_point in grid_points(spec)):
         raise ValueError(
             "the runs are on the CPU and need no GPU: set device=cuda (device=auto goes by this machine), or leave out "
             "the GPUs."
@@ -99,12 +99,12 @@ def study(
     if dry_run:
         _describe(todo, workers, console)
         return
-    found = _run(todo, workers, executor, settings, console)
-    files = _write(found, out / "studies", table_name or f"{Path(name).stem}{'-demo' if demo else ''}")
+    table = _run(todo, workers, executor, settings, console)
+    files = _write(table, out / "studies", table_name or f"{Path(name).stem}{'-demo' if demo else ''}")
     if report:
-        page = render(found, command=["flatmin", *sys.argv[1:]])
+        page = render(table, command=["flatmin", *sys.argv[1:]])
         files.append(write(page, files[0].with_suffix(".html")))
-    _show(found, console)
+    _show(table, console)
     for path in files:
         console.print(str(path), markup=False, soft_wrap=True)
     if open_report and report:
@@ -132,15 +132,15 @@ def _list(console: Console) -> None:
     rows = [["study", "runs", "demo", "what it remakes"]]
     for name in preset_names("study"):
         spec = read_study(name)
-        twin = _runs(read_study(name, demo=True)) if "demo" in read_preset(name, "study") else 0
-        rows.append([name, str(_runs(spec)), str(twin or "-"), spec.title])
+        scaled_down = _runs(read_study(name, demo=True)) if "demo" in read_preset(name, "study") else 0
+        rows.append([name, str(_runs(spec)), str(scaled_down or "-"), spec.title])
     print_rows(rows, console)
 
 
 def _runs(spec: StudySpec) -> int:
-    from flatmin.study.unfold import cells
+    from flatmin.study.expand import grid_points
 
-    return sum(len(cell.configs) for cell in cells(spec))
+    return sum(len(grid_point.configs) for grid_point in grid_points(spec))
 
 
 def _describe(todo: StudyPlan, workers: int, console: Console) -> None:
@@ -159,7 +159,7 @@ def _describe(todo: StudyPlan, workers: int, console: Console) -> None:
         cost = sizes.cost(run.config)
         total += cost if run.name in missing else 0.0
         state = "to do" if run.name in missing else "to measure" if run.name in unmeasured else "finished"
-        rows.append([run.name, todo.cells[i].label, str(seed), str(run.config.epochs), f"{cost:,.0f}", state])
+        rows.append([run.name, todo.grid_points[i].label, str(seed), str(run.config.epochs), f"{cost:,.0f}", state])
     print_rows(rows, console)
     text = f"\n{len(seen)} runs, {len(missing)} to do: {total:,.0f} gradient evaluations on a batch each"
     if nets := sum(run.view is not None for run in todo.open):

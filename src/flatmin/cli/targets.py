@@ -27,8 +27,8 @@ def run_folder(word: str) -> Path:
             f"`flatmin measure {word} --model MODULE:FUNCTION --data MODULE:FUNCTION --what model --split test` gives "
             "loss and error rate."
         )
-    known = sorted(one.name for one in (HOME / "runs").iterdir()) if (HOME / "runs").is_dir() else []
+    names = sorted(one.name for one in (HOME / "runs").iterdir()) if (HOME / "runs").is_dir() else []
     raise ValueError(
-        f"there is no run {word!r}, neither as a folder nor as a name in {HOME / 'runs'}{suggest(word, known)}; "
+        f"there is no run {word!r}, neither as a folder nor as a name in {HOME / 'runs'}{suggest(word, names)}; "
         "`flatmin runs list` names them."
     )

@@ -47,13 +47,13 @@ def train(
 
     Ctrl-C writes a checkpoint; so does every epoch. Several processes: torchrun --nproc-per-node N -m flatmin train ...
     """
-    words = [*(overrides or ())] + ([f"trackers={track}"] if track else [])
-    perform(preset, words, out=out, name=name, resume=resume, again=again, download=download, dry_run=dry_run)
+    settings = [*(overrides or ())] + ([f"trackers={track}"] if track else [])
+    perform(preset, settings, out=out, name=name, resume=resume, again=again, download=download, dry_run=dry_run)
 
 
 def perform(
     preset: str,
-    words: Sequence[str],
+    overrides: Sequence[str],
     *,
     out: Path = RUNS,
     name: str | None = None,
@@ -66,7 +66,7 @@ def perform(
 
     Args:
         preset: a preset, a .toml file, or a run's folder.
-        words: like "epochs=10".
+        overrides: such as "epochs=10".
         out: where runs are kept. Default "flatmin-runs".
         name: of the run's folder. Default: from its settings.
         resume: go on from the last good checkpoint. Default False.
@@ -92,7 +92,7 @@ def perform(
 
     if name is not None:
         check_name(name, "--name")
-    config, options, run_there = _settings(preset, words, name=name, resume=resume)
+    config, options, run_there = _settings(preset, overrides, name=name, resume=resume)
     check_machine(config)
     with world_of(config.device) as world:
         console = make_console(quiet=not world.first)
@@ -144,21 +144,21 @@ def _load(config: RunConfig, download: bool, world: World, display: Training) ->
     try:
         if not download:
             return load_data(config)
-        found = load_data(config, download=True, progress=display.downloading) if world.first else None
+        data = load_data(config, download=True, progress=display.downloading) if world.first else None
         world.wait()
-        return load_data(config) if found is None else found
+        return load_data(config) if data is None else data
     except FileNotFoundError as error:
-        known = [name for name, one in DATASETS.items() if one.downloads]
-        if config.data in known:
+        downloadable = [name for name, one in DATASETS.items() if one.downloads]
+        if config.data in downloadable:
             error.add_note("In this command: data_dir=FOLDER, --download.")
         elif config.data in DATASETS:
-            only = f"; --download is for {', '.join(known)} only." if download else "."
+            only = f"; --download is for {', '.join(downloadable)} only." if download else "."
             error.add_note(f"In this command: data_dir=FOLDER{only}")
         raise
 
 
 def _settings(
-    preset: str, words: Sequence[str], *, name: str | None, resume: bool
+    preset: str, overrides: Sequence[str], *, name: str | None, resume: bool
 ) -> tuple[RunConfig, Options, tuple[RunFolder, dict[str, str]] | None]:
     """Configuration and options of the run; and its folder and labels, if the preset is the folder of a run.
 
@@ -172,7 +172,7 @@ def _settings(
         folder = RunFolder(Path(preset))
         if not resume:
             raise ValueError(f"{preset} is a run; add --resume to go on with it.")
-        options, rest = load_options(words)
+        options, rest = load_options(overrides)
         if rest or name is not None:
             raise ValueError(
                 f"{preset} is a run, whose settings are fixed: leave out {rest[0] if rest else '--name'}, or name a "
@@ -182,7 +182,7 @@ def _settings(
         return config, options, (folder, labels)
     if Path(preset).is_dir() and len(Path(preset).parts) > 1:
         raise ValueError(f"{preset} is not a run: there is no config.json in it (runs are in FOLDER/runs).")
-    config, options = load_run(preset, words)
+    config, options = load_run(preset, overrides)
     return config, options, None
 
 
@@ -310,8 +310,8 @@ def _differ(folder: RunFolder, config: RunConfig, content: Content | None) -> di
     """
     from flatmin.train.config import differences, identity
 
-    known, labels = folder.config()
-    found = differences(identity(known), config)
+    recorded, labels = folder.config()
+    other = differences(identity(recorded), config)
     if content is not None and labels.get("content", content.digest) != content.digest:
-        found["content"] = "what the data hold is something else"
-    return found
+        other["content"] = "what the data hold is something else"
+    return other

@@ -17,7 +17,7 @@ from flatmin.study.arms import Candidate, arms, candidates, recipe_of
 from flatmin.study.config import BASE, CompareConfig
 from flatmin.study.costs import Counts
 from flatmin.study.events import Event, Planned, Timing, Tuned, Warned
-from flatmin.study.executors import Outcome, execute, finished_and_missing
+from flatmin.study.executors import RunOutcome, execute, finished_and_missing
 from flatmin.study.notes import write_notes
 from flatmin.study.store import Run, Store
 from flatmin.study.summary import Choice, Finding, Ratio, Summary, make_row
@@ -51,7 +51,7 @@ class Plan:
 
     candidates: list[Candidate]
     runs: dict[tuple[int, int], Run]
-    found: dict[str, Outcome]
+    found: dict[str, RunOutcome]
     missing: list[Run]
     seconds: float | None
     sizes: tuple[int, int, int]
@@ -265,7 +265,7 @@ def _sum_up(
     choices: Mapping[str, list[Choice]],
     ratios: Mapping[str, Ratio],
     todo: Plan,
-    outcomes: Mapping[str, Outcome],
+    outcomes: Mapping[str, RunOutcome],
     command: Sequence[str],
 ) -> Summary:
     recipes = {finding.label: build_recipe(finding.candidate.config) for finding in chosen}
@@ -320,7 +320,7 @@ def _rho_curves(choices: Mapping[str, Sequence[Choice]]) -> dict[str, list[tuple
     return curves
 
 
-def _errors(todo: Plan, outcomes: Mapping[str, Outcome]) -> dict[str, str]:
+def _errors(todo: Plan, outcomes: Mapping[str, RunOutcome]) -> dict[str, str]:
     told: dict[str, str] = {}
     for run in todo.runs.values():
         outcome = outcomes[run.name]

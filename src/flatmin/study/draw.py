@@ -247,17 +247,17 @@ def lines_onto(axes: Axes, drawn: Lines) -> None:
     """Draw lines into a part of a figure."""
     handles: list[Any] = []
     for i, line in enumerate(drawn.lines):
-        look: dict[str, Any] = {"color": COLORS[i % len(COLORS)], "label": _plain(line.label)}
-        look["linestyle"] = STYLES[i % len(STYLES)] if drawn.joined else "none"
-        look |= {"marker": MARKERS[i % len(MARKERS)], "markersize": 5} if drawn.points else {}
+        style: dict[str, Any] = {"color": COLORS[i % len(COLORS)], "label": _plain(line.label)}
+        style["linestyle"] = STYLES[i % len(STYLES)] if drawn.joined else "none"
+        style |= {"marker": MARKERS[i % len(MARKERS)], "markersize": 5} if drawn.points else {}
         if line.error is None:
-            handles += axes.plot(line.x, line.y, linewidth=1.8, **look)
+            handles += axes.plot(line.x, line.y, linewidth=1.8, **style)
         else:
-            handles.append(axes.errorbar(line.x, line.y, line.error, elinewidth=1.2, capsize=3, **look))
+            handles.append(axes.errorbar(line.x, line.y, line.error, elinewidth=1.2, capsize=3, **style))
         if len(line.lost):
             # At the upper edge: there is no height that they have.
             axes.plot(
-                line.lost, np.full(len(line.lost), 0.985), "x", color=look["color"], markersize=6,
+                line.lost, np.full(len(line.lost), 0.985), "x", color=style["color"], markersize=6,
                 transform=axes.get_xaxis_transform(), clip_on=False,
             )  # fmt: skip
     if drawn.log_x:

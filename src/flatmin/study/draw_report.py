@@ -81,7 +81,7 @@ def save(
 
 
 def _panels(net: Measured) -> list[tuple[str, Callable[[Axes], None] | None]]:
-    found = net.report.result
+    result = net.report.result
 
     def lines(result: Any, make: Callable[[Any], plots.Lines]) -> Callable[[Axes], None] | None:
         return None if result is None else lambda axes: draw.lines_onto(axes, make(result))
@@ -95,14 +95,14 @@ def _panels(net: Measured) -> list[tuple[str, Callable[[Axes], None] | None]]:
             log_y=all(v > 0 for c in named.values() for v in c.values),
         )
 
-    both = {k: c for k, c in (("worst case", found("worst")), ("average case", found("average"))) if c is not None}
-    plane = found("plane")
+    both = {k: c for k, c in (("worst case", result("worst")), ("average case", result("average"))) if c is not None}
+    plane = result("plane")
     return [
-        (_ENDS, lines(found("eigenvalues"), plots.eigenvalues)),
-        ("Spectral density", lines(found("density"), plots.density)),
+        (_ENDS, lines(result("eigenvalues"), plots.eigenvalues)),
+        ("Spectral density", lines(result("density"), plots.density)),
         ("Sharpness", lines(both or None, curves)),
-        ("Along the first eigenvector", lines(found("along_v1"), plots.profile)),
-        ("Along a random direction", lines(found("along_random"), plots.profile)),
+        ("Along the first eigenvector", lines(result("along_v1"), plots.profile)),
+        ("Along a random direction", lines(result("along_random"), plots.profile)),
         ("Random plane", None if plane is None else lambda axes: draw.plane_onto(axes, plots.field(plane))),
     ]
 

@@ -40,7 +40,7 @@ class Chosen:
     final: bool = True
 
     @property
-    def words(self) -> str:
+    def text(self) -> str:
         """Which epoch and why."""
         return f"{self.epoch}, {RULES.get(self.rule, self.rule)}{'' if self.final else ' so far'}"
 
@@ -84,14 +84,14 @@ class History:
         """The epoch that counts; None before the first."""
         selection, result = self.config.selection, self.result
         if result is not None and result.failure is None:
-            if (found := result.chosen) is not None:
+            if (chosen := result.chosen) is not None:
                 return Chosen(
-                    epoch=found["epoch"],
-                    rule=found["selection"],
-                    val_acc=found.get("val_acc"),
-                    test_acc=found.get("test_acc"),
-                    test_top5=found.get("test_top5"),
-                    test_loss=found.get("test_loss"),
+                    epoch=chosen["epoch"],
+                    rule=chosen["selection"],
+                    val_acc=chosen.get("val_acc"),
+                    test_acc=chosen.get("test_acc"),
+                    test_top5=chosen.get("test_top5"),
+                    test_loss=chosen.get("test_loss"),
                 )
             if result.last is not None:  # runs of before there was a choice
                 last = result.last
@@ -162,9 +162,9 @@ def read_all(folders: Iterable[Path]) -> list[History]:
     once: dict[Path, Path] = {}
     for folder in folders:
         once.setdefault(folder.resolve(), folder)
-    found = [read(folder) for folder in once.values()]
-    names = [run.name for run in found]
-    return [run if names.count(run.name) == 1 else dataclasses.replace(run, name=str(run.path)) for run in found]
+    histories = [read(folder) for folder in once.values()]
+    names = [run.name for run in histories]
+    return [run if names.count(run.name) == 1 else dataclasses.replace(run, name=str(run.path)) for run in histories]
 
 
 def _result(run: RunFolder) -> Result | None:
@@ -179,10 +179,10 @@ def _result(run: RunFolder) -> Result | None:
 def _table(path: Path) -> dict[str, Any] | None:
     """What a file of JSON holds; None if there is none or it is no table, which no number depends on."""
     try:
-        found = json.loads(read_text(path))
+        table = json.loads(read_text(path))
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
+    return table if isinstance(table, dict) else None
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
@@ -195,7 +195,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:
         return []
-    found = []
+    rows = []
     for number, line in enumerate(lines[:-1], 1):
         try:
             row = json.loads(line)
@@ -203,19 +203,19 @@ def _rows(path: Path) -> list[dict[str, Any]]:
             row = None
         if not isinstance(row, dict) or not all(v is None or isinstance(v, (int, float)) for v in row.values()):
             raise ValueError(f"line {number} of {path} is damaged: it is no table of numbers.")
-        found.append(row)
-    return found
+        rows.append(row)
+    return rows
 
 
 def _epochs(path: Path) -> list[Epoch]:
-    known = {field.name for field in dataclasses.fields(Epoch)}
-    found = []
+    names = {field.name for field in dataclasses.fields(Epoch)}
+    epochs = []
     for number, row in enumerate(_rows(path), 1):
         try:
-            found.append(Epoch(**{key: value for key, value in row.items() if key in known}))
+            epochs.append(Epoch(**{key: value for key, value in row.items() if key in names}))
         except TypeError as error:
             raise ValueError(f"line {number} of {path} is damaged: it is no epoch.") from error
-    return found
+    return epochs
 
 
 def names_of(rows: Sequence[Mapping[str, Any]], *, without: Iterable[str]) -> list[str]:

@@ -70,18 +70,18 @@ def _cell(quantity: Quantity, run: History) -> Cell:
 
 
 def _unlike(runs: Sequence[History]) -> list[Markup]:
-    found, tone = differences(runs), tones(runs)
-    if not found:
+    differing, tone = differences(runs), tones(runs)
+    if not differing:
         return [heading("What differs", "Nothing: the settings are the same.")]
     columns = [Column("setting", text=True), *(Column(run.name, text=True) for run in runs)]
     if len(runs) > 4:  # more columns than a page is wide
-        columns = [Column("run", text=True), *(Column(key, text=True) for key in found)]
+        columns = [Column("run", text=True), *(Column(key, text=True) for key in differing)]
         rows = [
-            [Cell(run.name, tone=tone[run.name]), *(Cell(values[i]) for values in found.values())]
+            [Cell(run.name, tone=tone[run.name]), *(Cell(values[i]) for values in differing.values())]
             for i, run in enumerate(runs)
         ]
     else:
-        rows = [[Cell(key), *(Cell(value) for value in values)] for key, values in found.items()]
+        rows = [[Cell(key), *(Cell(value) for value in values)] for key, values in differing.items()]
     caption = "Settings that are not the same everywhere; in brackets: versions and machine."
     return [heading("What differs", caption), table(columns, rows)]
 

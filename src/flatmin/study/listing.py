@@ -82,14 +82,14 @@ class Entry:
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
-        found: dict[str, Any] = {
+        table: dict[str, Any] = {
             "name": self.name,
             "path": str(self.path),
             "state": self.state,
             "changed": self.changed,
             "size": self.size,
         }
-        return found | ({"problem": self.problem} if self.digest is None else dataclasses.asdict(self.digest))
+        return table | ({"problem": self.problem} if self.digest is None else dataclasses.asdict(self.digest))
 
 
 def entries(folder: Path) -> list[Entry]:
@@ -100,11 +100,13 @@ def entries(folder: Path) -> list[Entry]:
     """
     if not folder.is_dir():
         raise ValueError(f"there is no folder {str(folder)!r}.")
-    found: list[Path] = []
+    folders: list[Path] = []
     for place in (folder / "runs", folder):
-        if not found and place.is_dir():
-            found = [place / name for name in sorted(os.listdir(place)) if os.path.isfile(place / name / "config.json")]
-    return [_entry(path) for path in found]
+        if not folders and place.is_dir():
+            folders = [
+                place / name for name in sorted(os.listdir(place)) if os.path.isfile(place / name / "config.json")
+            ]
+    return [_entry(path) for path in folders]
 
 
 def _entry(path: Path) -> Entry:

@@ -11,7 +11,7 @@ from typing import Any
 from flatmin.measure.report import Quantity, Report
 from flatmin.stats import Stat, paired, summarise
 from flatmin.study.config import BASE
-from flatmin.study.known import ends_of
+from flatmin.study.finished import ends_of
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -68,20 +68,20 @@ class Comparison:
 
     def verdict(self, group: str) -> str:
         """Whether the group is flatter or sharper than the base by this quantity, as far as the seeds tell."""
-        found = self.difference.get(group)
-        if found is None or not self.quantity.flat:
+        difference = self.difference.get(group)
+        if difference is None or not self.quantity.flat:
             return ""
-        if found.covers_zero:
+        if difference.covers_zero:
             return "not told apart"
-        return "flatter" if (found.mean < 0) == (self.quantity.flat == "low") else "sharper"
+        return "flatter" if (difference.mean < 0) == (self.quantity.flat == "low") else "sharper"
 
 
 def groups_of(nets: Sequence[Measured]) -> dict[str, list[Measured]]:
     """The nets by group, in order of appearance, the base first."""
-    found: dict[str, list[Measured]] = {}
+    groups: dict[str, list[Measured]] = {}
     for net in nets:
-        found.setdefault(net.group, []).append(net)
-    return {**({BASE: found[BASE]} if BASE in found else {}), **found}
+        groups.setdefault(net.group, []).append(net)
+    return {**({BASE: groups[BASE]} if BASE in groups else {}), **groups}
 
 
 def check_doubles(nets: Iterable[tuple[str, int]]) -> None:
@@ -106,18 +106,18 @@ def compare_reports(nets: Sequence[Measured]) -> list[Comparison]:
     base = next(iter(groups))
     rows = []
     for name in dict.fromkeys(name for net in nets for name in net.report.quantities):
-        found = {
+        by_group = {
             g: {net.seed: q for net in members if (q := net.report.quantities.get(name)) is not None}
             for g, members in groups.items()
         }
-        values = {g: {seed: q.value for seed, q in one.items()} for g, one in found.items() if one}
+        values = {g: {seed: q.value for seed, q in one.items()} for g, one in by_group.items() if one}
         (low, high), step = ends_of(name), _step(name, nets)
         differences = {
             g: paired(one, values[base], step=step, ends=(low - high, high - low))
             for g, one in values.items()
             if g != base and base in values
         }
-        measured = [q for one in found.values() for q in one.values()]
+        measured = [q for one in by_group.values() for q in one.values()]
         errors = [q.error for q in measured]
         notes = list(dict.fromkeys(q.note for q in measured if q.note))
         if len(measured) < len(nets):
@@ -160,11 +160,11 @@ def remarks(nets: Sequence[Measured]) -> list[str]:
 
 def unlike(nets: Sequence[Measured]) -> list[str]:
     """In which conventions the nets differ, in words: numbers of two conventions are not to be compared."""
-    found = [dataclasses.asdict(net.report.conventions) for net in nets]
+    conventions = [dataclasses.asdict(net.report.conventions) for net in nets]
     return [
-        f"{key}: {', '.join(map(str, dict.fromkeys(one[key] for one in found)))}"
-        for key in found[0]
-        if len({str(one[key]) for one in found}) > 1
+        f"{key}: {', '.join(map(str, dict.fromkeys(one[key] for one in conventions)))}"
+        for key in conventions[0]
+        if len({str(one[key]) for one in conventions}) > 1
     ]
 
 

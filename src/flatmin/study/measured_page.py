@@ -132,13 +132,13 @@ def _several(nets: Sequence[Measured]) -> list[Markup]:
     return [
         paragraph(f"{sentence(nets[0])} Nets: {counts}.", "lead"),
         table(columns, rows),
-        notes([*(f"The nets were not measured alike: {words}." for words in differ), *left_out(nets)]),
+        notes([*(f"The nets were not measured alike: {difference}." for difference in differ), *left_out(nets)]),
     ]
 
 
 def _row(row: Comparison, groups: Sequence[str], others: Sequence[str]) -> list[Cell]:
-    def stat(found: Any) -> Cell:
-        return Cell("–") if found is None else Cell(told_stat(found), sort=found.mean)
+    def stat(value: Any) -> Cell:
+        return Cell("–") if value is None else Cell(told_stat(value), sort=value.mean)
 
     return [
         Cell(row.quantity.name, flag="; ".join(row.notes)),
@@ -168,22 +168,22 @@ def _figures(shown: Mapping[str, Measured], several: bool) -> list[tuple[str, st
     made: list[tuple[str, str, Callable[[], Figure]]] = []
 
     def add(name: str, title: str, caption: str, make: Callable[[Any], Figure]) -> None:
-        found = {label: net.report.result(name) for label, net in shown.items()}
-        found = {label: result for label, result in found.items() if result is not None}
-        if found:
-            made.append((title, caption + whose, partial(make, found if several else next(iter(found.values())))))
+        results = {label: net.report.result(name) for label, net in shown.items()}
+        results = {label: result for label, result in results.items() if result is not None}
+        if results:
+            made.append((title, caption + whose, partial(make, results if several else next(iter(results.values())))))
 
     add("eigenvalues", "Ends of the spectrum", "Bars are residuals.", draw.eigenvalues)
     add(
         "density",
         "Spectral density",
         "Raw nodes, smoothed for the picture only.",
-        lambda found: draw.density(found if several else {"density": found}),
+        lambda results: draw.density(results if several else {"density": results}),
     )
     for name, title in (("worst", "Worst case over the radius"), ("average", "Average case over the radius")):
 
-        def curves(found: Any, title: str = title) -> Figure:
-            named = found if several else {title: found}
+        def curves(results: Any, title: str = title) -> Figure:
+            named = results if several else {title: results}
             return draw.curve(
                 {k: (c.rhos, c.values, None if math.isnan(c.errors[0]) else c.errors) for k, c in named.items()},
                 xlabel="rho",

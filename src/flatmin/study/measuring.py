@@ -136,11 +136,11 @@ def measure(
         ValueError, ArithmeticError: the net or its data refuse.
     """
     check_device(view.device)
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         data = run.data()
         net = unwrapped(run.model(data))
-    remarks = tuple(dict.fromkeys(str(one.message) for one in told))
+    remarks = tuple(dict.fromkeys(str(one.message) for one in caught))
     net.register_forward_hook(_logits)
     check_fit(net, data)
     net = net.to(view.device)
@@ -152,7 +152,7 @@ def measure(
         mode=view.mode,
         dtype=DTYPES[view.dtype],
         autocast=torch.bfloat16 if view.dtype == "bfloat16" else None,
-        split=words(data, view),
+        split=split_of(data, view),
     )
     folder = None if view.landscapes is None else view.landscapes / run.name / content_hash(view.key, _digest(net))[:8]
 
@@ -242,7 +242,7 @@ def chosen(data: Data, view: View) -> torch.Tensor:
     return order[: view.examples].sort().values
 
 
-def words(data: Data, view: View) -> str:
+def split_of(data: Data, view: View) -> str:
     """The part for the record, with the share of wrong labels among the chosen examples if there are any."""
     if view.split != "train" or not bool(data.wrong.any()):
         return view.split
@@ -280,46 +280,46 @@ def measure_all(
     check_doubles((run.label, run.config.seed) for run in runs)
     done: dict[int, Measured] = {}
 
-    def end(i: int, found: Measured | Unmeasured) -> None:
-        if isinstance(found, Measured):
-            done[i] = found
+    def end(i: int, measured: Measured | Unmeasured) -> None:
+        if isinstance(measured, Measured):
+            done[i] = measured
             if on_done is not None:
-                on_done(found)
+                on_done(measured)
         elif on_failed is not None:
-            on_failed(found)
+            on_failed(measured)
         else:
-            kind = ValueError if found.refused else RuntimeError
-            raise kind(f"{found.why} (while {found.name} was measured)")
+            kind = ValueError if measured.refused else RuntimeError
+            raise kind(f"{measured.why} (while {measured.name} was measured)")
 
     if not workers:
         for i, run in enumerate(runs):
             try:
-                found: Measured | Unmeasured = measure(run, view, progress=progress, on_part=on_part)
+                measured: Measured | Unmeasured = measure(run, view, progress=progress, on_part=on_part)
             except Exception as error:
                 if on_failed is None:
                     error.add_note(f"(while {run.name} was measured)")
                     raise
-                found = _unmeasured(run, error)
-            end(i, found)
+                measured = _unmeasured(run, error)
+            end(i, measured)
         return list(done.values())
     left = dict(enumerate(runs))
     try:
         with closing(_served_by(workers, left, view, on_part)) as served:
-            for i, found in served:
+            for i, measured in served:
                 del left[i]
-                end(i, found)
+                end(i, measured)
     except BrokenProcessPool:
         # Which net ended its process is not known: each of those that are left gets a process to itself.
         for i, run in list(left.items()):
             try:
-                ((_, found),) = _served_by(1, {i: run}, view, on_part)
+                ((_, measured),) = _served_by(1, {i: run}, view, on_part)
             except BrokenProcessPool:
-                found = Unmeasured(
+                measured = Unmeasured(
                     name=run.name,
                     why="its process ended while it measured, often because memory ran out; use fewer --workers, "
                     "smaller batches or fewer examples.",
                 )
-            end(i, found)
+            end(i, measured)
     return [done[i] for i in range(len(runs)) if i in done]
 
 

@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from flatmin.study.code import Contents, code_of
-from flatmin.study.executors import Outcome, finished_and_missing
-from flatmin.study.executors.base import done_again
+from flatmin.study.executors import RunOutcome, finished_and_missing
+from flatmin.study.executors.executor import done_again
+from flatmin.study.expand import GridPoint, grid_points
 from flatmin.study.measuring import View
 from flatmin.study.record import Record
 from flatmin.study.spec import StudySpec
 from flatmin.study.store import Run, Store, unique
 from flatmin.study.stored_reports import lacking, report_path, stored_report
-from flatmin.study.unfold import Cell, cells
 from flatmin.train.config import RunConfig
 from flatmin.train.folder import RunFolder
 
@@ -29,7 +29,7 @@ class StudyPlan:
         store: where its runs are.
         cells: its rows.
         runs: by (row, seed); rows of one configuration share their runs.
-        found: outcomes of finished runs by name, with their reports.
+        finished: outcomes of finished runs by name, with their reports.
         missing: runs to do.
         unmeasured: finished runs whose networks are still to be measured.
         warnings: about the run folders.
@@ -37,9 +37,9 @@ class StudyPlan:
 
     spec: StudySpec
     store: Store
-    cells: list[Cell]
+    grid_points: list[GridPoint]
     runs: Mapping[tuple[int, int], Run]
-    found: Mapping[str, Outcome]
+    finished: Mapping[str, RunOutcome]
     missing: list[Run]
     unmeasured: list[Run] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -51,7 +51,7 @@ class StudyPlan:
 
 
 def plan(spec: StudySpec, out: Path, *, make: bool = True, retry: bool = False) -> StudyPlan:
-    """Unfold a study and look for finished runs.
+    """Expand a study to grid points and look for finished runs.
 
     Of the data only that is read by which they are known, see `flatmin.train.fingerprint.content_of`. They need not be
     here: runs are then known by their settings, code and data_dir, and a warning says so.
@@ -69,20 +69,20 @@ def plan(spec: StudySpec, out: Path, *, make: bool = True, retry: bool = False) 
     Raises:
         ValueError: settings that do not go together, or a folder that cannot be written.
     """
-    rows = cells(spec)
+    rows = grid_points(spec)
     store = Store(out, make=make)
     contents = Contents()
     runs = {
         (i, seed): run_of(config, store, contents, spec.record, spec.measure)
-        for i, cell in enumerate(rows)
-        for seed, config in cell.configs.items()
+        for i, grid_point in enumerate(rows)
+        for seed, config in grid_point.configs.items()
     }
     warnings = contents.warnings
-    found, missing = finished_and_missing(runs.values(), store, warnings.append)
+    finished, missing = finished_and_missing(runs.values(), store, warnings.append)
     unmeasured = []
     again = set()
     for run in unique(runs.values()):
-        if (outcome := found.get(run.name)) is None or outcome.result is None:
+        if (outcome := finished.get(run.name)) is None or outcome.result is None:
             continue
         if outcome.result.failure is not None:
             again |= {run.name} if retry else set()
@@ -93,7 +93,7 @@ def plan(spec: StudySpec, out: Path, *, make: bool = True, retry: bool = False) 
                 report = None
                 if make:
                     report_path(folder, run.view).unlink(missing_ok=True)
-            found[run.name] = dataclasses.replace(outcome, report=report)
+            finished[run.name] = dataclasses.replace(outcome, report=report)
             if report is None and RunFolder(folder).weights.is_file():
                 unmeasured.append(run)
             elif report is None:
@@ -101,15 +101,15 @@ def plan(spec: StudySpec, out: Path, *, make: bool = True, retry: bool = False) 
     for run in unique(runs.values()):
         if run.name in again:
             missing.append(done_again(run, store))
-            del found[run.name]
+            del finished[run.name]
             if make:
                 (store.folder(run) / "result.json").unlink(missing_ok=True)
     return StudyPlan(
         spec=spec,
         store=store,
-        cells=rows,
+        grid_points=rows,
         runs=runs,
-        found=found,
+        finished=finished,
         missing=missing,
         unmeasured=unmeasured,
         warnings=warnings,

@@ -428,19 +428,19 @@ def _value_label(items: Sequence[Landscape], value: Value) -> str:
 
 
 def _is_log(values: Array, log: bool | None) -> bool:
-    known = values[np.isfinite(values)]
-    positive = bool((known > 0).all())
+    finite = values[np.isfinite(values)]
+    positive = bool((finite > 0).all())
     if log and not positive:
         raise ValueError("a logarithmic scale needs positive values; leave log=None.")
-    return bool(positive and known.max() >= 10 * known.min()) if log is None else log
+    return bool(positive and finite.max() >= 10 * finite.min()) if log is None else log
 
 
 def _levels(z: Array, log: bool, levels: int | Sequence[float]) -> Array:
     if not isinstance(levels, int):
-        found = np.asarray(levels, dtype=np.float64)
-        if found.ndim != 1 or len(found) < 2 or not (np.diff(found) > 0).all() or (log and found[0] <= 0):
+        heights = np.asarray(levels, dtype=np.float64)
+        if heights.ndim != 1 or len(heights) < 2 or not (np.diff(heights) > 0).all() or (log and heights[0] <= 0):
             raise ValueError("levels must rise, at least two of them, above 0 where they are logarithmic.")
-        return found
+        return heights
     if levels < 2:
         raise ValueError(f"levels must be at least 2, got {levels!r}.")
     low, high = float(np.nanmin(z)), float(np.nanmax(z))

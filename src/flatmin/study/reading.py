@@ -1,4 +1,4 @@
-"""A study from a TOML preset, with `key=value` words laid over it; whatever is wrong is said in one sentence."""
+"""A study from a TOML preset with `key=value` overrides; each mistake raises an error of one sentence."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from flatmin.measure.report import ReportSettings, chosen
 from flatmin.study.measuring import View
 from flatmin.study.record import Record
-from flatmin.study.spec import METRICS, NAMED, Arm, Given, Published, StudySpec, as_word
+from flatmin.study.spec import METRICS, NAMED, Arm, Given, Published, StudySpec, as_text
 from flatmin.study.sweep import Axis, read_axis, tidy
 from flatmin.train.config import RunConfig
 from flatmin.train.options import Options
@@ -28,31 +28,31 @@ def read_study(name: str, overrides: Sequence[str] = (), *, demo: bool = False) 
         name: see `flatmin study list`.
         overrides: "epochs=20" sets all runs, "rho=0.1,0.2" makes an axis of all arms that have the key, "seed=0..4"
             says which seeds.
-        demo: the small twin that the preset has.
+        demo: read the scaled-down version of the preset.
 
     Raises:
         ValueError: an unknown preset or key, or a table of another form.
     """
     table = read_preset(name, "study")
-    twin = table.pop("demo", None)
+    scaled_down = table.pop("demo", None)
     if demo:
-        if twin is None:
+        if scaled_down is None:
             raise ValueError(f"the study {name} has no demo.")
-        table = {**table, **twin, "published": []}
+        table = {**table, **scaled_down, "published": []}
     spec = _spec(name, table)
-    for word in overrides:
-        spec = _changed(spec, read_axis(word, lists=_LISTS), word)
+    for override in overrides:
+        spec = _changed(spec, read_axis(override, lists=_LISTS), override)
     _apart(spec)
     return spec
 
 
-def _changed(spec: StudySpec, axis: Axis, word: str) -> StudySpec:
+def _changed(spec: StudySpec, axis: Axis, override: str) -> StudySpec:
     """The study with an axis, of one value or several, in place of whatever it and its arms had for that key."""
     if axis.key == "seed":
         return dataclasses.replace(spec, seeds=_seeds(axis.values))
-    _words(spec.name, {axis.key: word})
+    _as_texts(spec.name, {axis.key: override})
     if axis.key in _FIXED and len(axis.values) > 1:
-        raise ValueError(f"{axis.key} takes one value here, got {word}; write an arm for each in a .toml file.")
+        raise ValueError(f"{axis.key} takes one value here, got {override}; write an arm for each in a .toml file.")
     arms = []
     for arm in spec.arms:
         settings = {key: value for key, value in arm.settings.items() if key != axis.key}
@@ -65,7 +65,7 @@ def _changed(spec: StudySpec, axis: Axis, word: str) -> StudySpec:
         axes = [one for one in axes if one.key != axis.key]
     elif axis not in axes:
         axes.append(axis)
-    changed = (*(one for one in spec.changed if one.partition("=")[0] != axis.key), word)
+    changed = (*(one for one in spec.changed if one.partition("=")[0] != axis.key), override)
     return dataclasses.replace(spec, arms=tuple(arms), settings=settings, axes=tuple(axes), changed=changed)
 
 
@@ -113,7 +113,7 @@ def _spec(name: str, table: Mapping[str, Any]) -> StudySpec:
         title=table["title"],
         source=table.get("source", ""),
         train=table["train"],
-        settings=_words(name, table.get("settings", {})),
+        settings=_as_texts(name, table.get("settings", {})),
         axes=_axes(name, table.get("axes", {})),
         arms=arms,
         seeds=_seeds(table.get("seeds", (0, 1, 2))),
@@ -134,9 +134,9 @@ def _spec(name: str, table: Mapping[str, Any]) -> StudySpec:
 
 
 def _names(name: str, key: str, table: Mapping[str, Any]) -> tuple[str, ...]:
-    found = table.get(key, ())
-    _expect(name, key, list(found) if isinstance(found, tuple) else found, list)
-    return tuple(map(str, found))
+    names = table.get(key, ())
+    _expect(name, key, list(names) if isinstance(names, tuple) else names, list)
+    return tuple(map(str, names))
 
 
 def _record(name: str, table: Mapping[str, Any]) -> Record:
@@ -194,7 +194,7 @@ def _arm(name: str, table: Mapping[str, Any]) -> Arm:
     _expect(name, f"axes of {table['label']!r}", axes, dict)
     return Arm(
         label=str(table["label"]),
-        settings=_words(name, settings),
+        settings=_as_texts(name, settings),
         axes=_axes(name, axes),
         choose=_names(name, "choose", table),
     )
@@ -206,8 +206,8 @@ def _given(name: str, table: Mapping[str, Any]) -> Given:
     when = {key: value if isinstance(value, list) else [value] for key, value in table.items() if key != "set"}
     if not settings or not when:
         raise ValueError(f"study {name}: an entry of given needs a key with its values, and a table named set.")
-    tidied = {key: tuple(tidy(as_word(value)) for value in values) for key, values in when.items()}
-    return Given(when=tidied, settings=_words(name, settings))
+    tidied = {key: tuple(tidy(as_text(value)) for value in values) for key, values in when.items()}
+    return Given(when=tidied, settings=_as_texts(name, settings))
 
 
 def _published(name: str, table: Mapping[str, Any]) -> Published:
@@ -218,7 +218,7 @@ def _published(name: str, table: Mapping[str, Any]) -> Published:
     for key in ("value", "spread"):
         if isinstance(table.get(key, 0), bool) or not isinstance(table.get(key, 0), (int, float)):
             raise ValueError(f"study {name}: the {key} {table[key]!r} of a published number is no number.")
-    where = {key: tidy(as_word(value)) for key, value in table.items() if key not in (*wanted, "spread")}
+    where = {key: tidy(as_text(value)) for key, value in table.items() if key not in (*wanted, "spread")}
     return Published(
         label=str(table["label"]),
         where=where,
@@ -240,9 +240,9 @@ def _check_published(spec: StudySpec, one: Published) -> None:
             f"(columns: {', '.join(spec.columns or METRICS)})"
         )
     axes = {axis.key: axis.values for axis in (*spec.axes, *arm.axes)}
-    known = {*axes, *field_types(RunConfig), *spec.settings, *arm.settings}
+    keys = {*axes, *field_types(RunConfig), *spec.settings, *arm.settings}
     for key, value in one.where.items():
-        if key not in known or value not in axes.get(key, (value,)):
+        if key not in keys or value not in axes.get(key, (value,)):
             raise ValueError(f"study {spec.name}: a published number is for {key}={value}, which no run has.")
 
 
@@ -251,12 +251,12 @@ def _axes(name: str, table: Mapping[str, Any]) -> tuple[Axis, ...]:
         _expect(name, f"the axis {key}", values, list)
         if key in _FIXED:
             raise ValueError(f"study {name}: {key} is no axis; write an arm for each.")
-    _words(name, table)
-    return tuple(Axis(key, tuple(map(as_word, values))) for key, values in table.items())
+    _as_texts(name, table)
+    return tuple(Axis(key, tuple(map(as_text, values))) for key, values in table.items())
 
 
-def _words(name: str, table: Mapping[str, Any]) -> dict[str, str]:
-    """Settings as words.
+def _as_texts(name: str, table: Mapping[str, Any]) -> dict[str, str]:
+    """Settings as text.
 
     Raises:
         ValueError: a key that is not for settings.
@@ -268,7 +268,7 @@ def _words(name: str, table: Mapping[str, Any]) -> dict[str, str]:
         if key in field_types(Options):
             own = "; it is an entry of [record]" if key in field_types(Record) else ""
             raise ValueError(f"study {name}: {key} says how one run is logged and kept, and is no setting{own}.")
-    return {key: as_word(value) for key, value in table.items()}
+    return {key: as_text(value) for key, value in table.items()}
 
 
 def _expect_flat(name: str, key: str, value: Any) -> None:
@@ -277,7 +277,7 @@ def _expect_flat(name: str, key: str, value: Any) -> None:
 
 
 def _seeds(values: Sequence[Any]) -> tuple[int, ...]:
-    return tuple(map(_seed, Axis("seed", tuple(map(as_word, values))).values))
+    return tuple(map(_seed, Axis("seed", tuple(map(as_text, values))).values))
 
 
 def _seed(word: str) -> int:

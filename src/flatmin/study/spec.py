@@ -21,7 +21,7 @@ class Arm:
 
     Args:
         label: what the table calls it.
-        settings: of its runs, as words.
+        settings: of its runs, as text.
         axes: of its own, beside the study's.
         choose: of its axes, those whose value is chosen on validation, beside the study's.
     """
@@ -38,7 +38,7 @@ class Given:
 
     Args:
         when: key -> the values that it must have one of.
-        settings: as words.
+        settings: as text.
     """
 
     when: Mapping[str, tuple[str, ...]]
@@ -68,14 +68,14 @@ class Published:
 
 @dataclass(frozen=True, kw_only=True)
 class StudySpec:
-    """A study before it is unfolded.
+    """A study before it is expanded to grid points.
 
     Args:
         name: of the preset.
         title: of the table.
         source: what it remakes.
         train: the preset of `flatmin train` that its runs start from.
-        settings: of all runs, as words.
+        settings: of all runs, as text.
         axes: of all arms.
         arms: rows.
         seeds: one run each.
@@ -89,7 +89,7 @@ class StudySpec:
         given: further settings of some points.
         published: numbers to stand beside.
         notes: what a reader must know, such as how this differs from the source.
-        changed: the words that were laid over the preset, but for seeds.
+        changed: the overrides of the preset, except those of seeds.
     """
 
     name: str
@@ -111,10 +111,10 @@ class StudySpec:
     changed: tuple[str, ...] = ()
 
 
-def as_word(value: Any) -> str:
+def as_text(value: Any) -> str:
     """A TOML value as one types it."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, (list, tuple)):
-        return ",".join(map(as_word, value))
+        return ",".join(map(as_text, value))
     return repr(value) if isinstance(value, float) else str(value)

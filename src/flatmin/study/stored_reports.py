@@ -29,27 +29,27 @@ def make_report(folder: Path, view: View) -> Mapping[str, Any]:
             report, see `lacking`.
     """
     run = find(folder)
-    found = measure(run, dataclasses.replace(view, device=run.config.device)).report.to_dict()
-    write_json(report_path(folder, view), dict(found))
-    return found
+    report = measure(run, dataclasses.replace(view, device=run.config.device)).report.to_dict()
+    write_json(report_path(folder, view), dict(report))
+    return report
 
 
 def stored_report(folder: Path, view: View) -> Mapping[str, Any] | None:
     """The report of this view that a run keeps; None if there is none that can be read."""
     try:
-        found = json.loads(read_text(report_path(folder, view)))
+        report = json.loads(read_text(report_path(folder, view)))
     except (OSError, ValueError):
         return None  # measured again
-    return found if isinstance(found, dict) and "sections" in found else None
+    return report if isinstance(report, dict) and "sections" in report else None
 
 
 def lacking(report: Mapping[str, Any]) -> dict[str, str]:
     """What a kept report was to have and has not, and why."""
-    found: dict[str, str] = {}
+    missing: dict[str, str] = {}
     for section in report["sections"].values():
-        found |= section.get("missing", {})
-        found |= {name: q.get("note", "") for name, q in section["quantities"].items() if q["value"] is None}
-    return found
+        missing |= section.get("missing", {})
+        missing |= {name: q.get("note", "") for name, q in section["quantities"].items() if q["value"] is None}
+    return missing
 
 
 def report_path(folder: Path, view: View) -> Path:

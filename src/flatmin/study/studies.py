@@ -42,15 +42,15 @@ def study(
     tell(
         Planned(
             stage="study",
-            runs=len(todo.found) + len(todo.missing),
-            reused=len(todo.found) - len(todo.unmeasured),
+            runs=len(todo.finished) + len(todo.missing),
+            reused=len(todo.finished) - len(todo.unmeasured),
             epochs=sum(run.config.epochs for run in todo.open),
             nets=sum(run.view is not None for run in todo.open),
             # What it takes elsewhere is not known here.
             seconds=guess_seconds(configs, workers) if configs and executor == "local" else None,
         )
     )
-    outcomes = dict(todo.found) | execute(
+    outcomes = dict(todo.finished) | execute(
         todo.open, todo.store, workers=workers, on_event=tell, executor=executor, settings=settings
     )
     return tabulate(todo, outcomes)

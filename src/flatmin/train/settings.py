@@ -1,4 +1,4 @@
-"""Typed settings: frozen dataclasses, filled from a TOML preset, then from `key=value` words."""
+"""Typed settings: frozen dataclasses, filled from a TOML preset, then from `key=value` overrides."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def fill(cls: type[T], table: Mapping[str, Any], *, origin: str = "settings") ->
     return cls(**{key: coerce(key, value, kinds[key]) for key, value in table.items()})
 
 
-def split_word(word: str) -> tuple[str, str]:
+def split_override(word: str) -> tuple[str, str]:
     """("key", "value") of "key=value".
 
     Raises:

@@ -8,17 +8,17 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flatmin.study.executors.base import Executor, OnEvent, Outcome, StudyInterrupted, finished_and_missing
+from flatmin.study.executors.executor import Executor, OnEvent, RunOutcome, StudyInterrupted, finished_and_missing
 from flatmin.study.store import Run, Store
-from flatmin.train.settings import field_types, fill, parse, split_word
+from flatmin.train.settings import field_types, fill, parse, split_override
 from flatmin.words import suggest
 
 __all__ = [
     "EXECUTORS",
     "Executor",
-    "Interrupted",
     "OnEvent",
-    "Outcome",
+    "RunOutcome",
+    "StudyInterrupted",
     "execute",
     "executor_settings",
     "finished_and_missing",
@@ -51,7 +51,7 @@ def make_executor(name: str, settings: Mapping[str, Any] | None = None) -> Execu
     return made
 
 
-def executor_settings(name: str, words: Sequence[str]) -> dict[str, Any]:
+def executor_settings(name: str, overrides: Sequence[str]) -> dict[str, Any]:
     """Settings of an executor from `key=value` words.
 
     Raises:
@@ -59,19 +59,19 @@ def executor_settings(name: str, words: Sequence[str]) -> dict[str, Any]:
         ModuleNotFoundError: the executor's package is not installed.
     """
     kinds = field_types(type(make_executor(name)))
-    found: dict[str, Any] = {}
-    for word in words:
-        key, text = split_word(word)
+    settings: dict[str, Any] = {}
+    for word in overrides:
+        key, text = split_override(word)
         table, dot, entry = key.partition(".")
         if dot and typing.get_origin(kinds.get(table)) is dict:
-            found.setdefault(table, {})[entry] = text
+            settings.setdefault(table, {})[entry] = text
             continue
         if key not in kinds:
-            known = f" (settings: {', '.join(kinds)})" if kinds else ""
-            raise ValueError(f"the executor {name} has no setting {key!r}{suggest(key, kinds)}{known}")
-        found[key] = parse(key, text, kinds[key])
-    make_executor(name, found)
-    return found
+            listed = f" (settings: {', '.join(kinds)})" if kinds else ""
+            raise ValueError(f"the executor {name} has no setting {key!r}{suggest(key, kinds)}{listed}")
+        settings[key] = parse(key, text, kinds[key])
+    make_executor(name, settings)
+    return settings
 
 
 def execute(
@@ -82,7 +82,7 @@ def execute(
     on_event: OnEvent,
     executor: str = "local",
     settings: Mapping[str, Any] | None = None,
-) -> dict[str, Outcome]:
+) -> dict[str, RunOutcome]:
     """Do all runs, in the given order as workers become free.
 
     A run whose worker is lost is taken up again from its last checkpoint, by another worker and at most twice. So is a
@@ -109,7 +109,7 @@ def execute(
     chosen = make_executor(executor, settings)
     if workers < 0 or (workers == 0 and executor != "local"):
         raise ValueError(f"the executor {executor} needs at least one worker, got workers={workers}.")
-    outcomes: dict[str, Outcome] = {}
+    outcomes: dict[str, RunOutcome] = {}
     try:
         if runs:
             chosen.run(runs, store, workers=workers, on_event=on_event, outcomes=outcomes)

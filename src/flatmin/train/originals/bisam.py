@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flatmin.train.originals.project import Project, Translation, Value, idle, to_words, truth
+from flatmin.train.originals.project import Project, Translation, Value, idle, to_overrides, truth
 from flatmin.train.originals.reader import choose
 
 _METHODS = {"sam": "sam", "bisam_log": "bisam-log", "bisam_tanh": "bisam-tanh", "base": "sgd"}
@@ -82,7 +82,7 @@ def _rule(flags: BisamFlags, given: frozenset[str]) -> Translation:
             "CIFAR-100 is normalised with the mean and deviation of CIFAR-10, as in the script, which reads them from "
             "files in ./dataa and stops where there are none."
         )
-    return Translation(words=to_words(preset, table), notes=tuple(notes))
+    return Translation(command=to_overrides(preset, table), notes=tuple(notes))
 
 
 def _method(flags: BisamFlags, given: frozenset[str], table: dict[str, Value]) -> list[str]:

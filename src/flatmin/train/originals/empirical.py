@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flatmin.train.originals.project import Project, Translation, Value, idle, to_words, truth
+from flatmin.train.originals.project import Project, Translation, Value, idle, to_overrides, truth
 from flatmin.train.originals.reader import choose
 
 # optimizer and radius of the script's two files of settings; the class's own radius is 0.05
@@ -83,7 +83,7 @@ def _rule(flags: EmpiricalFlags, given: frozenset[str]) -> Translation:
         notes.append("The script's WRN begins with BatchNorm weights drawn from (0, 1), ours with 1.")
     notes += _tracking(flags, given, table)
     notes.append("The script augments its validation images; ours are left as they are.")
-    return Translation(words=to_words("cifar100-resnet18", table), notes=tuple(notes))
+    return Translation(command=to_overrides("cifar100-resnet18", table), notes=tuple(notes))
 
 
 def _tracking(flags: EmpiricalFlags, given: frozenset[str], table: dict[str, Value]) -> list[str]:

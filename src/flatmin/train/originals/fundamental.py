@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flatmin.train.originals.project import Project, Translation, Value, to_words
+from flatmin.train.originals.project import Project, Translation, Value, to_overrides
 from flatmin.words import suggest
 
 _MODELS = {"resnet18": "resnet18", "resnet34": "resnet34", "wrn28_10": "wrn28-10"}
@@ -69,7 +69,7 @@ def _rule(flags: FundamentalFlags, given: frozenset[str]) -> Translation:
     if data != "tiny_imagenet":
         table["statistics"] = "cifar10"
     table["precision"] = "float32"
-    return Translation(words=to_words(_PRESETS[data], table), notes=tuple(_notes(flags.experiment)))
+    return Translation(command=to_overrides(_PRESETS[data], table), notes=tuple(_notes(flags.experiment)))
 
 
 def _schedule(name: str) -> dict[str, Value]:

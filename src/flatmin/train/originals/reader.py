@@ -14,7 +14,7 @@ F = TypeVar("F")
 V = TypeVar("V")
 
 
-def read_flags(cls: type[F], words: Sequence[str], *, script: str) -> tuple[F, frozenset[str]]:
+def read_flags(cls: type[F], arguments: Sequence[str], *, script: str) -> tuple[F, frozenset[str]]:
     """The flags of a command line, as argparse reads them.
 
     `--name value` and `--name=value`; a beginning of a name that fits one flag only stands for it; the last of several
@@ -23,7 +23,7 @@ def read_flags(cls: type[F], words: Sequence[str], *, script: str) -> tuple[F, f
 
     Args:
         cls: a frozen dataclass whose fields are the flags, with the script's defaults.
-        words: the words of the line after the script's name.
+        arguments: the words of the line after the script's name.
         script: whose flags they are, for the errors.
 
     Returns:
@@ -33,7 +33,7 @@ def read_flags(cls: type[F], words: Sequence[str], *, script: str) -> tuple[F, f
         ValueError: an unknown or ambiguous flag, a word that belongs to none, a value of another type, or none.
     """
     kinds = settings.field_types(cls)
-    rest, values = list(words), {}
+    rest, values = list(arguments), {}
     while rest:
         word = rest.pop(0)
         if not word.startswith("--"):
@@ -48,13 +48,13 @@ def read_flags(cls: type[F], words: Sequence[str], *, script: str) -> tuple[F, f
     return cls(**values), frozenset(values)
 
 
-def strip_script(words: Sequence[str]) -> tuple[list[str], list[str]]:
+def strip_script(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """What is left of a pasted line without `VARIABLE=value`, `python` and the script's name, and the variables.
 
     Raises:
         ValueError: the line starts several processes.
     """
-    rest, variables = list(words), []
+    rest, variables = list(arguments), []
     while rest and not rest[0].startswith("--"):
         word = rest[0]
         if re.fullmatch(r"[A-Z_][A-Z0-9_]*=\S*", word):

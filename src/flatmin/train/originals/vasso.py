@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flatmin.train.originals.project import Project, Translation, Value, idle, to_words
+from flatmin.train.originals.project import Project, Translation, Value, idle, to_overrides
 from flatmin.train.originals.reader import choose
 
 _METHODS = {"": "sgd", "sam-": "sam", "vasso-": "vasso"}
@@ -109,7 +109,7 @@ def _rule(flags: VassoFlags, given: frozenset[str]) -> Translation:
     else:
         notes += idle(given, wandb_project="--wandb is not given")
     table["precision"] = "float32"
-    return Translation(words=to_words(preset, table), notes=tuple(notes))
+    return Translation(command=to_overrides(preset, table), notes=tuple(notes))
 
 
 def _method(flags: VassoFlags, given: frozenset[str], table: dict[str, Value]) -> list[str]:

@@ -25,7 +25,7 @@ def ends_of(column: str) -> Ends:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Known:
+class FinishedRun:
     """A run that reached its end.
 
     Args:
@@ -48,14 +48,14 @@ class Known:
         Args:
             column: see `flatmin.study.spec.StudySpec.columns`.
         """
-        found = self._found(column)
-        return None if found is None or not math.isfinite(found) else found
+        value = self._found(column)
+        return None if value is None or not math.isfinite(value) else value
 
     def _found(self, column: str) -> float | None:
         result = self.result
         if column in ("test_acc", "test_top5", "val_acc"):
-            found = (result.chosen or {}).get(column)
-            return None if found is None else float(found)
+            value = (result.chosen or {}).get(column)
+            return None if value is None else float(value)
         if column == "memorised":
             return None if result.last is None or result.last[column] is None else float(result.last[column])
         if column == "lambda_max":
