@@ -49,7 +49,7 @@ def makers(setting: Setting, methods: list[str]) -> dict[str, Callable[[], Loop]
 def sample(setting: Setting, methods: list[str], rounds: int, repeats: int, seed: int = 0) -> dict[str, Any]:
     """Raw seconds: {label: [[floor before, method, floor after], ...]}.
 
-    Models are built anew for every sample, so that a lucky place in memory is part of the spread and not of a method.
+    Models are rebuilt for every sample, so that a lucky place in memory is part of the spread and not of a method.
     """
     build = makers(setting, methods)
     order = random.Random(seed)

@@ -57,12 +57,12 @@ def config_of(net: str, method: str, batch: int, device: str, **settings: Any) -
 
 
 class TimedTraining(Protocol):
-    """A training run that goes on for as many updates as it is told to."""
+    """A training run that continues for as many updates as it is told to."""
 
     model: nn.Module
 
     def run(self, updates: int) -> None:
-        """Go on."""
+        """Continue."""
 
     def forget(self) -> None:
         """Begin with an empty momentum."""
@@ -87,13 +87,13 @@ class Ours:
             yield from self.trainer.batches()
 
     def run(self, updates: int) -> None:
-        """Go on."""
+        """Continue."""
         with numerics(self.config):
             for _ in range(updates):
                 self.trainer.step(next(self._batches))
 
     def repeat(self, batch: Batch, updates: int) -> None:
-        """Go on with one and the same batch, so that none has to be made."""
+        """Continue one and the same batch, so that none has to be made."""
         with numerics(self.config):
             for _ in range(updates):
                 self.trainer.step(batch)
@@ -153,7 +153,7 @@ class Plain:
             group |= {"lr": LR, "momentum": MOMENTUM, "weight_decay": DECAY}
 
     def run(self, updates: int) -> None:
-        """Go on."""
+        """Continue."""
         with defaults(self.config.device):
             for _ in range(updates):
                 batch = [t.to(self.config.device, non_blocking=self._pinned) for t in next(self._batches)]

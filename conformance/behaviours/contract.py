@@ -85,7 +85,7 @@ def two_evaluations_a_step(adapter: Adapter) -> str:
 def scheduler_drives_the_lr(adapter: Adapter) -> str:
     """A torch scheduler changes the learning rate that the weights see.
 
-    The schedule runs and is logged, and training goes on with the first learning rate.
+    The schedule runs and is logged, and training continues with the first learning rate.
     """
     model = net()
     reference = copy.deepcopy(model)

@@ -71,7 +71,7 @@ def _with_reference(
 
 @behaviour
 def exception_in_pass_2(adapter: Adapter) -> str:
-    """An exception in the second pass leaves the weights at w, and training goes on as if the step had not been.
+    """An exception in the second pass leaves the weights at w, and training continues as if the step had not been.
 
     A caught out-of-memory error or an interrupt before a checkpoint leaves w + eps in it.
     """

@@ -158,7 +158,7 @@ def own_ascents_and_replicas(adapter: Adapter) -> str:
 def inf_on_one_replica(adapter: Adapter) -> str:
     """With own ascents an inf in pass 1 of one replica leaves all of them finite and equal.
 
-    One replica skips its ascent, or its step, and the others go on without it.
+    One replica skips its ascent, or its step, and the others continue without it.
     """
     model, subject = _replicated(adapter, torch.float32, ascent_sync="none")
     _train(subject, model, range(2))
@@ -267,7 +267,7 @@ def _on_disk(work: Callable[[str], None]) -> None:
 
 @behaviour(ranks=2)
 def fsdp2_checkpoint(adapter: Adapter) -> str:
-    """A sharded run goes on from torch.distributed.checkpoint's files as if uninterrupted, bit for bit.
+    """A sharded run continues from torch.distributed.checkpoint's files as if uninterrupted, bit for bit.
 
     Long sharded trainings cannot be resumed, or lose their momentum.
     """

@@ -73,7 +73,7 @@ def resume_with_adamw(adapter: Adapter) -> str:
 def loading_keeps_the_model(adapter: Adapter) -> str:
     """After load_state_dict the optimizer trains the model's own tensors.
 
-    The optimizer goes on training tensors of the checkpoint, and the model stands still.
+    The optimizer continues training tensors of the checkpoint, and the model stands still.
     """
     model, subject = _built(adapter, sgd())
     train(subject, model, range(2))

@@ -335,7 +335,7 @@ def mixed_dtypes(adapter: Adapter) -> str:
 def addresses_stay(adapter: Adapter) -> str:
     """Weights keep their storage: the address is the same in both passes and after the step.
 
-    CUDA graphs, flat buffers and views for averages go on pointing at memory that is no weight any more.
+    CUDA graphs, flat buffers and views for averages keep pointing at memory that is no weight any more.
     """
     model = net()
     params = list(model.parameters())

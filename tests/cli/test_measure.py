@@ -295,7 +295,7 @@ class TestSeveral:
         differences = [values["sam", seed] - values["sgd", seed] for seed in (0, 1)]
         mean, half = sum(differences) / 2, 12.706205 * abs(differences[0] - differences[1]) / 2
         (row,) = re.findall(r"^lambda_1 .*$", said, re.MULTILINE)
-        verdict = "not told apart" if abs(mean) <= half else "flatter" if mean < 0 else "sharper"
+        verdict = "not significant" if abs(mean) <= half else "flatter" if mean < 0 else "sharper"
         assert told(mean, half) in row and row.rstrip().endswith(verdict)
         assert "Nets: sgd 2, sam 2. Mean ± 95 % t interval over the seeds" in " ".join(said.split())
 
@@ -501,7 +501,7 @@ class TestWhatFails:
             main(["measure", str(folders["sgd", 0]), *given])
         assert stopped.value.code == 130
         file = tmp_path / "out" / f"{name}.json"
-        said = f"Interrupted; what was measured is in {file}; landscapes are kept and go on from there.\n"
+        said = f"Interrupted; what was measured is in {file}; landscapes are kept and continue from there.\n"
         assert capsys.readouterr().err == said
         (one,) = read(file)["nets"]
         assert "loss" in one["sections"]["model"]["quantities"]

@@ -140,7 +140,7 @@ class TestSeveral:
 class TestRefusals:
     def test_no_run(self, home, refused):
         assert (
-            "there is no run 'ful', neither as a folder nor as a name in flatmin-runs/runs; did you mean 'full'?"
+            "there is no run 'ful', neither a folder nor a name in flatmin-runs/runs; did you mean 'full'?"
             in (refused("ful"))
         )
         assert "study is not a run: there is no config.json in it" in refused("study")

@@ -158,7 +158,7 @@ def test_ctrl_c_says_how_to_go_on(study, monkeypatch, tmp_path):
     monkeypatch.setattr(executor, "perform", stopped)
     result = study("seed=0")
     assert result.exit_code == 130
-    assert "1 of 3 runs are finished and kept; the same command goes on from there." in result.stderr
+    assert "1 of 3 runs are finished and kept; the same command continues from there." in result.stderr
     assert not (tmp_path / "out" / "studies").exists()
     monkeypatch.setattr(executor, "perform", perform)
     assert sum(line.startswith("[") for line in study("seed=0").output.splitlines()) == 2

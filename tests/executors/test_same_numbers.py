@@ -82,7 +82,7 @@ def test_ctrl_c_calls_off_what_is_under_way(tmp_path, engine, monkeypatch):
 
     before = set(below(os.getpid()))
     store = Store(tmp_path, checkpoint_seconds=0)
-    with pytest.raises(StudyInterrupted, match="0 of 2 runs are finished and kept; the same command goes on from"):
+    with pytest.raises(StudyInterrupted, match="0 of 2 runs are finished and kept; the same command continues from"):
         execute(runs(2, epochs=300), store, on_event=stop, **engine)
     deadline = time.monotonic() + 20
     while any(alive(pid) for pid in set(below(os.getpid())) - before):

@@ -324,7 +324,7 @@ def test_an_interrupt_keeps_what_is_finished_and_says_how_to_go_on(tmp_path, wor
 
     runs = [run(seed=seed) for seed in range(3)]
     store = Store(tmp_path)
-    with pytest.raises(StudyInterrupted, match="1 of 3 runs are finished and kept; the same command goes on from"):
+    with pytest.raises(StudyInterrupted, match="1 of 3 runs are finished and kept; the same command continues from"):
         execute(runs, store, workers=workers, on_event=on_event)
     assert len(list(Path(tmp_path).glob("runs/*/result.json"))) >= 1
     assert store.find(runs[0], pytest.fail) is not None

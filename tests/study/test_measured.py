@@ -82,10 +82,10 @@ class TestCompare:
             ("low", (5.0, 6.1), "sharper"),
             ("high", (1.0, 2.1), "sharper"),
             ("high", (5.0, 6.1), "flatter"),
-            ("low", (2.0, 5.0), "not told apart"),
-            ("high", (3.0, 4.0), "not told apart"),
-            ("low", (1.0,), "not told apart"),
-            ("low", (math.nan, 2.0), "not told apart"),
+            ("low", (2.0, 5.0), "not significant"),
+            ("high", (3.0, 4.0), "not significant"),
+            ("low", (1.0,), "not significant"),
+            ("low", (math.nan, 2.0), "not significant"),
             ("", (1.0, 2.1), ""),
         ],
     )
@@ -133,7 +133,7 @@ class TestCompare:
         assert row.difference["sam"].half == pytest.approx(12.706205 / WHERE.examples / math.sqrt(2), rel=1e-6)
         assert told_stat(row.groups["sgd"]) == "0.125 (0 to 1)" and told_stat(row.groups["sam"]) == "0.375 (0 to 1)"
         (row,) = compare_reports(nets(values))
-        assert row.verdict("sam") == "not told apart" and told_stat(row.difference["sam"]) == "0.25"
+        assert row.verdict("sam") == "not significant" and told_stat(row.difference["sam"]) == "0.25"
 
     def test_refusals(self):
         with pytest.raises(ValueError, match="there is no net to compare"):
@@ -201,7 +201,7 @@ class TestPage:
         assert "Measures: sgd and sam" in outline.text and "Nets: sgd (2), sam (2)." in words
         assert {"sam - sgd", "sam is", "error of one net"} <= set(outline.text)
         rows = compare_reports(real)
-        assert {row.verdict("sam") for row in rows} >= {"not told apart"}
+        assert {row.verdict("sam") for row in rows} >= {"not significant"}
         for row in rows:
             stats = (row.groups["sgd"], row.groups["sam"], row.difference["sam"])
             assert row.quantity.name in words and all(told_stat(s) in outline.text for s in stats)

@@ -50,7 +50,7 @@ def files(stopped):
 
 
 def resumed(path):
-    """Where it went on, and its warnings."""
+    """Where it continued, and its warnings."""
     told = go(path, CONFIG)
     return next(e.step for e in told if isinstance(e, Began)), [e.text for e in told if isinstance(e, Warned)]
 
@@ -127,7 +127,7 @@ class TestPassedOver:
         step, warnings = resumed(stopped)
         assert step == 0
         assert [str(file) in warning for file, warning in zip(files, warnings[:2], strict=True)] == [True, True]
-        assert "begins from the start" in warnings[2] and len(warnings) == 3
+        assert "starts from the beginning" in warnings[2] and len(warnings) == 3
         assert as_left_alone(stopped, runs)
 
     def test_none_are_there_and_it_begins_without_a_word(self, stopped, files, runs):

@@ -1,4 +1,4 @@
-"""A run that was stopped and goes on ends as one that was left alone, bit for bit."""
+"""A run that was stopped and continues ends as one that was left alone, bit for bit."""
 
 import pytest
 from hypothesis import given, settings
@@ -85,7 +85,7 @@ class TestEveryPlace:
 
 
 class TestSignals:
-    """Ctrl-C and SIGTERM wait for the update that goes on, and nothing is lost.
+    """Ctrl-C and SIGTERM wait for the update in progress, and nothing is lost.
 
     Here they come while a listener is told of the update before.
     """

@@ -609,6 +609,6 @@ class TestRefusedBeforeAnythingIsWritten:
 def test_a_finished_run_is_not_resumed(tmp_path):
     run(config(epochs=1), tmp_path)
     before = (tmp_path / "result.json").read_bytes()
-    with pytest.raises(ValueError, match=r"holds a finished run, so there is nothing to go on with"):
+    with pytest.raises(ValueError, match=r"holds a finished run, so there is nothing to continue"):
         train(config(epochs=1), folder=RunFolder(tmp_path), resume=True)
     assert (tmp_path / "result.json").read_bytes() == before

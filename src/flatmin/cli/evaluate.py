@@ -1,4 +1,4 @@
-"""`flatmin eval`: the kept weights of a run on its own data or on others."""
+"""`flatmin eval`: evaluate the weights of a run on its own data or on other data."""
 
 from __future__ import annotations
 
@@ -19,24 +19,27 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder, or its name in flatmin-runs/runs.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or the name of a run in flatmin-runs/runs.")],
     data: Annotated[
-        str | None, typer.Option(help="Another data set, by name or as package.module:function. Default: its own.")
+        str | None,
+        typer.Option(help="Another data set, by name or as package.module:function. Default: that of the run."),
     ] = None,
-    data_dir: Annotated[str | None, typer.Option(help="Folder of its files. Default: that of the run.")] = None,
-    split: Annotated[str, typer.Option(help="train (with the labels trained on), val or test.")] = "test",
+    data_dir: Annotated[str | None, typer.Option(help="Folder of its files (default: that of the run).")] = None,
+    split: Annotated[str, typer.Option(help="train (with the labels of training), val or test.")] = "test",
     flip_tta: Annotated[
         bool | None,
-        typer.Option("--flip-tta/--no-flip-tta", help="Mean over image and mirrored image. Default: as the run did."),
+        typer.Option(
+            "--flip-tta/--no-flip-tta", help="Average over image and mirrored image (default: as in the run)."
+        ),
     ] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Samples in a forward pass.")] = None,
-    classes: Annotated[bool, typer.Option("--classes", help="The accuracy of every class too.")] = False,
+    batch: Annotated[int | None, typer.Option(min=1, help="Samples per forward pass.")] = None,
+    classes: Annotated[bool, typer.Option("--classes", help="Also print the accuracy of every class.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print only JSON.")] = False,
 ) -> None:
-    """Evaluate the weights that a run kept.
+    """Evaluate the weights of a run.
 
-    Images are normalised with the statistics of the run's training data, of whatever data set they are.
+    Images of any data set are normalised with the statistics of the run's training data.
     """
     import torch
 

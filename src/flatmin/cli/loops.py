@@ -1,4 +1,4 @@
-"""Which loops serve which method, for a terminal and for the docs page."""
+"""Which loops support which method, for the terminal and the docs page."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ YES, NO = "yes", "-"
 
 
 def reasons(table: Mapping[str, Method]) -> dict[tuple[str, Loop], str | None]:
-    """Why a loop cannot serve a method (None: it can), for every pair."""
+    """Why a loop does not support a method (None: it does), for every pair."""
     return {(name, loop): refusal(method.recipe(), loop) for name, method in table.items() for loop in Loop}
 
 

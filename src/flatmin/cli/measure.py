@@ -1,4 +1,4 @@
-"""`flatmin measure`: curvature, sharpness and landscapes of trained nets, one report or a comparison."""
+"""`flatmin measure`: curvature, sharpness and landscapes of trained networks, as a report or a comparison."""
 
 from __future__ import annotations
 
@@ -40,31 +40,38 @@ def measure(
             help="report, all, or of model,hessian,trace,density,sharpness,flatness,layers,published,landscape."
         ),
     ] = "report",
-    split: Annotated[str, typer.Option(help="train (with the labels trained on), val or test.")] = "train",
-    examples: Annotated[int | None, typer.Option(min=1, help="How many of them. Default: all.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Examples in a forward pass.")] = 150,
-    params: Annotated[str, typer.Option(help="Patterns of parameter names, with commas.")] = "*",
-    mode: Annotated[str, typer.Option(help="eval, or train: BatchNorm by the batch.")] = "eval",
-    dtype: Annotated[str, typer.Option(help="float32, float64, or bfloat16 (autocast, some percent off).")] = "float32",
+    split: Annotated[str, typer.Option(help="train (with the labels of training), val or test.")] = "train",
+    examples: Annotated[int | None, typer.Option(min=1, help="Number of examples (default: all).")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Examples per forward pass.")] = 150,
+    params: Annotated[str, typer.Option(help="Patterns of parameter names, separated by commas.")] = "*",
+    mode: Annotated[str, typer.Option(help="eval, or train: BatchNorm with batch statistics.")] = "eval",
+    dtype: Annotated[
+        str, typer.Option(help="float32, float64, or bfloat16 (autocast; accurate to some percent).")
+    ] = "float32",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    model: Annotated[str | None, typer.Option(help="For a file of weights: its net, as pkg.module:function.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="For a file of weights: its network, as pkg.module:function.")
+    ] = None,
     data: Annotated[str | None, typer.Option(help="For a file of weights: its data, as pkg.module:function.")] = None,
     key: Annotated[
-        str | None, typer.Option(help="For a file with several weights that fit: which, such as ema or state_dict.")
+        str | None,
+        typer.Option(help="For a file with several matching sets of weights: which one, such as ema or state_dict."),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder of the numbers, the page and the landscapes.")] = Path(
         "flatmin-measures"
     ),
-    workers: Annotated[int | None, typer.Option(min=0, help="Processes for several nets. Default: one a core.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Processes for several networks (default: one per core).")
+    ] = None,
     page: Annotated[bool, typer.Option("--page/--no-page", help="Write the HTML page.")] = True,
-    png: Annotated[bool, typer.Option("--png", help="Write the report of each net as a picture too.")] = False,
+    png: Annotated[bool, typer.Option("--png", help="Also write the report of each network as a picture.")] = False,
     open_page: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
 ) -> None:
-    """Say how flat trained nets are: numbers with their errors, pictures, and groups of seeds side by side.
+    """Measure the flatness of trained networks: numbers with their errors, pictures, and a comparison over seeds.
 
-    One net gives its report. Several give a table by the arm that they belong to, with paired differences to sgd. What
-    cannot be measured is named with its reason, and the exit status is 3; all else is kept. Numbers of another net or
-    of other settings that are in the folder already are left there: the new ones get a name with a number.
+    For one network the command prints its report. For several it prints a table by arm, with paired differences to
+    sgd. It names what could not be measured and why, and exits with 3; everything else is written. Existing files of
+    other networks or settings are not overwritten: new files get a number.
     """
     import torch
 
@@ -107,7 +114,7 @@ def measure(
     )
     several = len(runs) > 1
     if workers and (not several or device != "cpu"):
-        raise ValueError("--workers is for several nets on the CPU; here there is one process.")
+        raise ValueError("--workers is for several networks on the CPU; this command uses one process.")
     processes = (default_workers() if workers is None else workers) if several and device == "cpu" else 0
     console = make_console()
     about = environment(device, 1 if processes else torch.get_num_threads())
@@ -141,13 +148,13 @@ def measure(
         stored = [str(file.json) for file in files.values() if file.read()]
         typer.echo(
             f"Interrupted; {'what was measured is in ' + ', '.join(stored) if stored else 'nothing was measured yet'}; "
-            "landscapes are kept and go on from there.",
+            "landscapes are stored and continue from there.",
             err=True,
         )
         raise typer.Exit(130) from None
     if not nets:
         whys = " ".join(f"{why} (while {names} was measured)" for why, names in _by_reason(failed))
-        raise ValueError(f"no net could be measured: {whys}")
+        raise ValueError(f"no network could be measured: {whys}")
     _print(nets, console)
     lacking = bool(failed) or any(net.report.missing for net in nets)
     if several:
@@ -186,7 +193,7 @@ def measure(
 
 
 def _by_reason(failed: Sequence[Unmeasured]) -> list[tuple[str, str]]:
-    """Each reason with the names of the nets."""
+    """Each reason with the names of the networks."""
     names_of: dict[str, list[str]] = {}
     for net in failed:
         names_of.setdefault(net.why, []).append(net.name)
@@ -203,7 +210,7 @@ class _File:
 
     @classmethod
     def free(cls, folder: Path, name: str, of: str, others: Iterable[_File]) -> _File:
-        """The file of this name, or the first of it with a number that holds nothing else."""
+        """The file of this name, or the first numbered one that holds no other numbers."""
         taken = {other.json for other in others}
         for number in itertools.count(1):
             file = folder / (f"{name}.json" if number == 1 else f"{name}-{number}.json")
@@ -224,7 +231,7 @@ class _File:
 
 
 def _keep(files: Mapping[str, _File], about: dict[str, object], net: Measured, *, done: bool = False) -> None:
-    """Write what is known of a net, also in another process; of a net in work only what is more than is there."""
+    """Write the numbers of a network; of an unfinished one only if they are more than the file has."""
     from flatmin.study.measured import as_json
     from flatmin.train.files import write_json
 
@@ -283,11 +290,11 @@ class _Bar:
         self._bar.stop()
 
     def part(self, what: str, share: float) -> None:
-        """What is being measured, and how much of it is done."""
+        """Show what is being measured and the share done."""
         self._bar.update(self._task, part=what.replace("_", " "), completed=share if self._nets == 1 else None)
 
     def done(self, net: Measured) -> None:
-        """A net is done."""
+        """Show that a network is done."""
         self._done += 1
         seconds = sum(section.seconds for section in net.report.sections)
         if self._nets > 1:
@@ -312,7 +319,7 @@ def _print(nets: Sequence[Measured], console: Console) -> None:
                 console.print(_numbers(section.quantities))
                 console.print()
             for measure_name, why in section.missing.items():
-                console.print(f"{measure_name} is not there: {why}", markup=False, highlight=False)
+                console.print(f"{measure_name} is missing: {why}", markup=False, highlight=False)
         return
     counts = ", ".join(f"{name} {len(members)}" for name, members in groups_of(nets).items())
     console.print(_comparison(nets))
@@ -330,7 +337,7 @@ def _print(nets: Sequence[Measured], console: Console) -> None:
             highlight=False,
         )
     for words in unlike(nets):
-        console.print(f"The nets were not measured alike: {words}.", markup=False, highlight=False)
+        console.print(f"The networks were measured with different settings: {words}.", markup=False, highlight=False)
 
 
 def _table() -> Table:

@@ -1,4 +1,4 @@
-"""`flatmin runs`: what runs there are, and the removal of some."""
+"""`flatmin runs`: list and remove runs."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _STYLES = {"failed": "yellow", "damaged": "red", "going on": "green"}
 def list_runs(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The runs are in FOLDER/runs.")] = HOME,
     sort: Annotated[str, typer.Option(help=f"By {', '.join(_KEYS)}.")] = "when",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print only JSON.")] = False,
 ) -> None:
     """List the runs in a folder."""
     from flatmin.study.listing import entries
@@ -66,11 +66,13 @@ def list_runs(
 
 @runs.command("rm")
 def remove_runs(
-    targets: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run folders, or names in flatmin-runs/runs.")],
+    targets: Annotated[
+        list[str], typer.Argument(metavar="RUN...", help="Run folders, or names of runs in flatmin-runs/runs.")
+    ],
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Also runs that are going on.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Also remove runs in progress.")] = False,
 ) -> None:
-    """Remove runs with everything that is in their folders."""
+    """Remove runs with all files in their folders."""
     from flatmin.study.listing import check_removable, remove, size_of
 
     folders = list({path.resolve(): path for path in map(run_folder, targets)}.values())
@@ -82,11 +84,11 @@ def remove_runs(
         try:
             agreed = typer.confirm(f"Remove {what}?")
         except typer.Abort:
-            raise ValueError("nothing was removed: nobody answered; add --yes where nobody can.") from None
+            raise ValueError("nothing was removed: there was no answer; add --yes to remove without asking.") from None
         if not agreed:
             typer.echo("Nothing was removed.")
             return
-    # Somebody may have gone on with one while the question stood there.
+    # Somebody may have continued one while the question stood there.
     check_removable(folders, force=force)
     remove(folders)
     typer.echo(f"Removed {what}.")

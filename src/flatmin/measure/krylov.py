@@ -98,8 +98,8 @@ def spectrum(
 
     A Krylov space holds one vector of each eigenspace, so a single run finds an eigenvalue once however often it is
     there, and a multi-output regression has each as often as it has outputs. So where the eigenvalues found are not all
-    the same, the run goes on from new random vectors across all that it knows, until one of them finds no further copy
-    of any but the last, and had at most a chance of 0.1 % to miss it. That is one such vector of about five to ten
+    the same, the run continues from new random vectors across all that it knows, until one of them finds no further
+    copy of any but the last, and had at most a chance of 0.1 % to miss it. That is one such vector of about five to ten
     products where nothing is found (more where the spectrum is crowded), and one more for each copy. Where restarts
     leave no bound on that chance, the search ends after three vectors that find none, and the spectrum is not
     `converged`; a larger `memory` helps. With top=1 (and bottom=1) there is nothing to look for.
@@ -383,7 +383,7 @@ class _Run:
         self._linked = False
 
     def turn(self, values: Tensor, vectors: Tensor, picked: Tensor) -> None:
-        """Go on from a new random vector across the basis, which a copy of an eigenvalue cannot hide from."""
+        """Continue from a new random vector across the basis, which a copy of an eigenvalue cannot hide from."""
         if self._sweep is None:
             self._sweep = values.clone(), vectors[0].square().clone()
         if self.filled > self.capacity // 2 + len(picked) and self.capacity < self.size:

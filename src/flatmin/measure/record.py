@@ -1,4 +1,4 @@
-"""What every landscape has: its points, the model that it belongs to, and one file in which it goes on."""
+"""What every landscape has: its points, the model that it belongs to, and one file in which it continues."""
 
 from __future__ import annotations
 

@@ -148,7 +148,7 @@ class Session:
     Args:
         problem: the function.
         settings: how it is measured.
-        folder: where landscapes are kept, so that they go on where they were stopped; None: nowhere.
+        folder: where landscapes are kept, so that they continue where they were stopped; None: nowhere.
         progress: called with (what is measured, share of it done).
 
     Attributes:
@@ -239,7 +239,7 @@ class Session:
     def _why(self, error: Exception) -> str:
         """The reason for a number that is missing; what is no failure of a measure is raised again."""
         refused = isinstance(error, (ValueError, ArithmeticError, _KrylovError))
-        # Processes of a group must go on alike, and what they refuse, all of them do.
+        # Processes of a group must continue alike, and what they refuse, all of them do.
         if error is self._raised or (self.problem.group is not None and not refused):
             raise error
         why = reason(error)
@@ -247,7 +247,7 @@ class Session:
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in why:
             why += "; smaller batches or fewer examples need less memory"
             if "hessian" in vars(self):
-                self.hessian.close()  # what it keeps is made anew where it is needed
+                self.hessian.close()  # what it keeps is made again where it is needed
         return why
 
 

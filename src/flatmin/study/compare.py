@@ -45,7 +45,7 @@ class Plan:
         seconds: a guess of the wall time of the missing runs; None if there are none.
         sizes: samples in train, validation and test.
         steps: of the metrics; see `flatmin.study.costs.Counts.steps`.
-        left_out: method -> why this loop or model cannot serve it; only if the settings allow to go on without.
+        left_out: method -> why this loop or model cannot serve it; only if the settings allow to continue without.
         warnings: about the run folders.
     """
 
@@ -136,7 +136,7 @@ def compare(
 
     Raises:
         ValueError: what `plan` raises, or no run at all had a result.
-        flatmin.study.executors.Interrupted: on Ctrl-C; finished runs are kept.
+        flatmin.study.executors.StudyInterrupted: on Ctrl-C; finished runs are kept.
     """
     tell: OnEvent = on_event if on_event is not None else lambda event: None
     todo = plan(config, out=out, workers=workers) if prepared is None else prepared

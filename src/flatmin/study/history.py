@@ -1,4 +1,4 @@
-"""Runs read back from their folders as far as they have come: finished, failed, stopped, or going on right now."""
+"""Runs read back from their folders as far as they have come: finished, failed, stopped, or running right now."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class History:
         label: the arm that it belongs to.
         config: what it trains with.
         environment: versions and machine.
-        state: FINISHED, FAILED, GOING_ON or STOPPED (by Ctrl-C or by force; it can go on).
+        state: FINISHED, FAILED, GOING_ON or STOPPED (by Ctrl-C or by force; it can continue).
         lines: the epochs so far.
         steps, measures: lines between epochs and measurements, if there are any.
         result: what it ended with, if it has.

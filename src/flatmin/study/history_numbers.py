@@ -84,7 +84,7 @@ def _epochs(run: History) -> str:
 
 
 QUANTITIES = (
-    Quantity("state", "a run that is stopped or failed can go on with --resume", lambda run: run.state),
+    Quantity("state", "a run that is stopped or failed can continue with --resume", lambda run: run.state),
     Quantity("method", "with the parameters that were set", _method),
     _number("rho", "radius of the perturbation, in the method's own norm", lambda run: run.config.rho, "g"),
     Quantity("model", "the network", lambda run: run.config.model),

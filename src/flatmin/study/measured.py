@@ -72,7 +72,7 @@ class Comparison:
         if difference is None or not self.quantity.flat:
             return ""
         if difference.covers_zero:
-            return "not told apart"
+            return "not significant"
         return "flatter" if (difference.mean < 0) == (self.quantity.flat == "low") else "sharper"
 
 

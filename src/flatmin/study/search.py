@@ -81,7 +81,7 @@ def search(
     A trial trains the row's configuration with the asked settings once for each of the study's seeds. Its cost is
     counted in gradient evaluations: a method of two an update gets half the trials of plain training. A row stops
     before the trial that would exceed the budget; a point that is asked for twice counts twice. Runs are those of the
-    store, so the same call again replays the finished ones and a larger budget goes on from them.
+    store, so the same call again replays the finished ones and a larger budget continues from them.
 
     Args:
         spec: the study; what its arms and axes have for what is searched is left out. Each arm must have one row.
@@ -98,7 +98,7 @@ def search(
     Raises:
         ValueError: a budget below the cost of one trial, a setting that no arm has, a trial that flatmin refuses.
         ModuleNotFoundError: Optuna is not installed (extra "search").
-        Interrupted: on Ctrl-C; finished runs are kept.
+        StudyInterrupted: on Ctrl-C; finished runs are kept.
     """
     tell = on_event if on_event is not None else lambda event: None
     tasks = _tasks(spec, dimensions)

@@ -32,7 +32,7 @@ def study(
         settings: of the executor.
 
     Raises:
-        Interrupted: on Ctrl-C; finished runs are kept.
+        StudyInterrupted: on Ctrl-C; finished runs are kept.
         OSError, ValueError, ModuleNotFoundError: the data, a network or a device cannot be had.
     """
     tell: OnEvent = on_event if on_event is not None else lambda event: None

@@ -1,4 +1,4 @@
-"""The schedules of training as rules of the theory, which go on for ever."""
+"""The schedules of training as rules of the theory, which continue for ever."""
 
 from __future__ import annotations
 

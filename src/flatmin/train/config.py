@@ -88,7 +88,7 @@ class RunConfig:
             "max-test": the best on the test part, which is no honest estimate.
         test_every: look at the test part every so many epochs, for curves; 0: once, at the end.
         flip_tta: evaluate on the mean of the logits of image and mirrored image.
-        nonfinite: when a loss or gradient is not finite: "stop" the run, or "skip" the update and go on.
+        nonfinite: when a loss or gradient is not finite: "stop" the run, or "skip" the update and continue.
         max_skips: how many updates may be skipped before the run stops all the same.
         measure: whether lambda_max is measured at the end.
 
@@ -237,7 +237,7 @@ def derive_seed(seed: int, purpose: str) -> int:
     """A seed for one purpose, unrelated to the same seed for another.
 
     Example:
-        >>> stream(0, "noise") == stream(0, "noise") != stream(0, "order")
+        >>> derive_seed(0, "noise") == derive_seed(0, "noise") != derive_seed(0, "order")
         True
     """
     return int.from_bytes(hashlib.sha256(f"{purpose}:{seed}".encode()).digest()[:7], "big")

@@ -133,11 +133,11 @@ class Feed:
                 part.x.only(share).check()
 
     def state_dict(self, *, inside: bool) -> dict[str, Any]:
-        """Generators and number of the epoch: as when the present epoch began if it goes on, else as they are."""
+        """Generators and number of the epoch: as when the present epoch began if it is unfinished, else as they are."""
         return dict(self._began if inside else self._states())
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there; see `state_dict`."""
+        """Continue from there; see `state_dict`."""
         self._order.set_state(state["order"])
         self._augment.set_state(state["augment"])
         self._number = state["number"]

@@ -90,7 +90,7 @@ def package_digest() -> str:
 
 
 class OtherDataError(ValueError):
-    """The data are not those that a run, or a plan of runs, was begun with."""
+    """The data are not those that a run, or a plan of runs, started with."""
 
 
 @dataclass(frozen=True, kw_only=True)

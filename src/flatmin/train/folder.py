@@ -29,10 +29,10 @@ TABLES = ("steps.jsonl", "measures.jsonl")
 
 
 class RunFolder:
-    """One run on disk.
+    """A run on disk.
 
     config.json, env.json, data.json (what the model takes): written first. metrics.jsonl: a line an epoch.
-    steps.jsonl: a line every `log_every` updates. measures.jsonl: a line a measurement. checkpoints/: while it goes on.
+    steps.jsonl: a line every `log_every` updates. measures.jsonl: a line a measurement. checkpoints/: while it runs.
     weights.pt: a state dict. result.json: written last; it makes the run finished.
 
     Args:
@@ -45,7 +45,7 @@ class RunFolder:
 
     @contextmanager
     def hold(self, *, patience: float | None = lock.GLANCE) -> Iterator[None]:
-        """Keep other processes from training here; inside, a second call of this object's is part of the first.
+        """Lock the folder against other processes; inside, a second call of the same object has no effect.
 
         Args:
             patience: see `flatmin.train.lock.hold`.
@@ -116,7 +116,7 @@ class RunFolder:
         write_json(self.path / "config.json", {**labels, **canonical(config)})
 
     def take_over(self, other: RunFolder) -> None:
-        """Copy what a run of another folder needs to go on in this one, where no run is yet.
+        """Copy what a run of another folder needs to continue in this one, where no run is yet.
 
         Raises:
             OSError: something cannot be read or written.
@@ -157,7 +157,9 @@ class RunFolder:
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"{where} cannot be read: {reason(error)}; remove it to go by the data.") from error
+            raise ValueError(
+                f"{where} cannot be read: {reason(error)}; remove it, and the data are read instead."
+            ) from error
 
     def environment(self) -> dict[str, Any]:
         """Versions and machine; empty if they cannot be read."""
@@ -168,7 +170,7 @@ class RunFolder:
         return table if isinstance(table, dict) else {}
 
     def add_environment(self, added: Mapping[str, Any]) -> None:
-        """Add the environment in which the run goes on; where it is another one, env.json has both."""
+        """Add the environment in which the run continues; where it is another one, env.json has both."""
         write_json(self.path / "env.json", merged([self.environment(), added]))
 
     def add_line(self, line: Epoch) -> None:
@@ -176,7 +178,7 @@ class RunFolder:
         append(self.path / "metrics.jsonl", json.dumps(dataclasses.asdict(line)))
 
     def set_lines(self, lines: Sequence[Epoch]) -> None:
-        """Write metrics.jsonl anew."""
+        """Rewrite metrics.jsonl."""
         text = "".join(json.dumps(dataclasses.asdict(line)) + "\n" for line in lines)
         write_text(self.path / "metrics.jsonl", text)
 
@@ -229,7 +231,7 @@ class RunFolder:
         return rows
 
     def rewind(self, lines: Sequence[Epoch], step: int) -> None:
-        """Take back what was recorded after a checkpoint.
+        """Remove what was recorded after a checkpoint.
 
         Args:
             lines: the epochs that the checkpoint knows.
@@ -249,12 +251,12 @@ class RunFolder:
         write_atomically(self.weights, lambda file: torch.save(plain, file))
 
     def finish(self, result: Result, *, prolong: bool = False, **labels: str) -> None:
-        """Write result.json; from then on the run is finished.
+        """Write result.json, which marks the run as finished.
 
         Args:
             result: of the run.
-            prolong: keep the last checkpoint, from which the run can go on. Default: the checkpoints of a run that has
-                not failed are removed.
+            prolong: keep the last checkpoint, from which the run can continue. Default: remove the checkpoints, unless
+                the run failed.
             labels: further entries.
         """
         write_json(self.path / "result.json", {"version": VERSION, **labels, **canonical(result)})
@@ -265,7 +267,7 @@ class RunFolder:
         """The result of a finished run.
 
         Args:
-            check: told the content; False if it is another run's.
+            check: called with the content; returns False if it belongs to another run.
 
         Raises:
             ValueError: it cannot be read, or is another run's.

@@ -1,4 +1,4 @@
-"""One training run from its first step to its result, resumable at any of them."""
+"""One training run from its first step to its result, resumable at every step."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ def train(
     """Train once.
 
     The same configuration gives the same numbers bit for bit on one CPU with one number of threads, also if the run is
-    interrupted and goes on from a checkpoint; on a GPU with `deterministic`. The global random state is left as it
-    was. Under `torchrun` all processes call this; rank 0 writes and tells.
+    interrupted and continues from a checkpoint; on a GPU with `deterministic`. The global random state is left as it
+    was. Under `torchrun` all processes call this; rank 0 writes files and calls the listeners.
 
     Args:
         config: the run.
-        folder: where it is kept. Default: nowhere, and without checkpoints.
-        resume: go on from the folder's last good checkpoint, or from the start if there is none.
+        folder: where it is written. Default: nowhere, and without checkpoints.
+        resume: continue from the folder's last good checkpoint, or from the start if there is none.
         options: Default `Options()`.
         labels: further entries of config.json.
         data: already loaded data of this configuration. Default: loaded here.
-        content: what the data must be. Default: whatever they are.
+        content: what the data must be. Default: any.
         on_event: called with the events of `flatmin.train.events`.
         on_epoch: called with every epoch's line.
         on_end: called with the model and its chosen weights; not where the run failed.
@@ -64,7 +64,7 @@ def train(
             checkpoint of another run, or in which another process trains.
         flatmin.train.fingerprint.OtherDataError: the data are not `content`, or not those of the checkpoint.
         OSError: a file could not be read or written.
-        Interrupted: by Ctrl-C or SIGTERM, with a folder and in one process, after writing a checkpoint.
+        TrainingInterrupted: by Ctrl-C or SIGTERM, with a folder and in one process, after writing a checkpoint.
     """
     options = Options() if options is None else options
     check_machine(config)
@@ -106,29 +106,29 @@ def train(
 
 
 def _check_resumable(folder: RunFolder, config: RunConfig) -> None:
-    """Refuse to begin anew in place of a run that is finished or has other settings.
+    """Refuse to start over in place of a run that is finished or has other settings.
 
     Raises:
-        ValueError: it is so, and there is no checkpoint that could be gone on with.
+        ValueError: there is such a run and no checkpoint that could be continued.
     """
     finished = folder.finished and folder.result().failure is None
     if not folder.begun or (checkpoint.listed(folder.checkpoints) and not finished):
         return
     other = differences(identity(folder.config()[0]), config)
     if finished and not other:
-        raise ValueError(f"{folder.path} holds a finished run, so there is nothing to go on with; leave out resume.")
+        raise ValueError(f"{folder.path} holds a finished run, so there is nothing to continue; leave out resume.")
     if other and not (list(other) == ["epochs"] and checkpoint.listed(folder.checkpoints)):
         state = "finished run" if finished else "run"
         raise ValueError(
-            f"{folder.path} holds a {state} of other settings and no checkpoint to go on from: "
-            f"{', '.join(other.values())}; name another folder, or leave out resume to begin anew in this one."
+            f"{folder.path} holds a {state} of other settings and no checkpoint to continue from: "
+            f"{', '.join(other.values())}; name another folder, or leave out resume to start over in this one."
         )
 
 
 def _trackers(
     options: Options, folder: RunFolder, resume: bool, listeners: list[OnEvent], stack: ExitStack
 ) -> list[OnEvent]:
-    """The trackers asked for, closed with the stack; one that fails is told of and dropped."""
+    """The requested trackers, closed with the stack; one that fails is disabled with a warning."""
     from flatmin.train.trackers import Safely, make_tracker
 
     def warn(text: str) -> None:

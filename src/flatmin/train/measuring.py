@@ -21,7 +21,7 @@ from flatmin.words import reason
 def measured(trainer: Trainer, options: Options, warn: Callable[[str], None]) -> dict[str, float]:
     """Numbers of `flatmin.measure.report` by name, for the mean cross-entropy in eval mode; the model is left as it is.
 
-    What cannot be measured is left out, and told; it does not end the run.
+    What cannot be measured is left out with a warning; it does not end the run.
 
     Args:
         trainer: of the run; with an average of the weights, the caller applies it.

@@ -1,4 +1,4 @@
-"""What the updates of one epoch add up to."""
+"""Sums over the updates of one epoch."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _NUMBERS = ("samples", "images", "skipped", "seconds")
 
 
 class Meter:
-    """Losses and hits of an epoch, kept on the device until somebody asks.
+    """Losses and correct answers of an epoch, kept on the device until they are read.
 
-    Losses that are not finite belong to updates that were skipped; they are left out of the means.
+    Losses that are not finite belong to skipped updates and are left out of the means.
     """
 
     def __init__(self) -> None:
@@ -31,7 +31,7 @@ class Meter:
         return len(self.losses)
 
     def add(self, step: Step, images: int) -> None:
-        """Take an update on so many images in; a method that climbs on another batch sees more than it descends on."""
+        """Add an update on so many images; a method that climbs on another batch sees more than it descends on."""
         self.images += images
         self.losses.append(step.loss)
         self.right.append(step.right)
@@ -60,7 +60,7 @@ class Meter:
         return {**stacks, **{name: getattr(self, name) for name in _NUMBERS}}
 
     def load_state_dict(self, state: dict[str, Any], device: str) -> None:
-        """Go on from what `state_dict` gave."""
+        """Continue from what `state_dict` gave."""
         for name in ("losses", "perturbed", "right"):
             setattr(self, name, list(state[name].to(device).unbind()))
         for name in _NUMBERS:

@@ -18,7 +18,7 @@ class Options:
             since the start; 0: at the end of every epoch that `checkpoint_every` names.
         checkpoint_steps: updates between further checkpoints inside an epoch; 0: none.
         keep_checkpoints: how many stay on disk.
-        prolong: keep the last checkpoint of a finished run that can go on with more epochs, see
+        prolong: keep the last checkpoint of a finished run that can continue with more epochs, see
             `flatmin.train.state.fixed_length`.
         weights: whether the chosen weights are kept.
         signals: whether Ctrl-C and SIGTERM end the run with a checkpoint.
@@ -26,7 +26,7 @@ class Options:
         diagnostics: record the optimizer's diagnostics, at the cost of one more copy of the gradient and one of the
             displacement, which checkpoints hold too.
         trackers: names of `flatmin.train.trackers.TRACKERS`.
-        project: under which trackers file the run.
+        project: name under which trackers group runs.
         measure_every: epochs between measurements; 0: none.
         measures: what is measured then, as `what` of `flatmin.measure.report`.
         measure_examples: on how many training samples.

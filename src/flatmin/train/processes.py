@@ -18,10 +18,10 @@ _SET_BY_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_P
 
 @dataclass(frozen=True)
 class World:
-    """This process among all.
+    """This process and the number of all.
 
     Args:
-        rank: from 0; rank 0 writes and speaks.
+        rank: from 0; rank 0 writes and prints.
         size: how many there are.
         local_rank: on this machine; the number of its GPU.
     """
@@ -32,7 +32,7 @@ class World:
 
     @property
     def first(self) -> bool:
-        """Whether this one writes and speaks."""
+        """Whether this process writes and prints."""
         return self.rank == 0
 
     def sum_(self, values: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ class World:
         return values
 
     def broadcast(self, value: Any) -> Any:
-        """The value that rank 0 has, in all processes."""
+        """The value of rank 0, in all processes."""
         if self.size == 1:
             return value
         box = [value]
@@ -50,7 +50,7 @@ class World:
         return box[0]
 
     def all_gather(self, value: Any) -> list[Any]:
-        """The value of every process, in all."""
+        """The values of all processes, in each."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -58,13 +58,13 @@ class World:
         return values
 
     def share_buffers(self, model: nn.Module) -> None:
-        """Give all processes the buffers that rank 0 has: its statistics are kept, so they are to be evaluated."""
+        """Broadcast the buffers of rank 0: its statistics are stored, so they are evaluated."""
         if self.size > 1:
             for buffer in model.buffers():
                 dist.broadcast(buffer, 0)
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Wait for all processes."""
         if self.size > 1:
             dist.barrier()
 

@@ -1,4 +1,4 @@
-"""The weights that a run kept, evaluated again: on its own data or on others of the same kind."""
+"""Evaluate the weights of a run again: on its own data or on other data of the same kind."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class ClassShare:
 
 @dataclass(frozen=True, kw_only=True)
 class Reevaluation:
-    """What came out.
+    """The result of an evaluation.
 
     Args:
         data, split, samples: what was evaluated.

@@ -55,7 +55,7 @@ class TrainingRun:
     # -- beginning -----------------------------------------------------------------------------------------------
 
     def begin(self, resume: bool, labels: dict[str, str]) -> None:
-        """Make the folder, or go on from its last good checkpoint."""
+        """Make the folder, or continue from its last good checkpoint."""
         env = environment(self.config.device, torch.get_num_threads(), self.world.size)
         state = None
         if self.folder is not None:
@@ -140,12 +140,12 @@ class TrainingRun:
         return None
 
     def _stop(self, *, inside: bool) -> NoReturn:
-        """Stop with a checkpoint, because somebody asked for it."""
+        """Stop with a checkpoint, on request."""
         self._save(inside=inside, asked_for=True)
         raise TrainingInterrupted(self.trainer.steps, self.config.epochs * self.trainer.feed.steps)
 
     def _stop_nonfinite(self, event: NonFiniteUpdate) -> str:
-        """Write down where it happened; the sentence that says so."""
+        """Write nonfinite.json; return the message."""
         if self.folder is None:
             return event.sentence()
         if self.world.first:
@@ -258,7 +258,7 @@ class TrainingRun:
         """Write a checkpoint; all processes must call it.
 
         Args:
-            inside: whether the present epoch goes on.
+            inside: whether the present epoch is unfinished.
             asked_for: whether it is written also by a run that writes none by itself.
         """
         if self.folder is None:

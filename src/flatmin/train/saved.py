@@ -1,4 +1,4 @@
-"""Finished runs read back: configuration, data and trained model."""
+"""Read finished runs: configuration, data and trained model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from flatmin.train.sources import build_model, load_data
 
 @dataclass(frozen=True, kw_only=True)
 class SavedRun:
-    """A trained net with what it takes to build it again.
+    """A trained network with what is needed to build it again.
 
     Args:
         name: of the run.
@@ -72,8 +72,8 @@ class SavedRun:
             content = content_of(config, data)
             if content is not None and content.digest != self.content:
                 warnings.warn(
-                    f"the data {config.data!r} are not, bit for bit, those that {self.name!r} was trained on; what is "
-                    "said here is of the data as they are now.",
+                    f"the data {config.data!r} are not, bit for bit, those that {self.name!r} was trained on; the "
+                    "results here belong to the present data.",
                     stacklevel=2,
                 )
         return data
@@ -110,7 +110,7 @@ class SavedRun:
 
 
 def load(run: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> nn.Module:
-    """The trained model of a finished run, ready to be asked: in eval mode, with the weights that the run chose.
+    """The trained model of a finished run, ready for inference: in eval mode, with the weights that the run chose.
 
     It takes what it was trained on. Where the data were images of bytes, that is floats normalised with the statistics
     of the training part, which `flatmin.train.saved.open_run(run).transform(x)` makes of a batch of bytes. The data

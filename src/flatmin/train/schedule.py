@@ -72,7 +72,7 @@ class LearningRateSchedule:
     code of VaSSO gives each epoch but the first the rate of the epoch before; that is not offered.
 
     Example:
-        >>> schedule = Schedule(lr=0.1, epochs=4, steps_per_epoch=10)
+        >>> schedule = LearningRateSchedule(lr=0.1, epochs=4, steps_per_epoch=10)
         >>> [round(schedule.at(step), 4) for step in (0, 9, 10, 20, 30, 40)]
         [0.1, 0.1, 0.0854, 0.05, 0.0146, 0.0]
     """

@@ -30,7 +30,7 @@ def load_data(config: RunConfig, *, download: bool = False, progress: Progress |
 
     Args:
         config: the run.
-        download: get what is missing, where that is possible.
+        download: download missing files where that is possible.
         progress: see `flatmin.data.named.Reading`.
 
     Raises:

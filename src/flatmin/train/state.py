@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 
 def state_of(run: TrainingRun, *, inside: bool) -> dict[str, Any]:
-    """What a run needs to go on; all processes must call it.
+    """What a run needs to continue; all processes must call it.
 
     Args:
         run: which.
-        inside: whether the present epoch goes on.
+        inside: whether the present epoch is unfinished.
     """
     return {
         "config": identity(run.config),
@@ -66,7 +66,7 @@ def restore(run: TrainingRun, state: dict[str, Any]) -> None:
     if state["processes"] != run.world.size:
         raise ValueError(
             f"the checkpoint was written by {state['processes']} process(es), and this run has {run.world.size}; "
-            "start as many, so that the run goes on as it was."
+            "start as many, so that the run continues as it was."
         )
     own = state["ranks"][run.world.rank]
     if own["optimizer"] is not None:
@@ -86,7 +86,7 @@ def restore(run: TrainingRun, state: dict[str, Any]) -> None:
 
 
 def fixed_length(config: RunConfig) -> str | None:
-    """Why a run cannot go on with another number of epochs; None if it can, with the numbers of one uninterrupted run.
+    """Why a run cannot continue with another number of epochs; None if it can, as one uninterrupted run would.
 
     It can where learning rates and the method's own rules do not depend on how long the training is.
     """
@@ -99,7 +99,7 @@ def fixed_length(config: RunConfig) -> str | None:
 
 
 def _not_with(run: TrainingRun, state: dict[str, Any]) -> str | None:
-    """Why a run with another number of epochs cannot go on from a state."""
+    """Why a run with another number of epochs cannot continue from a state."""
     done = state["epoch"] + (state["position"] > 0)
     if done > run.config.epochs:
         return f"it is in epoch {done} already"
@@ -111,9 +111,9 @@ def changed_data(config: RunConfig) -> str:
     if ":" in config.data:
         return (
             f"data={config.data} returned something else, because a file that it reads has changed or it draws random "
-            "numbers without a seed of its own; put the file back or give it a seed, or begin anew."
+            "numbers without a seed of its own; put the file back or give it a seed, or start over."
         )
-    return f"what lies in data_dir={config.data_dir} has changed; put it back, or begin anew."
+    return f"what lies in data_dir={config.data_dir} has changed; put it back, or start over."
 
 
 def _own(run: TrainingRun) -> dict[str, Any]:

@@ -180,7 +180,7 @@ class Trainer:
         All processes must call it. What they share is whole in rank 0 only.
 
         Args:
-            inside: whether the present epoch goes on.
+            inside: whether the present epoch is unfinished.
         """
         model, optimizer = whole_state(self.model, self.optimizer, self.config.parallel, self.world)
         return {
@@ -194,7 +194,7 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` gave."""
+        """Continue from what `state_dict` gave."""
         both = state["model"], state["optimizer"]
         load_whole_state(self.model, self.optimizer, self.config.parallel, self.world, both)
         if self._graphed is not None:

@@ -103,7 +103,7 @@ def execute(
         The outcome of every run by its name.
 
     Raises:
-        Interrupted: on Ctrl-C, after what is under way has been stopped.
+        StudyInterrupted: on Ctrl-C, after what is under way has been stopped.
         ValueError, ModuleNotFoundError: see `make_executor`; or a number of workers that the executor cannot have.
     """
     chosen = make_executor(executor, settings)

@@ -172,7 +172,7 @@ def _serve(connection: Connection, store: Store) -> None:
 
 
 def _end_with_parent() -> None:
-    """End as soon as the process that asked for the work has; whoever goes on with it starts from the checkpoint."""
+    """End as soon as the process that asked for the work has; whoever continues it starts from the checkpoint."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

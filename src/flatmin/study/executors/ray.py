@@ -146,7 +146,7 @@ class _Scheduler:
         if not any(node["Alive"] for node in ray.nodes()):
             raise ValueError(
                 "the Ray cluster has lost all its nodes (one that is too busy to answer counts as lost); finished runs "
-                "are kept, and the same command goes on from there."
+                "are kept, and the same command continues from there."
             )
 
     def cancel(self, job: Any) -> None:

@@ -29,7 +29,7 @@ class Slurm:
     """Jobs of Slurm, one for each run.
 
     The store must be a folder that all nodes see under one name. A job that is preempted, or that reaches its time
-    limit, is queued again and goes on from the run's last checkpoint; measuring a network begins anew, so the limit
+    limit, is queued again and continues from the run's last checkpoint; measuring a network starts over, so the limit
     must be longer than that takes. Logs are in FOLDER/slurm.
 
     Args:

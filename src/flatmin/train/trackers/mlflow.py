@@ -26,7 +26,7 @@ _MOST = 100  # parameters in one call
 class MLflow(Sink):
     """Metrics and parameters of a run, by a client of its own: the program's active run is left alone.
 
-    Characters that MLflow refuses in names become "_". A run that goes on has steps after its checkpoint twice, since
+    Characters that MLflow refuses in names become "_". A resumed run has steps after its checkpoint twice, since
     metrics cannot be taken back; infinity becomes the largest number that MLflow's database has.
     """
 
@@ -69,7 +69,7 @@ class MLflow(Sink):
         return f"sqlite:///{path.as_posix()}"
 
     def _known(self) -> str | None:
-        """The run that goes on, if it is still there."""
+        """The run to continue, if it still exists."""
         identity = self.identity
         if identity is not None:
             try:

@@ -24,7 +24,7 @@ class Trackio(Sink):
     own lets every run write below its folder, and ends with the run's even if that is killed. What trackio says is
     in FOLDER/trackio.log.
 
-    A run that goes on has steps after its checkpoint twice. Trackio knows no status: a failure becomes an alert.
+    A resumed run has steps after its checkpoint twice. Trackio knows no status: a failure becomes an alert.
     """
 
     name = "trackio"

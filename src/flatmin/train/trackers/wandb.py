@@ -27,7 +27,7 @@ class Wandb(Sink):
     WANDB_MODE and `wandb offline` decide whether it is online. Without them it is online where there is an API key, and
     else offline, without asking for a key; a server that cannot be reached then makes it offline too, with a warning.
 
-    A run that goes on has the same id. What is recorded offline is then in one folder for each part: sync them in
+    A resumed run has the same id. What is recorded offline is then in one folder for each part: sync them in
     order, with `wandb sync --append`. wandb takes no step twice: what is repeated after a checkpoint stays as it was.
     """
 
