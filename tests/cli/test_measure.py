@@ -20,7 +20,7 @@ from flatmin.measure.problem import Problem
 from flatmin.measure.report import ReportSettings, report
 from flatmin.study import page
 from flatmin.study.executors import execute
-from flatmin.study.measured import told
+from flatmin.study.measured import with_error
 from flatmin.study.measuring import View, batches, find, find_all, measure, measure_all, split_of
 from flatmin.study.store import Run, Store
 from flatmin.train.config import RunConfig
@@ -203,7 +203,9 @@ class TestOneRun:
             told_of = net_of["sections"][section.name]["quantities"]
             assert {n: q["value"] for n, q in told_of.items()} == {q.name: q.value for q in section.quantities}
         for q in want.quantities.values():
-            assert re.search(rf"^{re.escape(q.name)} +{re.escape(told(q.value, q.error))} ", said, re.MULTILINE), q.name
+            assert re.search(
+                rf"^{re.escape(q.name)} +{re.escape(with_error(q.value, q.error))} ", said, re.MULTILINE
+            ), q.name
 
     def test_how_it_was_measured(self, one):
         _, _, said, found = one
@@ -296,7 +298,7 @@ class TestSeveral:
         mean, half = sum(differences) / 2, 12.706205 * abs(differences[0] - differences[1]) / 2
         (row,) = re.findall(r"^lambda_1 .*$", said, re.MULTILINE)
         verdict = "not significant" if abs(mean) <= half else "flatter" if mean < 0 else "sharper"
-        assert told(mean, half) in row and row.rstrip().endswith(verdict)
+        assert with_error(mean, half) in row and row.rstrip().endswith(verdict)
         assert "Nets: sgd 2, sam 2. Mean ± 95 % t interval over the seeds" in " ".join(said.split())
 
     def test_a_line_a_net(self, several, folders):

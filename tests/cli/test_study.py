@@ -361,7 +361,7 @@ def test_the_page_can_be_left_out(study, tmp_path):
             "the runs are on the CPU and need no GPU: set device=",
         ),
         (("--table", "up/there"), "--table 'up/there' cannot be the name of a file or folder: it is a path"),
-        (("--choose", "rhoo"), "rhoo cannot be chosen, for it is no axis"),
+        (("--choose", "rhoo"), "rhoo cannot be chosen because it is not an axis"),
     ],
 )
 def test_bad_options_are_one_sentence_before_any_work(file, tmp_path, words, message, capsys):

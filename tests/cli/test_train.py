@@ -243,8 +243,7 @@ class TestAgainAndResume:
             said = refused(capsys, "smoke", "epochs=1", *more)
             where = path.relative_to(Path.cwd()) if path.is_absolute() else path
             assert said == (
-                f"{where} holds this run, finished; show it with `flatmin show {where}`, or start it over with "
-                "--again."
+                f"{where} holds this run, finished; show it with `flatmin show {where}`, or start it over with --again."
             )
         assert content(path) == before
 

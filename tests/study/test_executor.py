@@ -88,7 +88,7 @@ def test_a_run_whose_workers_die_is_given_up_after_three_and_the_others_go_on(tm
     assert error.startswith("its worker was lost 3 times during this run; the last one ended with exit code 9")
     assert all(outcomes[one.name].result is not None for one in runs[1:])
     assert [type(event) for event in events[:3]] == [Warned, Warned, RunBroke]
-    assert events[0].text.startswith(f"{runs[0].name} is taken up again from its last checkpoint, because its worker")
+    assert events[0].text.startswith(f"{runs[0].name} is resumed from its last checkpoint, because its worker")
 
 
 def test_a_run_whose_worker_dies_goes_on_from_its_checkpoint(tmp_path, monkeypatch):

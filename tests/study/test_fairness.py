@@ -168,7 +168,7 @@ class TestChoice:
 
     def test_only_an_axis_can_be_chosen(self, tmp_path):
         spec = dataclasses.replace(spec_of(tmp_path), choose=("rhoo",))
-        with pytest.raises(ValueError, match="rhoo cannot be chosen, for it is no axis; did you mean 'rho'"):
+        with pytest.raises(ValueError, match="rhoo cannot be chosen because it is not an axis; did you mean 'rho'"):
             grid_points(spec)
 
 

@@ -225,7 +225,7 @@ class TestNumbers:
         best = dataclasses.replace(CONFIG, selection="max-test")
         assert troubles([read(make(tmp_path / "odd", ended=odd, config=best))]) == [
             "odd has not learned: its final training loss is at chance level (2.300; chance is 2.302).",
-            "odd chose its weights on the test part; its test accuracy is no honest estimate.",
+            "odd chose its weights on the test part; its test accuracy is a biased estimate.",
             "lambda_max of odd has not converged (relative residual 2e-01).",
         ]
 
@@ -300,7 +300,7 @@ class TestPage:
 
     def test_before_the_first_epoch(self, several):
         text = render([read(several[2])])
-        assert "No epoch is done yet" in text and "plotly.js" not in text
+        assert "No epoch is finished yet" in text and "plotly.js" not in text
 
     def test_diagnostics_and_measurements(self, finished):
         folder = RunFolder(finished)
@@ -392,7 +392,7 @@ class TestTerminal:
         assert all(f"a-rather-long-name-{i}" in text for i in range(5))
 
     def test_before_the_first_epoch(self, several):
-        assert "No epoch is done yet." in said([read(several[2])])
+        assert "No epoch is finished yet." in said([read(several[2])])
 
     def test_all_runs_of_a_quantity_share_a_scale(self):
         assert sparkline([0.0, 1.0], low=0.0, high=2.0, width=10, longest=4) == BLOCKS[0] + BLOCKS[4]

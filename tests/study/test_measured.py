@@ -14,7 +14,7 @@ import torch
 from flatmin.measure.problem import Conventions, Problem
 from flatmin.measure.report import Quantity, Report, ReportSection, ReportSettings, report
 from flatmin.study import draw_report, page
-from flatmin.study.measured import Measured, as_json, compare_reports, groups_of, told, told_stat, unlike
+from flatmin.study.measured import NetReport, as_json, compare_reports, groups_of, stat_text, unlike, with_error
 from flatmin.study.measured_page import render, sentence
 from tests.measure.nets import batches, make
 from tests.study.test_report import HOSTILE, Outline
@@ -41,7 +41,7 @@ def made(group, seed, *quantities, where=WHERE, missing=None):
     """A net with these numbers."""
     part = ReportSection(name="hessian", title="Curvature", quantities=quantities, missing=missing or {})
     found = Report(sections=(part,), settings=ReportSettings(), conventions=where)
-    return Measured(name=f"{group}-s{seed}", group=group, seed=seed, report=found)
+    return NetReport(name=f"{group}-s{seed}", group=group, seed=seed, report=found)
 
 
 def nets(values, **rest):
@@ -56,7 +56,7 @@ def measured(name, group, seed):
     for p in model.parameters():
         p.data += 0.3 * torch.randn(p.shape, generator=g, dtype=torch.float64)
     problem = Problem(model, torch.nn.functional.cross_entropy, batches(x, y, 7), split="train")
-    return Measured(name=name, group=group, seed=seed, report=report(problem, "all", settings=SMALL))
+    return NetReport(name=name, group=group, seed=seed, report=report(problem, "all", settings=SMALL))
 
 
 @pytest.fixture(scope="module")
@@ -131,9 +131,9 @@ class TestCompare:
         (row,) = compare_reports(nets(values, name="error_rate"))
         # Equal differences: their spread is taken to be one of the examples.
         assert row.difference["sam"].half == pytest.approx(12.706205 / WHERE.examples / math.sqrt(2), rel=1e-6)
-        assert told_stat(row.groups["sgd"]) == "0.125 (0 to 1)" and told_stat(row.groups["sam"]) == "0.375 (0 to 1)"
+        assert stat_text(row.groups["sgd"]) == "0.125 (0 to 1)" and stat_text(row.groups["sam"]) == "0.375 (0 to 1)"
         (row,) = compare_reports(nets(values))
-        assert row.verdict("sam") == "not significant" and told_stat(row.difference["sam"]) == "0.25"
+        assert row.verdict("sam") == "not significant" and stat_text(row.difference["sam"]) == "0.25"
 
     def test_refusals(self):
         with pytest.raises(ValueError, match="there is no net to compare"):
@@ -171,7 +171,7 @@ class TestCompare:
     ],
 )  # fmt: skip
 def test_told(value, error, text):
-    assert told(value, error) == text
+    assert with_error(value, error) == text
 
 
 class TestPage:
@@ -181,7 +181,7 @@ class TestPage:
         words = [word.strip() for word in outline.text]
         assert f"Measures: {net.name}" in words and sentence(net) in words
         for q in net.report.quantities.values():
-            assert {q.name, told(q.value, q.error), q.text} <= set(words)
+            assert {q.name, with_error(q.value, q.error), q.text} <= set(words)
         for part in net.report.sections:
             assert not part.quantities or part.title in words
             assert all(f"{what} is not there: {why}" in words for what, why in part.missing.items())
@@ -204,7 +204,7 @@ class TestPage:
         assert {row.verdict("sam") for row in rows} >= {"not significant"}
         for row in rows:
             stats = (row.groups["sgd"], row.groups["sam"], row.difference["sam"])
-            assert row.quantity.name in words and all(told_stat(s) in outline.text for s in stats)
+            assert row.quantity.name in words and all(stat_text(s) in outline.text for s in stats)
             assert row.verdict("sam") in {*outline.text, ""}
         assert "not measured alike" not in words
         assert len(outline.specs) == 8, "a plane for each group"
@@ -264,12 +264,12 @@ class TestPicture:
         settings = dataclasses.replace(SMALL, m=0)
         model, x, y, loss = make("mlp")
         found = report(Problem(model, loss, (x, y), split="train"), "report", settings=settings)
-        net = Measured(name="the net", group="sgd", seed=0, report=found)
+        net = NetReport(name="the net", group="sgd", seed=0, report=found)
         figure = draw_report.report(net)
         words = words_of(figure)
         assert "the net" in words and "mean CrossEntropyLoss, 17 examples" in words and "train" in words
         for q in found.quantities.values():
-            assert q.name in words and told(q.value, q.error) + " *" * bool(q.note) in words
+            assert q.name in words and with_error(q.value, q.error) + " *" * bool(q.note) in words
         assert len(found.quantities) <= 26
         titles = [axes.get_title("left").partition("  (")[0] for axes in figure.axes]
         assert [t for t in titles if t] == [
@@ -290,11 +290,13 @@ class TestPicture:
             raise ZeroDivisionError("no scale")
 
         monkeypatch.setattr("flatmin.study.plots.density", broken)
-        told = []
-        figure = draw_report.report(real[0], on_missing=told.append)
-        assert len(told) == 1 and told[0].startswith("Spectral density could not be drawn: ZeroDivisionError: no scale")
+        missing = []
+        figure = draw_report.report(real[0], on_missing=missing.append)
+        assert len(missing) == 1 and missing[0].startswith(
+            "Spectral density could not be drawn: ZeroDivisionError: no scale"
+        )
         assert {"Ends of the spectrum", "Sharpness"} <= {a.get_title("left").partition("  (")[0] for a in figure.axes}
-        assert told[0] in words_of(figure)
+        assert missing[0] in words_of(figure)
         figure.canvas.draw()
 
     def test_more_numbers_than_fit_are_counted(self):

@@ -263,7 +263,7 @@ class TestForm:
             (lambda t: 'baseline = "sgd"\n' + t, "the baseline 'sgd' is no arm"),
             (lambda t: "notes = 'x'\n" + t, "notes is not a list"),
             (lambda t: t + "[axes]\nrho = 0.1\n", "the axis rho is not a list"),
-            (lambda t: t + "[axes]\nseed = [1]\n", "seeds stand in the list seeds"),
+            (lambda t: t + "[axes]\nseed = [1]\n", "write seeds in the list seeds"),
             (lambda t: t + "[axes]\nrho = [0.1, 0.10]\n", "rho names 0.1 twice"),
             (lambda t: t + "[axes]\nlog_every = [1]\n", "log_every says how one run is logged"),
             (lambda t: t + "[settings]\nmodel_params = {a = 1}\n", "model_params is a table; write its entries as"),

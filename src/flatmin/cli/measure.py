@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from flatmin.measure.report import ReportSettings
-    from flatmin.study.measured import Measured, Unmeasured
+    from flatmin.study.measured import NetReport, Unmeasured
 
 _SETTING = re.compile(r"[a-z_]+=")
 
@@ -130,7 +130,7 @@ def measure(
     try:
         with _Bar(console, len(runs)) as bar:
 
-            def done(net: Measured) -> None:
+            def done(net: NetReport) -> None:
                 keep(net, done=True)
                 bar.done(net)
 
@@ -230,7 +230,7 @@ class _File:
         return table if isinstance(table, dict) and table.get("of") == self.of else {}
 
 
-def _keep(files: Mapping[str, _File], about: dict[str, object], net: Measured, *, done: bool = False) -> None:
+def _keep(files: Mapping[str, _File], about: dict[str, object], net: NetReport, *, done: bool = False) -> None:
     """Write the numbers of a network; of an unfinished one only if they are more than the file has."""
     from flatmin.study.measured import as_json
     from flatmin.train.files import write_json
@@ -293,7 +293,7 @@ class _Bar:
         """Show what is being measured and the share done."""
         self._bar.update(self._task, part=what.replace("_", " "), completed=share if self._nets == 1 else None)
 
-    def done(self, net: Measured) -> None:
+    def done(self, net: NetReport) -> None:
         """Show that a network is done."""
         self._done += 1
         seconds = sum(section.seconds for section in net.report.sections)
@@ -303,7 +303,7 @@ class _Bar:
                 self._console.print(f"[{self._count()}] {net.name}: {seconds:.1f} s", markup=False, highlight=False)
 
 
-def _print(nets: Sequence[Measured], console: Console) -> None:
+def _print(nets: Sequence[NetReport], console: Console) -> None:
     from flatmin.study.measured import compare_reports, groups_of, left_out, remarks, unlike
     from flatmin.study.measured_page import sentence
 
@@ -351,7 +351,7 @@ def _numbers(quantities: Sequence[object]) -> Table:
     from rich.text import Text
 
     from flatmin.measure.report import Quantity
-    from flatmin.study.measured import told
+    from flatmin.study.measured import with_error
 
     table = _table()
     table.show_header = False
@@ -363,14 +363,14 @@ def _numbers(quantities: Sequence[object]) -> Table:
         about = Text(q.text)
         if q.note:
             about.append(f" ({q.note})", style="yellow")
-        table.add_row(Text(q.name), told(q.value, q.error), about)
+        table.add_row(Text(q.name), with_error(q.value, q.error), about)
     return table
 
 
-def _comparison(nets: Sequence[Measured]) -> Table:
+def _comparison(nets: Sequence[NetReport]) -> Table:
     from rich.text import Text
 
-    from flatmin.study.measured import compare_reports, groups_of, told_stat
+    from flatmin.study.measured import compare_reports, groups_of, stat_text
 
     groups = list(groups_of(nets))
     base, others = groups[0], groups[1:]
@@ -383,9 +383,9 @@ def _comparison(nets: Sequence[Measured]) -> Table:
         table.add_column(Text(f"{name} is"), no_wrap=True)
     for row in compare_reports(nets):
         cells: list[Text | str] = [Text(row.quantity.name + " *" * bool(row.notes))]
-        cells += ["-" if (stat := row.groups.get(name)) is None else told_stat(stat) for name in groups]
+        cells += ["-" if (stat := row.groups.get(name)) is None else stat_text(stat) for name in groups]
         for name in others:
             stat = row.difference.get(name)
-            cells += ["-" if stat is None else told_stat(stat), row.verdict(name)]
+            cells += ["-" if stat is None else stat_text(stat), row.verdict(name)]
         table.add_row(*cells)
     return table

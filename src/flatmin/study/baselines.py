@@ -1,4 +1,4 @@
-"""Honest baselines of a study: what plain training reaches with more regularisation, or at SAM's cost."""
+"""Baselines of a study: plain training with more regularisation, or at SAM's cost."""
 
 from __future__ import annotations
 

@@ -131,7 +131,7 @@ def compare(
         workers: processes with one thread each, started fresh (spawn): a script needs `if __name__ == "__main__":`.
             0 runs everything in this process.
         on_event: called in this process with the events of `flatmin.study.events`.
-        command: the words of the command line, for the summary.
+        command: the arguments of the command line, for the summary.
         prepared: a plan of the same settings. Default: made here.
 
     Raises:

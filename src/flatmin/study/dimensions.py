@@ -37,7 +37,7 @@ class Dimension:
         return 0 < self.low <= self.high / _LOG
 
     def ask(self, trial: Any) -> str:
-        """A value from an Optuna trial, as a word of three digits."""
+        """A value from an Optuna trial, as text of three digits."""
         if self.values:
             return str(trial.suggest_categorical(self.key, self.values))
         if self.whole:
@@ -46,10 +46,10 @@ class Dimension:
 
 
 def read_dimension(word: str) -> Dimension:
-    """The dimension that a word names: "lr=0.01..1", or "batch_size=64,128".
+    """The dimension of an override: "lr=0.01..1", or "batch_size=64,128".
 
     Raises:
-        ValueError: a word of another form, an interval that runs backwards, or a single value.
+        ValueError: an override of another form, an interval that runs backwards, or a single value.
 
     Example:
         >>> read_dimension("rho=0.01..0.5").log, read_dimension("model=conv,mlp").values
@@ -77,7 +77,7 @@ def read_dimension(word: str) -> Dimension:
 def read_overrides(overrides: Sequence[str]) -> tuple[list[Dimension], list[str]]:
     """The dimensions among the overrides, and the other overrides, which apply to all runs.
 
-    A word is a dimension if its value is LOW..HIGH, or several values with commas. Seeds, and settings that are
+    An override is a dimension if its value is LOW..HIGH, or several values with commas. Seeds, and settings that are
     themselves lists, are never searched.
 
     Raises:

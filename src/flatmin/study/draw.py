@@ -1,6 +1,6 @@
 """Landscapes, paths and spectra with matplotlib (extra "plot"). Every function returns a Figure; `save` writes it.
 
-The colours tell apart to colour-blind readers; no global state of matplotlib is read or written, and values are drawn
+Colour-blind readers can distinguish the colours; no global state of matplotlib is read or written, and values are drawn
 as they were measured: a point that is not finite is a gap with a cross.
 """
 
@@ -275,7 +275,7 @@ def lines_onto(axes: Axes, drawn: Lines) -> None:
 
 
 def _dress(axes: Axes, xlabel: str, ylabel: str, note: str) -> None:
-    """The look of every flat figure."""
+    """The style of every flat figure."""
     axes.set_xlabel(_plain(xlabel), color=_INK)
     axes.set_ylabel(_plain(ylabel), color=_INK)
     axes.grid(True, color=_GRID, linewidth=0.8)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flatmin.study import draw, plots
-from flatmin.study.measured import Measured, told
+from flatmin.study.measured import NetReport, with_error
 from flatmin.words import reason
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ _MOST = 26  # numbers that fit beside the pictures
 
 
 def require() -> None:
-    """Check that pictures can be drawn, so that a long job can ask before it starts.
+    """Check that pictures can be drawn, before a long job starts.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed (extra "plot").
@@ -30,12 +30,12 @@ def require() -> None:
     draw.new_figure(1.0, 1.0)
 
 
-def report(net: Measured, *, on_missing: Callable[[str], None] = lambda text: None) -> Figure:
+def report(net: NetReport, *, on_missing: Callable[[str], None] = lambda text: None) -> Figure:
     """Numbers with their errors, and a picture of each result: one page.
 
     Args:
         net: what was measured.
-        on_missing: called with a sentence, which stands in its place, for each picture that could not be drawn.
+        on_missing: called with a sentence for each picture that could not be drawn; the sentence replaces the picture.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed (extra "plot").
@@ -65,7 +65,7 @@ def report(net: Measured, *, on_missing: Callable[[str], None] = lambda text: No
 
 
 def save(
-    net: Measured,
+    net: NetReport,
     path: str | os.PathLike[str],
     *,
     dpi: int = 120,
@@ -80,7 +80,7 @@ def save(
     return draw.save(report(net, on_missing=on_missing), path, dpi=dpi)
 
 
-def _panels(net: Measured) -> list[tuple[str, Callable[[Axes], None] | None]]:
+def _panels(net: NetReport) -> list[tuple[str, Callable[[Axes], None] | None]]:
     result = net.report.result
 
     def lines(result: Any, make: Callable[[Any], plots.Lines]) -> Callable[[Axes], None] | None:
@@ -107,7 +107,7 @@ def _panels(net: Measured) -> list[tuple[str, Callable[[Axes], None] | None]]:
     ]
 
 
-def _numbers(axes: Axes, net: Measured) -> None:
+def _numbers(axes: Axes, net: NetReport) -> None:
     """The numbers as text, in two columns."""
     axes.axis("off")
     c = net.report.conventions
@@ -125,7 +125,7 @@ def _numbers(axes: Axes, net: Measured) -> None:
     for i, q in enumerate(listed[:_MOST]):
         y = 1.0 - (i + len(about) + 1) * height
         axes.text(0.0, y, q.name.replace("$", r"\$"), **style)
-        axes.text(0.98, y, told(q.value, q.error) + (" *" if q.note else ""), ha="right", **style)
+        axes.text(0.98, y, with_error(q.value, q.error) + (" *" if q.note else ""), ha="right", **style)
     notes = sorted({q.note for q in listed if q.note})
     if len(listed) > _MOST:
         notes.append(f"{len(listed) - _MOST} more in the table")

@@ -1,4 +1,4 @@
-"""What a study tells while it works, for a progress display."""
+"""The events of a study, for a progress display."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class ReportDone:
 
 @dataclass(frozen=True, kw_only=True)
 class Warned:
-    """Something that the user should know and that stops nothing."""
+    """A warning; the study continues."""
 
     text: str
 
@@ -91,6 +91,6 @@ Event = Planned | EpochDone | RunDone | RunBroke | Tuned | Timing | ReportDone |
 
 
 def _round(seconds: float) -> int:
-    """Two leading digits are all that a guess deserves."""
+    """The number rounded to two digits, as an estimate."""
     whole = max(1, round(seconds))
     return whole if whole < 100 else round(whole, -1)

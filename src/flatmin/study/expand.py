@@ -1,4 +1,4 @@
-"""The rows of a study: each arm at each point of its axes, as configurations of runs."""
+"""The grid points of a study: each arm at each point of its axes, as configurations of runs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _USUAL = {f.name: f.default for f in dataclasses.fields(RunConfig) if f.default 
 
 @dataclass(frozen=True, kw_only=True)
 class GridPoint:
-    """One row: an arm at one point of the axes, with its runs by seed.
+    """A row of the table: an arm at one point of the axes, with its runs by seed.
 
     Args:
         arm: label.
@@ -53,7 +53,7 @@ class GridPoint:
         return next(iter(self.configs.values()))
 
     def setting(self, key: str) -> str | None:
-        """What its runs have for a key, as a word: a field, a parameter of the method, or `model.NAME`."""
+        """The value of its runs for a key, as text: a field, a parameter of the method, or `model.NAME`."""
         config = self.config
         if key in _FIELDS:
             value: Any = getattr(config, key)
@@ -75,7 +75,7 @@ class GridPoint:
 
 
 def grid_points(spec: StudySpec) -> list[GridPoint]:
-    """All rows with their configurations; their device need not be on this machine.
+    """All grid points with their configurations; their device need not be on this machine.
 
     Raises:
         ValueError: settings that `flatmin train` would refuse, or an axis that no arm has.
@@ -116,7 +116,9 @@ def grid_points(spec: StudySpec) -> list[GridPoint]:
     axes_of_all = {axis.key for axis in (*spec.axes, *(axis for arm in spec.arms for axis in arm.axes))}
     for key in (*spec.choose, *(key for arm in spec.arms for key in arm.choose)):
         if key not in axes_of_all:
-            raise ValueError(f"study {spec.name}: {key} cannot be chosen, for it is no axis{suggest(key, axes_of_all)}")
+            raise ValueError(
+                f"study {spec.name}: {key} cannot be chosen because it is not an axis{suggest(key, axes_of_all)}"
+            )
     return rows
 
 

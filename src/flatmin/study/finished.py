@@ -1,4 +1,4 @@
-"""What is known of a finished run, and the numbers that a table shows of it."""
+"""A finished run with its records, and the numbers that a table shows."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def ends_of(column: str) -> Ends:
 
 @dataclass(frozen=True, kw_only=True)
 class FinishedRun:
-    """A run that reached its end.
+    """A finished run.
 
     Args:
         result: see `Result`.
         lines: its epochs.
         steps: lines of steps.jsonl, if the study records any.
         measures: lines of measures.jsonl, likewise.
-        report: what was measured of its network, as `flatmin.measure.Report.to_dict`; None if nothing was.
+        report: the flatness of its network, as `flatmin.measure.Report.to_dict`; None if it was not measured.
     """
 
     result: Result

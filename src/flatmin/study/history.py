@@ -1,4 +1,4 @@
-"""Runs read back from their folders as far as they have come: finished, failed, stopped, or running right now."""
+"""Runs read from their folders: finished, failed, stopped, or running."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from flatmin.train.result import Epoch, Result
 from flatmin.words import read_text
 
 FINISHED, FAILED, GOING_ON, STOPPED = "finished", "failed", "going on", "stopped"
-RULES = {"val": "best on validation", "last": "last epoch", "max-test": "best on test: no honest estimate"}
+RULES = {"val": "best on validation", "last": "last epoch", "max-test": "best on test: a biased estimate"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ class History:
 
     Args:
         path: its folder.
-        name: among those that are shown with it.
+        name: unique among the runs shown together.
         label: the arm that it belongs to.
         config: what it trains with.
         environment: versions and machine.
@@ -131,7 +131,7 @@ def read(folder: Path, *, tables: bool = True) -> History:
     if not run.begun:
         raise ValueError(
             f"{folder} is not a run: there is no config.json in it (runs are in FOLDER/runs; "
-            f"`flatmin runs list FOLDER` names them)."
+            f"`flatmin runs list FOLDER` lists them)."
         )
     config, labels = run.config()
     name = folder.resolve().name
@@ -154,7 +154,7 @@ def read(folder: Path, *, tables: bool = True) -> History:
 
 
 def read_all(folders: Iterable[Path]) -> list[History]:
-    """Several runs, each once, with names that tell them apart.
+    """Several runs, each once, with distinct names.
 
     Raises:
         ValueError: what `read` raises.
@@ -177,7 +177,7 @@ def _result(run: RunFolder) -> Result | None:
 
 
 def _table(path: Path) -> dict[str, Any] | None:
-    """What a file of JSON holds; None if there is none or it is no table, which no number depends on."""
+    """The table in a JSON file; None if there is none."""
     try:
         table = json.loads(read_text(path))
     except (OSError, ValueError):

@@ -51,7 +51,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A figure with its words."""
+    """A figure with its title and caption."""
 
     title: str
     caption: str

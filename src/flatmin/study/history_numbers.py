@@ -15,7 +15,7 @@ Read = Callable[[History], float | None]
 
 
 @dataclass(frozen=True)
-class Quantity:
+class RunProperty:
     """A property of a run.
 
     Args:
@@ -31,12 +31,12 @@ class Quantity:
     value: Read | None = None
 
 
-def _number(name: str, hint: str, value: Read, form: str) -> Quantity:
+def _number(name: str, hint: str, value: Read, form: str) -> RunProperty:
     def text(run: History) -> str | None:
         number = value(run)
         return None if number is None else format(number, form)
 
-    return Quantity(name, hint, text, value)
+    return RunProperty(name, hint, text, value)
 
 
 def _of_chosen(key: str) -> Read:
@@ -84,15 +84,15 @@ def _epochs(run: History) -> str:
 
 
 QUANTITIES = (
-    Quantity("state", "a run that is stopped or failed can continue with --resume", lambda run: run.state),
-    Quantity("method", "with the parameters that were set", _method),
+    RunProperty("state", "a run that is stopped or failed can continue with --resume", lambda run: run.state),
+    RunProperty("method", "with the parameters that were set", _method),
     _number("rho", "radius of the perturbation, in the method's own norm", lambda run: run.config.rho, "g"),
-    Quantity("model", "the network", lambda run: run.config.model),
-    Quantity("data", "the data set", lambda run: run.config.data),
+    RunProperty("model", "the network", lambda run: run.config.model),
+    RunProperty("data", "the data set", lambda run: run.config.data),
     _number("wrong labels, %", "of the training part", lambda run: 100 * run.config.noise or None, "g"),
     _number("seed", "of initialisation, label noise, order and augmentation", lambda run: run.config.seed, "d"),
-    Quantity("epochs", "done, of those planned", _epochs, lambda run: len(run.lines)),
-    Quantity(
+    RunProperty("epochs", "done, of those planned", _epochs, lambda run: len(run.lines)),
+    RunProperty(
         "weights of epoch",
         "which are kept, and by which rule",
         lambda run: None if run.chosen is None else run.chosen.text,
@@ -113,7 +113,7 @@ QUANTITIES = (
 )
 
 
-def known(runs: Sequence[History]) -> list[Quantity]:
+def known(runs: Sequence[History]) -> list[RunProperty]:
     """The quantities that some run has."""
     return [quantity for quantity in QUANTITIES if any(quantity.text(run) is not None for run in runs)]
 
@@ -170,7 +170,7 @@ def sentence(runs: Sequence[History]) -> str:
 
 
 def troubles(runs: Sequence[History]) -> list[str]:
-    """Where runs stopped before their end, and other things that a reader must know, in sentences."""
+    """Notes for the reader, such as runs that stopped early, in sentences."""
     texts = []
     for run in runs:
         if run.state == FAILED:
@@ -178,7 +178,7 @@ def troubles(runs: Sequence[History]) -> list[str]:
         elif run.result is not None and run.result.untrained is not None:
             texts.append(f"{run.name} {run.result.untrained}.")
         if run.config.selection == "max-test":
-            texts.append(f"{run.name} chose its weights on the test part; its test accuracy is no honest estimate.")
+            texts.append(f"{run.name} chose its weights on the test part; its test accuracy is a biased estimate.")
         lambda_max = None if run.result is None else run.result.lambda_max
         if lambda_max is not None and not lambda_max.get("converged", True):
             texts.append(

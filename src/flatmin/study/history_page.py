@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from flatmin.study.history import FAILED, History
 from flatmin.study.history_figures import tones
-from flatmin.study.history_numbers import Quantity, differences, known, machine, sentence, settings, troubles
+from flatmin.study.history_numbers import RunProperty, differences, known, machine, sentence, settings, troubles
 from flatmin.study.history_plots import plots
 from flatmin.study.page import Cell, Column, Markup, code, facts, figure, heading, legend, notes, page, paragraph, table
 
@@ -19,7 +19,7 @@ def render(runs: Sequence[History], *, command: Sequence[str] = ()) -> str:
 
     Args:
         runs: at least one, with names that differ; see `flatmin.study.history.read_all`.
-        command: the words of the command line.
+        command: the arguments of the command line.
 
     Raises:
         ValueError: no run.
@@ -37,7 +37,7 @@ def render(runs: Sequence[History], *, command: Sequence[str] = ()) -> str:
         body.append(legend({name: (name, tone) for name, tone in tones(runs).items() if name in drawn}))
     body += [heading(plot.title, plot.caption) + figure(plot.figure, plot.title) for plot in shown]
     if not shown:
-        body.append(paragraph("No epoch is done yet, so there are no curves."))
+        body.append(paragraph("No epoch is finished yet, so there are no curves."))
     title = runs[0].name if not several else f"{len(runs)} runs"
     return page(title, body, _foot(runs, command))
 
@@ -64,7 +64,7 @@ def _several(runs: Sequence[History]) -> Markup:
     return table(columns, rows)
 
 
-def _cell(quantity: Quantity, run: History) -> Cell:
+def _cell(quantity: RunProperty, run: History) -> Cell:
     sort = None if quantity.value is None else quantity.value(run)
     return Cell(quantity.text(run) or _NONE, sort=sort)
 

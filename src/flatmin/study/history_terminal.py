@@ -89,7 +89,7 @@ def _width(table: Table, console: Console) -> int:
 def _curves(runs: Sequence[History], console: Console) -> RenderableType:
     """Lines of text over the epochs, all of a quantity on one scale."""
     if not any(run.lines for run in runs):
-        return Text("No epoch is done yet.")
+        return Text("No epoch is finished yet.")
     names = max(len(run.name) for run in runs) if len(runs) > 1 else 0
     width = max(_SMALL, min(_LARGE, console.width - names - 36))
     longest = max(len(run.lines) for run in runs)

@@ -1,4 +1,4 @@
-"""Reports of several nets side by side: what differs between groups of seeds, and by how much."""
+"""Compare the reports of several networks: differences between groups of seeds, with intervals."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from flatmin.study.finished import ends_of
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Measured:
+class NetReport:
     """The report of one net.
 
     Args:
@@ -23,7 +23,7 @@ class Measured:
         group: nets that differ by the seed only share it.
         seed: of its training.
         report: what was measured.
-        remarks: what a reader must know of its weights, in sentences.
+        remarks: notes on its weights, in sentences.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Comparison:
         groups: mean over the nets of each group that have it, with the 95 % t interval.
         difference: to the base group, paired over the seeds that both have; empty for the base.
         error: the largest error of measurement of a single net, in the quantity's unit; NaN if one is not known.
-        notes: what a reader must know of some net's number, such as "not converged", or that some nets have none.
+        notes: remarks on the number of some network, such as "not converged", or that some nets have none.
     """
 
     quantity: Quantity
@@ -67,7 +67,7 @@ class Comparison:
     notes: tuple[str, ...] = ()
 
     def verdict(self, group: str) -> str:
-        """Whether the group is flatter or sharper than the base by this quantity, as far as the seeds tell."""
+        """Whether the group is flatter or sharper than the base, by the interval of the paired difference."""
         difference = self.difference.get(group)
         if difference is None or not self.quantity.flat:
             return ""
@@ -76,9 +76,9 @@ class Comparison:
         return "flatter" if (difference.mean < 0) == (self.quantity.flat == "low") else "sharper"
 
 
-def groups_of(nets: Sequence[Measured]) -> dict[str, list[Measured]]:
+def groups_of(nets: Sequence[NetReport]) -> dict[str, list[NetReport]]:
     """The nets by group, in order of appearance, the base first."""
-    groups: dict[str, list[Measured]] = {}
+    groups: dict[str, list[NetReport]] = {}
     for net in nets:
         groups.setdefault(net.group, []).append(net)
     return {**({BASE: groups[BASE]} if BASE in groups else {}), **groups}
@@ -93,7 +93,7 @@ def check_doubles(nets: Iterable[tuple[str, int]]) -> None:
         seen.add(net)
 
 
-def compare_reports(nets: Sequence[Measured]) -> list[Comparison]:
+def compare_reports(nets: Sequence[NetReport]) -> list[Comparison]:
     """Every quantity that was measured of some net, in the order of the nets.
 
     Raises:
@@ -134,12 +134,12 @@ def compare_reports(nets: Sequence[Measured]) -> list[Comparison]:
     return rows
 
 
-def _step(name: str, nets: Sequence[Measured]) -> float:
+def _step(name: str, nets: Sequence[NetReport]) -> float:
     """What one example counts in a share of them; 0 for other quantities."""
     return 1 / min(net.report.conventions.examples for net in nets) if name == "error_rate" else 0.0
 
 
-def left_out(nets: Sequence[Measured]) -> list[str]:
+def left_out(nets: Sequence[NetReport]) -> list[str]:
     """What some net does not have, and why, in words."""
     reasons: dict[tuple[str, str], list[str]] = {}
     for net in nets:
@@ -153,12 +153,12 @@ def left_out(nets: Sequence[Measured]) -> list[str]:
     ]
 
 
-def remarks(nets: Sequence[Measured]) -> list[str]:
-    """What must be known of the nets' weights, in sentences."""
+def remarks(nets: Sequence[NetReport]) -> list[str]:
+    """Notes on the weights of the networks, in sentences."""
     return [f"{net.name}: {remark}" for net in nets for remark in net.remarks]
 
 
-def unlike(nets: Sequence[Measured]) -> list[str]:
+def unlike(nets: Sequence[NetReport]) -> list[str]:
     """In which conventions the nets differ, in words: numbers of two conventions are not to be compared."""
     conventions = [dataclasses.asdict(net.report.conventions) for net in nets]
     return [
@@ -168,7 +168,7 @@ def unlike(nets: Sequence[Measured]) -> list[str]:
     ]
 
 
-def told(value: float, error: float = 0.0) -> str:
+def with_error(value: float, error: float = 0.0) -> str:
     """A number to the second digit of its error, e.g. 23.81 ± 0.22; five digits where the error is none or tiny."""
     size = max(abs(value), error)
     if not math.isfinite(size) or not error > 0:
@@ -182,15 +182,15 @@ def told(value: float, error: float = 0.0) -> str:
     return f"({scaled})e{exponent}" if exponent else scaled
 
 
-def told_stat(stat: Stat) -> str:
+def stat_text(stat: Stat) -> str:
     """A mean with its interval, likewise; with both ends where the interval is cut."""
     if not stat.cut:
-        return told(stat.mean, stat.half)
+        return with_error(stat.mean, stat.half)
     return f"{stat.mean:.3g} ({stat.low:.3g} to {stat.high:.3g})"
 
 
 def as_json(
-    nets: Sequence[Measured], environment: dict[str, object], failed: Sequence[Unmeasured] = (), *, of: str = ""
+    nets: Sequence[NetReport], environment: dict[str, object], failed: Sequence[Unmeasured] = (), *, of: str = ""
 ) -> dict[str, Any]:
     """Everything that was measured, for a file.
 

@@ -12,15 +12,15 @@ from typing import Any
 from flatmin.study import draw_interactive as draw
 from flatmin.study.measured import (
     Comparison,
-    Measured,
+    NetReport,
     Unmeasured,
     compare_reports,
     groups_of,
     left_out,
     remarks,
-    told,
-    told_stat,
+    stat_text,
     unlike,
+    with_error,
 )
 from flatmin.study.page import (
     Cell,
@@ -48,7 +48,7 @@ _NUMBERS = (
 
 
 def render(
-    nets: Sequence[Measured],
+    nets: Sequence[NetReport],
     *,
     command: Sequence[str] = (),
     environment: Mapping[str, object],
@@ -59,7 +59,7 @@ def render(
 
     Args:
         nets: at least one.
-        command: the words of the command line.
+        command: the arguments of the command line.
         environment: versions and machine.
         failed: nets that could not be measured.
         on_missing: called with a sentence for each figure that could not be drawn.
@@ -97,14 +97,14 @@ def render(
     return page(f"Measures: {title}", body, foot)
 
 
-def _one(net: Measured) -> list[Markup]:
+def _one(net: NetReport) -> list[Markup]:
     body = [paragraph(sentence(net), "lead")]
     for section in net.report.sections:
         if section.quantities:
             rows = [
                 [
                     Cell(q.name, flag=q.note),
-                    Cell(told(q.value, q.error), sort=q.value),
+                    Cell(with_error(q.value, q.error), sort=q.value),
                     Cell(q.error_is if q.error else "exact to rounding"),
                     Cell(q.text),
                 ]
@@ -115,7 +115,7 @@ def _one(net: Measured) -> list[Markup]:
     return body
 
 
-def _several(nets: Sequence[Measured]) -> list[Markup]:
+def _several(nets: Sequence[NetReport]) -> list[Markup]:
     groups = groups_of(nets)
     base, others = next(iter(groups)), list(groups)[1:]
     counts = ", ".join(f"{name} ({len(members)})" for name, members in groups.items())
@@ -123,7 +123,7 @@ def _several(nets: Sequence[Measured]) -> list[Markup]:
         Column("quantity", text=True),
         *(Column(name, "mean with the 95 % t interval over the seeds") for name in groups),
         *(Column(f"{name} - {base}", "paired over the seeds that both have") for name in others),
-        *(Column(f"{name} is", "by this quantity, as far as the seeds tell", text=True) for name in others),
+        *(Column(f"{name} is", "by the interval of the paired difference", text=True) for name in others),
         Column("error of one net", "the largest error of measurement of a single net"),
         Column("what it is", text=True),
     ]
@@ -132,13 +132,18 @@ def _several(nets: Sequence[Measured]) -> list[Markup]:
     return [
         paragraph(f"{sentence(nets[0])} Nets: {counts}.", "lead"),
         table(columns, rows),
-        notes([*(f"The nets were not measured alike: {difference}." for difference in differ), *left_out(nets)]),
+        notes(
+            [
+                *(f"The networks were measured with different settings: {difference}." for difference in differ),
+                *left_out(nets),
+            ]
+        ),
     ]
 
 
 def _row(row: Comparison, groups: Sequence[str], others: Sequence[str]) -> list[Cell]:
     def stat(value: Any) -> Cell:
-        return Cell("–") if value is None else Cell(told_stat(value), sort=value.mean)
+        return Cell("–") if value is None else Cell(stat_text(value), sort=value.mean)
 
     return [
         Cell(row.quantity.name, flag="; ".join(row.notes)),
@@ -150,7 +155,7 @@ def _row(row: Comparison, groups: Sequence[str], others: Sequence[str]) -> list[
     ]
 
 
-def sentence(net: Measured) -> str:
+def sentence(net: NetReport) -> str:
     """What the numbers are of, in one sentence."""
     c = net.report.conventions
     return (
@@ -159,11 +164,11 @@ def sentence(net: Measured) -> str:
     )
 
 
-def _conventions(net: Measured) -> dict[str, object]:
+def _conventions(net: NetReport) -> dict[str, object]:
     return {key.replace("_", " "): value for key, value in dataclasses.asdict(net.report.conventions).items()}
 
 
-def _figures(shown: Mapping[str, Measured], several: bool) -> list[tuple[str, str, Callable[[], Figure]]]:
+def _figures(shown: Mapping[str, NetReport], several: bool) -> list[tuple[str, str, Callable[[], Figure]]]:
     whose = " One net of each group: that of the first seed." if several else ""
     made: list[tuple[str, str, Callable[[], Figure]]] = []
 

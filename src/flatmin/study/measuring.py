@@ -1,4 +1,4 @@
-"""Measuring trained nets: run folders and files of weights, one after the other or on several processes."""
+"""Measure trained networks from run folders or files of weights, in one process or several."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from flatmin.measure.checkpoints import unwrapped
 from flatmin.measure.losses import logits_of
 from flatmin.measure.problem import Mode, Problem
 from flatmin.measure.report import Report, ReportSettings, report
-from flatmin.study.measured import Measured, Unmeasured, check_doubles
+from flatmin.study.measured import NetReport, Unmeasured, check_doubles
 from flatmin.train.config import RunConfig
 from flatmin.train.saved import SavedRun, open_run
 from flatmin.train.settings import content_hash
@@ -37,7 +37,7 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """What of a net is measured.
+    """What is measured of a network, and on which examples.
 
     Args:
         what: sections of the report, see `flatmin.measure.report`.
@@ -47,7 +47,7 @@ class View:
         batch: examples per forward pass.
         params: patterns of parameter names.
         mode: "eval", or "train" for BatchNorm by the batch.
-        dtype: "float32", "float64", or "bfloat16" for products under autocast: a cheap look, some percent off.
+        dtype: "float32", "float64", or "bfloat16" for products under autocast: cheaper, accurate to some percent.
         device: where.
         landscapes: folder in which each net's landscapes are kept, under its name; None: nowhere.
 
@@ -101,7 +101,7 @@ def find(target: Path, *, model: str | None = None, data: str | None = None, key
     if target.is_dir():
         if model is not None or data is not None or key is not None:
             raise ValueError(
-                f"{target} is a run, which knows its model and data; leave out --model and --data, and --key."
+                f"{target} is a run, which has its model and data; leave out --model and --data, and --key."
             )
         run = open_run(target)
         run.check()
@@ -110,8 +110,7 @@ def find(target: Path, *, model: str | None = None, data: str | None = None, key
         raise ValueError(f"there is no run folder or file of weights {str(target)!r}.")
     if model is None or data is None:
         raise ValueError(
-            f"{target} is a file: name its net and what to measure on with --model and --data. Of a run name the "
-            "folder."
+            f"{target} is a file: name its network and data with --model and --data. For a run name the folder."
         )
     config = RunConfig(method="sgd", model=model, data=data)
     return SavedRun(name=target.stem, label=target.stem, config=config, weights=target, key=key)
@@ -122,8 +121,8 @@ def measure(
     view: View,
     *,
     progress: Progress | None = None,
-    on_part: Callable[[Measured], None] | None = None,
-) -> Measured:
+    on_part: Callable[[NetReport], None] | None = None,
+) -> NetReport:
     """Measure one net.
 
     Args:
@@ -156,8 +155,8 @@ def measure(
     )
     folder = None if view.landscapes is None else view.landscapes / run.name / content_hash(view.key, _digest(net))[:8]
 
-    def named(report: Report) -> Measured:
-        return Measured(name=run.name, group=run.label, seed=run.config.seed, report=report, remarks=remarks)
+    def named(report: Report) -> NetReport:
+        return NetReport(name=run.name, group=run.label, seed=run.config.seed, report=report, remarks=remarks)
 
     def part(report: Report) -> None:
         if on_part is not None:
@@ -255,10 +254,10 @@ def measure_all(
     *,
     workers: int = 0,
     progress: Progress | None = None,
-    on_done: Callable[[Measured], None] | None = None,
-    on_part: Callable[[Measured], None] | None = None,
+    on_done: Callable[[NetReport], None] | None = None,
+    on_part: Callable[[NetReport], None] | None = None,
     on_failed: Callable[[Unmeasured], None] | None = None,
-) -> list[Measured]:
+) -> list[NetReport]:
     """Measure several nets.
 
     Args:
@@ -278,10 +277,10 @@ def measure_all(
         Exception: without `on_failed`, what the first net that could not be measured raised, with its name.
     """
     check_doubles((run.label, run.config.seed) for run in runs)
-    done: dict[int, Measured] = {}
+    done: dict[int, NetReport] = {}
 
-    def end(i: int, measured: Measured | Unmeasured) -> None:
-        if isinstance(measured, Measured):
+    def end(i: int, measured: NetReport | Unmeasured) -> None:
+        if isinstance(measured, NetReport):
             done[i] = measured
             if on_done is not None:
                 on_done(measured)
@@ -294,7 +293,7 @@ def measure_all(
     if not workers:
         for i, run in enumerate(runs):
             try:
-                measured: Measured | Unmeasured = measure(run, view, progress=progress, on_part=on_part)
+                measured: NetReport | Unmeasured = measure(run, view, progress=progress, on_part=on_part)
             except Exception as error:
                 if on_failed is None:
                     error.add_note(f"(while {run.name} was measured)")
@@ -324,8 +323,8 @@ def measure_all(
 
 
 def _served_by(
-    workers: int, runs: Mapping[int, SavedRun], view: View, on_part: Callable[[Measured], None] | None
-) -> Generator[tuple[int, Measured | Unmeasured]]:
+    workers: int, runs: Mapping[int, SavedRun], view: View, on_part: Callable[[NetReport], None] | None
+) -> Generator[tuple[int, NetReport | Unmeasured]]:
     """What a pool of processes measures, as it is done.
 
     Raises:
@@ -350,7 +349,7 @@ def _served_by(
     pool.shutdown()
 
 
-def _served(run: SavedRun, view: View, on_part: Callable[[Measured], None] | None) -> Measured | Unmeasured:
+def _served(run: SavedRun, view: View, on_part: Callable[[NetReport], None] | None) -> NetReport | Unmeasured:
     """In another process; an exception may not find its way back."""
     try:
         return measure(run, view, on_part=on_part)

@@ -27,8 +27,8 @@ class StudyPlan:
     Args:
         spec: the study.
         store: where its runs are.
-        cells: its rows.
-        runs: by (row, seed); rows of one configuration share their runs.
+        grid_points: its rows.
+        runs: by (row, seed); rows with the same configuration share their runs.
         finished: outcomes of finished runs by name, with their reports.
         missing: runs to do.
         unmeasured: finished runs whose networks are still to be measured.
@@ -53,8 +53,8 @@ class StudyPlan:
 def plan(spec: StudySpec, out: Path, *, make: bool = True, retry: bool = False) -> StudyPlan:
     """Expand a study to grid points and look for finished runs.
 
-    Of the data only that is read by which they are known, see `flatmin.train.fingerprint.content_of`. They need not be
-    here: runs are then known by their settings, code and data_dir, and a warning says so.
+    Of the data only the digest is read, see `flatmin.train.fingerprint.content_of`. The data may be absent: runs are
+    then identified by their settings, code and data_dir, with a warning.
 
     A run that raised an error has no result, so it is among the missing ones. One whose loss was not finite has.
 
@@ -62,9 +62,8 @@ def plan(spec: StudySpec, out: Path, *, make: bool = True, retry: bool = False) 
         spec: the study.
         out: the folder of the runs.
         make: make that folder if it does not exist.
-        retry: also do those runs again whose loss was not finite, and measure those networks again of which something
-            is missing. If `make`, the results of these are taken away, as
-            are those of runs without weights whose networks are to be measured.
+        retry: also repeat runs whose loss was not finite, and measure networks again whose report is incomplete. If
+            `make`, their results are removed, as are those of runs without weights whose networks are to be measured.
 
     Raises:
         ValueError: settings that do not go together, or a folder that cannot be written.

@@ -1,4 +1,4 @@
-"""What is drawn of landscapes and spectra, as plain numbers and words; `draw` and `draw_interactive` draw it."""
+"""The contents of figures of landscapes and spectra as plain numbers; `draw` and `draw_interactive` draw them."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def _changed(spec: StudySpec, axis: Axis, override: str) -> StudySpec:
 
 
 def _apart(spec: StudySpec) -> None:
-    """Refuse a study two of whose arms are the same runs."""
+    """Raise ValueError if two arms of a study have the same runs."""
     for i, arm in enumerate(spec.arms):
         for other in spec.arms[:i]:
             if (arm.settings, arm.axes) == (other.settings, other.axes):
@@ -105,7 +105,7 @@ def _spec(name: str, table: Mapping[str, Any]) -> StudySpec:
     baseline = table.get("baseline", labels[0])
     double = [label for i, label in enumerate(labels) if label in labels[:i]]
     if double:
-        raise ValueError(f"study {name}: the arm {double[0]!r} is there twice.")
+        raise ValueError(f"study {name}: the arm {double[0]!r} exists twice.")
     if baseline not in labels:
         raise ValueError(f"study {name}: the baseline {baseline!r} is no arm{suggest(baseline, labels)}")
     spec = StudySpec(
@@ -168,14 +168,14 @@ def _view(name: str, table: Mapping[str, Any]) -> View:
 
 
 def _check_column(spec: StudySpec, column: str) -> None:
-    """Refuse a column that no run of the study can have."""
+    """Raise ValueError for a column that no run of the study can have."""
     diagnostic, _, when = column.partition("@")
     if when:
         good = when in ("first", "last") and diagnostic and spec.record.diagnostics
         wanted = "NAME@first or NAME@last, with diagnostics in [record]"
     else:
         good = column in (*METRICS, *NAMED) or spec.measure is not None
-        wanted = f"{', '.join((*METRICS, *NAMED))}, or a number on the report that [measure] asks for"
+        wanted = f"{', '.join((*METRICS, *NAMED))}, or a number of the report that [measure] asks for"
     if not good:
         raise ValueError(f"study {spec.name}: no run has the column {column!r}; expected {wanted}.")
 
@@ -230,7 +230,7 @@ def _published(name: str, table: Mapping[str, Any]) -> Published:
 
 
 def _check_published(spec: StudySpec, one: Published) -> None:
-    """Refuse a published number that could not stand anywhere: a slip of the pen would hide it."""
+    """Raise ValueError for a published number that belongs to no row: a typing error would hide it."""
     arm = next((arm for arm in spec.arms if arm.label == one.label), None)
     if arm is None:
         raise ValueError(f"study {spec.name}: a published number has the label {one.label!r}, which is no arm.")
@@ -264,10 +264,10 @@ def _as_texts(name: str, table: Mapping[str, Any]) -> dict[str, str]:
     for key, value in table.items():
         _expect_flat(name, key, value)
         if key == "seed":
-            raise ValueError(f"study {name}: seeds stand in the list seeds.")
+            raise ValueError(f"study {name}: write seeds in the list seeds.")
         if key in field_types(Options):
             own = "; it is an entry of [record]" if key in field_types(Record) else ""
-            raise ValueError(f"study {name}: {key} says how one run is logged and kept, and is no setting{own}.")
+            raise ValueError(f"study {name}: {key} says how a run is logged and stored and is not a setting{own}.")
     return {key: as_text(value) for key, value in table.items()}
 
 

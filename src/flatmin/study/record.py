@@ -1,4 +1,4 @@
-"""What the runs of a study write down beside their result."""
+"""What the runs of a study record beside their result."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from flatmin.train.settings import at_least, fill
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """What runs write down while they train; it changes no outcome.
+    """What runs record while they train; it changes no outcome.
 
     Args:
         log_every: updates between lines of steps.jsonl; 0: none.

@@ -48,7 +48,7 @@ class SearchResult:
     """The trials of one arm at one point of the study's other axes.
 
     Args:
-        cell: the row of the study.
+        grid_point: the row of the study.
         trials: in the order in which they were asked for.
     """
 
@@ -89,11 +89,11 @@ def search(
         budget: gradient evaluations for each row, in epochs of plain training.
         out: folder of the runs.
         workers: see `flatmin.study.executors.execute`.
-        on_event: told what happens.
+        on_event: called with each event.
         how: further arguments of `execute`.
 
     Returns:
-        What was found, in the order of the study's rows.
+        The results, in the order of the study's rows.
 
     Raises:
         ValueError: a budget below the cost of one trial, a setting that no arm has, a trial that flatmin refuses.
@@ -183,7 +183,7 @@ class _Task:
         return asked
 
     def tell(self, ask: _Ask, outcomes: Mapping[str, RunOutcome]) -> None:
-        """What came of a point.
+        """Record the outcome of a point.
 
         Raises:
             ValueError: a run raised an error.

@@ -1,4 +1,4 @@
-"""Reports of a study's trained networks, measured once and kept in the runs' folders."""
+"""Reports of the trained networks of a study, measured once and stored in the run folders."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from flatmin.words import read_text
 
 
 def make_report(folder: Path, view: View) -> Mapping[str, Any]:
-    """Measure the network of a finished run on the device that it was trained on, and keep the report.
+    """Measure the network of a finished run on the device that it was trained on, and store the report.
 
     Args:
-        folder: of a run that keeps its weights.
+        folder: of a run with weights.
         view: what is measured; its device does not matter.
 
     Returns:
         `flatmin.measure.Report.to_dict`.
 
     Raises:
-        ValueError, ArithmeticError: the network or its data refuse. What a single measure cannot give is missing on the
-            report, see `lacking`.
+        ValueError, ArithmeticError: the network or its data refuse. Single measures that fail are missing in
+            the report, see `lacking`.
     """
     run = find(folder)
     report = measure(run, dataclasses.replace(view, device=run.config.device)).report.to_dict()
@@ -35,7 +35,7 @@ def make_report(folder: Path, view: View) -> Mapping[str, Any]:
 
 
 def stored_report(folder: Path, view: View) -> Mapping[str, Any] | None:
-    """The report of this view that a run keeps; None if there is none that can be read."""
+    """The stored report of a run for this view; None if there is none that can be read."""
     try:
         report = json.loads(read_text(report_path(folder, view)))
     except (OSError, ValueError):
@@ -44,7 +44,7 @@ def stored_report(folder: Path, view: View) -> Mapping[str, Any] | None:
 
 
 def lacking(report: Mapping[str, Any]) -> dict[str, str]:
-    """What a kept report was to have and has not, and why."""
+    """What is missing in a stored report, and why."""
     missing: dict[str, str] = {}
     for section in report["sections"].values():
         missing |= section.get("missing", {})
@@ -53,5 +53,5 @@ def lacking(report: Mapping[str, Any]) -> dict[str, str]:
 
 
 def report_path(folder: Path, view: View) -> Path:
-    """Where a run keeps its report of this view."""
+    """The file of the report of a run for this view."""
     return folder / f"card-{content_hash(view.key, view.sections_key)[:8]}.json"

@@ -27,7 +27,7 @@ def study(
     Args:
         todo: of `flatmin.study.plan.plan`.
         workers: runs at a time.
-        on_event: told what happens.
+        on_event: called with each event.
         executor: where they are done, see `flatmin.study.executors.execute`.
         settings: of the executor.
 

@@ -129,7 +129,7 @@ def over_cost(table: StudyTable, style: StudyStyle) -> FigureSection | None:
     return FigureSection(
         title="What the accuracy costs",
         caption="Mean test accuracy; bars: 95 % intervals over the seeds, cut at 0 and 100. Dotted: the Pareto front "
-        "of the means, which tells nothing apart that lies inside the bars. Marks of equal cost stand a little beside "
+        "of the means; differences inside the bars are not significant. Marks of equal cost stand a little beside "
         "each other.",
         figures={"Accuracy over cost": Figure(data, {"xaxis": axis, "yaxis": _title("test accuracy, %")})},
     )

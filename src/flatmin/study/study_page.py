@@ -47,7 +47,7 @@ def render(shown: StudyTable, *, command: Sequence[str] = ()) -> str:
 
     Args:
         shown: the study's table; see `flatmin.study.tabulate.tabulate`.
-        command: the words of the command line.
+        command: the arguments of the command line.
 
     Raises:
         ModuleNotFoundError: there are figures and plotly is not installed (extra "report").

@@ -55,7 +55,7 @@ def while_training(table: StudyTable, style: StudyStyle) -> FigureSection | None
         table,
         style,
         "Measured while training",
-        "As the report of a network names them, of the weights after an epoch, in eval mode, on "
+        "Named as in the report of a network; of the weights after an epoch, in eval mode, on "
         f"{record.measure_examples} training samples.{radius}{groups}",
         {name: Curve(y=name, read=read(name), log=True, ends=ends_of(name)) for name in names},
     )

@@ -32,7 +32,7 @@ class FigureSection:
 
 @dataclass(frozen=True, kw_only=True)
 class RowStyle:
-    """How a row is drawn, in words of figures."""
+    """The style of a row in figures."""
 
     color: str
     symbol: str
@@ -103,11 +103,11 @@ class StudyStyle:
 
     def explained(self) -> str:
         """A sentence on what symbols and dashes mean; empty where colours tell everything."""
-        many = "Arms of one colour differ by symbol and dash; hovering names them." if self._cycles else ""
+        many = "Arms of one colour differ by symbol and dash; hover over a mark for its name." if self._cycles else ""
         if len(self.points) < 2:
             return many
         if many or len(self.points) > _NAMED:
-            return many or "Points of the axes differ by symbol and dash; hovering names them."
+            return many or "Points of the axes differ by symbol and dash; hover over a mark for its name."
         kinds = zip(SYMBOLS, DASHES_IN_WORDS, self.points, strict=False)
         return "; ".join(f"{symbol}, {dash}: {listed(point)}" for symbol, dash, point in kinds).capitalize() + "."
 

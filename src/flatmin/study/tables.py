@@ -112,8 +112,8 @@ def remarks(table: StudyTable) -> list[str]:
     if any(row.columns["test_acc"].p is not None for row in table.rows):
         texts.append(
             f"Differences are to {spec.baseline} at the same point of the axes, paired over seeds; p is that of their "
-            "t test, corrected for all rows by Holm's method. Nothing is bold: what lies inside the intervals is not "
-            "told apart."
+            "t test, corrected for all rows by Holm's method. No row is bold: differences inside the intervals are not "
+            "significant."
         )
     if any(stat.cut for stat in _shown(table)):
         texts.append(CUT)

@@ -1,4 +1,4 @@
-"""Where the runs of a study are done: here, on a Ray cluster, or as Slurm jobs."""
+"""Executors of the runs of a study: local processes, a Ray cluster, or Slurm jobs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ EXECUTORS = {"local": None, "ray": "ray", "slurm": "submitit"}
 
 
 def make_executor(name: str, settings: Mapping[str, Any] | None = None) -> Executor:
-    """An executor; nothing is started before its `run`.
+    """Create an executor; nothing starts before its `run`.
 
     Args:
         name: one of `EXECUTORS`.
@@ -52,7 +52,7 @@ def make_executor(name: str, settings: Mapping[str, Any] | None = None) -> Execu
 
 
 def executor_settings(name: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """Settings of an executor from `key=value` words.
+    """Settings of an executor from `key=value` overrides.
 
     Raises:
         ValueError: an unknown executor or setting, or a value of another type.
@@ -83,18 +83,18 @@ def execute(
     executor: str = "local",
     settings: Mapping[str, Any] | None = None,
 ) -> dict[str, RunOutcome]:
-    """Do all runs, in the given order as workers become free.
+    """Execute all runs, in the given order as workers become free.
 
-    A run whose worker is lost is taken up again from its last checkpoint, by another worker and at most twice. So is a
-    run that an earlier call has left unfinished, and one that somebody else has finished meanwhile is not repeated:
-    several calls may work on one store.
+    If the worker of a run is lost, another worker resumes the run from its last checkpoint, at most twice. A run that
+    an earlier call left unfinished is resumed likewise, and a run that another call has finished meanwhile is not
+    repeated: several calls may work on one store.
 
     Args:
         runs: with different names.
-        store: where they are kept.
-        workers: how many runs are done at a time, each with one thread. Local ones are processes that are started fresh
-            (spawn), so a script that calls this needs `if __name__ == "__main__":`. 0, of the local executor only: all
-            in this process, with one thread.
+        store: where they are stored.
+        workers: number of concurrent runs, each with one thread. Local workers are spawned processes, so a script that
+            calls this needs `if __name__ == "__main__":`. 0, of the local executor only: all runs in this process,
+            with one thread.
         on_event: called here, in this process, with `EpochDone`, `RunDone`, `RunBroke` and `Warned`.
         executor: one of `EXECUTORS`. Default: processes on this machine.
         settings: of the executor, see `make_executor`.
@@ -103,7 +103,7 @@ def execute(
         The outcome of every run by its name.
 
     Raises:
-        StudyInterrupted: on Ctrl-C, after what is under way has been stopped.
+        StudyInterrupted: on Ctrl-C, after the runs in progress have been stopped.
         ValueError, ModuleNotFoundError: see `make_executor`; or a number of workers that the executor cannot have.
     """
     chosen = make_executor(executor, settings)

@@ -156,7 +156,7 @@ class Reporter:
         tries = self._begun[run.name] = self._begun.get(run.name, 0) + 1
         recorded = self._store.find(run, lambda text: None)  # if it was lost while it measured
         if tries < ATTEMPTS:
-            again = "taken up again from its last checkpoint" if recorded is None else "measured again"
+            again = "resumed from its last checkpoint" if recorded is None else "measured again"
             self._on_event(Warned(text=f"{run.name} is {again}, because its worker {how}."))
             return True
         text = f"its worker was lost {tries} times during this run; the last one {how}"

@@ -1,4 +1,4 @@
-"""Runs on local processes: one thread each, results as they come, nothing lost but what is under way."""
+"""Runs on local processes with one thread each; an interrupt loses at most the runs in progress."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ EXECUTOR = Local
 
 
 class _Pool:
-    """Workers, what each is doing, and what waits."""
+    """The workers, their tasks, and the queue."""
 
     def __init__(self, waiting: TaskQueue, store: Store, workers: int, reporter: Reporter) -> None:
         self._waiting = waiting
@@ -130,7 +130,7 @@ class _Pool:
             self._teller.end(task.run, message)
 
     def _replace(self, connection: Connection) -> None:
-        """A worker died: another one takes its place, and its run, unless that has had enough of them."""
+        """A worker died: start another one, and retry its run unless it was lost too often."""
         process = self._workers.pop(connection)
         task = self._busy.pop(connection)
         connection.close()
@@ -158,7 +158,7 @@ class _Pool:
 
 
 def _serve(connection: Connection, store: Store) -> None:
-    """A worker's life: take a run, do it, send epochs and the outcome."""
+    """The loop of a worker: take a run, execute it, send epochs and the outcome."""
     settle_streams()  # a model or a data set of the user's may print
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -172,7 +172,7 @@ def _serve(connection: Connection, store: Store) -> None:
 
 
 def _end_with_parent() -> None:
-    """End as soon as the process that asked for the work has; whoever continues it starts from the checkpoint."""
+    """End this process as soon as its parent has ended; the run can be resumed from its checkpoint."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

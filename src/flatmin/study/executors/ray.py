@@ -1,4 +1,4 @@
-"""Runs as tasks of a Ray cluster: one that is there, or one of this machine for as long as it takes."""
+"""Runs as tasks of a Ray cluster: an existing one, or a temporary one on this machine."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Ray:
                 ray.shutdown()
 
     def _check(self, runs: Sequence[Run]) -> None:
-        """Refuse runs that would wait for ever, as no node has what one of them needs.
+        """Raise ValueError for runs that no node can execute, which would wait for ever.
 
         Raises:
             ValueError: no node has as many CPUs or GPUs.
@@ -107,7 +107,7 @@ EXECUTOR = Ray
 
 
 class _Scheduler:
-    """Tasks that are not repeated by Ray itself, so that one place counts."""
+    """Ray tasks without Ray's own retries, which are counted in one place."""
 
     def __init__(self, settings: Ray) -> None:
         self._settings, self._remote = settings, ray.remote(run_quietly)
@@ -135,7 +135,7 @@ class _Scheduler:
         return outcome
 
     def _look_for_nodes(self) -> None:
-        """Ray waits for ever for a node that does not come back.
+        """Check that a node is left: Ray waits for ever for lost nodes.
 
         Raises:
             ValueError: no node is left.

@@ -153,5 +153,5 @@ class _Work:
         return run_quietly(task, store)
 
     def checkpoint(self, task: Task, store: Store) -> DelayedSubmission:
-        """What is queued after preemption or at the time limit: the same, because the state is in the run's folder."""
+        """The job to queue after preemption or at the time limit: the same, because the state is in the run folder."""
         return DelayedSubmission(self, task, store)
