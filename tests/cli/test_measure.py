@@ -431,7 +431,7 @@ class TestWhatFails:
         said = invoke(tmp_path / "out", tmp_path / "a.pt", *given, "--what", "model,sharpness", status=3)
         words = " ".join(said.split())
         assert re.search(r"^loss +\d", said, re.MULTILINE) and re.search(r"^weight_norm +\d", said, re.MULTILINE)
-        assert "worst case is not there: ValueError: invalid literal for int() with base 10: 'x' (test_me" in words
+        assert "worst case is missing: ValueError: invalid literal for int() with base 10: 'x' (test_me" in words
         (one,) = read(tmp_path / "out" / "a.json")["nets"]
         assert set(one["sections"]["model"]["quantities"]) == {"loss", "error_rate", "gradient_norm", "weight_norm"}
         sharpness = one["sections"]["sharpness"]

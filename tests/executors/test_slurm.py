@@ -75,7 +75,7 @@ def test_a_lost_job_is_submitted_again_and_ctrl_c_cancels(tmp_path, slurm, monke
         assert f"#SBATCH --{line}\n" in script
     assert "\nset -u\n" in script
     (warned,) = (event for event in events if isinstance(event, Warned))
-    assert f"{wanted[0].name} is taken up again" in warned.text and "(job 1) ended as failed" in warned.text
+    assert f"{wanted[0].name} is resumed" in warned.text and "(job 1) ended as failed" in warned.text
     # Two updates an epoch: the fourth, of the second epoch, was the one that ended the first job.
     lives = (tmp_path / "diary").read_text().split()
     assert [lives.count(pid) for pid in dict.fromkeys(lives)] == [4, 4]

@@ -184,7 +184,7 @@ class TestPage:
             assert {q.name, with_error(q.value, q.error), q.text} <= set(words)
         for part in net.report.sections:
             assert not part.quantities or part.title in words
-            assert all(f"{what} is not there: {why}" in words for what, why in part.missing.items())
+            assert all(f"{what} is missing: {why}" in words for what, why in part.missing.items())
         assert "flatmin measure 'a b'" in words and "torch 2.13.0" in words
         assert {"ascent steps", "rhos", "split"} <= set(words)
         # Both ends, the density, two curves, two lines and a plane.
@@ -193,7 +193,7 @@ class TestPage:
     def test_notes_and_reasons_are_shown(self):
         net = made("sgd", 0, quantity(note="not converged"), missing={"adaptive": "all are zero."})
         outline = Outline(render([net], environment={}))
-        assert "not converged" in outline.text and "adaptive is not there: all are zero." in outline.text
+        assert "not converged" in outline.text and "adaptive is missing: all are zero." in outline.text
 
     def test_several_nets(self, real):
         outline = Outline(render(real, environment=ENVIRONMENT))
@@ -206,7 +206,7 @@ class TestPage:
             stats = (row.groups["sgd"], row.groups["sam"], row.difference["sam"])
             assert row.quantity.name in words and all(stat_text(s) in outline.text for s in stats)
             assert row.verdict("sam") in {*outline.text, ""}
-        assert "not measured alike" not in words
+        assert "different settings" not in words
         assert len(outline.specs) == 8, "a plane for each group"
         names = {t.get("name") for spec in outline.specs for t in spec["data"]}
         assert {"sgd", "sam"} <= {str(name).partition(",")[0] for name in names}
@@ -221,7 +221,7 @@ class TestPage:
     def test_nets_that_were_not_measured_alike(self):
         other = made("sam", 0, quantity(), where=dataclasses.replace(WHERE, split="test"))
         text = render([made("sgd", 0, quantity()), other], environment={})
-        assert "The nets were not measured alike: split: train, test." in Outline(text).text
+        assert "The networks were measured with different settings: split: train, test." in Outline(text).text
 
     def test_many_groups_and_groups_without_a_difference(self):
         found = [made(f"m{i}", i, quantity()) for i in range(5)]

@@ -257,7 +257,7 @@ class TestForm:
             (lambda t: t.replace('"smoke"', '"smok"'), "unknown preset 'smok'; did you mean 'smoke'?"),
             (lambda t: "arm = 1\n" + t, "unknown entry 'arm'; did you mean 'arms'?"),
             (lambda t: t + 'label = "SGD"\n', "is not valid TOML"),
-            (lambda t: t.replace('label = "SAM"', 'label = "SGD"'), "the arm 'SGD' is there twice"),
+            (lambda t: t.replace('label = "SAM"', 'label = "SGD"'), "the arm 'SGD' exists twice"),
             (lambda t: t.replace('label = "SAM"\n', ""), "an arm has no label"),
             (lambda t: t.replace('method = "sam"', 'method = "sgd"'), "the arms 'SGD' and 'SAM' are the same."),
             (lambda t: 'baseline = "sgd"\n' + t, "the baseline 'sgd' is no arm"),

@@ -34,7 +34,7 @@ def test_lines_that_mean_the_same(project, one, other):
 @pytest.mark.parametrize(
     ("project", "line", "note"),
     [
-        ("bisam", "--adaptive False", "--adaptive is false here, as it says; the script takes any text for true."),
+        ("bisam", "--adaptive False", "--adaptive is false here, as written; the script reads any text as true."),
         ("bisam", "--threads 4", "--threads has no effect: images are augmented in whole batches"),
         ("bisam", "--depth 28", "--depth has no effect: the script reads it nowhere."),
         ("bisam", "--optim sam --mu 3", "--mu has no effect: SAM climbs the loss."),
@@ -53,7 +53,7 @@ def test_lines_that_mean_the_same(project, one, other):
         (
             "vasso",
             "CUDA_VISIBLE_DEVICES=1 python train.py",
-            "CUDA_VISIBLE_DEVICES=1 is left out; set it before flatmin.",
+            "CUDA_VISIBLE_DEVICES=1 is ignored; set it before flatmin.",
         ),
         ("vasso", "--warmup_epoch 1", "--warmup_epoch 1 is left out"),
         ("vasso", "--gamma 0.1", "--gamma has no effect: it belongs to MultiStepLRscheduler."),

@@ -1,4 +1,4 @@
-"""`flatmin theory`: the convergence theory shown by runs, and the checker of its conditions."""
+"""`flatmin theory`: demonstrations of the convergence theory, and a checker of its conditions."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 HOME = Path("flatmin-theory")
 WORDS = ("list", "all", "check", "rules")
 
-Out = Annotated[Path, typer.Option(metavar="FOLDER", help="Where the figures go.")]
-Png = Annotated[bool, typer.Option("--png", help="Figures as PNG, the default.")]
-Svg = Annotated[bool, typer.Option("--svg", help="Figures as SVG; with --png as both.")]
-NoFigure = Annotated[bool, typer.Option("--no-figure", help="Draw nothing.")]
+Out = Annotated[Path, typer.Option(metavar="FOLDER", help="Folder of the figures.")]
+Png = Annotated[bool, typer.Option("--png", help="Write figures as PNG (the default).")]
+Svg = Annotated[bool, typer.Option("--svg", help="Write figures as SVG; with --png in both formats.")]
+NoFigure = Annotated[bool, typer.Option("--no-figure", help="Draw no figures.")]
 
 
 class _Names(TyperGroup):
-    """A group that takes every other word for the name of a demonstration."""
+    """A command group that reads other names as demonstrations."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         is_own = not args or args[0] in self.commands or args[0].startswith("-")
@@ -38,8 +38,8 @@ class _Names(TyperGroup):
 
 theory = typer.Typer(
     cls=_Names,
-    help="The convergence theory of SAM, shown by runs: `flatmin theory NAME` prints a table, draws a figure and "
-    "checks its claims (exit code 1 if one fails). The names: flatmin theory list.",
+    help="Demonstrate the convergence theory of SAM: `flatmin theory NAME` prints a table, draws a figure and checks "
+    "its claims (exit code 1 if one fails). Names: flatmin theory list.",
     no_args_is_help=True,
 )
 
@@ -80,21 +80,21 @@ def show_one(
 
 @theory.command(context_settings={"ignore_unknown_options": True})
 def check(
-    step: Annotated[str, typer.Argument(help="The step size t_n, e.g. 0.1 or diminish1 or power:c=0.5,p=0.6.")],
-    radius: Annotated[str, typer.Argument(help="The radius rho_n, likewise, or tied:0.5, half of the step size.")],
+    step: Annotated[str, typer.Argument(help="The step size t_n, such as 0.1, diminish1 or power:c=0.5,p=0.6.")],
+    radius: Annotated[str, typer.Argument(help="The radius rho_n, likewise, or tied:0.5 for half of the step size.")],
     on: Annotated[str | None, typer.Option(metavar="F", help="A function, e.g. quadratic:1,4.")] = None,
     functions: Annotated[
-        str | None, typer.Option("--class", metavar="WORDS", help="A class of functions, e.g. 'convex, L=4, unique'.")
+        str | None, typer.Option("--class", metavar="CLASS", help="A class of functions, e.g. 'convex, L=4, unique'.")
     ] = None,
     method: Annotated[str, typer.Option(help="Any method, or igd, igdr, extragradient.")] = "sam",
 ) -> None:
-    """Say which theorem covers a step size and a radius, and what follows. The words: flatmin theory rules."""
+    """Print which theorem applies to a step size and a radius, and its conclusions. Syntax: flatmin theory rules."""
     from flatmin.theory.checker import check as judge
     from flatmin.theory.classes import FunctionClass
     from flatmin.theory.named import read_function
 
     if (on is None) == (functions is None):
-        raise ValueError("say on what: --on quadratic:1,4 for a function, or --class 'convex, L=4' for a class.")
+        raise ValueError("name a function with --on quadratic:1,4, or a class with --class 'convex, L=4'.")
     what = FunctionClass.read(functions or "") if on is None else read_function(on)
     verdict = judge(step, radius, what, method)
     console = make_console()
@@ -105,7 +105,7 @@ def check(
 
 @theory.command()
 def rules() -> None:
-    """The words for step sizes and radii, functions, and classes of functions."""
+    """Print the syntax of step sizes and radii, functions, and classes of functions."""
     from flatmin.theory import classes
     from flatmin.theory.named import FUNCTIONS
     from flatmin.theory.parse import FORMS
@@ -195,5 +195,5 @@ def _is_number(word: str) -> bool:
 def _without_L(verdict: Verdict) -> str:
     undecided = any(c.holds is None for theorem in verdict.theorems for c in theorem.conditions)
     if verdict.theorem is None and verdict.functions.L is None and undecided:
-        return "L is needed here: name it in the class, as in --class 'L=4'."
+        return "the theorems need L: add it to the class, as in --class 'L=4'."
     return ""

@@ -234,7 +234,7 @@ def _apart(worker: int) -> None:
 
 
 class _Wanted:
-    """Batches of (epoch, index): the epoch travels with the index, so workers that live on need not be told."""
+    """Batches of (epoch, index): the epoch travels with the index, so persistent workers need no message."""
 
     def __init__(self) -> None:
         self.epoch = 0

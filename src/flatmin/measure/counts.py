@@ -40,7 +40,7 @@ class BatchWeight:
         return first_tensor(pair[1]) if not self.where else dict(tensors(pair))[self.where]
 
     def rows(self, pair: Pair, count: int, axes: Axes) -> Tensor | None:
-        """The weight of each example, shape (count,); None if they cannot be told apart."""
+        """The weight of each example, shape (count,); None if the examples cannot be separated."""
         if self.of is None:
             return torch.ones(count, dtype=torch.float64)
         tensor = self._tensor(pair)

@@ -33,7 +33,7 @@ class Conventions:
         loss: name of the loss.
         reduction: of the loss over the data; always the mean over its terms here.
         weight_decay: c of the added c/2 ||w||^2, over the selected weights.
-        split, augmentation: as told by the caller.
+        split, augmentation: as given by the caller.
         examples: number of them, over all processes.
         terms: number of terms of the loss: examples, or tokens that are not ignored.
         batch: examples in the largest batch.

@@ -111,7 +111,7 @@ def _one(net: NetReport) -> list[Markup]:
                 for q in section.quantities
             ]
             body += [heading(section.title), table(_NUMBERS, rows)]
-        body.append(notes(f"{what} is not there: {why}" for what, why in section.missing.items()))
+        body.append(notes(f"{what} is missing: {why}" for what, why in section.missing.items()))
     return body
 
 

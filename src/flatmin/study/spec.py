@@ -73,7 +73,7 @@ class StudySpec:
     Args:
         name: of the preset.
         title: of the table.
-        source: what it remakes.
+        source: what it reproduces.
         train: the preset of `flatmin train` that its runs start from.
         settings: of all runs, as text.
         axes: of all arms.

@@ -1,4 +1,4 @@
-"""Figures of the demonstrations with matplotlib (extra "plot"); the colours tell apart to colour-blind readers."""
+"""Figures of the demonstrations with matplotlib (extra "plot"), in colours for colour-blind readers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two ways to run the library's own recipes on a function: the optimizer, and the program inside of it."""
+"""Two drivers that run recipes of the library on a function: the optimizer, and its program alone."""
 
 from __future__ import annotations
 

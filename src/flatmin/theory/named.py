@@ -54,7 +54,7 @@ FUNCTIONS: dict[str, NamedFunction] = {
 
 
 def read_function(words: str) -> Function:
-    """The function that the words stand for: a name of `FUNCTIONS`, or a name and its numbers, `quadratic:1,4`.
+    """The function of a text: a name of `FUNCTIONS`, or a name and its numbers, `quadratic:1,4`.
 
         >>> read_function("quadratic:1,4").function_class.L
         4.0

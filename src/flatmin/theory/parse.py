@@ -1,4 +1,4 @@
-"""Rules from words, for command lines: `constant:0.1`, `power:c=0.5,p=0.5001`, `diminish1`, `tied:0.5`."""
+"""Rules from text, for command lines: `constant:0.1`, `power:c=0.5,p=0.5001`, `diminish1`, `tied:0.5`."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ FORMS: dict[str, Form] = {
 
 
 def read_rule(words: str) -> Rule:
-    """The rule that the words stand for.
+    """The rule of a text.
 
         >>> read_rule("power:c=0.5,p=0.5001").at(1)
         0.5
@@ -62,19 +62,19 @@ def read_rule(words: str) -> Rule:
 
 
 def read_radius(words: str) -> Rule | Tied:
-    """The radius that the words stand for; like `read_rule`, and `tied:factor` as well."""
+    """The radius of a text; like `read_rule`, and `tied:factor` as well."""
     return _read(words)
 
 
 def as_step(value: Rule | float | str | Callable[[int], float]) -> Rule:
-    """A step size from a rule, a number, words or a function of n."""
+    """A step size from a rule, a number, text or a function of n."""
     if isinstance(value, Tied):
         raise ValueError(f"{value} ties a radius to the step size; a step size cannot be tied.")
     return read_rule(value) if isinstance(value, str) else as_rule(value)
 
 
 def as_radius(value: Rule | Tied | float | str | Callable[[int], float], step: Rule) -> Rule:
-    """A radius from a rule, a tied radius, a number, words or a function of n; `step`: what tied radii follow."""
+    """A radius from a rule, a tied radius, a number, text or a function of n; `step`: what tied radii follow."""
     read = read_radius(value) if isinstance(value, str) else value
     return read.of(step) if isinstance(read, Tied) else as_rule(read)
 

@@ -22,7 +22,7 @@ DECADES = ((10**2, 10**3), (10**3, 10**4), (10**4, 10**5), (10**5, EVIDENCE))
 
 @dataclass(frozen=True)
 class Judgement:
-    """What was found about a rule: True, False or None (undecided), why, and by what kind of argument."""
+    """A judgement about a rule: True, False or None (undecided), the reason, and the kind of argument."""
 
     holds: bool | None
     reason: str

@@ -28,7 +28,7 @@ class Translation:
         notes: sentences that say where the run differs from the script's, and which flags have no effect.
 
     Example:
-        >>> found = Translation(command=("cifar10-resnet56", "method=sam", "rho=0.05"))
+        >>> translation = Translation(command=("cifar10-resnet56", "method=sam", "rho=0.05"))
         >>> translation.with_overrides(["epochs=1", "rho=0.1"]).line
         'flatmin train cifar10-resnet56 method=sam rho=0.1 epochs=1'
     """
@@ -58,15 +58,15 @@ Rule = Callable[[F, frozenset[str]], Translation]
 
 @dataclass(frozen=True, kw_only=True)
 class Project(Generic[F]):
-    """The command line of one project.
+    """The command line of a research repository.
 
     Args:
-        name: on our command line.
-        script: what the flags are of, for errors and lists.
-        paper: whose it is.
+        name: name for `flatmin original`.
+        script: script of the flags, for errors and lists.
+        paper: source.
         flags: a frozen dataclass with a field for each flag, whose default is the script's.
-        rule: the translation of the flags; it gets the names of those that were given as well.
-        inert: flags that change nothing in any translation, and why.
+        rule: translates the flags; called with the flags and the names of those that were given.
+        inert: flags without effect, and why.
     """
 
     name: str
@@ -80,14 +80,14 @@ class Project(Generic[F]):
         """A command line of the script, with or without `python` and the script's name before the flags.
 
         Raises:
-            ValueError: an unknown flag, a word that belongs to none, a value that is missing, of another type or out of
-                range, or a flag that asks for what `flatmin train` does not do.
+            ValueError: an unknown flag, an unexpected argument, a missing value, a value of another type or out of range,
+                or a flag that `flatmin train` does not support.
         """
         rest, variables = strip_script(arguments)
         flags, given = read_flags(self.flags, rest, script=self.script)
         translation = self.rule(flags, given)
         check(translation.command)
-        outside = [f"{word} is left out; set it before flatmin." for word in variables]
+        outside = [f"{word} is ignored; set it before flatmin." for word in variables]
         return dataclasses.replace(translation, notes=(*translation.notes, *idle(given, **self.inert), *outside))
 
 
@@ -143,6 +143,6 @@ def idle(given: frozenset[str], **reasons: str) -> list[str]:
 
 
 def truth(given: frozenset[str], flags: Any, name: str) -> list[str]:
-    """A note where a flag that the script reads by `bool(text)`, which is true of any text, is given as false."""
+    """A note if a flag is given as false that the script reads by `bool(text)`, which is true for any text."""
     wrong = name in given and not getattr(flags, name)
-    return [f"--{name} is false here, as it says; the script takes any text for true."] if wrong else []
+    return [f"--{name} is false here, as written; the script reads any text as true."] if wrong else []

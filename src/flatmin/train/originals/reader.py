@@ -1,4 +1,4 @@
-"""The reader of the original command lines: flags are the fields of a dataclass."""
+"""The reader of the papers' command lines: flags are the fields of a dataclass."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ V = TypeVar("V")
 def read_flags(cls: type[F], arguments: Sequence[str], *, script: str) -> tuple[F, frozenset[str]]:
     """The flags of a command line, as argparse reads them.
 
-    `--name value` and `--name=value`; a beginning of a name that fits one flag only stands for it; the last of several
-    counts. A field of type bool may stand alone, which means true, or have true or false after it; a tuple takes all
+    `--name value` and `--name=value`; an unambiguous prefix of a name stands for it; the last of several counts. A field of type bool may stand alone, which means true, or have true or false after it; a tuple takes all
     values up to the next flag.
 
     Args:
