@@ -80,8 +80,8 @@ class Project(Generic[F]):
         """A command line of the script, with or without `python` and the script's name before the flags.
 
         Raises:
-            ValueError: an unknown flag, an unexpected argument, a missing value, a value of another type or out of range,
-                or a flag that `flatmin train` does not support.
+            ValueError: an unknown flag, an unexpected argument, a missing value, a value of another type or out of
+                range, or a flag that `flatmin train` does not support.
         """
         rest, variables = strip_script(arguments)
         flags, given = read_flags(self.flags, rest, script=self.script)

@@ -17,8 +17,8 @@ V = TypeVar("V")
 def read_flags(cls: type[F], arguments: Sequence[str], *, script: str) -> tuple[F, frozenset[str]]:
     """The flags of a command line, as argparse reads them.
 
-    `--name value` and `--name=value`; an unambiguous prefix of a name stands for it; the last of several counts. A field of type bool may stand alone, which means true, or have true or false after it; a tuple takes all
-    values up to the next flag.
+    `--name value` and `--name=value`; an unambiguous prefix of a name stands for it; the last of several counts. A flag
+    of type bool alone means true, or is followed by true or false; a tuple takes all values up to the next flag.
 
     Args:
         cls: a frozen dataclass whose fields are the flags, with the script's defaults.
