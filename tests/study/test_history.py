@@ -10,7 +10,7 @@ from rich.console import Console
 
 from flatmin.study import history_figures, page
 from flatmin.study.history import FAILED, FINISHED, GOING_ON, STOPPED, read, read_all
-from flatmin.study.history_numbers import differences, known, troubles, typed
+from flatmin.study.history_numbers import differences, quantities_of, troubles, typed
 from flatmin.study.history_page import render
 from flatmin.study.history_plots import plots
 from flatmin.study.history_terminal import BLOCKS, print_runs, sparkline
@@ -161,7 +161,7 @@ class TestReading:
 
 
 def numbers(run, runs=None):
-    return {q.name: q.text(run) for q in known(runs or [run]) if q.text(run) is not None}
+    return {q.name: q.text(run) for q in quantities_of(runs or [run]) if q.text(run) is not None}
 
 
 class TestNumbers:

@@ -113,7 +113,7 @@ QUANTITIES = (
 )
 
 
-def known(runs: Sequence[History]) -> list[RunProperty]:
+def quantities_of(runs: Sequence[History]) -> list[RunProperty]:
     """The quantities that some run has."""
     return [quantity for quantity in QUANTITIES if any(quantity.text(run) is not None for run in runs)]
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from flatmin.study.history import FAILED, History
 from flatmin.study.history_figures import tones
-from flatmin.study.history_numbers import RunProperty, differences, known, machine, sentence, settings, troubles
+from flatmin.study.history_numbers import RunProperty, differences, machine, quantities_of, sentence, settings, troubles
 from flatmin.study.history_plots import plots
 from flatmin.study.page import Cell, Column, Markup, code, facts, figure, heading, legend, notes, page, paragraph, table
 
@@ -44,12 +44,12 @@ def render(runs: Sequence[History], *, command: Sequence[str] = ()) -> str:
 
 def _one(runs: Sequence[History]) -> Markup:
     columns = [Column("quantity", text=True), Column("value", text=True), Column("what it is", text=True)]
-    rows = [[Cell(q.name), Cell(q.text(runs[0]) or _NONE), Cell(q.hint)] for q in known(runs)]
+    rows = [[Cell(q.name), Cell(q.text(runs[0]) or _NONE), Cell(q.hint)] for q in quantities_of(runs)]
     return table(columns, rows)
 
 
 def _several(runs: Sequence[History]) -> Markup:
-    quantities, tone = known(runs), tones(runs)
+    quantities, tone = quantities_of(runs), tones(runs)
     columns = [
         Column("run", "the colour is that of the curves", text=True),
         *(Column(q.name, q.hint, text=q.value is None) for q in quantities),

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flatmin.study.history import FAILED, History
-from flatmin.study.history_numbers import differences, known, sentence, troubles
+from flatmin.study.history_numbers import differences, quantities_of, sentence, troubles
 from flatmin.train.result import Epoch
 
 BLOCKS, PLAIN = "▁▂▃▄▅▆▇█", ".:-=+*#@"
@@ -43,7 +43,7 @@ def render(runs: Sequence[History], console: Console) -> RenderableType:
 
 
 def _numbers(runs: Sequence[History], console: Console) -> list[RenderableType]:
-    quantities = known(runs)
+    quantities = quantities_of(runs)
     rows = {q.name: [q.text(run) or "-" for run in runs] for q in quantities}
     return _columns(runs, "", rows, console)
 

@@ -159,8 +159,8 @@ def _cell(tag: str, cell: Cell, column: Column) -> str:
     if column.text or tag == "th":
         attributes += ' class="text"'
     else:
-        known = cell.sort is not None and math.isfinite(cell.sort)
-        attributes += f' data-sort="{float(cell.sort or 0.0)!r}"' if known else ' data-sort=""'
+        finite = cell.sort is not None and math.isfinite(cell.sort)
+        attributes += f' data-sort="{float(cell.sort or 0.0)!r}"' if finite else ' data-sort=""'
     swatch = f'<span class="swatch" style="background: var(--{escape(cell.tone)})"></span>' if cell.tone else ""
     minor = f' <span class="minor">{escape(cell.minor)}</span>' if cell.minor else ""
     flag = f' <span class="flag">{escape(cell.flag)}</span>' if cell.flag else ""

@@ -355,11 +355,11 @@ def ticks(levels: Array, log: bool) -> list[float]:
         return [k * step for k in range(first, last + 1)]
     low, high = math.floor(math.log10(levels[0])), math.ceil(math.log10(levels[-1]))
     for multiples in ([1], [1, 3], [1, 2, 5]):
-        found = [m * 10.0**k for k in range(low, high + 1) for m in multiples]
-        found = [t for t in found if levels[0] * (1 - 1e-9) <= t <= levels[-1] * (1 + 1e-9)]
-        if len(found) >= 3:
-            step = math.ceil(len(found) / 8)
-            return found[::step]
+        places = [m * 10.0**k for k in range(low, high + 1) for m in multiples]
+        places = [t for t in places if levels[0] * (1 - 1e-9) <= t <= levels[-1] * (1 + 1e-9)]
+        if len(places) >= 3:
+            step = math.ceil(len(places) / 8)
+            return places[::step]
     return [float(t) for t in np.geomspace(levels[0], levels[-1], 5)]
 
 
@@ -367,10 +367,10 @@ def _values(item: Landscape, value: Value) -> tuple[Array, str, npt.NDArray[np.b
     """The values with NaN where there is nothing to draw, a note on that, and which points are not finite."""
     if value not in ("loss", "accuracy", "error"):
         raise ValueError(f"value must be 'loss', 'accuracy' or 'error', got {value!r}.")
-    found = item.loss if value == "loss" else item.accuracy if value == "accuracy" else item.error
-    if found is None:
+    values_shown = item.loss if value == "loss" else item.accuracy if value == "accuracy" else item.error
+    if values_shown is None:
         raise ValueError(f"the {item.kind} was measured without accuracy, so there is no {value} to draw.")
-    values = found.numpy() * (1.0 if value == "loss" else 100.0)
+    values = values_shown.numpy() * (1.0 if value == "loss" else 100.0)
     done = item.done.numpy()
     lost = done & ~np.isfinite(values)
     if not (done & ~lost).any():
