@@ -345,7 +345,7 @@ class TestFile:
 class TestRefusals:
     def test_targets(self, refused, folders, weights, tmp_path, monkeypatch):
         folder = folders["sgd", 0]
-        assert "neither as a folder nor as a name" in refused(tmp_path / "absent")
+        assert "neither a folder nor a name" in refused(tmp_path / "absent")
         shutil.copytree(folder, tmp_path / "flatmin-runs" / "runs" / "by name")
         (tmp_path / "flatmin-runs" / "runs" / "by name" / "weights.pt").unlink()
         with monkeypatch.context() as patch:
@@ -436,7 +436,7 @@ class TestWhatFails:
         assert set(one["sections"]["model"]["quantities"]) == {"loss", "error_rate", "gradient_norm", "weight_norm"}
         sharpness = one["sections"]["sharpness"]
         assert "worst_case" not in sharpness["quantities"] and "worst case" in sharpness["missing"]
-        assert "worst case is not there" in (tmp_path / "out" / "a.html").read_text(encoding="utf-8")
+        assert "worst case is missing" in (tmp_path / "out" / "a.html").read_text(encoding="utf-8")
 
     def test_a_radius_at_which_the_net_overflows(self, folders, tmp_path):
         given = (folders["sgd", 0], *QUICK, "--what", "sharpness", "rho=1e30", "--no-page")
@@ -503,7 +503,7 @@ class TestWhatFails:
             main(["measure", str(folders["sgd", 0]), *given])
         assert stopped.value.code == 130
         file = tmp_path / "out" / f"{name}.json"
-        said = f"Interrupted; what was measured is in {file}; landscapes are kept and continue from there.\n"
+        said = f"Interrupted; what was measured is in {file}; landscapes are stored and continue from there.\n"
         assert capsys.readouterr().err == said
         (one,) = read(file)["nets"]
         assert "loss" in one["sections"]["model"]["quantities"]
@@ -616,7 +616,7 @@ class TestFilesOfWeights:
 
 
 def test_workers_for_one_net_are_refused(refused, folders):
-    assert "--workers is for several nets" in refused(folders["sgd", 0], "--workers", 2)
+    assert "--workers is for several networks" in refused(folders["sgd", 0], "--workers", 2)
 
 
 def test_what_some_net_lacks_is_said(folders, tmp_path, monkeypatch):
@@ -632,6 +632,6 @@ def test_what_some_net_lacks_is_said(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "error_rate", once)
     paths = [folders["sgd", 0], folders["sam", 0]]
     said = invoke(tmp_path, *paths, "--what", "model", "--no-page", "--workers", 0, status=3)
-    assert f"error rate is not there for {paths[1].name}: ValueError: no classes here." in " ".join(said.split())
+    assert f"error rate is missing for {paths[1].name}: ValueError: no classes here." in " ".join(said.split())
     assert re.search(r"^error_rate \* +0\.\d+ +- +- *$", said, re.MULTILINE), "that of the other is shown"
     assert "error_rate of 1 of 2 nets" in " ".join(said.split())

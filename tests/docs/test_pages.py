@@ -63,25 +63,25 @@ def test_the_table_in_the_readme_has_every_method():
     rows = [line for line in table.splitlines() if line.startswith("| `")]
     listed = {}
     for row in rows:
-        cells = [cell.strip() for cell in row.strip("|").split("|")]
-        listed |= dict.fromkeys(re.findall(r"`([^`]+)`", cells[0]), cells)
+        grid_points = [cell.strip() for cell in row.strip("|").split("|")]
+        listed |= dict.fromkeys(re.findall(r"`([^`]+)`", grid_points[0]), grid_points)
     assert set(listed) == set(METHODS)
-    for name, cells in listed.items():
+    for name, grid_points in listed.items():
         recipe = METHODS[name].recipe()
-        assert cells[3] == f"{recipe.gradient_evaluations:.3g}"
-        assert cells[4] == (f"{recipe.default_rho:g}" if recipe.ascends else "")
+        assert grid_points[3] == f"{recipe.gradient_evaluations:.3g}"
+        assert grid_points[4] == (f"{recipe.default_rho:g}" if recipe.ascends else "")
 
 
 def test_the_page_of_methods_has_one_line_for_each_with_its_cost():
     text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
     tables = text.partition("## Reading the tables")[2].partition("\n## ")[0].replace("\\|", "¦")
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in tables.splitlines() if line[:3] == "| `"]
-    listed = {cells[0].strip("`"): cells for cells in rows}
+    listed = {grid_points[0].strip("`"): grid_points for grid_points in rows}
     assert len(rows) == len(listed) and set(listed) == set(METHODS)
-    for name, cells in listed.items():
+    for name, grid_points in listed.items():
         recipe = METHODS[name].recipe()
         rho = f"{recipe.default_rho:g}" if recipe.ascends else ""
-        assert cells[2:5] == [f"{recipe.gradient_evaluations:.3g}", str(recipe.extra_copies), rho], name
+        assert grid_points[2:5] == [f"{recipe.gradient_evaluations:.3g}", str(recipe.extra_copies), rho], name
 
 
 def test_the_page_of_methods_says_which_loop_each_needs():
@@ -115,7 +115,7 @@ def test_studies_are_understood(tmp_path, monkeypatch):
     from flatmin.study.baselines import with_baselines
     from flatmin.study.dimensions import read_dimension
     from flatmin.study.executors import executor_settings
-    from flatmin.study.expand import cells
+    from flatmin.study.expand import grid_points
     from flatmin.study.reading import read_study
 
     monkeypatch.chdir(tmp_path)
@@ -133,11 +133,11 @@ def test_studies_are_understood(tmp_path, monkeypatch):
                 spec = read_study(name, overrides, demo="--demo" in words)
                 chosen = tuple(key for word, keys in pairs if word == "--choose" for key in keys.split(","))
                 spec = dataclasses.replace(spec, choose=chosen or spec.choose)
-                assert cells(with_baselines(spec) if "--baselines" in words else spec)
+                assert grid_points(with_baselines(spec) if "--baselines" in words else spec)
         for line in re.findall(r"^    flatmin search (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE):
             name, *words = shlex.split(line.split("#")[0])
-            assert [read_dimension(word) for word in words if ".." in word] and cells(read_study(name))
-    rows = {row.label: row.config for row in cells(read_study("my_study.toml"))}
+            assert [read_dimension(word) for word in words if ".." in word] and grid_points(read_study(name))
+    rows = {row.label: row.config for row in grid_points(read_study("my_study.toml"))}
     assert len(rows) == 6 and rows["SGD model=mlp"].lr == 0.05 and rows["SGD model=conv"].lr == 0.1
 
 

@@ -126,8 +126,8 @@ class TestChoice:
             rho = point.values.get("rho", "")
             test = {"0.05": 90.0, "0.1": 80.0, "0.2": 70.0}.get(rho, 60.0) + seed
             val = {"0.05": 80.0, "0.1": 90.0, "0.2": 85.0}.get(rho, 60.0) + seed
-            point = {"epoch": 1, "val_acc": val, "test_acc": test, "memorised": None}
-            return RunOutcome(result=made_result(point.configs[seed], test, chosen=point))
+            chosen = {"epoch": 1, "val_acc": val, "test_acc": test, "memorised": None}
+            return RunOutcome(result=made_result(point.configs[seed], test, chosen=chosen))
 
         table = made_table(STUDY, tmp_path, result_of)
         sam = table.rows[1]

@@ -212,7 +212,7 @@ class TestPage:
         assert {"sgd", "sam"} <= {str(name).partition(",")[0] for name in names}
 
     @pytest.mark.parametrize(
-        ("sam", "word"), [((1.0, 2.1), "flatter"), ((5.0, 6.1), "sharper"), ((2.0, 5.0), "not told")]
+        ("sam", "word"), [((1.0, 2.1), "flatter"), ((5.0, 6.1), "sharper"), ((2.0, 5.0), "not significant")]
     )
     def test_verdicts(self, sam, word):
         text = render(nets({"sgd": {0: 3.0, 1: 4.0}, "sam": dict(enumerate(sam))}), environment={})

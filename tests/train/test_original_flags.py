@@ -135,4 +135,4 @@ def test_a_fifth_project_is_one_file_and_one_line():
     from importlib import resources
 
     files = {entry.name.removesuffix(".py") for entry in resources.files(originals).iterdir() if entry.is_file()}
-    assert files - {"__init__", "base", "reader", "projects"} == set(PROJECTS)
+    assert files - {"__init__", "project", "projects", "reader"} == set(PROJECTS)

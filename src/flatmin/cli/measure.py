@@ -324,8 +324,8 @@ def _print(nets: Sequence[NetReport], console: Console) -> None:
     counts = ", ".join(f"{name} {len(members)}" for name, members in groups_of(nets).items())
     console.print(_comparison(nets))
     console.print(
-        f"[dim]Nets: {counts}. Mean ± 95 % t interval over the seeds; differences paired. Flatter or sharper as far as "
-        "the seeds tell.[/dim]"
+        f"[dim]Nets: {counts}. Mean ± 95 % t interval over the seeds; differences paired. Not significant: the "
+        "interval of the difference covers 0.[/dim]"
     )
     for words in left_out(nets):
         console.print(words, markup=False, highlight=False)

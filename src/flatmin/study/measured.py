@@ -148,7 +148,7 @@ def left_out(nets: Sequence[NetReport]) -> list[str]:
                 reasons.setdefault((what, why), []).append(net.name)
     every = len(nets)
     return [
-        f"{what} is not there" + (f" for {', '.join(names)}" if len(names) < every else "") + f": {why}"
+        f"{what} is missing" + (f" for {', '.join(names)}" if len(names) < every else "") + f": {why}"
         for (what, why), names in reasons.items()
     ]
 
