@@ -57,7 +57,7 @@ def config_of(net: str, method: str, batch: int, device: str, **settings: Any) -
 
 
 class TimedTraining(Protocol):
-    """A training run that continues for as many updates as it is told to."""
+    """A training run that can be continued for a given number of updates."""
 
     model: nn.Module
 

@@ -354,7 +354,7 @@ class TestRefusals:
         assert "is not a run: there is no config.json in it" in refused(tmp_path)
         assert "is not a run" in refused(folder.parent), "the folder of the runs"
         assert "leave out --model and --data" in refused(folder, "--model", "mlp")
-        assert "name its net and what to measure on with --model and --data" in refused(weights)
+        assert "name its network and data with --model and --data" in refused(weights)
         assert "with --model and --data" in refused(weights, "--model", "mlp")
         assert "name at least one run folder or file of weights" in refused("top=3")
 

@@ -160,7 +160,7 @@ def tabulate(todo: StudyPlan, outcomes: Mapping[str, RunOutcome]) -> StudyTable:
             without.setdefault((what, why), []).append(name)
     for (what, why), names in without.items():
         some = "; ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
-        errors[f"{what} is not there for {some}"] = why
+        errors[f"{what} is missing for {some}"] = why
     return StudyTable(
         spec=spec,
         rows=rows,
