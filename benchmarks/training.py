@@ -162,11 +162,11 @@ class Plain:
     def update(self, x: Tensor, y: Tensor) -> None:
         """One update on a batch that is given."""
         sam = self.config.method == "sam"
-        self._statistics(kept=True)
+        self._statistics(tracked=True)
         output, loss = self._pass(x, y)
         if sam:
             self.loop.first_step(zero_grad=True)
-            self._statistics(kept=False)
+            self._statistics(tracked=False)
             self._pass(x, y)
             self.loop.second_step()
         else:

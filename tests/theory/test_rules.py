@@ -19,7 +19,7 @@ from flatmin.theory import (
 )
 from flatmin.theory.parse import as_radius, as_step
 from flatmin.theory.rules import Horizon, as_rule
-from flatmin.train.schedule import Schedule
+from flatmin.train.schedule import LearningRateSchedule
 
 
 def test_values():
@@ -37,7 +37,7 @@ def test_values():
 
 @pytest.mark.parametrize("kind", [1, 2, 3])
 def test_diminish_is_the_schedule_of_training(kind):
-    schedule = Schedule(kind=f"diminish{kind}", lr=0.2, epochs=30, steps_per_epoch=7)
+    schedule = LearningRateSchedule(kind=f"diminish{kind}", lr=0.2, epochs=30, steps_per_epoch=7)
     rule = Diminish(kind, 0.2, 7)
     assert [rule.at(n) for n in range(1, 211)] == [schedule.at(step) for step in range(210)]
 
@@ -45,7 +45,7 @@ def test_diminish_is_the_schedule_of_training(kind):
 @pytest.mark.parametrize(("kind", "as_coded"), [(1, 0.588), (2, 2.778), (3, 0.797)])
 def test_sums_over_two_hundred_epochs(kind, as_coded):
     """The published sums are those of the code, which steps its counters late."""
-    coded = Schedule(kind=f"diminish{kind}", lr=0.1, epochs=200, steps_per_epoch=1, as_coded=True)
+    coded = LearningRateSchedule(kind=f"diminish{kind}", lr=0.1, epochs=200, steps_per_epoch=1, as_coded=True)
     assert sum(coded.at(e) for e in range(200)) == pytest.approx(as_coded, abs=6e-4)
 
 

@@ -66,7 +66,7 @@ class TestPassedOver:
         os.truncate(files[0], random.Random(seed).randrange(1, size))
         step, warnings = resumed(stopped)
         assert step == 8
-        assert warnings == [f"the checkpoint {files[0]} is cut short or damaged. It is passed over."]
+        assert warnings == [f"the checkpoint {files[0]} is cut short or damaged. It is skipped."]
         assert as_left_alone(stopped, runs)
 
     @pytest.mark.parametrize("seed", range(4))
@@ -94,7 +94,7 @@ class TestPassedOver:
         monkeypatch.setattr(pathlib.Path, "open", refuse)
         step, (warning,) = resumed(stopped)
         assert step == 8
-        assert warning == f"the checkpoint {files[0]} cannot be read: Permission denied. It is passed over."
+        assert warning == f"the checkpoint {files[0]} cannot be read: Permission denied. It is skipped."
 
     def test_a_folder_by_such_a_name(self, stopped, files):
         files[0].unlink()
