@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import calls, cost, counts, curvature, equiv, gpu, kernels, perturb, step, train
-from benchmarks.results import RESULTS, Result, append_json, environment, write_page
+from benchmarks.results import RESULTS, BenchmarkResult, append_json, environment, write_page
 
 BENCHMARKS = {
     "counts": counts,
@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_flush_denormal(True)
     env = environment()
     print(", ".join(f"{k} {v}" for k, v in env.items() if v is not None))
-    results: list[Result] = []
+    results: list[BenchmarkResult] = []
     for name in CPU_PAGE if options.benchmark == "all" else (options.benchmark,):
         chosen = _parser().parse_args([name]) if options.benchmark == "all" else options
         results.append(BENCHMARKS[name].run(chosen))

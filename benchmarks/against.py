@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from benchmarks.nets import NETS, make_base
-from benchmarks.results import Gate, Result, Spread, Table
+from benchmarks.results import BenchmarkResult, Gate, Spread, Table
 from benchmarks.timing import seconds
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -188,7 +188,7 @@ def sample(sources: dict[str, Path], asked: dict[str, Any], rounds: int, order: 
     return rows
 
 
-def judge(net: str, method: str, rows: dict[str, list[list[float]]], table: Table, result: Result) -> None:
+def judge(net: str, method: str, rows: dict[str, list[list[float]]], table: Table, result: BenchmarkResult) -> None:
     """Add a row to the table and a gate to the result, which fails if it is slower beyond the control."""
     over = {label: Spread.of([2 * b / (a + c) for a, b, c in of]) for label, of in rows.items()}
     new = Spread.of([b for _, b, _ in rows[NEW]]).median
@@ -210,7 +210,7 @@ def measure(
     base: str = "default",
     batch: int | None = None,
     repeats: int = 3,
-) -> Result:
+) -> BenchmarkResult:
     """Time every method on every net.
 
     Args:
@@ -227,7 +227,7 @@ def measure(
         RuntimeError: one of the packages cannot run the step.
     """
     commit = commit_of(revision)
-    result = Result("step", settings={"against": commit, "base": base, "clock": "thread CPU time"})
+    result = BenchmarkResult("step", settings={"against": commit, "base": base, "clock": "thread CPU time"})
     table = Table(f"This tree (new) beside {commit} (old)", HEADERS)
     result.tables.append(table)
     order = random.Random(0)

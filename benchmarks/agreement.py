@@ -7,7 +7,7 @@ from torch import Tensor
 
 from benchmarks import images
 from benchmarks.results import Gate
-from benchmarks.training import METHODS, Arm, Ours, Plain, config_of
+from benchmarks.training import METHODS, Ours, Plain, TimedTraining, config_of
 from flatmin.train.numerics import numerics
 
 SAME_IMAGES, SAME_WEIGHTS = 1e-5, 1e-5
@@ -37,7 +37,7 @@ def image_difference(count: int = 256) -> float:
     return max(float((x - expected).abs().max()) for x in made)
 
 
-def beside_plain(arm: Arm, reference: Plain, x: Tensor, y: Tensor) -> tuple[float, float]:
+def beside_plain(arm: TimedTraining, reference: Plain, x: Tensor, y: Tensor) -> tuple[float, float]:
     """One update of an arm against one of plain float32 from the same weights: (difference over the way, cosine)."""
     reference.model.load_state_dict(arm.model.state_dict())
     ways = []

@@ -25,7 +25,7 @@ from torch import nn
 
 import flatmin
 from benchmarks.nets import make_base
-from benchmarks.results import Gate, Result, Table
+from benchmarks.results import BenchmarkResult, Gate, Table
 
 HELP = "Python calls into the package in one step, against limits"
 PACKAGE = Path(flatmin.__file__).resolve().parent
@@ -165,10 +165,10 @@ def gates(label: str, calls: list[Call]) -> list[Gate]:
     ]
 
 
-def measure(*, verbose: bool = False) -> Result:
+def measure(*, verbose: bool = False) -> BenchmarkResult:
     """Count every step; `verbose`: list its calls as well."""
     torch.manual_seed(0)
-    result = Result("calls", settings={"net": "MLP of two layers", "base": "SGD with momentum"})
+    result = BenchmarkResult("calls", settings={"net": "MLP of two layers", "base": "SGD with momentum"})
     headers = ("step", "calls", "of generator expressions", "files", "changes of file")
     table = Table("One step of a small net", headers)
     result.tables.append(table)
@@ -193,6 +193,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--verbose", action="store_true", help="list the calls of every step, indented by depth")
 
 
-def run(options: argparse.Namespace) -> Result:
+def run(options: argparse.Namespace) -> BenchmarkResult:
     """The benchmark as asked for on the command line."""
     return measure(verbose=options.verbose)

@@ -19,7 +19,7 @@ import flatmin
 from benchmarks.counts import SLACK, held_copies
 from benchmarks.loops import Loop, Setting, floor, ours, recipe_of
 from benchmarks.nets import BASES, NETS
-from benchmarks.results import Gate, Result, Spread, Table
+from benchmarks.results import BenchmarkResult, Gate, Spread, Table
 from benchmarks.timing import seconds
 from flatmin.optim.state import PREFIX
 
@@ -137,8 +137,8 @@ def gates(net: str, costs: dict[str, Cost]) -> list[Gate]:
     """The limits on one net: copies always, times unless the control says that nothing can be told."""
     noisy = costs[CONTROL].over.relative_iqr > RESOLUTION
     beyond = {m: c.copies[0] - c.copies[1] for m, c in costs.items()}
-    found = ", ".join(f"{m} {x:+.2f}" for m, x in beyond.items() if x > SLACK) or f"{max(beyond.values()):.3f}"
-    made = [Gate(f"{net}: copies above the stated ones", found, f"<= {SLACK}", max(beyond.values()) <= SLACK)]
+    excess = ", ".join(f"{m} {x:+.2f}" for m, x in beyond.items() if x > SLACK) or f"{max(beyond.values()):.3f}"
+    made = [Gate(f"{net}: copies above the stated ones", excess, f"<= {SLACK}", max(beyond.values()) <= SLACK)]
 
     def timed(name: str, value: float, limit: float) -> None:
         made.append(Gate(name, "inconclusive" if noisy else f"{value:.3f}", f"<= {limit}", noisy or value <= limit))
@@ -179,8 +179,8 @@ def by_base(net: str, times: dict[str, dict[str, list[float]]]) -> tuple[Table, 
         for base, spent in times.items()
     }
     rows = [
-        (base, found[mine].ratio(), f"{((k - 1) * found[CONTROL].median + 1) / k:.3f}", found[CONTROL].ratio())
-        for base, found in over.items()
+        (base, ratios[mine].ratio(), f"{((k - 1) * ratios[CONTROL].median + 1) / k:.3f}", ratios[CONTROL].ratio())
+        for base, ratios in over.items()
     ]
     share = over[LOOK_BASE][mine]
     noisy = share.relative_iqr > RESOLUTION
@@ -223,10 +223,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=5, help="samples of each method, at least 2")
 
 
-def run(options: argparse.Namespace) -> Result:
+def run(options: argparse.Namespace) -> BenchmarkResult:
     """The benchmark as asked for on the command line."""
     settings = {"base": "default", "device": "cpu", "clock": "thread CPU time", "rounds": options.rounds}
-    result = Result("cost", settings=settings)
+    result = BenchmarkResult("cost", settings=settings)
     for name in options.nets:
         costs, skipped = measure(Setting(NETS[name]), options.methods, options.rounds)
         table = Table(f"{name}: time, gradients and copies", HEADERS, [row(m, c) for m, c in costs.items()])

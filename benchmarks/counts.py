@@ -15,7 +15,7 @@ from benchmarks import peers
 from benchmarks.launches import Recorder
 from benchmarks.loops import Loop, Setting, floor, other, ours, recipe_of
 from benchmarks.nets import NETS
-from benchmarks.results import Gate, Result, Table
+from benchmarks.results import BenchmarkResult, Gate, Table
 from flatmin.methods import Recipe
 
 HELP = "launches, synchronisations and memory of a step, against exact limits"
@@ -183,9 +183,9 @@ def _row(label: str, step: Count, reference: Count, *more: str) -> tuple[str, ..
 HEADERS = ("step", "launches", "above floor", "/ floor", "syncs", "copies in pass 2")
 
 
-def measure(nets: tuple[str, ...] = GATED_NETS, methods: bool = True) -> Result:
+def measure(nets: tuple[str, ...] = GATED_NETS, methods: bool = True) -> BenchmarkResult:
     """Count SAM on `nets`, and every method on one of them."""
-    result = Result("counts", settings={"nets": ", ".join(nets)})
+    result = BenchmarkResult("counts", settings={"nets": ", ".join(nets)})
     for name in nets:
         net = NETS[name]
         table = Table(name, (*HEADERS, "in checkpoint"))
@@ -257,6 +257,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nets", nargs="+", default=list(GATED_NETS), choices=list(NETS), metavar="NET")
 
 
-def run(options: argparse.Namespace) -> Result:
+def run(options: argparse.Namespace) -> BenchmarkResult:
     """The benchmark as asked for on the command line."""
     return measure(tuple(options.nets))

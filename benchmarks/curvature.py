@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from benchmarks import curvature_peers as peers
 from benchmarks.nets import ResNet8
-from benchmarks.results import Gate, Result, Table
+from benchmarks.results import BenchmarkResult, Gate, Table
 from flatmin.measure.curvature import Hessian
 from flatmin.measure.krylov import spectrum
 from flatmin.measure.problem import Problem
@@ -73,28 +73,28 @@ def ours(case: Case) -> dict[str, dict[str, Run]]:
 
     def top(k: int, memory: int | None) -> Run:
         def run(seed: int) -> tuple[Any, int]:
-            found = spectrum(Hessian(case.problem(), memory=memory), top=k, seed=seed)
-            return found.top.tolist(), found.products
+            estimate = spectrum(Hessian(case.problem(), memory=memory), top=k, seed=seed)
+            return estimate.top.tolist(), estimate.products
 
         return run
 
     def tr(seed: int) -> tuple[Any, int]:
         operator = Hessian(case.problem())
-        known = spectrum(operator, top=5, bottom=1, min_steps=30, seed=seed)
-        return [trace(operator, known, seed=seed).value], operator.products
+        krylov = spectrum(operator, top=5, bottom=1, min_steps=30, seed=seed)
+        return [trace(operator, krylov, seed=seed).value], operator.products
 
     def plain(seed: int) -> tuple[Any, int]:
         """Probes without a basis: too many to run, so their number is told from the spread of 60."""
-        found = trace(Hessian(case.problem()), seed=seed, max_probes=60)
-        return [found.value], round(60 * (found.error / (0.01 * found.value)) ** 2)
+        estimate = trace(Hessian(case.problem()), seed=seed, max_probes=60)
+        return [estimate.value], round(60 * (estimate.error / (0.01 * estimate.value)) ** 2)
 
-    def card(runs: int) -> Run:
+    def report(runs: int) -> Run:
         def run(seed: int) -> tuple[Any, int]:
             operator = Hessian(case.problem())
-            known = spectrum(operator, top=5, bottom=1, min_steps=30, seed=seed)
-            trace(operator, known, seed=seed)
-            density(operator, known, runs=runs, steps=100, seed=seed)
-            return [*known.top.tolist(), *known.bottom.tolist()], operator.products
+            krylov = spectrum(operator, top=5, bottom=1, min_steps=30, seed=seed)
+            trace(operator, krylov, seed=seed)
+            density(operator, krylov, runs=runs, steps=100, seed=seed)
+            return [*krylov.top.tolist(), *krylov.bottom.tolist()], operator.products
 
         return run
 
@@ -102,17 +102,20 @@ def ours(case: Case) -> dict[str, dict[str, Run]]:
         "top-1": {"flatmin": top(1, None), "flatmin, recomputed": top(1, 0)},
         "top-5": {"flatmin": top(5, None), "flatmin, recomputed": top(5, 0)},
         "trace to 1 %": {"flatmin": tr, "flatmin, no basis (extrapolated)": plain},
-        "card: top-5, lambda_min, trace to 1 %, density": {"flatmin": card(0), "flatmin, density 4 x 100": card(4)},
+        "report: top-5, lambda_min, trace to 1 %, density": {
+            "flatmin": report(0),
+            "flatmin, density 4 x 100": report(4),
+        },
     }
 
 
 def _clock(run: Callable[[], Any]) -> tuple[float, Any]:
     start = time.thread_time()
-    found = run()
-    return time.thread_time() - start, found
+    returned = run()
+    return time.thread_time() - start, returned
 
 
-def _cost_of_products(case: Case, rounds: int) -> Table:
+def _in_gradientss(case: Case, rounds: int) -> Table:
     """A product in gradients, for each form."""
     problem = case.problem()
     vector = torch.randn(problem.size, generator=torch.Generator().manual_seed(0))
@@ -133,15 +136,17 @@ def _cost_of_products(case: Case, rounds: int) -> Table:
     return Table("One product with the Hessian", ("form", "ms", "gradients"), rows)
 
 
-def measure(rounds: int, epochs: int, about: str = "") -> Result:
+def measure(rounds: int, epochs: int, about: str = "") -> BenchmarkResult:
     """Run every question that begins so in turn, all who answer it interleaved."""
     case = trained(epochs)
     settings = {"rounds": str(rounds), "examples": str(EXAMPLES), "net": "ResNet-8", "about": about or "everything"}
-    result = Result("curvature", settings=settings)
-    cost = _cost_of_products(case, rounds)
+    result = BenchmarkResult("curvature", settings=settings)
+    cost = _in_gradientss(case, rounds)
     result.tables.append(cost)
-    kept = float(cost.rows[1][2])
-    result.gates.append(Gate("a product with the graph kept, in gradients", f"{kept:.2f}", "<= 2.3", kept <= 2.3))
+    in_gradients = float(cost.rows[1][2])
+    result.gates.append(
+        Gate("a product with the graph kept, in gradients", f"{in_gradients:.2f}", "<= 2.3", in_gradients <= 2.3)
+    )
     exact = spectrum(Hessian(case.problem(torch.float64)), top=5, bottom=1, tol=1e-6)
     want = [*exact.top.tolist(), *exact.bottom.tolist()]
     own, others = ours(case), peers.available(case)
@@ -154,10 +159,10 @@ def measure(rounds: int, epochs: int, about: str = "") -> Result:
         errors: dict[str, list[float]] = {n: [] for n in runs}
         for seed in range(rounds):
             for name, run in runs.items():
-                taken, (found, spent) = _clock(lambda r=run, s=seed: r(s))
+                taken, (values, spent) = _clock(lambda r=run, s=seed: r(s))
                 seconds[name].append(taken)
                 products[name].append(spent)
-                errors[name].append(_error(question, found, want))
+                errors[name].append(_error(question, values, want))
         base = median(seconds["flatmin"])
         rows = []
         for name in runs:
@@ -172,25 +177,25 @@ def measure(rounds: int, epochs: int, about: str = "") -> Result:
     if missing := peers.missing():
         result.notes.append(f"Not installed: {', '.join(missing)}.")
     result.notes.append(
-        "Products of the trace and the card include those of the Krylov run. PyHessian and hessian-eigenthings get all "
-        "examples as one batch, the others batches of 256. The peers' steps are tuned by hand to the least that meets "
-        "1e-3, where the row says so; ours stop by themselves. The density of the card is that of one start vector: "
-        "ours of the Krylov run that found the eigenvalues, the cheapest peer's of 30 steps of its own."
+        "Products of the trace and the report include those of the Krylov run. PyHessian and hessian-eigenthings get "
+        "all examples as one batch, the others batches of 256. The peers' steps are tuned by hand to the least that "
+        "meets 1e-3, where the row says so; ours stop by themselves. The density of the report is that of one start "
+        "vector: ours of the Krylov run that found the eigenvalues, the cheapest peer's of 30 steps of its own."
     )
     return result
 
 
-def _error(question: str, found: list[float], want: list[float]) -> float:
+def _error(question: str, values: list[float], want: list[float]) -> float:
     if question.startswith("trace"):
         return math.nan  # its error is stated by the estimate itself
-    wanted = want if question.startswith("card") else want[: len(found)]
-    return max(abs(f - w) / abs(w) for f, w in zip(found, wanted, strict=False))
+    wanted = want if question.startswith("report") else want[: len(values)]
+    return max(abs(f - w) / abs(w) for f, w in zip(values, wanted, strict=False))
 
 
 LIMITS = {"top-1": 9, "top-5": 18}
 FASTER = {
     "top-5": {"PyHessian": 2.5, "hessian-eigenthings": 1.3, "curvlinops": 2.0},
-    "card: top-5, lambda_min, trace to 1 %, density": {"cheapest": 4.0},
+    "report: top-5, lambda_min, trace to 1 %, density": {"cheapest": 4.0},
 }
 
 
@@ -225,10 +230,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds, each with its own seed (default 3)")
     parser.add_argument("--epochs", type=int, default=15, help="epochs of the net's training (default 15)")
     parser.add_argument(
-        "--about", default="", choices=("", "top-1", "top-5", "trace", "card"), help="one question only"
+        "--about", default="", choices=("", "top-1", "top-5", "trace", "report"), help="one question only"
     )
 
 
-def run(options: argparse.Namespace) -> Result:
+def run(options: argparse.Namespace) -> BenchmarkResult:
     """Measure what was asked for."""
     return measure(options.rounds, options.epochs, options.about)

@@ -21,7 +21,7 @@ def missing() -> list[str]:
 
 def available(case: Any) -> dict[str, dict[str, Run]]:
     """Question -> name -> run, of the packages that are installed."""
-    found: dict[str, dict[str, Run]] = {}
+    peers: dict[str, dict[str, Run]] = {}
     for module, answers in (
         ("pyhessian", _pyhessian),
         ("hessian_eigenthings", _eigenthings),
@@ -29,10 +29,10 @@ def available(case: Any) -> dict[str, dict[str, Run]]:
     ):
         if importlib.util.find_spec(module) is not None:
             for question, runs in answers(case).items():
-                found.setdefault(question, {}).update(runs)
+                peers.setdefault(question, {}).update(runs)
     if importlib.util.find_spec("hessian_eigenthings") is not None:
-        found.update(_card(case))
-    return found
+        peers.update(_report(case))
+    return peers
 
 
 def _seeded(seed: int) -> None:
@@ -101,15 +101,15 @@ def _eigenthings(case: Any) -> dict[str, dict[str, Run]]:
     def top(k: int, steps: int | None) -> Run:
         def run(seed: int) -> tuple[Any, int]:
             counted = _Counting(_operator(case), inside=True)
-            found = he.lanczos(counted.operator, k=k, max_iter=steps, which="LA", seed=seed)
-            return sorted((float(v) for v in found.eigenvalues), reverse=True), counted.count
+            returned = he.lanczos(counted.operator, k=k, max_iter=steps, which="LA", seed=seed)
+            return sorted((float(v) for v in returned.eigenvalues), reverse=True), counted.count
 
         return run
 
     def tr(seed: int) -> tuple[Any, int]:
         counted = _Counting(_operator(case), inside=True)
-        found = he.hutch_plus_plus(counted.operator, num_matvecs=159, seed=seed)
-        return [float(found.estimate)], counted.count
+        returned = he.hutch_plus_plus(counted.operator, num_matvecs=159, seed=seed)
+        return [float(returned.estimate)], counted.count
 
     return {
         "top-1": {"hessian-eigenthings, default": top(1, None), "hessian-eigenthings, 8 steps by hand": top(1, 8)},
@@ -148,11 +148,11 @@ def _curvlinops(case: Any) -> dict[str, dict[str, Run]]:
     }
 
 
-def _card(case: Any) -> dict[str, dict[str, Run]]:
+def _report(case: Any) -> dict[str, dict[str, Run]]:
     """The cheapest of the peers for each answer: all four are hessian-eigenthings'."""
     import hessian_eigenthings as he
 
-    def card(runs: int, steps: int) -> Run:
+    def report(runs: int, steps: int) -> Run:
         def run(seed: int) -> tuple[Any, int]:
             counted = _Counting(_operator(case), inside=True)
             top = he.lanczos(counted.operator, k=5, max_iter=18, which="LA", seed=seed)
@@ -165,8 +165,8 @@ def _card(case: Any) -> dict[str, dict[str, Run]]:
         return run
 
     return {
-        "card: top-5, lambda_min, trace to 1 %, density": {
-            "cheapest mix of peers, density 4 x 100": card(4, 100),
-            "cheapest mix of peers, density 1 x 30": card(1, 30),
+        "report: top-5, lambda_min, trace to 1 %, density": {
+            "cheapest mix of peers, density 4 x 100": report(4, 100),
+            "cheapest mix of peers, density 1 x 30": report(1, 30),
         }
     }

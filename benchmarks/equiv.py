@@ -14,7 +14,7 @@ import flatmin
 from benchmarks import peers
 from benchmarks.loops import RHO
 from benchmarks.nets import LR, MOMENTUM
-from benchmarks.results import Gate, Result, Table
+from benchmarks.results import BenchmarkResult, Gate, Table
 
 HELP = "float64 steps against a reference written from the formula"
 STEPS = (1, 5)
@@ -90,9 +90,9 @@ def _ours(method: str) -> Callable[[nn.Module], Any]:
     return build
 
 
-def measure() -> Result:
+def measure() -> BenchmarkResult:
     """Distances for our SAM and ASAM (gated) and for other implementations of SAM (reported)."""
-    result = Result("equiv", settings={"rho": str(RHOS)})
+    result = BenchmarkResult("equiv", settings={"rho": str(RHOS)})
     table = Table(
         "Largest difference to the reference over the largest displacement, float64",
         ("implementation", "1 step", "5 steps", "same?"),
@@ -120,6 +120,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """This benchmark has no options of its own."""
 
 
-def run(options: argparse.Namespace) -> Result:
+def run(options: argparse.Namespace) -> BenchmarkResult:
     """The benchmark as asked for on the command line."""
     return measure()

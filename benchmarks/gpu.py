@@ -82,20 +82,20 @@ def jobs(options: argparse.Namespace) -> list[Job]:
             *("--arms", "compile", "graph", "original, 2"),
         ],
     }
-    found = []
+    jobs_ = []
     for name in PARTS:
         if name in options.parts:
             page = None if name == "tests" else folder / f".{name}.md"
             more = [] if page is None else [*keep, str(page)]
-            found.append(Job(name, [*commands[name], *more], limits[name], page))
+            jobs_.append(Job(name, [*commands[name], *more], limits[name], page))
     flatmin = [sys.executable, "-m", "flatmin"]
     if options.study is not None:
         study = [*flatmin, "study", *shlex.split(options.study), "--out", str(folder / "study")]
-        found.append(Job("study", study, options.study_limit))
+        jobs_.append(Job("study", study, options.study_limit))
     for number, arguments in enumerate(options.train, start=1):
         run = [*flatmin, "train", *shlex.split(arguments), "--out", str(folder / "train")]
-        found.append(Job(f"run {number}", run, options.train_limit))
-    return found
+        jobs_.append(Job(f"run {number}", run, options.train_limit))
+    return jobs_
 
 
 def pack(folder: Path) -> None:

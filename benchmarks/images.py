@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from flatmin.data.augment import Augment
-from flatmin.data.base import Data, Split
+from flatmin.data.dataset import Data, Split
 from flatmin.data.images import CIFAR10
 
 AUGMENT = Augment()

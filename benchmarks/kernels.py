@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.counts import MODES, count
 from benchmarks.loops import Loop, Setting, floor, ours
 from benchmarks.nets import NETS
-from benchmarks.results import Result, Table
+from benchmarks.results import BenchmarkResult, Table
 
 HELP = "measured launches and synchronisations (needs a CUDA device)"
 DEFAULT_NETS = ("mlp200", "vit-d192", "resnet18-w64")
@@ -51,9 +51,9 @@ def observe(make: Callable[[], Loop]) -> dict[str, int]:
     }
 
 
-def measure(nets: list[str]) -> Result:
+def measure(nets: list[str]) -> BenchmarkResult:
     """The floor and SAM in its three modes."""
-    result = Result("kernels", settings={"nets": ", ".join(nets)})
+    result = BenchmarkResult("kernels", settings={"nets": ", ".join(nets)})
     headers = (
         "step",
         "launch calls",
@@ -76,16 +76,16 @@ def measure(nets: list[str]) -> Result:
                 f"sam, {mode}": observe(lambda s=real, n=nonfinite: ours(s, "sam", n)),
             }
             reference = next(iter(seen.values()))["launch calls"]
-            for label, found in seen.items():
+            for label, counted in seen.items():
                 table.rows.append(
                     (
                         label,
-                        str(found["launch calls"]),
-                        f"{found['launch calls'] - reference:+d}",
-                        str(found["kernels"]),
-                        str(found["memory operations"]),
-                        str(found["syncs"]),
-                        f"{found['peak bytes'] / 2**20:.1f}",
+                        str(counted["launch calls"]),
+                        f"{counted['launch calls'] - reference:+d}",
+                        str(counted["kernels"]),
+                        str(counted["memory operations"]),
+                        str(counted["syncs"]),
+                        f"{counted['peak bytes'] / 2**20:.1f}",
                         f"{modelled:+d}" if label.startswith("sam") else "+0",
                     )
                 )
@@ -99,6 +99,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nets", nargs="+", default=list(DEFAULT_NETS), choices=list(NETS), metavar="NET")
 
 
-def run(options: argparse.Namespace) -> Result:
+def run(options: argparse.Namespace) -> BenchmarkResult:
     """The benchmark as asked for on the command line."""
     return measure(options.nets)

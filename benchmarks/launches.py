@@ -148,10 +148,10 @@ class Recorder(TorchDispatchMode):
         if on_meta and name in ("is_nonzero", "equal"):
             return False
         if name == "_to_copy" and on_meta and kwargs.get("device") == torch.device("cpu"):
-            found = torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
-            if found.numel() == 2 and not found.is_floating_point():
-                found[0] = 1
-            return found
+            output = torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+            if output.numel() == 2 and not output.is_floating_point():
+                output[0] = 1
+            return output
         if on_meta and name in _ELEMENTWISE and _alike(args):
             return torch.empty_like(args[0])
         if on_meta and name == "addmm":
@@ -172,8 +172,8 @@ class Recorder(TorchDispatchMode):
             if isinstance(t, Tensor):
                 storage = t.untyped_storage()
                 key = storage._cdata
-                known = self._storages.get(key)
-                if known is None or known[0].expired():
+                entry = self._storages.get(key)
+                if entry is None or entry[0].expired():
                     self._storages[key] = StorageWeakRef(storage), storage.nbytes()
 
     def live_bytes(self) -> int:

@@ -63,7 +63,7 @@ class Block(nn.Module):
         return x + self.dropout(self.down(F.gelu(self.up(self.norm2(x)))))
 
 
-class ViT(nn.Module):
+class SmallViT(nn.Module):
     """A vision transformer with mean pooling for 32 x 32 images: 12 tensors a layer and 7 more."""
 
     def __init__(self, width: int, layers: int, heads: int = 3, patch: int = 4, dropout: float = 0.1) -> None:
@@ -80,7 +80,7 @@ class ViT(nn.Module):
         return self.head(self.norm(self.blocks(x)).mean(1))
 
 
-class Residual(nn.Module):
+class SmallResidual(nn.Module):
     """Two 3 x 3 convolutions with BatchNorm and a shortcut."""
 
     def __init__(self, inside: int, outside: int, stride: int) -> None:
@@ -108,7 +108,7 @@ class ResNet18(nn.Module):
         blocks, inside = [], width
         for stage in range(4):
             outside = width * 2**stage
-            blocks += [Residual(inside, outside, 1 if stage == 0 else 2), Residual(outside, outside, 1)]
+            blocks += [SmallResidual(inside, outside, 1 if stage == 0 else 2), SmallResidual(outside, outside, 1)]
             inside = outside
         self.blocks = nn.Sequential(*blocks)
         self.head = nn.Linear(inside, classes)
@@ -152,8 +152,8 @@ NETS: dict[str, Net] = {
     for net in (
         Net("mlp200", DeepMLP, (32,), 32),
         Net("mlp20", lambda: DeepMLP(layers=20), (32,), 32),
-        Net("vit-d64", lambda: ViT(width=64, layers=2, heads=2), _IMAGE, 8),
-        Net("vit-d192", lambda: ViT(width=192, layers=6), _IMAGE, 8),
+        Net("vit-d64", lambda: SmallViT(width=64, layers=2, heads=2), _IMAGE, 8),
+        Net("vit-d192", lambda: SmallViT(width=192, layers=6), _IMAGE, 8),
         Net("resnet18-w8", lambda: ResNet18(width=8), _IMAGE, 8),
         Net("resnet18-w64", ResNet18, _IMAGE, 128),
     )

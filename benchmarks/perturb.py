@@ -10,7 +10,7 @@ import torch
 from benchmarks import peers
 from benchmarks.loops import Setting, ours
 from benchmarks.nets import NETS
-from benchmarks.results import Result, Spread, Table
+from benchmarks.results import BenchmarkResult, Spread, Table
 from benchmarks.timing import seconds
 
 HELP = "time of the perturbation and of the way back alone"
@@ -27,9 +27,9 @@ def _sample(optimizer: Any, leave: Any, grads: list[torch.Tensor], device: str) 
     return seconds(optimizer.first_step, device, 1, warm=False), seconds(leave, device, 1, warm=False)
 
 
-def measure(nets: list[str], rounds: int, device: str) -> Result:
+def measure(nets: list[str], rounds: int, device: str) -> BenchmarkResult:
     """Sample ours and the loop over tensors in turn."""
-    result = Result("perturb", settings={"device": device, "rounds": str(rounds)})
+    result = BenchmarkResult("perturb", settings={"device": device, "rounds": str(rounds)})
     for name in nets:
         setting = Setting(NETS[name], device=device, batch=2)
         loop = ours(setting, "sam")
@@ -74,6 +74,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
 
 
-def run(options: argparse.Namespace) -> Result:
+def run(options: argparse.Namespace) -> BenchmarkResult:
     """The benchmark as asked for on the command line."""
     return measure(options.nets, options.rounds, options.device)

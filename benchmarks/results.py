@@ -56,7 +56,7 @@ class Gate:
 
 
 @dataclass
-class Result:
+class BenchmarkResult:
     """Everything a benchmark has to say.
 
     Args:
@@ -100,7 +100,7 @@ class Result:
 
 def environment() -> dict[str, Any]:
     """Versions, processor, load and commit; no names of machines or folders."""
-    found: dict[str, Any] = {
+    versions: dict[str, Any] = {
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "commit": _commit(),
         "flatmin": _flatmin_version(),
@@ -113,8 +113,8 @@ def environment() -> dict[str, Any]:
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
     }
     if torch.cuda.is_available():
-        found |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
-    return found
+        versions |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    return versions
 
 
 def _commit() -> str | None:
@@ -142,14 +142,14 @@ def _cpu() -> str:
     return next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), "unknown")
 
 
-def append_json(path: Path, result: Result, env: dict[str, Any]) -> None:
+def append_json(path: Path, result: BenchmarkResult, env: dict[str, Any]) -> None:
     """Add the run to a file of JSON lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.write(json.dumps({"environment": env, **asdict(result)}) + "\n")
 
 
-def write_page(path: Path, results: Sequence[Result], env: dict[str, Any], command: str) -> None:
+def write_page(path: Path, results: Sequence[BenchmarkResult], env: dict[str, Any], command: str) -> None:
     """Write results as one Markdown page."""
     where = f"{env['cores']} cores, shared, CPU time of one thread" if "gpu" not in env else str(env["gpu"])
     facts = [f"- {k}: {v}" for k, v in env.items() if v is not None]

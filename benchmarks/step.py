@@ -19,7 +19,7 @@ import flatmin
 from benchmarks import against, peers
 from benchmarks.loops import Loop, Setting, floor, other, ours
 from benchmarks.nets import BASES, NETS
-from benchmarks.results import Gate, Result, Spread, Table
+from benchmarks.results import BenchmarkResult, Gate, Spread, Table
 from benchmarks.timing import seconds
 
 HELP = "time of a step over the floor of two passes and one base step"
@@ -35,24 +35,24 @@ HEADERS = ("step", "x floor, median [IQR]", "p10", "ms, median", "x SGD step", "
 
 def makers(setting: Setting, methods: list[str]) -> dict[str, Callable[[], Loop]]:
     """Everything that is timed, by label; "sam" comes in its variants."""
-    found: dict[str, Callable[[], Loop]] = {
+    loops: dict[str, Callable[[], Loop]] = {
         CONTROL: lambda: floor(setting),
         SGD: lambda: floor(setting, passes=1),
     }
     for method in methods:
-        found[method] = lambda m=method: ours(setting, m)
+        loops[method] = lambda m=method: ours(setting, m)
         if method == "sam":
-            found["sam, nonfinite=propagate"] = lambda: ours(setting, "sam", "propagate")
-            found["sam, without model="] = lambda: ours(setting, "sam", model_handling=False)
+            loops["sam, nonfinite=propagate"] = lambda: ours(setting, "sam", "propagate")
+            loops["sam, without model="] = lambda: ours(setting, "sam", model_handling=False)
     for label, build in peers.found().items():
-        found[label] = lambda b=build: other(setting, b)
-    return found
+        loops[label] = lambda b=build: other(setting, b)
+    return loops
 
 
 def sample(setting: Setting, methods: list[str], rounds: int, repeats: int, seed: int = 0) -> dict[str, Any]:
     """Raw seconds: {label: [[floor before, method, floor after], ...]}.
 
-    Models are built anew for every sample, so that a lucky place in memory is part of the spread and not of a method.
+    Models are rebuilt for every sample, so that a lucky place in memory is part of the spread and not of a method.
     """
     build = makers(setting, methods)
     order = random.Random(seed)
@@ -85,7 +85,7 @@ def ratios(samples: dict[str, list[list[float]]]) -> dict[str, Spread]:
     return {label: Spread.of([2 * b / (a + c) for a, b, c in rows]) for label, rows in samples.items()}
 
 
-def judge(setting: Setting, samples: dict[str, list[list[float]]], result: Result) -> None:
+def judge(setting: Setting, samples: dict[str, list[list[float]]], result: BenchmarkResult) -> None:
     """Add the table and the verdict of one network to the result."""
     over = ratios(samples)
     times = {label: Spread.of([b for _, b, _ in rows]) for label, rows in samples.items()}
@@ -136,14 +136,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--autocast", action="store_true", help="forward in bfloat16")
 
 
-def run(options: argparse.Namespace) -> Result:
+def run(options: argparse.Namespace) -> BenchmarkResult:
     """The benchmark as asked for on the command line."""
     gpu = options.device == "cuda"
     nets = options.nets or (GPU_NETS if gpu else DEFAULT_NETS)
     if options.against is not None:
         return _against(options, nets)
     settings = {"base": options.base, "device": options.device, "clock": "CUDA events" if gpu else "thread CPU time"}
-    result = Result("step", settings=settings)
+    result = BenchmarkResult("step", settings=settings)
     for name in nets:
         setting = Setting(NETS[name], options.base, options.device, options.batch, options.autocast)
         rounds = options.rounds or (8 if gpu else DEFAULT_NETS.get(name, 8))
@@ -153,7 +153,7 @@ def run(options: argparse.Namespace) -> Result:
     return result
 
 
-def _against(options: argparse.Namespace, nets: Iterable[str]) -> Result:
+def _against(options: argparse.Namespace, nets: Iterable[str]) -> BenchmarkResult:
     if options.device == "cuda" or options.autocast:
         raise SystemExit("--against compares on the CPU in float32: leave out --device cuda and --autocast.")
     try:

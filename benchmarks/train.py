@@ -24,10 +24,10 @@ from statistics import median
 import torch
 
 from benchmarks import agreement, images, peak
-from benchmarks.results import Gate, Result, Spread, Table
+from benchmarks.results import BenchmarkResult, Gate, Spread, Table
 from benchmarks.timing import seconds
-from benchmarks.training import METHODS, NETS, Arm, Kind, Ours, Plain, config_of, original, ours, plain
-from flatmin.data.base import Data
+from benchmarks.training import METHODS, NETS, Kind, Ours, Plain, TimedTraining, config_of, original, ours, plain
+from flatmin.data.dataset import Data
 from flatmin.train.feed import Batch, Feed
 from flatmin.train.loop import train
 from flatmin.train.result import Epoch
@@ -91,7 +91,7 @@ class Running:
     """
 
     kind: Kind
-    arms: dict[str, Arm]
+    arms: dict[str, TimedTraining]
     start: float = 0.0
     memory: int | None = None
     updates: int = 1
@@ -140,7 +140,7 @@ def feeding(feed: Feed, arm: Ours, ready: Batch, updates: int, device: str) -> l
     return row
 
 
-def pipeline(options: argparse.Namespace, data: Data, result: Result, deadline: float) -> None:
+def pipeline(options: argparse.Namespace, data: Data, result: BenchmarkResult, deadline: float) -> None:
     """Add what the feed costs beside an update of each net."""
     gpu = options.device == "cuda"
     batch = options.batch or BATCH
@@ -152,13 +152,13 @@ def pipeline(options: argparse.Namespace, data: Data, result: Result, deadline: 
         arms, chosen = _fastest(net, batch, data, options.device, result)
         feed = Feed(data, config_of(net, "sgd", batch, options.device, **chosen))
         ready = next(feed.epoch())
-        found: dict[str, list[list[float]]] = {method: [] for method in arms}
+        rows_of: dict[str, list[list[float]]] = {method: [] for method in arms}
         for number in range(options.rounds + 1):
             for method, arm in random.Random(number).sample(list(arms.items()), len(arms)):
                 row = feeding(feed, arm, ready, updates, options.device)
                 if number:
-                    found[method].append(row)
-        for method, rows in found.items():
+                    rows_of[method].append(row)
+        for method, rows in rows_of.items():
             alone = Spread.of([row[0] / row[1] for row in rows])
             cells = [f"{net}, {method}", *(f"{1e3 * median(row[i] for row in rows):.3f}" for i in (1, 0))]
             cells.append(_percent(alone))
@@ -186,7 +186,7 @@ def pipeline(options: argparse.Namespace, data: Data, result: Result, deadline: 
 
 
 def _fastest(
-    net: str, batch: int, data: Data, device: str, result: Result
+    net: str, batch: int, data: Data, device: str, result: BenchmarkResult
 ) -> tuple[dict[str, Ours], dict[str, object]]:
     """Warm trainers in the fastest setting that there is, and the setting: an update is short there."""
     for number, settings in enumerate(FASTEST[device]):
@@ -205,7 +205,7 @@ def _fastest(
 # -- epochs ----------------------------------------------------------------------------------------------------------
 
 
-def build(kind: Kind, net: str, batch: int, data: Data, device: str) -> dict[str, Arm] | None:
+def build(kind: Kind, net: str, batch: int, data: Data, device: str) -> dict[str, TimedTraining] | None:
     """Both arms of a kind after their first updates; None if something is not installed."""
     arms = {}
     for method in METHODS:
@@ -257,7 +257,7 @@ def sample(running: Running, device: str) -> None:
     running.samples.append(row)
 
 
-def epochs(options: argparse.Namespace, data: Data, result: Result, deadline: float) -> None:
+def epochs(options: argparse.Namespace, data: Data, result: BenchmarkResult, deadline: float) -> None:
     """Add seconds of an epoch in each setting, and how they compare."""
     device, net = options.device, options.net
     batch = options.batch or (QUICK_BATCH if options.quick else BATCH)
@@ -310,14 +310,20 @@ def epochs(options: argparse.Namespace, data: Data, result: Result, deadline: fl
 
 
 def report(
-    net: str, batch: int, device: str, ready: Sequence[Running], flops: float, rates: dict[str, float], result: Result
+    net: str,
+    batch: int,
+    device: str,
+    ready: Sequence[Running],
+    flops: float,
+    rates: dict[str, float],
+    result: BenchmarkResult,
 ) -> None:
     """Add tables, gates and samples of what ran."""
     gpu = device == "cuda"
-    told = ", ".join(f"{name} {rate / 1e12:.3g} TFLOP/s" for name, rate in rates.items())
+    speeds = ", ".join(f"{name} {rate / 1e12:.3g} TFLOP/s" for name, rate in rates.items())
     result.notes.append(
         f"{net}: {flops / 1e9:.3g} GFLOP a gradient and image; a product of {peak.SIZES[device]} x "
-        f"{peak.SIZES[device]} random matrices here: {told}."
+        f"{peak.SIZES[device]} random matrices here: {speeds}."
     )
     first = f"{net}, batch {batch}: an epoch of {EPOCH} images"
     headers = ("setting", "SGD images/s", "s", "SAM images/s", "s", "SAM over SGD [IQR]", "SGD over itself", "start, s")
@@ -365,7 +371,7 @@ def report(
         )
 
 
-def _judge(running: Running, ratio: Spread, control: Spread, result: Result) -> None:
+def _judge(running: Running, ratio: Spread, control: Spread, result: BenchmarkResult) -> None:
     name = running.kind.name
     limit = SAME_WAY if running.kind.exact else SAME_WAY_ROUNDED
     cosine = min(cosine for _, cosine in running.beside.values())
@@ -378,7 +384,7 @@ def _judge(running: Running, ratio: Spread, control: Spread, result: Result) -> 
         result.gates.append(Gate(f"{name}: epoch of SAM over SGD's", value, f"<= {TWICE}", passed))
 
 
-def _judge_best(net: str, batch: int, best: Running, against: Running | None, result: Result) -> None:
+def _judge_best(net: str, batch: int, best: Running, against: Running | None, result: BenchmarkResult) -> None:
     result.notes.append(f"The fastest setting for SAM: {best.kind.name}.")
     if against is not None:
         for method in METHODS:
@@ -401,7 +407,7 @@ def _over(against: Running | None, running: Running, method: str) -> str:
 # -- the whole command -----------------------------------------------------------------------------------------------
 
 
-def whole(options: argparse.Namespace, data: Data, result: Result, deadline: float) -> None:
+def whole(options: argparse.Namespace, data: Data, result: BenchmarkResult, deadline: float) -> None:
     """Add epochs of `flatmin.train.loop.train` itself, which also looks at losses and keeps count."""
     batch = options.batch or (QUICK_BATCH if options.quick else BATCH)
     table = Table(
@@ -445,7 +451,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(options: argparse.Namespace) -> Result:
+def run(options: argparse.Namespace) -> BenchmarkResult:
     """The benchmark as asked for on the command line."""
     deadline = time.monotonic() + options.seconds
     gpu = options.device == "cuda"
@@ -455,7 +461,7 @@ def run(options: argparse.Namespace) -> Result:
     options.rounds = options.rounds or (4 if options.quick else 5)
     options.window = options.window or (0.4 if gpu else 0.5 if options.quick else 1.0)
     options.whole = (4 if gpu else 0) if options.whole is None else options.whole
-    result = Result(
+    result = BenchmarkResult(
         "train",
         settings={
             "device": options.device,

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from benchmarks import images
 from benchmarks.peers import PlainLoop
-from flatmin.data.base import Data
+from flatmin.data.dataset import Data
 from flatmin.train.config import RunConfig
 from flatmin.train.feed import Batch
 from flatmin.train.numerics import numerics
@@ -56,13 +56,13 @@ def config_of(net: str, method: str, batch: int, device: str, **settings: Any) -
     )
 
 
-class Arm(Protocol):
-    """A training run that goes on for as many updates as it is told to."""
+class TimedTraining(Protocol):
+    """A training run that can be continued for a given number of updates."""
 
     model: nn.Module
 
     def run(self, updates: int) -> None:
-        """Go on."""
+        """Continue."""
 
     def forget(self) -> None:
         """Begin with an empty momentum."""
@@ -87,13 +87,13 @@ class Ours:
             yield from self.trainer.batches()
 
     def run(self, updates: int) -> None:
-        """Go on."""
+        """Continue."""
         with numerics(self.config):
             for _ in range(updates):
                 self.trainer.step(next(self._batches))
 
     def repeat(self, batch: Batch, updates: int) -> None:
-        """Go on with one and the same batch, so that none has to be made."""
+        """Continue one and the same batch, so that none has to be made."""
         with numerics(self.config):
             for _ in range(updates):
                 self.trainer.step(batch)
@@ -153,7 +153,7 @@ class Plain:
             group |= {"lr": LR, "momentum": MOMENTUM, "weight_decay": DECAY}
 
     def run(self, updates: int) -> None:
-        """Go on."""
+        """Continue."""
         with defaults(self.config.device):
             for _ in range(updates):
                 batch = [t.to(self.config.device, non_blocking=self._pinned) for t in next(self._batches)]
@@ -162,11 +162,11 @@ class Plain:
     def update(self, x: Tensor, y: Tensor) -> None:
         """One update on a batch that is given."""
         sam = self.config.method == "sam"
-        self._statistics(kept=True)
+        self._statistics(tracked=True)
         output, loss = self._pass(x, y)
         if sam:
             self.loop.first_step(zero_grad=True)
-            self._statistics(kept=False)
+            self._statistics(tracked=False)
             self._pass(x, y)
             self.loop.second_step()
         else:
@@ -183,11 +183,11 @@ class Plain:
         loss.backward()
         return output.detach(), loss.detach()
 
-    def _statistics(self, *, kept: bool) -> None:
+    def _statistics(self, *, tracked: bool) -> None:
         if self.config.method == "sam":
             for module in self.model.modules():
                 if isinstance(module, nn.BatchNorm2d):
-                    module.momentum = 0.1 if kept else 0.0
+                    module.momentum = 0.1 if tracked else 0.0
 
 
 @contextlib.contextmanager
@@ -216,7 +216,7 @@ class Kind:
     """
 
     name: str
-    build: Callable[[str, str, int, Data], Arm | None]
+    build: Callable[[str, str, int, Data], TimedTraining | None]
     peak: str
     exact: bool = False
     ours: bool = False
@@ -228,7 +228,7 @@ def ours(device: str, peak: str, **settings: Any) -> Kind:
     words = [str(v) if k == "precision" else k for k, v in settings.items()]
     name = "flatmin, " + " + ".join(words if "precision" in settings or "tf32" in settings else ["float32", *words])
 
-    def build(net: str, method: str, batch: int, data: Data) -> Arm:
+    def build(net: str, method: str, batch: int, data: Data) -> TimedTraining:
         return Ours(config_of(net, method, batch, device, **settings), data)
 
     return Kind(name, build, peak, exact=peak == "float32", ours=True)
@@ -237,7 +237,7 @@ def ours(device: str, peak: str, **settings: Any) -> Kind:
 def plain(device: str, workers: int, *, autocast: bool) -> Kind:
     """The same step written plainly; bytes come from the loader, the rest is done on the device."""
 
-    def build(net: str, method: str, batch: int, data: Data) -> Arm:
+    def build(net: str, method: str, batch: int, data: Data) -> TimedTraining:
         config = config_of(net, method, batch, device)
         source = images.Bytes(data.train)
         pinned = device == "cuda"
@@ -253,7 +253,7 @@ def plain(device: str, workers: int, *, autocast: bool) -> Kind:
 def original(device: str, workers: int, *, torchvision: bool = False) -> Kind:
     """The papers' scripts: prepared images from the loader, float32, loss and right answers read in every step."""
 
-    def build(net: str, method: str, batch: int, data: Data) -> Arm | None:
+    def build(net: str, method: str, batch: int, data: Data) -> TimedTraining | None:
         source = images.torchvision_images(data.train) if torchvision else images.Prepared(data.train)
         if source is None:
             return None

@@ -15,7 +15,7 @@ import torch
 
 from conformance import adapters, runner, table
 from conformance.behaviours import ALL
-from conformance.verdict import Outcome
+from conformance.verdict import BehaviourOutcome
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
         for b in chosen:
             print(f"{b.theme}: {b.name}\n    {b.demand}\n    {b.why}")
         return 0
-    columns: list[table.Column] = []
+    columns: list[table.AdapterColumn] = []
     absent: dict[str, str] = {}
     for name in options.adapters or adapters.NAMES:
         if reason := adapters.missing(name):
@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
             continue
         adapter = adapters.load(name)
         outcomes = runner.run(name, chosen, _progress if options.verbose else lambda *_: None)
-        columns.append(table.Column(adapter.title, adapter.version(), {o.behaviour: o for o in outcomes}))
+        columns.append(table.AdapterColumn(adapter.title, adapter.version(), {o.behaviour: o for o in outcomes}))
         summary = f"{adapter.title}: {len(columns[-1].failures)} failures, {sum(o.seconds for o in outcomes):.0f} s"
         print(summary, file=sys.stderr, flush=True)
     for name, reason in absent.items():
@@ -62,7 +62,7 @@ def _fits(name: str, theme: str, pattern: str) -> bool:
     return fnmatch.fnmatch(name, f"*{pattern}*") or theme == pattern
 
 
-def _progress(adapter: str, outcome: Outcome) -> None:
+def _progress(adapter: str, outcome: BehaviourOutcome) -> None:
     shown = f": {outcome.figure}" if outcome.figure else ""
     print(f"{adapter}: {outcome.behaviour}: {outcome.status}{shown} ({outcome.seconds:.2f} s)", file=sys.stderr)
 

@@ -99,14 +99,14 @@ class Formula:
 def follows_formula(adapter: Adapter, base: Base, form: Form = "sam", steps: int = 20) -> Tensor:
     """The largest difference to the formula over some float64 steps."""
     model = net()
-    twin = copy.deepcopy(model)
+    reference = copy.deepcopy(model)
     subject = adapter.build(list(model.parameters()), base, rho=RHO, form=form, model=model)
-    formula = Formula(list(twin.parameters()), base, form=form)
+    formula = Formula(list(reference.parameters()), base, form=form)
     worst = torch.zeros((), dtype=torch.float64)
     for k in range(steps):
         subject.step(closure_of(subject, loss_on(model, k)))
-        formula.step(loss_on(twin, k))
-        worst = torch.maximum(worst, difference(model, twin))
+        formula.step(loss_on(reference, k))
+        worst = torch.maximum(worst, difference(model, reference))
     return worst
 
 

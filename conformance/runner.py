@@ -13,17 +13,17 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from conformance.verdict import ABSENT, FAIL, Behaviour, Outcome
+from conformance.verdict import ABSENT, FAIL, Behaviour, BehaviourOutcome
 
 # Without a name for this machine in its own network, gloo does not find the way from one process to the other.
 _GLOO = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
 START_S = 120.0  # imports of torch and of an implementation
-Progress = Callable[[str, Outcome], None]
+Progress = Callable[[str, BehaviourOutcome], None]
 
 
-def run(adapter: str, chosen: Sequence[Behaviour], progress: Progress) -> list[Outcome]:
+def run(adapter: str, chosen: Sequence[Behaviour], progress: Progress) -> list[BehaviourOutcome]:
     """The outcomes of all chosen behaviours on one adapter, in their order."""
-    outcomes: dict[str, Outcome] = {}
+    outcomes: dict[str, BehaviourOutcome] = {}
     for ranks in sorted({b.ranks for b in chosen}):
         left = [b for b in chosen if b.ranks == ranks]
         while left:
@@ -35,11 +35,11 @@ def run(adapter: str, chosen: Sequence[Behaviour], progress: Progress) -> list[O
     return [outcomes[b.name] for b in chosen]
 
 
-def _session(adapter: str, left: Sequence[Behaviour], ranks: int) -> list[Outcome]:
+def _session(adapter: str, left: Sequence[Behaviour], ranks: int) -> list[BehaviourOutcome]:
     """Run in one set of processes until all is done or one of them fails in a way that others could feel."""
     with tempfile.TemporaryDirectory() as folder:
         teams = [_Worker(adapter, left, rank, ranks, Path(folder) / "store") for rank in range(ranks)]
-        done: list[Outcome] = []
+        done: list[BehaviourOutcome] = []
         try:
             for behaviour in left:
                 deadline = time.monotonic() + behaviour.limit_s + (0.0 if done else START_S)
@@ -53,7 +53,7 @@ def _session(adapter: str, left: Sequence[Behaviour], ranks: int) -> list[Outcom
     return done
 
 
-def _together(behaviour: Behaviour, parts: list[Outcome]) -> Outcome:
+def _together(behaviour: Behaviour, parts: list[BehaviourOutcome]) -> BehaviourOutcome:
     """The ranks' outcomes as one; a rank that fails by itself is more telling than those that wait for it."""
     parts.sort(key=lambda o: "closed" in o.figure or "no answer" in o.figure or "peer" in o.figure)
     for status in (FAIL, ABSENT):
@@ -89,21 +89,21 @@ class _Worker:
             self._said.put(json.loads(line))
         self._said.put(None)
 
-    def outcome(self, name: str, deadline: float) -> Outcome:
+    def outcome(self, name: str, deadline: float) -> BehaviourOutcome:
         """What it says of a behaviour; a failure if it dies or says nothing in time."""
         if self.lost:
-            return Outcome(name, FAIL, "no answer: lost before")
+            return BehaviourOutcome(name, FAIL, "no answer: lost before")
         while True:
             try:
                 said = self._said.get(timeout=max(0.1, deadline - time.monotonic()))
             except queue.Empty:
                 self.lost = True
-                return Outcome(name, FAIL, "no answer in time")
+                return BehaviourOutcome(name, FAIL, "no answer in time")
             if said is None:
                 self.lost = True
-                return Outcome(name, FAIL, self._last_words())
+                return BehaviourOutcome(name, FAIL, self._last_words())
             if said.get("behaviour") == name:
-                return Outcome(**said)
+                return BehaviourOutcome(**said)
 
     def _last_words(self) -> str:
         code = self.process.wait()

@@ -8,19 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from conformance.behaviours import ALL, TITLES
-from conformance.verdict import ABSENT, FAIL, PASS, Outcome
+from conformance.verdict import ABSENT, FAIL, PASS, BehaviourOutcome
 
 BEGIN, END = "<!-- conformance -->", "<!-- /conformance -->"
 LONG = 110
 
 
 @dataclass(frozen=True)
-class Column:
+class AdapterColumn:
     """An adapter with its outcomes."""
 
     title: str
     version: str
-    outcomes: dict[str, Outcome]
+    outcomes: dict[str, BehaviourOutcome]
 
     @property
     def heading(self) -> str:
@@ -32,17 +32,17 @@ class Column:
         return sum(o.status == status for o in self.outcomes.values())
 
     @property
-    def failures(self) -> list[Outcome]:
+    def failures(self) -> list[BehaviourOutcome]:
         """In the order of the table."""
         return [o for o in self.outcomes.values() if o.status == FAIL]
 
 
-def _rows(columns: Sequence[Column]) -> list[tuple[str, str]]:
+def _rows(columns: Sequence[AdapterColumn]) -> list[tuple[str, str]]:
     """(theme, name) of the behaviours that were run."""
     return [(b.theme, b.name) for b in ALL if any(b.name in c.outcomes for c in columns)]
 
 
-def text(columns: Sequence[Column]) -> str:
+def text(columns: Sequence[AdapterColumn]) -> str:
     """For a terminal."""
     rows = _rows(columns)
     marks = {PASS: "pass", FAIL: "FAIL", ABSENT: "-"}
@@ -65,7 +65,7 @@ def text(columns: Sequence[Column]) -> str:
     return "\n".join(lines)
 
 
-def page(columns: Sequence[Column], environment: str) -> str:
+def page(columns: Sequence[AdapterColumn], environment: str) -> str:
     """Markdown between markers, for the page that `--into` names."""
     rows = _rows(columns)
     marks = {PASS: "pass", FAIL: "**fail**", ABSENT: "–"}

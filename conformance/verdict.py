@@ -43,7 +43,7 @@ class Behaviour:
     ranks: int = 1
     limit_s: float = 60.0
 
-    def run(self, adapter: Adapter) -> Outcome:
+    def run(self, adapter: Adapter) -> BehaviourOutcome:
         """Run it on fresh objects."""
         random.seed(0)
         torch.manual_seed(0)
@@ -61,11 +61,11 @@ class Behaviour:
             status, figure = FAIL, f"{type(error).__name__}: {_first_line(error)}".rstrip(": ")
             if _is_mine(error):
                 raise
-        return Outcome(self.name, status, figure, round(time.perf_counter() - begun, 3))
+        return BehaviourOutcome(self.name, status, figure, round(time.perf_counter() - begun, 3))
 
 
 @dataclass(frozen=True)
-class Outcome:
+class BehaviourOutcome:
     """One cell of the table."""
 
     behaviour: str

@@ -11,7 +11,7 @@ from dataclasses import asdict
 import torch
 
 from conformance import adapters, behaviours
-from conformance.verdict import FAIL, Outcome
+from conformance.verdict import FAIL, BehaviourOutcome
 
 
 def main(arguments: list[str]) -> int:
@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> int:
         adapter = adapters.load(options.adapter)
     except Exception as error:
         for name in options.names:
-            _say(out, asdict(Outcome(name, FAIL, f"{type(error).__name__}: {error}".splitlines()[0])))
+            _say(out, asdict(BehaviourOutcome(name, FAIL, f"{type(error).__name__}: {error}".splitlines()[0])))
         return 0
     for name in options.names:
         _say(out, {"begins": name})

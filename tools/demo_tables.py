@@ -38,10 +38,10 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("flatmin-runs"), help="folder of the runs")
     parser.add_argument("--kept", action="store_true", help="take tables that are there")
     options = parser.parse_args(words)
-    found = {match[1]: match[0] for match in _SECTION.finditer(PAGE.read_text())} if PAGE.exists() else {}
+    sections = {match[1]: match[0] for match in _SECTION.finditer(PAGE.read_text())} if PAGE.exists() else {}
     for name in options.names or names:
-        found[name] = section(name, options.out, kept=options.kept)
-        body = "\n".join(found[name].strip() + "\n" for name in names if name in found)
+        sections[name] = section(name, options.out, kept=options.kept)
+        body = "\n".join(sections[name].strip() + "\n" for name in names if name in sections)
         PAGE.write_text(f"{HEAD}\n{body}")
     return 0
 

@@ -70,7 +70,7 @@ def main(arguments: list[str]) -> int:
     }
     RECORD.parent.mkdir(parents=True, exist_ok=True)
     RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    return int(any(found["exit_code"] for found in suites.values()))
+    return int(any(suite["exit_code"] for suite in suites.values()))
 
 
 if __name__ == "__main__":

@@ -38,13 +38,13 @@ def step_takes_a_closure(adapter: Adapter) -> str:
     Trainers that pass a closure crash, or train on the gradient that the last step left behind.
     """
     model = net()
-    twin = copy.deepcopy(model)
+    reference = copy.deepcopy(model)
     subject = adapter.build(list(model.parameters()), sgd(), rho=RHO, model=model)
-    whole = adapter.build(list(twin.parameters()), sgd(), rho=RHO, model=twin)
+    whole = adapter.build(list(reference.parameters()), sgd(), rho=RHO, model=reference)
     for k in range(3):
         subject.bare_step(closure_of(subject, loss_on(model, k)))
-        whole.step(closure_of(whole, loss_on(twin, k)))
-    return at_most(difference(model, twin), 1e-12, "differs from the documented loop by")
+        whole.step(closure_of(whole, loss_on(reference, k)))
+    return at_most(difference(model, reference), 1e-12, "differs from the documented loop by")
 
 
 @behaviour
@@ -85,17 +85,17 @@ def two_evaluations_a_step(adapter: Adapter) -> str:
 def scheduler_drives_the_lr(adapter: Adapter) -> str:
     """A torch scheduler changes the learning rate that the weights see.
 
-    The schedule runs and is logged, and training goes on with the first learning rate.
+    The schedule runs and is logged, and training continues with the first learning rate.
     """
     model = net()
-    twin = copy.deepcopy(model)
+    reference = copy.deepcopy(model)
     base = sgd(momentum=0.0, weight_decay=0.0)
     subject = adapter.build(list(model.parameters()), base, rho=0.0, model=model)
-    plain = Subject(adapter.plain(list(twin.parameters()), base))
-    for one, trained in ((subject, model), (plain, twin)):
+    plain = Subject(adapter.plain(list(reference.parameters()), base))
+    for one, trained in ((subject, model), (plain, reference)):
         scheduler = torch.optim.lr_scheduler.ExponentialLR(one.schedulable, 0.5)
         train(one, trained, range(4), scheduler.step)
-    return at_most(difference(model, twin), 1e-6, "weights differ by")
+    return at_most(difference(model, reference), 1e-6, "weights differ by")
 
 
 @behaviour

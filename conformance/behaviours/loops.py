@@ -21,13 +21,13 @@ def _statistics_of(layer: nn.Module) -> dict[str, Tensor]:
 
 def _touched_once(adapter: Adapter, model: nn.Module, layer: int, loss_of: Callable[[nn.Module], Any]) -> str:
     """Whether a layer's statistics after a step are those of one forward at w."""
-    twin = copy.deepcopy(model)
-    loss_of(twin)()
+    reference = copy.deepcopy(model)
+    loss_of(reference)()
     subject = adapter.build(list(model.parameters()), sgd(), rho=0.5, model=model)
     subject.step(closure_of(subject, loss_of(model)))
-    wanted, found = (_statistics_of(m[layer]) for m in (twin, model))
+    wanted, counted = (_statistics_of(m[layer]) for m in (reference, model))
     for k, v in wanted.items():
-        gap = float((found[k].double() - v.double()).abs().max())
+        gap = float((counted[k].double() - v.double()).abs().max())
         demand(gap == 0, f"{k} is off by {gap:.2g}")
     return "bit for bit"
 
@@ -122,14 +122,14 @@ def loop_by_hand(adapter: Adapter) -> str:
     Loops that cannot be turned into a closure cannot use the optimizer.
     """
     model = net()
-    twin = copy.deepcopy(model)
-    subject, other = (adapter.build(list(m.parameters()), sgd(), rho=RHO, model=m) for m in (model, twin))
+    reference = copy.deepcopy(model)
+    subject, other = (adapter.build(list(m.parameters()), sgd(), rho=RHO, model=m) for m in (model, reference))
     for k in range(5):
         loss_of = loss_on(model, k)
         subject.zero_grad()
         subject.by_hand(lambda loss_of=loss_of: loss_of().backward())
-    train(other, twin, range(5))
-    return at_most(difference(model, twin), 1e-12, "weights differ by")
+    train(other, reference, range(5))
+    return at_most(difference(model, reference), 1e-12, "weights differ by")
 
 
 @behaviour(limit_s=180)

@@ -57,19 +57,21 @@ def _disturbed(inner: Closure, at: int, what: Callable[[], None]) -> Closure:
     return closure
 
 
-def _twins(adapter: Adapter, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Subject, nn.Module, Subject]:
+def _with_reference(
+    adapter: Adapter, dtype: torch.dtype = torch.float32
+) -> tuple[nn.Module, Subject, nn.Module, Subject]:
     """A model with its optimizer, twice, two steps into training."""
     model = net(dtype)
-    twin = copy.deepcopy(model)
-    one, other = (adapter.build(list(m.parameters()), sgd(), rho=RHO, model=m) for m in (model, twin))
+    reference = copy.deepcopy(model)
+    one, other = (adapter.build(list(m.parameters()), sgd(), rho=RHO, model=m) for m in (model, reference))
     train(one, model, range(2))
-    train(other, twin, range(2))
-    return model, one, twin, other
+    train(other, reference, range(2))
+    return model, one, reference, other
 
 
 @behaviour
 def exception_in_pass_2(adapter: Adapter) -> str:
-    """An exception in the second pass leaves the weights at w, and training goes on as if the step had not been.
+    """An exception in the second pass leaves the weights at w, and training continues as if the step had not been.
 
     A caught out-of-memory error or an interrupt before a checkpoint leaves w + eps in it.
     """
@@ -78,7 +80,7 @@ def exception_in_pass_2(adapter: Adapter) -> str:
         def fail(error: BaseException = error) -> None:
             raise error
 
-        model, subject, twin, other = _twins(adapter)
+        model, subject, reference, other = _with_reference(adapter)
         before = copies(model.parameters())
         try:
             subject.step(_disturbed(closure_of(subject, loss_on(model, 2)), 2, fail))
@@ -88,8 +90,8 @@ def exception_in_pass_2(adapter: Adapter) -> str:
             raise Fault("the exception is swallowed, or pass 2 never ran")
         unmoved(before, model.parameters(), "after the exception")
         train(subject, model, range(3, 5))
-        train(other, twin, range(3, 5))
-        same_model(model, twin, "two steps later")
+        train(other, reference, range(3, 5))
+        same_model(model, reference, "two steps later")
     return "bit for bit"
 
 
@@ -109,7 +111,7 @@ def not_finite_in_pass_1(adapter: Adapter) -> str:
     eps is inf or nan, so is w + eps, and nothing that is subtracted brings w back.
     """
     for value in (math.inf, math.nan):
-        model, subject, *_ = _twins(adapter)
+        model, subject, *_ = _with_reference(adapter)
         subject.step(_disturbed(closure_of(subject, loss_on(model, 2)), 1, _spoil(model, value)))
         train(subject, model, range(3, 5))
         lost = sum(int((~p.isfinite()).sum()) for p in model.parameters())
@@ -124,7 +126,7 @@ def not_finite_in_pass_2(adapter: Adapter) -> str:
     One bad batch in a long run turns the momentum to nan, and with it every later weight; plain torch does so too.
     """
     for value in (math.inf, math.nan):
-        model, subject, twin, other = _twins(adapter)
+        model, subject, reference, other = _with_reference(adapter)
         before = copies(model.parameters())
         closure = _disturbed(closure_of(subject, loss_on(model, 2)), 2, _spoil(model, value))
         with contextlib.suppress(FloatingPointError):
@@ -133,8 +135,8 @@ def not_finite_in_pass_2(adapter: Adapter) -> str:
         demand(not lost, f"{value}: {lost} weights are not finite")
         unmoved(before, model.parameters(), f"{value}: weights")
         train(subject, model, range(3, 5))
-        train(other, twin, range(3, 5))
-        same_model(model, twin, "two steps later")
+        train(other, reference, range(3, 5))
+        same_model(model, reference, "two steps later")
     return "bit for bit"
 
 

@@ -87,21 +87,21 @@ def scaler_changes_nothing(adapter: Adapter) -> str:
     The second gradient stays scaled and the step is thousands of times too long; or fp16 cannot be used at all.
     """
     model, subject, scaler = _with_scaler(adapter)
-    twin = net(torch.float32)
-    plain = adapter.build(list(twin.parameters()), sgd(), rho=RHO, model=twin)
+    reference = net(torch.float32)
+    plain = adapter.build(list(reference.parameters()), sgd(), rho=RHO, model=reference)
     for k in range(10):
         subject.scaled_step(scaler, _scaled(subject, scaler, model, k))
-    train(plain, twin, range(10))
-    return at_most(difference(model, twin), 1e-6, "weights differ by")
+    train(plain, reference, range(10))
+    return at_most(difference(model, reference), 1e-6, "weights differ by")
 
 
 def _overflows(adapter: Adapter, at: int) -> str:
     """With inf in one pass, weights and momentum are as if the step had not been, and the scale goes down."""
     model, subject, scaler = _with_scaler(adapter)
-    twin, other, scaler_2 = _with_scaler(adapter)
+    reference, other, scaler_2 = _with_scaler(adapter)
     for k in range(2):
         subject.scaled_step(scaler, _scaled(subject, scaler, model, k))
-        other.scaled_step(scaler_2, _scaled(other, scaler_2, twin, k))
+        other.scaled_step(scaler_2, _scaled(other, scaler_2, reference, k))
     before, inner, calls = copies(model.parameters()), _scaled(subject, scaler, model, 2), [0]
 
     def closure() -> Tensor:
@@ -116,9 +116,9 @@ def _overflows(adapter: Adapter, at: int) -> str:
     demand(scaler.get_scale() == 512.0, f"the scale is {scaler.get_scale():g} after an inf, not 512")
     for k in range(3, 5):
         subject.scaled_step(scaler, _scaled(subject, scaler, model, k))
-        other.scaled_step(scaler_2, _scaled(other, scaler_2, twin, k))
+        other.scaled_step(scaler_2, _scaled(other, scaler_2, reference, k))
     # The scales differ by a factor of 2, which is exact.
-    return same_model(model, twin, "two steps later")
+    return same_model(model, reference, "two steps later")
 
 
 @behaviour
@@ -159,9 +159,9 @@ def scaler_unknown_to_it(adapter: Adapter) -> str:
     Accelerate makes this call: the second gradient stays scaled, and the step is as many times too long.
     """
     model, scaler = net(torch.float32), _scaler()
-    twin = copy.deepcopy(model)
+    reference = copy.deepcopy(model)
     base = sgd(momentum=0.0, weight_decay=0.0)
-    subject, plain = (adapter.build(list(m.parameters()), base, rho=RHO, model=m) for m in (model, twin))
+    subject, plain = (adapter.build(list(m.parameters()), base, rho=RHO, model=m) for m in (model, reference))
     before = copies(model.parameters())
     closure = _scaled(subject, scaler, model, 0)
     closure()
@@ -170,8 +170,10 @@ def scaler_unknown_to_it(adapter: Adapter) -> str:
     except Exception as error:
         unmoved(before, model.parameters(), "weights after the refusal")
         return f"refused: {type(error).__name__}"
-    train(plain, twin, range(1))
-    steps = [global_norm([p.detach() - b for p, b in zip(m.parameters(), before, strict=True)]) for m in (model, twin)]
+    train(plain, reference, range(1))
+    steps = [
+        global_norm([p.detach() - b for p, b in zip(m.parameters(), before, strict=True)]) for m in (model, reference)
+    ]
     return within(steps[0] / steps[1], 1.0, 1e-3, "step, in true steps:")
 
 

@@ -70,12 +70,12 @@ def ddp_is_the_whole_batch(adapter: Adapter) -> str:
     Results depend on how many processes train, and rho with them.
     """
     model, subject = _replicated(adapter, torch.float64)
-    twin = copy.deepcopy(model.module)
-    alone = adapter.build(list(twin.parameters()), sgd(), rho=RHO, model=twin)
+    reference = copy.deepcopy(model.module)
+    alone = adapter.build(list(reference.parameters()), sgd(), rho=RHO, model=reference)
     _train(subject, model, range(5))
     for k in range(5):
-        alone.step(closure_of(alone, _whole(twin, k)))
-    return at_most(difference(model, twin), 1e-6, "weights differ by")
+        alone.step(closure_of(alone, _whole(reference, k)))
+    return at_most(difference(model, reference), 1e-6, "weights differ by")
 
 
 class _Mean:
@@ -158,7 +158,7 @@ def own_ascents_and_replicas(adapter: Adapter) -> str:
 def inf_on_one_replica(adapter: Adapter) -> str:
     """With own ascents an inf in pass 1 of one replica leaves all of them finite and equal.
 
-    One replica skips its ascent, or its step, and the others go on without it.
+    One replica skips its ascent, or its step, and the others continue without it.
     """
     model, subject = _replicated(adapter, torch.float32, ascent_sync="none")
     _train(subject, model, range(2))
@@ -177,7 +177,7 @@ def inf_on_one_replica(adapter: Adapter) -> str:
     return _replicas_are_equal(model)
 
 
-class _Detour(nn.Module):
+class _RankDetour(nn.Module):
     """Only rank 0 uses the layer in the middle."""
 
     def __init__(self) -> None:
@@ -196,7 +196,7 @@ def own_ascents_and_unused(adapter: Adapter) -> str:
 
     Whoever looks at gradients to decide what to reduce waits for ever, or steps a weight on one replica.
     """
-    model = DistributedDataParallel(_Detour(), find_unused_parameters=True)
+    model = DistributedDataParallel(_RankDetour(), find_unused_parameters=True)
     subject = adapter.build(list(model.parameters()), sgd(), rho=RHO, model=model, ascent_sync="none")
     _train(subject, model, range(10))
     return _replicas_are_equal(model)
@@ -228,12 +228,12 @@ def fsdp2_is_the_whole_model(adapter: Adapter) -> str:
     Each process takes the norm of its own shard, and the radius depends on the number of processes.
     """
     model, subject = _sharded(adapter, torch.float32)
-    twin = net(torch.float32)
-    alone = adapter.build(list(twin.parameters()), sgd(), rho=RHO, model=twin)
+    reference = net(torch.float32)
+    alone = adapter.build(list(reference.parameters()), sgd(), rho=RHO, model=reference)
     _train(subject, model, range(5))
     for k in range(5):
-        alone.step(closure_of(alone, _whole(twin, k)))
-    gaps = [(a - b.detach()).abs().max() for a, b in zip(_full(model), twin.parameters(), strict=True)]
+        alone.step(closure_of(alone, _whole(reference, k)))
+    gaps = [(a - b.detach()).abs().max() for a, b in zip(_full(model), reference.parameters(), strict=True)]
     return at_most(torch.stack(gaps).max(), 1e-5, "weights differ by")
 
 
@@ -267,7 +267,7 @@ def _on_disk(work: Callable[[str], None]) -> None:
 
 @behaviour(ranks=2)
 def fsdp2_checkpoint(adapter: Adapter) -> str:
-    """A sharded run goes on from torch.distributed.checkpoint's files as if uninterrupted, bit for bit.
+    """A sharded run continues from torch.distributed.checkpoint's files as if uninterrupted, bit for bit.
 
     Long sharded trainings cannot be resumed, or lose their momentum.
     """

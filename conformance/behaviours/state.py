@@ -73,7 +73,7 @@ def resume_with_adamw(adapter: Adapter) -> str:
 def loading_keeps_the_model(adapter: Adapter) -> str:
     """After load_state_dict the optimizer trains the model's own tensors.
 
-    The optimizer goes on training tensors of the checkpoint, and the model stands still.
+    The optimizer continues training tensors of the checkpoint, and the model stands still.
     """
     model, subject = _built(adapter, sgd())
     train(subject, model, range(2))
@@ -132,10 +132,10 @@ def no_copy_of_the_weights(adapter: Adapter) -> str:
     train(subject, model, range(2))
     more.append(_copies_in(subject, model))
     with contextlib.suppress(NotOfferedError):
-        twin = net(torch.float32)
-        plain = Subject(adapter.plain(list(twin.parameters()), sgd(lr=1e-3)))
-        train(plain, twin, range(2))
-        more.append(-_copies_in(plain, twin))
+        reference = net(torch.float32)
+        plain = Subject(adapter.plain(list(reference.parameters()), sgd(lr=1e-3)))
+        train(plain, reference, range(2))
+        more.append(-_copies_in(plain, reference))
     return at_most(sum(more), 0.0, "copies of the weights:")
 
 
@@ -160,12 +160,12 @@ def plain_checkpoint_loads(adapter: Adapter) -> str:
         lengths.append(global_norm(displacement(subject, params, closure_of(subject, loss_on(other, 5)))))
     within(lengths[1], lengths[0], 1e-6, "the radius is")
     # With a radius this small the momentum is all that matters.
-    twin = copy.deepcopy(model)
-    subject = adapter.build(list(twin.parameters()), sgd(), rho=1e-9, model=twin)
+    reference = copy.deepcopy(model)
+    subject = adapter.build(list(reference.parameters()), sgd(), rho=1e-9, model=reference)
     subject.load_plain(_through_a_file(plain.state_dict()))
-    train(subject, twin, range(5, 8))
+    train(subject, reference, range(5, 8))
     train(plain, model, range(5, 8))
-    return at_most(difference(model, twin), 1e-6, "the plain run goes elsewhere by")
+    return at_most(difference(model, reference), 1e-6, "the plain run goes elsewhere by")
 
 
 @behaviour

@@ -185,10 +185,10 @@ def tied_weights(adapter: Adapter) -> str:
 
 def _base_takes(adapter: Adapter, model: nn.Module, losses: Callable[[nn.Module, int], LossOf], what: str) -> None:
     """Not offered where the plain base cannot do it either."""
-    twin = copy.deepcopy(model)
+    reference = copy.deepcopy(model)
     try:
-        plain = Subject(adapter.plain(list(twin.parameters()), _PLAIN))
-        plain.step(closure_of(plain, losses(twin, 0)))
+        plain = Subject(adapter.plain(list(reference.parameters()), _PLAIN))
+        plain.step(closure_of(plain, losses(reference, 0)))
     except NotOfferedError:
         return
     except Exception as error:
@@ -298,7 +298,7 @@ def channels_last(adapter: Adapter) -> str:
     """
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Conv2d(4, 3, 3), nn.Flatten(), nn.Linear(12, 3)).double()
-    twin = copy.deepcopy(model)
+    reference = copy.deepcopy(model)
     model = model.to(memory_format=torch.channels_last)
 
     def losses(model: nn.Module, k: int) -> LossOf:
@@ -306,9 +306,9 @@ def channels_last(adapter: Adapter) -> str:
         x, y = torch.randn(4, 3, 6, 6, generator=g, dtype=torch.float64), torch.randint(3, (4,), generator=g)
         return lambda: F.cross_entropy(model(x), y)
 
-    gap = both_trained(adapter, model, twin, losses)
-    kept = model[0].weight.is_contiguous(memory_format=torch.channels_last)
-    demand(kept, "the memory format is lost")
+    gap = both_trained(adapter, model, reference, losses)
+    channels_last_kept = model[0].weight.is_contiguous(memory_format=torch.channels_last)
+    demand(channels_last_kept, "the memory format is lost")
     return at_most(gap, 1e-6, "weights differ by")
 
 
@@ -335,7 +335,7 @@ def mixed_dtypes(adapter: Adapter) -> str:
 def addresses_stay(adapter: Adapter) -> str:
     """Weights keep their storage: the address is the same in both passes and after the step.
 
-    CUDA graphs, flat buffers and views for averages go on pointing at memory that is no weight any more.
+    CUDA graphs, flat buffers and views for averages keep pointing at memory that is no weight any more.
     """
     model = net()
     params = list(model.parameters())

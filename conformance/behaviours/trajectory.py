@@ -76,14 +76,14 @@ def rho_zero_is_the_base(adapter: Adapter) -> str:
     A comparison of rho values with rho = 0 as its baseline compares two training procedures.
     """
     model, base = noisy_net(), sgd()
-    twin = copy.deepcopy(model)
+    reference = copy.deepcopy(model)
     subject = adapter.build(list(model.parameters()), base, rho=0.0, model=model)
-    plain = Subject(adapter.plain(list(twin.parameters()), base))
+    plain = Subject(adapter.plain(list(reference.parameters()), base))
     for k in range(5):
-        for one, trained in ((subject, model), (plain, twin)):
+        for one, trained in ((subject, model), (plain, reference)):
             torch.manual_seed(k)
             one.step(closure_of(one, loss_on(trained, k)))
-    return same_model(model, twin, "after 5 steps")
+    return same_model(model, reference, "after 5 steps")
 
 
 class _Branches(nn.Module):
@@ -175,14 +175,14 @@ def micro_batches(adapter: Adapter) -> str:
     Large batches do not fit, and accumulating around two passes by hand mixes the gradients of both.
     """
     model = net()
-    twin = copy.deepcopy(model)
-    parts, whole = (adapter.build(list(m.parameters()), sgd(), rho=RHO, model=m) for m in (model, twin))
+    reference = copy.deepcopy(model)
+    parts, whole = (adapter.build(list(m.parameters()), sgd(), rho=RHO, model=m) for m in (model, reference))
     for k in range(5):
         x, y = batch(k)
         pieces = list(zip(x.chunk(4), y.chunk(4), strict=True))
         parts.accumulate([closure_of(parts, lambda x=a, y=b: F.cross_entropy(model(x), y)) for a, b in pieces])
-        whole.step(closure_of(whole, loss_on(twin, k)))
-    return at_most(difference(model, twin), 1e-6, "weights differ by")
+        whole.step(closure_of(whole, loss_on(reference, k)))
+    return at_most(difference(model, reference), 1e-6, "weights differ by")
 
 
 @behaviour

@@ -173,12 +173,12 @@ def holm(p: Sequence[float]) -> list[float]:
         >>> holm([0.01, 0.04, 0.03])
         [0.03, 0.06, 0.06]
     """
-    found = [0.0] * len(p)
+    corrected = [0.0] * len(p)
     most = 0.0
     for k, i in enumerate(sorted(range(len(p)), key=lambda i: p[i])):
         most = max(most, min(1.0, (len(p) - k) * p[i]))
-        found[i] = most
-    return found
+        corrected[i] = most
+    return corrected
 
 
 def share_interval(hits: int, n: int, confidence: float = 0.95) -> tuple[float, float]:

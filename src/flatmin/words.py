@@ -58,32 +58,32 @@ def read_text(path: Path | Traversable) -> str:
 _LONGEST = 400
 
 
-def suggest(word: str, known: Iterable[str]) -> str:
+def suggest(word: str, choices: Iterable[str]) -> str:
     """The words "; did you mean 'x'?" if something known is a slip of the keyboard away from the word, else nothing.
 
     Near is, whatever the case and leading dashes: what begins with the word; what differs from a word of 3 letters or
     more in one (added, left out, another one, or two swapped), from 8 on in two, from 12 on in three; what makes up
     most of the word.
     """
-    near = nearest(word, known, 1)
+    near = nearest(word, choices, 1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def nearest(word: str, known: Iterable[str], count: int) -> list[str]:
+def nearest(word: str, choices: Iterable[str], count: int) -> list[str]:
     """At most `count` of the known words that are near this one in the sense of `suggest`, the nearest first."""
     asked = word.lstrip("-").lower()
     limit = (len(asked) >= 3) + (len(asked) >= 8) + (len(asked) >= 12)
-    found: list[tuple[int, float, str]] = []
-    for name in known if asked else ():
+    matches: list[tuple[int, float, str]] = []
+    for name in choices if asked else ():
         own = name.lstrip("-").lower()
         if own.startswith(asked):
-            found.append((0, 0.0, name))
+            matches.append((0, 0.0, name))
         elif abs(len(own) - len(asked)) <= limit and (slips := _slips(asked, own)) <= limit:
-            found.append((slips, -difflib.SequenceMatcher(None, asked, own).ratio(), name))
+            matches.append((slips, -difflib.SequenceMatcher(None, asked, own).ratio(), name))
         elif own in asked and len(own) > 0.6 * len(asked):
-            found.append((limit + 1, -len(own) / len(asked), name))
+            matches.append((limit + 1, -len(own) / len(asked), name))
     # Sorted by nearness only, so that equally near words keep their order.
-    return [name for _, _, name in sorted(found, key=lambda f: f[:2])[:count]]
+    return [name for _, _, name in sorted(matches, key=lambda f: f[:2])[:count]]
 
 
 def _slips(a: str, b: str) -> int:

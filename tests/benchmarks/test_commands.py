@@ -13,7 +13,7 @@ from benchmarks import equiv, gpu, step
 from benchmarks.__main__ import _parser, main
 from benchmarks.loops import Setting
 from benchmarks.nets import NETS
-from benchmarks.results import Gate, Result, Spread
+from benchmarks.results import BenchmarkResult, Gate, Spread
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
 
@@ -46,7 +46,7 @@ def test_a_page_without_a_name_is_dated(tmp_path, monkeypatch):
 
 
 def test_a_failed_gate_is_the_exit_code_only_if_asked(monkeypatch, capsys):
-    bad = Result("equiv", gates=[Gate("planted", "2", "<= 1", False)])
+    bad = BenchmarkResult("equiv", gates=[Gate("planted", "2", "<= 1", False)])
     monkeypatch.setattr(equiv, "run", lambda options: bad)
     assert main(["equiv"]) == 0
     assert main(["equiv", "--gate"]) == 1
@@ -157,19 +157,19 @@ def test_steps_are_sampled_beside_the_floor():
     samples = step.sample(setting, ["sam"], rounds=3, repeats=1)
     assert {step.CONTROL, step.SGD, "sam", "plain per-tensor loop"} <= set(samples)
     assert all(len(rows) == 3 and all(len(row) == 3 for row in rows) for rows in samples.values())
-    result = Result("step")
+    result = BenchmarkResult("step")
     step.judge(setting, samples, result)
     assert "apart" in result.notes[0]
 
 
 def test_a_noisy_control_makes_the_run_inconclusive():
     quiet, noisy = [[1.0, 1.0, 1.0]] * 4, [[1.0, x, 1.0] for x in (0.7, 0.9, 1.2, 1.6)]
-    result = Result("step")
+    result = BenchmarkResult("step")
     rows = {step.CONTROL: noisy, step.SGD: quiet, "sam": [[1.0, 2.0, 1.0]] * 4}
     step.judge(Setting(NETS["mlp200"]), rows, result)
     assert "inconclusive" in result.notes[0]
     assert result.gates[0].value == "inconclusive"
-    result = Result("step")
+    result = BenchmarkResult("step")
     step.judge(Setting(NETS["mlp200"]), {**rows, step.CONTROL: quiet}, result)
     assert [g.passed for g in result.gates] == [False]
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from benchmarks import agreement, images, peak, train, training
 from benchmarks.__main__ import main
-from benchmarks.results import Gate, Result
+from benchmarks.results import BenchmarkResult, Gate
 
 NET = "resnet20-w4"
 
@@ -123,7 +123,7 @@ def running(name="flatmin, float32", windows=((1.0, 2.0, 1.0),) * 4, cosine=1.0,
 
 
 def reported(*runs, device="cpu", net="resnet18"):
-    result = Result("train")
+    result = BenchmarkResult("train")
     train.report(net, 100, device, list(runs), 1e9, {"float32": 1e12}, result)
     return result
 
@@ -240,7 +240,7 @@ def test_a_setting_that_fails_leaves_the_others(data, monkeypatch):
     bad = training.Kind("flatmin, planted", refuses, "float32", ours=True)
     monkeypatch.setattr(train, "kinds", lambda device: [bad, training.plain("cpu", 0, autocast=False)])
     options = Namespace(device="cpu", net=NET, batch=8, quick=True, arms=None, compile=False, window=0.01, rounds=2)
-    result = Result("train")
+    result = BenchmarkResult("train")
     train.epochs(options, data, result, float("inf"))
     assert "flatmin, planted: not available: ValueError: planted" in result.notes
     assert [row[0] for row in result.tables[0].rows] == ["plain, float32"]

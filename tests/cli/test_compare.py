@@ -127,7 +127,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, capsys):
         signal.signal(signal.SIGINT, before)
     assert stopped.value.code == 130
     err = capsys.readouterr().err
-    assert "0 of 6 runs are finished and kept; the same command goes on from there." in err and "Traceback" not in err
+    assert "0 of 6 runs are finished and kept; the same command continues from there." in err and "Traceback" not in err
 
 
 def test_workers_follow_the_machine():

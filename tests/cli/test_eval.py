@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from typer.testing import CliRunner
 
 from flatmin.cli.main import app, main
-from flatmin.data.base import Data, Split, as_data
+from flatmin.data.dataset import Data, Split, as_data
 from flatmin.data.images import Statistics
 from flatmin.stats import share_interval
 from flatmin.train import reevaluate as module

@@ -16,12 +16,12 @@ from torch import nn
 from typer.testing import CliRunner
 
 from flatmin.cli.main import app, main
-from flatmin.measure.card import CardSettings, card
 from flatmin.measure.problem import Problem
+from flatmin.measure.report import ReportSettings, report
 from flatmin.study import page
 from flatmin.study.executors import execute
-from flatmin.study.measured import told
-from flatmin.study.measuring import View, batches, find, find_all, measure, measure_all, words
+from flatmin.study.measured import with_error
+from flatmin.study.measuring import View, batches, find, find_all, measure, measure_all, split_of
 from flatmin.study.store import Run, Store
 from flatmin.train.config import RunConfig
 from flatmin.train.saved import open_run
@@ -30,7 +30,7 @@ from tests.user_side import net
 
 runner = CliRunner()
 QUICK = ("points=5", "plane=3", "steps=5", "runs=1", "ascent_steps=3", "draws=2", "probes=20", "rhos=0.05,0.1")
-SETTINGS = CardSettings(points=5, plane=3, steps=5, runs=1, ascent_steps=3, draws=2, probes=20, rhos=(0.05, 0.1))
+SETTINGS = ReportSettings(points=5, plane=3, steps=5, runs=1, ascent_steps=3, draws=2, probes=20, rhos=(0.05, 0.1))
 USER = ("--model", "tests.user_side:net", "--data", "tests.user_side:data")
 
 
@@ -190,12 +190,12 @@ class TestOneRun:
         assert [first, second, third] == [str(where / f"{which}.pt") for which in ("along_random", "along_v1", "plane")]
         assert said.splitlines()[-2:] == [f"Written: {out / name}.json", f"Written: {out / name}.html"]
 
-    def test_the_numbers_are_those_of_the_card(self, one, folders):
+    def test_the_numbers_are_those_of_the_report(self, one, folders):
         _, name, said, found = one
         run = open_run(folders["sam", 0])
         data = run.data()
         problem = Problem(run.model(), nn.functional.cross_entropy, (data.train.x, data.train.y))
-        want = card(problem, "card", settings=SETTINGS)
+        want = report(problem, "report", settings=SETTINGS)
         (net_of,) = found["nets"]
         assert (net_of["name"], net_of["group"], net_of["seed"]) == (name, "sam", 0)
         assert list(net_of["sections"]) == [s.name for s in want.sections]
@@ -203,7 +203,9 @@ class TestOneRun:
             told_of = net_of["sections"][section.name]["quantities"]
             assert {n: q["value"] for n, q in told_of.items()} == {q.name: q.value for q in section.quantities}
         for q in want.quantities.values():
-            assert re.search(rf"^{re.escape(q.name)} +{re.escape(told(q.value, q.error))} ", said, re.MULTILINE), q.name
+            assert re.search(
+                rf"^{re.escape(q.name)} +{re.escape(with_error(q.value, q.error))} ", said, re.MULTILINE
+            ), q.name
 
     def test_how_it_was_measured(self, one):
         _, _, said, found = one
@@ -295,8 +297,8 @@ class TestSeveral:
         differences = [values["sam", seed] - values["sgd", seed] for seed in (0, 1)]
         mean, half = sum(differences) / 2, 12.706205 * abs(differences[0] - differences[1]) / 2
         (row,) = re.findall(r"^lambda_1 .*$", said, re.MULTILINE)
-        verdict = "not told apart" if abs(mean) <= half else "flatter" if mean < 0 else "sharper"
-        assert told(mean, half) in row and row.rstrip().endswith(verdict)
+        verdict = "not significant" if abs(mean) <= half else "flatter" if mean < 0 else "sharper"
+        assert with_error(mean, half) in row and row.rstrip().endswith(verdict)
         assert "Nets: sgd 2, sam 2. Mean ± 95 % t interval over the seeds" in " ".join(said.split())
 
     def test_a_line_a_net(self, several, folders):
@@ -319,7 +321,7 @@ class TestSeveral:
         assert sorted(done) == sorted(run.name for run in runs)
         for a, b in zip(here, there, strict=True):
             assert (a.name, a.group, a.seed) == (b.name, b.group, b.seed)
-            assert a.card.quantities == b.card.quantities
+            assert a.report.quantities == b.report.quantities
 
 
 class TestFile:
@@ -343,7 +345,7 @@ class TestFile:
 class TestRefusals:
     def test_targets(self, refused, folders, weights, tmp_path, monkeypatch):
         folder = folders["sgd", 0]
-        assert "neither as a folder nor as a name" in refused(tmp_path / "absent")
+        assert "neither a folder nor a name" in refused(tmp_path / "absent")
         shutil.copytree(folder, tmp_path / "flatmin-runs" / "runs" / "by name")
         (tmp_path / "flatmin-runs" / "runs" / "by name" / "weights.pt").unlink()
         with monkeypatch.context() as patch:
@@ -352,7 +354,7 @@ class TestRefusals:
         assert "is not a run: there is no config.json in it" in refused(tmp_path)
         assert "is not a run" in refused(folder.parent), "the folder of the runs"
         assert "leave out --model and --data" in refused(folder, "--model", "mlp")
-        assert "name its net and what to measure on with --model and --data" in refused(weights)
+        assert "name its network and data with --model and --data" in refused(weights)
         assert "with --model and --data" in refused(weights, "--model", "mlp")
         assert "name at least one run folder or file of weights" in refused("top=3")
 
@@ -364,7 +366,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("given", "sentence"),
         [
-            (["--what", "hesian"], "what must be of card, all, model, "),
+            (["--what", "hesian"], "what must be of report, all, model, "),
             (["--what", ""], "got nothing."),
             (["--split", "training"], "split must be train, val or test, got 'training'."),
             (["--dtype", "float16"], "dtype must be float32 or float64"),
@@ -429,12 +431,12 @@ class TestWhatFails:
         said = invoke(tmp_path / "out", tmp_path / "a.pt", *given, "--what", "model,sharpness", status=3)
         words = " ".join(said.split())
         assert re.search(r"^loss +\d", said, re.MULTILINE) and re.search(r"^weight_norm +\d", said, re.MULTILINE)
-        assert "worst case is not there: ValueError: invalid literal for int() with base 10: 'x' (test_me" in words
+        assert "worst case is missing: ValueError: invalid literal for int() with base 10: 'x' (test_me" in words
         (one,) = read(tmp_path / "out" / "a.json")["nets"]
         assert set(one["sections"]["model"]["quantities"]) == {"loss", "error_rate", "gradient_norm", "weight_norm"}
         sharpness = one["sections"]["sharpness"]
         assert "worst_case" not in sharpness["quantities"] and "worst case" in sharpness["missing"]
-        assert "worst case is not there" in (tmp_path / "out" / "a.html").read_text(encoding="utf-8")
+        assert "worst case is missing" in (tmp_path / "out" / "a.html").read_text(encoding="utf-8")
 
     def test_a_radius_at_which_the_net_overflows(self, folders, tmp_path):
         given = (folders["sgd", 0], *QUICK, "--what", "sharpness", "rho=1e30", "--no-page")
@@ -501,7 +503,7 @@ class TestWhatFails:
             main(["measure", str(folders["sgd", 0]), *given])
         assert stopped.value.code == 130
         file = tmp_path / "out" / f"{name}.json"
-        said = f"Interrupted; what was measured is in {file}; landscapes are kept and go on from there.\n"
+        said = f"Interrupted; what was measured is in {file}; landscapes are stored and continue from there.\n"
         assert capsys.readouterr().err == said
         (one,) = read(file)["nets"]
         assert "loss" in one["sections"]["model"]["quantities"]
@@ -525,7 +527,7 @@ class TestView:
 
     def test_some_are_drawn_by_the_seed_in_their_own_order(self, data):
         def drawn(seed):
-            ((x, y),) = batches(data, View(examples=20, settings=CardSettings(seed=seed)))
+            ((x, y),) = batches(data, View(examples=20, settings=ReportSettings(seed=seed)))
             rows = [int((data.train.x == one).all(1).nonzero()) for one in x]
             assert torch.equal(y, data.train.y[rows])
             return rows
@@ -534,9 +536,9 @@ class TestView:
         assert drawn(0) != drawn(1) and drawn(0) != list(range(20))
 
     def test_the_part_in_words(self, data):
-        assert words(data, View()) == "train, 30% of the labels wrong"
-        assert words(data, View(split="test")) == "test"
-        assert words(dataclasses.replace(data, clean=None), View()) == "train"
+        assert split_of(data, View()) == "train, 30% of the labels wrong"
+        assert split_of(data, View(split="test")) == "test"
+        assert split_of(dataclasses.replace(data, clean=None), View()) == "train"
 
     @pytest.mark.parametrize("bad", [{"batch": 0}, {"examples": 0}])
     def test_bad_numbers(self, bad):
@@ -548,7 +550,7 @@ class TestView:
         told_of = []
         view = View(what="landscape", settings=SETTINGS)
         found = measure(open_run(folders["sgd", 0]), view, progress=lambda what, share: told_of.append(what))
-        assert "plane" in told_of and found.card.result("plane").complete
+        assert "plane" in told_of and found.report.result("plane").complete
         assert not list(tmp_path.iterdir())
 
 
@@ -614,7 +616,7 @@ class TestFilesOfWeights:
 
 
 def test_workers_for_one_net_are_refused(refused, folders):
-    assert "--workers is for several nets" in refused(folders["sgd", 0], "--workers", 2)
+    assert "--workers is for several networks" in refused(folders["sgd", 0], "--workers", 2)
 
 
 def test_what_some_net_lacks_is_said(folders, tmp_path, monkeypatch):
@@ -630,6 +632,6 @@ def test_what_some_net_lacks_is_said(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "error_rate", once)
     paths = [folders["sgd", 0], folders["sam", 0]]
     said = invoke(tmp_path, *paths, "--what", "model", "--no-page", "--workers", 0, status=3)
-    assert f"error rate is not there for {paths[1].name}: ValueError: no classes here." in " ".join(said.split())
+    assert f"error rate is missing for {paths[1].name}: ValueError: no classes here." in " ".join(said.split())
     assert re.search(r"^error_rate \* +0\.\d+ +- +- *$", said, re.MULTILINE), "that of the other is shown"
     assert "error_rate of 1 of 2 nets" in " ".join(said.split())

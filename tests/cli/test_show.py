@@ -109,7 +109,7 @@ class TestOneRun:
     def test_a_failed_one(self):
         said = " ".join(invoke("failed").split())
         assert "failed failed: the training loss was not finite in step" in said and "nonfinite.json" in said
-        assert "No epoch is done yet." in said
+        assert "No epoch is finished yet." in said
 
     def test_one_that_goes_on(self, home):
         folder = home / "flatmin-runs" / "runs" / "stopped"
@@ -139,9 +139,8 @@ class TestSeveral:
 
 class TestRefusals:
     def test_no_run(self, home, refused):
-        assert (
-            "there is no run 'ful', neither as a folder nor as a name in flatmin-runs/runs; did you mean 'full'?"
-            in (refused("ful"))
+        assert "there is no run 'ful', neither a folder nor a name in flatmin-runs/runs; did you mean 'full'?" in (
+            refused("ful")
         )
         assert "study is not a run: there is no config.json in it" in refused("study")
 

@@ -1,4 +1,4 @@
-"""Whatever a terminal, a pipe or a locale cannot take, the command goes on and its files are whole and in UTF-8."""
+"""Whatever a terminal, a pipe or a locale cannot take, the command continues and its files are whole and in UTF-8."""
 
 import csv
 import io

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from flatmin.cli.main import app, main
 from flatmin.study import costs
-from flatmin.study.executors import Outcome
+from flatmin.study.executors import RunOutcome
 from flatmin.study.executors import local as executor
 from flatmin.train.settings import preset_names
 
@@ -136,7 +136,7 @@ def test_a_run_that_broke_is_done_again_alone(study, monkeypatch, tmp_path):
     perform = executor.perform
 
     def broken(order, store, on_line):
-        return Outcome(error="a bad day") if order.run.config.rho == 0.2 else perform(order, store, on_line)
+        return RunOutcome(error="a bad day") if order.run.config.rho == 0.2 else perform(order, store, on_line)
 
     monkeypatch.setattr(executor, "perform", broken)
     result = study("seed=0")
@@ -158,7 +158,7 @@ def test_ctrl_c_says_how_to_go_on(study, monkeypatch, tmp_path):
     monkeypatch.setattr(executor, "perform", stopped)
     result = study("seed=0")
     assert result.exit_code == 130
-    assert "1 of 3 runs are finished and kept; the same command goes on from there." in result.stderr
+    assert "1 of 3 runs are finished and kept; the same command continues from there." in result.stderr
     assert not (tmp_path / "out" / "studies").exists()
     monkeypatch.setattr(executor, "perform", perform)
     assert sum(line.startswith("[") for line in study("seed=0").output.splitlines()) == 2
@@ -361,7 +361,7 @@ def test_the_page_can_be_left_out(study, tmp_path):
             "the runs are on the CPU and need no GPU: set device=",
         ),
         (("--table", "up/there"), "--table 'up/there' cannot be the name of a file or folder: it is a path"),
-        (("--choose", "rhoo"), "rhoo cannot be chosen, for it is no axis"),
+        (("--choose", "rhoo"), "rhoo cannot be chosen because it is not an axis"),
     ],
 )
 def test_bad_options_are_one_sentence_before_any_work(file, tmp_path, words, message, capsys):

@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 import flatmin.theory.demonstrations as demonstrations
 from flatmin.cli.main import app, main
 from flatmin.theory.classes import WORDS
-from flatmin.theory.demonstrations.base import Demonstration
-from flatmin.theory.problems import PROBLEMS
-from flatmin.theory.words import FORMS
+from flatmin.theory.demonstrations.demonstration import Demonstration
+from flatmin.theory.named import FUNCTIONS
+from flatmin.theory.parse import FORMS
 
 runner = CliRunner()
 
@@ -105,7 +105,7 @@ def test_check_prints_the_verdict():
 
 def test_check_says_that_L_is_missing():
     said = output("check", "0.1", "0.1", "--class", "convex", "--method", "usam")
-    assert "L is needed here: name it in the class, as in --class 'L=4'." in said
+    assert "the theorems need L: add it to the class, as in --class 'L=4'." in said
     assert "L is needed" not in output("check", "diminish1", "0.1", "--class", "convex, unique")
 
 
@@ -114,8 +114,8 @@ def test_check_says_that_L_is_missing():
     [
         (["orbt"], "unknown demonstration 'orbt'; did you mean 'orbit'?"),
         (["chek", "0.1", "0.1"], "unknown demonstration 'chek'; did you mean 'check"),
-        (["check", "0.1", "0.1"], "say on what: --on quadratic:1,4 for a function, or --class"),
-        (["check", "0.1", "0.1", "--on", "square", "--class", "L=4"], "say on what"),
+        (["check", "0.1", "0.1"], "name a function with --on quadratic:1,4, or a class with --class"),
+        (["check", "0.1", "0.1", "--on", "square", "--class", "L=4"], "name a function"),
         (["check", "0", "0.1", "--on", "square"], "step sizes must be positive"),
         (["check", "-0.1", "0.1", "--on", "square"], "c must be a finite number >= 0, got -0.1"),
         (["check", "0.1", "-0.1", "--on", "square"], "c must be a finite number >= 0, got -0.1"),
@@ -138,7 +138,7 @@ def test_no_matplotlib_is_said_before_the_runs(monkeypatch, capsys):
 
 def test_rules_has_the_whole_grammar():
     said = output("rules")
-    for word in (*FORMS, *PROBLEMS, *WORDS, "L=4", "kl=0.5"):
+    for word in (*FORMS, *FUNCTIONS, *WORDS, "L=4", "kl=0.5"):
         assert f"\n{word} " in said, word
 
 

@@ -243,8 +243,7 @@ class TestAgainAndResume:
             said = refused(capsys, "smoke", "epochs=1", *more)
             where = path.relative_to(Path.cwd()) if path.is_absolute() else path
             assert said == (
-                f"{where} holds this run, finished; look at it with `flatmin show {where}`, or begin it anew with "
-                "--again."
+                f"{where} holds this run, finished; show it with `flatmin show {where}`, or start it over with --again."
             )
         assert content(path) == before
 
@@ -264,7 +263,7 @@ class TestAgainAndResume:
         assert (only_run() / "result.json").exists()
 
     def test_resume_and_again(self, capsys):
-        words = "--resume goes on with a run and --again begins it anew; give one of them."
+        words = "--resume continues a run and --again starts it over; give one of them."
         assert refused(capsys, "smoke", "--resume", "--again") == words
 
     def interrupted(self, own, at=7):
@@ -278,17 +277,19 @@ class TestAgainAndResume:
     def test_ctrl_c_keeps_a_checkpoint_and_resume_goes_on(self, own, capsys):
         said = self.interrupted(own)
         assert said.err == (
-            "Interrupted after 4 of 16 updates; a checkpoint is kept, and the same command with --resume goes on from "
-            "there.\n"
+            "Interrupted after 4 of 16 updates; a checkpoint is kept, and the same command with --resume continues "
+            "from there.\n"
         )
         path = only_run()
         assert not (path / "result.json").exists()
         message = refused(capsys, *own)
         assert (
-            message == "flatmin-runs/runs/own holds this run, not finished; go on with --resume, or anew with --again."
+            message
+            == "flatmin-runs/runs/own holds this run, unfinished; continue it with --resume, or start over with "
+            "--again."
         )
         gone_on = done(*own, "--resume")
-        assert gone_on.out[1] == "Going on after update 4 of 16."
+        assert gone_on.out[1] == "Continuing after update 4 of 16."
         assert [line.split()[1] for line in gone_on.out if line.startswith("epoch")] == ["1/4", "2/4", "3/4", "4/4"]
         alone = [*own[:-1], "alone"]
         done(*alone)
@@ -299,7 +300,7 @@ class TestAgainAndResume:
         self.interrupted(own)
         before = json.loads(Path("flatmin-runs/runs/own/config.json").read_text())
         said = done("flatmin-runs/runs/own", "--resume", "log_every=1")
-        assert said.out[1] == "Going on after update 4 of 16."
+        assert said.out[1] == "Continuing after update 4 of 16."
         result = json.loads(Path("flatmin-runs/runs/own/result.json").read_text())
         assert (result["label"], result["key"]) == (before["label"], before["key"])
         assert json.loads(Path("flatmin-runs/runs/own/config.json").read_text()) == before
@@ -316,8 +317,8 @@ class TestAgainAndResume:
     def test_a_folder_by_mistake(self, capsys):
         done("smoke", "epochs=1", "--name", "x")
         path = "flatmin-runs/runs/x"
-        assert refused(capsys, path) == f"{path} is a run; add --resume to go on with it."
-        fixed = f"{path} is a run, whose settings are fixed: leave out %s, or name a preset for another run."
+        assert refused(capsys, path) == f"{path} is a run; add --resume to continue it."
+        fixed = f"{path} is a run and its settings are fixed: leave out %s, or name a preset for another run."
         assert refused(capsys, path, "--resume", "lr=0.2") == fixed % "lr=0.2"
         assert refused(capsys, path, "--resume", "--name", "y") == fixed % "--name"
         assert "holds this run, finished" in refused(capsys, path, "--resume")
@@ -334,7 +335,10 @@ class TestAgainAndResume:
                 ["lr=0.2", "seed=1"],
                 "lr is 0.1 there and 0.2 here, seed is 0 there and 1 here; give this",
             ),
-            (["epochs=9"], "epochs is 4 there and 9 here, and it cannot go on to that: its cosine schedule depends on"),
+            (
+                ["epochs=9"],
+                "epochs is 4 there and 9 here, and it cannot continue to that: its cosine schedule depends on",
+            ),
             (["model=tests.user_side:net"], "model is 'train_own:net' there and 'tests.user_side:net' here"),
         ):
             said = refused(capsys, *own, *words, "--resume")
@@ -348,12 +352,10 @@ class TestAgainAndResume:
         done(*words, "epochs=2")
         first = only_run()
         said = done(*words, "epochs=3", "--resume")
-        assert "Going on after update 30 of 45." in said.out
+        assert "Continuing after update 30 of 45." in said.out
         longer = first if named else next(path for path in runs() if path != first)
         if not named:
-            assert (
-                said.out[0] == f"Note: {longer.name} goes on from {first.name}, in which epochs is 2 there and 3 here."
-            )
+            assert said.out[0] == f"Note: {longer.name} continues {first.name}, in which epochs is 2 there and 3 here."
             assert len(RunFolder(first).lines(expected=2)) == 2 and RunFolder(first).finished
         done(*words, "epochs=3", "--out", "alone")
         alone = only_run("alone")
@@ -366,13 +368,13 @@ class TestAgainAndResume:
         first = only_run().name
         (said,) = (line for line in done("smoke", "epochs=2", "--resume").out if line.startswith("Note: "))
         assert re.fullmatch(
-            r"Note: there is no run of these settings to go on with, so sam-smoke-s0-\w+ begins from the start: in "
+            r"Note: there is no run of these settings to continue, so sam-smoke-s0-\w+ starts from the beginning: in "
             rf"{re.escape(first)} epochs is 1 there and 2 here, and its cosine schedule depends on the number of "
             r"epochs\.",
             said,
         )
         said = done("smoke", "epochs=1", "lr=0.2", "--resume").out[0]
-        assert said.endswith(f"begins from the start; in {first}, lr is 0.1 there and 0.2 here.")
+        assert said.endswith(f"starts from the beginning; in {first}, lr is 0.1 there and 0.2 here.")
 
     def test_other_data_are_not_gone_on_with(self, own, here, capsys):
         self.interrupted(own)
@@ -380,7 +382,7 @@ class TestAgainAndResume:
         sys.modules.pop("train_own")
         said = refused(capsys, *own, "--resume")
         assert "is of a run on other data: data=train_own:data returned something else, because a file" in said
-        assert "holds another run, not finished: what the data hold is something else" in refused(capsys, *own)
+        assert "holds another run, not finished: the data have other content" in refused(capsys, *own)
         assert "is of a run on other data" in refused(capsys, "flatmin-runs/runs/own", "--resume")
         unnamed = own[: own.index("--name")]
         done(*unnamed)
@@ -392,7 +394,7 @@ class TestAgainAndResume:
 
     def test_a_run_that_stopped_by_itself_is_not_finished(self, capsys):
         assert Said("smoke", "lr=1e30").code == 2
-        assert "not finished; go on with --resume" in refused(capsys, "smoke", "lr=1e30")
+        assert "unfinished; continue it with --resume" in refused(capsys, "smoke", "lr=1e30")
 
     @pytest.mark.parametrize("text", ["", "{}", "[]", '{"version": 1}', '{"version": 99}'])
     def test_a_result_that_cannot_be_read(self, capsys, text):
@@ -404,7 +406,7 @@ class TestAgainAndResume:
 
     @pytest.mark.skipif(os.name != "posix", reason="sends a signal")
     def test_ctrl_c_of_another_process(self, own, here):
-        """The update that goes on is finished; a sentence, exit code 130, and --resume goes on."""
+        """The update in progress is finished; a sentence, exit code 130, and --resume continues."""
         (here / "slow").touch()
         process = subprocess.Popen(
             [sys.executable, "-m", "flatmin", "train", *own, "epochs=60"],
@@ -424,7 +426,7 @@ class TestAgainAndResume:
         assert re.fullmatch(r"Interrupted after \d+ of 240 updates; a checkpoint is kept, and .* --resume .*\n", err)
         (here / "slow").unlink()
         said = done(*own, "epochs=60", "--resume")
-        assert said.out[1] == f"Going on after update {re.search(r'[0-9]+', err)[0]} of 240."
+        assert said.out[1] == f"Continuing after update {re.search(r'[0-9]+', err)[0]} of 240."
         assert len(RunFolder(only_run()).lines()) == 60
         assert out.splitlines()[0] == said.out[0] and "\x1b" not in out
 
@@ -491,11 +493,11 @@ class TestRefused:
             (["smoke", "--track", "tensorbord"], r"^unknown tracker 'tensorbord'; did you mean 'tensorboard'\?"),
             (["smoke", "trackers=x"], r"^unknown tracker 'x'"),
             (["smoke", "--out", "/dev/null/x"], r"Not a directory: '/dev/null/x"),
-            (["cifar10-resnet18"], r"^no CIFAR-10 under data: .* In this command: data_dir=FOLDER, --download\.$"),
+            (["cifar10-resnet18"], r"^no CIFAR-10 under data: .* With this command: data_dir=FOLDER, --download\.$"),
             (["smoke", "data=images", "data_dir=nowhere"], r"^there is no folder nowhere/train; .*data_dir=FOLDER\.$"),
-            (["fashion-mnist"], r"In this command: data_dir=FOLDER\.$"),
+            (["fashion-mnist"], r"With this command: data_dir=FOLDER\.$"),
             (["fashion-mnist", "--download"], r"data_dir=FOLDER; --download is for cifar10, cifar100, .* only\.$"),
-            (["tiny-imagenet-resnet18"], r"^there is no folder data/train; .*In this command: data_dir=FOLDER\.$"),
+            (["tiny-imagenet-resnet18"], r"^there is no folder data/train; .*With this command: data_dir=FOLDER\.$"),
         ],
     )
     def test_one_sentence(self, capsys, words, message):
@@ -741,4 +743,4 @@ def test_time_that_is_left(monkeypatch):
     first, second = (line for line in console.file.getvalue().splitlines() if line.startswith("epoch"))
     assert first.endswith("left 29 min 24 s")
     assert second.endswith("left 48 h 00 min")
-    assert "Going on after update 500 of 1000." in console.file.getvalue()
+    assert "Continuing after update 500 of 1000." in console.file.getvalue()

@@ -10,7 +10,7 @@ import pytest
 from conformance import __main__ as command
 from conformance import adapters, runner, table
 from conformance.behaviours import ALL, BY_NAME
-from conformance.verdict import ABSENT, FAIL, PASS, Outcome, at_most, within
+from conformance.verdict import ABSENT, FAIL, PASS, BehaviourOutcome, at_most, within
 
 PAGE = Path(__file__).parents[2] / "docs" / "conformance.md"
 BAD = """
@@ -59,7 +59,10 @@ def test_an_adapter_that_cannot_be_loaded_says_why(tmp_path):
 
 def run_of(monkeypatch, *failing):
     def run(adapter, chosen, progress):
-        return [Outcome(b.name, FAIL if b.name in failing else PASS, "off by 1" * (b.name in failing)) for b in chosen]
+        return [
+            BehaviourOutcome(b.name, FAIL if b.name in failing else PASS, "off by 1" * (b.name in failing))
+            for b in chosen
+        ]
 
     monkeypatch.setattr(runner, "run", run)
 
@@ -107,7 +110,9 @@ def test_the_table_goes_between_the_markers(monkeypatch, capsys, tmp_path):
 
 
 def test_figures_on_the_page_name_no_machine():
-    column = table.Column("x", "1", {"asam": Outcome("asam", FAIL, "in /home/me/env/lib/a.py: <X object at 0x7f3a>")})
+    column = table.AdapterColumn(
+        "x", "1", {"asam": BehaviourOutcome("asam", FAIL, "in /home/me/env/lib/a.py: <X object at 0x7f3a>")}
+    )
     text = table.page([column], "")
     assert "/home" not in text and "0x7f" not in text and "a.py" in text
 

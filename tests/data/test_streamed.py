@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from flatmin.data import named, streamed
-from flatmin.data.base import Data, Split, Stored
+from flatmin.data.dataset import Data, Split, Stored
 from flatmin.data.folder import scan_folder
 from flatmin.data.images import IMAGENET, Statistics
 from flatmin.data.loader import FileStream, load_files

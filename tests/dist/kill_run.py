@@ -56,7 +56,7 @@ class Training:
     def __init__(self, plan: Plan, rank: int) -> None:
         self.plan, self.rank = plan, rank
         saved = plan.saved()
-        # What a checkpoint left out would go on from other values than those that were lost.
+        # What a checkpoint left out would continue from other values than those that were lost.
         seed = 0 if saved is None else 9
         net = noisy_net(seed)
         self.model = DistributedDataParallel(net)

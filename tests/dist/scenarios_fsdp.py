@@ -208,7 +208,7 @@ def numbers(rank, world, setup):
 
 
 def numbers_of_one_that_goes_on(rank, world, setup, whole):
-    """The same, with a checkpoint before the last step that another run goes on from."""
+    """The same, with a checkpoint before the last step that another run continues from."""
     first, second = diagnosed(world, setup).run(range(2)), diagnosed(world, setup)
     model = get_model_state_dict(first.net, options=options(whole))
     optimizer = get_optimizer_state_dict(first.net, first.optimizer, options=options(whole))

@@ -27,7 +27,7 @@ class Stopping(Trainer):
 
 
 def run(rank, world, path: Path, config: RunConfig, options: Options, last: int | None = None):
-    """Begin or go on with a run, up to an update: why it failed, and this rank's weights at the end."""
+    """Begin or continue a run, up to an update: why it failed, and this rank's weights at the end."""
     weights, said = {}, []
     Stopping.last = last
     real, loop.Trainer = loop.Trainer, Stopping

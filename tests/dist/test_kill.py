@@ -66,7 +66,7 @@ def context():
 
 
 def finish(context, plan, number=0):
-    """Run to the end; the last checkpoint, and the step from which this start went on."""
+    """Run to the end; the last checkpoint, and the step from which this start continued."""
     with Launch(context, plan, number) as launch:
         start = launch.wait_for("start")[1]
         for rank in range(WORLD):

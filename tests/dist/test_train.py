@@ -134,7 +134,7 @@ class TestResume:
 
     def test_a_damaged_checkpoint_is_passed_over_by_all(self, two, tmp_path):
         two(config(), None, 11)
-        newest = checkpoint.found(tmp_path / "two" / "checkpoints")[0]
+        newest = checkpoint.listed(tmp_path / "two" / "checkpoints")[0]
         os.truncate(newest, 1000)
         assert [failure for failure, _ in two(config())] == [None, None]
         two(config(), name="alone")

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import flatmin
 from flatmin.cli.main import app
-from flatmin.data.base import as_data
+from flatmin.data.dataset import as_data
 from flatmin.train.originals.projects import PROJECTS
 
 ROOT = Path(__file__).parents[2]
@@ -75,8 +75,8 @@ def test_studies_are_understood(tmp_path, monkeypatch):
     from flatmin.study.baselines import with_baselines
     from flatmin.study.dimensions import read_dimension
     from flatmin.study.executors import executor_settings
+    from flatmin.study.expand import grid_points
     from flatmin.study.reading import read_study
-    from flatmin.study.unfold import cells
 
     monkeypatch.chdir(tmp_path)
     text = (ROOT / "docs" / "study.md").read_text(encoding="utf-8")
@@ -93,11 +93,11 @@ def test_studies_are_understood(tmp_path, monkeypatch):
                 spec = read_study(name, overrides, demo="--demo" in words)
                 chosen = tuple(key for word, keys in pairs if word == "--choose" for key in keys.split(","))
                 spec = dataclasses.replace(spec, choose=chosen or spec.choose)
-                assert cells(with_baselines(spec) if "--baselines" in words else spec)
+                assert grid_points(with_baselines(spec) if "--baselines" in words else spec)
         for line in re.findall(r"^    flatmin search (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE):
             name, *words = shlex.split(line.split("#")[0])
-            assert [read_dimension(word) for word in words if ".." in word] and cells(read_study(name))
-    rows = {row.label: row.config for row in cells(read_study("my_study.toml"))}
+            assert [read_dimension(word) for word in words if ".." in word] and grid_points(read_study(name))
+    rows = {row.label: row.config for row in grid_points(read_study("my_study.toml"))}
     assert len(rows) == 6 and rows["SGD model=mlp"].lr == 0.05 and rows["SGD model=conv"].lr == 0.1
 
 

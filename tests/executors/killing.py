@@ -51,7 +51,7 @@ def context():
     return found
 
 
-def drive(folder, wanted, executor, settings, pace):
+def submit_loop(folder, wanted, executor, settings, pace):
     """The life of a driver."""
     import threading
 
@@ -124,7 +124,7 @@ class Assault:
         return sum(run.config.epochs for run in self.wanted)
 
     def _start(self):
-        driver = self._context.Process(target=drive, args=self._arguments)
+        driver = self._context.Process(target=submit_loop, args=self._arguments)
         driver.start()
         self._pids.add(driver.pid)
         self.starts += 1

@@ -8,9 +8,9 @@ import time
 
 import pytest
 
-from flatmin.measure.card import CardSettings
-from flatmin.study.events import CardDone, EpochDone, RunBroke, RunDone, Warned
-from flatmin.study.executors import Interrupted, execute, executor_settings
+from flatmin.measure.report import ReportSettings
+from flatmin.study.events import EpochDone, ReportDone, RunBroke, RunDone, Warned
+from flatmin.study.executors import StudyInterrupted, execute, executor_settings
 from flatmin.study.measuring import View
 from flatmin.study.store import Store
 from tests.executors.killing import alive, below, command, plain, runs
@@ -42,7 +42,7 @@ def engine(request, monkeypatch):
 
 def measured():
     """Three runs whose networks are measured by the worker that has trained them."""
-    view = View(what="hessian", examples=40, settings=CardSettings(top=1))
+    view = View(what="hessian", examples=40, settings=ReportSettings(top=1))
     return [dataclasses.replace(run, view=view) for run in runs(3, epochs=3)]
 
 
@@ -53,7 +53,7 @@ def expected(tmp_path_factory):
 
 
 def lambda_1(outcome):
-    return outcome.card["sections"]["hessian"]["quantities"]["lambda_1"]["value"]
+    return outcome.report["sections"]["hessian"]["quantities"]["lambda_1"]["value"]
 
 
 def test_the_same_numbers_as_in_this_process(tmp_path, engine, expected, monkeypatch):
@@ -65,7 +65,7 @@ def test_the_same_numbers_as_in_this_process(tmp_path, engine, expected, monkeyp
     assert {name: lambda_1(one) for name, one in found.items()} == {
         name: lambda_1(one) for name, one in expected.items()
     }
-    assert sum(isinstance(event, CardDone) for event in events) == 3
+    assert sum(isinstance(event, ReportDone) for event in events) == 3
     assert sum(isinstance(event, RunDone) for event in events) == 3
     told = [(event.run, event.line.epoch) for event in events if isinstance(event, EpochDone)]
     assert sorted(told) == sorted((run.name, epoch) for run in wanted for epoch in (1, 2, 3))
@@ -82,7 +82,7 @@ def test_ctrl_c_calls_off_what_is_under_way(tmp_path, engine, monkeypatch):
 
     before = set(below(os.getpid()))
     store = Store(tmp_path, checkpoint_seconds=0)
-    with pytest.raises(Interrupted, match="0 of 2 runs are finished and kept; the same command goes on from there"):
+    with pytest.raises(StudyInterrupted, match="0 of 2 runs are finished and kept; the same command continues from"):
         execute(runs(2, epochs=300), store, on_event=stop, **engine)
     deadline = time.monotonic() + 20
     while any(alive(pid) for pid in set(below(os.getpid())) - before):

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from flatmin.study.events import EpochDone, RunDone, Warned
-from flatmin.study.executors import Interrupted, execute, executor_settings, make_executor
+from flatmin.study.executors import StudyInterrupted, execute, executor_settings, make_executor
 from flatmin.study.store import Store
 from tests.executors.killing import alive, runs
 from tests.train.kills import ROOT
@@ -67,7 +67,7 @@ def test_a_lost_job_is_submitted_again_and_ctrl_c_cancels(tmp_path, slurm, monke
     words = ["partition=gpu", "timeout_min=30", "mem_gb=2", "gpus_per_node=1", "extra.nice=100", "setup=set -u"]
     settings = executor_settings("slurm", words)
     store = Store(tmp_path / "out", checkpoint_seconds=0)
-    with pytest.raises(Interrupted, match="1 of 2 runs are finished"):
+    with pytest.raises(StudyInterrupted, match="1 of 2 runs are finished"):
         execute(wanted, store, workers=2, on_event=listen, executor="slurm", settings=settings)
     assert [path.name for path in sorted(slurm.iterdir())] == ["1", "2", "3"], "the first run had two jobs"
     script = (slurm / "1" / "script").read_text()
@@ -75,7 +75,7 @@ def test_a_lost_job_is_submitted_again_and_ctrl_c_cancels(tmp_path, slurm, monke
         assert f"#SBATCH --{line}\n" in script
     assert "\nset -u\n" in script
     (warned,) = (event for event in events if isinstance(event, Warned))
-    assert f"{wanted[0].name} is taken up again" in warned.text and "(job 1) ended as failed" in warned.text
+    assert f"{wanted[0].name} is resumed" in warned.text and "(job 1) ended as failed" in warned.text
     # Two updates an epoch: the fourth, of the second epoch, was the one that ended the first job.
     lives = (tmp_path / "diary").read_text().split()
     assert [lives.count(pid) for pid in dict.fromkeys(lives)] == [4, 4]

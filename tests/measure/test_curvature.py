@@ -30,7 +30,7 @@ def test_the_hessian_is_the_dense_one(name, size, memory):
     operator = Hessian(Problem(model, loss, batches(x, y, size)), memory=memory)
     equal(dense(operator), known_hessian(name))
     assert operator.products == operator.size
-    assert operator.kept == (0 if memory == 0 else -(-17 // size))
+    assert operator.stored_graphs == (0 if memory == 0 else -(-17 // size))
 
 
 @pytest.mark.parametrize("name", [n for n in CASES if n not in ("regression", "linear")])
@@ -246,7 +246,7 @@ def test_a_budget_for_some_graphs_keeps_some():
         some = Hessian(problem, memory=memory)
         equal(dense(some), want)
         if memory in (3000, 6000):
-            assert 0 < some.kept < whole.kept
+            assert 0 < some.stored_graphs < whole.stored_graphs
     whole.close()
     equal(dense(whole), want)
 

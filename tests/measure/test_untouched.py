@@ -32,13 +32,13 @@ def spectra(problem, kind, **options):
     return measures.spectrum(kind(problem, **options), top=2, bottom=1)
 
 
-SHORT = measures.CardSettings(
+SHORT = measures.ReportSettings(
     **{"top": 2, "probes": 3, "runs": 1, "steps": 3, "rhos": (0.1, 0.2), "ascent_steps": 2},
     **{"m": 5, "draws": 2, "target": 0.01, "points": 3, "plane": 3},
 )
 # name in flatmin.measure or its presets -> a use of it
 MEASURES = {
-    "card": lambda p: measures.card(p, "all", settings=SHORT),
+    "report": lambda p: measures.report(p, "all", settings=SHORT),
     "restricted": lambda p: measures.restricted(p, "linear.*").gradient(),
     "under": lambda p: measures.under(p, measures.LogitNormalised(p.loss)).gradient(),
     "Problem": lambda p: (p.value(), p.gradient(), p.conventions),
@@ -74,7 +74,17 @@ MEASURES = {
     "andriushchenko_m128": lambda p: presets.andriushchenko_m128(many(p), 0.1, examples=128),
 }
 # Records, and numbers without a model.
-APART = {"Average", "Card", "CardSettings", "Conventions", "Sharpness", "Spectrum", "Published", "edge", "sam_edge"}
+APART = {
+    "Average",
+    "Report",
+    "ReportSettings",
+    "Conventions",
+    "Sharpness",
+    "Spectrum",
+    "PublishedNumbers",
+    "edge",
+    "sam_edge",
+}
 
 
 def test_every_public_name_is_here():

@@ -1,6 +1,6 @@
 """Made-up studies: the table of given results, through the real plan and tabulation."""
 
-from flatmin.study.executors import Outcome
+from flatmin.study.executors import RunOutcome
 from flatmin.study.plan import plan
 from flatmin.study.reading import read_study
 from flatmin.study.tabulate import tabulate
@@ -34,6 +34,8 @@ def made_table(text, folder, result_of, words=(), changed=lambda spec: spec):
     todo = plan(changed(read_study(str(path), words)), folder, make=False)
     outcomes = {}
     for (i, seed), run in todo.runs.items():
-        found = result_of(todo.cells[i], seed)
-        outcomes[run.name] = found if isinstance(found, Outcome) else Outcome(result=made_result(run.config, found))
+        found = result_of(todo.grid_points[i], seed)
+        outcomes[run.name] = (
+            found if isinstance(found, RunOutcome) else RunOutcome(result=made_result(run.config, found))
+        )
     return tabulate(todo, outcomes)

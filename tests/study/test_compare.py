@@ -308,7 +308,7 @@ def test_ctrl_c_in_a_terminal(tmp_path):
     assert time.monotonic() - begun < 10
     assert process.returncode == 1
     assert re.fullmatch(
-        r"Interrupted: \d+ of 80 runs are finished and kept; the same command goes on from there.", errors.strip()
+        r"Interrupted: \d+ of 80 runs are finished and kept; the same command continues from there.", errors.strip()
     )
     kept = list((tmp_path / "out").glob("runs/*/result.json"))
     assert int(errors.split()[1]) <= len(kept) <= int(errors.split()[1]) + 2

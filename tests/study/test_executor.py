@@ -11,18 +11,18 @@ import torch
 
 from flatmin.study.events import EpochDone, RunBroke, RunDone, Warned
 from flatmin.study.executors import (
-    Interrupted,
+    StudyInterrupted,
     execute,
     executor_settings,
     finished_and_missing,
     local,
     make_executor,
 )
-from flatmin.study.executors.base import Teller
-from flatmin.study.executors.driving import drive
-from flatmin.study.executors.orders import Busy, Order
-from flatmin.study.executors.performing import perform
+from flatmin.study.executors.executor import Reporter
 from flatmin.study.executors.signals import ctrl_c_later
+from flatmin.study.executors.submit_loop import submit_loop
+from flatmin.study.executors.tasks import Busy, Task
+from flatmin.study.executors.worker import run_task
 from flatmin.study.store import Run, Store
 from flatmin.train import checkpoint
 from flatmin.train import run as training
@@ -88,7 +88,7 @@ def test_a_run_whose_workers_die_is_given_up_after_three_and_the_others_go_on(tm
     assert error.startswith("its worker was lost 3 times during this run; the last one ended with exit code 9")
     assert all(outcomes[one.name].result is not None for one in runs[1:])
     assert [type(event) for event in events[:3]] == [Warned, Warned, RunBroke]
-    assert events[0].text.startswith(f"{runs[0].name} is taken up again from its last checkpoint, because its worker")
+    assert events[0].text.startswith(f"{runs[0].name} is resumed from its last checkpoint, because its worker")
 
 
 def test_a_run_whose_worker_dies_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
@@ -112,11 +112,11 @@ class TestPerform:
 
     def test_it_waits_for_the_process_that_trains_there_and_takes_its_result(self, tmp_path, monkeypatch):
         one, store = run(), Store(tmp_path)
-        expected = perform(Order.of(one), store, lambda line: None)
+        expected = run_task(Task.of(one), store, lambda line: None)
         hidden = (store.folder(one) / "result.json").rename(tmp_path / "hidden")
         seen = []
         with hold(store.folder(one)):
-            waiting = threading.Thread(target=lambda: seen.append(perform(Order.of(one), store, lines.append)))
+            waiting = threading.Thread(target=lambda: seen.append(run_task(Task.of(one), store, lines.append)))
             lines = []
             waiting.start()
             waiting.join(0.3)
@@ -130,7 +130,7 @@ class TestPerform:
     @pytest.mark.parametrize("change", [None, "key", "damage"])
     def test_it_goes_on_with_this_very_run_only(self, tmp_path, change):
         one, store = run(epochs=3), Store(tmp_path / "a", checkpoint_seconds=0)
-        expected = perform(Order.of(one), Store(tmp_path / "b"), lambda line: None)
+        expected = run_task(Task.of(one), Store(tmp_path / "b"), lambda line: None)
         first = []
 
         def stop(line):
@@ -139,47 +139,47 @@ class TestPerform:
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            perform(Order.of(one), store, stop)
+            run_task(Task.of(one), store, stop)
         assert len(list(store.folder(one).glob("checkpoints/*.pt"))) == 1
         where = store.folder(one) / "config.json"
         if change is not None:
             found = json.loads(where.read_text())
             where.write_text("{" if change == "damage" else json.dumps({**found, "key": "another"}))
         lines = []
-        outcome = perform(Order.of(one), store, lines.append)
+        outcome = run_task(Task.of(one), store, lines.append)
         assert without_time(outcome.lines) == without_time(expected.lines) and tuple(lines) == outcome.lines
         assert (outcome.lines[0] == first[0]) == (change is None), "the time of an epoch that was not repeated"
         assert not (store.folder(one) / "checkpoints").exists()
 
     def test_a_run_that_failed_leaves_no_checkpoint_and_is_not_done_again(self, tmp_path):
         one, store = run(lr=1e30), Store(tmp_path, checkpoint_seconds=0)
-        outcome = perform(Order.of(one), store, lambda line: None)
+        outcome = run_task(Task.of(one), store, lambda line: None)
         assert outcome.result.failure and not list(store.folder(one).glob("checkpoints/*"))
         mark = (store.folder(one) / "result.json").stat().st_mtime_ns
-        assert perform(Order.of(one), store, lambda line: None) == outcome
+        assert run_task(Task.of(one), store, lambda line: None) == outcome
         assert (store.folder(one) / "result.json").stat().st_mtime_ns == mark
 
     def test_checkpoints_come_by_the_clock(self, tmp_path, monkeypatch):
         saved = []
         monkeypatch.setattr(checkpoint, "save", lambda folder, step, state, keep: saved.append(step))
-        perform(Order.of(run(epochs=4)), Store(tmp_path / "a"), lambda line: None)
+        run_task(Task.of(run(epochs=4)), Store(tmp_path / "a"), lambda line: None)
         assert saved == []
-        perform(Order.of(run(epochs=4)), Store(tmp_path / "b", checkpoint_seconds=0), lambda line: None)
+        run_task(Task.of(run(epochs=4)), Store(tmp_path / "b", checkpoint_seconds=0), lambda line: None)
         assert saved == [1, 2, 3]
         clock = iter(range(1000))
         monkeypatch.setattr(training.time, "monotonic", lambda: next(clock))
         saved.clear()
-        perform(Order.of(run(epochs=8)), Store(tmp_path / "c", checkpoint_seconds=3), lambda line: None)
+        run_task(Task.of(run(epochs=8)), Store(tmp_path / "c", checkpoint_seconds=3), lambda line: None)
         assert saved == [3, 6]
 
     def test_a_run_that_another_process_has_is_left_to_it_if_told_so(self, tmp_path):
         one, store = run(), Store(tmp_path)
         with hold(store.folder(one)):
-            assert perform(dataclasses.replace(Order.of(one), wait=False), store, pytest.fail) == Busy()
+            assert run_task(dataclasses.replace(Task.of(one), wait=False), store, pytest.fail) == Busy()
 
     def test_code_that_is_not_that_of_the_study_is_refused(self, tmp_path):
         one, store = run(), Store(tmp_path)
-        outcome = perform(dataclasses.replace(Order.of(one), code="another"), store, pytest.fail)
+        outcome = run_task(dataclasses.replace(Task.of(one), code="another"), store, pytest.fail)
         assert outcome.result is None and "flatmin, torch or your own modules have changed since" in outcome.error
         assert not store.folder(one).exists()
 
@@ -203,7 +203,7 @@ def test_checkpoints_that_a_finished_run_has_left_are_removed(tmp_path):
             left.write_bytes(next(store.folder(one).glob("checkpoints/*.pt")).read_bytes())
             (tmp_path / "name").write_text(next(store.folder(one).glob("checkpoints/*.pt")).name)
 
-    outcome = perform(Order.of(one), store, copy)
+    outcome = run_task(Task.of(one), store, copy)
     where = store.folder(one) / "checkpoints" / (tmp_path / "name").read_text()
     where.parent.mkdir()
     left.rename(where)
@@ -241,9 +241,9 @@ def test_a_device_that_is_not_here_is_refused_before_the_first_run(tmp_path):
 
 def test_a_worker_that_is_lost_while_it_measures_loses_no_run(tmp_path):
     one, store, events, outcomes = run(), Store(tmp_path), [], {}
-    perform(Order.of(one), store, lambda line: None)
-    teller = Teller(store, events.append, outcomes)
-    assert teller.lost(one, "vanished") and teller.lost(one, "vanished") and not teller.lost(one, "vanished")
+    run_task(Task.of(one), store, lambda line: None)
+    reporter = Reporter(store, events.append, outcomes)
+    assert reporter.lost(one, "vanished") and reporter.lost(one, "vanished") and not reporter.lost(one, "vanished")
     outcome = outcomes[one.name]
     assert outcome.error is None and outcome.result == store.find(one, pytest.fail)[0]
     assert outcome.refusal == "its worker was lost 3 times during this run; the last one vanished"
@@ -275,11 +275,11 @@ class Elsewhere:
     def __init__(self, held, outcome):
         self.held, self.outcome, self.submitted = held, outcome, []
 
-    def submit(self, order, store):
-        self.submitted.append((order.run.name, order.wait))
-        return order.run
+    def submit(self, task, store):
+        self.submitted.append((task.run.name, task.wait))
+        return task.run
 
-    def look(self, job):
+    def poll(self, job):
         return Busy() if job.name == self.held and len(self.submitted) < 4 else self.outcome
 
     def cancel(self, job):
@@ -288,8 +288,8 @@ class Elsewhere:
 
 def test_no_job_is_handed_over_to_wait_for_another(tmp_path):
     store, runs, outcomes, told = Store(tmp_path), [run(seed=seed) for seed in range(3)], {}, []
-    outcome = perform(Order.of(run(seed=9)), store, lambda line: None)
-    engine = Elsewhere(runs[0].name, outcome)
+    outcome = run_task(Task.of(run(seed=9)), store, lambda line: None)
+    scheduler = Elsewhere(runs[0].name, outcome)
     with ExitStack() as elsewhere:
         elsewhere.enter_context(hold(store.folder(runs[0])))
 
@@ -299,9 +299,9 @@ def test_no_job_is_handed_over_to_wait_for_another(tmp_path):
                 if len(told) == 2:
                     threading.Timer(0.7, elsewhere.close).start()
 
-        drive(engine, runs, store, workers=1, pause=0.0, teller=Teller(store, listen, outcomes))
-    assert [name for name, _ in engine.submitted] == [run.name for run in (*runs, runs[0])]
-    assert not any(wait for _, wait in engine.submitted) and set(outcomes) == {run.name for run in runs}
+        submit_loop(scheduler, runs, store, workers=1, pause=0.0, reporter=Reporter(store, listen, outcomes))
+    assert [name for name, _ in scheduler.submitted] == [run.name for run in (*runs, runs[0])]
+    assert not any(wait for _, wait in scheduler.submitted) and set(outcomes) == {run.name for run in runs}
 
 
 def test_a_worker_may_have_processes_that_read_its_data(tmp_path):
@@ -324,7 +324,7 @@ def test_an_interrupt_keeps_what_is_finished_and_says_how_to_go_on(tmp_path, wor
 
     runs = [run(seed=seed) for seed in range(3)]
     store = Store(tmp_path)
-    with pytest.raises(Interrupted, match="1 of 3 runs are finished and kept; the same command goes on from there"):
+    with pytest.raises(StudyInterrupted, match="1 of 3 runs are finished and kept; the same command continues from"):
         execute(runs, store, workers=workers, on_event=on_event)
     assert len(list(Path(tmp_path).glob("runs/*/result.json"))) >= 1
     assert store.find(runs[0], pytest.fail) is not None

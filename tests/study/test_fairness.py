@@ -8,10 +8,10 @@ from flatmin.data.named import DATASETS
 from flatmin.study import costs, tables
 from flatmin.study.baselines import with_baselines
 from flatmin.study.costs import Sizes
-from flatmin.study.executors import Outcome
+from flatmin.study.executors import RunOutcome
+from flatmin.study.expand import grid_points
 from flatmin.study.reading import read_study
 from flatmin.study.tables import body, header, remarks
-from flatmin.study.unfold import cells
 from flatmin.train.settings import preset_names
 from flatmin.train.sources import load_clean
 from tests.study.made import made_result, made_table
@@ -44,8 +44,8 @@ def spec_of(tmp_path, text=STUDY):
 
 def by_arm(spec):
     found = {}
-    for cell in cells(spec):
-        found.setdefault(cell.arm, []).append(cell.config)
+    for point in grid_points(spec):
+        found.setdefault(point.arm, []).append(point.config)
     return found
 
 
@@ -75,9 +75,9 @@ class TestBaselines:
         assert differences("SGD, 2x epochs") == [{"epochs": 20}]
 
     def test_all_but_the_budget_are_chosen_on_validation(self, tmp_path):
-        for cell in cells(with_baselines(spec_of(tmp_path))):
-            if cell.arm.startswith("SGD,") and "2x" not in cell.arm:
-                assert cell.choose == set(cell.values) and len(cell.choose) == 1
+        for point in grid_points(with_baselines(spec_of(tmp_path))):
+            if point.arm.startswith("SGD,") and "2x" not in point.arm:
+                assert point.choose == set(point.values) and len(point.choose) == 1
 
     def test_bring_plain_training_where_there_is_none_and_its_networks(self, tmp_path):
         text = STUDY.replace('[[arms]]\nlabel = "SGD"\nmethod = "sgd"\nweight_decay = 0.0005\n', "")
@@ -112,7 +112,7 @@ class TestBaselines:
     def test_every_study_can_have_them(self, name):
         plain = read_study(name)
         found = with_baselines(plain)
-        assert len(found.arms) > len(plain.arms) and cells(found)
+        assert len(found.arms) > len(plain.arms) and grid_points(found)
 
     def test_a_name_that_is_taken(self, tmp_path):
         text = STUDY + '[[arms]]\nlabel = "SGD, averaged"\nmethod = "sgd"\nema = 0.9\n'
@@ -122,12 +122,12 @@ class TestBaselines:
 
 class TestChoice:
     def test_is_by_validation_and_not_by_test(self, tmp_path):
-        def result_of(cell, seed):
-            rho = cell.values.get("rho", "")
+        def result_of(point, seed):
+            rho = point.values.get("rho", "")
             test = {"0.05": 90.0, "0.1": 80.0, "0.2": 70.0}.get(rho, 60.0) + seed
             val = {"0.05": 80.0, "0.1": 90.0, "0.2": 85.0}.get(rho, 60.0) + seed
-            point = {"epoch": 1, "val_acc": val, "test_acc": test, "memorised": None}
-            return Outcome(result=made_result(cell.configs[seed], test, chosen=point))
+            chosen = {"epoch": 1, "val_acc": val, "test_acc": test, "memorised": None}
+            return RunOutcome(result=made_result(point.configs[seed], test, chosen=chosen))
 
         table = made_table(STUDY, tmp_path, result_of)
         sam = table.rows[1]
@@ -140,21 +140,23 @@ class TestChoice:
         assert "rho=0.05 81.00 ±2.48; rho=0.1 91.00 ±2.48; rho=0.2 86.00 ±2.48" in said
 
     def test_a_value_that_lacks_a_seed_is_not_chosen_unless_all_do(self, tmp_path):
-        def result_of(cell, seed, broken):
-            if cell.values.get("rho") in broken and seed == 1:
-                return Outcome(error="lost")
-            return 99.0 if cell.values.get("rho") == "0.2" else 80.0
+        def result_of(point, seed, broken):
+            if point.values.get("rho") in broken and seed == 1:
+                return RunOutcome(error="lost")
+            return 99.0 if point.values.get("rho") == "0.2" else 80.0
 
-        table = made_table(STUDY, tmp_path, lambda cell, seed: result_of(cell, seed, ("0.2",)))
+        table = made_table(STUDY, tmp_path, lambda point, seed: result_of(point, seed, ("0.2",)))
         assert table.rows[1].chosen == {"rho": "0.05"}
-        table = made_table(STUDY, tmp_path, lambda cell, seed: result_of(cell, seed, ("0.05", "0.1", "0.2")))
+        table = made_table(STUDY, tmp_path, lambda point, seed: result_of(point, seed, ("0.05", "0.1", "0.2")))
         assert table.rows[1].chosen == {"rho": "0.05"} and table.rows[1].flags == ("no result: 1 of 3",)
 
     def test_each_point_of_the_other_axes_has_its_own(self, tmp_path):
         best = {"conv": "0.05", "mlp": "0.2"}
         text = STUDY.replace("[settings]", '[axes]\nmodel = ["conv", "mlp"]\n[settings]')
         table = made_table(
-            text, tmp_path, lambda cell, seed: 90.0 if cell.values.get("rho") == best[cell.values["model"]] else 80.0
+            text,
+            tmp_path,
+            lambda point, seed: 90.0 if point.values.get("rho") == best[point.values["model"]] else 80.0,
         )
         assert [row.chosen for row in table.rows if row.arm == "SAM"] == [{"rho": "0.05"}, {"rho": "0.2"}]
         assert header(table)[:3] == ["arm", "model", "chosen"]
@@ -162,23 +164,23 @@ class TestChoice:
     def test_not_where_the_validation_part_is_the_test_part(self, tmp_path):
         text = STUDY.replace("[settings]", "[settings]\ntrain_on_val = true\nselection = 'last'")
         with pytest.raises(ValueError, match="rho cannot be chosen on validation with train_on_val=true"):
-            cells(spec_of(tmp_path, text))
+            grid_points(spec_of(tmp_path, text))
 
     def test_only_an_axis_can_be_chosen(self, tmp_path):
         spec = dataclasses.replace(spec_of(tmp_path), choose=("rhoo",))
-        with pytest.raises(ValueError, match="rhoo cannot be chosen, for it is no axis; did you mean 'rho'"):
-            cells(spec)
+        with pytest.raises(ValueError, match="rhoo cannot be chosen because it is not an axis; did you mean 'rho'"):
+            grid_points(spec)
 
 
 class TestEqualCost:
     def table(self, tmp_path, score, text=STUDY):
-        return made_table(text, tmp_path, lambda cell, seed: score(cell) + seed, changed=with_baselines)
+        return made_table(text, tmp_path, lambda point, seed: score(point) + seed, changed=with_baselines)
 
     def test_stands_beside_twice_the_epochs(self, tmp_path):
         scores = {"SGD": 80.0, "SAM": 85.0, "SGD, 2x epochs": 83.0}
-        table = self.table(tmp_path, lambda cell: scores.get(cell.arm, 70.0))
+        table = self.table(tmp_path, lambda point: scores.get(point.arm, 70.0))
         rows = {row.arm: row for row in table.rows}
-        steps = -(-len(load_clean(rows["SGD"].cell.config).train) // 64)
+        steps = -(-len(load_clean(rows["SGD"].grid_point.config).train) // 64)
         assert rows["SGD"].budget == 10 * steps and rows["SAM"].budget == rows["SGD, 2x epochs"].budget == 20 * steps
         equal = rows["SAM"].equal
         assert equal.label == "SGD, 2x epochs" and equal.diff.mean == pytest.approx(2) and equal.diff.n == 3
@@ -191,17 +193,17 @@ class TestEqualCost:
         longer = '[[arms]]\nlabel = "long"\nmethod = "sgd"\nepochs = 20\nweight_decay = 0.01\n'
         text = STUDY + longer + longer.replace("long", "longer").replace("0.01", "0.02")
         scores = {"SAM": 85.0, "longer": 83.0, "long": 84.0}
-        table = self.table(tmp_path, lambda cell: scores.get(cell.arm, 70.0), text)
+        table = self.table(tmp_path, lambda point: scores.get(point.arm, 70.0), text)
         assert {row.arm: row.equal.label for row in table.rows if row.equal} == {"SAM": "long"}
 
     def test_a_baseline_of_another_network_is_none(self, tmp_path):
         text = STUDY.replace("weight_decay = 0.0005", 'model = "mlp"')
-        table = made_table(text, tmp_path, lambda cell, seed: 80.0 + seed)
+        table = made_table(text, tmp_path, lambda point, seed: 80.0 + seed)
         assert all(row.columns["test_acc"].diff is None for row in table.rows)
 
     def test_is_of_the_same_network(self, tmp_path):
         text = STUDY.replace("[settings]", '[axes]\nmodel = ["conv", "mlp"]\n[settings]')
-        table = self.table(tmp_path, lambda cell: 80.0 if cell.values["model"] == "conv" else 90.0, text)
+        table = self.table(tmp_path, lambda point: 80.0 if point.values["model"] == "conv" else 90.0, text)
         found = {row.values["model"]: row.equal for row in table.rows if row.arm == "SAM"}
         assert {model: equal.label for model, equal in found.items()} == {
             "conv": "SGD, 2x epochs model=conv",
@@ -217,8 +219,8 @@ class TestSteps:
     def test_equal_differences_count_as_one_sample_apart(self, tmp_path):
         """The digits have 100 validation and 797 test images; 3 of 797 more in every seed are no certainty."""
 
-        def result_of(cell, seed):
-            return 100 * (700 + seed + 3 * (cell.arm == "SAM")) / 797
+        def result_of(point, seed):
+            return 100 * (700 + seed + 3 * (point.arm == "SAM")) / 797
 
         text = STUDY.replace("axes = { rho = [0.05, 0.1, 0.2] }", "rho = 0.1").replace('choose = ["rho"]\n', "")
         table = made_table(text, tmp_path, result_of)
@@ -247,7 +249,7 @@ class TestSteps:
         ],
     )
     def test_official_sizes_need_no_data(self, tmp_path, settings, val, test, wrong):
-        config = cells(spec_of(tmp_path))[0].configs[0]
+        config = grid_points(spec_of(tmp_path))[0].configs[0]
         steps = Sizes().steps(dataclasses.replace(config, **{"data": "cifar10", **settings}))
         counts = {name: round(100 / step) for name, step in steps.items()}
         expected = {"val_acc": val, "test_acc": test, "test_top5": test, "memorised": wrong}

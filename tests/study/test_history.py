@@ -10,7 +10,7 @@ from rich.console import Console
 
 from flatmin.study import history_figures, page
 from flatmin.study.history import FAILED, FINISHED, GOING_ON, STOPPED, read, read_all
-from flatmin.study.history_numbers import differences, known, troubles, typed
+from flatmin.study.history_numbers import differences, quantities_of, troubles, typed
 from flatmin.study.history_page import render
 from flatmin.study.history_plots import plots
 from flatmin.study.history_terminal import BLOCKS, print_runs, sparkline
@@ -81,13 +81,13 @@ class TestReading:
         assert (run.name, run.label, run.state, run.config) == ("one", "sam", FINISHED, CONFIG)
         assert run.lines == (line(1), line(2), line(3)) and run.result == result()
         assert (run.chosen.epoch, run.chosen.test_acc, run.chosen.final) == (2, 78.0, True)
-        assert run.chosen.words == "2, best on validation"
+        assert run.chosen.text == "2, best on validation"
 
     def test_a_run_that_goes_on(self, tmp_path):
         folder = make(tmp_path / "a", epochs=2)
         with hold(folder):
             run = read(folder)
-        assert (run.state, len(run.lines), run.chosen.words) == (GOING_ON, 2, "2, best on validation so far")
+        assert (run.state, len(run.lines), run.chosen.text) == (GOING_ON, 2, "2, best on validation so far")
         assert read(folder).state == STOPPED
 
     def test_a_line_that_is_being_written(self, tmp_path):
@@ -161,7 +161,7 @@ class TestReading:
 
 
 def numbers(run, runs=None):
-    return {q.name: q.text(run) for q in known(runs or [run]) if q.text(run) is not None}
+    return {q.name: q.text(run) for q in quantities_of(runs or [run]) if q.text(run) is not None}
 
 
 class TestNumbers:
@@ -225,7 +225,7 @@ class TestNumbers:
         best = dataclasses.replace(CONFIG, selection="max-test")
         assert troubles([read(make(tmp_path / "odd", ended=odd, config=best))]) == [
             "odd has not learned: its final training loss is at chance level (2.300; chance is 2.302).",
-            "odd chose its weights on the test part; its test accuracy is no honest estimate.",
+            "odd chose its weights on the test part; its test accuracy is a biased estimate.",
             "lambda_max of odd has not converged (relative residual 2e-01).",
         ]
 
@@ -300,7 +300,7 @@ class TestPage:
 
     def test_before_the_first_epoch(self, several):
         text = render([read(several[2])])
-        assert "No epoch is done yet" in text and "plotly.js" not in text
+        assert "No epoch is finished yet" in text and "plotly.js" not in text
 
     def test_diagnostics_and_measurements(self, finished):
         folder = RunFolder(finished)
@@ -392,7 +392,7 @@ class TestTerminal:
         assert all(f"a-rather-long-name-{i}" in text for i in range(5))
 
     def test_before_the_first_epoch(self, several):
-        assert "No epoch is done yet." in said([read(several[2])])
+        assert "No epoch is finished yet." in said([read(several[2])])
 
     def test_all_runs_of_a_quantity_share_a_scale(self):
         assert sparkline([0.0, 1.0], low=0.0, high=2.0, width=10, longest=4) == BLOCKS[0] + BLOCKS[4]

@@ -1,4 +1,4 @@
-"""Cards side by side: numbers that can be checked by hand, and pages and pictures on which none is lost."""
+"""Reports side by side: numbers that can be checked by hand, and pages and pictures on which none is lost."""
 
 import dataclasses
 import html
@@ -11,10 +11,10 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from flatmin.measure.card import Card, CardSettings, Quantity, Section, card
 from flatmin.measure.problem import Conventions, Problem
-from flatmin.study import draw_card, page
-from flatmin.study.measured import Measured, as_json, compare_cards, groups_of, told, told_stat, unlike
+from flatmin.measure.report import Quantity, Report, ReportSection, ReportSettings, report
+from flatmin.study import draw_report, page
+from flatmin.study.measured import NetReport, as_json, compare_reports, groups_of, stat_text, unlike, with_error
 from flatmin.study.measured_page import render, sentence
 from tests.measure.nets import batches, make
 from tests.study.test_report import HOSTILE, Outline
@@ -23,7 +23,7 @@ with_matplotlib = pytest.mark.skipif(
     find_spec("matplotlib") is None, reason="matplotlib is not installed (extra 'plot')"
 )
 WHERE = Conventions(loss="cross_entropy", split="train", examples=50, terms=50.0, batch=50, size=7, dtype="float32")
-SMALL = CardSettings(points=5, plane=3, steps=5, runs=1, ascent_steps=3, draws=2, probes=20, rhos=(0.05, 0.1), m=5)
+SMALL = ReportSettings(points=5, plane=3, steps=5, runs=1, ascent_steps=3, draws=2, probes=20, rhos=(0.05, 0.1), m=5)
 ENVIRONMENT = {"versions": {"torch": "2.13.0", "absent": None}, "threads": 1, "device": "cpu"}
 
 
@@ -39,9 +39,9 @@ def quantity(name="lambda_1", value=1.0, flat="low", **rest):
 
 def made(group, seed, *quantities, where=WHERE, missing=None):
     """A net with these numbers."""
-    part = Section(name="hessian", title="Curvature", quantities=quantities, missing=missing or {})
-    found = Card(sections=(part,), settings=CardSettings(), conventions=where)
-    return Measured(name=f"{group}-s{seed}", group=group, seed=seed, card=found)
+    part = ReportSection(name="hessian", title="Curvature", quantities=quantities, missing=missing or {})
+    found = Report(sections=(part,), settings=ReportSettings(), conventions=where)
+    return NetReport(name=f"{group}-s{seed}", group=group, seed=seed, report=found)
 
 
 def nets(values, **rest):
@@ -56,7 +56,7 @@ def measured(name, group, seed):
     for p in model.parameters():
         p.data += 0.3 * torch.randn(p.shape, generator=g, dtype=torch.float64)
     problem = Problem(model, torch.nn.functional.cross_entropy, batches(x, y, 7), split="train")
-    return Measured(name=name, group=group, seed=seed, card=card(problem, "all", settings=SMALL))
+    return NetReport(name=name, group=group, seed=seed, report=report(problem, "all", settings=SMALL))
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def real():
 
 class TestCompare:
     def test_numbers_by_hand(self):
-        (row,) = compare_cards(nets({"sgd": {0: 1.0, 1: 2.0, 2: 3.0}, "sam": {1: 1.5, 2: 2.0, 5: 9.0}}))
+        (row,) = compare_reports(nets({"sgd": {0: 1.0, 1: 2.0, 2: 3.0}, "sam": {1: 1.5, 2: 2.0, 5: 9.0}}))
         assert (row.groups["sgd"].mean, row.groups["sgd"].n) == (2.0, 3)
         assert row.groups["sgd"].half == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)  # t of 2 degrees of freedom
         assert row.groups["sam"].mean == pytest.approx(12.5 / 3)
@@ -82,33 +82,33 @@ class TestCompare:
             ("low", (5.0, 6.1), "sharper"),
             ("high", (1.0, 2.1), "sharper"),
             ("high", (5.0, 6.1), "flatter"),
-            ("low", (2.0, 5.0), "not told apart"),
-            ("high", (3.0, 4.0), "not told apart"),
-            ("low", (1.0,), "not told apart"),
-            ("low", (math.nan, 2.0), "not told apart"),
+            ("low", (2.0, 5.0), "not significant"),
+            ("high", (3.0, 4.0), "not significant"),
+            ("low", (1.0,), "not significant"),
+            ("low", (math.nan, 2.0), "not significant"),
             ("", (1.0, 2.1), ""),
         ],
     )
     def test_verdicts(self, flat, sam, verdict):
         """The base has 3 and 4; two differences of nearly one size are told from zero, two of unlike size are not."""
-        (row,) = compare_cards(nets({"sgd": {0: 3.0, 1: 4.0}, "sam": dict(enumerate(sam))}, flat=flat))
+        (row,) = compare_reports(nets({"sgd": {0: 3.0, 1: 4.0}, "sam": dict(enumerate(sam))}, flat=flat))
         assert row.verdict("sam") == verdict
         assert row.verdict("sgd") == "" and row.verdict("unknown") == ""
 
     def test_the_base_comes_first(self):
         found = nets({"sam": {0: 1.0}, "asam": {0: 2.0}, "sgd": {0: 4.0}})
         assert list(groups_of(found)) == ["sgd", "sam", "asam"]
-        (row,) = compare_cards(found)
+        (row,) = compare_reports(found)
         assert {g: stat.mean for g, stat in row.difference.items()} == {"sam": -3.0, "asam": -2.0}
         assert list(groups_of(nets({"b": {0: 1.0}, "a": {0: 2.0}}))) == ["b", "a"], "or else the first"
 
     def test_groups_without_a_seed_in_common_have_no_difference(self):
-        (row,) = compare_cards(nets({"sgd": {0: 1.0}, "sam": {1: 2.0}}))
+        (row,) = compare_reports(nets({"sgd": {0: 1.0}, "sam": {1: 2.0}}))
         assert row.difference == {} and row.verdict("sam") == "" and row.groups["sam"].mean == 2.0
 
     def test_what_some_nets_lack_is_compared_over_the_others(self):
         both, one = quantity(), quantity("trace", 2.0)
-        rows = compare_cards(
+        rows = compare_reports(
             [made("sgd", 0, both, one), made("sam", 0, quantity("frobenius"), both), made("sam", 1, one)]
         )
         found = {row.quantity.name: row for row in rows}
@@ -124,22 +124,22 @@ class TestCompare:
 
     def test_the_error_is_that_of_the_worst_net(self):
         a, b = quantity(error=0.1), quantity(error=0.3)
-        assert compare_cards([made("sgd", 0, a), made("sgd", 1, b)])[0].error == 0.3
+        assert compare_reports([made("sgd", 0, a), made("sgd", 1, b)])[0].error == 0.3
 
     def test_shares_end_at_one_and_are_counted_in_examples(self):
         values = {"sgd": {0: 0.0, 1: 0.25}, "sam": {0: 0.25, 1: 0.5}}
-        (row,) = compare_cards(nets(values, name="error_rate"))
+        (row,) = compare_reports(nets(values, name="error_rate"))
         # Equal differences: their spread is taken to be one of the examples.
         assert row.difference["sam"].half == pytest.approx(12.706205 / WHERE.examples / math.sqrt(2), rel=1e-6)
-        assert told_stat(row.groups["sgd"]) == "0.125 (0 to 1)" and told_stat(row.groups["sam"]) == "0.375 (0 to 1)"
-        (row,) = compare_cards(nets(values))
-        assert row.verdict("sam") == "not told apart" and told_stat(row.difference["sam"]) == "0.25"
+        assert stat_text(row.groups["sgd"]) == "0.125 (0 to 1)" and stat_text(row.groups["sam"]) == "0.375 (0 to 1)"
+        (row,) = compare_reports(nets(values))
+        assert row.verdict("sam") == "not significant" and stat_text(row.difference["sam"]) == "0.25"
 
     def test_refusals(self):
         with pytest.raises(ValueError, match="there is no net to compare"):
-            compare_cards([])
+            compare_reports([])
         with pytest.raises(ValueError, match="'sam' has two nets of seed 3"):
-            compare_cards([made("sam", seed, quantity()) for seed in (1, 3, 3)])
+            compare_reports([made("sam", seed, quantity()) for seed in (1, 3, 3)])
 
     def test_conventions_that_differ_are_told(self):
         alike = [made("sgd", 0, quantity()), made("sam", 0, quantity())]
@@ -171,7 +171,7 @@ class TestCompare:
     ],
 )  # fmt: skip
 def test_told(value, error, text):
-    assert told(value, error) == text
+    assert with_error(value, error) == text
 
 
 class TestPage:
@@ -180,11 +180,11 @@ class TestPage:
         outline = Outline(render([net], command=["flatmin", "measure", "a b"], environment=ENVIRONMENT))
         words = [word.strip() for word in outline.text]
         assert f"Measures: {net.name}" in words and sentence(net) in words
-        for q in net.card.quantities.values():
-            assert {q.name, told(q.value, q.error), q.text} <= set(words)
-        for part in net.card.sections:
+        for q in net.report.quantities.values():
+            assert {q.name, with_error(q.value, q.error), q.text} <= set(words)
+        for part in net.report.sections:
             assert not part.quantities or part.title in words
-            assert all(f"{what} is not there: {why}" in words for what, why in part.missing.items())
+            assert all(f"{what} is missing: {why}" in words for what, why in part.missing.items())
         assert "flatmin measure 'a b'" in words and "torch 2.13.0" in words
         assert {"ascent steps", "rhos", "split"} <= set(words)
         # Both ends, the density, two curves, two lines and a plane.
@@ -193,26 +193,26 @@ class TestPage:
     def test_notes_and_reasons_are_shown(self):
         net = made("sgd", 0, quantity(note="not converged"), missing={"adaptive": "all are zero."})
         outline = Outline(render([net], environment={}))
-        assert "not converged" in outline.text and "adaptive is not there: all are zero." in outline.text
+        assert "not converged" in outline.text and "adaptive is missing: all are zero." in outline.text
 
     def test_several_nets(self, real):
         outline = Outline(render(real, environment=ENVIRONMENT))
         words = "\n".join(outline.text)
         assert "Measures: sgd and sam" in outline.text and "Nets: sgd (2), sam (2)." in words
         assert {"sam - sgd", "sam is", "error of one net"} <= set(outline.text)
-        rows = compare_cards(real)
-        assert {row.verdict("sam") for row in rows} >= {"not told apart"}
+        rows = compare_reports(real)
+        assert {row.verdict("sam") for row in rows} >= {"not significant"}
         for row in rows:
             stats = (row.groups["sgd"], row.groups["sam"], row.difference["sam"])
-            assert row.quantity.name in words and all(told_stat(s) in outline.text for s in stats)
+            assert row.quantity.name in words and all(stat_text(s) in outline.text for s in stats)
             assert row.verdict("sam") in {*outline.text, ""}
-        assert "not measured alike" not in words
+        assert "different settings" not in words
         assert len(outline.specs) == 8, "a plane for each group"
         names = {t.get("name") for spec in outline.specs for t in spec["data"]}
         assert {"sgd", "sam"} <= {str(name).partition(",")[0] for name in names}
 
     @pytest.mark.parametrize(
-        ("sam", "word"), [((1.0, 2.1), "flatter"), ((5.0, 6.1), "sharper"), ((2.0, 5.0), "not told")]
+        ("sam", "word"), [((1.0, 2.1), "flatter"), ((5.0, 6.1), "sharper"), ((2.0, 5.0), "not significant")]
     )
     def test_verdicts(self, sam, word):
         text = render(nets({"sgd": {0: 3.0, 1: 4.0}, "sam": dict(enumerate(sam))}), environment={})
@@ -221,7 +221,7 @@ class TestPage:
     def test_nets_that_were_not_measured_alike(self):
         other = made("sam", 0, quantity(), where=dataclasses.replace(WHERE, split="test"))
         text = render([made("sgd", 0, quantity()), other], environment={})
-        assert "The nets were not measured alike: split: train, test." in Outline(text).text
+        assert "The networks were measured with different settings: split: train, test." in Outline(text).text
 
     def test_many_groups_and_groups_without_a_difference(self):
         found = [made(f"m{i}", i, quantity()) for i in range(5)]
@@ -251,7 +251,7 @@ class TestPage:
         text = render(list(reversed(real)), environment={})
         (ends,) = (t for t in Outline(text).specs[0]["data"] if t.get("name") == "sgd, largest")
         assert "that of the first seed" in text
-        assert ends["y"] == real[2].card.result("eigenvalues").top.tolist()
+        assert ends["y"] == real[2].report.result("eigenvalues").top.tolist()
 
 
 def words_of(figure):
@@ -263,13 +263,13 @@ class TestPicture:
     def test_every_number_and_every_panel(self, real):
         settings = dataclasses.replace(SMALL, m=0)
         model, x, y, loss = make("mlp")
-        found = card(Problem(model, loss, (x, y), split="train"), "card", settings=settings)
-        net = Measured(name="the net", group="sgd", seed=0, card=found)
-        figure = draw_card.card(net)
+        found = report(Problem(model, loss, (x, y), split="train"), "report", settings=settings)
+        net = NetReport(name="the net", group="sgd", seed=0, report=found)
+        figure = draw_report.report(net)
         words = words_of(figure)
         assert "the net" in words and "mean CrossEntropyLoss, 17 examples" in words and "train" in words
         for q in found.quantities.values():
-            assert q.name in words and told(q.value, q.error) + " *" * bool(q.note) in words
+            assert q.name in words and with_error(q.value, q.error) + " *" * bool(q.note) in words
         assert len(found.quantities) <= 26
         titles = [axes.get_title("left").partition("  (")[0] for axes in figure.axes]
         assert [t for t in titles if t] == [
@@ -279,7 +279,7 @@ class TestPicture:
         figure.canvas.draw()
 
     def test_what_was_not_measured_has_no_panel(self):
-        figure = draw_card.card(made("sgd", 0, quantity(note="not converged"), quantity("b $x$ c", 2.0, error=0.1)))
+        figure = draw_report.report(made("sgd", 0, quantity(note="not converged"), quantity("b $x$ c", 2.0, error=0.1)))
         assert [axes.get_title("left") for axes in figure.axes] == [""]
         words = words_of(figure)
         assert {"1 *", "2.00 ± 0.10", "* not converged"} <= set(words)
@@ -290,37 +290,39 @@ class TestPicture:
             raise ZeroDivisionError("no scale")
 
         monkeypatch.setattr("flatmin.study.plots.density", broken)
-        told = []
-        figure = draw_card.card(real[0], on_missing=told.append)
-        assert len(told) == 1 and told[0].startswith("Spectral density could not be drawn: ZeroDivisionError: no scale")
+        missing = []
+        figure = draw_report.report(real[0], on_missing=missing.append)
+        assert len(missing) == 1 and missing[0].startswith(
+            "Spectral density could not be drawn: ZeroDivisionError: no scale"
+        )
         assert {"Ends of the spectrum", "Sharpness"} <= {a.get_title("left").partition("  (")[0] for a in figure.axes}
-        assert told[0] in words_of(figure)
+        assert missing[0] in words_of(figure)
         figure.canvas.draw()
 
     def test_more_numbers_than_fit_are_counted(self):
-        figure = draw_card.card(made("sgd", 0, *(quantity(f"q{i}", float(i)) for i in range(40))))
+        figure = draw_report.report(made("sgd", 0, *(quantity(f"q{i}", float(i)) for i in range(40))))
         words = words_of(figure)
         assert "q25" in words and "q26" not in words and any("14 more in the table" in word for word in words)
 
     @pytest.mark.parametrize("ending", ["png", "svg"])
     def test_it_is_written(self, real, ending, tmp_path):
-        path = draw_card.save(real[0], tmp_path / "new" / f"card.{ending}", dpi=40)
+        path = draw_report.save(real[0], tmp_path / "new" / f"card.{ending}", dpi=40)
         start = path.read_bytes()[:100]
         assert start.startswith(b"\x89PNG") if ending == "png" else b"<?xml" in start
         assert path.stat().st_size > 10_000
 
     def test_another_ending(self, tmp_path):
         with pytest.raises(ValueError, match=r"written as \.png, \.svg, \.pdf, got 'a\.jpg'"):
-            draw_card.save(made("sgd", 0, quantity()), tmp_path / "a.jpg")
+            draw_report.save(made("sgd", 0, quantity()), tmp_path / "a.jpg")
         assert not list(tmp_path.iterdir())
 
     def test_it_can_be_asked_for_before(self):
-        draw_card.require()
+        draw_report.require()
 
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    for use in (draw_card.require, lambda: draw_card.save(made("sgd", 0, quantity()), tmp_path / "a.png")):
+    for use in (draw_report.require, lambda: draw_report.save(made("sgd", 0, quantity()), tmp_path / "a.png")):
         with pytest.raises(ModuleNotFoundError, match=r"pip install 'flatmin\[plot\]'"):
             use()
 
@@ -339,7 +341,7 @@ def test_everything_as_json(real):
     for net, told_of in zip(real, found["nets"], strict=True):
         assert told_of["conventions"]["examples"] == 17
         assert (
-            told_of["sections"]["hessian"]["quantities"]["lambda_1"]["value"] == net.card.quantities["lambda_1"].value
+            told_of["sections"]["hessian"]["quantities"]["lambda_1"]["value"] == net.report.quantities["lambda_1"].value
         )
 
 

@@ -6,8 +6,8 @@ import pytest
 
 from flatmin.data.named import DATASETS
 from flatmin.study.costs import Sizes
+from flatmin.study.expand import grid_points
 from flatmin.study.reading import read_study
-from flatmin.study.unfold import cells
 from flatmin.train.settings import preset_names
 
 SHARPNESS = "empirical_sam: mean of positives"
@@ -23,7 +23,7 @@ def published(name, metric):
 
 
 def configs(name, *, demo=False):
-    return {row.label: row.config for row in cells(read_study(name, demo=demo))}
+    return {row.label: row.config for row in grid_points(read_study(name, demo=demo))}
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -97,7 +97,7 @@ def test_the_published_numbers_of_imagenet_are_those_of_the_rebuttal():
     for config in configs("bisam-imagenet").values():
         assert (config.model, config.epochs, config.batch_size) == ("resnet50", 90, 512)
         assert 3 * config.train_size - 1_281_167 in range(3)
-    rows = cells(read_study("bisam-imagenet", ["train_size=none"]))
+    rows = grid_points(read_study("bisam-imagenet", ["train_size=none"]))
     assert not any(row.at(one.where) for row in rows for one in spec.published), "all of ImageNet is another table"
 
 
@@ -177,7 +177,7 @@ class TestDataOfTheUser:
 
 class TestOneGradient:
     def test_arms_and_their_cost(self):
-        rows = cells(read_study("one-gradient", demo=True))
+        rows = grid_points(read_study("one-gradient", demo=True))
         cost = {row.arm: Sizes().cost(row.config) for row in rows}
         assert cost["SGD, twice as long"] == cost["SAM"] == 2 * cost["SGD"]
         assert cost["stale-gradient SAM"] == cost["Momentum-SAM"] == cost["SGD"]
@@ -188,7 +188,7 @@ class TestOneGradient:
         for demo in (False, True):
             spec = read_study("one-gradient", demo=demo)
             assert spec.choose == ("rho",)
-            count = collections.Counter(row.arm for row in cells(spec))
+            count = collections.Counter(row.arm for row in grid_points(spec))
             plain = ("SGD", "SGD, twice as long")
             assert all(count[arm] == (1 if arm in plain else 2 if demo else 3) for arm in count)
 

@@ -1,4 +1,4 @@
-"""What runs write down beside their result, and cards of their networks, as columns of a table."""
+"""What runs write down beside their result, and reports of their networks, as columns of a table."""
 
 import json
 import math
@@ -6,13 +6,13 @@ import math
 import pytest
 import torch
 
-from flatmin.study.cards import card_path
-from flatmin.study.events import CardDone, Planned, RunDone, Warned
-from flatmin.study.executors import Outcome
-from flatmin.study.known import Known
+from flatmin.study.events import Planned, ReportDone, RunDone, Warned
+from flatmin.study.executors import RunOutcome
+from flatmin.study.finished import FinishedRun
 from flatmin.study.plan import plan
 from flatmin.study.reading import read_study
 from flatmin.study.record import Record
+from flatmin.study.stored_reports import report_path
 from flatmin.study.studies import study
 from flatmin.study.tables import body, comma_separated, header, remarks
 from flatmin.train.folder import RunFolder
@@ -85,10 +85,10 @@ def test_columns_are_those_of_the_study(done):
     assert "lambda_1_mean" in comma_separated(table).splitlines()[0]
 
 
-def test_cards_are_measured_once_and_belong_to_their_weights(done):
+def test_reports_are_measured_once_and_belong_to_their_weights(done):
     folder, table, events = done
     assert next(e for e in events if isinstance(e, Planned)).nets == 4
-    assert sum(isinstance(e, CardDone) for e in events) == 4
+    assert sum(isinstance(e, ReportDone) for e in events) == 4
     sam = table.rows[1]
     assert all(one.number("lambda_1") > one.number("lambda_2") for one in sam.runs.values())
     again, events = run(folder)
@@ -96,24 +96,24 @@ def test_cards_are_measured_once_and_belong_to_their_weights(done):
     assert [row.columns["lambda_1"].stat for row in again.rows] == [row.columns["lambda_1"].stat for row in table.rows]
 
 
-def test_another_view_is_another_card(done):
+def test_another_view_is_another_report(done):
     folder, _, _ = done
     _, events = run(folder, STUDY.replace("examples = 40", "examples = 30"))
     assert next(e for e in events if isinstance(e, Planned)).nets == 4
 
 
-def test_a_run_that_is_done_again_loses_its_card_and_a_damaged_one_is_measured_again(tmp_path):
+def test_a_run_that_is_done_again_loses_its_report_and_a_damaged_one_is_measured_again(tmp_path):
     run(tmp_path)
     todo = plan(spec_of(tmp_path), tmp_path / "out")
     first, *rest = dict.fromkeys(run.name for run in todo.runs.values())
-    paths = {run.name: card_path(todo.store.folder(run), todo.spec.measure) for run in todo.runs.values()}
+    paths = {run.name: report_path(todo.store.folder(run), todo.spec.measure) for run in todo.runs.values()}
     paths[rest[0]].write_text('{"sect', encoding="utf-8")
     (todo.store.runs / first / "result.json").unlink()
     kept = (todo.store.runs / rest[0] / "result.json").stat()
     todo = plan(spec_of(tmp_path), tmp_path / "out")
     assert [one.name for one in todo.missing] == [first] and [one.name for one in todo.unmeasured] == [rest[0]]
     _, events = run(tmp_path)
-    assert {e.run for e in events if isinstance(e, CardDone)} == {first, rest[0]}
+    assert {e.run for e in events if isinstance(e, ReportDone)} == {first, rest[0]}
     assert events[0].sentence.startswith("4 runs, 2 finished before, 2 networks to measure")
     assert (todo.store.runs / rest[0] / "result.json").stat().st_mtime_ns == kept.st_mtime_ns, "not trained again"
     assert "sections" in json.loads(paths[rest[0]].read_text())
@@ -137,16 +137,16 @@ def test_a_network_that_cannot_be_measured_takes_nothing_else_away(tmp_path, mon
     run(tmp_path)
     first = next(iter(todo.runs.values()))
     folder = todo.store.folder(first)
-    card_path(folder, todo.spec.measure).unlink()
+    report_path(folder, todo.spec.measure).unlink()
     torch.save({"nonsense": torch.ones(1)}, folder / "weights.pt")
     table, events = run(tmp_path)
     assert [row.columns["lambda_1"].stat.n for row in table.rows] == [1, 2] and table.rows[0].n == 2
     (warned,) = (event.text for event in events if isinstance(event, Warned))
     assert warned.startswith(f"{first.name} is not measured: ")
     assert list(table.errors) == ["SGD, seed 0, not measured"]
-    # Of another one a part fails: the rest of its card is kept, and --retry measures it again.
+    # Of another one a part fails: the rest of its report is kept, and --retry measures it again.
     second = list(todo.runs.values())[1]
-    card_path(todo.store.folder(second), todo.spec.measure).unlink()
+    report_path(todo.store.folder(second), todo.spec.measure).unlink()
 
     def broken(*_, **__):
         raise MemoryError("no room")
@@ -156,7 +156,7 @@ def test_a_network_that_cannot_be_measured_takes_nothing_else_away(tmp_path, mon
         table, events = run(tmp_path)
     assert [row.columns["lambda_1"].stat.n for row in table.rows] == [0, 2]
     assert table.rows[0].runs[1].number("loss") > 0
-    (why,) = (why for what, why in table.errors.items() if what == "Curvature is not there for SGD, seed 1")
+    (why,) = (why for what, why in table.errors.items() if what == "Curvature is missing for SGD, seed 1")
     assert why.startswith("MemoryError: no room") and any("no room" in remark for remark in remarks(table))
     assert second not in plan(spec_of(tmp_path), tmp_path / "out").unmeasured
     again = study(plan(spec_of(tmp_path), tmp_path / "out", retry=True), workers=0, on_event=lambda event: None)
@@ -168,8 +168,8 @@ def test_a_run_without_weights_is_done_again_where_they_are_to_be_measured(tmp_p
     todo = plan(spec_of(tmp_path), tmp_path / "out")
     folder = todo.store.folder(next(iter(todo.runs.values())))
     (folder / "weights.pt").unlink()
-    assert not plan(spec_of(tmp_path), tmp_path / "out").missing, "its card is there"
-    card_path(folder, todo.spec.measure).unlink()
+    assert not plan(spec_of(tmp_path), tmp_path / "out").missing, "its report is there"
+    report_path(folder, todo.spec.measure).unlink()
     assert len(plan(spec_of(tmp_path), tmp_path / "out", make=False).missing) == 1
     again, events = run(tmp_path)
     assert sum(isinstance(event, RunDone) for event in events) == 1
@@ -250,7 +250,10 @@ class TestRecord:
 
     def test_a_number_without_its_file(self):
         result = run_result()
-        assert Known(result=result).number("lambda_1") is None and Known(result=result).number("cosine@last") is None
+        assert (
+            FinishedRun(result=result).number("lambda_1") is None
+            and FinishedRun(result=result).number("cosine@last") is None
+        )
 
 
 def test_top_five_is_a_column_where_a_study_names_it(tmp_path):
@@ -260,7 +263,7 @@ def test_top_five_is_a_column_where_a_study_names_it(tmp_path):
 
     def result_of(cell, seed):
         point = {"epoch": 1, "val_acc": 50.0, "test_acc": 51.0, "test_top5": 80.0}
-        return Outcome(result=made_result(cell.configs[seed], 51.0, chosen=point))
+        return RunOutcome(result=made_result(cell.configs[seed], 51.0, chosen=point))
 
     table = made_table(text, tmp_path, result_of)
     assert table.metrics == ("test_top5",) and body(table)[0][-1] == "80.00"

@@ -6,12 +6,12 @@ import tomllib
 
 import pytest
 
-from flatmin.study.dimensions import Dimension, read_dimension, read_words
+from flatmin.study.dimensions import Dimension, read_dimension, read_overrides
 from flatmin.study.events import Planned, RunDone, Warned
+from flatmin.study.expand import grid_points
 from flatmin.study.reading import read_study
-from flatmin.study.search import BATCH, Found, search
-from flatmin.study.unfold import cells
-from flatmin.study.writing import FRESH, found_study
+from flatmin.study.search import BATCH, SearchResult, search
+from flatmin.study.writing import FRESH, best_study
 
 pytest.importorskip("optuna", reason="the extra search is not installed")
 
@@ -125,10 +125,10 @@ def test_an_arm_of_several_rows_is_refused_unless_one_is_named(tmp_path):
         run(read_study(str(path)), tmp_path, "lr=0.01..1", budget=8)
     spec = read_study(str(path), ["weight_decay=0.01", "epochs=1"])
     found = run(spec, tmp_path, "lr=0.01..1", budget=4)
-    assert [one.cell.label for one in found] == ["SGD", "SAM"]
-    path.write_text(found_study(spec, [read_dimension("lr=0.01..1")], found, 4), encoding="utf-8")
-    for cell in cells(read_study(str(path))):
-        assert (cell.config.weight_decay, cell.config.epochs) == (0.01, 1), "what was searched is what is run"
+    assert [one.grid_point.label for one in found] == ["SGD", "SAM"]
+    path.write_text(best_study(spec, [read_dimension("lr=0.01..1")], found, 4), encoding="utf-8")
+    for point in grid_points(read_study(str(path))):
+        assert (point.config.weight_decay, point.config.epochs) == (0.01, 1), "what was searched is what is run"
 
 
 def test_what_is_given_with_other_values_does_not_win_over_the_search(tmp_path):
@@ -151,7 +151,7 @@ def test_the_test_part_is_not_searched_on(spec, tmp_path):
 
 def test_which_words_are_searched():
     words = ["lr=.1..1", "seed=0..2", "data_dir=../data", "milestones=3,5", "batch_size=16,32", "epochs=3"]
-    found, rest = read_words(words)
+    found, rest = read_overrides(words)
     assert [one.key for one in found] == ["lr", "batch_size"]
     assert rest == ["seed=0..2", "data_dir=../data", "milestones=3,5", "epochs=3"]
 
@@ -176,12 +176,12 @@ def test_what_was_found_is_a_study_over_other_seeds(spec, tmp_path):
     dimensions = [read_dimension("lr=0.01..1"), read_dimension("rho=0.01..0.5")]
     found = search(spec, dimensions, budget=8, out=tmp_path / "out", workers=0)
     path = tmp_path / "found.toml"
-    path.write_text(found_study(spec, dimensions, found, 8), encoding="utf-8")
+    path.write_text(best_study(spec, dimensions, found, 8), encoding="utf-8")
     then = read_study(str(path))
     assert then.seeds == tuple(range(1, 1 + FRESH)) and then.baseline == "SGD"
-    rows = {cell.arm: cell.config for cell in cells(then)}
+    rows = {point.arm: point.config for point in grid_points(then)}
     for one in found:
-        config, settings = rows[one.cell.label], one.best.settings
+        config, settings = rows[one.grid_point.label], one.best.settings
         assert config.lr == float(settings["lr"]) and config.rho == (
             float(settings["rho"]) if "rho" in settings else None
         )
@@ -191,6 +191,6 @@ def test_what_was_found_is_a_study_over_other_seeds(spec, tmp_path):
 def test_text_is_quoted(spec, tmp_path):
     title = 'A "title" \\ of ρ and 🙂'
     spec = dataclasses.replace(spec, title=title, arms=(dataclasses.replace(spec.arms[0], label='"'),), baseline='"')
-    found = [Found(cell=cell) for cell in cells(spec)]
-    table = tomllib.loads(found_study(spec, [read_dimension("lr=0.1..1")], found, 1))
+    found = [SearchResult(grid_point=point) for point in grid_points(spec)]
+    table = tomllib.loads(best_study(spec, [read_dimension("lr=0.1..1")], found, 1))
     assert table["title"] == f"{title}, searched" and table["arms"][0]["label"] == '"'

@@ -1,4 +1,4 @@
-"""Studies from presets and words: what is read, what is refused, and the rows that they unfold to."""
+"""Studies from presets and words: what is read, what is refused, and the grid points that they expand to."""
 
 import collections
 import re
@@ -6,8 +6,8 @@ import re
 import pytest
 
 from flatmin.study.costs import Sizes
+from flatmin.study.expand import grid_points
 from flatmin.study.reading import read_study
-from flatmin.study.unfold import cells
 from flatmin.train.settings import preset_names
 
 NAMES = preset_names("study")
@@ -77,7 +77,7 @@ def test_every_study_and_its_demo_unfold(name, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     for demo in (False, True):
         spec = read_study(name, demo=demo)
-        rows, sizes = cells(spec), Sizes()
+        rows, sizes = grid_points(spec), Sizes()
         labels = [row.label for row in rows]
         assert len(set(labels)) == len(labels)
         configs = [config for row in rows for config in row.configs.values()]
@@ -96,7 +96,7 @@ def test_every_study_and_its_demo_unfold(name, monkeypatch, tmp_path):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_published_number_has_one_row_and_a_source(name):
     spec = read_study(name)
-    rows = cells(spec)
+    rows = grid_points(spec)
     for one in spec.published:
         assert sum(row.arm == one.label and row.at(one.where) for row in rows) == 1, one
         assert len(one.source) > 10 and (50 < one.value < 100 or one.metric != "test_acc")
@@ -146,7 +146,7 @@ def test_where_nothing_could_be_read_nothing_is_printed_and_that_is_said(name):
 def test_the_convergence_papers_49_configurations():
     found = collections.Counter()
     for name in ("fundamental-cifar10", "fundamental-cifar100", "fundamental-tiny"):
-        rows = cells(read_study(name))
+        rows = grid_points(read_study(name))
         found[name] = len(rows)
         for row in rows:
             config = row.config
@@ -162,11 +162,11 @@ def test_the_convergence_papers_49_configurations():
 
 
 def test_bisam_has_its_loss_and_its_scales():
-    configs = {row.arm: row.config for row in cells(read_study("bisam-cifar100"))}
+    configs = {row.arm: row.config for row in grid_points(read_study("bisam-cifar100"))}
     assert configs["BiSAM (tanh)"].params["objective.mu"] == 10
     assert {config.rho for config in configs.values()} == {0.1}
     assert {(config.label_smoothing, config.smoothing) for config in configs.values()} == {(0.1, "others")}
-    names = [row.config.method for row in cells(read_study("bisam-combinations"))]
+    names = [row.config.method for row in grid_points(read_study("bisam-combinations"))]
     assert names == [
         f"{ascent}{objective}"
         for ascent in ("asam", "esam", "micro-sam")
@@ -176,13 +176,13 @@ def test_bisam_has_its_loss_and_its_scales():
 
 class TestOverrides:
     def test_one_value_sets_all_runs_and_makes_no_column(self):
-        rows = cells(read_study("empirical", ["epochs=20", "model=resnet18"]))
+        rows = grid_points(read_study("empirical", ["epochs=20", "model=resnet18"]))
         assert len(rows) == 9
         assert {row.config.epochs for row in rows} == {20} and {row.config.model for row in rows} == {"resnet18"}
         assert all(set(row.values) == {"rho"} for row in rows)
 
     def test_several_values_make_an_axis_in_place_of_the_studys(self):
-        rows = cells(read_study("empirical", ["rho=.05,.1", "model=resnet18", "lr=0.1,0.05"]))
+        rows = grid_points(read_study("empirical", ["rho=.05,.1", "model=resnet18", "lr=0.1,0.05"]))
         assert [tuple(row.values.values()) for row in rows if row.arm == "SAM"] == [
             ("0.05", "0.1"),
             ("0.05", "0.05"),
@@ -193,33 +193,33 @@ class TestOverrides:
     def test_seeds(self):
         spec = read_study("empirical", ["seed=0..4"])
         assert spec.seeds == (0, 1, 2, 3, 4) and spec.changed == ()
-        assert [config.seed for config in cells(spec)[0].configs.values()] == [0, 1, 2, 3, 4]
+        assert [config.seed for config in grid_points(spec)[0].configs.values()] == [0, 1, 2, 3, 4]
 
     def test_a_radius_is_for_the_arms_that_have_one(self):
         for words in (["rho=0.1"], ["rho=0.1,0.2"]):
-            rows = cells(read_study("empirical-sgdhess", words))
+            rows = grid_points(read_study("empirical-sgdhess", words))
             assert rows[0].config.rho is None and rows[0].values == {}
             assert {row.config.rho for row in rows[1:]} <= {0.1, 0.2}
 
     def test_a_parameter_is_for_the_arms_that_have_it(self):
-        rows = cells(read_study("vasso-cifar10", ["theta=.2,.4", "model=resnet18"]))
+        rows = grid_points(read_study("vasso-cifar10", ["theta=.2,.4", "model=resnet18"]))
         assert [row.label for row in rows] == ["SGD", "SAM", "ASAM", "VaSSO theta=0.2", "VaSSO theta=0.4"]
 
     def test_an_arms_own_setting_gives_way_to_words_but_not_to_the_studys_axes(self, write):
         name = write(TINY + "lr = 0.5\n[axes]\nlr = [0.1, 0.2]\n")
-        assert [row.label for row in cells(read_study(name))] == ["SGD lr=0.1", "SGD lr=0.2", "SAM"]
-        assert {row.config.lr for row in cells(read_study(name, ["lr=0.3"]))} == {0.3}
+        assert [row.label for row in grid_points(read_study(name))] == ["SGD lr=0.1", "SGD lr=0.2", "SAM"]
+        assert {row.config.lr for row in grid_points(read_study(name, ["lr=0.3"]))} == {0.3}
 
     def test_a_list_is_one_value_where_the_field_is_a_list(self):
         spec = read_study("empirical", ["schedule=multistep", "milestones=60,120"])
-        assert cells(spec)[0].config.milestones == (60, 120)
-        rows = cells(
+        assert grid_points(spec)[0].config.milestones == (60, 120)
+        rows = grid_points(
             read_study("empirical", ["schedule=multistep", "milestones=60,120/80", "rho=.1", "model=resnet18"])
         )
         assert [row.config.milestones for row in rows[:2]] == [(60, 120), (80,)]
 
     def test_the_method_may_change_where_arms_differ_by_something_else(self):
-        rows = cells(read_study("fundamental-cifar10", ["method=vasso", "model=resnet18"]))
+        rows = grid_points(read_study("fundamental-cifar10", ["method=vasso", "model=resnet18"]))
         assert {row.config.method for row in rows} == {"vasso"} and len(rows) == 6
 
     def test_what_was_changed_is_kept(self):
@@ -234,7 +234,7 @@ class TestOverrides:
             (["epochs=0"], "epochs must be at least 1, got 0"),
             (["method=sam,vasso"], "method takes one value here, got method=sam,vasso"),
             (["method=sam"], "the arms 'SAM' and 'SAMDIRECTION' are the same with method=sam"),
-            (["log_every=3"], "log_every says how one run is logged and kept"),
+            (["log_every=3"], "log_every says how a run is logged and stored"),
             (["model=resnt18"], "unknown model=resnt18; did you mean 'resnet18'?"),
             (["data=cifar1"], "unknown data=cifar1; did you mean 'cifar10'?"),
             (["model=wrn28-10", "model.max_pool=true"], "model=wrn28-10 has no option 'max_pool'"),
@@ -245,7 +245,7 @@ class TestOverrides:
     )
     def test_words_that_are_refused(self, words, message):
         with pytest.raises(ValueError, match=re.escape(message)) as error:
-            cells(read_study("empirical", words))
+            grid_points(read_study("empirical", words))
         assert "\n" not in str(error.value)
 
 
@@ -262,15 +262,15 @@ class TestForm:
             (lambda t: t.replace('"smoke"', '"smok"'), "unknown preset 'smok'; did you mean 'smoke'?"),
             (lambda t: "arm = 1\n" + t, "unknown entry 'arm'; did you mean 'arms'?"),
             (lambda t: t + 'label = "SGD"\n', "is not valid TOML"),
-            (lambda t: t.replace('label = "SAM"', 'label = "SGD"'), "the arm 'SGD' is there twice"),
+            (lambda t: t.replace('label = "SAM"', 'label = "SGD"'), "the arm 'SGD' exists twice"),
             (lambda t: t.replace('label = "SAM"\n', ""), "an arm has no label"),
             (lambda t: t.replace('method = "sam"', 'method = "sgd"'), "the arms 'SGD' and 'SAM' are the same."),
             (lambda t: 'baseline = "sgd"\n' + t, "the baseline 'sgd' is no arm"),
             (lambda t: "notes = 'x'\n" + t, "notes is not a list"),
             (lambda t: t + "[axes]\nrho = 0.1\n", "the axis rho is not a list"),
-            (lambda t: t + "[axes]\nseed = [1]\n", "seeds stand in the list seeds"),
+            (lambda t: t + "[axes]\nseed = [1]\n", "write seeds in the list seeds"),
             (lambda t: t + "[axes]\nrho = [0.1, 0.10]\n", "rho names 0.1 twice"),
-            (lambda t: t + "[axes]\nlog_every = [1]\n", "log_every says how one run is logged"),
+            (lambda t: t + "[axes]\nlog_every = [1]\n", "log_every says how a run is logged"),
             (lambda t: t + "[settings]\nmodel_params = {a = 1}\n", "model_params is a table; write its entries as"),
             (lambda t: t + "[settings]\nepohcs = 1\n", "arm SGD: unknown key 'epohcs'; did you mean 'epochs'?"),
             (lambda t: t + "axes = 3\n", "axes of 'SAM' is not a table"),
@@ -282,7 +282,7 @@ class TestForm:
     )
     def test_tables_that_are_refused(self, write, change, message):
         with pytest.raises(ValueError, match=re.escape(message)) as error:
-            cells(read_study(write(change(TINY))))
+            grid_points(read_study(write(change(TINY))))
         assert "\n" not in str(error.value)
 
     @pytest.mark.parametrize(
@@ -313,11 +313,11 @@ class TestForm:
 
     def test_settings_keep_every_digit(self, write):
         spec = read_study(write(TINY + "[settings]\nlr = 0.123456789\nweight_decay = 1e-12\n"))
-        assert cells(spec)[0].config.lr == 0.123456789 and cells(spec)[0].config.weight_decay == 1e-12
+        assert grid_points(spec)[0].config.lr == 0.123456789 and grid_points(spec)[0].config.weight_decay == 1e-12
 
     def test_a_cell_tells_its_settings(self, write):
         text = TINY.replace('"sam"', '"vasso"') + "theta = 0.80\n[settings]\nmodel = 'resnet20'\n"
-        sgd, vasso = cells(read_study(write(text)))
+        sgd, vasso = grid_points(read_study(write(text)))
         assert vasso.setting("theta") == vasso.setting("direction.theta") == "0.8" and sgd.setting("theta") is None
         assert sgd.setting("rho") is None and vasso.setting("rho") == "0.15"
         assert sgd.setting("model") == "resnet20" and sgd.setting("model.max_pool") is None

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from flatmin.stats import holm, paired, paired_p
-from flatmin.study.executors import Outcome
+from flatmin.study.executors import RunOutcome
 from flatmin.study.plan import plan
 from flatmin.study.reading import read_study
 from flatmin.study.tabulate import tabulate
@@ -60,13 +60,13 @@ def make(tmp_path):
         todo = plan(read_study(str(path), words), tmp_path, make=False)
         outcomes = {}
         for (i, seed), run in todo.runs.items():
-            found = test_of(todo.cells[i].label, seed)
+            found = test_of(todo.grid_points[i].label, seed)
             if isinstance(found, str):
-                outcomes[run.name] = Outcome(error=found)
+                outcomes[run.name] = RunOutcome(error=found)
             elif found is not None:
                 changes = {} if isinstance(found, float) else found
                 test = found if isinstance(found, float) else 50.0
-                outcomes[run.name] = Outcome(result=result(run.config, test, **changes))
+                outcomes[run.name] = RunOutcome(result=result(run.config, test, **changes))
         return tabulate(todo, outcomes)
 
     return make
@@ -206,7 +206,7 @@ class TestPlan:
         arms = ('label = "A"\nmethod = "sam"\nrho = 0.1', 'label = "B"\nmethod = "sam"\naxes = { rho = [0.1, 0.2] }')
         path.write_text('title = "T"\ntrain = "smoke"\n' + "".join(f"[[arms]]\n{arm}\n" for arm in arms))
         todo = plan(read_study(str(path)), tmp_path / "out", make=False)
-        assert len(todo.cells) == 3 and len(todo.runs) == 9 and len(todo.missing) == 6
+        assert len(todo.grid_points) == 3 and len(todo.runs) == 9 and len(todo.missing) == 6
         assert todo.runs[0, 1].name == todo.runs[1, 1].name and todo.runs[0, 1].name.startswith("sam-s1-")
 
     def test_both_readings_of_a_study_share_all_runs(self, tmp_path):

@@ -10,12 +10,12 @@ import torch
 from flatmin.methods.losses import bisam_log, bisam_tanh
 from flatmin.stats import summarise
 from flatmin.study import page, study_curves, study_figures, study_recorded, tables
-from flatmin.study.executors import Outcome
+from flatmin.study.executors import RunOutcome
 from flatmin.study.plan import plan
 from flatmin.study.reading import read_study
-from flatmin.study.study_looks import Looks
 from flatmin.study.study_page import render, sort_key
 from flatmin.study.study_phi import phi
+from flatmin.study.study_style import StudyStyle
 from flatmin.study.tabulate import tabulate
 from flatmin.train.result import Epoch, Result
 from tests.browser import CHROMIUM, browser
@@ -106,7 +106,7 @@ def steps(seed, wrong=10):
     ]
 
 
-def card(seed, size=100):
+def report(seed, size=100):
     axis = {"direction": {"label": "v"}, "points": [-1.0, 0.0, 1.0]}
     return {
         "conventions": {"size": size},
@@ -141,7 +141,7 @@ def everything(label, seed):
         "gradients": 1.0 if label.startswith("SGD") else 2.0,
         "lines": epochs(score(label, seed)),
         "steps": [] if label.startswith("SGD") else steps(seed),
-        "card": card(seed),
+        "report": report(seed),
     }
 
 
@@ -152,12 +152,12 @@ def table_of(folder, of=everything, words=(), text=STUDY):
     todo = plan(read_study(str(path), words), folder / "out")
     outcomes = {}
     for (i, seed), run in todo.runs.items():
-        found = of(todo.cells[i].label, seed)
+        found = of(todo.grid_points[i].label, seed)
         if isinstance(found, str):
-            outcomes[run.name] = Outcome(error=found)
+            outcomes[run.name] = RunOutcome(error=found)
         elif found is not None:
             own = a_result(run.config, found.get("gradients", 2.0), **found["result"])
-            outcomes[run.name] = Outcome(result=own, lines=found.get("lines", ()), card=found.get("card"))
+            outcomes[run.name] = RunOutcome(result=own, lines=found.get("lines", ()), report=found.get("report"))
             run_folder = todo.store.folder(run)
             run_folder.mkdir(parents=True, exist_ok=True)
             (run_folder / "env.json").write_text(json.dumps({"versions": {"torch": "2.0"}}), encoding="utf-8")
@@ -239,32 +239,32 @@ class TestTable:
 class TestPoints:
     def test_arms_without_an_axis_belong_to_all_points_that_agree(self, make):
         table = make()
-        looks = Looks(table)
-        assert looks.points == [{"rho": r, "model": m} for r in ("0.1", "0.2") for m in ("mlp", "conv")]
-        at = {row.label: looks.shared(row)["points"] for row in table.rows}
+        style = StudyStyle(table)
+        assert style.points == [{"rho": r, "model": m} for r in ("0.1", "0.2") for m in ("mlp", "conv")]
+        at = {row.label: style.shared(row)["points"] for row in table.rows}
         assert at["SGD model=mlp"] == ["0", "2"] and at["SAM rho=0.2 model=conv"] == ["3"]
-        choices, first = looks.choices()
+        choices, first = style.choices()
         assert list(choices) == ["0", "1", "2", "3", ""] and first == "0", "too many rows for one figure"
 
     def test_few_rows_are_shown_together(self, make):
-        looks = Looks(make(words=["model=mlp"]))
-        assert looks.choices()[1] == "" and len(looks.choices()[0]) == 3
-        assert Looks(make(text=SMALL)).choices() == ({}, "")
+        style = StudyStyle(make(words=["model=mlp"]))
+        assert style.choices()[1] == "" and len(style.choices()[0]) == 3
+        assert StudyStyle(make(text=SMALL)).choices() == ({}, "")
 
     def test_the_baseline_is_grey_and_others_have_their_own(self, make):
-        looks = Looks(make())
-        assert looks.tones["SGD"] == "tone-0" and len(set(looks.tones.values())) == 4
+        style = StudyStyle(make())
+        assert style.tones["SGD"] == "tone-0" and len(set(style.tones.values())) == 4
 
     def test_chosen_values_are_no_point(self, make):
-        looks = Looks(make(text=STUDY.replace("[axes]", 'choose = ["rho"]\n[axes]', 1)))
-        assert looks.points == [{"model": "mlp"}, {"model": "conv"}]
+        style = StudyStyle(make(text=STUDY.replace("[axes]", 'choose = ["rho"]\n[axes]', 1)))
+        assert style.points == [{"model": "mlp"}, {"model": "conv"}]
 
 
 class TestRho:
     def test_a_line_for_each_arm_and_network(self, make):
         table = make()
         rows = {row.label: row for row in table.rows}
-        section = study_figures.over_rho(table, Looks(table))
+        section = study_figures.over_rho(table, StudyStyle(table))
         lines = [trace for trace in only(section) if "error_y" in trace]
         assert len(lines) == 6 and "test accuracy" in section.caption
         line = next(t for t in lines if t["legendgroup"] == "SAM" and "mlp" in t["hovertext"][0])
@@ -276,24 +276,24 @@ class TestRho:
 
     def test_plain_training_is_level(self, make):
         table = make()
-        level = [trace for trace in only(study_figures.over_rho(table, Looks(table))) if "error_y" not in trace]
+        level = [trace for trace in only(study_figures.over_rho(table, StudyStyle(table))) if "error_y" not in trace]
         means = [row.columns["test_acc"].stat.mean for row in table.rows if row.arm == "SGD"]
         assert [trace["y"] for trace in level] == [[mean, mean] for mean in means]
 
     def test_a_chosen_radius_is_shown_by_what_it_was_chosen_by(self, make):
         table = make(text=STUDY.replace("[axes]", 'choose = ["rho"]\n[axes]', 1))
-        section = study_figures.over_rho(table, Looks(table))
+        section = study_figures.over_rho(table, StudyStyle(table))
         line = next(trace for trace in only(section) if trace["legendgroup"] == "SAM")
         assert "validation accuracy" in section.caption and line["x"] == pytest.approx([0.1, 0.2], rel=0.02)
         assert line["y"][0] == pytest.approx(summarise([score("SAM rho=0.1 model=mlp", s) + 1 for s in range(3)]).mean)
 
     def test_needs_two_radii(self, make):
         for table in (make(words=["rho=0.1"]), make(text=SMALL)):
-            assert study_figures.over_rho(table, Looks(table)) is None
+            assert study_figures.over_rho(table, StudyStyle(table)) is None
 
     def test_bars_end_at_a_hundred_percent(self, make):
         table = make(lambda label, seed: {"result": {"test": 90.0 + 5 * seed}})
-        line = next(t for t in only(study_figures.over_rho(table, Looks(table))) if "error_y" in t)
+        line = next(t for t in only(study_figures.over_rho(table, StudyStyle(table))) if "error_y" in t)
         half = summarise([90.0, 95.0, 100.0]).half
         assert line["error_y"]["array"] == [5.0, 5.0] and line["error_y"]["arrayminus"] == pytest.approx([half, half])
 
@@ -301,7 +301,7 @@ class TestRho:
 class TestCost:
     def test_budgets_and_means(self, make):
         table = make()
-        marks = [t for t in only(study_figures.over_cost(table, Looks(table))) if "error_y" in t]
+        marks = [t for t in only(study_figures.over_cost(table, StudyStyle(table))) if "error_y" in t]
         for row, trace in zip(table.rows, marks, strict=True):
             assert trace["x"][0] == pytest.approx(row.budget, rel=0.03)
             assert f"{row.budget:.0f} gradients" in trace["hovertext"][0]
@@ -310,10 +310,10 @@ class TestCost:
 
     def test_the_front_of_each_point(self, make):
         table = make()
-        looks = Looks(table)
-        fronts = [t for t in only(study_figures.over_cost(table, looks)) if "error_y" not in t]
+        style = StudyStyle(table)
+        fronts = [t for t in only(study_figures.over_cost(table, style)) if "error_y" not in t]
         assert [t["points"] for t in fronts] == [["0"], ["1"], ["2"], ["3"]]
-        here = [row for row in table.rows if "0" in looks.shared(row)["points"]]
+        here = [row for row in table.rows if "0" in style.shared(row)["points"]]
         best = study_figures.front([(row.budget, row.columns["test_acc"].stat.mean) for row in here])
         assert list(zip(fronts[0]["x"], fronts[0]["y"], strict=True)) == best
 
@@ -327,11 +327,13 @@ class TestCost:
 
     def test_needs_two_costs(self, make):
         table = make(lambda label, seed: {"result": {}})
-        assert study_figures.over_cost(table, Looks(table)) is None
+        assert study_figures.over_cost(table, StudyStyle(table)) is None
 
     def test_rows_of_equal_cost_stand_beside_each_other(self, make):
         table = make()
-        marks = [t for t in only(study_figures.over_cost(table, Looks(table))) if "error_y" in t and "0" in t["points"]]
+        marks = [
+            t for t in only(study_figures.over_cost(table, StudyStyle(table))) if "error_y" in t and "0" in t["points"]
+        ]
         assert len({t["x"][0] for t in marks}) == len(marks) == 4
         assert marks[0]["x"][0] == UPDATES, "alone at its cost"
 
@@ -339,13 +341,13 @@ class TestCost:
 class TestSharpness:
     def test_one_mark_a_run(self, make):
         table = make()
-        marks = only(study_figures.over_sharpness(table, Looks(table)))
+        marks = only(study_figures.over_sharpness(table, StudyStyle(table)))
         for row, trace in zip(table.rows, marks, strict=True):
             assert trace["x"] == [score(row.label, seed) for seed in range(3)] and trace["y"] == [5.0, 6.0, 7.0]
 
-    def test_from_the_card_where_the_runs_have_none(self, make):
-        table = make(lambda label, seed: {"result": {}, "card": card(seed)})
-        section = study_figures.over_sharpness(table, Looks(table))
+    def test_from_the_report_where_the_runs_have_none(self, make):
+        table = make(lambda label, seed: {"result": {}, "report": report(seed)})
+        section = study_figures.over_sharpness(table, StudyStyle(table))
         assert only(section)[0]["y"] == [10.0, 11.0, 12.0]
         assert "lambda_1" in section.figures["Sharpness"].layout["yaxis"]["title"]["text"]
 
@@ -355,13 +357,13 @@ class TestSharpness:
             return {"result": {"lambda_max": {"value": value if seed else 2.0}}}
 
         table = make(of)
-        assert only(study_figures.over_sharpness(table, Looks(table)))[0]["y"] == [2.0]
+        assert only(study_figures.over_sharpness(table, StudyStyle(table)))[0]["y"] == [2.0]
 
 
 class TestCurves:
     def test_mean_and_band(self, make):
         table = make(text=SMALL)
-        section = study_curves.over_epochs(table, Looks(table))
+        section = study_curves.over_epochs(table, StudyStyle(table))
         assert list(section.figures) == ["Train loss", "Validation accuracy"]
         shade, line = traces_of(section, "Validation accuracy", "SAM")
         # The seeds differ by less than one of the 100 validation samples.
@@ -372,7 +374,7 @@ class TestCurves:
 
     def test_one_seed_has_no_band(self, make):
         table = make(words=["seed=0"], text=SMALL)
-        section = study_curves.over_epochs(table, Looks(table))
+        section = study_curves.over_epochs(table, StudyStyle(table))
         assert len(traces_of(section, "Train loss", "SAM")) == 1
 
     def test_gaps_where_the_interval_is_not_known(self, make):
@@ -380,7 +382,7 @@ class TestCurves:
             return {"result": {}, "lines": epochs(50.0 + seed, 4 if seed == 0 else 2)}
 
         table = make(of, text=SMALL)
-        shade, line = traces_of(study_curves.over_epochs(table, Looks(table)), "Train loss", "SAM")
+        shade, line = traces_of(study_curves.over_epochs(table, StudyStyle(table)), "Train loss", "SAM")
         assert line["x"] == [1, 2, 3, 4] and shade["x"] == [1, 2, 2, 1]
 
     def test_not_finite_values_are_left_out(self, make):
@@ -390,7 +392,7 @@ class TestCurves:
             return {"result": {}, "lines": (lines[0], bad)}
 
         table = make(of, text=SMALL)
-        section = study_curves.over_epochs(table, Looks(table))
+        section = study_curves.over_epochs(table, StudyStyle(table))
         assert only(section, "Train loss")[0]["x"] == [1] and only(section, "Validation accuracy")[0]["x"] == [1, 2]
 
     def test_a_wide_loss_has_a_logarithmic_axis(self, make):
@@ -400,13 +402,13 @@ class TestCurves:
             return {"result": {}, "lines": (lines[0], small)}
 
         table = make(of, text=SMALL)
-        fig = study_curves.over_epochs(table, Looks(table)).figures["Train loss"]
+        fig = study_curves.over_epochs(table, StudyStyle(table)).figures["Train loss"]
         assert fig.layout["yaxis"]["type"] == "log"
         assert all(y > 0 for trace in fig.data for y in trace["y"]), "bands are cut where there is no logarithm"
 
     def test_misclassified_is_scaled_to_the_epoch(self, make):
         table = make(text=SMALL)
-        section = study_curves.under_perturbation(table, Looks(table))
+        section = study_curves.under_perturbation(table, StudyStyle(table))
         (wrong,), (flipped,) = only(section, "Misclassified at w + ε"), only(section, "Flipped by the ascent")
         assert wrong["legendgroup"] == "SAM", "plain training has no w + eps"
         # Two lines an epoch of 10 + i + seed samples, 15 updates, mean of the seeds 0, 1, 2.
@@ -415,21 +417,21 @@ class TestCurves:
 
     def test_ratios(self, make):
         table = make(text=SMALL)
-        section = study_curves.ratios(table, Looks(table))
+        section = study_curves.ratios(table, StudyStyle(table))
         assert list(section.figures) == ["|r| > 1", "r > 1", "0 < r ≤ 1"], "classes that no line has are left out"
         assert only(section, "|r| > 1")[0]["y"] == pytest.approx([51.0, 51.0])
         assert only(section, "0 < r ≤ 1")[0]["y"] == pytest.approx([30.0, 30.0])
 
     def test_slices(self, make):
         table = make()
-        section = study_curves.slices(table, Looks(table))
+        section = study_curves.slices(table, StudyStyle(table))
         line = only(section, "Along the first eigenvector")[0]
         assert (line["x"], line["y"]) == ([-1.0, 0.0], [4.0, 1.0]), "no loss at 1 that is finite"
         assert only(section, "Along a random direction")[0]["y"] == [2.0, 1.0, 2.0]
 
     def test_spectra_are_means_over_the_seeds(self, make):
         table = make()
-        lines = only(study_curves.spectra(table, Looks(table)))
+        lines = only(study_curves.spectra(table, StudyStyle(table)))
         assert len(lines) == len(table.rows)
         x, y = lines[0]["x"], lines[0]["y"]
         share = sum(b or 0.0 for a, b in zip(x, y, strict=True) if 9 < a < 13) * (x[1] - x[0])
@@ -437,10 +439,10 @@ class TestCurves:
         peaks = [x[i] for i in range(1, len(x) - 1) if (y[i] or 0) > max(y[i - 1] or 0, y[i + 1] or 0)]
         assert peaks == pytest.approx([-1, 0, 10, 11, 12], abs=0.05)
 
-    def test_cards_without_these_sections(self, make):
-        table = make(lambda label, seed: {"result": {}, "card": {"sections": {}}})
-        looks = Looks(table)
-        assert study_curves.spectra(table, looks) is None and study_curves.slices(table, looks) is None
+    def test_reports_without_these_sections(self, make):
+        table = make(lambda label, seed: {"result": {}, "report": {"sections": {}}})
+        style = StudyStyle(table)
+        assert study_curves.spectra(table, style) is None and study_curves.slices(table, style) is None
 
 
 class TestPhi:
@@ -477,7 +479,7 @@ class TestRadar:
 
     def test_each_axis_goes_from_its_smallest_to_its_largest_mean(self, make):
         table = make(text=self.TEXT)
-        polygons = only(study_figures.radar(table, Looks(table)))
+        polygons = only(study_figures.radar(table, StudyStyle(table)))
         assert [p["legendgroup"] for p in polygons] == ["SGD", "SAM", "BiSAM (tanh)", "BiSAM (-log)"]
         assert polygons[0]["theta"] == [0, 120, 240, 0], "closed"
         for k, model in enumerate(("mlp", "conv", "resnet20")):
@@ -489,18 +491,18 @@ class TestRadar:
 
     def test_a_missing_vertex_leaves_the_polygon_open(self, make):
         table = make(lambda label, seed: None if label == "SAM model=conv" else everything(label, seed), text=self.TEXT)
-        polygon = next(p for p in only(study_figures.radar(table, Looks(table))) if p["legendgroup"] == "SAM")
+        polygon = next(p for p in only(study_figures.radar(table, StudyStyle(table))) if p["legendgroup"] == "SAM")
         assert polygon["theta"] == [0, 240]
 
     def test_equal_means(self, make):
         table = make(lambda label, seed: {"result": {"test": 90.0}}, text=self.TEXT)
-        assert only(study_figures.radar(table, Looks(table)))[0]["r"] == [1, 1, 1, 1]
+        assert only(study_figures.radar(table, StudyStyle(table)))[0]["r"] == [1, 1, 1, 1]
 
     def test_needs_three_axes_and_two_arms(self, make):
         table = make()
-        assert study_figures.radar(table, Looks(table)) is None
+        assert study_figures.radar(table, StudyStyle(table)) is None
         table = make(lambda label, seed: everything(label, seed) if label.startswith("SAM") else None, text=self.TEXT)
-        assert study_figures.radar(table, Looks(table)) is None
+        assert study_figures.radar(table, StudyStyle(table)) is None
 
 
 class TestRecorded:
@@ -526,7 +528,7 @@ class TestRecorded:
 
     def test_diagnostics_over_the_updates(self, make):
         table = make(self.of, text=self.TEXT)
-        section = study_recorded.over_updates(table, Looks(table))
+        section = study_recorded.over_updates(table, StudyStyle(table))
         assert list(section.figures) == ["loss", "new <b>", "ascent_cosine"], "those of other sections are left out"
         shade, line = traces_of(section, "ascent_cosine", "SAM")
         assert not traces_of(section, "ascent_cosine", "SGD")
@@ -545,12 +547,12 @@ class TestRecorded:
             return self.of(label, seed) | {"steps": self.of(label, seed)["steps"][: study_recorded.POINTS]}
 
         table = make(of, text=self.TEXT)
-        line = traces_of(study_recorded.over_updates(table, Looks(table)), "loss", "SAM")[-1]
+        line = traces_of(study_recorded.over_updates(table, StudyStyle(table)), "loss", "SAM")[-1]
         assert line["x"] == list(range(1, 61)) and line["y"] == pytest.approx([1 / k for k in range(1, 61)], rel=1e-5)
 
     def test_measurements_over_the_epochs(self, make):
         table = make(self.of, text=self.TEXT)
-        section = study_recorded.while_training(table, Looks(table))
+        section = study_recorded.while_training(table, StudyStyle(table))
         assert list(section.figures) == ["m_sharpness", "odd"]
         shade, line = traces_of(section, "m_sharpness", "SAM")
         assert line["x"] == [2, 4, 6] and line["y"] == pytest.approx([2e-2, 2e-4, 2e-6]) and shade["fill"] == "toself"
@@ -561,9 +563,9 @@ class TestRecorded:
 
     def test_only_what_the_study_asks_for(self, make):
         table = make(self.of, text=SMALL)
-        assert study_recorded.while_training(table, Looks(table)) is None
+        assert study_recorded.while_training(table, StudyStyle(table)) is None
         table = make(self.of, text=SMALL.replace("log_every = 1\ndiagnostics = true", ""))
-        assert study_recorded.over_updates(table, Looks(table)) is None
+        assert study_recorded.over_updates(table, StudyStyle(table)) is None
 
     def test_on_the_page(self, make, small_plotly):
         outline = Outline(render(make(self.of, text=self.TEXT)))
@@ -619,8 +621,8 @@ class TestWhole:
             point = {"epoch": 1, "val_acc": math.nan, "test_acc": math.inf if seed else math.nan, "memorised": None}
             found["result"] = {"chosen": point, "train_ce": math.inf, "lambda_max": {"value": math.nan}}
             found["steps"] = [{"step": 1, "epoch": 1, "misclassified": None, "ratio_larger": math.nan}]
-            found["card"]["sections"]["density"]["results"]["density"]["nodes"] = [None, 1.0, 2.0]
-            found["card"]["sections"]["published"]["quantities"]["sam_paper: lambda_1"]["value"] = None
+            found["report"]["sections"]["density"]["results"]["density"]["nodes"] = [None, 1.0, 2.0]
+            found["report"]["sections"]["published"]["quantities"]["sam_paper: lambda_1"]["value"] = None
             return found
 
         outline = Outline(render(make(of)))
@@ -665,10 +667,10 @@ class TestWhole:
     def test_more_arms_than_colours(self, make):
         arms = "".join(f'[[arms]]\nlabel = "arm {i}"\nmethod = "sam"\nlr = {0.1 / (i + 1)}\n' for i in range(21))
         table = make(text=SMALL[: SMALL.index("[[arms]]")] + arms)
-        looks = Looks(table)
-        found = {looks.look(row) for row in table.rows}
+        style = StudyStyle(table)
+        found = {style.of(row) for row in table.rows}
         assert len(found) == 21, "no two arms are drawn alike"
-        assert "Arms of one colour" in looks.explained() and not Looks(make(text=SMALL)).explained()
+        assert "Arms of one colour" in style.explained() and not StudyStyle(make(text=SMALL)).explained()
 
 
 @pytest.fixture(scope="module")
@@ -741,14 +743,14 @@ class TestChromium:
 
     def test_light_and_dark(self, usual):
         tab = usual
-        look = (
+        row_style = (
             "[getComputedStyle(document.body).backgroundColor,"
             " document.querySelector('.plot').layout.paper_bgcolor, document.querySelector('.plot').data[1].line.color]"
         )
-        light = tab.run(look)
+        light = tab.run(row_style)
         tab.dark(True)
         tab.settle()
-        dark = tab.run(look)
+        dark = tab.run(row_style)
         tab.dark(False)
         assert light[0] == "rgb(255, 255, 255)" and all(a != b for a, b in zip(light, dark, strict=True))
         assert not tab.problems

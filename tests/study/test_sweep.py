@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flatmin.study.sweep import Axis, points, read_axis, tidy, words
+from flatmin.study.sweep import Axis, overrides, points, read_axis, tidy
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_points_are_all_combinations_the_last_axis_fastest():
     found = points([Axis("a", ("x", "y")), Axis("b", ("1", "2", "3"))])
     assert [tuple(point.values()) for point in found] == [(a, b) for a in "xy" for b in "123"]
     assert points([]) == [{}]
-    assert words({"a": "x", "b": "1"}) == ["a=x", "b=1"]
+    assert overrides({"a": "x", "b": "1"}) == ["a=x", "b=1"]
 
 
 def test_a_key_is_an_axis_once():

@@ -6,10 +6,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from flatmin.theory import (
-    Constant,
+    ConstantRule,
     LogSum,
     MexicanHat,
-    Power,
+    PowerRule,
     Quadratic,
     check,
     gradient_bound,
@@ -47,14 +47,14 @@ METHODS = [
 def test_gradients_stay_below_the_bound_where_the_checker_says_converges(spectrum, seed, method, u, p, r, q):
     name, how = method
     problem = Quadratic(spectrum, seed=seed)
-    L = problem.known.L
+    L = problem.function_class.L
     size = r if name == "igdr" else r / L
-    radius = Power(size, q) if q else Constant(size)
+    radius = PowerRule(size, q) if q else ConstantRule(size)
     scale = 0.6 * largest_step(L, r) if name in ("usam", "extragradient", "igdr") else 1 / L
-    step = Power(u * scale, p) if p else Constant(u * scale)
+    step = PowerRule(u * scale, p) if p else ConstantRule(u * scale)
     verdict = check(step, radius, problem, name, **how)
     assume(verdict.converges)
-    trace = run(problem, name, steps=step, radius=radius, updates=300, door="program", **how)
+    trace = run(problem, name, steps=step, radius=radius, updates=300, driver="program", **how)
     bound = gradient_bound(problem, step, radius, 300, name, **how)
     slack = 1e-10
     assert bool((trace.gradient <= bound.last * (1 + 1e-9) + slack).all())
@@ -73,7 +73,7 @@ def test_gradients_fall_like_step_times_radius(spectrum, seed, u, p, q):
     """With p < 1, exp(-mu sum t) is gone soon; what is left follows t_k rho_k, whatever the rules."""
     largest = 3.0
     problem = Quadratic([*spectrum, largest], seed=seed)
-    step, radius = Power(u / largest, p), Power(0.1, q) if q else Constant(0.1)
+    step, radius = PowerRule(u / largest, p), PowerRule(0.1, q) if q else ConstantRule(0.1)
     verdict = check(step, radius, problem)
     assert verdict.converges and "falls like t_k rho_k" in verdict.rate
     K = 3000
@@ -81,7 +81,7 @@ def test_gradients_fall_like_step_times_radius(spectrum, seed, u, p, q):
     floor = np.array([step.at(n) * radius.at(n) for n in range(1, K + 1)]) * largest**2
     forgotten = int(np.flatnonzero(bound.last[1:] <= floor * (1 + 1e-9))[0])
     assume(2 * forgotten <= K // 3)
-    trace = run(problem, "sam", steps=step, radius=radius, updates=K, door="program")
+    trace = run(problem, "sam", steps=step, radius=radius, updates=K, driver="program")
     late, early = trace.at(K), trace.at(max(K // 10, 2 * forgotten))
     fell = trace.gradient[late] / trace.gradient[early]
     predicted = (trace.t[late] * trace.rho[late]) / (trace.t[early] * trace.rho[early])
@@ -103,7 +103,7 @@ def test_constant_rules_end_at_the_predicted_distance(spectrum, seed, u, rho):
     verdict = check(t, rho, problem)
     assert verdict.converges is False
     assert verdict.distance == pytest.approx(limit_distance(t, rho, [3.0]))
-    trace = run(problem, "sam", steps=t, radius=rho, updates=1200, door="program")
+    trace = run(problem, "sam", steps=t, radius=rho, updates=1200, driver="program")
     assert trace.distance[-1] == pytest.approx(verdict.distance, rel=1e-6)
 
 
@@ -121,7 +121,7 @@ def test_the_best_iterate_of_a_nonconvex_function_is_below_its_bound(method, rad
 
 def test_igd_stops_at_the_error_against_the_gradient():
     problem = Quadratic([1.0, 4.0])
-    trace = run(problem, "igd", steps="harmonic:0.5", radius=0.1, updates=3000, door="program")
+    trace = run(problem, "igd", steps="harmonic:0.5", radius=0.1, updates=3000, driver="program")
     assert check("harmonic:0.5", 0.1, problem, "igd").converges is False
     assert trace.gradient[-1] == pytest.approx(0.1, rel=0.05)
 

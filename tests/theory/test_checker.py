@@ -17,7 +17,7 @@ NONCONVEX = FunctionClass(L=4.0)
 UNIQUE = FunctionClass(L=4.0, convex=True, minimisers="unique")
 BOUNDED = FunctionClass(L=4.0, convex=True, minimisers="bounded")
 PLANE = FunctionClass(L=4.0, convex=True, minimisers="unbounded")
-QUADRATIC = Quadratic([1.0, 4.0]).known
+QUADRATIC = Quadratic([1.0, 4.0]).function_class
 HALF = FunctionClass(L=4.0, bounded_levels=True, kl=0.5)
 QUARTER = FunctionClass(L=4.0, bounded_levels=True, kl=0.25)
 SOME_KL = FunctionClass(L=4.0, bounded_levels=True, has_kl=True)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from flatmin.theory import (
-    Constant,
+    ConstantRule,
     Custom,
     FunctionClass,
     LogSum,
@@ -22,7 +22,7 @@ from flatmin.theory import (
 from flatmin.theory.failures import failures
 from flatmin.theory.families import family
 from flatmin.theory.kl import rate_words
-from flatmin.theory.problems import read_problem
+from flatmin.theory.named import read_function
 
 LETTER = {"follows": "F", "not shown": "n", "fails": "X"}
 LINE, PLANE = Quadratic([4.0]), Quadratic([1.0, 4.0])
@@ -34,7 +34,7 @@ def letters(*what, **how):
 
 
 def ends(problem, method, steps, radius, updates=600, **how):
-    return run(problem, method, steps=steps, radius=radius, updates=updates, door="program", **how)
+    return run(problem, method, steps=steps, radius=radius, updates=updates, driver="program", **how)
 
 
 # Rules of unknown growth.
@@ -170,7 +170,7 @@ def test_a_counter_example_in_the_class_says_nothing_of_a_function(problem):
     verdict = check(0.1, 0.1, problem)
     assert verdict.statuses == ("fails",) * 5 and verdict.converges is None
     assert f"of {problem.name} itself nothing is said" in verdict.properties[2].reason
-    assert check(0.1, 0.1, problem.known).converges is False
+    assert check(0.1, 0.1, problem.function_class).converges is False
     assert check(0.1, 0.1, PLANE).converges is False
 
 
@@ -201,14 +201,14 @@ def test_rates_need_a_limit():
     for words in ("convex, L=1, none, kl=0.5", "L=1, falling, kl=0.5", "L=1, kl=0.5"):  # log(1 + e^-x) is the first
         assert check(0.1, 0.0, FunctionClass.read(words), "sgd").rate == ""
     assert "f(x^k) - f(x)" in check(0.1, 0.0, FunctionClass.read("convex, L=1, unbounded, kl=0.5"), "sgd").rate
-    assert not any("f*" in rate_words(q, Constant(0.1)) for q in (0.25, 0.5))
+    assert not any("f*" in rate_words(q, ConstantRule(0.1)) for q in (0.25, 0.5))
 
 
 def test_the_cycle_is_followed_only_by_steps_that_forget():
     line = Quadratic([1.0])
     spread = {}
     for c in (0.3, 2.0):
-        trace = run(line, "sam", steps=f"harmonic:{c}", radius=0.1, updates=5000, door="program", record=5001)
+        trace = run(line, "sam", steps=f"harmonic:{c}", radius=0.1, updates=5000, driver="program", record=5001)
         late = (trace.gradient / (trace.t * trace.rho))[4000:]
         spread[c] = (late.min(), late.max())
         rate = check(f"harmonic:{c}", 0.1, line).rate
@@ -241,12 +241,12 @@ def test_what_goes_beyond_the_paper_is_marked():
         (lambda: read_rule("cosine:inf"), "^cosine: T must be a whole number >= 1, got inf.$"),
         (lambda: read_rule("cosine:nan"), "^cosine: T must be a whole number >= 1, got nan.$"),
         (lambda: read_rule("cosine:2.5"), "^cosine: T must be a whole number >= 1, got 2.5.$"),
-        (lambda: read_problem("log-sum:inf"), "the numbers must be finite, got inf.$"),
-        (lambda: read_problem("log-sum:0"), "log-sum takes whole numbers >= 1, got 0.$"),
-        (lambda: read_problem("log-sum:2.7"), "log-sum takes whole numbers >= 1, got 2.7.$"),
-        (lambda: read_problem("least-squares:nan"), "the numbers must be finite, got nan.$"),
-        (lambda: read_problem("least-squares:-1"), "least-squares takes whole numbers >= 1, got -1.$"),
-        (lambda: read_problem("digits:3.5,8"), "digits takes whole numbers >= 0, got 3.5.$"),
+        (lambda: read_function("log-sum:inf"), "the numbers must be finite, got inf.$"),
+        (lambda: read_function("log-sum:0"), "log-sum takes whole numbers >= 1, got 0.$"),
+        (lambda: read_function("log-sum:2.7"), "log-sum takes whole numbers >= 1, got 2.7.$"),
+        (lambda: read_function("least-squares:nan"), "the numbers must be finite, got nan.$"),
+        (lambda: read_function("least-squares:-1"), "least-squares takes whole numbers >= 1, got -1.$"),
+        (lambda: read_function("digits:3.5,8"), "digits takes whole numbers >= 0, got 3.5.$"),
         (lambda: gradient_bound(PLANE, 0.1, 0.5, 5, "usam"), "the radius 0.5 of update 1 is too wide, rho L = 2 >= 1"),
         (lambda: gradient_bound(PLANE, 0.1, 1.0, 5, "igdr"), "the radius 1 of update 1 is too wide, nu = 1 >= 1"),
         (lambda: FunctionClass.read("unique, none"), "^'unique' and 'none' contradict each other.$"),
@@ -263,5 +263,5 @@ def test_mistakes_are_one_sentence(call, message):
 
 
 def test_whole_numbers_are_read():
-    assert read_problem("log-sum").dim == 20 and read_problem("log-sum:3").dim == 3
-    assert read_problem("least-squares:4,3").dim == 3 and read_problem("least-squares").dim == 5
+    assert read_function("log-sum").dim == 20 and read_function("log-sum:3").dim == 3
+    assert read_function("least-squares:4,3").dim == 3 and read_function("least-squares").dim == 5

@@ -9,7 +9,7 @@ import pytest
 
 from flatmin.theory import draw, largest_step, limit_distance, orbit_square
 from flatmin.theory.demonstrations import DEMONSTRATIONS, Marks, Panel, find, noise, usam
-from flatmin.theory.demonstrations.base import above, below, near, same, shown, slope
+from flatmin.theory.demonstrations.demonstration import above, below, near, same, shown, slope
 
 SLOW = {"diminishing", "network", "noise", "properties"}
 FAST = [name for name in DEMONSTRATIONS if name not in SLOW]
@@ -95,10 +95,10 @@ def test_usam_falls_below_the_bounds_and_not_always_beyond():
 
 
 def test_the_floor_of_noise_is_the_limit_of_its_means():
-    from flatmin.theory import Constant
+    from flatmin.theory import ConstantRule
 
     for t, rho in ((0.1, 0.0), (0.05, 0.1)):
-        means = noise.means(Constant(t), rho, np.ones(noise.DIM), 2000)
+        means = noise.means(ConstantRule(t), rho, np.ones(noise.DIM), 2000)
         assert means[0] == pytest.approx(0.5 * noise.SPECTRUM.sum())
         assert means[-1] == pytest.approx(noise.floor(t, rho), rel=1e-9)
     plain = sum(0.1 * noise.SIGMA**2 / (2 * (2 - 0.1 * s)) for s in noise.SPECTRUM)
@@ -157,13 +157,13 @@ def test_noise_is_the_same_in_both_passes_and_refused_where_it_cannot_be():
     from flatmin.theory import Quadratic, run
 
     problem = Quadratic([1.0, 4.0])
-    one = run(problem, "usam", steps=0.1, radius=0.1, updates=1, noise=1.0, seed=3, door="program")
-    other = run(problem, "sgd", steps=0.1, updates=1, noise=1.0, seed=3, door="program")
+    one = run(problem, "usam", steps=0.1, radius=0.1, updates=1, noise=1.0, seed=3, driver="program")
+    other = run(problem, "sgd", steps=0.1, updates=1, noise=1.0, seed=3, driver="program")
     x, s = one.x[0], np.array([1.0, 4.0])
     e = (x - other.x[1]) / 0.1 - s * x
     assert np.allclose(one.x[1], x - 0.1 * (s * (x + 0.1 * (s * x + e)) + e))
-    door = run(problem, "usam", steps=0.1, radius=0.1, updates=1, noise=1.0, seed=3)
-    assert np.allclose(door.x[1], one.x[1])
+    driver = run(problem, "usam", steps=0.1, radius=0.1, updates=1, noise=1.0, seed=3)
+    assert np.allclose(driver.x[1], one.x[1])
     for method, size in (("sam", -1.0), ("sgdhess", 1.0)):
         with pytest.raises(ValueError, match="noise must be >= 0"):
             run(problem, method, steps=0.1, radius=0.1, updates=1, noise=size)

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from flatmin.theory import PROBLEMS as NAMED
+from flatmin.theory import FUNCTIONS as NAMED
 from flatmin.theory import (
     FunctionClass,
     LeastSquares,
@@ -22,7 +22,7 @@ from flatmin.theory import (
     breast_cancer,
     digits_pair,
     random_system,
-    read_problem,
+    read_function,
 )
 
 
@@ -31,7 +31,7 @@ def small_logistic(l2=1e-3):
     return Logistic(X, torch.sign(X[:, 0] + noise), l2)
 
 
-PROBLEMS = [
+FUNCTIONS = [
     Quadratic([0.5, 1.0, 4.0], centre=[1.0, -2.0, 0.0], seed=2),
     Quadratic([0.0, 3.0]),
     Quadratic([-1.0, 3.0], seed=1),
@@ -63,7 +63,7 @@ def hessian(problem, x):
     return torch.autograd.functional.hessian(problem.value, x)
 
 
-@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.name)
+@pytest.mark.parametrize("problem", FUNCTIONS, ids=lambda p: p.name)
 def test_closed_gradients_are_those_of_autograd(problem):
     for x in points(problem):
         y = x.clone().requires_grad_()
@@ -71,7 +71,7 @@ def test_closed_gradients_are_those_of_autograd(problem):
         assert torch.allclose(problem.gradient(x), found, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.name)
+@pytest.mark.parametrize("problem", FUNCTIONS, ids=lambda p: p.name)
 def test_values_and_gradients_agree_by_differences(problem):
     h = 1e-6
     for x in points(problem, 5):
@@ -83,9 +83,9 @@ def test_values_and_gradients_agree_by_differences(problem):
             assert float(slope) == pytest.approx(float(g[i]), rel=1e-5, abs=1e-5)
 
 
-@pytest.mark.parametrize("problem", [p for p in PROBLEMS if p.known.L], ids=lambda p: p.name)
+@pytest.mark.parametrize("problem", [p for p in FUNCTIONS if p.function_class.L], ids=lambda p: p.name)
 def test_no_hessian_exceeds_L(problem):
-    L = problem.known.L
+    L = problem.function_class.L
     norms = [float(torch.linalg.matrix_norm(hessian(problem, x), 2)) for x in points(problem, 60)]
     assert max(norms) <= L * (1 + 1e-12)
 
@@ -100,23 +100,25 @@ def test_L_is_attained():
     ]
     for problem, x in cases:
         at = problem.solution if x is None else x
-        assert float(torch.linalg.matrix_norm(hessian(problem, at), 2)) == pytest.approx(problem.known.L, rel=1e-9)
-    assert abs(LogSum.random(3).known.L - 8) < 1e-12
+        assert float(torch.linalg.matrix_norm(hessian(problem, at), 2)) == pytest.approx(
+            problem.function_class.L, rel=1e-9
+        )
+    assert abs(LogSum.random(3).function_class.L - 8) < 1e-12
 
 
-@pytest.mark.parametrize("problem", [p for p in PROBLEMS if p.known.convex], ids=lambda p: p.name)
+@pytest.mark.parametrize("problem", [p for p in FUNCTIONS if p.function_class.convex], ids=lambda p: p.name)
 def test_convex_functions_have_no_negative_curvature(problem):
     for x in points(problem):
         assert float(torch.linalg.eigvalsh(hessian(problem, x)).min()) > -1e-12
 
 
-@pytest.mark.parametrize("problem", [p for p in PROBLEMS if p.f_star == p.f_star and p.f_star is not None
+@pytest.mark.parametrize("problem", [p for p in FUNCTIONS if p.f_star == p.f_star and p.f_star is not None
                                      and math.isfinite(p.f_star)], ids=lambda p: p.name)  # fmt: skip
 def test_f_star_is_a_lower_bound(problem):
     assert all(float(problem.value(x)) >= problem.f_star - 1e-12 for x in points(problem))
 
 
-@pytest.mark.parametrize("problem", [PROBLEMS[0], *PROBLEMS[3:9], PROBLEMS[10]], ids=lambda p: p.name)
+@pytest.mark.parametrize("problem", [FUNCTIONS[0], *FUNCTIONS[3:9], FUNCTIONS[10]], ids=lambda p: p.name)
 def test_the_gradient_vanishes_at_the_minimisers(problem):
     x = {"Rosenbrock": torch.ones(2, dtype=torch.float64)}.get(problem.name)
     if x is None:
@@ -135,14 +137,14 @@ def test_kl_exponents(problem):
         d = torch.randn(problem.dim, dtype=torch.float64, generator=generator)
         x = getattr(problem, "solution", torch.zeros(problem.dim, dtype=torch.float64)) + scale * d
         gap = float(problem.value(x)) - problem.f_star
-        ratios.append(float(problem.gradient(x).norm()) / gap ** (1 - problem.known.kl))
+        ratios.append(float(problem.gradient(x).norm()) / gap ** (1 - problem.function_class.kl))
     assert min(ratios) > 1e-2 and max(ratios) / min(ratios) < 10
 
 
 def test_a_plane_of_minimisers():
     problem = LeastSquares(*random_system(2, 4))
     x = torch.randn(4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    assert problem.known.minimisers == "unbounded" and problem.f_star < 1e-20
+    assert problem.function_class.minimisers == "unbounded" and problem.f_star < 1e-20
     null = torch.eye(4, dtype=torch.float64) - torch.linalg.pinv(problem.A) @ problem.A
     assert problem.distance(x + 5 * null @ x) == pytest.approx(problem.distance(x))
 
@@ -152,16 +154,16 @@ def test_the_hat_has_value_zero_on_and_outside_of_the_circle():
     for x in ([1.0, 0.0], [0.0, 1.5]):
         at = torch.tensor(x, dtype=torch.float64)
         assert float(hat.value(at)) == 0 and float(hat.gradient(at).norm()) == 0
-    assert float(hat.value(hat.start())) > 0 and hat.known.L is None and not hat.known.has_kl
+    assert float(hat.value(hat.start())) > 0 and hat.function_class.L is None and not hat.function_class.has_kl
 
 
 def test_functions_by_name():
     for name in NAMED:
         if name not in ("breast-cancer", "digits"):
-            problem = read_problem(name)
+            problem = read_function(name)
             assert problem.start().shape == (problem.dim,)
-    assert read_problem("quadratic:0.5,1,3").known.spectrum == (0.5, 1.0, 3.0)
-    assert read_problem("log-sum:7").dim == 7
+    assert read_function("quadratic:0.5,1,3").function_class.spectrum == (0.5, 1.0, 3.0)
+    assert read_function("log-sum:7").dim == 7
     words = "convex, L=4, unique, kl=0.5"
     assert FunctionClass.read(words) == FunctionClass(L=4.0, convex=True, minimisers="unique", kl=0.5)
 
@@ -172,7 +174,7 @@ def test_real_data():
         assert problem.distance(problem.solution) == 0
         assert float(problem.gradient(problem.solution).norm()) < 1e-10
         H = hessian(problem, torch.zeros(problem.dim, dtype=torch.float64))
-        assert float(torch.linalg.matrix_norm(H, 2)) == pytest.approx(problem.known.L, rel=1e-9)
+        assert float(torch.linalg.matrix_norm(H, 2)) == pytest.approx(problem.function_class.L, rel=1e-9)
     assert breast_cancer().dim == 31
 
 
@@ -188,9 +190,9 @@ def test_real_data():
         (lambda: Rosenbrock(0.5), "reach must be at least 1"),
         (lambda: Quartic(0), "reach must be positive"),
         (lambda: digits_pair(3, 3), "two different digits"),
-        (lambda: read_problem("squre"), "unknown function 'squre'; did you mean 'square'"),
-        (lambda: read_problem("square:2"), "square takes at most 0 numbers, got 1"),
-        (lambda: read_problem("quadratic:a"), "must be numbers joined by commas"),
+        (lambda: read_function("squre"), "unknown function 'squre'; did you mean 'square'"),
+        (lambda: read_function("square:2"), "square takes at most 0 numbers, got 1"),
+        (lambda: read_function("quadratic:a"), "must be numbers joined by commas"),
         (lambda: FunctionClass.read("covex"), "unknown word 'covex'; did you mean 'convex'"),
         (lambda: FunctionClass.read("L=four"), "L must be a number, got 'four'"),
         (lambda: FunctionClass(L=0), "L must be positive and finite, or None if it is not known, got 0."),

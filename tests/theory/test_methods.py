@@ -32,8 +32,8 @@ RECIPES = [
 def test_the_doors_agree(method, how):
     problem = LogSum.random(4)
     one, other = (
-        run(problem, method, steps="power:c=0.05,p=0.6", radius="power:c=0.1,p=0.3", updates=60, door=door, **how)
-        for door in ("optimizer", "program")
+        run(problem, method, steps="power:c=0.05,p=0.6", radius="power:c=0.1,p=0.3", updates=60, driver=driver, **how)
+        for driver in ("optimizer", "program")
     )
     assert np.allclose(one.x, other.x, rtol=1e-10, atol=1e-13)
     assert not one.stopped and len(one.k) == 61
@@ -42,8 +42,8 @@ def test_the_doors_agree(method, how):
 def test_recipes_with_second_derivatives_run_through_the_optimizer():
     trace = run(Quadratic([1.0, 2.0]), "sgdhess", steps=0.1, radius=0.05, updates=50)
     assert trace.distance[-1] < 0.1 * trace.distance[0]
-    with pytest.raises(ValueError, match="use door='optimizer'"):
-        run(Square(), "sgdhess", steps=0.1, updates=5, door="program")
+    with pytest.raises(ValueError, match="use driver='optimizer'"):
+        run(Square(), "sgdhess", steps=0.1, updates=5, driver="program")
 
 
 def test_errors_have_the_size_that_was_asked_for():
@@ -68,29 +68,29 @@ def test_the_extragradient_is_an_instance_of_the_relative_error():
     source.size = rho
     g = problem.gradient(x)
     assert torch.allclose(source(x), problem.gradient(x - rho * g))
-    assert float((source(x) - g).norm()) <= problem.known.L * rho * float(g.norm())
+    assert float((source(x) - g).norm()) <= problem.function_class.L * rho * float(g.norm())
 
 
 def test_random_errors_leave_a_floor_that_follows_the_step():
     """x+ = (1 - t) x + t e on x^2/2: E|x|^2 = t eps^2 / (2 - t)."""
     problem = Quadratic([1.0])
     for t in (0.1, 0.01):
-        trace = run(problem, "igd", steps=t, radius=0.5, updates=6000, door="program", error="random", record=6001)
+        trace = run(problem, "igd", steps=t, radius=0.5, updates=6000, driver="program", error="random", record=6001)
         late = trace.distance[2000:]
         assert float((late**2).mean()) == pytest.approx(t * 0.25 / (2 - t), rel=0.35)
 
 
 def test_traces_keep_the_ends_and_the_step_that_led_there():
-    trace = run(Square(), steps="harmonic:0.1", radius=0.0, updates=2000, record=50, door="program")
+    trace = run(Square(), steps="harmonic:0.1", radius=0.0, updates=2000, record=50, driver="program")
     assert trace.k[0] == 0 and trace.k[-1] == 2000 and len(trace.k) <= 51
     assert trace.t[-1] == pytest.approx(0.1 / 2000) and trace.t[0] == 0.1
     assert trace.x.shape == (len(trace.k), 1) and trace.at(2000) == len(trace.k) - 1
     assert recorded(5, 10) == [0, 1, 2, 3, 4, 5]
 
 
-@pytest.mark.parametrize("door", ["optimizer", "program"])
-def test_divergence_ends_the_run_and_says_so(door):
-    trace = run(Rosenbrock(), "sam", steps=0.1, radius=0.05, updates=500, door=door)
+@pytest.mark.parametrize("driver", ["optimizer", "program"])
+def test_divergence_ends_the_run_and_says_so(driver):
+    trace = run(Rosenbrock(), "sam", steps=0.1, radius=0.05, updates=500, driver=driver)
     assert trace.stopped.startswith("the gradient is not finite at update ") and trace.k[-1] < 500
 
 
@@ -101,7 +101,7 @@ def test_a_start_of_ones_own_and_one_seed_one_run():
 
 
 def test_the_hat_is_descended_and_the_angle_keeps_turning():
-    trace = run(MexicanHat(), "sgd", steps=0.05, updates=3000, door="program")
+    trace = run(MexicanHat(), "sgd", steps=0.05, updates=3000, driver="program")
     assert trace.f[-1] < 0.1 * trace.f[0]
     angle = np.unwrap(np.arctan2(trace.x[:, 1], trace.x[:, 0]))
     assert abs(angle[-1] - angle[0]) > 0.5
@@ -110,9 +110,9 @@ def test_the_hat_is_descended_and_the_angle_keeps_turning():
 def test_logistic_regression_on_real_data_comes_close_to_its_minimiser():
     pytest.importorskip("sklearn")
     problem = breast_cancer(l2=0.1)
-    step = 1 / problem.known.L
-    usam = run(problem, "usam", steps=0.5 * step, radius=0.1 * step, updates=400, door="program")
-    sam = run(problem, "sam", steps=0.5 * step, radius=0.1, updates=400, door="program")
+    step = 1 / problem.function_class.L
+    usam = run(problem, "usam", steps=0.5 * step, radius=0.1 * step, updates=400, driver="program")
+    sam = run(problem, "sam", steps=0.5 * step, radius=0.1, updates=400, driver="program")
     assert usam.distance[-1] < 1e-3 and usam.distance[-1] < 0.5 * sam.distance[-1]
 
 
@@ -124,7 +124,7 @@ def test_logistic_regression_on_real_data_comes_close_to_its_minimiser():
         (lambda: run(Square(), steps=0.1, updates=0), "updates must be at least 1, got 0"),
         (lambda: run(Square(), steps=0.1, updates=3, record=1), "record must be at least 2"),
         (lambda: run(Square(), steps=0.1, updates=3, start=torch.ones(2)), "start must be 1 finite numbers"),
-        (lambda: run(Square(), steps=0.1, updates=3, door="window"), "door must be 'optimizer' or 'program'"),
+        (lambda: run(Square(), steps=0.1, updates=3, driver="window"), "driver must be 'optimizer' or 'program'"),
         (lambda: run(Square(), "sma", steps=0.1, updates=3), "unknown method 'sma'; did you mean 'sam'"),
         (lambda: run(Square(), steps=lambda n: 1 / n - 0.3, updates=9), "must give finite numbers >= 0"),
         (lambda: run(Square(), steps=0.1, radius=-1.0, updates=3), "c must be a finite number >= 0, got -1.0"),

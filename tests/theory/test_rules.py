@@ -5,15 +5,26 @@ import math
 import numpy as np
 import pytest
 
-from flatmin.theory import Asymptotics, Constant, Cosine, Custom, Diminish, Power, Tied, read_radius, read_rule, sums
+from flatmin.theory import (
+    Asymptotics,
+    ConstantRule,
+    Cosine,
+    Custom,
+    Diminish,
+    PowerRule,
+    Tied,
+    read_radius,
+    read_rule,
+    sums,
+)
+from flatmin.theory.parse import as_radius, as_step
 from flatmin.theory.rules import Horizon, as_rule
-from flatmin.theory.words import as_radius, as_step
-from flatmin.train.schedule import Schedule
+from flatmin.train.schedule import LearningRateSchedule
 
 
 def test_values():
-    assert [Power(0.5, 1.0).at(n) for n in (1, 2, 5)] == [0.5, 0.25, 0.1]
-    assert Power(1.0, 1.0, shift=4).at(1) == 0.2
+    assert [PowerRule(0.5, 1.0).at(n) for n in (1, 2, 5)] == [0.5, 0.25, 0.1]
+    assert PowerRule(1.0, 1.0, shift=4).at(1) == 0.2
     assert read_rule("nlogn:2").at(1) == pytest.approx(2 / (2 * math.log(2)))
     assert [round(Diminish(1).at(n), 6) for n in (1, 2, 3)] == [0.1, 0.05, 0.033333]
     assert Diminish(2).at(2) == pytest.approx(0.0707, abs=1e-4)
@@ -26,7 +37,7 @@ def test_values():
 
 @pytest.mark.parametrize("kind", [1, 2, 3])
 def test_diminish_is_the_schedule_of_training(kind):
-    schedule = Schedule(kind=f"diminish{kind}", lr=0.2, epochs=30, steps_per_epoch=7)
+    schedule = LearningRateSchedule(kind=f"diminish{kind}", lr=0.2, epochs=30, steps_per_epoch=7)
     rule = Diminish(kind, 0.2, 7)
     assert [rule.at(n) for n in range(1, 211)] == [schedule.at(step) for step in range(210)]
 
@@ -34,7 +45,7 @@ def test_diminish_is_the_schedule_of_training(kind):
 @pytest.mark.parametrize(("kind", "as_coded"), [(1, 0.588), (2, 2.778), (3, 0.797)])
 def test_sums_over_two_hundred_epochs(kind, as_coded):
     """The published sums are those of the code, which steps its counters late."""
-    coded = Schedule(kind=f"diminish{kind}", lr=0.1, epochs=200, steps_per_epoch=1, as_coded=True)
+    coded = LearningRateSchedule(kind=f"diminish{kind}", lr=0.1, epochs=200, steps_per_epoch=1, as_coded=True)
     assert sum(coded.at(e) for e in range(200)) == pytest.approx(as_coded, abs=6e-4)
 
 
@@ -62,10 +73,10 @@ def test_words_read_what_rules_print(words):
 
 
 def test_products_and_ties():
-    assert (Constant(0.5) * Power(2.0, 1.0)).at(4) == 0.25
-    assert (0.5 * Power(2.0, 1.0)).asymptotics == Asymptotics(1.0, 1.0)
-    assert (Cosine(7) * Power()).asymptotics == Horizon(7)
-    assert (Power() * Custom(lambda n: 1.0)).asymptotics is None
+    assert (ConstantRule(0.5) * PowerRule(2.0, 1.0)).at(4) == 0.25
+    assert (0.5 * PowerRule(2.0, 1.0)).asymptotics == Asymptotics(1.0, 1.0)
+    assert (Cosine(7) * PowerRule()).asymptotics == Horizon(7)
+    assert (PowerRule() * Custom(lambda n: 1.0)).asymptotics is None
     tied = as_radius("tied:0.5", read_rule("harmonic:0.1"))
     assert tied.at(2) == pytest.approx(0.025) and tied.asymptotics == Asymptotics(0.05, 1.0)
     assert read_radius("tied:0.5") == Tied(0.5)
@@ -77,14 +88,19 @@ def test_products_and_ties():
      (0.99, 5, False), (1, 1.001, True)],
 )  # fmt: skip
 def test_series(p, q, finite):
-    assert sums.sum_is_finite(Power(1.0, p, q, shift=1)).holds is finite
+    assert sums.sum_is_finite(PowerRule(1.0, p, q, shift=1)).holds is finite
 
 
 def test_exponents_that_add_up_to_one_are_the_borderline():
-    step, radius = Power(1.0, 0.1), Power(1.0, 0.2) * Power(1.0, 0.7)  # 0.1 + (0.2 + 0.7) = 0.9999999999999999
+    step, radius = (
+        PowerRule(1.0, 0.1),
+        PowerRule(1.0, 0.2) * PowerRule(1.0, 0.7),
+    )  # 0.1 + (0.2 + 0.7) = 0.9999999999999999
     assert sums.sum_is_finite(step * radius).holds is False
     assert (step * radius).asymptotics == Asymptotics(1.0, 1.0)
-    assert (Power(1.0, 0.7) * Power(1.0, 0.1) * Power(1.0, 0.2) * Power(1.0, 0, 2, 1)).asymptotics.p == 1.0
+    assert (
+        PowerRule(1.0, 0.7) * PowerRule(1.0, 0.1) * PowerRule(1.0, 0.2) * PowerRule(1.0, 0, 2, 1)
+    ).asymptotics.p == 1.0
 
 
 def test_tails_agree_with_sums():
@@ -117,13 +133,13 @@ def test_unknown_rules_get_numeric_evidence_that_says_so():
         (lambda: read_rule("tied:0.5"), "a step size cannot be tied"),
         (lambda: as_step(Tied(0.5)), "a step size cannot be tied"),
         (lambda: read_radius("tied:1*power:p=1"), "stands alone, not in a product"),
-        (lambda: Constant(-1), "^constant: c must be a finite number >= 0, got -1.$"),
-        (lambda: Power(1.0, 1.0, 1.0), "shift must be at least 1, as log 1 = 0"),
+        (lambda: ConstantRule(-1), "^constant: c must be a finite number >= 0, got -1.$"),
+        (lambda: PowerRule(1.0, 1.0, 1.0), "shift must be at least 1, as log 1 = 0"),
         (lambda: Diminish(4), "kinds 1, 2 and 3, got 4"),
         (lambda: Cosine(0), "T must be a whole number >= 1, got 0"),
         (lambda: Cosine(9, lr=0.1, floor=0.2), "floor must be at most lr"),
         (lambda: Tied(0), "the factor must be positive"),
-        (lambda: Power().at(0), "numbered from 1, got n = 0"),
+        (lambda: PowerRule().at(0), "numbered from 1, got n = 0"),
         (lambda: Custom(lambda n: -1.0, "mine").at(3), "^mine must give finite numbers >= 0, got -1.0 at n = 3.$"),
     ],
 )

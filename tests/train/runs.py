@@ -1,4 +1,4 @@
-"""What the tests of whole runs share: small data and nets, runs that are stopped and go on, what a run has left."""
+"""What the tests of whole runs share: small data and nets, runs that are stopped and continue, what a run has left."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from flatmin.data.augment import Augment
-from flatmin.data.base import Data, Split
+from flatmin.data.dataset import Data, Split
 from flatmin.data.images import Statistics
 from flatmin.train import events
 from flatmin.train.config import RunConfig
@@ -172,7 +172,7 @@ class At:
 
 
 def go(path: Path, settings: RunConfig, how: Options | None = None, on_event: Any = None, **rest: Any) -> list[Any]:
-    """Go on with a run, or begin it; the events."""
+    """Continue a run, or begin it; the events."""
     told: list[Any] = []
     train(
         settings,
@@ -186,7 +186,7 @@ def go(path: Path, settings: RunConfig, how: Options | None = None, on_event: An
 
 
 def go_in_pieces(path: Path, settings: RunConfig, places: Sequence[str], how: Options | None = None) -> list[Any]:
-    """A run that is stopped at each of the places and goes on after it; the events of the last piece."""
+    """A run that is stopped at each of the places and continues after it; the events of the last piece."""
     for place in places:
         stopped = False
         try:

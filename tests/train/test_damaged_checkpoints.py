@@ -46,11 +46,11 @@ def stopped(runs, tmp_path):
 @pytest.fixture
 def files(stopped):
     """The two checkpoints, the newest first."""
-    return checkpoint.found(stopped / "checkpoints")
+    return checkpoint.listed(stopped / "checkpoints")
 
 
 def resumed(path):
-    """Where it went on, and its warnings."""
+    """Where it continued, and its warnings."""
     told = go(path, CONFIG)
     return next(e.step for e in told if isinstance(e, Began)), [e.text for e in told if isinstance(e, Warned)]
 
@@ -66,7 +66,7 @@ class TestPassedOver:
         os.truncate(files[0], random.Random(seed).randrange(1, size))
         step, warnings = resumed(stopped)
         assert step == 8
-        assert warnings == [f"the checkpoint {files[0]} is cut short or damaged. It is passed over."]
+        assert warnings == [f"the checkpoint {files[0]} is cut short or damaged. It is skipped."]
         assert as_left_alone(stopped, runs)
 
     @pytest.mark.parametrize("seed", range(4))
@@ -94,7 +94,7 @@ class TestPassedOver:
         monkeypatch.setattr(pathlib.Path, "open", refuse)
         step, (warning,) = resumed(stopped)
         assert step == 8
-        assert warning == f"the checkpoint {files[0]} cannot be read: Permission denied. It is passed over."
+        assert warning == f"the checkpoint {files[0]} cannot be read: Permission denied. It is skipped."
 
     def test_a_folder_by_such_a_name(self, stopped, files):
         files[0].unlink()
@@ -127,7 +127,7 @@ class TestPassedOver:
         step, warnings = resumed(stopped)
         assert step == 0
         assert [str(file) in warning for file, warning in zip(files, warnings[:2], strict=True)] == [True, True]
-        assert "begins from the start" in warnings[2] and len(warnings) == 3
+        assert "starts from the beginning" in warnings[2] and len(warnings) == 3
         assert as_left_alone(stopped, runs)
 
     def test_none_are_there_and_it_begins_without_a_word(self, stopped, files, runs):
@@ -139,7 +139,7 @@ class TestPassedOver:
         os.truncate(files[0], 100)
         with pytest.raises(Stop):
             go(stopped, CONFIG, options(checkpoint_steps=2), At("step 11"))
-        good = [path for path in checkpoint.found(stopped / "checkpoints") if path.stat().st_size > 100]
+        good = [path for path in checkpoint.listed(stopped / "checkpoints") if path.stat().st_size > 100]
         assert [int(path.name[5:14]) for path in good] == [10, 8]
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from flatmin.data.augment import Augment
-from flatmin.data.base import Data, Split
+from flatmin.data.dataset import Data, Split
 from flatmin.data.images import Statistics
 from flatmin.data.noise import symmetric_noise
 from flatmin.train import evaluate

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flatmin.data.augment import Augment, normalise
-from flatmin.data.base import Data, Split
+from flatmin.data.dataset import Data, Split
 from flatmin.data.images import Statistics
 from flatmin.train import feed as feeding
-from flatmin.train.config import RunConfig, stream
+from flatmin.train.config import RunConfig, derive_seed
 from flatmin.train.feed import Batch, Feed, steps_of
 from flatmin.train.processes import World
 
@@ -81,7 +81,7 @@ class TestOrder:
         two = joined(list(feed(images(augment=None), seed=3, batch_size=25).epoch()))
         assert torch.equal(one[2], two[2])
         assert not torch.equal(one[2], joined(list(feed(seed=4).epoch()))[2])
-        expected = torch.randperm(50, generator=torch.Generator().manual_seed(stream(3, "order")))
+        expected = torch.randperm(50, generator=torch.Generator().manual_seed(derive_seed(3, "order")))
         assert torch.equal(one[2], expected)
 
     def test_the_global_random_state_is_left_alone(self):
@@ -122,7 +122,7 @@ class TestImages:
     def test_they_are_those_of_the_augmentation_by_hand(self, augment, channels_last):
         data = images(augment=augment)
         one = feed(data, channels_last=channels_last, seed=5)
-        draws = torch.Generator().manual_seed(stream(5, "augment"))
+        draws = torch.Generator().manual_seed(derive_seed(5, "augment"))
         for _ in range(2):
             for batch in one.epoch():
                 expected = augment(data.train.x[batch.index], data.statistics, draws)
@@ -180,7 +180,7 @@ class TestProcesses:
     def test_shares_are_equal_and_follow_each_other(self):
         batches = [list(feed(rank=rank, size=4).epoch()) for rank in range(4)]
         assert {len(batch) for one in batches for batch in one} == {4}
-        order = torch.randperm(50, generator=torch.Generator().manual_seed(stream(0, "order")))
+        order = torch.randperm(50, generator=torch.Generator().manual_seed(derive_seed(0, "order")))
         assert [batches[rank][0].index.tolist() for rank in range(4)] == [part.tolist() for part in order[:16].split(4)]
 
     def test_dropping_the_last(self):
@@ -287,8 +287,8 @@ class TestAnyFeed:
         drop_last, ahead = data.draw(st.booleans(), label="drop_last"), data.draw(st.sampled_from((1, 7, 20, 100)))
         seed, start = data.draw(st.integers(0, 3), label="seed"), data.draw(st.integers(0, n), label="start")
         stock = images(n, side=4, augment=Augment(crop=1, cutout=2))
-        order = torch.Generator().manual_seed(stream(seed, "order"))
-        augment = torch.Generator().manual_seed(stream(seed, "augment"))
+        order = torch.Generator().manual_seed(derive_seed(seed, "order"))
+        augment = torch.Generator().manual_seed(derive_seed(seed, "augment"))
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(feeding._AHEAD, "cpu", ahead)
             feeds = [

@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from flatmin.data.base import Data, Split
+from flatmin.data.dataset import Data, Split
 from flatmin.train import fingerprint
 from flatmin.train.config import RunConfig
 

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from flatmin.data.base import as_data
+from flatmin.data.dataset import as_data
 from flatmin.train.config import RunConfig
 from flatmin.train.folder import RunFolder
 from flatmin.train.inputs import Inputs
@@ -63,7 +63,7 @@ def test_nothing_is_there_before_it_begins(tmp_path):
 def test_beginning_again_removes_the_old_result_first(finished):
     finished.add_step({"step": 1})
     finished.add_measures({"step": 1})
-    finished.blame({"step": 1})
+    finished.record_nonfinite({"step": 1})
     finished.begin(CONFIG, {})
     assert not finished.finished and not finished.weights.exists()
     assert finished.lines() == finished.steps() == finished.measures() == []

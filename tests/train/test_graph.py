@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flatmin import methods as parts
-from flatmin.data.base import Data, Split
+from flatmin.data.dataset import Data, Split
 from flatmin.data.images import Statistics
 from flatmin.methods import METHODS, compose
 from flatmin.optim.support import capture_refusal

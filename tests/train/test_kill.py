@@ -72,9 +72,9 @@ class Killer:
         time.sleep(self._draw.uniform(0, 4 * PACE))
 
     def _check(self, begin, reached):
-        """It went on from where the last one was, and nothing before the last checkpoint is lost."""
+        """It continued from where the last one was, and nothing before the last checkpoint is lost."""
         assert "Traceback" not in self.plan.said or self.plan.ranks > 1, self.plan.said
-        if (found := re.search(r"Going on after update (\d+) of", self.plan.said)) is not None:
+        if (found := re.search(r"Continuing after update (\d+) of", self.plan.said)) is not None:
             assert int(found[1]) == begin
         assert (saved_steps(self.plan.path) or [0])[0] >= max(begin, EVERY * ((reached - 1) // EVERY))
         assert not (self.plan.path / "result.json").exists()

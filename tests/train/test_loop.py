@@ -11,7 +11,7 @@ from flatmin.measure.curvature import Hessian, dense
 from flatmin.measure.problem import Problem
 from flatmin.methods import METHODS
 from flatmin.train import evaluate
-from flatmin.train.config import RunConfig, stream
+from flatmin.train.config import RunConfig, derive_seed
 from flatmin.train.feed import Batch
 from flatmin.train.loop import train
 from flatmin.train.trainer import Trainer
@@ -246,7 +246,7 @@ def test_parameters_of_parts_reach_the_recipe():
 
 
 def test_streams_differ_by_purpose_and_seed():
-    seeds = {stream(seed, purpose) for seed in range(20) for purpose in ("model", "noise", "order", "engine")}
+    seeds = {derive_seed(seed, purpose) for seed in range(20) for purpose in ("model", "noise", "order", "engine")}
     assert len(seeds) == 80
     assert max(seeds) < 2**63
 

@@ -28,13 +28,13 @@ def translated(project, line=""):
     ],
 )
 def test_lines_that_mean_the_same(project, one, other):
-    assert translated(project, one).words == translated(project, other).words
+    assert translated(project, one).command == translated(project, other).command
 
 
 @pytest.mark.parametrize(
     ("project", "line", "note"),
     [
-        ("bisam", "--adaptive False", "--adaptive is false here, as it says; the script takes any text for true."),
+        ("bisam", "--adaptive False", "--adaptive is false here, as written; the script reads any text as true."),
         ("bisam", "--threads 4", "--threads has no effect: images are augmented in whole batches"),
         ("bisam", "--depth 28", "--depth has no effect: the script reads it nowhere."),
         ("bisam", "--optim sam --mu 3", "--mu has no effect: SAM climbs the loss."),
@@ -53,7 +53,7 @@ def test_lines_that_mean_the_same(project, one, other):
         (
             "vasso",
             "CUDA_VISIBLE_DEVICES=1 python train.py",
-            "CUDA_VISIBLE_DEVICES=1 is left out; set it before flatmin.",
+            "CUDA_VISIBLE_DEVICES=1 is ignored; set it before flatmin.",
         ),
         ("vasso", "--warmup_epoch 1", "--warmup_epoch 1 is left out"),
         ("vasso", "--gamma 0.1", "--gamma has no effect: it belongs to MultiStepLRscheduler."),
@@ -64,10 +64,10 @@ def test_what_differs_is_said(project, line, note):
 
 
 def test_trackers():
-    words = translated("vasso", "--wandb --wandb_project mine --log_freq 20").words
+    words = translated("vasso", "--wandb --wandb_project mine --log_freq 20").command
     assert {"trackers=wandb", "project=mine", "log_every=20"} <= set(words)
     line = "--experiment default_sam --framework_name tensorboard"
-    assert "trackers=tensorboard" in translated("empirical", line).words
+    assert "trackers=tensorboard" in translated("empirical", line).command
 
 
 @pytest.mark.parametrize(
@@ -135,4 +135,4 @@ def test_a_fifth_project_is_one_file_and_one_line():
     from importlib import resources
 
     files = {entry.name.removesuffix(".py") for entry in resources.files(originals).iterdir() if entry.is_file()}
-    assert files - {"__init__", "base", "reader", "projects"} == set(PROJECTS)
+    assert files - {"__init__", "project", "projects", "reader"} == set(PROJECTS)

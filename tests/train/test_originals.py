@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from flatmin.models.zoo import MODELS
+from flatmin.study.expand import grid_points
 from flatmin.study.reading import read_study
-from flatmin.study.unfold import cells
 from flatmin.train.config import RunConfig, identity
 from flatmin.train.originals import bisam, empirical, fundamental, vasso
-from flatmin.train.originals.base import check
+from flatmin.train.originals.project import check
 from flatmin.train.originals.projects import PROJECTS
 from flatmin.train.settings import content_hash
 from flatmin.train.trainer import build_schedule
@@ -22,7 +22,7 @@ def translated(project, line=""):
 
 
 def config(project, line="", *words):
-    return check(translated(project, line).with_words([*words, "device=cpu"]).words)
+    return check(translated(project, line).with_overrides([*words, "device=cpu"]).command)
 
 
 # -- what the projects' own pages and scripts run ------------------------------------------------------------------
@@ -142,7 +142,7 @@ def test_against_settings_written_by_hand(project, line, expected):
 @pytest.mark.parametrize("project", PROJECTS)
 def test_precision_is_the_scripts_whatever_the_machine_has(project):
     line = {"empirical": "--experiment default", "fundamental": "--experiment cifar10_wrn28_10_sam_diminish1"}
-    assert "precision=float32" in translated(project, line.get(project, "")).words
+    assert "precision=float32" in translated(project, line.get(project, "")).command
 
 
 # -- fundamental: all files, against our studies -------------------------------------------------------------------
@@ -153,7 +153,9 @@ def test_every_file_is_a_row_of_our_studies():
     even = {"cifar10_resnet18_sam_constant_0001": "seed=42", "tiny_imagenet_resnet18_sam_constant_01": "epochs=200"}
     rows = []
     for study in ("fundamental-cifar10", "fundamental-cifar100", "fundamental-tiny"):
-        rows += [content_hash(identity(cell.config)) for cell in cells(read_study(study, ["seed=42", "device=cpu"]))]
+        rows += [
+            content_hash(identity(point.config)) for point in grid_points(read_study(study, ["seed=42", "device=cpu"]))
+        ]
     found = []
     for stem in fundamental.STEMS:
         mine = content_hash(identity(config("fundamental", f"--experiment {stem}", *filter(None, [even.get(stem)]))))

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from flatmin.data.base import Data, Split
+from flatmin.data.dataset import Data, Split
 from flatmin.data.images import STATISTICS, Statistics
 from flatmin.methods import compose, method_table
 from flatmin.models.zoo import MODELS

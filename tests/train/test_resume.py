@@ -1,4 +1,4 @@
-"""A run that was stopped and goes on ends as one that was left alone, bit for bit."""
+"""A run that was stopped and continues ends as one that was left alone, bit for bit."""
 
 import pytest
 from hypothesis import given, settings
@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from flatmin.train.events import Began
 from flatmin.train.folder import RunFolder
-from flatmin.train.interrupt import Interrupted
+from flatmin.train.interrupt import TrainingInterrupted
 from flatmin.train.loop import train
 from tests.helpers import same_bits
 from tests.train.runs import HERE, At, Stop, config, go, go_in_pieces, left_alone, options, outcome, saved_steps
@@ -85,7 +85,7 @@ class TestEveryPlace:
 
 
 class TestSignals:
-    """Ctrl-C and SIGTERM wait for the update that goes on, and nothing is lost.
+    """Ctrl-C and SIGTERM wait for the update in progress, and nothing is lost.
 
     Here they come while a listener is told of the update before.
     """
@@ -97,7 +97,7 @@ class TestSignals:
     )
     def test_the_update_is_kept_and_the_run_goes_on(self, tmp_path, name, place, step, epochs):
         how = options(checkpoint_steps=0)
-        with pytest.raises(Interrupted, match=f"^Interrupted after {step} of 12 updates; a checkpoint is kept"):
+        with pytest.raises(TrainingInterrupted, match=f"^Interrupted after {step} of 12 updates; a checkpoint is kept"):
             go(tmp_path / "run", config(), how, At(place, name))
         assert saved_steps(tmp_path / "run")[0] == step
         assert not RunFolder(tmp_path / "run").finished
@@ -111,7 +111,7 @@ class TestSignals:
 
     def test_a_checkpoint_is_kept_also_where_none_was_asked_for(self, tmp_path):
         how = options(checkpoint_steps=0, checkpoint_every=0)
-        with pytest.raises(Interrupted, match="a checkpoint is kept"):
+        with pytest.raises(TrainingInterrupted, match="a checkpoint is kept"):
             go(tmp_path / "run", config(), how, At("step 5", "SIGINT"))
         assert saved_steps(tmp_path / "run") == [6]
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from flatmin.data.base import Data, Split
+from flatmin.data.dataset import Data, Split
 from flatmin.measure.problem import Problem
 from flatmin.measure.sharpness import m_sharpness, worst_case
 from flatmin.train import evaluate, events, fingerprint, trackers
@@ -371,7 +371,7 @@ class TestEvents:
         assert result.failure is None
         assert any(text.startswith("nothing could be measured: MemoryError: no room") for text in texts)
 
-    def test_m_sharpness_is_that_of_the_card(self, tmp_path):
+    def test_m_sharpness_is_that_of_the_report(self, tmp_path):
         """Of all training samples, after the last epoch, in the groups and within the radius that were asked for."""
         nets, how = [], {"measure_every": 2, "measures": "sharpness", "measure_m": 7, "measure_rho": 0.3}
         run(config(epochs=2, selection="last"), tmp_path, on_end=nets.append, **how)
@@ -609,6 +609,6 @@ class TestRefusedBeforeAnythingIsWritten:
 def test_a_finished_run_is_not_resumed(tmp_path):
     run(config(epochs=1), tmp_path)
     before = (tmp_path / "result.json").read_bytes()
-    with pytest.raises(ValueError, match=r"holds a finished run, so there is nothing to go on with"):
+    with pytest.raises(ValueError, match=r"holds a finished run, so there is nothing to continue"):
         train(config(epochs=1), folder=RunFolder(tmp_path), resume=True)
     assert (tmp_path / "result.json").read_bytes() == before

@@ -18,8 +18,8 @@ from torch.optim.swa_utils import AveragedModel
 from flatmin.study.compare import compare
 from flatmin.study.config import CompareConfig
 from flatmin.study.executors import execute
-from flatmin.study.executors.orders import Order
-from flatmin.study.executors.performing import perform
+from flatmin.study.executors.tasks import Task
+from flatmin.study.executors.worker import run_task
 from flatmin.study.store import Run, Store
 from flatmin.train.config import RunConfig
 from flatmin.train.folder import RunFolder
@@ -166,7 +166,7 @@ class TestStore:
 
         monkeypatch.setattr(torch, "save", full)
         one, store = run(), Store(tmp_path)
-        outcome = perform(Order.of(one), store, lambda line: None)
+        outcome = run_task(Task.of(one), store, lambda line: None)
         assert "No space left" in outcome.error
         left = sorted(p.name for p in store.folder(one).iterdir())
         assert left == ["config.json", "data.json", "env.json", "metrics.jsonl"], "the run is not finished either"
@@ -175,7 +175,7 @@ class TestStore:
         one, results = run(), []
         for weights in (True, False):
             results.append(
-                perform(Order.of(one), Store(tmp_path / str(weights), weights=weights), lambda line: None).result
+                run_task(Task.of(one), Store(tmp_path / str(weights), weights=weights), lambda line: None).result
             )
         assert [dataclasses.replace(r, seconds=0.0) for r in results] == [
             dataclasses.replace(results[0], seconds=0.0)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.optim import lr_scheduler
 
-from flatmin.train.schedule import DIMINISH, SCHEDULES, Schedule
+from flatmin.train.schedule import DIMINISH, SCHEDULES, LearningRateSchedule
 
 ROUNDING = 1e-12
 FOUR_DIGITS = 5e-4
@@ -18,7 +18,7 @@ FOUR_DIGITS = 5e-4
 
 def by_epoch(**options):
     """The rates of all epochs, at one update an epoch."""
-    schedule = Schedule(**{"lr": 0.1, "epochs": 200, "steps_per_epoch": 1, **options})
+    schedule = LearningRateSchedule(**{"lr": 0.1, "epochs": 200, "steps_per_epoch": 1, **options})
     return [schedule.at(step) for step in range(schedule.epochs * schedule.steps_per_epoch)]
 
 
@@ -54,7 +54,7 @@ def schedules(draw):
     steps = draw(st.integers(1, 7))
     options = {"kind": kind, "epochs": epochs, "steps_per_epoch": steps, "lr": draw(st.floats(1e-6, 10.0))}
     if kind in DIMINISH:
-        return Schedule(**options, as_coded=draw(st.booleans()))
+        return LearningRateSchedule(**options, as_coded=draw(st.booleans()))
     options["unit"] = draw(st.sampled_from(("epoch", "step")))
     shortest = 1.0 if options["unit"] == "epoch" else 1 / steps
     if draw(st.booleans()):
@@ -67,7 +67,7 @@ def schedules(draw):
         options["gamma"] = draw(st.floats(0.01, 1.0))
     if kind == "multistep":
         options["milestones"] = tuple(sorted(draw(st.sets(st.integers(1, epochs - 1), min_size=1))))
-    return Schedule(**options)
+    return LearningRateSchedule(**options)
 
 
 def rates_of(schedule):
@@ -221,7 +221,7 @@ def test_milestones_and_exponential_count_from_the_start_of_training(options, af
 
 @pytest.mark.parametrize("kind", ["cosine", "linear"])
 def test_the_rate_after_the_end_is_lr_min(kind):
-    schedule = Schedule(kind=kind, lr=0.1, epochs=3, steps_per_epoch=7, lr_min=0.03)
+    schedule = LearningRateSchedule(kind=kind, lr=0.1, epochs=3, steps_per_epoch=7, lr_min=0.03)
     assert schedule.at(0) == 0.1
     assert schedule.at(21) == 0.03
     assert schedule.at(20) > 0.03
@@ -269,8 +269,8 @@ def test_a_rate_depends_on_the_step_alone(schedule, data):
 
 
 def test_a_schedule_is_a_value():
-    schedule = Schedule(lr=0.1, epochs=2, steps_per_epoch=3)
-    assert {schedule: 1}[Schedule(lr=0.1, epochs=2, steps_per_epoch=3)] == 1
+    schedule = LearningRateSchedule(lr=0.1, epochs=2, steps_per_epoch=3)
+    assert {schedule: 1}[LearningRateSchedule(lr=0.1, epochs=2, steps_per_epoch=3)] == 1
     with pytest.raises(dataclasses.FrozenInstanceError):
         schedule.lr = 1.0
 
@@ -335,11 +335,11 @@ MULTISTEP = {"kind": "multistep"}
 )
 def test_bad_input_is_one_sentence(options, words):
     with pytest.raises(ValueError, match=re.escape(words)):
-        Schedule(**{"lr": 0.1, "epochs": 10, "steps_per_epoch": 5, **options})
+        LearningRateSchedule(**{"lr": 0.1, "epochs": 10, "steps_per_epoch": 5, **options})
 
 
 @pytest.mark.parametrize("step", [-1, 51])
 def test_a_step_outside_of_the_training(step):
     words = f"step must be within 0..50, 10 epochs of 5 updates, got {step}."
     with pytest.raises(ValueError, match=re.escape(words)):
-        Schedule(lr=0.1, epochs=10, steps_per_epoch=5).at(step)
+        LearningRateSchedule(lr=0.1, epochs=10, steps_per_epoch=5).at(step)

@@ -124,7 +124,7 @@ def test_a_preset_file(tmp_path):
 @pytest.mark.parametrize("word", ["epochs", "=3", ""])
 def test_words_that_are_no_overrides(word):
     with pytest.raises(ValueError, match="write key=value"):
-        settings.split_word(word)
+        settings.split_override(word)
 
 
 def test_guessing_a_parts_parameter():

@@ -16,7 +16,7 @@ def pairs(n=(12, 6, 6), classes=3):
     return tuple((torch.randn(k, 4, generator=g), torch.arange(k) % classes) for k in n)
 
 def noisy():
-    from flatmin.data.base import as_data
+    from flatmin.data.dataset import as_data
     data = as_data(pairs(), "x")
     return data.with_labels((data.train.y + 1) % 3)
 

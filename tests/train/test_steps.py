@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from flatmin.data.augment import Augment
-from flatmin.data.base import Data, Split
+from flatmin.data.dataset import Data, Split
 from flatmin.data.images import Statistics
 from flatmin.train.config import RunConfig
 from flatmin.train.feed import Batch

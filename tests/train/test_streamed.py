@@ -14,9 +14,9 @@ import torch
 from typer.testing import CliRunner
 
 from flatmin.cli.main import app, main
-from flatmin.data import base
+from flatmin.data import dataset
 from flatmin.data.augment import Augment
-from flatmin.data.base import Data, Split
+from flatmin.data.dataset import Data, Split
 from flatmin.data.folder import scan_folder
 from flatmin.data.images import IMAGENET
 from flatmin.data.loader import load_files
@@ -225,7 +225,7 @@ class TestMeasuring:
 
     def test_more_than_memory_holds_is_refused(self, kept, monkeypatch):
         trainer = Trainer(settings(kept))
-        monkeypatch.setattr(base, "HELD", 4 * 3 * SIDE**2 * 10)
+        monkeypatch.setattr(dataset, "HELD", 4 * 3 * SIDE**2 * 10)
         said = r"^measuring keeps its samples in memory, and {} images of \(3, 8, 8\) are .*; take at most 10 of them"
         with pytest.raises(ValueError, match=said.format(45)):
             load_data(settings(kept, measure=True))

@@ -188,7 +188,7 @@ def test_closed_before_it_began_and_twice(tmp_path):
 def test_a_failing_tracker_is_told_of_once_and_hears_nothing_more(fails, tmp_path):
     sink = Recorder(tmp_path, fails)
     assert told(sink) == [
-        "the tracker recorder failed (OSError: the disk is full) and hears nothing more of this run; training goes on, "
+        "the tracker recorder failed (OSError: the disk is full) and is disabled for this run; training continues, "
         "and metrics.jsonl and steps.jsonl have everything."
     ]
     assert [call[0] for call in sink.calls].count(fails) == 1

@@ -115,7 +115,7 @@ def chosen(asked):
 
 
 def check(folder, number, alone):
-    """Let one operation fail: a sentence, whole files, and a run that goes on to the same end."""
+    """Let one operation fail: a sentence, whole files, and a run that continues to the same end."""
     path, (what, name) = folder / "run", alone[1][number]
     with Disk(folder, number).in_place() as disk, pytest.raises(OSError) as error:
         go(path, CONFIG, HOW)
@@ -124,7 +124,7 @@ def check(folder, number, alone):
     assert "could not be written" in said and "No space left on device" in said and "\n" not in said, (what, name, said)
     assert str(path) in said, (what, name, said)
     assert not [p for p in path.rglob(".*")], (what, name)
-    for file in checkpoint.found(path / "checkpoints"):
+    for file in checkpoint.listed(path / "checkpoints"):
         checkpoint.read(file)
     updates = saved_steps(path)
     if RunFolder(path).finished:  # only the name of its result was not yet safe
@@ -169,7 +169,7 @@ class TestCheckpoints:
             go(tmp_path / "run", CONFIG, HOW)
         assert str(error.value) == (
             f"the checkpoint of step 2 could not be written to {tmp_path / 'run' / 'checkpoints'}: No space left on "
-            "device; make room or name another folder, and go on from the last one with --resume."
+            "device; make room or name another folder, and continue from the last one with --resume."
         )
 
     def test_a_limit_of_the_operating_system(self, tmp_path, alone):

@@ -1,4 +1,4 @@
-"""`flatmin compare`: several methods on one task, over several seeds, with a table and a report."""
+"""`flatmin compare`: compare methods on one task over several seeds, with a table and a report."""
 
 from __future__ import annotations
 
@@ -24,30 +24,31 @@ def compare(
     ] = None,
     preset: Annotated[str, typer.Option(help="A preset of the package, or a .toml file.")] = "digits",
     method: Annotated[
-        list[str] | None, typer.Option("--method", "-m", help="A method, a composition, or all. Repeatable.")
+        list[str] | None,
+        typer.Option("--method", "-m", help="A method, a composition such as vasso+asam, or all. Repeatable."),
     ] = None,
     seeds: Annotated[int | None, typer.Option(help="How many seeds.")] = None,
-    noise: Annotated[float | None, typer.Option(help="Share of the training labels replaced by wrong ones.")] = None,
+    noise: Annotated[
+        float | None, typer.Option(help="Share of the training labels that are replaced by wrong ones.")
+    ] = None,
     tune: Annotated[
-        bool | None, typer.Option("--tune/--no-tune", help="Choose rho (or the given axes) on validation.")
+        bool | None, typer.Option("--tune/--no-tune", help="Choose rho (or the given axes) on the validation part.")
     ] = None,
     model: Annotated[
         str | None, typer.Option(help="conv, mlp, resnet18, ..., or your own as package.module:function.")
     ] = None,
     data: Annotated[str | None, typer.Option(help="digits, or your own as package.module:function.")] = None,
-    plugin: Annotated[
-        list[str] | None, typer.Option(help="A module that brings methods of its own. Repeatable.")
-    ] = None,
+    plugin: Annotated[list[str] | None, typer.Option(help="A module that defines further methods. Repeatable.")] = None,
     out: Annotated[Path, typer.Option(help="Folder of the runs and the report.")] = Path("flatmin-runs"),
     workers: Annotated[
-        int | None, typer.Option(min=0, help="Processes of one thread each. Default: one a core.")
+        int | None, typer.Option(min=0, help="Processes with one thread each (default: one per core).")
     ] = None,
     report: Annotated[bool, typer.Option("--report/--no-report", help="Write the HTML report.")] = True,
     open_report: Annotated[bool, typer.Option("--open", help="Open the report in a browser.")] = False,
 ) -> None:
-    """Train a small network with several methods over several seeds, and say what follows.
+    """Train a small network with several methods over several seeds, and print the table and conclusions.
 
-    Finished runs are kept in the folder and reused; Ctrl-C loses at most the runs that are under way.
+    Finished runs are stored in the folder and reused; Ctrl-C loses at most the runs in progress.
     """
     from flatmin.cli.progress import Progress
     from flatmin.study import page
@@ -81,7 +82,7 @@ def compare(
             )
     except KeyboardInterrupt as interrupt:
         # Said here, because typer ends the process on Ctrl-C without a word.
-        typer.echo(str(interrupt) or "Interrupted; the same command goes on from the finished runs.", err=True)
+        typer.echo(str(interrupt) or "Interrupted; the same command continues from the finished runs.", err=True)
         raise typer.Exit(130) from None
     path = write_report(summary, out / "report.html") if report else None
     console.print()

@@ -1,4 +1,4 @@
-"""The console that commands print to."""
+"""The console of the commands."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LEAST_WIDTH = 20
 def make_console(*, stderr: bool = False, quiet: bool = False) -> Console:
     """A console of the terminal's width, or of `PIPE_WIDTH` columns where there is no terminal.
 
-    A dumb terminal, which cannot redraw a line, gets what a pipe gets.
+    A dumb terminal, which cannot redraw a line, is treated as a pipe.
     """
     from rich.console import Console
 
@@ -34,7 +34,7 @@ def make_console(*, stderr: bool = False, quiet: bool = False) -> Console:
 
 
 def make_bar(console: Console) -> Progress:
-    """A bar with its share, the time left and a last word, gone when it is done; nothing where there is no terminal.
+    """A progress bar with its share, the remaining time and a note, removed at the end; nothing without a terminal.
 
     A task needs the field `last`.
     """

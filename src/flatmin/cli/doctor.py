@@ -1,4 +1,4 @@
-"""`flatmin doctor`: what is installed, what it runs on, and how to get what is missing."""
+"""`flatmin doctor`: installed packages, devices, and how to install missing packages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ OLDEST_TORCH = (2, 6)
 
 @dataclass(frozen=True)
 class Extra:
-    """An optional dependency: the extra's name, the distribution that it brings, and what for."""
+    """An optional dependency: the name of the extra, the distribution that it installs, and its purpose."""
 
     name: str
     distribution: str
@@ -50,9 +50,9 @@ def installed(distribution: str) -> str | None:
 
 
 def doctor() -> None:
-    """Versions, devices, and what is missing with the command that brings it.
+    """Print versions, devices, missing packages and how to install them.
 
-    Exits with 1 if something that flatmin cannot do without is missing or too old.
+    The exit code is 1 if a required package is missing or too old.
     """
     problems: list[str] = []
     typer.echo("Versions")
@@ -68,10 +68,12 @@ def doctor() -> None:
     typer.echo("\nExtras")
     missing = []
     for extra in EXTRAS:
-        found = installed(extra.distribution)
-        state = f"{extra.distribution} {found}" if found else f"{extra.distribution} not installed"
+        installed_version = installed(extra.distribution)
+        state = (
+            f"{extra.distribution} {installed_version}" if installed_version else f"{extra.distribution} not installed"
+        )
         _line(extra.name, f"{state}: {extra.purpose}")
-        if found is None:
+        if installed_version is None:
             missing.append(f"{extra.name} is not installed; to get it: pip install 'flatmin[{extra.name}]'")
     typer.echo("")
     for line in problems + missing:
@@ -87,7 +89,7 @@ def _line(name: str, value: str) -> None:
 
 
 def _devices() -> list[str]:
-    """Print what torch sees; return what is wrong with it."""
+    """Print the devices of torch; return problems and how to solve them."""
     try:
         import torch
     except (ImportError, OSError) as error:

@@ -1,4 +1,4 @@
-"""`flatmin eval`: the kept weights of a run on its own data or on others."""
+"""`flatmin eval`: evaluate the weights of a run on its own data or on other data."""
 
 from __future__ import annotations
 
@@ -14,29 +14,32 @@ from flatmin.cli.targets import run_folder
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from flatmin.train.reevaluate import Evaluation
+    from flatmin.train.reevaluate import Reevaluation
     from flatmin.train.saved import SavedRun
 
 
 def evaluate(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder, or its name in flatmin-runs/runs.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or the name of a run in flatmin-runs/runs.")],
     data: Annotated[
-        str | None, typer.Option(help="Another data set, by name or as package.module:function. Default: its own.")
+        str | None,
+        typer.Option(help="Another data set, by name or as package.module:function. Default: that of the run."),
     ] = None,
-    data_dir: Annotated[str | None, typer.Option(help="Folder of its files. Default: that of the run.")] = None,
-    split: Annotated[str, typer.Option(help="train (with the labels trained on), val or test.")] = "test",
+    data_dir: Annotated[str | None, typer.Option(help="Folder of its files (default: that of the run).")] = None,
+    split: Annotated[str, typer.Option(help="train (with the labels of training), val or test.")] = "test",
     flip_tta: Annotated[
         bool | None,
-        typer.Option("--flip-tta/--no-flip-tta", help="Mean over image and mirrored image. Default: as the run did."),
+        typer.Option(
+            "--flip-tta/--no-flip-tta", help="Average over image and mirrored image (default: as in the run)."
+        ),
     ] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Samples in a forward pass.")] = None,
-    classes: Annotated[bool, typer.Option("--classes", help="The accuracy of every class too.")] = False,
+    batch: Annotated[int | None, typer.Option(min=1, help="Samples per forward pass.")] = None,
+    classes: Annotated[bool, typer.Option("--classes", help="Also print the accuracy of every class.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print only JSON.")] = False,
 ) -> None:
-    """Evaluate the weights that a run kept.
+    """Evaluate the weights of a run.
 
-    Images are normalised with the statistics of the run's training data, of whatever data set they are.
+    Images of any data set are normalised with the statistics of the run's training data.
     """
     import torch
 
@@ -49,32 +52,33 @@ def evaluate(
         data=data, data_dir=data_dir, split=split, flip_tta=flip_tta, batch=batch, device=device, classes=classes
     )
     saved = open_run(run_folder(run))
-    found = reevaluate(saved, asked)
+    evaluation = reevaluate(saved, asked)
     if as_json:
-        typer.echo(json.dumps({"run": str(saved.weights.parent), **dataclasses.asdict(found)}, indent=1))
+        typer.echo(json.dumps({"run": str(saved.weights.parent), **dataclasses.asdict(evaluation)}, indent=1))
         return
-    _print(saved, found, make_console())
+    _print(saved, evaluation, make_console())
 
 
-def _print(saved: SavedRun, found: Evaluation, console: Console) -> None:
+def _print(saved: SavedRun, evaluation: Reevaluation, console: Console) -> None:
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    precision = "" if found.precision == "float32" else f", {found.precision}"
-    mirrored = ", mean over image and mirrored image" if found.flip_tta else ""
+    precision = "" if evaluation.precision == "float32" else f", {evaluation.precision}"
+    mirrored = ", mean over image and mirrored image" if evaluation.flip_tta else ""
     say(f"{saved.name}: {saved.config.method}, {saved.config.model} trained on {saved.config.data}")
-    say(f"{found.split} part of {found.data}, {found.samples:,} samples, on {found.device}{precision}{mirrored}")
-    if found.normalised_with is not None:
-        mean, std = (" ".join(f"{value:.4f}" for value in values) for values in found.normalised_with)
+    where = f"on {evaluation.device}{precision}{mirrored}"
+    say(f"{evaluation.split} part of {evaluation.data}, {evaluation.samples:,} samples, {where}")
+    if evaluation.normalised_with is not None:
+        mean, std = (" ".join(f"{value:.4f}" for value in values) for values in evaluation.normalised_with)
         say(f"normalised with the statistics of the run's training data: mean {mean}, std {std}")
-    if found.wrong:
-        say(f"{found.wrong:.0f} % of these labels are wrong on purpose, as they were in training")
-    say(f"\nloss   {found.loss:8.4f}")
-    interval = f"(95 % interval over the samples: {found.acc_low:.2f} to {found.acc_high:.2f})"
-    say(f"top-1  {found.acc:8.2f} %  {interval}")
-    if found.top5 is not None:
-        say(f"top-5  {found.top5:8.2f} %")
-    if found.classes:
+    if evaluation.wrong:
+        say(f"{evaluation.wrong:.0f} % of these labels are wrong on purpose, as they were in training")
+    say(f"\nloss   {evaluation.loss:8.4f}")
+    interval = f"(95 % interval over the samples: {evaluation.acc_low:.2f} to {evaluation.acc_high:.2f})"
+    say(f"top-1  {evaluation.acc:8.2f} %  {interval}")
+    if evaluation.top5 is not None:
+        say(f"top-5  {evaluation.top5:8.2f} %")
+    if evaluation.classes:
         say("\nclass  samples  accuracy")
-    for number, share in enumerate(found.classes):
+    for number, share in enumerate(evaluation.classes):
         say(f"{number:>5}  {share.samples:>7,}  " + ("       -" if share.acc is None else f"{share.acc:6.2f} %"))

@@ -1,4 +1,4 @@
-"""`flatmin export`: a run's weights as a file for others."""
+"""`flatmin export`: write the weights of a run to a file."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from flatmin.cli.targets import run_folder
 
 
 def export(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder, or its name in flatmin-runs/runs.")],
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="Ends in .pt (a state dict) or .safetensors.")],
-    force: Annotated[bool, typer.Option("--force", help="Write over a file that is there.")] = False,
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or the name of a run in flatmin-runs/runs.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A file that ends in .pt (state dict) or .safetensors.")],
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
 ) -> None:
-    """Write the weights that a run kept as a plain state dict, or as safetensors with its settings beside them."""
+    """Write the weights of a run as a plain state dict, or as safetensors with the settings beside them."""
     from flatmin.train.export import export as write
     from flatmin.train.saved import open_run
 

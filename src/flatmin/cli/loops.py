@@ -1,4 +1,4 @@
-"""Which loops serve which method, for a terminal and for the docs page."""
+"""Which loops support which method, for the terminal and the docs page."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ YES, NO = "yes", "-"
 
 
 def reasons(table: Mapping[str, Method]) -> dict[tuple[str, Loop], str | None]:
-    """Why a loop cannot serve a method (None: it can), for every pair."""
+    """Why a loop does not support a method (None: it does), for every pair."""
     return {(name, loop): refusal(method.recipe(), loop) for name, method in table.items() for loop in Loop}
 
 
@@ -26,13 +26,13 @@ def as_markdown(table: Mapping[str, Method]) -> str:
 
 
 def _render(table: Mapping[str, Method], *, markdown: bool) -> str:
-    found = reasons(table)
+    reasons_of = reasons(table)
     letters: dict[str, str] = {}
-    for reason in found.values():
+    for reason in reasons_of.values():
         if reason is not None:
             letters.setdefault(reason, chr(ord("a") + len(letters)))
     heads = ["method", *(f"`{loop.value}`" if markdown and "DDP" not in loop.value else loop.value for loop in Loop)]
-    rows = [[name, *(_cell(found[name, loop], letters) for loop in Loop)] for name in table]
+    rows = [[name, *(_cell(reasons_of[name, loop], letters) for loop in Loop)] for name in table]
     if markdown:
         lines = [_line(heads), _line(["---", *[":-:"] * len(Loop)]), *map(_line, rows)]
         notes = [f"- **{letter}** {reason}" for reason, letter in letters.items()]

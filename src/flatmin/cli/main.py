@@ -58,10 +58,10 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _options(
     _debug: Annotated[
-        bool, typer.Option("--debug", help="Show the traceback of an error. May stand anywhere in the line.")
+        bool, typer.Option("--debug", help="Show the traceback of an error. Accepted anywhere on the command line.")
     ] = False,
     _show_version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     pass
@@ -70,12 +70,12 @@ def _options(
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit.
 
-    Exit codes: 0 done; 1 a bug, with its traceback, or a claim of `flatmin theory` that does not hold; 2 a mistake in
-    the command or its surroundings, said in one sentence; 3 `flatmin measure` is done, but something that was asked for
-    is missing, said with the reason; 130 interrupted.
+    Exit codes: 0 success; 1 a bug, with its traceback, or a claim of `flatmin theory` that does not hold; 2 a mistake
+    in the command or its environment, with a message of one sentence; 3 `flatmin measure` could not measure everything,
+    with the reasons; 130 interrupted.
 
     Args:
-        arguments: the words after `flatmin`. Default: those of the process.
+        arguments: the arguments after `flatmin`. Default: those of the process.
     """
     words = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in words
@@ -98,7 +98,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _unprinted() -> str:
-    """Why the output is not whole; empty if it is, or if its reader has just left."""
+    """Why the output is incomplete; empty if it is complete or if its reader closed it."""
     if sys.stdout is not None:
         sys.stdout.flush()
     problem = unwritten()

@@ -26,7 +26,7 @@ PAGE_WIDTH = 120
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
+class Compatibility:
     """Whether two names go together: the symbol, the sentence of the refusal, and the contradiction behind it."""
 
     symbol: str
@@ -34,21 +34,21 @@ class Verdict:
     clash: ContradictionError | None = None
 
 
-def verdicts(table: Mapping[str, Method]) -> dict[tuple[str, str], Verdict]:
+def compatibilities(table: Mapping[str, Method]) -> dict[tuple[str, str], Compatibility]:
     """What `compose` says of every pair of names, in the order of the table."""
     return {(a, b): _verdict(a, b, table) for a, b in itertools.combinations(table, 2)}
 
 
-def _verdict(a: str, b: str, table: Mapping[str, Method]) -> Verdict:
+def _verdict(a: str, b: str, table: Mapping[str, Method]) -> Compatibility:
     try:
         compose(f"{a}+{b}", table)
     except ContradictionError as clash:
-        return Verdict(symbol=CONTRADICTS, reason=str(clash), clash=clash)
+        return Compatibility(symbol=CONTRADICTS, reason=str(clash), clash=clash)
     except ValueError as error:
         kinds = [part.kind for part in table[a].parts]
         both = next(part.kind for part in table[b].parts if part.kind in kinds)
-        return Verdict(symbol=SYMBOLS[both], reason=str(error))
-    return Verdict(symbol=GOES)
+        return Compatibility(symbol=SYMBOLS[both], reason=str(error))
+    return Compatibility(symbol=GOES)
 
 
 def as_text(table: Mapping[str, Method], width: int) -> str:
@@ -62,20 +62,20 @@ def as_markdown(table: Mapping[str, Method]) -> str:
 
 
 def _render(table: Mapping[str, Method], width: int, fences: tuple[str, ...]) -> str:
-    found = verdicts(table)
-    lines = [*fences[:1], *_square(table, found), *fences[1:], "", *textwrap.wrap(_legend(), width), ""]
-    for line in _refusals(table, found):
+    pairs = compatibilities(table)
+    lines = [*fences[:1], *_square(table, pairs), *fences[1:], "", *textwrap.wrap(_legend(), width), ""]
+    for line in _refusals(table, pairs):
         lines += textwrap.wrap(line, width, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)
     return "\n".join(lines)
 
 
-def _square(table: Mapping[str, Method], found: Mapping[tuple[str, str], Verdict]) -> list[str]:
+def _square(table: Mapping[str, Method], pairs: Mapping[tuple[str, str], Compatibility]) -> list[str]:
     names = list(table)
     wide = max(map(len, names)) + 3
     numbers = [f"{i:>2}" for i in range(1, len(names) + 1)]
     lines = [f"{'':{wide}} {_spaced([number[digit] for number in numbers])}".rstrip() for digit in (0, 1)]
     for i, a in enumerate(names):
-        row = [SAME if a == b else found[(a, b) if i < j else (b, a)].symbol for j, b in enumerate(names)]
+        row = [SAME if a == b else pairs[(a, b) if i < j else (b, a)].symbol for j, b in enumerate(names)]
         lines.append(f"{numbers[i]} {a:<{wide - 3}} {_spaced(row)}")
     return lines
 
@@ -94,7 +94,7 @@ def _legend() -> str:
     )
 
 
-def _refusals(table: Mapping[str, Method], found: Mapping[tuple[str, str], Verdict]) -> list[str]:
+def _refusals(table: Mapping[str, Method], pairs: Mapping[tuple[str, str], Compatibility]) -> list[str]:
     """One line for each part that several names set, then one for each name and reason of a contradiction."""
     lines = []
     for kind in SYMBOLS:
@@ -102,7 +102,7 @@ def _refusals(table: Mapping[str, Method], found: Mapping[tuple[str, str], Verdi
         if len(setters) > 1:
             lines.append(f"Both set the {kind}, choose one: {', '.join(setters)}.")
     grouped: dict[tuple[str, str], list[str]] = {}
-    for (a, b), verdict in found.items():
+    for (a, b), verdict in pairs.items():
         clash = verdict.clash
         if clash is None:
             continue

@@ -1,4 +1,4 @@
-"""`flatmin measure`: curvature, sharpness and landscapes of trained nets, one card or a comparison."""
+"""`flatmin measure`: curvature, sharpness and landscapes of trained networks, as a report or a comparison."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from flatmin.measure.card import CardSettings
-    from flatmin.study.measured import Measured, Unmeasured
+    from flatmin.measure.report import ReportSettings
+    from flatmin.study.measured import NetReport, Unmeasured
 
 _SETTING = re.compile(r"[a-z_]+=")
 
@@ -37,41 +37,48 @@ def measure(
     what: Annotated[
         str,
         typer.Option(
-            help="card, all, or of model,hessian,trace,density,sharpness,flatness,layers,published,landscape."
+            help="report, all, or of model,hessian,trace,density,sharpness,flatness,layers,published,landscape."
         ),
-    ] = "card",
-    split: Annotated[str, typer.Option(help="train (with the labels trained on), val or test.")] = "train",
-    examples: Annotated[int | None, typer.Option(min=1, help="How many of them. Default: all.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Examples in a forward pass.")] = 150,
-    params: Annotated[str, typer.Option(help="Patterns of parameter names, with commas.")] = "*",
-    mode: Annotated[str, typer.Option(help="eval, or train: BatchNorm by the batch.")] = "eval",
-    dtype: Annotated[str, typer.Option(help="float32, float64, or bfloat16 (autocast, some percent off).")] = "float32",
+    ] = "report",
+    split: Annotated[str, typer.Option(help="train (with the labels of training), val or test.")] = "train",
+    examples: Annotated[int | None, typer.Option(min=1, help="Number of examples (default: all).")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Examples per forward pass.")] = 150,
+    params: Annotated[str, typer.Option(help="Patterns of parameter names, separated by commas.")] = "*",
+    mode: Annotated[str, typer.Option(help="eval, or train: BatchNorm with batch statistics.")] = "eval",
+    dtype: Annotated[
+        str, typer.Option(help="float32, float64, or bfloat16 (autocast; accurate to some percent).")
+    ] = "float32",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    model: Annotated[str | None, typer.Option(help="For a file of weights: its net, as pkg.module:function.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="For a file of weights: its network, as pkg.module:function.")
+    ] = None,
     data: Annotated[str | None, typer.Option(help="For a file of weights: its data, as pkg.module:function.")] = None,
     key: Annotated[
-        str | None, typer.Option(help="For a file with several weights that fit: which, such as ema or state_dict.")
+        str | None,
+        typer.Option(help="For a file with several matching sets of weights: which one, such as ema or state_dict."),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder of the numbers, the page and the landscapes.")] = Path(
         "flatmin-measures"
     ),
-    workers: Annotated[int | None, typer.Option(min=0, help="Processes for several nets. Default: one a core.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Processes for several networks (default: one per core).")
+    ] = None,
     page: Annotated[bool, typer.Option("--page/--no-page", help="Write the HTML page.")] = True,
-    png: Annotated[bool, typer.Option("--png", help="Write the card of each net as a picture too.")] = False,
+    png: Annotated[bool, typer.Option("--png", help="Also write the report of each network as a picture.")] = False,
     open_page: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
 ) -> None:
-    """Say how flat trained nets are: numbers with their errors, pictures, and groups of seeds side by side.
+    """Measure the flatness of trained networks: numbers with their errors, pictures, and a comparison over seeds.
 
-    One net gives its card. Several give a table by the arm that they belong to, with paired differences to sgd. What
-    cannot be measured is named with its reason, and the exit status is 3; all else is kept. Numbers of another net or
-    of other settings that are in the folder already are left there: the new ones get a name with a number.
+    For one network the command prints its report. For several it prints a table by arm, with paired differences to
+    sgd. It names what could not be measured and why, and exits with 3; everything else is written. Existing files of
+    other networks or settings are not overwritten: new files get a number.
     """
     import torch
 
     from flatmin.cli.compare import default_workers
     from flatmin.cli.targets import run_folder
-    from flatmin.measure.card import chosen
-    from flatmin.study import draw_card
+    from flatmin.measure.report import chosen
+    from flatmin.study import draw_report
     from flatmin.study.measured import as_json
     from flatmin.study.measured_page import render
     from flatmin.study.measuring import View, find_all, identity, measure_all
@@ -86,7 +93,7 @@ def measure(
     if page:
         require_figures()
     if png:
-        draw_card.require()
+        draw_report.require()
     words = [word for word in targets if _SETTING.match(word) and not Path(word).exists()]
     # A path, or the name of a run.
     paths = [Path(word) if Path(word).is_file() else run_folder(word) for word in targets if word not in words]
@@ -107,7 +114,7 @@ def measure(
     )
     several = len(runs) > 1
     if workers and (not several or device != "cpu"):
-        raise ValueError("--workers is for several nets on the CPU; here there is one process.")
+        raise ValueError("--workers is for several networks on the CPU; this command uses one process.")
     processes = (default_workers() if workers is None else workers) if several and device == "cpu" else 0
     console = make_console()
     about = environment(device, 1 if processes else torch.get_num_threads())
@@ -123,7 +130,7 @@ def measure(
     try:
         with _Bar(console, len(runs)) as bar:
 
-            def done(net: Measured) -> None:
+            def done(net: NetReport) -> None:
                 keep(net, done=True)
                 bar.done(net)
 
@@ -138,18 +145,18 @@ def measure(
                 on_failed=failed.append if several else None,
             )
     except KeyboardInterrupt:
-        kept = [str(file.json) for file in files.values() if file.read()]
+        stored = [str(file.json) for file in files.values() if file.read()]
         typer.echo(
-            f"Interrupted; {'what was measured is in ' + ', '.join(kept) if kept else 'nothing was measured yet'}; "
-            "landscapes are kept and go on from there.",
+            f"Interrupted; {'what was measured is in ' + ', '.join(stored) if stored else 'nothing was measured yet'}; "
+            "landscapes are stored and continue from there.",
             err=True,
         )
         raise typer.Exit(130) from None
     if not nets:
         whys = " ".join(f"{why} (while {names} was measured)" for why, names in _by_reason(failed))
-        raise ValueError(f"no net could be measured: {whys}")
+        raise ValueError(f"no network could be measured: {whys}")
     _print(nets, console)
-    lacking = bool(failed) or any(net.card.missing for net in nets)
+    lacking = bool(failed) or any(net.report.missing for net in nets)
     if several:
         write_json(whole.json, as_json(nets, about, failed, of=whole.of))
     written = [whole.json]
@@ -164,7 +171,7 @@ def measure(
 
     for net in nets if png else ():
         picture = files[net.name].json.with_suffix(".png")
-        draw(f"the picture of {net.name}", partial(draw_card.save, net, picture, on_missing=undrawn.append))
+        draw(f"the picture of {net.name}", partial(draw_report.save, net, picture, on_missing=undrawn.append))
     if page:
         command = ["flatmin", *sys.argv[1:]]
         draw(
@@ -186,11 +193,11 @@ def measure(
 
 
 def _by_reason(failed: Sequence[Unmeasured]) -> list[tuple[str, str]]:
-    """Each reason with the names of the nets."""
-    found: dict[str, list[str]] = {}
+    """Each reason with the names of the networks."""
+    names_of: dict[str, list[str]] = {}
     for net in failed:
-        found.setdefault(net.why, []).append(net.name)
-    return [(why, ", ".join(names)) for why, names in found.items()]
+        names_of.setdefault(net.why, []).append(net.name)
+    return [(why, ", ".join(names)) for why, names in names_of.items()]
 
 
 @dataclass(frozen=True)
@@ -203,53 +210,55 @@ class _File:
 
     @classmethod
     def free(cls, folder: Path, name: str, of: str, others: Iterable[_File]) -> _File:
-        """The file of this name, or the first of it with a number that holds nothing else."""
+        """The file of this name, or the first numbered one that holds no other numbers."""
         taken = {other.json for other in others}
         for number in itertools.count(1):
             file = folder / (f"{name}.json" if number == 1 else f"{name}-{number}.json")
-            found = cls(file, of, "" if number == 1 else f"{name}.json holds other numbers; these are in {file.name}.")
-            if file not in taken and (not file.exists() or found.read()):
-                return found
+            candidate = cls(
+                file, of, "" if number == 1 else f"{name}.json holds other numbers; these are in {file.name}."
+            )
+            if file not in taken and (not file.exists() or candidate.read()):
+                return candidate
         raise AssertionError
 
     def read(self) -> dict[str, Any]:
         """What the file holds, if that is of this net and these settings; else nothing."""
         try:
-            found = json.loads(self.json.read_text(encoding="utf-8"))
+            table = json.loads(self.json.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
-        return found if isinstance(found, dict) and found.get("of") == self.of else {}
+        return table if isinstance(table, dict) and table.get("of") == self.of else {}
 
 
-def _keep(files: Mapping[str, _File], about: dict[str, object], net: Measured, *, done: bool = False) -> None:
-    """Write what is known of a net, also in another process; of a net in work only what is more than is there."""
+def _keep(files: Mapping[str, _File], about: dict[str, object], net: NetReport, *, done: bool = False) -> None:
+    """Write the numbers of a network; of an unfinished one only if they are more than the file has."""
     from flatmin.study.measured import as_json
     from flatmin.train.files import write_json
 
-    file, found = files[net.name], as_json([net], about, of=files[net.name].of)
-    if done or _numbers_in(found) >= _numbers_in(file.read()):
+    file, table = files[net.name], as_json([net], about, of=files[net.name].of)
+    if done or _numbers_in(table) >= _numbers_in(file.read()):
         file.json.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file.json, found)
+        write_json(file.json, table)
 
 
-def _numbers_in(found: Mapping[str, Any]) -> int:
-    sections = [section for net in found.get("nets", []) for section in net["sections"].values()]
+def _numbers_in(table: Mapping[str, Any]) -> int:
+    sections = [section for net in table.get("nets", []) for section in net["sections"].values()]
     return sum(len(section["quantities"]) + len(section["results"]) for section in sections)
 
 
-def _settings(words: Sequence[str]) -> CardSettings:
-    from flatmin.measure.card import CardSettings
-    from flatmin.train.settings import field_types, parse, split_word
+def _settings(overrides: Sequence[str]) -> ReportSettings:
+    from flatmin.measure.report import ReportSettings
+    from flatmin.train.settings import field_types, parse, split_override
     from flatmin.words import suggest
 
-    kinds = field_types(CardSettings)
-    found = {}
-    for word in words:
-        key, text = split_word(word)
+    kinds = field_types(ReportSettings)
+    values = {}
+    for word in overrides:
+        key, text = split_override(word)
         if key not in kinds:
             raise ValueError(f"unknown setting {key!r}{suggest(key, kinds)} (settings: {', '.join(kinds)})")
-        found[key] = parse(key, text, kinds[key])
-    return CardSettings(**found)
+        values[key] = parse(key, text, kinds[key])
+    return ReportSettings(**values)
 
 
 class _Bar:
@@ -281,21 +290,21 @@ class _Bar:
         self._bar.stop()
 
     def part(self, what: str, share: float) -> None:
-        """What is being measured, and how much of it is done."""
+        """Show what is being measured and the share done."""
         self._bar.update(self._task, part=what.replace("_", " "), completed=share if self._nets == 1 else None)
 
-    def done(self, net: Measured) -> None:
-        """A net is done."""
+    def done(self, net: NetReport) -> None:
+        """Show that a network is done."""
         self._done += 1
-        seconds = sum(section.seconds for section in net.card.sections)
+        seconds = sum(section.seconds for section in net.report.sections)
         if self._nets > 1:
             self._bar.update(self._task, advance=1, count=self._count())
             if not self._console.is_terminal:
                 self._console.print(f"[{self._count()}] {net.name}: {seconds:.1f} s", markup=False, highlight=False)
 
 
-def _print(nets: Sequence[Measured], console: Console) -> None:
-    from flatmin.study.measured import compare_cards, groups_of, left_out, remarks, unlike
+def _print(nets: Sequence[NetReport], console: Console) -> None:
+    from flatmin.study.measured import compare_reports, groups_of, left_out, remarks, unlike
     from flatmin.study.measured_page import sentence
 
     console.print()
@@ -304,31 +313,31 @@ def _print(nets: Sequence[Measured], console: Console) -> None:
         console.print(remark, markup=False, highlight=False)
     console.print()
     if len(nets) == 1:
-        for section in nets[0].card.sections:
+        for section in nets[0].report.sections:
             if section.quantities:
                 console.print(f"[bold]{section.title}[/bold]")
                 console.print(_numbers(section.quantities))
                 console.print()
             for measure_name, why in section.missing.items():
-                console.print(f"{measure_name} is not there: {why}", markup=False, highlight=False)
+                console.print(f"{measure_name} is missing: {why}", markup=False, highlight=False)
         return
     counts = ", ".join(f"{name} {len(members)}" for name, members in groups_of(nets).items())
     console.print(_comparison(nets))
     console.print(
-        f"[dim]Nets: {counts}. Mean ± 95 % t interval over the seeds; differences paired. Flatter or sharper as far as "
-        "the seeds tell.[/dim]"
+        f"[dim]Nets: {counts}. Mean ± 95 % t interval over the seeds; differences paired. Not significant: the "
+        "interval of the difference covers 0.[/dim]"
     )
     for words in left_out(nets):
         console.print(words, markup=False, highlight=False)
-    noted = {row.quantity.name: row.notes for row in compare_cards(nets) if row.notes}
+    noted = {row.quantity.name: row.notes for row in compare_reports(nets) if row.notes}
     if noted:
         console.print(
-            "* of some net: " + "; ".join(f"{name} {', '.join(found)}" for name, found in noted.items()),
+            "* of some net: " + "; ".join(f"{name} {', '.join(names)}" for name, names in noted.items()),
             markup=False,
             highlight=False,
         )
     for words in unlike(nets):
-        console.print(f"The nets were not measured alike: {words}.", markup=False, highlight=False)
+        console.print(f"The networks were measured with different settings: {words}.", markup=False, highlight=False)
 
 
 def _table() -> Table:
@@ -341,8 +350,8 @@ def _table() -> Table:
 def _numbers(quantities: Sequence[object]) -> Table:
     from rich.text import Text
 
-    from flatmin.measure.card import Quantity
-    from flatmin.study.measured import told
+    from flatmin.measure.report import Quantity
+    from flatmin.study.measured import with_error
 
     table = _table()
     table.show_header = False
@@ -354,14 +363,14 @@ def _numbers(quantities: Sequence[object]) -> Table:
         about = Text(q.text)
         if q.note:
             about.append(f" ({q.note})", style="yellow")
-        table.add_row(Text(q.name), told(q.value, q.error), about)
+        table.add_row(Text(q.name), with_error(q.value, q.error), about)
     return table
 
 
-def _comparison(nets: Sequence[Measured]) -> Table:
+def _comparison(nets: Sequence[NetReport]) -> Table:
     from rich.text import Text
 
-    from flatmin.study.measured import compare_cards, groups_of, told_stat
+    from flatmin.study.measured import compare_reports, groups_of, stat_text
 
     groups = list(groups_of(nets))
     base, others = groups[0], groups[1:]
@@ -372,11 +381,11 @@ def _comparison(nets: Sequence[Measured]) -> Table:
     for name in others:
         table.add_column(Text(f"{name} - {base}"), justify="right", no_wrap=True)
         table.add_column(Text(f"{name} is"), no_wrap=True)
-    for row in compare_cards(nets):
+    for row in compare_reports(nets):
         cells: list[Text | str] = [Text(row.quantity.name + " *" * bool(row.notes))]
-        cells += ["-" if (found := row.groups.get(name)) is None else told_stat(found) for name in groups]
+        cells += ["-" if (stat := row.groups.get(name)) is None else stat_text(stat) for name in groups]
         for name in others:
-            found = row.difference.get(name)
-            cells += ["-" if found is None else told_stat(found), row.verdict(name)]
+            stat = row.difference.get(name)
+            cells += ["-" if stat is None else stat_text(stat), row.verdict(name)]
         table.add_row(*cells)
     return table

@@ -20,16 +20,16 @@ RULES = ("schedule", "radius", "mask")
 
 def methods(
     name: Annotated[
-        str | None, typer.Argument(help="A method or a composition such as vasso+asam, to see its parts.")
+        str | None, typer.Argument(help="A method or a composition such as vasso+asam, to print its parts.")
     ] = None,
     plugin: Annotated[
-        list[str] | None, typer.Option(help="An importable module that brings methods of its own. Repeatable.")
+        list[str] | None, typer.Option(help="An importable module that defines further methods. Repeatable.")
     ] = None,
     matrix: Annotated[
-        bool, typer.Option("--matrix", help="Which pairs of names compose, and why others do not.")
+        bool, typer.Option("--matrix", help="Print which pairs of names compose, and why others do not.")
     ] = False,
     loops: Annotated[
-        bool, typer.Option("--loops", help="Which loops serve which method, and why others do not.")
+        bool, typer.Option("--loops", help="Print which loops support which method, and why others do not.")
     ] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the matrix, or the loops, as Markdown.")] = False,
 ) -> None:
@@ -58,7 +58,7 @@ def methods(
             console.print()
         console.print(
             "[dim]rho: default radius. grads: gradient evaluations a step. copies: of the moved weights, held during "
-            "a step beyond the base optimizer's own. sets: the parts that it brings; names compose if these differ: "
+            "a step beyond the base optimizer's own. sets: its parts; names compose if these differ: "
             "flatmin methods vasso+bisam-log+asam. Every pair: flatmin methods --matrix[/dim]\n"
         )
         _print_details(table, console)
@@ -74,7 +74,7 @@ def _needs(recipe: Recipe) -> str:
 
 
 def _groups(table: Mapping[str, Method]) -> list[tuple[str, dict[str, Method]]]:
-    """The methods, then the rules that only say when, how far and which weights."""
+    """The methods, then the rules: on which steps, how far, and which weights."""
     rules = {
         name: method
         for name, method in table.items()
@@ -83,7 +83,7 @@ def _groups(table: Mapping[str, Method]) -> list[tuple[str, dict[str, Method]]]:
     methods = {name: method for name, method in table.items() if name not in rules}
     return [
         ("Methods", methods),
-        ("Rules: on which steps, how far, which weights. Alone they are SAM with the rule.", rules),
+        ("Rules: on which steps, how far, which weights. A rule alone is SAM with this rule.", rules),
     ]
 
 

@@ -1,4 +1,4 @@
-"""What a study shows while it works: a bar on a terminal, one line a run elsewhere."""
+"""Progress of a study: a bar on a terminal, one line per run elsewhere."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ STAGES = {"tune": "Choosing on validation", "compare": "Training", "study": "Tra
 
 
 class Progress:
-    """A context manager that takes a study's events.
+    """A context manager that shows the events of a study.
 
     Args:
-        console: where to show them. A terminal gets a bar, anything else plain lines.
+        console: where to show them. A terminal gets a bar, other outputs get plain lines.
     """
 
     def __init__(self, console: Console) -> None:
@@ -61,7 +61,7 @@ class Progress:
             case events.Timing():
                 self._say(f"Measuring the time per step of {event.methods} methods.")
                 self._bar.update(self._task, visible=False)
-            case events.CardDone():
+            case events.ReportDone():
                 self._bar.update(self._task, advance=1, last=_short(event.run))
             case events.Warned():
                 self._say(f"Note: {event.text}")

@@ -1,4 +1,4 @@
-"""`flatmin runs`: what runs there are, the removal of some, and archives of finished ones."""
+"""`flatmin runs`: list and remove runs, and keep finished ones in archives."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _STYLES = {"failed": "yellow", "damaged": "red", "going on": "green"}
 def list_runs(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The runs are in FOLDER/runs.")] = HOME,
     sort: Annotated[str, typer.Option(help=f"By {', '.join(_KEYS)}.")] = "when",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print only JSON.")] = False,
 ) -> None:
     """List the runs in a folder."""
     from flatmin.study.listing import entries
@@ -48,29 +48,31 @@ def list_runs(
 
     if sort not in _KEYS:
         raise ValueError(f"--sort {sort} is not known{suggest(sort, _KEYS)} (by {', '.join(_KEYS)})")
-    found = _sorted(entries(folder), sort)
+    listed = _sorted(entries(folder), sort)
     if as_json:
-        typer.echo(json.dumps([entry.as_json() for entry in found], indent=1))
+        typer.echo(json.dumps([entry.as_json() for entry in listed], indent=1))
         return
     console = make_console()
-    if not found:
+    if not listed:
         console.print(f"There are no runs in {folder}.", markup=False, highlight=False, soft_wrap=True)
         return
-    _print(found, console)
-    total = sum(entry.size for entry in found)
-    console.print(f"{len(found)} run{'s' * (len(found) != 1)}, {_bytes(total)}", style="dim", highlight=False)
-    for entry in found:
+    _print(listed, console)
+    total = sum(entry.size for entry in listed)
+    console.print(f"{len(listed)} run{'s' * (len(listed) != 1)}, {_bytes(total)}", style="dim", highlight=False)
+    for entry in listed:
         if entry.problem:
             console.print(f"{entry.name}: {entry.problem}", markup=False, highlight=False, soft_wrap=True)
 
 
 @runs.command("rm")
 def remove_runs(
-    targets: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run folders, or names in flatmin-runs/runs.")],
+    targets: Annotated[
+        list[str], typer.Argument(metavar="RUN...", help="Run folders, or names of runs in flatmin-runs/runs.")
+    ],
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Also runs that are going on.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Also remove runs in progress.")] = False,
 ) -> None:
-    """Remove runs with everything that is in their folders."""
+    """Remove runs with all files in their folders."""
     from flatmin.study.listing import check_removable, remove, size_of
 
     folders = list({path.resolve(): path for path in map(run_folder, targets)}.values())
@@ -82,11 +84,11 @@ def remove_runs(
         try:
             agreed = typer.confirm(f"Remove {what}?")
         except typer.Abort:
-            raise ValueError("nothing was removed: nobody answered; add --yes where nobody can.") from None
+            raise ValueError("nothing was removed: there was no answer; add --yes to remove without asking.") from None
         if not agreed:
             typer.echo("Nothing was removed.")
             return
-    # Somebody may have gone on with one while the question stood there.
+    # Somebody may have continued one while the question stood there.
     check_removable(folders, force=force)
     remove(folders)
     typer.echo(f"Removed {what}.")
@@ -137,23 +139,23 @@ def _counted(count: int) -> str:
     return f"{count} run{'s' * (count != 1)}"
 
 
-def _sorted(found: Sequence[Entry], key: str) -> list[Entry]:
+def _sorted(every: Sequence[Entry], key: str) -> list[Entry]:
     read, down = _KEYS[key]
-    known = [entry for entry in found if read(entry) is not None]
-    return [*sorted(known, key=read, reverse=down), *(entry for entry in found if read(entry) is None)]
+    with_value = [entry for entry in every if read(entry) is not None]
+    return [*sorted(with_value, key=read, reverse=down), *(entry for entry in every if read(entry) is None)]
 
 
-def _print(found: Sequence[Entry], console: Console) -> None:
+def _print(listed: Sequence[Entry], console: Console) -> None:
     """Columns side by side, numbers to the right; rich's own tables take seconds for thousands of rows."""
     from rich.text import Text
 
-    rows = [("name", "method", "data", "model", "state", "epochs", "test %", "when", "size"), *map(_row, found)]
+    rows = [("name", "method", "data", "model", "state", "epochs", "test %", "when", "size"), *map(_row, listed)]
     wide = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join([*map(str.ljust, row[:5], wide[:5]), *map(str.rjust, row[5:], wide[5:])]) for row in rows]
     if not console.is_terminal:
         typer.echo("\n".join(lines))
         return
-    styles = ["bold", *(_STYLES.get(entry.state, "") for entry in found)]
+    styles = ["bold", *(_STYLES.get(entry.state, "") for entry in listed)]
     for line, style in zip(lines, styles, strict=True):
         console.print(Text(line, style=style), soft_wrap=True)
 

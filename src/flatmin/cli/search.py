@@ -1,4 +1,4 @@
-"""`flatmin search`: settings of a study's arms, chosen on validation at equal cost."""
+"""`flatmin search`: search settings of the arms of a study on validation, at equal cost."""
 
 from __future__ import annotations
 
@@ -14,48 +14,47 @@ from flatmin.cli.console import make_console, print_rows
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from flatmin.study.search import Found
+    from flatmin.study.search import SearchResult
 
 
 def search(
     name: Annotated[str, typer.Argument(metavar="STUDY", help="A study of the package, or a .toml file.")],
-    words: Annotated[
+    overrides: Annotated[
         list[str],
         typer.Argument(
             metavar="KEY=LOW..HIGH",
-            help="What is searched: lr=.01..1 rho=.01..1 weight_decay=1e-5..1e-2, or a choice: batch_size=64,128. "
+            help="Ranges to search: lr=.01..1 rho=.01..1 weight_decay=1e-5..1e-2, or choices: batch_size=64,128. "
             "key=value sets it for all runs; seed=0,1 are the seeds of each trial (one by default).",
         ),
     ],
-    budget: Annotated[
-        float, typer.Option(min=1, help="Gradient evaluations for each arm, in epochs of plain training.")
-    ],
-    demo: Annotated[bool, typer.Option("--demo", help="The small twin of the study.")] = False,
-    out: Annotated[Path, typer.Option(help="Folder of the runs and of what is found.")] = Path("flatmin-runs"),
+    budget: Annotated[float, typer.Option(min=1, help="Gradient evaluations per arm, in epochs of plain training.")],
+    demo: Annotated[bool, typer.Option("--demo", help="Search in the scaled-down version of the study.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder of the runs and of the resulting study.")] = Path("flatmin-runs"),
     workers: Annotated[
-        int | None, typer.Option(min=0, help="Processes of one thread each. Default: one a core.")
+        int | None, typer.Option(min=0, help="Processes with one thread each (default: one per core).")
     ] = None,
 ) -> None:
     """Search for settings of every arm of a study, each arm with the same number of gradient evaluations.
 
-    A method that takes two of them an update gets half the trials. The runs are kept: the same command replays them,
-    and one with a larger budget goes on. Writes a study with the best settings and seeds that the search has not seen.
+    A method with two evaluations per update gets half as many trials. The runs are stored: the same command reuses
+    them, and one with a larger budget continues the search. The command writes a study with the best settings and new
+    seeds.
     """
     from flatmin.cli.progress import Progress
-    from flatmin.study.dimensions import read_words
+    from flatmin.study.dimensions import read_overrides
     from flatmin.study.reading import read_study
     from flatmin.study.search import search as run
-    from flatmin.study.writing import found_study
+    from flatmin.study.writing import best_study
     from flatmin.train.files import write_text
 
-    dimensions, rest = read_words(words)
+    dimensions, rest = read_overrides(overrides)
     if not any(word.startswith("seed=") for word in rest):
         rest.append("seed=0")
     spec = read_study(name, rest, demo=demo)
     console = make_console()
     try:
         with Progress(console) as progress:
-            found = run(
+            results = run(
                 spec,
                 dimensions,
                 budget=budget,
@@ -65,21 +64,21 @@ def search(
             )
     except KeyboardInterrupt as interrupt:
         # Said here, because typer ends the process on Ctrl-C without a word.
-        typer.echo(str(interrupt) or "Interrupted; the same command goes on from the finished runs.", err=True)
+        typer.echo(str(interrupt) or "Interrupted; the same command continues from the finished runs.", err=True)
         raise typer.Exit(130) from None
     path = out / "studies" / f"{Path(name).stem}{'-demo' if demo else ''}-found.toml"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, found_study(spec, dimensions, found, budget))
-    _show(found, console)
+    write_text(path, best_study(spec, dimensions, results, budget))
+    _show(results, console)
     console.print(f"\nNext: flatmin study {path} --out {out}", markup=False, soft_wrap=True)
 
 
-def _show(found: Sequence[Found], console: Console) -> None:
+def _show(results: Sequence[SearchResult], console: Console) -> None:
     rows = [["arm", "trials", "epochs' worth", "val %", "settings"]]
-    for one in found:
+    for one in results:
         best = one.best
         settings = "" if best is None else " ".join(f"{key}={value}" for key, value in best.settings.items())
         score = "-" if best is None else f"{best.score:.2f}"
-        rows.append([one.cell.label, str(len(one.trials)), f"{one.spent:g}", score, settings])
+        rows.append([one.grid_point.label, str(len(one.trials)), f"{one.spent:g}", score, settings])
     console.print()
     print_rows(rows, console)

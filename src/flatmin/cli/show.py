@@ -1,4 +1,4 @@
-"""`flatmin show`: runs in the terminal and as a page."""
+"""`flatmin show`: show runs in the terminal and as a page."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ def show(
     ],
     page: Annotated[bool, typer.Option("--page/--no-page", help="Write the HTML page.")] = True,
     out: Annotated[
-        Path | None, typer.Option(help="The page. Default: RUN/show.html; flatmin-runs/show.html for several.")
+        Path | None,
+        typer.Option(help="File of the page (default: RUN/show.html; flatmin-runs/show.html for several runs)."),
     ] = None,
     open_page: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
 ) -> None:
-    """Show what runs have come to: numbers, curves, and what differs in their settings.
+    """Summarise runs: numbers, curves, and differences of their settings.
 
-    Finished or not: a run that is going on is shown as far as it has come.
+    Unfinished runs are shown as far as they have come.
     """
     from flatmin.study.history import read_all
     from flatmin.study.history_page import render
@@ -36,13 +37,13 @@ def show(
         require_figures()
     if out is not None and out.suffix != ".html":
         raise ValueError(f"--out names the page, a file that ends in .html; got {str(out)!r}.")
-    found = read_all(run_folder(word) for word in runs)
+    histories = read_all(run_folder(word) for word in runs)
     console = make_console()
-    print_runs(found, console)
+    print_runs(histories, console)
     if not page:
         return
-    target = out or (found[0].path if len(found) == 1 else HOME) / PAGE
-    path = write(render(found, command=["flatmin", *sys.argv[1:]]), target)
+    target = out or (histories[0].path if len(histories) == 1 else HOME) / PAGE
+    path = write(render(histories, command=["flatmin", *sys.argv[1:]]), target)
     console.print(f"\nPage: {path}", markup=False, soft_wrap=True, highlight=False)
     if open_page:
         typer.launch(path.resolve().as_uri())

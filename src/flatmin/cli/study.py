@@ -1,4 +1,4 @@
-"""`flatmin study`: many runs from a preset, their table, and published numbers beside."""
+"""`flatmin study`: many runs from a preset, and their table beside the published numbers."""
 
 from __future__ import annotations
 
@@ -29,18 +29,22 @@ def study(
     name: Annotated[str, typer.Argument(metavar="STUDY", help="list, a study of the package, or a .toml file.")],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="For all runs; lists make axes: rho=.1,.2 model=resnet20 seed=0..4."),
+        typer.Argument(
+            metavar="KEY=VALUE", help="Settings of all runs; a list makes an axis: rho=.1,.2 model=resnet20 seed=0..4."
+        ),
     ] = None,
-    demo: Annotated[bool, typer.Option("--demo", help="The small twin: minutes on two cores.")] = False,
+    demo: Annotated[
+        bool, typer.Option("--demo", help="Run the scaled-down version (minutes on two CPU cores).")
+    ] = False,
     baselines: Annotated[
-        bool, typer.Option("--baselines", help="Also plain training: regularised more, or at SAM's cost.")
+        bool, typer.Option("--baselines", help="Add plain training with more regularisation, and at SAM's cost.")
     ] = False,
     choose: Annotated[
         str | None, typer.Option(metavar="KEY,...", help="Axes whose value is chosen on validation, e.g. rho,lr.")
     ] = None,
     retry: Annotated[
         bool,
-        typer.Option("--retry", help="Do runs again that failed and cards that lack something."),
+        typer.Option("--retry", help="Repeat failed runs and incomplete reports."),
     ] = False,
     archive: Annotated[
         Path | None,
@@ -49,12 +53,12 @@ def study(
     train: Annotated[
         bool, typer.Option("--train/--no-train", help="--no-train: sum up the runs that are finished.")
     ] = True,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the runs and what they cost.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the runs and their cost, and stop.")] = False,
     out: Annotated[Path, typer.Option(help="Folder of the runs and the tables.")] = Path("flatmin-runs"),
     workers: Annotated[
-        int | None, typer.Option(min=0, help="Runs at a time, of one thread each. Default: one a core.")
+        int | None, typer.Option(min=0, help="Concurrent runs, each with one thread (default: one per core).")
     ] = None,
-    executor: Annotated[str, typer.Option(help="local (processes here), ray or slurm; --on sets how.")] = "local",
+    executor: Annotated[str, typer.Option(help="local (processes on this machine), ray or slurm; see --on.")] = "local",
     on: Annotated[
         list[str] | None,
         typer.Option(
@@ -63,22 +67,25 @@ def study(
     ] = None,
     report: Annotated[bool, typer.Option("--report/--no-report", help="Write the HTML page.")] = True,
     table_name: Annotated[
-        str | None, typer.Option("--table", metavar="NAME", help="Of the files in OUT/studies. Default: the study's.")
+        str | None,
+        typer.Option(
+            "--table", metavar="NAME", help="Name of the files in OUT/studies (default: the name of the study)."
+        ),
     ] = None,
     open_report: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
 ) -> None:
-    """Remake a paper's table: train every arm at every point of the axes with every seed, and sum up.
+    """Reproduce a paper's table: train every arm at every grid point with every seed, and write the table.
 
-    Finished runs are kept and shared by all studies in the folder, so one can be extended at any time by more seeds or
-    values. After Ctrl-C or a crash the same command goes on, with runs that were under way from their last checkpoint.
+    All studies in a folder share its finished runs, so a study can be extended at any time by more seeds or values.
+    After Ctrl-C or a crash the same command continues; interrupted runs resume from their last checkpoint.
     """
     from flatmin.study.baselines import with_baselines
     from flatmin.study.executors import executor_settings
+    from flatmin.study.expand import grid_points
     from flatmin.study.page import require_figures, write
     from flatmin.study.plan import plan
     from flatmin.study.reading import read_study
     from flatmin.study.study_page import render
-    from flatmin.study.unfold import cells
     from flatmin.train.files import check_name
 
     console = make_console()
@@ -96,9 +103,9 @@ def study(
     if baselines:
         spec = with_baselines(spec)
     asked = any(settings.get(key) for key in ("gpus", "gpus_per_node"))
-    if asked and any(cell.config.device == "cpu" for cell in cells(spec)):
+    if asked and any(grid_point.config.device == "cpu" for grid_point in grid_points(spec)):
         raise ValueError(
-            "the runs are on the CPU and need no GPU: set device=cuda (device=auto goes by this machine), or leave out "
+            "the runs use the CPU and need no GPU: set device=cuda (device=auto depends on this machine), or leave out "
             "the GPUs."
         )
     if retry and not train:
@@ -108,14 +115,14 @@ def study(
     if dry_run:
         _describe(todo, workers, console)
         return
-    if not train and not todo.found:
+    if not train and not todo.finished:
         raise ValueError(f"no run of study {spec.name} is finished in {archive or out}, so there is nothing to sum up.")
-    found = _run(todo, workers, executor, settings, console) if train else _finished(todo, console)
-    files = _write(found, out / "studies", table_name or f"{Path(name).stem}{'-demo' if demo else ''}")
+    table = _run(todo, workers, executor, settings, console) if train else _finished(todo, console)
+    files = _write(table, out / "studies", table_name or f"{Path(name).stem}{'-demo' if demo else ''}")
     if report:
-        page = render(found, command=["flatmin", *sys.argv[1:]])
+        page = render(table, command=["flatmin", *sys.argv[1:]])
         files.append(write(page, files[0].with_suffix(".html")))
-    _show(found, console)
+    _show(table, console)
     for path in files:
         console.print(str(path), markup=False, soft_wrap=True)
     if open_report and report:
@@ -130,8 +137,8 @@ def _run(todo: StudyPlan, workers: int, executor: str, settings: Mapping[str, An
         with Progress(console) as progress:
             return run(todo, workers=workers, on_event=progress, executor=executor, settings=settings)
     except KeyboardInterrupt as interrupt:
-        # Said here, because typer ends the process on Ctrl-C without a word.
-        typer.echo(str(interrupt) or "Interrupted; the same command goes on from the finished runs.", err=True)
+        # Printed here, because typer ends the process on Ctrl-C without a message.
+        typer.echo(str(interrupt) or "Interrupted; the same command continues from the finished runs.", err=True)
         raise typer.Exit(130) from None
 
 
@@ -141,30 +148,30 @@ def _finished(todo: StudyPlan, console: Console) -> StudyTable:
 
     for text in todo.warnings:
         console.print(f"Note: {text}", markup=False, highlight=False, soft_wrap=True)
-    return tabulate(todo, todo.found)
+    return tabulate(todo, todo.finished)
 
 
 def _list(console: Console) -> None:
-    """Every study of the package with what it remakes."""
+    """Print every study of the package and what it reproduces."""
     from flatmin.study.reading import read_study
     from flatmin.train.settings import preset_names, read_preset
 
-    rows = [["study", "runs", "demo", "what it remakes"]]
+    rows = [["study", "runs", "demo", "what it reproduces"]]
     for name in preset_names("study"):
         spec = read_study(name)
-        twin = _runs(read_study(name, demo=True)) if "demo" in read_preset(name, "study") else 0
-        rows.append([name, str(_runs(spec)), str(twin or "-"), spec.title])
+        scaled_down = _runs(read_study(name, demo=True)) if "demo" in read_preset(name, "study") else 0
+        rows.append([name, str(_runs(spec)), str(scaled_down or "-"), spec.title])
     print_rows(rows, console)
 
 
 def _runs(spec: StudySpec) -> int:
-    from flatmin.study.unfold import cells
+    from flatmin.study.expand import grid_points
 
-    return sum(len(cell.configs) for cell in cells(spec))
+    return sum(len(grid_point.configs) for grid_point in grid_points(spec))
 
 
 def _describe(todo: StudyPlan, workers: int, console: Console) -> None:
-    """The runs of a study, what is there already, and what the others cost."""
+    """Print the runs of a study, which are finished, and the cost of the others."""
     from flatmin.study.costs import Sizes
 
     rows = [["run", "row", "seed", "epochs", "gradients", "state"]]
@@ -181,12 +188,12 @@ def _describe(todo: StudyPlan, workers: int, console: Console) -> None:
             cost = sizes.cost(run.config)
             total += cost if run.name in missing | waiting else 0.0
             state = "to do" if run.name in missing else "to measure" if run.name in unmeasured else "finished"
-            name, label = run.name, part.cells[i].label
+            name, label = run.name, part.grid_points[i].label
             if run.name in waiting:
-                name, label, state = f"{run.stem}-...", part.cells[i].arm, "after the choice"
+                name, label, state = f"{run.stem}-...", part.grid_points[i].arm, "after the choice"
             rows.append([name, label, str(seed), str(run.config.epochs), f"{cost:,.0f}", state])
     print_rows(rows, console)
-    text = f"\n{len(seen)} runs, {len(missing | waiting)} to do: {total:,.0f} gradient evaluations on a batch each"
+    text = f"\n{len(seen)} runs, {len(missing | waiting)} to do: {total:,.0f} gradient evaluations of one batch each"
     if nets := sum(run.view is not None for run in (*todo.open, *todo.waiting)):
         text += f", and {nets} network{'s' if nets > 1 else ''} to measure"
     console.print(text + _duration(todo, workers, sizes), markup=False, soft_wrap=True)
@@ -195,7 +202,7 @@ def _describe(todo: StudyPlan, workers: int, console: Console) -> None:
 
 
 def _duration(todo: StudyPlan, workers: int, sizes: Sizes) -> str:
-    """The estimated time in words; why there is none, if a network or its data cannot be had here."""
+    """The estimated time as text; or why it cannot be estimated on this machine."""
     from flatmin.study.costs import guess_seconds
     from flatmin.words import explained
 
@@ -209,11 +216,11 @@ def _duration(todo: StudyPlan, workers: int, sizes: Sizes) -> str:
             raise
         return f"; their time cannot be estimated: {error}"
     processes = f"{workers} processes" if workers > 1 else "1 process"
-    return f", {_span(seconds)} of training in {processes} here, by one gradient of each network."
+    return f", {_span(seconds)} of training in {processes} here, estimated from one gradient of each network."
 
 
 def _span(seconds: float) -> str:
-    """A duration in two figures."""
+    """A duration to two digits."""
     for size, name in ((86400 * 365, "years"), (86400, "days"), (3600, "hours"), (60, "minutes")):
         if seconds >= 2 * size:
             return f"about {float(f'{seconds / size:.2g}'):g} {name}"
@@ -231,7 +238,7 @@ def _show(table: StudyTable, console: Console) -> None:
 
 
 def _write(table: StudyTable, folder: Path, name: str) -> list[Path]:
-    """The table in all forms."""
+    """Write the table in all formats."""
     from flatmin.study import tables
     from flatmin.train.files import write_text
 

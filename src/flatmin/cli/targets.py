@@ -1,4 +1,4 @@
-"""Runs as they are named on the command line: by their folder, or by their name in the usual place."""
+"""Runs on the command line: by their folder, or by their name in flatmin-runs/runs."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ HOME = Path("flatmin-runs")
 
 
 def run_folder(word: str) -> Path:
-    """The folder that is meant: the path itself, or flatmin-runs/runs/NAME for a name without a folder.
+    """The folder of a run: the path itself, or flatmin-runs/runs/NAME for a name.
 
     Raises:
-        ValueError: neither is there.
+        ValueError: neither exists.
     """
     path = Path(word)
     named = HOME / "runs" / path.name
@@ -23,12 +23,12 @@ def run_folder(word: str) -> Path:
         return path
     if path.is_file():
         raise ValueError(
-            f"{word} is a file, and this takes the folder of a run; of a file of weights, "
+            f"{word} is a file, but this command takes a run folder; for a file of weights, "
             f"`flatmin measure {word} --model MODULE:FUNCTION --data MODULE:FUNCTION --what model --split test` gives "
             "loss and error rate."
         )
-    known = sorted(one.name for one in (HOME / "runs").iterdir()) if (HOME / "runs").is_dir() else []
+    names = sorted(one.name for one in (HOME / "runs").iterdir()) if (HOME / "runs").is_dir() else []
     raise ValueError(
-        f"there is no run {word!r}, neither as a folder nor as a name in {HOME / 'runs'}{suggest(word, known)}; "
-        "`flatmin runs list` names them."
+        f"there is no run {word!r}, neither a folder nor a name in {HOME / 'runs'}{suggest(word, names)}; "
+        "`flatmin runs list` lists the runs."
     )

@@ -1,4 +1,4 @@
-"""`flatmin theory`: the convergence theory shown by runs, and the checker of its conditions."""
+"""`flatmin theory`: demonstrations of the convergence theory, and a checker of its conditions."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from flatmin.theory.demonstrations.base import Claim, Demonstration, Shown
+    from flatmin.theory.demonstrations.demonstration import Claim, Demonstration, DemonstrationResult
     from flatmin.theory.verdict import Verdict
 
 HOME = Path("flatmin-theory")
 WORDS = ("list", "all", "check", "rules")
 
-Out = Annotated[Path, typer.Option(metavar="FOLDER", help="Where the figures go.")]
-Png = Annotated[bool, typer.Option("--png", help="Figures as PNG, the default.")]
-Svg = Annotated[bool, typer.Option("--svg", help="Figures as SVG; with --png as both.")]
-NoFigure = Annotated[bool, typer.Option("--no-figure", help="Draw nothing.")]
+Out = Annotated[Path, typer.Option(metavar="FOLDER", help="Folder of the figures.")]
+Png = Annotated[bool, typer.Option("--png", help="Write figures as PNG (the default).")]
+Svg = Annotated[bool, typer.Option("--svg", help="Write figures as SVG; with --png in both formats.")]
+NoFigure = Annotated[bool, typer.Option("--no-figure", help="Draw no figures.")]
 
 
 class _Names(TyperGroup):
-    """A group that takes every other word for the name of a demonstration."""
+    """A command group that reads other names as demonstrations."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        known = not args or args[0] in self.commands or args[0].startswith("-")
-        return super().resolve_command(ctx, args if known else ["one", *args])
+        is_own = not args or args[0] in self.commands or args[0].startswith("-")
+        return super().resolve_command(ctx, args if is_own else ["one", *args])
 
 
 theory = typer.Typer(
     cls=_Names,
-    help="The convergence theory of SAM, shown by runs: `flatmin theory NAME` prints a table, draws a figure and "
-    "checks its claims (exit code 1 if one fails). The names: flatmin theory list.",
+    help="Demonstrate the convergence theory of SAM: `flatmin theory NAME` prints a table, draws a figure and checks "
+    "its claims (exit code 1 if one fails). Names: flatmin theory list.",
     no_args_is_help=True,
 )
 
@@ -48,7 +48,7 @@ theory = typer.Typer(
 def list_demonstrations() -> None:
     """List the demonstrations."""
     from flatmin.theory.demonstrations import DEMONSTRATIONS
-    from flatmin.theory.demonstrations.base import PAPER
+    from flatmin.theory.demonstrations.demonstration import PAPER
 
     console = make_console()
     rows = [(d.name, d.title, d.source.removeprefix(f"{PAPER}, ")) for d in DEMONSTRATIONS.values()]
@@ -80,22 +80,22 @@ def show_one(
 
 @theory.command(context_settings={"ignore_unknown_options": True})
 def check(
-    step: Annotated[str, typer.Argument(help="The step size t_n, e.g. 0.1 or diminish1 or power:c=0.5,p=0.6.")],
-    radius: Annotated[str, typer.Argument(help="The radius rho_n, likewise, or tied:0.5, half of the step size.")],
+    step: Annotated[str, typer.Argument(help="The step size t_n, such as 0.1, diminish1 or power:c=0.5,p=0.6.")],
+    radius: Annotated[str, typer.Argument(help="The radius rho_n, likewise, or tied:0.5 for half of the step size.")],
     on: Annotated[str | None, typer.Option(metavar="F", help="A function, e.g. quadratic:1,4.")] = None,
     functions: Annotated[
-        str | None, typer.Option("--class", metavar="WORDS", help="A class of functions, e.g. 'convex, L=4, unique'.")
+        str | None, typer.Option("--class", metavar="CLASS", help="A class of functions, e.g. 'convex, L=4, unique'.")
     ] = None,
     method: Annotated[str, typer.Option(help="Any method, or igd, igdr, extragradient.")] = "sam",
 ) -> None:
-    """Say which theorem covers a step size and a radius, and what follows. The words: flatmin theory rules."""
+    """Print which theorem applies to a step size and a radius, and its conclusions. Syntax: flatmin theory rules."""
     from flatmin.theory.checker import check as judge
     from flatmin.theory.classes import FunctionClass
-    from flatmin.theory.problems import read_problem
+    from flatmin.theory.named import read_function
 
     if (on is None) == (functions is None):
-        raise ValueError("say on what: --on quadratic:1,4 for a function, or --class 'convex, L=4' for a class.")
-    what = FunctionClass.read(functions or "") if on is None else read_problem(on)
+        raise ValueError("name a function with --on quadratic:1,4, or a class with --class 'convex, L=4'.")
+    what = FunctionClass.read(functions or "") if on is None else read_function(on)
     verdict = judge(step, radius, what, method)
     console = make_console()
     console.print(str(verdict), markup=False, soft_wrap=True)
@@ -105,10 +105,10 @@ def check(
 
 @theory.command()
 def rules() -> None:
-    """The words for step sizes and radii, functions, and classes of functions."""
+    """Print the syntax of step sizes and radii, functions, and classes of functions."""
     from flatmin.theory import classes
-    from flatmin.theory.problems import PROBLEMS
-    from flatmin.theory.words import FORMS
+    from flatmin.theory.named import FUNCTIONS
+    from flatmin.theory.parse import FORMS
 
     console = make_console()
     forms = [
@@ -121,7 +121,7 @@ def rules() -> None:
     console.print("a product is joined by *.\n", markup=False)
     console.print(_table(("rule", "keys", "value at n; e = floor((n - 1) / epoch)"), forms))
     console.print("\nFunctions for --on, with numbers after a colon:\n", markup=False)
-    console.print(_table(("function", "what it is"), [(name, p.summary) for name, p in PROBLEMS.items()]))
+    console.print(_table(("function", "what it is"), [(name, p.summary) for name, p in FUNCTIONS.items()]))
     console.print("\nWords for --class, joined by commas:\n", markup=False)
     words = [(word, meaning) for word, (_, meaning) in classes.WORDS.items()]
     words += [("L=4", "the Lipschitz constant of the gradient"), ("kl=0.5", "the KL exponent q, phi(s) = M s^q")]
@@ -151,16 +151,16 @@ def _show(wanted: list[Demonstration], out: Path, kinds: tuple[str, ...]) -> Non
         count += len(shown.claims)
         failed += [(demonstration.name, claim) for claim in shown.claims if not claim.holds]
     seconds = time.perf_counter() - begun
-    kept = "all hold" if not failed else f"{len(failed)} of them fail{'s' * (len(failed) == 1)}"
-    console.print(f"{len(wanted)} shown, {count} claims, {kept}; {seconds:.0f} s", markup=False)
+    summary = "all hold" if not failed else f"{len(failed)} of them fail{'s' * (len(failed) == 1)}"
+    console.print(f"{len(wanted)} shown, {count} claims, {summary}; {seconds:.0f} s", markup=False)
     if failed:
         for name, claim in failed:
             typer.echo(f"flatmin theory: {name}: this claim fails: {claim}", err=True)
         raise typer.Exit(1)
 
 
-def _print(demonstration: Demonstration, shown: Shown, console: Console) -> None:
-    from flatmin.theory.demonstrations.base import shown as cell
+def _print(demonstration: Demonstration, shown: DemonstrationResult, console: Console) -> None:
+    from flatmin.theory.demonstrations.demonstration import shown as cell
 
     console.print(f"[bold]{demonstration.name}[/bold]  ", end="")
     console.print(f"{shown.title}\n{shown.statement}\n{demonstration.source}.\n", markup=False)
@@ -195,5 +195,5 @@ def _is_number(word: str) -> bool:
 def _without_L(verdict: Verdict) -> str:
     undecided = any(c.holds is None for theorem in verdict.theorems for c in theorem.conditions)
     if verdict.theorem is None and verdict.functions.L is None and undecided:
-        return "L is needed here: name it in the class, as in --class 'L=4'."
+        return "the theorems need L: add it to the class, as in --class 'L=4'."
     return ""

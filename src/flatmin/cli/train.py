@@ -15,7 +15,7 @@ from flatmin.cli.console import make_console
 
 if TYPE_CHECKING:
     from flatmin.cli.training import Training
-    from flatmin.data.base import Data
+    from flatmin.data.dataset import Data
     from flatmin.train.config import RunConfig
     from flatmin.train.fingerprint import Content
     from flatmin.train.folder import RunFolder
@@ -26,34 +26,38 @@ RUNS = Path("flatmin-runs")
 
 
 def train(
-    preset: Annotated[str, typer.Argument(metavar="PRESET", help="A preset, a .toml file, or a run's folder.")],
+    preset: Annotated[str, typer.Argument(metavar="PRESET", help="A preset, a .toml file, or a run folder.")],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="KEY=VALUE", help="Settings, e.g. method=vasso rho=0.1 theta=0.8 epochs=10 seed=1."),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the last good checkpoint, if there is one.")
+        bool, typer.Option("--resume", help="Continue from the last good checkpoint, if there is one.")
     ] = False,
-    again: Annotated[bool, typer.Option("--again", help="Begin anew where a run is already.")] = False,
-    name: Annotated[str | None, typer.Option(help="Of the run's folder. Default: from its settings.")] = None,
-    out: Annotated[Path, typer.Option(help="Where runs are kept.")] = RUNS,
-    download: Annotated[bool, typer.Option("--download", help="Get the data if they are not in data_dir.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Start over where a run exists already.")] = False,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the run folder (default: derived from the settings).")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the runs.")] = RUNS,
+    download: Annotated[
+        bool, typer.Option("--download", help="Download the data if they are not in data_dir.")
+    ] = False,
     track: Annotated[
         str | None, typer.Option(help="Trackers beside the JSON lines: tensorboard,wandb,mlflow,trackio.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and show the settings.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and show the settings, and stop.")] = False,
 ) -> None:
     """Train one network with one method.
 
-    Ctrl-C writes a checkpoint; so does every epoch. Several processes: torchrun --nproc-per-node N -m flatmin train ...
+    Every epoch and Ctrl-C write a checkpoint. Several processes: torchrun --nproc-per-node N -m flatmin train ...
     """
-    words = [*(overrides or ())] + ([f"trackers={track}"] if track else [])
-    perform(preset, words, out=out, name=name, resume=resume, again=again, download=download, dry_run=dry_run)
+    settings = [*(overrides or ())] + ([f"trackers={track}"] if track else [])
+    perform(preset, settings, out=out, name=name, resume=resume, again=again, download=download, dry_run=dry_run)
 
 
 def perform(
     preset: str,
-    words: Sequence[str],
+    overrides: Sequence[str],
     *,
     out: Path = RUNS,
     name: str | None = None,
@@ -62,28 +66,28 @@ def perform(
     download: bool = False,
     dry_run: bool = False,
 ) -> None:
-    """What the command does, for other commands too: one run, shown on the console.
+    """Train one run and show it on the console; other commands use it too.
 
     Args:
-        preset: a preset, a .toml file, or a run's folder.
-        words: like "epochs=10".
-        out: where runs are kept. Default "flatmin-runs".
-        name: of the run's folder. Default: from its settings.
-        resume: go on from the last good checkpoint. Default False.
-        again: begin anew where a run is already. Default False.
-        download: get data that are missing. Default False.
-        dry_run: check everything and show the settings only. Default False.
+        preset: a preset, a .toml file, or a run folder.
+        overrides: such as "epochs=10".
+        out: folder of the runs. Default "flatmin-runs".
+        name: name of the run folder. Default: derived from the settings.
+        resume: continue from the last good checkpoint. Default False.
+        again: start over where a run exists already. Default False.
+        download: download missing data. Default False.
+        dry_run: only check and show the settings. Default False.
 
     Raises:
-        ValueError: what `load_run` and the run raise, a name that is none, or a run that is there already.
-        FileNotFoundError: the data are not there.
-        typer.Exit: the run was interrupted, or stopped by itself.
+        ValueError: what `load_run` and the run raise, an invalid name, or a run that exists already.
+        FileNotFoundError: the data are missing.
+        typer.Exit: the run was interrupted or stopped early.
     """
     from flatmin.cli.training import Training, print_settings
     from flatmin.train.events import Warned
     from flatmin.train.files import check_name
     from flatmin.train.fingerprint import content_of
-    from flatmin.train.interrupt import Interrupted
+    from flatmin.train.interrupt import TrainingInterrupted
     from flatmin.train.loop import train as run
     from flatmin.train.processes import world_of
     from flatmin.train.sources import check_machine
@@ -92,7 +96,7 @@ def perform(
 
     if name is not None:
         check_name(name, "--name")
-    config, options, run_there = _settings(preset, words, name=name, resume=resume)
+    config, options, run_there = _settings(preset, overrides, name=name, resume=resume)
     check_machine(config)
     with world_of(config.device) as world:
         console = make_console(quiet=not world.first)
@@ -121,7 +125,7 @@ def perform(
                     content=content,
                     on_event=display,
                 )
-            except Interrupted as interrupt:
+            except TrainingInterrupted as interrupt:
                 display.stop()
                 # Said here, because typer ends the process on Ctrl-C without a word.
                 typer.echo(str(interrupt), err=True)
@@ -133,7 +137,7 @@ def perform(
 
 
 def _load(config: RunConfig, download: bool, world: World, display: Training) -> Data:
-    """The data; the first process downloads what is missing while the others wait.
+    """The data; the first process downloads missing files while the others wait.
 
     Raises:
         FileNotFoundError: with the options of this command, and what `load_data` raises.
@@ -144,26 +148,26 @@ def _load(config: RunConfig, download: bool, world: World, display: Training) ->
     try:
         if not download:
             return load_data(config)
-        found = load_data(config, download=True, progress=display.downloading) if world.first else None
+        data = load_data(config, download=True, progress=display.downloading) if world.first else None
         world.wait()
-        return load_data(config) if found is None else found
+        return load_data(config) if data is None else data
     except FileNotFoundError as error:
-        known = [name for name, one in DATASETS.items() if one.downloads]
-        if config.data in known:
-            error.add_note("In this command: data_dir=FOLDER, --download.")
+        downloadable = [name for name, one in DATASETS.items() if one.downloads]
+        if config.data in downloadable:
+            error.add_note("With this command: data_dir=FOLDER, --download.")
         elif config.data in DATASETS:
-            only = f"; --download is for {', '.join(known)} only." if download else "."
-            error.add_note(f"In this command: data_dir=FOLDER{only}")
+            only = f"; --download is for {', '.join(downloadable)} only." if download else "."
+            error.add_note(f"With this command: data_dir=FOLDER{only}")
         raise
 
 
 def _settings(
-    preset: str, words: Sequence[str], *, name: str | None, resume: bool
+    preset: str, overrides: Sequence[str], *, name: str | None, resume: bool
 ) -> tuple[RunConfig, Options, tuple[RunFolder, dict[str, str]] | None]:
-    """Configuration and options of the run; and its folder and labels, if the preset is the folder of a run.
+    """Configuration and options of the run; also its folder and labels if the preset is a run folder.
 
     Raises:
-        ValueError: a run's folder with settings of its own, and what `load_run` raises.
+        ValueError: a run folder together with settings, and what `load_run` raises.
     """
     from flatmin.train.folder import RunFolder
     from flatmin.train.preset import load_options, load_run
@@ -171,25 +175,25 @@ def _settings(
     if (Path(preset) / "config.json").is_file():
         folder = RunFolder(Path(preset))
         if not resume:
-            raise ValueError(f"{preset} is a run; add --resume to go on with it.")
-        options, rest = load_options(words)
+            raise ValueError(f"{preset} is a run; add --resume to continue it.")
+        options, rest = load_options(overrides)
         if rest or name is not None:
             raise ValueError(
-                f"{preset} is a run, whose settings are fixed: leave out {rest[0] if rest else '--name'}, or name a "
+                f"{preset} is a run and its settings are fixed: leave out {rest[0] if rest else '--name'}, or name a "
                 "preset for another run."
             )
         config, labels = folder.config()
         return config, options, (folder, labels)
     if Path(preset).is_dir() and len(Path(preset).parts) > 1:
         raise ValueError(f"{preset} is not a run: there is no config.json in it (runs are in FOLDER/runs).")
-    config, options = load_run(preset, words)
+    config, options = load_run(preset, overrides)
     return config, options, None
 
 
 def _new(
     preset: str, config: RunConfig, content: Content | None, *, name: str | None, out: Path
 ) -> tuple[RunFolder, dict[str, str]]:
-    """Folder and labels of a run by its settings."""
+    """Folder and labels of a run, derived from its settings."""
     from flatmin.train.folder import RunFolder
 
     labels = {"label": name or f"{config.method} {preset}", "key": _key(config, content)}
@@ -197,7 +201,7 @@ def _new(
 
 
 def default_name(preset: str, config: RunConfig, content: Content | None) -> str:
-    """Method, preset, seed, and ten digits that tell apart what differs in anything that decides the outcome."""
+    """Method, preset, seed, and ten digits of a digest of everything that decides the outcome."""
     return f"{_slug(preset, config)}-s{config.seed}-{_key(config, content)[:10]}"
 
 
@@ -206,7 +210,7 @@ def _slug(preset: str, config: RunConfig) -> str:
 
 
 def _key(config: RunConfig, content: Content | None) -> str:
-    """Of the settings and the data; of data that come with a package, they are the name in the settings."""
+    """Digest of the settings and the data; data that ship with a package count by their name."""
     from flatmin.methods import former_word
     from flatmin.train.config import identity
     from flatmin.train.settings import content_hash
@@ -226,15 +230,15 @@ def _prepare(
     resume: bool,
     again: bool,
 ) -> str | None:
-    """Refuse to lose a run that is there; what a person should know before the run begins or goes on, if anything.
+    """Check that no existing run is lost; return a note to show before the run starts or continues, or None.
 
     Raises:
-        ValueError: there is one, and nothing says what to do with it, or it is of other settings or data.
+        ValueError: a run exists and neither --resume nor --again was given, or it has other settings or data.
     """
     from flatmin.train.state import fixed_length
 
     if resume and again:
-        raise ValueError("--resume goes on with a run and --again begins it anew; give one of them.")
+        raise ValueError("--resume continues a run and --again starts it over; give one of them.")
     if again:
         return None
     if not folder.begun:
@@ -244,7 +248,7 @@ def _prepare(
     except ValueError as error:
         raise ValueError(f"{folder.path} holds a run whose result cannot be read: {error}; use --again.") from error
     other = _differ(folder, config, content)
-    reached, way_out = _reached(folder), "give this one another --name, or begin it in place of the other with --again."
+    reached, way_out = _reached(folder), "give this one another --name, or replace the other with --again."
     # Whether the data are the same up to rounding, the checkpoint tells.
     open_ = list(other) == ["epochs"] or (list(other) == ["content"] and reached >= 0 and not done)
     if other and not (resume and open_):
@@ -254,28 +258,31 @@ def _prepare(
         why = fixed_length(config) or ("it has no checkpoint" if reached < 0 else None)
         if why is not None:
             raise ValueError(
-                f"{folder.path} holds a run in which {other['epochs']}, and it cannot go on to that: {why}; {way_out}"
+                f"{folder.path} holds a run in which {other['epochs']}, and it cannot continue to that: {why}; "
+                f"{way_out}"
             )
     elif done:
         raise ValueError(
-            f"{folder.path} holds this run, finished; look at it with `flatmin show {folder.path}`, or begin it anew "
+            f"{folder.path} holds this run, finished; show it with `flatmin show {folder.path}`, or start it over "
             "with --again."
         )
     if not resume:
-        raise ValueError(f"{folder.path} holds this run, not finished; go on with --resume, or anew with --again.")
+        raise ValueError(
+            f"{folder.path} holds this run, unfinished; continue it with --resume, or start over with --again."
+        )
     if reached < 0:
-        return f"there is no checkpoint in {folder.path}, so the run begins from the start."
+        return f"there is no checkpoint in {folder.path}, so the run starts from the beginning."
     return None
 
 
 def _before(folder: RunFolder, preset: str, config: RunConfig, content: Content | None, updates: int) -> str:
-    """Make ready to go on from a run of fewer epochs, if one allows it; else say how the nearest run differs."""
+    """Prepare to continue a run of fewer epochs, if there is one; otherwise say how the nearest run differs."""
     from flatmin.train.folder import RunFolder
     from flatmin.train.state import fixed_length
 
     runs: list[tuple[RunFolder, dict[str, str]]] = []
     for place in sorted(folder.path.parent.glob(f"{glob.escape(_slug(preset, config))}-s*")):
-        with suppress(ValueError):  # it cannot be read, so there is nothing to go on with
+        with suppress(ValueError):  # it cannot be read, so there is nothing to continue
             there = RunFolder(place)
             runs.append((there, _differ(there, config, content)))
     why = fixed_length(config)
@@ -283,15 +290,15 @@ def _before(folder: RunFolder, preset: str, config: RunConfig, content: Content 
     if fewer and why is None:
         there, other = max(fewer, key=lambda run: _reached(run[0]))
         folder.take_over(there)
-        return f"{folder.path.name} goes on from {there.path.name}, in which {other['epochs']}."
-    begins = f"there is no run of these settings to go on with, so {folder.path.name} begins from the start"
+        return f"{folder.path.name} continues {there.path.name}, in which {other['epochs']}."
+    begins = f"there is no run of these settings to continue, so {folder.path.name} starts from the beginning"
     if not runs:
         return f"{begins}."
     there, other = min(runs, key=lambda run: len(run[1]))
     if not other:
         return (
-            f"{there.path} is a run of these settings by an earlier version, which has not written down its data, so "
-            f"{folder.path.name} begins from the start; `flatmin train {there.path} --resume` goes on with the other."
+            f"{there.path} is a run of these settings by an earlier version, which did not record its data, so "
+            f"{folder.path.name} starts from the beginning; `flatmin train {there.path} --resume` continues the other."
         )
     if list(other) == ["epochs"]:
         return f"{begins}: in {there.path.name} {other['epochs']}, and {why or 'it has no checkpoint that fits'}."
@@ -302,19 +309,19 @@ def _reached(folder: RunFolder) -> int:
     """The update of the last checkpoint; -1 if there is none."""
     from flatmin.train import checkpoint
 
-    return max((checkpoint.step_of(path) for path in checkpoint.found(folder.checkpoints)), default=-1)
+    return max((checkpoint.step_of(path) for path in checkpoint.listed(folder.checkpoints)), default=-1)
 
 
 def _differ(folder: RunFolder, config: RunConfig, content: Content | None) -> dict[str, str]:
-    """In what a run that is there differs, by setting; under "content", that it is on other data.
+    """How the settings of the existing run differ, by name; "content" stands for other data.
 
     Raises:
         ValueError: it cannot be read.
     """
     from flatmin.train.config import differences, identity
 
-    known, labels = folder.config()
-    found = differences(identity(known), config)
+    recorded, labels = folder.config()
+    other = differences(identity(recorded), config)
     if content is not None and labels.get("content", content.digest) != content.digest:
-        found["content"] = "what the data hold is something else"
-    return found
+        other["content"] = "the data have other content"
+    return other

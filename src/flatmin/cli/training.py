@@ -1,4 +1,4 @@
-"""What a run shows while it works: a bar on a terminal, one line an epoch in any case."""
+"""Progress of a run: a bar on a terminal, and one line per epoch everywhere."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from flatmin.cli.console import make_bar
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from flatmin.data.base import Data
+    from flatmin.data.dataset import Data
     from flatmin.train.config import RunConfig
     from flatmin.train.events import Began, Event, Stepped
     from flatmin.train.processes import World
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Training:
-    """A context manager that takes a run's events.
+    """A context manager that shows the events of a run.
 
     Args:
         console: where to show them. A terminal gets a bar too.
@@ -43,11 +43,11 @@ class Training:
         self.stop()
 
     def stop(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         self._bar.stop()
 
     def downloading(self, done: int, total: int | None) -> None:
-        """Show how much of an archive has come."""
+        """Show the progress of a download."""
         last = f"{done / 1e6:.0f} MB" if total is None else f"{done / 1e6:.0f} of {total / 1e6:.0f} MB"
         self._bar.update(
             self._task,
@@ -90,7 +90,7 @@ class Training:
             f"{event.environment['device']}"
         )
         if event.step:
-            self._say(f"Going on after update {event.step} of {config.epochs * event.steps}.")
+            self._say(f"Continuing after update {event.step} of {config.epochs * event.steps}.")
         total = config.epochs * event.steps
         self._bar.reset(self._task, total=total, completed=event.step, visible=True, last="")
         self._bar.update(self._task, description=self._count(event.epoch + 1))
@@ -153,7 +153,7 @@ class Training:
 
 
 def print_settings(config: RunConfig, data: Data, world: World, console: Console) -> None:
-    """The resolved settings, and what a run of them is."""
+    """The resolved settings, and the size of the run."""
     from flatmin.train.settings import canonical
     from flatmin.train.trainer import Trainer
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from flatmin.data.augment import Augment
-from flatmin.data.base import Data, Split
+from flatmin.data.dataset import Data, Split
 from flatmin.data.images import STATISTICS
 from flatmin.data.official import three_parts
 from flatmin.words import suggest
@@ -172,8 +172,8 @@ def read_cifar(
     if place.is_dir():
         parts = [_read_file(release, place, file, coarse) for file in files]
     else:
-        found = _read_archive(release, place, coarse)
-        parts = [found[file] for file in files]
+        contents = _read_archive(release, place, coarse)
+        parts = [contents[file] for file in files]
     x = torch.cat([part[0] for part in parts[:-1]]) if len(parts) > 2 else parts[0][0]
     y = torch.cat([part[1] for part in parts[:-1]])
     return Split(x, y), Split(*parts[-1])
@@ -267,38 +267,38 @@ def _read_file(release: _Release, place: Path, file: str, coarse: bool) -> tuple
         raise FileNotFoundError(
             f"{path} is missing, but other files of {release.title} are there; unpack {release.archive} again."
         )
-    with path.open("rb") as stream:
-        return _records(release, stream, path.stat().st_size, file, str(path), coarse)
+    with path.open("rb") as file_object:
+        return _records(release, file_object, path.stat().st_size, file, str(path), coarse)
 
 
 def _read_archive(release: _Release, path: Path, coarse: bool) -> dict[str, tuple[Tensor, Tensor]]:
-    with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    with path.open("rb") as file_object:
+        digest = hashlib.file_digest(file_object, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
     if digest != release.md5:
         raise ValueError(
             f"{path} has MD5 {digest}, expected {release.md5} of {release.archive}; it is cut short or another file: "
             "delete it and get the archive again, or unpack it and name the folder."
         )
-    found = {}
+    contents = {}
     with tarfile.open(path, "r:gz") as archive:
         for member in archive:
             file = member.name.rpartition("/")[2]
             content = archive.extractfile(member) if file in release.records else None  # None: a folder
             if content is not None:
-                found[file] = _records(release, content, member.size, file, f"{path}: {file}", coarse)
+                contents[file] = _records(release, content, member.size, file, f"{path}: {file}", coarse)
     for file in release.records:
-        if file not in found:
+        if file not in contents:
             raise ValueError(f"{path} holds no {file}; get {release.archive} again.")
-    return found
+    return contents
 
 
 def _records(
-    release: _Release, stream: IO[bytes], size: int, file: str, where: str, coarse: bool
+    release: _Release, file_object: IO[bytes], size: int, file: str, where: str, coarse: bool
 ) -> tuple[Tensor, Tensor]:
     """Pixels and labels of one file."""
     count, labels = release.records[file], len(release.classes)
     expected = count * release.record
-    data = bytearray(stream.read(expected)) if size == expected else b""
+    data = bytearray(file_object.read(expected)) if size == expected else b""
     if len(data) != expected:
         raise ValueError(
             f"{where} has {size} bytes, expected {expected} ({count} records of {release.record}); it is cut short or "

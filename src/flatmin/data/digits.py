@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from flatmin.data.base import Data, Split
+from flatmin.data.dataset import Data, Split
 
 TRAIN, VALIDATION, TEST = 900, 100, 797
 
@@ -34,9 +34,9 @@ def load_digits(*, split_seed: int = 0) -> Data:
         raise ModuleNotFoundError(
             'the digits data needs scikit-learn: pip install "flatmin[digits]", or use data of your own.'
         ) from error
-    found = load()
-    x = torch.as_tensor(found.images, dtype=torch.float32).unsqueeze(1)
-    y = torch.as_tensor(found.target, dtype=torch.int64)
+    loaded = load()
+    x = torch.as_tensor(loaded.images, dtype=torch.float32).unsqueeze(1)
+    y = torch.as_tensor(loaded.target, dtype=torch.int64)
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(split_seed))
     train, val, test = order.split([TRAIN, VALIDATION, TEST])
     x = (x - x[train].mean()) / x[train].std()

@@ -65,17 +65,19 @@ def scan_folder(root: str | os.PathLike[str], *, classes: Sequence[str] | None =
         ValueError: no class, a class without images, or a folder that is none of `classes`.
     """
     root = _folder(root)
-    found = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
-    if not found:
+    names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+    if not names:
         raise ValueError(f"{root} holds no folders; expected one folder of images per class.")
-    known = tuple(sorted(found if classes is None else classes))
-    for name in found:
-        if name not in known:
-            raise ValueError(f"{root / name} is none of the {len(known)} classes of the training part; remove it.")
+    class_names = tuple(sorted(names if classes is None else classes))
+    for name in names:
+        if name not in class_names:
+            raise ValueError(
+                f"{root / name} is none of the {len(class_names)} classes of the training part; remove it."
+            )
     paths: list[str] = []
     labels: list[int] = []
     seen = _Seen(beside=sum(entry.is_file() and _is_image(entry.name) for entry in os.scandir(root)))
-    for label, name in enumerate(known):
+    for label, name in enumerate(class_names):
         own = _images_below(root, name, seen)
         if not own:
             there = f" (the classes up to it have {seen.listed()})" if seen.others else ""
@@ -85,7 +87,7 @@ def scan_folder(root: str | os.PathLike[str], *, classes: Sequence[str] | None =
             )
         paths += own
         labels += [label] * len(own)
-    return Files(root, known, tuple(paths), tuple(labels), seen.notes(root))
+    return Files(root, class_names, tuple(paths), tuple(labels), seen.notes(root))
 
 
 def scan_annotated(root: str | os.PathLike[str], *, classes: Sequence[str]) -> Files:
@@ -107,8 +109,8 @@ def scan_annotated(root: str | os.PathLike[str], *, classes: Sequence[str]) -> F
         raise FileNotFoundError(
             f"{table} is missing; name the val folder of Tiny-ImageNet, or use scan_folder for one folder per class."
         )
-    known = tuple(sorted(classes))
-    label_of = {name: label for label, name in enumerate(known)}
+    class_names = tuple(sorted(classes))
+    label_of = {name: label for label, name in enumerate(class_names)}
     there = set(os.listdir(_folder(root / "images")))
     rows = []
     for number, line in enumerate(read_text(table).splitlines(), start=1):
@@ -118,7 +120,7 @@ def scan_annotated(root: str | os.PathLike[str], *, classes: Sequence[str]) -> F
         file, name = fields[0], fields[1].strip()
         if name not in label_of:
             raise ValueError(
-                f"{table}, line {number}: {name!r} is none of the {len(known)} classes of the training part."
+                f"{table}, line {number}: {name!r} is none of the {len(class_names)} classes of the training part."
             )
         if file not in there:
             raise FileNotFoundError(
@@ -128,7 +130,7 @@ def scan_annotated(root: str | os.PathLike[str], *, classes: Sequence[str]) -> F
     if not rows:
         raise ValueError(f"{table} is empty; unpack the data again.")
     rows.sort()
-    return Files(root, known, tuple(path for _, path in rows), tuple(label for label, _ in rows))
+    return Files(root, class_names, tuple(path for _, path in rows), tuple(label for label, _ in rows))
 
 
 def _folder(path: str | os.PathLike[str]) -> Path:
@@ -196,32 +198,32 @@ class _Seen:
         return ", ".join(f"{count} of {ending or 'no ending'}" for ending, count in sorted(self.others.items()))
 
     def notes(self, root: Path) -> tuple[str, ...]:
-        found = []
+        notes = []
         if self.others:
-            found.append(f"{root}: files with other endings than {', '.join(SUFFIXES)} are left out: {self.listed()}.")
+            notes.append(f"{root}: files with other endings than {', '.join(SUFFIXES)} are left out: {self.listed()}.")
         if self.beside:
-            found.append(
+            notes.append(
                 f"{root}: images that lie beside the class folders have no class and are left out: {self.beside}."
             )
         if self.below:
-            found.append(f"{root}: images in subfolders of a class folder count as images of that class: {self.below}.")
+            notes.append(f"{root}: images in subfolders of a class folder count as images of that class: {self.below}.")
         if self.links:
-            found.append(f"{root}: folders behind links in a class folder are left out: {self.links}.")
-        return tuple(found)
+            notes.append(f"{root}: folders behind links in a class folder are left out: {self.links}.")
+        return tuple(notes)
 
 
 def _images_below(root: Path, name: str, seen: _Seen) -> list[str]:
     """Image files below root/name, relative to the root, in alphabetical order."""
-    found = []
+    images = []
     for place, folders, files in os.walk(root / name):
         folders[:] = [folder for folder in folders if not folder.startswith(".")]
         seen.links += sum(os.path.islink(os.path.join(place, folder)) for folder in folders)
         below = Path(place).relative_to(root)
         for file in files:
             if _is_image(file):
-                found.append((below / file).as_posix())
+                images.append((below / file).as_posix())
                 # `images` is where Tiny-ImageNet has them.
                 seen.below += len(below.parts) > 1 and below.parts[1:] != ("images",)
             elif not file.startswith(".") and file not in _OF_SYSTEMS:
                 seen.others[os.path.splitext(file)[1].lower()] += 1
-    return sorted(found)
+    return sorted(images)

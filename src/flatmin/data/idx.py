@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from flatmin.data.augment import Augment
-from flatmin.data.base import Data, Split
+from flatmin.data.dataset import Data, Split
 from flatmin.data.official import three_parts
 
 _UNSIGNED_BYTE = 8
@@ -103,8 +103,8 @@ def read_idx(path: str | os.PathLike[str]) -> Tensor:
     path = Path(path)
     if path.suffix == ".gz":
         try:
-            with gzip.open(path, "rb") as stream:
-                data = stream.read()
+            with gzip.open(path, "rb") as file_object:
+                data = file_object.read()
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise ValueError(f"{path} cannot be unpacked: {error}; get the file again.") from error
     else:

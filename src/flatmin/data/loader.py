@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from flatmin.data.base import Split
+from flatmin.data.dataset import Split
 from flatmin.data.folder import Files
-from flatmin.data.views import UnreadableError, View, check_header, pillow, read_image
+from flatmin.data.views import ImageView, UnreadableError, check_header, pillow, read_image
 
 _HEADERS = 256  # that a worker opens at a time
 
@@ -42,13 +42,15 @@ class FileStream:
         ValueError: a negative number of workers.
     """
 
-    def __init__(self, files: Files, view: View, *, workers: int = 0, pin_memory: bool = False, seed: int = 0) -> None:
+    def __init__(
+        self, files: Files, view: ImageView, *, workers: int = 0, pin_memory: bool = False, seed: int = 0
+    ) -> None:
         pillow()
         if workers < 0:
             raise ValueError(f"workers must be at least 0, got {workers}.")
         self._wanted = _Wanted()
         self._loader: DataLoader[Any] = DataLoader(
-            Reader(files, view, seed),
+            SingleImages(files, view, seed),
             batch_sampler=self._wanted,
             num_workers=workers,
             collate_fn=collate,
@@ -70,10 +72,10 @@ class FileStream:
             ValueError: a file cannot be read as an image, or a worker process ended.
         """
         self._wanted.epoch, self._wanted.batches = epoch, indices
-        found = iter(self._loader)
+        batches = iter(self._loader)
         while True:
             try:
-                batch = next(found, None)
+                batch = next(batches, None)
             except RuntimeError as error:
                 if "DataLoader worker" not in str(error):
                     raise
@@ -120,7 +122,7 @@ class FileLoader:
     def __init__(
         self,
         files: Files,
-        view: View,
+        view: ImageView,
         *,
         batch_size: int,
         shuffle: bool = True,
@@ -158,7 +160,7 @@ class FileLoader:
         return self._stream.batches(number, (order[start : start + self._batch_size] for start in starts))
 
 
-def load_files(files: Files, view: View, *, workers: int = 0, seed: int = 0) -> Split:
+def load_files(files: Files, view: ImageView, *, workers: int = 0, seed: int = 0) -> Split:
     """Every image as epoch 0 of the seed has it, in the order of `files`, in memory: n * 3 * size^2 bytes.
 
     Raises:
@@ -199,10 +201,10 @@ def check_files(files: Files, indices: Sequence[int], *, workers: int = 0) -> No
         raise ValueError(bad[0] if len(bad) == 1 else f"{bad[0]} So it is with {len(bad) - 1} more.")
 
 
-class Reader(Dataset["tuple[Tensor, int] | str"]):
+class SingleImages(Dataset["tuple[Tensor, int] | str"]):
     """One image and its label, or why there is none: an exception would reach the user as a worker's traceback."""
 
-    def __init__(self, files: Files, view: View, seed: int) -> None:
+    def __init__(self, files: Files, view: ImageView, seed: int) -> None:
         self.files, self.view, self.seed = files, view, seed
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int] | str:
@@ -232,7 +234,7 @@ def _apart(worker: int) -> None:
 
 
 class _Wanted:
-    """Batches of (epoch, index): the epoch travels with the index, so workers that live on need not be told."""
+    """Batches of (epoch, index): the epoch travels with the index, so persistent workers need no message."""
 
     def __init__(self) -> None:
         self.epoch = 0

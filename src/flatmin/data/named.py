@@ -16,7 +16,7 @@ import torch
 
 from flatmin.data import cifar, digits, idx
 from flatmin.data.augment import Augment
-from flatmin.data.base import HELD, Data, Split
+from flatmin.data.dataset import HELD, Data, Split
 from flatmin.data.folder import Files, scan_annotated, scan_folder
 from flatmin.data.images import IMAGENET
 from flatmin.data.loader import load_files
@@ -54,7 +54,7 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Known:
+class DatasetInfo:
     """A data set of the table.
 
     Args:
@@ -79,10 +79,10 @@ class Known:
 
 
 def _digits(reading: Reading) -> Data:
-    found = digits.load_digits(split_seed=reading.split_seed)
+    loaded = digits.load_digits(split_seed=reading.split_seed)
     if reading.validation is None:
         raise ValueError("the digits have a validation part of their own; train_on_val is for official releases.")
-    return found
+    return loaded
 
 
 def _cifar(name: str, coarse: bool, reading: Reading) -> Data:
@@ -156,11 +156,11 @@ def _images(reading: Reading) -> Data:
     More stay files that are read again every epoch, as ImageNet's: random parts for training, the middle after a
     resize to 256/224 of the side for evaluation, normalised with ImageNet's statistics.
     """
-    found = _scan_images(reading)
+    scanned = _scan_images(reading)
     side = reading.image_size or 64
-    read = _bytes if 3 * side**2 * sum(map(len, found)) <= HELD else _files
-    train, *rest = [read(part, reading, side) for part in found]
-    data = _drawn(train, rest[-1], found, Path(reading.folder).resolve().name, reading)
+    read = _bytes if 3 * side**2 * sum(map(len, scanned)) <= HELD else _files
+    train, *rest = [read(part, reading, side) for part in scanned]
+    data = _drawn(train, rest[-1], scanned, Path(reading.folder).resolve().name, reading)
     # A validation part of its own leaves the training part whole.
     whole = len(rest) == 1 or reading.validation is None
     return data if whole else dataclasses.replace(data, train=train, val=rest[0])
@@ -199,27 +199,29 @@ def _drawn(train: Split, test: Split, files: Sequence[Files], name: str, reading
     return dataclasses.replace(data, notes=tuple(note for part in files for note in part.notes))
 
 
-def _folders(name: str, test: str, train: int, classes: int) -> Known:
+def _folders(name: str, test: str, train: int, classes: int) -> DatasetInfo:
     read, scan = partial(_sorted, name, test), partial(_scan_sorted, name, test)
-    return Known(read, scan=scan, train=train, shape=(3, 224, 224), classes=classes)
+    return DatasetInfo(read, scan=scan, train=train, shape=(3, 224, 224), classes=classes)
 
 
 _RGB, _GREY = (3, 32, 32), (1, 28, 28)
 
-DATASETS: dict[str, Known] = {
-    "digits": Known(_digits, shipped=True),
-    "cifar10": Known(partial(_cifar, "cifar10", False), CIFAR10_CONFUSIONS, True, 50_000, _RGB, 10),
-    "cifar100": Known(partial(_cifar, "cifar100", False), CIFAR100_CONFUSIONS, True, 50_000, _RGB, 100),
-    "cifar100-coarse": Known(partial(_cifar, "cifar100", True), None, True, 50_000, _RGB, 20),
-    "mnist": Known(partial(_idx, "mnist", None), train=60_000, shape=_GREY, classes=10),
-    "fashion-mnist": Known(
+DATASETS: dict[str, DatasetInfo] = {
+    "digits": DatasetInfo(_digits, shipped=True),
+    "cifar10": DatasetInfo(partial(_cifar, "cifar10", False), CIFAR10_CONFUSIONS, True, 50_000, _RGB, 10),
+    "cifar100": DatasetInfo(partial(_cifar, "cifar100", False), CIFAR100_CONFUSIONS, True, 50_000, _RGB, 100),
+    "cifar100-coarse": DatasetInfo(partial(_cifar, "cifar100", True), None, True, 50_000, _RGB, 20),
+    "mnist": DatasetInfo(partial(_idx, "mnist", None), train=60_000, shape=_GREY, classes=10),
+    "fashion-mnist": DatasetInfo(
         partial(_idx, "fashion-mnist", Augment(crop=2, cutout=0)), train=60_000, shape=_GREY, classes=10
     ),
-    "tiny-imagenet": Known(_tiny_imagenet, scan=_scan_tiny_imagenet, train=100_000, shape=(3, 64, 64), classes=200),
+    "tiny-imagenet": DatasetInfo(
+        _tiny_imagenet, scan=_scan_tiny_imagenet, train=100_000, shape=(3, 64, 64), classes=200
+    ),
     "imagenet": _folders("imagenet", "val", 1_281_167, 1000),
     "flowers102": _folders("flowers102", "test", 2040, 102),
     "pets": _folders("pets", "test", 3680, 37),
-    "images": Known(_images, scan=_scan_images),
+    "images": DatasetInfo(_images, scan=_scan_images),
 }
 
 

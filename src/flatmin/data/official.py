@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from flatmin.data.augment import Augment
-from flatmin.data.base import Data, Split
+from flatmin.data.dataset import Data, Split
 from flatmin.data.images import Statistics, split_validation
 
 
@@ -37,9 +37,9 @@ def three_parts(
     Raises:
         ValueError: as `split_validation`, `Statistics.of` and `Data`.
     """
-    known = Statistics.of(train.x[:]) if statistics is None else statistics
+    used = Statistics.of(train.x[:]) if statistics is None else statistics
     if validation is None:
-        return Data(train, test, test, num_classes=num_classes, name=name, statistics=known, augment=augment)
+        return Data(train, test, test, num_classes=num_classes, name=name, statistics=used, augment=augment)
     labels = train.y if stratified else None
     chosen, held_out = split_validation(len(train), validation, seed=split_seed, stratified=labels)
     return Data(
@@ -48,6 +48,6 @@ def three_parts(
         test,
         num_classes=num_classes,
         name=name,
-        statistics=known,
+        statistics=used,
         augment=augment,
     )

@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flatmin.data.base import HELD, Index
+from flatmin.data.dataset import HELD, Index
 from flatmin.data.folder import Files, files_digest
 from flatmin.data.loader import FileStream, check_files
-from flatmin.data.views import Centre, RandomCrop, View, read_planes
+from flatmin.data.views import Centre, ImageView, RandomCrop, read_planes
 
 
 class FileImages:
-    """Inputs of a part of a data set (`flatmin.data.base.Stored`): a list of files, of which no pixel is kept.
+    """Inputs of a part of a data set (`flatmin.data.dataset.Stored`): a list of files, of which no pixel is kept.
 
     `images[index]` reads with the view of evaluation, in threads, since Pillow works without Python's lock; `stream`
     reads with that of training, in worker processes.
@@ -47,8 +47,8 @@ class FileImages:
     def __init__(
         self,
         files: Files,
-        view: View | None = None,
-        training: View | None = None,
+        view: ImageView | None = None,
+        training: ImageView | None = None,
         *,
         workers: int = 0,
         device: torch.device | str = "cpu",
@@ -99,9 +99,9 @@ class FileImages:
                 f"{len(part)} images of {tuple(self.shape[1:])} would be {size / 2**30:.0f} GiB in memory; take fewer "
                 "at a time."
             )
-        found = torch.empty(part.shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
-        part._read_into(found.numpy())
-        return found.to(self.device, non_blocking=True)
+        images = torch.empty(part.shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        part._read_into(images.numpy())
+        return images.to(self.device, non_blocking=True)
 
     def check(self) -> None:
         """Open every file, about 0.1 ms for each.

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _ATTEMPTS = 10
 
 
-class View(Protocol):
+class ImageView(Protocol):
     """How an opened image becomes a square; `draw` is the file's own generator of this epoch."""
 
     @property
@@ -108,7 +108,9 @@ class RandomCrop:
         return left, top, left + w, top + h
 
 
-def read_image(path: str | os.PathLike[str], view: View, *, seed: int = 0, epoch: int = 0, index: int = 0) -> Tensor:
+def read_image(
+    path: str | os.PathLike[str], view: ImageView, *, seed: int = 0, epoch: int = 0, index: int = 0
+) -> Tensor:
     """One image file as a square of bytes, in red, green and blue.
 
     Grey images of 8 bits, palettes and transparency are converted, deeper pixels refused; a rotation in the file's
@@ -132,7 +134,9 @@ def read_image(path: str | os.PathLike[str], view: View, *, seed: int = 0, epoch
     return torch.frombuffer(bytearray(planes), dtype=torch.uint8).view(3, view.size, view.size)
 
 
-def read_planes(path: str | os.PathLike[str], view: View, *, seed: int = 0, epoch: int = 0, index: int = 0) -> bytes:
+def read_planes(
+    path: str | os.PathLike[str], view: ImageView, *, seed: int = 0, epoch: int = 0, index: int = 0
+) -> bytes:
     """The bytes of `read_image`, channel after channel.
 
     No operation of torch, whose own threads would be as many again for each thread that reads.

@@ -77,10 +77,10 @@ class SharpnessAware:
             ValueError: a recipe that needs second derivatives.
         """
         parent: Any = super()
-        found = parent.create_optimizer(*args, **kwargs)
+        base = parent.create_optimizer(*args, **kwargs)
         self._held_inputs = []  # of a training that was broken off
-        if _sam_in(found) is None:
-            self.optimizer = wrap(found, self.recipe, rho=self.rho, **{"model": self.model, **self.sam_options})
+        if _sam_in(base) is None:
+            self.optimizer = wrap(base, self.recipe, rho=self.rho, **{"model": self.model, **self.sam_options})
         sam = _sam_in(self.optimizer)
         if sam is not None and Need.SECOND_ORDER in sam.recipe.needs:
             raise ValueError(

@@ -126,8 +126,8 @@ class SharpnessAware:
             Precision.optimizer_step(plugin, stepper, model=self, closure=passes)
 
     def _sam(self) -> SAM | None:
-        found = self.trainer.optimizers
-        return found[0] if len(found) == 1 and isinstance(found[0], SAM) else None
+        optimizers = self.trainer.optimizers
+        return optimizers[0] if len(optimizers) == 1 and isinstance(optimizers[0], SAM) else None
 
     def _share_scaler(self) -> None:
         """Give the scaler of the precision plugin to every flatmin optimizer."""

@@ -1,7 +1,6 @@
 """What training did to the loss surface: curvature, sharpness, landscapes. Knows no optimizer; needs torch alone."""
 
 from flatmin.measure.average import Average, average_case
-from flatmin.measure.card import Card, CardSettings, card
 from flatmin.measure.curvature import EmpiricalFisher, Fisher, GaussNewton, Hessian
 from flatmin.measure.flatness import fisher_rao, pac_bayes, relative_flatness
 from flatmin.measure.follow import Follow, edge, sam_edge
@@ -10,14 +9,13 @@ from flatmin.measure.landscape import landscape
 from flatmin.measure.losses import LogitNormalised, error_rate
 from flatmin.measure.paths import bezier, linear
 from flatmin.measure.problem import Conventions, Problem, restricted, under
+from flatmin.measure.report import Report, ReportSettings, report
 from flatmin.measure.sharpness import Sharpness, curve, m_sharpness, worst_case
 from flatmin.measure.trace import density, diagonal, frobenius, trace
 from flatmin.measure.trajectory import pca
 
 __all__ = [
     "Average",
-    "Card",
-    "CardSettings",
     "Conventions",
     "EmpiricalFisher",
     "Fisher",
@@ -26,11 +24,12 @@ __all__ = [
     "Hessian",
     "LogitNormalised",
     "Problem",
+    "Report",
+    "ReportSettings",
     "Sharpness",
     "Spectrum",
     "average_case",
     "bezier",
-    "card",
     "curve",
     "density",
     "diagonal",
@@ -44,6 +43,7 @@ __all__ = [
     "pac_bayes",
     "pca",
     "relative_flatness",
+    "report",
     "restricted",
     "sam_edge",
     "spectrum",

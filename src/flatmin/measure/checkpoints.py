@@ -38,17 +38,17 @@ class Weights:
     @property
     def remarks(self) -> list[str]:
         """What a reader must know of the choice, in sentences."""
-        found = []
+        remarks = []
         if self.others:
-            found.append(
+            remarks.append(
                 f"the weights under {self.name!r} are taken; those under {listed(self.others)} fit as well "
                 "(key= names them, --key on the command line)."
             )
         if self.aside:
-            found.append(
+            remarks.append(
                 f"the weights under {self.name!r} are taken, and what is beside them left out: {listed(self.aside)}."
             )
-        return found
+        return remarks
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -178,17 +178,17 @@ def _fits(
     wanted = [n for n in own if not n.endswith(_OPTIONAL)] if needed is None else list(needed)
     shorts = {short: state[name] for name, short in entries.items()}
 
-    def whole(found: Mapping[str, Any]) -> dict[str, Any] | None:
+    def whole(state: Mapping[str, Any]) -> dict[str, Any] | None:
         """By the model's own names, with those that are tied to one that is there."""
-        if any(short not in own_of for short in found):
+        if any(short not in own_of for short in state):
             return None
-        made = {own_of[short]: value for short, value in found.items()}
+        made = {own_of[short]: value for short, value in state.items()}
         for name in wanted:
             if name not in made:
-                twin = next((n for n in same[id(own[name])] if n in made), None)
-                if twin is None:
+                alias = next((n for n in same[id(own[name])] if n in made), None)
+                if alias is None:
                     return None
-                made[name] = made[twin]
+                made[name] = made[alias]
         return made
 
     for prefix in _prefixes(own_of, shorts):
@@ -207,8 +207,8 @@ def _fits(
 def _prefixes(own: Collection[str], state: Collection[str]) -> list[str]:
     """What may stand before the model's names in those of a state dict; the empty prefix first."""
     pivot = max(own, key=lambda name: (not name.endswith(_OPTIONAL), name.count("."), len(name)), default="")
-    found = {k[: len(k) - len(pivot)] for k in state if pivot and f".{k}".endswith(f".{pivot}")}
-    return ["", *sorted(found - {""})]
+    prefixes = {k[: len(k) - len(pivot)] for k in state if pivot and f".{k}".endswith(f".{pivot}")}
+    return ["", *sorted(prefixes - {""})]
 
 
 def _shared(names: list[str]) -> list[str]:
@@ -216,11 +216,11 @@ def _shared(names: list[str]) -> list[str]:
     if not names:
         return []
     parts = [name.split(".")[:-1] for name in names]
-    found, k = [], 0
+    prefixes, k = [], 0
     while all(len(p) > k and p[k] == parts[0][k] for p in parts):
         k += 1
-        found.append(".".join(parts[0][:k]) + ".")
-    return found
+        prefixes.append(".".join(parts[0][:k]) + ".")
+    return prefixes
 
 
 def _bare(names: Collection[str]) -> dict[str, str]:

@@ -21,7 +21,7 @@ _VALUES = 24  # labels that are tried as ignored ones
 
 
 @dataclass(frozen=True, eq=False)
-class Count:
+class BatchWeight:
     """A weight that a batch could have in the mean.
 
     Args:
@@ -40,7 +40,7 @@ class Count:
         return first_tensor(pair[1]) if not self.where else dict(tensors(pair))[self.where]
 
     def rows(self, pair: Pair, count: int, axes: Axes) -> Tensor | None:
-        """The weight of each example, shape (count,); None if they cannot be told apart."""
+        """The weight of each example, shape (count,); None if the examples cannot be separated."""
         if self.of is None:
             return torch.ones(count, dtype=torch.float64)
         tensor = self._tensor(pair)
@@ -60,7 +60,7 @@ class Count:
 
 
 @dataclass(frozen=True, eq=False)
-class Given:
+class CallerWeight:
     """Weights by a function of the caller."""
 
     terms: Callable[[Any, Any], float]
@@ -88,7 +88,7 @@ class Given:
 
 
 @dataclass(frozen=True)
-class Rule:
+class WeightRule:
     """How batches make up the loss of all data.
 
     Args:
@@ -98,7 +98,7 @@ class Rule:
             over examples. None if there was none, or the rule does not matter.
     """
 
-    count: Count | Given
+    count: BatchWeight | CallerWeight
     reduction: Reduction
     trial: tuple[str, Axes] | None = None
 
@@ -109,14 +109,14 @@ class Rule:
 
 def options_of(loss: Any) -> dict[str, Any]:
     """What a loss says of itself: its attributes, and the keywords of a functools.partial."""
-    found: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     while isinstance(loss, functools.partial):
-        found = {**loss.keywords, **found}
+        options = {**loss.keywords, **options}
         loss = loss.func
     for name in ("ignore_index", "weight", "reduction"):
         if hasattr(loss, name):
-            found.setdefault(name, getattr(loss, name))
-    return found
+            options.setdefault(name, getattr(loss, name))
+    return options
 
 
 def is_of_torch(loss: Any) -> bool:
@@ -135,8 +135,9 @@ def _vectors(loss: Any) -> Iterator[tuple[str, Tensor]]:
     closed = getattr(loss, "__closure__", None) or ()
     names = getattr(getattr(loss, "__code__", None), "co_freevars", ())
     inside = {n: c.cell_contents for n, c in zip(names, closed, strict=False) if _is_filled(c)}
-    known = getattr(loss, "__globals__", {})
-    inside |= {n: known[n] for n in getattr(getattr(loss, "__code__", None), "co_names", ()) if n in known}
+    variables = getattr(loss, "__globals__", {})
+    used = getattr(getattr(loss, "__code__", None), "co_names", ())
+    inside |= {name: variables[name] for name in used if name in variables}
     held = dict(loss.named_buffers()) if isinstance(loss, nn.Module) else {}
     for name, value in {**inside, **getattr(loss, "__dict__", {}), **held, **options}.items():
         if isinstance(value, Tensor) and value.dim() == 1 and value.is_floating_point():
@@ -175,36 +176,43 @@ def _positions(t: Tensor) -> Tensor:
     return torch.full_like(t, 1.0 / (t.shape[1] if t.dim() > 1 else 1))
 
 
-def candidates(loss: Any, pairs: Sequence[Pair], labels: Sequence[int]) -> list[Count]:
+def candidates(loss: Any, pairs: Sequence[Pair], labels: Sequence[int]) -> list[BatchWeight]:
     """Every weight that is tried, what the loss says of itself first; of `labels` each may be one that is ignored."""
     options = options_of(loss)
     first = first_tensor(pairs[0][1])
-    examples = Count("examples")
-    entries = Count("entries of the targets", torch.ones_like)
-    found: list[Count] = []
+    examples = BatchWeight("examples")
+    entries = BatchWeight("entries of the targets", torch.ones_like)
+    weights: list[BatchWeight] = []
     if first.is_floating_point() or first.is_complex():
         soft = loss is F.cross_entropy or isinstance(getattr(loss, "inner", loss), nn.CrossEntropyLoss)
         soft = soft or (isinstance(loss, functools.partial) and loss.func is F.cross_entropy)
-        found += [Count("distributions over classes", _positions)] if soft else []
-        found += [entries, examples, Count("finite entries of the targets", torch.isfinite)]
-        found += [Count("sum of the targets", lambda t: t), Count("targets that are not zero", lambda t: t != 0)]
+        weights += [BatchWeight("distributions over classes", _positions)] if soft else []
+        weights += [entries, examples, BatchWeight("finite entries of the targets", torch.isfinite)]
+        weights += [
+            BatchWeight("sum of the targets", lambda t: t),
+            BatchWeight("targets that are not zero", lambda t: t != 0),
+        ]
     else:
         given = options.get("ignore_index")
         said = given if isinstance(given, int) else _IGNORED
         weighted = [
-            Count(f"class weights {name} of the targets", _weighted(vector, said), ignored=said)
+            BatchWeight(f"class weights {name} of the targets", _weighted(vector, said), ignored=said)
             for name, vector in _vectors(loss)
         ]
         # Only labels that are there make a difference.
         other = [v for v in labels if v != said]
-        found += sorted(weighted, key=lambda c: c.text != "class weights weight of the targets")
+        weights += sorted(weighted, key=lambda c: c.text != "class weights weight of the targets")
         for v in (said, *other):
             text = f"targets other than {v}"
-            found += [Count(text, _unlike(v), ignored=v)]
-            found += [Count(f"{text} but the first", _shifted(_unlike(v)), ignored=v)] if first.dim() > 1 else []
-            found += [Count(f"targets that are {v}", _like(v))]
-            found += [examples, entries] if v == said else []
-        found += [Count("entries of the targets but the first", _shifted(torch.ones_like))] if first.dim() > 1 else []
+            weights += [BatchWeight(text, _unlike(v), ignored=v)]
+            weights += (
+                [BatchWeight(f"{text} but the first", _shifted(_unlike(v)), ignored=v)] if first.dim() > 1 else []
+            )
+            weights += [BatchWeight(f"targets that are {v}", _like(v))]
+            weights += [examples, entries] if v == said else []
+        weights += (
+            [BatchWeight("entries of the targets but the first", _shifted(torch.ones_like))] if first.dim() > 1 else []
+        )
     for name, tensor in tensors(pairs[0]):
         if tensor is first or not tensor.dim():
             continue
@@ -216,10 +224,10 @@ def candidates(loss: Any, pairs: Sequence[Pair], labels: Sequence[int]) -> list[
         elif name.startswith("[1]"):
             kinds += [(f"sum of {whole}", lambda t: t), (whole, torch.ones_like)]
         for text, of in kinds:
-            found.append(Count(text, of, name))
+            weights.append(BatchWeight(text, of, name))
             if tensor.dim() > 1:
-                found.append(Count(f"{text} but the first", _shifted(of), name))
-    return found
+                weights.append(BatchWeight(f"{text} but the first", _shifted(of), name))
+    return weights
 
 
 def labels_of(pairs: Sequence[Pair]) -> list[int]:

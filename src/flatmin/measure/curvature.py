@@ -20,7 +20,7 @@ from flatmin.measure.derivatives import (
     without_padding,
 )
 from flatmin.measure.nested import first_tensor
-from flatmin.measure.problem import Batch, Conventions, Problem, some_of
+from flatmin.measure.problem import Conventions, Problem, WeightedBatch, some_of
 
 Form = Literal["reverse", "forward", "finite"]
 Progress = Callable[[int], None]
@@ -56,7 +56,7 @@ class Curvature:
 
     Attributes:
         products: number of them so far.
-        kept: number of batches whose graph is kept.
+        stored_graphs: number of batches whose graph is kept.
     """
 
     name = ""
@@ -64,7 +64,7 @@ class Curvature:
     def __init__(self, problem: Problem, *, memory: int | None = None) -> None:
         self.problem = problem
         self.size, self.dtype, self.device = problem.size, problem.dtype, problem.device
-        self.products = self.kept = 0
+        self.products = self.stored_graphs = 0
         self._budget = _free_memory(self.device) if memory is None else memory
         self._graphs: dict[int, Any] = {}
         self._full = self._budget <= 0
@@ -96,7 +96,7 @@ class Curvature:
     def _decay(self) -> float:
         return 0.0
 
-    def _batch_product(self, i: int, batch: Batch, v: list[Tensor]) -> Tensor:
+    def _batch_product(self, i: int, batch: WeightedBatch, v: list[Tensor]) -> Tensor:
         raise AttributeError(f"{type(self).__name__} defines no _batch_product().")
 
     def _graph(self, i: int, build: Callable[[], Any]) -> tuple[Any, bool]:
@@ -105,21 +105,21 @@ class Curvature:
             return self._graphs[i], True
         if self._full:
             return build(), False
-        found, size = _counting(build)
+        built, size = _counting(build)
         if size > self._budget:
             self._full = True
-            return found, False
+            return built, False
         self._budget -= size
-        self._graphs[i] = found
-        self.kept += 1
-        return found, True
+        self._graphs[i] = built
+        self.stored_graphs += 1
+        return built, True
 
     def _elsewhere(self, problem: Problem, at: Sequence[Tensor]) -> Self:
         """The operator of a problem at other weights, for a trial."""
-        twin = copy.copy(self)
-        twin.problem, twin.dtype, twin._graphs, twin._full = copy.copy(problem), problem.dtype, {}, True
-        twin.problem.weights = [w.detach().requires_grad_() for w in at]
-        return twin
+        clone = copy.copy(self)
+        clone.problem, clone.dtype, clone._graphs, clone._full = copy.copy(problem), problem.dtype, {}, True
+        clone.problem.weights = [w.detach().requires_grad_() for w in at]
+        return clone
 
     def close(self) -> None:
         """Drop the kept graphs."""
@@ -187,10 +187,10 @@ class Hessian(Curvature):
             "leaves weights out. " + " ".join(failures)
         )
 
-    def _flaw(self, batch: Batch) -> str | None:
+    def _flaw(self, batch: WeightedBatch) -> str | None:
         """What is wrong with the products, if anything is: against differences of the gradient, then in themselves."""
 
-        def product(problem: Problem, at: Sequence[Tensor], piece: Batch, v: Tensor) -> Tensor:
+        def product(problem: Problem, at: Sequence[Tensor], piece: WeightedBatch, v: Tensor) -> Tensor:
             return self._elsewhere(problem, at)._batch_product(0, piece, problem.shaped(v))
 
         flaw = against_differences(self.problem, batch, product)
@@ -212,14 +212,16 @@ class Hessian(Curvature):
     def _decay(self) -> float:
         return self.problem.weight_decay
 
-    def _batch_product(self, i: int, batch: Batch, v: list[Tensor]) -> Tensor:
+    def _batch_product(self, i: int, batch: WeightedBatch, v: list[Tensor]) -> Tensor:
         if self.form == "reverse":
-            grads, kept = self._graph(i, lambda: self._gradients(batch))
+            grads, stored = self._graph(i, lambda: self._gradients(batch))
             reached = [(g, u) for g, u in zip(grads, v, strict=True) if g.requires_grad]
             if not reached:
                 return torch.zeros(self.size, dtype=self.dtype, device=self.device)
             outputs, seeds = zip(*reached, strict=True)
-            rows = torch.autograd.grad(outputs, self.problem.weights, seeds, retain_graph=kept, materialize_grads=True)
+            rows = torch.autograd.grad(
+                outputs, self.problem.weights, seeds, retain_graph=stored, materialize_grads=True
+            )
             return self.problem.flat(rows)
         if self._padding is None:
             self._padding = padding_of(self.problem, batch)
@@ -233,15 +235,15 @@ class Hessian(Curvature):
             return self.problem.flat(product)
         return self._difference(batch, v)
 
-    def _value(self, batch: Batch) -> Callable[[tuple[Tensor, ...]], Tensor]:
+    def _value(self, batch: WeightedBatch) -> Callable[[tuple[Tensor, ...]], Tensor]:
         return lambda weights: self.problem.value_of(batch, self.problem.outputs(batch, weights), weights)
 
-    def _gradients(self, batch: Batch) -> list[Tensor]:
+    def _gradients(self, batch: WeightedBatch) -> list[Tensor]:
         weights = self.problem.weights
         value = self._value(batch)(tuple(weights))
         return list(torch.autograd.grad(value, weights, create_graph=True, materialize_grads=True))
 
-    def _difference(self, batch: Batch, v: list[Tensor]) -> Tensor:
+    def _difference(self, batch: WeightedBatch, v: list[Tensor]) -> Tensor:
         norm = torch.sqrt(sum((u.double().square().sum() for u in v), torch.zeros((), dtype=torch.float64)))
         if not norm:
             return torch.zeros(self.size, dtype=self.dtype, device=self.device)
@@ -279,12 +281,12 @@ class GaussNewton(Curvature):
             return
         batch = some_of(self.problem, PROBED)
 
-        def outputs(problem: Problem, at: Sequence[Tensor], piece: Batch) -> Tensor:
+        def outputs(problem: Problem, at: Sequence[Tensor], piece: WeightedBatch) -> Tensor:
             return self._elsewhere(problem, at)._tried(piece)
 
-        def push(problem: Problem, at: Sequence[Tensor], piece: Batch, v: Tensor) -> Tensor:
-            twin = self._elsewhere(problem, at)
-            rows, pulled, seed = twin._pullback(twin._tried(piece))
+        def push(problem: Problem, at: Sequence[Tensor], piece: WeightedBatch, v: Tensor) -> Tensor:
+            clone = self._elsewhere(problem, at)
+            rows, pulled, seed = clone._pullback(clone._tried(piece))
             return _push(pulled, seed, problem.shaped(v), rows)
 
         try:
@@ -299,19 +301,19 @@ class GaussNewton(Curvature):
                 f"params= leaves weights out. {flaw}"
             )
 
-    def _tried(self, batch: Batch) -> Tensor:
+    def _tried(self, batch: WeightedBatch) -> Tensor:
         """What the Jacobian is tried on."""
         return self._rows(0, batch)
 
-    def _rows(self, i: int, batch: Batch) -> Tensor:
+    def _rows(self, i: int, batch: WeightedBatch) -> Tensor:
         """What the Jacobian is of: the outputs on a batch."""
         outputs = self.problem.outputs(batch)
         if not isinstance(outputs, Tensor):
             raise ValueError(f"{self.name} needs a model whose output is one tensor, got {type(outputs).__name__}.")
         return outputs
 
-    def _batch_product(self, i: int, batch: Batch, v: list[Tensor]) -> Tensor:
-        (outputs, pulled, seed), kept = self._graph(i, lambda: self._pullback(self._rows(i, batch)))
+    def _batch_product(self, i: int, batch: WeightedBatch, v: list[Tensor]) -> Tensor:
+        (outputs, pulled, seed), stored = self._graph(i, lambda: self._pullback(self._rows(i, batch)))
         jv = _push(pulled, seed, v, outputs)
         at = outputs.detach().requires_grad_()
         with torch.enable_grad():
@@ -319,7 +321,7 @@ class GaussNewton(Curvature):
             if not slope.requires_grad:
                 return torch.zeros(self.size, dtype=self.dtype, device=self.device)
             hjv = torch.autograd.grad(slope, at, jv, materialize_grads=True)[0]
-        return self._pull(outputs, hjv, retain=kept)
+        return self._pull(outputs, hjv, retain=stored)
 
     def _pullback(self, outputs: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
         """The outputs, J^T s as a function of a seed s, and the seed."""
@@ -379,19 +381,19 @@ class EmpiricalFisher(GaussNewton):
         values = 0
         with self.problem.together(), self.problem.guard(), torch.no_grad():
             for i, batch in enumerate(self.problem.batches if own else self.problem.batches[:1]):
-                found = self._per_sample(self.problem.outputs(batch), batch.targets)
+                losses = self._per_sample(self.problem.outputs(batch), batch.targets)
                 examples = len(first_tensor(batch.targets))
-                if not isinstance(found, Tensor) or (examples > 1 and found.numel() < 2):
-                    what = f"{found.numel()} of them" if isinstance(found, Tensor) else type(found).__name__
+                if not isinstance(losses, Tensor) or (examples > 1 and losses.numel() < 2):
+                    what = f"{losses.numel()} of them" if isinstance(losses, Tensor) else type(losses).__name__
                     raise ValueError(
                         f"{'per_sample=' if own else 'the loss with reduction=none'} must give a value for each of the "
                         f"{examples} examples of a batch (or for each of their tokens), got {what}; pass per_sample=, "
                         "a function (outputs, targets) -> values."
                     )
-                values += found.numel()
+                values += losses.numel()
                 if not own and i == 0:
                     loss = float(self.problem.value_of(batch, self.problem.outputs(batch))) / batch.share
-                    mean = float(found.double().sum()) / _counted(self.problem, batch)
+                    mean = float(losses.double().sum()) / _counted(self.problem, batch)
                     if abs(mean - loss) > 1e-2 * max(abs(mean), abs(loss)) + 1e-6:
                         raise ValueError(
                             f"the loss with reduction='none' gives values whose {self.problem.reduction} is {mean:.5g} "
@@ -403,16 +405,16 @@ class EmpiricalFisher(GaussNewton):
         total = torch.tensor([values], dtype=torch.float64, device=self.device)
         return float(self.problem.reduced(total)[0])
 
-    def _batch_product(self, i: int, batch: Batch, v: list[Tensor]) -> Tensor:
-        (terms, pulled, seed), kept = self._graph(i, lambda: self._pullback(self._rows(i, batch)))
+    def _batch_product(self, i: int, batch: WeightedBatch, v: list[Tensor]) -> Tensor:
+        (terms, pulled, seed), stored = self._graph(i, lambda: self._pullback(self._rows(i, batch)))
         along = _push(pulled, seed, v, terms)
-        return self._pull(terms, along * self._weight(batch, terms), retain=kept)
+        return self._pull(terms, along * self._weight(batch, terms), retain=stored)
 
-    def _weight(self, batch: Batch, terms: Tensor) -> float:
+    def _weight(self, batch: WeightedBatch, terms: Tensor) -> float:
         """Of each term in the mean."""
         return batch.share / _counted(self.problem, batch) if self._total is None else 1.0 / self._total
 
-    def _rows(self, i: int, batch: Batch) -> Tensor:
+    def _rows(self, i: int, batch: WeightedBatch) -> Tensor:
         return self._per_sample(self.problem.outputs(batch), batch.targets).reshape(-1)
 
 
@@ -454,20 +456,20 @@ class Fisher(EmpiricalFisher):
     def _count(self, *, own: bool) -> None:
         return None
 
-    def _tried(self, batch: Batch) -> Tensor:
+    def _tried(self, batch: WeightedBatch) -> Tensor:
         return GaussNewton._rows(self, 0, batch)
 
     @property
     def conventions(self) -> Conventions:
         return self.problem.conventions.with_seed(self._seed)
 
-    def _rows(self, i: int, batch: Batch) -> Tensor:
+    def _rows(self, i: int, batch: WeightedBatch) -> Tensor:
         outputs = self.problem.outputs(batch)
         if not batch.targets.is_floating_point():
             outputs = outputs[batch.targets != self.problem.ignored]
         return _unreduced_cross_entropy(torch.cat([outputs] * self._draws), self._draw(i, outputs))
 
-    def _weight(self, batch: Batch, terms: Tensor) -> float:
+    def _weight(self, batch: WeightedBatch, terms: Tensor) -> float:
         return batch.share / len(terms)
 
     def _draw(self, i: int, outputs: Tensor) -> Tensor:
@@ -494,15 +496,15 @@ def terms_of(loss: Any) -> Callable[[Any, Any], Tensor]:
     if loss is F.cross_entropy:
         return _unreduced_cross_entropy
     if isinstance(loss, nn.Module) and hasattr(loss, "reduction"):
-        twin: Any = copy.copy(loss)
-        twin.reduction = "none"
-        return twin  # type: ignore[no-any-return]
+        clone: Any = copy.copy(loss)
+        clone.reduction = "none"
+        return clone  # type: ignore[no-any-return]
     raise ValueError(
         "the loss gives no value per sample; use a loss module such as nn.CrossEntropyLoss(), or pass per_sample=."
     )
 
 
-def _counted(problem: Problem, batch: Batch) -> float:
+def _counted(problem: Problem, batch: WeightedBatch) -> float:
     """Terms of a batch in the mean that its share is of."""
     return 1.0 if problem.reduction == "sum" else batch.terms
 
@@ -529,5 +531,5 @@ def _counting(build: Callable[[], Any]) -> tuple[Any, int]:
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        found = build()
-    return found, sum(seen.values())
+        built = build()
+    return built, sum(seen.values())

@@ -12,10 +12,10 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from flatmin.measure.nested import mapped, tensors
-from flatmin.measure.problem import Batch, Problem, displaced, in_double
+from flatmin.measure.problem import Problem, WeightedBatch, displaced, in_double
 
 PROBED = 8  # examples on which derivatives are tried
-Product = Callable[[Problem, list[Tensor], Batch, Tensor], Tensor]
+Product = Callable[[Problem, list[Tensor], WeightedBatch, Tensor], Tensor]
 # Where to look, in multiples of each tensor's root mean square: a kink may lie at the weights.
 _FAR = (1e-2, 0.0, 0.3, 1.0)
 # Of the differences, in multiples of the weights, likewise.
@@ -36,7 +36,7 @@ class _Precision:
         return cls(1e-3 if problem.dtype == torch.float64 else 5e-2, 8.0 * eps)
 
 
-def against_differences(problem: Problem, batch: Batch, product: Product) -> str | None:
+def against_differences(problem: Problem, batch: WeightedBatch, product: Product) -> str | None:
     """What is wrong with the derivatives on a few examples, in words; None if nothing is, or nothing can be said.
 
     Two differences of the gradient with unlike steps must agree, in every weight tensor, before they are believed.
@@ -51,10 +51,10 @@ def against_differences(problem: Problem, batch: Batch, product: Product) -> str
 
     Costs: a product, and five gradients of these examples if the first steps serve.
     """
-    return _tried(problem, batch, lambda twin, at, piece: _gradients(twin, at, piece, product))
+    return _tried(problem, batch, lambda clone, at, piece: _gradients(clone, at, piece, product))
 
 
-def outputs_against_differences(problem: Problem, batch: Batch, outputs: Outputs, push: Product) -> str | None:
+def outputs_against_differences(problem: Problem, batch: WeightedBatch, outputs: Outputs, push: Product) -> str | None:
     """The same of J v, the derivative of the outputs (or terms of the loss) along a vector.
 
     Args:
@@ -65,30 +65,32 @@ def outputs_against_differences(problem: Problem, batch: Batch, outputs: Outputs
 
     Costs: a product with J, and five forward passes of these examples if the first steps serve.
     """
-    return _tried(problem, batch, lambda twin, at, piece: _pushed(twin, at, piece, outputs, push))
+    return _tried(problem, batch, lambda clone, at, piece: _pushed(clone, at, piece, outputs, push))
 
 
-Outputs = Callable[[Problem, list[Tensor], Batch], Tensor]
+Outputs = Callable[[Problem, list[Tensor], WeightedBatch], Tensor]
 Told = tuple[bool, str | None]  # whether anything can be said, and what is wrong
 
 
-def _tried(problem: Problem, batch: Batch, look: Callable[[Problem, list[Tensor], Batch], Told]) -> str | None:
+def _tried(
+    problem: Problem, batch: WeightedBatch, look: Callable[[Problem, list[Tensor], WeightedBatch], Told]
+) -> str | None:
     """What the first point says at which anything can be said."""
-    twins = (in_double(problem), problem)
-    for twin in twins:
-        piece = replace(batch, inputs=_cast(twin, batch.inputs), targets=_cast(twin, batch.targets))
+    clones = (in_double(problem), problem)
+    for clone in clones:
+        piece = replace(batch, inputs=_cast(clone, batch.inputs), targets=_cast(clone, batch.targets))
         try:
             for far in _FAR:
-                with twin.guard():
-                    at = [w.detach() for w in (displaced(twin, far) if far else twin.weights)]
-                    told, flaw = look(twin, at, piece)
-                if told:
+                with clone.guard():
+                    at = [w.detach() for w in (displaced(clone, far) if far else clone.weights)]
+                    comparison, flaw = look(clone, at, piece)
+                if comparison:
                     return flaw
             return None
         except torch.OutOfMemoryError:
             raise
         except RuntimeError:
-            if twin is twins[-1]:
+            if clone is clones[-1]:
                 raise
     return None
 
@@ -107,7 +109,7 @@ class _Lookups(TorchFunctionMode):
         return func(*args, **given)
 
 
-def padding_of(problem: Problem, batch: Batch) -> list[tuple[int, int]]:
+def padding_of(problem: Problem, batch: WeightedBatch) -> list[tuple[int, int]]:
     """Numbers of the weight tensors that embeddings look up with a `padding_idx`, and of that row in each.
 
     Autograd holds such a row constant, and so does L: torch does not train it.
@@ -120,13 +122,13 @@ def padding_of(problem: Problem, batch: Batch) -> list[tuple[int, int]]:
 
 def without_padding(v: Sequence[Tensor], padding: Sequence[tuple[int, int]]) -> list[Tensor]:
     """A direction, as tensors shaped like the weights, that leaves these rows where they are."""
-    found = list(v)
+    tensors = list(v)
     for i, row in padding:
-        found[i] = found[i].index_fill(0, torch.tensor(row, device=found[i].device), 0.0)
-    return found
+        tensors[i] = tensors[i].index_fill(0, torch.tensor(row, device=tensors[i].device), 0.0)
+    return tensors
 
 
-def _direction(problem: Problem, at: list[Tensor], batch: Batch) -> Tensor:
+def _direction(problem: Problem, at: list[Tensor], batch: WeightedBatch) -> Tensor:
     """A random vector in which each tensor moves in proportion to its size, so that none is lost beside larger ones."""
     sizes = [float(w.double().square().mean().sqrt()) for w in at]
     usual = sum(sizes) / len(sizes) or 0.1
@@ -136,7 +138,7 @@ def _direction(problem: Problem, at: list[Tensor], batch: Batch) -> Tensor:
     return problem.flat(without_padding(scaled, padding_of(problem, batch)))
 
 
-def _gradients(problem: Problem, at: list[Tensor], batch: Batch, product: Product) -> Told:
+def _gradients(problem: Problem, at: list[Tensor], batch: WeightedBatch, product: Product) -> Told:
     """Products with the Hessian against differences of gradients, and the gradient against those of the loss."""
     v, precise = _direction(problem, at, batch), _Precision.of(problem)
     start = _gradient(problem, at, batch)[1]
@@ -147,23 +149,27 @@ def _gradients(problem: Problem, at: list[Tensor], batch: Batch, product: Produc
         up, down = (
             _gradient(problem, [w + s * step * d for w, d in _along(problem, at, v)], batch) for s in (1.0, -1.0)
         )
-        rise, found, noise = (up[0] - down[0]) / (2.0 * step), (up[1] - down[1]) / (2.0 * step), precise.noise / step
+        rise, difference, noise = (
+            (up[0] - down[0]) / (2.0 * step),
+            (up[1] - down[1]) / (2.0 * step),
+            precise.noise / step,
+        )
         if last is not None:
             other, before, rough = last[0], last[1], max(noise, last[2])
-            if _agree(problem, other, found, start, rough, precise.tol):
+            if _agree(problem, other, difference, start, rough, precise.tol):
                 slope = float(torch.dot(start.double(), v.double()))
                 unsure = precise.tol * max(abs(slope), abs(rise)) + rough * (10.0 + abs(up[0]) + abs(slope)) + _LEAST
                 if abs(rise - before) <= 0.2 * unsure and abs(rise - slope) > unsure:
                     said = f"it is {slope:.4g} along a vector, along which the loss rises by {rise:.4g}"
                     return True, f"the gradient is not that of the loss ({said})."
                 exact = product(problem, at, batch, v)
-                if max(float(found.norm()), float(exact.norm())) * float(v.norm()) > _LEAST:
-                    return True, _unlike(problem, exact, found, other, start, rough, precise.tol)
-        last = (found, rise, noise)
+                if max(float(difference.norm()), float(exact.norm())) * float(v.norm()) > _LEAST:
+                    return True, _unlike(problem, exact, difference, other, start, rough, precise.tol)
+        last = (difference, rise, noise)
     return False, None
 
 
-def _pushed(problem: Problem, at: list[Tensor], batch: Batch, outputs: Outputs, push: Product) -> Told:
+def _pushed(problem: Problem, at: list[Tensor], batch: WeightedBatch, outputs: Outputs, push: Product) -> Told:
     """J v against differences of the outputs."""
     v, precise = _direction(problem, at, batch), _Precision.of(problem)
     last: Tensor | None = None
@@ -172,17 +178,17 @@ def _pushed(problem: Problem, at: list[Tensor], batch: Batch, outputs: Outputs, 
             up, down = (
                 outputs(problem, [w + s * step * d for w, d in _along(problem, at, v)], batch) for s in (1.0, -1.0)
             )
-        found, size = (up - down) / (2.0 * step), float(up.norm())
-        if last is not None and torch.isfinite(found).all():
+        difference, size = (up - down) / (2.0 * step), float(up.norm())
+        if last is not None and torch.isfinite(difference).all():
             unsure = precise.noise / step * size
-            if float((found - last).norm()) <= 0.2 * precise.tol * float(found.norm()) + unsure:
+            if float((difference - last).norm()) <= 0.2 * precise.tol * float(difference.norm()) + unsure:
                 exact = push(problem, at, batch, v)
-                largest = max(float(found.norm()), float(exact.norm()))
-                off = float((exact - found).norm()) - 10.0 * unsure
+                largest = max(float(difference.norm()), float(exact.norm()))
+                off = float((exact - difference).norm()) - 10.0 * unsure
                 if largest > _LEAST * size:
                     flaw = f"J v is not the difference of the outputs ({off / largest:.1%} off)."
                     return True, flaw if off > precise.tol * largest else None
-        last = found
+        last = difference
     return False, None
 
 
@@ -190,7 +196,7 @@ def _along(problem: Problem, at: Sequence[Tensor], v: Tensor) -> Iterator[tuple[
     return zip(at, problem.shaped(v), strict=True)
 
 
-def _gradient(problem: Problem, at: Sequence[Tensor], batch: Batch) -> tuple[float, Tensor]:
+def _gradient(problem: Problem, at: Sequence[Tensor], batch: WeightedBatch) -> tuple[float, Tensor]:
     weights = [w.detach().requires_grad_() for w in at]
     value = problem.value_of(batch, problem.outputs(batch, weights), weights)
     slopes = torch.autograd.grad(value, weights, materialize_grads=True)
@@ -214,12 +220,12 @@ def _agree(problem: Problem, a: Tensor, b: Tensor, start: Tensor, noise: float, 
 
 
 def _unlike(
-    problem: Problem, exact: Tensor, found: Tensor, other: Tensor, start: Tensor, noise: float, tol: float
+    problem: Problem, exact: Tensor, difference: Tensor, other: Tensor, start: Tensor, noise: float, tol: float
 ) -> str | None:
     """The tensor in which a product differs most from the differences, if it does."""
     worst, where = 0.0, ""
-    whole = float(found.norm())
-    for name, (x, y, z, g) in _blocks(problem, exact, found, other, start):
+    whole = float(difference.norm())
+    for name, (x, y, z, g) in _blocks(problem, exact, difference, other, start):
         size = max(float(y.norm()), float(x.norm())) + 1e-3 * whole
         off = float((x - y).norm()) - 10.0 * (float((y - z).norm()) + noise * float(g.norm()))
         if size and off / size > worst:
@@ -238,15 +244,15 @@ def _cast(problem: Problem, part: Any) -> Any:
 _WRONG = ("WeightNorm",)  # of which torch's own second derivative is wrong
 
 
-def suspects(problem: Problem, batch: Batch) -> str:
+def suspects(problem: Problem, batch: WeightedBatch) -> str:
     """The modules of a net whose backward is somebody's own, or known to have a wrong derivative; in words."""
-    found: list[str] = []
+    names: list[str] = []
 
     def look(name: str, module: nn.Module) -> Callable[..., None]:
         def hook(called: nn.Module, inputs: Any, outputs: Any) -> None:
             stops = {t.grad_fn for _, t in tensors(inputs)}
             for _, t in tensors(outputs):
-                found.extend(f"{name or type(module).__name__!r} ({node})" for node in _own_nodes(t.grad_fn, stops))
+                names.extend(f"{name or type(module).__name__!r} ({node})" for node in _own_nodes(t.grad_fn, stops))
 
         return hook
 
@@ -258,11 +264,11 @@ def suspects(problem: Problem, batch: Batch) -> str:
     finally:
         for handle in handles:
             handle.remove()
-    if not found:
-        found = list(_own_nodes(value.grad_fn, set()))
-    if not found:
+    if not names:
+        names = list(_own_nodes(value.grad_fn, set()))
+    if not names:
         return " (a part of it is detached, or has a backward that autograd does not follow)"
-    some = list(dict.fromkeys(found))
+    some = list(dict.fromkeys(names))
     return f"; look at {', '.join(some[:4])}{' and others' * (len(some) > 4)}"
 
 

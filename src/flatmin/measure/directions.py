@@ -22,7 +22,7 @@ Recipe = Mapping[str, str | int | float | bool]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Direction:
+class WeightDirection:
     """A vector in the space of a problem's weights and how it was made.
 
     Args:
@@ -76,7 +76,7 @@ def layout(problem: Problem) -> str:
 
 def gaussian(
     problem: Problem, *, seed: int = 0, normalise: Normalise = "filter", vectors: Vectors = "ignore"
-) -> Direction:
+) -> WeightDirection:
     r"""A random direction whose blocks are as long as the weights' own.
 
     .. math::
@@ -109,7 +109,7 @@ def gaussian_pair(
     normalise: Normalise = "filter",
     vectors: Vectors = "ignore",
     orthogonal: bool = False,
-) -> tuple[Direction, Direction]:
+) -> tuple[WeightDirection, WeightDirection]:
     """Two random directions for a plane, each as by `gaussian`.
 
     Their cosine is of the order 1/sqrt(size). With `orthogonal` it is zero: the second is made orthogonal to the first
@@ -154,7 +154,7 @@ def eigenvector(
     *,
     end: Literal["top", "bottom"] = "top",
     norm: float | Literal["weights"] = 1.0,
-) -> Direction:
+) -> WeightDirection:
     """An eigenvector of a Krylov run; its sign is such that the entry of largest size is positive.
 
     Args:
@@ -170,15 +170,15 @@ def eigenvector(
     """
     if end not in ("top", "bottom"):
         raise ValueError(f"end must be 'top' or 'bottom', got {end!r}.")
-    found, values = getattr(spectrum, f"{end}_vectors"), getattr(spectrum, end)
+    vectors, values = getattr(spectrum, f"{end}_vectors"), getattr(spectrum, end)
     if not 0 <= index < len(values):
         raise ValueError(f"the spectrum has {len(values)} {end} eigenvectors, so there is none of index {index!r}.")
-    if found.shape[1] != problem.size:
-        raise ValueError(f"the spectrum is of size {found.shape[1]}, the problem of size {problem.size}.")
+    if vectors.shape[1] != problem.size:
+        raise ValueError(f"the spectrum is of size {vectors.shape[1]}, the problem of size {problem.size}.")
     length = _weight_norm(problem) if norm == "weights" else float(norm)
     if not (length > 0 and math.isfinite(length)):
         raise ValueError(f"norm must be positive, got {length!r}.")
-    v = found[index].to(problem.device, torch.float64)
+    v = vectors[index].to(problem.device, torch.float64)
     v = v * (length / float(v.norm() * v[v.abs().argmax()].sign()))
     value, residual = float(values[index]), float(getattr(spectrum, f"{end}_residuals")[index])
     recipe = {"kind": "eigenvector", "end": end, "index": index, "norm": length, "eigenvalue": value}
@@ -186,7 +186,7 @@ def eigenvector(
     return _direction(problem, v, {**recipe, "residual": residual}, label)
 
 
-def difference(problem: Problem, checkpoint: Checkpoint, *, label: str = "checkpoint") -> Direction:
+def difference(problem: Problem, checkpoint: Checkpoint, *, label: str = "checkpoint") -> WeightDirection:
     """From the model's weights to a checkpoint's: 0 is the model, 1 the checkpoint.
 
     Args:
@@ -205,7 +205,7 @@ def difference(problem: Problem, checkpoint: Checkpoint, *, label: str = "checkp
     )
 
 
-def given(problem: Problem, vector: Tensor | Mapping[str, Tensor] | Sequence[Tensor], *, label: str) -> Direction:
+def given(problem: Problem, vector: Tensor | Mapping[str, Tensor] | Sequence[Tensor], *, label: str) -> WeightDirection:
     """Any vector in the space of the weights, such as a gradient, under a label.
 
     Args:
@@ -250,8 +250,8 @@ def _joined(problem: Problem, tensors: Mapping[str, Tensor] | Sequence[Tensor]) 
 
 def _direction(
     problem: Problem, vector: Tensor, recipe: Recipe, label: str = "", unlike: tuple[str, ...] = ()
-) -> Direction:
-    made = Direction(
+) -> WeightDirection:
+    made = WeightDirection(
         vector=vector.to(problem.device, problem.dtype),
         label=label or _gaussian_label(recipe),
         recipe=recipe,

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from flatmin.measure.checkpoints import find_weights, listed
 from flatmin.measure.losses import answers
-from flatmin.measure.problem import Batch, Problem, first_tensor
+from flatmin.measure.problem import Problem, WeightedBatch, first_tensor
 
 Statistics = Literal["as they are", "recomputed"]
 Checkpoint = nn.Module | Mapping[str, Tensor] | Tensor
@@ -42,14 +42,14 @@ def evaluate(
         return problem.value(weights, buffers=buffers), math.nan
     counts = torch.zeros(2, dtype=torch.float64, device=problem.device)
 
-    def count(batch: Batch, outputs: Any) -> None:
+    def count(batch: WeightedBatch, outputs: Any) -> None:
         targets = batch.targets
         right = answers(outputs, targets) == targets
         counted = targets != problem.ignored
         counts[0] += (right & counted).sum()
         counts[1] += counted.sum()
 
-    loss = problem.value(weights, buffers=buffers, watch=count)
+    loss = problem.value(weights, buffers=buffers, on_batch=count)
     right, total = problem.reduced(counts).tolist()
     return loss, right / total
 
@@ -80,8 +80,8 @@ def batch_statistics(problem: Problem, weights: list[Tensor]) -> dict[str, Tenso
     with torch.no_grad():
         for batch in problem.batches:
             count = float(len(first_tensor(batch.targets)))
-            for total, found in zip(sums, _of_batch(problem, layers, batch, weights), strict=True):
-                total += count * found.double()
+            for total, statistic in zip(sums, _of_batch(problem, layers, batch, weights), strict=True):
+                total += count * statistic.double()
             examples += count
     packed = torch.cat(
         [torch.tensor([examples], dtype=torch.float64, device=problem.device), *(s.flatten() for s in sums)]
@@ -91,16 +91,18 @@ def batch_statistics(problem: Problem, weights: list[Tensor]) -> dict[str, Tenso
     return {n: p.view_as(s).to(problem.dtype) for n, p, s in zip(names, parts, sums, strict=True)}
 
 
-def batch_outputs(problem: Problem, batch: Batch, weights: list[Tensor]) -> Any:
+def batch_outputs(problem: Problem, batch: WeightedBatch, weights: list[Tensor]) -> Any:
     """The outputs with BatchNorm by this batch's statistics; inside `Problem.guard`, which puts the flags back."""
     return _outputs(problem, _layers(problem.model), batch, weights)[0]
 
 
-def _of_batch(problem: Problem, layers: Mapping[str, _BatchNorm], batch: Batch, weights: list[Tensor]) -> list[Tensor]:
+def _of_batch(
+    problem: Problem, layers: Mapping[str, _BatchNorm], batch: WeightedBatch, weights: list[Tensor]
+) -> list[Tensor]:
     """Mean and variance of each layer on one batch, in the layers' order."""
     with problem.guard(), torch.no_grad():
         buffers = _outputs(problem, layers, batch, weights)[1]
-    found = []
+    statistics = []
     for name, layer in layers.items():
         prefix = f"{name}." if name else ""
         calls = float(buffers[f"{prefix}num_batches_tracked"]) if layer.num_batches_tracked is not None else 1.0
@@ -108,12 +110,12 @@ def _of_batch(problem: Problem, layers: Mapping[str, _BatchNorm], batch: Batch, 
         share = 1.0 if layer.momentum is None else 1.0 - (1.0 - layer.momentum) ** calls
         for kind in ("running_mean", "running_var"):
             own = dict(layer.named_buffers())[kind]
-            found.append(buffers[f"{prefix}{kind}"] / share if calls else own.detach())
-    return found
+            statistics.append(buffers[f"{prefix}{kind}"] / share if calls else own.detach())
+    return statistics
 
 
 def _outputs(
-    problem: Problem, layers: Mapping[str, _BatchNorm], batch: Batch, weights: list[Tensor]
+    problem: Problem, layers: Mapping[str, _BatchNorm], batch: WeightedBatch, weights: list[Tensor]
 ) -> tuple[Any, dict[str, Tensor]]:
     """Outputs with BatchNorm by the batch, and the layers' buffers, zero before."""
     buffers = {}
@@ -194,7 +196,7 @@ def choose_statistics(
 def _state(problem: Problem, checkpoint: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A checkpoint's tensors by the model's names."""
     model = problem.model
-    known = {
+    own = {
         **model.state_dict(keep_vars=True),
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
@@ -206,24 +208,24 @@ def _state(problem: Problem, checkpoint: nn.Module | Mapping[str, Tensor]) -> di
         raise ValueError(
             f"a checkpoint is a model, a state dict or a vector of the weights, got {type(checkpoint).__name__}."
         )
-    found = find_weights(known, checkpoint, needed=problem.names)
-    for remark in () if found is None else found.remarks:
+    matched = find_weights(own, checkpoint, needed=problem.names)
+    for remark in () if matched is None else matched.remarks:
         warnings.warn(remark, stacklevel=4)
-    state = dict(checkpoint) if found is None else found.state
+    state = dict(checkpoint) if matched is None else matched.state
     missing = [n for n in problem.names if not isinstance(state.get(n), Tensor)]
     if missing:
         raise ValueError(f"the checkpoint has no tensor {missing[0]!r}; it holds {listed(list(state)) or 'nothing'}.")
-    extra = [n for n in state if n not in known]
+    extra = [n for n in state if n not in own]
     if extra:
         raise ValueError(f"the checkpoint is of another model: this one has no {listed(extra)}.")
     return state
 
 
 def _unlike(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
-    found = []
+    names = []
     for name, tensor in own.items():
         other = state.get(name)
         if isinstance(other, Tensor) and tensor.is_floating_point():
             same = other.shape == tensor.shape and torch.equal(other.to(tensor).detach(), tensor.detach())
-            found += [] if same else [name]
-    return found
+            names += [] if same else [name]
+    return names

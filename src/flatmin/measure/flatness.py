@@ -264,11 +264,11 @@ def relative_flatness(
     if exact < 0:
         raise ValueError(f"exact must be >= 0, got {exact!r}.")
     features = _Features(problem, layer)
-    found: Estimate
+    estimate: Estimate
     if features.size <= exact:
         rows = torch.eye(features.size, dtype=features.dtype, device=features.device)
         value = math.fsum(dot(row, finite(features.matvec(row))) for row in rows)
-        found = Estimate(
+        estimate = Estimate(
             value=value,
             error=0.0,
             probes=0,
@@ -277,14 +277,14 @@ def relative_flatness(
             conventions=problem.conventions,
         )
     else:
-        found = trace(features, tol=tol, max_probes=max_probes, seed=seed)
+        estimate = trace(features, tol=tol, max_probes=max_probes, seed=seed)
     return RelativeFlatness(
-        value=found.value,
-        error=found.error,
-        probes=found.probes,
-        products=found.products,
-        converged=found.converged,
-        conventions=found.conventions,
+        value=estimate.value,
+        error=estimate.error,
+        probes=estimate.probes,
+        products=estimate.products,
+        converged=estimate.converged,
+        conventions=estimate.conventions,
         layer=layer,
         neurons=features.neurons,
         inputs=features.inputs,
@@ -303,8 +303,8 @@ class _Features:
         weight = problem.weights[index].detach().flatten(1).double()
         self.neurons, self.inputs = weight.shape
         u, s, _ = torch.linalg.svd(weight, full_matrices=False)
-        kept = s > s[0] * max(weight.shape) * torch.finfo(torch.float64).eps
-        self._factor = (u * s)[:, kept].to(self.dtype)
+        nonzero = s > s[0] * max(weight.shape) * torch.finfo(torch.float64).eps
+        self._factor = (u * s)[:, nonzero].to(self.dtype)
         self.size = self._factor.shape[1] * self.inputs
 
     def matvec(self, vector: Tensor) -> Tensor:

@@ -160,15 +160,15 @@ class Follow:
         # The derivatives are tried at the first look.
         with_graphs = Hessian(self.problem, form=self._form)
         self._form = with_graphs.form
-        found = spectrum(with_graphs, tol=self._tol, max_products=self._most, seed=step, start=self._vector)
+        eigen = spectrum(with_graphs, tol=self._tol, max_products=self._most, seed=step, start=self._vector)
         with_graphs.close()
-        self._vector = found.top_vectors[0]
+        self._vector = eigen.top_vectors[0]
         point = Point(
             step=step,
-            largest=found.largest,
-            residual=float(found.top_residuals[0]),
-            products=found.products,
-            converged=found.converged,
+            largest=eigen.largest,
+            residual=float(eigen.top_residuals[0]),
+            products=eigen.products,
+            converged=eigen.converged,
             edge=math.nan if lr is None else edge(lr, momentum),
             sam_edge=math.nan
             if lr is None or rho is None or gradient_norm is None

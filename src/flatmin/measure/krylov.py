@@ -98,8 +98,8 @@ def spectrum(
 
     A Krylov space holds one vector of each eigenspace, so a single run finds an eigenvalue once however often it is
     there, and a multi-output regression has each as often as it has outputs. So where the eigenvalues found are not all
-    the same, the run goes on from new random vectors across all that it knows, until one of them finds no further copy
-    of any but the last, and had at most a chance of 0.1 % to miss it. That is one such vector of about five to ten
+    the same, the run continues from new random vectors across all that it knows, until one of them finds no further
+    copy of any but the last, and had at most a chance of 0.1 % to miss it. That is one such vector of about five to ten
     products where nothing is found (more where the spectrum is crowded), and one more for each copy. Where restarts
     leave no bound on that chance, the search ends after three vectors that find none, and the spectrum is not
     `converged`; a larger `memory` helps. With top=1 (and bottom=1) there is nothing to look for.
@@ -142,13 +142,13 @@ def spectrum(
         values, vectors = run.ritz()
         picked = _ends(len(values), top, bottom)
         if picked is not None:
-            found = values[picked]
-            residuals = run.residuals(vectors, picked) / run.scale_of(found)
+            values_picked = values[picked]
+            residuals = run.residuals(vectors, picked) / run.scale_of(values_picked)
             if progress is not None:
                 progress(run.products, float(residuals.max()))
-            still = bool(((found - previous).abs() <= tol * run.scale_of(found)).all())
+            still = bool(((values_picked - previous).abs() <= tol * run.scale_of(values_picked)).all())
             held = held + 1 if bool((residuals <= tol).all()) and (held == 0 or still) else 0
-            previous = found
+            previous = values_picked
             settled = run.products >= min_steps and held > confirm
             if settled and search is not None and not search.found(values):
                 settled = False
@@ -162,7 +162,7 @@ def spectrum(
                         continue
             if settled and not run.full:
                 fruitless = 0
-                search = _Search.of(values, residuals * run.scale_of(found), top, bottom, tol)
+                search = _Search.of(values, residuals * run.scale_of(values_picked), top, bottom, tol)
                 converged = search is None
                 if search is not None and run.products < max_products:
                     run.turn(values, vectors, picked)
@@ -197,15 +197,15 @@ class _Search:
         points, cuts = [], []
         for count, sign, last in ((top, 1.0, top - 1), (bottom, -1.0, top + bottom - 1)):
             ordered = values.flip(0) if sign > 0 else -values
-            found = ordered[:count]
+            nearest = ordered[:count]
             if count > 1:
                 # What is known of the last one: values that lie closer together are taken for the same.
-                gap, residual = float(found[-1] - ordered[count : count + 1].sum()), float(residuals[last])
+                gap, residual = float(nearest[-1] - ordered[count : count + 1].sum()), float(residuals[last])
                 unsure = min(residual, residual**2 / gap) if gap > 0 else residual
-                others = found[found > found[-1] + max(unsure, min(tol, 1e-2) ** 2 * float(found.abs().max()))]
+                others = nearest[nearest > nearest[-1] + max(unsure, min(tol, 1e-2) ** 2 * float(nearest.abs().max()))]
                 if len(others):
                     points.append(sign * float(others[-1]))
-                    cuts.append((sign, sign * float(others[-1] + found[-1]) / 2))
+                    cuts.append((sign, sign * float(others[-1] + nearest[-1]) / 2))
         if not points:
             return None
         return cls(tuple(points), tuple(cuts), tuple(_beyond(values, cut) for cut in cuts))
@@ -330,9 +330,9 @@ class _Run:
             self.matrix[: len(share), j] += share * float(along)
             self.matrix[j, : len(share)] += share * float(along)
             self._open[i] = rest - along * self._next, share
-        known = self.basis[: j + 1]
+        basis = self.basis[: j + 1]
         for _ in range(2):
-            product = product - known.T @ (known @ product)
+            product = product - basis.T @ (basis @ product)
         self.filled = j + 1
         self.beta = float(product.double().norm())
         size = float(self.matrix[: j + 1, : j + 1].abs().max())
@@ -372,9 +372,9 @@ class _Run:
         if self._rest is None:
             # An invariant subspace: whatever else there is lies across it.
             fresh = self._random()
-            known = self.basis[:j]
+            basis = self.basis[:j]
             for _ in range(3):
-                fresh = fresh - known.T @ (known @ fresh)
+                fresh = fresh - basis.T @ (basis @ fresh)
             self._next = self._unit(fresh)
             return
         self._next = self._rest / self.beta
@@ -383,7 +383,7 @@ class _Run:
         self._linked = False
 
     def turn(self, values: Tensor, vectors: Tensor, picked: Tensor) -> None:
-        """Go on from a new random vector across the basis, which a copy of an eigenvalue cannot hide from."""
+        """Continue from a new random vector across the basis, which a copy of an eigenvalue cannot hide from."""
         if self._sweep is None:
             self._sweep = values.clone(), vectors[0].square().clone()
         if self.filled > self.capacity // 2 + len(picked) and self.capacity < self.size:
@@ -419,15 +419,15 @@ class _Run:
         if picked is not None and bool((picked >= m - len(picked)).all()):
             from_ends = m - 1 - order
         keep = torch.unique(torch.cat([order[ends], from_ends.argsort()[:half]]))
-        kept = vectors[:, keep]
-        rotated = kept.T.to(self.basis) @ self.basis[:m]
+        ritz = vectors[:, keep]
+        rotated = ritz.T.to(self.basis) @ self.basis[:m]
         p = len(keep)
         self.basis[:p] = rotated
-        coupling = self.beta * kept[-1]
+        coupling = self.beta * ritz[-1]
         self.matrix.zero_()
         self.matrix[:p, :p] = torch.diag(values[keep])
-        self._share = kept[-1].clone()
-        self._open = [(rest, share @ kept[: len(share)]) for rest, share in self._open]
+        self._share = ritz[-1].clone()
+        self._open = [(rest, share @ ritz[: len(share)]) for rest, share in self._open]
         if self._rest is not None:
             self.matrix[:p, p] = self.matrix[p, :p] = coupling
             self._linked = True
@@ -469,10 +469,10 @@ class _Run:
         least = tol * tol * width
         points = [float(high[0]) + tol * width] if len(high) else []
         points += [float(low[0]) - tol * width] if len(low) else []
-        for found in (high, low):
+        for ends in (high, low):
             # Copies of an eigenvalue have nothing between them.
-            apart = (found[1:] - found[:-1]).abs() > least
-            points += ((found[1:] + found[:-1]) / 2)[apart].tolist()
+            apart = (ends[1:] - ends[:-1]).abs() > least
+            points += ((ends[1:] + ends[:-1]) / 2)[apart].tolist()
         return self.first.chance(points, self.size, self.eps * width)
 
 

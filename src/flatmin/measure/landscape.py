@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from flatmin.measure.directions import Direction
+from flatmin.measure.directions import WeightDirection
 from flatmin.measure.evaluate import Statistics, choose_statistics
 from flatmin.measure.problem import Problem
 from flatmin.measure.record import Landscape, Origin, Progress, blank
@@ -21,7 +21,7 @@ _POINTS = {1: 51, 2: 25}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Axis:
+class LandscapeAxis:
     """A direction and the points on it.
 
     Args:
@@ -29,7 +29,7 @@ class Axis:
         points: float64, rising, as multiples of the direction's vector.
     """
 
-    direction: Direction
+    direction: WeightDirection
     points: Tensor
 
     def distances(self) -> Tensor:
@@ -39,8 +39,8 @@ class Axis:
     @property
     def centre(self) -> int | None:
         """Index of the point at 0, the model itself."""
-        found = (self.points == 0).nonzero().flatten().tolist()
-        return found[0] if found else None
+        zeros = (self.points == 0).nonzero().flatten().tolist()
+        return zeros[0] if zeros else None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -54,7 +54,7 @@ class Slice(Landscape):
         loss, accuracy, done, origin, statistics: see `Landscape`.
     """
 
-    axes: tuple[Axis, ...]
+    axes: tuple[LandscapeAxis, ...]
     trajectory: Tensor | None = None
 
     kind: ClassVar[str] = "slice"
@@ -101,8 +101,8 @@ class Slice(Landscape):
     @classmethod
     def _unpacked(cls, saved: dict[str, Any], shared: dict[str, Any]) -> Self:
         axes = tuple(
-            Axis(
-                direction=Direction(
+            LandscapeAxis(
+                direction=WeightDirection(
                     vector=a["vector"],
                     label=a["label"],
                     recipe=a["recipe"],
@@ -130,7 +130,7 @@ class Slice(Landscape):
 
 def landscape(
     problem: Problem,
-    directions: Direction | Sequence[Direction],
+    directions: WeightDirection | Sequence[WeightDirection],
     *,
     span: Span = 1.0,
     points: int | Sequence[int] | None = None,
@@ -172,8 +172,8 @@ def landscape(
             points that misses 0, statistics that must be chosen, or a file that holds something else.
         TypeError: vectors that are no directions.
     """
-    chosen = [directions] if isinstance(directions, Direction) else list(directions)
-    if isinstance(directions, Tensor) or not all(isinstance(direction, Direction) for direction in chosen):
+    chosen = [directions] if isinstance(directions, WeightDirection) else list(directions)
+    if isinstance(directions, Tensor) or not all(isinstance(direction, WeightDirection) for direction in chosen):
         raise TypeError(
             "a vector of weights is made a direction by flatmin.measure.directions.given(problem, vector, label=...)."
         )
@@ -184,7 +184,8 @@ def landscape(
     if len(chosen) == 2:
         _not_parallel(*chosen)
     axes = tuple(
-        Axis(direction=d, points=p) for d, p in zip(chosen, _grids(len(chosen), span, points, grid), strict=True)
+        LandscapeAxis(direction=d, points=p)
+        for d, p in zip(chosen, _grids(len(chosen), span, points, grid), strict=True)
     )
     statistics = choose_statistics(problem, statistics, list(dict.fromkeys(n for d in chosen for n in d.unlike)))
     if trajectory is not None and (len(chosen) != 2 or trajectory.dim() != 2 or trajectory.shape[1] != 2):
@@ -244,10 +245,10 @@ def _spans(count: int, span: Span) -> list[tuple[float, float]]:
         return [(-float(span), float(span))] * count
     if len(span) == 2 and all(isinstance(end, (int, float)) for end in span):
         return [(float(span[0]), float(span[1]))] * count  # type: ignore[arg-type]
-    found = [tuple(float(end) for end in pair) for pair in span]  # type: ignore[union-attr]
-    if len(found) != count or any(len(pair) != 2 for pair in found):
+    pairs = [tuple(float(end) for end in pair) for pair in span]  # type: ignore[union-attr]
+    if len(pairs) != count or any(len(pair) != 2 for pair in pairs):
         raise ValueError(f"span must be a number, a pair, or a pair for each of {count} directions, got {span!r}.")
-    return [(pair[0], pair[1]) for pair in found]
+    return [(pair[0], pair[1]) for pair in pairs]
 
 
 def _grid(low: float, high: float, points: int) -> Tensor:
@@ -275,13 +276,13 @@ def _holds_zero(low: float, high: float, points: int) -> bool:
 
 
 def _given(values: Tensor | Sequence[float]) -> Tensor:
-    found = torch.as_tensor(values).detach().to("cpu", torch.float64)
-    if found.dim() != 1 or not len(found) or not found.isfinite().all() or not (found.diff() > 0).all():
+    grid = torch.as_tensor(values).detach().to("cpu", torch.float64)
+    if grid.dim() != 1 or not len(grid) or not grid.isfinite().all() or not (grid.diff() > 0).all():
         raise ValueError("a grid must be a rising list of finite numbers.")
-    return found
+    return grid
 
 
-def _not_parallel(first: Direction, second: Direction) -> None:
+def _not_parallel(first: WeightDirection, second: WeightDirection) -> None:
     cosine = float(torch.dot(first.vector.double(), second.vector.double())) / (first.length * second.length)
     if abs(cosine) > 1.0 - 1e-6:
         raise ValueError(f"the two directions are parallel (cosine {cosine:.6f}), so they span no plane.")

@@ -40,11 +40,11 @@ def error_rate(problem: Problem, weights: Sequence[Tensor] | None = None) -> flo
         for batch in problem.batches:
             outputs, targets = problem.outputs(batch, weights), batch.targets
             given = answers(outputs, targets)
-            kept = targets != ignored
-            missed = ((given != targets) & kept).sum()
+            counts = targets != ignored
+            missed = ((given != targets) & counts).sum()
             # A class that is chosen among NaNs is no answer.
             wrong += float(missed) if bool(torch.isfinite(logits_of(outputs)).all()) else math.nan
-            counted += float(kept.sum())
+            counted += float(counts.sum())
     total = problem.reduced(torch.tensor([wrong, counted], dtype=torch.float64).to(problem.device)).tolist()
     return float(total[0] / total[1])
 
@@ -108,9 +108,9 @@ def _split(outputs: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
     floating = [k for k, v in parts.items() if isinstance(v, Tensor) and v.is_floating_point()]
     named = ["logits"] if "logits" in floating else floating
     if len(named) != 1:
-        found = f"{len(named)} tensors and none called 'logits'" if named else "no tensor"
+        contents = f"{len(named)} tensors and none called 'logits'" if named else "no tensor"
         raise ValueError(
-            f"the model returned a {type(outputs).__name__} with {found}, so its logits are not known; give a model "
+            f"the model returned a {type(outputs).__name__} with {contents}, so its logits are not known; give a model "
             "that returns the logits alone, or an object with .logits."
         )
     (name,) = named
@@ -122,12 +122,12 @@ def _split(outputs: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
             return outputs._make(made) if hasattr(outputs, "_make") else tuple(made)
         if isinstance(outputs, list):
             return [other if k == name else v for k, v in parts.items()]
-        twin = copy.copy(outputs)
-        if isinstance(twin, MutableMapping):
-            twin[name] = other
+        clone = copy.copy(outputs)
+        if isinstance(clone, MutableMapping):
+            clone[name] = other
         else:
-            object.__setattr__(twin, name, other)
-        return twin
+            object.__setattr__(clone, name, other)
+        return clone
 
     return logits, put
 

@@ -26,7 +26,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         for module, flag in flags:
             module.training = flag
         with torch.no_grad():
-            for module, name, buffer, version, kept in buffers:
+            for module, name, buffer, version, before in buffers:
                 module._buffers[name] = buffer
                 if buffer._version != version:  # writing to an unchanged one would spoil graphs that hold it
-                    buffer.copy_(kept)
+                    buffer.copy_(before)

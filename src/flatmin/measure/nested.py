@@ -31,10 +31,10 @@ def first_tensor(part: Any) -> Tensor:
     Raises:
         ValueError: there is none.
     """
-    found = [tensor for _, tensor in tensors(part)]
-    if not found:
+    all_tensors = [tensor for _, tensor in tensors(part)]
+    if not all_tensors:
         raise ValueError(f"the targets hold no tensor, got {type(part).__name__}.")
-    return next((t for t in found if t.dim()), found[0])
+    return next((t for t in all_tensors if t.dim()), all_tensors[0])
 
 
 def mapped(part: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -45,10 +45,10 @@ def mapped(part: Any, change: Callable[[Tensor], Tensor]) -> Any:
         changed = {k: mapped(v, change) for k, v in part.items()}
         if type(part) is dict:
             return changed
-        twin: Any = copy.copy(part)  # such as the outputs of a language model, which have attributes as well
+        clone: Any = copy.copy(part)  # such as the outputs of a language model, which have attributes as well
         for key, value in changed.items():
-            twin[key] = value
-        return twin
+            clone[key] = value
+        return clone
     if isinstance(part, tuple) and hasattr(part, "_make"):
         return part._make(mapped(v, change) for v in part)
     return type(part)(mapped(v, change) for v in part) if isinstance(part, (tuple, list)) else part
@@ -78,7 +78,7 @@ def joined(parts: Sequence[tuple[Pair, int]], axes: Axes) -> Pair | None:
     lists = [[t for _, t in tensors(pair)] for pair, _ in parts]
     if any(len(one) != len(lists[0]) for one in lists):
         return None
-    found: list[Tensor] = []
+    pieces: list[Tensor] = []
     for row in zip(*lists, strict=True):
         along = {axis_of(t, n, axes) for t, (_, n) in zip(row, parts, strict=True)}
         axis = along.pop()
@@ -87,7 +87,7 @@ def joined(parts: Sequence[tuple[Pair, int]], axes: Axes) -> Pair | None:
         others = [t.shape if axis is None else (*t.shape[:axis], *t.shape[axis + 1 :]) for t in row]
         if any(shape != others[0] for shape in others):
             return None
-        found.append(row[0] if axis is None else torch.cat(row, axis))
-    left = iter(found)
+        pieces.append(row[0] if axis is None else torch.cat(row, axis))
+    left = iter(pieces)
     whole: Pair = mapped(parts[0][0], lambda _: next(left))
     return whole

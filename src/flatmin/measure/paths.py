@@ -82,13 +82,13 @@ class Path(Landscape):
         or not evaluated. Source: Entezari et al., ICLR 2022; with ends of equal loss that of Frankle et
         al., ICML 2020.
         """
-        found = []
+        heights = []
         for k in range(self.segments):
             inside = (self.times >= k) & (self.times <= k + 1)
             s, loss = self.times[inside] - k, self.loss[inside]
             line = torch.where(s == 0, loss[0], torch.where(s == 1, loss[-1], (1.0 - s) * loss[0] + s * loss[-1]))
-            found.append(float((loss - line).max()))
-        return found
+            heights.append(float((loss - line).max()))
+        return heights
 
     @property
     def barrier(self) -> float:
@@ -267,12 +267,12 @@ def bezier(
         statistics=statistics,
         **blank((points,), accuracy),
     )
-    found = request._resumed(path, problem)
-    if found is request:
-        _train(problem, found, training)
+    curve = request._resumed(path, problem)
+    if curve is request:
+        _train(problem, curve, training)
         if path is not None:
-            found.save(path)
-    return found._fill(problem, path, every, progress)
+            curve.save(path)
+    return curve._fill(problem, path, every, progress)
 
 
 def bezier_point(knots: Tensor, time: float) -> Tensor:

@@ -15,7 +15,7 @@ from flatmin.measure.sharpness import Grouped, m_sharpness
 
 
 @dataclass(frozen=True, kw_only=True)
-class Published:
+class PublishedNumbers:
     """A preset's numbers.
 
     Args:
@@ -31,7 +31,7 @@ class Published:
     conventions: Conventions
 
 
-def pyhessian_batch(problem: Problem, *, top: int = 1, tol: float = 1e-2, seed: int = 0) -> Published:
+def pyhessian_batch(problem: Problem, *, top: int = 1, tol: float = 1e-2, seed: int = 0) -> PublishedNumbers:
     """The eigenvalues of largest magnitude on a single batch, the problem's first, as in PyHessian's examples.
 
     Its example takes 200 un-augmented training images; its authors advise the whole data set. Magnitude decides, so a
@@ -53,12 +53,12 @@ def pyhessian_batch(problem: Problem, *, top: int = 1, tol: float = 1e-2, seed: 
     """
     first = only(problem, problem.batches[:1])
     both = min(top, first.size - top)
-    found = spectrum(Hessian(first), top=top, bottom=max(both, 0), tol=tol, seed=seed)
-    values = sorted([*found.top.tolist(), *found.bottom.tolist()], key=abs, reverse=True)[:top]
-    return _published("pyhessian_batch", values, found.converged, first)
+    run = spectrum(Hessian(first), top=top, bottom=max(both, 0), tol=tol, seed=seed)
+    values = sorted([*run.top.tolist(), *run.bottom.tolist()], key=abs, reverse=True)[:top]
+    return _published("pyhessian_batch", values, run.converged, first)
 
 
-def sam_paper(problem: Problem, *, tol: float = 1e-2, seed: int = 0) -> Published:
+def sam_paper(problem: Problem, *, tol: float = 1e-2, seed: int = 0) -> PublishedNumbers:
     """lambda_max and lambda_max / lambda_5 of the mean training loss.
 
     Take a net without BatchNorm, as they did, or say that yours has it.
@@ -76,14 +76,16 @@ def sam_paper(problem: Problem, *, tol: float = 1e-2, seed: int = 0) -> Publishe
 
     Source: Foret et al., SAM, ICLR 2021.
     """
-    found = spectrum(Hessian(problem), top=5, tol=tol, seed=seed)
-    values = found.top.tolist()
-    result = _published("sam_paper", values, found.converged, problem)
+    run = spectrum(Hessian(problem), top=5, tol=tol, seed=seed)
+    values = run.top.tolist()
+    result = _published("sam_paper", values, run.converged, problem)
     result.numbers["lambda_1 / lambda_5"] = values[0] / values[4] if values[4] else float("inf")
     return result
 
 
-def empirical_sam(problem: Problem, *, top: int = 5, batches: int = 40, tol: float = 1e-2, seed: int = 0) -> Published:
+def empirical_sam(
+    problem: Problem, *, top: int = 5, batches: int = 40, tol: float = 1e-2, seed: int = 0
+) -> PublishedNumbers:
     """The top eigenvalues of single mini-batches, pooled: mean of the positive ones, largest, share of negative ones.
 
     The source takes 40 mini-batches of 128 from the augmented training loader, so give a problem over such batches.
@@ -109,11 +111,11 @@ def empirical_sam(problem: Problem, *, top: int = 5, batches: int = 40, tol: flo
     values: list[float] = []
     converged = True
     for batch in problem.batches[:batches]:
-        found = spectrum(Hessian(only(problem, [batch])), top=top, tol=tol, seed=seed)
-        values += found.top.tolist()
-        converged = converged and found.converged
+        run = spectrum(Hessian(only(problem, [batch])), top=top, tol=tol, seed=seed)
+        values += run.top.tolist()
+        converged = converged and run.converged
     positive = [v for v in values if v > 0]
-    return Published(
+    return PublishedNumbers(
         preset="empirical_sam",
         numbers={
             "mean of positives": sum(positive) / len(positive) if positive else float("nan"),
@@ -127,7 +129,7 @@ def empirical_sam(problem: Problem, *, top: int = 5, batches: int = 40, tol: flo
 
 def edge_of_stability(
     problem: Problem, lr: float, *, momentum: float = 0.0, tol: float = 1e-2, seed: int = 0
-) -> Published:
+) -> PublishedNumbers:
     """lambda_max of the full training loss beside the curvature at which gradient descent becomes unstable.
 
     Args:
@@ -146,9 +148,9 @@ def edge_of_stability(
     Source: Cohen et al., ICLR 2021.
     """
     limit = edge(lr, momentum)
-    found = spectrum(Hessian(problem), tol=tol, seed=seed)
-    result = _published("edge_of_stability", found.top.tolist(), found.converged, problem)
-    result.numbers.update({"edge": limit, "lambda_1 / edge": found.largest / limit})
+    run = spectrum(Hessian(problem), tol=tol, seed=seed)
+    result = _published("edge_of_stability", run.top.tolist(), run.converged, problem)
+    result.numbers.update({"edge": limit, "lambda_1 / edge": run.largest / limit})
     return result
 
 
@@ -188,13 +190,13 @@ def andriushchenko_m128(
     return m_sharpness(first, 128, rho, norm=norm, adaptive=adaptive, steps=20, seed=seed)
 
 
-def _published(preset: str, values: Sequence[float], converged: bool, problem: Problem) -> Published:
+def _published(preset: str, values: Sequence[float], converged: bool, problem: Problem) -> PublishedNumbers:
     numbers = {f"lambda_{i}": value for i, value in enumerate(values, 1)}
-    return Published(preset=preset, numbers=numbers, converged=converged, conventions=problem.conventions)
+    return PublishedNumbers(preset=preset, numbers=numbers, converged=converged, conventions=problem.conventions)
 
 
 __all__ = [
-    "Published",
+    "PublishedNumbers",
     "andriushchenko_m128",
     "edge_of_stability",
     "empirical_sam",

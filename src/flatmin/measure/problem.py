@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flatmin.measure.checkpoints import unwrapped
-from flatmin.measure.counts import Given, Reduction, Rule, candidates, cast_loss, options_of
+from flatmin.measure.counts import CallerWeight, Reduction, WeightRule, candidates, cast_loss, options_of
 from flatmin.measure.nested import axis_of, cut, joined, mapped, tensors
 from flatmin.measure.nested import first_tensor as first_tensor
 from flatmin.measure.terms import EveryBatch, refuse, weigh
@@ -33,7 +33,7 @@ class Conventions:
         loss: name of the loss.
         reduction: of the loss over the data; always the mean over its terms here.
         weight_decay: c of the added c/2 ||w||^2, over the selected weights.
-        split, augmentation: as told by the caller.
+        split, augmentation: as given by the caller.
         examples: number of them, over all processes.
         terms: number of terms of the loss: examples, or tokens that are not ignored.
         batch: examples in the largest batch.
@@ -64,7 +64,7 @@ class Conventions:
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class WeightedBatch:
     """Inputs and targets on the model's device, the share of L that their loss is, and the terms that it has."""
 
     inputs: Any
@@ -174,10 +174,10 @@ class Problem:
         self._closed = False
         pairs = self._read(data)
         with self.together():
-            known = self._check(pairs)
+            evaluated = self._check(pairs)
         self.rule = self._weigh(pairs, terms, reduction)
         with self.together():
-            values = self._values(pairs, known, taken_on=terms is not None and reduction is None)
+            values = self._values(pairs, evaluated, taken_on=terms is not None and reduction is None)
             counts = self._counts(pairs, values)
         held = torch.tensor([sum(counts), sum(_length(y) for _, y in pairs)], dtype=torch.float64)
         total = self._sum(held.to(self.device)).tolist()
@@ -204,7 +204,7 @@ class Problem:
     def _read(self, data: Any) -> list[tuple[Any, Any]]:
         """Batches on the device."""
         pairs = [data] if isinstance(data, tuple) and len(data) == 2 and isinstance(data[1], Tensor) else data
-        found: list[tuple[Any, Any]] = []
+        pairs_here: list[tuple[Any, Any]] = []
         for pair in pairs:
             if not (isinstance(pair, (tuple, list)) and len(pair) == 2):
                 raise ValueError(f"data must give pairs (inputs, targets), got {_no_pair(data, pair)}.")
@@ -212,15 +212,15 @@ class Problem:
             if not first_tensor(targets).dim():
                 raise ValueError("data must give batches, as a DataLoader does; got a single example.")
             if _length(targets):
-                found.append((inputs, targets))
-        return found
+                pairs_here.append((inputs, targets))
+        return pairs_here
 
     def _weigh(
         self,
         pairs: Sequence[tuple[Any, Any]],
         terms: Callable[[Any, Any], float] | None = None,
         reduction: Reduction | None = None,
-    ) -> Rule:
+    ) -> WeightRule:
         """How these batches make up L, see `terms.weigh`."""
         return weigh(
             self.loss,
@@ -229,7 +229,7 @@ class Problem:
             terms=terms,
             reduction=reduction,
             in_eval=self.mode == "eval",
-            gathered=self._gathered,
+            all_gather=self._all_gather,
         )
 
     def _trials(self) -> Iterator[_Trial]:
@@ -238,26 +238,28 @@ class Problem:
             for double in (True, False):
                 yield _Trial(self, double, far)
 
-    def _values(self, pairs: Sequence[tuple[Any, Any]], known: Mapping[int, float], *, taken_on: bool) -> list[float]:
+    def _values(
+        self, pairs: Sequence[tuple[Any, Any]], evaluated: Mapping[int, float], *, taken_on: bool
+    ) -> list[float]:
         """The loss of each batch, one of those known or evaluated, and compared with those of its parts."""
         every = None if self.rule.trial is None else EveryBatch(pairs, self.rule, self._loss_of)
         values: list[float] = []
         for i, (x, y) in enumerate(pairs):
-            if every is None and i in known:
-                values.append(known[i])
+            if every is None and i in evaluated:
+                values.append(evaluated[i])
                 continue
             with self.guard(), torch.no_grad():
-                outputs, value = self._evaluated(Batch(x, y, 1.0, 1.0))
-                told = "" if every is None else every.told_against(i, outputs, value, self._trials())
-            if told:
+                outputs, value = self._evaluated(WeightedBatch(x, y, 1.0, 1.0))
+                comparison = "" if every is None else every.counterexample(i, outputs, value, self._trials())
+            if comparison:
                 every = None
-                refuse(told, taken_on=taken_on)
+                refuse(comparison, taken_on=taken_on)
             values.append(float(value))
         return values
 
     def _loss_of(self, outputs: Any, targets: Any) -> Tensor:
         """The loss of a batch as it is."""
-        return self.value_of(Batch(None, targets, 1.0, 1.0), outputs)
+        return self.value_of(WeightedBatch(None, targets, 1.0, 1.0), outputs)
 
     def _counts(self, pairs: Sequence[tuple[Any, Any]], values: Sequence[float]) -> list[float]:
         """The terms of each batch; a mean over none is not a number."""
@@ -280,25 +282,25 @@ class Problem:
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
         """What one process refuses, all do, so that none waits for it."""
-        found: ValueError | None = None
+        own: ValueError | None = None
         try:
             yield
         except ValueError as error:
-            found = error
-        others = [text for text in self._gathered(None if found is None else str(found)) if text is not None]
-        if found is not None:
-            raise found
+            own = error
+        others = [text for text in self._all_gather(None if own is None else str(own)) if text is not None]
+        if own is not None:
+            raise own
         if others:
             raise ValueError(f"another process says: {others[0]}")
 
-    def _gathered(self, part: Any) -> list[Any]:
+    def _all_gather(self, part: Any) -> list[Any]:
         """The objects of all ranks of the group."""
         if self.group is None:
             return [part]
         group = None if self.group == "world" else self.group
-        found: list[Any] = [None] * torch.distributed.get_world_size(group)
-        torch.distributed.all_gather_object(found, part, group=group)
-        return found
+        parts: list[Any] = [None] * torch.distributed.get_world_size(group)
+        torch.distributed.all_gather_object(parts, part, group=group)
+        return parts
 
     def _sum(self, values: Tensor) -> Tensor:
         """The sum over the ranks of the group, in place."""
@@ -332,7 +334,7 @@ class Problem:
                     module.training = flag
 
     def outputs(
-        self, batch: Batch, weights: Sequence[Tensor] | None = None, buffers: Mapping[str, Tensor] | None = None
+        self, batch: WeightedBatch, weights: Sequence[Tensor] | None = None, buffers: Mapping[str, Tensor] | None = None
     ) -> Any:
         """The model's outputs on a batch at these weights (default: the model's own); inside `guard`.
 
@@ -344,7 +346,7 @@ class Problem:
         with torch.autocast(self.device.type, self._autocast, enabled=self._autocast is not None):
             return torch.func.functional_call(self.model, state, args, kwargs)
 
-    def value_of(self, batch: Batch, outputs: Any, weights: Sequence[Tensor] | None = None) -> Tensor:
+    def value_of(self, batch: WeightedBatch, outputs: Any, weights: Sequence[Tensor] | None = None) -> Tensor:
         """The batch's part of L, without weight decay, from the model's outputs at these weights."""
         if self._closed:
             chosen = dict(zip(self.names, self.weights if weights is None else weights, strict=True))
@@ -363,17 +365,17 @@ class Problem:
         weights: Sequence[Tensor] | None = None,
         *,
         buffers: Mapping[str, Tensor] | None = None,
-        watch: Callable[[Batch, Any], None] | None = None,
+        on_batch: Callable[[WeightedBatch, Any], None] | None = None,
     ) -> float:
-        """L at these weights and buffers (default: the model's own); `watch` is shown each batch with its outputs."""
+        """L at these weights and buffers (default: the model's own); `on_batch` gets each batch with its outputs."""
         at = self.weights if weights is None else list(weights)
         with self.guard(), torch.no_grad():
             parts = []
             for batch in self.batches:
                 outputs = self.outputs(batch, at, {n: b.clone() for n, b in (buffers or {}).items()})
                 parts.append(self.value_of(batch, outputs, at).double())
-                if watch is not None:
-                    watch(batch, outputs)
+                if on_batch is not None:
+                    on_batch(batch, outputs)
             total = torch.stack(parts).sum().reshape(1) if parts else torch.zeros(1, dtype=torch.float64)
             total = self._sum(total.to(self.device))
             return float(total) + self._decay(at)
@@ -435,7 +437,7 @@ class Problem:
             active = [n for n, m in self.model.named_modules() if isinstance(m, _DROPOUT) and m.p > 0]
             if active:
                 raise ValueError(f"mode='train' with dropout in {active[0]!r} measures a random function; use 'eval'.")
-        batches = [Batch(x, y, 1.0, 1.0) for x, y in pairs]
+        batches = [WeightedBatch(x, y, 1.0, 1.0) for x, y in pairs]
         if not batches:
             return {}
         values: dict[int, float] = {}
@@ -470,12 +472,12 @@ class Problem:
             )
         return values
 
-    def _first_value(self, batch: Batch) -> Tensor:
+    def _first_value(self, batch: WeightedBatch) -> Tensor:
         """The loss of a batch; the forward pass may not write to selected weights, and to copies of the others only."""
         chosen = [w.detach().clone() for w in self.weights]
-        twin = copy.copy(self)
-        twin._rest = {n: w.clone() for n, w in self._rest.items()}
-        value = twin._evaluated(batch, chosen)[1]
+        clone = copy.copy(self)
+        clone._rest = {n: w.clone() for n, w in self._rest.items()}
+        value = clone._evaluated(batch, chosen)[1]
         written = [n for n, w in zip(self.names, chosen, strict=True) if w._version]
         if written:
             raise ValueError(
@@ -483,10 +485,10 @@ class Problem:
                 "does, so its loss is no function of the weights that it is given. params= leaves the weight out; or "
                 "set max_norm = None."
             )
-        self._rest |= {n: self._rest[n].clone() for n, w in twin._rest.items() if w._version}
+        self._rest |= {n: self._rest[n].clone() for n, w in clone._rest.items() if w._version}
         return value
 
-    def _evaluated(self, batch: Batch, weights: Sequence[Tensor] | None = None) -> tuple[Any, Tensor]:
+    def _evaluated(self, batch: WeightedBatch, weights: Sequence[Tensor] | None = None) -> tuple[Any, Tensor]:
         """Outputs and loss of a batch, with a sentence for tensors of unlike dtypes."""
         try:
             outputs = self.outputs(batch, weights)
@@ -555,7 +557,7 @@ class _Trial:
         places = [*torch.arange(len(every)).split([len(r) for r in rows[:-1]]), torch.arange(len(every))]
         inputs, targets = cut(pair, every, count, axes)
         with self.problem.guard():
-            outputs = self.problem.outputs(Batch(inputs, targets, 1.0, 1.0), self.weights)
+            outputs = self.problem.outputs(WeightedBatch(inputs, targets, 1.0, 1.0), self.weights)
             if any(axis_of(t, len(every), axes) is None for _, t in tensors(outputs)) or not list(tensors(outputs)):
                 return None
             return [
@@ -566,21 +568,21 @@ class _Trial:
         self, pair: tuple[Any, Any], rows: Sequence[Tensor], count: int, axes: tuple[int, int]
     ) -> list[Tensor] | None:
         """The same of forward passes of their own, in eval mode."""
-        found = []
-        twin = copy.copy(self.problem)
-        twin.mode = "eval"
-        with twin.guard():
+        signatures = []
+        clone = copy.copy(self.problem)
+        clone.mode = "eval"
+        with clone.guard():
             for r in rows:
                 inputs, targets = cut(self._cast(pair), r, count, axes)
-                outputs = twin.outputs(Batch(inputs, targets, 1.0, 1.0), self.weights)
-                found.append(self._signature(outputs, targets))
-        return found
+                outputs = clone.outputs(WeightedBatch(inputs, targets, 1.0, 1.0), self.weights)
+                signatures.append(self._signature(outputs, targets))
+        return signatures
 
     def _cast(self, pair: tuple[Any, Any]) -> Any:
         return mapped(pair, lambda t: self.problem._cast(t, data=True))
 
     def _signature(self, outputs: Any, targets: Any) -> Tensor:
-        value = self.problem.value_of(Batch(None, targets, 1.0, 1.0), outputs, self.weights)
+        value = self.problem.value_of(WeightedBatch(None, targets, 1.0, 1.0), outputs, self.weights)
         slopes = torch.autograd.grad(value, self.weights, retain_graph=True, materialize_grads=True)
         return torch.cat([value.detach().reshape(1).double(), self.problem.flat(slopes).double()])
 
@@ -589,14 +591,14 @@ def in_double(problem: Problem) -> Problem:
     """The same function in float64, where the device has it; the batches stay as they are."""
     if problem.device.type == "mps":
         return problem
-    twin = copy.copy(problem)
-    twin.dtype = twin._given = torch.float64
-    twin._autocast = None
-    twin.weights = [w.detach().double().requires_grad_() for w in problem.weights]
-    twin._rest = {n: twin._cast(t) for n, t in problem._rest.items()}
-    twin._buffers = {n: twin._cast(t) for n, t in problem._buffers.items()}
-    twin.loss = cast_loss(problem.loss, torch.float64)
-    return twin
+    clone = copy.copy(problem)
+    clone.dtype = clone._given = torch.float64
+    clone._autocast = None
+    clone.weights = [w.detach().double().requires_grad_() for w in problem.weights]
+    clone._rest = {n: clone._cast(t) for n, t in problem._rest.items()}
+    clone._buffers = {n: clone._cast(t) for n, t in problem._buffers.items()}
+    clone.loss = cast_loss(problem.loss, torch.float64)
+    return clone
 
 
 def displaced(problem: Problem, far: float, seed: int = 0) -> Tensors:
@@ -604,11 +606,11 @@ def displaced(problem: Problem, far: float, seed: int = 0) -> Tensors:
     generator = torch.Generator().manual_seed(seed)
     sizes = [float(w.detach().double().square().mean().sqrt()) for w in problem.weights]
     usual = sum(sizes) / len(sizes) or 0.1
-    found = []
+    moved = []
     for w, size in zip(problem.weights, sizes, strict=True):
         noise = torch.randn(w.shape, generator=generator, dtype=torch.float64).to(w.device)
-        found.append((w.detach() + (far * (size or usual) * noise).to(w.dtype)).requires_grad_())
-    return found
+        moved.append((w.detach() + (far * (size or usual) * noise).to(w.dtype)).requires_grad_())
+    return moved
 
 
 def _measurable(model: nn.Module) -> nn.Module:
@@ -650,13 +652,13 @@ def _length(targets: Any) -> int:
 
 def _shared(
     pairs: Sequence[tuple[Any, Any]], counts: Sequence[float], reduction: Reduction, total: float
-) -> list[Batch]:
+) -> list[WeightedBatch]:
     """Batches with their shares of the mean over `total` terms; those without a term are left out.
 
     A sum counts each of its terms once, so its batches are not weighted.
     """
     return [
-        Batch(x, y, (1.0 if reduction == "sum" else count) / total, count)
+        WeightedBatch(x, y, (1.0 if reduction == "sum" else count) / total, count)
         for (x, y), count in zip(pairs, counts, strict=True)
         if count
     ]
@@ -675,13 +677,13 @@ def over(problem: Problem, pairs: Sequence[tuple[Any, Any]]) -> Problem:
     if not sum(counts):
         raise ValueError("every term of the loss is ignored, so there is nothing to measure.")
     lengths = [_length(targets) for _, targets in pairs]
-    twin = copy.copy(problem)
-    twin.batches, twin.group = _shared(pairs, counts, problem.reduction, sum(counts)), None
-    twin.conventions = replace(problem.conventions, examples=sum(lengths), terms=sum(counts), batch=max(lengths))
-    return twin
+    clone = copy.copy(problem)
+    clone.batches, clone.group = _shared(pairs, counts, problem.reduction, sum(counts)), None
+    clone.conventions = replace(problem.conventions, examples=sum(lengths), terms=sum(counts), batch=max(lengths))
+    return clone
 
 
-def only(problem: Problem, batches: Sequence[Batch]) -> Problem:
+def only(problem: Problem, batches: Sequence[WeightedBatch]) -> Problem:
     """The mean over some of a problem's batches, on the same weights; in this process alone.
 
     Raises:
@@ -698,17 +700,19 @@ def under(problem: Problem, loss: Loss) -> Problem:
     Raises:
         ValueError: a loss with another reduction or other terms.
     """
-    twin = copy.copy(problem)
-    twin.loss = loss if problem._given is None else cast_loss(loss, problem._given)
+    clone = copy.copy(problem)
+    clone.loss = loss if problem._given is None else cast_loss(loss, problem._given)
     pairs = [(batch.inputs, batch.targets) for batch in problem.batches]
     given = problem.rule.count
-    twin.rule = twin._weigh(pairs, given.terms if isinstance(given, Given) else None)
-    if twin.reduction != problem.reduction or [twin.rule.total(p) for p in pairs] != [b.terms for b in problem.batches]:
+    clone.rule = clone._weigh(pairs, given.terms if isinstance(given, CallerWeight) else None)
+    if clone.reduction != problem.reduction or [clone.rule.total(p) for p in pairs] != [
+        b.terms for b in problem.batches
+    ]:
         raise ValueError(
             f"{_name(loss)} counts other terms than {problem.conventions.loss}; make a Problem of its own."
         )
-    twin.conventions = replace(problem.conventions, loss=_name(loss))
-    return twin
+    clone.conventions = replace(problem.conventions, loss=_name(loss))
+    return clone
 
 
 def restricted(problem: Problem, params: str | Sequence[str]) -> Problem:
@@ -723,43 +727,45 @@ def restricted(problem: Problem, params: str | Sequence[str]) -> Problem:
     """
     patterns = [p.strip() for p in (params.split(",") if isinstance(params, str) else params)]
     at = dict(zip(problem.names, problem.weights, strict=True))
-    twin = copy.copy(problem)
-    twin.names = _select(problem.names, patterns)
-    twin.weights = [at.pop(name) for name in twin.names]
-    twin._rest = problem._rest | {name: w.detach() for name, w in at.items()}
-    twin.size = sum(w.numel() for w in twin.weights)
-    twin.conventions = replace(problem.conventions, params=", ".join(patterns), size=twin.size)
-    return twin
+    clone = copy.copy(problem)
+    clone.names = _select(problem.names, patterns)
+    clone.weights = [at.pop(name) for name in clone.names]
+    clone._rest = problem._rest | {name: w.detach() for name, w in at.items()}
+    clone.size = sum(w.numel() for w in clone.weights)
+    clone.conventions = replace(problem.conventions, params=", ".join(patterns), size=clone.size)
+    return clone
 
 
-def some_of(problem: Problem, count: int) -> Batch:
+def some_of(problem: Problem, count: int) -> WeightedBatch:
     """A few examples that have a term, drawn from all batches.
 
     The first of the first batch where examples of several do not fit together, and that batch as it is where not every
     tensor has one row an example.
     """
     batch = problem.batches[0]
-    kept = []
+    counted = []
     for pair in ((b.inputs, b.targets) for b in problem.batches):
         total = _length(pair[1])
         if any(axis_of(t, total, (0,)) is None for _, t in tensors(pair)):
             return batch
         weights = problem.rule.count.rows(pair, total, (0, 1))
-        kept.append((pair, torch.arange(total) if weights is None else weights.nonzero()[:, 0]))
-    order = torch.randperm(sum(len(rows) for _, rows in kept), generator=torch.Generator().manual_seed(0))[:count]
-    ends = torch.tensor([len(rows) for _, rows in kept]).cumsum(0)
+        counted.append((pair, torch.arange(total) if weights is None else weights.nonzero()[:, 0]))
+    order = torch.randperm(sum(len(rows) for _, rows in counted), generator=torch.Generator().manual_seed(0))[:count]
+    ends = torch.tensor([len(rows) for _, rows in counted]).cumsum(0)
     parts = []
-    for (pair, rows), end in zip(kept, ends.tolist(), strict=True):
+    for (pair, rows), end in zip(counted, ends.tolist(), strict=True):
         drawn = order[(order < end) & (order >= end - len(rows))].sort().values - (end - len(rows))
         if len(drawn):
             parts.append((cut(pair, rows[drawn], _length(pair[1]), (0,)), len(drawn)))
-    found = joined(parts, (0, 0))
-    if found is None:
-        pair, rows = kept[0]
-        found = cut(pair, rows[:count], _length(pair[1]), (0,))
-    inputs, targets = found
-    terms = problem.rule.total(found)
-    return Batch(inputs, targets, batch.share * (terms / batch.terms if problem.reduction == "mean" else 1.0), terms)
+    pair_of_some = joined(parts, (0, 0))
+    if pair_of_some is None:
+        pair, rows = counted[0]
+        pair_of_some = cut(pair, rows[:count], _length(pair[1]), (0,))
+    inputs, targets = pair_of_some
+    terms = problem.rule.total(pair_of_some)
+    return WeightedBatch(
+        inputs, targets, batch.share * (terms / batch.terms if problem.reduction == "mean" else 1.0), terms
+    )
 
 
 def _select(names: Sequence[str], patterns: Sequence[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What every landscape has: its points, the model that it belongs to, and one file in which it goes on."""
+"""What every landscape has: its points, the model that it belongs to, and one file in which it continues."""
 
 from __future__ import annotations
 
@@ -63,27 +63,27 @@ class Origin:
             dtype: of its evaluations.
             weights: whether the selected weights must be the same as well, or only their names and shapes.
         """
-        found = []
+        differences = []
         for kind, mine, its in (("weights", self.weights, other.weights), ("other tensors", self.rest, other.rest)):
             if missing := [n for n in mine if n not in its]:
-                found.append(f"it has no {listed(missing)}")
+                differences.append(f"it has no {listed(missing)}")
             if extra := [n for n in its if n not in mine]:
-                found.append(f"it has {listed(extra)} as well")
+                differences.append(f"it has {listed(extra)} as well")
             both = [n for n in mine if n in its]
             if shapes := [n for n in both if mine[n].rpartition(" ")[0] != its[n].rpartition(" ")[0]]:
-                found.append(f"shape or dtype of {listed(shapes)} differ")
+                differences.append(f"shape or dtype of {listed(shapes)} differ")
             if values := [n for n in both if mine[n] != its[n] and n not in shapes]:
-                found += [f"the values of {listed(values)} differ"] * (weights or kind != "weights")
+                differences += [f"the values of {listed(values)} differ"] * (weights or kind != "weights")
         for name, mine_is in dataclasses.asdict(self.conventions).items():
             its_is = getattr(other.conventions, name)
             # Batches may be of another size; where the loss depends on them, the loss below says so.
             if mine_is != its_is and name not in ("seed", "size", "batch"):
-                found.append(f"{name} is {its_is!r} instead of {mine_is!r}")
+                differences.append(f"{name} is {its_is!r} instead of {mine_is!r}")
         close = math.isclose(self.loss, other.loss, rel_tol=math.sqrt(torch.finfo(dtype).eps))
         close = close or (math.isnan(self.loss) and math.isnan(other.loss))
-        if not found and self.weights == other.weights and not close:
-            found.append(f"its loss is {other.loss:.6g} instead of {self.loss:.6g}, so data or loss are others")
-        return found
+        if not differences and self.weights == other.weights and not close:
+            differences.append(f"its loss is {other.loss:.6g} instead of {self.loss:.6g}, so data or loss are others")
+        return differences
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -146,8 +146,8 @@ class Landscape(ABC):
             ValueError: another model, weights, buffers, data or conventions; the sentence says which.
         """
         now = Origin.of(problem, self.statistics)
-        if found := self.origin.differences(now, problem.dtype, weights=self.anchored):
-            raise ValueError(f"this {self.kind} was measured on another model or other data: {'; '.join(found)}.")
+        if differences := self.origin.differences(now, problem.dtype, weights=self.anchored):
+            raise ValueError(f"this {self.kind} was measured on another model or other data: {'; '.join(differences)}.")
 
     def fill(
         self,
@@ -261,8 +261,8 @@ class Landscape(ABC):
         if saved["kind"] != cls.kind:
             raise ValueError(f"{os.fspath(path)!r} holds a {saved['kind']}, not a {cls.kind}.")
         origin = dict(saved["origin"])
-        known = {f.name for f in dataclasses.fields(Conventions)}
-        conventions = Conventions(**{k: v for k, v in origin.pop("conventions").items() if k in known})
+        fields = {f.name for f in dataclasses.fields(Conventions)}
+        conventions = Conventions(**{k: v for k, v in origin.pop("conventions").items() if k in fields})
         shared = {
             "loss": saved["loss"],
             "accuracy": saved["accuracy"],
@@ -270,10 +270,10 @@ class Landscape(ABC):
             "origin": Origin(**origin, conventions=conventions),
             "statistics": saved["statistics"],
         }
-        found = cls._unpacked(saved, shared)
+        landscape = cls._unpacked(saved, shared)
         if problem is not None:
-            found.check(problem)
-        return found
+            landscape.check(problem)
+        return landscape
 
     def _resumed(self, path: str | os.PathLike[str] | None, problem: Problem) -> Self:
         """What the file holds of this request, or the request itself where there is no file yet.
@@ -293,8 +293,10 @@ class Landscape(ABC):
             raise ValueError(
                 f"{os.fspath(path)!r} holds another {self.kind}: {what}; continue that one or move it away."
             )
-        if found := old.origin.differences(self.origin, problem.dtype, weights=self.anchored):
-            raise ValueError(f"{os.fspath(path)!r} was measured on another model or other data: {'; '.join(found)}.")
+        if differences := old.origin.differences(self.origin, problem.dtype, weights=self.anchored):
+            raise ValueError(
+                f"{os.fspath(path)!r} was measured on another model or other data: {'; '.join(differences)}."
+            )
         return old
 
 

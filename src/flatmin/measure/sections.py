@@ -1,4 +1,4 @@
-"""The sections of a card: each answers one question about a problem."""
+"""The sections of a report: each answers one question about a problem."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from flatmin.measure.flatness import FisherRao, PacBayes, RelativeFlatness, fish
 from flatmin.measure.krylov import Spectrum, spectrum
 from flatmin.measure.landscape import landscape
 from flatmin.measure.losses import LogitNormalised, error_rate, logits_of, with_logits
-from flatmin.measure.presets import Published, empirical_sam, pyhessian_batch, sam_paper
+from flatmin.measure.presets import PublishedNumbers, empirical_sam, pyhessian_batch, sam_paper
 from flatmin.measure.problem import Problem, first_tensor, restricted, under
 from flatmin.measure.session import Quantity, Session, closeness
 from flatmin.measure.sharpness import Grouped, Sharpness, curve, m_sharpness, worst_case
@@ -39,18 +39,18 @@ def _model(session: Session) -> None:
 
 
 def _hessian(session: Session) -> None:
-    known = session.known
+    spectrum = session.spectrum
     # What the arithmetic of the products leaves open, where the iteration has gone further.
-    rounding = torch.finfo(session.problem.dtype).eps * max(abs(known.largest), abs(known.smallest))
-    note = "" if known.converged else "not converged"
-    found = []
+    rounding = torch.finfo(session.problem.dtype).eps * max(abs(spectrum.largest), abs(spectrum.smallest))
+    note = "" if spectrum.converged else "not converged"
+    eigenvalues = []
     for end, values, residuals in (
-        ("", known.top, known.top_residuals),
-        ("-", known.bottom, known.bottom_residuals),
+        ("", spectrum.top, spectrum.top_residuals),
+        ("-", spectrum.bottom, spectrum.bottom_residuals),
     ):
         for rank, (value, residual) in enumerate(zip(values.tolist(), residuals.tolist(), strict=True), 1):
             word = ("largest" if rank == 1 else f"{_ordinal(rank)} largest") if not end else "smallest"
-            found.append(
+            eigenvalues.append(
                 session.add(
                     f"lambda_{end}{rank}",
                     f"{word} eigenvalue of the Hessian" + (f", number {rank}" if end and rank > 1 else ""),
@@ -59,11 +59,11 @@ def _hessian(session: Session) -> None:
                     error_is="residual",
                     flat="" if end else "low",
                     note=note,
-                    conventions=known.conventions,
+                    conventions=spectrum.conventions,
                 )
             )
-    if len(known.top) >= 5:
-        first, fifth = (found[i] for i in (0, 4))
+    if len(spectrum.top) >= 5:
+        first, fifth = (eigenvalues[i] for i in (0, 4))
         session.add(
             "lambda_1/lambda_5",
             "ratio of the first to the fifth eigenvalue",
@@ -71,21 +71,21 @@ def _hessian(session: Session) -> None:
             error=_relative(first, fifth) * abs(first.value / fifth.value) if fifth.value else math.nan,
             error_is="residual",
             note=note,
-            conventions=known.conventions,
+            conventions=spectrum.conventions,
         )
-    none = known.basis[:0].clone()  # as many vectors of weights would not fit, for several nets
-    session.results["eigenvalues"] = replace(known, basis=none, top_vectors=none, bottom_vectors=none)
+    none = spectrum.basis[:0].clone()  # as many vectors of weights would not fit, for several nets
+    session.results["eigenvalues"] = replace(spectrum, basis=none, top_vectors=none, bottom_vectors=none)
 
 
 def _trace(session: Session) -> None:
-    s, known = session.settings, session.known
+    s, spectrum = session.settings, session.spectrum
 
     def running(probes: int, error: float) -> None:
         session.tell("trace", closeness(error, s.trace_tol))
 
     within: dict[str, Any] = {"max_probes": s.probes, "seed": s.seed}
 
-    def add(name: str, text: str, value: float, error: float, found: Estimate) -> None:
+    def add(name: str, text: str, value: float, error: float, estimate: Estimate) -> None:
         session.add(
             name,
             text,
@@ -93,16 +93,16 @@ def _trace(session: Session) -> None:
             error=error,
             error_is="standard error",
             flat="low",
-            note="" if found.converged else "error above what was asked",
-            conventions=found.conventions,
+            note="" if estimate.converged else "error above what was asked",
+            conventions=estimate.conventions,
         )
 
     traced = session.attempt(
-        "trace", lambda: trace(session.hessian, known, tol=s.trace_tol, progress=running, **within)
+        "trace", lambda: trace(session.hessian, spectrum, tol=s.trace_tol, progress=running, **within)
     )
     if traced is not None:
         add("trace", "trace of the Hessian", traced.value, traced.error, traced)
-    norm = session.attempt("Frobenius norm", lambda: frobenius(session.hessian, known, tol=s.trace_tol, **within))
+    norm = session.attempt("Frobenius norm", lambda: frobenius(session.hessian, spectrum, tol=s.trace_tol, **within))
     if norm is not None:
         add("frobenius", "Frobenius norm of the Hessian", norm.value, norm.error, norm)
 
@@ -111,7 +111,7 @@ def _density(session: Session) -> None:
     s = session.settings
     session.results["density"] = density(
         session.hessian,
-        session.known,
+        session.spectrum,
         runs=s.runs,
         steps=s.steps,
         seed=s.seed,
@@ -277,7 +277,7 @@ def _layers(session: Session) -> None:
 def _published(session: Session) -> None:
     for measure in (pyhessian_batch, sam_paper, empirical_sam):
 
-        def numbers(measure: Callable[..., Published] = measure) -> Published:
+        def numbers(measure: Callable[..., PublishedNumbers] = measure) -> PublishedNumbers:
             return measure(session.problem, seed=session.settings.seed)
 
         result = session.attempt(measure.__name__, numbers)
@@ -299,26 +299,26 @@ def _landscape(session: Session) -> None:
     s, problem = session.settings, session.problem
 
     def keep(what: str, name: str, directions: Callable[[], Any], span: float, points: int) -> None:
-        found = session.attempt(
+        surface = session.attempt(
             what,
             lambda: landscape(
                 problem,
                 directions(),
                 span=span,
                 points=points,
-                path=session.kept(name),
+                path=session.landscape_file(name),
                 progress=lambda done, share: session.tell(name, share),
             ),
         )
-        if found is not None:
-            session.results[name] = found
+        if surface is not None:
+            session.results[name] = surface
 
     # In units of ||w||, which a net of zeros does not have.
     if any(bool(w.any()) for w in problem.weights):
         keep(
             "first eigenvector",
             "along_v1",
-            lambda: eigenvector(problem, session.known, norm="weights"),
+            lambda: eigenvector(problem, session.spectrum, norm="weights"),
             s.reach,
             s.points,
         )

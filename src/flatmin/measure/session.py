@@ -1,4 +1,4 @@
-"""What the sections of a card share: the problem, its settings, one Krylov run, and the form of their numbers."""
+"""What the sections of a report share: the problem, its settings, one Krylov run, and the form of their numbers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Progress = Callable[[str, float], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Quantity:
-    """One number of a card.
+    """One number of a report.
 
     Args:
         name: key, such as "lambda_1".
@@ -48,8 +48,8 @@ class Quantity:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Section:
-    """The part of a card that answers one question.
+class ReportSection:
+    """The part of a report that answers one question.
 
     Args:
         name: key in `flatmin.measure.sections.SECTIONS`.
@@ -70,8 +70,8 @@ class Section:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CardSettings:
-    """How a card is measured.
+class ReportSettings:
+    """How a report is measured.
 
     Args:
         top: largest eigenvalues.
@@ -148,22 +148,22 @@ class Session:
     Args:
         problem: the function.
         settings: how it is measured.
-        folder: where landscapes are kept, so that they go on where they were stopped; None: nowhere.
+        folder: where landscapes are kept, so that they continue where they were stopped; None: nowhere.
         progress: called with (what is measured, share of it done).
 
     Attributes:
-        quantities, results, missing: of the present section, see `Section`.
+        quantities, results, missing: of the present section, see `ReportSection`.
     """
 
     def __init__(
         self,
         problem: Problem,
-        settings: CardSettings | None = None,
+        settings: ReportSettings | None = None,
         *,
         folder: Path | None = None,
         progress: Progress | None = None,
     ) -> None:
-        self.problem, self.settings = problem, settings or CardSettings()
+        self.problem, self.settings = problem, settings or ReportSettings()
         self.folder = folder
         self._progress = progress
         self._raised: Exception | None = None  # by progress
@@ -191,7 +191,7 @@ class Session:
                 raise
 
     @property
-    def known(self) -> Spectrum:
+    def spectrum(self) -> Spectrum:
         """The Krylov run from which eigenvalues come, and which deflates the rest; tried once."""
         if self._krylov is None:
             try:
@@ -215,7 +215,7 @@ class Session:
             progress=lambda products, residual: self.tell("eigenvalues", closeness(residual, s.tol)),
         )
 
-    def kept(self, name: str) -> Path | None:
+    def landscape_file(self, name: str) -> Path | None:
         """The file of a landscape."""
         return None if self.folder is None else self.folder / f"{name}.pt"
 
@@ -223,9 +223,9 @@ class Session:
         """Add a number to the section, by the entries of `Quantity`; one that is not finite is noted as such."""
         if not math.isfinite(value):
             rest["note"] = "; ".join(filter(None, (f"the value is {value}", rest.get("note"))))
-        found = Quantity(name=name, text=text, value=value, **{"conventions": self.problem.conventions} | rest)
-        self.quantities.append(found)
-        return found
+        quantity = Quantity(name=name, text=text, value=value, **{"conventions": self.problem.conventions} | rest)
+        self.quantities.append(quantity)
+        return quantity
 
     def attempt(self, what: str, measure: Callable[[], Result]) -> Result | None:
         """What a measure gives; where it fails it is missing under this name, with the reason, and None is given."""
@@ -239,7 +239,7 @@ class Session:
     def _why(self, error: Exception) -> str:
         """The reason for a number that is missing; what is no failure of a measure is raised again."""
         refused = isinstance(error, (ValueError, ArithmeticError, _KrylovError))
-        # Processes of a group must go on alike, and what they refuse, all of them do.
+        # Processes of a group must continue alike, and what they refuse, all of them do.
         if error is self._raised or (self.problem.group is not None and not refused):
             raise error
         why = reason(error)
@@ -247,7 +247,7 @@ class Session:
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in why:
             why += "; smaller batches or fewer examples need less memory"
             if "hessian" in vars(self):
-                self.hessian.close()  # what it keeps is made anew where it is needed
+                self.hessian.close()  # what it keeps is made again where it is needed
         return why
 
 

@@ -219,7 +219,7 @@ def _rising(problem: Problem, rhos: Sequence[float], options: _Options) -> list[
     if not math.isfinite(loss) or not torch.isfinite(gradient).all():
         raise ArithmeticError(f"the loss at the weights is {loss}, or its gradient is not finite.")
     before = error_rate(problem) if options.errors else 0.0
-    found: list[Sharpness] = []
+    results: list[Sharpness] = []
     carried: _Point | None = None
     for within in balls:
         ascent = _Ascent(problem, within, options, loss, gradient)
@@ -228,7 +228,7 @@ def _rising(problem: Problem, rhos: Sequence[float], options: _Options) -> list[
         carried = best = max([best, *again], key=_gap)
         left = ascent.left(best)
         displacement = within.displacement(best.u)
-        found.append(
+        results.append(
             Sharpness(
                 value=best.gap,
                 one_step=one_step,
@@ -241,14 +241,14 @@ def _rising(problem: Problem, rhos: Sequence[float], options: _Options) -> list[
                 eta=options.eta,
                 steps=options.steps,
                 restarts=options.restarts,
-                gradients=ascent.gradients + (not found),
+                gradients=ascent.gradients + (not results),
                 history=tuple(history),
                 displacement=displacement,
                 error_gap=error_rate(problem, problem.moved(displacement)) - before if options.errors else None,
                 conventions=problem.conventions.with_seed(options.seed) if ascent.drawn else problem.conventions,
             )
         )
-    return found
+    return results
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -336,13 +336,14 @@ def m_sharpness(
 
 def _grouped(problem: Problem, m: int, rhos: Sequence[float], options: _Options) -> list[Grouped]:
     groups, left = split(problem, m)
-    found = []
+    by_group = []
     for i, group in enumerate(groups):
         results = _rising(group, rhos, replace(options, seed=options.seed * 1_000_003 + i))
         # As many vectors as groups would not fit.
-        found.append([replace(r, displacement=r.displacement[:0].clone()) for r in results])
+        by_group.append([replace(r, displacement=r.displacement[:0].clone()) for r in results])
     return [
-        _mean(problem, m, left, groups, [results[i] for results in found], rho, options) for i, rho in enumerate(rhos)
+        _mean(problem, m, left, groups, [results[i] for results in by_group], rho, options)
+        for i, rho in enumerate(rhos)
     ]
 
 
@@ -351,18 +352,18 @@ def _mean(
     m: int,
     left: int,
     groups: Sequence[Problem],
-    found: Sequence[Sharpness],
+    results: Sequence[Sharpness],
     rho: float,
     options: _Options,
 ) -> Grouped:
-    gaps = [f.value for f in found]
+    gaps = [f.value for f in results]
     local = [
-        float(len(found)),
+        float(len(results)),
         float(left),
         math.fsum(gaps),
-        math.fsum(f.one_step for f in found),
-        float(sum(f.converged for f in found)),
-        math.fsum(f.error_gap or 0.0 for f in found),
+        math.fsum(f.one_step for f in results),
+        float(sum(f.converged for f in results)),
+        math.fsum(f.error_gap or 0.0 for f in results),
         math.fsum(group.conventions.terms for group in groups),
     ]
     n, left_out, total, first, converged, errors, terms = _reduced(problem, local)
@@ -388,9 +389,9 @@ def _mean(
         eta=options.eta,
         steps=options.steps,
         restarts=options.restarts,
-        gradients=sum(f.gradients for f in found),
+        gradients=sum(f.gradients for f in results),
         error_gap=errors / n if options.errors else None,
-        conventions=used.with_seed(options.seed) if any(f.conventions.seed is not None for f in found) else used,
+        conventions=used.with_seed(options.seed) if any(f.conventions.seed is not None for f in results) else used,
     )
 
 
@@ -401,7 +402,7 @@ def _reduced(problem: Problem, values: Sequence[float]) -> list[float]:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Curve:
+class SharpnessCurve:
     """Sharpness over radii.
 
     Args:
@@ -424,7 +425,7 @@ def curve(
     measure: Literal["worst", "average", "groups"] = "worst",
     m: int | None = None,
     **options: Any,
-) -> Curve:
+) -> SharpnessCurve:
     """A measure over rising radii, in one go.
 
     Worst cases start from what was found at the radius before as well, so that they rise with it as the true maxima do;
@@ -455,7 +456,7 @@ def curve(
         results = _grouped(problem, m, radii, _Options(**options))
     else:
         results = _rising(problem, radii, _Options(**options))
-    return Curve(
+    return SharpnessCurve(
         rhos=tuple(radii),
         values=tuple(r.value for r in results),
         errors=tuple(getattr(r, "error", math.nan) for r in results),

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from flatmin.measure.counts import (
-    Count,
-    Given,
+    BatchWeight,
+    CallerWeight,
     Reduction,
-    Rule,
+    WeightRule,
     candidates,
     is_of_torch,
     labels_of,
@@ -37,7 +37,7 @@ _ROWS = 6  # examples of one batch in one of them
 Unfit = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError)
 
 
-class Trial(Protocol):
+class LossTrial(Protocol):
     """Losses with gradients, to be compared."""
 
     tol: float
@@ -50,7 +50,7 @@ class Trial(Protocol):
 
 
 @dataclass
-class Outcome:
+class TrialOutcome:
     """What trials say.
 
     Args:
@@ -58,15 +58,15 @@ class Outcome:
         summed: whether the sum did.
         probes: sets of examples that were compared.
         coupled: whether the outputs of an example depend on the others.
-        told: one comparison, in words.
-        trial: see `Rule`.
+        comparison: one of them, in words.
+        trial: see `WeightRule`.
     """
 
     names: list[str]
     summed: bool
     probes: int = 0
     coupled: bool = False
-    told: str = ""
+    comparison: str = ""
     trial: tuple[str, Axes] | None = None
 
     @property
@@ -75,7 +75,9 @@ class Outcome:
         return self.probes > 0 and not self.names and not self.summed
 
 
-def compare(trial: Trial, pairs: Sequence[Pair], counts: Sequence[Count | Given], *, in_eval: bool) -> Outcome:
+def compare(
+    trial: LossTrial, pairs: Sequence[Pair], counts: Sequence[BatchWeight | CallerWeight], *, in_eval: bool
+) -> TrialOutcome:
     """Which of the counts make the losses of parts the loss of the whole.
 
     Args:
@@ -93,7 +95,7 @@ def compare(trial: Trial, pairs: Sequence[Pair], counts: Sequence[Count | Given]
         # between batches, or where the model runs on parts of it.
         second = len({s[:1] for s in shapes}) == 1 < len({s[1:2] for s in shapes})
         tries += [(way, (1, 0)) for way in (ways if second else ways[:1] if in_eval else ())]
-    first: Outcome | None = None
+    first: TrialOutcome | None = None
     for way, along in tries:
         outcome = _Comparison(getattr(trial, way), trial.tol, pairs, counts, along).run()
         if outcome.probes and not outcome.failed:
@@ -139,18 +141,18 @@ class _Comparison:
         evaluate: Callable[[Pair, Sequence[Tensor], int, Axes], list[Tensor] | None],
         tol: float,
         pairs: Sequence[Pair],
-        counts: Sequence[Count | Given],
+        counts: Sequence[BatchWeight | CallerWeight],
         axes: Axes,
     ) -> None:
         self.evaluate, self.tol, self.axes = evaluate, tol, axes
         self.units = _units(pairs, axes)
         self.generator = torch.Generator().manual_seed(0)
-        self.alive: dict[str, Count | Given] = {c.text: c for c in reversed(counts)}
+        self.alive: dict[str, BatchWeight | CallerWeight] = {c.text: c for c in reversed(counts)}
         self.alive = {c.text: self.alive[c.text] for c in counts}  # in their order, the first of each text
         self.rows: dict[str, Tensor | None] = {}
-        self.summed, self.probes, self.told = True, 0, ""
+        self.summed, self.probes, self.comparison = True, 0, ""
 
-    def run(self) -> Outcome:
+    def run(self) -> TrialOutcome:
         """All of them."""
         for rows in (*self._mixed(), *self._within()):
             first = 2 if len(rows) > 4 else 1
@@ -161,7 +163,7 @@ class _Comparison:
             if chosen is None:
                 break
             self._try(*chosen)
-        return Outcome(list(self.alive), self.summed, self.probes, told=self.told)
+        return TrialOutcome(list(self.alive), self.summed, self.probes, comparison=self.comparison)
 
     def _within(self) -> Iterator[list[Row]]:
         """Examples of one batch, the first and the last."""
@@ -177,7 +179,7 @@ class _Comparison:
 
     def _unlike(self) -> list[Row]:
         """Examples of up to four labels."""
-        found: dict[float, Row] = {}
+        rows: dict[float, Row] = {}
         for unit, (pair, n) in enumerate(self.units):
             first = first_tensor(pair[1])
             axis = axis_of(first, n, self.axes)
@@ -185,14 +187,14 @@ class _Comparison:
                 break
             labels = first.movedim(axis, 0).reshape(n, -1)[:, -1].tolist()
             for i, label in enumerate(labels):
-                found.setdefault(label, (unit, i))
-            if len(found) >= 4:
+                rows.setdefault(label, (unit, i))
+            if len(rows) >= 4:
                 break
-        return list(found.values())[:4]
+        return list(rows.values())[:4]
 
     def _drawn(self, count: int, most: int) -> list[int]:
-        found: list[int] = torch.randperm(count, generator=self.generator)[:most].tolist()
-        return found
+        numbers: list[int] = torch.randperm(count, generator=self.generator)[:most].tolist()
+        return numbers
 
     def _one(self, unit: int) -> Row:
         return unit, int(torch.randint(self.units[unit][1], (), generator=self.generator))
@@ -202,8 +204,8 @@ class _Comparison:
         for name in self.alive.keys() - self.rows.keys():
             self.rows[name] = self._rows(self.alive[name])
         rows = {name: self.rows[name] for name in self.alive}
-        known = {name: r / r.sum() for name, r in rows.items() if r is not None and float(r.sum()) > 0}
-        for (a, x), (b, y) in itertools.combinations(known.items(), 2):
+        shares_of = {name: r / r.sum() for name, r in rows.items() if r is not None and float(r.sum()) > 0}
+        for (a, x), (b, y) in itertools.combinations(shares_of.items(), 2):
             far = x - y
             if (a, b) in tried or float(far.abs().max()) <= 1e-9 * float(torch.maximum(x, y).max()):
                 continue
@@ -232,10 +234,10 @@ class _Comparison:
             row -= n
         raise IndexError("a row beyond the last")
 
-    def _rows(self, count: Count | Given) -> Tensor | None:
-        found = [count.rows(pair, n, self.axes) for pair, n in self.units]
-        known = [r for r in found if r is not None]
-        return torch.cat(known) if len(known) == len(found) and found else None
+    def _rows(self, count: BatchWeight | CallerWeight) -> Tensor | None:
+        rows = [count.rows(pair, n, self.axes) for pair, n in self.units]
+        present = [r for r in rows if r is not None]
+        return torch.cat(present) if len(present) == len(rows) and rows else None
 
     def _pair(self, rows: Sequence[Row]) -> Pair | None:
         """These examples as one batch."""
@@ -274,21 +276,21 @@ class _Comparison:
         self.summed = self.summed and self._alike(one + two, whole, one, two)
         for name, count in list(self.alive.items()):
             weights = [count.total(piece) for piece in pieces[:2]]
-            found = _mean(weights, (one, two))
-            if found is not None and self._alike(found, whole, one, two):
+            mean = _mean(weights, (one, two))
+            if mean is not None and self._alike(mean, whole, one, two):
                 continue
             if not _empty(weights, (one, two)):
                 del self.alive[name]
-        self.told = (
+        self.comparison = (
             f"{n} examples have a loss of {float(whole[0]):.4g}, {len(a)} of them {float(one[0]):.4g} and the other "
             f"{len(b)} {float(two[0]):.4g}"
         )
 
-    def _alike(self, found: Tensor, whole: Tensor, *parts: Tensor) -> bool:
+    def _alike(self, combined: Tensor, whole: Tensor, *parts: Tensor) -> bool:
         """Whether loss and gradient are the same up to round-off."""
         for rows in (slice(0, 1), slice(1, None)):
             size = max(float(v[rows].norm()) for v in (whole, *(p for p in parts if torch.isfinite(p).all())))
-            if not float((found[rows] - whole[rows]).norm()) <= self.tol * size:
+            if not float((combined[rows] - whole[rows]).norm()) <= self.tol * size:
                 return False
         return True
 
@@ -312,13 +314,13 @@ class EveryBatch:
         value: (outputs, targets) -> loss.
     """
 
-    def __init__(self, pairs: Sequence[Pair], rule: Rule, value: Callable[[Any, Any], Tensor]) -> None:
+    def __init__(self, pairs: Sequence[Pair], rule: WeightRule, value: Callable[[Any, Any], Tensor]) -> None:
         self.pairs, self.rule, self.value = pairs, rule, value
         self.way, self.axes = rule.trial or ("", (0, 1))
         self.units = _units(pairs, self.axes)
         self.last: tuple[Any, int, list[Row]] | None = None
 
-    def told_against(self, unit: int, outputs: Any, whole: Tensor, trials: Iterable[Trial]) -> str:
+    def counterexample(self, unit: int, outputs: Any, whole: Tensor, trials: Iterable[LossTrial]) -> str:
         """What tells against the rule in a batch, in words; "" if nothing does.
 
         Args:
@@ -331,7 +333,7 @@ class EveryBatch:
             for trial in trials:
                 again = _Comparison(getattr(trial, self.way), trial.tol, self.pairs, [self.rule.count], self.axes)
                 if again.refuted(a, b, self.rule.reduction):
-                    return again.told
+                    return again.comparison
                 if again.probes:
                     break
         return ""
@@ -354,8 +356,8 @@ class EveryBatch:
             first = cut_to(0, min(n, _FIRST))
             if not self._stands(_layout(held, n, self.axes), before, first, None):
                 yield before[2], first[2]
-        kept = torch.arange(max(0, n - _LAST), n)  # by index, for a copy: a view would hold the whole batch
-        self.last = cut(held, kept, n, self.axes), len(kept), rows[-len(kept) :]
+        last_rows = torch.arange(max(0, n - _LAST), n)  # by index, for a copy: a view would hold the whole batch
+        self.last = cut(held, last_rows, n, self.axes), len(last_rows), rows[-len(last_rows) :]
 
     def _outputs(self, outputs: Any, count: int) -> tuple[int | None, ...]:
         return _layout(outputs, count, self.axes) or (None,)
@@ -387,16 +389,16 @@ class EveryBatch:
             return True
         parts = [one.double(), two.double()]
         if self.rule.reduction == "sum":
-            found: Tensor | None = parts[0] + parts[1]
+            combined: Tensor | None = parts[0] + parts[1]
         else:
             weights = [self.rule.count.total(part[0]) for part, _, _ in (a, b)]
             if _empty(weights, parts):
                 return True
-            found = _mean(weights, parts)
+            combined = _mean(weights, parts)
         size = max(float(v.abs()) for v in (whole, *parts) if v.isfinite())
         terms = sum(first_tensor(part[0][1]).numel() for part, _, _ in (a, b))
         tol = min(2e-2, _ROUND_OFF.get(whole.dtype, 2e-3) * math.sqrt(terms))
-        return found is not None and float((found - whole).abs()) <= tol * size
+        return combined is not None and float((combined - whole).abs()) <= tol * size
 
 
 # -- the verdict -------------------------------------------------------------------------------------------------------
@@ -405,13 +407,13 @@ class EveryBatch:
 def weigh(
     loss: Any,
     pairs: Sequence[Pair],
-    trials: Iterable[Trial],
+    trials: Iterable[LossTrial],
     *,
     terms: Callable[[Any, Any], float] | None,
     reduction: Reduction | None,
     in_eval: bool,
-    gathered: Callable[[Any], list[Any]],
-) -> Rule:
+    all_gather: Callable[[Any], list[Any]],
+) -> WeightRule:
     """How batches make up the loss of all data.
 
     Args:
@@ -421,7 +423,7 @@ def weigh(
         terms: given weights, or None.
         reduction: given, or None.
         in_eval: see `compare`.
-        gathered: (object) -> those of all processes.
+        all_gather: (object) -> those of all processes.
 
     Raises:
         ValueError: nothing that is tried gives the loss of a batch from its parts'.
@@ -429,17 +431,17 @@ def weigh(
     Warns:
         UserWarning: see `Problem`.
     """
-    seen = may_be_ignored(set().union(*gathered(labels_of(pairs))))
-    counts: list[Count | Given] = []
+    seen = may_be_ignored(set().union(*all_gather(labels_of(pairs))))
+    counts: list[BatchWeight | CallerWeight] = []
     if pairs:
-        counts += [Given(terms)] if terms is not None else candidates(loss, pairs, seen)
-    outcome = Outcome([], False)
+        counts += [CallerWeight(terms)] if terms is not None else candidates(loss, pairs, seen)
+    outcome = TrialOutcome([], False)
     for trial in trials if pairs else ():
-        found = compare(trial, pairs, counts, in_eval=in_eval)
-        outcome = outcome if outcome.probes and (found.failed or not found.probes) else found
+        trial_outcome = compare(trial, pairs, counts, in_eval=in_eval)
+        outcome = outcome if outcome.probes and (trial_outcome.failed or not trial_outcome.probes) else trial_outcome
         if outcome.probes and not outcome.failed:
             break
-    every = gathered((outcome, len(pairs)))
+    every = all_gather((outcome, len(pairs)))
     tried = [one for one, _ in every if one.probes]
     batches = sum(count for _, count in every)
     names = [name for name in outcome.names if all(name in one.names for one in tried)] if outcome.probes else []
@@ -472,14 +474,14 @@ def weigh(
             "the data as one batch to be free of it."
         )
     by_name = {c.text: c for c in reversed(counts)}
-    count = by_name[names[0]] if chosen == "mean" and names else counts[0] if counts else Count("examples")
+    count = by_name[names[0]] if chosen == "mean" and names else counts[0] if counts else BatchWeight("examples")
     stands = batches > 1 and (means if chosen == "mean" else sums)
-    return Rule(count, chosen, outcome.trial if stands else None)
+    return WeightRule(count, chosen, outcome.trial if stands else None)
 
 
 def _refuse(
     batches: int,
-    tried: Sequence[Outcome],
+    tried: Sequence[TrialOutcome],
     chosen: Reduction,
     terms: Any,
     reduction: Reduction | None,
@@ -487,35 +489,37 @@ def _refuse(
     means: bool,
 ) -> None:
     """Refuse what no weights make right, unless the batch is the whole."""
-    told = next(one.told for one in tried if one.failed or one.told)
+    comparison = next(one.comparison for one in tried if one.failed or one.comparison)
     if batches == 1 and chosen == "mean":
         return  # the batch is the whole
     if reduction == "mean" and sums:
-        raise ValueError(f"reduction='mean' was given, but the loss of a batch is the sum over its terms: {told}.")
+        raise ValueError(
+            f"reduction='mean' was given, but the loss of a batch is the sum over its terms: {comparison}."
+        )
     if reduction == "sum" and means:
-        raise ValueError(f"reduction='sum' was given, but the loss of a batch is the mean of its terms: {told}.")
-    refuse(told, taken_on=terms is not None and reduction is None)
+        raise ValueError(f"reduction='sum' was given, but the loss of a batch is the mean of its terms: {comparison}.")
+    refuse(comparison, taken_on=terms is not None and reduction is None)
 
 
-def refuse(told: str, *, taken_on: bool) -> None:
+def refuse(comparison: str, *, taken_on: bool) -> None:
     """Raise, or warn where the caller has taken it on by terms=, since a loss is not what the rule gives.
 
     Args:
-        told: a comparison that tells against it, in words.
+        comparison: one that contradicts it, in words.
         taken_on: whether to warn.
     """
     if taken_on:
         _warn(
-            f"the loss of a batch is not the mean of its parts' losses weighted by terms=: {told}. What is measured "
-            "depends on how the data are divided into batches."
+            f"the loss of a batch is not the mean of its parts' losses weighted by terms=: {comparison}. What is "
+            "measured depends on how the data are divided into batches."
         )
         return
     raise ValueError(
-        f"the loss of a batch is neither a mean nor a sum over its examples, by any weight that was tried: {told}. "
-        "So the loss of all data cannot be had from those of batches. If the loss compares the examples of a batch "
-        "with each other, give the data as one batch. If it is a mean that divides by something else, pass terms=, a "
-        "function (inputs, targets) -> weight of a batch. If it is a sum with a penalty of the weights added, take the "
-        "penalty out (weight_decay=) or make it a mean (reduction)."
+        f"the loss of a batch is neither a mean nor a sum over its examples, by any weight that was tried: "
+        f"{comparison}. So the loss of all data cannot be had from those of batches. If the loss compares the "
+        "examples of a batch with each other, give the data as one batch. If it is a mean that divides by something "
+        "else, pass terms=, a function (inputs, targets) -> weight of a batch. If it is a sum with a penalty of the "
+        "weights added, take the penalty out (weight_decay=) or make it a mean (reduction)."
     )
 
 

@@ -48,7 +48,7 @@ class Estimate:
 
 def trace(
     operator: Operator,
-    known: Spectrum | None = None,
+    spectrum: Spectrum | None = None,
     *,
     tol: float = 1e-2,
     max_probes: int = 2000,
@@ -68,7 +68,7 @@ def trace(
 
     Args:
         operator: see `spectrum`.
-        known: a run on the same operator. Default: none, plain probes.
+        spectrum: a run on the same operator. Default: none, plain probes.
         tol: relative standard error, > 0. Default 1 %.
         max_probes: most probes. Default 2000.
         seed: of the probes.
@@ -81,10 +81,10 @@ def trace(
     Source: Hutchinson 1989; deflation: Gambhir, Stathopoulos & Orginos, SIAM J. Sci. Comput. 39, 2017; probes on the
     sphere: Epperly, Tropp & Webber, XTrace, 2024.
     """
-    _check(operator, known, tol, max_probes)
-    basis = _basis(known)
-    exact = 0.0 if known is None else float(known.diagonal.sum())
-    if known is not None and len(known.basis) == operator.size:
+    _check(operator, spectrum, tol, max_probes)
+    basis = _basis(spectrum)
+    exact = 0.0 if spectrum is None else float(spectrum.diagonal.sum())
+    if spectrum is not None and len(spectrum.basis) == operator.size:
         return Estimate(value=exact, error=0.0, probes=0, products=0, converged=True, conventions=_of(operator, seed))
     running = _Running()
     for z in _probes(operator, basis, seed, max_probes):
@@ -108,7 +108,7 @@ def trace(
 
 def frobenius(
     operator: Operator,
-    known: Spectrum | None = None,
+    spectrum: Spectrum | None = None,
     *,
     tol: float = 1e-2,
     max_probes: int = 2000,
@@ -121,7 +121,7 @@ def frobenius(
 
     Args:
         operator: see `spectrum`.
-        known: a run on the same operator that was not restarted. Its part costs one product per vector of the basis.
+        spectrum: a run on the same operator that was not restarted. Its part costs one product per vector of the basis.
         tol: relative standard error of the norm. Default 1 %.
         max_probes: most probes. Default 2000.
         seed: of the probes.
@@ -132,8 +132,8 @@ def frobenius(
     Raises:
         ValueError, ArithmeticError: as `trace`.
     """
-    _check(operator, known, tol, max_probes)
-    basis = _basis(known)
+    _check(operator, spectrum, tol, max_probes)
+    basis = _basis(spectrum)
     inside = 0.0
     spent = 0
     if basis is not None:
@@ -179,7 +179,7 @@ class Diagonal:
     conventions: Conventions | None
 
 
-def diagonal(operator: Operator, known: Spectrum | None = None, *, probes: int = 100, seed: int = 0) -> Diagonal:
+def diagonal(operator: Operator, spectrum: Spectrum | None = None, *, probes: int = 100, seed: int = 0) -> Diagonal:
     r"""Diag H, as the mean of z * H z over random signs z; with a Krylov run, outside of what it knows.
 
     .. math::
@@ -189,7 +189,7 @@ def diagonal(operator: Operator, known: Spectrum | None = None, *, probes: int =
 
     Args:
         operator: see `spectrum`.
-        known: a converged run on the same operator. Default: none.
+        spectrum: a converged run on the same operator. Default: none.
         probes: number of products, >= 2. Default 100.
         seed: of the signs.
 
@@ -204,9 +204,9 @@ def diagonal(operator: Operator, known: Spectrum | None = None, *, probes: int =
     generator = torch.Generator().manual_seed(_stream(seed))
     vectors = values = None
     fixed = torch.zeros(operator.size, dtype=torch.float64, device=operator.device)
-    if known is not None:
-        vectors = torch.cat([known.top_vectors, known.bottom_vectors]).double()
-        values = torch.cat([known.top, known.bottom]).to(vectors)
+    if spectrum is not None:
+        vectors = torch.cat([spectrum.top_vectors, spectrum.bottom_vectors]).double()
+        values = torch.cat([spectrum.top, spectrum.bottom]).to(vectors)
         fixed = (values[:, None] * vectors.square()).sum(0)
     total, squares = torch.zeros_like(fixed), torch.zeros_like(fixed)
     for _ in range(probes):
@@ -214,9 +214,9 @@ def diagonal(operator: Operator, known: Spectrum | None = None, *, probes: int =
         product = finite(operator.matvec(z)).double()
         if vectors is not None and values is not None:
             product = product - vectors.T @ (values * (vectors @ z.double()))
-        found = z.double() * product
-        total += found
-        squares += found.square()
+        sampled = z.double() * product
+        total += sampled
+        squares += sampled.square()
     mean = total / probes
     variance = ((squares / probes - mean.square()) * probes / (probes - 1)).clamp(min=0.0)
     return Diagonal(
@@ -259,7 +259,7 @@ class Density:
 
 def density(
     operator: Operator,
-    known: Spectrum | None = None,
+    spectrum: Spectrum | None = None,
     *,
     runs: int = 4,
     steps: int = 100,
@@ -273,9 +273,9 @@ def density(
 
     Args:
         operator: see `spectrum`.
-        known: a run on the same operator. Its eigenvalues then stand in the density themselves, 1/size each, and the
+        spectrum: a run on the same operator. Its eigenvalues then stand in the density themselves, 1/size each, and the
             start vectors see the rest: what is left of the noise is that of the bulk.
-        runs: start vectors, >= 0. Default 4. With 0 the start vector of `known` is the sample, which costs nothing.
+        runs: start vectors, >= 0. Default 4. With 0 the start vector of `spectrum` is the sample, which costs nothing.
         steps: of each, >= 1. Default 100.
         seed: of the start vectors.
         progress: called with (products, share done).
@@ -289,7 +289,7 @@ def density(
     if runs < 0 or steps < 1:
         raise ValueError(f"runs must be at least 0 and steps at least 1, got {runs!r} and {steps!r}.")
     if runs == 0:
-        return _first_sample(known)
+        return _first_sample(spectrum)
     if operator.size <= min(_WHOLE * runs * steps, _LARGEST):
         matrix = torch.empty(operator.size, operator.size, dtype=torch.float64)
         for i, row in enumerate(torch.eye(operator.size, dtype=operator.dtype)):
@@ -305,16 +305,16 @@ def density(
             products=operator.size,
             conventions=_of(operator, seed),
         )
-    values, vectors = _trusted(known)
+    values, vectors = _trusted(spectrum)
     steps = min(steps, max(1, operator.size - len(values)))
     rest = operator.size - len(values)
     found_nodes, weights = [values], [torch.ones_like(values) / operator.size]
     products = 0
     for run in range(runs if rest else 0):
-        found = sample(operator, steps, seed * 1_000_003 + run + 1, vectors)
-        found_nodes.append(found[0])
-        weights.append(found[1] * (rest / operator.size / runs))
-        products += found[2]
+        drawn = sample(operator, steps, seed * 1_000_003 + run + 1, vectors)
+        found_nodes.append(drawn[0])
+        weights.append(drawn[1] * (rest / operator.size / runs))
+        products += drawn[2]
         if progress is not None:
             progress(products, (run + 1) / runs)
     all_nodes = torch.cat(found_nodes)
@@ -329,28 +329,28 @@ def density(
     )
 
 
-def _first_sample(known: Spectrum | None) -> Density:
+def _first_sample(spectrum: Spectrum | None) -> Density:
     """The density as the start vector of a run saw it."""
-    if known is None or not known.random_start:
-        raise ValueError("runs=0 takes the density from `known`: give a run that began at a random vector.")
+    if spectrum is None or not spectrum.random_start:
+        raise ValueError("runs=0 takes the density from `spectrum`: give a run that began at a random vector.")
     return Density(
-        nodes=known.nodes,
-        weights=known.weights,
+        nodes=spectrum.nodes,
+        weights=spectrum.weights,
         runs=1,
-        steps=len(known.nodes),
+        steps=len(spectrum.nodes),
         products=0,
-        conventions=known.conventions,
+        conventions=spectrum.conventions,
     )
 
 
-def _trusted(known: Spectrum | None) -> tuple[Tensor, Tensor | None]:
+def _trusted(spectrum: Spectrum | None) -> tuple[Tensor, Tensor | None]:
     """The eigenvalues of a run whose residuals are small, and their vectors."""
-    if known is None:
+    if spectrum is None:
         return torch.empty(0, dtype=torch.float64), None
-    _check_vectors(known)
-    good = torch.cat([known.top_residuals, known.bottom_residuals]) <= known.tol
-    vectors = torch.cat([known.top_vectors, known.bottom_vectors])
-    return torch.cat([known.top, known.bottom])[good], vectors[good.to(vectors.device)]
+    _check_vectors(spectrum)
+    good = torch.cat([spectrum.top_residuals, spectrum.bottom_residuals]) <= spectrum.tol
+    vectors = torch.cat([spectrum.top_vectors, spectrum.bottom_vectors])
+    return torch.cat([spectrum.top, spectrum.bottom])[good], vectors[good.to(vectors.device)]
 
 
 _LEAST = 20
@@ -389,22 +389,22 @@ class _Running:
         return math.sqrt(self._squares / (self.count - 1) / self.count) if self.count > 1 else math.nan
 
 
-def _check(operator: Operator, known: Spectrum | None, tol: float, max_probes: int) -> None:
+def _check(operator: Operator, spectrum: Spectrum | None, tol: float, max_probes: int) -> None:
     if not tol > 0 or max_probes < 2:
         raise ValueError(f"tol must be positive and max_probes at least 2, got {tol!r} and {max_probes!r}.")
-    if known is not None and known.basis.shape[1] != operator.size:
-        raise ValueError(f"the spectrum is of size {known.basis.shape[1]}, the operator of size {operator.size}.")
-    if known is not None:
-        _check_vectors(known)
+    if spectrum is not None and spectrum.basis.shape[1] != operator.size:
+        raise ValueError(f"the spectrum is of size {spectrum.basis.shape[1]}, the operator of size {operator.size}.")
+    if spectrum is not None:
+        _check_vectors(spectrum)
 
 
-def _check_vectors(known: Spectrum) -> None:
-    if len(known.basis) != len(known.diagonal):
-        raise ValueError("the spectrum has lost its vectors, as those in a card have; run spectrum() again.")
+def _check_vectors(spectrum: Spectrum) -> None:
+    if len(spectrum.basis) != len(spectrum.diagonal):
+        raise ValueError("the spectrum has lost its vectors, as those in a report have; run spectrum() again.")
 
 
-def _basis(known: Spectrum | None) -> Tensor | None:
-    return None if known is None else known.basis
+def _basis(spectrum: Spectrum | None) -> Tensor | None:
+    return None if spectrum is None else spectrum.basis
 
 
 def _probes(operator: Operator, basis: Tensor | None, seed: int, count: int) -> Iterator[Tensor]:

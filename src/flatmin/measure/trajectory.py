@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flatmin.measure.directions import Direction, layout
+from flatmin.measure.directions import WeightDirection, layout
 from flatmin.measure.evaluate import Checkpoint, buffers_unlike, weights_of
 from flatmin.measure.landscape import Slice, grid_around, landscape
 from flatmin.measure.problem import Problem
@@ -27,7 +27,7 @@ class Trajectory:
             checkpoint's place is the loss of its projection, this far away from it.
     """
 
-    directions: tuple[Direction, ...]
+    directions: tuple[WeightDirection, ...]
     coordinates: Tensor
     explained: Tensor
     off: Tensor
@@ -108,7 +108,7 @@ def pca(problem: Problem, checkpoints: Sequence[Checkpoint], *, components: int 
     assert isinstance(off, Tensor)
     explained = variances[:components] / variances.sum()
     directions = tuple(
-        Direction(
+        WeightDirection(
             vector=basis[k].to(problem.dtype),
             label=f"principal component {k + 1} ({float(explained[k]):.0%} of the variance)",
             recipe={"kind": "principal", "component": k, "checkpoints": len(rows), "explained": float(explained[k])},

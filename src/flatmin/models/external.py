@@ -58,8 +58,8 @@ def _timm(
     with _importing(spec):
         import timm
     if not timm.is_model(name):
-        known = suggest(name.partition(".")[0], timm.list_models())  # what follows the dot names weights
-        raise ValueError(f"timm has no model {name!r}{known} (timm.list_models() lists them)")
+        suggestion = suggest(name.partition(".")[0], timm.list_models())  # what follows the dot names weights
+        raise ValueError(f"timm has no model {name!r}{suggestion} (timm.list_models() lists them)")
     with _building(spec, num_classes, in_channels, image_size):
         # timm's flag for networks with an argument `img_size` that fixes the size of their images.
         fixed = getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False)

@@ -1,1 +1,1 @@
-"""Many runs: what is run, where results are kept, what follows from them."""
+"""Studies of many runs: specification, execution, stored results, tables and pages."""

@@ -41,7 +41,7 @@ class Candidate:
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """A row before its axes are unfolded; `own` are fields that general axes leave alone."""
+    """A row before its axes are expanded; `own` are fields that general axes leave alone."""
 
     label: str
     config: RunConfig

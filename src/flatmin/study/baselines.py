@@ -1,4 +1,4 @@
-"""Honest baselines of a study: what plain training reaches with more regularisation, or at SAM's cost."""
+"""Baselines of a study: plain training with more regularisation, or at SAM's cost."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Iterable
 
 from flatmin.study.config import BASE
 from flatmin.study.costs import Sizes
+from flatmin.study.expand import grid_points
 from flatmin.study.spec import Arm, StudySpec
 from flatmin.study.sweep import Axis, tidy
-from flatmin.study.unfold import cells
 from flatmin.train.config import RunConfig
 
 NAMES = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW"}
@@ -37,21 +37,21 @@ def with_baselines(spec: StudySpec) -> StudySpec:
     Raises:
         ValueError: an arm of the study has the name of a baseline.
     """
-    found = cells(spec)
-    plain = [cell for cell in found if cell.config.method == BASE]
-    first = (plain or found)[0].config
+    rows = grid_points(spec)
+    plain = [grid_point for grid_point in rows if grid_point.config.method == BASE]
+    first = (plain or rows)[0].config
     name = NAMES[first.optimizer]
     own = next((arm for arm in spec.arms if plain and arm.label == plain[0].arm), Arm(label=name, settings={}))
     # What plain training of this study has beside its method, such as a weight decay of its own.
-    kept = {key: value for key, value in own.settings.items() if key not in _OWN}
+    settings_left = {key: value for key, value in own.settings.items() if key not in _OWN}
     decay = {key: value for key, value in own.settings.items() if key == "weight_decay"}
     axes = tuple(axis for axis in own.axes if axis.key not in _OWN)
 
     def arm(label: str, key: str, values: Iterable[float]) -> Arm:
-        words = tuple(dict.fromkeys(tidy(f"{value:.6g}") for value in values))
-        settings = {"method": BASE, **kept, **({} if key == "weight_decay" else decay)}
+        texts = tuple(dict.fromkeys(tidy(f"{value:.6g}") for value in values))
+        settings = {"method": BASE, **settings_left, **({} if key == "weight_decay" else decay)}
         chosen = (*own.choose, key)
-        return Arm(label=f"{name}, {label}", settings=settings, axes=(*axes, Axis(key, words)), choose=chosen)
+        return Arm(label=f"{name}, {label}", settings=settings, axes=(*axes, Axis(key, texts)), choose=chosen)
 
     arms = [] if plain else [Arm(label=name, settings={"method": BASE})]
     if first.weight_decay:
@@ -60,13 +60,13 @@ def with_baselines(spec: StudySpec) -> StudySpec:
         arms.append(arm("early stop", "epochs", (max(1, round(share * first.epochs)) for share in EARLY_SHARES)))
     if first.ema is None:
         arms.append(arm("averaged", "ema", AVERAGES))
-    lengths = {cell.config.epochs for cell in plain}
-    for cost in _costs(cell.config for cell in found):
+    lengths = {grid_point.config.epochs for grid_point in plain}
+    for cost in _costs(grid_point.config for grid_point in rows):
         epochs = round(cost * first.epochs)
         if epochs not in lengths:
             # As an axis of one value, so that it wins over what is given with other values.
             longer = (*axes, Axis("epochs", (str(epochs),)))
-            settings = {"method": BASE, **kept, **decay}
+            settings = {"method": BASE, **settings_left, **decay}
             arms.append(Arm(label=f"{name}, {cost:g}x epochs", settings=settings, axes=longer, choose=own.choose))
     taken = {one.label for one in spec.arms}
     for one in arms:
@@ -78,5 +78,5 @@ def with_baselines(spec: StudySpec) -> StudySpec:
 def _costs(configs: Iterable[RunConfig]) -> list[float]:
     """Gradient evaluations an update that some method takes over its run, above one, to three digits."""
     sizes = Sizes()
-    found = {float(f"{sizes.cost(config) / sizes.updates(config):.3g}") for config in configs}
-    return sorted(cost for cost in found if cost > 1)
+    costs = {float(f"{sizes.cost(config) / sizes.updates(config):.3g}") for config in configs}
+    return sorted(cost for cost in costs if cost > 1)

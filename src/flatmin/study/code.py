@@ -23,7 +23,7 @@ def code_of(config: RunConfig) -> str:
 
 
 class Contents:
-    """What the data of runs are, each data set looked at once; where they cannot be had here, why."""
+    """Digests of the data of runs, each data set read once; or why the data cannot be read here."""
 
     def __init__(self) -> None:
         self._found: dict[tuple[object, ...], Content | None] = {}
@@ -47,7 +47,7 @@ class Contents:
 
     @property
     def warnings(self) -> list[str]:
-        """What a person should know of the data, in sentences."""
+        """Notes on the data, in sentences."""
         notes = [note for content in self._found.values() if content is not None for note in content.notes]
         absent = [
             f"data={key[0]} cannot be read here, so it is not known whether finished runs are of the data that their "

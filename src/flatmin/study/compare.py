@@ -10,14 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from flatmin.data.base import Data
+from flatmin.data.dataset import Data
 from flatmin.methods import Recipe
 from flatmin.stats import PERCENT, Stat, summarise
 from flatmin.study.arms import Candidate, arms, candidates, recipe_of
 from flatmin.study.config import BASE, CompareConfig
 from flatmin.study.costs import Counts
 from flatmin.study.events import Event, Planned, Timing, Tuned, Warned
-from flatmin.study.executors import Outcome, execute, finished_and_missing
+from flatmin.study.executors import RunOutcome, execute, finished_and_missing
 from flatmin.study.notes import write_notes
 from flatmin.study.store import Run, Store
 from flatmin.study.summary import Choice, Finding, Ratio, Summary, make_row
@@ -45,13 +45,13 @@ class Plan:
         seconds: a guess of the wall time of the missing runs; None if there are none.
         sizes: samples in train, validation and test.
         steps: of the metrics; see `flatmin.study.costs.Counts.steps`.
-        left_out: method -> why this loop or model cannot serve it; only if the settings allow to go on without.
+        left_out: method -> why this loop or model cannot serve it; only if the settings allow to continue without.
         warnings: about the run folders.
     """
 
     candidates: list[Candidate]
     runs: dict[tuple[int, int], Run]
-    found: dict[str, Outcome]
+    found: dict[str, RunOutcome]
     missing: list[Run]
     seconds: float | None
     sizes: tuple[int, int, int]
@@ -131,12 +131,12 @@ def compare(
         workers: processes with one thread each, started fresh (spawn): a script needs `if __name__ == "__main__":`.
             0 runs everything in this process.
         on_event: called in this process with the events of `flatmin.study.events`.
-        command: the words of the command line, for the summary.
+        command: the arguments of the command line, for the summary.
         prepared: a plan of the same settings. Default: made here.
 
     Raises:
         ValueError: what `plan` raises, or no run at all had a result.
-        flatmin.study.executors.Interrupted: on Ctrl-C; finished runs are kept.
+        flatmin.study.executors.StudyInterrupted: on Ctrl-C; finished runs are kept.
     """
     tell: OnEvent = on_event if on_event is not None else lambda event: None
     todo = plan(config, out=out, workers=workers) if prepared is None else prepared
@@ -265,7 +265,7 @@ def _sum_up(
     choices: Mapping[str, list[Choice]],
     ratios: Mapping[str, Ratio],
     todo: Plan,
-    outcomes: Mapping[str, Outcome],
+    outcomes: Mapping[str, RunOutcome],
     command: Sequence[str],
 ) -> Summary:
     recipes = {finding.label: build_recipe(finding.candidate.config) for finding in chosen}
@@ -320,7 +320,7 @@ def _rho_curves(choices: Mapping[str, Sequence[Choice]]) -> dict[str, list[tuple
     return curves
 
 
-def _errors(todo: Plan, outcomes: Mapping[str, Outcome]) -> dict[str, str]:
+def _errors(todo: Plan, outcomes: Mapping[str, RunOutcome]) -> dict[str, str]:
     told: dict[str, str] = {}
     for run in todo.runs.values():
         outcome = outcomes[run.name]

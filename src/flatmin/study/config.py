@@ -125,7 +125,7 @@ def load(preset: str = "digits", overrides: Sequence[str] = (), **options: Any) 
     given = {key: value for key, value in options.items() if value is not None}
     loose: dict[str, str] = {}
     for word in overrides:
-        key, text = settings.split_word(word)
+        key, text = settings.split_override(word)
         kind = kinds.get(key)
         if kind is not None and key not in ("rho", "params", "axes") and not (key in SWEPT and "," in text):
             given.setdefault(key, settings.parse(key, text, kind))

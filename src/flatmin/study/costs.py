@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from flatmin.data.base import Data
+from flatmin.data.dataset import Data
 from flatmin.data.named import DATASETS
 from flatmin.study.timing import one_thread
 from flatmin.train.config import RunConfig
@@ -55,8 +55,8 @@ class Counts:
 
         Of asymmetric noise it is taken that classes are of equal size.
         """
-        known = DATASETS.get(config.data)
-        confusions = known.confusions if known and config.noise_kind == "asymmetric" else None
+        dataset = DATASETS.get(config.data)
+        confusions = dataset.confusions if dataset and config.noise_kind == "asymmetric" else None
         share = config.noise * (len(confusions) / self.inputs.num_classes if confusions else 1.0)
         wrong = self.wrong or round(share * self.train)
         counts = {"val_acc": self.val, "test_acc": self.test, "test_top5": self.test, "memorised": wrong}
@@ -78,8 +78,8 @@ class Sizes:
         Raises:
             OSError, ValueError, ModuleNotFoundError: data that must be read and cannot be had.
         """
-        found = self._of(config)
-        return found.train, found.inputs
+        sizes = self._of(config)
+        return sizes.train, sizes.inputs
 
     def steps(self, config: RunConfig) -> dict[str, float]:
         """See `Counts.steps`.
@@ -107,17 +107,17 @@ class Sizes:
 
 
 def _official(config: RunConfig) -> Counts | None:
-    known, test = DATASETS.get(config.data), _TESTS.get(config.data)
-    if known is None or test is None or known.train is None or known.shape is None or known.classes is None:
+    dataset, test = DATASETS.get(config.data), _TESTS.get(config.data)
+    if dataset is None or test is None or dataset.train is None or dataset.shape is None or dataset.classes is None:
         return None
-    held = 0 if config.train_on_val else round(config.val_share * known.train)
+    held = 0 if config.train_on_val else round(config.val_share * dataset.train)
     side = config.image_size
-    shape = known.shape if side is None else (known.shape[0], side, side)
+    shape = dataset.shape if side is None else (dataset.shape[0], side, side)
     return Counts(
-        train=config.train_size or known.train - held,
+        train=config.train_size or dataset.train - held,
         val=held or test,
         test=test,
-        inputs=Inputs(data=config.data, num_classes=known.classes, shape=shape),
+        inputs=Inputs(data=config.data, num_classes=dataset.classes, shape=shape),
     )
 
 
@@ -134,7 +134,7 @@ def guess_seconds(configs: Sequence[RunConfig], workers: int, sizes: Sizes | Non
         OSError, ValueError, ModuleNotFoundError: a network, a device, or data of no known size, cannot be had.
     """
     sizes = sizes or Sizes()
-    known: dict[tuple[object, ...], float] = {}
+    seconds_of: dict[tuple[object, ...], float] = {}
     each: list[float] = []
     for config in configs:
         _, inputs = sizes.of(config)
@@ -147,9 +147,9 @@ def guess_seconds(configs: Sequence[RunConfig], workers: int, sizes: Sizes | Non
             config.channels_last,
         )
         key += (min(_SAMPLES[config.device], config.batch_size),)
-        if key not in known:
-            known[key] = _gradient_seconds(config, inputs)
-        each.append(sizes.cost(config) * config.batch_size * known[key])
+        if key not in seconds_of:
+            seconds_of[key] = _gradient_seconds(config, inputs)
+        each.append(sizes.cost(config) * config.batch_size * seconds_of[key])
     if not each:
         return 0.0
     # Runs that share a GPU share its speed.

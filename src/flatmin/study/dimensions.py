@@ -1,4 +1,4 @@
-"""What a search is over: intervals and choices, as words of the command line."""
+"""What a search is over: intervals and choices, as `key=value` on the command line."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from flatmin.study.sweep import Axis, tidy
 from flatmin.train.config import RunConfig
-from flatmin.train.settings import field_types, split_word
+from flatmin.train.settings import field_types, split_override
 
 _LOG = 10.0
 
@@ -37,7 +37,7 @@ class Dimension:
         return 0 < self.low <= self.high / _LOG
 
     def ask(self, trial: Any) -> str:
-        """A value from an Optuna trial, as a word of three digits."""
+        """A value from an Optuna trial, as text of three digits."""
         if self.values:
             return str(trial.suggest_categorical(self.key, self.values))
         if self.whole:
@@ -46,16 +46,16 @@ class Dimension:
 
 
 def read_dimension(word: str) -> Dimension:
-    """The dimension that a word names: "lr=0.01..1", or "batch_size=64,128".
+    """The dimension of an override: "lr=0.01..1", or "batch_size=64,128".
 
     Raises:
-        ValueError: a word of another form, an interval that runs backwards, or a single value.
+        ValueError: an override of another form, an interval that runs backwards, or a single value.
 
     Example:
         >>> read_dimension("rho=0.01..0.5").log, read_dimension("model=conv,mlp").values
         (True, ('conv', 'mlp'))
     """
-    key, text = split_word(word)
+    key, text = split_override(word)
     low, dots, high = text.partition("..")
     if not dots:
         values = Axis(key, tuple(part.strip() for part in text.split(",") if part.strip())).values
@@ -74,24 +74,24 @@ def read_dimension(word: str) -> Dimension:
     return Dimension(key=key, low=ends[0], high=ends[1], whole=whole)
 
 
-def read_words(words: Sequence[str]) -> tuple[list[Dimension], list[str]]:
-    """The dimensions among the words, and the others, which set something for all runs.
+def read_overrides(overrides: Sequence[str]) -> tuple[list[Dimension], list[str]]:
+    """The dimensions among the overrides, and the other overrides, which apply to all runs.
 
-    A word is a dimension if its value is LOW..HIGH, or several values with commas. Seeds, and settings that are
+    An override is a dimension if its value is LOW..HIGH, or several values with commas. Seeds, and settings that are
     themselves lists, are never searched.
 
     Raises:
         ValueError: see `read_dimension`.
     """
-    found, rest = [], []
-    for word in words:
-        key, text = split_word(word)
+    dimensions, rest = [], []
+    for override in overrides:
+        key, text = split_override(override)
         kind = field_types(RunConfig).get(key)
         low, dots, high = text.partition("..")
         interval = bool(low and dots and high) and "/" not in text and kind is not str
         several = "," in text and not str(kind).startswith("tuple")
         if key != "seed" and (interval or several):
-            found.append(read_dimension(word))
+            dimensions.append(read_dimension(override))
         else:
-            rest.append(word)
-    return found, rest
+            rest.append(override)
+    return dimensions, rest

@@ -1,6 +1,6 @@
 """Landscapes, paths and spectra with matplotlib (extra "plot"). Every function returns a Figure; `save` writes it.
 
-The colours tell apart to colour-blind readers; no global state of matplotlib is read or written, and values are drawn
+Colour-blind readers can distinguish the colours; no global state of matplotlib is read or written, and values are drawn
 as they were measured: a point that is not finite is a gap with a cross.
 """
 
@@ -247,17 +247,17 @@ def lines_onto(axes: Axes, drawn: Lines) -> None:
     """Draw lines into a part of a figure."""
     handles: list[Any] = []
     for i, line in enumerate(drawn.lines):
-        look: dict[str, Any] = {"color": COLORS[i % len(COLORS)], "label": _plain(line.label)}
-        look["linestyle"] = STYLES[i % len(STYLES)] if drawn.joined else "none"
-        look |= {"marker": MARKERS[i % len(MARKERS)], "markersize": 5} if drawn.points else {}
+        style: dict[str, Any] = {"color": COLORS[i % len(COLORS)], "label": _plain(line.label)}
+        style["linestyle"] = STYLES[i % len(STYLES)] if drawn.joined else "none"
+        style |= {"marker": MARKERS[i % len(MARKERS)], "markersize": 5} if drawn.points else {}
         if line.error is None:
-            handles += axes.plot(line.x, line.y, linewidth=1.8, **look)
+            handles += axes.plot(line.x, line.y, linewidth=1.8, **style)
         else:
-            handles.append(axes.errorbar(line.x, line.y, line.error, elinewidth=1.2, capsize=3, **look))
+            handles.append(axes.errorbar(line.x, line.y, line.error, elinewidth=1.2, capsize=3, **style))
         if len(line.lost):
             # At the upper edge: there is no height that they have.
             axes.plot(
-                line.lost, np.full(len(line.lost), 0.985), "x", color=look["color"], markersize=6,
+                line.lost, np.full(len(line.lost), 0.985), "x", color=style["color"], markersize=6,
                 transform=axes.get_xaxis_transform(), clip_on=False,
             )  # fmt: skip
     if drawn.log_x:
@@ -275,7 +275,7 @@ def lines_onto(axes: Axes, drawn: Lines) -> None:
 
 
 def _dress(axes: Axes, xlabel: str, ylabel: str, note: str) -> None:
-    """The look of every flat figure."""
+    """The style of every flat figure."""
     axes.set_xlabel(_plain(xlabel), color=_INK)
     axes.set_ylabel(_plain(ylabel), color=_INK)
     axes.grid(True, color=_GRID, linewidth=0.8)

@@ -21,7 +21,7 @@ from flatmin.study import plots
 from flatmin.study.page import Figure, heading, page, plot_text, write
 from flatmin.study.page import figure as _embedded
 from flatmin.study.plots import Field, Lines, Unit, Value
-from flatmin.study.strokes import SYMBOLS, tone
+from flatmin.study.style import SYMBOLS, tone
 
 _DASHES = ("solid", "dash", "dashdot", "dot")
 _MAP = "Viridis"

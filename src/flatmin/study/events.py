@@ -1,4 +1,4 @@
-"""What a study tells while it works, for a progress display."""
+"""The events of a study, for a progress display."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Timing:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CardDone:
+class ReportDone:
     """A network has been measured."""
 
     run: str
@@ -82,15 +82,15 @@ class CardDone:
 
 @dataclass(frozen=True, kw_only=True)
 class Warned:
-    """Something that the user should know and that stops nothing."""
+    """A warning; the study continues."""
 
     text: str
 
 
-Event = Planned | EpochDone | RunDone | RunBroke | Tuned | Timing | CardDone | Warned
+Event = Planned | EpochDone | RunDone | RunBroke | Tuned | Timing | ReportDone | Warned
 
 
 def _round(seconds: float) -> int:
-    """Two leading digits are all that a guess deserves."""
+    """The number rounded to two digits, as an estimate."""
     whole = max(1, round(seconds))
     return whole if whole < 100 else round(whole, -1)

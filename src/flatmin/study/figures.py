@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flatmin.study.page import Figure, plot_text
-from flatmin.study.strokes import SYMBOLS, broken, error_bars, log_axis, number, tone
+from flatmin.study.style import SYMBOLS, broken, error_bars, log_axis, number, tone
 from flatmin.study.summary import Row, Summary
 
 
@@ -45,11 +45,11 @@ def accuracy(summary: Summary, mark: dict[str, Mark]) -> Figure:
     """Test accuracy of every seed with mean and interval: filled at the last epoch, open at the best-validation one."""
     data: list[dict[str, Any]] = []
     for i, row in enumerate(summary.rows):
-        look = mark[row.label]
+        style = mark[row.label]
         for stat, name, shift, suffix in ((row.last, "last epoch", -0.16, ""), (row.best, "best epoch", 0.16, "-open")):
             shared = {"legendgroup": row.label, "type": "scatter", "mode": "markers", "hoverinfo": "text"}
-            marker = {"color": look.color, "symbol": look.symbol + suffix}
-            edge = look.color if suffix else "var:paper"
+            marker = {"color": style.color, "symbol": style.symbol + suffix}
+            edge = style.color if suffix else "var:paper"
             data.append(
                 shared
                 | {
@@ -65,7 +65,7 @@ def accuracy(summary: Summary, mark: dict[str, Mark]) -> Figure:
                     "x": [stat.mean],
                     "y": [i + shift],
                     "hovertext": [f"{plot_text(row.label)}, {name}: {number(stat)} % (n = {stat.n})"],
-                    "error_x": error_bars([stat], look.color),
+                    "error_x": error_bars([stat], style.color),
                     "marker": marker | {"size": 12},
                 }
             )
@@ -89,9 +89,9 @@ def curve(summary: Summary, mark: dict[str, Mark], metric: str, title: str) -> F
         seeds = [s for s in summary.curves.get(row.label, {}).get(metric, []) if any(_known(v) for v in s)]
         if not seeds:
             continue
-        look = mark[row.label]
+        style = mark[row.label]
         shared = {"legendgroup": row.label, "type": "scatter", "mode": "lines"}
-        line = {"color": look.color, "dash": look.dash}
+        line = {"color": style.color, "dash": style.dash}
         if len(seeds) > 1:
             data += [
                 shared
@@ -143,7 +143,7 @@ def sharpness(summary: Summary, mark: dict[str, Mark]) -> Figure | None:
         ]
         if not pairs:
             continue
-        look = mark[row.label]
+        style = mark[row.label]
         data.append(
             {
                 "legendgroup": row.label,
@@ -153,7 +153,7 @@ def sharpness(summary: Summary, mark: dict[str, Mark]) -> Figure | None:
                 "y": [y for _, y in pairs],
                 "hoverinfo": "text",
                 "hovertext": [f"{plot_text(row.label)}<br>train loss {x:.4g}, λ_max {y:.4g}" for x, y in pairs],
-                "marker": {"color": look.color, "symbol": look.symbol, "size": 10, "opacity": 0.85},
+                "marker": {"color": style.color, "symbol": style.symbol, "size": 10, "opacity": 0.85},
             }
         )
     if not data:
@@ -175,7 +175,7 @@ def cost(summary: Summary, mark: dict[str, Mark], base: str = "sgd") -> Figure |
         ratio = _total(summary, row) / _total(summary, reference)
         if not ratio:
             continue
-        look = mark[row.label]
+        style = mark[row.label]
         spread = 1 + 0.012 * (i % 9 - 4)  # arms of equal cost would hide each other
         hover = f"{plot_text(row.label)}: {number(row.last)} %<br>{ratio:.2f} × the base's gradients"
         if row.time_ratio is not None:
@@ -187,10 +187,10 @@ def cost(summary: Summary, mark: dict[str, Mark], base: str = "sgd") -> Figure |
                 "mode": "markers",
                 "x": [ratio * spread],
                 "y": [row.last.mean],
-                "error_y": error_bars([row.last], look.color),
+                "error_y": error_bars([row.last], style.color),
                 "hoverinfo": "text",
                 "hovertext": [hover],
-                "marker": {"color": look.color, "symbol": look.symbol, "size": 11},
+                "marker": {"color": style.color, "symbol": style.symbol, "size": 11},
             }
         )
     layout = {
@@ -216,7 +216,7 @@ def tuning(summary: Summary, mark: dict[str, Mark]) -> Figure | None:
         points = sorted(summary.tuning.get(row.label, []), key=lambda point: point[0])
         if not points:
             continue
-        look = mark[row.label]
+        style = mark[row.label]
         data.append(
             {
                 "legendgroup": row.label,
@@ -224,13 +224,13 @@ def tuning(summary: Summary, mark: dict[str, Mark]) -> Figure | None:
                 "mode": "lines+markers",
                 "x": [rho for rho, _ in points],
                 "y": [stat.mean for _, stat in points],
-                "error_y": error_bars([stat for _, stat in points], look.color),
+                "error_y": error_bars([stat for _, stat in points], style.color),
                 "hoverinfo": "text",
                 "hovertext": [
                     f"{plot_text(row.label)}, rho {rho:g}: {number(stat)} % (n = {stat.n})" for rho, stat in points
                 ],
-                "line": {"color": look.color, "dash": look.dash},
-                "marker": {"color": look.color, "symbol": look.symbol, "size": 9},
+                "line": {"color": style.color, "dash": style.dash},
+                "marker": {"color": style.color, "symbol": style.symbol, "size": 9},
             }
         )
     if not data:

@@ -1,4 +1,4 @@
-"""Runs read back from their folders as far as they have come: finished, failed, stopped, or going on right now."""
+"""Runs read from their folders: finished, failed, stopped, or running."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from flatmin.train.result import Epoch, Result
 from flatmin.words import read_text
 
 FINISHED, FAILED, GOING_ON, STOPPED = "finished", "failed", "going on", "stopped"
-RULES = {"val": "best on validation", "last": "last epoch", "max-test": "best on test: no honest estimate"}
+RULES = {"val": "best on validation", "last": "last epoch", "max-test": "best on test: a biased estimate"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class Chosen:
     final: bool = True
 
     @property
-    def words(self) -> str:
+    def text(self) -> str:
         """Which epoch and why."""
         return f"{self.epoch}, {RULES.get(self.rule, self.rule)}{'' if self.final else ' so far'}"
 
@@ -51,15 +51,15 @@ class History:
 
     Args:
         path: its folder.
-        name: among those that are shown with it.
+        name: unique among the runs shown together.
         label: the arm that it belongs to.
         config: what it trains with.
         environment: versions and machine.
-        state: FINISHED, FAILED, GOING_ON or STOPPED (by Ctrl-C or by force; it can go on).
+        state: FINISHED, FAILED, GOING_ON or STOPPED (by Ctrl-C or by force; it can continue).
         lines: the epochs so far.
         steps, measures: lines between epochs and measurements, if there are any.
         result: what it ended with, if it has.
-        blame: where a loss or gradient was not finite, if one was; the content of nonfinite.json.
+        nonfinite: where a loss or gradient was not finite, if one was; the content of nonfinite.json.
     """
 
     path: Path
@@ -72,7 +72,7 @@ class History:
     steps: tuple[Mapping[str, Any], ...] = ()
     measures: tuple[Mapping[str, Any], ...] = ()
     result: Result | None = None
-    blame: Mapping[str, Any] | None = None
+    nonfinite: Mapping[str, Any] | None = None
 
     @property
     def failure(self) -> str | None:
@@ -84,14 +84,14 @@ class History:
         """The epoch that counts; None before the first."""
         selection, result = self.config.selection, self.result
         if result is not None and result.failure is None:
-            if (found := result.chosen) is not None:
+            if (chosen := result.chosen) is not None:
                 return Chosen(
-                    epoch=found["epoch"],
-                    rule=found["selection"],
-                    val_acc=found.get("val_acc"),
-                    test_acc=found.get("test_acc"),
-                    test_top5=found.get("test_top5"),
-                    test_loss=found.get("test_loss"),
+                    epoch=chosen["epoch"],
+                    rule=chosen["selection"],
+                    val_acc=chosen.get("val_acc"),
+                    test_acc=chosen.get("test_acc"),
+                    test_top5=chosen.get("test_top5"),
+                    test_loss=chosen.get("test_loss"),
                 )
             if result.last is not None:  # runs of before there was a choice
                 last = result.last
@@ -131,7 +131,7 @@ def read(folder: Path, *, tables: bool = True) -> History:
     if not run.begun:
         raise ValueError(
             f"{folder} is not a run: there is no config.json in it (runs are in FOLDER/runs; "
-            f"`flatmin runs list FOLDER` names them)."
+            f"`flatmin runs list FOLDER` lists them)."
         )
     config, labels = run.config()
     name = folder.resolve().name
@@ -149,12 +149,12 @@ def read(folder: Path, *, tables: bool = True) -> History:
         steps=tuple(_rows(folder / "steps.jsonl")) if tables else (),
         measures=tuple(_rows(folder / "measures.jsonl")) if tables else (),
         result=result,
-        blame=_table(folder / "nonfinite.json"),
+        nonfinite=_table(folder / "nonfinite.json"),
     )
 
 
 def read_all(folders: Iterable[Path]) -> list[History]:
-    """Several runs, each once, with names that tell them apart.
+    """Several runs, each once, with distinct names.
 
     Raises:
         ValueError: what `read` raises.
@@ -162,9 +162,9 @@ def read_all(folders: Iterable[Path]) -> list[History]:
     once: dict[Path, Path] = {}
     for folder in folders:
         once.setdefault(folder.resolve(), folder)
-    found = [read(folder) for folder in once.values()]
-    names = [run.name for run in found]
-    return [run if names.count(run.name) == 1 else dataclasses.replace(run, name=str(run.path)) for run in found]
+    histories = [read(folder) for folder in once.values()]
+    names = [run.name for run in histories]
+    return [run if names.count(run.name) == 1 else dataclasses.replace(run, name=str(run.path)) for run in histories]
 
 
 def _result(run: RunFolder) -> Result | None:
@@ -177,12 +177,12 @@ def _result(run: RunFolder) -> Result | None:
 
 
 def _table(path: Path) -> dict[str, Any] | None:
-    """What a file of JSON holds; None if there is none or it is no table, which no number depends on."""
+    """The table in a JSON file; None if there is none."""
     try:
-        found = json.loads(read_text(path))
+        table = json.loads(read_text(path))
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
+    return table if isinstance(table, dict) else None
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
@@ -195,7 +195,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:
         return []
-    found = []
+    rows = []
     for number, line in enumerate(lines[:-1], 1):
         try:
             row = json.loads(line)
@@ -203,19 +203,19 @@ def _rows(path: Path) -> list[dict[str, Any]]:
             row = None
         if not isinstance(row, dict) or not all(v is None or isinstance(v, (int, float)) for v in row.values()):
             raise ValueError(f"line {number} of {path} is damaged: it is no table of numbers.")
-        found.append(row)
-    return found
+        rows.append(row)
+    return rows
 
 
 def _epochs(path: Path) -> list[Epoch]:
-    known = {field.name for field in dataclasses.fields(Epoch)}
-    found = []
+    names = {field.name for field in dataclasses.fields(Epoch)}
+    epochs = []
     for number, row in enumerate(_rows(path), 1):
         try:
-            found.append(Epoch(**{key: value for key, value in row.items() if key in known}))
+            epochs.append(Epoch(**{key: value for key, value in row.items() if key in names}))
         except TypeError as error:
             raise ValueError(f"line {number} of {path} is damaged: it is no epoch.") from error
-    return found
+    return epochs
 
 
 def names_of(rows: Sequence[Mapping[str, Any]], *, without: Iterable[str]) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from flatmin.study.history import History
 from flatmin.study.page import Figure, plot_text
-from flatmin.study.strokes import DASHES, DASHES_IN_WORDS, WIDE, tone
+from flatmin.study.style import DASHES, DASHES_IN_WORDS, WIDE, tone
 
 POINTS = 1500  # of a curve; where there are more, each is a mean
 _NARROW = {"l": 48, "r": 8}
@@ -51,7 +51,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A figure with its words."""
+    """A figure with its title and caption."""
 
     title: str
     caption: str
@@ -127,7 +127,7 @@ def _mark(run: History, color: str, group: str) -> list[dict[str, Any]]:
             "marker": {"color": color, "symbol": "star", "size": 13, "line": {"color": "var:paper", "width": 1}},
             "hoverinfo": "text",
             "hovertext": [
-                f"{plot_text(run.name)}<br>weights of epoch {plot_text(chosen.words)}: validation {line.val_acc:.2f} %"
+                f"{plot_text(run.name)}<br>weights of epoch {plot_text(chosen.text)}: validation {line.val_acc:.2f} %"
             ],
         }
     ]

@@ -15,7 +15,7 @@ Read = Callable[[History], float | None]
 
 
 @dataclass(frozen=True)
-class Quantity:
+class RunProperty:
     """A property of a run.
 
     Args:
@@ -31,12 +31,12 @@ class Quantity:
     value: Read | None = None
 
 
-def _number(name: str, hint: str, value: Read, form: str) -> Quantity:
+def _number(name: str, hint: str, value: Read, form: str) -> RunProperty:
     def text(run: History) -> str | None:
-        found = value(run)
-        return None if found is None else format(found, form)
+        number = value(run)
+        return None if number is None else format(number, form)
 
-    return Quantity(name, hint, text, value)
+    return RunProperty(name, hint, text, value)
 
 
 def _of_chosen(key: str) -> Read:
@@ -49,15 +49,15 @@ def _of_result(key: str) -> Read:
 
 def _median(key: str) -> Read:
     def value(run: History) -> float | None:
-        found = [v for line in run.lines if (v := getattr(line, key)) is not None]
-        return statistics.median(found) if found else None
+        values = [v for line in run.lines if (v := getattr(line, key)) is not None]
+        return statistics.median(values) if values else None
 
     return value
 
 
 def _memory(run: History) -> float | None:
-    found = [line.peak_memory for line in run.lines if line.peak_memory is not None]
-    return max(found) / 2**30 if found else None
+    peaks = [line.peak_memory for line in run.lines if line.peak_memory is not None]
+    return max(peaks) / 2**30 if peaks else None
 
 
 def _memorised(run: History) -> float | None:
@@ -70,8 +70,8 @@ def _skipped(run: History) -> float | None:
 
 
 def _lambda(run: History) -> float | None:
-    found = None if run.result is None else run.result.lambda_max
-    return None if found is None else found["value"]
+    lambda_max = None if run.result is None else run.result.lambda_max
+    return None if lambda_max is None else lambda_max["value"]
 
 
 def _method(run: History) -> str:
@@ -84,18 +84,18 @@ def _epochs(run: History) -> str:
 
 
 QUANTITIES = (
-    Quantity("state", "a run that is stopped or failed can go on with --resume", lambda run: run.state),
-    Quantity("method", "with the parameters that were set", _method),
+    RunProperty("state", "a run that is stopped or failed can continue with --resume", lambda run: run.state),
+    RunProperty("method", "with the parameters that were set", _method),
     _number("rho", "radius of the perturbation, in the method's own norm", lambda run: run.config.rho, "g"),
-    Quantity("model", "the network", lambda run: run.config.model),
-    Quantity("data", "the data set", lambda run: run.config.data),
+    RunProperty("model", "the network", lambda run: run.config.model),
+    RunProperty("data", "the data set", lambda run: run.config.data),
     _number("wrong labels, %", "of the training part", lambda run: 100 * run.config.noise or None, "g"),
     _number("seed", "of initialisation, label noise, order and augmentation", lambda run: run.config.seed, "d"),
-    Quantity("epochs", "done, of those planned", _epochs, lambda run: len(run.lines)),
-    Quantity(
+    RunProperty("epochs", "done, of those planned", _epochs, lambda run: len(run.lines)),
+    RunProperty(
         "weights of epoch",
         "which are kept, and by which rule",
-        lambda run: None if run.chosen is None else run.chosen.words,
+        lambda run: None if run.chosen is None else run.chosen.text,
         _of_chosen("epoch"),
     ),
     _number("val %", "accuracy on the validation part, of the weights of that epoch", _of_chosen("val_acc"), ".2f"),
@@ -113,31 +113,33 @@ QUANTITIES = (
 )
 
 
-def known(runs: Sequence[History]) -> list[Quantity]:
+def quantities_of(runs: Sequence[History]) -> list[RunProperty]:
     """The quantities that some run has."""
     return [quantity for quantity in QUANTITIES if any(quantity.text(run) is not None for run in runs)]
 
 
 def settings(run: History) -> dict[str, str]:
     """The configuration as it is typed, a line a key; parameters of the method and the model by their own names."""
-    found: dict[str, Any] = canonical(run.config)
-    params, model = found.pop("params"), found.pop("model_params")
-    found |= params | {f"model.{key}": value for key, value in model.items()}
-    return {key: typed(value) for key, value in found.items() if key not in NEUTRAL}
+    values: dict[str, Any] = canonical(run.config)
+    params, model = values.pop("params"), values.pop("model_params")
+    values |= params | {f"model.{key}": value for key, value in model.items()}
+    return {key: typed(value) for key, value in values.items() if key not in NEUTRAL}
 
 
 def machine(run: History) -> dict[str, str]:
     """Versions and machine, a line a key."""
-    found: dict[str, Any] = {}
+    facts: dict[str, Any] = {}
     for key, value in run.environment.items():
-        found |= value if isinstance(value, Mapping) else {key.replace("_", " "): value}
-    return {key: str(value) for key, value in found.items() if value not in (None, "")}
+        facts |= value if isinstance(value, Mapping) else {key.replace("_", " "): value}
+    return {key: str(value) for key, value in facts.items() if value not in (None, "")}
 
 
 def differences(runs: Sequence[History]) -> dict[str, list[str]]:
     """Settings that are not the same in all runs, then what is not the same of the machines: a value for each run."""
-    found = _differing([settings(run) for run in runs], "not set")
-    return found | {f"({key})": values for key, values in _differing([machine(run) for run in runs], "none").items()}
+    differing = _differing([settings(run) for run in runs], "not set")
+    return differing | {
+        f"({key})": values for key, values in _differing([machine(run) for run in runs], "none").items()
+    }
 
 
 def _differing(tables: Sequence[Mapping[str, str]], absent: str) -> dict[str, list[str]]:
@@ -168,21 +170,21 @@ def sentence(runs: Sequence[History]) -> str:
 
 
 def troubles(runs: Sequence[History]) -> list[str]:
-    """Where runs stopped before their end, and other things that a reader must know, in sentences."""
-    found = []
+    """Notes for the reader, such as runs that stopped early, in sentences."""
+    texts = []
     for run in runs:
         if run.state == FAILED:
-            found.append(f"{run.name} failed: {run.failure}.")
+            texts.append(f"{run.name} failed: {run.failure}.")
         elif run.result is not None and run.result.untrained is not None:
-            found.append(f"{run.name} {run.result.untrained}.")
+            texts.append(f"{run.name} {run.result.untrained}.")
         if run.config.selection == "max-test":
-            found.append(f"{run.name} chose its weights on the test part; its test accuracy is no honest estimate.")
+            texts.append(f"{run.name} chose its weights on the test part; its test accuracy is a biased estimate.")
         lambda_max = None if run.result is None else run.result.lambda_max
         if lambda_max is not None and not lambda_max.get("converged", True):
-            found.append(
+            texts.append(
                 f"lambda_max of {run.name} has not converged (relative residual {lambda_max['residual']:.0e})."
             )
     kinds = [tuple((key, value) for key, value in settings(run).items() if key != "seed") for run in runs]
     if len(runs) > 1 and len(set(kinds)) == len(runs):
-        found.append("There is one run of each: seeds can differ by more than methods do; see `flatmin compare`.")
-    return found
+        texts.append("There is one run of each: seeds can differ by more than methods do; see `flatmin compare`.")
+    return texts

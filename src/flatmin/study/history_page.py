@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from flatmin.study.history import FAILED, History
 from flatmin.study.history_figures import tones
-from flatmin.study.history_numbers import Quantity, differences, known, machine, sentence, settings, troubles
+from flatmin.study.history_numbers import RunProperty, differences, machine, quantities_of, sentence, settings, troubles
 from flatmin.study.history_plots import plots
 from flatmin.study.page import Cell, Column, Markup, code, facts, figure, heading, legend, notes, page, paragraph, table
 
@@ -19,7 +19,7 @@ def render(runs: Sequence[History], *, command: Sequence[str] = ()) -> str:
 
     Args:
         runs: at least one, with names that differ; see `flatmin.study.history.read_all`.
-        command: the words of the command line.
+        command: the arguments of the command line.
 
     Raises:
         ValueError: no run.
@@ -37,19 +37,19 @@ def render(runs: Sequence[History], *, command: Sequence[str] = ()) -> str:
         body.append(legend({name: (name, tone) for name, tone in tones(runs).items() if name in drawn}))
     body += [heading(plot.title, plot.caption) + figure(plot.figure, plot.title) for plot in shown]
     if not shown:
-        body.append(paragraph("No epoch is done yet, so there are no curves."))
+        body.append(paragraph("No epoch is finished yet, so there are no curves."))
     title = runs[0].name if not several else f"{len(runs)} runs"
     return page(title, body, _foot(runs, command))
 
 
 def _one(runs: Sequence[History]) -> Markup:
     columns = [Column("quantity", text=True), Column("value", text=True), Column("what it is", text=True)]
-    rows = [[Cell(q.name), Cell(q.text(runs[0]) or _NONE), Cell(q.hint)] for q in known(runs)]
+    rows = [[Cell(q.name), Cell(q.text(runs[0]) or _NONE), Cell(q.hint)] for q in quantities_of(runs)]
     return table(columns, rows)
 
 
 def _several(runs: Sequence[History]) -> Markup:
-    quantities, tone = known(runs), tones(runs)
+    quantities, tone = quantities_of(runs), tones(runs)
     columns = [
         Column("run", "the colour is that of the curves", text=True),
         *(Column(q.name, q.hint, text=q.value is None) for q in quantities),
@@ -64,24 +64,24 @@ def _several(runs: Sequence[History]) -> Markup:
     return table(columns, rows)
 
 
-def _cell(quantity: Quantity, run: History) -> Cell:
+def _cell(quantity: RunProperty, run: History) -> Cell:
     sort = None if quantity.value is None else quantity.value(run)
     return Cell(quantity.text(run) or _NONE, sort=sort)
 
 
 def _unlike(runs: Sequence[History]) -> list[Markup]:
-    found, tone = differences(runs), tones(runs)
-    if not found:
+    differing, tone = differences(runs), tones(runs)
+    if not differing:
         return [heading("What differs", "Nothing: the settings are the same.")]
     columns = [Column("setting", text=True), *(Column(run.name, text=True) for run in runs)]
     if len(runs) > 4:  # more columns than a page is wide
-        columns = [Column("run", text=True), *(Column(key, text=True) for key in found)]
+        columns = [Column("run", text=True), *(Column(key, text=True) for key in differing)]
         rows = [
-            [Cell(run.name, tone=tone[run.name]), *(Cell(values[i]) for values in found.values())]
+            [Cell(run.name, tone=tone[run.name]), *(Cell(values[i]) for values in differing.values())]
             for i, run in enumerate(runs)
         ]
     else:
-        rows = [[Cell(key), *(Cell(value) for value in values)] for key, values in found.items()]
+        rows = [[Cell(key), *(Cell(value) for value in values)] for key, values in differing.items()]
     caption = "Settings that are not the same everywhere; in brackets: versions and machine."
     return [heading("What differs", caption), table(columns, rows)]
 

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flatmin.study.history import FAILED, History
-from flatmin.study.history_numbers import differences, known, sentence, troubles
+from flatmin.study.history_numbers import differences, quantities_of, sentence, troubles
 from flatmin.train.result import Epoch
 
 BLOCKS, PLAIN = "▁▂▃▄▅▆▇█", ".:-=+*#@"
@@ -43,7 +43,7 @@ def render(runs: Sequence[History], console: Console) -> RenderableType:
 
 
 def _numbers(runs: Sequence[History], console: Console) -> list[RenderableType]:
-    quantities = known(runs)
+    quantities = quantities_of(runs)
     rows = {q.name: [q.text(run) or "-" for run in runs] for q in quantities}
     return _columns(runs, "", rows, console)
 
@@ -89,7 +89,7 @@ def _width(table: Table, console: Console) -> int:
 def _curves(runs: Sequence[History], console: Console) -> RenderableType:
     """Lines of text over the epochs, all of a quantity on one scale."""
     if not any(run.lines for run in runs):
-        return Text("No epoch is done yet.")
+        return Text("No epoch is finished yet.")
     names = max(len(run.name) for run in runs) if len(runs) > 1 else 0
     width = max(_SMALL, min(_LARGE, console.width - names - 36))
     longest = max(len(run.lines) for run in runs)

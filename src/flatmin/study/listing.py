@@ -1,4 +1,4 @@
-"""What runs there are in a folder, and their removal."""
+"""List and remove the runs in a folder."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ MARKS = ("config.json", "env.json", "metrics.jsonl")
 
 @dataclass(frozen=True, kw_only=True)
 class Digest:
-    """What a list shows of a run.
+    """The entry of a run in a list.
 
     Args:
         state: that of `flatmin.study.history.History`.
-        label, method, rho, data, model, seed, epochs: as the run was told.
+        label, method, rho, data, model, seed, epochs: the settings of the run.
         done: epochs so far.
         epoch, val_acc, test_acc: of the weights that count.
         failure: why it stopped before its end.
@@ -82,14 +82,14 @@ class Entry:
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
-        found: dict[str, Any] = {
+        table: dict[str, Any] = {
             "name": self.name,
             "path": str(self.path),
             "state": self.state,
             "changed": self.changed,
             "size": self.size,
         }
-        return found | ({"problem": self.problem} if self.digest is None else dataclasses.asdict(self.digest))
+        return table | ({"problem": self.problem} if self.digest is None else dataclasses.asdict(self.digest))
 
 
 def entries(folder: Path) -> list[Entry]:
@@ -100,11 +100,13 @@ def entries(folder: Path) -> list[Entry]:
     """
     if not folder.is_dir():
         raise ValueError(f"there is no folder {str(folder)!r}.")
-    found: list[Path] = []
+    folders: list[Path] = []
     for place in (folder / "runs", folder):
-        if not found and place.is_dir():
-            found = [place / name for name in sorted(os.listdir(place)) if os.path.isfile(place / name / "config.json")]
-    return [_entry(path) for path in found]
+        if not folders and place.is_dir():
+            folders = [
+                place / name for name in sorted(os.listdir(place)) if os.path.isfile(place / name / "config.json")
+            ]
+    return [_entry(path) for path in folders]
 
 
 def _entry(path: Path) -> Entry:
@@ -166,11 +168,11 @@ def size_of(folder: Path) -> int:
 
 
 def check_removable(folders: Iterable[Path], *, force: bool = False) -> None:
-    """Raise ValueError unless all are folders of runs that nobody works on.
+    """Raise ValueError unless all are folders of runs that no process trains in.
 
     Args:
         folders: which.
-        force: also those that somebody works on, as far as is known.
+        force: also those in which a process seems to train.
     """
     for folder in folders:
         missing = [name for name in MARKS if not (folder / name).is_file()]
@@ -182,6 +184,6 @@ def check_removable(folders: Iterable[Path], *, force: bool = False) -> None:
 
 
 def remove(folders: Sequence[Path]) -> None:
-    """Remove folders with all that is in them."""
+    """Remove folders with all their files."""
     for folder in folders:
         shutil.rmtree(folder.resolve())  # "." cannot be removed by that name

@@ -1,4 +1,4 @@
-"""Cards of several nets side by side: what differs between groups of seeds, and by how much."""
+"""Compare the reports of several networks: differences between groups of seeds, with intervals."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flatmin.measure.card import Card, Quantity
+from flatmin.measure.report import Quantity, Report
 from flatmin.stats import Stat, paired, summarise
 from flatmin.study.config import BASE
-from flatmin.study.known import ends_of
+from flatmin.study.finished import ends_of
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Measured:
-    """The card of one net.
+class NetReport:
+    """The report of one net.
 
     Args:
         name: of the net, e.g. of its run folder.
         group: nets that differ by the seed only share it.
         seed: of its training.
-        card: what was measured.
-        remarks: what a reader must know of its weights, in sentences.
+        report: what was measured.
+        remarks: notes on its weights, in sentences.
     """
 
     name: str
     group: str
     seed: int
-    card: Card
+    report: Report
     remarks: tuple[str, ...] = ()
 
 
@@ -57,7 +57,7 @@ class Comparison:
         groups: mean over the nets of each group that have it, with the 95 % t interval.
         difference: to the base group, paired over the seeds that both have; empty for the base.
         error: the largest error of measurement of a single net, in the quantity's unit; NaN if one is not known.
-        notes: what a reader must know of some net's number, such as "not converged", or that some nets have none.
+        notes: remarks on the number of some network, such as "not converged", or that some nets have none.
     """
 
     quantity: Quantity
@@ -67,21 +67,21 @@ class Comparison:
     notes: tuple[str, ...] = ()
 
     def verdict(self, group: str) -> str:
-        """Whether the group is flatter or sharper than the base by this quantity, as far as the seeds tell."""
-        found = self.difference.get(group)
-        if found is None or not self.quantity.flat:
+        """Whether the group is flatter or sharper than the base, by the interval of the paired difference."""
+        difference = self.difference.get(group)
+        if difference is None or not self.quantity.flat:
             return ""
-        if found.covers_zero:
-            return "not told apart"
-        return "flatter" if (found.mean < 0) == (self.quantity.flat == "low") else "sharper"
+        if difference.covers_zero:
+            return "not significant"
+        return "flatter" if (difference.mean < 0) == (self.quantity.flat == "low") else "sharper"
 
 
-def groups_of(nets: Sequence[Measured]) -> dict[str, list[Measured]]:
+def groups_of(nets: Sequence[NetReport]) -> dict[str, list[NetReport]]:
     """The nets by group, in order of appearance, the base first."""
-    found: dict[str, list[Measured]] = {}
+    groups: dict[str, list[NetReport]] = {}
     for net in nets:
-        found.setdefault(net.group, []).append(net)
-    return {**({BASE: found[BASE]} if BASE in found else {}), **found}
+        groups.setdefault(net.group, []).append(net)
+    return {**({BASE: groups[BASE]} if BASE in groups else {}), **groups}
 
 
 def check_doubles(nets: Iterable[tuple[str, int]]) -> None:
@@ -93,7 +93,7 @@ def check_doubles(nets: Iterable[tuple[str, int]]) -> None:
         seen.add(net)
 
 
-def compare_cards(nets: Sequence[Measured]) -> list[Comparison]:
+def compare_reports(nets: Sequence[NetReport]) -> list[Comparison]:
     """Every quantity that was measured of some net, in the order of the nets.
 
     Raises:
@@ -105,19 +105,19 @@ def compare_cards(nets: Sequence[Measured]) -> list[Comparison]:
     groups = groups_of(nets)
     base = next(iter(groups))
     rows = []
-    for name in dict.fromkeys(name for net in nets for name in net.card.quantities):
-        found = {
-            g: {net.seed: q for net in members if (q := net.card.quantities.get(name)) is not None}
+    for name in dict.fromkeys(name for net in nets for name in net.report.quantities):
+        by_group = {
+            g: {net.seed: q for net in members if (q := net.report.quantities.get(name)) is not None}
             for g, members in groups.items()
         }
-        values = {g: {seed: q.value for seed, q in one.items()} for g, one in found.items() if one}
+        values = {g: {seed: q.value for seed, q in one.items()} for g, one in by_group.items() if one}
         (low, high), step = ends_of(name), _step(name, nets)
         differences = {
             g: paired(one, values[base], step=step, ends=(low - high, high - low))
             for g, one in values.items()
             if g != base and base in values
         }
-        measured = [q for one in found.values() for q in one.values()]
+        measured = [q for one in by_group.values() for q in one.values()]
         errors = [q.error for q in measured]
         notes = list(dict.fromkeys(q.note for q in measured if q.note))
         if len(measured) < len(nets):
@@ -134,41 +134,41 @@ def compare_cards(nets: Sequence[Measured]) -> list[Comparison]:
     return rows
 
 
-def _step(name: str, nets: Sequence[Measured]) -> float:
+def _step(name: str, nets: Sequence[NetReport]) -> float:
     """What one example counts in a share of them; 0 for other quantities."""
-    return 1 / min(net.card.conventions.examples for net in nets) if name == "error_rate" else 0.0
+    return 1 / min(net.report.conventions.examples for net in nets) if name == "error_rate" else 0.0
 
 
-def left_out(nets: Sequence[Measured]) -> list[str]:
+def left_out(nets: Sequence[NetReport]) -> list[str]:
     """What some net does not have, and why, in words."""
     reasons: dict[tuple[str, str], list[str]] = {}
     for net in nets:
-        for section in net.card.sections:
+        for section in net.report.sections:
             for what, why in section.missing.items():
                 reasons.setdefault((what, why), []).append(net.name)
     every = len(nets)
     return [
-        f"{what} is not there" + (f" for {', '.join(names)}" if len(names) < every else "") + f": {why}"
+        f"{what} is missing" + (f" for {', '.join(names)}" if len(names) < every else "") + f": {why}"
         for (what, why), names in reasons.items()
     ]
 
 
-def remarks(nets: Sequence[Measured]) -> list[str]:
-    """What must be known of the nets' weights, in sentences."""
+def remarks(nets: Sequence[NetReport]) -> list[str]:
+    """Notes on the weights of the networks, in sentences."""
     return [f"{net.name}: {remark}" for net in nets for remark in net.remarks]
 
 
-def unlike(nets: Sequence[Measured]) -> list[str]:
+def unlike(nets: Sequence[NetReport]) -> list[str]:
     """In which conventions the nets differ, in words: numbers of two conventions are not to be compared."""
-    found = [dataclasses.asdict(net.card.conventions) for net in nets]
+    conventions = [dataclasses.asdict(net.report.conventions) for net in nets]
     return [
-        f"{key}: {', '.join(map(str, dict.fromkeys(one[key] for one in found)))}"
-        for key in found[0]
-        if len({str(one[key]) for one in found}) > 1
+        f"{key}: {', '.join(map(str, dict.fromkeys(one[key] for one in conventions)))}"
+        for key in conventions[0]
+        if len({str(one[key]) for one in conventions}) > 1
     ]
 
 
-def told(value: float, error: float = 0.0) -> str:
+def with_error(value: float, error: float = 0.0) -> str:
     """A number to the second digit of its error, e.g. 23.81 ± 0.22; five digits where the error is none or tiny."""
     size = max(abs(value), error)
     if not math.isfinite(size) or not error > 0:
@@ -182,15 +182,15 @@ def told(value: float, error: float = 0.0) -> str:
     return f"({scaled})e{exponent}" if exponent else scaled
 
 
-def told_stat(stat: Stat) -> str:
+def stat_text(stat: Stat) -> str:
     """A mean with its interval, likewise; with both ends where the interval is cut."""
     if not stat.cut:
-        return told(stat.mean, stat.half)
+        return with_error(stat.mean, stat.half)
     return f"{stat.mean:.3g} ({stat.low:.3g} to {stat.high:.3g})"
 
 
 def as_json(
-    nets: Sequence[Measured], environment: dict[str, object], failed: Sequence[Unmeasured] = (), *, of: str = ""
+    nets: Sequence[NetReport], environment: dict[str, object], failed: Sequence[Unmeasured] = (), *, of: str = ""
 ) -> dict[str, Any]:
     """Everything that was measured, for a file.
 
@@ -204,7 +204,7 @@ def as_json(
         "of": of,
         "environment": environment,
         "nets": [
-            {"name": n.name, "group": n.group, "seed": n.seed, "remarks": list(n.remarks), **n.card.to_dict()}
+            {"name": n.name, "group": n.group, "seed": n.seed, "remarks": list(n.remarks), **n.report.to_dict()}
             for n in nets
         ],
         "not_measured": {one.name: one.why for one in failed},

@@ -12,15 +12,15 @@ from typing import Any
 from flatmin.study import draw_interactive as draw
 from flatmin.study.measured import (
     Comparison,
-    Measured,
+    NetReport,
     Unmeasured,
-    compare_cards,
+    compare_reports,
     groups_of,
     left_out,
     remarks,
-    told,
-    told_stat,
+    stat_text,
     unlike,
+    with_error,
 )
 from flatmin.study.page import (
     Cell,
@@ -48,7 +48,7 @@ _NUMBERS = (
 
 
 def render(
-    nets: Sequence[Measured],
+    nets: Sequence[NetReport],
     *,
     command: Sequence[str] = (),
     environment: Mapping[str, object],
@@ -59,7 +59,7 @@ def render(
 
     Args:
         nets: at least one.
-        command: the words of the command line.
+        command: the arguments of the command line.
         environment: versions and machine.
         failed: nets that could not be measured.
         on_missing: called with a sentence for each figure that could not be drawn.
@@ -87,7 +87,7 @@ def render(
             drawn = notes([text])
         body.append(heading(title, caption) + drawn)
     title = nets[0].name if len(nets) == 1 else " and ".join(groups) if len(groups) < 4 else f"{len(groups)} groups"
-    settings = {k: v for k, v in dataclasses.asdict(nets[0].card.settings).items()}
+    settings = {k: v for k, v in dataclasses.asdict(nets[0].report.settings).items()}
     foot = [
         heading("How this was made"),
         code(shlex.join(command)),
@@ -97,25 +97,25 @@ def render(
     return page(f"Measures: {title}", body, foot)
 
 
-def _one(net: Measured) -> list[Markup]:
+def _one(net: NetReport) -> list[Markup]:
     body = [paragraph(sentence(net), "lead")]
-    for section in net.card.sections:
+    for section in net.report.sections:
         if section.quantities:
             rows = [
                 [
                     Cell(q.name, flag=q.note),
-                    Cell(told(q.value, q.error), sort=q.value),
+                    Cell(with_error(q.value, q.error), sort=q.value),
                     Cell(q.error_is if q.error else "exact to rounding"),
                     Cell(q.text),
                 ]
                 for q in section.quantities
             ]
             body += [heading(section.title), table(_NUMBERS, rows)]
-        body.append(notes(f"{what} is not there: {why}" for what, why in section.missing.items()))
+        body.append(notes(f"{what} is missing: {why}" for what, why in section.missing.items()))
     return body
 
 
-def _several(nets: Sequence[Measured]) -> list[Markup]:
+def _several(nets: Sequence[NetReport]) -> list[Markup]:
     groups = groups_of(nets)
     base, others = next(iter(groups)), list(groups)[1:]
     counts = ", ".join(f"{name} ({len(members)})" for name, members in groups.items())
@@ -123,22 +123,27 @@ def _several(nets: Sequence[Measured]) -> list[Markup]:
         Column("quantity", text=True),
         *(Column(name, "mean with the 95 % t interval over the seeds") for name in groups),
         *(Column(f"{name} - {base}", "paired over the seeds that both have") for name in others),
-        *(Column(f"{name} is", "by this quantity, as far as the seeds tell", text=True) for name in others),
+        *(Column(f"{name} is", "by the interval of the paired difference", text=True) for name in others),
         Column("error of one net", "the largest error of measurement of a single net"),
         Column("what it is", text=True),
     ]
-    rows = [_row(row, list(groups), others) for row in compare_cards(nets)]
+    rows = [_row(row, list(groups), others) for row in compare_reports(nets)]
     differ = unlike(nets)
     return [
         paragraph(f"{sentence(nets[0])} Nets: {counts}.", "lead"),
         table(columns, rows),
-        notes([*(f"The nets were not measured alike: {words}." for words in differ), *left_out(nets)]),
+        notes(
+            [
+                *(f"The networks were measured with different settings: {difference}." for difference in differ),
+                *left_out(nets),
+            ]
+        ),
     ]
 
 
 def _row(row: Comparison, groups: Sequence[str], others: Sequence[str]) -> list[Cell]:
-    def stat(found: Any) -> Cell:
-        return Cell("–") if found is None else Cell(told_stat(found), sort=found.mean)
+    def stat(value: Any) -> Cell:
+        return Cell("–") if value is None else Cell(stat_text(value), sort=value.mean)
 
     return [
         Cell(row.quantity.name, flag="; ".join(row.notes)),
@@ -150,40 +155,40 @@ def _row(row: Comparison, groups: Sequence[str], others: Sequence[str]) -> list[
     ]
 
 
-def sentence(net: Measured) -> str:
+def sentence(net: NetReport) -> str:
     """What the numbers are of, in one sentence."""
-    c = net.card.conventions
+    c = net.report.conventions
     return (
         f"Mean {c.loss} over {c.examples} examples ({c.split}), {c.mode} mode, weight decay "
         f"{c.weight_decay:g}, {c.size} weights ({c.params}), {c.dtype}."
     )
 
 
-def _conventions(net: Measured) -> dict[str, object]:
-    return {key.replace("_", " "): value for key, value in dataclasses.asdict(net.card.conventions).items()}
+def _conventions(net: NetReport) -> dict[str, object]:
+    return {key.replace("_", " "): value for key, value in dataclasses.asdict(net.report.conventions).items()}
 
 
-def _figures(shown: Mapping[str, Measured], several: bool) -> list[tuple[str, str, Callable[[], Figure]]]:
+def _figures(shown: Mapping[str, NetReport], several: bool) -> list[tuple[str, str, Callable[[], Figure]]]:
     whose = " One net of each group: that of the first seed." if several else ""
     made: list[tuple[str, str, Callable[[], Figure]]] = []
 
     def add(name: str, title: str, caption: str, make: Callable[[Any], Figure]) -> None:
-        found = {label: net.card.result(name) for label, net in shown.items()}
-        found = {label: result for label, result in found.items() if result is not None}
-        if found:
-            made.append((title, caption + whose, partial(make, found if several else next(iter(found.values())))))
+        results = {label: net.report.result(name) for label, net in shown.items()}
+        results = {label: result for label, result in results.items() if result is not None}
+        if results:
+            made.append((title, caption + whose, partial(make, results if several else next(iter(results.values())))))
 
     add("eigenvalues", "Ends of the spectrum", "Bars are residuals.", draw.eigenvalues)
     add(
         "density",
         "Spectral density",
         "Raw nodes, smoothed for the picture only.",
-        lambda found: draw.density(found if several else {"density": found}),
+        lambda results: draw.density(results if several else {"density": results}),
     )
     for name, title in (("worst", "Worst case over the radius"), ("average", "Average case over the radius")):
 
-        def curves(found: Any, title: str = title) -> Figure:
-            named = found if several else {title: found}
+        def curves(results: Any, title: str = title) -> Figure:
+            named = results if several else {title: results}
             return draw.curve(
                 {k: (c.rhos, c.values, None if math.isnan(c.errors[0]) else c.errors) for k, c in named.items()},
                 xlabel="rho",
@@ -196,7 +201,7 @@ def _figures(shown: Mapping[str, Measured], several: bool) -> list[tuple[str, st
     add("along_v1", "Loss along the first eigenvector", "", draw.profile)
     add("along_random", "Loss along a random direction", "Filter-normalised.", draw.profile)
     for label, net in shown.items():
-        plane = net.card.result("plane")
+        plane = net.report.result("plane")
         if plane is not None:
             title = "Loss on a random plane" + (f": {label}" if several else "")
             made.append((title, "Filter-normalised directions." + whose, partial(draw.contour, plane)))

@@ -1,4 +1,4 @@
-"""Measuring trained nets: run folders and files of weights, one after the other or on several processes."""
+"""Measure trained networks from run folders or files of weights, in one process or several."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from flatmin.data.base import Data, Split, check_held
-from flatmin.measure.card import Card, CardSettings, card
+from flatmin.data.dataset import Data, Split, check_held
 from flatmin.measure.checkpoints import unwrapped
 from flatmin.measure.losses import logits_of
 from flatmin.measure.problem import Mode, Problem
-from flatmin.study.measured import Measured, Unmeasured, check_doubles
+from flatmin.measure.report import Report, ReportSettings, report
+from flatmin.study.measured import NetReport, Unmeasured, check_doubles
 from flatmin.train.config import RunConfig
 from flatmin.train.saved import SavedRun, open_run
 from flatmin.train.settings import content_hash
@@ -37,17 +37,17 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """What of a net is measured.
+    """What is measured of a network, and on which examples.
 
     Args:
-        what: sections of the card, see `flatmin.measure.card`.
+        what: sections of the report, see `flatmin.measure.report`.
         settings: how they are measured.
         split: "train" (with the labels that were trained on), "val" or "test".
         examples: how many of them, drawn by the settings' seed; None: all.
         batch: examples per forward pass.
         params: patterns of parameter names.
         mode: "eval", or "train" for BatchNorm by the batch.
-        dtype: "float32", "float64", or "bfloat16" for products under autocast: a cheap look, some percent off.
+        dtype: "float32", "float64", or "bfloat16" for products under autocast: cheaper, accurate to some percent.
         device: where.
         landscapes: folder in which each net's landscapes are kept, under its name; None: nowhere.
 
@@ -55,8 +55,8 @@ class View:
         ValueError: a word or a number out of range.
     """
 
-    what: str = "card"
-    settings: CardSettings = dataclasses.field(default_factory=CardSettings)
+    what: str = "report"
+    settings: ReportSettings = dataclasses.field(default_factory=ReportSettings)
     split: Part = "train"
     examples: int | None = None
     batch: int = 150
@@ -71,6 +71,11 @@ class View:
         """A digest of everything in it that landscapes depend on."""
         parts = (self.split, self.examples, self.batch, self.params, self.mode, self.dtype, self.device)
         return content_hash(self.settings, *parts)
+
+    @property
+    def sections_key(self) -> str:
+        """`what` as digests and names of recorded files spell it: "report" is "card" there."""
+        return self.what.replace("report", "card")
 
     def __post_init__(self) -> None:
         if self.split not in ("train", "val", "test"):
@@ -96,7 +101,7 @@ def find(target: Path, *, model: str | None = None, data: str | None = None, key
     if target.is_dir():
         if model is not None or data is not None or key is not None:
             raise ValueError(
-                f"{target} is a run, which knows its model and data; leave out --model and --data, and --key."
+                f"{target} is a run, which has its model and data; leave out --model and --data, and --key."
             )
         run = open_run(target)
         run.check()
@@ -105,8 +110,7 @@ def find(target: Path, *, model: str | None = None, data: str | None = None, key
         raise ValueError(f"there is no run folder or file of weights {str(target)!r}.")
     if model is None or data is None:
         raise ValueError(
-            f"{target} is a file: name its net and what to measure on with --model and --data. Of a run name the "
-            "folder."
+            f"{target} is a file: name its network and data with --model and --data. For a run name the folder."
         )
     config = RunConfig(method="sgd", model=model, data=data)
     return SavedRun(name=target.stem, label=target.stem, config=config, weights=target, key=key)
@@ -117,25 +121,25 @@ def measure(
     view: View,
     *,
     progress: Progress | None = None,
-    on_part: Callable[[Measured], None] | None = None,
-) -> Measured:
+    on_part: Callable[[NetReport], None] | None = None,
+) -> NetReport:
     """Measure one net.
 
     Args:
         run: which.
         view: what of it.
-        progress: see `flatmin.measure.card`.
-        on_part: called after each section with what is known, see `on_section` of `flatmin.measure.card`.
+        progress: see `flatmin.measure.report`.
+        on_part: called after each section with what is known, see `on_section` of `flatmin.measure.report`.
 
     Raises:
         ValueError, ArithmeticError: the net or its data refuse.
     """
     check_device(view.device)
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         data = run.data()
         net = unwrapped(run.model(data))
-    remarks = tuple(dict.fromkeys(str(one.message) for one in told))
+    remarks = tuple(dict.fromkeys(str(one.message) for one in caught))
     net.register_forward_hook(_logits)
     check_fit(net, data)
     net = net.to(view.device)
@@ -147,18 +151,18 @@ def measure(
         mode=view.mode,
         dtype=DTYPES[view.dtype],
         autocast=torch.bfloat16 if view.dtype == "bfloat16" else None,
-        split=words(data, view),
+        split=split_of(data, view),
     )
     folder = None if view.landscapes is None else view.landscapes / run.name / content_hash(view.key, _digest(net))[:8]
 
-    def named(card: Card) -> Measured:
-        return Measured(name=run.name, group=run.label, seed=run.config.seed, card=card, remarks=remarks)
+    def named(report: Report) -> NetReport:
+        return NetReport(name=run.name, group=run.label, seed=run.config.seed, report=report, remarks=remarks)
 
-    def part(card: Card) -> None:
+    def part(report: Report) -> None:
         if on_part is not None:
-            on_part(named(card))
+            on_part(named(report))
 
-    return named(card(problem, view.what, settings=view.settings, folder=folder, progress=progress, on_section=part))
+    return named(report(problem, view.what, settings=view.settings, folder=folder, progress=progress, on_section=part))
 
 
 def _logits(net: nn.Module, inputs: object, outputs: object) -> torch.Tensor:
@@ -210,7 +214,7 @@ def identity(run: SavedRun, view: View) -> str:
         with run.weights.open("rb") as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()
     about = (run.config.model, run.config.data, run.key, str(run.weights.resolve()), content)
-    return content_hash(view.key, view.what, *map(str, about))
+    return content_hash(view.key, view.sections_key, *map(str, about))
 
 
 def batches(data: Data, view: View) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -237,7 +241,7 @@ def chosen(data: Data, view: View) -> torch.Tensor:
     return order[: view.examples].sort().values
 
 
-def words(data: Data, view: View) -> str:
+def split_of(data: Data, view: View) -> str:
     """The part for the record, with the share of wrong labels among the chosen examples if there are any."""
     if view.split != "train" or not bool(data.wrong.any()):
         return view.split
@@ -250,17 +254,17 @@ def measure_all(
     *,
     workers: int = 0,
     progress: Progress | None = None,
-    on_done: Callable[[Measured], None] | None = None,
-    on_part: Callable[[Measured], None] | None = None,
+    on_done: Callable[[NetReport], None] | None = None,
+    on_part: Callable[[NetReport], None] | None = None,
     on_failed: Callable[[Unmeasured], None] | None = None,
-) -> list[Measured]:
+) -> list[NetReport]:
     """Measure several nets.
 
     Args:
         runs: which.
         view: what of them.
         workers: processes of one thread each, started fresh (spawn); 0 measures here.
-        progress: for measuring here, see `flatmin.measure.card`.
+        progress: for measuring here, see `flatmin.measure.report`.
         on_done: called here with each net as it is done.
         on_part: see `measure`; called where the net is measured, so it must be picklable for workers.
         on_failed: called here with each net that could not be measured. Default: the first one ends it all.
@@ -273,54 +277,54 @@ def measure_all(
         Exception: without `on_failed`, what the first net that could not be measured raised, with its name.
     """
     check_doubles((run.label, run.config.seed) for run in runs)
-    done: dict[int, Measured] = {}
+    done: dict[int, NetReport] = {}
 
-    def end(i: int, found: Measured | Unmeasured) -> None:
-        if isinstance(found, Measured):
-            done[i] = found
+    def end(i: int, measured: NetReport | Unmeasured) -> None:
+        if isinstance(measured, NetReport):
+            done[i] = measured
             if on_done is not None:
-                on_done(found)
+                on_done(measured)
         elif on_failed is not None:
-            on_failed(found)
+            on_failed(measured)
         else:
-            kind = ValueError if found.refused else RuntimeError
-            raise kind(f"{found.why} (while {found.name} was measured)")
+            kind = ValueError if measured.refused else RuntimeError
+            raise kind(f"{measured.why} (while {measured.name} was measured)")
 
     if not workers:
         for i, run in enumerate(runs):
             try:
-                found: Measured | Unmeasured = measure(run, view, progress=progress, on_part=on_part)
+                measured: NetReport | Unmeasured = measure(run, view, progress=progress, on_part=on_part)
             except Exception as error:
                 if on_failed is None:
                     error.add_note(f"(while {run.name} was measured)")
                     raise
-                found = _unmeasured(run, error)
-            end(i, found)
+                measured = _unmeasured(run, error)
+            end(i, measured)
         return list(done.values())
     left = dict(enumerate(runs))
     try:
         with closing(_served_by(workers, left, view, on_part)) as served:
-            for i, found in served:
+            for i, measured in served:
                 del left[i]
-                end(i, found)
+                end(i, measured)
     except BrokenProcessPool:
         # Which net ended its process is not known: each of those that are left gets a process to itself.
         for i, run in list(left.items()):
             try:
-                ((_, found),) = _served_by(1, {i: run}, view, on_part)
+                ((_, measured),) = _served_by(1, {i: run}, view, on_part)
             except BrokenProcessPool:
-                found = Unmeasured(
+                measured = Unmeasured(
                     name=run.name,
                     why="its process ended while it measured, often because memory ran out; use fewer --workers, "
                     "smaller batches or fewer examples.",
                 )
-            end(i, found)
+            end(i, measured)
     return [done[i] for i in range(len(runs)) if i in done]
 
 
 def _served_by(
-    workers: int, runs: Mapping[int, SavedRun], view: View, on_part: Callable[[Measured], None] | None
-) -> Generator[tuple[int, Measured | Unmeasured]]:
+    workers: int, runs: Mapping[int, SavedRun], view: View, on_part: Callable[[NetReport], None] | None
+) -> Generator[tuple[int, NetReport | Unmeasured]]:
     """What a pool of processes measures, as it is done.
 
     Raises:
@@ -345,7 +349,7 @@ def _served_by(
     pool.shutdown()
 
 
-def _served(run: SavedRun, view: View, on_part: Callable[[Measured], None] | None) -> Measured | Unmeasured:
+def _served(run: SavedRun, view: View, on_part: Callable[[NetReport], None] | None) -> NetReport | Unmeasured:
     """In another process; an exception may not find its way back."""
     try:
         return measure(run, view, on_part=on_part)

@@ -39,7 +39,7 @@ def origins(todo: StudyPlan, runs: Iterable[Run]) -> tuple[str, ...]:
         for part in parts:
             for (i, _), run in part.runs.items():
                 if run in present:
-                    taken.setdefault(part.cells[i].label, set()).add(todo.store.taken(run))
+                    taken.setdefault(part.grid_points[i].label, set()).add(todo.store.taken(run))
         if mixed := [label for label, kinds in taken.items() if len(kinds) > 1]:
             found.append(f"Rows whose runs were trained by different code: {', '.join(mixed)}.")
     return tuple(found)

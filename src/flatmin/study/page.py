@@ -1,4 +1,4 @@
-"""Self-contained HTML pages: a shell, sortable tables and themed figures, from which every report is put together.
+"""Self-contained HTML pages: a shell, sortable tables and themed figures, the parts of every report.
 
 A page is one file that works without a network: style and script are inside, and so is plotly.js if there is a
 figure. Light and dark follow the reader's system; figures name their colours as "var:<name>" from `assets/page.css`
@@ -159,8 +159,8 @@ def _cell(tag: str, cell: Cell, column: Column) -> str:
     if column.text or tag == "th":
         attributes += ' class="text"'
     else:
-        known = cell.sort is not None and math.isfinite(cell.sort)
-        attributes += f' data-sort="{float(cell.sort or 0.0)!r}"' if known else ' data-sort=""'
+        finite = cell.sort is not None and math.isfinite(cell.sort)
+        attributes += f' data-sort="{float(cell.sort or 0.0)!r}"' if finite else ' data-sort=""'
     swatch = f'<span class="swatch" style="background: var(--{escape(cell.tone)})"></span>' if cell.tone else ""
     minor = f' <span class="minor">{escape(cell.minor)}</span>' if cell.minor else ""
     flag = f' <span class="flag">{escape(cell.flag)}</span>' if cell.flag else ""
@@ -237,7 +237,7 @@ def page(title: str, body: Sequence[Markup], foot: Sequence[Markup] = ()) -> str
 
 
 def write(text: str, path: str | os.PathLike[str]) -> Path:
-    """Write a page by a temporary file and a rename, so that a reader never sees half of it; its folder is made."""
+    """Write a page by a temporary file and a rename, so that readers see complete pages only; creates its folder."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{os.getpid()}")
@@ -251,7 +251,7 @@ def _asset(name: str) -> str:
 
 
 def require_figures() -> None:
-    """Check that figures can be embedded, so that a long job can ask before it starts.
+    """Check that figures can be embedded, before a long job starts.
 
     Raises:
         ModuleNotFoundError: plotly is not installed (extra "report").

@@ -9,15 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from flatmin.study.archive import Archive
-from flatmin.study.cards import card_path, kept_card, lacking
 from flatmin.study.code import Contents, code_of
-from flatmin.study.executors import Outcome, finished_and_missing
-from flatmin.study.executors.base import done_again
+from flatmin.study.executors import RunOutcome, finished_and_missing
+from flatmin.study.executors.executor import done_again
+from flatmin.study.expand import GridPoint, best, grid_points
 from flatmin.study.measuring import View
 from flatmin.study.record import Record
 from flatmin.study.spec import StudySpec
 from flatmin.study.store import Run, Store, unique
-from flatmin.study.unfold import Cell, best, cells
+from flatmin.study.stored_reports import lacking, report_path, stored_report
 from flatmin.train.config import RunConfig
 from flatmin.train.folder import RunFolder
 
@@ -29,9 +29,9 @@ class StudyPlan:
     Args:
         spec: the study.
         store: where its runs are.
-        cells: its rows.
-        runs: by (row, seed); rows of one configuration share their runs.
-        found: outcomes of finished runs by name, with their cards; those of `choice` too.
+        grid_points: its rows.
+        runs: by (row, seed); rows with the same configuration share their runs.
+        finished: outcomes of finished runs by name, with their reports; those of `choice` too.
         missing: runs to do.
         unmeasured: finished runs whose networks are still to be measured.
         warnings: about the run folders.
@@ -43,9 +43,9 @@ class StudyPlan:
 
     spec: StudySpec
     store: Store
-    cells: list[Cell]
+    grid_points: list[GridPoint]
     runs: Mapping[tuple[int, int], Run]
-    found: Mapping[str, Outcome]
+    finished: Mapping[str, RunOutcome]
     missing: list[Run]
     unmeasured: list[Run] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -62,10 +62,10 @@ class StudyPlan:
 def plan(
     spec: StudySpec, out: Path, *, make: bool = True, retry: bool = False, archive: Path | None = None
 ) -> StudyPlan:
-    """Unfold a study and look for finished runs.
+    """Expand a study to grid points and look for finished runs.
 
-    Of the data only that is read by which they are known, see `flatmin.train.fingerprint.content_of`. They need not be
-    here: runs are then known by their settings, code and data_dir, and a warning says so.
+    Of the data only the digest is read, see `flatmin.train.fingerprint.content_of`. The data may be absent: runs are
+    then identified by their settings, code and data_dir, with a warning.
 
     A run that raised an error has no result, so it is among the missing ones. One whose loss was not finite has.
 
@@ -76,16 +76,16 @@ def plan(
         spec: the study.
         out: the folder of the runs.
         make: make that folder if it does not exist.
-        retry: also do those runs again whose loss was not finite, and measure those networks again of which something
-            is missing. If `make`, the results of these are taken away, as
-            are those of runs without weights whose networks are to be measured. Runs of the archive stay.
+        retry: also repeat runs whose loss was not finite, and measure networks again whose report is incomplete. If
+            `make`, their results are removed, as are those of runs without weights whose networks are to be measured.
+            Runs of the archive stay.
         archive: of finished runs that are taken whatever their code, see `flatmin.study.archive`.
 
     Raises:
         ValueError: settings that do not go together, a folder that cannot be written, or an archive that cannot be
             read.
     """
-    rows = cells(spec)  # before a folder is made: they may be refused
+    rows = grid_points(spec)  # before a folder is made: they may be refused
     _check_seeds(spec)
     kept = None if archive is None else Archive(archive)
     return _plan(spec, rows, Store(out, make=make), kept, retry=retry)
@@ -93,13 +93,13 @@ def plan(
 
 def plan_again(todo: StudyPlan) -> StudyPlan:
     """The plan of the same study, by what is finished now."""
-    return _plan(todo.spec, cells(todo.spec), todo.store, todo.archive, retry=False)
+    return _plan(todo.spec, grid_points(todo.spec), todo.store, todo.archive, retry=False)
 
 
-def _plan(spec: StudySpec, rows: list[Cell], store: Store, archive: Archive | None, *, retry: bool) -> StudyPlan:
+def _plan(spec: StudySpec, rows: list[GridPoint], store: Store, archive: Archive | None, *, retry: bool) -> StudyPlan:
     contents = Contents()
 
-    def planned(spec: StudySpec, rows: list[Cell]) -> StudyPlan:
+    def planned(spec: StudySpec, rows: list[GridPoint]) -> StudyPlan:
         return _planned(spec, rows, store, archive, contents, retry=retry)
 
     if not spec.choose_seeds or not any(row.choose for row in rows):
@@ -107,7 +107,7 @@ def _plan(spec: StudySpec, rows: list[Cell], store: Store, archive: Archive | No
     trial = dataclasses.replace(spec, seeds=spec.choose_seeds, choose_seeds=())
     # What is measured and recorded is asked of the rows of the table alone.
     trial = dataclasses.replace(trial, measure=None, record=Record())
-    choice = planned(trial, [row for row in cells(trial) if row.choose])
+    choice = planned(trial, [row for row in grid_points(trial) if row.choose])
     chosen, undecided = _decided(choice)
     kept = [row for row in rows if not row.choose or row.label in chosen]
     own = planned(spec, kept)
@@ -116,7 +116,7 @@ def _plan(spec: StudySpec, rows: list[Cell], store: Store, archive: Archive | No
     late -= early
     return dataclasses.replace(
         own,
-        found={**choice.found, **own.found},
+        finished={**choice.finished, **own.finished},
         missing=[*choice.missing, *(run for run in own.missing if run.name not in late)],
         unmeasured=[*choice.unmeasured, *(run for run in own.unmeasured if run.name not in late)],
         warnings=list(dict.fromkeys([*choice.warnings, *own.warnings])),
@@ -136,18 +136,21 @@ def _decided(choice: StudyPlan) -> tuple[set[str], set[str]]:
     chosen: set[str] = set()
     undecided: set[str] = set()
     groups: dict[tuple[object, ...], list[int]] = {}
-    for i, row in enumerate(choice.cells):
+    for i, row in enumerate(choice.grid_points):
         groups.setdefault(row.group, []).append(i)
     for group in groups.values():
         results = [
-            [choice.found.get(choice.runs[i, seed].name, Outcome()).result for seed in choice.cells[i].configs]
+            [
+                choice.finished.get(choice.runs[i, seed].name, RunOutcome()).result
+                for seed in choice.grid_points[i].configs
+            ]
             for i in group
         ]
         scores = []
         for own in results:
-            known = [one.chosen["val_acc"] for one in own if one is not None and one.chosen is not None]
-            scores.append(math.fsum(known) / len(known) if len(known) == len(own) else None)
-        label = choice.cells[group[best(scores)]].label
+            scored = [one.chosen["val_acc"] for one in own if one is not None and one.chosen is not None]
+            scores.append(math.fsum(scored) / len(scored) if len(scored) == len(own) else None)
+        label = choice.grid_points[group[best(scores)]].label
         chosen.add(label)
         if any(one is None for own in results for one in own):
             undecided.add(label)
@@ -155,13 +158,13 @@ def _decided(choice: StudyPlan) -> tuple[set[str], set[str]]:
 
 
 def _planned(
-    spec: StudySpec, rows: list[Cell], store: Store, archive: Archive | None, contents: Contents, *, retry: bool
+    spec: StudySpec, rows: list[GridPoint], store: Store, archive: Archive | None, contents: Contents, *, retry: bool
 ) -> StudyPlan:
     """The plan of rows, each with its own seeds."""
     runs = {
         (i, seed): run_of(config, store, contents, spec.record, spec.measure)
-        for i, cell in enumerate(rows)
-        for seed, config in cell.configs.items()
+        for i, grid_point in enumerate(rows)
+        for seed, config in grid_point.configs.items()
     }
     warnings = contents.warnings
     for run in unique(runs.values()):
@@ -170,40 +173,40 @@ def _planned(
     if archive is not None and archive.unrecorded:
         names = ", ".join(sorted(archive.unrecorded))
         warnings.append(f"these runs of {archive.path} have not recorded what this study looks at: {names}.")
-    found, missing = finished_and_missing(runs.values(), store, warnings.append)
+    finished, missing = finished_and_missing(runs.values(), store, warnings.append)
     unmeasured = []
     again = set()
     for run in unique(runs.values()):
-        if (outcome := found.get(run.name)) is None or outcome.result is None:
+        if (outcome := finished.get(run.name)) is None or outcome.result is None:
             continue
         folder, archived = store.folder(run), store.taken(run)
         if outcome.result.failure is not None:
             again |= {run.name} if retry and not archived else set()
         elif run.view is not None:
-            card = kept_card(folder, run.view)
-            if retry and not archived and card is not None and lacking(card):
-                card = None
+            report = stored_report(folder, run.view)
+            if retry and not archived and report is not None and lacking(report):
+                report = None
                 if store.writes:
-                    card_path(folder, run.view).unlink(missing_ok=True)
-            found[run.name] = dataclasses.replace(outcome, card=card)
-            if card is None and RunFolder(folder).weights.is_file():
+                    report_path(folder, run.view).unlink(missing_ok=True)
+            finished[run.name] = dataclasses.replace(outcome, report=report)
+            if report is None and RunFolder(folder).weights.is_file():
                 unmeasured.append(run)
-            elif card is None and archived:
+            elif report is None and archived:
                 warnings.append(f"{run.name}, of the archive, has not been measured as this study asks.")
-            elif card is None:
+            elif report is None:
                 again.add(run.name)
     for run in unique(runs.values()):
         if run.name in again:
             missing.append(done_again(run, store))
-            del found[run.name]
+            del finished[run.name]
             if store.writes:
                 (store.folder(run) / "result.json").unlink(missing_ok=True)
     return StudyPlan(
         spec=spec,
         store=store,
-        cells=rows,
+        grid_points=rows,
         runs=runs,
-        found=found,
+        finished=finished,
         missing=missing,
         unmeasured=unmeasured,
         warnings=warnings,

@@ -1,4 +1,4 @@
-"""What is drawn of landscapes and spectra, as plain numbers and words; `draw` and `draw_interactive` draw it."""
+"""The contents of figures of landscapes and spectra as plain numbers; `draw` and `draw_interactive` draw them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 from flatmin.measure.follow import Point
 from flatmin.measure.krylov import Spectrum
-from flatmin.measure.landscape import Axis, Slice
+from flatmin.measure.landscape import LandscapeAxis, Slice
 from flatmin.measure.paths import Path
 from flatmin.measure.record import Landscape
 from flatmin.measure.trace import Density
@@ -355,11 +355,11 @@ def ticks(levels: Array, log: bool) -> list[float]:
         return [k * step for k in range(first, last + 1)]
     low, high = math.floor(math.log10(levels[0])), math.ceil(math.log10(levels[-1]))
     for multiples in ([1], [1, 3], [1, 2, 5]):
-        found = [m * 10.0**k for k in range(low, high + 1) for m in multiples]
-        found = [t for t in found if levels[0] * (1 - 1e-9) <= t <= levels[-1] * (1 + 1e-9)]
-        if len(found) >= 3:
-            step = math.ceil(len(found) / 8)
-            return found[::step]
+        places = [m * 10.0**k for k in range(low, high + 1) for m in multiples]
+        places = [t for t in places if levels[0] * (1 - 1e-9) <= t <= levels[-1] * (1 + 1e-9)]
+        if len(places) >= 3:
+            step = math.ceil(len(places) / 8)
+            return places[::step]
     return [float(t) for t in np.geomspace(levels[0], levels[-1], 5)]
 
 
@@ -367,10 +367,10 @@ def _values(item: Landscape, value: Value) -> tuple[Array, str, npt.NDArray[np.b
     """The values with NaN where there is nothing to draw, a note on that, and which points are not finite."""
     if value not in ("loss", "accuracy", "error"):
         raise ValueError(f"value must be 'loss', 'accuracy' or 'error', got {value!r}.")
-    found = item.loss if value == "loss" else item.accuracy if value == "accuracy" else item.error
-    if found is None:
+    values_shown = item.loss if value == "loss" else item.accuracy if value == "accuracy" else item.error
+    if values_shown is None:
         raise ValueError(f"the {item.kind} was measured without accuracy, so there is no {value} to draw.")
-    values = found.numpy() * (1.0 if value == "loss" else 100.0)
+    values = values_shown.numpy() * (1.0 if value == "loss" else 100.0)
     done = item.done.numpy()
     lost = done & ~np.isfinite(values)
     if not (done & ~lost).any():
@@ -386,13 +386,13 @@ def _count(count: int, what: str) -> str:
     return f"{count} point{'s' * (count != 1)} {what}" if count else ""
 
 
-def _scale(axis: Axis, shown: Slice, unit: Unit) -> float:
+def _scale(axis: LandscapeAxis, shown: Slice, unit: Unit) -> float:
     """Of the axis's points in the unit."""
     kind = _unit(axis, shown, unit)
     return 1.0 if kind == "steps" else axis.direction.length / (shown.origin.norm if kind == "relative" else 1.0)
 
 
-def _unit(axis: Axis, shown: Slice, unit: Unit) -> str:
+def _unit(axis: LandscapeAxis, shown: Slice, unit: Unit) -> str:
     if unit not in ("auto", "relative", "absolute", "steps"):
         raise ValueError(f"unit must be 'auto', 'relative', 'absolute' or 'steps', got {unit!r}.")
     if unit == "auto":
@@ -428,19 +428,19 @@ def _value_label(items: Sequence[Landscape], value: Value) -> str:
 
 
 def _is_log(values: Array, log: bool | None) -> bool:
-    known = values[np.isfinite(values)]
-    positive = bool((known > 0).all())
+    finite = values[np.isfinite(values)]
+    positive = bool((finite > 0).all())
     if log and not positive:
         raise ValueError("a logarithmic scale needs positive values; leave log=None.")
-    return bool(positive and known.max() >= 10 * known.min()) if log is None else log
+    return bool(positive and finite.max() >= 10 * finite.min()) if log is None else log
 
 
 def _levels(z: Array, log: bool, levels: int | Sequence[float]) -> Array:
     if not isinstance(levels, int):
-        found = np.asarray(levels, dtype=np.float64)
-        if found.ndim != 1 or len(found) < 2 or not (np.diff(found) > 0).all() or (log and found[0] <= 0):
+        heights = np.asarray(levels, dtype=np.float64)
+        if heights.ndim != 1 or len(heights) < 2 or not (np.diff(heights) > 0).all() or (log and heights[0] <= 0):
             raise ValueError("levels must rise, at least two of them, above 0 where they are logarithmic.")
-        return found
+        return heights
     if levels < 2:
         raise ValueError(f"levels must be at least 2, got {levels!r}.")
     low, high = float(np.nanmin(z)), float(np.nanmax(z))

@@ -1,4 +1,4 @@
-"""A study from a TOML preset, with `key=value` words laid over it; whatever is wrong is said in one sentence."""
+"""A study from a TOML preset with `key=value` overrides; each mistake raises an error of one sentence."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flatmin.measure.card import CardSettings, chosen
+from flatmin.measure.report import ReportSettings, chosen
 from flatmin.study.measuring import View
 from flatmin.study.record import Record
-from flatmin.study.spec import METRICS, NAMED, Arm, Given, Published, StudySpec, as_word
+from flatmin.study.spec import METRICS, NAMED, Arm, Given, Published, StudySpec, as_text
 from flatmin.study.sweep import Axis, read_axis, tidy
 from flatmin.train.config import RunConfig
 from flatmin.train.options import Options
@@ -28,31 +28,31 @@ def read_study(name: str, overrides: Sequence[str] = (), *, demo: bool = False) 
         name: see `flatmin study list`.
         overrides: "epochs=20" sets all runs, "rho=0.1,0.2" makes an axis of all arms that have the key, "seed=0..4"
             says which seeds.
-        demo: the small twin that the preset has.
+        demo: read the scaled-down version of the preset.
 
     Raises:
         ValueError: an unknown preset or key, or a table of another form.
     """
     table = read_preset(name, "study")
-    twin = table.pop("demo", None)
+    scaled_down = table.pop("demo", None)
     if demo:
-        if twin is None:
+        if scaled_down is None:
             raise ValueError(f"the study {name} has no demo.")
-        table = {**table, **twin, "published": []}
+        table = {**table, **scaled_down, "published": []}
     spec = _spec(name, table)
-    for word in overrides:
-        spec = _changed(spec, read_axis(word, lists=_LISTS), word)
+    for override in overrides:
+        spec = _changed(spec, read_axis(override, lists=_LISTS), override)
     _apart(spec)
     return spec
 
 
-def _changed(spec: StudySpec, axis: Axis, word: str) -> StudySpec:
+def _changed(spec: StudySpec, axis: Axis, override: str) -> StudySpec:
     """The study with an axis, of one value or several, in place of whatever it and its arms had for that key."""
     if axis.key == "seed":
         return dataclasses.replace(spec, seeds=_seeds(axis.values))
-    _words(spec.name, {axis.key: word})
+    _as_texts(spec.name, {axis.key: override})
     if axis.key in _FIXED and len(axis.values) > 1:
-        raise ValueError(f"{axis.key} takes one value here, got {word}; write an arm for each in a .toml file.")
+        raise ValueError(f"{axis.key} takes one value here, got {override}; write an arm for each in a .toml file.")
     arms = []
     for arm in spec.arms:
         settings = {key: value for key, value in arm.settings.items() if key != axis.key}
@@ -65,12 +65,12 @@ def _changed(spec: StudySpec, axis: Axis, word: str) -> StudySpec:
         axes = [one for one in axes if one.key != axis.key]
     elif axis not in axes:
         axes.append(axis)
-    changed = (*(one for one in spec.changed if one.partition("=")[0] != axis.key), word)
+    changed = (*(one for one in spec.changed if one.partition("=")[0] != axis.key), override)
     return dataclasses.replace(spec, arms=tuple(arms), settings=settings, axes=tuple(axes), changed=changed)
 
 
 def _apart(spec: StudySpec) -> None:
-    """Refuse a study two of whose arms are the same runs."""
+    """Raise ValueError if two arms of a study have the same runs."""
     for i, arm in enumerate(spec.arms):
         for other in spec.arms[:i]:
             if (arm.settings, arm.axes) == (other.settings, other.axes):
@@ -105,7 +105,7 @@ def _spec(name: str, table: Mapping[str, Any]) -> StudySpec:
     baseline = table.get("baseline", labels[0])
     double = [label for i, label in enumerate(labels) if label in labels[:i]]
     if double:
-        raise ValueError(f"study {name}: the arm {double[0]!r} is there twice.")
+        raise ValueError(f"study {name}: the arm {double[0]!r} exists twice.")
     if baseline not in labels:
         raise ValueError(f"study {name}: the baseline {baseline!r} is no arm{suggest(baseline, labels)}")
     spec = StudySpec(
@@ -113,7 +113,7 @@ def _spec(name: str, table: Mapping[str, Any]) -> StudySpec:
         title=table["title"],
         source=table.get("source", ""),
         train=table["train"],
-        settings=_words(name, table.get("settings", {})),
+        settings=_as_texts(name, table.get("settings", {})),
         axes=_axes(name, table.get("axes", {})),
         arms=arms,
         seeds=_seeds(table.get("seeds", (0, 1, 2))),
@@ -137,9 +137,9 @@ def _spec(name: str, table: Mapping[str, Any]) -> StudySpec:
 
 
 def _names(name: str, key: str, table: Mapping[str, Any]) -> tuple[str, ...]:
-    found = table.get(key, ())
-    _expect(name, key, list(found) if isinstance(found, tuple) else found, list)
-    return tuple(map(str, found))
+    names = table.get(key, ())
+    _expect(name, key, list(names) if isinstance(names, tuple) else names, list)
+    return tuple(map(str, names))
 
 
 def _record(name: str, table: Mapping[str, Any]) -> Record:
@@ -153,7 +153,7 @@ _VIEW = ("what", "split", "examples", "batch", "params", "mode", "dtype")
 
 
 def _view(name: str, table: Mapping[str, Any]) -> View:
-    """What is measured of trained networks; its own table `settings` is of `flatmin.measure.CardSettings`."""
+    """What is measured of trained networks; its own table `settings` is of `flatmin.measure.ReportSettings`."""
     for key, value in table.items():
         if key != "settings" and key not in _VIEW:
             raise ValueError(f"study {name}: measure has no {key!r}{suggest(key, _VIEW)} (entries: {', '.join(_VIEW)})")
@@ -162,7 +162,7 @@ def _view(name: str, table: Mapping[str, Any]) -> View:
             if type(value) is not wanted:
                 raise ValueError(f"study {name}: measure.{key} = {value!r} is no {describe(wanted)}.")
     try:
-        own = fill(CardSettings, table.get("settings", {}), origin="measure.settings")
+        own = fill(ReportSettings, table.get("settings", {}), origin="measure.settings")
         view = View(**{**{key: value for key, value in table.items() if key != "settings"}, "settings": own})
         chosen(view.what)
     except ValueError as error:
@@ -171,14 +171,14 @@ def _view(name: str, table: Mapping[str, Any]) -> View:
 
 
 def _check_column(spec: StudySpec, column: str) -> None:
-    """Refuse a column that no run of the study can have."""
+    """Raise ValueError for a column that no run of the study can have."""
     diagnostic, _, when = column.partition("@")
     if when:
         good = when in ("first", "last") and diagnostic and spec.record.diagnostics
         wanted = "NAME@first or NAME@last, with diagnostics in [record]"
     else:
         good = column in (*METRICS, *NAMED) or spec.measure is not None
-        wanted = f"{', '.join((*METRICS, *NAMED))}, or a number on the card that [measure] asks for"
+        wanted = f"{', '.join((*METRICS, *NAMED))}, or a number of the report that [measure] asks for"
     if not good:
         raise ValueError(f"study {spec.name}: no run has the column {column!r}; expected {wanted}.")
 
@@ -197,7 +197,7 @@ def _arm(name: str, table: Mapping[str, Any]) -> Arm:
     _expect(name, f"axes of {table['label']!r}", axes, dict)
     return Arm(
         label=str(table["label"]),
-        settings=_words(name, settings),
+        settings=_as_texts(name, settings),
         axes=_axes(name, axes),
         choose=_names(name, "choose", table),
     )
@@ -209,8 +209,8 @@ def _given(name: str, table: Mapping[str, Any]) -> Given:
     when = {key: value if isinstance(value, list) else [value] for key, value in table.items() if key != "set"}
     if not settings or not when:
         raise ValueError(f"study {name}: an entry of given needs a key with its values, and a table named set.")
-    tidied = {key: tuple(tidy(as_word(value)) for value in values) for key, values in when.items()}
-    return Given(when=tidied, settings=_words(name, settings))
+    tidied = {key: tuple(tidy(as_text(value)) for value in values) for key, values in when.items()}
+    return Given(when=tidied, settings=_as_texts(name, settings))
 
 
 def _published(name: str, table: Mapping[str, Any]) -> Published:
@@ -221,7 +221,7 @@ def _published(name: str, table: Mapping[str, Any]) -> Published:
     for key in ("value", "spread"):
         if isinstance(table.get(key, 0), bool) or not isinstance(table.get(key, 0), (int, float)):
             raise ValueError(f"study {name}: the {key} {table[key]!r} of a published number is no number.")
-    where = {key: tidy(as_word(value)) for key, value in table.items() if key not in (*wanted, "spread")}
+    where = {key: tidy(as_text(value)) for key, value in table.items() if key not in (*wanted, "spread")}
     return Published(
         label=str(table["label"]),
         where=where,
@@ -233,7 +233,7 @@ def _published(name: str, table: Mapping[str, Any]) -> Published:
 
 
 def _check_published(spec: StudySpec, one: Published) -> None:
-    """Refuse a published number that could not stand anywhere: a slip of the pen would hide it."""
+    """Raise ValueError for a published number that belongs to no row: a typing error would hide it."""
     arm = next((arm for arm in spec.arms if arm.label == one.label), None)
     if arm is None:
         raise ValueError(f"study {spec.name}: a published number has the label {one.label!r}, which is no arm.")
@@ -243,9 +243,9 @@ def _check_published(spec: StudySpec, one: Published) -> None:
             f"(columns: {', '.join(spec.columns or METRICS)})"
         )
     axes = {axis.key: axis.values for axis in (*spec.axes, *arm.axes)}
-    known = {*axes, *field_types(RunConfig), *spec.settings, *arm.settings}
+    keys = {*axes, *field_types(RunConfig), *spec.settings, *arm.settings}
     for key, value in one.where.items():
-        if key not in known or value not in axes.get(key, (value,)):
+        if key not in keys or value not in axes.get(key, (value,)):
             raise ValueError(f"study {spec.name}: a published number is for {key}={value}, which no run has.")
 
 
@@ -254,12 +254,12 @@ def _axes(name: str, table: Mapping[str, Any]) -> tuple[Axis, ...]:
         _expect(name, f"the axis {key}", values, list)
         if key in _FIXED:
             raise ValueError(f"study {name}: {key} is no axis; write an arm for each.")
-    _words(name, table)
-    return tuple(Axis(key, tuple(map(as_word, values))) for key, values in table.items())
+    _as_texts(name, table)
+    return tuple(Axis(key, tuple(map(as_text, values))) for key, values in table.items())
 
 
-def _words(name: str, table: Mapping[str, Any]) -> dict[str, str]:
-    """Settings as words.
+def _as_texts(name: str, table: Mapping[str, Any]) -> dict[str, str]:
+    """Settings as text.
 
     Raises:
         ValueError: a key that is not for settings.
@@ -267,11 +267,11 @@ def _words(name: str, table: Mapping[str, Any]) -> dict[str, str]:
     for key, value in table.items():
         _expect_flat(name, key, value)
         if key == "seed":
-            raise ValueError(f"study {name}: seeds stand in the list seeds.")
+            raise ValueError(f"study {name}: write seeds in the list seeds.")
         if key in field_types(Options):
             own = "; it is an entry of [record]" if key in field_types(Record) else ""
-            raise ValueError(f"study {name}: {key} says how one run is logged and kept, and is no setting{own}.")
-    return {key: as_word(value) for key, value in table.items()}
+            raise ValueError(f"study {name}: {key} says how a run is logged and stored and is not a setting{own}.")
+    return {key: as_text(value) for key, value in table.items()}
 
 
 def _expect_flat(name: str, key: str, value: Any) -> None:
@@ -280,7 +280,7 @@ def _expect_flat(name: str, key: str, value: Any) -> None:
 
 
 def _seeds(values: Sequence[Any]) -> tuple[int, ...]:
-    return tuple(map(_seed, Axis("seed", tuple(map(as_word, values))).values))
+    return tuple(map(_seed, Axis("seed", tuple(map(as_text, values))).values))
 
 
 def _seed(word: str) -> int:

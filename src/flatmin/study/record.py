@@ -1,4 +1,4 @@
-"""What the runs of a study write down beside their result."""
+"""What the runs of a study record beside their result."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from flatmin.measure.card import chosen
+from flatmin.measure.report import chosen
 from flatmin.train.options import Options, check_groups
 from flatmin.train.settings import at_least, fill
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """What runs write down while they train; it changes no outcome.
+    """What runs record while they train; it changes no outcome.
 
     Args:
         log_every: updates between lines of steps.jsonl; 0: none.
         diagnostics: the optimizer's diagnostics in these lines.
         measure_every: epochs between measurements; 0: none.
-        measures: what is measured then, sections of `flatmin.measure.card`.
+        measures: what is measured then, sections of `flatmin.measure.report`.
         measure_examples: on how many training samples.
         measure_m: of these in a group of m-sharpness; 0: no m-sharpness.
         measure_rho: l2 radius of worst and average cases, those of the groups too.

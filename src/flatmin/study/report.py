@@ -24,7 +24,7 @@ from flatmin.study.page import (
     table,
     write,
 )
-from flatmin.study.strokes import number
+from flatmin.study.style import number
 from flatmin.study.summary import Row, Summary
 from flatmin.study.tables import CUT
 

@@ -13,12 +13,12 @@ from flatmin.study.code import Contents
 from flatmin.study.costs import Sizes
 from flatmin.study.dimensions import Dimension
 from flatmin.study.events import Event, Planned, Warned
-from flatmin.study.executors import Outcome, execute, finished_and_missing
+from flatmin.study.executors import RunOutcome, execute, finished_and_missing
+from flatmin.study.expand import GridPoint, grid_points, takes
 from flatmin.study.plan import run_of
 from flatmin.study.spec import StudySpec
 from flatmin.study.store import Run, Store
 from flatmin.study.sweep import Axis
-from flatmin.study.unfold import Cell, cells, takes
 from flatmin.train.config import RunConfig
 from flatmin.train.feed import steps_of
 from flatmin.train.options import Options
@@ -33,7 +33,7 @@ class Trial:
     """One point that was tried.
 
     Args:
-        settings: as words.
+        settings: as text.
         score: mean validation accuracy over the search's seeds in percent; 0 where a run diverged.
         cost: gradient evaluations, in epochs of plain training.
     """
@@ -44,15 +44,15 @@ class Trial:
 
 
 @dataclass(kw_only=True)
-class Found:
+class SearchResult:
     """The trials of one arm at one point of the study's other axes.
 
     Args:
-        cell: the row of the study.
+        grid_point: the row of the study.
         trials: in the order in which they were asked for.
     """
 
-    cell: Cell
+    grid_point: GridPoint
     trials: list[Trial] = field(default_factory=list)
 
     @property
@@ -75,13 +75,13 @@ def search(
     workers: int,
     on_event: Callable[[Event], None] | None = None,
     **how: Any,
-) -> list[Found]:
+) -> list[SearchResult]:
     """Search every row of a study by Optuna's tree-structured Parzen estimator, with the same budget for each.
 
     A trial trains the row's configuration with the asked settings once for each of the study's seeds. Its cost is
     counted in gradient evaluations: a method of two an update gets half the trials of plain training. A row stops
     before the trial that would exceed the budget; a point that is asked for twice counts twice. Runs are those of the
-    store, so the same call again replays the finished ones and a larger budget goes on from them.
+    store, so the same call again replays the finished ones and a larger budget continues from them.
 
     Args:
         spec: the study; what its arms and axes have for what is searched is left out. Each arm must have one row.
@@ -89,51 +89,53 @@ def search(
         budget: gradient evaluations for each row, in epochs of plain training.
         out: folder of the runs.
         workers: see `flatmin.study.executors.execute`.
-        on_event: told what happens.
-        how: further words of `execute`.
+        on_event: called with each event.
+        how: further arguments of `execute`.
 
     Returns:
-        What was found, in the order of the study's rows.
+        The results, in the order of the study's rows.
 
     Raises:
         ValueError: a budget below the cost of one trial, a setting that no arm has, a trial that flatmin refuses.
         ModuleNotFoundError: Optuna is not installed (extra "search").
-        Interrupted: on Ctrl-C; finished runs are kept.
+        StudyInterrupted: on Ctrl-C; finished runs are kept.
     """
     tell = on_event if on_event is not None else lambda event: None
     tasks = _tasks(spec, dimensions)
     sizes, store, contents = Sizes(), Store(out), Contents()
     for task in tasks:
-        least = task.cost(task.found.cell.config, sizes) * len(spec.seeds)
+        least = task.cost(task.result.grid_point.config, sizes) * len(spec.seeds)
         if least > budget:
             raise ValueError(
-                f"a trial of {task.found.cell.label} costs {least:g} epochs of plain training, more than the budget of "
-                f"{budget:g}; raise the budget or lower epochs."
+                f"a trial of {task.result.grid_point.label} costs {least:g} epochs of plain training, more than the "
+                f"budget of {budget:g}; raise the budget or lower epochs."
             )
-    planned = sum(int(budget / (t.cost(t.found.cell.config, sizes) * len(spec.seeds))) for t in tasks) * len(spec.seeds)
-    epochs = sum(task.found.cell.config.epochs for task in tasks) * planned // len(tasks)
+    planned = sum(int(budget / (t.cost(t.result.grid_point.config, sizes) * len(spec.seeds))) for t in tasks) * len(
+        spec.seeds
+    )
+    epochs = sum(task.result.grid_point.config.epochs for task in tasks) * planned // len(tasks)
     tell(Planned(stage="search", runs=planned, reused=0, epochs=epochs, seconds=None))
-    for config in (config for task in tasks for config in task.found.cell.configs.values()):
+    for config in (config for task in tasks for config in task.result.grid_point.configs.values()):
         contents.of(config)
     for text in contents.warnings:
         tell(Warned(text=text))
     for task in tasks:
         if task.unsearched:
-            tell(Warned(text=f"{task.found.cell.label} has no {' and no '.join(task.unsearched)} to search."))
+            tell(Warned(text=f"{task.result.grid_point.label} has no {' and no '.join(task.unsearched)} to search."))
     while open_tasks := [task for task in tasks if not task.done]:
         asked = [(task, ask) for task in open_tasks for ask in task.ask(spec, budget, sizes, store, contents)]
         runs = {run.name: run for _, ask in asked for run in ask.runs}
-        found, missing = finished_and_missing(runs.values(), store, lambda text: tell(Warned(text=text)))
-        outcomes = found | execute(missing, store, workers=workers, on_event=tell, **how)
+        finished, missing = finished_and_missing(runs.values(), store, lambda text: tell(Warned(text=text)))
+        outcomes = finished | execute(missing, store, workers=workers, on_event=tell, **how)
         for task, ask in asked:
             task.tell(ask, outcomes)
     for task in tasks:
-        if task.dimensions and not task.found.trials:
+        if task.dimensions and not task.result.trials:
             raise ValueError(
-                f"the first trial of {task.found.cell.label} would have cost more than the budget of {budget:g}; raise "
-                "the budget, or search smaller epochs."
+                f"the first trial of {task.result.grid_point.label} would cost more than the budget of {budget:g}; "
+                "raise the budget, or search smaller epochs."
             )
-    return [task.found for task in tasks]
+    return [task.result for task in tasks]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,9 +151,11 @@ class _Ask:
 class _Task:
     """The search of one row."""
 
-    def __init__(self, cell: Cell, arm: int, dimensions: Sequence[Dimension], unsearched: Sequence[str]) -> None:
+    def __init__(
+        self, grid_point: GridPoint, arm: int, dimensions: Sequence[Dimension], unsearched: Sequence[str]
+    ) -> None:
         optuna = _optuna()
-        self.found, self.arm = Found(cell=cell), arm
+        self.result, self.arm = SearchResult(grid_point=grid_point), arm
         self.dimensions, self.unsearched = dimensions, unsearched
         self.done = not dimensions
         sampler = optuna.samplers.TPESampler(seed=0, constant_liar=True)
@@ -164,7 +168,7 @@ class _Task:
     def ask(self, spec: StudySpec, budget: float, sizes: Sizes, store: Store, contents: Contents) -> list[_Ask]:
         """The next points; at the end of the budget the task is done."""
         asked: list[_Ask] = []
-        spent = self.found.spent
+        spent = self.result.spent
         while len(asked) < BATCH:
             trial = self._study.ask()
             settings = {dimension.key: dimension.ask(trial) for dimension in self.dimensions}
@@ -178,8 +182,8 @@ class _Task:
             asked.append(_Ask(trial=trial, settings=settings, runs=runs, cost=cost))
         return asked
 
-    def tell(self, ask: _Ask, outcomes: Mapping[str, Outcome]) -> None:
-        """What came of a point.
+    def tell(self, ask: _Ask, outcomes: Mapping[str, RunOutcome]) -> None:
+        """Record the outcome of a point.
 
         Raises:
             ValueError: a run raised an error.
@@ -192,7 +196,7 @@ class _Task:
             scores.append(0.0 if outcome.result.chosen is None else float(outcome.result.chosen["val_acc"]))
         score = math.fsum(scores) / len(scores)
         self._study.tell(ask.trial, score)
-        self.found.trials.append(Trial(settings=ask.settings, score=score, cost=ask.cost))
+        self.result.trials.append(Trial(settings=ask.settings, score=score, cost=ask.cost))
 
 
 def _tasks(spec: StudySpec, dimensions: Sequence[Dimension]) -> list[_Task]:
@@ -210,7 +214,7 @@ def _tasks(spec: StudySpec, dimensions: Sequence[Dimension]) -> list[_Task]:
     for i in range(len(spec.arms)):
         own = [dimension for dimension in dimensions if takes(spec, spec.arms[i], dimension.key)]
         missing = [dimension.key for dimension in dimensions if dimension not in own]
-        rows = cells(_alone(spec, i, {key: None for key in keys}))
+        rows = grid_points(_alone(spec, i, {key: None for key in keys}))
         if len(rows) > 1:
             axis = next(iter(rows[0].values))
             raise ValueError(
@@ -235,12 +239,12 @@ def _alone(spec: StudySpec, arm: int, settings: Mapping[str, str | None]) -> Stu
     As axes of one value they also win over what is given with other values.
     """
     one = spec.arms[arm]
-    kept = {key: value for key, value in one.settings.items() if key not in settings}
+    settings_left = {key: value for key, value in one.settings.items() if key not in settings}
     chosen = [Axis(key, (value,)) for key, value in settings.items() if value is not None]
     axes = (*(axis for axis in one.axes if axis.key not in settings), *chosen)
     return dataclasses.replace(
         spec,
-        arms=(dataclasses.replace(one, settings=kept, axes=axes, choose=()),),
+        arms=(dataclasses.replace(one, settings=settings_left, axes=axes, choose=()),),
         axes=tuple(axis for axis in spec.axes if axis.key not in settings),
         settings={key: value for key, value in spec.settings.items() if key not in settings},
         choose=(),
@@ -252,7 +256,7 @@ def _alone(spec: StudySpec, arm: int, settings: Mapping[str, str | None]) -> Stu
 
 def _configs(spec: StudySpec, arm: int, settings: Mapping[str, str]) -> list[RunConfig]:
     """The runs of a point: the arm's, with these settings."""
-    return list(cells(_alone(spec, arm, settings))[0].configs.values())
+    return list(grid_points(_alone(spec, arm, settings))[0].configs.values())
 
 
 def _optuna() -> Any:

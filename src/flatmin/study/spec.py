@@ -21,7 +21,7 @@ class Arm:
 
     Args:
         label: what the table calls it.
-        settings: of its runs, as words.
+        settings: of its runs, as text.
         axes: of its own, beside the study's.
         choose: of its axes, those whose value is chosen on validation, beside the study's.
     """
@@ -38,7 +38,7 @@ class Given:
 
     Args:
         when: key -> the values that it must have one of.
-        settings: as words.
+        settings: as text.
     """
 
     when: Mapping[str, tuple[str, ...]]
@@ -68,21 +68,21 @@ class Published:
 
 @dataclass(frozen=True, kw_only=True)
 class StudySpec:
-    """A study before it is unfolded.
+    """A study before it is expanded to grid points.
 
     Args:
         name: of the preset.
         title: of the table.
-        source: what it remakes.
+        source: what it reproduces.
         train: the preset of `flatmin train` that its runs start from.
-        settings: of all runs, as words.
+        settings: of all runs, as text.
         axes: of all arms.
         arms: rows.
         seeds: one run each.
         baseline: label of the arm that differences are taken to.
         columns: of the table; none: those of `METRICS` that some run has. Beside these: test_top5, with more than five
             classes; NAME@first and NAME@last, the mean of a diagnostic over the first and the last tenth of the lines
-            that `record` asks for; and names of numbers on the card that `measure` asks for, such as lambda_1.
+            that `record` asks for; and names of numbers on the report that `measure` asks for, such as lambda_1.
         choose: axes whose value is chosen, for every arm and point of the other axes, by mean validation accuracy.
         choose_seeds: seeds of the runs on which these values are chosen, none of them among `seeds`; only the chosen
             value is then run with `seeds`. Default: the choice is made on the runs with `seeds`.
@@ -91,7 +91,7 @@ class StudySpec:
         given: further settings of some points.
         published: numbers to stand beside.
         notes: what a reader must know, such as how this differs from the source.
-        changed: the words that were laid over the preset, but for seeds.
+        changed: the overrides of the preset, except those of seeds.
     """
 
     name: str
@@ -114,10 +114,10 @@ class StudySpec:
     changed: tuple[str, ...] = ()
 
 
-def as_word(value: Any) -> str:
+def as_text(value: Any) -> str:
     """A TOML value as one types it."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, (list, tuple)):
-        return ",".join(map(as_word, value))
+        return ",".join(map(as_text, value))
     return repr(value) if isinstance(value, float) else str(value)

@@ -56,10 +56,10 @@ class Run:
     @property
     def labels(self) -> dict[str, str]:
         """What config.json holds beside the configuration."""
-        found = {"label": self.label, "key": self.key, "code": self.code}
+        labels = {"label": self.label, "key": self.key, "code": self.code}
         for word in self._data:
-            found["data_key"] = word
-        return {**found, "record": self.record.word} if self.record.word else found
+            labels["data_key"] = word
+        return {**labels, "record": self.record.word} if self.record.word else labels
 
     @property
     def name(self) -> str:
@@ -128,7 +128,7 @@ class Store:
         if not folder.finished:
             return None
         try:
-            result = folder.result(lambda found: self.taken(run) or found["key"] == run.key)
+            result = folder.result(lambda table: self.taken(run) or table["key"] == run.key)
             if not run.record.kept_in(folder.config()[1]):
                 warn(f"{folder.path} has not recorded what this study looks at; the run is done again.")
                 return None

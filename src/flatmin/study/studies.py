@@ -28,18 +28,18 @@ def study(
     Args:
         todo: of `flatmin.study.plan.plan`.
         workers: runs at a time.
-        on_event: told what happens.
+        on_event: called with each event.
         executor: where they are done, see `flatmin.study.executors.execute`.
         settings: of the executor.
 
     Where values are chosen on seeds of their own, the runs that the choice is made on come first, then the others.
 
     Raises:
-        Interrupted: on Ctrl-C; finished runs are kept.
+        StudyInterrupted: on Ctrl-C; finished runs are kept.
         OSError, ValueError, ModuleNotFoundError: the data, a network or a device cannot be had.
     """
     tell: OnEvent = on_event if on_event is not None else lambda event: None
-    found = dict(todo.found)
+    outcomes = dict(todo.finished)
 
     def do(todo: StudyPlan, runs: Sequence[Run]) -> None:
         configs = [run.config for run in runs if run not in todo.unmeasured]
@@ -49,19 +49,19 @@ def study(
             Planned(
                 stage="study",
                 runs=len({run.name for plan in (todo, todo.choice) if plan for run in plan.runs.values()}),
-                reused=len(todo.found) - len(todo.unmeasured),
+                reused=len(todo.finished) - len(todo.unmeasured),
                 epochs=sum(run.config.epochs for run in runs),
                 nets=sum(run.view is not None for run in runs),
                 # What it takes elsewhere is not known here.
                 seconds=guess_seconds(configs, workers) if configs and executor == "local" else None,
             )
         )
-        found.update(execute(runs, todo.store, workers=workers, on_event=tell, executor=executor, settings=settings))
+        outcomes.update(execute(runs, todo.store, workers=workers, on_event=tell, executor=executor, settings=settings))
 
     do(todo, todo.open)
     if todo.waiting:
         begun = {run.name for run in todo.open}
         todo = plan_again(todo)
-        found |= {name: outcome for name, outcome in todo.found.items() if name not in found}
+        outcomes |= {name: outcome for name, outcome in todo.finished.items() if name not in outcomes}
         do(todo, [run for run in todo.open if run.name not in begun])
-    return tabulate(todo, found)
+    return tabulate(todo, outcomes)

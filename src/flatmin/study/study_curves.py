@@ -15,10 +15,10 @@ import torch
 from flatmin.measure.trace import Density
 from flatmin.stats import PERCENT, UNBOUNDED, Ends, Stat, summarise
 from flatmin.study import plots
-from flatmin.study.known import Known
+from flatmin.study.finished import FinishedRun
 from flatmin.study.page import Figure, plot_text
-from flatmin.study.strokes import WIDE, band, log_axis
-from flatmin.study.study_looks import Looks, Section
+from flatmin.study.study_style import FigureSection, StudyStyle
+from flatmin.study.style import WIDE, band, log_axis
 from flatmin.study.tabulate import StudyRow, StudyTable
 
 Points = Iterable[tuple[float, float]]
@@ -52,16 +52,16 @@ class Curve:
     """
 
     y: str
-    read: Callable[[StudyRow, Known], Points]
+    read: Callable[[StudyRow, FinishedRun], Points]
     x: str = "epoch"
     log: bool = False
     ends: Ends = UNBOUNDED
     metric: str = ""
 
 
-def curve(table: StudyTable, looks: Looks, wanted: Curve) -> Figure | None:
+def curve(table: StudyTable, style: StudyStyle, wanted: Curve) -> Figure | None:
     """The figure; None if no run has points for it."""
-    found: list[tuple[StudyRow, dict[float, Stat]]] = []
+    curves: list[tuple[StudyRow, dict[float, Stat]]] = []
     for row in table.rows:
         values: dict[float, list[float]] = {}
         for run in row.runs.values():
@@ -70,35 +70,35 @@ def curve(table: StudyTable, looks: Looks, wanted: Curve) -> Figure | None:
                     values.setdefault(x, []).append(y)
         if values:
             step = row.steps.get(wanted.metric, 0.0)
-            found.append((row, {x: summarise(values[x], step=step, ends=wanted.ends) for x in sorted(values)}))
-    if not found:
+            curves.append((row, {x: summarise(values[x], step=step, ends=wanted.ends) for x in sorted(values)}))
+    if not curves:
         return None
-    means = [stat.mean for _, stats in found for stat in stats.values()]
+    means = [stat.mean for _, stats in curves for stat in stats.values()]
     low, high = min(means), max(means)
     log = wanted.log and low > 0 and high > WIDE * low
     room = _ROOM * (high - low) or _ROOM * abs(high) or 1.0
     ends = (low / 2, high * 2) if log else (max(low - room, wanted.ends[0]), min(high + room, wanted.ends[1]))
-    shades = [shade for row, stats in found for shade in _band(row, stats, looks, ends)]
-    data = [*shades, *(_line(row, stats, looks, wanted) for row, stats in found)]
+    shades = [shade for row, stats in curves for shade in _band(row, stats, style, ends)]
+    data = [*shades, *(_line(row, stats, style, wanted) for row, stats in curves)]
     axis = log_axis([low, high], plot_text(wanted.y)) if log else {"title": {"text": plot_text(wanted.y)}}
-    few = wanted.x == "epoch" and max(x for _, stats in found for x in stats) <= _EPOCHS
+    few = wanted.x == "epoch" and max(x for _, stats in curves for x in stats) <= _EPOCHS
     xaxis = {"title": {"text": plot_text(wanted.x)}} | ({"dtick": 1} if few else {})
     return Figure(data, {"xaxis": xaxis, "yaxis": axis}, _HEIGHT)
 
 
-def _band(row: StudyRow, stats: Mapping[float, Stat], looks: Looks, ends: Ends) -> list[dict[str, Any]]:
+def _band(row: StudyRow, stats: Mapping[float, Stat], style: StudyStyle, ends: Ends) -> list[dict[str, Any]]:
     """The intervals; nothing if none is known."""
     if all(math.isnan(stat.half) for stat in stats.values()):
         return []
     lows = [math.nan if math.isnan(stat.half) else _short(max(stat.low, ends[0])) for stat in stats.values()]
     highs = [_short(min(stat.high, ends[1])) for stat in stats.values()]
-    return [looks.shared(row) | band(list(stats), lows, highs, looks.look(row).color, min(0.14, 1 / len(looks.tones)))]
+    return [style.shared(row) | band(list(stats), lows, highs, style.of(row).color, min(0.14, 1 / len(style.tones)))]
 
 
-def _line(row: StudyRow, stats: Mapping[float, Stat], looks: Looks, wanted: Curve) -> dict[str, Any]:
+def _line(row: StudyRow, stats: Mapping[float, Stat], style: StudyStyle, wanted: Curve) -> dict[str, Any]:
     """The means."""
-    look, label = looks.look(row), plot_text(row.label)
-    return looks.shared(row) | {
+    row_style, label = style.of(row), plot_text(row.label)
+    return style.shared(row) | {
         "type": "scatter",
         "mode": "lines" if len(stats) > 1 else "markers",
         "x": list(stats),
@@ -107,8 +107,8 @@ def _line(row: StudyRow, stats: Mapping[float, Stat], looks: Looks, wanted: Curv
         "hovertext": [
             f"{label}<br>{plot_text(wanted.x)} {x:g}: {_told(stat)} (n = {stat.n})" for x, stat in stats.items()
         ],
-        "line": {"color": look.color, "dash": look.dash, "width": 2},
-        "marker": {"color": look.color, "symbol": look.symbol, "size": 8},
+        "line": {"color": row_style.color, "dash": row_style.dash, "width": 2},
+        "marker": {"color": row_style.color, "symbol": row_style.symbol, "size": 8},
     }
 
 
@@ -121,19 +121,21 @@ def _short(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-def section(table: StudyTable, looks: Looks, title: str, caption: str, wanted: Mapping[str, Curve]) -> Section | None:
+def section(
+    table: StudyTable, style: StudyStyle, title: str, caption: str, wanted: Mapping[str, Curve]
+) -> FigureSection | None:
     """The figures that there are values for, by name; None if there is none."""
-    drawn = {name: fig for name, one in wanted.items() if (fig := curve(table, looks, one)) is not None}
+    drawn = {name: fig for name, one in wanted.items() if (fig := curve(table, style, one)) is not None}
     if not drawn:
         return None
-    return Section(title=title, caption=f"{caption} {_BANDS}", figures=drawn)
+    return FigureSection(title=title, caption=f"{caption} {_BANDS}", figures=drawn)
 
 
-def over_epochs(table: StudyTable, looks: Looks) -> Section | None:
+def over_epochs(table: StudyTable, style: StudyStyle) -> FigureSection | None:
     """Train loss, accuracies and memorisation through training."""
 
-    def line(name: str) -> Callable[[StudyRow, Known], Points]:
-        def read(row: StudyRow, run: Known) -> Points:
+    def line(name: str) -> Callable[[StudyRow, FinishedRun], Points]:
+        def read(row: StudyRow, run: FinishedRun) -> Points:
             values = ((line.epoch, getattr(line, name)) for line in run.lines)
             return [(epoch, value) for epoch, value in values if value is not None]
 
@@ -144,7 +146,7 @@ def over_epochs(table: StudyTable, looks: Looks) -> Section | None:
 
     return section(
         table,
-        looks,
+        style,
         "Training",
         "Train loss is that of the updates, averaged over the epoch: at w, or at w + ε for methods whose first pass is "
         "not at w. Accuracies are those after the epoch.",
@@ -157,18 +159,18 @@ def over_epochs(table: StudyTable, looks: Looks) -> Section | None:
     )
 
 
-def under_perturbation(table: StudyTable, looks: Looks) -> Section | None:
+def under_perturbation(table: StudyTable, style: StudyStyle) -> FigureSection | None:
     """How many training samples are wrong at w + eps, and how many the ascent turned."""
 
-    def count(name: str) -> Callable[[StudyRow, Known], Points]:
-        def read(row: StudyRow, run: Known) -> Points:
+    def count(name: str) -> Callable[[StudyRow, FinishedRun], Points]:
+        def read(row: StudyRow, run: FinishedRun) -> Points:
             return [(epoch, mean * _updates(row, run)) for epoch, mean in _by_epoch(run, name)]
 
         return read
 
     return section(
         table,
-        looks,
+        style,
         "Misclassified under perturbation",
         "Training samples of an epoch that the network gets wrong at w + ε, and those of them that it has right at w: "
         "counted in the updates that were logged, and scaled to the updates of an epoch.",
@@ -179,33 +181,33 @@ def under_perturbation(table: StudyTable, looks: Looks) -> Section | None:
     )
 
 
-def _updates(row: StudyRow, run: Known) -> float:
+def _updates(row: StudyRow, run: FinishedRun) -> float:
     """Updates of an epoch."""
     return row.budget / row.gradients / run.result.epochs if run.result.epochs else math.nan
 
 
-def _by_epoch(run: Known, name: str) -> list[tuple[int, float]]:
+def _by_epoch(run: FinishedRun, name: str) -> list[tuple[int, float]]:
     """The mean of a diagnostic over the logged updates of each epoch."""
     values: dict[int, list[float]] = {}
     for step in run.steps:
         value = step.get(name)
         if value is not None and math.isfinite(value):
             values.setdefault(int(step["epoch"]), []).append(float(value))
-    return [(epoch, math.fsum(found) / len(found)) for epoch, found in values.items()]
+    return [(epoch, math.fsum(numbers) / len(numbers)) for epoch, numbers in values.items()]
 
 
-def ratios(table: StudyTable, looks: Looks) -> Section | None:
+def ratios(table: StudyTable, style: StudyStyle) -> FigureSection | None:
     """The ratio of the perturbed gradient to the first one, entry by entry, through training."""
 
     def share(name: str) -> Curve:
-        def read(row: StudyRow, run: Known) -> Points:
+        def read(row: StudyRow, run: FinishedRun) -> Points:
             return [(epoch, 100.0 * mean) for epoch, mean in _by_epoch(run, name)]
 
         return Curve(y="share of the entries, %", read=read, ends=PERCENT)
 
     return section(
         table,
-        looks,
+        style,
         "SAM's gradient against SGD's",
         "Shares of the entries of the gradient by their ratio r = gₛ / g, at w + ε over at w: mean of the updates that "
         "were logged in an epoch.",
@@ -213,22 +215,22 @@ def ratios(table: StudyTable, looks: Looks) -> Section | None:
     )
 
 
-def slices(table: StudyTable, looks: Looks) -> Section | None:
+def slices(table: StudyTable, style: StudyStyle) -> FigureSection | None:
     """The loss along directions from the trained weights."""
 
-    def along(name: str) -> Callable[[StudyRow, Known], Points]:
-        def read(row: StudyRow, run: Known) -> Points:
-            found = _measured(run, "landscape", name)
-            if not found or not found["loss"]:
+    def along(name: str) -> Callable[[StudyRow, FinishedRun], Points]:
+        def read(row: StudyRow, run: FinishedRun) -> Points:
+            line = _measured(run, "landscape", name)
+            if not line or not line["loss"]:
                 return []
-            places = found["axes"][0]["points"]
-            return [(x, y) for x, y in zip(places, found["loss"], strict=True) if y is not None]
+            places = line["axes"][0]["points"]
+            return [(x, y) for x, y in zip(places, line["loss"], strict=True) if y is not None]
 
         return read
 
     return section(
         table,
-        looks,
+        style,
         "Slices of the loss",
         "The loss along a line through the trained weights; a point where it is not finite is left out.",
         {
@@ -240,29 +242,29 @@ def slices(table: StudyTable, looks: Looks) -> Section | None:
     )
 
 
-def spectra(table: StudyTable, looks: Looks) -> Section | None:
+def spectra(table: StudyTable, style: StudyStyle) -> FigureSection | None:
     """The density of the Hessian's eigenvalues, a curve for each row."""
-    found: list[tuple[StudyRow, Density]] = []
+    densities: list[tuple[StudyRow, Density]] = []
     sizes: list[int] = []
     for row in table.rows:
-        cards = [one for run in row.runs.values() if (one := _measured(run, "density", "density")) is not None]
-        cards = [one for one in cards if one["nodes"] and None not in (*one["nodes"], *one["weights"])]
-        if cards:
-            found.append((row, _mean_density(cards)))
-            sizes += [one["conventions"]["size"] for one in cards if one.get("conventions")]
-    if not found:
+        reports = [one for run in row.runs.values() if (one := _measured(run, "density", "density")) is not None]
+        reports = [one for one in reports if one["nodes"] and None not in (*one["nodes"], *one["weights"])]
+        if reports:
+            densities.append((row, _mean_density(reports)))
+            sizes += [one["conventions"]["size"] for one in reports if one.get("conventions")]
+    if not densities:
         return None
-    drawn = plots.density({str(i): density for i, (_, density) in enumerate(found)})
+    drawn = plots.density({str(i): density for i, (_, density) in enumerate(densities)})
     peak = max(float(line.y.max()) for line in drawn.lines)
     # A tenth of what a single eigenvalue of the largest network gives at the kernel's own peak.
     floor = drawn.low * 1e8 * 0.1 / max(sizes) if sizes and drawn.low is not None else peak * 1e-8
     data = []
-    for (row, density), line in zip(found, drawn.lines, strict=True):
-        look = looks.look(row)
+    for (row, density), line in zip(densities, drawn.lines, strict=True):
+        row_style = style.of(row)
         pairs = list(zip(line.x.tolist(), line.y.tolist(), strict=True))[::_DENSITY_POINTS]
         text = f"{plot_text(row.label)} (n = {density.runs})"
         data.append(
-            looks.shared(row)
+            style.shared(row)
             | {
                 "type": "scatter",
                 "mode": "lines",
@@ -270,11 +272,11 @@ def spectra(table: StudyTable, looks: Looks) -> Section | None:
                 "y": [_short(y) if y >= floor else None for _, y in pairs],
                 "hoverinfo": "text",
                 "hovertext": [f"{text}<br>λ {x:.4g}: {y:.3g}" if y >= floor else "" for x, y in pairs],
-                "line": {"color": look.color, "dash": look.dash, "width": 1.8},
+                "line": {"color": row_style.color, "dash": row_style.dash, "width": 1.8},
             }
         )
     axis = log_axis([floor, peak], plot_text(drawn.ylabel))
-    return Section(
+    return FigureSection(
         title="Eigenvalue density",
         caption="Density of the Hessian's eigenvalues, the mean of the networks of all seeds, smoothed for the picture "
         "and cut at a tenth of what a single eigenvalue gives; it has no error bars.",
@@ -282,13 +284,13 @@ def spectra(table: StudyTable, looks: Looks) -> Section | None:
     )
 
 
-def _mean_density(cards: Sequence[Mapping[str, Any]]) -> Density:
+def _mean_density(reports: Sequence[Mapping[str, Any]]) -> Density:
     """The mean of densities; `runs` is their number."""
-    nodes = torch.tensor([x for one in cards for x in one["nodes"]], dtype=torch.float64)
-    weights = torch.tensor([x / len(cards) for one in cards for x in one["weights"]], dtype=torch.float64)
-    return Density(nodes=nodes, weights=weights, runs=len(cards), steps=0, products=0, conventions=None)
+    nodes = torch.tensor([x for one in reports for x in one["nodes"]], dtype=torch.float64)
+    weights = torch.tensor([x / len(reports) for one in reports for x in one["weights"]], dtype=torch.float64)
+    return Density(nodes=nodes, weights=weights, runs=len(reports), steps=0, products=0, conventions=None)
 
 
-def _measured(run: Known, section: str, name: str) -> Mapping[str, Any] | None:
-    found = (run.card or {}).get("sections", {}).get(section, {}).get("results", {}).get(name)
-    return found if isinstance(found, Mapping) else None
+def _measured(run: FinishedRun, section: str, name: str) -> Mapping[str, Any] | None:
+    result = (run.report or {}).get("sections", {}).get(section, {}).get("results", {}).get(name)
+    return result if isinstance(result, Mapping) else None

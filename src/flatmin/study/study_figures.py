@@ -11,8 +11,8 @@ from typing import Any
 
 from flatmin.stats import Stat
 from flatmin.study.page import Figure, plot_text
-from flatmin.study.strokes import band, broken, error_bars, log_axis, number
-from flatmin.study.study_looks import EVERY, Looks, Section, every_row, point_of, tried_rows, words
+from flatmin.study.study_style import EVERY, FigureSection, StudyStyle, every_row, listed, point_of, tried_rows
+from flatmin.study.style import band, broken, error_bars, log_axis, number
 from flatmin.study.tabulate import StudyRow, StudyTable
 
 _SHARPNESS = ("lambda_max", "lambda_1")
@@ -23,9 +23,9 @@ _ROOM = 0.1  # of the place, for all of them together
 _LOG_FROM = 8.0  # budgets that differ by more than this factor have a logarithmic axis
 
 
-def over_rho(table: StudyTable, looks: Looks) -> Section | None:
+def over_rho(table: StudyTable, style: StudyStyle) -> FigureSection | None:
     """Accuracy over the radius, a line for each arm and values of its other axes."""
-    chosen = any(row.cell is not None and "rho" in row.cell.choose for row in table.rows)
+    chosen = any(row.grid_point is not None and "rho" in row.grid_point.choose for row in table.rows)
     metric, name = ("val_acc", "validation accuracy") if chosen else ("test_acc", "test accuracy")
     lines: dict[tuple[object, ...], list[tuple[float, StudyRow]]] = {}
     flat: list[StudyRow] = []
@@ -43,15 +43,15 @@ def over_rho(table: StudyTable, looks: Looks) -> Section | None:
         return None
     data: list[dict[str, Any]] = []
     for row in flat:
-        look, stat = looks.look(row), row.columns[metric].stat
+        row_style, stat = style.of(row), row.columns[metric].stat
         ends = [radii[0], radii[-1]]
-        shared = looks.shared(row)
+        shared = style.shared(row)
         if not math.isnan(stat.half):
-            data.append(shared | band(ends, [stat.low] * 2, [stat.high] * 2, look.color, 0.12))
+            data.append(shared | band(ends, [stat.low] * 2, [stat.high] * 2, row_style.color, 0.12))
         data.append(
             shared
             | _scatter("lines", ends, [stat.mean] * 2, [_hover(row.label, "no radius", stat)] * 2)
-            | {"line": {"color": look.color, "dash": look.dash, "width": 1.5}}
+            | {"line": {"color": row_style.color, "dash": row_style.dash, "width": 1.5}}
         )
     arms = list(dict.fromkeys(line[0][1].arm for line in lines.values()))
     for line in lines.values():
@@ -59,19 +59,19 @@ def over_rho(table: StudyTable, looks: Looks) -> Section | None:
         row = line[0][1]
         stats = [one.columns[metric].stat for _, one in line]
         values = {key: value for key, value in point_of(row).items() if key != "rho"}
-        others = words({key: value for key, value in row.values.items() if key != "rho"})
+        others = listed({key: value for key, value in row.values.items() if key != "rho"})
         label = f"{row.arm}, {others}" if others else row.arm
-        look = looks.at(row.arm, values)
+        row_style = style.at(row.arm, values)
         xs = [rho for rho, _ in line]
         aside = 1 + (_shift(arms.index(row.arm), len(arms)) if radii[0] > 0 else 0.0)
         texts = [_hover(label, f"rho {rho:g}", stat) for rho, stat in zip(xs, stats, strict=True)]
         data.append(
-            looks.shared(row, values)
+            style.shared(row, values)
             | _scatter("lines+markers", [rho * aside for rho in xs], [stat.mean for stat in stats], texts)
             | {
-                "error_y": error_bars(stats, look.color),
-                "line": {"color": look.color, "dash": look.dash, "width": 2},
-                "marker": {"color": look.color, "symbol": look.symbol, "size": 9},
+                "error_y": error_bars(stats, row_style.color),
+                "line": {"color": row_style.color, "dash": row_style.dash, "width": 2},
+                "marker": {"color": row_style.color, "symbol": row_style.symbol, "size": 9},
             }
         )
     axis: dict[str, Any] = {"title": {"text": "rho"}}
@@ -81,7 +81,7 @@ def over_rho(table: StudyTable, looks: Looks) -> Section | None:
         axis["type"] = "log"
     why = ": rho was chosen by it, so test accuracy would flatter" if chosen else ""
     level = " An arm without a radius is level." if flat else ""
-    return Section(
+    return FigureSection(
         title="Accuracy over the radius",
         caption=f"Mean {name}{why}; bars: 95 % intervals over the seeds, cut at 0 and 100. Arms stand a little "
         f"beside each other.{level}",
@@ -96,13 +96,13 @@ def _radius(row: StudyRow) -> float | None:
     return None
 
 
-def over_cost(table: StudyTable, looks: Looks) -> Section | None:
+def over_cost(table: StudyTable, style: StudyStyle) -> FigureSection | None:
     """Test accuracy over the gradient evaluations of a run, and the Pareto front of the means; not for one cost."""
     rows = [row for row in table.rows if row.columns["test_acc"].stat.n and row.budget > 0 and row.budget < math.inf]
     if len({round(row.budget) for row in rows}) < 2:
         return None
     data: list[dict[str, Any]] = []
-    for i, point in enumerate(looks.points):
+    for i, point in enumerate(style.points):
         here = [row for row in rows if point_of(row).items() <= point.items()]
         steps = front([(row.budget, row.columns["test_acc"].stat.mean) for row in here])
         if len(here) > 1:
@@ -111,39 +111,39 @@ def over_cost(table: StudyTable, looks: Looks) -> Section | None:
                 | _scatter("lines", [x for x, _ in steps], [y for _, y in steps], ["Pareto front"] * len(steps))
                 | {"line": {"color": "var:soft", "dash": "dot", "width": 1.5, "shape": "hv"}}
             )
-    for row, aside in zip(rows, _aside(rows, looks), strict=True):
-        look, stat = looks.look(row), row.columns["test_acc"].stat
+    for row, aside in zip(rows, _aside(rows, style), strict=True):
+        row_style, stat = style.of(row), row.columns["test_acc"].stat
         text = f"{row.budget:,.0f} gradients of a batch".replace(",", " ")
         data.append(
-            looks.shared(row)
+            style.shared(row)
             | _scatter("markers", [row.budget * (1 + aside)], [stat.mean], [_hover(row.label, text, stat)])
             | {
-                "error_y": error_bars([stat], look.color),
-                "marker": {"color": look.color, "symbol": look.symbol, "size": 11},
+                "error_y": error_bars([stat], row_style.color),
+                "marker": {"color": row_style.color, "symbol": row_style.symbol, "size": 11},
             }
         )
     budgets = [row.budget for row in rows]
     name = "gradient evaluations of a run"
     wide = max(budgets) > _LOG_FROM * min(budgets)
     axis = log_axis(budgets, name) if wide else _title(name) | {"rangemode": "tozero"}
-    return Section(
+    return FigureSection(
         title="What the accuracy costs",
         caption="Mean test accuracy; bars: 95 % intervals over the seeds, cut at 0 and 100. Dotted: the Pareto front "
-        "of the means, which tells nothing apart that lies inside the bars. Marks of equal cost stand a little beside "
+        "of the means; differences inside the bars are not significant. Marks of equal cost stand a little beside "
         "each other.",
         figures={"Accuracy over cost": Figure(data, {"xaxis": axis, "yaxis": _title("test accuracy, %")})},
     )
 
 
-def _aside(rows: Sequence[StudyRow], looks: Looks) -> list[float]:
+def _aside(rows: Sequence[StudyRow], style: StudyStyle) -> list[float]:
     """By what share of its cost a row's mark is moved, so that rows of equal cost do not hide each other."""
-    together = looks.choices()[1] == EVERY
+    together = style.choices()[1] == EVERY
     keys = [(round(row.budget), *(() if together else point_of(row).items())) for row in rows]
-    found = []
+    shifts = []
     for i, key in enumerate(keys):
         count = keys.count(key)
-        found.append(_shift(keys[:i].count(key), count))
-    return found
+        shifts.append(_shift(keys[:i].count(key), count))
+    return shifts
 
 
 def _shift(i: int, count: int) -> float:
@@ -158,14 +158,14 @@ def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
         >>> front([(2, 5.0), (1, 3.0), (2, 4.0), (3, 4.5)])
         [(1, 3.0), (2, 5.0)]
     """
-    found: list[tuple[float, float]] = []
+    corners: list[tuple[float, float]] = []
     for cost, value in sorted(points, key=lambda point: (point[0], -point[1])):
-        if not found or value > found[-1][1]:
-            found.append((cost, value))
-    return found
+        if not corners or value > corners[-1][1]:
+            corners.append((cost, value))
+    return corners
 
 
-def over_sharpness(table: StudyTable, looks: Looks) -> Section | None:
+def over_sharpness(table: StudyTable, style: StudyStyle) -> FigureSection | None:
     """The largest Hessian eigenvalue against test accuracy, one point a run."""
     for metric in _SHARPNESS:
         data: list[dict[str, Any]] = []
@@ -177,17 +177,17 @@ def over_sharpness(table: StudyTable, looks: Looks) -> Section | None:
             ]
             if not pairs:
                 continue
-            look = looks.look(row)
+            row_style = style.of(row)
             texts = [f"{plot_text(row.label)}, seed {seed}<br>test {x:.2f} %, {metric} {y:.4g}" for seed, x, y in pairs]
-            marker = {"color": look.color, "symbol": look.symbol, "size": 10, "opacity": 0.85}
+            marker = {"color": row_style.color, "symbol": row_style.symbol, "size": 10, "opacity": 0.85}
             data.append(
-                looks.shared(row)
+                style.shared(row)
                 | _scatter("markers", [x for _, x, _ in pairs], [y for _, _, y in pairs], texts)
                 | {"marker": marker | {"line": {"color": "var:paper", "width": 1}}}
             )
         if data:
             axis = log_axis([y for trace in data for y in trace["y"]], f"{metric} of the loss")
-            return Section(
+            return FigureSection(
                 title="Sharpness against accuracy",
                 caption="The largest eigenvalue of the Hessian and the test accuracy of each run, one mark a seed; the "
                 "vertical axis is logarithmic.",
@@ -196,7 +196,7 @@ def over_sharpness(table: StudyTable, looks: Looks) -> Section | None:
     return None
 
 
-def radar(table: StudyTable, looks: Looks) -> Section | None:
+def radar(table: StudyTable, style: StudyStyle) -> FigureSection | None:
     """A polygon for each arm over networks and data sets, each axis from its smallest mean to its largest."""
     rows = [row for row in table.rows if row.columns["test_acc"].stat.n]
     spokes = list(dict.fromkeys(_spoke(row) for row in rows))
@@ -209,23 +209,25 @@ def radar(table: StudyTable, looks: Looks) -> Section | None:
         polygons.setdefault(key, {})[_spoke(row)] = row
     data: list[dict[str, Any]] = []
     for polygon in polygons.values():
-        found = [(i, spoke) for i, spoke in enumerate(spokes) if spoke in polygon]
-        found += found[:1] if len(found) == len(spokes) else []
+        corners = [(i, spoke) for i, spoke in enumerate(spokes) if spoke in polygon]
+        corners += corners[:1] if len(corners) == len(spokes) else []
         row = next(iter(polygon.values()))
         values = {key: value for key, value in point_of(row).items() if key not in _SPOKES}
-        look = looks.at(row.arm, values)
+        row_style = style.at(row.arm, values)
         data.append(
-            looks.shared(row, values)
+            style.shared(row, values)
             | {
                 "type": "scatterpolar",
                 "mode": "lines+markers",
                 "cliponaxis": False,
-                "theta": [360.0 * i / len(spokes) for i, _ in found],
-                "r": [_scaled(polygon[spoke].columns["test_acc"].stat.mean, means[spoke]) for _, spoke in found],
+                "theta": [360.0 * i / len(spokes) for i, _ in corners],
+                "r": [_scaled(polygon[spoke].columns["test_acc"].stat.mean, means[spoke]) for _, spoke in corners],
                 "hoverinfo": "text",
-                "hovertext": [_hover(polygon[s].label, "test", polygon[s].columns["test_acc"].stat) for _, s in found],
-                "line": {"color": look.color, "dash": look.dash, "width": 2},
-                "marker": {"color": look.color, "symbol": look.symbol, "size": 7},
+                "hovertext": [
+                    _hover(polygon[s].label, "test", polygon[s].columns["test_acc"].stat) for _, s in corners
+                ],
+                "line": {"color": row_style.color, "dash": row_style.dash, "width": 2},
+                "marker": {"color": row_style.color, "symbol": row_style.symbol, "size": 7},
             }
         )
     small = {"showticklabels": False, "ticks": "", "gridcolor": "var:grid", "linecolor": "var:line"}
@@ -247,7 +249,7 @@ def radar(table: StudyTable, looks: Looks) -> Section | None:
         },
         "margin": {"l": 90, "r": 90, "t": 50, "b": 50},
     }
-    return Section(
+    return FigureSection(
         title="Radar",
         caption="Mean test accuracy in %. Each axis has a scale of its own, from the smallest mean (inner ring) to the "
         "largest (outer ring), so that distances on different axes do not compare and small differences look large; "

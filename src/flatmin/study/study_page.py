@@ -24,9 +24,9 @@ from flatmin.study.page import (
     paragraph,
     table,
 )
-from flatmin.study.strokes import number
-from flatmin.study.study_looks import Looks, Section, every_row
 from flatmin.study.study_phi import phi
+from flatmin.study.study_style import FigureSection, StudyStyle, every_row
+from flatmin.study.style import number
 from flatmin.study.tabulate import StudyRow, StudyTable
 from flatmin.words import reason
 
@@ -47,21 +47,21 @@ def render(shown: StudyTable, *, command: Sequence[str] = ()) -> str:
 
     Args:
         shown: the study's table; see `flatmin.study.tabulate.tabulate`.
-        command: the words of the command line.
+        command: the arguments of the command line.
 
     Raises:
         ModuleNotFoundError: there are figures and plotly is not installed (extra "report").
     """
-    looks = Looks(shown)
-    sections, failed = _sections(shown, looks)
-    body = [paragraph(sentence(shown), "lead"), _table(shown, looks), notes([*tables.remarks(shown), *failed])]
+    style = StudyStyle(shown)
+    sections, failed = _sections(shown, style)
+    body = [paragraph(sentence(shown), "lead"), _table(shown, style), notes([*tables.remarks(shown), *failed])]
     if sections:
-        points, at = looks.choices()
-        body.append(legend({arm: (arm, tone) for arm, tone in looks.tones.items()}, points, at=at))
-        body.append(paragraph(told, "caption") if (told := looks.explained()) else Markup(""))
+        points, at = style.choices()
+        body.append(legend({arm: (arm, tone) for arm, tone in style.tones.items()}, points, at=at))
+        body.append(paragraph(explanation, "caption") if (explanation := style.explained()) else Markup(""))
     for section in sections:
         body += [heading(section.title, section.caption), panels(section.figures)]
-    body += _published(shown, looks)
+    body += _published(shown, style)
     if not sections:
         body.append(paragraph("No run has numbers for a figure."))
     return page(shown.spec.title, body, _foot(shown, command))
@@ -70,7 +70,7 @@ def render(shown: StudyTable, *, command: Sequence[str] = ()) -> str:
 def sentence(shown: StudyTable) -> str:
     """What was run, in a sentence or two."""
     spec = shown.spec
-    cells = [row.cell for row in every_row(shown) if row.cell is not None]
+    cells = [row.grid_point for row in every_row(shown) if row.grid_point is not None]
     planned = sum(len(cell.configs) for cell in cells)
     ended = sum(row.n for row in every_row(shown))
     seeds = ", ".join(map(str, spec.seeds))
@@ -87,11 +87,11 @@ def _counted(count: int, word: str) -> str:
     return f"{count} {word}{'s' * (count != 1)}"
 
 
-def _table(shown: StudyTable, looks: Looks) -> Markup:
+def _table(shown: StudyTable, style: StudyStyle) -> Markup:
     names, rows = tables.header(shown), tables.body(shown)
     text = [i == 0 or not all(_plain(row[i]) for row in rows) for i in range(len(names))]
     columns = [Column(name, _hint(name, shown), text=is_text) for name, is_text in zip(names, text, strict=True)]
-    return table(columns, [_cells(row, cells, text, looks) for row, cells in zip(shown.rows, rows, strict=True)])
+    return table(columns, [_cells(row, cells, text, style) for row, cells in zip(shown.rows, rows, strict=True)])
 
 
 def _plain(cell: str) -> bool:
@@ -106,14 +106,14 @@ def sort_key(cell: str) -> float | None:
         >>> sort_key("+1.25 ±0.40"), sort_key("95.1, 94"), sort_key("-"), sort_key("3x3")
         (1.25, 95.1, None, None)
     """
-    found = _NUMBER.match(cell)
-    if found is None or cell[found.end() : found.end() + 1] not in ("", " ", ","):
+    match = _NUMBER.match(cell)
+    if match is None or cell[match.end() : match.end() + 1] not in ("", " ", ","):
         return None
-    return float(found.group())
+    return float(match.group())
 
 
-def _cells(row: StudyRow, cells: Sequence[str], text: Sequence[bool], looks: Looks) -> list[Cell]:
-    made = [Cell(cells[0], tone=looks.tones[row.arm], flag="; ".join(row.flags))]
+def _cells(row: StudyRow, cells: Sequence[str], text: Sequence[bool], style: StudyStyle) -> list[Cell]:
+    made = [Cell(cells[0], tone=style.tones[row.arm], flag="; ".join(row.flags))]
     for cell, is_text in zip(cells[1:], text[1:], strict=True):
         if is_text or cell == tables.ABSENT:
             made.append(Cell(_NONE if cell == tables.ABSENT else cell))
@@ -138,9 +138,9 @@ def _hint(name: str, shown: StudyTable) -> str:
     return "mean over the seeds and half width of the 95 % t interval" if name.endswith("±95 %") else ""
 
 
-def _sections(shown: StudyTable, looks: Looks) -> tuple[list[Section], list[str]]:
+def _sections(shown: StudyTable, style: StudyStyle) -> tuple[list[FigureSection], list[str]]:
     """The figures; and a sentence for each kind of them that could not be made."""
-    makers: dict[str, Callable[[StudyTable, Looks], Section | None]] = {
+    makers: dict[str, Callable[[StudyTable, StudyStyle], FigureSection | None]] = {
         "accuracy over the radius": study_figures.over_rho,
         "what the accuracy costs": study_figures.over_cost,
         "the radar": study_figures.radar,
@@ -152,12 +152,12 @@ def _sections(shown: StudyTable, looks: Looks) -> tuple[list[Section], list[str]
         "counts under perturbation": study_curves.under_perturbation,
         "ratios of gradients": study_curves.ratios,
         "curves over the updates": study_recorded.over_updates,
-        "BiSAM's φ": lambda shown, looks: phi(shown),
+        "BiSAM's φ": lambda shown, style: phi(shown),
     }
     made, failed = [], []
     for what, make in makers.items():
         try:
-            section = make(shown, looks)
+            section = make(shown, style)
         except ModuleNotFoundError:
             raise
         except Exception as error:
@@ -168,23 +168,23 @@ def _sections(shown: StudyTable, looks: Looks) -> tuple[list[Section], list[str]
     return made, failed
 
 
-def _published(shown: StudyTable, looks: Looks) -> list[Markup]:
-    """Numbers by the conventions of others, where the cards have them."""
-    found: list[dict[str, list[float]]] = []
+def _published(shown: StudyTable, style: StudyStyle) -> list[Markup]:
+    """Numbers by the conventions of others, where the reports have them."""
+    by_row: list[dict[str, list[float]]] = []
     for row in shown.rows:
         values: dict[str, list[float]] = {}
         for run in row.runs.values():
-            section = (run.card or {}).get("sections", {}).get("published", {})
+            section = (run.report or {}).get("sections", {}).get("published", {})
             for name, quantity in section.get("quantities", {}).items():
                 if quantity["value"] is not None and math.isfinite(quantity["value"]):
                     values.setdefault(name, []).append(float(quantity["value"]))
-        found.append(values)
-    names = list(dict.fromkeys(name for values in found for name in values))
+        by_row.append(values)
+    names = list(dict.fromkeys(name for values in by_row for name in values))
     if not names:
         return []
     rows = []
-    for row, values in zip(shown.rows, found, strict=True):
-        cells = [Cell(row.label, tone=looks.tones[row.arm])]
+    for row, values in zip(shown.rows, by_row, strict=True):
+        cells = [Cell(row.label, tone=style.tones[row.arm])]
         for name in names:
             cells.append(_with_interval(number(summarise(values.get(name, [])), 2)))
         rows.append(cells)

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from flatmin.methods import BiSAMLog, BiSAMTanh
 from flatmin.methods import losses as objectives
 from flatmin.study.page import Figure, plot_text
-from flatmin.study.strokes import DASHES, tone
-from flatmin.study.study_looks import Section
+from flatmin.study.study_style import FigureSection
+from flatmin.study.style import DASHES, tone
 from flatmin.study.tabulate import StudyTable
 from flatmin.train.trainer import build_recipe
 
@@ -31,14 +31,14 @@ class _Phi:
     bound: Tensor
 
 
-def phi(table: StudyTable) -> Section | None:
+def phi(table: StudyTable) -> FigureSection | None:
     """The curves; None if no arm climbs BiSAM's objective."""
     arms: dict[BiSAMLog | BiSAMTanh, list[str]] = {}
     for row in table.rows:
-        objective = build_recipe(row.cell.config).objective if row.cell is not None else None
+        objective = build_recipe(row.grid_point.config).objective if row.grid_point is not None else None
         if isinstance(objective, (BiSAMLog, BiSAMTanh)):
-            found = arms.setdefault(objective, [])
-            found += [row.arm] if row.arm not in found else []
+            names = arms.setdefault(objective, [])
+            names += [row.arm] if row.arm not in names else []
     if not arms:
         return None
     step = {"x": [-_REACH, 0.0, 0.0, _REACH], "y": [0.0, 0.0, 1.0, 1.0]}
@@ -63,7 +63,7 @@ def phi(table: StudyTable) -> Section | None:
         "legend": {"orientation": "h", "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom"},
         "margin": room,
     }
-    return Section(
+    return FigureSection(
         title="What BiSAM climbs",
         caption="The 0-1 loss of a sample over the margin F of a wrong class, and the φ that takes its place, with the "
         "parameters of the arms. Dotted: with two classes, the soft maximum (1/μ) log Σ exp(μ φ) less log 2 / μ, which "

@@ -9,29 +9,29 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 
-from flatmin.measure.card import chosen
+from flatmin.measure.report import chosen
+from flatmin.study.finished import FinishedRun, ends_of
 from flatmin.study.history import names_of
 from flatmin.study.history_plots import NOT_A_DIAGNOSTIC
-from flatmin.study.known import Known, ends_of
 from flatmin.study.study_curves import COUNTED, Curve, Points, section
-from flatmin.study.study_looks import Looks, Section
+from flatmin.study.study_style import FigureSection, StudyStyle
 from flatmin.study.tabulate import StudyRow, StudyTable
 
 POINTS = 60  # of a curve over the updates; where there are more lines, each point is a mean
 _NOT_MEASURED = ("epoch", "step")
 
 
-def over_updates(table: StudyTable, looks: Looks) -> Section | None:
+def over_updates(table: StudyTable, style: StudyStyle) -> FigureSection | None:
     """The optimizer's diagnostics and the loss of the updates, but for what has a section of its own."""
 
-    def read(name: str) -> Callable[[StudyRow, Known], Points]:
+    def read(name: str) -> Callable[[StudyRow, FinishedRun], Points]:
         return lambda row, run: _blocks(run, name)
 
     lines = [line for run in _runs(table) for line in run.steps]
     names = names_of(lines, without=(*NOT_A_DIAGNOSTIC, *COUNTED))
     return section(
         table,
-        looks,
+        style,
         "Over the updates",
         "Of the updates that were logged, as SAM.diagnostics() names them; loss is the mean since the one before. If "
         f"more than {POINTS} were logged, a point is the mean of neighbours, at the last of them.",
@@ -39,10 +39,10 @@ def over_updates(table: StudyTable, looks: Looks) -> Section | None:
     )
 
 
-def while_training(table: StudyTable, looks: Looks) -> Section | None:
+def while_training(table: StudyTable, style: StudyStyle) -> FigureSection | None:
     """What was measured between epochs."""
 
-    def read(name: str) -> Callable[[StudyRow, Known], Points]:
+    def read(name: str) -> Callable[[StudyRow, FinishedRun], Points]:
         return lambda row, run: [
             (line["epoch"], line[name]) for line in run.measures if isinstance(line.get(name), (int, float))
         ]
@@ -53,19 +53,19 @@ def while_training(table: StudyTable, looks: Looks) -> Section | None:
     names = names_of([line for run in _runs(table) for line in run.measures], without=_NOT_MEASURED)
     return section(
         table,
-        looks,
+        style,
         "Measured while training",
-        "As the card of a network names them, of the weights after an epoch, in eval mode, on "
+        "Named as in the report of a network; of the weights after an epoch, in eval mode, on "
         f"{record.measure_examples} training samples.{radius}{groups}",
         {name: Curve(y=name, read=read(name), log=True, ends=ends_of(name)) for name in names},
     )
 
 
-def _runs(table: StudyTable) -> list[Known]:
+def _runs(table: StudyTable) -> list[FinishedRun]:
     return [run for row in table.rows for run in row.runs.values()]
 
 
-def _blocks(run: Known, name: str) -> Iterator[tuple[float, float]]:
+def _blocks(run: FinishedRun, name: str) -> Iterator[tuple[float, float]]:
     """Means over so many neighbouring lines that the curve has no more than its points."""
     size = math.ceil(len(run.steps) / POINTS)
     for start in range(0, len(run.steps), max(size, 1)):

@@ -9,8 +9,8 @@ from typing import Any
 
 from flatmin.stats import PERCENT, POINTS, Stat, paired, summarise
 from flatmin.study.arms import Candidate
-from flatmin.study.executors import Outcome
-from flatmin.study.known import ends_of
+from flatmin.study.executors import RunOutcome
+from flatmin.study.finished import ends_of
 from flatmin.study.timing import Ratio
 from flatmin.train.config import Scalar
 from flatmin.train.result import Result
@@ -98,7 +98,7 @@ class Finding:
     """A row's candidate and the outcomes of its runs by seed."""
 
     candidate: Candidate
-    outcomes: Mapping[int, Outcome]
+    outcomes: Mapping[int, RunOutcome]
 
     @property
     def label(self) -> str:

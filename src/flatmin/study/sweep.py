@@ -1,4 +1,4 @@
-"""Axes by words: `key=a,b,c` and ranges, and the points that they span."""
+"""Axes from overrides, `key=a,b,c` and ranges, and the grid points that they span."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from flatmin.train.settings import split_word
+from flatmin.train.settings import split_override
 
 _WHOLE = re.compile(r"-?\d+")
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)")
@@ -17,7 +17,7 @@ _MOST = 10_000
 
 @dataclass(frozen=True)
 class Axis:
-    """A key and the values that it takes, as words.
+    """A key and the values that it takes, as text.
 
     Raises:
         ValueError: no value, or one twice.
@@ -49,7 +49,7 @@ def read_axis(word: str, *, lists: Sequence[str] = ()) -> Axis:
         >>> read_axis("seed=0..2,7").values
         ('0', '1', '2', '7')
     """
-    key, text = split_word(word)
+    key, text = split_override(word)
     if key in lists:
         return Axis(key, tuple(part.strip() for part in text.split("/") if part.strip()))
     values: list[str] = []
@@ -100,6 +100,6 @@ def points(axes: Sequence[Axis]) -> list[dict[str, str]]:
     return [dict(zip(keys, chosen, strict=True)) for chosen in itertools.product(*(axis.values for axis in axes))]
 
 
-def words(settings: Mapping[str, str]) -> list[str]:
-    """Settings as words."""
+def overrides(settings: Mapping[str, str]) -> list[str]:
+    """Settings as `key=value` overrides."""
     return [f"{key}={value}" for key, value in settings.items()]

@@ -33,16 +33,16 @@ CUT = (
 
 def header(table: StudyTable) -> list[str]:
     """Names of the columns: arm, axes, n, gradients, then the metrics, differences and published numbers."""
-    found = ["arm", *axes(table), *(["chosen"] if table.tried else []), "n", "grads/step"]
+    titles = ["arm", *axes(table), *(["chosen"] if table.tried else []), "n", "grads/step"]
     for metric in table.metrics:
-        found.append(f"{title(metric)} ±95 %")
+        titles.append(f"{title(metric)} ±95 %")
         if metric == "test_acc":
-            found += [f"vs {table.spec.baseline} (paired)", "p (Holm)"]
+            titles += [f"vs {table.spec.baseline} (paired)", "p (Holm)"]
             if _has_equal(table):
-                found += ["vs plain, equal grads", "p (Holm), equal grads"]
+                titles += ["vs plain, equal grads", "p (Holm), equal grads"]
         if _has_published(table, metric):
-            found.append(f"published {title(metric)}")
-    return found
+            titles.append(f"published {title(metric)}")
+    return titles
 
 
 def title(metric: str) -> str:
@@ -102,38 +102,38 @@ def published(value: Value, metric: str) -> str:
 def remarks(table: StudyTable) -> list[str]:
     """What stands below the table: flags, sources, notes, and what p and the intervals are."""
     spec = table.spec
-    found = [f"{row.label}: {', '.join(row.flags)}." for row in table.rows if row.flags]
-    found += [f"{run}: {error}" for run, error in table.errors.items()]
-    found += table.origins
+    texts = [f"{row.label}: {', '.join(row.flags)}." for row in table.rows if row.flags]
+    texts += [f"{run}: {error}" for run, error in table.errors.items()]
+    texts += table.origins
     shown = [one for row in table.rows for metric in table.metrics for one in row.columns[metric].published]
-    found += [f"Published: {source}." for source in dict.fromkeys(one.source for one in shown)]
+    texts += [f"Published: {source}." for source in dict.fromkeys(one.source for one in shown)]
     if spec.changed:
         beside = "; a published number is of the source's own settings" if shown else ""
-        found.append(f"Changed by the command: {' '.join(spec.changed)}{beside}.")
+        texts.append(f"Changed by the command: {' '.join(spec.changed)}{beside}.")
     if any(row.columns["test_acc"].p is not None for row in table.rows):
-        found.append(
+        texts.append(
             f"Differences are to {spec.baseline} at the same point of the axes, paired over seeds; p is that of their "
-            "t test, corrected for all rows by Holm's method. Nothing is bold: what lies inside the intervals is not "
-            "told apart."
+            "t test, corrected for all rows by Holm's method. No row is bold: differences inside the intervals are not "
+            "significant."
         )
     if any(stat.cut for stat in _shown(table)):
-        found.append(CUT)
+        texts.append(CUT)
     if _has_equal(table):
         names = dict.fromkeys(row.equal.label for row in table.rows if row.equal is not None)
-        found.append(
+        texts.append(
             "Equal grads: against plain training that took as many gradient evaluations (within 2 %), of several the "
             f"best on validation: {', '.join(names)}."
         )
-    found += [_choice(label, rows, spec.choose_seeds) for label, rows in table.tried.items()]
-    found += [f"No run has the column {name}." for name in spec.columns if _empty(table, name)]
-    return [*found, *spec.notes]
+    texts += [_choice(label, rows, spec.choose_seeds) for label, rows in table.tried.items()]
+    texts += [f"No run has the column {name}." for name in spec.columns if _empty(table, name)]
+    return [*texts, *spec.notes]
 
 
 def _shown(table: StudyTable) -> list[Stat]:
     """Everything in the table that has an interval."""
     values = [row.columns[metric] for row in table.rows for metric in table.metrics]
-    found = [value.stat for value in values] + [value.diff for value in values if value.diff is not None]
-    return found + [row.equal.diff for row in table.rows if row.equal is not None]
+    stats = [value.stat for value in values] + [value.diff for value in values if value.diff is not None]
+    return stats + [row.equal.diff for row in table.rows if row.equal is not None]
 
 
 def _empty(table: StudyTable, metric: str) -> bool:
@@ -144,7 +144,7 @@ def _choice(label: str, rows: Sequence[StudyRow], seeds: Sequence[int]) -> str:
     """What a row was chosen from, and on which seeds if they are others than those of the table."""
     own = f" with seed {', '.join(map(str, seeds))}, not in the table" if seeds else ""
     scores = [f"{_words(row.chosen)} {estimate(row.columns['val_acc'], 'val_acc')}" for row in rows]
-    if not any(row.cell is not None and row.n == len(row.cell.configs) for row in rows):
+    if not any(row.grid_point is not None and row.n == len(row.grid_point.configs) for row in rows):
         return f"{label} stands for all values, none of which has every seed{own}: {'; '.join(scores)}."
     return f"{label} is chosen by mean validation accuracy in %{own}: {'; '.join(scores)}."
 

@@ -9,16 +9,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flatmin.stats import Stat, holm, paired, paired_p, summarise
-from flatmin.study.cards import lacking
 from flatmin.study.config import BASE
 from flatmin.study.costs import Sizes
-from flatmin.study.executors import Outcome
-from flatmin.study.known import Known, ends_of
+from flatmin.study.executors import RunOutcome
+from flatmin.study.expand import GridPoint, best
+from flatmin.study.finished import FinishedRun, ends_of
 from flatmin.study.origins import origins
 from flatmin.study.plan import StudyPlan
 from flatmin.study.spec import METRICS, Published, StudySpec
 from flatmin.study.store import unique
-from flatmin.study.unfold import Cell, best
+from flatmin.study.stored_reports import lacking
 from flatmin.train.fingerprint import merged
 from flatmin.train.folder import RunFolder
 from flatmin.train.trainer import build_recipe
@@ -73,7 +73,7 @@ class StudyRow:
     """One row of the table.
 
     Args:
-        arm, values: see `Cell`.
+        arm, values: see `GridPoint`.
         n: seeds with a result.
         gradients: gradient evaluations of one update.
         columns: by metric.
@@ -92,8 +92,8 @@ class StudyRow:
     gradients: float
     columns: Mapping[str, Value]
     flags: tuple[str, ...] = ()
-    cell: Cell | None = None
-    runs: Mapping[int, Known] = field(default_factory=dict)
+    grid_point: GridPoint | None = None
+    runs: Mapping[int, FinishedRun] = field(default_factory=dict)
     budget: float = math.nan
     equal: Equal | None = None
     steps: Mapping[str, float] = field(default_factory=dict)
@@ -101,7 +101,7 @@ class StudyRow:
     @property
     def point(self) -> Mapping[str, str]:
         """The values that tell the rows of an arm apart."""
-        return self.values if self.cell is None else self.cell.point
+        return self.values if self.grid_point is None else self.grid_point.point
 
     @property
     def chosen(self) -> Mapping[str, str]:
@@ -137,7 +137,7 @@ class StudyTable:
     origins: tuple[str, ...] = ()
 
 
-def tabulate(todo: StudyPlan, outcomes: Mapping[str, Outcome]) -> StudyTable:
+def tabulate(todo: StudyPlan, outcomes: Mapping[str, RunOutcome]) -> StudyTable:
     """The table of what is finished.
 
     Args:
@@ -146,27 +146,27 @@ def tabulate(todo: StudyPlan, outcomes: Mapping[str, Outcome]) -> StudyTable:
     """
     spec = todo.spec
     sizes = Sizes()
-    rows, tried = _chosen([_row(todo, i, outcomes, sizes) for i in range(len(todo.cells))])
+    rows, tried = _chosen([_row(todo, i, outcomes, sizes) for i in range(len(todo.grid_points))])
     if todo.choice is not None:
-        tried = _chosen([_row(todo.choice, i, outcomes, sizes) for i in range(len(todo.choice.cells))])[1]
+        tried = _chosen([_row(todo.choice, i, outcomes, sizes) for i in range(len(todo.choice.grid_points))])[1]
     rows = [_compared(row, rows, spec) for row in rows]
     rows = _corrected(rows)
     errors: dict[str, str] = {}
     without: dict[tuple[str, str], list[str]] = {}
     parts = (todo,) if todo.choice is None else (todo.choice, todo)
-    named = {(part.cells[i].label, seed): run for part in parts for (i, seed), run in part.runs.items()}
+    named = {(part.grid_points[i].label, seed): run for part in parts for (i, seed), run in part.runs.items()}
     for (label, seed), run in named.items():
-        outcome = outcomes.get(run.name, Outcome())
+        outcome = outcomes.get(run.name, RunOutcome())
         name = f"{label}, seed {seed}"
         if text := outcome.error or (outcome.result.failure if outcome.result else None):
             errors[name] = text
         if outcome.refusal:
             errors[f"{name}, not measured"] = outcome.refusal
-        for what, why in lacking(outcome.card or {"sections": {}}).items():
+        for what, why in lacking(outcome.report or {"sections": {}}).items():
             without.setdefault((what, why), []).append(name)
     for (what, why), names in without.items():
         some = "; ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
-        errors[f"{what} is not there for {some}"] = why
+        errors[f"{what} is missing for {some}"] = why
     return StudyTable(
         spec=spec,
         rows=rows,
@@ -178,51 +178,54 @@ def tabulate(todo: StudyPlan, outcomes: Mapping[str, Outcome]) -> StudyTable:
     )
 
 
-def _row(todo: StudyPlan, i: int, outcomes: Mapping[str, Outcome], sizes: Sizes) -> StudyRow:
+def _row(todo: StudyPlan, i: int, outcomes: Mapping[str, RunOutcome], sizes: Sizes) -> StudyRow:
     """A row by itself."""
-    cell, spec = todo.cells[i], todo.spec
-    runs: dict[int, Known] = {}
-    for seed in cell.configs:
+    row, spec = todo.grid_points[i], todo.spec
+    runs: dict[int, FinishedRun] = {}
+    for seed in row.configs:
         run = todo.runs[i, seed]
         outcome = outcomes.get(run.name)
         if outcome is None or outcome.result is None or outcome.result.failure is not None:
             continue
         folder = RunFolder(todo.store.folder(run))
-        runs[seed] = Known(
+        runs[seed] = FinishedRun(
             result=outcome.result,
             lines=outcome.lines,
             steps=folder.steps() if spec.record.log_every else [],
             measures=folder.measures() if spec.record.measure_every else [],
-            card=outcome.card,
+            report=outcome.report,
         )
     columns = {}
-    steps = sizes.steps(cell.config) if runs else {}
+    steps = sizes.steps(row.config) if runs else {}
     for metric in dict.fromkeys((*METRICS, *spec.columns)):
         values = list(_by_seed(runs, metric).values())
         stat = summarise(values, step=steps.get(metric, 0.0), ends=ends_of(metric))
         published = tuple(
-            one for one in spec.published if one.label == cell.arm and one.metric == metric and cell.at(one.where)
+            one for one in spec.published if one.label == row.arm and one.metric == metric and row.at(one.where)
         )
         columns[metric] = Value(stat=stat, std=_deviation(stat), published=published)
-    known = [one.result for one in runs.values()]
-    counts = {"no result": len(cell.configs) - len(runs), "did not train": sum(not one.trained for one in known)}
-    gradients = [one.gradient_evaluations for one in known] or [build_recipe(cell.config).gradient_evaluations]
+    results = [one.result for one in runs.values()]
+    counts = {
+        "no result": len(row.configs) - len(runs),
+        "did not train": sum(not one.trained for one in results),
+    }
+    gradients = [one.gradient_evaluations for one in results] or [build_recipe(row.config).gradient_evaluations]
     mean = math.fsum(gradients) / len(gradients)
     return StudyRow(
-        arm=cell.arm,
-        values=cell.values,
+        arm=row.arm,
+        values=row.values,
         n=len(runs),
         gradients=mean,
         columns=columns,
-        flags=tuple(f"{what}: {count} of {len(cell.configs)}" for what, count in counts.items() if count),
-        cell=cell,
+        flags=tuple(f"{what}: {count} of {len(row.configs)}" for what, count in counts.items() if count),
+        grid_point=row,
         runs=runs,
-        budget=mean * sizes.updates(cell.config) if runs else math.nan,
+        budget=mean * sizes.updates(row.config) if runs else math.nan,
         steps=steps,
     )
 
 
-def _by_seed(runs: Mapping[int, Known], metric: str) -> dict[int, float]:
+def _by_seed(runs: Mapping[int, FinishedRun], metric: str) -> dict[int, float]:
     return {seed: value for seed, run in runs.items() if (value := run.number(metric)) is not None}
 
 
@@ -239,11 +242,11 @@ def _chosen(every: Sequence[StudyRow]) -> tuple[list[StudyRow], dict[str, list[S
     """
     groups: dict[tuple[object, ...], list[StudyRow]] = {}
     for row in every:
-        assert row.cell is not None
-        groups.setdefault(row.cell.group, []).append(row)
+        assert row.grid_point is not None
+        groups.setdefault(row.grid_point.group, []).append(row)
     rows, tried = [], {}
     for group in groups.values():
-        whole = [row.cell is not None and row.n == len(row.cell.configs) for row in group]
+        whole = [row.grid_point is not None and row.n == len(row.grid_point.configs) for row in group]
         scores = [row.columns["val_acc"].stat.mean if ok else None for row, ok in zip(group, whole, strict=True)]
         rows.append(group[best(scores)])
         if len(group) > 1:
@@ -264,13 +267,13 @@ def _compared(row: StudyRow, rows: Sequence[StudyRow], spec: StudySpec) -> Study
 
 def _baseline(row: StudyRow, rows: Sequence[StudyRow], spec: StudySpec) -> StudyRow | None:
     """The baseline's row at the same point of the axes that it has."""
-    if row.arm == spec.baseline or row.cell is None:
+    if row.arm == spec.baseline or row.grid_point is None:
         return None
     for other in rows:
         if (
             other.arm == spec.baseline
-            and other.cell is not None
-            and row.cell.at(other.cell.point)
+            and other.grid_point is not None
+            and row.grid_point.at(other.grid_point.point)
             and _same(row, other, _TASK)
         ):
             return other
@@ -279,19 +282,19 @@ def _baseline(row: StudyRow, rows: Sequence[StudyRow], spec: StudySpec) -> Study
 
 def _equal(row: StudyRow, rows: Sequence[StudyRow]) -> Equal | None:
     """Plain training of the same network on the same task with as many gradient evaluations."""
-    if row.cell is None or row.cell.config.method == BASE or math.isnan(row.budget):
+    if row.grid_point is None or row.grid_point.config.method == BASE or math.isnan(row.budget):
         return None
     plain = [
         other
         for other in rows
-        if other.cell is not None
-        and other.cell.config.method == BASE
+        if other.grid_point is not None
+        and other.grid_point.config.method == BASE
         and _same(row, other, (*_TASK, *_COST))
         and abs(other.budget - row.budget) <= _EQUAL * row.budget
     ]
     if not plain:
         return None
-    whole = [other for other in plain if other.cell is not None and other.n == len(other.cell.configs)]
+    whole = [other for other in plain if other.grid_point is not None and other.n == len(other.grid_point.configs)]
     rival = max(whole or plain, key=lambda other: other.columns["val_acc"].stat.mean)
     diff = _difference(row, rival, "test_acc")
     return None if diff is None else Equal(label=rival.label, diff=diff, p=_p(diff))
@@ -305,9 +308,9 @@ def _difference(row: StudyRow, other: StudyRow, metric: str) -> Stat | None:
 
 
 def _same(row: StudyRow, other: StudyRow, keys: Sequence[str]) -> bool:
-    if row.cell is None or other.cell is None:
+    if row.grid_point is None or other.grid_point is None:
         return False
-    mine, theirs = row.cell.config, other.cell.config
+    mine, theirs = row.grid_point.config, other.grid_point.config
     return all(getattr(mine, key) == getattr(theirs, key) for key in keys)
 
 
@@ -321,8 +324,8 @@ def _corrected(rows: Sequence[StudyRow]) -> list[StudyRow]:
     """P values corrected for all rows of a column."""
     columns = [dict(row.columns) for row in rows]
     for metric in dict.fromkeys(metric for row in rows for metric in row.columns):
-        found = _holm(own[metric].p for own in columns)
-        for own, p in zip(columns, found, strict=True):
+        adjusted = _holm(own[metric].p for own in columns)
+        for own, p in zip(columns, adjusted, strict=True):
             own[metric] = dataclasses.replace(own[metric], p=p)
     equal = _holm(None if row.equal is None else row.equal.p for row in rows)
     return [
@@ -331,9 +334,9 @@ def _corrected(rows: Sequence[StudyRow]) -> list[StudyRow]:
     ]
 
 
-def _holm(found: Any) -> list[float | None]:
-    values: list[float | None] = list(found)
-    known = [i for i, p in enumerate(values) if p is not None]
-    for i, p in zip(known, holm([values[i] or 0.0 for i in known]), strict=True):
+def _holm(numbers: Any) -> list[float | None]:
+    values: list[float | None] = list(numbers)
+    places = [i for i, p in enumerate(values) if p is not None]
+    for i, p in zip(places, holm([values[i] or 0.0 for i in places]), strict=True):
         values[i] = p
     return values

@@ -85,11 +85,11 @@ def time_ratios(configs: Mapping[str, RunConfig], base: RunConfig, *, rounds: in
             floor = reference.seconds(STEPS)
             for name in names[shift:] + names[:shift]:
                 ratios[name].append(steppers[name].seconds(STEPS) / floor)
-    return {name: _ratio(found) for name, found in ratios.items()}
+    return {name: _ratio(values) for name, values in ratios.items()}
 
 
-def _ratio(found: Sequence[float]) -> Ratio:
-    q25, median, q75 = quantiles(found, n=4, method="inclusive") if len(found) > 1 else [found[0]] * 3
+def _ratio(values: Sequence[float]) -> Ratio:
+    q25, median, q75 = quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
     return Ratio(median=median, q25=q25, q75=q75)
 
 

@@ -6,25 +6,25 @@ import json
 from collections.abc import Mapping, Sequence
 
 from flatmin.study.dimensions import Dimension
-from flatmin.study.search import Found
+from flatmin.study.search import SearchResult
 from flatmin.study.spec import StudySpec
 
 FRESH = 5  # seeds of the study that follows
 
 
-def found_study(spec: StudySpec, dimensions: Sequence[Dimension], found: Sequence[Found], budget: float) -> str:
+def best_study(spec: StudySpec, dimensions: Sequence[Dimension], results: Sequence[SearchResult], budget: float) -> str:
     """The study with the settings that were best for each arm, over seeds that the search has not seen, as TOML.
 
     Args:
         spec: what was searched.
         dimensions: in what.
-        found: by the search.
+        results: by the search.
         budget: gradient evaluations for each row, in epochs of plain training.
     """
     first = max(spec.seeds) + 1
     ranges = ", ".join(_range(dimension) for dimension in dimensions)
     keys = {dimension.key for dimension in dimensions}
-    best = next(one.cell.label for one in found if one.cell.arm == spec.baseline)
+    best = next(one.grid_point.label for one in results if one.grid_point.arm == spec.baseline)
     lines = [
         f"title = {_text(f'{spec.title}, searched')}",
         f"source = {_text(spec.source)}",
@@ -35,13 +35,13 @@ def found_study(spec: StudySpec, dimensions: Sequence[Dimension], found: Sequenc
         *_table("settings", {key: value for key, value in spec.settings.items() if key not in keys}),
     ]
     arms = {arm.label: arm for arm in spec.arms}
-    for one in found:
+    for one in results:
         trial = one.best
-        own = {key: value for key, value in arms[one.cell.arm].settings.items() if key not in keys}
+        own = {key: value for key, value in arms[one.grid_point.arm].settings.items() if key not in keys}
         # Axes of one value, so that they win over what is given with other values.
-        point = {**one.cell.axes, **(trial.settings if trial is not None else {})}
+        point = {**one.grid_point.axes, **(trial.settings if trial is not None else {})}
         axes = ", ".join(f"{_key(key)} = {_texts([value])}" for key, value in point.items())
-        lines += ["", "[[arms]]", f"label = {_text(one.cell.label)}", *_entries(own), f"axes = {{ {axes} }}"]
+        lines += ["", "[[arms]]", f"label = {_text(one.grid_point.label)}", *_entries(own), f"axes = {{ {axes} }}"]
     for given in spec.given:
         settings = {key: value for key, value in given.settings.items() if key not in keys}
         if settings:

@@ -16,35 +16,35 @@ from flatmin.theory.checker import check
 from flatmin.theory.classes import FunctionClass
 from flatmin.theory.closed import factor, largest_step, limit_distance, orbit_square
 from flatmin.theory.families import Family, family
-from flatmin.theory.functions import LeastSquares, Problem, Quadratic, Square, random_system
+from flatmin.theory.functions import Function, LeastSquares, Quadratic, Square, random_system
 from flatmin.theory.landscapes import LogSum, MexicanHat, Quartic, Rosenbrock, Wave
 from flatmin.theory.logistic import Logistic, breast_cancer, digits_pair
 from flatmin.theory.methods import Trace, run
-from flatmin.theory.problems import PROBLEMS, read_problem
-from flatmin.theory.rules import Asymptotics, Constant, Custom, Power, Product, Rule, Tied
+from flatmin.theory.named import FUNCTIONS, read_function
+from flatmin.theory.parse import FORMS, read_radius, read_rule
+from flatmin.theory.rules import Asymptotics, ConstantRule, Custom, PowerRule, Product, Rule, Tied
 from flatmin.theory.schedules import Cosine, Diminish
 from flatmin.theory.verdict import PROPERTIES, Condition, Property, Theorem, Verdict
-from flatmin.theory.words import FORMS, read_radius, read_rule
 
 __all__ = [
     "FORMS",
-    "PROBLEMS",
+    "FUNCTIONS",
     "PROPERTIES",
     "Asymptotics",
     "Bound",
     "Condition",
-    "Constant",
+    "ConstantRule",
     "Cosine",
     "Custom",
     "Diminish",
     "Family",
+    "Function",
     "FunctionClass",
     "LeastSquares",
     "LogSum",
     "Logistic",
     "MexicanHat",
-    "Power",
-    "Problem",
+    "PowerRule",
     "Product",
     "Property",
     "Quadratic",
@@ -67,7 +67,7 @@ __all__ = [
     "limit_distance",
     "orbit_square",
     "random_system",
-    "read_problem",
+    "read_function",
     "read_radius",
     "read_rule",
     "run",

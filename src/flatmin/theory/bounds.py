@@ -10,10 +10,10 @@ import numpy as np
 
 from flatmin.methods import Recipe
 from flatmin.theory.families import Family, family
-from flatmin.theory.functions import Problem
+from flatmin.theory.functions import Function
 from flatmin.theory.methods import RadiusLike, StepLike, positive
+from flatmin.theory.parse import as_radius, as_step
 from flatmin.theory.rules import Product
-from flatmin.theory.words import as_radius, as_step
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Bound:
 
 
 def gradient_bound(
-    problem: Problem,
+    problem: Function,
     step: StepLike,
     radius: RadiusLike,
     updates: int,
@@ -60,7 +60,7 @@ def gradient_bound(
     |1 - t lambda (1 +- rho lambda)|; igdr adds t L nu B.
 
     Args:
-        problem: f; L is its `known.L`.
+        problem: f; L is its `function_class.L`.
         step: as in `flatmin.theory.methods.run`.
         radius: likewise.
         updates: >= 1.
@@ -72,7 +72,7 @@ def gradient_bound(
             follows (t L >= 3/2, or beyond `largest_step`), or a method without theorem.
     """
     chosen = family(method, **how)
-    f = problem.known
+    f = problem.function_class
     if chosen.kind == "other":
         raise ValueError(f"no bound: {chosen.reason}.")
     if f.L is None:
@@ -133,10 +133,10 @@ def _last(start: float, t: np.ndarray, rho: np.ndarray, spectrum: np.ndarray, me
     mu, L = float(spectrum.min()), float(spectrum.max())
     if method.kind == "normalised" and method.climbs:
         keep, over, add = 1 - t * mu, np.maximum(t * L - 1, 0), t * rho * L**2
-        found = [start]
+        sequence = [start]
         for a, b, c in zip(keep, over, add, strict=True):
-            found.append(max(a * found[-1], b * found[-1] + c))
-        return np.array(found)
+            sequence.append(max(a * sequence[-1], b * sequence[-1] + c))
+        return np.array(sequence)
     sign = {"unnormalised": 1.0, "extragradient": -1.0}.get(method.kind, 0.0)
     by = np.zeros_like(t)
     for eigenvalue in spectrum:
@@ -146,7 +146,7 @@ def _last(start: float, t: np.ndarray, rho: np.ndarray, spectrum: np.ndarray, me
         by = by + t * L * rho
     elif method.kind in ("normalised", "absolute"):
         add = t * L * rho * (L if method.kind == "normalised" else 1.0)
-    found = [start]
+    sequence = [start]
     for a, c in zip(by, add, strict=True):
-        found.append(a * found[-1] + c)
-    return np.array(found)
+        sequence.append(a * sequence[-1] + c)
+    return np.array(sequence)

@@ -9,13 +9,13 @@ from flatmin.theory import theorems
 from flatmin.theory.classes import FunctionClass
 from flatmin.theory.failures import failures, stays_away
 from flatmin.theory.families import Family, family
-from flatmin.theory.functions import Problem
+from flatmin.theory.functions import Function
 from flatmin.theory.kl import rate_words
 from flatmin.theory.methods import RadiusLike, StepLike, positive
-from flatmin.theory.rules import Asymptotics, Constant, Product, Rule
+from flatmin.theory.parse import as_radius, as_step
+from flatmin.theory.rules import Asymptotics, ConstantRule, Product, Rule
 from flatmin.theory.sums import CAUTION, converges
 from flatmin.theory.verdict import PROPERTIES, Property, Theorem, Verdict
-from flatmin.theory.words import as_radius, as_step
 
 _STATEMENTS = {
     "gradient": (theorems.relative,),
@@ -31,7 +31,7 @@ _STATEMENTS = {
 def check(
     step: StepLike,
     radius: RadiusLike,
-    functions: FunctionClass | Problem,
+    functions: FunctionClass | Function,
     method: str | Recipe | Family = "sam",
     **how: Any,
 ) -> Verdict:
@@ -50,7 +50,7 @@ def check(
     Args:
         step: t_n, n = 1, 2, ...: a rule, a number, words as in `read_rule`, or a function of n.
         radius: rho_n, likewise, or tied to the step; eps_n of igd, nu_n of igdr.
-        functions: the class, or a problem, whose `known` is taken.
+        functions: the class, or a problem, whose `function_class` is taken.
         method: as in `flatmin.theory.families.family`. Default "sam".
         how: parameters of the recipe's parts.
 
@@ -59,7 +59,7 @@ def check(
         TypeError: something else than a rule or a class.
     """
     chosen = family(method, **how)
-    f = functions.known if isinstance(functions, Problem) else functions
+    f = functions.function_class if isinstance(functions, Function) else functions
     if not isinstance(f, FunctionClass):
         raise TypeError(f"functions must be a FunctionClass or a Problem, got {type(f).__name__}.")
     t = as_step(step)
@@ -69,12 +69,12 @@ def check(
     if chosen.factor is not None:
         rho = Product((rho, chosen.factor))
     if chosen.kind == "gradient":
-        rho = Constant(0.0)
+        rho = ConstantRule(0.0)
     judged = _without_radius(chosen) if _is_zero(rho) and chosen.kind in _MOVING else chosen
     tried = sorted((s(t, rho, f, judged) for s in _STATEMENTS[judged.kind]), key=_nearness)
     nearest = tried[0] if tried else None
     wrong = failures(t, rho, f, judged)
-    other = functions.name if isinstance(functions, Problem) and not f.spectrum else ""
+    other = functions.name if isinstance(functions, Function) and not f.spectrum else ""
     applies = nearest.name if nearest is not None and nearest.holds else None
     return Verdict(
         step=t,

@@ -69,8 +69,8 @@ class FunctionClass:
         if self.spectrum and (self.L is None or not math.isclose(max(map(abs, self.spectrum)), self.L)):
             raise ValueError(f"the largest modulus of the spectrum must be L = {self.L!r}, got {self.spectrum!r}.")
         if not self.bounded_below and (self.minimisers in ("unique", "bounded", "unbounded") or self.bounded_levels):
-            known = "has bounded sets {f <= a}" if self.bounded_levels else f"has minimisers ({self.minimisers})"
-            raise ValueError(f"f {known} and is not bounded below: that is contradictory.")
+            minimum = "has bounded sets {f <= a}" if self.bounded_levels else f"has minimisers ({self.minimisers})"
+            raise ValueError(f"f {minimum} and is not bounded below: that is contradictory.")
         if self.bounded_levels and self.minimisers in ("none", "unbounded"):
             raise ValueError(f"f has bounded sets {{f <= a}} and minimisers {self.minimisers}: that is contradictory.")
         if self.kl is not None:
@@ -111,8 +111,8 @@ class FunctionClass:
                 except ValueError:
                     raise ValueError(f"{key.strip()} must be a number, got {text!r}.") from None
             else:
-                known = [*WORDS, "L=4", "kl=0.5"]
-                raise ValueError(f"unknown word {word!r}{suggest(word, known)} (words: {', '.join(known)}).")
+                allowed = [*WORDS, "L=4", "kl=0.5"]
+                raise ValueError(f"unknown word {word!r}{suggest(word, allowed)} (words: {', '.join(allowed)}).")
         return cls(**given)
 
     def __str__(self) -> str:

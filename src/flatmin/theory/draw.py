@@ -1,4 +1,4 @@
-"""Figures of the demonstrations with matplotlib (extra "plot"); the colours tell apart to colour-blind readers."""
+"""Figures of the demonstrations with matplotlib (extra "plot"), in colours for colour-blind readers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from flatmin.study.draw import COLORS, MARKERS, lines_onto, new_figure, save
 from flatmin.study.plots import Lines
-from flatmin.theory.demonstrations.base import Curve, Marks, Panel, Shown
+from flatmin.theory.demonstrations.demonstration import DemonstrationResult, Marks, Panel, PanelCurve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,7 +22,7 @@ _SIZE = (4.3, 3.7)  # inches of one panel
 _ROW = 0.27  # inches of one row of marks
 
 
-def figure(shown: Shown) -> Figure:
+def figure(shown: DemonstrationResult) -> Figure:
     """The figure of a demonstration: its panels side by side, four in two rows.
 
     Args:
@@ -54,7 +54,7 @@ def _panel_onto(axes: Axes, panel: Panel) -> None:
     taken = 0
     for place, curve in enumerate(panel.curves):
         color = curve.color
-        if color is None and curve.look != "theory":
+        if color is None and curve.style != "theory":
             color, taken = taken, taken + 1
         _curve_onto(axes, curve, _INK if color is None else COLORS[color % len(COLORS)], color or 0, place)
     lines_onto(
@@ -77,14 +77,14 @@ def _panel_onto(axes: Axes, panel: Panel) -> None:
         axes.legend(fontsize=8, frameon=True, framealpha=0.85, edgecolor="none", borderpad=0.2)
 
 
-def _curve_onto(axes: Axes, curve: Curve, color: str, number: int, place: int) -> None:
+def _curve_onto(axes: Axes, curve: PanelCurve, color: str, number: int, place: int) -> None:
     # Curves that lie on each other show by their widths.
-    look: dict[str, Any] = {"linewidth": max(2.4 - 0.3 * place, 1.2), "zorder": 2}
-    if curve.look == "theory":
-        look = {"linewidth": 1.4, "linestyle": (0, (5, 2.5)), "zorder": 3}
-    elif curve.look == "points":
+    style: dict[str, Any] = {"linewidth": max(2.4 - 0.3 * place, 1.2), "zorder": 2}
+    if curve.style == "theory":
+        style = {"linewidth": 1.4, "linestyle": (0, (5, 2.5)), "zorder": 3}
+    elif curve.style == "points":
         marker = MARKERS[number % len(MARKERS)]
-        look = {
+        style = {
             "linestyle": "none",
             "marker": marker,
             "markersize": 7.5,
@@ -93,7 +93,7 @@ def _curve_onto(axes: Axes, curve: Curve, color: str, number: int, place: int) -
             "zorder": 4,
         }
     finite = np.where(np.isfinite(curve.y), curve.y, np.nan)
-    axes.plot(curve.x, finite, color=color, label=curve.label or "_nolegend_", **look)
+    axes.plot(curve.x, finite, color=color, label=curve.label or "_nolegend_", **style)
 
 
 def _marks_onto(axes: Axes, marks: Marks) -> None:

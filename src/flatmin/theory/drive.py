@@ -1,4 +1,4 @@
-"""Two ways to run the library's own recipes on a function: the optimizer, and the program inside of it."""
+"""Two drivers that run recipes of the library on a function: the optimizer, and its program alone."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from flatmin.methods import Need, Recipe, State
 from flatmin.optim import SAM
 from flatmin.optim.program import Generators, StepInputs, program
 from flatmin.optim.support import Loop, refusal
-from flatmin.theory.functions import Problem
+from flatmin.theory.functions import Function
 
 Gradient = Callable[[Tensor], Tensor]
 
 
-class Door(Protocol):
+class Driver(Protocol):
     """Runs updates one by one."""
 
     @property
@@ -29,7 +29,7 @@ class Door(Protocol):
         """One update with this step size and radius; False if it was not finite and did not happen."""
 
 
-class OptimizerDoor:
+class OptimizerDriver:
     """`flatmin.SAM(torch.optim.SGD([x]))`, with lr and rho set before every update.
 
     Args:
@@ -44,7 +44,7 @@ class OptimizerDoor:
     def __init__(
         self,
         recipe: Recipe,
-        problem: Problem,
+        problem: Function,
         gradient: Gradient,
         start: Tensor,
         *,
@@ -82,7 +82,7 @@ class OptimizerDoor:
         return loss
 
 
-class ProgramDoor:
+class ProgramDriver:
     """The recipe's program itself, which the optimizer and `flatmin.value_and_grad` run too, and x <- x - t u.
 
     Several times faster than the optimizer on small problems: nothing is moved in place, and no hooks are called.
@@ -93,16 +93,16 @@ class ProgramDoor:
 
     def __init__(self, recipe: Recipe, gradient: Gradient, start: Tensor, *, seed: int, eps: float) -> None:
         if why := refusal(recipe, Loop.FUNCTIONAL):
-            raise ValueError(f"{recipe.name} {why}; use door='optimizer'.")
+            raise ValueError(f"{recipe.name} {why}; use driver='optimizer'.")
         self.x = start.clone()
         self._recipe, self._gradient, self._eps = recipe, gradient, eps
         self._generators, self._step = Generators(seed), 0
         self._memory: dict[str, dict[str, Any]] = {kind: {} for kind in recipe.parts}
 
     def read(self, kind: str, weights: Sequence[Tensor]) -> State:
-        kept = self._memory[kind]
+        memory = self._memory[kind]
         slots = self._recipe.parts[kind].slots.items()
-        return {slot: [kept.get(slot)] if shape == "param" else kept.get(slot) for slot, shape in slots}
+        return {slot: [memory.get(slot)] if shape == "param" else memory.get(slot) for slot, shape in slots}
 
     def update(self, t: float, rho: float) -> bool:
         x, group = self.x, {"lr": t, "rho": rho}

@@ -96,9 +96,11 @@ def _factor(t: float, rho: float, eigenvalue: float, method: Family) -> float:
 def _normalised(t: float, rho: float, f: FunctionClass, method: Family) -> Failures:
     if not (t > 0 and rho > 0) or method.rests:
         return {}
-    found = dict.fromkeys(ARRIVES, "t and rho are bounded away from 0: near a quadratic's minimiser updates stay long")
+    failures = dict.fromkeys(
+        ARRIVES, "t and rho are bounded away from 0: near a quadratic's minimiser updates stay long"
+    )
     if not method.climbs:
-        return found
+        return failures
     top = max(f.spectrum, default=0.0)
     if t * top >= 2:
         return dict.fromkeys(DIVERGES, f"t lambda = {t * top:g} >= 2: the iterates diverge")
@@ -136,9 +138,9 @@ def _multiplied(step: Rule, radius: Rule, f: FunctionClass, method: Family) -> F
         return dict.fromkeys(ALL if rho == 1 else DIVERGES, reason)
     if t == 0:
         if method.kind == "extragradient" and any(rho * s >= 1 for s in _eigenvalues(f)) and _steady(radius):
-            found = max(rho * s for s in _eigenvalues(f))
-            number = ALL if found == 1 or not f.spectrum else DIVERGES
-            return dict.fromkeys(number, f"rho lambda = {found:g} >= 1: the step does not descend")
+            largest = max(rho * s for s in _eigenvalues(f))
+            number = ALL if largest == 1 or not f.spectrum else DIVERGES
+            return dict.fromkeys(number, f"rho lambda = {largest:g} >= 1: the step does not descend")
         return {}
     steady = _steady(step) and _steady(radius)
     worst = max(_eigenvalues(f), key=lambda s: abs(_factor(t, rho, s, method)), default=None)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from flatmin import methods as p
 from flatmin.methods import Need, Recipe, compose, method_table
-from flatmin.theory.rules import Power, Rule
+from flatmin.theory.rules import PowerRule, Rule
 from flatmin.words import suggest
 
 Kind = Literal["gradient", "normalised", "unnormalised", "extragradient", "absolute", "relative", "other"]
@@ -73,13 +73,13 @@ def family(method: str | Recipe | Family, *, error: Error = "against", **how: An
     if isinstance(method, Recipe):
         recipe = method
     else:
-        known = method_table()
-        if "+" not in method and method not in known:
-            names = [*known, *FRAMEWORKS]
+        methods = method_table()
+        if "+" not in method and method not in methods:
+            names = [*methods, *FRAMEWORKS]
             raise ValueError(f"unknown method {method!r}{suggest(method, names)} (methods: {', '.join(names)}).")
         recipe = compose(method, **how)
     kind, reason = _kind(recipe)
-    factor = Power(1.0, recipe.radius.p) if isinstance(recipe.radius, p.PowerRadius) else None
+    factor = PowerRule(1.0, recipe.radius.p) if isinstance(recipe.radius, p.PowerRadius) else None
     centred = isinstance(recipe.geometry, p.Centralised)
     climbs = isinstance(recipe.direction, p.Gradient) and not centred
     rests = centred or _cancels(recipe.direction)

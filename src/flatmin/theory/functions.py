@@ -12,20 +12,20 @@ from torch import Tensor
 from flatmin.theory.classes import FunctionClass
 
 
-class Problem(ABC):
+class Function(ABC):
     """A differentiable function f on R^dim, in float64, with its gradient in closed form.
 
     Attributes:
         name: what tables print.
         dim: number of variables.
-        known: L, convexity, minimisers, KL exponent; what the checker reads.
+        function_class: L, convexity, minimisers, KL exponent; what the checker reads.
         f_star: inf f; None if it is not known.
         why: where L and the KL exponent come from, one sentence.
     """
 
     name: str
     dim: int
-    known: FunctionClass
+    function_class: FunctionClass
     f_star: float | None
     why: str
 
@@ -46,10 +46,10 @@ class Problem(ABC):
         return torch.randn(self.dim, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
     def __repr__(self) -> str:
-        return f"{self.name} ({self.known})"
+        return f"{self.name} ({self.function_class})"
 
 
-class Quadratic(Problem):
+class Quadratic(Function):
     """f(x) = (x - c)^T A (x - c) / 2 with A = Q diag(spectrum) Q^T.
 
     L = max |lambda|; KL with q = 1/2, because ||grad f||^2 >= 2 mu (f - f*) with mu the smallest |lambda| > 0.
@@ -93,7 +93,7 @@ class Quadratic(Problem):
         self.mu = low
         self.f_star = 0.0 if low >= 0 else -math.inf
         self.why = "L and mu are the extreme eigenvalues; q = 1/2 as ||grad f||^2 >= 2 mu (f - f*)."
-        self.known = FunctionClass(
+        self.function_class = FunctionClass(
             L=max(map(abs, eigenvalues)),
             convex=low >= 0,
             minimisers="unique" if low > 0 else "unbounded" if low == 0 else "none",
@@ -104,8 +104,8 @@ class Quadratic(Problem):
         )
 
     def value(self, x: Tensor) -> Tensor:
-        found: Tensor = 0.5 * (x - self.centre) @ self.gradient(x)
-        return found
+        value: Tensor = 0.5 * (x - self.centre) @ self.gradient(x)
+        return value
 
     def gradient(self, x: Tensor) -> Tensor:
         y = x - self.centre
@@ -127,7 +127,7 @@ class Square(Quadratic):
         return torch.ones(1, dtype=torch.float64)
 
 
-class LeastSquares(Problem):
+class LeastSquares(Function):
     """f(x) = ||A x - b||^2 / 2.
 
     L = sigma_max(A)^2; KL with q = 1/2 and mu = sigma_min+(A)^2, the smallest that is not 0. Not strongly convex where
@@ -152,7 +152,7 @@ class LeastSquares(Problem):
         self.mu = float(singular[rank - 1] ** 2)
         self.f_star = float(self.value(self.solution))
         self.why = "L = sigma_max(A)^2; q = 1/2 with mu the square of the smallest singular value that is not 0."
-        self.known = FunctionClass(
+        self.function_class = FunctionClass(
             L=float(singular[0] ** 2),
             convex=True,
             minimisers="unique" if rank == self.dim else "unbounded",

@@ -5,10 +5,10 @@ from __future__ import annotations
 from flatmin.theory import sums
 from flatmin.theory.classes import FunctionClass
 from flatmin.theory.rules import Asymptotics, Product, Rule
-from flatmin.theory.sums import Finding
+from flatmin.theory.sums import Judgement
 
 
-def kl_condition(step: Rule, radius: Rule, f: FunctionClass) -> Finding:
+def kl_condition(step: Rule, radius: Rule, f: FunctionClass) -> Judgement:
     """Whether sum_k t_k (sum_{i >= k} t_i rho_i)^(1-q) < inf, for phi(s) = M s^q.
 
     Derivation: with R_k the tail sum and D_k = f(x^k) + c R_k - f(x), which falls by c t ||grad f||^2 or more,
@@ -22,23 +22,23 @@ def kl_condition(step: Rule, radius: Rule, f: FunctionClass) -> Finding:
         f: its `kl` is q; where only `has_kl` is known, the sum must be finite for every q below 1.
     """
     if not f.has_kl:
-        return Finding(None, "it needs the KL property, which is not known of f")
+        return Judgement(None, "it needs the KL property, which is not known of f")
     both, t = Product((step, radius)).asymptotics, step.asymptotics
     if not isinstance(both, Asymptotics) or not isinstance(t, Asymptotics):
-        return Finding(None, "the KL condition needs rules of known growth")
+        return Judgement(None, "the KL condition needs rules of known growth")
     if not sums.converges(both):
-        return Finding(False, "sum t rho diverges and has no tails")
+        return Judgement(False, "sum t rho diverges and has no tails")
     if both.c == 0:
-        return Finding(True, "there is no error")
+        return Judgement(True, "there is no error")
     rest = sums.tail(both)
     if f.kl is None:
         always = t.p >= 1 and rest.p > 0
         words = f"t ~ n^-{t.p:g} and tails ~ {_power(rest)}"
-        return Finding(True if always else None, f"{words}: finite for {'every' if always else 'small'} exponent q")
+        return Judgement(True if always else None, f"{words}: finite for {'every' if always else 'small'} exponent q")
     terms = Asymptotics(1.0, t.p + rest.p * (1 - f.kl), t.q + rest.q * (1 - f.kl))
     finite = sums.converges(terms)
     says = "finite" if finite else "infinite"
-    return Finding(finite, f"sum t R^(1-q) with q = {f.kl:g} has terms ~ {_power(terms)}: {says}")
+    return Judgement(finite, f"sum t R^(1-q) with q = {f.kl:g} has terms ~ {_power(terms)}: {says}")
 
 
 def rate_words(q: float | None, step: Rule) -> str:

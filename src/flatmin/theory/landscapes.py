@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from flatmin.theory.classes import FunctionClass
-from flatmin.theory.functions import Problem, check_system, rotation
+from flatmin.theory.functions import Function, check_system, rotation
 
 
-class LogSum(Problem):
+class LogSum(Function):
     """f(x) = sum_i log(1 + (A x - b)_i^2), not convex.
 
     With h(u) = log(1 + u^2), h'' = 2 (1 - u^2) / (1 + u^2)^2 lies in [-1/4, 2], so L = 2 sigma_max(A)^2, attained at a
@@ -36,7 +36,7 @@ class LogSum(Problem):
         self.solution = solution if full and solved else None
         self.f_star = 0.0 if solved else None
         self.why = "L = 2 sigma_max(A)^2, as log(1 + u^2) has second derivatives in [-1/4, 2]; real-analytic, so KL."
-        self.known = FunctionClass(
+        self.function_class = FunctionClass(
             L=2 * float(singular[0]) ** 2,
             minimisers="unique" if self.solution is not None else "bounded" if full else "unknown",
             bounded_levels=full,
@@ -67,7 +67,7 @@ class LogSum(Problem):
         return cls(A, b)
 
 
-class Rosenbrock(Problem):
+class Rosenbrock(Function):
     """f(x, y) = (1 - x)^2 + 100 (y - x^2)^2, minimal at (1, 1). Starts at (-1.2, 1).
 
     L is the largest eigenvalue of the Hessian ((1200 x^2 - 400 y + 2, -400 x), (-400 x, 200)) over the box
@@ -92,7 +92,7 @@ class Rosenbrock(Problem):
         a, b, c = 1200 * reach**2 + 402, -400 * reach, 200.0
         largest = (a + c) / 2 + math.hypot((a - c) / 2, b)
         self.why = "L over the box from the 2x2 Hessian; q = 1/2 as the only stationary point is nondegenerate."
-        self.known = FunctionClass(
+        self.function_class = FunctionClass(
             L=largest,
             minimisers="unique",
             bounded_levels=True,
@@ -115,7 +115,7 @@ class Rosenbrock(Problem):
         return torch.tensor([-1.2, 1.0], dtype=torch.float64)
 
 
-class Quartic(Problem):
+class Quartic(Function):
     """f(x) = x^4 / 4 on R: KL with q = 1/4, so that rates are polynomial. Starts at x = 1.
 
     |f'| = |x|^3 = (4 f)^(3/4), and 1 - q = 3/4. L = 3 reach^2 on |x| <= reach.
@@ -134,7 +134,7 @@ class Quartic(Problem):
             raise ValueError(f"reach must be positive, got {reach!r}.")
         self.name, self.dim = "x^4 / 4", 1
         self.why = "f'' = 3 x^2; q = 1/4 as |f'| = (4 f)^(3/4)."
-        self.known = FunctionClass(
+        self.function_class = FunctionClass(
             L=3 * reach**2,
             convex=True,
             minimisers="unique",
@@ -156,7 +156,7 @@ class Quartic(Problem):
         return torch.ones(1, dtype=torch.float64)
 
 
-class Wave(Problem):
+class Wave(Function):
     """f(x) = 1 - cos x on R, L = 1: minima at 2 pi Z, maxima between them, of the same curvature. Starts at x = 2.
 
     Every stationary point is nondegenerate, so KL holds with q = 1/2.
@@ -167,7 +167,7 @@ class Wave(Problem):
     def __init__(self) -> None:
         self.name, self.dim = "1 - cos x", 1
         self.why = "f'' = cos x; q = 1/2 as f'' is 1 or -1 at every stationary point."
-        self.known = FunctionClass(L=1.0, minimisers="unbounded", kl=0.5)
+        self.function_class = FunctionClass(L=1.0, minimisers="unbounded", kl=0.5)
 
     def value(self, x: Tensor) -> Tensor:
         return 2 * torch.sin(x[0] / 2) ** 2
@@ -182,7 +182,7 @@ class Wave(Problem):
         return torch.full((1,), 2.0, dtype=torch.float64)
 
 
-class MexicanHat(Problem):
+class MexicanHat(Function):
     """A smooth function without the KL property: gradient curves spiral onto the unit circle without end.
 
     f(r, a) = e^(-1 / (1 - r^2)) (1 - m sin(a - 1 / (1 - r^2))), m = 4 r^4 / (4 r^4 + (1 - r^2)^4), for r < 1 in polar
@@ -198,7 +198,7 @@ class MexicanHat(Problem):
     def __init__(self) -> None:
         self.name, self.dim = "Mexican hat", 2
         self.why = "smooth, but not analytic on the unit circle, where it has no KL property; no L is claimed."
-        self.known = FunctionClass(minimisers="unbounded")
+        self.function_class = FunctionClass(minimisers="unbounded")
 
     def value(self, x: Tensor) -> Tensor:
         gap = 1 - x @ x

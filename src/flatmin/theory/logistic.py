@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from flatmin.theory.classes import FunctionClass
-from flatmin.theory.functions import Problem
+from flatmin.theory.functions import Function
 
 
-class Logistic(Problem):
+class Logistic(Function):
     """f(w) = mean_i log(1 + exp(-y_i x_i^T w)) + l2 ||w||^2 / 2, convex.
 
     The Hessian is X^T D X / m + l2 with D_i = s (1 - s) <= 1/4, so L = sigma_max(X)^2 / (4 m) + l2, attained at w = 0.
@@ -44,7 +44,7 @@ class Logistic(Problem):
         self.solution = self._newton() if l2 > 0 else None
         self.f_star = None if self.solution is None else float(self.value(self.solution))
         self.why = "L = sigma_max(X)^2 / (4 m) + l2, attained at 0; q = 1/2 for l2 > 0, else analytic."
-        self.known = FunctionClass(
+        self.function_class = FunctionClass(
             L=float(torch.linalg.matrix_norm(self.X, 2)) ** 2 / (4 * len(self.y)) + self.l2,
             convex=True,
             minimisers="unique" if l2 > 0 else "unknown",

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from flatmin.methods import Need, Recipe
-from flatmin.theory.drive import Door, Gradient, OptimizerDoor, ProgramDoor
+from flatmin.theory.drive import Driver, Gradient, OptimizerDriver, ProgramDriver
 from flatmin.theory.families import Error, Family, family
-from flatmin.theory.functions import Problem
+from flatmin.theory.functions import Function
+from flatmin.theory.parse import as_radius, as_step
 from flatmin.theory.rules import Rule, Tied
-from flatmin.theory.words import as_radius, as_step
-from flatmin.train.config import stream
+from flatmin.train.config import derive_seed
 
 StepLike = Rule | float | str | Callable[[int], float]
 RadiusLike = StepLike | Tied
@@ -52,7 +52,7 @@ class Trace:
 
 
 def run(
-    problem: Problem,
+    problem: Function,
     method: str | Recipe | Family = "sam",
     *,
     steps: StepLike,
@@ -60,7 +60,7 @@ def run(
     updates: int,
     start: Tensor | None = None,
     record: int = 1000,
-    door: Literal["optimizer", "program"] = "optimizer",
+    driver: Literal["optimizer", "program"] = "optimizer",
     error: Error = "against",
     noise: float = 0.0,
     seed: int = 0,
@@ -84,7 +84,7 @@ def run(
         updates: >= 1.
         start: x^0, shape (dim,). Default: the problem's own.
         record: iterates kept: all where there are at most this many, else about so many, evenly in log k. Default 1000.
-        door: "optimizer", `flatmin.SAM(torch.optim.SGD([x]))`, or "program", the same recipe without the optimizer
+        driver: "optimizer", `flatmin.SAM(torch.optim.SGD([x]))`, or "program", the same recipe without the optimizer
             around it, about three times as fast. Default "optimizer".
         error: direction of e: "against" grad f (the worst for descent; beyond ||grad f|| it climbs), "along" it (that
             of SAM to first order), "random", uniform on the sphere, a floor of label noise. Default "against".
@@ -111,21 +111,21 @@ def run(
         if not 0 < noise < math.inf or Need.SECOND_ORDER in chosen.recipe.needs:
             raise ValueError(f"noise must be >= 0, and 0 for recipes with second derivatives, got {noise!r}.")
         taken = Noisy(gradient, noise, problem.dim, seed)
-    machine: Door
-    if door == "optimizer":
+    runner: Driver
+    if driver == "optimizer":
         first = positive(t_rule, 1)
-        machine = OptimizerDoor(chosen.recipe, problem, taken, x0, seed=seed, eps=eps, first_t=first)
-    elif door == "program":
-        machine = ProgramDoor(chosen.recipe, taken, x0, seed=seed, eps=eps)
+        runner = OptimizerDriver(chosen.recipe, problem, taken, x0, seed=seed, eps=eps, first_t=first)
+    elif driver == "program":
+        runner = ProgramDriver(chosen.recipe, taken, x0, seed=seed, eps=eps)
     else:
-        raise ValueError(f"door must be 'optimizer' or 'program', got {door!r}.")
+        raise ValueError(f"driver must be 'optimizer' or 'program', got {driver!r}.")
     wanted = set(recorded(updates, record))
     rows: list[tuple[float, ...]] = []
     points: list[Tensor] = []
     framework = isinstance(gradient, Inexact)
 
     def note(k: int, t: float, rho: float) -> None:
-        x = machine.x.clone()
+        x = runner.x.clone()
         points.append(x)
         rows.append((k, float(problem.value(x)), float(problem.gradient(x).norm()), problem.distance(x), t, rho))
 
@@ -137,7 +137,7 @@ def run(
             gradient.size = rho  # type: ignore[attr-defined]
         if isinstance(taken, Noisy):
             taken.draw()
-        if not machine.update(t, 0.0 if framework else rho):
+        if not runner.update(t, 0.0 if framework else rho):
             stopped = f"the gradient is not finite at update {n}"
             break
         if n in wanted:
@@ -151,7 +151,7 @@ def run(
 class Inexact:
     """grad f(x) with an error of the size that is set before each update: eps_k, nu_k, or rho of the extragradient."""
 
-    def __init__(self, problem: Problem, chosen: Family, seed: int) -> None:
+    def __init__(self, problem: Function, chosen: Family, seed: int) -> None:
         self._problem, self._family, self.size = problem, chosen, 0.0
         self._generator = torch.Generator().manual_seed(seed)
 
@@ -176,7 +176,7 @@ class Noisy:
 
     def __init__(self, gradient: Gradient, size: float, dim: int, seed: int) -> None:
         self._gradient, self._size, self._dim = gradient, size, dim
-        self._generator = torch.Generator().manual_seed(stream(seed, "theory noise"))
+        self._generator = torch.Generator().manual_seed(derive_seed(seed, "theory noise"))
         self.draw()
 
     def draw(self) -> None:
@@ -187,7 +187,7 @@ class Noisy:
         return self._gradient(x) + self._error
 
 
-def inexact(problem: Problem, chosen: Family, seed: int = 0) -> Gradient:
+def inexact(problem: Function, chosen: Family, seed: int = 0) -> Gradient:
     """What the closure of a run hands over: the gradient, with the error of the frameworks."""
     framework = chosen.kind in ("absolute", "relative", "extragradient")
     return Inexact(problem, chosen, seed) if framework else problem.gradient

@@ -63,7 +63,7 @@ Growth = Asymptotics | Horizon | None
 class Rule(ABC):
     """A sequence of numbers >= 0 over the updates n = 1, 2, ...: a step size t_n or a radius rho_n.
 
-    Rules multiply with each other and with numbers. `str(rule)` is what `flatmin.theory.words.read_rule` reads.
+    Rules multiply with each other and with numbers. `str(rule)` is what `flatmin.theory.parse.read_rule` reads.
     """
 
     def at(self, n: int) -> float:
@@ -105,7 +105,7 @@ class Rule(ABC):
 
 
 @dataclass(frozen=True)
-class Constant(Rule):
+class ConstantRule(Rule):
     """t_n = c.
 
     Args:
@@ -132,7 +132,7 @@ class Constant(Rule):
 
 
 @dataclass(frozen=True)
-class Power(Rule):
+class PowerRule(Rule):
     """t_n = c / ((n + shift)^p (log (n + shift))^q).
 
     1/n is p = 1; the almost constant radius of Remark 3.6 is a tiny p; 1 / (n log n) is p = q = 1 with shift = 1,
@@ -232,7 +232,7 @@ class Tied:
 
     def of(self, step: Rule) -> Rule:
         """The radius as a rule."""
-        return Product((step, Constant(self.factor)))
+        return Product((step, ConstantRule(self.factor)))
 
     def __str__(self) -> str:
         return f"tied:{self.factor!r}"
@@ -277,7 +277,7 @@ def as_rule(value: Rule | float | Callable[[int], float]) -> Rule:
     if isinstance(value, Rule):
         return value
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return Constant(float(value))
+        return ConstantRule(float(value))
     if callable(value):
         name = getattr(value, "__name__", "custom")
         return Custom(value, "custom" if name == "<lambda>" else name)

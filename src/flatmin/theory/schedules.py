@@ -1,4 +1,4 @@
-"""The schedules of training as rules of the theory, which go on for ever."""
+"""The schedules of training as rules of the theory, which continue for ever."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import functools
 from dataclasses import dataclass
 
 from flatmin.theory.rules import Asymptotics, Growth, Horizon, Rule, at_least_zero
-from flatmin.train.schedule import Schedule
+from flatmin.train.schedule import LearningRateSchedule
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class Diminish(Rule):
 
     With e = floor((n - 1) / epoch): 1: lr / (e + 1); 2: lr / (e + 1)^0.5001; 3: lr / (b ln b), b = 2 + floor(e / 5).
     So t_n ~ lr epoch / n, lr epoch^0.5001 / n^0.5001, and 5 lr epoch / (n log n). The values are those of
-    `flatmin.train.schedule.Schedule`.
+    `flatmin.train.schedule.LearningRateSchedule`.
 
     Args:
         kind: 1, 2 or 3.
@@ -64,7 +64,7 @@ class Cosine(Rule):
     Raises:
         ValueError: a number out of range.
 
-    Source: Loshchilov & Hutter, SGDR, ICLR 2017, without restarts; `flatmin.train.schedule.Schedule`.
+    Source: Loshchilov & Hutter, SGDR, ICLR 2017, without restarts; `flatmin.train.schedule.LearningRateSchedule`.
     """
 
     T: int
@@ -89,8 +89,8 @@ class Cosine(Rule):
 
 
 @functools.lru_cache(maxsize=64)
-def _schedule(kind: str, lr: float, epochs: int, steps_per_epoch: int, lr_min: float) -> Schedule:
-    return Schedule(kind=kind, lr=lr, epochs=epochs, steps_per_epoch=steps_per_epoch, lr_min=lr_min)
+def _schedule(kind: str, lr: float, epochs: int, steps_per_epoch: int, lr_min: float) -> LearningRateSchedule:
+    return LearningRateSchedule(kind=kind, lr=lr, epochs=epochs, steps_per_epoch=steps_per_epoch, lr_min=lr_min)
 
 
 def _count(name: str, **numbers: int) -> None:

@@ -21,16 +21,16 @@ DECADES = ((10**2, 10**3), (10**3, 10**4), (10**4, 10**5), (10**5, EVIDENCE))
 
 
 @dataclass(frozen=True)
-class Finding:
-    """What was found about a rule: True, False or None (undecided), why, and by what kind of argument."""
+class Judgement:
+    """A judgement about a rule: True, False or None (undecided), the reason, and the kind of argument."""
 
     holds: bool | None
     reason: str
     proof: Proof = "symbolic"
 
-    def negated(self) -> Finding:
+    def negated(self) -> Judgement:
         """The opposite statement, for the same reason."""
-        return Finding(None if self.holds is None else not self.holds, self.reason, self.proof)
+        return Judgement(None if self.holds is None else not self.holds, self.reason, self.proof)
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Limsup:
     proof: Proof = "symbolic"
 
 
-def sum_is_finite(rule: Rule, power: int = 1) -> Finding:
+def sum_is_finite(rule: Rule, power: int = 1) -> Judgement:
     """Whether sum_n t_n^power converges.
 
     sum n^-p (log n)^-q converges if p > 1, or p = 1 and q > 1 (comparison with the integral), and diverges otherwise.
@@ -56,12 +56,12 @@ def sum_is_finite(rule: Rule, power: int = 1) -> Finding:
     """
     growth = rule.asymptotics
     if isinstance(growth, Horizon):
-        return Finding(True, f"the rule is {growth}, so there are finitely many terms")
+        return Judgement(True, f"the rule is {growth}, so there are finitely many terms")
     if growth is None:
         return _fitted(rule, power)
     if growth.c == 0:
-        return Finding(True, "every term is 0")
-    return Finding(converges(Asymptotics(1.0, power * growth.p, power * growth.q)), _words(growth, power))
+        return Judgement(True, "every term is 0")
+    return Judgement(converges(Asymptotics(1.0, power * growth.p, power * growth.q)), _words(growth, power))
 
 
 def converges(terms: Asymptotics) -> bool:
@@ -86,7 +86,7 @@ def tail(terms: Asymptotics) -> Asymptotics:
     return Asymptotics(terms.c / (terms.q - 1), 0.0, terms.q - 1)
 
 
-def tends_to_zero(rule: Rule) -> Finding:
+def tends_to_zero(rule: Rule) -> Judgement:
     """Whether t_n -> 0.
 
     A rule of unknown growth must fall: the largest values over 10^j < n <= 10^(j+1), j = 2, ..., 5, must go down by
@@ -99,20 +99,20 @@ def tends_to_zero(rule: Rule) -> Finding:
         stays = tops[-1] >= (1 - 1e-3) * tops[-2] > 0
         holds = True if falls else False if stays else None
         words = ", ".join(f"{top:.3g}" for top in tops)
-        return Finding(holds, f"largest t_n over the decades from n = 100 on: {words}: {CAUTION}", "numeric")
-    return Finding(rule.limit == 0, f"t_n ~ {growth}" if isinstance(growth, Asymptotics) else f"it is {growth}")
+        return Judgement(holds, f"largest t_n over the decades from n = 100 on: {words}: {CAUTION}", "numeric")
+    return Judgement(rule.limit == 0, f"t_n ~ {growth}" if isinstance(growth, Asymptotics) else f"it is {growth}")
 
 
-def is_decreasing(rule: Rule) -> Finding:
+def is_decreasing(rule: Rule) -> Judgement:
     """Whether t_1 >= t_2 >= ..."""
     if rule.decreasing is not None:
-        return Finding(rule.decreasing, "by its formula")
+        return Judgement(rule.decreasing, "by its formula")
     seen = values(rule)
     rises = np.flatnonzero(np.diff(seen) > 1e-15 * seen[:-1])
     if len(rises):
         n = int(rises[0]) + 1
-        return Finding(False, f"it rises from n = {n} to {n + 1}", "numeric")
-    return Finding(True, f"no rise: {CAUTION}", "numeric")
+        return Judgement(False, f"it rises from n = {n} to {n + 1}", "numeric")
+    return Judgement(True, f"no rise: {CAUTION}", "numeric")
 
 
 def limsup(rule: Rule) -> Limsup:
@@ -163,13 +163,13 @@ def values(rule: Rule) -> np.ndarray:
     return np.fromiter((rule.at(n) for n in range(1, EVIDENCE + 1)), dtype=np.float64, count=EVIDENCE)
 
 
-def _fitted(rule: Rule, power: int) -> Finding:
+def _fitted(rule: Rule, power: int) -> Judgement:
     p = fitted_exponent(rule, power)
     total = float((values(rule) ** power).sum())
     finite = False if p <= 1.001 else True if p >= 1.15 else None
     says = {False: "diverging", True: "converging", None: "undecided"}[finite]
     reason = f"sum up to 1e6 = {total:.4g}, terms like n^-{p:.3f}, {says}: {CAUTION}"
-    return Finding(finite, reason, "numeric")
+    return Judgement(finite, reason, "numeric")
 
 
 def _words(growth: Asymptotics, power: int) -> str:

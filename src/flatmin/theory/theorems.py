@@ -67,14 +67,14 @@ def absolute(step: Rule, radius: Rule, f: FunctionClass, method: Family) -> Theo
     name, error = (IGD, "eps") if framework else (NORMALISED, "rho")
     top = sums.limsup(radius)
     size = top.value
-    known = 2.0 if framework else None if f.L is None else 2 / f.L
-    bound = "2" if framework else "2/L" if known is None else f"2/L = {known:.4g}"
+    limit = 2.0 if framework else None if f.L is None else 2 / f.L
+    bound = "2" if framework else "2/L" if limit is None else f"2/L = {limit:.4g}"
     if size is None:
         small = Condition(f"limsup {error} < {bound}", None, top.reason, top.proof)
-    elif known is None and size > 0:
+    elif limit is None and size > 0:
         small = Condition(f"limsup {error} < 2/L", None, f"{GIVE_L}, or a radius that tends to 0", top.proof)
     else:
-        small = Condition(f"limsup {error} < {bound}", known is None or size < known, top.reason, top.proof)
+        small = Condition(f"limsup {error} < {bound}", limit is None or size < limit, top.reason, top.proof)
     conditions = (
         _below(f),
         _lipschitz(f),
@@ -92,9 +92,9 @@ def absolute(step: Rule, radius: Rule, f: FunctionClass, method: Family) -> Theo
     if f.accumulates and f.convex and f.minimisers == "unique":
         gives[5] = f"{name}, as there is one stationary point"
     elif f.accumulates:
-        found = kl_condition(step, radius, f)
-        reason = f"{name} with KL: {found.reason} (derived)"
-        (gives if found.holds else lacks)[5] = reason if found.holds else found.reason
+        kl = kl_condition(step, radius, f)
+        reason = f"{name} with KL: {kl.reason} (derived)"
+        (gives if kl.holds else lacks)[5] = reason if kl.holds else kl.reason
     return Theorem(name, conditions, gives, lacks)
 
 
@@ -166,9 +166,9 @@ def _below(f: FunctionClass) -> Condition:
 
 
 def _lipschitz(f: FunctionClass) -> Condition:
-    known = "" if f.L is None else f"L = {f.L:.4g}, "
+    constant = "" if f.L is None else f"L = {f.L:.4g}, "
     if f.where == "everywhere":
-        return Condition("grad f Lipschitz", True, f"{known}given")
+        return Condition("grad f Lipschitz", True, f"{constant}given")
     where = f.where.removeprefix("on ")
-    why = f"{known}only on {where}: the theorem holds for runs whose iterates and x + eps keep to it"
+    why = f"{constant}only on {where}: the theorem holds for runs whose iterates and x + eps keep to it"
     return Condition("grad f Lipschitz", None, why, about="setting")

@@ -8,7 +8,7 @@ from typing import Literal
 from flatmin.theory.classes import FunctionClass
 from flatmin.theory.families import Family
 from flatmin.theory.rules import Rule
-from flatmin.theory.sums import Finding, Proof
+from flatmin.theory.sums import Judgement, Proof
 
 Status = Literal["follows", "not shown", "fails"]
 PROPERTIES = (
@@ -41,7 +41,7 @@ class Condition:
     about: Literal["rules", "setting"] = "rules"
 
     @classmethod
-    def of(cls, name: str, finding: Finding) -> Condition:
+    def of(cls, name: str, finding: Judgement) -> Condition:
         """From a finding about a rule."""
         return cls(name, finding.holds, finding.reason, finding.proof)
 
@@ -68,8 +68,8 @@ class Theorem:
     @property
     def holds(self) -> bool | None:
         """Whether every condition does; None if none fails and some could not be decided."""
-        found = [c.holds for c in self.conditions]
-        return False if False in found else None if None in found else True
+        states = [c.holds for c in self.conditions]
+        return False if False in states else None if None in states else True
 
     @property
     def missing(self) -> tuple[Condition, ...]:
@@ -135,8 +135,12 @@ class Verdict:
 
         Of a function that is no quadratic a counter-example in its class says nothing: None.
         """
-        found = self.properties[2]
-        return None if found.elsewhere else {"follows": True, "fails": False, "not shown": None}[found.status]
+        gradient_vanishes = self.properties[2]
+        return (
+            None
+            if gradient_vanishes.elsewhere
+            else {"follows": True, "fails": False, "not shown": None}[gradient_vanishes.status]
+        )
 
     @property
     def statuses(self) -> tuple[Status, ...]:

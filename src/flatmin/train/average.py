@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 
-class Average:
+class WeightAverage:
     """a <- decay a + (1 - decay) w after every update, of parameters and floating-point buffers; others are copied.
 
     It begins at the weights after the first update, so it needs no correction of its start.
@@ -35,12 +35,12 @@ class Average:
         return [tensor for name, tensor in self._kept.items() if not isinstance(self._live[name], nn.Parameter)]
 
     def forget(self) -> None:
-        """Begin anew with the next update."""
+        """Start over with the next update."""
         self._kept = {}
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take the present weights in."""
+        """Add the present weights."""
         if not self._kept:
             self._kept = {name: tensor.detach().clone() for name, tensor in self._live.items()}
             return
@@ -73,5 +73,5 @@ class Average:
         return {name: tensor.detach().cpu() for name, tensor in self._kept.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from averages that `state_dict` gave."""
+        """Continue from averages that `state_dict` gave."""
         self._kept = {name: state[name].to(tensor.device).clone() for name, tensor in self._live.items() if state}

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there: written beside, hashed, renamed; read back only if the hash agrees."""
+"""Checkpoints that are complete or absent: written to a temporary file and renamed; read only if their hash agrees."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _BLOCK = 1 << 20
 
 
 class _Hashing:
-    """A file that is only written to, with the digest of what was."""
+    """A file for writing that keeps a digest of what was written."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self.digest = file, hashlib.sha256()
@@ -47,7 +47,7 @@ def save(folder: Path, step: int, state: dict[str, Any], *, keep: int = 2) -> Pa
         keep: how many stay. Default 2, so that one is left if the newest is damaged.
 
     Raises:
-        OSError: it could not be written; what was there before stays, and no part of the new one.
+        OSError: it could not be written; the existing checkpoints stay, and no part of the new one remains.
     """
     temporary = folder / f".step.{uuid.uuid4().hex[:8]}"
     try:
@@ -65,17 +65,17 @@ def save(folder: Path, step: int, state: dict[str, Any], *, keep: int = 2) -> Pa
             raise
         raise OSError(
             f"the checkpoint of step {step} could not be written to {folder}: {cause.strerror or cause}; make room or "
-            "name another folder, and go on from the last one with --resume."
+            "name another folder, and continue from the last one with --resume."
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
-    others = [one for one in found(folder) if one != path]
+    others = [one for one in listed(folder) if one != path]
     for old in others[max(0, keep - 1) :]:
         old.unlink(missing_ok=True)
     return path
 
 
-def found(folder: Path) -> list[Path]:
+def listed(folder: Path) -> list[Path]:
     """All checkpoints, the newest first."""
     if not folder.is_dir():
         return []
@@ -84,7 +84,7 @@ def found(folder: Path) -> list[Path]:
 
 
 def step_of(path: Path) -> int:
-    """The updates after which a checkpoint was written."""
+    """The number of updates after which a checkpoint was written."""
     return int(path.name[5:14])
 
 
@@ -93,24 +93,24 @@ def newest(folder: Path, warn: Callable[[str], None]) -> dict[str, Any] | None:
 
     Args:
         folder: where they are.
-        warn: told in a sentence of every one that is damaged and passed over, and if none is whole.
+        warn: called with a sentence for every damaged checkpoint that is skipped, and if none is whole.
     """
-    damaged = found(folder)
+    damaged = listed(folder)
     for path in damaged:
         try:
             return read(path)
         except ValueError as error:
-            warn(f"{error} It is passed over.")
+            warn(f"{error} It is skipped.")
     if damaged:
-        warn(f"no checkpoint in {folder} is whole, so the run begins from the start.")
+        warn(f"no checkpoint in {folder} is whole, so the run starts from the beginning.")
     return None
 
 
 def rewind(folder: Path, step: int) -> None:
-    """Remove those after an update, which were damaged, and what writes that were interrupted have left."""
+    """Remove the damaged checkpoints after an update, and the remains of interrupted writes."""
     if not folder.is_dir():
         return
-    for path in found(folder):
+    for path in listed(folder):
         if step_of(path) > step:
             path.unlink(missing_ok=True)
     sweep(folder)
@@ -145,9 +145,9 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def clear(folder: Path, *, keep: int = 0) -> None:
-    """Remove all checkpoints but the newest so many, and what an interrupted write has left."""
+    """Remove all checkpoints but the newest `keep`, and the remains of interrupted writes."""
     with suppress(FileNotFoundError):  # there is none, or another process clears it too
-        for path in found(folder)[keep:]:
+        for path in listed(folder)[keep:]:
             path.unlink(missing_ok=True)
         sweep(folder)
         if not any(folder.iterdir()):

@@ -53,7 +53,7 @@ class RunConfig:
         drop_last: leave out a last batch that is smaller.
         accumulate: parts in which a batch goes through the model, to save memory; gradients are added up.
         schedule, schedule_unit, warmup, warmup_lr, lr_min, milestones, gamma, as_coded: see
-            `flatmin.train.schedule.Schedule`.
+            `flatmin.train.schedule.LearningRateSchedule`.
         label_smoothing: share of the target that is taken from the true class.
         smoothing: where it goes: "uniform" over all K classes (torch), or "others": the K - 1 other ones (BiSAM).
         ema: decay per update of an exponential average of the weights, which is then what is evaluated and kept; None:
@@ -89,7 +89,7 @@ class RunConfig:
             "max-test": the best on the test part, which is no honest estimate.
         test_every: look at the test part every so many epochs, for curves; 0: once, at the end.
         flip_tta: evaluate on the mean of the logits of image and mirrored image.
-        nonfinite: when a loss or gradient is not finite: "stop" the run, or "skip" the update and go on.
+        nonfinite: when a loss or gradient is not finite: "stop" the run, or "skip" the update and continue.
         max_skips: how many updates may be skipped before the run stops all the same.
         measure: whether lambda_max is measured at the end.
 
@@ -216,11 +216,11 @@ def identity(config: RunConfig) -> dict[str, Any]:
     return {name: value for name, value in canonical(config).items() if name not in NEUTRAL}
 
 
-def differences(known: Mapping[str, Any], config: RunConfig) -> dict[str, str]:
+def differences(recorded: Mapping[str, Any], config: RunConfig) -> dict[str, str]:
     """What decides the outcome and is another thing in a run that is there: by field, in words.
 
     Args:
-        known: of the other run, as `identity` gives it.
+        recorded: of the other run, as `identity` gives it.
         config: of this one.
 
     Example:
@@ -228,7 +228,7 @@ def differences(known: Mapping[str, Any], config: RunConfig) -> dict[str, str]:
         {'lr': 'lr is 0.2 there and 0.1 here'}
     """
     mine = identity(config)
-    theirs = {**known, "params": {current_word(name): value for name, value in known.get("params", {}).items()}}
+    theirs = {**recorded, "params": {current_word(name): value for name, value in recorded.get("params", {}).items()}}
     return {
         key: f"{key} is {theirs.get(key)!r} there and {value!r} here"
         for key, value in mine.items()
@@ -236,11 +236,11 @@ def differences(known: Mapping[str, Any], config: RunConfig) -> dict[str, str]:
     }
 
 
-def stream(seed: int, purpose: str) -> int:
+def derive_seed(seed: int, purpose: str) -> int:
     """A seed for one purpose, unrelated to the same seed for another.
 
     Example:
-        >>> stream(0, "noise") == stream(0, "noise") != stream(0, "order")
+        >>> derive_seed(0, "noise") == derive_seed(0, "noise") != derive_seed(0, "order")
         True
     """
     return int.from_bytes(hashlib.sha256(f"{purpose}:{seed}".encode()).digest()[:7], "big")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flatmin.data.base import Data, Samples, Split, check_held
+from flatmin.data.dataset import Data, Samples, Split, check_held
 from flatmin.measure.curvature import Hessian
 from flatmin.measure.krylov import spectrum
 from flatmin.measure.modes import evaluating
@@ -120,16 +120,16 @@ class Chance:
         least -= wrong * math.log(max(on * wrong / among + smooth * (1 - wrong / among), _TINY))
         return cls(loss=entropy, acc=100 * float(shares.max()), least=min(least, entropy))
 
-    def beaten(self, found: Scores) -> bool:
+    def beaten(self, scores: Scores) -> bool:
         """Whether a network has learned: a loss clearly below, or more than half of what chance gets wrong is right.
 
         Clearly is by more than 5 %, or by more than half of what there is between chance and `least`, if that is less.
         The second counts because a network that is too sure of itself has a large loss, whatever it has learned.
         """
-        if not math.isfinite(found.loss):
+        if not math.isfinite(scores.loss):
             return False
         bound = max(TRAINED_SHARE * self.loss, (self.loss + self.least) / 2)
-        return found.loss < bound or found.acc > (100 + self.acc) / 2 or found.acc == 100
+        return scores.loss < bound or scores.acc > (100 + self.acc) / 2 or scores.acc == 100
 
 
 def batches(data: Data, split: Split, size: int = CURVATURE_CHUNK) -> Iterator[tuple[Tensor, Tensor]]:
@@ -156,10 +156,10 @@ def sharpness(model: nn.Module, data: Data, *, seed: int = 0) -> dict[str, Any]:
         value, residual (relative), products with the Hessian, converged; see `flatmin.measure.krylov.Spectrum`.
     """
     problem = Problem(model, F.cross_entropy, list(batches(data, data.train)), split="train")
-    found = spectrum(Hessian(problem), seed=seed)
+    run = spectrum(Hessian(problem), seed=seed)
     return {
-        "value": found.largest,
-        "residual": float(found.top_residuals[0]),
-        "products": found.products,
-        "converged": found.converged,
+        "value": run.largest,
+        "residual": float(run.top_residuals[0]),
+        "products": run.products,
+        "converged": run.converged,
     }

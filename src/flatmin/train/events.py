@@ -1,4 +1,4 @@
-"""What a run tells while it works. Progress displays, JSON lines and trackers are all fed by these."""
+"""The events of a run, for progress displays, JSON lines and trackers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Began:
         samples: of the training part.
         steps: updates of an epoch.
         gradient_evaluations: gradients of one batch per update, on average.
-        epoch, step: 0, or how many are done already by the run that goes on.
+        epoch, step: 0, or how many a resumed run has done already.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Ticked:
 
     Args:
         step: updates since the beginning.
-        epoch: the one that goes on, from 1.
+        epoch: the current one, from 1.
     """
 
     step: int
@@ -55,7 +55,7 @@ class Stepped:
 
     Args:
         step: updates since the beginning.
-        epoch: the one that goes on, from 1.
+        epoch: the current one, from 1.
         lr: of the last update.
         rho: see `Epoch`.
         loss: mean since the event before, over all processes; see `Epoch.train_loss`.
@@ -84,7 +84,7 @@ class EpochEnded:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """After an epoch at which the run measures: numbers of `flatmin.measure.card` by name."""
+    """After an epoch at which the run measures: numbers of `flatmin.measure.report` by name."""
 
     epoch: int
     step: int
@@ -93,7 +93,7 @@ class Measured:
 
 @dataclass(frozen=True, kw_only=True)
 class Warned:
-    """Something that a person should know, in a sentence."""
+    """A warning of one sentence."""
 
     text: str
 

@@ -1,4 +1,4 @@
-"""A run's weights as a file for others: a plain state dict, or safetensors."""
+"""Export the weights of a run: a plain state dict, or safetensors."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ ENDINGS = (".pt", ".pth", ".safetensors")
 
 
 def export(run: SavedRun, path: str | os.PathLike[str], *, force: bool = False) -> Path:
-    """Write the weights that a run chose, after making sure that its model takes them.
+    """Write the chosen weights of a run, after checking that they fit its model.
 
     Args:
         run: finished, with weights.
         path: a file that ends in .pt or .pth (a state dict, as `torch.save` writes it, on the CPU), or in
             .safetensors (extra "safetensors"), whose metadata say what the run was: "config" and "inputs", as JSON.
-        force: write over a file that is there.
+        force: overwrite an existing file.
 
     Returns:
         The path.
@@ -43,7 +43,7 @@ def export(run: SavedRun, path: str | os.PathLike[str], *, force: bool = False) 
     if safe:
         _require()
     if target.exists() and not force:
-        raise ValueError(f"{target} is there already; name another file, or write over it with --force.")
+        raise ValueError(f"{target} exists already; name another file, or overwrite it with --force.")
     state = weights_for(run.model(), run.weights)
     write = partial(_write, _safe(state, run)) if safe else partial(torch.save, state)
     target.parent.mkdir(parents=True, exist_ok=True)

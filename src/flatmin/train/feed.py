@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flatmin.data.base import Data, Stored, Stream
-from flatmin.train.config import RunConfig, stream
+from flatmin.data.dataset import Data, Stored, Stream
+from flatmin.train.config import RunConfig, derive_seed
 from flatmin.train.processes import ALONE, World
 
 # On a GPU the launches of augmentation are shared by several batches; a CPU's cache would not hold them.
@@ -61,9 +61,9 @@ class Feed:
     def __init__(self, data: Data, config: RunConfig, world: World = ALONE) -> None:
         self.data, self.world = data, world
         self._size, self._drop_last, self._channels_last = config.batch_size, config.drop_last, config.channels_last
-        self._order = torch.Generator().manual_seed(stream(config.seed, "order"))
-        self._augment = torch.Generator().manual_seed(stream(config.seed, "augment"))
-        self._views = stream(config.seed, "views")
+        self._order = torch.Generator().manual_seed(derive_seed(config.seed, "order"))
+        self._augment = torch.Generator().manual_seed(derive_seed(config.seed, "augment"))
+        self._views = derive_seed(config.seed, "views")
         self._number = 0
         self._stream: Stream | None = None
         self._began = self._states()
@@ -133,11 +133,11 @@ class Feed:
                 part.x.only(share).check()
 
     def state_dict(self, *, inside: bool) -> dict[str, Any]:
-        """Generators and number of the epoch: as when the present epoch began if it goes on, else as they are."""
+        """Generators and number of the epoch: as when the present epoch began if it is unfinished, else as they are."""
         return dict(self._began if inside else self._states())
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there; see `state_dict`."""
+        """Continue from there; see `state_dict`."""
         self._order.set_state(state["order"])
         self._augment.set_state(state["augment"])
         self._number = state["number"]

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, whatever happens while they are written."""
+"""Files that are complete or absent, whatever happens while they are written."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LONGEST = 200  # bytes: file systems allow 255, and endings and marks of unfini
 
 
 def check_name(name: str, option: str) -> None:
-    """Refuse what is no plain name of a file or folder on every system: paths, above all.
+    """Raise ValueError unless this is a plain file or folder name on every system; paths are not.
 
     Args:
         name: as it was typed.
@@ -84,7 +84,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 
 
 def append(path: Path, line: str) -> None:
-    """A line more at the end of a file.
+    """Append a line to a file.
 
     Raises:
         OSError: it cannot be written.
@@ -94,7 +94,7 @@ def append(path: Path, line: str) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what writes that were interrupted have left."""
+    """Remove the remains of interrupted writes."""
     for path in folder.iterdir():
         if _TEMPORARY.fullmatch(path.name):
             path.unlink(missing_ok=True)
@@ -102,7 +102,7 @@ def sweep(folder: Path) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """An error of the disk that happens inside says which file it is about.
+    """Add the name of the file to errors of the disk that are raised inside.
 
     Raises:
         OSError: in one sentence.

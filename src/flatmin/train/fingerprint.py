@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 import flatmin
-from flatmin.data.base import Data, Samples, Split
+from flatmin.data.dataset import Data, Samples, Split
 from flatmin.data.folder import files_digest
 from flatmin.data.named import DATASETS
 from flatmin.methods import Recipe
@@ -41,10 +41,10 @@ FILES = ("streams.py",)
 def package_sources() -> list[Path]:
     """The package's files that a run depends on."""
     root = Path(flatmin.__file__).parent
-    found = [root / name for name in FILES]
+    paths = [root / name for name in FILES]
     for part in PARTS:
-        found += sorted((root / part).rglob("*.py"))
-    return [path for path in found if path.is_file()]
+        paths += sorted((root / part).rglob("*.py"))
+    return [path for path in paths if path.is_file()]
 
 
 def module_sources(module: ModuleType) -> list[Path]:
@@ -59,13 +59,13 @@ def module_sources(module: ModuleType) -> list[Path]:
 def user_sources(specs: Iterable[str], recipes: Iterable[Recipe]) -> list[Path]:
     """The files behind plugins, "module:function" names, and parts that come from outside the package."""
     modules = {spec.partition(":")[0] for spec in specs if external(spec) is None}
-    found = [path for name in sorted(modules) for path in module_sources(find_module(name, option="fingerprint"))]
+    paths = [path for name in sorted(modules) for path in module_sources(find_module(name, option="fingerprint"))]
     for recipe in recipes:
         for part in recipe.parts.values():
             module = inspect.getmodule(type(part))
             if module is not None and module.__name__.partition(".")[0] != "flatmin":
-                found += module_sources(module)
-    return sorted(set(found))
+                paths += module_sources(module)
+    return sorted(set(paths))
 
 
 def external_versions(specs: Iterable[str]) -> list[str]:
@@ -92,7 +92,7 @@ def package_digest() -> str:
 
 
 class OtherDataError(ValueError):
-    """The data are not those that a run, or a plan of runs, was begun with."""
+    """The data are not those that a run, or a plan of runs, started with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +102,7 @@ class Content:
     Args:
         digest: hex digest of what is read.
         sums: by which tensors are compared up to rounding: two numbers for each; none for files.
-        notes: see `flatmin.data.base.Data.notes`.
+        notes: see `flatmin.data.dataset.Data.notes`.
     """
 
     digest: str
@@ -130,17 +130,17 @@ def content_of(config: RunConfig, data: Data | None = None) -> Content | None:
     Raises:
         OSError, ValueError, ModuleNotFoundError: see `flatmin.train.sources.load_clean`.
     """
-    known = DATASETS.get(config.data)
-    if known is not None and known.scan is not None:
-        parts = known.scan(reading_of(config))
+    dataset = DATASETS.get(config.data)
+    if dataset is not None and dataset.scan is not None:
+        parts = dataset.scan(reading_of(config))
         return Content(digest=files_digest(parts), notes=tuple(note for part in parts for note in part.notes))
-    if known is not None and known.shipped and (data is None or data.name == config.data):
+    if dataset is not None and dataset.shipped and (data is None or data.name == config.data):
         return None
     if data is None:
         data = load_clean(config)
     elif config.noise and data.clean is not None:
         data = dataclasses.replace(data, train=Split(data.train.x, data.clean), clean=None)
-    return Content(digest=data_digest(data), sums=tuple(_sums(data)) if known is None else (), notes=data.notes)
+    return Content(digest=data_digest(data), sums=tuple(_sums(data)) if dataset is None else (), notes=data.notes)
 
 
 def data_digest(data: Data) -> str:
@@ -215,15 +215,15 @@ def commit() -> str | None:
 
 def merged(environments: Iterable[Mapping[str, Any]]) -> dict[str, object]:
     """One table for several environments; where they differ, every value that there is, in the order of the first."""
-    found: dict[str, list[Any]] = {}
+    values_of: dict[str, list[Any]] = {}
     for environment in environments:
         for key, value in environment.items():
-            values = found.setdefault(key, [])
+            values = values_of.setdefault(key, [])
             several = value.split(_AND) if isinstance(value, str) else [value]
             values += [one for one in several if str(one) not in map(str, values)]
     return {
         key: merged(values) if all(isinstance(one, dict) for one in values) else _joined(values)
-        for key, values in found.items()
+        for key, values in values_of.items()
     }
 
 

@@ -29,10 +29,10 @@ TABLES = ("steps.jsonl", "measures.jsonl")
 
 
 class RunFolder:
-    """One run on disk.
+    """A run on disk.
 
     config.json, env.json, data.json (what the model takes): written first. metrics.jsonl: a line an epoch.
-    steps.jsonl: a line every `log_every` updates. measures.jsonl: a line a measurement. checkpoints/: while it goes on.
+    steps.jsonl: a line every `log_every` updates. measures.jsonl: a line a measurement. checkpoints/: while it runs.
     weights.pt: a state dict. result.json: written last; it makes the run finished.
 
     Args:
@@ -45,7 +45,7 @@ class RunFolder:
 
     @contextmanager
     def hold(self, *, patience: float | None = lock.GLANCE) -> Iterator[None]:
-        """Keep other processes from training here; inside, a second call of this object's is part of the first.
+        """Lock the folder against other processes; inside, a second call of the same object has no effect.
 
         Args:
             patience: see `flatmin.train.lock.hold`.
@@ -101,8 +101,8 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         for name in ("result.json", WEIGHTS, "nonfinite.json", INPUTS, PAGE, *TABLES):
             (self.path / name).unlink(missing_ok=True)
-        for card in self.path.glob("card-*.json"):  # of an earlier run's weights
-            card.unlink()
+        for report in self.path.glob("card-*.json"):  # of an earlier run's weights
+            report.unlink()
         checkpoint.clear(self.checkpoints)
         sweep(self.path)
         self.set_lines([])
@@ -116,7 +116,7 @@ class RunFolder:
         write_json(self.path / "config.json", {**labels, **canonical(config)})
 
     def take_over(self, other: RunFolder) -> None:
-        """Copy what a run of another folder needs to go on in this one, where no run is yet.
+        """Copy what a run of another folder needs to continue in this one, where no run is yet.
 
         Raises:
             OSError: something cannot be read or written.
@@ -125,7 +125,7 @@ class RunFolder:
         for name in ("env.json", INPUTS, "metrics.jsonl", *TABLES):
             if (other.path / name).is_file():
                 shutil.copyfile(other.path / name, self.path / name)
-        for path in checkpoint.found(other.checkpoints)[:1]:
+        for path in checkpoint.listed(other.checkpoints)[:1]:
             shutil.copyfile(path, self.checkpoints / path.name)
 
     def config(self) -> tuple[RunConfig, dict[str, str]]:
@@ -135,13 +135,13 @@ class RunFolder:
             ValueError: it cannot be read.
         """
         where = self.path / "config.json"
-        known = {field.name for field in dataclasses.fields(RunConfig)}
+        names = {field.name for field in dataclasses.fields(RunConfig)}
         try:
-            found = json.loads(read_text(where))
-            if not isinstance(found, dict):
+            table = json.loads(read_text(where))
+            if not isinstance(table, dict):
                 raise ValueError("config.json holds no table")
-            config = fill(RunConfig, {k: v for k, v in found.items() if k in known}, origin=str(where))
-            return config, {k: str(v) for k, v in found.items() if k not in known}
+            config = fill(RunConfig, {k: v for k, v in table.items() if k in names}, origin=str(where))
+            return config, {k: str(v) for k, v in table.items() if k not in names}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"the run in {self.path} cannot be read: {reason(error)}.") from error
 
@@ -157,26 +157,28 @@ class RunFolder:
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"{where} cannot be read: {reason(error)}; remove it to go by the data.") from error
+            raise ValueError(
+                f"{where} cannot be read: {reason(error)}; remove it, and the data are read instead."
+            ) from error
 
     def environment(self) -> dict[str, Any]:
         """Versions and machine; empty if they cannot be read."""
         try:
-            found = json.loads(read_text(self.path / "env.json"))
+            table = json.loads(read_text(self.path / "env.json"))
         except (OSError, ValueError):
             return {}
-        return found if isinstance(found, dict) else {}
+        return table if isinstance(table, dict) else {}
 
-    def add_environment(self, found: Mapping[str, Any]) -> None:
-        """Add the environment in which the run goes on; where it is another one, env.json has both."""
-        write_json(self.path / "env.json", merged([self.environment(), found]))
+    def add_environment(self, added: Mapping[str, Any]) -> None:
+        """Add the environment in which the run continues; where it is another one, env.json has both."""
+        write_json(self.path / "env.json", merged([self.environment(), added]))
 
     def add_line(self, line: Epoch) -> None:
         """Add an epoch to metrics.jsonl."""
         append(self.path / "metrics.jsonl", json.dumps(dataclasses.asdict(line)))
 
     def set_lines(self, lines: Sequence[Epoch]) -> None:
-        """Write metrics.jsonl anew."""
+        """Rewrite metrics.jsonl."""
         text = "".join(json.dumps(dataclasses.asdict(line)) + "\n" for line in lines)
         write_text(self.path / "metrics.jsonl", text)
 
@@ -204,7 +206,7 @@ class RunFolder:
         """Add a line to measures.jsonl."""
         append(self.path / "measures.jsonl", json.dumps(values))
 
-    def blame(self, content: Mapping[str, Any]) -> None:
+    def record_nonfinite(self, content: Mapping[str, Any]) -> None:
         """Write nonfinite.json: where a loss or gradient was not finite."""
         write_json(self.path / "nonfinite.json", dict(content))
 
@@ -220,16 +222,16 @@ class RunFolder:
         path = self.path / name
         if not path.is_file():
             return []
-        found = []
+        rows = []
         for line in read_text(path).splitlines():
             try:
-                found.append(json.loads(line))
+                rows.append(json.loads(line))
             except json.JSONDecodeError:
                 break
-        return found
+        return rows
 
     def rewind(self, lines: Sequence[Epoch], step: int) -> None:
-        """Take back what was recorded after a checkpoint.
+        """Remove what was recorded after a checkpoint.
 
         Args:
             lines: the epochs that the checkpoint knows.
@@ -240,8 +242,8 @@ class RunFolder:
         self.set_lines(lines)
         for name in TABLES:
             if (self.path / name).is_file():
-                kept = [json.dumps(one) + "\n" for one in self._table(name) if one["step"] <= step]
-                write_text(self.path / name, "".join(kept))
+                rows = [json.dumps(one) + "\n" for one in self._table(name) if one["step"] <= step]
+                write_text(self.path / name, "".join(rows))
 
     def keep(self, state: Mapping[str, Any]) -> None:
         """Write the chosen weights."""
@@ -249,34 +251,34 @@ class RunFolder:
         write_atomically(self.weights, lambda file: torch.save(plain, file))
 
     def finish(self, result: Result, *, prolong: bool = False, **labels: str) -> None:
-        """Write result.json; from then on the run is finished.
+        """Write result.json, which marks the run as finished.
 
         Args:
             result: of the run.
-            prolong: keep the last checkpoint, from which the run can go on. Default: the checkpoints of a run that has
-                not failed are removed.
+            prolong: keep the last checkpoint, from which the run can continue. Default: remove the checkpoints, unless
+                the run failed.
             labels: further entries.
         """
         write_json(self.path / "result.json", {"version": VERSION, **labels, **canonical(result)})
         if result.failure is None:
             checkpoint.clear(self.checkpoints, keep=1 if prolong else 0)
 
-    def result(self, check: Callable[[Mapping[str, Any]], bool] = lambda found: True) -> Result:
+    def result(self, check: Callable[[Mapping[str, Any]], bool] = lambda table: True) -> Result:
         """The result of a finished run.
 
         Args:
-            check: told the content; False if it is another run's.
+            check: called with the content; returns False if it belongs to another run.
 
         Raises:
             ValueError: it cannot be read, or is another run's.
             FileNotFoundError: the run is not finished.
         """
         try:
-            found = json.loads(read_text(self.path / "result.json"))
-            if found["version"] != VERSION or not check(found):
+            table = json.loads(read_text(self.path / "result.json"))
+            if table["version"] != VERSION or not check(table):
                 raise ValueError("it belongs to another run or version")
             fields = {field.name for field in dataclasses.fields(Result)}
-            return Result(**{key: value for key, value in found.items() if key in fields})
+            return Result(**{key: value for key, value in table.items() if key in fields})
         except FileNotFoundError:
             raise
         except (OSError, ValueError, KeyError, TypeError) as error:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flatmin.data.augment import normalise
-from flatmin.data.base import Data
+from flatmin.data.dataset import Data
 from flatmin.data.images import Statistics
 from flatmin.train.settings import one_of
 
@@ -46,14 +46,14 @@ class Inputs:
     @classmethod
     def of(cls, data: Data) -> Inputs:
         """Those of a data set."""
-        x, known = data.train.x, data.statistics
+        x, statistics = data.train.x, data.statistics
         return cls(
             data=data.name,
             num_classes=data.num_classes,
             shape=tuple(x.shape[1:]),
             kind=_kind(data),
-            mean=None if known is None else tuple(known.mean),
-            std=None if known is None else tuple(known.std),
+            mean=None if statistics is None else tuple(statistics.mean),
+            std=None if statistics is None else tuple(statistics.std),
         )
 
     @property
@@ -86,10 +86,10 @@ class Inputs:
                 f"{data.name} has {data.num_classes} classes and the run's data, {self.data}, have "
                 f"{self.num_classes}; the numbers must agree."
             )
-        found = tuple(data.train.x.shape[1:])
-        if found != self.shape or _kind(data) != self.kind:
+        shape = tuple(data.train.x.shape[1:])
+        if shape != self.shape or _kind(data) != self.kind:
             raise ValueError(
-                f"{data.name} has {_kind(data)} of shape {_size(found)} and the run was trained on {self.kind} of "
+                f"{data.name} has {_kind(data)} of shape {_size(shape)} and the run was trained on {self.kind} of "
                 f"shape {_size(self.shape)} ({self.data}); they must agree."
             )
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: wait for the update that goes on, so that a checkpoint can be written."""
+"""Ctrl-C and SIGTERM: wait for the update in progress, so that a checkpoint can be written."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from typing import Any, Self
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class Interrupted(KeyboardInterrupt):
-    """A run that stopped because it was asked to. The message says what is kept and how to go on."""
+class TrainingInterrupted(KeyboardInterrupt):
+    """A run that was interrupted on request. The message says what is stored and how to continue."""
 
     def __init__(self, done: int, total: int) -> None:
         super().__init__(
             f"Interrupted after {done} of {total} updates; a checkpoint is kept, and the same command with --resume "
-            "goes on from there."
+            "continues from there."
         )
 
 
 class Interruption:
-    """Takes the first SIGINT or SIGTERM as a wish, inside; a second one is what it always was.
+    """Inside, the first SIGINT or SIGTERM is a request to stop; a second one has its usual effect.
 
-    Only the main thread can take signals; elsewhere nothing changes.
+    Only the main thread can handle signals; in other threads nothing changes.
     """
 
     def __init__(self) -> None:

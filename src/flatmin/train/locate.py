@@ -49,8 +49,8 @@ def find_function(spec: str, *, option: str) -> Callable[..., Any]:
     if not colon or not module_name or not function_name:
         raise ValueError(f"{option}={spec} is not of the form package.module:function.")
     module = find_module(module_name, option=option)
-    found = getattr(module, function_name, None)
-    if not callable(found):
+    function = getattr(module, function_name, None)
+    if not callable(function):
         names = [name for name in vars(module) if callable(getattr(module, name)) and not name.startswith("_")]
         raise ValueError(f"{option}: {module_name!r} has no function {function_name!r}{suggest(function_name, names)}")
-    return found  # type: ignore[no-any-return]
+    return function  # type: ignore[no-any-return]

@@ -1,7 +1,7 @@
-"""Whether somebody trains in a folder: a lock on the folder itself, which ends with the process, however it ends.
+"""Whether a process trains in a folder: a lock on the folder, which ends with the process in any case.
 
-No name of a host or number of a process is written. A file system that locks files only, as NFS does, has a file of
-that purpose in the folder. Where nothing can be locked, `in_use` goes by the times of the files in it.
+No host names or process numbers are written. On a file system that locks files only, such as NFS, the folder has a
+lock file. Where nothing can be locked, `in_use` uses the modification times of the files.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class InUseError(ValueError):
 
 @contextmanager
 def hold(folder: Path, *, patience: float | None = GLANCE) -> Iterator[None]:
-    """Train in a folder; it is made if it is not there.
+    """Lock a folder for training; it is created if it is missing.
 
     Args:
         folder: which.
@@ -48,7 +48,7 @@ def hold(folder: Path, *, patience: float | None = GLANCE) -> Iterator[None]:
         while _locked(handle) is False or not _still(handle, folder):
             if patience is not None and time.monotonic() - begun > patience:
                 raise InUseError(f"another process trains in {folder}: wait until it ends, or name another folder.")
-            if not _still(handle, folder):  # removed and made anew while this one waited
+            if not _still(handle, folder):  # removed and made again while this one waited
                 _release(handle)
                 folder.mkdir(parents=True, exist_ok=True)
                 handle = _open(folder, make=True)
@@ -76,7 +76,7 @@ def _still(handle: int | None, folder: Path) -> bool:
 
 
 def _release(handle: int | None) -> None:
-    """Let go of a lock, also where a process that was forked meanwhile has the file open."""
+    """Release a lock, also where a forked process has the file open."""
     if handle is None:
         return
     with contextlib.suppress(OSError):
@@ -125,8 +125,8 @@ def _none(name: str) -> bool:
 
 def _walk(folder: str | os.PathLike[str], tells: Callable[[str], bool]) -> tuple[float, int]:
     latest, size = 0.0, 0
-    with contextlib.suppress(OSError), os.scandir(folder) as found:
-        for one in found:
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for one in entries:
             with contextlib.suppress(OSError):  # checkpoints come and go
                 if one.is_dir(follow_symlinks=False):
                     moment, more = _walk(one, _every if tells is _tells and one.name == "checkpoints" else _none)

@@ -1,4 +1,4 @@
-"""One training run from its first step to its result, resumable at any of them."""
+"""One training run from its first step to its result, resumable at every step."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from contextlib import ExitStack, nullcontext
 import torch
 from torch import nn
 
-from flatmin.data.base import Data
+from flatmin.data.dataset import Data
 from flatmin.train import checkpoint, measuring
-from flatmin.train.config import RunConfig, differences, identity, stream
+from flatmin.train.config import RunConfig, derive_seed, differences, identity
 from flatmin.train.events import EpochEnded, OnEvent, Warned
 from flatmin.train.fingerprint import Content, OtherDataError, content_of
 from flatmin.train.folder import RunFolder
@@ -19,7 +19,7 @@ from flatmin.train.numerics import numerics
 from flatmin.train.options import Options
 from flatmin.train.processes import world_of
 from flatmin.train.result import Epoch, Result
-from flatmin.train.run import Run
+from flatmin.train.run import TrainingRun
 from flatmin.train.sources import check_machine
 from flatmin.train.state import changed_data
 from flatmin.train.trainer import Trainer
@@ -41,17 +41,17 @@ def train(
     """Train once.
 
     The same configuration gives the same numbers bit for bit on one CPU with one number of threads, also if the run is
-    interrupted and goes on from a checkpoint; on a GPU with `deterministic`. The global random state is left as it
-    was. Under `torchrun` all processes call this; rank 0 writes and tells.
+    interrupted and continues from a checkpoint; on a GPU with `deterministic`. The global random state is left as it
+    was. Under `torchrun` all processes call this; rank 0 writes files and calls the listeners.
 
     Args:
         config: the run.
-        folder: where it is kept. Default: nowhere, and without checkpoints.
-        resume: go on from the folder's last good checkpoint, or from the start if there is none.
+        folder: where it is written. Default: nowhere, and without checkpoints.
+        resume: continue from the folder's last good checkpoint, or from the start if there is none.
         options: Default `Options()`.
         labels: further entries of config.json.
         data: already loaded data of this configuration. Default: loaded here.
-        content: what the data must be. Default: whatever they are.
+        content: what the data must be. Default: any.
         on_event: called with the events of `flatmin.train.events`.
         on_epoch: called with every epoch's line.
         on_end: called with the model and its chosen weights; not where the run failed.
@@ -64,7 +64,7 @@ def train(
             checkpoint of another run, or in which another process trains.
         flatmin.train.fingerprint.OtherDataError: the data are not `content`, or not those of the checkpoint.
         OSError: a file could not be read or written.
-        Interrupted: by Ctrl-C or SIGTERM, with a folder and in one process, after writing a checkpoint.
+        TrainingInterrupted: by Ctrl-C or SIGTERM, with a folder and in one process, after writing a checkpoint.
     """
     options = Options() if options is None else options
     check_machine(config)
@@ -73,7 +73,7 @@ def train(
         stack.enter_context(numerics(config))
         world = stack.enter_context(world_of(config.device))
         stack.enter_context(torch.random.fork_rng(devices=devices))
-        torch.manual_seed(stream(config.seed, "training" if world.first else f"training:{world.rank}"))
+        torch.manual_seed(derive_seed(config.seed, "training" if world.first else f"training:{world.rank}"))
         if config.parallel == "fsdp" and world.size > 1 and (config.measure or options.measure_every):
             raise ValueError("measuring needs whole weights; with parallel=fsdp use `flatmin measure` after the run.")
         trainer = Trainer(config, data=data, world=world, diagnostics=options.diagnostics)
@@ -89,13 +89,13 @@ def train(
         if resume and folder is not None and world.first:
             _check_resumable(folder, config)
         words = dict(labels or {})
-        found = None
+        content_here = None
         if folder is not None or content is not None:
-            found = content_of(config, trainer.data)
-            if content is not None and found is not None and not content.agrees(found):
+            content_here = content_of(config, trainer.data)
+            if content is not None and content_here is not None and not content.agrees(content_here):
                 raise OtherDataError(f"the data are not those that the run was planned with: {changed_data(config)}")
-            words |= {} if found is None else {"content": found.digest}
-        run = Run(trainer, folder, options, listeners if world.first else [], found)
+            words |= {} if content_here is None else {"content": content_here.digest}
+        run = TrainingRun(trainer, folder, options, listeners if world.first else [], content_here)
         run.begin(resume, words)
         handled = folder is not None and world.size == 1 and options.signals
         with Interruption() if handled else nullcontext() as interruption:
@@ -106,39 +106,39 @@ def train(
 
 
 def _check_resumable(folder: RunFolder, config: RunConfig) -> None:
-    """Refuse to begin anew in place of a run that is finished or has other settings.
+    """Refuse to start over in place of a run that is finished or has other settings.
 
     Raises:
-        ValueError: it is so, and there is no checkpoint that could be gone on with.
+        ValueError: there is such a run and no checkpoint that could be continued.
     """
     finished = folder.finished and folder.result().failure is None
-    if not folder.begun or (checkpoint.found(folder.checkpoints) and not finished):
+    if not folder.begun or (checkpoint.listed(folder.checkpoints) and not finished):
         return
     other = differences(identity(folder.config()[0]), config)
     if finished and not other:
-        raise ValueError(f"{folder.path} holds a finished run, so there is nothing to go on with; leave out resume.")
-    if other and not (list(other) == ["epochs"] and checkpoint.found(folder.checkpoints)):
+        raise ValueError(f"{folder.path} holds a finished run, so there is nothing to continue; leave out resume.")
+    if other and not (list(other) == ["epochs"] and checkpoint.listed(folder.checkpoints)):
         state = "finished run" if finished else "run"
         raise ValueError(
-            f"{folder.path} holds a {state} of other settings and no checkpoint to go on from: "
-            f"{', '.join(other.values())}; name another folder, or leave out resume to begin anew in this one."
+            f"{folder.path} holds a {state} of other settings and no checkpoint to continue from: "
+            f"{', '.join(other.values())}; name another folder, or leave out resume to start over in this one."
         )
 
 
 def _trackers(
     options: Options, folder: RunFolder, resume: bool, listeners: list[OnEvent], stack: ExitStack
 ) -> list[OnEvent]:
-    """The trackers asked for, closed with the stack; one that fails is told of and dropped."""
+    """The requested trackers, closed with the stack; one that fails is disabled with a warning."""
     from flatmin.train.trackers import Safely, make_tracker
 
     def warn(text: str) -> None:
         for listener in listeners:
             listener(Warned(text=text))
 
-    found: list[OnEvent] = []
+    trackers: list[OnEvent] = []
     for name in options.trackers:
         tracker = make_tracker(name, folder=folder.path, run=folder.path.name, project=options.project, resume=resume)
         safe = Safely(tracker, warn)
         stack.callback(safe.close)
-        found.append(safe)
-    return found
+        trackers.append(safe)
+    return trackers

@@ -1,4 +1,4 @@
-"""Measurements between epochs: the card of a part of the training data."""
+"""Measurements between epochs: the report of a part of the training data."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional as F
 
-from flatmin.data.base import check_held
-from flatmin.measure.card import CardSettings, card
+from flatmin.data.dataset import check_held
 from flatmin.measure.problem import Problem
-from flatmin.train.config import stream
+from flatmin.measure.report import ReportSettings, report
+from flatmin.train.config import derive_seed
 from flatmin.train.evaluate import batches
 from flatmin.train.options import Options, check_groups
 from flatmin.train.trainer import Trainer
@@ -19,9 +19,9 @@ from flatmin.words import reason
 
 
 def measured(trainer: Trainer, options: Options, warn: Callable[[str], None]) -> dict[str, float]:
-    """Numbers of `flatmin.measure.card` by name, for the mean cross-entropy in eval mode; the model is left as it is.
+    """Numbers of `flatmin.measure.report` by name, for the mean cross-entropy in eval mode; the model is left as it is.
 
-    What cannot be measured is left out, and told; it does not end the run.
+    What cannot be measured is left out with a warning; it does not end the run.
 
     Args:
         trainer: of the run; with an average of the weights, the caller applies it.
@@ -30,7 +30,7 @@ def measured(trainer: Trainer, options: Options, warn: Callable[[str], None]) ->
         warn: called with a sentence for everything that could not be measured.
     """
     data = trainer.data
-    order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(stream(0, "measure")))
+    order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(derive_seed(0, "measure")))
     part = data.train.only(order[: options.measure_examples].sort().values)
     training = trainer.model.training
     devices = [] if trainer.config.device == "cpu" else [torch.device(trainer.config.device)]
@@ -42,12 +42,12 @@ def measured(trainer: Trainer, options: Options, warn: Callable[[str], None]) ->
             return {}
         finally:
             trainer.model.train(training)
-        found = card(problem, options.measures, settings=_settings(options))
+        flatness = report(problem, options.measures, settings=_settings(options))
     trainer.model.train(training)
-    lacking = found.missing | {q.name: q.note for q in found.quantities.values() if not math.isfinite(q.value)}
+    lacking = flatness.missing | {q.name: q.note for q in flatness.quantities.values() if not math.isfinite(q.value)}
     for what, why in lacking.items():
         warn(f"{what} could not be measured: {why}")
-    return {name: q.value for name, q in found.quantities.items() if math.isfinite(q.value)}
+    return {name: q.value for name, q in flatness.quantities.items() if math.isfinite(q.value)}
 
 
 def check(trainer: Trainer, options: Options) -> None:
@@ -62,6 +62,6 @@ def check(trainer: Trainer, options: Options) -> None:
         check_groups(options.measures, examples, options.measure_m, options.measure_rho)
 
 
-def _settings(options: Options) -> CardSettings:
+def _settings(options: Options) -> ReportSettings:
     """One radius: of the curves over several nothing is written down."""
-    return CardSettings(m=options.measure_m, rho=options.measure_rho, rhos=(options.measure_rho,))
+    return ReportSettings(m=options.measure_m, rho=options.measure_rho, rhos=(options.measure_rho,))

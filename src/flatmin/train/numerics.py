@@ -1,4 +1,4 @@
-"""Precision, memory format and determinism of a run; what they set globally is put back."""
+"""Precision, memory format and determinism of a run; global settings are restored afterwards."""
 
 from __future__ import annotations
 

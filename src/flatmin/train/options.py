@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from flatmin.measure.card import chosen
+from flatmin.measure.report import chosen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +18,7 @@ class Options:
             since the start; 0: at the end of every epoch that `checkpoint_every` names.
         checkpoint_steps: updates between further checkpoints inside an epoch; 0: none.
         keep_checkpoints: how many stay on disk.
-        prolong: keep the last checkpoint of a finished run that can go on with more epochs, see
+        prolong: keep the last checkpoint of a finished run that can continue with more epochs, see
             `flatmin.train.state.fixed_length`.
         weights: whether the chosen weights are kept.
         signals: whether Ctrl-C and SIGTERM end the run with a checkpoint.
@@ -26,9 +26,9 @@ class Options:
         diagnostics: record the optimizer's diagnostics, at the cost of one more copy of the gradient and one of the
             displacement, which checkpoints hold too.
         trackers: names of `flatmin.train.trackers.TRACKERS`.
-        project: under which trackers file the run.
+        project: name under which trackers group runs.
         measure_every: epochs between measurements; 0: none.
-        measures: what is measured then, as `what` of `flatmin.measure.card`.
+        measures: what is measured then, as `what` of `flatmin.measure.report`.
         measure_examples: on how many training samples.
         measure_m: of these in a group of m-sharpness; 0: no m-sharpness.
         measure_rho: l2 radius of worst and average cases, those of the groups too.
@@ -72,7 +72,7 @@ def check_groups(measures: str, examples: int, m: int, rho: float) -> None:
     """Refuse groups of m-sharpness that nothing fills or asks for, and a radius that is none.
 
     Args:
-        measures: sections of the card.
+        measures: sections of the report.
         examples: samples that are measured on.
         m: of these in a group; 0: no groups.
         rho: radius.

@@ -1,4 +1,4 @@
-"""The settings of `flatmin train`: a preset, then `key=value` words, then what the machine has."""
+"""The settings of `flatmin train`: a preset, then `key=value` overrides, then defaults of the machine."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ AUTOMATIC: dict[str, dict[str, Scalar]] = {
 }
 
 
-def load_run(preset: str, words: Sequence[str] = (), *, here: bool = True, **given: Any) -> tuple[RunConfig, Options]:
+def load_run(
+    preset: str, overrides: Sequence[str] = (), *, here: bool = True, **given: Any
+) -> tuple[RunConfig, Options]:
     """A run's configuration and options.
 
     `device`, `precision`, `channels_last` and `tf32` are "auto" unless set: the GPU if there is one, and there
@@ -36,7 +38,7 @@ def load_run(preset: str, words: Sequence[str] = (), *, here: bool = True, **giv
 
     Args:
         preset: a name inside the package, or a path to a .toml file.
-        words: like "epochs=10", "method=vasso", "rho=0.1", "theta=0.8" (a parameter of the method's parts),
+        overrides: such as "epochs=10", "method=vasso", "rho=0.1", "theta=0.8" (a parameter of the method's parts),
             "model.max_pool=true" (a keyword of the model), "log_every=10" (an option).
         here: whether the run is to be done on this machine, which must then have its device.
         given: fields by name that are not None, as a command line has them; they win.
@@ -49,8 +51,8 @@ def load_run(preset: str, words: Sequence[str] = (), *, here: bool = True, **giv
     kinds = {key: kind for key, kind in every.items() if key not in _BY_NAME}
     chosen: dict[str, Any] = {}
     loose: dict[str, Any] = {}
-    for word in words:
-        key, text = settings.split_word(word)
+    for override in overrides:
+        key, text = settings.split_override(override)
         if key in ("device", *AUTOMATIC) and text.strip() == AUTO:
             chosen[key] = AUTO
         elif key in kinds:
@@ -70,9 +72,9 @@ def load_run(preset: str, words: Sequence[str] = (), *, here: bool = True, **giv
     table["params"], extra = _params(recipe, {**own, **loose}, kinds)
     table["model_params"] |= extra
     for name in radii:
-        for word in name.split("+"):
-            if word not in methods:
-                raise ValueError(f"preset {preset}: rho of an unknown method {word!r}{suggest(word, methods)}")
+        for override in name.split("+"):
+            if override not in methods:
+                raise ValueError(f"preset {preset}: rho of an unknown method {override!r}{suggest(override, methods)}")
     if chosen.get("rho") is None:
         table["rho"] = radius_of(recipe.name, recipe, radii, methods)
     elif not recipe.ascends:
@@ -84,21 +86,21 @@ def load_run(preset: str, words: Sequence[str] = (), *, here: bool = True, **giv
     return config, settings.fill(Options, options, origin=origin)
 
 
-def load_options(words: Sequence[str]) -> tuple[Options, list[str]]:
-    """The options among the words, and the other words.
+def load_options(overrides: Sequence[str]) -> tuple[Options, list[str]]:
+    """The options among the overrides, and the other overrides.
 
     Raises:
         ValueError: a value of another type or out of range.
     """
     kinds = settings.field_types(Options)
-    found, rest = {}, []
-    for word in words:
-        key, text = settings.split_word(word)
+    values, rest = {}, []
+    for override in overrides:
+        key, text = settings.split_override(override)
         if key in kinds:
-            found[key] = settings.parse(key, text, kinds[key])
+            values[key] = settings.parse(key, text, kinds[key])
         else:
-            rest.append(word)
-    return Options(**found), rest
+            rest.append(override)
+    return Options(**values), rest
 
 
 def _automatic(table: dict[str, Any]) -> None:

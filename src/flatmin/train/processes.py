@@ -18,10 +18,10 @@ _SET_BY_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_P
 
 @dataclass(frozen=True)
 class World:
-    """This process among all.
+    """This process and the number of all.
 
     Args:
-        rank: from 0; rank 0 writes and speaks.
+        rank: from 0; rank 0 writes and prints.
         size: how many there are.
         local_rank: on this machine; the number of its GPU.
     """
@@ -32,7 +32,7 @@ class World:
 
     @property
     def first(self) -> bool:
-        """Whether this one writes and speaks."""
+        """Whether this process writes and prints."""
         return self.rank == 0
 
     def sum_(self, values: Tensor) -> Tensor:
@@ -41,30 +41,30 @@ class World:
             dist.all_reduce(values)
         return values
 
-    def told(self, value: Any) -> Any:
-        """The value that rank 0 has, in all processes."""
+    def broadcast(self, value: Any) -> Any:
+        """The value of rank 0, in all processes."""
         if self.size == 1:
             return value
-        found = [value]
-        dist.broadcast_object_list(found)
-        return found[0]
+        box = [value]
+        dist.broadcast_object_list(box)
+        return box[0]
 
-    def gathered(self, value: Any) -> list[Any]:
-        """The value of every process, in all."""
+    def all_gather(self, value: Any) -> list[Any]:
+        """The values of all processes, in each."""
         if self.size == 1:
             return [value]
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value)
-        return found
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
 
     def share_buffers(self, model: nn.Module) -> None:
-        """Give all processes the buffers that rank 0 has: its statistics are kept, so they are to be evaluated."""
+        """Broadcast the buffers of rank 0: its statistics are stored, so they are evaluated."""
         if self.size > 1:
             for buffer in model.buffers():
                 dist.broadcast(buffer, 0)
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Wait for all processes."""
         if self.size > 1:
             dist.barrier()
 
@@ -149,8 +149,8 @@ def whole_weights(model: nn.Module) -> dict[str, Any]:
     """The state dict of a sharded model, whole and on the CPU; all processes must call it, rank 0 has the content."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-    found = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    return dict(on_cpu(found))  # on a CPU torch gives the buffers themselves
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return dict(on_cpu(state))  # on a CPU torch gives the buffers themselves
 
 
 def load_whole_weights(model: nn.Module, state: dict[str, Any]) -> None:

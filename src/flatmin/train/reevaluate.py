@@ -1,4 +1,4 @@
-"""The weights that a run kept, evaluated again: on its own data or on others of the same kind."""
+"""Evaluate the weights of a run again: on its own data or on other data of the same kind."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from flatmin.data.base import Data, Split
+from flatmin.data.dataset import Data, Split
 from flatmin.measure.modes import evaluating
 from flatmin.stats import share_interval
 from flatmin.train.config import RunConfig
@@ -62,8 +62,8 @@ class ClassShare:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """What came out.
+class Reevaluation:
+    """The result of an evaluation.
 
     Args:
         data, split, samples: what was evaluated.
@@ -93,7 +93,7 @@ class Evaluation:
     flip_tta: bool
 
 
-def reevaluate(run: SavedRun, asked: Asked | None = None) -> Evaluation:
+def reevaluate(run: SavedRun, asked: Asked | None = None) -> Reevaluation:
     """Evaluate a run's kept weights.
 
     Images of bytes are normalised with the statistics of the run's training data, whatever data they are of: the model
@@ -121,22 +121,22 @@ def reevaluate(run: SavedRun, asked: Asked | None = None) -> Evaluation:
     model = run.model(data).to(asked.device)
     size = asked.batch or CHUNK[asked.device]
     with numerics(config):
-        found = score(model, data, part, config, size=size)
+        scores = score(model, data, part, config, size=size)
         shares = _by_class(model, data, part, config, size) if asked.classes else ()
-    low, high = share_interval(round(found.acc * len(part) / 100), len(part))
-    known = inputs.statistics
-    return Evaluation(
+    low, high = share_interval(round(scores.acc * len(part) / 100), len(part))
+    statistics = inputs.statistics
+    return Reevaluation(
         data=data.name,
         split=asked.split,
         samples=len(part),
         wrong=100 * data.wrong.double().mean().item() if asked.split == "train" else 0.0,
-        loss=found.loss,
-        acc=found.acc,
+        loss=scores.loss,
+        acc=scores.acc,
         acc_low=100 * low,
         acc_high=100 * high,
-        top5=found.top5,
+        top5=scores.top5,
         classes=shares,
-        normalised_with=None if known is None else (known.mean, known.std),
+        normalised_with=None if statistics is None else (statistics.mean, statistics.std),
         device=asked.device,
         precision=config.precision,
         flip_tta=config.flip_tta,

@@ -1,4 +1,4 @@
-"""What a run says: a line an epoch, and the result."""
+"""What a run writes: a line per epoch, and the result."""
 
 from __future__ import annotations
 

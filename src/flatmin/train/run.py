@@ -10,25 +10,25 @@ from typing import Any, NoReturn
 
 import torch
 
-from flatmin.data.base import Split
+from flatmin.data.dataset import Split
 from flatmin.train import checkpoint, evaluate
 from flatmin.train.config import identity
 from flatmin.train.events import Began, Ended, EpochEnded, Event, Measured, OnEvent, Stepped, Ticked, Warned
 from flatmin.train.fingerprint import Content, environment
 from flatmin.train.folder import RunFolder
 from flatmin.train.inputs import Inputs
-from flatmin.train.interrupt import Interrupted, Interruption
+from flatmin.train.interrupt import Interruption, TrainingInterrupted
 from flatmin.train.measuring import measured
+from flatmin.train.meter import Meter
+from flatmin.train.nonfinite import NonFiniteMonitor, NonFiniteUpdate
 from flatmin.train.options import Options
 from flatmin.train.processes import load_whole_weights, on_cpu, whole_weights
 from flatmin.train.result import Epoch, Result
 from flatmin.train.state import fixed_length, restore, state_of
-from flatmin.train.tally import Tally
 from flatmin.train.trainer import Trainer
-from flatmin.train.watch import Finding, Watch
 
 
-class Run:
+class TrainingRun:
     """The state of a run beside its trainer's."""
 
     def __init__(
@@ -44,10 +44,10 @@ class Run:
         self.prolongable = options.prolong and fixed_length(self.config) is None
         self.epoch = self.position = 0
         self.lines: list[Epoch] = []
-        self.tally = Tally()
+        self.meter = Meter()
         self.best: Epoch | None = None
         self.best_state: dict[str, Any] | None = None
-        self.watch = Watch(trainer)
+        self.monitor = NonFiniteMonitor(trainer)
         self.logged = (0, 0.0, 0)
         self._ticked = 0.0
         self._saved = time.monotonic()
@@ -55,29 +55,29 @@ class Run:
     # -- beginning -----------------------------------------------------------------------------------------------
 
     def begin(self, resume: bool, labels: dict[str, str]) -> None:
-        """Make the folder, or go on from its last good checkpoint."""
-        found = environment(self.config.device, torch.get_num_threads(), self.world.size)
+        """Make the folder, or continue from its last good checkpoint."""
+        env = environment(self.config.device, torch.get_num_threads(), self.world.size)
         state = None
         if self.folder is not None:
             if resume:
                 found_here = checkpoint.newest(self.folder.checkpoints, self._warn) if self.world.first else None
-                state = self.world.told(found_here)
+                state = self.world.broadcast(found_here)
             if state is not None:
                 restore(self, state)
             if self.world.first and state is not None:
                 self.folder.rewind(self.lines, self.trainer.steps)
-                self.folder.add_environment(found)
+                self.folder.add_environment(env)
                 if state["config"] != identity(self.config):
                     self.folder.set_config(self.config, **labels)
                 (self.folder.path / "result.json").unlink(missing_ok=True)
             elif self.world.first:
-                self.folder.begin(self.config, found, Inputs.of(self.trainer.data), **labels)
+                self.folder.begin(self.config, env, Inputs.of(self.trainer.data), **labels)
         weights = [p for p in self.trainer.model.parameters() if p.requires_grad]
         self._tell(
             Began(
                 name=self.folder.path.name if self.folder is not None else self.config.method,
                 config=self.config,
-                environment=found,
+                environment=env,
                 parameters=sum(p.numel() for p in weights),
                 samples=len(self.trainer.data.train),
                 steps=self.trainer.feed.steps,
@@ -113,22 +113,22 @@ class Run:
 
     def _steps(self, interruption: Interruption | None) -> str | None:
         """The rest of the epoch's updates; why the run must stop, or None."""
-        trainer, tally = self.trainer, self.tally
+        trainer, meter = self.trainer, self.meter
         trainer.net.train()
-        before, begun = tally.seconds, time.perf_counter()
+        before, begun = meter.seconds, time.perf_counter()
         self._ticked = before
         for batch in trainer.batches(self.position):
-            self.watch.before()
-            tally.add(trainer.step(batch), len(batch))
+            self.monitor.before()
+            meter.add(trainer.step(batch), len(batch))
             self.position += 1
-            tally.seconds = before + time.perf_counter() - begun
+            meter.seconds = before + time.perf_counter() - begun
             every = self.options.checkpoint_steps
             due = every > 0 and trainer.steps % every == 0 and self.position < trainer.feed.steps
             asked = interruption is not None and interruption.wanted
-            found = self.watch.after(batch, tally, epoch=self.epoch + 1, now=due or asked)
-            if found is not None:
+            event = self.monitor.after(batch, meter, epoch=self.epoch + 1, now=due or asked)
+            if event is not None:
                 self._save(inside=True)
-                return self._blame(found)
+                return self._stop_nonfinite(event)
             self._log()
             if due:
                 self._save(inside=True)
@@ -136,33 +136,33 @@ class Run:
                 self._stop(inside=True)
         if self.config.device != "cpu":
             torch.cuda.synchronize()
-        tally.seconds = before + time.perf_counter() - begun
+        meter.seconds = before + time.perf_counter() - begun
         return None
 
     def _stop(self, *, inside: bool) -> NoReturn:
-        """Stop with a checkpoint, because somebody asked for it."""
+        """Stop with a checkpoint, on request."""
         self._save(inside=inside, asked_for=True)
-        raise Interrupted(self.trainer.steps, self.config.epochs * self.trainer.feed.steps)
+        raise TrainingInterrupted(self.trainer.steps, self.config.epochs * self.trainer.feed.steps)
 
-    def _blame(self, found: Finding) -> str:
-        """Write down where it happened; the sentence that says so."""
+    def _stop_nonfinite(self, event: NonFiniteUpdate) -> str:
+        """Write nonfinite.json; return the message."""
         if self.folder is None:
-            return found.sentence()
+            return event.sentence()
         if self.world.first:
-            self.folder.blame(found.content)
-        return found.sentence(" (its samples are in nonfinite.json)")
+            self.folder.record_nonfinite(event.content)
+        return event.sentence(" (its samples are in nonfinite.json)")
 
     def _log(self) -> None:
-        tally = self.tally
-        if tally.seconds - self._ticked >= 1:
-            self._ticked = tally.seconds
+        meter = self.meter
+        if meter.seconds - self._ticked >= 1:
+            self._ticked = meter.seconds
             self._tell(Ticked(step=self.trainer.steps, epoch=self.epoch + 1))
         every = self.options.log_every
         if not every or self.trainer.steps % every:
             return
         steps, seconds, images = self.logged
-        loss = tally.mean_since(steps, self.world)  # all processes take part, rank 0 tells
-        self.logged = (len(tally), tally.seconds, tally.images)
+        loss = meter.mean_since(steps, self.world)  # all processes take part, rank 0 tells
+        self.logged = (len(meter), meter.seconds, meter.images)
         if not self.world.first or not (self.listeners or self.folder is not None):
             return
         event = Stepped(
@@ -171,8 +171,8 @@ class Run:
             lr=self.trainer.schedule.at(self.trainer.steps - 1),
             rho=self.trainer.rho,
             loss=loss,
-            seconds=tally.seconds - seconds,
-            images=(tally.images - images) * self.world.size,
+            seconds=meter.seconds - seconds,
+            images=(meter.images - images) * self.world.size,
             diagnostics=self.trainer.optimizer.diagnostics() if self.options.diagnostics else {},
         )
         if self.folder is not None:
@@ -185,25 +185,25 @@ class Run:
 
     def _end_epoch(self) -> str | None:
         """Evaluate, choose, record, and write a checkpoint; why the run must stop, or None."""
-        trainer, config, tally = self.trainer, self.config, self.tally
+        trainer, config, meter = self.trainer, self.config, self.meter
         number = self.epoch + 1
-        loss, perturbed, right = tally.means(self.world)
+        loss, perturbed, right = meter.means(self.world)
         if math.isnan(loss):
             return f"no update of epoch {number} had a finite loss; try a smaller lr or rho"
-        look = config.selection == "max-test" or (config.test_every and number % config.test_every == 0)
+        test_now = config.selection == "max-test" or (config.test_every and number % config.test_every == 0)
         with nullcontext() if trainer.average is None else trainer.average.applied():
             self.world.share_buffers(trainer.model)
             val = self._score(trainer.data.val)
             same = trainer.data.test is trainer.data.val
             test = None
-            if look:
+            if test_now:
                 test = val if same else self._score(trainer.data.test)
             memory = evaluate.memorised(trainer.model, trainer.data, config, self.world)
             if not math.isfinite(val.loss):
                 return f"the validation loss was not finite after epoch {number}; try a smaller lr or rho"
             line = Epoch(
                 epoch=number,
-                lr=trainer.schedule.at(trainer.steps - len(tally)),
+                lr=trainer.schedule.at(trainer.steps - len(meter)),
                 rho=trainer.rho,
                 train_loss=loss,
                 perturbed_loss=perturbed,
@@ -214,10 +214,10 @@ class Run:
                 test_acc=None if test is None else test.acc,
                 test_top5=None if test is None else test.top5,
                 memorised=memory,
-                seconds=tally.seconds,
-                images_per_second=tally.images * self.world.size / max(tally.seconds, 1e-9),
+                seconds=meter.seconds,
+                images_per_second=meter.images * self.world.size / max(meter.seconds, 1e-9),
                 peak_memory=torch.cuda.max_memory_allocated() if config.device == "cuda" else None,
-                skipped=tally.skipped,
+                skipped=meter.skipped,
             )
             self._choose(line)
             self.lines.append(line)
@@ -230,8 +230,8 @@ class Run:
                 if self.folder is not None and self.world.first:
                     self.folder.add_measures({"epoch": number, "step": trainer.steps, **values})
                 self._tell(Measured(epoch=number, step=trainer.steps, values=values))
-        self.epoch, self.position, self.tally, self.logged = number, 0, Tally(), (0, 0.0, 0)
-        self.watch.begin(0)
+        self.epoch, self.position, self.meter, self.logged = number, 0, Meter(), (0, 0.0, 0)
+        self.monitor.begin(0)
         if self._due():
             self._save(inside=False)
         return None
@@ -258,7 +258,7 @@ class Run:
         """Write a checkpoint; all processes must call it.
 
         Args:
-            inside: whether the present epoch goes on.
+            inside: whether the present epoch is unfinished.
             asked_for: whether it is written also by a run that writes none by itself.
         """
         if self.folder is None:
@@ -277,7 +277,7 @@ class Run:
             return every > 0 and self.prolongable
         if not every or self.epoch % every:
             return False
-        return not seconds or bool(self.world.told(time.monotonic() - self._saved >= seconds))
+        return not seconds or bool(self.world.broadcast(time.monotonic() - self._saved >= seconds))
 
     # -- the end -------------------------------------------------------------------------------------------------
 
@@ -292,13 +292,13 @@ class Run:
             "noise": config.noise,
             "seconds": sum(line.seconds for line in self.lines),
         }
-        found, chosen, curvature = None, None, None
+        train_scores, chosen, curvature = None, None, None
         if failure is None:
             self._load_chosen()
-            found = self._score(trainer.data.train)
-            if not math.isfinite(found.loss):
+            train_scores = self._score(trainer.data.train)
+            if not math.isfinite(train_scores.loss):
                 failure = "the chosen weights give a train loss that is not finite; try a smaller lr or rho"
-        if failure is not None or found is None:
+        if failure is not None or train_scores is None:
             nothing: dict[str, Any] = dict.fromkeys(("last", "best", "train_ce", "lambda_max"))
             return Result(**common, **nothing, trained=False, failure=failure)
         chosen = self._tested()
@@ -311,12 +311,12 @@ class Run:
         chance = evaluate.Chance.of(trainer.data, config)
         return Result(
             **common,
-            trained=chance.beaten(found),
+            trained=chance.beaten(train_scores),
             chance=chance.loss,
             last={key: getattr(last, key) for key in ("epoch", "test_acc", "val_acc", "memorised", "train_loss")},
             best={key: getattr(best, key) for key in ("epoch", "test_acc", "val_acc")},
             chosen=chosen,
-            train_ce=found.loss,
+            train_ce=train_scores.loss,
             lambda_max=curvature,
         )
 
@@ -328,7 +328,7 @@ class Run:
         if self.best_state is None:
             return
         if self.world.size > 1 and self.config.parallel == "fsdp":
-            load_whole_weights(self.trainer.model, self.world.told(self.best_state))
+            load_whole_weights(self.trainer.model, self.world.broadcast(self.best_state))
         else:
             self.trainer.model.load_state_dict(self.best_state)
             self.world.share_buffers(self.trainer.model)

@@ -1,4 +1,4 @@
-"""Finished runs read back: configuration, data and trained model."""
+"""Read finished runs: configuration, data and trained model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flatmin.data.base import Data
+from flatmin.data.dataset import Data
 from flatmin.measure.checkpoints import find_weights, misfit, misshapen, state_dicts, unwrapped
 from flatmin.train.config import RunConfig
 from flatmin.train.files import reason
@@ -29,7 +29,7 @@ from flatmin.train.sources import build_model, load_data
 
 @dataclass(frozen=True, kw_only=True)
 class SavedRun:
-    """A trained net with what it takes to build it again.
+    """A trained network with what is needed to build it again.
 
     Args:
         name: of the run.
@@ -69,11 +69,11 @@ class SavedRun:
         config = self.here if data_dir is None else dataclasses.replace(self.here, data_dir=data_dir)
         data = load_data(config)
         if self.content is not None:
-            found = content_of(config, data)
-            if found is not None and found.digest != self.content:
+            content = content_of(config, data)
+            if content is not None and content.digest != self.content:
                 warnings.warn(
-                    f"the data {config.data!r} are not, bit for bit, those that {self.name!r} was trained on; what is "
-                    "said here is of the data as they are now.",
+                    f"the data {config.data!r} are not, bit for bit, those that {self.name!r} was trained on; the "
+                    "results here belong to the present data.",
                     stacklevel=2,
                 )
         return data
@@ -110,7 +110,7 @@ class SavedRun:
 
 
 def load(run: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> nn.Module:
-    """The trained model of a finished run, ready to be asked: in eval mode, with the weights that the run chose.
+    """The trained model of a finished run, ready for inference: in eval mode, with the weights that the run chose.
 
     It takes what it was trained on. Where the data were images of bytes, that is floats normalised with the statistics
     of the training part, which `flatmin.train.saved.open_run(run).transform(x)` makes of a batch of bytes. The data
@@ -193,10 +193,10 @@ def weights_for(model: nn.Module, path: Path, *, key: str | None = None) -> dict
     saved = read_file(path)
     own = unwrapped(model).state_dict(keep_vars=True)
     try:
-        found = find_weights(own, saved, key=key)
+        weights = find_weights(own, saved, key=key)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    if found is None:
+    if weights is None:
         how = misfit(own, saved)
         if not how:
             raise ValueError(f"{path} holds no state dict, at its top or in the dictionaries inside it.")
@@ -207,15 +207,15 @@ def weights_for(model: nn.Module, path: Path, *, key: str | None = None) -> dict
                 "with the same code and the same arguments."
             )
         return state
-    if bad := misshapen(own, found.state):
+    if bad := misshapen(own, weights.state):
         shapes = "; ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
         raise ValueError(
             f"the weights in {path} do not fit the model: of another shape: {shapes}. Build the model as it was when "
             "they were saved: with the same arguments, such as the number of classes or the width."
         )
-    for remark in found.remarks:
+    for remark in weights.remarks:
         warnings.warn(f"{path}: {remark}", stacklevel=2)
-    return found.state
+    return weights.state
 
 
 def _takes(model: nn.Module, state: dict[str, Any]) -> bool:

@@ -23,7 +23,7 @@ _USED_BY = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Schedule:
+class LearningRateSchedule:
     """The learning rate of every update of a run.
 
     E is the number of epochs, w the length of the warm-up, and e the time in epochs at which an update begins, counted
@@ -72,7 +72,7 @@ class Schedule:
     code of VaSSO gives each epoch but the first the rate of the epoch before; that is not offered.
 
     Example:
-        >>> schedule = Schedule(lr=0.1, epochs=4, steps_per_epoch=10)
+        >>> schedule = LearningRateSchedule(lr=0.1, epochs=4, steps_per_epoch=10)
         >>> [round(schedule.at(step), 4) for step in (0, 9, 10, 20, 30, 40)]
         [0.1, 0.1, 0.0854, 0.05, 0.0146, 0.0]
     """
@@ -90,9 +90,11 @@ class Schedule:
     as_coded: bool = False
 
     def __post_init__(self) -> None:
-        for word, value, known in (("schedule", self.kind, SCHEDULES), ("unit", self.unit, UNITS)):
-            if value not in known:
-                raise ValueError(f"unknown {word} {value!r}{suggest(str(value), known)} ({word}s: {', '.join(known)}).")
+        for word, value, choices in (("schedule", self.kind, SCHEDULES), ("unit", self.unit, UNITS)):
+            if value not in choices:
+                raise ValueError(
+                    f"unknown {word} {value!r}{suggest(str(value), choices)} ({word}s: {', '.join(choices)})."
+                )
         at_least(self, "lr", 0)
         for name in ("epochs", "steps_per_epoch"):
             at_least(self, name, 1)

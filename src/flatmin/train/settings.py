@@ -1,4 +1,4 @@
-"""Typed settings: frozen dataclasses, filled from a TOML preset, then from `key=value` words."""
+"""Typed settings: frozen dataclasses, filled from a TOML preset, then from `key=value` overrides."""
 
 from __future__ import annotations
 
@@ -123,10 +123,10 @@ def read_preset(name: str, kind: str = "compare") -> dict[str, Any]:
             raise ValueError(f"preset file {name!r} does not exist.")
         text = read_text(path)
     else:
-        known = preset_names(kind)
-        if name not in known:
+        presets = preset_names(kind)
+        if name not in presets:
             raise ValueError(
-                f"unknown preset {name!r}{suggest(name, known)} (presets: {', '.join(known)}, or a .toml file)"
+                f"unknown preset {name!r}{suggest(name, presets)} (presets: {', '.join(presets)}, or a .toml file)"
             )
         text = read_text(resources.files("flatmin") / "presets" / kind / f"{name}.toml")
     try:
@@ -154,7 +154,7 @@ def fill(cls: type[T], table: Mapping[str, Any], *, origin: str = "settings") ->
     return cls(**{key: coerce(key, value, kinds[key]) for key, value in table.items()})
 
 
-def split_word(word: str) -> tuple[str, str]:
+def split_override(word: str) -> tuple[str, str]:
     """("key", "value") of "key=value".
 
     Raises:

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from flatmin.data.augment import Augment
-from flatmin.data.base import Data, as_data, check_held
+from flatmin.data.dataset import Data, as_data, check_held
 from flatmin.data.images import STATISTICS, draw_share
 from flatmin.data.named import DATASETS, Progress, Reading, read_named
 from flatmin.data.noise import asymmetric_noise, symmetric_noise
 from flatmin.models.external import external
 from flatmin.models.zoo import MODELS
-from flatmin.train.config import RunConfig, stream
+from flatmin.train.config import RunConfig, derive_seed
 from flatmin.train.inputs import Inputs
 from flatmin.train.locate import find_function
 from flatmin.words import suggest
@@ -30,7 +30,7 @@ def load_data(config: RunConfig, *, download: bool = False, progress: Progress |
 
     Args:
         config: the run.
-        download: get what is missing, where that is possible.
+        download: download missing files where that is possible.
         progress: see `flatmin.data.named.Reading`.
 
     Raises:
@@ -67,7 +67,7 @@ def load_clean(config: RunConfig, *, download: bool = False, progress: Progress 
         data = dataclasses.replace(data, statistics=STATISTICS[config.statistics])
     data = dataclasses.replace(data, augment=_augmentation(config, data))
     if config.train_size is not None:
-        data = _smaller(data, config.train_size, seed=stream(config.split_seed, "train_size"))
+        data = _smaller(data, config.train_size, seed=derive_seed(config.split_seed, "train_size"))
     return data
 
 
@@ -99,23 +99,23 @@ def _smaller(data: Data, size: int, *, seed: int) -> Data:
     if size > len(data.train):
         raise ValueError(f"train_size={size} is more than the {len(data.train)} training samples of {data.name}.")
     order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(seed))
-    kept = draw_share(order, data.train.y, size).sort().values
-    clean = None if data.clean is None else data.clean[kept]
-    return dataclasses.replace(data, train=data.train.only(kept), clean=clean)
+    drawn = draw_share(order, data.train.y, size).sort().values
+    clean = None if data.clean is None else data.clean[drawn]
+    return dataclasses.replace(data, train=data.train.only(drawn), clean=clean)
 
 
 def _noisy(config: RunConfig, data: Data) -> Tensor:
-    seed = stream(config.seed, "noise")
+    seed = derive_seed(config.seed, "noise")
     if config.noise_kind == "symmetric":
         return symmetric_noise(data.train.y, config.noise, data.num_classes, seed=seed)
-    known = DATASETS.get(config.data)
-    if known is None or known.confusions is None:
+    dataset = DATASETS.get(config.data)
+    if dataset is None or dataset.confusions is None:
         which = ", ".join(name for name, one in DATASETS.items() if one.confusions)
         raise ValueError(
             f"noise_kind=asymmetric needs to know which classes are confused, which it does for {which} only; "
             "use noise_kind=symmetric."
         )
-    return asymmetric_noise(data.train.y, config.noise, known.confusions, seed=seed)
+    return asymmetric_noise(data.train.y, config.noise, dataset.confusions, seed=seed)
 
 
 def build_model(config: RunConfig, data: Data | Inputs) -> nn.Module:
@@ -142,25 +142,25 @@ def build_model(config: RunConfig, data: Data | Inputs) -> nn.Module:
         )
     if isinstance(function, nn.Module):
         raise ValueError(f"model={config.model} is a module; name a function that builds one: def build(): return ...")
-    known = inspect.signature(function).parameters
+    parameters = inspect.signature(function).parameters
     inputs = data if isinstance(data, Inputs) else Inputs.of(data)
-    told: dict[str, Any] = {"num_classes": inputs.num_classes}
+    arguments: dict[str, Any] = {"num_classes": inputs.num_classes}
     if len(inputs.shape) == 3:
-        told |= {"in_channels": inputs.shape[0], "image_size": inputs.shape[1]}
+        arguments |= {"in_channels": inputs.shape[0], "image_size": inputs.shape[1]}
     for name in config.model_params:
-        if name not in known and not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values()):
-            raise ValueError(f"model={config.model} has no option {name!r}{suggest(name, known)}")
-    told |= config.model_params
-    given = {name: value for name, value in told.items() if name in known or name in config.model_params}
+        if name not in parameters and not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+            raise ValueError(f"model={config.model} has no option {name!r}{suggest(name, parameters)}")
+    arguments |= config.model_params
+    given = {name: value for name, value in arguments.items() if name in parameters or name in config.model_params}
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    for name, parameter in known.items():
+    for name, parameter in parameters.items():
         if parameter.default is parameter.empty and parameter.kind not in variadic and name not in given:
             raise ValueError(
                 f"model={config.model} must be callable without arguments, but it requires {name!r}; name a "
                 f"function that gives it: def build(): return ...({name}=...)."
             )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(stream(config.seed, "model"))
+        torch.manual_seed(derive_seed(config.seed, "model"))
         model = function(**given)
     if not isinstance(model, nn.Module):
         raise ValueError(f"model={config.model} returned a {type(model).__name__}, expected a torch.nn.Module.")

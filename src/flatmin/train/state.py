@@ -15,15 +15,15 @@ from flatmin.train.schedule import BY_LENGTH
 from flatmin.train.trainer import build_recipe
 
 if TYPE_CHECKING:
-    from flatmin.train.run import Run
+    from flatmin.train.run import TrainingRun
 
 
-def state_of(run: Run, *, inside: bool) -> dict[str, Any]:
-    """What a run needs to go on; all processes must call it.
+def state_of(run: TrainingRun, *, inside: bool) -> dict[str, Any]:
+    """What a run needs to continue; all processes must call it.
 
     Args:
         run: which.
-        inside: whether the present epoch goes on.
+        inside: whether the present epoch is unfinished.
     """
     return {
         "config": identity(run.config),
@@ -36,12 +36,12 @@ def state_of(run: Run, *, inside: bool) -> dict[str, Any]:
         "lines": [dataclasses.asdict(line) for line in run.lines],
         "best": None if run.best is None else run.best.epoch,
         "best_state": run.best_state,
-        "skips": run.watch.skips,
-        "ranks": run.world.gathered(_own(run)),
+        "skips": run.monitor.skips,
+        "ranks": run.world.all_gather(_own(run)),
     }
 
 
-def restore(run: Run, state: dict[str, Any]) -> None:
+def restore(run: TrainingRun, state: dict[str, Any]) -> None:
     """Put a run where `state_of` was called.
 
     The number of epochs may be another one, see `fixed_length`.
@@ -66,17 +66,17 @@ def restore(run: Run, state: dict[str, Any]) -> None:
     if state["processes"] != run.world.size:
         raise ValueError(
             f"the checkpoint was written by {state['processes']} process(es), and this run has {run.world.size}; "
-            "start as many, so that the run goes on as it was."
+            "start as many, so that the run continues as it was."
         )
     own = state["ranks"][run.world.rank]
     if own["optimizer"] is not None:
         state["trainer"]["optimizer"] = own["optimizer"]
     run.trainer.load_state_dict(state["trainer"])
     run.trainer.previous = own["previous"]
-    run.epoch, run.position, run.watch.skips = state["epoch"], state["position"], state["skips"]
-    run.tally.load_state_dict(own["tally"], run.config.device)
+    run.epoch, run.position, run.monitor.skips = state["epoch"], state["position"], state["skips"]
+    run.meter.load_state_dict(own["tally"], run.config.device)
     run.logged = tuple(state["logged"])
-    run.watch.begin(len(run.tally))
+    run.monitor.begin(len(run.meter))
     run.lines = [Epoch(**line) for line in state["lines"]]
     run.best = next((line for line in run.lines if line.epoch == state["best"]), None)
     run.best_state = state["best_state"]
@@ -86,7 +86,7 @@ def restore(run: Run, state: dict[str, Any]) -> None:
 
 
 def fixed_length(config: RunConfig) -> str | None:
-    """Why a run cannot go on with another number of epochs; None if it can, with the numbers of one uninterrupted run.
+    """Why a run cannot continue with another number of epochs; None if it can, as one uninterrupted run would.
 
     It can where learning rates and the method's own rules do not depend on how long the training is.
     """
@@ -98,8 +98,8 @@ def fixed_length(config: RunConfig) -> str | None:
     return None
 
 
-def _not_with(run: Run, state: dict[str, Any]) -> str | None:
-    """Why a run with another number of epochs cannot go on from a state."""
+def _not_with(run: TrainingRun, state: dict[str, Any]) -> str | None:
+    """Why a run with another number of epochs cannot continue from a state."""
     done = state["epoch"] + (state["position"] > 0)
     if done > run.config.epochs:
         return f"it is in epoch {done} already"
@@ -111,21 +111,21 @@ def changed_data(config: RunConfig) -> str:
     if ":" in config.data:
         return (
             f"data={config.data} returned something else, because a file that it reads has changed or it draws random "
-            "numbers without a seed of its own; put the file back or give it a seed, or begin anew."
+            "numbers without a seed of its own; put the file back or give it a seed, or start over."
         )
-    return f"what lies in data_dir={config.data_dir} has changed; put it back, or begin anew."
+    return f"what lies in data_dir={config.data_dir} has changed; put it back, or start over."
 
 
-def _own(run: Run) -> dict[str, Any]:
+def _own(run: TrainingRun) -> dict[str, Any]:
     """What each process has for itself."""
     cuda = torch.cuda.get_rng_state() if run.config.device == "cuda" else None
-    found = {
+    state = {
         "cpu": torch.get_rng_state(),
         "cuda": cuda,
         "previous": run.trainer.previous,
-        "tally": run.tally.state_dict(),
+        "tally": run.meter.state_dict(),
         "optimizer": None,
     }
     if run.config.ascent_sync != "all":
-        found["optimizer"] = on_cpu(run.trainer.optimizer.state_dict())
-    return found
+        state["optimizer"] = on_cpu(run.trainer.optimizer.state_dict())
+    return state

@@ -13,18 +13,18 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from flatmin.data.base import Data
+from flatmin.data.dataset import Data
 from flatmin.methods import Need, Recipe, compose, method_table
 from flatmin.methods.losses import smoothed_cross_entropy
 from flatmin.optim import SAM, Criterion
-from flatmin.train.average import Average
-from flatmin.train.config import RunConfig, stream
+from flatmin.train.average import WeightAverage
+from flatmin.train.config import RunConfig, derive_seed
 from flatmin.train.feed import Batch, Feed, steps_of
 from flatmin.train.graph import Graphed, tensor_rate
 from flatmin.train.locate import find_module
 from flatmin.train.numerics import autocast
 from flatmin.train.processes import ALONE, World, load_whole_state, spread, whole_state
-from flatmin.train.schedule import Schedule
+from flatmin.train.schedule import LearningRateSchedule
 from flatmin.train.sources import build_model, check_fit, load_data
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -96,7 +96,7 @@ class Trainer:
             criterion=self.criterion,
             freeze_batchnorm=config.freeze_batchnorm,
             replay_rng=not config.graph,  # a graph serves no model that draws, and states cannot be read in a capture
-            seed=stream(config.seed, "engine"),
+            seed=derive_seed(config.seed, "engine"),
             diagnostics=diagnostics,
             scaler=self.scaler,
             clip_norm=config.clip_norm,
@@ -105,7 +105,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["initial_lr"] = config.lr  # as torch's schedulers write it, for a radius that follows the rate
         self._graphed = Graphed(self) if config.graph else None
-        self.average = None if config.ema is None else Average(self.model, config.ema)
+        self.average = None if config.ema is None else WeightAverage(self.model, config.ema)
         self.steps = self.gradients = 0
         self._previous: Batch | None = None
         self._seen: list[tuple[int, Tensor]] = []
@@ -165,13 +165,13 @@ class Trainer:
     @property
     def previous(self) -> list[Tensor] | None:
         """The batch before, on the CPU, for methods that climb on it; each process has its own."""
-        kept = self._previous
-        return None if kept is None else [kept.x.cpu(), kept.y.cpu(), kept.index]
+        saved = self._previous
+        return None if saved is None else [saved.x.cpu(), saved.y.cpu(), saved.index]
 
     @previous.setter
-    def previous(self, kept: list[Tensor] | None) -> None:
+    def previous(self, saved: list[Tensor] | None) -> None:
         device = self.config.device
-        self._previous = None if kept is None else Batch(kept[0].to(device), kept[1].to(device), kept[2])
+        self._previous = None if saved is None else Batch(saved[0].to(device), saved[1].to(device), saved[2])
 
     def state_dict(self, *, inside: bool) -> dict[str, Any]:
         """Everything that the next steps depend on but the global random state and `previous`, on the CPU.
@@ -179,7 +179,7 @@ class Trainer:
         All processes must call it. What they share is whole in rank 0 only.
 
         Args:
-            inside: whether the present epoch goes on.
+            inside: whether the present epoch is unfinished.
         """
         model, optimizer = whole_state(self.model, self.optimizer, self.config.parallel, self.world)
         return {
@@ -193,7 +193,7 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` gave."""
+        """Continue from what `state_dict` gave."""
         both = state["model"], state["optimizer"]
         load_whole_state(self.model, self.optimizer, self.config.parallel, self.world, both)
         if self._graphed is not None:
@@ -277,13 +277,13 @@ def build_recipe(config: RunConfig) -> Recipe:
     return compose(config.method, method_table(config.plugins), **config.params)
 
 
-def build_schedule(config: RunConfig, steps_per_epoch: int) -> Schedule:
+def build_schedule(config: RunConfig, steps_per_epoch: int) -> LearningRateSchedule:
     """The learning rates that a configuration names.
 
     Raises:
         ValueError: options that do not go together.
     """
-    return Schedule(
+    return LearningRateSchedule(
         kind=config.schedule,
         lr=config.lr,
         epochs=config.epochs,

@@ -1,4 +1,4 @@
-"""Where the runs of a study are done: here, on a Ray cluster, or as Slurm jobs."""
+"""Executors of the runs of a study: local processes, a Ray cluster, or Slurm jobs."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flatmin.study.executors.base import Executor, Interrupted, OnEvent, Outcome, finished_and_missing
+from flatmin.study.executors.executor import Executor, OnEvent, RunOutcome, StudyInterrupted, finished_and_missing
 from flatmin.study.store import Run, Store
-from flatmin.train.settings import field_types, fill, parse, split_word
+from flatmin.train.settings import field_types, fill, parse, split_override
 from flatmin.words import suggest
 
 __all__ = [
     "EXECUTORS",
     "Executor",
-    "Interrupted",
     "OnEvent",
-    "Outcome",
+    "RunOutcome",
+    "StudyInterrupted",
     "execute",
     "executor_settings",
     "finished_and_missing",
@@ -30,7 +30,7 @@ EXECUTORS = {"local": None, "ray": "ray", "slurm": "submitit"}
 
 
 def make_executor(name: str, settings: Mapping[str, Any] | None = None) -> Executor:
-    """An executor; nothing is started before its `run`.
+    """Create an executor; nothing starts before its `run`.
 
     Args:
         name: one of `EXECUTORS`.
@@ -51,27 +51,27 @@ def make_executor(name: str, settings: Mapping[str, Any] | None = None) -> Execu
     return made
 
 
-def executor_settings(name: str, words: Sequence[str]) -> dict[str, Any]:
-    """Settings of an executor from `key=value` words.
+def executor_settings(name: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """Settings of an executor from `key=value` overrides.
 
     Raises:
         ValueError: an unknown executor or setting, or a value of another type.
         ModuleNotFoundError: the executor's package is not installed.
     """
     kinds = field_types(type(make_executor(name)))
-    found: dict[str, Any] = {}
-    for word in words:
-        key, text = split_word(word)
+    settings: dict[str, Any] = {}
+    for word in overrides:
+        key, text = split_override(word)
         table, dot, entry = key.partition(".")
         if dot and typing.get_origin(kinds.get(table)) is dict:
-            found.setdefault(table, {})[entry] = text
+            settings.setdefault(table, {})[entry] = text
             continue
         if key not in kinds:
-            known = f" (settings: {', '.join(kinds)})" if kinds else ""
-            raise ValueError(f"the executor {name} has no setting {key!r}{suggest(key, kinds)}{known}")
-        found[key] = parse(key, text, kinds[key])
-    make_executor(name, found)
-    return found
+            listed = f" (settings: {', '.join(kinds)})" if kinds else ""
+            raise ValueError(f"the executor {name} has no setting {key!r}{suggest(key, kinds)}{listed}")
+        settings[key] = parse(key, text, kinds[key])
+    make_executor(name, settings)
+    return settings
 
 
 def execute(
@@ -82,19 +82,19 @@ def execute(
     on_event: OnEvent,
     executor: str = "local",
     settings: Mapping[str, Any] | None = None,
-) -> dict[str, Outcome]:
-    """Do all runs, in the given order as workers become free.
+) -> dict[str, RunOutcome]:
+    """Execute all runs, in the given order as workers become free.
 
-    A run whose worker is lost is taken up again from its last checkpoint, by another worker and at most twice. So is a
-    run that an earlier call has left unfinished, and one that somebody else has finished meanwhile is not repeated:
-    several calls may work on one store.
+    If the worker of a run is lost, another worker resumes the run from its last checkpoint, at most twice. A run that
+    an earlier call left unfinished is resumed likewise, and a run that another call has finished meanwhile is not
+    repeated: several calls may work on one store.
 
     Args:
         runs: with different names.
-        store: where they are kept.
-        workers: how many runs are done at a time, each with one thread. Local ones are processes that are started fresh
-            (spawn), so a script that calls this needs `if __name__ == "__main__":`. 0, of the local executor only: all
-            in this process, with one thread.
+        store: where they are stored.
+        workers: number of concurrent runs, each with one thread. Local workers are spawned processes, so a script that
+            calls this needs `if __name__ == "__main__":`. 0, of the local executor only: all runs in this process,
+            with one thread.
         on_event: called here, in this process, with `EpochDone`, `RunDone`, `RunBroke` and `Warned`.
         executor: one of `EXECUTORS`. Default: processes on this machine.
         settings: of the executor, see `make_executor`.
@@ -103,17 +103,17 @@ def execute(
         The outcome of every run by its name.
 
     Raises:
-        Interrupted: on Ctrl-C, after what is under way has been stopped.
+        StudyInterrupted: on Ctrl-C, after the runs in progress have been stopped.
         ValueError, ModuleNotFoundError: see `make_executor`; or a number of workers that the executor cannot have.
     """
     chosen = make_executor(executor, settings)
     if workers < 0 or (workers == 0 and executor != "local"):
         raise ValueError(f"the executor {executor} needs at least one worker, got workers={workers}.")
-    outcomes: dict[str, Outcome] = {}
+    outcomes: dict[str, RunOutcome] = {}
     try:
         if runs:
             chosen.run(runs, store, workers=workers, on_event=on_event, outcomes=outcomes)
     except KeyboardInterrupt:
         done = sum(store.find(run, lambda text: None) is not None for run in runs)
-        raise Interrupted(done, len(runs)) from None
+        raise StudyInterrupted(done, len(runs)) from None
     return outcomes

@@ -1,4 +1,4 @@
-"""Runs on local processes: one thread each, results as they come, nothing lost but what is under way."""
+"""Runs on local processes with one thread each; an interrupt loses at most the runs in progress."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from typing import Final, cast
 import torch
 
 from flatmin.streams import settle_streams
-from flatmin.study.executors.base import OnEvent, Outcome, Teller
-from flatmin.study.executors.orders import Busy, Order, Queue
-from flatmin.study.executors.performing import perform
+from flatmin.study.executors.executor import OnEvent, Reporter, RunOutcome
 from flatmin.study.executors.signals import ctrl_c_ignored
+from flatmin.study.executors.tasks import Busy, Task, TaskQueue
+from flatmin.study.executors.worker import run_task
 from flatmin.study.store import Run, Store
 from flatmin.study.timing import one_thread
 from flatmin.train.result import Epoch
@@ -34,42 +34,42 @@ class Local:
     """Processes of this machine, or this process alone."""
 
     def run(
-        self, runs: Sequence[Run], store: Store, *, workers: int, on_event: OnEvent, outcomes: dict[str, Outcome]
+        self, runs: Sequence[Run], store: Store, *, workers: int, on_event: OnEvent, outcomes: dict[str, RunOutcome]
     ) -> None:
-        """See `flatmin.study.executors.base.Executor`; with 0 workers all in this process.
+        """See `flatmin.study.executors.executor.Executor`; with 0 workers all in this process.
 
         Raises:
             ValueError: this machine lacks the device of a run, or its precision.
         """
         for config in {(run.config.device, run.config.precision): run.config for run in runs}.values():
             check_machine(config)
-        waiting, teller = Queue(runs), Teller(store, on_event, outcomes)
+        waiting, reporter = TaskQueue(runs), Reporter(store, on_event, outcomes)
         if workers:
-            _Pool(waiting, store, min(workers, len(runs)), teller).run()
+            _Pool(waiting, store, min(workers, len(runs)), reporter).run()
             return
         with one_thread():
             while waiting:
-                order = waiting.take()
-                found = perform(order, store, partial(teller.epoch, order.run))
-                if isinstance(found, Busy):
-                    waiting.put_off(order)
+                task = waiting.take()
+                outcome = run_task(task, store, partial(reporter.epoch, task.run))
+                if isinstance(outcome, Busy):
+                    waiting.postpone(task)
                 else:
-                    teller.end(order.run, found)
+                    reporter.end(task.run, outcome)
 
 
 EXECUTOR = Local
 
 
 class _Pool:
-    """Workers, what each is doing, and what waits."""
+    """The workers, their tasks, and the queue."""
 
-    def __init__(self, waiting: Queue, store: Store, workers: int, teller: Teller) -> None:
+    def __init__(self, waiting: TaskQueue, store: Store, workers: int, reporter: Reporter) -> None:
         self._waiting = waiting
-        self._store, self._size, self._teller = store, workers, teller
+        self._store, self._size, self._teller = store, workers, reporter
         self._context = multiprocessing.get_context(START)
         self._workers: dict[Connection, BaseProcess] = {}
         self._started: set[Connection] = set()
-        self._busy: dict[Connection, Order] = {}
+        self._busy: dict[Connection, Task] = {}
 
     def run(self) -> None:
         try:
@@ -109,7 +109,7 @@ class _Pool:
                 self._replace(connection)
 
     def _receive(self, connection: Connection) -> None:
-        order = self._busy[connection]
+        task = self._busy[connection]
         try:
             if not connection.poll():
                 raise EOFError
@@ -121,18 +121,18 @@ class _Pool:
         if message is None:
             return
         if isinstance(message, Epoch):
-            self._teller.epoch(order.run, message)
+            self._teller.epoch(task.run, message)
             return
         if isinstance(message, Busy):
-            self._waiting.put_off(order)
+            self._waiting.postpone(task)
         self._assign(connection)
-        if isinstance(message, Outcome):
-            self._teller.end(order.run, message)
+        if isinstance(message, RunOutcome):
+            self._teller.end(task.run, message)
 
     def _replace(self, connection: Connection) -> None:
-        """A worker died: another one takes its place, and its run, unless that has had enough of them."""
+        """A worker died: start another one, and retry its run unless it was lost too often."""
         process = self._workers.pop(connection)
-        order = self._busy.pop(connection)
+        task = self._busy.pop(connection)
         connection.close()
         process.join(5)
         code = process.exitcode
@@ -142,8 +142,8 @@ class _Pool:
                 '`if __name__ == "__main__":` around the call, or workers=0.'
             )
         how = f"ended with exit code {code}; a negative code is a signal, -9 often means that memory ran out"
-        if self._teller.lost(order.run, how):
-            self._waiting.again(order)
+        if self._teller.lost(task.run, how):
+            self._waiting.retry(task)
         if self._waiting:
             self._start()
 
@@ -158,21 +158,21 @@ class _Pool:
 
 
 def _serve(connection: Connection, store: Store) -> None:
-    """A worker's life: take a run, do it, send epochs and the outcome."""
+    """The loop of a worker: take a run, execute it, send epochs and the outcome."""
     settle_streams()  # a model or a data set of the user's may print
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     try:
         connection.send(None)
-        while (order := connection.recv()) is not None:
-            connection.send(perform(order, store, connection.send))
+        while (task := connection.recv()) is not None:
+            connection.send(run_task(task, store, connection.send))
     except (EOFError, OSError):
         return
 
 
 def _end_with_parent() -> None:
-    """End as soon as the process that asked for the work has; whoever goes on with it starts from the checkpoint."""
+    """End this process as soon as its parent has ended; the run can be resumed from its checkpoint."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

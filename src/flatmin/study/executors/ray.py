@@ -1,4 +1,4 @@
-"""Runs as tasks of a Ray cluster: one that is there, or one of this machine for as long as it takes."""
+"""Runs as tasks of a Ray cluster: an existing one, or a temporary one on this machine."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from typing import Any
 import ray
 from ray import exceptions
 
-from flatmin.study.executors.base import OnEvent, Outcome, Teller
-from flatmin.study.executors.driving import Lost, drive
-from flatmin.study.executors.orders import Busy, Order
-from flatmin.study.executors.performing import work
+from flatmin.study.executors.executor import OnEvent, Reporter, RunOutcome
+from flatmin.study.executors.submit_loop import Lost, submit_loop
+from flatmin.study.executors.tasks import Busy, Task
+from flatmin.study.executors.worker import run_quietly
 from flatmin.study.store import Run, Store
 from flatmin.train.settings import at_least
 
-_PAUSE = 0.1  # seconds between looks
-_NODES = 5.0  # seconds between looks for nodes
+_PAUSE = 0.1  # seconds between polls
+_NODES = 5.0  # seconds between polls for nodes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +51,9 @@ class Ray:
             at_least(self, "gpus", 0)
 
     def run(
-        self, runs: Sequence[Run], store: Store, *, workers: int, on_event: OnEvent, outcomes: dict[str, Outcome]
+        self, runs: Sequence[Run], store: Store, *, workers: int, on_event: OnEvent, outcomes: dict[str, RunOutcome]
     ) -> None:
-        """See `flatmin.study.executors.base.Executor`.
+        """See `flatmin.study.executors.executor.Executor`.
 
         Raises:
             ValueError: there is no such cluster, no node has what a run needs, or all nodes were lost.
@@ -64,14 +64,14 @@ class Ray:
         try:
             self._check(runs)
             there = Store(store.out.absolute(), weights=store.weights, checkpoint_seconds=store.checkpoint_seconds)
-            teller = Teller(there, on_event, outcomes)
-            drive(_Engine(self), runs, there, workers=workers, pause=_PAUSE, teller=teller)
+            reporter = Reporter(there, on_event, outcomes)
+            submit_loop(_Scheduler(self), runs, there, workers=workers, pause=_PAUSE, reporter=reporter)
         finally:
             if mine:
                 ray.shutdown()
 
     def _check(self, runs: Sequence[Run]) -> None:
-        """Refuse runs that would wait for ever, as no node has what one of them needs.
+        """Raise ValueError for runs that no node can execute, which would wait for ever.
 
         Raises:
             ValueError: no node has as many CPUs or GPUs.
@@ -106,36 +106,36 @@ class Ray:
 EXECUTOR = Ray
 
 
-class _Engine:
-    """Tasks that are not repeated by Ray itself, so that one place counts."""
+class _Scheduler:
+    """Ray tasks without Ray's own retries, which are counted in one place."""
 
     def __init__(self, settings: Ray) -> None:
-        self._settings, self._remote = settings, ray.remote(work)
+        self._settings, self._remote = settings, ray.remote(run_quietly)
         self._looked = time.monotonic()
 
-    def submit(self, order: Order, store: Store) -> Any:
-        task = self._remote.options(
+    def submit(self, task: Task, store: Store) -> Any:
+        remote = self._remote.options(
             num_cpus=self._settings.cpus,
-            num_gpus=self._settings.gpus_of(order.run),
+            num_gpus=self._settings.gpus_of(task.run),
             max_retries=0,
-            name=order.run.name,
+            name=task.run.name,
         )
-        return task.remote(order, store)
+        return remote.remote(task, store)
 
-    def look(self, job: Any) -> Outcome | Busy | Lost | None:
+    def poll(self, job: Any) -> RunOutcome | Busy | Lost | None:
         if not ray.wait([job], timeout=0)[0]:
             self._look_for_nodes()
             return None
         try:
-            found: Outcome | Busy = ray.get(job)
+            outcome: RunOutcome | Busy = ray.get(job)
         except exceptions.RayTaskError as error:  # before the run: it makes an outcome of its own errors
-            return Outcome(error=f"it could not be started on its node: {_first_line(error.cause or error)}")
+            return RunOutcome(error=f"it could not be started on its node: {_first_line(error.cause or error)}")
         except exceptions.RayError as error:
             return Lost(f"ended with {type(error).__name__}: {_first_line(error)}")
-        return found
+        return outcome
 
     def _look_for_nodes(self) -> None:
-        """Ray waits for ever for a node that does not come back.
+        """Check that a node is left: Ray waits for ever for lost nodes.
 
         Raises:
             ValueError: no node is left.
@@ -146,7 +146,7 @@ class _Engine:
         if not any(node["Alive"] for node in ray.nodes()):
             raise ValueError(
                 "the Ray cluster has lost all its nodes (one that is too busy to answer counts as lost); finished runs "
-                "are kept, and the same command goes on from there."
+                "are kept, and the same command continues from there."
             )
 
     def cancel(self, job: Any) -> None:

@@ -1,4 +1,4 @@
-"""Ctrl-C at moments when it would leave something behind."""
+"""Delay Ctrl-C where it would leave something behind."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def ctrl_c_ignored() -> Iterator[None]:
 def ctrl_c_later() -> Iterator[None]:
     """Ctrl-C inside is raised at the end, in place of an error that it has caused; the second one at once.
 
-    Nothing changes outside the main thread, or where somebody else handles Ctrl-C.
+    Nothing changes outside the main thread, or where other code handles Ctrl-C.
     """
     here = threading.current_thread() is threading.main_thread()
     if not here or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:

@@ -12,15 +12,15 @@ import submitit
 from submitit.core.utils import FailedJobError, UncompletedJobError
 from submitit.helpers import DelayedSubmission
 
-from flatmin.study.executors.base import OnEvent, Outcome, Teller
-from flatmin.study.executors.driving import Lost, drive
-from flatmin.study.executors.orders import Busy, Order
-from flatmin.study.executors.performing import work
+from flatmin.study.executors.executor import OnEvent, Reporter, RunOutcome
+from flatmin.study.executors.submit_loop import Lost, submit_loop
+from flatmin.study.executors.tasks import Busy, Task
+from flatmin.study.executors.worker import run_quietly
 from flatmin.study.store import Run, Store
 from flatmin.train.settings import at_least, one_of
 
 CLUSTERS = ("slurm", "local", "debug")
-_PAUSE = {"slurm": 2.0, "local": 0.1, "debug": 0.0}  # seconds between looks
+_PAUSE = {"slurm": 2.0, "local": 0.1, "debug": 0.0}  # seconds between polls
 _SLURM_ONLY = ("partition", "account", "qos", "constraint", "exclude", "nodelist", "gres", "comment")
 
 
@@ -29,7 +29,7 @@ class Slurm:
     """Jobs of Slurm, one for each run.
 
     The store must be a folder that all nodes see under one name. A job that is preempted, or that reaches its time
-    limit, is queued again and goes on from the run's last checkpoint; measuring a network begins anew, so the limit
+    limit, is queued again and continues from the run's last checkpoint; measuring a network starts over, so the limit
     must be longer than that takes. Logs are in FOLDER/slurm.
 
     Args:
@@ -73,34 +73,34 @@ class Slurm:
                 at_least(self, name, 0)
 
     def run(
-        self, runs: Sequence[Run], store: Store, *, workers: int, on_event: OnEvent, outcomes: dict[str, Outcome]
+        self, runs: Sequence[Run], store: Store, *, workers: int, on_event: OnEvent, outcomes: dict[str, RunOutcome]
     ) -> None:
-        """See `flatmin.study.executors.base.Executor`.
+        """See `flatmin.study.executors.executor.Executor`.
 
         Raises:
             ValueError: there is no Slurm on this machine, or it refuses the settings.
         """
         there = Store(store.out.absolute(), weights=store.weights, checkpoint_seconds=store.checkpoint_seconds)
-        engine = _Engine(self, there.out / "slurm")
-        teller = Teller(there, on_event, outcomes)
-        drive(engine, runs, there, workers=workers, pause=_PAUSE[self.cluster], teller=teller)
+        scheduler = _Scheduler(self, there.out / "slurm")
+        reporter = Reporter(there, on_event, outcomes)
+        submit_loop(scheduler, runs, there, workers=workers, pause=_PAUSE[self.cluster], reporter=reporter)
 
     def parameters(self) -> dict[str, Any]:
         """As `submitit.AutoExecutor.update_parameters` takes them."""
         plain = ("timeout_min", "mem_gb", "cpus_per_task", "gpus_per_node")
-        found = {name: getattr(self, name) for name in plain}
-        found |= {f"slurm_{name}": getattr(self, name) for name in _SLURM_ONLY}
+        parameters = {name: getattr(self, name) for name in plain}
+        parameters |= {f"slurm_{name}": getattr(self, name) for name in _SLURM_ONLY}
         if self.setup:
-            found |= {"slurm_setup": list(self.setup), "local_setup": list(self.setup)}
+            parameters |= {"slurm_setup": list(self.setup), "local_setup": list(self.setup)}
         if self.extra:
-            found["slurm_additional_parameters"] = dict(self.extra)
-        return {name: value for name, value in found.items() if value is not None}
+            parameters["slurm_additional_parameters"] = dict(self.extra)
+        return {name: value for name, value in parameters.items() if value is not None}
 
 
 EXECUTOR = Slurm
 
 
-class _Engine:
+class _Scheduler:
     """submitit's jobs."""
 
     def __init__(self, settings: Slurm, logs: Path) -> None:
@@ -116,27 +116,27 @@ class _Engine:
         except (RuntimeError, NameError, AssertionError) as error:
             raise ValueError(f"executor slurm: {' '.join(str(error).split())}") from error
 
-    def submit(self, order: Order, store: Store) -> Any:
-        self._executor.update_parameters(name=order.run.name)
+    def submit(self, task: Task, store: Store) -> Any:
+        self._executor.update_parameters(name=task.run.name)
         try:
-            return self._executor.submit(_Work(), order, store)
+            return self._executor.submit(_Work(), task, store)
         except FailedJobError as error:
             raise ValueError(f"executor slurm: {' '.join(str(error).split())}") from error
 
-    def look(self, job: Any) -> Outcome | Busy | Lost | None:
+    def poll(self, job: Any) -> RunOutcome | Busy | Lost | None:
         try:
             if not job.done():
                 return None
             if self._settings.cluster == "local" and not job.paths.result_pickle.exists():
                 return self._lost(job)  # submitit would wait for a slow file system
-            found: Outcome | Busy = job.result()
+            outcome: RunOutcome | Busy = job.result()
         except FailedJobError as error:  # before the run: it makes an outcome of its own errors
             lines = [line for line in str(error).splitlines() if line.strip(" -")]
             why = next((line for line in reversed(lines) if "Error" in line), "no reason given").strip()
-            return Outcome(error=f"it could not be started: {why}; its log is {job.paths.stderr}")
+            return RunOutcome(error=f"it could not be started: {why}; its log is {job.paths.stderr}")
         except UncompletedJobError:
             return self._lost(job)
-        return found
+        return outcome
 
     def cancel(self, job: Any) -> None:
         job.cancel(check=False)
@@ -149,9 +149,9 @@ class _Engine:
 class _Work:
     """A run as a job; one with `checkpoint` is what submitit calls checkpointable."""
 
-    def __call__(self, order: Order, store: Store) -> Outcome | Busy:
-        return work(order, store)
+    def __call__(self, task: Task, store: Store) -> RunOutcome | Busy:
+        return run_quietly(task, store)
 
-    def checkpoint(self, order: Order, store: Store) -> DelayedSubmission:
-        """What is queued after preemption or at the time limit: the same, because the state is in the run's folder."""
-        return DelayedSubmission(self, order, store)
+    def checkpoint(self, task: Task, store: Store) -> DelayedSubmission:
+        """The job to queue after preemption or at the time limit: the same, because the state is in the run folder."""
+        return DelayedSubmission(self, task, store)

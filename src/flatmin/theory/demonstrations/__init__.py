@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from flatmin.theory.demonstrations.base import Claim, Demonstration, Marks, Panel, Shown
 from flatmin.theory.demonstrations.checker import CHECKER
+from flatmin.theory.demonstrations.demonstration import Claim, Demonstration, DemonstrationResult, Marks, Panel
 from flatmin.theory.demonstrations.diminishing import DIMINISHING
 from flatmin.theory.demonstrations.network import NETWORK
 from flatmin.theory.demonstrations.noise import NOISE
@@ -15,7 +15,7 @@ from flatmin.theory.demonstrations.rates import RATES
 from flatmin.theory.demonstrations.usam import USAM
 from flatmin.words import suggest
 
-__all__ = ["DEMONSTRATIONS", "Claim", "Demonstration", "Marks", "Panel", "Shown", "find"]
+__all__ = ["DEMONSTRATIONS", "Claim", "Demonstration", "DemonstrationResult", "Marks", "Panel", "find"]
 
 DEMONSTRATIONS: dict[str, Demonstration] = {
     d.name: d for d in (ORBIT, QUADRATIC, DIMINISHING, USAM, RADIUS, PROPERTIES, RATES, NOISE, CHECKER, NETWORK)
@@ -33,8 +33,8 @@ def find(name: str, others: Sequence[str] = ()) -> Demonstration:
         ValueError: there is none; the error names one that is close.
     """
     if name not in DEMONSTRATIONS:
-        known = ", ".join(DEMONSTRATIONS)
+        names = ", ".join(DEMONSTRATIONS)
         raise ValueError(
-            f"unknown demonstration {name!r}{suggest(name, [*DEMONSTRATIONS, *others])} (demonstrations: {known})."
+            f"unknown demonstration {name!r}{suggest(name, [*DEMONSTRATIONS, *others])} (demonstrations: {names})."
         )
     return DEMONSTRATIONS[name]

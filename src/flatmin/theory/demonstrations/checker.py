@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from flatmin.theory.checker import check
 from flatmin.theory.classes import FunctionClass
-from flatmin.theory.demonstrations.base import LETTERS, PAPER, Claim, Demonstration, Marks, Shown, brief, same
+from flatmin.theory.demonstrations.demonstration import (
+    LETTERS,
+    PAPER,
+    Claim,
+    Demonstration,
+    DemonstrationResult,
+    Marks,
+    brief,
+    same,
+)
 
 CONVEX = "convex, L=4, unique"
 OPEN = "L=4, coercive, kl=0.5"
@@ -33,20 +42,22 @@ PAIRS: tuple[tuple[str, str, str, str, str, str], ...] = (
 """Method, step, radius, class, the first words of the theorem that applies, and the letters, worked out by hand."""
 
 
-def _run() -> Shown:
+def _run() -> DemonstrationResult:
     rows, claims, names = [], list[Claim](), []
     for method, step, radius, words, theorem, letters in PAIRS:
         verdict = check(step, radius, FunctionClass.read(words), method)
-        found = "".join(LETTERS[s] for s in verdict.statuses)
+        statuses = "".join(LETTERS[s] for s in verdict.statuses)
         missing = ", ".join(c.name for c in verdict.theorems[0].missing)
         applies = brief(verdict.theorem)
-        rows.append((method, step, radius, "convex" if words == CONVEX else "KL 1/2", found, applies, missing or "-"))
+        rows.append(
+            (method, step, radius, "convex" if words == CONVEX else "KL 1/2", statuses, applies, missing or "-")
+        )
         where = "convex" if words == CONVEX else "not convex"
         names.append(f"{method},  t = {step},  ρ = {radius},  {where}")
         claims.append(
-            same(f"{method}, t = {step}, rho = {radius}, {words}", f"{applies} {found}", f"{theorem} {letters}")
+            same(f"{method}, t = {step}, rho = {radius}, {words}", f"{applies} {statuses}", f"{theorem} {letters}")
         )
-    return Shown(
+    return DemonstrationResult(
         title="What the theory says of common pairs of rules, L = 4",
         statement=(
             f"Convex stands for the class '{CONVEX}', the other one is '{OPEN}'. F follows from a theorem, n is not "

@@ -6,10 +6,20 @@ import numpy as np
 
 from flatmin.theory.checker import check
 from flatmin.theory.closed import limit_distance
-from flatmin.theory.demonstrations.base import PAPER, Claim, Curve, Demonstration, Panel, Shown, brief, near, same
-from flatmin.theory.functions import Problem, Quadratic, Square
+from flatmin.theory.demonstrations.demonstration import (
+    PAPER,
+    Claim,
+    Demonstration,
+    DemonstrationResult,
+    Panel,
+    PanelCurve,
+    brief,
+    near,
+    same,
+)
+from flatmin.theory.functions import Function, Quadratic, Square
 from flatmin.theory.methods import run
-from flatmin.theory.words import read_rule
+from flatmin.theory.parse import read_rule
 
 RHO = 0.1
 RULES: tuple[tuple[str, str, int, float | None], ...] = (
@@ -28,24 +38,24 @@ def gap(problem: Quadratic, t: float, rho: float) -> float:
     return 0.5 * top * limit_distance(t, rho, [top]) ** 2
 
 
-def _run() -> Shown:
+def _run() -> DemonstrationResult:
     rows: list[tuple[str | int | float, ...]] = []
     claims: list[Claim] = []
     quadratic, square = Quadratic([1.0, 4.0]), Square()
     left, right = [], []
     tasks: list[tuple[str, str, int, float | None, Quadratic]] = [(*rule, quadratic) for rule in RULES]
     tasks.append(("0.5 / k^0.5001", "power:c=0.5,p=0.5001", 100_000, None, square))
-    for number, (label, words, updates, known, problem) in enumerate(tasks):
-        trace = run(problem, "sam", steps=words, radius=RHO, updates=updates, door="program", record=400)
+    for number, (label, words, updates, expected_gap, problem) in enumerate(tasks):
+        trace = run(problem, "sam", steps=words, radius=RHO, updates=updates, driver="program", record=400)
         t = read_rule(words).at(updates)
-        found, expected = float(trace.f[-1]), gap(problem, t, RHO)
+        measured, expected = float(trace.f[-1]), gap(problem, t, RHO)
         verdict = check(words, RHO, problem)
-        rows.append((problem.name, label, updates, t, found, expected, brief(verdict.theorem)))
+        rows.append((problem.name, label, updates, t, measured, expected, brief(verdict.theorem)))
         lag = 0.06 if words.startswith("diminish") else 0.02  # the step jumps from epoch to epoch
-        claims.append(near(f"{problem.name}, {label}: f - f* is that of the cycle of t_k", found, expected, rel=lag))
-        if known is not None:
+        claims.append(near(f"{problem.name}, {label}: f - f* is that of the cycle of t_k", measured, expected, rel=lag))
+        if expected_gap is not None:
             text = f"{problem.name}, {label}: f - f* after {updates} updates"
-            claims.append(near(text, found, known, rel=0.05))
+            claims.append(near(text, measured, expected_gap, rel=0.05))
         theorem = brief(verdict.theorem)
         if words.startswith("constant"):
             claims.append(same(f"{problem.name}, {label}: theorem that applies", theorem, "none"))
@@ -54,15 +64,15 @@ def _run() -> Shown:
             claims.append(same(text, theorem, "Theorem 3.2"))
         k = trace.k[1:].astype(float)
         if problem is quadratic:
-            left.append(Curve(label=label, x=k, y=trace.f[1:], color=number))
+            left.append(PanelCurve(label=label, x=k, y=trace.f[1:], color=number))
             left.append(_predicted(problem, words, updates, "of the cycle of tₖ" if number == 4 else ""))
         else:
             ends = "tₖρ/(1−tₖ)"
             claims.append(near("x^2: |x| after 100000 updates", float(trace.distance[-1]), 1.58e-4, rel=2e-3))
-            right.append(Curve(label="|xₖ|, step 0.5/k^0.5001", x=k, y=trace.distance[1:], color=2))
+            right.append(PanelCurve(label="|xₖ|, step 0.5/k^0.5001", x=k, y=trace.distance[1:], color=2))
             steps = np.array([min(read_rule(words).at(int(n)), 0.9) for n in k])
-            right.append(Curve(label=ends, x=k, y=steps * RHO / (1 - steps), look="theory"))
-    return Shown(
+            right.append(PanelCurve(label=ends, x=k, y=steps * RHO / (1 - steps), style="theory"))
+    return DemonstrationResult(
         title="With diminishing steps SAM converges, at a constant radius",
         statement=(
             "On a convex function sum t = inf and sum t^2 < inf are enough (Theorem 3.2); the radius stays 0.1. The "
@@ -96,12 +106,12 @@ def _run() -> Shown:
     )
 
 
-def _predicted(problem: Problem, words: str, updates: int, label: str) -> Curve:
+def _predicted(problem: Function, words: str, updates: int, label: str) -> PanelCurve:
     rule = read_rule(words)
     k = np.geomspace(30, updates, 60).round()
     assert isinstance(problem, Quadratic)
     y = np.array([gap(problem, min(rule.at(int(n)), 0.4), RHO) for n in k])
-    return Curve(label=label, x=k, y=y, look="theory")
+    return PanelCurve(label=label, x=k, y=y, style="theory")
 
 
 DIMINISHING = Demonstration(

@@ -6,11 +6,20 @@ import statistics
 
 import numpy as np
 
-from flatmin.theory.demonstrations.base import PAPER, Claim, Curve, Demonstration, Panel, Shown, above, below
+from flatmin.theory.demonstrations.demonstration import (
+    PAPER,
+    Claim,
+    Demonstration,
+    DemonstrationResult,
+    Panel,
+    PanelCurve,
+    above,
+    below,
+)
 from flatmin.train.config import RunConfig
 from flatmin.train.loop import train
 from flatmin.train.result import Epoch
-from flatmin.train.schedule import Schedule
+from flatmin.train.schedule import LearningRateSchedule
 from flatmin.train.sources import load_data
 
 ARMS = (
@@ -42,7 +51,7 @@ def _config(schedule: str, lr: float, seed: int) -> RunConfig:
     )
 
 
-def _run() -> Shown:
+def _run() -> DemonstrationResult:
     data = load_data(_config("constant", 0.1, 0))
     rows: list[tuple[str | float, ...]] = []
     losses, accuracies = {}, {}
@@ -51,31 +60,31 @@ def _run() -> Shown:
         lines: list[list[Epoch]] = []
         ends, tests = list[float](), list[float]()
         for seed in SEEDS:
-            kept: list[Epoch] = []
-            result = train(_config(schedule, lr, seed), data=data, on_epoch=kept.append)
-            lines.append(kept)
+            epochs: list[Epoch] = []
+            result = train(_config(schedule, lr, seed), data=data, on_epoch=epochs.append)
+            lines.append(epochs)
             if result.failure is not None or result.train_ce is None or result.chosen is None:
                 raise ArithmeticError(f"the run with {label} did not reach its end: {result.failure}.")
             ends.append(result.train_ce)
             tests.append(float(result.chosen["test_acc"]))
         losses[label] = statistics.fmean(ends)
         accuracies[label] = statistics.fmean(tests)
-        rule = Schedule(kind=schedule, lr=lr, epochs=EPOCHS, steps_per_epoch=1)
+        rule = LearningRateSchedule(kind=schedule, lr=lr, epochs=EPOCHS, steps_per_epoch=1)
         steps = [rule.at(e) for e in range(EPOCHS)]
         both = ", ".join(f"{acc:.1f}" for acc in tests)
         rows.append((label, sum(steps), sum(s * s for s in steps), losses[label], accuracies[label], both))
-        y = np.array([[line.val_loss for line in kept] for kept in lines]).mean(axis=0)
+        y = np.array([[line.val_loss for line in epochs] for epochs in lines]).mean(axis=0)
         dots.append(
-            Curve(label=label, x=np.array([sum(steps)]), y=np.array([losses[label]]), look="points", color=number)
+            PanelCurve(label=label, x=np.array([sum(steps)]), y=np.array([losses[label]]), style="points", color=number)
         )
-        curves.append(Curve(label=label, x=np.arange(1.0, EPOCHS + 1), y=y, color=number))
+        curves.append(PanelCurve(label=label, x=np.arange(1.0, EPOCHS + 1), y=y, color=number))
     claims: list[Claim] = []
     small, tiny = "constant 0.01", "constant 0.001"
     for label in ("constant 0.1", "Diminish 1", "Diminish 2", "Diminish 3"):
         claims.append(above(f"{label}: test accuracy", accuracies[label], 90.0))
         claims.append(below(f"{label}: train loss, against half of that of {small}", losses[label], losses[small] / 2))
     claims.append(below(f"{small}: train loss, against half of that of {tiny}", losses[small], losses[tiny] / 2))
-    return Shown(
+    return DemonstrationResult(
         title="A small network, constant and diminishing steps",
         statement=(
             "The paper's table in small: fully connected layers on handwritten digits, SAM with rho = 0.05, batches of "

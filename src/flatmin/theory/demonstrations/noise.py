@@ -7,11 +7,20 @@ import math
 
 import numpy as np
 
-from flatmin.theory.demonstrations.base import Claim, Curve, Demonstration, Panel, Shown, below, near, slope
+from flatmin.theory.demonstrations.demonstration import (
+    Claim,
+    Demonstration,
+    DemonstrationResult,
+    Panel,
+    PanelCurve,
+    below,
+    near,
+    slope,
+)
 from flatmin.theory.functions import Quadratic
 from flatmin.theory.methods import Trace, run
+from flatmin.theory.parse import read_rule
 from flatmin.theory.rules import Rule
-from flatmin.theory.words import read_rule
 
 DIM, SIGMA, RHO = 200, 0.3, 0.1
 LENGTH = SIGMA * math.sqrt(DIM)
@@ -36,55 +45,55 @@ def floor(t: float, rho: float) -> float:
 def means(steps: Rule, rho: float, start: np.ndarray, updates: int) -> np.ndarray:
     """The mean of f - f* for k = 0, ..., updates: v+ = (1 - t lambda c)^2 v + (t c sigma)^2 for E x^2, from x^0."""
     c, v = 1 + rho * SPECTRUM, start**2
-    found = [float(0.5 * (SPECTRUM * v).sum())]
+    values = [float(0.5 * (SPECTRUM * v).sum())]
     for n in range(1, updates + 1):
         t = steps.at(n)
         v = (1 - t * SPECTRUM * c) ** 2 * v + (t * c * SIGMA) ** 2
-        found.append(float(0.5 * (SPECTRUM * v).sum()))
-    return np.array(found)
+        values.append(float(0.5 * (SPECTRUM * v).sum()))
+    return np.array(values)
 
 
-def _run() -> Shown:
+def _run() -> DemonstrationResult:
     problem = Quadratic(SPECTRUM.tolist())
     rows: list[tuple[str | float, ...]] = []
     claims: list[Claim] = []
     plain: dict[str, float] = {}
-    left: list[Curve] = []
-    right: list[Curve] = []
+    left: list[PanelCurve] = []
+    right: list[PanelCurve] = []
     grid = np.geomspace(5e-3, 0.2, 60)
     for number, (label, method, rho) in enumerate(METHODS):
         floors: list[float] = []
         for words in (*STEPS, FALLING):
             trace = _noisy(problem, method, words)
             late = slice(UPDATES // 2, None)
-            found = float(trace.f[late].mean())
+            mean = float(trace.f[late].mean())
             if words == FALLING:
                 predicted = means(read_rule(words), rho, trace.x[0], UPDATES)
                 expected = float(predicted[late].mean())
                 fitted = slope(np.log(trace.k[400:]), np.log(trace.f[400:]))
                 claims.append(near(f"{label}, t = 1/(k+10): slope of ln f over ln k", fitted, -1.0, tol=0.05))
-                claims.append(below(f"{label}, t = 1/(k+10): f - f*, against the lowest floor", found, floors[-1] / 5))
+                claims.append(below(f"{label}, t = 1/(k+10): f - f*, against the lowest floor", mean, floors[-1] / 5))
             else:
                 expected = floor(float(words), rho)
-                floors.append(found)
+                floors.append(mean)
             name = "1/(k+10)" if words == FALLING else words
-            rows.append((label, name, found, expected))
-            claims.append(near(f"{label}, t = {name}: mean f - f*, last half", found, expected, rel=0.05))
+            rows.append((label, name, mean, expected))
+            claims.append(near(f"{label}, t = {name}: mean f - f*, last half", mean, expected, rel=0.05))
             if method == "sgd":
-                plain[name] = found / expected
+                plain[name] = mean / expected
             else:  # the same draws: what is left of their randomness cancels
                 text = f"{label} over SGD on the same draws, t = {name}, in units of the predicted ratio"
-                claims.append(near(text, found / expected / plain[name], 1.0, rel=0.01))
+                claims.append(near(text, mean / expected / plain[name], 1.0, rel=0.01))
             if method == "sam":
                 left.append(_smoothed(f"t = {name}", trace))
                 if words == FALLING:
                     k = np.arange(1.0, UPDATES + 1)
-                    left.append(Curve(label="predicted", x=k, y=predicted[1:], look="theory"))
+                    left.append(PanelCurve(label="predicted", x=k, y=predicted[1:], style="theory"))
         steps = np.array([float(words) for words in STEPS])
-        right.append(Curve(label=label, x=steps, y=np.array(floors), look="points", color=number))
+        right.append(PanelCurve(label=label, x=steps, y=np.array(floors), style="points", color=number))
         y = np.array([floor(float(t), rho) for t in grid])
-        right.append(Curve(label="predicted" if number == 2 else "", x=grid, y=y, look="theory", color=number))
-    return Shown(
+        right.append(PanelCurve(label="predicted" if number == 2 else "", x=grid, y=y, style="theory", color=number))
+    return DemonstrationResult(
         title="With noise, a constant step ends at a floor, diminishing ones at the minimiser",
         statement=(
             f"A quadratic of {DIM} variables, normal noise of deviation {SIGMA:g} on every coordinate of the gradient, "
@@ -120,16 +129,16 @@ def _run() -> Shown:
 
 def _noisy(problem: Quadratic, method: str, words: str) -> Trace:
     return run(
-        problem, method, steps=words, radius=RHO, updates=UPDATES, record=UPDATES + 1, door="program", noise=SIGMA
+        problem, method, steps=words, radius=RHO, updates=UPDATES, record=UPDATES + 1, driver="program", noise=SIGMA
     )
 
 
-def _smoothed(label: str, trace: Trace) -> Curve:
+def _smoothed(label: str, trace: Trace) -> PanelCurve:
     """Means of f over stretches that are even in log k."""
     ends = np.unique(np.geomspace(1, len(trace.k), 70).round().astype(int))
     pairs = list(itertools.pairwise(ends.tolist()))
     x = np.array([math.sqrt(a * b) for a, b in pairs])
-    return Curve(label=label, x=x, y=np.array([float(trace.f[a:b].mean()) for a, b in pairs]))
+    return PanelCurve(label=label, x=x, y=np.array([float(trace.f[a:b].mean()) for a, b in pairs]))
 
 
 NOISE = Demonstration(

@@ -5,31 +5,38 @@ from __future__ import annotations
 import numpy as np
 
 from flatmin.theory.closed import orbit_square
-from flatmin.theory.demonstrations.base import PAPER, Curve, Demonstration, Panel, Shown, near
+from flatmin.theory.demonstrations.demonstration import (
+    PAPER,
+    Demonstration,
+    DemonstrationResult,
+    Panel,
+    PanelCurve,
+    near,
+)
 from flatmin.theory.functions import Square
 from flatmin.theory.methods import run
 
 PAIRS = ((0.1, 0.1), (0.01, 0.1), (0.3, 0.5))
 
 
-def _run() -> Shown:
+def _run() -> DemonstrationResult:
     rows, claims, fall = [], [], []
     for number, (t, rho) in enumerate(PAIRS):
-        trace = run(Square(), "sam", steps=t, radius=rho, updates=2000, record=2001, door="program")
-        found, expected = float(trace.distance[-1]), orbit_square(t, rho)
+        trace = run(Square(), "sam", steps=t, radius=rho, updates=2000, record=2001, driver="program")
+        measured, expected = float(trace.distance[-1]), orbit_square(t, rho)
         jump = float(trace.x[-1, 0] + trace.x[-2, 0])
-        rows.append((t, rho, found, expected, float(trace.x[-2, 0]), float(trace.x[-1, 0])))
-        claims.append(near(f"t = {t:g}, rho = {rho:g}: |x| = t rho / (1 - t)", found, expected, tol=1e-10))
+        rows.append((t, rho, measured, expected, float(trace.x[-2, 0]), float(trace.x[-1, 0])))
+        claims.append(near(f"t = {t:g}, rho = {rho:g}: |x| = t rho / (1 - t)", measured, expected, tol=1e-10))
         claims.append(near(f"t = {t:g}, rho = {rho:g}: x+ = -x, so x+ + x", jump, 0.0, tol=1e-10))
         part = slice(0, 401)
         label = f"t = {t:g}, ρ = {rho:g}"
-        fall.append(Curve(label=label, x=trace.k[part].astype(float), y=trace.distance[part], color=number))
+        fall.append(PanelCurve(label=label, x=trace.k[part].astype(float), y=trace.distance[part], color=number))
     t, rho = PAIRS[-1]
     end = orbit_square(t, rho)
-    first = run(Square(), "sam", steps=t, radius=rho, updates=20, door="program")
+    first = run(Square(), "sam", steps=t, radius=rho, updates=20, driver="program")
     grid = np.linspace(-0.55, 0.55, 401)
     x = np.where(np.abs(grid) < 2e-3, np.nan, grid)
-    return Shown(
+    return DemonstrationResult(
         title="The cycle of SAM on f(x) = x²",
         statement=(
             "For f(x) = x^2 the update is x+ = (1 - 2t) x - 2 t rho sign(x). With constant t < 1 and rho it enters the "
@@ -44,13 +51,13 @@ def _run() -> Shown:
                 xlabel="x",
                 ylabel="x after the update",
                 curves=(
-                    Curve(label="x⁺ = (1−2t)x − 2tρ sign x", x=grid, y=(1 - 2 * t) * x - 2 * t * rho * np.sign(x)),
-                    Curve(label="x⁺ = −x", x=grid, y=-grid, look="theory"),
-                    Curve(
+                    PanelCurve(label="x⁺ = (1−2t)x − 2tρ sign x", x=grid, y=(1 - 2 * t) * x - 2 * t * rho * np.sign(x)),
+                    PanelCurve(label="x⁺ = −x", x=grid, y=-grid, style="theory"),
+                    PanelCurve(
                         label="the cycle, ± tρ/(1−t)",
                         x=np.array([-end, end]),
                         y=np.array([end, -end]),
-                        look="points",
+                        style="points",
                         color=1,
                     ),
                 ),
@@ -59,7 +66,7 @@ def _run() -> Shown:
                 title=f"the first updates from x = 1, t = {t:g}, ρ = {rho:g}",
                 xlabel="update k",
                 ylabel="xₖ",
-                curves=(Curve(label="", x=first.k.astype(float), y=first.x[:, 0], color=2),),
+                curves=(PanelCurve(label="", x=first.k.astype(float), y=first.x[:, 0], color=2),),
                 levels=((end, f"tρ/(1−t) = {end:.4f}"), (-end, "")),
             ),
             Panel(

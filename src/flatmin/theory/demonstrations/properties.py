@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from flatmin.theory.checker import check
-from flatmin.theory.demonstrations.base import (
+from flatmin.theory.demonstrations.demonstration import (
     LETTERS,
     PAPER,
     Claim,
-    Curve,
     Demonstration,
+    DemonstrationResult,
     Panel,
-    Shown,
+    PanelCurve,
     above,
     below,
     same,
@@ -37,15 +37,15 @@ def letters(verdict: Verdict) -> str:
     return "".join(LETTERS[s] for s in verdict.statuses)
 
 
-def _run() -> Shown:
+def _run() -> DemonstrationResult:
     problem = LogSum.random(5)
     rows: list[tuple[str | float, ...]] = []
     claims: list[Claim] = []
-    traced: dict[str, list[Curve]] = {"gradient": [], "f": [], "distance": []}
+    traced: dict[str, list[PanelCurve]] = {"gradient": [], "f": [], "distance": []}
     for number, (label, method, how) in enumerate(METHODS):
         for rules, step, radius in (("1/(k+9)", DIMINISHING, ALMOST), ("constant", CONSTANT, FIXED)):
             verdict = check(step, radius, problem, method, **how)
-            trace = run(problem, method, steps=step, radius=radius, updates=UPDATES, door="program", **how)
+            trace = run(problem, method, steps=step, radius=radius, updates=UPDATES, driver="program", **how)
             late = trace.gradient[trace.k >= UPDATES // 2]
             ends = (float(late.max()), float(trace.f[-1]), float(trace.distance[-1]))
             rows.append((label, rules, letters(verdict), float(late.min()), *ends))
@@ -61,11 +61,11 @@ def _run() -> Shown:
             claims.append(same(f"{name}: verdict on properties 1 to 5", letters(verdict), expected))
             part = trace.k >= 1
             for what, curves in traced.items():
-                curve = Curve(
+                curve = PanelCurve(
                     label=_legend(label, rules, number) if what == "gradient" else "",
                     x=trace.k[part].astype(float),
                     y=getattr(trace, what)[part],
-                    look="theory" if rules == "constant" else "run",
+                    style="theory" if rules == "constant" else "run",
                     color=number,
                 )
                 curves.append(curve)
@@ -74,7 +74,7 @@ def _run() -> Shown:
         "f": ("(4)  the value", "f(xₖ) − f*"),
         "distance": ("(2), (5)  the iterates", "‖xₖ − x*‖"),
     }
-    return Shown(
+    return DemonstrationResult(
         title="Five properties, four methods: the direction does not matter",
         statement=(
             "On a function that is not convex (log-sum, 5 variables, one stationary point), t = 1/(k + 9) and "

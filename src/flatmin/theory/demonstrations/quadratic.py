@@ -7,7 +7,17 @@ from typing import Any
 import numpy as np
 
 from flatmin.theory.closed import limit_distance
-from flatmin.theory.demonstrations.base import PAPER, Claim, Curve, Demonstration, Panel, Shown, below, near, seen
+from flatmin.theory.demonstrations.demonstration import (
+    PAPER,
+    Claim,
+    Demonstration,
+    DemonstrationResult,
+    Panel,
+    PanelCurve,
+    below,
+    near,
+    seen,
+)
 from flatmin.theory.functions import Quadratic
 from flatmin.theory.methods import run
 
@@ -23,36 +33,36 @@ OTHERS = ((0.05, 0.1), (0.1, 0.3), (0.2, 0.1), (0.3, 0.05), (0.4, 0.1), (0.45, 0
 """Further pairs (t, rho) of SAM, on the same quadratic, rotated."""
 
 
-def _run() -> Shown:
+def _run() -> DemonstrationResult:
     rows: list[tuple[str | float, ...]] = []
     claims: list[Claim] = []
     curves = []
     problem = Quadratic(SPECTRUM)
     end = limit_distance(T, RHO, SPECTRUM)
     for number, (label, method, how, stays) in enumerate(METHODS):
-        trace = run(problem, method, steps=T, radius=RHO, updates=800, door="program", **how)
-        found = float(trace.distance[-1])
-        rows.append((label, T, RHO, found, end if stays else 0.0, abs(float(trace.x[-1, 1]))))
+        trace = run(problem, method, steps=T, radius=RHO, updates=800, driver="program", **how)
+        measured = float(trace.distance[-1])
+        rows.append((label, T, RHO, measured, end if stays else 0.0, abs(float(trace.x[-1, 1]))))
         claims.append(
-            near(f"{label} ends at t rho lambda / (2 - t lambda)", found, end, tol=1e-10)
+            near(f"{label} ends at t rho lambda / (2 - t lambda)", measured, end, tol=1e-10)
             if stays
-            else below(f"{label} reaches the minimiser", found, 1e-15)
+            else below(f"{label} reaches the minimiser", measured, 1e-15)
         )
         part = slice(0, 251)
         y = seen(trace.distance[part])
         greek = label.replace("theta", "θ").replace("sigma", "σ").replace("lambda", "λ")
-        curves.append(Curve(label=greek, x=trace.k[part].astype(float), y=y, color=number))
+        curves.append(PanelCurve(label=greek, x=trace.k[part].astype(float), y=y, color=number))
     rotated = Quadratic(SPECTRUM, centre=[3.0, -1.0], seed=7)
     ends = []
     for t, rho in OTHERS:
-        trace = run(rotated, "sam", steps=t, radius=rho, updates=2000, door="program")
-        found, expected = float(trace.distance[-1]), limit_distance(t, rho, SPECTRUM)
+        trace = run(rotated, "sam", steps=t, radius=rho, updates=2000, driver="program")
+        measured, expected = float(trace.distance[-1]), limit_distance(t, rho, SPECTRUM)
         along = abs(float(rotated.rotation[:, 1].numpy() @ (trace.x[-1] - rotated.centre.numpy())))
-        rows.append(("SAM, axes rotated", t, rho, found, expected, along))
-        claims.append(near(f"SAM, t = {t:g}, rho = {rho:g}, rotated quadratic", found, expected, tol=1e-10))
-        ends.append((t * max(SPECTRUM), found / rho))
+        rows.append(("SAM, axes rotated", t, rho, measured, expected, along))
+        claims.append(near(f"SAM, t = {t:g}, rho = {rho:g}, rotated quadratic", measured, expected, tol=1e-10))
+        ends.append((t * max(SPECTRUM), measured / rho))
     grid = np.linspace(0.0, 1.9, 200)
-    return Shown(
+    return DemonstrationResult(
         title="SAM with constant steps does not converge on a quadratic",
         statement=(
             "On f(x) = x^T A x / 2 with constant t and rho, SAM ends at the distance t rho lambda / (2 - t lambda), "
@@ -78,12 +88,12 @@ def _run() -> Shown:
                 xlabel="tλ, λ the largest eigenvalue",
                 ylabel="distance in the end, in units of ρ",
                 curves=(
-                    Curve(label="tλ/(2−tλ)", x=grid, y=grid / (2 - grid), look="theory"),
-                    Curve(
+                    PanelCurve(label="tλ/(2−tλ)", x=grid, y=grid / (2 - grid), style="theory"),
+                    PanelCurve(
                         label="SAM, measured",
                         x=np.array([x for x, _ in [*ends, (T * max(SPECTRUM), end / RHO)]]),
                         y=np.array([y for _, y in [*ends, (T * max(SPECTRUM), float(str(rows[2][3])) / RHO)]]),
-                        look="points",
+                        style="points",
                         color=2,
                     ),
                 ),

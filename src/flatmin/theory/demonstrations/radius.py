@@ -7,13 +7,13 @@ import math
 import numpy as np
 
 from flatmin.theory.checker import check
-from flatmin.theory.demonstrations.base import (
+from flatmin.theory.demonstrations.demonstration import (
     PAPER,
     Claim,
-    Curve,
     Demonstration,
+    DemonstrationResult,
     Panel,
-    Shown,
+    PanelCurve,
     below,
     brief,
     near,
@@ -28,16 +28,16 @@ DRAWN = (2, 20, 100)
 FLOORS = (0.1, 0.01, 0.001)
 
 
-def _run() -> Shown:
+def _run() -> DemonstrationResult:
     rows: list[tuple[str | int | float, ...]] = []
     claims: list[Claim] = []
     panels = []
     almost = f"power:c={C!r},p={POWER!r}"
     for n in SIZES:
         problem = LogSum(*random_system(n, n, seed=n))
-        steps = f"harmonic:1,shift={math.ceil(problem.known.L or 1)}"
+        steps = f"harmonic:1,shift={math.ceil(problem.function_class.L or 1)}"
         constant, falling = (
-            run(problem, "sam", steps=steps, radius=r, updates=UPDATES, record=UPDATES + 1, door="program")
+            run(problem, "sam", steps=steps, radius=r, updates=UPDATES, record=UPDATES + 1, driver="program")
             for r in (C, almost)
         )
         apart = float(np.abs(constant.f - falling.f).max())
@@ -48,17 +48,17 @@ def _run() -> Shown:
         claims.append(same(f"n = {n}: theorem for the constant radius", theorems[0], "none"))
         claims.append(same(f"n = {n}: theorem for the almost constant one", theorems[1], "Corollary 3.5"))
         if n in DRAWN:
-            plain = run(problem, "sgd", steps=steps, updates=UPDATES, door="program", record=400)
+            plain = run(problem, "sgd", steps=steps, updates=UPDATES, driver="program", record=400)
             k = constant.k[1:].astype(float)
             shown = (
-                Curve(label="gradient descent", x=plain.k[1:].astype(float), y=plain.f[1:], color=2),
-                Curve(label=f"SAM, ρ = {C:g}", x=k, y=constant.f[1:], color=0),
-                Curve(label=f"SAM, ρ = {C:g} / k^{POWER:g}", x=k, y=falling.f[1:], look="theory", color=1),
+                PanelCurve(label="gradient descent", x=plain.k[1:].astype(float), y=plain.f[1:], color=2),
+                PanelCurve(label=f"SAM, ρ = {C:g}", x=k, y=constant.f[1:], color=0),
+                PanelCurve(label=f"SAM, ρ = {C:g} / k^{POWER:g}", x=k, y=falling.f[1:], style="theory", color=1),
             )
             title = f"n = {n}: at most {apart:.0e} apart"
             panels.append(Panel(title=title, xlabel="update k", ylabel="f(xₖ)", curves=shown, log_x=True))
     panels.append(_floors(claims))
-    return Shown(
+    return DemonstrationResult(
         title="An almost constant radius changes nothing but the theorem",
         statement=(
             f"On sum log(1 + (A x - b)_i^2) with t = 1/(k + 1 + L), L rounded up, SAM with rho = {C:g} and with "
@@ -83,10 +83,11 @@ def _run() -> Shown:
 def _floors(claims: list[Claim]) -> Panel:
     problem = LogSum.random(20)
     curves, ends = [], []
+    step = 1 / (problem.function_class.L or 1)
     for rho in FLOORS:
-        trace = run(problem, "sam", steps=1 / (problem.known.L or 1), radius=rho, updates=1500, door="program")
+        trace = run(problem, "sam", steps=step, radius=rho, updates=1500, driver="program")
         ends.append(float(trace.gradient[-1]))
-        curves.append(Curve(label=f"ρ = {rho:g}", x=trace.k[1:].astype(float), y=trace.gradient[1:]))
+        curves.append(PanelCurve(label=f"ρ = {rho:g}", x=trace.k[1:].astype(float), y=trace.gradient[1:]))
     for wide, narrow, rho in zip(ends, ends[1:], FLOORS[1:], strict=False):
         text = f"constant step 1/L: ||grad f|| of rho = {10 * rho:g} over that of {rho:g}"
         claims.append(near(text, wide / narrow, 10, rel=0.3))

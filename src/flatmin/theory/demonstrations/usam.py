@@ -8,13 +8,13 @@ import numpy as np
 
 from flatmin.theory.checker import check
 from flatmin.theory.closed import factor, largest_step
-from flatmin.theory.demonstrations.base import (
+from flatmin.theory.demonstrations.demonstration import (
     PAPER,
     Claim,
-    Curve,
     Demonstration,
+    DemonstrationResult,
     Panel,
-    Shown,
+    PanelCurve,
     above,
     below,
     brief,
@@ -39,13 +39,13 @@ def landing(rho: float, target: float, low: float, high: float) -> float:
     return (low + high) / 2
 
 
-def _run() -> Shown:
+def _run() -> DemonstrationResult:
     rows: list[Row] = []
     claims: list[Claim] = []
     below_bound = _below_the_bound(rows, claims)
     long_steps = _long_steps(rows, claims)
     wide_radii = _wide_radii(rows, claims)
-    return Shown(
+    return DemonstrationResult(
         title="USAM converges with constant steps, up to a bound",
         statement=(
             "On a log-sum of 5 variables, a quadratic and 1 - cos x: for nu = L rho < 1 and "
@@ -68,16 +68,16 @@ def _row(name: str, nu: float, t: float, trace: Trace, theorem: str | None) -> R
 
 def _below_the_bound(rows: list[Row], claims: list[Claim]) -> Panel:
     problem = LogSum.random(5)
-    L = problem.known.L or math.nan
+    L = problem.function_class.L or math.nan
     curves = []
     for nu in NUS:
         t = 0.99 * largest_step(L, nu)
-        trace = run(problem, "usam", steps=t, radius=nu / L, updates=500, door="program")
+        trace = run(problem, "usam", steps=t, radius=nu / L, updates=500, driver="program")
         row = _row("log-sum", nu, t, trace, check(t, nu / L, problem, "usam").theorem)
         rows.append(row)
         claims.append(below(f"log-sum, rho L = {nu:g}, t = {t:.4g}: largest rise of f", float(row[4]), 1e-12))
         y = seen(trace.f)
-        curves.append(Curve(label=f"ρL = {nu:g}, t = {t:.3g}", x=trace.k.astype(float), y=y))
+        curves.append(PanelCurve(label=f"ρL = {nu:g}, t = {t:.3g}", x=trace.k.astype(float), y=y))
     return Panel(
         title="below both bounds: f falls always",
         xlabel="update k",
@@ -92,11 +92,11 @@ def _long_steps(rows: list[Row], claims: list[Claim]) -> Panel:
     bound = largest_step(4.0, 0.4)
     curves = []
     for t in STEPS:
-        trace = run(problem, "usam", steps=t, radius=rho, updates=60, door="program")
+        trace = run(problem, "usam", steps=t, radius=rho, updates=60, driver="program")
         by = factor("unnormalised", t, rho, 4.0)
         rows.append(_row("quadratic 1, 4", 4 * rho, t, trace, check(t, rho, problem, "usam").theorem))
-        found = abs(float(trace.x[10, 1] / trace.x[9, 1]))
-        claims.append(near(f"quadratic, t = {t:g}: |1 - t L (1 + rho L)| an update", found, abs(by), rel=1e-9))
+        measured = abs(float(trace.x[10, 1] / trace.x[9, 1]))
+        claims.append(near(f"quadratic, t = {t:g}: |1 - t L (1 + rho L)| an update", measured, abs(by), rel=1e-9))
         if t == 0.2:
             text = f"quadratic, t = 0.2, longer than the bound {bound:.3f}: ||grad f|| in the end"
             claims.append(below(text, float(trace.gradient[-1]), 1e-5))
@@ -105,7 +105,7 @@ def _long_steps(rows: list[Row], claims: list[Claim]) -> Panel:
                 above("quadratic, t = 0.4: smallest rise of f after 10 updates", _least_rise(trace, 10), 1e-3)
             )
         y = trace.distance
-        curves.append(Curve(label=f"t = {t:g}, factor {by:.2g}", x=trace.k.astype(float), y=y))
+        curves.append(PanelCurve(label=f"t = {t:g}, factor {by:.2g}", x=trace.k.astype(float), y=y))
     return Panel(
         title=f"longer steps, ρL = 0.4; the bound is {bound:.3f}",
         xlabel="update k",
@@ -126,11 +126,11 @@ def _wide_radii(rows: list[Row], claims: list[Claim]) -> Panel:
     says = ("the minimiser", "a maximiser", "a point with x + rho f'(x) = 2 pi")
     curves = []
     for rho, end, word in zip(RADII, ends, says, strict=True):
-        trace = run(problem, "usam", steps=t, radius=rho, updates=400, door="program")
+        trace = run(problem, "usam", steps=t, radius=rho, updates=400, driver="program")
         rows.append(_row("1 - cos x", rho, t, trace, check(t, rho, problem, "usam").theorem))
         claims.append(near(f"1 - cos x, rho = {rho:g}: ends at {word}", float(trace.x[-1, 0]), end, tol=1e-8))
         part = slice(0, 101)
-        curves.append(Curve(label=f"ρ = {rho:g}", x=trace.k[part].astype(float), y=trace.x[part, 0]))
+        curves.append(PanelCurve(label=f"ρ = {rho:g}", x=trace.k[part].astype(float), y=trace.x[part, 0]))
     text = "1 - cos x, rho = 6: |f'| where it stops"
     claims.append(near(text, float(rows[-1][5]), math.sin(stop), tol=1e-8))
     return Panel(

@@ -1,1 +1,1 @@
-"""The command lines of the original research projects, in words of `flatmin train`."""
+"""The papers' command lines, translated to settings of `flatmin train`."""

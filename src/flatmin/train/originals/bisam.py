@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flatmin.train.originals.base import Project, Translation, Value, idle, to_words, truth
+from flatmin.train.originals.project import Project, Translation, Value, idle, to_overrides, truth
 from flatmin.train.originals.reader import choose
 
 _METHODS = {"sam": "sam", "bisam_log": "bisam-log", "bisam_tanh": "bisam-tanh", "base": "sgd"}
@@ -19,7 +19,7 @@ _PRESETS = {"cifar10": "cifar10-resnet56", "cifar100": "cifar100-resnet56"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flags:
+class BisamFlags:
     """The flags of the script, with its defaults.
 
     Args:
@@ -57,7 +57,7 @@ class Flags:
     seed: int = 42
 
 
-def _rule(flags: Flags, given: frozenset[str]) -> Translation:
+def _rule(flags: BisamFlags, given: frozenset[str]) -> Translation:
     preset = choose("dataset", flags.dataset, _PRESETS)
     table: dict[str, Value] = {}
     notes = [*_method(flags, given, table), *_model(flags, given, table)]
@@ -82,10 +82,10 @@ def _rule(flags: Flags, given: frozenset[str]) -> Translation:
             "CIFAR-100 is normalised with the mean and deviation of CIFAR-10, as in the script, which reads them from "
             "files in ./dataa and stops where there are none."
         )
-    return Translation(words=to_words(preset, table), notes=tuple(notes))
+    return Translation(command=to_overrides(preset, table), notes=tuple(notes))
 
 
-def _method(flags: Flags, given: frozenset[str], table: dict[str, Value]) -> list[str]:
+def _method(flags: BisamFlags, given: frozenset[str], table: dict[str, Value]) -> list[str]:
     method, notes = choose("optim", flags.optim, _METHODS), truth(given, flags, "adaptive")
     if method == "sgd":
         table["method"] = method
@@ -107,7 +107,7 @@ def _method(flags: Flags, given: frozenset[str], table: dict[str, Value]) -> lis
     return notes
 
 
-def _model(flags: Flags, given: frozenset[str], table: dict[str, Value]) -> list[str]:
+def _model(flags: BisamFlags, given: frozenset[str], table: dict[str, Value]) -> list[str]:
     table["model"] = model = choose("model", flags.model, _MODELS)
     if not model.startswith("wrn"):
         notes = idle(given, dropout="the script has it for the wide networks only")
@@ -127,7 +127,7 @@ PROJECT = Project(
     name="bisam",
     script="train.py of LIONS-EPFL/BiSAM",
     paper="Xie et al., Improving SAM Requires Rethinking its Optimization Formulation, ICML 2024",
-    flags=Flags,
+    flags=BisamFlags,
     rule=_rule,
     inert={
         "depth": "the script reads it nowhere",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flatmin.train.originals.base import Project, Translation, Value, idle, to_words, truth
+from flatmin.train.originals.project import Project, Translation, Value, idle, to_overrides, truth
 from flatmin.train.originals.reader import choose
 
 # optimizer and radius of the script's two files of settings; the class's own radius is 0.05
@@ -25,7 +25,7 @@ _SWAPPED = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flags:
+class EmpiricalFlags:
     """The flags of the script, with its defaults; None takes what the file of settings has.
 
     Args:
@@ -48,7 +48,7 @@ class Flags:
     framework_name: str | None = None
 
 
-def _rule(flags: Flags, given: frozenset[str]) -> Translation:
+def _rule(flags: EmpiricalFlags, given: frozenset[str]) -> Translation:
     if "experiment" not in given:
         raise ValueError(f"--experiment is needed: expected one of {', '.join(_EXPERIMENTS)}, and there is none.")
     usual, rho = choose("experiment", flags.experiment, _EXPERIMENTS)
@@ -70,9 +70,9 @@ def _rule(flags: Flags, given: frozenset[str]) -> Translation:
     elif flags.adaptive and method != "sgd":
         table["method"] = "asam" if method == "sam" else f"asam+{method}"
     if method in ("sam-magnitude", "sam-direction"):
-        kept = method.removeprefix("sam-")
-        other = "direction" if kept == "magnitude" else "magnitude"
-        notes.append(_SWAPPED.format(name=name, kept=kept, other=other, method=method))
+        part = method.removeprefix("sam-")
+        other = "direction" if part == "magnitude" else "magnitude"
+        notes.append(_SWAPPED.format(name=name, kept=part, other=other, method=method))
     model = choose("model_name", flags.model_name or "resnet18", _MODELS)
     table |= {
         "weight_decay": 5e-4 if flags.wd is None else flags.wd,
@@ -83,10 +83,10 @@ def _rule(flags: Flags, given: frozenset[str]) -> Translation:
         notes.append("The script's WRN begins with BatchNorm weights drawn from (0, 1), ours with 1.")
     notes += _tracking(flags, given, table)
     notes.append("The script augments its validation images; ours are left as they are.")
-    return Translation(words=to_words("cifar100-resnet18", table), notes=tuple(notes))
+    return Translation(command=to_overrides("cifar100-resnet18", table), notes=tuple(notes))
 
 
-def _tracking(flags: Flags, given: frozenset[str], table: dict[str, Value]) -> list[str]:
+def _tracking(flags: EmpiricalFlags, given: frozenset[str], table: dict[str, Value]) -> list[str]:
     if flags.framework_name is None:
         notes = ["The script writes TensorBoard's files; here they are an option: --set trackers=tensorboard."]
         return notes + idle(given, project_name="no tracker is given")
@@ -100,6 +100,6 @@ PROJECT = Project(
     name="empirical",
     script="sam_hessian/train.py of lhchau/empirical-sam",
     paper="Luong, Empirical Study on Sharpness-Aware Minimization, 2024",
-    flags=Flags,
+    flags=EmpiricalFlags,
     rule=_rule,
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flatmin.train.originals.base import Project, Translation, Value, to_words
+from flatmin.train.originals.project import Project, Translation, Value, to_overrides
 from flatmin.words import suggest
 
 _MODELS = {"resnet18": "resnet18", "resnet34": "resnet34", "wrn28_10": "wrn28-10"}
@@ -19,14 +19,14 @@ _PRESETS = {
 
 def _stems() -> dict[str, tuple[str, str, str]]:
     """Name of each file of settings -> data, network, schedule."""
-    found = {}
+    stems = {}
     for data in _PRESETS:
         for model in _MODELS:
             for schedule in (*_RATES, *_DIMINISH):
                 small = data != "tiny_imagenet" or schedule in ("constant_001", *_DIMINISH)
                 if small or (model, schedule) == ("resnet18", "constant_01"):
-                    found[f"{data}_{model}_sam_{schedule}"] = (data, model, schedule)
-    return found
+                    stems[f"{data}_{model}_sam_{schedule}"] = (data, model, schedule)
+    return stems
 
 
 STEMS = _stems()
@@ -38,7 +38,7 @@ _OWN: dict[str, dict[str, Value]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flags:
+class FundamentalFlags:
     """The script's one flag.
 
     Args:
@@ -48,7 +48,7 @@ class Flags:
     experiment: str = "example"
 
 
-def _rule(flags: Flags, given: frozenset[str]) -> Translation:
+def _rule(flags: FundamentalFlags, given: frozenset[str]) -> Translation:
     if "experiment" not in given:
         raise ValueError(
             f"--experiment is needed: expected the name of one of the {len(STEMS)} files, such as {next(iter(STEMS))}."
@@ -69,7 +69,7 @@ def _rule(flags: Flags, given: frozenset[str]) -> Translation:
     if data != "tiny_imagenet":
         table["statistics"] = "cifar10"
     table["precision"] = "float32"
-    return Translation(words=to_words(_PRESETS[data], table), notes=tuple(_notes(flags.experiment)))
+    return Translation(command=to_overrides(_PRESETS[data], table), notes=tuple(_notes(flags.experiment)))
 
 
 def _schedule(name: str) -> dict[str, Value]:
@@ -102,6 +102,6 @@ PROJECT = Project(
     name="fundamental",
     script="fundamental_sam/train_sam.py of lhchau/fundamental-sam",
     paper="Khanh et al., Fundamental Convergence Analysis of Sharpness-Aware Minimization, NeurIPS 2024",
-    flags=Flags,
+    flags=FundamentalFlags,
     rule=_rule,
 )

@@ -1,11 +1,11 @@
-"""The table of the original projects: one file each, and one line here."""
+"""The table of the papers' command lines: one file each, and one line here."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from flatmin.train.originals import bisam, empirical, fundamental, vasso
-from flatmin.train.originals.base import Project
+from flatmin.train.originals.project import Project
 from flatmin.words import suggest
 
 PROJECTS: dict[str, Project[Any]] = {
@@ -20,7 +20,7 @@ PROJECTS: dict[str, Project[Any]] = {
 
 
 def find_project(name: str) -> Project[Any]:
-    """A project of the table.
+    """The project of a name.
 
     Raises:
         ValueError: an unknown name.

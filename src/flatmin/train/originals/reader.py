@@ -1,4 +1,4 @@
-"""The reader of the original command lines: flags are the fields of a dataclass."""
+"""The reader of the papers' command lines: flags are the fields of a dataclass."""
 
 from __future__ import annotations
 
@@ -14,16 +14,15 @@ F = TypeVar("F")
 V = TypeVar("V")
 
 
-def read_flags(cls: type[F], words: Sequence[str], *, script: str) -> tuple[F, frozenset[str]]:
+def read_flags(cls: type[F], arguments: Sequence[str], *, script: str) -> tuple[F, frozenset[str]]:
     """The flags of a command line, as argparse reads them.
 
-    `--name value` and `--name=value`; a beginning of a name that fits one flag only stands for it; the last of several
-    counts. A field of type bool may stand alone, which means true, or have true or false after it; a tuple takes all
-    values up to the next flag.
+    `--name value` and `--name=value`; an unambiguous prefix of a name stands for it; the last of several counts. A flag
+    of type bool alone means true, or is followed by true or false; a tuple takes all values up to the next flag.
 
     Args:
         cls: a frozen dataclass whose fields are the flags, with the script's defaults.
-        words: the words of the line after the script's name.
+        arguments: the words of the line after the script's name.
         script: whose flags they are, for the errors.
 
     Returns:
@@ -33,7 +32,7 @@ def read_flags(cls: type[F], words: Sequence[str], *, script: str) -> tuple[F, f
         ValueError: an unknown or ambiguous flag, a word that belongs to none, a value of another type, or none.
     """
     kinds = settings.field_types(cls)
-    rest, found = list(words), {}
+    rest, values = list(arguments), {}
     while rest:
         word = rest.pop(0)
         if not word.startswith("--"):
@@ -44,17 +43,17 @@ def read_flags(cls: type[F], words: Sequence[str], *, script: str) -> tuple[F, f
         name, equals, text = word.partition("=")
         key = _known(name, kinds, script)
         texts = [text] if equals else _values(rest, kinds[key])
-        found[key] = _parse(key, texts, kinds[key])
-    return cls(**found), frozenset(found)
+        values[key] = _parse(key, texts, kinds[key])
+    return cls(**values), frozenset(values)
 
 
-def strip_script(words: Sequence[str]) -> tuple[list[str], list[str]]:
+def strip_script(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """What is left of a pasted line without `VARIABLE=value`, `python` and the script's name, and the variables.
 
     Raises:
         ValueError: the line starts several processes.
     """
-    rest, variables = list(words), []
+    rest, variables = list(arguments), []
     while rest and not rest[0].startswith("--"):
         word = rest[0]
         if re.fullmatch(r"[A-Z_][A-Z0-9_]*=\S*", word):
@@ -70,15 +69,15 @@ def strip_script(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return rest, variables
 
 
-def choose(flag: str, value: str, known: Mapping[str, V]) -> V:
+def choose(flag: str, value: str, choices: Mapping[str, V]) -> V:
     """The entry of a table of the values that a flag may have.
 
     Raises:
         ValueError: another value.
     """
-    if value not in known:
-        raise ValueError(f"--{flag} expects one of {', '.join(known)}, got {value!r}{suggest(value, known)}")
-    return known[value]
+    if value not in choices:
+        raise ValueError(f"--{flag} expects one of {', '.join(choices)}, got {value!r}{suggest(value, choices)}")
+    return choices[value]
 
 
 def _flags(kinds: Mapping[str, Any]) -> list[str]:

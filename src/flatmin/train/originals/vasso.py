@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flatmin.train.originals.base import Project, Translation, Value, idle, to_words
+from flatmin.train.originals.project import Project, Translation, Value, idle, to_overrides
 from flatmin.train.originals.reader import choose
 
 _METHODS = {"": "sgd", "sam-": "sam", "vasso-": "vasso"}
@@ -28,7 +28,7 @@ _EPS = 1e-8  # of torch's AdamW
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flags:
+class VassoFlags:
     """The flags of the script, with its defaults.
 
     Args:
@@ -87,7 +87,7 @@ class Flags:
     dist_url: str = "env://"
 
 
-def _rule(flags: Flags, given: frozenset[str]) -> Translation:
+def _rule(flags: VassoFlags, given: frozenset[str]) -> Translation:
     if flags.resume or "resume_path" in given:
         raise ValueError("--resume and --resume_path name a checkpoint of the script, which flatmin cannot read.")
     if flags.start_epoch:
@@ -109,10 +109,10 @@ def _rule(flags: Flags, given: frozenset[str]) -> Translation:
     else:
         notes += idle(given, wandb_project="--wandb is not given")
     table["precision"] = "float32"
-    return Translation(words=to_words(preset, table), notes=tuple(notes))
+    return Translation(command=to_overrides(preset, table), notes=tuple(notes))
 
 
-def _method(flags: Flags, given: frozenset[str], table: dict[str, Value]) -> list[str]:
+def _method(flags: VassoFlags, given: frozenset[str], table: dict[str, Value]) -> list[str]:
     method, base = choose("opt", flags.opt, _OPTS)
     table["method"] = method
     notes = []
@@ -133,7 +133,7 @@ def _method(flags: Flags, given: frozenset[str], table: dict[str, Value]) -> lis
     return notes
 
 
-def _data(flags: Flags, given: frozenset[str], table: dict[str, Value]) -> list[str]:
+def _data(flags: VassoFlags, given: frozenset[str], table: dict[str, Value]) -> list[str]:
     imagenet = flags.dataset == "ImageNet_base"
     table["model"] = model = choose("model", flags.model, _ON_IMAGENET if imagenet else _MODELS)
     notes = ["selection=max-test: the script trains on all images and reports its best epoch on the test part."]
@@ -160,7 +160,7 @@ def _data(flags: Flags, given: frozenset[str], table: dict[str, Value]) -> list[
     return notes
 
 
-def _base(flags: Flags, given: frozenset[str], table: dict[str, Value]) -> list[str]:
+def _base(flags: VassoFlags, given: frozenset[str], table: dict[str, Value]) -> list[str]:
     table |= {"lr": flags.lr, "weight_decay": flags.weight_decay}
     if "optimizer" not in table:
         table |= {"momentum": flags.momentum, "nesterov": flags.nesterov}
@@ -172,7 +172,7 @@ def _base(flags: Flags, given: frozenset[str], table: dict[str, Value]) -> list[
     return idle(given, momentum="AdamW has betas", nesterov="AdamW has betas")
 
 
-def _schedule(flags: Flags, given: frozenset[str], table: dict[str, Value]) -> list[str]:
+def _schedule(flags: VassoFlags, given: frozenset[str], table: dict[str, Value]) -> list[str]:
     schedule = choose("lr_scheduler", flags.lr_scheduler, _SCHEDULES)
     notes = idle(given, warmup_init_lr="there is no warm-up") if not flags.warmup_epoch else []
     table["warmup"] = flags.warmup_epoch if flags.warmup_epoch > 1 else 0
@@ -198,7 +198,7 @@ PROJECT = Project(
     name="vasso",
     script="train.py of BingcongLi/VaSSO",
     paper="Li & Giannakis, Enhancing Sharpness-Aware Optimization Through Variance Suppression, NeurIPS 2023",
-    flags=Flags,
+    flags=VassoFlags,
     rule=_rule,
     inert={
         "pin_memory": "small images stay on the device",

@@ -1,7 +1,7 @@
 """Trackers: a run's events in TensorBoard, Weights & Biases, MLflow or Trackio.
 
 All four are fed by `content.scalars` and `content.settings`, so that a number has the same name in each. They write
-below the run's folder, work without a network, and are told nothing that the run's own files do not have as well.
+below the run folder, work without a network, and receive nothing that is not in the run's own files.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import importlib
 import importlib.util
 from pathlib import Path
 
-from flatmin.train.trackers.base import Safely, Sink, Tracker
 from flatmin.train.trackers.content import scalars, settings
+from flatmin.train.trackers.tracker import Safely, Sink, Tracker
 from flatmin.words import suggest
 
 __all__ = ["TRACKERS", "Safely", "Sink", "Tracker", "make_tracker", "scalars", "settings"]
@@ -31,7 +31,7 @@ def make_tracker(name: str, *, folder: Path, run: str, project: str = "flatmin",
             place (WANDB_DIR, MLFLOW_TRACKING_URI, TRACKIO_DIR).
         run: name of the run.
         project: what runs are collected under; MLflow's experiment. Default "flatmin".
-        resume: go on with what an earlier part of this run has recorded in the folder. Default False.
+        resume: continue what an earlier part of this run has recorded in the folder. Default False.
 
     Raises:
         ValueError: an unknown name.
@@ -49,5 +49,5 @@ def make_tracker(name: str, *, folder: Path, run: str, project: str = "flatmin",
 
 def _installed(module: str) -> bool:
     """Whether it can be imported; a folder of that name in the working directory (as trackers make them) is none."""
-    found = importlib.util.find_spec(module)
-    return found is not None and found.origin is not None
+    spec = importlib.util.find_spec(module)
+    return spec is not None and spec.origin is not None

@@ -31,19 +31,19 @@ def scalars(event: Event) -> dict[str, float]:
         >>> scalars(Measured(epoch=1, step=10, values={"trace": 2}))
         {'measure/trace': 2.0}
     """
-    found: Iterator[tuple[str, Any]]
+    pairs: Iterator[tuple[str, Any]]
     match event:
         case Stepped():
-            found = _step(event)
+            pairs = _step(event)
         case EpochEnded():
-            found = _epoch(event.line)
+            pairs = _epoch(event.line)
         case Measured():
-            found = ((f"measure/{name}", value) for name, value in event.values.items())
+            pairs = ((f"measure/{name}", value) for name, value in event.values.items())
         case Ended():
-            found = _outcome(event.result)
+            pairs = _outcome(event.result)
         case _:
             return {}
-    return {name: float(value) for name, value in found if isinstance(value, (int, float))}
+    return {name: float(value) for name, value in pairs if isinstance(value, (int, float))}
 
 
 def settings(event: Began) -> dict[str, Plain]:

@@ -15,8 +15,8 @@ from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 
 from flatmin.train.events import Began
-from flatmin.train.trackers.base import Sink, Status
 from flatmin.train.trackers.content import settings
+from flatmin.train.trackers.tracker import Sink, Status
 
 _STATUS = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 _OTHER = re.compile(r"[^\w\-. :/]")
@@ -26,7 +26,7 @@ _MOST = 100  # parameters in one call
 class MLflow(Sink):
     """Metrics and parameters of a run, by a client of its own: the program's active run is left alone.
 
-    Characters that MLflow refuses in names become "_". A run that goes on has steps after its checkpoint twice, since
+    Characters that MLflow refuses in names become "_". A resumed run has steps after its checkpoint twice, since
     metrics cannot be taken back; infinity becomes the largest number that MLflow's database has.
     """
 
@@ -47,8 +47,8 @@ class MLflow(Sink):
 
     def log(self, values: dict[str, float], step: int) -> None:
         now = int(time.time() * 1000)
-        found = [Metric(_OTHER.sub("_", name), value, now, step) for name, value in values.items()]
-        self._client.log_batch(self._id, metrics=found)
+        metrics = [Metric(_OTHER.sub("_", name), value, now, step) for name, value in values.items()]
+        self._client.log_batch(self._id, metrics=metrics)
 
     def end(self, values: dict[str, float], step: int, failure: str | None) -> None:
         self.log(values, step)
@@ -69,7 +69,7 @@ class MLflow(Sink):
         return f"sqlite:///{path.as_posix()}"
 
     def _known(self) -> str | None:
-        """The run that goes on, if it is still there."""
+        """The run to continue, if it still exists."""
         identity = self.identity
         if identity is not None:
             try:
@@ -81,19 +81,19 @@ class MLflow(Sink):
         return identity
 
     def _experiment(self) -> Any:
-        found = self._client.get_experiment_by_name(self.project)
-        if found is not None:
-            return found.experiment_id
+        experiment = self._client.get_experiment_by_name(self.project)
+        if experiment is not None:
+            return experiment.experiment_id
         # Without a place of its own, files would go to ./mlruns of whoever reads them.
         place = None if mlflow.is_tracking_uri_set() else (self.folder / "mlflow").as_uri()
         try:
             return self._client.create_experiment(self.project, artifact_location=place)
         except MlflowException:
             # Another process may have been faster.
-            found = self._client.get_experiment_by_name(self.project)
-            if found is None:
+            experiment = self._client.get_experiment_by_name(self.project)
+            if experiment is None:
                 raise
-            return found.experiment_id
+            return experiment.experiment_id
 
 
 SINK = MLflow

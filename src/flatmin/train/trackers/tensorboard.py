@@ -10,8 +10,8 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from flatmin.train.events import Began
-from flatmin.train.trackers.base import Sink, Status
 from flatmin.train.trackers.content import settings
+from flatmin.train.trackers.tracker import Sink, Status
 
 # Of all numbers, those that the table of hyperparameters is sorted by.
 _METRICS = ("val/acc", "val/loss", "summary/chosen/test_acc")
@@ -20,8 +20,8 @@ _METRICS = ("val/acc", "val/loss", "summary/chosen/test_acc")
 class TensorBoard(Sink):
     """Scalars, in the float32 of TensorBoard's files; the configuration as text and as hyperparameters.
 
-    A run that goes on hides what was written after its checkpoint, and a new run in the folder removes the files of
-    the one before. Among the hyperparameters stands the status of the first end, also of a run that went on after it.
+    A resumed run hides what was written after its checkpoint, and a new run in the folder removes the files of
+    the one before. The hyperparameters have the status of the first end, also for a run that was resumed after it.
     """
 
     name = "tensorboard"

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from flatmin.train.events import Began
-from flatmin.train.trackers.base import Sink, Status
 from flatmin.train.trackers.content import settings
+from flatmin.train.trackers.tracker import Sink, Status
 
 _WRITER = Path(__file__).with_name("trackio_writer.py")
 _PATIENCE = 60.0
@@ -24,7 +24,7 @@ class Trackio(Sink):
     own lets every run write below its folder, and ends with the run's even if that is killed. What trackio says is
     in FOLDER/trackio.log.
 
-    A run that goes on has steps after its checkpoint twice. Trackio knows no status: a failure becomes an alert.
+    A resumed run has steps after its checkpoint twice. Trackio knows no status: a failure becomes an alert.
     """
 
     name = "trackio"

@@ -23,10 +23,10 @@ def main() -> None:
         warnings.simplefilter("always")
         run = trackio.init(**json.loads(sys.stdin.readline()), embed=False)
         for line in sys.stdin:
-            found = json.loads(line)
-            run.log(found["values"], step=found["step"])
-            if found.get("failure"):
-                run.alert("the run failed", found["failure"], level=trackio.AlertLevel.ERROR, step=found["step"])
+            message = json.loads(line)
+            run.log(message["values"], step=message["step"])
+            if message.get("failure"):
+                run.alert("the run failed", message["failure"], level=trackio.AlertLevel.ERROR, step=message["step"])
         run.finish()
     for one in said:
         print(one.message)

@@ -13,8 +13,8 @@ from urllib.request import getproxies
 import wandb
 
 from flatmin.train.events import Began
-from flatmin.train.trackers.base import Sink, Status
 from flatmin.train.trackers.content import settings
+from flatmin.train.trackers.tracker import Sink, Status
 
 _EXIT = {"finished": 0, "stopped": 255}  # 255 is what wandb says of Ctrl-C
 _PATIENCE = 5.0  # s
@@ -27,7 +27,7 @@ class Wandb(Sink):
     WANDB_MODE and `wandb offline` decide whether it is online. Without them it is online where there is an API key, and
     else offline, without asking for a key; a server that cannot be reached then makes it offline too, with a warning.
 
-    A run that goes on has the same id. What is recorded offline is then in one folder for each part: sync them in
+    A resumed run has the same id. What is recorded offline is then in one folder for each part: sync them in
     order, with `wandb sync --append`. wandb takes no step twice: what is repeated after a checkpoint stays as it was.
     """
 
@@ -80,23 +80,23 @@ def _mode() -> str:
     # Not left to wandb: it reads the variable once in the life of a process.
     if os.environ.get("WANDB_MODE"):
         return os.environ["WANDB_MODE"]
-    found = wandb.setup().settings
-    mode: str = found.mode
-    return "offline" if mode == "online" and not _has_key(found) else mode
+    settings = wandb.setup().settings
+    mode: str = settings.mode
+    return "offline" if mode == "online" and not _has_key(settings) else mode
 
 
-def _has_key(found: Any) -> bool:
+def _has_key(settings: Any) -> bool:
     """Whether wandb finds an API key where it looks for one, so that it need not ask."""
-    if found.api_key or any(os.environ.get(name) for name in _KEYS):
+    if settings.api_key or any(os.environ.get(name) for name in _KEYS):
         return True
-    hosts = [urlsplit(found.base_url).netloc]
-    if found.base_url == wandb.Settings().base_url:
+    hosts = [urlsplit(settings.base_url).netloc]
+    if settings.base_url == wandb.Settings().base_url:
         hosts.append("api.wandb.ai")  # keys of wandb's own server are kept under this name, whatever it is called now
     try:
-        known = netrc.netrc(os.environ.get("NETRC"))
+        logins = netrc.netrc(os.environ.get("NETRC"))
     except (OSError, netrc.NetrcParseError):
         return False
-    return any(host in known.hosts for host in hosts)
+    return any(host in logins.hosts for host in hosts)
 
 
 def _unreachable(server: str) -> str | None:

@@ -1,4 +1,4 @@
-"""What workers are told, and the queue that it comes from."""
+"""The tasks of workers and their queue."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class Busy:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Order:
-    """What a worker is told.
+class Task:
+    """A run for a worker.
 
     Args:
-        run: to be done.
+        run: to execute.
         code: the digest of the code that the study was planned with, see `flatmin.study.code.code_of`.
         wait: while another process works on the run, wait for it.
     """
@@ -31,8 +31,8 @@ class Order:
     wait: bool = True
 
     @classmethod
-    def of(cls, run: Run) -> Order:
-        """Of a run, with the code that is here.
+    def of(cls, run: Run) -> Task:
+        """The task of a run, with the digest of the code of this process.
 
         Raises:
             ValueError: a module of the run's cannot be found.
@@ -40,10 +40,10 @@ class Order:
         return cls(run=run, code=code_of(run.config))
 
 
-class Queue:
-    """The runs of a study that are not under way, in order.
+class TaskQueue:
+    """The runs of a study that have not started, in order.
 
-    One that another process works on is put off until all others have been begun, and only then waited for: so two
+    A run that another process works on is postponed until all others have started, and only then waited for. So two
     calls on one store share the work.
 
     Args:
@@ -54,19 +54,19 @@ class Queue:
     """
 
     def __init__(self, runs: Iterable[Run]) -> None:
-        self._waiting = deque(dataclasses.replace(Order.of(run), wait=False) for run in runs)
+        self._waiting = deque(dataclasses.replace(Task.of(run), wait=False) for run in runs)
 
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def take(self) -> Order:
-        """The next one."""
+    def take(self) -> Task:
+        """Take the next task."""
         return self._waiting.popleft()
 
-    def again(self, order: Order) -> None:
-        """One that was lost is next."""
-        self._waiting.appendleft(order)
+    def retry(self, task: Task) -> None:
+        """Retry a lost task next."""
+        self._waiting.appendleft(task)
 
-    def put_off(self, order: Order) -> None:
-        """One that another process works on is last."""
-        self._waiting.append(dataclasses.replace(order, wait=True))
+    def postpone(self, task: Task) -> None:
+        """Move a task that another process works on to the end."""
+        self._waiting.append(dataclasses.replace(task, wait=True))

@@ -1,4 +1,4 @@
-"""What the four trackers share: who is called when, and what a failure of theirs means for the run."""
+"""What the four trackers share: the order of calls, and what a failing tracker means for the run."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ _IDENTITIES = "trackers.json"
 
 
 class Tracker(Protocol):
-    """Takes the events of one run, and is closed once, whatever happened."""
+    """Receives the events of one run, and is closed once in any case."""
 
     def __call__(self, event: Event) -> None:
         """Record an event."""
 
     def close(self) -> None:
-        """Write what is left and say how the run ended."""
+        """Write what is left and the final status of the run."""
 
 
 class Safely:
-    """A tracker that cannot stop a training.
+    """Wraps a tracker so that its errors do not stop the training.
 
-    After the first exception of the tracker `warn` is told once, in a sentence, and the tracker hears of no further
-    event. Only `Exception` is caught: Ctrl-C goes through.
+    The first exception of the tracker calls `warn` once, with one sentence, and disables the tracker. Only `Exception`
+    is caught: Ctrl-C passes through.
 
     Args:
         tracker: any.
-        warn: told the sentence.
+        warn: called with the sentence.
     """
 
     def __init__(self, tracker: Tracker, warn: Callable[[str], None]) -> None:
@@ -65,7 +65,7 @@ class Safely:
         said = " ".join(str(error).split()).rstrip(".")
         why = f"{type(error).__name__}: {said}" if said else type(error).__name__
         self._warn(
-            f"the tracker {name} failed ({why}) and hears nothing more of this run; training goes on, and "
+            f"the tracker {name} failed ({why}) and is disabled for this run; training continues, and "
             "metrics.jsonl and steps.jsonl have everything."
         )
 
@@ -76,8 +76,8 @@ class Sink(ABC):
     Args:
         folder: of the run, absolute.
         run: its name.
-        project: what runs are collected under.
-        resume: whether to go on with what is in the folder.
+        project: name under which the package groups runs.
+        resume: whether to continue what is in the folder.
     """
 
     name: ClassVar[str]
@@ -131,14 +131,14 @@ class Sink(ABC):
 
     @property
     def identity(self) -> str | None:
-        """By which name the package knows the run that goes on; None for a new one."""
+        """The name by which the package knows a resumed run; None for a new one."""
         return self._identities().get(self.name) if self.resume else None
 
     def keep_identity(self, identity: str) -> None:
-        """Remember it beside the run, so that a later part finds it."""
+        """Write the name into the run folder, so that a resumed run finds it."""
         write_json(self.folder / _IDENTITIES, {**self._identities(), self.name: identity})
 
     def _identities(self) -> dict[str, str]:
         path = self.folder / _IDENTITIES
-        found: dict[str, str] = json.loads(read_text(path)) if path.is_file() else {}
-        return found
+        identities: dict[str, str] = json.loads(read_text(path)) if path.is_file() else {}
+        return identities

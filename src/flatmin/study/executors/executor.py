@@ -1,4 +1,4 @@
-"""What all executors share: what they are, what a run comes to, and what is told of it."""
+"""What all executors share: the protocol, the outcome of a run, and the reporter of events."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from flatmin.study.events import CardDone, EpochDone, Event, RunBroke, RunDone, Warned
+from flatmin.study.events import EpochDone, Event, ReportDone, RunBroke, RunDone, Warned
 from flatmin.study.record import Record
 from flatmin.study.store import Run, Store, unique
 from flatmin.train import checkpoint
@@ -18,48 +18,48 @@ from flatmin.train.result import Epoch, Result
 
 OnEvent = Callable[[Event], None]
 
-ATTEMPTS = 3  # how often a run is begun whose workers are lost
+ATTEMPTS = 3  # how often a run starts whose workers are lost
 
 
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C during a study. The message says what is kept and how to go on."""
+class StudyInterrupted(KeyboardInterrupt):
+    """Ctrl-C during a study. The message says what is stored and how to continue."""
 
     def __init__(self, done: int, total: int) -> None:
         super().__init__(
-            f"Interrupted: {done} of {total} runs are finished and kept; the same command goes on from there."
+            f"Interrupted: {done} of {total} runs are finished and kept; the same command continues from there."
         )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """A run's result and epochs, or the error that it raised.
+class RunOutcome:
+    """The result and the epochs of a run, or the error that it raised.
 
     Args:
         result, lines, error: the former two, or the latter.
-        card: what was measured of its network, as `flatmin.measure.Card.to_dict`; None if nothing was to be.
-        refusal: why there is no card.
+        report: the flatness of its network, as `flatmin.measure.Report.to_dict`; None if none was asked for.
+        refusal: why there is no report.
     """
 
     result: Result | None = None
     lines: tuple[Epoch, ...] = ()
     error: str | None = None
-    card: Mapping[str, Any] | None = None
+    report: Mapping[str, Any] | None = None
     refusal: str | None = None
 
 
 class Executor(Protocol):
-    """A place where runs are done."""
+    """A place where runs are executed."""
 
     def run(
-        self, runs: Sequence[Run], store: Store, *, workers: int, on_event: OnEvent, outcomes: dict[str, Outcome]
+        self, runs: Sequence[Run], store: Store, *, workers: int, on_event: OnEvent, outcomes: dict[str, RunOutcome]
     ) -> None:
-        """Do all runs; what is under way is stopped when an exception passes through.
+        """Execute all runs. An exception stops the runs in progress.
 
         Args:
             runs: at least one.
-            store: where they are kept.
-            workers: how many at a time.
-            on_event: told what happens, in this process.
+            store: where they are stored.
+            workers: how many run at a time.
+            on_event: called with each event, in this process.
             outcomes: filled by name as runs end.
         """
         ...
@@ -67,37 +67,37 @@ class Executor(Protocol):
 
 def finished_and_missing(
     runs: Iterable[Run], store: Store, warn: Callable[[str], None]
-) -> tuple[dict[str, Outcome], list[Run]]:
-    """Outcomes of the finished runs by name, and the runs to do; each run once.
+) -> tuple[dict[str, RunOutcome], list[Run]]:
+    """Outcomes of the finished runs by name, and the runs that are missing; each run once.
 
-    A run that is done again because it has not recorded what is asked for also records what it had. Checkpoints that a
-    finished run has left are removed, if the store may write.
+    A run that is repeated because it has not recorded what is asked for also records what it recorded before.
+    Checkpoints that a finished run left behind are removed, if the store may write.
 
     Args:
         runs: wanted.
         store: where to look.
         warn: see `Store.find`.
     """
-    found: dict[str, Outcome] = {}
+    finished: dict[str, RunOutcome] = {}
     missing: list[Run] = []
     for run in unique(runs):
-        known = store.find(run, warn)
-        if known is None:
+        recorded = store.find(run, warn)
+        if recorded is None:
             missing.append(done_again(run, store))
         else:
-            found[run.name] = Outcome(result=known[0], lines=tuple(known[1]))
+            finished[run.name] = RunOutcome(result=recorded[0], lines=tuple(recorded[1]))
             if store.writes:
                 _tidy(RunFolder(store.folder(run)))
-    return found, missing
+    return finished, missing
 
 
 def done_again(run: Run, store: Store) -> Run:
-    """The run, recording also what it has recorded before, for other studies that look at that."""
+    """The run, recording also what it recorded before, for other studies that read it."""
     return dataclasses.replace(run, record=run.record.with_also(_recorded(run, store)))
 
 
 def _tidy(folder: RunFolder) -> None:
-    """Remove checkpoints of a finished run whose worker and driver were killed right after its result."""
+    """Remove the checkpoints of a finished run whose processes were killed right after its result."""
     if folder.checkpoints.is_dir():
         with suppress(InUseError), folder.hold(patience=0):
             if folder.finished:
@@ -112,28 +112,28 @@ def _recorded(run: Run, store: Store) -> Record:
     return Record.of(labels) if labels.get("key") == run.key else Record()
 
 
-class Teller:
-    """Tells of each epoch and the end of a run once, however often parts of it are repeated.
+class Reporter:
+    """Reports each epoch and the end of a run once, also when parts of the run are repeated.
 
     Args:
         store: where the runs are.
-        on_event: told.
+        on_event: called with each event.
         outcomes: filled by name.
     """
 
-    def __init__(self, store: Store, on_event: OnEvent, outcomes: dict[str, Outcome]) -> None:
+    def __init__(self, store: Store, on_event: OnEvent, outcomes: dict[str, RunOutcome]) -> None:
         self._store, self._on_event, self._outcomes = store, on_event, outcomes
         self._reached: dict[str, int] = {}
         self._begun: dict[str, int] = {}
 
     def epoch(self, run: Run, line: Epoch) -> None:
-        """Tell of an epoch unless it has been told."""
+        """Report an epoch that has not been reported yet."""
         if line.epoch > self._reached.get(run.name, 0):
             self._reached[run.name] = line.epoch
             self._on_event(EpochDone(run=run.name, epochs=run.config.epochs, line=line))
 
-    def end(self, run: Run, outcome: Outcome) -> None:
-        """Keep an outcome and tell of it, and of the epochs that have not been."""
+    def end(self, run: Run, outcome: RunOutcome) -> None:
+        """Store an outcome and report it, after the epochs that have not been reported yet."""
         for line in outcome.lines:
             self.epoch(run, line)
         self._outcomes[run.name] = outcome
@@ -141,27 +141,27 @@ class Teller:
             self._on_event(RunBroke(run=run.name, error=outcome.error or "no result"))
             return
         self._on_event(RunDone(run=run.name, result=outcome.result))
-        if outcome.card is not None:
-            self._on_event(CardDone(run=run.name))
+        if outcome.report is not None:
+            self._on_event(ReportDone(run=run.name))
         if outcome.refusal is not None:
             self._on_event(Warned(text=f"{run.name} is not measured: {outcome.refusal}"))
 
     def lost(self, run: Run, how: str) -> bool:
-        """Whether a run whose worker is gone is to be taken up again; else it is broken.
+        """Whether to retry a run whose worker is lost; after `ATTEMPTS` it counts as failed.
 
         Args:
             run: which.
             how: what happened to the worker, e.g. "ended with exit code -9".
         """
         tries = self._begun[run.name] = self._begun.get(run.name, 0) + 1
-        known = self._store.find(run, lambda text: None)  # if it was lost while it measured
+        recorded = self._store.find(run, lambda text: None)  # if it was lost while it measured
         if tries < ATTEMPTS:
-            again = "taken up again from its last checkpoint" if known is None else "measured anew"
+            again = "resumed from its last checkpoint" if recorded is None else "measured again"
             self._on_event(Warned(text=f"{run.name} is {again}, because its worker {how}."))
             return True
         text = f"its worker was lost {tries} times during this run; the last one {how}"
-        if known is None:
-            self.end(run, Outcome(error=text))
+        if recorded is None:
+            self.end(run, RunOutcome(error=text))
         else:
-            self.end(run, Outcome(result=known[0], lines=tuple(known[1]), refusal=text))
+            self.end(run, RunOutcome(result=recorded[0], lines=tuple(recorded[1]), refusal=text))
         return False

@@ -1,4 +1,4 @@
-"""The card: many measures of one problem in sections that share one Krylov run, each number with its error."""
+"""The report: many measures of one problem in sections that share one Krylov run, each number with its error."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from torch import Tensor
 
 from flatmin.measure.problem import Conventions, Problem
 from flatmin.measure.sections import SECTIONS
-from flatmin.measure.session import CardSettings, Progress, Quantity, Section, Session
+from flatmin.measure.session import Progress, Quantity, ReportSection, ReportSettings, Session
 from flatmin.words import suggest
 
-__all__ = ["CARD", "SECTIONS", "Card", "CardSettings", "Quantity", "Section", "card", "chosen", "plain"]
+__all__ = ["REPORT", "SECTIONS", "Quantity", "Report", "ReportSection", "ReportSettings", "chosen", "plain", "report"]
 
-CARD = ("model", "hessian", "trace", "density", "sharpness", "landscape")
+REPORT = ("model", "hessian", "trace", "density", "sharpness", "landscape")
 _LARGEST = 100_000
 _VECTORS = {"basis", "top_vectors", "bottom_vectors", "displacement", "vector", "diagonal", "origin"}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Card:
+class Report:
     """What was measured of one problem.
 
     Args:
@@ -34,8 +34,8 @@ class Card:
         conventions: of the problem.
     """
 
-    sections: tuple[Section, ...]
-    settings: CardSettings
+    sections: tuple[ReportSection, ...]
+    settings: ReportSettings
     conventions: Conventions
 
     @property
@@ -70,15 +70,15 @@ class Card:
         }
 
 
-def card(
+def report(
     problem: Problem,
-    what: str | Sequence[str] = "card",
+    what: str | Sequence[str] = "report",
     *,
-    settings: CardSettings | None = None,
+    settings: ReportSettings | None = None,
     folder: Path | None = None,
     progress: Progress | None = None,
-    on_section: Callable[[Card], None] | None = None,
-) -> Card:
+    on_section: Callable[[Report], None] | None = None,
+) -> Report:
     """Measure a problem by sections, which share one Krylov run.
 
     What cannot be measured takes nothing else away: it is named with its reason under `missing` of its section.
@@ -86,12 +86,12 @@ def card(
     Args:
         problem: the function.
         what: sections by name, with commas or as a list: "model", "hessian", "trace", "density", "sharpness",
-            "flatness", "layers", "published", "landscape"; "card" for all but flatness, layers and published, "all"
-            for all. Default "card".
-        settings: how. Default: `CardSettings()`.
+            "flatness", "layers", "published", "landscape"; "report" for all but flatness, layers and published, "all"
+            for all. Default "report".
+        settings: how. Default: `ReportSettings()`.
         folder: where landscapes are kept and continued. Default: nowhere.
         progress: called with (what is measured, share of it done).
-        on_section: called after each section, and when the card is interrupted, with the card as far as it has come;
+        on_section: called after each section, and on an interrupt, with the report as far as it has come;
             what has not been reached is missing there. Default: not called.
 
     Raises:
@@ -100,9 +100,9 @@ def card(
 
     Example:
         >>> import torch
-        >>> from flatmin.measure import Problem, card
+        >>> from flatmin.measure import Problem, report
         >>> net, x, y = torch.nn.Linear(4, 3), torch.randn(20, 4), torch.randint(3, (20,))
-        >>> found = card(Problem(net, torch.nn.functional.cross_entropy, (x, y)), "model,hessian")
+        >>> found = report(Problem(net, torch.nn.functional.cross_entropy, (x, y)), "model,hessian")
         >>> [q.name for q in found.sections[0].quantities]
         ['loss', 'error_rate', 'gradient_norm', 'weight_norm']
     """
@@ -110,8 +110,8 @@ def card(
     session = Session(problem, settings, folder=folder, progress=progress)
     sections = {name: _section(name, missing={SECTIONS[name][0]: "it was not reached."}) for name in names}
 
-    def so_far() -> Card:
-        return Card(sections=tuple(sections.values()), settings=session.settings, conventions=problem.conventions)
+    def so_far() -> Report:
+        return Report(sections=tuple(sections.values()), settings=session.settings, conventions=problem.conventions)
 
     for name in names:
         title, measure = SECTIONS[name]
@@ -138,8 +138,8 @@ def _section(
     results: dict[str, Any] | None = None,
     missing: dict[str, str] | None = None,
     seconds: float = 0.0,
-) -> Section:
-    return Section(
+) -> ReportSection:
+    return ReportSection(
         name=name,
         title=SECTIONS[name][0],
         quantities=tuple(quantities),
@@ -156,12 +156,12 @@ def chosen(what: str | Sequence[str]) -> list[str]:
         ValueError: an unknown one, or none.
     """
     words = [word.strip() for word in (what.split(",") if isinstance(what, str) else what) if word.strip()]
-    groups = {"card": CARD, "all": tuple(SECTIONS)}
+    groups = {"report": REPORT, "card": REPORT, "all": tuple(SECTIONS)}  # "card": an older spelling
     unknown = [word for word in words if word not in groups and word not in SECTIONS]
     if unknown or not words:
-        known = [*groups, *SECTIONS]
-        near = suggest(unknown[0], known) if unknown else ""
-        raise ValueError(f"what must be of {', '.join(known)}; got {', '.join(unknown) or 'nothing'}{near or '.'}")
+        choices = ["report", "all", *SECTIONS]
+        near = suggest(unknown[0], choices) if unknown else ""
+        raise ValueError(f"what must be of {', '.join(choices)}; got {', '.join(unknown) or 'nothing'}{near or '.'}")
     return list(dict.fromkeys(name for word in words for name in groups.get(word, (word,))))
 
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from flatmin.data.base import Data, Split, as_data
+from flatmin.data.dataset import Data, Split, as_data
 
 
 def pair(n=4, shape=(3,), classes=2):

@@ -1,4 +1,4 @@
-"""What the updates of one epoch add up to."""
+"""Sums over the updates of one epoch."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from flatmin.train.trainer import Step
 _NUMBERS = ("samples", "images", "skipped", "seconds")
 
 
-class Tally:
-    """Losses and hits of an epoch, kept on the device until somebody asks.
+class Meter:
+    """Losses and correct answers of an epoch, kept on the device until they are read.
 
-    Losses that are not finite belong to updates that were skipped; they are left out of the means.
+    Losses that are not finite belong to skipped updates and are left out of the means.
     """
 
     def __init__(self) -> None:
@@ -31,7 +31,7 @@ class Tally:
         return len(self.losses)
 
     def add(self, step: Step, images: int) -> None:
-        """Take an update on so many images in; a method that climbs on another batch sees more than it descends on."""
+        """Add an update on so many images; a method that climbs on another batch sees more than it descends on."""
         self.images += images
         self.losses.append(step.loss)
         self.right.append(step.right)
@@ -45,8 +45,8 @@ class Tally:
         rows = [_sum_and_count(kind, device) for kind in (self.losses, self.perturbed)]
         hits = torch.stack(self.right).double().sum().to(device)
         parts = [*rows, torch.stack([hits, torch.tensor(float(self.samples), device=device)]).double()]
-        found = world.sum_(torch.stack(parts)).tolist()
-        loss, perturbed, right = ((a / b if b else math.nan) for a, b in found)
+        sums = world.sum_(torch.stack(parts)).tolist()
+        loss, perturbed, right = ((a / b if b else math.nan) for a, b in sums)
         return loss, perturbed if self.perturbed else None, 100 * right
 
     def mean_since(self, update: int, world: World) -> float:
@@ -60,7 +60,7 @@ class Tally:
         return {**stacks, **{name: getattr(self, name) for name in _NUMBERS}}
 
     def load_state_dict(self, state: dict[str, Any], device: str) -> None:
-        """Go on from what `state_dict` gave."""
+        """Continue from what `state_dict` gave."""
         for name in ("losses", "perturbed", "right"):
             setattr(self, name, list(state[name].to(device).unbind()))
         for name in _NUMBERS:
@@ -74,6 +74,6 @@ def _stack(values: list[Tensor]) -> Tensor:
 def _sum_and_count(values: list[Tensor], device: torch.device) -> Tensor:
     if not values:
         return torch.zeros(2, dtype=torch.float64, device=device)
-    found = torch.stack(values).double()
-    good = found.isfinite()
-    return torch.stack([found.where(good, 0.0).sum(), good.sum().double()])
+    stacked = torch.stack(values).double()
+    good = stacked.isfinite()
+    return torch.stack([stacked.where(good, 0.0).sum(), good.sum().double()])

@@ -1,4 +1,4 @@
-"""The rows of a study: each arm at each point of its axes, as configurations of runs."""
+"""The grid points of a study: each arm at each point of its axes, as configurations of runs."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 from flatmin.data.named import DATASETS
 from flatmin.methods import Recipe, compose, current_word, method_table
 from flatmin.models.zoo import MODELS
-from flatmin.study.spec import Arm, StudySpec, as_word
-from flatmin.study.sweep import points, tidy, words
+from flatmin.study.spec import Arm, StudySpec, as_text
+from flatmin.study.sweep import overrides, points, tidy
 from flatmin.train.config import RunConfig
 from flatmin.train.locate import find_module
 from flatmin.train.options import Options
@@ -26,8 +26,8 @@ _USUAL = {f.name: f.default for f in dataclasses.fields(RunConfig) if f.default 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cell:
-    """One row: an arm at one point of the axes, with its runs by seed.
+class GridPoint:
+    """A row of the table: an arm at one point of the axes, with its runs by seed.
 
     Args:
         arm: label.
@@ -46,7 +46,7 @@ class Cell:
     @property
     def label(self) -> str:
         """Arm and values."""
-        return " ".join([self.arm, *words(self.values)])
+        return " ".join([self.arm, *overrides(self.values)])
 
     @property
     def config(self) -> RunConfig:
@@ -54,7 +54,7 @@ class Cell:
         return next(iter(self.configs.values()))
 
     def setting(self, key: str) -> str | None:
-        """What its runs have for a key, as a word: a field, a parameter of the method, or `model.NAME`."""
+        """The value of its runs for a key, as text: a field, a parameter of the method, or `model.NAME`."""
         config = self.config
         if key in _FIELDS:
             value: Any = getattr(config, key)
@@ -63,7 +63,7 @@ class Cell:
         else:
             names = [name for name in config.params if current_word(key) in (name, name.partition(".")[2])]
             value = config.params[names[0]] if names else None
-        return None if value is None else tidy(as_word(value))
+        return None if value is None else tidy(as_text(value))
 
     @property
     def point(self) -> dict[str, str]:
@@ -93,14 +93,14 @@ def best(scores: Sequence[float | None]) -> int:
     return max(range(len(scores)), key=lambda i: -math.inf if (score := scores[i]) is None else score)
 
 
-def cells(spec: StudySpec) -> list[Cell]:
-    """All rows with their configurations; their device need not be on this machine.
+def grid_points(spec: StudySpec) -> list[GridPoint]:
+    """All grid points with their configurations; their device need not be on this machine.
 
     Raises:
         ValueError: settings that `flatmin train` would refuse, or an axis that no arm has.
     """
     preset = read_preset(spec.train, "train")
-    found: list[Cell] = []
+    rows: list[GridPoint] = []
     used: set[str] = set()
     parameters: list[str] = []
     for arm in spec.arms:
@@ -113,8 +113,8 @@ def cells(spec: StudySpec) -> list[Cell]:
         shown = {axis.key for axis in axes if len(axis.values) > 1}
         for point in points(axes):
             config = _config(spec, arm, point, preset)
-            found.append(
-                Cell(
+            rows.append(
+                GridPoint(
                     arm=arm.label,
                     values={key: value for key, value in point.items() if key in shown},
                     configs={seed: dataclasses.replace(config, seed=seed) for seed in spec.seeds},
@@ -124,30 +124,32 @@ def cells(spec: StudySpec) -> list[Cell]:
             )
     for axis in spec.axes:
         if axis.key not in used:
-            known = [*_FIELDS, *dict.fromkeys(name.partition(".")[2] for name in parameters)]
-            raise ValueError(f"study {spec.name}: no arm has {axis.key!r} to set{suggest(axis.key, known)}")
-    for cell in found:
-        if cell.choose and cell.config.train_on_val:
+            keys = [*_FIELDS, *dict.fromkeys(name.partition(".")[2] for name in parameters)]
+            raise ValueError(f"study {spec.name}: no arm has {axis.key!r} to set{suggest(axis.key, keys)}")
+    for grid_point in rows:
+        if grid_point.choose and grid_point.config.train_on_val:
             raise ValueError(
-                f"study {spec.name}: {', '.join(sorted(cell.choose))} cannot be chosen on validation with "
+                f"study {spec.name}: {', '.join(sorted(grid_point.choose))} cannot be chosen on validation with "
                 "train_on_val=true, which validates on the test part."
             )
     axes_of_all = {axis.key for axis in (*spec.axes, *(axis for arm in spec.arms for axis in arm.axes))}
     for key in (*spec.choose, *(key for arm in spec.arms for key in arm.choose)):
         if key not in axes_of_all:
-            raise ValueError(f"study {spec.name}: {key} cannot be chosen, for it is no axis{suggest(key, axes_of_all)}")
-    return found
+            raise ValueError(
+                f"study {spec.name}: {key} cannot be chosen because it is not an axis{suggest(key, axes_of_all)}"
+            )
+    return rows
 
 
 def _config(spec: StudySpec, arm: Arm, point: Mapping[str, str], preset: Mapping[str, Any]) -> RunConfig:
     chosen = {**spec.settings, **arm.settings, **point}
     extra: dict[str, str] = {}
     for given in spec.given:
-        have = {key: chosen.get(key, tidy(as_word(preset.get(key, _USUAL.get(key, ""))))) for key in given.when}
+        have = {key: chosen.get(key, tidy(as_text(preset.get(key, _USUAL.get(key, ""))))) for key in given.when}
         if all(tidy(have[key]) in values for key, values in given.when.items()):
             extra |= given.settings
     try:
-        config = load_run(spec.train, words({**spec.settings, **arm.settings, **extra, **point}), here=False)[0]
+        config = load_run(spec.train, overrides({**spec.settings, **arm.settings, **extra, **point}), here=False)[0]
         _check_names(config)
     except ValueError as error:
         raise ValueError(f"study {spec.name}, arm {arm.label}: {error}") from error
@@ -156,9 +158,9 @@ def _config(spec: StudySpec, arm: Arm, point: Mapping[str, str], preset: Mapping
 
 def _check_names(config: RunConfig) -> None:
     """Refuse an unknown data set, network or keyword of a network before any data are read."""
-    for key, name, known in (("data", config.data, DATASETS), ("model", config.model, MODELS)):
-        if ":" not in name and name not in known:
-            raise ValueError(f"unknown {key}={name}{suggest(name, known)} ({key}: {', '.join(known)})")
+    for key, name, choices in (("data", config.data, DATASETS), ("model", config.model, MODELS)):
+        if ":" not in name and name not in choices:
+            raise ValueError(f"unknown {key}={name}{suggest(name, choices)} ({key}: {', '.join(choices)})")
     if config.model in MODELS:
         keywords = inspect.signature(MODELS[config.model]).parameters
         for key in config.model_params:
@@ -168,7 +170,7 @@ def _check_names(config: RunConfig) -> None:
 
 def _recipe(spec: StudySpec, arm: Arm, preset: Mapping[str, Any]) -> Recipe:
     chosen = {**spec.settings, **arm.settings}
-    named = chosen.get("plugins", as_word(preset.get("plugins", ())))
+    named = chosen.get("plugins", as_text(preset.get("plugins", ())))
     plugins = tuple(word.strip() for word in named.split(",") if word.strip())
     for plugin in plugins:
         find_module(plugin, option="plugin")

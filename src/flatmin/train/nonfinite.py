@@ -1,4 +1,4 @@
-"""Looking out for losses and gradients that are not finite."""
+"""The monitor of losses and gradients that are not finite."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from flatmin.train.feed import Batch
-from flatmin.train.tally import Tally
+from flatmin.train.meter import Meter
 from flatmin.train.trainer import Trainer
 
-# Between two looks a GPU runs ahead; the optimizer has skipped by then what was not finite.
+# Between two checks a GPU runs ahead; the optimizer itself skips updates that are not finite.
 _EVERY = 50
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finding:
-    """Where it happened.
+class NonFiniteUpdate:
+    """An update whose loss or gradient was not finite.
 
     Args:
         step: number of the update, from 1.
@@ -46,7 +46,7 @@ class Finding:
         """Why the run stops.
 
         Args:
-            where: where the samples are written down, if they are.
+            where: file that has the samples, if there is one.
         """
         what = "gradient" if math.isfinite(self.loss) else "loss"
         more = f", after {self.before} skipped update{'s' * (self.before > 1)}" if self.before else ""
@@ -56,12 +56,12 @@ class Finding:
         )
 
 
-class Watch:
-    """Takes every update's batch and says when the run must stop.
+class NonFiniteMonitor:
+    """Checks every update and decides when the run must stop.
 
-    On one CPU, and when updates may be skipped, it looks at every update; otherwise at every 50th and at the end of an
-    epoch, because looking waits for the device. An update that is not finite leaves the weights alone (`SAM`,
-    nonfinite="skip"); the buffers that its forward passes touched are put back to what they were after the last look.
+    On one CPU, and when updates may be skipped, it checks every update; otherwise every 50th and at the end of an
+    epoch, because a check waits for the device. An update that is not finite leaves the weights alone (`SAM`,
+    nonfinite="skip"); the buffers that its forward passes touched are restored to their values after the last check.
 
     Args:
         trainer: of the run.
@@ -80,11 +80,11 @@ class Watch:
         self.begin(0)
 
     def begin(self, position: int) -> None:
-        """A new epoch, or one that goes on after so many batches."""
+        """A new epoch, or one that continues after so many batches."""
         self._looked, self._unseen = position, list[Tensor]()
 
     def before(self) -> None:
-        """To be called before an update."""
+        """Call this before an update."""
         if self._unseen:
             return
         average = self._trainer.average
@@ -92,45 +92,45 @@ class Watch:
         self._kept = [(one, one.detach().clone()) for one in touched]
         self._averaged = average is not None and average.begun
 
-    def after(self, batch: Batch, tally: Tally, *, epoch: int, now: bool = False) -> Finding | None:
-        """To be called after an update; what was found, if the run must stop.
+    def after(self, batch: Batch, meter: Meter, *, epoch: int, now: bool = False) -> NonFiniteUpdate | None:
+        """Call this after an update; returns the update that stops the run, or None.
 
         Args:
             batch: of the update.
-            tally: of the epoch, the update included.
+            meter: of the epoch, the update included.
             epoch: from 1.
-            now: look in any case: a checkpoint must not hide what nobody has looked at.
+            now: check in any case: a checkpoint must not hold unchecked updates.
         """
         self._unseen.append(batch.index)
-        if not now and len(tally) % self._every and len(tally) < self._trainer.feed.steps:
+        if not now and len(meter) % self._every and len(meter) < self._trainer.feed.steps:
             return None
-        losses = torch.stack(tally.losses[self._looked :])
+        losses = torch.stack(meter.losses[self._looked :])
         bad = (~losses.isfinite()).nonzero().flatten().tolist()
         count = self._agreed(max(len(bad), self._skipped()), losses.device)
         unseen, first = self._unseen, self._looked
-        self.begin(len(tally))
+        self.begin(len(meter))
         if not count:
             return None
         self._put_back()
         before, self.skips = self.skips, self.skips + count
-        tally.skipped += count
+        meter.skipped += count
         if self.skips <= self._skips_allowed:
             return None
         world = self._trainer.world
-        first_bad = [found[0] for found in world.gathered(bad) if found]
+        first_bad = [positions[0] for positions in world.all_gather(bad) if positions]
         at = min(first_bad, default=len(unseen) - 1)
-        seen = world.gathered(float(losses[at]))
-        return Finding(
-            step=self._trainer.steps - len(tally) + first + at + 1,
+        seen = world.all_gather(float(losses[at]))
+        return NonFiniteUpdate(
+            step=self._trainer.steps - len(meter) + first + at + 1,
             epoch=epoch,
             batch=first + at + 1,
             loss=next((loss for loss in seen if not math.isfinite(loss)), seen[0]),
-            samples=world.gathered(unseen[at].tolist()),
+            samples=world.all_gather(unseen[at].tolist()),
             before=before,
         )
 
     def _put_back(self) -> None:
-        """Leave nothing behind of a batch whose update was skipped."""
+        """Undo what a batch changed whose update was skipped."""
         trainer = self._trainer
         for one, copy in self._kept:
             one.copy_(copy)
@@ -139,7 +139,7 @@ class Watch:
         trainer.previous = None  # no batch to climb on
 
     def _skipped(self) -> int:
-        """Updates that the optimizer has skipped since the last look; a scaler skips for reasons of its own."""
+        """Updates that the optimizer has skipped since the last check; a scaler skips for reasons of its own."""
         if self._trainer.scaler is not None:
             return 0
         total = self._trainer.optimizer.counts()["skipped_steps"]
@@ -150,4 +150,4 @@ class Watch:
         """The largest count of all processes, so that all stop or none."""
         if self._trainer.world.size == 1:
             return count
-        return int(max(self._trainer.world.gathered(count)))
+        return int(max(self._trainer.world.all_gather(count)))

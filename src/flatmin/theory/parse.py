@@ -1,4 +1,4 @@
-"""Rules from words, for command lines: `constant:0.1`, `power:c=0.5,p=0.5001`, `diminish1`, `tied:0.5`."""
+"""Rules from text, for command lines: `constant:0.1`, `power:c=0.5,p=0.5001`, `diminish1`, `tied:0.5`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from flatmin.theory.rules import Constant, Power, Product, Rule, Tied, as_rule
+from flatmin.theory.rules import ConstantRule, PowerRule, Product, Rule, Tied, as_rule
 from flatmin.theory.schedules import Cosine, Diminish
 from flatmin.words import suggest
 
@@ -24,10 +24,10 @@ class Form:
 
 
 FORMS: dict[str, Form] = {
-    "constant": Form(Constant, ("c",), "c", ("c",), formula="c"),
-    "power": Form(Power, ("c", "p", "q", "shift"), "p", ("p",), formula="c / ((n + shift)^p (log(n + shift))^q)"),
-    "harmonic": Form(partial(Power, p=1.0), ("c", "shift"), "c", formula="c / (n + shift)"),
-    "nlogn": Form(partial(Power, p=1.0, q=1.0, shift=1.0), ("c", "shift"), "c", formula="c / ((n + 1) log(n + 1))"),
+    "constant": Form(ConstantRule, ("c",), "c", ("c",), formula="c"),
+    "power": Form(PowerRule, ("c", "p", "q", "shift"), "p", ("p",), formula="c / ((n + shift)^p (log(n + shift))^q)"),
+    "harmonic": Form(partial(PowerRule, p=1.0), ("c", "shift"), "c", formula="c / (n + shift)"),
+    "nlogn": Form(partial(PowerRule, p=1.0, q=1.0, shift=1.0), ("c", "shift"), "c", formula="c / ((n + 1) log(n + 1))"),
     "diminish1": Form(partial(Diminish, 1), ("lr", "epoch"), "lr", (), ("epoch",), "lr / (e + 1)"),
     "diminish2": Form(partial(Diminish, 2), ("lr", "epoch"), "lr", (), ("epoch",), "lr / (e + 1)^0.5001"),
     "diminish3": Form(
@@ -40,14 +40,14 @@ FORMS: dict[str, Form] = {
 
 
 def read_rule(words: str) -> Rule:
-    """The rule that the words stand for.
+    """The rule of a text.
 
         >>> read_rule("power:c=0.5,p=0.5001").at(1)
         0.5
         >>> read_rule("harmonic:0.1*constant:0.5").at(5)
         0.01
         >>> read_rule("0.1")
-        Constant(c=0.1)
+        ConstantRule(c=0.1)
 
     Args:
         words: a number, a form of `FORMS`, or several of them joined by `*`.
@@ -62,19 +62,19 @@ def read_rule(words: str) -> Rule:
 
 
 def read_radius(words: str) -> Rule | Tied:
-    """The radius that the words stand for; like `read_rule`, and `tied:factor` as well."""
+    """The radius of a text; like `read_rule`, and `tied:factor` as well."""
     return _read(words)
 
 
 def as_step(value: Rule | float | str | Callable[[int], float]) -> Rule:
-    """A step size from a rule, a number, words or a function of n."""
+    """A step size from a rule, a number, text or a function of n."""
     if isinstance(value, Tied):
         raise ValueError(f"{value} ties a radius to the step size; a step size cannot be tied.")
     return read_rule(value) if isinstance(value, str) else as_rule(value)
 
 
 def as_radius(value: Rule | Tied | float | str | Callable[[int], float], step: Rule) -> Rule:
-    """A radius from a rule, a tied radius, a number, words or a function of n; `step`: what tied radii follow."""
+    """A radius from a rule, a tied radius, a number, text or a function of n; `step`: what tied radii follow."""
     read = read_radius(value) if isinstance(value, str) else value
     return read.of(step) if isinstance(read, Tied) else as_rule(read)
 
@@ -92,7 +92,7 @@ def _read(words: str) -> Rule | Tied:
 def _read_one(part: str, words: str) -> Rule | Tied:
     name, colon, rest = part.partition(":")
     if not colon and (lone := _number(part)) is not None:
-        return Constant(lone)
+        return ConstantRule(lone)
     if name not in FORMS:
         raise ValueError(f"unknown rule {name!r}{suggest(name, FORMS)} (rules: a number, {', '.join(FORMS)}).")
     form, given = FORMS[name], dict[str, float]()

@@ -1,4 +1,4 @@
-"""The card of one net as one picture, with matplotlib (extra "plot")."""
+"""The report of one net as one picture, with matplotlib (extra "plot")."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flatmin.study import draw, plots
-from flatmin.study.measured import Measured, told
+from flatmin.study.measured import NetReport, with_error
 from flatmin.words import reason
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ _MOST = 26  # numbers that fit beside the pictures
 
 
 def require() -> None:
-    """Check that pictures can be drawn, so that a long job can ask before it starts.
+    """Check that pictures can be drawn, before a long job starts.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed (extra "plot").
@@ -30,12 +30,12 @@ def require() -> None:
     draw.new_figure(1.0, 1.0)
 
 
-def card(net: Measured, *, on_missing: Callable[[str], None] = lambda text: None) -> Figure:
+def report(net: NetReport, *, on_missing: Callable[[str], None] = lambda text: None) -> Figure:
     """Numbers with their errors, and a picture of each result: one page.
 
     Args:
         net: what was measured.
-        on_missing: called with a sentence, which stands in its place, for each picture that could not be drawn.
+        on_missing: called with a sentence for each picture that could not be drawn; the sentence replaces the picture.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed (extra "plot").
@@ -65,23 +65,23 @@ def card(net: Measured, *, on_missing: Callable[[str], None] = lambda text: None
 
 
 def save(
-    net: Measured,
+    net: NetReport,
     path: str | os.PathLike[str],
     *,
     dpi: int = 120,
     on_missing: Callable[[str], None] = lambda text: None,
 ) -> Path:
-    """Write the card as .png, .svg or .pdf; see `card`.
+    """Write the report as .png, .svg or .pdf; see `report`.
 
     Raises:
         ValueError: another ending.
         ModuleNotFoundError: matplotlib is not installed (extra "plot").
     """
-    return draw.save(card(net, on_missing=on_missing), path, dpi=dpi)
+    return draw.save(report(net, on_missing=on_missing), path, dpi=dpi)
 
 
-def _panels(net: Measured) -> list[tuple[str, Callable[[Axes], None] | None]]:
-    found = net.card.result
+def _panels(net: NetReport) -> list[tuple[str, Callable[[Axes], None] | None]]:
+    result = net.report.result
 
     def lines(result: Any, make: Callable[[Any], plots.Lines]) -> Callable[[Axes], None] | None:
         return None if result is None else lambda axes: draw.lines_onto(axes, make(result))
@@ -95,22 +95,22 @@ def _panels(net: Measured) -> list[tuple[str, Callable[[Axes], None] | None]]:
             log_y=all(v > 0 for c in named.values() for v in c.values),
         )
 
-    both = {k: c for k, c in (("worst case", found("worst")), ("average case", found("average"))) if c is not None}
-    plane = found("plane")
+    both = {k: c for k, c in (("worst case", result("worst")), ("average case", result("average"))) if c is not None}
+    plane = result("plane")
     return [
-        (_ENDS, lines(found("eigenvalues"), plots.eigenvalues)),
-        ("Spectral density", lines(found("density"), plots.density)),
+        (_ENDS, lines(result("eigenvalues"), plots.eigenvalues)),
+        ("Spectral density", lines(result("density"), plots.density)),
         ("Sharpness", lines(both or None, curves)),
-        ("Along the first eigenvector", lines(found("along_v1"), plots.profile)),
-        ("Along a random direction", lines(found("along_random"), plots.profile)),
+        ("Along the first eigenvector", lines(result("along_v1"), plots.profile)),
+        ("Along a random direction", lines(result("along_random"), plots.profile)),
         ("Random plane", None if plane is None else lambda axes: draw.plane_onto(axes, plots.field(plane))),
     ]
 
 
-def _numbers(axes: Axes, net: Measured) -> None:
+def _numbers(axes: Axes, net: NetReport) -> None:
     """The numbers as text, in two columns."""
     axes.axis("off")
-    c = net.card.conventions
+    c = net.report.conventions
     about = [
         f"mean {c.loss}, {c.examples} examples",
         c.split,
@@ -121,15 +121,15 @@ def _numbers(axes: Axes, net: Measured) -> None:
     height = 1.0 / (_MOST + len(about) + 2)
     for i, text in enumerate(about):
         axes.text(0.0, 1.0 - i * height, text, color="#5b6470", **style)
-    listed = list(net.card.quantities.values())
+    listed = list(net.report.quantities.values())
     for i, q in enumerate(listed[:_MOST]):
         y = 1.0 - (i + len(about) + 1) * height
         axes.text(0.0, y, q.name.replace("$", r"\$"), **style)
-        axes.text(0.98, y, told(q.value, q.error) + (" *" if q.note else ""), ha="right", **style)
+        axes.text(0.98, y, with_error(q.value, q.error) + (" *" if q.note else ""), ha="right", **style)
     notes = sorted({q.note for q in listed if q.note})
     if len(listed) > _MOST:
         notes.append(f"{len(listed) - _MOST} more in the table")
-    if net.card.missing:
-        notes.append(f"not there: {', '.join(net.card.missing)}")
+    if net.report.missing:
+        notes.append(f"not there: {', '.join(net.report.missing)}")
     if notes:
         axes.text(0.0, 1.0 - (min(len(listed), _MOST) + len(about) + 2) * height, "* " + "; ".join(notes), **style)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flatmin.study.page import NUM_TONES, Figure
-from flatmin.study.strokes import DASHES, DASHES_IN_WORDS, SYMBOLS, tone
+from flatmin.study.style import DASHES, DASHES_IN_WORDS, SYMBOLS, tone
 from flatmin.study.tabulate import StudyRow, StudyTable
 
 EVERY = ""  # the choice that shows all points
@@ -16,7 +16,7 @@ _NAMED = min(6, len(DASHES))  # so many symbols are explained
 
 
 @dataclass(frozen=True, kw_only=True)
-class Section:
+class FigureSection:
     """Figures under one heading.
 
     Args:
@@ -31,15 +31,15 @@ class Section:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Look:
-    """How a row is drawn, in words of figures."""
+class RowStyle:
+    """The style of a row in figures."""
 
     color: str
     symbol: str
     dash: str
 
 
-class Looks:
+class StudyStyle:
     """Colours, symbols and points of a study.
 
     A point is a place on the axes whose values are not chosen on validation. An arm that lacks an axis, such as plain
@@ -54,25 +54,25 @@ class Looks:
         others = [arm for arm in arms if arm != table.spec.baseline]
         self._turn = {arm: others.index(arm) if arm in others else 0 for arm in arms}
         self.tones = {arm: tone(self._turn[arm]) if arm in others else "tone-0" for arm in arms}
-        found: list[dict[str, str]] = []
+        points: list[dict[str, str]] = []
         for row in table.rows:
-            if point_of(row) not in found:
-                found.append(point_of(row))
-        self.points = [point for point in found if not any(point.items() < other.items() for other in found)]
+            if point_of(row) not in points:
+                points.append(point_of(row))
+        self.points = [point for point in points if not any(point.items() < other.items() for other in points)]
         self._arms = arms
         self._cycles = len(others) >= NUM_TONES
         self.num_rows = len(table.rows)
 
-    def look(self, row: StudyRow) -> Look:
+    def of(self, row: StudyRow) -> RowStyle:
         """Of a row."""
         return self.at(row.arm, point_of(row))
 
-    def at(self, arm: str, values: Mapping[str, str]) -> Look:
+    def at(self, arm: str, values: Mapping[str, str]) -> RowStyle:
         """Of an arm where the axes have these values; arms beyond the number of colours differ by symbol and dash."""
         place = self.place(values)
         cycle = self._turn[arm] // (NUM_TONES - 1)
         symbol = self._arms.index(arm) if len(self.points) < 2 else place + 3 * cycle
-        return Look(
+        return RowStyle(
             color=f"var:{self.tones[arm]}",
             symbol=SYMBOLS[symbol % len(SYMBOLS)],
             dash=DASHES[(place + cycle) % len(DASHES)],
@@ -97,27 +97,27 @@ class Looks:
         """The list of points by key, and the key that is chosen at first; no list for a single point."""
         if len(self.points) < 2:
             return {}, EVERY
-        named = {str(i): words(point) for i, point in enumerate(self.points)}
+        named = {str(i): listed(point) for i, point in enumerate(self.points)}
         every = {EVERY: f"all {len(self.points)} points"}
         return (every | named, EVERY) if self.num_rows <= _FEW else (named | every, "0")
 
     def explained(self) -> str:
         """A sentence on what symbols and dashes mean; empty where colours tell everything."""
-        many = "Arms of one colour differ by symbol and dash; hovering names them." if self._cycles else ""
+        many = "Arms of one colour differ by symbol and dash; hover over a mark for its name." if self._cycles else ""
         if len(self.points) < 2:
             return many
         if many or len(self.points) > _NAMED:
-            return many or "Points of the axes differ by symbol and dash; hovering names them."
+            return many or "Points of the axes differ by symbol and dash; hover over a mark for its name."
         kinds = zip(SYMBOLS, DASHES_IN_WORDS, self.points, strict=False)
-        return "; ".join(f"{symbol}, {dash}: {words(point)}" for symbol, dash, point in kinds).capitalize() + "."
+        return "; ".join(f"{symbol}, {dash}: {listed(point)}" for symbol, dash, point in kinds).capitalize() + "."
 
 
 def point_of(row: StudyRow) -> dict[str, str]:
     """Values of a row that are not chosen on validation."""
-    return dict(row.values) if row.cell is None else row.cell.point
+    return dict(row.values) if row.grid_point is None else row.grid_point.point
 
 
-def words(values: Mapping[str, str]) -> str:
+def listed(values: Mapping[str, str]) -> str:
     """Values as a reader sees them."""
     return ", ".join(f"{key} = {value}" for key, value in values.items())
 

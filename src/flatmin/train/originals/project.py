@@ -1,4 +1,4 @@
-"""What a project is: its flags, and the rule that puts them into words of `flatmin train`."""
+"""A research project: its flags, and the rule that translates them to `flatmin train` settings."""
 
 from __future__ import annotations
 
@@ -16,41 +16,41 @@ from flatmin.train.trainer import build_recipe, build_schedule
 
 F = TypeVar("F")
 Value = bool | int | float | str | tuple[int, ...] | tuple[float, ...]
-_ALWAYS = ("method", "rho", *AUTOMATIC)  # without these a preset does not say what is meant
+_ALWAYS = ("method", "rho", *AUTOMATIC)  # always written, also where the preset has the same value
 
 
 @dataclass(frozen=True, kw_only=True)
 class Translation:
-    """A command line of an original in words of `flatmin train`.
+    """A command line of a research repository as arguments of `flatmin train`.
 
     Args:
-        words: a preset, then `key=value`.
+        command: a preset, then `key=value` overrides.
         notes: sentences that say where the run differs from the script's, and which flags have no effect.
 
     Example:
-        >>> found = Translation(words=("cifar10-resnet56", "method=sam", "rho=0.05"))
-        >>> found.with_words(["epochs=1", "rho=0.1"]).line
+        >>> translation = Translation(command=("cifar10-resnet56", "method=sam", "rho=0.05"))
+        >>> translation.with_overrides(["epochs=1", "rho=0.1"]).line
         'flatmin train cifar10-resnet56 method=sam rho=0.1 epochs=1'
     """
 
-    words: tuple[str, ...]
+    command: tuple[str, ...]
     notes: tuple[str, ...] = ()
 
     @property
     def line(self) -> str:
         """The command line that trains the same."""
-        return shlex.join(("flatmin", "train", *self.words))
+        return shlex.join(("flatmin", "train", *self.command))
 
-    def with_words(self, words: Sequence[str]) -> Translation:
-        """With more `key=value`, which take the place of what is there for the same key.
+    def with_overrides(self, overrides: Sequence[str]) -> Translation:
+        """The translation with more `key=value` overrides, which replace those of the same key.
 
         Raises:
-            ValueError: a word that is no `key=value`.
+            ValueError: an override that is not `key=value`.
         """
-        preset, *own = self.words
-        table = dict(settings.split_word(word) for word in (*own, *words))
+        preset, *own = self.command
+        table = dict(settings.split_override(word) for word in (*own, *overrides))
         joined = (f"{key}={value}" for key, value in table.items())
-        return dataclasses.replace(self, words=(preset, *joined))
+        return dataclasses.replace(self, command=(preset, *joined))
 
 
 Rule = Callable[[F, frozenset[str]], Translation]
@@ -58,15 +58,15 @@ Rule = Callable[[F, frozenset[str]], Translation]
 
 @dataclass(frozen=True, kw_only=True)
 class Project(Generic[F]):
-    """The command line of one project.
+    """The command line of a research repository.
 
     Args:
-        name: on our command line.
-        script: what the flags are of, for errors and lists.
-        paper: whose it is.
+        name: name for `flatmin original`.
+        script: script of the flags, for errors and lists.
+        paper: source.
         flags: a frozen dataclass with a field for each flag, whose default is the script's.
-        rule: the translation of the flags; it gets the names of those that were given as well.
-        inert: flags that change nothing in any translation, and why.
+        rule: translates the flags; called with the flags and the names of those that were given.
+        inert: flags without effect, and why.
     """
 
     name: str
@@ -76,46 +76,46 @@ class Project(Generic[F]):
     rule: Rule[F]
     inert: Mapping[str, str] = field(default_factory=dict)
 
-    def translate(self, words: Sequence[str]) -> Translation:
+    def translate(self, arguments: Sequence[str]) -> Translation:
         """A command line of the script, with or without `python` and the script's name before the flags.
 
         Raises:
-            ValueError: an unknown flag, a word that belongs to none, a value that is missing, of another type or out of
-                range, or a flag that asks for what `flatmin train` does not do.
+            ValueError: an unknown flag, an unexpected argument, a missing value, a value of another type or out of
+                range, or a flag that `flatmin train` does not support.
         """
-        rest, variables = strip_script(words)
+        rest, variables = strip_script(arguments)
         flags, given = read_flags(self.flags, rest, script=self.script)
-        found = self.rule(flags, given)
-        check(found.words)
-        outside = [f"{word} is left out; set it before flatmin." for word in variables]
-        return dataclasses.replace(found, notes=(*found.notes, *idle(given, **self.inert), *outside))
+        translation = self.rule(flags, given)
+        check(translation.command)
+        outside = [f"{word} is ignored; set it before flatmin." for word in variables]
+        return dataclasses.replace(translation, notes=(*translation.notes, *idle(given, **self.inert), *outside))
 
 
-def check(words: Sequence[str]) -> RunConfig:
-    """The configuration that a preset and words stand for, if a run can have it.
+def check(command: Sequence[str]) -> RunConfig:
+    """The configuration of a preset and its overrides.
 
     Raises:
-        ValueError: it cannot.
+        ValueError: a run cannot have it.
     """
-    config, _ = load_run(words[0], words[1:])
+    config, _ = load_run(command[0], command[1:])
     build_recipe(config)
     build_schedule(config, 1)
     return config
 
 
-def to_words(preset: str, table: Mapping[str, Value]) -> tuple[str, ...]:
-    """A preset and the settings that it does not have by itself.
+def to_overrides(preset: str, table: Mapping[str, Value]) -> tuple[str, ...]:
+    """A preset and the settings in which the run differs from it.
 
-    Method, radius, and what depends on the machine unless it is set are always there.
+    The method, the radius, and settings that otherwise depend on the machine are always included.
     """
     kinds, preset_table = settings.field_types(RunConfig), settings.read_preset(preset, "train")
     usual = {f.name: f.default for f in dataclasses.fields(RunConfig)} | preset_table
-    words = [preset]
+    command = [preset]
     for key, value in table.items():
         same = key in kinds and type(value) in (bool, int, float, str) and usual.get(key) == value
         if key in _ALWAYS or not same:
-            words.append(f"{key}={word(value)}")
-    return tuple(words)
+            command.append(f"{key}={word(value)}")
+    return tuple(command)
 
 
 def word(value: Value) -> str:
@@ -143,6 +143,6 @@ def idle(given: frozenset[str], **reasons: str) -> list[str]:
 
 
 def truth(given: frozenset[str], flags: Any, name: str) -> list[str]:
-    """A note where a flag that the script reads by `bool(text)`, which is true of any text, is given as false."""
+    """A note if a flag is given as false that the script reads by `bool(text)`, which is true for any text."""
     wrong = name in given and not getattr(flags, name)
-    return [f"--{name} is false here, as it says; the script takes any text for true."] if wrong else []
+    return [f"--{name} is false here, as written; the script reads any text as true."] if wrong else []

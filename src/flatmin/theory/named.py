@@ -1,4 +1,4 @@
-"""The functions by name, for command lines."""
+"""Functions by name, for command lines."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from flatmin.theory.functions import LeastSquares, Problem, Quadratic, Square, random_system
+from flatmin.theory.functions import Function, LeastSquares, Quadratic, Square, random_system
 from flatmin.theory.landscapes import LogSum, MexicanHat, Quartic, Rosenbrock, Wave
 from flatmin.theory.logistic import breast_cancer, digits_pair
 from flatmin.words import suggest
 
 
 @dataclass(frozen=True)
-class Named:
+class NamedFunction:
     """A line of the table of functions.
 
     Attributes:
@@ -24,44 +24,48 @@ class Named:
         default: the numbers, where there are none.
     """
 
-    make: Callable[..., Problem]
+    make: Callable[..., Function]
     numbers: int
     summary: str
     least: int | None = None
     default: tuple[float, ...] = ()
 
 
-PROBLEMS: dict[str, Named] = {
-    "square": Named(Square, 0, "x^2"),
-    "quadratic": Named(lambda *s: Quadratic(s or (1.0, 4.0)), -1, "a quadratic with these eigenvalues (1,4)"),
-    "least-squares": Named(
+FUNCTIONS: dict[str, NamedFunction] = {
+    "square": NamedFunction(Square, 0, "x^2"),
+    "quadratic": NamedFunction(lambda *s: Quadratic(s or (1.0, 4.0)), -1, "a quadratic with these eigenvalues (1,4)"),
+    "least-squares": NamedFunction(
         lambda m=10, n=5: LeastSquares(*random_system(m, n)), 2, "||A x - b||^2 / 2, A random of m,n (10,5)", least=1
     ),
-    "log-sum": Named(LogSum.random, 1, "sum log(1 + (A x - b)^2) of n variables (20), L = 8", least=1, default=(20,)),
-    "breast-cancer": Named(lambda l2=1e-3: breast_cancer(l2), 1, "logistic regression on real data, l2 (0.001)"),
-    "digits": Named(
+    "log-sum": NamedFunction(
+        LogSum.random, 1, "sum log(1 + (A x - b)^2) of n variables (20), L = 8", least=1, default=(20,)
+    ),
+    "breast-cancer": NamedFunction(
+        lambda l2=1e-3: breast_cancer(l2), 1, "logistic regression on real data, l2 (0.001)"
+    ),
+    "digits": NamedFunction(
         lambda one=3, other=8: digits_pair(one, other), 2, "logistic regression, two digits (3,8)", least=0
     ),
-    "rosenbrock": Named(Rosenbrock, 1, "Rosenbrock's function, L on |x| <= reach (2)"),
-    "quartic": Named(Quartic, 1, "x^4 / 4, KL with q = 1/4, L on |x| <= reach (2)"),
-    "wave": Named(Wave, 0, "1 - cos x, L = 1"),
-    "hat": Named(MexicanHat, 0, "the Mexican hat, without the KL property"),
+    "rosenbrock": NamedFunction(Rosenbrock, 1, "Rosenbrock's function, L on |x| <= reach (2)"),
+    "quartic": NamedFunction(Quartic, 1, "x^4 / 4, KL with q = 1/4, L on |x| <= reach (2)"),
+    "wave": NamedFunction(Wave, 0, "1 - cos x, L = 1"),
+    "hat": NamedFunction(MexicanHat, 0, "the Mexican hat, without the KL property"),
 }
 
 
-def read_problem(words: str) -> Problem:
-    """The function that the words stand for: a name of `PROBLEMS`, or a name and its numbers, `quadratic:1,4`.
+def read_function(words: str) -> Function:
+    """The function of a text: a name of `FUNCTIONS`, or a name and its numbers, `quadratic:1,4`.
 
-        >>> read_problem("quadratic:1,4").known.L
+        >>> read_function("quadratic:1,4").function_class.L
         4.0
 
     Raises:
         ValueError: an unknown name, or numbers that it does not take.
     """
     name, _, rest = words.partition(":")
-    if name not in PROBLEMS:
-        raise ValueError(f"unknown function {name!r}{suggest(name, PROBLEMS)} (functions: {', '.join(PROBLEMS)}).")
-    named = PROBLEMS[name]
+    if name not in FUNCTIONS:
+        raise ValueError(f"unknown function {name!r}{suggest(name, FUNCTIONS)} (functions: {', '.join(FUNCTIONS)}).")
+    named = FUNCTIONS[name]
     try:
         numbers = [float(text) for text in rest.split(",") if text.strip()]
     except ValueError:

@@ -1,4 +1,4 @@
-"""What is known of a finished run, and the numbers that a table shows of it."""
+"""A finished run with its records, and the numbers that a table shows."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ def ends_of(column: str) -> Ends:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Known:
-    """A run that reached its end.
+class FinishedRun:
+    """A finished run.
 
     Args:
         result: see `Result`.
         lines: its epochs.
         steps: lines of steps.jsonl, if the study records any.
         measures: lines of measures.jsonl, likewise.
-        card: what was measured of its network, as `flatmin.measure.Card.to_dict`; None if nothing was.
+        report: the flatness of its network, as `flatmin.measure.Report.to_dict`; None if it was not measured.
     """
 
     result: Result
     lines: Sequence[Epoch] = ()
     steps: Sequence[Mapping[str, Any]] = ()
     measures: Sequence[Mapping[str, Any]] = ()
-    card: Mapping[str, Any] | None = None
+    report: Mapping[str, Any] | None = None
 
     def number(self, column: str) -> float | None:
         """The number that a column has for this run, in the column's unit; None if it has none.
@@ -48,14 +48,14 @@ class Known:
         Args:
             column: see `flatmin.study.spec.StudySpec.columns`.
         """
-        found = self._found(column)
-        return None if found is None or not math.isfinite(found) else found
+        value = self._found(column)
+        return None if value is None or not math.isfinite(value) else value
 
     def _found(self, column: str) -> float | None:
         result = self.result
         if column in ("test_acc", "test_top5", "val_acc"):
-            found = (result.chosen or {}).get(column)
-            return None if found is None else float(found)
+            value = (result.chosen or {}).get(column)
+            return None if value is None else float(value)
         if column == "memorised":
             return None if result.last is None or result.last[column] is None else float(result.last[column])
         if column == "lambda_max":
@@ -73,7 +73,7 @@ class Known:
         return math.fsum(part) / len(part) if part else None
 
     def _measured(self, name: str) -> float | None:
-        for section in (self.card or {}).get("sections", {}).values():
+        for section in (self.report or {}).get("sections", {}).values():
             if name in section["quantities"]:
                 value = section["quantities"][name]["value"]
                 return None if value is None else float(value)

@@ -1,15 +1,15 @@
-"""How one run is done, gone on with, and measured, wherever its worker is."""
+"""The work of one process: start a run or continue it, then measure its network."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
 
-from flatmin.study.cards import kept_card, make_card
 from flatmin.study.code import code_of
-from flatmin.study.executors.base import Outcome
-from flatmin.study.executors.orders import Busy, Order
+from flatmin.study.executors.executor import RunOutcome
+from flatmin.study.executors.tasks import Busy, Task
 from flatmin.study.store import Run, Store
+from flatmin.study.stored_reports import make_report, stored_report
 from flatmin.study.timing import one_thread
 from flatmin.train import checkpoint, lock
 from flatmin.train import events as training
@@ -19,48 +19,48 @@ from flatmin.train.loop import train
 from flatmin.train.result import Epoch, Result
 
 
-def perform(order: Order, store: Store, on_line: Callable[[Epoch], None]) -> Outcome | Busy:
-    """Do one run in this process and store it, or go on with it from its last checkpoint; then measure its network.
+def run_task(task: Task, store: Store, on_line: Callable[[Epoch], None]) -> RunOutcome | Busy:
+    """Start a run in this process, or continue it from its last checkpoint, store it, and measure its network.
 
-    What is there already is not repeated, be it of an earlier call or of another process that had the run meanwhile.
-    Errors of any kind become part of the outcome, but for those of `on_line`.
+    What an earlier call or another process has done already is not repeated. Errors of any kind become part of the
+    outcome, except those that `on_line` raises.
 
     Args:
-        order: the run.
-        store: where it is kept.
-        on_line: called with every epoch, those of earlier parts of the run included.
+        task: the run.
+        store: where it is stored.
+        on_line: called with every epoch, including those of earlier parts of the run.
     """
-    run, folder, listener = order.run, RunFolder(store.folder(order.run)), _Listener(on_line)
+    run, folder, listener = task.run, RunFolder(store.folder(task.run)), _Listener(on_line)
     try:
-        if code_of(run.config) != order.code:
+        if code_of(run.config) != task.code:
             raise ValueError(
-                "the code of its worker is not the one that the study began with: flatmin, torch or your own modules "
-                "have changed since, or are others there; start the command again, with the same ones everywhere."
+                "the worker runs other code than the study was planned with: flatmin, torch or your own modules have "
+                "changed since, or differ on that machine; start the command again, with the same versions everywhere."
             )
-        with folder.hold(patience=None if order.wait else lock.GLANCE):
-            known = store.find(run, lambda text: None)
-            if known is None:
+        with folder.hold(patience=None if task.wait else lock.GLANCE):
+            recorded = store.find(run, lambda text: None)
+            if recorded is None:
                 return _measured(run, folder, _train(run, store, folder, listener))
             checkpoint.clear(folder.checkpoints)  # a process that was killed right after its result may have left some
-            for line in known[1]:
+            for line in recorded[1]:
                 listener(line)
-            return _measured(run, folder, Outcome(result=known[0], lines=tuple(known[1])))
+            return _measured(run, folder, RunOutcome(result=recorded[0], lines=tuple(recorded[1])))
     except lock.InUseError:
         return Busy()
     except Exception as error:
         if listener.raised is not None:
             raise listener.raised from None
-        return Outcome(error=_in_words(error))
+        return RunOutcome(error=_in_words(error))
 
 
-def work(order: Order, store: Store) -> Outcome | Busy:
-    """`perform` with one thread and without progress, for a process elsewhere; it needs nothing but these two."""
+def run_quietly(task: Task, store: Store) -> RunOutcome | Busy:
+    """`run_task` with one thread and without progress, for a process on another machine."""
     with one_thread():
-        return perform(order, store, lambda line: None)
+        return run_task(task, store, lambda line: None)
 
 
 class _Listener:
-    """Passes epochs on; what is raised there is no error of the run."""
+    """Passes epochs on, and remembers an exception of the receiver: it is no error of the run."""
 
     def __init__(self, on_line: Callable[[Epoch], None]) -> None:
         self._on_line = on_line
@@ -79,20 +79,20 @@ def _in_words(error: Exception) -> str:
     return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
 
 
-def _measured(run: Run, folder: RunFolder, outcome: Outcome) -> Outcome:
-    """With the card of the network, if it is wanted and there is a network."""
+def _measured(run: Run, folder: RunFolder, outcome: RunOutcome) -> RunOutcome:
+    """The outcome with the report of the network, if one is asked for and the run has a network."""
     if run.view is None or outcome.result is None or outcome.result.failure is not None:
         return outcome
-    card = kept_card(folder.path, run.view)
-    if card is None:
+    report = stored_report(folder.path, run.view)
+    if report is None:
         try:
-            card = make_card(folder.path, run.view)
+            report = make_report(folder.path, run.view)
         except Exception as error:
             return dataclasses.replace(outcome, refusal=_in_words(error))
-    return dataclasses.replace(outcome, card=card)
+    return dataclasses.replace(outcome, report=report)
 
 
-def _train(run: Run, store: Store, folder: RunFolder, on_line: Callable[[Epoch], None]) -> Outcome:
+def _train(run: Run, store: Store, folder: RunFolder, on_line: Callable[[Epoch], None]) -> RunOutcome:
     def on_event(event: training.Event) -> None:
         if isinstance(event, training.Began):
             for line in folder.lines():
@@ -121,16 +121,16 @@ def _train(run: Run, store: Store, folder: RunFolder, on_line: Callable[[Epoch],
     try:
         result = go(resume)
     except OtherDataError:
-        # The plan did not know the data, and they have changed since a part of the run was done.
+        # The plan did not know the data, and the data have changed since the first part of the run.
         if not resume or run.content is not None:
             raise
         result = go(False)
-    checkpoint.clear(folder.checkpoints)  # a study does not go on with a run that failed
-    return Outcome(result=result, lines=tuple(folder.lines(expected=None if result.failure else result.epochs)))
+    checkpoint.clear(folder.checkpoints)  # a study does not continue a failed run
+    return RunOutcome(result=result, lines=tuple(folder.lines(expected=None if result.failure else result.epochs)))
 
 
 def _unfinished(run: Run, folder: RunFolder) -> bool:
-    """Whether the folder holds a part of this very run."""
+    """Whether the folder holds an unfinished part of this run."""
     if not folder.begun or folder.finished:
         return False
     try:

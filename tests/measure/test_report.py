@@ -1,4 +1,4 @@
-"""The card: its numbers are those of the measures themselves, from one Krylov run, and what is missing is named."""
+"""The report: its numbers are those of the measures themselves, from one Krylov run, and what is missing is named."""
 
 import importlib
 import json
@@ -13,7 +13,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from flatmin.measure.average import average_case
-from flatmin.measure.card import CARD, SECTIONS, CardSettings, card, chosen, plain
 from flatmin.measure.curvature import Hessian
 from flatmin.measure.directions import eigenvector, gaussian, gaussian_pair
 from flatmin.measure.flatness import fisher_rao, pac_bayes, relative_flatness
@@ -22,6 +21,7 @@ from flatmin.measure.landscape import Slice, landscape
 from flatmin.measure.losses import LogitNormalised, error_rate
 from flatmin.measure.presets import pyhessian_batch, sam_paper
 from flatmin.measure.problem import Problem, restricted, under
+from flatmin.measure.report import REPORT, SECTIONS, ReportSettings, chosen, plain, report
 from flatmin.measure.sharpness import curve, m_sharpness, worst_case
 from flatmin.measure.trace import density, frobenius, trace
 from tests.measure.left import left_as_it_was
@@ -31,7 +31,7 @@ from tests.measure.nets import Tied, batches, dense_hessian, function_of, make
 MODULE = importlib.import_module("flatmin.measure.sections")
 RECORD = importlib.import_module("flatmin.measure.record")
 
-SMALL = CardSettings(points=5, plane=3, steps=5, runs=1, ascent_steps=3, draws=2, probes=20, rhos=(0.05, 0.1))
+SMALL = ReportSettings(points=5, plane=3, steps=5, runs=1, ascent_steps=3, draws=2, probes=20, rhos=(0.05, 0.1))
 ASCENT = {"steps": 3, "seed": 0}
 
 
@@ -70,7 +70,7 @@ def values(found):
 
 
 def section(problem, name, settings=SMALL):
-    (only,) = card(problem, name, settings=settings).sections
+    (only,) = report(problem, name, settings=settings).sections
     return only
 
 
@@ -81,7 +81,7 @@ def problem():
 
 @pytest.fixture(scope="module")
 def whole(problem):
-    return card(problem, "all", settings=replace(SMALL, m=5))
+    return report(problem, "all", settings=replace(SMALL, m=5))
 
 
 class TestNumbers:
@@ -97,7 +97,7 @@ class TestNumbers:
 
     def test_eigenvalues_are_those_of_the_dense_hessian(self, problem):
         want = torch.linalg.eigvalsh(dense_hessian(*make("mlp")))
-        found = card(problem, "hessian", settings=CardSettings(top=6, bottom=2, tol=1e-6)).quantities
+        found = report(problem, "hessian", settings=ReportSettings(top=6, bottom=2, tol=1e-6)).quantities
         order = ["lambda_1", "lambda_2", "lambda_3", "lambda_4", "lambda_5", "lambda_6", "lambda_-1", "lambda_-2"]
         assert list(found) == [*order, "lambda_1/lambda_5"]
         for name, value in zip(order, [*want.flip(0)[:6].tolist(), *want[:2].tolist()], strict=True):
@@ -114,7 +114,7 @@ class TestNumbers:
 
     def test_an_error_is_never_below_rounding(self):
         """The residual of a quadratic loss of few weights is."""
-        found = card(problem_of("linear", dtype=torch.float32), "hessian", settings=CardSettings(top=1, bottom=0))
+        found = report(problem_of("linear", dtype=torch.float32), "hessian", settings=ReportSettings(top=1, bottom=0))
         q = found.quantities["lambda_1"]
         assert (
             q.error
@@ -124,13 +124,13 @@ class TestNumbers:
 
     def test_trace_and_norm(self, problem):
         """From a short run, so that the error that is asked for decides how many probes the norm takes."""
-        settings = CardSettings(top=1, bottom=0, tol=0.3, trace_tol=0.015, probes=300)
+        settings = ReportSettings(top=1, bottom=0, tol=0.3, trace_tol=0.015, probes=300)
         operator = Hessian(problem)
         known = spectrum(operator, tol=0.3)
         traced = trace(operator, known, tol=0.015, max_probes=300)
         exact = frobenius(operator, known, tol=0.015, max_probes=300)
         assert 24 < exact.probes < 300
-        found = card(problem, "trace", settings=settings).quantities
+        found = report(problem, "trace", settings=settings).quantities
         assert (found["trace"].value, found["trace"].error) == (traced.value, traced.error)
         norm = found["frobenius"]
         assert (norm.value, norm.error) == (exact.value, exact.error)
@@ -171,7 +171,7 @@ class TestNumbers:
         assert {q.flat for q in found.quantities} == {"low"}
 
     def test_groups_are_measured_only_where_asked_for(self, problem):
-        assert "m_sharpness" not in card(problem, "sharpness", settings=SMALL).quantities
+        assert "m_sharpness" not in report(problem, "sharpness", settings=SMALL).quantities
 
     def test_curves(self, problem, whole):
         worst, average = curve(problem, (0.05, 0.1), **ASCENT), curve(problem, (0.05, 0.1), measure="average", draws=2)
@@ -236,30 +236,30 @@ class TestOneRun:
         monkeypatch.setattr(
             "flatmin.measure.session.spectrum", lambda *a, **k: runs.append(spectrum(*a, **k)) or runs[-1]
         )
-        card(problem, "hessian,trace,density,landscape", settings=SMALL)
+        report(problem, "hessian,trace,density,landscape", settings=SMALL)
         assert len(runs) == 1
 
     def test_its_products_are_made_once(self, problem, monkeypatch):
         products = []
         matvec = Hessian.matvec
         monkeypatch.setattr(Hessian, "matvec", lambda self, v: products.append(1) or matvec(self, v))
-        found = card(problem, "hessian,density,landscape", settings=SMALL)
+        found = report(problem, "hessian,density,landscape", settings=SMALL)
         assert len(products) == found.result("eigenvalues").products + found.result("density").products
 
     def test_a_section_alone_makes_it(self, problem, whole):
-        assert values(card(problem, "trace", settings=SMALL))["trace"] == values(whole)["trace"]
+        assert values(report(problem, "trace", settings=SMALL))["trace"] == values(whole)["trace"]
 
 
 class TestWhat:
     def test_words(self):
-        assert chosen("card") == list(CARD) and chosen("all") == list(SECTIONS)
+        assert chosen("report") == list(REPORT) and chosen("all") == list(SECTIONS)
         assert chosen(" trace , model,") == chosen(["trace", "model"]) == ["trace", "model"]
-        assert chosen("model,model,card").count("model") == 1
-        assert chosen("layers,card") == ["layers", *CARD]
-        assert set(SECTIONS) - set(CARD) == {"flatness", "layers", "published"}
+        assert chosen("model,model,report").count("model") == 1
+        assert chosen("layers,report") == ["layers", *REPORT]
+        assert set(SECTIONS) - set(REPORT) == {"flatness", "layers", "published"}
 
     def test_the_sections_come_in_the_order_asked_for(self, problem):
-        found = card(problem, ["layers", "model"], settings=SMALL)
+        found = report(problem, ["layers", "model"], settings=SMALL)
         assert [s.name for s in found.sections] == ["layers", "model"]
         assert found.result("plane") is None
 
@@ -275,16 +275,16 @@ class TestWhat:
     )
     def test_unknown(self, what, got, problem):
         with pytest.raises(ValueError) as error:
-            card(problem, what)
-        assert str(error.value) == f"what must be of card, all, {', '.join(SECTIONS)}; got {got}"
+            report(problem, what)
+        assert str(error.value) == f"what must be of report, all, {', '.join(SECTIONS)}; got {got}"
 
     def test_what_is_under_way_is_told(self, problem):
-        told = []
-        card(problem, "all", settings=SMALL, progress=lambda what, share: told.append((what, share)))
-        assert all(0.0 <= share <= 1.0 for _, share in told)
-        done = [what for what, share in told if what in SECTIONS and share == 1.0]
+        comparison = []
+        report(problem, "all", settings=SMALL, progress=lambda what, share: comparison.append((what, share)))
+        assert all(0.0 <= share <= 1.0 for _, share in comparison)
+        done = [what for what, share in comparison if what in SECTIONS and share == 1.0]
         assert list(dict.fromkeys(done)) == list(SECTIONS), "some measures are called as their section is"
-        assert {"eigenvalues", "trace", "worst case", "plane"} <= {what for what, _ in told}
+        assert {"eigenvalues", "trace", "worst case", "plane"} <= {what for what, _ in comparison}
 
 
 class TestMissing:
@@ -305,7 +305,7 @@ class TestMissing:
         assert set(section(problem_of("relu"), "flatness").missing) == {"Fisher-Rao, model"}
 
     def test_vectors_only(self):
-        found = card(vectors(), "all", settings=SMALL)
+        found = report(vectors(), "all", settings=SMALL)
         missing = {what: why for s in found.sections for what, why in s.missing.items() if s.name != "published"}
         assert missing == {
             "relative flatness": "no selected weight is a matrix.",
@@ -315,7 +315,7 @@ class TestMissing:
         assert found.result("along_v1") is not None and found.result("plane") is None
 
     def test_weights_that_are_all_zero(self):
-        found = card(zeroed(), "sharpness,landscape", settings=SMALL)
+        found = report(zeroed(), "sharpness,landscape", settings=SMALL)
         sharpness, slices = found.sections
         assert (
             set(sharpness.missing) == {"adaptive"} and "every selected weight is zero" in sharpness.missing["adaptive"]
@@ -323,7 +323,7 @@ class TestMissing:
         assert slices.results == {} and "random directions" in slices.missing and len(slices.missing) == 2
 
     def test_a_section_names_its_own_only(self):
-        found = card(problem_of("regression"), "model,hessian", settings=SMALL)
+        found = report(problem_of("regression"), "model,hessian", settings=SMALL)
         assert [len(s.missing) for s in found.sections] == [1, 0]
 
 
@@ -362,9 +362,9 @@ MADE = {
 
 @pytest.fixture(scope="module")
 def of_logits():
-    """The card of a net that returns its logits."""
+    """The report of a net that returns its logits."""
     model, x, y, _ = make("mlp")
-    return card(Problem(model, lambda o, t: F.cross_entropy(o, t), (x, y)), "all", settings=SMALL)
+    return report(Problem(model, lambda o, t: F.cross_entropy(o, t), (x, y)), "all", settings=SMALL)
 
 
 class TestOutputs:
@@ -375,7 +375,7 @@ class TestOutputs:
         model, x, y, _ = make("mlp")
         put, take = MADE[kind]
         problem = Problem(Returns(model, put), lambda o, t: F.cross_entropy(take(o), t), (x, y))
-        found = card(problem, "all", settings=SMALL)
+        found = report(problem, "all", settings=SMALL)
         assert set(found.missing) == set(of_logits.missing)
         want = {name.replace("[", "[inner."): value for name, value in values(of_logits).items()}
         assert values(found) == pytest.approx(want, rel=1e-9, abs=1e-12)
@@ -383,7 +383,7 @@ class TestOutputs:
     def test_logits_that_are_not_known_are_named(self, of_logits):
         model, x, y, _ = make("mlp")
         problem = Problem(Returns(model, lambda z: (z, 2 * z)), lambda o, t: F.cross_entropy(o[0], t), (x, y))
-        found = card(problem, "model,sharpness", settings=SMALL)
+        found = report(problem, "model,sharpness", settings=SMALL)
         assert set(found.missing) == {"error rate", "logit-normalised"}
         assert all("a tuple with 2 tensors and none called 'logits'" in why for why in found.missing.values())
         assert found.quantities["worst_case"].value == pytest.approx(
@@ -429,10 +429,10 @@ class TestFailures:
 
         broken.__name__ = measure
         monkeypatch.setattr(MODULE, measure, broken)
-        found = card(problem, what, settings=SMALL)
+        found = report(problem, what, settings=SMALL)
         assert set(found.missing) == missing and kept <= set(found.quantities)
         reasons = [why for what, why in found.missing.items() if what != "empirical_sam"]
-        assert all(why.startswith(f"{kind.__name__}: broken, indeed (test_card.py, line ") for why in reasons)
+        assert all(why.startswith(f"{kind.__name__}: broken, indeed (test_report.py, line ") for why in reasons)
         assert ("smaller batches" in reasons[0]) == (kind is MemoryError)
 
     def test_eigenvalues_that_fail_are_tried_once(self, problem, monkeypatch):
@@ -443,7 +443,7 @@ class TestFailures:
             raise torch.OutOfMemoryError("no room")
 
         monkeypatch.setattr("flatmin.measure.session.spectrum", broken)
-        found = card(problem, "card", settings=SMALL)
+        found = report(problem, "report", settings=SMALL)
         assert len(tried) == 1
         assert set(found.missing) == {"Curvature", "Trace", "Spectral density", "first eigenvector"}
         assert {why.partition(" (")[0] for why in found.missing.values()} == {"OutOfMemoryError: no room"}
@@ -471,7 +471,7 @@ class TestFailures:
         found = section(problem, "sharpness")
         want = section(problem_of(), "sharpness", SMALL)
         assert set(found.missing) == {"worst case"}
-        assert found.missing["worst case"].startswith("IndexError: out of range (test_card.py, line ")
+        assert found.missing["worst case"].startswith("IndexError: out of range (test_report.py, line ")
         assert "worst_case" not in [q.name for q in found.quantities]
         first = {q.name: q.value for q in want.quantities}["sam_gap"]
         assert {q.name: q.value for q in found.quantities}["sam_gap"] == pytest.approx(first, rel=1e-9)
@@ -492,14 +492,14 @@ class TestFailures:
             raise KeyboardInterrupt
 
         monkeypatch.setattr(MODULE, "average_case", stop)
-        told = []
+        comparison = []
         with pytest.raises(KeyboardInterrupt):
-            card(problem, "model,sharpness,flatness", settings=SMALL, on_section=told.append)
-        assert len(told) == 2 and [s.name for s in told[0].sections] == ["model", "sharpness", "flatness"]
-        assert {"loss", "sam_gap", "worst_case", "adaptive"} <= set(told[1].quantities)
-        assert told[0].missing == {"Sharpness": "it was not reached.", "Flatness": "it was not reached."}
-        assert told[1].missing["Sharpness"] == "it was interrupted (KeyboardInterrupt)."
-        json.dumps(told[1].to_dict(), allow_nan=False)
+            report(problem, "model,sharpness,flatness", settings=SMALL, on_section=comparison.append)
+        assert len(comparison) == 2 and [s.name for s in comparison[0].sections] == ["model", "sharpness", "flatness"]
+        assert {"loss", "sam_gap", "worst_case", "adaptive"} <= set(comparison[1].quantities)
+        assert comparison[0].missing == {"Sharpness": "it was not reached.", "Flatness": "it was not reached."}
+        assert comparison[1].missing["Sharpness"] == "it was interrupted (KeyboardInterrupt)."
+        json.dumps(comparison[1].to_dict(), allow_nan=False)
 
     def test_what_the_caller_raises_is_no_failure_of_a_measure(self, problem):
         def stop(what, share):
@@ -507,7 +507,7 @@ class TestFailures:
                 raise LookupError("enough")
 
         with pytest.raises(LookupError, match="enough"):
-            card(problem, "model,hessian", settings=SMALL, progress=stop)
+            report(problem, "model,hessian", settings=SMALL, progress=stop)
 
 
 def numbers_in(value):
@@ -528,11 +528,11 @@ class TestPlain:
         assert found["conventions"]["loss"] == "CrossEntropyLoss" and found["conventions"]["examples"] == 17
         assert found["settings"]["rhos"] == [0.05, 0.1]
         for s in whole.sections:
-            told = found["sections"][s.name]
-            assert told["title"] == s.title and told["missing"] == s.missing
+            comparison = found["sections"][s.name]
+            assert comparison["title"] == s.title and comparison["missing"] == s.missing
             for q in s.quantities:
-                assert told["quantities"][q.name]["value"] == q.value
-                assert told["quantities"][q.name]["conventions"] == plain(q.conventions)
+                assert comparison["quantities"][q.name]["value"] == q.value
+                assert comparison["quantities"][q.name]["conventions"] == plain(q.conventions)
         assert found["sections"]["hessian"]["results"]["eigenvalues"]["top"] == whole.result("eigenvalues").top.tolist()
         assert found["sections"]["density"]["results"]["density"]["nodes"]
         assert found["sections"]["landscape"]["results"]["plane"]["loss"] == whole.result("plane").loss.tolist()
@@ -540,7 +540,7 @@ class TestPlain:
     def test_it_holds_no_vector_of_weights(self, problem, whole):
         assert not [v for v in numbers_in(whole.to_dict()) if len(v) >= problem.size]
 
-    def test_the_card_holds_no_basis_and_no_displacement(self, whole):
+    def test_the_report_holds_no_basis_and_no_displacement(self, whole):
         ends = whole.result("eigenvalues")
         vectors = [ends.basis, ends.top_vectors, ends.bottom_vectors]
         vectors += [result.displacement for result in whole.result("worst").results]
@@ -560,12 +560,12 @@ class TestKept:
         monkeypatch.setattr(RECORD, "evaluate", lambda *a, **k: calls.append(1) or evaluate(*a, **k))
         return calls
 
-    def test_a_second_card_evaluates_nothing_again(self, problem, tmp_path, evaluations):
-        first = card(problem, "landscape", settings=SMALL, folder=tmp_path / "new")
+    def test_a_second_report_evaluates_nothing_again(self, problem, tmp_path, evaluations):
+        first = report(problem, "landscape", settings=SMALL, folder=tmp_path / "new")
         assert sorted(p.name for p in tmp_path.glob("new/*")) == ["along_random.pt", "along_v1.pt", "plane.pt"]
         assert len(evaluations) == 5 + 5 + 9 + 3  # and the model itself once a landscape, to know it again
         evaluations.clear()
-        again = card(problem, "landscape", settings=SMALL, folder=tmp_path / "new")
+        again = report(problem, "landscape", settings=SMALL, folder=tmp_path / "new")
         assert len(evaluations) == 3
         for name in ("along_v1", "along_random", "plane"):
             assert torch.equal(first.result(name).loss, again.result(name).loss)
@@ -576,21 +576,21 @@ class TestKept:
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            card(problem, "landscape", settings=SMALL, folder=tmp_path, progress=stop)
+            report(problem, "landscape", settings=SMALL, folder=tmp_path, progress=stop)
         evaluations.clear()
-        found = card(problem, "landscape", settings=SMALL, folder=tmp_path)
+        found = report(problem, "landscape", settings=SMALL, folder=tmp_path)
         assert len(evaluations) == 5 + 3, "four of nine points were done"
         assert found.result("plane").complete
 
     def test_nothing_is_written_without_a_folder(self, problem, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
-        card(problem, "landscape", settings=SMALL)
+        report(problem, "landscape", settings=SMALL)
         assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("fail", [-1, 0, 2, 12, 100, 300])
 def test_the_model_is_left_bit_for_bit(fail):
-    left_as_it_was(lambda p: card(p, "all", settings=replace(SMALL, m=5, bottom=0)), fail)
+    left_as_it_was(lambda p: report(p, "all", settings=replace(SMALL, m=5, bottom=0)), fail)
 
 
 class TestSettings:
@@ -617,18 +617,18 @@ class TestSettings:
     )
     def test_bad_numbers_are_refused(self, bad, sentence):
         with pytest.raises(ValueError) as error:
-            CardSettings(**bad)
+            ReportSettings(**bad)
         assert str(error.value) == sentence
 
     @pytest.mark.parametrize("rhos", [(0.1, math.nan), (math.nan,), (0.1, math.inf)])
     def test_radii_are_finite(self, rhos):
         with pytest.raises(ValueError, match="rhos must"):
-            CardSettings(rhos=rhos)
+            ReportSettings(rhos=rhos)
 
     def test_one_probe_has_no_error(self):
         """The trace refuses it, after the eigenvalues have been found."""
         with pytest.raises(ValueError, match="probes must be at least 2, got 1"):
-            CardSettings(probes=1)
+            ReportSettings(probes=1)
 
 
 def same_function(one, other):

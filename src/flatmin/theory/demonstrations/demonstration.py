@@ -1,4 +1,4 @@
-"""What a demonstration shows: a table, panels of a figure, and claims that are held against the runs."""
+"""A demonstration: a table, the panels of a figure, and claims that are checked against runs."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ LETTERS = {"follows": "F", "not shown": "n", "fails": "X"}
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """A statement about what was measured.
+    """A statement about a measured number or word.
 
     Attributes:
         text: the statement.
         measured: a number or a word of the runs.
-        expected: what the theory says.
+        expected: the value by the theory.
         relation: "equals" (|measured - expected| <= tolerance; words must be the same), "below" (<=) or "above" (>=).
         tolerance: of "equals", absolute. Default 0.0.
     """
@@ -37,7 +37,7 @@ class Claim:
 
     @property
     def holds(self) -> bool:
-        """Whether it is so; False where a number is nan."""
+        """Whether the claim holds; False where a number is nan."""
         measured, expected = self.measured, self.expected
         if isinstance(measured, str) or isinstance(expected, str):
             return measured == expected
@@ -77,20 +77,20 @@ def same(text: str, measured: str, expected: str) -> Claim:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Curve:
+class PanelCurve:
     """A line of a panel.
 
     Attributes:
         label: for the legend; "" leaves it out.
         x, y: of the points, shape (m,).
-        look: a "run" is a solid line, "theory" a dashed one, "points" are not joined.
+        style: a "run" is a solid line, "theory" a dashed one, "points" are not joined.
         color: number of the colour; None: the next one, and dark for theory.
     """
 
     label: str
     x: np.ndarray
     y: np.ndarray
-    look: Literal["run", "theory", "points"] = "run"
+    style: Literal["run", "theory", "points"] = "run"
     color: int | None = None
 
 
@@ -100,7 +100,7 @@ class Panel:
 
     Attributes:
         title, xlabel, ylabel: words; labels with units where there are any.
-        curves: what is drawn.
+        curves: the curves.
         levels: heights and names of horizontal dashed lines.
         log_x, log_y: whether an axis is logarithmic.
         low, high: ends of the y axis; None to follow the data.
@@ -109,7 +109,7 @@ class Panel:
     title: str
     xlabel: str
     ylabel: str
-    curves: tuple[Curve, ...]
+    curves: tuple[PanelCurve, ...]
     levels: tuple[tuple[float, str], ...] = ()
     log_x: bool = False
     log_y: bool = False
@@ -132,15 +132,15 @@ class Marks:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shown:
-    """What a demonstration found.
+class DemonstrationResult:
+    """The result of a demonstration.
 
     Attributes:
         title: of the figure and the table.
-        statement: what is claimed, in a sentence or two.
+        statement: the claim in one or two sentences.
         columns: names of the columns.
         rows: cells, numbers as numbers.
-        claims: what must hold.
+        claims: statements that must hold.
         panels: of the figure, in reading order.
     """
 
@@ -162,16 +162,16 @@ class Demonstration:
     """A line of the table of demonstrations.
 
     Attributes:
-        name: on the command line.
+        name: name on the command line.
         title: one line.
-        source: of the statement; says where it is derived here.
-        run: makes it, in seconds.
+        source: source of the statement, or that it is derived here.
+        run: computes the result, in seconds.
     """
 
     name: str
     title: str
     source: str
-    run: Callable[[], Shown]
+    run: Callable[[], DemonstrationResult]
 
 
 def shown(value: Cell) -> str:

@@ -208,11 +208,11 @@ def check_held(x: Samples, count: int) -> None:
         )
 
 
-def as_data(found: Any, name: str) -> Data:
+def as_data(returned: Any, name: str) -> Data:
     """What a user's function returned, as `Data`.
 
     Args:
-        found: a `Data`, or three pairs ((x, y) train, (x, y) validation, (x, y) test) of tensors or arrays;
+        returned: a `Data`, or three pairs ((x, y) train, (x, y) validation, (x, y) test) of tensors or arrays;
             the number of classes is then the largest label plus one, and images of bytes are normalised with the
             statistics of the training part.
         name: what tables and errors call it.
@@ -220,13 +220,13 @@ def as_data(found: Any, name: str) -> Data:
     Raises:
         ValueError: anything else, or parts that do not fit together.
     """
-    if isinstance(found, Data):
-        return found
-    expected = "expected a flatmin.data.base.Data or three pairs: (x, y) for train, validation and test"
-    if not isinstance(found, (tuple, list)) or len(found) != 3:
-        raise ValueError(f"{name} returned {_shape_of(found)}; {expected}.")
+    if isinstance(returned, Data):
+        return returned
+    expected = "expected a flatmin.data.dataset.Data or three pairs: (x, y) for train, validation and test"
+    if not isinstance(returned, (tuple, list)) or len(returned) != 3:
+        raise ValueError(f"{name} returned {_shape_of(returned)}; {expected}.")
     splits = []
-    for part, pair in zip(("train", "validation", "test"), found, strict=True):
+    for part, pair in zip(("train", "validation", "test"), returned, strict=True):
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
             raise ValueError(f"{name} returned {_shape_of(pair)} for {part}; {expected}.")
         x, y = (_tensor(value, f"{name}: {part}.{which}", expected) for value, which in zip(pair, "xy", strict=True))
@@ -240,8 +240,8 @@ def as_data(found: Any, name: str) -> Data:
     classes = 1 + max(int(s.y.max()) if s.y.numel() else -1 for s in splits)
     train, val, test = splits
     bytes_ = train.x.dtype == torch.uint8 and train.x.dim() == 4
-    known = Statistics.of(train.x[:]) if bytes_ and len(train) else None
-    return Data(train, val, test, num_classes=classes, name=name, statistics=known)
+    statistics = Statistics.of(train.x[:]) if bytes_ and len(train) else None
+    return Data(train, val, test, num_classes=classes, name=name, statistics=statistics)
 
 
 def _tensor(value: Any, where: str, expected: str) -> Tensor:
@@ -282,14 +282,14 @@ def _numbers(value: Any) -> np.ndarray:
         kind = "i" if all(isinstance(one, Integral) for one in array.flat) else "f"
         array = array.astype(np.int64 if kind == "i" else np.float64)
     if kind not in "biuf":
-        known = {"U": "text", "S": "text", "M": "dates", "m": "times", "c": "complex numbers"}
-        raise TypeError(f"it holds {known.get(kind, array.dtype)}; convert it to numbers first, classes to 0 to K - 1")
+        kinds = {"U": "text", "S": "text", "M": "dates", "m": "times", "c": "complex numbers"}
+        raise TypeError(f"it holds {kinds.get(kind, array.dtype)}; convert it to numbers first, classes to 0 to K - 1")
     native = np.dtype(np.float64) if kind == "f" and array.dtype.itemsize > 8 else array.dtype.newbyteorder("=")
     array = array.astype(native, order="C", copy=False)
     return array if array.flags.writeable or isinstance(value, np.memmap) else array.copy()
 
 
-def _shape_of(found: Any) -> str:
-    if isinstance(found, (tuple, list)):
-        return f"a {type(found).__name__} of {len(found)}"
-    return f"a {type(found).__name__}"
+def _shape_of(value: Any) -> str:
+    if isinstance(value, (tuple, list)):
+        return f"a {type(value).__name__} of {len(value)}"
+    return f"a {type(value).__name__}"
