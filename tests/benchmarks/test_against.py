@@ -6,7 +6,7 @@ import subprocess
 import pytest
 
 from benchmarks import against
-from benchmarks.results import Result, Spread, Table
+from benchmarks.results import BenchmarkResult, Spread, Table
 
 PACKAGE = """
 def wrap(base, method, model):
@@ -42,7 +42,7 @@ def test_a_package_that_takes_more_time_is_seen(tmp_path, monkeypatch):
 def test_the_gate_is_the_spread_of_the_control():
     even = [[1.0, x, 1.0] for x in (0.98, 1.0, 1.0, 1.02)]
     for new, passes in (([0.9] * 4, True), ([1.0, 1.0, 1.1, 1.1], True), ([1.05, 1.05, 1.1, 1.1], False)):
-        result, table = Result("step"), Table("", against.HEADERS)
+        result, table = BenchmarkResult("step"), Table("", against.HEADERS)
         against.judge("net", "sam", {against.NEW: [[1.0, x, 1.0] for x in new], against.CONTROL: even}, table, result)
         assert result.gates[0].passed == passes
         assert table.rows[0][1].startswith(f"{(new[1] + new[2]) / 2:.3f} ")

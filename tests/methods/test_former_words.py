@@ -11,8 +11,8 @@ from flatmin.cli.train import default_name
 from flatmin.methods import FORMER_KINDS, KINDS, NStep, Part, compose, current_word, former_word
 from flatmin.study.arms import candidates
 from flatmin.study.config import load
+from flatmin.study.expand import grid_points
 from flatmin.study.reading import read_study
-from flatmin.study.unfold import cells
 from flatmin.train.config import RunConfig, differences, identity
 from flatmin.train.folder import RunFolder
 from flatmin.train.preset import load_run
@@ -52,7 +52,7 @@ def test_settings_of_runs_comparisons_and_studies_are_taken_under_both_words(tmp
         (row,) = candidates(load("smoke", methods=("every-k",), **options))
         assert row.config.params == {"schedule.k": 3}
     (tmp_path / "mine.toml").write_text(STUDY)
-    rows = cells(read_study(str(tmp_path / "mine.toml")))
+    rows = grid_points(read_study(str(tmp_path / "mine.toml")))
     assert [row.config.params for row in rows] == [{"schedule.k": 2}, {"schedule.k": 3}]
     assert rows[0].setting("when.k") == rows[0].setting("schedule.k") == "2"
 

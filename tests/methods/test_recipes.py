@@ -59,6 +59,9 @@ class NoPass(Direction):
 
     evaluates: ClassVar = False
 
+    def __call__(self, g, state, c):
+        return None, {}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Moved(Direction):

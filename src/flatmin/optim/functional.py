@@ -11,7 +11,7 @@ from torch import Tensor
 from flatmin.methods import Need, Recipe, compose, current_word
 from flatmin.methods import State as PartState
 from flatmin.optim.base_optimizer import check_rho
-from flatmin.optim.program import Generators, StepInputs, program
+from flatmin.optim.program import Generators, PassGradients, StepInputs, program
 from flatmin.optim.support import Loop, refusal
 
 Params = Mapping[str, Tensor]
@@ -109,7 +109,7 @@ def value_and_grad(
         if loss is None:
             loss = loss_fn(point) if fn is not loss_fn else value
         try:
-            request = run.send([grads[n] for n in names])
+            request = run.send(PassGradients([grads[n] for n in names]))
         except StopIteration as stop:
             outcome = stop.value
             break

@@ -51,7 +51,6 @@ class StepInputs:
         layers: the class name of the module that holds each; empty where no part needs layers. Default empty.
         momentum: gives the base's momentum of some weights. Default None: no part needs it.
         chunks: number of micro-batches. Default 1.
-        keep_gradients: whether somebody looks at the gradients of pass 1 later. Default False.
 
     Attributes:
         moved: positions of the weights that move; the program leaves out those that the mask does not select.
@@ -69,7 +68,6 @@ class StepInputs:
     layers: Sequence[str] = ()
     momentum: Callable[[Tensors], list[Tensor | None]] | None = None
     chunks: int = 1
-    keep_gradients: bool = False
     moved: Sequence[int] = field(init=False)
     products: SecondOrder | None = field(init=False, default=None)
     start: Tensors = field(init=False, default_factory=list)
@@ -196,9 +194,21 @@ T = TypeVar("T")
 _IS_SPARSE = operator.attrgetter("is_sparse")
 
 
+class PassGradients(Gradients):
+    """The gradients of one pass, one for each trained weight, None where there is none.
+
+    Attributes:
+        owned: whether the program may overwrite them, because nobody looks at them after it. Default False.
+    """
+
+    owned = False
+
+
 @dataclass(slots=True)
 class Outcome:
     """What an update ends with: u per trained tensor, staged state, and the size of the ascent direction.
+
+    `update` is the very list of the last pass where u is that pass's gradients.
 
     `size` is the norm that decided whether the ascent was taken (None: no ascent); a state staged from a gradient
     that was not finite must not be kept.
@@ -206,7 +216,6 @@ class Outcome:
 
     update: Gradients
     staged: dict[str, tuple[Sequence[int], Mapping[str, Any]]] = field(default_factory=dict)
-    untouched: bool = False  # u is what the last pass left in the weights' gradients
     post: tuple[Sequence[int], Tensors] | None = None
     size: Tensor | None = None
 
@@ -243,7 +252,7 @@ def _in_all(lists: Sequence[Gradients]) -> Sequence[int]:
 
 def program(
     recipe: Recipe, inputs: StepInputs, store: Reader, eps: float
-) -> Generator[GradientRequest, Gradients, Outcome]:
+) -> Generator[GradientRequest, PassGradients, Outcome]:
     """The update of `recipe` on `inputs`: yields requests, is sent their gradients, returns the outcome.
 
     Parts are asked for what they declare only (`flatmin.methods.Part`).
@@ -256,11 +265,10 @@ def program(
             inputs.moved = [i for i in inputs.moved if selected[i]]
     if not recipe.ascends or not inputs.moved:
         out.update = yield GradientRequest("descent", chunk=recipe.inner_loop.plain_chunk)
-        out.untouched = True
         return out
 
     at_w: Gradients | None = None  # the gradients of pass 1, for combinations that use them
-    pass_1: Gradients | None = None  # those by which the schedule has decided, for the ascent
+    pass_1: PassGradients | None = None  # those by which the schedule has decided, for the ascent
     moved = EngineContext(inputs, inputs.moved)
 
     def read(part: Part, index: Sequence[int]) -> State:
@@ -275,6 +283,7 @@ def program(
         at: Perturbation | None = None, chunk: int | None = None
     ) -> Generator[GradientRequest, Gradients, Perturbation | None]:
         nonlocal at_w, pass_1
+        owned = False
         index: Sequence[int] = inputs.moved
         g: Tensors | None = None
         if direction.evaluates:
@@ -288,6 +297,8 @@ def program(
                 grads, pass_1 = pass_1, None
             if combine.uses_gradient and at_w is None:
                 at_w = grads
+            # An inner loop may have made the list itself.
+            owned = isinstance(grads, PassGradients) and grads.owned and at_w is None
             index, g = _gather(grads, index)
             del grads
             if not index:
@@ -317,10 +328,9 @@ def program(
             reach = _scaled(reach, recipe.radius(c))
         if (factor := recipe.direction_factor) != 1.0:
             reach = [factor * r for r in reach]
-        # Only the gradients of this very pass are the engine's to overwrite, and only if nobody wants them later.
-        spent = g is not None and at_w is None and not inputs.keep_gradients and not out.staged and len(t) == len(g)
-        scratch = spent and all(map(operator.is_, t, g or ()))
-        return Perturbation(index, t, norm, size, reach, eps, scratch)
+        # Staged state may be these very tensors.
+        owned = owned and not out.staged and len(t) == len(g or ()) and all(map(operator.is_, t, g or ()))
+        return Perturbation(index, t, norm, size, reach, eps, owned)
 
     on = schedule.before(read(schedule, inputs.moved), moved) if schedule.conditional else True
     if on is None:
@@ -333,18 +343,16 @@ def program(
         if on and combine.uses_gradient:
             at_w = pass_1
     if not on:
-        asked = pass_1 is None  # else the schedule has had the gradients at w already
         grads = pass_1
         if grads is None:
             grads = yield GradientRequest("descent", chunk=recipe.inner_loop.plain_chunk)
         if not combine.off_step:
-            out.update, out.untouched = grads, asked
+            out.update = grads
             return out
         index, g = _gather(grads, range(len(inputs.weights)))
         u, new = combine.off(g, read(combine, index), EngineContext(inputs, index))
         stage(combine, index, new)
         out.update = _spread(grads, index, u)
-        out.untouched = asked and all(map(operator.is_, u, _pick(grads, index)))
         return out
 
     points: list[Gradients]
@@ -366,7 +374,7 @@ def program(
         out.staged["direction"] = (index, direction.observe(seen, read(direction, index), EngineContext(inputs, index)))
     index = _in_all(points if at_w is None else [at_w, *points]) if combine.mixes else []
     if not index:
-        out.update, out.untouched = last, not recipe.inner_loop.pooled
+        out.update = last
         return out
     plain = None if at_w is None else _gather(at_w, index)[1]
     gs = [_gather(p, index)[1] for p in points]

@@ -418,9 +418,7 @@ class SAM(Optimizer):
                 " (here the closure runs in every pass). To accumulate over micro-batches, give step() a list of "
                 "closures, or use passes(); a loop that calls backward() itself needs first_step() and second_step()"
             )
-        step.apply(
-            self.nonfinite, self.clip_norm, at_once=True, loss=first if isinstance(first, Tensor) else loss_in(first)
-        )
+        step.apply(self.nonfinite, self.clip_norm, first if isinstance(first, Tensor) else loss_in(first))
         if self._tools.scaling is not None:
             # What is left would be checked, and found infinite, by the next scaler.step().
             self.zero_grad()
@@ -716,7 +714,7 @@ class SAM(Optimizer):
     def _step_resident(self, step: Step, loss: Any = None) -> None:
         step.hand_over()
         Evaluation(step).end()
-        step.apply(self.nonfinite, self.clip_norm, loss=loss)
+        step.apply(self.nonfinite, self.clip_norm, loss)
         self._stay()
 
     # -- numbers -------------------------------------------------------------------------------------------------

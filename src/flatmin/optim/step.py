@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flatmin.methods import GradientRequest, Gradients, Need
+from flatmin.methods import GradientRequest, Need
 from flatmin.optim import tensors as ta
 from flatmin.optim.amp import GradScaling
 from flatmin.optim.closures import Closure, Probe, mean_loss, run_all
@@ -20,7 +20,7 @@ from flatmin.optim.criterion import Criterion
 from flatmin.optim.diagnostics import warn_of_rounding
 from flatmin.optim.model_guard import Pass
 from flatmin.optim.other_gradients import additions
-from flatmin.optim.program import Outcome, program
+from flatmin.optim.program import Outcome, PassGradients, program
 from flatmin.optim.second_order import GraphProducts, PooledProducts
 from flatmin.optim.tools import Tools
 from flatmin.words import warn
@@ -78,8 +78,10 @@ class Step:
         tools.snapshot.begin_update(inputs.step)
         if tools.scaling is not None:
             tools.scaling.begin()
-        inputs.keep_gradients = tools.diagnostics is not None
-        self._program: Generator[GradientRequest, Gradients, Outcome] = program(tools.recipe, inputs, tools.state, eps)
+        self._last: PassGradients | None = None  # what lies in the weights' gradients, as the program has it
+        self._program: Generator[GradientRequest, PassGradients, Outcome] = program(
+            tools.recipe, inputs, tools.state, eps
+        )
         self.request: GradientRequest | None = next(self._program)
         self.outcome: Outcome | None = None
         # On the CPU reading a verdict is free.
@@ -149,7 +151,7 @@ class Step:
         assert not self.inside
         if tools.scaling is not None:
             self._refuse_unscaled(tools.scaling)
-        self.inside = True
+        self.inside, self._last = True, None
         if not (self.plain and self.closed):
             for w in self.inputs.weights:
                 w.grad = None
@@ -210,6 +212,7 @@ class Step:
             self._check_manual()
         if request is None:
             # A rule that looked at pass 1 decided against the ascent: u is known, this pass was not needed.
+            self._last = None
             self._restore()
             if self.outcome is not None:
                 self._finish(self.outcome)
@@ -222,7 +225,7 @@ class Step:
             tools.guard.watch.check_second_pass()
         if self._silence is not None:
             self._speak(self._silence)
-        gradients: Gradients = [w.grad for w in self.inputs.weights]
+        gradients = PassGradients([w.grad for w in self.inputs.weights])
         empty = self.plain and (now.bracketed or not self._began)
         if not empty and set(map(type, gradients)) == _NONE:
             raise RuntimeError(
@@ -269,15 +272,16 @@ class Step:
             pooled = self.tools.recipe.inner_loop.pooled and request.chunk is not None
             others.leave(1.0 / self.inputs.chunks if pooled else 1.0)
 
-    def _received(self, request: GradientRequest, gradients: Gradients) -> Gradients:
+    def _received(self, request: GradientRequest, gradients: PassGradients) -> PassGradients:
         """The gradients of a pass as the program shall see them."""
         tools, weights = self.tools, self.inputs.weights
         if tools.scaling is not None:
             tools.scaling.unscale_(gradients)
+        self._last = gradients
         if request.role == "ascent" and tools.replicas.local:
-            gradients = tools.replicas.average(gradients, weights)
-        if (tools.recipe.remembers or self.inputs.keep_gradients) and tools.replicas.lends(gradients):
-            gradients = [None if g is None else g.clone() for g in gradients]
+            gradients, self._last = PassGradients(tools.replicas.average(gradients, weights)), None
+        if (tools.recipe.remembers or tools.diagnostics is not None) and tools.replicas.lends(gradients):
+            self._last = gradients = PassGradients([None if g is None else g.clone() for g in gradients])
             for w, g in zip(weights, gradients, strict=True):
                 w.grad = g
         if tools.diagnostics is not None:
@@ -285,9 +289,10 @@ class Step:
                 tools.diagnostics.last(gradients, weights, perturbed=request.at is not None)
             elif request.at is None:
                 tools.diagnostics.first(gradients)
+        gradients.owned = tools.diagnostics is None
         return gradients
 
-    def _advance(self, gradients: Gradients) -> None:
+    def _advance(self, gradients: PassGradients) -> None:
         self.index += 1
         try:
             self.request = self._program.send(gradients)
@@ -315,7 +320,7 @@ class Step:
         """Use the gradients of a pass that a manual loop has run already at w, as the ascent's."""
         tools, request = self.tools, self.request
         assert request is not None
-        gradients: Gradients = [w.grad for w in self.inputs.weights]
+        gradients = PassGradients([w.grad for w in self.inputs.weights])
         self._began = any(g is not None for g in gradients)
         if not (self._began or self.plain):
             raise RuntimeError("no gradients: call loss.backward() on the batch before perturbing the weights.")
@@ -333,7 +338,7 @@ class Step:
 
     def take_plain(self) -> None:
         """Use the gradients of a plain loop, for updates that stay at w."""
-        self._advance([w.grad for w in self.inputs.weights])
+        self._advance(PassGradients([w.grad for w in self.inputs.weights]))
 
     def close(self) -> None:
         """Let nobody see the gradients before the base's step."""
@@ -444,7 +449,7 @@ class Step:
             tools.guard.finish()
         if tools.others.any:
             tools.others.end()
-        if not (outcome.untouched and self.index):
+        if outcome.update is not self._last:
             for w, u in zip(self.inputs.weights, outcome.update, strict=True):
                 if w.grad is not u:
                     w.grad = None if u is None else u.to(w.dtype)
@@ -452,15 +457,12 @@ class Step:
             # The scaler's own unscale_() and step() come next, and expect it so.
             scaling.rescale_([w.grad for w in self.inputs.weights])
 
-    def apply(
-        self, nonfinite: str = "skip", clip_norm: float | None = None, *, at_once: bool = False, loss: Any = None
-    ) -> None:
+    def apply(self, nonfinite: str = "skip", clip_norm: float | None = None, loss: Any = None) -> None:
         """Let the base step, by the rule for gradients that are not finite; then keep what the parts have learned.
 
         Args:
             nonfinite: "skip" (default), "raise" or "propagate", see `SAM`.
             clip_norm: the base takes u scaled down to this global norm. Default None.
-            at_once: nobody could have changed the gradients since the last pass. Default False.
             loss: this update's, for bases whose step asks for it.
 
         Raises:
@@ -468,13 +470,13 @@ class Step:
             RuntimeError: the base asks for a loss that is not known, or the scaler's part of the step is missing.
         """
         try:
-            self._apply(nonfinite, clip_norm, at_once=at_once, loss=loss)
+            self._apply(nonfinite, clip_norm, loss)
         except BaseException:
             self._end(taken=False)
             raise
         self._end(taken=True)
 
-    def _apply(self, nonfinite: str, clip_norm: float | None, *, at_once: bool, loss: Any) -> None:
+    def _apply(self, nonfinite: str, clip_norm: float | None, loss: Any) -> None:
         tools, outcome, weights, scaling = self.tools, self.outcome, self.inputs.weights, self.tools.scaling
         assert outcome is not None
         if scaling is not None:
@@ -487,7 +489,7 @@ class Step:
                 if w.grad is not None and w.grad.is_sparse:
                     w.grad = w.grad.coalesce()
             ta.clip_([w.grad for w in weights], clip_norm)
-        current = outcome.update if at_once and outcome.untouched else [w.grad for w in weights]
+        current = outcome.update if self.closed and outcome.update is self._last else [w.grad for w in weights]
         flags = None if self._on_host else tools.flags_for(weights)
         stepped, finite, left_out = tools.base.step_if_finite(
             tools.base.step_with(loss, weights),

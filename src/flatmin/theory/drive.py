@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flatmin.methods import Need, Recipe, State
 from flatmin.optim import SAM
-from flatmin.optim.program import Generators, StepInputs, program
+from flatmin.optim.program import Generators, PassGradients, StepInputs, program
 from flatmin.optim.support import Loop, refusal
 from flatmin.theory.functions import Function
 
@@ -112,7 +112,7 @@ class ProgramDriver:
         while True:
             point = x if request.at is None else x + request.at.tensors()[0]
             try:
-                request = run.send([self._gradient(point)])
+                request = run.send(PassGradients([self._gradient(point)]))
             except StopIteration as stop:
                 outcome = stop.value
                 break
