@@ -8,27 +8,15 @@ import pytest
 import torch
 
 import flatmin
-from flatmin.methods import (
-    Combine,
-    Direction,
-    Geometry,
-    GradientRequest,
-    InnerLoop,
-    Mask,
-    Method,
-    Need,
-    Perturbation,
-    Radius,
-    Samples,
-    Schedule,
-)
+from flatmin import methods as m
+from flatmin.methods import Need
 from flatmin.optim.support import capture_refusal
 
 RHO, LR, MU, STEPS = 0.1, 0.05, 0.9, 6
 
 
 @dataclass(frozen=True, kw_only=True)
-class Decoupled(Combine):
+class Decoupled(m.Combine):
     """The base takes g, then w -= lr a (g_s - g)."""
 
     needs: ClassVar = frozenset({Need.GRADIENT_AT_W})
@@ -43,7 +31,7 @@ class Decoupled(Combine):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reuse(Combine):
+class Reuse(m.Combine):
     """Steps without ascent add the last g_s - g again."""
 
     needs: ClassVar = frozenset({Need.GRADIENT_AT_W})
@@ -58,15 +46,13 @@ class Reuse(Combine):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mean(Combine):
-    """The mean over all points."""
-
+class Mean(m.Combine):
     def __call__(self, g, gs, state, c):
         return [sum(points) / len(points) for points in zip(*gs, strict=True)], {}
 
 
 @dataclass(frozen=True, kw_only=True)
-class LastDescent(Direction):
+class LastDescent(m.Direction):
     """d = the last descent gradient; takes no pass 1."""
 
     evaluates: ClassVar = False
@@ -80,7 +66,19 @@ class LastDescent(Direction):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Noisy(Direction):
+class First(m.Direction):
+    """d = the very first gradient, kept for ever and returned as it is stored."""
+
+    slots: ClassVar = {"g": "param"}
+
+    def __call__(self, g, state, c):
+        if state["g"][0] is None:
+            return [x.clone() for x in g], {"g": [x.clone() for x in g]}
+        return state["g"], {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Noisy(m.Direction):
     """Pass 1 at w + sigma n; counts its draws."""
 
     needs: ClassVar = frozenset({Need.RANDOM})
@@ -97,7 +95,7 @@ class Noisy(Direction):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Backwards(Direction):
+class Backwards(m.Direction):
     """Half a step against g."""
 
     def __call__(self, g, state, c):
@@ -108,7 +106,7 @@ class Backwards(Direction):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TwoSided(InnerLoop):
+class TwoSided(m.InnerLoop):
     """Descent gradients at w + eps and w - eps."""
 
     def evaluations(self, ascent):
@@ -117,13 +115,13 @@ class TwoSided(InnerLoop):
     def __call__(self, ascend, c):
         there = yield from ascend()
         eps = there.tensors()
-        up = yield GradientRequest("descent", Perturbation.of(there.index, eps, c))
-        down = yield GradientRequest("descent", Perturbation.of(there.index, [-e for e in eps], c))
+        up = yield m.GradientRequest("descent", m.Perturbation.of(there.index, eps, c))
+        down = yield m.GradientRequest("descent", m.Perturbation.of(there.index, [-e for e in eps], c))
         return [up, down]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Swapped(InnerLoop):
+class Swapped(m.InnerLoop):
     """Climbs on chunk 0, descends on chunk 1."""
 
     needs: ClassVar = frozenset({Need.MICRO_BATCHES})
@@ -131,24 +129,24 @@ class Swapped(InnerLoop):
     plain_chunk: ClassVar = 1
 
     def __call__(self, ascend, c):
-        return [(yield GradientRequest("descent", (yield from ascend(chunk=0)), 1))]
+        return [(yield m.GradientRequest("descent", (yield from ascend(chunk=0)), 1))]
 
 
-METHODS = {"swapped": Method(name="swapped", title="Swapped", parts=(Swapped(),), formula="u = g_s", paper="none")}
+METHODS = {"swapped": m.Method(name="swapped", title="Swapped", parts=(Swapped(),), formula="u = g_s", paper="none")}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Single(InnerLoop):
+class Single(m.InnerLoop):
     """One ascent, as `perturbed()` serves it."""
 
     one_ascent: ClassVar = True
 
     def __call__(self, ascend, c):
-        return [(yield GradientRequest("descent", (yield from ascend())))]
+        return [(yield m.GradientRequest("descent", (yield from ascend())))]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Third(Schedule):
+class Third(m.Schedule):
     """Every third step."""
 
     step_dependent: ClassVar = True
@@ -158,7 +156,7 @@ class Third(Schedule):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Large(Schedule):
+class Large(m.Schedule):
     """Ascend when the squared norm is above its running mean; defines `after` only."""
 
     needs: ClassVar = frozenset({Need.GRADIENT_AT_W, Need.DECIDES_BY_VALUE})
@@ -171,14 +169,12 @@ class Large(Schedule):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Off(Schedule):
-    """Never."""
-
+class Off(m.Schedule):
     ascends: ClassVar = False
 
 
 @dataclass(frozen=True, kw_only=True)
-class Falling(Radius):
+class Falling(m.Radius):
     """rho times the updates of the group so far, which it counts in the group."""
 
     marks: ClassVar = {"flatmin.radius.seen": 0.0}
@@ -191,7 +187,7 @@ class Falling(Radius):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PerTensor(Geometry):
+class PerTensor(m.Geometry):
     """rho d / ||d|| for each tensor by itself."""
 
     def __call__(self, d, c):
@@ -199,7 +195,7 @@ class PerTensor(Geometry):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Halves(Mask):
+class Halves(m.Mask):
     """The first tensor stays, the others move by half; after the norm."""
 
     norm: ClassVar = "full"
@@ -365,13 +361,8 @@ def test_declarations_follow_from_the_methods_that_a_class_defines():
 
     assert Mixed.post_step and not Quiet.post_step  # also inherited, and one's own word counts
     plain = flatmin.Recipe()
-    for part, names in (
-        (plain.mask, ("selects", "weighs")),
-        (plain.radius, ("scales",)),
-        (plain.samples, ("selects",)),
-    ):
-        assert not any(getattr(part, name) for name in names)
-    assert type("Some", (Samples,), {"__call__": lambda self, first, second: None}).selects
+    assert not (plain.mask.selects or plain.mask.weighs or plain.radius.scales or plain.samples.selects)
+    assert type("Some", (m.Samples,), {"__call__": lambda self, first, second: None}).selects
 
 
 def test_recipes_of_ones_own_parts_have_the_facts_of_built_in_ones():
@@ -384,8 +375,9 @@ def test_recipes_of_ones_own_parts_have_the_facts_of_built_in_ones():
     two, probe = flatmin.Recipe(inner_loop=Swapped()), flatmin.compose("sam-db")
     assert capture_refusal(two) == capture_refusal(probe) != capture_refusal(flatmin.Recipe()) is None
     assert flatmin.Recipe(direction=LastDescent(), inner_loop=Single()).one_pass
+    assert flatmin.Recipe(inner_loop=TwoSided()).gradient_evaluations == 3.0
     with pytest.raises(ValueError, match=r"combine Decoupled.* needs the descent loss's own gradient at w.*climbs"):
-        flatmin.Recipe(objective=flatmin.methods.BiSAMLog(), combine=Decoupled())
+        flatmin.Recipe(objective=m.BiSAMLog(), combine=Decoupled())
     with pytest.raises(ValueError, match="pass 1 is not taken at w"):
         flatmin.Recipe(direction=Noisy(), combine=Decoupled())
     recipe = flatmin.Recipe(radius=Falling(), combine=Decoupled())
@@ -397,18 +389,6 @@ def test_scalars_and_marks_of_ones_own_parts_travel_in_checkpoints():
     group = opt.state_dict()["param_groups"][0]
     assert group["flatmin.direction.draws"] == STEPS and group["flatmin.radius.seen"] == STEPS
     assert group["flatmin.parts"] == "direction=Noisy, radius=Falling"
-
-
-@dataclass(frozen=True, kw_only=True)
-class First(Direction):
-    """d = the very first gradient, kept for ever and returned as it is stored."""
-
-    slots: ClassVar = {"g": "param"}
-
-    def __call__(self, g, state, c):
-        if state["g"][0] is None:
-            return [x.clone() for x in g], {"g": [x.clone() for x in g]}
-        return state["g"], {}
 
 
 def test_stored_tensors_are_not_overwritten_on_the_device_path():

@@ -18,7 +18,6 @@ from flatmin.methods import (
     METHODS,
     Combine,
     Direction,
-    InnerLoop,
     Method,
     Need,
     Objective,
@@ -151,14 +150,11 @@ def test_composition_changes_no_table_entry():
     ("name", "text"),
     [
         ("assam", r"unknown method 'assam'; did you mean 'asam'\?"),
-        ("vaso", "did you mean 'vasso'"),
         ("bisam", "did you mean 'bisam-"),
         ("sam+fsma", "unknown method 'fsma'; did you mean 'fsam'"),
         ("zzzzzz", r"unknown method 'zzzzzz' \(methods: sgd, sam, asam"),
         ("", "unknown method ''"),
-        ("sam++asam", "unknown method ''"),
         ("fisher-sam", r"unknown method 'fisher-sam' \(methods: "),  # near nothing: no guess
-        ("tilted-sam", r"unknown method 'tilted-sam' \(methods: "),
         ("SS-SAM", "unknown method 'SS-SAM'; did you mean 'bernoulli'"),  # by its title in the literature
     ],
 )
@@ -167,12 +163,8 @@ def test_unknown_names(name, text):
         compose(name)
 
 
-@pytest.mark.parametrize("name", ["VaSSO+BiSAM-log+ASAM", "vasso+bisam-LOG+asam"])
-def test_the_case_of_a_name_does_not_matter(name):
-    assert compose(name) == compose("vasso+bisam-log+asam")
-
-
-def test_a_name_in_another_case_that_two_methods_share_is_unknown():
+def test_the_case_of_a_name_does_not_matter_unless_two_methods_share_it():
+    assert compose("VaSSO+BiSAM-LOG+asam") == compose("vasso+bisam-log+asam")
     table = {n: dataclasses.replace(METHODS["sam"], name=n) for n in ("Mine", "mine")}
     assert compose("Mine", table).name == "Mine"
     with pytest.raises(ValueError, match="unknown method 'MINE'; did you mean 'Mine'"):
@@ -200,7 +192,6 @@ def test_phase_must_fit_its_fellows():
     ("name", "text"),
     [
         ("asam+usam", "'asam' and 'usam' both set the geometry; choose one"),
-        ("vasso+asam+fsam", "'vasso' and 'fsam' both set the direction"),
         ("bisam-log+bisam-tanh", "both set the objective"),
         ("vasso+vasso", "'vasso' and 'vasso' both set the direction"),
         (
@@ -215,7 +206,6 @@ def test_phase_must_fit_its_fellows():
             "sgd+vasso",
             "'sgd' and 'vasso' do not go together: direction .* needs an ascent .*it never ascends",
         ),
-        ("mix+sgd", "never ascends"),
     ],
 )
 def test_clashes_say_which_and_why(name, text):
@@ -296,28 +286,19 @@ def test_whole_numbers_are_taken_where_a_float_is_meant():
             "direction is given as a part and as 'theta'; choose one",
         ),
         ("vasso", {"theta": 0.0}, r"EMA: theta must be in \(0, 1\], got 0.0"),
-        ("vasso", {"theta": 1.5}, r"theta must be in \(0, 1\], got 1.5"),
         ("vasso", {"theta": float("nan")}, "theta must be in"),
         ("vasso", {"theta": "0.3"}, "theta must be in .* got '0.3'"),
-        ("vasso", {"theta": True}, "theta must be in .* got True"),
         ("fsam", {"lam": 1.0}, "lam must be below 1"),
         ("fsam", {"ema": "next"}, "ema must be 'current' .* got 'next'"),
         ("fsam", {"ema": 3}, "direction.ema must be str, got 3"),
         ("asam", {"eta": -1.0}, "eta must be in"),
         ("asam", {"weights_only": 1}, "geometry.weights_only must be bool, got 1"),
-        ("asam", {"weights_only": "no"}, "geometry.weights_only must be bool"),
         ("bisam-log", {"mu": 0.0}, "mu must be in"),
-        ("bisam-tanh", {"alpha": -0.1}, "alpha must be in"),
     ],
 )
 def test_bad_parameters_are_refused(name, params, text):
     with pytest.raises(ValueError, match=text):
         compose(name, **params)
-
-
-def test_a_part_of_the_wrong_kind_is_refused():
-    with pytest.raises((TypeError, ValueError), match="geometry must be a part of kind 'geometry', got EMA"):
-        compose("sam", geometry=parts.EMA())
 
 
 # -- what parts may declare ---------------------------------------------------------------------------------------
@@ -419,16 +400,3 @@ def test_needs_that_a_bare_optimizer_cannot_serve_are_refused_at_construction(ne
     base = torch.optim.SGD([torch.zeros(2, requires_grad=True)], lr=0.1)
     with pytest.raises(ValueError, match=f"^wanting needs {need.value[:14]}"):
         flatmin.SAM(base, recipe=Recipe(objective=Wants(), name="wanting"))
-
-
-def test_an_inner_loop_says_what_a_step_costs():
-    @dataclass(frozen=True, kw_only=True)
-    class Three(InnerLoop):
-        """Three ascents."""
-
-        def evaluations(self, ascent):
-            return 3 * ascent + 1
-
-    assert Recipe(inner_loop=Three()).gradient_evaluations == 4.0
-    assert Recipe(inner_loop=Three(), direction=NoPass()).gradient_evaluations == 1.0
-    assert not Recipe(inner_loop=Three()).two_pass

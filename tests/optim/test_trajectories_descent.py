@@ -496,7 +496,7 @@ def test_saner_damps_small_entries(dtype):
         ("sgdhess", {"curvature": "fisher"}, "curvature must be 'hutchinson_abs'"),
         ("sgdhess", {"draws": 0}, "draws must be a whole number"),
         ("gsam+wsam", {}, "'gsam' and 'wsam' both set the combine"),
-        ("looksam+every-k", {}, "'looksam' and 'every-k' both set the when"),
+        ("looksam+every-k", {}, "'looksam' and 'every-k' both set the schedule"),
         ("gsam+bisam-log", {}, "do not go together.*own gradient at w"),
         ("gsam+momentum-sam", {}, "do not go together.*takes no pass 1"),
         ("micro-sam+gsam", {}, "do not go together.*gradient of its own"),
