@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from torch import Tensor, distributed, nn
 
 from flatmin.methods import Need, Recipe, learning_rate
+from flatmin.optim.base_optimizer import BaseOptimizer
+from flatmin.optim.criterion import Criterion
 from flatmin.optim.tensors import is_sharded
-
-if TYPE_CHECKING:
-    from flatmin.optim.base_optimizer import BaseOptimizer
-    from flatmin.optim.criterion import Criterion
-    from flatmin.optim.weights import TrainedWeights
+from flatmin.optim.weights import TrainedWeights
 
 
 class Loop(enum.Enum):

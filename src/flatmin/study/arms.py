@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from flatmin.methods import Recipe, compose, method_table
-from flatmin.study.config import BASE, SWEPT, CompareConfig
+from flatmin.methods import Recipe, method_table
+from flatmin.study.config import BASE, SWEPT, CompareConfig, recipe_of
 from flatmin.train.config import RunConfig, Scalar
-from flatmin.train.locate import find_module
 from flatmin.train.radii import radius_of
 from flatmin.train.trainer import build_recipe
 
@@ -47,17 +46,6 @@ class Arm:
     config: RunConfig
     recipe: Recipe
     own: frozenset[str] = frozenset()
-
-
-def recipe_of(method: str, plugins: Sequence[str] = ()) -> Recipe:
-    """The recipe of a composed name.
-
-    Raises:
-        ValueError: unknown or clashing names, or a plugin that cannot be imported.
-    """
-    for plugin in plugins:
-        find_module(plugin, option="plugin")
-    return compose(method, method_table(plugins))
 
 
 def arms(config: CompareConfig) -> list[Arm]:

@@ -13,8 +13,8 @@ from pathlib import Path
 from flatmin.data.dataset import Data
 from flatmin.methods import Recipe
 from flatmin.stats import PERCENT, Stat, summarise
-from flatmin.study.arms import Candidate, arms, candidates, recipe_of
-from flatmin.study.config import BASE, CompareConfig
+from flatmin.study.arms import Candidate, arms, candidates
+from flatmin.study.config import BASE, CompareConfig, recipe_of
 from flatmin.study.costs import Counts
 from flatmin.study.events import Event, Planned, Timing, Tuned, Warned
 from flatmin.study.executors import RunOutcome, execute, finished_and_missing

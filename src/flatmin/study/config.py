@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from flatmin.methods import current_word, method_table
+from flatmin.methods import Recipe, compose, current_word, method_table
 from flatmin.train import settings
 from flatmin.train.config import Scalar
+from flatmin.train.locate import find_module
 from flatmin.train.settings import at_least
 from flatmin.words import suggest
 
@@ -181,8 +182,6 @@ def _apply(config: CompareConfig, loose: Mapping[str, str]) -> CompareConfig:
 
 def part_parameters(config: CompareConfig) -> set[str]:
     """Names of the parameters of all methods' parts, short ("theta") and qualified ("direction.theta")."""
-    from flatmin.study.arms import recipe_of
-
     found: set[str] = set()
     for method in config.methods:
         for name in recipe_of(method, config.plugins).parameters():
@@ -202,3 +201,14 @@ def _refuse(key: str, config: CompareConfig, parameters: Iterable[str]) -> NoRet
         f"unknown option {key!r}{suggest(key, known)} (options: {', '.join(options)}; "
         f"parameters of the methods: {', '.join(short) or 'none'})"
     )
+
+
+def recipe_of(method: str, plugins: Sequence[str] = ()) -> Recipe:
+    """The recipe of a composed name.
+
+    Raises:
+        ValueError: unknown or clashing names, or a plugin that cannot be imported.
+    """
+    for plugin in plugins:
+        find_module(plugin, option="plugin")
+    return compose(method, method_table(plugins))
