@@ -138,7 +138,7 @@ class BaseOptimizer:
         ascents: int,
         flags: FoundInf | None,
         scaled: Tensor | None,
-        alone: bool,
+        terms: Sequence[Tensor],
     ) -> tuple[bool, bool, Tensor | None]:
         """Take a step of the base by the rule for gradients that are not finite.
 
@@ -151,7 +151,7 @@ class BaseOptimizer:
             ascents: how many displacements the update has made.
             flags: the verdicts on the weights' device; None on the CPU, where reading is free.
             scaled: what unscaling has found, 0 or 1; None: no scaler.
-            alone: whether nothing follows the base's step that must be left out with it.
+            terms: what is added to the weights after the base's step, and must be left out with it.
 
         Returns:
             Whether the step was taken and whether the ascent was finite, as far as the host knows; and a scalar on the
@@ -173,7 +173,8 @@ class BaseOptimizer:
         if flags is None:
             # An ascent on the way may have failed where the last one did not.
             finite = size is None or math.isfinite(float(size))
-            if (scaled is not None and scaled) or not ta.all_finite(gradients, layout):
+            good = ta.all_finite(gradients, layout) and (not terms or ta.all_finite(terms, Layout([])))
+            if (scaled is not None and scaled) or not good:
                 return self._refuse(nonfinite, scaled), finite, None
             step()
             return True, finite, None
@@ -181,10 +182,10 @@ class BaseOptimizer:
             flags.reset()
         elif ascents > 1 and size is not None:
             flags.judge(size, again=True)
-        ta.nonfinite_(gradients, flags.found_inf, flags.one)
+        ta.nonfinite_([*gradients, *terms], flags.found_inf, flags.one)
         if scaled is not None:
             flags.found_inf.logical_or_(scaled)
-        if (nonfinite == "skip" or scaled is not None) and self.takes_found_inf() and alone:
+        if (nonfinite == "skip" or scaled is not None) and self.takes_found_inf() and not terms:
             self.optimizer.found_inf = flags.found_inf  # type: ignore[attr-defined]
             try:
                 step()

@@ -38,7 +38,7 @@ class Evaluation:
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         if value is not None:
             self._step.fail(value)
-        else:
+        elif not self._step.over:  # abort() inside ends the update
             self.end()
 
     def end(self) -> None:

@@ -22,10 +22,11 @@ class OtherGradients:
 
     Attributes:
         any: whether there are such parameters; without them nothing else need be called.
+        updates: in which `look` could be asked, since the beginning or `forget`.
     """
 
     def __init__(self) -> None:
-        self.any = False
+        self.any, self.updates = False, 0
         self._names: list[str] = []
         self._parameters: list[Tensor] = []
         self._later: list[Tensor] = []
@@ -41,8 +42,13 @@ class OtherGradients:
         mine = {id(w) for w in trained}
         found = [(n, p) for n, p in model.named_parameters() if id(p) not in mine and not is_sharded(p)]
         self._names, self._parameters = [n for n, _ in found], [p for _, p in found]
-        self._later = []
+        self._later, self.updates = [], 0
         self.any = bool(found)
+
+    def forget(self) -> None:
+        """Know none; one of them may have become a trained weight."""
+        self._names, self._parameters, self._later = [], [], []
+        self.any, self.updates = False, 0
 
     def in_training(self) -> list[Tensor]:
         """Those that another optimizer may train."""

@@ -347,7 +347,9 @@ class SAM(Optimizer):
             weights = tools.base.weights
             tools.state.keep_only(weights)
             tools.weights.regroup()
-            if tools.guard is not None:
+            if tools.guard is None:
+                tools.others.forget()
+            else:
                 tools.guard.look_again(weights)
         if STEP not in self.base.param_groups[0]:
             mark(self.base.param_groups, tools.state)  # a checkpoint was loaded into the base itself

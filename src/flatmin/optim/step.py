@@ -106,8 +106,9 @@ class Step:
         seen: set[int | None] = set()
         first_moved = False
         # A loss is asked for further weights that it depends on in the first updates, and now and then.
-        updates = self.tools.counts.updates
-        look = not self.plain and (updates < 3 or updates % 100 == 99)
+        others = self.tools.others
+        others.updates += 1
+        look = not self.plain and (others.updates <= 3 or others.updates % 100 == 0)
         while (request := self.request) is not None:
             moved, chunk, first = request.at is not None, request.chunk, self.index == 0
             try:
@@ -119,11 +120,11 @@ class Step:
                         result = closures[chunk or 0]()
                     else:
                         self.share = 1.0 / len(closures)
-                        result = run_all(closures, self.inputs.weights, self.tools.others)
+                        result = run_all(closures, self.inputs.weights, others)
                     if first and probe is not None:
                         probe.judge()
                     if first and look and (chunk is not None or single):
-                        self.tools.others.look(result, self.inputs.weights)
+                        others.look(result, self.inputs.weights)
                 if diagnostics is not None and not (moved and request.role == "ascent"):
                     diagnostics.loss(loss_in(result), perturbed=moved)
                 self.leave()
@@ -306,13 +307,15 @@ class Step:
             loss.backward(create_graph=tools.base.differentiates)
             return
         weights = self.inputs.weights
-        targets = [*weights, *tools.others.in_training()]
-        gradients = torch.autograd.grad(loss, targets, create_graph=True, allow_unused=True)
-        for w, g in zip(targets, gradients, strict=True):
+        targets = [w for w in (*weights, *tools.others.in_training()) if w.requires_grad]
+        made = torch.autograd.grad(loss, targets, create_graph=True, allow_unused=True)
+        for w, g in zip(targets, made, strict=True):
             if g is not None:
                 w.grad = g.detach().clone() if w.grad is None else w.grad + g.detach()
+        by_weight = dict(zip(targets, made, strict=True))
+        gradients = [by_weight.get(w) for w in weights]
         calls = [] if tools.criterion is None else tools.criterion.take_seen()
-        self._products.append((self.share, GraphProducts(weights, gradients[: len(weights)], calls)))
+        self._products.append((self.share, GraphProducts(weights, gradients, calls)))
 
     # -- gradients that a loop has made outside of passes ---------------------------------------------------------
 
@@ -500,7 +503,7 @@ class Step:
             ascents=self._ascents,
             flags=flags,
             scaled=None if scaling is None else scaling.found,
-            alone=outcome.post is None,
+            terms=() if outcome.post is None else outcome.post[1],
         )
         finite = finite and self._ascent_finite
         if scaling is not None and not stepped:

@@ -112,11 +112,10 @@ class Layout:
         self.simple = one and plain(weights) and {w.device.type for w in weights} == {"cpu"}
 
     def fits(self, groups: Sequence[Sequence[Tensor]]) -> bool:
-        """Whether these are the groups it was made for, and the weights have the shapes of then.
-
-        A tensor frozen since then stays: it gets no gradient, and that keeps it out of everything.
-        """
+        """Whether these are the groups it was made for, the same are trained, and they have the shapes of then."""
         if len(groups) != len(self._groups) or any(map(_TRAINED, self.frozen)):
+            return False
+        if not all(map(_TRAINED, self.weights)):
             return False
         for group, before in zip(groups, self._groups, strict=True):
             if len(group) != len(before) or not all(map(operator.is_, group, before)):

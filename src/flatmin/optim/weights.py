@@ -67,7 +67,10 @@ class TrainedWeights:
         listed = [group["params"] for group in self._base.optimizer.param_groups]
         if self.layout.fits(listed):
             return False
+        known = bool(self.layout.weights)
         self.layout = Layout(listed)
+        if known:
+            self.leave_gradients()  # those of new weights are nothing that the loop has made since
         return True
 
     def regroup(self) -> None:
