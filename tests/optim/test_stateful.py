@@ -21,7 +21,7 @@ from hypothesis.stateful import (
 from torch import nn
 
 import flatmin
-from tests.helpers import same_bits
+from tests.helpers import as_on_device, same_bits
 
 TOLERANCE = 1e-12
 THETA, ALPHA, RHO = 0.4, 0.3, 0.1
@@ -161,7 +161,7 @@ MANUAL = ("perturbed", "two calls", "passes")
 DOOR = st.sampled_from(["closure", "closures", *MANUAL])
 PLAN = st.fixed_dictionaries(
     {
-        "door": DOOR,
+        "entry": DOOR,
         "first": PASS,
         "second": st.none() | PASS,
         "zeroes": st.booleans(),
@@ -183,11 +183,11 @@ class Engine(RuleBasedStateMachine):
         foreach=st.booleans(),
         rhos=st.tuples(RADIUS, RADIUS, RADIUS),
         joined=st.booleans(),
-        device_path=st.booleans(),
+        device=st.booleans(),
         with_model=st.booleans(),
     )
-    def build(self, method, momentum, nesterov, weight_decay, foreach, rhos, joined, device_path, with_model):
-        self.joined, self.device_path, self.with_model = joined, device_path, with_model
+    def build(self, method, momentum, nesterov, weight_decay, foreach, rhos, joined, device, with_model):
+        self.joined, self.device, self.with_model = joined, device, with_model
         self.options = {"momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov and momentum > 0}
         self.foreach, self.batches = foreach, 0
         self.net = Net(joined)
@@ -212,7 +212,7 @@ class Engine(RuleBasedStateMachine):
     def adopt(self, optimizer):
         """Go on with an optimizer that has made no update in its life."""
         self.optimizer = optimizer
-        optimizer._force_device_path = self.device_path
+        as_on_device(optimizer, self.device)
         optimizer.register_step_pre_hook(self.look_at_home)
         self.reference.counts = dict.fromkeys(self.reference.counts, 0)
 
@@ -232,10 +232,10 @@ class Engine(RuleBasedStateMachine):
 
     # -- steps -----------------------------------------------------------------------------------------------------
 
-    def parts(self, door, first, second):
+    def parts(self, entry, first, second):
         """Both passes as lists of (branch, batch), on branches that the optimizer trains."""
         live = [b for b in BRANCHES if self.reference.touched(b)]
-        count = len(first) if door == "closures" else 1
+        count = len(first) if entry == "closures" else 1
         numbers = range(self.batches, self.batches + count)
         self.batches += count
         return [
@@ -260,7 +260,7 @@ class Engine(RuleBasedStateMachine):
             raise Planned
         return loss
 
-    def drive(self, door, passes, poisons, faults, *, zeroes=True, scale=1.0):
+    def drive(self, entry, passes, poisons, faults, *, zeroes=True, scale=1.0):
         """One update of the engine; the number of passes it took, and the loss it returned."""
         if not any(group["rho"] for group in self.optimizer.param_groups):
             zeroes = True  # the base's own step goes on from what a closure leaves
@@ -272,7 +272,7 @@ class Engine(RuleBasedStateMachine):
             fault = faults[k] if end or faults[k] == "silent" else None
             return self.backward(passes[k][i], poisons[k] if end else None, fault)
 
-        if door in ("closure", "closures"):
+        if entry in ("closure", "closures"):
             ran = [0] * len(passes[0])
 
             def closure(i):
@@ -282,10 +282,10 @@ class Engine(RuleBasedStateMachine):
                 return run(ran[i] - 1, i)
 
             closures = [partial(closure, i) for i in range(len(ran))]
-            loss = optimizer.step(closures if door == "closures" else closures[0])
+            loss = optimizer.step(closures if entry == "closures" else closures[0])
             assert len(set(ran)) == 1
             return ran[0], loss
-        if door == "passes":
+        if entry == "passes":
             count = 0
             for evaluation in optimizer.passes():
                 with evaluation:
@@ -296,7 +296,7 @@ class Engine(RuleBasedStateMachine):
             optimizer.zero_grad()
             run(0)
             count = 2
-            if door == "perturbed":
+            if entry == "perturbed":
                 with optimizer.perturbed():
                     run(1)
             else:
@@ -312,8 +312,8 @@ class Engine(RuleBasedStateMachine):
         optimizer.step()
         return count, None
 
-    def expected_passes(self, door):
-        return 2 if door in ("perturbed", "two calls") or self.reference.moving() else 1
+    def expected_passes(self, entry):
+        return 2 if entry in ("perturbed", "two calls") or self.reference.moving() else 1
 
     @rule(plans=st.lists(PLAN, min_size=1, max_size=5))
     def steps(self, plans):
@@ -326,24 +326,24 @@ class Engine(RuleBasedStateMachine):
         self.update(**plan)
         self.everything_is_as_the_formula_says()
 
-    def update(self, door, first, second, zeroes, scale, bad, where):
+    def update(self, entry, first, second, zeroes, scale, bad, where):
         """One update of both, and what must hold between them."""
-        passes = self.parts(door, first, second or first)
+        passes = self.parts(entry, first, second or first)
         poisons = [bad if where in (k, "both") else None for k in ("first", "second")]
-        if door not in ("perturbed", "passes"):
+        if entry not in ("perturbed", "passes"):
             scale = 1.0  # nobody can get at the gradients
         kept = self.memory()
-        count, loss = self.drive(door, passes, poisons, (None, None), zeroes=zeroes, scale=scale)
-        assert count == self.expected_passes(door)
+        count, loss = self.drive(entry, passes, poisons, (None, None), zeroes=zeroes, scale=scale)
+        assert count == self.expected_passes(entry)
         expected, good = self.reference.step(*passes, poisons, passes=count, scale=scale)
-        if door in ("closure", "closures"):
+        if entry in ("closure", "closures"):
             assert not loss.requires_grad and abs(float(loss - expected)) <= TOLERANCE
         if not good:
             assert same_bits(self.weights(), self.before)
             assert same_bits(self.memory()["state"], kept["state"])
 
     @rule(
-        door=DOOR,
+        entry=DOOR,
         first=PASS,
         second=PASS,
         fault=st.sampled_from(["before", "after", "silent"]),
@@ -351,9 +351,9 @@ class Engine(RuleBasedStateMachine):
         by_abort=st.booleans(),
         plan=PLAN,
     )
-    def step_with_an_exception(self, door, first, second, fault, where, by_abort, plan):
-        passes = self.parts(door, first, second)
-        where = min(where, self.expected_passes(door) - 1)
+    def step_with_an_exception(self, entry, first, second, fault, where, by_abort, plan):
+        passes = self.parts(entry, first, second)
+        where = min(where, self.expected_passes(entry) - 1)
         kept = self.memory()
         if fault == "silent" and not any(group["rho"] for group in self.optimizer.param_groups):
             fault = "before"  # the base's own step, which takes the gradients at hand
@@ -362,9 +362,9 @@ class Engine(RuleBasedStateMachine):
         else:
             expectation = pytest.raises(Planned)
         with expectation:
-            self.drive(door, passes, (None, None), [fault if k == where else None for k in range(2)])
+            self.drive(entry, passes, (None, None), [fault if k == where else None for k in range(2)])
         # A manual loop owns what is outside of the contexts.
-        if door == "two calls" or by_abort:
+        if entry == "two calls" or by_abort:
             self.optimizer.abort()
         else:
             self.optimizer.zero_grad()
@@ -372,9 +372,9 @@ class Engine(RuleBasedStateMachine):
         assert same_bits(self.memory(), kept)
         self.then(plan)
 
-    @rule(door=st.sampled_from(["perturbed", "two calls"]), first=PASS, second=PASS, inside=st.booleans(), plan=PLAN)
-    def step_that_is_given_up(self, door, first, second, inside, plan):
-        passes = self.parts(door, first, second)
+    @rule(entry=st.sampled_from(["perturbed", "two calls"]), first=PASS, second=PASS, inside=st.booleans(), plan=PLAN)
+    def step_that_is_given_up(self, entry, first, second, inside, plan):
+        passes = self.parts(entry, first, second)
         kept, before = self.memory(), self.weights()
         self.optimizer.zero_grad()
         self.backward(passes[0][0])

@@ -20,11 +20,11 @@ from flatmin.theory import (
     sam_floor,
 )
 
-DOORS = ("optimizer", "program")
+ENTRY_POINTS = ("optimizer", "program")
 FAMILY = [("sam", {}), ("vasso", {"theta": 0.4}), ("fsam", {"sigma": 1.0, "lam": 0.6})]
 
 
-@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("door", ENTRY_POINTS)
 @pytest.mark.parametrize(
     ("t", "rho", "expected"),
     [(0.1, 0.1, 0.1 * 0.1 / 0.9), (0.01, 0.1, 0.001 / 0.99), (0.3, 0.5, 0.15 / 0.7)],
@@ -43,7 +43,7 @@ def test_the_published_digits_of_the_cycle():
     assert round(orbit_square(0.3, 0.5), 7) == 0.2142857
 
 
-@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("door", ENTRY_POINTS)
 @pytest.mark.parametrize(("method", "how"), FAMILY)
 def test_normalised_methods_stay_at_the_same_distance(method, how, door):
     trace = run(Quadratic([1.0, 4.0]), method, steps=0.1, radius=0.1, updates=800, door=door, **how)
