@@ -769,6 +769,22 @@ def test_weights_of_another_optimizer_have_a_gradient_where_a_pass_is_missing_or
             p.grad = None
 
 
+def test_an_update_given_up_inside_a_pass_leaves_no_trace():
+    """Also of weights that another optimizer trains."""
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 1))
+    opt = flatmin.SAM(torch.optim.SGD(model[0].parameters(), lr=0.1), rho=0.3, model=model)
+    before = [p.detach().clone() for p in model.parameters()]
+    for last in (0, 1):
+        for evaluation in opt.passes():
+            with evaluation:
+                model(torch.ones(2, 4)).square().mean().backward()
+                if evaluation.index == last:
+                    opt.abort()
+        assert all(map(torch.equal, before, model.parameters())) and opt.counts()["updates"] == 0
+    one_step(model, opt, torch.ones(2, 4), "passes")
+    assert opt.counts()["updates"] == 1
+
+
 def test_two_optimizers_may_perturb_at_once():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double()

@@ -518,6 +518,27 @@ def test_exactly_the_tensors_with_a_gradient_in_the_last_pass_move(name, later):
                 assert moved == {i in used[-1]}, (entry, k, i)
 
 
+def test_a_tensor_that_joins_a_later_ascent_is_moved_along_its_own_gradient():
+    """Of several ascents the first misses the gradient of one tensor; shapes are equal, so nothing would raise."""
+    a, b = (nn.Parameter(torch.tensor(x, dtype=torch.float64)) for x in ([1.0, 0.0], [0.0, 1.0]))
+    optimizer, points = flatmin.wrap(torch.optim.SGD([a, b], lr=0.0), "n-step", n=2, rho=1.0), []
+
+    def closure():
+        points.append((a.detach().clone(), b.detach().clone()))
+        optimizer.zero_grad()
+        loss = b.square().sum() + (a.square().sum() if len(points) > 1 else 0.0)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    # Half a step along b, then half a step along (2, 0, 0, 3).
+    torch.testing.assert_close(points[1], (a.detach(), torch.tensor([0.0, 1.5], dtype=torch.float64)))
+    norm = math.hypot(2.0, 3.0)
+    torch.testing.assert_close(points[2][0], torch.tensor([1.0 + 1.0 / norm, 0.0], dtype=torch.float64))
+    torch.testing.assert_close(points[2][1], torch.tensor([0.0, 1.5 + 1.5 / norm], dtype=torch.float64))
+    assert a.tolist() == [1.0, 0.0] and b.tolist() == [0.0, 1.0]
+
+
 class Table(nn.Module):
     def __init__(self, sparse):
         super().__init__()

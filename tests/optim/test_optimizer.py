@@ -241,6 +241,24 @@ def test_raise_and_propagate():
     assert bool(vector(model).isnan().any())
 
 
+@pytest.mark.parametrize("device", [False, True])
+def test_a_decoupled_term_that_is_not_finite_skips_the_step(device):
+    """WSAM's base takes g; what is added beside it holds the gradient at w + eps."""
+    model, calls = net(), []
+    opt = as_on_device(flatmin.wrap(sgd(model), "wsam", rho=0.1), device)
+    before = vector(model)
+
+    def closure():
+        calls.append(1)
+        return closure_for(model, opt, *batch(), scale=math.inf if len(calls) == 2 else 1.0)()
+
+    opt.step(closure)
+    assert torch.equal(vector(model), before)
+    assert opt.counts() == {"updates": 1, "nonfinite_ascents": 0, "skipped_steps": 1}
+    opt.step(closure)
+    assert bool(vector(model).isfinite().all()) and not torch.equal(vector(model), before)
+
+
 def test_the_device_gives_the_same_step_in_every_dtype():
     for dtype in (torch.float32, torch.float64, torch.complex128):
         ends = []

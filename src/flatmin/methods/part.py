@@ -111,7 +111,9 @@ class Offset:
 
     @classmethod
     def of(cls, index: Sequence[int], tensors: Tensors, c: Context) -> Offset:
-        """A displacement given as tensors, to be used as it is."""
+        """A displacement given as tensors, to be used as it is; `index` in any order."""
+        order = sorted(range(len(index)), key=index.__getitem__)
+        index, tensors = [index[i] for i in order], [tensors[i] for i in order]
         return cls(index, tensors, None, c.norm(tensors), [1.0] * len(tensors), 0.0)
 
     def clear(self) -> None:

@@ -298,8 +298,10 @@ class SAM(Copies):
     def _site(self, chunks: int = 1) -> Site:
         listed = [group["params"] for group in self.param_groups]
         if not self._layout.fits(listed):
-            self._layout = Layout(listed)
+            before, self._layout = self._layout, Layout(listed)
             self._regroup()
+            if before.weights:
+                self._remember_gradients()
         layout = self._layout
         groups: list[dict[str, Any]] = []
         rhos: list[float] = []
@@ -386,12 +388,16 @@ class SAM(Copies):
                 self._state.begin()  # a loop that calls parts of the model may show no forward
         if self._random is not None:
             self._random.forget()
-        first = next((g for w in self._layout.weights if (g := w.grad) is not None), None)
-        self._left = None if first is None else (weakref.ref(first), first._version)
+        self._remember_gradients()
         if self.criterion is not None:
             self.criterion.forget()
         if self._diagnostics is not None:
             self._diagnostics.turn_over()
+
+    def _remember_gradients(self) -> None:
+        """What the weights' gradients hold now is nothing that a closure would drop."""
+        first = next((g for w in self._layout.weights if (g := w.grad) is not None), None)
+        self._left = None if first is None else (weakref.ref(first), first._version)
 
     def _note(self, *, ascent_finite: bool, stepped: bool) -> None:
         group = self.param_groups[0]
@@ -520,6 +526,7 @@ class SAM(Copies):
     def _look_at_the_rest(self) -> None:
         """Find what the model has beside the weights of this optimizer."""
         if self._model is None or self._watch is None:
+            self._others, self._looks = None, 0  # one of them may have joined the optimizer
             return
         weights = [w for group in self.param_groups for w in group["params"]]
         self._watch.weights = weights

@@ -50,7 +50,7 @@ class Update:
         self.index = self._added = 0
         self._bracketed = True
         self._began = False  # whether a manual loop's first pass has made gradients
-        self.inside = self.resident = False
+        self.inside = self.resident = self.aborted = False
         self.outcome: Outcome | None = None
         self._ascent_finite = True
         self._criterion_calls = 0
@@ -262,12 +262,13 @@ class Update:
             return
         weights = self.site.weights
         known = self.optimizer._others
-        others = [] if known is None else known.in_training()
-        grads = torch.autograd.grad(loss, [*weights, *others], create_graph=True, allow_unused=True)
-        for w, g in zip([*weights, *others], grads, strict=True):
+        # A weight may have been frozen since the update before.
+        asked = [w for w in (*weights, *([] if known is None else known.in_training())) if w.requires_grad]
+        found = dict(zip(asked, torch.autograd.grad(loss, asked, create_graph=True, allow_unused=True), strict=True))
+        for w, g in found.items():
             if g is not None:
                 w.grad = g.detach().clone() if w.grad is None else w.grad + g.detach()
-        grads = grads[: len(weights)]
+        grads = [found.get(w) for w in weights]
         calls = [] if criterion is None else criterion.take_seen()
         self.products.append((self.share, GraphProducts(weights, grads, calls)))
 
@@ -337,6 +338,7 @@ class Update:
 
     def abort(self) -> None:
         """Put everything back as the step found it, and forget the update."""
+        self.aborted = True
         self._restore()
         self.request = self.outcome = None
         try:
@@ -426,10 +428,13 @@ class Update:
         if any(map(_IS_SPARSE, update)):
             layout = ta.Layout([])
             update = [g.coalesce().values() if g.is_sparse else g for g in update]
+        # A decoupled term reaches the weights past the base, and holds the gradient at w + eps that u may not.
+        terms = [] if outcome.post is None else outcome.post[1]
         if flags is None:
             # An ascent on the way may have failed where the last one did not.
             self._ascent_finite &= outcome.size is None or math.isfinite(float(outcome.size))
-            if (self.scaling is not None and self.scaling.found) or not ta.all_finite(update, layout):
+            finite = ta.all_finite(update, layout) and (not terms or ta.all_finite(terms, ta.Layout([])))
+            if (self.scaling is not None and self.scaling.found) or not finite:
                 return self._refuse(), None
             base_step()
             return True, None
@@ -437,7 +442,7 @@ class Update:
             flags.reset()
         elif self._moves > 1 and outcome.size is not None:
             flags.judge(outcome.size, again=True)
-        ta.nonfinite_(update, flags.found_inf, flags.one)
+        ta.nonfinite_([*update, *terms], flags.found_inf, flags.one)
         if self.scaling is not None:
             flags.found_inf.logical_or_(self.scaling.found)
         if (
@@ -532,6 +537,8 @@ class Evaluation:
                     "this pass went backward through a graph of the pass before: the loss is cached. Compute it again "
                     "from the batch in every pass."
                 ) from value
+            return
+        if self._update.aborted:
             return
         try:
             with torch.no_grad():

@@ -87,7 +87,7 @@ def _accumulate_in(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
 
 
-_DTYPE, _SHAPE = operator.attrgetter("dtype"), operator.attrgetter("shape")
+_DTYPE, _SHAPE, _TRAINED = map(operator.attrgetter, ("dtype", "shape", "requires_grad"))
 
 
 class Layout:
@@ -123,10 +123,7 @@ class Layout:
         self._pick = [operator.itemgetter(*block, block[-1]) for block in self.blocks]
 
     def fits(self, groups: Sequence[Sequence[Tensor]]) -> bool:
-        """Whether these are the groups it was made for, and the weights have the shapes of then.
-
-        A tensor frozen since then stays: it gets no gradient, and that keeps it out of everything.
-        """
+        """Whether these are the groups it was made for, the same are trained, and they have the shapes of then."""
         return (
             len(groups) == len(self._groups)
             and all(
@@ -134,6 +131,7 @@ class Layout:
                 for g, known in zip(groups, self._groups, strict=True)
             )
             and not any(w.requires_grad for w in self.frozen)
+            and all(map(_TRAINED, self.weights))
             and (not self.weights or self.weights[0].device == self._device)
             and self._shapes == list(map(_SHAPE, self.weights))
         )
