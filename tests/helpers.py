@@ -15,7 +15,8 @@ from torch.nn import functional as F
 import flatmin
 from flatmin.methods import METHODS, Direction, Named, Need, NewState, Recipe, State, StepContext, Tensors, WarmUp
 
-DOORS = ("closure", "perturbed", "two calls", "passes")
+# How a loop drives an update of a method of two passes; `entry_points` tells those that serve a given method.
+ENTRY_POINTS = ("closure", "perturbed", "two calls", "passes")
 # Every named method, and compositions that cross a stateful part, another loss and another norm.
 NAMES = (*METHODS, "vasso+bisam-log+asam", "fsam+usam")
 BASES = {
@@ -32,25 +33,50 @@ def takes_chunks(optimizer) -> bool:
     return Need.MICRO_BATCHES in optimizer.recipe.needs
 
 
-def drive(optimizer, backward, door="closure"):
+def entry_points(recipe: Recipe) -> tuple[str, ...]:
+    """The entry points that serve a recipe."""
+    of_passes = ENTRY_POINTS if recipe.two_pass else ("closure", "passes")
+    return (*of_passes, "train and eval") if recipe.one_pass else of_passes
+
+
+def as_on_device(optimizer, on: bool = True):
+    """Let the optimizer work as it does with weights on an accelerator: verdicts stay tensors that nobody reads."""
+    optimizer._tools.on_device = on
+    return optimizer
+
+
+def drive(optimizer, backward, entry="closure", chunks=None):
     """One update; returns the loss of pass 1.
 
-    `backward()` computes the loss, calls backward and returns it; for methods on micro-batches it is `backward(chunk)`.
+    `backward()` computes the loss, calls backward and returns it; with micro-batches it is `backward(chunk)`.
+
+    Args:
+        optimizer: whose update.
+        backward: as above.
+        entry: one of ENTRY_POINTS, "list of closures", "train and eval", or "scaler" (through `optimizer.scaler`).
+        chunks: the number of micro-batches; default: CHUNKS for methods and entry points that take them, else none.
     """
-    if door == "closure":
+    if chunks is None:
+        chunks = CHUNKS if takes_chunks(optimizer) or entry == "list of closures" else 0
+    if entry in ("closure", "list of closures", "scaler"):
 
         def closure(*chunk):
             optimizer.zero_grad()
             return backward(*chunk)
 
-        return optimizer.step([partial(closure, i) for i in range(CHUNKS)] if takes_chunks(optimizer) else closure)
-    if door == "perturbed":
+        closures = [partial(closure, i) for i in range(chunks)] if chunks else closure
+        if entry != "scaler":
+            return optimizer.step(closures)
+        loss = optimizer.scaler.step(optimizer, closures)
+        optimizer.scaler.update()
+        return loss
+    if entry == "perturbed":
         optimizer.zero_grad()
         first = backward()
         with optimizer.perturbed():
             backward()
         optimizer.step()
-    elif door == "two calls":
+    elif entry == "two calls":
         optimizer.zero_grad()
         first = backward()
         try:
@@ -60,9 +86,18 @@ def drive(optimizer, backward, door="closure"):
         except BaseException:
             optimizer.abort()
             raise
+    elif entry == "train and eval":
+        optimizer.train()
+        try:
+            optimizer.zero_grad()
+            first = backward()
+            optimizer.step()
+        finally:
+            optimizer.eval()
     else:
+        assert entry == "passes", entry
         losses = []
-        for evaluation in optimizer.passes(chunks=CHUNKS if takes_chunks(optimizer) else 1):
+        for evaluation in optimizer.passes(chunks=chunks or 1):
             with evaluation:
                 losses.append(backward() if evaluation.chunk is None else backward(evaluation.chunk))
         optimizer.step()
@@ -82,7 +117,7 @@ def batch(step: int, size: int = 8, dtype: torch.dtype = torch.float32) -> tuple
     return torch.randn(size, 6, generator=g, dtype=dtype), torch.randint(3, (size,), generator=g)
 
 
-def train(model, optimizer, criterion, steps, *, door="closure", scheduler=None):
+def train(model, optimizer, criterion, steps, *, entry="closure", scheduler=None):
     """Train on `batch(k)` for k in steps; the losses at w."""
     losses = []
     for k in steps:
@@ -92,10 +127,10 @@ def train(model, optimizer, criterion, steps, *, door="closure", scheduler=None)
             if chunk is not None:
                 x, y = x.chunk(CHUNKS)[chunk], y.chunk(CHUNKS)[chunk]
             loss = criterion(model(x), y)
-            optimizer.backward(loss)
+            optimizer.backward(loss if optimizer.scaler is None else optimizer.scaler.scale(loss))
             return loss
 
-        losses.append(drive(optimizer, backward, door))
+        losses.append(drive(optimizer, backward, entry))
         if scheduler is not None:
             scheduler.step()
     return losses
@@ -144,10 +179,14 @@ def recipe_of(name: str, total: int = 20, table=None, names: str = "0.*", **para
     return dataclasses.replace(recipe, **{instead.kind: instead}) if instead else recipe
 
 
+# Four methods that remember something of every kind that any method does, in short periods.
+REPRESENTATIVES = {"rho-lr": {}, "stale-sam": {}, "ssam-d": {"interval": 3}, "looksam": {"k": 2}}
+
+
 class Session:
     """A small training run with everything that a checkpoint must hold."""
 
-    def __init__(self, method: str, base: str, seed: int = 0, *, diagnostics: bool = False, **params) -> None:
+    def __init__(self, method: str, base: str = "sgd", seed: int = 0, *, diagnostics: bool = False, **params) -> None:
         self.model = noisy_net(seed)
         groups = [
             {"params": list(self.model[0].parameters()), "rho": 0.1},
@@ -157,32 +196,41 @@ class Session:
         self.criterion = flatmin.Criterion(nn.CrossEntropyLoss(label_smoothing=0.1))
         self.optimizer = flatmin.wrap(
             BASES[base](groups),
-            recipe_of(method, **params),
+            recipe_of(method, **{**REPRESENTATIVES.get(method, {}), **params}),
             model=self.model,
             criterion=self.criterion,
             diagnostics=diagnostics,
         )
         self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, 20)
 
-    def run(self, steps) -> Session:
+    def scaled(self) -> Session:
+        """With a GradScaler whose scale grows now and then."""
+        self.optimizer.scaler = torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=3)
+        return self
+
+    def run(self, steps, entry: str = "closure") -> Session:
         """Train on the batches of these steps."""
-        train(self.model, self.optimizer, self.criterion, steps, scheduler=self.scheduler)
+        train(self.model, self.optimizer, self.criterion, steps, entry=entry, scheduler=self.scheduler)
         return self
 
     def save(self) -> dict:
         """The checkpoint, with the global random state."""
-        return {
+        saved = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "rng": torch.get_rng_state(),
         }
+        scaler = self.optimizer.scaler
+        return saved if scaler is None else {**saved, "scaler": scaler.state_dict()}
 
     def load(self, saved: dict) -> Session:
         """Take a checkpoint."""
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.scheduler.load_state_dict(saved["scheduler"])
+        if "scaler" in saved:
+            self.optimizer.scaler.load_state_dict(saved["scaler"])
         torch.set_rng_state(saved["rng"])
         return self
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import flatmin
-from tests.helpers import DOORS, drive
+from tests.helpers import ENTRY_POINTS, drive
 
 pytestmark = pytest.mark.dist
 STEPS, SIZE = 4, 6
@@ -77,7 +77,7 @@ def train_share(rank, world, door, momentum, options):
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
-@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("door", ENTRY_POINTS)
 def test_sync_batchnorm_of_two_halves_is_batchnorm_of_the_whole(ranks, door, momentum):
     """Weights, and statistics after every step, with the number of batches among them."""
     alone = net(nn.BatchNorm1d, momentum)

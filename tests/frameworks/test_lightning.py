@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import flatmin
-from tests.helpers import DOORS, drive, noisy_net, same_bits
+from tests.helpers import ENTRY_POINTS, drive, noisy_net, same_bits
 
 L = pytest.importorskip("lightning", reason="needs lightning: run make test-frameworks")
 from lightning.fabric import Fabric  # noqa: E402
@@ -230,7 +230,7 @@ class TestManual:
     davda54/sam#31 and #42.
     """
 
-    @pytest.mark.parametrize("door", DOORS)
+    @pytest.mark.parametrize("door", ENTRY_POINTS)
     @pytest.mark.parametrize("method", ("sam", "vasso", "gsam", "ae-sam", "sgd"))
     def test_every_entry_point_trains_as_the_loop(self, method, door):
         module = Manual(method, door=door)
@@ -249,7 +249,7 @@ class TestManual:
             fit(module)
             assert same(module.net, by_hand(method)[0]), door
 
-    @pytest.mark.parametrize("door", DOORS)
+    @pytest.mark.parametrize("door", ENTRY_POINTS)
     def test_bf16_and_schedulers(self, door):
         modules = [Manual("gsam", plain_net, door=one, decay=0.5) for one in (door, "passes")]
         for module in modules:
@@ -355,7 +355,7 @@ class TestManual:
         assert apart(module.net, by_hand("gsam", clip=0.3)[0]) < 1e-6
 
     @pytest.mark.parametrize("toggled", (False, True))
-    @pytest.mark.parametrize("door", DOORS)
+    @pytest.mark.parametrize("door", ENTRY_POINTS)
     def test_two_optimizers(self, door, toggled):
         """A generator and a discriminator, each with SAM; with and without `toggle_optimizer`."""
 
@@ -449,7 +449,7 @@ class TestFabric:
             scheduler.step()
         return raw, optimizer, fabric
 
-    @pytest.mark.parametrize("door", DOORS)
+    @pytest.mark.parametrize("door", ENTRY_POINTS)
     @pytest.mark.parametrize("method", ("sam", "vasso", "gsam"))
     def test_every_entry_point_trains_as_the_loop(self, method, door):
         model, optimizer, _ = self.trained(door, method)

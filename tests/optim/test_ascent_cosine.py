@@ -12,7 +12,7 @@ from torch import nn
 
 import flatmin
 from flatmin.methods import Named
-from tests.helpers import BASES, Session, bits, same_bits
+from tests.helpers import BASES, Session, as_on_device, bits, same_bits
 
 METHODS = ["sam", "asam", "vasso", "looksam", "every-k", "n-step", "rsam", "micro-sam", "momentum-sam", "ssam-f"]
 
@@ -66,7 +66,7 @@ class ByHand:
 class Loop:
     """The same quadratic through the engine."""
 
-    def __init__(self, method, scale=0.0, rho=0.3, lr=0.05, rhos=None, device_path=False, base="sgd", **params):
+    def __init__(self, method, scale=0.0, rho=0.3, lr=0.05, rhos=None, device=False, base="sgd", **params):
         start = ByHand(1.0, 0.0, 0.0, 0.0)
         self.weights = [nn.Parameter(torch.tensor(w, dtype=torch.float64)) for w in start.w]
         self.curvature = [torch.tensor(a, dtype=torch.float64) for a in start.CURVATURE]
@@ -79,7 +79,7 @@ class Loop:
         }
         recipe = flatmin.compose(method, **params)
         self.optimizer = flatmin.wrap(kinds[base](), recipe, diagnostics=True)
-        self.optimizer._tools.on_device = device_path
+        as_on_device(self.optimizer, device)
         self.eps = []
 
     def step(self, t, seen=(0, 1), spoilt=False):
@@ -101,11 +101,11 @@ class Loop:
         return self.optimizer.diagnostics().get("ascent_cosine")
 
 
-@pytest.mark.parametrize("device_path", [False, True])
+@pytest.mark.parametrize("device", [False, True])
 @pytest.mark.parametrize("theta", [None, 0.1, 0.4, 0.9])
-def test_it_is_the_angle_of_the_papers_formula(theta, device_path):
+def test_it_is_the_angle_of_the_papers_formula(theta, device):
     hand = ByHand(theta or 1.0, 0.7, 0.3, 0.05)
-    loop = Loop("vasso" if theta else "sam", 0.7, device_path=device_path, **({"theta": theta} if theta else {}))
+    loop = Loop("vasso" if theta else "sam", 0.7, device=device, **({"theta": theta} if theta else {}))
     eps = [hand.step(t) for t in range(20)]
     found = [loop.step(t) for t in range(20)]
     assert found[0] is None
@@ -144,10 +144,10 @@ def test_it_is_of_the_whole_way_from_w_with_any_base(method, base):
     assert found[1:] == pytest.approx([angle(a, b) for a, b in itertools.pairwise(eps)], rel=1e-8)
 
 
-@pytest.mark.parametrize("device_path", [False, True])
-def test_groups_with_radii_of_their_own_and_one_that_stays(device_path):
+@pytest.mark.parametrize("device", [False, True])
+def test_groups_with_radii_of_their_own_and_one_that_stays(device):
     for rhos in ([0.1, 0.4], [0.0, 0.4]):
-        loop = Loop("sam", 0.7, rhos=rhos, device_path=device_path)
+        loop = Loop("sam", 0.7, rhos=rhos, device=device)
         eps, found = [], []
         for t in range(4):
             found.append(loop.step(t))
@@ -156,10 +156,10 @@ def test_groups_with_radii_of_their_own_and_one_that_stays(device_path):
     assert abs(found[-1]) == pytest.approx(1.0), "a single entry moves"
 
 
-@pytest.mark.parametrize("device_path", [False, True])
-def test_a_tensor_without_gradient_has_not_moved(device_path):
+@pytest.mark.parametrize("device", [False, True])
+def test_a_tensor_without_gradient_has_not_moved(device):
     """It counts as zero, and is not remembered from an update before."""
-    loop, seen = Loop("sam", 0.7, device_path=device_path), [(0,), (1,), (0, 1), (0,), (0, 1), (1,)]
+    loop, seen = Loop("sam", 0.7, device=device), [(0,), (1,), (0, 1), (0,), (0, 1), (1,)]
     eps, found = [], []
     for t, some in enumerate(seen):
         found.append(loop.step(t, some))
@@ -179,10 +179,10 @@ def test_an_update_without_ascent_shows_none_and_the_next_one_looks_past_it(meth
     assert [found[3], found[6]] == pytest.approx([angle(eps[0], eps[3]), angle(eps[3], eps[6])], rel=1e-8)
 
 
-@pytest.mark.parametrize("device_path", [False, True])
-def test_an_ascent_that_is_not_finite_is_none(device_path):
+@pytest.mark.parametrize("device", [False, True])
+def test_an_ascent_that_is_not_finite_is_none(device):
     """Neither the first one, nor one later, before which the last good one is remembered."""
-    loop = Loop("sam", 0.7, device_path=device_path)
+    loop = Loop("sam", 0.7, device=device)
     eps, found = [], []
     for t in range(5):
         found.append(loop.step(t, spoilt=t in (0, 2)))
@@ -272,7 +272,7 @@ def test_a_mask_moves_other_tensors_each_time():
     found, eps = [], []
     for t, only in enumerate(("a", "b", "*")):
         recipe = dataclasses.replace(flatmin.compose("sam"), mask=Named(only=only))
-        loop.optimizer._tools.recipe, loop.optimizer._tools.weights.names = recipe, names
+        loop.optimizer.recipe, loop.optimizer._tools.weights.names = recipe, names
         found.append(loop.step(t))
         eps.append(loop.eps)
     assert found[1] == 0.0 and found[2] == pytest.approx(angle(*eps[1:]), rel=1e-8) and abs(found[2]) < 1

@@ -71,7 +71,7 @@ def silent(model, optimizer, k):
     optimizer.step(lambda: loss)
 
 
-DOORS = [closure, perturbed, two_calls, passes]
+ENTRY_POINTS = [closure, perturbed, two_calls, passes]
 BASES = [
     pytest.param(info.optim_cls, given.kwargs, id=f"{info.optim_cls.__name__}-{given.desc}")
     for info in optim_db
@@ -100,7 +100,7 @@ def test_every_optimizer_of_torch_is_a_base(cls, options):
         backward(model, k)
         base.step()
     plain = torch.cat([p.detach().flatten() for p in model.parameters()])
-    for drive in (*DOORS, silent):
+    for drive in (*ENTRY_POINTS, silent):
         assert torch.equal(train(0.0, drive), plain), drive.__name__
 
     model = net(sparse)
@@ -108,7 +108,7 @@ def test_every_optimizer_of_torch_is_a_base(cls, options):
     for k in range(STEPS):
         sam_by_hand(model.parameters(), RHO, lambda k=k: backward(model, k), base)
     right = torch.cat([p.detach().flatten() for p in model.parameters()])
-    for drive in DOORS:
+    for drive in ENTRY_POINTS:
         torch.testing.assert_close(train(RHO, drive), right, rtol=1e-5, atol=1e-6)
 
 

@@ -5,15 +5,15 @@ import torch
 from torch import nn
 
 import flatmin
-from tests.helpers import BASES, DOORS, batch, bits, drive, noisy_net
+from tests.helpers import BASES, ENTRY_POINTS, as_on_device, batch, bits, drive, noisy_net
 
 
-def train(door, by_hand, clip=0.3, method="sam", device_path=False, **options):
+def train(entry, by_hand, clip=0.3, method="sam", device=False, **options):
     model = noisy_net()
     optimizer = flatmin.wrap(
         BASES["sgd"](model.parameters()), method, rho=0.1, model=model, clip_norm=None if by_hand else clip, **options
     )
-    optimizer._tools.on_device = device_path
+    as_on_device(optimizer, device)
     norms = []
     for k in range(5):
         torch.manual_seed(k)
@@ -31,17 +31,17 @@ def train(door, by_hand, clip=0.3, method="sam", device_path=False, **options):
             norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), clip)))
             optimizer.step()
         else:
-            drive(optimizer, backward, door)
+            drive(optimizer, backward, entry)
     return bits(model.parameters()), norms
 
 
-@pytest.mark.parametrize("device_path", [False, True])
-@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("device", [False, True])
+@pytest.mark.parametrize("entry", ENTRY_POINTS)
 @pytest.mark.parametrize("method", ["sam", "gsam", "looksam"])
-def test_it_is_torchs_clipping_between_the_last_pass_and_the_step(method, door, device_path):
-    want, norms = train(door, by_hand=True, method=method, device_path=device_path)
+def test_it_is_torchs_clipping_between_the_last_pass_and_the_step(method, entry, device):
+    want, norms = train(entry, by_hand=True, method=method, device=device)
     assert min(norms) < 0.3 < max(norms) or min(norms) > 0.3
-    got, _ = train(door, by_hand=False, method=method, device_path=device_path)
+    got, _ = train(entry, by_hand=False, method=method, device=device)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a.view(torch.float32), b.view(torch.float32), rtol=1e-6, atol=1e-8)
 

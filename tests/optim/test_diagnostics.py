@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flatmin
-from tests.helpers import BASES, CHUNKS, Session, batch, bits, drive, noisy_net, recipe_of
+from tests.helpers import BASES, CHUNKS, Session, as_on_device, batch, bits, drive, noisy_net, recipe_of
 
 RATIOS = {"ratio_above_1", "ratio_0_to_1", "ratio_minus_1_to_0", "ratio_below_minus_1", "ratio_larger"}
 GRADIENTS = {"gradient_norm", "perturbed_gradient_norm", "cosine", "same_sign", *RATIOS}
@@ -27,9 +27,7 @@ TWO_PASS = ["sam", "asam", "vasso", "bisam-log", "gsam", "wsam", "looksam", "sam
 class Witness:
     """A loop that writes down what it sees: weights, loss, gradient and predictions of every pass."""
 
-    def __init__(
-        self, method, *, criterion=True, dtype=torch.float64, rho=0.5, device_path=False, fused=None, **options
-    ):
+    def __init__(self, method, *, criterion=True, dtype=torch.float64, rho=0.5, device=False, fused=None, **options):
         torch.manual_seed(0)
         net = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3), nn.Linear(3, 1, bias=False))
         self.net = net.to(dtype)
@@ -48,7 +46,7 @@ class Witness:
             diagnostics=True,
             **options,
         )
-        self.optimizer._tools.on_device = device_path
+        as_on_device(self.optimizer, device)
         self.seen, self.ascents = [], []
 
     def backward(self, k, chunk=None, accumulate=1):
@@ -65,11 +63,11 @@ class Witness:
         self.seen.append((copies, float(loss.detach()), grads, right))
         return loss
 
-    def steps(self, count, door="closure"):
+    def steps(self, count, entry="closure"):
         for k in range(count):
             self.seen = []
             home = torch.cat([w.detach().flatten() for w in self.net.parameters()])
-            drive(self.optimizer, partial(self.backward, k), door)
+            drive(self.optimizer, partial(self.backward, k), entry)
             eps = torch.cat([w.flatten() for w in self.seen[-1][0]]) - home
             self.ascents += [eps] if eps.any() else []
         return self
@@ -115,13 +113,13 @@ class Witness:
         return found
 
 
-@pytest.mark.parametrize("device_path", [False, True])
-@pytest.mark.parametrize("door", ["closure", "perturbed", "two calls", "passes"])
+@pytest.mark.parametrize("device", [False, True])
+@pytest.mark.parametrize("entry", ["closure", "perturbed", "two calls", "passes"])
 @pytest.mark.parametrize("method", TWO_PASS)
-def test_every_number_is_that_of_the_last_step(method, door, device_path):
+def test_every_number_is_that_of_the_last_step(method, entry, device):
     """Step 5 ascends with every rule; the numbers of one sample of passes are not those of another."""
     steps = 6 if method in ("looksam", "every-k") else 3
-    witness = Witness(method, device_path=device_path).steps(steps, door)
+    witness = Witness(method, device=device).steps(steps, entry)
     found = witness.check()
     assert len(witness.seen) == 2
     assert found["loss"] != found["loss_perturbed"] and found["epsilon_norm"] > 0.05
@@ -135,27 +133,27 @@ def test_every_kind_of_entry_and_sample_occurs():
     assert all(found[name] > 0 for name in ALL - {"epsilon_unmoved", "ascent_cosine"})
 
 
-@pytest.mark.parametrize("door", ["closure", "perturbed", "passes"])
-def test_without_a_criterion(door):
+@pytest.mark.parametrize("entry", ["closure", "perturbed", "passes"])
+def test_without_a_criterion(entry):
     """Only a closure returns its loss; nobody sees logits."""
-    keys = ALL - SAMPLES - (set() if door == "closure" else LOSSES)
-    Witness("sam", criterion=False).steps(2, door).check(keys)
+    keys = ALL - SAMPLES - (set() if entry == "closure" else LOSSES)
+    Witness("sam", criterion=False).steps(2, entry).check(keys)
 
 
-@pytest.mark.parametrize("door", ["closure", "passes"])
-def test_micro_batches_show_the_last_one_and_count_all_samples(door):
-    witness = Witness("micro-sam").steps(3, door)
+@pytest.mark.parametrize("entry", ["closure", "passes"])
+def test_micro_batches_show_the_last_one_and_count_all_samples(entry):
+    witness = Witness("micro-sam").steps(3, entry)
     assert len(witness.seen) == 4
     counts = {name: witness.expected(0, 1)[name] + witness.expected(2, 3)[name] for name in SAMPLES}
     witness.check(**{**witness.expected(2, 3), **counts})
 
 
-@pytest.mark.parametrize("door", ["closure", "passes"])
+@pytest.mark.parametrize("entry", ["closure", "passes"])
 @pytest.mark.parametrize("method", ["momentum-sam", "stale-sam"])
-def test_without_a_pass_at_w(method, door):
-    witness = Witness(method).steps(1, door)
+def test_without_a_pass_at_w(method, entry):
+    witness = Witness(method).steps(1, entry)
     keys = {"loss_perturbed", "perturbed_gradient_norm", "weight_norm", "misclassified", *EPSILON}
-    found = witness.optimizer.diagnostics() if witness.steps(3, door) else {}
+    found = witness.optimizer.diagnostics() if witness.steps(3, entry) else {}
     want = witness.expected()
     assert set(found) == keys
     for name in keys - {*REALISED, "weight_norm"}:
@@ -164,32 +162,32 @@ def test_without_a_pass_at_w(method, door):
     assert 0.0 < found["epsilon_norm"] <= 0.5 + 1e-9
 
 
-@pytest.mark.parametrize("door", ["closure", "perturbed", "passes"])
+@pytest.mark.parametrize("entry", ["closure", "perturbed", "passes"])
 @pytest.mark.parametrize("method", ["every-k", "looksam", "sgd", "ae-sam"])
-def test_a_step_without_ascent_has_no_ascent_to_show(method, door):
-    witness = Witness(method).steps(2, door)
+def test_a_step_without_ascent_has_no_ascent_to_show(method, entry):
+    witness = Witness(method).steps(2, entry)
     found = witness.optimizer.diagnostics()
     assert found["loss"] == pytest.approx(witness.expected()["loss"], rel=1e-12)
     assert not set(found) & (OF_ASCENT - {"loss_perturbed", "perturbed_gradient_norm"})
 
 
-@pytest.mark.parametrize("door", ["closure", "perturbed", "passes"])
+@pytest.mark.parametrize("entry", ["closure", "perturbed", "passes"])
 @pytest.mark.parametrize("method", ["every-k", "looksam", "sgd"])
-def test_a_step_without_ascent_shows_nothing_as_perturbed(method, door):
-    found = Witness(method).steps(2, door).optimizer.diagnostics()
+def test_a_step_without_ascent_shows_nothing_as_perturbed(method, entry):
+    found = Witness(method).steps(2, entry).optimizer.diagnostics()
     assert not set(found) & OF_ASCENT
 
 
-@pytest.mark.parametrize("door", ["closure", "passes"])
-def test_several_ascents_show_the_first_and_the_last_point(door):
-    witness = Witness("n-step").steps(2, door)
+@pytest.mark.parametrize("entry", ["closure", "passes"])
+def test_several_ascents_show_the_first_and_the_last_point(entry):
+    witness = Witness("n-step").steps(2, entry)
     assert len(witness.seen) == 4
     witness.check()
 
 
-@pytest.mark.parametrize("door", ["closure", "passes"])
-def test_a_moved_start_is_not_w(door):
-    witness = Witness("rsam").steps(2, door)
+@pytest.mark.parametrize("entry", ["closure", "passes"])
+def test_a_moved_start_is_not_w(entry):
+    witness = Witness("rsam").steps(2, entry)
     found = witness.optimizer.diagnostics()
     assert found["misclassified"] == witness.expected()["misclassified"]
     assert "loss" not in found
@@ -330,13 +328,13 @@ class Mixed(nn.Module):
         return self.last(torch.tanh(self.first(x)).double())
 
 
-@pytest.mark.parametrize("door", ["closure", "passes"])
+@pytest.mark.parametrize("entry", ["closure", "passes"])
 @pytest.mark.parametrize("method", ["sam", "asam", "vasso", "gsam", "micro-sam", "n-step", "looksam", "sam-magnitude"])
-def test_recording_does_not_synchronise_and_reading_does_once(method, door, monkeypatch):
+def test_recording_does_not_synchronise_and_reading_does_once(method, entry, monkeypatch):
     model, criterion = Mixed(), flatmin.Criterion(nn.CrossEntropyLoss())
     base = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
     optimizer = flatmin.wrap(base, recipe_of(method), criterion=criterion, diagnostics=True)
-    optimizer._tools.on_device = True
+    as_on_device(optimizer, True)
     x, y = batch(0)
 
     def backward(chunk=0):
@@ -348,11 +346,11 @@ def test_recording_does_not_synchronise_and_reading_does_once(method, door, monk
         counter.count += 1
         return original(tensor)
 
-    drive(optimizer, backward, door)  # a tensor's first state is decided on the host
+    drive(optimizer, backward, entry)  # a tensor's first state is decided on the host
     monkeypatch.setattr(torch.Tensor, "tolist", listed)
     with Synchronisations() as counter:
         for _ in range(5):
-            drive(optimizer, backward, door)
+            drive(optimizer, backward, entry)
         assert counter.count == 0
         assert optimizer.diagnostics()["weight_norm"] > 0
         assert counter.count == 1

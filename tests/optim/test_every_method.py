@@ -15,11 +15,13 @@ from torch import nn
 
 import flatmin
 from flatmin.methods import Need
-from tests.covering import pairs
-from tests.helpers import recipe_of
+from flatmin.methods import METHODS
+from tests.helpers import REPRESENTATIVES, as_on_device, drive, entry_points, recipe_of, same_bits
 
 PLUGINS = [p for p in os.environ.get("FLATMIN_TEST_PLUGINS", "").split(",") if p]
 TABLE = flatmin.method_table(PLUGINS)
+# Resumed and copied are the representatives of the built-in methods, which `test_stateful.py` runs all, and all others.
+RESUMED = [name for name in TABLE if name in REPRESENTATIVES or name not in METHODS]
 BASES = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=1e-2),
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.01),
@@ -28,10 +30,15 @@ every_method = pytest.mark.parametrize("name", TABLE)
 every_base = pytest.mark.parametrize("base", BASES)
 
 
+def turn(name, options):
+    """One of the options, another one for the next method."""
+    return list(options)[list(TABLE).index(name) % len(options)]
+
+
 class Loop:
     """One model, one optimizer and one stream of batches."""
 
-    def __init__(self, name, base="sgd", *, device_path=False, lr=None, model=None, total=6, **kw):
+    def __init__(self, name, base="sgd", *, device=False, lr=None, model=None, total=6, **kw):
         torch.manual_seed(0)
         self.model = model or nn.Sequential(
             nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, 3)
@@ -40,53 +47,32 @@ class Loop:
         inner = BASES[base](self.model.parameters())
         if lr is not None:
             inner.param_groups[0]["lr"] = lr
-        self.opt = flatmin.wrap(
-            inner, recipe_of(name, total, TABLE), model=self.model, criterion=self.criterion, seed=3, **kw
-        )
-        self.opt._tools.on_device = device_path
+        recipe = recipe_of(name, total, TABLE)
+        optimizer = flatmin.wrap(inner, recipe, model=self.model, criterion=self.criterion, seed=3, **kw)
+        self.optimizer = as_on_device(optimizer, device)
         self.calls = 0
 
-    def backward(self, k, chunk=None):
+    def backward(self, k, chunk=None, factor=1.0):
         g = torch.Generator().manual_seed(k)
         x, y = torch.randn(16, 6, generator=g), torch.randint(3, (16,), generator=g)
         if chunk is not None:
             x, y = x.chunk(2)[chunk], y.chunk(2)[chunk]
         loss = self.criterion(self.model(x), y)
-        self.opt.backward(loss)
+        self.calls += 1
+        self.optimizer.backward(factor * loss)
         return loss
 
-    def steps(self, first, last, door="closure", chunks=None):
-        chunked = Need.MICRO_BATCHES in self.opt.recipe.needs
-        parts = range(2) if chunks is None else chunks
+    def steps(self, first, last, entry="closure"):
         for k in range(first, last):
-
-            def closure(k=k, chunk=None):
-                self.calls += 1
-                self.opt.zero_grad()
-                return self.backward(k, chunk)
-
-            if door == "closure":
-                listed = chunked or chunks is not None
-                self.opt.step([partial(closure, chunk=i) for i in parts] if listed else closure)
-            elif door == "perturbed":
-                closure()
-                with self.opt.perturbed():
-                    closure()
-                self.opt.step()
-            else:
-                for evaluation in self.opt.passes(chunks=2 if chunked else 1):
-                    with evaluation:
-                        closure(chunk=evaluation.chunk)
-                self.opt.step()
+            drive(self.optimizer, partial(self.backward, k), entry)
         return self
 
+    def weights(self):
+        return [p.detach().clone() for p in self.model.parameters()]
+
     def everything(self):
-        return [p.detach().clone() for p in (*self.model.parameters(), *self.model.buffers())]
-
-
-def same(a, b, tol=0.0):
-    for x, y in zip(a, b, strict=True):
-        assert torch.equal(x, y) if tol == 0 else torch.allclose(x, y, rtol=tol, atol=tol)
+        """Weights, statistics, and what the optimizer remembers."""
+        return copy.deepcopy([self.model.state_dict(), self.optimizer.state_dict()])
 
 
 @every_method
@@ -100,118 +86,155 @@ def test_the_table_entry_is_complete(name):
 
 
 @every_method
-@every_base
-def test_doors_agree_bit_for_bit(name, base):
-    recipe = recipe_of(name, 6, TABLE)
-    closure = Loop(name, base).steps(0, 6).everything()
-    same(closure, Loop(name, base).steps(0, 6, "passes").everything())
-    if recipe.two_pass and recipe.ascends:
-        same(closure, Loop(name, base).steps(0, 6, "perturbed").everything())
+def test_entry_points_agree_bit_for_bit(name):
+    base = turn(name, BASES)
+    closure = Loop(name, base).steps(0, 6)
+    for entry in entry_points(closure.optimizer.recipe)[1:]:
+        assert same_bits(Loop(name, base).steps(0, 6, entry).weights(), closure.weights()), entry
 
 
 @every_method
-def test_the_device_path_agrees_to_rounding(name):
-    host, device = Loop(name).steps(0, 4), Loop(name, device_path=True).steps(0, 4)
-    same(host.everything(), device.everything(), 1e-5)
+def test_the_path_of_accelerators_agrees_to_rounding(name):
+    host, device = (Loop(name, device=on).steps(0, 4).weights() for on in (False, True))
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in zip(host, device, strict=True))
 
 
-@pairs("name, base, device_path", list(TABLE), list(BASES), [False, True])
-def test_rho_zero_is_the_base(name, base, device_path):
+def base_alone(base, chunks, steps):
+    """A net that the base trains by itself: weights and statistics, its state, the losses, the random numbers."""
+    loop, losses = Loop("sgd", base), []
+    for k in range(steps):
+        loop.optimizer.base.zero_grad()
+        losses.append(sum(loop.backward(k, i, 1 / len(chunks)).detach() for i in chunks) / len(chunks))
+        loop.optimizer.base.step()
+    state = flatmin.base_state_dict(loop.optimizer.state_dict())["state"]
+    return loop.model.state_dict(), state, losses, torch.get_rng_state()
+
+
+@every_base
+@every_method
+def test_rho_zero_is_the_base_bit_for_bit(name, base):
+    """In every entry point: weights, BatchNorm statistics, base state, losses, random stream, and number of passes."""
     recipe = recipe_of(name, 6, TABLE)
     if not recipe.combine.rho_zero_is_base:
         pytest.skip(f"{name} states a limit of its own")
-    # Methods on micro-batches end at the base on micro-batches; the probe at the base on the second one.
-    chunks = {"micro-sam": [0, 1], "sam-db": [1]}.get(name)
-    plain = Loop("sgd", base, nonfinite="propagate").steps(0, 6, chunks=chunks)
-    same(plain.everything(), Loop(name, base, rho=0.0, device_path=device_path).steps(0, 6).everything())
-    if chunks is not None:
-        return
-    bare = Loop("sgd", base)
-    for k in range(6):
-        bare.opt.base.zero_grad()
-        bare.backward(k)
-        bare.opt.base.step()
-    same(plain.everything(), bare.everything())
+    for entry in entry_points(recipe):
+        # The list of closures is the base on micro-batches; the probe's limit is the base on the second one.
+        chunks = {"sam-db": (1,), "micro-sam": (0, 1) if entry == "closure" else (None,)}.get(name, (None,))
+        loop = Loop(name, base, rho=0.0, device=entry == "passes")
+        losses = [drive(loop.optimizer, partial(loop.backward, k), entry) for k in range(3)]
+        state = flatmin.base_state_dict(loop.optimizer.state_dict())["state"]
+        assert same_bits(
+            (loop.model.state_dict(), state, losses, torch.get_rng_state()), base_alone(base, chunks, 3)
+        ), entry
+        assert loop.calls == 3 * len(chunks) * (2 if entry in ("perturbed", "two calls") else 1), entry
 
 
 @every_method
-@every_base
-def test_lr_zero_leaves_the_weights(name, base):
-    loop = Loop(name, base, lr=0.0, rho=0.5)
-    before = [p.detach().clone() for p in loop.model.parameters()]
+def test_lr_zero_leaves_the_weights(name):
+    loop = Loop(name, turn(name, BASES), lr=0.0, rho=0.5)
+    before = loop.weights()
     loop.steps(0, 3)
     loop.steps(3, 6, "passes")
-    same(before, [p.detach() for p in loop.model.parameters()])
+    assert same_bits(loop.weights(), before)
 
 
 @every_method
-@pytest.mark.parametrize("device_path", [False, True])
-def test_an_exception_in_any_pass_restores_everything(name, device_path):
-    recipe = recipe_of(name, 6, TABLE)
-    loop = Loop(name, device_path=device_path).steps(0, 2)
-    passes = loop.calls
-    loop.steps(2, 3)
-    passes = loop.calls - passes
-    assert passes >= 1
-    weights = [p.detach().clone() for p in loop.model.parameters()]
-    state = copy.deepcopy(loop.opt.state_dict())
-    for fail_in in range(1, passes + 1):
-        calls = 0
+def test_a_zero_gradient_moves_nothing_and_gives_numbers(name):
+    """Step 1 alone has a gradient, so that memories hold zeros, and zeros are scaled."""
+    for device in (False, True):
+        loop = Loop(name, device=device)
+        start, seen = loop.weights(), []
 
-        def closure(fail_in=fail_in, chunk=None):
-            nonlocal calls
-            calls += 1
-            loop.opt.zero_grad()
-            loss = loop.backward(9, chunk)
-            if calls == fail_in:
-                raise KeyError("planned")
+        def backward(*chunk, k, loop=loop, seen=seen):
+            seen.append(loop.weights())
+            return loop.backward(k, *chunk, factor=float(k == 1))
+
+        loop.optimizer.param_groups[0]["weight_decay"] = 0.0
+        drive(loop.optimizer, partial(backward, k=0))
+        # RSAM climbs from a point of its own.
+        assert name == "rsam" or all(same_bits(at, start) for at in seen)
+        assert same_bits(loop.weights(), start)
+        for k in range(1, 6):
+            drive(loop.optimizer, partial(backward, k=k))
+        assert all(bool(w.isfinite().all()) for w in loop.weights())
+
+
+class Planned(Exception):
+    """Raised on purpose."""
+
+
+@every_method
+def test_an_exception_in_any_pass_or_in_the_base_leaves_no_trace(name):
+    """And what follows is what would have followed: also the draws are taken back."""
+    device = turn(name, (False, True))
+    loop = Loop(name, device=device).steps(0, 2)
+    twin = copy.deepcopy(loop)
+    as_on_device(twin.optimizer, device)
+    loop.calls = 0
+    passes = copy.deepcopy(loop).steps(2, 3).calls
+    assert passes >= 1
+    weights, state = loop.weights(), copy.deepcopy(loop.optimizer.state_dict())
+
+    def fail(*_):
+        raise Planned
+
+    for fail_in in range(1, passes + 2):
+        loop.calls = 0
+
+        def backward(*chunk, fail_in=fail_in):
+            loss = loop.backward(2, *chunk)
+            if loop.calls == fail_in:
+                raise Planned
             return loss
 
-        with pytest.raises(KeyError, match="planned"):
-            chunked = Need.MICRO_BATCHES in recipe.needs
-            loop.opt.step([partial(closure, chunk=i) for i in range(2)] if chunked else closure)
-        same(weights, [p.detach() for p in loop.model.parameters()])
-        after = loop.opt.state_dict()
-        for i, entries in state["state"].items():
-            for key, value in entries.items():
-                assert value is None or torch.equal(value, after["state"][i][key]), key
-    assert recipe.gradient_evaluations > 0
+        handle = loop.optimizer.register_step_pre_hook(fail) if fail_in > passes else None
+        with pytest.raises(Planned):
+            drive(loop.optimizer, backward)
+        if handle is not None:
+            handle.remove()
+        assert same_bits(loop.weights(), weights) and same_bits(loop.optimizer.state_dict(), state), fail_in
+    # BatchNorm has seen the first forwards of the steps that failed.
+    loop.model.load_state_dict(twin.model.state_dict())
+    for one in (loop, twin):
+        torch.manual_seed(1)
+        one.steps(2, 5)
+    assert same_bits(loop.everything(), twin.everything())
 
 
-@every_method
-@every_base
-def test_resume_is_bit_exact(name, base):
-    straight = Loop(name, base).steps(0, 8)
-    half = Loop(name, base).steps(0, 4)
-    rng = torch.get_rng_state()
-    for carry in (copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))):
-        saved = carry(half.opt.state_dict())
-        rest = Loop(name, base, model=copy.deepcopy(half.model))
-        rest.opt.load_state_dict(saved)
-        torch.set_rng_state(rng)
-        same(straight.everything(), rest.steps(4, 8).everything())
+@pytest.mark.parametrize("name", RESUMED)
+def test_resume_is_bit_exact(name):
+    for base in BASES:
+        straight = Loop(name, base).steps(0, 8)
+        half = Loop(name, base).steps(0, 4)
+        rng = torch.get_rng_state()
+        for carry in (copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))):
+            saved = carry(half.optimizer.state_dict())
+            rest = Loop(name, base, model=copy.deepcopy(half.model))
+            rest.optimizer.load_state_dict(saved)
+            torch.set_rng_state(rng)
+            assert same_bits(straight.everything(), rest.steps(4, 8).everything())
 
 
-@every_method
+@pytest.mark.parametrize("name", RESUMED)
 def test_a_deepcopy_of_model_and_optimizer_trains_the_same(name):
     loop = Loop(name).steps(0, 3)
     twin = copy.deepcopy(loop)
-    assert twin.opt.model is twin.model and twin.opt is not loop.opt
+    assert twin.optimizer.model is twin.model and twin.optimizer is not loop.optimizer
     rng = torch.get_rng_state()
     loop.steps(3, 6)
     torch.set_rng_state(rng)
-    same(loop.everything(), twin.steps(3, 6).everything())
+    assert same_bits(loop.everything(), twin.steps(3, 6).everything())
 
 
 @every_method
 def test_the_stated_cost_is_the_measured_one(name):
     """Calls of the closure; second-order work is stated apart, micro-batches count by their size."""
-    loop = Loop(name, total=60)
-    recipe = loop.opt.recipe
-    loop.steps(0, 60)
-    calls = loop.calls / 60 * (0.5 if name == "micro-sam" else 1.0)
+    recipe = recipe_of(name, 10, TABLE)
+    by_chance = Need.RANDOM in recipe.when.demands() or Need.DECIDES_BY_VALUE in recipe.needs
+    steps = 40 if by_chance or name == "warm-up" else 10
+    loop = Loop(name, total=steps).steps(0, steps)
+    calls = loop.calls / steps * (0.5 if name == "micro-sam" else 1.0)
     stated = recipe.gradient_evaluations - sum(part.surcharge for part in recipe.parts.values())
-    by_chance = Need.RANDOM in recipe.schedule.demands() or Need.DECIDES_BY_VALUE in recipe.needs
     assert abs(calls - stated) <= (0.3 if by_chance else 0.1)
 
 
@@ -220,18 +243,17 @@ def test_a_checkpoint_holds_no_copy_of_the_weights(name):
     recipe = recipe_of(name, 6, TABLE)
     loop = Loop(name).steps(0, 3)
     slots = sum(k == "param" for part in recipe.parts.values() for k in part.slots.values())
-    base = {k: len(v) for k, v in loop.opt.base.state_dict()["state"].items()}
-    for i, entries in loop.opt.state_dict()["state"].items():
+    base = {k: len(v) for k, v in loop.optimizer.base.state_dict()["state"].items()}
+    for i, entries in loop.optimizer.state_dict()["state"].items():
         assert len(entries) == base.get(i, 0) + 2 * slots
 
 
-@pytest.mark.parametrize("device_path", [False, True])
+@pytest.mark.parametrize("device", [False, True])
 @pytest.mark.parametrize("name", ["n-step+vasso", "n-step+fsam", "n-step"])
-def test_an_infinite_first_gradient_does_not_stay_in_the_memory_of_several_ascents(name, device_path):
+def test_an_infinite_first_gradient_does_not_stay_in_the_memory_of_several_ascents(name, device):
     torch.manual_seed(0)
     w = torch.nn.Parameter(torch.tensor([3.0, 4.0], dtype=torch.float64))
-    optimizer = flatmin.wrap(torch.optim.SGD([w], lr=0.1), name, rho=0.5)
-    optimizer._tools.on_device = device_path
+    optimizer = as_on_device(flatmin.wrap(torch.optim.SGD([w], lr=0.1), name, rho=0.5), device)
     points = []
 
     def closure():
@@ -266,4 +288,4 @@ def test_what_is_remembered_is_no_gradient_that_the_base_writes_to(foreach):
 
     for _ in range(3):
         optimizer.step(closure)
-        assert torch.equal(optimizer._tools.state.per_weight["direction.gradient"][w], seen[-1])
+        assert torch.equal(optimizer.state[w]["flatmin.direction.gradient"], seen[-1])

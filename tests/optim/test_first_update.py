@@ -9,7 +9,7 @@ from torch import nn
 import flatmin
 from flatmin.optim.capture import Captured
 from flatmin.optim.support import capture_refusal
-from tests.helpers import recipe_of
+from tests.helpers import as_on_device, recipe_of
 
 BAD = math.nan, math.inf
 
@@ -19,7 +19,7 @@ def build(method="sam", base=torch.optim.SGD, **settings):
     net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
     settings = {"lr": 0.05, "momentum": 0.9, "fused": True, **settings} if base is torch.optim.SGD else settings
     optimizer = flatmin.wrap(base(net.parameters(), **settings), method, model=net, diagnostics=True)
-    optimizer._tools.on_device = True
+    as_on_device(optimizer, True)
     return net, optimizer
 
 

@@ -132,7 +132,7 @@ def test_rho_zero_and_the_plain_base_run_without_an_ascent():
 
 @pytest.mark.parametrize("name", ALL)
 def test_every_method_trains_like_the_cpu(name):
-    """Float64, all doors' machinery: micro-batches, graphs, draws from the CPU."""
+    """Float64, all entries' machinery: micro-batches, graphs, draws from the CPU."""
     ends = []
     for device in ("cpu", "cuda"):
         net, criterion, opt = build(recipe_of(name), device)
@@ -159,7 +159,7 @@ class Scaled:
         self.opt.scaler = self.scaler
         self.bad = bad
 
-    def step(self, k, door):
+    def step(self, k, entry):
         x, y = batch(k, "cuda", torch.float32)
         calls = 0
 
@@ -177,7 +177,7 @@ class Scaled:
             self.opt.zero_grad()
             return backward()
 
-        if door == "closure":
+        if entry == "closure":
             self.scaler.step(self.opt, closure)
         else:
             for evaluation in self.opt.passes():
@@ -187,14 +187,14 @@ class Scaled:
         self.scaler.update()
 
 
-@pytest.mark.parametrize("door", ["closure", "passes"])
+@pytest.mark.parametrize("entry", ["closure", "passes"])
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("bad_pass", [0, 1])
-def test_a_scaler_hears_of_an_inf_in_any_pass(bad_pass, fused, door):
+def test_a_scaler_hears_of_an_inf_in_any_pass(bad_pass, fused, entry):
     run = Scaled("vasso", fused=fused, bad=(2, bad_pass))
     for k in range(5):
         before = [p.detach().clone() for p in run.net.parameters()]
-        run.step(k, door)
+        run.step(k, entry)
         same = all(torch.equal(a, b) for a, b in zip(before, run.net.parameters(), strict=True))
         assert same == (k == 2)
     assert run.scaler.get_scale() == 2.0**9

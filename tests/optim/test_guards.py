@@ -20,7 +20,7 @@ from flatmin.optim.containers import leaves
 from flatmin.optim.model_guard import FrozenStatistics
 from tests.helpers import batch, sam_by_hand
 
-DOORS = ["closure", "perturbed", "two calls", "passes"]
+ENTRY_POINTS = ["closure", "perturbed", "two calls", "passes"]
 
 
 class OwnNorm(nn.Module):
@@ -46,7 +46,7 @@ def layers():
     }
 
 
-def one_step(model, opt, x, door, fail_in_second=False):
+def one_step(model, opt, x, entry, fail_in_second=False):
     def backward():
         loss = model(x).square().mean()
         loss.backward()
@@ -63,9 +63,9 @@ def one_step(model, opt, x, door, fail_in_second=False):
             raise KeyError("planned")
         return loss
 
-    if door == "closure":
+    if entry == "closure":
         opt.step(closure)
-    elif door == "perturbed":
+    elif entry == "perturbed":
         opt.zero_grad()
         backward()
         with opt.perturbed():
@@ -73,7 +73,7 @@ def one_step(model, opt, x, door, fail_in_second=False):
             if fail_in_second:
                 raise KeyError("planned")
         opt.step()
-    elif door == "two calls":
+    elif entry == "two calls":
         backward()
         opt.first_step(zero_grad=True)
         backward()
@@ -87,9 +87,9 @@ def one_step(model, opt, x, door, fail_in_second=False):
         opt.step()
 
 
-@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("entry", ENTRY_POINTS)
 @pytest.mark.parametrize("name", layers())
-def test_statistics_are_touched_by_the_first_pass_only(name, door):
+def test_statistics_are_touched_by_the_first_pass_only(name, entry):
     torch.manual_seed(0)
     layer, shape = layers()[name]
     model = nn.Sequential(
@@ -102,7 +102,7 @@ def test_statistics_are_touched_by_the_first_pass_only(name, door):
         x = torch.randn(shape)
         single.load_state_dict(model.state_dict())
         single(x)
-        one_step(model, opt, x, door)
+        one_step(model, opt, x, entry)
         for (k, a), b in zip(model.named_buffers(), single.buffers(), strict=True):
             assert torch.equal(a, b), k
 
@@ -115,17 +115,17 @@ def test_without_the_guard_they_are_touched_twice():
     assert int(model[1].num_batches_tracked) == 2
 
 
-@pytest.mark.parametrize("door", ["closure", "perturbed", "passes"])
-def test_an_exception_in_pass_2_leaves_weights_and_layers_usable(door):
+@pytest.mark.parametrize("entry", ["closure", "perturbed", "passes"])
+def test_an_exception_in_pass_2_leaves_weights_and_layers_usable(entry):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     opt = flatmin.SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.5, model=model)
     before = [p.detach().clone() for p in model.parameters()]
     with pytest.raises(KeyError, match="planned"):
-        one_step(model, opt, torch.randn(8, 4), door, fail_in_second=True)
+        one_step(model, opt, torch.randn(8, 4), entry, fail_in_second=True)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert model[1].track_running_stats and int(model[1].num_batches_tracked) == 1
-    one_step(model, opt, torch.randn(8, 4), door)
+    one_step(model, opt, torch.randn(8, 4), entry)
     assert int(model[1].num_batches_tracked) == 2
 
 
@@ -168,14 +168,14 @@ class Recorder(nn.Module):
         return self.lin(x * mask)
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_both_passes_draw_the_same_mask_and_the_stream_goes_on(door):
+@pytest.mark.parametrize("entry", ENTRY_POINTS)
+def test_both_passes_draw_the_same_mask_and_the_stream_goes_on(entry):
     torch.manual_seed(0)
     model = Recorder()
     opt = flatmin.SAM(torch.optim.SGD(model.parameters(), lr=0.1), model=model)
     for _ in range(3):
         torch.rand(5)  # a data loader draws between the steps
-        one_step(model, opt, torch.randn(64, 4), door)
+        one_step(model, opt, torch.randn(64, 4), entry)
     pairs = list(zip(model.masks[::2], model.masks[1::2], strict=True))
     assert len(pairs) == 3 and all(torch.equal(a, b) for a, b in pairs)
     assert not torch.equal(pairs[0][0], pairs[1][0])
@@ -219,8 +219,8 @@ def test_copies_of_the_model_are_not_watched_and_pairs_stay_paired():
         assert torch.equal(*twin.masks)
 
 
-@pytest.mark.parametrize("door", ["closure", "perturbed"])
-def test_a_different_batch_in_pass_2_is_noticed(door):
+@pytest.mark.parametrize("entry", ["closure", "perturbed"])
+def test_a_different_batch_in_pass_2_is_noticed(entry):
     torch.manual_seed(0)
     model = nn.Linear(4, 1)
     opt = flatmin.SAM(torch.optim.SGD(model.parameters(), lr=0.1), model=model, replay_rng=False)
@@ -233,7 +233,7 @@ def test_a_different_batch_in_pass_2_is_noticed(door):
         return loss
 
     with pytest.warns(UserWarning, match="saw different batches"):
-        if door == "closure":
+        if entry == "closure":
             opt.step(closure)
         else:
             closure()
@@ -271,7 +271,7 @@ def test_a_compiled_model_does_not_recompile_across_steps(pass_compiled):
         # Inside a compiled net no forward is seen: masks of a manual loop differ, and that is said.
         unseen = not pass_compiled and k == 1
         with pytest.warns(UserWarning, match="outside a call of model=") if unseen else contextlib.nullcontext():
-            one_step(compiled, opt, torch.randn(16, 4), DOORS[k % 4])
+            one_step(compiled, opt, torch.randn(16, 4), ENTRY_POINTS[k % 4])
         if k == 3:
             warm = compiles
     assert compiles == warm <= 4
@@ -343,10 +343,10 @@ class Contrast(nn.Module):
 
 
 @pytest.mark.parametrize("method", ["sam", "n-step"])
-@pytest.mark.parametrize("door", DOORS)
-def test_whatever_a_forward_changes_advances_once_a_step(door, method):
+@pytest.mark.parametrize("entry", ENTRY_POINTS)
+def test_whatever_a_forward_changes_advances_once_a_step(entry, method):
     """facebookresearch/moco and others whose forward moves more than BatchNorm statistics."""
-    if method == "n-step" and door in ("perturbed", "two calls"):
+    if method == "n-step" and entry in ("perturbed", "two calls"):
         pytest.skip("not a step of two passes")
     torch.manual_seed(0)
     model = Contrast()
@@ -355,10 +355,10 @@ def test_whatever_a_forward_changes_advances_once_a_step(door, method):
     for _ in range(3):
         x = torch.randn(6, 4)
         single(x)
-        one_step(model, opt, x, door)
+        one_step(model, opt, x, entry)
         assert all(torch.equal(a, b) for a, b in zip(model.held(), single.held(), strict=True))
     opt = flatmin.wrap(torch.optim.SGD(model.parameters(), lr=0.0), method, model=model, freeze_state=False)
-    one_step(model, opt, torch.randn(6, 4), door)
+    one_step(model, opt, torch.randn(6, 4), entry)
     assert model.calls > single.calls + 1
 
 
@@ -393,7 +393,7 @@ def anew(m, count):
     m.made = getattr(m, "made", 0) + 1
 
 
-@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("entry", ENTRY_POINTS)
 @pytest.mark.parametrize(
     ("change", "read"),
     [
@@ -403,12 +403,12 @@ def anew(m, count):
         (anew, lambda m: m.made),
     ],
 )
-def test_state_of_any_kind_advances_once(change, read, door):
+def test_state_of_any_kind_advances_once(change, read, entry):
     """.data, unfrozen targets, buffers and attributes that the first forward makes."""
     model = Moving(change)
     opt = flatmin.SAM(torch.optim.SGD([model.weight, model.bias], lr=0.1), model=model)
     for _ in range(6):
-        one_step(model, opt, torch.randn(8, 4), door)
+        one_step(model, opt, torch.randn(8, 4), entry)
     assert int(read(model)) == 6
 
 
@@ -444,8 +444,8 @@ class Flat(nn.Module):
         return self.features
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_state_that_is_a_view_of_the_weights_is_left_to_them(door):
+@pytest.mark.parametrize("entry", ENTRY_POINTS)
+def test_state_that_is_a_view_of_the_weights_is_left_to_them(entry):
     torch.manual_seed(0)
     model, twin = Flat(), nn.Linear(4, 3)
     twin.load_state_dict(model.lin.state_dict())
@@ -453,7 +453,7 @@ def test_state_that_is_a_view_of_the_weights_is_left_to_them(door):
     base = torch.optim.SGD(twin.parameters(), lr=0.1)
     for _ in range(3):
         x = torch.randn(8, 4)
-        one_step(model, opt, x, door)
+        one_step(model, opt, x, entry)
         sam_by_hand(twin.parameters(), 0.3, lambda x=x: twin(x).square().mean().backward(), base)
     torch.testing.assert_close(model.flat[:12].view(3, 4), twin.weight.detach())
 
@@ -495,7 +495,7 @@ def test_layers_that_are_replaced_are_followed():
     for k in range(4):
         if k in (0, 2):
             model[1] = nn.BatchNorm1d(4)  # as `convert_sync_batchnorm` and quantisation do
-        one_step(model, opt, torch.randn(8, 4), DOORS[k])
+        one_step(model, opt, torch.randn(8, 4), ENTRY_POINTS[k])
     assert int(model[1].num_batches_tracked) == 2
 
 
@@ -541,9 +541,9 @@ class Masked(nn.Module):
         return hidden.square().mean()
 
 
-@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("entry", ENTRY_POINTS)
 @pytest.mark.parametrize("kind", ["numpy", "random", "given", "held"])
-def test_every_generator_draws_the_same_in_both_passes(kind, door):
+def test_every_generator_draws_the_same_in_both_passes(kind, entry):
     """huggingface/transformers#10459: SpecAugment masks by numpy's global generator."""
     own, held = np.random.default_rng(0), random.Random(0)
     draw = {"numpy": np.random.random, "random": random.random, "given": own.random, "held": held.random}[kind]
@@ -552,7 +552,7 @@ def test_every_generator_draws_the_same_in_both_passes(kind, door):
         torch.optim.SGD(model.parameters(), lr=0.1), model=model, generators=[own] if kind == "given" else ()
     )
     for _ in range(2):
-        one_step(model, opt, torch.randn(8, 32), door)
+        one_step(model, opt, torch.randn(8, 32), entry)
     a, b, c, d = model.masks
     assert torch.equal(a, b) and torch.equal(c, d) and not torch.equal(b, c)
 
@@ -574,8 +574,8 @@ def test_a_manual_loop_that_calls_a_method_of_the_model_repeats_its_draws():
     assert torch.equal(*model.masks)
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_forwards_without_gradients_are_part_of_a_pass(door):
+@pytest.mark.parametrize("entry", ENTRY_POINTS)
+def test_forwards_without_gradients_are_part_of_a_pass(entry):
     """A model that learns from its own outputs under another mask."""
     model = nn.Sequential(nn.Linear(4, 64), nn.Dropout(0.5))
     masks = []
@@ -590,7 +590,7 @@ def test_forwards_without_gradients_are_part_of_a_pass(door):
     opt = flatmin.SAM(torch.optim.SGD(model.parameters(), lr=0.1), model=model)
     for _ in range(2):
         opt.zero_grad()
-        one_step(forward, opt, torch.randn(8, 4), door)
+        one_step(forward, opt, torch.randn(8, 4), entry)
         (a, b), (c, d) = masks[-2:]
         assert torch.equal(a, c) and torch.equal(b, d) and not torch.equal(a, b)
 
@@ -698,15 +698,15 @@ OTHERS = ["closure", "passes", "perturbed", "two calls"]
 
 @pytest.mark.parametrize("method", ["sam", "n-step"])
 @pytest.mark.parametrize("clears", [True, False])
-@pytest.mark.parametrize("door", OTHERS)
-def test_weights_of_another_optimizer_have_the_gradient_of_one_pass(door, clears, method):
+@pytest.mark.parametrize("entry", OTHERS)
+def test_weights_of_another_optimizer_have_the_gradient_of_one_pass(entry, clears, method):
     """Also without `model=` in a closure that returns the loss, whose graph tells of them."""
-    if method == "n-step" and door in ("perturbed", "two calls"):
+    if method == "n-step" and entry in ("perturbed", "two calls"):
         pytest.skip("not a step of two passes")
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double()
     body, head = list(model[0].parameters()), list(model[2].parameters())
-    given = None if door == "closure" and method == "sam" else model
+    given = None if entry == "closure" and method == "sam" else model
     opt = flatmin.wrap(torch.optim.SGD(body, lr=0.0), method, rho=0.3, model=given)
     plain = torch.optim.SGD(head, lr=0.0)
     x, places = torch.randn(16, 4).double(), []
@@ -714,19 +714,19 @@ def test_weights_of_another_optimizer_have_the_gradient_of_one_pass(door, clears
     class Forward:
         def __call__(self, given):
             places.append([p.detach().clone() for p in body])
-            if clears and (door in ("closure", "passes") or len(places) == 1):
+            if clears and (entry in ("closure", "passes") or len(places) == 1):
                 plain.zero_grad()
             return model(given)
 
     for _ in range(2):
         places.clear()
-        one_step(Forward(), opt, x, door)
+        one_step(Forward(), opt, x, entry)
         if not clears:
             taken = [p.grad.clone() for p in head]
             plain.zero_grad()
         else:
             taken = [p.grad for p in head]
-    at = places[-1 if door in ("closure", "passes") else 0]
+    at = places[-1 if entry in ("closure", "passes") else 0]
     with torch.no_grad():
         for p, w in zip(body, at, strict=True):
             p.copy_(w)
@@ -735,9 +735,9 @@ def test_weights_of_another_optimizer_have_the_gradient_of_one_pass(door, clears
 
 
 @pytest.mark.parametrize(("method", "rho"), [("ae-sam", 0.3), ("sgdhess", 0.3), ("sam", 0.0)])
-@pytest.mark.parametrize("door", OTHERS)
-def test_weights_of_another_optimizer_have_a_gradient_where_a_pass_is_missing_or_keeps_its_graph(door, method, rho):
-    if method == "sgdhess" and door in ("perturbed", "two calls"):
+@pytest.mark.parametrize("entry", OTHERS)
+def test_weights_of_another_optimizer_have_a_gradient_where_a_pass_is_missing_or_keeps_its_graph(entry, method, rho):
+    if method == "sgdhess" and entry in ("perturbed", "two calls"):
         pytest.skip("not a step of two passes")
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double()
@@ -760,13 +760,29 @@ def test_weights_of_another_optimizer_have_a_gradient_where_a_pass_is_missing_or
 
     at_w = torch.autograd.grad(model(x).square().mean(), head)
     for _ in range(4):
-        one_step(Backward(), opt, x, door)
+        one_step(Backward(), opt, x, entry)
         if rho == 0 or method == "sgdhess":
             assert all(torch.allclose(p.grad, g, atol=1e-12) for p, g in zip(head, at_w, strict=True))
         ratio = head[0].grad.norm() / at_w[0].norm()
         assert 0.5 < ratio < 1.9, "the sum of two passes, or none"
         for p in head:
             p.grad = None
+
+
+def test_an_update_given_up_inside_a_pass_leaves_no_trace():
+    """Also of weights that another optimizer trains."""
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 1))
+    opt = flatmin.SAM(torch.optim.SGD(model[0].parameters(), lr=0.1), rho=0.3, model=model)
+    before = [p.detach().clone() for p in model.parameters()]
+    for last in (0, 1):
+        for evaluation in opt.passes():
+            with evaluation:
+                model(torch.ones(2, 4)).square().mean().backward()
+                if evaluation.index == last:
+                    opt.abort()
+        assert all(map(torch.equal, before, model.parameters())) and opt.counts()["updates"] == 0
+    one_step(model, opt, torch.ones(2, 4), "passes")
+    assert opt.counts()["updates"] == 1
 
 
 def test_two_optimizers_may_perturb_at_once():

@@ -13,16 +13,16 @@ from torch.utils.checkpoint import checkpoint
 
 import flatmin
 from flatmin.methods import Need
-from tests.helpers import DOORS, NAMES, drive, recipe_of, same_bits
+from tests.helpers import ENTRY_POINTS, NAMES, as_on_device, drive, recipe_of, same_bits
 
 LR, RHO = 0.1, 0.3
-every_door = pytest.mark.parametrize("door", DOORS)
+every_entry = pytest.mark.parametrize("entry", ENTRY_POINTS)
 # Methods that take the batch as a whole.
 WHOLE = [n for n in NAMES if Need.MICRO_BATCHES not in recipe_of(n).needs]
 
 
-def doors_of(name):
-    return DOORS if recipe_of(name).two_pass else ("closure", "passes")
+def entries_of(name):
+    return ENTRY_POINTS if recipe_of(name).two_pass else ("closure", "passes")
 
 
 def inputs(step=0, size=8, width=4):
@@ -95,11 +95,11 @@ NORMS = {
 }
 
 
-@every_door
+@every_entry
 @pytest.mark.parametrize("moment", ["before", "after"])
 @pytest.mark.parametrize("where", [1, 2])
 @pytest.mark.parametrize("norm", NORMS)
-def test_after_an_exception_statistics_are_those_of_first_passes_and_layers_track_again(norm, where, moment, door):
+def test_after_an_exception_statistics_are_those_of_first_passes_and_layers_track_again(norm, where, moment, entry):
     """`moment`: of the exception, before the forward or after it."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv1d(4, 4, 1), NORMS[norm](), nn.Flatten(), nn.Linear(12, 2)).double()
@@ -120,7 +120,7 @@ def test_after_an_exception_statistics_are_those_of_first_passes_and_layers_trac
 
     names, before = [set(m.__dict__) for m in model.modules()], weights(model)
     with pytest.raises(KeyError, match="planned"):
-        drive(optimizer, backward, door)
+        drive(optimizer, backward, entry)
     optimizer.abort()  # the first pass of a manual loop is the loop's own
     if (where, moment) != (1, "before"):
         twin(x)
@@ -128,7 +128,7 @@ def test_after_an_exception_statistics_are_those_of_first_passes_and_layers_trac
     assert [set(m.__dict__) for m in model.modules()] == names
 
     passes = 2
-    drive(optimizer, backward, door)
+    drive(optimizer, backward, entry)
     twin(x)
     assert same_bits(buffers(model), buffers(twin))
 
@@ -161,8 +161,8 @@ class Halves:
         assert torch.equal(*ends)
 
 
-@pytest.mark.parametrize(("body_door", "head_door"), list(itertools.product(DOORS, DOORS)))
-def test_two_optimizers_take_turns_over_one_model(body_door, head_door):
+@pytest.mark.parametrize(("body_entry", "head_entry"), list(itertools.product(ENTRY_POINTS, ENTRY_POINTS)))
+def test_two_optimizers_take_turns_over_one_model(body_entry, head_entry):
     halves = Halves()
     model, twin = halves.model, halves.twin
     start = copy.deepcopy(model)
@@ -175,7 +175,7 @@ def test_two_optimizers_take_turns_over_one_model(body_door, head_door):
                 loss.backward()
                 return loss
 
-            drive(*((halves.head, backward, head_door) if k % 2 else (halves.body, backward, body_door)))
+            drive(*((halves.head, backward, head_entry) if k % 2 else (halves.body, backward, body_entry)))
 
     def expected():
         for k in range(6):
@@ -187,9 +187,9 @@ def test_two_optimizers_take_turns_over_one_model(body_door, head_door):
     assert not any(torch.equal(start[i].weight, model[i].weight) for i in (0, 4))
 
 
-@pytest.mark.parametrize("outer_door", ["closure", "passes"])
-@pytest.mark.parametrize("door", DOORS)
-def test_a_step_of_one_optimizer_inside_a_pass_of_another(outer_door, door):
+@pytest.mark.parametrize("outer_entry", ["closure", "passes"])
+@pytest.mark.parametrize("entry", ENTRY_POINTS)
+def test_a_step_of_one_optimizer_inside_a_pass_of_another(outer_entry, entry):
     """The inner step runs in both passes of the outer one; only what runs at the outer w touches statistics."""
     halves = Halves()
     model, twin = halves.model, halves.twin
@@ -203,11 +203,11 @@ def test_a_step_of_one_optimizer_inside_a_pass_of_another(outer_door, door):
                 return loss
 
             def outer(backward=backward):
-                drive(halves.head, backward, door)
+                drive(halves.head, backward, entry)
                 halves.body.zero_grad()
                 return backward()
 
-            drive(halves.body, outer, outer_door)
+            drive(halves.body, outer, outer_entry)
 
     def expected():
         body, head = list(twin[:3].parameters()), list(twin[3:].parameters())
@@ -227,8 +227,8 @@ def test_a_step_of_one_optimizer_inside_a_pass_of_another(outer_door, door):
 
 @pytest.mark.parametrize("outer_pass", [1, 2])
 @pytest.mark.parametrize("inner_pass", [1, 2])
-@every_door
-def test_an_exception_of_an_inner_step_ends_both_and_leaves_no_trace(door, inner_pass, outer_pass):
+@every_entry
+def test_an_exception_of_an_inner_step_ends_both_and_leaves_no_trace(entry, inner_pass, outer_pass):
     halves = Halves()
     model, twin = halves.model, halves.twin
     traces = [set(m.__dict__) for m in model.modules()]
@@ -243,7 +243,7 @@ def test_an_exception_of_an_inner_step_ends_both_and_leaves_no_trace(door, inner
         return loss
 
     def outer():
-        drive(halves.head, inner, door)
+        drive(halves.head, inner, entry)
         halves.body.zero_grad()
         passes.append("outer")
         loss = halves.loss(model, 0)
@@ -264,7 +264,7 @@ def test_an_exception_of_an_inner_step_ends_both_and_leaves_no_trace(door, inner
         return loss
 
     halves.same_seed(
-        lambda: drive(halves.body, lambda: backward(model), door),
+        lambda: drive(halves.body, lambda: backward(model), entry),
         lambda: by_hand(twin, list(twin[:3].parameters()), lambda: backward(twin)),
     )
 
@@ -328,7 +328,7 @@ class Recomputing(nn.Module):
         return self.last(h)
 
 
-def train_recomputing(door, reentrant):
+def train_recomputing(entry, reentrant):
     """The model after some steps, each compared with what one plain pass does to the statistics."""
     model = Recomputing(reentrant)
     optimizer = sam(model)
@@ -343,24 +343,24 @@ def train_recomputing(door, reentrant):
         rng = torch.get_rng_state()
         backward(single)
         torch.set_rng_state(rng)
-        drive(optimizer, backward, door)
+        drive(optimizer, backward, entry)
         assert same_bits(buffers(model), buffers(single))
     return model
 
 
-@every_door
+@every_entry
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_activation_checkpointing_changes_nothing(reentrant, door):
-    plain, model = train_recomputing(door, None), train_recomputing(door, reentrant)
+def test_activation_checkpointing_changes_nothing(reentrant, entry):
+    plain, model = train_recomputing(entry, None), train_recomputing(entry, reentrant)
     assert close(weights(plain), weights(model))
     # Torch counts a batch again where it recomputes; the second pass adds to neither count.
     assert (int(plain.middle[1].num_batches_tracked), int(model.middle[1].num_batches_tracked)) == (4, 8)
 
 
-@every_door
+@every_entry
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_a_model_that_is_recomputed_as_a_whole_trains_the_same(reentrant, door):
-    if reentrant and door in ("perturbed", "two calls"):
+def test_a_model_that_is_recomputed_as_a_whole_trains_the_same(reentrant, entry):
+    if reentrant and entry in ("perturbed", "two calls"):
         pytest.skip("reentrant checkpoints run the model without gradients, so a loop without brackets sees no forward")
     ends = []
     for recomputing in (False, True):
@@ -376,7 +376,7 @@ def test_a_model_that_is_recomputed_as_a_whole_trains_the_same(reentrant, door):
                 loss.backward()
                 return loss
 
-            drive(optimizer, backward, door)
+            drive(optimizer, backward, entry)
         ends.append(weights(model))
     assert close(*ends)
 
@@ -472,7 +472,7 @@ def test_a_compiled_model_trains_as_the_plain_one_without_compiling_again():
                 return loss
 
             with torch._dynamo.config.patch(error_on_recompile=k > 0):
-                drive(optimizer, backward, DOORS[k % 4])
+                drive(optimizer, backward, ENTRY_POINTS[k % 4])
     assert counters["stats"]["unique_graphs"] == 2  # one that tracks, one that does not
     assert close(weights(plain), weights(net)) and close(buffers(plain), buffers(net))
 
@@ -498,7 +498,7 @@ def test_exactly_the_tensors_with_a_gradient_in_the_last_pass_move(name, later):
     """The first pass uses parts 0 and 1, all later ones `later`."""
     # A rule that decides by value may find in `perturbed()` that the second pass was not needed.
     by_value = Need.DECIDES_BY_VALUE in recipe_of(name).needs
-    for door in ("closure", "passes") if by_value else doors_of(name):
+    for entry in ("closure", "passes") if by_value else entries_of(name):
         model, criterion = Parts(), flatmin.Criterion(nn.CrossEntropyLoss())
         base = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9, weight_decay=0.1)
         optimizer = flatmin.wrap(base, recipe_of(name, names="parts.*"), rho=RHO, model=model, criterion=criterion)
@@ -512,10 +512,31 @@ def test_exactly_the_tensors_with_a_gradient_in_the_last_pass_move(name, later):
                 return loss
 
             before = [weights(part) for part in model.parts]
-            drive(optimizer, backward, door)
+            drive(optimizer, backward, entry)
             for i, part in enumerate(model.parts):
                 moved = {not torch.equal(a, b) for a, b in zip(before[i], weights(part), strict=True)}
-                assert moved == {i in used[-1]}, (door, k, i)
+                assert moved == {i in used[-1]}, (entry, k, i)
+
+
+def test_a_tensor_that_joins_a_later_ascent_is_moved_along_its_own_gradient():
+    """Of several ascents the first misses the gradient of one tensor; shapes are equal, so nothing would raise."""
+    a, b = (nn.Parameter(torch.tensor(x, dtype=torch.float64)) for x in ([1.0, 0.0], [0.0, 1.0]))
+    optimizer, points = flatmin.wrap(torch.optim.SGD([a, b], lr=0.0), "n-step", n=2, rho=1.0), []
+
+    def closure():
+        points.append((a.detach().clone(), b.detach().clone()))
+        optimizer.zero_grad()
+        loss = b.square().sum() + (a.square().sum() if len(points) > 1 else 0.0)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    # Half a step along b, then half a step along (2, 0, 0, 3).
+    torch.testing.assert_close(points[1], (a.detach(), torch.tensor([0.0, 1.5], dtype=torch.float64)))
+    norm = math.hypot(2.0, 3.0)
+    torch.testing.assert_close(points[2][0], torch.tensor([1.0 + 1.0 / norm, 0.0], dtype=torch.float64))
+    torch.testing.assert_close(points[2][1], torch.tensor([0.0, 1.5 + 1.5 / norm], dtype=torch.float64))
+    assert a.tolist() == [1.0, 0.0] and b.tolist() == [0.0, 1.0]
 
 
 class Table(nn.Module):
@@ -529,7 +550,7 @@ class Table(nn.Module):
         return self.last(self.rows(index).mean(1))
 
 
-def train_table(name, door, sparse, *, device_path=False, bad_step=None):
+def train_table(name, entry, sparse, *, device=False, bad_step=None):
     model, criterion = Table(sparse), flatmin.Criterion(nn.CrossEntropyLoss())
     optimizer = flatmin.wrap(
         torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9),
@@ -538,7 +559,7 @@ def train_table(name, door, sparse, *, device_path=False, bad_step=None):
         model=model,
         criterion=criterion,
     )
-    optimizer._tools.on_device = device_path
+    as_on_device(optimizer, device)
     for k in range(6):
         index = torch.randint(10, (8, 2), generator=torch.Generator().manual_seed(k))
 
@@ -549,30 +570,30 @@ def train_table(name, door, sparse, *, device_path=False, bad_step=None):
             return loss
 
         before = weights(model)
-        drive(optimizer, backward, door)
+        drive(optimizer, backward, entry)
         assert same_bits(before, weights(model)) == (k == bad_step)
     return model
 
 
-@pytest.mark.parametrize("device_path", [False, True])
+@pytest.mark.parametrize("device", [False, True])
 @pytest.mark.parametrize("name", [n for n in WHOLE if n != "sam-on"])
-def test_sparse_gradients_train_as_dense_ones(name, device_path):
-    for door in ("closure",) if device_path else doors_of(name):
-        models = [train_table(name, door, sparse, device_path=device_path) for sparse in (True, False)]
-        assert close(*map(weights, models)), door
+def test_sparse_gradients_train_as_dense_ones(name, device):
+    for entry in ("closure",) if device else entries_of(name):
+        models = [train_table(name, entry, sparse, device=device) for sparse in (True, False)]
+        assert close(*map(weights, models)), entry
 
 
-@every_door
-def test_a_sparse_gradient_that_is_not_finite_skips_the_step(door):
-    models = [train_table("vasso", door, sparse, bad_step=3) for sparse in (True, False)]
+@every_entry
+def test_a_sparse_gradient_that_is_not_finite_skips_the_step(entry):
+    models = [train_table("vasso", entry, sparse, bad_step=3) for sparse in (True, False)]
     assert close(*map(weights, models))
     assert all(bool(w.isfinite().all()) for w in weights(models[0]))
 
 
-@every_door
-@pytest.mark.parametrize("device_path", [False, True])
+@every_entry
+@pytest.mark.parametrize("device", [False, True])
 @pytest.mark.parametrize("name", ["sam", "usam", "vasso", "fsam", "gsam", "wsam", "gnp", "looksam"])
-def test_complex_weights_train_as_pairs_of_real_ones(name, device_path, door):
+def test_complex_weights_train_as_pairs_of_real_ones(name, device, entry):
     torch.manual_seed(0)
     start = torch.randn(5, 3, dtype=torch.complex128), torch.randn(3, dtype=torch.float64)
     ends = []
@@ -581,7 +602,7 @@ def test_complex_weights_train_as_pairs_of_real_ones(name, device_path, door):
         b = nn.Parameter(start[1].clone())
         base = torch.optim.SGD([{"params": [w]}, {"params": [b], "rho": 0.1}], lr=0.05, momentum=0.9)
         optimizer = flatmin.wrap(base, name, rho=RHO)
-        optimizer._tools.on_device = device_path
+        as_on_device(optimizer, device)
         for k in range(6):
 
             def backward(w=w, b=b, pairs=pairs, k=k):
@@ -591,7 +612,7 @@ def test_complex_weights_train_as_pairs_of_real_ones(name, device_path, door):
                 loss.backward()
                 return loss
 
-            drive(optimizer, backward, door)
+            drive(optimizer, backward, entry)
         ends.append([torch.view_as_complex(w.detach()) if pairs else w.detach(), b.detach()])
     assert close(*ends) and not torch.equal(ends[0][0], start[0])
 
@@ -614,8 +635,8 @@ class Tied(nn.Module):
         return F.linear(torch.tanh(F.linear(x, self.there.weight.T, self.there.bias)), self.back.weight, self.back.bias)
 
 
-@every_door
-def test_tied_weights_are_one_tensor(door):
+@every_entry
+def test_tied_weights_are_one_tensor(entry):
     """They count once in the norm, in the step and in the checkpoint, also of a copy."""
     model = Tied()
     twin = copy.deepcopy(model)
@@ -630,7 +651,7 @@ def test_tied_weights_are_one_tensor(door):
             loss.backward()
             return loss
 
-        drive(optimizer, backward, door)
+        drive(optimizer, backward, entry)
         by_hand(twin, list(twin.parameters()), lambda k=k: twin(inputs(k)).square().mean().backward())
         distance = math.sqrt(sum(float((a - b).square().sum()) for a, b in zip(*away, strict=True)))
         assert distance == pytest.approx(RHO, rel=1e-12)
@@ -652,16 +673,16 @@ class WithEmpty(nn.Module):
         return sum((p.sum() for p in self.nothing), start=self.net(x))
 
 
-@pytest.mark.parametrize("device_path", [False, True])
+@pytest.mark.parametrize("device", [False, True])
 @pytest.mark.parametrize("name", WHOLE)
-def test_tensors_without_elements_change_nothing(name, device_path):
+def test_tensors_without_elements_change_nothing(name, device):
     recipe = recipe_of(name, names="net.*")
     ends = []
     for empty in (False, True):
         model, criterion = WithEmpty(empty), flatmin.Criterion(nn.CrossEntropyLoss())
         base = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9)
         optimizer = flatmin.wrap(base, recipe, rho=RHO, model=model, criterion=criterion)
-        optimizer._tools.on_device = device_path
+        as_on_device(optimizer, device)
         start = weights(model.net)
         for k in range(6):
 
@@ -680,10 +701,10 @@ def test_tensors_without_elements_change_nothing(name, device_path):
         assert close(*ends)
 
 
-@pytest.mark.parametrize("device_path", [False, True])
+@pytest.mark.parametrize("device", [False, True])
 @pytest.mark.parametrize("joined", [True, False])
 @pytest.mark.parametrize("name", ["sam", "vasso", "gsam"])
-def test_weights_snapshots_and_memory_stay_where_they_are(name, joined, device_path):
+def test_weights_snapshots_and_memory_stay_where_they_are(name, joined, device):
     """Over all loops, a step that raises, one that is not finite and one in which a group stays out."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
@@ -691,7 +712,7 @@ def test_weights_snapshots_and_memory_stay_where_they_are(name, joined, device_p
         model[2].scale = nn.Parameter(torch.ones((), dtype=torch.float64))
     groups = [{"params": model[0].parameters()}, {"params": model[2].parameters()}]
     optimizer = flatmin.wrap(torch.optim.SGD(groups, lr=LR, momentum=0.9), name, rho=RHO)
-    optimizer._tools.on_device = device_path
+    as_on_device(optimizer, device)
 
     def backward(factor=1.0, raising=False):
         y = model(inputs()) * getattr(model[2], "scale", 1.0)
@@ -712,14 +733,14 @@ def test_weights_snapshots_and_memory_stay_where_they_are(name, joined, device_p
     first = addresses()
     count = len(list(model.parameters()))
     assert len(set(first)) == len(first) == count * (4 if name == "vasso" else 3)
-    for door in DOORS:
-        drive(optimizer, backward, door)
+    for entry in ENTRY_POINTS:
+        drive(optimizer, backward, entry)
         assert addresses() == first
-        drive(optimizer, lambda: backward(math.nan), door)
+        drive(optimizer, lambda: backward(math.nan), entry)
         with pytest.raises(KeyError, match="planned"):
-            drive(optimizer, lambda: backward(raising=True), door)
+            drive(optimizer, lambda: backward(raising=True), entry)
         optimizer.abort()
         optimizer.param_groups[0]["rho"] = 0.0
-        drive(optimizer, backward, door)
+        drive(optimizer, backward, entry)
         optimizer.param_groups[0]["rho"] = RHO
         assert addresses() == first

@@ -65,14 +65,44 @@ def test_a_weight_unfrozen_between_steps_is_trained():
     assert not torch.equal(before, weights[1])
 
 
-def test_a_weight_frozen_between_steps_stays():
-    weights = make()
-    optimizer = flatmin.SAM(torch.optim.SGD(weights, lr=0.1), rho=0.5)
-    optimizer.step(quadratic(optimizer, weights))
+@pytest.mark.parametrize("method", ["sam", "rsam", "sgdhess"])
+def test_a_weight_frozen_between_steps_stays(method):
+    """In every pass: no draw moves it, and no second derivative is asked of it."""
+    weights, seen = make(), []
+    optimizer = flatmin.wrap(torch.optim.SGD(weights, lr=0.1), method, rho=0.5)
+
+    def closure():
+        seen.append(weights[1].detach().clone())
+        optimizer.zero_grad()
+        loss = sum((w.double() ** 2).sum() for w in weights)
+        optimizer.backward(loss)
+        return loss
+
+    optimizer.step(closure)
     weights[1].requires_grad_(False)
     before = weights[1].detach().clone()
-    optimizer.step(quadratic(optimizer, weights))
-    assert torch.equal(before, weights[1])
+    seen.clear()
+    optimizer.step(closure)
+    assert all(torch.equal(before, at) for at in (*seen, weights[1]))
+
+
+def test_a_weight_that_joins_the_optimizer_takes_part_in_ascents():
+    """Before, its gradient was taken for that of another optimizer's weight; no model tells of it."""
+    a, b, seen = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2)), []
+    optimizer = flatmin.SAM(torch.optim.SGD([a], lr=0.1), rho=0.5)
+
+    def closure():
+        seen.append(b.detach().clone())
+        optimizer.zero_grad()
+        loss = a.square().sum() + b.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    optimizer.add_param_group({"params": [b]})
+    seen.clear()
+    optimizer.step(closure)
+    assert not torch.equal(seen[1], seen[0]) and not torch.equal(b, seen[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

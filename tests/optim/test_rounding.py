@@ -8,7 +8,7 @@ from torch import nn
 
 import flatmin
 from flatmin.optim.tensors import add_rounded_
-from tests.helpers import bits
+from tests.helpers import as_on_device, bits
 
 LOW = [torch.bfloat16, torch.float16]
 WARNING = r"weights in half precision: the perturbation has norm .* where .* was asked for, cosine"
@@ -71,13 +71,13 @@ def test_many_tensors_are_rounded_as_one():
 class Net:
     """A net in low precision, large enough for averages, with its optimizer."""
 
-    def __init__(self, dtype, rho=0.05, method="sam", device_path=False, **options):
+    def __init__(self, dtype, rho=0.05, method="sam", device=False, **options):
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(64, 256), nn.Tanh(), nn.Linear(256, 64), nn.Tanh(), nn.Linear(64, 4))
         self.model.to(dtype)
         base = torch.optim.SGD(self.model.parameters(), lr=options.pop("lr", 0.1), momentum=0.9)
         self.optimizer = flatmin.wrap(base, method, rho=rho, model=self.model, **options)
-        self.optimizer._tools.on_device = device_path
+        as_on_device(self.optimizer, device)
         self.x, self.y = torch.randn(32, 64).to(dtype), torch.randint(4, (32,))
 
     def closure(self):
@@ -94,13 +94,13 @@ def flat(tensors):
     return torch.cat([t.double().flatten() for t in tensors])
 
 
-@pytest.mark.parametrize("device_path", [False, True])
+@pytest.mark.parametrize("device", [False, True])
 @pytest.mark.parametrize("method", ["sam", "asam", "usam", "vasso"])
 @pytest.mark.parametrize("dtype", LOW)
-def test_the_realised_perturbation_has_the_asked_one_in_it(dtype, method, device_path):
+def test_the_realised_perturbation_has_the_asked_one_in_it(dtype, method, device):
     """<made, asked> / ||asked||^2 within 5 % of one in the mean of some steps, the way back exact in each."""
     rho = {"asam": 0.5, "usam": 0.05, "sam": 0.05, "vasso": 0.05}[method]
-    net = Net(dtype, rho, method, device_path, lr=0.0, diagnostics=True)
+    net = Net(dtype, rho, method, device, lr=0.0, diagnostics=True)
     before, found = bits(net.weights()), []
     for _ in range(8):
         net.optimizer.step(net.closure)
@@ -209,8 +209,8 @@ def test_autocast_over_float32_weights_needs_no_rounding_of_its_own(dtype):
 
 
 def test_a_direction_that_is_not_finite_moves_nothing():
-    for device_path in (False, True):
-        net, points = Net(torch.bfloat16, device_path=device_path), []
+    for device in (False, True):
+        net, points = Net(torch.bfloat16, device=device), []
 
         def closure(net=net, points=points):
             points.append(flat(net.weights()))
@@ -224,12 +224,12 @@ def test_a_direction_that_is_not_finite_moves_nothing():
         assert torch.equal(points[0], points[1])
 
 
-@pytest.mark.parametrize("device_path", [False, True])
-def test_a_gradient_norm_beyond_the_range_of_fp16(device_path):
+@pytest.mark.parametrize("device", [False, True])
+def test_a_gradient_norm_beyond_the_range_of_fp16(device):
     """The quotient by it must not be taken in fp16, where it is infinite."""
     w = nn.Parameter(torch.ones(10000, dtype=torch.float16))
     optimizer = flatmin.wrap(torch.optim.SGD([w], lr=0.0), "sam", rho=50.0, diagnostics=True)
-    optimizer._tools.on_device = device_path
+    as_on_device(optimizer, device)
 
     def closure():
         optimizer.zero_grad()
@@ -259,3 +259,18 @@ def test_draws_after_an_abort_are_those_of_the_step():
         return seen[1]
 
     assert torch.equal(point(True), point(False))
+
+
+@pytest.mark.filterwarnings("ignore:weights in half precision")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_saner_damps_small_entries(dtype):
+    """r = 1/2 everywhere, at sizes whose product float16 cannot hold."""
+    w, g = nn.Parameter(torch.zeros(16, dtype=dtype)), torch.linspace(5e-5, 2e-4, 16).to(dtype)
+    optimizer, passes = flatmin.wrap(torch.optim.SGD([w], lr=1.0), "saner"), iter((g, g / 2))
+
+    def closure():
+        w.grad = next(passes).clone()
+        return torch.zeros(())
+
+    optimizer.step(closure)
+    assert torch.equal(w.detach(), -(g / 2 * 0.5))

@@ -5,9 +5,10 @@ import torch
 from torch import nn
 
 import flatmin
-from flatmin.methods import METHODS, Need
+from flatmin.methods import Need
+from flatmin.methods import METHODS
 from tests.covering import pairs
-from tests.helpers import BASES, CHUNKS, batch, bits, noisy_net, recipe_of, takes_chunks
+from tests.helpers import BASES, CHUNKS, as_on_device, batch, bits, noisy_net, recipe_of, takes_chunks
 
 LOOPS = ["closure", "direct closure", "passes", "passes, unscaled", "perturbed", "two calls"]
 SCALE = 2.0**10
@@ -17,7 +18,7 @@ SERVED = [m for m in METHODS if Need.SECOND_ORDER not in recipe_of(m).needs]
 class Loop:
     """A training loop with a scaler (or, for "plain", without), of which one pass may be spoilt."""
 
-    def __init__(self, kind, method="sam", base="sgd", *, spoil=(), device_path=False, growth=1000, **options):
+    def __init__(self, kind, method="sam", base="sgd", *, spoil=(), device=False, growth=1000, **options):
         self.kind, self.spoil = kind, spoil
         self.model = noisy_net()
         self.criterion = flatmin.Criterion(nn.CrossEntropyLoss())
@@ -33,7 +34,7 @@ class Loop:
             scaler=self.scaler,
             **options,
         )
-        self.optimizer._tools.on_device = device_path
+        as_on_device(self.optimizer, device)
         self.scales, self.weights = [], []
 
     def backward(self, k, chunk=None):
@@ -96,13 +97,13 @@ def same(a, b):
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-@pytest.mark.parametrize("device_path", [False, True])
+@pytest.mark.parametrize("device", [False, True])
 @pytest.mark.parametrize("kind", LOOPS)
 @pytest.mark.parametrize("method", ["sam", "vasso", "gsam", "wsam", "bisam-log", "usam"])
-def test_the_trajectory_is_the_unscaled_one(method, kind, device_path):
+def test_the_trajectory_is_the_unscaled_one(method, kind, device):
     """A scale of a power of two changes no bit."""
-    plain = Loop("plain", method, device_path=device_path).run(6)
-    assert same(Loop(kind, method, device_path=device_path).run(6).weights[-1], plain.weights[-1])
+    plain = Loop("plain", method, device=device).run(6)
+    assert same(Loop(kind, method, device=device).run(6).weights[-1], plain.weights[-1])
 
 
 @pairs("method, kind, base", SERVED, ["closure", "passes"], list(BASES))
@@ -111,17 +112,17 @@ def test_every_method_is_served(method, kind, base):
 
 
 @pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("device_path", [False, True])
+@pytest.mark.parametrize("device", [False, True])
 @pytest.mark.parametrize("spoilt", [0, 1])
 @pytest.mark.parametrize("kind", LOOPS)
-def test_an_inf_in_any_pass_skips_the_step_and_lowers_the_scale(kind, spoilt, device_path, fused):
+def test_an_inf_in_any_pass_skips_the_step_and_lowers_the_scale(kind, spoilt, device, fused):
     """What remains is the trajectory of a loop that never had step 2, with the memory of the method as it was."""
-    loop = Loop(kind, "vasso", spoil={(2, spoilt)}, device_path=device_path, of_base={"fused": fused}).run(5)
+    loop = Loop(kind, "vasso", spoil={(2, spoilt)}, device=device, of_base={"fused": fused}).run(5)
     assert same(loop.weights[2], loop.weights[1]) and not same(loop.weights[3], loop.weights[2])
     assert loop.scales == [SCALE, SCALE, SCALE / 2, SCALE / 2, SCALE / 2]
     counts = loop.optimizer.counts()
     assert counts["skipped_steps"] == 1 and counts["nonfinite_ascents"] == 1 - spoilt
-    without = Loop("plain", "vasso", device_path=device_path, of_base={"fused": fused})
+    without = Loop("plain", "vasso", device=device, of_base={"fused": fused})
     for k in (0, 1, 3, 4):
         without.step(k)
     # BatchNorm's running statistics saw the spoilt batch, the weights did not.

@@ -12,7 +12,9 @@ import torch
 from torch import nn
 
 import flatmin
-from flatmin.methods import Combine, Need, NoAscent, OneStep, Recipe
+from flatmin.methods import Combine, Need
+from flatmin.methods import Recipe
+from flatmin.methods import NoAscent, OneStep
 from flatmin.optim.criterion import Seen
 from flatmin.optim.second_order import GraphProducts, PooledProducts
 from tests.helpers import batch
@@ -111,13 +113,13 @@ class Flat:
 
 def build(model, product="hessian", loss="entropy", rho=0.05, inner_loop=None, **probe):
     criterion = flatmin.Criterion(LOSSES[loss]() if isinstance(loss, str) else loss)
-    recipe = Recipe(inner_loop=inner_loop or NoAscent(), combine=Probe(product=product, **probe), name="probe")
+    recipe = Recipe(inner_loop=points or NoAscent(), combine=Probe(product=product, **probe), name="probe")
     base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     return flatmin.wrap(base, recipe, rho=rho, model=model, criterion=criterion), criterion, recipe.combine.log
 
 
-def update(optimizer, criterion, model, batches, door="closure"):
-    """One update; several batches are micro-batches."""
+def update(optimizer, criterion, model, batches, entry="closure"):
+    """OneStep update; several batches are micro-batches."""
 
     def backward(i):
         x, y = batches[i]
@@ -125,7 +127,7 @@ def update(optimizer, criterion, model, batches, door="closure"):
         optimizer.backward(loss)
         return loss
 
-    if door == "closure":
+    if entry == "closure":
 
         def closure(i):
             optimizer.zero_grad()
@@ -149,18 +151,18 @@ def close(got, want, tolerance=TOLERANCE):
     assert float((got - want).abs().max()) <= tolerance * max(1.0, float(want.abs().max()))
 
 
-@pytest.mark.parametrize("door", ["closure", "passes"])
+@pytest.mark.parametrize("entry", ["closure", "passes"])
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("inner", [nn.Tanh, nn.ReLU, nn.Identity])
 @pytest.mark.parametrize("product", ["hessian", "gauss_newton"])
-def test_products_are_those_of_the_dense_matrix(product, inner, loss, door):
+def test_products_are_those_of_the_dense_matrix(product, inner, loss, entry):
     """On two steps in a row, so that nothing of the first is left in the second."""
     model = net(inner=inner)
     optimizer, criterion, log = build(model, product, loss)
     for k in range(2):
         x, y = data(k, loss)
         dense = Flat(model, LOSSES[loss](), x, y)
-        update(optimizer, criterion, model, [(x, y)], door)
+        update(optimizer, criterion, model, [(x, y)], entry)
         matrix = dense.hessian() if product == "hessian" else dense.gauss_newton()
         assert float(matrix.abs().max()) > 1e-3
         close(joined(log[k]), matrix @ dense.z)
@@ -326,31 +328,31 @@ def recorded(model, criterion, x, y, call, kept, *, fails=False):
 
 
 @pytest.mark.parametrize("diagnostics", [False, True])
-@pytest.mark.parametrize("door", ["closure", "micro-batches", "passes", "no graph", "abort"])
+@pytest.mark.parametrize("entry", ["closure", "micro-batches", "passes", "no graph", "abort"])
 @pytest.mark.parametrize("product", ["hessian", "gauss_newton", "squared_gradients"])
-def test_no_graph_outlives_the_step(product, door, diagnostics):
+def test_no_graph_outlives_the_step(product, entry, diagnostics):
     model, kept = net(), []
-    every = 2 if door == "no graph" else 1
+    every = 2 if entry == "no graph" else 1
     recipe = Recipe(inner_loop=NoAscent(), combine=Probe(product=product, every=every), name="probe")
     criterion = flatmin.Criterion(nn.CrossEntropyLoss())
     base = torch.optim.SGD(model.parameters(), lr=0.1)
     optimizer = flatmin.wrap(base, recipe, model=model, criterion=criterion, diagnostics=diagnostics)
     x, y = data()
-    one = partial(recorded, model, criterion, x, y, optimizer.backward, kept, fails=door == "abort")
+    one = partial(recorded, model, criterion, x, y, optimizer.backward, kept, fails=entry == "abort")
     gc.disable()
     try:
         for _ in range(2):
             optimizer.zero_grad()
-            if door == "passes":
+            if entry == "passes":
                 for evaluation in optimizer.passes():
                     with evaluation:
                         one()
                 optimizer.step()
-            elif door == "abort":
+            elif entry == "abort":
                 with pytest.raises(KeyError):
                     optimizer.step(one)
             else:
-                returned = optimizer.step([one, one] if door == "micro-batches" else one)
+                returned = optimizer.step([one, one] if entry == "micro-batches" else one)
                 assert returned.grad_fn is None
         # Not even until the next collection of cycles.
         assert kept and all(ref() is None for ref in kept)

@@ -10,65 +10,19 @@ from torch import nn
 
 import flatmin
 from flatmin.methods import Need
-from tests.covering import pairs
-from tests.helpers import BASES, DOORS, NAMES, batch, bits, drive, noisy_net, recipe_of, same_bits, train
-
-# Their limit is the base on micro-batches, in test_every_method.
-ON_CHUNKS = {n for n in NAMES if Need.MICRO_BATCHES in flatmin.compose(n).needs}
-# Those that a closure on a bare tensor can run.
-BARE = [n for n in NAMES if flatmin.compose(n).needs <= {Need.RANDOM, Need.DECIDES_BY_VALUE} and n != "late"]
-NAMES_DESCENDING_WITH_GS = [n for n in NAMES if n not in ON_CHUNKS]
-
-
-# -- rho = 0 is the base ------------------------------------------------------------------------------------------
-
-
-@pairs("name, door, base", NAMES_DESCENDING_WITH_GS, DOORS, list(BASES))
-def test_rho_zero_is_the_base_bit_for_bit(name, door, base):
-    """Weights, BatchNorm statistics, base state, losses and the random stream, with a net that has all of these."""
-    recipe = recipe_of(name)
-    if door in ("perturbed", "two calls") and not recipe.two_pass:
-        pytest.skip(f"{name} is not a method of one pass at w and one at w + eps")
-    plain_model, model = noisy_net(), noisy_net()
-    plain = BASES[base](plain_model.parameters())
-    loss_fn = nn.CrossEntropyLoss()
-    torch.manual_seed(1)
-    plain_losses = []
-    for k in range(6):
-        x, y = batch(k)
-        plain.zero_grad()
-        loss = loss_fn(plain_model(x), y)
-        loss.backward()
-        plain.step()
-        plain_losses.append(loss.detach())
-    plain_rng = torch.get_rng_state()
-
-    criterion = flatmin.Criterion(loss_fn)
-    optimizer = flatmin.wrap(BASES[base](model.parameters()), recipe, rho=0.0, model=model, criterion=criterion)
-    torch.manual_seed(1)
-    losses = train(model, optimizer, criterion, range(6), door=door)
-
-    assert same_bits(losses, plain_losses)
-    assert same_bits(model.state_dict(), plain_model.state_dict())
-    assert same_bits(flatmin.base_state_dict(optimizer.state_dict()), plain.state_dict())
-    assert torch.equal(torch.get_rng_state(), plain_rng)
-
-
-def test_rho_zero_in_every_group_costs_one_pass():
-    model = noisy_net()
-    optimizer = flatmin.SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.0, model=model)
-    calls = []
-
-    def closure():
-        calls.append(1)
-        optimizer.zero_grad()
-        loss = model(batch(0)[0]).square().mean()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    assert len(calls) == 1
-
+from tests.helpers import (
+    BASES,
+    ENTRY_POINTS,
+    NAMES,
+    as_on_device,
+    batch,
+    bits,
+    drive,
+    noisy_net,
+    recipe_of,
+    same_bits,
+    train,
+)
 
 # -- special cases of one method in another ----------------------------------------------------------------------
 
@@ -84,14 +38,6 @@ def weights_after(steps, name, signs=False, base="sgd", **params):
     optimizer = flatmin.wrap(BASES[base](model.parameters()), name, rho=0.1, model=model, criterion=criterion, **params)
     train(model, optimizer, criterion, range(steps))
     return [p.detach() for p in model.parameters()]
-
-
-@pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize(("name", "params"), [("vasso", {"theta": 1.0}), ("fsam", {"sigma": 0.0})])
-def test_methods_with_memory_contain_sam_bit_for_bit(name, params, base):
-    sam = weights_after(10, "sam", base=base)
-    assert same_bits(weights_after(10, name, base=base, **params), sam)
-    assert not same_bits(weights_after(10, name, base=base), sam)
 
 
 def test_asam_is_sam_where_every_weight_is_one_in_size():
@@ -126,15 +72,37 @@ def test_asam_does_not_notice_a_rescaling_that_keeps_the_function():
     assert abs(perturbed_loss("sam", 0.5) - perturbed_loss("sam", 1.0)) > 1e-3
 
 
+COMBINING = ("gsam", "wsam", "gnp", "looksam", "saner", "sam-direction", "sam-magnitude", "sgdhess", "n-step")
+
+
+@pytest.mark.parametrize("name", COMBINING)
+def test_a_loss_without_curvature_is_the_base(name):
+    """Where the loss is linear g_s is g: nothing is orthogonal, nothing shrinks, and H is 0."""
+    ends = []
+    for method in (name, "sgd"):
+        model = noisy_net()
+        optimizer = flatmin.wrap(BASES["sgd"](model.parameters()), method, rho=0.3, model=model)
+
+        def backward(model=model, optimizer=optimizer):
+            loss = sum((p * torch.linspace(-1, 1, p.numel()).view_as(p)).sum() for p in model.parameters())
+            optimizer.backward(loss)
+            return loss
+
+        for _ in range(8):
+            drive(optimizer, backward)
+        ends.append([p.detach() for p in model.parameters()])
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(*ends, strict=True))
+
+
 # -- limits with constant step size and radius --------------------------------------------------------------------
 
 
-def minimise(curvature, name, t, rho, steps, start, device_path=False, **params):
+def minimise(curvature, name, t, rho, steps, start, device=False, **params):
     """Full-gradient steps on f(x) = 1/2 sum_i a_i x_i^2; the last two iterates."""
     x = torch.tensor(start, dtype=torch.float64, requires_grad=True)
     a = torch.tensor(curvature, dtype=torch.float64)
     optimizer = flatmin.wrap(torch.optim.SGD([x], lr=t), name, rho=rho, **params)
-    optimizer._tools.on_device = device_path
+    as_on_device(optimizer, device)
 
     def closure():
         x.grad = a * x.detach()
@@ -147,12 +115,12 @@ def minimise(curvature, name, t, rho, steps, start, device_path=False, **params)
     return last_but_one, x.detach().clone()
 
 
-@pytest.mark.parametrize("device_path", [False, True])
+@pytest.mark.parametrize("device", [False, True])
 @pytest.mark.parametrize(("t", "rho", "orbit"), [(0.1, 0.1, 1 / 90), (0.01, 0.1, 1e-3 / 0.99), (0.3, 0.5, 0.15 / 0.7)])
-def test_sam_on_a_parabola_ends_on_an_orbit_of_two_points(t, rho, orbit, device_path):
+def test_sam_on_a_parabola_ends_on_an_orbit_of_two_points(t, rho, orbit, device):
     """f(x) = x^2: |x| = t rho / (1 - t), with alternating sign; never 0."""
     assert orbit == pytest.approx(t * rho / (1 - t), rel=1e-15)
-    before, after = minimise([2.0], "sam", t, rho, round(15 / t), [1.0], device_path)
+    before, after = minimise([2.0], "sam", t, rho, round(15 / t), [1.0], device)
     assert abs(abs(float(after)) - orbit) <= 1e-10
     assert abs(float(before) + float(after)) <= 1e-10
 
@@ -172,13 +140,6 @@ def test_normalised_methods_stop_at_a_distance_from_the_minimum(name, params):
 def test_the_base_and_the_unnormalised_method_reach_the_minimum(name):
     _, x = minimise([1.0, 4.0], name, 0.1, 0.1, 600, [1.0, 1.0])
     assert float(x.norm()) <= 1e-14
-
-
-@pytest.mark.parametrize("device_path", [False, True])
-@pytest.mark.parametrize("name", BARE)
-def test_a_zero_gradient_moves_nothing(name, device_path):
-    before, after = minimise([1.0, 4.0], name, 0.1, 0.1, 3, [0.0, 0.0], device_path)
-    assert same_bits(before, after) and not before.any()
 
 
 # -- lr = 0 is the identity, whatever happens ---------------------------------------------------------------------
@@ -217,14 +178,14 @@ FAILURES = (
 def plans(draw):
     count = draw(st.integers(1, 3))
     on = st.lists(st.booleans(), min_size=count, max_size=count).filter(any)
-    step = st.tuples(st.sampled_from(DOORS), on, on, st.sampled_from(FAILURES))
+    step = st.tuples(st.sampled_from(ENTRY_POINTS), on, on, st.sampled_from(FAILURES))
     return {
         "count": count,
         "name": draw(st.sampled_from(NAMES)),
         "base": draw(st.sampled_from(sorted(BASES))),
         "rhos": draw(st.lists(st.sampled_from([0.0, 0.05, 3.0]), min_size=count, max_size=count)),
         "dtype": draw(st.sampled_from([torch.float32, torch.float64])),
-        "device_path": draw(st.booleans()),
+        "device": draw(st.booleans()),
         "fused": draw(st.booleans()),
         "steps": draw(st.lists(step, min_size=1, max_size=4)),
     }
@@ -233,7 +194,7 @@ def plans(draw):
 @settings(max_examples=120, deadline=None, derandomize=True)
 @given(plans())
 def test_lr_zero_is_the_identity_bit_for_bit(plan):
-    """Over missing gradients, exceptions in either pass or in the base, bad gradients, every door and method.
+    """Over missing gradients, exceptions in either pass or in the base, bad gradients, every entry point and method.
 
     BatchNorm counts show that statistics were touched by each step's first forward only.
     """
@@ -244,16 +205,16 @@ def test_lr_zero_is_the_identity_bit_for_bit(plan):
     base = BASES[plan["base"]](groups, lr=0.0, fused=plan["fused"])
     optimizer = flatmin.wrap(base, recipe_of(plan["name"], names="branches.0.*"), model=model, criterion=criterion)
     chunked = Need.MICRO_BATCHES in optimizer.recipe.needs
-    optimizer._tools.on_device = plan["device_path"]
+    as_on_device(optimizer, plan["device"])
     start = bits(model.parameters())
     seen = [0] * plan["count"]
 
-    for k, (door, first, second, failure) in enumerate(plan["steps"]):
+    for k, (entry, first, second, failure) in enumerate(plan["steps"]):
         x, y = batch(k, dtype=plan["dtype"])
         calls = []
 
-        if door in ("perturbed", "two calls") and not optimizer.recipe.two_pass:
-            door = "passes"
+        if entry in ("perturbed", "two calls") and not optimizer.recipe.two_pass:
+            entry = "passes"
 
         def backward(chunk=None, first=first, second=second, failure=failure, x=x, y=y, calls=calls):
             calls.append(1)
@@ -274,7 +235,7 @@ def test_lr_zero_is_the_identity_bit_for_bit(plan):
 
         handle = base.register_step_pre_hook(fail) if failure == "raise in base" else None
         try:
-            drive(optimizer, backward, door)
+            drive(optimizer, backward, entry)
         except Planned:
             assert failure.startswith("raise")
         except RuntimeError as error:
@@ -297,22 +258,20 @@ def everything(model, optimizer):
     return {"weights": [p.detach().clone() for p in model.parameters()], "optimizer": optimizer.state_dict()}
 
 
-@pairs(
-    "name, door, where, error, device_path",
-    ["sam", "vasso", "fsam+usam"],
-    DOORS,
-    ["pass 1", "pass 2", "base"],
-    [Planned, KeyboardInterrupt],
-    [False, True],
-)
-def test_an_exception_leaves_no_trace_and_the_next_step_is_as_if_it_had_not_been(name, door, where, error, device_path):
-    """Weights, base state and recipe state stay bit for bit; the following step equals that of an untroubled twin."""
+@pytest.mark.parametrize("where", ["pass 1", "pass 2", "base"])
+@pytest.mark.parametrize("entry", ENTRY_POINTS)
+def test_an_exception_leaves_no_trace_and_the_next_step_is_as_if_it_had_not_been(entry, where):
+    """Weights, base state and recipe state stay bit for bit; the following step equals that of an untroubled twin.
+
+    In every entry point; in closures every method does so in `test_every_method.py`.
+    """
+    error = KeyboardInterrupt if where == "pass 2" else Planned
     model, twin = noisy_net(), noisy_net()
     loss_fn = nn.CrossEntropyLoss()
     optimizers = []
     for m in (model, twin):
-        optimizers.append(flatmin.wrap(BASES["sgd"](m.parameters()), name, rho=0.2, model=m))
-        optimizers[-1]._tools.on_device = device_path
+        optimizers.append(flatmin.wrap(BASES["sgd"](m.parameters()), "vasso", rho=0.2, model=m))
+        as_on_device(optimizers[-1], entry in ("passes", "two calls"))
         torch.manual_seed(1)
         train(m, optimizers[-1], loss_fn, range(2))
     optimizer, other = optimizers
@@ -332,7 +291,7 @@ def test_an_exception_leaves_no_trace_and_the_next_step_is_as_if_it_had_not_been
 
     handle = optimizer.register_step_pre_hook(fail) if where == "base" else None
     with pytest.raises(error):
-        drive(optimizer, backward, door)
+        drive(optimizer, backward, entry)
     if handle is not None:
         handle.remove()
     assert same_bits(everything(model, optimizer), before)
@@ -342,14 +301,14 @@ def test_an_exception_leaves_no_trace_and_the_next_step_is_as_if_it_had_not_been
     optimizer.zero_grad()
     for m, o in ((model, optimizer), (twin, other)):
         torch.manual_seed(2)
-        train(m, o, loss_fn, range(2, 4), door=door)
+        train(m, o, loss_fn, range(2, 4), entry=entry)
     assert same_bits(everything(model, optimizer), everything(twin, other))
     assert same_bits(model.state_dict(), twin.state_dict())
     assert optimizer.counts()["updates"] == 4
 
 
-@pytest.mark.parametrize("door", ["closure", "passes"])
-def test_the_random_stream_goes_on_after_a_step_as_after_one_forward(door):
+@pytest.mark.parametrize("entry", ["closure", "passes"])
+def test_the_random_stream_goes_on_after_a_step_as_after_one_forward(entry):
     """Both passes draw the same numbers, so a step consumes what one forward does."""
     model = noisy_net()
     optimizer = flatmin.SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.1, model=model)
@@ -357,17 +316,17 @@ def test_the_random_stream_goes_on_after_a_step_as_after_one_forward(door):
     model(batch(0)[0])
     expected = torch.get_rng_state()
     torch.manual_seed(3)
-    train(model, optimizer, nn.CrossEntropyLoss(), range(1), door=door)
+    train(model, optimizer, nn.CrossEntropyLoss(), range(1), entry=entry)
     assert torch.equal(torch.get_rng_state(), expected)
 
 
-@pytest.mark.parametrize("device_path", [False, True])
+@pytest.mark.parametrize("device", [False, True])
 @pytest.mark.parametrize("name", ["sam", "vasso", "asam"])
-def test_a_gradient_that_is_not_finite_in_pass_1_gives_no_ascent_and_no_memory(name, device_path):
+def test_a_gradient_that_is_not_finite_in_pass_1_gives_no_ascent_and_no_memory(name, device):
     """The step is then the base's own; the direction's memory does not learn from it."""
     model, plain_model = noisy_net(), noisy_net()
     optimizer = flatmin.wrap(BASES["sgd"](model.parameters()), name, rho=0.2, model=model)
-    optimizer._tools.on_device = device_path
+    as_on_device(optimizer, device)
     plain = BASES["sgd"](plain_model.parameters())
     loss_fn, (x, y) = nn.CrossEntropyLoss(), batch(0)
     calls = []
@@ -390,12 +349,12 @@ def test_a_gradient_that_is_not_finite_in_pass_1_gives_no_ascent_and_no_memory(n
 
 
 @pytest.mark.parametrize("options", [{}, {"fused": True}], ids=["plain", "fused"])
-@pytest.mark.parametrize("device_path", [False, True])
+@pytest.mark.parametrize("device", [False, True])
 @pytest.mark.parametrize("name", ["sam", "vasso"])
-def test_a_gradient_that_is_not_finite_in_pass_2_skips_the_step(name, device_path, options):
+def test_a_gradient_that_is_not_finite_in_pass_2_skips_the_step(name, device, options):
     model = noisy_net()
     optimizer = flatmin.wrap(BASES["sgd"](model.parameters(), **options), name, rho=0.2, model=model)
-    optimizer._tools.on_device = device_path
+    as_on_device(optimizer, device)
     loss_fn = nn.CrossEntropyLoss()
     train(model, optimizer, loss_fn, range(2))
     before = everything(model, optimizer)

@@ -1,0 +1,270 @@
+"""What is refused: each with a sentence that says what to do, before anything is changed."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+import flatmin
+from flatmin.methods import LambdaRadius
+from tests.helpers import batch, bits, drive
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+
+
+def sgd(model, **options):
+    return torch.optim.SGD(model.parameters(), **{"lr": 0.1, "momentum": 0.9, **options})
+
+
+# -- construction --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rho", [-0.1, math.nan, math.inf, "0.1", True])
+def test_a_bad_radius(rho):
+    with pytest.raises(ValueError, match="rho must be a finite number >= 0, got"):
+        flatmin.SAM(sgd(net()), rho=rho)
+    with pytest.raises(ValueError, match="rho must be a finite number"):
+        flatmin.SAM(torch.optim.SGD([{"params": net().parameters(), "rho": rho}], lr=0.1))
+    optimizer = flatmin.SAM(sgd(net()))
+    optimizer.param_groups[0]["rho"] = rho
+    with pytest.raises(ValueError, match="rho must be"):
+        optimizer.step(lambda: pytest.fail("ran"))
+
+
+def entropy(**options):
+    return flatmin.Criterion(nn.CrossEntropyLoss(**options))
+
+
+@pytest.mark.parametrize(
+    ("build", "error", "text"),
+    [
+        (lambda m: flatmin.SAM(m.parameters()), TypeError, "expected a constructed base optimizer"),
+        (lambda m: flatmin.SAM([], torch.optim.SGD, lr=0.1), ValueError, "empty parameter list"),
+        (lambda m: flatmin.SAM(sgd(m), lr=0.1), TypeError, "'lr' as well"),
+        (lambda m: flatmin.SAM(flatmin.SAM(sgd(m))), TypeError, "a flatmin optimizer already"),
+        (lambda m: flatmin.SAM(torch.optim.LBFGS(m.parameters())), TypeError, "LBFGS"),
+        (lambda m: flatmin.SAM(sgd(m), model=net()), ValueError, "holds none of the optimizer's parameters"),
+        (lambda m: flatmin.SAM(sgd(m), model="net"), TypeError, "must be a torch.nn.Module"),
+        (lambda m: flatmin.SAM(sgd(m), criterion=nn.CrossEntropyLoss()), TypeError, "must be a flatmin.Criterion"),
+        (lambda m: flatmin.SAM(sgd(m), nonfinite="ignore"), ValueError, "nonfinite must be"),
+        (lambda m: flatmin.SAM(sgd(m), eps=0), ValueError, "eps must be"),
+        (lambda m: flatmin.SAM(sgd(m), adaptive=True, recipe="vasso"), ValueError, "adaptive=True means"),
+        (lambda m: flatmin.SAM(sgd(m), recipe=3), TypeError, "recipe must be"),
+        (lambda m: flatmin.wrap(sgd(m), flatmin.Recipe(), theta=1.0), ValueError, "carries its own parameters"),
+        (lambda m: flatmin.wrap(sgd(m), "assam"), ValueError, "unknown method 'assam'; did you mean 'asam'"),
+    ],
+)
+def test_a_bad_construction(build, error, text):
+    with pytest.raises(error, match=text):
+        build(net())
+
+
+@pytest.mark.parametrize(
+    ("match", "name", "options"),
+    [
+        (r"no parameter matches '1\.\*' \(there are 0\.weight, ", "only", {"only": "0.*, 1.*"}),
+        (r"matches '0.wieght'; did you mean 0\.weight, 2\.weight\?", "only", {"only": "0.wieght"}),
+        (r"matches 'head\.bias'; did you mean 0\.bias, 2\.bias\?", "only", {"only": "head.bias"}),
+        (r"no parameter matches 'x'", "only", {"but": "x"}),
+        (r"leaves no parameter to move", "only", {"but": "*"}),
+        (r"needs parameter names \(pass model=", "only", {"model": None}),
+        (r"needs parameter names", "asam", {"model": None, "weights_only": True}),
+        (r"no layer matches .*the trained ones are Linear", "sam-on", {}),
+        (r"needs the kinds of layers \(pass model=", "sam-on", {"model": None}),
+        (r"late needs .*whole training: total=.*for_length\(", "late", {}),
+        (r"momentum.*SGD is set up without", "momentum-sam", {"momentum": 0.0}),
+        (r"'msam' is the name of two methods: .*'micro-sam'.*'momentum-sam'", "msam", {}),
+        (r"'ssam' is the name of two methods: .*'ssam-f'.*'bernoulli'", "ssam", {}),
+        (r"esam needs per-sample losses \(pass criterion=", "esam", {"criterion": None}),
+        (r"pass criterion=flatmin.Criterion\(loss\)", "bisam-log", {"criterion": None}),
+        (r"needs the loss object \(pass criterion=", "sgdhess", {"curvature": "ggn", "criterion": None}),
+        (r"gives no per-sample losses.*per_sample=", "ssam-f", {"criterion": flatmin.Criterion(lambda z, y: z.sum())}),
+        (r"CTCLoss takes log_probs, targets, .*per_sample=", "esam", {"criterion": flatmin.Criterion(nn.CTCLoss())}),
+        (r"climbs .*BCEWithLogits", "bisam-log", {"criterion": flatmin.Criterion(nn.BCEWithLogitsLoss())}),
+        (r"EveryK: k must be a whole number >= 1, got 0", "every-k", {"k": 0}),
+        (r"Bernoulli: p must be in \[0, 1\], got 2", "bernoulli", {"p": 2}),
+        (r"Fisher: sparsity must be below 1", "ssam-f", {"sparsity": 1}),
+        (r"Dynamic: sparsity must be below 1", "ssam-d", {"sparsity": 1.0}),
+        (r"Sharpest: gamma must be in \(0, 1\], got 0", "esam", {"gamma": 0}),
+        (r"RandomTensors: beta must be in \(0, 1\], got 0", "esam", {"beta": 0.0}),
+        (r"NStep: n must be a whole number >= 1, got 0", "n-step", {"n": 0}),
+        (r"Momentum: sign must be -1 .* or 1", "momentum-sam", {"sign": 0}),
+        ("gamma must be below 1", "wsam", {"gamma": 1.0}),
+        ("gamma must be in", "wsam", {"gamma": -0.1}),
+        ("alpha must be in", "gsam", {"alpha": -1.0}),
+        ("alpha must be in", "gnp", {"alpha": math.nan}),
+        ("alpha must be in", "saner", {"alpha": 1.5}),
+        ("warm_up must be a whole number", "saner", {"warm_up": -1}),
+        ("k must be a whole number", "looksam", {"k": 0}),
+        ("granularity must be 'element', 'tensor' or 'global'", "sam-direction", {"granularity": "layer"}),
+        ("keep must be 'direction' or 'magnitude'", "sam-magnitude", {"keep": "both"}),
+        ("curvature must be 'hutchinson_abs'", "sgdhess", {"curvature": "fisher"}),
+        ("draws must be a whole number", "sgdhess", {"draws": 0}),
+        (r"theta must be in \(0, 1\]", "vasso", {"theta": 0.0}),
+        ("'gsam' and 'wsam' both set the combine", "gsam+wsam", {}),
+        ("'looksam' and 'every-k' both set the when", "looksam+every-k", {}),
+        ("do not go together.*own gradient at w", "gsam+bisam-log", {}),
+        ("do not go together.*takes no pass 1", "gsam+momentum-sam", {}),
+        ("do not go together.*gradient of its own", "micro-sam+gsam", {}),
+        ("do not go together.*gradient of its own", "micro-sam+vasso", {}),
+        ("do not go together.*never leaves w", "sgdhess+asam", {}),
+        ("do not go together.*takes no pass 1", "esam+momentum-sam", {}),
+        ("do not go together.*own gradient at w", "ae-sam+bisam-log", {}),
+    ],
+)
+def test_a_bad_method(match, name, options):
+    model = net()
+    base = sgd(model, momentum=options.pop("momentum", 0.9))
+    with pytest.raises((ValueError, TypeError), match=match):
+        flatmin.wrap(base, name, **{"model": model, "criterion": entropy(), **options})
+
+
+# -- steps ---------------------------------------------------------------------------------------------------------
+
+
+class Loop:
+    def __init__(self, name="sam", **options):
+        self.model, self.criterion = net(), entropy()
+        self.optimizer = flatmin.wrap(sgd(self.model), name, model=self.model, criterion=self.criterion, **options)
+
+    def backward(self, k=0, chunk=None, call=None):
+        x, y = batch(k, dtype=torch.float64)
+        loss = self.criterion(self.model(x), y)
+        (call or self.optimizer.backward)(loss)
+        return loss
+
+    def update(self, entry="closure", chunks=None):
+        return drive(self.optimizer, partial(self.backward, 0), entry, chunks)
+
+    def state(self):
+        return bits(self.model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("match", "name", "options", "entry", "chunks"),
+    [
+        (r"micro-sam needs micro-batches .*got one closure", "micro-sam", {}, "closure", 0),
+        (r"micro-sam needs passes\(\) or step\(closure\)", "micro-sam", {}, "perturbed", 2),
+        (r"rsam needs passes\(\) or step\(closure\)", "rsam", {}, "two calls", None),
+        (r"sam-db needs micro-batches .*got one closure", "sam-db", {}, "closure", 0),
+        (r"wants two closures.*got 3", "sam-db", {}, "closure", 3),
+        (r"wants two closures.*got 1", "sam-db", {}, "passes", 1),
+        (r"finite factor >= 0, got -1.0", "sam", {"radius": LambdaRadius(rule=lambda k: -1)}, "closure", None),
+        (r"step\(\) needs a closure", "sam", {}, "train and eval", None),
+    ],
+)
+def test_a_step_that_the_method_cannot_take_changes_nothing(match, name, options, entry, chunks):
+    loop = Loop(name, **options)
+    before = loop.state()
+    with pytest.raises((RuntimeError, ValueError), match=match):
+        loop.update(entry, chunks)
+    assert all(map(torch.equal, loop.state(), before))
+    loop.optimizer.state_dict()  # so no update is under way
+    assert loop.optimizer.counts()["updates"] == 0
+
+
+@pytest.mark.parametrize(
+    ("act", "text"),
+    [
+        (lambda o: o.second_step(), "second_step\\(\\) needs first_step\\(\\)"),
+        (lambda o: o.step(lambda: torch.ones(())), "no weight received a gradient in pass 1"),
+        (lambda o: o.first_step(), "no gradients: call loss.backward\\(\\)"),
+        (lambda o: list(o.passes()), "must be run inside `with evaluation:`"),
+        (lambda o: list(o.passes(chunks=0)), "chunks must be at least 1"),
+        (lambda o: o.step(3), "closure must be callable"),
+        (lambda o: o.step([]), "empty list of closures"),
+    ],
+)
+def test_a_loop_that_misses_a_part(act, text):
+    loop = Loop()
+    with pytest.raises((RuntimeError, TypeError, ValueError), match=text):
+        act(loop.optimizer)
+    loop.update()
+
+
+def test_a_step_after_a_single_backward():
+    loop = Loop()
+    before = loop.state()
+    loop.backward()
+    with pytest.raises(RuntimeError, match="step\\(\\) needs a closure, or both passes before it"):
+        loop.optimizer.step()
+    assert all(map(torch.equal, loop.state(), before))
+
+
+@pytest.mark.parametrize("act", ["first_step", "state_dict", "add_param_group", "step", "closure"])
+def test_nothing_else_happens_during_an_update(act):
+    loop = Loop()
+    optimizer, before = loop.optimizer, loop.state()
+    loop.backward()
+    optimizer.first_step()
+    assert not all(map(torch.equal, loop.state(), before))
+    with pytest.raises(RuntimeError, match="update"):
+        match act:
+            case "add_param_group":
+                optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
+            case "closure":
+                optimizer.step(lambda: None)
+            case _:
+                getattr(optimizer, act)()
+    optimizer.abort()
+    assert all(map(torch.equal, loop.state(), before))
+    loop.update()
+
+
+@pytest.mark.parametrize(("name", "options"), [("sgdhess", {}), ("ssam-f", {})])
+@pytest.mark.parametrize("entry", ["closure", "passes"])
+def test_a_pass_that_must_keep_its_graph(entry, name, options):
+    loop = Loop(name, **options)
+    before = loop.state()
+    with pytest.raises(RuntimeError, match=r"call optimizer\.backward\(loss\) instead of loss\.backward\(\)"):
+        drive(loop.optimizer, partial(loop.backward, call=torch.Tensor.backward), entry)
+    assert all(map(torch.equal, loop.state(), before)) and loop.optimizer.counts()["updates"] == 0
+    loop.update(entry)
+    assert not all(map(torch.equal, loop.state(), before)) and loop.optimizer.counts()["updates"] == 1
+
+
+@pytest.mark.parametrize(("name", "options"), [("bisam-log", {}), ("esam", {}), ("sgdhess", {"curvature": "ggn"})])
+@pytest.mark.parametrize("entry", ["closure", "perturbed", "passes"])
+def test_a_loop_that_forgets_the_loss_object(entry, name, options):
+    loop = Loop(name, **options)
+    if entry not in ("closure", "passes") and not loop.optimizer.recipe.two_pass:
+        entry = "closure"
+    before, x_y = loop.state(), batch(0, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="never called the criterion"):
+        drive(
+            loop.optimizer,
+            lambda: (loss := nn.functional.cross_entropy(loop.model(x_y[0]), x_y[1]), loop.optimizer.backward(loss))[0],
+            entry,
+        )
+    assert all(map(torch.equal, loop.state(), before))
+
+
+def test_nothing_is_saved_or_begun_while_the_weights_are_away():
+    loop = Loop("momentum-sam")
+    optimizer = loop.optimizer
+    optimizer.train()
+    for refused in (optimizer.state_dict, partial(optimizer.load_state_dict, {}), partial(loop.update, "passes")):
+        with pytest.raises(RuntimeError, match=r"under way.*call eval\(\)"):
+            refused()
+    optimizer.eval()
+    optimizer.state_dict()
+    loop.update()
+
+
+def test_the_pure_function_names_vmap_where_it_cannot_run():
+    """And runs where the loss itself is mapped."""
+    w, x = torch.randn(4, 3), torch.randn(4, 3)
+
+    def one(w, x):
+        return flatmin.value_and_grad(lambda p: (p["w"] @ x).square(), {"w": w})[1]["w"]
+
+    with pytest.raises(RuntimeError, match=r"inside torch.vmap.*Python loop over the members"):
+        torch.vmap(one)(w, x)
+    inner = lambda p: torch.vmap(lambda w, x: (w @ x).square())(p["w"], x).sum()  # noqa: E731
+    _, grads, _ = flatmin.value_and_grad(inner, {"w": w}, rho=0.0)
+    torch.testing.assert_close(grads["w"], 2 * (w * x).sum(1, keepdim=True) * x)
