@@ -91,7 +91,7 @@ class Setting:
             self.momentum = 0.9
         self.chunked = Need.MICRO_BATCHES in self.recipe.needs
         # Where a step may take one pass in one loop and two in another, both are given the same.
-        self.alike = self.recipe.when != Always() or bool(self.recipe.needs & {Need.NAMES, Need.LAYERS})
+        self.alike = self.recipe.schedule != Always() or bool(self.recipe.needs & {Need.NAMES, Need.LAYERS})
 
     def base(self):
         return {

@@ -144,7 +144,7 @@ def test_other_parameters_of_the_same_method():
     checkpoint = small("vasso", theta=0.5)[1].state_dict()
     with pytest.raises(ValueError, match=r"theta=0\.5.*theta=0\.9"):
         small("vasso")[1].load_state_dict(checkpoint)
-    with pytest.warns(UserWarning, match=r"made with when\.k=3; this optimizer goes on with when\.k=4\."):
+    with pytest.warns(UserWarning, match=r"made with schedule\.k=3; this optimizer goes on with schedule\.k=4\."):
         small("every-k", k=4)[1].load_state_dict(small("every-k", k=3)[1].state_dict())
     rule = dataclasses.replace(flatmin.compose("vasso"), radius=parts.Schedule(rule=lambda k: 1.0))
     again = dataclasses.replace(rule, radius=parts.Schedule(rule=lambda k: 1.0))

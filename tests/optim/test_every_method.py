@@ -14,8 +14,7 @@ import torch
 from torch import nn
 
 import flatmin
-from flatmin.methods import Need
-from flatmin.methods import METHODS
+from flatmin.methods import METHODS, Need
 from tests.helpers import REPRESENTATIVES, as_on_device, drive, entry_points, recipe_of, same_bits
 
 PLUGINS = [p for p in os.environ.get("FLATMIN_TEST_PLUGINS", "").split(",") if p]
@@ -230,7 +229,7 @@ def test_a_deepcopy_of_model_and_optimizer_trains_the_same(name):
 def test_the_stated_cost_is_the_measured_one(name):
     """Calls of the closure; second-order work is stated apart, micro-batches count by their size."""
     recipe = recipe_of(name, 10, TABLE)
-    by_chance = Need.RANDOM in recipe.when.demands() or Need.DECIDES_BY_VALUE in recipe.needs
+    by_chance = Need.RANDOM in recipe.schedule.demands() or Need.DECIDES_BY_VALUE in recipe.needs
     steps = 40 if by_chance or name == "warm-up" else 10
     loop = Loop(name, total=steps).steps(0, steps)
     calls = loop.calls / steps * (0.5 if name == "micro-sam" else 1.0)

@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 import flatmin
-from flatmin.methods import Need
-from flatmin.methods import METHODS
+from flatmin.methods import METHODS, Need
 from flatmin.optim.support import Loop as Support
 from flatmin.optim.support import refusal
 from tests.helpers import as_on_device, drive, entry_points, same_bits, takes_chunks

@@ -5,8 +5,7 @@ import torch
 from torch import nn
 
 import flatmin
-from flatmin.methods import Need
-from flatmin.methods import METHODS
+from flatmin.methods import METHODS, Need
 from tests.covering import pairs
 from tests.helpers import BASES, CHUNKS, as_on_device, batch, bits, noisy_net, recipe_of, takes_chunks
 

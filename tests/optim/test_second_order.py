@@ -12,9 +12,7 @@ import torch
 from torch import nn
 
 import flatmin
-from flatmin.methods import Combine, Need
-from flatmin.methods import Recipe
-from flatmin.methods import NoAscent, OneStep
+from flatmin.methods import Combine, Need, NoAscent, OneStep, Recipe
 from flatmin.optim.criterion import Seen
 from flatmin.optim.second_order import GraphProducts, PooledProducts
 from tests.helpers import batch
@@ -113,7 +111,7 @@ class Flat:
 
 def build(model, product="hessian", loss="entropy", rho=0.05, inner_loop=None, **probe):
     criterion = flatmin.Criterion(LOSSES[loss]() if isinstance(loss, str) else loss)
-    recipe = Recipe(inner_loop=points or NoAscent(), combine=Probe(product=product, **probe), name="probe")
+    recipe = Recipe(inner_loop=inner_loop or NoAscent(), combine=Probe(product=product, **probe), name="probe")
     base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     return flatmin.wrap(base, recipe, rho=rho, model=model, criterion=criterion), criterion, recipe.combine.log
 

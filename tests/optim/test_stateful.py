@@ -22,8 +22,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from flatmin.methods import Need
-from flatmin.methods import METHODS
+from flatmin.methods import METHODS, Need
 from tests.helpers import as_on_device, same_bits
 from tests.optim.lives import BRANCHES, FREEZABLE, GROUPS, LATE, RHO, TOLERANCE, WRITTEN, Formula, Net, Setting, Twin
 
