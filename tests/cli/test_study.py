@@ -133,34 +133,34 @@ def test_an_arm_that_fails_is_listed_and_the_others_stand(study, file, tmp_path)
 
 
 def test_a_run_that_broke_is_done_again_alone(study, monkeypatch, tmp_path):
-    perform = executor.perform
+    run_task = executor.run_task
 
-    def broken(order, store, on_line):
-        return RunOutcome(error="a bad day") if order.run.config.rho == 0.2 else perform(order, store, on_line)
+    def broken(task, store, on_line):
+        return RunOutcome(error="a bad day") if task.run.config.rho == 0.2 else run_task(task, store, on_line)
 
-    monkeypatch.setattr(executor, "perform", broken)
+    monkeypatch.setattr(executor, "run_task", broken)
     result = study("seed=0")
     assert "SAM rho=0.2, seed 0: a bad day" in result.output and "SAM rho=0.2: no result: 1 of 1." in result.output
-    monkeypatch.setattr(executor, "perform", perform)
+    monkeypatch.setattr(executor, "run_task", run_task)
     again = study("seed=0")
     assert sum(line.startswith("[") for line in again.output.splitlines()) == 1
     assert "a bad day" not in again.output and table(tmp_path)["SAM", "0.2"]["n"] == "1"
 
 
 def test_ctrl_c_says_how_to_go_on(study, monkeypatch, tmp_path):
-    perform = executor.perform
+    run_task = executor.run_task
 
-    def stopped(order, store, on_line):
-        if order.run.config.rho == 0.1:
+    def stopped(task, store, on_line):
+        if task.run.config.rho == 0.1:
             raise KeyboardInterrupt
-        return perform(order, store, on_line)
+        return run_task(task, store, on_line)
 
-    monkeypatch.setattr(executor, "perform", stopped)
+    monkeypatch.setattr(executor, "run_task", stopped)
     result = study("seed=0")
     assert result.exit_code == 130
     assert "1 of 3 runs are finished and kept; the same command continues from there." in result.stderr
     assert not (tmp_path / "out" / "studies").exists()
-    monkeypatch.setattr(executor, "perform", perform)
+    monkeypatch.setattr(executor, "run_task", run_task)
     assert sum(line.startswith("[") for line in study("seed=0").output.splitlines()) == 2
 
 
@@ -171,11 +171,11 @@ def test_a_dry_run_touches_nothing_and_says_what_there_is(study, tmp_path):
     assert len(lines[0].split()) == 6 and sum(line.endswith("to do") for line in lines) == 3
     # 50 samples in batches of 50: one update of one gradient for sgd and of two for sam.
     total = next(line for line in lines if line.startswith("3 runs"))
-    assert total.startswith("3 runs, 3 to do: 5 gradient evaluations on a batch each, about ")
-    assert total.endswith(" of training in 1 process here, by one gradient of each network.")
+    assert total.startswith("3 runs, 3 to do: 5 gradient evaluations of one batch each, about ")
+    assert total.endswith(" of training in 1 process here, estimated from one gradient of each network.")
     study("seed=0", "rho=0.1")
     result = study("--dry-run", "seed=0")
-    assert "3 runs, 1 to do: 2 gradient evaluations on a batch each, about " in result.output
+    assert "3 runs, 1 to do: 2 gradient evaluations of one batch each, about " in result.output
 
 
 def test_a_dry_run_of_a_study_of_the_package_needs_no_data(tmp_path, monkeypatch):
@@ -358,7 +358,7 @@ def test_the_page_can_be_left_out(study, tmp_path):
         (("--on", "address"), "'address' is not an override"),
         (
             ("--executor", "slurm", "--on", "gpus_per_node=1"),
-            "the runs are on the CPU and need no GPU: set device=",
+            "the runs use the CPU and need no GPU: set device=",
         ),
         (("--table", "up/there"), "--table 'up/there' cannot be the name of a file or folder: it is a path"),
         (("--choose", "rhoo"), "rhoo cannot be chosen because it is not an axis"),
