@@ -79,7 +79,7 @@ class Loop:
             "foreach": lambda: torch.optim.SGD(groups, lr=lr, momentum=0.9, foreach=True),
             "fused": lambda: torch.optim.AdamW(groups, lr=lr, fused=True),
         }
-        recipe = flatmin.compose(method, **params)
+        recipe = flatmin.compose(method, **params) if isinstance(method, str) else method
         self.optimizer = flatmin.wrap(kinds[base](), recipe, diagnostics=True)
         as_on_device(self.optimizer, device)
         self.eps = []

@@ -146,8 +146,8 @@ def test_other_parameters_of_the_same_method():
         small("vasso")[1].load_state_dict(checkpoint)
     with pytest.warns(UserWarning, match=r"made with schedule\.k=3; this optimizer goes on with schedule\.k=4\."):
         small("every-k", k=4)[1].load_state_dict(small("every-k", k=3)[1].state_dict())
-    rule = dataclasses.replace(flatmin.compose("vasso"), radius=parts.Schedule(rule=lambda k: 1.0))
-    again = dataclasses.replace(rule, radius=parts.Schedule(rule=lambda k: 1.0))
+    rule = dataclasses.replace(flatmin.compose("vasso"), radius=parts.LambdaRadius(rule=lambda k: 1.0))
+    again = dataclasses.replace(rule, radius=parts.LambdaRadius(rule=lambda k: 1.0))
     small(again)[1].load_state_dict(small(rule)[1].state_dict())
 
 
