@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import difflib
 import os
 import sys
@@ -102,11 +103,12 @@ def _slips(a: str, b: str) -> int:
 
 def warn(text: str) -> None:
     """Warn the person whose code led here: the line named is the nearest one outside of flatmin and torch."""
-    own = (str(Path(__file__).parent), f"{os.sep}torch{os.sep}")
+    torch = getattr(sys.modules.get("torch"), "__file__", None) or __file__
+    inside = (str(Path(__file__).parent) + os.sep, str(Path(torch).parent) + os.sep, contextlib.__file__)
     frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and any(part in frame.f_code.co_filename for part in own):
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
         frame, level = frame.f_back, level + 1
-    warnings.warn(text, stacklevel=level - 1)
+    warnings.warn(text, stacklevel=level)
 
 
 def explained(error: BaseException) -> bool:

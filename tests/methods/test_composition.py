@@ -84,7 +84,7 @@ def test_a_rule_goes_with_everything_that_ascends_and_leaves_its_part_free():
 
 
 def test_the_matrix_says_what_compose_says():
-    found = matrix.verdicts(METHODS)
+    found = matrix.compatibilities(METHODS)
     assert set(found) == set(PAIRS)
     for (a, b), verdict in found.items():
         refusal = outcome(f"{a}+{b}")
@@ -95,7 +95,7 @@ def test_the_matrix_says_what_compose_says():
 
 
 def test_every_refusal_is_in_the_list_below_the_matrix():
-    found = matrix.verdicts(METHODS)
+    found = matrix.compatibilities(METHODS)
     text = re.sub(r"\s+", " ", matrix.as_text(METHODS, 80).split("\n\n")[-1])
     groups = [set(re.split(r"[ ,:]+", line.rstrip("."))) for line in text.split(" - ")]
     for (a, b), verdict in found.items():

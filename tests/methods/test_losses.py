@@ -265,28 +265,28 @@ def test_bad_smoothing_is_refused(call, error, text):
 # -- Criterion ----------------------------------------------------------------------------------------------------
 
 
-class Speaker:
+class Callback:
     """Stands for the optimizer."""
 
     role = "ascent"
-    told = 0
+    losses = 0
 
     def current_pass(self):
         return PassView(self.role)
 
-    def saw(self, outputs, target, loss, *, perturbed):
-        self.told += 1
+    def on_loss(self, outputs, target, loss, *, perturbed):
+        self.losses += 1
 
 
 def bound(name):
-    speaker, criterion = Speaker(), flatmin.Criterion(nn.CrossEntropyLoss(label_smoothing=0.1))
-    criterion.bind(speaker, flatmin.compose(name))
-    return speaker, criterion
+    callback, criterion = Callback(), flatmin.Criterion(nn.CrossEntropyLoss(label_smoothing=0.1))
+    criterion.bind(callback, flatmin.compose(name))
+    return callback, criterion
 
 
 @pytest.mark.parametrize("name", ["bisam-log", "bisam-tanh"])
 def test_in_an_ascent_pass_the_value_is_the_descent_loss_and_the_gradient_the_ascent_loss(name):
-    speaker, criterion = bound(name)
+    callback, criterion = bound(name)
     logits, target = sample()
     a, b = logits.clone().requires_grad_(), logits.clone().requires_grad_()
     loss = criterion(a, target)
@@ -294,13 +294,13 @@ def test_in_an_ascent_pass_the_value_is_the_descent_loss_and_the_gradient_the_as
     LOSSES[name.removeprefix("bisam-")](b, target).backward()
     assert torch.equal(loss.detach(), criterion.loss(logits, target))
     assert torch.equal(a.grad, b.grad)
-    assert criterion.calls == speaker.told == 1
+    assert criterion.calls == callback.losses == 1
 
 
 @pytest.mark.parametrize("scale", [1.0, 1024.0, 0.25])
 def test_a_scaled_loss_scales_the_ascent_gradient(scale):
     """As gradient scaling or accumulation does."""
-    _speaker, criterion = bound("bisam-log")
+    _callback, criterion = bound("bisam-log")
     logits, target = sample()
     a, b = logits.clone().requires_grad_(), logits.clone().requires_grad_()
     (scale * criterion(a, target)).backward()
@@ -312,14 +312,14 @@ def test_a_scaled_loss_scales_the_ascent_gradient(scale):
     "case", ["descent pass", "no grad", "unbound", "optimizer gone", "same loss", "copied", "pickled"]
 )
 def test_everywhere_else_it_is_the_plain_loss(case):
-    speaker, criterion = bound("sam" if case == "same loss" else "bisam-log")
+    callback, criterion = bound("sam" if case == "same loss" else "bisam-log")
     logits, target = sample()
     if case == "descent pass":
-        speaker.role = "descent"
+        callback.role = "descent"
     elif case == "unbound":
         criterion = flatmin.Criterion(nn.CrossEntropyLoss(label_smoothing=0.1))
     elif case == "optimizer gone":
-        del speaker
+        del callback
     elif case == "copied":
         criterion = copy.deepcopy(criterion)
     elif case == "pickled":
@@ -372,8 +372,8 @@ def test_a_manual_loop_that_forgets_the_criterion_later_on_is_caught():
 
 def test_a_loss_that_is_not_finite_keeps_its_value_and_a_finite_ascent_gradient():
     """The value comes through as it is; no inf - inf on the way."""
-    speaker, criterion = Speaker(), flatmin.Criterion(lambda z, y: F.cross_entropy(z, y) * math.inf)
-    criterion.bind(speaker, flatmin.compose("bisam-log"))
+    callback, criterion = Callback(), flatmin.Criterion(lambda z, y: F.cross_entropy(z, y) * math.inf)
+    criterion.bind(callback, flatmin.compose("bisam-log"))
     logits, target = sample()
     logits.requires_grad_()
     loss = criterion(logits, target)

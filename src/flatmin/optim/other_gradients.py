@@ -43,11 +43,14 @@ class OtherGradients:
         found = [(n, p) for n, p in model.named_parameters() if id(p) not in mine and not is_sharded(p)]
         self._names, self._parameters = [n for n, _ in found], [p for _, p in found]
         self._later, self.updates = [], 0
+        self._prior = self._pass = self._total = self._last = None
+        self._copies = []
         self.any = bool(found)
 
     def forget(self) -> None:
         """Know none; one of them may have become a trained weight."""
-        self._names, self._parameters, self._later = [], [], []
+        self._names, self._parameters, self._later, self._copies = [], [], [], []
+        self._prior = self._pass = self._total = self._last = None
         self.any, self.updates = False, 0
 
     def in_training(self) -> list[Tensor]:
@@ -70,8 +73,9 @@ class OtherGradients:
         new = [p for p in _leaves(result) if id(p) not in known and p.grad is not None]
         # What had a gradient before this pass as well cannot be told from it now; the next update can.
         fresh = [p for p in new if p.grad is not None and p.grad._version == 0]
-        self._add(fresh)
-        self._prior = [*(self._prior or []), *[None] * len(fresh)]
+        if fresh:
+            self._add(fresh)
+            self._prior = [*(self._prior or []), *[None] * len(fresh)]
         self._later += [p for p in new if p.grad is not None and p.grad._version > 0]
         self.any = bool(self._parameters or self._later)
 

@@ -411,16 +411,21 @@ class SAM(Optimizer):
         if Need.MICRO_BATCHES in recipe.needs and not listed:
             raise RuntimeError(f"{recipe.name} needs {Need.MICRO_BATCHES.value}; got one closure.")
         step = self._begin(len(closures), closed=True)
-        made = None if step.plain or self._warned_of_drop else self._tools.weights.new_gradient()
-        probe = None if made is None else self._probe(made)
-        first, moved = step.run(closures, probe)
-        self.loss_point = "w + eps" if moved else "w"
-        if probe is not None and probe.added:
-            self._warn_of_drop(
-                " (here the closure runs in every pass). To accumulate over micro-batches, give step() a list of "
-                "closures, or use passes(); a loop that calls backward() itself needs first_step() and second_step()"
-            )
-        step.apply(self.nonfinite, self.clip_norm, first if isinstance(first, Tensor) else loss_in(first))
+        try:
+            made = None if step.plain or self._warned_of_drop else self._tools.weights.new_gradient()
+            probe = None if made is None else self._probe(made)
+            first, moved = step.run(closures, probe)
+            self.loss_point = "w + eps" if moved else "w"
+            if probe is not None and probe.added:
+                self._warn_of_drop(
+                    " (here the closure runs in every pass). To accumulate over micro-batches, give step() a list of "
+                    "closures, or use passes(); a loop that calls backward() itself needs first_step() and "
+                    "second_step()"
+                )
+        except BaseException:
+            step.abort()
+            raise
+        self._apply(step, first if isinstance(first, Tensor) else loss_in(first))
         if self._tools.scaling is not None:
             # What is left would be checked, and found infinite, by the next scaler.step().
             self.zero_grad()
@@ -437,7 +442,12 @@ class SAM(Optimizer):
                 "step() called before the passes of this update are done; leave perturbed(), or use second_step()."
             )
         else:
-            step.apply(self.nonfinite, self.clip_norm)
+            self._apply(step)
+
+    def _apply(self, step: Step, loss: Any = None) -> None:
+        """Let the base step, and let go of the update."""
+        self._step = None
+        step.apply(self.nonfinite, self.clip_norm, loss)
 
     def _end_with(self, closures: Sequence[Closure], step: Step) -> Any:
         """A step with closures where w + eps is the place between steps, or where the loop has run the passes already.
@@ -457,7 +467,7 @@ class SAM(Optimizer):
                 self._tools.diagnostics.loss(loss_in(result), perturbed=True)
             self._step_resident(step, loss_in(result))
         elif result is None:
-            step.apply(self.nonfinite, self.clip_norm)
+            self._apply(step)
         else:
             self.abort()
             raise RuntimeError(
@@ -485,7 +495,7 @@ class SAM(Optimizer):
             return
         step = self._begin()
         step.take_plain()
-        step.apply(self.nonfinite, self.clip_norm)
+        self._apply(step)
 
     def _begin(self, chunks: int = 1, *, closed: bool = False, resident: bool = False) -> Step:
         """Begin an update.
@@ -665,7 +675,8 @@ class SAM(Optimizer):
     @torch.no_grad()
     def abort(self) -> None:
         """End an update without a step: weights, statistics and state are as the step found them."""
-        if (step := self._under_way) is not None:
+        step, self._step = self._under_way, None
+        if step is not None:
             step.abort()
         else:
             end_update(self._tools)
@@ -716,7 +727,7 @@ class SAM(Optimizer):
     def _step_resident(self, step: Step, loss: Any = None) -> None:
         step.hand_over()
         Evaluation(step).end()
-        step.apply(self.nonfinite, self.clip_norm, loss)
+        self._apply(step, loss)
         self._stay()
 
     # -- numbers -------------------------------------------------------------------------------------------------

@@ -86,7 +86,8 @@ class Step:
         self.outcome: Outcome | None = None
         # On the CPU reading a verdict is free.
         self._on_host = tools.weights.layout.on_cpu and not tools.on_device
-        self.plain = not (tools.recipe.ascends and any(inputs.rhos))
+        moves = any(inputs.rhos) if inputs.weights else tools.weights.move()
+        self.plain = not (tools.recipe.ascends and moves)
 
     # -- closures ------------------------------------------------------------------------------------------------
 
@@ -228,7 +229,7 @@ class Step:
             self._speak(self._silence)
         gradients = PassGradients([w.grad for w in self.inputs.weights])
         empty = self.plain and (now.bracketed or not self._began)
-        if not empty and set(map(type, gradients)) == _NONE:
+        if not empty and set(map(type, gradients)) <= _NONE:
             raise RuntimeError(
                 f"no weight received a gradient in pass {self.index + 1}; "
                 "the closure must compute the loss from the model and call loss.backward(). (A step() of Lightning's "
@@ -439,7 +440,7 @@ class Step:
     def _end(self, *, taken: bool) -> None:
         """The update is over; what parts have drawn is taken back unless the step was taken."""
         self.over = True
-        self.request = self.outcome = None
+        self.request = self.outcome = self._last = None
         self.inputs.products, self._products = None, []
         if not taken:
             self.tools.state.rewind(self.tools.base.optimizer.param_groups)
