@@ -89,7 +89,7 @@ lint: $(STAMP) ## ruff (lint and format) and the import layers
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 
-generate: $(STAMP) ## write the tables in README and docs that follow from the table of methods
+generate: $(STAMP) ## write the tables and the picture in README and docs that follow from the code
 	$(BIN)/python tools/generate.py $(ARGS)
 
 types: $(STAMP) ## mypy --strict on src

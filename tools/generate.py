@@ -1,4 +1,4 @@
-"""Write what pages say about the methods, from the table of names: tables, costs, needs, compositions.
+"""Write what pages say about methods, from the table of names, and about files, from their docstrings and imports.
 
     python tools/generate.py            # write the pages that are behind the code
     python tools/generate.py --check    # print what would change, and exit 1 if anything would
@@ -9,11 +9,17 @@ A generated part stands between `<!-- generated:NAME -->` and `<!-- /generated:N
 from __future__ import annotations
 
 import argparse
+import ast
 import difflib
 import re
+import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+import torch
+
+import flatmin
 from flatmin.cli import loops, matrix
 from flatmin.methods import METHODS, Method, Need, Recipe
 
@@ -167,6 +173,119 @@ def _table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join(re.sub(r" +\|", " |", f"| {' | '.join(line)} |") for line in lines)
 
 
+# -- the files of the package ------------------------------------------------------------------------------------------
+
+SOURCES = Path(flatmin.__file__).parent
+OPEN = ("optim", "methods")  # the packages whose files are shown
+SETTINGS = "{wrappingWidth: 120, nodeSpacing: 16, rankSpacing: 28, padding: 8, subGraphTitleMargin: {bottom: 12}}"
+Graph = dict[str, set[str]]
+
+
+def picture(_: Mapping[str, Method]) -> str:
+    """The packages, and the files of the open ones, as a Mermaid flowchart in which arrows lead to what is imported.
+
+    Of the engine it shows the files that run in a plain step. Arrows that follow from others are left out, and what has
+    the same neighbours shares a box.
+    """
+    lines = ["```mermaid", "---", f"config: {{flowchart: {SETTINGS}}}", "---", "flowchart TB"]
+    ends: dict[str, tuple[str, ...]] = {}  # of an open package: its first boxes, its last boxes
+    for folder in (*(SOURCES / name for name in OPEN), SOURCES):
+        graph, prefix = imports(folder), "" if folder == SOURCES else f"{folder.name}_"
+        if folder.name == "optim":
+            ran = stepped()
+            graph = {name: below(graph, name) & ran for name in sorted(ran)}
+        graph = {name: others.difference(*(below(graph, other) for other in others)) for name, others in graph.items()}
+        shared: dict[object, list[str]] = defaultdict(list)
+        for name, others in graph.items():
+            shared[name in OPEN, frozenset(others), frozenset(x for x in graph if name in graph[x])].append(name)
+        box = {name: prefix + names[0] for names in shared.values() for name in names}
+        arrows = sorted({(box[name], box[other]) for name, others in graph.items() for other in others})
+        nodes = [
+            f'{box[names[0]]}["{"<br/>".join(f"<b>{name}</b><br/>{words(folder, name)}" for name in names)}"]'
+            for names in shared.values()
+            if not set(names) & set(OPEN)
+        ]
+        if prefix:
+            nodes = [f'subgraph {folder.name} ["{folder.name}: {words(SOURCES, folder.name)}"]', *nodes, "end"]
+            imported, importing = {b for _, b in arrows}, {a for a, _ in arrows}
+            ends[folder.name] = tuple(" & ".join(sorted(set(box.values()) - x)) for x in (imported, importing))
+        lines += [*nodes, *(f"{name} --> {other}" for name, other in arrows)]
+    # Links that nobody sees put what is imported below what imports it.
+    open_arrows = [(a, b) for a, b in arrows if a in OPEN or b in OPEN]
+    lines += [f"{ends.get(a, (a, a))[1]} ~~~ {ends.get(b, (b, b))[0]}" for a, b in open_arrows]
+    return "\n".join([*lines, "```"])
+
+
+def imports(folder: Path) -> Graph:
+    """Each file and folder of code in a folder, without suffix -> those that it imports, but for type checkers."""
+    paths = [*folder.glob("[!_]*.py"), *folder.glob("*/__init__.py")]
+    graph: Graph = {name: set() for name in sorted(p.stem if p.parent == folder else p.parent.name for p in paths)}
+    inside = ".".join(["flatmin", *folder.relative_to(SOURCES).parts, ""])
+    for path in folder.rglob("*.py"):
+        name = path.relative_to(folder).with_suffix("").parts[0]
+        nodes: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))] if name in graph else []
+        for node in nodes:  # grows
+            unused = node.body if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test) else []
+            inner = [child for child in ast.iter_child_nodes(node) if not isinstance(child, ast.expr)]
+            nodes += [child for child in inner if child not in unused]
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                start = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+                found = [f"{start}{alias.name}" for alias in node.names]
+                graph[name] |= {x.removeprefix(inside).split(".")[0] for x in found if x.startswith(inside)}
+    return {name: others & set(graph) - {name} for name, others in graph.items()}
+
+
+def below(graph: Graph, name: str) -> set[str]:
+    """All that a file or folder imports, itself or through others."""
+    found, todo = set(graph[name]), list(graph[name])
+    for other in todo:  # grows
+        todo += graph[other] - found
+        found |= graph[other]
+    return found
+
+
+def stepped() -> set[str]:
+    """The files of the engine that run in `SAM.step(closure)`, around SGD and without options."""
+    w = torch.ones(2, requires_grad=True)
+    optimizer = flatmin.SAM(torch.optim.SGD([w], 0.1))
+    found: set[str] = set()
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = w.square().sum()
+        loss.backward()
+        return loss
+
+    for _ in range(4):  # the first updates also look for weights that another optimizer trains
+        found.clear()
+        sys.setprofile(lambda frame, event, argument: found.add(frame.f_code.co_filename))
+        try:
+            optimizer.step(closure)
+        finally:
+            sys.setprofile(None)
+    home = Path(flatmin.__file__).parent / "optim"
+    return {path.stem for path in map(Path, found) if path.parent == home}
+
+
+def sentence(folder: Path, name: str) -> str:
+    """The first sentence of a module's docstring."""
+    path = folder / name / "__init__.py" if (folder / name).is_dir() else folder / f"{name}.py"
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return re.split(r"(?<=[.?])\s", text)[0]
+
+
+def words(folder: Path, name: str) -> str:
+    """The first clause of a module's docstring."""
+    return re.split(r"[:,]|\.$", sentence(folder, name))[0].replace("`", "")
+
+
+def files(_: Mapping[str, Method]) -> str:
+    """One line for each file of the open packages."""
+    paths = [path for name in OPEN for path in sorted((SOURCES / name).glob("[!_]*.py"))]
+    rows = [(f"`{p.parent.name}/{p.name}`", sentence(p.parent, p.stem).removesuffix(".")) for p in paths]
+    return _table(("file", "what it is for"), rows)
+
+
 # Page and name of a part -> what is written there.
 PARTS: dict[tuple[str, str], Callable[[Mapping[str, Method]], str]] = {
     ("README.md", "methods"): readme,
@@ -174,6 +293,8 @@ PARTS: dict[tuple[str, str], Callable[[Mapping[str, Method]], str]] = {
     ("docs/methods.md", "needs"): needs,
     ("docs/methods.md", "matrix"): matrix.as_markdown,
     ("docs/loops.md", "loops"): loops.as_markdown,
+    ("docs/design.md", "picture"): picture,
+    ("docs/design.md", "files"): files,
 }
 
 if __name__ == "__main__":

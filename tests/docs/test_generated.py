@@ -1,13 +1,22 @@
-"""A method that is built in takes its part, one line in the table of names, and the command that writes the pages."""
+"""A method that is built in takes its part, one line in the table of names, and the command that writes the pages.
 
+So does a new import, which changes the picture in `docs/design.md`.
+"""
+
+import itertools
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import grimp
+
+from tools import generate
+
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = ("README.md", "docs/methods.md", "docs/loops.md")
+PAGES = ("README.md", "docs/methods.md", "docs/loops.md", "docs/design.md")
 PART = '''
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +59,50 @@ def test_the_pages_are_those_that_the_code_gives():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def reached(arrows):
+    """All pairs of boxes with a way from one to the other."""
+    while more := {(a, d) for (a, b), (c, d) in itertools.product(arrows, arrows) if b == c} - arrows:
+        arrows = arrows | more
+    return arrows
+
+
+def test_the_picture_has_all_imports_and_no_others():
+    picture = re.search(r"```mermaid\n(.*?)```", (ROOT / "docs/design.md").read_text(), re.DOTALL)[1]
+    boxes = {box: re.findall(r"<b>(\w+)</b>", text) for box, text in re.findall(r'^(\w+)\["(.*)"\]$', picture, re.M)}
+    boxes |= {name: [name] for name in re.findall(r"^subgraph (\w+) ", picture, re.M)}
+    drawn = re.findall(r"^(\w+) --> (\w+)$", picture, re.M)
+    shown = {}
+    for folder, start in {"flatmin": "", "flatmin.optim": "optim_", "flatmin.methods": "methods_"}.items():
+        inside = {b: ns for b, ns in boxes.items() if (b.startswith(start) if start else "_" not in b)}
+        shown[folder] = set(itertools.chain(*inside.values()))
+        arrows = {pair for a, b in drawn if a in inside for pair in itertools.product(boxes[a], boxes[b])}
+        graph = grimp.build_graph("flatmin", exclude_type_checking_imports=True, cache_dir=None)
+        modules = graph.find_children(folder)
+        for module in modules:
+            graph.squash_module(module)
+        imports = {(a, b) for a in modules for b in modules if graph.direct_import_exists(importer=a, imported=b)}
+        short = {(a.removeprefix(f"{folder}."), b.removeprefix(f"{folder}.")) for a, b in reached(imports)}
+        assert reached(arrows) == {(a, b) for a, b in short if a != b and {a, b} <= shown[folder]}
+        assert not any(arrow in reached(arrows - {arrow}) for arrow in arrows)  # none follows from others
+        if folder != "flatmin.optim":
+            assert shown[folder] == {module.removeprefix(f"{folder}.") for module in modules} - {"__main__"}
+    assert {"sam", "step", "program", "perturb", "base_optimizer"} < shown["flatmin.optim"]
+
+
+def test_the_check_fails_for_a_new_import_unless_it_is_for_type_checkers(tmp_path, monkeypatch, capsys):
+    (tmp_path / "docs").mkdir()
+    shutil.copy(ROOT / "docs/design.md", tmp_path / "docs")
+    shutil.copytree(ROOT / "src" / "flatmin", tmp_path / "flatmin", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(generate, "SOURCES", tmp_path / "flatmin")
+    monkeypatch.setattr(generate, "PARTS", {k: v for k, v in generate.PARTS.items() if k[0] == "docs/design.md"})
+    file = tmp_path / "flatmin" / "models" / "zoo.py"
+    for_checkers = "if TYPE_CHECKING:\n    from flatmin.measure import trace\n"
+    file.write_text(f"{file.read_text()}\n\n{for_checkers}\n\ndef load():\n    from flatmin.data import digits\n")
+    assert generate.main(["--check"], tmp_path) == 1
+    found = capsys.readouterr().out
+    assert "+models --> data" in found and "+models --> measure" not in found
+
+
 def test_a_part_and_a_line_in_the_table_are_all_that_a_method_takes(tmp_path):
     shutil.copytree(ROOT / "src", tmp_path / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
     for name in (*PAGES, "tools/generate.py"):
@@ -68,7 +121,7 @@ def test_a_part_and_a_line_in_the_table_are_all_that_a_method_takes(tmp_path):
     assert not any("sign-sam" in (tmp_path / page).read_text() for page in PAGES)
 
     assert run(tmp_path, generate).returncode == 0
-    readme, methods_page, loops = ((tmp_path / page).read_text() for page in PAGES)
+    readme, methods_page, loops, _ = ((tmp_path / page).read_text() for page in PAGES)
     assert "| `sign-sam` | Climb along the sign | Nobody & Noone, ICML 2031 | 2 | 0.05 |" in readme
     assert "| `sign-sam` | d = sign(g), eps = rho d / ‖d‖ | 2 | 1 | 0.05 | | nobody uses it |" in methods_page
     assert "\n25 sign-sam " in methods_page and "stale-sam, sign-sam" in methods_page  # the matrix, and its refusals

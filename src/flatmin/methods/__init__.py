@@ -1,4 +1,4 @@
-"""Methods: their parts, the recipes that parts make, and the table of names.
+"""What a method is: its parts, the recipes made of them, and the table of names.
 
 A part answers one question of a step (`flatmin.methods.part`); the base class of a question stands with its parts in a
 file of its own. A `Recipe` is one part for each question, and `compose` makes one from names. All that a plugin needs

@@ -1,4 +1,4 @@
-"""What a part sees of a step, and what it exchanges with the engine: contexts, requests, perturbations."""
+"""What a part sees of a step: contexts, and the requests and perturbations that go to the engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What goes to the base optimizer, when second derivatives have a say."""
+"""Combinations with second derivatives: what goes to the base optimizer."""
 
 from dataclasses import dataclass
 from typing import ClassVar

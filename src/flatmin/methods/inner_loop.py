@@ -1,4 +1,4 @@
-"""How many ascents, from where, on what?"""
+"""How many ascents? From where, and on what?"""
 
 from collections.abc import Generator
 from dataclasses import dataclass

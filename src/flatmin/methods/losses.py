@@ -1,4 +1,4 @@
-"""Loss functions of the papers, as pure functions of logits and class indices.
+"""Losses of the papers: pure functions of logits and class indices.
 
 `bisam_log` and `bisam_tanh` are BiSAM's lower bounds of the 0-1 loss (the loss that is climbed), with the arguments
 `weight`, `ignore_index` and `reduction` of `torch.nn.functional.cross_entropy`;

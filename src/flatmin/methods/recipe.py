@@ -1,4 +1,4 @@
-"""What a method is: a frozen set of parts that do not contradict each other."""
+"""Makes a recipe of parts: refuses contradictions, and computes its facts once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The table of names, continued: rules that only say which weights move, on which steps and how far.
+"""More names: rules that only say which weights move, on which steps and how far.
 
 Alone each of them is SAM with the rule; most are made to be composed with a method.
 """

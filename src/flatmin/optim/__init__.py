@@ -1,4 +1,4 @@
-"""The engine: one optimizer wrapper and one functional door that run every recipe."""
+"""The engine: an optimizer and a pure function that run any recipe."""
 
 from flatmin.optim.build import wrap
 from flatmin.optim.checkpoint import base_state_dict

@@ -1,4 +1,4 @@
-"""This side of a `torch.amp.GradScaler`."""
+"""Gradient scaling: every pass is unscaled, and an inf in any of them reaches the `torch.amp.GradScaler`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The base optimizer: what may be one, which options it carries, and how it takes its step."""
+"""The base optimizer: which ones are accepted, the options they carry, and how they take their step."""
 
 from __future__ import annotations
 

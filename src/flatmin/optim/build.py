@@ -1,4 +1,4 @@
-"""Building the wrapper: what may be a base, and the short form by name."""
+"""Builds the wrapper from a method's name: `flatmin.wrap`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Python does in an update and a CUDA graph, which repeats the kernels of one, does not."""
+"""CUDA graphs: does in every replay what Python does in an update and the kernels do not."""
 
 from __future__ import annotations
 

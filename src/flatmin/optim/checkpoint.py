@@ -1,4 +1,4 @@
-"""How what parts remember travels in checkpoints, and which checkpoints load."""
+"""Checkpoints: what is saved beside the base's state, and which ones load."""
 
 from __future__ import annotations
 

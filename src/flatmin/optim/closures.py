@@ -1,4 +1,4 @@
-"""The closures of `SAM.step`: one for each micro-batch."""
+"""Runs the closures of a step: one for each micro-batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tensors in what loops hand over: batches of any form, and what their closures return."""
+"""Finds tensors in batches of any form and in what closures return."""
 
 from __future__ import annotations
 

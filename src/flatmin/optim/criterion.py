@@ -1,4 +1,4 @@
-"""The loss object through which a method can climb another loss than it descends, or choose among the samples."""
+"""The loss object: through it a method climbs another loss than it descends, or chooses among the samples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a step did, in numbers: recorded on the device, read on demand."""
+"""Numbers of a step: recorded on the device, read on demand."""
 
 from __future__ import annotations
 

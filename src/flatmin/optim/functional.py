@@ -1,4 +1,4 @@
-"""The functional door: the gradient a recipe hands to its base, as a pure function, for `torch.func` users."""
+"""The functional form: the gradient that a recipe hands to its base, as a pure function for `torch.func` users."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Wrappers of frameworks that imitate the class of an optimizer: Lightning's and Fabric's."""
+"""Framework wrappers that pose as the optimizer: Lightning's and Fabric's."""
 
 from __future__ import annotations
 

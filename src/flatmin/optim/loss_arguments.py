@@ -1,4 +1,4 @@
-"""What a loss says about itself: its options, its form without reduction, and which targets it counts.
+"""Options of the user's loss: its form without reduction, its weights, and which targets it counts.
 
 A loss is a module of torch or one's own, a function, or either with options bound by `functools.partial`.
 """

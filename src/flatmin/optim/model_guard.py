@@ -1,4 +1,4 @@
-"""What the later passes of an update must not change in the model: one object for all that watches over it."""
+"""Protects the model in later passes: running statistics, and all other state that is not trained."""
 
 from __future__ import annotations
 

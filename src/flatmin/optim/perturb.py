@@ -1,4 +1,4 @@
-"""Moving weights in place and putting them back exactly."""
+"""Moves weights in place and puts them back exactly."""
 
 from __future__ import annotations
 

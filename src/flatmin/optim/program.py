@@ -1,4 +1,4 @@
-"""One update as a program: a generator that asks for gradients and ends with what the base shall take.
+"""The program of an update: a pure generator that asks for gradients and ends with what the base takes.
 
 It knows neither closures nor in-place moves, so the optimizer and the functional door run the same one.
 """

@@ -1,4 +1,4 @@
-"""The random number generators that a forward pass draws from, so that later passes can draw the same numbers."""
+"""Random number generators: later passes draw the same numbers as the first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The optimizer wrapper: runs any recipe around any torch optimizer, in any training loop."""
+"""The optimizer that users hold: any recipe around any torch optimizer, in any training loop."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a method remembers between steps: its parts' slots, the number of updates, its random numbers."""
+"""What a method remembers: its parts' slots, and its random numbers."""
 
 from __future__ import annotations
 

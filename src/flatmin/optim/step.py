@@ -1,4 +1,4 @@
-"""One update: its passes are entered and left, then the base takes its step. Knows no optimizer."""
+"""Runs one update: its passes, then the base's step. Knows no optimizer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which loops can serve which recipe: the one place that knows, for the refusals and for the table in the docs."""
+"""Which loops serve which recipe: errors and the table in the docs are made from it."""
 
 from __future__ import annotations
 

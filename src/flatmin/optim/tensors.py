@@ -1,4 +1,4 @@
-"""List algebra that knows mixed dtypes, several devices and shards. The only file that special-cases DTensor."""
+"""Arithmetic on lists of tensors: mixed dtypes, several devices, shards. The only file that special-cases DTensor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What updates work with: one set of collaborators for the life of an optimizer."""
+"""The collaborators of a step: one set for the life of an optimizer."""
 
 from __future__ import annotations
 

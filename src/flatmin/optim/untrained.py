@@ -1,4 +1,4 @@
-"""What a model's forward changes beside the weights in training: queues, averages, power iterations, counters."""
+"""Untrained state of a model: buffers, queues, averages, counters that its forward changes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Seeing a model's training forwards without leaving a trace on it."""
+"""Watches the model's training forwards without leaving a trace on it."""
 
 from __future__ import annotations
 

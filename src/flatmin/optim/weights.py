@@ -1,4 +1,4 @@
-"""The weights that are trained, with what is known of each: its param group, radius, name and layer."""
+"""The weights in training: the param group, radius, name and layer of each."""
 
 from __future__ import annotations
 
