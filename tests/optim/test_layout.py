@@ -56,6 +56,25 @@ def test_a_sum_that_overflows_is_not_a_bad_entry():
 
 
 @pytest.mark.filterwarnings("ignore:weights in half precision")
+@pytest.mark.parametrize("sizes", [((4, 3), (3,)), ((200, 100), (3,)), ((), (3,))], ids=["small", "large", "scalar"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.complex128])
+def test_weights_come_back_bit_for_bit(dtype, sizes):
+    weights, away = make(dtype, sizes), []
+    optimizer = flatmin.SAM(torch.optim.SGD(weights, lr=0.0), rho=0.5)
+    before = [w.detach().clone() for w in weights]
+
+    def closure():
+        away.append(weights[0].detach().clone())
+        optimizer.zero_grad()
+        loss = sum(w.abs().double().square().sum() for w in weights)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert all(map(torch.equal, before, weights)) and not torch.equal(away[0], away[1])
+
+
+@pytest.mark.filterwarnings("ignore:weights in half precision")
 @pytest.mark.parametrize("one", [0, 3])
 def test_a_weight_widened_between_steps_is_restored_bit_for_bit(one):
     weights = make(torch.bfloat16)
