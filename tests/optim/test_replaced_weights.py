@@ -97,19 +97,16 @@ def test_weights_that_grow_and_shrink_begin_their_memory_anew(recipe, base, how)
     fresh.optimizer.load_state_dict(flatmin.base_state_dict(copy.deepcopy(run.optimizer.state_dict())))
     for w, value in zip(fresh.weights, run.weights, strict=True):
         w.data.copy_(value.data)
-    if recipe in ("looksam", "ae-sam"):  # counters and numbers of all weights together stay
+    if recipe in ("looksam", "ae-sam", "ssam-d"):  # counters, draws and numbers of all weights together stay
         assert not any(bool(v) for w in run.weights for k, v in run.optimizer.state[w].items() if k.endswith(".filled"))
-    if recipe == "ssam-d":  # the draws have gone on
-        fresh.optimizer._generators.cpu.set_state(run.optimizer._generators.cpu.get_state())
     for _ in range(2):
         run.step()
         fresh.step()
-    if recipe not in ("looksam", "ae-sam"):
+    if recipe not in ("looksam", "ae-sam", "ssam-d"):
         assert all(torch.equal(a, b) for a, b in zip(run.weights, fresh.weights, strict=True))
     assert all(w.isfinite().all() for w in run.weights)
     assert run.optimizer.diagnostics().get("epsilon_norm", 0.0) <= 0.05 + 1e-9
-    held = {w for slots in run.optimizer._store.per_weight.values() for w in slots}
-    assert held <= set(run.weights)  # nothing of the replaced ones is held
+    assert set(run.optimizer.state) <= set(run.weights)  # nothing of the replaced ones is held
 
 
 def test_a_weight_that_stays_keeps_its_memory():
