@@ -23,7 +23,7 @@ EXECUTORS_VENV  ?= $(VENV)-executors
 EXECUTORS_STAMP := $(EXECUTORS_VENV)/.flatmin-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo generate test test-all test-frameworks test-vision test-trackers test-executors lint types bench clean
+.PHONY: help setup demo generate test test-all test-frameworks test-vision test-trackers test-executors mutants lint types bench clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -83,6 +83,9 @@ OTHERS := $(FRAMEWORKS_STAMP) $(VISION_STAMP) $(TRACKERS_STAMP) $(EXECUTORS_STAM
 test-all: $(STAMP) $(OTHERS) ## every test in every environment, half an hour or more; dated in benchmarks/results/
 	$(BIN)/python tools/test_all.py frameworks=$(FRAMEWORKS_VENV)/bin/python vision=$(VISION_VENV)/bin/python \
 	  trackers=$(TRACKERS_VENV)/bin/python executors=$(EXECUTORS_VENV)/bin/python
+
+mutants: $(STAMP) ## plant faults in a copy of the package: each must fail the tests that are named for it; ten minutes
+	$(BIN)/python tools/mutants.py $(ARGS)
 
 lint: $(STAMP) ## ruff (lint and format) and the import layers
 	$(BIN)/ruff check .

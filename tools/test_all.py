@@ -3,7 +3,8 @@
     python tools/test_all.py [NAME=PYTHON ...]
 
 runs the tests of this environment, and with each further interpreter those of the folder tests/NAME: two lanes side by
-side, one thread each. What pytest says is printed when a suite has ended.
+side, one thread each. Then it plants faults and runs the tests that must notice them (tools/mutants.py). What pytest
+says is printed when a suite has ended.
 """
 
 from __future__ import annotations
@@ -48,6 +49,23 @@ def suite(name: str, python: str, words: list[str]) -> dict[str, int]:
     return {"exit_code": done.returncode, "passed": passed, **counts, "seconds": round(time.monotonic() - begun)}
 
 
+def mutants() -> dict[str, int]:
+    """Plant the faults; the exit code, how many there are and were noticed, and the seconds."""
+    begun = time.monotonic()
+    words = [sys.executable, str(ROOT / "tools" / "mutants.py")]
+    done = subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    print(f"=== mutants\n{done.stdout}", flush=True)
+    verdicts = [
+        line.split()[0] for line in done.stdout.splitlines() if line.startswith(("killed", "SURVIVED", "ERROR"))
+    ]
+    return {
+        "exit_code": done.returncode,
+        "planted": len(verdicts),
+        "noticed": verdicts.count("killed"),
+        "seconds": round(time.monotonic() - begun),
+    }
+
+
 def main(arguments: list[str]) -> int:
     """Run, record, and return 0 if all passed."""
     import torch
@@ -60,6 +78,7 @@ def main(arguments: list[str]) -> int:
         here = lanes.submit(suite, "here", sys.executable, [f"--ignore=tests/{name}" for name in others])
         there = lanes.submit(lambda: {name: suite(name, others[name], [f"tests/{name}"]) for name in others})
         suites = {"here": here.result(), **there.result()}
+    suites["mutants"] = mutants()
     record = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "suites": suites,

@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import flatmin
-from tests.helpers import BASES, CHUNKS, recipe_of, takes_chunks
+from tests.helpers import BASES, CHUNKS, as_on_device, recipe_of, takes_chunks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,7 +90,7 @@ class Run:
             clip_norm=setup.clip_norm,
             scaler=self.scaler,
         )
-        self.optimizer._tools.on_device = setup.device_path
+        as_on_device(self.optimizer, setup.device_path)
         self.points = []
 
     def step(self, k):

@@ -61,8 +61,8 @@ def test_every_method_that_can_have_local_ascents_has_them(ranks, method, door):
     agree(ranks.run(scenarios.train, Setup(method=method, steps=6, ascent_sync="none", door=door)))
 
 
-def reference(groups, steps, rho=0.1):
-    """SAM whose replicas climb by the mean gradient of their group; `groups`: ranks per group."""
+def reference(groups, steps, rho=0.1, *, normalised=True):
+    """SAM, or USAM, whose replicas climb by the mean gradient of their group; `groups`: ranks per group."""
     world = sum(map(len, groups))
     net = Net(torch.float64)
     weights = list(net.parameters())
@@ -77,7 +77,7 @@ def reference(groups, steps, rho=0.1):
         for group in groups:
             shares = [gradient(k, rank) for rank in group]
             g = [sum(column) / len(group) for column in zip(*shares, strict=True)]
-            norm = torch.sqrt(sum((t**2).sum() for t in g))
+            norm = torch.sqrt(sum((t**2).sum() for t in g)) if normalised else 1.0
             start = [w.detach().clone() for w in weights]
             with torch.no_grad():
                 for w, t in zip(weights, g, strict=True):
@@ -103,8 +103,10 @@ def test_each_replica_climbs_by_its_own_gradient(ranks, door):
 
 @pytest.mark.parametrize(("size", "groups"), [(2, [[0, 1], [2, 3]]), (4, [[0, 1, 2, 3]]), (1, [[0], [1], [2], [3]])])
 def test_groups_of_replicas_climb_together(ranks_of, size, groups):
-    got = agree(ranks_of(4).run(scenarios.train, Setup(ascent_sync=size, steps=10)))
-    close(got, reference(groups, 10), 1e-12)
+    """By their mean: without a norm its size counts."""
+    for method in ("sam", "usam"):
+        got = agree(ranks_of(4).run(scenarios.train, Setup(method=method, ascent_sync=size, steps=10)))
+        close(got, reference(groups, 10, normalised=method == "sam"), 1e-12)
 
 
 def test_a_group_averages_what_its_members_have(ranks_of):

@@ -106,7 +106,7 @@ def test_it_passes_what_every_method_must(package):
         **env,
     )
     assert " passed" in report and "failed" not in report
-    assert int(report.rsplit(" passed", 1)[0].split()[-1]) >= 10
+    assert int(report.rsplit(" passed", 1)[0].split()[-1]) >= 12
 
 
 def test_a_method_that_breaks_the_contract_is_caught(tmp_path):
@@ -115,4 +115,4 @@ def test_a_method_that_breaks_the_contract_is_caught(tmp_path):
     (tmp_path / "smooth_sign.py").write_text(SOURCE.replace(call, call + "\n        c.w[0].data.add_(1e-3)"))
     words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/optim/test_every_method.py"]
     with pytest.raises(AssertionError, match="FAILED"):
-        run([*words, "-k", "smooth-sign and lr_zero and sgd-"], tmp_path, FLATMIN_TEST_PLUGINS="smooth_sign")
+        run([*words, "-k", "smooth-sign and lr_zero"], tmp_path, FLATMIN_TEST_PLUGINS="smooth_sign")

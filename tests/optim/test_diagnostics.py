@@ -12,7 +12,18 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flatmin
-from tests.helpers import BASES, CHUNKS, Session, as_on_device, batch, bits, drive, noisy_net, recipe_of
+from tests.helpers import (
+    BASES,
+    CHUNKS,
+    ENTRY_POINTS,
+    Session,
+    as_on_device,
+    batch,
+    drive,
+    noisy_net,
+    recipe_of,
+    same_bits,
+)
 
 RATIOS = {"ratio_above_1", "ratio_0_to_1", "ratio_minus_1_to_0", "ratio_below_minus_1", "ratio_larger"}
 GRADIENTS = {"gradient_norm", "perturbed_gradient_norm", "cosine", "same_sign", *RATIOS}
@@ -113,12 +124,12 @@ class Witness:
         return found
 
 
-@pytest.mark.parametrize("device", [False, True])
-@pytest.mark.parametrize("entry", ["closure", "perturbed", "two calls", "passes"])
+@pytest.mark.parametrize("entry", ENTRY_POINTS)
 @pytest.mark.parametrize("method", TWO_PASS)
-def test_every_number_is_that_of_the_last_step(method, entry, device):
+def test_every_number_is_that_of_the_last_step(method, entry):
     """Step 5 ascends with every rule; the numbers of one sample of passes are not those of another."""
     steps = 6 if method in ("looksam", "every-k") else 3
+    device = (TWO_PASS.index(method) + ENTRY_POINTS.index(entry)) % 2 == 1
     witness = Witness(method, device=device).steps(steps, entry)
     found = witness.check()
     assert len(witness.seen) == 2
@@ -294,13 +305,13 @@ def test_an_update_without_end_leaves_the_numbers_readable():
     assert witness.optimizer.diagnostics() != before
 
 
-@pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("method", ["sam", "asam", "vasso", "gsam", "micro-sam", "looksam", "wsam", "esam", "n-step"])
-def test_recording_changes_no_bit(method, base):
-    plain, recorded = (Session(method, base, diagnostics=on).run(range(10)) for on in (False, True))
-    a, b = ([*s.model.parameters(), *s.model.buffers()] for s in (plain, recorded))
-    assert all(map(torch.equal, bits(a), bits(b)))
-    assert recorded.optimizer.diagnostics()["loss"] > 0
+@pytest.mark.parametrize("method", ["sam", "asam", "gsam", "micro-sam", "looksam", "wsam", "esam", "n-step", "rsam"])
+def test_recording_changes_no_bit(method):
+    base = "adamw" if len(method) % 2 else "sgd"
+    plain, recorded = (Session(method, base, diagnostics=on).run(range(6)) for on in (False, True))
+    assert same_bits(recorded.model.state_dict(), plain.model.state_dict())
+    assert same_bits(recorded.optimizer.base.state_dict()["state"], plain.optimizer.base.state_dict()["state"])
+    assert recorded.optimizer.diagnostics()["weight_norm"] > 0
 
 
 class Synchronisations(TorchDispatchMode):

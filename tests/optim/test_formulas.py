@@ -1,5 +1,6 @@
 """Every method follows its paper's formula, in every entry point that serves it."""
 
+import dataclasses
 import functools
 import itertools
 from functools import partial
@@ -9,15 +10,31 @@ import torch
 from torch import nn
 
 import flatmin
-from flatmin.methods import METHODS, Need
+from flatmin.methods import METHODS, Mask, Need
 from flatmin.optim.support import Loop as Support
 from flatmin.optim.support import refusal
 from tests.helpers import as_on_device, drive, entry_points, same_bits, takes_chunks
 from tests.optim import reference
-from tests.optim.formulas import CASES, Case, momentum_sam, with_lr
-from tests.optim.reference import SEED, SMOOTHING, STEPS, TABLE, decay, logits, mean, pieces, split, spread
+from tests.optim.formulas import CASES, Case, formula, momentum_sam, with_lr
+from tests.optim.reference import SEED, SIZES, SMOOTHING, STEPS, TABLE, decay, logits, mean, pieces, split, spread
 
 TOLERANCE = 1e-10
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Checkered(Mask):
+    """Every other entry of a tensor moves, and the norm is theirs. No built-in mask acts before the norm."""
+
+    def __call__(self, d, state, c):
+        return [(torch.arange(x.numel()) % 2).to(x).view_as(x) for x in d], {}
+
+
+@formula("sam", {"mask": Checkered()})
+def inside(s, mask):
+    parts = s.grad(s.w).split(SIZES)
+    return s.grad(s.w + s.eps(torch.cat([p * (torch.arange(len(p)) % 2) for p in parts])))
+
+
 # base -> torch's class and its options beside the learning rate
 BASES = {
     "sgd": (torch.optim.SGD, {"momentum": 0.9, "weight_decay": 1e-2}),

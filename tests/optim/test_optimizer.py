@@ -1,7 +1,6 @@
-"""The wrapper as users meet it: construction, loops, misuse, gradients that are not finite."""
+"""The wrapper as users meet it: construction, loops, gradients that are not finite."""
 
 import contextlib
-import copy
 import math
 import subprocess
 import sys
@@ -12,7 +11,7 @@ import torch
 from torch import nn
 
 import flatmin
-from tests.helpers import ENTRY_POINTS, as_on_device, drive, same_bits
+from tests.helpers import as_on_device
 
 
 def net():
@@ -43,9 +42,6 @@ def sgd(model, **kw):
     return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, **kw)
 
 
-# -- construction --------------------------------------------------------------------------------------------------
-
-
 def test_default_rho_belongs_to_the_geometry():
     for name, rho in {"sam": 0.05, "asam": 0.5, "vasso+asam": 0.5, "usam": 0.05}.items():
         assert flatmin.wrap(sgd(net()), name).param_groups[0]["rho"] == rho
@@ -58,9 +54,6 @@ def test_names_come_from_the_base_or_the_model():
     model = net()
     flatmin.wrap(sgd(model), "asam", weights_only=True, model=model)
     flatmin.wrap(torch.optim.SGD(model.named_parameters(), lr=0.1), "asam", weights_only=True)
-
-
-# -- loops ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_two_call_readme_loop_runs_with_its_import_changed():
@@ -189,9 +182,6 @@ def test_step_without_closure_is_the_base_step_where_nothing_ascends():
     opt.step()  # distributed checkpoints initialise state like this
 
 
-# -- gradients that are not finite ---------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("device", [False, True])
 @pytest.mark.parametrize(("base", "bad"), [("sgd", math.nan), ("fused sgd", math.inf), ("fused adamw", -math.inf)])
 def test_skip_leaves_weights_and_base_state(base, bad, device):
@@ -280,9 +270,6 @@ def test_the_device_gives_the_same_step_in_every_dtype():
         assert all(torch.allclose(a, b, rtol=1e-6) for a, b in zip(*ends, strict=True))
 
 
-# -- loops that do more or less than a step ------------------------------------------------------------------------
-
-
 def test_train_and_eval_do_nothing_to_methods_with_a_pass_1():
     ends = []
     for switch in ("train", "eval"):
@@ -315,96 +302,6 @@ def test_a_forward_that_was_given_up_is_forgotten():
         opt.step()
         ends.append(vector(model))
     assert torch.equal(*ends)
-
-
-# -- wrappers of frameworks ----------------------------------------------------------------------------------------
-
-
-class Wrapper:
-    """As Lightning's and Fabric's: imitates the class of what it wraps, forwards reads, always steps with a closure."""
-
-    def __init__(self, optimizer):
-        self._optimizer, self.steps = optimizer, 0
-        self.__class__ = type("Wrapped", (Wrapper, type(optimizer)), {})
-
-    @property
-    def optimizer(self):
-        return self._optimizer
-
-    def step(self, closure=None):
-        self.steps += 1
-        return self._optimizer.step(closure=(lambda: None) if closure is None else closure)
-
-    def __getattr__(self, name):
-        return getattr(self._optimizer, name)
-
-
-@pytest.mark.parametrize("entry", ENTRY_POINTS)
-@pytest.mark.parametrize("method", ("sam", "vasso", "looksam"))
-def test_a_wrapper_that_imitates_the_class_has_every_entry_point(method, entry):
-    """davda54/sam#31 and #42."""
-    nets = [net() for _ in range(2)]
-    inside = [flatmin.wrap(sgd(model), method, rho=0.1, model=model) for model in nets]
-    wrapper = Wrapper(inside[0])
-    wrapper.clip_norm, inside[1].clip_norm = 0.2, 0.2
-    schedulers = [torch.optim.lr_scheduler.ExponentialLR(one, 0.9) for one in (wrapper, inside[1])]
-    for k in range(4):
-        x, y = batch(k)
-        for model, one, scheduler in zip(nets, (wrapper, inside[1]), schedulers, strict=True):
-
-            def backward(model=model, x=x, y=y):
-                loss = nn.functional.cross_entropy(model(x), y)
-                loss.backward()
-                return loss
-
-            drive(one, backward, entry)
-            scheduler.step()
-    assert isinstance(wrapper, flatmin.SAM) and wrapper.steps == 4
-    assert same_bits([*nets[0].parameters()], [*nets[1].parameters()])
-    assert same_bits(inside[0].state_dict(), inside[1].state_dict()) and inside[0].clip_norm == 0.2
-    assert set(vars(wrapper)) == {"_optimizer", "steps", "step"}, "the scheduler counts calls of the wrapper's step()"
-    assert type(copy.deepcopy(wrapper)) is flatmin.SAM
-
-
-def test_a_closure_after_the_passes_of_an_update():
-    """One that computes nothing ends it, as Lightning's step() gives it; one that computes a loss is refused."""
-    nets = [net() for _ in range(3)]
-    opts = [flatmin.SAM(sgd(model), rho=0.1, model=model) for model in nets]
-    for model, opt, closure in zip(nets, opts, (None, lambda: None, lambda: torch.zeros(())), strict=True):
-        for evaluation in opt.passes():
-            with evaluation:
-                nn.functional.cross_entropy(model(batch()[0]), batch()[1]).backward()
-        if opt is opts[2]:
-            with pytest.raises(RuntimeError, match="the passes of this update are done"):
-                opt.step(closure)
-        else:
-            assert opt.step(closure) is None
-    assert torch.equal(vector(nets[0]), vector(nets[1])) and torch.equal(vector(nets[2]), vector(net()))
-    with pytest.raises(RuntimeError, match=r"\(A step\(\) of Lightning's without a closure gives an empty one"):
-        opts[0].step(lambda: None)
-
-
-def test_closures_between_train_and_eval():
-    """The loop without passes may hand its backward over as a closure: it runs once, at w + eps."""
-    nets = [net() for _ in range(2)]
-    opts = [flatmin.wrap(sgd(model), "momentum-sam", rho=0.1, model=model) for model in nets]
-    for opt in opts:
-        opt.train()
-    for k in range(3):
-        closures = [closure_for(model, opt, *batch(k)) for model, opt in zip(nets, opts, strict=True)]
-        loss = closures[0]()
-        opts[0].step()
-        assert torch.equal(opts[1].step(closures[1]), loss.detach()) and opts[1].loss_point == "w + eps"
-    for opt in opts:
-        opt.eval()
-    assert torch.equal(vector(nets[0]), vector(nets[1]))
-    opts[1].scaler = torch.amp.GradScaler("cpu")
-    opts[1].train()
-    with pytest.raises(RuntimeError, match="give it no closure"):
-        opts[1].step(closures[1])
-
-
-# -- the package ---------------------------------------------------------------------------------------------------
 
 
 def test_import_loads_torch_and_nothing_heavy():

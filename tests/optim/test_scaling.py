@@ -6,7 +6,6 @@ from torch import nn
 
 import flatmin
 from flatmin.methods import METHODS, Need
-from tests.covering import pairs
 from tests.helpers import BASES, CHUNKS, as_on_device, batch, bits, noisy_net, recipe_of, takes_chunks
 
 LOOPS = ["closure", "direct closure", "passes", "passes, unscaled", "perturbed", "two calls"]
@@ -96,22 +95,22 @@ def same(a, b):
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-@pytest.mark.parametrize("device", [False, True])
 @pytest.mark.parametrize("kind", LOOPS)
-@pytest.mark.parametrize("method", ["sam", "vasso", "gsam", "wsam", "bisam-log", "usam"])
-def test_the_trajectory_is_the_unscaled_one(method, kind, device):
+@pytest.mark.parametrize("method", ["sam", "vasso", "gsam", "wsam", "usam"])
+def test_the_trajectory_is_the_unscaled_one(method, kind):
     """A scale of a power of two changes no bit."""
+    device = (len(method) + LOOPS.index(kind)) % 2 == 1
     plain = Loop("plain", method, device=device).run(6)
     assert same(Loop(kind, method, device=device).run(6).weights[-1], plain.weights[-1])
 
 
-@pairs("method, kind, base", SERVED, ["closure", "passes"], list(BASES))
-def test_every_method_is_served(method, kind, base):
+@pytest.mark.parametrize("method", SERVED)
+def test_every_method_is_served(method):
+    kind, base = (("closure", "sgd"), ("passes", "adamw"))[SERVED.index(method) % 2]
     assert same(Loop(kind, method, base).run(4).weights[-1], Loop("plain", method, base).run(4).weights[-1])
 
 
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("device", [False, True])
+@pytest.mark.parametrize(("device", "fused"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("spoilt", [0, 1])
 @pytest.mark.parametrize("kind", LOOPS)
 def test_an_inf_in_any_pass_skips_the_step_and_lowers_the_scale(kind, spoilt, device, fused):

@@ -1,95 +1,23 @@
-"""Layers and loops out of the ordinary: nested optimizers, recomputed activations, odd gradients and odd tensors."""
+"""Loops and models out of the ordinary: nested optimizers, recomputed activations, compiled and wrapped models."""
 
 import copy
 import itertools
-import math
 
 import pytest
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import flatmin
-from flatmin.methods import Need
-from tests.helpers import ENTRY_POINTS, NAMES, as_on_device, drive, recipe_of, same_bits
+from tests.helpers import ENTRY_POINTS, drive, same_bits
+from tests.optim.loops import LR, RHO, OwnNorm, buffers, by_hand, close, inputs, sam, weights
 
-LR, RHO = 0.1, 0.3
 every_entry = pytest.mark.parametrize("entry", ENTRY_POINTS)
-# Methods that take the batch as a whole.
-WHOLE = [n for n in NAMES if Need.MICRO_BATCHES not in recipe_of(n).needs]
-
-
-def entries_of(name):
-    return ENTRY_POINTS if recipe_of(name).two_pass else ("closure", "passes")
-
-
-def inputs(step=0, size=8, width=4):
-    return torch.randn(size, width, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
-
-
-def weights(model):
-    return [p.detach().clone() for p in model.parameters()]
-
-
-def buffers(model):
-    return [b.clone() for b in model.buffers()]
-
-
-def close(a, b, tolerance=1e-12):
-    return all(torch.allclose(x, y, rtol=0, atol=tolerance) for x, y in zip(a, b, strict=True))
-
-
-def sam(model, parameters=None, **kw):
-    base = torch.optim.SGD(model.parameters() if parameters is None else parameters, lr=LR)
-    return flatmin.SAM(base, rho=RHO, model=model, **kw)
-
-
-def by_hand(model, parameters, backward):
-    """A step of SAM on some parameters, in the open: both passes on one mask, statistics of the first only."""
-
-    def gradients():
-        for p in parameters:
-            p.grad = None
-        backward()
-        return [p.grad.clone() for p in parameters]
-
-    rng, home = torch.get_rng_state(), [p.detach().clone() for p in parameters]
-    g = gradients()
-    kept = buffers(model)
-    norm = math.sqrt(sum(float(x.square().sum()) for x in g))
-    with torch.no_grad():
-        for p, x in zip(parameters, g, strict=True):
-            p.add_(x, alpha=RHO / norm)
-    torch.set_rng_state(rng)
-    gs = gradients()
-    with torch.no_grad():
-        for p, w, x in zip(parameters, home, gs, strict=True):
-            p.copy_(w - LR * x)
-        for b, old in zip(model.buffers(), kept, strict=True):
-            b.copy_(old)
-
-
-# -- running statistics ------------------------------------------------------------------------------------------------
-
-
-class OwnNorm(nn.Module):
-    """A normalisation layer that torch does not know."""
-
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("running_mean", torch.zeros(4))
-
-    def forward(self, x):
-        if self.training:
-            self.running_mean.lerp_(x.detach().mean((0, 2)), 0.1)
-        return x - self.running_mean[:, None]
 
 
 NORMS = {
     "BatchNorm": lambda: nn.BatchNorm1d(4),
-    "momentum=None": lambda: nn.BatchNorm1d(4, momentum=None),
     "InstanceNorm": lambda: nn.InstanceNorm1d(4, track_running_stats=True, affine=True),
     "own": OwnNorm,
 }
@@ -131,9 +59,6 @@ def test_after_an_exception_statistics_are_those_of_first_passes_and_layers_trac
     drive(optimizer, backward, entry)
     twin(x)
     assert same_bits(buffers(model), buffers(twin))
-
-
-# -- several optimizers ------------------------------------------------------------------------------------------------
 
 
 class Halves:
@@ -308,9 +233,6 @@ def test_a_step_inside_its_own_closure_is_refused_and_undone():
     assert not same_bits(weights(halves.model), before)
 
 
-# -- recomputed activations, compiled models ---------------------------------------------------------------------------
-
-
 class Recomputing(nn.Module):
     """A net whose middle may be run again in the backward pass."""
 
@@ -475,6 +397,7 @@ def test_a_compiled_model_trains_as_the_plain_one_without_compiling_again():
                 drive(optimizer, backward, ENTRY_POINTS[k % 4])
     assert counters["stats"]["unique_graphs"] == 2  # one that tracks, one that does not
     assert close(weights(plain), weights(net)) and close(buffers(plain), buffers(net))
+<<<<<<< HEAD:tests/optim/test_layers_and_loops.py
 
 
 # -- gradients that are missing, sparse or complex ---------------------------------------------------------------------
@@ -744,3 +667,5 @@ def test_weights_snapshots_and_memory_stay_where_they_are(name, joined, device):
         drive(optimizer, backward, entry)
         optimizer.param_groups[0]["rho"] = RHO
         assert addresses() == first
+=======
+>>>>>>> tests-part:tests/optim/test_loops.py

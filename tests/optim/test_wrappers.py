@@ -1,0 +1,122 @@
+"""Wrappers of frameworks, and closures where a loop has run the passes already."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import flatmin
+from tests.helpers import ENTRY_POINTS, drive, same_bits
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+
+
+def batch(k=0):
+    g = torch.Generator().manual_seed(100 + k)
+    return torch.randn(8, 4, generator=g, dtype=torch.float64), torch.randint(3, (8,), generator=g)
+
+
+def closure_for(model, opt, x, y, scale=1.0):
+    def closure():
+        opt.zero_grad()
+        loss = scale * nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    return closure
+
+
+def vector(model):
+    return nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+
+
+def sgd(model, **kw):
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, **kw)
+
+
+class Wrapper:
+    """As Lightning's and Fabric's: imitates the class of what it wraps, forwards reads, always steps with a closure."""
+
+    def __init__(self, optimizer):
+        self._optimizer, self.steps = optimizer, 0
+        self.__class__ = type("Wrapped", (Wrapper, type(optimizer)), {})
+
+    @property
+    def optimizer(self):
+        return self._optimizer
+
+    def step(self, closure=None):
+        self.steps += 1
+        return self._optimizer.step(closure=(lambda: None) if closure is None else closure)
+
+    def __getattr__(self, name):
+        return getattr(self._optimizer, name)
+
+
+@pytest.mark.parametrize("entry", ENTRY_POINTS)
+@pytest.mark.parametrize("method", ("sam", "vasso", "looksam"))
+def test_a_wrapper_that_imitates_the_class_has_every_entry_point(method, entry):
+    """davda54/sam#31 and #42."""
+    nets = [net() for _ in range(2)]
+    inside = [flatmin.wrap(sgd(model), method, rho=0.1, model=model) for model in nets]
+    wrapper = Wrapper(inside[0])
+    wrapper.clip_norm, inside[1].clip_norm = 0.2, 0.2
+    schedulers = [torch.optim.lr_scheduler.ExponentialLR(one, 0.9) for one in (wrapper, inside[1])]
+    for k in range(4):
+        x, y = batch(k)
+        for model, one, scheduler in zip(nets, (wrapper, inside[1]), schedulers, strict=True):
+
+            def backward(model=model, x=x, y=y):
+                loss = nn.functional.cross_entropy(model(x), y)
+                loss.backward()
+                return loss
+
+            drive(one, backward, entry)
+            scheduler.step()
+    assert isinstance(wrapper, flatmin.SAM) and wrapper.steps == 4
+    assert same_bits([*nets[0].parameters()], [*nets[1].parameters()])
+    assert same_bits(inside[0].state_dict(), inside[1].state_dict()) and inside[0].clip_norm == 0.2
+    assert set(vars(wrapper)) == {"_optimizer", "steps", "step"}, "the scheduler counts calls of the wrapper's step()"
+    assert type(copy.deepcopy(wrapper)) is flatmin.SAM
+
+
+def test_a_closure_after_the_passes_of_an_update():
+    """One that computes nothing ends it, as Lightning's step() gives it; one that computes a loss is refused."""
+    nets = [net() for _ in range(3)]
+    opts = [flatmin.SAM(sgd(model), rho=0.1, model=model) for model in nets]
+    for model, opt, closure in zip(nets, opts, (None, lambda: None, lambda: torch.zeros(())), strict=True):
+        for evaluation in opt.passes():
+            with evaluation:
+                nn.functional.cross_entropy(model(batch()[0]), batch()[1]).backward()
+        if opt is opts[2]:
+            with pytest.raises(RuntimeError, match="the passes of this update are done"):
+                opt.step(closure)
+        else:
+            assert opt.step(closure) is None
+    assert torch.equal(vector(nets[0]), vector(nets[1])) and torch.equal(vector(nets[2]), vector(net()))
+    with pytest.raises(RuntimeError, match=r"\(A step\(\) of Lightning's without a closure gives an empty one"):
+        opts[0].step(lambda: None)
+
+
+def test_closures_between_train_and_eval():
+    """The loop without passes may hand its backward over as a closure: it runs once, at w + eps."""
+    nets = [net() for _ in range(2)]
+    opts = [flatmin.wrap(sgd(model), "momentum-sam", rho=0.1, model=model) for model in nets]
+    for opt in opts:
+        opt.train()
+    for k in range(3):
+        closures = [closure_for(model, opt, *batch(k)) for model, opt in zip(nets, opts, strict=True)]
+        loss = closures[0]()
+        opts[0].step()
+        assert torch.equal(opts[1].step(closures[1]), loss.detach()) and opts[1].loss_point == "w + eps"
+    for opt in opts:
+        opt.eval()
+    assert torch.equal(vector(nets[0]), vector(nets[1]))
+    opts[1].scaler = torch.amp.GradScaler("cpu")
+    opts[1].train()
+    with pytest.raises(RuntimeError, match="give it no closure"):
+        opts[1].step(closures[1])
