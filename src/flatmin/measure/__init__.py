@@ -14,8 +14,13 @@ from flatmin.measure.sharpness import Sharpness, curve, m_sharpness, worst_case
 from flatmin.measure.trace import density, diagonal, frobenius, trace
 from flatmin.measure.trajectory import pca
 
+# The names of earlier versions.
+Card, CardSettings, card = Report, ReportSettings, report
+
 __all__ = [
     "Average",
+    "Card",
+    "CardSettings",
     "Conventions",
     "EmpiricalFisher",
     "Fisher",
@@ -30,6 +35,7 @@ __all__ = [
     "Spectrum",
     "average_case",
     "bezier",
+    "card",
     "curve",
     "density",
     "diagonal",
