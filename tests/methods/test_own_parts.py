@@ -52,6 +52,54 @@ class Mean(m.Combine):
 
 
 @dataclass(frozen=True, kw_only=True)
+class OnlyBeside(m.Combine):
+    """A term beside the base, and nothing else."""
+
+    def post(self, g, gs, c):
+        return [-0.1 * x for x in gs[0]]
+
+
+class SaysNo(OnlyBeside):
+    """What a class declares itself holds for those derived from it."""
+
+    post_step: ClassVar = False
+
+
+class Derived(SaysNo):
+    pass
+
+
+class Again(Derived):
+    def post(self, g, gs, c):
+        return super().post(g, gs, c)
+
+
+class NoPass(m.Direction):
+    """A common base may leave the rest to others."""
+
+    evaluates: ClassVar = False
+
+
+def test_declarations_follow_from_the_nearest_class_that_says_or_does_something():
+    assert (m.Combine.mixes, m.Combine.post_step, m.Descent.mixes) == (False, False, False)
+    assert (OnlyBeside.mixes, OnlyBeside.post_step) == (True, True)
+    assert [one.post_step for one in (SaysNo, Derived, Again)] == [False, False, True]
+    w = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+    optimizer = flatmin.wrap(torch.optim.SGD([w], lr=0.0), flatmin.Recipe(combine=OnlyBeside()), rho=1e-9)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = 0.5 * w.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert w.tolist() == pytest.approx([0.9] * 3)
+    with pytest.raises(ValueError, match="takes no pass 1, so it must define"):
+        flatmin.wrap(torch.optim.SGD([w], lr=0.1), flatmin.Recipe(direction=NoPass()))
+
+
+@dataclass(frozen=True, kw_only=True)
 class LastDescent(m.Direction):
     """d = the last descent gradient; takes no pass 1."""
 
@@ -393,5 +441,8 @@ def test_scalars_and_marks_of_ones_own_parts_travel_in_checkpoints():
 
 def test_stored_tensors_are_not_overwritten_on_the_device_path():
     runs = [run(flatmin.Recipe(direction=First()), device_path=d) for d in (False, True)]
-    host, device = ([w, *opt._store.per_weight["direction.g"].values()] for w, opt in runs)
+    host, device = (
+        [w, *(opt.state[p]["flatmin.direction.g"] for group in opt.param_groups for p in group["params"])]
+        for w, opt in runs
+    )
     assert all(torch.allclose(a, b, rtol=0, atol=1e-13) for a, b in zip(host, device, strict=True))

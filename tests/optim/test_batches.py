@@ -70,8 +70,9 @@ def test_gradients_that_a_closure_drops_are_warned_about_once():
     backward(0)
     with pytest.warns(
         UserWarning, match=r"drops the gradients of the forward before it.*list of closures, or use passes"
-    ):
+    ) as caught:
         optimizer.step(closure)
+    assert [w.filename for w in caught] == [__file__]
     backward(1)
     optimizer.step(closure)
 
@@ -82,8 +83,12 @@ def test_a_forward_too_many_in_the_first_pass_is_said():
     x = torch.randn(8, 4)
     model(x)
     model(x).square().mean().backward()
-    with pytest.warns(UserWarning, match="the model ran 2 times before the weights were perturbed"), opt.perturbed():
+    with (
+        pytest.warns(UserWarning, match="the model ran 2 times before the weights were perturbed") as caught,
+        opt.perturbed(),
+    ):
         model(x).square().mean().backward()
+    assert [w.filename for w in caught] == [__file__]
 
 
 @dataclasses.dataclass

@@ -20,7 +20,7 @@ def test_every_planted_fault_fits_the_code():
 
 def test_every_file_of_the_engine_that_changes_weights_has_one():
     files = {fault.file for fault in faults()}
-    for name in ("combine", "curvature", "direction", "geometry", "inner_loop", "mask", "schedule", "ungraded"):
+    for name in ("combine", "curvature", "direction", "geometry", "inner_loop", "mask", "schedule"):
         assert (PACKAGE / "methods" / f"{name}.py").is_file() and f"methods/{name}.py" in files
 
 

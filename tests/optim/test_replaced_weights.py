@@ -1,12 +1,14 @@
 """What is remembered of a weight follows it, and is forgotten when the weight is replaced."""
 
 import copy
+import weakref
 
 import pytest
 import torch
 from torch import nn
 
 import flatmin
+from tests.helpers import ENTRY_POINTS, drive
 
 
 def train(net, optimizer, steps, seed=1):
@@ -122,6 +124,32 @@ def test_a_weight_that_stays_keeps_its_memory():
     assert first not in run.optimizer.state
     with pytest.raises(KeyError):
         del run.optimizer.state[first]
+
+
+@pytest.mark.parametrize("entry", ENTRY_POINTS)
+def test_layers_come_and_freeze_and_an_ended_step_holds_nothing(entry):
+    """A layer that is appended is another's to train; gradients live no longer than the loop holds them."""
+    model = nn.Sequential(nn.Linear(4, 3))
+    optimizer = flatmin.SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.1, model=model)
+    x, made = torch.randn(8, 4), []
+
+    def backward():
+        loss = model(x).square().mean()
+        loss.backward()
+        made.extend(weakref.ref(p.grad) for p in model.parameters() if p.grad is not None)
+        return loss
+
+    for _ in range(4):
+        drive(optimizer, backward, entry)
+    optimizer.zero_grad()
+    assert not [g for g in made if g() is not None]
+    model.append(nn.Linear(3, 2))
+    before = model[0].weight.detach().clone()
+    drive(optimizer, backward, entry)
+    assert not torch.equal(before, model[0].weight)
+    model.requires_grad_(False)
+    with pytest.raises(RuntimeError, match="no weight received a gradient|no gradients: call loss.backward"):
+        drive(optimizer, lambda: model(x).square().mean(), entry)
 
 
 def small_vasso(dtype=torch.float32):

@@ -120,3 +120,43 @@ def test_closures_between_train_and_eval():
     opts[1].train()
     with pytest.raises(RuntimeError, match="give it no closure"):
         opts[1].step(closures[1])
+
+
+def test_gradients_that_a_subclass_replaces_in_its_step_are_looked_at():
+    """`second_step()` ends in `step()`, where frameworks clip by assigning gradients."""
+
+    class Spoils(flatmin.SAM):
+        def step(self, closure=None):
+            for p in model.parameters():
+                p.grad = p.grad * float("inf")
+            return super().step(closure)
+
+    model = nn.Linear(4, 2)
+    optimizer = Spoils(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.1)
+    x = torch.randn(8, 4)
+    model(x).square().mean().backward()
+    optimizer.first_step()
+    model(x).square().mean().backward()
+    optimizer.second_step()
+    assert optimizer.counts()["skipped_steps"] == 1 and all(p.isfinite().all() for p in model.parameters())
+
+
+def test_a_criterion_may_be_exchanged_between_updates_and_the_base_may_not():
+    model = nn.Linear(4, 3)
+    first, second = (flatmin.Criterion(nn.CrossEntropyLoss()) for _ in range(2))
+    optimizer = flatmin.wrap(torch.optim.SGD(model.parameters(), lr=0.1), "bisam-log", criterion=first)
+    x, y = torch.randn(8, 4), torch.randint(3, (8,))
+    optimizer.criterion = second
+
+    def closure():
+        optimizer.zero_grad()
+        loss = second(model(x), y)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    with pytest.raises(TypeError, match="criterion must be a flatmin.Criterion"):
+        optimizer.criterion = nn.CrossEntropyLoss()
+    for name in ("base", "recipe"):
+        with pytest.raises(AttributeError):
+            setattr(optimizer, name, None)

@@ -204,7 +204,7 @@ class _Window:
         sam = self.sam
         self.weights: Sequence[Tensor] = [w for group in sam.param_groups for w in group["params"]]
         # A single batch is left to the optimizer, which does the same.
-        self.random = RandomState({w.device for w in self.weights}) if self.several and sam.replay_rng else None
+        self.random = RandomState({w.device for w in self.weights}) if self.several and sam._replay_rng else None
         # Whether the gradients that Lightning accumulates are those of the method's first pass.
         self.usable = sam.recipe.two_pass and sam.ascent_sync == "all"
         sam.abort()

@@ -19,7 +19,8 @@ class Combine(Part):
     Attributes:
         ascends: False for combinations that work where the weights never leave w. Default True.
         uses_gradient: whether g is kept through pass 2, which costs one more copy. Default False: g is None.
-        mixes: whether u is anything but the last descent gradient; true where `__call__` is defined.
+        mixes: whether it does anything but hand on the last descent gradient; true where `__call__` or `post` is
+            defined.
         rho_zero_is_base: whether rho = 0 gives the base's own steps. Default True.
         keeps_graph: whether the descent pass may have to keep its graph; true where `graph` is defined.
         off_step: whether a step without ascent is more than the base's; true where `off` is defined.
@@ -29,7 +30,7 @@ class Combine(Part):
     kind: ClassVar[str] = "combine"
     question: ClassVar[str] = "what goes to the base?"
     declared_by: ClassVar = {
-        "mixes": "__call__",
+        "mixes": ("__call__", "post"),
         "keeps_graph": "graph",
         "off_step": "off",
         "post_step": "post",

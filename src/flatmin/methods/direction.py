@@ -1,7 +1,7 @@
 """Along what?"""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -31,10 +31,10 @@ class Direction(Part):
     moves_start: ClassVar[bool] = False
     observes: ClassVar[bool] = False
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if not (cls.evaluates or cls.turns):
-            raise TypeError(f"{cls.__name__} takes no pass 1, so it must define __call__(), which says where to go.")
+    def validate(self) -> None:
+        if not (self.evaluates or self.turns):
+            name = type(self).__name__
+            raise ValueError(f"{name} takes no pass 1, so it must define __call__(), which says where to go.")
 
     def conflict(self, need: Need) -> str | None:
         if need in (Need.GRADIENT_AT_W, Need.LOSSES_AT_W) and self.moves_start:

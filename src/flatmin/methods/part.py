@@ -147,6 +147,7 @@ class Part:
     step_dependent: ClassVar[bool] = False
     ascends: ClassVar[bool] = True
     former_names: ClassVar[tuple[str, ...]] = ()
+    _declared: ClassVar[frozenset[str]] = frozenset()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -154,11 +155,11 @@ class Part:
             raise TypeError(
                 f"{cls.__name__}: a parameter must not be named {sorted(clash)[0]!r}, the name is reserved."
             )
+        cls._declared = frozenset(cls.declared_by) & vars(cls).keys()
         for declaration, methods in cls.declared_by.items():
-            if declaration not in vars(cls):
-                defined_by = [_definer(cls, m) for m in ([methods] if isinstance(methods, str) else methods)]
-                # The base class of a question is the one that says which methods declare what.
-                setattr(cls, declaration, any("declared_by" not in vars(one) for one in defined_by))
+            if declaration not in cls._declared:
+                names = {methods} if isinstance(methods, str) else set(methods)
+                setattr(cls, declaration, _declares(cls, declaration, names))
 
     def demands(self) -> frozenset[Need]:
         """The needs of this very instance; override where they depend on parameters."""
@@ -190,9 +191,19 @@ class Part:
         return f"{type(self).__name__}({inner})"
 
 
-def _definer(cls: type, method: str) -> type:
-    """The class that a method comes from."""
-    return next(one for one in cls.__mro__ if method in vars(one))
+def _declares(cls: type, declaration: str, methods: set[str]) -> bool:
+    """What the nearest class says that declares it itself or defines one of these methods.
+
+    The base class of a question, which says which methods declare what, defines them without declaring anything.
+    """
+    for one in cls.__mro__:
+        if "declared_by" in vars(one):
+            return False
+        if declaration in vars(one).get("_declared", ()):
+            return bool(vars(one)[declaration])
+        if methods & vars(one).keys():
+            return True
+    return False
 
 
 def learning_rate(group: Mapping[str, Any], owner: Part) -> float:

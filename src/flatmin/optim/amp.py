@@ -33,7 +33,7 @@ class GradScaling:
     def __init__(self, scaler: Any, optimizer: object, device: torch.device) -> None:
         self.scaler, self._device = scaler, device
         self._optimizer = weakref.ref(optimizer)
-        self._probe = torch.zeros((), device=device)
+        self._probe = torch.zeros((), dtype=torch.float32, device=device)
         self._view = SimpleNamespace(param_groups=[{"params": [self._probe]}])
         # A scaler that has scaled nothing yet refuses step() before the closure can run.
         scaler.scale(self._probe)
@@ -41,8 +41,8 @@ class GradScaling:
 
     def begin(self) -> None:
         """Read the scale that this update's losses carry."""
-        self.scale: Tensor = self.scaler.scale(torch.ones((), device=self._device))
-        self.found = torch.zeros((), device=self._device)
+        self.scale: Tensor = self.scaler.scale(torch.ones((), dtype=torch.float32, device=self._device))
+        self.found = torch.zeros((), dtype=torch.float32, device=self._device)
 
     def begin_again(self) -> None:
         """Take the scale from the marks of the scaler's step: the update began before its last `update()`."""

@@ -319,6 +319,22 @@ def build_base(
     return base
 
 
+def adaptive_recipe(base: Optimizer, recipe: Any, adaptive: bool, rho: float | None) -> Any:
+    """The recipe that `adaptive`, also of single param groups, asks for."""
+    asked = [group.get("adaptive", adaptive) for group in base.param_groups]
+    if "adaptive" in base.defaults or not any(asked):
+        return recipe
+    if not isinstance(recipe, str) or "asam" not in recipe.split("+"):
+        if recipe != "sam":
+            raise ValueError(f"a param group with adaptive=True needs a recipe with 'asam'; got recipe={recipe!r}.")
+        recipe = "asam"
+    if not all(asked) and rho is None:
+        raise ValueError("param groups differ in adaptive and share one norm: give rho=.")
+    for group, one in zip(base.param_groups, asked, strict=True):
+        group["adaptive"] = bool(one)
+    return recipe
+
+
 def hands_on_eps(base_optimizer: Any) -> bool:
     """Whether `eps=` is the base's: it is given by its class, which has an option of this name."""
     return callable(base_optimizer) and "eps" in _parameters(base_optimizer)

@@ -126,13 +126,11 @@ def load(base: torch.optim.Optimizer, store: MethodState, checkpoint: Mapping[st
             group.update(kept)
         store.clear()
         return
-    groups = [_with_current_words(g) for g in checkpoint["param_groups"]]
+    groups = [dict(g) for g in checkpoint["param_groups"]]
     if not groups:
         raise ValueError("the checkpoint has no param groups.")
     head = groups[0]
-    state: Mapping[Any, Any] = {
-        i: _with_current_words(e) if isinstance(e, Mapping) else e for i, e in checkpoint["state"].items()
-    }
+    state: Mapping[Any, Any] = checkpoint["state"]
     if PREFIX + "version" in head:
         _check_origin(head, store.recipe, store.remembers)
     else:
@@ -160,12 +158,6 @@ def load(base: torch.optim.Optimizer, store: MethodState, checkpoint: Mapping[st
     store.scalars.update(
         {k: v.clone() if isinstance(v, Tensor) and not v.isnan() else None for k, v in scalars.items()}
     )
-
-
-def _with_current_words(entries: Mapping[Any, Any]) -> dict[Any, Any]:
-    """A group's or a weight's entries, those of our own under the present names of the kinds."""
-    ours = {k: PREFIX + current_word(k.removeprefix(PREFIX)) for k in entries if str(k).startswith(PREFIX)}
-    return {ours.get(k, k): v for k, v in entries.items()}
 
 
 def parts_of(recipe: Recipe) -> str:

@@ -13,7 +13,15 @@ from torch.optim import Optimizer
 
 from flatmin.methods import Need, Recipe, compose
 from flatmin.optim.amp import GradScaling
-from flatmin.optim.base_optimizer import BaseOptimizer, build_base, check_positive, check_rho, hands_on_eps, set_rho
+from flatmin.optim.base_optimizer import (
+    BaseOptimizer,
+    adaptive_recipe,
+    build_base,
+    check_positive,
+    check_rho,
+    hands_on_eps,
+    set_rho,
+)
 from flatmin.optim.checkpoint import load, mark, save
 from flatmin.optim.closures import Closure, Probe, as_list, run_all
 from flatmin.optim.containers import detached, loss_in
@@ -45,7 +53,7 @@ _HOOKS = (
 # What is copied and pickled as it is.
 _OPTIONS = (
     "nonfinite", "eps", "clip_norm", "ascent_sync",
-    "_seed", "_freeze_batchnorm", "_freeze_state", "replay_rng", "_diagnoses",
+    "_seed", "_freeze_batchnorm", "_freeze_state", "_replay_rng", "_diagnoses",
 )  # fmt: skip
 NonFinite = Literal["skip", "raise", "propagate"]
 
@@ -155,17 +163,17 @@ class SAM(Optimizer):
             raise ValueError(f"nonfinite must be 'skip', 'raise' or 'propagate', got {nonfinite!r}.")
         given = {"eps": eps, "model": model, "criterion": criterion, "clip_norm": clip_norm, "scaler": scaler}
         both = {k: v for k, v in given.items() if v is not None} | ({"seed": seed} if seed else {})
-        self.base = build_base(params, base_optimizer, kwargs, both)
+        base = build_base(params, base_optimizer, kwargs, both)
         self.nonfinite, self.eps = nonfinite, 1e-12 if eps is None or hands_on_eps(base_optimizer) else eps
-        recipe = self._adaptive(recipe, adaptive, rho)
+        recipe = adaptive_recipe(base, recipe, adaptive, rho)
         recipe = compose(recipe) if isinstance(recipe, str) else recipe
         if not isinstance(recipe, Recipe):
             raise TypeError(f"recipe must be a name or a flatmin.Recipe, got {type(recipe).__name__}.")
-        self.criterion, self.ascent_sync, self._seed, self._diagnoses = criterion, ascent_sync, seed, diagnostics
-        self._freeze_batchnorm, self._freeze_state, self.replay_rng = freeze_batchnorm, freeze_state, replay_rng
+        self.ascent_sync, self._seed, self._diagnoses = ascent_sync, seed, diagnostics
+        self._freeze_batchnorm, self._freeze_state, self._replay_rng = freeze_batchnorm, freeze_state, replay_rng
         self._own_generators, self._lost_model = tuple(generators), False
-        self._assemble(MethodState(recipe, seed, diagnostics), model)
-        set_rho(self.base, self.rho_key, rho, recipe.default_rho)
+        self._assemble(base, MethodState(recipe, seed, diagnostics), model, criterion)
+        set_rho(base, self.rho_key, rho, recipe.default_rho)
         mark(self.param_groups, self._tools.state)
         check_recipe(recipe, self._tools.base, self._tools.weights, model, criterion)
         self._refuse_second_order_base()
@@ -174,20 +182,13 @@ class SAM(Optimizer):
         recipe.mask.select(EngineContext(inputs, range(len(inputs.weights))))
         self.scaler = scaler
 
-    def _assemble(self, state: MethodState, model: nn.Module | None) -> None:
-        """Make all that is neither saved nor copied.
-
-        Args:
-            state: what the method remembers.
-            model: the module being trained; None: there is none.
-        """
+    def _assemble(
+        self, optimizer: Optimizer, state: MethodState, model: nn.Module | None, criterion: Criterion | None
+    ) -> None:
+        """Make all that is neither saved nor copied, around a base, and what the method remembers."""
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
-        if self.criterion is not None and not isinstance(self.criterion, Criterion):
-            raise TypeError(
-                f"criterion must be a flatmin.Criterion, got {type(self.criterion).__name__}; wrap the loss in one."
-            )
-        base = BaseOptimizer(self.base)
+        base = BaseOptimizer(optimizer)
         self._step: Step | None = None
         self._scaler: Any = None
         self.loss_point = "w"
@@ -198,12 +199,10 @@ class SAM(Optimizer):
             TrainedWeights(base, state.recipe),
             state,
             WeightSnapshot(self._seed),
-            self.criterion,
             Diagnostics(state) if self._diagnoses else None,
         )
+        self.criterion = criterion
         self._attach(model)
-        if self.criterion is not None:
-            self.criterion.bind(self, state.recipe)
 
     def _attach(self, model: nn.Module | None) -> None:
         """Take in the model; None: there is none."""
@@ -213,7 +212,7 @@ class SAM(Optimizer):
             raise ValueError("model= holds none of the optimizer's parameters; pass the module being trained.")
         own = [*self._own_generators, *(() if model is None else generators_of(model))]
         tools.replicas = Replicas(self.ascent_sync, model, tools.recipe)
-        tools.random = RandomState({w.device for w in weights}, own) if self.replay_rng else None
+        tools.random = RandomState({w.device for w in weights}, own) if self._replay_rng else None
         tools.others, tools.guard, self._model = OtherGradients(), None, model
         if model is not None:
             tools.guard = ModelGuard(
@@ -227,21 +226,6 @@ class SAM(Optimizer):
             )
         tools.weights.attach(model)
         self._lost_model &= model is None
-
-    def _adaptive(self, recipe: Any, adaptive: bool, rho: float | None) -> Any:
-        """The recipe that `adaptive`, also of single param groups, asks for."""
-        asked = [group.get("adaptive", adaptive) for group in self.base.param_groups]
-        if "adaptive" in self.base.defaults or not any(asked):
-            return recipe
-        if not isinstance(recipe, str) or "asam" not in recipe.split("+"):
-            if recipe != "sam":
-                raise ValueError(f"a param group with adaptive=True needs a recipe with 'asam'; got recipe={recipe!r}.")
-            recipe = "asam"
-        if not all(asked) and rho is None:
-            raise ValueError("param groups differ in adaptive and share one norm: give rho=.")
-        for group, one in zip(self.base.param_groups, asked, strict=True):
-            group["adaptive"] = bool(one)
-        return recipe
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -272,6 +256,11 @@ class SAM(Optimizer):
         return StateView(self.base, self._tools.state) if self._tools.state else self.base.state
 
     @property
+    def base(self) -> Optimizer:
+        """The wrapped optimizer."""
+        return self._tools.base.optimizer
+
+    @property
     def base_optimizer(self) -> Optimizer:
         """The wrapped optimizer, by the name other implementations use."""
         return self.base
@@ -280,6 +269,22 @@ class SAM(Optimizer):
     def recipe(self) -> Recipe:
         """What is run, as given at construction."""
         return self._tools.recipe
+
+    @property
+    def criterion(self) -> Criterion | None:
+        """The `flatmin.Criterion` of the loop, or None. May be set between updates."""
+        return self._tools.criterion
+
+    @criterion.setter
+    def criterion(self, criterion: Criterion | None) -> None:
+        self._refuse_during_update("a new criterion")
+        if criterion is not None:
+            if not isinstance(criterion, Criterion):
+                raise TypeError(
+                    f"criterion must be a flatmin.Criterion, got {type(criterion).__name__}; wrap the loss in one."
+                )
+            criterion.bind(self, self.recipe)
+        self._tools.criterion = criterion
 
     @property
     def rho_key(self) -> str:
@@ -845,14 +850,15 @@ class SAM(Optimizer):
         return new
 
     def _revive(self, state: dict[str, Any], model: nn.Module | None) -> None:
+        base, criterion = state.pop("base"), state.pop("criterion")
         remembered, known, recipe = state.pop("state"), state.pop("weights"), state.pop("recipe")
         self.__dict__.update(state)
-        if not getattr(self.base, "param_groups", None):
+        if not getattr(base, "param_groups", None):
             raise RuntimeError(
-                f"{type(self.base).__name__} loses what it wraps when it is copied or pickled; copy its state_dict()."
+                f"{type(base).__name__} loses what it wraps when it is copied or pickled; copy its state_dict()."
             )
         self._own_generators = ()
         method_state = MethodState(recipe, self._seed, self._diagnoses)
-        method_state.restore([w for group in self.param_groups for w in group["params"]], remembered)
-        self._assemble(method_state, model)
+        method_state.restore([w for group in base.param_groups for w in group["params"]], remembered)
+        self._assemble(base, method_state, model, criterion)
         self._tools.weights.restore(known)

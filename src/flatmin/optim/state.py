@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flatmin.methods import Recipe, State
+from flatmin.methods import Recipe, State, former_word
 from flatmin.optim import tensors as ta
 from flatmin.optim.program import Generators
 
@@ -46,7 +46,7 @@ class MethodState:
         self._seed, self._draws = seed, recipe.is_random
         self.per_weight: dict[str, dict[Tensor, Tensor]] = {}
         self.scalars: dict[str, Tensor | None] = {}
-        self._kinds: dict[str, Mapping[str, str]] = {}
+        self._kinds: dict[str, tuple[str, Mapping[str, str]]] = {}
         # The last answer of each slot: weights are the same ones step after step, and hashing each costs.
         self._last: dict[str, tuple[Sequence[Tensor], list[Any], list[Tensor | None]]] = {}
         self._unlike: set[str] = set()  # slots whose tensors are not shaped like their weights
@@ -54,12 +54,14 @@ class MethodState:
         kinds = {kind: part.slots for kind, part in recipe.parts.items()}
         self.remembers = any(kinds.values())
         for kind, slots in (kinds | ({DIAGNOSTICS: {ASCENT: "param"}} if diagnoses else {})).items():
-            self._kinds[kind] = slots
+            # Checkpoints have the words of their first version.
+            stored = former_word(kind)
+            self._kinds[kind] = stored, slots
             for slot, shape in slots.items():
                 if shape == "param":
-                    self.per_weight[f"{kind}.{slot}"] = {}
+                    self.per_weight[f"{stored}.{slot}"] = {}
                 else:
-                    self.scalars[f"{kind}.{slot}"] = None
+                    self.scalars[f"{stored}.{slot}"] = None
 
     def __bool__(self) -> bool:
         return bool(self.per_weight or self.scalars)
@@ -90,8 +92,9 @@ class MethodState:
 
     def read(self, kind: str, weights: Sequence[Tensor]) -> State:
         found: dict[str, Any] = {}
-        for slot, shape in self._kinds[kind].items():
-            key = f"{kind}.{slot}"
+        stored, slots = self._kinds[kind]
+        for slot, shape in slots.items():
+            key = f"{stored}.{slot}"
             found[slot] = list(self._slots(key, weights)) if shape == "param" else self.scalars[key]
         return found
 
@@ -125,8 +128,9 @@ class MethodState:
 
     def commit(self, kind: str, weights: Sequence[Tensor], new: Mapping[str, Any], gate: Tensor | None) -> None:
         """Keep staged state, in place where the slot exists; with a gate, only where it is 1, decided on the device."""
+        stored, _ = self._kinds[kind]
         for slot, value in new.items():
-            key = f"{kind}.{slot}"
+            key = f"{stored}.{slot}"
             if key in self.scalars:
                 old = self.scalars[key]
                 self.scalars[key] = value if gate is None or old is None else torch.where(gate.bool(), value, old)

@@ -62,7 +62,8 @@ class Step:
         closed: bool = False,
         resident: bool = False,
     ) -> None:
-        self.tools, self.closed, self.resident = tools, closed, resident
+        self.tools, self.resident, self._unseen = tools, resident, closed
+        self.closed = closed  # whether no scaler's step lies between the last pass and the base's
         self.inputs = inputs = tools.weights.inputs(tools.state, chunks)
         self.index = 0
         self.inside = self.over = False
@@ -493,7 +494,7 @@ class Step:
                 if w.grad is not None and w.grad.is_sparse:
                     w.grad = w.grad.coalesce()
             ta.clip_([w.grad for w in weights], clip_norm)
-        current = outcome.update if self.closed and outcome.update is self._last else [w.grad for w in weights]
+        current = outcome.update if self._unseen and outcome.update is self._last else [w.grad for w in weights]
         flags = None if self._on_host else tools.flags_for(weights)
         stepped, finite, left_out = tools.base.step_if_finite(
             tools.base.step_with(loss, weights),

@@ -60,10 +60,10 @@ class Tools:
     weights: TrainedWeights
     state: MethodState
     snapshot: WeightSnapshot
-    criterion: Criterion | None
     diagnostics: Diagnostics | None
     replicas: Replicas = field(init=False)
     others: OtherGradients = field(init=False)
+    criterion: Criterion | None = None
     random: RandomState | None = None
     guard: ModelGuard | None = None
     scaling: GradScaling | None = None
