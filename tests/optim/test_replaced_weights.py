@@ -148,7 +148,7 @@ def test_layers_come_and_freeze_and_an_ended_step_holds_nothing(entry):
     drive(optimizer, backward, entry)
     assert not torch.equal(before, model[0].weight)
     model.requires_grad_(False)
-    with pytest.raises(RuntimeError, match="no weight received a gradient|no gradients: call loss.backward"):
+    with pytest.raises(RuntimeError, match=r"no weight received a gradient|no gradients: call loss\.backward"):
         drive(optimizer, lambda: model(x).square().mean(), entry)
 
 

@@ -155,7 +155,7 @@ def test_a_criterion_may_be_exchanged_between_updates_and_the_base_may_not():
         return loss
 
     optimizer.step(closure)
-    with pytest.raises(TypeError, match="criterion must be a flatmin.Criterion"):
+    with pytest.raises(TypeError, match=r"criterion must be a flatmin\.Criterion"):
         optimizer.criterion = nn.CrossEntropyLoss()
     for name in ("base", "recipe"):
         with pytest.raises(AttributeError):
