@@ -88,7 +88,13 @@ APART = {
 
 
 def test_every_public_name_is_here():
-    assert set(MEASURES) | APART == {*measures.__all__, *presets.__all__}
+    former = {"Card", "CardSettings", "card"}
+    assert [getattr(measures, name) for name in sorted(former)] == [
+        measures.Report,
+        measures.ReportSettings,
+        measures.report,
+    ]
+    assert set(MEASURES) | APART | former == {*measures.__all__, *presets.__all__}
     assert all(isclass(getattr(measures, name, type)) or name in ("edge", "sam_edge") for name in APART)
 
 
