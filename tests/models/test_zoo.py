@@ -21,7 +21,7 @@ from tests.models.nets import make
 FEATURES = {  # channels and height of what is averaged over the image, for images of 32x32
     **{f"resnet{depth}": (512, 4) for depth in (18, 34)},
     **{f"resnet{depth}": (2048, 4) for depth in (50, 101, 152)},
-    **{f"resnet{depth}": (64, 8) for depth in (20, 32, 44, 56, 110)},
+    **{f"resnet{depth}": (64, 8) for depth in (8, 20, 32, 44, 56, 110)},
     **{"wrn28-10": (640, 8), "wrn28-2": (128, 8), "wrn16-8": (512, 8), "wrn34-10": (640, 8)},
     **{f"vgg{depth}-bn": (512, 1) for depth in (11, 13, 16, 19)},
     **{"densenet121": (1024, 4), "pyramidnet110": (286, 8)},
