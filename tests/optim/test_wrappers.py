@@ -157,6 +157,37 @@ def test_a_criterion_may_be_exchanged_between_updates_and_the_base_may_not():
     optimizer.step(closure)
     with pytest.raises(TypeError, match=r"criterion must be a flatmin\.Criterion"):
         optimizer.criterion = nn.CrossEntropyLoss()
+    with pytest.raises(ValueError, match="bisam-log needs the loss object"):
+        optimizer.criterion = None
     for name in ("base", "recipe"):
         with pytest.raises(AttributeError):
             setattr(optimizer, name, None)
+
+
+def test_an_update_is_under_way_until_the_base_has_stepped():
+    """Hooks of the base's step are inside an update: what they would save is neither before nor after it."""
+    model = nn.Linear(4, 2)
+    optimizer = flatmin.SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.1)
+    said = []
+
+    def hook(*_):
+        with pytest.raises(RuntimeError, match="an update is under way") as refused:
+            optimizer.state_dict()
+        said.append(refused)
+
+    optimizer.base.register_step_post_hook(hook)
+    x = torch.randn(8, 4)
+
+    def closure(abort=False):
+        optimizer.zero_grad()
+        loss = model(x).square().mean()
+        loss.backward()
+        if abort:
+            optimizer.abort()
+        return loss
+
+    optimizer.step(closure)
+    with pytest.raises(RuntimeError, match=r"the closure called abort\(\)"):
+        optimizer.step(lambda: closure(abort=True))
+    optimizer.step(closure)
+    assert len(said) == 2 and optimizer.state_dict()["param_groups"][0]["flatmin.step"] == 2

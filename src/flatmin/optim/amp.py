@@ -93,7 +93,7 @@ class GradScaling:
         """Tell the scaler what this update found."""
         if self._unscaled(self._view):
             raise RuntimeError("call scaler.update() after each step of the optimizer.")
-        self._probe.grad = torch.where(self.found > 0, math.inf, 0.0)
+        self._probe.grad = torch.where(self.found > 0, math.inf, 0.0).to(torch.float32)
         self.scaler.unscale_(self._view)
         self._probe.grad = None
 

@@ -37,7 +37,7 @@ from flatmin.optim.program import EngineContext
 from flatmin.optim.random_state import RandomState, generators_of
 from flatmin.optim.state import STEP, MethodState, StateView
 from flatmin.optim.step import Step, end_update
-from flatmin.optim.support import Loop, check_recipe, refusal
+from flatmin.optim.support import Loop, check_criterion, check_recipe, refusal
 from flatmin.optim.tools import Tools
 from flatmin.optim.weights import TrainedWeights
 from flatmin.words import warn
@@ -175,7 +175,7 @@ class SAM(Optimizer):
         self._assemble(base, MethodState(recipe, seed, diagnostics), model, criterion)
         set_rho(base, self.rho_key, rho, recipe.default_rho)
         mark(self.param_groups, self._tools.state)
-        check_recipe(recipe, self._tools.base, self._tools.weights, model, criterion)
+        check_recipe(recipe, self._tools.base, self._tools.weights, model)
         self._refuse_second_order_base()
         self._look_at_groups()
         inputs = self._tools.weights.inputs(self._tools.state)
@@ -284,7 +284,10 @@ class SAM(Optimizer):
                     f"criterion must be a flatmin.Criterion, got {type(criterion).__name__}; wrap the loss in one."
                 )
             criterion.bind(self, self.recipe)
+        check_criterion(self.recipe, criterion)
         self._tools.criterion = criterion
+        if self._tools.guard is not None:
+            self._tools.guard.watch.abandoned = None if criterion is None else criterion.forget
 
     @property
     def rho_key(self) -> str:
@@ -451,8 +454,10 @@ class SAM(Optimizer):
 
     def _apply(self, step: Step, loss: Any = None) -> None:
         """Let the base step, and let go of the update."""
-        self._step = None
-        step.apply(self.nonfinite, self.clip_norm, loss)
+        try:
+            step.apply(self.nonfinite, self.clip_norm, loss)
+        finally:
+            self._step = None
 
     def _end_with(self, closures: Sequence[Closure], step: Step) -> Any:
         """A step with closures where w + eps is the place between steps, or where the loop has run the passes already.

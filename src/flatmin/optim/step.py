@@ -127,6 +127,8 @@ class Step:
                         probe.judge()
                     if first and look and (chunk is not None or single):
                         others.look(result, self.inputs.weights)
+                if self.over:
+                    raise RuntimeError("the closure called abort(), so no step is taken.")
                 if diagnostics is not None and not (moved and request.role == "ascent"):
                     diagnostics.loss(loss_in(result), perturbed=moved)
                 self.leave()
@@ -151,7 +153,8 @@ class Step:
             bracketed: whether the forward comes between this call and `leave`, and nothing else.
         """
         tools, request, chunk = self.tools, self.request, None
-        assert not self.inside
+        if self.inside or self.over:
+            raise RuntimeError("this pass has been entered before, or its update has ended; enter each pass once.")
         if tools.scaling is not None:
             self._refuse_unscaled(tools.scaling)
         self.inside, self._last = True, None
@@ -455,6 +458,7 @@ class Step:
         if tools.others.any:
             tools.others.end()
         if outcome.update is not self._last:
+            self._last = None
             for w, u in zip(self.inputs.weights, outcome.update, strict=True):
                 if w.grad is not u:
                     w.grad = None if u is None else u.to(w.dtype)

@@ -81,14 +81,28 @@ def processes() -> int:
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
+def check_criterion(recipe: Recipe, criterion: Criterion | None) -> None:
+    """Refuse a recipe that needs the loss object, or per-sample losses, and is given none.
+
+    Raises:
+        ValueError, TypeError: with what is missing and how to give it.
+    """
+    name, needs = recipe.name, recipe.needs
+    if Need.CRITERION in needs and criterion is None:
+        raise ValueError(f"{name} needs {Need.CRITERION.value}, because it does more with it than descend.")
+    if Need.PER_SAMPLE in needs:
+        if criterion is None:
+            raise ValueError(f"{name} needs {Need.PER_SAMPLE.value}.")
+        criterion.check_per_sample()
+
+
 def check_recipe(
     recipe: Recipe,
     base: BaseOptimizer,
     weights: TrainedWeights,
     model: nn.Module | None,
-    criterion: Criterion | None,
 ) -> None:
-    """Refuse a recipe that the base, the model, the criterion, or the processes that train cannot serve.
+    """Refuse a recipe that the base, the model, or the processes that train cannot serve.
 
     Raises:
         ValueError, TypeError: with what is missing and how to give it.
@@ -99,12 +113,6 @@ def check_recipe(
         if Need.LR in part.demands():
             for group in base.optimizer.param_groups:
                 learning_rate(group, part)
-    if Need.CRITERION in needs and criterion is None:
-        raise ValueError(f"{name} needs {Need.CRITERION.value}, because it does more with it than descend.")
-    if Need.PER_SAMPLE in needs:
-        if criterion is None:
-            raise ValueError(f"{name} needs {Need.PER_SAMPLE.value}.")
-        criterion.check_per_sample()
     if Need.BASE_MOMENTUM in needs and not base.has_momentum():
         raise ValueError(
             f"{name} needs {Need.BASE_MOMENTUM.value}, and {base.name} is set up without: give it momentum > 0 or "

@@ -148,7 +148,7 @@ class ModelWatch:
         follow: Callable[[], object] | None = None,
         abandoned: Callable[[], None] | None = None,
     ) -> None:
-        self.random, self.weights, self._abandoned = random, weights, abandoned
+        self.random, self.weights, self.abandoned = random, weights, abandoned
         self._follow = None if follow is None else weakref.WeakMethod(follow)
         self.state: UntrainedState | None = None
         self.cleared = self.inside = False
@@ -245,8 +245,8 @@ class ModelWatch:
         if not later and self.forwards[0] and over and not self.bracketed and self._without_gradients():
             # Gradients were cleared since the last forward: it was given up, or another optimizer's.
             self.begin_update()
-            if self._abandoned is not None:
-                self._abandoned()
+            if self.abandoned is not None:
+                self.abandoned()
         if self.forwards[later] == 0:
             if not (self.bracketed or later):
                 if (follow := self._follow and self._follow()) is not None:
