@@ -42,7 +42,7 @@ class BaseOptimizer:
         self.rho_key = rho_key(optimizer)
         self.differentiates = "hessian" in _parameters(step) or hasattr(optimizer, "get_trace")
         asks = any(p.kind not in (p.KEYWORD_ONLY, p.VAR_KEYWORD) for p in _parameters(optimizer.step).values())
-        # torch's own call a closure only to return what it returns.
+        # torch's own optimizers only return what a closure returns, and need none.
         self._takes_closure = asks and not type(optimizer).__module__.startswith("torch.optim.")
         closure = _parameters(step).get("closure")
         self._needs_closure = closure is not None and closure.default is inspect.Parameter.empty

@@ -1,6 +1,6 @@
 """The program of an update: a pure generator that asks for gradients and ends with what the base takes.
 
-It knows neither closures nor in-place moves, so the optimizer and the functional door run the same one.
+It knows neither closures nor in-place moves, so the optimizer and `value_and_grad` run the same one.
 """
 
 from __future__ import annotations

@@ -123,7 +123,13 @@ class SAM(Optimizer):
         kwargs: options of `base_optimizer`.
 
     Attributes:
+        base: the base optimizer.
+        recipe: what is run.
         rho_key: the option of the param groups that holds the radius: "rho", or "flatmin.rho".
+        loss_point: where the loss that `step(closure)` returned was taken: "w", or "w + eps" for recipes that skip or
+            move pass 1.
+        model: the module being trained, or None; may be set between updates, as `criterion` and `scaler` may.
+        clip_norm: as given; may be set. `nonfinite` and `eps` likewise.
 
     Raises:
         ValueError, TypeError: bad rho, unknown or contradicting recipe, needs that this loop cannot serve.
@@ -489,7 +495,7 @@ class SAM(Optimizer):
     def _plain_step(self) -> None:
         """The step of a loop that has run no passes: the base's own, where nothing moves."""
         groups, tools = self.param_groups, self._tools
-        # Distributed checkpoints make a base's state so, past any scaler.
+        # torch's distributed checkpoints make the state of an optimizer by a step with lr = 0.
         if "found_inf" not in self.__dict__ and all(g.get("lr") is not None and float(g["lr"]) == 0.0 for g in groups):
             self.base.step()
             return

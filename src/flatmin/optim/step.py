@@ -35,6 +35,15 @@ class Step:
 
     Invariant: outside `enter` ... `leave` the weights are where the step found them.
 
+    What is called, in order:
+
+    - closures: `run`, which enters and leaves each pass, then `apply`;
+    - `passes()`: `enter`, `leave` for each pass, then `apply`;
+    - `perturbed()`, `first_step()`: `take_first`, `enter`, `leave`, then `apply`;
+    - `train()`: `enter`; in the loop's next step `hand_over`, `leave`, `apply`;
+    - a plain step where nothing moves: `take_plain`, `apply`;
+    - whatever goes wrong: `abort`.
+
     Args:
         tools: what it works with.
         chunks: number of micro-batches. Default 1.
@@ -542,6 +551,7 @@ def _gate(size: Tensor | None, left_out: Tensor | None) -> Tensor | None:
     return gate if stepped is None else gate * stepped
 
 
+# A function, so that a plain step enters no file more.
 def end_update(tools: Tools) -> None:
     """What is seen from here on belongs to the next update."""
     if tools.guard is not None:
