@@ -1,4 +1,4 @@
-"""What several test files of the engine share: one step in every entry point, and SAM written out."""
+"""What several test files of the engine share: nets, batches, closures, and one step in every entry point."""
 
 import math
 
@@ -108,3 +108,58 @@ def by_hand(model, parameters, backward):
             p.copy_(w - LR * x)
         for b, old in zip(model.buffers(), kept, strict=True):
             b.copy_(old)
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+
+
+def batch(k=0):
+    g = torch.Generator().manual_seed(100 + k)
+    return torch.randn(8, 4, generator=g, dtype=torch.float64), torch.randint(3, (8,), generator=g)
+
+
+def closure_for(model, opt, x, y, scale=1.0):
+    def closure():
+        opt.zero_grad()
+        loss = scale * nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    return closure
+
+
+def vector(model):
+    return nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+
+
+def sgd(model, **kw):
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, **kw)
+
+
+class Recorder(nn.Module):
+    """Dropout that remembers its masks."""
+
+    def __init__(self):
+        super().__init__()
+        self.lin, self.masks = nn.Linear(4, 4), []
+
+    def forward(self, x):
+        mask = (torch.rand_like(x) > 0.5).float()
+        if torch.is_grad_enabled() and self.training:
+            self.masks.append(mask)
+        return self.lin(x * mask)
+
+
+def train(net, optimizer, steps, seed=1):
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (net(x.to(net[0].weight.dtype)) ** 2).mean()
+        loss.backward()
+        return loss
+
+    for _ in range(steps):
+        optimizer.step(closure)

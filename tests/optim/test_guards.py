@@ -12,7 +12,7 @@ from torch import nn
 import flatmin
 from flatmin.optim.model_guard import FrozenStatistics
 from tests.helpers import ENTRY_POINTS
-from tests.optim.loops import OwnNorm, one_step
+from tests.optim.loops import OwnNorm, Recorder, one_step
 
 
 def layers():
@@ -103,20 +103,6 @@ def test_both_passes_draw_the_same_mask_and_the_stream_goes_on(entry):
     pairs = list(zip(model.masks[::2], model.masks[1::2], strict=True))
     assert len(pairs) == 3 and all(torch.equal(a, b) for a, b in pairs)
     assert not torch.equal(pairs[0][0], pairs[1][0])
-
-
-class Recorder(nn.Module):
-    """Dropout that remembers its masks."""
-
-    def __init__(self):
-        super().__init__()
-        self.lin, self.masks = nn.Linear(4, 4), []
-
-    def forward(self, x):
-        mask = (torch.rand_like(x) > 0.5).float()
-        if torch.is_grad_enabled() and self.training:
-            self.masks.append(mask)
-        return self.lin(x * mask)
 
 
 def test_replay_can_be_switched_off():

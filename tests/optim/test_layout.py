@@ -11,6 +11,7 @@ from torch import nn
 import flatmin
 from flatmin.methods import Direction
 from flatmin.optim.tensors import Layout, add_scaled, all_finite, norm, share
+from tests.optim.loops import train
 
 
 def make(dtype=torch.float32, sizes=((4, 3), (3,), (5, 3), (2,))):
@@ -146,19 +147,6 @@ def small_looksam():
 
 def slots_of(net, optimizer):
     return [optimizer.state[w]["flatmin.combine.sharp"] for w in net.parameters()]
-
-
-def train(net, optimizer, steps, seed=1):
-    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-    def closure():
-        optimizer.zero_grad()
-        loss = (net(x.to(net[0].weight.dtype)) ** 2).mean()
-        loss.backward()
-        return loss
-
-    for _ in range(steps):
-        optimizer.step(closure)
 
 
 def test_memory_survives_a_checkpoint_and_a_change_of_the_weights():

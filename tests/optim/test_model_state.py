@@ -12,21 +12,7 @@ from torch import nn
 
 import flatmin
 from tests.helpers import ENTRY_POINTS, sam_by_hand
-from tests.optim.loops import OwnNorm, one_step
-
-
-class Recorder(nn.Module):
-    """Dropout that remembers its masks."""
-
-    def __init__(self):
-        super().__init__()
-        self.lin, self.masks = nn.Linear(4, 4), []
-
-    def forward(self, x):
-        mask = (torch.rand_like(x) > 0.5).float()
-        if torch.is_grad_enabled() and self.training:
-            self.masks.append(mask)
-        return self.lin(x * mask)
+from tests.optim.loops import OwnNorm, Recorder, one_step
 
 
 class Contrast(nn.Module):

@@ -12,34 +12,7 @@ from torch import nn
 
 import flatmin
 from tests.helpers import as_on_device
-
-
-def net():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
-
-
-def batch(k=0):
-    g = torch.Generator().manual_seed(100 + k)
-    return torch.randn(8, 4, generator=g, dtype=torch.float64), torch.randint(3, (8,), generator=g)
-
-
-def closure_for(model, opt, x, y, scale=1.0):
-    def closure():
-        opt.zero_grad()
-        loss = scale * nn.functional.cross_entropy(model(x), y)
-        loss.backward()
-        return loss
-
-    return closure
-
-
-def vector(model):
-    return nn.utils.parameters_to_vector(model.parameters()).detach().clone()
-
-
-def sgd(model, **kw):
-    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, **kw)
+from tests.optim.loops import batch, closure_for, net, sgd, vector
 
 
 def test_default_rho_belongs_to_the_geometry():

@@ -9,20 +9,7 @@ from torch import nn
 
 import flatmin
 from tests.helpers import ENTRY_POINTS, drive
-
-
-def train(net, optimizer, steps, seed=1):
-    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-    def closure():
-        optimizer.zero_grad()
-        loss = (net(x.to(net[0].weight.dtype)) ** 2).mean()
-        loss.backward()
-        return loss
-
-    for _ in range(steps):
-        optimizer.step(closure)
-
+from tests.optim.loops import train
 
 REMEMBERING = ("vasso", "fsam", "stale-sam", "looksam", "ssam-d", "ae-sam", "momentum-sam")
 
