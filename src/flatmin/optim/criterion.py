@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from flatmin.methods import Need, Recipe
+from flatmin.methods import GradientRequest, Need, Recipe
 from flatmin.optim.loss_arguments import (
     Loss,
     argument,
@@ -165,6 +165,24 @@ class Criterion(nn.Module):
         if descent or not now.perturbed:
             callback.on_loss(outputs, target, loss, perturbed=now.perturbed)
         return loss
+
+    def check_called(self, before: int, request: GradientRequest, recipe: Recipe) -> None:
+        """Raise RuntimeError if a pass that works through the loss object has not called it.
+
+        Args:
+            before: `calls` when the pass began.
+            request: what the pass is for.
+            recipe: what is run.
+        """
+        if self.calls > before:
+            return
+        climbs = request.role == "ascent" and recipe.needs & {Need.CRITERION, Need.PER_SAMPLE}
+        curved = request.graph and Need.CRITERION in recipe.needs
+        if climbs or curved or (request.at is not None and self.selects):
+            raise RuntimeError(
+                f"{recipe.name} works through the loss object, but the pass never called the criterion given to the "
+                "optimizer; compute the loss with that flatmin.Criterion object."
+            )
 
     def take_seen(self) -> list[Seen]:
         """What the calls since the last backward saw; called by the optimizer."""

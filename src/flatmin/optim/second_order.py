@@ -11,6 +11,23 @@ from flatmin.methods import Tensors
 from flatmin.optim.criterion import Seen
 
 
+def backward_with_graph(loss: Tensor, weights: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor | None]:
+    """Add a loss's gradients to those of the weights, keeping their graph.
+
+    Args:
+        loss: scalar, with graph.
+        weights: the trained ones; their gradients are returned with graph, None where there is none.
+        others: further weights that take gradients.
+    """
+    targets = [w for w in (*weights, *others) if w.requires_grad]
+    made = torch.autograd.grad(loss, targets, create_graph=True, allow_unused=True)
+    for w, g in zip(targets, made, strict=True):
+        if g is not None:
+            w.grad = g.detach().clone() if w.grad is None else w.grad + g.detach()
+    by_weight = dict(zip(targets, made, strict=True))
+    return [by_weight.get(w) for w in weights]
+
+
 class GraphProducts:
     """Products at the point of one backward pass whose graph is kept.
 

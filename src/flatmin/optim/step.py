@@ -16,14 +16,13 @@ from flatmin.optim import tensors as ta
 from flatmin.optim.amp import GradScaling
 from flatmin.optim.closures import Closure, Probe, mean_loss, run_all
 from flatmin.optim.containers import detached, loss_in
-from flatmin.optim.criterion import Criterion
 from flatmin.optim.diagnostics import warn_of_rounding
 from flatmin.optim.model_guard import Pass
 from flatmin.optim.other_gradients import additions
 from flatmin.optim.program import Outcome, PassGradients, program
-from flatmin.optim.second_order import GraphProducts, PooledProducts
+from flatmin.optim.second_order import GraphProducts, PooledProducts, backward_with_graph
 from flatmin.optim.tools import Tools
-from flatmin.words import warn
+from flatmin.optim.watch import warn_of_other_passes
 
 _DTYPE, _LOW, _NONE = operator.attrgetter("dtype"), set(ta.LOW), {type(None)}
 # What torch says of a graph that has been used, or whose weights have moved since.
@@ -224,7 +223,11 @@ class Step:
         if tools.others.any and not self._joins_others(now):
             self._leave_others(now, request)
         if not now.bracketed and self.index:
-            self._check_manual()
+            if tools.random is not None:
+                tools.random.leave()
+            if not (self.plain or tools.warned_of_passes):
+                watch = None if tools.guard is None else tools.guard.watch
+                tools.warned_of_passes = warn_of_other_passes(watch, self._additions, additions(self.inputs.weights))
         if request is None:
             # A rule that looked at pass 1 decided against the ascent: u is known, this pass was not needed.
             self._last = None
@@ -233,7 +236,7 @@ class Step:
                 self._finish(self.outcome)
             return
         if tools.criterion is not None:
-            self._check_criterion(request, tools.criterion)
+            tools.criterion.check_called(self._criterion_calls, request, tools.recipe)
         if tools.scaling is not None:
             self._refuse_unscaled(tools.scaling)
         if tools.guard is not None:
@@ -321,13 +324,7 @@ class Step:
             loss.backward(create_graph=tools.base.differentiates)
             return
         weights = self.inputs.weights
-        targets = [w for w in (*weights, *tools.others.in_training()) if w.requires_grad]
-        made = torch.autograd.grad(loss, targets, create_graph=True, allow_unused=True)
-        for w, g in zip(targets, made, strict=True):
-            if g is not None:
-                w.grad = g.detach().clone() if w.grad is None else w.grad + g.detach()
-        by_weight = dict(zip(targets, made, strict=True))
-        gradients = [by_weight.get(w) for w in weights]
+        gradients = backward_with_graph(loss, weights, tools.others.in_training())
         calls = [] if tools.criterion is None else tools.criterion.take_seen()
         self._products.append((self.share, GraphProducts(weights, gradients, calls)))
 
@@ -348,7 +345,7 @@ class Step:
         if request.role == "ascent":
             self._criterion_calls = 0
             if tools.criterion is not None:
-                self._check_criterion(request, tools.criterion)
+                tools.criterion.check_called(self._criterion_calls, request, tools.recipe)
             self._advance(self._received(request, gradients))
         else:
             self.index += 1
@@ -372,44 +369,9 @@ class Step:
 
     # -- checks --------------------------------------------------------------------------------------------------
 
-    def _check_manual(self) -> None:
-        """Warn of what a manual loop did in one pass and not in the other, at the end of a later pass."""
-        tools = self.tools
-        if tools.random is not None:
-            tools.random.leave()
-        if self.plain or tools.warned_of_passes:
-            return
-        watch = None if tools.guard is None else tools.guard.watch
-        if watch is not None and watch.warn_of_turns():
-            tools.warned_of_passes = True
-        before, after = self._additions, additions(self.inputs.weights)
-        forwards = (1, 0) if watch is None else watch.forwards
-        if before > after and forwards[0] > forwards[1]:
-            tools.warned_of_passes = True
-            warn(
-                f"gradients were added up or changed {before} times before the weights were perturbed and {after} "
-                "times after it. To accumulate over micro-batches, run all of them in the second pass too, or use "
-                "passes() or a list of closures; clip gradients after the second pass."
-            )
-        elif watch is not None and watch.differs:
-            tools.warned_of_passes = True
-            watch.warn_of_batches()
-
     def _refuse_unscaled(self, scaling: GradScaling) -> None:
         if not self.resident and scaling.unscaled_early():
             raise RuntimeError("scaler.unscale_(optimizer) was called between the passes; call it after the last one.")
-
-    def _check_criterion(self, request: GradientRequest, criterion: Criterion) -> None:
-        recipe = self.tools.recipe
-        if criterion.calls > self._criterion_calls:
-            return
-        climbs = request.role == "ascent" and recipe.needs & {Need.CRITERION, Need.PER_SAMPLE}
-        curved = request.graph and Need.CRITERION in recipe.needs
-        if climbs or curved or (request.at is not None and criterion.selects):
-            raise RuntimeError(
-                f"{recipe.name} works through the loss object, but the pass never called the criterion given to the "
-                "optimizer; compute the loss with that flatmin.Criterion object."
-            )
 
     # -- the end -------------------------------------------------------------------------------------------------
 

@@ -341,6 +341,29 @@ class ModelWatch:
             )
 
 
+def warn_of_other_passes(watch: ModelWatch | None, before: int, after: int) -> bool:
+    """Say what a manual loop did in one pass and not in the other; whether it did.
+
+    Args:
+        watch: of the model; None: no model is known.
+        before: how often gradients were added up in the first pass.
+        after: how often in this one.
+    """
+    turns = watch is not None and watch.warn_of_turns()
+    forwards = [1, 0] if watch is None else watch.forwards
+    if before > after and forwards[0] > forwards[1]:
+        warn(
+            f"gradients were added up or changed {before} times before the weights were perturbed and {after} times "
+            "after it. To accumulate over micro-batches, run all of them in the second pass too, or use passes() or a "
+            "list of closures; clip gradients after the second pass."
+        )
+        return True
+    if watch is not None and watch.differs:
+        watch.warn_of_batches()
+        return True
+    return turns
+
+
 def _accumulates(weight: Tensor) -> bool:
     """Whether the backward pass that is running adds to this weight's gradient."""
     if not weight.requires_grad:
