@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from flatmin.cli.main import app, main
 from flatmin.measure.problem import Problem
 from flatmin.measure.report import ReportSettings, report
-from flatmin.study import page
+from flatmin.report import html as page
 from flatmin.study.executors import execute
 from flatmin.study.measured import with_error
 from flatmin.study.measuring import View, batches, find, find_all, measure, measure_all, split_of
@@ -468,13 +468,13 @@ class TestWhatFails:
         def broken(*_, **__):
             raise ZeroDivisionError("no scale")
 
-        monkeypatch.setattr("flatmin.study.draw_interactive.eigenvalues", broken)
+        monkeypatch.setattr("flatmin.report.figures.interactive.eigenvalues", broken)
         name = folders["sgd", 0].name
         said = invoke(tmp_path, folders["sgd", 0], "--what", "model,hessian", status=3)
         assert "Ends of the spectrum could not be drawn: ZeroDivisionError: no scale" in said
         text = (tmp_path / f"{name}.html").read_text(encoding="utf-8")
         assert "Ends of the spectrum could not be drawn: ZeroDivisionError: no scale" in text and "lambda_1" in text
-        monkeypatch.setattr("flatmin.study.measured_page.render", broken)
+        monkeypatch.setattr("flatmin.report.measurements.page.render", broken)
         said = invoke(tmp_path, folders["sgd", 0], "--what", "model,hessian", status=3)
         assert "the page could not be made: ZeroDivisionError: no scale" in said
         assert said.splitlines()[-1] == f"Written: {tmp_path / name}.json"

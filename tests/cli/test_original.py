@@ -6,8 +6,8 @@ import pytest
 from typer.testing import CliRunner
 
 from flatmin.cli.main import app, main
+from flatmin.originals.projects import PROJECTS
 from flatmin.train.folder import RunFolder
-from flatmin.train.originals.projects import PROJECTS
 
 TINY = [f"--set={word}" for word in ("data=digits", "model=mlp", "epochs=1", "cutout=none", "cutout_p=none")]
 ON_DIGITS = ["--set=train_on_val=false", "--set=selection=val"]

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from flatmin.cli.main import app, main
 from flatmin.cli.runs import _bytes
-from flatmin.study.listing import check_removable
+from flatmin.report.runs.listing import check_removable
 from flatmin.train.config import RunConfig
 from flatmin.train.folder import RunFolder
 from flatmin.train.lock import hold
@@ -200,7 +200,7 @@ class TestRemove:
                 raise ValueError("going on")
             check_removable(folders, force=force)
 
-        monkeypatch.setattr("flatmin.study.listing.check_removable", busy)
+        monkeypatch.setattr("flatmin.report.runs.listing.check_removable", busy)
         found = runner.invoke(app, ["runs", "rm", "good"], input="y\n")
         assert isinstance(found.exception, ValueError) and (runs / "good").is_dir()
 

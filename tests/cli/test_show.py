@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from flatmin.cli.main import app, main
-from flatmin.study import page
+from flatmin.report import html as page
 from flatmin.study.executors import execute
 from flatmin.study.store import Run, Store
 from flatmin.train.config import RunConfig

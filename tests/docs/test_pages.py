@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import flatmin
 from flatmin.cli.main import app
 from flatmin.data.dataset import as_data
-from flatmin.train.originals.projects import PROJECTS
+from flatmin.originals.projects import PROJECTS
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

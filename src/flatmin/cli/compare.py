@@ -51,11 +51,11 @@ def compare(
     Finished runs are stored in the folder and reused; Ctrl-C loses at most the runs in progress.
     """
     from flatmin.cli.progress import Progress
-    from flatmin.study import page
+    from flatmin.report import html as page
+    from flatmin.report.comparison.page import write_report
+    from flatmin.report.comparison.terminal import print_summary
     from flatmin.study.compare import compare as run_comparison
     from flatmin.study.config import load
-    from flatmin.study.report import write_report
-    from flatmin.study.terminal import print_summary
 
     if report:
         page.require_figures()

@@ -54,7 +54,7 @@ def make_bar(console: Console) -> Progress:
 
 def print_rows(rows: Sequence[Sequence[str]], console: Console) -> None:
     """Columns side by side; numbers to the right."""
-    from flatmin.study.tables import widths
+    from flatmin.report.studies.text import widths
 
     rows = [[fitted(cell, console.encoding) for cell in row] for row in rows]
     wide = widths(rows)

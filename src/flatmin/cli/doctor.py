@@ -24,7 +24,11 @@ class Extra:
 EXTRAS = (
     Extra("digits", "scikit-learn", "the handwritten digits that `flatmin compare` trains on by default"),
     Extra("report", "plotly", "the HTML pages of `flatmin compare`, `study`, `measure` and `show`"),
-    Extra("plot", "matplotlib", "figures of landscapes and spectra (flatmin.study.draw) and of `flatmin theory`"),
+    Extra(
+        "plot",
+        "matplotlib",
+        "figures of landscapes and spectra (flatmin.report.figures.static) and of `flatmin theory`",
+    ),
     Extra("safetensors", "safetensors", "`flatmin export RUN FILE.safetensors`"),
     Extra("vision", "timm", "models of timm and torchvision; class folders of images, which need Pillow alone"),
     Extra("lightning", "lightning", "flatmin.integrations.lightning"),

@@ -78,12 +78,12 @@ def measure(
     from flatmin.cli.compare import default_workers
     from flatmin.cli.targets import run_folder
     from flatmin.measure.report import chosen
-    from flatmin.study import draw_report
+    from flatmin.report.html import require_figures
+    from flatmin.report.html import write as write_page
+    from flatmin.report.measurements import picture as draw_report
+    from flatmin.report.measurements.page import render
     from flatmin.study.measured import as_json
-    from flatmin.study.measured_page import render
     from flatmin.study.measuring import View, find_all, identity, measure_all
-    from flatmin.study.page import require_figures
-    from flatmin.study.page import write as write_page
     from flatmin.train.files import write_json
     from flatmin.train.fingerprint import environment
     from flatmin.train.settings import content_hash
@@ -304,8 +304,8 @@ class _Bar:
 
 
 def _print(nets: Sequence[NetReport], console: Console) -> None:
+    from flatmin.report.measurements.page import sentence
     from flatmin.study.measured import compare_reports, groups_of, left_out, remarks, unlike
-    from flatmin.study.measured_page import sentence
 
     console.print()
     console.print(sentence(nets[0]), markup=False, highlight=False, soft_wrap=False)

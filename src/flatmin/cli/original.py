@@ -35,8 +35,8 @@ def original(
 
     flatmin original vasso python train.py --opt vasso-sgd --dataset CIFAR10_cutout
     """
-    from flatmin.train.originals.project import check
-    from flatmin.train.originals.projects import PROJECTS, find_project
+    from flatmin.originals.project import check
+    from flatmin.originals.projects import PROJECTS, find_project
 
     if project == "list":
         for one in PROJECTS.values():

@@ -16,7 +16,7 @@ from flatmin.cli.targets import HOME, run_folder
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from flatmin.study.listing import Entry
+    from flatmin.report.runs.listing import Entry
 
 runs = typer.Typer(help="List and remove runs, and keep finished ones as text.", no_args_is_help=True)
 
@@ -43,7 +43,7 @@ def list_runs(
     as_json: Annotated[bool, typer.Option("--json", help="Print only JSON.")] = False,
 ) -> None:
     """List the runs in a folder."""
-    from flatmin.study.listing import entries
+    from flatmin.report.runs.listing import entries
     from flatmin.words import suggest
 
     if sort not in _KEYS:
@@ -73,7 +73,7 @@ def remove_runs(
     force: Annotated[bool, typer.Option("--force", help="Also remove runs in progress.")] = False,
 ) -> None:
     """Remove runs with all files in their folders."""
-    from flatmin.study.listing import check_removable, remove, size_of
+    from flatmin.report.runs.listing import check_removable, remove, size_of
 
     folders = list({path.resolve(): path for path in map(run_folder, targets)}.values())
     check_removable(folders, force=force)

@@ -27,10 +27,10 @@ def show(
 
     Unfinished runs are shown as far as they have come.
     """
-    from flatmin.study.history import read_all
-    from flatmin.study.history_page import render
-    from flatmin.study.history_terminal import print_runs
-    from flatmin.study.page import require_figures, write
+    from flatmin.report.html import require_figures, write
+    from flatmin.report.runs.history import read_all
+    from flatmin.report.runs.page import render
+    from flatmin.report.runs.terminal import print_runs
     from flatmin.train.folder import PAGE
 
     if page:

@@ -79,13 +79,13 @@ def study(
     All studies in a folder share its finished runs, so a study can be extended at any time by more seeds or values.
     After Ctrl-C or a crash the same command continues; interrupted runs resume from their last checkpoint.
     """
+    from flatmin.report.html import require_figures, write
+    from flatmin.report.studies.page import render
     from flatmin.study.baselines import with_baselines
     from flatmin.study.executors import executor_settings
     from flatmin.study.expand import grid_points
-    from flatmin.study.page import require_figures, write
     from flatmin.study.plan import plan
     from flatmin.study.reading import read_study
-    from flatmin.study.study_page import render
     from flatmin.train.files import check_name
 
     console = make_console()
@@ -228,7 +228,7 @@ def _span(seconds: float) -> str:
 
 
 def _show(table: StudyTable, console: Console) -> None:
-    from flatmin.study.tables import body, header, remarks
+    from flatmin.report.studies.text import body, header, remarks
 
     console.print(f"\n{table.spec.title}\n", markup=False)
     print_rows([header(table), *body(table)], console)
@@ -239,7 +239,7 @@ def _show(table: StudyTable, console: Console) -> None:
 
 def _write(table: StudyTable, folder: Path, name: str) -> list[Path]:
     """Write the table in all formats."""
-    from flatmin.study import tables
+    from flatmin.report.studies import text as tables
     from flatmin.train.files import write_text
 
     os.makedirs(folder, exist_ok=True)

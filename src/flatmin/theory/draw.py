@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flatmin.study.draw import COLORS, MARKERS, lines_onto, new_figure, save
-from flatmin.study.plots import Lines
+from flatmin.report.figures.content import Lines
+from flatmin.report.figures.static import COLORS, MARKERS, lines_onto, new_figure, save
 from flatmin.theory.demonstrations.demonstration import DemonstrationResult, Marks, Panel, PanelCurve
 
 if TYPE_CHECKING:

@@ -1,0 +1,148 @@
+"""A research project: its flags, and the rule that translates them to `flatmin train` settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+from flatmin.originals.reader import read_flags, strip_script
+from flatmin.train import settings
+from flatmin.train.config import RunConfig
+from flatmin.train.preset import AUTOMATIC, load_run
+from flatmin.train.trainer import build_recipe, build_schedule
+
+F = TypeVar("F")
+Value = bool | int | float | str | tuple[int, ...] | tuple[float, ...]
+_ALWAYS = ("method", "rho", *AUTOMATIC)  # always written, also where the preset has the same value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Translation:
+    """A command line of a research repository as arguments of `flatmin train`.
+
+    Args:
+        command: a preset, then `key=value` overrides.
+        notes: sentences that say where the run differs from the script's, and which flags have no effect.
+
+    Example:
+        >>> translation = Translation(command=("cifar10-resnet56", "method=sam", "rho=0.05"))
+        >>> translation.with_overrides(["epochs=1", "rho=0.1"]).line
+        'flatmin train cifar10-resnet56 method=sam rho=0.1 epochs=1'
+    """
+
+    command: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def line(self) -> str:
+        """The command line that trains the same."""
+        return shlex.join(("flatmin", "train", *self.command))
+
+    def with_overrides(self, overrides: Sequence[str]) -> Translation:
+        """The translation with more `key=value` overrides, which replace those of the same key.
+
+        Raises:
+            ValueError: an override that is not `key=value`.
+        """
+        preset, *own = self.command
+        table = dict(settings.split_override(word) for word in (*own, *overrides))
+        joined = (f"{key}={value}" for key, value in table.items())
+        return dataclasses.replace(self, command=(preset, *joined))
+
+
+Rule = Callable[[F, frozenset[str]], Translation]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Project(Generic[F]):
+    """The command line of a research repository.
+
+    Args:
+        name: name for `flatmin original`.
+        script: script of the flags, for errors and lists.
+        paper: source.
+        flags: a frozen dataclass with a field for each flag, whose default is the script's.
+        rule: translates the flags; called with the flags and the names of those that were given.
+        inert: flags without effect, and why.
+    """
+
+    name: str
+    script: str
+    paper: str
+    flags: type[F]
+    rule: Rule[F]
+    inert: Mapping[str, str] = field(default_factory=dict)
+
+    def translate(self, arguments: Sequence[str]) -> Translation:
+        """A command line of the script, with or without `python` and the script's name before the flags.
+
+        Raises:
+            ValueError: an unknown flag, an unexpected argument, a missing value, a value of another type or out of
+                range, or a flag that `flatmin train` does not support.
+        """
+        rest, variables = strip_script(arguments)
+        flags, given = read_flags(self.flags, rest, script=self.script)
+        translation = self.rule(flags, given)
+        check(translation.command)
+        outside = [f"{word} is ignored; set it before flatmin." for word in variables]
+        return dataclasses.replace(translation, notes=(*translation.notes, *idle(given, **self.inert), *outside))
+
+
+def check(command: Sequence[str]) -> RunConfig:
+    """The configuration of a preset and its overrides.
+
+    Raises:
+        ValueError: a run cannot have it.
+    """
+    config, _ = load_run(command[0], command[1:])
+    build_recipe(config)
+    build_schedule(config, 1)
+    return config
+
+
+def to_overrides(preset: str, table: Mapping[str, Value]) -> tuple[str, ...]:
+    """A preset and the settings in which the run differs from it.
+
+    The method, the radius, and settings that otherwise depend on the machine are always included.
+    """
+    kinds, preset_table = settings.field_types(RunConfig), settings.read_preset(preset, "train")
+    usual = {f.name: f.default for f in dataclasses.fields(RunConfig)} | preset_table
+    command = [preset]
+    for key, value in table.items():
+        same = key in kinds and type(value) in (bool, int, float, str) and usual.get(key) == value
+        if key in _ALWAYS or not same:
+            command.append(f"{key}={word(value)}")
+    return tuple(command)
+
+
+def word(value: Value) -> str:
+    """A value as `flatmin train` reads it.
+
+    Example:
+        >>> word(True), word(1.0), word(5e-4), word((60, 120))
+        ('true', '1', '0.0005', '60,120')
+    """
+    if isinstance(value, tuple):
+        return ",".join(map(word, value))
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value).removesuffix(".0") if isinstance(value, float) else str(value)
+
+
+def idle(given: frozenset[str], **reasons: str) -> list[str]:
+    """A note for each given flag that has no effect: its name, and why.
+
+    Example:
+        >>> idle(frozenset({"mu"}), mu="SAM has none", alpha="SAM has none")
+        ['--mu has no effect: SAM has none.']
+    """
+    return [f"--{name} has no effect: {reason}." for name, reason in reasons.items() if name in given]
+
+
+def truth(given: frozenset[str], flags: Any, name: str) -> list[str]:
+    """A note if a flag is given as false that the script reads by `bool(text)`, which is true for any text."""
+    wrong = name in given and not getattr(flags, name)
+    return [f"--{name} is false here, as written; the script reads any text as true."] if wrong else []

@@ -1,0 +1,1 @@
+"""The comparison to look at."""

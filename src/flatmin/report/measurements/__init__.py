@@ -1,0 +1,1 @@
+"""Measured networks to look at."""

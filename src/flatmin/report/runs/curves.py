@@ -1,0 +1,131 @@
+"""Which curves of runs are shown: over the epochs, the updates, and the measurements."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from flatmin.report.runs.history import History, names_of
+from flatmin.report.runs.figures import POINTS, Curves, Drawn, Points, Wanted, draw
+
+
+def plots(runs: Sequence[History]) -> list[Drawn]:
+    """Every figure for which there are values."""
+    wanted = [*_EPOCHS, *_updates(runs), *_measurements(runs)]
+    return [drawn for one in wanted if (drawn := draw(runs, one)) is not None]
+
+
+def _epochs(key: str) -> Callable[[History], Points]:
+    return lambda run: _known((line.epoch, getattr(line, key)) for line in run.lines)
+
+
+def _steps(key: str) -> Callable[[History], Points]:
+    return lambda run: _known((row.get("step"), row.get(key)) for row in run.steps)
+
+
+def _measures(key: str) -> Callable[[History], Points]:
+    return lambda run: _known((row.get("epoch"), row.get(key)) for row in run.measures)
+
+
+def _known(pairs: Iterable[tuple[Any, Any]]) -> Points:
+    good = [(x, y) for x, y in pairs if x is not None and y is not None and math.isfinite(y)]
+    return [x for x, _ in good], [y for _, y in good]
+
+
+_LOSSES: Curves = {
+    "training": _epochs("train_loss"),
+    "at perturbed weights": _epochs("perturbed_loss"),
+    "validation": _epochs("val_loss"),
+}
+_ACCURACIES: Curves = {
+    "validation": _epochs("val_acc"),
+    "training": _epochs("train_acc"),
+    "test": _epochs("test_acc"),
+}
+_EPOCHS = (
+    Wanted(
+        "Losses",
+        "Means of the training epoch, on augmented samples while the weights change: at the weights, and at the "
+        "perturbed weights of methods with two passes. Validation: after the epoch.",
+        _LOSSES,
+        y="cross-entropy",
+        log=True,
+    ),
+    Wanted(
+        "Accuracy",
+        "The mark is the epoch whose weights are kept. Test accuracy is shown where the run looked at it.",
+        _ACCURACIES,
+        y="accuracy, %",
+        marked=True,
+    ),
+    Wanted("Memorisation of wrong labels", "", {"memorised": _epochs("memorised")}, y="memorised, %", zero=True),
+    Wanted("Learning rate", "At the start of the epoch.", {"lr": _epochs("lr")}, y="lr", height=280, zero=True),
+    Wanted("Radius", "At the end of the epoch.", {"rho": _epochs("rho")}, y="rho", height=280, zero=True),
+    Wanted("Time", "Training only.", {"seconds": _epochs("seconds")}, y="seconds an epoch", height=280, zero=True),
+    Wanted("Speed", "", {"images": _epochs("images_per_second")}, y="images a second", height=280, zero=True),
+)
+
+# Of `SAM.diagnostics`: what belongs into one figure.
+_DIAGNOSTICS: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
+    ("Losses of updates", "loss: mean since the point before; loss_perturbed: of the last update alone.",
+     ("loss", "loss_perturbed"), "loss"),
+    ("Norms of the gradients", "At the weights, and at the perturbed weights.",
+     ("gradient_norm", "perturbed_gradient_norm"), "norm"),
+    ("Angle of the two gradients", "Cosine of the gradients at the weights and at the perturbed weights.",
+     ("cosine",), "cosine"),
+    ("Angle of neighbouring ascents", "Cosine of the perturbation and the one of the last update that ascended.",
+     ("ascent_cosine",), "cosine"),
+    ("Norm of the perturbation", "As it was asked for, and as it was after rounding.",
+     ("epsilon_asked", "epsilon_norm"), "norm"),
+    ("Rounding of the perturbation", "Its projection on what was asked for, the cosine of the two, and the share of "
+     "entries that rounding left where they were.",
+     ("epsilon_projection", "epsilon_cosine", "epsilon_unmoved"), "share"),
+    ("Entries of the two gradients", "Shares of the entries by the ratio of the gradient at the perturbed weights to "
+     "that at the weights, and of those with the same sign.",
+     ("ratio_above_1", "ratio_0_to_1", "ratio_minus_1_to_0", "ratio_below_minus_1", "ratio_larger", "same_sign"),
+     "share"),
+    ("Samples", "Wrong at the perturbed weights, and of those the ones that are right at the weights.",
+     ("misclassified", "flipped"), "samples of a batch"),
+    ("Norm of the weights", "", ("weight_norm",), "norm"),
+)  # fmt: skip
+NOT_A_DIAGNOSTIC = ("step", "epoch", "lr", "rho", "seconds", "images")
+
+
+def _updates(runs: Sequence[History]) -> list[Wanted]:
+    there = names_of([row for run in runs for row in run.steps], without=NOT_A_DIAGNOSTIC)
+    grouped = {name for _, _, names, _ in _DIAGNOSTICS for name in names}
+    groups = [*_DIAGNOSTICS, *((name, "", (name,), name) for name in there if name not in grouped)]
+    long = any(len(run.steps) > POINTS for run in runs)
+    more = f" Long curves: means of neighbours, at most {POINTS} points." if long else ""
+    return [
+        Wanted(
+            title,
+            caption + more,
+            {name: _steps(name) for name in names if name in there},
+            x="updates",
+            y=y,
+            height=340,
+            zero=y != "loss",
+            log=y == "loss",
+        )
+        for title, caption, names, y in groups
+    ]
+
+
+def _measurements(runs: Sequence[History]) -> list[Wanted]:
+    there = names_of([row for run in runs for row in run.measures], without=("step", "epoch"))
+    eigen = [name for name in there if name.removeprefix("lambda_").isdigit()]
+    groups = {"Largest eigenvalues": eigen, **{f"Measured: {name}": [name] for name in there if name not in eigen}}
+    return [
+        Wanted(
+            title,
+            "Of the training loss, between epochs, on the first training samples, in eval mode.",
+            {name: _measures(name) for name in names},
+            y="eigenvalue" if names is eigen else names[0],
+            height=340,
+            log=True,
+        )
+        for title, names in groups.items()
+        if names
+    ]

@@ -1,0 +1,190 @@
+"""The numbers of runs beside each other, and what differs in their settings."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flatmin.report.runs.history import FAILED, History
+from flatmin.train.config import NEUTRAL
+from flatmin.train.settings import canonical
+
+Read = Callable[[History], float | None]
+
+
+@dataclass(frozen=True)
+class RunProperty:
+    """A property of a run.
+
+    Args:
+        name: what tables call it.
+        hint: what it is.
+        text: of a run, or None if it has none.
+        value: to sort by, where it is a number.
+    """
+
+    name: str
+    hint: str
+    text: Callable[[History], str | None]
+    value: Read | None = None
+
+
+def _number(name: str, hint: str, value: Read, form: str) -> RunProperty:
+    def text(run: History) -> str | None:
+        number = value(run)
+        return None if number is None else format(number, form)
+
+    return RunProperty(name, hint, text, value)
+
+
+def _of_chosen(key: str) -> Read:
+    return lambda run: None if run.chosen is None else getattr(run.chosen, key)
+
+
+def _of_result(key: str) -> Read:
+    return lambda run: None if run.result is None else getattr(run.result, key)
+
+
+def _median(key: str) -> Read:
+    def value(run: History) -> float | None:
+        values = [v for line in run.lines if (v := getattr(line, key)) is not None]
+        return statistics.median(values) if values else None
+
+    return value
+
+
+def _memory(run: History) -> float | None:
+    peaks = [line.peak_memory for line in run.lines if line.peak_memory is not None]
+    return max(peaks) / 2**30 if peaks else None
+
+
+def _memorised(run: History) -> float | None:
+    epoch = None if run.chosen is None else run.chosen.epoch
+    return next((line.memorised for line in run.lines if line.epoch == epoch), None)
+
+
+def _skipped(run: History) -> float | None:
+    return sum(line.skipped for line in run.lines) or None
+
+
+def _lambda(run: History) -> float | None:
+    lambda_max = None if run.result is None else run.result.lambda_max
+    return None if lambda_max is None else lambda_max["value"]
+
+
+def _method(run: History) -> str:
+    params = ", ".join(f"{key.partition('.')[2] or key} {value}" for key, value in run.config.params.items())
+    return run.config.method + (f" ({params})" if params else "")
+
+
+def _epochs(run: History) -> str:
+    return f"{len(run.lines)} of {run.config.epochs}"
+
+
+QUANTITIES = (
+    RunProperty("state", "a run that is stopped or failed can continue with --resume", lambda run: run.state),
+    RunProperty("method", "with the parameters that were set", _method),
+    _number("rho", "radius of the perturbation, in the method's own norm", lambda run: run.config.rho, "g"),
+    RunProperty("model", "the network", lambda run: run.config.model),
+    RunProperty("data", "the data set", lambda run: run.config.data),
+    _number("wrong labels, %", "of the training part", lambda run: 100 * run.config.noise or None, "g"),
+    _number("seed", "of initialisation, label noise, order and augmentation", lambda run: run.config.seed, "d"),
+    RunProperty("epochs", "done, of those planned", _epochs, lambda run: len(run.lines)),
+    RunProperty(
+        "weights of epoch",
+        "which are kept, and by which rule",
+        lambda run: None if run.chosen is None else run.chosen.text,
+        _of_chosen("epoch"),
+    ),
+    _number("val %", "accuracy on the validation part, of the weights of that epoch", _of_chosen("val_acc"), ".2f"),
+    _number("test %", "accuracy on the test part, of the weights of that epoch", _of_chosen("test_acc"), ".2f"),
+    _number("test top-5 %", "right class among the first five", _of_chosen("test_top5"), ".2f"),
+    _number("test loss", "cross-entropy on the test part", _of_chosen("test_loss"), ".4f"),
+    _number("train loss", "cross-entropy of the un-augmented training part, eval mode", _of_result("train_ce"), ".4f"),
+    _number("memorised, %", "wrong training labels that the model reproduces", _memorised, ".1f"),
+    _number("lambda_max", "largest eigenvalue of the train loss's Hessian, eval mode", _lambda, ".4g"),
+    _number("gradients / step", "gradient evaluations", _of_result("gradient_evaluations"), "g"),
+    _number("s / epoch", "median, training only", _median("seconds"), ".3g"),
+    _number("images / s", "median, training only", _median("images_per_second"), ",.0f"),
+    _number("peak memory, GiB", "of the GPU", _memory, ".2f"),
+    _number("skipped updates", "not finite", _skipped, "d"),
+)
+
+
+def quantities_of(runs: Sequence[History]) -> list[RunProperty]:
+    """The quantities that some run has."""
+    return [quantity for quantity in QUANTITIES if any(quantity.text(run) is not None for run in runs)]
+
+
+def settings(run: History) -> dict[str, str]:
+    """The configuration as it is typed, a line a key; parameters of the method and the model by their own names."""
+    values: dict[str, Any] = canonical(run.config)
+    params, model = values.pop("params"), values.pop("model_params")
+    values |= params | {f"model.{key}": value for key, value in model.items()}
+    return {key: typed(value) for key, value in values.items() if key not in NEUTRAL}
+
+
+def machine(run: History) -> dict[str, str]:
+    """Versions and machine, a line a key."""
+    facts: dict[str, Any] = {}
+    for key, value in run.environment.items():
+        facts |= value if isinstance(value, Mapping) else {key.replace("_", " "): value}
+    return {key: str(value) for key, value in facts.items() if value not in (None, "")}
+
+
+def differences(runs: Sequence[History]) -> dict[str, list[str]]:
+    """Settings that are not the same in all runs, then what is not the same of the machines: a value for each run."""
+    differing = _differing([settings(run) for run in runs], "not set")
+    return differing | {
+        f"({key})": values for key, values in _differing([machine(run) for run in runs], "none").items()
+    }
+
+
+def _differing(tables: Sequence[Mapping[str, str]], absent: str) -> dict[str, list[str]]:
+    keys = dict.fromkeys(key for table in tables for key in table)
+    rows = {key: [table.get(key, absent) for table in tables] for key in keys}
+    return {key: values for key, values in rows.items() if len(set(values)) > 1}
+
+
+def typed(value: Any) -> str:
+    """A setting as it is written in key=value."""
+    if isinstance(value, bool) or value is None:
+        return str(value).lower()
+    if isinstance(value, (list, tuple)):
+        return ",".join(typed(one) for one in value) or "none"
+    return str(value)
+
+
+def sentence(runs: Sequence[History]) -> str:
+    """What is shown, in words."""
+    if len(runs) > 1:
+        states = [run.state for run in runs]
+        return f"{len(runs)} runs: {', '.join(f'{states.count(one)} {one}' for one in dict.fromkeys(states))}."
+    (run,) = runs
+    config = run.config
+    rho = "" if config.rho is None else f", rho {config.rho:g}"
+    done = f"{len(run.lines)} of {config.epochs} epochs"
+    return f"{config.method}{rho}: {config.model} on {config.data}, {done}, {run.state}."
+
+
+def troubles(runs: Sequence[History]) -> list[str]:
+    """Notes for the reader, such as runs that stopped early, in sentences."""
+    texts = []
+    for run in runs:
+        if run.state == FAILED:
+            texts.append(f"{run.name} failed: {run.failure}.")
+        elif run.result is not None and run.result.untrained is not None:
+            texts.append(f"{run.name} {run.result.untrained}.")
+        if run.config.selection == "max-test":
+            texts.append(f"{run.name} chose its weights on the test part; its test accuracy is a biased estimate.")
+        lambda_max = None if run.result is None else run.result.lambda_max
+        if lambda_max is not None and not lambda_max.get("converged", True):
+            texts.append(
+                f"lambda_max of {run.name} has not converged (relative residual {lambda_max['residual']:.0e})."
+            )
+    kinds = [tuple((key, value) for key, value in settings(run).items() if key != "seed") for run in runs]
+    if len(runs) > 1 and len(set(kinds)) == len(runs):
+        texts.append("There is one run of each: seeds can differ by more than methods do; see `flatmin compare`.")
+    return texts

@@ -1,0 +1,100 @@
+"""The page of `flatmin show`: numbers, curves and settings of runs, and what differs between them."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+
+from flatmin.report.runs.history import FAILED, History
+from flatmin.report.runs.figures import tones
+from flatmin.report.runs.numbers import RunProperty, differences, machine, quantities_of, sentence, settings, troubles
+from flatmin.report.runs.curves import plots
+from flatmin.report.html import Cell, Column, Markup, code, facts, figure, heading, legend, notes, page, paragraph, table
+
+_NONE = "–"
+
+
+def render(runs: Sequence[History], *, command: Sequence[str] = ()) -> str:
+    """The page as text.
+
+    Args:
+        runs: at least one, with names that differ; see `flatmin.report.runs.history.read_all`.
+        command: the arguments of the command line.
+
+    Raises:
+        ValueError: no run.
+        ModuleNotFoundError: there are curves and plotly is not installed (extra "report").
+    """
+    if not runs:
+        raise ValueError("there is no run to show.")
+    several = len(runs) > 1
+    body = [paragraph(sentence(runs), "lead"), (_several if several else _one)(runs), notes(troubles(runs))]
+    if several:
+        body += _unlike(runs)
+    shown = plots(runs)
+    if several and shown:
+        drawn = {trace["legendgroup"] for plot in shown for trace in plot.figure.data}
+        body.append(legend({name: (name, tone) for name, tone in tones(runs).items() if name in drawn}))
+    body += [heading(plot.title, plot.caption) + figure(plot.figure, plot.title) for plot in shown]
+    if not shown:
+        body.append(paragraph("No epoch is finished yet, so there are no curves."))
+    title = runs[0].name if not several else f"{len(runs)} runs"
+    return page(title, body, _foot(runs, command))
+
+
+def _one(runs: Sequence[History]) -> Markup:
+    columns = [Column("quantity", text=True), Column("value", text=True), Column("what it is", text=True)]
+    rows = [[Cell(q.name), Cell(q.text(runs[0]) or _NONE), Cell(q.hint)] for q in quantities_of(runs)]
+    return table(columns, rows)
+
+
+def _several(runs: Sequence[History]) -> Markup:
+    quantities, tone = quantities_of(runs), tones(runs)
+    columns = [
+        Column("run", "the colour is that of the curves", text=True),
+        *(Column(q.name, q.hint, text=q.value is None) for q in quantities),
+    ]
+    rows = [
+        [
+            Cell(run.name, tone=tone[run.name], flag=FAILED if run.state == FAILED else ""),
+            *(_cell(quantity, run) for quantity in quantities),
+        ]
+        for run in runs
+    ]
+    return table(columns, rows)
+
+
+def _cell(quantity: RunProperty, run: History) -> Cell:
+    sort = None if quantity.value is None else quantity.value(run)
+    return Cell(quantity.text(run) or _NONE, sort=sort)
+
+
+def _unlike(runs: Sequence[History]) -> list[Markup]:
+    differing, tone = differences(runs), tones(runs)
+    if not differing:
+        return [heading("What differs", "Nothing: the settings are the same.")]
+    columns = [Column("setting", text=True), *(Column(run.name, text=True) for run in runs)]
+    if len(runs) > 4:  # more columns than a page is wide
+        columns = [Column("run", text=True), *(Column(key, text=True) for key in differing)]
+        rows = [
+            [Cell(run.name, tone=tone[run.name]), *(Cell(values[i]) for values in differing.values())]
+            for i, run in enumerate(runs)
+        ]
+    else:
+        rows = [[Cell(key), *(Cell(value) for value in values)] for key, values in differing.items()]
+    caption = "Settings that are not the same everywhere; in brackets: versions and machine."
+    return [heading("What differs", caption), table(columns, rows)]
+
+
+def _foot(runs: Sequence[History], command: Sequence[str]) -> list[Markup]:
+    """How the page was made, and everything that the runs have in common."""
+    several, unlike = len(runs) > 1, differences(runs) if len(runs) > 1 else {}
+    shared = {key: value for key, value in settings(runs[0]).items() if key not in unlike}
+    about = {key: value for key, value in machine(runs[0]).items() if f"({key})" not in unlike}
+    return [
+        heading("Settings that all have" if several else "Settings"),
+        facts(shared),
+        heading("How this was made"),
+        code(shlex.join(command)),
+        facts({(run.name if several else "folder"): str(run.path) for run in runs} | about),
+    ]

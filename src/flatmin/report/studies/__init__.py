@@ -1,0 +1,1 @@
+"""Studies to look at: tables, notes and figures."""

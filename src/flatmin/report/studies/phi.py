@@ -1,0 +1,90 @@
+"""The figure of BiSAM's phi: the 0-1 step, and what the arms of a study climb in its place."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from flatmin.methods import BiSAMLog, BiSAMTanh
+from flatmin.methods import losses as objectives
+from flatmin.report.html import Figure, plot_text
+from flatmin.report.studies.style import FigureSection
+from flatmin.report.style import DASHES, tone
+from flatmin.study.tabulate import StudyTable
+from flatmin.train.trainer import build_recipe
+
+_REACH = 5.0
+_POINTS = 201
+_NAMED = 2  # so many arms are named in the legend
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Phi:
+    name: str
+    x: Tensor
+    phi: Tensor
+    bound: Tensor
+
+
+def phi(table: StudyTable) -> FigureSection | None:
+    """The curves; None if no arm climbs BiSAM's objective."""
+    arms: dict[BiSAMLog | BiSAMTanh, list[str]] = {}
+    for row in table.rows:
+        objective = build_recipe(row.grid_point.config).objective if row.grid_point is not None else None
+        if isinstance(objective, (BiSAMLog, BiSAMTanh)):
+            names = arms.setdefault(objective, [])
+            names += [row.arm] if row.arm not in names else []
+    if not arms:
+        return None
+    step = {"x": [-_REACH, 0.0, 0.0, _REACH], "y": [0.0, 0.0, 1.0, 1.0]}
+    data = [_line("0-1 loss", step, "ink", "solid") | {"hoverinfo": "skip"}]
+    for i, (objective, names) in enumerate(arms.items()):
+        one = _curves(objective)
+        more = "" if len(names) <= _NAMED else f" and {len(names) - _NAMED} more"
+        whose = f"{one.name}: {', '.join(names[:_NAMED])}{more}"
+        xs = one.x.tolist()
+        for values, what, dash in ((one.phi, "φ", DASHES[0]), (one.bound, "lower bound", DASHES[2])):
+            heights = values.tolist()
+            text = [f"{plot_text(one.name)}<br>{what}({x:.2f}) = {y:.3f}" for x, y in zip(xs, heights, strict=True)]
+            data.append(
+                _line(whose, {"x": xs, "y": heights}, tone(i), dash)
+                | {"hovertext": text, "hoverinfo": "text", "showlegend": dash == DASHES[0]}
+            )
+    room = {"t": 40 + 20 * len(arms)}
+    layout = {
+        "xaxis": {"title": {"text": "F, the margin of a wrong class over the true one"}},
+        "yaxis": {"title": {"text": "loss of a sample"}, "range": [-1.6, 1.15]},
+        "showlegend": True,
+        "legend": {"orientation": "h", "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom"},
+        "margin": room,
+    }
+    return FigureSection(
+        title="What BiSAM climbs",
+        caption="The 0-1 loss of a sample over the margin F of a wrong class, and the φ that takes its place, with the "
+        "parameters of the arms. Dotted: with two classes, the soft maximum (1/μ) log Σ exp(μ φ) less log 2 / μ, which "
+        "is never above the 0-1 loss. These are formulas, so there are no error bars.",
+        figures={"What BiSAM climbs": Figure(data, layout, 400, {"l": 48, "r": 8} | room)},
+    )
+
+
+def _curves(objective: BiSAMLog | BiSAMTanh) -> _Phi:
+    x = torch.linspace(-_REACH, _REACH, _POINTS, dtype=torch.float64)
+    if isinstance(objective, BiSAMTanh):
+        name = f"tanh, α = {objective.alpha:g}, μ = {objective.mu:g}"
+        heights = torch.tanh(objective.alpha * x)
+    else:
+        name = f"-log, μ = {objective.mu:g}"
+        heights = 1.0 - F.softplus(objectives.GAMMA - x)
+    true = torch.zeros(1, dtype=torch.int64)
+    smooth = [objective.ascent(torch.tensor([[0.0, float(at)]], dtype=torch.float64), true) for at in x]
+    return _Phi(name=name, x=x, phi=heights, bound=torch.stack(smooth) - math.log(2) / objective.mu)
+
+
+def _line(name: str, points: dict[str, list[float]], color: str, dash: str) -> dict[str, Any]:
+    line = {"color": f"var:{color}", "dash": dash, "width": 2}
+    return {"type": "scatter", "mode": "lines", "name": plot_text(name), "line": line, **points}

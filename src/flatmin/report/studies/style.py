@@ -1,0 +1,136 @@
+"""How the rows of a study are drawn: a colour for each arm, a symbol and a dash for each point of the axes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from flatmin.report.html import NUM_TONES, Figure
+from flatmin.report.style import DASHES, DASHES_IN_WORDS, SYMBOLS, tone
+from flatmin.study.tabulate import StudyRow, StudyTable
+
+EVERY = ""  # the choice that shows all points
+_FEW = 8  # so many rows are readable in one figure
+_NAMED = min(6, len(DASHES))  # so many symbols are explained
+
+
+@dataclass(frozen=True, kw_only=True)
+class FigureSection:
+    """Figures under one heading.
+
+    Args:
+        title: of them.
+        caption: what they show, and what their error bars are.
+        figures: by name.
+    """
+
+    title: str
+    caption: str
+    figures: Mapping[str, Figure]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowStyle:
+    """The style of a row in figures."""
+
+    color: str
+    symbol: str
+    dash: str
+
+
+class StudyStyle:
+    """Colours, symbols and points of a study.
+
+    A point is a place on the axes whose values are not chosen on validation. An arm that lacks an axis, such as plain
+    training beside several radii, belongs to all points that agree with it.
+
+    Args:
+        table: the study's.
+    """
+
+    def __init__(self, table: StudyTable) -> None:
+        arms = list(dict.fromkeys(row.arm for row in table.rows))
+        others = [arm for arm in arms if arm != table.spec.baseline]
+        self._turn = {arm: others.index(arm) if arm in others else 0 for arm in arms}
+        self.tones = {arm: tone(self._turn[arm]) if arm in others else "tone-0" for arm in arms}
+        points: list[dict[str, str]] = []
+        for row in table.rows:
+            if point_of(row) not in points:
+                points.append(point_of(row))
+        self.points = [point for point in points if not any(point.items() < other.items() for other in points)]
+        self._arms = arms
+        self._cycles = len(others) >= NUM_TONES
+        self.num_rows = len(table.rows)
+
+    def of(self, row: StudyRow) -> RowStyle:
+        """Of a row."""
+        return self.at(row.arm, point_of(row))
+
+    def at(self, arm: str, values: Mapping[str, str]) -> RowStyle:
+        """Of an arm where the axes have these values; arms beyond the number of colours differ by symbol and dash."""
+        place = self.place(values)
+        cycle = self._turn[arm] // (NUM_TONES - 1)
+        symbol = self._arms.index(arm) if len(self.points) < 2 else place + 3 * cycle
+        return RowStyle(
+            color=f"var:{self.tones[arm]}",
+            symbol=SYMBOLS[symbol % len(SYMBOLS)],
+            dash=DASHES[(place + cycle) % len(DASHES)],
+        )
+
+    def place(self, values: Mapping[str, str]) -> int:
+        """The first point that agrees with values; 0 if none does."""
+        return next((i for i, point in enumerate(self.points) if values.items() <= point.items()), 0)
+
+    def shared(self, row: StudyRow, values: Mapping[str, str] | None = None) -> dict[str, Any]:
+        """By what the page hides the row's traces.
+
+        Args:
+            row: the row.
+            values: of the axes that decide where it is shown; default: all of its point.
+        """
+        own = point_of(row) if values is None else values
+        shown = [str(i) for i, point in enumerate(self.points) if own.items() <= point.items()]
+        return {"legendgroup": row.arm, "points": shown}
+
+    def choices(self) -> tuple[dict[str, str], str]:
+        """The list of points by key, and the key that is chosen at first; no list for a single point."""
+        if len(self.points) < 2:
+            return {}, EVERY
+        named = {str(i): listed(point) for i, point in enumerate(self.points)}
+        every = {EVERY: f"all {len(self.points)} points"}
+        return (every | named, EVERY) if self.num_rows <= _FEW else (named | every, "0")
+
+    def explained(self) -> str:
+        """A sentence on what symbols and dashes mean; empty where colours tell everything."""
+        many = "Arms of one colour differ by symbol and dash; hover over a mark for its name." if self._cycles else ""
+        if len(self.points) < 2:
+            return many
+        if many or len(self.points) > _NAMED:
+            return many or "Points of the axes differ by symbol and dash; hover over a mark for its name."
+        kinds = zip(SYMBOLS, DASHES_IN_WORDS, self.points, strict=False)
+        return "; ".join(f"{symbol}, {dash}: {listed(point)}" for symbol, dash, point in kinds).capitalize() + "."
+
+
+def point_of(row: StudyRow) -> dict[str, str]:
+    """Values of a row that are not chosen on validation."""
+    return dict(row.values) if row.grid_point is None else row.grid_point.point
+
+
+def listed(values: Mapping[str, str]) -> str:
+    """Values as a reader sees them."""
+    return ", ".join(f"{key} = {value}" for key, value in values.items())
+
+
+def tried_rows(table: StudyTable) -> list[StudyRow]:
+    """Those that a choice was made from, and those that no choice was needed for."""
+    return [one for row in table.rows for one in table.tried.get(row.label, [row])]
+
+
+def every_row(table: StudyTable) -> list[StudyRow]:
+    """All rows, those that were not chosen too; a choice on seeds of its own comes before the row that it led to."""
+    found: list[StudyRow] = []
+    for row in table.rows:
+        tried = table.tried.get(row.label, [row])
+        found += tried if any(one is row for one in tried) else [*tried, row]
+    return found

@@ -1,0 +1,138 @@
+"""The flags of the original projects: how they are read, what is said about them, which are refused."""
+
+import shlex
+
+import pytest
+
+from flatmin import originals
+from flatmin.originals.projects import PROJECTS, find_project
+
+
+def translated(project, line=""):
+    return PROJECTS[project].translate(shlex.split(line))
+
+
+@pytest.mark.parametrize(
+    ("project", "one", "other"),
+    [
+        ("bisam", "--opt sam", "--optim=sam"),
+        ("bisam", "--optim sam --adaptive", "--optim sam --adaptive yes"),
+        ("bisam", "--optim sam --adaptive False", "--optim sam"),
+        ("bisam", "--rho 0.3 --rho 0.1", "--rho 0.1"),
+        ("bisam", "python3.8 -u ./train.py --alpha 0.1", "--opt bisam_log"),
+        ("bisam", "--depth 28 --width_factor 10 --threads 4 --valid", ""),
+        ("vasso", "--lr 0.1", "--lr=1e-1"),
+        ("vasso", "--milestone 1 2 --lr 0.1", "--lr 0.1"),
+        ("vasso", "--pin_memory --distributed_val --dist_url x --output_dir y --output_name z --wandb_name n", ""),
+        ("vasso", "--eps 1e-8 --opt adamw", "--opt adam"),
+    ],
+)
+def test_lines_that_mean_the_same(project, one, other):
+    assert translated(project, one).command == translated(project, other).command
+
+
+@pytest.mark.parametrize(
+    ("project", "line", "note"),
+    [
+        ("bisam", "--adaptive False", "--adaptive is false here, as written; the script reads any text as true."),
+        ("bisam", "--threads 4", "--threads has no effect: images are augmented in whole batches"),
+        ("bisam", "--depth 28", "--depth has no effect: the script reads it nowhere."),
+        ("bisam", "--optim sam --mu 3", "--mu has no effect: SAM climbs the loss."),
+        ("bisam", "--optim bisam_tanh", "mu is 1 unless it is given, as in the script"),
+        ("bisam", "--optim base", "--optim base stops the script with an error"),
+        ("bisam", "--dataset cifar100", "normalised with the mean and deviation of CIFAR-10"),
+        ("bisam", "--adam --momentum 0.5", "--momentum has no effect: --adam is AdamW, which has betas."),
+        ("empirical", "--experiment default_sam --opt_name samdirection", "the other way round"),
+        ("empirical", "--experiment default", "stops with an error in its first update; here it trains."),
+        ("empirical", "--experiment default_sam --opt_name sgd --rho 1", "--rho has no effect: SGD has no radius."),
+        ("empirical", "--experiment default --adaptive False --opt_name sam", "--adaptive is false here"),
+        ("fundamental", "--experiment cifar10_resnet18_sam_diminish3", "--set as_coded=false is the paper's formula"),
+        ("vasso", "--opt vasso-adam", "--opt vasso-adam stops the script with an error; here it trains with AdamW"),
+        ("vasso", "--opt sam-sgd --theta 0.5", "--theta has no effect: it belongs to vasso."),
+        ("vasso", "--output_dir x", "--output_dir has no effect: runs are kept in the folder of --out."),
+        (
+            "vasso",
+            "CUDA_VISIBLE_DEVICES=1 python train.py",
+            "CUDA_VISIBLE_DEVICES=1 is ignored; set it before flatmin.",
+        ),
+        ("vasso", "--warmup_epoch 1", "--warmup_epoch 1 is left out"),
+        ("vasso", "--gamma 0.1", "--gamma has no effect: it belongs to MultiStepLRscheduler."),
+    ],
+)
+def test_what_differs_is_said(project, line, note):
+    assert note in " ".join(translated(project, line).notes)
+
+
+def test_trackers():
+    words = translated("vasso", "--wandb --wandb_project mine --log_freq 20").command
+    assert {"trackers=wandb", "project=mine", "log_every=20"} <= set(words)
+    line = "--experiment default_sam --framework_name tensorboard"
+    assert "trackers=tensorboard" in translated("empirical", line).command
+
+
+@pytest.mark.parametrize(
+    ("project", "line", "message"),
+    [
+        ("bisam", "--learning-rate 0.1", "--learning-rate is no flag of train.py of LIONS-EPFL/BiSAM; did you mean "),
+        ("bisam", "--rho", "--rho expects a number, and there is none after it."),
+        ("bisam", "--rho --mu 1", "--rho expects a number, and there is none after it."),
+        ("bisam", "--epochs 1.5", "--epochs expects a whole number, got '1.5'."),
+        ("bisam", "--adaptive maybe", "--adaptive expects true or false, got 'maybe'."),
+        ("bisam", "--d 3", "--d may be --depth or --dropout or --dataset; write the flag in full."),
+        ("bisam", "--model resnet65", "--model expects one of resnet56, "),
+        ("bisam", "--optim bisam_tan", "got 'bisam_tan'; did you mean 'bisam_tanh'?"),
+        (
+            "bisam",
+            "rho 0.1",
+            "unexpected word 'rho': expected a flag of train.py of LIONS-EPFL/BiSAM; did you mean '--rho'?",
+        ),
+        ("bisam", "epochs=1", "unexpected word 'epochs=1': expected a flag of "),
+        ("bisam", "--optim", "--optim expects text, and there is none after it."),
+        ("bisam", "--momentum -1", "momentum must be at least 0, got -1.0."),
+        ("bisam", "torchrun --nproc 2 train.py", "'torchrun' starts other processes; put torchrun before flatmin"),
+        ("empirical", "--opt_name sam", "--experiment is needed: expected one of default, default_sam"),
+        ("empirical", "--experiment defalt", "got 'defalt'; did you mean 'default'?"),
+        ("empirical", "--experiment default --framework_name wand", "got 'wand'; did you mean 'wandb'?"),
+        ("fundamental", "", "--experiment is needed: expected the name of one of the 49 files"),
+        (
+            "fundamental",
+            "--experiment config/cifar10_wrn28_10_sam_diminish1.yaml",
+            "got 'config/cifar10_wrn28_10_sam_diminish1.yaml'; did you mean 'cifar10_wrn28_10_sam_diminish1'?",
+        ),
+        ("fundamental", "--experiment tiny_imagenet_resnet34_sam_constant_01", "one of the script's 49 files"),
+        ("fundamental", "--experiment x --rho 1", "--rho is no flag of fundamental_sam/train_sam.py"),
+        ("vasso", "--betas", "--betas expects one number or more, and there is none after it."),
+        ("vasso", "--milestone 3 x", "--milestone expects one whole number or more, got '3 x'."),
+        (
+            "vasso",
+            "--lr_scheduler MultiStepLRscheduler --milestone 3 3",
+            "--milestone expects rising epochs from 0, got",
+        ),
+        ("vasso", "--warm 3", "--warm may be --warmup_epoch or --warmup_init_lr"),
+        ("vasso", "--start_epoch 3", "--start_epoch expects 0, got 3"),
+        ("vasso", "--resume_path x", "--resume and --resume_path name a checkpoint of the script"),
+        ("vasso", "--opt adamw --eps 1e-3", "--eps expects 1e-08, that of torch's AdamW"),
+        ("vasso", "--dataset ImageNet_base --model vgg11_bn", "--model expects one of resnet18, "),
+        ("vasso", "--dataset CIFAR10_cutuot", "got 'CIFAR10_cutuot'; did you mean 'CIFAR10_cutout'?"),
+        ("vasso", "--opt vasso-sgd --theta 2", "EMA: theta must be in (0, 1], got 2.0."),
+        ("vasso", "--eta_min 1", "lr_min must be at most lr = 0.05, got 1.0."),
+    ],
+)
+def test_mistakes_are_one_sentence(project, line, message):
+    with pytest.raises(ValueError) as raised:
+        translated(project, line)
+    text = str(raised.value)
+    assert message in text and "\n" not in text and ". " not in text
+
+
+def test_an_unknown_project():
+    with pytest.raises(ValueError, match=r"^unknown project 'vaso'; did you mean 'vasso'\? \(projects: bisam, "):
+        find_project("vaso")
+
+
+def test_a_fifth_project_is_one_file_and_one_line():
+    """Every module beside the core is a project of the table."""
+    from importlib import resources
+
+    files = {entry.name.removesuffix(".py") for entry in resources.files(originals).iterdir() if entry.is_file()}
+    assert files - {"__init__", "project", "projects", "reader"} == set(PROJECTS)
