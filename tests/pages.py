@@ -5,6 +5,8 @@ from __future__ import annotations
 import html.parser
 import json
 
+HOSTILE = ["<script>alert(1)</script>", '"><img src=x onerror=alert(2)>', "a & b", "$x$", "</script>", "'quoted'"]
+
 
 class Outline(html.parser.HTMLParser):
     """Tags, attributes and texts of a page, with the contents of scripts kept apart."""

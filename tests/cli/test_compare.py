@@ -10,9 +10,9 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from flatmin.cli.compare import MAX_WORKERS, default_workers
 from flatmin.cli.main import app, main
 from flatmin.cli.progress import Progress
+from flatmin.cli.study import MAX_WORKERS, default_workers
 from flatmin.study import events
 from flatmin.train.result import Epoch, Result
 
@@ -80,7 +80,7 @@ def test_options_reach_the_runs(tmp_path):
     ("words", "message"),
     [
         (["--preset", "smok"], r"did you mean 'smoke'"),
-        (["epoch=3"], r"unknown option 'epoch'; did you mean 'epochs'"),
+        (["epoch=3"], r"no arm has 'epoch' to set; did you mean 'epochs'"),
         (["-m", "samm"], r"unknown method 'samm'; did you mean 'sam'"),
         (["epochs=many"], r"epochs=many is not a whole number"),
         (["--data", "no_such_package:f"], r"no module 'no_such_package'"),
@@ -103,7 +103,7 @@ def test_missing_plotly_is_said_before_training(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(os.name != "posix", reason="sends a signal")
 def test_ctrl_c_says_how_to_go_on(tmp_path, capsys):
-    """The signal comes in the first run; one from outside to a whole process group is in study/test_compare.py."""
+    """The signal comes in the first run; one from outside to a whole process group is in study/test_comparison.py."""
     words = ["compare", "--preset", "smoke", "epochs=100000", "--workers", "0", "--no-report", "--out", str(tmp_path)]
     ended = threading.Event()
 

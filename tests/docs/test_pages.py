@@ -58,16 +58,15 @@ def test_links_lead_somewhere(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_commands_are_understood(page):
     """Every indented `flatmin compare` line resolves to settings that can be planned."""
-    from flatmin.study.arms import candidates
-    from flatmin.study.config import load
+    from flatmin.study.comparison import comparison
+    from flatmin.study.expand import grid_points
 
     text = re.sub(r" \\\n +", " ", page.read_text(encoding="utf-8"))
     for line in re.findall(r"^    flatmin compare(.*)$", text, re.MULTILINE):
         words = shlex.split(line.split("#")[0])
         methods = tuple(value for word, value in itertools.pairwise(words) if word in ("-m", "--method"))
         overrides = [word for word in words if re.fullmatch(r"[a-z_.-]+=\S+", word)]
-        config = load(overrides=overrides, methods=None if "--plugin" in words else methods or None)
-        candidates(config)
+        grid_points(comparison(overrides=overrides, methods=None if "--plugin" in words else methods or None))
 
 
 def test_studies_are_understood(tmp_path, monkeypatch):

@@ -9,8 +9,7 @@ import torch
 import flatmin
 from flatmin.cli.train import default_name
 from flatmin.methods import FORMER_KINDS, KINDS, NStep, Part, compose, current_word, former_word
-from flatmin.study.arms import candidates
-from flatmin.study.config import load
+from flatmin.study.comparison import comparison
 from flatmin.study.expand import grid_points
 from flatmin.study.reading import read_study
 from flatmin.train.config import RunConfig, differences, identity
@@ -48,9 +47,8 @@ def test_settings_of_runs_comparisons_and_studies_are_taken_under_both_words(tmp
     words = ["method=every-k", "when.k=3"]
     run = load_run("smoke", words)[0]
     assert run.params == {"schedule.k": 3} and run == load_run("smoke", ["method=every-k", "schedule.k=3"])[0]
-    for options in ({"overrides": ["when.k=3"]}, {"params": {"when.k": 3}}, {"axes": {"when.k": (3,)}}):
-        (row,) = candidates(load("smoke", methods=("every-k",), **options))
-        assert row.config.params == {"schedule.k": 3}
+    (row,) = grid_points(comparison("smoke", ["when.k=3"], methods=("every-k",)))
+    assert row.config.params == {"schedule.k": 3}
     (tmp_path / "mine.toml").write_text(STUDY)
     rows = grid_points(read_study(str(tmp_path / "mine.toml")))
     assert [row.config.params for row in rows] == [{"schedule.k": 2}, {"schedule.k": 3}]

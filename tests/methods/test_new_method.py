@@ -89,7 +89,7 @@ def test_it_is_listed_composes_and_is_compared(package):
     out = folder / "out"
     options = ["--preset", "smoke", "-m", "sgd", "-m", "smooth-sign", "--seeds", "1", "--no-report", "--out", str(out)]
     compare = ["compare", "epochs=2", "rho.smooth-sign=0.1", *options, *words]
-    # That a plugin that was named reaches worker processes is tested in study/test_compare.py.
+    # That a plugin that was named reaches worker processes is tested in study/test_comparison.py.
     table = command(*compare, "--workers", "0") if words else run(["-m", "flatmin", *compare, "--workers", "1"], folder)
     assert "smooth-sign" in table
     results = [json.loads(p.read_text()) for p in out.glob("runs/smooth-sign*/result.json")]

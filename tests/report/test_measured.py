@@ -18,7 +18,7 @@ from flatmin.report.measurements import picture as draw_report
 from flatmin.report.measurements.page import render, sentence
 from flatmin.study.measured import NetReport, as_json, compare_reports, groups_of, stat_text, unlike, with_error
 from tests.measure.nets import batches, make
-from tests.report.test_comparison import HOSTILE, Outline
+from tests.pages import HOSTILE, Outline
 
 with_matplotlib = pytest.mark.skipif(
     find_spec("matplotlib") is None, reason="matplotlib is not installed (extra 'plot')"

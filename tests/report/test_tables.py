@@ -8,7 +8,8 @@ import re
 
 import pytest
 
-from flatmin.report.studies.text import CUT, body, comma_separated, header, latex, markdown, remarks, widths
+from flatmin.report.studies.conclusions import verdicts
+from flatmin.report.studies.text import CUT, body, comma_separated, header, latex, markdown, remarks, troubles, widths
 from flatmin.stats import PERCENT, POINTS, summarise
 from flatmin.study.spec import METRICS, Arm, Published, StudySpec
 from flatmin.study.tabulate import StudyRow, StudyTable, Value
@@ -60,7 +61,7 @@ def test_header_and_body(table):
         "grads/step",
         "test % ±95 %",
         "vs SGD (paired)",
-        "p (Holm)",
+        "p",
         "published test %",
         "train loss ±95 %",
     ]
@@ -78,21 +79,28 @@ def test_no_published_column_where_none_is_shown(table):
     assert "published test %" not in header(bare) and len(body(bare)[0]) == len(header(bare))
 
 
-def test_remarks(table):
-    found = remarks(table)
-    assert found[:4] == [
+def test_what_stands_below(table):
+    assert troubles(table) == [
         "a|b & 50 % rho=0.2: no result: 1 of 2.",
         "lost: no result: 2 of 2.",
         "lost, seed 0: why",
-        "Published: a paper.",
     ]
-    assert "Holm" in found[4] and "at the same point of the axes" in found[4] and found[-1] == "A note."
+    found = remarks(table)
+    assert found[:2] == ["A note.", "Published: a paper."]
+    assert any("at the same point of the axes" in text and "Holm" not in text for text in found)
     changed = dataclasses.replace(table, spec=dataclasses.replace(SPEC, changed=("epochs=2", "rho=0.1,0.2")))
     assert (
         "Changed by the command: epochs=2 rho=0.1,0.2; a published number is of the source's own settings."
         in remarks(changed)
     )
     assert not any("Published" in text for text in remarks(dataclasses.replace(table, rows=table.rows[:1])))
+
+
+def test_two_tests_have_a_raw_and_a_corrected_p_and_the_size_of_the_family(table):
+    other = make_row("other", [92.0, 93.0], diff=summarise([2.0, 3.0]), p=0.01)
+    two = dataclasses.replace(table, rows=[*table.rows, other])
+    assert header(two)[6:8] == ["p", "p (Holm, 2 tests)"] and body(two)[1][6:8] == ["0.12", "-"]
+    assert any("corrected for the 2 tests" in text for text in remarks(two))
 
 
 def test_intervals_stay_where_numbers_can_be(table):
@@ -117,7 +125,8 @@ def test_markdown_read_back(table):
         if line.startswith("|")
     ]
     assert grid[0] == header(table) and set(grid[1]) == {"---"} and grid[2:] == body(table)
-    assert [line[2:] for line in lines if line.startswith("- ")] == remarks(table)
+    below = [line[2:] for line in lines if line.startswith("- ")]
+    assert below == [*troubles(table), *verdicts(table), *remarks(table)]
 
 
 def test_csv_read_back(table):

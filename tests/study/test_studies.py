@@ -127,7 +127,9 @@ def test_p_values_are_corrected_over_the_column(make):
     labels = [label for label in NUMBERS if label != "SGD"]
     base = dict(enumerate(NUMBERS["SGD"]))
     raw = [paired_p(paired(dict(enumerate(NUMBERS[label])), base)) for label in labels]
-    assert [rows[label].columns["test_acc"].p for label in labels] == pytest.approx(holm(raw))
+    values = [rows[label].columns["test_acc"] for label in labels]
+    assert [value.p for value in values] == pytest.approx(raw)
+    assert [value.corrected for value in values] == pytest.approx(holm(raw))
     assert max(raw) < max(holm(raw))
 
 

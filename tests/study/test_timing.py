@@ -1,10 +1,10 @@
+import dataclasses
+
 import pytest
 
-from flatmin.study.arms import candidates
-from flatmin.study.config import CompareConfig, load
-from flatmin.study.timing import Speed, guess_seconds, measure_speed, time_ratios
+from flatmin.study.costs import guess_seconds
+from flatmin.study.timing import time_ratios
 from flatmin.train.config import RunConfig
-from flatmin.train.trainer import Trainer
 
 BASE = RunConfig(method="sgd", batch_size=16, data="tests.user_side:data", model="tests.user_side:slow")
 
@@ -23,25 +23,16 @@ def test_one_round_has_no_spread():
     assert found.q25 == found.median == found.q75
 
 
-def test_a_guess_is_made_of_steps_scores_and_curvature():
-    speed = Speed(step=0.01, score=0.1, steps=10)
-    quiet = RunConfig(method="sgd", epochs=5)
-    assert guess_seconds([quiet], speed, 0) == pytest.approx(5 * (10 * 0.01 + 0.1))
-    climbing = RunConfig(method="sam", rho=0.1, epochs=5)
-    assert guess_seconds([climbing], speed, 0) == pytest.approx(5 * (2 * 10 * 0.01 + 0.1))
-    assert guess_seconds([quiet] * 4, speed, 2) < guess_seconds([quiet] * 4, speed, 1)
-    measured = RunConfig(method="sgd", epochs=5, measure=True)
-    assert guess_seconds([measured], speed, 0) > guess_seconds([quiet], speed, 0)
-
-
-def test_speed_is_measured_on_the_trainer():
-    speed = measure_speed(Trainer(BASE), most=0.1)
-    assert speed.step >= 0.02
-    assert speed.score >= 0.02
-    assert speed.steps == 4
-
-
-def test_every_candidate_has_a_guess():
-    config: CompareConfig = load("digits")
-    speed = Speed(step=0.002, score=0.01, steps=15)
-    assert guess_seconds([c.config for c in candidates(config)], speed, 2) > 0
+def test_a_guess_counts_gradients_looks_and_the_eigenvalue(monkeypatch):
+    """With a gradient of 1 s a sample, of 50 training samples in 4 batches of 16, 20 for validation and 30 for the test."""
+    monkeypatch.setattr("flatmin.study.costs._gradient_seconds", lambda config, inputs: 1.0)
+    train, val, test = 50, 20, 30
+    plain = dataclasses.replace(BASE, epochs=5)
+    looks, batches = (5 * val + test + train) / 3, 4 * 16
+    assert guess_seconds([plain], 0) == pytest.approx(5 * batches + looks)
+    sam = dataclasses.replace(plain, method="sam", rho=0.1)
+    assert guess_seconds([sam], 0) == pytest.approx(2 * 5 * batches + looks)
+    assert guess_seconds([dataclasses.replace(plain, measure=True)], 0) == pytest.approx(
+        5 * batches + looks + 30 * train
+    )
+    assert guess_seconds([plain] * 4, 2) == pytest.approx(2 * (5 * batches + looks) + 4)

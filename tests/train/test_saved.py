@@ -15,12 +15,13 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from flatmin.study.compare import compare
-from flatmin.study.config import CompareConfig
+from flatmin.study.comparison import comparison
 from flatmin.study.executors import execute
 from flatmin.study.executors.tasks import Task
 from flatmin.study.executors.worker import run_task
+from flatmin.study.plan import plan
 from flatmin.study.store import Run, Store
+from flatmin.study.studies import study
 from flatmin.train.config import RunConfig
 from flatmin.train.folder import RunFolder
 from flatmin.train.loop import train
@@ -113,13 +114,11 @@ class TestKept:
         assert same_bits(open_run(there).model().state_dict(), finished[1].state_dict())
 
     def test_a_comparison_keeps_them(self, tmp_path):
-        config = CompareConfig(
-            methods=("sgd", "sam"), baselines=False, seeds=2, epochs=1, batch_size=50, timing=False, measure=False,
-            data="tests.user_side:data", model="tests.user_side:net",
-        )  # fmt: skip
+        words = ["methods=sgd,sam", "baselines=false", "seeds=2", "epochs=1", "batch_size=50", "timing=false"]
+        words += ["data=tests.user_side:data", "model=tests.user_side:net", "measure=false"]
         for weights, count in ((True, 4), (False, 0)):
             out = tmp_path / str(weights)
-            compare(dataclasses.replace(config, weights=weights), out=out, workers=0)
+            study(plan(comparison("digits", words), out, weights=weights), workers=0)
             assert len(list(out.glob("runs/*/weights.pt"))) == count
         assert len(list(out.glob("runs/*/result.json"))) == 4
 

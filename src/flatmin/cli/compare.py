@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import sys
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from flatmin.cli.console import make_console
-
-MAX_WORKERS = 8  # each one loads torch; more rarely pays
+from flatmin.cli.study import perform
 
 
 def compare(
@@ -19,10 +16,11 @@ def compare(
         list[str] | None,
         typer.Argument(
             metavar="KEY=VALUE",
-            help="Settings, e.g. epochs=10 lr=0.05 rho.sam=0.2 theta=0.8; a list such as rho=.1,.2,.4 makes an axis.",
+            help="Settings, e.g. epochs=10 optimizer=adamw rho.sam=0.2 theta=0.8; a list such as rho=.1,.2,.4 makes "
+            "an axis.",
         ),
     ] = None,
-    preset: Annotated[str, typer.Option(help="A preset of the package, or a .toml file.")] = "digits",
+    preset: Annotated[str, typer.Option(help="A study of the package, or a .toml file.")] = "digits",
     method: Annotated[
         list[str] | None,
         typer.Option("--method", "-m", help="A method, a composition such as vasso+asam, or all. Repeatable."),
@@ -39,6 +37,7 @@ def compare(
     ] = None,
     data: Annotated[str | None, typer.Option(help="digits, or your own as package.module:function.")] = None,
     plugin: Annotated[list[str] | None, typer.Option(help="A module that defines further methods. Repeatable.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the runs and their cost, and stop.")] = False,
     out: Annotated[Path, typer.Option(help="Folder of the runs and the report.")] = Path("flatmin-runs"),
     workers: Annotated[
         int | None, typer.Option(min=0, help="Processes with one thread each (default: one per core).")
@@ -48,20 +47,17 @@ def compare(
 ) -> None:
     """Train a small network with several methods over several seeds, and print the table and conclusions.
 
-    Finished runs are stored in the folder and reused; Ctrl-C loses at most the runs in progress.
+    A study with one arm for each method: `flatmin study` has more options. Finished runs are stored in the folder and
+    reused; Ctrl-C loses at most the runs in progress.
     """
-    from flatmin.cli.progress import Progress
-    from flatmin.report import html as page
-    from flatmin.report.comparison.page import write_report
-    from flatmin.report.comparison.terminal import print_summary
-    from flatmin.study.compare import compare as run_comparison
-    from flatmin.study.config import load
+    from flatmin.study.comparison import comparison
+    from flatmin.train.settings import parse, split_override
 
-    if report:
-        page.require_figures()
-    config = load(
+    words = list(overrides or ())
+    kept = [parse("weights", text, bool) for key, text in map(split_override, words) if key == "weights"]
+    spec = comparison(
         preset,
-        overrides or (),
+        [word for word in words if split_override(word)[0] != "weights"],
         methods=tuple(method) if method else None,
         seeds=seeds,
         noise=noise,
@@ -70,30 +66,13 @@ def compare(
         data=data,
         plugins=tuple(plugin) if plugin else None,
     )
-    console = make_console()
-    try:
-        with Progress(console) as progress:
-            summary = run_comparison(
-                config,
-                out=out,
-                workers=default_workers() if workers is None else workers,
-                on_event=progress,
-                command=["flatmin", *sys.argv[1:]],
-            )
-    except KeyboardInterrupt as interrupt:
-        # Said here, because typer ends the process on Ctrl-C without a word.
-        typer.echo(str(interrupt) or "Interrupted; the same command continues from the finished runs.", err=True)
-        raise typer.Exit(130) from None
-    path = write_report(summary, out / "report.html") if report else None
-    console.print()
-    print_summary(summary, console)
-    if path is not None:
-        console.print(f"\nReport: {path}", markup=False, soft_wrap=True)
-        if open_report:
-            typer.launch(path.resolve().as_uri())
-
-
-def default_workers() -> int:
-    """One per core that this process may use, at most `MAX_WORKERS`."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(usable, MAX_WORKERS)
+    perform(
+        dataclasses.replace(spec, name=Path(preset).stem),
+        out=out,
+        workers=workers,
+        dry_run=dry_run,
+        weights=all(kept),
+        table_name="comparison",
+        page=out / "report.html" if report else None,
+        open_page=open_report,
+    )

@@ -75,7 +75,7 @@ def measure(
     """
     import torch
 
-    from flatmin.cli.compare import default_workers
+    from flatmin.cli.study import default_workers
     from flatmin.cli.targets import run_folder
     from flatmin.measure.report import chosen
     from flatmin.report.html import require_figures

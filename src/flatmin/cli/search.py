@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flatmin.cli.compare import default_workers
 from flatmin.cli.console import make_console, print_rows
+from flatmin.cli.study import default_workers
 
 if TYPE_CHECKING:
     from rich.console import Console

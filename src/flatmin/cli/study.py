@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flatmin.cli.compare import default_workers
 from flatmin.cli.console import make_console, print_rows
 
 if TYPE_CHECKING:
@@ -22,7 +21,8 @@ if TYPE_CHECKING:
     from flatmin.study.spec import StudySpec
     from flatmin.study.tabulate import StudyTable
 
-FILES = {"md": "markdown", "csv": "comma_separated", "tex": "latex"}
+FILES = {".md": "markdown", ".csv": "comma_separated", "-seeds.csv": "per_seed", ".tex": "latex"}
+MAX_WORKERS = 8  # each one loads torch; more rarely pays
 
 
 def study(
@@ -38,6 +38,9 @@ def study(
     ] = False,
     baselines: Annotated[
         bool, typer.Option("--baselines", help="Add plain training with more regularisation, and at SAM's cost.")
+    ] = False,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Choose the axes, or what the study names for it, on validation.")
     ] = False,
     choose: Annotated[
         str | None, typer.Option(metavar="KEY,...", help="Axes whose value is chosen on validation, e.g. rho,lr.")
@@ -79,30 +82,89 @@ def study(
     All studies in a folder share its finished runs, so a study can be extended at any time by more seeds or values.
     After Ctrl-C or a crash the same command continues; interrupted runs resume from their last checkpoint.
     """
-    from flatmin.report.html import require_figures, write
-    from flatmin.report.studies.page import render
     from flatmin.study.baselines import with_baselines
     from flatmin.study.executors import executor_settings
-    from flatmin.study.expand import grid_points
-    from flatmin.study.plan import plan
+    from flatmin.study.expand import tuned
     from flatmin.study.reading import read_study
     from flatmin.train.files import check_name
 
-    console = make_console()
     if name == "list":
-        _list(console)
+        _list(make_console())
         return
-    if report and not dry_run:
-        require_figures()
     if table_name is not None:
         check_name(table_name, "--table")
     settings = executor_settings(executor, on or ())
     spec = read_study(name, overrides or (), demo=demo)
+    if tune:
+        spec = tuned(spec)
     if choose is not None:
         spec = dataclasses.replace(spec, choose=tuple(key.strip() for key in choose.split(",") if key.strip()))
     if baselines:
         spec = with_baselines(spec)
-    asked = any(settings.get(key) for key in ("gpus", "gpus_per_node"))
+    files = table_name or f"{Path(name).stem}{'-demo' if demo else ''}"
+    perform(
+        spec,
+        out=out,
+        workers=workers,
+        dry_run=dry_run,
+        train=train,
+        retry=retry,
+        archive=archive,
+        executor=executor,
+        settings=settings,
+        table_name=files,
+        page=out / "studies" / f"{files}.html" if report else None,
+        open_page=open_report,
+    )
+
+
+def perform(
+    spec: StudySpec,
+    *,
+    out: Path,
+    workers: int | None,
+    table_name: str,
+    page: Path | None,
+    open_page: bool = False,
+    dry_run: bool = False,
+    train: bool = True,
+    retry: bool = False,
+    archive: Path | None = None,
+    weights: bool = True,
+    executor: str = "local",
+    settings: Mapping[str, Any] | None = None,
+) -> None:
+    """Do a study, show its table and write its files; `flatmin compare` uses it too.
+
+    Args:
+        spec: the study.
+        out: folder of the runs; the tables go to OUT/studies.
+        workers: concurrent runs; None: one per core.
+        table_name: of the files.
+        page: where the HTML page goes; None: nowhere.
+        open_page: open it in a browser.
+        dry_run: print the plan only.
+        train: False: sum up what is finished.
+        retry: repeat failed runs and incomplete reports.
+        archive: of finished runs.
+        weights: whether runs keep their trained weights.
+        executor: where runs are executed.
+        settings: of the executor.
+
+    Raises:
+        ValueError: options that contradict each other, and what the plan raises.
+        typer.Exit: Ctrl-C.
+    """
+    from flatmin.report.html import require_figures, write
+    from flatmin.report.studies.page import render
+    from flatmin.study.comparison import without_unfit
+    from flatmin.study.expand import grid_points
+    from flatmin.study.plan import plan
+
+    console = make_console()
+    if page is not None and not dry_run:
+        require_figures()
+    asked = any((settings or {}).get(key) for key in ("gpus", "gpus_per_node"))
     if asked and any(grid_point.config.device == "cpu" for grid_point in grid_points(spec)):
         raise ValueError(
             "the runs use the CPU and need no GPU: set device=cuda (device=auto depends on this machine), or leave out "
@@ -110,23 +172,25 @@ def study(
         )
     if retry and not train:
         raise ValueError("--retry does runs again, and --no-train does none; leave out one of them.")
-    todo = plan(spec, out, make=train and not dry_run, retry=retry, archive=archive)
+    spec = without_unfit(spec)
+    todo = plan(spec, out, make=train and not dry_run, retry=retry, archive=archive, weights=weights)
     workers = default_workers() if workers is None else workers
     if dry_run:
         _describe(todo, workers, console)
         return
     if not train and not todo.finished:
         raise ValueError(f"no run of study {spec.name} is finished in {archive or out}, so there is nothing to sum up.")
-    table = _run(todo, workers, executor, settings, console) if train else _finished(todo, console)
-    files = _write(table, out / "studies", table_name or f"{Path(name).stem}{'-demo' if demo else ''}")
-    if report:
-        page = render(table, command=["flatmin", *sys.argv[1:]])
-        files.append(write(page, files[0].with_suffix(".html")))
-    _show(table, console)
-    for path in files:
-        console.print(str(path), markup=False, soft_wrap=True)
-    if open_report and report:
-        typer.launch(files[-1].resolve().as_uri())
+    table = _run(todo, workers, executor, settings or {}, console) if train else _finished(todo, console)
+    files = _write(table, out / "studies", table_name)
+    if page is not None:
+        write(render(table, command=["flatmin", *sys.argv[1:]]), page)
+    show_table(table, console)
+    others = "".join(f", {path.name.removeprefix(table_name)}" for path in files[1:])
+    console.print(f"\nTables: {files[0]}{others}", markup=False, soft_wrap=True)
+    if page is not None:
+        console.print(f"Report: {page}", markup=False, soft_wrap=True)
+    if open_page and page is not None:
+        typer.launch(page.resolve().as_uri())
 
 
 def _run(todo: StudyPlan, workers: int, executor: str, settings: Mapping[str, Any], console: Console) -> StudyTable:
@@ -149,6 +213,12 @@ def _finished(todo: StudyPlan, console: Console) -> StudyTable:
     for text in todo.warnings:
         console.print(f"Note: {text}", markup=False, highlight=False, soft_wrap=True)
     return tabulate(todo, todo.finished)
+
+
+def default_workers() -> int:
+    """One per core that this process may use, at most `MAX_WORKERS`."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(usable, MAX_WORKERS)
 
 
 def _list(console: Console) -> None:
@@ -227,14 +297,18 @@ def _span(seconds: float) -> str:
     return "about a second" if seconds < 2 else f"about {float(f'{seconds:.2g}'):g} seconds"
 
 
-def _show(table: StudyTable, console: Console) -> None:
-    from flatmin.report.studies.text import body, header, remarks
+def show_table(table: StudyTable, console: Console) -> None:
+    """Print the table, what follows from it, and how to read it."""
+    from flatmin.report.studies.conclusions import verdicts
+    from flatmin.report.studies.text import body, header, remarks, troubles
 
     console.print(f"\n{table.spec.title}\n", markup=False)
     print_rows([header(table), *body(table)], console)
-    console.print()
-    for text in remarks(table):
-        console.print(text, markup=False, soft_wrap=True)
+    for texts in (troubles(table), verdicts(table), remarks(table)):
+        if texts:
+            console.print()
+        for text in texts:
+            console.print(f"- {text}", markup=False, soft_wrap=True)
 
 
 def _write(table: StudyTable, folder: Path, name: str) -> list[Path]:
@@ -245,7 +319,7 @@ def _write(table: StudyTable, folder: Path, name: str) -> list[Path]:
     os.makedirs(folder, exist_ok=True)
     written = []
     for suffix, maker in FILES.items():
-        path = folder / f"{name}.{suffix}"
+        path = folder / f"{name}{suffix}"
         write_text(path, getattr(tables, maker)(table))
         written.append(path)
     return written

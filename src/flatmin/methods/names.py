@@ -29,9 +29,10 @@ from flatmin.words import suggest
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoints
 
-__all__ = ["ENTRY_POINTS", "METHODS", "compose", "method_table"]
+__all__ = ["BASE", "ENTRY_POINTS", "METHODS", "compose", "method_table"]
 
 ENTRY_POINTS = "flatmin.methods"
+BASE = "sgd"  # the method without an ascent, whatever the base optimizer is; "base" is another word for it
 METHODS: Mapping[str, Method] = {m.name: m for m in BUILT_IN}
 # Names that the literature gives to more than one method.
 _AMBIGUOUS = {
@@ -83,7 +84,8 @@ def compose(name: str, table: Mapping[str, Method] | None = None, **params: Any)
     """The recipe of one or several names joined by "+", each name giving the parts it sets.
 
     Args:
-        name: e.g. "sam", "vasso+bisam-log+asam". Neither the order nor the case matters.
+        name: e.g. "sam", "vasso+bisam-log+asam". Neither the order nor the case matters. "base" is the base optimizer
+            alone, as "sgd" is.
         table: names to choose from. Default: built-ins, then entry points.
         params: parameters of the parts: `theta=0.8` if exactly one part has it, else qualified by kind:
             `direction=dict(theta=0.8)`, `direction=EMA(theta=0.8)` or `**{"direction.theta": 0.8}`. `when` and `points`
@@ -117,6 +119,8 @@ def compose(name: str, table: Mapping[str, Method] | None = None, **params: Any)
 
 def _spelled(name: str, table: Mapping[str, Method]) -> str:
     """The table's own spelling of a name in another case; the name itself if the table has it, or nothing like it."""
+    if name.lower() == "base" and name not in table:
+        return BASE
     alike = [name] if name in table else [entry for entry in table if entry.lower() == name.lower()]
     return alike[0] if len(alike) == 1 else name
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 
-from flatmin.study.config import BASE
+from flatmin.methods import BASE
 from flatmin.study.costs import Sizes
 from flatmin.study.expand import grid_points
 from flatmin.study.spec import Arm, StudySpec
@@ -41,7 +41,7 @@ def with_baselines(spec: StudySpec) -> StudySpec:
     plain = [grid_point for grid_point in rows if grid_point.config.method == BASE]
     first = (plain or rows)[0].config
     name = NAMES[first.optimizer]
-    own = next((arm for arm in spec.arms if plain and arm.label == plain[0].arm), Arm(label=name, settings={}))
+    own = next((arm for arm in spec.every_arm if plain and arm.label == plain[0].arm), Arm(label=name, settings={}))
     # What plain training of this study has beside its method, such as a weight decay of its own.
     settings_left = {key: value for key, value in own.settings.items() if key not in _OWN}
     decay = {key: value for key, value in own.settings.items() if key == "weight_decay"}
@@ -68,11 +68,11 @@ def with_baselines(spec: StudySpec) -> StudySpec:
             longer = (*axes, Axis("epochs", (str(epochs),)))
             settings = {"method": BASE, **settings_left, **decay}
             arms.append(Arm(label=f"{name}, {cost:g}x epochs", settings=settings, axes=longer, choose=own.choose))
-    taken = {one.label for one in spec.arms}
+    taken = {one.label for one in spec.every_arm}
     for one in arms:
         if one.label in taken:
             raise ValueError(f"study {spec.name} has an arm {one.label!r} already; leave out the baselines.")
-    return dataclasses.replace(spec, arms=(*spec.arms, *arms))
+    return dataclasses.replace(spec, baselines=(*spec.baselines, *arms))
 
 
 def _costs(configs: Iterable[RunConfig]) -> list[float]:

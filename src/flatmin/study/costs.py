@@ -21,6 +21,9 @@ from flatmin.train.trainer import build_recipe
 
 _SAMPLES = {"cpu": 8, "cuda": 256}
 _ENOUGH = 1.0  # seconds
+_START = 4.0  # seconds in which a worker imports torch and the package of the data
+_FORWARD = 1 / 3  # of a gradient
+_CURVATURE = 30.0  # gradients of the training part: about a dozen products of a Lanczos run
 # Samples of the official test parts.
 _TESTS = {
     **dict.fromkeys(("cifar10", "cifar100", "cifar100-coarse", "mnist", "fashion-mnist", "tiny-imagenet"), 10_000),
@@ -96,6 +99,15 @@ class Sizes:
             self._found[key] = _official(config) or _read(config)
         return self._found[key]
 
+    def parts(self, config: RunConfig) -> tuple[int, int, int]:
+        """Samples in the training, validation and test part.
+
+        Raises:
+            OSError, ValueError, ModuleNotFoundError: as `of`.
+        """
+        sizes = self._of(config)
+        return sizes.train, sizes.val, sizes.test
+
     def updates(self, config: RunConfig) -> int:
         """Updates of a whole run."""
         return config.epochs * steps_of(config, self.of(config)[0])
@@ -128,7 +140,7 @@ def _read(config: RunConfig) -> Counts:
 def guess_seconds(configs: Sequence[RunConfig], workers: int, sizes: Sizes | None = None) -> float:
     """A guess of the wall time of runs on so many workers, from one gradient of each network on a few made-up samples.
 
-    Training only: reading data, evaluation and the start of workers come on top.
+    Reading data and augmenting images come on top.
 
     Raises:
         OSError, ValueError, ModuleNotFoundError: a network, a device, or data of no known size, cannot be had.
@@ -149,12 +161,21 @@ def guess_seconds(configs: Sequence[RunConfig], workers: int, sizes: Sizes | Non
         key += (min(_SAMPLES[config.device], config.batch_size),)
         if key not in seconds_of:
             seconds_of[key] = _gradient_seconds(config, inputs)
-        each.append(sizes.cost(config) * config.batch_size * seconds_of[key])
+        each.append(_gradients(config, sizes) * seconds_of[key])
     if not each:
         return 0.0
     # Runs that share a GPU share its speed.
     at_once = 1 if configs[0].device == "cuda" else max(1, min(workers, len(each)))
-    return max(max(each), sum(each) / at_once)
+    return max(max(each), sum(each) / at_once) + (_START if workers else 0.0)
+
+
+def _gradients(config: RunConfig, sizes: Sizes) -> float:
+    """Gradient evaluations of a run in samples: training, evaluation, and the eigenvalue at the end."""
+    train, val, test = sizes.parts(config)
+    looks = config.epochs * val + (config.epochs // config.test_every if config.test_every else 1) * test
+    looks += train * (config.noise > 0) * config.epochs  # memorised labels
+    curvature = _CURVATURE * train * config.measure
+    return sizes.cost(config) * config.batch_size + _FORWARD * (looks + train) + curvature
 
 
 def _gradient_seconds(config: RunConfig, inputs: Inputs) -> float:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,14 +14,18 @@ from flatmin.data.named import DATASETS
 from flatmin.methods import Recipe, compose, current_word, method_table
 from flatmin.models.zoo import MODELS
 from flatmin.study.spec import Arm, StudySpec, as_text
-from flatmin.study.sweep import overrides, points, tidy
+from flatmin.study.sweep import Axis, overrides, points, tidy
 from flatmin.train.config import RunConfig
 from flatmin.train.locate import find_module
 from flatmin.train.options import Options
 from flatmin.train.preset import load_run
+from flatmin.train.result import Epoch, Result
 from flatmin.train.settings import field_types, read_preset
+from flatmin.train.trainer import build_recipe
 from flatmin.words import suggest
 
+Score = tuple[float, float]
+_MULTIPLE = re.compile(r"(\d+\.?\d*|\.\d+)x")
 _FIELDS = field_types(RunConfig)
 _USUAL = {f.name: f.default for f in dataclasses.fields(RunConfig) if f.default is not dataclasses.MISSING}
 
@@ -55,14 +60,7 @@ class GridPoint:
 
     def setting(self, key: str) -> str | None:
         """The value of its runs for a key, as text: a field, a parameter of the method, or `model.NAME`."""
-        config = self.config
-        if key in _FIELDS:
-            value: Any = getattr(config, key)
-        elif key.startswith("model."):
-            value = config.model_params.get(key.removeprefix("model."))
-        else:
-            names = [name for name in config.params if current_word(key) in (name, name.partition(".")[2])]
-            value = config.params[names[0]] if names else None
+        value = _setting(self.config, key)
         return None if value is None else tidy(as_text(value))
 
     @property
@@ -80,17 +78,39 @@ class GridPoint:
         return all(self.setting(key) == value for key, value in where.items())
 
 
-def best(scores: Sequence[float | None]) -> int:
-    """Which of the rows of a choice is the chosen one: the first with the highest score; the first if none has one.
+def best(scores: Sequence[Score | None]) -> int:
+    """Which of the rows of a choice is the chosen one; the first if none has a score.
+
+    It is the one with the highest validation accuracy; of several, the one with the lowest validation loss; of several
+    of these, the first.
 
     Args:
-        scores: mean validation accuracies; None of a row that lacks a seed.
+        scores: means of validation accuracy and loss; None of a row that lacks a seed.
 
     Example:
-        >>> best([None, 61.0, 61.0]), best([None, None])
-        (1, 0)
+        >>> best([None, (61.0, 1.2), (61.0, 1.1), (60.5, 0.9)]), best([None, None])
+        (2, 0)
     """
-    return max(range(len(scores)), key=lambda i: -math.inf if (score := scores[i]) is None else score)
+
+    def merit(i: int) -> Score:
+        score = scores[i]
+        return (-math.inf, -math.inf) if score is None else (score[0], -score[1])
+
+    return max(range(len(scores)), key=merit)
+
+
+def validation_score(runs: Iterable[tuple[Result, Sequence[Epoch]]]) -> Score:
+    """What `best` compares of a row: means over its runs, at the epochs whose weights they kept.
+
+    Args:
+        runs: result and epochs of each, at least one.
+    """
+    accuracies, losses = [], []
+    for result, lines in runs:
+        if result.chosen is not None:
+            accuracies.append(float(result.chosen["val_acc"]))
+            losses += [line.val_loss for line in lines if line.epoch == result.chosen["epoch"]]
+    return math.fsum(accuracies) / len(accuracies), math.fsum(losses) / len(losses) if losses else math.inf
 
 
 def grid_points(spec: StudySpec) -> list[GridPoint]:
@@ -103,16 +123,22 @@ def grid_points(spec: StudySpec) -> list[GridPoint]:
     rows: list[GridPoint] = []
     used: set[str] = set()
     parameters: list[str] = []
-    for arm in spec.arms:
+    for arm in spec.every_arm:
         recipe = _recipe(spec, arm, preset)
         parameters += recipe.parameters()
-        own = {*arm.settings, *(axis.key for axis in arm.axes)}
+        # A multiple of its own is one of what the axis says.
+        own = {*(key for key, value in arm.settings.items() if not _MULTIPLE.fullmatch(value))}
+        own |= {axis.key for axis in arm.axes}
         axes = [axis for axis in spec.axes if axis.key not in own and _takes(recipe, axis.key)]
         used |= {axis.key for axis in axes} | own
         axes += arm.axes
         shown = {axis.key for axis in axes if len(axis.values) > 1}
-        for point in points(axes):
-            config = _config(spec, arm, point, preset)
+        known: list[Mapping[str, str]] = []
+        for written in points(axes):
+            point, config = _config(spec, arm, written, preset)
+            if point in known:  # multiples that round to the same whole number
+                continue
+            known.append(point)
             rows.append(
                 GridPoint(
                     arm=arm.label,
@@ -132,8 +158,8 @@ def grid_points(spec: StudySpec) -> list[GridPoint]:
                 f"study {spec.name}: {', '.join(sorted(grid_point.choose))} cannot be chosen on validation with "
                 "train_on_val=true, which validates on the test part."
             )
-    axes_of_all = {axis.key for axis in (*spec.axes, *(axis for arm in spec.arms for axis in arm.axes))}
-    for key in (*spec.choose, *(key for arm in spec.arms for key in arm.choose)):
+    axes_of_all = {axis.key for axis in (*spec.axes, *(axis for arm in spec.every_arm for axis in arm.axes))}
+    for key in (*spec.choose, *(key for arm in spec.every_arm for key in arm.choose)):
         if key not in axes_of_all:
             raise ValueError(
                 f"study {spec.name}: {key} cannot be chosen because it is not an axis{suggest(key, axes_of_all)}"
@@ -141,19 +167,94 @@ def grid_points(spec: StudySpec) -> list[GridPoint]:
     return rows
 
 
-def _config(spec: StudySpec, arm: Arm, point: Mapping[str, str], preset: Mapping[str, Any]) -> RunConfig:
+def _config(
+    spec: StudySpec, arm: Arm, point: Mapping[str, str], preset: Mapping[str, Any]
+) -> tuple[dict[str, str], RunConfig]:
+    """A point with its multiples as numbers, and its run."""
     chosen = {**spec.settings, **arm.settings, **point}
     extra: dict[str, str] = {}
     for given in spec.given:
         have = {key: chosen.get(key, tidy(as_text(preset.get(key, _USUAL.get(key, ""))))) for key in given.when}
         if all(tidy(have[key]) in values for key, values in given.when.items()):
             extra |= given.settings
+    single = {axis.key: axis.values[0] for axis in spec.axes if len(axis.values) == 1}
+    common = {**spec.settings, **{key: value for key, value in single.items() if key in arm.settings}}
+    plain = {key: value for key, value in point.items() if not _MULTIPLE.fullmatch(value)}
     try:
-        config = load_run(spec.train, overrides({**spec.settings, **arm.settings, **extra, **point}), here=False)[0]
+        own = _numbers(spec.train, {**common, **extra, **plain}, arm.settings)
+        # Values of axes come last, but for those that the arm multiplies.
+        settings = {**common, **own, **extra}
+        settings |= {key: own[key] if _MULTIPLE.fullmatch(arm.settings.get(key, "")) else plain[key] for key in plain}
+        point = _numbers(spec.train, settings, point)
+        settings |= {key: value for key, value in point.items() if key not in plain}
+        config = load_run(spec.train, overrides(settings), here=False)[0]
         _check_names(config)
+        build_recipe(config)
     except ValueError as error:
         raise ValueError(f"study {spec.name}, arm {arm.label}: {error}") from error
-    return config
+    return point, config
+
+
+def _numbers(train: str, before: Mapping[str, str], settings: Mapping[str, str]) -> dict[str, str]:
+    """Settings with each multiple, such as "2x", as the number that it stands for.
+
+    Args:
+        train: the preset.
+        before: settings that these are laid over.
+        settings: what may hold multiples.
+
+    Raises:
+        ValueError: a multiple of a setting that is no number.
+    """
+    multiples = {key: match for key, value in settings.items() if (match := _MULTIPLE.fullmatch(value))}
+    if not multiples:
+        return dict(settings)
+    plain = {key: value for key, value in settings.items() if key not in multiples}
+    config = load_run(train, overrides({**before, **plain}), here=False)[0]
+    made: dict[str, str] = {}
+    for key, match in multiples.items():
+        value = _setting(config, key)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError(f"{key}={match[0]} is a multiple of {key}, which is {value!r} there; write the value.")
+        product = float(match[1]) * value
+        made[key] = str(max(1, round(product))) if _FIELDS.get(key) is int else tidy(f"{product:.6g}")
+    return {key: made.get(key, value) for key, value in settings.items()}
+
+
+def _setting(config: RunConfig, key: str) -> Any:
+    """The value of a run for a key: a field, a parameter of the method, or `model.NAME`; None if it has none."""
+    if key in _FIELDS:
+        return getattr(config, key)
+    if key.startswith("model."):
+        return config.model_params.get(key.removeprefix("model."))
+    names = [name for name in config.params if current_word(key) in (name, name.partition(".")[2])]
+    return config.params[names[0]] if names else None
+
+
+def tuned(spec: StudySpec) -> StudySpec:
+    """The study with its axes chosen on validation; an arm without one gets those that `tune` names for it."""
+    several = any(len(axis.values) > 1 for axis in (*spec.axes, *(axis for arm in spec.arms for axis in arm.axes)))
+    usual = () if several else spec.tune
+
+    def tune(arm: Arm) -> Arm:
+        axes = {axis.key: axis for axis in arm.axes}
+        for axis in (*usual, *arm.tune):
+            if takes(spec, arm, axis.key) and _has_value(spec, arm, axis):
+                axes.setdefault(axis.key, axis)
+        chosen = tuple(key for key, axis in axes.items() if len(axis.values) > 1)
+        return dataclasses.replace(arm, axes=tuple(axes.values()), choose=chosen)
+
+    chosen = tuple(axis.key for axis in spec.axes if len(axis.values) > 1)
+    return dataclasses.replace(spec.with_arms(tune), choose=chosen)
+
+
+def _has_value(spec: StudySpec, arm: Arm, axis: Axis) -> bool:
+    """Whether an arm has something that an axis of multiples can multiply."""
+    if not all(map(_MULTIPLE.fullmatch, axis.values)):
+        return True
+    alone = dataclasses.replace(arm, axes=tuple(one for one in arm.axes if one.key != axis.key))
+    _, config = _config(spec, alone, {}, read_preset(spec.train, "train"))
+    return bool(_setting(config, axis.key))
 
 
 def _check_names(config: RunConfig) -> None:

@@ -12,7 +12,7 @@ from flatmin.stats import PERCENT, UNBOUNDED, Ends
 from flatmin.train.result import Epoch, Result
 
 _ENDS: Mapping[str, Ends] = {
-    **dict.fromkeys(("test_acc", "test_top5", "val_acc", "memorised"), PERCENT),
+    **dict.fromkeys(("test_acc", "test_best", "test_top5", "val_acc", "memorised"), PERCENT),
     **dict.fromkeys(("train_ce", "seconds", "misclassified", "flipped"), (0.0, math.inf)),
     **dict.fromkeys((*CLASSES, "ratio_larger", "same_sign", "error_rate"), (0.0, 1.0)),
 }
@@ -55,6 +55,9 @@ class FinishedRun:
         result = self.result
         if column in ("test_acc", "test_top5", "val_acc"):
             value = (result.chosen or {}).get(column)
+            return None if value is None else float(value)
+        if column == "test_best":
+            value = (result.best or {}).get("test_acc")
             return None if value is None else float(value)
         if column == "memorised":
             return None if result.last is None or result.last[column] is None else float(result.last[column])

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from flatmin.measure.report import Quantity, Report
+from flatmin.methods import BASE
 from flatmin.stats import Stat, paired, summarise
-from flatmin.study.config import BASE
 from flatmin.study.finished import ends_of
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +11,7 @@ from flatmin.study.archive import Archive
 from flatmin.study.code import Contents, code_of
 from flatmin.study.executors import RunOutcome, finished_and_missing
 from flatmin.study.executors.executor import done_again
-from flatmin.study.expand import GridPoint, best, grid_points
+from flatmin.study.expand import GridPoint, best, grid_points, validation_score
 from flatmin.study.measuring import View
 from flatmin.study.record import Record
 from flatmin.study.spec import StudySpec
@@ -60,7 +59,13 @@ class StudyPlan:
 
 
 def plan(
-    spec: StudySpec, out: Path, *, make: bool = True, retry: bool = False, archive: Path | None = None
+    spec: StudySpec,
+    out: Path,
+    *,
+    make: bool = True,
+    retry: bool = False,
+    archive: Path | None = None,
+    weights: bool = True,
 ) -> StudyPlan:
     """Expand a study to grid points and look for finished runs.
 
@@ -80,6 +85,7 @@ def plan(
             `make`, their results are removed, as are those of runs without weights whose networks are to be measured.
             Runs of the archive stay.
         archive: of finished runs that are taken whatever their code, see `flatmin.study.archive`.
+        weights: whether runs keep their trained weights.
 
     Raises:
         ValueError: settings that do not go together, a folder that cannot be written, or an archive that cannot be
@@ -88,7 +94,7 @@ def plan(
     rows = grid_points(spec)  # before a folder is made: they may be refused
     _check_seeds(spec)
     kept = None if archive is None else Archive(archive)
-    return _plan(spec, rows, Store(out, make=make), kept, retry=retry)
+    return _plan(spec, rows, Store(out, weights=weights, make=make), kept, retry=retry)
 
 
 def plan_again(todo: StudyPlan) -> StudyPlan:
@@ -139,20 +145,17 @@ def _decided(choice: StudyPlan) -> tuple[set[str], set[str]]:
     for i, row in enumerate(choice.grid_points):
         groups.setdefault(row.group, []).append(i)
     for group in groups.values():
-        results = [
-            [
-                choice.finished.get(choice.runs[i, seed].name, RunOutcome()).result
-                for seed in choice.grid_points[i].configs
-            ]
+        outcomes = [
+            [choice.finished.get(choice.runs[i, seed].name, RunOutcome()) for seed in choice.grid_points[i].configs]
             for i in group
         ]
         scores = []
-        for own in results:
-            scored = [one.chosen["val_acc"] for one in own if one is not None and one.chosen is not None]
-            scores.append(math.fsum(scored) / len(scored) if len(scored) == len(own) else None)
+        for own in outcomes:
+            whole = [(one.result, one.lines) for one in own if one.result is not None and one.result.chosen is not None]
+            scores.append(validation_score(whole) if len(whole) == len(own) else None)
         label = choice.grid_points[group[best(scores)]].label
         chosen.add(label)
-        if any(one is None for own in results for one in own):
+        if any(one.result is None for own in outcomes for one in own):
             undecided.add(label)
     return chosen, undecided
 

@@ -17,7 +17,7 @@ from flatmin.train.settings import describe, field_types, fill, read_preset
 from flatmin.words import suggest
 
 _LISTS = tuple(key for key, kind in field_types(RunConfig).items() if str(kind).startswith("tuple"))
-_ARM = ("label", "axes", "choose")
+_ARM = ("label", "axes", "choose", "tune")
 _FIXED = ("method", "plugins")
 
 
@@ -26,8 +26,7 @@ def read_study(name: str, overrides: Sequence[str] = (), *, demo: bool = False) 
 
     Args:
         name: see `flatmin study list`.
-        overrides: "epochs=20" sets all runs, "rho=0.1,0.2" makes an axis of all arms that have the key, "seed=0..4"
-            says which seeds.
+        overrides: see `changed`.
         demo: read the scaled-down version of the preset.
 
     Raises:
@@ -39,11 +38,47 @@ def read_study(name: str, overrides: Sequence[str] = (), *, demo: bool = False) 
         if scaled_down is None:
             raise ValueError(f"the study {name} has no demo.")
         table = {**table, **scaled_down, "published": []}
-    spec = _spec(name, table)
-    for override in overrides:
-        spec = _changed(spec, read_axis(override, lists=_LISTS), override)
+    return changed(_spec(name, table), overrides)
+
+
+def changed(spec: StudySpec, overrides: Sequence[str]) -> StudySpec:
+    """The study with overrides.
+
+    Args:
+        spec: of `read_study`.
+        overrides: "epochs=20" sets all runs, "rho=0.1,0.2" makes an axis of all arms that have the key, "seed=0..4"
+            says which seeds, and "rho.NAME=0.1" is for the arms of that label or method alone.
+
+    Raises:
+        ValueError: an override of another form, or an unknown key or arm.
+    """
+    axes = [(read_axis(override, lists=_LISTS), override) for override in overrides]
+    own = [(axis, override) for axis, override in axes if axis.key.startswith("rho.")]
+    for axis, override in axes:
+        if (axis, override) not in own:
+            spec = _changed(spec, axis, override)
+    for axis, override in own:
+        spec = _changed_for_one(spec, axis, override)
     _apart(spec)
     return spec
+
+
+def _changed_for_one(spec: StudySpec, axis: Axis, override: str) -> StudySpec:
+    """The study with an axis of the radius for the arms of one name."""
+    name = axis.key.removeprefix("rho.")
+    named = [arm for arm in spec.every_arm if name in (arm.label, arm.settings.get("method"))]
+    if not named:
+        names = list(dict.fromkeys(x for arm in spec.arms for x in (arm.label, arm.settings.get("method", arm.label))))
+        raise ValueError(f"{axis.key}: no such arm or method here{suggest(name, names)} (arms: {', '.join(names)})")
+
+    def change(arm: Arm) -> Arm:
+        if arm not in named:
+            return arm
+        settings = {key: value for key, value in arm.settings.items() if key != "rho"}
+        axes = (*(one for one in arm.axes if one.key != "rho"), Axis("rho", axis.values))
+        return dataclasses.replace(arm, settings=settings, axes=axes)
+
+    return dataclasses.replace(spec.with_arms(change), changed=(*spec.changed, override))
 
 
 def _changed(spec: StudySpec, axis: Axis, override: str) -> StudySpec:
@@ -71,16 +106,17 @@ def _changed(spec: StudySpec, axis: Axis, override: str) -> StudySpec:
 
 def _apart(spec: StudySpec) -> None:
     """Raise ValueError if two arms of a study have the same runs."""
-    for i, arm in enumerate(spec.arms):
-        for other in spec.arms[:i]:
+    for i, arm in enumerate(spec.every_arm):
+        for other in spec.every_arm[:i]:
             if (arm.settings, arm.axes) == (other.settings, other.axes):
                 by = f" with {' '.join(spec.changed)}" if spec.changed else ""
                 raise ValueError(f"study {spec.name}: the arms {other.label!r} and {arm.label!r} are the same{by}.")
 
 
 _KEYS = tuple(f.name for f in dataclasses.fields(StudySpec) if f.name not in ("name", "changed"))
-_TABLES = ("settings", "axes", "record", "measure")
-_LISTED = ("arms", "seeds", "columns", "choose", "choose_seeds", "given", "published", "notes")
+_TABLES = ("settings", "axes", "tune", "record", "measure")
+_FLAGS = ("timing", "skip_unfit")
+_LISTED = ("arms", "baselines", "seeds", "columns", "choose", "choose_seeds", "given", "published", "notes")
 
 
 def _spec(name: str, table: Mapping[str, Any]) -> StudySpec:
@@ -92,16 +128,17 @@ def _spec(name: str, table: Mapping[str, Any]) -> StudySpec:
     for key, value in table.items():
         if key not in _KEYS:
             raise ValueError(f"study {name}: unknown entry {key!r}{suggest(key, _KEYS)} (entries: {', '.join(_KEYS)})")
-        wanted: type = dict if key in _TABLES else list if key in _LISTED else str
+        wanted: type = dict if key in _TABLES else list if key in _LISTED else bool if key in _FLAGS else str
         _expect(name, key, value, wanted)
-        if key in ("arms", "given", "published"):
+        if key in ("arms", "baselines", "given", "published"):
             for one in value:
                 _expect(name, f"an entry of {key}", one, dict)
     for key in ("title", "train", "arms"):
         if not table.get(key):
             raise ValueError(f"study {name} has no {key}.")
     arms = tuple(_arm(name, one) for one in table["arms"])
-    labels = [arm.label for arm in arms]
+    baselines = tuple(_arm(name, one) for one in table.get("baselines", ()))
+    labels = [arm.label for arm in (*arms, *baselines)]
     baseline = table.get("baseline", labels[0])
     double = [label for i, label in enumerate(labels) if label in labels[:i]]
     if double:
@@ -118,16 +155,20 @@ def _spec(name: str, table: Mapping[str, Any]) -> StudySpec:
         arms=arms,
         seeds=_seeds(table.get("seeds", (0, 1, 2))),
         baseline=baseline,
+        baselines=baselines,
         columns=_names(name, "columns", table),
+        tune=_axes(name, table.get("tune", {})),
         choose=_names(name, "choose", table),
         choose_seeds=_seeds(table["choose_seeds"]) if "choose_seeds" in table else (),
         record=_record(name, table.get("record", {})),
         measure=_view(name, table["measure"]) if "measure" in table else None,
+        timing=table.get("timing", False),
+        skip_unfit=table.get("skip_unfit", False),
         given=tuple(_given(name, one) for one in table.get("given", ())),
         published=tuple(_published(name, one) for one in table.get("published", ())),
         notes=tuple(map(str, table.get("notes", ()))),
     )
-    if spec.choose_seeds and not spec.choose and not any(arm.choose for arm in arms):
+    if spec.choose_seeds and not spec.choose and not any(arm.choose for arm in (*arms, *baselines)):
         raise ValueError(f"study {name} has choose_seeds, and nothing to choose; name axes in choose.")
     for column in spec.columns:
         _check_column(spec, column)
@@ -185,7 +226,7 @@ def _check_column(spec: StudySpec, column: str) -> None:
 
 def _expect(name: str, what: str, value: Any, wanted: type) -> None:
     if not isinstance(value, wanted):
-        kinds: dict[type, str] = {dict: "a table", list: "a list", str: "text"}
+        kinds: dict[type, str] = {dict: "a table", list: "a list", str: "text", bool: "true or false"}
         raise ValueError(f"study {name}: {what} is not {kinds[wanted]}.")
 
 
@@ -195,11 +236,14 @@ def _arm(name: str, table: Mapping[str, Any]) -> Arm:
     settings = {key: value for key, value in table.items() if key not in _ARM}
     axes = table.get("axes", {})
     _expect(name, f"axes of {table['label']!r}", axes, dict)
+    tune = table.get("tune", {})
+    _expect(name, f"tune of {table['label']!r}", tune, dict)
     return Arm(
         label=str(table["label"]),
         settings=_as_texts(name, settings),
         axes=_axes(name, axes),
         choose=_names(name, "choose", table),
+        tune=_axes(name, tune),
     )
 
 
@@ -234,7 +278,7 @@ def _published(name: str, table: Mapping[str, Any]) -> Published:
 
 def _check_published(spec: StudySpec, one: Published) -> None:
     """Raise ValueError for a published number that belongs to no row: a typing error would hide it."""
-    arm = next((arm for arm in spec.arms if arm.label == one.label), None)
+    arm = next((arm for arm in spec.every_arm if arm.label == one.label), None)
     if arm is None:
         raise ValueError(f"study {spec.name}: a published number has the label {one.label!r}, which is no arm.")
     if one.metric not in (spec.columns or METRICS):

@@ -247,6 +247,7 @@ def _alone(spec: StudySpec, arm: int, settings: Mapping[str, str | None]) -> Stu
         arms=(dataclasses.replace(one, settings=settings_left, axes=axes, choose=()),),
         axes=tuple(axis for axis in spec.axes if axis.key not in settings),
         settings={key: value for key, value in spec.settings.items() if key not in settings},
+        baselines=(),
         choose=(),
         choose_seeds=(),
         baseline=one.label,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,8 +11,8 @@ from flatmin.study.measuring import View
 from flatmin.study.record import Record
 from flatmin.study.sweep import Axis
 
-# Numbers that every run has; top-5 accuracy is a column only where a study names it.
-NAMED = ("test_top5",)
+# Numbers that every run has; the first two are columns only where a study names them.
+NAMED = ("test_top5", "test_best")
 METRICS = ("test_acc", "val_acc", "memorised", "train_ce", "lambda_max", "seconds")
 
 
@@ -24,12 +25,14 @@ class Arm:
         settings: of its runs, as text.
         axes: of its own, beside the study's.
         choose: of its axes, those whose value is chosen on validation, beside the study's.
+        tune: axes that `tuned` adds to it, beside the study's.
     """
 
     label: str
     settings: Mapping[str, str]
     axes: tuple[Axis, ...] = ()
     choose: tuple[str, ...] = ()
+    tune: tuple[Axis, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +73,9 @@ class Published:
 class StudySpec:
     """A study before it is expanded to grid points.
 
+    A number may be written as a multiple, such as "2x": of the value that the arm would have without this setting or
+    axis. With the setting epochs = "0.5x" an arm trains half as long as the others, however long that is.
+
     Args:
         name: of the preset.
         title: of the table.
@@ -78,16 +84,22 @@ class StudySpec:
         settings: of all runs, as text.
         axes: of all arms.
         arms: rows.
+        baselines: further rows to compare with, such as plain training for twice as long. Overrides leave the settings
+            alone that a baseline has of its own.
         seeds: one run each.
         baseline: label of the arm that differences are taken to.
         columns: of the table; none: those of `METRICS` that some run has. Beside these: test_top5, with more than five
-            classes; NAME@first and NAME@last, the mean of a diagnostic over the first and the last tenth of the lines
-            that `record` asks for; and names of numbers on the report that `measure` asks for, such as lambda_1.
+            classes; test_best, the test accuracy at the epoch with the best validation accuracy, of runs with
+            test_every = 1; NAME@first and NAME@last, the mean of a diagnostic over the first and the last tenth of the
+            lines that `record` asks for; and names of numbers on the report that `measure` asks for, such as lambda_1.
+        tune: axes that `tuned` adds, to be chosen on validation: to arms that have the key, and no such axis yet.
         choose: axes whose value is chosen, for every arm and point of the other axes, by mean validation accuracy.
         choose_seeds: seeds of the runs on which these values are chosen, none of them among `seeds`; only the chosen
             value is then run with `seeds`. Default: the choice is made on the runs with `seeds`.
         record: what runs write down while they train.
         measure: what is measured of the trained networks; None: nothing.
+        timing: measure the time of a step of each row, relative to plain training, when the runs are done.
+        skip_unfit: leave out arms whose method the network or the loop cannot serve, with a note, instead of refusing.
         given: further settings of some points.
         published: numbers to stand beside.
         notes: what a reader must know, such as how this differs from the source.
@@ -103,15 +115,30 @@ class StudySpec:
     arms: tuple[Arm, ...]
     seeds: tuple[int, ...]
     baseline: str
+    baselines: tuple[Arm, ...] = ()
     columns: tuple[str, ...] = ()
+    tune: tuple[Axis, ...] = ()
     choose: tuple[str, ...] = ()
     choose_seeds: tuple[int, ...] = ()
     record: Record = field(default_factory=Record)
     measure: View | None = None
+    timing: bool = False
+    skip_unfit: bool = False
     given: tuple[Given, ...] = ()
     published: tuple[Published, ...] = ()
     notes: tuple[str, ...] = ()
     changed: tuple[str, ...] = ()
+
+    @property
+    def every_arm(self) -> tuple[Arm, ...]:
+        """Arms and baselines."""
+        return (*self.arms, *self.baselines)
+
+    def with_arms(self, change: Callable[[Arm], Arm]) -> StudySpec:
+        """The study with each arm and each baseline changed."""
+        return dataclasses.replace(
+            self, arms=tuple(map(change, self.arms)), baselines=tuple(map(change, self.baselines))
+        )
 
 
 def as_text(value: Any) -> str:

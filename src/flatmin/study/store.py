@@ -44,10 +44,10 @@ class Run:
     @property
     def key(self) -> str:
         """Hex digest of configuration, code and data."""
-        return content_hash(identity(self.config), self.code, *self._data)
+        return content_hash(identity(self.config), self.code, *self.data_labels)
 
     @property
-    def _data(self) -> list[str]:
+    def data_labels(self) -> list[str]:
         """What stands for the data in the key; nothing for data of a package."""
         if self.data_key is not None:
             return [self.data_key]
@@ -57,7 +57,7 @@ class Run:
     def labels(self) -> dict[str, str]:
         """What config.json holds beside the configuration."""
         labels = {"label": self.label, "key": self.key, "code": self.code}
-        for word in self._data:
+        for word in self.data_labels:
             labels["data_key"] = word
         return {**labels, "record": self.record.word} if self.record.word else labels
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from flatmin.study.costs import guess_seconds
-from flatmin.study.events import Event, Planned, Warned
+from flatmin.study.events import Event, Planned, Timing, Tuned, Warned
 from flatmin.study.executors import execute
 from flatmin.study.plan import StudyPlan, plan_again
 from flatmin.study.store import Run
 from flatmin.study.tabulate import StudyTable, tabulate
+from flatmin.study.timing import step_times
+from flatmin.train.trainer import build_recipe
 
 OnEvent = Callable[[Event], None]
 
@@ -36,7 +39,7 @@ def study(
 
     Raises:
         StudyInterrupted: on Ctrl-C; finished runs are kept.
-        OSError, ValueError, ModuleNotFoundError: the data, a network or a device cannot be had.
+        OSError, ValueError, ModuleNotFoundError: the data, a network or a device cannot be had, or no run had a result.
     """
     tell: OnEvent = on_event if on_event is not None else lambda event: None
     outcomes = dict(todo.finished)
@@ -47,7 +50,7 @@ def study(
             tell(Warned(text=text))
         tell(
             Planned(
-                stage="study",
+                stage="tune" if any(row.choose for row in todo.grid_points) else "study",
                 runs=len({run.name for plan in (todo, todo.choice) if plan for run in plan.runs.values()}),
                 reused=len(todo.finished) - len(todo.unmeasured),
                 epochs=sum(run.config.epochs for run in runs),
@@ -56,6 +59,8 @@ def study(
                 seconds=guess_seconds(configs, workers) if configs and executor == "local" else None,
             )
         )
+        # The longest first, so that no worker is left with one at the end.
+        runs = sorted(runs, key=lambda run: -run.config.epochs * build_recipe(run.config).gradient_evaluations)
         outcomes.update(execute(runs, todo.store, workers=workers, on_event=tell, executor=executor, settings=settings))
 
     do(todo, todo.open)
@@ -64,4 +69,25 @@ def study(
         todo = plan_again(todo)
         outcomes |= {name: outcome for name, outcome in todo.finished.items() if name not in outcomes}
         do(todo, [run for run in todo.open if run.name not in begun])
-    return tabulate(todo, outcomes)
+    failures = [one.error or (one.result.failure if one.result else None) for one in outcomes.values()]
+    if outcomes and all(failures):
+        raise ValueError(f"no run had a result; the first one: {str(failures[0]).rstrip('.')}.")
+    table = tabulate(todo, outcomes)
+    for label in table.tried:
+        chosen = next(row for row in table.rows if row.label == label)
+        tell(Tuned(label=chosen.arm, chosen=dict(chosen.chosen)))
+    return with_times(table, todo, tell) if todo.spec.timing else table
+
+
+def with_times(table: StudyTable, todo: StudyPlan, on_event: OnEvent | None = None) -> StudyTable:
+    """The table with the time per step of each row, measured on this machine or kept from an earlier call."""
+    first = {id(todo.grid_points[i]): run for (i, _), run in reversed(list(todo.runs.items()))}
+    rows = [row for row in table.rows if row.n and row.config is not None]
+
+    def begin(count: int) -> None:
+        if on_event is not None:
+            on_event(Timing(methods=count))
+
+    times = step_times([first[id(row.grid_point)] for row in rows], todo.store.out / "timing", begin)
+    found = {id(row): time for row, time in zip(rows, times, strict=True)}
+    return dataclasses.replace(table, rows=[dataclasses.replace(row, time=found.get(id(row))) for row in table.rows])

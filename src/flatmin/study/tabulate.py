@@ -8,17 +8,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from flatmin.methods import BASE
 from flatmin.stats import Stat, holm, paired, paired_p, summarise
-from flatmin.study.config import BASE
 from flatmin.study.costs import Sizes
 from flatmin.study.executors import RunOutcome
-from flatmin.study.expand import GridPoint, best
+from flatmin.study.expand import GridPoint, best, validation_score
 from flatmin.study.finished import FinishedRun, ends_of
 from flatmin.study.origins import origins
 from flatmin.study.plan import StudyPlan
 from flatmin.study.spec import METRICS, Published, StudySpec
 from flatmin.study.store import unique
 from flatmin.study.stored_reports import lacking
+from flatmin.study.timing import Ratio
+from flatmin.train.config import RunConfig
 from flatmin.train.fingerprint import merged
 from flatmin.train.folder import RunFolder
 from flatmin.train.trainer import build_recipe
@@ -41,8 +43,9 @@ class Value:
         stat: mean and 95 % t interval over the seeds.
         std: sample standard deviation, as papers print it; NaN for one seed.
         diff: paired difference to the baseline at the same point of the axes; None without one.
-        p: of the paired t test of that difference, corrected over the table (Holm); None without one, and where the
-            interval of the difference is unknown.
+        p: of the paired t test of that difference; None without one, and where the interval of the difference is
+            unknown.
+        corrected: the same, corrected by Holm's method for all tests of the column, see `StudyTable.tests`.
         published: numbers to stand beside.
     """
 
@@ -50,6 +53,7 @@ class Value:
     std: float
     diff: Stat | None = None
     p: float | None = None
+    corrected: float | None = None
     published: tuple[Published, ...] = ()
 
 
@@ -60,12 +64,14 @@ class Equal:
     Args:
         label: the row that had it; of several, the one that is best on validation.
         diff: test accuracy of this row minus that one's, paired by seed.
-        p: of the paired t test, corrected over the table (Holm); None for fewer than two pairs.
+        p: of the paired t test; None for fewer than two pairs.
+        corrected: the same, corrected by Holm's method for all rows that have such a test.
     """
 
     label: str
     diff: Stat
     p: float | None = None
+    corrected: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +90,7 @@ class StudyRow:
         equal: plain training at that budget; None without one.
         steps: between neighbours among the numbers that a metric can have; none for a metric that has no grid. See
             `flatmin.study.costs.Counts.steps`.
+        time: of a step, relative to plain training; None if it was not measured.
     """
 
     arm: str
@@ -97,6 +104,7 @@ class StudyRow:
     budget: float = math.nan
     equal: Equal | None = None
     steps: Mapping[str, float] = field(default_factory=dict)
+    time: Ratio | None = None
 
     @property
     def point(self) -> Mapping[str, str]:
@@ -113,6 +121,16 @@ class StudyRow:
         """Arm and values."""
         return " ".join([self.arm, *(f"{key}={value}" for key, value in self.values.items())])
 
+    @property
+    def config(self) -> RunConfig | None:
+        """Of the first seed; None in made-up tables."""
+        return None if self.grid_point is None else self.grid_point.config
+
+    @property
+    def whole(self) -> bool:
+        """Whether every seed has a result."""
+        return self.grid_point is not None and self.n == len(self.grid_point.configs)
+
 
 @dataclass(frozen=True, kw_only=True)
 class StudyTable:
@@ -125,6 +143,7 @@ class StudyTable:
         errors: row and seed, or a number that some runs lack -> why there is none.
         environment: versions and machines of the runs.
         tried: rows from which one was chosen, by the label of the chosen one.
+        parts: samples in train, validation and test, where all rows have the same; None otherwise.
         origins: sentences about runs that are of an archive: of which one, and what trained them.
     """
 
@@ -134,7 +153,19 @@ class StudyTable:
     errors: Mapping[str, str]
     environment: Mapping[str, object]
     tried: Mapping[str, Sequence[StudyRow]] = field(default_factory=dict)
+    parts: tuple[int, int, int] | None = None
     origins: tuple[str, ...] = ()
+
+    def tests(self, metric: str) -> int:
+        """The size of the family: how many rows have a p value for this metric; "equal" for those at equal cost."""
+        if metric == "equal":
+            return sum(row.equal is not None and row.equal.p is not None for row in self.rows)
+        return sum(row.columns[metric].p is not None for row in self.rows)
+
+    @property
+    def base(self) -> str:
+        """The arm that differences are taken to."""
+        return self.spec.baseline
 
 
 def tabulate(todo: StudyPlan, outcomes: Mapping[str, RunOutcome]) -> StudyTable:
@@ -174,6 +205,7 @@ def tabulate(todo: StudyPlan, outcomes: Mapping[str, RunOutcome]) -> StudyTable:
         errors=errors,
         environment=merged(RunFolder(todo.store.folder(run)).environment() for run in unique(named.values())),
         tried=tried,
+        parts=_parts(rows, sizes),
         origins=origins(todo, named.values()),
     )
 
@@ -208,6 +240,9 @@ def _row(todo: StudyPlan, i: int, outcomes: Mapping[str, RunOutcome], sizes: Siz
     counts = {
         "no result": len(row.configs) - len(runs),
         "did not train": sum(not one.trained for one in results),
+        "λ not converged": sum(
+            one.lambda_max is not None and not one.lambda_max.get("converged", True) for one in results
+        ),
     }
     gradients = [one.gradient_evaluations for one in results] or [build_recipe(row.config).gradient_evaluations]
     mean = math.fsum(gradients) / len(gradients)
@@ -223,6 +258,11 @@ def _row(todo: StudyPlan, i: int, outcomes: Mapping[str, RunOutcome], sizes: Siz
         budget=mean * sizes.updates(row.config) if runs else math.nan,
         steps=steps,
     )
+
+
+def _parts(rows: Sequence[StudyRow], sizes: Sizes) -> tuple[int, int, int] | None:
+    found = {sizes.parts(row.config) for row in rows if row.config is not None and row.runs}
+    return found.pop() if len(found) == 1 else None
 
 
 def _by_seed(runs: Mapping[int, FinishedRun], metric: str) -> dict[int, float]:
@@ -246,8 +286,10 @@ def _chosen(every: Sequence[StudyRow]) -> tuple[list[StudyRow], dict[str, list[S
         groups.setdefault(row.grid_point.group, []).append(row)
     rows, tried = [], {}
     for group in groups.values():
-        whole = [row.grid_point is not None and row.n == len(row.grid_point.configs) for row in group]
-        scores = [row.columns["val_acc"].stat.mean if ok else None for row, ok in zip(group, whole, strict=True)]
+        scores = [
+            validation_score((run.result, run.lines) for run in row.runs.values()) if row.whole else None
+            for row in group
+        ]
         rows.append(group[best(scores)])
         if len(group) > 1:
             tried[rows[-1].label] = group
@@ -294,7 +336,7 @@ def _equal(row: StudyRow, rows: Sequence[StudyRow]) -> Equal | None:
     ]
     if not plain:
         return None
-    whole = [other for other in plain if other.grid_point is not None and other.n == len(other.grid_point.configs)]
+    whole = [other for other in plain if other.whole]
     rival = max(whole or plain, key=lambda other: other.columns["val_acc"].stat.mean)
     diff = _difference(row, rival, "test_acc")
     return None if diff is None else Equal(label=rival.label, diff=diff, p=_p(diff))
@@ -326,10 +368,10 @@ def _corrected(rows: Sequence[StudyRow]) -> list[StudyRow]:
     for metric in dict.fromkeys(metric for row in rows for metric in row.columns):
         adjusted = _holm(own[metric].p for own in columns)
         for own, p in zip(columns, adjusted, strict=True):
-            own[metric] = dataclasses.replace(own[metric], p=p)
+            own[metric] = dataclasses.replace(own[metric], corrected=p)
     equal = _holm(None if row.equal is None else row.equal.p for row in rows)
     return [
-        dataclasses.replace(row, columns=own, equal=row.equal and dataclasses.replace(row.equal, p=p))
+        dataclasses.replace(row, columns=own, equal=row.equal and dataclasses.replace(row.equal, corrected=p))
         for row, own, p in zip(rows, columns, equal, strict=True)
     ]
 

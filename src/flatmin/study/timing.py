@@ -1,23 +1,28 @@
-"""Time per training step relative to the base optimizer, and a guess of how long a study takes."""
+"""Time per training step relative to the base optimizer."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import quantiles
 
 import torch
 
-from flatmin.train import evaluate
+from flatmin.methods import BASE
+from flatmin.study.store import Run
 from flatmin.train.config import RunConfig
 from flatmin.train.feed import Batch
-from flatmin.train.trainer import Trainer, build_recipe
+from flatmin.train.files import write_json
+from flatmin.train.settings import content_hash
+from flatmin.train.trainer import Trainer
+from flatmin.words import read_text
 
 WARM_UP, STEPS, ROUNDS = 5, 5, 21
-START_SECONDS = 4.0  # a fresh worker imports torch and the data's package
-CURVATURE_GRADIENTS = 30.0  # a Lanczos run of about a dozen products costs so many gradients of the training part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,42 +98,54 @@ def _ratio(values: Sequence[float]) -> Ratio:
     return Ratio(median=median, q25=q25, q75=q75)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Speed:
-    """Seconds of one plain step and of one evaluation, and the number of steps in an epoch."""
+def step_times(runs: Sequence[Run], folder: Path, on_begin: Callable[[int], None]) -> list[Ratio]:
+    """Time per training step of each run relative to plain training of the same network on the same data.
 
-    step: float
-    score: float
-    steps: int
+    Kept in the folder, so that a second call with the same code and settings measures nothing.
+
+    Args:
+        runs: one for each row of a table.
+        folder: made if it does not exist.
+        on_begin: called before a measurement with the number of configurations.
+    """
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(content_hash(_plain(run.config)), []).append(run)
+    ratios: dict[str, Ratio] = {}
+    for group in groups.values():
+        timed = {_kind(run): run.config for run in reversed(group)}
+        base = dataclasses.replace(_plain(group[0].config), epochs=group[0].config.epochs)
+        key = content_hash(sorted(timed), _plain(base), sorted({run.code for run in group}), group[0].data_labels)
+        path = folder / f"{key[:10]}.json"
+        found = _kept(path, key)
+        if found is None:
+            on_begin(len(timed))
+            found = time_ratios(timed, base)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(path, {"key": key, "ratios": {name: dataclasses.asdict(one) for name, one in found.items()}})
+        ratios |= {run.name: found[_kind(run)] for run in group}
+    return [ratios[run.name] for run in runs]
 
 
-def measure_speed(trainer: Trainer, *, most: float = 1.0) -> Speed:
-    """Time a few steps, for about `most` seconds at most after the first two."""
-    with one_thread(), torch.random.fork_rng(devices=[]):
-        stepper = Stepper(trainer)
-        stepper.seconds(2)
-        times: list[float] = []
-        while len(times) < 10 and sum(times) < most:
-            times.append(stepper.seconds(1))
-        begun = time.perf_counter()
-        for part in (trainer.data.val, trainer.data.test):
-            evaluate.score(trainer.model, trainer.data, part, trainer.config)
-        score = time.perf_counter() - begun
-    return Speed(
-        step=sorted(times)[len(times) // 2],
-        score=score,
-        steps=-(-len(trainer.data.train) // trainer.config.batch_size),
-    )
+def _plain(config: RunConfig) -> RunConfig:
+    """The base optimizer alone under these settings; what does not change the time of a step has one value."""
+    bare = dataclasses.replace(config, method=BASE, rho=None, params={}, ema=None, measure=False)
+    return dataclasses.replace(bare, epochs=1, seed=0, lr=0.1, weight_decay=5e-4)
 
 
-def guess_seconds(configs: Sequence[RunConfig], speed: Speed, workers: int) -> float:
-    """A guess of the wall time of these runs on so many workers."""
-    total = 0.0
-    for config in configs:
-        gradients = build_recipe(config).gradient_evaluations
-        total += config.epochs * (speed.steps * gradients * speed.step + speed.score)
-        total += CURVATURE_GRADIENTS * speed.steps * speed.step * config.measure
-    return total / max(1, workers) + (START_SECONDS if workers else 0.0)
+def _kind(run: Run) -> str:
+    """A digest of what changes the time of a step."""
+    config = run.config
+    return content_hash(config.method, config.params, bool(config.rho), config.ema is None)
+
+
+def _kept(path: Path, key: str) -> dict[str, Ratio] | None:
+    """Ratios of an earlier call, or None if there are none for this key."""
+    try:
+        found = json.loads(read_text(path))
+        return {name: Ratio(**one) for name, one in found["ratios"].items()} if found["key"] == key else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # measuring again costs seconds
 
 
 @contextmanager

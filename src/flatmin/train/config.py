@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from flatmin.methods import current_word
+from flatmin.methods import BASE, current_word
 from flatmin.train.schedule import SCHEDULES
 from flatmin.train.settings import at_least, canonical, one_of
 
@@ -31,7 +31,7 @@ class RunConfig:
     The method:
 
     Args:
-        method: composed name, e.g. "vasso+asam".
+        method: composed name, e.g. "vasso+asam"; "base", or "sgd", is the base optimizer alone.
         rho: radius, or the factor of a method that has one in its place (sgdhess); None for the plain base.
         params: parameters of the method's parts by qualified name, e.g. {"direction.theta": 0.8}.
         micro_batches: equal parts of a batch, for methods with an ascent for each; a batch of fewer samples has
@@ -166,6 +166,8 @@ class RunConfig:
     measure: bool = False
 
     def __post_init__(self) -> None:
+        if self.method.lower() == "base":
+            object.__setattr__(self, "method", BASE)
         object.__setattr__(self, "params", {current_word(name): value for name, value in self.params.items()})
         for name in ("epochs", "batch_size", "micro_batches", "accumulate"):
             at_least(self, name, 1)

@@ -26,6 +26,7 @@ from flatmin.report.studies import curves as study_curves
 from flatmin.report.studies import figures as study_figures
 from flatmin.report.studies import recorded as study_recorded
 from flatmin.report.studies import text as tables
+from flatmin.report.studies.conclusions import verdicts
 from flatmin.report.studies.phi import phi
 from flatmin.report.studies.style import FigureSection, StudyStyle, every_row
 from flatmin.report.style import number
@@ -39,8 +40,10 @@ _NONE = "–"
 _HINTS = {
     "n": "seeds with a result",
     "grads/step": "gradient evaluations of one update",
-    "p (Holm)": "of the paired t test of the difference, corrected for all rows",
-    "p (Holm), equal grads": "of the paired t test of that difference, corrected for all rows",
+    "rho": "radius of the perturbation, in the method's own norm",
+    "time/step": "relative to plain training, interleaved; median with quartiles",
+    "p": "of the paired t test of the difference",
+    "p, equal grads": "of the paired t test of that difference",
     "vs plain, equal grads": "difference to plain training with as many gradient evaluations, paired by seed",
 }
 
@@ -57,7 +60,8 @@ def render(shown: StudyTable, *, command: Sequence[str] = ()) -> str:
     """
     style = StudyStyle(shown)
     sections, failed = _sections(shown, style)
-    body = [paragraph(sentence(shown), "lead"), _table(shown, style), notes([*tables.remarks(shown), *failed])]
+    body = [paragraph(sentence(shown), "lead"), notes(tables.troubles(shown)), notes(verdicts(shown))]
+    body.append(_table(shown, style))
     if sections:
         points, at = style.choices()
         body.append(legend({arm: (arm, tone) for arm, tone in style.tones.items()}, points, at=at))
@@ -67,6 +71,7 @@ def render(shown: StudyTable, *, command: Sequence[str] = ()) -> str:
     body += _published(shown, style)
     if not sections:
         body.append(paragraph("No run has numbers for a figure."))
+    body += [heading("How to read this"), notes([*tables.remarks(shown), *failed])]
     return page(shown.spec.title, body, _foot(shown, command))
 
 
@@ -81,7 +86,7 @@ def sentence(shown: StudyTable) -> str:
         seeds += f"; values chosen with seed {', '.join(map(str, spec.choose_seeds))}"
     source = f" Source: {spec.source}." if spec.source else ""
     return (
-        f"{_counted(len(spec.arms), 'arm')}, {_counted(len(shown.rows), 'row')}, results of {ended} of "
+        f"{_counted(len(spec.every_arm), 'arm')}, {_counted(len(shown.rows), 'row')}, results of {ended} of "
         f"{_counted(planned, 'run')}, seed{'s' * (len(spec.seeds) > 1)} {seeds}.{source}"
     )
 
@@ -134,6 +139,8 @@ def _with_interval(cell: str) -> Cell:
 def _hint(name: str, shown: StudyTable) -> str:
     if name in _HINTS:
         return _HINTS[name]
+    if name.startswith("p (Holm"):
+        return "the same, corrected for all tests of the column"
     if name == f"vs {shown.spec.baseline} (paired)":
         return "difference at the same point of the axes, paired by seed, with its 95 % interval"
     if name.startswith("published "):

@@ -7,11 +7,14 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 
+from flatmin.report.studies.conclusions import protocol, verdicts
 from flatmin.stats import Stat
-from flatmin.study.tabulate import StudyRow, StudyTable, Value
+from flatmin.study.tabulate import StudyTable, Value
+from flatmin.study.timing import Ratio
 
 TITLES = {
     "test_acc": "test %",
+    "test_best": "test %, best epoch",
     "test_top5": "test top-5 %",
     "val_acc": "val %",
     "memorised": "memorised %",
@@ -19,7 +22,10 @@ TITLES = {
     "lambda_max": "lambda_max",
     "seconds": "seconds",
 }
-_DIGITS = {"test_acc": 2, "test_top5": 2, "val_acc": 2, "memorised": 1, "train_ce": 3, "lambda_max": 1, "seconds": 0}
+_DIGITS = {
+    **dict.fromkeys(("test_acc", "test_best", "test_top5", "val_acc"), 2),
+    **{"memorised": 1, "train_ce": 3, "lambda_max": 1, "seconds": 0},
+}
 _LATEX = str.maketrans(
     {char: rf"\{char}" for char in "%&_#${}"}
     | {"±": r"$\pm$", "<": "$<$", ">": "$>$", "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\^{}"}
@@ -32,17 +38,24 @@ CUT = (
 
 
 def header(table: StudyTable) -> list[str]:
-    """Names of the columns: arm, axes, n, gradients, then the metrics, differences and published numbers."""
-    titles = ["arm", *axes(table), *(["chosen"] if table.tried else []), "n", "grads/step"]
+    """Names of the columns: arm, axes, radius, n, cost, then the metrics, differences and published numbers."""
+    titles = ["arm", *axes(table), *(["chosen"] if table.tried else []), *(["rho"] if _has_radius(table) else [])]
+    titles += ["n", "grads/step", *(["time/step"] if _has_time(table) else [])]
     for metric in table.metrics:
         titles.append(f"{title(metric)} ±95 %")
         if metric == "test_acc":
-            titles += [f"vs {table.spec.baseline} (paired)", "p (Holm)"]
+            titles.append(f"vs {table.base} (paired)")
+            titles += _chances(table.tests(metric))
             if _has_equal(table):
-                titles += ["vs plain, equal grads", "p (Holm), equal grads"]
+                titles += ["vs plain, equal grads", *(f"{one}, equal grads" for one in _chances(table.tests("equal")))]
         if _has_published(table, metric):
             titles.append(f"published {title(metric)}")
     return titles
+
+
+def _chances(tests: int) -> list[str]:
+    """Columns of p values: as it is, and corrected for the size of the family if that is above one."""
+    return ["p", *([f"p (Holm, {tests} tests)"] if tests > 1 else [])]
 
 
 def title(metric: str) -> str:
@@ -57,19 +70,33 @@ def body(table: StudyTable) -> list[list[str]]:
         cells = [row.arm, *(row.point.get(key, ABSENT) for key in axes(table))]
         if table.tried:
             cells.append(_words(row.chosen) or ABSENT)
+        if _has_radius(table):
+            cells.append(ABSENT if row.config is None or row.config.rho is None else f"{row.config.rho:g}")
         cells += [str(row.n), f"{row.gradients:.3g}"]
+        if _has_time(table):
+            cells.append(ABSENT if row.time is None else time_text(row.time))
         for metric in table.metrics:
             value = row.columns[metric]
             cells.append(estimate(value, metric))
             if metric == "test_acc":
-                cells += [difference(value.diff), _chance(value.p)]
+                cells += [difference(value.diff), *_p(value.p, value.corrected, table.tests(metric))]
                 if _has_equal(table):
-                    equal = row.equal
-                    cells += [ABSENT, ABSENT] if equal is None else [difference(equal.diff), _chance(equal.p)]
+                    equal, tests = row.equal, table.tests("equal")
+                    cells.append(difference(None if equal is None else equal.diff))
+                    cells += _p(None, None, tests) if equal is None else _p(equal.p, equal.corrected, tests)
             if _has_published(table, metric):
                 cells.append(published(value, metric))
         rows.append(cells)
     return rows
+
+
+def _p(p: float | None, corrected: float | None, tests: int) -> list[str]:
+    return [_chance(p), *([_chance(corrected)] if tests > 1 else [])]
+
+
+def time_text(time: Ratio) -> str:
+    """A ratio with its quartiles."""
+    return f"{time.median:.2f} ({time.q25:.2f}-{time.q75:.2f})"
 
 
 def estimate(value: Value, metric: str) -> str:
@@ -99,23 +126,31 @@ def published(value: Value, metric: str) -> str:
     return ", ".join(texts) or ABSENT
 
 
-def remarks(table: StudyTable) -> list[str]:
-    """What stands below the table: flags, sources, notes, and what p and the intervals are."""
-    spec = table.spec
+def troubles(table: StudyTable) -> list[str]:
+    """Flags of rows, and runs and numbers that are missing."""
     texts = [f"{row.label}: {', '.join(row.flags)}." for row in table.rows if row.flags]
     texts += [f"{run}: {error}" for run, error in table.errors.items()]
-    texts += table.origins
+    return texts + [f"No run has the column {name}." for name in table.spec.columns if _empty(table, name)]
+
+
+def remarks(table: StudyTable) -> list[str]:
+    """How to read the table: where its numbers come from, what p and the intervals are, what was chosen."""
+    spec = table.spec
+    texts = [*spec.notes, *table.origins]
     shown = [one for row in table.rows for metric in table.metrics for one in row.columns[metric].published]
     texts += [f"Published: {source}." for source in dict.fromkeys(one.source for one in shown)]
     if spec.changed:
         beside = "; a published number is of the source's own settings" if shown else ""
         texts.append(f"Changed by the command: {' '.join(spec.changed)}{beside}.")
-    if any(row.columns["test_acc"].p is not None for row in table.rows):
-        texts.append(
-            f"Differences are to {spec.baseline} at the same point of the axes, paired over seeds; p is that of their "
-            "t test, corrected for all rows by Holm's method. No row is bold: differences inside the intervals are not "
-            "significant."
+    texts += protocol(table)
+    if tests := table.tests("test_acc"):
+        at = " at the same point of the axes" if axes(table) else ""
+        holm = (
+            f"; p (Holm) is corrected for the {tests} tests of the column, and rises with every row that is added"
+            if tests > 1
+            else ""
         )
+        texts.append(f"p is that of the paired t test of the difference to {table.base}{at}{holm}.")
     if any(stat.cut for stat in _shown(table)):
         texts.append(CUT)
     if _has_equal(table):
@@ -124,9 +159,7 @@ def remarks(table: StudyTable) -> list[str]:
             "Equal grads: against plain training that took as many gradient evaluations (within 2 %), of several the "
             f"best on validation: {', '.join(names)}."
         )
-    texts += [_choice(label, rows, spec.choose_seeds) for label, rows in table.tried.items()]
-    texts += [f"No run has the column {name}." for name in spec.columns if _empty(table, name)]
-    return [*texts, *spec.notes]
+    return texts
 
 
 def _shown(table: StudyTable) -> list[Stat]:
@@ -140,15 +173,6 @@ def _empty(table: StudyTable, metric: str) -> bool:
     return any(row.n for row in table.rows) and not any(row.columns[metric].stat.n for row in table.rows)
 
 
-def _choice(label: str, rows: Sequence[StudyRow], seeds: Sequence[int]) -> str:
-    """What a row was chosen from, and on which seeds if they are others than those of the table."""
-    own = f" with seed {', '.join(map(str, seeds))}, not in the table" if seeds else ""
-    scores = [f"{_words(row.chosen)} {estimate(row.columns['val_acc'], 'val_acc')}" for row in rows]
-    if not any(row.grid_point is not None and row.n == len(row.grid_point.configs) for row in rows):
-        return f"{label} stands for all values, none of which has every seed{own}: {'; '.join(scores)}."
-    return f"{label} is chosen by mean validation accuracy in %{own}: {'; '.join(scores)}."
-
-
 def _words(values: Mapping[str, str]) -> str:
     return " ".join(f"{key}={value}" for key, value in values.items())
 
@@ -157,38 +181,70 @@ def markdown(table: StudyTable) -> str:
     """A Markdown table with the remarks below."""
     rows = [header(table), ["---"] * len(header(table)), *body(table)]
     lines = ["| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in rows]
-    below = [f"- {text}" for text in remarks(table)]
+    below = [f"- {text}" for text in (*troubles(table), *verdicts(table), *remarks(table))]
     return "\n".join([f"# {table.spec.title}", "", *lines, "", *below]) + "\n"
 
 
 def comma_separated(table: StudyTable) -> str:
     """CSV with one number a cell: mean, interval, standard deviation, difference, its interval, p, published.
 
-    An interval has its half width and its ends; the half width is left out where the interval is cut.
+    An interval has its half width and its ends; the half width is left out where the interval is cut. `p` is that of
+    the test alone, `p_holm` is corrected for all tests of the column.
     """
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     keys = axes(table)
-    kinds = ("mean", "half", "low", "high", "std", *("diff", "diff_half", "diff_low", "diff_high"), "p", "published")
-    equal = ("equal_diff", "equal_half", "equal_low", "equal_high", "equal_p")
-    names = [f"{m}_{kind}" for m in table.metrics for kind in kinds]
-    writer.writerow(["arm", *keys, "chosen", "n", "gradients", "budget", *equal, *names])
+    kinds = ("mean", "half", "low", "high", "std", "diff", "diff_half", "diff_low", "diff_high", "p", "p_holm")
+    equal = ("equal_diff", "equal_half", "equal_low", "equal_high", "equal_p", "equal_p_holm")
+    names = [f"{m}_{kind}" for m in table.metrics for kind in (*kinds, "published")]
+    times = ("time", "time_q25", "time_q75")
+    radius = [] if "rho" in keys else ["rho"]
+    writer.writerow(["arm", *keys, "chosen", *radius, "n", "gradients", "budget", *times, *equal, *names])
     for row in table.rows:
         cells: list[object] = [row.arm, *(row.point.get(key, "") for key in keys), _words(row.chosen)]
+        if radius:
+            cells.append("" if row.config is None or row.config.rho is None else row.config.rho)
         cells += [row.n, row.gradients]
-        own = [row.budget, *(_numbers(None, None) if row.equal is None else _numbers(row.equal.diff, row.equal.p))]
+        time = [math.nan] * 3 if row.time is None else [row.time.median, row.time.q25, row.time.q75]
+        equal_numbers = [] if row.equal is None else _numbers(row.equal.diff, row.equal.p, row.equal.corrected)
+        own = [row.budget, *time, *(equal_numbers or _numbers(None, None, None))]
         cells += ["" if math.isnan(number) else number for number in own]
         for metric in table.metrics:
             value = row.columns[metric]
-            numbers = [*_interval(value.stat), value.std, *_numbers(value.diff, value.p)]
+            numbers = [*_interval(value.stat), value.std, *_numbers(value.diff, value.p, value.corrected)]
             numbers += [value.published[0].value if value.published else math.nan]
             cells += ["" if math.isnan(number) else number for number in numbers]
         writer.writerow(cells)
     return out.getvalue()
 
 
-def _numbers(diff: Stat | None, p: float | None) -> list[float]:
-    return [*_interval(diff), math.nan if p is None else p]
+def per_seed(table: StudyTable) -> str:
+    """CSV with one line for each row of the table, seed and number: the raw material of every mean.
+
+    Columns: arm, the axes, chosen (false for values that were tried and not chosen), method, rho (unless it is an
+    axis), seed, metric, value.
+    """
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    rows = [(row, True) for row in table.rows]
+    shown = {id(row) for row in table.rows}
+    rows += [(row, False) for tried in table.tried.values() for row in tried if id(row) not in shown]
+    keys = list(dict.fromkeys(key for row, _ in rows for key in row.values))
+    radius = [] if "rho" in keys else ["rho"]
+    writer.writerow(["arm", *keys, "chosen", "method", *radius, "seed", "metric", "value"])
+    for row, chosen in rows:
+        for seed, run in row.runs.items():
+            result = run.result
+            start: list[object] = [row.arm, *(row.values.get(key, "") for key in keys), str(chosen).lower()]
+            start += [result.method, *(["" if result.rho is None else result.rho] if radius else []), seed]
+            for metric in dict.fromkeys((*table.metrics, "val_acc", "test_acc", "seconds")):
+                if (value := run.number(metric)) is not None:
+                    writer.writerow([*start, metric, value])
+    return out.getvalue()
+
+
+def _numbers(diff: Stat | None, p: float | None, corrected: float | None) -> list[float]:
+    return [*_interval(diff), math.nan if p is None else p, math.nan if corrected is None else corrected]
 
 
 def _interval(stat: Stat | None) -> list[float]:
@@ -214,6 +270,16 @@ def axes(table: StudyTable) -> list[str]:
 
 def _has_published(table: StudyTable, metric: str) -> bool:
     return any(row.columns[metric].published for row in table.rows)
+
+
+def _has_radius(table: StudyTable) -> bool:
+    """Whether the radius is worth a column: some row has one, and no axis says it."""
+    said = any("rho" in row.values for row in table.rows)
+    return not said and any(row.config is not None and row.config.rho is not None for row in table.rows)
+
+
+def _has_time(table: StudyTable) -> bool:
+    return any(row.time is not None for row in table.rows)
 
 
 def _has_equal(table: StudyTable) -> bool:

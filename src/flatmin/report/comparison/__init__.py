@@ -1,1 +1,0 @@
-"""The comparison to look at."""

@@ -1,0 +1,331 @@
+"""What follows from a study's table and what does not, worked out from its own numbers, in sentences."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+
+from flatmin.methods import BASE
+from flatmin.stats import POINTS, Stat, paired
+from flatmin.study.tabulate import StudyRow, StudyTable
+from flatmin.train.trainer import build_recipe
+
+FEWEST_SEEDS = 3  # the t of two is 12.7
+LEVEL = 0.05
+_MOST = 8  # rows or pairs that a sentence names
+_METRIC = "test_acc"
+_LAMBDA = ("lambda_max", "lambda_1")
+Accuracies = Mapping[int, float]
+
+
+def verdicts(table: StudyTable) -> list[str]:
+    """What the numbers show: against the baseline, among the methods, against cheap baselines, at equal cost."""
+    rows = [row for row in table.rows if row.runs and row.config is not None]
+    if not rows:
+        return []
+    ascending = [row for row in rows if ascends(row)]
+    single = len({tuple(sorted(row.point.items())) for row in rows}) == 1
+    found = [
+        against_base(table),
+        *([_ranking(ascending)] if single else []),
+        *(_cheap(table, rows, ascending) if single else []),
+        _equal_cost(table),
+        _curvature(rows, ascending) if single else "",
+    ]
+    return [text for text in found if text]
+
+
+def ascends(row: StudyRow) -> bool:
+    """Whether the method of a row moves the weights to take its gradient elsewhere."""
+    return row.config is not None and build_recipe(row.config).moves
+
+
+def accuracies(row: StudyRow) -> dict[int, float]:
+    """Test accuracy by seed."""
+    return {seed: value for seed, run in row.runs.items() if (value := run.number(_METRIC)) is not None}
+
+
+def against_base(table: StudyTable) -> str:
+    """Which rows differ from the baseline, by their own interval and with the number of tests taken into account."""
+    base = table.base
+    several = [(row, diff) for row in table.rows if (diff := row.columns[_METRIC].diff) is not None and diff.n > 1]
+    compared = [(row, diff) for row, diff in several if diff.n >= FEWEST_SEEDS]
+    if not compared:
+        return "Two seeds are too few to tell any row from another; three is the least." if several else ""
+    tests = table.tests(_METRIC)
+    kinds: dict[str, list[StudyRow]] = {}
+    for row, diff in sorted(compared, key=lambda one: (one[1].covers_zero, one[1].mean < 0)):
+        corrected = row.columns[_METRIC].corrected
+        side = "above" if diff.mean > 0 else "below"
+        if diff.covers_zero:
+            kind = "not told apart, the interval of the difference covers 0"
+        elif tests > 1 and (corrected is None or corrected >= LEVEL):
+            kind = f"{side} by its own interval, but not beyond chance among {tests} tests (Holm)"
+        else:
+            kind = f"{side}, p < {LEVEL:g}" + (f" also among {tests} tests (Holm)" if tests > 1 else "")
+        kinds.setdefault(kind, []).append(row)
+    told = "; ".join(f"{kind}: {named(found)}" for kind, found in kinds.items())
+    return f"Against {base}, paired by seed, test accuracy is {told}."
+
+
+def _ranking(rows: Sequence[StudyRow]) -> str:
+    """Which of the methods that ascend differ from each other; each pair gets its share of 5 %."""
+    pairs = list(itertools.combinations([row for row in rows if accuracies(row)], 2))
+    if not pairs:
+        return ""
+    level = 1 - LEVEL / len(pairs)
+    told: list[tuple[float, str]] = []
+    widest: tuple[str, Stat] | None = None
+    for one, other in pairs:
+        plain, wide = _difference(one, other), _difference(one, other, level)
+        if plain is None or wide is None or plain.n < FEWEST_SEEDS:
+            continue
+        if not wide.covers_zero:
+            upper, lower = (one, other) if wide.mean > 0 else (other, one)
+            ahead = dataclasses.replace(wide, mean=abs(wide.mean))
+            told.append((ahead.mean, f"{named([upper])} over {named([lower])} by {_points(ahead)}"))
+        if widest is None or abs(plain.mean) > abs(widest[1].mean):
+            widest = (f"{named([one])} and {named([other])}", plain)
+    if widest is None:
+        return ""
+    if not told:
+        if len(pairs) == 1:
+            return f"{widest[0]} are not told apart: they differ by {_points(widest[1])}, within the noise."
+        return (
+            f"The {len(rows)} methods that ascend are not told apart: the largest difference, between {widest[0]}, is "
+            f"{_points(widest[1])}, within the noise of {len(pairs)} pairs."
+        )
+    texts = [text for _, text in sorted(told, key=lambda one: -one[0])]
+    more = f"; and {len(texts) - _MOST} more" if len(texts) > _MOST else ""
+    others = "" if len(told) == len(pairs) else " The others are not told apart."
+    return (
+        f"Among the methods that ascend, {len(told)} of {_counted(len(pairs), 'pair')} differ beyond the noise "
+        f"(intervals widened for the number of pairs): {'; '.join(texts[:_MOST])}{more}.{others}"
+    )
+
+
+def _cheap(table: StudyTable, rows: Sequence[StudyRow], ascending: Sequence[StudyRow]) -> list[str]:
+    """Baselines that spend no second gradient, against the mean of the methods that ascend."""
+    plain = _plain(table, rows)
+    if plain is None or not ascending:
+        return []
+    arms = {arm.label for arm in table.spec.baselines}
+    seeds = set.intersection(*(set(accuracies(row)) for row in ascending))
+    mean = {seed: math.fsum(accuracies(row)[seed] for row in ascending) / len(ascending) for seed in seeds}
+    family = "the mean of the methods that ascend" if len(ascending) > 1 else named(ascending)
+    told = []
+    for row in rows:
+        if row.arm not in arms or row.budget > 1.02 * plain.budget:
+            continue
+        step = row.steps.get(_METRIC, 0.0)
+        ahead = paired(mean, accuracies(row), step=step, ends=POINTS)
+        gain = _difference(row, plain)
+        if ahead is None or gain is None or ahead.n < 2:
+            continue
+        verdict = (
+            "no advantage of an ascent over it is shown"
+            if ahead.covers_zero
+            else ("the ascent is worth its cost" if ahead.mean > 0 else "it is ahead of the ascent")
+        )
+        told.append(
+            f"{named([row])} gains {_points(gain)} over {named([plain])} without a second gradient; {family} minus it "
+            f"is {_points(ahead)}: {verdict}."
+        )
+    return told
+
+
+def _plain(table: StudyTable, rows: Sequence[StudyRow]) -> StudyRow | None:
+    """Plain training among the arms of the study."""
+    arms = {arm.label for arm in table.spec.arms}
+    return next((row for row in rows if row.arm in arms and row.config and row.config.method == BASE), None)
+
+
+def _equal_cost(table: StudyTable) -> str:
+    """Methods against plain training that took as many gradient evaluations."""
+    rows = [row for row in table.rows if row.equal is not None and row.equal.diff.n >= FEWEST_SEEDS]
+    if not rows:
+        return ""
+    kinds: dict[str, list[StudyRow]] = {}
+    for row in rows:
+        equal = row.equal
+        assert equal is not None
+        beyond = equal.corrected is not None and equal.corrected < LEVEL
+        kind = "not told apart" if not beyond else "above it" if equal.diff.mean > 0 else "below it"
+        kinds.setdefault(kind, []).append(row)
+    told = "; ".join(f"{kind}: {named(found)}" for kind, found in sorted(kinds.items()))
+    rivals = named_labels(dict.fromkeys(row.equal.label for row in rows if row.equal is not None))
+    tests = f" ({_counted(table.tests('equal'), 'test')}, Holm)" if table.tests("equal") > 1 else ""
+    return f"Against plain training of equal cost ({rivals}), test accuracy is {told}{tests}."
+
+
+def _curvature(rows: Sequence[StudyRow], ascending: Sequence[StudyRow]) -> str:
+    """A pair of rows that shows the eigenvalue falling with the loss and not with the test error, if there is one."""
+    for metric in _LAMBDA:
+        measured = [row for row in rows if metric in row.columns and row.columns[metric].stat.n]
+        if not measured:
+            continue
+        others = sorted((row for row in ascending if row in measured), key=lambda row: _mean(row, metric))
+        middle = others[len(others) // 2 : len(others) // 2 + 1]
+        flat = [row for row in measured if not ascends(row)]
+        for low, other in itertools.product(flat, [*middle, *flat]):
+            names = (metric, "train_ce", _METRIC)
+            (small, loss, test), (large, other_loss, other_test) = (
+                [_mean(row, name) for name in names] for row in (low, other)
+            )
+            if small < large and loss < other_loss and test < other_test:
+                return (
+                    f"A small {metric} alone does not mean a better minimum: {named([low])} has {small:.3g} against "
+                    f"{large:.3g} of {named([other])}, and a lower test accuracy. Its train loss is {loss:.2g} against "
+                    f"{other_loss:.2g}: the curvature of cross-entropy goes to 0 with the loss, so compare at equal "
+                    "train loss."
+                )
+        return f"Compare {metric} at equal train loss: the curvature of cross-entropy goes to 0 with it."
+    return ""
+
+
+def protocol(table: StudyTable) -> list[str]:
+    """How to read the table: the split, the seeds, what was chosen and how, and what intervals and times are."""
+    rows = [row for row in table.rows if row.config is not None]
+    found = [
+        _setting(table, rows),
+        _chosen(table, rows),
+        *(_choices(label, tried, table.spec.choose_seeds) for label, tried in table.tried.items()),
+        _time(rows),
+        _noise(rows),
+        *_flags(table.rows),
+    ]
+    return [text for text in found if text]
+
+
+def _setting(table: StudyTable, rows: Sequence[StudyRow]) -> str:
+    seeds = table.spec.seeds
+    parts = "" if table.parts is None else "{:,} training, {:,} validation and {:,} test samples. ".format(*table.parts)
+    noise = {row.config.noise for row in rows if row.config is not None}
+    wrong = (
+        "Wrong training labels are drawn for each seed; validation and test labels are clean. " if noise - {0.0} else ""
+    )
+    if len(seeds) == 1:
+        return f"{parts}{wrong}One seed gives no interval: nothing here can be told from chance."
+    what = "initialisation, batch order" + (", wrong labels" if wrong else "") + " and augmentation"
+    return (
+        f"{parts}{wrong}A seed sets {what}, the same for every row. Intervals are 95 % Student t over {len(seeds)} "
+        f"seeds; differences to {table.base} are paired by seed."
+    )
+
+
+def _chosen(table: StudyTable, rows: Sequence[StudyRow]) -> str:
+    if table.tried:
+        return (
+            "Values in the column 'chosen' have the best mean validation accuracy (ties: lower validation loss, then "
+            "the earlier value in the list). Nothing is chosen on test."
+        )
+    several: dict[str, int] = {}
+    for row in rows:
+        several[row.arm] = several.get(row.arm, 0) + 1
+    if max(several.values(), default=0) > 1 and any("rho" in row.point for row in rows):
+        return (
+            "Several rows of one arm are a grid. To report its best row by test accuracy would be choosing on test; "
+            "choose on validation instead (--tune, or --choose)."
+        )
+    if any("rho" in row.values for row in rows):
+        return ""
+    radii = [
+        (row.config.rho, build_recipe(row.config).default_rho)
+        for row in rows
+        if row.config is not None and ascends(row)
+    ]
+    if not radii:
+        return ""
+    if all(rho == usual for rho, usual in radii):
+        return "rho is each geometry's default and was not chosen for these data; choose it on validation (--tune)."
+    return "rho was fixed before this study; --tune chooses it anew on validation. Nothing is chosen on test."
+
+
+def _choices(label: str, rows: Sequence[StudyRow], seeds: Sequence[int]) -> str:
+    """What a row was chosen from, on which seeds, and whether a better value may lie beyond the list."""
+    own = f", with seed {', '.join(map(str, seeds))}, not in the table" if seeds else ""
+    scores = "; ".join(f"{_words(row.chosen)} {row.columns['val_acc'].stat.text('.2f')}" for row in rows)
+    if not any(row.whole for row in rows):
+        return f"{label} stands for all values, none of which has every seed{own}: {scores}."
+    best = next(row for row in rows if row.label == label)
+    edges = [key for key in best.chosen if _at_edge(best.chosen[key], [row.chosen.get(key, "") for row in rows])]
+    edge = f" {', '.join(edges)} is at the end of its list: try further values." if edges else ""
+    return f"{label} is chosen by mean validation accuracy in %{own}: {scores}.{edge}"
+
+
+def _at_edge(value: str, values: Sequence[str]) -> bool:
+    try:
+        numbers = sorted({float(one) for one in values})
+    except ValueError:
+        return False
+    return len(numbers) > 1 and float(value) in (numbers[0], numbers[-1])
+
+
+def _time(rows: Sequence[StudyRow]) -> str:
+    times = [row.time for row in rows if row.time is not None]
+    if not times:
+        return ""
+    copy = next((row.time for row in rows if row.config is not None and row.config.method == BASE), None)
+    control = (
+        f" Plain training against a copy of itself gives {copy.q25:.2f} to {copy.q75:.2f}: that is the noise."
+        if copy
+        else ""
+    )
+    return (
+        "time/step: relative to plain training; training only, one thread, both interleaved after warm-up, median of "
+        f"the ratios with quartiles.{control}"
+    )
+
+
+def _noise(rows: Sequence[StudyRow]) -> str:
+    shares = {row.config.noise for row in rows if row.config is not None}
+    if shares == {0.0} or not shares or 0.0 in shares:
+        return ""
+    return "What is shown is resistance to memorising wrong labels; it says nothing about clean ones (noise=0)."
+
+
+def _flags(rows: Sequence[StudyRow]) -> list[str]:
+    told = []
+    if any("did not train" in flag for row in rows for flag in row.flags):
+        told.append(
+            "'did not train': the final train loss is not clearly below chance level, the loss of answering every "
+            "sample with the frequencies of the classes (log K for K equally frequent ones)."
+        )
+    if any("no result" in flag for row in rows for flag in row.flags):
+        told.append("'no result': a run that failed or is not done, left out of the row's means; its n is smaller.")
+    return told
+
+
+def named(rows: Sequence[StudyRow]) -> str:
+    """Labels of rows in a sentence."""
+    return named_labels([row.label for row in rows])
+
+
+def named_labels(labels: Mapping[str, None] | Sequence[str]) -> str:
+    """Labels in a sentence, those with blanks in quotes, and no more than a sentence can hold."""
+    texts = [f"'{label}'" if " " in label else label for label in labels]
+    more = f" and {len(texts) - _MOST} more" if len(texts) > _MOST else ""
+    return ", ".join(texts[:_MOST]) + more
+
+
+def _difference(one: StudyRow, other: StudyRow, confidence: float = 0.95) -> Stat | None:
+    step = one.steps.get(_METRIC, 0.0)
+    return paired(accuracies(one), accuracies(other), confidence, step=step, ends=POINTS)
+
+
+def _points(stat: Stat) -> str:
+    return f"{stat.text('+.1f', gap=' ')} points"
+
+
+def _mean(row: StudyRow, metric: str) -> float:
+    return row.columns[metric].stat.mean if metric in row.columns else math.nan
+
+
+def _words(values: Mapping[str, str]) -> str:
+    return " ".join(f"{key}={value}" for key, value in values.items())
+
+
+def _counted(count: int, word: str) -> str:
+    return f"{count} {word}{'s' * (count != 1)}"
