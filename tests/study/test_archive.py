@@ -107,7 +107,7 @@ def test_the_choice_is_made_on_seeds_of_its_own(trained, refused, tmp_path):
         if found["seed"] == 7:
             scores[found["rho"]] = found["chosen"]["val_acc"]
     best = max(sorted(scores), key=scores.get)
-    assert chosen.startswith(f"SAM rho={best:g} is chosen")
+    assert chosen.startswith(f"- SAM rho={best:g} is chosen")
     later = invoke("study", file, "--dry-run", "--out", tmp_path / "none")
     assert later.count("after the choice") == 2 and "6 runs, 6 to do" in later
     assert "4 runs, 4 to do" in invoke("study", file, "rho=0.1", "--dry-run", "--out", tmp_path / "none")

@@ -113,7 +113,7 @@ class TestBaselines:
     def test_every_study_can_have_them(self, name):
         plain = read_study(name)
         found = with_baselines(plain)
-        assert len(found.arms) > len(plain.arms) and grid_points(found)
+        assert len(found.baselines) > len(plain.baselines) and grid_points(found)
 
     def test_a_name_that_is_taken(self, tmp_path):
         text = STUDY + '[[arms]]\nlabel = "SGD, averaged"\nmethod = "sgd"\nema = 0.9\n'

@@ -245,7 +245,7 @@ def _chosen(table: StudyTable, rows: Sequence[StudyRow]) -> str:
 
 def _choices(label: str, rows: Sequence[StudyRow], seeds: Sequence[int]) -> str:
     """What a row was chosen from, on which seeds, and whether a better value may lie beyond the list."""
-    own = f", with seed {', '.join(map(str, seeds))}, not in the table" if seeds else ""
+    own = f" with seed {', '.join(map(str, seeds))}, not in the table" if seeds else ""
     scores = "; ".join(f"{_words(row.chosen)} {row.columns['val_acc'].stat.text('.2f')}" for row in rows)
     if not any(row.whole for row in rows):
         return f"{label} stands for all values, none of which has every seed{own}: {scores}."
