@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 from flatmin.study.compare import compare
 from flatmin.study.config import CompareConfig
 from flatmin.study.executors import execute
-from flatmin.study.executors.tasks import Task
+from flatmin.study.executors.loop import Task
 from flatmin.study.executors.worker import run_task
 from flatmin.study.store import Run, Store
 from flatmin.train.config import RunConfig

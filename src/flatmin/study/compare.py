@@ -24,7 +24,8 @@ from flatmin.study.summary import Choice, Finding, Ratio, Summary, make_row
 from flatmin.study.timing import guess_seconds, measure_speed, time_ratios
 from flatmin.train.config import RunConfig
 from flatmin.train.files import write_json
-from flatmin.train.fingerprint import content_of, digest, environment, external_versions, package_digest, user_sources
+from flatmin.train.fingerprint import content_of, environment, external_versions, user_sources
+from flatmin.train.package import digest, package_digest
 from flatmin.train.settings import content_hash
 from flatmin.train.sources import build_model, check_device, check_fit, load_clean
 from flatmin.train.trainer import Trainer, build_recipe

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from flatmin.study.costs import guess_seconds
+from flatmin.study.costs import Sizes, guess_seconds
 from flatmin.study.events import Event, Planned, Warned
 from flatmin.study.executors import execute
 from flatmin.study.plan import StudyPlan, plan_again
 from flatmin.study.store import Run
 from flatmin.study.tabulate import StudyTable, tabulate
+from flatmin.study.trial import check_runs
 
 OnEvent = Callable[[Event], None]
 
@@ -36,14 +37,16 @@ def study(
 
     Raises:
         StudyInterrupted: on Ctrl-C; finished runs are kept.
-        OSError, ValueError, ModuleNotFoundError: the data, a network or a device cannot be had.
+        ValueError: before the first run, what `flatmin.study.trial.check_runs` refuses.
+        OSError, ModuleNotFoundError: the data, a network or a device cannot be had.
     """
     tell: OnEvent = on_event if on_event is not None else lambda event: None
-    outcomes = dict(todo.finished)
+    outcomes, sizes = dict(todo.finished), Sizes()
 
     def do(todo: StudyPlan, runs: Sequence[Run]) -> None:
         configs = [run.config for run in runs if run not in todo.unmeasured]
-        for text in todo.warnings:
+        notes = check_runs(configs, todo.contents, here=executor == "local", sizes=sizes)
+        for text in (*todo.warnings, *notes):
             tell(Warned(text=text))
         tell(
             Planned(
@@ -53,7 +56,7 @@ def study(
                 epochs=sum(run.config.epochs for run in runs),
                 nets=sum(run.view is not None for run in runs),
                 # What it takes elsewhere is not known here.
-                seconds=guess_seconds(configs, workers) if configs and executor == "local" else None,
+                seconds=guess_seconds(configs, workers, sizes) if configs and executor == "local" else None,
             )
         )
         outcomes.update(execute(runs, todo.store, workers=workers, on_event=tell, executor=executor, settings=settings))
