@@ -75,7 +75,7 @@ class Deadly(nn.Linear):
         return super().forward(x)
 
 
-def stillborn(connection, out):
+def stillborn(connection, function):
     """A worker that ends before it has said a word."""
 
 

@@ -101,6 +101,19 @@ def _slips(a: str, b: str) -> int:
     return last[-1]
 
 
+def duration(seconds: float) -> str:
+    """A duration to two digits, as an estimate.
+
+    Example:
+        >>> duration(54.7), duration(76524190)
+        ('about 55 seconds', 'about 2.4 years')
+    """
+    for size, name in ((86400 * 365, "years"), (86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"about {float(f'{seconds / size:.2g}'):g} {name}"
+    return "about a second" if seconds < 1.5 else f"about {float(f'{seconds:.2g}'):g} seconds"
+
+
 def warn(text: str) -> None:
     """Warn the person whose code led here: the line named is the nearest one outside of flatmin and torch."""
     torch = getattr(sys.modules.get("torch"), "__file__", None) or __file__
@@ -136,9 +149,14 @@ def reason(error: BaseException) -> str:
     if explained(error):
         return named
     lines = traceback.extract_tb(error.__traceback__)
-    own = [line for line in lines if not {"site-packages", "flatmin"} & set(Path(line.filename).parts)]
-    at = (own or lines)[-1:]
+    at = ([line for line in lines if _theirs(line.filename)] or lines)[-1:]
     return named + "".join(f" ({Path(line.filename).name}, line {line.lineno})" for line in at)
+
+
+def _theirs(file: str) -> bool:
+    """Whether a file of code is a person's own: not of Python, of an installed package, or of flatmin."""
+    inside = (str(Path(__file__).parent) + os.sep, str(Path(os.__file__).parent) + os.sep, "<")
+    return not file.startswith(inside) and not {"site-packages", "dist-packages"} & set(Path(file).parts)
 
 
 def _raised_here(trace: TracebackType | None) -> bool:

@@ -165,7 +165,7 @@ def test_progress_tells_every_event(terminal):
             progress(event)
     text = console.file.getvalue()
     for said in (
-        "Choosing on validation: 3 runs, 1 finished before, about 10 s.",
+        "Choosing on validation: 3 runs, 1 finished before, about 10 seconds.",
         "own-[b]-s0: no result, ValueError: [red]no[/red]",
         "own-s1: stopped, the loss was not finite",
         "sam: rho=0.2 chosen on validation.",

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 
-from flatmin.study.executors import execute, finished_and_missing, local
-from flatmin.study.store import Run, Store
+from flatmin.study import pool
+from flatmin.study.executors import execute
+from flatmin.study.store import Run, Store, finished_and_missing
 from flatmin.train.config import RunConfig
 from tests.dist.pool import end_with_parent
 from tests.helpers import same_bits
@@ -51,7 +52,7 @@ def context():
     return found
 
 
-def submit_loop(folder, wanted, executor, settings, pace):
+def drive(folder, wanted, executor, settings, pace):
     """The life of a driver."""
     import threading
 
@@ -59,7 +60,7 @@ def submit_loop(folder, wanted, executor, settings, pace):
     os.chdir(ROOT)
     os.environ |= {"FLATMIN_TEST_PACE": str(pace), "OMP_NUM_THREADS": "1"}
     torch.set_num_threads(1)
-    local.START = "fork"
+    pool.START = "fork"
     store = Store(folder, checkpoint_seconds=0)
     missing = finished_and_missing(wanted, store, print)[1]
     execute(missing, store, workers=2, on_event=lambda event: None, executor=executor, settings=settings)
@@ -124,7 +125,7 @@ class Assault:
         return sum(run.config.epochs for run in self.wanted)
 
     def _start(self):
-        driver = self._context.Process(target=submit_loop, args=self._arguments)
+        driver = self._context.Process(target=drive, args=self._arguments)
         driver.start()
         self._pids.add(driver.pid)
         self.starts += 1

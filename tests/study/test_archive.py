@@ -7,7 +7,8 @@ import pytest
 from typer.testing import CliRunner
 
 from flatmin.cli.main import app, main
-from flatmin.study import code
+from flatmin.report.runs import listing
+from flatmin.study import code, stale
 from flatmin.train import fingerprint
 
 STUDY = """
@@ -89,7 +90,7 @@ class AnotherVersion:
     """The package after a change of one of its files."""
 
     def __init__(self, monkeypatch):
-        for module in (code, fingerprint):
+        for module in (code, fingerprint, listing, stale):
             monkeypatch.setattr(module, "package_digest", lambda: "f" * 64)
 
 
@@ -139,6 +140,26 @@ def test_a_later_version_draws_the_table_and_says_what_trained_it(trained, out, 
     mixed = invoke(*words, "seed=0..2", "--workers", 0, "--archive", archive)
     assert "The other 2 runs were trained by the code that made the table." in mixed and "Rows whose runs were" in mixed
     assert len(list(new.glob("runs/*/result.json"))) == 2 and text_of(archive) == packed
+
+
+def test_a_later_version_says_which_runs_it_does_not_take(trained, out, monkeypatch, refused):
+    dry = ("study", trained[0], "--out", out, "--dry-run")
+    names = sorted(path.name for path in (out / "runs").iterdir())
+    assert "stale" not in invoke("runs", "list", out) and "No run is stale." in invoke("runs", "rm", "--stale", out)
+    (out / "runs" / names[0] / "result.json").unlink()
+    env = out / "runs" / names[1] / "env.json"
+    env.write_text(env.read_text().replace('"flatmin": "0.', '"flatmin": "0.0.'))
+    AnotherVersion(monkeypatch)
+    said = invoke(*dry)
+    assert f"5 finished and 1 unfinished runs in {out} with settings of this study were made by other code of" in said
+    assert "(5), by flatmin 0.0." in said and f"`flatmin runs rm --stale {out}` removes them." in said
+    assert invoke("runs", "list", out).count(", stale ") == 6
+    taken = invoke(*dry, "--archive", out)
+    assert "6 runs, 1 to do" in taken and "1 unfinished run in" in taken, "what is finished is taken as it is"
+    shown = invoke("runs", "rm", "--stale", out, "--yes")
+    assert shown.count("made by other code of flatmin") == 5 and "made by flatmin 0.0." in shown
+    assert "Removed these 6 runs." in shown and not list((out / "runs").iterdir())
+    assert "name the runs to remove, or add --stale" in refused("runs", "rm")
 
 
 def test_packing_adds_and_never_loses(out, tmp_path, refused):

@@ -9,21 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from flatmin.study import pool
 from flatmin.study.events import EpochDone, RunBroke, RunDone, Warned
-from flatmin.study.executors import (
-    StudyInterrupted,
-    execute,
-    executor_settings,
-    finished_and_missing,
-    local,
-    make_executor,
-)
-from flatmin.study.executors.executor import Reporter
-from flatmin.study.executors.signals import ctrl_c_later
-from flatmin.study.executors.submit_loop import submit_loop
-from flatmin.study.executors.tasks import Busy, Task
+from flatmin.study.executors import StudyInterrupted, execute, executor_settings, make_executor
+from flatmin.study.executors.loop import Busy, Reporter, Task, ctrl_c_later, run_all
 from flatmin.study.executors.worker import run_task
-from flatmin.study.store import Run, Store
+from flatmin.study.store import Run, Store, finished_and_missing
 from flatmin.train import checkpoint
 from flatmin.train import run as training
 from flatmin.train.config import RunConfig
@@ -80,7 +71,7 @@ def test_an_error_is_told_and_the_others_go_on(tmp_path):
 
 def test_a_run_whose_workers_die_is_given_up_after_three_and_the_others_go_on(tmp_path, monkeypatch):
     monkeypatch.setenv("FLATMIN_TEST_PARENT", str(os.getpid()))
-    monkeypatch.setattr(local, "START", "fork")
+    monkeypatch.setattr(pool, "START", "fork")
     runs = [run("deadly", model="tests.user_side:deadly"), run(seed=0), run(seed=1)]
     events = []
     outcomes = execute(runs, Store(tmp_path), workers=1, on_event=events.append)
@@ -93,6 +84,7 @@ def test_a_run_whose_workers_die_is_given_up_after_three_and_the_others_go_on(tm
 
 def test_a_run_whose_worker_dies_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
     """An epoch is an update here; each loss costs the one that was under way."""
+    monkeypatch.setattr(pool, "START", "fork")
     for name, value in (("DIARY", str(tmp_path / "diary")), ("ENDS", "3 6")):
         monkeypatch.setenv(f"FLATMIN_TEST_{name}", value)
     one, events = run(model="tests.user_side:diary", epochs=6), []
@@ -107,25 +99,8 @@ def test_a_run_whose_worker_dies_goes_on_from_its_checkpoint(tmp_path, monkeypat
     assert without_time(alone.lines) == without_time(outcome.lines)
 
 
-class TestPerform:
+class TestRunTask:
     """One run in a folder that may hold something."""
-
-    def test_it_waits_for_the_process_that_trains_there_and_takes_its_result(self, tmp_path, monkeypatch):
-        one, store = run(), Store(tmp_path)
-        expected = run_task(Task.of(one), store, lambda line: None)
-        hidden = (store.folder(one) / "result.json").rename(tmp_path / "hidden")
-        seen = []
-        with hold(store.folder(one)):
-            waiting = threading.Thread(target=lambda: seen.append(run_task(Task.of(one), store, lines.append)))
-            lines = []
-            waiting.start()
-            waiting.join(0.3)
-            assert waiting.is_alive() and not seen
-            hidden.rename(store.folder(one) / "result.json")
-            mark = (store.folder(one) / "result.json").stat().st_mtime_ns
-        waiting.join(20)
-        assert seen == [expected] and tuple(lines) == expected.lines
-        assert (store.folder(one) / "result.json").stat().st_mtime_ns == mark
 
     @pytest.mark.parametrize("change", [None, "key", "damage"])
     def test_it_goes_on_with_this_very_run_only(self, tmp_path, change):
@@ -172,10 +147,10 @@ class TestPerform:
         run_task(Task.of(run(epochs=8)), Store(tmp_path / "c", checkpoint_seconds=3), lambda line: None)
         assert saved == [3, 6]
 
-    def test_a_run_that_another_process_has_is_left_to_it_if_told_so(self, tmp_path):
+    def test_a_run_that_another_process_has_is_left_to_it(self, tmp_path):
         one, store = run(), Store(tmp_path)
         with hold(store.folder(one)):
-            assert run_task(dataclasses.replace(Task.of(one), wait=False), store, pytest.fail) == Busy()
+            assert run_task(Task.of(one), store, pytest.fail) == Busy()
 
     def test_code_that_is_not_that_of_the_study_is_refused(self, tmp_path):
         one, store = run(), Store(tmp_path)
@@ -216,7 +191,7 @@ def test_checkpoints_that_a_finished_run_has_left_are_removed(tmp_path):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_second_call_does_what_the_first_has_not_begun(tmp_path, monkeypatch, workers):
     """The first run is held elsewhere: all others are done before it is waited for."""
-    monkeypatch.setattr(local, "START", "fork")
+    monkeypatch.setattr(pool, "START", "fork")
     store, runs, ended = Store(tmp_path), [run(seed=seed) for seed in range(3)], []
     with ExitStack() as elsewhere:
         elsewhere.enter_context(hold(store.folder(runs[0])))
@@ -270,17 +245,20 @@ def test_ctrl_c_waits_for_what_is_being_handed_over():
 
 
 class Elsewhere:
-    """An engine whose jobs find the first run held for a while, and nothing to do but what `outcome` says."""
+    """A scheduler whose jobs find the first run held for a while, and nothing to do but what `outcome` says."""
 
     def __init__(self, held, outcome):
         self.held, self.outcome, self.submitted = held, outcome, []
 
     def submit(self, task, store):
-        self.submitted.append((task.run.name, task.wait))
+        self.submitted.append(task.run.name)
         return task.run
 
     def poll(self, job):
         return Busy() if job.name == self.held and len(self.submitted) < 4 else self.outcome
+
+    def wait(self, jobs):
+        assert jobs
 
     def cancel(self, job):
         raise AssertionError("nothing is lost")
@@ -299,9 +277,9 @@ def test_no_job_is_handed_over_to_wait_for_another(tmp_path):
                 if len(told) == 2:
                     threading.Timer(0.7, elsewhere.close).start()
 
-        submit_loop(scheduler, runs, store, workers=1, pause=0.0, reporter=Reporter(store, listen, outcomes))
-    assert [name for name, _ in scheduler.submitted] == [run.name for run in (*runs, runs[0])]
-    assert not any(wait for _, wait in scheduler.submitted) and set(outcomes) == {run.name for run in runs}
+        run_all(scheduler, runs, store, workers=1, reporter=Reporter(store, listen, outcomes))
+    assert scheduler.submitted == [run.name for run in (*runs, runs[0])]
+    assert set(outcomes) == {run.name for run in runs}
 
 
 def test_a_worker_may_have_processes_that_read_its_data(tmp_path):
@@ -311,7 +289,7 @@ def test_a_worker_may_have_processes_that_read_its_data(tmp_path):
 
 
 def test_workers_that_cannot_start_are_not_tried_for_ever(tmp_path, monkeypatch):
-    monkeypatch.setattr(local, "_serve", user_side.stillborn)
+    monkeypatch.setattr(pool, "_serve", user_side.stillborn)
     with pytest.raises(RuntimeError, match='needs `if __name__ == "__main__":`'):
         execute([run()], Store(tmp_path), workers=1, on_event=lambda event: None)
 

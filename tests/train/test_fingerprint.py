@@ -7,12 +7,12 @@ import os
 import torch
 
 from flatmin.data.dataset import Data, Split
-from flatmin.train import fingerprint
+from flatmin.train import fingerprint, package
 from flatmin.train.config import RunConfig
 
 
 def test_the_fingerprint_covers_what_a_run_depends_on():
-    names = {"/".join(path.parts[-2:]) for path in fingerprint.package_sources()}
+    names = {"/".join(path.parts[-2:]) for path in package.package_sources()}
     assert {"train/loop.py", "measure/krylov.py", "data/noise.py", "models/small.py"} <= names
     assert {"flatmin/streams.py", "methods/recipe.py", "methods/table.py"} <= names
     assert any(name.startswith("optim/") for name in names)
@@ -23,17 +23,17 @@ def test_the_fingerprint_covers_what_a_run_depends_on():
 def test_a_changed_file_changes_the_digest(tmp_path):
     file = tmp_path / "a.py"
     file.write_text("x = 1")
-    before = fingerprint.digest([file])
+    before = package.digest([file])
     file.write_text("x = 2")
-    assert fingerprint.digest([file]) != before
-    assert fingerprint.digest([file], "x") != fingerprint.digest([file], "y")
+    assert package.digest([file]) != before
+    assert package.digest([file], "x") != package.digest([file], "y")
 
 
 def test_a_module_in_a_package_brings_its_whole_folder(tmp_path, monkeypatch):
-    package = tmp_path / "flatmin_test_package"
-    package.mkdir()
+    folder = tmp_path / "flatmin_test_package"
+    folder.mkdir()
     for name in ("__init__", "one", "two"):
-        (package / f"{name}.py").write_text("")
+        (folder / f"{name}.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
     found = fingerprint.user_sources(["flatmin_test_package.one:f"], [])
     assert [path.name for path in found] == ["__init__.py", "one.py", "two.py"]
@@ -54,7 +54,7 @@ def test_a_digest_does_not_depend_on_where_the_code_lies(tmp_path):
     here = sorted([tmp_path / "a" / "net.py", tmp_path / "b" / "parts.py"])
     there = sorted([tmp_path / "d" / "net.py", tmp_path / "c" / "parts.py"])
     assert [path.name for path in here] != [path.name for path in there]
-    assert fingerprint.digest(here) == fingerprint.digest(there)
+    assert package.digest(here) == package.digest(there)
 
 
 def test_environments_that_differ_have_every_value_once():

@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from flatmin.study.comparison import comparison
 from flatmin.study.executors import execute
-from flatmin.study.executors.tasks import Task
+from flatmin.study.executors.loop import Task
 from flatmin.study.executors.worker import run_task
 from flatmin.study.plan import plan
 from flatmin.study.store import Run, Store

@@ -59,6 +59,8 @@ def list_runs(
     _print(listed, console)
     total = sum(entry.size for entry in listed)
     console.print(f"{len(listed)} run{'s' * (len(listed) != 1)}, {_bytes(total)}", style="dim", highlight=False)
+    if any(entry.digest is not None and entry.digest.stale for entry in listed):
+        console.print("stale: a study trains it again; see `flatmin runs rm --stale`.", markup=False, highlight=False)
     for entry in listed:
         if entry.problem:
             console.print(f"{entry.name}: {entry.problem}", markup=False, highlight=False, soft_wrap=True)
@@ -67,18 +69,38 @@ def list_runs(
 @runs.command("rm")
 def remove_runs(
     targets: Annotated[
-        list[str], typer.Argument(metavar="RUN...", help="Run folders, or names of runs in flatmin-runs/runs.")
-    ],
+        list[str] | None, typer.Argument(metavar="RUN...", help="Run folders, or names of runs in flatmin-runs/runs.")
+    ] = None,
+    stale: Annotated[
+        bool,
+        typer.Option(
+            "--stale", help="All runs in the folder RUN/runs that a study would train again (default: flatmin-runs)."
+        ),
+    ] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Also remove runs in progress.")] = False,
 ) -> None:
-    """Remove runs with all files in their folders."""
+    """Remove runs with all files in their folders.
+
+    Runs of studies are stale if flatmin, torch, your own modules or the data have changed since: a study trains them
+    again, and keeps them beside the new ones.
+    """
     from flatmin.report.runs.listing import check_removable, remove, size_of
 
-    folders = list({path.resolve(): path for path in map(run_folder, targets)}.values())
+    if stale:
+        reasons = _stale(targets or [])
+        folders = list(reasons)
+        if not folders:
+            typer.echo("No run is stale.")
+            return
+    elif targets:
+        folders = list({path.resolve(): path for path in map(run_folder, targets)}.values())
+        reasons = dict.fromkeys(folders, "")
+    else:
+        raise ValueError("name the runs to remove, or add --stale.")
     check_removable(folders, force=force)
     for folder in folders:
-        typer.echo(f"{folder}  {_bytes(size_of(folder))}")
+        typer.echo("  ".join(filter(None, (str(folder), _bytes(size_of(folder)), reasons[folder]))))
     what = "this run" if len(folders) == 1 else f"these {len(folders)} runs"
     if not yes:
         try:
@@ -92,6 +114,23 @@ def remove_runs(
     check_removable(folders, force=force)
     remove(folders)
     typer.echo(f"Removed {what}.")
+
+
+def _stale(targets: Sequence[str]) -> dict[Path, str]:
+    """The stale runs in a folder, and how they were made.
+
+    Raises:
+        ValueError: several folders, or one that is not there.
+    """
+    from flatmin.report.runs.listing import entries
+    from flatmin.study.code import Contents
+    from flatmin.study.stale import stale
+
+    if len(targets) > 1:
+        raise ValueError(f"--stale takes one folder, which has the runs in its folder runs; got {', '.join(targets)}.")
+    contents = Contents()
+    found = {entry.path: stale(entry.path, contents) for entry in entries(Path(targets[0]) if targets else HOME)}
+    return {path: f"made {why}" for path, why in found.items() if why is not None}
 
 
 @runs.command("pack")
@@ -165,7 +204,7 @@ def _row(entry: Entry) -> tuple[str, ...]:
     return (
         entry.name,
         *(("-",) * 3 if what is None else (what.method, what.data, what.model)),
-        entry.state,
+        f"{entry.state}, stale" if what is not None and what.stale else entry.state,
         "-" if what is None else f"{what.done}/{what.epochs}",
         "-" if entry.test_acc is None else f"{entry.test_acc:.2f}",
         time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.changed)),

@@ -30,6 +30,9 @@ def search(
     budget: Annotated[float, typer.Option(min=1, help="Gradient evaluations per arm, in epochs of plain training.")],
     demo: Annotated[bool, typer.Option("--demo", help="Search in the scaled-down version of the study.")] = False,
     out: Annotated[Path, typer.Option(help="Folder of the runs and of the resulting study.")] = Path("flatmin-runs"),
+    download: Annotated[
+        bool, typer.Option("--download", help="Download the data if they are not in data_dir.")
+    ] = False,
     workers: Annotated[
         int | None, typer.Option(min=0, help="Processes with one thread each (default: one per core).")
     ] = None,
@@ -61,6 +64,7 @@ def search(
                 out=out,
                 workers=default_workers() if workers is None else workers,
                 on_event=progress,
+                download=download,
             )
     except KeyboardInterrupt as interrupt:
         # Said here, because typer ends the process on Ctrl-C without a word.

@@ -243,6 +243,7 @@ def _runs(spec: StudySpec) -> int:
 def _describe(todo: StudyPlan, workers: int, console: Console) -> None:
     """Print the runs of a study, which are finished, and the cost of the others."""
     from flatmin.study.costs import Sizes
+    from flatmin.study.trial import check_runs
 
     rows = [["run", "row", "seed", "epochs", "gradients", "state"]]
     total, sizes = 0.0, Sizes()
@@ -267,14 +268,16 @@ def _describe(todo: StudyPlan, workers: int, console: Console) -> None:
     if nets := sum(run.view is not None for run in (*todo.open, *todo.waiting)):
         text += f", and {nets} network{'s' if nets > 1 else ''} to measure"
     console.print(text + _duration(todo, workers, sizes), markup=False, soft_wrap=True)
-    for note in (*todo.warnings, *todo.spec.notes):
+    # The plan of a study whose data are not here yet can be looked at all the same.
+    notes = check_runs([run.config for run in (*todo.missing, *todo.waiting)], todo.contents, here=False, sizes=sizes)
+    for note in (*todo.warnings, *notes, *todo.spec.notes):
         console.print(note, markup=False, soft_wrap=True)
 
 
 def _duration(todo: StudyPlan, workers: int, sizes: Sizes) -> str:
     """The estimated time as text; or why it cannot be estimated on this machine."""
     from flatmin.study.costs import guess_seconds
-    from flatmin.words import explained
+    from flatmin.words import duration, explained
 
     runs = [*todo.missing, *todo.waiting]
     if not runs:
@@ -286,15 +289,7 @@ def _duration(todo: StudyPlan, workers: int, sizes: Sizes) -> str:
             raise
         return f"; their time cannot be estimated: {error}"
     processes = f"{workers} processes" if workers > 1 else "1 process"
-    return f", {_span(seconds)} of training in {processes} here, estimated from one gradient of each network."
-
-
-def _span(seconds: float) -> str:
-    """A duration to two digits."""
-    for size, name in ((86400 * 365, "years"), (86400, "days"), (3600, "hours"), (60, "minutes")):
-        if seconds >= 2 * size:
-            return f"about {float(f'{seconds / size:.2g}'):g} {name}"
-    return "about a second" if seconds < 2 else f"about {float(f'{seconds:.2g}'):g} seconds"
+    return f", {duration(seconds)} of training in {processes} here, estimated from one gradient of each network."
 
 
 def show_table(table: StudyTable, console: Console) -> None:

@@ -84,6 +84,8 @@ def perform(
         typer.Exit: the run was interrupted or stopped early.
     """
     from flatmin.cli.training import Training, print_settings
+    from flatmin.study.costs import Sizes
+    from flatmin.study.trial import try_out
     from flatmin.train.events import Warned
     from flatmin.train.files import check_name
     from flatmin.train.fingerprint import content_of
@@ -113,6 +115,11 @@ def perform(
                 for tracker in options.trackers:
                     make_tracker(tracker, folder=folder.path, run=folder.path.name)
                 print_settings(config, data, world, console)
+                if world.size == 1:
+                    sizes = Sizes()
+                    sizes.take(config, data)
+                    for note in try_out([config], sizes):
+                        display(Warned(text=note))
                 return
             try:
                 result = run(

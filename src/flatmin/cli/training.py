@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from flatmin.cli.console import make_bar
+from flatmin.words import duration
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -126,7 +127,7 @@ class Training:
             parts.append(f"{line.skipped} updates skipped")
         done, total = step - self._from, self._epochs * self._steps - step
         if total:
-            parts.append(f"left {_span(total * (time.monotonic() - self._began) / max(done, 1))}")
+            parts.append(f"left {duration(total * (time.monotonic() - self._began) / max(done, 1))}")
         self._say("  ".join(parts))
 
     def _count(self, epoch: int) -> str:
@@ -172,12 +173,3 @@ def print_settings(config: RunConfig, data: Data, world: World, console: Console
     )
     for note in data.notes:
         console.print(f"Note: {note}", markup=False, highlight=False, soft_wrap=True)
-
-
-def _span(seconds: float) -> str:
-    """A time in the largest fitting units."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

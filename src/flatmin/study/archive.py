@@ -61,13 +61,7 @@ def pack(folder: Path, archive: Path) -> Packed:
         raise ValueError(
             f"{folder} has no folder runs, so it is not the folder of a study (its --out); nothing was packed."
         )
-    found: dict[str, dict[str, Any]] = {}
-    left: dict[str, str] = {}
-    for path in sorted(one for one in runs.iterdir() if one.is_dir()):
-        try:
-            found[path.name] = _content(path)
-        except ValueError as error:
-            left[path.name] = reason(error)
+    found, left = _finished(runs)
     if not found:
         why = "".join(f"; {name}: {text}" for name, text in list(left.items())[:_NAMED])
         raise ValueError(f"{runs} has no finished run of a study; nothing was packed{why}.")
@@ -167,10 +161,10 @@ def read(archive: Path, *, strays: Sequence[str] | Mapping[str, Any] = ()) -> di
 
 
 class Archive:
-    """Finished runs of an archive, found by what they trained on what, whatever code trained them.
+    """Finished runs, found by what they trained on what, whatever code trained them.
 
     Args:
-        path: of `pack`.
+        path: an archive of `pack`, or the folder of a study.
 
     Attributes:
         unrecorded: names of runs that `find` has passed over because they have not recorded what was asked for.
@@ -181,12 +175,17 @@ class Archive:
 
     def __init__(self, path: Path) -> None:
         self.path, self.unrecorded = path, set[str]()
-        self._runs = read(path)
         self._by_config: dict[str, list[str]] = {}
-        self._folder = Path(tempfile.mkdtemp(prefix="flatmin-archive-"))
-        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
-        for name, content in self._runs.items():
-            _write(self._folder / name, content)
+        if (path / SUMS).exists() or not any(path.glob("runs/*/config.json")):
+            self._runs = read(path)
+            self._folder = Path(tempfile.mkdtemp(prefix="flatmin-archive-"))
+            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+            for name, content in self._runs.items():
+                _write(self._folder / name, content)
+        else:
+            self._folder = path / "runs"
+            self._runs = _finished(self._folder)[0]
+        for name in self._runs:
             try:
                 config, _ = RunFolder(self._folder / name).config()
             except ValueError as error:
@@ -215,7 +214,7 @@ class Archive:
             what = "data" if same else "code"
             raise ValueError(
                 f"{self.path} has several runs with the settings of one, of different {what}: {', '.join(found)}; keep "
-                "them in archives of their own."
+                "them in archives of their own, or remove all but one with `flatmin runs rm`."
             )
         return self._folder / found[0] if found else None
 
@@ -231,6 +230,18 @@ def _trained_on(run: Run, labels: Mapping[str, Any]) -> bool:
 
 def _key(config: RunConfig) -> str:
     return content_hash(identity(config))
+
+
+def _finished(runs: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """The finished runs of a study in a folder by name, and why the others are none."""
+    found: dict[str, dict[str, Any]] = {}
+    left: dict[str, str] = {}
+    for path in sorted(one for one in runs.iterdir() if one.is_dir()):
+        try:
+            found[path.name] = _content(path)
+        except ValueError as error:
+            left[path.name] = reason(error)
+    return found, left
 
 
 def _content(path: Path) -> dict[str, Any]:

@@ -2,30 +2,59 @@
 
 from __future__ import annotations
 
-from flatmin.methods import Recipe
+from flatmin.data.dataset import Data
+from flatmin.data.named import DATASETS, Progress
+from flatmin.methods import method_table
 from flatmin.train.config import RunConfig
-from flatmin.train.fingerprint import Content, content_of, digest, external_versions, package_digest, user_sources
+from flatmin.train.fingerprint import Content, content_of, external_versions, user_sources
+from flatmin.train.package import digest, package_digest
+from flatmin.train.sources import load_clean
 from flatmin.train.trainer import build_recipe
+from flatmin.words import explained, reason
 
 # The settings that data depend on before labels are made wrong.
 _FIELDS = ("data", "data_dir", "train_size", "split_seed", "val_share", "train_on_val", "image_size", "statistics")
 
 
 def code_of(config: RunConfig) -> str:
-    """Digest of flatmin, torch, and the user's modules behind a run.
+    """Digest of flatmin, torch, and the user's modules behind a run: of plugins, those that bring its method or a part.
 
     Raises:
         ValueError: a module that cannot be found.
     """
-    specs = [*config.plugins, *(spec for spec in (config.model, config.data) if ":" in spec)]
-    recipes: list[Recipe] = [build_recipe(config)]
-    return digest(user_sources(specs, recipes), package_digest(), *external_versions(specs))
+    recipe, specs = build_recipe(config), _specs(config)
+    return digest(user_sources(specs, [recipe]), package_digest(), *external_versions(specs))
+
+
+def modules_of(config: RunConfig) -> list[str]:
+    """What beside flatmin and torch the code of a run depends on, as a person knows it: modules and packages.
+
+    Raises:
+        ValueError: a module that cannot be found.
+    """
+    parts = [type(part).__module__ for part in build_recipe(config).parts.values()]
+    named = [spec.partition(":")[0] for spec in _specs(config)]
+    return list(dict.fromkeys([*named, *(name for name in parts if name.partition(".")[0] != "flatmin")]))
+
+
+def _specs(config: RunConfig) -> list[str]:
+    """The plugins whose entries the method names, the network and the data, where these are the user's own."""
+    methods = set(build_recipe(config).name.split("+"))
+    built_in = method_table()
+    plugins = [name for name in config.plugins if methods & (method_table([name]).keys() - built_in.keys())]
+    return [*plugins, *(spec for spec in (config.model, config.data) if ":" in spec)]
 
 
 class Contents:
-    """Digests of the data of runs, each data set read once; or why the data cannot be read here."""
+    """Digests of the data of runs, each data set read once; or why the data cannot be read here.
 
-    def __init__(self) -> None:
+    Args:
+        download: get what is missing, where that is possible.
+        progress: see `flatmin.data.named.Reading`.
+    """
+
+    def __init__(self, *, download: bool = False, progress: Progress | None = None) -> None:
+        self._download, self._progress = download, progress
         self._found: dict[tuple[object, ...], Content | None] = {}
         self._absent: dict[tuple[object, ...], str] = {}
 
@@ -34,16 +63,36 @@ class Contents:
         key = self._key(config)
         if key not in self._found:
             try:
-                self._found[key] = content_of(config)
-            except Exception as error:  # a user's own function may raise anything; `warnings` has it
+                self._found[key] = content_of(config, self._downloaded(config))
+            except Exception as error:  # a user's own function may raise anything; `warnings` and `check` have it
                 self._found[key] = None
-                self._absent[key] = f"{str(error).strip().rstrip('.') or type(error).__name__}"
+                self._absent[key] = (str(error) if explained(error) else reason(error)).strip().rstrip(".")
         return self._found[key]
+
+    def _downloaded(self, config: RunConfig) -> Data | None:
+        """The data, if they may have to be downloaded; else they are read where they are needed."""
+        if not self._download or config.data not in _downloadable():
+            return None
+        return load_clean(config, download=True, progress=self._progress)
 
     def absent(self, config: RunConfig) -> bool:
         """Whether the data of a run cannot be had here."""
         self.of(config)
         return self._key(config) in self._absent
+
+    def check(self, config: RunConfig) -> None:
+        """Raise ValueError if the data of a run cannot be had here; the sentence says how they can."""
+        if not self.absent(config):
+            return
+        known = config.data in DATASETS
+        place = f" in data_dir={config.data_dir}" if known else ""
+        ways = ["name their folder with data_dir=FOLDER"] if known else ["correct the function"]
+        if config.data in _downloadable() and not self._download:
+            ways.append("add --download")
+        raise ValueError(
+            f"data={config.data} cannot be read{place}, so no run was started: {self._absent[self._key(config)]}. "
+            f"Please {' or '.join(ways)}."
+        )
 
     @property
     def warnings(self) -> list[str]:
@@ -59,3 +108,7 @@ class Contents:
     @staticmethod
     def _key(config: RunConfig) -> tuple[object, ...]:
         return tuple(getattr(config, name) for name in _FIELDS)
+
+
+def _downloadable() -> list[str]:
+    return [name for name, one in DATASETS.items() if one.downloads]

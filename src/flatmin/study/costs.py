@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from flatmin.data.dataset import Data
+from flatmin.data.dataset import Data, Split
 from flatmin.data.named import DATASETS
 from flatmin.study.timing import one_thread
 from flatmin.train.config import RunConfig
@@ -24,6 +25,7 @@ _ENOUGH = 1.0  # seconds
 _START = 4.0  # seconds in which a worker imports torch and the package of the data
 _FORWARD = 1 / 3  # of a gradient
 _CURVATURE = 30.0  # gradients of the training part: about a dozen products of a Lanczos run
+_FEW = 64  # samples that are kept of data that have been read
 # Samples of the official test parts.
 _TESTS = {
     **dict.fromkeys(("cifar10", "cifar100", "cifar100-coarse", "mnist", "fashion-mnist", "tiny-imagenet"), 10_000),
@@ -39,6 +41,7 @@ class Counts:
         train, val, test: samples.
         wrong: training samples with a wrong label that the data bring of their own.
         inputs: what the model takes.
+        few: a few samples of each part; None where the data have not been read.
     """
 
     train: int
@@ -46,12 +49,13 @@ class Counts:
     test: int
     wrong: int = 0
     inputs: Inputs
+    few: Data | None = dataclasses.field(default=None, repr=False, compare=False)
 
     @classmethod
     def of(cls, data: Data) -> Counts:
         """Those of data without the noise of a run."""
         parts = {"train": len(data.train), "val": len(data.val), "test": len(data.test)}
-        return cls(**parts, wrong=int(data.wrong.sum()), inputs=Inputs.of(data))
+        return cls(**parts, wrong=int(data.wrong.sum()), inputs=Inputs.of(data), few=_first(data))
 
     def steps(self, config: RunConfig) -> dict[str, float]:
         """Of every metric that is a share of samples, in percent, what one sample counts in a run.
@@ -67,13 +71,15 @@ class Counts:
 
 
 class Sizes:
-    """How many samples the parts of runs' data have and what these look like, each data set asked once.
+    """What is known of runs' data and networks before the runs: each data set is asked, each network timed once.
 
-    Known by name where the table of data sets has the official numbers, so that no data need be there; read otherwise.
+    Numbers of samples are known by name where the table of data sets has the official ones, so that no data need be
+    there; the data are read otherwise.
     """
 
     def __init__(self) -> None:
         self._found: dict[tuple[object, ...], Counts] = {}
+        self._seconds: dict[tuple[object, ...], float] = {}
 
     def of(self, config: RunConfig) -> tuple[int, Inputs]:
         """Training samples, and what the model takes.
@@ -92,11 +98,42 @@ class Sizes:
         """
         return self._of(config).steps(config)
 
+    def take(self, config: RunConfig, data: Data) -> None:
+        """Take the data of a run that have been read already."""
+        self._found[self._key(config)] = Counts.of(data)
+
+    def samples(self, config: RunConfig, count: int) -> Data:
+        """At most so many training samples, and fewer others: the data's own where they have been read, else made up.
+
+        Raises:
+            OSError, ValueError, ModuleNotFoundError: as `of`.
+        """
+        counts = self._of(config)
+        if counts.few is None:
+            part = Split(_samples(counts.inputs, count), torch.arange(count) % counts.inputs.num_classes)
+            return Data(part, part, part, num_classes=counts.inputs.num_classes, name=config.data)
+        train = counts.few.train.only(slice(0, count))
+        clean = None if counts.few.clean is None else counts.few.clean[:count]
+        return dataclasses.replace(counts.few, train=train, clean=clean)
+
+    def gradient_seconds(self, config: RunConfig) -> float:
+        """Seconds of forward and backward for one sample of a batch, of a few made-up samples.
+
+        Raises:
+            OSError, ValueError, ModuleNotFoundError: a network, a device, or data of no known size, cannot be had.
+        """
+        inputs = self.of(config)[1]
+        few = min(_SAMPLES[config.device], config.batch_size)
+        network = (config.model, str(config.model_params), config.device, config.precision, config.channels_last)
+        key = (inputs, *network, few)
+        if key not in self._seconds:
+            self._seconds[key] = _gradient_seconds(config, inputs, few)
+        return self._seconds[key]
+
     def _of(self, config: RunConfig) -> Counts:
-        source = (config.data, config.data_dir, config.split_seed, config.train_on_val, config.val_share)
-        key = (*source, config.image_size, config.train_size)
+        key = self._key(config)
         if key not in self._found:
-            self._found[key] = _official(config) or _read(config)
+            self._found[key] = _official(config) or Counts.of(load_clean(config))
         return self._found[key]
 
     def parts(self, config: RunConfig) -> tuple[int, int, int]:
@@ -107,6 +144,11 @@ class Sizes:
         """
         sizes = self._of(config)
         return sizes.train, sizes.val, sizes.test
+
+    @staticmethod
+    def _key(config: RunConfig) -> tuple[object, ...]:
+        source = (config.data, config.data_dir, config.split_seed, config.train_on_val, config.val_share)
+        return (*source, config.image_size, config.train_size)
 
     def updates(self, config: RunConfig) -> int:
         """Updates of a whole run."""
@@ -133,8 +175,14 @@ def _official(config: RunConfig) -> Counts | None:
     )
 
 
-def _read(config: RunConfig) -> Counts:
-    return Counts.of(load_clean(config))
+def _first(data: Data) -> Data:
+    """The first samples of each part; not their files' content."""
+
+    def first(part: Split) -> Split:
+        return part.only(torch.arange(min(_FEW, len(part))))
+
+    clean = None if data.clean is None else data.clean[:_FEW].clone()
+    return dataclasses.replace(data, train=first(data.train), val=first(data.val), test=first(data.test), clean=clean)
 
 
 def guess_seconds(configs: Sequence[RunConfig], workers: int, sizes: Sizes | None = None) -> float:
@@ -146,22 +194,7 @@ def guess_seconds(configs: Sequence[RunConfig], workers: int, sizes: Sizes | Non
         OSError, ValueError, ModuleNotFoundError: a network, a device, or data of no known size, cannot be had.
     """
     sizes = sizes or Sizes()
-    seconds_of: dict[tuple[object, ...], float] = {}
-    each: list[float] = []
-    for config in configs:
-        _, inputs = sizes.of(config)
-        key: tuple[object, ...] = (
-            inputs,
-            config.model,
-            str(config.model_params),
-            config.device,
-            config.precision,
-            config.channels_last,
-        )
-        key += (min(_SAMPLES[config.device], config.batch_size),)
-        if key not in seconds_of:
-            seconds_of[key] = _gradient_seconds(config, inputs)
-        each.append(_gradients(config, sizes) * seconds_of[key])
+    each = [_gradients(config, sizes) * sizes.gradient_seconds(config) for config in configs]
     if not each:
         return 0.0
     # Runs that share a GPU share its speed.
@@ -178,29 +211,32 @@ def _gradients(config: RunConfig, sizes: Sizes) -> float:
     return sizes.cost(config) * config.batch_size + _FORWARD * (looks + train) + curvature
 
 
-def _gradient_seconds(config: RunConfig, inputs: Inputs) -> float:
-    """Seconds of forward and backward for one sample of a batch."""
+def _gradient_seconds(config: RunConfig, inputs: Inputs, few: int) -> float:
     check_machine(config)
-    few = min(_SAMPLES[config.device], config.batch_size)
     model = build_model(config, inputs).train()
-    x = _samples(inputs, few).to(config.device)
-    if config.channels_last and x.dim() == 4:
-        x = x.to(memory_format=torch.channels_last)
-    y = torch.zeros(few, dtype=torch.long, device=config.device)
-    times: list[float] = []
-    with one_thread(), torch.random.fork_rng(devices=[]):
-        while len(times) < 3 and sum(times) < _ENOUGH:
-            begun = time.perf_counter()
-            with autocast(config):
-                output = model(x).float()
-            F.cross_entropy(output, y).backward()
-            if config.device != "cpu":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - begun)
-    return min(times) / few
+    seconds = 0.0
+    for count in sorted({min(2, few), few}):  # a large network takes long enough for two
+        times: list[float] = []
+        x = _samples(inputs, count).to(config.device)
+        if config.channels_last and x.dim() == 4:
+            x = x.to(memory_format=torch.channels_last)
+        y = torch.zeros(count, dtype=torch.long, device=config.device)
+        with one_thread(), torch.random.fork_rng(devices=[]):
+            while len(times) < 3 and sum(times) < _ENOUGH:
+                begun = time.perf_counter()
+                with autocast(config):
+                    output = model(x).float()
+                F.cross_entropy(output, y).backward()
+                if config.device != "cpu":
+                    torch.cuda.synchronize()
+                times.append(time.perf_counter() - begun)
+        seconds = min(times) / count
+        if sum(times) > _ENOUGH:
+            break
+    return seconds
 
 
 def _samples(inputs: Inputs, few: int) -> torch.Tensor:
     if inputs.kind == "integers":
         return torch.zeros(few, *inputs.shape, dtype=torch.long)
-    return torch.rand(few, *inputs.shape)
+    return torch.rand(few, *inputs.shape, generator=torch.Generator().manual_seed(0))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from flatmin.train.result import Epoch, Result
+from flatmin.words import duration
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,13 +25,13 @@ class Planned:
 
     @property
     def sentence(self) -> str:
-        """E.g. "30 runs, about 55 s"."""
+        """E.g. "30 runs, about 55 seconds"."""
         count = f"{self.runs} run{'s' if self.runs != 1 else ''}"
         if self.reused == self.runs:
             return f"{count}, all finished before"
         before = f", {self.reused} finished before" if self.reused else ""
         nets = f", {self.nets} network{'s' if self.nets != 1 else ''} to measure" if self.nets else ""
-        return f"{count}{before}{nets}" + ("" if self.seconds is None else f", about {_round(self.seconds)} s")
+        return f"{count}{before}{nets}" + ("" if self.seconds is None else f", {duration(self.seconds)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,9 +89,3 @@ class Warned:
 
 
 Event = Planned | EpochDone | RunDone | RunBroke | Tuned | Timing | ReportDone | Warned
-
-
-def _round(seconds: float) -> int:
-    """The number rounded to two digits, as an estimate."""
-    whole = max(1, round(seconds))
-    return whole if whole < 100 else round(whole, -1)

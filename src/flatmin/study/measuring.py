@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import multiprocessing
 import warnings
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,6 +20,7 @@ from flatmin.measure.losses import logits_of
 from flatmin.measure.problem import Mode, Problem
 from flatmin.measure.report import Report, ReportSettings, report
 from flatmin.study.measured import NetReport, Unmeasured, check_doubles
+from flatmin.study.pool import Lost, Pool, Worker
 from flatmin.train.config import RunConfig
 from flatmin.train.saved import SavedRun, open_run
 from flatmin.train.settings import content_hash
@@ -301,52 +298,26 @@ def measure_all(
                 measured = _unmeasured(run, error)
             end(i, measured)
         return list(done.values())
-    left = dict(enumerate(runs))
-    try:
-        with closing(_served_by(workers, left, view, on_part)) as served:
-            for i, measured in served:
-                del left[i]
-                end(i, measured)
-    except BrokenProcessPool:
-        # Which net ended its process is not known: each of those that are left gets a process to itself.
-        for i, run in list(left.items()):
-            try:
-                ((_, measured),) = _served_by(1, {i: run}, view, on_part)
-            except BrokenProcessPool:
-                measured = Unmeasured(
-                    name=run.name,
-                    why="its process ended while it measured, often because memory ran out; use fewer --workers, "
-                    "smaller batches or fewer examples.",
-                )
-            end(i, measured)
+    waiting, busy = list(reversed(list(enumerate(runs)))), dict[int, Worker]()
+    with Pool(_served) as pool:
+        while waiting or busy:
+            while waiting and len(busy) < workers:
+                i, run = waiting.pop()
+                busy[i] = pool.submit(run, view, on_part)
+            pool.wait(busy.values())
+            for i, worker in list(busy.items()):
+                found = pool.poll(worker)
+                if found is None:
+                    continue
+                del busy[i]
+                if isinstance(found, Lost):
+                    why = (
+                        "its process ended while it measured, often because memory ran out; use fewer --workers, "
+                        "smaller batches or fewer examples."
+                    )
+                    found = Unmeasured(name=runs[i].name, why=why)
+                end(i, found)
     return [done[i] for i in range(len(runs)) if i in done]
-
-
-def _served_by(
-    workers: int, runs: Mapping[int, SavedRun], view: View, on_part: Callable[[NetReport], None] | None
-) -> Generator[tuple[int, NetReport | Unmeasured]]:
-    """What a pool of processes measures, as it is done.
-
-    Raises:
-        BrokenProcessPool: a process ended.
-    """
-    others = multiprocessing.active_children()
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,))
-    try:
-        waiting = {pool.submit(_served, run, view, on_part): i for i, run in runs.items()}
-        while waiting:
-            ready, _ = wait(waiting, return_when=FIRST_COMPLETED)
-            for future in ready:
-                yield waiting.pop(future), future.result()
-    except BaseException:
-        # Nobody waits for what is under way: a net can take minutes.
-        pool.shutdown(wait=False, cancel_futures=True)
-        for child in multiprocessing.active_children():
-            if child not in others:
-                child.terminate()
-        raise
-    pool.shutdown()
 
 
 def _served(run: SavedRun, view: View, on_part: Callable[[NetReport], None] | None) -> NetReport | Unmeasured:

@@ -7,15 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from flatmin.data.named import Progress
 from flatmin.study.archive import Archive
 from flatmin.study.code import Contents, code_of
-from flatmin.study.executors import RunOutcome, finished_and_missing
-from flatmin.study.executors.executor import done_again
 from flatmin.study.expand import GridPoint, best, grid_points, validation_score
 from flatmin.study.measuring import View
 from flatmin.study.record import Record
 from flatmin.study.spec import StudySpec
-from flatmin.study.store import Run, Store, unique
+from flatmin.study.stale import former_runs
+from flatmin.study.store import Run, RunOutcome, Store, done_again, finished_and_missing, unique
 from flatmin.study.stored_reports import lacking, report_path, stored_report
 from flatmin.train.config import RunConfig
 from flatmin.train.folder import RunFolder
@@ -38,6 +38,7 @@ class StudyPlan:
             each choice: the chosen one, or the first while there are runs to wait for.
         waiting: runs that are not among the missing ones because their values are not chosen yet.
         archive: of finished runs that are taken whatever their code.
+        contents: the data of its runs, as far as they can be read here.
     """
 
     spec: StudySpec
@@ -51,6 +52,7 @@ class StudyPlan:
     choice: StudyPlan | None = None
     waiting: list[Run] = field(default_factory=list)
     archive: Archive | None = None
+    contents: Contents = field(default_factory=Contents)
 
     @property
     def open(self) -> list[Run]:
@@ -66,11 +68,14 @@ def plan(
     retry: bool = False,
     archive: Path | None = None,
     weights: bool = True,
+    download: bool = False,
+    progress: Progress | None = None,
 ) -> StudyPlan:
     """Expand a study to grid points and look for finished runs.
 
     Of the data only the digest is read, see `flatmin.train.fingerprint.content_of`. The data may be absent: runs are
-    then identified by their settings, code and data_dir, with a warning.
+    then identified by their settings, code and data_dir, with a warning. `flatmin.study.trial.check_runs` refuses what
+    cannot be run.
 
     A run that raised an error has no result, so it is among the missing ones. One whose loss was not finite has.
 
@@ -86,6 +91,8 @@ def plan(
             Runs of the archive stay.
         archive: of finished runs that are taken whatever their code, see `flatmin.study.archive`.
         weights: whether runs keep their trained weights.
+        download: get data that are missing, where that is possible.
+        progress: see `flatmin.data.named.Reading`.
 
     Raises:
         ValueError: settings that do not go together, a folder that cannot be written, or an archive that cannot be
@@ -94,22 +101,27 @@ def plan(
     rows = grid_points(spec)  # before a folder is made: they may be refused
     _check_seeds(spec)
     kept = None if archive is None else Archive(archive)
-    return _plan(spec, rows, Store(out, weights=weights, make=make), kept, retry=retry)
+    contents = Contents(download=download, progress=progress)
+    return _plan(spec, rows, Store(out, weights=weights, make=make), kept, contents, retry=retry)
 
 
 def plan_again(todo: StudyPlan) -> StudyPlan:
     """The plan of the same study, by what is finished now."""
-    return _plan(todo.spec, grid_points(todo.spec), todo.store, todo.archive, retry=False)
+    return _plan(todo.spec, grid_points(todo.spec), todo.store, todo.archive, Contents(), retry=False)
 
 
-def _plan(spec: StudySpec, rows: list[GridPoint], store: Store, archive: Archive | None, *, retry: bool) -> StudyPlan:
-    contents = Contents()
-
+def _plan(
+    spec: StudySpec, rows: list[GridPoint], store: Store, archive: Archive | None, contents: Contents, *, retry: bool
+) -> StudyPlan:
     def planned(spec: StudySpec, rows: list[GridPoint]) -> StudyPlan:
         return _planned(spec, rows, store, archive, contents, retry=retry)
 
+    def told(found: StudyPlan) -> StudyPlan:
+        former = former_runs([*found.missing, *found.waiting], store)
+        return dataclasses.replace(found, warnings=list(dict.fromkeys([*found.warnings, *former])))
+
     if not spec.choose_seeds or not any(row.choose for row in rows):
-        return planned(spec, rows)
+        return told(planned(spec, rows))
     trial = dataclasses.replace(spec, seeds=spec.choose_seeds, choose_seeds=())
     # What is measured and recorded is asked of the rows of the table alone.
     trial = dataclasses.replace(trial, measure=None, record=Record())
@@ -120,15 +132,16 @@ def _plan(spec: StudySpec, rows: list[GridPoint], store: Store, archive: Archive
     late = {own.runs[i, seed].name for i, row in enumerate(kept) if row.label in undecided for seed in row.configs}
     early = {own.runs[i, seed].name for i, row in enumerate(kept) if row.label not in undecided for seed in row.configs}
     late -= early
-    return dataclasses.replace(
+    whole = dataclasses.replace(
         own,
         finished={**choice.finished, **own.finished},
         missing=[*choice.missing, *(run for run in own.missing if run.name not in late)],
         unmeasured=[*choice.unmeasured, *(run for run in own.unmeasured if run.name not in late)],
-        warnings=list(dict.fromkeys([*choice.warnings, *own.warnings])),
+        warnings=[*choice.warnings, *own.warnings],
         choice=choice,
         waiting=[run for run in own.open if run.name in late],
     )
+    return told(whole)
 
 
 def _check_seeds(spec: StudySpec) -> None:
@@ -214,6 +227,7 @@ def _planned(
         unmeasured=unmeasured,
         warnings=warnings,
         archive=archive,
+        contents=contents,
     )
 
 

@@ -19,6 +19,7 @@ from flatmin.study.plan import run_of
 from flatmin.study.spec import StudySpec
 from flatmin.study.store import Run, Store
 from flatmin.study.sweep import Axis
+from flatmin.study.trial import check_runs
 from flatmin.train.config import RunConfig
 from flatmin.train.feed import steps_of
 from flatmin.train.options import Options
@@ -74,6 +75,7 @@ def search(
     out: Path,
     workers: int,
     on_event: Callable[[Event], None] | None = None,
+    download: bool = False,
     **how: Any,
 ) -> list[SearchResult]:
     """Search every row of a study by Optuna's tree-structured Parzen estimator, with the same budget for each.
@@ -90,19 +92,23 @@ def search(
         out: folder of the runs.
         workers: see `flatmin.study.executors.execute`.
         on_event: called with each event.
+        download: get data that are missing, where that is possible.
         how: further arguments of `execute`.
 
     Returns:
         The results, in the order of the study's rows.
 
     Raises:
-        ValueError: a budget below the cost of one trial, a setting that no arm has, a trial that flatmin refuses.
+        ValueError: a budget below the cost of one trial, a setting that no arm has, a trial that flatmin refuses; or,
+            before the first run, what `flatmin.study.trial.check_runs` refuses.
         ModuleNotFoundError: Optuna is not installed (extra "search").
         StudyInterrupted: on Ctrl-C; finished runs are kept.
     """
     tell = on_event if on_event is not None else lambda event: None
     tasks = _tasks(spec, dimensions)
-    sizes, store, contents = Sizes(), Store(out), Contents()
+    sizes, store, contents = Sizes(), Store(out), Contents(download=download)
+    configs = [config for task in tasks for config in task.result.grid_point.configs.values()]
+    notes = check_runs(configs, contents, here=how.get("executor", "local") == "local", sizes=sizes)
     for task in tasks:
         least = task.cost(task.result.grid_point.config, sizes) * len(spec.seeds)
         if least > budget:
@@ -115,9 +121,7 @@ def search(
     )
     epochs = sum(task.result.grid_point.config.epochs for task in tasks) * planned // len(tasks)
     tell(Planned(stage="search", runs=planned, reused=0, epochs=epochs, seconds=None))
-    for config in (config for task in tasks for config in task.result.grid_point.configs.values()):
-        contents.of(config)
-    for text in contents.warnings:
+    for text in (*contents.warnings, *notes):
         tell(Warned(text=text))
     for task in tasks:
         if task.unsearched:

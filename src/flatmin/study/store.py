@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-import glob
+import copy
+import dataclasses
+import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from flatmin.study.measuring import View
 from flatmin.study.record import Record
+from flatmin.train import checkpoint
 from flatmin.train.config import RunConfig, identity
 from flatmin.train.files import reason
 from flatmin.train.fingerprint import Content
 from flatmin.train.folder import RunFolder
+from flatmin.train.lock import InUseError
 from flatmin.train.result import Epoch, Result
 from flatmin.train.settings import content_hash
 
@@ -44,21 +50,22 @@ class Run:
     @property
     def key(self) -> str:
         """Hex digest of configuration, code and data."""
-        return content_hash(identity(self.config), self.code, *self.data_labels)
+        data = [] if self.data_word is None else [self.data_word]
+        return content_hash(identity(self.config), self.code, *data)
 
     @property
-    def data_labels(self) -> list[str]:
-        """What stands for the data in the key; nothing for data of a package."""
-        if self.data_key is not None:
-            return [self.data_key]
-        return [] if self.content is None else [self.content.digest]
+    def data_word(self) -> str | None:
+        """What stands for the data in the key; None for data of a package."""
+        if self.data_key is not None or self.content is None:
+            return self.data_key
+        return self.content.digest
 
     @property
     def labels(self) -> dict[str, str]:
         """What config.json holds beside the configuration."""
         labels = {"label": self.label, "key": self.key, "code": self.code}
-        for word in self.data_labels:
-            labels["data_key"] = word
+        if self.data_word is not None:
+            labels["data_key"] = self.data_word
         return {**labels, "record": self.record.word} if self.record.word else labels
 
     @property
@@ -71,6 +78,23 @@ class Run:
         """The folder's name without what tells settings apart."""
         slug = re.sub(r"[^a-z0-9.+]+", "-", self.label.lower()).replace("-+-", "-").strip("-") or "run"
         return f"{slug[:100]}-s{self.config.seed}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOutcome:
+    """The result and the epochs of a run, or the error that it raised.
+
+    Args:
+        result, lines, error: the former two, or the latter.
+        report: the flatness of its network, as `flatmin.measure.Report.to_dict`; None if none was asked for.
+        refusal: why there is no report.
+    """
+
+    result: Result | None = None
+    lines: tuple[Epoch, ...] = ()
+    error: str | None = None
+    report: Mapping[str, Any] | None = None
+    refusal: str | None = None
 
 
 class Store:
@@ -102,6 +126,13 @@ class Store:
             raise ValueError(
                 f"the folder {str(self.out)!r} cannot be written ({error.strerror or error}); name another one."
             ) from error
+
+    def absolute(self) -> Store:
+        """The same store, for processes that have another working directory."""
+        there = copy.copy(self)
+        there.out, there.runs = self.out.absolute(), self.runs.absolute()
+        there._taken = {name: folder.absolute() for name, folder in self._taken.items()}
+        return there
 
     def folder(self, run: Run) -> Path:
         """Where a run lives."""
@@ -143,17 +174,69 @@ class Store:
 
         For a machine that cannot see the data, as where finished runs are summed up elsewhere.
         """
-        for path in sorted(self.runs.glob(f"{glob.escape(run.stem)}-*")):
-            try:
-                config, labels = RunFolder(path).config()
-            except ValueError:
-                continue
-            same = identity(config) == identity(run.config) and config.data_dir == run.config.data_dir
-            if same and labels.get("code") == run.code and "data_key" in labels:
+        for folder in self.alike(run):
+            config, labels = folder.config()
+            if config.data_dir == run.config.data_dir and labels.get("code") == run.code and "data_key" in labels:
                 return labels["data_key"]
         return None
+
+    def alike(self, run: Run) -> Iterator[RunFolder]:
+        """The runs of the same settings that are there, of whatever code and data."""
+        names = os.listdir(self.runs) if self.runs.is_dir() else []
+        for name in sorted(name for name in names if name.startswith(f"{run.stem}-")):
+            folder = RunFolder(self.runs / name)
+            with suppress(ValueError):  # it cannot be read
+                if identity(folder.config()[0]) == identity(run.config):
+                    yield folder
 
 
 def unique(runs: Iterable[Run]) -> list[Run]:
     """Without repetitions of one folder, in order."""
     return list({run.name: run for run in runs}.values())
+
+
+def finished_and_missing(
+    runs: Iterable[Run], store: Store, warn: Callable[[str], None]
+) -> tuple[dict[str, RunOutcome], list[Run]]:
+    """Outcomes of the finished runs by name, and the runs that are missing; each run once.
+
+    A run that is repeated because it has not recorded what is asked for also records what it recorded before.
+    Checkpoints that a finished run left behind are removed, if the store may write.
+
+    Args:
+        runs: wanted.
+        store: where to look.
+        warn: see `Store.find`.
+    """
+    finished: dict[str, RunOutcome] = {}
+    missing: list[Run] = []
+    for run in unique(runs):
+        recorded = store.find(run, warn)
+        if recorded is None:
+            missing.append(done_again(run, store))
+        else:
+            finished[run.name] = RunOutcome(result=recorded[0], lines=tuple(recorded[1]))
+            if store.writes:
+                _tidy(RunFolder(store.folder(run)))
+    return finished, missing
+
+
+def done_again(run: Run, store: Store) -> Run:
+    """The run, recording also what it recorded before, for other studies that read it."""
+    return dataclasses.replace(run, record=run.record.with_also(_recorded(run, store)))
+
+
+def _tidy(folder: RunFolder) -> None:
+    """Remove the checkpoints of a finished run whose processes were killed right after its result."""
+    if folder.checkpoints.is_dir():
+        with suppress(InUseError), folder.hold(patience=0):
+            if folder.finished:
+                checkpoint.clear(folder.checkpoints)
+
+
+def _recorded(run: Run, store: Store) -> Record:
+    try:
+        labels = RunFolder(store.folder(run)).config()[1]
+    except ValueError:
+        return Record()
+    return Record.of(labels) if labels.get("key") == run.key else Record()

@@ -6,13 +6,14 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from flatmin.study.costs import guess_seconds
+from flatmin.study.costs import Sizes, guess_seconds
 from flatmin.study.events import Event, Planned, Timing, Tuned, Warned
 from flatmin.study.executors import execute
 from flatmin.study.plan import StudyPlan, plan_again
 from flatmin.study.store import Run
 from flatmin.study.tabulate import StudyTable, tabulate
 from flatmin.study.timing import step_times
+from flatmin.study.trial import check_runs
 from flatmin.train.trainer import build_recipe
 
 OnEvent = Callable[[Event], None]
@@ -39,14 +40,16 @@ def study(
 
     Raises:
         StudyInterrupted: on Ctrl-C; finished runs are kept.
-        OSError, ValueError, ModuleNotFoundError: the data, a network or a device cannot be had, or no run had a result.
+        ValueError: before the first run, what `flatmin.study.trial.check_runs` refuses; or no run had a result.
+        OSError, ModuleNotFoundError: the data, a network or a device cannot be had.
     """
     tell: OnEvent = on_event if on_event is not None else lambda event: None
-    outcomes = dict(todo.finished)
+    outcomes, sizes = dict(todo.finished), Sizes()
 
     def do(todo: StudyPlan, runs: Sequence[Run]) -> None:
         configs = [run.config for run in runs if run not in todo.unmeasured]
-        for text in todo.warnings:
+        notes = check_runs(configs, todo.contents, here=executor == "local", sizes=sizes)
+        for text in (*todo.warnings, *notes):
             tell(Warned(text=text))
         tell(
             Planned(
@@ -56,7 +59,7 @@ def study(
                 epochs=sum(run.config.epochs for run in runs),
                 nets=sum(run.view is not None for run in runs),
                 # What it takes elsewhere is not known here.
-                seconds=guess_seconds(configs, workers) if configs and executor == "local" else None,
+                seconds=guess_seconds(configs, workers, sizes) if configs and executor == "local" else None,
             )
         )
         # The longest first, so that no worker is left with one at the end.
@@ -76,7 +79,7 @@ def study(
     for label in table.tried:
         chosen = next(row for row in table.rows if row.label == label)
         tell(Tuned(label=chosen.arm, chosen=dict(chosen.chosen)))
-    return with_times(table, todo, tell) if todo.spec.timing else table
+    return with_times(table, todo, tell) if todo.spec.timing and executor == "local" else table
 
 
 def with_times(table: StudyTable, todo: StudyPlan, on_event: OnEvent | None = None) -> StudyTable:

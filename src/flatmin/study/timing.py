@@ -115,7 +115,7 @@ def step_times(runs: Sequence[Run], folder: Path, on_begin: Callable[[int], None
     for group in groups.values():
         timed = {_kind(run): run.config for run in reversed(group)}
         base = dataclasses.replace(_plain(group[0].config), epochs=group[0].config.epochs)
-        key = content_hash(sorted(timed), _plain(base), sorted({run.code for run in group}), group[0].data_labels)
+        key = content_hash(sorted(timed), _plain(base), sorted({run.code for run in group}), group[0].data_word or "")
         path = folder / f"{key[:10]}.json"
         found = _kept(path, key)
         if found is None:

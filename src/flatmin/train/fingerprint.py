@@ -12,7 +12,6 @@ import platform
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,24 +26,14 @@ from flatmin.methods import Recipe
 from flatmin.models.external import external
 from flatmin.train.config import RunConfig
 from flatmin.train.locate import find_module
+from flatmin.train.package import package_digest
 from flatmin.train.settings import canonical
 from flatmin.train.sources import load_clean, reading_of
 from flatmin.words import read_text
 
-PARTS = ("methods", "optim", "data", "models", "measure", "train")
 _AND = "; "
 _ROUNDING = 1e-6
 _ROWS = 4096
-FILES = ("streams.py",)
-
-
-def package_sources() -> list[Path]:
-    """The package's files that a run depends on."""
-    root = Path(flatmin.__file__).parent
-    paths = [root / name for name in FILES]
-    for part in PARTS:
-        paths += sorted((root / part).rglob("*.py"))
-    return [path for path in paths if path.is_file()]
 
 
 def module_sources(module: ModuleType) -> list[Path]:
@@ -72,23 +61,6 @@ def external_versions(specs: Iterable[str]) -> list[str]:
     """Versions of the packages behind models such as "timm:NAME"."""
     packages = sorted({spec.partition(":")[0] for spec in specs if external(spec) is not None})
     return [f"{name} {_version(name)}" for name in packages]
-
-
-def digest(paths: Sequence[Path], *extra: str) -> str:
-    """Hex digest of files' names and contents and of further words."""
-    state = hashlib.sha256()
-    # Not by path: the same code may lie elsewhere on another machine.
-    for name, content in sorted((path.name, path.read_bytes()) for path in paths):
-        state.update(name.encode() + b"\0" + content + b"\0")
-    for word in extra:
-        state.update(word.encode() + b"\0")
-    return state.hexdigest()
-
-
-@lru_cache(maxsize=1)
-def package_digest() -> str:
-    """Digest of the package's own files and of the version of torch; read once per process."""
-    return digest(package_sources(), torch.__version__)
 
 
 class OtherDataError(ValueError):

@@ -1,7 +1,8 @@
 """Whether a process trains in a folder: a lock on the folder, which ends with the process in any case.
 
 No host names or process numbers are written. On a file system that locks files only, such as NFS, the folder has a
-lock file. Where nothing can be locked, `in_use` uses the modification times of the files.
+lock file. Where nothing can be locked, `in_use` uses the modification times of the files. The package filelock does not
+serve, because to ask whether a folder is in use it writes a lock file into it, and refuses folders that are read-only.
 """
 
 from __future__ import annotations
@@ -41,20 +42,19 @@ def hold(folder: Path, *, patience: float | None = GLANCE) -> Iterator[None]:
         InUseError: another process does.
         OSError: the folder cannot be made.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = _open(folder, make=True)
+    begun, pause = time.monotonic(), _PAUSE
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, mine = _lock(folder, make=True)
+        # What was locked may have been removed, and made again, meanwhile.
+        if mine is not False and _still(handle, folder):
+            break
+        _release(handle)
+        if patience is not None and time.monotonic() - begun > patience:
+            raise InUseError(f"another process trains in {folder}: wait until it ends, or name another folder.")
+        time.sleep(pause)
+        pause = min(_LONGEST, 1.1 * pause)
     try:
-        begun, pause = time.monotonic(), _PAUSE
-        while _locked(handle) is False or not _still(handle, folder):
-            if patience is not None and time.monotonic() - begun > patience:
-                raise InUseError(f"another process trains in {folder}: wait until it ends, or name another folder.")
-            if not _still(handle, folder):  # removed and made again while this one waited
-                _release(handle)
-                folder.mkdir(parents=True, exist_ok=True)
-                handle = _open(folder, make=True)
-                continue
-            time.sleep(pause)
-            pause = min(_LONGEST, 1.1 * pause)
         yield
     finally:
         _release(handle)
@@ -89,15 +89,13 @@ def in_use(folder: Path) -> bool:
 
     Known where folders can be locked; elsewhere: whether a file in it was changed in the last `RECENT` seconds.
     """
-    handle = _open(folder)
-    try:
-        mine = _locked(handle)
-        if mine is False:
-            time.sleep(_PAUSE)  # another one who only looks is gone by then
-            mine = _locked(handle)
-        return changed(folder) > time.time() - RECENT if mine is None else not mine
-    finally:
+    handle, mine = _lock(folder)
+    _release(handle)
+    if mine is False:
+        time.sleep(_PAUSE)  # another one who only looks is gone by then
+        handle, mine = _lock(folder)
         _release(handle)
+    return changed(folder) > time.time() - RECENT if mine is None else not mine
 
 
 def changed(folder: Path) -> float:
@@ -139,30 +137,26 @@ def _walk(folder: str | os.PathLike[str], tells: Callable[[str], bool]) -> tuple
     return latest, size
 
 
-def _open(folder: Path, *, make: bool = False) -> int | None:
-    """What can be locked: the folder, or the file in it; None if there is nothing."""
-    if fcntl is None:
-        return None
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-        if _lockable(handle):
-            return handle
-        os.close(handle)
-        return os.open(folder / _FILE, os.O_RDWR | (os.O_CREAT if make else 0))
-    except OSError:
-        return None
+def _lock(folder: Path, *, make: bool = False) -> tuple[int | None, bool | None]:
+    """Lock the folder, or the file in it where the file system locks files only.
 
+    Args:
+        folder: which.
+        make: whether to make that file.
 
-def _lockable(handle: int) -> bool:
-    """Whether the file system locks this kind of file, whoever has the lock."""
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        fcntl.flock(handle, fcntl.LOCK_UN)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return True
+    Returns:
+        What is open, and whether it is locked now: False if somebody else has the lock, None if nothing can be locked.
+    """
+    for path, flags in ((folder, os.O_RDONLY), (folder / _FILE, os.O_RDWR | (os.O_CREAT if make else 0))):
+        try:
+            handle = os.open(path, flags) if fcntl is not None else None
+        except OSError:
+            continue
+        mine = _locked(handle)
+        if mine is not None:
+            return handle, mine
+        _release(handle)
+    return None, None
 
 
 def _locked(handle: int | None) -> bool | None:

@@ -6,13 +6,14 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flatmin.train.files import reason
 from flatmin.train.lock import changed_and_size, in_use
+from flatmin.train.package import package_digest
 from flatmin.train.result import VERSION
 
 DAMAGED = "damaged"
@@ -30,6 +31,7 @@ class Digest:
         done: epochs so far.
         epoch, val_acc, test_acc: of the weights that count.
         failure: why it stopped before its end.
+        stale: whether it is of a study and of other code of flatmin or torch than this, so that no study takes it.
     """
 
     state: str
@@ -45,6 +47,7 @@ class Digest:
     val_acc: float | None = None
     test_acc: float | None = None
     failure: str | None = None
+    stale: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +138,7 @@ def _finished(path: Path) -> Digest | None:
             **{key: config[key] for key in ("method", "rho", "data", "model", "seed", "epochs")},
             done=(path / "metrics.jsonl").read_bytes().count(b"\n"),
             **{key: chosen[key] for key in ("epoch", "val_acc", "test_acc")},
+            stale=_stale(path, config),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -159,7 +163,16 @@ def _digest(path: Path) -> Digest:
         val_acc=None if chosen is None else chosen.val_acc,
         test_acc=None if chosen is None else chosen.test_acc,
         failure=run.failure,
+        stale=_stale(path, json.loads((path / "config.json").read_bytes())),
     )
+
+
+def _stale(path: Path, config: Mapping[str, Any]) -> bool:
+    """Whether a run of a study is of other code than this; `flatmin.study.stale` knows of the user's own code too."""
+    if "code" not in config:
+        return False
+    there = json.loads((path / "env.json").read_bytes())
+    return package_digest()[:10] not in str(there.get("code", "")).split("; ")
 
 
 def size_of(folder: Path) -> int:

@@ -6,10 +6,10 @@ import importlib
 import importlib.util
 import typing
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
-from flatmin.study.executors.executor import Executor, OnEvent, RunOutcome, StudyInterrupted, finished_and_missing
-from flatmin.study.store import Run, Store
+from flatmin.study.executors.loop import OnEvent, Reporter
+from flatmin.study.store import Run, RunOutcome, Store, finished_and_missing
 from flatmin.train.settings import field_types, fill, parse, split_override
 from flatmin.words import suggest
 
@@ -27,6 +27,30 @@ __all__ = [
 
 # The package that each one needs beside flatmin's own.
 EXECUTORS = {"local": None, "ray": "ray", "slurm": "submitit"}
+
+
+class Executor(Protocol):
+    """The settings of a scheduler, which execute runs on it."""
+
+    def run(self, runs: Sequence[Run], store: Store, *, workers: int, reporter: Reporter) -> None:
+        """Execute all runs. An exception stops the runs in progress.
+
+        Args:
+            runs: at least one.
+            store: where they are stored.
+            workers: how many run at a time.
+            reporter: receives epochs and outcomes.
+        """
+        ...
+
+
+class StudyInterrupted(KeyboardInterrupt):
+    """Ctrl-C during a study. The message says what is stored and how to continue."""
+
+    def __init__(self, done: int, total: int) -> None:
+        super().__init__(
+            f"Interrupted: {done} of {total} runs are finished and kept; the same command continues from there."
+        )
 
 
 def make_executor(name: str, settings: Mapping[str, Any] | None = None) -> Executor:
@@ -112,7 +136,7 @@ def execute(
     outcomes: dict[str, RunOutcome] = {}
     try:
         if runs:
-            chosen.run(runs, store, workers=workers, on_event=on_event, outcomes=outcomes)
+            chosen.run(runs, store, workers=workers, reporter=Reporter(store, on_event, outcomes))
     except KeyboardInterrupt:
         done = sum(store.find(run, lambda text: None) is not None for run in runs)
         raise StudyInterrupted(done, len(runs)) from None

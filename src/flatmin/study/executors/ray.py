@@ -5,21 +5,20 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray import exceptions
 
-from flatmin.study.executors.executor import OnEvent, Reporter, RunOutcome
-from flatmin.study.executors.submit_loop import Lost, submit_loop
-from flatmin.study.executors.tasks import Busy, Task
+from flatmin.study.executors.loop import Busy, Reporter, Task, run_all
 from flatmin.study.executors.worker import run_quietly
-from flatmin.study.store import Run, Store
+from flatmin.study.pool import Lost
+from flatmin.study.store import Run, RunOutcome, Store
 from flatmin.train.settings import at_least
 
-_PAUSE = 0.1  # seconds between polls
+_MOMENT = 0.1  # seconds in which epochs may go unreported
 _NODES = 5.0  # seconds between polls for nodes
 
 
@@ -50,10 +49,8 @@ class Ray:
         if self.gpus is not None:
             at_least(self, "gpus", 0)
 
-    def run(
-        self, runs: Sequence[Run], store: Store, *, workers: int, on_event: OnEvent, outcomes: dict[str, RunOutcome]
-    ) -> None:
-        """See `flatmin.study.executors.executor.Executor`.
+    def run(self, runs: Sequence[Run], store: Store, *, workers: int, reporter: Reporter) -> None:
+        """See `flatmin.study.executors.Executor`.
 
         Raises:
             ValueError: there is no such cluster, no node has what a run needs, or all nodes were lost.
@@ -63,9 +60,7 @@ class Ray:
             self._connect(workers)
         try:
             self._check(runs)
-            there = Store(store.out.absolute(), weights=store.weights, checkpoint_seconds=store.checkpoint_seconds)
-            reporter = Reporter(there, on_event, outcomes)
-            submit_loop(_Scheduler(self), runs, there, workers=workers, pause=_PAUSE, reporter=reporter)
+            run_all(_Scheduler(self), runs, store.absolute(), workers=workers, reporter=reporter)
         finally:
             if mine:
                 ray.shutdown()
@@ -124,7 +119,6 @@ class _Scheduler:
 
     def poll(self, job: Any) -> RunOutcome | Busy | Lost | None:
         if not ray.wait([job], timeout=0)[0]:
-            self._look_for_nodes()
             return None
         try:
             outcome: RunOutcome | Busy = ray.get(job)
@@ -134,12 +128,13 @@ class _Scheduler:
             return Lost(f"ended with {type(error).__name__}: {_first_line(error)}")
         return outcome
 
-    def _look_for_nodes(self) -> None:
-        """Check that a node is left: Ray waits for ever for lost nodes.
+    def wait(self, jobs: Collection[Any]) -> None:
+        """Also check that a node is left: Ray waits for ever for lost nodes.
 
         Raises:
             ValueError: no node is left.
         """
+        ray.wait(list(jobs), timeout=_MOMENT)
         if time.monotonic() - self._looked < _NODES:
             return
         self._looked = time.monotonic()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import time
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,10 @@ import submitit
 from submitit.core.utils import FailedJobError, UncompletedJobError
 from submitit.helpers import DelayedSubmission
 
-from flatmin.study.executors.executor import OnEvent, Reporter, RunOutcome
-from flatmin.study.executors.submit_loop import Lost, submit_loop
-from flatmin.study.executors.tasks import Busy, Task
+from flatmin.study.executors.loop import Busy, Reporter, Task, run_all
 from flatmin.study.executors.worker import run_quietly
-from flatmin.study.store import Run, Store
+from flatmin.study.pool import Lost
+from flatmin.study.store import Run, RunOutcome, Store
 from flatmin.train.settings import at_least, one_of
 
 CLUSTERS = ("slurm", "local", "debug")
@@ -72,18 +72,14 @@ class Slurm:
             if getattr(self, name) is not None:
                 at_least(self, name, 0)
 
-    def run(
-        self, runs: Sequence[Run], store: Store, *, workers: int, on_event: OnEvent, outcomes: dict[str, RunOutcome]
-    ) -> None:
-        """See `flatmin.study.executors.executor.Executor`.
+    def run(self, runs: Sequence[Run], store: Store, *, workers: int, reporter: Reporter) -> None:
+        """See `flatmin.study.executors.Executor`.
 
         Raises:
             ValueError: there is no Slurm on this machine, or it refuses the settings.
         """
-        there = Store(store.out.absolute(), weights=store.weights, checkpoint_seconds=store.checkpoint_seconds)
-        scheduler = _Scheduler(self, there.out / "slurm")
-        reporter = Reporter(there, on_event, outcomes)
-        submit_loop(scheduler, runs, there, workers=workers, pause=_PAUSE[self.cluster], reporter=reporter)
+        there = store.absolute()
+        run_all(_Scheduler(self, there.out / "slurm"), runs, there, workers=workers, reporter=reporter)
 
     def parameters(self) -> dict[str, Any]:
         """As `submitit.AutoExecutor.update_parameters` takes them."""
@@ -137,6 +133,9 @@ class _Scheduler:
         except UncompletedJobError:
             return self._lost(job)
         return outcome
+
+    def wait(self, jobs: Collection[Any]) -> None:
+        time.sleep(_PAUSE[self._settings.cluster])
 
     def cancel(self, job: Any) -> None:
         job.cancel(check=False)

@@ -6,9 +6,8 @@ import dataclasses
 from collections.abc import Callable
 
 from flatmin.study.code import code_of
-from flatmin.study.executors.executor import RunOutcome
-from flatmin.study.executors.tasks import Busy, Task
-from flatmin.study.store import Run, Store
+from flatmin.study.executors.loop import Busy, Task
+from flatmin.study.store import Run, RunOutcome, Store
 from flatmin.study.stored_reports import make_report, stored_report
 from flatmin.study.timing import one_thread
 from flatmin.train import checkpoint, lock
@@ -22,8 +21,8 @@ from flatmin.train.result import Epoch, Result
 def run_task(task: Task, store: Store, on_line: Callable[[Epoch], None]) -> RunOutcome | Busy:
     """Start a run in this process, or continue it from its last checkpoint, store it, and measure its network.
 
-    What an earlier call or another process has done already is not repeated. Errors of any kind become part of the
-    outcome, except those that `on_line` raises.
+    What an earlier call or another process has done already is not repeated, and a run that another process works on
+    is left to it. Errors of any kind become part of the outcome, except those that `on_line` raises.
 
     Args:
         task: the run.
@@ -37,7 +36,7 @@ def run_task(task: Task, store: Store, on_line: Callable[[Epoch], None]) -> RunO
                 "the worker runs other code than the study was planned with: flatmin, torch or your own modules have "
                 "changed since, or differ on that machine; start the command again, with the same versions everywhere."
             )
-        with folder.hold(patience=None if task.wait else lock.GLANCE):
+        with folder.hold():
             recorded = store.find(run, lambda text: None)
             if recorded is None:
                 return _measured(run, folder, _train(run, store, folder, listener))
@@ -54,7 +53,7 @@ def run_task(task: Task, store: Store, on_line: Callable[[Epoch], None]) -> RunO
 
 
 def run_quietly(task: Task, store: Store) -> RunOutcome | Busy:
-    """`run_task` with one thread and without progress, for a process on another machine."""
+    """`run_task` with one thread; the run's epochs are in its folder."""
     with one_thread():
         return run_task(task, store, lambda line: None)
 

@@ -1,0 +1,90 @@
+"""Runs that no study takes any more: of these settings, but of other code, or on other data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+import flatmin
+from flatmin.study.code import Contents, code_of, modules_of
+from flatmin.study.store import Run, Store
+from flatmin.train.folder import RunFolder
+from flatmin.train.package import package_digest
+
+
+def former_runs(missing: Sequence[Run], store: Store) -> list[str]:
+    """A sentence on runs in the store that would be finished or begun if code and data were still what they were."""
+    found: dict[str, list[bool]] = {}
+    for run in missing:
+        for folder in store.alike(run):
+            if folder.path != store.folder(run) and (why := difference(folder, run)) is not None:
+                found.setdefault(why, []).append(folder.finished)
+    if not found:
+        return []
+    ends = [end for group in found.values() for end in group]
+    counts = [f"{count} {word}" for count, word in ((sum(ends), "finished"), (len(ends) - sum(ends), "unfinished"))]
+    whole = " and ".join(count for count in counts if not count.startswith("0 "))
+    each = [f"{why} ({len(group)})" if len(found) > 1 else why for why, group in found.items()]
+    return [
+        f"{whole} run{'s' * (len(ends) != 1)} in {store.out} with settings of this study {_was(ends)} made "
+        f"{', '.join(each)}, so they are not taken but trained again. `--archive {store.out}` takes the finished "
+        f"ones as they are; `flatmin runs rm --stale {store.out}` removes them."
+    ]
+
+
+def _was(ends: Sequence[bool]) -> str:
+    return "was" if len(ends) == 1 else "were"
+
+
+def stale(path: Path, contents: Contents | None = None) -> str | None:
+    """Why no study would take a run, in words; None if one would, or if that cannot be known here.
+
+    Runs of `flatmin train`, which belong to no study, and runs that cannot be read are not stale.
+
+    Args:
+        path: its folder.
+        contents: the data of runs. Default: data are not looked at.
+    """
+    folder = RunFolder(path)
+    try:
+        config, labels = folder.config()
+        if "code" not in labels or "key" not in labels:
+            return None
+        run = Run(label=labels.get("label", ""), config=config, code=code_of(config))
+    except ValueError:  # it is damaged, or its module is not here
+        return None
+    if contents is None or contents.absent(config):
+        return difference(folder, run, data=False)
+    return difference(folder, Run(label=run.label, config=config, code=run.code, content=contents.of(config)))
+
+
+def difference(folder: RunFolder, run: Run, *, data: bool = True) -> str | None:
+    """How a run that is there was made otherwise than the same run would be now, in words; None if it was not.
+
+    Args:
+        folder: of the run that is there.
+        run: of the same settings.
+        data: whether the data are known, and count.
+    """
+    labels = folder.config()[1]
+    if labels.get("code") != run.code:
+        return _other_code(folder, run)
+    theirs = labels.get("data_key")
+    if data and theirs != run.data_word and not (theirs or "").startswith("data_dir="):
+        return "on other data" if theirs is not None else "by a version that did not record its data"
+    return None
+
+
+def _other_code(folder: RunFolder, run: Run) -> str:
+    there = folder.environment()
+    versions = there.get("versions")
+    versions = versions if isinstance(versions, dict) else {}
+    if package_digest()[:10] in str(there.get("code", "")).split("; "):
+        modules = modules_of(run.config)
+        return f"with other code of your {', '.join(modules) or 'modules'}"
+    for name, version in (("flatmin", flatmin.__version__), ("torch", torch.__version__)):
+        if name in versions and str(versions[name]) != str(version):
+            return f"by {name} {versions[name]} (now {version})"
+    return f"by other code of flatmin {flatmin.__version__}"
