@@ -6,8 +6,9 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from flatmin.train.lock import changed_and_size, in_use
 from flatmin.train.result import VERSION
 
 DAMAGED = "damaged"
+# Of config.json: what a list has columns for, and what does not belong to the settings.
+_SHOWN = ("method", "rho", "data", "model", "seed", "epochs", "params", "model_params", "label", "key", "code")
+_SHOWN += ("data_key", "record", "content", "device", "version")
 # What `RunFolder.begin` writes: other programs have a config.json too, and this one removes whole folders.
 MARKS = ("config.json", "env.json", "metrics.jsonl")
 
@@ -30,6 +34,7 @@ class Digest:
         done: epochs so far.
         epoch, val_acc, test_acc: of the weights that count.
         failure: why it stopped before its end.
+        settings: all of them, by key, as far as config.json holds them.
     """
 
     state: str
@@ -45,6 +50,7 @@ class Digest:
     val_acc: float | None = None
     test_acc: float | None = None
     failure: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +95,9 @@ class Entry:
             "changed": self.changed,
             "size": self.size,
         }
-        return table | ({"problem": self.problem} if self.digest is None else dataclasses.asdict(self.digest))
+        if self.digest is None:
+            return {**table, "problem": self.problem}
+        return table | {key: value for key, value in dataclasses.asdict(self.digest).items() if key != "settings"}
 
 
 def entries(folder: Path) -> list[Entry]:
@@ -135,6 +143,7 @@ def _finished(path: Path) -> Digest | None:
             **{key: config[key] for key in ("method", "rho", "data", "model", "seed", "epochs")},
             done=(path / "metrics.jsonl").read_bytes().count(b"\n"),
             **{key: chosen[key] for key in ("epoch", "val_acc", "test_acc")},
+            settings=config,
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -159,7 +168,29 @@ def _digest(path: Path) -> Digest:
         val_acc=None if chosen is None else chosen.val_acc,
         test_acc=None if chosen is None else chosen.test_acc,
         failure=run.failure,
+        settings=json.loads((path / "config.json").read_bytes()),
     )
+
+
+def unusual(listed: Sequence[Entry]) -> list[str]:
+    """What tells each run from the most of the list, as key=value words; seed, epochs and what a list shows left out."""
+    tables = [_flat(entry.digest.settings) if entry.digest is not None else {} for entry in listed]
+    usual = {}
+    for key in dict.fromkeys(key for table in tables for key in table):
+        counts = Counter(table[key] for table in tables if key in table)
+        if len(counts) > 1:
+            usual[key] = counts.most_common(1)[0][0]
+    return [" ".join(f"{key}={table[key]}" for key in usual if table.get(key, usual[key]) != usual[key]) for table in tables]
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Settings as words; parameters of the method and the network by their own names."""
+    nested = {**settings.get("params", {}), **{f"model.{k}": v for k, v in settings.get("model_params", {}).items()}}
+    plain = {key: value for key, value in settings.items() if key not in _SHOWN}
+    return {
+        key: str(value).lower() if isinstance(value, bool) else "none" if value is None else str(value)
+        for key, value in {**plain, **nested}.items()
+    }
 
 
 def size_of(folder: Path) -> int:

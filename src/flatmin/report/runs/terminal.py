@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from flatmin.report.runs.history import History
-from flatmin.report.runs.numbers import alike, differences, sentence, troubles
+from flatmin.report.runs.numbers import alike, differences, sentence, troubles, unlisted
 from flatmin.report.terminal import print_table, print_text
 from flatmin.train.result import Epoch
 
@@ -35,10 +35,12 @@ def print_runs(runs: Sequence[History], console: Console) -> None:
     console.print()
     _print_curves(runs, console)
     if len(runs) > 1:
-        console.print()
-        if differing := differences(runs):
+        every = differences(runs)
+        if differing := unlisted(every):
+            console.print()
             _print_columns(runs, "what differs", differing, console)
-        else:
+        elif not every:
+            console.print()
             print_text("The settings are the same.", console)
     if told := troubles(runs):
         console.print()
