@@ -9,7 +9,8 @@ import unicodedata
 
 import pytest
 
-from flatmin.cli.console import make_console, print_rows
+from flatmin.cli.console import make_console
+from flatmin.report.terminal import print_table
 from flatmin.streams import Lasting, fitted, plain, settle_streams
 
 LABEL = "größer, ρ = 0.15 → ∞ 日本"
@@ -87,8 +88,10 @@ def test_columns_stand_below_each_other_in_ascii(monkeypatch):
     out = stream("ascii")
     monkeypatch.setattr(sys, "stdout", out)
     settle_streams()
-    print_rows([["arm", "test %"], ["ρ", "95.1 ±0.4"], ["SAM", "9.0"]], make_console())
-    assert written(out).decode().splitlines() == ["arm  test %", "rho  95.1 +-0.4", "SAM         9.0"]
+    print_table([["arm", "test %"], ["ρ", "95.1 ±0.4"], ["SAM", "9.0"]], make_console())
+    assert written(out).decode().splitlines() == [
+        "arm     test %", "-" * 15, "rho  95.1 +-0.4", "SAM         9.0",
+    ]  # fmt: skip
 
 
 def test_closed_output_and_dumb_terminals(monkeypatch):

@@ -290,7 +290,7 @@ class TestPage:
         assert "showlegend" not in outline.specs[0]["layout"] or not outline.specs[0]["layout"]["showlegend"]
 
     def test_more_runs_than_columns_fit(self, tmp_path):
-        folders = [make(tmp_path / f"r{i}", config=dataclasses.replace(CONFIG, seed=i)) for i in range(12)]
+        folders = [make(tmp_path / f"r{i}", config=dataclasses.replace(CONFIG, seed=i, lr=0.1 + i)) for i in range(12)]
         text = render(read_all(folders))
         assert text.count('<th scope="col"') < 40 and "r11" in text
         assert "What differs" in headings(text)

@@ -1,15 +1,25 @@
-"""The parts of pages: what they are made of, that nothing from outside is markup, and how they are written."""
+"""The pieces of a page: hostile text in every place that takes text, what each piece holds, and what may run."""
 
+import base64
+import hashlib
+import inspect
 import json
 import re
+import sys
 
 import pytest
 
 from flatmin.report import html as page
 from flatmin.report.html import Cell, Column, Figure, Markup
 from flatmin.report.studies.page import render
-from tests.pages import HOSTILE, Outline
+from tests.pages import Outline
 from tests.study.made import made_table
+
+HOSTILE = (
+    "<script>alert(1)</script>", '"><img src=x onerror=alert(2)>', "' onmouseover='alert(3)",
+    "</title></style></script>", "]]><!--", "{{ 7 * 7 }}{% raw %}", "a & b &lt;", "line\u2028break",
+)  # fmt: skip
+
 
 STUDY = """
 title = "{title}"
@@ -25,14 +35,17 @@ method = "sam"
 """
 
 
-@pytest.fixture
+PLOTLY = page._plotly_js
+
+
+@pytest.fixture(autouse=True)
 def small_plotly(monkeypatch):
     """plotly.js is 5 MB; its text does not matter to most tests."""
     monkeypatch.setattr(page, "_plotly_js", lambda: "/* plotly.js */")
 
 
 @pytest.fixture
-def study_page(tmp_path, small_plotly):
+def study_page(tmp_path):
     def make(title="A title", note="A note.", label="sam", command=("flatmin", "study", "x")):
         text = STUDY.format(**{k: json.dumps(v)[1:-1] for k, v in (("title", title), ("note", note), ("label", label))})
         return render(made_table(text, tmp_path, lambda point, seed: 90.0 + seed), command=command)
@@ -51,14 +64,106 @@ def test_a_page_is_whole_and_self_contained(study_page):
     assert "nan" not in "".join(outline.text) and "NaN" not in json.dumps(outline.specs)
 
 
-def test_hostile_names_stay_text(study_page):
-    for hostile in HOSTILE:
-        outline = Outline(study_page(hostile, hostile, hostile, ("flatmin", hostile)))
-        assert "img" not in outline.tags
-        assert not [name for name, _ in outline.attributes if name.startswith("on")]
-        kinds = [kind for kind, _ in outline.scripts]
-        assert kinds.count("code") == 3, "style, plotly.js and the page's own script, no other"
-        assert "".join(outline.text).count(hostile) >= 3
+def pieces(text):
+    """Every piece with the text in every place that takes one, by name."""
+    column = Column(text, hint=text)
+    words = Column(text, text=True)
+    return {
+        "heading": page.heading(text, text),
+        "paragraph": page.paragraph(text, "lead"),
+        "verdicts": page.verdicts([text, f"{text}. And more {text}"]),
+        "notes": page.notes([text, f"Short. {'long ' * 40}{text}"], title=text),
+        "code": page.code(text),
+        "facts": page.facts({text: text}),
+        "folded": page.folded(text, page.paragraph(text)),
+        "table": page.table([words, column, words], [[Cell(text, flag=text), Cell(text, minor=text), Cell(text)]]),
+        "legend": page.legend({text: (text, "tone-1")}, {text: text}, at=text),
+        "figure": page.figure(Figure([{"name": text, text: text}], {"title": {"text": text}}), text),
+        "panels": page.panels({text: Figure([{"name": text}]), "other": Figure([])}),
+    }
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_hostile_text_stays_text(text):
+    """A page with it has the tags of a page with a harmless word, and hands it over letter by letter."""
+    hostile, harmless = (Outline(page.page(word, list(pieces(word).values()))) for word in (text, "word"))
+    assert hostile.tags == harmless.tags
+    assert [name for name, _ in hostile.attributes] == [name for name, _ in harmless.attributes]
+    assert [kind for kind, _ in hostile.scripts] == [kind for kind, _ in harmless.scripts]
+    plain = [part.replace("word", text) for part in harmless.text]
+    assert "".join(hostile.text) == "".join(plain)
+    values = {name: value for name, value in hostile.attributes if value and text in value}
+    assert set(values) == {"value", "title", "aria-label", "data-label"}
+    assert hostile.specs[0]["data"][0] == {"name": text, text: text}
+
+
+def test_every_piece_is_among_them():
+    made = {
+        name
+        for name, one in vars(page).items()
+        if inspect.isfunction(one) and one.__module__ == page.__name__ and not name.startswith("_")
+        and inspect.signature(one).return_annotation == "Markup"
+    }  # fmt: skip
+    assert made == set(pieces("x"))
+
+
+@pytest.mark.parametrize("name", ["x); background: url(//evil", "x y", "", "X"])
+def test_names_of_the_style_sheet_are_checked(name):
+    with pytest.raises(ValueError, match="no name of the style sheet"):
+        page.legend({"sam": ("sam", name)})
+    if name:
+        with pytest.raises(ValueError, match="no name of the style sheet"):
+            page.table([Column("a"), Column("b")], [[Cell("x", tone=name), Cell("1")]])
+
+
+def test_only_the_scripts_of_the_page_may_run(monkeypatch):
+    monkeypatch.setattr(page, "_plotly_js", lambda: "let a = 'é';\r\n")
+    text = page.page("t", [page.figure(Figure([]), "f")])
+    outline = Outline(text)
+    (policy,) = [value for name, value in outline.attributes if name == "content" and value.startswith("default-src")]
+    ran = [data for kind, data in outline.scripts if kind == "code"][1:]  # the first is the style
+    digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in ran]
+    assert len(ran) == 2 and "\r" not in text
+    rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
+    assert rules["default-src"] == rules["base-uri"] == rules["form-action"] == "'none'"
+    assert rules["script-src"].split() == [f"'sha256-{one}'" for one in digests]
+
+
+def test_notes_show_their_first_sentence():
+    long = "Trained as in Foret et al. (2021), Fig. 3. " + "The rest is long. " * 10
+    text = page.notes(["Short. And whole.", long]).text
+    assert "<li>Short. And whole.</li>" in text and "<h3>" not in text
+    assert "<summary>Trained as in Foret et al. (2021), Fig. 3.</summary> <span>The rest is long." in text
+    assert "<h3>Notes</h3>" in page.notes(["a", "b", "c", "d"]).text and "<h3>" not in page.notes("abcd", "").text
+    assert page.notes([]) == page.verdicts([]) == page.facts({}) == Markup("")
+    assert "<strong>Flatter.</strong> <span>By all.</span>" in page.verdicts(["Flatter. By all."]).text
+
+
+def test_tables():
+    columns = [Column("a"), Column("b", "what b is"), Column("c", text=True), Column("d", prose=True)]
+    rows = [
+        [Cell("x"), Cell("9", sort=9.0), Cell("short"), Cell("s")],
+        [Cell("y"), Cell("–"), Cell("w " * 20), Cell("s")],
+    ]
+    text = page.table(columns, rows).text
+    assert 'data-sort="9.0"' in text and 'data-sort=""' in text and 'title="what b is"' in text
+    assert text.count('<td class="text prose"') == 4, "long text and what is said to be prose wrap"
+    assert 'class="table stack pairs"' in text, "a number beside its name, and prose below"
+    wide = page.table([Column(str(i)) for i in range(5)], [[Cell("1")] * 5] * 31).text
+    assert 'class="table tall"' in wide and "data-label" not in wide
+    with pytest.raises(ValueError, match="1 cells, but the table has 2 columns"):
+        page.table(columns[:2], [[Cell("x")]])
+
+
+def test_figures_are_not_folded_away():
+    with pytest.raises(ValueError, match="figure cannot be folded"):
+        page.folded("more", page.figure(Figure([]), "f"))
+
+
+def test_what_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "jinja2" else sys)
+    with pytest.raises(ModuleNotFoundError, match=r"need jinja2, which .* pip install 'flatmin\[report\]'"):
+        page.require_figures()
 
 
 def test_colours_come_from_the_style_sheet_and_traces_can_be_hidden_by_their_arm(study_page):
@@ -77,17 +182,10 @@ def test_a_page_is_written_by_rename(tmp_path):
 
 
 def test_plotly_is_embedded_once_and_only_where_there_is_a_figure(monkeypatch):
+    monkeypatch.setattr(page, "_plotly_js", PLOTLY)
     figure = page.figure(Figure([], {"xaxis": {"title": {"text": "t"}}}), "a figure")
     assert page.page("t", [figure, figure]).count("plotly.js v") == 1
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "<h2>" in page.page("t", [page.heading("h")])
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'flatmin\[report\]'"):
         page.page("t", [figure])
-
-
-def test_tables(tmp_path):
-    with pytest.raises(ValueError, match="1 cells, but the table has 2 columns"):
-        page.table([Column("a"), Column("b")], [[Cell("x")]])
-    text = page.table([Column("a"), Column("b")], [[Cell("x"), Cell("9", sort=9.0)], [Cell("y"), Cell("–")]]).text
-    assert 'data-sort="9.0"' in text and 'data-sort=""' in text
-    assert (Markup("a", 1) + Markup("b", 2)) == Markup("ab", 3)

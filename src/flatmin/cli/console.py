@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 import sys
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
-
-from flatmin.streams import fitted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -50,24 +46,3 @@ def make_bar(console: Console) -> Progress:
         transient=True,
         disable=not console.is_terminal,
     )
-
-
-def print_rows(rows: Sequence[Sequence[str]], console: Console) -> None:
-    """Columns side by side; numbers to the right."""
-    from flatmin.report.studies.text import widths
-
-    rows = [[fitted(cell, console.encoding) for cell in row] for row in rows]
-    wide = widths(rows)
-    for row in rows:
-        cells = [
-            cell.rjust(width) if _number(cell) else cell.ljust(width) for cell, width in zip(row, wide, strict=True)
-        ]
-        console.print("  ".join(cells).rstrip(), markup=False, highlight=False, soft_wrap=True)
-
-
-def _number(cell: str) -> bool:
-    word = cell.partition(" ")[0].replace(",", "")
-    try:
-        return not math.isnan(float(word))
-    except ValueError:
-        return cell == "-"

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import platform
+import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 import typer
+
+from flatmin.cli.console import LEAST_WIDTH, PIPE_WIDTH
+from flatmin.report.terminal import lay_out
 
 OLDEST_TORCH = (2, 6)
 
@@ -59,27 +64,26 @@ def doctor() -> None:
     The exit code is 1 if a required package is missing or too old.
     """
     problems: list[str] = []
-    typer.echo("Versions")
-    _line("flatmin", installed("flatmin") or "run from its sources, not installed")
-    _line("python", f"{platform.python_version()} ({sys.executable})")
-    _line("platform", platform.platform())
+    versions = [
+        ["flatmin", installed("flatmin") or "run from its sources, not installed"],
+        ["python", f"{platform.python_version()} ({sys.executable})"],
+        ["platform", platform.platform()],
+    ]
     for name in CORE:
-        _line(name, installed(name) or "MISSING")
+        versions.append([name, installed(name) or "MISSING"])
         if installed(name) is None:
             problems.append(f"{name} is missing; run: pip install {name}")
-    typer.echo("\nDevices")
-    problems += _devices()
-    typer.echo("\nExtras")
-    missing = []
+    _show("Versions", versions)
+    devices, troubles = _devices()
+    problems += troubles
+    _show("Devices", devices)
+    missing, extras = [], []
     for extra in EXTRAS:
         installed_version = installed(extra.distribution)
-        state = (
-            f"{extra.distribution} {installed_version}" if installed_version else f"{extra.distribution} not installed"
-        )
-        _line(extra.name, f"{state}: {extra.purpose}")
+        extras.append([extra.name, f"{extra.distribution} {installed_version or '(missing)'}", extra.purpose])
         if installed_version is None:
             missing.append(f"{extra.name} is not installed; to get it: pip install 'flatmin[{extra.name}]'")
-    typer.echo("")
+    _show("Extras", extras)
     for line in problems + missing:
         typer.echo(f"- {line}")
     if not problems and not missing:
@@ -88,29 +92,34 @@ def doctor() -> None:
         raise typer.Exit(1)
 
 
-def _line(name: str, value: str) -> None:
-    typer.echo(f"  {name:<13} {value}")
+def _show(title: str, rows: Sequence[Sequence[str]]) -> None:
+    """Without rich, which may be what is missing."""
+    width = max(LEAST_WIDTH, shutil.get_terminal_size((PIPE_WIDTH, 24)).columns)
+    lines = lay_out(rows, width=width - 2, encoding=getattr(sys.stdout, "encoding", None) or "utf-8", header=False)
+    typer.echo("\n".join([title, *(f"  {line}".rstrip() for line, _ in lines), ""]))
 
 
-def _devices() -> list[str]:
-    """Print the devices of torch; return problems and how to solve them."""
+def _devices() -> tuple[list[list[str]], list[str]]:
+    """The devices of torch; and problems with how to solve them."""
     try:
         import torch
     except (ImportError, OSError) as error:
-        return [f"torch cannot be imported ({error}); reinstall it: pip install --force-reinstall torch"]
-    _line("cpu", f"{torch.get_num_threads()} threads for torch")
+        return [["none", "torch cannot be imported"]], [
+            f"torch cannot be imported ({error}); reinstall it: pip install --force-reinstall torch"
+        ]
+    rows = [["cpu", f"{torch.get_num_threads()} threads for torch"]]
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(i)
-            _line(f"cuda:{i}", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB")
+            rows.append([f"cuda:{i}", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"])
     elif torch.version.cuda is None and torch.version.hip is None:
-        _line("cuda", "none: this torch is built for the CPU")
+        rows.append(["cuda", "none: this torch is built for the CPU"])
     else:
-        _line("cuda", f"none found, although this torch is built for {torch.version.cuda or torch.version.hip}")
+        rows.append(["cuda", f"none found, although this torch is built for {torch.version.cuda or torch.version.hip}"])
     if torch.backends.mps.is_available():
-        _line("mps", "available")
+        rows.append(["mps", "available"])
     numbers = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if numbers < OLDEST_TORCH:
         wanted = ".".join(map(str, OLDEST_TORCH))
-        return [f"torch {torch.__version__} is too old; run: pip install 'torch>={wanted}'"]
-    return []
+        return rows, [f"torch {torch.__version__} is too old; run: pip install 'torch>={wanted}'"]
+    return rows, []

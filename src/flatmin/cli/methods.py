@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flatmin.cli.console import make_console
+from flatmin.report.terminal import print_table
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
     from flatmin.methods import Method, Recipe
 
@@ -54,7 +54,7 @@ def methods(
     if name is None:
         for title, group in _groups(table):
             console.print(f"[bold]{title}[/bold]\n")
-            console.print(_overview(group))
+            print_table(_overview(group), console)
             console.print()
         console.print(
             "[dim]rho: default radius. grads: gradient evaluations a step. copies: of the moved weights, held during "
@@ -64,9 +64,9 @@ def methods(
         _print_details(table, console)
         return
     recipe = compose(name, table)
-    console.print(_summary(recipe, [table[word] for word in recipe.name.split("+")]))
+    print_table(_summary(recipe, [table[word] for word in recipe.name.split("+")]), console, header=False)
     console.print()
-    console.print(_parts(recipe))
+    print_table(_parts(recipe), console)
 
 
 def _needs(recipe: Recipe) -> str:
@@ -87,21 +87,21 @@ def _groups(table: Mapping[str, Method]) -> list[tuple[str, dict[str, Method]]]:
     ]
 
 
-def _overview(table: Mapping[str, Method]) -> Table:
-    from rich.text import Text
-
-    grid = _grid("method", "rho", "grads", "copies", "sets", "needs")
+def _overview(table: Mapping[str, Method]) -> list[list[str]]:
+    rows = [["method", "rho", "grads", "copies", "sets", "needs"]]
     for method in table.values():
         recipe = method.recipe()
-        grid.add_row(
-            Text(method.name, style="bold cyan"),
-            f"{recipe.default_rho:g}" if recipe.ascends else "-",
-            f"{recipe.gradient_evaluations:.3g}",
-            str(recipe.extra_copies),
-            Text(", ".join(part.kind for part in method.parts) or "-"),
-            Text(", ".join(sorted(need.word for need in recipe.needs)) or "-"),
+        rows.append(
+            [
+                method.name,
+                f"{recipe.default_rho:g}" if recipe.ascends else "-",
+                f"{recipe.gradient_evaluations:.3g}",
+                str(recipe.extra_copies),
+                ", ".join(part.kind for part in method.parts) or "-",
+                ", ".join(sorted(need.word for need in recipe.needs)) or "-",
+            ]
         )
-    return grid
+    return rows
 
 
 def _print_details(table: Mapping[str, Method], console: Console) -> None:
@@ -123,47 +123,26 @@ def _print_details(table: Mapping[str, Method], console: Console) -> None:
         console.print(Padding(lines, (0, 0, 1, 4), expand=False))
 
 
-def _grid(*headers: str) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    grid = Table(box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False, header_style="bold")
-    for header in headers:
-        number = header in ("rho", "grads", "copies")
-        grid.add_column(header, justify="right" if number else "left", no_wrap=number, overflow="fold")
-    return grid
-
-
-def _summary(recipe: Recipe, named: Sequence[Method]) -> Table:
-    from rich.table import Table
-    from rich.text import Text
-
-    grid = Table.grid(padding=(0, 2, 0, 0))
-    grid.add_column(no_wrap=True, style="dim")
-    grid.add_column()
-    grid.add_row("recipe", Text(recipe.name, style="bold cyan"))
-    for method in named:
-        grid.add_row("formula", Text(f"{method.formula}   ({method.title})"))
+def _summary(recipe: Recipe, named: Sequence[Method]) -> list[list[str]]:
     copies = recipe.extra_copies
-    grid.add_row(
-        "cost",
+    cost = (
         f"{recipe.gradient_evaluations:.3g} gradient{'s' * (recipe.gradient_evaluations != 1)} a step, "
-        f"{copies} extra cop{'y' if copies == 1 else 'ies'} of the moved weights",
+        f"{copies} extra cop{'y' if copies == 1 else 'ies'} of the moved weights"
     )
-    grid.add_row(
-        "rho", f"{recipe.default_rho:g} (the geometry's default)" if recipe.ascends else "none: it never ascends"
-    )
-    grid.add_row("needs", Text(_needs(recipe)))
-    for method in named:
-        grid.add_row("paper", Text(f"{method.paper}  {method.url}".rstrip()))
-    return grid
+    rho = f"{recipe.default_rho:g} (the geometry's default)" if recipe.ascends else "none: it never ascends"
+    return [
+        ["recipe", recipe.name],
+        *(["formula", f"{method.formula}   ({method.title})"] for method in named),
+        ["cost", cost],
+        ["rho", rho],
+        ["needs", _needs(recipe)],
+        *(["paper", f"{method.paper}  {method.url}".rstrip()] for method in named),
+    ]
 
 
-def _parts(recipe: Recipe) -> Table:
-    from rich.text import Text
-
-    grid = _grid("part", "question", "answer")
+def _parts(recipe: Recipe) -> list[list[str]]:
+    rows = [["part", "question", "answer"]]
     for kind, part in recipe.parts.items():
         described = (type(part).__doc__ or "").strip().partition("\n")[0]
-        grid.add_row(kind, Text(part.question, style="dim"), Text.assemble((str(part), "bold"), f"\n{described}"))
-    return grid
+        rows.append([kind, part.question, f"{part}\n{described}"])
+    return rows

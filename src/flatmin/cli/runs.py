@@ -12,6 +12,7 @@ import typer
 
 from flatmin.cli.console import make_console
 from flatmin.cli.targets import HOME, run_folder
+from flatmin.report.terminal import print_table, print_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -185,31 +186,46 @@ def _sorted(every: Sequence[Entry], key: str) -> list[Entry]:
 
 
 def _print(listed: Sequence[Entry], console: Console) -> None:
-    """Columns side by side, numbers to the right; rich's own tables take seconds for thousands of rows."""
-    from rich.text import Text
+    """A line a run; what all runs share stands below."""
+    from flatmin.report.runs.listing import unusual
 
-    rows = [("name", "method", "data", "model", "state", "epochs", "test %", "when", "size"), *map(_row, listed)]
-    wide = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join([*map(str.ljust, row[:5], wide[:5]), *map(str.rjust, row[5:], wide[5:])]) for row in rows]
-    if not console.is_terminal:
-        typer.echo("\n".join(lines))
-        return
-    styles = ["bold", *(_STYLES.get(entry.state, "") for entry in listed)]
-    for line, style in zip(lines, styles, strict=True):
-        console.print(Text(line, style=style), soft_wrap=True)
+    rows = [_row(entry, words) for entry, words in zip(listed, unusual(listed), strict=True)]
+    shared = []
+    for name, of in (("data", "on {}"), ("model", "with {}"), ("settings", "")):
+        values = {row[name] for row in rows} - {"-"}
+        if len(values) <= 1:
+            shared += [of.format(value) for value in values if of]
+            rows = [{key: value for key, value in row.items() if key != name} for row in rows]
+    styles = [_STYLES.get(entry.state, "") for entry in listed]
+    print_table([list(rows[0]), *(list(row.values()) for row in rows)], console, styles=styles)
+    if shared and len(rows) > 1:
+        print_text(f"All {' '.join(shared)}.", console, style="dim")
 
 
-def _row(entry: Entry) -> tuple[str, ...]:
+def _row(entry: Entry, settings: str) -> dict[str, str]:
     what = entry.digest
-    return (
-        entry.name,
-        *(("-",) * 3 if what is None else (what.method, what.data, what.model)),
-        f"{entry.state}, stale" if what is not None and what.stale else entry.state,
-        "-" if what is None else f"{what.done}/{what.epochs}",
-        "-" if entry.test_acc is None else f"{entry.test_acc:.2f}",
-        time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.changed)),
-        _bytes(entry.size),
-    )
+    return {
+        "name": entry.name,
+        "method": "-" if what is None else what.method,
+        "rho": "-" if what is None or what.rho is None else f"{what.rho:g}",
+        "seed": "-" if what is None else str(what.seed),
+        "data": "-" if what is None else what.data,
+        "model": "-" if what is None else what.model,
+        "settings": settings or "-",
+        "state": f"{entry.state}, stale" if what is not None and what.stale else entry.state,
+        "epochs": "-" if what is None else f"{what.done}/{what.epochs}",
+        "test %": "-" if entry.test_acc is None else f"{entry.test_acc:.2f}",
+        "when": _when(entry.changed),
+        "size": _bytes(entry.size),
+    }
+
+
+def _when(changed: float) -> str:
+    """As short as it is clear: the time today, the day and month this year, the date before."""
+    then, now = time.localtime(changed), time.localtime()
+    if then[:3] == now[:3]:
+        return time.strftime("%H:%M", then)
+    return time.strftime("%d %b" if then.tm_year == now.tm_year else "%Y-%m-%d", then)
 
 
 def _bytes(size: int) -> str:

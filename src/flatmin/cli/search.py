@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flatmin.cli.console import make_console, print_rows
+from flatmin.cli.console import make_console
 from flatmin.cli.study import default_workers
+from flatmin.report.terminal import print_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -85,4 +86,4 @@ def _show(results: Sequence[SearchResult], console: Console) -> None:
         score = "-" if best is None else f"{best.score:.2f}"
         rows.append([one.grid_point.label, str(len(one.trials)), f"{one.spent:g}", score, settings])
     console.print()
-    print_rows(rows, console)
+    print_table(rows, console)

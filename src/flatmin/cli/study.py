@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flatmin.cli.console import make_console, print_rows
+from flatmin.cli.console import make_console
+from flatmin.report.terminal import print_table, print_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -231,7 +232,7 @@ def _list(console: Console) -> None:
         spec = read_study(name)
         scaled_down = _runs(read_study(name, demo=True)) if "demo" in read_preset(name, "study") else 0
         rows.append([name, str(_runs(spec)), str(scaled_down or "-"), spec.title])
-    print_rows(rows, console)
+    print_table(rows, console)
 
 
 def _runs(spec: StudySpec) -> int:
@@ -263,7 +264,7 @@ def _describe(todo: StudyPlan, workers: int, console: Console) -> None:
             if run.name in waiting:
                 name, label, state = f"{run.stem}-...", part.grid_points[i].arm, "after the choice"
             rows.append([name, label, str(seed), str(run.config.epochs), f"{cost:,.0f}", state])
-    print_rows(rows, console)
+    print_table(rows, console)
     text = f"\n{len(seen)} runs, {len(missing | waiting)} to do: {total:,.0f} gradient evaluations of one batch each"
     if nets := sum(run.view is not None for run in (*todo.open, *todo.waiting)):
         text += f", and {nets} network{'s' if nets > 1 else ''} to measure"
@@ -296,14 +297,17 @@ def show_table(table: StudyTable, console: Console) -> None:
     """Print the table, what follows from it, and how to read it."""
     from flatmin.report.studies.conclusions import verdicts
     from flatmin.report.studies.text import body, header, remarks, troubles
+    from flatmin.report.terminal import print_table
 
-    console.print(f"\n{table.spec.title}\n", markup=False)
-    print_rows([header(table), *body(table)], console)
+    console.print()
+    print_text(table.spec.title, console, style="bold")
+    console.print()
+    print_table([header(table), *body(table)], console, styles=["yellow" if row.flags else "" for row in table.rows])
     for texts in (troubles(table), verdicts(table), remarks(table)):
         if texts:
             console.print()
         for text in texts:
-            console.print(f"- {text}", markup=False, soft_wrap=True)
+            print_text(text, console, hanging="- ")
 
 
 def _write(table: StudyTable, folder: Path, name: str) -> list[Path]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,10 +10,10 @@ import typer
 from typer.core import TyperGroup
 
 from flatmin.cli.console import make_console
+from flatmin.report.terminal import print_table
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
     from flatmin.theory.demonstrations.demonstration import Claim, Demonstration, DemonstrationResult
     from flatmin.theory.verdict import Verdict
@@ -52,7 +51,7 @@ def list_demonstrations() -> None:
 
     console = make_console()
     rows = [(d.name, d.title, d.source.removeprefix(f"{PAPER}, ")) for d in DEMONSTRATIONS.values()]
-    console.print(_table(("name", "what it shows", "of the paper"), rows))
+    print_table([("name", "what it shows", "of the paper"), *rows], console)
     console.print(f"\nThe paper: {PAPER}.", markup=False)
 
 
@@ -119,13 +118,13 @@ def rules() -> None:
         "Step sizes t_n and radii rho_n, n = 1, 2, ...: a number, name:number or name:key=number,...;", end=" "
     )
     console.print("a product is joined by *.\n", markup=False)
-    console.print(_table(("rule", "keys", "value at n; e = floor((n - 1) / epoch)"), forms))
+    print_table([("rule", "keys", "value at n; e = floor((n - 1) / epoch)"), *forms], console)
     console.print("\nFunctions for --on, with numbers after a colon:\n", markup=False)
-    console.print(_table(("function", "what it is"), [(name, p.summary) for name, p in FUNCTIONS.items()]))
+    print_table([("function", "what it is"), *((name, p.summary) for name, p in FUNCTIONS.items())], console)
     console.print("\nWords for --class, joined by commas:\n", markup=False)
     words = [(word, meaning) for word, (_, meaning) in classes.WORDS.items()]
     words += [("L=4", "the Lipschitz constant of the gradient"), ("kl=0.5", "the KL exponent q, phi(s) = M s^q")]
-    console.print(_table(("word", "meaning"), words))
+    print_table([("word", "meaning"), *words], console)
 
 
 def _kinds(png: bool, svg: bool) -> tuple[str, ...]:
@@ -164,32 +163,10 @@ def _print(demonstration: Demonstration, shown: DemonstrationResult, console: Co
 
     console.print(f"[bold]{demonstration.name}[/bold]  ", end="")
     console.print(f"{shown.title}\n{shown.statement}\n{demonstration.source}.\n", markup=False)
-    console.print(_table(shown.columns, [[cell(value) for value in row] for row in shown.rows]))
+    print_table([shown.columns, *([cell(value) for value in row] for row in shown.rows)], console)
     console.print()
     for claim in shown.claims:
         console.print(f"{'ok  ' if claim.holds else 'FAIL'}  {claim}", markup=False, soft_wrap=True)
-
-
-def _table(columns: tuple[str, ...], rows: Sequence[Sequence[str]]) -> Table:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    grid = Table(box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False, header_style="bold")
-    for place, name in enumerate(columns):
-        number = bool(rows) and all(_is_number(row[place]) for row in rows)
-        grid.add_column(Text(name), justify="right" if number else "left", no_wrap=number, overflow="fold")
-    for row in rows:
-        grid.add_row(*(Text(word) for word in row))
-    return grid
-
-
-def _is_number(word: str) -> bool:
-    try:
-        float(word)
-    except ValueError:
-        return word == "-"
-    return True
 
 
 def _without_L(verdict: Verdict) -> str:

@@ -1,8 +1,8 @@
 """Self-contained HTML pages: a shell, sortable tables and themed figures, the parts of every report.
 
 A page is one file that works without a network: style and script are inside, and so is plotly.js if there is a
-figure. Light and dark follow the reader's system; figures name their colours as "var:<name>" from `assets/page.css`
-and follow too. Every text that comes from outside is escaped here, in one place.
+figure. Light and dark follow the reader's system; figures name their colours as "var:<name>" from
+`templates/page.css` and follow too. The pieces are templates of Jinja, in `templates/`, which escape every text.
 
     >>> columns = [Column("arm"), Column("accuracy")]
     >>> html = page("A <title>", [heading("Results"), table(columns, [[Cell("sam"), Cell("95.1", sort=95.1)]])])
@@ -12,24 +12,43 @@ and follow too. Every text that comes from outside is escaped here, in one place
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import html
 import importlib.util
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flatmin.train.files import as_utf8
 
-# Nothing may be fetched: a page that is opened from a mail or a share must not call anywhere.
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data: blob:"
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+# Nothing may be fetched: a page that is opened from a mail or a share must not call anywhere. Only the page's own
+# scripts run.
+_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src {scripts}; img-src data: blob:; base-uri 'none'; "
+    "form-action 'none'"
+)
 
 NUM_TONES = 10
 _TALL = 30  # tables of more rows scroll in a box of their own
+_PROSE, _SHORT = 32, 12  # cells of more characters wrap; those of more than the second do on a phone
+_STACKED = 4  # tables of so many columns stand a row in a block on a phone
+_HEADLINE = 150  # characters of a note that stand without a click
+_SEVERAL = 3  # more notes than these get a heading
+# Between two sentences, and not after "et al." or before the number in "Fig. 3".
+_SENTENCE = re.compile(
+    r"(?<=[.!?])(?<!\bal\.)(?<!\be\.g\.)(?<!\bi\.e\.)(?<!\bvs\.)\s+(?=[^\W\d_a-z]|['\"])|(?<=[a-z]{4}\.)\s+(?=\d)"
+)
 
 
 @dataclass(frozen=True)
@@ -42,14 +61,18 @@ class Markup:
     def __add__(self, other: Markup) -> Markup:
         return Markup(self.text + other.text, self.figures + other.figures)
 
+    def __html__(self) -> str:  # templates take it as it is
+        return self.text
+
 
 @dataclass(frozen=True)
 class Column:
-    """A table column: its header, a longer explanation shown on hover, and whether its cells are text."""
+    """A table column: its header, a longer explanation shown on hover, and whether its cells are text, or prose."""
 
     title: str
     hint: str = ""
     text: bool = False
+    prose: bool = False  # text that takes the room that the other columns leave
 
 
 @dataclass(frozen=True)
@@ -61,6 +84,11 @@ class Cell:
     minor: str = ""
     flag: str = ""
     tone: str = ""
+
+    @property
+    def key(self) -> str:
+        """The number that it sorts by, as text; empty if there is none."""
+        return repr(float(self.sort)) if self.sort is not None and math.isfinite(self.sort) else ""
 
 
 @dataclass(frozen=True)
@@ -93,30 +121,57 @@ def plot_text(text: object) -> str:
 
 def heading(text: str, caption: str = "") -> Markup:
     """A section's heading with a sentence under it."""
-    below = f'<p class="caption">{escape(caption)}</p>' if caption else ""
-    return Markup(f"<h2>{escape(text)}</h2>{below}")
+    return _part("heading", text, caption)
 
 
 def paragraph(text: str, kind: str = "") -> Markup:
     """A paragraph; kind is a class of the style sheet ("lead", "caption")."""
-    return Markup(f'<p class="{escape(kind)}">{escape(text)}</p>')
+    return _part("paragraph", text, _name(kind) if kind else "")
 
 
-def notes(items: Iterable[str]) -> Markup:
-    """A bulleted list of sentences; nothing if there are none."""
-    inner = "".join(f"<li>{escape(item)}</li>" for item in items)
-    return Markup(f'<ul class="notes">{inner}</ul>' if inner else "")
+def verdicts(items: Iterable[str]) -> Markup:
+    """What follows from the numbers: one or a few sentences each, the first of them emphasised; nothing if none."""
+    told = [_headline(item, long=0) for item in items]
+    return _part("sentences", told, "", "verdicts") if told else Markup("")
+
+
+def notes(items: Iterable[str], title: str | None = None) -> Markup:
+    """What a reader must know of the numbers, a bullet each; nothing if there are none.
+
+    Args:
+        items: sentences. Of a long one the first sentence is shown, and the others on a click.
+        title: a small heading. Default: "Notes" above more than three, else none.
+    """
+    told = [_headline(item, long=_HEADLINE) for item in items]
+    title = ("Notes" if len(told) > _SEVERAL else "") if title is None else title
+    return _part("sentences", told, title, "notes") if told else Markup("")
+
+
+def _headline(text: str, *, long: int) -> tuple[str, str]:
+    """The first sentence of a text of more than `long` characters, and the rest of it."""
+    first, *rest = _SENTENCE.split(text, maxsplit=1)
+    return (first, "".join(rest)) if len(text) > long and len(first) <= 2 * _HEADLINE else (text, "")
 
 
 def code(text: str) -> Markup:
     """Text as it is typed in a terminal."""
-    return Markup(f"<pre>{escape(text)}</pre>")
+    return _part("code", text)
 
 
 def facts(pairs: Mapping[str, object]) -> Markup:
-    """A list of names and values."""
-    inner = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in pairs.items())
-    return Markup(f"<dl>{inner}</dl>")
+    """A list of names and values; nothing if there are none."""
+    return _part("facts", dict(pairs)) if pairs else Markup("")
+
+
+def folded(title: str, content: Markup) -> Markup:
+    """Content that opens on a click; without figures, which cannot be drawn where nobody sees them.
+
+    Raises:
+        ValueError: it holds a figure.
+    """
+    if content.figures:
+        raise ValueError("a figure cannot be folded away.")
+    return _part("folded", title, content)
 
 
 def flat(environment: Mapping[str, object]) -> dict[str, object]:
@@ -131,40 +186,30 @@ def flat(environment: Mapping[str, object]) -> dict[str, object]:
 def table(columns: Sequence[Column], rows: Sequence[Sequence[Cell]]) -> Markup:
     """A table that sorts on a click; the first column names the row.
 
+    A table that is wider than the page scrolls under its first column. On a phone, one of few columns or of text stands
+    a row in a block.
+
     Raises:
         ValueError: a row with another number of cells than there are columns.
     """
-    head = "".join(
-        f'<th scope="col" class="{"text" if c.text else ""}" title="{escape(c.hint)}">'
-        f'<button type="button">{escape(c.title)}</button></th>'
-        for c in columns
-    )
-    body = []
     for row in rows:
         if len(row) != len(columns):
             raise ValueError(f"a row has {len(row)} cells, but the table has {len(columns)} columns.")
-        cells = [
-            _cell("td" if i else "th", cell, column) for i, (cell, column) in enumerate(zip(row, columns, strict=True))
-        ]
-        body.append(f"<tr>{''.join(cells)}</tr>")
-    kind = "scroll tall" if len(rows) > _TALL else "scroll"
-    return Markup(
-        f'<div class="{kind}" tabindex="0"><table class="sortable"><thead><tr>{head}</tr></thead>'
-        f"<tbody>{''.join(body)}</tbody></table></div>"
-    )
+    kinds = [_kind(column, rows, i) for i, column in enumerate(columns)]
+    stack = len(columns) <= _STACKED or all(kinds)
+    pairs = stack and sum("prose" not in kind for kind in kinds[1:]) == 1
+    box = " ".join(name for name, wanted in (("tall", len(rows) > _TALL), ("stack", stack), ("pairs", pairs)) if wanted)
+    return _part("table", list(zip(columns, kinds, strict=True)), rows, box)
 
 
-def _cell(tag: str, cell: Cell, column: Column) -> str:
-    attributes = ' scope="row"' if tag == "th" else ""
-    if column.text or tag == "th":
-        attributes += ' class="text"'
-    else:
-        finite = cell.sort is not None and math.isfinite(cell.sort)
-        attributes += f' data-sort="{float(cell.sort or 0.0)!r}"' if finite else ' data-sort=""'
-    swatch = f'<span class="swatch" style="background: var(--{escape(cell.tone)})"></span>' if cell.tone else ""
-    minor = f' <span class="minor">{escape(cell.minor)}</span>' if cell.minor else ""
-    flag = f' <span class="flag">{escape(cell.flag)}</span>' if cell.flag else ""
-    return f"<{tag}{attributes}>{swatch}{escape(cell.text)}{minor}{flag}</{tag}>"
+def _kind(column: Column, rows: Sequence[Sequence[Cell]], i: int) -> str:
+    """Classes of a column's cells; none for numbers."""
+    if i and not column.text and not column.prose:
+        return ""
+    longest = max((len(row[i].text) + len(row[i].minor) + len(row[i].flag) for row in rows), default=0)
+    if column.prose or longest > _PROSE:
+        return "text prose"
+    return "text mid" if longest > _SHORT else "text"
 
 
 def legend(entries: Mapping[str, tuple[str, str]], points: Mapping[str, str] | None = None, *, at: str = "") -> Markup:
@@ -175,18 +220,7 @@ def legend(entries: Mapping[str, tuple[str, str]], points: Mapping[str, str] | N
         points: {key: text}; a trace that has a list "points" is shown at those of them only. The key "" shows all.
         at: the key that is chosen at first.
     """
-    inner = "".join(
-        f'<label><input type="checkbox" value="{escape(key)}" checked>'
-        f'<span class="swatch" style="background: var(--{escape(tone)})"></span><span>{escape(text)}</span></label>'
-        for key, (text, tone) in entries.items()
-    )
-    if points:
-        options = "".join(
-            f'<option value="{escape(key)}"{" selected" if key == at else ""}>{escape(text)}</option>'
-            for key, text in points.items()
-        )
-        inner = f'<label class="choice"><span>figures show</span><select>{options}</select></label>{inner}'
-    return Markup(f'<div class="legend" role="group" aria-label="shown in the figures">{inner}</div>')
+    return _part("legend", dict(entries), dict(points or {}), at)
 
 
 def panels(figures: Mapping[str, Figure]) -> Markup:
@@ -222,18 +256,58 @@ def page(title: str, body: Sequence[Markup], foot: Sequence[Markup] = ()) -> str
     Raises:
         ModuleNotFoundError: there are figures and plotly is not installed (extra "report").
     """
-    content = sum(body, Markup(""))
-    foot_content = sum(foot, Markup(""))
-    library = f"<script>{_plotly_js()}</script>" if content.figures + foot_content.figures else ""
-    return (
-        "<!doctype html>\n"
-        '<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-        f"<title>{escape(title)}</title><style>{_asset('page.css')}</style></head>\n"
-        f"<body><h1>{escape(title)}</h1>\n{content.text}\n<footer>{foot_content.text}</footer>\n"
-        f"{library}<script>{_asset('page.js')}</script></body></html>\n"
+    content, foot_content = sum(body, Markup("")), sum(foot, Markup(""))
+    scripts = [_plotly_js()] if content.figures + foot_content.figures else []
+    scripts = [_one_newline(script) for script in (*scripts, _asset("page.js"))]
+    text = (
+        _templates()
+        .get_template("page.html")
+        .render(
+            title=title,
+            policy=_POLICY.format(scripts=" ".join(map(_digest, scripts))),
+            style=Markup(_asset("page.css")),
+            body=content,
+            foot=foot_content,
+            scripts=[Markup(script) for script in scripts],
+        )
     )
+    return str(text)
+
+
+def _one_newline(text: str) -> str:
+    """As a browser reads it, so that the policy's digest fits."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _digest(script: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(as_utf8(script)).digest()).decode()}'"
+
+
+@cache
+def _templates() -> Environment:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    made = Environment(
+        loader=PackageLoader("flatmin.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    made.filters["name"] = _name
+    return made
+
+
+def _part(macro: str, *args: object) -> Markup:
+    """What a macro of templates/parts.html makes."""
+    return Markup(str(getattr(_templates().get_template("parts.html").module, macro)(*args)))
+
+
+def _name(text: str) -> str:
+    """A name of the style sheet.
+
+    Raises:
+        ValueError: other characters, which would mean something else there.
+    """
+    if not re.fullmatch("[a-z0-9-]+", text):
+        raise ValueError(f"{text!r} is no name of the style sheet.")
+    return text
 
 
 def write(text: str, path: str | os.PathLike[str]) -> Path:
@@ -247,19 +321,20 @@ def write(text: str, path: str | os.PathLike[str]) -> Path:
 
 
 def _asset(name: str) -> str:
-    return resources.files("flatmin.report").joinpath("assets", name).read_text(encoding="utf-8")
+    return resources.files("flatmin.report").joinpath("templates", name).read_text(encoding="utf-8")
 
 
 def require_figures() -> None:
     """Check that figures can be embedded, before a long job starts.
 
     Raises:
-        ModuleNotFoundError: plotly is not installed (extra "report").
+        ModuleNotFoundError: plotly or jinja2 is not installed (extra "report").
     """
-    if importlib.util.find_spec("plotly") is None:
-        raise ModuleNotFoundError(
-            "the report's figures need plotly, which is not installed; run: pip install 'flatmin[report]'"
-        )
+    for name in ("plotly", "jinja2"):
+        if importlib.util.find_spec(name) is None:
+            raise ModuleNotFoundError(
+                f"the report's figures need {name}, which is not installed; run: pip install 'flatmin[report]'"
+            )
 
 
 def _plotly_js() -> str:

@@ -13,6 +13,8 @@ from flatmin.methods import BASE
 from flatmin.stats import Stat, paired, summarise
 from flatmin.study.finished import ends_of
 
+_WORDS = ("flatter", "sharper")
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class NetReport:
@@ -132,6 +134,32 @@ def compare_reports(nets: Sequence[NetReport]) -> list[Comparison]:
             )
         )
     return rows
+
+
+def conclusions(nets: Sequence[NetReport]) -> list[str]:
+    """For each group but the base: by how many measures it is flatter or sharper, and by which, in words."""
+    rows = [row for row in compare_reports(nets) if row.quantity.flat]
+    base, *others = groups_of(nets)
+    told = []
+    for group in others:
+        by = {
+            verdict: [row.quantity.name for row in rows if row.verdict(group) == verdict]
+            for verdict in ("flatter", "sharper", "not significant")
+        }
+        count = sum(map(len, by.values()))
+        if not count:
+            continue
+        if len(by["not significant"]) == count:
+            told.append(f"{group} and {base} do not differ significantly by any of {_measures(count)}.")
+            continue
+        parts = [f"{verdict} by {len(names)}" for verdict, names in by.items() if names and verdict in _WORDS]
+        named = [f"{verdict.capitalize()}: {', '.join(by[verdict])}." for verdict in _WORDS if by[verdict]]
+        told.append(f"{group} is {' and '.join(parts)} of {_measures(count)} than {base}. {' '.join(named)}")
+    return told
+
+
+def _measures(count: int) -> str:
+    return f"{count} measure{'s' * (count != 1)}"
 
 
 def _step(name: str, nets: Sequence[NetReport]) -> float:

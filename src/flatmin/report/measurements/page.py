@@ -19,17 +19,20 @@ from flatmin.report.html import (
     facts,
     figure,
     flat,
+    folded,
     heading,
     notes,
     page,
     paragraph,
     table,
+    verdicts,
 )
 from flatmin.study.measured import (
     Comparison,
     NetReport,
     Unmeasured,
     compare_reports,
+    conclusions,
     groups_of,
     left_out,
     remarks,
@@ -42,8 +45,12 @@ from flatmin.words import reason
 _NUMBERS = (
     Column("quantity", text=True),
     Column("value", "with its error of measurement"),
-    Column("error is", "what the error stands for", text=True),
-    Column("what it is", text=True),
+    Column("what it is", prose=True),
+)
+_QUANTITIES = (
+    Column("quantity", text=True),
+    Column("error of one net", "the largest error of measurement of a single net"),
+    Column("what it is", prose=True),
 )
 
 
@@ -86,7 +93,7 @@ def render(
             on_missing(text)
             drawn = notes([text])
         body.append(heading(title, caption) + drawn)
-    title = nets[0].name if len(nets) == 1 else " and ".join(groups) if len(groups) < 4 else f"{len(groups)} groups"
+    title = nets[0].name if len(nets) == 1 else _listed(list(groups)) if len(groups) < 4 else f"{len(groups)} groups"
     settings = {k: v for k, v in dataclasses.asdict(nets[0].report.settings).items()}
     foot = [
         heading("How this was made"),
@@ -97,16 +104,19 @@ def render(
     return page(f"Measures: {title}", body, foot)
 
 
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
 def _one(net: NetReport) -> list[Markup]:
     body = [paragraph(sentence(net), "lead")]
     for section in net.report.sections:
         if section.quantities:
             rows = [
                 [
-                    Cell(q.name, flag=q.note),
+                    Cell(q.name),
                     Cell(with_error(q.value, q.error), sort=q.value),
-                    Cell(q.error_is if q.error else "exact to rounding"),
-                    Cell(q.text),
+                    Cell(q.text, minor=f"(±: {q.error_is})" if q.error else "", flag=q.note),
                 ]
                 for q in section.quantities
             ]
@@ -122,37 +132,42 @@ def _several(nets: Sequence[NetReport]) -> list[Markup]:
     columns = [
         Column("quantity", text=True),
         *(Column(name, "mean with the 95 % t interval over the seeds") for name in groups),
-        *(Column(f"{name} - {base}", "paired over the seeds that both have") for name in others),
-        *(Column(f"{name} is", "by the interval of the paired difference", text=True) for name in others),
-        Column("error of one net", "the largest error of measurement of a single net"),
-        Column("what it is", text=True),
+        *(
+            Column(f"{name} - {base}", "paired over the seeds that both have; verdict by its interval")
+            for name in others
+        ),
     ]
-    rows = [_row(row, list(groups), others) for row in compare_reports(nets)]
+    rows = compare_reports(nets)
+    about = [[Cell(row.quantity.name), _error(row), Cell(row.quantity.text, flag="; ".join(row.notes))] for row in rows]
     differ = unlike(nets)
     return [
         paragraph(f"{sentence(nets[0])} Nets: {counts}.", "lead"),
-        table(columns, rows),
+        verdicts(conclusions(nets)),
+        table(columns, [_row(row, list(groups), others) for row in rows]),
         notes(
             [
                 *(f"The networks were measured with different settings: {difference}." for difference in differ),
                 *left_out(nets),
             ]
         ),
+        folded("What the quantities are, and how exactly they are known", table(_QUANTITIES, about)),
     ]
 
 
 def _row(row: Comparison, groups: Sequence[str], others: Sequence[str]) -> list[Cell]:
-    def stat(value: Any) -> Cell:
-        return Cell("–") if value is None else Cell(stat_text(value), sort=value.mean)
+    def stat(value: Any, verdict: str = "") -> Cell:
+        return Cell("–") if value is None else Cell(stat_text(value), sort=value.mean, minor=verdict)
 
     return [
-        Cell(row.quantity.name, flag="; ".join(row.notes)),
+        Cell(row.quantity.name + " *" * bool(row.notes)),
         *(stat(row.groups.get(name)) for name in groups),
-        *(stat(row.difference.get(name)) for name in others),
-        *(Cell(row.verdict(name)) for name in others),
-        Cell("unknown" if math.isnan(row.error) else f"{row.error:.1g}" if row.error else "rounding", sort=row.error),
-        Cell(row.quantity.text),
+        *(stat(row.difference.get(name), row.verdict(name)) for name in others),
     ]
+
+
+def _error(row: Comparison) -> Cell:
+    text = "unknown" if math.isnan(row.error) else f"{row.error:.1g}" if row.error else "rounding"
+    return Cell(text, sort=row.error)
 
 
 def sentence(net: NetReport) -> str:

@@ -6,8 +6,9 @@ import dataclasses
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,11 @@ from flatmin.train.package import package_digest
 from flatmin.train.result import VERSION
 
 DAMAGED = "damaged"
+# Of config.json: what a list has columns for, and what does not belong to the settings.
+_SHOWN = {
+    *("method", "rho", "data", "model", "seed", "epochs", "params", "model_params"),
+    *("label", "key", "code", "data_key", "record", "content", "device", "version"),
+}
 # What `RunFolder.begin` writes: other programs have a config.json too, and this one removes whole folders.
 MARKS = ("config.json", "env.json", "metrics.jsonl")
 
@@ -32,6 +38,7 @@ class Digest:
         epoch, val_acc, test_acc: of the weights that count.
         failure: why it stopped before its end.
         stale: whether it is of a study and of other code of flatmin or torch than this, so that no study takes it.
+        settings: all of them, by key, as far as config.json holds them.
     """
 
     state: str
@@ -48,6 +55,7 @@ class Digest:
     test_acc: float | None = None
     failure: str | None = None
     stale: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +100,9 @@ class Entry:
             "changed": self.changed,
             "size": self.size,
         }
-        return table | ({"problem": self.problem} if self.digest is None else dataclasses.asdict(self.digest))
+        if self.digest is None:
+            return {**table, "problem": self.problem}
+        return table | {key: value for key, value in dataclasses.asdict(self.digest).items() if key != "settings"}
 
 
 def entries(folder: Path) -> list[Entry]:
@@ -139,6 +149,7 @@ def _finished(path: Path) -> Digest | None:
             done=(path / "metrics.jsonl").read_bytes().count(b"\n"),
             **{key: chosen[key] for key in ("epoch", "val_acc", "test_acc")},
             stale=_stale(path, config),
+            settings=config,
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -164,6 +175,7 @@ def _digest(path: Path) -> Digest:
         test_acc=None if chosen is None else chosen.test_acc,
         failure=run.failure,
         stale=_stale(path, json.loads((path / "config.json").read_bytes())),
+        settings=json.loads((path / "config.json").read_bytes()),
     )
 
 
@@ -173,6 +185,27 @@ def _stale(path: Path, config: Mapping[str, Any]) -> bool:
         return False
     there = json.loads((path / "env.json").read_bytes())
     return package_digest()[:10] not in str(there.get("code", "")).split("; ")
+
+
+def unusual(listed: Sequence[Entry]) -> list[str]:
+    """What tells each run from the most of the list, as key=value words; seed, epochs and what a list shows left out."""
+    tables = [_flat(entry.digest.settings) if entry.digest is not None else {} for entry in listed]
+    usual = {}
+    for key in dict.fromkeys(key for table in tables for key in table):
+        counts = Counter(table[key] for table in tables if key in table)
+        if len(counts) > 1:
+            usual[key] = counts.most_common(1)[0][0]
+    return [" ".join(f"{key}={table[key]}" for key in usual if table.get(key, usual[key]) != usual[key]) for table in tables]
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Settings as words; parameters of the method and the network by their own names."""
+    nested = {**settings.get("params", {}), **{f"model.{k}": v for k, v in settings.get("model_params", {}).items()}}
+    plain = {key: value for key, value in settings.items() if key not in _SHOWN}
+    return {
+        key: str(value).lower() if isinstance(value, bool) else "none" if value is None else str(value)
+        for key, value in {**plain, **nested}.items()
+    }
 
 
 def size_of(folder: Path) -> int:

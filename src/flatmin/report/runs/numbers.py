@@ -112,10 +112,29 @@ QUANTITIES = (
     _number("skipped updates", "not finite", _skipped, "d"),
 )
 
+_SETTINGS = [quantity.name for quantity in QUANTITIES[:9]]  # and how far the runs are
+_LISTED = ("method", "rho", "model", "data", "noise", "seed", "epochs")
+
 
 def quantities_of(runs: Sequence[History]) -> list[RunProperty]:
     """The quantities that some run has."""
     return [quantity for quantity in QUANTITIES if any(quantity.text(run) is not None for run in runs)]
+
+
+def alike(runs: Sequence[History]) -> tuple[str, list[RunProperty]]:
+    """What all runs share of their settings, as a sentence that may be empty, and the other quantities."""
+    quantities = quantities_of(runs)
+    shared = [
+        quantity
+        for quantity in quantities
+        if len(runs) > 1 and quantity.name in _SETTINGS and len({quantity.text(run) for run in runs}) == 1
+    ]
+    told = []
+    for quantity in shared:
+        name, _, unit = quantity.name.partition(",")
+        told += [f"{name} {quantity.text(runs[0])}{unit}"] if quantity.name != "state" else []
+    left = [quantity for quantity in quantities if quantity not in shared]
+    return f"The same in all: {'; '.join(told)}." if told else "", left
 
 
 def settings(run: History) -> dict[str, str]:
@@ -140,6 +159,11 @@ def differences(runs: Sequence[History]) -> dict[str, list[str]]:
     return differing | {
         f"({key})": values for key, values in _differing([machine(run) for run in runs], "none").items()
     }
+
+
+def unlisted(differing: Mapping[str, list[str]]) -> dict[str, list[str]]:
+    """Those of the differences that are no quantity of their own."""
+    return {key: values for key, values in differing.items() if key not in _LISTED}
 
 
 def _differing(tables: Sequence[Mapping[str, str]], absent: str) -> dict[str, list[str]]:

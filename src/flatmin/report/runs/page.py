@@ -7,7 +7,17 @@ from collections.abc import Sequence
 
 from flatmin.report.runs.history import FAILED, History
 from flatmin.report.runs.figures import tones
-from flatmin.report.runs.numbers import RunProperty, differences, machine, quantities_of, sentence, settings, troubles
+from flatmin.report.runs.numbers import (
+    RunProperty,
+    alike,
+    differences,
+    machine,
+    quantities_of,
+    sentence,
+    settings,
+    troubles,
+    unlisted,
+)
 from flatmin.report.runs.curves import plots
 from flatmin.report.html import Cell, Column, Markup, code, facts, figure, heading, legend, notes, page, paragraph, table
 
@@ -28,7 +38,8 @@ def render(runs: Sequence[History], *, command: Sequence[str] = ()) -> str:
     if not runs:
         raise ValueError("there is no run to show.")
     several = len(runs) > 1
-    body = [paragraph(sentence(runs), "lead"), (_several if several else _one)(runs), notes(troubles(runs))]
+    lead = f"{sentence(runs)} {alike(runs)[0]}".strip()
+    body = [paragraph(lead, "lead"), (_several if several else _one)(runs), notes(troubles(runs))]
     if several:
         body += _unlike(runs)
     shown = plots(runs)
@@ -43,13 +54,13 @@ def render(runs: Sequence[History], *, command: Sequence[str] = ()) -> str:
 
 
 def _one(runs: Sequence[History]) -> Markup:
-    columns = [Column("quantity", text=True), Column("value", text=True), Column("what it is", text=True)]
+    columns = [Column("quantity", text=True), Column("value", text=True), Column("what it is", prose=True)]
     rows = [[Cell(q.name), Cell(q.text(runs[0]) or _NONE), Cell(q.hint)] for q in quantities_of(runs)]
     return table(columns, rows)
 
 
 def _several(runs: Sequence[History]) -> Markup:
-    quantities, tone = quantities_of(runs), tones(runs)
+    quantities, tone = alike(runs)[1], tones(runs)
     columns = [
         Column("run", "the colour is that of the curves", text=True),
         *(Column(q.name, q.hint, text=q.value is None) for q in quantities),
@@ -70,9 +81,12 @@ def _cell(quantity: RunProperty, run: History) -> Cell:
 
 
 def _unlike(runs: Sequence[History]) -> list[Markup]:
-    differing, tone = differences(runs), tones(runs)
-    if not differing:
+    every, tone = differences(runs), tones(runs)
+    if not every:
         return [heading("What differs", "Nothing: the settings are the same.")]
+    differing = unlisted(every)
+    if not differing:
+        return []
     columns = [Column("setting", text=True), *(Column(run.name, text=True) for run in runs)]
     if len(runs) > 4:  # more columns than a page is wide
         columns = [Column("run", text=True), *(Column(key, text=True) for key in differing)]
@@ -82,7 +96,7 @@ def _unlike(runs: Sequence[History]) -> list[Markup]:
         ]
     else:
         rows = [[Cell(key), *(Cell(value) for value in values)] for key, values in differing.items()]
-    caption = "Settings that are not the same everywhere; in brackets: versions and machine."
+    caption = "Settings that are not the same everywhere, beside those above; in brackets: versions and machine."
     return [heading("What differs", caption), table(columns, rows)]
 
 

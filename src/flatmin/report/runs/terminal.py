@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from rich import box
-from rich.console import Console, Group, RenderableType
-from rich.measure import Measurement
-from rich.table import Table
-from rich.text import Text
-
-from flatmin.report.runs.history import FAILED, History
-from flatmin.report.runs.numbers import differences, quantities_of, sentence, troubles
+from flatmin.report.runs.history import History
+from flatmin.report.runs.numbers import alike, differences, sentence, troubles, unlisted
+from flatmin.report.terminal import print_table, print_text
 from flatmin.train.result import Epoch
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 BLOCKS, PLAIN = "▁▂▃▄▅▆▇█", ".:-=+*#@"
 _SMALL, _LARGE = 10, 48  # columns of a curve
@@ -26,95 +25,58 @@ _CURVES: dict[str, tuple[Callable[[Epoch], float | None], str]] = {
 
 def print_runs(runs: Sequence[History], console: Console) -> None:
     """Print the numbers, curves, differences and troubles at the console's width."""
-    console.print(render(runs, console), highlight=False)
-
-
-def render(runs: Sequence[History], console: Console) -> RenderableType:
-    """What is printed."""
-    parts: list[RenderableType] = [Text(sentence(runs), style="bold"), Text()]
-    parts += _numbers(runs, console)
-    parts += [_curves(runs, console), Text()]
+    shared, quantities = alike(runs)
+    print_text(sentence(runs), console, style="bold")
+    if shared:
+        print_text(shared, console)
+    console.print()
+    numbers = {quantity.name: [quantity.text(run) or "-" for run in runs] for quantity in quantities}
+    _print_columns(runs, "", numbers, console)
+    console.print()
+    _print_curves(runs, console)
     if len(runs) > 1:
-        parts += _differences(runs, console)
-    parts += [Text(words, style="yellow" if "failed" in words else "") for words in troubles(runs)]
-    while isinstance(parts[-1], Text) and not parts[-1].plain:
-        parts.pop()
-    return Group(*parts)
+        every = differences(runs)
+        if differing := unlisted(every):
+            console.print()
+            _print_columns(runs, "what differs", differing, console)
+        elif not every:
+            console.print()
+            print_text("The settings are the same.", console)
+    if told := troubles(runs):
+        console.print()
+        for words in told:
+            print_text(words, console, style="yellow" if "failed" in words else "")
 
 
-def _numbers(runs: Sequence[History], console: Console) -> list[RenderableType]:
-    quantities = quantities_of(runs)
-    rows = {q.name: [q.text(run) or "-" for run in runs] for q in quantities}
-    return _columns(runs, "", rows, console)
-
-
-def _differences(runs: Sequence[History], console: Console) -> list[RenderableType]:
-    rows = differences(runs)
-    if not rows:
-        return [Text("The settings are the same."), Text()]
-    return _columns(runs, "what differs", rows, console)
-
-
-def _columns(
+def _print_columns(
     runs: Sequence[History], title: str, rows: Mapping[str, Sequence[str]], console: Console
-) -> list[RenderableType]:
-    """A column a run, in as many blocks as the width asks for."""
-    parts: list[RenderableType] = []
-    start = 0
-    while start < len(runs):
-        count = len(runs) - start
-        while count > 1 and _width(_block(runs, title, rows, start, count), console) > console.width:
-            count -= 1
-        parts += [_block(runs, title, rows, start, count), Text()]
-        start += count
-    return parts
+) -> None:
+    """A column a run. A single one says its name in the line above."""
+    header = [[title, *(run.name for run in runs)]] if len(runs) > 1 else []
+    print_table([*header, *([name, *values] for name, values in rows.items())], console, header=bool(header))
 
 
-def _block(runs: Sequence[History], title: str, rows: Mapping[str, Sequence[str]], start: int, count: int) -> Table:
-    table = _table()
-    table.add_column(title, no_wrap=True)
-    # A single run says its name in the line above.
-    table.show_header = len(runs) > 1
-    for run in runs[start : start + count]:
-        table.add_column(Text(run.name, style="yellow" if run.state == FAILED else ""), overflow="fold")
-    for name, values in rows.items():
-        table.add_row(Text(name), *(Text(value) for value in values[start : start + count]))
-    return table
-
-
-def _width(table: Table, console: Console) -> int:
-    return Measurement.get(console, console.options.update(max_width=10_000), table).maximum
-
-
-def _curves(runs: Sequence[History], console: Console) -> RenderableType:
+def _print_curves(runs: Sequence[History], console: Console) -> None:
     """Lines of text over the epochs, all of a quantity on one scale."""
     if not any(run.lines for run in runs):
-        return Text("No epoch is finished yet.")
+        print_text("No epoch is finished yet.", console)
+        return
     names = max(len(run.name) for run in runs) if len(runs) > 1 else 0
     width = max(_SMALL, min(_LARGE, console.width - names - 36))
     longest = max(len(run.lines) for run in runs)
-    table = _table()
-    table.add_column("over the epochs", no_wrap=True)
-    if names:
-        table.add_column("run", no_wrap=True)
-    table.add_column("first", justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True)
-    table.add_column("last", justify="right", no_wrap=True)
+    rows = [["over the epochs", *["run"] * bool(names), "first", "", "last"]]
     for title, (read, form) in _CURVES.items():
         curves = [[value for line in run.lines if (value := read(line)) is not None] for run in runs]
         scale = [value for curve in curves for value in curve]
-        first = True
         for run, curve in zip(runs, curves, strict=True):
             if not curve:
                 continue
             line = sparkline(
                 curve, low=min(scale), high=max(scale), width=width, longest=longest, encoding=console.encoding
             )
-            cells: list[str | Text] = [Text(run.name)] if names else []
-            cells += [format(curve[0], form), Text(line), format(curve[-1], form)]
-            table.add_row(title if first else "", *cells)
-            first = False
-    return table
+            named = title if title not in [row[0] for row in rows] else ""
+            rows.append([named, *[run.name] * bool(names), format(curve[0], form), line, format(curve[-1], form)])
+    print_table(rows, console)
 
 
 def sparkline(
@@ -143,6 +105,3 @@ def sparkline(
         bars.append(signs[min(len(signs) - 1, max(0, round(share * (len(signs) - 1))))])
     return "".join(bars)
 
-
-def _table() -> Table:
-    return Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, header_style="bold")

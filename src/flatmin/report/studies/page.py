@@ -21,12 +21,13 @@ from flatmin.report.html import (
     panels,
     paragraph,
     table,
+    verdicts,
 )
+from flatmin.report.studies import conclusions
 from flatmin.report.studies import curves as study_curves
 from flatmin.report.studies import figures as study_figures
 from flatmin.report.studies import recorded as study_recorded
 from flatmin.report.studies import text as tables
-from flatmin.report.studies.conclusions import verdicts
 from flatmin.report.studies.phi import phi
 from flatmin.report.studies.style import FigureSection, StudyStyle, every_row
 from flatmin.report.style import number
@@ -60,7 +61,7 @@ def render(shown: StudyTable, *, command: Sequence[str] = ()) -> str:
     """
     style = StudyStyle(shown)
     sections, failed = _sections(shown, style)
-    body = [paragraph(sentence(shown), "lead"), notes(tables.troubles(shown)), notes(verdicts(shown))]
+    body = [paragraph(sentence(shown), "lead"), notes(tables.troubles(shown)), verdicts(conclusions.verdicts(shown))]
     body.append(_table(shown, style))
     if sections:
         points, at = style.choices()
@@ -71,7 +72,7 @@ def render(shown: StudyTable, *, command: Sequence[str] = ()) -> str:
     body += _published(shown, style)
     if not sections:
         body.append(paragraph("No run has numbers for a figure."))
-    body += [heading("How to read this"), notes([*tables.remarks(shown), *failed])]
+    body += [heading("How to read this"), notes([*tables.remarks(shown), *failed], "")]
     return page(shown.spec.title, body, _foot(shown, command))
 
 

@@ -26,6 +26,33 @@ for (const table of document.querySelectorAll("table.sortable")) {
   });
 }
 
+// A table that is wider than its place says so, by a shadow at the edge and a line below.
+for (const box of document.querySelectorAll(".table")) {
+  const scroll = box.querySelector(".scroll");
+  const look = () => {
+    const left = scroll.scrollWidth - scroll.clientWidth - scroll.scrollLeft;
+    box.style.setProperty("--height", `${scroll.clientHeight}px`);
+    box.classList.toggle("more", left > 1);
+    box.classList.toggle("moved", scroll.scrollLeft > 1);
+    box.querySelector(".hint").hidden = scroll.scrollWidth <= scroll.clientWidth + 1;
+  };
+  scroll.addEventListener("scroll", look, { passive: true });
+  new ResizeObserver(look).observe(scroll);
+  new ResizeObserver(look).observe(scroll.firstElementChild);
+}
+
+// On paper nothing can be opened.
+const opened = [];
+window.addEventListener("beforeprint", () => {
+  for (const box of document.querySelectorAll("details:not([open])")) {
+    box.open = true;
+    opened.push(box);
+  }
+});
+window.addEventListener("afterprint", () => {
+  for (const box of opened.splice(0)) box.open = false;
+});
+
 // Figures name colours as "var:ink"; they are looked up in the style sheet, so that plots follow the page's theme.
 const figures = [...document.querySelectorAll(".plot")].map((node) => ({
   node,

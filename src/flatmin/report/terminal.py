@@ -1,0 +1,259 @@
+"""Tables in a terminal of any width: columns side by side, else in blocks below each other, else a row at a time.
+
+>>> from rich.console import Console
+>>> print_table([["arm", "test %"], ["sgd", "93.1"], ["sam", "95.1 ±0.4"]], Console(width=40))
+arm     test %
+──────────────
+sgd       93.1
+sam  95.1 ±0.4
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING
+from unicodedata import combining, east_asian_width
+
+from flatmin.streams import fitted
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_GAPS = (2, 1)  # blanks between columns
+_PROSE = 24  # text of more columns may wrap, to no fewer than these
+_MOST_BLOCKS = 4
+_INDENT = "  "
+
+Rows = Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class _Column:
+    """A column: the header and the cells, the narrowest and the natural width, and whether numbers are in it."""
+
+    header: str
+    cells: Sequence[str]
+    least: int
+    natural: int
+    number: bool
+
+
+def print_table(rows: Rows, console: Console, *, header: bool = True, styles: Sequence[str] = ()) -> None:
+    """Print a table at the console's width, see `lay_out`.
+
+    Args:
+        rows: the header first, then one list of cells a row.
+        console: where.
+        header: whether the first of the rows is one.
+        styles: one of rich's styles for each row after the header. Default: none.
+    """
+    lines = lay_out(rows, width=console.width, encoding=console.encoding, header=header, styles=styles)
+    for style, group in groupby(lines, key=lambda line: line[1]):
+        console.out("\n".join(line for line, _ in group), style=style or None, highlight=False)
+
+
+def print_text(text: str, console: Console, *, style: str = "", hanging: str = "") -> None:
+    """Print a paragraph, wrapped at the console's width, without the blanks that rich leaves at the ends of lines.
+
+    Args:
+        text: without line breaks.
+        console: where.
+        style: one of rich's.
+        hanging: what the first line begins with; the others are indented as far.
+    """
+    lines = _wrapped(fitted(text, console.encoding), max(1, console.width - len(hanging)))
+    starts = [hanging, *[" " * len(hanging)] * (len(lines) - 1)]
+    console.out(
+        "\n".join(start + line for start, line in zip(starts, lines, strict=True)), style=style or None, highlight=False
+    )
+
+
+def lay_out(
+    rows: Rows, *, width: int, encoding: str = "utf-8", header: bool = True, styles: Sequence[str] = ()
+) -> list[tuple[str, str]]:
+    """The lines of a table, each with its style; numbers stand to the right, long texts wrap, no number is cut.
+
+    If the columns do not fit side by side, they stand in blocks that repeat the first column; if that takes more than
+    four blocks, or one column is too wide, each row is a list of names and values.
+
+    Args:
+        rows: the header first, then one list of cells a row.
+        width: columns of the terminal.
+        encoding: of the terminal; it decides what stands for a character that it lacks.
+        header: whether the first of the rows is one.
+        styles: one for each row after the header. Default: none.
+    """
+    table = [[_shown(cell, encoding) for cell in row] for row in (rows if header else [[""] * len(rows[0]), *rows])]
+    every = [_column(cells) for cells in zip(*table, strict=True)]
+    styles = [*styles, *[""] * (len(table) - 1 - len(styles))]
+    rule = fitted("─", encoding)
+    lines: list[tuple[str, str]] = []
+    blocks = _blocks(every, width, len(styles))
+    if blocks is None:
+        return list(_records(every, styles, width))
+    for number, (columns, widths, gap) in enumerate(blocks):
+        lines += [("", "")] if number else []
+        if header:
+            lines += [(line, "bold") for line in _heads(columns, widths, gap)]
+            lines.append((rule * (sum(widths) + gap * (len(widths) - 1)), ""))
+        for i, style in enumerate(styles):
+            lines += [(line, style) for line in _row([column.cells[i] for column in columns], columns, widths, gap)]
+    return lines
+
+
+def fits(rows: Rows, console: Console) -> bool:
+    """Whether the columns fit side by side."""
+    table = [[_shown(cell, console.encoding) for cell in row] for row in rows]
+    return _side_by_side([_column(cells) for cells in zip(*table, strict=True)], console.width) is not None
+
+
+def is_number(cell: str) -> bool:
+    """Whether a cell begins with a number, or is empty.
+
+    Example:
+        >>> is_number("95.1 ±0.4"), is_number("(1.2 ± 0.1)e-4"), is_number("-"), is_number("sam")
+        (True, True, True, False)
+    """
+    word = cell.lstrip("(").partition(" ")[0].rstrip("%").replace(",", "")
+    try:
+        return not math.isnan(float(word))
+    except ValueError:
+        return cell in ("-", "")
+
+
+def _shown(cell: str, encoding: str) -> str:
+    return cell if cell.isascii() else fitted(cell, encoding)
+
+
+def _length(text: str) -> int:
+    """Columns of the terminal."""
+    if text.isascii():
+        return len(text)
+    return sum(0 if combining(char) else 1 + (east_asian_width(char) in "WF") for char in text)
+
+
+def _column(cells: Sequence[str]) -> _Column:
+    header, *body = cells
+    wide = max((_length(line) for cell in body for line in cell.split("\n")), default=0)
+    number = any(cell not in ("-", "") for cell in body) and all(map(is_number, body))
+    least = wide
+    if wide > _PROSE and not number:
+        words = max((_length(word) for cell in body for word in cell.split()), default=0)
+        least = min(wide, max(_PROSE, words))
+    least = max(least, *map(_length, header.split()), 0) if header else least
+    return _Column(header, body, least, max(wide, _length(header)), number)
+
+
+def _side_by_side(columns: Sequence[_Column], width: int) -> tuple[list[int], int] | None:
+    """Widths of the columns and the gap between them, if they fit."""
+    for gap in _GAPS:
+        widths = [column.least for column in columns]
+        spare = width - sum(widths) - gap * (len(columns) - 1)
+        if spare < 0:
+            continue
+        while spare:  # to where most lines are saved
+            i = max(range(len(columns)), key=lambda i: columns[i].natural / max(1, widths[i]))
+            if columns[i].natural <= widths[i]:
+                break
+            widths[i] += 1
+            spare -= 1
+        return widths, gap
+    return None
+
+
+def _blocks(columns: Sequence[_Column], width: int, rows: int) -> list[tuple[Sequence[_Column], list[int], int]] | None:
+    """Blocks of columns that fit, each after the first column; None if they would be many or do not fit."""
+    if (whole := _side_by_side(columns, width)) is not None:
+        return [(columns, *whole)]
+    if rows < 2:
+        return None
+    made = _filled(columns, width, len(columns))
+    if made is None or len(made) > _MOST_BLOCKS:
+        return None
+    even = _filled(columns, width, math.ceil((len(columns) - 1) / len(made)))  # no column is left to stand alone
+    return even if even is not None and len(even) == len(made) else made
+
+
+def _filled(columns: Sequence[_Column], width: int, most: int) -> list[tuple[Sequence[_Column], list[int], int]] | None:
+    """Blocks of as many columns as fit beside the first one, and no more than `most`; None if one does not fit."""
+    first, *rest = columns
+    made: list[tuple[Sequence[_Column], list[int], int]] = []
+    while rest:
+        for count in range(min(most, len(rest)), 0, -1):
+            block = [first, *rest[:count]]
+            if (found := _side_by_side(block, width)) is not None:
+                made.append((block, *found))
+                rest = rest[count:]
+                break
+        else:
+            return None
+    return made
+
+
+def _heads(columns: Sequence[_Column], widths: Sequence[int], gap: int) -> Iterator[str]:
+    """The lines of the headers, the last of which stands above the rule."""
+    heads = [_wrapped(column.header, width) for column, width in zip(columns, widths, strict=True)]
+    tall = max(map(len, heads))
+    for i in range(tall):
+        cells = [head[i - tall + len(head)] if i >= tall - len(head) else "" for head in heads]
+        yield _line(cells, columns, widths, gap)
+
+
+def _row(cells: Sequence[str], columns: Sequence[_Column], widths: Sequence[int], gap: int) -> Iterator[str]:
+    parts = [_wrapped(cell, width) for cell, width in zip(cells, widths, strict=True)]
+    for i in range(max(map(len, parts))):
+        yield _line([part[i] if i < len(part) else "" for part in parts], columns, widths, gap)
+
+
+def _line(cells: Iterable[str], columns: Sequence[_Column], widths: Sequence[int], gap: int) -> str:
+    padded = []
+    for cell, column, width in zip(cells, columns, widths, strict=True):
+        blanks = " " * (width - _length(cell))
+        padded.append(blanks + cell if column.number else cell + blanks)
+    return (" " * gap).join(padded).rstrip()
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    """Lines of no more than `width` columns, broken between words where that is possible."""
+    lines: list[str] = []
+    for whole in text.split("\n"):
+        if _length(whole) <= width:
+            lines.append(whole)
+            continue
+        line = ""
+        for word in whole.split():
+            while word:
+                joined = f"{line} {word}" if line else word
+                if _length(joined) <= width:
+                    line, word = joined, ""
+                elif line:
+                    lines.append(line)
+                    line = ""
+                else:  # a word that is wider than the column
+                    count = next(n for n in range(len(word), 0, -1) if n == 1 or _length(word[:n]) <= width)
+                    lines.append(word[:count])
+                    word = word[count:]
+        lines += [line] if line else []
+    return lines
+
+
+def _records(columns: Sequence[_Column], styles: Sequence[str], width: int) -> Iterator[tuple[str, str]]:
+    """A row at a time: its first cell, then a line for each other column."""
+    first, *rest = columns
+    names = max((_length(column.header) for column in rest), default=0)
+    beside = len(_INDENT) + names + 2 <= 0.6 * width
+    for i, style in enumerate(styles):
+        if i:
+            yield "", ""
+        for line in _wrapped(first.cells[i], width):
+            yield line, style or "bold"
+        for column in rest:
+            start = f"{_INDENT}{column.header + ' ' * (names - _length(column.header))}  " if beside else _INDENT * 2
+            if not beside:
+                for line in _wrapped(column.header, width - len(_INDENT)):
+                    yield f"{_INDENT}{line}", style
+            for k, line in enumerate(_wrapped(column.cells[i], max(1, width - _length(start)))):
+                yield (start if k == 0 else " " * _length(start)) + line, style
