@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flatmin.measure.curvature import EmpiricalFisher, Fisher, GaussNewton, Hessian, dense
 from flatmin.measure.problem import Problem
+from tests.helpers import same_bits
 from tests.measure.nets import CASES, batches, dense_hessian, dense_jacobian, function_of, make
 
 
@@ -44,6 +46,25 @@ def test_the_forward_form_is_the_same(name):
     model, x, y, loss = make(name)
     operator = Hessian(Problem(model, loss, batches(x, y, 7)), form="forward")
     equal(dense(operator), known_hessian(name))
+
+
+def test_attention_whatever_the_kernels_of_the_caller():
+    model, x, y, loss = make("attention")
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        equal(dense(Hessian(Problem(model, loss, (x, y)))), known_hessian("attention"))
+
+
+@pytest.mark.parametrize(("form", "memory"), [("reverse", None), ("reverse", 0), ("forward", None)])
+def test_batchnorm_by_the_batch(form, memory):
+    """Each batch by its own statistics, no buffer changed, and not eval mode in disguise."""
+    model, x, y, loss = make("batchnorm")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    found = dense(Hessian(Problem(model, loss, batches(x, y, 7), mode="train"), form=form, memory=memory))
+    assert same_bits(dict(model.state_dict()), before) and not model.training
+    model.train()
+    want = sum(len(t) / 17 * dense_hessian(model, i, t, loss) for i, t in batches(x, y, 7))
+    equal(found, want)
+    assert (known_hessian("batchnorm") - want).norm() > 0.1 * want.norm()
 
 
 @pytest.mark.parametrize("name", ["mlp", "regression"])

@@ -24,7 +24,6 @@ from flatmin.measure.problem import Problem, restricted, under
 from flatmin.measure.report import REPORT, SECTIONS, ReportSettings, chosen, plain, report
 from flatmin.measure.sharpness import curve, m_sharpness, worst_case
 from flatmin.measure.trace import density, frobenius, trace
-from tests.measure.left import left_as_it_was
 from tests.measure.nets import Tied, batches, dense_hessian, function_of, make
 
 # As attributes of `flatmin.measure` some modules are functions.
@@ -588,11 +587,6 @@ class TestKept:
         monkeypatch.chdir(tmp_path)
         report(problem, "landscape", settings=SMALL)
         assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("fail", [-1, 0, 2, 12, 100, 300])
-def test_the_model_is_left_bit_for_bit(fail):
-    left_as_it_was(lambda p: report(p, "all", settings=replace(SMALL, m=5, bottom=0)), fail)
 
 
 class TestSettings:

@@ -1,7 +1,6 @@
 """Names compose into recipes, and what does not go together is refused with a sentence."""
 
 import dataclasses
-import subprocess
 import sys
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, EntryPoints
@@ -366,12 +365,6 @@ def test_an_entry_point_is_found_without_naming_it(monkeypatch, tmp_path):
 def test_built_in_names_do_not_read_entry_points(monkeypatch):
     monkeypatch.setattr("importlib.metadata.entry_points", lambda **_: pytest.fail("read"))
     assert compose("vasso+asam").name == "vasso+asam"
-
-
-def test_the_table_loads_without_the_engine():
-    """The command line prints methods without building an optimizer."""
-    code = "import sys, flatmin.methods; assert 'flatmin.optim' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 # -- the engine refuses what it cannot serve -----------------------------------------------------------------------

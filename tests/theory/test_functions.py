@@ -1,8 +1,6 @@
 """Functions: gradients against autograd, L against dense Hessians, minimisers and exponents."""
 
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -177,14 +175,3 @@ def test_bad_functions_are_refused_in_a_sentence():
     ]:
         with pytest.raises(ValueError, match=message):
             call()
-
-
-def test_theory_needs_no_terminal_and_no_plots():
-    """Neither do its demonstrations, nor what draws them before it is to draw."""
-    code = (
-        "import sys, flatmin.theory as t, flatmin.theory.demonstrations, flatmin.theory.draw;"
-        "t.check(0.1, 0.1, t.Square());"
-        "bad = {'rich', 'typer', 'plotly', 'pandas', 'matplotlib', 'sklearn', 'scipy'} & set(sys.modules);"
-        "assert not bad, bad"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
