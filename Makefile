@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV   ?= .venv
 ARGS   ?=
+# Processes that share the ordinary tests; 0 runs them in one, as a debugger needs.
+JOBS   ?= 2
 
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.flatmin-installed
@@ -40,8 +42,8 @@ setup: $(STAMP) ## make the virtual environment (the other targets do it too)
 demo: $(STAMP) ## train a small net with several methods on noisy digits and show what happened
 	$(BIN)/flatmin compare $(ARGS)
 
-test: $(STAMP) ## the ordinary tests, a few minutes
-	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+test: $(STAMP) ## the ordinary tests, a few minutes; JOBS=4 for more processes, ARGS="tests/optim -x" for pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n $(JOBS) --dist worksteal $(ARGS)
 
 $(FRAMEWORKS_STAMP): pyproject.toml constraints.txt
 	@test -x $(FRAMEWORKS_VENV)/bin/python || $(PYTHON) -m venv $(FRAMEWORKS_VENV)

@@ -14,14 +14,14 @@ from benchmarks.nets import NETS
 SMALL, NORMS = Setting(NETS["mlp20"]), Setting(NETS["resnet18-w8"], batch=2)
 
 
-@pytest.mark.parametrize("method", [m for m in flatmin.METHODS if m != "sam-on"])
-def test_a_step_of_every_method_runs_and_moves_the_weights(method):
-    loop = ours(SMALL, method)
-    before = [w.detach().clone() for w in loop.model.parameters()]
-    for _ in range(2):
-        loop.step()
-    assert any(not torch.equal(a, b) for a, b in zip(before, loop.model.parameters(), strict=True))
-    assert loop.optimizer.counts()["updates"] == 2
+def test_a_step_of_every_method_runs_and_moves_the_weights():
+    for method in flatmin.METHODS.keys() - {"sam-on"}:
+        loop = ours(SMALL, method)
+        before = [w.detach().clone() for w in loop.model.parameters()]
+        for _ in range(2):
+            loop.step()
+        assert any(not torch.equal(a, b) for a, b in zip(before, loop.model.parameters(), strict=True))
+        assert loop.optimizer.counts()["updates"] == 2
 
 
 def test_norm_layers_move_where_there_are_any():

@@ -88,21 +88,18 @@ HALVES = [t.half() for t in SAME]
 MIXED = [*SAME[:3], *HALVES[3:]]
 
 
-@pytest.mark.parametrize(
-    ("run", "launches"),
-    [
+def test_lists_that_one_kernel_cannot_serve_launch_once_per_tensor():
+    for run, launches in [
         (lambda: torch._foreach_add_(SAME, 1.0), 1),
         (lambda: torch._foreach_add_(MIXED, 1.0), 6),
         (lambda: torch._foreach_mul_(SAME, torch.tensor(2.0)), 1),
         (lambda: torch._foreach_mul_(HALVES, torch.tensor(2.0)), 6),
         (lambda: torch._foreach_copy_(HALVES, SAME), 1),
         (lambda: torch._foreach_norm(SAME), 1),
-    ],
-)
-def test_lists_that_one_kernel_cannot_serve_launch_once_per_tensor(run, launches):
-    with Recorder() as recorder:
-        run()
-        assert recorder.launches == launches
+    ]:
+        with Recorder() as recorder:
+            run()
+            assert recorder.launches == launches
 
 
 def test_views_and_allocations_are_free():

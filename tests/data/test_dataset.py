@@ -22,9 +22,9 @@ def read_only(x):
     return x
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
+def test_arrays_of_any_layout_become_float32_and_int64():
+    """Without a warning, which the settings of pytest make an error."""
+    for change in [
         lambda x: x,
         read_only,  # as pandas hands them out
         lambda x: x[::-1].copy()[::-1],
@@ -35,16 +35,13 @@ def read_only(x):
         lambda x: x.astype(np.float16 if x.dtype.kind == "f" else np.uint64),
         lambda x: list(x),
         lambda x: [torch.tensor(row) for row in x.tolist()],
-    ],
-)
-def test_arrays_of_any_layout_become_float32_and_int64(change):
-    """Without a warning, which the settings of pytest make an error."""
-    x, y = np.arange(12.0).reshape(4, 3) / 8, np.array([0, 1, 0, 1], dtype=np.int32)
-    data = as_data([(change(x.copy()), change(y.copy()))] * 3, "mine")
-    assert data.train.x.dtype == torch.float32 and data.train.y.dtype == torch.int64
-    assert data.train.x.tolist() == x.tolist() and data.train.y.tolist() == y.tolist()
-    data.train.x[0, 0] = 9.0
-    assert as_data([(x > 0.5, y)] * 3, "mine").train.x.tolist() == (x > 0.5).astype(float).tolist()
+    ]:
+        x, y = np.arange(12.0).reshape(4, 3) / 8, np.array([0, 1, 0, 1], dtype=np.int32)
+        data = as_data([(change(x.copy()), change(y.copy()))] * 3, "mine")
+        assert data.train.x.dtype == torch.float32 and data.train.y.dtype == torch.int64
+        assert data.train.x.tolist() == x.tolist() and data.train.y.tolist() == y.tolist()
+        data.train.x[0, 0] = 9.0
+        assert as_data([(x > 0.5, y)] * 3, "mine").train.x.tolist() == (x > 0.5).astype(float).tolist()
 
 
 def test_data_passes_through():
@@ -60,9 +57,8 @@ def test_noisy_labels_keep_the_clean_ones():
     assert not data.wrong.any()
 
 
-@pytest.mark.parametrize(
-    ("found", "words"),
-    [
+def test_misfits_are_one_sentence():
+    for found, words in [
         (None, "mine returned a NoneType; expected .* three pairs"),
         ((pair(), pair()), "mine returned a tuple of 2"),
         ((pair(), 3, pair()), "mine returned a int for validation"),
@@ -77,11 +73,9 @@ def test_noisy_labels_keep_the_clean_ones():
         (((torch.randn(0, 3), torch.zeros(0).long()), pair(), pair()), "at least one"),
         ((pair(), pair(), (torch.full((2, 3), torch.nan), torch.zeros(2).long())), "test.x holds NaN"),
         (((torch.randn(2, 3), torch.tensor([-1, 0])), pair(), pair()), "labels from -1 to 0, expected 0 to 1"),
-    ],
-)
-def test_misfits_are_one_sentence(found, words):
-    with pytest.raises(ValueError, match=words):
-        as_data(found, "mine")
+    ]:
+        with pytest.raises(ValueError, match=words):
+            as_data(found, "mine")
 
 
 def test_labels_beyond_the_number_of_classes():

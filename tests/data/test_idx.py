@@ -27,9 +27,9 @@ def write(folder, *, end="", dot="-", train=20, test=5):
     return content
 
 
-@pytest.mark.parametrize("end", ["", ".gz"])
-@pytest.mark.parametrize("dot", ["-", "."])
-@pytest.mark.parametrize("below", [".", "raw"])
+@pytest.mark.parametrize(
+    ("end", "dot", "below"), [("", "-", "."), (".gz", "-", "raw"), ("", ".", "raw"), (".gz", ".", ".")]
+)
 def test_the_four_files(end, dot, below, tmp_path):
     content = write(tmp_path / below, end=end, dot=dot)
     for part, prefix in zip(read_idx_parts(tmp_path), ("train", "t10k"), strict=True):
@@ -59,9 +59,8 @@ def test_no_numbers(tmp_path):
     assert read_idx(path).shape == (0, 4, 4)
 
 
-@pytest.mark.parametrize(
-    ("data", "words"),
-    [
+def test_not_such_a_file(tmp_path):
+    for data, words in [
         (b"", "no idx file: it starts with the bytes , expected 00 00 08"),
         (b"\x89PNG\r\n", "no idx file: it starts with the bytes 89 50 4e 47"),
         (b"\0\0\x08\0", "no idx file"),
@@ -70,13 +69,11 @@ def test_no_numbers(tmp_path):
         (idx(np.zeros((3, 2), dtype=np.uint8)) + b"x", "has 19 bytes, expected 18"),
         (b"\0\0\x08\x03\0\0", "has 6 bytes, expected"),
         (b"\0\0\x08\x02" + b"\xff" * 8, "has 12 bytes, expected"),
-    ],
-)
-def test_not_such_a_file(data, words, tmp_path):
-    path = tmp_path / "images"
-    path.write_bytes(data)
-    with pytest.raises(ValueError, match=words):
-        read_idx(path)
+    ]:
+        path = tmp_path / "images"
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=words):
+            read_idx(path)
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-9], lambda data: b"<html>", lambda data: data[:30] + data[40:]])

@@ -60,14 +60,18 @@ class TestInPlaceOfATensor:
         assert x.device == torch.device("cpu")
 
     @pytest.mark.parametrize("workers", [0, 3])
-    @pytest.mark.parametrize(
-        "index",
-        [slice(None), slice(3, 7), slice(1, None, 4), slice(5, 5), torch.tensor([7, 0, 7]), torch.arange(11) % 2 == 0],
-        ids=["all", "slice", "steps", "none", "indices", "mask"],
-    )
-    def test_what_is_read_is_what_would_be_in_memory(self, files, index, workers):
-        x = images(files, workers=workers)[index]
-        assert x.dtype == torch.uint8 and torch.equal(x, held(files)[index])
+    def test_what_is_read_is_what_would_be_in_memory(self, files, workers):
+        some = (
+            slice(None),
+            slice(3, 7),
+            slice(1, None, 4),
+            slice(5, 5),
+            torch.tensor([7, 0, 7]),
+            torch.arange(11) % 2 == 0,
+        )
+        for index in some:
+            x = images(files, workers=workers)[index]
+            assert x.dtype == torch.uint8 and torch.equal(x, held(files)[index])
 
     def test_some_are_chosen_and_not_read(self, files):
         some = images(files).only(torch.arange(11) > 2).only(slice(0, 4)).only(torch.tensor([3, 1]))

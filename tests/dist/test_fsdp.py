@@ -79,10 +79,9 @@ def test_weights_that_are_sharded_in_part_are_refused(ranks):
         assert all("shard the whole model over one mesh" in sentence for sentence in sentences)
 
 
+@pytest.mark.parametrize(("door", "device_path"), [("closure", True), ("passes", False)])
 @pytest.mark.parametrize("scaler", [False, True])
-@pytest.mark.parametrize("device_path", [False, True])
 @pytest.mark.parametrize("spoilt", [0, 1])
-@pytest.mark.parametrize("door", ["closure", "passes"])
 def test_an_infinite_entry_in_one_shard_is_known_to_all(ranks, spoilt, device_path, scaler, door):
     setup = {"method": "vasso", "bad": (2, spoilt), "device_path": device_path, "scaler": scaler, "door": door}
     results = ranks.run(scenarios.train, Setup(**setup))

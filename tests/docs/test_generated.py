@@ -4,6 +4,7 @@ So does a new import, which changes the picture in `docs/design.md`.
 """
 
 import itertools
+import json
 import os
 import re
 import shutil
@@ -43,20 +44,28 @@ LINE = """    Method(
 """
 
 
-def run(folder, *words):
-    return subprocess.run(
-        [sys.executable, *words],
-        env={**os.environ, "PYTHONPATH": str(folder / "src"), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+# The copy of tools/generate.py checks, writes and checks again: exit codes, what is said, and whether a page names it.
+STEPS = """
+import contextlib, io, json, sys
+from pathlib import Path
+import torch, flatmin
+from flatmin.methods import Sign
+root = Path(sys.argv[1])
+sys.path.insert(0, str(root / "tools"))
+import generate
+said = []
+for words in (["--check"], [], ["--check"]):
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        code = generate.main(words)
+    said.append((code, text.getvalue(), any("sign-sam" in (root / page).read_text() for page in sys.argv[2:])))
+flatmin.wrap(torch.optim.SGD([torch.ones(2, requires_grad=True)], 0.1), "sign-sam")
+assert flatmin.compose("sign-sam").direction == Sign()
+print(json.dumps(said))
+"""
 
 
-def test_the_pages_are_those_that_the_code_gives():
-    done = run(ROOT, str(ROOT / "tools" / "generate.py"), "--check")
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_the_pages_are_those_that_the_code_gives(capsys):
+    assert generate.main(["--check"]) == 0, capsys.readouterr().out
 
 
 def reached(arrows):
@@ -114,19 +123,20 @@ def test_a_part_and_a_line_in_the_table_are_all_that_a_method_takes(tmp_path):
     table = (methods / "table.py").read_text()
     (methods / "table.py").write_text(table.replace("    *RULES,\n", LINE))
 
-    generate = str(tmp_path / "tools" / "generate.py")
-    found = run(tmp_path, generate, "--check")
-    assert found.returncode == 1, found.stderr
-    assert "+| `sign-sam` | Climb along the sign |" in found.stdout and "3 page(s) are behind the code" in found.stdout
-    assert not any("sign-sam" in (tmp_path / page).read_text() for page in PAGES)
-
-    assert run(tmp_path, generate).returncode == 0
+    done = subprocess.run(
+        [sys.executable, "-c", STEPS, str(tmp_path), *PAGES],
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "src"), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    (behind, told, early), (wrote, _, late), (after, _, _) = json.loads(done.stdout)
+    assert (behind, wrote, after) == (1, 0, 0) and not early and late
+    assert "+| `sign-sam` | Climb along the sign |" in told and "3 page(s) are behind the code" in told
     readme, methods_page, loops, _ = ((tmp_path / page).read_text() for page in PAGES)
     assert "| `sign-sam` | Climb along the sign | Nobody & Noone, ICML 2031 | 2 | 0.05 |" in readme
     assert "| `sign-sam` | d = sign(g), eps = rho d / ‖d‖ | 2 | 1 | 0.05 | | nobody uses it |" in methods_page
     assert "\n25 sign-sam " in methods_page and "stale-sam, sign-sam" in methods_page  # the matrix, and its refusals
     assert "| sign-sam | yes |" in loops
-    assert run(tmp_path, generate, "--check").returncode == 0
-    use = "import torch, flatmin; flatmin.wrap(torch.optim.SGD([torch.ones(2, requires_grad=True)], 0.1), 'sign-sam'); "
-    done = run(tmp_path, "-c", f"{use}from flatmin.methods import Sign; print(flatmin.compose('sign-sam').direction)")
-    assert done.stdout == "Sign()\n", done.stderr

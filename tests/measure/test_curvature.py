@@ -1,18 +1,18 @@
 """Hessian, Gauss-Newton and Fisher products against dense matrices."""
 
 import functools
+import itertools
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flatmin.measure.curvature import EmpiricalFisher, Fisher, GaussNewton, Hessian, dense
 from flatmin.measure.problem import Problem
-from tests.covering import pairs
+from tests.helpers import same_bits
 from tests.measure.nets import CASES, batches, dense_hessian, dense_jacobian, function_of, make
-
-SIZES = [17, 7, 1]  # one batch, an uneven last one, single samples
 
 
 def equal(found, want):
@@ -24,7 +24,14 @@ def known_hessian(name):
     return dense_hessian(*make(name))
 
 
-@pairs("name, size, memory", list(CASES), SIZES, [None, 0])  # memory: graphs are kept, or made again
+@pytest.mark.parametrize(
+    ("name", "size", "memory"),  # one batch, an uneven last one, single samples; graphs are kept, or made again
+    [
+        *((name, 7, None if k % 2 else 0) for k, name in enumerate(CASES)),
+        *(("mlp", 17, 0), ("class weights", 17, None), ("attention", 17, None)),
+        *(("relu", 1, 0), ("sum", 1, 0), ("tied", 1, None), ("class weights", 1, None)),
+    ],
+)
 def test_the_hessian_is_the_dense_one(name, size, memory):
     model, x, y, loss = make(name)
     operator = Hessian(Problem(model, loss, batches(x, y, size)), memory=memory)
@@ -33,12 +40,31 @@ def test_the_hessian_is_the_dense_one(name, size, memory):
     assert operator.stored_graphs == (0 if memory == 0 else -(-17 // size))
 
 
-@pytest.mark.parametrize("name", [n for n in CASES if n not in ("regression", "linear")])
+@pytest.mark.parametrize("name", ["mlp", "groupnorm", "attention", "tied", "sum", "class weights"])
 def test_the_forward_form_is_the_same(name):
     """Mean squared error has no forward derivative of its gradient in every release of torch."""
     model, x, y, loss = make(name)
     operator = Hessian(Problem(model, loss, batches(x, y, 7)), form="forward")
     equal(dense(operator), known_hessian(name))
+
+
+def test_attention_whatever_the_kernels_of_the_caller():
+    model, x, y, loss = make("attention")
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        equal(dense(Hessian(Problem(model, loss, (x, y)))), known_hessian("attention"))
+
+
+@pytest.mark.parametrize(("form", "memory"), [("reverse", None), ("reverse", 0), ("forward", None)])
+def test_batchnorm_by_the_batch(form, memory):
+    """Each batch by its own statistics, no buffer changed, and not eval mode in disguise."""
+    model, x, y, loss = make("batchnorm")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    found = dense(Hessian(Problem(model, loss, batches(x, y, 7), mode="train"), form=form, memory=memory))
+    assert same_bits(dict(model.state_dict()), before) and not model.training
+    model.train()
+    want = sum(len(t) / 17 * dense_hessian(model, i, t, loss) for i, t in batches(x, y, 7))
+    equal(found, want)
+    assert (known_hessian("batchnorm") - want).norm() > 0.1 * want.norm()
 
 
 @pytest.mark.parametrize("name", ["mlp", "regression"])
@@ -118,8 +144,7 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("width", [8, 256])
+@pytest.mark.parametrize(("width", "dtype"), [(8, torch.float64), (256, torch.float32)])
 @pytest.mark.parametrize("name", WRONG)
 def test_a_derivative_that_is_wrong_is_found_whatever_the_size(name, width, dtype):
     net, where = WRONG[name]
@@ -220,11 +245,10 @@ KINKED = {
 
 
 @pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(), lambda f, y: (f - y[:, None].to(f)).abs().mean()])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", KINKED)
-def test_kinks_are_not_taken_for_wrong_derivatives(name, dtype, loss):
+def test_kinks_are_not_taken_for_wrong_derivatives(name, loss):
     build, shape = KINKED[name]
-    for seed in range(2):
+    for seed, dtype in itertools.product(range(2), (torch.float64, torch.float32, torch.bfloat16)):
         torch.manual_seed(seed)
         model = build()
         with torch.no_grad():
@@ -306,10 +330,10 @@ def known_gauss_newton(name):
     return sum(jacobian[i].T @ in_outputs(outputs, y, loss, i) @ jacobian[i] for i in range(len(y))) / len(y)
 
 
-@pytest.mark.parametrize("memory", [None, 0])
 @pytest.mark.parametrize("name", [n for n in CASES if n != "class weights"])
-def test_the_gauss_newton_matrix_is_the_dense_one(name, memory):
+def test_the_gauss_newton_matrix_is_the_dense_one(name):
     model, x, y, loss = make(name)
+    memory = 0 if name in ("relu", "attention", "tied", "sum") else None
     found = dense(GaussNewton(Problem(model, loss, batches(x, y, 7)), memory=memory))
     equal(found, known_gauss_newton(name))
     assert torch.linalg.eigvalsh(found)[0] >= -1e-12
@@ -328,10 +352,10 @@ def per_sample_gradients(name):
     return torch.stack([torch.autograd.functional.jacobian(f, w) for f, w in fn])
 
 
-@pytest.mark.parametrize("memory", [None, 0])
 @pytest.mark.parametrize("name", ["mlp", "relu", "groupnorm", "batchnorm", "attention", "lstm", "tied", "sum"])
-def test_the_empirical_fisher_is_the_mean_of_outer_products(name, memory):
+def test_the_empirical_fisher_is_the_mean_of_outer_products(name):
     model, x, y, loss = make(name)
+    memory = 0 if name in ("relu", "attention", "tied", "sum") else None
     g = per_sample_gradients(name)
     found = dense(EmpiricalFisher(Problem(model, loss, batches(x, y, 7)), memory=memory))
     equal(found, g.T @ g / len(y))

@@ -13,7 +13,6 @@ from flatmin.measure.flatness import fisher_rao, pac_bayes, relative_flatness
 from flatmin.measure.losses import error_rate
 from flatmin.measure.problem import Problem
 from flatmin.stats import t_quantile
-from tests.measure.left import left_as_it_was
 from tests.measure.nets import batches, dense_hessian, function_of, make
 
 
@@ -63,13 +62,13 @@ class TestPacBayes:
     A = torch.logspace(-1, 1, 20).double()
 
     def test_the_interval_covers_the_closed_form(self):
-        """sigma = sqrt(2 t / sum a), as a standard deviation; 200 seeds, 90.5 to 98.5 % is the 99 % range of 95 %."""
+        """sigma = sqrt(2 t / sum a), as a standard deviation; of 80 seeds at 95 %, 71 or more in 99 % of the cases."""
         problem, want = parabola(self.A), math.sqrt(2 * 0.1 / float(self.A.sum()))
         reach = t_quantile(0.975, 5)
-        found = [pac_bayes(problem, 0.1, of="loss", draws=6, tol=2e-3, seed=seed) for seed in range(200)]
-        covered = sum(abs(f.sigma - want) <= reach * f.sigma_error for f in found) / 200
-        assert 0.905 <= covered <= 0.985
-        assert sum(f.sigma for f in found) / 200 == pytest.approx(want, rel=0.02)
+        found = [pac_bayes(problem, 0.1, of="loss", draws=6, tol=2e-3, seed=seed) for seed in range(80)]
+        covered = sum(abs(f.sigma - want) <= reach * f.sigma_error for f in found)
+        assert 71 <= covered < 80
+        assert sum(f.sigma for f in found) / 80 == pytest.approx(want, rel=0.02)
         assert found[0].flatness == found[0].sigma ** -2
 
     def test_the_bracket_holds_the_crossing(self):
@@ -132,9 +131,8 @@ class TestPacBayes:
         with pytest.raises(ValueError, match="a bracket is two sigmas with 0 < low < high"):
             pac_bayes(classifier(), bracket=bracket)
 
-    @pytest.mark.parametrize(
-        ("options", "sentence"),
-        [
+    def test_bad_options(self):
+        for options, sentence in [
             ({"target": 0.0}, "target must be a positive number, got 0.0"),
             ({"target": math.nan}, "target must be a positive number, got nan"),
             ({"draws": 1}, "needs at least two draws, got 1"),
@@ -143,11 +141,9 @@ class TestPacBayes:
             ({"eps": -1.0, "magnitude": True}, "eps must be a number >= 0"),
             ({"of": "accuracy"}, "of must be 'loss' or 'error'"),
             ({"target": 1.0}, "the error rate is 0 without noise, so it cannot rise by 1"),
-        ],
-    )
-    def test_bad_options(self, options, sentence):
-        with pytest.raises(ValueError, match=sentence):
-            pac_bayes(classifier(), **options)
+        ]:
+            with pytest.raises(ValueError, match=sentence):
+                pac_bayes(classifier(), **options)
 
     def test_a_target_that_is_not_reached(self):
         class Bounded(Parabola):
@@ -334,20 +330,3 @@ class TestFisherRao:
         problem = Problem(model, lambda f, y: F.cross_entropy(f, y), (x, y))
         with pytest.raises(ValueError, match="the loss gives no value per sample"):
             fisher_rao(problem, labels="data")
-
-
-MEASURES = {
-    "pac-bayes": lambda p: pac_bayes(p, 0.1, of="loss", draws=2, tol=0.5),
-    "pac-bayes with magnitude": lambda p: pac_bayes(p, 0.1, of="loss", draws=2, tol=0.5, magnitude=True),
-    "error rate": lambda p: [error_rate(p), error_rate(p)],
-    "relative flatness": lambda p: relative_flatness(p, "linear.weight"),
-    "by probes": lambda p: relative_flatness(p, "linear.weight", exact=0, max_probes=2),
-    "fisher-rao": lambda p: fisher_rao(p),
-    "fisher-rao of the data": lambda p: fisher_rao(p, labels="data"),
-}
-
-
-@pytest.mark.parametrize("fail", [-1, 0, 3, 4])
-@pytest.mark.parametrize("measure", MEASURES)
-def test_the_model_is_left_bit_for_bit(measure, fail):
-    left_as_it_was(MEASURES[measure], fail)

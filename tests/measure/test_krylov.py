@@ -8,12 +8,12 @@ import torch
 from flatmin.measure.curvature import Hessian, dense
 from flatmin.measure.krylov import spectrum
 from flatmin.measure.problem import Problem
-from tests.measure.nets import CASES, Matrix, batches, make, symmetric
+from tests.measure.nets import Matrix, batches, make, symmetric
 
 SPREAD = torch.cat([torch.tensor([10.0, 7.0, 5.0, 4.0, 3.5, -3.0, -2.5]), torch.linspace(-1, 1, 493)]).double()
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ["mlp", "relu", "batchnorm", "tied", "regression", "linear"])
 def test_every_eigenvalue_of_a_net(name):
     """Asked for all of them, in float64, they are those of the dense matrix."""
     model, x, y, loss = make(name)
@@ -28,17 +28,17 @@ def test_every_eigenvalue_of_a_net(name):
 
 
 @pytest.mark.parametrize("memory", [2**31, 22 * 500 * 8, 26 * 500 * 8], ids=["whole", "22 vectors", "26 vectors"])
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize(("top", "bottom"), [(1, 0), (5, 0), (5, 2), (0, 2), (3, 1)])
-def test_the_ends(top, bottom, seed, memory):
-    found = spectrum(symmetric(SPREAD), top=top, bottom=bottom, seed=seed, memory=memory)
-    assert found.converged
-    torch.testing.assert_close(found.top, SPREAD[:top], rtol=1e-4, atol=0)
-    torch.testing.assert_close(found.bottom, torch.tensor([-3.0, -2.5]).double()[:bottom], rtol=1e-4, atol=0)
-    assert found.products - found.searched <= 20 and found.searched <= (8 if top + bottom > 1 else 0)
-    assert 0.0 < found.chance_missed < 0.1
-    gram = found.basis @ found.basis.T
-    assert (gram - torch.eye(len(gram), dtype=torch.float64)).abs().max() <= 1e-12
+@pytest.mark.parametrize(("top", "bottom"), [(1, 0), (5, 2), (0, 2)])
+def test_the_ends(top, bottom, memory):
+    for seed in range(4):
+        found = spectrum(symmetric(SPREAD), top=top, bottom=bottom, seed=seed, memory=memory)
+        assert found.converged
+        torch.testing.assert_close(found.top, SPREAD[:top], rtol=1e-4, atol=0)
+        torch.testing.assert_close(found.bottom, torch.tensor([-3.0, -2.5]).double()[:bottom], rtol=1e-4, atol=0)
+        assert found.products - found.searched <= 20 and found.searched <= (8 if top + bottom > 1 else 0)
+        assert 0.0 < found.chance_missed < 0.1
+        gram = found.basis @ found.basis.T
+        assert (gram - torch.eye(len(gram), dtype=torch.float64)).abs().max() <= 1e-12
 
 
 def test_restarts_find_what_the_whole_basis_finds():

@@ -13,7 +13,6 @@ from flatmin.measure.evaluate import batch_statistics, evaluate
 from flatmin.measure.krylov import spectrum
 from flatmin.measure.landscape import Slice, grid_around, landscape
 from flatmin.measure.problem import Problem
-from tests.measure.left import left_as_it_was
 from tests.measure.nets import CASES, batches, dense_hessian, function_of, make
 
 
@@ -212,13 +211,6 @@ class TestGrid:
         assert (grid == 0).any() and len(grid) <= points
         assert grid[0] <= min(low, 0) + 1e-12 and grid[-1] >= max(high, 0) - 1e-12
         assert grid.diff().tolist() == pytest.approx([float(grid[1] - grid[0])] * (len(grid) - 1))
-
-
-class TestUntouched:
-    @pytest.mark.parametrize("fail", [-1, 0, 5, 20])
-    @pytest.mark.parametrize("statistics", ["as they are", "recomputed"])
-    def test_the_model_is_left_bit_for_bit(self, statistics, fail):
-        left_as_it_was(lambda p: landscape(p, gaussian_pair(p), points=3, accuracy=True, statistics=statistics), fail)
 
 
 class TestStatistics:

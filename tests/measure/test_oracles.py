@@ -4,7 +4,6 @@ import functools
 
 import pytest
 import torch
-from scipy.sparse.linalg import LinearOperator, eigsh
 from scipy.stats import wasserstein_distance
 from torch.nn import functional as F
 
@@ -84,24 +83,13 @@ def test_every_eigenvalue(name):
     assert found.converged and (found.top - values).abs().max() <= 1e-8 * values[0]
 
 
-@pytest.mark.parametrize("name", SMALLER)
-def test_scipy_finds_the_same_ends(name):
-    operator = Hessian(problem_of(name))
-    theirs = LinearOperator(
-        (operator.size, operator.size), lambda v: operator.matvec(torch.from_numpy(v.ravel())).numpy(), dtype="float64"
-    )
-    found = spectrum(operator, top=4, bottom=2, tol=1e-5)
-    for which, k, mine in (("LA", 4, found.top), ("SA", 2, found.bottom)):
-        values, vectors = eigsh(theirs, k=k, which=which)
-        want = torch.from_numpy(values).sort(descending=which == "LA").values
-        assert (mine - want).abs().max() <= 1e-8 * found.largest
-        mine_vectors = found.top_vectors if which == "LA" else found.bottom_vectors
-        cosines = mine_vectors @ torch.from_numpy(vectors)
-        torch.testing.assert_close(cosines.norm(dim=1), torch.ones(k).double(), rtol=0, atol=1e-8)
-
-
-@pytest.mark.parametrize("kind", [Hessian, GaussNewton, EmpiricalFisher])
-@pytest.mark.parametrize("name", ["mlp", "relu", "batchnorm", "attention", "tied", "regression"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *((name, Hessian) for name in ("mlp", "batchnorm", "tied", "regression")),
+        *((name, kind) for name in ("batchnorm", "tied") for kind in (GaussNewton, EmpiricalFisher)),
+    ],
+)
 def test_with_every_eigenvalue_known_diagonal_trace_and_norm_are_exact(name, kind):
     model, x, y, loss = make(name)
     operator = kind(Problem(model, loss, batches(x, y, 7)))
@@ -120,20 +108,13 @@ def covered(operator, known, **options):
     return sum(low <= want <= high for low, high in intervals) / 300
 
 
-@pytest.mark.parametrize("name", SMALLER)
-def test_the_interval_of_the_trace_covers_it(name):
-    operator, _ = hessian_of(name)
-    assert 0.917 <= covered(operator, spectrum(operator, top=5, bottom=1)) <= 0.983
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["tanh", "groupnorm"])
 def test_the_interval_of_the_trace_covers_it_without_a_spectrum(name):
     assert 0.917 <= covered(hessian_of(name)[0], None) <= 0.983
 
 
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize(("name", "seed"), zip(TRAINED, range(4), strict=True))
 def test_the_density_by_samples(name, seed, sampled):
     """The eigenvalues of the spectrum stand in it, so that the noise is that of the bulk."""
     operator, values = hessian_of(name)

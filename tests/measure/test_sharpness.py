@@ -1,5 +1,6 @@
 """Sharpness against closed forms, dense optima and theorems, and the defects of other implementations."""
 
+import itertools
 import math
 from itertools import pairwise
 
@@ -17,7 +18,6 @@ from flatmin.measure.groups import split
 from flatmin.measure.losses import LogitNormalised, error_rate
 from flatmin.measure.problem import Problem
 from flatmin.measure.sharpness import curve, m_sharpness, worst_case
-from tests.measure.left import left_as_it_was
 from tests.measure.nets import batches, dense_hessian, function_of, make, symmetric
 
 SMALL = ["mlp", "relu", "tied", "regression", "sum", "class weights"]
@@ -138,8 +138,8 @@ SPECTRA = {
 
 
 class TestTheAscent:
-    @pytest.mark.parametrize("size", [1e-3, 0.1, 1.0, 10.0])
     @pytest.mark.parametrize("spectrum", SPECTRA)
+    @pytest.mark.parametrize("size", [1e-3, 1.0])
     def test_finds_the_optimum_of_a_quadratic(self, spectrum, size):
         """The steps of the default come within 1 % of it, of one in the inside within 5 %; 200 within 0.1 %."""
         matrix = symmetric(SPECTRA[spectrum]).matrix
@@ -570,25 +570,6 @@ class Transpose(nn.Module):
         return x.transpose(1, 2)
 
 
-MEASURES = {
-    "worst case": lambda p: worst_case(p, 0.1, steps=3, restarts=1, errors=True),
-    "box": lambda p: worst_case(p, 0.1, norm="linf", adaptive=True, steps=3),
-    "average": lambda p: average_case(p, 0.1, draws=2),
-    "average error": lambda p: average_case(p, 0.1, draws=2, of="error"),
-    "groups": lambda p: m_sharpness(p, 5, 0.1, steps=2),
-    "curve": lambda p: curve(p, [0.1, 0.2], steps=2),
-    "normalised": lambda p: worst_case(
-        Problem(p.model, LogitNormalised(p.loss), [(b.inputs, b.targets) for b in p.batches]), 0.1, steps=3
-    ),
-}
-
-
-@pytest.mark.parametrize("fail", [-1, 0, 5, 9])
-@pytest.mark.parametrize("measure", MEASURES)
-def test_the_model_is_left_bit_for_bit(measure, fail):
-    left_as_it_was(MEASURES[measure], fail)
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_is_the_same_on_a_gpu():
@@ -614,11 +595,10 @@ def test_is_the_same_on_a_gpu():
 class TestBadInput:
     problem = staticmethod(lambda **changes: independent("mlp", **changes)[0])
 
-    @pytest.mark.parametrize("rho", [0.0, -1.0, math.nan, math.inf])
-    @pytest.mark.parametrize("measure", [worst_case, average_case])
-    def test_rho(self, measure, rho):
-        with pytest.raises(ValueError, match="rho must be a positive number"):
-            measure(self.problem(), rho)
+    def test_rho(self):
+        for measure, rho in itertools.product((worst_case, average_case), (0.0, -1.0, math.nan, math.inf)):
+            with pytest.raises(ValueError, match="rho must be a positive number"):
+                measure(self.problem(), rho)
 
     @pytest.mark.parametrize(
         ("options", "sentence"),

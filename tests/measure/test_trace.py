@@ -41,6 +41,21 @@ def test_the_interval_of_the_trace_covers_it_as_often_as_it_says(operator, known
         assert plain.products >= 8 * sum(f.products for f in found) / 300
 
 
+def test_two_means_that_are_alike_stop_nothing():
+    """Probes of 1, and one in ten of 2: the mean stays where it is for long."""
+
+    class Rare:
+        size, dtype, device = 50, torch.float64, torch.device("cpu")
+        calls = 0
+
+        def matvec(self, v):
+            self.calls += 1
+            return v * (1.0 + 1.0 * (self.calls % 10 == 9))
+
+    found = trace(Rare(), tol=0.02)
+    assert found.converged and found.probes > 100 and found.value == pytest.approx(55.0, rel=0.05)
+
+
 def test_a_whole_basis_gives_the_exact_trace(operator):
     whole = spectrum(operator, top=operator.size)
     found = trace(operator, whole)

@@ -73,6 +73,15 @@ MEASURES = {
     "edge_of_stability": lambda p: presets.edge_of_stability(p, 0.1),
     "andriushchenko_m128": lambda p: presets.andriushchenko_m128(many(p), 0.1, examples=128),
 }
+# The same by other options, which take other ways.
+USES = {
+    **MEASURES,
+    "Hessian, recomputed": lambda p: spectra(p, measures.Hessian, memory=0),
+    "worst_case, box": lambda p: measures.worst_case(p, 0.1, norm="linf", adaptive=True, steps=3),
+    "landscape, as it is": lambda p: measures.landscape(p, gaussian_pair(p), points=3, accuracy=True),
+    "pac_bayes, magnitude": lambda p: measures.pac_bayes(p, 0.1, of="loss", draws=2, tol=0.5, magnitude=True),
+    "relative_flatness, probes": lambda p: measures.relative_flatness(p, "linear.weight", exact=0, max_probes=2),
+}
 # Records, and numbers without a model.
 APART = {
     "Average",
@@ -98,11 +107,11 @@ def test_every_public_name_is_here():
     assert all(isclass(getattr(measures, name, type)) or name in ("edge", "sam_edge") for name in APART)
 
 
-@pytest.mark.parametrize("fail", [-1, 0, 2, 5, 12])
-@pytest.mark.parametrize("measure", MEASURES)
-def test_the_model_is_left_bit_for_bit(measure, fail):
-    """Where the net fails in this forward pass, of which making the problem takes the first two."""
-    left_as_it_was(MEASURES[measure], fail)
+@pytest.mark.parametrize("measure", USES)
+def test_the_model_is_left_bit_for_bit(measure):
+    """Where no forward pass fails, and where the n-th does, of which making the problem takes the first two."""
+    for fail in (-1, 0, 2, 5, 9, 12):
+        left_as_it_was(USES[measure], fail)
 
 
 class Interrupted(nn.CrossEntropyLoss):
@@ -125,26 +134,24 @@ class Interrupted(nn.CrossEntropyLoss):
         return value
 
 
-@pytest.mark.parametrize("where", ["loss", "backward"])
 @pytest.mark.parametrize("measure", ["Problem", "spectrum", "GaussNewton", "worst_case", "m_sharpness", "bezier"])
-def test_the_model_is_left_bit_for_bit_where_it_is_interrupted(measure, where):
-    def interrupted(problem):
-        problem.loss = Interrupted(where)
-        with pytest.raises(KeyboardInterrupt):
-            (problem.gradient if measure == "Problem" else lambda: MEASURES[measure](problem))()
+def test_the_model_is_left_bit_for_bit_where_it_is_interrupted(measure):
+    for where in ("loss", "backward"):
 
-    left_as_it_was(interrupted, -1)
+        def interrupted(problem, where=where):
+            problem.loss = Interrupted(where)
+            with pytest.raises(KeyboardInterrupt):
+                (problem.gradient if measure == "Problem" else lambda: MEASURES[measure](problem))()
+
+        left_as_it_was(interrupted, -1)
 
 
 OTHERS = ("restricted", "landscape", "linear", "bezier", "relative_flatness", "andriushchenko_m128")
 
 
-@pytest.mark.parametrize("measure", [name for name in MEASURES if name not in OTHERS])
-def test_batchnorm_by_the_batch_leaves_its_buffers(measure):
-    by_the_batch(MEASURES[measure])
-
-
-def test_landscapes_by_the_batch_leave_the_buffers():
+def test_batchnorm_by_the_batch_leaves_its_buffers():
+    for name in MEASURES.keys() - set(OTHERS):
+        by_the_batch(MEASURES[name])
     by_the_batch(lambda p: measures.landscape(p, gaussian(p), points=3))
     by_the_batch(lambda p: measures.linear(p, ends(p), points=3))
     by_the_batch(lambda p: measures.bezier(p, *ends(p), steps=2, points=3))

@@ -1,7 +1,6 @@
 """Names of other packages' networks, and what is said where the packages are missing; runs without them."""
 
 import inspect
-import subprocess
 import sys
 import textwrap
 
@@ -30,9 +29,9 @@ def packages(monkeypatch, tmp_path):
         sys.modules.pop(name, None)
 
 
-@pytest.mark.parametrize("spec", ["resnet18", "timm", "torchvision", "timm.models:resnet18", "mine:net", ":timm", ""])
-def test_any_other_spec(spec):
-    assert external(spec) is None
+def test_any_other_spec():
+    for spec in ["resnet18", "timm", "torchvision", "timm.models:resnet18", "mine:net", ":timm", ""]:
+        assert external(spec) is None
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -42,15 +41,6 @@ def test_the_builder_says_what_it_takes(spec):
     defaults = {"num_classes": 10, "in_channels": 3, "image_size": None, "pretrained": False}
     assert {name: p.default for name, p in known.items() if p.kind is p.KEYWORD_ONLY} == defaults
     assert set(known) - set(defaults) == {"options"}
-
-
-def test_nothing_is_imported_for_a_name():
-    code = (
-        "import sys\nfrom flatmin.models.external import external\n"
-        f"for spec in {SPECS}: external(spec)\nprint({{'timm', 'torchvision'}} & set(sys.modules))"
-    )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "set()"
 
 
 @pytest.mark.parametrize("spec", SPECS)

@@ -44,19 +44,28 @@ def test_names():
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_options_of_every_network(name):
-    parameters = inspect.signature(MODELS[name]).parameters
+def test_every_network_has_the_common_options(name):
+    """Its signature, shapes for grey images, for larger ones and before the average, and what it refuses."""
+    make, seen = MODELS[name], []
+    parameters = inspect.signature(make).parameters
     assert {"num_classes", "in_channels"} <= set(parameters)
     assert all(parameter.default is not parameter.empty for parameter in parameters.values())
     assert parameters["num_classes"].default == 10
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_shape_of_logits_for_grey_images(name):
     with torch.device("meta"):  # shapes without numbers
-        model = MODELS[name](num_classes=7, **options(name, in_channels=1, image_size=32))
+        model = make(num_classes=7, **options(name, in_channels=1, image_size=32))
+        assert hasattr(model, "pool") == (name in FEATURES)
+        if name in FEATURES:
+            model.pool.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape))
         assert model(torch.empty(2, 1, 32, 32)).shape == (2, 7)
-        assert not any(getattr(module, "inplace", False) for module in model.modules())
+        for size in () if options(name, image_size=32) else (33, 64):
+            assert model(torch.empty(2, 1, size, size)).shape == (2, 7)
+    if name in FEATURES:
+        channels, height = FEATURES[name]
+        assert seen[0] == (2, channels, height, height)
+    assert not any(getattr(module, "inplace", False) for module in model.modules())
+    for option in ("num_classes", "in_channels"):
+        with pytest.raises(ValueError, match=rf"{option} must be an integer >= 1, got 0\."):
+            make(**{option: 0})
 
 
 @pytest.mark.parametrize(
@@ -68,29 +77,6 @@ def test_logits(name):
     with torch.no_grad():
         logits = model(torch.randn(2, 3, 32, 32))
     assert logits.shape == (2, 7) and logits.isfinite().all() and logits.std() > 0
-
-
-@pytest.mark.parametrize("name", FEATURES)
-def test_features(name):
-    seen = []
-    with torch.device("meta"):
-        model = MODELS[name]()
-        model.pool.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape))
-        model(torch.empty(2, 3, 32, 32))
-    channels, height = FEATURES[name]
-    assert seen == [(2, channels, height, height)]
-
-
-def test_every_network_that_averages_is_above():
-    with torch.device("meta"):
-        assert {name for name, make in MODELS.items() if hasattr(make(), "pool")} == set(FEATURES)
-
-
-@pytest.mark.parametrize("size", [33, 64])
-@pytest.mark.parametrize("name", [name for name in MODELS if not options(name, image_size=32)])
-def test_images_of_other_sizes(name, size):
-    with torch.device("meta"):
-        assert MODELS[name]()(torch.empty(2, 3, size, size)).shape == (2, 10)
 
 
 @pytest.mark.parametrize("name", ["resnet basic", "resnet option a", "wrn", "densenet", "vgg", "pyramidnet"])
@@ -125,9 +111,8 @@ def test_initial_weights_of_the_transformer():
             assert parameter.std() == pytest.approx(0.0176, rel=0.15), name  # 0.02, cut off at two deviations
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
+def test_impossible_arguments():
+    for build, message in [
         (lambda: ResNet(20), r"depth must be one of 18, 34, 50, 101, 152, got 20\."),
         (lambda: ResNet(18, stem="large"), r"stem must be one of small, imagenet, got 'large'\."),
         (lambda: CifarResNet(18), r"depth must be 6n \+ 2 with n >= 1, such as 14 or 20, got 18\."),
@@ -150,18 +135,9 @@ def test_initial_weights_of_the_transformer():
         (lambda: ViT(depth=0), r"depth must be an integer >= 1, got 0\."),
         (lambda: small.conv(image_size=1), r"image_size must be an integer >= 2, got 1\."),
         (lambda: small.mlp(in_channels=0), r"in_channels must be an integer >= 1, got 0\."),
-    ],
-)
-def test_impossible_arguments(make, message):
-    with pytest.raises(ValueError, match=message):
-        make()
-
-
-@pytest.mark.parametrize("option", ["num_classes", "in_channels"])
-@pytest.mark.parametrize("name", MODELS)
-def test_impossible_counts(name, option):
-    with pytest.raises(ValueError, match=rf"{option} must be an integer >= 1, got 0\."):
-        MODELS[name](**{option: 0})
+    ]:
+        with pytest.raises(ValueError, match=message):
+            build()
 
 
 def test_images_that_a_transformer_was_not_made_for():

@@ -133,15 +133,15 @@ def test_without_noise_and_without_steps_the_ascent_stays():
     assert [loop.step(t) for t in range(3)] == [None, pytest.approx(1.0), pytest.approx(1.0)]
 
 
-@pytest.mark.parametrize("base", ["sgd", "foreach", "fused"])
 @pytest.mark.parametrize("method", ["sam", "asam", "n-step", "fsam", "gsam", "usam"])
-def test_it_is_of_the_whole_way_from_w_with_any_base(method, base):
-    loop = Loop(method, 0.7, base=base)
-    eps, found = [], []
-    for t in range(6):
-        found.append(loop.step(t))
-        eps.append(loop.eps)
-    assert found[1:] == pytest.approx([angle(a, b) for a, b in itertools.pairwise(eps)], rel=1e-8)
+def test_it_is_of_the_whole_way_from_w_with_any_base(method):
+    for base in ("sgd", "foreach", "fused"):
+        loop = Loop(method, 0.7, base=base)
+        eps, found = [], []
+        for t in range(6):
+            found.append(loop.step(t))
+            eps.append(loop.eps)
+        assert found[1:] == pytest.approx([angle(a, b) for a, b in itertools.pairwise(eps)], rel=1e-8)
 
 
 @pytest.mark.parametrize("device", [False, True])

@@ -35,14 +35,14 @@ def train(entry, by_hand, clip=0.3, method="sam", device=False, **options):
     return bits(model.parameters()), norms
 
 
-@pytest.mark.parametrize("entry", ENTRY_POINTS)
 @pytest.mark.parametrize(("method", "device"), [("sam", False), ("gsam", True), ("looksam", False)])
-def test_it_is_torchs_clipping_between_the_last_pass_and_the_step(method, entry, device):
-    want, norms = train(entry, by_hand=True, method=method, device=device)
-    assert min(norms) < 0.3 < max(norms) or min(norms) > 0.3
-    got, _ = train(entry, by_hand=False, method=method, device=device)
-    for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a.view(torch.float32), b.view(torch.float32), rtol=1e-6, atol=1e-8)
+def test_it_is_torchs_clipping_between_the_last_pass_and_the_step(method, device):
+    for entry in ENTRY_POINTS:
+        want, norms = train(entry, by_hand=True, method=method, device=device)
+        assert min(norms) < 0.3 < max(norms) or min(norms) > 0.3
+        got, _ = train(entry, by_hand=False, method=method, device=device)
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a.view(torch.float32), b.view(torch.float32), rtol=1e-6, atol=1e-8)
 
 
 def test_a_small_gradient_is_left_bit_for_bit():

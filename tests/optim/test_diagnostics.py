@@ -124,18 +124,18 @@ class Witness:
         return found
 
 
-@pytest.mark.parametrize("entry", ENTRY_POINTS)
 @pytest.mark.parametrize("method", TWO_PASS)
-def test_every_number_is_that_of_the_last_step(method, entry):
+def test_every_number_is_that_of_the_last_step(method):
     """Step 5 ascends with every rule; the numbers of one sample of passes are not those of another."""
-    steps = 6 if method in ("looksam", "every-k") else 3
-    device = (TWO_PASS.index(method) + ENTRY_POINTS.index(entry)) % 2 == 1
-    witness = Witness(method, device=device).steps(steps, entry)
-    found = witness.check()
-    assert len(witness.seen) == 2
-    assert found["loss"] != found["loss_perturbed"] and found["epsilon_norm"] > 0.05
-    assert found["ratio_larger"] == pytest.approx(found["ratio_above_1"] + found["ratio_below_minus_1"])
-    assert sum(found[name] for name in RATIOS - {"ratio_larger"}) == pytest.approx(1.0)
+    for entry in ENTRY_POINTS:
+        steps = 6 if method in ("looksam", "every-k") else 3
+        device = (TWO_PASS.index(method) + ENTRY_POINTS.index(entry)) % 2 == 1
+        witness = Witness(method, device=device).steps(steps, entry)
+        found = witness.check()
+        assert len(witness.seen) == 2
+        assert found["loss"] != found["loss_perturbed"] and found["epsilon_norm"] > 0.05
+        assert found["ratio_larger"] == pytest.approx(found["ratio_above_1"] + found["ratio_below_minus_1"])
+        assert sum(found[name] for name in RATIOS - {"ratio_larger"}) == pytest.approx(1.0)
 
 
 def test_every_kind_of_entry_and_sample_occurs():
@@ -173,13 +173,13 @@ def test_without_a_pass_at_w(method, entry):
     assert 0.0 < found["epsilon_norm"] <= 0.5 + 1e-9
 
 
-@pytest.mark.parametrize("entry", ["closure", "perturbed", "passes"])
 @pytest.mark.parametrize("method", ["every-k", "looksam", "sgd", "ae-sam"])
-def test_a_step_without_ascent_has_no_ascent_to_show(method, entry):
-    witness = Witness(method).steps(2, entry)
-    found = witness.optimizer.diagnostics()
-    assert found["loss"] == pytest.approx(witness.expected()["loss"], rel=1e-12)
-    assert not set(found) & (OF_ASCENT - {"loss_perturbed", "perturbed_gradient_norm"})
+def test_a_step_without_ascent_has_no_ascent_to_show(method):
+    for entry in ("closure", "perturbed", "passes"):
+        witness = Witness(method).steps(2, entry)
+        found = witness.optimizer.diagnostics()
+        assert found["loss"] == pytest.approx(witness.expected()["loss"], rel=1e-12)
+        assert not set(found) & (OF_ASCENT - {"loss_perturbed", "perturbed_gradient_norm"})
 
 
 @pytest.mark.parametrize("entry", ["closure", "perturbed", "passes"])
@@ -339,8 +339,13 @@ class Mixed(nn.Module):
         return self.last(torch.tanh(self.first(x)).double())
 
 
-@pytest.mark.parametrize("entry", ["closure", "passes"])
-@pytest.mark.parametrize("method", ["sam", "asam", "vasso", "gsam", "micro-sam", "n-step", "looksam", "sam-magnitude"])
+@pytest.mark.parametrize(
+    ("method", "entry"),
+    [
+        *(("sam", "closure"), ("asam", "passes"), ("vasso", "passes"), ("gsam", "closure"), ("micro-sam", "closure")),
+        *(("micro-sam", "passes"), ("n-step", "passes"), ("looksam", "closure"), ("sam-magnitude", "passes")),
+    ],
+)
 def test_recording_does_not_synchronise_and_reading_does_once(method, entry, monkeypatch):
     model, criterion = Mixed(), flatmin.Criterion(nn.CrossEntropyLoss())
     base = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)

@@ -38,19 +38,19 @@ def state_of(net):
     return torch.cat([p.detach().flatten() for p in net.parameters()])
 
 
-@pytest.mark.parametrize(("bad", "factor"), [((0,), math.nan), ((0, 1), math.inf), ((2,), math.nan)])
 @pytest.mark.parametrize("method", ["sgd", "sam", "vasso", "stale-sam", "momentum-sam"])
-def test_skipped_updates_leave_nothing_behind(method, bad, factor):
+def test_skipped_updates_leave_nothing_behind(method):
     """What follows is the training without them, bit for bit."""
-    net, optimizer = build(method)
-    other, without = build(method)
-    for k in range(6):
-        update(net, optimizer, k, factor if k in bad else 1.0)
-        if k not in bad:
-            update(other, without, k)
-    assert torch.equal(state_of(net), state_of(other))
-    assert state_of(net).isfinite().all()
-    assert optimizer.counts()["skipped_steps"] == len(bad)
+    for bad, factor in (((0,), math.nan), ((0, 1), math.inf), ((2,), math.nan)):
+        net, optimizer = build(method)
+        other, without = build(method)
+        for k in range(6):
+            update(net, optimizer, k, factor if k in bad else 1.0)
+            if k not in bad:
+                update(other, without, k)
+        assert torch.equal(state_of(net), state_of(other))
+        assert state_of(net).isfinite().all()
+        assert optimizer.counts()["skipped_steps"] == len(bad)
 
 
 @pytest.mark.parametrize("base", [torch.optim.Adam, torch.optim.AdamW])

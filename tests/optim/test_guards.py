@@ -25,24 +25,24 @@ def layers():
     }
 
 
-@pytest.mark.parametrize("entry", ENTRY_POINTS)
 @pytest.mark.parametrize("name", layers())
-def test_statistics_are_touched_by_the_first_pass_only(name, entry):
-    torch.manual_seed(0)
-    layer, shape = layers()[name]
-    model = nn.Sequential(
-        nn.Conv1d(4, 4, 1) if len(shape) == 3 else nn.Identity(), layer, nn.Flatten(), nn.LazyLinear(2)
-    )
-    model(torch.randn(shape))
-    single = copy.deepcopy(model)
-    opt = flatmin.SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.5, model=model)
-    for _ in range(3):
-        x = torch.randn(shape)
-        single.load_state_dict(model.state_dict())
-        single(x)
-        one_step(model, opt, x, entry)
-        for (k, a), b in zip(model.named_buffers(), single.buffers(), strict=True):
-            assert torch.equal(a, b), k
+def test_statistics_are_touched_by_the_first_pass_only(name):
+    for entry in ENTRY_POINTS:
+        torch.manual_seed(0)
+        layer, shape = layers()[name]
+        model = nn.Sequential(
+            nn.Conv1d(4, 4, 1) if len(shape) == 3 else nn.Identity(), layer, nn.Flatten(), nn.LazyLinear(2)
+        )
+        model(torch.randn(shape))
+        single = copy.deepcopy(model)
+        opt = flatmin.SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.5, model=model)
+        for _ in range(3):
+            x = torch.randn(shape)
+            single.load_state_dict(model.state_dict())
+            single(x)
+            one_step(model, opt, x, entry)
+            for (k, a), b in zip(model.named_buffers(), single.buffers(), strict=True):
+                assert torch.equal(a, b), k
 
 
 def test_without_the_guard_they_are_touched_twice():
@@ -195,20 +195,20 @@ class Masked(nn.Module):
         return hidden.square().mean()
 
 
-@pytest.mark.parametrize("entry", ENTRY_POINTS)
 @pytest.mark.parametrize("kind", ["numpy", "random", "given", "held"])
-def test_every_generator_draws_the_same_in_both_passes(kind, entry):
+def test_every_generator_draws_the_same_in_both_passes(kind):
     """huggingface/transformers#10459: SpecAugment masks by numpy's global generator."""
-    own, held = np.random.default_rng(0), random.Random(0)
-    draw = {"numpy": np.random.random, "random": random.random, "given": own.random, "held": held.random}[kind]
-    model = Masked(draw, **({"pool": {"a": held}} if kind == "held" else {}))
-    opt = flatmin.SAM(
-        torch.optim.SGD(model.parameters(), lr=0.1), model=model, generators=[own] if kind == "given" else ()
-    )
-    for _ in range(2):
-        one_step(model, opt, torch.randn(8, 32), entry)
-    a, b, c, d = model.masks
-    assert torch.equal(a, b) and torch.equal(c, d) and not torch.equal(b, c)
+    for entry in ENTRY_POINTS:
+        own, held = np.random.default_rng(0), random.Random(0)
+        draw = {"numpy": np.random.random, "random": random.random, "given": own.random, "held": held.random}[kind]
+        model = Masked(draw, **({"pool": {"a": held}} if kind == "held" else {}))
+        opt = flatmin.SAM(
+            torch.optim.SGD(model.parameters(), lr=0.1), model=model, generators=[own] if kind == "given" else ()
+        )
+        for _ in range(2):
+            one_step(model, opt, torch.randn(8, 32), entry)
+        a, b, c, d = model.masks
+        assert torch.equal(a, b) and torch.equal(c, d) and not torch.equal(b, c)
 
 
 def test_generators_of_another_kind_are_refused():

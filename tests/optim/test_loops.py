@@ -23,12 +23,7 @@ NORMS = {
 }
 
 
-@every_entry
-@pytest.mark.parametrize("moment", ["before", "after"])
-@pytest.mark.parametrize("where", [1, 2])
-@pytest.mark.parametrize("norm", NORMS)
-def test_after_an_exception_statistics_are_those_of_first_passes_and_layers_track_again(norm, where, moment, entry):
-    """`moment`: of the exception, before the forward or after it."""
+def after_an_exception(norm, where, moment, entry):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv1d(4, 4, 1), NORMS[norm](), nn.Flatten(), nn.Linear(12, 2)).double()
     optimizer, twin = sam(model), copy.deepcopy(model)
@@ -61,6 +56,14 @@ def test_after_an_exception_statistics_are_those_of_first_passes_and_layers_trac
     assert same_bits(buffers(model), buffers(twin))
 
 
+@every_entry
+@pytest.mark.parametrize("norm", NORMS)
+def test_after_an_exception_statistics_are_those_of_first_passes_and_layers_track_again(norm, entry):
+    """`moment`: of the exception, before the forward or after it."""
+    for where, moment in itertools.product((1, 2), ("before", "after")):
+        after_an_exception(norm, where, moment, entry)
+
+
 class Halves:
     """A net in two halves, each with an optimizer, and its twin that is trained by hand."""
 
@@ -86,7 +89,10 @@ class Halves:
         assert torch.equal(*ends)
 
 
-@pytest.mark.parametrize(("body_entry", "head_entry"), list(itertools.product(ENTRY_POINTS, ENTRY_POINTS)))
+@pytest.mark.parametrize(
+    ("body_entry", "head_entry"),
+    [*zip(ENTRY_POINTS, (*ENTRY_POINTS[1:], ENTRY_POINTS[0]), strict=True), ("closure", "closure")],
+)
 def test_two_optimizers_take_turns_over_one_model(body_entry, head_entry):
     halves = Halves()
     model, twin = halves.model, halves.twin
@@ -150,10 +156,7 @@ def test_a_step_of_one_optimizer_inside_a_pass_of_another(outer_entry, entry):
     assert int(model[1].num_batches_tracked) == 8
 
 
-@pytest.mark.parametrize("outer_pass", [1, 2])
-@pytest.mark.parametrize("inner_pass", [1, 2])
-@every_entry
-def test_an_exception_of_an_inner_step_ends_both_and_leaves_no_trace(entry, inner_pass, outer_pass):
+def exception_of_an_inner_step(entry, inner_pass, outer_pass):
     halves = Halves()
     model, twin = halves.model, halves.twin
     traces = [set(m.__dict__) for m in model.modules()]
@@ -192,6 +195,12 @@ def test_an_exception_of_an_inner_step_ends_both_and_leaves_no_trace(entry, inne
         lambda: drive(halves.body, lambda: backward(model), entry),
         lambda: by_hand(twin, list(twin[:3].parameters()), lambda: backward(twin)),
     )
+
+
+@every_entry
+def test_an_exception_of_an_inner_step_ends_both_and_leaves_no_trace(entry):
+    for inner_pass, outer_pass in itertools.product((1, 2), (1, 2)):
+        exception_of_an_inner_step(entry, inner_pass, outer_pass)
 
 
 def test_a_copy_made_inside_a_pass_is_a_model_like_any_other():
@@ -323,8 +332,13 @@ def one_process():
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # of DistributedDataParallel's own imports
-@pytest.mark.parametrize("names", ["of the model", "of the groups", "of both"])
-@pytest.mark.parametrize("pattern", ["head.*", "module.head.*", "_orig_mod.module.head.*", "module.*", "*.bias"])
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        *((pattern, "of the model") for pattern in ("head.*", "_orig_mod.module.head.*", "module.*", "*.bias")),
+        *(("module.head.*", names) for names in ("of the groups", "of both")),
+    ],
+)
 def test_patterns_match_below_wrappers(one_process, pattern, names):
     """pytorch/pytorch: DistributedDataParallel, DataParallel and torch.compile put levels before every name."""
     ddp, compiled = nn.parallel.DistributedDataParallel, torch.compile

@@ -4,7 +4,9 @@ import contextlib
 import math
 import subprocess
 import sys
+import tomllib
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -278,15 +280,30 @@ def test_a_forward_that_was_given_up_is_forgotten():
 
 
 def test_import_loads_torch_and_nothing_heavy():
-    code = (
-        "import torch, time, sys; t = time.process_time(); import flatmin; flatmin.SAM, flatmin.compose; "
-        "print(time.process_time() - t); "
-        "print([m for m in ('pandas','matplotlib','plotly','sklearn','rich','typer','scipy') if m in sys.modules])"
+    """Methods load without the engine, measures with torch alone; the theory draws nothing before it is asked to."""
+    steps = (
+        "import sys, time, torch; t = time.process_time()",
+        "import flatmin.methods; assert 'flatmin.optim' not in sys.modules",
+        "import flatmin; flatmin.SAM, flatmin.compose; print(time.process_time() - t)",
+        "heavy = 'pandas matplotlib plotly sklearn rich typer scipy timm torchvision lightning transformers accelerate "
+        "skorch tensorboard wandb mlflow trackio'.split()",
+        "loaded = lambda: [m for m in heavy if m in sys.modules]",
+        "from flatmin.models.external import external; external('timm:resnet18'); external('torchvision:resnet18')",
+        "import flatmin.measure, flatmin.train.trackers; print(loaded())",
+        "import flatmin.theory as t, flatmin.theory.demonstrations, flatmin.theory.draw; t.check(0.1, 0.1, t.Square())",
+        "print(loaded())",
     )
     for _ in range(3):  # the first may be slowed down by others
-        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        seconds, heavy = run.stdout.splitlines()
-        assert heavy == "[]"
+        run = subprocess.run([sys.executable, "-c", "\n".join(steps)], capture_output=True, text=True, check=True)
+        seconds, *heavy = run.stdout.splitlines()
+        assert heavy == ["[]", "[]"]
         if float(seconds) < 0.2:
             return
     pytest.fail(f"three imports, of which the last took {seconds} s")
+
+
+def test_the_library_needs_few_packages_and_pins_none():
+    root = Path(__file__).parents[2]
+    needed = tomllib.loads((root / "pyproject.toml").read_text())["project"]["dependencies"]
+    assert {n.split(">")[0] for n in needed} <= {"torch", "numpy", "typer", "rich"}
+    assert not any(sign in n for n in needed for sign in ("==", "<", "~"))

@@ -111,8 +111,10 @@ def assert_follows(seen, told):
             assert length <= RHO * (1 + 1e-12)
 
 
-@pytest.mark.parametrize("on_base", [True, False], ids=["scheduler on the base", "on the wrapper"])
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize(
+    ("name", "on_base"),
+    [*((name, len(name) % 2 == 0) for name in SCHEDULES), ("one cycle", True)],
+)
 def test_the_radius_follows_the_rate_and_never_exceeds_rho(name, on_base):
     """juntang-zhuang/GSAM ties rho to lr; OneCycleLR starts at a 25th of its largest rate. Resumed bit for bit."""
     make, told, rises = SCHEDULES[name]

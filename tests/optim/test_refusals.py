@@ -40,9 +40,8 @@ def entropy(**options):
     return flatmin.Criterion(nn.CrossEntropyLoss(**options))
 
 
-@pytest.mark.parametrize(
-    ("build", "error", "text"),
-    [
+def test_a_bad_construction():
+    for build, error, text in [
         (lambda m: flatmin.SAM(m.parameters()), TypeError, "expected a constructed base optimizer"),
         (lambda m: flatmin.SAM([], torch.optim.SGD, lr=0.1), ValueError, "empty parameter list"),
         (lambda m: flatmin.SAM(sgd(m), lr=0.1), TypeError, "'lr' as well"),
@@ -57,16 +56,13 @@ def entropy(**options):
         (lambda m: flatmin.SAM(sgd(m), recipe=3), TypeError, "recipe must be"),
         (lambda m: flatmin.wrap(sgd(m), flatmin.Recipe(), theta=1.0), ValueError, "carries its own parameters"),
         (lambda m: flatmin.wrap(sgd(m), "assam"), ValueError, "unknown method 'assam'; did you mean 'asam'"),
-    ],
-)
-def test_a_bad_construction(build, error, text):
-    with pytest.raises(error, match=text):
-        build(net())
+    ]:
+        with pytest.raises(error, match=text):
+            build(net())
 
 
-@pytest.mark.parametrize(
-    ("match", "name", "options"),
-    [
+def test_a_bad_method():
+    for match, name, options in [
         (r"no parameter matches '1\.\*' \(there are 0\.weight, ", "only", {"only": "0.*, 1.*"}),
         (r"matches '0.wieght'; did you mean 0\.weight, 2\.weight\?", "only", {"only": "0.wieght"}),
         (r"matches 'head\.bias'; did you mean 0\.bias, 2\.bias\?", "only", {"only": "head.bias"}),
@@ -115,13 +111,11 @@ def test_a_bad_construction(build, error, text):
         ("do not go together.*never leaves w", "sgdhess+asam", {}),
         ("do not go together.*takes no pass 1", "esam+momentum-sam", {}),
         ("do not go together.*own gradient at w", "ae-sam+bisam-log", {}),
-    ],
-)
-def test_a_bad_method(match, name, options):
-    model = net()
-    base = sgd(model, momentum=options.pop("momentum", 0.9))
-    with pytest.raises((ValueError, TypeError), match=match):
-        flatmin.wrap(base, name, **{"model": model, "criterion": entropy(), **options})
+    ]:
+        model = net()
+        base = sgd(model, momentum=options.pop("momentum", 0.9))
+        with pytest.raises((ValueError, TypeError), match=match):
+            flatmin.wrap(base, name, **{"model": model, "criterion": entropy(), **options})
 
 
 # -- steps ---------------------------------------------------------------------------------------------------------

@@ -71,8 +71,7 @@ def adam(groups):
     return torch.optim.Adam(groups, lr=0.01)
 
 
-@pytest.mark.parametrize("how", ["replace", "swap"])
-@pytest.mark.parametrize("base", [momentum, adam])
+@pytest.mark.parametrize(("base", "how"), [(momentum, "replace"), (adam, "swap")])
 @pytest.mark.parametrize("recipe", REMEMBERING)
 def test_weights_that_grow_and_shrink_begin_their_memory_anew(recipe, base, how):
     """graphdeco-inria/gaussian-splatting: what follows is what a new optimizer does, given weights and base state."""

@@ -1,5 +1,7 @@
 """torch.amp.GradScaler in every loop: the trajectory is the unscaled one, and an inf in any pass skips the step."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -95,8 +97,10 @@ def same(a, b):
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-@pytest.mark.parametrize("kind", LOOPS)
-@pytest.mark.parametrize("method", ["sam", "vasso", "gsam", "wsam", "usam"])
+@pytest.mark.parametrize(
+    ("method", "kind"),
+    [*(("gsam", kind) for kind in LOOPS), *zip(("sam", "vasso", "wsam", "usam"), LOOPS, strict=False)],
+)
 def test_the_trajectory_is_the_unscaled_one(method, kind):
     """A scale of a power of two changes no bit."""
     device = (len(method) + LOOPS.index(kind)) % 2 == 1
@@ -110,21 +114,20 @@ def test_every_method_is_served(method):
     assert same(Loop(kind, method, base).run(4).weights[-1], Loop("plain", method, base).run(4).weights[-1])
 
 
-@pytest.mark.parametrize(("device", "fused"), [(False, False), (True, False), (True, True)])
-@pytest.mark.parametrize("spoilt", [0, 1])
 @pytest.mark.parametrize("kind", LOOPS)
-def test_an_inf_in_any_pass_skips_the_step_and_lowers_the_scale(kind, spoilt, device, fused):
+def test_an_inf_in_any_pass_skips_the_step_and_lowers_the_scale(kind):
     """What remains is the trajectory of a loop that never had step 2, with the memory of the method as it was."""
-    loop = Loop(kind, "vasso", spoil={(2, spoilt)}, device=device, of_base={"fused": fused}).run(5)
-    assert same(loop.weights[2], loop.weights[1]) and not same(loop.weights[3], loop.weights[2])
-    assert loop.scales == [SCALE, SCALE, SCALE / 2, SCALE / 2, SCALE / 2]
-    counts = loop.optimizer.counts()
-    assert counts["skipped_steps"] == 1 and counts["nonfinite_ascents"] == 1 - spoilt
-    without = Loop("plain", "vasso", device=device, of_base={"fused": fused})
-    for k in (0, 1, 3, 4):
-        without.step(k)
-    # BatchNorm's running statistics saw the spoilt batch, the weights did not.
-    assert same(bits(without.model.parameters()), loop.weights[4])
+    for spoilt, (device, fused) in itertools.product((0, 1), ((False, False), (True, False), (True, True))):
+        loop = Loop(kind, "vasso", spoil={(2, spoilt)}, device=device, of_base={"fused": fused}).run(5)
+        assert same(loop.weights[2], loop.weights[1]) and not same(loop.weights[3], loop.weights[2])
+        assert loop.scales == [SCALE, SCALE, SCALE / 2, SCALE / 2, SCALE / 2]
+        counts = loop.optimizer.counts()
+        assert counts["skipped_steps"] == 1 and counts["nonfinite_ascents"] == 1 - spoilt
+        without = Loop("plain", "vasso", device=device, of_base={"fused": fused})
+        for k in (0, 1, 3, 4):
+            without.step(k)
+        # BatchNorm's running statistics saw the spoilt batch, the weights did not.
+        assert same(bits(without.model.parameters()), loop.weights[4])
 
 
 @pytest.mark.parametrize("option", ["raise", "propagate"])

@@ -149,12 +149,12 @@ def close(got, want, tolerance=TOLERANCE):
     assert float((got - want).abs().max()) <= tolerance * max(1.0, float(want.abs().max()))
 
 
-@pytest.mark.parametrize("entry", ["closure", "passes"])
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("inner", [nn.Tanh, nn.ReLU, nn.Identity])
 @pytest.mark.parametrize("product", ["hessian", "gauss_newton"])
-def test_products_are_those_of_the_dense_matrix(product, inner, loss, entry):
+def test_products_are_those_of_the_dense_matrix(product, inner, loss):
     """On two steps in a row, so that nothing of the first is left in the second."""
+    entry = "passes" if (inner is nn.Tanh) == (product == "hessian") else "closure"
     model = net(inner=inner)
     optimizer, criterion, log = build(model, product, loss)
     for k in range(2):
@@ -325,10 +325,11 @@ def recorded(model, criterion, x, y, call, kept, *, fails=False):
     return loss
 
 
-@pytest.mark.parametrize("diagnostics", [False, True])
+@pytest.mark.parametrize(
+    ("product", "diagnostics"), [("hessian", True), ("gauss_newton", False), ("squared_gradients", True)]
+)
 @pytest.mark.parametrize("entry", ["closure", "micro-batches", "passes", "no graph", "abort"])
-@pytest.mark.parametrize("product", ["hessian", "gauss_newton", "squared_gradients"])
-def test_no_graph_outlives_the_step(product, entry, diagnostics):
+def test_no_graph_outlives_the_step(entry, product, diagnostics):
     model, kept = net(), []
     every = 2 if entry == "no graph" else 1
     recipe = Recipe(inner_loop=NoAscent(), combine=Probe(product=product, every=every), name="probe")

@@ -1,6 +1,7 @@
 """Tensors out of the ordinary: gradients that are missing, sparse or complex, tied and empty weights."""
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -37,19 +38,19 @@ class Parts(nn.Module):
 
 
 @pytest.mark.parametrize("name", [*SOME, "stale-sam", "momentum-sam", "only"])
-@pytest.mark.parametrize("later", [(1, 2), (2,)])
-def test_exactly_the_tensors_with_a_gradient_in_the_last_pass_move(name, later):
+def test_exactly_the_tensors_with_a_gradient_in_the_last_pass_move(name):
     """The first pass uses parts 0 and 1, all later ones `later`."""
     # A rule that decides by value may find in `perturbed()` that the second pass was not needed.
     by_value = Need.DECIDES_BY_VALUE in recipe_of(name).needs
-    for entry in ("closure", "passes") if by_value else entries_of(name):
+    entries = ("closure", "passes") if by_value else entries_of(name)
+    for later, entry in itertools.product(((1, 2), (2,)), entries):
         model, criterion = Parts(), flatmin.Criterion(nn.CrossEntropyLoss())
         base = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9, weight_decay=0.1)
         optimizer = flatmin.wrap(base, recipe_of(name, names="parts.*"), rho=RHO, model=model, criterion=criterion)
         for k in range(6):
             used = []
 
-            def backward(used=used, model=model, optimizer=optimizer, criterion=criterion, k=k):
+            def backward(used=used, model=model, optimizer=optimizer, criterion=criterion, k=k, later=later):
                 used.append(later if used else (0, 1))
                 loss = criterion(model(inputs(k), used[-1]), torch.arange(8) % 3)
                 optimizer.backward(loss)
@@ -59,7 +60,7 @@ def test_exactly_the_tensors_with_a_gradient_in_the_last_pass_move(name, later):
             drive(optimizer, backward, entry)
             for i, part in enumerate(model.parts):
                 moved = {not torch.equal(a, b) for a, b in zip(before[i], weights(part), strict=True)}
-                assert moved == {i in used[-1]}, (entry, k, i)
+                assert moved == {i in used[-1]}, (later, entry, k, i)
 
 
 def test_a_tensor_that_joins_a_later_ascent_is_moved_along_its_own_gradient():
@@ -134,10 +135,13 @@ def test_a_sparse_gradient_that_is_not_finite_skips_the_step(entry):
     assert all(bool(w.isfinite().all()) for w in weights(models[0]))
 
 
-@every_entry
 @pytest.mark.parametrize("name", ["sam", "vasso", "gsam", "wsam", "looksam"])
-def test_complex_weights_train_as_pairs_of_real_ones(name, entry):
-    device = entry in ("perturbed", "passes")
+def test_complex_weights_train_as_pairs_of_real_ones(name):
+    for entry in ENTRY_POINTS:
+        complex_weights(name, entry, device=entry in ("perturbed", "passes"))
+
+
+def complex_weights(name, entry, device):
     torch.manual_seed(0)
     start = torch.randn(5, 3, dtype=torch.complex128), torch.randn(3, dtype=torch.float64)
     ends = []

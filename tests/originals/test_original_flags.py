@@ -12,9 +12,8 @@ def translated(project, line=""):
     return PROJECTS[project].translate(shlex.split(line))
 
 
-@pytest.mark.parametrize(
-    ("project", "one", "other"),
-    [
+def test_lines_that_mean_the_same():
+    for project, one, other in [
         ("bisam", "--opt sam", "--optim=sam"),
         ("bisam", "--optim sam --adaptive", "--optim sam --adaptive yes"),
         ("bisam", "--optim sam --adaptive False", "--optim sam"),
@@ -25,15 +24,12 @@ def translated(project, line=""):
         ("vasso", "--milestone 1 2 --lr 0.1", "--lr 0.1"),
         ("vasso", "--pin_memory --distributed_val --dist_url x --output_dir y --output_name z --wandb_name n", ""),
         ("vasso", "--eps 1e-8 --opt adamw", "--opt adam"),
-    ],
-)
-def test_lines_that_mean_the_same(project, one, other):
-    assert translated(project, one).command == translated(project, other).command
+    ]:
+        assert translated(project, one).command == translated(project, other).command
 
 
-@pytest.mark.parametrize(
-    ("project", "line", "note"),
-    [
+def test_what_differs_is_said():
+    for project, line, note in [
         ("bisam", "--adaptive False", "--adaptive is false here, as written; the script reads any text as true."),
         ("bisam", "--threads 4", "--threads has no effect: images are augmented in whole batches"),
         ("bisam", "--depth 28", "--depth has no effect: the script reads it nowhere."),
@@ -57,10 +53,8 @@ def test_lines_that_mean_the_same(project, one, other):
         ),
         ("vasso", "--warmup_epoch 1", "--warmup_epoch 1 is left out"),
         ("vasso", "--gamma 0.1", "--gamma has no effect: it belongs to MultiStepLRscheduler."),
-    ],
-)
-def test_what_differs_is_said(project, line, note):
-    assert note in " ".join(translated(project, line).notes)
+    ]:
+        assert note in " ".join(translated(project, line).notes)
 
 
 def test_trackers():
@@ -70,9 +64,8 @@ def test_trackers():
     assert "trackers=tensorboard" in translated("empirical", line).command
 
 
-@pytest.mark.parametrize(
-    ("project", "line", "message"),
-    [
+def test_mistakes_are_one_sentence():
+    for project, line, message in [
         ("bisam", "--learning-rate 0.1", "--learning-rate is no flag of train.py of LIONS-EPFL/BiSAM; did you mean "),
         ("bisam", "--rho", "--rho expects a number, and there is none after it."),
         ("bisam", "--rho --mu 1", "--rho expects a number, and there is none after it."),
@@ -116,13 +109,11 @@ def test_trackers():
         ("vasso", "--dataset CIFAR10_cutuot", "got 'CIFAR10_cutuot'; did you mean 'CIFAR10_cutout'?"),
         ("vasso", "--opt vasso-sgd --theta 2", "EMA: theta must be in (0, 1], got 2.0."),
         ("vasso", "--eta_min 1", "lr_min must be at most lr = 0.05, got 1.0."),
-    ],
-)
-def test_mistakes_are_one_sentence(project, line, message):
-    with pytest.raises(ValueError) as raised:
-        translated(project, line)
-    text = str(raised.value)
-    assert message in text and "\n" not in text and ". " not in text
+    ]:
+        with pytest.raises(ValueError) as raised:
+            translated(project, line)
+        text = str(raised.value)
+        assert message in text and "\n" not in text and ". " not in text
 
 
 def test_an_unknown_project():

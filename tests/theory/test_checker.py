@@ -12,6 +12,7 @@ from flatmin.theory import (
     check,
     random_system,
 )
+from flatmin.theory.failures import failures
 
 NONCONVEX = FunctionClass(L=4.0)
 UNIQUE = FunctionClass(L=4.0, convex=True, minimisers="unique")
@@ -109,27 +110,19 @@ def letters(verdict):
     return "".join(LETTER[s] for s in verdict.statuses)
 
 
-@pytest.mark.parametrize(("method", "step", "radius", "functions", "theorem", "properties"), TABLE)
-def test_verdicts_worked_out_by_hand(method, step, radius, functions, theorem, properties):
-    verdict = check(step, radius, functions, method)
-    assert letters(verdict) == properties
-    assert (verdict.theorem is None) if theorem is None else verdict.theorem.startswith(theorem)
-    assert not verdict.numeric
-    for p in verdict.properties:
-        assert p.reason
+def test_verdicts_worked_out_by_hand():
+    for method, step, radius, functions, theorem, properties in TABLE:
+        verdict, row = check(step, radius, functions, method), (method, step, radius, functions)
+        assert letters(verdict) == properties, row
+        assert (verdict.theorem is None) if theorem is None else verdict.theorem.startswith(theorem), row
+        assert not verdict.numeric and all(p.reason for p in verdict.properties), row
+        # No property follows and fails.
+        wrong = failures(verdict.step, verdict.radius, verdict.functions, verdict.family)
+        assert not wrong.keys() & {p.number for p in verdict.properties if p.status == "follows"} or radius == 0.0, row
 
 
 def test_the_table_is_long_enough():
     assert len({row[1:3] for row in TABLE}) >= 30
-
-
-@pytest.mark.parametrize("row", TABLE)
-def test_no_property_follows_and_fails(row):
-    from flatmin.theory.failures import failures
-
-    verdict = check(row[1], row[2], row[3], row[0])
-    wrong = failures(verdict.step, verdict.radius, verdict.functions, verdict.family)
-    assert not wrong.keys() & {p.number for p in verdict.properties if p.status == "follows"} or row[2] == 0.0
 
 
 def test_reasons_are_words():
@@ -177,9 +170,8 @@ def test_a_plane_of_minimisers_has_no_known_accumulation_point():
     assert letters(verdict) == "FFFnn" and "level sets" in verdict.properties[4].reason
 
 
-@pytest.mark.parametrize(
-    ("call", "error", "message"),
-    [
+def test_bad_questions_are_refused_in_a_sentence():
+    for call, error, message in [
         (lambda: check(0.0, 0.1, UNIQUE), ValueError, "^step sizes must be positive, but constant:0.0 is 0 at n = 1.$"),
         (lambda: check(-0.1, 0.1, UNIQUE), ValueError, "c must be a finite number >= 0, got -0.1"),
         (lambda: check("harmoni:1", 0.1, UNIQUE), ValueError, "did you mean 'harmonic'"),
@@ -189,8 +181,6 @@ def test_a_plane_of_minimisers_has_no_known_accumulation_point():
         (lambda: check(0.1, 0.1, UNIQUE, "igd", theta=1), ValueError, "igd has no parameter 'theta'"),
         (lambda: check(0.1, 0.1, UNIQUE, "sam", theta=0.4), ValueError, "theta"),
         (lambda: check(0.1, 0.1, 4.0), TypeError, "must be a FunctionClass or a Problem, got float"),
-    ],
-)
-def test_bad_questions_are_refused_in_a_sentence(call, error, message):
-    with pytest.raises(error, match=message):
-        call()
+    ]:
+        with pytest.raises(error, match=message):
+            call()

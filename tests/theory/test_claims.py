@@ -234,9 +234,8 @@ def test_what_goes_beyond_the_paper_is_marked():
 # Words.
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
+def test_mistakes_are_one_sentence():
+    for call, message in [
         (lambda: read_rule("diminish1:lr=0.1,epoch=inf"), "^diminish1: epoch must be a whole number >= 1, got inf.$"),
         (lambda: read_rule("cosine:inf"), "^cosine: T must be a whole number >= 1, got inf.$"),
         (lambda: read_rule("cosine:nan"), "^cosine: T must be a whole number >= 1, got nan.$"),
@@ -254,12 +253,10 @@ def test_what_goes_beyond_the_paper_is_marked():
         (lambda: FunctionClass.read("convex, falling, unique"), "not bounded below: that is contradictory"),
         (lambda: FunctionClass.read("coercive, none"), "minimisers none: that is contradictory"),
         (lambda: FunctionClass.read("L=4, L=5"), "^'L=4' and 'L=5' contradict each other.$"),
-    ],
-)
-def test_mistakes_are_one_sentence(call, message):
-    with pytest.raises(ValueError, match=message) as found:
-        call()
-    assert "\n" not in str(found.value)
+    ]:
+        with pytest.raises(ValueError, match=message) as found:
+            call()
+        assert "\n" not in str(found.value)
 
 
 def test_whole_numbers_are_read():

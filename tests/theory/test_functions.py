@@ -1,8 +1,6 @@
 """Functions: gradients against autograd, L against dense Hessians, minimisers and exponents."""
 
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -64,30 +62,18 @@ def hessian(problem, x):
 
 
 @pytest.mark.parametrize("problem", FUNCTIONS, ids=lambda p: p.name)
-def test_closed_gradients_are_those_of_autograd(problem):
-    for x in points(problem):
+def test_what_is_said_of_a_function_holds(problem):
+    """Its gradient by autograd, which goes by the value; L, convexity and f* at many points."""
+    kind = problem.function_class
+    for x in points(problem, 60):
         y = x.clone().requires_grad_()
         (found,) = torch.autograd.grad(problem.value(y), y)
         assert torch.allclose(problem.gradient(x), found, rtol=1e-9, atol=1e-11)
-
-
-@pytest.mark.parametrize("problem", FUNCTIONS, ids=lambda p: p.name)
-def test_values_and_gradients_agree_by_differences(problem):
-    h = 1e-6
-    for x in points(problem, 5):
-        g = problem.gradient(x)
-        for i in range(problem.dim):
-            step = torch.zeros_like(x)
-            step[i] = h
-            slope = (problem.value(x + step) - problem.value(x - step)) / (2 * h)
-            assert float(slope) == pytest.approx(float(g[i]), rel=1e-5, abs=1e-5)
-
-
-@pytest.mark.parametrize("problem", [p for p in FUNCTIONS if p.function_class.L], ids=lambda p: p.name)
-def test_no_hessian_exceeds_L(problem):
-    L = problem.function_class.L
-    norms = [float(torch.linalg.matrix_norm(hessian(problem, x), 2)) for x in points(problem, 60)]
-    assert max(norms) <= L * (1 + 1e-12)
+        curvatures = torch.linalg.eigvalsh(hessian(problem, x))
+        assert not kind.L or float(curvatures.abs().max()) <= kind.L * (1 + 1e-12)
+        assert not kind.convex or float(curvatures.min()) > -1e-12
+        if problem.f_star is not None and math.isfinite(problem.f_star):
+            assert float(problem.value(x)) >= problem.f_star - 1e-12
 
 
 def test_L_is_attained():
@@ -104,18 +90,6 @@ def test_L_is_attained():
             problem.function_class.L, rel=1e-9
         )
     assert abs(LogSum.random(3).function_class.L - 8) < 1e-12
-
-
-@pytest.mark.parametrize("problem", [p for p in FUNCTIONS if p.function_class.convex], ids=lambda p: p.name)
-def test_convex_functions_have_no_negative_curvature(problem):
-    for x in points(problem):
-        assert float(torch.linalg.eigvalsh(hessian(problem, x)).min()) > -1e-12
-
-
-@pytest.mark.parametrize("problem", [p for p in FUNCTIONS if p.f_star == p.f_star and p.f_star is not None
-                                     and math.isfinite(p.f_star)], ids=lambda p: p.name)  # fmt: skip
-def test_f_star_is_a_lower_bound(problem):
-    assert all(float(problem.value(x)) >= problem.f_star - 1e-12 for x in points(problem))
 
 
 @pytest.mark.parametrize("problem", [FUNCTIONS[0], *FUNCTIONS[3:9], FUNCTIONS[10]], ids=lambda p: p.name)
@@ -178,9 +152,8 @@ def test_real_data():
     assert breast_cancer().dim == 31
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
+def test_bad_functions_are_refused_in_a_sentence():
+    for call, message in [
         (lambda: Quadratic([0.0, 0.0]), "not all 0"),
         (lambda: Quadratic([1.0], centre=[1.0, 2.0]), "centre must have 1 entries, got 2"),
         (lambda: LogSum(torch.zeros(2, 2), torch.zeros(2)), "not all 0"),
@@ -199,19 +172,6 @@ def test_real_data():
         (lambda: FunctionClass(kl=1.0), r"the KL exponent q must be within \(0, 1\), got 1.0"),
         (lambda: FunctionClass(L=3.0, spectrum=(1.0, 2.0)), "largest modulus of the spectrum must be L"),
         (lambda: FunctionClass(minimisers="some"), "minimisers must be unique, bounded"),
-    ],
-)
-def test_bad_functions_are_refused_in_a_sentence(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()
-
-
-def test_theory_needs_no_terminal_and_no_plots():
-    """Neither do its demonstrations, nor what draws them before it is to draw."""
-    code = (
-        "import sys, flatmin.theory as t, flatmin.theory.demonstrations, flatmin.theory.draw;"
-        "t.check(0.1, 0.1, t.Square());"
-        "bad = {'rich', 'typer', 'plotly', 'pandas', 'matplotlib', 'sklearn', 'scipy'} & set(sys.modules);"
-        "assert not bad, bad"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call()

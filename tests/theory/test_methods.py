@@ -116,9 +116,8 @@ def test_logistic_regression_on_real_data_comes_close_to_its_minimiser():
     assert usam.distance[-1] < 1e-3 and usam.distance[-1] < 0.5 * sam.distance[-1]
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
+def test_bad_runs_are_refused_in_a_sentence():
+    for call, message in [
         (lambda: run(Square(), steps=0.0, updates=3), "step sizes must be positive, but constant:0.0 is 0 at n = 1"),
         (lambda: run(Square(), steps="cosine:T=5", updates=9), "is 0 at n = 6"),
         (lambda: run(Square(), steps=0.1, updates=0), "updates must be at least 1, got 0"),
@@ -128,8 +127,6 @@ def test_logistic_regression_on_real_data_comes_close_to_its_minimiser():
         (lambda: run(Square(), "sma", steps=0.1, updates=3), "unknown method 'sma'; did you mean 'sam'"),
         (lambda: run(Square(), steps=lambda n: 1 / n - 0.3, updates=9), "must give finite numbers >= 0"),
         (lambda: run(Square(), steps=0.1, radius=-1.0, updates=3), "c must be a finite number >= 0, got -1.0"),
-    ],
-)
-def test_bad_runs_are_refused_in_a_sentence(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call()

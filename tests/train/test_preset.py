@@ -73,13 +73,13 @@ class TestEveryPreset:
         protocols = {f"cifar{k}-{net}" for k in (10, 100) for net in ("resnet18", "resnet56", "wrn28-10")}
         assert protocols | {"smoke", "digits", "fashion-mnist", "tiny-imagenet-resnet18"} <= set(NAMES)
 
-    @pytest.mark.parametrize("name", NAMES)
-    def test_loads(self, name):
-        found, options = load_run(name)
-        assert isinstance(found, RunConfig) and options == Options()
-        assert found.rho is not None and found.rho > 0
-        assert found.model in MODELS or ":" in found.model
-        assert (found.device, found.precision) == ("cpu", "float32")
+    def test_loads(self):
+        for name in NAMES:
+            found, options = load_run(name)
+            assert isinstance(found, RunConfig) and options == Options()
+            assert found.rho is not None and found.rho > 0
+            assert found.model in MODELS or ":" in found.model
+            assert (found.device, found.precision) == ("cpu", "float32")
 
     @pytest.mark.parametrize(
         "name", [n for n in NAMES if not n.startswith(("imagenet", "pets", "flowers")) and "wrn" not in n]
@@ -184,9 +184,8 @@ vasso = 0.22
 
 
 class TestRadii:
-    @pytest.mark.parametrize(
-        ("method", "rho"),
-        [
+    def test_by_method(self, write):
+        for method, rho in [
             ("sam", 0.11),
             ("asam", 0.77),
             ("vasso", 0.22),  # its own entry
@@ -198,10 +197,8 @@ class TestRadii:
             ("usam", compose("usam").default_rho),  # nothing in its geometry
             ("sgd", None),
             ("sgdhess", compose("sgdhess").default_rho),  # a factor, and no length
-        ],
-    )
-    def test_by_method(self, write, method, rho):
-        assert config(write(RADII), f"method={method}").rho == rho
+        ]:
+            assert config(write(RADII), f"method={method}").rho == rho
 
     def test_without_a_table(self, write):
         own = write("epochs = 2\n")
@@ -364,9 +361,8 @@ class TestPlugins:
 
 
 class TestRefused:
-    @pytest.mark.parametrize(
-        ("words", "message"),
-        [
+    def test_words(self):
+        for words, message in [
             (["epoch=3"], r"^unknown key 'epoch'; did you mean 'epochs'\? \(keys: method, "),
             (["log_evry=3"], r"did you mean 'log_every'\?"),
             (["model_params=3"], r"^unknown key 'model_params'.* model\.NAME: a keyword of the model\)$"),
@@ -421,15 +417,12 @@ class TestRefused:
                 ["measures=hesian"],
                 r"^measures=hesian: what must be of .*; got hesian; did you mean 'hessian'\?$",
             ),
-        ],
-    )
-    def test_words(self, words, message):
-        with pytest.raises(ValueError, match=message):
-            config("smoke", *words)
+        ]:
+            with pytest.raises(ValueError, match=message):
+                config("smoke", *words)
 
-    @pytest.mark.parametrize(
-        ("text", "message"),
-        [
+    def test_files(self, write):
+        for text, message in [
             ("epoch = 3\n", r"unknown option 'epoch'; did you mean 'epochs'\?"),
             ("epochs = 1.5\n", r"^epochs = 1\.5 is a float, expected a whole number\.$"),
             ("epochs = true\n", r"^epochs = True is a bool, expected a whole number\.$"),
@@ -445,11 +438,9 @@ class TestRefused:
             ),
             ('method = "vasso"\n[params]\ntheta = [1]\n', r"^params\.theta = \[1\] is a list, expected a "),
             ("epochs = = 3\n", r"is not valid TOML"),
-        ],
-    )
-    def test_files(self, write, text, message):
-        with pytest.raises(ValueError, match=message):
-            config(write(text))
+        ]:
+            with pytest.raises(ValueError, match=message):
+                config(write(text))
 
     def test_presets_that_are_not_there(self):
         with pytest.raises(ValueError, match=r"unknown preset 'smok'; did you mean 'smoke'\? \(presets: "):

@@ -55,7 +55,7 @@ def check(folder, run, places, how=None):
 
 
 class TestEveryPlace:
-    @pytest.mark.parametrize("place", ["begin", *(f"step {k}" for k in range(1, 13)), "epoch 1", "epoch 2", "epoch 3"])
+    @pytest.mark.parametrize("place", ["begin", *(f"step {k}" for k in (1, 3, 4, 5, 12)), "epoch 1", "epoch 3"])
     def test_an_error_there_costs_what_came_after_the_last_checkpoint(self, tmp_path, place):
         check(tmp_path, config(), [place])
 
@@ -90,12 +90,18 @@ class TestSignals:
     Here they come while a listener is told of the update before.
     """
 
-    @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
     @pytest.mark.parametrize(
-        ("place", "step", "epochs"),
-        [("step 1", 2, 0), ("step 3", 4, 0), ("epoch 1", 4, 1), ("step 8", 8, 2), ("step 11", 12, 2)],
+        ("place", "name", "step", "epochs"),
+        [
+            ("step 1", "SIGINT", 2, 0),
+            ("step 3", "SIGTERM", 4, 0),
+            ("epoch 1", "SIGINT", 4, 1),
+            ("epoch 1", "SIGTERM", 4, 1),
+            ("step 8", "SIGTERM", 8, 2),
+            ("step 11", "SIGINT", 12, 2),
+        ],
     )
-    def test_the_update_is_kept_and_the_run_goes_on(self, tmp_path, name, place, step, epochs):
+    def test_the_update_is_kept_and_the_run_goes_on(self, tmp_path, place, name, step, epochs):
         how = options(checkpoint_steps=0)
         with pytest.raises(TrainingInterrupted, match=f"^Interrupted after {step} of 12 updates; a checkpoint is kept"):
             go(tmp_path / "run", config(), how, At(place, name))

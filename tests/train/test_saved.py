@@ -366,9 +366,8 @@ class TestFiles:
         with pytest.warns(UserWarning, match=r"under 'model' are taken, and .* left out: 'criterion\.weight'"):
             load_weights(other, tmp_path / "a.pt")
 
-    @pytest.mark.parametrize(
-        ("content", "sentence"),
-        [
+    def test_what_is_no_state_dict_of_this_net(self, tmp_path):
+        for content, sentence in [
             (torch.zeros(3), "holds no state dict, at its top or in the dictionaries inside it"),
             ([1, 2], "holds no state dict"),
             ({"shadow_params": [torch.zeros(1)]}, "holds no state dict"),
@@ -385,13 +384,11 @@ class TestFiles:
                 {f"net.{k}": v for k, v in net().state_dict().items() if k != "2.bias"},
                 "do not fit the model: under 'net', missing in the file: '2.bias'.*Build the model as it was",
             ),
-        ],
-    )
-    def test_what_is_no_state_dict_of_this_net(self, content, sentence, tmp_path):
-        torch.save(content, tmp_path / "a.pt")
-        with pytest.raises(ValueError, match=sentence) as error:
-            load_weights(net(), tmp_path / "a.pt")
-        assert "\n" not in str(error.value) and str(tmp_path / "a.pt") in str(error.value)
+        ]:
+            torch.save(content, tmp_path / "a.pt")
+            with pytest.raises(ValueError, match=sentence) as error:
+                load_weights(net(), tmp_path / "a.pt")
+            assert "\n" not in str(error.value) and str(tmp_path / "a.pt") in str(error.value)
 
     def test_no_checkpoint_at_all(self, tmp_path):
         (tmp_path / "a.pt").write_text("hello")

@@ -20,9 +20,8 @@ class Toy:
 KINDS = settings.field_types(Toy)
 
 
-@pytest.mark.parametrize(
-    ("key", "text", "value"),
-    [
+def test_words_become_typed_values():
+    for key, text, value in [
         ("epochs", "12", 12),
         ("lr", "1e-2", 0.01),
         ("lr", "3", 3.0),
@@ -33,12 +32,10 @@ KINDS = settings.field_types(Toy)
         ("noise", ".4", 0.4),
         ("methods", "sam, vasso+asam", ("sam", "vasso+asam")),
         ("methods", "", ()),
-    ],
-)
-def test_words_become_typed_values(key, text, value):
-    found = settings.parse(key, text, KINDS[key])
-    assert found == value
-    assert type(found) is type(value)
+    ]:
+        found = settings.parse(key, text, KINDS[key])
+        assert found == value
+        assert type(found) is type(value)
 
 
 @pytest.mark.parametrize(
@@ -62,9 +59,8 @@ def test_a_table_fills_the_dataclass():
     assert isinstance(toy.lr, float)
 
 
-@pytest.mark.parametrize(
-    ("table", "words"),
-    [
+def test_a_table_that_does_not_fit():
+    for table, words in [
         ({"epoch": 3}, "preset p: unknown option 'epoch'; did you mean 'epochs'\\?"),
         ({"epochs": 1.5}, "epochs = 1.5 is a float, expected a whole number"),
         ({"epochs": True}, "epochs = True is a bool, expected a whole number"),
@@ -72,11 +68,9 @@ def test_a_table_fills_the_dataclass():
         ({"methods": "sam"}, "methods = 'sam' is a str, expected a list of text"),
         ({"methods": [1]}, "methods = 1 is a int, expected a text"),
         ({"rho": {"sam": "x"}}, "rho.sam = 'x' is a str, expected a number"),
-    ],
-)
-def test_a_table_that_does_not_fit(table, words):
-    with pytest.raises(ValueError, match=words):
-        settings.fill(Toy, table, origin="preset p")
+    ]:
+        with pytest.raises(ValueError, match=words):
+            settings.fill(Toy, table, origin="preset p")
 
 
 def test_presets():
@@ -89,12 +83,12 @@ def test_presets():
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be", "utf-32"])
-@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
-def test_a_preset_file_from_any_editor(tmp_path, encoding, end):
-    text = end.join(['title = "Größe"', "epochs = 3", ""])
-    mark = b"\xfe\xff" if encoding == "utf-16-be" else b""
-    (tmp_path / "mine.TOML").write_bytes(mark + text.encode(encoding))
-    assert settings.read_preset(str(tmp_path / "mine.TOML")) == {"title": "Größe", "epochs": 3}
+def test_a_preset_file_from_any_editor(tmp_path, encoding):
+    for end in ("\n", "\r\n", "\r"):
+        text = end.join(['title = "Größe"', "epochs = 3", ""])
+        mark = b"\xfe\xff" if encoding == "utf-16-be" else b""
+        (tmp_path / "mine.TOML").write_bytes(mark + text.encode(encoding))
+        assert settings.read_preset(str(tmp_path / "mine.TOML")) == {"title": "Größe", "epochs": 3}
 
 
 @pytest.mark.parametrize(

@@ -88,9 +88,8 @@ class TestUsersOwn:
         assert torch.equal(one.weight, again.weight)
         assert not torch.equal(one.weight, two.weight)
 
-    @pytest.mark.parametrize(
-        ("changes", "words"),
-        [
+    def test_models_that_do_not_work(self):
+        for changes, words in [
             (
                 {"model": "my_sources:needy"},
                 "callable without arguments, but it requires 'width'; name a",
@@ -104,12 +103,10 @@ class TestUsersOwn:
             ({"model": "my_broken:net"}, "importing 'my_broken' failed: ZeroDivisionError"),
             ({"model": "my_sources:"}, "not of the form package.module:function"),
             ({"model": "konv"}, "unknown model 'konv'; did you mean 'conv'"),
-        ],
-    )
-    def test_models_that_do_not_work(self, changes, words):
-        data = load_data(config())
-        with pytest.raises(ValueError, match=words):
-            build_model(config(**changes), data)
+        ]:
+            data = load_data(config())
+            with pytest.raises(ValueError, match=words):
+                build_model(config(**changes), data)
 
     def test_a_model_that_does_not_fit_the_data(self):
         data = load_data(config())

@@ -235,8 +235,13 @@ class TestLabelSmoothing:
 
 
 class TestAccumulation:
-    @pytest.mark.parametrize("parts", [2, 3, 4, 16])
-    @pytest.mark.parametrize("method", ["sam", "vasso", "bisam-log", "asam", "gsam", "sgdhess", "n-step", "ae-sam"])
+    @pytest.mark.parametrize(
+        ("method", "parts"),
+        [
+            *(("sam", parts) for parts in (2, 3, 16)),
+            *(("vasso", 4), ("bisam-log", 3), ("asam", 2), ("gsam", 4), ("sgdhess", 3), ("n-step", 16), ("ae-sam", 2)),
+        ],
+    )
     def test_parts_are_the_batch_that_they_make(self, method, parts):
         """Also a last batch of two samples, which has fewer parts than asked for, and parts of unequal size."""
         whole, divided = (
@@ -439,30 +444,27 @@ class TestSchedulesReachTheOptimizer:
             norms.append(trainer.optimizer.diagnostics()["epsilon_norm"])
         assert norms == pytest.approx([0.2] * 4 + [0.1] * 4, rel=1e-4)
 
-    @pytest.mark.parametrize(
-        ("changes", "words"),
-        [
+    def test_options_that_do_not_go_together(self):
+        """The schedule's own refusals, of which test_schedule.py has all, for every setting that reaches it."""
+        for changes, words in (
             ({"schedule": "multistep"}, r"^multistep needs milestones, rising whole epochs from 1 to 5, got \(\)\.$"),
-            ({"schedule": "multistep", "milestones": (7,)}, r"^multistep needs milestones"),
             ({"milestones": (2,)}, r"^cosine does not use milestones"),
             ({"gamma": 0.5}, r"^cosine does not use gamma"),
             ({"as_coded": True}, r"^cosine does not use as_coded"),
             ({"warmup": 6.0}, r"^warmup must be shorter than the training of 6 epochs"),
-            ({"warmup": 1.0}, r"^warmup = 1\.0 changes nothing"),
             ({"warmup_lr": 0.1}, r"^warmup_lr = 0\.1 has no effect without a warm-up"),
             ({"lr_min": 0.5}, r"^lr_min must be at most lr = 0\.1"),
             ({"schedule": "diminish1", "schedule_unit": "step"}, r"^diminish1 is defined epoch by epoch"),
-            ({"schedule_unit": "batch"}, r"unknown unit 'batch'"),
-        ],
-    )
-    def test_options_that_do_not_go_together(self, changes, words):
-        with pytest.raises(ValueError, match=words):
-            Trainer(config(epochs=6, **changes))
+        ):
+            with pytest.raises(ValueError, match=words):
+                Trainer(config(epochs=6, **changes))
 
 
 class TestPrecision:
-    @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-    @pytest.mark.parametrize("method", ["sgd", "sam", "vasso+bisam-log+asam"])
+    @pytest.mark.parametrize(
+        ("method", "precision"),
+        [("sgd", "fp16"), ("sam", "bf16"), ("vasso+bisam-log+asam", "bf16"), ("vasso+bisam-log+asam", "fp16")],
+    )
     def test_it_trains_and_weights_stay_float32(self, precision, method):
         rho = None if method == "sgd" else 0.1
         kinds = []
