@@ -137,7 +137,7 @@ class TestChoice:
         assert [row.values["rho"] for row in table.tried["SAM rho=0.1"]] == ["0.05", "0.1", "0.2"]
         assert header(table)[:2] == ["arm", "chosen"] and [row[1] for row in body(table)] == ["-", "rho=0.1"]
         assert sam.columns["test_acc"].diff.mean == pytest.approx(20), "the baseline has no radius"
-        said = next(text for text in remarks(table) if "is chosen" in text)
+        said = next(text for text in remarks(table) if "is chosen by" in text)
         assert "rho=0.05 81.00 ±2.48; rho=0.1 91.00 ±2.48; rho=0.2 86.00 ±2.48" in said
 
     def test_a_value_that_lacks_a_seed_is_not_chosen_unless_all_do(self, tmp_path):

@@ -8,13 +8,13 @@ from flatmin.data.named import DATASETS
 from flatmin.study.costs import Sizes
 from flatmin.study.expand import grid_points
 from flatmin.study.reading import read_study
-from flatmin.train.settings import preset_names
+from flatmin.train.settings import preset_names, read_preset
 
 SHARPNESS = "empirical_sam: mean of positives"
 FUNDAMENTAL = ("fundamental-cifar10", "fundamental-cifar100", "fundamental-tiny")
 IMAGENET = ("bisam-imagenet", "vasso-imagenet", "imagenet-vit")
 TRANSFER = ("finetune-flowers", "finetune-pets")
-STUDIES = [name for name in preset_names("study") if not name.startswith("cifar100")]
+STUDIES = [name for name in preset_names("study") if "demo" in read_preset(name, "study") and "cifar100-m" not in name]
 RECORDED = ("empirical-ratio", "bisam-misclassified", "vasso-sharpness", "one-gradient")
 
 

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from flatmin.report.studies.text import body, comma_separated, header, remarks
+from flatmin.report.studies.text import body, comma_separated, header, troubles
 from flatmin.study.events import Planned, ReportDone, RunDone, Warned
 from flatmin.study.executors import RunOutcome
 from flatmin.study.finished import FinishedRun
@@ -157,7 +157,7 @@ def test_a_network_that_cannot_be_measured_takes_nothing_else_away(tmp_path, mon
     assert [row.columns["lambda_1"].stat.n for row in table.rows] == [0, 2]
     assert table.rows[0].runs[1].number("loss") > 0
     (why,) = (why for what, why in table.errors.items() if what == "Curvature is missing for SGD, seed 1")
-    assert why.startswith("MemoryError: no room") and any("no room" in remark for remark in remarks(table))
+    assert why.startswith("MemoryError: no room") and any("no room" in remark for remark in troubles(table))
     assert second not in plan(spec_of(tmp_path), tmp_path / "out").unmeasured
     again = study(plan(spec_of(tmp_path), tmp_path / "out", retry=True), workers=0, on_event=lambda event: None)
     assert [row.columns["lambda_1"].stat.n for row in again.rows] == [1, 2]

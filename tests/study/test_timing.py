@@ -25,7 +25,7 @@ def test_one_round_has_no_spread():
 
 def test_a_guess_counts_gradients_looks_and_the_eigenvalue(monkeypatch):
     """With a gradient of 1 s a sample: 50 training samples in 4 batches of 16, 20 for validation, 30 for the test."""
-    monkeypatch.setattr("flatmin.study.costs._gradient_seconds", lambda config, inputs: 1.0)
+    monkeypatch.setattr("flatmin.study.costs._gradient_seconds", lambda config, inputs, few: 1.0)
     train, val, test = 50, 20, 30
     plain = dataclasses.replace(BASE, epochs=5)
     looks, batches = (5 * val + test + train) / 3, 4 * 16
