@@ -161,6 +161,33 @@ def test_a_later_version_says_which_runs_it_does_not_take(trained, out, monkeypa
     assert "name the runs to remove, or add --stale" in refused("runs", "rm")
 
 
+def test_a_plan_says_that_a_module_or_the_data_have_changed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    module, numbers = tmp_path / "own_module.py", tmp_path / "rows.txt"
+    module.write_text(
+        "import numpy as np, torch\n"
+        "def net():\n    return torch.nn.Linear(1, 2)\n"
+        "def data():\n    x = np.loadtxt('rows.txt').reshape(-1, 1)\n    return [(x, np.arange(len(x)) % 2)] * 3\n"
+    )
+    numbers.write_text("1 2 3 4")
+    text = STUDY.replace("tests.user_side", "own_module").replace("batch_size = 50", "batch_size = 4")
+    text = text[: text.index("[record]")] + '[[arms]]\nlabel = "SGD"\nmethod = "sgd"\n'
+    for line in ('choose = ["rho"]\n', "choose_seeds = [7]\n", 'columns = ["test_acc", "loss", "grad_norm@last"]\n'):
+        text = text.replace(line, "")
+    (tmp_path / "own.toml").write_text(text)
+    words = ("study", "own.toml", "seed=0")
+    invoke(*words, "--workers", 0, "--no-report")
+    assert "trained again" not in invoke(*words, "--dry-run")
+    source = module.read_text()
+    module.write_text(source + "# changed\n")
+    was = "1 finished run in flatmin-runs with settings of this study was made"
+    assert f"{was} with another version of own_module" in invoke(*words, "--dry-run")
+    module.write_text(source)
+    numbers.write_text("1 2 3 5")
+    assert f"{was} on other data" in invoke(*words, "--dry-run")
+    assert "made on other data" in invoke("runs", "rm", "--stale", "--yes") and not list(tmp_path.glob("*/runs/*"))
+
+
 def test_packing_adds_and_never_loses(out, tmp_path, refused):
     archive, half = tmp_path / "archive", tmp_path / "half"
     shutil.copytree(out, half)

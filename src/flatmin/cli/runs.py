@@ -131,7 +131,7 @@ def _stale(targets: Sequence[str]) -> dict[Path, str]:
         raise ValueError(f"--stale takes one folder, which has the runs in its folder runs; got {', '.join(targets)}.")
     contents = Contents()
     found = {entry.path: stale(entry.path, contents) for entry in entries(Path(targets[0]) if targets else HOME)}
-    return {path: f"made {why}" for path, why in found.items() if why is not None}
+    return {path: why for path, why in found.items() if why is not None}
 
 
 @runs.command("pack")

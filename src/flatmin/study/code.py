@@ -86,12 +86,14 @@ class Contents:
             return
         known = config.data in DATASETS
         place = f" in data_dir={config.data_dir}" if known else ""
-        ways = ["name their folder with data_dir=FOLDER"] if known else ["correct the function"]
-        if config.data in _downloadable() and not self._download:
-            ways.append("add --download")
+        way = " With this command: data_dir=FOLDER" if known else ""
+        if config.data in _downloadable():
+            way += "" if self._download else ", --download"
+        elif known and self._download:
+            way += f"; --download is for {', '.join(_downloadable())} only"
         raise ValueError(
-            f"data={config.data} cannot be read{place}, so no run was started: {self._absent[self._key(config)]}. "
-            f"Please {' or '.join(ways)}."
+            f"data={config.data} cannot be read{place}, so no run was started: {self._absent[self._key(config)]}."
+            f"{way}{'.' if way else ''}"
         )
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from flatmin.study.code import Contents, code_of, modules_of
 from flatmin.study.store import Run, Store
 from flatmin.train.folder import RunFolder
 from flatmin.train.package import package_digest
+from flatmin.words import reason
 
 
 def former_runs(missing: Sequence[Run], store: Store) -> list[str]:
@@ -55,9 +57,17 @@ def stale(path: Path, contents: Contents | None = None) -> str | None:
         run = Run(label=labels.get("label", ""), config=config, code=code_of(config))
     except ValueError:  # it is damaged, or its module is not here
         return None
-    if contents is None or contents.absent(config):
-        return difference(folder, run, data=False)
-    return difference(folder, Run(label=run.label, config=config, code=run.code, content=contents.of(config)))
+    known = contents is not None and not contents.absent(config)
+    if contents is not None and known:
+        run = dataclasses.replace(run, content=contents.of(config))
+    if (why := difference(folder, run, data=known)) is not None:
+        return f"made {why}"
+    try:
+        if folder.finished:
+            folder.result(lambda table: table["key"] == labels["key"])
+    except ValueError as error:
+        return f"its result cannot be taken: {reason(error)}"
+    return None
 
 
 def difference(folder: RunFolder, run: Run, *, data: bool = True) -> str | None:
@@ -82,8 +92,7 @@ def _other_code(folder: RunFolder, run: Run) -> str:
     versions = there.get("versions")
     versions = versions if isinstance(versions, dict) else {}
     if package_digest()[:10] in str(there.get("code", "")).split("; "):
-        modules = modules_of(run.config)
-        return f"with other code of your {', '.join(modules) or 'modules'}"
+        return f"with another version of {', '.join(modules_of(run.config))}"
     for name, version in (("flatmin", flatmin.__version__), ("torch", torch.__version__)):
         if name in versions and str(versions[name]) != str(version):
             return f"by {name} {versions[name]} (now {version})"

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -182,12 +183,19 @@ class Store:
 
     def alike(self, run: Run) -> Iterator[RunFolder]:
         """The runs of the same settings that are there, of whatever code and data."""
-        names = os.listdir(self.runs) if self.runs.is_dir() else []
+        names, settings = os.listdir(self.runs) if self.runs.is_dir() else [], content_hash(identity(run.config))
         for name in sorted(name for name in names if name.startswith(f"{run.stem}-")):
             folder = RunFolder(self.runs / name)
-            with suppress(ValueError):  # it cannot be read
-                if identity(folder.config()[0]) == identity(run.config):
+            with suppress(OSError, ValueError):  # it cannot be read
+                changed = (folder.path / "config.json").stat().st_mtime_ns
+                if _settings_of(folder.path, changed) == settings:
                     yield folder
+
+
+@cache
+def _settings_of(path: Path, changed: int) -> str:
+    """Digest of the settings of a run that is there; `changed` is when they were written."""
+    return content_hash(identity(RunFolder(path).config()[0]))
 
 
 def unique(runs: Iterable[Run]) -> list[Run]:
