@@ -14,6 +14,7 @@ from flatmin.train.trainer import build_recipe
 
 FEWEST_SEEDS = 3  # the t of two is 12.7
 LEVEL = 0.05
+_LESS = 0.9  # of another number: what is called smaller
 _MOST = 8  # rows or pairs that a sentence names
 _METRIC = "test_acc"
 _LAMBDA = ("lambda_max", "lambda_1")
@@ -155,7 +156,8 @@ def _equal_cost(table: StudyTable) -> str:
         kind = "not told apart" if not beyond else "above it" if equal.diff.mean > 0 else "below it"
         kinds.setdefault(kind, []).append(row)
     told = "; ".join(f"{kind}: {named(found)}" for kind, found in sorted(kinds.items()))
-    rivals = named_labels(dict.fromkeys(row.equal.label for row in rows if row.equal is not None))
+    names = {row.label: name_of(row) for row in table.rows}
+    rivals = named_labels(dict.fromkeys(names[row.equal.label] for row in rows if row.equal is not None))
     tests = f" ({_counted(table.tests('equal'), 'test')}, Holm)" if table.tests("equal") > 1 else ""
     return f"Against plain training of equal cost ({rivals}), test accuracy is {told}{tests}."
 
@@ -174,7 +176,7 @@ def _curvature(rows: Sequence[StudyRow], ascending: Sequence[StudyRow]) -> str:
             (small, loss, test), (large, other_loss, other_test) = (
                 [_mean(row, name) for name in names] for row in (low, other)
             )
-            if small < large and loss < other_loss and test < other_test:
+            if small < _LESS * large and loss < _LESS * other_loss and test < other_test:
                 return (
                     f"A small {metric} alone does not mean a better minimum: {named([low])} has {small:.3g} against "
                     f"{large:.3g} of {named([other])}, and a lower test accuracy. Its train loss is {loss:.2g} against "
@@ -256,11 +258,12 @@ def _choices(label: str, rows: Sequence[StudyRow], seeds: Sequence[int]) -> str:
 
 
 def _at_edge(value: str, values: Sequence[str]) -> bool:
+    """Whether a value is at an end of a list of three or more; of two, each one is."""
     try:
         numbers = sorted({float(one) for one in values})
     except ValueError:
         return False
-    return len(numbers) > 1 and float(value) in (numbers[0], numbers[-1])
+    return len(numbers) > 2 and float(value) in (numbers[0], numbers[-1])
 
 
 def _time(rows: Sequence[StudyRow]) -> str:
@@ -299,8 +302,13 @@ def _flags(rows: Sequence[StudyRow]) -> list[str]:
 
 
 def named(rows: Sequence[StudyRow]) -> str:
-    """Labels of rows in a sentence."""
-    return named_labels([row.label for row in rows])
+    """Rows in a sentence, without the values that were chosen for them."""
+    return named_labels([name_of(row) for row in rows])
+
+
+def name_of(row: StudyRow) -> str:
+    """Arm and point of a row."""
+    return " ".join([row.arm, *(f"{key}={value}" for key, value in row.point.items())])
 
 
 def named_labels(labels: Mapping[str, None] | Sequence[str]) -> str:
