@@ -43,19 +43,19 @@ def test_against_the_baseline_by_each_interval_and_among_all_tests(tmp_path):
     others = {"sam": SAM, "usam": (70.0, 80.0, 90.0), "bad": (50.0, 51.5, 49.0), "asam": (80.0, 82.0, 78.6)}
     shown = table(tmp_path, {"sgd": SGD, **others})
     (text, *_) = verdicts(shown)
-    assert "above, p < 0.05 also among 4 tests (Holm): sam" in text and "below, p < 0.05 also" in text
-    assert "not told apart, the interval of the difference covers 0: usam" in text
+    assert "above sgd (p < 0.05 after correction for 4 tests): sam" in text and "below sgd (p < 0.05" in text
+    assert "not told apart from sgd (the interval of the difference covers 0): usam" in text
     values = {row.arm: row.columns["test_acc"] for row in shown.rows}
     assert values["asam"].p < 0.05 and values["asam"].corrected == pytest.approx(2 * values["asam"].p)
     weak = {"sgd": SGD, "sam": (79.0, 81.0, 77.6), "usam": SGD, "m1": SGD, "asam": SGD}
-    assert "above by its own interval, but not beyond chance among 4 tests (Holm): sam" in told(tmp_path, weak)
+    assert "above sgd by its own interval, but not after correction for 4 tests: sam" in told(tmp_path, weak)
 
 
 def test_few_seeds_show_nothing(tmp_path):
     two = told(tmp_path, {"sgd": (77.0, 78.0), "sam": (90.0, 91.0), "asam": (95.0, 96.0)}, seeds=2)
     assert "Two seeds are too few to tell any row from another" in two and "beyond" not in two
     one = told(tmp_path, {"sgd": (77.0,), "sam": (95.0,)}, seeds=1)
-    assert "One seed gives no interval" in one and "Against" not in one
+    assert "One seed gives no interval" in one and "paired by seed, is" not in one
 
 
 def test_methods_are_ranked_only_beyond_the_noise_of_all_pairs(tmp_path):
@@ -84,8 +84,8 @@ def test_cheap_baselines_and_equal_cost(tmp_path):
     assert "sam minus it is" in poor and "the ascent is worth its cost" in poor
     long = {"2x epochs": 'epochs = "2x"'}
     equal = told(tmp_path, {"sgd": SGD, "sam": SAM, "usam": (67.0, 99.0, 70.0), "2x epochs": SGD}, baselines=long)
-    assert "Against plain training of equal cost ('2x epochs'), test accuracy is above it: sam;" in equal
-    assert "not told apart: usam (2 tests, Holm)" in equal
+    assert "Against plain training of equal cost ('2x epochs') (p < 0.05 after correction for 2 tests)" in equal
+    assert "test accuracy is above it: sam; not told apart: usam." in equal
 
 
 def test_a_small_eigenvalue_at_a_small_loss_is_pointed_out_only_if_it_is_there(tmp_path):

@@ -88,7 +88,8 @@ class StudySpec:
             alone that a baseline has of its own.
         seeds: one run each.
         baseline: label of the arm that differences are taken to.
-        columns: of the table; none: those of `METRICS` that some run has. Beside these: test_top5, with more than five
+        columns: of the table; none: those of `METRICS` that some run has, and what was measured of the networks (of
+            more than four numbers the first of each section). Beside these: test_top5, with more than five
             classes; test_best, the test accuracy at the epoch with the best validation accuracy, of runs with
             test_every = 1; NAME@first and NAME@last, the mean of a diagnostic over the first and the last tenth of the
             lines that `record` asks for; and names of numbers on the report that `measure` asks for, such as lambda_1.

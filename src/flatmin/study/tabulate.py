@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +32,7 @@ _TASK = (
 )
 _COST = ("optimizer", "batch_size")
 _NAMED = 3  # runs that a reason names
+_FEW = 4  # so many measured numbers are shown without being asked for
 _EQUAL = 0.02  # budgets that differ by no more count as equal: epochs are whole numbers
 
 
@@ -177,9 +178,12 @@ def tabulate(todo: StudyPlan, outcomes: Mapping[str, RunOutcome]) -> StudyTable:
     """
     spec = todo.spec
     sizes = Sizes()
-    rows, tried = _chosen([_row(todo, i, outcomes, sizes) for i in range(len(todo.grid_points))])
+    measured = () if spec.columns else _measured(outcomes[name].report for name in _names(todo) if name in outcomes)
+    columns = tuple(dict.fromkeys((*METRICS, *spec.columns, *measured)))
+    rows, tried = _chosen([_row(todo, i, outcomes, sizes, columns) for i in range(len(todo.grid_points))])
     if todo.choice is not None:
-        tried = _chosen([_row(todo.choice, i, outcomes, sizes) for i in range(len(todo.choice.grid_points))])[1]
+        choice = todo.choice
+        tried = _chosen([_row(choice, i, outcomes, sizes, columns) for i in range(len(choice.grid_points))])[1]
     rows = [_compared(row, rows, spec) for row in rows]
     rows = _corrected(rows)
     errors: dict[str, str] = {}
@@ -201,7 +205,7 @@ def tabulate(todo: StudyPlan, outcomes: Mapping[str, RunOutcome]) -> StudyTable:
     return StudyTable(
         spec=spec,
         rows=rows,
-        metrics=spec.columns or tuple(name for name in METRICS if any(row.columns[name].stat.n for row in rows)),
+        metrics=spec.columns or tuple(name for name in columns if any(row.columns[name].stat.n for row in rows)),
         errors=errors,
         environment=merged(RunFolder(todo.store.folder(run)).environment() for run in unique(named.values())),
         tried=tried,
@@ -210,7 +214,27 @@ def tabulate(todo: StudyPlan, outcomes: Mapping[str, RunOutcome]) -> StudyTable:
     )
 
 
-def _row(todo: StudyPlan, i: int, outcomes: Mapping[str, RunOutcome], sizes: Sizes) -> StudyRow:
+def _names(todo: StudyPlan) -> list[str]:
+    return [run.name for run in unique(todo.runs.values())]
+
+
+def _measured(reports: Iterable[Mapping[str, Any] | None]) -> tuple[str, ...]:
+    """Of everything that was measured of the networks, what a table shows by itself: all, or the first of each section.
+
+    Args:
+        reports: as `flatmin.measure.Report.to_dict`.
+    """
+    sections: dict[str, dict[str, None]] = {}
+    for report in reports:
+        for name, section in (report or {}).get("sections", {}).items():
+            sections.setdefault(name, {}).update(dict.fromkeys(section["quantities"]))
+    every = [name for names in sections.values() for name in names]
+    return tuple(every if len(every) <= _FEW else [next(iter(names)) for names in sections.values() if names])
+
+
+def _row(
+    todo: StudyPlan, i: int, outcomes: Mapping[str, RunOutcome], sizes: Sizes, columns_wanted: Sequence[str]
+) -> StudyRow:
     """A row by itself."""
     row, spec = todo.grid_points[i], todo.spec
     runs: dict[int, FinishedRun] = {}
@@ -229,7 +253,7 @@ def _row(todo: StudyPlan, i: int, outcomes: Mapping[str, RunOutcome], sizes: Siz
         )
     columns = {}
     steps = sizes.steps(row.config) if runs else {}
-    for metric in dict.fromkeys((*METRICS, *spec.columns)):
+    for metric in columns_wanted:
         values = list(_by_seed(runs, metric).values())
         stat = summarise(values, step=steps.get(metric, 0.0), ends=ends_of(metric))
         published = tuple(

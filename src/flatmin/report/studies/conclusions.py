@@ -56,19 +56,20 @@ def against_base(table: StudyTable) -> str:
     if not compared:
         return "Two seeds are too few to tell any row from another; three is the least." if several else ""
     tests = table.tests(_METRIC)
+    among = f" after correction for {tests} tests" if tests > 1 else ""
     kinds: dict[str, list[StudyRow]] = {}
     for row, diff in sorted(compared, key=lambda one: (one[1].covers_zero, one[1].mean < 0)):
         corrected = row.columns[_METRIC].corrected
-        side = "above" if diff.mean > 0 else "below"
+        side = f"{'above' if diff.mean > 0 else 'below'} {base}"
         if diff.covers_zero:
-            kind = "not told apart, the interval of the difference covers 0"
+            kind = f"not told apart from {base} (the interval of the difference covers 0)"
         elif tests > 1 and (corrected is None or corrected >= LEVEL):
-            kind = f"{side} by its own interval, but not beyond chance among {tests} tests (Holm)"
+            kind = f"{side} by its own interval, but not{among}"
         else:
-            kind = f"{side}, p < {LEVEL:g}" + (f" also among {tests} tests (Holm)" if tests > 1 else "")
+            kind = f"{side} (p < {LEVEL:g}{among})"
         kinds.setdefault(kind, []).append(row)
     told = "; ".join(f"{kind}: {named(found)}" for kind, found in kinds.items())
-    return f"Against {base}, paired by seed, test accuracy is {told}."
+    return f"Test accuracy, paired by seed, is {told}."
 
 
 def _ranking(rows: Sequence[StudyRow]) -> str:
@@ -158,8 +159,8 @@ def _equal_cost(table: StudyTable) -> str:
     told = "; ".join(f"{kind}: {named(found)}" for kind, found in sorted(kinds.items()))
     names = {row.label: name_of(row) for row in table.rows}
     rivals = named_labels(dict.fromkeys(names[row.equal.label] for row in rows if row.equal is not None))
-    tests = f" ({_counted(table.tests('equal'), 'test')}, Holm)" if table.tests("equal") > 1 else ""
-    return f"Against plain training of equal cost ({rivals}), test accuracy is {told}{tests}."
+    tests = f" (p < {LEVEL:g} after correction for {table.tests('equal')} tests)" if table.tests("equal") > 1 else ""
+    return f"Against plain training of equal cost ({rivals}){tests}, test accuracy is {told}."
 
 
 def _curvature(rows: Sequence[StudyRow], ascending: Sequence[StudyRow]) -> str:
