@@ -6,12 +6,14 @@ Every trace's `legendgroup` is its arm's label, so that the page's legend shows 
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from flatmin.report.html import Figure, plot_text
-from flatmin.report.style import SYMBOLS, broken, error_bars, log_axis, number, tone
+from flatmin.report.style import SYMBOLS, number, tone
+from flatmin.stats import Stat
 from flatmin.study.summary import Row, Summary
 
 
@@ -246,3 +248,33 @@ def tuning(summary: Summary, mark: dict[str, Mark]) -> Figure | None:
         "yaxis": {"title": {"text": "validation accuracy, %"}},
     }
     return Figure(data, layout)
+
+
+def error_bars(stats: Sequence[Stat], color: str) -> dict[str, Any]:
+    """Error bars of the intervals, thick enough to be seen and never in the way.
+
+    Args:
+        stats: one for each point.
+        color: as figures name it.
+    """
+    over = [0.0 if math.isnan(stat.half) else max(0.0, stat.high - stat.mean) for stat in stats]
+    under = [0.0 if math.isnan(stat.half) else max(0.0, stat.mean - stat.low) for stat in stats]
+    visible = any(over) or any(under)
+    bars: dict[str, Any] = {"type": "data", "visible": visible, "thickness": 2, "width": 5, "color": color}
+    if not any(stat.cut for stat in stats):
+        return bars | {"array": over}
+    return bars | {"array": over, "arrayminus": under, "symmetric": False}
+
+
+def log_axis(values: Sequence[float], title: str) -> dict[str, Any]:
+    """Powers of ten as ticks where there are several of them, else whatever fits into what is shown."""
+    steps = {"dtick": 1} if max(values) > 100 * min(values) else {"nticks": 8}
+    return {"type": "log", "exponentformat": "power", "title": {"text": title}, **steps}
+
+
+def broken(label: str, width: int = 20, lines: int = 3) -> str:
+    """A long label in short lines, so that it leaves room for the plot."""
+    pieces = textwrap.wrap(label, width) or [label]
+    if len(pieces) > lines:
+        pieces = [*pieces[: lines - 1], pieces[lines - 1][: width - 1] + "…"]
+    return "<br>".join(plot_text(piece) for piece in pieces)

@@ -7,6 +7,7 @@ import re
 import shlex
 from collections.abc import Callable, Sequence
 
+from flatmin.report.figures.interactive import panels
 from flatmin.report.html import (
     Cell,
     Column,
@@ -18,7 +19,6 @@ from flatmin.report.html import (
     legend,
     notes,
     page,
-    panels,
     paragraph,
     table,
 )
@@ -56,16 +56,16 @@ def render(shown: StudyTable, *, command: Sequence[str] = ()) -> str:
         ModuleNotFoundError: there are figures and plotly is not installed (extra "report").
     """
     style = StudyStyle(shown)
-    sections, failed = _sections(shown, style)
+    drawn, failed = sections(shown, style)
     body = [paragraph(sentence(shown), "lead"), _table(shown, style), notes([*tables.remarks(shown), *failed])]
-    if sections:
+    if drawn:
         points, at = style.choices()
         body.append(legend({arm: (arm, tone) for arm, tone in style.tones.items()}, points, at=at))
         body.append(paragraph(explanation, "caption") if (explanation := style.explained()) else Markup(""))
-    for section in sections:
+    for section in drawn:
         body += [heading(section.title, section.caption), panels(section.figures)]
     body += _published(shown, style)
-    if not sections:
+    if not drawn:
         body.append(paragraph("No run has numbers for a figure."))
     return page(shown.spec.title, body, _foot(shown, command))
 
@@ -141,7 +141,7 @@ def _hint(name: str, shown: StudyTable) -> str:
     return "mean over the seeds and half width of the 95 % t interval" if name.endswith("±95 %") else ""
 
 
-def _sections(shown: StudyTable, style: StudyStyle) -> tuple[list[FigureSection], list[str]]:
+def sections(shown: StudyTable, style: StudyStyle) -> tuple[list[FigureSection], list[str]]:
     """The figures; and a sentence for each kind of them that could not be made."""
     makers: dict[str, Callable[[StudyTable, StudyStyle], FigureSection | None]] = {
         "accuracy over the radius": study_figures.over_rho,
