@@ -263,6 +263,13 @@ class TestOptions:
         picture = tmp_path / f"{folders['sgd', 0].name}.png"
         assert picture.read_bytes().startswith(b"\x89PNG")
 
+    def test_figures_for_papers(self, folders, tmp_path):
+        pytest.importorskip("matplotlib")
+        said = invoke(tmp_path, folders["sgd", 0], *QUICK, "--what", "hessian", "--figures", "svg,pdf", "--no-page")
+        folder = tmp_path / f"{folders['sgd', 0].name}-figures"
+        assert files(folder) == ["ends-of-the-spectrum.pdf", "ends-of-the-spectrum.svg"]
+        assert f"Written: {folder / 'ends-of-the-spectrum.svg'}" in said
+
     def test_bfloat16_is_said(self, folders, tmp_path):
         said = invoke(tmp_path, folders["sgd", 0], "--what", "model", "--dtype", "bfloat16", "--no-page")
         assert "autocast torch.bfloat16" in said
@@ -404,7 +411,9 @@ class TestRefusals:
     def test_missing_extras_are_said_before(self, refused, folders, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, "matplotlib.figure", None)
-            assert "pip install 'flatmin[plot]'" in refused(folders["sgd", 0], "--png")
+            for option in (("--png",), ("--figures", "svg")):
+                assert "pip install 'flatmin[plot]'" in refused(folders["sgd", 0], *option)
+        assert "figures are written as svg, pdf, png" in refused(folders["sgd", 0], "--figures", "jpg")
         with monkeypatch.context() as patch:
             patch.setattr("importlib.util.find_spec", lambda name: None)
             assert "pip install 'flatmin[report]'" in refused(folders["sgd", 0])
@@ -468,7 +477,7 @@ class TestWhatFails:
         def broken(*_, **__):
             raise ZeroDivisionError("no scale")
 
-        monkeypatch.setattr("flatmin.report.figures.interactive.eigenvalues", broken)
+        monkeypatch.setattr("flatmin.report.measurements.figures.eigenvalues", broken)
         name = folders["sgd", 0].name
         said = invoke(tmp_path, folders["sgd", 0], "--what", "model,hessian", status=3)
         assert "Ends of the spectrum could not be drawn: ZeroDivisionError: no scale" in said

@@ -98,6 +98,16 @@ class TestOneRun:
         invoke("full", "--out", "a/b.html")
         assert pages(home) == ["a/b.html"]
 
+    def test_figures_for_papers(self, home, refused):
+        pytest.importorskip("matplotlib")
+        assert "got 'jpg'" in refused("full", "--figures", "jpg") and "got 'jpg'" in refused(
+            "no-such", "--figures", "jpg"
+        )
+        said = invoke("full", "--figures", "svg,png", "--no-page")
+        written = sorted((home / "flatmin-runs/runs/full/show-figures").iterdir())
+        assert f"Figures: flatmin-runs/runs/full/show-figures ({len(written)} files)" in said
+        assert {"accuracy.png", "losses.svg"} <= {path.name for path in written} and pages(home) == []
+
     def test_it_is_opened_on_request(self, home, monkeypatch):
         opened = []
         monkeypatch.setattr("typer.launch", opened.append)

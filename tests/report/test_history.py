@@ -10,7 +10,7 @@ from rich.console import Console
 
 from flatmin.report import html as page
 from flatmin.report.runs import figures as history_figures
-from flatmin.report.runs.curves import plots
+from flatmin.report.runs.curves import charts
 from flatmin.report.runs.history import FAILED, FINISHED, GOING_ON, STOPPED, read, read_all
 from flatmin.report.runs.numbers import differences, quantities_of, troubles, typed
 from flatmin.report.runs.page import render
@@ -172,7 +172,7 @@ class TestNumbers:
             "wrong labels, %": "40", "seed": "0", "epochs": "3 of 3", "weights of epoch": "2, best on validation",
             "val %": "80.00", "test %": "78.00", "test top-5 %": "99.00", "test loss": "0.6250", "train loss": "0.5000",
             "memorised, %": "1.0", "lambda_max": "2.5", "gradients / step": "2", "s / epoch": "2",
-            "images / s": "2,000", "peak memory, GiB": "3.00",
+            "samples / s": "2,000", "peak memory, GiB": "3.00",
         }  # fmt: skip
 
     def test_of_runs_at_other_stages(self, several):
@@ -284,8 +284,9 @@ class TestPage:
         shown = [value for name, value in outline.attributes if name == "value"]
         assert shown == ["one", "two"], "a run without curves is not in the legend"
         assert {trace["legendgroup"] for spec in outline.specs for trace in spec["data"]} == {"one", "two"}
-        dashes = {(t["legendgroup"], t["name"]): t["line"]["dash"] for t in outline.specs[0]["data"]}
-        assert dashes["one", "training"] == dashes["two", "training"] == "solid" != dashes["one", "validation"]
+        dashes = [(t["legendgroup"], t["line"]["dash"]) for t in outline.specs[0]["data"]]
+        kinds = ("solid", "dash", "dot")  # training, at perturbed weights, validation
+        assert dashes == [(run, kind) for run in ("one", "two") for kind in kinds]
         assert "Solid: training; dashed: at perturbed weights; dotted: validation." in everything
         assert "showlegend" not in outline.specs[0]["layout"] or not outline.specs[0]["layout"]["showlegend"]
 
@@ -335,8 +336,8 @@ class TestPage:
         for step in range(1, 11):
             folder.add_step({"step": step, "loss": float(step)})
         monkeypatch.setattr(history_figures, "POINTS", 4)
-        (trace,) = next(one for one in plots([read(finished)]) if one.title == "Losses of updates").figure.data
-        assert (trace["x"], trace["y"]) == ([2.0, 5.0, 8.0, 10.0], [2.0, 5.0, 8.0, 10.0])
+        (trace,) = next(one for one in charts([read(finished)]) if one.title == "Losses of updates").series
+        assert (trace.x, trace.y) == ([2.0, 5.0, 8.0, 10.0], [2.0, 5.0, 8.0, 10.0])
 
     def test_hostile_names_stay_text(self, tmp_path):
         hostile = "<img src=x onerror=alert(1)>$x$"

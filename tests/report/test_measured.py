@@ -2,6 +2,7 @@
 
 import dataclasses
 import html
+import itertools
 import json
 import math
 import re
@@ -14,7 +15,9 @@ import torch
 from flatmin.measure.problem import Conventions, Problem
 from flatmin.measure.report import Quantity, Report, ReportSection, ReportSettings, report
 from flatmin.report import html as page
+from flatmin.report.figures.static import require
 from flatmin.report.measurements import picture as draw_report
+from flatmin.report.measurements.figures import figures, save_figures
 from flatmin.report.measurements.page import render, sentence
 from flatmin.study.measured import NetReport, as_json, compare_reports, groups_of, stat_text, unlike, with_error
 from tests.measure.nets import batches, make
@@ -188,8 +191,8 @@ class TestPage:
             assert all(f"{what} is missing: {why}" in words for what, why in part.missing.items())
         assert "flatmin measure 'a b'" in words and "torch 2.13.0" in words
         assert {"ascent steps", "rhos", "split"} <= set(words)
-        # Both ends, the density, two curves, two lines and a plane.
-        assert len(outline.specs) == 7
+        # Both ends, the density, the sharpness, two lines and a plane.
+        assert len(outline.specs) == 6
 
     def test_notes_and_reasons_are_shown(self):
         net = made("sgd", 0, quantity(note="not converged"), missing={"adaptive": "all are zero."})
@@ -212,6 +215,15 @@ class TestPage:
         assert len(outline.specs) == 8, "a plane for each group"
         names = {t.get("name") for spec in outline.specs for t in spec["data"]}
         assert {"sgd", "sam"} <= {str(name).partition(",")[0] for name in names}
+        for spec in outline.specs[:4]:
+            colors = {t["legendgroup"]: t["marker"]["color"] for t in spec["data"]}
+            assert colors == {"sgd": "var:tone-0", "sam": "var:tone-1"}, "as in the report of a study"
+
+    def test_the_ends_of_several_spectra_do_not_hide_each_other(self, real):
+        series = dict(figures(real))["Ends of the spectrum"].series
+        places = sorted(x for one in series if one.filled for x in one.x)
+        assert min(b - a for a, b in itertools.pairwise(places)) > 0.1
+        assert {(one.group, one.filled) for one in series} == set(itertools.product(("sgd", "sam"), (True, False)))
 
     @pytest.mark.parametrize(
         ("sam", "word"), [((1.0, 2.1), "flatter"), ((5.0, 6.1), "sharper"), ((2.0, 5.0), "not significant")]
@@ -257,7 +269,11 @@ class TestPage:
 
 
 def words_of(figure):
-    return [text.get_text() for axes in figure.axes for text in axes.texts] + [figure.get_suptitle()]
+    return [text.get_text() for axes in figure.axes for text in [*axes.texts, axes._left_title]]
+
+
+def titles_of(figure):
+    return [title for axes in figure.axes[1:] if (title := axes.get_title("left").partition("  (")[0])]
 
 
 @with_matplotlib
@@ -267,22 +283,22 @@ class TestPicture:
         model, x, y, loss = make("mlp")
         found = report(Problem(model, loss, (x, y), split="train"), "report", settings=settings)
         net = NetReport(name="the net", group="sgd", seed=0, report=found)
-        figure = draw_report.report(net)
+        figure = draw_report.picture(net)
         words = words_of(figure)
         assert "the net" in words and "mean CrossEntropyLoss, 17 examples" in words and "train" in words
         for q in found.quantities.values():
             assert q.name in words and with_error(q.value, q.error) + " *" * bool(q.note) in words
         assert len(found.quantities) <= 26
-        titles = [axes.get_title("left").partition("  (")[0] for axes in figure.axes]
-        assert [t for t in titles if t] == [
-            "Ends of the spectrum", "Spectral density", "Sharpness",
-            "Along the first eigenvector", "Along a random direction", "Random plane",
+        assert titles_of(figure) == [
+            "Ends of the spectrum", "Spectral density", "Sharpness over the radius",
+            "Loss along the first eigenvector", "Loss along a random direction", "Loss on a random plane",
         ]  # fmt: skip
         figure.canvas.draw()
 
     def test_what_was_not_measured_has_no_panel(self):
-        figure = draw_report.report(made("sgd", 0, quantity(note="not converged"), quantity("b $x$ c", 2.0, error=0.1)))
-        assert [axes.get_title("left") for axes in figure.axes] == [""]
+        net = made("sgd", 0, quantity(note="not converged"), quantity("b $x$ c", 2.0, error=0.1))
+        figure = draw_report.picture(net)
+        assert titles_of(figure) == []
         words = words_of(figure)
         assert {"1 *", "2.00 ± 0.10", "* not converged"} <= set(words)
         figure.canvas.draw()
@@ -291,18 +307,18 @@ class TestPicture:
         def broken(*_, **__):
             raise ZeroDivisionError("no scale")
 
-        monkeypatch.setattr("flatmin.report.figures.content.density", broken)
+        monkeypatch.setattr("flatmin.report.measurements.figures.density", broken)
         missing = []
-        figure = draw_report.report(real[0], on_missing=missing.append)
+        figure = draw_report.picture(real[0], on_missing=missing.append)
         assert len(missing) == 1 and missing[0].startswith(
             "Spectral density could not be drawn: ZeroDivisionError: no scale"
         )
-        assert {"Ends of the spectrum", "Sharpness"} <= {a.get_title("left").partition("  (")[0] for a in figure.axes}
+        assert {"Ends of the spectrum", "Sharpness over the radius"} <= set(titles_of(figure))
         assert missing[0] in words_of(figure)
         figure.canvas.draw()
 
     def test_more_numbers_than_fit_are_counted(self):
-        figure = draw_report.report(made("sgd", 0, *(quantity(f"q{i}", float(i)) for i in range(40))))
+        figure = draw_report.picture(made("sgd", 0, *(quantity(f"q{i}", float(i)) for i in range(40))))
         words = words_of(figure)
         assert "q25" in words and "q26" not in words and any("14 more in the table" in word for word in words)
 
@@ -314,17 +330,22 @@ class TestPicture:
         assert path.stat().st_size > 10_000
 
     def test_another_ending(self, tmp_path):
-        with pytest.raises(ValueError, match=r"written as \.png, \.svg, \.pdf, got 'a\.jpg'"):
+        with pytest.raises(ValueError, match=r"written as \.svg, \.pdf, \.png, got 'a\.jpg'"):
             draw_report.save(made("sgd", 0, quantity()), tmp_path / "a.jpg")
         assert not list(tmp_path.iterdir())
 
-    def test_it_can_be_asked_for_before(self):
-        draw_report.require()
+    def test_every_figure_is_a_file_too(self, real, tmp_path):
+        written = save_figures(real, tmp_path, (".svg",))
+        assert [path.name for path in written] == [
+            "ends-of-the-spectrum.svg", "spectral-density.svg", "worst-case-over-the-radius.svg",
+            "average-case-over-the-radius.svg", "loss-along-the-first-eigenvector.svg",
+            "loss-along-a-random-direction.svg", "loss-on-a-random-plane-sgd.svg", "loss-on-a-random-plane-sam.svg",
+        ]  # fmt: skip
 
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    for use in (draw_report.require, lambda: draw_report.save(made("sgd", 0, quantity()), tmp_path / "a.png")):
+    for use in (require, lambda: draw_report.save(made("sgd", 0, quantity()), tmp_path / "a.png")):
         with pytest.raises(ModuleNotFoundError, match=r"pip install 'flatmin\[plot\]'"):
             use()
 

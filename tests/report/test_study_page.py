@@ -1,5 +1,6 @@
 """The page of a study, from made-up results: every figure's numbers, what is left out, and hostile names."""
 
+import itertools
 import json
 import math
 from functools import partial
@@ -177,15 +178,21 @@ def make(tmp_path):
     return partial(table_of, tmp_path)
 
 
-def only(section, name=None):
-    """The traces of a section's figure, but for bands."""
+def named(section):
+    """The figures of a section by their titles."""
     assert section is not None
-    found = section.figures[name] if name else next(iter(section.figures.values()))
-    return [trace for trace in found.data if trace.get("fill") != "toself"]
+    return {figure.title: figure for figure in section.figures}
 
 
-def traces_of(section, name, arm):
-    return [trace for trace in section.figures[name].data if trace.get("legendgroup") == arm]
+def only(section, name=None):
+    """The series of a section's figure."""
+    found = named(section)
+    return found[name or next(iter(found))].series
+
+
+def line_of(section, name, arm):
+    (found,) = [one for one in only(section, name) if one.group == arm]
+    return found
 
 
 class TestTable:
@@ -245,7 +252,7 @@ class TestPoints:
         table = make()
         style = StudyStyle(table)
         assert style.points == [{"rho": r, "model": m} for r in ("0.1", "0.2") for m in ("mlp", "conv")]
-        at = {row.label: style.shared(row)["points"] for row in table.rows}
+        at = {row.label: style.of(row)["points"] for row in table.rows}
         assert at["SGD model=mlp"] == ["0", "2"] and at["SAM rho=0.2 model=conv"] == ["3"]
         choices, first = style.choices()
         assert list(choices) == ["0", "1", "2", "3", ""] and first == "0", "too many rows for one figure"
@@ -269,27 +276,38 @@ class TestRho:
         table = make()
         rows = {row.label: row for row in table.rows}
         section = study_figures.over_rho(table, StudyStyle(table))
-        lines = [trace for trace in only(section) if "error_y" in trace]
-        assert len(lines) == 6 and "test accuracy" in section.caption
-        line = next(t for t in lines if t["legendgroup"] == "SAM" and "mlp" in t["hovertext"][0])
+        lines = [one for one in only(section) if one.kind == "both"]
+        assert len(lines) == 6 and "test accuracy" in section.caption and len(section.figures) == 1
+        line = next(one for one in lines if one.label == "SAM model=mlp")
         stats = [rows[f"SAM rho={rho} model=mlp"].columns["test_acc"].stat for rho in ("0.1", "0.2")]
-        assert line["x"] == pytest.approx([0.1, 0.2], rel=0.02) and line["y"] == [stat.mean for stat in stats]
-        assert ["rho 0.1:" in line["hovertext"][0], "rho 0.2:" in line["hovertext"][1]] == [True, True]
-        assert line["error_y"]["array"] == [pytest.approx(stat.half) for stat in stats]
-        assert line["points"] == ["0", "2"]
+        assert line.x == pytest.approx([0.1, 0.2], rel=0.04) and line.y == [stat.mean for stat in stats]
+        assert ["rho 0.1:" in line.hover[0], "rho 0.2:" in line.hover[1]] == [True, True]
+        assert line.y_interval == ([stat.low for stat in stats], [stat.high for stat in stats])
+        assert line.points == ["0", "2"]
 
     def test_plain_training_is_level(self, make):
         table = make()
-        level = [trace for trace in only(study_figures.over_rho(table, StudyStyle(table))) if "error_y" not in trace]
+        level = [one for one in only(study_figures.over_rho(table, StudyStyle(table))) if one.kind == "line"]
         means = [row.columns["test_acc"].stat.mean for row in table.rows if row.arm == "SGD"]
-        assert [trace["y"] for trace in level] == [[mean, mean] for mean in means]
+        assert [one.y for one in level] == [[mean, mean] for mean in means] and all(one.band for one in level)
+
+    def test_radii_of_different_geometries_are_apart(self, make):
+        table = make(text=STUDY + '[[arms]]\nlabel = "ASAM"\nmethod = "asam"\n', words=["model=mlp"])
+        section = study_figures.over_rho(table, StudyStyle(table))
+        arms = {name: {one.group for one in chart.series} for name, chart in named(section).items()}
+        assert arms == {
+            "Accuracy over the radius, L2": {"SGD", "SAM", "BiSAM (tanh)", "BiSAM (-log)"},
+            "Accuracy over the radius, Adaptive": {"SGD", "ASAM"},
+        }
+        assert "Radii of different geometries do not compare" in section.caption
+        assert [chart.x.label for chart in section.figures] == ["rho (L2)", "rho (Adaptive)"]
 
     def test_a_chosen_radius_is_shown_by_what_it_was_chosen_by(self, make):
         table = make(text=STUDY.replace("[axes]", 'choose = ["rho"]\n[axes]', 1))
         section = study_figures.over_rho(table, StudyStyle(table))
-        line = next(trace for trace in only(section) if trace["legendgroup"] == "SAM")
-        assert "validation accuracy" in section.caption and line["x"] == pytest.approx([0.1, 0.2], rel=0.02)
-        assert line["y"][0] == pytest.approx(summarise([score("SAM rho=0.1 model=mlp", s) + 1 for s in range(3)]).mean)
+        line = next(one for one in only(section) if one.group == "SAM")
+        assert "validation accuracy" in section.caption and line.x == pytest.approx([0.1, 0.2], rel=0.04)
+        assert line.y[0] == pytest.approx(summarise([score("SAM rho=0.1 model=mlp", s) + 1 for s in range(3)]).mean)
 
     def test_needs_two_radii(self, make):
         for table in (make(words=["rho=0.1"]), make(text=SMALL)):
@@ -297,29 +315,29 @@ class TestRho:
 
     def test_bars_end_at_a_hundred_percent(self, make):
         table = make(lambda label, seed: {"result": {"test": 90.0 + 5 * seed}})
-        line = next(t for t in only(study_figures.over_rho(table, StudyStyle(table))) if "error_y" in t)
-        half = summarise([90.0, 95.0, 100.0]).half
-        assert line["error_y"]["array"] == [5.0, 5.0] and line["error_y"]["arrayminus"] == pytest.approx([half, half])
+        line = next(one for one in only(study_figures.over_rho(table, StudyStyle(table))) if one.kind == "both")
+        low = 95.0 - summarise([90.0, 95.0, 100.0]).half
+        assert line.y_interval == (pytest.approx([low, low]), [100.0, 100.0])
 
 
 class TestCost:
     def test_budgets_and_means(self, make):
         table = make()
-        marks = [t for t in only(study_figures.over_cost(table, StudyStyle(table))) if "error_y" in t]
-        for row, trace in zip(table.rows, marks, strict=True):
-            assert trace["x"][0] == pytest.approx(row.budget, rel=0.03)
-            assert f"{row.budget:.0f} gradients" in trace["hovertext"][0]
-            assert trace["y"] == [row.columns["test_acc"].stat.mean]
+        marks = [one for one in only(study_figures.over_cost(table, StudyStyle(table))) if one.kind == "marks"]
+        for row, one in zip(table.rows, marks, strict=True):
+            assert one.x[0] == pytest.approx(row.budget, rel=0.05)
+            assert f"{row.budget:.0f} gradients" in one.hover[0]
+            assert one.y == [row.columns["test_acc"].stat.mean]
         assert {round(row.budget / row.gradients) for row in table.rows} == {UPDATES}
 
     def test_the_front_of_each_point(self, make):
         table = make()
         style = StudyStyle(table)
-        fronts = [t for t in only(study_figures.over_cost(table, style)) if "error_y" not in t]
-        assert [t["points"] for t in fronts] == [["0"], ["1"], ["2"], ["3"]]
-        here = [row for row in table.rows if "0" in style.shared(row)["points"]]
+        fronts = [one for one in only(study_figures.over_cost(table, style)) if one.kind == "steps"]
+        assert [one.points for one in fronts] == [["0"], ["1"], ["2"], ["3"]]
+        here = [row for row in table.rows if "0" in style.of(row)["points"]]
         best = study_figures.front([(row.budget, row.columns["test_acc"].stat.mean) for row in here])
-        assert list(zip(fronts[0]["x"], fronts[0]["y"], strict=True)) == best
+        assert list(zip(fronts[0].x, fronts[0].y, strict=True)) == best
 
     @pytest.mark.parametrize(
         ("points", "kept"),
@@ -335,11 +353,11 @@ class TestCost:
 
     def test_rows_of_equal_cost_stand_beside_each_other(self, make):
         table = make()
-        marks = [
-            t for t in only(study_figures.over_cost(table, StudyStyle(table))) if "error_y" in t and "0" in t["points"]
-        ]
-        assert len({t["x"][0] for t in marks}) == len(marks) == 4
-        assert marks[0]["x"][0] == UPDATES, "alone at its cost"
+        found = only(study_figures.over_cost(table, StudyStyle(table)))
+        places = [one.x[0] for one in found if one.kind == "marks" and "0" in one.points]
+        assert places[0] == UPDATES, "alone at its cost"
+        # By two hundredths of the axis, which are about a mark's width on a phone.
+        assert len(places) == 4 and min(b - a for a, b in itertools.pairwise(places)) > 0.02 * 2 * UPDATES
 
 
 class TestSharpness:
@@ -347,13 +365,13 @@ class TestSharpness:
         table = make()
         marks = only(study_figures.over_sharpness(table, StudyStyle(table)))
         for row, trace in zip(table.rows, marks, strict=True):
-            assert trace["x"] == [score(row.label, seed) for seed in range(3)] and trace["y"] == [5.0, 6.0, 7.0]
+            assert trace.x == [score(row.label, seed) for seed in range(3)] and trace.y == [5.0, 6.0, 7.0]
 
     def test_from_the_report_where_the_runs_have_none(self, make):
         table = make(lambda label, seed: {"result": {}, "report": report(seed)})
         section = study_figures.over_sharpness(table, StudyStyle(table))
-        assert only(section)[0]["y"] == [10.0, 11.0, 12.0]
-        assert "lambda_1" in section.figures["Sharpness"].layout["yaxis"]["title"]["text"]
+        assert only(section)[0].y == [10.0, 11.0, 12.0]
+        assert "lambda_1" in section.figures[0].y.label and section.figures[0].y.log
 
     @pytest.mark.parametrize("value", [0.0, -3.0, math.nan, math.inf])
     def test_what_has_no_logarithm_is_left_out(self, make, value):
@@ -361,33 +379,33 @@ class TestSharpness:
             return {"result": {"lambda_max": {"value": value if seed else 2.0}}}
 
         table = make(of)
-        assert only(study_figures.over_sharpness(table, StudyStyle(table)))[0]["y"] == [2.0]
+        assert only(study_figures.over_sharpness(table, StudyStyle(table)))[0].y == [2.0]
 
 
 class TestCurves:
     def test_mean_and_band(self, make):
         table = make(text=SMALL)
         section = study_curves.over_epochs(table, StudyStyle(table))
-        assert list(section.figures) == ["Train loss", "Validation accuracy"]
-        shade, line = traces_of(section, "Validation accuracy", "SAM")
+        assert list(named(section)) == ["Train loss", "Validation accuracy"]
+        line = line_of(section, "Validation accuracy", "SAM")
         # The seeds differ by less than one of the 100 validation samples.
         stats = [summarise([score("SAM", seed) - 10 / e for seed in range(3)], step=1.0) for e in (1, 2)]
-        assert line["x"] == [1, 2] and line["y"] == pytest.approx([stat.mean for stat in stats], rel=1e-5)
-        high, low = [s.mean + s.half for s in stats], [s.mean - s.half for s in stats]
-        assert shade["x"] == [1, 2, 2, 1] and shade["y"] == pytest.approx([*high, *reversed(low)], rel=1e-5)
+        assert line.x == [1, 2] and line.y == pytest.approx([stat.mean for stat in stats], rel=1e-5) and line.band
+        for end, sign in zip(line.y_interval, (-1, 1), strict=True):
+            assert end == pytest.approx([stat.mean + sign * stat.half for stat in stats], rel=1e-5)
 
     def test_one_seed_has_no_band(self, make):
         table = make(words=["seed=0"], text=SMALL)
         section = study_curves.over_epochs(table, StudyStyle(table))
-        assert len(traces_of(section, "Train loss", "SAM")) == 1
+        assert line_of(section, "Train loss", "SAM").y_interval is None
 
     def test_gaps_where_the_interval_is_not_known(self, make):
         def of(label, seed):
             return {"result": {}, "lines": epochs(50.0 + seed, 4 if seed == 0 else 2)}
 
         table = make(of, text=SMALL)
-        shade, line = traces_of(study_curves.over_epochs(table, StudyStyle(table)), "Train loss", "SAM")
-        assert line["x"] == [1, 2, 3, 4] and shade["x"] == [1, 2, 2, 1]
+        line = line_of(study_curves.over_epochs(table, StudyStyle(table)), "Train loss", "SAM")
+        assert line.x == [1, 2, 3, 4] and [math.isnan(low) for low in line.y_interval[0]] == [False, False, True, True]
 
     def test_not_finite_values_are_left_out(self, make):
         def of(label, seed):
@@ -397,7 +415,7 @@ class TestCurves:
 
         table = make(of, text=SMALL)
         section = study_curves.over_epochs(table, StudyStyle(table))
-        assert only(section, "Train loss")[0]["x"] == [1] and only(section, "Validation accuracy")[0]["x"] == [1, 2]
+        assert only(section, "Train loss")[0].x == [1] and only(section, "Validation accuracy")[0].x == [1, 2]
 
     def test_a_wide_loss_has_a_logarithmic_axis(self, make):
         def of(label, seed):
@@ -406,41 +424,42 @@ class TestCurves:
             return {"result": {}, "lines": (lines[0], small)}
 
         table = make(of, text=SMALL)
-        fig = study_curves.over_epochs(table, StudyStyle(table)).figures["Train loss"]
-        assert fig.layout["yaxis"]["type"] == "log"
-        assert all(y > 0 for trace in fig.data for y in trace["y"]), "bands are cut where there is no logarithm"
+        chart = named(study_curves.over_epochs(table, StudyStyle(table)))["Train loss"]
+        assert chart.y.log
+        lows = [low for one in chart.series for low in one.y_interval[0] if not math.isnan(low)]
+        assert lows and min(lows) > 0, "bands are cut where there is no logarithm"
 
     def test_misclassified_is_scaled_to_the_epoch(self, make):
         table = make(text=SMALL)
         section = study_curves.under_perturbation(table, StudyStyle(table))
         (wrong,), (flipped,) = only(section, "Misclassified at w + ε"), only(section, "Flipped by the ascent")
-        assert wrong["legendgroup"] == "SAM", "plain training has no w + eps"
+        assert wrong.group == "SAM", "plain training has no w + eps"
         # Two lines an epoch of 10 + i + seed samples, 15 updates, mean of the seeds 0, 1, 2.
-        assert wrong["x"] == [1, 2] and wrong["y"] == pytest.approx([11.5 * 15, 13.5 * 15])
-        assert flipped["y"] == pytest.approx([0.5 * 15, 2.5 * 15])
+        assert wrong.x == [1, 2] and wrong.y == pytest.approx([11.5 * 15, 13.5 * 15])
+        assert flipped.y == pytest.approx([0.5 * 15, 2.5 * 15])
 
     def test_ratios(self, make):
         table = make(text=SMALL)
         section = study_curves.ratios(table, StudyStyle(table))
-        assert list(section.figures) == ["|r| > 1", "r > 1", "0 < r ≤ 1"], "classes that no line has are left out"
-        assert only(section, "|r| > 1")[0]["y"] == pytest.approx([51.0, 51.0])
-        assert only(section, "0 < r ≤ 1")[0]["y"] == pytest.approx([30.0, 30.0])
+        assert list(named(section)) == ["|r| > 1", "r > 1", "0 < r ≤ 1"], "classes that no line has are left out"
+        assert only(section, "|r| > 1")[0].y == pytest.approx([51.0, 51.0])
+        assert only(section, "0 < r ≤ 1")[0].y == pytest.approx([30.0, 30.0])
 
     def test_slices(self, make):
         table = make()
         section = study_curves.slices(table, StudyStyle(table))
         line = only(section, "Along the first eigenvector")[0]
-        assert (line["x"], line["y"]) == ([-1.0, 0.0], [4.0, 1.0]), "no loss at 1 that is finite"
-        assert only(section, "Along a random direction")[0]["y"] == [2.0, 1.0, 2.0]
+        assert (line.x, line.y) == ([-1.0, 0.0], [4.0, 1.0]), "no loss at 1 that is finite"
+        assert only(section, "Along a random direction")[0].y == [2.0, 1.0, 2.0]
 
     def test_spectra_are_means_over_the_seeds(self, make):
         table = make()
         lines = only(study_curves.spectra(table, StudyStyle(table)))
         assert len(lines) == len(table.rows)
-        x, y = lines[0]["x"], lines[0]["y"]
-        share = sum(b or 0.0 for a, b in zip(x, y, strict=True) if 9 < a < 13) * (x[1] - x[0])
+        x, y = lines[0].x, [0.0 if math.isnan(height) else height for height in lines[0].y]
+        share = sum(b for a, b in zip(x, y, strict=True) if 9 < a < 13) * (x[1] - x[0])
         assert share == pytest.approx(0.1, rel=0.02), "a third of a tenth at each of 10, 11 and 12"
-        peaks = [x[i] for i in range(1, len(x) - 1) if (y[i] or 0) > max(y[i - 1] or 0, y[i + 1] or 0)]
+        peaks = [x[i] for i in range(1, len(x) - 1) if y[i] > max(y[i - 1], y[i + 1])]
         assert peaks == pytest.approx([-1, 0, 10, 11, 12], abs=0.05)
 
     def test_reports_without_these_sections(self, make):
@@ -453,23 +472,23 @@ class TestPhi:
     def test_what_the_arms_climb(self, make):
         section = phi(make())
         step, tanh, tanh_bound, log, log_bound = only(section)
-        assert step["y"] == [0, 0, 1, 1]
-        assert tanh["name"] == "tanh, α = 0.1, μ = 5: BiSAM (tanh)" and log["name"] == "-log, μ = 1: BiSAM (-log)"
-        margins = torch.tensor(tanh["x"], dtype=torch.float64)
+        assert step.y == [0, 0, 1, 1]
+        assert tanh.label == "tanh, α = 0.1, μ = 5: BiSAM (tanh)" and log.label == "-log, μ = 1: BiSAM (-log)"
+        margins = torch.tensor(tanh.x, dtype=torch.float64)
         for trace, loss, mu in ((tanh, bisam_tanh, 5.0), (log, bisam_log, 1.0)):
             # With two classes Q = log(exp(mu phi) + 1) / mu, as phi(0) = 0.
             logits = torch.stack([torch.zeros_like(margins), margins], 1)
             values = [loss(row[None], torch.tensor([0]), mu) for row in logits]
             expected = torch.log(torch.expm1(mu * torch.stack(values))) / mu
-            assert torch.allclose(torch.tensor(trace["y"], dtype=torch.float64), expected)
+            assert torch.allclose(torch.tensor(trace.y, dtype=torch.float64), expected)
         for trace in (tanh, tanh_bound, log, log_bound):
-            assert all(y <= (x > -1e-9) + 1e-9 for x, y in zip(trace["x"], trace["y"], strict=True)), (
+            assert all(y <= (x > -1e-9) + 1e-9 for x, y in zip(trace.x, trace.y, strict=True)), (
                 "never above the 0-1 loss"
             )
 
     def test_arms_of_one_objective_share_a_curve(self, make):
         text = STUDY.replace('label = "SAM"\nmethod = "sam"', 'label = "BiSAM 2"\nmethod = "bisam-log+asam"')
-        names = [trace["name"] for trace in only(phi(make(text=text)))]
+        names = [one.label for one in only(phi(make(text=text)))]
         assert len(names) == 5 and any("BiSAM 2, BiSAM (-log)" in name for name in names)
 
     def test_only_with_bisam(self, make):
@@ -484,23 +503,23 @@ class TestRadar:
     def test_each_axis_goes_from_its_smallest_to_its_largest_mean(self, make):
         table = make(text=self.TEXT)
         polygons = only(study_figures.radar(table, StudyStyle(table)))
-        assert [p["legendgroup"] for p in polygons] == ["SGD", "SAM", "BiSAM (tanh)", "BiSAM (-log)"]
-        assert polygons[0]["theta"] == [0, 120, 240, 0], "closed"
+        assert [p.group for p in polygons] == ["SGD", "SAM", "BiSAM (tanh)", "BiSAM (-log)"]
+        assert polygons[0].x == [0, 1, 2, 0], "closed"
         for k, model in enumerate(("mlp", "conv", "resnet20")):
             means = [row.columns["test_acc"].stat.mean for row in table.rows if row.values["model"] == model]
-            found = [p["r"][k] for p in polygons]
+            found = [p.y[k] for p in polygons]
             low, high = min(means), max(means)
             assert found == pytest.approx([0.15 + 0.85 * (mean - low) / (high - low) for mean in means])
-            assert all(f"{m:.2f}" in p["hovertext"][k] for m, p in zip(means, polygons, strict=True))
+            assert all(f"{m:.2f}" in p.hover[k] for m, p in zip(means, polygons, strict=True))
 
     def test_a_missing_vertex_leaves_the_polygon_open(self, make):
         table = make(lambda label, seed: None if label == "SAM model=conv" else everything(label, seed), text=self.TEXT)
-        polygon = next(p for p in only(study_figures.radar(table, StudyStyle(table))) if p["legendgroup"] == "SAM")
-        assert polygon["theta"] == [0, 240]
+        polygon = next(p for p in only(study_figures.radar(table, StudyStyle(table))) if p.group == "SAM")
+        assert polygon.x == [0, 2]
 
     def test_equal_means(self, make):
         table = make(lambda label, seed: {"result": {"test": 90.0}}, text=self.TEXT)
-        assert only(study_figures.radar(table, StudyStyle(table)))[0]["r"] == [1, 1, 1, 1]
+        assert only(study_figures.radar(table, StudyStyle(table)))[0].y == [1, 1, 1, 1]
 
     def test_needs_three_axes_and_two_arms(self, make):
         table = make()
@@ -533,35 +552,34 @@ class TestRecorded:
     def test_diagnostics_over_the_updates(self, make):
         table = make(self.of, text=self.TEXT)
         section = study_recorded.over_updates(table, StudyStyle(table))
-        assert list(section.figures) == ["loss", "new <b>", "ascent_cosine"], "those of other sections are left out"
-        shade, line = traces_of(section, "ascent_cosine", "SAM")
-        assert not traces_of(section, "ascent_cosine", "SGD")
+        assert list(named(section)) == ["loss", "new <b>", "ascent_cosine"], "those of other sections are left out"
+        (line,) = only(section, "ascent_cosine")
         # 150 lines are blocks of three.
-        assert line["x"] == list(range(3, 151, 3)) and line["y"] == pytest.approx([0.6] * 50)
+        assert line.group == "SAM" and line.x == list(range(3, 151, 3)) and line.y == pytest.approx([0.6] * 50)
         stat = summarise([0.5, 0.6, 0.7])
-        assert shade["fill"] == "toself" and line["hovertext"][0].endswith(f"3: 0.6 ± {stat.half:.2g} (n = 3)")
-        loss = traces_of(section, "loss", "SGD")[-1]
-        assert loss["y"][:2] == pytest.approx([(1 + 1 / 2 + 1 / 3) / 3, (1 / 4 + 1 / 5 + 1 / 6) / 3], rel=1e-5)
-        gaps = traces_of(section, "new <b>", "SGD")[-1]
-        assert gaps["x"] == line["x"] and gaps["y"] == [1.0] * 50, "a mean of what is there"
-        assert section.figures["loss"].layout["xaxis"]["title"]["text"] == "update"
+        assert line.band and line.hover[0].endswith(f"3: 0.6 ± {stat.half:.2g} (n = 3)")
+        loss = line_of(section, "loss", "SGD")
+        assert loss.y[:2] == pytest.approx([(1 + 1 / 2 + 1 / 3) / 3, (1 / 4 + 1 / 5 + 1 / 6) / 3], rel=1e-5)
+        gaps = line_of(section, "new <b>", "SGD")
+        assert gaps.x == line.x and gaps.y == [1.0] * 50, "a mean of what is there"
+        assert named(section)["loss"].x.label == "update"
 
     def test_few_lines_are_points_of_their_own(self, make):
         def of(label, seed):
             return self.of(label, seed) | {"steps": self.of(label, seed)["steps"][: study_recorded.POINTS]}
 
         table = make(of, text=self.TEXT)
-        line = traces_of(study_recorded.over_updates(table, StudyStyle(table)), "loss", "SAM")[-1]
-        assert line["x"] == list(range(1, 61)) and line["y"] == pytest.approx([1 / k for k in range(1, 61)], rel=1e-5)
+        line = line_of(study_recorded.over_updates(table, StudyStyle(table)), "loss", "SAM")
+        assert line.x == list(range(1, 61)) and line.y == pytest.approx([1 / k for k in range(1, 61)], rel=1e-5)
 
     def test_measurements_over_the_epochs(self, make):
         table = make(self.of, text=self.TEXT)
         section = study_recorded.while_training(table, StudyStyle(table))
-        assert list(section.figures) == ["m_sharpness", "odd"]
-        shade, line = traces_of(section, "m_sharpness", "SAM")
-        assert line["x"] == [2, 4, 6] and line["y"] == pytest.approx([2e-2, 2e-4, 2e-6]) and shade["fill"] == "toself"
-        assert section.figures["m_sharpness"].layout["yaxis"]["type"] == "log"
-        assert traces_of(section, "odd", "SGD")[-1]["x"] == [4, 6], "a word is no point"
+        assert list(named(section)) == ["m_sharpness", "odd"]
+        line = line_of(section, "m_sharpness", "SAM")
+        assert line.x == [2, 4, 6] and line.y == pytest.approx([2e-2, 2e-4, 2e-6]) and line.band
+        assert named(section)["m_sharpness"].y.log
+        assert line_of(section, "odd", "SGD").x == [4, 6], "a word is no point"
         told = "on 1000 training samples. The l2 radius is 0.05. m_sharpness is the mean over groups of 8."
         assert told in section.caption
 
@@ -672,7 +690,7 @@ class TestWhole:
         arms = "".join(f'[[arms]]\nlabel = "arm {i}"\nmethod = "sam"\nlr = {0.1 / (i + 1)}\n' for i in range(21))
         table = make(text=SMALL[: SMALL.index("[[arms]]")] + arms)
         style = StudyStyle(table)
-        found = {style.of(row) for row in table.rows}
+        found = {style.at(row.arm, row.point) for row in table.rows}
         assert len(found) == 21, "no two arms are drawn alike"
         assert "Arms of one colour" in style.explained() and not StudyStyle(make(text=SMALL)).explained()
 

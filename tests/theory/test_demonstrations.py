@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 import sys
 
 import numpy as np
@@ -51,7 +52,7 @@ def test_figures_have_the_axes(name, tmp_path):
         assert axes.get_xscale() == ("log" if panel.log_x else "linear")
         assert axes.get_yscale() == ("log" if panel.log_y else "linear")
         legend = axes.get_legend()
-        labels = [] if legend is None else [t.get_text() for t in legend.get_texts()]
+        labels = [] if legend is None else [re.sub(r"\s", " ", t.get_text()) for t in legend.get_texts()]
         assert labels == [curve.label for curve in panel.curves if curve.label]
         assert len(axes.lines) == len(panel.curves) + len(panel.levels)
     path = draw.save(figure, tmp_path / f"{name}.png", dpi=96)

@@ -32,7 +32,7 @@ EXTRAS = (
     Extra(
         "plot",
         "matplotlib",
-        "figures of landscapes and spectra (flatmin.report.figures.static) and of `flatmin theory`",
+        "figures as files for papers (flatmin.report.figures), and those of `flatmin theory`",
     ),
     Extra("safetensors", "safetensors", "`flatmin export RUN FILE.safetensors`"),
     Extra("vision", "timm", "models of timm and torchvision; class folders of images, which need Pillow alone"),

@@ -65,6 +65,10 @@ def measure(
     ] = None,
     page: Annotated[bool, typer.Option("--page/--no-page", help="Write the HTML page.")] = True,
     png: Annotated[bool, typer.Option("--png", help="Also write the report of each network as a picture.")] = False,
+    figures: Annotated[
+        str,
+        typer.Option(help="Also write the figures as files for papers: svg, pdf or png, or several: svg,pdf."),
+    ] = "",
     open_page: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
 ) -> None:
     """Measure the flatness of trained networks: numbers with their errors, pictures, and a comparison over seeds.
@@ -78,9 +82,12 @@ def measure(
     from flatmin.cli.study import default_workers
     from flatmin.cli.targets import run_folder
     from flatmin.measure.report import chosen
+    from flatmin.report.figures import static
+    from flatmin.report.figures.files import endings
     from flatmin.report.html import require_figures
     from flatmin.report.html import write as write_page
     from flatmin.report.measurements import picture as draw_report
+    from flatmin.report.measurements.figures import save_figures
     from flatmin.report.measurements.page import render
     from flatmin.study.measured import as_json
     from flatmin.study.measuring import View, find_all, identity, measure_all
@@ -93,7 +100,8 @@ def measure(
     if page:
         require_figures()
     if png:
-        draw_report.require()
+        static.require()
+    kinds = endings(figures) if figures else ()
     words = [word for word in targets if _SETTING.match(word) and not Path(word).exists()]
     # A path, or the name of a run.
     paths = [Path(word) if Path(word).is_file() else run_folder(word) for word in targets if word not in words]
@@ -163,15 +171,19 @@ def measure(
     notes = [f"{names} could not be measured: {why}" for why, names in _by_reason(failed)]
     undrawn: list[str] = []
 
-    def draw(what: str, make: Callable[[], Path]) -> None:
+    def draw(what: str, make: Callable[[], Path | list[Path]]) -> None:
         try:
-            written.append(make())
+            made = make()
+            written.extend(made if isinstance(made, list) else [made])
         except Exception as error:
             undrawn.append(f"{what} could not be made: {reason(error)}")
 
     for net in nets if png else ():
         picture = files[net.name].json.with_suffix(".png")
         draw(f"the picture of {net.name}", partial(draw_report.save, net, picture, on_missing=undrawn.append))
+    if kinds:
+        folder = whole.json.with_name(f"{whole.json.stem}-figures")
+        draw("the figures", lambda: save_figures(nets, folder, kinds, on_missing=undrawn.append))
     if page:
         command = ["flatmin", *sys.argv[1:]]
         draw(
@@ -182,7 +194,8 @@ def measure(
             ),
         )
     console.print()
-    for note in [*notes, *undrawn, *(file.remark for file in (*files.values(), whole) if file.remark)]:
+    remarks = (file.remark for file in (*files.values(), whole) if file.remark)
+    for note in dict.fromkeys([*notes, *undrawn, *remarks]):
         console.print(note, markup=False, soft_wrap=True, highlight=False)
     for path in written:
         console.print(f"Written: {path}", markup=False, soft_wrap=True, highlight=False)

@@ -21,13 +21,19 @@ def show(
         Path | None,
         typer.Option(help="File of the page (default: RUN/show.html; flatmin-runs/show.html for several runs)."),
     ] = None,
+    figures: Annotated[
+        str,
+        typer.Option(help="Also write the figures as files for papers: svg, pdf or png, or several: svg,pdf."),
+    ] = "",
     open_page: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
 ) -> None:
     """Summarise runs: numbers, curves, and differences of their settings.
 
     Unfinished runs are shown as far as they have come.
     """
+    from flatmin.report.figures.files import endings, save_all
     from flatmin.report.html import require_figures, write
+    from flatmin.report.runs.curves import charts
     from flatmin.report.runs.history import read_all
     from flatmin.report.runs.page import render
     from flatmin.report.runs.terminal import print_runs
@@ -35,14 +41,18 @@ def show(
 
     if page:
         require_figures()
+    kinds = endings(figures) if figures else ()
     if out is not None and out.suffix != ".html":
         raise ValueError(f"--out names the page, a file that ends in .html; got {str(out)!r}.")
     histories = read_all(run_folder(word) for word in runs)
     console = make_console()
     print_runs(histories, console)
+    target = out or (histories[0].path if len(histories) == 1 else HOME) / PAGE
+    folder = target.with_name(f"{target.stem}-figures")
+    if written := [path for kind in kinds for path in save_all(charts(histories), folder, kind)]:
+        console.print(f"\nFigures: {folder} ({len(written)} files)", markup=False, soft_wrap=True, highlight=False)
     if not page:
         return
-    target = out or (histories[0].path if len(histories) == 1 else HOME) / PAGE
     path = write(render(histories, command=["flatmin", *sys.argv[1:]]), target)
     console.print(f"\nPage: {path}", markup=False, soft_wrap=True, highlight=False)
     if open_page:

@@ -136,7 +136,7 @@ def _show(wanted: list[Demonstration], out: Path, kinds: tuple[str, ...]) -> Non
     from flatmin.theory import draw
 
     if kinds:
-        draw.new_figure(1, 1)  # before the runs: matplotlib may be missing
+        draw.require()  # before the runs: matplotlib may be missing
     console = make_console()
     failed: list[tuple[str, Claim]] = []
     begun, count = time.perf_counter(), 0

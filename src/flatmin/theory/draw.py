@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flatmin.report.figures.content import Lines
-from flatmin.report.figures.static import COLORS, MARKERS, lines_onto, new_figure, save
-from flatmin.theory.demonstrations.demonstration import DemonstrationResult, Marks, Panel, PanelCurve
+from flatmin.report.figures.chart import Axis, Chart, Series
+from flatmin.report.figures.files import write_figure as save
+from flatmin.report.figures.static import defaults, draw, new_figure, require
+from flatmin.report.style import SYMBOLS, tone
+from flatmin.theory.demonstrations.demonstration import DemonstrationResult, Marks, Panel
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["figure", "new_figure", "save"]
+__all__ = ["figure", "require", "save"]
 
-_INK, _SOFT = "#1b1f24", "#5b6470"
+_INK = "#1b1f24"
 _FILLS = {"F": ("#d3ebf7", "follows"), "n": ("#f2f3f5", "not shown"), "X": ("#f7cdb5", "fails")}
 _SIZE = (4.3, 3.7)  # inches of one panel
 _ROW = 0.27  # inches of one row of marks
@@ -40,60 +43,47 @@ def figure(shown: DemonstrationResult) -> Figure:
     elif len(panels) == 1:
         width = 6.4
     drawn = new_figure(width, height)
-    drawn.suptitle(shown.title, x=0.01, ha="left", fontsize=12, color=_INK, fontweight="bold")
-    for number, panel in enumerate(panels):
-        axes = drawn.add_subplot(rows, columns, number + 1)
-        if isinstance(panel, Marks):
-            _marks_onto(axes, panel)
-        else:
-            _panel_onto(axes, panel)
+    with defaults():
+        drawn.suptitle(shown.title, x=0.01, ha="left", fontsize=12, color=_INK, fontweight="bold")
+        for number, panel in enumerate(panels):
+            axes = drawn.add_subplot(rows, columns, number + 1)
+            if isinstance(panel, Marks):
+                _marks_onto(axes, panel)
+            else:
+                draw(axes, chart(panel), legend=True)
     return drawn
 
 
-def _panel_onto(axes: Axes, panel: Panel) -> None:
-    taken = 0
+def chart(panel: Panel) -> Chart:
+    """A panel as a chart, with its title as the note above it."""
+    series, taken = [], 0
     for place, curve in enumerate(panel.curves):
         color = curve.color
         if color is None and curve.style != "theory":
             color, taken = taken, taken + 1
-        _curve_onto(axes, curve, _INK if color is None else COLORS[color % len(COLORS)], color or 0, place)
-    lines_onto(
-        axes,
-        Lines(
-            lines=(), xlabel=panel.xlabel, ylabel=panel.ylabel, note=panel.title, log_x=panel.log_x, log_y=panel.log_y
-        ),
+        # Curves that lie on each other show by their widths.
+        own: dict[str, Any] = {"width": max(4.0 - 0.5 * place, 2.0)}
+        if curve.style == "theory":
+            own = {"width": 2.3, "dash": "dash"}
+        elif curve.style == "points":
+            own = {"kind": "marks", "symbol": SYMBOLS[(color or 0) % len(SYMBOLS)], "size": 13.0, "edge": "#ffffff"}
+        series.append(
+            Series(
+                label=curve.label,
+                x=np.asarray(curve.x, dtype=np.float64).tolist(),
+                y=[y if math.isfinite(y) else math.nan for y in map(float, curve.y)],
+                tone="ink" if color is None else tone(color),
+                **own,
+            )
+        )
+    return Chart(
+        title=panel.title,
+        note=panel.title,
+        x=Axis(label=panel.xlabel, log=panel.log_x),
+        y=Axis(label=panel.ylabel, log=panel.log_y, range=(panel.low, panel.high)),
+        series=series,
+        levels=dict(panel.levels),
     )
-    axes.title.set_color(_INK)
-    axes.set_ylim(panel.low, panel.high)
-    for height, name in panel.levels:
-        axes.axhline(height, color=_SOFT, linewidth=0.9, linestyle=(0, (2, 2)), zorder=1)
-        if name:
-            axes.annotate(
-                name, (0.985, height), xycoords=("axes fraction", "data"), xytext=(0, 3), textcoords="offset points",
-                ha="right", fontsize=8, color=_INK, zorder=5,
-                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.8},
-            )  # fmt: skip
-    if axes.get_legend_handles_labels()[1]:
-        axes.legend(fontsize=8, frameon=True, framealpha=0.85, edgecolor="none", borderpad=0.2)
-
-
-def _curve_onto(axes: Axes, curve: PanelCurve, color: str, number: int, place: int) -> None:
-    # Curves that lie on each other show by their widths.
-    style: dict[str, Any] = {"linewidth": max(2.4 - 0.3 * place, 1.2), "zorder": 2}
-    if curve.style == "theory":
-        style = {"linewidth": 1.4, "linestyle": (0, (5, 2.5)), "zorder": 3}
-    elif curve.style == "points":
-        marker = MARKERS[number % len(MARKERS)]
-        style = {
-            "linestyle": "none",
-            "marker": marker,
-            "markersize": 7.5,
-            "markeredgecolor": "white",
-            "markeredgewidth": 0.5,
-            "zorder": 4,
-        }
-    finite = np.where(np.isfinite(curve.y), curve.y, np.nan)
-    axes.plot(curve.x, finite, color=color, label=curve.label or "_nolegend_", **style)
 
 
 def _marks_onto(axes: Axes, marks: Marks) -> None:

@@ -1,289 +1,311 @@
-"""The figures of `draw` for the report page: plain data for `page.figure`, drawn by plotly.js in the reader's browser.
+"""Figures in pages: plain data for plotly.js, which draws them in the reader's browser; no plotly is needed here.
 
-No plotly is needed to build them. Colours follow the page's theme.
+Colours are named as the style sheet names them, so that figures follow the page's theme. Plotly reads some HTML and TeX
+in texts; both lose their meaning here.
 """
 
 from __future__ import annotations
 
-import os
+import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path as FilePath
 from typing import Any
 
 import numpy as np
 
-from flatmin.measure.follow import Point
-from flatmin.measure.krylov import Spectrum
-from flatmin.measure.landscape import Slice
-from flatmin.measure.record import Landscape
-from flatmin.measure.trace import Density
-from flatmin.report.figures import content as plots
-from flatmin.report.figures.content import Field, Lines, Unit, Value
-from flatmin.report.html import Figure, heading, page, plot_text, write
-from flatmin.report.html import figure as _embedded
-from flatmin.report.style import SYMBOLS, tone
+from flatmin.report import html
+from flatmin.report.figures import scales
+from flatmin.report.figures.chart import Axis, Chart, Drawable, Field, Radar, Series, entries, reach
+from flatmin.report.html import Figure, Markup, plot_text
 
-_DASHES = ("solid", "dash", "dashdot", "dot")
-_MAP = "Viridis"
+_WIDTH = 44  # characters of an axis label before it is broken
+_DECADES = 3  # more of them have ticks at powers of ten alone
+_BAND = 0.15  # opacity of a band
+_SIDES = {"l": 64, "r": 16, "b": 48}
+_NARROW = {"l": 48, "r": 8}
 
 
-def profile(
-    shown: Landscape | Mapping[str, Landscape],
-    *,
-    value: Value = "loss",
-    unit: Unit = "auto",
-    log: bool | None = None,
-) -> Figure:
-    """Loss, accuracy or error along one direction or along paths; see `plots.profile`."""
-    return _lines(plots.profile(shown, value, unit, log))
+def embed(shown: Drawable) -> Markup:
+    """A figure of a page."""
+    return html.figure(figure(shown), shown.title)
 
 
-def contour(
-    shown: Slice,
-    *,
-    value: Value = "loss",
-    unit: Unit = "auto",
-    log: bool | None = None,
-    levels: int = 24,
-) -> Figure:
-    """A slice of two directions from above, with the trajectory that it holds; see `plots.field`.
+def panels(shown: Sequence[Drawable]) -> Markup:
+    """Figures of a page under their titles, side by side where the page is wide enough."""
+    return html.panels({one.title: figure(one) for one in shown})
 
-    Levels are equal steps: plotly.js knows no others.
-    """
-    field = plots.field(shown, value, unit, log, levels)
-    height, ends = _height(field)
-    data: list[dict[str, Any]] = [
-        {
-            "type": "contour",
-            "x": field.x.tolist(),
-            "y": field.y.tolist(),
-            "z": height,
-            "colorscale": _MAP,
-            "contours": {"start": ends[0], "end": ends[1], "size": (ends[1] - ends[0]) / (len(field.levels) - 1)},
-            "autocontour": False,
-            "line": {"width": 0.4, "color": "rgba(255,255,255,0.6)"},
-            "colorbar": _bar(field),
-            "hoverinfo": "text",
-            "text": _hover(field),
-        }
-    ]
-    if field.trajectory is not None:
-        data.append(
-            {
-                "type": "scatter",
-                "mode": "lines+markers",
-                "name": "checkpoints, projected",
-                "x": field.trajectory[:, 0].tolist(),
-                "y": field.trajectory[:, 1].tolist(),
-                "line": {"color": "white", "width": 2},
-                "marker": {
-                    "color": "white",
-                    "symbol": ["square", *["circle"] * (len(field.trajectory) - 1)],
-                    "size": [11, *[7] * (len(field.trajectory) - 1)],
-                    "line": {"color": "black", "width": 1},
-                },
-                "hoverinfo": "text",
-                "hovertext": [f"checkpoint {k + 1} of {len(field.trajectory)}" for k in range(len(field.trajectory))],
-            }
-        )
-    if len(field.lost):
-        data.append(_dots(field.lost, "not finite", {"color": "var:bad", "symbol": "x", "size": 8}))
-    if field.model:
-        star = {"color": "#ff8c42", "symbol": "star", "size": 14, "line": {"color": "black", "width": 1}}
-        data.append(_dots(np.zeros((1, 2)), "the model", star))
-    layout = {
-        "xaxis": _axis(field.xlabel) | {"range": [float(field.x[0]), float(field.x[-1])], "showgrid": False},
-        "yaxis": _axis(field.ylabel) | {"range": [float(field.y[0]), float(field.y[-1])], "showgrid": False},
+
+def figure(shown: Drawable) -> Figure:
+    """The data that plotly.js draws."""
+    if isinstance(shown, Radar):
+        return _radar(shown)
+    if isinstance(shown, Field):
+        return _map(shown) if shown.view is None else _relief(shown)
+    bands = sum(one.band for one in shown.series)
+    data = [trace for one in shown.series if len(one.x) for trace in _traces(one, min(_BAND, 1 / max(bands, 1)))]
+    for one in shown.series:
+        if len(one.lost):
+            data.append(_lost(one, shown))
+    layout: dict[str, Any] = {
+        "xaxis": _axis(shown.x, reach(shown, "x"), sideways=True),
+        "yaxis": _axis(shown.y, reach(shown, "y")),
     }
-    return _figure(data, layout, field.note, legend=len(data) > 1, height=520)
+    if shown.levels:
+        line = {"color": "var:soft", "width": 1, "dash": "dot"}
+        layout["shapes"] = [
+            {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": height, "y1": height, "line": line}
+            for height in shown.levels
+        ]
+        place = {"xref": "paper", "x": 1, "xanchor": "right", "yanchor": "bottom", "showarrow": False}
+        layout["annotations"] = [
+            place | {"y": math.log10(height) if shown.y.log else height, "text": plot_text(text)}
+            for height, text in shown.levels.items()
+            if text
+        ]
+    return _framed(shown, data, layout, legend=shown.legend)
 
 
-def surface(
-    shown: Slice,
-    *,
-    value: Value = "loss",
-    unit: Unit = "auto",
-    log: bool | None = None,
-) -> Figure:
-    """A slice of two directions in perspective, to be turned with the mouse; see `plots.field`."""
-    field = plots.field(shown, value, unit, log)
-    height, ends = _height(field)
+def _traces(one: Series, opacity: float) -> list[dict[str, Any]]:
+    """A series, below it its band."""
+    shared: dict[str, Any] = {"type": "scatter", "showlegend": False}
+    if one.group:
+        shared["legendgroup"] = one.group
+    if one.points is not None:
+        shared["points"] = list(one.points)
+    color = _color(one.tone)
+    marker: dict[str, Any] = {"color": color, "symbol": one.symbol + ("" if one.filled else "-open"), "size": one.size}
+    if one.edge:
+        marker["line"] = {"color": _color(one.edge), "width": 1}
+    mode = ["lines"] * one.lined + ["markers"] * one.marked
+    trace = shared | {
+        "mode": "+".join(mode),
+        "name": plot_text(one.label),
+        "showlegend": bool(one.label),
+        "x": list(one.x),
+        "y": list(one.y),
+        "opacity": one.opacity,
+        "line": {"color": color, "dash": one.dash, "width": one.width}
+        | ({"shape": "hv"} if one.kind == "steps" else {}),
+        "marker": marker,
+        "hoverinfo": "text" if one.hover else "skip",
+        "hovertext": [_lines(text) for text in one.hover],
+    }
+    if one.x_interval is not None:
+        trace["error_x"] = _bars(one.x, one.x_interval, color)
+    if one.y_interval is not None and not one.band:
+        trace["error_y"] = _bars(one.y, one.y_interval, color)
+    if one.y_interval is None or not one.band:
+        return [trace]
+    outline = _outline(one.x, *one.y_interval)
+    if not outline[0]:
+        return [trace]
+    shade = {"x": outline[0], "y": outline[1], "mode": "lines", "fill": "toself", "fillcolor": color}
+    return [shared | shade | {"line": {"color": color, "width": 0}, "opacity": opacity, "hoverinfo": "skip"}, trace]
+
+
+def _bars(at: Sequence[float], ends: tuple[Sequence[float], Sequence[float]], color: str) -> dict[str, Any]:
+    """Error bars, thick enough to be seen and never in the way."""
+    under, over = ([0.0 if math.isnan(b - a) else max(0.0, b - a) for a, b in pairs] for pairs in (
+        zip(ends[0], at, strict=True), zip(at, ends[1], strict=True)
+    ))  # fmt: skip
+    shape = {"type": "data", "symmetric": False, "thickness": 2, "width": 5, "color": color}
+    return shape | {"array": over, "arrayminus": under, "visible": any(over) or any(under)}
+
+
+def _outline(
+    xs: Sequence[float], lows: Sequence[float], highs: Sequence[float]
+) -> tuple[list[float | None], list[float | None]]:
+    """Around the room between two curves; there is a gap where one of them is not known."""
+    parts: list[list[tuple[float, float, float]]] = [[]]
+    for place in zip(xs, lows, highs, strict=True):
+        if all(map(math.isfinite, place)):
+            parts[-1].append(place)
+        elif parts[-1]:
+            parts.append([])
+    x: list[float | None] = []
+    y: list[float | None] = []
+    for part in filter(None, parts):
+        gap: list[None] = [None] if x else []
+        x += [*gap, *(at for at, _, _ in part), *(at for at, _, _ in reversed(part))]
+        y += [*gap, *(high for _, _, high in part), *(low for _, low, _ in reversed(part))]
+    return x, y
+
+
+def _lost(one: Series, shown: Chart) -> dict[str, Any]:
+    """Crosses for what has no height, at that of the highest point."""
+    top = max((y for other in shown.series for y in other.y if math.isfinite(y)), default=1.0)
+    crosses = Series(
+        x=one.lost, y=[top] * len(one.lost), kind="marks", symbol="x", tone=one.tone, group=one.group,
+        hover=[f"{one.label}: not finite".removeprefix(": ")] * len(one.lost), points=one.points,
+    )  # fmt: skip
+    return _traces(crosses, 1.0)[0]
+
+
+def _map(field: Field) -> Figure:
+    height, ends = _heights(field)
+    ground = {
+        "type": "contour",
+        "x": field.xs.tolist(),
+        "y": field.ys.tolist(),
+        "z": height,
+        "colorscale": "Viridis",
+        # plotly.js knows equal steps only.
+        "contours": {"start": ends[0], "end": ends[1], "size": (ends[1] - ends[0]) / (len(field.levels) - 1)},
+        "autocontour": False,
+        "showlegend": False,
+        "line": {"width": 0.4, "color": "rgba(255,255,255,0.6)"},
+        "colorbar": _color_bar(field),
+        "hoverinfo": "text",
+        "text": _hover(field),
+    }
+    data = [ground, *(trace for one in field.series for trace in _traces(one, _BAND))]
+    layout = {
+        "xaxis": _axis(field.x, field.xs.tolist()) | {"range": [float(field.xs[0]), float(field.xs[-1])]},
+        "yaxis": _axis(field.y, field.ys.tolist()) | {"range": [float(field.ys[0]), float(field.ys[-1])]},
+    }
+    return _framed(field, data, layout, legend=bool(entries(field)))
+
+
+def _relief(field: Field) -> Figure:
+    """In perspective, to be turned with the mouse."""
+    height, ends = _heights(field)
     data = [
         {
             "type": "surface",
-            "x": field.x.tolist(),
-            "y": field.y.tolist(),
+            "x": field.xs.tolist(),
+            "y": field.ys.tolist(),
             "z": height,
-            "colorscale": _MAP,
+            "colorscale": "Viridis",
             "cmin": ends[0],
             "cmax": ends[1],
-            "colorbar": _bar(field),
+            "colorbar": _color_bar(field),
             "hoverinfo": "text",
             "text": _hover(field),
         }
     ]
+    assert field.view is not None
+    elevation, azimuth = map(math.radians, field.view)
+    eye = {
+        "x": 2.38 * math.cos(elevation) * math.cos(azimuth),
+        "y": 2.38 * math.cos(elevation) * math.sin(azimuth),
+        "z": 2.38 * math.sin(elevation),
+    }
     axis = {"gridcolor": "var:grid", "zerolinecolor": "var:grid", "color": "var:ink", "showbackground": False}
-    small = {"font": {"size": 11}}
+    titled = [
+        {"title": {"text": _lines(one.label, 32), "font": {"size": 11}}} for one in (field.x, field.y, field.z_axis)
+    ]
     scene = {
-        "xaxis": axis | {"title": {"text": _words(field.xlabel, 32)} | small},
-        "yaxis": axis | {"title": {"text": _words(field.ylabel, 32)} | small},
-        "zaxis": axis | {"title": {"text": plot_text(field.zlabel)} | small, "range": ends, **_ticks(field)},
+        "xaxis": axis | titled[0],
+        "yaxis": axis | titled[1],
+        "zaxis": axis | titled[2] | {"range": ends, **_height_ticks(field)},
         "aspectmode": "manual",
         "aspectratio": {"x": 1.15, "y": 1.15, "z": 0.8},
-        "camera": {"eye": {"x": 1.4, "y": -1.65, "z": 1.0}, "center": {"x": 0, "y": 0, "z": -0.22}},
+        "camera": {"eye": eye, "center": {"x": 0, "y": 0, "z": -0.22}},
     }
-    return _figure(data, {"scene": scene}, field.note, legend=False, height=560, margin={"l": 0, "r": 0, "b": 8})
+    return _framed(field, data, {"scene": scene}, legend=False, sides={"l": 0, "r": 0, "b": 8})
 
 
-def density(shown: Density | Mapping[str, Density], *, width: float | None = None) -> Figure:
-    """Smoothed spectral densities on a logarithmic axis; see `plots.density`."""
-    return _lines(plots.density(shown, width))
-
-
-def eigenvalues(shown: Spectrum | Mapping[str, Spectrum]) -> Figure:
-    """The ends of spectra with their residuals; see `plots.eigenvalues`."""
-    return _lines(plots.eigenvalues(shown))
-
-
-def curve(
-    shown: Mapping[str, Sequence[Any]], *, xlabel: str, ylabel: str, log_x: bool = False, log_y: bool = False
-) -> Figure:
-    """Lines with error bars, such as a sharpness over rho; see `plots.curve`."""
-    return _lines(plots.curve(shown, xlabel=xlabel, ylabel=ylabel, log_x=log_x, log_y=log_y))
-
-
-def followed(points: Sequence[Point]) -> Figure:
-    """lambda_max through training, beside the edges of stability; see `plots.followed`."""
-    return _lines(plots.followed(points))
-
-
-def save(figures: Mapping[str, Figure], path: str | os.PathLike[str], *, title: str) -> FilePath:
-    """Write figures under their headings as one HTML page that works without a network.
-
-    Raises:
-        ValueError: no figure.
-        ModuleNotFoundError: plotly is not installed (extra "report").
-        OSError: the file cannot be written.
-    """
-    if not figures:
-        raise ValueError("there is no figure to write.")
-    text = page(title, [heading(name) + _embedded(figure, name) for name, figure in figures.items()])
-    return write(text, path)
-
-
-def _lines(drawn: Lines) -> Figure:
-    data: list[dict[str, Any]] = []
-    heights = [v for line in drawn.lines for v in line.y.tolist() if np.isfinite(v)]
-    for i, line in enumerate(drawn.lines):
-        color = f"var:{tone(i)}"
-        error = (
-            {} if line.error is None else {"error_y": {"type": "data", "array": line.error.tolist(), "color": color}}
-        )
-        data.append(
-            {
-                "type": "scatter",
-                "mode": "+".join(["lines"] * drawn.joined + ["markers"] * drawn.points),
-                "name": plot_text(line.label),
-                "legendgroup": line.label,
-                "x": line.x.tolist(),
-                "y": line.y.tolist(),
-                "line": {"color": color, "dash": _DASHES[i % len(_DASHES)], "width": 2},
-                "marker": {"color": color, "symbol": SYMBOLS[i % len(SYMBOLS)], "size": 8},
-                "hoverinfo": "text",
-                "hovertext": [
-                    f"{plot_text(line.label)}<br>{x:.4g}: {y:.6g}" for x, y in zip(line.x, line.y, strict=True)
-                ],
-                **error,
-            }
-        )
-        if len(line.lost):
-            at = np.stack([line.lost, np.full(len(line.lost), max(heights))], axis=1)
-            crosses = _dots(at, f"{line.label}: not finite", {"color": color, "symbol": "x", "size": 8})
-            data.append(crosses | {"legendgroup": line.label, "showlegend": False})
-    xs = [v for line in drawn.lines for v in line.x.tolist()]
-    yaxis = _axis(drawn.ylabel) | (_log_axis(heights) if drawn.log_y else {})
-    if drawn.low is not None:
-        ends = np.log10([drawn.low, max(heights) * 2]) if drawn.log_y else [drawn.low, max(heights)]
-        yaxis["range"] = list(map(float, ends))
-    xaxis = _axis(drawn.xlabel) | (_log_axis(xs) if drawn.log_x else {})
-    if drawn.ticks is not None:
-        margin = 0.04 * (max(xs) - min(xs) or 1.0)
-        xaxis |= {"tickvals": drawn.ticks[0], "ticktext": [plot_text(t) for t in drawn.ticks[1]]}
-        xaxis["range"] = [min(xs) - margin, max(xs) + margin]
-    show = len(drawn.lines) > 1 or any("(" in line.label for line in drawn.lines)
-    return _figure(data, {"xaxis": xaxis, "yaxis": yaxis}, drawn.note, legend=show)
-
-
-def _height(field: Field) -> tuple[list[list[float]], list[float]]:
+def _heights(field: Field) -> tuple[list[list[float]], list[float]]:
     """The heights as plotly is to see them, NaN where there are none, and the ends of their scale."""
-    levels = np.log10(field.levels) if field.log else field.levels
-    z = np.log10(field.z) if field.log else field.z
+    levels, z = (np.log10(values) if field.z_axis.log else values for values in (field.levels, field.z))
     return z.tolist(), [float(levels[0]), float(levels[-1])]
 
 
-def _ticks(field: Field) -> dict[str, Any]:
-    values = plots.ticks(field.levels, field.log)
-    at = np.log10(values).tolist() if field.log else values
-    return {"tickvals": at, "ticktext": [plots.number(v) for v in values]}
+def _height_ticks(field: Field) -> dict[str, Any]:
+    values = scales.ticks(float(field.levels[0]), float(field.levels[-1]), field.z_axis.log)
+    at = np.log10(values).tolist() if field.z_axis.log else values
+    return {"tickvals": at, "ticktext": [scales.number(v) for v in values]}
 
 
-def _bar(field: Field) -> dict[str, Any]:
-    title = {"text": plot_text(field.zlabel), "side": "right"}
-    return {"title": title, "thickness": 14, "outlinewidth": 0, **_ticks(field)}
+def _color_bar(field: Field) -> dict[str, Any]:
+    title = {"text": plot_text(field.z_axis.label), "side": "right"}
+    return {"title": title, "thickness": 14, "outlinewidth": 0, **_height_ticks(field)}
 
 
 def _hover(field: Field) -> list[list[str]]:
     return [
-        [f"({x:.3g}, {y:.3g}): {v:.6g}" if np.isfinite(v) else "" for x, v in zip(field.x, row, strict=True)]
-        for y, row in zip(field.y, field.z, strict=True)
+        [f"({x:.3g}, {y:.3g}): {v:.6g}" if np.isfinite(v) else "" for x, v in zip(field.xs, row, strict=True)]
+        for y, row in zip(field.ys, field.z, strict=True)
     ]
 
 
-def _dots(at: Any, name: str, marker: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "type": "scatter",
-        "mode": "markers",
-        "name": plot_text(name),
-        "x": at[:, 0].tolist(),
-        "y": at[:, 1].tolist(),
-        "marker": dict(marker),
-        "hoverinfo": "text",
-        "hovertext": [plot_text(name)] * len(at),
+def _radar(radar: Radar) -> Figure:
+    turn = 360.0 / len(radar.spokes)
+    data = []
+    for one in radar.series:
+        (trace,) = _traces(one, _BAND)
+        angles = [turn * spoke for spoke in trace.pop("x")]
+        data.append(trace | {"type": "scatterpolar", "theta": angles, "r": trace.pop("y"), "cliponaxis": False})
+    lines = {"gridcolor": "var:grid", "linecolor": "var:line"}
+    radial = {"range": [0, 1], "showline": False, "tickvals": [radar.ring], "showticklabels": False, "ticks": ""}
+    angular = {
+        "tickvals": [turn * i for i in range(len(radar.spokes))],
+        "ticktext": [_lines(scales.tick(name)) for name in radar.spokes],
+        "rotation": 90,
+        "direction": "clockwise",
     }
+    layout = {"polar": {"bgcolor": "var:paper", "radialaxis": lines | radial, "angularaxis": lines | angular}}
+    return _framed(radar, data, layout, legend=False, sides={"l": 84, "r": 84, "b": 44}, top=44)
 
 
-def _axis(label: str) -> dict[str, Any]:
-    return {"title": {"text": _words(label)}}
+def _axis(axis: Axis, values: Sequence[float], *, sideways: bool = False) -> dict[str, Any]:
+    made: dict[str, Any] = {"title": {"text": _lines(axis.label, _WIDTH)}, "showgrid": axis.grid}
+    low, high = scales.ends(axis, values)
+    ticks = axis.ticks
+    if axis.log:
+        made["type"] = "log"
+        decades = math.log10(high / low)
+        if decades > _DECADES:
+            made |= {"exponentformat": "power", "dtick": math.ceil(decades / 8)}
+        elif ticks is None:
+            # Numbers as they are: plotly's own are a power of ten with bare digits beside it.
+            ticks = {value: scales.number(value) for value in scales.ticks(low / 1.2, high * 1.2, log=True)}
+    if axis.range != (None, None):
+        made["range"] = [math.log10(end) if end is not None and axis.log else end for end in axis.range]
+    elif axis.from_zero and low >= 0:
+        made["rangemode"] = "tozero"
+    if ticks is not None:
+        shown = scales.readable(ticks, low, high, axis.log) if sideways else ticks
+        made |= {"tickvals": list(shown), "ticktext": [_lines(scales.tick(text)) for text in shown.values()]}
+    return made
 
 
-def _words(label: str, width: int = 0) -> str:
-    text = plots.broken(label.replace("\n", " "), width) if width else label
-    return "<br>".join(plot_text(line) for line in text.split("\n"))
-
-
-def _log_axis(values: Sequence[float]) -> dict[str, Any]:
-    positive = [v for v in values if v > 0] or [1.0]
-    spread = max(positive) / min(positive)
-    return {"type": "log", "exponentformat": "power", "dtick": 1 if spread > 30 else "D2"}
-
-
-def _figure(
+def _framed(
+    shown: Drawable,
     data: list[dict[str, Any]],
     layout: dict[str, Any],
-    note: str,
     *,
     legend: bool,
-    height: int = 420,
-    margin: Mapping[str, int] | None = None,
+    sides: Mapping[str, int] | None = None,
+    top: int = 16,
 ) -> Figure:
-    """The figure with a note above it and the legend under that."""
-    layout = dict(layout)
-    top = {"t": (64 if legend else 36) if note else 16}
+    """The figure with its note above it and its legend under that."""
+    wide, narrow = ((_legend_rows(shown, width) if legend else 0) for width in (120, 38))
+    note = 20 if shown.note else 0
     if legend:
         layout |= {"showlegend": True, "legend": {"orientation": "h", "x": 0, "y": 1.0, "yanchor": "bottom"}}
-    if note:
+    if shown.note:
         font = {"size": 12, "color": "var:soft"}
-        title = {"text": plot_text(note), "font": font, "x": 0, "xref": "paper", "yref": "container"}
+        title = {"text": plot_text(shown.note), "font": font, "x": 0, "xref": "paper", "yref": "container"}
         layout["title"] = title | {"y": 0.985, "yanchor": "top"}
-    layout["margin"] = {**(margin or {}), **top}
-    return Figure(data, layout, height, narrow_margin={"l": 48, "r": 8, **(margin or {}), **top})
+    layout["margin"] = {**(sides or _SIDES), "t": top + note + 22 * wide}
+    closer = {side: min(room, 64) for side, room in (sides or _NARROW).items()}
+    return Figure(data, layout, shown.height, closer | {"t": max(top, 12) + note + 20 * narrow})
+
+
+def _legend_rows(shown: Drawable, width: int) -> int:
+    """Rows of a legend of so many characters a row."""
+    rows, used = 1, 0
+    for one in entries(shown):
+        size = len(one.label) + 8
+        rows, used = (rows + 1, size) if used and used + size > width else (rows, used + size)
+    return rows
+
+
+def _color(tone: str) -> str:
+    return tone if tone.startswith("#") else f"var:{tone}"
+
+
+def _lines(text: str, width: int = 0) -> str:
+    """Plain text for plotly, in lines."""
+    broken = scales.broken(text, width) if width else text
+    return "<br>".join(plot_text(line) for line in broken.split("\n"))

@@ -1,225 +1,65 @@
-"""Landscapes, paths and spectra with matplotlib (extra "plot"). Every function returns a Figure; `save` writes it.
+"""Figures for papers, with matplotlib (extra "plot"): as figures, or drawn onto axes of one's own.
 
-Colour-blind readers can distinguish the colours; no global state of matplotlib is read or written, and values are drawn
-as they were measured: a point that is not finite is a gap with a cross.
+Nothing of matplotlib's global state is changed or read: a figure is the same on every machine. Its colours are those of
+the pages in their light theme.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
-from pathlib import Path as FilePath
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flatmin.measure.follow import Point
-from flatmin.measure.krylov import Spectrum
-from flatmin.measure.landscape import Slice
-from flatmin.measure.record import Landscape
-from flatmin.measure.trace import Density
-from flatmin.report.figures import content as plots
-from flatmin.report.figures.content import Field, Lines, Unit, Value
+from flatmin.report.figures import scales
+from flatmin.report.figures.chart import Axis, Chart, Drawable, Field, Radar, Series, entries, reach
+from flatmin.report.style import light_colours
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc3fa0", "#b58900", "#7a4fd0", "#1b9aaa", "#9b2226", "#4d7c0f", "#6b7280")
-MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*", "p", "h")
-STYLES = ("-", "--", "-.", ":")
-_INK, _SOFT, _GRID, _HOLE = "#1b1f24", "#5b6470", "#e6e9ee", "#d9dde3"
-_MAP = "viridis"
-_FORMATS = (".png", ".svg", ".pdf")
+COLUMN = 3.3
+"""Width of a column of a paper, inches."""
+_POINTS = 8.0  # size of text
+_PIXEL = 0.6  # points of a line for a pixel of it in a page; marks are half as large
+_MARKERS = {
+    "circle": "o", "square": "s", "diamond": "D", "triangle-up": "^", "triangle-down": "v", "cross": "P", "x": "X",
+    "star": "*", "pentagon": "p", "hexagon": "h",
+}  # fmt: skip
+_STYLES: dict[str, Any] = {
+    "solid": "-", "dash": (0, (5, 2.5)), "dot": (0, (1, 1.5)), "dashdot": (0, (5, 2, 1, 2)), "longdash": (0, (9, 3)),
+    "longdashdot": (0, (9, 2, 1, 2)),
+}  # fmt: skip
+_ROW = 0.17  # inches of a row of a legend
 
 
-def profile(
-    shown: Landscape | Mapping[str, Landscape],
-    *,
-    value: Value = "loss",
-    unit: Unit = "auto",
-    log: bool | None = None,
-) -> Figure:
-    """Loss, accuracy or error along one direction or along paths; see `plots.profile`.
+def require() -> None:
+    """Check that figures can be drawn, before a long job starts.
 
     Raises:
-        ValueError: see `plots.profile`.
         ModuleNotFoundError: matplotlib is not installed (extra "plot").
     """
-    return _lines(plots.profile(shown, value, unit, log))
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "figures need matplotlib, which is not installed; run: pip install 'flatmin[plot]'"
+        ) from error
 
 
-def contour(
-    shown: Slice,
-    *,
-    value: Value = "loss",
-    unit: Unit = "auto",
-    log: bool | None = None,
-    levels: int | Sequence[float] = 24,
-) -> Figure:
-    """A slice of two directions from above, with the trajectory that it holds; see `plots.field`.
+@contextmanager
+def defaults() -> Iterator[None]:
+    """Matplotlib's own defaults and the size of text, whatever the settings of its user."""
+    require()
+    from matplotlib import rc_context, rcdefaults
 
-    Raises:
-        ValueError: see `plots.field`.
-        ModuleNotFoundError: matplotlib is not installed (extra "plot").
-    """
-    figure = new_figure(6.4, 5.2)
-    axes = figure.add_subplot()
-    plane_onto(axes, plots.field(shown, value, unit, log, levels))
-    _legend(figure, axes)
-    return figure
-
-
-def plane_onto(axes: Axes, field: Field) -> None:
-    """Draw a plane from above, with its scale, into a part of a figure."""
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-
-    axes.set_facecolor(_HOLE)
-    inside = field.levels[0] <= np.nanmin(field.z) and np.nanmax(field.z) <= field.levels[-1]
-    shared: dict[str, Any] = {
-        "levels": field.levels, "norm": _norm(field), "extend": "neither" if inside else "both",
-    }  # fmt: skip
-    z = np.ma.masked_invalid(field.z)
-    filled = axes.contourf(field.x, field.y, z, cmap=_MAP, **shared)
-    axes.contour(field.x, field.y, z, colors="white", linewidths=0.4, alpha=0.6, **shared)
-    ticks = FixedLocator(plots.ticks(field.levels, field.log))
-    numbers = FuncFormatter(lambda v, _: plots.number(v))
-    bar = axes.figure.colorbar(filled, ax=axes, pad=0.02, ticks=ticks, format=numbers)
-    bar.ax.yaxis.set_minor_locator(NullLocator())
-    bar.ax.tick_params(colors=_SOFT, labelsize=9)
-    bar.set_label(_plain(field.zlabel), color=_INK)
-    _dress(axes, field.xlabel, field.ylabel, field.note)
-    axes.grid(False)
-    if len(field.lost):
-        axes.plot(*field.lost.T, "x", color="#9b2226", markersize=5, clip_on=False, label="not finite")
-    if field.trajectory is not None:
-        edge: dict[str, Any] = {"color": "#ffffff", "markeredgecolor": _INK, "markeredgewidth": 0.8}
-        axes.plot(*field.trajectory.T, color=_INK, linewidth=2.6)
-        axes.plot(*field.trajectory.T, "-o", linewidth=1.4, markersize=4.5, **edge, label="checkpoints, projected")
-        axes.plot(*field.trajectory[0], "s", markersize=8, **edge, label="first")
-    if field.model:
-        axes.plot(0, 0, "*", color="#ff8c42", markeredgecolor=_INK, markersize=13, label="the model")
-    axes.set_xlim(field.x[0], field.x[-1])
-    axes.set_ylim(field.y[0], field.y[-1])
-
-
-def surface(
-    shown: Slice,
-    *,
-    value: Value = "loss",
-    unit: Unit = "auto",
-    log: bool | None = None,
-    elevation: float = 28.0,
-    azimuth: float = -52.0,
-) -> Figure:
-    """A slice of two directions in perspective; see `plots.field`.
-
-    Args:
-        shown: the slice.
-        value: see `plots.profile`.
-        unit: see `plots.profile`.
-        log: see `plots.profile`.
-        elevation: of the eye above the plane, degrees.
-        azimuth: of the eye around it, degrees.
-
-    Raises:
-        ValueError: see `plots.field`.
-        ModuleNotFoundError: matplotlib is not installed (extra "plot").
-    """
-    field = plots.field(shown, value, unit, log)
-    figure = new_figure(7.2, 5.6)
-    from matplotlib.colors import Normalize
-    from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
-
-    axes: Any = figure.add_subplot(projection="3d")
-    # mplot3d has no logarithmic axes of its own.
-    height = np.log10(field.z) if field.log else field.z
-    low, high = (np.log10(field.levels[[0, -1]]) if field.log else field.levels[[0, -1]]).tolist()
-    x, y = np.meshgrid(field.x, field.y)
-    axes.plot_surface(
-        x, y, np.ma.masked_invalid(height), cmap=_MAP, norm=Normalize(low, high), rcount=200, ccount=200,
-        linewidth=0.2, edgecolor=(1, 1, 1, 0.35), antialiased=True,
-    )  # fmt: skip
-    axes.set_zlim(low, high)
-    for axis, reach in ((axes.xaxis, field.x), (axes.yaxis, field.y)):
-        axis.set_view_interval(reach[0], reach[-1], ignore=True)
-        axis.set_major_locator(MaxNLocator(5, prune="both"))
-    if field.log:
-        axes.zaxis.set_major_locator(FixedLocator(np.log10(plots.ticks(field.levels, log=True)).tolist()))
-        axes.zaxis.set_major_formatter(FuncFormatter(lambda v, _: plots.number(10.0**v)))
-    axes.view_init(elevation, azimuth)
-    axes.set_box_aspect((1, 1, 0.72), zoom=0.84)
-    axes.tick_params(labelsize=8, pad=1)
-    axes.set_xlabel(_plain(plots.broken(field.xlabel, 34)), labelpad=16, fontsize=8.5)
-    axes.set_ylabel(_plain(plots.broken(field.ylabel, 34)), labelpad=16, fontsize=8.5)
-    axes.set_zlabel(_plain(field.zlabel), labelpad=6, fontsize=9)
-    for axis in (axes.xaxis, axes.yaxis, axes.zaxis):
-        axis.set_pane_color((1, 1, 1, 0))
-        axis._axinfo["grid"].update(color=_GRID)
-    if field.note:
-        figure.text(0.02, 0.02, field.note, color=_SOFT, fontsize=8.5)
-    return figure
-
-
-def density(shown: Density | Mapping[str, Density], *, width: float | None = None) -> Figure:
-    """Smoothed spectral densities on a logarithmic axis; see `plots.density`.
-
-    Raises:
-        ValueError: see `plots.density`.
-        ModuleNotFoundError: matplotlib is not installed (extra "plot").
-    """
-    return _lines(plots.density(shown, width))
-
-
-def eigenvalues(shown: Spectrum | Mapping[str, Spectrum]) -> Figure:
-    """The ends of spectra with their residuals; see `plots.eigenvalues`.
-
-    Raises:
-        ValueError: see `plots.eigenvalues`.
-        ModuleNotFoundError: matplotlib is not installed (extra "plot").
-    """
-    return _lines(plots.eigenvalues(shown))
-
-
-def curve(
-    shown: Mapping[str, Sequence[Any]], *, xlabel: str, ylabel: str, log_x: bool = False, log_y: bool = False
-) -> Figure:
-    """Lines with error bars, such as a sharpness over rho; see `plots.curve`.
-
-    Raises:
-        ValueError: see `plots.curve`.
-        ModuleNotFoundError: matplotlib is not installed (extra "plot").
-    """
-    return _lines(plots.curve(shown, xlabel=xlabel, ylabel=ylabel, log_x=log_x, log_y=log_y))
-
-
-def followed(points: Sequence[Point]) -> Figure:
-    """lambda_max through training, beside the edges of stability; see `plots.followed`.
-
-    Raises:
-        ValueError: see `plots.followed`.
-        ModuleNotFoundError: matplotlib is not installed (extra "plot").
-    """
-    return _lines(plots.followed(points))
-
-
-def save(figure: Figure, path: str | os.PathLike[str], *, dpi: int = 160) -> FilePath:
-    """Write a figure as .png, .svg or .pdf; the same figure gives the same bytes.
-
-    Raises:
-        ValueError: another ending.
-        OSError: the file cannot be written.
-    """
-    target = FilePath(path)
-    if target.suffix not in _FORMATS:
-        raise ValueError(f"a figure is written as {', '.join(_FORMATS)}, got {target.name!r}.")
-    from matplotlib import rc_context
-
-    dates = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with rc_context({"svg.hashsalt": "flatmin"}):
-        figure.savefig(target, dpi=dpi, facecolor="white", metadata=dates.get(target.suffix))
-    return target
+    with rc_context():
+        rcdefaults()
+        with rc_context({"font.size": _POINTS, "svg.fonttype": "none", "svg.hashsalt": "flatmin", "pdf.fonttype": 42}):
+            yield
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -228,79 +68,272 @@ def new_figure(width: float, height: float) -> Figure:
     Raises:
         ModuleNotFoundError: matplotlib is not installed (extra "plot").
     """
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "figures need matplotlib, which is not installed; run: pip install 'flatmin[plot]'"
-        ) from error
+    require()
+    from matplotlib.figure import Figure
+
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _lines(drawn: Lines) -> Figure:
-    figure = new_figure(6.4, 4.2)
-    lines_onto(figure.add_subplot(), drawn)
-    return figure
+def figure(shown: Drawable, *, width: float = COLUMN) -> Figure:
+    """The figure as one of matplotlib, without a title, its legend below it.
+
+    Args:
+        shown: what is drawn.
+        width: inches. Default: that of a column.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed (extra "plot").
+    """
+    named = entries(shown) if not isinstance(shown, Field) or shown.view is None else []
+    with defaults():
+        columns = _columns([one.label for one in named], width)
+        rows = math.ceil(len(named) / columns)
+        share = 0.8 if isinstance(shown, Field | Radar) else 0.72 * min(shown.height, 420) / 420
+        if isinstance(shown, Chart) and shown.height > 420:
+            share *= shown.height / 420
+        made = new_figure(width, max(width * share, 1.5) + _ROW * rows)
+        axes = made.add_subplot(projection=projection(shown))
+        draw(axes, shown)
+        if rows:
+            _legend(made, axes, named, loc="outside lower center", ncols=columns)
+    return made
 
 
-def lines_onto(axes: Axes, drawn: Lines) -> None:
-    """Draw lines into a part of a figure."""
-    handles: list[Any] = []
-    for i, line in enumerate(drawn.lines):
-        style: dict[str, Any] = {"color": COLORS[i % len(COLORS)], "label": _plain(line.label)}
-        style["linestyle"] = STYLES[i % len(STYLES)] if drawn.joined else "none"
-        style |= {"marker": MARKERS[i % len(MARKERS)], "markersize": 5} if drawn.points else {}
-        if line.error is None:
-            handles += axes.plot(line.x, line.y, linewidth=1.8, **style)
+def projection(shown: Drawable) -> str | None:
+    """What kind of axes a figure needs, as `Figure.add_subplot` takes it."""
+    if isinstance(shown, Radar):
+        return "polar"
+    return "3d" if isinstance(shown, Field) and shown.view is not None else None
+
+
+def draw(axes: Any, shown: Drawable, *, legend: bool = False) -> None:
+    """Draw onto axes; see `projection` for their kind.
+
+    Args:
+        axes: of matplotlib.
+        shown: what is drawn.
+        legend: whether a legend is put where it hides least.
+    """
+    with defaults():
+        if isinstance(shown, Radar):
+            _radar(axes, shown)
+        elif isinstance(shown, Field):
+            (_map if shown.view is None else _relief)(axes, shown)
         else:
-            handles.append(axes.errorbar(line.x, line.y, line.error, elinewidth=1.2, capsize=3, **style))
-        if len(line.lost):
-            # At the upper edge: there is no height that they have.
+            _chart(axes, shown)
+        named = entries(shown)
+        if legend and named:
+            _legend(axes, axes, named, loc="best")
+
+
+def _chart(axes: Axes, chart: Chart) -> None:
+    for name, axis in (("x", chart.x), ("y", chart.y)):
+        if axis.log:
+            axes.set(**{f"{name}scale": "log"})
+    opacity = min(0.15, 1 / max(sum(one.band for one in chart.series), 1))
+    for one in chart.series:
+        _series(axes, one, opacity)
+        if len(one.lost):
             axes.plot(
-                line.lost, np.full(len(line.lost), 0.985), "x", color=style["color"], markersize=6,
-                transform=axes.get_xaxis_transform(), clip_on=False,
+                one.lost, np.full(len(one.lost), 0.985), "x", color=_color(one.tone), markersize=5, clip_on=False,
+                transform=axes.get_xaxis_transform(),
             )  # fmt: skip
-    if drawn.log_x:
-        axes.set_xscale("log")
-    if drawn.log_y:
-        axes.set_yscale("log")
-    if drawn.low is not None:
-        highest = max(float(np.nanmax(line.y)) for line in drawn.lines)
-        axes.set_ylim(drawn.low, 2.0 * highest if drawn.log_y else None)
-    if drawn.ticks is not None:
-        axes.set_xticks(drawn.ticks[0], [_plain(name) for name in drawn.ticks[1]])
-    _dress(axes, drawn.xlabel, drawn.ylabel, drawn.note)
-    if len(drawn.lines) > 1 or any("(" in line.label for line in drawn.lines):
-        axes.legend(handles=handles, frameon=False, fontsize=9)
+    for height, text in chart.levels.items():
+        axes.axhline(height, color=_color("soft"), linewidth=0.8, linestyle=(0, (2, 2)), zorder=1)
+        if text:
+            axes.annotate(
+                plain(text), (0.985, height), xycoords=("axes fraction", "data"), xytext=(0, 2), zorder=5,
+                textcoords="offset points", ha="right", fontsize=_POINTS - 1, color=_color("ink"),
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.8},
+            )  # fmt: skip
+    _dress(axes, chart)
+    _scale(axes, "x", chart.x, reach(chart, "x"))
+    _scale(axes, "y", chart.y, reach(chart, "y"))
 
 
-def _dress(axes: Axes, xlabel: str, ylabel: str, note: str) -> None:
+def _series(axes: Axes, one: Series, opacity: float) -> None:
+    color = _color(one.tone)
+    x, y = (np.asarray(values, dtype=np.float64) for values in (one.x, one.y))
+    if one.band and one.y_interval is not None:
+        axes.fill_between(x, *one.y_interval, color=color, alpha=opacity, linewidth=0)
+    bars: dict[str, Any] = {}
+    for name, ends, at in (("xerr", one.x_interval, x), ("yerr", None if one.band else one.y_interval, y)):
+        if ends is not None:
+            low, high = (np.asarray(end, dtype=np.float64) for end in ends)
+            bars[name] = np.nan_to_num(np.clip([at - low, high - at], 0.0, None))
+    if bars:
+        axes.errorbar(x, y, **bars, fmt="none", ecolor=color, elinewidth=1.0, capsize=2, alpha=one.opacity)
+    style = _style(one)
+    axes.plot(x, y, drawstyle="steps-post" if one.kind == "steps" else "default", **style)
+
+
+def _style(one: Series) -> dict[str, Any]:
+    """How matplotlib draws a series, in the figure and in the legend."""
+    color = _color(one.tone)
+    return {
+        "color": color,
+        "alpha": one.opacity,
+        "linestyle": _STYLES[one.dash] if one.lined else "none",
+        "linewidth": _PIXEL * one.width,
+        "marker": _MARKERS[one.symbol] if one.marked else "none",
+        "markersize": one.size * (0.8 if one.symbol == "star" else 0.5),
+        "markerfacecolor": color if one.filled else "white",
+        "markeredgecolor": _color(one.edge) if one.edge else color,
+        "markeredgewidth": 0.5 if one.edge and one.filled else 0.8,
+    }
+
+
+def _map(axes: Axes, field: Field) -> None:
+    from matplotlib.colors import LogNorm, Normalize
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    low, high = float(field.levels[0]), float(field.levels[-1])
+    axes.set_facecolor(_color("line"))
+    inside = low <= np.nanmin(field.z) and np.nanmax(field.z) <= high
+    shared: dict[str, Any] = {
+        "levels": field.levels,
+        "norm": (LogNorm if field.z_axis.log else Normalize)(low, high),
+        "extend": "neither" if inside else "both",
+    }
+    z = np.ma.masked_invalid(field.z)
+    filled = axes.contourf(field.xs, field.ys, z, cmap="viridis", **shared)
+    axes.contour(field.xs, field.ys, z, colors="white", linewidths=0.3, alpha=0.6, **shared)
+    places = FixedLocator(scales.ticks(low, high, field.z_axis.log))
+    bar = axes.figure.colorbar(
+        filled, ax=axes, pad=0.02, ticks=places, format=FuncFormatter(lambda v, _: scales.number(v))
+    )
+    bar.ax.yaxis.set_minor_locator(NullLocator())
+    bar.ax.tick_params(colors=_color("soft"), labelsize=_POINTS - 1)
+    bar.set_label(_label(field.z_axis.label, axes, "y"), color=_color("ink"))
+    for one in field.series:
+        _series(axes, one, 1.0)
+    _dress(axes, field)
+    axes.grid(False)
+    axes.set_xlim(field.xs[0], field.xs[-1])
+    axes.set_ylim(field.ys[0], field.ys[-1])
+
+
+def _relief(axes: Any, field: Field) -> None:
+    from matplotlib.colors import Normalize
+    from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
+
+    log = field.z_axis.log
+    # mplot3d has no logarithmic axes of its own.
+    height, levels = (np.log10(values) if log else values for values in (field.z, field.levels))
+    low, high = float(levels[0]), float(levels[-1])
+    x, y = np.meshgrid(field.xs, field.ys)
+    axes.plot_surface(
+        x, y, np.ma.masked_invalid(height), cmap="viridis", norm=Normalize(low, high), rcount=200, ccount=200,
+        linewidth=0.2, edgecolor=(1, 1, 1, 0.35), antialiased=True,
+    )  # fmt: skip
+    axes.set_zlim(low, high)
+    for axis, grid in ((axes.xaxis, field.xs), (axes.yaxis, field.ys)):
+        axis.set_view_interval(grid[0], grid[-1], ignore=True)
+        axis.set_major_locator(MaxNLocator(4, prune="both"))
+    if log:
+        at = scales.ticks(float(field.levels[0]), float(field.levels[-1]), log=True)
+        axes.zaxis.set_major_locator(FixedLocator(np.log10(at).tolist()))
+        axes.zaxis.set_major_formatter(FuncFormatter(lambda v, _: scales.number(10.0**v)))
+    assert field.view is not None
+    axes.view_init(*field.view)
+    axes.set_box_aspect((1, 1, 0.72), zoom=0.72)
+    small = _POINTS - 1.5
+    axes.tick_params(labelsize=small, pad=-2, colors=_color("soft"))
+    axes.set_xlabel(plain(scales.broken(field.x.label, 32)), labelpad=4, fontsize=small)
+    axes.set_ylabel(plain(scales.broken(field.y.label, 32)), labelpad=4, fontsize=small)
+    axes.set_zlabel(plain(field.z_axis.label), labelpad=-2, fontsize=small)
+    for axis in (axes.xaxis, axes.yaxis, axes.zaxis):
+        axis.set_pane_color((1, 1, 1, 0))
+        axis._axinfo["grid"].update(color=_color("grid"))
+    if field.note:
+        axes.figure.text(0.02, 0.02, plain(field.note), color=_color("soft"), fontsize=small)
+
+
+def _radar(axes: Any, radar: Radar) -> None:
+    turn = 2 * math.pi / len(radar.spokes)
+    axes.set_theta_zero_location("N")
+    axes.set_theta_direction(-1)
+    for one in radar.series:
+        axes.plot([turn * spoke for spoke in one.x], list(one.y), clip_on=False, **_style(one))
+    axes.set_ylim(0.0, 1.0)
+    axes.set_yticks([radar.ring], [""])
+    axes.set_xticks([turn * i for i in range(len(radar.spokes))], [plain(scales.tick(name)) for name in radar.spokes])
+    axes.tick_params(labelsize=_POINTS - 1, colors=_color("ink"), pad=9)
+    axes.grid(True, color=_color("line"), linewidth=0.6)
+    axes.spines["polar"].set_color(_color("line"))
+    if radar.note:
+        axes.set_title(_label(radar.note, axes, "x"), loc="left", fontsize=_POINTS - 1, color=_color("soft"))
+
+
+def _dress(axes: Axes, shown: Chart | Field) -> None:
     """The style of every flat figure."""
-    axes.set_xlabel(_plain(xlabel), color=_INK)
-    axes.set_ylabel(_plain(ylabel), color=_INK)
-    axes.grid(True, color=_GRID, linewidth=0.8)
+    ink, soft = _color("ink"), _color("soft")
+    axes.set_xlabel(_label(shown.x.label, axes, "x"), color=ink)
+    axes.set_ylabel(_label(shown.y.label, axes, "y"), color=ink)
     axes.set_axisbelow(True)
-    axes.tick_params(colors=_SOFT, labelsize=9)
+    axes.tick_params(colors=soft, labelsize=_POINTS - 1)
+    axes.tick_params(which="minor", length=0)
+    for name, axis in (("x", shown.x), ("y", shown.y)):
+        if axis.grid:
+            axes.grid(True, axis=name, color=_color("grid"), linewidth=0.6)  # type: ignore[arg-type]
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(_SOFT)
-    if note:
-        axes.set_title(_plain(note), loc="left", fontsize=9, color=_SOFT)
+        spine.set_color(soft)
+    if shown.note:
+        axes.set_title(_label(shown.note, axes, "x"), loc="left", fontsize=_POINTS - 1, color=soft)
 
 
-def _plain(text: str) -> str:
+def _scale(axes: Axes, name: str, axis: Axis, values: Sequence[float]) -> None:
+    """Range and ticks, which depend on what is drawn."""
+    from matplotlib.ticker import NullLocator
+
+    line = axes.xaxis if name == "x" else axes.yaxis
+    if axis.range != (None, None):
+        line.axes.set(**{f"{name}lim": axis.range})
+    elif axis.from_zero and scales.ends(axis, values)[0] >= 0:
+        line.axes.set(**{f"{name}lim": (0.0, None)})
+    low, high = sorted(map(float, line.get_view_interval()))
+    ticks = axis.ticks
+    if ticks is None and axis.log:
+        ticks = {value: scales.number(value) for value in scales.ticks(low, high, log=True)}
+    if ticks is not None:
+        shown = scales.readable(ticks, low, high, axis.log) if name == "x" else ticks
+        line.set_ticks(list(shown), [plain(scales.tick(text)) for text in shown.values()])
+        line.set_minor_locator(NullLocator())
+    else:
+        axes.locator_params(axis=name, nbins=6 if name == "x" else 8, steps=[1, 2, 5, 10])  # type: ignore[arg-type]
+
+
+def _legend(owner: Any, axes: Any, named: Sequence[Series], **where: Any) -> None:
+    """A legend of the series that have labels. Its texts are set afterwards: a first "_" would hide them."""
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], **_style(one)) for one in named]
+    made = owner.legend(
+        handles, ["x"] * len(handles), frameon="ncols" not in where, framealpha=0.8, edgecolor="none",
+        fontsize=_POINTS - 1, handlelength=2.2, columnspacing=1.2, borderpad=0.2, **where,
+    )  # fmt: skip
+    for text, one in zip(made.get_texts(), named, strict=True):
+        text.set_text(plain(scales.broken(one.label, 48, 2)))
+        text.set_color(_color("ink"))
+
+
+def _columns(labels: Sequence[str], width: float) -> int:
+    """Columns of a legend that fit into a width."""
+    room = width * 72 / (0.55 * (_POINTS - 1))
+    return max(1, min(len(labels), int(room / (max(map(len, labels), default=1) + 8))))
+
+
+def _label(text: str, axes: Axes, name: str) -> str:
+    """A label of an axis in lines that fit beside it."""
+    size = axes.get_window_extent().size[0 if name == "x" else 1] / axes.figure.dpi
+    return plain(scales.broken(text, max(int(size * 72 / (0.65 * _POINTS)), 16)))
+
+
+def _color(tone: str) -> str:
+    return tone if tone.startswith("#") else light_colours()[tone]
+
+
+def plain(text: str) -> str:
     """Text that matplotlib does not take for a formula."""
     return text.replace("$", r"\$")
-
-
-def _legend(figure: Figure, axes: Axes) -> None:
-    """Below the plane, where it hides nothing."""
-    handles, labels = axes.get_legend_handles_labels()
-    if handles:
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
-
-
-def _norm(field: Field) -> Any:
-    from matplotlib.colors import LogNorm, Normalize
-
-    return (LogNorm if field.log else Normalize)(float(field.levels[0]), float(field.levels[-1]))

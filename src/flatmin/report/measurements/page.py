@@ -1,4 +1,4 @@
-"""The page of `flatmin measure`: every number with its error, the pictures, and how it was made."""
+"""The page of `flatmin measure`: every number with its error, the figures, and how it was made."""
 
 from __future__ import annotations
 
@@ -6,18 +6,15 @@ import dataclasses
 import math
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
-from flatmin.report.figures import interactive as draw
+from flatmin.report.figures.interactive import embed
 from flatmin.report.html import (
     Cell,
     Column,
-    Figure,
     Markup,
     code,
     facts,
-    figure,
     flat,
     folded,
     heading,
@@ -27,6 +24,7 @@ from flatmin.report.html import (
     table,
     verdicts,
 )
+from flatmin.report.measurements.figures import figures
 from flatmin.study.measured import (
     Comparison,
     NetReport,
@@ -40,7 +38,6 @@ from flatmin.study.measured import (
     unlike,
     with_error,
 )
-from flatmin.words import reason
 
 _NUMBERS = (
     Column("quantity", text=True),
@@ -80,19 +77,12 @@ def render(
     groups = groups_of(nets)
     body = _one(nets[0]) if len(nets) == 1 else _several(nets)
     body.append(notes([*remarks(nets), *(f"{one.name} could not be measured: {one.why}" for one in failed)]))
-    shown = {
-        (name if len(nets) > 1 else ""): min(members, key=lambda net: net.seed) for name, members in groups.items()
-    }
-    for title, caption, make in _figures(shown, len(nets) > 1):
-        try:
-            drawn = figure(make(), title)
-        except ModuleNotFoundError:
-            raise
-        except Exception as error:
-            text = f"{title} could not be drawn: {reason(error)}"
-            on_missing(text)
-            drawn = notes([text])
-        body.append(heading(title, caption) + drawn)
+    for title, shown in figures(nets):
+        if isinstance(shown, str):
+            on_missing(shown)
+            body.append(heading(title) + notes([shown]))
+        else:
+            body.append(heading(title, shown.caption) + embed(shown))
     title = nets[0].name if len(nets) == 1 else _listed(list(groups)) if len(groups) < 4 else f"{len(groups)} groups"
     settings = {k: v for k, v in dataclasses.asdict(nets[0].report.settings).items()}
     foot = [
@@ -181,43 +171,3 @@ def sentence(net: NetReport) -> str:
 
 def _conventions(net: NetReport) -> dict[str, object]:
     return {key.replace("_", " "): value for key, value in dataclasses.asdict(net.report.conventions).items()}
-
-
-def _figures(shown: Mapping[str, NetReport], several: bool) -> list[tuple[str, str, Callable[[], Figure]]]:
-    whose = " One net of each group: that of the first seed." if several else ""
-    made: list[tuple[str, str, Callable[[], Figure]]] = []
-
-    def add(name: str, title: str, caption: str, make: Callable[[Any], Figure]) -> None:
-        results = {label: net.report.result(name) for label, net in shown.items()}
-        results = {label: result for label, result in results.items() if result is not None}
-        if results:
-            made.append((title, caption + whose, partial(make, results if several else next(iter(results.values())))))
-
-    add("eigenvalues", "Ends of the spectrum", "Bars are residuals.", draw.eigenvalues)
-    add(
-        "density",
-        "Spectral density",
-        "Raw nodes, smoothed for the picture only.",
-        lambda results: draw.density(results if several else {"density": results}),
-    )
-    for name, title in (("worst", "Worst case over the radius"), ("average", "Average case over the radius")):
-
-        def curves(results: Any, title: str = title) -> Figure:
-            named = results if several else {title: results}
-            return draw.curve(
-                {k: (c.rhos, c.values, None if math.isnan(c.errors[0]) else c.errors) for k, c in named.items()},
-                xlabel="rho",
-                ylabel="rise of the loss",
-                log_x=True,
-                log_y=all(v > 0 for c in named.values() for v in c.values),
-            )
-
-        add(name, title, "Largest rise found, a lower bound." if name == "worst" else "Bars: standard error.", curves)
-    add("along_v1", "Loss along the first eigenvector", "", draw.profile)
-    add("along_random", "Loss along a random direction", "Filter-normalised.", draw.profile)
-    for label, net in shown.items():
-        plane = net.report.result("plane")
-        if plane is not None:
-            title = "Loss on a random plane" + (f": {label}" if several else "")
-            made.append((title, "Filter-normalised directions." + whose, partial(draw.contour, plane)))
-    return made

@@ -6,14 +6,15 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from flatmin.report.figures.chart import Chart
+from flatmin.report.runs.figures import POINTS, Curves, Points, Wanted, draw
 from flatmin.report.runs.history import History, names_of
-from flatmin.report.runs.figures import POINTS, Curves, Drawn, Points, Wanted, draw
 
 
-def plots(runs: Sequence[History]) -> list[Drawn]:
+def charts(runs: Sequence[History]) -> list[Chart]:
     """Every figure for which there are values."""
     wanted = [*_EPOCHS, *_updates(runs), *_measurements(runs)]
-    return [drawn for one in wanted if (drawn := draw(runs, one)) is not None]
+    return [chart for one in wanted if (chart := draw(runs, one)) is not None]
 
 
 def _epochs(key: str) -> Callable[[History], Points]:
@@ -46,8 +47,8 @@ _ACCURACIES: Curves = {
 _EPOCHS = (
     Wanted(
         "Losses",
-        "Means of the training epoch, on augmented samples while the weights change: at the weights, and at the "
-        "perturbed weights of methods with two passes. Validation: after the epoch.",
+        "Means over the samples of the epoch, while the weights change: at the weights, and at the perturbed weights of "
+        "methods with two passes. Validation: after the epoch.",
         _LOSSES,
         y="cross-entropy",
         log=True,
@@ -63,7 +64,7 @@ _EPOCHS = (
     Wanted("Learning rate", "At the start of the epoch.", {"lr": _epochs("lr")}, y="lr", height=280, zero=True),
     Wanted("Radius", "At the end of the epoch.", {"rho": _epochs("rho")}, y="rho", height=280, zero=True),
     Wanted("Time", "Training only.", {"seconds": _epochs("seconds")}, y="seconds an epoch", height=280, zero=True),
-    Wanted("Speed", "", {"images": _epochs("images_per_second")}, y="images a second", height=280, zero=True),
+    Wanted("Speed", "", {"samples": _epochs("images_per_second")}, y="samples a second", height=280, zero=True),
 )
 
 # Of `SAM.diagnostics`: what belongs into one figure.

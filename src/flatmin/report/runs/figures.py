@@ -1,4 +1,4 @@
-"""A figure of runs as plain data for `flatmin.report.html`.
+"""A figure of runs.
 
 Several runs have a colour each, which the page's legend shows and hides everywhere, and a kind of line for each
 quantity of a figure; the quantities of a single run have a colour each, and the figure its own legend.
@@ -11,12 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from flatmin.report.figures.chart import Axis, Chart, Series
+from flatmin.report.figures.scales import epochs, is_wide
 from flatmin.report.runs.history import History
-from flatmin.report.html import Figure, plot_text
-from flatmin.report.style import DASHES, DASHES_IN_WORDS, WIDE, tone
+from flatmin.report.style import DASHES, DASHES_IN_WORDS, styles, tone
+from flatmin.methods import BASE
 
 POINTS = 1500  # of a curve; where there are more, each is a mean
-_NARROW = {"l": 48, "r": 8}
 
 Points = tuple[Sequence[float], Sequence[float]]
 Curves = Mapping[str, Callable[[History], Points]]
@@ -49,98 +50,65 @@ class Wanted:
     log: bool = False
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """A figure with its title and caption."""
-
-    title: str
-    caption: str
-    figure: Figure
-
-
 def tones(runs: Sequence[History]) -> dict[str, str]:
-    """A colour of the style sheet for each run by name."""
-    return {run.name: tone(i) for i, run in enumerate(runs)}
+    """A colour of the style sheet for each run by name; grey for the only run of plain training."""
+    plain = [run.name for run in runs if run.config.method == BASE]
+    base = plain[0] if len(plain) == 1 < len(runs) else ""
+    return {name: style.tone for name, style in styles([run.name for run in runs], base).items() if name}
 
 
-def draw(runs: Sequence[History], wanted: Wanted) -> Drawn | None:
+def draw(runs: Sequence[History], wanted: Wanted) -> Chart | None:
     """The figure; None if no run has values for it."""
     several, own = len(runs) > 1, tones(runs)
     names = [name for name, read in wanted.curves.items() if any(read(run)[0] for run in runs)]
     if not names:
         return None
-    data: list[dict[str, Any]] = []
+    series: list[Series] = []
     for run in runs:
         for i, name in enumerate(names):
-            points = _thinned(*wanted.curves[name](run))
-            if not points[0]:
+            xs, ys = _thinned(*wanted.curves[name](run))
+            if not xs:
                 continue
-            color = f"var:{own[run.name] if several else tone(i)}"
-            group = run.name if several else name
+            shared: dict[str, Any] = {"tone": own[run.name] if several else tone(i), "group": run.name if several else name}
+            label = run.name if several else name if len(names) > 1 else ""
+            who = f"{run.name}\n" if several else ""
+            hover = [f"{who}{wanted.x} {x:g}, {name}: {y:.5g}" for x, y in zip(xs, ys, strict=True)]
             dash = DASHES[i % len(DASHES)] if several else "solid"
-            data.append(_trace(run if several else None, name, points, group, color, dash, wanted.x))
+            series.append(Series(label=label, x=xs, y=ys, dash=dash, hover=hover, **shared))
             if wanted.marked and i == 0:
-                data += _mark(run, color, group)
+                series += _mark(run, shared)
     caption = wanted.caption
+    last = max(max(one.x) for one in series)
     if several and len(names) > 1:
+        # What the dashes mean, for the legend of a file.
+        dashes = zip(DASHES, names, strict=False)
+        series += [Series(label=name, x=[], y=[], tone="ink", dash=dash) for dash, name in dashes]
         kinds = "; ".join(f"{word}: {name}" for word, name in zip(DASHES_IN_WORDS, names, strict=False))
         caption = f"{caption} {kinds[0].upper()}{kinds[1:]}.".strip()
-    layout: dict[str, Any] = {"xaxis": {"title": {"text": wanted.x}}, "yaxis": _axis(data, wanted)}
-    if several or len(names) == 1:
-        return Drawn(wanted.title, caption, Figure(data, layout, wanted.height))
-    legend = {"orientation": "h", "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom"}
-    room = {"t": 48 if len(names) < 4 else 90}  # for names that need two lines on a phone
-    layout |= {"showlegend": True, "legend": legend, "margin": room}
-    return Drawn(wanted.title, caption, Figure(data, layout, wanted.height, _NARROW | room))
+    return Chart(
+        title=wanted.title,
+        caption=caption,
+        x=Axis(label=wanted.x, ticks=epochs(last) if wanted.x == "epoch" else None),
+        y=Axis(
+            label=wanted.y,
+            from_zero=wanted.zero,
+            log=wanted.log and not wanted.zero and is_wide(y for one in series for y in one.y),
+        ),
+        series=series,
+        legend=not several and len(names) > 1,
+        height=wanted.height,
+    )
 
 
-def _trace(run: History | None, name: str, points: Points, group: str, color: str, dash: str, x: str) -> dict[str, Any]:
-    who = "" if run is None else f"{plot_text(run.name)}<br>"
-    return {
-        "legendgroup": group,
-        "name": plot_text(name),
-        "type": "scatter",
-        "mode": "lines" if len(points[0]) > 1 else "markers",
-        "x": list(points[0]),
-        "y": list(points[1]),
-        "line": {"color": color, "dash": dash, "width": 2},
-        "marker": {"color": color, "size": 7},
-        "hoverinfo": "text",
-        "hovertext": [f"{who}{x} {a:g}, {plot_text(name)}: {b:.5g}" for a, b in zip(*points, strict=True)],
-    }
-
-
-def _mark(run: History, color: str, group: str) -> list[dict[str, Any]]:
+def _mark(run: History, shared: Mapping[str, Any]) -> list[Series]:
     """The epoch that counts, on the curve of validation accuracy."""
     chosen = run.chosen
     line = next((line for line in run.lines if chosen is not None and line.epoch == chosen.epoch), None)
     if chosen is None or line is None:
         return []
-    return [
-        {
-            "legendgroup": group,
-            "showlegend": False,
-            "type": "scatter",
-            "mode": "markers",
-            "x": [line.epoch],
-            "y": [line.val_acc],
-            "marker": {"color": color, "symbol": "star", "size": 13, "line": {"color": "var:paper", "width": 1}},
-            "hoverinfo": "text",
-            "hovertext": [
-                f"{plot_text(run.name)}<br>weights of epoch {plot_text(chosen.text)}: validation {line.val_acc:.2f} %"
-            ],
-        }
-    ]
-
-
-def _axis(data: Sequence[Mapping[str, Any]], wanted: Wanted) -> dict[str, Any]:
-    values = [value for trace in data for value in trace["y"]]
-    axis: dict[str, Any] = {"title": {"text": plot_text(wanted.y)}}
-    if wanted.zero and min(values) >= 0:
-        axis["rangemode"] = "tozero"
-    elif wanted.log and min(values) > 0 and max(values) > WIDE * min(values):
-        axis |= {"type": "log", "exponentformat": "power", "dtick": 1 if max(values) > 100 * min(values) else "D2"}
-    return axis
+    text = f"{run.name}\nweights of epoch {chosen.text}: validation {line.val_acc:.2f} %"
+    star: dict[str, Any] = {"kind": "marks", "symbol": "star", "size": 13.0, "edge": "paper", "hover": [text]}
+    return [Series(x=[line.epoch], y=[line.val_acc], **star, **shared)]
 
 
 def _thinned(xs: Sequence[float], ys: Sequence[float]) -> Points:

@@ -107,7 +107,7 @@ QUANTITIES = (
     _number("lambda_max", "largest eigenvalue of the train loss's Hessian, eval mode", _lambda, ".4g"),
     _number("gradients / step", "gradient evaluations", _of_result("gradient_evaluations"), "g"),
     _number("s / epoch", "median, training only", _median("seconds"), ".3g"),
-    _number("images / s", "median, training only", _median("images_per_second"), ",.0f"),
+    _number("samples / s", "median, training only", _median("images_per_second"), ",.0f"),
     _number("peak memory, GiB", "of the GPU", _memory, ".2f"),
     _number("skipped updates", "not finite", _skipped, "d"),
 )

@@ -5,8 +5,11 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
-from flatmin.report.runs.history import FAILED, History
+from flatmin.report.figures.interactive import embed
+from flatmin.report.html import Cell, Column, Markup, code, facts, heading, legend, notes, page, paragraph, table
+from flatmin.report.runs.curves import charts
 from flatmin.report.runs.figures import tones
+from flatmin.report.runs.history import FAILED, History
 from flatmin.report.runs.numbers import (
     RunProperty,
     alike,
@@ -18,8 +21,6 @@ from flatmin.report.runs.numbers import (
     troubles,
     unlisted,
 )
-from flatmin.report.runs.curves import plots
-from flatmin.report.html import Cell, Column, Markup, code, facts, figure, heading, legend, notes, page, paragraph, table
 
 _NONE = "–"
 
@@ -42,11 +43,11 @@ def render(runs: Sequence[History], *, command: Sequence[str] = ()) -> str:
     body = [paragraph(lead, "lead"), (_several if several else _one)(runs), notes(troubles(runs))]
     if several:
         body += _unlike(runs)
-    shown = plots(runs)
+    shown = charts(runs)
     if several and shown:
-        drawn = {trace["legendgroup"] for plot in shown for trace in plot.figure.data}
+        drawn = {one.group for chart in shown for one in chart.series}
         body.append(legend({name: (name, tone) for name, tone in tones(runs).items() if name in drawn}))
-    body += [heading(plot.title, plot.caption) + figure(plot.figure, plot.title) for plot in shown]
+    body += [heading(chart.title, chart.caption) + embed(chart) for chart in shown]
     if not shown:
         body.append(paragraph("No epoch is finished yet, so there are no curves."))
     title = runs[0].name if not several else f"{len(runs)} runs"

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from flatmin.measure.trace import Density
-from flatmin.report.figures import content as plots
-from flatmin.report.html import Figure, plot_text
+from flatmin.report.figures.chart import Axis, Chart, Series
+from flatmin.report.figures.scales import epochs, is_wide
+from flatmin.report.figures.spectra import density as density_chart
 from flatmin.report.studies.style import FigureSection, StudyStyle
-from flatmin.report.style import WIDE, band, log_axis
+from flatmin.report.style import interval
 from flatmin.stats import PERCENT, UNBOUNDED, Ends, Stat, summarise
 from flatmin.study.finished import FinishedRun
 from flatmin.study.tabulate import StudyRow, StudyTable
@@ -25,7 +26,6 @@ Points = Iterable[tuple[float, float]]
 _BANDS = "Lines are means over the seeds, bands their 95 % intervals, cut where they leave the figure."
 _ROOM = 0.25  # of the range of the means that bands may leave it by
 _HEIGHT = 360
-_EPOCHS = 10  # up to so many have a tick each
 _DENSITY_POINTS = 3  # every third point of a density is drawn
 _RATIOS = {
     "|r| > 1": "ratio_larger",
@@ -43,6 +43,7 @@ class Curve:
     """A figure of one curve a row.
 
     Args:
+        title: of the figure.
         y: what the vertical axis is.
         read: the points of one run of a row.
         x: what the horizontal axis is.
@@ -51,6 +52,7 @@ class Curve:
         metric: whose steps the values have; see `StudyRow`.
     """
 
+    title: str
     y: str
     read: Callable[[StudyRow, FinishedRun], Points]
     x: str = "epoch"
@@ -59,7 +61,7 @@ class Curve:
     metric: str = ""
 
 
-def curve(table: StudyTable, style: StudyStyle, wanted: Curve) -> Figure | None:
+def curve(table: StudyTable, style: StudyStyle, wanted: Curve) -> Chart | None:
     """The figure; None if no run has points for it."""
     curves: list[tuple[StudyRow, dict[float, Stat]]] = []
     for row in table.rows:
@@ -75,45 +77,35 @@ def curve(table: StudyTable, style: StudyStyle, wanted: Curve) -> Figure | None:
         return None
     means = [stat.mean for _, stats in curves for stat in stats.values()]
     low, high = min(means), max(means)
-    log = wanted.log and low > 0 and high > WIDE * low
+    log = wanted.log and is_wide(means)
     room = _ROOM * (high - low) or _ROOM * abs(high) or 1.0
     ends = (low / 2, high * 2) if log else (max(low - room, wanted.ends[0]), min(high + room, wanted.ends[1]))
-    shades = [shade for row, stats in curves for shade in _band(row, stats, style, ends)]
-    data = [*shades, *(_line(row, stats, style, wanted) for row, stats in curves)]
-    axis = log_axis([low, high], plot_text(wanted.y)) if log else {"title": {"text": plot_text(wanted.y)}}
-    few = wanted.x == "epoch" and max(x for _, stats in curves for x in stats) <= _EPOCHS
-    xaxis = {"title": {"text": plot_text(wanted.x)}} | ({"dtick": 1} if few else {})
-    return Figure(data, {"xaxis": xaxis, "yaxis": axis}, _HEIGHT)
+    last = max(x for _, stats in curves for x in stats)
+    return Chart(
+        title=wanted.title,
+        x=Axis(label=wanted.x, ticks=epochs(last) if wanted.x == "epoch" else None),
+        y=Axis(label=wanted.y, log=log),
+        series=[_line(row, stats, style, wanted.x, ends) for row, stats in curves],
+        height=_HEIGHT,
+    )
 
 
-def _band(row: StudyRow, stats: Mapping[float, Stat], style: StudyStyle, ends: Ends) -> list[dict[str, Any]]:
-    """The intervals; nothing if none is known."""
-    if all(math.isnan(stat.half) for stat in stats.values()):
-        return []
-    lows = [math.nan if math.isnan(stat.half) else _short(max(stat.low, ends[0])) for stat in stats.values()]
-    highs = [_short(min(stat.high, ends[1])) for stat in stats.values()]
-    return [style.shared(row) | band(list(stats), lows, highs, style.of(row).color, min(0.14, 1 / len(style.tones)))]
-
-
-def _line(row: StudyRow, stats: Mapping[float, Stat], style: StudyStyle, wanted: Curve) -> dict[str, Any]:
-    """The means."""
-    row_style, label = style.of(row), plot_text(row.label)
-    return style.shared(row) | {
-        "type": "scatter",
-        "mode": "lines" if len(stats) > 1 else "markers",
-        "x": list(stats),
-        "y": [_short(stat.mean) for stat in stats.values()],
-        "hoverinfo": "text",
-        "hovertext": [
-            f"{label}<br>{plot_text(wanted.x)} {x:g}: {_told(stat)} (n = {stat.n})" for x, stat in stats.items()
+def _line(row: StudyRow, stats: Mapping[float, Stat], style: StudyStyle, x: str, ends: Ends) -> Series:
+    """The means, in the band of their intervals where any is known."""
+    lows, highs = interval(list(stats.values()))
+    band = not all(map(math.isnan, lows))
+    cut = [_short(max(low, ends[0])) for low in lows], [_short(min(high, ends[1])) for high in highs]
+    return Series(
+        **style.of(row),
+        x=list(stats),
+        y=[_short(stat.mean) for stat in stats.values()],
+        y_interval=cut if band else None,
+        band=band,
+        hover=[
+            f"{row.label}\n{x} {at:g}: {stat.text('.4g', width='.2g', gap=' ')} (n = {stat.n})"
+            for at, stat in stats.items()
         ],
-        "line": {"color": row_style.color, "dash": row_style.dash, "width": 2},
-        "marker": {"color": row_style.color, "symbol": row_style.symbol, "size": 8},
-    }
-
-
-def _told(stat: Stat) -> str:
-    return stat.text(".4g", width=".2g", gap=" ")
+    )
 
 
 def _short(value: float) -> float:
@@ -122,10 +114,10 @@ def _short(value: float) -> float:
 
 
 def section(
-    table: StudyTable, style: StudyStyle, title: str, caption: str, wanted: Mapping[str, Curve]
+    table: StudyTable, style: StudyStyle, title: str, caption: str, wanted: Iterable[Curve]
 ) -> FigureSection | None:
-    """The figures that there are values for, by name; None if there is none."""
-    drawn = {name: fig for name, one in wanted.items() if (fig := curve(table, style, one)) is not None}
+    """The figures that there are values for; None if there is none."""
+    drawn = [chart for one in wanted if (chart := curve(table, style, one)) is not None]
     if not drawn:
         return None
     return FigureSection(title=title, caption=f"{caption} {_BANDS}", figures=drawn)
@@ -141,8 +133,8 @@ def over_epochs(table: StudyTable, style: StudyStyle) -> FigureSection | None:
 
         return read
 
-    def percent(title: str, name: str) -> Curve:
-        return Curve(y=title, read=line(name), ends=PERCENT, metric=name)
+    def percent(title: str, y: str, name: str) -> Curve:
+        return Curve(title=title, y=y, read=line(name), ends=PERCENT, metric=name)
 
     return section(
         table,
@@ -150,23 +142,23 @@ def over_epochs(table: StudyTable, style: StudyStyle) -> FigureSection | None:
         "Training",
         "Train loss is that of the updates, averaged over the epoch: at w, or at w + ε for methods whose first pass is "
         "not at w. Accuracies are those after the epoch.",
-        {
-            "Train loss": Curve(y="train loss", read=line("train_loss"), ends=(0.0, math.inf), log=True),
-            "Validation accuracy": percent("validation accuracy, %", "val_acc"),
-            "Test accuracy": percent("test accuracy, %", "test_acc"),
-            "Memorised wrong labels": percent("memorised, %", "memorised"),
-        },
+        [
+            Curve(title="Train loss", y="train loss", read=line("train_loss"), ends=(0.0, math.inf), log=True),
+            percent("Validation accuracy", "validation accuracy, %", "val_acc"),
+            percent("Test accuracy", "test accuracy, %", "test_acc"),
+            percent("Memorised wrong labels", "memorised, %", "memorised"),
+        ],
     )
 
 
 def under_perturbation(table: StudyTable, style: StudyStyle) -> FigureSection | None:
     """How many training samples are wrong at w + eps, and how many the ascent turned."""
 
-    def count(name: str) -> Callable[[StudyRow, FinishedRun], Points]:
+    def count(title: str, name: str) -> Curve:
         def read(row: StudyRow, run: FinishedRun) -> Points:
             return [(epoch, mean * _updates(row, run)) for epoch, mean in _by_epoch(run, name)]
 
-        return read
+        return Curve(title=title, y="samples an epoch", read=read, ends=(0.0, math.inf))
 
     return section(
         table,
@@ -174,10 +166,7 @@ def under_perturbation(table: StudyTable, style: StudyStyle) -> FigureSection | 
         "Misclassified under perturbation",
         "Training samples of an epoch that the network gets wrong at w + ε, and those of them that it has right at w: "
         "counted in the updates that were logged, and scaled to the updates of an epoch.",
-        {
-            "Misclassified at w + ε": Curve(y="samples an epoch", read=count("misclassified"), ends=(0.0, math.inf)),
-            "Flipped by the ascent": Curve(y="samples an epoch", read=count("flipped"), ends=(0.0, math.inf)),
-        },
+        [count("Misclassified at w + ε", "misclassified"), count("Flipped by the ascent", "flipped")],
     )
 
 
@@ -199,11 +188,11 @@ def _by_epoch(run: FinishedRun, name: str) -> list[tuple[int, float]]:
 def ratios(table: StudyTable, style: StudyStyle) -> FigureSection | None:
     """The ratio of the perturbed gradient to the first one, entry by entry, through training."""
 
-    def share(name: str) -> Curve:
+    def share(title: str, name: str) -> Curve:
         def read(row: StudyRow, run: FinishedRun) -> Points:
             return [(epoch, 100.0 * mean) for epoch, mean in _by_epoch(run, name)]
 
-        return Curve(y="share of the entries, %", read=read, ends=PERCENT)
+        return Curve(title=title, y="share of the entries, %", read=read, ends=PERCENT)
 
     return section(
         table,
@@ -211,7 +200,7 @@ def ratios(table: StudyTable, style: StudyStyle) -> FigureSection | None:
         "SAM's gradient against SGD's",
         "Shares of the entries of the gradient by their ratio r = gₛ / g, at w + ε over at w: mean of the updates that "
         "were logged in an epoch.",
-        {words: share(name) for words, name in _RATIOS.items()},
+        [share(title, name) for title, name in _RATIOS.items()],
     )
 
 
@@ -233,12 +222,16 @@ def slices(table: StudyTable, style: StudyStyle) -> FigureSection | None:
         style,
         "Slices of the loss",
         "The loss along a line through the trained weights; a point where it is not finite is left out.",
-        {
-            "Along the first eigenvector": Curve(y="loss", x="distance / ‖w‖", read=along("along_v1"), log=True),
-            "Along a random direction": Curve(
-                y="loss", x="multiples of a filter-normalised direction", read=along("along_random"), log=True
+        [
+            Curve(title="Along the first eigenvector", y="loss", x="distance / ‖w‖", read=along("along_v1"), log=True),
+            Curve(
+                title="Along a random direction",
+                y="loss",
+                x="multiples of a filter-normalised direction",
+                read=along("along_random"),
+                log=True,
             ),
-        },
+        ],
     )
 
 
@@ -254,33 +247,36 @@ def spectra(table: StudyTable, style: StudyStyle) -> FigureSection | None:
             sizes += [one["conventions"]["size"] for one in reports if one.get("conventions")]
     if not densities:
         return None
-    drawn = plots.density({str(i): density for i, (_, density) in enumerate(densities)})
-    peak = max(float(line.y.max()) for line in drawn.lines)
+    drawn = density_chart({str(i): density for i, (_, density) in enumerate(densities)})
+    peak = max(y for one in drawn.series for y in one.y)
+    assert drawn.y.range[0] is not None
     # A tenth of what a single eigenvalue of the largest network gives at the kernel's own peak.
-    floor = drawn.low * 1e8 * 0.1 / max(sizes) if sizes and drawn.low is not None else peak * 1e-8
-    data = []
-    for (row, density), line in zip(densities, drawn.lines, strict=True):
-        row_style = style.of(row)
-        pairs = list(zip(line.x.tolist(), line.y.tolist(), strict=True))[::_DENSITY_POINTS]
-        text = f"{plot_text(row.label)} (n = {density.runs})"
-        data.append(
-            style.shared(row)
-            | {
-                "type": "scatter",
-                "mode": "lines",
-                "x": [_short(x) for x, _ in pairs],
-                "y": [_short(y) if y >= floor else None for _, y in pairs],
-                "hoverinfo": "text",
-                "hovertext": [f"{text}<br>λ {x:.4g}: {y:.3g}" if y >= floor else "" for x, y in pairs],
-                "line": {"color": row_style.color, "dash": row_style.dash, "width": 1.8},
-            }
+    floor = drawn.y.range[0] * 1e8 * 0.1 / max(sizes) if sizes else peak * 1e-8
+    series = []
+    for (row, density), line in zip(densities, drawn.series, strict=True):
+        pairs = list(zip(line.x, line.y, strict=True))[::_DENSITY_POINTS]
+        text = f"{row.label} (n = {density.runs})"
+        series.append(
+            Series(
+                **style.of(row),
+                width=1.8,
+                x=[_short(x) for x, _ in pairs],
+                y=[_short(y) if y >= floor else math.nan for _, y in pairs],
+                hover=[f"{text}\nλ {x:.4g}: {y:.3g}" if y >= floor else "" for x, y in pairs],
+            )
         )
-    axis = log_axis([floor, peak], plot_text(drawn.ylabel))
+    chart = replace(
+        drawn,
+        title="Eigenvalue density",
+        y=replace(drawn.y, range=(floor, 2 * peak)),
+        series=series,
+        legend=False,
+    )
     return FigureSection(
         title="Eigenvalue density",
         caption="Density of the Hessian's eigenvalues, the mean of the networks of all seeds, smoothed for the picture "
         "and cut at a tenth of what a single eigenvalue gives; it has no error bars.",
-        figures={"Eigenvalue density": Figure(data, {"xaxis": {"title": {"text": drawn.xlabel}}, "yaxis": axis})},
+        figures=[chart],
     )
 
 

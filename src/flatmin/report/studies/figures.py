@@ -9,25 +9,29 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from flatmin.report.html import Figure, plot_text
-from flatmin.report.studies.style import EVERY, FigureSection, StudyStyle, every_row, listed, point_of, tried_rows
-from flatmin.report.style import band, broken, error_bars, log_axis, number
+from flatmin.report.figures.chart import Axis, Chart, Radar, Series
+from flatmin.report.figures.scales import aside, shifts
+from flatmin.report.studies.style import EVERY, FigureSection, StudyStyle, every_row, tried_rows
+from flatmin.report.style import interval, number
 from flatmin.stats import Stat
 from flatmin.study.tabulate import StudyRow, StudyTable
+from flatmin.train.trainer import build_recipe
 
 _SHARPNESS = ("lambda_max", "lambda_1")
 _SPOKES = ("data", "model")
 _INNER = 0.15  # of the radar's radius, where the smallest mean of an axis is
-_ASIDE = 0.012  # of the place, between marks that would hide each other
-_ROOM = 0.1  # of the place, for all of them together
+_ASIDE, _ROOM = 0.025, 0.16  # of the axis, between marks that would hide each other and for all of them together
 _LOG_FROM = 8.0  # budgets that differ by more than this factor have a logarithmic axis
+_ROWS = 24  # so many can stand below each other
+_APART = 0.16  # of a row, between its two kinds of marks and its middle
+_TICKS = 12  # up to so many radii have a tick each
 
 
 def over_rho(table: StudyTable, style: StudyStyle) -> FigureSection | None:
-    """Accuracy over the radius, a line for each arm and values of its other axes."""
+    """Accuracy over the radius, a line for each arm and values of its other axes; a figure for each geometry."""
     chosen = any(row.grid_point is not None and "rho" in row.grid_point.choose for row in table.rows)
     metric, name = ("val_acc", "validation accuracy") if chosen else ("test_acc", "test accuracy")
-    lines: dict[tuple[object, ...], list[tuple[float, StudyRow]]] = {}
+    geometries: dict[str, dict[tuple[object, ...], list[tuple[float, StudyRow]]]] = {}
     flat: list[StudyRow] = []
     for row in tried_rows(table) if chosen else every_row(table):
         if not row.columns[metric].stat.n:
@@ -37,56 +41,74 @@ def over_rho(table: StudyTable, style: StudyStyle) -> FigureSection | None:
             flat.append(row)
         else:
             key = (row.arm, *(item for item in row.values.items() if item[0] != "rho"))
-            lines.setdefault(key, []).append((rho, row))
-    radii = sorted({rho for line in lines.values() for rho, _ in line})
-    if not any(len({rho for rho, _ in line}) > 1 for line in lines.values()):
+            geometries.setdefault(_geometry(row), {}).setdefault(key, []).append((rho, row))
+    lines_of = {
+        geometry: list(lines.values())
+        for geometry, lines in geometries.items()
+        if any(len({rho for rho, _ in line}) > 1 for line in lines.values())
+    }
+    if not lines_of:
         return None
-    data: list[dict[str, Any]] = []
-    for row in flat:
-        row_style, stat = style.of(row), row.columns[metric].stat
-        ends = [radii[0], radii[-1]]
-        shared = style.shared(row)
-        if not math.isnan(stat.half):
-            data.append(shared | band(ends, [stat.low] * 2, [stat.high] * 2, row_style.color, 0.12))
-        data.append(
-            shared
-            | _scatter("lines", ends, [stat.mean] * 2, [_hover(row.label, "no radius", stat)] * 2)
-            | {"line": {"color": row_style.color, "dash": row_style.dash, "width": 1.5}}
-        )
-    arms = list(dict.fromkeys(line[0][1].arm for line in lines.values()))
-    for line in lines.values():
-        line.sort(key=lambda item: item[0])
-        row = line[0][1]
-        stats = [one.columns[metric].stat for _, one in line]
-        values = {key: value for key, value in point_of(row).items() if key != "rho"}
-        others = listed({key: value for key, value in row.values.items() if key != "rho"})
-        label = f"{row.arm}, {others}" if others else row.arm
-        row_style = style.at(row.arm, values)
-        xs = [rho for rho, _ in line]
-        aside = 1 + (_shift(arms.index(row.arm), len(arms)) if radii[0] > 0 else 0.0)
-        texts = [_hover(label, f"rho {rho:g}", stat) for rho, stat in zip(xs, stats, strict=True)]
-        data.append(
-            style.shared(row, values)
-            | _scatter("lines+markers", [rho * aside for rho in xs], [stat.mean for stat in stats], texts)
-            | {
-                "error_y": error_bars(stats, row_style.color),
-                "line": {"color": row_style.color, "dash": row_style.dash, "width": 2},
-                "marker": {"color": row_style.color, "symbol": row_style.symbol, "size": 9},
-            }
-        )
-    axis: dict[str, Any] = {"title": {"text": "rho"}}
-    if len(radii) <= 10:
-        axis |= {"tickvals": radii, "ticktext": [f"{rho:g}" for rho in radii]}
-    if radii[0] > 0:
-        axis["type"] = "log"
     why = ": rho was chosen by it, so test accuracy would flatter" if chosen else ""
     level = " An arm without a radius is level." if flat else ""
+    apart = " Radii of different geometries do not compare, so each geometry has a figure." if len(lines_of) > 1 else ""
     return FigureSection(
         title="Accuracy over the radius",
         caption=f"Mean {name}{why}; bars: 95 % intervals over the seeds, cut at 0 and 100. Arms stand a little "
-        f"beside each other.{level}",
-        figures={"Accuracy over the radius": Figure(data, {"xaxis": axis, "yaxis": _title(f"{name}, %")})},
+        f"beside each other.{level}{apart}",
+        figures=[
+            _over_one_rho(lines, flat, style, metric, f"{name}, %", geometry if len(lines_of) > 1 else "")
+            for geometry, lines in lines_of.items()
+        ],
     )
+
+
+def _over_one_rho(
+    lines: Sequence[list[tuple[float, StudyRow]]],
+    flat: Sequence[StudyRow],
+    style: StudyStyle,
+    metric: str,
+    ylabel: str,
+    geometry: str,
+) -> Chart:
+    radii = sorted({rho for line in lines for rho, _ in line})
+    low, high, log = radii[0], radii[-1], radii[0] > 0
+    series: list[Series] = []
+    for row in flat:
+        stat = row.columns[metric].stat
+        hover = [_hover(row.label, "no radius", stat)] * 2
+        level: dict[str, Any] = {"y": [stat.mean] * 2, "y_interval": interval([stat] * 2), "band": True, "width": 1.5}
+        series.append(Series(**style.of(row), **level, x=[low, high], hover=hover))
+    arms = list(dict.fromkeys(line[0][1].arm for line in lines))
+    places = dict(zip(arms, shifts(len(arms), _ASIDE / 2, _ROOM / 2), strict=True))
+    for line in lines:
+        line.sort(key=lambda item: item[0])
+        row = line[0][1]
+        stats = [one.columns[metric].stat for _, one in line]
+        own = style.of(row, without=("rho",))
+        series.append(
+            Series(
+                **own,
+                kind="both",
+                size=9.0,
+                x=[aside(rho, places[row.arm], low, high, log) for rho, _ in line],
+                y=[stat.mean for stat in stats],
+                y_interval=interval(stats),
+                hover=[_hover(own["label"], f"rho {rho:g}", stat) for (rho, _), stat in zip(line, stats, strict=True)],
+            )
+        )
+    ticks = {rho: f"{rho:g}" for rho in radii} if len(radii) <= _TICKS else None
+    return Chart(
+        title="Accuracy over the radius" + (f", {geometry}" if geometry else ""),
+        x=Axis(label=f"rho ({geometry})" if geometry else "rho", log=log, ticks=ticks),
+        y=Axis(label=ylabel),
+        series=series,
+    )
+
+
+def _geometry(row: StudyRow) -> str:
+    """The name of the norm in which the row measures rho."""
+    return "" if row.grid_point is None else type(build_recipe(row.grid_point.config).geometry).__name__
 
 
 def _radius(row: StudyRow) -> float | None:
@@ -101,54 +123,52 @@ def over_cost(table: StudyTable, style: StudyStyle) -> FigureSection | None:
     rows = [row for row in table.rows if row.columns["test_acc"].stat.n and row.budget > 0 and row.budget < math.inf]
     if len({round(row.budget) for row in rows}) < 2:
         return None
-    data: list[dict[str, Any]] = []
+    series: list[Series] = []
     for i, point in enumerate(style.points):
-        here = [row for row in rows if point_of(row).items() <= point.items()]
+        here = [row for row in rows if row.point.items() <= point.items()]
         steps = front([(row.budget, row.columns["test_acc"].stat.mean) for row in here])
         if len(here) > 1:
-            data.append(
-                {"points": [str(i)]}
-                | _scatter("lines", [x for x, _ in steps], [y for _, y in steps], ["Pareto front"] * len(steps))
-                | {"line": {"color": "var:soft", "dash": "dot", "width": 1.5, "shape": "hv"}}
-            )
-    for row, aside in zip(rows, _aside(rows, style), strict=True):
-        row_style, stat = style.of(row), row.columns["test_acc"].stat
-        text = f"{row.budget:,.0f} gradients of a batch".replace(",", " ")
-        data.append(
-            style.shared(row)
-            | _scatter("markers", [row.budget * (1 + aside)], [stat.mean], [_hover(row.label, text, stat)])
-            | {
-                "error_y": error_bars([stat], row_style.color),
-                "marker": {"color": row_style.color, "symbol": row_style.symbol, "size": 11},
-            }
-        )
+            x, y = [x for x, _ in steps], [y for _, y in steps]
+            line = Series(x=x, y=y, kind="steps", tone="soft", dash="dot", width=1.5, points=[str(i)])
+            series.append(line)
     budgets = [row.budget for row in rows]
-    name = "gradient evaluations of a run"
-    wide = max(budgets) > _LOG_FROM * min(budgets)
-    axis = log_axis(budgets, name) if wide else _title(name) | {"rangemode": "tozero"}
+    log = max(budgets) > _LOG_FROM * min(budgets)
+    low = min(budgets) if log else 0.0
+    for row, shift in zip(rows, _beside(rows, style), strict=True):
+        stat = row.columns["test_acc"].stat
+        text = f"{row.budget:,.0f} gradients of a batch".replace(",", " ")
+        series.append(
+            Series(
+                **style.of(row),
+                kind="marks",
+                size=9.0,
+                x=[aside(row.budget, shift, low, max(budgets), log)],
+                y=[stat.mean],
+                y_interval=interval([stat]),
+                hover=[_hover(row.label, text, stat)],
+            )
+        )
+    chart = Chart(
+        title="Accuracy over cost",
+        x=Axis(label="gradient evaluations of a run", log=log, from_zero=not log),
+        y=Axis(label="test accuracy, %"),
+        series=series,
+    )
     return FigureSection(
         title="What the accuracy costs",
         caption="Mean test accuracy; bars: 95 % intervals over the seeds, cut at 0 and 100. Dotted: the Pareto front "
         "of the means; differences inside the bars are not significant. Marks of equal cost stand a little beside "
         "each other.",
-        figures={"Accuracy over cost": Figure(data, {"xaxis": axis, "yaxis": _title("test accuracy, %")})},
+        figures=[chart],
     )
 
 
-def _aside(rows: Sequence[StudyRow], style: StudyStyle) -> list[float]:
-    """By what share of its cost a row's mark is moved, so that rows of equal cost do not hide each other."""
+def _beside(rows: Sequence[StudyRow], style: StudyStyle) -> list[float]:
+    """By what share of the axis a row's mark is moved, so that rows of equal cost do not hide each other."""
     together = style.choices()[1] == EVERY
-    keys = [(round(row.budget), *(() if together else point_of(row).items())) for row in rows]
-    shifts = []
-    for i, key in enumerate(keys):
-        count = keys.count(key)
-        shifts.append(_shift(keys[:i].count(key), count))
-    return shifts
-
-
-def _shift(i: int, count: int) -> float:
-    """By what share of its place the i-th of so many marks is moved."""
-    return (i - (count - 1) / 2) * min(_ASIDE, _ROOM / count)
+    keys = [(round(row.budget), *(() if together else row.point.items())) for row in rows]
+    places = {key: iter(shifts(keys.count(key), _ASIDE, _ROOM)) for key in keys}
+    return [next(places[key]) for key in keys]
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -165,35 +185,92 @@ def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return corners
 
 
-def over_sharpness(table: StudyTable, style: StudyStyle) -> FigureSection | None:
-    """The largest Hessian eigenvalue against test accuracy, one point a run."""
-    for metric in _SHARPNESS:
-        data: list[dict[str, Any]] = []
-        for row in table.rows:
-            pairs = [
-                (seed, x, y)
-                for seed, run in row.runs.items()
-                if (x := run.number("test_acc")) is not None and (y := run.number(metric)) is not None and y > 0
-            ]
-            if not pairs:
+def by_seed(table: StudyTable, style: StudyStyle) -> FigureSection | None:
+    """Test accuracy of every seed beside mean and interval of each row; at the best epoch too, where it is a column."""
+    rows = [row for row in table.rows if row.columns["test_acc"].stat.n]
+    if len(style.points) > 1 or not 2 <= len(rows) <= _ROWS or all(row.columns["test_acc"].stat.n < 2 for row in rows):
+        return None
+    both = "test_best" in table.metrics
+    kinds = [("test_acc", "", True, -_APART if both else 0.0)]
+    kinds += [("test_best", ", best epoch", False, _APART)] if both else []
+    series: list[Series] = []
+    for i, row in enumerate(rows):
+        for metric, word, filled, shift in kinds:
+            stat = row.columns[metric].stat
+            if not stat.n:
                 continue
-            row_style = style.of(row)
-            texts = [f"{plot_text(row.label)}, seed {seed}<br>test {x:.2f} %, {metric} {y:.4g}" for seed, x, y in pairs]
-            marker = {"color": row_style.color, "symbol": row_style.symbol, "size": 10, "opacity": 0.85}
-            data.append(
-                style.shared(row)
-                | _scatter("markers", [x for _, x, _ in pairs], [y for _, _, y in pairs], texts)
-                | {"marker": marker | {"line": {"color": "var:paper", "width": 1}}}
+            look: dict[str, Any] = {**style.of(row), "kind": "marks", "filled": filled}
+            seeds = [(seed, x) for seed, run in row.runs.items() if (x := run.number(metric)) is not None]
+            hover = [f"{row.label}{word}, seed {seed}: {x:.2f} %" for seed, x in seeds]
+            small: dict[str, Any] = {**look, "label": "", "size": 6.0, "opacity": 0.6, "hover": hover}
+            series.append(Series(**small, x=[x for _, x in seeds], y=[i + shift] * len(seeds)))
+            mean: dict[str, Any] = {**look, "size": 12.0, "hover": [_hover(row.label + word, "mean", stat)]}
+            mean |= {"x_interval": interval([stat])} | ({} if filled else {"label": ""})
+            series.append(Series(**mean, x=[stat.mean], y=[i + shift]))
+    names = {float(i): name for i, name in enumerate(row.label for row in rows)}
+    open_marks = " Open marks: at the epoch with the best validation accuracy." if both else ""
+    return FigureSection(
+        title="Accuracy of each seed",
+        caption=f"Small marks are seeds, large ones means with their 95 % intervals.{open_marks}",
+        figures=[
+            Chart(
+                title="Accuracy of each seed",
+                x=Axis(label="test accuracy, %"),
+                y=Axis(ticks=names, range=(len(rows) - 0.5, -0.5), grid=False),
+                series=series,
+                height=90 + 44 * max(len(rows), 3),
             )
-        if data:
-            axis = log_axis([y for trace in data for y in trace["y"]], f"{metric} of the loss")
+        ],
+    )
+
+
+def over_sharpness(table: StudyTable, style: StudyStyle) -> FigureSection | None:
+    """The largest Hessian eigenvalue against train loss and test accuracy, one point a run."""
+    for metric in _SHARPNESS:
+        charts = [
+            _sharpness(table, style, metric, "train_ce", "train loss at the end", "Sharpness and train loss"),
+            _sharpness(table, style, metric, "test_acc", "test accuracy, %", "Sharpness and accuracy"),
+        ]
+        figures = [chart for chart in charts if chart is not None]
+        if figures:
             return FigureSection(
-                title="Sharpness against accuracy",
-                caption="The largest eigenvalue of the Hessian and the test accuracy of each run, one mark a seed; the "
-                "vertical axis is logarithmic.",
-                figures={"Sharpness": Figure(data, {"xaxis": _title("test accuracy, %"), "yaxis": axis})},
+                title="Sharpness",
+                caption="The largest eigenvalue of the Hessian of each run, one mark a seed. It falls with the train "
+                "loss, so compare it at equal loss: a small one alone is no sign of a flat minimum.",
+                figures=figures,
             )
     return None
+
+
+def _sharpness(
+    table: StudyTable, style: StudyStyle, metric: str, against: str, xlabel: str, title: str
+) -> Chart | None:
+    log = against == "train_ce"
+    series: list[Series] = []
+    for row in table.rows:
+        pairs = [
+            (seed, x, y)
+            for seed, run in row.runs.items()
+            if (x := run.number(against)) is not None and (y := run.number(metric)) is not None and y > 0
+        ]
+        pairs = [pair for pair in pairs if pair[1] > 0 or not log]
+        if pairs:
+            series.append(
+                Series(
+                    **style.of(row),
+                    kind="marks",
+                    size=10.0,
+                    opacity=0.85,
+                    edge="paper",
+                    x=[x for _, x, _ in pairs],
+                    y=[y for _, _, y in pairs],
+                    hover=[f"{row.label}, seed {seed}\n{against} {x:.4g}, {metric} {y:.4g}" for seed, x, y in pairs],
+                )
+            )
+    if not series:
+        return None
+    vertical = Axis(label=f"{metric} of the loss", log=True)
+    return Chart(title=title, x=Axis(label=xlabel, log=log), y=vertical, series=series)
 
 
 def radar(table: StudyTable, style: StudyStyle) -> FigureSection | None:
@@ -205,56 +282,30 @@ def radar(table: StudyTable, style: StudyStyle) -> FigureSection | None:
     means = {spoke: [row.columns["test_acc"].stat.mean for row in rows if _spoke(row) == spoke] for spoke in spokes}
     polygons: dict[tuple[object, ...], dict[tuple[str, ...], StudyRow]] = {}
     for row in rows:
-        key = (row.arm, *(item for item in point_of(row).items() if item[0] not in _SPOKES))
+        key = (row.arm, *(item for item in row.point.items() if item[0] not in _SPOKES))
         polygons.setdefault(key, {})[_spoke(row)] = row
-    data: list[dict[str, Any]] = []
+    series: list[Series] = []
     for polygon in polygons.values():
-        corners = [(i, spoke) for i, spoke in enumerate(spokes) if spoke in polygon]
+        corners = [(i, polygon[spoke]) for i, spoke in enumerate(spokes) if spoke in polygon]
         corners += corners[:1] if len(corners) == len(spokes) else []
-        row = next(iter(polygon.values()))
-        values = {key: value for key, value in point_of(row).items() if key not in _SPOKES}
-        row_style = style.at(row.arm, values)
-        data.append(
-            style.shared(row, values)
-            | {
-                "type": "scatterpolar",
-                "mode": "lines+markers",
-                "cliponaxis": False,
-                "theta": [360.0 * i / len(spokes) for i, _ in corners],
-                "r": [_scaled(polygon[spoke].columns["test_acc"].stat.mean, means[spoke]) for _, spoke in corners],
-                "hoverinfo": "text",
-                "hovertext": [
-                    _hover(polygon[s].label, "test", polygon[s].columns["test_acc"].stat) for _, s in corners
-                ],
-                "line": {"color": row_style.color, "dash": row_style.dash, "width": 2},
-                "marker": {"color": row_style.color, "symbol": row_style.symbol, "size": 7},
-            }
+        stats = [row.columns["test_acc"].stat for _, row in corners]
+        series.append(
+            Series(
+                **style.of(corners[0][1], without=_SPOKES),
+                kind="both",
+                size=7.0,
+                x=[i for i, _ in corners],
+                y=[_scaled(stat.mean, means[_spoke(row)]) for (_, row), stat in zip(corners, stats, strict=True)],
+                hover=[_hover(row.label, "test", stat) for (_, row), stat in zip(corners, stats, strict=True)],
+            )
         )
-    small = {"showticklabels": False, "ticks": "", "gridcolor": "var:grid", "linecolor": "var:line"}
-    layout = {
-        "polar": {
-            "bgcolor": "var:paper",
-            "radialaxis": small | {"range": [0, 1], "showline": False, "tickvals": [_INNER]},
-            "angularaxis": {
-                "tickvals": [360.0 * i / len(spokes) for i in range(len(spokes))],
-                "ticktext": [
-                    f"{broken(', '.join(spoke), 16, 2)}<br>{min(means[spoke]):.2f}–{max(means[spoke]):.2f}"
-                    for spoke in spokes
-                ],
-                "rotation": 90,
-                "direction": "clockwise",
-                "gridcolor": "var:grid",
-                "linecolor": "var:line",
-            },
-        },
-        "margin": {"l": 90, "r": 90, "t": 50, "b": 50},
-    }
+    names = [f"{', '.join(spoke)}\n{min(means[spoke]):.2f}–{max(means[spoke]):.2f}" for spoke in spokes]
     return FigureSection(
         title="Radar",
         caption="Mean test accuracy in %. Each axis has a scale of its own, from the smallest mean (inner ring) to the "
         "largest (outer ring), so that distances on different axes do not compare and small differences look large; "
         "hovering shows the means with their 95 % intervals over the seeds.",
-        figures={"Radar": Figure(data, layout, 460, {"l": 84, "r": 84, "t": 44, "b": 44})},
+        figures=[Radar(title="Radar", spokes=names, series=series, ring=_INNER)],
     )
 
 
@@ -267,20 +318,5 @@ def _scaled(value: float, among: Sequence[float]) -> float:
     return 1.0 if high == low else _INNER + (1 - _INNER) * (value - low) / (high - low)
 
 
-def _scatter(mode: str, xs: Sequence[float], ys: Sequence[float], texts: Sequence[str]) -> dict[str, Any]:
-    return {
-        "type": "scatter",
-        "mode": mode,
-        "x": list(xs),
-        "y": list(ys),
-        "hoverinfo": "text",
-        "hovertext": list(texts),
-    }
-
-
 def _hover(label: str, where: str, stat: Stat) -> str:
-    return f"{plot_text(label)}<br>{where}: {number(stat, 2)} % (n = {stat.n})"
-
-
-def _title(text: str) -> dict[str, Any]:
-    return {"title": {"text": text}}
+    return f"{label}\n{where}: {number(stat, 2)} % (n = {stat.n})"

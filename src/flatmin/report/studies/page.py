@@ -7,6 +7,7 @@ import re
 import shlex
 from collections.abc import Callable, Sequence
 
+from flatmin.report.figures.interactive import panels
 from flatmin.report.html import (
     Cell,
     Column,
@@ -18,7 +19,6 @@ from flatmin.report.html import (
     legend,
     notes,
     page,
-    panels,
     paragraph,
     table,
     verdicts,
@@ -60,17 +60,17 @@ def render(shown: StudyTable, *, command: Sequence[str] = ()) -> str:
         ModuleNotFoundError: there are figures and plotly is not installed (extra "report").
     """
     style = StudyStyle(shown)
-    sections, failed = _sections(shown, style)
+    drawn, failed = sections(shown, style)
     body = [paragraph(sentence(shown), "lead"), notes(tables.troubles(shown)), verdicts(conclusions.verdicts(shown))]
-    body.append(_table(shown, style))
-    if sections:
+    body.append(_tables(shown, style))
+    if drawn:
         points, at = style.choices()
         body.append(legend({arm: (arm, tone) for arm, tone in style.tones.items()}, points, at=at))
         body.append(paragraph(explanation, "caption") if (explanation := style.explained()) else Markup(""))
-    for section in sections:
+    for section in drawn:
         body += [heading(section.title, section.caption), panels(section.figures)]
     body += _published(shown, style)
-    if not sections:
+    if not drawn:
         body.append(paragraph("No run has numbers for a figure."))
     body += [heading("How to read this"), notes([*tables.remarks(shown), *failed], "")]
     return page(shown.spec.title, body, _foot(shown, command))
@@ -96,11 +96,19 @@ def _counted(count: int, word: str) -> str:
     return f"{count} {word}{'s' * (count != 1)}"
 
 
-def _table(shown: StudyTable, style: StudyStyle) -> Markup:
+def _tables(shown: StudyTable, style: StudyStyle) -> Markup:
+    """The table; a wide one in two, of which the first is about test accuracy."""
     names, rows = tables.header(shown), tables.body(shown)
-    text = [i == 0 or not all(_plain(row[i]) for row in rows) for i in range(len(names))]
-    columns = [Column(name, _hint(name, shown), text=is_text) for name, is_text in zip(names, text, strict=True)]
-    return table(columns, [_cells(row, cells, text, style) for row, cells in zip(shown.rows, rows, strict=True)])
+    made = []
+    for title, places in tables.groups(shown):
+        own = [[row[i] for i in places] for row in rows]
+        text = [k == 0 or not all(_plain(row[k]) for row in own) for k in range(len(places))]
+        columns = [
+            Column(names[i], _hint(names[i], shown), text=is_text) for i, is_text in zip(places, text, strict=True)
+        ]
+        cells = [_cells(row, one, text, style) for row, one in zip(shown.rows, own, strict=True)]
+        made.append((heading(title) if title else Markup("")) + table(columns, cells))
+    return sum(made, Markup(""))
 
 
 def _plain(cell: str) -> bool:
@@ -149,15 +157,16 @@ def _hint(name: str, shown: StudyTable) -> str:
     return "mean over the seeds and half width of the 95 % t interval" if name.endswith("±95 %") else ""
 
 
-def _sections(shown: StudyTable, style: StudyStyle) -> tuple[list[FigureSection], list[str]]:
+def sections(shown: StudyTable, style: StudyStyle) -> tuple[list[FigureSection], list[str]]:
     """The figures; and a sentence for each kind of them that could not be made."""
     makers: dict[str, Callable[[StudyTable, StudyStyle], FigureSection | None]] = {
+        "the accuracy of each seed": study_figures.by_seed,
         "accuracy over the radius": study_figures.over_rho,
         "what the accuracy costs": study_figures.over_cost,
         "the radar": study_figures.radar,
         "curves over the epochs": study_curves.over_epochs,
         "what was measured while training": study_recorded.while_training,
-        "sharpness against accuracy": study_figures.over_sharpness,
+        "sharpness": study_figures.over_sharpness,
         "the eigenvalue density": study_curves.spectra,
         "slices of the loss": study_curves.slices,
         "counts under perturbation": study_curves.under_perturbation,

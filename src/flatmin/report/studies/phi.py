@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,9 +11,9 @@ from torch.nn import functional as F
 
 from flatmin.methods import BiSAMLog, BiSAMTanh
 from flatmin.methods import losses as objectives
-from flatmin.report.html import Figure, plot_text
+from flatmin.report.figures.chart import Axis, Chart, Series
 from flatmin.report.studies.style import FigureSection
-from flatmin.report.style import DASHES, tone
+from flatmin.report.style import tone
 from flatmin.study.tabulate import StudyTable
 from flatmin.train.trainer import build_recipe
 
@@ -41,34 +40,29 @@ def phi(table: StudyTable) -> FigureSection | None:
             names += [row.arm] if row.arm not in names else []
     if not arms:
         return None
-    step = {"x": [-_REACH, 0.0, 0.0, _REACH], "y": [0.0, 0.0, 1.0, 1.0]}
-    data = [_line("0-1 loss", step, "ink", "solid") | {"hoverinfo": "skip"}]
+    series = [Series(label="0-1 loss", x=[-_REACH, 0.0, 0.0, _REACH], y=[0.0, 0.0, 1.0, 1.0], tone="ink")]
     for i, (objective, names) in enumerate(arms.items()):
         one = _curves(objective)
         more = "" if len(names) <= _NAMED else f" and {len(names) - _NAMED} more"
         whose = f"{one.name}: {', '.join(names[:_NAMED])}{more}"
         xs = one.x.tolist()
-        for values, what, dash in ((one.phi, "φ", DASHES[0]), (one.bound, "lower bound", DASHES[2])):
+        for label, values, what, dash in ((whose, one.phi, "φ", "solid"), ("", one.bound, "lower bound", "dot")):
             heights = values.tolist()
-            text = [f"{plot_text(one.name)}<br>{what}({x:.2f}) = {y:.3f}" for x, y in zip(xs, heights, strict=True)]
-            data.append(
-                _line(whose, {"x": xs, "y": heights}, tone(i), dash)
-                | {"hovertext": text, "hoverinfo": "text", "showlegend": dash == DASHES[0]}
-            )
-    room = {"t": 40 + 20 * len(arms)}
-    layout = {
-        "xaxis": {"title": {"text": "F, the margin of a wrong class over the true one"}},
-        "yaxis": {"title": {"text": "loss of a sample"}, "range": [-1.6, 1.15]},
-        "showlegend": True,
-        "legend": {"orientation": "h", "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom"},
-        "margin": room,
-    }
+            text = [f"{one.name}\n{what}({x:.2f}) = {y:.3f}" for x, y in zip(xs, heights, strict=True)]
+            series.append(Series(label=label, x=xs, y=heights, tone=tone(i), dash=dash, hover=text))
+    chart = Chart(
+        title="What BiSAM climbs",
+        x=Axis(label="F, the margin of a wrong class over the true one"),
+        y=Axis(label="loss of a sample", range=(-1.6, 1.15)),
+        series=series,
+        legend=True,
+    )
     return FigureSection(
         title="What BiSAM climbs",
         caption="The 0-1 loss of a sample over the margin F of a wrong class, and the φ that takes its place, with the "
         "parameters of the arms. Dotted: with two classes, the soft maximum (1/μ) log Σ exp(μ φ) less log 2 / μ, which "
         "is never above the 0-1 loss. These are formulas, so there are no error bars.",
-        figures={"What BiSAM climbs": Figure(data, layout, 400, {"l": 48, "r": 8} | room)},
+        figures=[chart],
     )
 
 
@@ -83,8 +77,3 @@ def _curves(objective: BiSAMLog | BiSAMTanh) -> _Phi:
     true = torch.zeros(1, dtype=torch.int64)
     smooth = [objective.ascent(torch.tensor([[0.0, float(at)]], dtype=torch.float64), true) for at in x]
     return _Phi(name=name, x=x, phi=heights, bound=torch.stack(smooth) - math.log(2) / objective.mu)
-
-
-def _line(name: str, points: dict[str, list[float]], color: str, dash: str) -> dict[str, Any]:
-    line = {"color": f"var:{color}", "dash": dash, "width": 2}
-    return {"type": "scatter", "mode": "lines", "name": plot_text(name), "line": line, **points}

@@ -35,7 +35,7 @@ def over_updates(table: StudyTable, style: StudyStyle) -> FigureSection | None:
         "Over the updates",
         "Of the updates that were logged, as SAM.diagnostics() names them; loss is the mean since the one before. If "
         f"more than {POINTS} were logged, a point is the mean of neighbours, at the last of them.",
-        {name: Curve(y=name, x="update", read=read(name), ends=ends_of(name)) for name in names},
+        [Curve(title=name, y=name, x="update", read=read(name), ends=ends_of(name)) for name in names],
     )
 
 
@@ -57,7 +57,7 @@ def while_training(table: StudyTable, style: StudyStyle) -> FigureSection | None
         "Measured while training",
         "Named as in the report of a network; of the weights after an epoch, in eval mode, on "
         f"{record.measure_examples} training samples.{radius}{groups}",
-        {name: Curve(y=name, read=read(name), log=True, ends=ends_of(name)) for name in names},
+        [Curve(title=name, y=name, read=read(name), log=True, ends=ends_of(name)) for name in names],
     )
 
 

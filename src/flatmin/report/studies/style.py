@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flatmin.report.html import NUM_TONES, Figure
-from flatmin.report.style import DASHES, DASHES_IN_WORDS, SYMBOLS, tone
+from flatmin.report.figures.chart import Drawable
+from flatmin.report.html import NUM_TONES
+from flatmin.report.style import DASHES, DASHES_IN_WORDS, SYMBOLS, Style, styles
 from flatmin.study.tabulate import StudyRow, StudyTable
 
 EVERY = ""  # the choice that shows all points
@@ -22,21 +23,12 @@ class FigureSection:
     Args:
         title: of them.
         caption: what they show, and what their error bars are.
-        figures: by name.
+        figures: each with a title of its own.
     """
 
     title: str
     caption: str
-    figures: Mapping[str, Figure]
-
-
-@dataclass(frozen=True, kw_only=True)
-class RowStyle:
-    """The style of a row in figures."""
-
-    color: str
-    symbol: str
-    dash: str
+    figures: Sequence[Drawable]
 
 
 class StudyStyle:
@@ -53,45 +45,46 @@ class StudyStyle:
         arms = list(dict.fromkeys(row.arm for row in table.rows))
         others = [arm for arm in arms if arm != table.spec.baseline]
         self._turn = {arm: others.index(arm) if arm in others else 0 for arm in arms}
-        self.tones = {arm: tone(self._turn[arm]) if arm in others else "tone-0" for arm in arms}
-        points: list[dict[str, str]] = []
+        self.tones = {arm: style.tone for arm, style in styles(arms, table.spec.baseline).items()}
+        points: list[Mapping[str, str]] = []
         for row in table.rows:
-            if point_of(row) not in points:
-                points.append(point_of(row))
+            if row.point not in points:
+                points.append(row.point)
         self.points = [point for point in points if not any(point.items() < other.items() for other in points)]
         self._arms = arms
         self._cycles = len(others) >= NUM_TONES
         self.num_rows = len(table.rows)
 
-    def of(self, row: StudyRow) -> RowStyle:
-        """Of a row."""
-        return self.at(row.arm, point_of(row))
-
-    def at(self, arm: str, values: Mapping[str, str]) -> RowStyle:
+    def at(self, arm: str, values: Mapping[str, str]) -> Style:
         """Of an arm where the axes have these values; arms beyond the number of colours differ by symbol and dash."""
-        place = self.place(values)
+        place = next((i for i, point in enumerate(self.points) if values.items() <= point.items()), 0)
         cycle = self._turn[arm] // (NUM_TONES - 1)
         symbol = self._arms.index(arm) if len(self.points) < 2 else place + 3 * cycle
-        return RowStyle(
-            color=f"var:{self.tones[arm]}",
+        return Style(
+            tone=self.tones[arm],
             symbol=SYMBOLS[symbol % len(SYMBOLS)],
             dash=DASHES[(place + cycle) % len(DASHES)],
         )
 
-    def place(self, values: Mapping[str, str]) -> int:
-        """The first point that agrees with values; 0 if none does."""
-        return next((i for i, point in enumerate(self.points) if values.items() <= point.items()), 0)
-
-    def shared(self, row: StudyRow, values: Mapping[str, str] | None = None) -> dict[str, Any]:
-        """By what the page hides the row's traces.
+    def of(self, row: StudyRow, without: Collection[str] = ()) -> dict[str, Any]:
+        """Label, style, and by what the page shows and hides it: arguments of a row's `Series`.
 
         Args:
             row: the row.
-            values: of the axes that decide where it is shown; default: all of its point.
+            without: axes that the series goes along, or that the figure shows otherwise.
         """
-        own = point_of(row) if values is None else values
-        shown = [str(i) for i, point in enumerate(self.points) if own.items() <= point.items()]
-        return {"legendgroup": row.arm, "points": shown}
+        values = {key: value for key, value in row.point.items() if key not in without}
+        style = self.at(row.arm, values)
+        named = [f"{key}={value}" for key, value in row.values.items() if key not in without]
+        shown = [str(i) for i, point in enumerate(self.points) if values.items() <= point.items()]
+        return {
+            "label": " ".join([row.arm, *named]),
+            "tone": style.tone,
+            "symbol": style.symbol,
+            "dash": style.dash,
+            "group": row.arm,
+            "points": shown,
+        }
 
     def choices(self) -> tuple[dict[str, str], str]:
         """The list of points by key, and the key that is chosen at first; no list for a single point."""
@@ -110,11 +103,6 @@ class StudyStyle:
             return many or "Points of the axes differ by symbol and dash; hover over a mark for its name."
         kinds = zip(SYMBOLS, DASHES_IN_WORDS, self.points, strict=False)
         return "; ".join(f"{symbol}, {dash}: {listed(point)}" for symbol, dash, point in kinds).capitalize() + "."
-
-
-def point_of(row: StudyRow) -> dict[str, str]:
-    """Values of a row that are not chosen on validation."""
-    return dict(row.values) if row.grid_point is None else row.grid_point.point
 
 
 def listed(values: Mapping[str, str]) -> str:

@@ -31,6 +31,7 @@ _LATEX = str.maketrans(
     | {"±": r"$\pm$", "<": "$<$", ">": "$>$", "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\^{}"}
 )
 ABSENT = "-"
+_WIDE = 9  # columns that fit side by side in a page
 CUT = (
     "Intervals are cut where a number cannot go, such as below 0 or above 100 %, and both ends are given then. An "
     "interval from 0 to 100 % means that there are too few seeds."
@@ -51,6 +52,18 @@ def header(table: StudyTable) -> list[str]:
         if _has_published(table, metric):
             titles.append(f"published {title(metric)}")
     return [*titles, *(["time/step"] if _has_time(table) else [])]
+
+
+def groups(table: StudyTable) -> list[tuple[str, list[int]]]:
+    """Which columns stand together where a table must not be wide, under which title; a narrow one is whole."""
+    names = header(table)
+    if len(names) <= _WIDE:
+        return [("", list(range(len(names))))]
+    labels = list(range(1 + len(axes(table)) + bool(table.tried)))
+    first = [i for i, name in enumerate(names) if i not in labels and name.startswith(("rho", "n", "test", "vs ", "p"))]
+    first = [i for i in first if not names[i].endswith("equal grads")]
+    rest = [i for i in range(len(names)) if i not in labels and i not in first]
+    return [("Test accuracy", [*labels, *first]), ("Cost, losses and sharpness", [*labels, *rest])]
 
 
 def _chances(tests: int) -> list[str]:
