@@ -367,11 +367,14 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("words", "message"),
         [
-            (["epoch=3"], r"^unknown key 'epoch'; did you mean 'epochs'\? \(keys: method, "),
+            (["epoch=3"], r"^unknown key 'epoch'; did you mean 'epochs'\? \(parameters of sam: "),
             (["log_evry=3"], r"did you mean 'log_every'\?"),
-            (["model_params=3"], r"^unknown key 'model_params'.* model\.NAME: a keyword of the model\)$"),
+            (
+                ["model_params=3"],
+                r"^unknown key 'model_params'.*; all keys: flatmin settings\)$",
+            ),
             (["params=3"], r"^unknown key 'params'"),
-            (["xyzzy=3"], r"^unknown key 'xyzzy' \(keys: "),
+            (["xyzzy=3"], r"^unknown key 'xyzzy' \(parameters "),
             (["rho.sam=3"], r"^unknown key 'rho.sam'"),
             (["epochs"], r"^'epochs' is not an override; write key=value, for example epochs=10\.$"),
             (["epochs=many"], r"^epochs=many is not a whole number\.$"),
@@ -405,6 +408,8 @@ class TestRefused:
             (["noise_kind=sym"], r"did you mean 'symmetric'\?"),
             (["parallel=dp"], r"^parallel=dp is not known"),
             (["nonfinite=go"], r"^nonfinite=go is not known"),
+            (["schedule_unit=batch"], r"^schedule_unit=batch is not known \(schedule_unit: epoch, step\)$"),
+            (["tf32=maybe"], r"^tf32=maybe is not auto or true or false\.$"),
             (["ascent_sync=some"], r"^ascent_sync=some is not known"),
             (["nesterov=true", "momentum=0"], r"^nesterov=true needs optimizer=sgd and a momentum above 0\.$"),
             (["nesterov=true", "optimizer=adam"], r"^nesterov=true needs optimizer=sgd"),

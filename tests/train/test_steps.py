@@ -452,7 +452,6 @@ class TestSchedulesReachTheOptimizer:
             ({"warmup_lr": 0.1}, r"^warmup_lr = 0\.1 has no effect without a warm-up"),
             ({"lr_min": 0.5}, r"^lr_min must be at most lr = 0\.1"),
             ({"schedule": "diminish1", "schedule_unit": "step"}, r"^diminish1 is defined epoch by epoch"),
-            ({"schedule_unit": "batch"}, r"unknown unit 'batch'"),
         ],
     )
     def test_options_that_do_not_go_together(self, changes, words):

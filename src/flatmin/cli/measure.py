@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from flatmin.measure.report import ReportSettings
     from flatmin.study.measured import NetReport, Unmeasured
 
 _SETTING = re.compile(r"[a-z_]+=")
@@ -77,7 +76,7 @@ def measure(
 
     from flatmin.cli.compare import default_workers
     from flatmin.cli.targets import run_folder
-    from flatmin.measure.report import chosen
+    from flatmin.measure.report import ReportSettings, chosen
     from flatmin.report.html import require_figures
     from flatmin.report.html import write as write_page
     from flatmin.report.measurements import picture as draw_report
@@ -86,7 +85,7 @@ def measure(
     from flatmin.study.measuring import View, find_all, identity, measure_all
     from flatmin.train.files import write_json
     from flatmin.train.fingerprint import environment
-    from flatmin.train.settings import content_hash
+    from flatmin.train.settings import content_hash, read_table
     from flatmin.words import reason
 
     chosen(what)
@@ -102,7 +101,7 @@ def measure(
     runs = find_all(paths, model=model, data=data, key=key)
     view = View(
         what=what,
-        settings=_settings(words),
+        settings=ReportSettings(**read_table(ReportSettings, words)),
         split=split,  # type: ignore[arg-type]
         examples=examples,
         batch=batch,
@@ -244,21 +243,6 @@ def _keep(files: Mapping[str, _File], about: dict[str, object], net: NetReport, 
 def _numbers_in(table: Mapping[str, Any]) -> int:
     sections = [section for net in table.get("nets", []) for section in net["sections"].values()]
     return sum(len(section["quantities"]) + len(section["results"]) for section in sections)
-
-
-def _settings(overrides: Sequence[str]) -> ReportSettings:
-    from flatmin.measure.report import ReportSettings
-    from flatmin.train.settings import field_types, parse, split_override
-    from flatmin.words import suggest
-
-    kinds = field_types(ReportSettings)
-    values = {}
-    for word in overrides:
-        key, text = split_override(word)
-        if key not in kinds:
-            raise ValueError(f"unknown setting {key!r}{suggest(key, kinds)} (settings: {', '.join(kinds)})")
-        values[key] = parse(key, text, kinds[key])
-    return ReportSettings(**values)
 
 
 class _Bar:

@@ -8,7 +8,6 @@ import signal
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -18,6 +17,7 @@ import torch
 
 from flatmin.streams import settle_streams
 from flatmin.study.executors.executor import OnEvent, Reporter, RunOutcome
+from flatmin.study.executors.settings import LocalSettings
 from flatmin.study.executors.signals import ctrl_c_ignored
 from flatmin.study.executors.tasks import Busy, Task, TaskQueue
 from flatmin.study.executors.worker import run_task
@@ -29,8 +29,7 @@ from flatmin.train.sources import check_machine
 START: Final = "spawn"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Local:
+class Local(LocalSettings):
     """Processes of this machine, or this process alone."""
 
     def run(
