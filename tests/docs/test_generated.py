@@ -17,6 +17,7 @@ from tools import generate
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ("README.md", "docs/methods.md", "docs/loops.md", "docs/design.md")
+OTHERS = ("docs/train.md", "docs/study.md", "docs/measure.md")  # nothing of a method stands there
 PART = '''
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +106,7 @@ def test_the_check_fails_for_a_new_import_unless_it_is_for_type_checkers(tmp_pat
 
 def test_a_part_and_a_line_in_the_table_are_all_that_a_method_takes(tmp_path):
     shutil.copytree(ROOT / "src", tmp_path / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-    for name in (*PAGES, "tools/generate.py"):
+    for name in (*PAGES, *OTHERS, "tools/generate.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     methods = tmp_path / "src" / "flatmin" / "methods"
@@ -117,7 +118,7 @@ def test_a_part_and_a_line_in_the_table_are_all_that_a_method_takes(tmp_path):
     generate = str(tmp_path / "tools" / "generate.py")
     found = run(tmp_path, generate, "--check")
     assert found.returncode == 1, found.stderr
-    assert "+| `sign-sam` | Climb along the sign |" in found.stdout and "3 page(s) are behind the code" in found.stdout
+    assert "+| `sign-sam` | Climb along the sign |" in found.stdout and "4 page(s) are behind the code" in found.stdout
     assert not any("sign-sam" in (tmp_path / page).read_text() for page in PAGES)
 
     assert run(tmp_path, generate).returncode == 0
@@ -126,6 +127,7 @@ def test_a_part_and_a_line_in_the_table_are_all_that_a_method_takes(tmp_path):
     assert "| `sign-sam` | d = sign(g), eps = rho d / ‖d‖ | 2 | 1 | 0.05 | | nobody uses it |" in methods_page
     assert "\n25 sign-sam " in methods_page and "stale-sam, sign-sam" in methods_page  # the matrix, and its refusals
     assert "| sign-sam | yes |" in loops
+    assert "sign-sam: Sign SAM. Climb along the sign." in run(tmp_path, "-m", "flatmin", "settings", "sign-sam").stdout
     assert run(tmp_path, generate, "--check").returncode == 0
     use = "import torch, flatmin; flatmin.wrap(torch.optim.SGD([torch.ones(2, requires_grad=True)], 0.1), 'sign-sam'); "
     done = run(tmp_path, "-c", f"{use}from flatmin.methods import Sign; print(flatmin.compose('sign-sam').direction)")

@@ -57,7 +57,7 @@ class RunConfig:
         batch_size: samples of one update, over all processes; the last batch of an epoch may be smaller.
         drop_last: leave out a last batch that is smaller.
         accumulate: parts in which a batch goes through the network, to save memory; their gradients are added up.
-        schedule: how the learning rate falls; see `flatmin.train.schedule.LearningRateSchedule` for the formulas.
+        schedule: how the learning rate falls; `flatmin.train.schedule` has the formulas.
         schedule_unit: change the learning rate after every epoch or after every step.
         warmup: epochs of linear warm-up, may be fractional; 0: none.
         warmup_lr: learning rate at which the warm-up begins.

@@ -82,13 +82,14 @@ def check(owner: Any) -> None:
             at_least(owner, name, rule.low, open_low=rule.open_low, high=rule.high)
 
 
-def keys_of(cls: type, *, values: Mapping[str, Iterable[str]] | None = None) -> list[Key]:
+def keys_of(cls: type, *, values: Mapping[str, Iterable[str]] | None = None, like: Any = None) -> list[Key]:
     """The settings that the fields of a dataclass are.
 
     Args:
         cls: the dataclass. Every field has an entry under "Args:" in its docstring, or in that of a base class; a line
             there without a colon is the heading of the entries below it.
         values: further words that a field can have, by field.
+        like: an object of the class whose values are the defaults. Default: the class's own defaults.
 
     Raises:
         ValueError: a field without an entry.
@@ -105,7 +106,7 @@ def keys_of(cls: type, *, values: Mapping[str, Iterable[str]] | None = None) -> 
             Key(
                 name=field.name,
                 kind=describe(kind),
-                default=_default(field),
+                default=_default(field) if like is None else written(getattr(like, field.name)),
                 help=text,
                 group=group,
                 choices=words or tuple((values or {}).get(field.name, ())),
@@ -115,17 +116,16 @@ def keys_of(cls: type, *, values: Mapping[str, Iterable[str]] | None = None) -> 
 
 
 def keywords_of(function: Callable[..., Any]) -> list[Key]:
-    """The settings that the keywords with a default of a function are; help where its docstring has an entry."""
+    """The settings that the keywords of a function are whose default is a number, text or a truth value."""
     made: Any = getattr(function, "func", function)  # of functools.partial
     fixed = len(getattr(function, "args", ()))
     helps = entries(made.__doc__)
     keys = []
     for name, parameter in list(inspect.signature(made).parameters.items())[fixed:]:
-        if parameter.default is not parameter.empty:
-            default = parameter.default
-            kind = describe(type(default)) if default is not None else ""
+        default = parameter.default
+        if isinstance(default, (bool, int, float, str)):
             text = helps.get(name, ("", ""))[1]
-            keys.append(Key(name=name, kind=kind, default=written(default), help=text))
+            keys.append(Key(name=name, kind=describe(type(default)), default=written(default), help=text))
     return keys
 
 

@@ -19,6 +19,7 @@ from flatmin.train.sources import check_machine
 from flatmin.words import suggest
 
 AUTO = "auto"
+METHOD = "sam"  # of a preset that names none
 _BY_NAME = ("params", "model_params")  # set entry by entry, the latter as model.NAME
 # What "auto", the default, stands for on a device.
 AUTOMATIC: dict[str, dict[str, Scalar]] = {
@@ -54,7 +55,7 @@ def load_run(
     chosen |= {key: value for key, value in given.items() if value is not None}
     radii = settings.coerce("rho", table.pop("rho", {}), Mapping[str, float])
     table = {**table, **chosen}
-    for key, usual in (("method", "sam"), ("plugins", ()), ("params", {}), ("model_params", {})):
+    for key, usual in (("method", METHOD), ("plugins", ()), ("params", {}), ("model_params", {})):
         table[key] = settings.coerce(key, table.get(key, usual), every[key])
     _automatic(table)
     options = {key: table.pop(key) for key in [f.name for f in dataclasses.fields(Options)] if key in table}
