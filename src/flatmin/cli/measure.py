@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from flatmin.cli import completion as complete
 from flatmin.cli.console import make_console
+from flatmin.cli.options import OpenPage, Out, Page, Split, Workers
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,18 +32,22 @@ def measure(
         list[str],
         typer.Argument(
             metavar="RUN... [KEY=VALUE...]",
-            help="Run folders (FOLDER/runs/...) or a file of weights; settings such as top=10 rho=0.1 plane=0.",
+            help="Run folders (FOLDER/runs/...) or a file of weights; settings such as top=10 rho=0.1 plane=0, see "
+            "flatmin settings measure.",
+            autocompletion=complete.words("measure", also=complete.runs),
         ),
     ],
     what: Annotated[
         str,
         typer.Option(
-            help="report, all, or of model,hessian,trace,density,sharpness,flatness,layers,published,landscape."
+            help="report, all, or of model, hessian, trace, density, sharpness, flatness, layers, published, "
+            "landscape, joined by commas.",
+            autocompletion=complete.several_of("measures"),
         ),
     ] = "report",
-    split: Annotated[str, typer.Option(help="train (with the labels of training), val or test.")] = "train",
-    examples: Annotated[int | None, typer.Option(min=1, help="Number of examples (default: all).")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Examples per forward pass.")] = 150,
+    split: Split = "train",
+    examples: Annotated[int | None, typer.Option(metavar="N", min=1, help="Number of examples (default: all).")] = None,
+    batch: Annotated[int, typer.Option(metavar="N", min=1, help="Examples per forward pass.")] = 150,
     params: Annotated[str, typer.Option(help="Patterns of parameter names, separated by commas.")] = "*",
     mode: Annotated[str, typer.Option(help="eval, or train: BatchNorm with batch statistics.")] = "eval",
     dtype: Annotated[
@@ -56,21 +62,21 @@ def measure(
         str | None,
         typer.Option(help="For a file with several matching sets of weights: which one, such as ema or state_dict."),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder of the numbers, the page and the landscapes.")] = Path(
-        "flatmin-measures"
-    ),
-    workers: Annotated[
-        int | None, typer.Option(min=0, help="Processes for several networks (default: one per core).")
-    ] = None,
-    page: Annotated[bool, typer.Option("--page/--no-page", help="Write the HTML page.")] = True,
+    out: Out = Path("flatmin-measures"),
+    workers: Workers = None,
+    page: Page = True,
     png: Annotated[bool, typer.Option("--png", help="Also write the report of each network as a picture.")] = False,
-    open_page: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
+    open_page: OpenPage = False,
 ) -> None:
     """Measure the flatness of trained networks: numbers with their errors, pictures, and a comparison over seeds.
 
     For one network the command prints its report. For several it prints a table by arm, with paired differences to
     sgd. It names what could not be measured and why, and exits with 3; everything else is written. Existing files of
     other networks or settings are not overwritten: new files get a number.
+
+    Examples:
+        flatmin measure RUN
+        flatmin measure RUN RUN2 --what hessian,sharpness top=10 rho=0.1
     """
     import torch
 

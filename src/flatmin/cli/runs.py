@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from flatmin.cli import completion as complete
 from flatmin.cli.console import make_console
+from flatmin.cli.options import AsJson, Runs
 from flatmin.cli.targets import HOME, run_folder
 
 if TYPE_CHECKING:
@@ -39,10 +41,15 @@ _STYLES = {"failed": "yellow", "damaged": "red", "going on": "green"}
 @runs.command("list")
 def list_runs(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The runs are in FOLDER/runs.")] = HOME,
-    sort: Annotated[str, typer.Option(help=f"By {', '.join(_KEYS)}.")] = "when",
-    as_json: Annotated[bool, typer.Option("--json", help="Print only JSON.")] = False,
+    sort: Annotated[str, typer.Option(help=f"By {', '.join(_KEYS)}.", autocompletion=complete.one_of(*_KEYS))] = "when",
+    as_json: AsJson = False,
 ) -> None:
-    """List the runs in a folder."""
+    """List the runs in a folder.
+
+    Examples:
+        flatmin runs list
+        flatmin runs list FOLDER --sort test --json
+    """
     from flatmin.report.runs.listing import entries
     from flatmin.words import suggest
 
@@ -66,13 +73,16 @@ def list_runs(
 
 @runs.command("rm")
 def remove_runs(
-    targets: Annotated[
-        list[str], typer.Argument(metavar="RUN...", help="Run folders, or names of runs in flatmin-runs/runs.")
-    ],
+    targets: Runs,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Also remove runs in progress.")] = False,
 ) -> None:
-    """Remove runs with all files in their folders."""
+    """Remove runs with all files in their folders.
+
+    Examples:
+        flatmin runs rm RUN
+        flatmin runs rm RUN RUN2 --yes
+    """
     from flatmin.report.runs.listing import check_removable, remove, size_of
 
     folders = list({path.resolve(): path for path in map(run_folder, targets)}.values())
@@ -105,6 +115,10 @@ def pack_runs(
 
     Runs that are in the archive stay there; one with another result there is refused. `flatmin study --archive ARCHIVE`
     draws tables and pages from it.
+
+    Examples:
+        flatmin runs pack flatmin-runs results/my-study
+        flatmin runs pack FOLDER ARCHIVE
     """
     from flatmin.study.archive import pack
 
@@ -125,6 +139,10 @@ def unpack_runs(
     """Write the runs of an archive as run folders, without weights, beside those that are there.
 
     The flatmin that trained them takes them for finished, so the same study goes on from them.
+
+    Examples:
+        flatmin runs unpack results/my-study flatmin-runs
+        flatmin runs unpack ARCHIVE FOLDER
     """
     from flatmin.study.archive import unpack
 

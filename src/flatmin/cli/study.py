@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from flatmin.cli import completion as complete
 from flatmin.cli.compare import default_workers
 from flatmin.cli.console import make_console, print_rows
+from flatmin.cli.options import Demo, DryRun, OpenPage, Out, Report, Study, Workers
+from flatmin.cli.targets import HOME
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,16 +29,16 @@ FILES = {"md": "markdown", "csv": "comma_separated", "tex": "latex"}
 
 
 def study(
-    name: Annotated[str, typer.Argument(metavar="STUDY", help="list, a study of the package, or a .toml file.")],
+    name: Study,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="KEY=VALUE", help="Settings of all runs; a list makes an axis: rho=.1,.2 model=resnet20 seed=0..4."
+            metavar="KEY=VALUE",
+            help="Settings of all runs; a list makes an axis: rho=.1,.2 model=resnet20 seed=0..4.",
+            autocompletion=complete.words("train"),
         ),
     ] = None,
-    demo: Annotated[
-        bool, typer.Option("--demo", help="Run the scaled-down version (minutes on two CPU cores).")
-    ] = False,
+    demo: Demo = False,
     baselines: Annotated[
         bool, typer.Option("--baselines", help="Add plain training with more regularisation, and at SAM's cost.")
     ] = False,
@@ -53,31 +56,41 @@ def study(
     train: Annotated[
         bool, typer.Option("--train/--no-train", help="--no-train: sum up the runs that are finished.")
     ] = True,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the runs and their cost, and stop.")] = False,
-    out: Annotated[Path, typer.Option(help="Folder of the runs and the tables.")] = Path("flatmin-runs"),
-    workers: Annotated[
-        int | None, typer.Option(min=0, help="Concurrent runs, each with one thread (default: one per core).")
-    ] = None,
-    executor: Annotated[str, typer.Option(help="local (processes on this machine), ray or slurm; see --on.")] = "local",
+    dry_run: DryRun = False,
+    out: Out = HOME,
+    workers: Workers = None,
+    executor: Annotated[
+        str,
+        typer.Option(
+            help="local (processes on this machine), ray or slurm; see --on.",
+            autocompletion=complete.one_of("local", "ray", "slurm"),
+        ),
+    ] = "local",
     on: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="KEY=VALUE", help="A setting of the executor, e.g. address=HOST:PORT partition=gpu. Repeatable."
+            metavar="KEY=VALUE",
+            help="A setting of the executor, see flatmin settings slurm. Repeatable.",
+            autocompletion=complete.words("executor"),
         ),
     ] = None,
-    report: Annotated[bool, typer.Option("--report/--no-report", help="Write the HTML page.")] = True,
+    report: Report = True,
     table_name: Annotated[
         str | None,
         typer.Option(
             "--table", metavar="NAME", help="Name of the files in OUT/studies (default: the name of the study)."
         ),
     ] = None,
-    open_report: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
+    open_report: OpenPage = False,
 ) -> None:
     """Reproduce a paper's table: train every arm at every grid point with every seed, and write the table.
 
     All studies in a folder share its finished runs, so a study can be extended at any time by more seeds or values.
     After Ctrl-C or a crash the same command continues; interrupted runs resume from their last checkpoint.
+
+    Examples:
+        flatmin study list
+        flatmin study vasso-noise --demo
     """
     from flatmin.report.html import require_figures, write
     from flatmin.report.studies.page import render
