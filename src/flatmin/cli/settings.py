@@ -139,7 +139,7 @@ def _text(section: Section, width: int) -> str:
 
 def _help(key: Key) -> str:
     """The help, with the choices and a long default where it does not name them."""
-    text = key.help.replace("`", "").replace("None:", "none:")
+    text = key.help.replace("`", "")
     values = short(key)
     if values != key.kind and not all(re.search(rf"\b{re.escape(one)}\b", text) for one in key.choices):
         text += f" {'Any' if key.kind.startswith('list') else 'One'} of: {values}."

@@ -107,7 +107,7 @@ def keys_of(cls: type, *, values: Mapping[str, Iterable[str]] | None = None, lik
                 name=field.name,
                 kind=describe(kind),
                 default=_default(field) if like is None else written(getattr(like, field.name)),
-                help=text,
+                help=text.replace("None:", "none:"),  # as one types it
                 group=group,
                 choices=words or tuple((values or {}).get(field.name, ())),
             )

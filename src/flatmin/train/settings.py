@@ -32,7 +32,8 @@ def describe(kind: Any) -> str:
     if _optional(kind) is not None:
         return f"{describe(_optional(kind))} or none"
     if typing.get_origin(kind) is tuple:
-        return f"list of {describe(typing.get_args(kind)[0])}"
+        item = describe(typing.get_args(kind)[0])
+        return f"list of {item}{'s' * item.endswith(('number', 'table'))}"
     if typing.get_origin(kind) in _UNIONS:
         return " or ".join(dict.fromkeys(map(describe, typing.get_args(kind))))
     if typing.get_origin(kind) is Literal:
