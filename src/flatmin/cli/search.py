@@ -46,7 +46,7 @@ def search(
     seeds.
 
     Examples:
-        flatmin search bisam-noise rho=.02..1 --budget 40 --demo
+        flatmin search bisam-noise noise=0.25 rho=.02..1 --budget 300 --demo
         flatmin search empirical model=resnet18 rho=.02..1 lr=.02..1 --budget 4000
     """
     from flatmin.cli.progress import Progress
