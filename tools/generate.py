@@ -1,9 +1,10 @@
-"""Write what pages say about methods, from the table of names, and about files, from their docstrings and imports.
+"""Write what pages say about methods, settings and files, from the table of names, docstrings and imports.
 
     python tools/generate.py            # write the pages that are behind the code
     python tools/generate.py --check    # print what would change, and exit 1 if anything would
 
-A generated part stands between `<!-- generated:NAME -->` and `<!-- /generated:NAME -->`.
+A generated part stands between `<!-- generated:NAME -->` and `<!-- /generated:NAME -->`. The catalogue of all settings
+(`flatmin.cli.catalogue`) is a file of its own.
 """
 
 from __future__ import annotations
@@ -15,13 +16,16 @@ import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from pathlib import Path
 
 import torch
 
 import flatmin
 from flatmin.cli import loops, matrix
+from flatmin.cli.catalogue import FILE, as_text, collect, short
 from flatmin.methods import METHODS, Method, Need, Recipe
+from flatmin.train.keys import Key
 
 ROOT = Path(__file__).resolve().parents[1]
 RULES = {"schedule", "radius", "mask"}
@@ -33,10 +37,10 @@ def main(words: list[str] | None = None, root: Path = ROOT) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a page is behind the code")
     check = parser.parse_args(words).check
     behind = 0
-    for name in dict.fromkeys(page for page, _ in PARTS):
+    for name in (*dict.fromkeys(page for page, _ in PARTS), *FILES):
         page = root / name
-        before = page.read_text(encoding="utf-8")
-        after = refreshed(name, before)
+        before = page.read_text(encoding="utf-8") if page.is_file() else ""
+        after = FILES[name]() if name in FILES else refreshed(name, before)
         if before == after:
             continue
         behind += 1
@@ -173,6 +177,41 @@ def _table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join(re.sub(r" +\|", " |", f"| {' | '.join(line)} |") for line in lines)
 
 
+# -- settings ----------------------------------------------------------------------------------------------------------
+
+DEFINED = cache(collect)  # the catalogue, once
+
+
+def run_settings(_: Mapping[str, Method]) -> str:
+    """A table for each group of the settings of a run."""
+    groups: dict[str, list[Key]] = {}
+    for key in (key for place in ("train", "logging") for key in DEFINED().settings[place].keys):
+        groups.setdefault(key.group, []).append(key)
+    return "\n\n".join(f"### {title}\n\n{setting_table(keys)}" for title, keys in groups.items())
+
+
+def settings_of(*places: str) -> Callable[[Mapping[str, Method]], str]:
+    """The table of the settings of these places, words of `flatmin.cli.catalogue.TITLES`."""
+    return lambda _: "\n\n".join(setting_table(DEFINED().settings[place].keys) for place in places)
+
+
+def setting_table(keys: Iterable[Key]) -> str:
+    """A line for each setting; without columns that would be empty."""
+    rows = [(f"`{key.name}`", _code(key.default), _values(key), key.help) for key in keys]
+    heads = ("setting", "default", "values", "what it is")
+    used = [i for i in range(len(heads)) if any(row[i] for row in rows)]
+    return _table([heads[i] for i in used], [[row[i] for i in used] for row in rows])
+
+
+def _values(key: Key) -> str:
+    values = short(key)
+    return values if values == key.kind else ", ".join(map(_code, values.split(", ")))
+
+
+def _code(text: str) -> str:
+    return f"`{text}`" if text else ""
+
+
 # -- the files of the package ------------------------------------------------------------------------------------------
 
 SOURCES = Path(flatmin.__file__).parent
@@ -295,7 +334,14 @@ PARTS: dict[tuple[str, str], Callable[[Mapping[str, Method]], str]] = {
     ("docs/loops.md", "loops"): loops.as_markdown,
     ("docs/design.md", "picture"): picture,
     ("docs/design.md", "files"): files,
+    ("docs/train.md", "settings"): run_settings,
+    ("docs/measure.md", "settings"): settings_of("measure"),
+    ("docs/study.md", "entries"): settings_of("study"),
+    ("docs/study.md", "measure"): settings_of("view"),
+    ("docs/study.md", "ray"): settings_of("ray"),
+    ("docs/study.md", "slurm"): settings_of("slurm"),
 }
+FILES: dict[str, Callable[[], str]] = {f"src/flatmin/cli/{FILE}": lambda: as_text(DEFINED())}
 
 if __name__ == "__main__":
     raise SystemExit(main())

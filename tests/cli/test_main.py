@@ -1,14 +1,21 @@
 import importlib
 import os
+import re
+import shlex
 import subprocess
 import sys
 import time
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from flatmin.cli import main as cli
 from flatmin.cli.main import app, main
+from flatmin.study.dimensions import read_overrides
+from flatmin.study.expand import grid_points
+from flatmin.study.reading import read_study
+from flatmin.train.preset import load_run
 
 runner = CliRunner()
 
@@ -20,11 +27,41 @@ def run(*words):
     return stop.value.code
 
 
-def test_help_names_every_command():
-    result = runner.invoke(app, ["--help"])
-    assert result.exit_code == 0
-    for command in ("compare", "methods", "doctor"):
+def commands():
+    """Every command that is listed, by its words."""
+    group = typer.main.get_command(app)
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from ((name, sub, one) for sub, one in command.commands.items() if not one.hidden)
+        else:
+            yield name, "", command
+
+
+def test_help_says_what_to_do_first():
+    result = runner.invoke(app, [], env={"COLUMNS": "80"})
+    assert "flatmin train digits method=vasso" in result.output
+    for command in ("compare", "settings", "methods", "doctor"):
         assert command in result.output
+    assert result.output.count("-completion") == 1, "named below the commands, and not among the options"
+
+
+@pytest.mark.parametrize(("name", "sub", "command"), list(commands()), ids=lambda x: x if isinstance(x, str) else "")
+def test_the_help_of_a_command_fits_and_its_examples_are_understood(name, sub, command):
+    """Two examples or more; what they name is there, options and settings are known."""
+    words = [name, sub] if sub else [name]
+    text = runner.invoke(app, [*words, "--help"], env={"COLUMNS": "80"}).output
+    assert text and all(len(line) <= 80 and "…" not in line for line in text.splitlines())
+    examples = re.findall(r"^ *flatmin (.*)$", text.partition("Examples:")[2], re.MULTILINE)
+    assert len(examples) >= 2
+    for example in examples:
+        given = shlex.split(re.sub("   .*| > .*", "", example).strip())
+        assert given[0] == name
+        parsed = command.make_context(name, given[len(words) :]).params if given[: len(words)] == words else {}
+        if name == "train":
+            load_run(parsed["preset"], parsed["overrides"], here=False)
+        if name in ("study", "search") and parsed["name"] != "list":
+            overrides = read_overrides(parsed["overrides"] or [])[1]
+            assert grid_points(read_study(parsed["name"], overrides, demo=parsed["demo"]))
 
 
 def test_help_imports_no_torch():

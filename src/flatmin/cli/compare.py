@@ -8,7 +8,10 @@ from typing import Annotated
 
 import typer
 
+from flatmin.cli import completion as complete
+from flatmin.cli.options import DryRun, Figures, OpenPage, Out, Plugin, Report, Workers
 from flatmin.cli.study import perform
+from flatmin.cli.targets import HOME
 
 
 def compare(
@@ -18,14 +21,24 @@ def compare(
             metavar="KEY=VALUE",
             help="Settings, e.g. epochs=10 optimizer=adamw rho.sam=0.2 theta=0.8; a list such as rho=.1,.2,.4 makes "
             "an axis.",
+            autocompletion=complete.words("train"),
         ),
     ] = None,
-    preset: Annotated[str, typer.Option(help="A study of the package, or a .toml file.")] = "digits",
+    preset: Annotated[
+        str,
+        typer.Option(help="A study of the package, or a .toml file.", autocompletion=complete.presets("study")),
+    ] = "digits",
     method: Annotated[
         list[str] | None,
-        typer.Option("--method", "-m", help="A method, a composition such as vasso+asam, or all. Repeatable."),
+        typer.Option(
+            "--method",
+            "-m",
+            metavar="METHOD",
+            help="A method, a composition such as vasso+asam, or all. Repeatable.",
+            autocompletion=complete.methods,
+        ),
     ] = None,
-    seeds: Annotated[int | None, typer.Option(help="How many seeds.")] = None,
+    seeds: Annotated[int | None, typer.Option(metavar="N", help="How many seeds.")] = None,
     noise: Annotated[
         float | None, typer.Option(help="Share of the training labels that are replaced by wrong ones.")
     ] = None,
@@ -33,22 +46,31 @@ def compare(
         bool | None, typer.Option("--tune/--no-tune", help="Choose rho (or the given axes) on the validation part.")
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="conv, mlp, resnet18, ..., or your own as package.module:function.")
+        str | None,
+        typer.Option(
+            help="conv, mlp, resnet18, ..., or your own as package.module:function.", autocompletion=complete.networks
+        ),
     ] = None,
-    data: Annotated[str | None, typer.Option(help="digits, or your own as package.module:function.")] = None,
-    plugin: Annotated[list[str] | None, typer.Option(help="A module that defines further methods. Repeatable.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the runs and their cost, and stop.")] = False,
-    out: Annotated[Path, typer.Option(help="Folder of the runs and the report.")] = Path("flatmin-runs"),
-    workers: Annotated[
-        int | None, typer.Option(min=0, help="Processes with one thread each (default: one per core).")
+    data: Annotated[
+        str | None,
+        typer.Option(help="digits, or your own as package.module:function.", autocompletion=complete.data),
     ] = None,
-    report: Annotated[bool, typer.Option("--report/--no-report", help="Write the HTML report.")] = True,
-    open_report: Annotated[bool, typer.Option("--open", help="Open the report in a browser.")] = False,
+    plugin: Plugin = None,
+    dry_run: DryRun = False,
+    out: Out = HOME,
+    workers: Workers = None,
+    report: Report = True,
+    figures: Figures = "",
+    open_report: OpenPage = False,
 ) -> None:
     """Train a small network with several methods over several seeds, and print the table and conclusions.
 
     A study with one arm for each method: `flatmin study` has more options. Finished runs are stored in the folder and
     reused; Ctrl-C loses at most the runs in progress.
+
+    Examples:
+        flatmin compare
+        flatmin compare epochs=10 -m sgd -m sam -m vasso+asam --seeds 3
     """
     from flatmin.study.comparison import comparison
     from flatmin.train.settings import parse, split_override
@@ -72,6 +94,7 @@ def compare(
         workers=workers,
         dry_run=dry_run,
         weights=all(kept),
+        figures=figures,
         table_name="comparison",
         page=out / "report.html" if report else None,
         open_page=open_report,

@@ -62,6 +62,10 @@ def doctor() -> None:
     """Print versions, devices, missing packages and how to install them.
 
     The exit code is 1 if a required package is missing or too old.
+
+    Examples:
+        flatmin doctor
+        flatmin doctor > doctor.txt
     """
     problems: list[str] = []
     versions = [

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from flatmin.cli import completion as complete
 from flatmin.cli.console import make_console
+from flatmin.cli.options import AsJson, Run, Split
 from flatmin.cli.targets import run_folder
 
 if TYPE_CHECKING:
@@ -19,27 +21,36 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or the name of a run in flatmin-runs/runs.")],
+    run: Run,
     data: Annotated[
         str | None,
-        typer.Option(help="Another data set, by name or as package.module:function. Default: that of the run."),
+        typer.Option(
+            help="Another data set, by name or as package.module:function (default: that of the run).",
+            autocompletion=complete.data,
+        ),
     ] = None,
     data_dir: Annotated[str | None, typer.Option(help="Folder of its files (default: that of the run).")] = None,
-    split: Annotated[str, typer.Option(help="train (with the labels of training), val or test.")] = "test",
+    split: Split = "test",
     flip_tta: Annotated[
         bool | None,
         typer.Option(
             "--flip-tta/--no-flip-tta", help="Average over image and mirrored image (default: as in the run)."
         ),
     ] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Samples per forward pass.")] = None,
+    batch: Annotated[int | None, typer.Option(metavar="N", min=1, help="Samples per forward pass.")] = None,
     classes: Annotated[bool, typer.Option("--classes", help="Also print the accuracy of every class.")] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print only JSON.")] = False,
+    device: Annotated[
+        str, typer.Option(help="auto, cpu or cuda.", autocompletion=complete.one_of("auto", "cpu", "cuda"))
+    ] = "auto",
+    as_json: AsJson = False,
 ) -> None:
     """Evaluate the weights of a run.
 
     Images of any data set are normalised with the statistics of the run's training data.
+
+    Examples:
+        flatmin eval RUN
+        flatmin eval RUN --data cifar10 --split test --classes
     """
     import torch
 

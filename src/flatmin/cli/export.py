@@ -7,15 +7,21 @@ from typing import Annotated
 
 import typer
 
+from flatmin.cli.options import Run
 from flatmin.cli.targets import run_folder
 
 
 def export(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or the name of a run in flatmin-runs/runs.")],
+    run: Run,
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A file that ends in .pt (state dict) or .safetensors.")],
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
 ) -> None:
-    """Write the weights of a run as a plain state dict, or as safetensors with the settings beside them."""
+    """Write the weights of a run as a plain state dict, or as safetensors with the settings beside them.
+
+    Examples:
+        flatmin export RUN weights.pt
+        flatmin export RUN weights.safetensors --force
+    """
     from flatmin.train.export import export as write
     from flatmin.train.saved import open_run
 

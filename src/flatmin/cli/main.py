@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import traceback
-from typing import Annotated
+from collections.abc import Iterable
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
+from typer.models import CommandInfo
 
 from flatmin.cli.compare import compare
 from flatmin.cli.doctor import doctor
@@ -17,6 +21,7 @@ from flatmin.cli.methods import methods
 from flatmin.cli.original import original
 from flatmin.cli.runs import runs
 from flatmin.cli.search import search
+from flatmin.cli.settings import settings
 from flatmin.cli.show import show
 from flatmin.cli.study import study
 from flatmin.cli.theory import theory
@@ -24,11 +29,30 @@ from flatmin.cli.train import train
 from flatmin.streams import settle_streams, unwritten
 from flatmin.words import explained
 
+
+class _Root(TyperGroup):
+    """The command group; the options that install shell completion are named in the epilog and not listed."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        params: list[Any] = super().get_params(ctx)
+        for param in params:
+            if param.name in ("install_completion", "show_completion"):
+                param.hidden = True
+        return params
+
+
 app = typer.Typer(
     name="flatmin",
-    help="Sharpness-aware training for PyTorch: train, compare methods, measure what they did.",
+    cls=_Root,
+    help="""Sharpness-aware training for PyTorch: train, compare methods, measure what they did.
+
+    First steps:
+      flatmin compare                     SGD, SAM and VaSSO on small data, minutes
+      flatmin train digits method=vasso   one run; its settings: flatmin settings
+      flatmin measure RUN                 how flat the trained network is
+    """,
+    epilog="Help on a command: flatmin COMMAND --help\nShell completion:  flatmin --install-completion",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -42,9 +66,26 @@ app.command()(show)
 app.command("eval")(evaluate)
 app.command()(export)
 app.add_typer(runs, name="runs")
-app.add_typer(theory, name="theory")
+app.command()(settings)
 app.command()(methods)
+app.add_typer(theory, name="theory")
 app.command()(doctor)
+
+
+def _describe(commands: Iterable[CommandInfo]) -> None:
+    """Set the help of commands from their docstrings: paragraphs, and below the options the examples."""
+    for command in commands:
+        text, _, examples = inspect.cleandoc(getattr(command.callback, "__doc__", None) or "").partition(
+            "\nExamples:\n"
+        )
+        paragraphs = [" ".join(paragraph.split()) for paragraph in text.split("\n\n")]
+        command.help = "\n\n".join(paragraphs)
+        lines = [line.strip() for line in examples.splitlines() if line.strip()]
+        command.epilog = "\n  ".join(["Examples:", *lines]) if lines else None
+
+
+for group in (app, runs, theory):
+    _describe(group.registered_commands)
 
 
 def _version(wanted: bool) -> None:

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from flatmin.cli import completion as complete
 from flatmin.cli.console import make_console
+from flatmin.cli.options import Figures, OpenPage, Out, Page, Split, Workers
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from flatmin.measure.report import ReportSettings
     from flatmin.study.measured import NetReport, Unmeasured
 
 _SETTING = re.compile(r"[a-z_]+=")
@@ -31,18 +32,22 @@ def measure(
         list[str],
         typer.Argument(
             metavar="RUN... [KEY=VALUE...]",
-            help="Run folders (FOLDER/runs/...) or a file of weights; settings such as top=10 rho=0.1 plane=0.",
+            help="Run folders (FOLDER/runs/...) or a file of weights; settings such as top=10 rho=0.1 plane=0, see "
+            "flatmin settings measure.",
+            autocompletion=complete.words("measure", also=complete.runs),
         ),
     ],
     what: Annotated[
         str,
         typer.Option(
-            help="report, all, or of model,hessian,trace,density,sharpness,flatness,layers,published,landscape."
+            help="report, all, or of model, hessian, trace, density, sharpness, flatness, layers, published, "
+            "landscape, joined by commas.",
+            autocompletion=complete.several_of("measures"),
         ),
     ] = "report",
-    split: Annotated[str, typer.Option(help="train (with the labels of training), val or test.")] = "train",
-    examples: Annotated[int | None, typer.Option(min=1, help="Number of examples (default: all).")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Examples per forward pass.")] = 150,
+    split: Split = "train",
+    examples: Annotated[int | None, typer.Option(metavar="N", min=1, help="Number of examples (default: all).")] = None,
+    batch: Annotated[int, typer.Option(metavar="N", min=1, help="Examples per forward pass.")] = 150,
     params: Annotated[str, typer.Option(help="Patterns of parameter names, separated by commas.")] = "*",
     mode: Annotated[str, typer.Option(help="eval, or train: BatchNorm with batch statistics.")] = "eval",
     dtype: Annotated[
@@ -57,31 +62,28 @@ def measure(
         str | None,
         typer.Option(help="For a file with several matching sets of weights: which one, such as ema or state_dict."),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder of the numbers, the page and the landscapes.")] = Path(
-        "flatmin-measures"
-    ),
-    workers: Annotated[
-        int | None, typer.Option(min=0, help="Processes for several networks (default: one per core).")
-    ] = None,
-    page: Annotated[bool, typer.Option("--page/--no-page", help="Write the HTML page.")] = True,
+    out: Out = Path("flatmin-measures"),
+    workers: Workers = None,
+    page: Page = True,
     png: Annotated[bool, typer.Option("--png", help="Also write the report of each network as a picture.")] = False,
-    figures: Annotated[
-        str,
-        typer.Option(help="Also write the figures as files for papers: svg, pdf or png, or several: svg,pdf."),
-    ] = "",
-    open_page: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
+    figures: Figures = "",
+    open_page: OpenPage = False,
 ) -> None:
     """Measure the flatness of trained networks: numbers with their errors, pictures, and a comparison over seeds.
 
     For one network the command prints its report. For several it prints a table by arm, with paired differences to
     sgd. It names what could not be measured and why, and exits with 3; everything else is written. Existing files of
     other networks or settings are not overwritten: new files get a number.
+
+    Examples:
+        flatmin measure RUN
+        flatmin measure RUN RUN2 --what hessian,sharpness top=10 rho=0.1
     """
     import torch
 
     from flatmin.cli.study import default_workers
     from flatmin.cli.targets import run_folder
-    from flatmin.measure.report import chosen
+    from flatmin.measure.report import ReportSettings, chosen
     from flatmin.report.figures import static
     from flatmin.report.figures.files import endings
     from flatmin.report.html import require_figures
@@ -93,7 +95,7 @@ def measure(
     from flatmin.study.measuring import View, find_all, identity, measure_all
     from flatmin.train.files import write_json
     from flatmin.train.fingerprint import environment
-    from flatmin.train.settings import content_hash
+    from flatmin.train.settings import content_hash, read_table
     from flatmin.words import reason
 
     chosen(what)
@@ -110,7 +112,7 @@ def measure(
     runs = find_all(paths, model=model, data=data, key=key)
     view = View(
         what=what,
-        settings=_settings(words),
+        settings=ReportSettings(**read_table(ReportSettings, words)),
         split=split,  # type: ignore[arg-type]
         examples=examples,
         batch=batch,
@@ -257,21 +259,6 @@ def _keep(files: Mapping[str, _File], about: dict[str, object], net: NetReport, 
 def _numbers_in(table: Mapping[str, Any]) -> int:
     sections = [section for net in table.get("nets", []) for section in net["sections"].values()]
     return sum(len(section["quantities"]) + len(section["results"]) for section in sections)
-
-
-def _settings(overrides: Sequence[str]) -> ReportSettings:
-    from flatmin.measure.report import ReportSettings
-    from flatmin.train.settings import field_types, parse, split_override
-    from flatmin.words import suggest
-
-    kinds = field_types(ReportSettings)
-    values = {}
-    for word in overrides:
-        key, text = split_override(word)
-        if key not in kinds:
-            raise ValueError(f"unknown setting {key!r}{suggest(key, kinds)} (settings: {', '.join(kinds)})")
-        values[key] = parse(key, text, kinds[key])
-    return ReportSettings(**values)
 
 
 class _Bar:

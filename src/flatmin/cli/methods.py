@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from flatmin.cli import completion as complete
 from flatmin.cli.console import make_console
+from flatmin.cli.options import Plugin
 from flatmin.report.terminal import print_table
 
 if TYPE_CHECKING:
@@ -20,11 +22,14 @@ RULES = ("schedule", "radius", "mask")
 
 def methods(
     name: Annotated[
-        str | None, typer.Argument(help="A method or a composition such as vasso+asam, to print its parts.")
+        str | None,
+        typer.Argument(
+            metavar="METHOD",
+            help="A method or a composition such as vasso+asam, to print its parts.",
+            autocompletion=complete.methods,
+        ),
     ] = None,
-    plugin: Annotated[
-        list[str] | None, typer.Option(help="An importable module that defines further methods. Repeatable.")
-    ] = None,
+    plugin: Plugin = None,
     matrix: Annotated[
         bool, typer.Option("--matrix", help="Print which pairs of names compose, and why others do not.")
     ] = False,
@@ -33,7 +38,12 @@ def methods(
     ] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the matrix, or the loops, as Markdown.")] = False,
 ) -> None:
-    """List every method with its formula, cost, needs, defaults and paper; or show one recipe part by part."""
+    """List every method with its formula, cost, needs, defaults and paper; or show one recipe part by part.
+
+    Examples:
+        flatmin methods vasso+bisam-log+asam
+        flatmin methods --matrix
+    """
     from flatmin.cli import loops as served
     from flatmin.cli import matrix as pairs
     from flatmin.methods import compose, method_table

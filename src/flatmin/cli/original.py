@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from flatmin.cli import completion as complete
+from flatmin.cli.options import Again, Download, DryRun, Out, Resume
 from flatmin.cli.train import RUNS, perform
 
 
 def original(
-    project: Annotated[str, typer.Argument(metavar="PROJECT", help="list, or one of the listed projects.")],
+    project: Annotated[
+        str,
+        typer.Argument(
+            metavar="PROJECT",
+            help="list, or one of the listed projects.",
+            autocompletion=complete.originals,
+        ),
+    ],
     command: Annotated[
         list[str] | None,
         typer.Argument(metavar="FLAGS", help="Flags of its script, unchanged; a leading `python SCRIPT` is ignored."),
@@ -20,20 +28,23 @@ def original(
     settings: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", metavar="KEY=VALUE", help="Further settings of flatmin train, one per option. Repeatable."
+            "--set",
+            metavar="KEY=VALUE",
+            help="Further settings of flatmin train, one per option. Repeatable.",
+            autocompletion=complete.words("train", "logging"),
         ),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the translation and stop.")] = False,
-    out: Annotated[Path, typer.Option(help="Folder of the runs.")] = RUNS,
-    download: Annotated[bool, typer.Option("--download", help="Download missing data.")] = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue from the last good checkpoint, if there is one.")
-    ] = False,
-    again: Annotated[bool, typer.Option("--again", help="Start over where a run exists already.")] = False,
+    dry_run: DryRun = False,
+    out: Out = RUNS,
+    download: Download = False,
+    resume: Resume = False,
+    again: Again = False,
 ) -> None:
     """Translate a research repository's command line to `flatmin train` settings and run it.
 
-    flatmin original vasso python train.py --opt vasso-sgd --dataset CIFAR10_cutout
+    Examples:
+        flatmin original list
+        flatmin original vasso --opt vasso-sgd --dataset CIFAR10_cutout --dry-run
     """
     from flatmin.originals.project import check
     from flatmin.originals.projects import PROJECTS, find_project

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from flatmin.cli import completion as complete
 from flatmin.cli.console import make_console
+from flatmin.cli.options import AsJson
 from flatmin.cli.targets import HOME, run_folder
 from flatmin.report.terminal import print_table, print_text
 
@@ -40,10 +42,15 @@ _STYLES = {"failed": "yellow", "damaged": "red", "going on": "green"}
 @runs.command("list")
 def list_runs(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The runs are in FOLDER/runs.")] = HOME,
-    sort: Annotated[str, typer.Option(help=f"By {', '.join(_KEYS)}.")] = "when",
-    as_json: Annotated[bool, typer.Option("--json", help="Print only JSON.")] = False,
+    sort: Annotated[str, typer.Option(help=f"By {', '.join(_KEYS)}.", autocompletion=complete.one_of(*_KEYS))] = "when",
+    as_json: AsJson = False,
 ) -> None:
-    """List the runs in a folder."""
+    """List the runs in a folder.
+
+    Examples:
+        flatmin runs list
+        flatmin runs list FOLDER --sort test --json
+    """
     from flatmin.report.runs.listing import entries
     from flatmin.words import suggest
 
@@ -70,7 +77,12 @@ def list_runs(
 @runs.command("rm")
 def remove_runs(
     targets: Annotated[
-        list[str] | None, typer.Argument(metavar="RUN...", help="Run folders, or names of runs in flatmin-runs/runs.")
+        list[str] | None,
+        typer.Argument(
+            metavar="RUN...",
+            help="Run folders, or names of runs in flatmin-runs/runs.",
+            autocompletion=complete.runs,
+        ),
     ] = None,
     stale: Annotated[
         bool,
@@ -85,6 +97,10 @@ def remove_runs(
 
     Runs of studies are stale if flatmin, torch, your own modules or the data have changed since: a study trains them
     again, and keeps them beside the new ones.
+
+    Examples:
+        flatmin runs rm RUN RUN2 --yes
+        flatmin runs rm --stale flatmin-runs
     """
     from flatmin.report.runs.listing import check_removable, remove, size_of
 
@@ -145,6 +161,10 @@ def pack_runs(
 
     Runs that are in the archive stay there; one with another result there is refused. `flatmin study --archive ARCHIVE`
     draws tables and pages from it.
+
+    Examples:
+        flatmin runs pack flatmin-runs results/my-study
+        flatmin runs pack FOLDER ARCHIVE
     """
     from flatmin.study.archive import pack
 
@@ -165,6 +185,10 @@ def unpack_runs(
     """Write the runs of an archive as run folders, without weights, beside those that are there.
 
     The flatmin that trained them takes them for finished, so the same study goes on from them.
+
+    Examples:
+        flatmin runs unpack results/my-study flatmin-runs
+        flatmin runs unpack ARCHIVE FOLDER
     """
     from flatmin.study.archive import unpack
 

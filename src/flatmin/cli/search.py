@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from flatmin.cli import completion as complete
 from flatmin.cli.console import make_console
+from flatmin.cli.options import Demo, Download, Out, Study, Workers
 from flatmin.cli.study import default_workers
+from flatmin.cli.targets import HOME
 from flatmin.report.terminal import print_table
 
 if TYPE_CHECKING:
@@ -19,30 +22,34 @@ if TYPE_CHECKING:
 
 
 def search(
-    name: Annotated[str, typer.Argument(metavar="STUDY", help="A study of the package, or a .toml file.")],
+    name: Study,
     overrides: Annotated[
         list[str],
         typer.Argument(
             metavar="KEY=LOW..HIGH",
             help="Ranges to search: lr=.01..1 rho=.01..1 weight_decay=1e-5..1e-2, or choices: batch_size=64,128. "
-            "key=value sets it for all runs; seed=0,1 are the seeds of each trial (one by default).",
+            "KEY=VALUE sets it for all runs; seed=0,1 are the seeds of each trial (one by default).",
+            autocompletion=complete.words("train"),
         ),
     ],
-    budget: Annotated[float, typer.Option(min=1, help="Gradient evaluations per arm, in epochs of plain training.")],
-    demo: Annotated[bool, typer.Option("--demo", help="Search in the scaled-down version of the study.")] = False,
-    out: Annotated[Path, typer.Option(help="Folder of the runs and of the resulting study.")] = Path("flatmin-runs"),
-    download: Annotated[
-        bool, typer.Option("--download", help="Download the data if they are not in data_dir.")
-    ] = False,
-    workers: Annotated[
-        int | None, typer.Option(min=0, help="Processes with one thread each (default: one per core).")
-    ] = None,
+    budget: Annotated[
+        float,
+        typer.Option(metavar="N", min=1, help="Gradient evaluations per arm, in epochs of plain training; at least 1."),
+    ],
+    demo: Demo = False,
+    out: Out = HOME,
+    download: Download = False,
+    workers: Workers = None,
 ) -> None:
     """Search for settings of every arm of a study, each arm with the same number of gradient evaluations.
 
     A method with two evaluations per update gets half as many trials. The runs are stored: the same command reuses
     them, and one with a larger budget continues the search. The command writes a study with the best settings and new
     seeds.
+
+    Examples:
+        flatmin search bisam-noise noise=0.25 rho=.02..1 --budget 300 --demo
+        flatmin search empirical model=resnet18 rho=.02..1 lr=.02..1 --budget 4000
     """
     from flatmin.cli.progress import Progress
     from flatmin.study.dimensions import read_overrides

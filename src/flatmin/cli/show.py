@@ -9,27 +9,27 @@ from typing import Annotated
 import typer
 
 from flatmin.cli.console import make_console
+from flatmin.cli.options import Figures, OpenPage, Page, Runs
 from flatmin.cli.targets import HOME, run_folder
 
 
 def show(
-    runs: Annotated[
-        list[str], typer.Argument(metavar="RUN...", help="Run folders, or names of runs in flatmin-runs/runs.")
-    ],
-    page: Annotated[bool, typer.Option("--page/--no-page", help="Write the HTML page.")] = True,
+    runs: Runs,
+    page: Page = True,
     out: Annotated[
         Path | None,
         typer.Option(help="File of the page (default: RUN/show.html; flatmin-runs/show.html for several runs)."),
     ] = None,
-    figures: Annotated[
-        str,
-        typer.Option(help="Also write the figures as files for papers: svg, pdf or png, or several: svg,pdf."),
-    ] = "",
-    open_page: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
+    figures: Figures = "",
+    open_page: OpenPage = False,
 ) -> None:
     """Summarise runs: numbers, curves, and differences of their settings.
 
     Unfinished runs are shown as far as they have come.
+
+    Examples:
+        flatmin show RUN
+        flatmin show RUN RUN2 --out both.html --open
     """
     from flatmin.report.figures.files import endings, save_all
     from flatmin.report.html import require_figures, write

@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from flatmin.cli import completion as complete
 from flatmin.cli.console import make_console
+from flatmin.cli.options import Demo, Download, DryRun, Figures, OpenPage, Out, Report, Study, Workers
+from flatmin.cli.targets import HOME
 from flatmin.report.terminal import print_table, print_text
 
 if TYPE_CHECKING:
@@ -27,16 +30,16 @@ MAX_WORKERS = 8  # each one loads torch; more rarely pays
 
 
 def study(
-    name: Annotated[str, typer.Argument(metavar="STUDY", help="list, a study of the package, or a .toml file.")],
+    name: Study,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="KEY=VALUE", help="Settings of all runs; a list makes an axis: rho=.1,.2 model=resnet20 seed=0..4."
+            metavar="KEY=VALUE",
+            help="Settings of all runs; a list makes an axis: rho=.1,.2 model=resnet20 seed=0..4.",
+            autocompletion=complete.words("train"),
         ),
     ] = None,
-    demo: Annotated[
-        bool, typer.Option("--demo", help="Run the scaled-down version (minutes on two CPU cores).")
-    ] = False,
+    demo: Demo = False,
     baselines: Annotated[
         bool, typer.Option("--baselines", help="Add plain training with more regularisation, and at SAM's cost.")
     ] = False,
@@ -57,31 +60,43 @@ def study(
     train: Annotated[
         bool, typer.Option("--train/--no-train", help="--no-train: sum up the runs that are finished.")
     ] = True,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the runs and their cost, and stop.")] = False,
-    out: Annotated[Path, typer.Option(help="Folder of the runs and the tables.")] = Path("flatmin-runs"),
-    workers: Annotated[
-        int | None, typer.Option(min=0, help="Concurrent runs, each with one thread (default: one per core).")
-    ] = None,
-    executor: Annotated[str, typer.Option(help="local (processes on this machine), ray or slurm; see --on.")] = "local",
+    dry_run: DryRun = False,
+    out: Out = HOME,
+    download: Download = False,
+    workers: Workers = None,
+    executor: Annotated[
+        str,
+        typer.Option(
+            help="local (processes on this machine), ray or slurm; see --on.",
+            autocompletion=complete.one_of("local", "ray", "slurm"),
+        ),
+    ] = "local",
     on: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="KEY=VALUE", help="A setting of the executor, e.g. address=HOST:PORT partition=gpu. Repeatable."
+            metavar="KEY=VALUE",
+            help="A setting of the executor, see flatmin settings slurm. Repeatable.",
+            autocompletion=complete.words("executor"),
         ),
     ] = None,
-    report: Annotated[bool, typer.Option("--report/--no-report", help="Write the HTML page.")] = True,
+    report: Report = True,
+    figures: Figures = "",
     table_name: Annotated[
         str | None,
         typer.Option(
             "--table", metavar="NAME", help="Name of the files in OUT/studies (default: the name of the study)."
         ),
     ] = None,
-    open_report: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
+    open_report: OpenPage = False,
 ) -> None:
     """Reproduce a paper's table: train every arm at every grid point with every seed, and write the table.
 
     All studies in a folder share its finished runs, so a study can be extended at any time by more seeds or values.
     After Ctrl-C or a crash the same command continues; interrupted runs resume from their last checkpoint.
+
+    Examples:
+        flatmin study list
+        flatmin study vasso-noise --demo
     """
     from flatmin.study.baselines import with_baselines
     from flatmin.study.executors import executor_settings
@@ -111,6 +126,8 @@ def study(
         train=train,
         retry=retry,
         archive=archive,
+        download=download,
+        figures=figures,
         executor=executor,
         settings=settings,
         table_name=files,
@@ -131,7 +148,9 @@ def perform(
     train: bool = True,
     retry: bool = False,
     archive: Path | None = None,
+    download: bool = False,
     weights: bool = True,
+    figures: str = "",
     executor: str = "local",
     settings: Mapping[str, Any] | None = None,
 ) -> None:
@@ -148,6 +167,8 @@ def perform(
         train: False: sum up what is finished.
         retry: repeat failed runs and incomplete reports.
         archive: of finished runs.
+        download: get data that are missing.
+        figures: endings of the files that the figures are written to; "" for none.
         weights: whether runs keep their trained weights.
         executor: where runs are executed.
         settings: of the executor.
@@ -156,7 +177,10 @@ def perform(
         ValueError: options that contradict each other, and what the plan raises.
         typer.Exit: Ctrl-C.
     """
+    from flatmin.cli.training import Training
+    from flatmin.report.figures.files import endings
     from flatmin.report.html import require_figures, write
+    from flatmin.report.studies.files import save_figures
     from flatmin.report.studies.page import render
     from flatmin.study.comparison import without_unfit
     from flatmin.study.expand import grid_points
@@ -165,6 +189,7 @@ def perform(
     console = make_console()
     if page is not None and not dry_run:
         require_figures()
+    kinds = endings(figures) if figures else ()
     asked = any((settings or {}).get(key) for key in ("gpus", "gpus_per_node"))
     if asked and any(grid_point.config.device == "cpu" for grid_point in grid_points(spec)):
         raise ValueError(
@@ -174,7 +199,17 @@ def perform(
     if retry and not train:
         raise ValueError("--retry does runs again, and --no-train does none; leave out one of them.")
     spec = without_unfit(spec)
-    todo = plan(spec, out, make=train and not dry_run, retry=retry, archive=archive, weights=weights)
+    with Training(console) as display:
+        todo = plan(
+            spec,
+            out,
+            make=train and not dry_run,
+            retry=retry,
+            archive=archive,
+            download=download,
+            progress=display.downloading,
+            weights=weights,
+        )
     workers = default_workers() if workers is None else workers
     if dry_run:
         _describe(todo, workers, console)
@@ -188,6 +223,9 @@ def perform(
     show_table(table, console)
     others = "".join(f", {path.name.removeprefix(table_name)}" for path in files[1:])
     console.print(f"\nTables: {files[0]}{others}", markup=False, soft_wrap=True)
+    drawn = save_figures(table, out / "studies" / f"{table_name}-figures", kinds) if kinds else []
+    if drawn:
+        console.print(f"Figures: {drawn[0].parent} ({len(drawn)} files)", markup=False, soft_wrap=True)
     if page is not None:
         console.print(f"Report: {page}", markup=False, soft_wrap=True)
     if open_page and page is not None:

@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from flatmin.cli.console import make_console
+from flatmin.cli.options import Out
 from flatmin.report.terminal import print_table
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 HOME = Path("flatmin-theory")
 WORDS = ("list", "all", "check", "rules")
 
-Out = Annotated[Path, typer.Option(metavar="FOLDER", help="Folder of the figures.")]
 Png = Annotated[bool, typer.Option("--png", help="Write figures as PNG (the default).")]
 Svg = Annotated[bool, typer.Option("--svg", help="Write figures as SVG; with --png in both formats.")]
 NoFigure = Annotated[bool, typer.Option("--no-figure", help="Draw no figures.")]
@@ -45,7 +45,12 @@ theory = typer.Typer(
 
 @theory.command("list")
 def list_demonstrations() -> None:
-    """List the demonstrations."""
+    """List the demonstrations.
+
+    Examples:
+        flatmin theory list
+        flatmin theory descent
+    """
     from flatmin.theory.demonstrations import DEMONSTRATIONS
     from flatmin.theory.demonstrations.demonstration import PAPER
 
@@ -57,7 +62,12 @@ def list_demonstrations() -> None:
 
 @theory.command("all")
 def show_all(out: Out = HOME, png: Png = False, svg: Svg = False, no_figure: NoFigure = False) -> None:
-    """Run every demonstration; less than a minute on two cores."""
+    """Run every demonstration; less than a minute on two cores.
+
+    Examples:
+        flatmin theory all
+        flatmin theory all --svg --out figures
+    """
     from flatmin.theory.demonstrations import DEMONSTRATIONS
 
     _show(list(DEMONSTRATIONS.values()), out, () if no_figure else _kinds(png, svg))
@@ -87,7 +97,12 @@ def check(
     ] = None,
     method: Annotated[str, typer.Option(help="Any method, or igd, igdr, extragradient.")] = "sam",
 ) -> None:
-    """Print which theorem applies to a step size and a radius, and its conclusions. Syntax: flatmin theory rules."""
+    """Print which theorem applies to a step size and a radius, and its conclusions. Syntax: flatmin theory rules.
+
+    Examples:
+        flatmin theory check diminish1 tied:0.5 --on quadratic:1,4
+        flatmin theory check 0.1 0.05 --class "convex, L=4"
+    """
     from flatmin.theory.checker import check as judge
     from flatmin.theory.classes import FunctionClass
     from flatmin.theory.named import read_function
@@ -104,7 +119,12 @@ def check(
 
 @theory.command()
 def rules() -> None:
-    """Print the syntax of step sizes and radii, functions, and classes of functions."""
+    """Print the syntax of step sizes and radii, functions, and classes of functions.
+
+    Examples:
+        flatmin theory rules
+        flatmin theory check power:c=0.5,p=0.6 0.1 --class "L=4"
+    """
     from flatmin.theory import classes
     from flatmin.theory.named import FUNCTIONS
     from flatmin.theory.parse import FORMS

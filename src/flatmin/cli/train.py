@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from flatmin.cli import completion as complete
 from flatmin.cli.console import make_console
+from flatmin.cli.options import Again, Download, DryRun, Out, Resume, Settings
 
 if TYPE_CHECKING:
     from flatmin.cli.training import Training
@@ -26,30 +28,38 @@ RUNS = Path("flatmin-runs")
 
 
 def train(
-    preset: Annotated[str, typer.Argument(metavar="PRESET", help="A preset, a .toml file, or a run folder.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="Settings, e.g. method=vasso rho=0.1 theta=0.8 epochs=10 seed=1."),
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue from the last good checkpoint, if there is one.")
-    ] = False,
-    again: Annotated[bool, typer.Option("--again", help="Start over where a run exists already.")] = False,
+    preset: Annotated[
+        str,
+        typer.Argument(
+            metavar="PRESET",
+            help="A preset, a .toml file, or a run folder.",
+            autocompletion=complete.presets_and_runs,
+        ),
+    ],
+    overrides: Settings = None,
+    resume: Resume = False,
+    again: Again = False,
     name: Annotated[
         str | None, typer.Option(help="Name of the run folder (default: derived from the settings).")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder of the runs.")] = RUNS,
-    download: Annotated[
-        bool, typer.Option("--download", help="Download the data if they are not in data_dir.")
-    ] = False,
+    out: Out = RUNS,
+    download: Download = False,
     track: Annotated[
-        str | None, typer.Option(help="Trackers beside the JSON lines: tensorboard,wandb,mlflow,trackio.")
+        str | None,
+        typer.Option(
+            help="Trackers beside the JSON lines: tensorboard,wandb,mlflow,trackio.",
+            autocompletion=complete.several_of("trackers"),
+        ),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and show the settings, and stop.")] = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Train one network with one method.
 
     Every epoch and Ctrl-C write a checkpoint. Several processes: torchrun --nproc-per-node N -m flatmin train ...
+
+    Examples:
+        flatmin train digits method=vasso rho=0.1 epochs=10
+        flatmin train cifar10-resnet18 --download --dry-run
     """
     settings = [*(overrides or ())] + ([f"trackers={track}"] if track else [])
     perform(preset, settings, out=out, name=name, resume=resume, again=again, download=download, dry_run=dry_run)

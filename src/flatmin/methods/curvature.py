@@ -30,7 +30,7 @@ class SGDHess(Combine):
     Between refreshes h, or for "exact" the vector H g, is reused.
 
     Args:
-        curvature: see above.
+        curvature: which of the above: "hutchinson_abs", "hutchinson_diag", "ggn" or "exact".
         draws: how many z are averaged, >= 1. Default 1.
         interval: h is refreshed on its first step and on steps 0, k, 2k, ...; k >= 1. Default 1.
         spatial_mean: for "hutchinson_abs". Default True.

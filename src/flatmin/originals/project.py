@@ -114,22 +114,8 @@ def to_overrides(preset: str, table: Mapping[str, Value]) -> tuple[str, ...]:
     for key, value in table.items():
         same = key in kinds and type(value) in (bool, int, float, str) and usual.get(key) == value
         if key in _ALWAYS or not same:
-            command.append(f"{key}={word(value)}")
+            command.append(f"{key}={settings.written(value)}")
     return tuple(command)
-
-
-def word(value: Value) -> str:
-    """A value as `flatmin train` reads it.
-
-    Example:
-        >>> word(True), word(1.0), word(5e-4), word((60, 120))
-        ('true', '1', '0.0005', '60,120')
-    """
-    if isinstance(value, tuple):
-        return ",".join(map(word, value))
-    if isinstance(value, bool):
-        return str(value).lower()
-    return str(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 
 def idle(given: frozenset[str], **reasons: str) -> list[str]:

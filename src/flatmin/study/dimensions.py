@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flatmin.study.sweep import Axis, tidy
+from flatmin.study.sweep import LISTS, read_axis, tidy
 from flatmin.train.config import RunConfig
 from flatmin.train.settings import field_types, split_override
 
@@ -57,8 +57,8 @@ def read_dimension(word: str) -> Dimension:
     """
     key, text = split_override(word)
     low, dots, high = text.partition("..")
-    if not dots:
-        values = Axis(key, tuple(part.strip() for part in text.split(",") if part.strip())).values
+    if not dots or "," in text:
+        values = read_axis(word).values
         if len(values) < 2:
             raise ValueError(f"{word} leaves nothing to search; write LOW..HIGH, or several values with commas.")
         return Dimension(key=key, values=values)
@@ -86,11 +86,9 @@ def read_overrides(overrides: Sequence[str]) -> tuple[list[Dimension], list[str]
     dimensions, rest = [], []
     for override in overrides:
         key, text = split_override(override)
-        kind = field_types(RunConfig).get(key)
         low, dots, high = text.partition("..")
-        interval = bool(low and dots and high) and "/" not in text and kind is not str
-        several = "," in text and not str(kind).startswith("tuple")
-        if key != "seed" and (interval or several):
+        interval = bool(low and dots and high) and "/" not in text and field_types(RunConfig).get(key) is not str
+        if key not in ("seed", *LISTS) and (interval or "," in text):
             dimensions.append(read_dimension(override))
         else:
             rest.append(override)

@@ -8,44 +8,22 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from flatmin.measure.report import chosen
-from flatmin.train.options import Options, check_groups
-from flatmin.train.settings import at_least, fill
+from flatmin.train.options import Options, Recording
+from flatmin.train.settings import fill
 
 
 @dataclass(frozen=True, kw_only=True)
-class Record:
-    """What runs record while they train; it changes no outcome.
-
-    Args:
-        log_every: updates between lines of steps.jsonl; 0: none.
-        diagnostics: the optimizer's diagnostics in these lines.
-        measure_every: epochs between measurements; 0: none.
-        measures: what is measured then, sections of `flatmin.measure.report`.
-        measure_examples: on how many training samples.
-        measure_m: of these in a group of m-sharpness; 0: no m-sharpness.
-        measure_rho: l2 radius of worst and average cases, those of the groups too.
+class Record(Recording):
+    """What runs of a study record while they train; it changes no outcome.
 
     Raises:
-        ValueError: a value out of range, an unknown measurement, diagnostics without lines to write them to, or groups
-            that nothing fills or asks for.
+        ValueError: see `Recording`, or diagnostics without lines to write them to.
     """
 
-    log_every: int = 0
-    diagnostics: bool = False
-    measure_every: int = 0
-    measures: str = "hessian,sharpness"
-    measure_examples: int = 1000
-    measure_m: int = 0
-    measure_rho: float = 0.05
-
     def __post_init__(self) -> None:
-        for name, low in (("log_every", 0), ("measure_every", 0), ("measure_examples", 1), ("measure_m", 0)):
-            at_least(self, name, low)
+        super().__post_init__()
         if self.diagnostics and not self.log_every:
             raise ValueError("diagnostics=true needs log_every: updates between the lines that hold them.")
-        chosen(self.measures)
-        check_groups(self.measures, self.measure_examples, self.measure_m, self.measure_rho)
 
     @property
     def word(self) -> str:

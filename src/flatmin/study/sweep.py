@@ -5,10 +5,15 @@ from __future__ import annotations
 import itertools
 import math
 import re
+import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from flatmin.train.settings import split_override
+from flatmin.train.config import RunConfig
+from flatmin.train.settings import field_types, split_override
+
+# Settings whose value is itself a list, such as milestones; their axes have "/" between the values.
+LISTS = tuple(key for key, kind in field_types(RunConfig).items() if typing.get_origin(kind) is tuple)
 
 _WHOLE = re.compile(r"-?\d+")
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)")
@@ -35,12 +40,12 @@ class Axis:
             raise ValueError(f"{self.key} names {double[0]} twice.")
 
 
-def read_axis(word: str, *, lists: Sequence[str] = ()) -> Axis:
+def read_axis(word: str, *, lists: Sequence[str] = LISTS) -> Axis:
     """The axis that a word names: "rho=0.1,0.2", or "seed=0..4" with both ends.
 
     Args:
         word: key=value.
-        lists: keys whose value is itself a list, such as "milestones"; their axes have "/" between the points.
+        lists: keys whose axes have "/" between the values. Default `LISTS`.
 
     Raises:
         ValueError: a word without "=", without a value, with one twice, or with a range that runs backwards.

@@ -59,7 +59,7 @@ def check(trainer: Trainer, options: Options) -> None:
     if options.measure_every:
         examples = min(options.measure_examples, len(trainer.data.train))
         check_held(trainer.data.train.x, examples)
-        check_groups(options.measures, examples, options.measure_m, options.measure_rho)
+        check_groups(options.measures, examples, options.measure_m)
 
 
 def _settings(options: Options) -> ReportSettings:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NoReturn
+from functools import cache
+from typing import Any, Literal, NoReturn
 
 import torch
 
@@ -18,6 +19,7 @@ from flatmin.train.sources import check_machine
 from flatmin.words import suggest
 
 AUTO = "auto"
+METHOD = "sam"  # of a preset that names none
 _BY_NAME = ("params", "model_params")  # set entry by entry, the latter as model.NAME
 # What "auto", the default, stands for on a device.
 AUTOMATIC: dict[str, dict[str, Scalar]] = {
@@ -47,29 +49,20 @@ def load_run(
         ValueError: an unknown preset, key or parameter, or a value of another type or out of range.
     """
     table = settings.read_preset(preset, "train")
-    every = settings.field_types(RunConfig) | settings.field_types(Options)
-    kinds = {key: kind for key, kind in every.items() if key not in _BY_NAME}
-    chosen: dict[str, Any] = {}
-    loose: dict[str, Any] = {}
-    for override in overrides:
-        key, text = settings.split_override(override)
-        if key in ("device", *AUTOMATIC) and text.strip() == AUTO:
-            chosen[key] = AUTO
-        elif key in kinds:
-            chosen[key] = settings.parse(key, text, kinds[key])
-        else:
-            loose[key] = settings.guess(text)
+    every = {**settings.field_types(RunConfig), **settings.field_types(Options)}
+    chosen, texts = settings.read_words(overrides, word_types())
+    loose = {key: settings.guess(text) for key, text in texts.items()}
     chosen |= {key: value for key, value in given.items() if value is not None}
     radii = settings.coerce("rho", table.pop("rho", {}), Mapping[str, float])
     table = {**table, **chosen}
-    for key, usual in (("method", "sam"), ("plugins", ()), ("params", {}), ("model_params", {})):
+    for key, usual in (("method", METHOD), ("plugins", ()), ("params", {}), ("model_params", {})):
         table[key] = settings.coerce(key, table.get(key, usual), every[key])
     _automatic(table)
     options = {key: table.pop(key) for key in [f.name for f in dataclasses.fields(Options)] if key in table}
     recipe, methods = _recipe(table["method"], table["plugins"])
     # What a preset says of the parts of its own method need not be there in another one.
     own = {key: value for key, value in table["params"].items() if "method" not in chosen or recipe.qualified(key)}
-    table["params"], extra = _params(recipe, {**own, **loose}, kinds)
+    table["params"], extra = _params(recipe, {**own, **loose})
     table["model_params"] |= extra
     for name in radii:
         for override in name.split("+"):
@@ -92,15 +85,16 @@ def load_options(overrides: Sequence[str]) -> tuple[Options, list[str]]:
     Raises:
         ValueError: a value of another type or out of range.
     """
-    kinds = settings.field_types(Options)
-    values, rest = {}, []
-    for override in overrides:
-        key, text = settings.split_override(override)
-        if key in kinds:
-            values[key] = settings.parse(key, text, kinds[key])
-        else:
-            rest.append(override)
-    return Options(**values), rest
+    values, rest = settings.read_words(overrides, settings.field_types(Options))
+    return Options(**values), [f"{key}={text}" for key, text in rest.items()]
+
+
+@cache
+def word_types() -> Mapping[str, Any]:
+    """Type of every setting that one word sets; those that can be "auto" take this word too."""
+    every = {**settings.field_types(RunConfig), **settings.field_types(Options)}
+    kinds = {key: kind for key, kind in every.items() if key not in _BY_NAME}
+    return kinds | {key: Literal["auto"] | kinds[key] for key in ("device", *AUTOMATIC)}
 
 
 def _automatic(table: dict[str, Any]) -> None:
@@ -119,9 +113,7 @@ def _recipe(method: str, plugins: Iterable[str]) -> tuple[Recipe, Mapping[str, A
     return compose(method, table), table
 
 
-def _params(
-    recipe: Recipe, loose: Mapping[str, Any], kinds: Mapping[str, Any]
-) -> tuple[dict[str, Scalar], dict[str, Scalar]]:
+def _params(recipe: Recipe, loose: Mapping[str, Any]) -> tuple[dict[str, Scalar], dict[str, Scalar]]:
     """Parameters of the method's parts by qualified name, and keywords of the model."""
     params: dict[str, Scalar] = {}
     model: dict[str, Scalar] = {}
@@ -133,15 +125,15 @@ def _params(
         if len(full) > 1:
             raise ValueError(f"{recipe.name!r} has several parameters {key!r}; write {' or '.join(full)}.")
         if not full:
-            _refuse(key, recipe, kinds)
+            _refuse(key, recipe)
         params[full[0]] = value
     return params, model
 
 
-def _refuse(key: str, recipe: Recipe, kinds: Mapping[str, Any]) -> NoReturn:
+def _refuse(key: str, recipe: Recipe) -> NoReturn:
     own = sorted(recipe.parameters())
     short = [name.partition(".")[2] for name in own]
     raise ValueError(
-        f"unknown key {key!r}{suggest(key, [*kinds, *own, *short])} (keys: {', '.join(kinds)}; "
-        f"parameters of {recipe.name}: {', '.join(own) or 'none'}; model.NAME: a keyword of the model)"
+        f"unknown key {key!r}{suggest(key, [*word_types(), *own, *short])} (parameters of {recipe.name}: "
+        f"{', '.join(own) or 'none'}; model.NAME: a keyword of the network; all keys: flatmin settings)"
     )

@@ -1,4 +1,4 @@
-"""Typed settings: frozen dataclasses, filled from a TOML preset, then from `key=value` overrides."""
+"""The reader of settings: `key=value` words and TOML tables become typed fields of frozen dataclasses."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import math
 import tomllib
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from flatmin.words import read_text, suggest
 
@@ -31,9 +32,12 @@ def describe(kind: Any) -> str:
     if _optional(kind) is not None:
         return f"{describe(_optional(kind))} or none"
     if typing.get_origin(kind) is tuple:
-        return f"list of {describe(typing.get_args(kind)[0])}"
+        item = describe(typing.get_args(kind)[0])
+        return f"list of {item}{'s' * item.endswith(('number', 'table'))}"
     if typing.get_origin(kind) in _UNIONS:
-        return ", ".join(map(describe, typing.get_args(kind)))
+        return " or ".join(dict.fromkeys(map(describe, typing.get_args(kind))))
+    if typing.get_origin(kind) is Literal:
+        return " or ".join(map(str, typing.get_args(kind)))
     names = {int: "whole number", float: "number", bool: "true or false", str: "text"}
     return names.get(kind, "table")
 
@@ -44,7 +48,7 @@ def parse(key: str, text: str, kind: Any) -> Any:
     Args:
         key: the field, for the error.
         text: as typed, e.g. "0.1", "true", "sam,asam", "none".
-        kind: the field's type: int, float, bool, str, X | None, or tuple[X, ...].
+        kind: the field's type: int, float, bool, str, X | None, X | Y, Literal[...] or tuple[X, ...].
 
     Raises:
         ValueError: text that is no such value.
@@ -55,6 +59,12 @@ def parse(key: str, text: str, kind: Any) -> Any:
     if typing.get_origin(kind) is tuple:
         item = typing.get_args(kind)[0]
         return tuple(parse(key, word.strip(), item) for word in text.split(",") if word.strip())
+    if typing.get_origin(kind) is Literal and text.strip() in typing.get_args(kind):
+        return text.strip()
+    if typing.get_origin(kind) in _UNIONS:
+        for one in typing.get_args(kind):
+            with suppress(ValueError):
+                return parse(key, text, one)
     try:
         if kind is bool:
             return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[text.strip().lower()]
@@ -66,6 +76,8 @@ def parse(key: str, text: str, kind: Any) -> Any:
         raise ValueError(f"{key}={text} is not a {describe(kind)}.") from None
     if kind is str:
         return text
+    if typing.get_origin(kind) in (Literal, *_UNIONS):
+        raise ValueError(f"{key}={text} is not {describe(kind)}.")
     raise ValueError(f"{key} is a table: set one entry of it with {key}.NAME=value.")
 
 
@@ -101,6 +113,8 @@ def coerce(key: str, value: Any, kind: Any) -> Any:
         return {name: coerce(f"{key}.{name}", one, item) for name, one in value.items()}
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if origin is Literal and value in typing.get_args(kind):
+        return value
     allowed = typing.get_args(kind) if origin in _UNIONS else (kind,)
     if type(value) in allowed and type(value) in (bool, int, float, str):
         return value
@@ -164,6 +178,67 @@ def split_override(word: str) -> tuple[str, str]:
     if not equals or not key.strip():
         raise ValueError(f"{word!r} is not an override; write key=value, for example epochs=10.")
     return key.strip(), value.strip()
+
+
+def read_words(words: Iterable[str], kinds: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Typed values of the `key=value` words whose key is known, and the text of the others; the last of a key counts.
+
+    Args:
+        words: such as "epochs=10", or "extra.NAME=value" for an entry of a table.
+        kinds: the known keys with their types, see `field_types`.
+
+    Raises:
+        ValueError: a word that is not `key=value`, or a value of another type.
+
+    Example:
+        >>> read_words(["epochs=3", "theta=0.8", "epochs=4"], {"epochs": int})
+        ({'epochs': 4}, {'theta': '0.8'})
+    """
+    values: dict[str, Any] = {}
+    rest: dict[str, str] = {}
+    for word in words:
+        key, text = split_override(word)
+        table, dot, entry = key.partition(".")
+        if key in kinds:
+            values[key] = parse(key, text, kinds[key])
+        elif dot and typing.get_origin(kinds.get(table)) in (dict, Mapping):
+            values.setdefault(table, {})[entry] = parse(key, text, typing.get_args(kinds[table])[1])
+        else:
+            rest[key] = text
+    return values, rest
+
+
+def read_table(cls: type, words: Iterable[str], *, unknown: str = "unknown setting") -> dict[str, Any]:
+    """Typed fields of a dataclass from `key=value` words.
+
+    Args:
+        cls: the dataclass.
+        words: of its fields alone.
+        unknown: how the error about another key begins.
+
+    Raises:
+        ValueError: a word of another form, an unknown key, or a value of another type.
+    """
+    kinds = field_types(cls)
+    values, rest = read_words(words, kinds)
+    for key in rest:
+        listed = f" (settings: {', '.join(kinds)})" if kinds else "; it has none."
+        raise ValueError(f"{unknown} {key!r}{suggest(key, kinds)}{listed}")
+    return values
+
+
+def written(value: Any) -> str:
+    """A value as one types it, which `parse` reads again.
+
+    Example:
+        >>> written(True), written(1.0), written(5e-4), written((60, 120)), written(None)
+        ('true', '1', '0.0005', '60,120', 'none')
+    """
+    if isinstance(value, (list, tuple)):
+        return ",".join(map(written, value))
+    if isinstance(value, bool) or value is None:
+        return str(value).lower()
+    return str(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 
 def canonical(value: Any) -> Any:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from flatmin.study.executors.loop import OnEvent, Reporter
+from flatmin.study.executors.settings import SETTINGS
 from flatmin.study.store import Run, RunOutcome, Store, finished_and_missing
-from flatmin.train.settings import field_types, fill, parse, split_override
+from flatmin.train.settings import fill, read_table
 from flatmin.words import suggest
 
 __all__ = [
@@ -58,7 +58,7 @@ def make_executor(name: str, settings: Mapping[str, Any] | None = None) -> Execu
 
     Args:
         name: one of `EXECUTORS`.
-        settings: fields of `flatmin.study.executors.local.Local`, `.ray.Ray` or `.slurm.Slurm`.
+        settings: fields of the executor's class in `flatmin.study.executors.settings`.
 
     Raises:
         ValueError: an unknown name or setting.
@@ -82,18 +82,8 @@ def executor_settings(name: str, overrides: Sequence[str]) -> dict[str, Any]:
         ValueError: an unknown executor or setting, or a value of another type.
         ModuleNotFoundError: the executor's package is not installed.
     """
-    kinds = field_types(type(make_executor(name)))
-    settings: dict[str, Any] = {}
-    for word in overrides:
-        key, text = split_override(word)
-        table, dot, entry = key.partition(".")
-        if dot and typing.get_origin(kinds.get(table)) is dict:
-            settings.setdefault(table, {})[entry] = text
-            continue
-        if key not in kinds:
-            listed = f" (settings: {', '.join(kinds)})" if kinds else ""
-            raise ValueError(f"the executor {name} has no setting {key!r}{suggest(key, kinds)}{listed}")
-        settings[key] = parse(key, text, kinds[key])
+    make_executor(name)
+    settings = read_table(SETTINGS[name], overrides, unknown=f"the executor {name} has no setting")
     make_executor(name, settings)
     return settings
 

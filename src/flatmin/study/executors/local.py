@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 
 from flatmin.study.executors.loop import Busy, Reporter, Task, run_all
+from flatmin.study.executors.settings import LocalSettings
 from flatmin.study.executors.worker import run_quietly, run_task
 from flatmin.study.pool import Pool
 from flatmin.study.store import Run, RunOutcome, Store
@@ -14,8 +14,7 @@ from flatmin.train.result import Epoch
 from flatmin.train.sources import check_machine
 
 
-@dataclass(frozen=True, kw_only=True)
-class Local:
+class Local(LocalSettings):
     """Processes of this machine, or this process alone."""
 
     def run(self, runs: Sequence[Run], store: Store, *, workers: int, reporter: Reporter) -> None:

@@ -6,48 +6,27 @@ import math
 import os
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray import exceptions
 
 from flatmin.study.executors.loop import Busy, Reporter, Task, run_all
+from flatmin.study.executors.settings import RaySettings
 from flatmin.study.executors.worker import run_quietly
 from flatmin.study.pool import Lost
 from flatmin.study.store import Run, RunOutcome, Store
-from flatmin.train.settings import at_least
 
 _MOMENT = 0.1  # seconds in which epochs may go unreported
 _NODES = 5.0  # seconds between polls for nodes
 
 
-@dataclass(frozen=True, kw_only=True)
-class Ray:
+class Ray(RaySettings):
     """Tasks of a Ray cluster.
 
     The store must be a folder that all nodes see under one name, flatmin and the user's own modules must be installed
     on them, and data that are files must lie where the settings say. Ray's usage statistics stay off.
-
-    Args:
-        address: of the cluster, as `ray.init` takes it ("auto", "ray://head:10001"). Default: a cluster of this machine
-            with a CPU for each worker, which ends with the study. One that the program is connected to already is used
-            in any case.
-        cpus: of each run; a run computes with one thread, further ones are for processes that read image files.
-        gpus: of each run. Default: one if the run is on a GPU.
-
-    Raises:
-        ValueError: a number out of range.
     """
-
-    address: str | None = None
-    cpus: float = 1.0
-    gpus: float | None = None
-
-    def __post_init__(self) -> None:
-        at_least(self, "cpus", 0, open_low=True)
-        if self.gpus is not None:
-            at_least(self, "gpus", 0)
 
     def run(self, runs: Sequence[Run], store: Store, *, workers: int, reporter: Reporter) -> None:
         """See `flatmin.study.executors.Executor`.

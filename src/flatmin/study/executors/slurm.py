@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,63 +12,22 @@ from submitit.core.utils import FailedJobError, UncompletedJobError
 from submitit.helpers import DelayedSubmission
 
 from flatmin.study.executors.loop import Busy, Reporter, Task, run_all
+from flatmin.study.executors.settings import SlurmSettings
 from flatmin.study.executors.worker import run_quietly
 from flatmin.study.pool import Lost
 from flatmin.study.store import Run, RunOutcome, Store
-from flatmin.train.settings import at_least, one_of
 
-CLUSTERS = ("slurm", "local", "debug")
 _PAUSE = {"slurm": 2.0, "local": 0.1, "debug": 0.0}  # seconds between polls
 _SLURM_ONLY = ("partition", "account", "qos", "constraint", "exclude", "nodelist", "gres", "comment")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Slurm:
+class Slurm(SlurmSettings):
     """Jobs of Slurm, one for each run.
 
     The store must be a folder that all nodes see under one name. A job that is preempted, or that reaches its time
     limit, is queued again and continues from the run's last checkpoint; measuring a network starts over, so the limit
     must be longer than that takes. Logs are in FOLDER/slurm.
-
-    Args:
-        cluster: "slurm"; or submitit's stand-ins for it: "local" (processes of this machine, which outlive this one),
-            "debug" (in this process).
-        timeout_min: time limit of a job.
-        requeues: how often a job may reach it.
-        mem_gb, cpus_per_task, gpus_per_node: of each job; a run computes with one thread, further CPUs are for
-            processes that read image files.
-        partition, account, qos, constraint, exclude, nodelist, gres, comment: as sbatch takes them.
-        setup: shell commands before the run, such as "module load cuda".
-        extra: further options of sbatch, without the dashes.
-
-    Raises:
-        ValueError: a number out of range or an unknown cluster.
     """
-
-    cluster: str = "slurm"
-    timeout_min: int = 60
-    requeues: int = 50
-    mem_gb: float | None = None
-    cpus_per_task: int = 1
-    gpus_per_node: int | None = None
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    constraint: str | None = None
-    exclude: str | None = None
-    nodelist: str | None = None
-    gres: str | None = None
-    comment: str | None = None
-    setup: tuple[str, ...] = ()
-    extra: dict[str, str] = dataclasses.field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        one_of(self, "cluster", CLUSTERS)
-        for name in ("timeout_min", "cpus_per_task"):
-            at_least(self, name, 1)
-        for name in ("requeues", "mem_gb", "gpus_per_node"):
-            if getattr(self, name) is not None:
-                at_least(self, name, 0)
 
     def run(self, runs: Sequence[Run], store: Store, *, workers: int, reporter: Reporter) -> None:
         """See `flatmin.study.executors.Executor`.
