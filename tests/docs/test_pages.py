@@ -95,7 +95,8 @@ def test_studies_are_understood(tmp_path, monkeypatch):
             name, *words = shlex.split(line.split("#")[0])
             assert [read_dimension(word) for word in words if ".." in word] and grid_points(read_study(name))
     rows = {row.label: row.config for row in grid_points(read_study("my_study.toml"))}
-    assert len(rows) == 6 and rows["SGD model=mlp"].lr == 0.05 and rows["SGD model=conv"].lr == 0.1
+    assert len(rows) == 8 and rows["SGD model=mlp"].lr == 0.05 and rows["SGD model=conv"].lr == 0.1
+    assert rows["SGD for twice as long model=conv"].epochs == 2 * rows["SGD model=conv"].epochs
 
 
 def test_the_page_of_studies_has_every_study():
