@@ -14,6 +14,7 @@ from flatmin.report.studies import curves as study_curves
 from flatmin.report.studies import figures as study_figures
 from flatmin.report.studies import recorded as study_recorded
 from flatmin.report.studies import text as tables
+from flatmin.report.studies.files import save_figures
 from flatmin.report.studies.page import render, sort_key
 from flatmin.report.studies.phi import phi
 from flatmin.report.studies.style import StudyStyle
@@ -594,6 +595,28 @@ class TestRecorded:
         shown = "".join(outline.text)
         assert shown.index("Measured while training") < shown.index("Over the updates")
         assert "new <b>" in shown and "b" not in outline.tags
+
+
+class TestFiles:
+    def test_a_file_for_each_figure_and_point(self, make, tmp_path, monkeypatch):
+        pytest.importorskip("matplotlib")
+        drawn = []
+        monkeypatch.setattr("flatmin.report.figures.files.save", lambda shown, path, **_: drawn.append(shown) or path)
+        names = [path.name for path in save_figures(make(), tmp_path, [".svg", ".pdf"])]
+        assert len(set(names)) == len(names) and sum(name.endswith(".pdf") for name in names) == len(names) / 2
+        # Lines over rho are the same at every rho, so there is one figure for each network.
+        assert [name for name in names if name.startswith("accuracy-over-the-radius")][:2] == [
+            "accuracy-over-the-radius-model-mlp.svg", "accuracy-over-the-radius-model-conv.svg",
+        ]  # fmt: skip
+        costs = {f"accuracy-over-cost-rho-0-{rho}-model-{model}.svg" for rho in (1, 2) for model in ("mlp", "conv")}
+        assert costs <= set(names) and "what-bisam-climbs.svg" in names
+        cost = drawn[names.index("accuracy-over-cost-rho-0-1-model-mlp.svg")]
+        assert [one.label for one in cost.series] == ["", "SGD", "SAM", "BiSAM (tanh)", "BiSAM (-log)"]
+
+    def test_few_rows_share_a_file(self, make, tmp_path):
+        pytest.importorskip("matplotlib")
+        written = save_figures(make(text=SMALL), tmp_path / "new", [".svg"])
+        assert {"train-loss.svg", "accuracy-over-cost.svg"} <= {path.name for path in written if path.is_file()}
 
 
 class TestWhole:

@@ -24,11 +24,7 @@ _DECADE = 10.0  # values that span this factor have a logarithmic axis
 
 
 def profile(
-    shown: Landscape | Mapping[str, Landscape],
-    *,
-    value: Value = "loss",
-    unit: Unit = "auto",
-    log: bool | None = None,
+    shown: Landscape | Mapping[str, Landscape], *, value: Value = "loss", unit: Unit = "auto", log: bool | None = None
 ) -> Chart:
     """Slices of one direction, or paths, on one axis. A value that is not finite is a gap with a cross.
 

@@ -18,7 +18,7 @@ from flatmin.report.figures.scales import count, is_wide, shifts
 from flatmin.report.style import styles, tone
 
 _WIDTHS = 100  # default widths of the Gaussian in the range of a density
-_ASIDE, _ROOM = 0.16, 0.6  # of a rank, between the marks of neighbouring groups and for all of them
+_ASIDE, _ROOM = 0.22, 0.66  # of a rank, between the marks of neighbouring groups and for all of them
 
 
 def density(shown: Density | Mapping[str, Density], *, width: float | None = None) -> Chart:

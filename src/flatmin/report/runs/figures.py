@@ -69,7 +69,10 @@ def draw(runs: Sequence[History], wanted: Wanted) -> Chart | None:
             xs, ys = _thinned(*wanted.curves[name](run))
             if not xs:
                 continue
-            shared: dict[str, Any] = {"tone": own[run.name] if several else tone(i), "group": run.name if several else name}
+            shared: dict[str, Any] = {
+                "tone": own[run.name] if several else tone(i),
+                "group": run.name if several else name,
+            }
             label = run.name if several else name if len(names) > 1 else ""
             who = f"{run.name}\n" if several else ""
             hover = [f"{who}{wanted.x} {x:g}, {name}: {y:.5g}" for x, y in zip(xs, ys, strict=True)]

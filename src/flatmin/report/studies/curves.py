@@ -266,11 +266,7 @@ def spectra(table: StudyTable, style: StudyStyle) -> FigureSection | None:
             )
         )
     chart = replace(
-        drawn,
-        title="Eigenvalue density",
-        y=replace(drawn.y, range=(floor, 2 * peak)),
-        series=series,
-        legend=False,
+        drawn, title="Eigenvalue density", y=replace(drawn.y, range=(floor, 2 * peak)), series=series, legend=False
     )
     return FigureSection(
         title="Eigenvalue density",

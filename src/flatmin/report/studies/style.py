@@ -61,9 +61,7 @@ class StudyStyle:
         cycle = self._turn[arm] // (NUM_TONES - 1)
         symbol = self._arms.index(arm) if len(self.points) < 2 else place + 3 * cycle
         return Style(
-            tone=self.tones[arm],
-            symbol=SYMBOLS[symbol % len(SYMBOLS)],
-            dash=DASHES[(place + cycle) % len(DASHES)],
+            tone=self.tones[arm], symbol=SYMBOLS[symbol % len(SYMBOLS)], dash=DASHES[(place + cycle) % len(DASHES)]
         )
 
     def of(self, row: StudyRow, without: Collection[str] = ()) -> dict[str, Any]:
