@@ -104,7 +104,7 @@ def test_what_would_fail_in_every_run_is_refused_in_a_sentence(own, changes, why
     assert why[1] is None or f"(own_failing.py, line {line(why[1])})" in text
 
 
-def test_a_study_and_a_search_without_their_data_start_nothing(tmp_path):
+def test_a_study_and_a_search_without_their_data_start_nothing(own, tmp_path):
     spec = settings(tmp_path, "data=cifar10", f"data_dir={tmp_path}")
     words = rf"data=cifar10 cannot be read in data_dir={tmp_path}, .*With this command: data_dir=FOLDER, --download\.$"
     todo = plan(spec, tmp_path / "out")
@@ -113,7 +113,8 @@ def test_a_study_and_a_search_without_their_data_start_nothing(tmp_path):
     with pytest.raises(ValueError, match=words):
         search(spec, [read_dimension("lr=0.1..1")], budget=5, out=tmp_path / "out", workers=0, on_event=pytest.fail)
     assert not list((tmp_path / "out" / "runs").iterdir())
-    assert check_runs([run.config for run in todo.missing], todo.contents, here=False) == []
+    elsewhere = [replace(CONFIG, data="own_failing:data"), replace(CONFIG, data="images", data_dir=str(tmp_path))]
+    assert check_runs([run.config for run in todo.missing] + elsewhere, todo.contents, here=False) == []
 
 
 def test_a_plugin_counts_for_the_methods_that_it_brings(own, tmp_path):

@@ -98,6 +98,10 @@ class Sizes:
         """
         return self._of(config).steps(config)
 
+    def official(self, config: RunConfig) -> bool:
+        """Whether the data of a run need not be read."""
+        return self._key(config) in self._found or _official(config) is not None
+
     def take(self, config: RunConfig, data: Data) -> None:
         """Take the data of a run that have been read already."""
         self._found[self._key(config)] = Counts.of(data)

@@ -29,15 +29,12 @@ def former_runs(missing: Sequence[Run], store: Store) -> list[str]:
     counts = [f"{count} {word}" for count, word in ((sum(ends), "finished"), (len(ends) - sum(ends), "unfinished"))]
     whole = " and ".join(count for count in counts if not count.startswith("0 "))
     each = [f"{why} ({len(group)})" if len(found) > 1 else why for why, group in found.items()]
+    runs, were = ("run", "was") if len(ends) == 1 else ("runs", "were")
     return [
-        f"{whole} run{'s' * (len(ends) != 1)} in {store.out} with settings of this study {_was(ends)} made "
-        f"{', '.join(each)}, so they are not taken but trained again. `--archive {store.out}` takes the finished "
-        f"ones as they are; `flatmin runs rm --stale {store.out}` removes them."
+        f"{whole} {runs} in {store.out} with settings of this study {were} made {', '.join(each)}, so they are not "
+        f"taken but trained again. `--archive {store.out}` takes the finished ones as they are; "
+        f"`flatmin runs rm --stale {store.out}` removes them."
     ]
-
-
-def _was(ends: Sequence[bool]) -> str:
-    return "was" if len(ends) == 1 else "were"
 
 
 def stale(path: Path, contents: Contents | None = None) -> str | None:

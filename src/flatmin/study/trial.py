@@ -51,10 +51,12 @@ def check_runs(
     Raises:
         ValueError: data that are missing, and what `try_out` refuses.
     """
+    sizes = sizes or Sizes()
     if here:
         for config in configs:
             contents.check(config)
-    return try_out([config for config in configs if not contents.absent(config) or not here], sizes, here=here)
+    known = [config for config in configs if sizes.official(config) or not contents.absent(config)]
+    return try_out(known, sizes, here=here)
 
 
 def try_out(configs: Sequence[RunConfig], sizes: Sizes | None = None, *, here: bool = True) -> list[str]:
