@@ -426,14 +426,14 @@ class TestRefused:
         for text, message in [
             ("epoch = 3\n", r"unknown option 'epoch'; did you mean 'epochs'\?"),
             ("log_every = 1.5\n", r"^log_every = 1\.5 is a float, expected a whole number\.$"),
-            ("weights = 1\n", r"^weights = 1 is a int, expected a true or false\.$"),
-            ("[model_params]\nwidth = [1]\n", r"^model_params\.width = \[1\] is a list, expected a .*number.*\.$"),
-            ("model_params = 3\n", r"^model_params = 3 is a int, expected a table\.$"),
+            ("weights = 1\n", r"^weights = 1 is an int, expected true or false\.$"),
+            ("[model_params]\nwidth = [1]\n", r"^model_params\.width = \[1\] is a list, expected .*number.*\.$"),
+            ("model_params = 3\n", r"^model_params = 3 is an int, expected a table\.$"),
             (
                 'method = "vasso"\n[params]\nsigma = 0.5\n',
                 r"^unknown key 'sigma'.*parameters of vasso: direction\.theta",
             ),
-            ('method = "vasso"\n[params]\ntheta = [1]\n', r"^params\.theta = \[1\] is a list, expected a "),
+            ('method = "vasso"\n[params]\ntheta = [1]\n', r"^params\.theta = \[1\] is a list, expected "),
         ]:
             with pytest.raises(ValueError, match=message):
                 config(write(text))

@@ -201,7 +201,7 @@ class TestRefusals:
             ("config.json", "[]", "holds no table"),
             ("config.json", "{}", "method"),
             ("config.json", '{"label": "sam"}', "method"),
-            ("config.json", '{"label": "sam", "method": 3}', "method = 3 is a int, expected a text"),
+            ("config.json", '{"label": "sam", "method": 3}', "method = 3 is an int, expected text"),
             ("config.json", '{"label": "sam", "method": "sam", "epochs": 0}', "epochs"),
             ("result.json", "", "truncated or damaged"),
             ("result.json", "[1]", ""),

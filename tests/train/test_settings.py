@@ -57,7 +57,7 @@ def test_words_become_typed_values():
     [
         ("epochs", "1.5", "epochs=1.5 is not a whole number"),
         ("lr", "fast", "lr=fast is not a number"),
-        ("on", "maybe", "on=maybe is not a true or false"),
+        ("on", "maybe", "on=maybe is not true or false"),
         ("noise", "much", "noise=much is not a number"),
         ("size", "large", "size=large is not auto or whole number"),
         ("rho", "1", "rho is a table: set one entry of it with rho.NAME=value"),
@@ -69,8 +69,9 @@ def test_words_of_another_type(key, text, words):
 
 
 def test_a_table_fills_the_dataclass():
-    toy = settings.fill(Toy, {"lr": 1, "methods": ["b", "c"], "rho": {"sam": 1}, "noise": 0.2})
-    assert toy == Toy(lr=1.0, methods=("b", "c"), rho={"sam": 1.0}, noise=0.2)
+    toy = settings.fill(Toy, {"lr": 1, "methods": ["b", "c"], "rho": {"sam": 1}, "noise": 0.2, "size": 3})
+    assert toy == Toy(lr=1.0, methods=("b", "c"), rho={"sam": 1.0}, noise=0.2, size=3)
+    assert settings.fill(Toy, {"size": "auto"}) == Toy()
     assert isinstance(toy.lr, float)
 
 
@@ -81,7 +82,8 @@ def test_a_table_that_does_not_fit():
         ({"epochs": True}, "epochs = True is a bool, expected a whole number"),
         ({"lr": "fast"}, "lr = 'fast' is a str, expected a number"),
         ({"methods": "sam"}, "methods = 'sam' is a str, expected a list of text"),
-        ({"methods": [1]}, "methods = 1 is a int, expected a text"),
+        ({"methods": [1]}, "methods = 1 is an int, expected text"),
+        ({"size": "large"}, "size = 'large' is a str, expected auto or whole number"),
         ({"rho": {"sam": "x"}}, "rho.sam = 'x' is a str, expected a number"),
     ]:
         with pytest.raises(ValueError, match=words):

@@ -110,7 +110,7 @@ def _parse(key: str, texts: Sequence[str], kind: Any) -> Any:
     item = typing.get_args(kind)[0] if several else kind
     if kind is bool and not texts:
         return True
-    expected = f"one {settings.describe(item)} or more" if several else _article(settings.describe(item))
+    expected = f"one {settings.describe(item)} or more" if several else settings.articled(settings.describe(item))
     if not texts:
         raise ValueError(f"--{key} expects {expected}, and there is none after it.")
     try:
@@ -118,10 +118,6 @@ def _parse(key: str, texts: Sequence[str], kind: Any) -> Any:
     except ValueError:
         raise ValueError(f"--{key} expects {expected}, got {' '.join(texts)!r}.") from None
     return values if several else values[0]
-
-
-def _article(what: str) -> str:
-    return what if what in ("text", "true or false") else f"a {what}"
 
 
 def _plain(kind: Any) -> Any:

@@ -42,6 +42,18 @@ def describe(kind: Any) -> str:
     return names.get(kind, "table")
 
 
+def articled(words: str) -> str:
+    """A type in words with its article.
+
+    Example:
+        >>> articled("whole number"), articled("int"), articled("true or false"), articled("text")
+        ('a whole number', 'an int', 'true or false', 'text')
+    """
+    if words.startswith(("text", "true or false", "auto")):
+        return words
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
 def parse(key: str, text: str, kind: Any) -> Any:
     """The value that a word of text means for a field of this type.
 
@@ -73,7 +85,7 @@ def parse(key: str, text: str, kind: Any) -> Any:
         if kind is float:
             return float(text)
     except (ValueError, KeyError):
-        raise ValueError(f"{key}={text} is not a {describe(kind)}.") from None
+        raise ValueError(f"{key}={text} is not {articled(describe(kind))}.") from None
     if kind is str:
         return text
     if typing.get_origin(kind) in (Literal, *_UNIONS):
@@ -115,10 +127,13 @@ def coerce(key: str, value: Any, kind: Any) -> Any:
         return float(value)
     if origin is Literal and value in typing.get_args(kind):
         return value
-    allowed = typing.get_args(kind) if origin in _UNIONS else (kind,)
-    if type(value) in allowed and type(value) in (bool, int, float, str):
+    for one in typing.get_args(kind) if origin in _UNIONS else ():
+        with suppress(ValueError):
+            return coerce(key, value, one)
+    if type(value) is kind and kind in (bool, int, float, str):
         return value
-    raise ValueError(f"{key} = {value!r} is a {type(value).__name__}, expected a {describe(kind)}.")
+    found = articled(type(value).__name__)
+    raise ValueError(f"{key} = {value!r} is {found}, expected {articled(describe(kind))}.")
 
 
 def read_preset(name: str, kind: str = "compare") -> dict[str, Any]:
