@@ -2,9 +2,9 @@
 
     python tools/test_all.py [NAME=PYTHON ...]
 
-runs the tests of this environment, and with each further interpreter those of the folder tests/NAME: two lanes side by
-side, one thread each. Then it plants faults and runs the tests that must notice them (tools/mutants.py). What pytest
-says is printed when a suite has ended.
+runs the tests of this environment in two processes, and beside them with each further interpreter those of the folder
+tests/NAME, one thread each. Then it plants faults and runs the tests that must notice them (tools/mutants.py). What
+pytest says is printed when a suite has ended.
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ def main(arguments: list[str]) -> int:
     others = dict(word.split("=", 1) for word in arguments)
     with ThreadPoolExecutor(2) as lanes:
         # What has an environment of its own is not run twice.
-        here = lanes.submit(suite, "here", sys.executable, [f"--ignore=tests/{name}" for name in others])
+        shared = ["-n", "2", "--dist", "worksteal", *(f"--ignore=tests/{name}" for name in others)]
+        here = lanes.submit(suite, "here", sys.executable, shared)
         there = lanes.submit(lambda: {name: suite(name, others[name], [f"tests/{name}"]) for name in others})
         suites = {"here": here.result(), **there.result()}
     suites["mutants"] = mutants()

@@ -26,6 +26,7 @@ def package(folder, passes):
     return folder
 
 
+@pytest.mark.slow  # a measurement, in processes of its own
 def test_a_package_that_takes_more_time_is_seen(tmp_path, monkeypatch):
     monkeypatch.setattr(against, "RESTARTS", 1)
     slow, fast = package(tmp_path / "slow", 12), package(tmp_path / "fast", 2)

@@ -10,10 +10,11 @@ from conformance.verdict import PASS
 ALONE = [b for b in ALL if b.ranks == 1]
 
 
-@pytest.mark.parametrize("behaviour", ALONE, ids=lambda b: b.name.replace(" ", "-"))
-def test_behaviour(behaviour):
-    outcome = behaviour.run(adapters.load("flatmin"))
-    assert outcome.status == PASS, outcome.figure
+@pytest.mark.parametrize("theme", dict.fromkeys(b.theme for b in ALONE))
+def test_every_behaviour_of_a_theme(theme):
+    flatmin = adapters.load("flatmin")
+    outcomes = {b.name: b.run(flatmin) for b in ALONE if b.theme == theme}
+    assert not {name: outcome.figure for name, outcome in outcomes.items() if outcome.status != PASS}
 
 
 def test_every_behaviour_says_what_it_demands_and_why():

@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import flatmin
+from flatmin.optim.program import EngineContext
 from tests.helpers import BASES, CHUNKS, as_on_device, recipe_of, takes_chunks
 
 
@@ -172,8 +173,8 @@ def half_sharded(rank, world):
 def draws(rank, world, sharded):
     """What a part draws for each weight."""
     run = Run(world, Setup(method="jitter", sharded=sharded))
-    site = run.optimizer._tools.weights.inputs(run.optimizer._tools.state)
-    context = site.context(range(len(site.weights)))
+    inputs = run.optimizer._tools.weights.inputs(run.optimizer._tools.state)
+    context = EngineContext(inputs, range(len(inputs.weights)))
     return [[full(t) for t in found] for found in (context.noise(), context.uniform(), context.bernoulli(0.5))]
 
 

@@ -6,7 +6,8 @@ from conformance import adapters
 from conformance.behaviours import ALL, BY_NAME
 from conformance.verdict import PASS
 
-pytestmark = pytest.mark.dist
+# What a user can see of it; the other tests of this folder look closer.
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 
 def run_on_rank(rank, world, name):

@@ -7,6 +7,7 @@ from flatmin.methods import Need
 from flatmin.methods import METHODS
 from tests.dist import scenarios_fsdp as scenarios
 from tests.dist.scenarios_fsdp import Net, Setup
+from tests.dist.kinds import chosen, slow
 from tests.helpers import recipe_of
 
 pytestmark = pytest.mark.dist
@@ -14,10 +15,6 @@ pytestmark = pytest.mark.dist
 REFUSED = [m for m in METHODS if recipe_of(m).needs & {Need.SECOND_ORDER, Need.GLOBAL_ORDER}]
 SERVED = [m for m in METHODS if m not in REFUSED]
 LIMIT = 1e-6
-
-
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def agree(results):
@@ -40,7 +37,7 @@ def close(a, b, tolerance=LIMIT):
 @pytest.mark.parametrize(
     ("base", "device_path"), [("sgd", False), slow("sgd", True), slow("adamw", False), slow("adamw", True)]
 )
-@pytest.mark.parametrize("method", SERVED)
+@pytest.mark.parametrize("method", chosen(SERVED))
 def test_every_method_equals_its_unsharded_run(ranks, method, base, device_path):
     setup = {"method": method, "base": base, "device_path": device_path}
     close(agree(ranks.run(scenarios.train, Setup(**setup))), alone(**setup)[0])
@@ -106,8 +103,7 @@ def test_diagnostics_are_those_of_the_whole(ranks):
         assert found == pytest.approx(want, rel=1e-4, abs=1e-6)
 
 
-@pytest.mark.parametrize("whole", [True, False], ids=["full", "sharded"])
-@pytest.mark.parametrize("method", ["sam", "vasso"])
+@pytest.mark.parametrize(("method", "whole"), [("sam", True), ("vasso", False)])
 def test_diagnostics_go_on_from_a_checkpoint(ranks, method, whole):
     want = scenarios.numbers(0, 1, Setup(method=method, sharded=False))
     assert "ascent_cosine" in want
@@ -132,8 +128,13 @@ def test_weights_in_bf16(ranks):
 
 
 @pytest.mark.parametrize("base", ["sgd", slow("adamw")])
-@pytest.mark.parametrize("whole", [True, False], ids=["full", "sharded"])
-@pytest.mark.parametrize("method", [slow("sam"), "vasso", "looksam", slow("rsam")])
+@pytest.mark.parametrize(
+    ("method", "whole"),
+    [
+        *(("vasso", True), ("looksam", False), slow("vasso", False), slow("looksam", True)),
+        *(slow(method, whole) for method in ("sam", "rsam") for whole in (True, False)),
+    ],
+)
 def test_a_checkpoint_resumes_on_another_number_of_ranks(ranks, ranks_of, tmp_path, method, whole, base):
     setup = Setup(method=method, base=base)
     want = alone(method=method, base=base)[0]

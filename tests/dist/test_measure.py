@@ -14,8 +14,10 @@ from tests.dist import scenarios_measure as scenarios
 pytestmark = pytest.mark.dist
 
 
-@pytest.mark.parametrize("cut", [11, 16, 17], ids=["11+6", "16+1", "17+0"])
-@pytest.mark.parametrize("name", ["mlp", "sum", "class weights", "batchnorm"])
+@pytest.mark.parametrize(
+    ("name", "cut"),
+    [("mlp", 17), ("sum", 16), ("class weights", 11), pytest.param("batchnorm", 11, marks=pytest.mark.slow)],
+)
 def test_products_are_those_of_all_data(ranks, name, cut):
     whole = scenarios.problem_of(name)
     want_value, want_gradient = whole.gradient()

@@ -14,7 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tests.dist.pool import RankError
 
-pytestmark = pytest.mark.dist
+# The pool is a tool of the tests, and each failure makes it start anew.
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 
 def total(rank, world, shares):

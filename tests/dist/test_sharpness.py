@@ -12,7 +12,7 @@ from tests.dist.pool import RankError
 pytestmark = pytest.mark.dist
 
 
-@pytest.mark.parametrize("cut", [11, 17], ids=["11+6", "17+0"])
+@pytest.mark.parametrize("cut", [11, pytest.param(17, marks=pytest.mark.slow)], ids=["11+6", "17+0"])
 def test_measures_are_those_of_all_data(ranks, cut):
     whole = scenarios.problem_of("mlp")
     found = {name: measure(whole) for name, measure in scenarios.MEASURES.items()}

@@ -10,6 +10,7 @@ from flatmin.train import checkpoint, evaluate
 from flatmin.train.config import RunConfig
 from flatmin.train.folder import RunFolder
 from flatmin.train.sources import build_model, load_data
+from tests.dist.kinds import slow
 from tests.dist import scenarios_train as scenarios
 from tests.helpers import same_bits
 from tests.train.runs import HERE, MARKED, config, content, go, options, outcome, saved_steps
@@ -18,10 +19,6 @@ pytestmark = pytest.mark.dist
 LIMIT = 1e-6
 PLAIN = {"method": "sam", "model": f"{HERE}:plain_net"}
 DIGITS = {"method": "sam", "data": "digits", "model": "mlp", "batch_size": 64, "epochs": 2, "train_size": 320}
-
-
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 @pytest.fixture
@@ -46,12 +43,11 @@ class TestAsInOne:
         [
             ("ddp", PLAIN),
             ("fsdp", {**PLAIN, "channels_last": True}),
-            ("ddp", DIGITS),
+            slow("ddp", DIGITS),
             slow("fsdp", DIGITS),
-            ("ddp", {**PLAIN, "accumulate": 2}),
-            ("fsdp", {**PLAIN, "accumulate": 2}),
-            ("ddp", {**PLAIN, "ema": 0.8}),
-            ("ddp", {**PLAIN, "ema": 0.8, "selection": "last"}),
+            ("ddp", {**PLAIN, "accumulate": 2, "ema": 0.8}),
+            slow("fsdp", {**PLAIN, "accumulate": 2}),
+            slow("ddp", {**PLAIN, "ema": 0.8, "selection": "last"}),
             slow("ddp", {**PLAIN, "method": "vasso"}),
             slow("fsdp", {**PLAIN, "method": "vasso"}),
             slow("ddp", {**PLAIN, "method": "rsam", "noise": 0.3}),
@@ -86,7 +82,7 @@ class TestAsInOne:
 
     @pytest.mark.parametrize(
         ("parallel", "changes"),
-        [("ddp", {}), ("fsdp", {}), ("ddp", {"ema": 0.8}), ("ddp", {"ema": 0.8, "selection": "last"})],
+        [("ddp", {}), ("fsdp", {}), slow("ddp", {"ema": 0.8}), ("ddp", {"ema": 0.8, "selection": "last"})],
     )
     def test_what_is_tested_is_what_is_kept(self, two, tmp_path, parallel, changes):
         """Each process has statistics of its own batches; those of the first one are kept."""
@@ -111,9 +107,9 @@ class TestResume:
     @pytest.mark.parametrize(
         ("parallel", "changes"),
         [
-            ("ddp", {}),
+            slow("ddp", {}),
             ("fsdp", {}),
-            ("ddp", {"ema": 0.8}),
+            slow("ddp", {"ema": 0.8}),
             ("ddp", {"ascent_sync": "none"}),
             slow("ddp", {"method": "sam-db"}),
             slow("ddp", {"method": "rsam"}),

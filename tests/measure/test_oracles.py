@@ -114,7 +114,7 @@ def test_the_interval_of_the_trace_covers_it_without_a_spectrum(name):
     assert 0.917 <= covered(hessian_of(name)[0], None) <= 0.983
 
 
-@pytest.mark.parametrize(("name", "seed"), zip(TRAINED, range(4), strict=True))
+@pytest.mark.parametrize(("name", "seed"), [*zip(TRAINED, range(4), strict=True)])
 def test_the_density_by_samples(name, seed, sampled):
     """The eigenvalues of the spectrum stand in it, so that the noise is that of the bulk."""
     operator, values = hessian_of(name)

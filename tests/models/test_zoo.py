@@ -57,8 +57,8 @@ def test_every_network_has_the_common_options(name):
         if name in FEATURES:
             model.pool.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape))
         assert model(torch.empty(2, 1, 32, 32)).shape == (2, 7)
-        for size in () if options(name, image_size=32) else (33, 64):
-            assert model(torch.empty(2, 1, size, size)).shape == (2, 7)
+        if not options(name, image_size=32):
+            assert model(torch.empty(2, 1, 33, 33)).shape == (2, 7)
     if name in FEATURES:
         channels, height = FEATURES[name]
         assert seen[0] == (2, channels, height, height)

@@ -92,8 +92,8 @@ FLAT = {
     "batchmean": (nn.KLDivLoss(reduction="batchmean"), SOFT, divergence),
 }
 SHAPES = {"classes": (), "sequences": (5,), "maps": (3, 3)}
-CASES = [(name, shape) for name in LOSSES for shape in ("classes", "maps")] + [(name, "classes") for name in FLAT]
-CASES += [("all", "sequences"), ("soft", "sequences")]
+CASES = {name: ("classes", "maps") for name in LOSSES} | dict.fromkeys(FLAT, ("classes",))
+CASES |= {name: ("classes", "maps", "sequences") for name in ("all", "soft")}
 
 
 def data(kind, shape, ignore=False, n=9):
@@ -169,9 +169,7 @@ def case(name, shape):
     return loss, x, y, net, reference, torch.mean if name == "none" else (lambda loss: loss)
 
 
-@pytest.mark.parametrize(("name", "shape"), CASES)
-def test_esam_descends_on_the_loss_of_the_chosen_samples_alone(name, shape):
-    """A mean over the counted, class-weighted elements of the chosen (qubvel-org/segmentation_models.pytorch#852)."""
+def esam_descends(name, shape):
     loss, x, y, net, r, reduce = case(name, shape)
     at = r.climb(r.grad(r.loss, r.w))
     rise, counted = r.samples(at)[0] - r.samples(r.w)[0], r.samples(r.w)[1]
@@ -182,8 +180,14 @@ def test_esam_descends_on_the_loss_of_the_chosen_samples_alone(name, shape):
         torch.testing.assert_close(told, r.loss(r.w), rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize(("name", "shape"), CASES)
-def test_ssam_f_takes_the_fisher_diagonal_of_the_first_samples_that_count(name, shape):
+@pytest.mark.parametrize("name", CASES)
+def test_esam_descends_on_the_loss_of_the_chosen_samples_alone(name):
+    """A mean over the counted, class-weighted elements of the chosen (qubvel-org/segmentation_models.pytorch#852)."""
+    for shape in CASES[name]:
+        esam_descends(name, shape)
+
+
+def ssam_f_takes(name, shape):
     loss, x, y, net, r, reduce = case(name, shape)
     some = r.samples(r.w)[1].nonzero()[:3, 0]
     fisher = sum(r.grad(lambda w, i=i: r.samples(w)[0][i], r.w) ** 2 for i in some)
@@ -193,13 +197,19 @@ def test_ssam_f_takes_the_fisher_diagonal_of_the_first_samples_that_count(name, 
     torch.testing.assert_close(u, r.grad(r.loss, r.climb(r.grad(r.loss, r.w), mask)), rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize(("name", "shape"), [c for c in CASES if LOSSES.get(c[0], FLAT.get(c[0]))[1] == INDICES])
-def test_bisam_climbs_the_bound_over_the_targets_that_count(name, shape):
+@pytest.mark.parametrize("name", CASES)
+def test_ssam_f_takes_the_fisher_diagonal_of_the_first_samples_that_count(name):
+    for shape in CASES[name]:
+        ssam_f_takes(name, shape)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if LOSSES.get(name, FLAT.get(name))[1] == INDICES])
+def test_bisam_climbs_the_bound_over_the_targets_that_count(name):
     """Class weights weigh the 0-1 loss that it bounds; label smoothing is in the descent loss alone.
 
     Without normalisation (usam) the length of the ascent shows how Q is reduced.
     """
-    for method in ("bisam-log", "bisam-tanh"):
+    for method, shape in itertools.product(("bisam-log", "bisam-tanh"), CASES[name]):
         climbs_the_bound(method, name, shape)
 
 
