@@ -34,6 +34,27 @@ SETTINGS = ReportSettings(points=5, plane=3, steps=5, runs=1, ascent_steps=3, dr
 USER = ("--model", "tests.user_side:net", "--data", "tests.user_side:data")
 
 
+STUDY = """
+title = "Made up"
+train = "smoke"
+seeds = [0, 1]
+baseline = "SGD"
+[settings]
+epochs = 1
+batch_size = 25
+model = "tests.user_side:net"
+data = "tests.user_side:data"
+[tune]
+rho = ["1x", "2x"]
+[[arms]]
+label = "SGD"
+method = "sgd"
+[[arms]]
+label = "SAM"
+method = "sam"
+"""
+
+
 class Named(nn.Module):
     """A net whose layers have names."""
 
@@ -110,6 +131,17 @@ def folders(tmp_path_factory):
     return {key: store.folder(run) for key, run in runs.items()}
 
 
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """(file, folder of the runs): two arms, and a search over the radius of one."""
+    folder = tmp_path_factory.mktemp("study")
+    (folder / "own.toml").write_text(STUDY, encoding="utf-8")
+    words = ["study", str(folder / "own.toml"), "--tune", "--out", str(folder / "out"), "--no-report", "--workers", "0"]
+    done = runner.invoke(app, words, catch_exceptions=False)
+    assert done.exit_code == 0 and len(list((folder / "out" / "runs").iterdir())) == 6
+    return folder / "own.toml", folder / "out"
+
+
 @pytest.fixture
 def weights(tmp_path):
     """A file of weights."""
@@ -136,6 +168,10 @@ def invoke(out, *given, status=0):
 
 def files(out):
     return sorted(str(p.relative_to(out)) for p in out.rglob("*") if p.is_file())
+
+
+def numbers(out):
+    return [name for name in files(out) if name.endswith(".json")]
 
 
 def read(path):
@@ -184,11 +220,11 @@ class TestOneRun:
     def test_what_is_written(self, one):
         out, name, said, _ = one
         *written, first, second, third = sorted(files(out), key=lambda file: (file.startswith("landscapes"), file))
-        assert written == [f"{name}.html", f"{name}.json"]
+        assert written == [f"{name}.csv", f"{name}.html", f"{name}.json"]
         where = Path(first).parent
         assert where.parent == Path("landscapes") / name
         assert [first, second, third] == [str(where / f"{which}.pt") for which in ("along_random", "along_v1", "plane")]
-        assert said.splitlines()[-2:] == [f"Written: {out / name}.json", f"Written: {out / name}.html"]
+        assert said.splitlines()[-3:] == [f"Written: {out / name}.{kind}" for kind in ("json", "csv", "html")]
 
     def test_the_numbers_are_those_of_the_report(self, one, folders):
         _, name, said, found = one
@@ -248,7 +284,7 @@ class TestOptions:
     def test_they_reach_the_numbers(self, folders, tmp_path):
         given = ("--what", "model,layers", "--split", "val", "--params", "2.*", "--dtype", "float64", "--no-page")
         said = invoke(tmp_path, folders["sgd", 1], *given, "--examples", 12, "--batch", 5, "tol=0.001", "seed=3")
-        assert files(tmp_path) == [f"{folders['sgd', 1].name}.json"], "numbers only"
+        assert files(tmp_path) == [f"{folders['sgd', 1].name}.{kind}" for kind in ("csv", "json")], "numbers only"
         (one,) = read(tmp_path / f"{folders['sgd', 1].name}.json")["nets"]
         where = one["conventions"]
         assert (where["split"], where["params"], where["dtype"]) == ("val", "2.*", "float64")
@@ -290,7 +326,8 @@ class TestOptions:
 class TestSeveral:
     def test_what_is_written(self, several, folders):
         out, said, found = several
-        assert files(out) == sorted(["measures.html", "measures.json", *(f"{f.name}.json" for f in folders.values())])
+        whole = ["measures.csv", "measures.html", "measures.json"]
+        assert files(out) == sorted([*whole, *(f"{f.name}.json" for f in folders.values())])
         assert [n["name"] for n in found["nets"]] == [folder.name for folder in folders.values()]
         assert "<title>Measures: sgd and sam</title>" in (out / "measures.html").read_text(encoding="utf-8")
         assert said.splitlines()[-1] == f"Written: {out / 'measures.html'}"
@@ -317,7 +354,7 @@ class TestSeveral:
     def test_the_same_run_twice_is_one(self, folders, tmp_path):
         folder = folders["sgd", 0]
         invoke(tmp_path, folder, f"{folder}/", "--what", "model", "--no-page")
-        assert files(tmp_path) == [f"{folder.name}.json"]
+        assert files(tmp_path) == [f"{folder.name}.csv", f"{folder.name}.json"]
 
     def test_processes_give_the_same_numbers(self, folders):
         runs = [open_run(folder) for folder in folders.values()][:3]
@@ -329,6 +366,42 @@ class TestSeveral:
         for a, b in zip(here, there, strict=True):
             assert (a.name, a.group, a.seed) == (b.name, b.group, b.seed)
             assert a.report.quantities == b.report.quantities
+
+
+class TestStudy:
+    """The runs of a study's table, by its name or file."""
+
+    def measured(self, study, out, *given):
+        file, runs = study
+        said = invoke(out, file, "--runs", runs, "--what", "model", "--workers", 0, "--no-page", *given)
+        nets = [(net["group"], net["seed"], net["name"]) for net in read(out / "measures.json")["nets"]]
+        radii = {json.loads((runs / "runs" / name / "config.json").read_text())["rho"] for _, _, name in nets}
+        return said, [net[:2] for net in nets], radii
+
+    def test_the_chosen_values(self, study, tmp_path):
+        arms = [("SGD", 0), ("SGD", 1), ("SAM", 0), ("SAM", 1)]
+        said, nets, chosen = self.measured(study, tmp_path / "a")
+        assert nets == arms and len(chosen) == 2 and "SAM - SGD" in said
+        _, nets, first = self.measured(study, tmp_path / "b", "--no-tune")
+        assert nets == arms and first == {None, 0.15}, "the radius of the preset"
+        table = (study[1] / "studies" / "own.csv").read_text(encoding="utf-8").splitlines()
+        values = dict(zip(table[0].split(","), table[2].split(","), strict=True))
+        assert values["arm"] == "SAM" and {None, float(values["rho"])} == chosen
+
+    def test_some_arms_and_seeds(self, study, tmp_path):
+        said, nets, _ = self.measured(study, tmp_path, "--arm", "SAM", "--with", "seed=0..2")
+        assert nets == [("SAM", 0), ("SAM", 1)] and "SAM: 2 of 3 seeds are finished." in said
+
+    def test_the_folder_of_its_runs(self, study, refused):
+        assert "two nets of seed" in refused(study[1], "--what", "model", "--workers", 0), "all radii are there"
+
+    def test_refusals(self, study, refused, tmp_path):
+        file, runs = study
+        assert "has no arm 'SMA'; did you mean 'SAM'? (arms: 'SGD', 'SAM')" in refused(
+            file, "--runs", runs, "--arm", "SMA"
+        )
+        assert f"is finished in {tmp_path}" in refused(file, "--runs", tmp_path)
+        assert not (tmp_path / "runs").exists()
 
 
 class TestFile:
@@ -364,6 +437,8 @@ class TestRefusals:
         assert "name its network and data with --model and --data" in refused(weights)
         assert "with --model and --data" in refused(weights, "--model", "mlp")
         assert "name at least one run folder or file of weights" in refused("top=3")
+        assert "there is no run, file or study 'smke'; did you mean 'smoke'?" in refused("smke")
+        assert "--arm, --tune, --demo and --with are about the runs of a study" in refused(folder, "--arm", "sam")
 
     def test_no_word_at_all(self, capsys):
         with pytest.raises(SystemExit) as stop:
@@ -423,8 +498,14 @@ class TestRefusals:
         assert "the train part has 50 examples, fewer than 51." in refused(*given, "--examples", 51)
 
     def test_two_runs_of_one_arm_and_seed(self, refused, folders, tmp_path):
-        copy = shutil.copytree(folders["sgd", 0], tmp_path / "sgd-copy")
-        assert "two nets of seed 0" in refused(folders["sgd", 0], copy, *QUICK, "--what", "landscape", "--workers", 0)
+        copy, given = shutil.copytree(folders["sgd", 0], tmp_path / "sgd-copy"), ("--what", "model", "--workers", 0)
+        said = refused(folders["sgd", 0], copy, *given)
+        assert "'sgd' has two nets of seed 0; leave one of them out." in said and "their settings are the same" in said
+        config = json.loads((copy / "config.json").read_text(encoding="utf-8"))
+        (copy / "config.json").write_text(json.dumps({**config, "lr": 0.05, "momentum": 0.5}), encoding="utf-8")
+        said = refused(folders["sgd", 0], copy, *given)
+        assert "they differ by lr=0.1 momentum=0.9 and lr=0.05 momentum=0.5." in said
+        assert f"{folders['sgd', 0].name} and sgd-copy" in said and "flatmin measure STUDY" in said
 
     def test_what_the_data_raise_stays_what_it_is(self, weights):
         run = find(weights, model="tests.user_side:net", data="tests.cli.test_measure:damaged")
@@ -458,7 +539,7 @@ class TestWhatFails:
         said = invoke(tmp_path / "out", *given, status=3)
         assert "other could not be measured: the weights in" in said and "do not fit the model" in said
         assert re.search(r"^loss +\d", said, re.MULTILINE)
-        assert files(tmp_path / "out") == ["measures.json", "mine.json"]
+        assert files(tmp_path / "out") == ["measures.csv", "measures.json", "mine.json"]
         assert "do not fit" in read(tmp_path / "out" / "measures.json")["not_measured"]["other"]
 
     def test_a_process_that_ends_takes_no_other_net_away(self, tmp_path):
@@ -471,7 +552,7 @@ class TestWhatFails:
         said = invoke(tmp_path / "out", *paths, *given, "--what", "model", "--workers", 1, status=3)
         assert "deadly could not be measured: its process ended while it measured, often because memory ran out" in said
         assert "other could not be measured: the weights in" in said and "do not fit the model" in said
-        assert files(tmp_path / "out") == ["good.json", "measures.json"]
+        assert files(tmp_path / "out") == ["good.json", "measures.csv", "measures.json"]
 
     def test_a_figure_takes_no_number_away(self, folders, tmp_path, monkeypatch):
         def broken(*_, **__):
@@ -486,7 +567,7 @@ class TestWhatFails:
         monkeypatch.setattr("flatmin.report.measurements.page.render", broken)
         said = invoke(tmp_path, folders["sgd", 0], "--what", "model,hessian", status=3)
         assert "the page could not be made: ZeroDivisionError: no scale" in said
-        assert said.splitlines()[-1] == f"Written: {tmp_path / name}.json"
+        assert said.splitlines()[-1] == f"Written: {tmp_path / name}.csv"
 
     def test_outputs_with_logits(self, tmp_path):
         """huggingface/transformers#10459."""
@@ -573,8 +654,9 @@ class TestFilesOfWeights:
             torch.manual_seed(seed)
             torch.save(net().state_dict(), path)
         out, given = tmp_path / "out", (*self.GIVEN, "--what", "model", "--workers", 0)
-        assert "b-best - x-a-best" in invoke(out, paths[0], paths[2], paths[4], *given)
-        assert files(out) == ["b-best.json", "measures.json", "x-a-best.json", "y-a-best.json"]
+        said = invoke(out, paths[0], paths[2], paths[4], *given)
+        assert re.search(r"^quantity +x-a-best +y-a-best +b-best ", said, re.MULTILINE)
+        assert files(out) == ["b-best.json", "measures.csv", "measures.json", "x-a-best.json", "y-a-best.json"]
         runs = find_all([tmp_path / "b" / "best.pth", paths[4], paths[4]], model="m:n", data="m:d")
         assert [run.name for run in runs] == ["b-best.pth", "b-best.pt"]
 
@@ -590,10 +672,10 @@ class TestFilesOfWeights:
         assert "best.json holds other numbers; these are in best-2.json." in said
         assert (out / "best.json").read_text() == first != (out / "best-2.json").read_text()
         invoke(out, tmp_path / "a" / "best.pt", *given, "--split", "test")
-        assert files(out) == ["best-2.json", "best-3.json", "best.json"], "other settings, other numbers"
+        assert numbers(out) == ["best-2.json", "best-3.json", "best.json"], "other settings, other numbers"
         invoke(out, tmp_path / "b" / "best.pt", *given)
         invoke(out, tmp_path / "a" / "best.pt", *given)
-        assert files(out) == ["best-2.json", "best-3.json", "best.json"], "the same ones take the place of the old"
+        assert numbers(out) == ["best-2.json", "best-3.json", "best.json"], "the same ones take the place of the old"
 
     def test_with_several_weights(self, weights, tmp_path):
         state = torch.load(weights)["state_dict"]
@@ -621,7 +703,7 @@ class TestFilesOfWeights:
         (tmp_path / "seed=1").mkdir()
         weights.rename(tmp_path / "seed=1" / "w.pt")
         invoke("out", "seed=1/w.pt", *self.GIVEN, "--what", "model")
-        assert files(tmp_path / "out") == ["w.json"]
+        assert numbers(tmp_path / "out") == ["w.json"]
 
 
 def test_workers_for_one_net_are_refused(refused, folders):

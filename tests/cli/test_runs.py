@@ -72,14 +72,28 @@ class TestList:
     def test_a_table(self, runs):
         said = invoke("runs", "list")
         for row in (
-            r"good +sam .* finished +1/1 +\d+\.\d\d +2001-09-09 \d\d:\d\d +\d",
-            r"failed +sgd .* failed +0/1 +- ",
-            r"stopped +sam .* stopped +0/7 +- ",
-            r"damaged +- +- +- +damaged +- +- ",
+            r"name +method +rho +seed +settings +state +epochs +test % +when +size$",
+            r"good +sam +0\.1 +0 +- +finished +1/1 +\d+\.\d\d +2001-09-09 +\d",
+            r"failed +sgd +- +0 +lr=1e\+30 +failed +0/1 +- ",
+            r"stopped +sam +0\.1 +0 +- +stopped +0/7 +- ",
+            r"damaged +- +- +- +- +damaged +- +- ",
         ):
             assert re.search(f"^{row}", said, re.MULTILINE), row
+        assert "All on tests.user_side:data with tests.user_side:net." in said
         assert re.search(r"^4 runs, [\d.]+ kB$", said, re.MULTILINE)
         assert said.splitlines()[-1].startswith("damaged: the run in flatmin-runs/runs/damaged cannot be read: trunc")
+
+    def test_what_tells_runs_apart(self, runs):
+        """Every setting that is not that of the most, those of the method and the network by their own names."""
+        for i in range(3):
+            more = dataclasses.replace(CONFIG, weight_decay=0.1 * (i == 1), epochs=2, seed=i)
+            RunFolder(runs / f"more-{i}").begin(more, {}, label="more")
+        other = dataclasses.replace(CONFIG, method="vasso", params={"direction.theta": 0.8}, data="digits", epochs=2)
+        RunFolder(runs / "other").begin(dataclasses.replace(other, workers=3), {}, label="other")
+        said = invoke("runs", "list")
+        for row in (r"more-1 +sam +0\.1 +1 .* weight_decay=0\.1", r"other +vasso .* digits .* direction\.theta=0\.8"):
+            assert re.search(f"^{row}", said, re.MULTILINE), row
+        assert "workers" not in said and "seed=" not in said
 
     def test_numbers_for_programs(self, runs):
         found = {entry["name"]: entry for entry in json.loads(invoke("runs", "list", "--json"))}

@@ -90,7 +90,7 @@ def test_columns_stand_below_each_other_in_ascii(monkeypatch):
     settle_streams()
     print_table([["arm", "test %"], ["ρ", "95.1 ±0.4"], ["SAM", "9.0"]], make_console())
     assert written(out).decode().splitlines() == [
-        "arm     test %", "-" * 15, "rho  95.1 +-0.4", "SAM         9.0",
+        "arm      test %", "-" * 15, "rho  95.1 +-0.4", "SAM         9.0",
     ]  # fmt: skip
 
 

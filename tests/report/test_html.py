@@ -12,6 +12,7 @@ import pytest
 from flatmin.report import html as page
 from flatmin.report.html import Cell, Column, Figure, Markup
 from flatmin.report.studies.page import render
+from tests.browser import CHROMIUM, browser
 from tests.pages import Outline
 from tests.study.made import made_table
 
@@ -86,12 +87,12 @@ def pieces(text):
 @pytest.mark.parametrize("text", HOSTILE)
 def test_hostile_text_stays_text(text):
     """A page with it has the tags of a page with a harmless word, and hands it over letter by letter."""
-    hostile, harmless = (Outline(page.page(word, list(pieces(word).values()))) for word in (text, "word"))
+    plain = "w" * len(text)
+    hostile, harmless = (Outline(page.page(word, list(pieces(word).values()))) for word in (text, plain))
     assert hostile.tags == harmless.tags
     assert [name for name, _ in hostile.attributes] == [name for name, _ in harmless.attributes]
     assert [kind for kind, _ in hostile.scripts] == [kind for kind, _ in harmless.scripts]
-    plain = [part.replace("word", text) for part in harmless.text]
-    assert "".join(hostile.text) == "".join(plain)
+    assert "".join(hostile.text) == "".join(part.replace(plain, text) for part in harmless.text)
     values = {name: value for name, value in hostile.attributes if value and text in value}
     assert set(values) == {"value", "title", "aria-label", "data-label"}
     assert hostile.specs[0]["data"][0] == {"name": text, text: text}
@@ -153,6 +154,32 @@ def test_tables():
     assert 'class="table tall"' in wide and "data-label" not in wide
     with pytest.raises(ValueError, match="1 cells, but the table has 2 columns"):
         page.table(columns[:2], [[Cell("x")]])
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+def test_in_a_browser(tmp_path):
+    """No table runs out of a phone unannounced, few columns stand below each other, and everything opens for paper."""
+    wide = page.table([Column("row"), *[Column(f"column {i}") for i in range(12)]], [[Cell("a")] * 13])
+    few = page.table([Column("key", text=True), Column("value"), Column("what", prose=True)], [[Cell("a" * 40)] * 3])
+    long = page.notes([f"Short. Then {'long ' * 40}"])
+    text = page.page("w" * 90, [wide, few, long], [page.facts({"k" * 60: "v" * 200})])
+    with browser(tmp_path) as tab:
+        for width, phone in ((1300, False), (390, True)):
+            tab.open(page.write(text, tmp_path / "page.html"), width=width, phone=phone)
+            assert tab.run("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+            look = "(() => { const b = document.querySelectorAll('.table')[%d]; return [%s]; })()"
+            assert tab.run(look % (0, "b.matches('.more'), b.querySelector('.hint').hidden")) == [phone, not phone]
+            display = "getComputedStyle(b.querySelector('tbody tr')).display === 'grid', b.matches('.more')"
+            assert tab.run(look % (1, display)) == [phone, False]
+        tab.run("document.querySelector('.scroll').scrollLeft = 9999")
+        tab.settle()
+        assert tab.run(look % (0, "b.matches('.more'), b.matches('.moved')")) == [False, True]
+        place = "b.querySelector('tbody th').getBoundingClientRect().left - b.getBoundingClientRect().left < 3"
+        assert tab.run(look % (0, place)) == [True], "the first column stays"
+        for event, opened in (("beforeprint", True), ("afterprint", False)):
+            tab.run(f"window.dispatchEvent(new Event('{event}'))")
+            assert tab.run("document.querySelector('details').open") is opened
+        assert tab.problems == []
 
 
 def test_figures_are_not_folded_away():

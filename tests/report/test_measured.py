@@ -1,7 +1,9 @@
 """Reports side by side: numbers that can be checked by hand, and pages and pictures on which none is lost."""
 
+import csv
 import dataclasses
 import html
+import io
 import itertools
 import json
 import math
@@ -18,8 +20,19 @@ from flatmin.report import html as page
 from flatmin.report.figures.static import require
 from flatmin.report.measurements import picture as draw_report
 from flatmin.report.measurements.figures import figures, save_figures
-from flatmin.report.measurements.page import render, sentence
-from flatmin.study.measured import NetReport, as_json, compare_reports, groups_of, stat_text, unlike, with_error
+from flatmin.report.measurements.page import render
+from flatmin.study.measured import (
+    NetReport,
+    as_csv,
+    as_json,
+    compare_reports,
+    conclusions,
+    groups_of,
+    sentence,
+    stat_text,
+    unlike,
+    with_error,
+)
 from tests.measure.nets import batches, make
 from tests.pages import HOSTILE, Outline
 
@@ -37,8 +50,8 @@ def small_plotly(monkeypatch):
     monkeypatch.setattr(page, "_plotly_js", lambda: "/* plotly.js */")
 
 
-def quantity(name="lambda_1", value=1.0, flat="low", **rest):
-    return Quantity(name=name, text=f"what {name} is", value=value, flat=flat, conventions=WHERE, **rest)
+def quantity(name="lambda_1", value=1.0, flat="low", conventions=WHERE, **rest):
+    return Quantity(name=name, text=f"what {name} is", value=value, flat=flat, conventions=conventions, **rest)
 
 
 def made(group, seed, *quantities, where=WHERE, missing=None):
@@ -152,6 +165,43 @@ class TestCompare:
         found = unlike([*alike, made("asam", 0, quantity(), where=other)])
         assert found == ["split: train, test", "examples: 50, 30"]
 
+    def test_wrong_labels_that_a_seed_draws_are_no_other_convention(self):
+        shares = [dataclasses.replace(WHERE, split=f"train, {n}% of the labels wrong") for n in (20, 21)]
+        found = [made("sgd", seed, quantity(), where=where) for seed, where in enumerate(shares)]
+        assert unlike(found) == []
+        assert "50 examples (train, with the labels that each was trained on), eval mode" in sentence(found)
+        assert "50 examples (train, 20% of the labels wrong), eval mode" in sentence(found[:1])
+
+    def test_conclusions(self):
+        values = {"sgd": (3.0, 4.0), "sam": (1.0, 2.1), "asam": (2.0, 5.0)}
+        found = [
+            made(group, seed, quantity(value=v), quantity("sigma", v, flat="high"), quantity("loss", v, flat=""))
+            for group, both in values.items()
+            for seed, v in enumerate(both)
+        ]
+        assert conclusions(found) == [
+            "sam is flatter by 1 and sharper by 1 of 2 measures than sgd. Flatter: lambda_1. Sharper: sigma.",
+            "asam and sgd do not differ significantly by any of 2 measures.",
+        ]
+
+    def test_a_line_for_each_net_and_quantity(self):
+        where = dataclasses.replace(WHERE, seed=7)
+        found = [
+            made("sgd", 0, quantity(error=0.5, error_is="residual"), quantity("trace", 2.0, error=math.nan)),
+            made("a, b", 3, quantity(value=math.inf, note='not "converged"', conventions=where)),
+        ]
+        rows = list(csv.DictReader(io.StringIO(as_csv(found))))
+        keys = ("net", "group", "seed", "section", "quantity", "value", "error", "error_is", "flat")
+        assert [tuple(row[key] for key in keys) for row in rows] == [
+            ("sgd-s0", "sgd", "0", "hessian", "lambda_1", "1.0", "0.5", "residual", "low"),
+            ("sgd-s0", "sgd", "0", "hessian", "trace", "2.0", "", "rounding", "low"),
+            ("a, b-s3", "a, b", "3", "hessian", "lambda_1", "", "0.0", "rounding", "low"),
+        ]
+        assert [row["note"] for row in rows] == ["", "", 'not "converged"'] and rows[0]["what"] == "what lambda_1 is"
+        assert [(row["loss"], row["examples"], row["drawn_by"]) for row in rows[1:]] == [
+            ("cross_entropy", "50", ""), ("cross_entropy", "50", "7"),
+        ]  # fmt: skip
+
 
 @pytest.mark.parametrize(
     ("value", "error", "text"),
@@ -183,7 +233,7 @@ class TestPage:
         net = real[0]
         outline = Outline(render([net], command=["flatmin", "measure", "a b"], environment=ENVIRONMENT))
         words = [word.strip() for word in outline.text]
-        assert f"Measures: {net.name}" in words and sentence(net) in words
+        assert f"Measures: {net.name}" in words and sentence([net]) in words
         for q in net.report.quantities.values():
             assert {q.name, with_error(q.value, q.error), q.text} <= set(words)
         for part in net.report.sections:
@@ -369,6 +419,6 @@ def test_everything_as_json(real):
 
 
 def test_the_sentence_of_a_net():
-    assert sentence(made("sgd", 0)) == (
+    assert sentence([made("sgd", 0)]) == (
         "Mean cross_entropy over 50 examples (train), eval mode, weight decay 0, 7 weights (*), float32."
     )

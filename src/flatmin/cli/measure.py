@@ -16,13 +16,14 @@ import typer
 
 from flatmin.cli import completion as complete
 from flatmin.cli.console import make_console
-from flatmin.cli.options import Figures, OpenPage, Out, Page, Split, Workers
+from flatmin.cli.options import Demo, Figures, OpenPage, Out, Page, Split, Workers
+from flatmin.cli.targets import HOME
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
     from flatmin.study.measured import NetReport, Unmeasured
+    from flatmin.study.spec import StudySpec
 
 _SETTING = re.compile(r"[a-z_]+=")
 
@@ -31,17 +32,17 @@ def measure(
     targets: Annotated[
         list[str],
         typer.Argument(
-            metavar="RUN... [KEY=VALUE...]",
-            help="Run folders (FOLDER/runs/...) or a file of weights; settings such as top=10 rho=0.1 plane=0, see "
-            "flatmin settings measure.",
+            metavar="WHAT... [KEY=VALUE...]",
+            help="Run folders (FOLDER/runs/...) or names of runs; a study, by its name or .toml file, for the runs of "
+            "its table; or files of weights. Settings such as top=10 rho=0.1 plane=0, see flatmin settings measure.",
             autocompletion=complete.words("measure", also=complete.runs),
         ),
     ],
     what: Annotated[
         str,
         typer.Option(
-            help="report, all, or of model, hessian, trace, density, sharpness, flatness, layers, published, "
-            "landscape, joined by commas.",
+            help="report, all, or some of these, separated by commas: model, hessian, trace, density, sharpness, "
+            "flatness, layers, published, landscape.",
             autocompletion=complete.several_of("measures"),
         ),
     ] = "report",
@@ -62,6 +63,29 @@ def measure(
         str | None,
         typer.Option(help="For a file with several matching sets of weights: which one, such as ema or state_dict."),
     ] = None,
+    runs_folder: Annotated[
+        Path, typer.Option("--runs", metavar="FOLDER", help="For a study: the folder that its --out named.")
+    ] = HOME,
+    arm: Annotated[
+        list[str] | None, typer.Option(help="For a study: an arm or row of its table (default: all). Repeatable.")
+    ] = None,
+    tune: Annotated[
+        bool | None,
+        typer.Option(
+            "--tune/--no-tune",
+            help="For a study: the values that were chosen on validation, or those of the preset (default: the chosen "
+            "ones if that search is finished).",
+        ),
+    ] = None,
+    demo: Demo = False,
+    changed: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--with",
+            metavar="KEY=VALUE",
+            help="For a study: what its command line changed, such as seeds=5 or lr=0.05. Repeatable.",
+        ),
+    ] = None,
     out: Out = Path("flatmin-measures"),
     workers: Workers = None,
     page: Page = True,
@@ -73,16 +97,16 @@ def measure(
 
     For one network the command prints its report. For several it prints a table by arm, with paired differences to
     sgd. It names what could not be measured and why, and exits with 3; everything else is written. Existing files of
-    other networks or settings are not overwritten: new files get a number.
+    other networks or settings are not overwritten: new files get a number. Of a study's values that were chosen on
+    validation, the chosen ones are measured.
 
     Examples:
-        flatmin measure RUN
-        flatmin measure RUN RUN2 --what hessian,sharpness top=10 rho=0.1
+        flatmin measure RUN --what hessian,sharpness top=10 rho=0.1
+        flatmin measure digits --arm sgd --arm sam
     """
     import torch
 
     from flatmin.cli.study import default_workers
-    from flatmin.cli.targets import run_folder
     from flatmin.measure.report import ReportSettings, chosen
     from flatmin.report.figures import static
     from flatmin.report.figures.files import endings
@@ -91,9 +115,10 @@ def measure(
     from flatmin.report.measurements import picture as draw_report
     from flatmin.report.measurements.figures import save_figures
     from flatmin.report.measurements.page import render
-    from flatmin.study.measured import as_json
+    from flatmin.report.measurements.terminal import print_nets
+    from flatmin.study.measured import as_csv, as_json
     from flatmin.study.measuring import View, find_all, identity, measure_all
-    from flatmin.train.files import write_json
+    from flatmin.train.files import write_json, write_text
     from flatmin.train.fingerprint import environment
     from flatmin.train.settings import content_hash, read_table
     from flatmin.words import reason
@@ -105,11 +130,18 @@ def measure(
         static.require()
     kinds = endings(figures) if figures else ()
     words = [word for word in targets if _SETTING.match(word) and not Path(word).exists()]
-    # A path, or the name of a run.
-    paths = [Path(word) if Path(word).is_file() else run_folder(word) for word in targets if word not in words]
-    if not paths:
-        raise ValueError("name at least one run folder or file of weights.")
-    runs = find_all(paths, model=model, data=data, key=key)
+    studies, paths = _sorted_out([word for word in targets if word not in words])
+    if not studies and (arm or changed or tune is not None or demo):
+        raise ValueError("--arm, --tune, --demo and --with are about the runs of a study; name one.")
+    runs, lacking_runs = find_all(paths, model=model, data=data, key=key) if paths else [], []
+    for name in studies:
+        from flatmin.study.networks import networks_of
+
+        found, unfinished = networks_of(
+            _study(name, changed or (), tune, demo, runs_folder), runs_folder, arms=arm or ()
+        )
+        runs += found
+        lacking_runs += unfinished
     view = View(
         what=what,
         settings=ReportSettings(**read_table(ReportSettings, words)),
@@ -165,12 +197,13 @@ def measure(
     if not nets:
         whys = " ".join(f"{why} (while {names} was measured)" for why, names in _by_reason(failed))
         raise ValueError(f"no network could be measured: {whys}")
-    _print(nets, console)
+    print_nets(nets, console)
     lacking = bool(failed) or any(net.report.missing for net in nets)
     if several:
         write_json(whole.json, as_json(nets, about, failed, of=whole.of))
-    written = [whole.json]
-    notes = [f"{names} could not be measured: {why}" for why, names in _by_reason(failed)]
+    write_text(whole.json.with_suffix(".csv"), as_csv(nets))
+    written = [whole.json, whole.json.with_suffix(".csv")]
+    notes = [*lacking_runs, *(f"{names} could not be measured: {why}" for why, names in _by_reason(failed))]
     undrawn: list[str] = []
 
     def draw(what: str, make: Callable[[], Path | list[Path]]) -> None:
@@ -205,6 +238,51 @@ def measure(
         typer.launch(written[-1].resolve().as_uri())
     if lacking or undrawn:
         raise typer.Exit(3)
+
+
+def _sorted_out(words: Sequence[str]) -> tuple[list[str], list[Path]]:
+    """The studies among the words, and the paths of runs and files of weights.
+
+    Raises:
+        ValueError: no word, or one that is none of these.
+    """
+    from flatmin.cli.targets import run_folder
+    from flatmin.train.settings import preset_names
+    from flatmin.words import suggest
+
+    if not words:
+        raise ValueError("name at least one run folder or file of weights, or a study.")
+    names = preset_names("study")
+    studies: list[str] = []
+    paths: list[Path] = []
+    for word in words:
+        path = Path(word)
+        if path.suffix == ".toml" and path.is_file():
+            studies.append(word)
+        elif path.is_file():
+            paths.append(path)
+        elif path.is_dir() or ((HOME / "runs" / path.name).is_dir() and path.name == word):
+            folder = run_folder(word)
+            inside = sorted(folder.glob("runs/*/config.json")) if not (folder / "config.json").is_file() else []
+            paths += [file.parent for file in inside] or [folder]
+        elif word in names:
+            studies.append(word)
+        elif path.name == word and (hint := suggest(word, names)):
+            raise ValueError(f"there is no run, file or study {word!r}{hint} (studies: flatmin study list)")
+        else:
+            paths.append(run_folder(word))
+    return studies, paths
+
+
+def _study(name: str, changed: Sequence[str], tune: bool | None, demo: bool, runs: Path) -> StudySpec:
+    """The study as its command line had it."""
+    from flatmin.study.comparison import comparison, without_unfit
+    from flatmin.study.expand import tuned
+    from flatmin.study.networks import searched
+    from flatmin.study.reading import read_study
+
+    spec = without_unfit(read_study(name, changed, demo=True) if demo else comparison(name, changed))
+    return searched(spec, runs) if tune is None else tuned(spec) if tune else spec
 
 
 def _by_reason(failed: Sequence[Unmeasured]) -> list[tuple[str, str]]:
@@ -301,91 +379,3 @@ class _Bar:
             self._bar.update(self._task, advance=1, count=self._count())
             if not self._console.is_terminal:
                 self._console.print(f"[{self._count()}] {net.name}: {seconds:.1f} s", markup=False, highlight=False)
-
-
-def _print(nets: Sequence[NetReport], console: Console) -> None:
-    from flatmin.report.measurements.page import sentence
-    from flatmin.study.measured import compare_reports, groups_of, left_out, remarks, unlike
-
-    console.print()
-    console.print(sentence(nets[0]), markup=False, highlight=False, soft_wrap=False)
-    for remark in remarks(nets):
-        console.print(remark, markup=False, highlight=False)
-    console.print()
-    if len(nets) == 1:
-        for section in nets[0].report.sections:
-            if section.quantities:
-                console.print(f"[bold]{section.title}[/bold]")
-                console.print(_numbers(section.quantities))
-                console.print()
-            for measure_name, why in section.missing.items():
-                console.print(f"{measure_name} is missing: {why}", markup=False, highlight=False)
-        return
-    counts = ", ".join(f"{name} {len(members)}" for name, members in groups_of(nets).items())
-    console.print(_comparison(nets))
-    console.print(
-        f"[dim]Nets: {counts}. Mean ± 95 % t interval over the seeds; differences paired. Not significant: the "
-        "interval of the difference covers 0.[/dim]"
-    )
-    for words in left_out(nets):
-        console.print(words, markup=False, highlight=False)
-    noted = {row.quantity.name: row.notes for row in compare_reports(nets) if row.notes}
-    if noted:
-        console.print(
-            "* of some net: " + "; ".join(f"{name} {', '.join(names)}" for name, names in noted.items()),
-            markup=False,
-            highlight=False,
-        )
-    for words in unlike(nets):
-        console.print(f"The networks were measured with different settings: {words}.", markup=False, highlight=False)
-
-
-def _table() -> Table:
-    from rich import box
-    from rich.table import Table
-
-    return Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, header_style="bold")
-
-
-def _numbers(quantities: Sequence[object]) -> Table:
-    from rich.text import Text
-
-    from flatmin.measure.report import Quantity
-    from flatmin.study.measured import with_error
-
-    table = _table()
-    table.show_header = False
-    table.add_column("quantity", no_wrap=True)
-    table.add_column("value", justify="right", no_wrap=True)
-    table.add_column("what it is", overflow="fold")
-    for q in quantities:
-        assert isinstance(q, Quantity)
-        about = Text(q.text)
-        if q.note:
-            about.append(f" ({q.note})", style="yellow")
-        table.add_row(Text(q.name), with_error(q.value, q.error), about)
-    return table
-
-
-def _comparison(nets: Sequence[NetReport]) -> Table:
-    from rich.text import Text
-
-    from flatmin.study.measured import compare_reports, groups_of, stat_text
-
-    groups = list(groups_of(nets))
-    base, others = groups[0], groups[1:]
-    table = _table()
-    table.add_column("quantity", no_wrap=True)
-    for name in groups:
-        table.add_column(Text(name), justify="right", no_wrap=True)
-    for name in others:
-        table.add_column(Text(f"{name} - {base}"), justify="right", no_wrap=True)
-        table.add_column(Text(f"{name} is"), no_wrap=True)
-    for row in compare_reports(nets):
-        cells: list[Text | str] = [Text(row.quantity.name + " *" * bool(row.notes))]
-        cells += ["-" if (stat := row.groups.get(name)) is None else stat_text(stat) for name in groups]
-        for name in others:
-            stat = row.difference.get(name)
-            cells += ["-" if stat is None else stat_text(stat), row.verdict(name)]
-        table.add_row(*cells)
-    return table

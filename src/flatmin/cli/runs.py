@@ -214,14 +214,16 @@ def _print(listed: Sequence[Entry], console: Console) -> None:
     from flatmin.report.runs.listing import unusual
 
     rows = [_row(entry, words) for entry, words in zip(listed, unusual(listed), strict=True)]
-    shared = []
-    for name, of in (("data", "on {}"), ("model", "with {}"), ("settings", "")):
+    names, shared = list(rows[0]), []
+    for name, of in (("data", "on"), ("model", "with")):
         values = {row[name] for row in rows} - {"-"}
         if len(values) <= 1:
-            shared += [of.format(value) for value in values if of]
-            rows = [{key: value for key, value in row.items() if key != name} for row in rows]
+            shared += [f"{of} {value}" for value in values]
+            names.remove(name)
+    if all(row["settings"] == "-" for row in rows):
+        names.remove("settings")
     styles = [_STYLES.get(entry.state, "") for entry in listed]
-    print_table([list(rows[0]), *(list(row.values()) for row in rows)], console, styles=styles)
+    print_table([names, *([row[name] for name in names] for row in rows)], console, styles=styles)
     if shared and len(rows) > 1:
         print_text(f"All {' '.join(shared)}.", console, style="dim")
 

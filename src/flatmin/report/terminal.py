@@ -32,13 +32,23 @@ Rows = Sequence[Sequence[str]]
 
 @dataclass(frozen=True)
 class _Column:
-    """A column: the header and the cells, the narrowest and the natural width, and whether numbers are in it."""
+    """A column.
+
+    Args:
+        header, cells: its texts, as the terminal can show them.
+        least, natural: widths.
+        number: whether numbers are in it.
+        wide: of the widest cell.
+        simple: whether every cell is a line of ASCII.
+    """
 
     header: str
     cells: Sequence[str]
     least: int
     natural: int
     number: bool
+    wide: int
+    simple: bool
 
 
 def print_table(rows: Rows, console: Console, *, header: bool = True, styles: Sequence[str] = ()) -> None:
@@ -51,6 +61,9 @@ def print_table(rows: Rows, console: Console, *, header: bool = True, styles: Se
         styles: one of rich's styles for each row after the header. Default: none.
     """
     lines = lay_out(rows, width=console.width, encoding=console.encoding, header=header, styles=styles)
+    if not console.is_terminal and not console.quiet:  # rich takes its time over thousands of lines
+        print("\n".join(line for line, _ in lines), file=console.file)
+        return
     for style, group in groupby(lines, key=lambda line: line[1]):
         console.out("\n".join(line for line, _ in group), style=style or None, highlight=False)
 
@@ -86,8 +99,8 @@ def lay_out(
         header: whether the first of the rows is one.
         styles: one for each row after the header. Default: none.
     """
-    table = [[_shown(cell, encoding) for cell in row] for row in (rows if header else [[""] * len(rows[0]), *rows])]
-    every = [_column(cells) for cells in zip(*table, strict=True)]
+    table = rows if header else [[""] * len(rows[0]), *rows]
+    every = [_column(cells, encoding) for cells in zip(*table, strict=True)]
     styles = [*styles, *[""] * (len(table) - 1 - len(styles))]
     rule = fitted("─", encoding)
     lines: list[tuple[str, str]] = []
@@ -99,15 +112,14 @@ def lay_out(
         if header:
             lines += [(line, "bold") for line in _heads(columns, widths, gap)]
             lines.append((rule * (sum(widths) + gap * (len(widths) - 1)), ""))
-        for i, style in enumerate(styles):
-            lines += [(line, style) for line in _row([column.cells[i] for column in columns], columns, widths, gap)]
+        lines += _body(columns, widths, gap, styles)
     return lines
 
 
 def fits(rows: Rows, console: Console) -> bool:
     """Whether the columns fit side by side."""
-    table = [[_shown(cell, console.encoding) for cell in row] for row in rows]
-    return _side_by_side([_column(cells) for cells in zip(*table, strict=True)], console.width) is not None
+    columns = [_column(cells, console.encoding) for cells in zip(*rows, strict=True)]
+    return _side_by_side(columns, console.width) is not None
 
 
 def is_number(cell: str) -> bool:
@@ -124,10 +136,6 @@ def is_number(cell: str) -> bool:
         return cell in ("-", "")
 
 
-def _shown(cell: str, encoding: str) -> str:
-    return cell if cell.isascii() else fitted(cell, encoding)
-
-
 def _length(text: str) -> int:
     """Columns of the terminal."""
     if text.isascii():
@@ -135,16 +143,20 @@ def _length(text: str) -> int:
     return sum(0 if combining(char) else 1 + (east_asian_width(char) in "WF") for char in text)
 
 
-def _column(cells: Sequence[str]) -> _Column:
-    header, *body = cells
-    wide = max((_length(line) for cell in body for line in cell.split("\n")), default=0)
-    number = any(cell not in ("-", "") for cell in body) and all(map(is_number, body))
+def _column(cells: Sequence[str], encoding: str) -> _Column:
+    plain = "".join(cells).isascii()
+    header, *body = cells if plain else [fitted(cell, encoding) for cell in cells]
+    different = set(body)
+    lines = [line for cell in different for line in cell.split("\n")]
+    wide = max(map(len if plain else _length, lines), default=0)
+    number = not different <= {"-", ""} and all(map(is_number, different))
     least = wide
     if wide > _PROSE and not number:
-        words = max((_length(word) for cell in body for word in cell.split()), default=0)
+        words = max((_length(word) for cell in different for word in cell.split()), default=0)
         least = min(wide, max(_PROSE, words))
-    least = max(least, *map(_length, header.split()), 0) if header else least
-    return _Column(header, body, least, max(wide, _length(header)), number)
+    least = max([least, *map(_length, header.split())])
+    simple = plain and len(lines) == len(different)
+    return _Column(header, body, least, max(wide, _length(header)), number, wide, simple)
 
 
 def _side_by_side(columns: Sequence[_Column], width: int) -> tuple[list[int], int] | None:
@@ -171,7 +183,7 @@ def _blocks(columns: Sequence[_Column], width: int, rows: int) -> list[tuple[Seq
     if rows < 2:
         return None
     made = _filled(columns, width, len(columns))
-    if made is None or len(made) > _MOST_BLOCKS:
+    if not made or len(made) > _MOST_BLOCKS:
         return None
     even = _filled(columns, width, math.ceil((len(columns) - 1) / len(made)))  # no column is left to stand alone
     return even if even is not None and len(even) == len(made) else made
@@ -202,22 +214,37 @@ def _heads(columns: Sequence[_Column], widths: Sequence[int], gap: int) -> Itera
         yield _line(cells, columns, widths, gap)
 
 
-def _row(cells: Sequence[str], columns: Sequence[_Column], widths: Sequence[int], gap: int) -> Iterator[str]:
-    parts = [_wrapped(cell, width) for cell, width in zip(cells, widths, strict=True)]
-    for i in range(max(map(len, parts))):
-        yield _line([part[i] if i < len(part) else "" for part in parts], columns, widths, gap)
+def _body(
+    columns: Sequence[_Column], widths: Sequence[int], gap: int, styles: Sequence[str]
+) -> Iterator[tuple[str, str]]:
+    """The lines of the rows, each with its style."""
+    if all(column.simple and column.wide <= width for column, width in zip(columns, widths, strict=True)):
+        # A shorter way to the same, for lists of thousands of rows.
+        padded = [
+            [cell.rjust(width) if column.number else cell.ljust(width) for cell in column.cells]
+            for column, width in zip(columns, widths, strict=True)
+        ]
+        for cells, style in zip(zip(*padded, strict=True), styles, strict=True):
+            yield (" " * gap).join(cells).rstrip(), style
+        return
+    for i, style in enumerate(styles):
+        parts = [_wrapped(column.cells[i], width) for column, width in zip(columns, widths, strict=True)]
+        for k in range(max(map(len, parts))):
+            yield _line([part[k] if k < len(part) else "" for part in parts], columns, widths, gap), style
 
 
 def _line(cells: Iterable[str], columns: Sequence[_Column], widths: Sequence[int], gap: int) -> str:
     padded = []
     for cell, column, width in zip(cells, columns, widths, strict=True):
-        blanks = " " * (width - _length(cell))
-        padded.append(blanks + cell if column.number else cell + blanks)
+        wide = width if cell.isascii() else width - _length(cell) + len(cell)
+        padded.append(cell.rjust(wide) if column.number else cell.ljust(wide))
     return (" " * gap).join(padded).rstrip()
 
 
 def _wrapped(text: str, width: int) -> list[str]:
     """Lines of no more than `width` columns, broken between words where that is possible."""
+    if "\n" not in text and _length(text) <= width:
+        return [text]
     lines: list[str] = []
     for whole in text.split("\n"):
         if _length(whole) <= width:
@@ -237,7 +264,7 @@ def _wrapped(text: str, width: int) -> list[str]:
                     lines.append(word[:count])
                     word = word[count:]
         lines += [line] if line else []
-    return lines
+    return lines or [""]
 
 
 def _records(columns: Sequence[_Column], styles: Sequence[str], width: int) -> Iterator[tuple[str, str]]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import io
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from flatmin.measure.problem import Conventions
 from flatmin.measure.report import Quantity, Report
 from flatmin.methods import BASE
 from flatmin.stats import Stat, paired, summarise
@@ -86,13 +89,20 @@ def groups_of(nets: Sequence[NetReport]) -> dict[str, list[NetReport]]:
     return {**({BASE: groups[BASE]} if BASE in groups else {}), **groups}
 
 
-def check_doubles(nets: Iterable[tuple[str, int]]) -> None:
-    """Raise ValueError if two nets share their group and seed: pairs of seeds would then be ambiguous."""
-    seen: set[tuple[str, int]] = set()
-    for net in nets:
+def check_doubles(nets: Iterable[tuple[str, int]], differences: Callable[[int, int], str] = lambda i, k: "") -> None:
+    """Raise ValueError if two nets share their group and seed: pairs of seeds would then be ambiguous.
+
+    Args:
+        nets: group and seed of each.
+        differences: a sentence on how two of them differ, by their places.
+    """
+    seen: dict[tuple[str, int], int] = {}
+    for place, net in enumerate(nets):
         if net in seen:
-            raise ValueError(f"{net[0]!r} has two nets of seed {net[1]}; leave one of them out.")
-        seen.add(net)
+            raise ValueError(
+                f"{net[0]!r} has two nets of seed {net[1]}; leave one of them out.{differences(seen[net], place)}"
+            )
+        seen[net] = place
 
 
 def compare_reports(nets: Sequence[NetReport]) -> list[Comparison]:
@@ -187,13 +197,29 @@ def remarks(nets: Sequence[NetReport]) -> list[str]:
 
 
 def unlike(nets: Sequence[NetReport]) -> list[str]:
-    """In which conventions the nets differ, in words: numbers of two conventions are not to be compared."""
+    """In which conventions the nets differ, in words: numbers of two conventions are not to be compared.
+
+    The share of wrong labels belongs to the seed, which draws them, and is no convention.
+    """
     conventions = [dataclasses.asdict(net.report.conventions) for net in nets]
+    for one in conventions:
+        one["split"] = one["split"].partition(",")[0]
     return [
         f"{key}: {', '.join(map(str, dict.fromkeys(one[key] for one in conventions)))}"
         for key in conventions[0]
         if len({str(one[key]) for one in conventions}) > 1
     ]
+
+
+def sentence(nets: Sequence[NetReport]) -> str:
+    """What the numbers are of, in one sentence."""
+    c = nets[0].report.conventions
+    splits = dict.fromkeys(net.report.conventions.split for net in nets)
+    split = c.split if len(splits) == 1 else f"{c.split.partition(',')[0]}, with the labels that each was trained on"
+    return (
+        f"Mean {c.loss} over {c.examples} examples ({split}), {c.mode} mode, weight decay "
+        f"{c.weight_decay:g}, {c.size} weights ({c.params}), {c.dtype}."
+    )
 
 
 def with_error(value: float, error: float = 0.0) -> str:
@@ -237,3 +263,23 @@ def as_json(
         ],
         "not_measured": {one.name: one.why for one in failed},
     }
+
+
+def as_csv(nets: Sequence[NetReport]) -> str:
+    """Everything that was measured, a line for each net and quantity, with what it was measured on.
+
+    A number that is not finite, and an error that is not known, is an empty cell.
+    """
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    names = [field.name for field in dataclasses.fields(Conventions)]
+    start = ["net", "group", "seed", "section", "quantity", "value", "error", "error_is", "flat", "note", "what"]
+    writer.writerow([*start, *("drawn_by" if name == "seed" else name for name in names)])
+    for net in nets:
+        for section in net.report.sections:
+            for q in section.quantities:
+                numbers = [number if math.isfinite(number) else "" for number in (q.value, q.error)]
+                words = [q.error_is, q.flat, q.note, q.text]
+                conventions = [getattr(q.conventions, name) for name in names]
+                writer.writerow([net.name, net.group, net.seed, section.name, q.name, *numbers, *words, *conventions])
+    return out.getvalue()

@@ -22,6 +22,7 @@ from flatmin.measure.report import Report, ReportSettings, report
 from flatmin.study.measured import NetReport, Unmeasured, check_doubles
 from flatmin.study.pool import Lost, Pool, Worker
 from flatmin.train.config import RunConfig
+from flatmin.train.config import identity as identity_of
 from flatmin.train.saved import SavedRun, open_run
 from flatmin.train.settings import content_hash
 from flatmin.train.sources import check_device, check_fit
@@ -273,7 +274,7 @@ def measure_all(
         ValueError: two runs of one arm and seed.
         Exception: without `on_failed`, what the first net that could not be measured raised, with its name.
     """
-    check_doubles((run.label, run.config.seed) for run in runs)
+    check_doubles(((run.label, run.config.seed) for run in runs), lambda i, k: _apart(runs[i], runs[k]))
     done: dict[int, NetReport] = {}
 
     def end(i: int, measured: NetReport | Unmeasured) -> None:
@@ -318,6 +319,21 @@ def measure_all(
                     found = Unmeasured(name=runs[i].name, why=why)
                 end(i, found)
     return [done[i] for i in range(len(runs)) if i in done]
+
+
+def _apart(one: SavedRun, other: SavedRun) -> str:
+    """How two runs of one arm and seed differ, and how to choose."""
+    old, new = identity_of(one.config), identity_of(other.config)
+    keys = [key for key in old if old[key] != new[key]]
+    how = f"they differ by {_words(old, keys)} and {_words(new, keys)}" if keys else "their settings are the same"
+    return (
+        f" They are {one.name} and {other.name}; {how}. To measure the values that a study has chosen, name the study "
+        "in place of its runs: flatmin measure STUDY."
+    )
+
+
+def _words(settings: Mapping[str, object], keys: Sequence[str]) -> str:
+    return " ".join(f"{key}={settings[key]}" for key in keys)
 
 
 def _served(run: SavedRun, view: View, on_part: Callable[[NetReport], None] | None) -> NetReport | Unmeasured:

@@ -34,6 +34,7 @@ from flatmin.study.measured import (
     groups_of,
     left_out,
     remarks,
+    sentence,
     stat_text,
     unlike,
     with_error,
@@ -99,7 +100,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _one(net: NetReport) -> list[Markup]:
-    body = [paragraph(sentence(net), "lead")]
+    body = [paragraph(sentence([net]), "lead")]
     for section in net.report.sections:
         if section.quantities:
             rows = [
@@ -131,7 +132,7 @@ def _several(nets: Sequence[NetReport]) -> list[Markup]:
     about = [[Cell(row.quantity.name), _error(row), Cell(row.quantity.text, flag="; ".join(row.notes))] for row in rows]
     differ = unlike(nets)
     return [
-        paragraph(f"{sentence(nets[0])} Nets: {counts}.", "lead"),
+        paragraph(f"{sentence(nets)} Nets: {counts}.", "lead"),
         verdicts(conclusions(nets)),
         table(columns, [_row(row, list(groups), others) for row in rows]),
         notes(
@@ -158,15 +159,6 @@ def _row(row: Comparison, groups: Sequence[str], others: Sequence[str]) -> list[
 def _error(row: Comparison) -> Cell:
     text = "unknown" if math.isnan(row.error) else f"{row.error:.1g}" if row.error else "rounding"
     return Cell(text, sort=row.error)
-
-
-def sentence(net: NetReport) -> str:
-    """What the numbers are of, in one sentence."""
-    c = net.report.conventions
-    return (
-        f"Mean {c.loss} over {c.examples} examples ({c.split}), {c.mode} mode, weight decay "
-        f"{c.weight_decay:g}, {c.size} weights ({c.params}), {c.dtype}."
-    )
 
 
 def _conventions(net: NetReport) -> dict[str, object]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -20,9 +21,11 @@ from flatmin.train.result import VERSION
 DAMAGED = "damaged"
 # Of config.json: what a list has columns for, and what does not belong to the settings.
 _SHOWN = {
-    *("method", "rho", "data", "model", "seed", "epochs", "params", "model_params"),
-    *("label", "key", "code", "data_key", "record", "content", "device", "version"),
+    *("method", "rho", "data", "model", "seed", "epochs"),
+    *("label", "key", "code", "data_key", "record", "content", "data_dir", "workers", "device"),
 }
+_NESTED = {"params": "", "model_params": "model."}  # tables of their own, and what their names begin with
+_ABSENT = object()
 # What `RunFolder.begin` writes: other programs have a config.json too, and this one removes whole folders.
 MARKS = ("config.json", "env.json", "metrics.jsonl")
 
@@ -188,24 +191,32 @@ def _stale(path: Path, config: Mapping[str, Any]) -> bool:
 
 
 def unusual(listed: Sequence[Entry]) -> list[str]:
-    """What tells each run from the most of the list, as key=value words; seed, epochs and what a list shows left out."""
-    tables = [_flat(entry.digest.settings) if entry.digest is not None else {} for entry in listed]
-    usual = {}
-    for key in dict.fromkeys(key for table in tables for key in table):
-        counts = Counter(table[key] for table in tables if key in table)
-        if len(counts) > 1:
-            usual[key] = counts.most_common(1)[0][0]
-    return [" ".join(f"{key}={table[key]}" for key in usual if table.get(key, usual[key]) != usual[key]) for table in tables]
+    """What tells each run from the most of the list, as key=value words, but for what a list has columns for."""
+    tables = [{} if entry.digest is None else entry.digest.settings for entry in listed]
+    told: list[list[str]] = [[] for _ in listed]
+
+    def tell(key: str, values: Sequence[Any]) -> None:
+        words = [None if value is _ABSENT else _word(value) for value in values]
+        usual = Counter(words).most_common(1)[0][0]
+        for own, word in zip(told, words, strict=True):
+            own += [f"{key}={word}"] if word not in (None, usual) else []
+
+    kinds = {tuple(table) for table in tables}
+    for key in dict.fromkeys(itertools.chain(*kinds)):
+        values = [table[key] for table in tables] if len(kinds) == 1 else [table.get(key, _ABSENT) for table in tables]
+        if values.count(values[0]) == len(values) or key in _SHOWN:
+            continue
+        if key not in _NESTED:
+            tell(key, values)
+            continue
+        parts = [{} if value is _ABSENT else value for value in values]
+        for name in dict.fromkeys(itertools.chain(*parts)):
+            tell(f"{_NESTED[key]}{name}", [part.get(name, _ABSENT) for part in parts])
+    return [" ".join(own) for own in told]
 
 
-def _flat(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Settings as words; parameters of the method and the network by their own names."""
-    nested = {**settings.get("params", {}), **{f"model.{k}": v for k, v in settings.get("model_params", {}).items()}}
-    plain = {key: value for key, value in settings.items() if key not in _SHOWN}
-    return {
-        key: str(value).lower() if isinstance(value, bool) else "none" if value is None else str(value)
-        for key, value in {**plain, **nested}.items()
-    }
+def _word(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else "none" if value is None else str(value)
 
 
 def size_of(folder: Path) -> int:
