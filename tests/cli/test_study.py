@@ -84,15 +84,27 @@ def test_from_a_file_to_a_table_and_on(study, file, tmp_path):
     lines = first.output.splitlines()
     assert lines[0].startswith("Training: 6 runs, about ")
     assert sum(line.startswith("[") for line in lines) == 6
-    assert "Three clouds" in lines and "To see that it works." in lines and "Published: a paper." in lines
+    assert "Three clouds" in lines and "- To see that it works." in lines and "- Published: a paper." in lines
     head = next(line for line in lines if line.startswith("arm "))
-    assert "vs SGD (paired)" in head and "p (Holm)" in head and "published test %" in head
-    begin = lines.index(head) + 1
+    assert "vs SGD (paired)" in head and "p (Holm, 2 tests)" in head and "published test %" in head
+    begin = lines.index(head) + 2
     rows = [line.split() for line in lines[begin : begin + 3]]
     assert [row[:2] for row in rows] == [["SGD", "-"], ["SAM", "0.1"], ["SAM", "0.2"]]
     assert "97.25" in rows[2] and "97.25" not in rows[1]
     folder = tmp_path / "out" / "studies"
-    assert lines[-4:] == [str(folder / f"clouds.{suffix}") for suffix in ("md", "csv", "tex", "html")]
+    assert lines[-2:] == [
+        f"Tables: {folder / 'clouds.md'}, .csv, -seeds.csv, .tex",
+        f"Report: {folder / 'clouds.html'}",
+    ]
+    with open(folder / "clouds-seeds.csv", encoding="utf-8", newline="") as seeds:
+        found = [row for row in csv.DictReader(seeds) if row["metric"] == "test_acc"]
+    assert [(row["arm"], row["rho"], row["seed"]) for row in found[:3]] == [
+        ("SGD", "", "0"),
+        ("SGD", "", "1"),
+        ("SAM", "0.1", "0"),
+    ]
+    mean = sum(float(row["value"]) for row in found[:2]) / 2
+    assert mean == pytest.approx(float(table(tmp_path)["SGD", ""]["test_acc_mean"]))
     assert (folder / "clouds.md").read_text(encoding="utf-8").startswith("# Three clouds\n")
     assert (folder / "clouds.tex").read_text(encoding="utf-8").startswith(r"\begin{tabular}{llrr")
     before = table(tmp_path)
@@ -124,8 +136,8 @@ def test_an_arm_that_fails_is_listed_and_the_others_stand(study, file, tmp_path)
     file.write_text(STUDY.replace("[[arms]]", '[[arms]]\nlabel = "Wild"\nmethod = "sgd"\nlr = 1e30\n[[arms]]', 1))
     result = study()
     assert result.exit_code == 0, result.output
-    assert "Wild: no result: 2 of 2." in result.output
-    errors = [line for line in result.output.splitlines() if line.startswith("Wild, seed ")]
+    assert "- Wild: no result: 2 of 2." in result.output
+    errors = [line for line in result.output.splitlines() if line.startswith("- Wild, seed ")]
     assert len(errors) == 2 and all("not finite" in line for line in errors)
     rows = table(tmp_path)
     assert rows["Wild", ""]["n"] == "0" and rows["SAM", "0.1"]["n"] == "2"
@@ -151,17 +163,17 @@ def test_ctrl_c_says_how_to_go_on(study, monkeypatch, tmp_path):
     run_task = executor.run_task
 
     def stopped(task, store, on_line):
-        if task.run.config.rho == 0.1:
+        if task.run.config.method == "sgd":  # the shortest, and so the last
             raise KeyboardInterrupt
         return run_task(task, store, on_line)
 
     monkeypatch.setattr(executor, "run_task", stopped)
     result = study("seed=0")
     assert result.exit_code == 130
-    assert "1 of 3 runs are finished and kept; the same command continues from there." in result.stderr
+    assert "2 of 3 runs are finished and kept; the same command continues from there." in result.stderr
     assert not (tmp_path / "out" / "studies").exists()
     monkeypatch.setattr(executor, "run_task", run_task)
-    assert sum(line.startswith("[") for line in study("seed=0").output.splitlines()) == 2
+    assert sum(line.startswith("[") for line in study("seed=0").output.splitlines()) == 1
 
 
 def test_a_dry_run_touches_nothing_and_says_what_there_is(study, tmp_path):
@@ -298,8 +310,8 @@ def test_the_list_has_every_study(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = invoke("list")
     lines = result.output.splitlines()
-    assert [line.split()[0] for line in lines[1:]] == preset_names("study")
-    assert next(line for line in lines if line.startswith("empirical ")).split()[1:3] == ["108", "27"]
+    assert [line.split()[0] for line in lines[2:]] == preset_names("study")
+    assert next(line for line in lines if line.startswith("empirical ")).split()[1:3] == ["108", "45"]
     assert not list(tmp_path.iterdir())
 
 
@@ -324,10 +336,9 @@ def test_honest_baselines_and_a_radius_chosen_on_validation(study, tmp_path):
     result = study("seed=0", "--baselines", "--choose", "rho")
     assert result.exit_code == 0, result.output
     rows = table(tmp_path)
-    assert list(rows) == [
-        (arm, "") for arm in ("SGD", "SAM", "SGD, more weight decay", "SGD, averaged", "SGD, 2x epochs")
-    ]
-    assert rows["SAM", ""]["chosen"] in ("rho=0.1", "rho=0.2") and rows["SAM", ""]["equal_diff"]
+    assert [arm for arm, _ in rows] == ["SGD", "SAM", "SGD, more weight decay", "SGD, averaged", "SGD, 2x epochs"]
+    sam = next(row for (arm, _), row in rows.items() if arm == "SAM")
+    assert sam["chosen"] == f"rho={sam['rho']}" in ("rho=0.1", "rho=0.2") and sam["equal_diff"]
     assert "Equal grads: against plain training" in result.output and "is chosen by mean validation" in result.output
 
 
@@ -379,7 +390,7 @@ def test_a_table_under_its_own_name_leaves_the_other(study, tmp_path):
     study("seed=0", "rho=0.2", "--table", "larger")
     assert (tmp_path / "out" / "studies" / "clouds.md").read_text(encoding="utf-8") == before
     names = {path.stem for path in (tmp_path / "out" / "studies").iterdir()}
-    assert names == {"clouds", "larger"}
+    assert names == {"clouds", "clouds-seeds", "larger", "larger-seeds"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -364,9 +364,11 @@ class TestCost:
 class TestSharpness:
     def test_one_mark_a_run(self, make):
         table = make()
-        marks = only(study_figures.over_sharpness(table, StudyStyle(table)))
-        for row, trace in zip(table.rows, marks, strict=True):
-            assert trace.x == [score(row.label, seed) for seed in range(3)] and trace.y == [5.0, 6.0, 7.0]
+        section = study_figures.over_sharpness(table, StudyStyle(table))
+        marks, at_loss = only(section, "Sharpness and accuracy"), only(section, "Sharpness and train loss")
+        for row, trace, other in zip(table.rows, marks, at_loss, strict=True):
+            assert trace.x == [score(row.label, seed) for seed in range(3)] and trace.y == other.y == [5.0, 6.0, 7.0]
+            assert other.x == [0.5] * 3
 
     def test_from_the_report_where_the_runs_have_none(self, make):
         table = make(lambda label, seed: {"result": {}, "report": report(seed)})
@@ -621,7 +623,7 @@ class TestFiles:
 
 class TestWhole:
     TITLES = (
-        "Accuracy over the radius", "What the accuracy costs", "Training", "Sharpness against accuracy",
+        "Accuracy over the radius", "What the accuracy costs", "Training", "Sharpness",
         "Eigenvalue density", "Slices of the loss", "Misclassified under perturbation", "SAM's gradient against SGD's",
         "What BiSAM climbs", "Sharpness as others publish it",
     )  # fmt: skip
@@ -754,12 +756,12 @@ class TestChromium:
 
     def test_the_table_sorts(self, usual):
         tab = usual
-        column = "[...document.querySelectorAll('table')[0].tBodies[0].rows].map((row) => row.cells[5].dataset.sort)"
+        column = "[...document.querySelectorAll('table')[0].tBodies[0].rows].map((row) => row.cells[4].dataset.sort)"
         before = tab.run(column)
-        tab.click("table thead th:nth-child(6) button")
+        tab.click("table thead th:nth-child(5) button")
         falling = [float(value) for value in tab.run(column)]
         assert falling == sorted(map(float, before), reverse=True) != list(map(float, before))
-        tab.click("table thead th:nth-child(6) button")
+        tab.click("table thead th:nth-child(5) button")
         assert [float(value) for value in tab.run(column)] == falling[::-1]
         assert not tab.problems
 
