@@ -197,7 +197,8 @@ def table(columns: Sequence[Column], rows: Sequence[Sequence[Cell]]) -> Markup:
             raise ValueError(f"a row has {len(row)} cells, but the table has {len(columns)} columns.")
     kinds = [_kind(column, rows, i) for i, column in enumerate(columns)]
     stack = len(columns) <= _STACKED or all(kinds)
-    pairs = stack and sum("prose" not in kind for kind in kinds[1:]) == 1
+    prose = ["prose" in kind for kind in kinds[1:]]
+    pairs = stack and prose.count(False) == 1 and any(prose)
     box = " ".join(name for name, wanted in (("tall", len(rows) > _TALL), ("stack", stack), ("pairs", pairs)) if wanted)
     return _part("table", list(zip(columns, kinds, strict=True)), rows, box)
 

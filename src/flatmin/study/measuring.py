@@ -321,11 +321,14 @@ def measure_all(
     return [done[i] for i in range(len(runs)) if i in done]
 
 
+_SAME = "their settings are the same, so that one is a copy, or other code or data trained it"
+
+
 def _apart(one: SavedRun, other: SavedRun) -> str:
     """How two runs of one arm and seed differ, and how to choose."""
     old, new = identity_of(one.config), identity_of(other.config)
     keys = [key for key in old if old[key] != new[key]]
-    how = f"they differ by {_words(old, keys)} and {_words(new, keys)}" if keys else "their settings are the same"
+    how = f"they differ by {_words(old, keys)} and {_words(new, keys)}" if keys else _SAME
     return (
         f" They are {one.name} and {other.name}; {how}. To measure the values that a study has chosen, name the study "
         "in place of its runs: flatmin measure STUDY."

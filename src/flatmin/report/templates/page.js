@@ -114,4 +114,5 @@ if (figures.length) {
   scheme.addEventListener("change", draw);
   const small = window.matchMedia("(max-width: 639px)");
   small.addEventListener("change", draw);
+  window.matchMedia("print").addEventListener("change", draw); // paper is light
 }
