@@ -1,0 +1,1 @@
+"""Runs to look at: their history, curves, lists, and what differs between them."""
