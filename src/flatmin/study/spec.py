@@ -77,33 +77,34 @@ class StudySpec:
     axis. With the setting epochs = "0.5x" an arm trains half as long as the others, however long that is.
 
     Args:
-        name: of the preset.
-        title: of the table.
-        source: what it reproduces.
-        train: the preset of `flatmin train` that its runs start from.
-        settings: of all runs, as text.
-        axes: of all arms.
-        arms: rows.
+        name: name of the preset.
+        title: title of the table.
+        source: what the study reproduces; printed with the table.
+        train: the preset of `flatmin train`, or a .toml file, that all runs start from.
+        settings: settings of all runs, as text.
+        axes: settings with several values, for all arms that have them and do not set them.
+        arms: the rows of the table; an arm with axes is several rows.
         baselines: further rows to compare with, such as plain training for twice as long. Overrides leave the settings
             alone that a baseline has of its own.
-        seeds: one run each.
-        baseline: label of the arm that differences are taken to.
-        columns: of the table; none: those of `METRICS` that some run has, and what was measured of the networks (of
-            more than four numbers the first of each section). Beside these: test_top5, with more than five
-            classes; test_best, the test accuracy at the epoch with the best validation accuracy, of runs with
-            test_every = 1; NAME@first and NAME@last, the mean of a diagnostic over the first and the last tenth of the
-            lines that `record` asks for; and names of numbers on the report that `measure` asks for, such as lambda_1.
-        tune: axes that `tuned` adds, to be chosen on validation: to arms that have the key, and no such axis yet.
+        seeds: one run of each row with each seed.
+        baseline: label of the arm that differences are taken to; the first arm if it is not named.
+        columns: columns of the table. Without them: those of `METRICS` that some run has, and what was measured of the
+            networks (of more than four numbers the first of each section). Beside these there are test_top5, with more
+            than five classes; test_best, the test accuracy at the epoch with the best validation accuracy, of runs
+            with test_every = 1; NAME@first and NAME@last, the mean of a diagnostic over the first and the last tenth
+            of the lines that `record` asks for; and names of numbers of the report that `measure` asks for, such as
+            lambda_1.
+        tune: axes that `--tune` adds, to be chosen on validation: to arms that have the key, where there is no axis.
         choose: axes whose value is chosen, for every arm and point of the other axes, by mean validation accuracy.
         choose_seeds: seeds of the runs on which these values are chosen, none of them among `seeds`; only the chosen
-            value is then run with `seeds`. Default: the choice is made on the runs with `seeds`.
+            value is then run with `seeds`. Without them the choice is made on the runs with `seeds`.
         record: what runs write down while they train.
-        measure: what is measured of the trained networks; None: nothing.
+        measure: what is measured of the trained networks; none: nothing.
         timing: measure the time of a step of each row, relative to plain training, when the runs are done.
         skip_unfit: leave out arms whose method the network or the loop cannot serve, with a note, instead of refusing.
-        given: further settings of some points.
-        published: numbers to stand beside.
-        notes: what a reader must know, such as how this differs from the source.
+        given: further settings of the points whose other settings have certain values.
+        published: published numbers to stand beside the rows.
+        notes: what a reader must know, such as how this study differs from its source.
         changed: the overrides of the preset, except those of seeds.
     """
 

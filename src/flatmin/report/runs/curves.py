@@ -47,8 +47,8 @@ _ACCURACIES: Curves = {
 _EPOCHS = (
     Wanted(
         "Losses",
-        "Means over the samples of the epoch, while the weights change: at the weights, and at the perturbed weights of "
-        "methods with two passes. Validation: after the epoch.",
+        "Means over the samples of the epoch, while the weights change: at the weights, and at the perturbed weights "
+        "of methods with two passes. Validation: after the epoch.",
         _LOSSES,
         y="cross-entropy",
         log=True,

@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from flatmin.methods import BASE
 from flatmin.report.figures.chart import Axis, Chart, Series
 from flatmin.report.figures.scales import epochs, is_wide
 from flatmin.report.runs.history import History
 from flatmin.report.style import DASHES, DASHES_IN_WORDS, styles, tone
-from flatmin.methods import BASE
 
 POINTS = 1500  # of a curve; where there are more, each is a mean
 

@@ -48,9 +48,7 @@ def print_runs(runs: Sequence[History], console: Console) -> None:
             print_text(words, console, style="yellow" if "failed" in words else "")
 
 
-def _print_columns(
-    runs: Sequence[History], title: str, rows: Mapping[str, Sequence[str]], console: Console
-) -> None:
+def _print_columns(runs: Sequence[History], title: str, rows: Mapping[str, Sequence[str]], console: Console) -> None:
     """A column a run. A single one says its name in the line above."""
     header = [[title, *(run.name for run in runs)]] if len(runs) > 1 else []
     print_table([*header, *([name, *values] for name, values in rows.items())], console, header=bool(header))
@@ -104,4 +102,3 @@ def sparkline(
         share = (sum(part) / len(part) - low) / (high - low) if high > low else 0.0
         bars.append(signs[min(len(signs) - 1, max(0, round(share * (len(signs) - 1))))])
     return "".join(bars)
-
