@@ -164,19 +164,21 @@ def paired_p(diff: Stat) -> float:
     return _two_sided(abs(diff.mean) / diff.half * t_quantile(0.975, diff.n - 1), diff.n - 1)
 
 
-def holm(p: Sequence[float]) -> list[float]:
+def holm(p: Sequence[float | None]) -> list[float | None]:
     """P values corrected for as many tests as there are: Holm, Scandinavian Journal of Statistics 6, 1979.
 
-    The k-th smallest of m is multiplied by m - k + 1, made no smaller than the ones before it, and capped at 1.
+    The k-th smallest of m is multiplied by m - k + 1, made no smaller than the ones before it, and capped at 1. None,
+    where there is no test, stays None and does not count.
 
     Example:
-        >>> holm([0.01, 0.04, 0.03])
-        [0.03, 0.06, 0.06]
+        >>> holm([0.01, None, 0.04, 0.03])
+        [0.03, None, 0.06, 0.06]
     """
-    corrected = [0.0] * len(p)
+    corrected: list[float | None] = [None] * len(p)
+    tests = sorted((value, i) for i, value in enumerate(p) if value is not None)
     most = 0.0
-    for k, i in enumerate(sorted(range(len(p)), key=lambda i: p[i])):
-        most = max(most, min(1.0, (len(p) - k) * p[i]))
+    for k, (value, i) in enumerate(tests):
+        most = max(most, min(1.0, (len(tests) - k) * value))
         corrected[i] = most
     return corrected
 

@@ -390,19 +390,11 @@ def _corrected(rows: Sequence[StudyRow]) -> list[StudyRow]:
     """P values corrected for all rows of a column."""
     columns = [dict(row.columns) for row in rows]
     for metric in dict.fromkeys(metric for row in rows for metric in row.columns):
-        adjusted = _holm(own[metric].p for own in columns)
+        adjusted = holm([own[metric].p for own in columns])
         for own, p in zip(columns, adjusted, strict=True):
             own[metric] = dataclasses.replace(own[metric], corrected=p)
-    equal = _holm(None if row.equal is None else row.equal.p for row in rows)
+    equal = holm([None if row.equal is None else row.equal.p for row in rows])
     return [
         dataclasses.replace(row, columns=own, equal=row.equal and dataclasses.replace(row.equal, corrected=p))
         for row, own, p in zip(rows, columns, equal, strict=True)
     ]
-
-
-def _holm(numbers: Any) -> list[float | None]:
-    values: list[float | None] = list(numbers)
-    places = [i for i, p in enumerate(values) if p is not None]
-    for i, p in zip(places, holm([values[i] or 0.0 for i in places]), strict=True):
-        values[i] = p
-    return values
