@@ -31,7 +31,13 @@ def networks_of(spec: StudySpec, out: Path, *, arms: Sequence[str] = ()) -> tupl
     """
     # Whatever else the runs have recorded.
     spec = dataclasses.replace(spec, measure=None, record=Record(), timing=False)
-    todo = plan(spec, out, make=False)
+    todo, lacking = plan(spec, out, make=False), []
+    if todo.missing and (out / "runs").is_dir():
+        # Weights can be measured whatever code trained them.
+        every = plan(spec, out, make=False, archive=out)
+        if (more := len(every.finished) - len(todo.finished)) > 0:
+            todo = every
+            lacking.append(f"{more} of the runs were trained by other code than this; they are measured all the same.")
     table = tabulate(todo, todo.finished)
     rows = {" ".join([row.arm, *(f"{key}={value}" for key, value in row.point.items())]): row for row in table.rows}
     names = dict.fromkeys([*(row.arm for row in rows.values()), *rows])
@@ -41,7 +47,6 @@ def networks_of(spec: StudySpec, out: Path, *, arms: Sequence[str] = ()) -> tupl
                 f"study {spec.name} has no arm {arm!r}{suggest(arm, names)} (arms: {', '.join(map(repr, names))})"
             )
     found: list[SavedRun] = []
-    lacking: list[str] = []
     for label, row in rows.items():
         if arms and label not in arms and row.arm not in arms:
             continue
