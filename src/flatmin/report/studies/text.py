@@ -39,9 +39,9 @@ CUT = (
 
 
 def header(table: StudyTable) -> list[str]:
-    """Names of the columns: arm, axes, radius, n, cost, then the metrics, differences and published numbers."""
+    """Names of the columns: arm, axes, radius, n, the metrics with differences and published numbers, and the cost."""
     titles = ["arm", *axes(table), *(["chosen"] if table.tried else []), *(["rho"] if _has_radius(table) else [])]
-    titles += ["n", "grads/step"]
+    titles.append("n")
     for metric in table.metrics:
         titles.append(f"{title(metric)} ±95 %")
         if metric == "test_acc":
@@ -51,7 +51,7 @@ def header(table: StudyTable) -> list[str]:
                 titles += ["vs plain, equal grads", *(f"{one}, equal grads" for one in _chances(table.tests("equal")))]
         if _has_published(table, metric):
             titles.append(f"published {title(metric)}")
-    return [*titles, *(["time/step"] if _has_time(table) else [])]
+    return [*titles, "grads/step", *(["time/step"] if _has_time(table) else [])]
 
 
 def groups(table: StudyTable) -> list[tuple[str, list[int]]]:
@@ -85,7 +85,7 @@ def body(table: StudyTable) -> list[list[str]]:
             cells.append(_words(row.chosen) or ABSENT)
         if _has_radius(table):
             cells.append(ABSENT if row.config is None or row.config.rho is None else f"{row.config.rho:g}")
-        cells += [str(row.n), f"{row.gradients:.3g}"]
+        cells.append(str(row.n))
         for metric in table.metrics:
             value = row.columns[metric]
             cells.append(estimate(value, metric))
@@ -97,6 +97,7 @@ def body(table: StudyTable) -> list[list[str]]:
                     cells += _p(None, None, tests) if equal is None else _p(equal.p, equal.corrected, tests)
             if _has_published(table, metric):
                 cells.append(published(value, metric))
+        cells.append(f"{row.gradients:.3g}")
         if _has_time(table):
             cells.append(ABSENT if row.time is None else time_text(row.time))
         rows.append(cells)
