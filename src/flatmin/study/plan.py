@@ -34,8 +34,8 @@ class StudyPlan:
         missing: runs to do.
         unmeasured: finished runs whose networks are still to be measured.
         warnings: about the run folders.
-        choice: the runs that values are chosen on, where they have seeds of their own; then `cells` has one row for
-            each choice: the chosen one, or the first while there are runs to wait for.
+        choice: the runs that values are chosen on, where they have seeds of their own; then `grid_points` has one row
+            for each choice: the chosen one, or the first while there are runs to wait for.
         waiting: runs that are not among the missing ones because their values are not chosen yet.
         archive: of finished runs that are taken whatever their code.
         contents: the data of its runs, as far as they can be read here.

@@ -85,7 +85,7 @@ class StudyRow:
         gradients: gradient evaluations of one update.
         columns: by metric.
         flags: e.g. "failed: 1 of 3".
-        cell: its configurations; None in made-up tables.
+        grid_point: its configurations; None in made-up tables.
         runs: what is known of each run that has a result, by seed.
         budget: gradient evaluations of a whole run, on a batch each; NaN if no run has a result.
         equal: plain training at that budget; None without one.
