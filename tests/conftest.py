@@ -4,11 +4,15 @@ And the digits are read once: a text file that scikit-learn takes as long to unp
 """
 
 import functools
+import signal
 import sys
 
 import torch
 
 torch.set_num_threads(1)
+# Tests press Ctrl-C, which a shell lets those ignore that it starts in the background.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_runtest_setup():

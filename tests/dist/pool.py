@@ -94,7 +94,7 @@ class Ranks:
         """The processes that are up."""
         return [w.process.pid for w in self._workers]
 
-    def run(self, function: Callable[..., Any], *arguments: Any, timeout: float = 60.0) -> list[Any]:
+    def run(self, function: Callable[..., Any], *arguments: Any, timeout: float = 120.0) -> list[Any]:
         """What `function(rank, world, *arguments)` returns on each rank.
 
         Args:

@@ -1,7 +1,5 @@
 """A run that was stopped and continues ends as one that was left alone, bit for bit."""
 
-import signal
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -91,13 +89,6 @@ class TestSignals:
 
     Here they come while a listener is told of the update before.
     """
-
-    @pytest.fixture(autouse=True)
-    def default(self):
-        """Ctrl-C is not ignored, as it is in a process that a shell has put into the background."""
-        before = signal.signal(signal.SIGINT, signal.default_int_handler)
-        yield
-        signal.signal(signal.SIGINT, before)
 
     @pytest.mark.parametrize(
         ("place", "name", "step", "epochs"),
