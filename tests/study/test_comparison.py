@@ -14,8 +14,9 @@ import pytest
 from flatmin.methods import METHODS
 from flatmin.study.comparison import comparison, without_unfit
 from flatmin.study.events import EpochDone, Planned, RunDone, Timing, Tuned
-from flatmin.study.expand import grid_points
+from flatmin.study.expand import grid_points, tuned
 from flatmin.study.plan import plan
+from flatmin.study.reading import read_study
 from flatmin.study.studies import study
 
 OWN = ["data=tests.user_side:data", "model=tests.user_side:net", "batch_size=16", "epochs=2", "timing=false"]
@@ -78,6 +79,8 @@ class TestTheStudyItMakes:
         spec = comparison("digits", own)
         assert {row.config.noise for row in grid_points(spec)} == {0.0} and spec.title == "net on data"
         assert radii(*own, "rho.sam=.1")["sam"] == 0.1
+        found = [row.config.noise for row in rows(overrides=["noise=0,.4", "methods=sam", "baselines=false"]).values()]
+        assert found == [0.0, 0.4]
 
     def test_another_base_optimizer(self):
         spec = comparison("digits", ["optimizer=adamw", "methods=base,sam"])
@@ -88,6 +91,10 @@ class TestTheStudyItMakes:
         assert {(row.config.optimizer, row.config.lr) for row in found} == {("adamw", 0.001)}
         assert found[0].config.method == "sgd" and "lr is 0.001" in spec.notes[0]
         assert {row.config.lr for row in rows(overrides=["optimizer=adam", "lr=0.01"]).values()} == {0.01}
+        axis = comparison("digits", ["optimizer=adam,sgd", "methods=base,sam", "baselines=false"])
+        assert axis.baseline == "base" and {(row.config.optimizer, row.config.lr) for row in grid_points(axis)} == {
+            ("adam", 0.001), ("sgd", 0.1),
+        }  # fmt: skip
 
     def test_all_is_every_name_of_the_table(self):
         spec = comparison("digits", ["methods=all,vasso+asam", "baselines=false", "micro_batches=8"])
@@ -113,6 +120,18 @@ class TestTheStudyItMakes:
         assert found["sam"] == [["0.075"], ["0.15"], ["0.3"]] and found["asam"] == [["1"], ["2"], ["4"]]
         assert found["sgd + weight decay"] == [["0.005"], ["0.01"], ["0.02"], ["0.04"]]
         assert found["sgd, early stop"] == [["10"], ["15"], ["20"]]
+        # Of what the command fixes nothing is chosen, and an axis of the command is the one of the baselines too.
+        fixed = {row.label: row.config.rho for row in grid_points(comparison("digits", ["rho=.1"], tune=True))}
+        assert (fixed["sam"], fixed["vasso"]) == (0.1, 0.1)
+        short = [row.config.epochs for row in grid_points(comparison("digits", ["epochs=2,4"], tune=True))]
+        assert short == [*(2, 4) * 3, *(2,) * 4, *(4,) * 4, *(1, 2), *(4, 8)]
+        alone = [
+            row.label for row in grid_points(comparison("digits", ["rho.sam=.1,.2", "baselines=false"], tune=True))
+        ]
+        assert alone == ["sgd", "sam rho=0.1", "sam rho=0.2", *(f"vasso rho={rho}" for rho in ("0.075", "0.15", "0.3"))]
+        # What sets the task is never chosen.
+        task = tuned(read_study("bisam-noise", demo=True))
+        assert {key for row in grid_points(task) for key in row.choose} == {"rho"}
         own = comparison("digits", ["methods=sam,asam", "rho=.1,.2", "rho.asam=1,2,4", "lr=.05,.1", "tune=true"])
         counts = [row.arm for row in grid_points(own)]
         assert (counts.count("sam"), counts.count("asam"), counts.count("sgd + weight decay")) == (4, 6, 8)
@@ -126,9 +145,40 @@ class TestTheStudyItMakes:
         assert (sgd.config.epochs, asam.config.rho, asam.config.model) == (5, 1.5, "mlp")
         assert asam.config.params == {"geometry.eta": 0.1}
 
+        (tmp_path / "own.toml").write_text('methods = ["sam", "asam"]\ntune = true\n[rho]\nsam = 0.33\nasam = 1.7\n')
+        mine = comparison(
+            str(tmp_path / "own.toml"), tune=False, model="tests.user_side:net", data="tests.user_side:data"
+        )
+        assert [row.config.rho for row in grid_points(mine)][:2] == [0.33, 1.7], "radii of one's own file stay"
+
+    def test_a_multiple_is_of_what_the_arm_would_have_without_it(self, tmp_path):
+        text = 'title = "M"\ntrain = "smoke"\nseeds = [0]\n[settings]\nepochs = 4\nweight_decay = "2x"\n'
+        text += '[[arms]]\nlabel = "SAM"\nmethod = "sam"\nrho = 0.3\n'
+        text += '[[arms]]\nlabel = "long"\nmethod = "sam"\nepochs = "3x"\n'
+        text += '[[given]]\nepochs = ["3x"]\nset = { weight_decay = "2x" }\n'
+        (tmp_path / "m.toml").write_text(text)
+
+        def found(*words):
+            rows = grid_points(read_study(str(tmp_path / "m.toml"), words))
+            return [(row.config.epochs, row.config.rho, row.config.weight_decay) for row in rows]
+
+        assert found() == [(4, 0.3, 1e-3), (12, 0.15, 2e-3)]
+        assert found("rho=0.5x") == [(4, 0.15, 1e-3), (12, 0.075, 2e-3)] and found("rho.SAM=2x")[0][1] == 0.6
+        assert [row[0] for row in found("epochs=2x")] == [8, 24] and [row[0] for row in found("epochs=5")] == [5, 5]
+        assert [row[1] for row in found("rho=1x,2x")] == [0.3, 0.6, 0.15, 0.3]
+        epochs = {label: row.config.epochs for label, row in rows(overrides=["epochs=2x"]).items()}
+        assert (epochs["sam"], epochs["sgd, early stop"], epochs["sgd, 2x epochs"]) == (60, 30, 120)
+        for word, message in (("ema=2x", "ema is not set there"), ("epochs=0x", "epochs=0x: epochs is 4 there")):
+            with pytest.raises(ValueError, match=message):
+                found(word)
+
     @pytest.mark.parametrize(
         ("words", "message"),
         [
+            (["methods=sgd,base"], "the method 'sgd' is listed twice"),
+            (["methods=sam,SAM"], "the method 'sam' is listed twice"),
+            (["seeds=3", "seed=7,8"], "both say which seeds there are"),
+            (["baselines=false", "early_share=.3"], "early_share=0.3 changes nothing"),
             (["epoch=3"], "no arm has 'epoch' to set; did you mean 'epochs'"),
             (["thta=.8"], "no arm has 'thta' to set; did you mean 'theta'"),
             (["theta=.8", "methods=sam"], "no arm has 'theta' to set"),
@@ -188,13 +238,14 @@ class TestWhatItDoes:
         first = [one.rows[0].columns["test_acc"].stat.values[:2] for one in (more, table)]
         assert first[0] == first[1]
 
-    def test_what_the_network_cannot_run_is_left_out_with_its_sentence(self, tmp_path):
+    def test_what_the_network_cannot_run_is_left_out_with_its_sentence(self):
+        """The network and the data are those that the command names, not those of the preset."""
         words = ("seeds=1", "baselines=false")
         spec = comparison("digits", [*OWN, *words, "methods=all"])
         kept = without_unfit(spec)
         assert "sam-on" not in [arm.label for arm in kept.arms] and "micro-sam" in [arm.label for arm in kept.arms]
         (note,) = [note for note in kept.notes if "sam-on" in note]
-        assert note.startswith("'sam-on' is left out: Layers: no layer matches ") and "Linear" in note
+        assert note.startswith("'sam-on' is left out: Layers: no layer matches ") and note.endswith("ones are Linear.")
 
     def test_tuning_chooses_on_validation(self, tmp_path):
         table, events = go(tmp_path, *SMALL, "rho=0.05,0.1,50", "epochs=3", tune=True)

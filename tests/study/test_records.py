@@ -266,8 +266,8 @@ def test_top_five_is_a_column_where_a_study_names_it(tmp_path):
         return RunOutcome(result=made_result(cell.configs[seed], 51.0, chosen=point))
 
     table = made_table(text, tmp_path, result_of)
-    assert table.metrics == ("test_top5",) and body(table)[0][-1] == "80.00"
-    assert header(table)[-1] == "test top-5 % ±95 %"
+    assert table.metrics == ("test_top5",) and "80.00" in body(table)[0]
+    assert "test top-5 % ±95 %" in header(table)
 
 
 def run_result():

@@ -91,7 +91,7 @@ def test_a_table_that_does_not_fit():
 
 
 def test_presets():
-    assert {"digits", "smoke"} <= set(settings.preset_names())
+    assert {"digits", "smoke"} <= set(settings.preset_names("study")) & set(settings.preset_names("train"))
     assert settings.read_preset("digits")["epochs"] == 30
     with pytest.raises(ValueError, match="unknown preset 'digit'; did you mean 'digits'"):
         settings.read_preset("digit")

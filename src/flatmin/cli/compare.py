@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from flatmin.cli import completion as complete
-from flatmin.cli.options import DryRun, Figures, OpenPage, Out, Plugin, Report, Workers
+from flatmin.cli.options import Archive, DryRun, Figures, OpenPage, Out, Plugin, Report, Workers
 from flatmin.cli.study import perform
 from flatmin.cli.targets import HOME
 
@@ -56,6 +56,7 @@ def compare(
         typer.Option(help="digits, or your own as package.module:function.", autocompletion=complete.data),
     ] = None,
     plugin: Plugin = None,
+    archive: Archive = None,
     dry_run: DryRun = False,
     out: Out = HOME,
     workers: Workers = None,
@@ -93,7 +94,8 @@ def compare(
         out=out,
         workers=workers,
         dry_run=dry_run,
-        weights=all(kept),
+        weights=kept[-1] if kept else True,
+        archive=archive,
         figures=figures,
         table_name="comparison",
         page=out / "report.html" if report else None,

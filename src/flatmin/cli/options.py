@@ -25,6 +25,14 @@ Figures = Annotated[
         "--figures", metavar="ENDINGS", help="Also write the figures as files for papers: svg, pdf or png, or svg,pdf."
     ),
 ]
+Archive = Annotated[
+    Path | None,
+    typer.Option(
+        "--archive",
+        metavar="FOLDER",
+        help="Take finished runs of this archive (see runs pack) or folder, whatever version trained them.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print only JSON.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue from the last good checkpoint, if there is one.")]
 Again = Annotated[bool, typer.Option("--again", help="Start over where a run exists already.")]

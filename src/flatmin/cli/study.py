@@ -13,7 +13,7 @@ import typer
 
 from flatmin.cli import completion as complete
 from flatmin.cli.console import make_console
-from flatmin.cli.options import Demo, Download, DryRun, Figures, OpenPage, Out, Report, Study, Workers
+from flatmin.cli.options import Archive, Demo, Download, DryRun, Figures, OpenPage, Out, Report, Study, Workers
 from flatmin.cli.targets import HOME
 from flatmin.report.terminal import print_table, print_text
 
@@ -53,10 +53,7 @@ def study(
         bool,
         typer.Option("--retry", help="Repeat failed runs and incomplete reports."),
     ] = False,
-    archive: Annotated[
-        Path | None,
-        typer.Option(help="Take finished runs of this archive (see runs pack), whatever version trained them."),
-    ] = None,
+    archive: Archive = None,
     train: Annotated[
         bool, typer.Option("--train/--no-train", help="--no-train: sum up the runs that are finished.")
     ] = True,
@@ -303,7 +300,8 @@ def _describe(todo: StudyPlan, workers: int, console: Console) -> None:
                 name, label, state = f"{run.stem}-...", part.grid_points[i].arm, "after the choice"
             rows.append([name, label, str(seed), str(run.config.epochs), f"{cost:,.0f}", state])
     print_table(rows, console)
-    text = f"\n{len(seen)} runs, {len(missing | waiting)} to do: {total:,.0f} gradient evaluations of one batch each"
+    text = f"\n{len(seen)} run{'s' * (len(seen) != 1)}, {len(missing | waiting)} to do: "
+    text += f"{total:,.0f} gradient evaluations of one batch each"
     if nets := sum(run.view is not None for run in (*todo.open, *todo.waiting)):
         text += f", and {nets} network{'s' if nets > 1 else ''} to measure"
     console.print(text + _duration(todo, workers, sizes), markup=False, soft_wrap=True)

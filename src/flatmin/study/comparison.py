@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from flatmin.data.dataset import Data
 from flatmin.methods import BASE, compose, method_table
 from flatmin.study.expand import grid_points, tuned
 from flatmin.study.reading import changed, read_study
-from flatmin.study.spec import Arm, StudySpec, as_text
+from flatmin.study.spec import Arm, Given, StudySpec, as_text
 from flatmin.study.sweep import tidy
 from flatmin.train.config import RunConfig
 from flatmin.train.locate import find_module
@@ -48,79 +49,64 @@ def comparison(preset: str = "digits", overrides: Sequence[str] = (), **options:
             "timing=false", "strong_weight_decay=0.05" and "early_share=0.3" of the baselines.
         options: the same by name, as a command line has them; they win, and None stands for one that is not given.
 
-    A network or data of one's own has no radii in the preset: each method takes its geometry's default then. Labels are
-    made wrong on the data of the preset only, unless `noise` says so.
+    A network or data of one's own has no radii in the preset: each method takes its geometry's default then, unless the
+    study names one. Labels are made wrong on the data of the preset only, unless `noise` says so.
 
     Raises:
         ValueError: an unknown preset, option, method or parameter, or a value of another type or out of range.
     """
-    words: dict[str, Any] = {}
-    rest: list[str] = []
-    for override in overrides:
-        key, text = split_override(override)
-        several = key in ("model", "data") and "," in text
-        if key in _WORDS and not several:
-            words[key] = parse(key, text, _WORDS[key])
-        else:
-            rest.append(override)
+    spec, own = _read(preset)
+    words, rest = _sorted_out([*own, *overrides])
     words |= {key: value for key, value in options.items() if value is not None}
-    spec = _read(preset)
-    spec = _with_methods(spec, words)
     given = {split_override(override)[0] for override in rest}
-    rest += _settings(spec, words, given)
-    spec = _with_base(spec, words, given, rest)
+    if "seeds" in words and "seed" in given:
+        raise ValueError(f"seeds={words['seeds']} and seed=... both say which seeds there are; leave one out.")
     if words.get("seeds", 1) < 1:
         raise ValueError(f"seeds must be at least 1, got {words['seeds']}.")
+    spec = _with_base(_with_methods(spec, words), given, rest)
+    rest += _settings(spec, words, given)
     if "seeds" in words:
         rest.append(f"seed=0..{words['seeds'] - 1}")
     spec = dataclasses.replace(changed(spec, rest), timing=words.get("timing", spec.timing))
     if words.get("tune", False):
         spec = tuned(spec)
-    return _titled(spec, words)
+    return _titled(dataclasses.replace(spec, changed=tuple(one for one in spec.changed if one not in own)), words)
 
 
-def _read(preset: str) -> StudySpec:
-    """A study, or the comparison of a file in the form that comparisons had before they were studies."""
-    if preset.lower().endswith(".toml"):
-        table = read_preset(preset, "study")
-        if "arms" not in table:
-            return _former(preset, table)
-    return read_study(preset)
+def _sorted_out(overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """The words of a comparison, and the other overrides."""
+    words: dict[str, Any] = {}
+    rest: list[str] = []
+    for override in overrides:
+        key, text = split_override(override)
+        axis = key in ("model", "data", "noise") and "," in text
+        if key in _WORDS and not axis:
+            words[key] = parse(key, text, _WORDS[key])
+        else:
+            rest.append(override)
+    return words, rest
 
 
-def _former(name: str, table: dict[str, Any]) -> StudySpec:
-    """A study from a flat table: settings, `methods`, `seeds` as their number, radii by method in `rho`."""
-    table = dict(table)
-    spec = read_study("digits")
-    radii = table.pop("rho", {})
-    words = {key: table.pop(key) for key in list(table) if key in _WORDS}
+def _read(preset: str) -> tuple[StudySpec, list[str]]:
+    """A study, and no overrides; of a file in the form that comparisons had before, its entries as overrides."""
+    table: dict[str, Any] = read_preset(preset, "study")
+    if "arms" in table:
+        return read_study(preset), []
+    radii: Mapping[str, float] = table.pop("rho", {})
     skip = bool(table.pop("skip_unfit", False))
-    params, axes = table.pop("params", {}), table.pop("axes", {})
-    spec = dataclasses.replace(spec, name=Path(name).stem, skip_unfit=skip)
-    words.setdefault("methods", ["sgd", "sam", "vasso"])
-    spec = _with_methods(spec, {"methods": tuple(words.pop("methods")), "plugins": tuple(words.get("plugins", ()))})
-    methods = method_table(tuple(words.get("plugins", ())))
+    methods, plugins = tuple(table.pop("methods", ("sgd", "sam", "vasso"))), tuple(table.get("plugins", ()))
+    spec = dataclasses.replace(read_study("digits"), name=Path(preset).stem, skip_unfit=skip)
+    spec = _with_methods(spec, {"methods": methods, "plugins": plugins})
+    known = method_table(plugins)
 
     def radius(arm: Arm) -> Arm:
         method = arm.settings["method"]
-        rho = radius_of(method, compose(method, methods), radii, methods)
+        rho = radius_of(method, compose(method, known), radii, known)
         return arm if rho is None else dataclasses.replace(arm, settings={**arm.settings, "rho": as_text(rho)})
 
-    spec = spec.with_arms(radius)
-    overrides = [f"{key}={as_text(value)}" for key, value in {**words, **table, **params, **axes}.items()]
-    return _applied(spec, overrides)
-
-
-def _applied(spec: StudySpec, overrides: Sequence[str]) -> StudySpec:
-    """Words and overrides laid over a study that is read, as its own content."""
-    words = {key: parse(key, text, _WORDS[key]) for key, text in map(split_override, overrides) if key in _WORDS}
-    rest = [word for word in overrides if split_override(word)[0] not in _WORDS]
-    given = {split_override(word)[0] for word in rest}
-    spec = changed(_with_methods(spec, words), [*rest, *_settings(spec, words, given)])
-    if "seeds" in words:
-        spec = dataclasses.replace(spec, seeds=tuple(range(words["seeds"])))
-    spec = dataclasses.replace(spec, timing=words.get("timing", spec.timing), title=words.get("title", spec.title))
-    return dataclasses.replace(tuned(spec) if words.get("tune") else spec, changed=())
+    entries = {**table, **table.pop("params", {}), **table.pop("axes", {})}
+    entries = {key: value for key, value in entries.items() if key not in ("params", "axes")}
+    return spec.with_arms(radius), [f"{key}={as_text(value)}" for key, value in entries.items()]
 
 
 def _with_methods(spec: StudySpec, words: Mapping[str, Any]) -> StudySpec:
@@ -134,16 +120,21 @@ def _with_methods(spec: StudySpec, words: Mapping[str, Any]) -> StudySpec:
         names = tuple(words["methods"])
         if ALL in names:
             names, skip = (*table, *(name for name in names if name != ALL and name not in table)), True
+        names = tuple(compose(name, table).name for name in names)
         double = [name for i, name in enumerate(names) if name in names[:i]]
         if double:
             raise ValueError(f"the method {double[0]!r} is listed twice.")
         arms = tuple(Arm(label=name, settings={"method": name}) for name in names)
     baselines = spec.baselines if words.get("baselines", True) else ()
     for key, setting, share in (("strong_weight_decay", "weight_decay", ""), ("early_share", "epochs", "x")):
-        if key in words:
-            if not 0 < words[key] < (1 if share else float("inf")):
-                raise ValueError(f"{key} must be above 0{' and below 1' * bool(share)}, got {words[key]!r}.")
-            baselines = tuple(_replaced(arm, setting, f"{tidy(repr(words[key]))}{share}") for arm in baselines)
+        if key not in words:
+            continue
+        if not 0 < words[key] < (1 if share else float("inf")):
+            raise ValueError(f"{key} must be above 0{' and below 1' * bool(share)}, got {words[key]!r}.")
+        changed_ones = tuple(_replaced(arm, setting, f"{tidy(repr(words[key]))}{share}") for arm in baselines)
+        if changed_ones == baselines and not any(_about(arm, setting) for arm in baselines):
+            raise ValueError(f"{key}={words[key]} changes nothing: no baseline of this comparison has a {setting}.")
+        baselines = changed_ones
     if not arms and not baselines:
         raise ValueError("nothing to compare: there is no method and no baseline.")
     if any(":" in words.get(key, "") for key in ("model", "data")):
@@ -153,17 +144,20 @@ def _with_methods(spec: StudySpec, words: Mapping[str, Any]) -> StudySpec:
     return dataclasses.replace(spec, arms=arms, baselines=baselines, baseline=baseline, skip_unfit=skip)
 
 
+def _about(arm: Arm, key: str) -> bool:
+    """Whether a baseline is about a setting; "2x" the epochs is about the cost."""
+    return arm.settings.get(key) not in (None, "2x")
+
+
 def _replaced(arm: Arm, key: str, value: str) -> Arm:
-    """A baseline that has this setting of its own, with another value; "2x" stays, as it is about cost."""
-    old = arm.settings.get(key)
-    if old is None or old == "2x":
-        return arm
-    return dataclasses.replace(arm, settings={**arm.settings, key: value})
+    return dataclasses.replace(arm, settings={**arm.settings, key: value}) if _about(arm, key) else arm
 
 
 def _with_default_radius(arm: Arm, table: Mapping[str, Any]) -> Arm:
-    recipe = compose(arm.settings["method"], table)
-    if not recipe.ascends or recipe.default_rho is None:
+    """The arm with its geometry's default in place of the radius of the preset of `flatmin train`, not of its own."""
+    recipe = compose(arm.settings.get("method", "sam"), table)
+    own = {*arm.settings, *(axis.key for axis in arm.axes)}
+    if "rho" in own or not recipe.ascends or recipe.default_rho is None:
         return arm
     return dataclasses.replace(arm, settings={**arm.settings, "rho": as_text(recipe.default_rho)})
 
@@ -179,31 +173,49 @@ def _settings(spec: StudySpec, words: Mapping[str, Any], given: set[str]) -> lis
     return made
 
 
-def _with_base(spec: StudySpec, words: Mapping[str, Any], given: set[str], rest: list[str]) -> StudySpec:
-    """The study with plain training called by the name of the base optimizer; Adam gets a learning rate of its own."""
-    optimizer = next((text for key, text in map(split_override, rest) if key == "optimizer"), "sgd")
-    notes = spec.notes
-    if optimizer != "sgd" and "," not in optimizer and "lr" not in given:
-        rest.append(f"lr={_ADAM_LR}")
-        notes = (*notes, f"lr is {_ADAM_LR}, the usual one of {optimizer}; the preset's is for SGD.")
-    name = optimizer if "," not in optimizer else "base"
+def _with_base(spec: StudySpec, given: set[str], rest: Sequence[str]) -> StudySpec:
+    """The study with plain training called by the name of the base optimizer.
+
+    A preset for SGD has no learning rate for Adam, which takes its own usual one then.
+    """
+    chosen = next((text for key, text in map(split_override, rest) if key == "optimizer"), "")
+    names = [name.strip() for name in chosen.split(",") if name.strip()]
+    if not names:
+        return spec
+    usual = {"optimizer": read_preset(spec.train, "train").get("optimizer", "sgd"), **spec.settings}
+    before = {arm.settings.get("optimizer", usual["optimizer"]) for arm in spec.every_arm}
+    notes, rates = spec.notes, spec.given
+    others = [name for name in names if name != "sgd"]
+    if others and "lr" not in given and before == {"sgd"}:
+        rates = (*rates, Given(when={"optimizer": tuple(others)}, settings={"lr": _ADAM_LR}))
+        notes = (*notes, f"lr is {_ADAM_LR} for {' and '.join(others)}, the usual one; the preset's is for SGD.")
+    name = names[0] if len(names) == 1 else "base"
 
     def rename(label: str) -> str:
         plain = label == BASE or label.startswith((f"{BASE} ", f"{BASE},"))
-        return f"{name}{label.removeprefix(BASE)}" if plain else name if label == "base" else label
+        return f"{name}{label.removeprefix(BASE)}" if plain else label
 
     renamed = spec.with_arms(lambda arm: dataclasses.replace(arm, label=rename(arm.label)))
-    return dataclasses.replace(renamed, baseline=rename(spec.baseline), notes=notes)
+    return dataclasses.replace(renamed, baseline=rename(spec.baseline), notes=notes, given=rates)
 
 
 def _titled(spec: StudySpec, words: Mapping[str, Any]) -> StudySpec:
-    """The study with a title that names data and network of one's own, and the share of wrong labels."""
-    config = grid_points(spec)[0].config
+    """The study with a title that names data and network of one's own, and the share of wrong labels.
+
+    Columns that no run can have are left out.
+    """
+    configs = [row.config for row in grid_points(spec)]
     title = words.get("title", spec.title)
     if "title" not in words and any(key in words for key in ("model", "data")):
-        title = f"{_name(config.model)} on {_name(config.data)}"
-    noise = f", {config.noise:.0%} of the training labels wrong" if config.noise else ""
-    return dataclasses.replace(spec, title=title + noise)
+        title = f"{_name(configs[0].model)} on {_name(configs[0].data)}"
+    shares = {config.noise for config in configs}
+    noise = f", {configs[0].noise:.0%} of the training labels wrong" if len(shares) == 1 and configs[0].noise else ""
+    absent = {
+        *(["memorised"] if shares == {0.0} else []),
+        *([] if any(config.measure for config in configs) else ["lambda_max"]),
+    }
+    columns = tuple(column for column in spec.columns if column not in absent)
+    return dataclasses.replace(spec, title=title + noise, columns=columns)
 
 
 def _name(source: str) -> str:
@@ -220,15 +232,17 @@ def without_unfit(spec: StudySpec) -> StudySpec:
     if not spec.skip_unfit:
         return spec
     kept, refusals = [], {}
-    first = grid_points(spec)[0].config
-    check_device(first.device)
-    data = {_place(first): load_clean(first).to(first.device)}
+    first: dict[str, RunConfig] = {}
+    for row in grid_points(spec):
+        first.setdefault(row.arm, row.config)
+    data: dict[tuple[str, ...], Data] = {}
     for arm in spec.arms:
+        config = first[arm.label]
+        place = (config.data, config.data_dir, config.device)
+        if place not in data:
+            check_device(config.device)
+            data[place] = load_clean(config).to(config.device)
         try:
-            config = grid_points(dataclasses.replace(spec, arms=(arm,), baselines=(), axes=(), choose=()))[0].config
-            place = _place(config)
-            if place not in data:
-                data[place] = load_clean(config).to(config.device)
             Trainer(config, data=data[place])
         except (ValueError, TypeError) as error:
             refusals[arm.label] = str(error)
@@ -243,7 +257,3 @@ def without_unfit(spec: StudySpec) -> StudySpec:
         baseline=spec.baseline if spec.baseline in labels else labels[0],
         notes=(*spec.notes, *(f"'{label}' is left out: {why}" for label, why in refusals.items())),
     )
-
-
-def _place(config: RunConfig) -> tuple[str, str, str]:
-    return config.data, config.data_dir, config.device

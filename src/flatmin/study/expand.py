@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +13,7 @@ from flatmin.data.named import DATASETS
 from flatmin.methods import Recipe, compose, current_word, method_table
 from flatmin.models.zoo import MODELS
 from flatmin.study.spec import Arm, StudySpec, as_text
-from flatmin.study.sweep import Axis, overrides, points, tidy
+from flatmin.study.sweep import MULTIPLE, Axis, is_multiple, overrides, points, tidy
 from flatmin.train.config import RunConfig
 from flatmin.train.locate import find_module
 from flatmin.train.options import Options
@@ -25,7 +24,11 @@ from flatmin.train.trainer import build_recipe
 from flatmin.words import suggest
 
 Score = tuple[float, float]
-_MULTIPLE = re.compile(r"(\d+\.?\d*|\.\d+)x")
+# What two rows must share to be of one task.
+TASK = (
+    *("data", "model", "model_params", "noise", "noise_kind", "train_size", "train_on_val", "val_share", "split_seed"),
+    "image_size",
+)
 _FIELDS = field_types(RunConfig)
 _USUAL = {f.name: f.default for f in dataclasses.fields(RunConfig) if f.default is not dataclasses.MISSING}
 
@@ -126,11 +129,13 @@ def grid_points(spec: StudySpec) -> list[GridPoint]:
     for arm in spec.every_arm:
         recipe = _recipe(spec, arm, preset)
         parameters += recipe.parameters()
-        # A multiple of its own is one of what the axis says.
-        own = {*(key for key, value in arm.settings.items() if not _MULTIPLE.fullmatch(value))}
+        # A multiple of its own is one of what the axis says; a multiple in the axis is one of what is its own.
+        own = {key for key, value in arm.settings.items() if not is_multiple(value)}
+        if arm not in spec.baselines:
+            own -= {axis.key for axis in spec.axes if all(map(is_multiple, axis.values))}
         own |= {axis.key for axis in arm.axes}
         axes = [axis for axis in spec.axes if axis.key not in own and _takes(recipe, axis.key)]
-        used |= {axis.key for axis in axes} | own
+        used |= {axis.key for axis in axes} | own | {*arm.settings}
         axes += arm.axes
         shown = {axis.key for axis in axes if len(axis.values) > 1}
         known: list[Mapping[str, str]] = []
@@ -178,15 +183,21 @@ def _config(
         if all(tidy(have[key]) in values for key, values in given.when.items()):
             extra |= given.settings
     single = {axis.key: axis.values[0] for axis in spec.axes if len(axis.values) == 1}
-    common = {**spec.settings, **{key: value for key, value in single.items() if key in arm.settings}}
-    plain = {key: value for key, value in point.items() if not _MULTIPLE.fullmatch(value)}
+    multiplied = {key for key, value in arm.settings.items() if is_multiple(value)}
+    plain = {key: value for key, value in point.items() if not is_multiple(value)}
+    layers: list[Mapping[str, str]] = [
+        spec.settings,
+        {key: value for key, value in {**single, **plain}.items() if key in multiplied and not is_multiple(value)},
+        arm.settings,
+        extra,
+        {key: value for key, value in plain.items() if key not in multiplied},
+        {key: value for key, value in point.items() if key not in plain},
+    ]
     try:
-        own = _numbers(spec.train, {**common, **extra, **plain}, arm.settings)
-        # Values of axes come last, but for those that the arm multiplies.
-        settings = {**common, **own, **extra}
-        settings |= {key: own[key] if _MULTIPLE.fullmatch(arm.settings.get(key, "")) else plain[key] for key in plain}
-        point = _numbers(spec.train, settings, point)
-        settings |= {key: value for key, value in point.items() if key not in plain}
+        settings: dict[str, str] = {}
+        for layer in layers:
+            settings |= _numbers(spec.train, settings, layer)
+        point = {key: value if key in plain else settings[key] for key, value in point.items()}
         config = load_run(spec.train, overrides(settings), here=False)[0]
         _check_names(config)
         build_recipe(config)
@@ -206,7 +217,7 @@ def _numbers(train: str, before: Mapping[str, str], settings: Mapping[str, str])
     Raises:
         ValueError: a multiple of a setting that is no number.
     """
-    multiples = {key: match for key, value in settings.items() if (match := _MULTIPLE.fullmatch(value))}
+    multiples = {key: match for key, value in settings.items() if (match := MULTIPLE.fullmatch(value))}
     if not multiples:
         return dict(settings)
     plain = {key: value for key, value in settings.items() if key not in multiples}
@@ -214,8 +225,9 @@ def _numbers(train: str, before: Mapping[str, str], settings: Mapping[str, str])
     made: dict[str, str] = {}
     for key, match in multiples.items():
         value = _setting(config, key)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ValueError(f"{key}={match[0]} is a multiple of {key}, which is {value!r} there; write the value.")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not float(match[1]):
+            there = "is not set there" if value in (None, ()) else f"is {as_text(value)} there"
+            raise ValueError(f"{key}={match[0]}: {key} {there}, which cannot be multiplied so; write the value.")
         product = float(match[1]) * value
         made[key] = str(max(1, round(product))) if _FIELDS.get(key) is int else tidy(f"{product:.6g}")
     return {key: made.get(key, value) for key, value in settings.items()}
@@ -232,25 +244,36 @@ def _setting(config: RunConfig, key: str) -> Any:
 
 
 def tuned(spec: StudySpec) -> StudySpec:
-    """The study with its axes chosen on validation; an arm without one gets those that `tune` names for it."""
-    several = any(len(axis.values) > 1 for axis in (*spec.axes, *(axis for arm in spec.arms for axis in arm.axes)))
-    usual = () if several else spec.tune
+    """The study with its axes chosen on validation, but for those that set the task, such as the network.
+
+    Where there is no such axis, each arm gets those of `spec.tune`, or half, once and twice its radius, unless it has
+    an axis or an override of the key.
+    """
+    chosen = [axis.key for axis in spec.axes if len(axis.values) > 1 and not _sets_task(axis.key)]
+    usual = () if chosen else spec.tune or (Axis("rho", ("0.5x", "1x", "2x")),)
+    fixed = {axis.key for axis in spec.axes}
 
     def tune(arm: Arm) -> Arm:
         axes = {axis.key: axis for axis in arm.axes}
-        for axis in (*usual, *arm.tune):
-            if takes(spec, arm, axis.key) and _has_value(spec, arm, axis):
+        for axis in usual:
+            if axis.key not in fixed and takes(spec, arm, axis.key) and _has_value(spec, arm, axis):
                 axes.setdefault(axis.key, axis)
-        chosen = tuple(key for key, axis in axes.items() if len(axis.values) > 1)
-        return dataclasses.replace(arm, axes=tuple(axes.values()), choose=chosen)
+        for axis in arm.tune:
+            if axis.key not in chosen and _has_value(spec, arm, axis):
+                axes.setdefault(axis.key, axis)
+        own = [key for key, axis in axes.items() if len(axis.values) > 1 and not _sets_task(key)]
+        return dataclasses.replace(arm, axes=tuple(axes.values()), choose=tuple(dict.fromkeys([*arm.choose, *own])))
 
-    chosen = tuple(axis.key for axis in spec.axes if len(axis.values) > 1)
-    return dataclasses.replace(spec.with_arms(tune), choose=chosen)
+    return dataclasses.replace(spec.with_arms(tune), choose=tuple(dict.fromkeys([*spec.choose, *chosen])))
+
+
+def _sets_task(key: str) -> bool:
+    return key in TASK or key.startswith("model.")
 
 
 def _has_value(spec: StudySpec, arm: Arm, axis: Axis) -> bool:
     """Whether an arm has something that an axis of multiples can multiply."""
-    if not all(map(_MULTIPLE.fullmatch, axis.values)):
+    if not all(map(is_multiple, axis.values)):
         return True
     alone = dataclasses.replace(arm, axes=tuple(one for one in arm.axes if one.key != axis.key))
     _, config = _config(spec, alone, {}, read_preset(spec.train, "train"))

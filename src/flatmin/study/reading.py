@@ -10,7 +10,7 @@ from flatmin.measure.report import ReportSettings, chosen
 from flatmin.study.measuring import View
 from flatmin.study.record import Record
 from flatmin.study.spec import METRICS, NAMED, Arm, Given, Published, StudySpec, as_text
-from flatmin.study.sweep import Axis, read_axis, tidy
+from flatmin.study.sweep import Axis, is_multiple, read_axis, tidy
 from flatmin.train.config import RunConfig
 from flatmin.train.options import Options
 from flatmin.train.settings import describe, field_types, fill, read_preset
@@ -74,9 +74,8 @@ def _changed_for_one(spec: StudySpec, axis: Axis, override: str) -> StudySpec:
     def change(arm: Arm) -> Arm:
         if arm not in named:
             return arm
-        settings = {key: value for key, value in arm.settings.items() if key != "rho"}
-        axes = (*(one for one in arm.axes if one.key != "rho"), Axis("rho", axis.values))
-        return dataclasses.replace(arm, settings=settings, axes=axes)
+        own = _without(arm, "rho", keep=all(map(is_multiple, axis.values)))
+        return dataclasses.replace(own, axes=(*own.axes, Axis("rho", axis.values)))
 
     return dataclasses.replace(spec.with_arms(change), changed=(*spec.changed, override))
 
@@ -88,12 +87,11 @@ def _changed(spec: StudySpec, axis: Axis, override: str) -> StudySpec:
     _as_texts(spec.name, {axis.key: override})
     if axis.key in _FIXED and len(axis.values) > 1:
         raise ValueError(f"{axis.key} takes one value here, got {override}; write an arm for each in a .toml file.")
-    arms = []
-    for arm in spec.arms:
-        settings = {key: value for key, value in arm.settings.items() if key != axis.key}
-        own = tuple(one for one in arm.axes if one.key != axis.key)
-        arms.append(dataclasses.replace(arm, settings=settings, axes=own))
-    settings = {key: value for key, value in spec.settings.items() if key != axis.key}
+    multiple = all(map(is_multiple, axis.values))
+    arms = [_without(arm, axis.key, keep=multiple) for arm in spec.arms]
+    before = {one.key: one.values[0] for one in spec.axes if one.key == axis.key and len(one.values) == 1}
+    settings = {key: value for key, value in spec.settings.items() if key != axis.key or multiple}
+    settings |= before if multiple else {}
     axes = [axis if one.key == axis.key else one for one in spec.axes]
     if axis.key in _FIXED:
         settings[axis.key] = axis.values[0]
@@ -102,6 +100,14 @@ def _changed(spec: StudySpec, axis: Axis, override: str) -> StudySpec:
         axes.append(axis)
     changed = (*(one for one in spec.changed if one.partition("=")[0] != axis.key), override)
     return dataclasses.replace(spec, arms=tuple(arms), settings=settings, axes=tuple(axes), changed=changed)
+
+
+def _without(arm: Arm, key: str, *, keep: bool) -> Arm:
+    """The arm without what it has for a key; with `keep` what it has stays as a setting, to be multiplied."""
+    settings = {name: value for name, value in arm.settings.items() if name != key or keep}
+    if keep:
+        settings |= {one.key: one.values[0] for one in arm.axes if one.key == key and len(one.values) == 1}
+    return dataclasses.replace(arm, settings=settings, axes=tuple(one for one in arm.axes if one.key != key))
 
 
 def _apart(spec: StudySpec) -> None:
@@ -127,6 +133,8 @@ def _spec(name: str, table: Mapping[str, Any]) -> StudySpec:
     """
     for key, value in table.items():
         if key not in _KEYS:
+            if key == "methods" and "arms" not in table:
+                raise ValueError(f"study {name} is the file of a comparison; run `flatmin compare --preset {name}`.")
             raise ValueError(f"study {name}: unknown entry {key!r}{suggest(key, _KEYS)} (entries: {', '.join(_KEYS)})")
         wanted: type = dict if key in _TABLES else list if key in _LISTED else bool if key in _FLAGS else str
         _expect(name, key, value, wanted)

@@ -17,6 +17,7 @@ LISTS = tuple(key for key, kind in field_types(RunConfig).items() if typing.get_
 
 _WHOLE = re.compile(r"-?\d+")
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)")
+MULTIPLE = re.compile(r"(\d+\.?\d*|\.\d+)x")
 _MOST = 10_000
 
 
@@ -68,6 +69,11 @@ def read_axis(word: str, *, lists: Sequence[str] = LISTS) -> Axis:
             raise ValueError(f"{key}={part} is no range; write the smaller end first, at most {_MOST} numbers.")
         values += [str(number) for number in range(first, last + 1)]
     return Axis(key, tuple(values))
+
+
+def is_multiple(text: str) -> bool:
+    """Whether a value is a multiple of another, such as "2x"."""
+    return MULTIPLE.fullmatch(text) is not None
 
 
 def tidy(word: str) -> str:

@@ -12,7 +12,7 @@ from flatmin.methods import BASE
 from flatmin.stats import Stat, holm, paired, paired_p, summarise
 from flatmin.study.costs import Sizes
 from flatmin.study.executors import RunOutcome
-from flatmin.study.expand import GridPoint, best, validation_score
+from flatmin.study.expand import TASK, GridPoint, best, validation_score
 from flatmin.study.finished import FinishedRun, ends_of
 from flatmin.study.origins import origins
 from flatmin.study.plan import StudyPlan
@@ -25,11 +25,7 @@ from flatmin.train.fingerprint import merged
 from flatmin.train.folder import RunFolder
 from flatmin.train.trainer import build_recipe
 
-# What two rows must share to be compared, and what beside to be of equal cost.
-_TASK = (
-    *("data", "model", "model_params", "noise", "noise_kind", "train_size", "train_on_val", "val_share", "split_seed"),
-    "image_size",
-)
+# What rows must share beside the task to be of equal cost.
 _COST = ("optimizer", "batch_size")
 _NAMED = 3  # runs that a reason names
 _FEW = 4  # so many measured numbers are shown without being asked for
@@ -340,7 +336,7 @@ def _baseline(row: StudyRow, rows: Sequence[StudyRow], spec: StudySpec) -> Study
             other.arm == spec.baseline
             and other.grid_point is not None
             and row.grid_point.at(other.grid_point.point)
-            and _same(row, other, _TASK)
+            and same(row, other, TASK)
         ):
             return other
     return None
@@ -355,7 +351,7 @@ def _equal(row: StudyRow, rows: Sequence[StudyRow]) -> Equal | None:
         for other in rows
         if other.grid_point is not None
         and other.grid_point.config.method == BASE
-        and _same(row, other, (*_TASK, *_COST))
+        and same(row, other, (*TASK, *_COST))
         and abs(other.budget - row.budget) <= _EQUAL * row.budget
     ]
     if not plain:
@@ -373,7 +369,8 @@ def _difference(row: StudyRow, other: StudyRow, metric: str) -> Stat | None:
     return paired(mine, theirs, step=row.steps.get(metric, 0.0), ends=(low - high, high - low))
 
 
-def _same(row: StudyRow, other: StudyRow, keys: Sequence[str]) -> bool:
+def same(row: StudyRow, other: StudyRow, keys: Sequence[str] = TASK) -> bool:
+    """Whether the runs of two rows have the same of these settings."""
     if row.grid_point is None or other.grid_point is None:
         return False
     mine, theirs = row.grid_point.config, other.grid_point.config

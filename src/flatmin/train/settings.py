@@ -136,12 +136,12 @@ def coerce(key: str, value: Any, kind: Any) -> Any:
     raise ValueError(f"{key} = {value!r} is {found}, expected {articled(describe(kind))}.")
 
 
-def read_preset(name: str, kind: str = "compare") -> dict[str, Any]:
+def read_preset(name: str, kind: str = "train") -> dict[str, Any]:
     """A preset's table, from the package by name or from a file by path.
 
     Args:
         name: "digits", or a path that ends in .toml.
-        kind: "compare" or "train": the command that it is for.
+        kind: "train" or "study": the command that it is for.
 
     Raises:
         ValueError: unknown name, missing file, a file in another encoding (see `flatmin.words.read_text`), or no TOML.
@@ -164,7 +164,7 @@ def read_preset(name: str, kind: str = "compare") -> dict[str, Any]:
         raise ValueError(f"preset {name!r} is not valid TOML: {error}.") from error
 
 
-def preset_names(kind: str = "compare") -> list[str]:
+def preset_names(kind: str = "train") -> list[str]:
     """Names of the presets inside the package for a command."""
     folder = resources.files("flatmin") / "presets" / kind
     return sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".toml"))

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from flatmin.methods import BASE
 from flatmin.stats import POINTS, Stat, paired
-from flatmin.study.tabulate import StudyRow, StudyTable
+from flatmin.study.tabulate import StudyRow, StudyTable, same
 from flatmin.train.trainer import build_recipe
 
 FEWEST_SEEDS = 3  # the t of two is 12.7
@@ -27,7 +27,8 @@ def verdicts(table: StudyTable) -> list[str]:
     if not rows:
         return []
     ascending = [row for row in rows if ascends(row)]
-    single = len({tuple(sorted(row.point.items())) for row in rows}) == 1
+    # Rows are compared with each other where they are at one point of the axes, and on one task.
+    single = len({tuple(sorted(row.point.items())) for row in rows}) == 1 and all(same(row, rows[0]) for row in rows)
     found = [
         against_base(table),
         *([_ranking(ascending)] if single else []),
@@ -50,7 +51,7 @@ def accuracies(row: StudyRow) -> dict[int, float]:
 
 def against_base(table: StudyTable) -> str:
     """Which rows differ from the baseline, by their own interval and with the number of tests taken into account."""
-    base = table.base
+    base = named_labels([table.base])
     several = [(row, diff) for row in table.rows if (diff := row.columns[_METRIC].diff) is not None and diff.n > 1]
     compared = [(row, diff) for row, diff in several if diff.n >= FEWEST_SEEDS]
     if not compared:
@@ -119,20 +120,20 @@ def _cheap(table: StudyTable, rows: Sequence[StudyRow], ascending: Sequence[Stud
     family = "the mean of the methods that ascend" if len(ascending) > 1 else named(ascending)
     told = []
     for row in rows:
-        if row.arm not in arms or row.budget > 1.02 * plain.budget:
+        if row.arm not in arms or ascends(row) or row.budget > 1.02 * plain.budget:
             continue
         step = row.steps.get(_METRIC, 0.0)
         ahead = paired(mean, accuracies(row), step=step, ends=POINTS)
         gain = _difference(row, plain)
-        if ahead is None or gain is None or ahead.n < 2:
+        if ahead is None or gain is None or ahead.n < FEWEST_SEEDS:
             continue
         verdict = (
             "no advantage of an ascent over it is shown"
             if ahead.covers_zero
-            else ("the ascent is worth its cost" if ahead.mean > 0 else "it is ahead of the ascent")
+            else f"{'the ascent' if ahead.mean > 0 else 'it'} is ahead"
         )
         told.append(
-            f"{named([row])} gains {_points(gain)} over {named([plain])} without a second gradient; {family} minus it "
+            f"{named([row])}, without a second gradient, is {_points(gain)} from {named([plain])}; {family} minus it "
             f"is {_points(ahead)}: {verdict}."
         )
     return told
@@ -149,18 +150,19 @@ def _equal_cost(table: StudyTable) -> str:
     rows = [row for row in table.rows if row.equal is not None and row.equal.diff.n >= FEWEST_SEEDS]
     if not rows:
         return ""
+    tests = table.tests("equal")
+    level = f" (p < {LEVEL:g}" + (f" after correction for {tests} tests)" if tests > 1 else ")")
     kinds: dict[str, list[StudyRow]] = {}
     for row in rows:
         equal = row.equal
         assert equal is not None
         beyond = equal.corrected is not None and equal.corrected < LEVEL
-        kind = "not told apart" if not beyond else "above it" if equal.diff.mean > 0 else "below it"
+        kind = "not told apart" if not beyond else f"{'above' if equal.diff.mean > 0 else 'below'} it{level}"
         kinds.setdefault(kind, []).append(row)
     told = "; ".join(f"{kind}: {named(found)}" for kind, found in sorted(kinds.items()))
     names = {row.label: name_of(row) for row in table.rows}
     rivals = named_labels(dict.fromkeys(names[row.equal.label] for row in rows if row.equal is not None))
-    tests = f" (p < {LEVEL:g} after correction for {table.tests('equal')} tests)" if table.tests("equal") > 1 else ""
-    return f"Against plain training of equal cost ({rivals}){tests}, test accuracy is {told}."
+    return f"Against plain training of equal cost ({rivals}), test accuracy is {told}."
 
 
 def _curvature(rows: Sequence[StudyRow], ascending: Sequence[StudyRow]) -> str:
@@ -214,7 +216,7 @@ def _setting(table: StudyTable, rows: Sequence[StudyRow]) -> str:
     what = "initialisation, batch order" + (", wrong labels" if wrong else "") + " and augmentation"
     return (
         f"{parts}{wrong}A seed sets {what}, the same for every row. Intervals are 95 % Student t over {len(seeds)} "
-        f"seeds; differences to {table.base} are paired by seed."
+        f"seeds; differences to {named_labels([table.base])} are paired by seed."
     )
 
 
