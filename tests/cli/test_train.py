@@ -127,7 +127,7 @@ class TestARun:
             r"epoch \d/3  lr [\d.]+  loss \d\.\d{3} -> \d\.\d{3}  train [\d.]+ %  val [\d.]+ %  [\d.]+ s, "
             r"[\d,]+ images/s"
         )
-        assert all(re.fullmatch(line + r"  left \d+ s", one) for one in said.out[1:3])
+        assert all(re.fullmatch(line + r"  left about (a second|[\d.]+ seconds)", one) for one in said.out[1:3])
         assert re.fullmatch(line, said.out[3]), "nothing is left after the last"
         pattern = r"Test accuracy \d+\.\d\d %, top-5 \d+\.\d\d % \(weights of epoch \d, the best on validation\)\."
         assert re.fullmatch(pattern, said.out[4])
