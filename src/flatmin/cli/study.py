@@ -338,7 +338,11 @@ def show_table(table: StudyTable, console: Console) -> None:
     console.print()
     print_text(table.spec.title, console, style="bold")
     console.print()
-    print_table([header(table), *body(table)], console, styles=["yellow" if row.flags else "" for row in table.rows])
+    names = header(table)
+    # What the p values at equal cost say is among the sentences below.
+    shown = [i for i, name in enumerate(names) if not (name.startswith("p") and name.endswith("equal grads"))]
+    cells = [[row[i] for i in shown] for row in (names, *body(table))]
+    print_table(cells, console, styles=["yellow" if row.flags else "" for row in table.rows])
     for texts in (troubles(table), verdicts(table), remarks(table)):
         if texts:
             console.print()

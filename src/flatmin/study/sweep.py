@@ -8,6 +8,7 @@ import re
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from flatmin.train.config import RunConfig
 from flatmin.train.settings import field_types, split_override
@@ -28,6 +29,8 @@ class Axis:
     Raises:
         ValueError: no value, or one twice.
     """
+
+    in_files: ClassVar = "table of lists"
 
     key: str
     values: tuple[str, ...]

@@ -32,6 +32,8 @@ def describe(kind: Any) -> str:
     if _optional(kind) is not None:
         return f"{describe(_optional(kind))} or none"
     if typing.get_origin(kind) is tuple:
+        if words := getattr(typing.get_args(kind)[0], "in_files", None):  # a class may say how files hold several of it
+            return str(words)
         item = describe(typing.get_args(kind)[0])
         return f"list of {item}{'s' * item.endswith(('number', 'table'))}"
     if typing.get_origin(kind) in _UNIONS:
