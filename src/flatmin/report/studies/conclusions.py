@@ -133,8 +133,8 @@ def _cheap(table: StudyTable, rows: Sequence[StudyRow], ascending: Sequence[Stud
             else f"{'the ascent' if ahead.mean > 0 else 'it'} is ahead"
         )
         told.append(
-            f"{named([row])}, without a second gradient, is {_points(gain)} from {named([plain])}; {family} minus it "
-            f"is {_points(ahead)}: {verdict}."
+            f"{named([row])}, without a second gradient, differs from {named([plain])} by {_points(gain)}; {family} "
+            f"minus it is {_points(ahead)}: {verdict}."
         )
     return told
 
