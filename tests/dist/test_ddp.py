@@ -9,7 +9,7 @@ from flatmin.methods import METHODS
 from tests.dist import scenarios_ddp as scenarios
 from tests.dist.pool import RankError
 from tests.dist.scenarios_ddp import Net, Setup, batch
-from tests.dist.kinds import chosen
+from tests.dist.kinds import chosen, slow
 from tests.helpers import BASES, recipe_of
 
 pytestmark = pytest.mark.dist
@@ -48,7 +48,8 @@ def test_two_replicas_are_one_process_with_the_whole_batch(ranks, method, base):
 
 
 @pytest.mark.parametrize(
-    ("method", "ascent_sync"), [("sam", "all"), ("vasso", "none"), ("micro-sam", "none"), ("esam", "all"), ("rsam", "none")]
+    ("method", "ascent_sync"),
+    [("sam", "all"), ("vasso", "none"), slow("micro-sam", "none"), slow("esam", "all"), slow("rsam", "none")],
 )
 def test_replicas_stay_bit_identical(ranks, method, ascent_sync):
     setup = Setup(method=method, steps=100, ascent_sync=ascent_sync, dtype=torch.float32)
@@ -58,7 +59,7 @@ def test_replicas_stay_bit_identical(ranks, method, ascent_sync):
 
 
 @pytest.mark.parametrize("door", ["closure", pytest.param("passes", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("method", LOCAL)
+@pytest.mark.parametrize("method", chosen(LOCAL))
 def test_every_method_that_can_have_local_ascents_has_them(ranks, method, door):
     agree(ranks.run(scenarios.train, Setup(method=method, steps=6, ascent_sync="none", door=door)))
 

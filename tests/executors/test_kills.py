@@ -14,7 +14,7 @@ ENGINES = {
 PACKAGES = {"slurm": "submitit", "ray": "ray"}
 
 
-@pytest.fixture(params=ENGINES)
+@pytest.fixture(params=["local", pytest.param("slurm", marks=pytest.mark.slow), "ray"])
 def engine(request):
     package = PACKAGES.get(request.param)
     if package is not None and importlib.util.find_spec(package) is None:

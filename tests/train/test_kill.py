@@ -1,7 +1,6 @@
 """Runs that are killed at random moments, and the command is given again: the same end, bit for bit."""
 
 import itertools
-import multiprocessing
 import random
 import re
 import signal
@@ -10,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 
+from tests.dist.pool import forkserver
 from tests.helpers import same_bits
 from tests.train.kills import PATIENCE, Command, Forked, Plan
 from tests.train.runs import HERE, outcome, saved_steps
@@ -24,12 +24,7 @@ PACE = 0.01
 
 @pytest.fixture(scope="module")
 def context():
-    """Starts processes that have torch already: they are forked from one that has only imported it."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["flatmin", "torch._dynamo", "torch.nn.parallel", "torch.distributed.fsdp", "pytest", "flatmin.train.loop"]
-    )
-    return context
+    return forkserver()
 
 
 def until(condition, launch):
@@ -103,6 +98,7 @@ def test_one_process_killed_three_times(context, tmp_path):
     check(Forked, context, tmp_path, kills=3, epochs=4, words=["ema=0.8"])
 
 
+@pytest.mark.slow  # tests/dist has one
 @pytest.mark.dist
 @pytest.mark.parametrize("words", TWO, ids=["ddp", "fsdp"])
 def test_two_processes_killed_three_times(context, tmp_path, words):
