@@ -146,18 +146,8 @@ def test_a_study_is_whole_in_any_locale_and_without_a_reader(tmp_path, workers):
     source, sink = os.pipe()
     os.close(source)
     locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "COLUMNS": "60"}
-    words = [
-        "study",
-        "own.toml",
-        "model=mine:build",
-        "data=mine:load",
-        "--out",
-        "out",
-        "--workers",
-        workers,
-        "--no-report",
-    ]
-    ended = flatmin(*words, out=sink, env=locale, tmp_path=tmp_path)
+    words = ["study", "own.toml", "model=mine:build", "data=mine:load", "--out", "out", "--workers", workers]
+    ended = flatmin(*words, "--no-report", out=sink, env=locale, tmp_path=tmp_path)
     os.close(sink)
     assert ended.returncode == 0, ended.stderr
     table = list(csv.DictReader(io.StringIO((tmp_path / "out" / "studies" / "own.csv").read_text(encoding="utf-8"))))

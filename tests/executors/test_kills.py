@@ -22,8 +22,8 @@ def engine(request):
     return ENGINES[request.param]
 
 
-def test_six_runs(tmp_path, engine):
-    check(tmp_path, count=6, kills=2, **engine)
+def test_four_runs(tmp_path, engine):
+    check(tmp_path, count=4, kills=2, **engine)
 
 
 @pytest.mark.slow
