@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-KINDS = ("sam", "asam", "vasso", "rsam", "bisam-log", "n-step", "micro-sam", "gsam", "looksam", "bernoulli", "esam")
+KINDS = ("sam", "asam", "vasso", "rsam", "n-step", "gsam", "looksam", "bernoulli")
 
 
 def slow(*values: Any) -> Any:

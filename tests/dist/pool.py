@@ -33,7 +33,7 @@ from torch import distributed as dist
 
 START_TIMEOUT = 120.0  # seconds; importing torch alone takes a few on a slow machine
 PRELOAD = ["flatmin", "torch._dynamo", "torch.nn.parallel", "torch.distributed.fsdp", "pytest"]
-PRELOAD += ["flatmin.train.loop", "flatmin.study.executors.local"]
+PRELOAD += ["flatmin.cli.main", "flatmin.train.loop", "flatmin.study.executors.local"]
 GRACE = 0.5  # seconds in which other ranks may fail too after one has failed
 
 

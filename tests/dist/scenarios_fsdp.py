@@ -188,7 +188,7 @@ def bf16_weights(rank, world):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "weights in half precision")
         projections = []
-        for k in range(15):
+        for k in range(8):
             run.step(k)
             projections.append(run.optimizer.diagnostics()["epsilon_projection"])
     return before, run.weights(), sum(projections) / len(projections)

@@ -9,7 +9,7 @@ from flatmin.methods import METHODS
 from tests.dist import scenarios_ddp as scenarios
 from tests.dist.pool import RankError
 from tests.dist.scenarios_ddp import Net, Setup, batch
-from tests.dist.kinds import chosen, slow
+from tests.dist.kinds import KINDS, chosen, slow
 from tests.helpers import BASES, recipe_of
 
 pytestmark = pytest.mark.dist
@@ -133,7 +133,7 @@ def test_accumulation_sends_once_a_pass(ranks, ascent_sync, groups, gradients):
 
 
 @pytest.mark.parametrize("ascent_sync", ["all", "none"])
-@pytest.mark.parametrize("method", ["sam", "vasso", "fsam", "asam"])
+@pytest.mark.parametrize("method", ["sam", "vasso", slow("fsam"), slow("asam")])
 def test_tensors_that_take_part_on_some_ranks_only(ranks, method, ascent_sync):
     options = {"find_unused_parameters": True}
     agree(ranks.run(scenarios.train, Setup(method=method, branches=True, ascent_sync=ascent_sync, ddp=options)))
@@ -142,7 +142,11 @@ def test_tensors_that_take_part_on_some_ranks_only(ranks, method, ascent_sync):
 @pytest.mark.parametrize(
     ("method", "ascent_sync"),
     [
-        *((m, "all") for m in SERVED if recipe_of(m).remembers or m in ("sam", "micro-sam", "n-step")),
+        *(
+            (m, "all") if m in KINDS else slow(m, "all")
+            for m in SERVED
+            if recipe_of(m).remembers or m in ("sam", "micro-sam", "n-step")
+        ),
         *((m, "none") for m in ("sam", "vasso", "stale-sam", "n-step")),
     ],
 )

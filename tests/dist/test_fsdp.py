@@ -43,13 +43,13 @@ def test_every_method_equals_its_unsharded_run(ranks, method, base, device_path)
     close(agree(ranks.run(scenarios.train, Setup(**setup))), alone(**setup)[0])
 
 
-@pytest.mark.parametrize("method", ["sam", "vasso", "rsam", "gsam"])
+@pytest.mark.parametrize("method", [slow("sam"), "vasso", slow("rsam"), "gsam"])
 def test_manual_passes(ranks, method):
     close(agree(ranks.run(scenarios.train, Setup(method=method, door="passes"))), alone(method=method)[0])
 
 
 @pytest.mark.parametrize("method", [slow("sam"), "vasso", slow("rsam")])
-@pytest.mark.parametrize(("world", "mesh"), [(4, (4,)), (4, (2, 2))])
+@pytest.mark.parametrize(("world", "mesh"), [slow(4, (4,)), (4, (2, 2))])
 def test_other_meshes(ranks_of, world, mesh, method):
     """More ranks than rows of some tensors, and shards that are replicated."""
     close(agree(ranks_of(world).run(scenarios.train, Setup(method=method, mesh=mesh))), alone(method=method)[0])
@@ -76,7 +76,7 @@ def test_weights_that_are_sharded_in_part_are_refused(ranks):
         assert all("shard the whole model over one mesh" in sentence for sentence in sentences)
 
 
-@pytest.mark.parametrize(("door", "device_path"), [("closure", True), ("passes", False)])
+@pytest.mark.parametrize(("door", "device_path"), [("closure", True), slow("passes", False)])
 @pytest.mark.parametrize("scaler", [False, True])
 @pytest.mark.parametrize("spoilt", [0, 1])
 def test_an_infinite_entry_in_one_shard_is_known_to_all(ranks, spoilt, device_path, scaler, door):
