@@ -29,7 +29,7 @@ class Setup:
 
     method: str = "sam"
     base: str = "sgd"
-    steps: int = 10
+    steps: int = 6
     sharded: bool = True
     mesh: tuple[int, ...] = ()
     low: torch.dtype | None = None

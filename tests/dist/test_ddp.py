@@ -49,7 +49,7 @@ def test_two_replicas_are_one_process_with_the_whole_batch(ranks, method, base):
 
 @pytest.mark.parametrize(
     ("method", "ascent_sync"),
-    [("sam", "all"), ("vasso", "none"), slow("micro-sam", "none"), slow("esam", "all"), slow("rsam", "none")],
+    [slow("sam", "all"), ("vasso", "none"), slow("micro-sam", "none"), slow("esam", "all"), slow("rsam", "none")],
 )
 def test_replicas_stay_bit_identical(ranks, method, ascent_sync):
     setup = Setup(method=method, steps=100, ascent_sync=ascent_sync, dtype=torch.float32)
@@ -104,7 +104,7 @@ def test_each_replica_climbs_by_its_own_gradient(ranks, door):
     assert (got[0] - reference([[0, 1]], 20)[0]).abs().max() > 1e-5
 
 
-@pytest.mark.parametrize(("size", "groups"), [(2, [[0, 1], [2, 3]]), (4, [[0, 1, 2, 3]]), (1, [[0], [1], [2], [3]])])
+@pytest.mark.parametrize(("size", "groups"), [(2, [[0, 1], [2, 3]]), slow(4, [[0, 1, 2, 3]]), slow(1, [[0], [1], [2], [3]])])
 def test_groups_of_replicas_climb_together(ranks_of, size, groups):
     """By their mean: without a norm its size counts."""
     for method in ("sam", "usam"):
