@@ -141,6 +141,7 @@ def test_training_runs_come_after_the_parts_and_keep_their_folder_without_large_
     assert not (tmp_path / "study.tar.gz").exists()
 
 
+@pytest.mark.slow
 def test_a_training_run_of_a_gpu_run_is_a_run(tmp_path, monkeypatch):
     job = gpu_jobs(monkeypatch, str(tmp_path), "--parts", "--train", "smoke epochs=1 method=sgd")["run 1"]
     ended, _ = gpu.run_job(job, tmp_path / "log.txt")

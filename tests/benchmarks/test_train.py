@@ -179,6 +179,7 @@ def test_the_order_of_a_gpu_puts_the_headline_and_its_rival_first():
 # -- the command
 
 
+@pytest.mark.slow
 def test_a_run_leaves_tables_and_samples(tmp_path, capsys):
     path = tmp_path / "runs.jsonl"
     small = [

@@ -19,6 +19,7 @@ from flatmin.cli.main import app, main
 from flatmin.measure.problem import Problem
 from flatmin.measure.report import ReportSettings, report
 from flatmin.report import html as page
+from flatmin.study import pool
 from flatmin.study.executors import execute
 from flatmin.study.measured import with_error
 from flatmin.study.measuring import View, batches, find, find_all, measure, measure_all, split_of
@@ -356,7 +357,8 @@ class TestSeveral:
         invoke(tmp_path, folder, f"{folder}/", "--what", "model", "--no-page")
         assert files(tmp_path) == [f"{folder.name}.csv", f"{folder.name}.json"]
 
-    def test_processes_give_the_same_numbers(self, folders):
+    def test_processes_give_the_same_numbers(self, folders, monkeypatch):
+        monkeypatch.setattr(pool, "START", "fork")
         runs = [open_run(folder) for folder in folders.values()][:3]
         view = View(what="model,hessian", settings=SETTINGS)
         done = []
@@ -542,8 +544,9 @@ class TestWhatFails:
         assert files(tmp_path / "out") == ["measures.csv", "measures.json", "mine.json"]
         assert "do not fit" in read(tmp_path / "out" / "measures.json")["not_measured"]["other"]
 
-    def test_a_process_that_ends_takes_no_other_net_away(self, tmp_path):
+    def test_a_process_that_ends_takes_no_other_net_away(self, tmp_path, monkeypatch):
         """As where memory runs out: each net that is left gets a process to itself."""
+        monkeypatch.setattr(pool, "START", "fork")
         state, paths = named().state_dict(), [tmp_path / f"{name}.pt" for name in ("good", "other", "deadly")]
         torch.save(state, paths[0])
         torch.save({"0.weight": torch.zeros(1)}, paths[1])

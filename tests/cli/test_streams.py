@@ -138,15 +138,16 @@ def flatmin(*words, out, env, tmp_path):
 
 
 @posix
-def test_a_study_is_whole_in_any_locale_and_without_a_reader(tmp_path):
-    """As in `LC_ALL=C flatmin study ... | head -0`, with a network that prints, as users' do, in a worker."""
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_study_is_whole_in_any_locale_and_without_a_reader(tmp_path, workers):
+    """As in `LC_ALL=C flatmin study ... | head -0`, with a network that prints, as users' do."""
     (tmp_path / "own.toml").write_text(STUDY, encoding="utf-8")
     (tmp_path / "mine.py").write_text(MINE, encoding="utf-8")
     source, sink = os.pipe()
     os.close(source)
     locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "COLUMNS": "60"}
-    words = ["study", "own.toml", "model=mine:build", "data=mine:load", "--out", "out", "--workers", 1, "--no-report"]
-    ended = flatmin(*words, out=sink, env=locale, tmp_path=tmp_path)
+    words = ["study", "own.toml", "model=mine:build", "data=mine:load", "--out", "out", "--workers", workers]
+    ended = flatmin(*words, "--no-report", out=sink, env=locale, tmp_path=tmp_path)
     os.close(sink)
     assert ended.returncode == 0, ended.stderr
     table = list(csv.DictReader(io.StringIO((tmp_path / "out" / "studies" / "own.csv").read_text(encoding="utf-8"))))

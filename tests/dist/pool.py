@@ -22,6 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FunctionType, ModuleType
@@ -31,11 +32,23 @@ import torch
 from torch import distributed as dist
 
 START_TIMEOUT = 120.0  # seconds; importing torch alone takes a few on a slow machine
+PRELOAD = ["flatmin", "torch._dynamo", "torch.nn.parallel", "torch.distributed.fsdp", "pytest"]
+PRELOAD += ["flatmin.cli.main", "flatmin.train.loop", "flatmin.study.executors.local"]
 GRACE = 0.5  # seconds in which other ranks may fail too after one has failed
 
 
 class RankError(RuntimeError):
     """A scenario failed on some rank; the text has that rank's traceback."""
+
+
+def forkserver() -> ForkServerContext:
+    """Starts processes that have torch already: they are forked from one that has only imported it.
+
+    All tests share that one process, so that it has what any of them needs.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    return context
 
 
 @dataclass(frozen=True)
@@ -126,7 +139,7 @@ class Ranks:
     def _start(self) -> None:
         # Hosted here, so that nobody has to guess a free port.
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        context = multiprocessing.get_context("spawn")
+        context = forkserver()
         for rank in range(self.world):
             pipe, theirs = context.Pipe()
             process = context.Process(

@@ -29,7 +29,7 @@ class Setup:
 
     method: str = "sam"
     base: str = "sgd"
-    steps: int = 10
+    steps: int = 6
     sharded: bool = True
     mesh: tuple[int, ...] = ()
     low: torch.dtype | None = None
@@ -188,7 +188,7 @@ def bf16_weights(rank, world):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "weights in half precision")
         projections = []
-        for k in range(40):
+        for k in range(8):
             run.step(k)
             projections.append(run.optimizer.diagnostics()["epsilon_projection"])
     return before, run.weights(), sum(projections) / len(projections)

@@ -9,7 +9,7 @@ from flatmin.methods import METHODS
 from tests.dist import scenarios_ddp as scenarios
 from tests.dist.pool import RankError
 from tests.dist.scenarios_ddp import Net, Setup, batch
-from tests.dist.kinds import chosen
+from tests.dist.kinds import KINDS, chosen, slow
 from tests.helpers import BASES, recipe_of
 
 pytestmark = pytest.mark.dist
@@ -48,7 +48,8 @@ def test_two_replicas_are_one_process_with_the_whole_batch(ranks, method, base):
 
 
 @pytest.mark.parametrize(
-    ("method", "ascent_sync"), [("sam", "all"), ("vasso", "none"), ("micro-sam", "none"), ("esam", "all"), ("rsam", "none")]
+    ("method", "ascent_sync"),
+    [slow("sam", "all"), ("vasso", "none"), slow("micro-sam", "none"), slow("esam", "all"), slow("rsam", "none")],
 )
 def test_replicas_stay_bit_identical(ranks, method, ascent_sync):
     setup = Setup(method=method, steps=100, ascent_sync=ascent_sync, dtype=torch.float32)
@@ -58,7 +59,7 @@ def test_replicas_stay_bit_identical(ranks, method, ascent_sync):
 
 
 @pytest.mark.parametrize("door", ["closure", pytest.param("passes", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("method", LOCAL)
+@pytest.mark.parametrize("method", chosen(LOCAL))
 def test_every_method_that_can_have_local_ascents_has_them(ranks, method, door):
     agree(ranks.run(scenarios.train, Setup(method=method, steps=6, ascent_sync="none", door=door)))
 
@@ -103,7 +104,7 @@ def test_each_replica_climbs_by_its_own_gradient(ranks, door):
     assert (got[0] - reference([[0, 1]], 20)[0]).abs().max() > 1e-5
 
 
-@pytest.mark.parametrize(("size", "groups"), [(2, [[0, 1], [2, 3]]), (4, [[0, 1, 2, 3]]), (1, [[0], [1], [2], [3]])])
+@pytest.mark.parametrize(("size", "groups"), [(2, [[0, 1], [2, 3]]), slow(4, [[0, 1, 2, 3]]), slow(1, [[0], [1], [2], [3]])])
 def test_groups_of_replicas_climb_together(ranks_of, size, groups):
     """By their mean: without a norm its size counts."""
     for method in ("sam", "usam"):
@@ -132,7 +133,7 @@ def test_accumulation_sends_once_a_pass(ranks, ascent_sync, groups, gradients):
 
 
 @pytest.mark.parametrize("ascent_sync", ["all", "none"])
-@pytest.mark.parametrize("method", ["sam", "vasso", "fsam", "asam"])
+@pytest.mark.parametrize("method", ["sam", "vasso", slow("fsam"), slow("asam")])
 def test_tensors_that_take_part_on_some_ranks_only(ranks, method, ascent_sync):
     options = {"find_unused_parameters": True}
     agree(ranks.run(scenarios.train, Setup(method=method, branches=True, ascent_sync=ascent_sync, ddp=options)))
@@ -141,7 +142,11 @@ def test_tensors_that_take_part_on_some_ranks_only(ranks, method, ascent_sync):
 @pytest.mark.parametrize(
     ("method", "ascent_sync"),
     [
-        *((m, "all") for m in SERVED if recipe_of(m).remembers or m in ("sam", "micro-sam", "n-step")),
+        *(
+            (m, "all") if m in KINDS else slow(m, "all")
+            for m in SERVED
+            if recipe_of(m).remembers or m in ("sam", "micro-sam", "n-step")
+        ),
         *((m, "none") for m in ("sam", "vasso", "stale-sam", "n-step")),
     ],
 )

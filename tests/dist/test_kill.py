@@ -1,7 +1,6 @@
 """A run of two processes that is killed again and again ends where one that is left alone ends, bit for bit."""
 
 import itertools
-import multiprocessing
 import os
 import random
 import signal
@@ -11,6 +10,7 @@ from dataclasses import replace
 import pytest
 
 from tests.dist.kill_run import WORLD, Plan, train
+from tests.dist.pool import forkserver
 from tests.helpers import same_bits
 
 pytestmark = pytest.mark.dist
@@ -59,10 +59,7 @@ class Launch:
 
 @pytest.fixture(scope="module")
 def context():
-    """Starts processes that have torch already: they are forked from one that has only imported it."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["flatmin", "torch._dynamo", "torch.nn.parallel", "pytest"])
-    return context
+    return forkserver()
 
 
 def finish(context, plan, number=0):

@@ -62,6 +62,7 @@ def test_the_table_is_what_happens(method):
             assert f"{method} {why}" in found
 
 
+@pytest.mark.slow  # test_ddp.py and test_fsdp.py have some of each answer
 @pytest.mark.dist
 def test_the_table_is_what_happens_in_several_processes(ranks):
     for found in ranks.run(scenarios_loops.meet_all, timeout=180):

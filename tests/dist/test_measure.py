@@ -10,13 +10,14 @@ from flatmin.measure.landscape import Slice, landscape
 from flatmin.measure.paths import Path, linear
 from flatmin.measure.trace import trace
 from tests.dist import scenarios_measure as scenarios
+from tests.dist.kinds import slow
 
 pytestmark = pytest.mark.dist
 
 
 @pytest.mark.parametrize(
     ("name", "cut"),
-    [("mlp", 17), ("sum", 16), ("class weights", 11), pytest.param("batchnorm", 11, marks=pytest.mark.slow)],
+    [slow("mlp", 17), slow("sum", 16), ("class weights", 11), slow("batchnorm", 11)],
 )
 def test_products_are_those_of_all_data(ranks, name, cut):
     whole = scenarios.problem_of(name)

@@ -82,7 +82,7 @@ class TestAsInOne:
 
     @pytest.mark.parametrize(
         ("parallel", "changes"),
-        [("ddp", {}), ("fsdp", {}), slow("ddp", {"ema": 0.8}), ("ddp", {"ema": 0.8, "selection": "last"})],
+        [("ddp", {}), ("fsdp", {}), slow("ddp", {"ema": 0.8}), slow("ddp", {"ema": 0.8, "selection": "last"})],
     )
     def test_what_is_tested_is_what_is_kept(self, two, tmp_path, parallel, changes):
         """Each process has statistics of its own batches; those of the first one are kept."""
@@ -98,6 +98,7 @@ class TestAsInOne:
         line = outcome(tmp_path / "two")["lines"][chosen["epoch"] - 1]
         assert val == pytest.approx(line["val_loss"], abs=1e-6)
 
+    @pytest.mark.slow
     def test_diagnostics_of_sharded_weights(self, two, tmp_path):
         (failure, _), _ = two(config(**PLAIN, parallel="fsdp"), options(diagnostics=True))
         assert failure is None and outcome(tmp_path / "two")["steps"][0]["epsilon_norm"] == pytest.approx(0.05)

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import grimp
+import pytest
 
 from tools import generate
 
@@ -113,6 +114,7 @@ def test_the_check_fails_for_a_new_import_unless_it_is_for_type_checkers(tmp_pat
     assert "+models --> data" in found and "+models --> measure" not in found
 
 
+@pytest.mark.slow
 def test_a_part_and_a_line_in_the_table_are_all_that_a_method_takes(tmp_path):
     shutil.copytree(ROOT / "src", tmp_path / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
     for name in (*PAGES, *OTHERS, "tools/generate.py"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import signal
@@ -16,7 +15,7 @@ from flatmin.study import pool
 from flatmin.study.executors import execute
 from flatmin.study.store import Run, Store, finished_and_missing
 from flatmin.train.config import RunConfig
-from tests.dist.pool import end_with_parent
+from tests.dist.pool import end_with_parent, forkserver
 from tests.helpers import same_bits
 from tests.train.kills import PATIENCE, ROOT
 
@@ -43,13 +42,6 @@ def plain(outcome):
     """What a table is made of, without times."""
     result = {key: value for key, value in vars(outcome.result).items() if key not in TIMES}
     return result, [{key: value for key, value in vars(line).items() if key not in TIMES} for line in outcome.lines]
-
-
-def context():
-    """Starts drivers that have torch already: they are forked from a process that has only imported it."""
-    found = multiprocessing.get_context("forkserver")
-    found.set_forkserver_preload(["flatmin", "torch._dynamo", "pytest", "flatmin.study.executors.local"])
-    return found
 
 
 def drive(folder, wanted, executor, settings, pace):
@@ -98,7 +90,7 @@ class Assault:
         self._arguments = (folder, wanted, executor, settings or {}, pace)
         self._kills, self._outlive, self._mark = kills, outlive, mark
         self._draw = random.Random(kills)
-        self._context = context()
+        self._context = forkserver()
         self._seen, self._pids, self.starts = {}, set(), 0
 
     def __call__(self):

@@ -14,7 +14,7 @@ ENGINES = {
 PACKAGES = {"slurm": "submitit", "ray": "ray"}
 
 
-@pytest.fixture(params=ENGINES)
+@pytest.fixture(params=["local", pytest.param("slurm", marks=pytest.mark.slow), "ray"])
 def engine(request):
     package = PACKAGES.get(request.param)
     if package is not None and importlib.util.find_spec(package) is None:
@@ -22,8 +22,8 @@ def engine(request):
     return ENGINES[request.param]
 
 
-def test_six_runs(tmp_path, engine):
-    check(tmp_path, count=6, kills=2, **engine)
+def test_four_runs(tmp_path, engine):
+    check(tmp_path, count=4, kills=2, **engine)
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import time
 import pytest
 
 from flatmin.measure.report import ReportSettings
+from flatmin.study import pool
 from flatmin.study.events import EpochDone, ReportDone, RunBroke, RunDone, Warned
 from flatmin.study.executors import StudyInterrupted, execute, executor_settings
 from flatmin.study.measuring import View
@@ -33,7 +34,10 @@ def needs(package):
         pytest.skip(f"{package} is not installed; make test-executors has it")
 
 
-@pytest.fixture(params=ENGINES)
+SLURM = pytest.param("slurm", marks=pytest.mark.slow)  # an interpreter a job
+
+
+@pytest.fixture(params=["local", "debug", SLURM, "ray"])
 def engine(request, monkeypatch):
     needs(PACKAGES.get(request.param))
     monkeypatch.chdir(ROOT)
@@ -72,9 +76,10 @@ def test_the_same_numbers_as_in_this_process(tmp_path, engine, expected, monkeyp
     assert (tmp_path / "out" / "slurm").exists() == (engine.get("executor") == "slurm")
 
 
-@pytest.mark.parametrize("engine", [name for name in ENGINES if name != "debug"], indirect=True)
+@pytest.mark.parametrize("engine", ["local", SLURM, "ray"], indirect=True)
 def test_ctrl_c_calls_off_what_is_under_way(tmp_path, engine, monkeypatch):
     monkeypatch.setenv("FLATMIN_TEST_PACE", "0.02")
+    monkeypatch.setattr(pool, "START", "fork")
 
     def stop(event):
         if isinstance(event, EpochDone):
@@ -99,7 +104,7 @@ def test_a_run_that_raises_is_broken_at_once(tmp_path, engine):
     assert [type(event) for event in events] == [RunBroke]
 
 
-@pytest.mark.parametrize("name", [pytest.param("slurm", marks=pytest.mark.slow), "ray"])
+@pytest.mark.parametrize("name", [SLURM, "ray"])
 def test_a_job_that_is_lost_is_taken_up_again_twice(tmp_path, monkeypatch, name):
     needs(PACKAGES[name])
     monkeypatch.chdir(ROOT)

@@ -62,13 +62,13 @@ class TestPacBayes:
     A = torch.logspace(-1, 1, 20).double()
 
     def test_the_interval_covers_the_closed_form(self):
-        """sigma = sqrt(2 t / sum a), as a standard deviation; of 80 seeds at 95 %, 71 or more in 99 % of the cases."""
+        """sigma = sqrt(2 t / sum a), as a standard deviation; of 40 seeds at 95 %, 34 or more in 99 % of the cases."""
         problem, want = parabola(self.A), math.sqrt(2 * 0.1 / float(self.A.sum()))
         reach = t_quantile(0.975, 5)
-        found = [pac_bayes(problem, 0.1, of="loss", draws=6, tol=2e-3, seed=seed) for seed in range(80)]
+        found = [pac_bayes(problem, 0.1, of="loss", draws=6, tol=2e-3, seed=seed) for seed in range(40)]
         covered = sum(abs(f.sigma - want) <= reach * f.sigma_error for f in found)
-        assert 71 <= covered < 80
-        assert sum(f.sigma for f in found) / 80 == pytest.approx(want, rel=0.02)
+        assert 34 <= covered < 40
+        assert sum(f.sigma for f in found) / 40 == pytest.approx(want, rel=0.02)
         assert found[0].flatness == found[0].sigma ** -2
 
     def test_the_bracket_holds_the_crossing(self):
@@ -92,7 +92,7 @@ class TestPacBayes:
         at = torch.linspace(-2, 2, 20).double()
         at[[4, 9]] = 0.0
         problem = parabola(self.A, at)
-        found = pac_bayes(problem, 0.2, of="loss", magnitude=True, eps=eps, draws=200)
+        found = pac_bayes(problem, 0.2, of="loss", magnitude=True, eps=eps, draws=100)
         floor = 1e-3 if eps is None else eps
         want = math.sqrt((0.4 - floor**2 * float(self.A.sum())) / float((self.A * at.square()).sum()))
         assert abs(found.sigma - want) <= 4 * found.sigma_error + 0.01 * want
@@ -218,7 +218,7 @@ class TestRelativeFlatness:
         problem = Problem(model, loss, (x, y), params="0.weight")
         want = relative_flatness(problem, "0.weight").value
         off = []
-        for seed in range(30):
+        for seed in range(15):
             found = relative_flatness(problem, "0.weight", exact=0, tol=0.1, seed=seed)
             assert found.converged and found.probes == found.products >= 20 and found.conventions.seed == seed
             off.append((found.value - want) / found.error)

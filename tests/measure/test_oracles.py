@@ -14,6 +14,7 @@ from flatmin.measure.trace import density, diagonal, frobenius, trace
 from tests.measure.nets import TRAINED, Matrix, batches, dense_jacobian, hessian_of, make, trained
 
 SMALLER = [name for name in TRAINED if name != "large"]
+EVERY = [*SMALLER, pytest.param("large", marks=pytest.mark.slow)]
 
 
 def problem_of(name):
@@ -39,7 +40,7 @@ def same_products(operator, want):
         assert float((operator.matvec(v) - want(v)).norm() / want(v).norm()) <= 1e-10
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", EVERY)
 class TestProducts:
     def test_hessian(self, name):
         same_products(Hessian(problem_of(name)), hessian_of(name)[0].matvec)
@@ -65,7 +66,7 @@ class TestProducts:
         same_products(Fisher(problem_of(name), draws=2), lambda v: slopes.T @ (slopes @ v) / len(slopes))
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", EVERY)
 def test_the_ends_of_the_spectrum(name):
     operator, values = hessian_of(name)
     found = spectrum(Hessian(problem_of(name)), top=8, bottom=4, tol=1e-5)
@@ -114,7 +115,9 @@ def test_the_interval_of_the_trace_covers_it_without_a_spectrum(name):
     assert 0.917 <= covered(hessian_of(name)[0], None) <= 0.983
 
 
-@pytest.mark.parametrize(("name", "seed"), [*zip(TRAINED, range(4), strict=True)])
+@pytest.mark.parametrize(
+    ("name", "seed"), [*zip(SMALLER, range(3), strict=True), pytest.param("large", 3, marks=pytest.mark.slow)]
+)
 def test_the_density_by_samples(name, seed, sampled):
     """The eigenvalues of the spectrum stand in it, so that the noise is that of the bulk."""
     operator, values = hessian_of(name)
@@ -124,7 +127,7 @@ def test_the_density_by_samples(name, seed, sampled):
     assert far <= 0.002 * float(values[0])
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", EVERY)
 def test_the_density_of_a_small_net_is_exact(name):
     operator, values = hessian_of(name)
     found = density(operator)

@@ -96,6 +96,7 @@ def test_it_is_listed_composes_and_is_compared(package):
     assert len(results) == 1 and results[0]["gradient_evaluations"] == 2 and results[0]["rho"] == 0.1
 
 
+@pytest.mark.slow
 def test_it_passes_what_every_method_must_and_one_that_breaks_the_contract_is_caught(tmp_path):
     """The suite finds the plugins that it is told of, and fails a part that moves a weight behind the engine's back."""
     call = "    def __call__(self, g, state, c):"

@@ -283,9 +283,13 @@ class TestFiles:
             assert list(map(words, found)) == [shown.x.label, shown.y.label, shown.z_axis.label]
 
 
+def titled(calls, made):
+    return [dataclasses.replace(call(made), title=f"figure <{name}>") for name, call in calls.items()]
+
+
 @with_plotly
 def test_all_of_them_on_one_page(made, tmp_path):
-    shown = [dataclasses.replace(call(made), title=f"figure <{name}>") for name, call in {**CALLS, **FIELDS}.items()]
+    shown = titled({**CALLS, **FIELDS}, made)
     path = plots.save_page(shown, tmp_path / "new" / "page.html", title="A & B")
     text = path.read_text()
     assert "<title>A &amp; B</title>" in text and "figure &lt;contour&gt;" in text
@@ -306,11 +310,26 @@ def test_all_of_them_on_one_page(made, tmp_path):
     assert "<title>Every kind</title>" in plots.save(KINDS, tmp_path / "one.html").read_text()
     with pytest.raises(ValueError, match="no figure to write"):
         plots.save_page([], tmp_path / "a.html", title="t")
-    if CHROMIUM is None:
-        return
+
+
+@with_plotly
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
+@pytest.mark.parametrize(
+    ("names", "widths"),
+    [
+        (["paths", "kinds", "seeds", "contour", "radar"], [390]),
+        # A processor takes seconds to draw the surfaces.
+        pytest.param([*CALLS, *FIELDS], [1280, 390], marks=pytest.mark.slow),
+    ],
+    ids=["some", "all"],
+)
+def test_a_browser_draws_them(made, tmp_path, names, widths):
+    shown = titled({name: {**CALLS, **FIELDS}[name] for name in names}, made)
+    path = plots.save_page(shown, tmp_path / "page.html", title="A & B")
     with browser(tmp_path / "profile") as tab:
-        for width, dark in ((1280, False), (390, True)):
-            tab.open(path, width=width, dark=dark, phone=width < 500)
+        for width in widths:
+            phone = width < 500
+            tab.open(path, width=width, dark=phone, phone=phone)
             assert tab.run("document.querySelectorAll('.plot .main-svg').length") >= len(shown)
             assert tab.run("document.documentElement.scrollWidth") == width
             # A machine without a graphics card says so.

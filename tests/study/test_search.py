@@ -6,6 +6,7 @@ import tomllib
 
 import pytest
 
+from flatmin.study import pool
 from flatmin.study.dimensions import Dimension, read_dimension, read_overrides
 from flatmin.study.events import Planned, RunDone, Warned
 from flatmin.study.expand import grid_points
@@ -99,7 +100,8 @@ def test_a_call_again_replays_and_a_larger_budget_goes_on(spec, tmp_path):
     assert 0 < len(done) < sum(len(found.trials) for found in more)
 
 
-def test_processes_find_the_same(spec, tmp_path):
+def test_processes_find_the_same(spec, tmp_path, monkeypatch):
+    monkeypatch.setattr(pool, "START", "fork")
     spec = dataclasses.replace(spec, arms=spec.arms[:1])  # each arm starts processes of its own
     here = run(spec, tmp_path / "a", "lr=0.01..1", budget=8)
     there = run(spec, tmp_path / "b", "lr=0.01..1", budget=8, workers=2)

@@ -34,7 +34,7 @@ METHODS = [
 ]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     spectra,
     st.integers(0, 99),
@@ -61,7 +61,7 @@ def test_gradients_stay_below_the_bound_where_the_checker_says_converges(spectru
     assert bool((np.minimum.accumulate(trace.gradient) <= bound.best * (1 + 1e-9) + slack).all())
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     st.lists(st.floats(1.5, 2.5), min_size=1, max_size=3),
     st.integers(0, 99),
@@ -103,7 +103,7 @@ def test_constant_rules_end_at_the_predicted_distance(spectrum, seed, u, rho):
     verdict = check(t, rho, problem)
     assert verdict.converges is False
     assert verdict.distance == pytest.approx(limit_distance(t, rho, [3.0]))
-    trace = run(problem, "sam", steps=t, radius=rho, updates=1200, driver="program")
+    trace = run(problem, "sam", steps=t, radius=rho, updates=600, driver="program")
     assert trace.distance[-1] == pytest.approx(verdict.distance, rel=1e-6)
 
 

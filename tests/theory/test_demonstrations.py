@@ -12,7 +12,7 @@ from flatmin.theory import draw, largest_step, limit_distance, orbit_square
 from flatmin.theory.demonstrations import DEMONSTRATIONS, Marks, Panel, find, noise, usam
 from flatmin.theory.demonstrations.demonstration import above, below, near, same, shown, slope
 
-SLOW = {"diminishing", "network", "noise", "properties"}
+SLOW = {"diminishing", "network", "noise", "properties", "radius", "rates"}
 FAST = [name for name in DEMONSTRATIONS if name not in SLOW]
 _found = {}
 

@@ -87,6 +87,10 @@ class Forked:
         }
 
     @property
+    def pid(self) -> int:
+        return self.processes[0].pid
+
+    @property
     def alive(self) -> bool:
         return all(process.exitcode is None for process in self.processes)
 
@@ -128,6 +132,10 @@ class Command:
                 stderr=log,
                 start_new_session=True,
             )
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
 
     @property
     def alive(self) -> bool:

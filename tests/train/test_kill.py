@@ -1,7 +1,7 @@
 """Runs that are killed at random moments, and the command is given again: the same end, bit for bit."""
 
 import itertools
-import multiprocessing
+import os
 import random
 import re
 import signal
@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 
+from tests.dist.pool import forkserver
 from tests.helpers import same_bits
 from tests.train.kills import PATIENCE, Command, Forked, Plan
 from tests.train.runs import HERE, outcome, saved_steps
@@ -24,12 +25,7 @@ PACE = 0.01
 
 @pytest.fixture(scope="module")
 def context():
-    """Starts processes that have torch already: they are forked from one that has only imported it."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["flatmin", "torch._dynamo", "torch.nn.parallel", "torch.distributed.fsdp", "pytest", "flatmin.train.loop"]
-    )
-    return context
+    return forkserver()
 
 
 def until(condition, launch):
@@ -96,6 +92,26 @@ def check(start, context, folder, kills, epochs, ranks=1, words=()):
     assert len(wanted["steps"]) == updates
 
 
+def check_asked(start, context, folder, signal, epochs):
+    """Ask a run to end, let it go on, and compare it with another that was left alone."""
+    alone = Plan(folder / "alone", (*WORDS, f"epochs={epochs}"))
+    asked = replace(alone, folder=folder / "asked", pace=PACE)
+    launch = start(context, asked)
+    until(lambda: asked.reached > 6, launch)
+    os.kill(launch.pid, signal)
+    assert launch.wait() == [130]
+    sentence = rf"Interrupted after (\d+) of {4 * epochs} updates; a checkpoint is kept, and the same command"
+    said = re.search(sentence, asked.said)
+    assert said is not None and saved_steps(asked.path)[0] == int(said[1]) >= asked.reached
+    for plan in (replace(asked, pace=0.0), alone):
+        assert Forked(context, plan).wait() == [0]
+    assert same_bits(outcome(asked.path), outcome(alone.path))
+
+
+def test_a_run_that_is_asked_to_end_says_how_to_go_on(context, tmp_path):
+    check_asked(Forked, context, tmp_path, signal.SIGTERM, epochs=8)
+
+
 TWO = [["parallel=ddp", "ema=0.8"], ["parallel=fsdp"]]
 
 
@@ -103,6 +119,7 @@ def test_one_process_killed_three_times(context, tmp_path):
     check(Forked, context, tmp_path, kills=3, epochs=4, words=["ema=0.8"])
 
 
+@pytest.mark.slow  # tests/dist has one
 @pytest.mark.dist
 @pytest.mark.parametrize("words", TWO, ids=["ddp", "fsdp"])
 def test_two_processes_killed_three_times(context, tmp_path, words):
@@ -133,18 +150,7 @@ class TestTheCommandItself:
     def test_killed_three_times(self, tmp_path, ranks):
         check(Command, None, tmp_path, kills=3, epochs=100, ranks=ranks)
 
-    @pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.slow)])
+    @pytest.mark.slow
+    @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
     def test_asked_to_end_it_says_how_to_go_on(self, context, tmp_path, name):
-        plan = Plan(tmp_path / "asked", (*WORDS, "epochs=25"))
-        launch = Command(None, plan)
-        until(lambda: plan.reached > 6, launch)
-        launch.process.send_signal(getattr(signal, name))
-        assert launch.wait() == [130]
-        said = re.search(
-            r"Interrupted after (\d+) of 100 updates; a checkpoint is kept, and the same command", plan.said
-        )
-        assert said is not None and saved_steps(plan.path)[0] == int(said[1]) >= plan.reached
-        alone = replace(plan, folder=tmp_path / "alone")
-        for one in (plan, alone):
-            assert Forked(context, one).wait() == [0]
-        assert same_bits(outcome(plan.path), outcome(alone.path))
+        check_asked(Command, context, tmp_path, getattr(signal, name), epochs=25)

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from flatmin.study import pool
 from flatmin.study.comparison import comparison
 from flatmin.study.executors import execute
 from flatmin.study.executors.loop import Task
@@ -109,7 +110,8 @@ class TestKept:
         monkeypatch.setattr("flatmin.train.saved.load_data", pytest.fail)
         saved.model(data)
 
-    def test_a_worker_keeps_them_too(self, finished, tmp_path):
+    def test_a_worker_keeps_them_too(self, finished, tmp_path, monkeypatch):
+        monkeypatch.setattr(pool, "START", "fork")
         there = do(run(), Store(tmp_path), workers=1)
         assert same_bits(open_run(there).model().state_dict(), finished[1].state_dict())
 

@@ -264,6 +264,7 @@ class TestCommand:
         found = json.loads((tmp_path / "runs" / "x" / "result.json").read_text())
         assert found["failure"] is None and 0 <= found["chosen"]["test_acc"] <= 100
 
+    @pytest.mark.slow
     def test_in_a_process_of_its_own_with_workers(self, kept, tmp_path):
         command = [sys.executable, "-m", "flatmin"]
         words = self.words(kept, tmp_path, "imagenet", workers=2)
