@@ -62,7 +62,7 @@ def lambda_1(outcome):
 
 def test_the_same_numbers_as_in_this_process(tmp_path, engine, expected, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "src")]))
     wanted, events = measured(), []
     found = execute(wanted, Store("out"), on_event=events.append, **engine)
     assert {name: plain(one) for name, one in found.items()} == {name: plain(one) for name, one in expected.items()}
