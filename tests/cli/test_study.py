@@ -258,9 +258,9 @@ class TestData:
 
         self.study(folders, f"data_dir={folders / 'A'}")
         (folders / "A").rename(folders / "C")
-        assert "1 runs, 0 to do" in planned("C")
+        assert "1 run, 0 to do" in planned("C")
         (folders / "B").rename(folders / "A")
-        assert "1 runs, 1 to do" in planned("A"), "other images of the same names and sizes"
+        assert "1 run, 1 to do" in planned("A"), "other images of the same names and sizes"
         (folders / "C" / "train" / "ant" / "notes.txt").write_text("")
         said = planned("C")
         assert "0 to do" in said and "are left out: 1 of .txt." in said
@@ -296,11 +296,11 @@ def test_a_file_that_a_function_reads_is_part_of_the_key(tmp_path, monkeypatch):
     (tmp_path / "mine.toml").write_text(text)
     words = ("mine.toml", "--no-report", "--workers", 0)
     assert invoke(*words).exit_code == 0
-    assert "1 runs, 0 to do" in invoke(*words, "--dry-run").output
+    assert "1 run, 0 to do" in invoke(*words, "--dry-run").output
     (tmp_path / "rows.csv").write_text(rows.replace("7,49", "7,48"))
-    assert "1 runs, 1 to do" in invoke(*words, "--dry-run").output
+    assert "1 run, 1 to do" in invoke(*words, "--dry-run").output
     (tmp_path / "rows.csv").write_text(rows)
-    assert "1 runs, 0 to do" in invoke(*words, "--dry-run").output
+    assert "1 run, 0 to do" in invoke(*words, "--dry-run").output
     said = invoke(*words, "data=reads_csv:draws").output
     assert "the data are not those that the run was planned with: data=reads_csv:draws returned something else" in said
     assert "it draws random numbers without a seed of its own" in said
