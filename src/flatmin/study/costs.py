@@ -22,6 +22,7 @@ from flatmin.train.trainer import build_recipe
 
 _SAMPLES = {"cpu": 8, "cuda": 256}
 _ENOUGH = 1.0  # seconds
+_TIMES = 3  # of which the fastest counts
 _START = 4.0  # seconds in which a worker imports torch and the package of the data
 _FORWARD = 1 / 3  # of a gradient
 _CURVATURE = 30.0  # gradients of the training part: about a dozen products of a Lanczos run
@@ -219,14 +220,17 @@ def _gradient_seconds(config: RunConfig, inputs: Inputs, few: int) -> float:
     check_machine(config)
     model = build_model(config, inputs).train()
     seconds = 0.0
-    for count in sorted({min(2, few), few}):  # a large network takes long enough for two
+    # A large network takes long enough for two samples, a small one needs a whole batch to show its speed.
+    for count in sorted({min(2, few), few, config.batch_size}):
+        if seconds * count * _TIMES > _ENOUGH:
+            break
         times: list[float] = []
         x = _samples(inputs, count).to(config.device)
         if config.channels_last and x.dim() == 4:
             x = x.to(memory_format=torch.channels_last)
         y = torch.zeros(count, dtype=torch.long, device=config.device)
         with one_thread(), torch.random.fork_rng(devices=[]):
-            while len(times) < 3 and sum(times) < _ENOUGH:
+            while len(times) < _TIMES and sum(times) < _ENOUGH:
                 begun = time.perf_counter()
                 with autocast(config):
                     output = model(x).float()

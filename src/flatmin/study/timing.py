@@ -22,7 +22,7 @@ from flatmin.train.settings import content_hash
 from flatmin.train.trainer import Trainer
 from flatmin.words import read_text
 
-WARM_UP, STEPS, ROUNDS = 5, 5, 21
+WARM_UP, STEPS, ROUNDS = 5, 5, 11
 
 
 @dataclass(frozen=True, kw_only=True)
