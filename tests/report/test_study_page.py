@@ -13,12 +13,12 @@ from flatmin.report import html as page
 from flatmin.report.studies import curves as study_curves
 from flatmin.report.studies import figures as study_figures
 from flatmin.report.studies import recorded as study_recorded
-from flatmin.report.studies import text as tables
 from flatmin.report.studies.files import save_figures
 from flatmin.report.studies.page import render, sort_key
 from flatmin.report.studies.phi import phi
 from flatmin.report.studies.style import StudyStyle
 from flatmin.stats import summarise
+from flatmin.study import tables
 from flatmin.study.executors import RunOutcome
 from flatmin.study.plan import plan
 from flatmin.study.reading import read_study

@@ -5,14 +5,13 @@ import dataclasses
 import pytest
 
 from flatmin.data.named import DATASETS
-from flatmin.report.studies import text as tables
-from flatmin.report.studies.text import body, header, remarks
-from flatmin.study import costs
+from flatmin.study import costs, tables
 from flatmin.study.baselines import with_baselines
 from flatmin.study.costs import Sizes
 from flatmin.study.executors import RunOutcome
 from flatmin.study.expand import grid_points
 from flatmin.study.reading import read_study
+from flatmin.study.tables import body, header, remarks
 from flatmin.train.settings import preset_names
 from flatmin.train.sources import load_clean
 from tests.study.made import made_result, made_table

@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 
-from flatmin.report.studies.text import body, comma_separated, header, troubles
 from flatmin.study.events import Planned, ReportDone, RunDone, Warned
 from flatmin.study.executors import RunOutcome
 from flatmin.study.finished import FinishedRun
@@ -15,6 +14,7 @@ from flatmin.study.reading import read_study
 from flatmin.study.record import Record
 from flatmin.study.stored_reports import report_path
 from flatmin.study.studies import study
+from flatmin.study.tables import body, comma_separated, header, troubles
 from flatmin.train.folder import RunFolder
 
 STUDY = """

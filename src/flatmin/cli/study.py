@@ -331,9 +331,9 @@ def _duration(todo: StudyPlan, workers: int, sizes: Sizes) -> str:
 
 def show_table(table: StudyTable, console: Console) -> None:
     """Print the table, what follows from it, and how to read it."""
-    from flatmin.report.studies.conclusions import verdicts
-    from flatmin.report.studies.text import body, header, remarks, troubles
     from flatmin.report.terminal import print_table
+    from flatmin.study.conclusions import verdicts
+    from flatmin.study.tables import body, header, remarks, troubles
 
     console.print()
     print_text(table.spec.title, console, style="bold")
@@ -352,7 +352,7 @@ def show_table(table: StudyTable, console: Console) -> None:
 
 def _write(table: StudyTable, folder: Path, name: str) -> list[Path]:
     """Write the table in all formats."""
-    from flatmin.report.studies import text as tables
+    from flatmin.study import tables
     from flatmin.train.files import write_text
 
     os.makedirs(folder, exist_ok=True)

@@ -23,15 +23,14 @@ from flatmin.report.html import (
     table,
     verdicts,
 )
-from flatmin.report.studies import conclusions
 from flatmin.report.studies import curves as study_curves
 from flatmin.report.studies import figures as study_figures
 from flatmin.report.studies import recorded as study_recorded
-from flatmin.report.studies import text as tables
 from flatmin.report.studies.phi import phi
 from flatmin.report.studies.style import FigureSection, StudyStyle, every_row
 from flatmin.report.style import number
 from flatmin.stats import summarise
+from flatmin.study import conclusions, tables
 from flatmin.study.tabulate import StudyRow, StudyTable
 from flatmin.words import reason
 

@@ -8,10 +8,10 @@ import re
 
 import pytest
 
-from flatmin.report.studies.conclusions import verdicts
-from flatmin.report.studies.text import CUT, body, comma_separated, header, latex, markdown, remarks, troubles, widths
 from flatmin.stats import PERCENT, POINTS, summarise
+from flatmin.study.conclusions import verdicts
 from flatmin.study.spec import METRICS, Arm, Published, StudySpec
+from flatmin.study.tables import CUT, body, comma_separated, header, latex, markdown, remarks, troubles, widths
 from flatmin.study.tabulate import StudyRow, StudyTable, Value
 
 SPEC = StudySpec(

@@ -7,8 +7,8 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 
-from flatmin.report.studies.conclusions import protocol, verdicts
 from flatmin.stats import Stat
+from flatmin.study.conclusions import protocol, verdicts
 from flatmin.study.tabulate import StudyTable, Value
 from flatmin.study.timing import Ratio
 

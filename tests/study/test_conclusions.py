@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from flatmin.report.studies.conclusions import protocol, verdicts
+from flatmin.study.conclusions import protocol, verdicts
 from flatmin.study.executors import RunOutcome
 from flatmin.study.timing import Ratio
 from tests.study.made import made_result, made_table
