@@ -17,7 +17,7 @@ from flatmin.data.dataset import Data
 from flatmin.methods import Need, Recipe, compose, method_table
 from flatmin.methods.losses import smoothed_cross_entropy
 from flatmin.optim import SAM, Criterion
-from flatmin.train.average import WeightAverage
+from flatmin.optim.average import WeightAverage
 from flatmin.train.config import RunConfig, derive_seed
 from flatmin.train.feed import Batch, Feed, steps_of
 from flatmin.train.graph import Graphed, tensor_rate
