@@ -69,7 +69,9 @@ class Run:
 
 
 def same(a, b):
-    return all(torch.equal(x, y) for x, y in zip(a.model.state_dict().values(), b.model.state_dict().values()))
+    return all(
+        torch.equal(x, y) for x, y in zip(a.model.state_dict().values(), b.model.state_dict().values(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -55,7 +55,8 @@ class _Layer:
         """The sigma_i = size ||(W + s B A)_i|| / sqrt(n_in), of a shape that broadcasts over W."""
         weight = self.weight()
         whole = weight.to(torch.promote_types(weight.dtype, torch.float32)) + self._added()
-        return whole.norm(dim=self.inputs, keepdim=True).mul_(size / math.sqrt(weight.shape[self.inputs]))
+        norms: Tensor = whole.norm(dim=self.inputs, keepdim=True)
+        return norms.mul_(size / math.sqrt(weight.shape[self.inputs]))
 
 
 class _PeftLayer(_Layer):
