@@ -25,7 +25,7 @@ from benchmarks.results import BenchmarkResult, Table
 from benchmarks.timing import seconds
 from flatmin.optim import FlatLoRA
 
-HELP = "adapters of a transformer: time and memory of LoRA-SAM and Flat-LoRA beside plain fine-tuning; 1 min"
+HELP = "adapters of a transformer: time and memory of LoRA-SAM and Flat-LoRA beside plain fine-tuning; 2 min"
 PLAIN = "adapters, plain"
 # label -> (adapters only, method, Flat-LoRA)
 STEPS = {

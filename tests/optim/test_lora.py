@@ -181,7 +181,7 @@ def test_only_leaves_layers_out():
     assert list(FlatLoRA(model, total=1, only="2*").deviations()) == ["2"]
 
 
-def test_what_is_refused_is_said():
+def test_what_is_refused_is_said(monkeypatch):
     shared = nn.Sequential(example(), example())
     shared[1].weight = shared[0].weight
     trained, whole = example(), example()
@@ -201,3 +201,6 @@ def test_what_is_refused_is_said():
     flat = FlatLoRA(example(), total=0)
     with flat, pytest.raises(RuntimeError, match="enter the context once an update"):
         flat.__enter__()
+    monkeypatch.setattr("flatmin.optim.lora.is_sharded", lambda t: True)
+    with pytest.raises(ValueError, match="is sharded, and the noise needs whole rows"):
+        FlatLoRA(example(), total=1)

@@ -205,10 +205,13 @@ def test_the_teacher_of_tied_weights_and_in_a_manual_loop_with_dropout():
         assert torch.equal(a, b)
 
 
-def test_the_decay_lies_between_0_and_1():
+def test_the_teacher_says_what_it_takes(monkeypatch):
     for decay in (0.0, 1.0, -0.1):
         with pytest.raises(ValueError, match=r"decay must be in \(0, 1\), got"):
             WeightAverage(net(), decay)
+    monkeypatch.setattr("flatmin.optim.average.is_sharded", lambda t: True)
+    with pytest.raises(RuntimeError, match=r"the weights are sharded, .* train with DDP"):
+        WeightAverage(net(), 0.5)(batch(0)[1])
 
 
 # -- recorded logits ----------------------------------------------------------------------------------------------

@@ -264,7 +264,7 @@ def trajectory(
         ValueError: for other shapes, tau or reductions.
 
     Source: Du, Zhou, Feng, Tan & Zhou, Sharpness-Aware Training for Free, NeurIPS 2022. Their codes have lam = 0.3
-    (MESA) and 0.16 (SAF), from epoch 6 on, and drop the term after a fixed number of epochs.
+    (MESA) and 0.16 (SAF), while 5 < epoch < 360 (MESA) or 300 (SAF), counted from 0.
     """
     if not tau > 0:
         raise ValueError(f"tau must be above 0, got {tau!r}.")

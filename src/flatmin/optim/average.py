@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from flatmin.optim.tensors import LOW
+from flatmin.optim.tensors import LOW, is_sharded
 
 
 class WeightAverage:
@@ -89,8 +89,10 @@ class WeightAverage:
             kwargs: of the model.
 
         Raises:
-            RuntimeError: there is no average yet.
+            RuntimeError: there is no average yet, or the weights are sharded.
         """
+        if any(map(is_sharded, self._live.values())):
+            raise RuntimeError("the weights are sharded, and the averaged model needs whole ones; train with DDP.")
         if not self._kept:
             raise RuntimeError("there is no average yet: call update() after a step before the average is asked.")
         weights = {name: self._kept[name].to(tensor.dtype) for name, tensor in self._live.items()}
