@@ -24,6 +24,7 @@ from tests.optim.reference import (
     decay,
     dense_hessian,
     each,
+    fisher,
     gradient,
     logits,
     mean,
@@ -150,6 +151,11 @@ def rsam(s, sigma=0.001, lam=2.0, scale="filter", on=True):
 @formula("gcsam")
 def gcsam(s):
     return sam(s, geometry=centralised)
+
+
+@formula("fisher-sam", {}, {"eta": 25.0}, {"eta": 25.0, "norm": "euclid"})
+def fisher_sam(s, **params):
+    return sam(s, geometry=partial(fisher, **params))
 
 
 def halves(of_sam):
@@ -297,6 +303,12 @@ def gnp(s, alpha=0.8):
     return (1 - alpha) * g + alpha * gs
 
 
+@formula("sagm", {}, {"alpha": 0.3})
+def sagm(s, alpha=0.001, factor=1.0):
+    gs = sam(s, geometry=lambda s, d, rho: (rho / d.norm() - alpha) * d, factor=factor)
+    return (s.grad(s.w) + gs) / 2
+
+
 @formula("looksam", {}, {"k": 3, "alpha": 0.4}, {"k": 3, "phase": 2})
 def looksam(s, k=5, phase=0, alpha=0.7):
     if s.k % k == phase:
@@ -347,6 +359,26 @@ def only(s, only, but=None):
     return of(s, ("0.weight", "2.weight", "3.weight") if but is None else ("0.bias", "3.weight"))
 
 
+@formula("zsharp", {}, {"q": 0.5}, {"q": 0.5, "per_tensor": True})
+def zsharp(s, q=0.95, per_tensor=False, geometry=sphere):
+    """Of matrices the entries with |z| above its quantile; as coded every matrix has a norm of its own."""
+
+    def kept(x):
+        z = ((x - x.mean()) / (x.std() + 1e-12)).abs()
+        return torch.where(z > z.quantile(q), x, 0.0)
+
+    def filtered(s, d, rho):
+        parts = list(zip(d.split([math.prod(h) for h in s.shapes]), s.shapes, strict=True))
+        t = [kept(p) if len(h) > 1 else p for p, h in parts]
+        if not per_tensor:
+            return geometry(s, torch.cat(t), rho)
+        return rho * torch.cat(
+            [x / ((x if len(h) > 1 else d).norm() + 1e-12) for x, (_, h) in zip(t, parts, strict=True)]
+        )
+
+    return sam(s, geometry=filtered)
+
+
 @formula("saner", {}, {"alpha": 0.8, "warm_up": 5})
 def saner(s, alpha=0.5, warm_up=0):
     g, gs = s.both()
@@ -386,6 +418,9 @@ formula("rho-ramp", {}, {"start": 0.2, "end": 1.5, "total": 8})(
 # -- compositions that cross a stateful part, another loss, another norm, another rule -----------------------------
 
 formula("vasso+bisam-log+asam")(lambda s: sam(s, direction=ema, loss=bisam_log(), geometry=adaptive))
+formula("vasso+fisher-sam", {"eta": 25.0})(lambda s, eta: sam(s, direction=ema, geometry=partial(fisher, eta=eta)))
+formula("zsharp+asam", {"q": 0.5})(lambda s, q: zsharp(s, q, geometry=adaptive))
+formula("sagm+rho-lr", {"alpha": 0.3})(lambda s, alpha: sagm(s, alpha, factor=with_lr(s)))
 formula("fsam+usam")(lambda s: sam(s, direction=friendly, geometry=unnormalised))
 formula("gsam+rho-lr")(lambda s: gsam(s, factor=with_lr(s)))
 formula("wsam+vasso+asam")(lambda s: wsam(s, direction=ema, geometry=adaptive))

@@ -228,6 +228,7 @@ LIMITS = [
     ("vasso", {"theta": 1.0}, "sam", True),
     ("fsam", {"sigma": 0.0}, "sam", True),
     ("esam", {"beta": 1.0, "gamma": 1.0}, "sam", True),
+    ("fisher-sam", {"eta": 0.0}, "sam", True),
     ("micro-sam", {"chunks": 1}, "sam", True),
     ("sam", {"chunks": 1}, "sam", True),
     ("ssam-f", {"sparsity": 0.0}, "sam", True),

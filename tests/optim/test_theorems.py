@@ -72,7 +72,84 @@ def test_asam_does_not_notice_a_rescaling_that_keeps_the_function():
     assert abs(perturbed_loss("sam", 0.5) - perturbed_loss("sam", 1.0)) > 1e-3
 
 
-COMBINING = ("gsam", "wsam", "gnp", "looksam", "saner", "sam-direction", "sam-magnitude", "sgdhess", "n-step")
+class Context:
+    """What a mask asks of a step."""
+
+    @staticmethod
+    def norm(tensors):
+        return torch.cat([t.flatten() for t in tensors]).norm()
+
+
+def displacement(gradient, name, rho=0.1, **params):
+    """Where a method climbs to on a linear loss with this gradient, seen from w."""
+    w = torch.zeros(len(gradient), dtype=torch.float64, requires_grad=True)
+    g = torch.tensor(gradient, dtype=torch.float64)
+    optimizer = flatmin.wrap(torch.optim.SGD([w], lr=0.1), name, rho=rho, **params)
+    seen = []
+
+    def closure():
+        seen.append(w.detach().clone())
+        w.grad = g.clone()
+        return g @ w.detach()
+
+    optimizer.step(closure)
+    return g, seen[1]
+
+
+def test_fisher_sam_climbs_to_the_edge_of_the_ellipsoid():
+    """<eps, F eps> = rho^2, and no other point of the edge has a larger <g, eps>; by hand for one gradient."""
+    g, eps = displacement([3.0, -0.5, 0.1], "fisher-sam")
+    assert eps.tolist() == pytest.approx([0.028476010, -0.037968013, 0.009398023], abs=5e-10)
+    fisher = 1 + g**2
+    assert float(eps @ (fisher * eps)) == pytest.approx(0.01, rel=1e-12)
+    others = torch.randn(200, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    others *= 0.1 / (fisher * others**2).sum(1, keepdim=True).sqrt()
+    assert float((others @ g).max()) < float(g @ eps)
+    _, eps = displacement([3.0, -0.5, 0.1], "fisher-sam", norm="euclid")
+    assert eps.tolist() == pytest.approx([0.058857147, -0.078476196, 0.019424801], abs=5e-10)
+    assert float(eps.norm()) == pytest.approx(0.1, rel=1e-12)
+
+
+def test_fisher_sam_in_half_precision_notices_what_its_square_would_lose():
+    """g^2 = 1e-8 is 0 in half precision; eta g^2 = 1 is not."""
+    w = torch.zeros(2, dtype=torch.float16, requires_grad=True)
+    g = torch.tensor([3e-4, 1e-4], dtype=torch.float16)
+    optimizer = flatmin.wrap(torch.optim.SGD([w], lr=0.0), "fisher-sam", rho=1.0, eta=1e8)
+    seen = []
+
+    def closure():
+        seen.append(w.detach().clone())
+        w.grad = g.clone()
+        return w.sum()
+
+    optimizer.step(closure)
+    assert float(seen[1][0] / seen[1][1]) == pytest.approx(3 * (1 + 1) / (1 + 9), rel=0.02)
+
+
+def test_sagm_without_alpha_is_gnp_and_stays_at_w_where_alpha_is_rho_over_the_gradient():
+    assert same_bits(weights_after(3, "sagm", alpha=0.0), weights_after(3, "gnp", alpha=0.5))
+    g, eps = displacement([3.0, -4.0], "sagm", alpha=0.1 / 5.0)
+    assert float(eps.abs().max()) <= 1e-17
+    _, eps = displacement([3.0, -4.0], "sagm", alpha=0.05)
+    assert torch.allclose(eps, (0.1 / 5.0 - 0.05) * g, rtol=0, atol=1e-12)  # downhill
+
+
+def test_zsharp_moves_vectors_as_sam_does_and_of_a_matrix_all_but_the_smallest_at_q_0():
+    """One matrix has the same displacement in both forms: there is one norm to take."""
+    _, eps = displacement([3.0, -0.5, 0.1], "zsharp")
+    assert same_bits(eps, displacement([3.0, -0.5, 0.1], "sam")[1])
+    g = torch.tensor([[1.0, 2.0, 4.0], [-3.0, 0.0, 8.0]], dtype=torch.float64)  # its mean is 2
+    for q, kept in ((0.0, g != 2.0), (0.5, (g - 2).abs() > 2.0), (0.9, g == 8.0)):
+        for per_tensor in (False, True):
+            factors, _ = flatmin.methods.ZScore(q=q, per_tensor=per_tensor)([g], {}, Context())
+            moved = factors[0] * g
+            assert torch.allclose(moved / moved.norm(), g * kept / (g * kept).norm(), rtol=0, atol=1e-15)
+            assert not per_tensor or float(moved.norm()) == pytest.approx(float(g.norm()), rel=1e-14)
+    # Nothing lies above the quantile of equal entries: they all move.
+    assert flatmin.methods.ZScore()([torch.ones(2, 3)], {}, Context())[0][0].tolist() == torch.ones(2, 3).tolist()
+
+
+COMBINING = ("gsam", "wsam", "gnp", "sagm", "looksam", "saner", "sam-direction", "sam-magnitude", "sgdhess", "n-step")
 
 
 @pytest.mark.parametrize("name", COMBINING)

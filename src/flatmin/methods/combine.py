@@ -9,7 +9,7 @@ from torch import Tensor
 from flatmin.methods.context import NewState, State, StepContext, Tensors
 from flatmin.methods.part import Need, Part, check_choice, check_count, check_range, learning_rate
 
-__all__ = ["GNP", "GSAM", "SANER", "WSAM", "Combine", "Descent", "DirectionMagnitude", "LookSAM"]
+__all__ = ["GNP", "GSAM", "SANER", "WSAM", "Combine", "Descent", "DirectionMagnitude", "LookSAM", "Mean"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,6 +195,27 @@ class GNP(Combine):
     def __call__(self, g: Tensors | None, gs: list[Tensors], state: State, c: StepContext) -> tuple[Tensors, NewState]:
         assert g is not None
         return list(torch._foreach_lerp(g, gs[0], self.alpha)), {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mean(Combine):
+    """u = (g + g_s) / 2: GNP at alpha = 1/2, without a parameter that could be taken for the method's own alpha.
+
+    Source: Wang et al., Sharpness-Aware Gradient Matching for Domain Generalization, CVPR 2023, whose sum of two losses
+    the authors' code halves.
+
+    Example:
+        >>> import flatmin
+        >>> print(flatmin.compose("sagm").combine)
+        Mean()
+    """
+
+    needs: ClassVar = frozenset({Need.GRADIENT_AT_W})
+    uses_gradient: ClassVar = True
+
+    def __call__(self, g: Tensors | None, gs: list[Tensors], state: State, c: StepContext) -> tuple[Tensors, NewState]:
+        assert g is not None
+        return list(torch._foreach_lerp(g, gs[0], 0.5)), {}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -104,6 +104,16 @@ BUILT_IN = (
         note="the norm is that before centring, as in the code",
     ),
     Method(
+        name="fisher-sam",
+        title="Fisher SAM",
+        parts=(geometry.FisherMetric(),),
+        formula="eps = rho F^-1 g / sqrt(<g, F^-1 g>),  F = 1 + eta g^2",
+        paper="Kim, Li, Hu & Hospedales, Fisher SAM: Information Geometry and Sharpness Aware Minimisation, ICML 2022",
+        url="https://arxiv.org/abs/2206.04920",
+        summary="SAM in the ellipsoid of the diagonal Fisher metric.",
+        note="no official code is known: as a public re-implementation, F of the batch's mean gradient",
+    ),
+    Method(
         name="sam-direction",
         title="SAMDIRECTION",
         parts=(combine.DirectionMagnitude(keep="direction"),),
@@ -199,6 +209,16 @@ BUILT_IN = (
         url="https://arxiv.org/abs/2202.03599",
         summary="A mixture of the gradients at w and at w + eps.",
         note="the code's default mixes g / ||g||, against its text",
+    ),
+    Method(
+        name="sagm",
+        title="SAGM",
+        parts=(geometry.SAGM(), combine.Mean()),
+        formula="eps = (rho / ||g|| - alpha) g,  u = (g + g_s) / 2",
+        paper="Wang, Zhang, Lei & Zhang, Sharpness-Aware Gradient Matching for Domain Generalization, CVPR 2023",
+        url="https://arxiv.org/abs/2303.10353",
+        summary="Lower the loss, the perturbed loss and the angle between their gradients.",
+        note="the code's mean for the paper's sum of two losses; a radius rule scales alpha too",
     ),
     Method(
         name="looksam",
