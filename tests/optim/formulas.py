@@ -281,6 +281,13 @@ def sam_db(s):
     return s.grad(s.w + s.eps(s.grad(s.w, 0)), 1)
 
 
+@formula("imbsam", {"chunks": 2})
+def imbsam(s, direction=lambda s, g: g, on=True):
+    """The sum of the head's gradient, piece 0, and of SAM's on the tail, piece 1."""
+    at = s.w + s.eps(direction(s, s.grad(s.w, 1))) if on else s.w
+    return s.grad(s.w, 0) + s.grad(at, 1)
+
+
 @formula("gsam", {}, {"alpha": 0.1})
 def gsam(s, alpha=0.4, factor=1.0):
     g, gs = s.both(factor)
@@ -307,6 +314,14 @@ def gnp(s, alpha=0.8):
 def sagm(s, alpha=0.001, factor=1.0):
     gs = sam(s, geometry=lambda s, d, rho: (rho / d.norm() - alpha) * d, factor=factor)
     return (s.grad(s.w) + gs) / 2
+
+
+@formula("cr-sam", {}, {"gamma": 0.5, "beta": 0.3})
+def cr_sam(s, gamma=0.1, beta=0.01, geometry=sphere):
+    g = s.grad(s.w)
+    eps = s.eps(g, geometry)
+    above, below = s.grad(s.w + eps), s.grad(s.w - eps)
+    return above + gamma * (above + below - 2 * g) + beta * (above - below)
 
 
 @formula("looksam", {}, {"k": 3, "alpha": 0.4}, {"k": 3, "phase": 2})
@@ -421,6 +436,9 @@ formula("vasso+bisam-log+asam")(lambda s: sam(s, direction=ema, loss=bisam_log()
 formula("vasso+fisher-sam", {"eta": 25.0})(lambda s, eta: sam(s, direction=ema, geometry=partial(fisher, eta=eta)))
 formula("zsharp+asam", {"q": 0.5})(lambda s, q: zsharp(s, q, geometry=adaptive))
 formula("sagm+rho-lr", {"alpha": 0.3})(lambda s, alpha: sagm(s, alpha, factor=with_lr(s)))
+formula("cr-sam+asam", {"beta": 0.3})(lambda s, beta: cr_sam(s, beta=beta, geometry=adaptive))
+formula("vasso+imbsam", {"chunks": 2})(lambda s: imbsam(s, direction=ema))
+formula("imbsam+bernoulli", {"chunks": 2})(lambda s: imbsam(s, on=s.coin()))
 formula("fsam+usam")(lambda s: sam(s, direction=friendly, geometry=unnormalised))
 formula("gsam+rho-lr")(lambda s: gsam(s, factor=with_lr(s)))
 formula("wsam+vasso+asam")(lambda s: wsam(s, direction=ema, geometry=adaptive))

@@ -254,6 +254,7 @@ LIMITS = [
     ("wsam", {"gamma": 0.0, "coupled": True}, "sgd", False),
     ("gnp", {"alpha": 1.0}, "sam", False),
     ("gnp", {"alpha": 0.0}, "sgd", False),
+    ("cr-sam", {"gamma": 0.0, "beta": 0.0}, "sam", False),
     ("looksam", {"k": 5, "alpha": 0.0}, "every-k", False),
 ]
 

@@ -149,7 +149,72 @@ def test_zsharp_moves_vectors_as_sam_does_and_of_a_matrix_all_but_the_smallest_a
     assert flatmin.methods.ZScore()([torch.ones(2, 3)], {}, Context())[0][0].tolist() == torch.ones(2, 3).tolist()
 
 
-COMBINING = ("gsam", "wsam", "gnp", "sagm", "looksam", "saner", "sam-direction", "sam-magnitude", "sgdhess", "n-step")
+def test_cr_sam_on_a_quadratic_adds_the_curvature_along_eps():
+    """u = g_s + 2 beta H eps, whatever gamma is: there is no third order."""
+    half = torch.randn(3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    h, start = half @ half.T, torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    w = start.clone().requires_grad_()
+    optimizer = flatmin.wrap(torch.optim.SGD([w], lr=1.0), "cr-sam", rho=0.1, gamma=3.0, beta=0.7)
+    told = []
+
+    def closure():
+        w.grad = h @ w.detach()
+        told.append(float(w.detach() @ h @ w.detach()) / 2)
+        return torch.tensor(told[-1])
+
+    optimizer.step(closure)
+    g = h @ start
+    eps = 0.1 * g / g.norm()
+    assert torch.allclose(start - w.detach(), g + h @ eps + 2 * 0.7 * h @ eps, rtol=0, atol=1e-11)
+    assert len(told) == 3 and told[1] < told[0] < told[2]  # w + eps comes last
+
+
+def imbsam_after(steps, tail, weight=1.0, name="imbsam", rho=0.1):
+    """The weights of a net without random parts; the classes in `tail` are ImbSAM's, for others there is one loss."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    optimizer = flatmin.wrap(BASES["sgd"](model.parameters()), name, rho=rho, model=model)
+    for k in range(steps):
+        x, y = batch(k, dtype=torch.float64)
+        inside = sum(y == c for c in tail) if tail else torch.zeros(len(y))
+
+        def closure(factors, x=x, y=y):
+            optimizer.zero_grad()
+            loss = (nn.functional.cross_entropy(model(x), y, reduction="none") * factors).mean()
+            loss.backward()
+            return loss
+
+        parts = [lambda f=f: closure(f) for f in (1.0 - 1.0 * inside, weight * inside)]
+        optimizer.step(parts if name == "imbsam" else lambda: closure(torch.ones(())))
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_imbsam_is_the_base_without_a_radius_or_a_tail_and_sam_without_a_head():
+    """With the tail counted once; and otherwise something between."""
+    base, sam = (imbsam_after(4, (), name=name) for name in ("sgd", "sam"))
+    for found, known in (
+        (imbsam_after(4, (2,), rho=0.0), base),
+        (imbsam_after(4, ()), base),
+        (imbsam_after(4, (0, 1, 2)), sam),
+    ):
+        assert torch.allclose(found, known, rtol=0, atol=1e-13)
+    some = imbsam_after(4, (2,))
+    assert min(float((some - known).abs().max()) for known in (base, sam)) > 1e-4
+
+
+COMBINING = (
+    "gsam",
+    "wsam",
+    "gnp",
+    "sagm",
+    "cr-sam",
+    "looksam",
+    "saner",
+    "sam-direction",
+    "sam-magnitude",
+    "sgdhess",
+    "n-step",
+)
 
 
 @pytest.mark.parametrize("name", COMBINING)

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from flatmin.methods.combine import Combine
 from flatmin.methods.context import NewState, State, StepContext, Tensors
-from flatmin.methods.part import Need, check_choice, check_count
+from flatmin.methods.part import Need, check_choice, check_count, check_range
 
-__all__ = ["SGDHess"]
+__all__ = ["CRSAM", "SGDHess"]
 
 
 ESTIMATES = ("hutchinson_abs", "hutchinson_diag", "ggn", "exact")
@@ -105,3 +105,50 @@ class SGDHess(Combine):
         if self.spatial_mean and size.ndim == 4:
             size = size.mean((2, 3), keepdim=True).expand_as(size).contiguous()
         return size
+
+
+@dataclass(frozen=True, kw_only=True)
+class CRSAM(Combine):
+    """CR-SAM: u = g_+ + gamma (g_+ + g_- - 2 g) + beta (g_+ - g_-), with the gradients g_+- at w +- eps.
+
+    These are finite differences of the gradient along eps: gamma weighs the part of second order in eps, which is 0
+    where the loss is quadratic, and beta the part of first order, 2 H eps. Default rho 0.1.
+
+    Args:
+        gamma: >= 0. Default 0.1 (official code).
+        beta: >= 0. Default 0.01 (the official command line; its class has 0.1). gamma = beta = 0 is SAM.
+
+    Raises:
+        ValueError: out of range; at the step, for an inner loop that does not give two points.
+
+    Gradients in half precision are too coarse for the differences. The paper regularises a normalised trace of the
+    Hessian; whether its algorithm is what the code does could not be read.
+
+    Source: Wu, Luo & Wunsch, CR-SAM: Curvature Regularized Sharpness-Aware Minimization, AAAI 2024, and the authors'
+    code.
+
+    Example:
+        >>> import flatmin
+        >>> print(flatmin.compose("cr-sam", beta=0.1).combine)
+        CRSAM(gamma=0.1, beta=0.1)
+    """
+
+    default_rho: ClassVar = 0.1
+    needs: ClassVar = frozenset({Need.GRADIENT_AT_W})
+    uses_gradient: ClassVar = True
+    gamma: float = 0.1
+    beta: float = 0.01
+
+    def __post_init__(self) -> None:
+        check_range(self, "gamma", 0.0, 1e6)
+        check_range(self, "beta", 0.0, 1e6)
+
+    def __call__(self, g: Tensors | None, gs: list[Tensors], state: State, c: StepContext) -> tuple[Tensors, NewState]:
+        assert g is not None
+        if len(gs) != 2:
+            raise ValueError(f"CRSAM wants gradients at w - eps and w + eps, as BothSides gives them; got {len(gs)}.")
+        below, above = gs
+        # (gamma + beta) (g_+ - g) + (gamma - beta) (g_- - g): the near ones are subtracted first
+        u = list(torch._foreach_add(above, torch._foreach_sub(above, g), alpha=self.gamma + self.beta))
+        torch._foreach_add_(u, torch._foreach_sub(below, g), alpha=self.gamma - self.beta)
+        return u, {}

@@ -181,6 +181,17 @@ BUILT_IN = (
         note="two closures; a probe, not a method to train with",
     ),
     Method(
+        name="imbsam",
+        title="ImbSAM",
+        parts=(inner_loop.HeadAndTail(),),
+        formula="eps = rho g_T / ||g_T||,  u = grad L_H(w) + grad L_T(w + eps),  H head and T tail of the classes",
+        paper="Zhou, Qu, Xu & Shen, ImbSAM: A Closer Look at Sharpness-Aware Minimization in Class-Imbalanced "
+        "Recognition, ICCV 2023",
+        url="https://arxiv.org/abs/2308.07815",
+        summary="Seek flatness for rare classes only.",
+        note="two closures, the code's tail counts twice; see [below](#head-and-tail)",
+    ),
+    Method(
         name="gsam",
         title="GSAM",
         parts=(combine.GSAM(),),
@@ -219,6 +230,16 @@ BUILT_IN = (
         url="https://arxiv.org/abs/2303.10353",
         summary="Lower the loss, the perturbed loss and the angle between their gradients.",
         note="the code's mean for the paper's sum of two losses; a radius rule scales alpha too",
+    ),
+    Method(
+        name="cr-sam",
+        title="CR-SAM",
+        parts=(inner_loop.BothSides(), curvature.CRSAM()),
+        formula="u = g_+ + gamma (g_+ + g_- - 2 g) + beta (g_+ - g_-),  g_+- = grad L(w +- eps)",
+        paper="Wu, Luo & Wunsch, CR-SAM: Curvature Regularized Sharpness-Aware Minimization, AAAI 2024",
+        url="https://arxiv.org/abs/2312.13555",
+        summary="Lower the curvature along eps as well, by gradients on both sides of w.",
+        note="as the code; beta = 0.01 of its command line, 0.1 in its class",
     ),
     Method(
         name="looksam",

@@ -100,6 +100,19 @@ def check_criterion(recipe: Recipe, criterion: Criterion | None) -> None:
         criterion.check_per_sample()
 
 
+def check_divided(recipe: Recipe) -> None:
+    """Refuse, for a loop that divides batches by itself, a recipe whose closures are not equal parts of a batch.
+
+    Raises:
+        ValueError: what the closures are, and what to do.
+    """
+    if what := recipe.inner_loop.closures_for:
+        raise ValueError(
+            f"{recipe.name} takes one closure each for {what}, which this loop cannot tell apart; write a loop of your "
+            "own with optimizer.step([closure, closure])."
+        )
+
+
 def check_recipe(
     recipe: Recipe,
     base: BaseOptimizer,
