@@ -202,6 +202,20 @@ def test_imbsam_is_the_base_without_a_radius_or_a_tail_and_sam_without_a_head():
     assert min(float((some - known).abs().max()) for known in (base, sam)) > 1e-4
 
 
+def test_imbsam_counts_the_head_once_where_closures_leave_the_gradients_of_the_pass_before():
+    """A step at w has two passes, of which the second begins without gradients."""
+    w = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)
+    optimizer = flatmin.wrap(torch.optim.SGD([w], lr=1.0), "imbsam", rho=0.0)
+
+    def closure(slope):
+        loss = slope * w.sum()
+        loss.backward()
+        return loss
+
+    optimizer.step([lambda: closure(3.0), lambda: closure(10.0)])
+    assert w.tolist() == [1.0 - 13.0, 2.0 - 13.0]
+
+
 COMBINING = (
     "gsam",
     "wsam",

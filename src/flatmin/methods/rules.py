@@ -52,7 +52,7 @@ RULES = (
         title="ZSharp",
         parts=(entries.ZScore(),),
         formula="eps = rho M g / ||M g||,  M = |z| above its q-quantile in each matrix,  z = (g - mean) / std",
-        paper="Yun, Sharpness-Aware Minimization with Z-Score Gradient Filtering, OPT workshop at NeurIPS 2025",
+        paper="Yun, Sharpness-Aware Minimization with Z-Score Gradient Filtering, OPT 2025 (NeurIPS workshop)",
         url="https://arxiv.org/abs/2505.02369",
         summary="Move only the entries with an unusual gradient.",
         note="one norm over all; the code's norm for each matrix: `per_tensor=True`",
