@@ -125,8 +125,9 @@ def ours(
     model, x, y = setting.net.make(setting.device, setting.batch)
     recipe = recipe_of(method) if isinstance(method, str) else method
     criterion = flatmin.Criterion(nn.CrossEntropyLoss()) if LOSS_NEEDS & recipe.needs else None
+    bare = Need.BARE_SGD in recipe.needs  # its own momentum stands in for that of the base
     optimizer = flatmin.wrap(
-        make_base(model.parameters(), setting.base),
+        torch.optim.SGD(model.parameters(), lr=0.01) if bare else make_base(model.parameters(), setting.base),
         recipe,
         model=model if model_handling or {Need.NAMES, Need.LAYERS} & recipe.needs else None,
         criterion=criterion,

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import flatmin
-from flatmin.methods import LambdaRadius
+from flatmin.methods import Gradient, LambdaRadius, OneStep
 from tests.helpers import batch, bits, drive
 
 
@@ -74,6 +74,13 @@ def test_a_bad_method():
         (r"needs the kinds of layers \(pass model=", "sam-on", {"model": None}),
         (r"late needs .*whole training: total=.*for_length\(", "late", {}),
         (r"momentum.*SGD is set up without", "momentum-sam", {"momentum": 0.0}),
+        (r"bsam needs data_size=N, the number of training samples", "bsam", {"momentum": 0.0}),
+        (r"without momentum and weight decay as its base, got SGD with momentum=0.9", "bsam", {"data_size": 9}),
+        (r"functional-sam needs the loss object", "functional-sam", {"criterion": None}),
+        (r"'esam' and 'functional-sam' do not go together: .*own gradient in pass 2", "esam+functional-sam", {}),
+        (r"GAM\(.*takes 3 descent gradients, and inner_loop OneStep\(\) gives 1", "gam", {"inner_loop": OneStep()}),
+        (r"reads 'gradient' of direction Gradient\(\), which has no such memory", "sampa", {"direction": Gradient()}),
+        (r"Extrapolation: batch must be 'same' or 'previous'", "sampa", {"batch": "last"}),
         (r"'msam' is the name of two methods: .*'micro-sam'.*'momentum-sam'", "msam", {}),
         (r"'ssam' is the name of two methods: .*'ssam-f'.*'bernoulli'", "ssam", {}),
         (r"esam needs per-sample losses \(pass criterion=", "esam", {"criterion": None}),

@@ -22,6 +22,7 @@ from tests.helpers import (
     recipe_of,
     same_bits,
     train,
+    wrap_fitting,
 )
 
 # -- special cases of one method in another ----------------------------------------------------------------------
@@ -203,7 +204,7 @@ def test_lr_zero_is_the_identity_bit_for_bit(plan):
     groups = [{"params": list(b.parameters()), "rho": r} for b, r in zip(model.branches, plan["rhos"], strict=True)]
     criterion = flatmin.Criterion(nn.CrossEntropyLoss())
     base = BASES[plan["base"]](groups, lr=0.0, fused=plan["fused"])
-    optimizer = flatmin.wrap(base, recipe_of(plan["name"], names="branches.0.*"), model=model, criterion=criterion)
+    optimizer = wrap_fitting(base, recipe_of(plan["name"], names="branches.0.*"), model=model, criterion=criterion)
     chunked = Need.MICRO_BATCHES in optimizer.recipe.needs
     as_on_device(optimizer, plan["device"])
     start = bits(model.parameters())

@@ -420,7 +420,7 @@ class SAMPa(Combine):
     """SAMPa: u = (1 - lam) g_1 + lam g_2, with the gradients of `Extrapolation`: at w + eps and one step ahead.
 
     Args:
-        lam: in [0, 1]. Default 0.2 (official code).
+        lam: in [0, 1]. Default 0.2 (official code), as the default rho 0.1.
 
     Raises:
         ValueError: out of range.
@@ -437,6 +437,7 @@ class SAMPa(Combine):
     """
 
     descents: ClassVar = 2
+    default_rho: ClassVar = 0.1
     lam: float = 0.2
 
     def __post_init__(self) -> None:

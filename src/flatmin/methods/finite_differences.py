@@ -27,6 +27,8 @@ class GAM(Combine):
         beta3: weight of g_3, >= 0. Default 1; with beta3 = gamma = 0 the method is SAM.
         gamma: weight of the part across v, >= 0. Default 0.03.
 
+    The default rho is 0.02.
+
     Raises:
         ValueError: out of range.
 
@@ -44,6 +46,7 @@ class GAM(Combine):
     uses_gradient: ClassVar = True
     descents: ClassVar = 3
     always: ClassVar = True
+    default_rho: ClassVar = 0.02
     beta1: float = 1.0
     beta2: float = -1.0
     beta3: float = 1.0
@@ -72,7 +75,7 @@ class CFlat(Combine):
     """C-Flat: u = g_1 + lam (g_3 - g_2), with the gradients of `GradientNormAscent`.
 
     Args:
-        lam: weight of the first-order flatness, >= 0. Default 0.2 (the code's); 0 is SAM.
+        lam: weight of the first-order flatness, >= 0. Default 0.2 (the code's); 0 is SAM. The default rho is 0.1.
 
     Raises:
         ValueError: out of range.
@@ -86,6 +89,7 @@ class CFlat(Combine):
     """
 
     descents: ClassVar = 3
+    default_rho: ClassVar = 0.1
     lam: float = 0.2
 
     def __post_init__(self) -> None:

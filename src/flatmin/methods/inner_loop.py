@@ -280,6 +280,10 @@ class GradientNormAscent(InnerLoop):
     """
 
     needs: ClassVar = frozenset({Need.PASS_1, Need.GRADIENT_AT_W})
+    conflicts: ClassVar = {
+        Need.LOSSES_AT_W: "it climbs twice, and the second time from beside w",
+        Need.ONE_ASCENT: "it takes two",
+    }
     uses_gradient: ClassVar = True
     copies: ClassVar = 3
     descents: ClassVar = 3

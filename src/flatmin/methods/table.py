@@ -272,8 +272,8 @@ BUILT_IN = (
         paper="Moellenhoff & Khan, SAM as an Optimal Relaxation of Bayes, ICLR 2023",
         url="https://arxiv.org/abs/2210.01620",
         summary="A posterior over the weights: noise, ascent and step scaled by a running curvature s.",
-        note="wants data_size=N and SGD without momentum and weight decay; official CIFAR runs have lr 0.5, rho 0.01; a "
-        "batch is not split",
+        note="wants data_size=N and SGD without momentum and weight decay; official CIFAR runs have lr 0.5, rho 0.01; "
+        "a batch is not split",
     ),
     Method(
         name="functional-sam",
