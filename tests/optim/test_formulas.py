@@ -262,6 +262,9 @@ LIMITS = [
     ("gnp", {"alpha": 1.0}, "sam", False),
     ("gnp", {"alpha": 0.0}, "sgd", False),
     ("looksam", {"k": 5, "alpha": 0.0}, "every-k", False),
+    ("gam", {"beta3": 0.0, "gamma": 0.0}, "sam", True),
+    ("c-flat", {"lam": 0.0}, "sam", True),
+    ("eigen-sam", {"alpha": 0.0}, "sam", False),
 ]
 
 

@@ -157,6 +157,8 @@ class Loop:
         (r"wants two closures.*got 1", "sam-db", {}, "passes", 1),
         (r"finite factor >= 0, got -1.0", "sam", {"radius": LambdaRadius(rule=lambda k: -1)}, "closure", None),
         (r"step\(\) needs a closure", "sam", {}, "train and eval", None),
+        (r"sampa needs micro-batches .*got one closure", "sampa", {"batch": "previous"}, "closure", 0),
+        (r"Extrapolation wants two closures.*got 3", "sampa", {"batch": "previous"}, "closure", 3),
     ],
 )
 def test_a_step_that_the_method_cannot_take_changes_nothing(match, name, options, entry, chunks):
@@ -167,6 +169,32 @@ def test_a_step_that_the_method_cannot_take_changes_nothing(match, name, options
     assert all(map(torch.equal, loop.state(), before))
     loop.optimizer.state_dict()  # so no update is under way
     assert loop.optimizer.counts()["updates"] == 0
+
+
+@pytest.mark.parametrize(
+    ("reduction", "outputs", "error", "text"),
+    [
+        ("none", lambda z, calls: z, TypeError, "needs a loss of a tensor of outputs, and a scalar .* shape \\(16,\\)"),
+        ("mean", lambda z, calls: z if calls == 1 else z[:4], RuntimeError, "call the criterion equally often"),
+    ],
+)
+def test_a_loss_that_functional_sam_cannot_follow(reduction, outputs, error, text):
+    loop = Loop("functional-sam")
+    loop.criterion.loss.reduction = reduction
+    before, calls = loop.state(), []
+    x, y = batch(0, dtype=torch.float64)
+
+    def closure():
+        loop.optimizer.zero_grad()
+        calls.append(1)
+        z = outputs(loop.model(x), len(calls))
+        loss = loop.criterion(z, y[: len(z)]).mean()
+        loss.backward()
+        return loss
+
+    with pytest.raises(error, match=text):
+        loop.optimizer.step(closure)
+    assert all(map(torch.equal, loop.state(), before))
 
 
 @pytest.mark.parametrize(
