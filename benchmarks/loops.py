@@ -107,7 +107,7 @@ def recipe_of(method: str, total: int = 10, **params: Any) -> Recipe:
     That is the length of the training (`total` updates), the names in the model ("only" moves the head, which every net
     here has), and a warm-up that is over.
     """
-    recipe = flatmin.compose(method, **params).for_length(total)
+    recipe = flatmin.compose(method, **params).for_length(total, data_size=1000)
     instead = {"only": Named(only="head.*"), "warm-up": WarmUp(steps=0)}.get(method)
     return dataclasses.replace(recipe, **{instead.kind: instead}) if instead else recipe
 
@@ -126,8 +126,9 @@ def ours(
     model, x, y = setting.net.make(setting.device, setting.batch)
     recipe = recipe_of(method) if isinstance(method, str) else method
     criterion = flatmin.Criterion(nn.CrossEntropyLoss()) if LOSS_NEEDS & recipe.needs else None
+    bare = Need.BARE_SGD in recipe.needs  # its own momentum stands in for that of the base
     optimizer = flatmin.wrap(
-        make_base(model.parameters(), setting.base),
+        torch.optim.SGD(model.parameters(), lr=0.01) if bare else make_base(model.parameters(), setting.base),
         recipe,
         model=model if model_handling or {Need.NAMES, Need.LAYERS} & recipe.needs else None,
         criterion=criterion,

@@ -16,7 +16,7 @@ from torch import nn
 
 import flatmin
 from flatmin.methods import METHODS, Need
-from tests.helpers import REPRESENTATIVES, as_on_device, drive, entry_points, recipe_of, same_bits
+from tests.helpers import REPRESENTATIVES, as_on_device, drive, entry_points, recipe_of, same_bits, wrap_fitting
 
 PLUGINS = [p for p in os.environ.get("FLATMIN_TEST_PLUGINS", "").split(",") if p]
 TABLE = flatmin.method_table(PLUGINS)
@@ -47,7 +47,7 @@ class Loop:
         if lr is not None:
             inner.param_groups[0]["lr"] = lr
         recipe = recipe_of(name, total, TABLE)
-        optimizer = flatmin.wrap(inner, recipe, model=self.model, criterion=self.criterion, seed=3, **kw)
+        optimizer = wrap_fitting(inner, recipe, model=self.model, criterion=self.criterion, seed=3, **kw)
         self.optimizer = as_on_device(optimizer, device)
         self.calls = 0
 

@@ -22,6 +22,7 @@ from tests.helpers import (
     recipe_of,
     same_bits,
     train,
+    wrap_fitting,
 )
 
 # -- special cases of one method in another ----------------------------------------------------------------------
@@ -228,6 +229,8 @@ COMBINING = (
     "sam-magnitude",
     "sgdhess",
     "n-step",
+    "c-flat",
+    "eigen-sam",
 )
 
 
@@ -246,6 +249,40 @@ def test_a_loss_without_curvature_is_the_base(name):
 
         for _ in range(8):
             drive(optimizer, backward)
+        ends.append([p.detach() for p in model.parameters()])
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(*ends, strict=True))
+
+
+@pytest.mark.parametrize("name", ["functional-sam", "functional-sam+vasso"])
+def test_functional_sam_is_the_base_where_the_outputs_are_linear_in_the_weights(name):
+    """The Jacobian is the same everywhere, and the slope of the loss is that at w; SAM is another method there."""
+    ends = {}
+    for method in (name, "sgd", "sam"):
+        torch.manual_seed(0)
+        model, criterion = nn.Linear(4, 3).double(), flatmin.Criterion(nn.CrossEntropyLoss())
+        base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        optimizer = flatmin.wrap(base, method, rho=0.7, criterion=criterion)
+        for k in range(6):
+            x, y = batch(k, dtype=torch.float64)
+
+            def backward(model=model, criterion=criterion, x=x, y=y):
+                loss = criterion(model(x[:, :4]), y)
+                loss.backward()
+                return loss
+
+            drive(optimizer, backward, "perturbed" if method == name else "closure")
+        ends[method] = model.weight.detach()
+    assert torch.allclose(ends[name], ends["sgd"], rtol=0, atol=1e-14)
+    assert not torch.allclose(ends["sam"], ends["sgd"], rtol=0, atol=1e-3)
+
+
+def test_bsam_without_noise_averages_and_scale_is_usam_on_plain_sgd():
+    still = {"data_size": math.inf, "beta1": 0.0, "beta2": 1.0, "delta": 0.0}
+    ends = []
+    for method, params in (("bsam", still), ("usam", {})):
+        model = noisy_net()
+        optimizer = flatmin.wrap(torch.optim.SGD(model.parameters(), lr=0.1), method, rho=0.1, model=model, **params)
+        train(model, optimizer, flatmin.Criterion(nn.CrossEntropyLoss()), range(6))
         ends.append([p.detach() for p in model.parameters()])
     assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(*ends, strict=True))
 
@@ -359,7 +396,7 @@ def test_lr_zero_is_the_identity_bit_for_bit(plan):
     groups = [{"params": list(b.parameters()), "rho": r} for b, r in zip(model.branches, plan["rhos"], strict=True)]
     criterion = flatmin.Criterion(nn.CrossEntropyLoss())
     base = BASES[plan["base"]](groups, lr=0.0, fused=plan["fused"])
-    optimizer = flatmin.wrap(base, recipe_of(plan["name"], names="branches.0.*"), model=model, criterion=criterion)
+    optimizer = wrap_fitting(base, recipe_of(plan["name"], names="branches.0.*"), model=model, criterion=criterion)
     chunked = Need.MICRO_BATCHES in optimizer.recipe.needs
     as_on_device(optimizer, plan["device"])
     start = bits(model.parameters())

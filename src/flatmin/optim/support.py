@@ -71,7 +71,7 @@ def refusal(recipe: Recipe, loop: Loop) -> str | None:
             return "needs second derivatives, which a GradScaler's scale would not leave finite"
         if loop in (Loop.DDP, Loop.LOCAL, Loop.SHARDED):
             return _SILENT
-    if loop is Loop.LOCAL and recipe.combine.uses_gradient:
+    if loop is Loop.LOCAL and (recipe.combine.uses_gradient or recipe.inner_loop.uses_gradient):
         return "hands the gradient of pass 1 to the base, so it must be the same on every replica"
     if loop is Loop.LOCAL and Need.DECIDES_BY_VALUE in needs:
         return "decides by the gradient of pass 1, so it must be the same on every replica"
