@@ -143,9 +143,9 @@ def radius(
         \frac{L(w + \epsilon) - L(w)}{\langle \nabla L(w), \epsilon \rangle} = 1 \pm \text{off}
 
     SAM's ascent solves a linear problem, so beyond the radius at which the loss is no longer linear it is an ascent
-    along some direction only. With off = 1/2 the quadratic term is then half the linear one: the slope along the way has
-    doubled or vanished. Where the loss is a parabola along SAM's way this radius is ||g|| / |h|, h the curvature along
-    g, which is also how far away the parabola's minimum lies, downhill.
+    along some direction only. With off = 1/2 the quadratic term is then half the linear one: the slope along the way
+    has doubled or vanished. Where the loss is a parabola along SAM's way this radius is ||g|| / |h|, h the curvature
+    along g, which is also how far away the parabola's minimum lies, downhill.
 
     It costs for each batch one gradient, and for each radius those of an ascent and one more: with the defaults 27 for
     SAM. Nothing is changed, see `flatmin.SAM.rise`; memories of the method are as they are, filled or empty.
