@@ -127,7 +127,7 @@ def base_alone(base, chunks, steps):
 def test_rho_zero_is_the_base_bit_for_bit(name):
     """In every entry point: weights, BatchNorm statistics, base state, losses, random stream, and number of passes."""
     recipe = recipe_of(name, 6, TABLE)
-    if not recipe.combine.rho_zero_is_base:
+    if recipe.combine.always:
         pytest.skip(f"{name} states a limit of its own")
     bases = itertools.cycle(BASES if turn(name, (False, True)) else reversed(BASES))
     for entry, base in zip(entry_points(recipe), bases, strict=False):

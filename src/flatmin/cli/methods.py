@@ -139,7 +139,7 @@ def _summary(recipe: Recipe, named: Sequence[Method]) -> list[list[str]]:
         f"{recipe.gradient_evaluations:.3g} gradient{'s' * (recipe.gradient_evaluations != 1)} a step, "
         f"{copies} extra cop{'y' if copies == 1 else 'ies'} of the moved weights"
     )
-    rho = f"{recipe.default_rho:g} (the geometry's default)" if recipe.ascends else "none: it never ascends"
+    rho = f"{recipe.default_rho:g} (the method's default)" if recipe.ascends else "none: it never ascends"
     return [
         ["recipe", recipe.name],
         *(["formula", f"{method.formula}   ({method.title})"] for method in named),

@@ -21,7 +21,8 @@ class Combine(Part):
         uses_gradient: whether g is kept through pass 2, which costs one more copy. Default False: g is None.
         mixes: whether it does anything but hand on the last descent gradient; true where `__call__` or `post` is
             defined.
-        rho_zero_is_base: whether rho = 0 gives the base's own steps. Default True.
+        always: whether `off` acts also where no weight can move, because rho = 0 everywhere: the method's limit is then
+            a rule of its own, and not the base's step. Default False.
         keeps_graph: whether the descent pass may have to keep its graph; true where `graph` is defined.
         off_step: whether a step without ascent is more than the base's; true where `off` is defined.
         post_step: whether something is added to w after the base's step; true where `post` is defined.
@@ -37,7 +38,7 @@ class Combine(Part):
     }
     uses_gradient: ClassVar[bool] = False
     mixes: ClassVar[bool] = False
-    rho_zero_is_base: ClassVar[bool] = True
+    always: ClassVar[bool] = False
     keeps_graph: ClassVar[bool] = False
     off_step: ClassVar[bool] = False
     post_step: ClassVar[bool] = False

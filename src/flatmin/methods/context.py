@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
@@ -44,6 +44,8 @@ class Perturbation:
         factors: rho times the radius, for each tensor.
         eps: added to the norm.
         scratch: whether the direction's tensors may be overwritten. Default False.
+        gradients: of the pass that it was made of, one for each trained weight, for inner loops that declare
+            `uses_gradient`. Default empty.
     """
 
     index: Sequence[int]
@@ -53,6 +55,7 @@ class Perturbation:
     factors: list[float | Tensor]
     eps: float
     scratch: bool = False
+    gradients: Gradients = field(default_factory=list)
 
     def tensors(self) -> Tensors:
         """The displacement itself, in fresh tensors; zero everywhere if the direction is not finite."""
@@ -83,12 +86,20 @@ class GradientRequest:
         at: where. Default None: at w.
         chunk: on which micro-batch. Default None: on the whole batch.
         graph: whether `StepContext.curvature` shall work once this gradient is there. Default False.
+        share: by which a descent gradient counts for weights that another optimizer trains, which take theirs from
+            the descent passes. Default 1. With 0 the pass is a probe: diagnostics pass over it too.
     """
 
     role: Literal["ascent", "descent"]
     at: Perturbation | None = None
     chunk: int | None = None
     graph: bool = False
+    share: float = 1.0
+
+    @property
+    def probe(self) -> bool:
+        """Whether only the recipe itself looks at what this pass finds."""
+        return self.role == "descent" and self.share == 0.0
 
 
 class Ascend(Protocol):

@@ -21,15 +21,17 @@ class Direction(Part):
         turns: whether d is anything but g; true where `__call__` is defined.
         moves_start: whether pass 1 is taken at w + `start()`. Default False.
         observes: whether it learns from the descent gradient; true where `observe` is defined.
+        keeps_graph: whether pass 1 may have to keep its graph; true where `graph` is defined.
     """
 
     kind: ClassVar[str] = "direction"
     question: ClassVar[str] = "along what?"
-    declared_by: ClassVar = {"turns": "__call__", "observes": "observe"}
+    declared_by: ClassVar = {"turns": "__call__", "observes": "observe", "keeps_graph": "graph"}
     evaluates: ClassVar[bool] = True
     turns: ClassVar[bool] = False
     moves_start: ClassVar[bool] = False
     observes: ClassVar[bool] = False
+    keeps_graph: ClassVar[bool] = False
 
     def validate(self) -> None:
         if not (self.evaluates or self.turns):
@@ -58,6 +60,10 @@ class Direction(Part):
     def observe(self, gs: Tensors, state: State, c: StepContext) -> NewState:
         """New state from the descent gradient."""
         return {}
+
+    def graph(self, state: State, c: StepContext) -> bool:
+        """Whether pass 1 shall keep its graph, so that `StepContext.curvature` works in this step's call."""
+        return False
 
 
 def filled(slot: list[Tensor | None], default: Tensors) -> Tensors:

@@ -17,7 +17,6 @@ class Geometry(Part):
     """In which norm?
 
     Attributes:
-        default_rho: the radius of recipes in this geometry that are given none. Default 0.05.
         scales: whether T is anything but 1; true where `__call__` is defined.
         adaptive: whether it follows the scale of the weights, except in param groups with `adaptive=False`. Default
             False: groups with `adaptive=True` are refused.
@@ -25,7 +24,6 @@ class Geometry(Part):
 
     kind: ClassVar[str] = "geometry"
     question: ClassVar[str] = "in which norm?"
-    default_rho: ClassVar[float] = 0.05
     declared_by: ClassVar = {"scales": "__call__"}
     scales: ClassVar[bool] = False
     adaptive: ClassVar[bool] = False
@@ -103,8 +101,6 @@ class Unnormalised(Geometry):
         Unnormalised()
     """
 
-    default_rho: ClassVar[float] = 0.05
-
     def __call__(self, d: Tensors, c: StepContext) -> tuple[Tensors, Tensor | None]:
         return d, None
 
@@ -123,8 +119,6 @@ class Centralised(Geometry):
         >>> print(flatmin.compose("gcsam").geometry)
         Centralised()
     """
-
-    default_rho: ClassVar[float] = 0.05
 
     def __call__(self, d: Tensors, c: StepContext) -> tuple[Tensors, Tensor | None]:
         centred = [x - x.mean(tuple(range(1, x.ndim)), keepdim=True) if x.ndim > 1 else x for x in d]

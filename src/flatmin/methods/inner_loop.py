@@ -7,10 +7,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from flatmin.methods.context import Ascend, GradientRequest, Gradients, Perturbation, StepContext
+from flatmin.methods.context import Ascend, GradientRequest, Gradients, NewState, Perturbation, State, StepContext
 from flatmin.methods.part import Need, Part, check_choice, check_count
 
-__all__ = ["DifferentBatch", "InnerLoop", "MicroBatches", "NStep", "NoAscent", "OneStep", "accumulate"]
+__all__ = ["DifferentBatch", "InnerLoop", "MicroBatches", "NStep", "NoAscent", "OneStep", "Passes", "accumulate"]
+
+Passes = Generator[GradientRequest, Gradients, tuple[list[Gradients], NewState]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,11 +24,10 @@ class InnerLoop(Part):
         loops: whether it is anything but one ascent and one descent gradient; true where `__call__` is defined.
         one_ascent: whether it is one ascent from w and one descent gradient at w + eps on the whole batch, so that
             manual loops of two passes serve it. Default False.
-        two_batches: whether it climbs on one batch and descends on another: micro-batch 0 and `plain_chunk`. A loop
+        two_batches: whether it climbs on one batch and descends on another: micro-batches 0 and 1. A loop
             that trains on single batches gives the batch before as the first. Default False.
-        pooled: whether what is returned is not the last request's own gradients but made of several. Default False.
+        uses_gradient: whether it looks at `Perturbation.gradients`, which are kept for it only. Default False.
         copies: of the moved weights that it holds during the last pass. Default 0.
-        plain_chunk: the micro-batch of a step without ascent. Default None: all of them.
     """
 
     kind: ClassVar[str] = "inner_loop"
@@ -35,9 +36,8 @@ class InnerLoop(Part):
     loops: ClassVar[bool] = False
     one_ascent: ClassVar[bool] = False
     two_batches: ClassVar[bool] = False
-    pooled: ClassVar[bool] = False
+    uses_gradient: ClassVar[bool] = False
     copies: ClassVar[int] = 0
-    plain_chunk: ClassVar[int | None] = None
 
     def conflict(self, need: Need) -> str | None:
         if need is Need.ASCENT and not self.ascends:
@@ -50,9 +50,13 @@ class InnerLoop(Part):
         """Gradients a step, if one ascent costs `ascent`."""
         return ascent + 1
 
-    def __call__(self, ascend: Ascend, c: StepContext) -> Generator[GradientRequest, Gradients, list[Gradients]]:
-        """Ask for gradients; return the descent gradients, one list for each point."""
-        return [(yield GradientRequest("descent", (yield from ascend())))]
+    def plain(self, c: StepContext) -> Generator[GradientRequest, Gradients, Gradients]:
+        """The gradients of a step without ascent: by default those of the whole batch at w."""
+        return (yield GradientRequest("descent"))
+
+    def __call__(self, ascend: Ascend, state: State, c: StepContext) -> Passes:
+        """Ask for gradients; return the descent gradients, one list for each point, and the new state."""
+        return [(yield GradientRequest("descent", (yield from ascend())))], {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +109,7 @@ class NStep(InnerLoop):
     def evaluations(self, ascent: int) -> float:
         return self.n * ascent + 1
 
-    def __call__(self, ascend: Ascend, c: StepContext) -> Generator[GradientRequest, Gradients, list[Gradients]]:
+    def __call__(self, ascend: Ascend, state: State, c: StepContext) -> Passes:
         total: dict[int, Tensor] = {}
         share = 1.0 / self.n if self.step == "split" else 1.0
 
@@ -123,7 +127,7 @@ class NStep(InnerLoop):
                 reach = c.norm([total[i] / f for i, f in zip(eps.index, eps.factors, strict=True)])
                 back = reach.clamp(min=1.0)
                 total = {i: t / back.to(t.device, t.dtype) for i, t in total.items()}
-        return [(yield GradientRequest("descent", here()))]
+        return [(yield GradientRequest("descent", here()))], {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,17 +153,16 @@ class MicroBatches(InnerLoop):
         Need.WHOLE_BATCH: "each micro-batch has a gradient of its own",
         Need.GRADIENT_AT_W: "each micro-batch has a gradient of its own",
     }
-    pooled: ClassVar[bool] = True
     copies: ClassVar[int] = 1
 
-    def __call__(self, ascend: Ascend, c: StepContext) -> Generator[GradientRequest, Gradients, list[Gradients]]:
+    def __call__(self, ascend: Ascend, state: State, c: StepContext) -> Passes:
         mean: Gradients = []
         for chunk in range(c.chunks):
             eps = yield from ascend(chunk=chunk)
-            grads = yield GradientRequest("descent", eps, chunk)
+            grads = yield GradientRequest("descent", eps, chunk, share=1.0 / c.chunks)
             mean = accumulate(mean, grads, 1.0 / c.chunks)
             del grads
-        return [mean]
+        return [mean], {}
 
 
 def accumulate(total: Gradients, new: Gradients, weight: float) -> Gradients:
@@ -205,15 +208,17 @@ class DifferentBatch(InnerLoop):
         Need.LOSSES_AT_W: "pass 1 sees another batch",
     }
     two_batches: ClassVar[bool] = True
-    plain_chunk: ClassVar[int | None] = 1
 
-    def __call__(self, ascend: Ascend, c: StepContext) -> Generator[GradientRequest, Gradients, list[Gradients]]:
+    def plain(self, c: StepContext) -> Generator[GradientRequest, Gradients, Gradients]:
+        return (yield GradientRequest("descent", chunk=1))
+
+    def __call__(self, ascend: Ascend, state: State, c: StepContext) -> Passes:
         if c.chunks != 2:
             raise ValueError(
                 f"DifferentBatch wants two closures, for the batch to climb and the one to descend; got {c.chunks}."
             )
         eps = yield from ascend(chunk=0)
-        return [(yield GradientRequest("descent", eps, 1))]
+        return [(yield GradientRequest("descent", eps, 1))], {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,5 +231,5 @@ class NoAscent(InnerLoop):
     def evaluations(self, ascent: int) -> float:
         return 1.0
 
-    def __call__(self, ascend: Ascend, c: StepContext) -> Generator[GradientRequest, Gradients, list[Gradients]]:
-        return [(yield GradientRequest("descent"))]
+    def __call__(self, ascend: Ascend, state: State, c: StepContext) -> Passes:
+        return [(yield GradientRequest("descent"))], {}

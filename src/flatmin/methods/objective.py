@@ -20,15 +20,31 @@ class Objective(Part):
         by_class: whether the ascent loss is one of class logits and class indices; `ascent` then gets the arguments of
             the wrapped loss by which targets count, as the keywords `weight`, `ignore_index` and `reduction`. Default
             False.
+        keeps: whether pass 2 descends a loss of its own, made of what pass 1 has left; true where `keep` is defined.
     """
 
     kind: ClassVar[str] = "objective"
     question: ClassVar[str] = "which loss is climbed?"
+    declared_by: ClassVar = {"keeps": "keep"}
     by_class: ClassVar[bool] = False
+    keeps: ClassVar[bool] = False
+
+    def conflict(self, need: Need) -> str | None:
+        if need is Need.DESCENT_LOSS and self.keeps:
+            return "pass 2 descends a loss of its own"
+        return super().conflict(need)
 
     def ascent(self, outputs: Tensor, target: Tensor) -> Tensor | None:
         """The ascent loss of a batch, or None for the descent loss itself."""
         return None
+
+    def keep(self, outputs: Tensor, loss: Tensor) -> Tensor:
+        """What pass 1 leaves of a batch for pass 2; `loss` is the wrapped loss of the outputs, with graph."""
+        raise AttributeError(f"{type(self).__name__} defines no keep().")
+
+    def descent(self, outputs: Tensor, kept: Tensor) -> Tensor:
+        """The loss whose gradient pass 2 takes, from the outputs at w + eps and what pass 1 has left."""
+        raise AttributeError(f"{type(self).__name__} defines keep() and no descent().")
 
 
 _OTHER_LOSS = "pass 1 climbs another loss"

@@ -85,7 +85,8 @@ class Recipe:
         two_pass: whether a step is one gradient at w and one at w + eps: what `perturbed()` and `first_step` serve.
         one_pass: whether a step is one gradient, at a point known before it: what `train()` and `eval()` serve.
         direction_factor: the direction's factor on the displacement.
-        default_rho: the geometry's default radius.
+        default_rho: the radius of groups that are given none: of the geometry, else of another part that has one, else
+            SAM's 0.05 (Foret et al., ICLR 2021, Section 3).
         gradient_evaluations: gradients of one batch per step, on average.
         extra_copies: copies of the moved weights held during the last pass, beyond the base optimizer's own: one
             snapshot of w, what the ascents hold, and one for g where the combination needs it. A tensor that is
@@ -142,7 +143,7 @@ class Recipe:
             needs_names=Need.NAMES in demands,
             needs_layers=Need.LAYERS in demands,
             is_random=Need.RANDOM in demands,
-            remembers=combine.uses_gradient or any(part.slots for part in parts.values()),
+            remembers=combine.uses_gradient or inner_loop.uses_gradient or any(part.slots for part in parts.values()),
             ascends=self.schedule.ascends,
             moves=moves,
             two_pass=direction.evaluates
@@ -151,10 +152,14 @@ class Recipe:
             and Need.SECOND_ORDER not in demands,
             one_pass=moves and not direction.evaluates and inner_loop.one_ascent and not self.schedule.by_gradient,
             direction_factor=direction.factor(),
-            default_rho=self.geometry.default_rho,
+            default_rho=self._default_rho(parts),
             gradient_evaluations=self._evaluations(parts),
             extra_copies=self._copies(parts),
         )
+
+    def _default_rho(self, parts: Mapping[str, Part]) -> float:
+        stated = (part.default_rho for part in (self.geometry, *parts.values()))
+        return next((rho for rho in stated if rho is not None), 0.05)
 
     def _set(self, **facts: Any) -> None:
         for name, value in facts.items():
@@ -167,6 +172,10 @@ class Recipe:
                 reason = other.conflict(need)
                 if reason and other is not one:
                     raise ContradictionError(one, need, other, reason)
+        for origin in one.reads.values():
+            kind, _, slot = origin.partition(".")
+            if slot not in parts[kind].slots:
+                raise ValueError(f"{one.kind} {one} reads {slot!r} of {kind} {parts[kind]}, which has no such memory.")
         interval = one.parameters().get("interval")
         if isinstance(interval, int) and not self.schedule.meets(interval):
             raise ValueError(

@@ -58,7 +58,7 @@ class SharpnessSensitiveDataSelection(Samples):
     """
 
     former_names: ClassVar = ("Sharpest",)
-    needs: ClassVar = frozenset({Need.PER_SAMPLE, Need.LOSSES_AT_W})
+    needs: ClassVar = frozenset({Need.PER_SAMPLE, Need.LOSSES_AT_W, Need.DESCENT_LOSS})
     gamma: float = 0.5
 
     def __post_init__(self) -> None:
