@@ -101,7 +101,7 @@ class Ascents:
         tools = self._tools
         if not tools.recipe.moves:
             raise ValueError(f"{tools.recipe.name} never leaves w, so there is no ascent whose radius could be found.")
-        if not tools.weights.move():
+        if not any(tools.weights.rho(group) > 0 for group in tools.base.optimizer.param_groups):
             raise ValueError(
                 "every param group has rho = 0, so that nothing moves; set a rho above 0, which is the unit of the "
                 "radii that are tried."
@@ -158,7 +158,7 @@ class Ascents:
                 loss = self._pass(step, which)
                 if new:
                     ways.append(_Way(request.chunk, index, eps, loss))
-                    if not self._recipe.inner_loop.pooled:
+                    if request.share in (0.0, 1.0):  # no micro-batch of several
                         break
                 step.leave()
         if not ways:
@@ -241,10 +241,14 @@ class Ascents:
 
 
 def ascent_of(recipe: Recipe) -> Recipe:
-    """The recipe's way to w + eps alone: its loss, direction, geometry, mask and inner loop, on every step, at rho."""
-    return dataclasses.replace(
-        recipe, radius=ConstantRadius(), schedule=Always(), samples=EverySample(), combine=Descent()
-    )
+    """The recipe's way to w + eps alone: its loss, direction, geometry, mask and inner loop, on every step, at rho.
+
+    A part whose memory one of these reads stays.
+    """
+    plain = {"radius": ConstantRadius(), "schedule": Always(), "samples": EverySample(), "combine": Descent()}
+    kept = [part for kind, part in recipe.parts.items() if kind not in plain]
+    read = {origin.partition(".")[0] for part in kept for origin in part.reads.values()}
+    return dataclasses.replace(recipe, **{kind: part for kind, part in plain.items() if kind not in read})  # type: ignore[arg-type]
 
 
 def _run(closure: Closure) -> float:
