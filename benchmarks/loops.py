@@ -107,7 +107,7 @@ def recipe_of(method: str, total: int = 10, **params: Any) -> Recipe:
     That is the length of the training (`total` updates), the names in the model ("only" moves the head, which every net
     here has), and a warm-up that is over.
     """
-    recipe = flatmin.compose(method, **params).for_length(total)
+    recipe = flatmin.compose(method, **params).for_length(total, data_size=1000)
     instead = {"only": Named(only="head.*"), "warm-up": WarmUp(steps=0)}.get(method)
     return dataclasses.replace(recipe, **{instead.kind: instead}) if instead else recipe
 

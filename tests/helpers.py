@@ -174,7 +174,7 @@ def recipe_of(name: str, total: int = 20, table=None, names: str = "0.*", **para
     """
     if name == "jitter":
         return Recipe(direction=Jitter(), name="jitter")
-    recipe = flatmin.compose(name, table, **params).for_length(total)
+    recipe = flatmin.compose(name, table, **params).for_length(total, data_size=1000)
     instead = {"only": Named(only=names), "warm-up": WarmUp(steps=2)}.get(name)
     return dataclasses.replace(recipe, **{instead.kind: instead}) if instead else recipe
 

@@ -383,6 +383,90 @@ formula("rho-ramp", {}, {"start": 0.2, "end": 1.5, "total": 8})(
     lambda s, start=0.0, end=1.0, total=1000: sam(s, factor=start + (end - start) * min(s.k / total, 1.0))
 )
 
+@formula("functional-sam", {}, {"chunks": 3})
+def functional_sam(s, geometry=sphere, direction=lambda s, g: g):
+    """J(w + eps)^T G(w)."""
+    at, u = s.w + s.eps(direction(s, s.grad(s.w)), geometry), 0.0
+    for x, y in s.pieces:
+        slope = gradient(lambda z, y=y: mean(z, y), logits(s.w, x))
+        u = u + gradient(lambda w, x=x, slope=slope: (slope * logits(w, x)).sum(), at)
+    return u / len(s.pieces)
+
+
+def flat_gradients(s, ratio, direction=lambda s, g: g):
+    """g, g_1, g_2 and g_3 of GAM and C-Flat."""
+    g = s.grad(s.w)
+    eps = s.eps(direction(s, g))
+    first = s.grad(s.w + eps)
+    up = s.w + s.eps(first - g, factor=ratio)
+    second = s.grad(up)
+    return g, first, second, s.grad(up + s.eps(direction(s, second)))
+
+
+@formula("gam", {}, {"ratio": 2.0, "beta1": 0.5, "beta2": 0.7, "beta3": 0.8, "gamma": 0.4})
+def gam(s, ratio=10.0, beta1=1.0, beta2=-1.0, beta3=1.0, gamma=0.03, on=True):
+    if not on:
+        return (beta1 + beta3) * s.grad(s.w)
+    g, first, second, third = flat_gradients(s, ratio)
+    m, v = g + abs(beta2) * second, beta1 * first + beta3 * third
+    return v - gamma * (m - (m @ v) / (v @ v) * v)
+
+
+@formula("c-flat", {}, {"ratio": 3.0, "lam": 0.7})
+def c_flat(s, ratio=1.0, lam=0.2, **part):
+    _, first, second, third = flat_gradients(s, ratio, **part)
+    return first + lam * (third - second)
+
+
+BAYES = {"data_size": 200, "delta": 0.05}
+
+
+@formula("bsam", BAYES, {**BAYES, "beta1": 0.5, "beta2": 0.8, "s_init": 2.0, "gamma": 0.3})
+def bsam(s, data_size, delta=2e-4, beta1=0.9, beta2=0.999, s_init=1.0, gamma=0.1, on=True):
+    old = s.memory.get("s", torch.full_like(s.w, s_init))
+    noise = torch.zeros_like(s.w)
+    if on:
+        noise[s.moved] = s.random(torch.randn) / (data_size * old[s.moved]).sqrt()
+        s.told = s.loss(s.w + noise)
+    g = s.grad(s.w + noise)
+    gs = s.grad(s.w + s.eps(g / old, unnormalised)) if on else g
+    s.memory["m"] = beta1 * s.memory.get("m", 0.0) + (1 - beta1) * (gs + delta * s.w)
+    s.memory["s"] = beta2 * old + (1 - beta2) * (old.sqrt() * g.abs() + gamma + delta)
+    return s.memory["m"] / old
+
+
+@formula("eigen-sam", {}, {"interval": 4, "iterations": 2, "alpha": 0.7})
+def eigen_sam(s, alpha=0.2, iterations=5, interval=100):
+    g, m = s.grad(s.w), s.moved
+    n, v = g[m] / g[m].norm(), s.memory.get("v")
+    if v is None:
+        v = s.random(torch.randn)
+    if s.k % interval == 0:
+        for _ in range(iterations):
+            v = dense_hessian(s.loss)(s.w)[m][:, m] @ v
+            v = v / v.norm()
+    s.memory["v"] = v
+    d = torch.zeros_like(s.w)
+    d[m] = n + alpha * torch.sign(g[m] @ v) * (v - (n @ v) * n)
+    return s.grad(s.w + s.eps(d, unnormalised))
+
+
+@formula("sampa", {}, {"lam": 0.6}, {"batch": "previous", "chunks": 2})
+def sampa(s, lam=0.2, batch="same"):
+    before, now = (0, 1) if batch == "previous" else (None, None)
+    v, m = s.memory.get("v"), s.moved
+    if v is None:
+        s.memory["v"] = s.grad(s.w, now)
+        s.told = s.loss(s.w, now)
+        return s.memory["v"]
+    ahead = torch.zeros_like(s.w)
+    # The base's next step, were v its gradient: weight decay 0.01, momentum 0.9.
+    ahead[m] = -(s.lr * (v + 0.01 * s.w + 0.9 * s.v))[m]
+    s.told = s.loss(s.w + s.eps(v), before)
+    s.memory["v"] = s.grad(s.w + ahead, now)
+    return (1 - lam) * s.grad(s.w + s.eps(v), before) + lam * s.memory["v"]
+
+
 # -- compositions that cross a stateful part, another loss, another norm, another rule -----------------------------
 
 formula("vasso+bisam-log+asam")(lambda s: sam(s, direction=ema, loss=bisam_log(), geometry=adaptive))
@@ -398,3 +482,7 @@ formula("micro-sam+bisam-log", {"chunks": 2})(lambda s: micro_sam(s, loss=bisam_
 formula("n-step+bisam-log+asam")(lambda s: n_step(s, loss=bisam_log(), geometry=adaptive))
 formula("n-step+vasso")(lambda s: n_step(s, direction=ema))
 formula("momentum-sam+rho-lr")(lambda s: momentum_sam(s, factor=with_lr(s)))
+formula("functional-sam+vasso+asam")(lambda s: functional_sam(s, geometry=adaptive, direction=ema))
+formula("every-k+gam", {"k": 3, "phase": 2})(lambda s, k, phase: gam(s, on=s.k % k == phase))
+formula("every-k+bsam", {"k": 3, "phase": 2, **BAYES})(lambda s, k, phase, **p: bsam(s, on=s.k % k == phase, **p))
+formula("c-flat+vasso")(lambda s: c_flat(s, direction=ema))

@@ -159,6 +159,15 @@ class SGD:
         return w - lr * (d + 0.9 * self.v if self.nesterov else self.v)
 
 
+class BareSGD:
+    """No momentum, no decay."""
+
+    v = None
+
+    def __call__(self, w, u, lr):
+        return w - lr * u
+
+
 class Nesterov(SGD):
     nesterov = True
 
@@ -175,13 +184,13 @@ class AdamW:
 
 
 # base -> (learning rate, reference)
-BASES = {"sgd": (0.1, SGD), "nesterov": (0.1, Nesterov), "adamw": (0.02, AdamW)}
+BASES = {"sgd": (0.1, SGD), "bare": (0.1, BareSGD), "nesterov": (0.1, Nesterov), "adamw": (0.02, AdamW)}
 
 
 def pieces(case, k):
     """The micro-batches of a step; SAM-db's first is another batch."""
     x, y = batch(k, dtype=torch.float64)
-    if case.name == "sam-db":
+    if case.name == "sam-db" or case.params.get("batch") == "previous":
         return [batch(500 + k, dtype=torch.float64), (x, y)]
     return list(zip(x.chunk(case.chunks or 1), y.chunk(case.chunks or 1), strict=True))
 

@@ -20,6 +20,7 @@ __all__ = [
     "State",
     "StepContext",
     "Tensors",
+    "filled",
 ]
 
 Tensors = list[Tensor]
@@ -27,6 +28,14 @@ Gradients = list[Tensor | None]
 # One list per tensor slot (None: never filled for that tensor), one tensor per scalar slot.
 State = Mapping[str, Any]
 NewState = dict[str, Any]
+
+
+def filled(slot: list[Tensor | None], default: Tensors) -> Tensors:
+    """The slot's tensors in the dtypes of `default`, and `default` where a tensor has not been seen before.
+
+    A checkpoint may have been saved in another precision than training goes on in.
+    """
+    return [d if s is None else s if s.dtype is d.dtype else s.to(d.dtype) for s, d in zip(slot, default, strict=True)]
 
 
 @dataclass(slots=True)

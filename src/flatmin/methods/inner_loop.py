@@ -8,9 +8,20 @@ import torch
 from torch import Tensor
 
 from flatmin.methods.context import Ascend, GradientRequest, Gradients, NewState, Perturbation, State, StepContext
-from flatmin.methods.part import Need, Part, check_choice, check_count
+from flatmin.methods.part import Need, Part, check_choice, check_count, check_range, learning_rate
 
-__all__ = ["DifferentBatch", "InnerLoop", "MicroBatches", "NStep", "NoAscent", "OneStep", "Passes", "accumulate"]
+__all__ = [
+    "DifferentBatch",
+    "Extrapolation",
+    "GradientNormAscent",
+    "InnerLoop",
+    "MicroBatches",
+    "NStep",
+    "NoAscent",
+    "OneStep",
+    "Passes",
+    "accumulate",
+]
 
 Passes = Generator[GradientRequest, Gradients, tuple[list[Gradients], NewState]]
 
@@ -28,6 +39,7 @@ class InnerLoop(Part):
             that trains on single batches gives the batch before as the first. Default False.
         uses_gradient: whether it looks at `Perturbation.gradients`, which are kept for it only. Default False.
         copies: of the moved weights that it holds during the last pass. Default 0.
+        descents: how many descent gradients it gives. Default 1.
     """
 
     kind: ClassVar[str] = "inner_loop"
@@ -38,6 +50,7 @@ class InnerLoop(Part):
     two_batches: ClassVar[bool] = False
     uses_gradient: ClassVar[bool] = False
     copies: ClassVar[int] = 0
+    descents: ClassVar[int] = 1
 
     def conflict(self, need: Need) -> str | None:
         if need is Need.ASCENT and not self.ascends:
@@ -213,12 +226,18 @@ class DifferentBatch(InnerLoop):
         return (yield GradientRequest("descent", chunk=1))
 
     def __call__(self, ascend: Ascend, state: State, c: StepContext) -> Passes:
-        if c.chunks != 2:
-            raise ValueError(
-                f"DifferentBatch wants two closures, for the batch to climb and the one to descend; got {c.chunks}."
-            )
-        eps = yield from ascend(chunk=0)
-        return [(yield GradientRequest("descent", eps, 1))], {}
+        climbed, descended = _two_batches(self, c)
+        eps = yield from ascend(chunk=climbed)
+        return [(yield GradientRequest("descent", eps, descended))], {}
+
+
+def _two_batches(owner: InnerLoop, c: StepContext) -> tuple[int, int]:
+    """The micro-batches to climb and to descend on."""
+    if c.chunks != 2:
+        raise ValueError(
+            f"{type(owner).__name__} wants two closures, for the batch to climb and the one to descend; got {c.chunks}."
+        )
+    return 0, 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,3 +252,138 @@ class NoAscent(InnerLoop):
 
     def __call__(self, ascend: Ascend, state: State, c: StepContext) -> Passes:
         return [(yield GradientRequest("descent"))], {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientNormAscent(InnerLoop):
+    """The gradients of GAM and C-Flat: up the loss, and up the loss again from a step up the gradient's norm.
+
+        g_1 = grad L(w + eps(g)),   eps(g) = rho g / ||g||
+        e   = ratio rho (g_1 - g) / ||g_1 - g||
+        g_2 = grad L(w + e),   g_3 = grad L(w + e + eps(g_2))
+
+    (g_1 - g) / rho is, to first order, the gradient of ||g||. Returned are g_1, g_2 and g_3; eps is that of the recipe,
+    so that other directions, masks and norms hold for it too.
+
+    Args:
+        ratio: length of e in radii, > 0. Default 10 (GAM's code: radii 0.02 and 0.2).
+
+    Raises:
+        ValueError: ratio <= 0.
+
+    Source: the official code of Zhang et al., GAM, CVPR 2023 (`gam/gam.py`).
+
+    Example:
+        >>> import flatmin
+        >>> print(flatmin.compose("c-flat").inner_loop)
+        GradientNormAscent(ratio=1.0)
+    """
+
+    needs: ClassVar = frozenset({Need.PASS_1, Need.GRADIENT_AT_W})
+    uses_gradient: ClassVar = True
+    copies: ClassVar = 3
+    descents: ClassVar = 3
+    ratio: float = 10.0
+
+    def __post_init__(self) -> None:
+        check_range(self, "ratio", 0.0, 1e6, open_low=True)
+
+    def evaluations(self, ascent: int) -> float:
+        return 2 * (ascent + 1)
+
+    def __call__(self, ascend: Ascend, state: State, c: StepContext) -> Passes:
+        up = yield from ascend()
+        if up is None:
+            here = yield GradientRequest("descent")
+            return [here] * 3, {}
+        g, factors, eps = up.gradients, [self.ratio * f for f in up.factors], up.eps
+        first = yield GradientRequest("descent", up, share=0.0)
+        both = [
+            (i, f, b, a)
+            for i, f in zip(up.index, factors, strict=True)
+            if (a := g[i]) is not None and (b := first[i]) is not None
+        ]
+        index = [i for i, *_ in both]
+        rise = list(torch._foreach_sub([b for _, _, b, _ in both], [a for *_, a in both]))
+        norm = c.norm(rise)
+        e = Perturbation(index, rise, norm, norm, [f for _, f, _, _ in both], eps).tensors()
+        up = yield from ascend(Perturbation.of(index, list(e), c))
+        if up is None:
+            return [first] * 3, {}
+        second, total = up.gradients, dict(zip(index, e, strict=True))
+        for i, x in zip(up.index, up.tensors(), strict=True):
+            total[i] = total[i] + x if i in total else x
+        third = yield GradientRequest("descent", Perturbation.of(list(total), list(total.values()), c))
+        return [first, second, third], {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extrapolation(InnerLoop):
+    """SAMPa's two gradients, neither of which waits for the other: at w + eps and at the extrapolated point.
+
+        eps = rho v / ||v||,   y = w - lr (v + weight_decay w + momentum b)
+
+    with v = the gradient at the last step's y, and b the base's momentum where there is one; the first step is the
+    base's, with v its gradient.
+
+    The two can run on two devices at once. Here they run one after the other, so that a step costs what SAM's costs.
+
+    Args:
+        batch: of the gradient at w + eps: "same" (default, as the paper writes) or "previous" (official code): then the
+            step takes two closures, of the batch before and of this one.
+
+    Raises:
+        ValueError: another word; at construction of the optimizer, for another base than SGD.
+
+    Source: Xie, Pethick & Cevher, SAMPa: Sharpness-aware Minimization Parallelized, NeurIPS 2024, Alg. 1 and its code
+    (`train.py`), which adds the base's decay and momentum to y.
+
+    Example:
+        >>> import flatmin
+        >>> print(flatmin.compose("sampa").inner_loop)
+        Extrapolation(batch='same')
+    """
+
+    needs: ClassVar = frozenset({Need.SGD, Need.LR})
+    conflicts: ClassVar = {Need.ONE_ASCENT: "it takes a second gradient beside the ascent"}
+    reads: ClassVar = {"gradient": "direction.gradient"}
+    copies: ClassVar = 1
+    descents: ClassVar = 2
+    batch: str = "same"
+
+    def __post_init__(self) -> None:
+        check_choice(self, "batch", ("same", "previous"))
+
+    @property
+    def two_batches(self) -> bool:  # type: ignore[override]
+        return self.batch == "previous"
+
+    def demands(self) -> frozenset[Need]:
+        return self.needs | {Need.MICRO_BATCHES} if self.two_batches else self.needs
+
+    def evaluations(self, ascent: int) -> float:
+        return ascent + 2
+
+    def plain(self, c: StepContext) -> Generator[GradientRequest, Gradients, Gradients]:
+        return (yield GradientRequest("descent", chunk=1 if self.two_batches else None))
+
+    def __call__(self, ascend: Ascend, state: State, c: StepContext) -> Passes:
+        before, now = _two_batches(self, c) if self.two_batches else (None, None)
+        eps = yield from ascend()
+        if eps is None:
+            return [(yield GradientRequest("descent", chunk=now))], {}
+        index = list(eps.index)
+        above = yield GradientRequest("descent", eps, before)
+        ahead = Perturbation.of(index, self._ahead(state["gradient"], c), c)
+        return [above, (yield GradientRequest("descent", ahead, now, share=0.0))], {}
+
+    def _ahead(self, gradients: Gradients, c: StepContext) -> list[Tensor]:
+        """Y - w."""
+        moved: list[Tensor] = []
+        momenta = c.momentum if any(group["momentum"] for group in c.options) else [None] * len(c.w)
+        for g, w, group, buffer in zip(gradients, c.w, c.options, momenta, strict=True):
+            step = torch.zeros_like(w) if g is None else g.add(w, alpha=group["weight_decay"])
+            if buffer is not None:
+                step = step.add(buffer, alpha=group["momentum"])
+            moved.append(step * -learning_rate(group, self))
+        return moved

@@ -172,6 +172,11 @@ class Recipe:
                 reason = other.conflict(need)
                 if reason and other is not one:
                     raise ContradictionError(one, need, other, reason)
+        if self.combine.descents > self.inner_loop.descents:
+            raise ValueError(
+                f"combine {self.combine} takes {self.combine.descents} descent gradients, and inner_loop "
+                f"{self.inner_loop} gives {self.inner_loop.descents}."
+            )
         for origin in one.reads.values():
             kind, _, slot = origin.partition(".")
             if slot not in parts[kind].slots:
@@ -197,23 +202,28 @@ class Recipe:
             slots += (1 if kind in learns_late else 2) * sum(k == "param" for k in part.slots.values())
         return int(self.inner_loop.ascends) + slots + self.inner_loop.copies + int(self.combine.uses_gradient)
 
-    def for_length(self, total: int) -> Recipe:
-        """This recipe for a training of `total` updates: every part's `total` that is 0 is set to it.
+    def for_length(self, total: int, data_size: int | None = None) -> Recipe:
+        """This recipe for a training of `total` updates: every part's `total` and `data_size` that is 0 is set.
 
         Args:
             total: updates of the whole training, >= 1.
+            data_size: training samples, >= 1. Default None: a part's `data_size` stays as it is.
 
         Raises:
-            ValueError: total is not a whole number >= 1.
+            ValueError: not a whole number >= 1.
         """
-        given: Any = total
-        if isinstance(given, bool) or not isinstance(given, numbers.Integral) or given < 1:
-            raise ValueError(f"for_length: total must be a whole number of updates >= 1, got {total!r}.")
-        changed = {
-            kind: dataclasses.replace(part, **{"total": int(total)})
-            for kind, part in self.parts.items()
-            if part.parameters().get("total") == 0
-        }
+        known: dict[str, Any] = {"total": total} | ({} if data_size is None else {"data_size": data_size})
+        for name, value in known.items():
+            if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+                unit = "updates" if name == "total" else "samples"
+                raise ValueError(f"for_length: {name} must be a whole number of {unit} >= 1, got {value!r}.")
+        changed: dict[str, Part] = {}
+        for kind, part in self.parts.items():
+            unset = {
+                name: int(known[name]) for name, value in part.parameters().items() if name in known and value == 0
+            }
+            if unset:
+                changed[kind] = dataclasses.replace(part, **unset)
         return dataclasses.replace(self, **changed) if changed else self  # type: ignore[arg-type]
 
     def parameters(self) -> dict[str, Any]:

@@ -76,7 +76,9 @@ class Trainer:
         self.feed = Feed(self.data, config, world)
         self.model: nn.Module = build_model(config, self.data)
         check_fit(self.model, self.data, channels_last=config.channels_last)
-        self.recipe = build_recipe(config).for_length(updates(config, len(self.data.train), world.size))
+        self.recipe = build_recipe(config).for_length(
+            updates(config, len(self.data.train), world.size), len(self.data.train)
+        )
         self._check()
         self.schedule = build_schedule(config, self.feed.steps)
         sharded = world.size > 1 and config.parallel == "fsdp"
