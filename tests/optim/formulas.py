@@ -383,6 +383,7 @@ formula("rho-ramp", {}, {"start": 0.2, "end": 1.5, "total": 8})(
     lambda s, start=0.0, end=1.0, total=1000: sam(s, factor=start + (end - start) * min(s.k / total, 1.0))
 )
 
+
 @formula("functional-sam", {}, {"chunks": 3})
 def functional_sam(s, geometry=sphere, direction=lambda s, g: g):
     """J(w + eps)^T G(w)."""
