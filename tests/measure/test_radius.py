@@ -198,6 +198,7 @@ def test_words():
         "0.8             0.8           1.87      2.33 (1.67 to 3)",
         "",
         "The linear prediction is off by 50% at rho = 0.3 (0.2 to 0.6 over 3 batches), 3 times the present one.",
+        "This is where the linear prediction ends, and no radius to train with: that is often much smaller.",
     ]
 
 

@@ -17,6 +17,8 @@ OFF = 0.5
 RESOLUTION = 1e-5
 """The share of the loss below which a rise is rounding, in float32."""
 
+_WARNING = "This is where the linear prediction ends, and no radius to train with: that is often much smaller."
+
 Closure = Callable[[], Any]
 
 
@@ -110,7 +112,7 @@ class FoundRadius:
         )
 
     def __str__(self) -> str:
-        """A table of means over the batches, and what was found."""
+        """A table of means over the batches, what was found, and what it is not."""
         rows = [("rho", "predicted rise", "measured rise", "measured / predicted")]
         for i, radius in enumerate(self.radii):
             ratios = [each[i] for each in self.ratios]
@@ -125,7 +127,7 @@ class FoundRadius:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
         head = f"{self.method}, rho = {self.rho:.3g}, loss {_mean(self.losses):.4g} on {len(self.losses)} batches"
-        return "\n".join([head, "", *lines, "", self.sentence()])
+        return "\n".join([head, "", *lines, "", self.sentence(), _WARNING])
 
 
 def radius(
@@ -145,7 +147,8 @@ def radius(
     SAM's ascent solves a linear problem, so beyond the radius at which the loss is no longer linear it is an ascent
     along some direction only. With off = 1/2 the quadratic term is then half the linear one: the slope along the way
     has doubled or vanished. Where the loss is a parabola along SAM's way this radius is ||g|| / |h|, h the curvature
-    along g, which is also how far away the parabola's minimum lies, downhill.
+    along g, which is also how far away the parabola's minimum lies, downhill. It is a diagnostic and no radius to train
+    with: where both were compared, the radius that validation chose was mostly far below it.
 
     It costs for each batch one gradient, and for each radius those of an ascent and one more: with the defaults 27 for
     SAM. Nothing is changed, see `flatmin.SAM.rise`; memories of the method are as they are, filled or empty.
