@@ -151,7 +151,7 @@ def needs(table: Mapping[str, Method]) -> str:
     rows.append((
         "length",
         _listed(name for name, recipe in recipes.items() if recipe.for_length(1) != recipe),
-        "the length of the training: `recipe.for_length(epochs * len(loader))`",
+        "the length of the training or its samples: `recipe.for_length(epochs * len(loader), len(data))`",
     ))  # fmt: skip
     return _table(("needs", "methods", "what that is, and what to write"), rows)
 

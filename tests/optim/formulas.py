@@ -24,6 +24,7 @@ from tests.optim.reference import (
     decay,
     dense_hessian,
     each,
+    fisher,
     gradient,
     logits,
     mean,
@@ -152,6 +153,11 @@ def gcsam(s):
     return sam(s, geometry=centralised)
 
 
+@formula("fisher-sam", {}, {"eta": 25.0}, {"eta": 25.0, "norm": "euclid"})
+def fisher_sam(s, **params):
+    return sam(s, geometry=partial(fisher, **params))
+
+
 def halves(of_sam):
     """The direction of one gradient with the magnitude of the other; `of_sam`: whose direction."""
 
@@ -275,6 +281,13 @@ def sam_db(s):
     return s.grad(s.w + s.eps(s.grad(s.w, 0)), 1)
 
 
+@formula("imbsam", {"chunks": 2})
+def imbsam(s, direction=lambda s, g: g, on=True):
+    """The sum of the head's gradient, piece 0, and of SAM's on the tail, piece 1."""
+    at = s.w + s.eps(direction(s, s.grad(s.w, 1))) if on else s.w
+    return s.grad(s.w, 0) + s.grad(at, 1)
+
+
 @formula("gsam", {}, {"alpha": 0.1})
 def gsam(s, alpha=0.4, factor=1.0):
     g, gs = s.both(factor)
@@ -295,6 +308,20 @@ def wsam(s, gamma=0.9, coupled=False, **part):
 def gnp(s, alpha=0.8):
     g, gs = s.both()
     return (1 - alpha) * g + alpha * gs
+
+
+@formula("sagm", {}, {"alpha": 0.3})
+def sagm(s, alpha=0.001, factor=1.0):
+    gs = sam(s, geometry=lambda s, d, rho: (rho / d.norm() - alpha) * d, factor=factor)
+    return (s.grad(s.w) + gs) / 2
+
+
+@formula("cr-sam", {}, {"gamma": 0.5, "beta": 0.3})
+def cr_sam(s, gamma=0.1, beta=0.01, geometry=sphere):
+    g = s.grad(s.w)
+    eps = s.eps(g, geometry)
+    above, below = s.grad(s.w + eps), s.grad(s.w - eps)
+    return above + gamma * (above + below - 2 * g) + beta * (above - below)
 
 
 @formula("looksam", {}, {"k": 3, "alpha": 0.4}, {"k": 3, "phase": 2})
@@ -345,6 +372,26 @@ def sam_on(s, kinds=None):
 @formula("only", {"only": "*.weight"}, {"only": "0.*, 3.w*", "but": "0.w*"})
 def only(s, only, but=None):
     return of(s, ("0.weight", "2.weight", "3.weight") if but is None else ("0.bias", "3.weight"))
+
+
+@formula("zsharp", {}, {"q": 0.5}, {"q": 0.5, "per_tensor": True})
+def zsharp(s, q=0.95, per_tensor=False, geometry=sphere):
+    """Of matrices the entries with |z| above its quantile; as coded every matrix has a norm of its own."""
+
+    def kept(x):
+        z = ((x - x.mean()) / (x.std() + 1e-12)).abs()
+        return torch.where(z > z.quantile(q), x, 0.0)
+
+    def filtered(s, d, rho):
+        parts = list(zip(d.split([math.prod(h) for h in s.shapes]), s.shapes, strict=True))
+        t = [kept(p) if len(h) > 1 else p for p, h in parts]
+        if not per_tensor:
+            return geometry(s, torch.cat(t), rho)
+        return rho * torch.cat(
+            [x / ((x if len(h) > 1 else d).norm() + 1e-12) for x, (_, h) in zip(t, parts, strict=True)]
+        )
+
+    return sam(s, geometry=filtered)
 
 
 @formula("saner", {}, {"alpha": 0.8, "warm_up": 5})
@@ -471,6 +518,12 @@ def sampa(s, lam=0.2, batch="same"):
 # -- compositions that cross a stateful part, another loss, another norm, another rule -----------------------------
 
 formula("vasso+bisam-log+asam")(lambda s: sam(s, direction=ema, loss=bisam_log(), geometry=adaptive))
+formula("vasso+fisher-sam", {"eta": 25.0})(lambda s, eta: sam(s, direction=ema, geometry=partial(fisher, eta=eta)))
+formula("zsharp+asam", {"q": 0.5})(lambda s, q: zsharp(s, q, geometry=adaptive))
+formula("sagm+rho-lr", {"alpha": 0.3})(lambda s, alpha: sagm(s, alpha, factor=with_lr(s)))
+formula("cr-sam+asam", {"beta": 0.3})(lambda s, beta: cr_sam(s, beta=beta, geometry=adaptive))
+formula("vasso+imbsam", {"chunks": 2})(lambda s: imbsam(s, direction=ema))
+formula("imbsam+bernoulli", {"chunks": 2})(lambda s: imbsam(s, on=s.coin()))
 formula("fsam+usam")(lambda s: sam(s, direction=friendly, geometry=unnormalised))
 formula("gsam+rho-lr")(lambda s: gsam(s, factor=with_lr(s)))
 formula("wsam+vasso+asam")(lambda s: wsam(s, direction=ema, geometry=adaptive))

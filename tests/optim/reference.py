@@ -144,6 +144,12 @@ def centralised(s, d, rho):
     return rho * torch.cat([p.flatten() for p in centred]) / (d.norm() + EPS)
 
 
+def fisher(s, d, rho, eta=1.0, norm="metric"):
+    """The largest <d, eps> with <eps, F eps> <= rho^2, F = 1 + eta d^2; or F^-1 d at length rho."""
+    natural = d / (1 + eta * d**2)
+    return rho * natural / ((natural.norm() if norm == "euclid" else (d @ natural).sqrt()) + EPS)
+
+
 # -- runs ----------------------------------------------------------------------------------------------------------
 
 

@@ -236,6 +236,7 @@ LIMITS = [
     ("vasso", {"theta": 1.0}, "sam", True),
     ("fsam", {"sigma": 0.0}, "sam", True),
     ("esam", {"beta": 1.0, "gamma": 1.0}, "sam", True),
+    ("fisher-sam", {"eta": 0.0}, "sam", True),
     ("micro-sam", {"chunks": 1}, "sam", True),
     ("sam", {"chunks": 1}, "sam", True),
     ("ssam-f", {"sparsity": 0.0}, "sam", True),
@@ -261,7 +262,11 @@ LIMITS = [
     ("wsam", {"gamma": 0.0, "coupled": True}, "sgd", False),
     ("gnp", {"alpha": 1.0}, "sam", False),
     ("gnp", {"alpha": 0.0}, "sgd", False),
+    ("cr-sam", {"gamma": 0.0, "beta": 0.0}, "sam", False),
     ("looksam", {"k": 5, "alpha": 0.0}, "every-k", False),
+    ("gam", {"beta3": 0.0, "gamma": 0.0}, "sam", True),
+    ("c-flat", {"lam": 0.0}, "sam", True),
+    ("eigen-sam", {"alpha": 0.0}, "sam", False),
 ]
 
 

@@ -9,7 +9,19 @@ from torch import Tensor
 from flatmin.methods.context import NewState, State, StepContext, Tensors, filled
 from flatmin.methods.part import Need, Part, check_choice, check_count, check_range, learning_rate
 
-__all__ = ["BSAM", "GNP", "GSAM", "SANER", "WSAM", "Combine", "Descent", "DirectionMagnitude", "LookSAM", "SAMPa"]
+__all__ = [
+    "BSAM",
+    "GNP",
+    "GSAM",
+    "SANER",
+    "WSAM",
+    "Combine",
+    "Descent",
+    "DirectionMagnitude",
+    "LookSAM",
+    "Mean",
+    "SAMPa",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,6 +210,27 @@ class GNP(Combine):
     def __call__(self, g: Tensors | None, gs: list[Tensors], state: State, c: StepContext) -> tuple[Tensors, NewState]:
         assert g is not None
         return list(torch._foreach_lerp(g, gs[0], self.alpha)), {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mean(Combine):
+    """u = (g + g_s) / 2: GNP at alpha = 1/2, without a parameter that could be taken for the method's own alpha.
+
+    Source: Wang et al., Sharpness-Aware Gradient Matching for Domain Generalization, CVPR 2023, whose sum of two losses
+    the authors' code halves.
+
+    Example:
+        >>> import flatmin
+        >>> print(flatmin.compose("sagm").combine)
+        Mean()
+    """
+
+    needs: ClassVar = frozenset({Need.GRADIENT_AT_W})
+    uses_gradient: ClassVar = True
+
+    def __call__(self, g: Tensors | None, gs: list[Tensors], state: State, c: StepContext) -> tuple[Tensors, NewState]:
+        assert g is not None
+        return list(torch._foreach_lerp(g, gs[0], 0.5)), {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -420,7 +453,7 @@ class SAMPa(Combine):
     """SAMPa: u = (1 - lam) g_1 + lam g_2, with the gradients of `Extrapolation`: at w + eps and one step ahead.
 
     Args:
-        lam: in [0, 1]. Default 0.2 (official code).
+        lam: in [0, 1]. Default 0.2 (official code), as the default rho 0.1.
 
     Raises:
         ValueError: out of range.
@@ -437,6 +470,7 @@ class SAMPa(Combine):
     """
 
     descents: ClassVar = 2
+    default_rho: ClassVar = 0.1
     lam: float = 0.2
 
     def __post_init__(self) -> None:

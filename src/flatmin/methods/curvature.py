@@ -138,7 +138,7 @@ class EigenSAM(Direction):
 
     step_dependent: ClassVar = True
     slots: ClassVar = {"vector": "param"}
-    needs: ClassVar = frozenset({Need.SECOND_ORDER, Need.RANDOM})
+    needs: ClassVar = frozenset({Need.SECOND_ORDER, Need.RANDOM, Need.ONE_ASCENT})
     alpha: float = 0.2
     iterations: int = 5
     interval: int = 100

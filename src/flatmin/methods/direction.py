@@ -309,7 +309,7 @@ class BSAMNoise(Direction):
 
     def validate(self) -> None:
         if not self.data_size:
-            raise ValueError("bsam needs data_size=N, the number of training samples, which says how large its noise is.")
+            raise ValueError("bsam needs data_size=N, the number of training samples, by which its noise is scaled.")
 
     def start(self, state: State, c: StepContext) -> Tensors:
         spread = torch._foreach_sqrt(torch._foreach_mul(filled(state["s"], c.w), self.data_size))

@@ -10,7 +10,7 @@ from flatmin.methods.combine import Combine
 from flatmin.methods.context import NewState, State, StepContext, Tensors
 from flatmin.methods.part import Need, check_range
 
-__all__ = ["GAM", "CFlat"]
+__all__ = ["CRSAM", "GAM", "CFlat"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +26,8 @@ class GAM(Combine):
         beta2: weight of g_2, by its absolute value, as coded. Default -1.
         beta3: weight of g_3, >= 0. Default 1; with beta3 = gamma = 0 the method is SAM.
         gamma: weight of the part across v, >= 0. Default 0.03.
+
+    The default rho is 0.02.
 
     Raises:
         ValueError: out of range.
@@ -44,6 +46,7 @@ class GAM(Combine):
     uses_gradient: ClassVar = True
     descents: ClassVar = 3
     always: ClassVar = True
+    default_rho: ClassVar = 0.02
     beta1: float = 1.0
     beta2: float = -1.0
     beta3: float = 1.0
@@ -72,7 +75,7 @@ class CFlat(Combine):
     """C-Flat: u = g_1 + lam (g_3 - g_2), with the gradients of `GradientNormAscent`.
 
     Args:
-        lam: weight of the first-order flatness, >= 0. Default 0.2 (the code's); 0 is SAM.
+        lam: weight of the first-order flatness, >= 0. Default 0.2 (the code's); 0 is SAM. The default rho is 0.1.
 
     Raises:
         ValueError: out of range.
@@ -86,6 +89,7 @@ class CFlat(Combine):
     """
 
     descents: ClassVar = 3
+    default_rho: ClassVar = 0.1
     lam: float = 0.2
 
     def __post_init__(self) -> None:
@@ -94,4 +98,50 @@ class CFlat(Combine):
     def __call__(self, g: Tensors | None, gs: list[Tensors], state: State, c: StepContext) -> tuple[Tensors, NewState]:
         u = list(torch._foreach_add(gs[0], gs[2], alpha=self.lam))
         torch._foreach_sub_(u, gs[1], alpha=self.lam)
+        return u, {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CRSAM(Combine):
+    """CR-SAM: u = g_+ + gamma (g_+ + g_- - 2 g) + beta (g_+ - g_-), with the gradients g_+- at w +- eps.
+
+    These are finite differences of the gradient along eps: gamma weighs the part of second order in eps, which is 0
+    where the loss is quadratic, and beta the part of first order, 2 H eps. Default rho 0.1.
+
+    Args:
+        gamma: >= 0. Default 0.1 (official code).
+        beta: >= 0. Default 0.01 (the official command line; its class has 0.1). gamma = beta = 0 is SAM.
+
+    Raises:
+        ValueError: out of range.
+
+    Gradients in half precision are too coarse for the differences. The paper regularises a normalised trace of the
+    Hessian; whether its algorithm is what the code does could not be read.
+
+    Source: Wu, Luo & Wunsch, CR-SAM: Curvature Regularized Sharpness-Aware Minimization, AAAI 2024, and the authors'
+    code.
+
+    Example:
+        >>> import flatmin
+        >>> print(flatmin.compose("cr-sam", beta=0.1).combine)
+        CRSAM(gamma=0.1, beta=0.1)
+    """
+
+    default_rho: ClassVar = 0.1
+    needs: ClassVar = frozenset({Need.GRADIENT_AT_W})
+    uses_gradient: ClassVar = True
+    descents: ClassVar = 2
+    gamma: float = 0.1
+    beta: float = 0.01
+
+    def __post_init__(self) -> None:
+        check_range(self, "gamma", 0.0, 1e6)
+        check_range(self, "beta", 0.0, 1e6)
+
+    def __call__(self, g: Tensors | None, gs: list[Tensors], state: State, c: StepContext) -> tuple[Tensors, NewState]:
+        assert g is not None
+        below, above = gs
+        # (gamma + beta) (g_+ - g) + (gamma - beta) (g_- - g): the near ones are subtracted first
+        u = list(torch._foreach_add(above, torch._foreach_sub(above, g), alpha=self.gamma + self.beta))
+        torch._foreach_add_(u, torch._foreach_sub(below, g), alpha=self.gamma - self.beta)
         return u, {}

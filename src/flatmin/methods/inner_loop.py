@@ -11,9 +11,11 @@ from flatmin.methods.context import Ascend, GradientRequest, Gradients, NewState
 from flatmin.methods.part import Need, Part, check_choice, check_count, check_range, learning_rate
 
 __all__ = [
+    "BothSides",
     "DifferentBatch",
     "Extrapolation",
     "GradientNormAscent",
+    "HeadAndTail",
     "InnerLoop",
     "MicroBatches",
     "NStep",
@@ -39,6 +41,8 @@ class InnerLoop(Part):
             that trains on single batches gives the batch before as the first. Default False.
         uses_gradient: whether it looks at `Perturbation.gradients`, which are kept for it only. Default False.
         copies: of the moved weights that it holds during the last pass. Default 0.
+        closures_for: what its closures stand for, one for each, where they are not equal parts of a batch, such as "the
+            head and the tail". Loops that divide batches by themselves refuse it. Default "": parts of a batch.
         descents: how many descent gradients it gives. Default 1.
     """
 
@@ -50,6 +54,7 @@ class InnerLoop(Part):
     two_batches: ClassVar[bool] = False
     uses_gradient: ClassVar[bool] = False
     copies: ClassVar[int] = 0
+    closures_for: ClassVar[str] = ""
     descents: ClassVar[int] = 1
 
     def conflict(self, need: Need) -> str | None:
@@ -241,6 +246,92 @@ def _two_batches(owner: InnerLoop, c: StepContext) -> tuple[int, int]:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HeadAndTail(InnerLoop):
+    """ImbSAM: the tail of the classes climbs and descends, the head descends at w.
+
+        eps = rho g_T / ||g_T||,  g_T = grad L_T(w),   u = grad L_H(w) + grad L_T(w + eps)
+
+    `optimizer.step([closure_of_L_H, closure_of_L_T])`, or `passes(chunks=2)`: chunk 0 is the head, chunk 1 the tail.
+    The two gradients are added, so both closures divide by the size of the whole batch:
+
+        L_H = 1/B sum of the losses of head samples,   L_T = weight/B sum of the losses of tail samples
+
+    with weight = 2 in the official code, whose tail is the classes of fewer than 20 training samples; with weight = 1
+    the sum is the plain mean. A closure whose part is empty must still give a loss with a graph, so take the outputs of
+    the whole batch, as BatchNorm wants it anyway, and then the samples. What `step` returns is the mean of the two.
+
+    Raises:
+        ValueError: at the step, for another number of closures than two.
+
+    Source: Zhou, Qu, Xu & Shen, ImbSAM: A Closer Look at Sharpness-Aware Minimization in Class-Imbalanced Recognition,
+    ICCV 2023, and the authors' code.
+
+    Example:
+        >>> import flatmin
+        >>> print(flatmin.compose("imbsam").inner_loop)
+        HeadAndTail()
+    """
+
+    needs: ClassVar = frozenset({Need.MICRO_BATCHES, Need.PASS_1, Need.DESCENT_LOSS})
+    conflicts: ClassVar = {
+        Need.GRADIENT_AT_W: "pass 1 sees the tail alone",
+        Need.LOSSES_AT_W: "the head is descended on without a pass before",
+    }
+    copies: ClassVar[int] = 1
+    closures_for: ClassVar[str] = "the head and the tail of the classes"
+
+    def evaluations(self, ascent: int) -> float:
+        return ascent + 2
+
+    def _head(self, c: StepContext) -> Generator[GradientRequest, Gradients, Gradients]:
+        if c.chunks != 2:
+            raise ValueError(f"HeadAndTail wants two closures, for {self.closures_for}; got {c.chunks}.")
+        return accumulate([], (yield GradientRequest("descent", chunk=0)), 1.0)
+
+    def plain(self, c: StepContext) -> Generator[GradientRequest, Gradients, Gradients]:
+        head = yield from self._head(c)
+        return accumulate(head, (yield GradientRequest("descent", chunk=1)), 1.0)
+
+    def __call__(self, ascend: Ascend, state: State, c: StepContext) -> Passes:
+        head = yield from self._head(c)
+        eps = yield from ascend(chunk=1)
+        return [accumulate(head, (yield GradientRequest("descent", eps, 1)), 1.0)], {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BothSides(InnerLoop):
+    """One ascent, then the descent gradients at w - eps and at w + eps, in this order.
+
+    The last pass, whose loss is that at w + eps, is SAM's own; the one at w - eps is a probe, which diagnostics and
+    weights of other optimizers do not see.
+
+    Source: Wu, Luo & Wunsch, CR-SAM: Curvature Regularized Sharpness-Aware Minimization, AAAI 2024.
+
+    Example:
+        >>> import flatmin
+        >>> print(flatmin.compose("cr-sam").inner_loop)
+        BothSides()
+    """
+
+    needs: ClassVar = frozenset({Need.DESCENT_LOSS})
+    conflicts: ClassVar = {Need.LOSSES_AT_W: "it descends at two points"}
+    copies: ClassVar[int] = 1
+    descents: ClassVar[int] = 2
+
+    def evaluations(self, ascent: int) -> float:
+        return ascent + 2
+
+    def __call__(self, ascend: Ascend, state: State, c: StepContext) -> Passes:
+        eps = yield from ascend()
+        if eps is None:
+            at_w = yield GradientRequest("descent")
+            return [at_w, at_w], {}
+        back = Perturbation.of(eps.index, list(torch._foreach_neg(eps.tensors())), c)
+        below = yield GradientRequest("descent", back, share=0.0)
+        return [below, (yield GradientRequest("descent", eps))], {}
+
+
+@dataclass(frozen=True, kw_only=True)
 class NoAscent(InnerLoop):
     """No ascent: one gradient, at w."""
 
@@ -280,6 +371,10 @@ class GradientNormAscent(InnerLoop):
     """
 
     needs: ClassVar = frozenset({Need.PASS_1, Need.GRADIENT_AT_W})
+    conflicts: ClassVar = {
+        Need.LOSSES_AT_W: "it climbs twice, and the second time from beside w",
+        Need.ONE_ASCENT: "it takes two",
+    }
     uses_gradient: ClassVar = True
     copies: ClassVar = 3
     descents: ClassVar = 3

@@ -115,6 +115,16 @@ BUILT_IN = (
         note="the norm is that before centring, as in the code",
     ),
     Method(
+        name="fisher-sam",
+        title="Fisher SAM",
+        parts=(geometry.FisherMetric(),),
+        formula="eps = rho F^-1 g / sqrt(<g, F^-1 g>),  F = 1 + eta g^2",
+        paper="Kim, Li, Hu & Hospedales, Fisher SAM: Information Geometry and Sharpness Aware Minimisation, ICML 2022",
+        url="https://arxiv.org/abs/2206.04920",
+        summary="SAM in the ellipsoid of the diagonal Fisher metric.",
+        note="no official code is known: as a public re-implementation, F of the batch's mean gradient",
+    ),
+    Method(
         name="sam-direction",
         title="SAMDIRECTION",
         parts=(combine.DirectionMagnitude(keep="direction"),),
@@ -182,6 +192,17 @@ BUILT_IN = (
         note="two closures; a probe, not a method to train with",
     ),
     Method(
+        name="imbsam",
+        title="ImbSAM",
+        parts=(inner_loop.HeadAndTail(),),
+        formula="eps = rho g_T / ||g_T||,  u = grad L_H(w) + grad L_T(w + eps),  H head and T tail of the classes",
+        paper="Zhou, Qu, Xu & Shen, ImbSAM: A Closer Look at Sharpness-Aware Minimization in Class-Imbalanced "
+        "Recognition, ICCV 2023",
+        url="https://arxiv.org/abs/2308.07815",
+        summary="Seek flatness for rare classes only.",
+        note="two closures, the code's tail counts twice; see [below](#head-and-tail)",
+    ),
+    Method(
         name="gsam",
         title="GSAM",
         parts=(combine.GSAM(),),
@@ -210,6 +231,26 @@ BUILT_IN = (
         url="https://arxiv.org/abs/2202.03599",
         summary="A mixture of the gradients at w and at w + eps.",
         note="the code's default mixes g / ||g||, against its text",
+    ),
+    Method(
+        name="sagm",
+        title="SAGM",
+        parts=(geometry.SAGM(), combine.Mean()),
+        formula="eps = (rho / ||g|| - alpha) g,  u = (g + g_s) / 2",
+        paper="Wang, Zhang, Lei & Zhang, Sharpness-Aware Gradient Matching for Domain Generalization, CVPR 2023",
+        url="https://arxiv.org/abs/2303.10353",
+        summary="Lower the loss, the perturbed loss and the angle between their gradients.",
+        note="the code's mean for the paper's sum of two losses; a radius rule scales alpha too",
+    ),
+    Method(
+        name="cr-sam",
+        title="CR-SAM",
+        parts=(inner_loop.BothSides(), finite_differences.CRSAM()),
+        formula="u = g_+ + gamma (g_+ + g_- - 2 g) + beta (g_+ - g_-),  g_+- = grad L(w +- eps)",
+        paper="Wu, Luo & Wunsch, CR-SAM: Curvature Regularized Sharpness-Aware Minimization, AAAI 2024",
+        url="https://arxiv.org/abs/2312.13555",
+        summary="Lower the curvature along eps as well, by gradients on both sides of w.",
+        note="as the code; beta = 0.01 of its command line, 0.1 in its class",
     ),
     Method(
         name="looksam",
@@ -272,8 +313,8 @@ BUILT_IN = (
         paper="Moellenhoff & Khan, SAM as an Optimal Relaxation of Bayes, ICLR 2023",
         url="https://arxiv.org/abs/2210.01620",
         summary="A posterior over the weights: noise, ascent and step scaled by a running curvature s.",
-        note="wants data_size=N and SGD without momentum and weight decay; official CIFAR runs have lr 0.5, rho 0.01; a "
-        "batch is not split",
+        note="wants data_size=N and SGD without momentum and weight decay; official CIFAR runs have lr 0.5, rho 0.01; "
+        "a batch is not split",
     ),
     Method(
         name="functional-sam",

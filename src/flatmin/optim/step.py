@@ -166,7 +166,7 @@ class Step:
         if tools.scaling is not None:
             self._refuse_unscaled(tools.scaling)
         self.inside, self._last = True, None
-        if not (self.plain and self.closed):
+        if self.index or not (self.plain and self.closed):
             for w in self.inputs.weights:
                 w.grad = None
             for w in tools.weights.layout.frozen:

@@ -71,7 +71,7 @@ def refusal(recipe: Recipe, loop: Loop) -> str | None:
             return "needs second derivatives, which a GradScaler's scale would not leave finite"
         if loop in (Loop.DDP, Loop.LOCAL, Loop.SHARDED):
             return _SILENT
-    if loop is Loop.LOCAL and recipe.combine.uses_gradient:
+    if loop is Loop.LOCAL and (recipe.combine.uses_gradient or recipe.inner_loop.uses_gradient):
         return "hands the gradient of pass 1 to the base, so it must be the same on every replica"
     if loop is Loop.LOCAL and Need.DECIDES_BY_VALUE in needs:
         return "decides by the gradient of pass 1, so it must be the same on every replica"
@@ -98,6 +98,19 @@ def check_criterion(recipe: Recipe, criterion: Criterion | None) -> None:
         if criterion is None:
             raise ValueError(f"{name} needs {Need.PER_SAMPLE.value}.")
         criterion.check_per_sample()
+
+
+def check_divided(recipe: Recipe) -> None:
+    """Refuse, for a loop that divides batches by itself, a recipe whose closures are not equal parts of a batch.
+
+    Raises:
+        ValueError: what the closures are, and what to do.
+    """
+    if what := recipe.inner_loop.closures_for:
+        raise ValueError(
+            f"{recipe.name} takes one closure each for {what}, which this loop cannot tell apart; write a loop of your "
+            "own with optimizer.step([closure, closure])."
+        )
 
 
 def check_recipe(

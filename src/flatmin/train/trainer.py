@@ -17,6 +17,7 @@ from flatmin.data.dataset import Data
 from flatmin.methods import Need, Recipe, compose, method_table
 from flatmin.methods.losses import smoothed_cross_entropy
 from flatmin.optim import SAM, Criterion
+from flatmin.optim.support import check_divided
 from flatmin.train.average import WeightAverage
 from flatmin.train.config import RunConfig, derive_seed
 from flatmin.train.feed import Batch, Feed, steps_of
@@ -246,6 +247,7 @@ class Trainer:
 
     def _check(self) -> None:
         config = self.config
+        check_divided(self.recipe)
         if config.accumulate > 1 and Need.MICRO_BATCHES in self.recipe.needs:
             other = self.recipe.inner_loop.two_batches
             itself = f"divides each batch by itself (micro_batches={config.micro_batches})"
