@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import adapters, calls, cost, counts, curvature, equiv, gpu, kernels, perturb, step, train
+from benchmarks import adapters, calls, cost, counts, curvature, equiv, gpu, kernels, perturb, radius, step, train
 from benchmarks.results import RESULTS, BenchmarkResult, append_json, environment, write_page
 
 BENCHMARKS = {
@@ -21,6 +21,7 @@ BENCHMARKS = {
     "curvature": curvature,
     "train": train,
     "adapters": adapters,
+    "radius": radius,
     "kernels": kernels,
 }
 DATED = Path()

@@ -21,7 +21,7 @@ from flatmin.measure.landscape import Slice, landscape
 from flatmin.measure.losses import LogitNormalised, error_rate
 from flatmin.measure.presets import pyhessian_batch, sam_paper
 from flatmin.measure.problem import Problem, restricted, under
-from flatmin.measure.report import REPORT, SECTIONS, ReportSettings, chosen, plain, report
+from flatmin.measure.report import OF_METHOD, REPORT, SECTIONS, ReportSettings, chosen, plain, report
 from flatmin.measure.sharpness import curve, m_sharpness, worst_case
 from flatmin.measure.trace import density, frobenius, trace
 from tests.measure.nets import Tied, batches, dense_hessian, function_of, make
@@ -30,6 +30,7 @@ from tests.measure.nets import Tied, batches, dense_hessian, function_of, make
 MODULE = importlib.import_module("flatmin.measure.sections")
 RECORD = importlib.import_module("flatmin.measure.record")
 
+OF_PROBLEM = [name for name in SECTIONS if name not in OF_METHOD]
 SMALL = ReportSettings(points=5, plane=3, steps=5, runs=1, ascent_steps=3, draws=2, probes=20, rhos=(0.05, 0.1))
 ASCENT = {"steps": 3, "seed": 0}
 
@@ -251,11 +252,11 @@ class TestOneRun:
 
 class TestWhat:
     def test_words(self):
-        assert chosen("report") == list(REPORT) and chosen("all") == list(SECTIONS)
+        assert chosen("report") == list(REPORT) and chosen("all") == OF_PROBLEM
         assert chosen(" trace , model,") == chosen(["trace", "model"]) == ["trace", "model"]
         assert chosen("model,model,report").count("model") == 1
         assert chosen("layers,report") == ["layers", *REPORT]
-        assert set(SECTIONS) - set(REPORT) == {"flatness", "layers", "published"}
+        assert set(SECTIONS) - set(REPORT) == {"flatness", "layers", "published", *OF_METHOD}
 
     def test_the_sections_come_in_the_order_asked_for(self, problem):
         found = report(problem, ["layers", "model"], settings=SMALL)
@@ -282,7 +283,7 @@ class TestWhat:
         report(problem, "all", settings=SMALL, progress=lambda what, share: comparison.append((what, share)))
         assert all(0.0 <= share <= 1.0 for _, share in comparison)
         done = [what for what, share in comparison if what in SECTIONS and share == 1.0]
-        assert list(dict.fromkeys(done)) == list(SECTIONS), "some measures are called as their section is"
+        assert list(dict.fromkeys(done)) == OF_PROBLEM, "some measures are called as their section is"
         assert {"eigenvalues", "trace", "worst case", "plane"} <= {what for what, _ in comparison}
 
 
@@ -525,7 +526,7 @@ def numbers_in(value):
 class TestPlain:
     def test_it_is_json_with_the_conventions_of_every_number(self, whole):
         found = json.loads(json.dumps(whole.to_dict(), allow_nan=False))
-        assert list(found["sections"]) == list(SECTIONS)
+        assert list(found["sections"]) == OF_PROBLEM
         assert found["conventions"]["loss"] == "CrossEntropyLoss" and found["conventions"]["examples"] == 17
         assert found["settings"]["rhos"] == [0.05, 0.1]
         for s in whole.sections:

@@ -42,7 +42,7 @@ def measure(
         str,
         typer.Option(
             help="report, all, or some of these, separated by commas: model, hessian, trace, density, sharpness, "
-            "flatness, layers, published, landscape.",
+            "flatness, layers, published, landscape, radius (of the run's own method; not in all).",
             autocompletion=complete.several_of("measures"),
         ),
     ] = "report",

@@ -9,6 +9,7 @@ from flatmin.measure.landscape import landscape
 from flatmin.measure.losses import LogitNormalised, error_rate
 from flatmin.measure.paths import bezier, linear
 from flatmin.measure.problem import Conventions, Problem, restricted, under
+from flatmin.measure.radius import FoundRadius, radius
 from flatmin.measure.report import Report, ReportSettings, report
 from flatmin.measure.sharpness import Sharpness, curve, m_sharpness, worst_case
 from flatmin.measure.trace import density, diagonal, frobenius, trace
@@ -25,6 +26,7 @@ __all__ = [
     "EmpiricalFisher",
     "Fisher",
     "Follow",
+    "FoundRadius",
     "GaussNewton",
     "Hessian",
     "LogitNormalised",
@@ -48,6 +50,7 @@ __all__ = [
     "m_sharpness",
     "pac_bayes",
     "pca",
+    "radius",
     "relative_flatness",
     "report",
     "restricted",

@@ -14,11 +14,13 @@ from torch import Tensor
 
 from flatmin.measure.problem import Conventions, Problem
 from flatmin.measure.sections import SECTIONS
-from flatmin.measure.session import Progress, Quantity, ReportSection, ReportSettings, Session
+from flatmin.measure.session import Ascents, Progress, Quantity, ReportSection, ReportSettings, Session
 from flatmin.words import suggest
 
 __all__ = ["REPORT", "SECTIONS", "Quantity", "Report", "ReportSection", "ReportSettings", "chosen", "plain", "report"]
 
+OF_METHOD = ("radius",)
+"""Sections about a method; the others need a problem alone."""
 REPORT = ("model", "hessian", "trace", "density", "sharpness", "landscape")
 _LARGEST = 100_000
 _VECTORS = {"basis", "top_vectors", "bottom_vectors", "displacement", "vector", "diagonal", "origin"}
@@ -78,6 +80,7 @@ def report(
     folder: Path | None = None,
     progress: Progress | None = None,
     on_section: Callable[[Report], None] | None = None,
+    ascents: Ascents | None = None,
 ) -> Report:
     """Measure a problem by sections, which share one Krylov run.
 
@@ -86,13 +89,15 @@ def report(
     Args:
         problem: the function.
         what: sections by name, with commas or as a list: "model", "hessian", "trace", "density", "sharpness",
-            "flatness", "layers", "published", "landscape"; "report" for all but flatness, layers and published, "all"
-            for all. Default "report".
+            "flatness", "layers", "published", "landscape", "radius"; "report" for all but flatness, layers,
+            published and radius, "all" for all but radius. Default "report".
         settings: how. Default: `ReportSettings()`.
         folder: where landscapes are kept and continued. Default: nowhere.
         progress: called with (what is measured, share of it done).
         on_section: called after each section, and on an interrupt, with the report as far as it has come;
             what has not been reached is missing there. Default: not called.
+        ascents: gives a context with the optimizer and closures of a few batches, for "radius". Default: no method is
+            known.
 
     Raises:
         ValueError: an unknown section.
@@ -107,7 +112,7 @@ def report(
         ['loss', 'error_rate', 'gradient_norm', 'weight_norm']
     """
     names = chosen(what)
-    session = Session(problem, settings, folder=folder, progress=progress)
+    session = Session(problem, settings, folder=folder, progress=progress, ascents=ascents)
     sections = {name: _section(name, missing={SECTIONS[name][0]: "it was not reached."}) for name in names}
 
     def so_far() -> Report:
@@ -156,7 +161,11 @@ def chosen(what: str | Sequence[str]) -> list[str]:
         ValueError: an unknown one, or none.
     """
     words = [word.strip() for word in (what.split(",") if isinstance(what, str) else what) if word.strip()]
-    groups = {"report": REPORT, "card": REPORT, "all": tuple(SECTIONS)}  # "card": an older spelling
+    groups = {
+        "report": REPORT,
+        "card": REPORT,
+        "all": tuple(name for name in SECTIONS if name not in OF_METHOD),
+    }  # "card": an older spelling
     unknown = [word for word in words if word not in groups and word not in SECTIONS]
     if unknown or not words:
         choices = ["report", "all", *SECTIONS]

@@ -19,6 +19,7 @@ from flatmin.measure.landscape import landscape
 from flatmin.measure.losses import LogitNormalised, error_rate, logits_of, with_logits
 from flatmin.measure.presets import PublishedNumbers, empirical_sam, pyhessian_batch, sam_paper
 from flatmin.measure.problem import Problem, first_tensor, restricted, under
+from flatmin.measure.radius import radius
 from flatmin.measure.session import Quantity, Session, closeness
 from flatmin.measure.sharpness import Grouped, Sharpness, curve, m_sharpness, worst_case
 from flatmin.measure.trace import Estimate, density, frobenius, trace
@@ -333,6 +334,27 @@ def _landscape(session: Session) -> None:
         session.missing["random directions"] = "no selected weight is a matrix that is not zero."
 
 
+def _radius(session: Session) -> None:
+    if session.ascents is None:
+        raise ValueError(
+            "it is that of a method's own ascent on training batches; measure the folder of a run, on the train part."
+        )
+    with session.ascents() as (optimizer, closures):
+        found = radius(optimizer, closures)
+    uphill = found.uphill
+    several = len(uphill) > 1 and all(map(math.isfinite, uphill))
+    session.add(
+        "linear_radius",
+        f"radius at which the linear prediction of {found.method}'s ascent is off by {found.off:.0%}",
+        found.limit,
+        error=(uphill[-1] - uphill[0]) / 2 if several else math.nan,
+        error_is="half the range over batches",
+        flat="high",
+        note="" if math.isfinite(found.limit) else found.sentence(),
+    )
+    session.results["radius"] = found
+
+
 SECTIONS: dict[str, tuple[str, Callable[[Session], None]]] = {
     "model": ("The model", _model),
     "hessian": ("Curvature", _hessian),
@@ -343,6 +365,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Session], None]]] = {
     "layers": ("Layer by layer", _layers),
     "published": ("As others publish them", _published),
     "landscape": ("Landscape", _landscape),
+    "radius": ("The radius of the method", _radius),
 }
 """Title of each section, and the function that measures it and puts what it finds into the session."""
 

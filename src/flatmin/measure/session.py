@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,11 +16,13 @@ import torch
 from flatmin.measure.curvature import Hessian
 from flatmin.measure.krylov import Spectrum, spectrum
 from flatmin.measure.problem import Conventions, Problem
+from flatmin.measure.radius import Ascending, Closure
 from flatmin.words import reason
 
 Result = TypeVar("Result")
 Flat = Literal["low", "high", ""]
 Progress = Callable[[str, float], None]
+Ascents = Callable[[], AbstractContextManager[tuple[Ascending, Sequence[Closure | Sequence[Closure]]]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +153,8 @@ class Session:
         settings: how it is measured.
         folder: where landscapes are kept, so that they continue where they were stopped; None: nowhere.
         progress: called with (what is measured, share of it done).
+        ascents: gives the optimizer and closures of a few batches, for what is measured of the method itself; None: no
+            method is known.
 
     Attributes:
         quantities, results, missing: of the present section, see `ReportSection`.
@@ -162,9 +167,10 @@ class Session:
         *,
         folder: Path | None = None,
         progress: Progress | None = None,
+        ascents: Ascents | None = None,
     ) -> None:
         self.problem, self.settings = problem, settings or ReportSettings()
-        self.folder = folder
+        self.folder, self.ascents = folder, ascents
         self._progress = progress
         self._raised: Exception | None = None  # by progress
         self._krylov: Spectrum | str | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Self
 
@@ -35,6 +36,7 @@ from flatmin.optim.other_gradients import OtherGradients
 from flatmin.optim.perturb import WeightSnapshot
 from flatmin.optim.program import EngineContext
 from flatmin.optim.random_state import RandomState, generators_of
+from flatmin.optim.rise import Ascents, Rise
 from flatmin.optim.state import STEP, MethodState, StateView
 from flatmin.optim.step import Step, end_update
 from flatmin.optim.support import Loop, check_criterion, check_recipe, refusal
@@ -799,6 +801,44 @@ class SAM(Optimizer):
         Reading synchronises; counting does not.
         """
         return self._tools.totals()
+
+    @torch.no_grad()
+    def rise(
+        self,
+        closure: Closure | Sequence[Closure],
+        multiples: Sequence[float] = (1.0,),
+        *,
+        model: nn.Module | None = None,
+    ) -> Rise:
+        """The rise of a batch's loss along the method's own ascent, at multiples of the radii of the param groups.
+
+        It takes no step and leaves everything as it was, bit for bit: weights, gradients, the optimizer's and the
+        method's state, random numbers, and what the model holds beside its weights. `flatmin.measure.radius` makes a
+        table of several batches. The schedule, the radius's rule and the choice among samples are left out: what is
+        measured is an ascent at `multiple * rho` on the whole batch.
+
+        Args:
+            closure: as in `step`; a list of them for micro-batches.
+            multiples: of the groups' rho, > 0. Default (1,).
+            model: whose buffers and other untrained state are put back. Default None: the optimizer's own `model`.
+
+        Returns:
+            The loss at w, and for each multiple the rise that the gradient predicts, that measured, and the length of
+            eps. It costs one gradient for w and for each multiple those of an ascent and one more.
+
+        Raises:
+            RuntimeError: during an update, and what the passes of `step` raise.
+            ValueError: a method that never leaves w or knows no way yet, rho = 0 everywhere, a multiple that is not
+                above 0, several processes.
+            TypeError: a closure that does not return its loss.
+            ArithmeticError: a loss or gradient at w that is not finite.
+        """
+        self._refuse_during_update("rise()")
+        if not all(isinstance(m, (int, float)) and 0 < m < math.inf for m in multiples):
+            raise ValueError(f"multiples must be numbers above 0, got {list(multiples)!r}.")
+        model = self._model if model is None else model
+        ascents = Ascents(self._tools, self, self._begin, self.abort, self._own_generators, model)
+        return ascents.rise(as_list(closure), multiples)
 
     # -- checkpoints and copies -----------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ import hashlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -21,6 +22,7 @@ from flatmin.measure.problem import Mode, Problem
 from flatmin.measure.report import Report, ReportSettings, report
 from flatmin.study.measured import NetReport, Unmeasured, check_doubles
 from flatmin.study.pool import Lost, Pool, Worker
+from flatmin.train.ascents import saved_ascents
 from flatmin.train.config import RunConfig
 from flatmin.train.config import identity as identity_of
 from flatmin.train.saved import SavedRun, open_run
@@ -151,6 +153,8 @@ def measure(
         autocast=torch.bfloat16 if view.dtype == "bfloat16" else None,
         split=split_of(data, view),
     )
+    known = view.split == "train" and run.trained
+    ascents = partial(saved_ascents, run, data, chosen(data, view)) if known else None
     folder = None if view.landscapes is None else view.landscapes / run.name / content_hash(view.key, _digest(net))[:8]
 
     def named(report: Report) -> NetReport:
@@ -160,7 +164,16 @@ def measure(
         if on_part is not None:
             on_part(named(report))
 
-    return named(report(problem, view.what, settings=view.settings, folder=folder, progress=progress, on_section=part))
+    found = report(
+        problem,
+        view.what,
+        settings=view.settings,
+        folder=folder,
+        progress=progress,
+        on_section=part,
+        ascents=ascents,
+    )
+    return named(found)
 
 
 def _logits(net: nn.Module, inputs: object, outputs: object) -> torch.Tensor:

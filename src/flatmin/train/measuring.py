@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch.nn import functional as F
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 from flatmin.data.dataset import check_held
 from flatmin.measure.problem import Problem
 from flatmin.measure.report import ReportSettings, report
+from flatmin.train.ascents import ascents
 from flatmin.train.config import derive_seed
 from flatmin.train.evaluate import batches
 from flatmin.train.options import Options, check_groups
@@ -31,7 +33,8 @@ def measured(trainer: Trainer, options: Options, warn: Callable[[str], None]) ->
     """
     data = trainer.data
     order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(derive_seed(0, "measure")))
-    part = data.train.only(order[: options.measure_examples].sort().values)
+    index = order[: options.measure_examples].sort().values
+    part = data.train.only(index)
     training = trainer.model.training
     devices = [] if trainer.config.device == "cpu" else [torch.device(trainer.config.device)]
     with torch.random.fork_rng(devices=devices):
@@ -42,7 +45,9 @@ def measured(trainer: Trainer, options: Options, warn: Callable[[str], None]) ->
             return {}
         finally:
             trainer.model.train(training)
-        flatness = report(problem, options.measures, settings=_settings(options))
+        flatness = report(
+            problem, options.measures, settings=_settings(options), ascents=partial(ascents, trainer, index)
+        )
     trainer.model.train(training)
     lacking = flatness.missing | {q.name: q.note for q in flatness.quantities.values() if not math.isfinite(q.value)}
     for what, why in lacking.items():

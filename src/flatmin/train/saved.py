@@ -50,6 +50,11 @@ class SavedRun:
     key: str | None = None
 
     @property
+    def trained(self) -> bool:
+        """Whether it is a run of flatmin, whose method is known, and no file of weights."""
+        return (self.weights.parent / "config.json").is_file()
+
+    @property
     def here(self) -> RunConfig:
         """The configuration as it is on the CPU, wherever the run was."""
         return dataclasses.replace(self.config, device="cpu", graph=False)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from flatmin.report.figures import contour, curve, density, eigenvalues, profile
+from flatmin.report.figures import contour, curve, density, eigenvalues, profile, rise
 from flatmin.report.figures.chart import Drawable
 from flatmin.report.figures.files import save_all
 from flatmin.study.measured import NetReport, groups_of
@@ -86,6 +86,9 @@ def _makers(shown: Mapping[str, NetReport], several: bool) -> Iterator[tuple[str
     elif rises := {f"{name} case": one for name in _RISES for one in results(name).values()}:
         captions = "Worst case: largest rise found, a lower bound. Average case: bars are standard errors."
         yield "Sharpness over the radius", captions, lambda: _rises(rises)
+    if results("radius"):
+        caption = "Means over batches, bands from the least to the greatest; dotted where the prediction breaks."
+        yield "Rise of the loss along the method's ascent", caption, each(rise, "radius")
     if results("along_v1"):
         yield "Loss along the first eigenvector", "", each(profile, "along_v1")
     if results("along_random"):

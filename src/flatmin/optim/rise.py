@@ -1,0 +1,318 @@
+"""The rise of the loss along a method's own ascent, measured without a trace."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import numbers
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flatmin.methods import (
+    Always,
+    ConstantRadius,
+    Descent,
+    EverySample,
+    Gradients,
+    Need,
+    Never,
+    Perturbation,
+    Recipe,
+    Tensors,
+    accumulate,
+)
+from flatmin.optim import tensors as ta
+from flatmin.optim.closures import Closure
+from flatmin.optim.containers import loss_in
+from flatmin.optim.criterion import Callback
+from flatmin.optim.random_state import RandomState, generators_of
+from flatmin.optim.step import Step
+from flatmin.optim.support import processes
+from flatmin.optim.tensors import is_sharded
+from flatmin.optim.tools import Tools
+
+_PLAIN = Recipe(schedule=Never(), name="plain")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rise:
+    """The loss of one batch along a method's ascent, at several radii.
+
+    Args:
+        loss: L(w).
+        predicted: <grad L(w), eps> at each radius; of micro-batches that climb by themselves the mean over them.
+        measured: L(w + eps) - L(w) at each radius, likewise.
+        lengths: the L2 norm of eps at each radius, likewise.
+    """
+
+    loss: float
+    predicted: tuple[float, ...]
+    measured: tuple[float, ...]
+    lengths: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class _Way:
+    """A displacement that the method has made, and the loss at its end; `chunk`: of which micro-batch, None: of all."""
+
+    chunk: int | None
+    index: Sequence[int]
+    eps: Tensors
+    loss: float
+
+
+class Ascents:
+    """Runs a method's own ascent on a batch at any multiple of its radii, and takes no step.
+
+    Each run is an update that is given up after its loss at w + eps. What decides when and how often to ascend, the
+    radius's rule, the choice among samples and what is made of the gradients are left out: they are no part of the way.
+
+    Args:
+        tools: of the optimizer.
+        owner: of the criterion.
+        begin: begins an update of so many micro-batches.
+        abort: gives it up.
+        generators: of the user's own, which the loss draws from.
+        model: whose state is put back; None: none is known.
+    """
+
+    def __init__(
+        self,
+        tools: Tools,
+        owner: Callback,
+        begin: Callable[[int], Step],
+        abort: Callable[[], None],
+        generators: Sequence[Any],
+        model: nn.Module | None,
+    ) -> None:
+        self._tools, self._owner, self._begin, self._abort = tools, owner, begin, abort
+        self._recipe = ascent_of(tools.recipe)
+        self._check()
+        devices = {w.device for w in tools.base.weights}
+        self._random = RandomState(devices, [*generators, *(() if model is None else generators_of(model))])
+        self._model = None if model is None else _ModelState(model, tools.base.weights)
+
+    def _check(self) -> None:
+        tools = self._tools
+        if not tools.recipe.moves:
+            raise ValueError(f"{tools.recipe.name} never leaves w, so there is no ascent whose radius could be found.")
+        if not any(tools.weights.rho(group) > 0 for group in tools.base.optimizer.param_groups):
+            raise ValueError(
+                "every param group has rho = 0, so that nothing moves; set a rho above 0, which is the unit of the "
+                "radii that are tried."
+            )
+        if processes() > 1 or any(map(is_sharded, tools.base.weights)):
+            raise ValueError("the rise of the loss is measured in one process, on weights that are not sharded.")
+
+    def rise(self, closures: Sequence[Closure], multiples: Sequence[float]) -> Rise:
+        """The rise on one batch, whose closures these are.
+
+        Raises:
+            ValueError, ArithmeticError, RuntimeError: see `flatmin.SAM.rise`.
+        """
+        if Need.MICRO_BATCHES in self._recipe.needs and len(closures) < 2:
+            raise ValueError(f"{self._recipe.name} needs {Need.MICRO_BATCHES.value}; got one closure for a batch.")
+        with self._unchanged():
+            base = self._at_w(closures)
+            ways = [self._at(closures, multiple) for multiple in multiples]
+        return Rise(
+            loss=math.fsum(loss for loss, _ in base) / len(base),
+            predicted=tuple(_mean([_predicted(way, base) for way in each]) for each in ways),
+            measured=tuple(_mean([way.loss - _of(way, [x for x, _ in base]) for way in each]) for each in ways),
+            lengths=tuple(_mean([float(ta.norm(way.eps)) for way in each]) for each in ways),
+        )
+
+    def _at_w(self, closures: Sequence[Closure]) -> list[tuple[float, Gradients]]:
+        """The loss at w and its gradient, of each closure."""
+        tools, found = self._tools, []
+        with self._update(_PLAIN, 1.0, len(closures)) as step:
+            step.enter(bracketed=True)
+            for closure in closures:
+                for w in step.inputs.weights:
+                    w.grad = None
+                loss = _run(closure)
+                grads: Gradients = [w.grad for w in step.inputs.weights]
+                if tools.scaling is not None:
+                    tools.scaling.unscale_(grads)
+                if not math.isfinite(loss) or not math.isfinite(float(ta.norm([g for g in grads if g is not None]))):
+                    raise ArithmeticError(f"the loss at w is {loss}, or its gradient is not finite.")
+                found.append((loss, grads))
+        return found
+
+    def _at(self, closures: Sequence[Closure], multiple: float) -> list[_Way]:
+        """Where the method goes at a multiple of its radii: one way, or one for each micro-batch."""
+        ways: list[_Way] = []
+        with self._update(self._recipe, multiple, len(closures)) as step:
+            while (request := step.request) is not None:
+                at = request.at if request.role == "descent" else None
+                eps = [] if at is None else _displacement(at)
+                index = () if at is None else at.index
+                new = at is not None and request.chunk not in [way.chunk for way in ways]
+                step.enter(bracketed=True)
+                which = closures if request.chunk is None else [closures[request.chunk]]
+                loss = self._pass(step, which)
+                if new:
+                    ways.append(_Way(request.chunk, index, eps, loss))
+                    if request.share in (0.0, 1.0):  # no micro-batch of several
+                        break
+                step.leave()
+        if not ways:
+            raise ValueError(
+                f"{self._recipe.name} does not leave w: it remembers nothing of the training yet, or its mask selects "
+                "no weight that moves. Take some steps first."
+            )
+        return ways
+
+    def _pass(self, step: Step, closures: Sequence[Closure]) -> float:
+        """One pass on these micro-batches; leaves the mean of their gradients and returns the mean of their losses."""
+        weights, losses = step.inputs.weights, []
+        total: Gradients = []
+        step.share = 1.0 / len(closures)
+        for closure in closures:
+            for w in weights:
+                w.grad = None
+            losses.append(_run(closure))
+            total = accumulate(total, [w.grad for w in weights], step.share)
+        for w, g in zip(weights, total, strict=True):
+            w.grad = g
+        return _mean(losses)
+
+    # -- nothing is changed ---------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _update(self, recipe: Recipe, multiple: float, chunks: int) -> Iterator[Step]:
+        """An update by this recipe that is given up at the end, beginning where all others of the batch begin."""
+        tools, key = self._tools, self._tools.base.rho_key
+        own, criterion = tools.recipe, tools.criterion
+        groups = tools.base.optimizer.param_groups
+        rhos = [group[key] for group in groups]
+        self._again()
+        tools.recipe = recipe
+        for group, rho in zip(groups, rhos, strict=True):
+            group[key] = float(rho) * multiple
+        if criterion is not None:
+            criterion.bind(self._owner, recipe)
+        try:
+            yield self._begin(chunks)
+        finally:
+            try:
+                self._abort()
+            finally:
+                tools.recipe = own
+                for group, rho in zip(groups, rhos, strict=True):
+                    group[key] = rho
+                if criterion is not None:
+                    criterion.bind(self._owner, own)
+
+    def _again(self) -> None:
+        """All that a pass may change beside weights, as it was."""
+        self._random.replay()
+        self._tools.state.generator.cpu.set_state(self._draws)
+        if self._model is not None:
+            self._model.restore()
+
+    @contextlib.contextmanager
+    def _unchanged(self) -> Iterator[None]:
+        """Gradients, random numbers, the model's state and what the optimizer has recorded are put back at the end."""
+        tools = self._tools
+        trained = tools.base.weights
+        others = [] if self._model is None else self._model.parameters
+        grads = {w: w.grad for w in (*trained, *others)}
+        fresh, diagnostics = tools.weights.new_gradient() is not None, tools.diagnostics
+        self._draws = tools.state.generator.cpu.get_state()
+        self._random.capture()
+        for w in grads:
+            w.grad = None
+        tools.diagnostics = None
+        try:
+            yield
+        finally:
+            tools.diagnostics = diagnostics
+            self._again()
+            for w, g in grads.items():
+                w.grad = g
+            if not fresh:
+                tools.weights.leave_gradients()
+
+
+def ascent_of(recipe: Recipe) -> Recipe:
+    """The recipe's way to w + eps alone: its loss, direction, geometry, mask and inner loop, on every step, at rho.
+
+    A part whose memory one of these reads stays.
+    """
+    plain = {"radius": ConstantRadius(), "schedule": Always(), "samples": EverySample(), "combine": Descent()}
+    kept = [part for kind, part in recipe.parts.items() if kind not in plain]
+    read = {origin.partition(".")[0] for part in kept for origin in part.reads.values()}
+    return dataclasses.replace(recipe, **{kind: part for kind, part in plain.items() if kind not in read})  # type: ignore[arg-type]
+
+
+def _run(closure: Closure) -> float:
+    with torch.enable_grad():
+        loss = loss_in(closure())
+    if not isinstance(loss, (Tensor, int, float)) or (isinstance(loss, Tensor) and loss.numel() != 1):
+        raise TypeError(
+            "each closure must return the loss, or a dict, tuple or object that holds it as 'loss' or first; "
+            f"got {type(loss).__name__}."
+        )
+    return float(loss)
+
+
+def _displacement(at: Perturbation) -> Tensors:
+    if not math.isfinite(float(at.size)):
+        raise ArithmeticError("the direction of the ascent is not finite on this batch.")
+    return at.tensors()
+
+
+def _of(way: _Way, values: Sequence[float]) -> float:
+    return _mean(values) if way.chunk is None else values[way.chunk]
+
+
+def _predicted(way: _Way, base: Sequence[tuple[float, Gradients]]) -> float:
+    """<g, eps> for the gradient at w of the way's own batch."""
+    chosen = base if way.chunk is None else [base[way.chunk]]
+    products = []
+    for _, grads in chosen:
+        both = [(g, e) for i, e in zip(way.index, way.eps, strict=True) if (g := grads[i]) is not None]
+        dense = [g.to_dense() if g.is_sparse else g for g, _ in both]
+        products.append(float(ta.dot(dense, [e for _, e in both])) if both else 0.0)
+    return _mean(products)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+class _ModelState:
+    """All of a model that is not trained: buffers, frozen parameters, numbers and tensors that its modules hold."""
+
+    def __init__(self, model: nn.Module, trained: Sequence[Tensor]) -> None:
+        self.parameters = list(model.parameters())
+        own = set(map(id, trained))
+        self._tables: list[tuple[dict[str, Any], set[str]]] = []
+        self._values: list[tuple[dict[str, Any], str, Any, Tensor | None]] = []
+        for module in model.modules():
+            held = {} if type(module).__module__.startswith("torch.") else module.__dict__
+            for table in (module._buffers, module._parameters, held):
+                self._tables.append((table, set(table)))
+                for key, value in table.items():
+                    if isinstance(value, Tensor) and id(value) not in own and value.grad_fn is None:
+                        self._values.append((table, key, value, value.detach().clone()))
+                    elif value is None or isinstance(value, (numbers.Number, str)):
+                        self._values.append((table, key, value, None))
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for table, keys in self._tables:
+            for key in table.keys() - keys:
+                del table[key]
+        for table, key, value, copy in self._values:
+            table[key] = value
+            if copy is not None:
+                if value.shape != copy.shape:
+                    value.resize_(copy.shape)
+                value.copy_(copy)
