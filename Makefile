@@ -48,7 +48,8 @@ test: $(STAMP) ## the ordinary tests, a few minutes; JOBS=4 for more processes, 
 $(FRAMEWORKS_STAMP): pyproject.toml constraints.txt
 	@test -x $(FRAMEWORKS_VENV)/bin/python || $(PYTHON) -m venv $(FRAMEWORKS_VENV)
 	$(FRAMEWORKS_VENV)/bin/python -m pip install --quiet -c constraints.txt \
-	  -e '.[digits,lightning,hf,skorch]' pytest pytest-timeout pytorch_optimizer schedulefree
+	  -e '.[digits,lightning,hf,skorch]' pytest pytest-timeout pytorch_optimizer schedulefree \
+	  peft lion-pytorch bitsandbytes
 	@touch $@
 
 test-frameworks: $(FRAMEWORKS_STAMP) ## the tests with Lightning, Transformers, Accelerate and skorch; a few minutes

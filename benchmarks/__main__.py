@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import calls, cost, counts, curvature, equiv, gpu, kernels, perturb, step, train
+from benchmarks import adapters, calls, cost, counts, curvature, equiv, gpu, kernels, perturb, step, train
 from benchmarks.results import RESULTS, BenchmarkResult, append_json, environment, write_page
 
 BENCHMARKS = {
@@ -20,6 +20,7 @@ BENCHMARKS = {
     "cost": cost,
     "curvature": curvature,
     "train": train,
+    "adapters": adapters,
     "kernels": kernels,
 }
 DATED = Path()

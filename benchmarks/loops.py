@@ -107,7 +107,7 @@ def recipe_of(method: str, total: int = 10, **params: Any) -> Recipe:
     That is the length of the training (`total` updates), the names in the model ("only" moves the head, which every net
     here has), and a warm-up that is over.
     """
-    recipe = flatmin.compose(method, **params).for_length(total)
+    recipe = flatmin.compose(method, **params).for_length(total, data_size=1000)
     instead = {"only": Named(only="head.*"), "warm-up": WarmUp(steps=0)}.get(method)
     return dataclasses.replace(recipe, **{instead.kind: instead}) if instead else recipe
 
@@ -117,7 +117,8 @@ def ours(
 ) -> Loop:
     """A step of flatmin, with `model=` and its defaults unless said otherwise.
 
-    Methods on micro-batches get the batch in CHUNKS parts, "sam-db" the same batch twice: its cost is that of another.
+    Methods on micro-batches get the batch in CHUNKS parts; "sam-db" and "imbsam" get the whole batch twice, as their
+    closures run the network on all of it.
 
     Raises:
         ValueError: a method that cannot run on the net, with the reason.
@@ -125,8 +126,9 @@ def ours(
     model, x, y = setting.net.make(setting.device, setting.batch)
     recipe = recipe_of(method) if isinstance(method, str) else method
     criterion = flatmin.Criterion(nn.CrossEntropyLoss()) if LOSS_NEEDS & recipe.needs else None
+    bare = Need.BARE_SGD in recipe.needs  # its own momentum stands in for that of the base
     optimizer = flatmin.wrap(
-        make_base(model.parameters(), setting.base),
+        torch.optim.SGD(model.parameters(), lr=0.01) if bare else make_base(model.parameters(), setting.base),
         recipe,
         model=model if model_handling or {Need.NAMES, Need.LAYERS} & recipe.needs else None,
         criterion=criterion,
@@ -139,7 +141,7 @@ def ours(
         closure = once(x, y, *rest)
         loop.step = lambda: optimizer.step(closure)
         return loop
-    if recipe.inner_loop.two_batches:
+    if recipe.inner_loop.two_batches or recipe.inner_loop.closures_for:
         closures = [once(x, y, *rest)] * 2
     else:
         closures = [once(a, b, *rest) for a, b in zip(x.chunk(CHUNKS), y.chunk(CHUNKS), strict=True)]

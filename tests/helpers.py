@@ -174,9 +174,23 @@ def recipe_of(name: str, total: int = 20, table=None, names: str = "0.*", **para
     """
     if name == "jitter":
         return Recipe(direction=Jitter(), name="jitter")
-    recipe = flatmin.compose(name, table, **params).for_length(total)
+    recipe = flatmin.compose(name, table, **params).for_length(total, data_size=1000)
     instead = {"only": Named(only=names), "warm-up": WarmUp(steps=2)}.get(name)
     return dataclasses.replace(recipe, **{instead.kind: instead}) if instead else recipe
+
+
+def fitting(base: torch.optim.Optimizer, recipe: Recipe) -> torch.optim.Optimizer:
+    """The base itself, or SGD over the same groups for a method that works on nothing else."""
+    bare = Need.BARE_SGD in recipe.needs
+    if not (bare or (Need.SGD in recipe.needs and not isinstance(base, torch.optim.SGD))):
+        return base
+    kept = [{k: g[k] for k in ("params", "lr", "rho") if k in g} for g in base.param_groups]
+    return torch.optim.SGD(kept, lr=0.05, momentum=0.0 if bare else 0.9)
+
+
+def wrap_fitting(base: torch.optim.Optimizer, recipe: Recipe, **options) -> flatmin.SAM:
+    """`flatmin.wrap`, around SGD where the method works on nothing else."""
+    return flatmin.wrap(fitting(base, recipe), recipe, **options)
 
 
 # Four methods that remember something of every kind that any method does, in short periods.
@@ -194,7 +208,7 @@ class Session:
             {"params": list(self.model[4].parameters())},
         ]
         self.criterion = flatmin.Criterion(nn.CrossEntropyLoss(label_smoothing=0.1))
-        self.optimizer = flatmin.wrap(
+        self.optimizer = wrap_fitting(
             BASES[base](groups),
             recipe_of(method, **{**REPRESENTATIVES.get(method, {}), **params}),
             model=self.model,

@@ -24,7 +24,7 @@ import torch
 import flatmin
 from flatmin.cli import loops, matrix
 from flatmin.cli.catalogue import FILE, as_text, collect, short
-from flatmin.methods import METHODS, Method, Need, Recipe
+from flatmin.methods import ELSEWHERE, METHODS, Method, Need, Recipe
 from flatmin.train.keys import Key
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -151,7 +151,7 @@ def needs(table: Mapping[str, Method]) -> str:
     rows.append((
         "length",
         _listed(name for name, recipe in recipes.items() if recipe.for_length(1) != recipe),
-        "the length of the training: `recipe.for_length(epochs * len(loader))`",
+        "the length of the training or its samples: `recipe.for_length(epochs * len(loader), len(data))`",
     ))  # fmt: skip
     return _table(("needs", "methods", "what that is, and what to write"), rows)
 
@@ -168,6 +168,15 @@ def rho(recipe: Recipe) -> str:
 
 def _listed(names: Iterable[str]) -> str:
     return ", ".join(f"`{name}`" for name in names)
+
+
+def elsewhere(_: Mapping[str, Method]) -> str:
+    """A line for each method that is no recipe, with its code and its page."""
+    lines = []
+    for name, place in ELSEWHERE.items():
+        text = re.sub(r"\bflatmin(\.\w+)+", lambda found: f"`{found[0]}`", place)
+        lines.append(f"- `{name}`: " + re.sub(r"docs/(\w+\.md)", r"[\1](\1)", text) + ".")
+    return "\n".join(lines)
 
 
 def _table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -329,6 +338,7 @@ def files(_: Mapping[str, Method]) -> str:
 PARTS: dict[tuple[str, str], Callable[[Mapping[str, Method]], str]] = {
     ("README.md", "methods"): readme,
     ("docs/methods.md", "tables"): overview,
+    ("docs/methods.md", "elsewhere"): elsewhere,
     ("docs/methods.md", "needs"): needs,
     ("docs/methods.md", "matrix"): matrix.as_markdown,
     ("docs/loops.md", "loops"): loops.as_markdown,

@@ -57,7 +57,7 @@ def test_a_word(word, there, not_there):
 
 
 @pytest.mark.parametrize(
-    ("word", "hint"), [("epohcs", "; did you mean 'epochs'?"), ("fisher-sam", "."), ("vaso", "; did you mean 'vasso'?")]
+    ("word", "hint"), [("epohcs", "; did you mean 'epochs'?"), ("tilted-sam", "."), ("vaso", "; did you mean 'vasso'?")]
 )
 def test_a_word_that_nothing_has(word, hint):
     with pytest.raises(ValueError, match=re.escape(f"is called {word!r}{hint} See flatmin settings.")):

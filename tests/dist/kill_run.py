@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import flatmin
 from tests.dist.pool import end_with_parent
-from tests.helpers import BASES, batch, noisy_net, recipe_of
+from tests.helpers import BASES, batch, noisy_net, recipe_of, wrap_fitting
 
 WORLD = 2
 
@@ -61,7 +61,7 @@ class Training:
         net = noisy_net(seed)
         self.model = DistributedDataParallel(net)
         self.criterion = flatmin.Criterion(nn.CrossEntropyLoss())
-        self.optimizer = flatmin.wrap(
+        self.optimizer = wrap_fitting(
             BASES["sgd"](net.parameters()),
             recipe_of(plan.method),
             rho=0.1,

@@ -10,7 +10,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 import flatmin
-from tests.helpers import BASES, CHUNKS, recipe_of, takes_chunks
+from tests.helpers import BASES, CHUNKS, recipe_of, takes_chunks, wrap_fitting
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ class Run:
             self.model.register_comm_hook(None, self._count)
         self.criterion = flatmin.Criterion(nn.CrossEntropyLoss())
         self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10) if setup.scaler else None
-        self.optimizer = flatmin.wrap(
+        self.optimizer = wrap_fitting(
             BASES[setup.base](self.model.parameters()),
             recipe_of(setup.method, setup.steps, names="first.*"),
             rho=setup.rho,

@@ -20,7 +20,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import flatmin
 from flatmin.optim.program import EngineContext
-from tests.helpers import BASES, CHUNKS, as_on_device, recipe_of, takes_chunks
+from tests.helpers import BASES, CHUNKS, as_on_device, recipe_of, takes_chunks, wrap_fitting
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,7 @@ class Run:
             fully_shard(self.net, mesh=mesh, mp_policy=policy)
         self.criterion = flatmin.Criterion(nn.CrossEntropyLoss())
         self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10) if setup.scaler else None
-        self.optimizer = flatmin.wrap(
+        self.optimizer = wrap_fitting(
             BASES[setup.base](self.net.parameters()),
             recipe_of(setup.method, 20, names="first.*"),
             rho=setup.rho,

@@ -8,7 +8,7 @@ import flatmin
 from flatmin.optim.support import Loop
 from flatmin.methods import METHODS
 from tests.dist.scenarios_fsdp import Net, batch
-from tests.helpers import BASES, drive, recipe_of
+from tests.helpers import BASES, drive, recipe_of, wrap_fitting
 
 
 def meet_all(rank, world):
@@ -22,7 +22,7 @@ def _meet(method, loop):
     model = fully_shard(net) if loop is Loop.SHARDED else DistributedDataParallel(net)
     criterion = flatmin.Criterion(nn.CrossEntropyLoss())
     try:
-        optimizer = flatmin.wrap(
+        optimizer = wrap_fitting(
             BASES["sgd"](model.parameters()),
             recipe_of(method, names="first.*"),
             model=model,

@@ -20,7 +20,9 @@ SERVED = [m for m in METHODS if m not in SECOND_ORDER]
 OF_THE_BATCH = [m for m in SERVED if not recipe_of(m).needs & {Need.PER_SAMPLE, Need.MICRO_BATCHES} and m != "sam-on"]
 SERVED.remove("sam-on")  # the net has no normalisation layer
 LOCAL = [
-    m for m in SERVED if not recipe_of(m).combine.uses_gradient and Need.DECIDES_BY_VALUE not in recipe_of(m).needs
+    m
+    for m in SERVED
+    if not (recipe_of(m).combine.uses_gradient or recipe_of(m).inner_loop.uses_gradient) and Need.DECIDES_BY_VALUE not in recipe_of(m).needs
 ]
 SIZE = sum(p.numel() for p in Net(torch.float64).parameters()) * 8  # bytes of one gradient
 

@@ -11,7 +11,7 @@ from flatmin.cli import loops
 from flatmin.optim.support import Loop, refusal
 from flatmin.methods import METHODS
 from tests.dist import scenarios_loops
-from tests.helpers import BASES, batch, drive, noisy_net, recipe_of
+from tests.helpers import BASES, batch, drive, noisy_net, recipe_of, wrap_fitting
 
 HERE = [Loop.TWO_PASSES, Loop.PLAIN, Loop.FUNCTIONAL, Loop.SCALER]
 
@@ -19,7 +19,7 @@ HERE = [Loop.TWO_PASSES, Loop.PLAIN, Loop.FUNCTIONAL, Loop.SCALER]
 def wrapped(method, **options):
     model = noisy_net()
     criterion = flatmin.Criterion(nn.CrossEntropyLoss())
-    optimizer = flatmin.wrap(
+    optimizer = wrap_fitting(
         BASES["sgd"](model.parameters()), recipe_of(method), model=model, criterion=criterion, **options
     )
     return model, criterion, optimizer

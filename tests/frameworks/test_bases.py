@@ -1,6 +1,7 @@
 """Optimizers of other packages as the base, against a SAM step written by hand around the same base."""
 
 import inspect
+import io
 import random
 
 import numpy as np
@@ -239,3 +240,54 @@ def test_modes_of_the_base_and_the_swap_of_the_method(method):
         for evaluation in optimizer.passes():
             with evaluation:
                 optimizer.eval()
+
+
+# -- Lion and 8-bit optimizers --------------------------------------------------------------------------------------
+
+
+def wide():
+    """With a weight of more than 4096 entries: smaller ones keep a state in 32 bits."""
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(4, 1100), nn.Tanh(), nn.Linear(1100, 3))
+
+
+EIGHT_BITS = {"AdamW8bit": {"lr": 1e-2}, "Lion8bit": {"lr": 1e-3}, "SGD8bit": {"lr": 1e-2, "momentum": 0.9}}
+
+
+def of_package(name, params):
+    if name in EIGHT_BITS:
+        package = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: run make test-frameworks")
+        return getattr(package.optim, name)(params, **EIGHT_BITS[name])
+    package = pytest.importorskip("lion_pytorch", reason="needs lion-pytorch: run make test-frameworks")
+    return package.Lion(params, lr=1e-3, weight_decay=0.1)
+
+
+@pytest.mark.parametrize("name", ("Lion", *EIGHT_BITS))
+@pytest.mark.parametrize("rho", (0.0, 0.05))
+def test_lion_and_8_bit_optimizers_step_as_the_hand_written_sam_and_resume(name, rho):
+    right, model = wide(), wide()
+    by_hand(right, of_package(name, right.parameters()), rho, 6)
+    optimizer = flatmin.SAM(of_package(name, model.parameters()), rho=rho, model=model)
+    train(model, optimizer, 3)
+    file = io.BytesIO()
+    torch.save([model.state_dict(), optimizer.state_dict()], file)
+    train(model, optimizer, 3)
+    assert apart(model, right) <= (1e-5 if rho else 0) and apart(model, wide()) > 1e-4
+    first = optimizer.base.state[next(model.parameters())]
+    assert name == "Lion" or first["state1"].dtype == torch.uint8
+    file.seek(0)
+    states, other = torch.load(file), wide()
+    resumed = flatmin.SAM(of_package(name, other.parameters()), rho=rho, model=other)
+    for part, state in zip((other, resumed), states, strict=True):
+        part.load_state_dict(state)
+    train(other, resumed, 3)
+    assert apart(other, model) == 0
+
+
+@pytest.mark.parametrize("name", EIGHT_BITS)
+def test_a_quantised_momentum_is_none_to_climb_along(name):
+    model = wide()
+    optimizer = flatmin.wrap(of_package(name, model.parameters()), "momentum-sam", model=model)
+    train(model, optimizer, 1)
+    with pytest.raises(ValueError, match="8bit keeps no momentum that this library knows"):
+        train(model, optimizer, 1)

@@ -1,4 +1,4 @@
-"""The code of docs/frameworks.md runs; its fences say `py`, because the ordinary tests run those that say `python`."""
+"""The code of three pages runs; its fences say `py`, because the ordinary tests run those that say `python`."""
 
 import re
 from pathlib import Path
@@ -8,23 +8,43 @@ import torch
 
 import flatmin
 
-PAGE = Path(__file__).parents[2] / "docs" / "frameworks.md"
+DOCS = Path(__file__).parents[2] / "docs"
+PAGES = ("frameworks.md", "bases.md", "adapters.md")
+# The sections of a page run one after another where the later ones go on from the earlier.
 NEEDS = {
     "Lightning": "lightning",
     "Hugging Face Trainer": "transformers",
     "Accelerate": "accelerate",
     "skorch": "skorch",
-    "Optimizers of other packages as the base": "schedulefree",
+    "Muon": "pytorch_optimizer",
+    "Lion": "lion_pytorch",
+    "Schedule-free": "schedulefree",
+    "8-bit": "bitsandbytes",
+    "adapters.md": "peft",
 }
 
 
 def sections():
-    parts = re.split(r"^## (.*)\n", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
-    return {title: text for title, text in zip(parts[::2], parts[1::2], strict=True) if "```py\n" in text}
+    found = {}
+    for page in PAGES:
+        text = (DOCS / page).read_text(encoding="utf-8")
+        parts = re.split(r"^## (.*)\n", text, flags=re.MULTILINE)[1:]
+        found |= dict(zip(parts[::2], parts[1::2], strict=True)) if page != "adapters.md" else {page: text}
+    return {title: text for title, text in found.items() if "```py\n" in text}
 
 
 def test_sections_are_known():
     assert set(sections()) == set(NEEDS)
+
+
+def one_step(model, optimizer, x, y):
+    def closure():
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -52,16 +72,22 @@ def test_python_runs(title, tmp_path, monkeypatch):
         "y": y,
         "__name__": "page",
     }
-    if NEEDS[title] == "transformers":
-        from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
+    if NEEDS[title] in ("transformers", "peft"):
+        from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, TrainingArguments
 
-        config = GPT2Config(vocab_size=20, n_positions=16, n_embd=16, n_layer=1, n_head=2)
-        model = names["language_model"] = GPT2LMHeadModel(config)
+        if title == "adapters.md":
+            sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+            model = names["language_model"] = LlamaForCausalLM(LlamaConfig(vocab_size=20, **sizes))
+        else:
+            config = GPT2Config(vocab_size=20, n_positions=16, n_embd=16, n_layer=1, n_head=2)
+            model = names["language_model"] = GPT2LMHeadModel(config)
         names["arguments"] = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], max_steps=2)
         names["sequences"] = [{"input_ids": row, "labels": row} for row in torch.randint(0, 20, (8, 10))]
     before = [p.detach().clone() for p in model.parameters()]
     for block in re.findall(r"^```py\n(.*?)^```", sections()[title], re.DOTALL | re.MULTILINE):
-        exec(compile(block, PAGE.name, "exec"), names)
+        exec(compile(block, title, "exec"), names)
+    if title in ("Muon", "Lion", "8-bit"):  # which only build it
+        one_step(names["model"], names["optimizer"], x, y)
     if "net" in names:
         assert names["net"].history[-1, "train_loss"] > 0
     else:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import flatmin
-from flatmin.methods.losses import GAMMA, bisam_log, bisam_tanh, margins, smoothed_cross_entropy
+from flatmin.methods.losses import GAMMA, bisam_log, bisam_tanh, margins, smoothed_cross_entropy, trajectory
 from flatmin.optim.criterion import PassView
 from tests.helpers import soft_targets
 
@@ -235,6 +235,53 @@ def test_bad_smoothing_is_refused():
     ):
         with pytest.raises(ValueError, match=text):
             smoothed_cross_entropy(logits, target, **options)
+
+
+# -- the trajectory loss ------------------------------------------------------------------------------------------
+
+
+Z = torch.tensor([[2.0, -1.0, 0.5], [0.0, 1.0, -1.0]], dtype=torch.float64)
+R = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.5, -2.0]], dtype=torch.float64)
+
+
+def test_the_trajectory_loss_and_its_gradient_are_the_closed_forms():
+    z, r = Z.clone().requires_grad_(), R.clone().requires_grad_()
+    loss = trajectory(z, r)
+    loss.backward()
+    assert abs(loss.item() - 0.2640898739) < 1e-10
+    torch.testing.assert_close(z.grad, 5 / 2 * (F.softmax(Z / 5, 1) - F.softmax(R / 5, 1)))
+    assert [round(x, 4) for x in z.grad[0].tolist()] == [0.1440, -0.1768, 0.0328]
+    assert r.grad is None
+    assert float(trajectory(Z, Z)) == 0.0
+    each = trajectory(Z[:, None], R[:, None], tau=2.0, reduction="none")
+    p, q = F.softmax(R / 2, 1), F.softmax(Z / 2, 1)
+    torch.testing.assert_close(each, 4 * (p * (p / q).log()).sum(1)[:, None])
+
+
+def test_samples_without_a_reference_add_nothing():
+    z = Z.clone().requires_grad_()
+    loss = trajectory(z, R * torch.tensor([[1.0], [math.inf]]), known=torch.tensor([True, False]))
+    loss.backward()
+    assert torch.equal(loss, trajectory(Z, R, reduction="none")[0] / 2)
+    assert z.grad[1].tolist() == [0, 0, 0] and z.grad[0].abs().min() > 0
+
+
+def test_the_trajectory_loss_does_not_underflow_and_is_full_precision_under_autocast():
+    assert float(trajectory(torch.tensor([[2000.0, 0.0]]), torch.tensor([[0.0, 2000.0]]), 1.0)) == 2000.0
+    with torch.autocast("cpu", torch.bfloat16):
+        low = trajectory(Z.bfloat16(), R.bfloat16())
+    assert low.dtype == torch.float32 and abs(float(low) - 0.2640898739) < 1e-5
+
+
+def test_the_trajectory_loss_says_what_it_takes():
+    for words, call in {
+        "tau must be above 0, got 0": lambda: trajectory(Z, R, 0),
+        r"same shape, got \(2, 3\) and \(1, 3\)": lambda: trajectory(Z, R[:1]),
+        r"known of shape \(2,\), got \(3,\)": lambda: trajectory(Z, R, known=torch.ones(3, dtype=torch.bool)),
+        "'mean' or 'none', got 'sum'": lambda: trajectory(Z, R, reduction="sum"),
+    }.items():
+        with pytest.raises(ValueError, match=words):
+            call()
 
 
 # -- Criterion ----------------------------------------------------------------------------------------------------

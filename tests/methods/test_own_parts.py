@@ -160,12 +160,12 @@ class TwoSided(m.InnerLoop):
     def evaluations(self, ascent):
         return ascent + 2
 
-    def __call__(self, ascend, c):
+    def __call__(self, ascend, state, c):
         there = yield from ascend()
         eps = there.tensors()
         up = yield m.GradientRequest("descent", m.Perturbation.of(there.index, eps, c))
         down = yield m.GradientRequest("descent", m.Perturbation.of(there.index, [-e for e in eps], c))
-        return [up, down]
+        return [up, down], {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,10 +174,12 @@ class Swapped(m.InnerLoop):
 
     needs: ClassVar = frozenset({Need.MICRO_BATCHES})
     two_batches: ClassVar = True
-    plain_chunk: ClassVar = 1
 
-    def __call__(self, ascend, c):
-        return [(yield m.GradientRequest("descent", (yield from ascend(chunk=0)), 1))]
+    def plain(self, c):
+        return (yield m.GradientRequest("descent", chunk=1))
+
+    def __call__(self, ascend, state, c):
+        return [(yield m.GradientRequest("descent", (yield from ascend(chunk=0)), 1))], {}
 
 
 METHODS = {"swapped": m.Method(name="swapped", title="Swapped", parts=(Swapped(),), formula="u = g_s", paper="none")}
@@ -189,8 +191,8 @@ class Single(m.InnerLoop):
 
     one_ascent: ClassVar = True
 
-    def __call__(self, ascend, c):
-        return [(yield m.GradientRequest("descent", (yield from ascend())))]
+    def __call__(self, ascend, state, c):
+        return [(yield m.GradientRequest("descent", (yield from ascend())))], {}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -152,7 +152,7 @@ def test_unknown_names():
         ("sam+fsma", "unknown method 'fsma'; did you mean 'fsam'"),
         ("zzzzzz", r"unknown method 'zzzzzz' \(methods: sgd, sam, asam"),
         ("", "unknown method ''"),
-        ("fisher-sam", r"unknown method 'fisher-sam' \(methods: "),  # near nothing: no guess
+        ("tilted-sam", r"unknown method 'tilted-sam' \(methods: "),  # near nothing: no guess
         ("SS-SAM", "unknown method 'SS-SAM'; did you mean 'bernoulli'"),  # by its title in the literature
     ]:
         with pytest.raises(ValueError, match=text):

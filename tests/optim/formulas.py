@@ -24,6 +24,7 @@ from tests.optim.reference import (
     decay,
     dense_hessian,
     each,
+    fisher,
     gradient,
     logits,
     mean,
@@ -152,6 +153,11 @@ def gcsam(s):
     return sam(s, geometry=centralised)
 
 
+@formula("fisher-sam", {}, {"eta": 25.0}, {"eta": 25.0, "norm": "euclid"})
+def fisher_sam(s, **params):
+    return sam(s, geometry=partial(fisher, **params))
+
+
 def halves(of_sam):
     """The direction of one gradient with the magnitude of the other; `of_sam`: whose direction."""
 
@@ -275,6 +281,13 @@ def sam_db(s):
     return s.grad(s.w + s.eps(s.grad(s.w, 0)), 1)
 
 
+@formula("imbsam", {"chunks": 2})
+def imbsam(s, direction=lambda s, g: g, on=True):
+    """The sum of the head's gradient, piece 0, and of SAM's on the tail, piece 1."""
+    at = s.w + s.eps(direction(s, s.grad(s.w, 1))) if on else s.w
+    return s.grad(s.w, 0) + s.grad(at, 1)
+
+
 @formula("gsam", {}, {"alpha": 0.1})
 def gsam(s, alpha=0.4, factor=1.0):
     g, gs = s.both(factor)
@@ -295,6 +308,20 @@ def wsam(s, gamma=0.9, coupled=False, **part):
 def gnp(s, alpha=0.8):
     g, gs = s.both()
     return (1 - alpha) * g + alpha * gs
+
+
+@formula("sagm", {}, {"alpha": 0.3})
+def sagm(s, alpha=0.001, factor=1.0):
+    gs = sam(s, geometry=lambda s, d, rho: (rho / d.norm() - alpha) * d, factor=factor)
+    return (s.grad(s.w) + gs) / 2
+
+
+@formula("cr-sam", {}, {"gamma": 0.5, "beta": 0.3})
+def cr_sam(s, gamma=0.1, beta=0.01, geometry=sphere):
+    g = s.grad(s.w)
+    eps = s.eps(g, geometry)
+    above, below = s.grad(s.w + eps), s.grad(s.w - eps)
+    return above + gamma * (above + below - 2 * g) + beta * (above - below)
 
 
 @formula("looksam", {}, {"k": 3, "alpha": 0.4}, {"k": 3, "phase": 2})
@@ -347,6 +374,26 @@ def only(s, only, but=None):
     return of(s, ("0.weight", "2.weight", "3.weight") if but is None else ("0.bias", "3.weight"))
 
 
+@formula("zsharp", {}, {"q": 0.5}, {"q": 0.5, "per_tensor": True})
+def zsharp(s, q=0.95, per_tensor=False, geometry=sphere):
+    """Of matrices the entries with |z| above its quantile; as coded every matrix has a norm of its own."""
+
+    def kept(x):
+        z = ((x - x.mean()) / (x.std() + 1e-12)).abs()
+        return torch.where(z > z.quantile(q), x, 0.0)
+
+    def filtered(s, d, rho):
+        parts = list(zip(d.split([math.prod(h) for h in s.shapes]), s.shapes, strict=True))
+        t = [kept(p) if len(h) > 1 else p for p, h in parts]
+        if not per_tensor:
+            return geometry(s, torch.cat(t), rho)
+        return rho * torch.cat(
+            [x / ((x if len(h) > 1 else d).norm() + 1e-12) for x, (_, h) in zip(t, parts, strict=True)]
+        )
+
+    return sam(s, geometry=filtered)
+
+
 @formula("saner", {}, {"alpha": 0.8, "warm_up": 5})
 def saner(s, alpha=0.5, warm_up=0):
     g, gs = s.both()
@@ -383,9 +430,100 @@ formula("rho-ramp", {}, {"start": 0.2, "end": 1.5, "total": 8})(
     lambda s, start=0.0, end=1.0, total=1000: sam(s, factor=start + (end - start) * min(s.k / total, 1.0))
 )
 
+
+@formula("functional-sam", {}, {"chunks": 3})
+def functional_sam(s, geometry=sphere, direction=lambda s, g: g):
+    """J(w + eps)^T G(w)."""
+    at, u = s.w + s.eps(direction(s, s.grad(s.w)), geometry), 0.0
+    for x, y in s.pieces:
+        slope = gradient(lambda z, y=y: mean(z, y), logits(s.w, x))
+        u = u + gradient(lambda w, x=x, slope=slope: (slope * logits(w, x)).sum(), at)
+    return u / len(s.pieces)
+
+
+def flat_gradients(s, ratio, direction=lambda s, g: g):
+    """g, g_1, g_2 and g_3 of GAM and C-Flat."""
+    g = s.grad(s.w)
+    eps = s.eps(direction(s, g))
+    first = s.grad(s.w + eps)
+    up = s.w + s.eps(first - g, factor=ratio)
+    second = s.grad(up)
+    return g, first, second, s.grad(up + s.eps(direction(s, second)))
+
+
+@formula("gam", {}, {"ratio": 2.0, "beta1": 0.5, "beta2": 0.7, "beta3": 0.8, "gamma": 0.4})
+def gam(s, ratio=10.0, beta1=1.0, beta2=-1.0, beta3=1.0, gamma=0.03, on=True):
+    if not on:
+        return (beta1 + beta3) * s.grad(s.w)
+    g, first, second, third = flat_gradients(s, ratio)
+    m, v = g + abs(beta2) * second, beta1 * first + beta3 * third
+    return v - gamma * (m - (m @ v) / (v @ v) * v)
+
+
+@formula("c-flat", {}, {"ratio": 3.0, "lam": 0.7})
+def c_flat(s, ratio=1.0, lam=0.2, **part):
+    _, first, second, third = flat_gradients(s, ratio, **part)
+    return first + lam * (third - second)
+
+
+BAYES = {"data_size": 200, "delta": 0.05}
+
+
+@formula("bsam", BAYES, {**BAYES, "beta1": 0.5, "beta2": 0.8, "s_init": 2.0, "gamma": 0.3})
+def bsam(s, data_size, delta=2e-4, beta1=0.9, beta2=0.999, s_init=1.0, gamma=0.1, on=True):
+    old = s.memory.get("s", torch.full_like(s.w, s_init))
+    noise = torch.zeros_like(s.w)
+    if on:
+        noise[s.moved] = s.random(torch.randn) / (data_size * old[s.moved]).sqrt()
+        s.told = s.loss(s.w + noise)
+    g = s.grad(s.w + noise)
+    gs = s.grad(s.w + s.eps(g / old, unnormalised)) if on else g
+    s.memory["m"] = beta1 * s.memory.get("m", 0.0) + (1 - beta1) * (gs + delta * s.w)
+    s.memory["s"] = beta2 * old + (1 - beta2) * (old.sqrt() * g.abs() + gamma + delta)
+    return s.memory["m"] / old
+
+
+@formula("eigen-sam", {}, {"interval": 4, "iterations": 2, "alpha": 0.7})
+def eigen_sam(s, alpha=0.2, iterations=5, interval=100):
+    g, m = s.grad(s.w), s.moved
+    n, v = g[m] / g[m].norm(), s.memory.get("v")
+    if v is None:
+        v = s.random(torch.randn)
+    if s.k % interval == 0:
+        for _ in range(iterations):
+            v = dense_hessian(s.loss)(s.w)[m][:, m] @ v
+            v = v / v.norm()
+    s.memory["v"] = v
+    d = torch.zeros_like(s.w)
+    d[m] = n + alpha * torch.sign(g[m] @ v) * (v - (n @ v) * n)
+    return s.grad(s.w + s.eps(d, unnormalised))
+
+
+@formula("sampa", {}, {"lam": 0.6}, {"batch": "previous", "chunks": 2})
+def sampa(s, lam=0.2, batch="same"):
+    before, now = (0, 1) if batch == "previous" else (None, None)
+    v, m = s.memory.get("v"), s.moved
+    if v is None:
+        s.memory["v"] = s.grad(s.w, now)
+        s.told = s.loss(s.w, now)
+        return s.memory["v"]
+    ahead = torch.zeros_like(s.w)
+    # The base's next step, were v its gradient: weight decay 0.01, momentum 0.9.
+    ahead[m] = -(s.lr * (v + 0.01 * s.w + 0.9 * s.v))[m]
+    s.told = s.loss(s.w + s.eps(v), before)
+    s.memory["v"] = s.grad(s.w + ahead, now)
+    return (1 - lam) * s.grad(s.w + s.eps(v), before) + lam * s.memory["v"]
+
+
 # -- compositions that cross a stateful part, another loss, another norm, another rule -----------------------------
 
 formula("vasso+bisam-log+asam")(lambda s: sam(s, direction=ema, loss=bisam_log(), geometry=adaptive))
+formula("vasso+fisher-sam", {"eta": 25.0})(lambda s, eta: sam(s, direction=ema, geometry=partial(fisher, eta=eta)))
+formula("zsharp+asam", {"q": 0.5})(lambda s, q: zsharp(s, q, geometry=adaptive))
+formula("sagm+rho-lr", {"alpha": 0.3})(lambda s, alpha: sagm(s, alpha, factor=with_lr(s)))
+formula("cr-sam+asam", {"beta": 0.3})(lambda s, beta: cr_sam(s, beta=beta, geometry=adaptive))
+formula("vasso+imbsam", {"chunks": 2})(lambda s: imbsam(s, direction=ema))
+formula("imbsam+bernoulli", {"chunks": 2})(lambda s: imbsam(s, on=s.coin()))
 formula("fsam+usam")(lambda s: sam(s, direction=friendly, geometry=unnormalised))
 formula("gsam+rho-lr")(lambda s: gsam(s, factor=with_lr(s)))
 formula("wsam+vasso+asam")(lambda s: wsam(s, direction=ema, geometry=adaptive))
@@ -398,3 +536,7 @@ formula("micro-sam+bisam-log", {"chunks": 2})(lambda s: micro_sam(s, loss=bisam_
 formula("n-step+bisam-log+asam")(lambda s: n_step(s, loss=bisam_log(), geometry=adaptive))
 formula("n-step+vasso")(lambda s: n_step(s, direction=ema))
 formula("momentum-sam+rho-lr")(lambda s: momentum_sam(s, factor=with_lr(s)))
+formula("functional-sam+vasso+asam")(lambda s: functional_sam(s, geometry=adaptive, direction=ema))
+formula("every-k+gam", {"k": 3, "phase": 2})(lambda s, k, phase: gam(s, on=s.k % k == phase))
+formula("every-k+bsam", {"k": 3, "phase": 2, **BAYES})(lambda s, k, phase, **p: bsam(s, on=s.k % k == phase, **p))
+formula("c-flat+vasso")(lambda s: c_flat(s, direction=ema))

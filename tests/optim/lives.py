@@ -89,6 +89,8 @@ class Setting:
         self.with_model |= bool(self.recipe.needs & {Need.NAMES, Need.LAYERS})
         if Need.BASE_MOMENTUM in self.recipe.needs:
             self.momentum = 0.9
+        if Need.BARE_SGD in self.recipe.needs:
+            self.momentum = self.weight_decay = 0.0
         self.chunked = Need.MICRO_BATCHES in self.recipe.needs
         # Where a step may take one pass in one loop and two in another, both are given the same.
         self.alike = self.recipe.schedule != Always() or bool(self.recipe.needs & {Need.NAMES, Need.LAYERS})

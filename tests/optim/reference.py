@@ -144,6 +144,12 @@ def centralised(s, d, rho):
     return rho * torch.cat([p.flatten() for p in centred]) / (d.norm() + EPS)
 
 
+def fisher(s, d, rho, eta=1.0, norm="metric"):
+    """The largest <d, eps> with <eps, F eps> <= rho^2, F = 1 + eta d^2; or F^-1 d at length rho."""
+    natural = d / (1 + eta * d**2)
+    return rho * natural / ((natural.norm() if norm == "euclid" else (d @ natural).sqrt()) + EPS)
+
+
 # -- runs ----------------------------------------------------------------------------------------------------------
 
 
@@ -157,6 +163,15 @@ class SGD:
         d = u + 1e-2 * w
         self.v = d if self.v is None else 0.9 * self.v + d
         return w - lr * (d + 0.9 * self.v if self.nesterov else self.v)
+
+
+class BareSGD:
+    """No momentum, no decay."""
+
+    v = None
+
+    def __call__(self, w, u, lr):
+        return w - lr * u
 
 
 class Nesterov(SGD):
@@ -175,13 +190,13 @@ class AdamW:
 
 
 # base -> (learning rate, reference)
-BASES = {"sgd": (0.1, SGD), "nesterov": (0.1, Nesterov), "adamw": (0.02, AdamW)}
+BASES = {"sgd": (0.1, SGD), "bare": (0.1, BareSGD), "nesterov": (0.1, Nesterov), "adamw": (0.02, AdamW)}
 
 
 def pieces(case, k):
     """The micro-batches of a step; SAM-db's first is another batch."""
     x, y = batch(k, dtype=torch.float64)
-    if case.name == "sam-db":
+    if case.name == "sam-db" or case.params.get("batch") == "previous":
         return [batch(500 + k, dtype=torch.float64), (x, y)]
     return list(zip(x.chunk(case.chunks or 1), y.chunk(case.chunks or 1), strict=True))
 

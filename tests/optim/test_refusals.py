@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import flatmin
-from flatmin.methods import LambdaRadius
+from flatmin.methods import Gradient, LambdaRadius, OneStep
 from tests.helpers import batch, bits, drive
 
 
@@ -74,8 +74,18 @@ def test_a_bad_method():
         (r"needs the kinds of layers \(pass model=", "sam-on", {"model": None}),
         (r"late needs .*whole training: total=.*for_length\(", "late", {}),
         (r"momentum.*SGD is set up without", "momentum-sam", {"momentum": 0.0}),
+        (r"bsam needs data_size=N, the number of training samples", "bsam", {"momentum": 0.0}),
+        (r"without momentum and weight decay as its base, got SGD with momentum=0.9", "bsam", {"data_size": 9}),
+        (r"functional-sam needs the loss object", "functional-sam", {"criterion": None}),
+        (r"'esam' and 'functional-sam' do not go together: .*own gradient in pass 2", "esam+functional-sam", {}),
+        (r"GAM\(.*takes 3 descent gradients, and inner_loop OneStep\(\) gives 1", "gam", {"inner_loop": OneStep()}),
+        (r"reads 'gradient' of direction Gradient\(\), which has no such memory", "sampa", {"direction": Gradient()}),
+        (r"Extrapolation: batch must be 'same' or 'previous'", "sampa", {"batch": "last"}),
         (r"'msam' is the name of two methods: .*'micro-sam'.*'momentum-sam'", "msam", {}),
         (r"'ssam' is the name of two methods: .*'ssam-f'.*'bernoulli'", "ssam", {}),
+        (r"'MESA' is not a recipe but .*losses\.trajectory .*WeightAverage", "MESA", {}),
+        (r"'flat_lora' is not a recipe but .*FlatLoRA", "sam+flat_lora", {}),
+        (r"unknown method 'flatlora'; did you mean 'flat-lora'", "flatlora", {}),
         (r"esam needs per-sample losses \(pass criterion=", "esam", {"criterion": None}),
         (r"pass criterion=flatmin.Criterion\(loss\)", "bisam-log", {"criterion": None}),
         (r"needs the loss object \(pass criterion=", "sgdhess", {"curvature": "ggn", "criterion": None}),
@@ -150,6 +160,8 @@ class Loop:
         (r"wants two closures.*got 1", "sam-db", {}, "passes", 1),
         (r"finite factor >= 0, got -1.0", "sam", {"radius": LambdaRadius(rule=lambda k: -1)}, "closure", None),
         (r"step\(\) needs a closure", "sam", {}, "train and eval", None),
+        (r"sampa needs micro-batches .*got one closure", "sampa", {"batch": "previous"}, "closure", 0),
+        (r"Extrapolation wants two closures.*got 3", "sampa", {"batch": "previous"}, "closure", 3),
     ],
 )
 def test_a_step_that_the_method_cannot_take_changes_nothing(match, name, options, entry, chunks):
@@ -160,6 +172,32 @@ def test_a_step_that_the_method_cannot_take_changes_nothing(match, name, options
     assert all(map(torch.equal, loop.state(), before))
     loop.optimizer.state_dict()  # so no update is under way
     assert loop.optimizer.counts()["updates"] == 0
+
+
+@pytest.mark.parametrize(
+    ("reduction", "outputs", "error", "text"),
+    [
+        ("none", lambda z, calls: z, TypeError, "needs a loss of a tensor of outputs, and a scalar .* shape \\(16,\\)"),
+        ("mean", lambda z, calls: z if calls == 1 else z[:4], RuntimeError, "call the criterion equally often"),
+    ],
+)
+def test_a_loss_that_functional_sam_cannot_follow(reduction, outputs, error, text):
+    loop = Loop("functional-sam")
+    loop.criterion.loss.reduction = reduction
+    before, calls = loop.state(), []
+    x, y = batch(0, dtype=torch.float64)
+
+    def closure():
+        loop.optimizer.zero_grad()
+        calls.append(1)
+        z = outputs(loop.model(x), len(calls))
+        loss = loop.criterion(z, y[: len(z)]).mean()
+        loss.backward()
+        return loss
+
+    with pytest.raises(error, match=text):
+        loop.optimizer.step(closure)
+    assert all(map(torch.equal, loop.state(), before))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from torch import nn
 
 import flatmin
 from flatmin.methods import METHODS, Need
-from tests.helpers import BASES, CHUNKS, as_on_device, batch, bits, noisy_net, recipe_of, takes_chunks
+from tests.helpers import BASES, CHUNKS, as_on_device, batch, bits, noisy_net, recipe_of, takes_chunks, wrap_fitting
 
 LOOPS = ["closure", "direct closure", "passes", "passes, unscaled", "perturbed", "two calls"]
 SCALE = 2.0**10
@@ -25,7 +25,7 @@ class Loop:
         self.scaler = None
         if kind != "plain":
             self.scaler = torch.amp.GradScaler("cpu", init_scale=SCALE, growth_interval=growth)
-        self.optimizer = flatmin.wrap(
+        self.optimizer = wrap_fitting(
             BASES[base](self.model.parameters(), **options.pop("of_base", {})),
             recipe_of(method),
             rho=0.1,

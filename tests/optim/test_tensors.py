@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import flatmin
 from flatmin.methods import Need
-from tests.helpers import ENTRY_POINTS, as_on_device, drive, recipe_of, same_bits
+from tests.helpers import ENTRY_POINTS, as_on_device, drive, recipe_of, same_bits, wrap_fitting
 from tests.optim.loops import LR, RHO, by_hand, close, inputs, sam, weights
 
 every_entry = pytest.mark.parametrize("entry", ENTRY_POINTS)
@@ -46,7 +46,7 @@ def test_exactly_the_tensors_with_a_gradient_in_the_last_pass_move(name):
     for later, entry in itertools.product(((1, 2), (2,)), entries):
         model, criterion = Parts(), flatmin.Criterion(nn.CrossEntropyLoss())
         base = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9, weight_decay=0.1)
-        optimizer = flatmin.wrap(base, recipe_of(name, names="parts.*"), rho=RHO, model=model, criterion=criterion)
+        optimizer = wrap_fitting(base, recipe_of(name, names="parts.*"), rho=RHO, model=model, criterion=criterion)
         for k in range(6):
             used = []
 
@@ -97,7 +97,7 @@ class Table(nn.Module):
 
 def train_table(name, entry, sparse, *, device=False, bad_step=None):
     model, criterion = Table(sparse), flatmin.Criterion(nn.CrossEntropyLoss())
-    optimizer = flatmin.wrap(
+    optimizer = wrap_fitting(
         torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9),
         recipe_of(name, names="rows.*"),
         rho=RHO,
@@ -226,7 +226,7 @@ def test_tensors_without_elements_change_nothing(name):
     for empty in (False, True):
         model, criterion = WithEmpty(empty), flatmin.Criterion(nn.CrossEntropyLoss())
         base = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9)
-        optimizer = flatmin.wrap(base, recipe, rho=RHO, model=model, criterion=criterion)
+        optimizer = wrap_fitting(base, recipe, rho=RHO, model=model, criterion=criterion)
         as_on_device(optimizer, device)
         start = weights(model.net)
         for k in range(6):

@@ -22,6 +22,7 @@ from tests.helpers import (
     recipe_of,
     same_bits,
     train,
+    wrap_fitting,
 )
 
 # -- special cases of one method in another ----------------------------------------------------------------------
@@ -72,7 +73,165 @@ def test_asam_does_not_notice_a_rescaling_that_keeps_the_function():
     assert abs(perturbed_loss("sam", 0.5) - perturbed_loss("sam", 1.0)) > 1e-3
 
 
-COMBINING = ("gsam", "wsam", "gnp", "looksam", "saner", "sam-direction", "sam-magnitude", "sgdhess", "n-step")
+class Context:
+    """What a mask asks of a step."""
+
+    @staticmethod
+    def norm(tensors):
+        return torch.cat([t.flatten() for t in tensors]).norm()
+
+
+def displacement(gradient, name, rho=0.1, **params):
+    """Where a method climbs to on a linear loss with this gradient, seen from w."""
+    w = torch.zeros(len(gradient), dtype=torch.float64, requires_grad=True)
+    g = torch.tensor(gradient, dtype=torch.float64)
+    optimizer = flatmin.wrap(torch.optim.SGD([w], lr=0.1), name, rho=rho, **params)
+    seen = []
+
+    def closure():
+        seen.append(w.detach().clone())
+        w.grad = g.clone()
+        return g @ w.detach()
+
+    optimizer.step(closure)
+    return g, seen[1]
+
+
+def test_fisher_sam_climbs_to_the_edge_of_the_ellipsoid():
+    """<eps, F eps> = rho^2, and no other point of the edge has a larger <g, eps>; by hand for one gradient."""
+    g, eps = displacement([3.0, -0.5, 0.1], "fisher-sam")
+    assert eps.tolist() == pytest.approx([0.028476010, -0.037968013, 0.009398023], abs=5e-10)
+    fisher = 1 + g**2
+    assert float(eps @ (fisher * eps)) == pytest.approx(0.01, rel=1e-12)
+    others = torch.randn(200, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    others *= 0.1 / (fisher * others**2).sum(1, keepdim=True).sqrt()
+    assert float((others @ g).max()) < float(g @ eps)
+    _, eps = displacement([3.0, -0.5, 0.1], "fisher-sam", norm="euclid")
+    assert eps.tolist() == pytest.approx([0.058857147, -0.078476196, 0.019424801], abs=5e-10)
+    assert float(eps.norm()) == pytest.approx(0.1, rel=1e-12)
+
+
+def test_fisher_sam_in_half_precision_notices_what_its_square_would_lose():
+    """g^2 = 1e-8 is 0 in half precision; eta g^2 = 1 is not."""
+    w = torch.zeros(2, dtype=torch.float16, requires_grad=True)
+    g = torch.tensor([3e-4, 1e-4], dtype=torch.float16)
+    optimizer = flatmin.wrap(torch.optim.SGD([w], lr=0.0), "fisher-sam", rho=1.0, eta=1e8)
+    seen = []
+
+    def closure():
+        seen.append(w.detach().clone())
+        w.grad = g.clone()
+        return w.sum()
+
+    optimizer.step(closure)
+    assert float(seen[1][0] / seen[1][1]) == pytest.approx(3 * (1 + 1) / (1 + 9), rel=0.02)
+
+
+def test_sagm_without_alpha_is_gnp_and_stays_at_w_where_alpha_is_rho_over_the_gradient():
+    assert same_bits(weights_after(3, "sagm", alpha=0.0), weights_after(3, "gnp", alpha=0.5))
+    g, eps = displacement([3.0, -4.0], "sagm", alpha=0.1 / 5.0)
+    assert float(eps.abs().max()) <= 1e-17
+    _, eps = displacement([3.0, -4.0], "sagm", alpha=0.05)
+    assert torch.allclose(eps, (0.1 / 5.0 - 0.05) * g, rtol=0, atol=1e-12)  # downhill
+
+
+def test_zsharp_moves_vectors_as_sam_does_and_of_a_matrix_all_but_the_smallest_at_q_0():
+    """One matrix has the same displacement in both forms: there is one norm to take."""
+    _, eps = displacement([3.0, -0.5, 0.1], "zsharp")
+    assert same_bits(eps, displacement([3.0, -0.5, 0.1], "sam")[1])
+    g = torch.tensor([[1.0, 2.0, 4.0], [-3.0, 0.0, 8.0]], dtype=torch.float64)  # its mean is 2
+    for q, kept in ((0.0, g != 2.0), (0.5, (g - 2).abs() > 2.0), (0.9, g == 8.0)):
+        for per_tensor in (False, True):
+            factors, _ = flatmin.methods.ZScore(q=q, per_tensor=per_tensor)([g], {}, Context())
+            moved = factors[0] * g
+            assert torch.allclose(moved / moved.norm(), g * kept / (g * kept).norm(), rtol=0, atol=1e-15)
+            assert not per_tensor or float(moved.norm()) == pytest.approx(float(g.norm()), rel=1e-14)
+    # Nothing lies above the quantile of equal entries: they all move.
+    assert flatmin.methods.ZScore()([torch.ones(2, 3)], {}, Context())[0][0].tolist() == torch.ones(2, 3).tolist()
+
+
+def test_cr_sam_on_a_quadratic_adds_the_curvature_along_eps():
+    """u = g_s + 2 beta H eps, whatever gamma is: there is no third order."""
+    half = torch.randn(3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    h, start = half @ half.T, torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    w = start.clone().requires_grad_()
+    optimizer = flatmin.wrap(torch.optim.SGD([w], lr=1.0), "cr-sam", rho=0.1, gamma=3.0, beta=0.7)
+    told = []
+
+    def closure():
+        w.grad = h @ w.detach()
+        told.append(float(w.detach() @ h @ w.detach()) / 2)
+        return torch.tensor(told[-1])
+
+    optimizer.step(closure)
+    g = h @ start
+    eps = 0.1 * g / g.norm()
+    assert torch.allclose(start - w.detach(), g + h @ eps + 2 * 0.7 * h @ eps, rtol=0, atol=1e-11)
+    assert len(told) == 3 and told[1] < told[0] < told[2]  # w + eps comes last
+
+
+def imbsam_after(steps, tail, weight=1.0, name="imbsam", rho=0.1):
+    """The weights of a net without random parts; the classes in `tail` are ImbSAM's, for others there is one loss."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    optimizer = flatmin.wrap(BASES["sgd"](model.parameters()), name, rho=rho, model=model)
+    for k in range(steps):
+        x, y = batch(k, dtype=torch.float64)
+        inside = sum(y == c for c in tail) if tail else torch.zeros(len(y))
+
+        def closure(factors, x=x, y=y):
+            optimizer.zero_grad()
+            loss = (nn.functional.cross_entropy(model(x), y, reduction="none") * factors).mean()
+            loss.backward()
+            return loss
+
+        parts = [lambda f=f: closure(f) for f in (1.0 - 1.0 * inside, weight * inside)]
+        optimizer.step(parts if name == "imbsam" else lambda: closure(torch.ones(())))
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_imbsam_is_the_base_without_a_radius_or_a_tail_and_sam_without_a_head():
+    """With the tail counted once; and otherwise something between."""
+    base, sam = (imbsam_after(4, (), name=name) for name in ("sgd", "sam"))
+    for found, known in (
+        (imbsam_after(4, (2,), rho=0.0), base),
+        (imbsam_after(4, ()), base),
+        (imbsam_after(4, (0, 1, 2)), sam),
+    ):
+        assert torch.allclose(found, known, rtol=0, atol=1e-13)
+    some = imbsam_after(4, (2,))
+    assert min(float((some - known).abs().max()) for known in (base, sam)) > 1e-4
+
+
+def test_imbsam_counts_the_head_once_where_closures_leave_the_gradients_of_the_pass_before():
+    """A step at w has two passes, of which the second begins without gradients."""
+    w = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)
+    optimizer = flatmin.wrap(torch.optim.SGD([w], lr=1.0), "imbsam", rho=0.0)
+
+    def closure(slope):
+        loss = slope * w.sum()
+        loss.backward()
+        return loss
+
+    optimizer.step([lambda: closure(3.0), lambda: closure(10.0)])
+    assert w.tolist() == [1.0 - 13.0, 2.0 - 13.0]
+
+
+COMBINING = (
+    "gsam",
+    "wsam",
+    "gnp",
+    "sagm",
+    "cr-sam",
+    "looksam",
+    "saner",
+    "sam-direction",
+    "sam-magnitude",
+    "sgdhess",
+    "n-step",
+    "c-flat",
+    "eigen-sam",
+)
 
 
 @pytest.mark.parametrize("name", COMBINING)
@@ -90,6 +249,40 @@ def test_a_loss_without_curvature_is_the_base(name):
 
         for _ in range(8):
             drive(optimizer, backward)
+        ends.append([p.detach() for p in model.parameters()])
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(*ends, strict=True))
+
+
+@pytest.mark.parametrize("name", ["functional-sam", "functional-sam+vasso"])
+def test_functional_sam_is_the_base_where_the_outputs_are_linear_in_the_weights(name):
+    """The Jacobian is the same everywhere, and the slope of the loss is that at w; SAM is another method there."""
+    ends = {}
+    for method in (name, "sgd", "sam"):
+        torch.manual_seed(0)
+        model, criterion = nn.Linear(4, 3).double(), flatmin.Criterion(nn.CrossEntropyLoss())
+        base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        optimizer = flatmin.wrap(base, method, rho=0.7, criterion=criterion)
+        for k in range(6):
+            x, y = batch(k, dtype=torch.float64)
+
+            def backward(model=model, criterion=criterion, x=x, y=y):
+                loss = criterion(model(x[:, :4]), y)
+                loss.backward()
+                return loss
+
+            drive(optimizer, backward, "perturbed" if method == name else "closure")
+        ends[method] = model.weight.detach()
+    assert torch.allclose(ends[name], ends["sgd"], rtol=0, atol=1e-14)
+    assert not torch.allclose(ends["sam"], ends["sgd"], rtol=0, atol=1e-3)
+
+
+def test_bsam_without_noise_averages_and_scale_is_usam_on_plain_sgd():
+    still = {"data_size": math.inf, "beta1": 0.0, "beta2": 1.0, "delta": 0.0}
+    ends = []
+    for method, params in (("bsam", still), ("usam", {})):
+        model = noisy_net()
+        optimizer = flatmin.wrap(torch.optim.SGD(model.parameters(), lr=0.1), method, rho=0.1, model=model, **params)
+        train(model, optimizer, flatmin.Criterion(nn.CrossEntropyLoss()), range(6))
         ends.append([p.detach() for p in model.parameters()])
     assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(*ends, strict=True))
 
@@ -203,7 +396,7 @@ def test_lr_zero_is_the_identity_bit_for_bit(plan):
     groups = [{"params": list(b.parameters()), "rho": r} for b, r in zip(model.branches, plan["rhos"], strict=True)]
     criterion = flatmin.Criterion(nn.CrossEntropyLoss())
     base = BASES[plan["base"]](groups, lr=0.0, fused=plan["fused"])
-    optimizer = flatmin.wrap(base, recipe_of(plan["name"], names="branches.0.*"), model=model, criterion=criterion)
+    optimizer = wrap_fitting(base, recipe_of(plan["name"], names="branches.0.*"), model=model, criterion=criterion)
     chunked = Need.MICRO_BATCHES in optimizer.recipe.needs
     as_on_device(optimizer, plan["device"])
     start = bits(model.parameters())

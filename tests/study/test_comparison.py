@@ -246,6 +246,8 @@ class TestWhatItDoes:
         assert "sam-on" not in [arm.label for arm in kept.arms] and "micro-sam" in [arm.label for arm in kept.arms]
         (note,) = [note for note in kept.notes if "sam-on" in note]
         assert note.startswith("'sam-on' is left out: Layers: no layer matches ") and note.endswith("ones are Linear.")
+        (note,) = [note for note in kept.notes if "imbsam" in note]
+        assert note.startswith("'imbsam' is left out: imbsam takes one closure each for the head and the tail of the ")
 
     def test_tuning_chooses_on_validation(self, tmp_path):
         table, events = go(tmp_path, *SMALL, "rho=0.05,0.1,50", "epochs=3", tune=True)

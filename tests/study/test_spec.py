@@ -204,7 +204,7 @@ class TestOverrides:
 
     def test_a_parameter_is_for_the_arms_that_have_it(self):
         rows = grid_points(read_study("vasso-cifar10", ["theta=.2,.4", "model=resnet18"]))
-        assert [row.label for row in rows] == ["SGD", "SAM", "ASAM", "VaSSO theta=0.2", "VaSSO theta=0.4"]
+        assert [row.label for row in rows] == ["SGD", "SAM", "ASAM", "Fisher SAM", "VaSSO theta=0.2", "VaSSO theta=0.4"]
 
     def test_an_arms_own_setting_gives_way_to_words_but_not_to_the_studys_axes(self, write):
         name = write(TINY + "lr = 0.5\n[axes]\nlr = [0.1, 0.2]\n")

@@ -18,7 +18,8 @@ from flatmin.train.options import Options
 from flatmin.train.trainer import Trainer
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-CAPTURABLE = [name for name in METHODS if capture_refusal(compose(name)) is None]
+TRAINED = [name for name in METHODS if not compose(name).inner_loop.closures_for]
+CAPTURABLE = [name for name in TRAINED if capture_refusal(compose(name)) is None]
 
 
 def every_part():

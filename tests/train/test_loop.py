@@ -170,7 +170,7 @@ def normed():
     return nn.Sequential(nn.Linear(6, 16), nn.LayerNorm(16), nn.ReLU(), nn.Linear(16, 3))
 
 
-@pytest.mark.parametrize("name", [*METHODS, "vasso+asam"])
+@pytest.mark.parametrize("name", [*(name for name in METHODS if name != "imbsam"), "vasso+asam"])
 def test_every_method_runs(name):
     result, _ = run(method=name, rho=0.05, epochs=1, measure=False, model="tests.train.test_loop:normed")
     assert result.failure is None
@@ -180,6 +180,13 @@ def test_every_method_runs(name):
 def test_a_model_without_the_layers_is_refused_with_a_sentence():
     with pytest.raises(ValueError, match=r"^Layers: no layer matches '.*'; the trained ones are Linear\.$"):
         Trainer(config(method="sam-on"))
+
+
+def test_closures_that_are_no_parts_of_a_batch_are_not_made_of_one():
+    with pytest.raises(
+        ValueError, match=r"^imbsam takes one closure each for the head and the tail of the classes, wh"
+    ):
+        Trainer(config(method="imbsam", micro_batches=2))
 
 
 def by_hand(trainer, pieces):

@@ -46,7 +46,7 @@ def methods(
     """
     from flatmin.cli import loops as served
     from flatmin.cli import matrix as pairs
-    from flatmin.methods import compose, method_table
+    from flatmin.methods import ELSEWHERE, compose, method_table
     from flatmin.train.locate import search_here
 
     search_here()
@@ -69,7 +69,8 @@ def methods(
         console.print(
             "[dim]rho: default radius. grads: gradient evaluations a step. copies: of the moved weights, held during "
             "a step beyond the base optimizer's own. sets: its parts; names compose if these differ: "
-            "flatmin methods vasso+bisam-log+asam. Every pair: flatmin methods --matrix[/dim]\n"
+            "flatmin methods vasso+bisam-log+asam. Every pair: flatmin methods --matrix. No recipes, but here: "
+            f"{', '.join(ELSEWHERE)}; flatmin methods NAME says where.[/dim]\n"
         )
         _print_details(table, console)
         return
@@ -139,7 +140,7 @@ def _summary(recipe: Recipe, named: Sequence[Method]) -> list[list[str]]:
         f"{recipe.gradient_evaluations:.3g} gradient{'s' * (recipe.gradient_evaluations != 1)} a step, "
         f"{copies} extra cop{'y' if copies == 1 else 'ies'} of the moved weights"
     )
-    rho = f"{recipe.default_rho:g} (the geometry's default)" if recipe.ascends else "none: it never ascends"
+    rho = f"{recipe.default_rho:g} (the method's default)" if recipe.ascends else "none: it never ascends"
     return [
         ["recipe", recipe.name],
         *(["formula", f"{method.formula}   ({method.title})"] for method in named),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flatmin.methods import Need, Recipe
 from flatmin.optim import SAM, wrap
+from flatmin.optim.support import check_divided
 
 try:
     from transformers import Trainer
@@ -41,7 +42,7 @@ class SharpnessAware:
         kwargs: of the Trainer.
 
     Raises:
-        ValueError: DeepSpeed, or a recipe that needs second derivatives.
+        ValueError: DeepSpeed, or a recipe that needs second derivatives or closures that are not micro-batches.
     """
 
     accelerator: Any
@@ -74,7 +75,7 @@ class SharpnessAware:
             kwargs: of the Trainer's method.
 
         Raises:
-            ValueError: a recipe that needs second derivatives.
+            ValueError: a recipe that needs second derivatives, or closures that are not micro-batches.
         """
         parent: Any = super()
         base = parent.create_optimizer(*args, **kwargs)
@@ -87,6 +88,8 @@ class SharpnessAware:
                 f"{sam.recipe.name} needs second derivatives, for which the Trainer's accelerator.backward(loss) keeps "
                 "no graph; choose another method."
             )
+        if sam is not None:
+            check_divided(sam.recipe)
         return self.optimizer
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:

@@ -13,6 +13,7 @@ from flatmin.methods import Need
 from flatmin.optim import SAM
 from flatmin.optim.model_guard import FrozenStatistics
 from flatmin.optim.random_state import RandomState
+from flatmin.optim.support import check_divided
 
 try:
     from lightning.pytorch.plugins.precision import Precision
@@ -138,6 +139,7 @@ class SharpnessAware:
 
     def _run(self, sam: SAM, window: _Window, closure: Callable[[], Any]) -> Any:
         """All passes of an update, the first by Lightning's closure; leaves what the base shall take."""
+        check_divided(sam.recipe)
         if len(window.batches) == 1:
             for evaluation in sam.passes():
                 with evaluation:

@@ -10,6 +10,8 @@ from flatmin.methods import (
     context,
     curvature,
     direction,
+    entries,
+    finite_differences,
     geometry,
     inner_loop,
     mask,
@@ -25,6 +27,8 @@ from flatmin.methods.combine import *
 from flatmin.methods.context import *
 from flatmin.methods.curvature import *
 from flatmin.methods.direction import *
+from flatmin.methods.entries import *
+from flatmin.methods.finite_differences import *
 from flatmin.methods.geometry import *
 from flatmin.methods.inner_loop import *
 from flatmin.methods.mask import *
@@ -41,6 +45,8 @@ __all__ = [*combine.__all__]
 __all__ += context.__all__
 __all__ += curvature.__all__
 __all__ += direction.__all__
+__all__ += entries.__all__
+__all__ += finite_differences.__all__
 __all__ += geometry.__all__
 __all__ += inner_loop.__all__
 __all__ += mask.__all__

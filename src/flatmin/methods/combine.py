@@ -6,10 +6,22 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from flatmin.methods.context import NewState, State, StepContext, Tensors
+from flatmin.methods.context import NewState, State, StepContext, Tensors, filled
 from flatmin.methods.part import Need, Part, check_choice, check_count, check_range, learning_rate
 
-__all__ = ["GNP", "GSAM", "SANER", "WSAM", "Combine", "Descent", "DirectionMagnitude", "LookSAM"]
+__all__ = [
+    "BSAM",
+    "GNP",
+    "GSAM",
+    "SANER",
+    "WSAM",
+    "Combine",
+    "Descent",
+    "DirectionMagnitude",
+    "LookSAM",
+    "Mean",
+    "SAMPa",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,9 +31,11 @@ class Combine(Part):
     Attributes:
         ascends: False for combinations that work where the weights never leave w. Default True.
         uses_gradient: whether g is kept through pass 2, which costs one more copy. Default False: g is None.
+        descents: how many descent gradients it takes. Default 1.
         mixes: whether it does anything but hand on the last descent gradient; true where `__call__` or `post` is
             defined.
-        rho_zero_is_base: whether rho = 0 gives the base's own steps. Default True.
+        always: whether `off` acts also where no weight can move, because rho = 0 everywhere: the method's limit is then
+            a rule of its own, and not the base's step. Default False.
         keeps_graph: whether the descent pass may have to keep its graph; true where `graph` is defined.
         off_step: whether a step without ascent is more than the base's; true where `off` is defined.
         post_step: whether something is added to w after the base's step; true where `post` is defined.
@@ -36,8 +50,9 @@ class Combine(Part):
         "post_step": "post",
     }
     uses_gradient: ClassVar[bool] = False
+    descents: ClassVar[int] = 1
     mixes: ClassVar[bool] = False
-    rho_zero_is_base: ClassVar[bool] = True
+    always: ClassVar[bool] = False
     keeps_graph: ClassVar[bool] = False
     off_step: ClassVar[bool] = False
     post_step: ClassVar[bool] = False
@@ -198,6 +213,27 @@ class GNP(Combine):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Mean(Combine):
+    """u = (g + g_s) / 2: GNP at alpha = 1/2, without a parameter that could be taken for the method's own alpha.
+
+    Source: Wang et al., Sharpness-Aware Gradient Matching for Domain Generalization, CVPR 2023, whose sum of two losses
+    the authors' code halves.
+
+    Example:
+        >>> import flatmin
+        >>> print(flatmin.compose("sagm").combine)
+        Mean()
+    """
+
+    needs: ClassVar = frozenset({Need.GRADIENT_AT_W})
+    uses_gradient: ClassVar = True
+
+    def __call__(self, g: Tensors | None, gs: list[Tensors], state: State, c: StepContext) -> tuple[Tensors, NewState]:
+        assert g is not None
+        return list(torch._foreach_lerp(g, gs[0], 0.5)), {}
+
+
+@dataclass(frozen=True, kw_only=True)
 class LookSAM(Combine):
     """LookSAM's memory: what SAM adds to the gradient is used again on the steps that do not ascend.
 
@@ -342,3 +378,103 @@ class SANER(Combine):
             torch.where(((s > 0) & (s < x)) | ((s < 0) & (s > x)), s * (1.0 - self.alpha), s)
             for s, x in zip(gs[0], g, strict=True)
         ], {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BSAM(Combine):
+    """bSAM's update: the descent gradient's average m over a scale s that follows the gradients' size, by element.
+
+        m <- beta1 m + (1 - beta1) (g_s + delta w)
+        u  = m / s                                                      with s before it changes
+        s <- beta2 s + (1 - beta2) (sqrt(s) |g| + gamma + delta)        g that of pass 1
+
+    s begins at s_init, m at 0; neither is corrected for its beginning. s is the precision of the weights divided by the
+    number of samples: 1 / (N s) is the variance of the posterior that predictions are averaged over, and
+    `optimizer.state[w]["flatmin.combine.s"]` is s. Where nothing ascends (rho = 0, or a step that a schedule leaves
+    out) g and g_s are the gradient at w.
+
+    Args:
+        beta1: of m, in [0, 1). Default 0.9.
+        beta2: of s, in [0, 1]. Default 0.999; 1 leaves s at s_init.
+        s_init: > 0. Default 1.0.
+        gamma: damping, >= 0. Default 0.1.
+        delta: the prior's precision divided by N, a weight decay inside m, >= 0. Default 2e-4: the 40 of the official
+            CIFAR runs over their N, 4 times 50,000.
+
+    Raises:
+        ValueError: out of range; at the construction of the optimizer, for a base other than SGD without momentum and
+            weight decay, which would average twice.
+
+    Source: Moellenhoff & Khan, SAM as an Optimal Relaxation of Bayes, ICLR 2023, Alg. 1 (b); defaults of the official
+    code (`train.py`), of which the split of a batch in 8 parts, each with a noise of its own, is left out.
+
+    Example:
+        >>> import flatmin
+        >>> print(flatmin.compose("bsam", gamma=0.05).combine)
+        BSAM(beta1=0.9, beta2=0.999, s_init=1.0, gamma=0.05, delta=0.0002)
+    """
+
+    needs: ClassVar = frozenset({Need.PASS_1, Need.BARE_SGD})
+    slots: ClassVar = {"s": "param", "m": "param"}
+    uses_gradient: ClassVar = True
+    always: ClassVar = True
+    beta1: float = 0.9
+    beta2: float = 0.999
+    s_init: float = 1.0
+    gamma: float = 0.1
+    delta: float = 2e-4
+
+    def __post_init__(self) -> None:
+        check_range(self, "beta1", 0.0, 1.0)
+        check_range(self, "beta2", 0.0, 1.0)
+        check_range(self, "s_init", 0.0, 1e12, open_low=True)
+        check_range(self, "gamma", 0.0, 1e6)
+        check_range(self, "delta", 0.0, 1e6)
+
+    def initial(self, slot: str) -> float:
+        return self.s_init if slot == "s" else 0.0
+
+    def __call__(self, g: Tensors | None, gs: list[Tensors], state: State, c: StepContext) -> tuple[Tensors, NewState]:
+        assert g is not None
+        s, m = filled(state["s"], gs[0]), filled(state["m"], gs[0])
+        decayed = torch._foreach_add(gs[0], c.w, alpha=self.delta)
+        m = list(torch._foreach_lerp(m, list(decayed), 1.0 - self.beta1))
+        u = list(torch._foreach_div(m, s))
+        size = torch._foreach_mul(torch._foreach_sqrt(s), torch._foreach_abs(g))
+        torch._foreach_add_(size, self.gamma + self.delta)
+        return u, {"m": m, "s": list(torch._foreach_lerp(s, list(size), 1.0 - self.beta2))}
+
+    def off(self, g: Tensors, state: State, c: StepContext) -> tuple[Tensors, NewState]:
+        return self(g, [g], state, c)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SAMPa(Combine):
+    """SAMPa: u = (1 - lam) g_1 + lam g_2, with the gradients of `Extrapolation`: at w + eps and one step ahead.
+
+    Args:
+        lam: in [0, 1]. Default 0.2 (official code), as the default rho 0.1.
+
+    Raises:
+        ValueError: out of range.
+
+    With lam = 0 it is SAM along the gradient at the extrapolated point; the official code divides by lam to find that
+    gradient again and does not perturb at all then.
+
+    Source: Xie, Pethick & Cevher, SAMPa: Sharpness-aware Minimization Parallelized, NeurIPS 2024, Alg. 1.
+
+    Example:
+        >>> import flatmin
+        >>> print(flatmin.compose("sampa", lam=0.5).combine)
+        SAMPa(lam=0.5)
+    """
+
+    descents: ClassVar = 2
+    default_rho: ClassVar = 0.1
+    lam: float = 0.2
+
+    def __post_init__(self) -> None:
+        check_range(self, "lam", 0.0, 1.0)
+
+    def __call__(self, g: Tensors | None, gs: list[Tensors], state: State, c: StepContext) -> tuple[Tensors, NewState]:
+        return (gs[0] if len(gs) == 1 else list(torch._foreach_lerp(gs[0], gs[1], self.lam))), {}

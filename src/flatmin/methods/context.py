@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
@@ -20,6 +20,7 @@ __all__ = [
     "State",
     "StepContext",
     "Tensors",
+    "filled",
 ]
 
 Tensors = list[Tensor]
@@ -27,6 +28,14 @@ Gradients = list[Tensor | None]
 # One list per tensor slot (None: never filled for that tensor), one tensor per scalar slot.
 State = Mapping[str, Any]
 NewState = dict[str, Any]
+
+
+def filled(slot: list[Tensor | None], default: Tensors) -> Tensors:
+    """The slot's tensors in the dtypes of `default`, and `default` where a tensor has not been seen before.
+
+    A checkpoint may have been saved in another precision than training goes on in.
+    """
+    return [d if s is None else s if s.dtype is d.dtype else s.to(d.dtype) for s, d in zip(slot, default, strict=True)]
 
 
 @dataclass(slots=True)
@@ -44,6 +53,8 @@ class Perturbation:
         factors: rho times the radius, for each tensor.
         eps: added to the norm.
         scratch: whether the direction's tensors may be overwritten. Default False.
+        gradients: of the pass that it was made of, one for each trained weight, for inner loops that declare
+            `uses_gradient`. Default empty.
     """
 
     index: Sequence[int]
@@ -53,6 +64,7 @@ class Perturbation:
     factors: list[float | Tensor]
     eps: float
     scratch: bool = False
+    gradients: Gradients = field(default_factory=list)
 
     def tensors(self) -> Tensors:
         """The displacement itself, in fresh tensors; zero everywhere if the direction is not finite."""
@@ -83,12 +95,20 @@ class GradientRequest:
         at: where. Default None: at w.
         chunk: on which micro-batch. Default None: on the whole batch.
         graph: whether `StepContext.curvature` shall work once this gradient is there. Default False.
+        share: by which a descent gradient counts for weights that another optimizer trains, which take theirs from
+            the descent passes. Default 1. With 0 the pass is a probe: diagnostics pass over it too.
     """
 
     role: Literal["ascent", "descent"]
     at: Perturbation | None = None
     chunk: int | None = None
     graph: bool = False
+    share: float = 1.0
+
+    @property
+    def probe(self) -> bool:
+        """Whether only the recipe itself looks at what this pass finds."""
+        return self.role == "descent" and self.share == 0.0
 
 
 class Ascend(Protocol):

@@ -1,15 +1,16 @@
 """Along what?"""
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from flatmin.methods.context import NewState, State, StepContext, Tensors
+from flatmin.methods.context import NewState, State, StepContext, Tensors, filled
 from flatmin.methods.part import Need, Part, check_choice, check_range
 
-__all__ = ["EMA", "FSAM", "RSAM", "Direction", "Gradient", "Momentum", "StaleGradient", "filled"]
+__all__ = ["EMA", "FSAM", "RSAM", "BSAMNoise", "Direction", "Gradient", "Momentum", "StaleGradient"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,15 +22,17 @@ class Direction(Part):
         turns: whether d is anything but g; true where `__call__` is defined.
         moves_start: whether pass 1 is taken at w + `start()`. Default False.
         observes: whether it learns from the descent gradient; true where `observe` is defined.
+        keeps_graph: whether pass 1 may have to keep its graph; true where `graph` is defined.
     """
 
     kind: ClassVar[str] = "direction"
     question: ClassVar[str] = "along what?"
-    declared_by: ClassVar = {"turns": "__call__", "observes": "observe"}
+    declared_by: ClassVar = {"turns": "__call__", "observes": "observe", "keeps_graph": "graph"}
     evaluates: ClassVar[bool] = True
     turns: ClassVar[bool] = False
     moves_start: ClassVar[bool] = False
     observes: ClassVar[bool] = False
+    keeps_graph: ClassVar[bool] = False
 
     def validate(self) -> None:
         if not (self.evaluates or self.turns):
@@ -59,13 +62,9 @@ class Direction(Part):
         """New state from the descent gradient."""
         return {}
 
-
-def filled(slot: list[Tensor | None], default: Tensors) -> Tensors:
-    """The slot's tensors in the dtypes of `default`, and `default` where a tensor has not been seen before.
-
-    A checkpoint may have been saved in another precision than training goes on in.
-    """
-    return [d if s is None else s if s.dtype is d.dtype else s.to(d.dtype) for s, d in zip(slot, default, strict=True)]
+    def graph(self, state: State, c: StepContext) -> bool:
+        """Whether pass 1 shall keep its graph, so that `StepContext.curvature` works in this step's call."""
+        return False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,3 +273,48 @@ class StaleGradient(Direction):
     def observe(self, gs: Tensors, state: State, c: StepContext) -> NewState:
         # The base may write to what it is given.
         return {"gradient": c.copied(gs)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BSAMNoise(Direction):
+    """bSAM's ascent: d = grad L(w + n / sqrt(N s)) / s by element, n ~ N(0, I), with the s of `BSAM`.
+
+    Pass 1 is taken at the noisy point; the displacement rho d is taken from w.
+
+    Args:
+        data_size: N, the number of training samples (the official runs count each 4 times where images are cropped and
+            flipped at random). `flatmin train` fills it in. Default 0: not known, which an optimizer refuses; inf: no
+            noise.
+
+    Raises:
+        ValueError: data_size below 0, or not given.
+
+    Source: Moellenhoff & Khan, SAM as an Optimal Relaxation of Bayes, ICLR 2023, Alg. 1 (b), and its code (`optim.py`).
+
+    Example:
+        >>> import flatmin
+        >>> print(flatmin.compose("bsam", data_size=50_000).direction)
+        BSAMNoise(data_size=50000.0)
+    """
+
+    needs: ClassVar = frozenset({Need.RANDOM, Need.FREE_START})
+    moves_start: ClassVar = True
+    reads: ClassVar = {"s": "combine.s"}
+    default_rho: ClassVar = 0.1
+    data_size: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.data_size != math.inf:
+            check_range(self, "data_size", 0.0, math.inf)
+
+    def validate(self) -> None:
+        if not self.data_size:
+            raise ValueError("bsam needs data_size=N, the number of training samples, by which its noise is scaled.")
+
+    def start(self, state: State, c: StepContext) -> Tensors:
+        spread = torch._foreach_sqrt(torch._foreach_mul(filled(state["s"], c.w), self.data_size))
+        return list(torch._foreach_div(c.noise(), spread))
+
+    def __call__(self, g: Tensors | None, state: State, c: StepContext) -> tuple[Tensors | None, NewState]:
+        assert g is not None
+        return list(torch._foreach_div(g, filled(state["s"], g))), {}

@@ -7,10 +7,25 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from flatmin.methods.context import Ascend, GradientRequest, Gradients, Perturbation, StepContext
-from flatmin.methods.part import Need, Part, check_choice, check_count
+from flatmin.methods.context import Ascend, GradientRequest, Gradients, NewState, Perturbation, State, StepContext
+from flatmin.methods.part import Need, Part, check_choice, check_count, check_range, learning_rate
 
-__all__ = ["DifferentBatch", "InnerLoop", "MicroBatches", "NStep", "NoAscent", "OneStep", "accumulate"]
+__all__ = [
+    "BothSides",
+    "DifferentBatch",
+    "Extrapolation",
+    "GradientNormAscent",
+    "HeadAndTail",
+    "InnerLoop",
+    "MicroBatches",
+    "NStep",
+    "NoAscent",
+    "OneStep",
+    "Passes",
+    "accumulate",
+]
+
+Passes = Generator[GradientRequest, Gradients, tuple[list[Gradients], NewState]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,11 +37,13 @@ class InnerLoop(Part):
         loops: whether it is anything but one ascent and one descent gradient; true where `__call__` is defined.
         one_ascent: whether it is one ascent from w and one descent gradient at w + eps on the whole batch, so that
             manual loops of two passes serve it. Default False.
-        two_batches: whether it climbs on one batch and descends on another: micro-batch 0 and `plain_chunk`. A loop
+        two_batches: whether it climbs on one batch and descends on another: micro-batches 0 and 1. A loop
             that trains on single batches gives the batch before as the first. Default False.
-        pooled: whether what is returned is not the last request's own gradients but made of several. Default False.
+        uses_gradient: whether it looks at `Perturbation.gradients`, which are kept for it only. Default False.
         copies: of the moved weights that it holds during the last pass. Default 0.
-        plain_chunk: the micro-batch of a step without ascent. Default None: all of them.
+        closures_for: what its closures stand for, one for each, where they are not equal parts of a batch, such as "the
+            head and the tail". Loops that divide batches by themselves refuse it. Default "": parts of a batch.
+        descents: how many descent gradients it gives. Default 1.
     """
 
     kind: ClassVar[str] = "inner_loop"
@@ -35,9 +52,10 @@ class InnerLoop(Part):
     loops: ClassVar[bool] = False
     one_ascent: ClassVar[bool] = False
     two_batches: ClassVar[bool] = False
-    pooled: ClassVar[bool] = False
+    uses_gradient: ClassVar[bool] = False
     copies: ClassVar[int] = 0
-    plain_chunk: ClassVar[int | None] = None
+    closures_for: ClassVar[str] = ""
+    descents: ClassVar[int] = 1
 
     def conflict(self, need: Need) -> str | None:
         if need is Need.ASCENT and not self.ascends:
@@ -50,9 +68,13 @@ class InnerLoop(Part):
         """Gradients a step, if one ascent costs `ascent`."""
         return ascent + 1
 
-    def __call__(self, ascend: Ascend, c: StepContext) -> Generator[GradientRequest, Gradients, list[Gradients]]:
-        """Ask for gradients; return the descent gradients, one list for each point."""
-        return [(yield GradientRequest("descent", (yield from ascend())))]
+    def plain(self, c: StepContext) -> Generator[GradientRequest, Gradients, Gradients]:
+        """The gradients of a step without ascent: by default those of the whole batch at w."""
+        return (yield GradientRequest("descent"))
+
+    def __call__(self, ascend: Ascend, state: State, c: StepContext) -> Passes:
+        """Ask for gradients; return the descent gradients, one list for each point, and the new state."""
+        return [(yield GradientRequest("descent", (yield from ascend())))], {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +127,7 @@ class NStep(InnerLoop):
     def evaluations(self, ascent: int) -> float:
         return self.n * ascent + 1
 
-    def __call__(self, ascend: Ascend, c: StepContext) -> Generator[GradientRequest, Gradients, list[Gradients]]:
+    def __call__(self, ascend: Ascend, state: State, c: StepContext) -> Passes:
         total: dict[int, Tensor] = {}
         share = 1.0 / self.n if self.step == "split" else 1.0
 
@@ -123,7 +145,7 @@ class NStep(InnerLoop):
                 reach = c.norm([total[i] / f for i, f in zip(eps.index, eps.factors, strict=True)])
                 back = reach.clamp(min=1.0)
                 total = {i: t / back.to(t.device, t.dtype) for i, t in total.items()}
-        return [(yield GradientRequest("descent", here()))]
+        return [(yield GradientRequest("descent", here()))], {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,17 +171,16 @@ class MicroBatches(InnerLoop):
         Need.WHOLE_BATCH: "each micro-batch has a gradient of its own",
         Need.GRADIENT_AT_W: "each micro-batch has a gradient of its own",
     }
-    pooled: ClassVar[bool] = True
     copies: ClassVar[int] = 1
 
-    def __call__(self, ascend: Ascend, c: StepContext) -> Generator[GradientRequest, Gradients, list[Gradients]]:
+    def __call__(self, ascend: Ascend, state: State, c: StepContext) -> Passes:
         mean: Gradients = []
         for chunk in range(c.chunks):
             eps = yield from ascend(chunk=chunk)
-            grads = yield GradientRequest("descent", eps, chunk)
+            grads = yield GradientRequest("descent", eps, chunk, share=1.0 / c.chunks)
             mean = accumulate(mean, grads, 1.0 / c.chunks)
             del grads
-        return [mean]
+        return [mean], {}
 
 
 def accumulate(total: Gradients, new: Gradients, weight: float) -> Gradients:
@@ -205,15 +226,109 @@ class DifferentBatch(InnerLoop):
         Need.LOSSES_AT_W: "pass 1 sees another batch",
     }
     two_batches: ClassVar[bool] = True
-    plain_chunk: ClassVar[int | None] = 1
 
-    def __call__(self, ascend: Ascend, c: StepContext) -> Generator[GradientRequest, Gradients, list[Gradients]]:
+    def plain(self, c: StepContext) -> Generator[GradientRequest, Gradients, Gradients]:
+        return (yield GradientRequest("descent", chunk=1))
+
+    def __call__(self, ascend: Ascend, state: State, c: StepContext) -> Passes:
+        climbed, descended = _two_batches(self, c)
+        eps = yield from ascend(chunk=climbed)
+        return [(yield GradientRequest("descent", eps, descended))], {}
+
+
+def _two_batches(owner: InnerLoop, c: StepContext) -> tuple[int, int]:
+    """The micro-batches to climb and to descend on."""
+    if c.chunks != 2:
+        raise ValueError(
+            f"{type(owner).__name__} wants two closures, for the batch to climb and the one to descend; got {c.chunks}."
+        )
+    return 0, 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadAndTail(InnerLoop):
+    """ImbSAM: the tail of the classes climbs and descends, the head descends at w.
+
+        eps = rho g_T / ||g_T||,  g_T = grad L_T(w),   u = grad L_H(w) + grad L_T(w + eps)
+
+    `optimizer.step([closure_of_L_H, closure_of_L_T])`, or `passes(chunks=2)`: chunk 0 is the head, chunk 1 the tail.
+    The two gradients are added, so both closures divide by the size of the whole batch:
+
+        L_H = 1/B sum of the losses of head samples,   L_T = weight/B sum of the losses of tail samples
+
+    with weight = 2 in the official code, whose tail is the classes of fewer than 20 training samples; with weight = 1
+    the sum is the plain mean. A closure whose part is empty must still give a loss with a graph, so take the outputs of
+    the whole batch, as BatchNorm wants it anyway, and then the samples. What `step` returns is the mean of the two.
+
+    Raises:
+        ValueError: at the step, for another number of closures than two.
+
+    Source: Zhou, Qu, Xu & Shen, ImbSAM: A Closer Look at Sharpness-Aware Minimization in Class-Imbalanced Recognition,
+    ICCV 2023, and the authors' code.
+
+    Example:
+        >>> import flatmin
+        >>> print(flatmin.compose("imbsam").inner_loop)
+        HeadAndTail()
+    """
+
+    needs: ClassVar = frozenset({Need.MICRO_BATCHES, Need.PASS_1, Need.DESCENT_LOSS})
+    conflicts: ClassVar = {
+        Need.GRADIENT_AT_W: "pass 1 sees the tail alone",
+        Need.LOSSES_AT_W: "the head is descended on without a pass before",
+    }
+    copies: ClassVar[int] = 1
+    closures_for: ClassVar[str] = "the head and the tail of the classes"
+
+    def evaluations(self, ascent: int) -> float:
+        return ascent + 2
+
+    def _head(self, c: StepContext) -> Generator[GradientRequest, Gradients, Gradients]:
         if c.chunks != 2:
-            raise ValueError(
-                f"DifferentBatch wants two closures, for the batch to climb and the one to descend; got {c.chunks}."
-            )
-        eps = yield from ascend(chunk=0)
-        return [(yield GradientRequest("descent", eps, 1))]
+            raise ValueError(f"HeadAndTail wants two closures, for {self.closures_for}; got {c.chunks}.")
+        return accumulate([], (yield GradientRequest("descent", chunk=0)), 1.0)
+
+    def plain(self, c: StepContext) -> Generator[GradientRequest, Gradients, Gradients]:
+        head = yield from self._head(c)
+        return accumulate(head, (yield GradientRequest("descent", chunk=1)), 1.0)
+
+    def __call__(self, ascend: Ascend, state: State, c: StepContext) -> Passes:
+        head = yield from self._head(c)
+        eps = yield from ascend(chunk=1)
+        return [accumulate(head, (yield GradientRequest("descent", eps, 1)), 1.0)], {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BothSides(InnerLoop):
+    """One ascent, then the descent gradients at w - eps and at w + eps, in this order.
+
+    The last pass, whose loss is that at w + eps, is SAM's own; the one at w - eps is a probe, which diagnostics and
+    weights of other optimizers do not see.
+
+    Source: Wu, Luo & Wunsch, CR-SAM: Curvature Regularized Sharpness-Aware Minimization, AAAI 2024.
+
+    Example:
+        >>> import flatmin
+        >>> print(flatmin.compose("cr-sam").inner_loop)
+        BothSides()
+    """
+
+    needs: ClassVar = frozenset({Need.DESCENT_LOSS})
+    conflicts: ClassVar = {Need.LOSSES_AT_W: "it descends at two points"}
+    copies: ClassVar[int] = 1
+    descents: ClassVar[int] = 2
+
+    def evaluations(self, ascent: int) -> float:
+        return ascent + 2
+
+    def __call__(self, ascend: Ascend, state: State, c: StepContext) -> Passes:
+        eps = yield from ascend()
+        if eps is None:
+            at_w = yield GradientRequest("descent")
+            return [at_w, at_w], {}
+        back = Perturbation.of(eps.index, list(torch._foreach_neg(eps.tensors())), c)
+        below = yield GradientRequest("descent", back, share=0.0)
+        return [below, (yield GradientRequest("descent", eps))], {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,5 +341,144 @@ class NoAscent(InnerLoop):
     def evaluations(self, ascent: int) -> float:
         return 1.0
 
-    def __call__(self, ascend: Ascend, c: StepContext) -> Generator[GradientRequest, Gradients, list[Gradients]]:
-        return [(yield GradientRequest("descent"))]
+    def __call__(self, ascend: Ascend, state: State, c: StepContext) -> Passes:
+        return [(yield GradientRequest("descent"))], {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientNormAscent(InnerLoop):
+    """The gradients of GAM and C-Flat: up the loss, and up the loss again from a step up the gradient's norm.
+
+        g_1 = grad L(w + eps(g)),   eps(g) = rho g / ||g||
+        e   = ratio rho (g_1 - g) / ||g_1 - g||
+        g_2 = grad L(w + e),   g_3 = grad L(w + e + eps(g_2))
+
+    (g_1 - g) / rho is, to first order, the gradient of ||g||. Returned are g_1, g_2 and g_3; eps is that of the recipe,
+    so that other directions, masks and norms hold for it too.
+
+    Args:
+        ratio: length of e in radii, > 0. Default 10 (GAM's code: radii 0.02 and 0.2).
+
+    Raises:
+        ValueError: ratio <= 0.
+
+    Source: the official code of Zhang et al., GAM, CVPR 2023 (`gam/gam.py`).
+
+    Example:
+        >>> import flatmin
+        >>> print(flatmin.compose("c-flat").inner_loop)
+        GradientNormAscent(ratio=1.0)
+    """
+
+    needs: ClassVar = frozenset({Need.PASS_1, Need.GRADIENT_AT_W})
+    conflicts: ClassVar = {
+        Need.LOSSES_AT_W: "it climbs twice, and the second time from beside w",
+        Need.ONE_ASCENT: "it takes two",
+    }
+    uses_gradient: ClassVar = True
+    copies: ClassVar = 3
+    descents: ClassVar = 3
+    ratio: float = 10.0
+
+    def __post_init__(self) -> None:
+        check_range(self, "ratio", 0.0, 1e6, open_low=True)
+
+    def evaluations(self, ascent: int) -> float:
+        return 2 * (ascent + 1)
+
+    def __call__(self, ascend: Ascend, state: State, c: StepContext) -> Passes:
+        up = yield from ascend()
+        if up is None:
+            here = yield GradientRequest("descent")
+            return [here] * 3, {}
+        g, factors, eps = up.gradients, [self.ratio * f for f in up.factors], up.eps
+        first = yield GradientRequest("descent", up, share=0.0)
+        both = [
+            (i, f, b, a)
+            for i, f in zip(up.index, factors, strict=True)
+            if (a := g[i]) is not None and (b := first[i]) is not None
+        ]
+        index = [i for i, *_ in both]
+        rise = list(torch._foreach_sub([b for _, _, b, _ in both], [a for *_, a in both]))
+        norm = c.norm(rise)
+        e = Perturbation(index, rise, norm, norm, [f for _, f, _, _ in both], eps).tensors()
+        up = yield from ascend(Perturbation.of(index, list(e), c))
+        if up is None:
+            return [first] * 3, {}
+        second, total = up.gradients, dict(zip(index, e, strict=True))
+        for i, x in zip(up.index, up.tensors(), strict=True):
+            total[i] = total[i] + x if i in total else x
+        third = yield GradientRequest("descent", Perturbation.of(list(total), list(total.values()), c))
+        return [first, second, third], {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extrapolation(InnerLoop):
+    """SAMPa's two gradients, neither of which waits for the other: at w + eps and at the extrapolated point.
+
+        eps = rho v / ||v||,   y = w - lr (v + weight_decay w + momentum b)
+
+    with v = the gradient at the last step's y, and b the base's momentum where there is one; the first step is the
+    base's, with v its gradient.
+
+    The two can run on two devices at once. Here they run one after the other, so that a step costs what SAM's costs.
+
+    Args:
+        batch: of the gradient at w + eps: "same" (default, as the paper writes) or "previous" (official code): then the
+            step takes two closures, of the batch before and of this one.
+
+    Raises:
+        ValueError: another word; at construction of the optimizer, for another base than SGD.
+
+    Source: Xie, Pethick & Cevher, SAMPa: Sharpness-aware Minimization Parallelized, NeurIPS 2024, Alg. 1 and its code
+    (`train.py`), which adds the base's decay and momentum to y.
+
+    Example:
+        >>> import flatmin
+        >>> print(flatmin.compose("sampa").inner_loop)
+        Extrapolation(batch='same')
+    """
+
+    needs: ClassVar = frozenset({Need.SGD, Need.LR})
+    conflicts: ClassVar = {Need.ONE_ASCENT: "it takes a second gradient beside the ascent"}
+    reads: ClassVar = {"gradient": "direction.gradient"}
+    copies: ClassVar = 1
+    descents: ClassVar = 2
+    batch: str = "same"
+
+    def __post_init__(self) -> None:
+        check_choice(self, "batch", ("same", "previous"))
+
+    @property
+    def two_batches(self) -> bool:  # type: ignore[override]
+        return self.batch == "previous"
+
+    def demands(self) -> frozenset[Need]:
+        return self.needs | {Need.MICRO_BATCHES} if self.two_batches else self.needs
+
+    def evaluations(self, ascent: int) -> float:
+        return ascent + 2
+
+    def plain(self, c: StepContext) -> Generator[GradientRequest, Gradients, Gradients]:
+        return (yield GradientRequest("descent", chunk=1 if self.two_batches else None))
+
+    def __call__(self, ascend: Ascend, state: State, c: StepContext) -> Passes:
+        before, now = _two_batches(self, c) if self.two_batches else (None, None)
+        eps = yield from ascend()
+        if eps is None:
+            return [(yield GradientRequest("descent", chunk=now))], {}
+        index = list(eps.index)
+        above = yield GradientRequest("descent", eps, before)
+        ahead = Perturbation.of(index, self._ahead(state["gradient"], c), c)
+        return [above, (yield GradientRequest("descent", ahead, now, share=0.0))], {}
+
+    def _ahead(self, gradients: Gradients, c: StepContext) -> list[Tensor]:
+        """Y - w."""
+        moved: list[Tensor] = []
+        momenta = c.momentum if any(group["momentum"] for group in c.options) else [None] * len(c.w)
+        for g, w, group, buffer in zip(gradients, c.w, c.options, momenta, strict=True):
+            step = torch.zeros_like(w) if g is None else g.add(w, alpha=group["weight_decay"])
+            if buffer is not None:
+                step = step.add(buffer, alpha=group["momentum"])
+            moved.append(step * -learning_rate(group, self))
+        return moved

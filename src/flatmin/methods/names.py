@@ -29,7 +29,7 @@ from flatmin.words import suggest
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoints
 
-__all__ = ["BASE", "ENTRY_POINTS", "METHODS", "compose", "method_table"]
+__all__ = ["BASE", "ELSEWHERE", "ENTRY_POINTS", "METHODS", "compose", "method_table"]
 
 ENTRY_POINTS = "flatmin.methods"
 BASE = "sgd"  # the method without an ascent, whatever the base optimizer is; "base" is another word for it
@@ -38,6 +38,20 @@ METHODS: Mapping[str, Method] = {m.name: m for m in BUILT_IN}
 _AMBIGUOUS = {
     "msam": "write 'micro-sam' for mSAM (an ascent per micro-batch), 'momentum-sam' for Momentum-SAM",
     "ssam": "write 'ssam-f' or 'ssam-d' for Sparse SAM, 'bernoulli' for stochastically scheduled SAM (SS-SAM)",
+}
+
+# Methods that are no recipes: what they are instead, and where. docs/methods.md is written from it.
+ELSEWHERE: Mapping[str, str] = {
+    "mesa": (
+        "a term of the loss: flatmin.methods.losses.trajectory with the outputs of flatmin.optim.WeightAverage, "
+        "in docs/loops.md"
+    ),
+    "saf": (
+        "a term of the loss: flatmin.methods.losses.trajectory with the logits of flatmin.optim.RecordedLogits, "
+        "in docs/loops.md"
+    ),
+    "flat-lora": "noise on frozen weights around a plain step: flatmin.optim.FlatLoRA, in docs/adapters.md",
+    "lora-sam": "'sam' with the adapters in the base's param groups, in docs/adapters.md",
 }
 
 
@@ -104,6 +118,8 @@ def compose(name: str, table: Mapping[str, Method] | None = None, **params: Any)
         if n not in table:
             if n in _AMBIGUOUS:
                 raise ValueError(f"{n!r} is the name of two methods: {_AMBIGUOUS[n]}.")
+            if place := ELSEWHERE.get(n.lower().replace("_", "-")):
+                raise ValueError(f"{n!r} is not a recipe but {place}.")
             raise ValueError(f"unknown method {n!r}{_guess(n, table)} (methods: {', '.join(table)})")
         for part in table[n].parts:
             if part.kind in chosen:
@@ -128,7 +144,7 @@ def _spelled(name: str, table: Mapping[str, Method]) -> str:
 def _guess(name: str, table: Mapping[str, Method]) -> str:
     """What may be meant by an unknown name: a method of this title, or one whose name is near."""
     titled = [entry for entry, method in table.items() if method.title.lower() == name.lower()]
-    return f"; did you mean {titled[0]!r}?" if titled else suggest(name, table)
+    return f"; did you mean {titled[0]!r}?" if titled else suggest(name, (*table, *ELSEWHERE))
 
 
 def _by_kind(name: str, chosen: Mapping[str, Part], params: Mapping[str, Any]) -> dict[str, Any]:

@@ -72,6 +72,7 @@ class Need(enum.Enum):
     GRADIENT_AT_W = "the descent loss's own gradient at w"
     LOSSES_AT_W = "the losses at w of the samples that are descended on"
     STAYS = "a step that stays at w"
+    DESCENT_LOSS = "the loss's own gradient in pass 2"
     ONE_ASCENT = "one ascent a step"
     PASS_1 = "a gradient in pass 1"
     FREE_START = "a pass 1 whose start it can move"
@@ -88,6 +89,8 @@ class Need(enum.Enum):
     SECOND_ORDER = "the graph of a pass (call optimizer.backward(loss) instead of loss.backward())"
     LR = "the learning rate of the param groups"
     BASE_MOMENTUM = "the base optimizer's momentum"
+    SGD = "torch.optim.SGD as its base"
+    BARE_SGD = "torch.optim.SGD without momentum and weight decay as its base"
     DECIDES_BY_VALUE = "a decision by value (one synchronisation a step, no CUDA graph)"
 
     @property
@@ -101,6 +104,7 @@ INTERNAL = frozenset(
     {
         Need.GRADIENT_AT_W,
         Need.LOSSES_AT_W,
+        Need.DESCENT_LOSS,
         Need.STAYS,
         Need.ONE_ASCENT,
         Need.PASS_1,
@@ -127,6 +131,9 @@ class Part:
         question: the question.
         declared_by: name of such a declaration -> the method, or several, that make it true.
         slots: name -> "param" (a tensor per weight) or "scalar" (one tensor): what it remembers between steps.
+        reads: name -> "kind.slot": what it sees of a fellow part's memory, as the last step left it, in its state.
+        default_rho: the radius of recipes with this part that are given none. Default None: it has no opinion. The
+            geometry's goes first, then that of any other part, then SAM's 0.05.
         needs: what it asks for.
         conflicts: what it takes away from its fellow parts, with the reason.
         step_dependent: whether what it does depends on the number of the update. Default False.
@@ -142,6 +149,8 @@ class Part:
     question: ClassVar[str] = ""
     declared_by: ClassVar[Mapping[str, str | tuple[str, ...]]] = {}
     slots: ClassVar[Mapping[str, Literal["param", "scalar"]]] = {}
+    reads: ClassVar[Mapping[str, str]] = {}
+    default_rho: ClassVar[float | None] = None
     needs: ClassVar[frozenset[Need]] = frozenset()
     conflicts: ClassVar[Mapping[Need, str]] = {}
     step_dependent: ClassVar[bool] = False
@@ -173,6 +182,10 @@ class Part:
     def conflict(self, need: Need) -> str | None:
         """Why a fellow part cannot have what it needs from this one; None: it can."""
         return self.conflicts.get(need)
+
+    def initial(self, slot: str) -> float | None:
+        """What every entry of a tensor slot holds before anything is remembered there; None: the slot is None then."""
+        return None
 
     @property
     def surcharge(self) -> float:

@@ -85,7 +85,8 @@ class Recipe:
         two_pass: whether a step is one gradient at w and one at w + eps: what `perturbed()` and `first_step` serve.
         one_pass: whether a step is one gradient, at a point known before it: what `train()` and `eval()` serve.
         direction_factor: the direction's factor on the displacement.
-        default_rho: the geometry's default radius.
+        default_rho: the radius of groups that are given none: of the geometry, else of another part that has one, else
+            SAM's 0.05 (Foret et al., ICLR 2021, Section 3).
         gradient_evaluations: gradients of one batch per step, on average.
         extra_copies: copies of the moved weights held during the last pass, beyond the base optimizer's own: one
             snapshot of w, what the ascents hold, and one for g where the combination needs it. A tensor that is
@@ -142,7 +143,7 @@ class Recipe:
             needs_names=Need.NAMES in demands,
             needs_layers=Need.LAYERS in demands,
             is_random=Need.RANDOM in demands,
-            remembers=combine.uses_gradient or any(part.slots for part in parts.values()),
+            remembers=combine.uses_gradient or inner_loop.uses_gradient or any(part.slots for part in parts.values()),
             ascends=self.schedule.ascends,
             moves=moves,
             two_pass=direction.evaluates
@@ -151,10 +152,14 @@ class Recipe:
             and Need.SECOND_ORDER not in demands,
             one_pass=moves and not direction.evaluates and inner_loop.one_ascent and not self.schedule.by_gradient,
             direction_factor=direction.factor(),
-            default_rho=self.geometry.default_rho,
+            default_rho=self._default_rho(parts),
             gradient_evaluations=self._evaluations(parts),
             extra_copies=self._copies(parts),
         )
+
+    def _default_rho(self, parts: Mapping[str, Part]) -> float:
+        stated = (part.default_rho for part in (self.geometry, *parts.values()))
+        return next((rho for rho in stated if rho is not None), 0.05)
 
     def _set(self, **facts: Any) -> None:
         for name, value in facts.items():
@@ -167,6 +172,15 @@ class Recipe:
                 reason = other.conflict(need)
                 if reason and other is not one:
                     raise ContradictionError(one, need, other, reason)
+        if self.combine.descents > self.inner_loop.descents:
+            raise ValueError(
+                f"combine {self.combine} takes {self.combine.descents} descent gradients, and inner_loop "
+                f"{self.inner_loop} gives {self.inner_loop.descents}."
+            )
+        for origin in one.reads.values():
+            kind, _, slot = origin.partition(".")
+            if slot not in parts[kind].slots:
+                raise ValueError(f"{one.kind} {one} reads {slot!r} of {kind} {parts[kind]}, which has no such memory.")
         interval = one.parameters().get("interval")
         if isinstance(interval, int) and not self.schedule.meets(interval):
             raise ValueError(
@@ -188,23 +202,28 @@ class Recipe:
             slots += (1 if kind in learns_late else 2) * sum(k == "param" for k in part.slots.values())
         return int(self.inner_loop.ascends) + slots + self.inner_loop.copies + int(self.combine.uses_gradient)
 
-    def for_length(self, total: int) -> Recipe:
-        """This recipe for a training of `total` updates: every part's `total` that is 0 is set to it.
+    def for_length(self, total: int, data_size: int | None = None) -> Recipe:
+        """This recipe for a training of `total` updates: every part's `total` and `data_size` that is 0 is set.
 
         Args:
             total: updates of the whole training, >= 1.
+            data_size: training samples, >= 1. Default None: a part's `data_size` stays as it is.
 
         Raises:
-            ValueError: total is not a whole number >= 1.
+            ValueError: not a whole number >= 1.
         """
-        given: Any = total
-        if isinstance(given, bool) or not isinstance(given, numbers.Integral) or given < 1:
-            raise ValueError(f"for_length: total must be a whole number of updates >= 1, got {total!r}.")
-        changed = {
-            kind: dataclasses.replace(part, **{"total": int(total)})
-            for kind, part in self.parts.items()
-            if part.parameters().get("total") == 0
-        }
+        known: dict[str, Any] = {"total": total} | ({} if data_size is None else {"data_size": data_size})
+        for name, value in known.items():
+            if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+                unit = "updates" if name == "total" else "samples"
+                raise ValueError(f"for_length: {name} must be a whole number of {unit} >= 1, got {value!r}.")
+        changed: dict[str, Part] = {}
+        for kind, part in self.parts.items():
+            unset = {
+                name: int(known[name]) for name, value in part.parameters().items() if name in known and value == 0
+            }
+            if unset:
+                changed[kind] = dataclasses.replace(part, **unset)
         return dataclasses.replace(self, **changed) if changed else self  # type: ignore[arg-type]
 
     def parameters(self) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 Alone each of them is SAM with the rule; most are made to be composed with a method.
 """
 
-from flatmin.methods import mask, radius, schedule
+from flatmin.methods import entries, mask, radius, schedule
 from flatmin.methods.recipe import Method
 
 RULES = (
@@ -30,7 +30,7 @@ RULES = (
     Method(
         name="ssam-f",
         title="SSAM-F",
-        parts=(mask.FisherMask(),),
+        parts=(entries.FisherMask(),),
         formula="eps = M rho g / ||g||,  M = top (1 - s) entries of sum_i (grad l_i)^2",
         paper="Mi et al., Make Sharpness-Aware Minimization Stronger: A Sparsified Perturbation Approach, NeurIPS 2022",
         url="https://arxiv.org/abs/2210.05177",
@@ -40,12 +40,22 @@ RULES = (
     Method(
         name="ssam-d",
         title="SSAM-D",
-        parts=(mask.DynamicMask(),),
+        parts=(entries.DynamicMask(),),
         formula="eps = M rho g / ||g||,  M drops and grows entries every k steps",
         paper="Mi et al., Make Sharpness-Aware Minimization Stronger: A Sparsified Perturbation Approach, NeurIPS 2022",
         url="https://arxiv.org/abs/2210.05177",
         summary="Move a sparse set of entries that is trained along.",
         note="the number of moving entries stays; in the code it shrinks",
+    ),
+    Method(
+        name="zsharp",
+        title="ZSharp",
+        parts=(entries.ZScore(),),
+        formula="eps = rho M g / ||M g||,  M = |z| above its q-quantile in each matrix,  z = (g - mean) / std",
+        paper="Yun, Sharpness-Aware Minimization with Z-Score Gradient Filtering, OPT 2025 (NeurIPS workshop)",
+        url="https://arxiv.org/abs/2505.02369",
+        summary="Move only the entries with an unusual gradient.",
+        note="one norm over all; the code's norm for each matrix: `per_tensor=True`",
     ),
     Method(
         name="every-k",

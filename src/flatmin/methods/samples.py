@@ -58,7 +58,8 @@ class SharpnessSensitiveDataSelection(Samples):
     """
 
     former_names: ClassVar = ("Sharpest",)
-    needs: ClassVar = frozenset({Need.PER_SAMPLE, Need.LOSSES_AT_W})
+    needs: ClassVar = frozenset({Need.PER_SAMPLE, Need.LOSSES_AT_W, Need.DESCENT_LOSS})
+    conflicts: ClassVar = {Need.DESCENT_LOSS: "pass 2 descends on some of the samples"}
     gamma: float = 0.5
 
     def __post_init__(self) -> None:

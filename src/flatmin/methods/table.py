@@ -1,6 +1,17 @@
 """The table of names: every built-in method, what it sets and where it comes from."""
 
-from flatmin.methods import combine, curvature, direction, geometry, inner_loop, mask, objective, samples, schedule
+from flatmin.methods import (
+    combine,
+    curvature,
+    direction,
+    finite_differences,
+    geometry,
+    inner_loop,
+    mask,
+    objective,
+    samples,
+    schedule,
+)
 from flatmin.methods.recipe import Method
 from flatmin.methods.rules import RULES
 
@@ -104,6 +115,16 @@ BUILT_IN = (
         note="the norm is that before centring, as in the code",
     ),
     Method(
+        name="fisher-sam",
+        title="Fisher SAM",
+        parts=(geometry.FisherMetric(),),
+        formula="eps = rho F^-1 g / sqrt(<g, F^-1 g>),  F = 1 + eta g^2",
+        paper="Kim, Li, Hu & Hospedales, Fisher SAM: Information Geometry and Sharpness Aware Minimisation, ICML 2022",
+        url="https://arxiv.org/abs/2206.04920",
+        summary="SAM in the ellipsoid of the diagonal Fisher metric.",
+        note="no official code is known: as a public re-implementation, F of the batch's mean gradient",
+    ),
+    Method(
         name="sam-direction",
         title="SAMDIRECTION",
         parts=(combine.DirectionMagnitude(keep="direction"),),
@@ -171,6 +192,17 @@ BUILT_IN = (
         note="two closures; a probe, not a method to train with",
     ),
     Method(
+        name="imbsam",
+        title="ImbSAM",
+        parts=(inner_loop.HeadAndTail(),),
+        formula="eps = rho g_T / ||g_T||,  u = grad L_H(w) + grad L_T(w + eps),  H head and T tail of the classes",
+        paper="Zhou, Qu, Xu & Shen, ImbSAM: A Closer Look at Sharpness-Aware Minimization in Class-Imbalanced "
+        "Recognition, ICCV 2023",
+        url="https://arxiv.org/abs/2308.07815",
+        summary="Seek flatness for rare classes only.",
+        note="two closures, the code's tail counts twice; see [below](#head-and-tail)",
+    ),
+    Method(
         name="gsam",
         title="GSAM",
         parts=(combine.GSAM(),),
@@ -199,6 +231,26 @@ BUILT_IN = (
         url="https://arxiv.org/abs/2202.03599",
         summary="A mixture of the gradients at w and at w + eps.",
         note="the code's default mixes g / ||g||, against its text",
+    ),
+    Method(
+        name="sagm",
+        title="SAGM",
+        parts=(geometry.SAGM(), combine.Mean()),
+        formula="eps = (rho / ||g|| - alpha) g,  u = (g + g_s) / 2",
+        paper="Wang, Zhang, Lei & Zhang, Sharpness-Aware Gradient Matching for Domain Generalization, CVPR 2023",
+        url="https://arxiv.org/abs/2303.10353",
+        summary="Lower the loss, the perturbed loss and the angle between their gradients.",
+        note="the code's mean for the paper's sum of two losses; a radius rule scales alpha too",
+    ),
+    Method(
+        name="cr-sam",
+        title="CR-SAM",
+        parts=(inner_loop.BothSides(), finite_differences.CRSAM()),
+        formula="u = g_+ + gamma (g_+ + g_- - 2 g) + beta (g_+ - g_-),  g_+- = grad L(w +- eps)",
+        paper="Wu, Luo & Wunsch, CR-SAM: Curvature Regularized Sharpness-Aware Minimization, AAAI 2024",
+        url="https://arxiv.org/abs/2312.13555",
+        summary="Lower the curvature along eps as well, by gradients on both sides of w.",
+        note="as the code; beta = 0.01 of its command line, 0.1 in its class",
     ),
     Method(
         name="looksam",
@@ -252,6 +304,70 @@ BUILT_IN = (
         url="",
         summary="Damp the entries whose gradient shrank on the way up.",
         note="no warm-up; the original waits a quarter of the training",
+    ),
+    Method(
+        name="bsam",
+        title="bSAM",
+        parts=(direction.BSAMNoise(), geometry.Unnormalised(), combine.BSAM()),
+        formula="eps = rho g / s,  g at w + n / sqrt(N s);  m = beta1 m + (1 - beta1) (g_s + delta w),  u = m / s",
+        paper="Moellenhoff & Khan, SAM as an Optimal Relaxation of Bayes, ICLR 2023",
+        url="https://arxiv.org/abs/2210.01620",
+        summary="A posterior over the weights: noise, ascent and step scaled by a running curvature s.",
+        note="wants data_size=N and SGD without momentum and weight decay; official CIFAR runs have lr 0.5, rho 0.01; "
+        "a batch is not split",
+    ),
+    Method(
+        name="functional-sam",
+        title="Functional SAM",
+        parts=(objective.FunctionalSAM(),),
+        formula="eps = rho g / ||g||,  u = J(w + eps)^T dL/dF(w)",
+        paper="Singh, Mobahi, Agarwala & Dauphin, Avoiding Spurious Sharpness Minimization Broadens Applicability of "
+        "SAM, ICML 2025",
+        url="https://arxiv.org/abs/2502.02407",
+        summary="Move the outputs with the weights, keep the slope of the loss: for language models.",
+        note="keeps as many numbers as the outputs have; the preconditioned form is left out",
+    ),
+    Method(
+        name="gam",
+        title="GAM",
+        parts=(inner_loop.GradientNormAscent(), finite_differences.GAM()),
+        formula="v = g_1 + g_3,  m = g + g_2,  u = v - gamma (m - (<m, v> / ||v||^2) v)",
+        paper="Zhang et al., Gradient Norm Aware Minimization Seeks First-Order Flatness and Improves Generalization, "
+        "CVPR 2023",
+        url="https://arxiv.org/abs/2303.03108",
+        summary="Flat also in the gradient's norm within the ball.",
+        note="as coded, without second derivatives; u is about 2g, so lr counts twice",
+    ),
+    Method(
+        name="c-flat",
+        title="C-Flat",
+        parts=(inner_loop.GradientNormAscent(ratio=1.0), finite_differences.CFlat()),
+        formula="u = g_1 + lam (g_3 - g_2)",
+        paper="Bian et al., Make Continual Learning Stronger via C-Flat, NeurIPS 2024",
+        url="https://arxiv.org/abs/2404.00986",
+        summary="GAM's gradients for continual learning: SAM's, and what the gradient's norm adds.",
+        note="both radii are rho; in its code the second falls back to 1.0: `ratio`",
+    ),
+    Method(
+        name="eigen-sam",
+        title="Eigen-SAM",
+        parts=(curvature.EigenSAM(), geometry.Unnormalised()),
+        formula="eps = rho (n + alpha sign(<g, v>) (v - <n, v> n)),  n = g / ||g||,  v the leading eigenvector",
+        paper="Luo et al., Explicit Eigenvalue Regularization Improves Sharpness-Aware Minimization, NeurIPS 2024",
+        url="https://arxiv.org/abs/2501.12666",
+        summary="Climb also along the Hessian's leading eigenvector.",
+        note="||eps|| is above rho; v from the first step on, where the code takes USAM's steps until it has one",
+    ),
+    Method(
+        name="sampa",
+        title="SAMPa",
+        parts=(direction.StaleGradient(), inner_loop.Extrapolation(), combine.SAMPa()),
+        formula="eps = rho v / ||v||,  y = w - lr v,  u = (1 - lam) grad L(w + eps) + lam grad L(y),  "
+        "v = grad L(last y)",
+        paper="Xie, Pethick & Cevher, SAMPa: Sharpness-aware Minimization Parallelized, NeurIPS 2024",
+        url="https://arxiv.org/abs/2410.10683",
+        summary="Two gradients that need not wait for each other, for two devices.",
+        note="both gradients run one after the other here, so that it costs what SAM costs; on SGD",
     ),
     *RULES,
 )

@@ -72,6 +72,18 @@ class BaseOptimizer:
             float(g.get("momentum") or 0) > 0 or "betas" in g or "beta1" in g for g in self.optimizer.param_groups
         )
 
+    def is_sgd(self, *, bare: bool = False) -> bool:
+        """Whether it is torch's SGD; `bare`: without momentum and weight decay."""
+        if not isinstance(self.optimizer, SGD):
+            return False
+        groups = self.optimizer.param_groups
+        return not (bare and any(g["momentum"] or g["weight_decay"] for g in groups))
+
+    def settings(self) -> str:
+        """The first group's momentum and weight decay, as far as it has them."""
+        group = self.optimizer.param_groups[0]
+        return ", ".join(f"{key}={group[key]:g}" for key in ("momentum", "weight_decay") if group.get(key) is not None)
+
     def momenta(self, weights: Sequence[Tensor]) -> list[Tensor | None]:
         """The base's momentum of each weight, dense; None where it has none yet.
 

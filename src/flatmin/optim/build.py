@@ -48,7 +48,7 @@ def wrap(
     Args:
         base: a constructed torch optimizer.
         method: a name or names joined by "+", or a `Recipe`. Default "sam".
-        rho: ascent radius. Default: the geometry's own.
+        rho: ascent radius. Default: the method's own (`recipe.default_rho`).
         table: names to choose from; see `flatmin.compose`.
         params: parameters of the parts; see `flatmin.compose`.
         model: see `SAM`, as all that follow.

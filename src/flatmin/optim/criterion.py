@@ -27,6 +27,7 @@ from flatmin.optim.loss_arguments import (
     required,
     unreduced,
 )
+from flatmin.optim.tensors import LOW
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +35,13 @@ class PassView:
     """What a criterion must know of the pass it is called in.
 
     role: "ascent" or "descent". perturbed: whether the weights are away from w. graph: whether somebody will ask for
-    second derivatives.
+    second derivatives. probe: whether only the recipe looks at this pass.
     """
 
     role: Literal["ascent", "descent"]
     perturbed: bool = False
     graph: bool = False
+    probe: bool = False
 
 
 class Callback(Protocol):
@@ -82,7 +84,7 @@ class Criterion(nn.Module):
         >>> optimizer.step(closure).shape
         torch.Size([])
 
-    It is called as the loss is, with whatever arguments that takes, and returns what the loss returns, except in two
+    It is called as the loss is, with whatever arguments that takes, and returns what the loss returns, except in three
     kinds of passes:
 
     - In an ascent pass of a method with its own ascent loss (`bisam-log`, `bisam-tanh`), the returned tensor has the
@@ -91,6 +93,8 @@ class Criterion(nn.Module):
       `reduction`.
     - In the descent pass of a method that chooses among the samples (`esam`) it is the wrapped loss of the chosen
       samples alone, `loss(outputs[chosen], target[chosen])`.
+    - In the descent pass of a method with its own descent loss (`functional-sam`) it has the value of the wrapped loss
+      and the gradient of that loss.
 
     A sample is an entry of dimension 0. Its own loss, by which `esam` chooses and of which `ssam-f` takes gradients, is
     the mean over its elements (pixels, tokens) of the loss without reduction, class weights included. Elements with the
@@ -130,7 +134,7 @@ class Criterion(nn.Module):
     def forget(self) -> None:
         """Drop what the passes of an update have left; called by the optimizer."""
         self.calls = 0
-        self._first: list[Tensor] = []
+        self._first: list[Tensor] = []  # what each call of pass 1 leaves for the same call of pass 2
         self.seen: list[Seen] = []
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -150,11 +154,15 @@ class Criterion(nn.Module):
             loss = self._climbing(ascent, *args, **kwargs)
         elif descent and now.perturbed and self.selects:
             loss = self._chosen(outputs, target)
+        elif descent and now.perturbed and self._recipe.objective.keeps:
+            loss = self._descending(outputs, *args, **kwargs)
         else:
             loss = self.loss(*args, **kwargs)
         if not descent and self.selects:
             with torch.no_grad():
                 self._first.append(self._each(outputs, target)[0])
+        if not descent and self._recipe.objective.keeps:
+            self._first.append(self._kept(outputs, loss, *args, **kwargs))
         if now.graph:
             scores = None
             if by_sample:
@@ -162,7 +170,7 @@ class Criterion(nn.Module):
                 # Samples that count come first; how many there are stays on the device.
                 scores = scores if counted is None else scores[(~counted).to(torch.uint8).argsort(stable=True)]
             self.seen.append(Seen(outputs, loss, scores))
-        if descent or not now.perturbed:
+        if (descent or not now.perturbed) and not now.probe:
             callback.on_loss(outputs, target, loss, perturbed=now.perturbed)
         return loss
 
@@ -178,7 +186,8 @@ class Criterion(nn.Module):
             return
         climbs = request.role == "ascent" and recipe.needs & {Need.CRITERION, Need.PER_SAMPLE}
         curved = request.graph and Need.CRITERION in recipe.needs
-        if climbs or curved or (request.at is not None and self.selects):
+        descends = request.at is not None and (self.selects or recipe.objective.keeps)
+        if climbs or curved or descends:
             raise RuntimeError(
                 f"{recipe.name} works through the loss object, but the pass never called the criterion given to the "
                 "optimizer; compute the loss with that flatmin.Criterion object."
@@ -233,6 +242,30 @@ class Criterion(nn.Module):
                 "argument."
             )
         return _ValueOf.apply(value, ascent)  # type: ignore[no-untyped-call, no-any-return]
+
+    def _kept(self, outputs: Any, loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """What the objective keeps of pass 1 for pass 2."""
+        if not isinstance(outputs, Tensor) or loss.ndim:
+            raise TypeError(
+                f"{self._recipe.name} needs a loss of a tensor of outputs, and a scalar as its result; "
+                f"got {type(outputs).__name__} and a loss of shape {tuple(loss.shape)}."
+            )
+        if outputs.dtype in LOW:  # the slopes of a mean over many entries leave the range of float16
+            outputs = outputs.detach().float().requires_grad_()
+            loss = self.loss(outputs, *args[1:], **kwargs)
+        return self._recipe.objective.keep(outputs, loss).detach()
+
+    def _descending(self, outputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """The value of the wrapped loss at w + eps with the gradient of the objective's own descent loss."""
+        kept = self._first.pop(0) if self._first else None
+        if kept is None or kept.shape != outputs.shape:
+            raise RuntimeError(
+                f"{self._recipe.name} descends with what the loss at w has left; call the criterion equally often, on "
+                "the same batches, in both passes."
+            )
+        with torch.no_grad():
+            value = self.loss(*args, **kwargs)
+        return _ValueOf.apply(value, self._recipe.objective.descent(outputs, kept))  # type: ignore[no-untyped-call, no-any-return]
 
     def _chosen(self, outputs: Any, target: Any) -> Tensor:
         """The loss at w + eps of the samples that the recipe descends on."""

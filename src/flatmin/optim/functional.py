@@ -58,7 +58,7 @@ def value_and_grad(
         loss_fn: params -> scalar loss, pure; it is differentiated by `torch.func`.
         params: name -> tensor.
         recipe: a name or a `Recipe`. Default "sam".
-        rho: radius, or name -> radius. Default: the geometry's own.
+        rho: radius, or name -> radius. Default: the method's own (`recipe.default_rho`).
         ascent_fn: params -> the loss that is climbed, for recipes with their own (they do not see logits here).
         state: what the previous call returned. Default: a fresh start.
         eps: added to the norm. Default 1e-12.

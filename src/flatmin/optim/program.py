@@ -263,27 +263,47 @@ def program(
         selected = mask.select(EngineContext(inputs, range(len(inputs.weights))))
         if selected is not None:
             inputs.moved = [i for i in inputs.moved if selected[i]]
-    if not recipe.ascends or not inputs.moved:
-        out.update = yield GradientRequest("descent", chunk=recipe.inner_loop.plain_chunk)
+    moved = EngineContext(inputs, inputs.moved)
+    if not recipe.ascends or not (inputs.moved or combine.always):
+        out.update = yield from recipe.inner_loop.plain(moved)
         return out
 
     at_w: Gradients | None = None  # the gradients of pass 1, for combinations that use them
     pass_1: PassGradients | None = None  # those by which the schedule has decided, for the ascent
-    moved = EngineContext(inputs, inputs.moved)
 
     def read(part: Part, index: Sequence[int]) -> State:
-        return store.read(part.kind, [inputs.weights[i] for i in index]) if part.slots else {}
+        if not (part.slots or part.reads):
+            return {}
+        weights = [inputs.weights[i] for i in index]
+        state = dict(store.read(part.kind, weights)) if part.slots else {}
+        origins = {slot: (part, slot) for slot in part.slots}
+        for name, origin in part.reads.items():
+            kind, _, slot = origin.partition(".")
+            origins[name] = recipe.parts[kind], slot
+            state[name] = store.read(kind, weights)[slot]
+        for name, (owner, slot) in origins.items():
+            if (value := owner.initial(slot)) is not None:
+                state[name] = [
+                    torch.full_like(w, value) if s is None else s for s, w in zip(state[name], weights, strict=True)
+                ]
+        return state
 
     def stage(part: Part, index: Sequence[int], new: Mapping[str, Any]) -> None:
         # State advances once a step: from the first ascent.
         if new and part.kind not in out.staged:
             out.staged[part.kind] = (index, new)
 
+    may_keep_graph = mask.keeps_graph or direction.keeps_graph
+
+    def wants_graph() -> bool:
+        return any(part.keeps_graph and part.graph(read(part, inputs.moved), moved) for part in (mask, direction))
+
     def ascend(
         at: Perturbation | None = None, chunk: int | None = None
     ) -> Generator[GradientRequest, Gradients, Perturbation | None]:
         nonlocal at_w, pass_1
         owned = False
+        kept: Gradients = []
         index: Sequence[int] = inputs.moved
         g: Tensors | None = None
         if direction.evaluates:
@@ -291,14 +311,15 @@ def program(
                 if at is None and direction.moves_start:
                     inputs.start = direction.start(read(direction, index), moved)
                     at = Perturbation.of(index, list(inputs.start), moved)
-                graph = mask.keeps_graph and mask.graph(read(mask, index), moved)
-                grads = yield GradientRequest("ascent", at, chunk, graph)
+                grads = yield GradientRequest("ascent", at, chunk, may_keep_graph and wants_graph())
             else:
                 grads, pass_1 = pass_1, None
             if combine.uses_gradient and at_w is None:
                 at_w = grads
             # An inner loop may have made the list itself.
-            owned = isinstance(grads, PassGradients) and grads.owned and at_w is None
+            if recipe.inner_loop.uses_gradient:
+                kept = grads
+            owned = isinstance(grads, PassGradients) and grads.owned and at_w is None and not kept
             index, g = _gather(grads, index)
             del grads
             if not index:
@@ -330,12 +351,13 @@ def program(
             reach = [factor * r for r in reach]
         # Staged state may be these very tensors.
         owned = owned and not out.staged and len(t) == len(g or ()) and all(map(operator.is_, t, g or ()))
-        return Perturbation(index, t, norm, size, reach, eps, owned)
+        return Perturbation(index, t, norm, size, reach, eps, owned, kept)
 
-    on = schedule.before(read(schedule, inputs.moved), moved) if schedule.conditional else True
+    on: bool | None = bool(inputs.moved)
+    if on and schedule.conditional:
+        on = schedule.before(read(schedule, inputs.moved), moved)
     if on is None:
-        graph = mask.keeps_graph and mask.graph(read(mask, inputs.moved), moved)
-        pass_1 = yield GradientRequest("ascent", graph=graph)
+        pass_1 = yield GradientRequest("ascent", graph=may_keep_graph and wants_graph())
         index, g = _gather(pass_1, inputs.moved)
         on, new = schedule.after(g, read(schedule, index), EngineContext(inputs, index)) if index else (False, {})
         stage(schedule, index, new)
@@ -343,9 +365,7 @@ def program(
         if on and combine.uses_gradient:
             at_w = pass_1
     if not on:
-        grads = pass_1
-        if grads is None:
-            grads = yield GradientRequest("descent", chunk=recipe.inner_loop.plain_chunk)
+        grads = (yield from recipe.inner_loop.plain(moved)) if pass_1 is None else pass_1
         if not combine.off_step:
             out.update = grads
             return out
@@ -359,7 +379,7 @@ def program(
     if not (recipe.inner_loop.loops or combine.keeps_graph):
         points = [(yield GradientRequest("descent", (yield from ascend())))]
     else:
-        loop = recipe.inner_loop(ascend, moved)
+        loop = recipe.inner_loop(ascend, read(recipe.inner_loop, inputs.moved), moved)
         try:
             request = next(loop)
             while True:
@@ -367,7 +387,8 @@ def program(
                     request.graph = combine.graph(read(combine, inputs.moved), moved)
                 request = loop.send((yield request))
         except StopIteration as stop:
-            points = stop.value
+            points, new = stop.value
+            stage(recipe.inner_loop, inputs.moved, new)
     last = points[-1]
     if direction.observes:
         index, seen = _gather(last, inputs.moved)

@@ -90,7 +90,7 @@ class SAM(Optimizer):
         params: a constructed base optimizer, or parameters (then `base_optimizer` is its class).
         base_optimizer: class of the base, called with `params` and `kwargs`. Default None.
         rho: ascent radius for groups that set none, in units of the weights' norm under the recipe's geometry, >= 0.
-            Default: the geometry's own (`recipe.default_rho`; 0.05 for SAM, Foret et al. 2021). Around a base that has
+            Default: the method's own (`recipe.default_rho`; 0.05 for SAM, Foret et al. 2021). Around a base that has
             an option `rho` of its own (Adadelta) groups hold the radius as "flatmin.rho"; see `rho_key`.
         adaptive: shorthand for the recipe "asam". A param group's own `adaptive` goes before. Default False.
         recipe: a name as in `flatmin.compose`, or a `Recipe`. Default "sam".
@@ -499,7 +499,7 @@ class SAM(Optimizer):
         if "found_inf" not in self.__dict__ and all(g.get("lr") is not None and float(g["lr"]) == 0.0 for g in groups):
             self.base.step()
             return
-        if self.recipe.ascends and tools.weights.move():
+        if tools.weights.act():
             raise RuntimeError(
                 f"step() needs a closure, or both passes before it: {self.recipe.name} takes a second gradient at w + "
                 "eps. Pass a closure that zeroes, computes the loss and calls backward, or run the second pass in "
@@ -550,7 +550,7 @@ class SAM(Optimizer):
             )
 
     def _refuse_second_order_base(self) -> None:
-        if self._tools.base.differentiates and self.recipe.ascends and self._tools.weights.move():
+        if self._tools.base.differentiates and self._tools.weights.act():
             raise ValueError(
                 f"{type(self.base).__name__} differentiates the gradients once more in its step, when the weights have "
                 "left w + eps: it is a base with rho = 0 only (call optimizer.backward(loss), which keeps the graph)."
@@ -752,11 +752,12 @@ class SAM(Optimizer):
         """The pass that a loss computed now belongs to; between updates it opens the next one."""
         step, recipe = self._under_way, self.recipe
         if step is None:
-            ascends = recipe.moves and recipe.two_pass and self._tools.weights.move()
+            ascends = recipe.moves and recipe.two_pass and self._tools.weights.act()
             return PassView("ascent" if ascends else "descent")
         if not step.inside or step.request is None:
             return PassView("descent")
-        return PassView(step.request.role, step.request.at is not None, step.request.graph)
+        request = step.request
+        return PassView(request.role, request.at is not None, request.graph, request.probe)
 
     def on_loss(self, outputs: Any, target: Any, loss: Tensor, *, perturbed: bool) -> None:
         """Called by the criterion with every loss computed in training."""

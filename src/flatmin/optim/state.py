@@ -139,9 +139,10 @@ class MethodState:
             if len(value) != len(weights):
                 raise RuntimeError(f"{key}: {len(value)} tensors returned for {len(weights)} weights.")
             old_ones = self._slots(key, weights)
-            into = [s for s in old_ones if s is not None]
-            if into:
-                source = [v for s, v in zip(old_ones, value, strict=True) if s is not None]
+            # A part may hand back the very tensors that it was given.
+            changed = [(s, v) for s, v in zip(old_ones, value, strict=True) if s is not None and s is not v]
+            if changed:
+                into, source = map(list, zip(*changed, strict=True))
                 ta.copy_(into, source) if gate is None else ta.choose_(into, source, gate)
             fresh = [(w, v) for w, s, v in zip(weights, old_ones, value, strict=True) if s is None]
             # A tensor's first state has nothing to fall back on: the verdict is read on the host, once.

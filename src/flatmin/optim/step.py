@@ -95,8 +95,8 @@ class Step:
         self.outcome: Outcome | None = None
         # On the CPU reading a verdict is free.
         self._on_host = tools.weights.layout.on_cpu and not tools.on_device
-        moves = any(inputs.rhos) if inputs.weights else tools.weights.move()
-        self.plain = not (tools.recipe.ascends and moves)
+        acts = tools.recipe.combine.always or any(inputs.rhos) if inputs.weights else tools.weights.act()
+        self.plain = not (tools.recipe.ascends and acts)
 
     # -- closures ------------------------------------------------------------------------------------------------
 
@@ -137,7 +137,7 @@ class Step:
                         others.look(result, self.inputs.weights)
                 if self.over:
                     raise RuntimeError("the closure called abort(), so no step is taken.")
-                if diagnostics is not None and not (moved and request.role == "ascent"):
+                if diagnostics is not None and not (moved and request.role == "ascent") and not request.probe:
                     diagnostics.loss(loss_in(result), perturbed=moved)
                 self.leave()
             except BaseException as error:
@@ -166,7 +166,7 @@ class Step:
         if tools.scaling is not None:
             self._refuse_unscaled(tools.scaling)
         self.inside, self._last = True, None
-        if not (self.plain and self.closed):
+        if self.index or not (self.plain and self.closed):
             for w in self.inputs.weights:
                 w.grad = None
             for w in tools.weights.layout.frozen:
@@ -201,7 +201,9 @@ class Step:
         weights.layout = weights.layout.refreshed()
         flags = None if self._on_host else tools.flags_for(at.direction)
         unchecked = snapshot.unchecked and not _LOW.isdisjoint(map(_DTYPE, at.direction))
-        recorded = tools.diagnostics if request.role == "descent" else None
+        recorded = None if request.role == "ascent" else tools.diagnostics
+        if recorded is not None and request.probe:
+            recorded = None
         moved = snapshot.move(
             weights.layout, at, flags, again=self._ascents > 0, record=unchecked or recorded is not None
         )
@@ -287,8 +289,7 @@ class Step:
         elif request is None or request.role == "ascent":
             others.leave(None)
         else:
-            pooled = self.tools.recipe.inner_loop.pooled and request.chunk is not None
-            others.leave(1.0 / self.inputs.chunks if pooled else 1.0)
+            others.leave(request.share or None)
 
     def _received(self, request: GradientRequest, gradients: PassGradients) -> PassGradients:
         """The gradients of a pass as the program shall see them."""
@@ -303,7 +304,7 @@ class Step:
             for w, g in zip(weights, gradients, strict=True):
                 w.grad = g
         if tools.diagnostics is not None:
-            if request.role == "descent":
+            if request.role == "descent" and not request.probe:
                 tools.diagnostics.last(gradients, weights, perturbed=request.at is not None)
             elif request.at is None:
                 tools.diagnostics.first(gradients)

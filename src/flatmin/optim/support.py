@@ -33,6 +33,8 @@ PURE = {
     Need.BASE_MOMENTUM: "it knows no base optimizer",
     Need.LAYERS: "it knows no module",
     Need.LR: "it knows no base optimizer",
+    Need.SGD: "it knows no base optimizer",
+    Need.BARE_SGD: "it knows no base optimizer",
 }
 _SILENT = "needs second derivatives, which bypass the communication of DistributedDataParallel and fully_shard"
 
@@ -60,6 +62,8 @@ def refusal(recipe: Recipe, loop: Loop) -> str | None:
     if loop is Loop.PLAIN and not recipe.one_pass:
         return "does not know w + eps before a gradient" if recipe.moves else "stays at w in any loop"
     if loop is Loop.FUNCTIONAL:
+        if recipe.objective.keeps:
+            return "descends a loss of the outputs, which a pure function does not show"
         for need in sorted(recipe.demands & PURE.keys(), key=lambda n: n.name):
             return f"needs {need.value}, which a pure function cannot serve: {PURE[need]}"
     if Need.SECOND_ORDER in needs:
@@ -67,7 +71,7 @@ def refusal(recipe: Recipe, loop: Loop) -> str | None:
             return "needs second derivatives, which a GradScaler's scale would not leave finite"
         if loop in (Loop.DDP, Loop.LOCAL, Loop.SHARDED):
             return _SILENT
-    if loop is Loop.LOCAL and recipe.combine.uses_gradient:
+    if loop is Loop.LOCAL and (recipe.combine.uses_gradient or recipe.inner_loop.uses_gradient):
         return "hands the gradient of pass 1 to the base, so it must be the same on every replica"
     if loop is Loop.LOCAL and Need.DECIDES_BY_VALUE in needs:
         return "decides by the gradient of pass 1, so it must be the same on every replica"
@@ -96,6 +100,19 @@ def check_criterion(recipe: Recipe, criterion: Criterion | None) -> None:
         criterion.check_per_sample()
 
 
+def check_divided(recipe: Recipe) -> None:
+    """Refuse, for a loop that divides batches by itself, a recipe whose closures are not equal parts of a batch.
+
+    Raises:
+        ValueError: what the closures are, and what to do.
+    """
+    if what := recipe.inner_loop.closures_for:
+        raise ValueError(
+            f"{recipe.name} takes one closure each for {what}, which this loop cannot tell apart; write a loop of your "
+            "own with optimizer.step([closure, closure])."
+        )
+
+
 def check_recipe(
     recipe: Recipe,
     base: BaseOptimizer,
@@ -118,6 +135,9 @@ def check_recipe(
             f"{name} needs {Need.BASE_MOMENTUM.value}, and {base.name} is set up without: give it momentum > 0 or "
             "betas."
         )
+    if needs & {Need.SGD, Need.BARE_SGD} and not base.is_sgd(bare=Need.BARE_SGD in needs):
+        wanted = Need.BARE_SGD if Need.BARE_SGD in needs else Need.SGD
+        raise ValueError(f"{name} needs {wanted.value}, got {base.name} with {base.settings()}.")
     if Need.LAYERS in needs and (model is None or any(w not in weights.layers for w in trained)):
         raise ValueError(f"{name} needs {Need.LAYERS.value}.")
     if Need.NAMES in needs and any(w not in weights.names for w in trained):

@@ -101,9 +101,11 @@ class TrainedWeights:
             group[key] = self._base.optimizer.defaults[key]
         return check_rho(group[key])
 
-    def move(self) -> bool:
-        """Whether any group has a radius above 0."""
-        return any(self.rho(group) > 0 for group in self._base.optimizer.param_groups)
+    def act(self) -> bool:
+        """Whether an update is more than the base's step: a group has a radius above 0, or the method needs none."""
+        if not self._recipe.ascends:
+            return False
+        return self._recipe.combine.always or any(self.rho(g) > 0 for g in self._base.optimizer.param_groups)
 
     def inputs(self, state: MethodState, chunks: int = 1) -> StepInputs:
         """The weights as an update finds them.

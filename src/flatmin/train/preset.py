@@ -36,7 +36,7 @@ def load_run(
 
     `device`, `precision`, `channels_last` and `tf32` are "auto" unless set: the GPU if there is one, and there
     autocast to bf16 and TF32; channels_last on both. A preset has a table of radii by method; a method that is not in
-    it takes the entry of the first one in the same geometry, or the geometry's default.
+    it takes the entry of the first one in the same geometry, or its own default.
 
     Args:
         preset: a name inside the package, or a path to a .toml file.

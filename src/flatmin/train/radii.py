@@ -8,10 +8,11 @@ from flatmin.methods import Method, Recipe, compose
 
 
 def radius_of(method: str, recipe: Recipe, radii: Mapping[str, float], table: Mapping[str, Method]) -> float | None:
-    """The radius of a method: its own entry, that of the first method in the same geometry, or the geometry's default.
+    """The radius of a method: its own entry, that of the first method in the same geometry, or the method's default.
 
-    A method that never leaves w has a factor in place of the radius (sgdhess), which says nothing about lengths: no
-    other entry tells it, and it tells no other method; None for one that has neither.
+    A method whose own parts state a default radius takes that, whatever others in its geometry have. A method that
+    never leaves w has a factor in place of the radius (sgdhess), which says nothing about lengths: no other entry tells
+    it, and it tells no other method; None for one that has neither.
 
     Args:
         method: composed name.
@@ -23,7 +24,8 @@ def radius_of(method: str, recipe: Recipe, radii: Mapping[str, float], table: Ma
         return None
     if method in radii:
         return radii[method]
-    if recipe.moves:
+    stated = any(part.default_rho is not None for part in recipe.parts.values() if part is not recipe.geometry)
+    if recipe.moves and not stated:
         for name, radius in radii.items():
             if all(word in table for word in name.split("+")):
                 other = compose(name, table)

@@ -17,7 +17,8 @@ from flatmin.data.dataset import Data
 from flatmin.methods import Need, Recipe, compose, method_table
 from flatmin.methods.losses import smoothed_cross_entropy
 from flatmin.optim import SAM, Criterion
-from flatmin.train.average import WeightAverage
+from flatmin.optim.average import WeightAverage
+from flatmin.optim.support import check_divided
 from flatmin.train.config import RunConfig, derive_seed
 from flatmin.train.feed import Batch, Feed, steps_of
 from flatmin.train.graph import Graphed, tensor_rate
@@ -76,7 +77,9 @@ class Trainer:
         self.feed = Feed(self.data, config, world)
         self.model: nn.Module = build_model(config, self.data)
         check_fit(self.model, self.data, channels_last=config.channels_last)
-        self.recipe = build_recipe(config).for_length(updates(config, len(self.data.train), world.size))
+        self.recipe = build_recipe(config).for_length(
+            updates(config, len(self.data.train), world.size), len(self.data.train)
+        )
         self._check()
         self.schedule = build_schedule(config, self.feed.steps)
         sharded = world.size > 1 and config.parallel == "fsdp"
@@ -244,6 +247,7 @@ class Trainer:
 
     def _check(self) -> None:
         config = self.config
+        check_divided(self.recipe)
         if config.accumulate > 1 and Need.MICRO_BATCHES in self.recipe.needs:
             other = self.recipe.inner_loop.two_batches
             itself = f"divides each batch by itself (micro_batches={config.micro_batches})"

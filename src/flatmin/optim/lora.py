@@ -1,0 +1,218 @@
+"""Flat-LoRA: noise on the frozen weights beneath low-rank adapters, during one update."""
+
+from __future__ import annotations
+
+import math
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flatmin.optim.tensors import LOW, add_rounded_, is_sharded
+from flatmin.words import suggest
+
+
+class _Layer:
+    """A module of the user's own with `lora_weight()`, which gives W and what the adapters add to it.
+
+    Args:
+        name: of the module.
+        module: itself.
+
+    Attributes:
+        inputs: the dimension of W that runs over the layer's inputs.
+    """
+
+    inputs = 1
+
+    def __init__(self, name: str, module: Any) -> None:
+        self.name, self.module = name, module
+
+    def _weight(self) -> Any:
+        return self.module.lora_weight()[0]
+
+    def _added(self) -> Any:
+        return self.module.lora_weight()[1]
+
+    def weight(self) -> Tensor:
+        """W; ValueError unless it is a frozen, whole matrix of floating-point numbers."""
+        weight: Tensor = self._weight()
+        matrix = isinstance(weight, Tensor) and weight.ndim == 2 and weight.is_floating_point()
+        if not matrix:
+            raise ValueError(
+                f"the weight of {self.name} is no matrix of floating-point numbers, which the noise is for; leave it "
+                "out by only=."
+            )
+        if is_sharded(weight):
+            raise ValueError(f"the weight of {self.name} is sharded, and the noise needs whole rows; train with DDP.")
+        if weight.requires_grad:
+            raise ValueError(f"the weight of {self.name} is trained, and would lose its step; freeze it.")
+        return weight
+
+    @torch.no_grad()
+    def deviation(self, size: float) -> Tensor:
+        """The sigma_i = size ||(W + s B A)_i|| / sqrt(n_in), of a shape that broadcasts over W."""
+        weight = self.weight()
+        whole = weight.to(torch.promote_types(weight.dtype, torch.float32)) + self._added()
+        norms: Tensor = whole.norm(dim=self.inputs, keepdim=True)
+        return norms.mul_(size / math.sqrt(weight.shape[self.inputs]))
+
+
+class _PeftLayer(_Layer):
+    """A layer of PEFT's LoRA."""
+
+    def __init__(self, name: str, module: Any) -> None:
+        super().__init__(name, module)
+        self.inputs = 0 if getattr(module, "fan_in_fan_out", False) else 1
+        kinds = getattr(module, "lora_variant", {}), {a for a, on in module.use_dora.items() if on}
+        if any(a in kind for kind in kinds for a in module.active_adapters) or len(module.lora_embedding_A):
+            raise ValueError(
+                f"{name} is no linear layer with plain adapters, W + s B A (DoRA and other variants are none); leave "
+                "it out by only=."
+            )
+
+    def _weight(self) -> Any:
+        return getattr(self.module.get_base_layer(), "weight", None)
+
+    def _added(self) -> Any:
+        """The sum of s B A over the active adapters; 0 where they are switched off."""
+        module = self.module
+        if module.merged_adapters:
+            raise RuntimeError(f"the adapters of {self.name} are merged into its weight; call unmerge_adapter() first.")
+        active = () if module.disable_adapters else [a for a in module.active_adapters if a in module.lora_A]
+        return sum(module.get_delta_weight(adapter) for adapter in active)
+
+
+def _with_adapters(model: nn.Module) -> dict[str, tuple[type[_Layer], nn.Module]]:
+    """The modules with adapters by name, and what handles them."""
+    found: dict[str, tuple[type[_Layer], nn.Module]] = {}
+    for name, module in model.named_modules():
+        if callable(getattr(module, "lora_weight", None)):
+            found[name] = _Layer, module
+        elif all(hasattr(module, x) for x in ("lora_A", "lora_embedding_A", "get_base_layer", "active_adapters")):
+            found[name] = _PeftLayer, module
+    return found
+
+
+class FlatLoRA:
+    r"""Trains adapters on the loss averaged over noise on the frozen weights beneath them, at one gradient a step.
+
+    .. math::
+        W' = W + E,\quad E_{ij} \sim N(0, \sigma_i^2),\quad
+        \sigma_i = f \rho \frac{\|(W + s B A)_i\|_2}{\sqrt{n_{in}}},\quad
+        f = \frac{1 - \cos(\pi \min(t, T) / T)}{2}
+
+    for update t = 0, 1, ... and row i, which belongs to one output. It is a context around all forward and backward
+    passes of an update, with any optimizer over the adapters; leaving it puts W back bit for bit, also when a pass
+    raises, and counts the update unless one did:
+
+        flat = FlatLoRA(model, rho=0.05, total=epochs * len(loader))
+        for x, y in loader:
+            optimizer.zero_grad()
+            with flat:
+                loss_fn(model(x), y).backward()
+            optimizer.step()
+
+    The noise is drawn by a generator of its own from the seed and t alone: the global generators are not touched, a
+    resumed run and every replica draw the same. W in bf16 or fp16 is rounded at random to one of its neighbours. While
+    the context is open, one copy of the matrices is held.
+
+    It finds the layers of PEFT's LoRA (linear layers, with any number of active adapters), and modules of your own
+    that have a method `lora_weight()`, which returns W of shape (out, in) and what the adapters add to it, of the same
+    shape.
+
+    Args:
+        model: with the adapters.
+        rho: size of the noise, >= 0. Default 0.05 (the authors' README). With 0 nothing is touched or drawn.
+        total: T, in how many updates f grows from 0 to 1; afterwards it stays. 0: f = 1 throughout.
+        only: shell pattern of the modules' names, whose matrices get noise. Default "*".
+        seed: of the noise. Default 0.
+
+    Raises:
+        ValueError: bad numbers; no layer with adapters; a layer whose weight is no matrix of floating-point numbers,
+            sharded, shared with another layer, or not W + s B A (DoRA and other variants).
+
+    Source: Li, He, Li, Wang, Shang & Huang, Flat-LoRA, ICML 2025. Their code counts t in micro-batches and draws from
+    the global generator.
+    """
+
+    def __init__(self, model: nn.Module, rho: float = 0.05, *, total: int, only: str = "*", seed: int = 0) -> None:
+        if not 0.0 <= rho < math.inf:
+            raise ValueError(f"rho must be a finite number >= 0, got {rho!r}.")
+        if total < 0:
+            raise ValueError(f"total must be a number of updates >= 0, got {total!r}.")
+        found = _with_adapters(model)
+        if not found:
+            raise ValueError(
+                "the model has no layers with low-rank adapters; give one of peft.get_peft_model, or modules with a "
+                "method lora_weight()."
+            )
+        self._layers = [kind(name, module) for name, (kind, module) in found.items() if fnmatchcase(name, only)]
+        if not self._layers:
+            raise ValueError(
+                f"only={only!r} matches no layer with adapters{suggest(only, found)} (layers: {', '.join(found)})."
+            )
+        self.rho, self.total, self.seed = rho, total, seed
+        self.updates = 0
+        self._before: list[tuple[Tensor, Tensor]] | None = None
+        owners: dict[int, str] = {}
+        for layer in self._layers:
+            layer.deviation(0.0)
+            other = owners.setdefault(id(layer.weight()), layer.name)
+            if other != layer.name:
+                raise ValueError(f"{other} and {layer.name} share one weight; leave one of them out by only=.")
+
+    @property
+    def scale(self) -> float:
+        """The present f."""
+        return 1.0 if self.total == 0 else (1 - math.cos(math.pi * min(self.updates, self.total) / self.total)) / 2
+
+    def deviations(self) -> dict[str, Tensor]:
+        """The sigma_i of the present update by layer, each of shape (outputs,)."""
+        return {layer.name: layer.deviation(self.scale * self.rho).flatten() for layer in self._layers}
+
+    @torch.no_grad()
+    def __enter__(self) -> FlatLoRA:
+        if self._before is not None:
+            raise RuntimeError("the noise of this update is on the weights already; enter the context once an update.")
+        self._before = []
+        size = self.scale * self.rho
+        generators: dict[torch.device, torch.Generator] = {}
+        try:
+            for layer in self._layers if size > 0 else ():
+                weight = layer.weight()
+                generator = generators.get(weight.device)
+                if generator is None:
+                    generator = generators[weight.device] = torch.Generator(weight.device)
+                    generator.manual_seed(self.seed * 1_000_003 + self.updates)
+                deviation = layer.deviation(size)
+                noise = torch.randn(weight.shape, generator=generator, device=weight.device, dtype=deviation.dtype)
+                noise.mul_(deviation)
+                self._before.append((weight, weight.detach().clone()))
+                if weight.dtype in LOW:
+                    add_rounded_([weight], [noise], 1.0, generator)
+                else:
+                    weight.add_(noise)
+        except BaseException:
+            self._put_back()
+            raise
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self._put_back()
+        self.updates += kind is None
+
+    @torch.no_grad()
+    def _put_back(self) -> None:
+        for weight, before in self._before or ():
+            weight.copy_(before)
+        self._before = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of updates, from which f and the next draws follow, and the seed."""
+        return {"updates": self.updates, "seed": self.seed}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from what `state_dict` gave."""
+        self.updates, self.seed = int(state["updates"]), int(state["seed"])
