@@ -3,7 +3,7 @@
 A formula is a function of a `Step` and of the method's parameters, under the names and with the defaults that they
 have in the library. It returns u, the gradient that the base optimizer takes. The decorator gives the method's name and
 the parameters to compare under: `@formula("vasso", {}, {"theta": 0.2})`. `test_formulas.py` compares the library with
-them in every entry point, and fails for a method without a formula.
+them, and fails for a method without a formula.
 """
 
 from __future__ import annotations

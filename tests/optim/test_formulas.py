@@ -1,4 +1,4 @@
-"""Every method follows its paper's formula, in every entry point that serves it."""
+"""Every method follows its paper's formula: by closures, by the loop over passes and as a pure function."""
 
 import dataclasses
 import functools
@@ -13,7 +13,7 @@ import flatmin
 from flatmin.methods import METHODS, Mask, Need
 from flatmin.optim.support import Loop as Support
 from flatmin.optim.support import refusal
-from tests.helpers import as_on_device, drive, entry_points, same_bits, takes_chunks
+from tests.helpers import as_on_device, drive, same_bits, takes_chunks
 from tests.optim import reference
 from tests.optim.formulas import CASES, Case, formula, momentum_sam, with_lr
 from tests.optim.reference import SEED, SIZES, SMOOTHING, STEPS, TABLE, decay, logits, mean, pieces, split, spread
@@ -130,23 +130,20 @@ def known(case, base="sgd"):
 
 
 FIRST = {case.name: case for case in reversed(CASES)}.values()
-OTHERS = {
-    "passes": ("nesterov", {"device": True, "fused": True}),
-    "perturbed": ("sgd", {"device": True}),
-    "two calls": ("adamw", {"nonfinite": "propagate"}),
-    "train and eval": ("sgd", {}),
-}
 
 
 def runs(case):
-    """(entry point, base, options) to compare: of a name's first case all entry points, of its options two."""
-    recipe = flatmin.compose(case.name, **case.params)
+    """(entry point, base, options) to compare.
+
+    For a name's first case these are two entry points, two bases and both paths of the engine, to which a method's
+    options make no difference. That all other entry points are the closure, bit for bit, is in `test_every_method.py`.
+    """
+    needs = flatmin.compose(case.name, **case.params).needs
     yield "closure", "sgd", {}
-    if case in FIRST:
-        yield "closure", "adamw", {"device": True}
-    served = entry_points(recipe)[1:] if case in FIRST else ("passes",)
-    if not case.chunks or Need.MICRO_BATCHES in recipe.needs:  # else the list of closures is no part of the method
-        yield from ((entry, *OTHERS[entry]) for entry in served)
+    if case in FIRST and (not case.chunks or Need.MICRO_BATCHES in needs):  # else a list of closures is not the method
+        # Nesterov momentum writes to the gradients; Adam has its momentum elsewhere.
+        base = "adamw" if Need.BASE_MOMENTUM in needs else "nesterov"
+        yield "passes", base, {"device": True, "fused": True}
 
 
 def served_base(case, base):
@@ -165,7 +162,7 @@ def test_every_method_has_a_formula():
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_every_entry_point_follows_the_formula(case):
+def test_every_method_follows_its_formula(case):
     """Weights after every step; and the loss that a loop is told, where one pass sees the whole batch."""
     for entry, base, options in runs(case):
         base = served_base(case, base)

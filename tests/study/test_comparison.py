@@ -306,11 +306,13 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
+    from flatmin.study import pool
     from flatmin.study.comparison import comparison
     from flatmin.study.events import EpochDone, RunDone
     from flatmin.study.plan import plan
     from flatmin.study.studies import study
 
+    pool.START = sys.argv[2]
     spec = comparison("digits", ["methods=sgd,sam", "baselines=false", "seeds=40", "epochs=4", "batch_size=16",
                                  "data=tests.user_side:data", "model=tests.user_side:slow", "timing=false",
                                  "measure=false"])
@@ -338,13 +340,14 @@ def _alive(group):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="process groups are POSIX")
-def test_ctrl_c_in_a_terminal(tmp_path):
+@pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+def test_ctrl_c_in_a_terminal(tmp_path, start):
     """SIGINT to the whole process group, as a terminal sends it: quick, nothing lost, no tracebacks, no orphans."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     root = str(Path(__file__).parents[2])
     process = subprocess.Popen(
-        [sys.executable, str(script), str(tmp_path / "out")],
+        [sys.executable, str(script), str(tmp_path / "out"), start],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
