@@ -22,9 +22,13 @@ T = TypeVar("T")
 _UNIONS = (typing.Union, types.UnionType)
 
 
-@cache
 def field_types(cls: type) -> Mapping[str, Any]:
     """Resolved type of every field of a dataclass."""
+    return _field_types(cls)
+
+
+@cache
+def _field_types(cls: type) -> Mapping[str, Any]:
     hints = typing.get_type_hints(cls)
     return types.MappingProxyType({field.name: hints[field.name] for field in dataclasses.fields(cls)})
 
