@@ -88,7 +88,7 @@ def test_the_matrix_fits_a_terminal_and_has_every_name():
     text = output("--matrix", width=80)
     assert max(map(len, text.splitlines())) <= 80
     assert all(re.search(rf"^ *\d+ {re.escape(name)} ", text, re.MULTILINE) for name in METHODS)
-    assert "Both set the geometry, choose one: asam, usam, gcsam." in text
+    assert "Both set the geometry, choose one: asam, usam, gcsam, fisher-sam, sagm, bsam," in text
     flat = re.sub(r"\s+", " ", text)
     assert "needs the losses at w of the samples that are descended on, which momentum-sam does not give" in flat
 

@@ -82,17 +82,19 @@ USES = {
     "pac_bayes, magnitude": lambda p: measures.pac_bayes(p, 0.1, of="loss", draws=2, tol=0.5, magnitude=True),
     "relative_flatness, probes": lambda p: measures.relative_flatness(p, "linear.weight", exact=0, max_probes=2),
 }
-# Records, and numbers without a model.
+# Records, numbers without a model, and what looks at an optimizer (tests/optim/test_rise.py).
 APART = {
     "Average",
     "Report",
     "ReportSettings",
     "Conventions",
+    "FoundRadius",
     "Sharpness",
     "Spectrum",
     "PublishedNumbers",
     "edge",
     "sam_edge",
+    "radius",
 }
 
 
@@ -104,7 +106,7 @@ def test_every_public_name_is_here():
         measures.report,
     ]
     assert set(MEASURES) | APART | former == {*measures.__all__, *presets.__all__}
-    assert all(isclass(getattr(measures, name, type)) or name in ("edge", "sam_edge") for name in APART)
+    assert all(isclass(getattr(measures, name, type)) or name in ("edge", "sam_edge", "radius") for name in APART)
 
 
 @pytest.mark.parametrize("measure", USES)

@@ -90,7 +90,7 @@ def test_the_table_entry_is_complete_and_states_its_cost(name):
     loop = Loop(name, total=steps).steps(0, steps)
     calls = loop.calls / steps * (0.5 if name == "micro-sam" else 1.0)
     stated = recipe.gradient_evaluations - sum(part.surcharge for part in recipe.parts.values())
-    assert abs(calls - stated) <= (0.3 if by_chance else 0.1)
+    assert abs(calls - stated) <= (0.3 if by_chance else 0.1) + 1e-9
     # The checkpoint holds what the parts remember, and no copy of the weights.
     slots = sum(k == "param" for part in recipe.parts.values() for k in part.slots.values())
     base = {k: len(v) for k, v in loop.optimizer.base.state_dict()["state"].items()}
@@ -133,7 +133,8 @@ def test_rho_zero_is_the_base_bit_for_bit(name):
     recipe = recipe_of(name, 6, TABLE)
     if recipe.combine.always:
         pytest.skip(f"{name} states a limit of its own")
-    bases = itertools.cycle(BASES if turn(name, (False, True)) else reversed(BASES))
+    served = ["sgd"] if Need.SGD in recipe.needs else list(BASES)
+    bases = itertools.cycle(served if turn(name, (False, True)) else reversed(served))
     for entry, base in zip(entry_points(recipe), bases, strict=False):
         # The list of closures is the base on their mean, or on their sum; the probe's limit is the base on the second.
         listed = {"sam-db": (1,), "imbsam": (0, 1), "micro-sam": (0, 1) if entry == "closure" else (None,)}
@@ -169,9 +170,9 @@ def test_a_zero_gradient_moves_nothing_and_gives_numbers(name):
 
         loop.optimizer.param_groups[0]["weight_decay"] = 0.0
         drive(loop.optimizer, partial(backward, k=0))
-        # RSAM climbs from a point of its own.
-        assert name == "rsam" or all(same_bits(at, start) for at in seen)
-        assert same_bits(loop.weights(), start)
+        # RSAM and bSAM climb from a point of their own, and bSAM decays weights by itself.
+        assert name in ("rsam", "bsam") or all(same_bits(at, start) for at in seen)
+        assert name == "bsam" or same_bits(loop.weights(), start)
         for k in range(1, 6):
             drive(loop.optimizer, partial(backward, k=k))
         assert all(bool(w.isfinite().all()) for w in loop.weights())

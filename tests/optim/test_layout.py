@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 from typing import ClassVar
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 import flatmin
 from flatmin.methods import Direction
 from flatmin.optim.tensors import Layout, add_scaled, all_finite, norm, share
+from tests.helpers import as_on_device, same_bits
 from tests.optim.loops import train
 
 
@@ -208,6 +210,29 @@ def test_memory_that_is_not_finite_does_not_reach_the_weights():
     for _ in range(3):
         optimizer.step(closure)
     assert all(w.isfinite().all() for w in weights)
+
+
+@pytest.mark.parametrize("device", [False, True])
+@pytest.mark.parametrize(("name", "options"), [("looksam", {"k": 1}), ("bsam", {"data_size": 100})])
+def test_a_gradient_at_w_that_is_not_finite_beside_the_ascent_leaves_no_memory(name, options, device):
+    """Of weights that do not move the ascent's norm says nothing, and pass 2 may be finite: the step is taken."""
+    moved, still = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))
+    base = torch.optim.SGD([{"params": [moved]}, {"params": [still], "rho": 0.0}], lr=0.1)
+    optimizer = as_on_device(flatmin.wrap(base, name, rho=0.1, **options), device)
+
+    def update(spoiled):
+        passes = iter((spoiled, 1.0))
+
+        def closure():
+            moved.grad, still.grad = moved.detach() * 2, still.detach() * next(passes)
+            return torch.tensor(0.0)
+
+        optimizer.step(closure)
+        return copy.deepcopy(optimizer.state_dict()["state"])
+
+    kept, before = update(1.0), still.detach().clone()
+    assert same_bits(update(math.nan), kept)
+    assert not torch.equal(still, before) and optimizer.counts()["skipped_steps"] == 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

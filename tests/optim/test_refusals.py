@@ -134,7 +134,9 @@ def test_a_bad_method():
 class Loop:
     def __init__(self, name="sam", **options):
         self.model, self.criterion = net(), entropy()
-        self.optimizer = flatmin.wrap(sgd(self.model), name, model=self.model, criterion=self.criterion, **options)
+        self.optimizer = flatmin.wrap(
+            sgd(self.model), name, **{"model": self.model, "criterion": self.criterion, **options}
+        )
 
     def backward(self, k=0, chunk=None, call=None):
         x, y = batch(k, dtype=torch.float64)
@@ -174,10 +176,46 @@ def test_a_step_that_the_method_cannot_take_changes_nothing(match, name, options
     assert loop.optimizer.counts()["updates"] == 0
 
 
+@pytest.mark.parametrize("name", ["esam", "functional-sam"])
+@pytest.mark.parametrize("with_model", [True, False])
+@pytest.mark.parametrize("entry", ["closure", "passes", "perturbed"])
+def test_a_loss_outside_of_the_passes_has_no_part_in_them(entry, with_model, name):
+    """A validation loss with gradients, or a first pass that was given up, of the very shapes of the next update."""
+    ends = []
+    for other in ("nothing", "validation", "given up"):
+        loop = Loop(name, **({} if with_model else {"model": None}))
+        x, y = batch(5, dtype=torch.float64)
+        if other != "nothing":
+            loss = loop.criterion(loop.model(3 * x), y)
+            if other == "given up":
+                loss.backward()
+        loop.optimizer.zero_grad()
+        loop.update(entry, 0)
+        ends.append(loop.state())
+    assert all(all(map(torch.equal, end, ends[0])) for end in ends[1:])
+
+
+@pytest.mark.parametrize("name", ["esam", "functional-sam"])
+def test_a_first_pass_with_more_losses_than_the_second(name):
+    loop = Loop(name)
+    before, (x, y) = loop.state(), batch(0, dtype=torch.float64)
+    calls = [2, 1]
+
+    def closure():
+        loop.optimizer.zero_grad()
+        loss = sum(loop.criterion(loop.model(x), y) for _ in range(calls.pop(0)))
+        loss.backward()
+        return loss
+
+    with pytest.raises(RuntimeError, match=rf"^{name} uses at w \+ eps what .*call the criterion equally often"):
+        loop.optimizer.step(closure)
+    assert all(map(torch.equal, loop.state(), before))
+
+
 @pytest.mark.parametrize(
     ("reduction", "outputs", "error", "text"),
     [
-        ("none", lambda z, calls: z, TypeError, "needs a loss of a tensor of outputs, and a scalar .* shape \\(16,\\)"),
+        ("none", lambda z, calls: z, TypeError, "needs a loss of a tensor of outputs, and a scalar .* shape \\(8,\\)"),
         ("mean", lambda z, calls: z if calls == 1 else z[:4], RuntimeError, "call the criterion equally often"),
     ],
 )

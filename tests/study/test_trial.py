@@ -75,9 +75,10 @@ def settings(tmp_path, *words, text=STUDY):
 def test_every_method_takes_its_first_update(monkeypatch):
     """What can run is not refused, and what is too slow is named.
 
-    Of the methods, sam-on needs normalisation layers, and imbsam a loop that knows the tail.
+    Of the methods, sam-on needs normalisation layers, imbsam a loop that knows the tail, and bsam a bare base.
     """
-    configs = [replace(CONFIG, method=name, rho=None) for name in METHODS if name not in ("sam-on", "imbsam")]
+    configs = [replace(CONFIG, method=name, rho=None) for name in METHODS if name not in ("sam-on", "imbsam", "bsam")]
+    configs.append(replace(CONFIG, method="bsam", rho=None, momentum=0.0, weight_decay=0.0))
     scheduled = dict(schedule="multistep", schedule_unit="step", warmup=0.2, milestones=(1,), optimizer="sgd")
     configs += [replace(CONFIG, **scheduled), replace(CONFIG, precision="bf16", accumulate=5, ema=0.9, compile=True)]
     before = torch.get_rng_state()

@@ -398,11 +398,12 @@ class GradientNormAscent(InnerLoop):
             for i, f in zip(up.index, factors, strict=True)
             if (a := g[i]) is not None and (b := first[i]) is not None
         ]
-        index = [i for i, *_ in both]
-        rise = list(torch._foreach_sub([b for _, _, b, _ in both], [a for *_, a in both]))
-        norm = c.norm(rise)
-        e = Perturbation(index, rise, norm, norm, [f for _, f, _, _ in both], eps).tensors()
-        up = yield from ascend(Perturbation.of(index, list(e), c))
+        index, e = [i for i, *_ in both], []
+        if both:
+            rise = list(torch._foreach_sub([b for _, _, b, _ in both], [a for *_, a in both]))
+            norm = c.norm(rise)
+            e = list(Perturbation(index, rise, norm, norm, [f for _, f, _, _ in both], eps).tensors())
+        up = yield from ascend(Perturbation.of(index, e, c) if both else None)
         if up is None:
             return [first] * 3, {}
         second, total = up.gradients, dict(zip(index, e, strict=True))

@@ -135,6 +135,7 @@ class Criterion(nn.Module):
         """Drop what the passes of an update have left; called by the optimizer."""
         self.calls = 0
         self._first: list[Tensor] = []  # what each call of pass 1 leaves for the same call of pass 2
+        self._paired = False  # whether a call of pass 2 has taken any of it
         self.seen: list[Seen] = []
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -257,26 +258,34 @@ class Criterion(nn.Module):
 
     def _descending(self, outputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         """The value of the wrapped loss at w + eps with the gradient of the objective's own descent loss."""
-        kept = self._first.pop(0) if self._first else None
-        if kept is None or kept.shape != outputs.shape:
-            raise RuntimeError(
-                f"{self._recipe.name} descends with what the loss at w has left; call the criterion equally often, on "
-                "the same batches, in both passes."
-            )
+        kept = self._of_pass_1(outputs)
         with torch.no_grad():
             value = self.loss(*args, **kwargs)
         return _ValueOf.apply(value, self._recipe.objective.descent(outputs, kept))  # type: ignore[no-untyped-call, no-any-return]
+
+    def _of_pass_1(self, like: Tensor) -> Tensor:
+        """What the same call of pass 1 has left, of this one's shape."""
+        first, self._paired = self._first.pop(0) if self._first else None, True
+        if first is None or first.shape != like.shape:
+            raise self._unpaired()
+        return first
+
+    def _unpaired(self) -> RuntimeError:
+        return RuntimeError(
+            f"{self._recipe.name} uses at w + eps what the loss at w has left; call the criterion equally often, on "
+            "the same batches, in both passes."
+        )
+
+    def check_paired(self) -> None:
+        """Raise RuntimeError if pass 2 has taken some of what pass 1 left, and not all; called by the optimizer."""
+        if self._paired and self._first:
+            raise self._unpaired()
 
     def _chosen(self, outputs: Any, target: Any) -> Tensor:
         """The loss at w + eps of the samples that the recipe descends on."""
         with torch.no_grad():
             second, counted = self._each(outputs, target)
-        first = self._first.pop(0) if self._first else None
-        if first is None or first.shape != second.shape:
-            raise RuntimeError(
-                "this method compares each sample's loss at w and at w + eps; call the criterion equally often, on the "
-                "same batches, in both passes."
-            )
+        first = self._of_pass_1(second)
         if counted is not None:
             second = second.where(counted, -math.inf)
         index = self._recipe.samples(first, second)

@@ -210,14 +210,16 @@ class Outcome:
 
     `update` is the very list of the last pass where u is that pass's gradients.
 
-    `size` is the norm that decided whether the ascent was taken (None: no ascent); a state staged from a gradient
-    that was not finite must not be kept.
+    `size` is the norm that decided whether the ascent was taken (None: no ascent), and `remembered` that of what else
+    of pass 1 a combination has staged (None: nothing); a state staged from a gradient that was not finite must not be
+    kept.
     """
 
     update: Gradients
     staged: dict[str, tuple[Sequence[int], Mapping[str, Any]]] = field(default_factory=dict)
     post: tuple[Sequence[int], Tensors] | None = None
     size: Tensor | None = None
+    remembered: Tensor | None = None
 
 
 class Reader(Protocol):
@@ -402,6 +404,12 @@ def program(
     c = EngineContext(inputs, index)
     u, new = combine(plain, gs, read(combine, index), c)
     stage(combine, index, new)
+    if new and plain is not None:
+        # Of the others the ascent has its own norm; u need not have met g.
+        ascended = set(inputs.moved)
+        stayed = [(i, g) for i, g in zip(index, plain, strict=True) if i not in ascended]
+        if stayed:
+            out.remembered = EngineContext(inputs, [i for i, _ in stayed]).norm([g for _, g in stayed])
     post = combine.post(plain, gs, c) if combine.post_step else None
     out.post = None if post is None else (index, post)
     out.update = _spread(last, index, u)

@@ -198,6 +198,7 @@ class SAM(Optimizer):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
         base = BaseOptimizer(optimizer)
         self._step: Step | None = None
+        self._cleared = False  # whether gradients were cleared since the last loss outside of the passes
         self._scaler: Any = None
         self.loss_point = "w"
         self._warned_of_drop = False
@@ -338,6 +339,7 @@ class SAM(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear all gradients; see `torch.optim.Optimizer.zero_grad`."""
         self._tools.base.zero_grad(set_to_none)
+        self._cleared = True
         if self._tools.guard is not None:
             self._tools.guard.watch.clear()
 
@@ -754,6 +756,9 @@ class SAM(Optimizer):
         """The pass that a loss computed now belongs to; between updates it opens the next one."""
         step, recipe = self._under_way, self.recipe
         if step is None:
+            if self._cleared and self.criterion is not None and all(w.grad is None for w in self._tools.base.weights):
+                self.criterion.forget()  # what came before was given up, or was no part of a step
+            self._cleared = False
             ascends = recipe.moves and recipe.two_pass and self._tools.weights.act()
             return PassView("ascent" if ascends else "descent")
         if not step.inside or step.request is None:

@@ -192,6 +192,8 @@ class Step:
             elif repeated:
                 tools.random.enter()
         if tools.criterion is not None:
+            if bracketed and not repeated and len(self._visited) == 1:
+                tools.criterion.forget()  # losses that were computed before the update
             self._criterion_calls = tools.criterion.calls
 
     def _displace(self, request: GradientRequest) -> None:
@@ -460,6 +462,8 @@ class Step:
     def _apply(self, nonfinite: str, clip_norm: float | None, loss: Any) -> None:
         tools, outcome, weights, scaling = self.tools, self.outcome, self.inputs.weights, self.tools.scaling
         assert outcome is not None
+        if tools.criterion is not None:
+            tools.criterion.check_paired()
         if scaling is not None:
             if not self.closed:
                 scaling.finish_manual([w.grad for w in weights])
@@ -484,13 +488,15 @@ class Step:
             terms=() if outcome.post is None else outcome.post[1],
         )
         finite = finite and self._ascent_finite
+        seen = outcome.remembered
+        keeps = stepped and finite and (seen is None or flags is not None or math.isfinite(float(seen)))
         if scaling is not None and not stepped:
             # The scaler would find what is left infinite once more.
             tools.base.zero_grad()
             if tools.guard is not None:
                 tools.guard.watch.clear()
-        if stepped and finite:
-            gate = None if flags is None or not outcome.staged else _gate(outcome.size, left_out)
+        if keeps:
+            gate = None if flags is None or not outcome.staged else _gate([outcome.size, seen], left_out)
             for kind, (index, new) in outcome.staged.items():
                 tools.state.commit(kind, [weights[i] for i in index], new, gate)
         if stepped and outcome.post is not None:
@@ -505,13 +511,14 @@ class Step:
         counts.skipped_steps += not stepped
 
 
-def _gate(size: Tensor | None, left_out: Tensor | None) -> Tensor | None:
-    """1 where the ascent was finite and the base has taken its step; None if nobody need ask."""
-    stepped = None if left_out is None else 1 - left_out.to(torch.int32)
-    if size is None:
-        return stepped
-    gate = (size < math.inf).to(torch.int32)
-    return gate if stepped is None else gate * stepped
+def _gate(sizes: Sequence[Tensor | None], left_out: Tensor | None) -> Tensor | None:
+    """1 where these norms are finite and the base has taken its step; None if nobody need ask."""
+    gate = None if left_out is None else 1 - left_out.to(torch.int32)
+    for size in sizes:
+        if size is not None:
+            finite = (size < math.inf).to(torch.int32)
+            gate = finite if gate is None else gate * finite
+    return gate
 
 
 # A function, so that a plain step enters no file more.
