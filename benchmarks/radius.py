@@ -36,7 +36,7 @@ HELP = "the radius found by flatmin.measure.radius beside the one that validatio
 STUDY = Path(__file__).with_suffix(".toml")
 BATCHES = 5
 WHEN = ("start", "later")
-Key = tuple[str, str, str]  # network, share of wrong labels, method
+Key = tuple[str, float, str]  # network, share of wrong labels, method
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -116,7 +116,7 @@ def _found(file: Path) -> list[dict[str, Any]]:
     done = {(line["model"], line["noise"], line["method"], line["seed"]) for line in lines}
     file.parent.mkdir(parents=True, exist_ok=True)
     for config in _configs():
-        key = config.model, str(config.noise), config.method, config.seed
+        key = config.model, config.noise, config.method, config.seed
         if key not in done:
             line = dict(zip(("model", "noise", "method", "seed"), key, strict=True)) | _look(config)
             lines.append(line)
@@ -158,7 +158,7 @@ def _cases(file: Path, found: Sequence[dict[str, Any]]) -> Iterator[Case]:
     with file.open(newline="") as stream:
         for row in csv.DictReader(stream):
             if row["metric"] in ("val_acc", "test_acc") and row["method"] != "sgd":
-                of = numbers.setdefault(((row["model"], row["noise"], row["method"]), row["metric"]), {})
+                of = numbers.setdefault(((row["model"], float(row["noise"]), row["method"]), row["metric"]), {})
                 of.setdefault(float(row["rho"]), {})[int(row["seed"])] = float(row["value"])
     by_case: dict[Key, dict[int, dict[str, Any]]] = {}
     for line in found:
@@ -179,7 +179,7 @@ def _cases(file: Path, found: Sequence[dict[str, Any]]) -> Iterator[Case]:
 
 def _named(case: Case) -> str:
     model, noise, method = case.key
-    return f"{method}, {model}, {float(noise):.0%} wrong"
+    return f"{method}, {model}, {noise:.0%} wrong"
 
 
 def _radii(cases: Sequence[Case]) -> Table:

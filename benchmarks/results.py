@@ -153,7 +153,7 @@ def write_page(path: Path, results: Sequence[BenchmarkResult], env: dict[str, An
     """Write results as one Markdown page."""
     where = f"{env['cores']} cores, shared, CPU time of one thread" if "gpu" not in env else str(env["gpu"])
     facts = [f"- {k}: {v}" for k, v in env.items() if v is not None]
-    head = [f"# What flatmin costs, {env['date'][:10]} ({where})", f"Written by `{command}`.", "\n".join(facts)]
+    head = [f"# Benchmarks of flatmin, {env['date'][:10]} ({where})", f"Written by `{command}`.", "\n".join(facts)]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n\n".join([*head, *(r.markdown() for r in results)]) + "\n")
 
