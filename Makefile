@@ -43,7 +43,7 @@ demo: $(STAMP) ## train a small net with several methods on noisy digits and sho
 	$(BIN)/flatmin compare $(ARGS)
 
 test: $(STAMP) ## the ordinary tests, a few minutes; JOBS=4 for more processes, ARGS="tests/optim -x" for pytest
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n $(JOBS) --dist worksteal $(ARGS)
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n $(JOBS) --dist worksteal $(ARGS)
 
 $(FRAMEWORKS_STAMP): pyproject.toml constraints.txt
 	@test -x $(FRAMEWORKS_VENV)/bin/python || $(PYTHON) -m venv $(FRAMEWORKS_VENV)

@@ -378,7 +378,7 @@ class TestAgainAndResume:
 
     def test_other_data_are_not_gone_on_with(self, own, here, capsys):
         self.interrupted(own)
-        (here / "train_own.py").write_text(OWN.replace("manual_seed(0)", "manual_seed(1)"))
+        (here / "train_own.py").write_text(OWN.replace("manual_seed(0)", "manual_seed(12)"))
         sys.modules.pop("train_own")
         said = refused(capsys, *own, "--resume")
         assert "is of a run on other data: data=train_own:data returned something else, because a file" in said
