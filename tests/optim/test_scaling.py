@@ -114,6 +114,33 @@ def test_every_method_is_served(method):
     assert same(Loop(kind, method, base).run(4).weights[-1], Loop("plain", method, base).run(4).weights[-1])
 
 
+def test_functional_sam_takes_the_slopes_of_its_outputs_in_single_precision():
+    """1e-7 has one bit in float16; the scaler multiplies the loss, which is later."""
+
+    def update(low):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).to(torch.float32 if low else torch.float64)
+        criterion = flatmin.Criterion(lambda z, y: 1e-6 * nn.functional.cross_entropy(z, y))
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16, enabled=low)
+        base = torch.optim.SGD(model.parameters(), lr=1e5)
+        optimizer = flatmin.wrap(base, "functional-sam", rho=0.5, model=model, criterion=criterion, scaler=scaler)
+        before = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+        x, y = batch(0)
+
+        def closure():
+            optimizer.zero_grad()
+            with torch.autocast("cpu", dtype=torch.float16, enabled=low):
+                loss = criterion(model(x.to(before.dtype)), y)
+            scaler.scale(loss).backward()
+            return loss
+
+        optimizer.step(closure)
+        return (nn.utils.parameters_to_vector(model.parameters()).detach() - before).double()
+
+    low, exact = update(True), update(False)
+    assert float((low - exact).norm()) < 0.01 * float(exact.norm())
+
+
 @pytest.mark.parametrize("kind", LOOPS)
 def test_an_inf_in_any_pass_skips_the_step_and_lowers_the_scale(kind):
     """What remains is the trajectory of a loop that never had step 2, with the memory of the method as it was."""

@@ -1,8 +1,8 @@
 """How many ascents? From where, and on what?"""
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -376,7 +376,7 @@ class GradientNormAscent(InnerLoop):
         Need.ONE_ASCENT: "it takes two",
     }
     uses_gradient: ClassVar = True
-    copies: ClassVar = 3
+    copies: ClassVar = 2
     descents: ClassVar = 3
     ratio: float = 10.0
 
@@ -391,26 +391,40 @@ class GradientNormAscent(InnerLoop):
         if up is None:
             here = yield GradientRequest("descent")
             return [here] * 3, {}
-        g, factors, eps = up.gradients, [self.ratio * f for f in up.factors], up.eps
+        g, index, factors, eps = up.gradients, up.index, [self.ratio * f for f in up.factors], up.eps
         first = yield GradientRequest("descent", up, share=0.0)
-        both = [
-            (i, f, b, a)
-            for i, f in zip(up.index, factors, strict=True)
-            if (a := g[i]) is not None and (b := first[i]) is not None
-        ]
-        index, e = [i for i, *_ in both], []
-        if both:
-            rise = list(torch._foreach_sub([b for _, _, b, _ in both], [a for *_, a in both]))
-            norm = c.norm(rise)
-            e = list(Perturbation(index, rise, norm, norm, [f for _, f, _, _ in both], eps).tensors())
-        up = yield from ascend(Perturbation.of(index, e, c) if both else None)
+        away = _along_the_difference(g, first, index, factors, eps, c)
+        del g, up  # what is not needed in the last pass is not held through it
+        up = yield from ascend(Perturbation.of(list(away), list(away.values()), c) if away else None)
         if up is None:
             return [first] * 3, {}
-        second, total = up.gradients, dict(zip(index, e, strict=True))
+        second = up.gradients
         for i, x in zip(up.index, up.tensors(), strict=True):
-            total[i] = total[i] + x if i in total else x
-        third = yield GradientRequest("descent", Perturbation.of(list(total), list(total.values()), c))
+            away[i] = away[i] + x if i in away else x
+        at = Perturbation.of(list(away), list(away.values()), c)
+        del up, away, x
+        third = yield GradientRequest("descent", at)
         return [first, second, third], {}
+
+
+def _along_the_difference(
+    before: Gradients,
+    after: Gradients,
+    index: Sequence[int],
+    factors: Sequence[float | Tensor],
+    eps: float,
+    c: StepContext,
+) -> dict[int, Tensor]:
+    """The displacement along after - before, in Euclidean norm, by position; of tensors that have both."""
+    found = [i for i in index if before[i] is not None and after[i] is not None]
+    if not found:
+        return {}
+    new: Any = [after[i] for i in found]
+    old: Any = [before[i] for i in found]
+    rise = list(torch._foreach_sub(new, old))
+    norm, reach = c.norm(rise), dict(zip(index, factors, strict=True))
+    up = Perturbation(found, rise, norm, norm, [reach[i] for i in found], eps)
+    return dict(zip(found, up.tensors(), strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)
