@@ -11,6 +11,7 @@ from torch.nn import functional as F
 import flatmin
 from flatmin.methods import METHODS, Need
 from flatmin.optim import FlatLoRA
+from tests.helpers import wrap_fitting
 
 peft = pytest.importorskip("peft", reason="needs peft: run make test-frameworks")
 transformers = pytest.importorskip("transformers", reason="needs transformers: run make test-frameworks")
@@ -70,11 +71,11 @@ def equal(a, b):
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m != "sam-on"])
 def test_every_method_trains_adapters_and_leaves_the_rest(method):
-    model = language_model(eager=method == "sgdhess", lora={"lora_dropout": 0.1})
+    recipe = flatmin.compose(method).for_length(3, 4)
+    model = language_model(eager=Need.SECOND_ORDER in recipe.needs, lora={"lora_dropout": 0.1})
     base = torch.optim.SGD(adapters(model), lr=0.1, momentum=0.9)
     criterion = flatmin.Criterion(torch.nn.CrossEntropyLoss())
-    recipe = flatmin.compose(method).for_length(3)
-    optimizer = flatmin.wrap(base, recipe, rho=RHO, model=model, criterion=criterion)
+    optimizer = wrap_fitting(base, recipe, rho=RHO, model=model, criterion=criterion)
     before, rest = [p.detach().clone() for p in adapters(model)], frozen(model)
     after = train(model, optimizer, criterion)
     assert not any(map(torch.equal, before, after))

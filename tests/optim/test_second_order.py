@@ -307,6 +307,26 @@ def test_blocks_that_vanish_are_zero(model, loss, empty, product):
     assert bool(want.any()) is (product not in empty)
 
 
+@pytest.mark.parametrize("name", ["sgdhess", "eigen-sam"])
+def test_an_operation_without_second_derivatives_is_named_with_what_to_do(name):
+    w = nn.Parameter(torch.randn(1, 1, 4, 8))
+    optimizer = flatmin.wrap(torch.optim.SGD([w], lr=0.1), name, rho=0.05)
+    before = w.detach().clone()
+
+    def closure():
+        optimizer.zero_grad()
+        loss = nn.functional.scaled_dot_product_attention(w, w, w).square().sum()
+        optimizer.backward(loss)
+        return loss
+
+    with pytest.raises(RuntimeError, match=r"has no second derivative \(.*attention.*sdpa_kernel\(SDPBackend.MATH\)"):
+        optimizer.step(closure)
+    assert torch.equal(w, before)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        optimizer.step(closure)
+    assert not torch.equal(w, before)
+
+
 def test_products_away_from_w_are_refused():
     with pytest.raises(ValueError, match=r"needs a step that stays at w.*OneStep.*it leaves w"):
         build(net(), inner_loop=OneStep())

@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from flatmin.methods import Tensors
 from flatmin.optim.criterion import Seen
+
+
+@contextlib.contextmanager
+def _second_derivatives() -> Iterator[None]:
+    """Say what to do where an operation of the model has no second derivative."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "derivative" not in str(error) or "not implemented" not in str(error):
+            raise
+        raise RuntimeError(
+            f"an operation of the model has no second derivative ({error}). Attention has one where the forward runs "
+            "under torch.nn.attention.sdpa_kernel(SDPBackend.MATH); models of transformers take "
+            'attn_implementation="eager".'
+        ) from error
 
 
 def backward_with_graph(loss: Tensor, weights: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor | None]:
@@ -56,6 +72,7 @@ class GraphProducts:
     def _pick(self, index: Sequence[int]) -> Tensors:
         return [self._weights[i] for i in index]
 
+    @_second_derivatives()
     @torch.enable_grad()
     def hessian(self, index: Sequence[int], vectors: Tensors) -> Tensors:
         """H v over these weights."""
@@ -74,6 +91,7 @@ class GraphProducts:
             self._pick(index),
         )
 
+    @_second_derivatives()
     @torch.enable_grad()
     def gauss_newton(self, index: Sequence[int], vectors: Tensors) -> Tensors:
         """J^T H_out J v over these weights, by two backward passes for J v and one for the rest."""
