@@ -134,7 +134,7 @@ ROWS = [
 
 
 def name(row):
-    return ", ".join([row[0], *(f"{key}={value}" for key, value in row[1].items())])
+    return ", ".join([row[0], *(f"{key}={getattr(value, '__name__', value)}" for key, value in row[1].items())])
 
 
 @pytest.mark.parametrize("row", ROWS, ids=name)
