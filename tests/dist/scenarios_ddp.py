@@ -176,3 +176,30 @@ def copied(rank, world):
 
 def barrier(rank, world):
     dist.barrier()
+
+
+def single_weight(rank, world, method):
+    """How far views of a bucket take the training of one weight away from that without, on all ranks and on one."""
+    groups = [None, [dist.new_group([i]) for i in range(world)][rank]]
+    apart = torch.zeros(())
+    for group in groups:
+        ends = []
+        for view in (False, True):
+            torch.manual_seed(0)
+            net = nn.Linear(6, 3, bias=False)
+            model = DistributedDataParallel(net, process_group=group, gradient_as_bucket_view=view)
+            base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+            optimizer = flatmin.wrap(base, method, rho=0.1, model=model)
+
+            def closure(k, model=model, optimizer=optimizer):
+                optimizer.zero_grad()
+                x = torch.randn(8, 6, generator=torch.Generator().manual_seed(k))
+                loss = nn.functional.cross_entropy(model(x), torch.arange(8) % 3)
+                loss.backward()
+                return loss
+
+            for k in range(4):
+                optimizer.step(lambda k=k: closure(k))
+            ends.append(model.module.weight.detach())
+        apart += (ends[0] - ends[1]).abs().max()
+    return apart

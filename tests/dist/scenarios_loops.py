@@ -5,8 +5,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import flatmin
-from flatmin.optim.support import Loop
 from flatmin.methods import METHODS
+from flatmin.optim.support import Loop
 from tests.dist.scenarios_fsdp import Net, batch
 from tests.helpers import BASES, drive, recipe_of, wrap_fitting
 

@@ -4,12 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from flatmin.methods import Need
-from flatmin.methods import METHODS
+from flatmin.methods import METHODS, Need
 from tests.dist import scenarios_ddp as scenarios
+from tests.dist.kinds import KINDS, chosen, slow
 from tests.dist.pool import RankError
 from tests.dist.scenarios_ddp import Net, Setup, batch
-from tests.dist.kinds import KINDS, chosen, slow
 from tests.helpers import BASES, recipe_of
 
 pytestmark = pytest.mark.dist
@@ -22,7 +21,8 @@ SERVED.remove("sam-on")  # the net has no normalisation layer
 LOCAL = [
     m
     for m in SERVED
-    if not (recipe_of(m).combine.uses_gradient or recipe_of(m).inner_loop.uses_gradient) and Need.DECIDES_BY_VALUE not in recipe_of(m).needs
+    if not (recipe_of(m).combine.uses_gradient or recipe_of(m).inner_loop.uses_gradient)
+    and Need.DECIDES_BY_VALUE not in recipe_of(m).needs
 ]
 SIZE = sum(p.numel() for p in Net(torch.float64).parameters()) * 8  # bytes of one gradient
 
@@ -106,7 +106,9 @@ def test_each_replica_climbs_by_its_own_gradient(ranks, door):
     assert (got[0] - reference([[0, 1]], 20)[0]).abs().max() > 1e-5
 
 
-@pytest.mark.parametrize(("size", "groups"), [(2, [[0, 1], [2, 3]]), slow(4, [[0, 1, 2, 3]]), slow(1, [[0], [1], [2], [3]])])
+@pytest.mark.parametrize(
+    ("size", "groups"), [(2, [[0, 1], [2, 3]]), slow(4, [[0, 1, 2, 3]]), slow(1, [[0], [1], [2], [3]])]
+)
 def test_groups_of_replicas_climb_together(ranks_of, size, groups):
     """By their mean: without a norm its size counts."""
     for method in ("sam", "usam"):
@@ -169,6 +171,13 @@ def test_views_of_a_bucket_are_seen_without_the_module(ranks, method):
         for told, ddp in ((True, {}), (False, options))
     ]
     assert all(map(torch.equal, *runs))
+
+
+@pytest.mark.parametrize("method", ["gnp", "gam", "sampa"])
+def test_a_view_that_is_the_whole_bucket(ranks, method):
+    """One weight fills its bucket; a single process has buckets too."""
+    results = ranks.run(scenarios.single_weight, method)
+    assert all(float(apart) == 0 for apart in results)
 
 
 def test_a_static_graph(ranks):

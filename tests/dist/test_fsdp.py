@@ -3,11 +3,10 @@
 import pytest
 import torch
 
-from flatmin.methods import Need
-from flatmin.methods import METHODS
+from flatmin.methods import METHODS, Need
 from tests.dist import scenarios_fsdp as scenarios
-from tests.dist.scenarios_fsdp import Net, Setup
 from tests.dist.kinds import chosen, slow
+from tests.dist.scenarios_fsdp import Net, Setup
 from tests.helpers import recipe_of
 
 pytestmark = pytest.mark.dist

@@ -7,9 +7,8 @@ import torch
 from torch import nn
 
 import flatmin
-from flatmin.cli import loops
-from flatmin.optim.support import Loop, refusal
 from flatmin.methods import METHODS
+from flatmin.optim.support import Loop, refusal
 from tests.dist import scenarios_loops
 from tests.helpers import BASES, batch, drive, noisy_net, recipe_of, wrap_fitting
 

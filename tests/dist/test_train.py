@@ -10,8 +10,8 @@ from flatmin.train import checkpoint, evaluate
 from flatmin.train.config import RunConfig
 from flatmin.train.folder import RunFolder
 from flatmin.train.sources import build_model, load_data
-from tests.dist.kinds import slow
 from tests.dist import scenarios_train as scenarios
+from tests.dist.kinds import slow
 from tests.helpers import same_bits
 from tests.train.runs import HERE, MARKED, config, content, go, options, outcome, saved_steps
 

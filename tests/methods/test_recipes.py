@@ -116,6 +116,7 @@ def test_cost_and_needs():
     assert costs == {"sgd": (1.0, 0), "sam": (2.0, 1), "vasso": (2.0, 3), "bisam-log": (2.0, 1)}
     assert compose("mix", TABLE).extra_copies == 2
     assert compose("no-pass", TABLE).gradient_evaluations == 1.0
+    assert compose("imbsam+every-k", k=4).gradient_evaluations == 0.25 * 3 + 0.75 * 2
     assert compose("sam").needs == frozenset()
     assert compose("vasso+bisam-log").needs == {Need.CRITERION}
     assert compose("asam", weights_only=True).needs == {Need.NAMES}

@@ -106,6 +106,10 @@ def is_a_base(cls, options):
     plain = torch.cat([p.detach().flatten() for p in model.parameters()])
     for drive in (*ENTRY_POINTS, silent):
         assert torch.equal(train(0.0, drive), plain), (options, drive.__name__)
+    if options.get("maximize"):
+        with pytest.raises(ValueError, match=r"^sam climbs the loss that the base lowers, .*maximize=True; minimise"):
+            train(RHO, closure)
+        return
 
     model = net(sparse)
     base = cls(list(model.parameters()), **copy.deepcopy(options))

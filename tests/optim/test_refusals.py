@@ -77,6 +77,14 @@ def test_a_bad_method():
         (r"bsam needs data_size=N, the number of training samples", "bsam", {"momentum": 0.0}),
         (r"without momentum and weight decay as its base, got SGD with momentum=0.9", "bsam", {"data_size": 9}),
         (r"functional-sam needs the loss object", "functional-sam", {"criterion": None}),
+        *(
+            (rf"do not go together: .*needs the descent loss's own gradient in pass 1, .*{why}", name, {})
+            for name, why in (
+                ("bsam+bisam-log", "another loss"),
+                ("bsam+sam-db", "another batch"),
+                ("bsam+imbsam", "the tail"),
+            )
+        ),
         (r"'esam' and 'functional-sam' do not go together: .*own gradient in pass 2", "esam+functional-sam", {}),
         (r"GAM\(.*takes 3 descent gradients, and inner_loop OneStep\(\) gives 1", "gam", {"inner_loop": OneStep()}),
         (r"reads 'gradient' of direction Gradient\(\), which has no such memory", "sampa", {"direction": Gradient()}),
@@ -164,6 +172,8 @@ class Loop:
         (r"step\(\) needs a closure", "sam", {}, "train and eval", None),
         (r"sampa needs micro-batches .*got one closure", "sampa", {"batch": "previous"}, "closure", 0),
         (r"Extrapolation wants two closures.*got 3", "sampa", {"batch": "previous"}, "closure", 3),
+        (r"DifferentBatch wants two closures.*got 3", "sam-db", {"rho": 0.0}, "closure", 3),
+        (r"Extrapolation wants two closures.*got 1", "sampa", {"batch": "previous", "rho": 0.0}, "passes", 1),
     ],
 )
 def test_a_step_that_the_method_cannot_take_changes_nothing(match, name, options, entry, chunks):
@@ -176,21 +186,51 @@ def test_a_step_that_the_method_cannot_take_changes_nothing(match, name, options
     assert loop.optimizer.counts()["updates"] == 0
 
 
+@pytest.mark.parametrize(
+    ("name", "changes", "text"),
+    [
+        ("bsam", {"momentum": 0.9}, r"^bsam needs .* got SGD with momentum=0.9, weight_decay=0"),
+        ("sam", {"maximize": True}, r"^sam climbs the loss that the base lowers, .*maximize=True"),
+    ],
+)
+def test_options_of_the_base_that_change_are_looked_at_before_every_step(name, changes, text):
+    model = net()
+    base = sgd(model, momentum=0.0)
+    options = {"data_size": 9} if name == "bsam" else {}
+    optimizer = flatmin.wrap(base, name, model=model, **options)
+    optimizer.param_groups[0].update(changes)
+    with pytest.raises(ValueError, match=text):
+        optimizer.step(lambda: pytest.fail("ran"))
+    with pytest.raises(ValueError, match=text):
+        flatmin.wrap(base, name, model=model, **options)
+
+
 @pytest.mark.parametrize("name", ["esam", "functional-sam"])
 @pytest.mark.parametrize("with_model", [True, False])
 @pytest.mark.parametrize("entry", ["closure", "passes", "perturbed"])
 def test_a_loss_outside_of_the_passes_has_no_part_in_them(entry, with_model, name):
     """A validation loss with gradients, or a first pass that was given up, of the very shapes of the next update."""
     ends = []
-    for other in ("nothing", "validation", "given up"):
+    for other in ("nothing", "validation", "given up", "first loss before clearing"):
         loop = Loop(name, **({} if with_model else {"model": None}))
         x, y = batch(5, dtype=torch.float64)
-        if other != "nothing":
+        if other in ("validation", "given up"):
             loss = loop.criterion(loop.model(3 * x), y)
             if other == "given up":
                 loss.backward()
-        loop.optimizer.zero_grad()
-        loop.update(entry, 0)
+        if other == "validation" and not with_model:
+            loop.model.zero_grad()
+        elif other != "first loss before clearing" or entry != "perturbed":
+            loop.optimizer.zero_grad()
+        if other == "first loss before clearing" and entry == "perturbed":
+            loss = loop.backward(0, call=lambda loss: None)
+            loop.optimizer.zero_grad()
+            loss.backward()
+            with loop.optimizer.perturbed():
+                loop.backward(0)
+            loop.optimizer.step()
+        else:
+            loop.update(entry, 0)
         ends.append(loop.state())
     assert all(all(map(torch.equal, end, ends[0])) for end in ends[1:])
 

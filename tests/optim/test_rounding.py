@@ -273,3 +273,46 @@ def test_saner_damps_small_entries(dtype):
 
     optimizer.step(closure)
     assert torch.equal(w.detach(), -(g / 2 * 0.5))
+
+
+def test_bsam_keeps_its_scale_in_single_precision():
+    """It changes by a thousandth a step, which bf16 would round away; in fp16 s N would be infinite, the noise 0."""
+    ends = {}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        w = nn.Parameter(torch.linspace(-1, 1, 1000).to(dtype))
+        optimizer = flatmin.wrap(torch.optim.SGD([w], lr=0.0), "bsam", rho=0.01, data_size=200_000, seed=0)
+        points = []
+
+        def closure(w=w, optimizer=optimizer, points=points):
+            optimizer.zero_grad()
+            points.append(w.detach().float().clone())
+            loss = 0.1 * w.float().square().sum()
+            loss.backward()
+            return loss
+
+        for _ in range(20):
+            optimizer.step(closure)
+        ends[dtype] = optimizer.state[w]["flatmin.combine.s"].float(), (points[0] - w.detach().float()).std()
+    for dtype, (scale, noise) in ends.items():
+        assert torch.allclose(scale, ends[torch.float32][0], rtol=1e-3)
+        # Random rounding to bf16 is larger than this noise.
+        assert dtype is torch.bfloat16 or float(noise) == pytest.approx(200_000**-0.5, rel=0.2)
+    assert float(ends[torch.float32][0].max()) < 0.999
+
+
+@pytest.mark.parametrize("size", [1e-4, 300.0])
+def test_fisher_sam_in_fp16_where_the_square_of_the_gradient_leaves_its_range(size):
+    moved = {}
+    for dtype in (torch.float32, torch.float16):
+        w = nn.Parameter(torch.zeros(2, dtype=dtype))
+        optimizer = flatmin.wrap(torch.optim.SGD([w], lr=0.1), "fisher-sam", rho=1.0, eta=1.0)
+
+        moved[dtype] = []
+
+        def closure(w=w, dtype=dtype, seen=moved[dtype]):
+            seen.append(w.detach().float().clone())
+            w.grad = torch.tensor([size, size / 2], dtype=dtype)
+            return w.sum()
+
+        optimizer.step(closure)
+    assert torch.allclose(moved[torch.float16][1], moved[torch.float32][1], rtol=0.01)

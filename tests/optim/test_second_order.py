@@ -327,6 +327,23 @@ def test_an_operation_without_second_derivatives_is_named_with_what_to_do(name):
     assert not torch.equal(w, before)
 
 
+def test_eigen_sam_climbs_no_noise_where_a_weight_joins_between_power_iterations():
+    """Its first gradient comes on step 1, the next refresh on step 100."""
+    first, late = nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(50, 100))
+    base = torch.optim.SGD([first, late], lr=0.01)
+    optimizer = flatmin.wrap(base, "eigen-sam", rho=0.05, diagnostics=True)
+    for k in range(3):
+
+        def closure(k=k):
+            optimizer.zero_grad()
+            loss = first.pow(4).sum() + (late.pow(4).sum() if k else 0.0)
+            optimizer.backward(loss)
+            return loss
+
+        optimizer.step(closure)
+        assert optimizer.diagnostics()["epsilon_norm"] <= 0.05 * math.sqrt(1 + 0.2**2) * (1 + 1e-5)
+
+
 def test_products_away_from_w_are_refused():
     with pytest.raises(ValueError, match=r"needs a step that stays at w.*OneStep.*it leaves w"):
         build(net(), inner_loop=OneStep())

@@ -120,7 +120,7 @@ def train_table(name, entry, sparse, *, device=False, bad_step=None):
     return model
 
 
-@pytest.mark.parametrize("name", [*SOME, "stale-sam", "momentum-sam"])
+@pytest.mark.parametrize("name", [*SOME, "stale-sam", "momentum-sam", "gam", "c-flat"])
 def test_sparse_gradients_train_as_dense_ones(name):
     for entry in entries_of(name):
         device = entry == "passes"

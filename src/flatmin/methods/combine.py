@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from flatmin.methods.context import NewState, State, StepContext, Tensors, filled
+from flatmin.methods.context import NewState, State, StepContext, Tensors, widened
 from flatmin.methods.part import Need, Part, check_choice, check_count, check_range, learning_rate
 
 __all__ = [
@@ -405,8 +405,11 @@ class BSAM(Combine):
         ValueError: out of range; at the construction of the optimizer, for a base other than SGD without momentum and
             weight decay, which would average twice.
 
+    m and s are kept in single precision or better. The official code splits a batch into 8 parts with a noise of their
+    own; here it is one part.
+
     Source: Moellenhoff & Khan, SAM as an Optimal Relaxation of Bayes, ICLR 2023, Alg. 1 (b); defaults of the official
-    code (`train.py`), of which the split of a batch in 8 parts, each with a noise of its own, is left out.
+    code (`train.py`).
 
     Example:
         >>> import flatmin
@@ -414,7 +417,7 @@ class BSAM(Combine):
         BSAM(beta1=0.9, beta2=0.999, s_init=1.0, gamma=0.05, delta=0.0002)
     """
 
-    needs: ClassVar = frozenset({Need.PASS_1, Need.BARE_SGD})
+    needs: ClassVar = frozenset({Need.PASS_1, Need.OWN_LOSS, Need.BARE_SGD})
     slots: ClassVar = {"s": "param", "m": "param"}
     uses_gradient: ClassVar = True
     always: ClassVar = True
@@ -425,7 +428,7 @@ class BSAM(Combine):
     delta: float = 2e-4
 
     def __post_init__(self) -> None:
-        check_range(self, "beta1", 0.0, 1.0)
+        check_range(self, "beta1", 0.0, 1.0, open_high=True)
         check_range(self, "beta2", 0.0, 1.0)
         check_range(self, "s_init", 0.0, 1e12, open_low=True)
         check_range(self, "gamma", 0.0, 1e6)
@@ -436,13 +439,15 @@ class BSAM(Combine):
 
     def __call__(self, g: Tensors | None, gs: list[Tensors], state: State, c: StepContext) -> tuple[Tensors, NewState]:
         assert g is not None
-        s, m = filled(state["s"], gs[0]), filled(state["m"], gs[0])
-        decayed = torch._foreach_add(gs[0], c.w, alpha=self.delta)
+        # In half precision s would stand still: it changes by a thousandth.
+        s, m, g, sharp, w = map(widened, (state["s"], state["m"], g, gs[0], c.w))
+        decayed = torch._foreach_add(sharp, w, alpha=self.delta)
         m = list(torch._foreach_lerp(m, list(decayed), 1.0 - self.beta1))
         u = list(torch._foreach_div(m, s))
         size = torch._foreach_mul(torch._foreach_sqrt(s), torch._foreach_abs(g))
         torch._foreach_add_(size, self.gamma + self.delta)
-        return u, {"m": m, "s": list(torch._foreach_lerp(s, list(size), 1.0 - self.beta2))}
+        new = {"m": m, "s": list(torch._foreach_lerp(s, list(size), 1.0 - self.beta2))}
+        return [x.to(y.dtype) for x, y in zip(u, gs[0], strict=True)], new
 
     def off(self, g: Tensors, state: State, c: StepContext) -> tuple[Tensors, NewState]:
         return self(g, [g], state, c)
@@ -459,7 +464,10 @@ class SAMPa(Combine):
         ValueError: out of range.
 
     With lam = 0 it is SAM along the gradient at the extrapolated point; the official code divides by lam to find that
-    gradient again and does not perturb at all then.
+    gradient again and does not perturb at all then. With rho = 0 it is the base, which is not the limit of small rho:
+    there u tends to (1 - lam) g + lam g_2. On a step that a schedule leaves out nothing is remembered: the next ascent
+    is along the gradient from before it. With batch="previous" the loss that a step returns, diagnostics and the
+    weights of other optimizers are of the batch before.
 
     Source: Xie, Pethick & Cevher, SAMPa: Sharpness-aware Minimization Parallelized, NeurIPS 2024, Alg. 1.
 

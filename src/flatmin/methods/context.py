@@ -38,6 +38,11 @@ def filled(slot: list[Tensor | None], default: Tensors) -> Tensors:
     return [d if s is None else s if s.dtype is d.dtype else s.to(d.dtype) for s, d in zip(slot, default, strict=True)]
 
 
+def widened(tensors: Tensors) -> Tensors:
+    """The tensors, those in half precision in single precision."""
+    return [t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in tensors]
+
+
 @dataclass(slots=True)
 class Perturbation:
     """A displacement eps from w over some of the moved tensors: eps_i = factors_i * direction_i / (norm + eps).

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from flatmin.methods.combine import Combine
-from flatmin.methods.context import NewState, State, StepContext, Tensors
+from flatmin.methods.context import NewState, State, StepContext, Tensors, filled, widened
 from flatmin.methods.direction import Direction
 from flatmin.methods.part import Need, check_choice, check_count, check_range
 
@@ -157,17 +157,20 @@ class EigenSAM(Direction):
 
     def __call__(self, g: Tensors | None, state: State, c: StepContext) -> tuple[Tensors | None, NewState]:
         assert g is not None
-        n, v = _unit(g, c), state["vector"]
-        if any(x is None for x in v):
-            v = [z.to(x.dtype) if s is None else s for z, s, x in zip(c.noise(), v, g, strict=True)]
+        n, new = _unit(g, c), {}
+        # A weight that has joined since the last power iteration has no part in v before the next.
+        v = filled(state["vector"], [torch.zeros_like(x) for x in g])
         if c.curvature is not None:
+            v = [z.to(x.dtype) if s is None else x for z, s, x in zip(c.noise(), state["vector"], v, strict=True)]
             for _ in range(self.iterations):
                 v = _unit(c.curvature.hessian(v), c)
+            new["vector"] = v
         across, _ = c.reject(v, n)
-        return c.add_scaled(n, list(across), self.alpha * c.dot(g, v).sign()), {"vector": v}
+        return c.add_scaled(n, list(across), self.alpha * c.dot(g, v).sign()), new
 
 
 def _unit(tensors: Tensors, c: StepContext) -> Tensors:
     """Divided by their global norm; zeros stay zeros."""
-    size = c.norm(tensors) + 1e-12
-    return [x / size.to(x.device, x.dtype) for x in tensors]
+    (size,) = widened([c.norm(tensors)])
+    size = size + 1e-12
+    return [(x / size.to(x.device)).to(x.dtype) for x in tensors]

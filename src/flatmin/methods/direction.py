@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from flatmin.methods.context import NewState, State, StepContext, Tensors, filled
+from flatmin.methods.context import NewState, State, StepContext, Tensors, filled, widened
 from flatmin.methods.part import Need, Part, check_choice, check_range
 
 __all__ = ["EMA", "FSAM", "RSAM", "BSAMNoise", "Direction", "Gradient", "Momentum", "StaleGradient"]
@@ -312,9 +312,9 @@ class BSAMNoise(Direction):
             raise ValueError("bsam needs data_size=N, the number of training samples, by which its noise is scaled.")
 
     def start(self, state: State, c: StepContext) -> Tensors:
-        spread = torch._foreach_sqrt(torch._foreach_mul(filled(state["s"], c.w), self.data_size))
-        return list(torch._foreach_div(c.noise(), spread))
+        spread = torch._foreach_mul(torch._foreach_sqrt(widened(state["s"])), math.sqrt(self.data_size))
+        return [(n / s).to(n.dtype) for n, s in zip(c.noise(), spread, strict=True)]
 
     def __call__(self, g: Tensors | None, state: State, c: StepContext) -> tuple[Tensors | None, NewState]:
         assert g is not None
-        return list(torch._foreach_div(g, filled(state["s"], g))), {}
+        return [(x / s).to(x.dtype) for x, s in zip(g, state["s"], strict=True)], {}

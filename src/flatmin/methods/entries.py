@@ -242,6 +242,8 @@ class ZScore(Mask):
 
     def _kept(self, x: Tensor) -> Tensor:
         """1 at the entries above the quantile. The order of |z| is that of |x - mean|."""
+        if not x.numel():
+            return torch.ones_like(x)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         far = (wide - wide.mean()).abs().flatten()
         # The quantile lies between two neighbours. topk finds the lower one, also among more entries than the 2^24 that

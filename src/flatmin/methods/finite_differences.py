@@ -19,7 +19,8 @@ class GAM(Combine):
 
     The gradients are those of `GradientNormAscent`. The last term takes off the part of m across v, over all tensors as
     one vector. u is about (beta1 + beta3) g, so that with the defaults a learning rate counts twice; where nothing
-    ascends (rho = 0, or a step that a schedule leaves out) u is (beta1 + beta3) g.
+    ascends (rho = 0, or a step that a schedule leaves out) u is (beta1 + beta3) g. Gradients in half precision are too
+    coarse for their difference.
 
     Args:
         beta1: weight of g_1, >= 0. Default 1.
@@ -73,6 +74,8 @@ class GAM(Combine):
 @dataclass(frozen=True, kw_only=True)
 class CFlat(Combine):
     """C-Flat: u = g_1 + lam (g_3 - g_2), with the gradients of `GradientNormAscent`.
+
+    Gradients in half precision are too coarse for their differences.
 
     Args:
         lam: weight of the first-order flatness, >= 0. Default 0.2 (the code's); 0 is SAM. The default rho is 0.1.

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from flatmin.methods.context import StepContext, Tensors
+from flatmin.methods.context import StepContext, Tensors, widened
 from flatmin.methods.part import Need, Part, check_choice, check_range
 
 __all__ = ["L2", "SAGM", "Adaptive", "Centralised", "FisherMetric", "Geometry", "Unnormalised"]
@@ -169,11 +169,10 @@ class FisherMetric(Geometry):
     def __call__(self, d: Tensors, c: StepContext) -> tuple[Tensors, Tensor | None]:
         if self.eta == 0:
             return d, c.norm(d)
-        fisher = list(torch._foreach_abs(d))
-        torch._foreach_mul_(fisher, math.sqrt(self.eta))  # before the square, which may be too small for half precision
+        fisher = list(torch._foreach_mul(widened(d), math.sqrt(self.eta)))  # the square may leave half precision
         torch._foreach_mul_(fisher, fisher)
         torch._foreach_add_(fisher, 1.0)
-        natural = list(torch._foreach_div(d, fisher))
+        natural = [(x / f).to(x.dtype) for x, f in zip(d, fisher, strict=True)]
         return natural, c.norm(natural) if self.norm == "euclid" else c.dot(d, natural).sqrt()
 
 

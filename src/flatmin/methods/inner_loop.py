@@ -44,6 +44,7 @@ class InnerLoop(Part):
         closures_for: what its closures stand for, one for each, where they are not equal parts of a batch, such as "the
             head and the tail". Loops that divide batches by themselves refuse it. Default "": parts of a batch.
         descents: how many descent gradients it gives. Default 1.
+        plain_evaluations: gradients a step without ascent, see `plain`. Default 1.
     """
 
     kind: ClassVar[str] = "inner_loop"
@@ -56,6 +57,7 @@ class InnerLoop(Part):
     copies: ClassVar[int] = 0
     closures_for: ClassVar[str] = ""
     descents: ClassVar[int] = 1
+    plain_evaluations: ClassVar[float] = 1.0
 
     def conflict(self, need: Need) -> str | None:
         if need is Need.ASCENT and not self.ascends:
@@ -222,13 +224,15 @@ class DifferentBatch(InnerLoop):
     former_names: ClassVar = ("OtherBatch",)
     needs: ClassVar = frozenset({Need.MICRO_BATCHES, Need.PASS_1})
     conflicts: ClassVar = {
+        Need.OWN_LOSS: "pass 1 sees another batch",
         Need.GRADIENT_AT_W: "pass 1 sees another batch",
         Need.LOSSES_AT_W: "pass 1 sees another batch",
     }
     two_batches: ClassVar[bool] = True
 
     def plain(self, c: StepContext) -> Generator[GradientRequest, Gradients, Gradients]:
-        return (yield GradientRequest("descent", chunk=1))
+        _, descended = _two_batches(self, c)
+        return (yield GradientRequest("descent", chunk=descended))
 
     def __call__(self, ascend: Ascend, state: State, c: StepContext) -> Passes:
         climbed, descended = _two_batches(self, c)
@@ -274,10 +278,12 @@ class HeadAndTail(InnerLoop):
 
     needs: ClassVar = frozenset({Need.MICRO_BATCHES, Need.PASS_1, Need.DESCENT_LOSS})
     conflicts: ClassVar = {
+        Need.OWN_LOSS: "pass 1 sees the tail alone",
         Need.GRADIENT_AT_W: "pass 1 sees the tail alone",
         Need.LOSSES_AT_W: "the head is descended on without a pass before",
     }
     copies: ClassVar[int] = 1
+    plain_evaluations: ClassVar[float] = 2.0
     closures_for: ClassVar[str] = "the head and the tail of the classes"
 
     def evaluations(self, ascent: int) -> float:
@@ -314,7 +320,6 @@ class BothSides(InnerLoop):
     """
 
     needs: ClassVar = frozenset({Need.DESCENT_LOSS})
-    conflicts: ClassVar = {Need.LOSSES_AT_W: "it descends at two points"}
     copies: ClassVar[int] = 1
     descents: ClassVar[int] = 2
 
@@ -372,7 +377,7 @@ class GradientNormAscent(InnerLoop):
 
     needs: ClassVar = frozenset({Need.PASS_1, Need.GRADIENT_AT_W})
     conflicts: ClassVar = {
-        Need.LOSSES_AT_W: "it climbs twice, and the second time from beside w",
+        Need.LOSSES_AT_W: "it climbs twice, and its second ascent does not start at w",
         Need.ONE_ASCENT: "it takes two",
     }
     uses_gradient: ClassVar = True
@@ -407,6 +412,10 @@ class GradientNormAscent(InnerLoop):
         return [first, second, third], {}
 
 
+def _dense(gradient: Tensor | None) -> Tensor | None:
+    return gradient.to_dense() if gradient is not None and gradient.is_sparse else gradient
+
+
 def _along_the_difference(
     before: Gradients,
     after: Gradients,
@@ -419,8 +428,8 @@ def _along_the_difference(
     found = [i for i in index if before[i] is not None and after[i] is not None]
     if not found:
         return {}
-    new: Any = [after[i] for i in found]
-    old: Any = [before[i] for i in found]
+    new: Any = [_dense(after[i]) for i in found]
+    old: Any = [_dense(before[i]) for i in found]
     rise = list(torch._foreach_sub(new, old))
     norm, reach = c.norm(rise), dict(zip(index, factors, strict=True))
     up = Perturbation(found, rise, norm, norm, [reach[i] for i in found], eps)
@@ -474,11 +483,15 @@ class Extrapolation(InnerLoop):
     def evaluations(self, ascent: int) -> float:
         return ascent + 2
 
+    def _batches(self, c: StepContext) -> tuple[int, int] | tuple[None, None]:
+        return _two_batches(self, c) if self.two_batches else (None, None)
+
     def plain(self, c: StepContext) -> Generator[GradientRequest, Gradients, Gradients]:
-        return (yield GradientRequest("descent", chunk=1 if self.two_batches else None))
+        _, now = self._batches(c)
+        return (yield GradientRequest("descent", chunk=now))
 
     def __call__(self, ascend: Ascend, state: State, c: StepContext) -> Passes:
-        before, now = _two_batches(self, c) if self.two_batches else (None, None)
+        before, now = self._batches(c)
         eps = yield from ascend()
         if eps is None:
             return [(yield GradientRequest("descent", chunk=now))], {}
@@ -488,7 +501,7 @@ class Extrapolation(InnerLoop):
         return [above, (yield GradientRequest("descent", ahead, now, share=0.0))], {}
 
     def _ahead(self, gradients: Gradients, c: StepContext) -> list[Tensor]:
-        """Y - w."""
+        """The displacement from w to the extrapolated point y."""
         moved: list[Tensor] = []
         momenta = c.momentum if any(group["momentum"] for group in c.options) else [None] * len(c.w)
         for g, w, group, buffer in zip(gradients, c.w, c.options, momenta, strict=True):

@@ -78,7 +78,7 @@ class BiSAMLog(Objective):
     """
 
     needs: ClassVar = frozenset({Need.CRITERION, Need.PASS_1})
-    conflicts: ClassVar = {Need.GRADIENT_AT_W: _OTHER_LOSS}
+    conflicts: ClassVar = {Need.OWN_LOSS: _OTHER_LOSS, Need.GRADIENT_AT_W: _OTHER_LOSS}
     by_class: ClassVar[bool] = True
     mu: float = 1.0
 
@@ -112,7 +112,7 @@ class BiSAMTanh(Objective):
     """
 
     needs: ClassVar = frozenset({Need.CRITERION, Need.PASS_1})
-    conflicts: ClassVar = {Need.GRADIENT_AT_W: _OTHER_LOSS}
+    conflicts: ClassVar = {Need.OWN_LOSS: _OTHER_LOSS, Need.GRADIENT_AT_W: _OTHER_LOSS}
     by_class: ClassVar[bool] = True
     mu: float = 10.0
     alpha: float = 0.1

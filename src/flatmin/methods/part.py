@@ -72,6 +72,7 @@ class Need(enum.Enum):
     GRADIENT_AT_W = "the descent loss's own gradient at w"
     LOSSES_AT_W = "the losses at w of the samples that are descended on"
     STAYS = "a step that stays at w"
+    OWN_LOSS = "the descent loss's own gradient in pass 1"
     DESCENT_LOSS = "the loss's own gradient in pass 2"
     ONE_ASCENT = "one ascent a step"
     PASS_1 = "a gradient in pass 1"
@@ -104,6 +105,7 @@ INTERNAL = frozenset(
     {
         Need.GRADIENT_AT_W,
         Need.LOSSES_AT_W,
+        Need.OWN_LOSS,
         Need.DESCENT_LOSS,
         Need.STAYS,
         Need.ONE_ASCENT,
@@ -132,8 +134,8 @@ class Part:
         declared_by: name of such a declaration -> the method, or several, that make it true.
         slots: name -> "param" (a tensor per weight) or "scalar" (one tensor): what it remembers between steps.
         reads: name -> "kind.slot": what it sees of a fellow part's memory, as the last step left it, in its state.
-        default_rho: the radius of recipes with this part that are given none. Default None: it has no opinion. The
-            geometry's goes first, then that of any other part, then SAM's 0.05.
+        default_rho: the radius of recipes with this part that are given none. Default None: it states none. The
+            geometry's takes precedence, then that of any other part, then SAM's 0.05.
         needs: what it asks for.
         conflicts: what it takes away from its fellow parts, with the reason.
         step_dependent: whether what it does depends on the number of the update. Default False.
@@ -239,13 +241,15 @@ def _plain_number(owner: Part, name: str) -> Any:
     return value
 
 
-def check_range(owner: Part, name: str, low: float, high: float, *, open_low: bool = False) -> None:
-    """Raise ValueError unless low <= parameter <= high (low < with open_low) and it is a number."""
+def check_range(
+    owner: Part, name: str, low: float, high: float, *, open_low: bool = False, open_high: bool = False
+) -> None:
+    """Raise ValueError unless low <= parameter <= high (< where that end is open) and it is a number."""
     value = _plain_number(owner, name)
     good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not good or value > high or value < low or (open_low and value == low):
+    if not good or value > high or value < low or (open_low and value == low) or (open_high and value == high):
         left = "(" if open_low else "["
-        right = "inf)" if math.isinf(high) else f"{high:g}]"
+        right = "inf)" if math.isinf(high) else f"{high:g}" + (")" if open_high else "]")
         raise ValueError(f"{type(owner).__name__}: {name} must be in {left}{low:g}, {right}, got {value!r}.")
 
 

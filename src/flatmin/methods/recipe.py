@@ -191,7 +191,10 @@ class Recipe:
     def _evaluations(self, parts: Mapping[str, Part]) -> float:
         full = self.inner_loop.evaluations(1 if self.direction.evaluates else 0)
         on = self.schedule.ascent_fraction
-        return on * (full + sum(part.surcharge for part in parts.values())) + (1.0 - on)
+        return (
+            on * (full + sum(part.surcharge for part in parts.values()))
+            + (1.0 - on) * self.inner_loop.plain_evaluations
+        )
 
     def _copies(self, parts: Mapping[str, Part]) -> int:
         if not self.schedule.ascends:
@@ -212,15 +215,17 @@ class Recipe:
         Raises:
             ValueError: not a whole number >= 1.
         """
-        known: dict[str, Any] = {"total": total} | ({} if data_size is None else {"data_size": data_size})
-        for name, value in known.items():
+        lengths: dict[str, Any] = {"total": total} | ({} if data_size is None else {"data_size": data_size})
+        for name, value in lengths.items():
             if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
                 unit = "updates" if name == "total" else "samples"
                 raise ValueError(f"for_length: {name} must be a whole number of {unit} >= 1, got {value!r}.")
         changed: dict[str, Part] = {}
         for kind, part in self.parts.items():
             unset = {
-                name: int(known[name]) for name, value in part.parameters().items() if name in known and value == 0
+                name: type(value)(lengths[name])
+                for name, value in part.parameters().items()
+                if name in lengths and value == 0
             }
             if unset:
                 changed[kind] = dataclasses.replace(part, **unset)

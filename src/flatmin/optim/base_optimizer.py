@@ -72,17 +72,14 @@ class BaseOptimizer:
             float(g.get("momentum") or 0) > 0 or "betas" in g or "beta1" in g for g in self.optimizer.param_groups
         )
 
-    def is_sgd(self, *, bare: bool = False) -> bool:
-        """Whether it is torch's SGD; `bare`: without momentum and weight decay."""
+    def other_than_sgd(self, *, bare: bool = False) -> str | None:
+        """What it is in place of torch's SGD, `bare`: without momentum and weight decay; None: it is just that."""
         if not isinstance(self.optimizer, SGD):
-            return False
-        groups = self.optimizer.param_groups
-        return not (bare and any(g["momentum"] or g["weight_decay"] for g in groups))
-
-    def settings(self) -> str:
-        """The first group's momentum and weight decay, as far as it has them."""
-        group = self.optimizer.param_groups[0]
-        return ", ".join(f"{key}={group[key]:g}" for key in ("momentum", "weight_decay") if group.get(key) is not None)
+            return self.name
+        for group in self.optimizer.param_groups if bare else ():
+            if group["momentum"] or group["weight_decay"]:
+                return f"SGD with momentum={group['momentum']:g}, weight_decay={group['weight_decay']:g}"
+        return None
 
     def momenta(self, weights: Sequence[Tensor]) -> list[Tensor | None]:
         """The base's momentum of each weight, dense; None where it has none yet.

@@ -35,13 +35,15 @@ class PassView:
     """What a criterion must know of the pass it is called in.
 
     role: "ascent" or "descent". perturbed: whether the weights are away from w. graph: whether somebody will ask for
-    second derivatives. probe: whether only the recipe looks at this pass.
+    second derivatives. probe: whether only the recipe looks at this pass. under_way: whether an update is, to which a
+    loss then belongs for certain.
     """
 
     role: Literal["ascent", "descent"]
     perturbed: bool = False
     graph: bool = False
     probe: bool = False
+    under_way: bool = True
 
 
 class Callback(Protocol):
@@ -134,9 +136,15 @@ class Criterion(nn.Module):
     def forget(self) -> None:
         """Drop what the passes of an update have left; called by the optimizer."""
         self.calls = 0
-        self._first: list[Tensor] = []  # what each call of pass 1 leaves for the same call of pass 2
+        # What each call of pass 1 leaves for the same call of pass 2: one tensor, or none before its backward.
+        self._first: list[list[Tensor]] = []
         self._paired = False  # whether a call of pass 2 has taken any of it
         self.seen: list[Seen] = []
+
+    def give_up(self) -> None:
+        """Drop what losses have left whose backward has come; called by the optimizer when gradients are cleared."""
+        self._first = [place for place in self._first if not place]
+        self.calls, self.seen = len(self._first), []
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         args, kwargs = in_order(args, kwargs)
@@ -161,9 +169,9 @@ class Criterion(nn.Module):
             loss = self.loss(*args, **kwargs)
         if not descent and self.selects:
             with torch.no_grad():
-                self._first.append(self._each(outputs, target)[0])
+                self._leave(self._each(outputs, target)[0], loss, now)
         if not descent and self._recipe.objective.keeps:
-            self._first.append(self._kept(outputs, loss, *args, **kwargs))
+            self._leave(self._kept(outputs, loss, *args, **kwargs), loss, now)
         if now.graph:
             scores = None
             if by_sample:
@@ -263,9 +271,17 @@ class Criterion(nn.Module):
             value = self.loss(*args, **kwargs)
         return _ValueOf.apply(value, self._recipe.objective.descent(outputs, kept))  # type: ignore[no-untyped-call, no-any-return]
 
+    def _leave(self, first: Tensor, loss: Tensor, now: PassView) -> None:
+        """Keep what pass 2 wants of a call; of one between updates only if its backward comes, and with its graph."""
+        place = [first] if now.under_way or not loss.requires_grad else []
+        self._first.append(place)
+        if not place:
+            loss.register_hook(lambda _: place.append(first) if not place else None)
+
     def _of_pass_1(self, like: Tensor) -> Tensor:
         """What the same call of pass 1 has left, of this one's shape."""
-        first, self._paired = self._first.pop(0) if self._first else None, True
+        self._first, self._paired = [place for place in self._first if place], True
+        first = self._first.pop(0)[0] if self._first else None
         if first is None or first.shape != like.shape:
             raise self._unpaired()
         return first
@@ -273,12 +289,12 @@ class Criterion(nn.Module):
     def _unpaired(self) -> RuntimeError:
         return RuntimeError(
             f"{self._recipe.name} uses at w + eps what the loss at w has left; call the criterion equally often, on "
-            "the same batches, in both passes."
+            "the same batches, in both passes, and end a first pass that is given up with optimizer.abort()."
         )
 
     def check_paired(self) -> None:
         """Raise RuntimeError if pass 2 has taken some of what pass 1 left, and not all; called by the optimizer."""
-        if self._paired and self._first:
+        if self._paired and any(self._first):
             raise self._unpaired()
 
     def _chosen(self, outputs: Any, target: Any) -> Tensor:

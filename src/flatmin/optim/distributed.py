@@ -18,6 +18,13 @@ from flatmin.optim.tensors import is_sharded
 AscentSync = Literal["all", "none"] | int
 
 
+def lent(gradient: Tensor) -> bool:
+    """Whether it is a view of a DistributedDataParallel bucket, which the next backward overwrites."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return False
+    return gradient._is_view() and not (gradient.is_sparse or is_sharded(gradient))
+
+
 class Replicas:
     """Keeps pass 1 local to a replica, or to a group of replicas, as `ascent_sync` says.
 
@@ -67,10 +74,7 @@ class Replicas:
     @staticmethod
     def lends(grads: Gradients) -> bool:
         """Whether gradients are views of a bucket, which change with the next backward pass."""
-        if processes() == 1:
-            return False
-        present = [g for g in grads if g is not None and not g.is_sparse and not is_sharded(g)]
-        return any(g.untyped_storage().nbytes() > g.numel() * g.element_size() for g in present)
+        return any(g is not None and lent(g) for g in grads)
 
     def agree_(self, flag: Tensor) -> None:
         """Set a scalar to its maximum over the replicas, where their first passes differ."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from flatmin.methods import Gradients, accumulate
 from flatmin.optim.containers import leaves
+from flatmin.optim.distributed import lent
 from flatmin.optim.tensors import is_sharded
 from flatmin.words import warn
 
@@ -158,10 +159,3 @@ def additions(weights: Sequence[Tensor]) -> int:
     """How often the first gradient there is has been added to, or changed otherwise, since it was made."""
     first = next((g for w in weights if (g := w.grad) is not None), None)
     return 0 if first is None or lent(first) else first._version
-
-
-def lent(gradient: Tensor) -> bool:
-    """Whether it is a view of a DistributedDataParallel bucket, which the next backward overwrites."""
-    if gradient.is_sparse:
-        return False
-    return gradient.untyped_storage().nbytes() > gradient.numel() * gradient.element_size()

@@ -286,7 +286,8 @@ def program(
         for name, (owner, slot) in origins.items():
             if (value := owner.initial(slot)) is not None:
                 state[name] = [
-                    torch.full_like(w, value) if s is None else s for s, w in zip(state[name], weights, strict=True)
+                    torch.full_like(w, value, dtype=torch.promote_types(w.dtype, torch.float32)) if s is None else s
+                    for s, w in zip(state[name], weights, strict=True)
                 ]
         return state
 
@@ -318,9 +319,9 @@ def program(
                 grads, pass_1 = pass_1, None
             if combine.uses_gradient and at_w is None:
                 at_w = grads
-            # An inner loop may have made the list itself.
             if recipe.inner_loop.uses_gradient:
                 kept = grads
+            # An inner loop may have made the list itself.
             owned = isinstance(grads, PassGradients) and grads.owned and at_w is None and not kept
             index, g = _gather(grads, index)
             del grads

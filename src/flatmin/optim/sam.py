@@ -39,7 +39,7 @@ from flatmin.optim.random_state import RandomState, generators_of
 from flatmin.optim.rise import Ascents, Rise
 from flatmin.optim.state import STEP, MethodState, StateView
 from flatmin.optim.step import Step, end_update
-from flatmin.optim.support import Loop, check_criterion, check_recipe, refusal
+from flatmin.optim.support import Loop, check_criterion, check_options, check_recipe, refusal
 from flatmin.optim.tools import Tools
 from flatmin.optim.weights import TrainedWeights
 from flatmin.words import warn
@@ -231,7 +231,7 @@ class SAM(Optimizer):
                 tools.others,
                 freeze_batchnorm=self._freeze_batchnorm,
                 freeze_state=self._freeze_state,
-                abandoned=getattr(self.criterion, "forget", None),
+                abandoned=getattr(self.criterion, "give_up", None),
             )
         tools.weights.attach(model)
         self._lost_model &= model is None
@@ -296,7 +296,7 @@ class SAM(Optimizer):
         check_criterion(self.recipe, criterion)
         self._tools.criterion = criterion
         if self._tools.guard is not None:
-            self._tools.guard.watch.abandoned = None if criterion is None else criterion.forget
+            self._tools.guard.watch.abandoned = None if criterion is None else criterion.give_up
 
     @property
     def rho_key(self) -> str:
@@ -506,8 +506,8 @@ class SAM(Optimizer):
         if tools.weights.act():
             raise RuntimeError(
                 f"step() needs a closure, or both passes before it: {self.recipe.name} takes a second gradient at w + "
-                "eps. Pass a closure that zeroes, computes the loss and calls backward, or run the second pass in "
-                "`with optimizer.perturbed():`."
+                "eps. Pass a closure that zeroes, computes the loss and calls backward, or run "
+                + ("the second pass in `with optimizer.perturbed():`." if self.recipe.two_pass else "passes().")
                 + (" Lightning's precision '16-mixed' keeps a closure to itself." if "found_inf" in vars(self) else "")
             )
         if tools.scaling is None and self.clip_norm is None:
@@ -536,6 +536,7 @@ class SAM(Optimizer):
         if self._tools.guard is not None:
             self._tools.guard.follow()
         self._look_at_groups()
+        check_options(self.recipe, self._tools.base, self._tools.weights)
         self._step = Step(self._tools, chunks, eps=self.eps, closed=closed, resident=resident)
         return self._step
 
@@ -757,10 +758,10 @@ class SAM(Optimizer):
         step, recipe = self._under_way, self.recipe
         if step is None:
             if self._cleared and self.criterion is not None and all(w.grad is None for w in self._tools.base.weights):
-                self.criterion.forget()  # what came before was given up, or was no part of a step
+                self.criterion.give_up()
             self._cleared = False
             ascends = recipe.moves and recipe.two_pass and self._tools.weights.act()
-            return PassView("ascent" if ascends else "descent")
+            return PassView("ascent" if ascends else "descent", under_way=False)
         if not step.inside or step.request is None:
             return PassView("descent")
         request = step.request

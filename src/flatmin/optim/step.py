@@ -56,8 +56,8 @@ class Step:
         index: the number of passes that have ended.
         inside: whether a pass is under way.
         over: whether the update has ended, with a step or without.
-        plain: whether nothing moves in this update (rho = 0, or a recipe without ascent): it is the base's own step,
-            with the gradients as a closure leaves them.
+        plain: whether this update is the base's own step (rho = 0, or a recipe without ascent), with the gradients as a
+            closure leaves them.
         share: of the running closure in the gradient of the pass.
     """
 

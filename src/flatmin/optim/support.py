@@ -135,14 +135,24 @@ def check_recipe(
             f"{name} needs {Need.BASE_MOMENTUM.value}, and {base.name} is set up without: give it momentum > 0 or "
             "betas."
         )
-    if needs & {Need.SGD, Need.BARE_SGD} and not base.is_sgd(bare=Need.BARE_SGD in needs):
-        wanted = Need.BARE_SGD if Need.BARE_SGD in needs else Need.SGD
-        raise ValueError(f"{name} needs {wanted.value}, got {base.name} with {base.settings()}.")
+    check_options(recipe, base, weights)
     if Need.LAYERS in needs and (model is None or any(w not in weights.layers for w in trained)):
         raise ValueError(f"{name} needs {Need.LAYERS.value}.")
     if Need.NAMES in needs and any(w not in weights.names for w in trained):
         raise ValueError(f"{name} needs {Need.NAMES.value}.")
     _check_processes(recipe, trained)
+
+
+def check_options(recipe: Recipe, base: BaseOptimizer, weights: TrainedWeights) -> None:
+    """Raise ValueError for options of the base's groups, which may change, that the recipe cannot serve."""
+    for need in recipe.needs & {Need.SGD, Need.BARE_SGD}:
+        if other := base.other_than_sgd(bare=need is Need.BARE_SGD):
+            raise ValueError(f"{recipe.name} needs {need.value}, got {other}.")
+    if recipe.moves and any(group.get("maximize") for group in base.optimizer.param_groups) and weights.act():
+        raise ValueError(
+            f"{recipe.name} climbs the loss that the base lowers, and this one has maximize=True; minimise the negated "
+            "objective."
+        )
 
 
 def _check_processes(recipe: Recipe, weights: Sequence[Tensor]) -> None:
