@@ -53,7 +53,7 @@ _HOOKS = (
     "_optimizer_load_state_dict_post_hooks",
 )
 # What is copied and pickled as it is.
-_OF_GROUPS = frozenset({Need.SGD, Need.BARE_SGD})  # what `check_options` asks of groups, beside maximize
+_OF_GROUPS = frozenset({Need.SGD, Need.BARE_SGD})  # what is asked of param groups, which may change
 _OPTIONS = (
     "nonfinite", "eps", "clip_norm", "ascent_sync",
     "_seed", "_freeze_batchnorm", "_freeze_state", "_replay_rng", "_diagnoses",
@@ -537,8 +537,8 @@ class SAM(Optimizer):
         if self._tools.guard is not None:
             self._tools.guard.follow()
         self._look_at_groups()
-        if self.recipe.needs & _OF_GROUPS or any(group.get("maximize") for group in self.param_groups):
-            check_options(self.recipe, self._tools.base, self._tools.weights)
+        if self._tools.recipe.needs & _OF_GROUPS:
+            check_options(self._tools.recipe, self._tools.base, self._tools.weights)
         self._step = Step(self._tools, chunks, eps=self.eps, closed=closed, resident=resident)
         return self._step
 

@@ -11,7 +11,7 @@ from flatmin.methods import Need, Recipe, learning_rate
 from flatmin.optim.base_optimizer import BaseOptimizer
 from flatmin.optim.criterion import Criterion
 from flatmin.optim.tensors import is_sharded
-from flatmin.optim.weights import TrainedWeights
+from flatmin.optim.weights import TrainedWeights, wrong_way
 
 
 class Loop(enum.Enum):
@@ -149,10 +149,7 @@ def check_options(recipe: Recipe, base: BaseOptimizer, weights: TrainedWeights) 
         if other := base.other_than_sgd(bare=need is Need.BARE_SGD):
             raise ValueError(f"{recipe.name} needs {need.value}, got {other}.")
     if recipe.moves and any(group.get("maximize") for group in base.optimizer.param_groups) and weights.act():
-        raise ValueError(
-            f"{recipe.name} climbs the loss that the base lowers, and this one has maximize=True; minimise the negated "
-            "objective."
-        )
+        raise wrong_way(recipe)
 
 
 def _check_processes(recipe: Recipe, weights: Sequence[Tensor]) -> None:

@@ -15,6 +15,14 @@ from flatmin.optim.state import STEP, MethodState
 from flatmin.optim.tensors import Layout
 
 
+def wrong_way(recipe: Recipe) -> ValueError:
+    """The refusal of a base that raises what it is given."""
+    return ValueError(
+        f"{recipe.name} climbs the loss that the base lowers, and this one has maximize=True; minimise the negated "
+        "objective."
+    )
+
+
 class TrainedWeights:
     """The weights of the base's param groups.
 
@@ -121,6 +129,8 @@ class TrainedWeights:
             rho = group.get(key)
             if not (type(rho) is float and 0.0 <= rho < math.inf):
                 rho = self.rho(group)
+            if rho > 0.0 and "maximize" in group and group["maximize"] and self._recipe.moves:
+                raise wrong_way(self._recipe)
             groups += [group] * count
             rhos += [rho] * count
         weights, recipe = self.layout.weights, self._recipe
