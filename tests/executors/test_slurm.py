@@ -49,6 +49,7 @@ def slurm(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     monkeypatch.setenv("FAKE_SLURM", str(tmp_path / "jobs"))
     monkeypatch.setattr("submitit.core.core.Job._results_timeout_s", 0)
+    monkeypatch.setattr("flatmin.study.executors.slurm._PAUSE", {"slurm": 0.1})
     monkeypatch.chdir(ROOT)
     return tmp_path / "jobs"
 
