@@ -154,7 +154,9 @@ class WeightAverage:
         Raises:
             ValueError: they are of other names or shapes than the model's tensors.
         """
-        live = self._live() if state else {}
+        if not state:
+            return self.forget()
+        live = self._live()
         shaped = [n for n, t in live.items() if n in state and state[n].shape != t.shape]
         wrong = {
             "missing": [name for name in live if name not in state],
