@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from flatmin.cli.main import app
-from flatmin.methods import METHODS
+from flatmin.methods import ELSEWHERE, METHODS
 
 runner = CliRunner()
 
@@ -133,6 +133,13 @@ def test_a_plugin_in_the_working_directory(plugin):
     assert re.search(r"^back .* direction ", listed, re.MULTILINE) and "\n    strength=1.0" in listed
     text = output("back+asam", "--plugin", plugin)
     assert "Backwards(strength=1.0)" in text and "nobody, nowhere, 2026" in text
+
+
+@pytest.mark.parametrize("word", [*ELSEWHERE, "Flat_LoRA"])
+def test_a_method_that_is_no_recipe_is_an_answer(word):
+    place = ELSEWHERE[word.lower().replace("_", "-")]
+    assert " ".join(output(word).split()) == f"{word} is not a recipe but {place}."
+    assert f"Not recipes, but part of flatmin: {', '.join(ELSEWHERE)};" in re.sub(r"\s+", " ", output())
 
 
 def test_the_plugin_text_is_one_small_file():

@@ -55,6 +55,17 @@ def test_links_lead_somewhere():
             assert "://" in target or (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+def test_every_paper_is_cited_once_and_as_an_entry_of_its_own():
+    """A merge that loses the first line of an entry leaves keys twice, of which readers of YAML keep the last."""
+    _, *entries = re.split(r"^  - ", (ROOT / "CITATION.cff").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    keys = [re.findall(r"^(?: {4})?([\w-]+):", entry, re.MULTILINE) for entry in entries]
+    papers = [entry for entry, found in zip(entries, keys, strict=True) if "title" in found]
+    assert all(len(found) == len(set(found)) for found in keys)
+    assert all(entry.startswith("type: ") for entry in papers) and papers
+    titles = re.findall(r"^    title: (.+)$", "\n".join(papers), re.MULTILINE)
+    assert len(titles) == len(set(titles)) == len(papers)
+
+
 def test_commands_are_understood():
     """Every indented `flatmin compare` line resolves to settings that can be planned."""
     from flatmin.study.comparison import comparison

@@ -249,3 +249,13 @@ def test_what_flat_lora_refuses_of_peft():
         with pytest.raises(ValueError, match="no linear layer with plain adapters"):
             FlatLoRA(model, total=1)
     assert len(FlatLoRA(embedded, total=1, only="*q_proj").deviations()) == 2
+    normed = language_model()
+    torch.nn.utils.parametrizations.weight_norm(normed.get_base_model().model.layers[0].self_attn.q_proj.base_layer)
+    with pytest.raises(ValueError, match="made anew in every forward"):
+        FlatLoRA(normed, total=1)
+    tied = language_model(lora={"target_modules": ["q_proj", "lm_head"]})
+    llama = tied.get_base_model()
+    llama.lm_head.base_layer.weight = llama.model.embed_tokens.weight
+    with pytest.raises(ValueError, match=r"lm_head and .*embed_tokens share one weight, .*lm_head out by only="):
+        FlatLoRA(tied, total=1)
+    assert len(FlatLoRA(tied, total=1, only="*q_proj").deviations()) == 2

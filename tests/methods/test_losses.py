@@ -275,12 +275,20 @@ def test_the_trajectory_loss_does_not_underflow_and_is_full_precision_under_auto
 
 def test_the_trajectory_loss_says_what_it_takes():
     for words, call in {
-        "tau must be above 0, got 0": lambda: trajectory(Z, R, 0),
+        "tau must be a finite number above 0, got 0": lambda: trajectory(Z, R, 0),
+        "tau must be a finite number above 0, got inf": lambda: trajectory(Z, R, math.inf),
         r"same shape, got \(2, 3\) and \(1, 3\)": lambda: trajectory(Z, R[:1]),
         r"known of shape \(2,\), got \(3,\)": lambda: trajectory(Z, R, known=torch.ones(3, dtype=torch.bool)),
         "'mean' or 'none', got 'sum'": lambda: trajectory(Z, R, reduction="sum"),
     }.items():
         with pytest.raises(ValueError, match=words):
+            call()
+    for words, call in {
+        "a tensor of logits, got dict": lambda: trajectory({"logits": Z}, R),
+        "a tensor of reference logits, got dict": lambda: trajectory(Z, {"logits": R}),
+        r"known as a tensor of booleans, got torch\.int64": lambda: trajectory(Z, R, known=torch.tensor([1, 0])),
+    }.items():
+        with pytest.raises(TypeError, match=words):
             call()
 
 

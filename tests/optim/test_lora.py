@@ -181,24 +181,60 @@ def test_only_leaves_layers_out():
     assert list(FlatLoRA(model, total=1, only="2*").deviations()) == ["2"]
 
 
+def test_the_weight_must_be_the_tensor_that_the_module_holds():
+    """Noise on a copy reaches nothing; a view is no copy, and a detached weight is trained all the same."""
+
+    def giving(change, added=lambda w: torch.zeros_like(w)):
+        model = example()
+        model.lora_weight = lambda: (change(model.weight), added(model.weight))
+        return model
+
+    for copy in (lambda w: w.double(), lambda w: w + 0, lambda w: w.clone()):
+        with pytest.raises(ValueError, match="the model must return the weight itself, not a copy of it"):
+            FlatLoRA(giving(copy), total=1)
+    for hidden in (torch.Tensor.detach, lambda w: w.data):
+        model = giving(hidden)
+        model.weight.requires_grad_()
+        with pytest.raises(ValueError, match="is trained, and would lose its step"):
+            FlatLoRA(model, total=1)
+    for added in (lambda w: 0, lambda w: w[0], lambda w: w.T):
+        with pytest.raises(ValueError, match=r"as a tensor of the weight's shape \(2, 3\), got"):
+            FlatLoRA(giving(lambda w: w, added), total=1)
+    whole = giving(lambda w: w[:1], lambda w: torch.zeros(1, 3))
+    before = whole.weight.clone()
+    with FlatLoRA(whole, total=0):
+        assert torch.equal(whole.weight[1], before[1]) and not torch.equal(whole.weight[0], before[0])
+    assert torch.equal(whole.weight, before)
+
+
 def test_what_is_refused_is_said(monkeypatch):
     shared = nn.Sequential(example(), example())
     shared[1].weight = shared[0].weight
+    tied = net()
+    tied.register_module("head", nn.Linear(4, 8))
+    tied.head.weight = tied[0].weight
+    assert list(FlatLoRA(tied, total=1, only="2").deviations()) == ["2"]
     trained, whole = example(), example()
     trained.weight.requires_grad_()
     whole.weight = nn.Parameter(torch.ones(2, 3, dtype=torch.int8), requires_grad=False)
     for words, call in {
         "rho must be a finite number >= 0, got -1": lambda: FlatLoRA(example(), -1, total=1),
-        "total must be a number of updates >= 0, got -1": lambda: FlatLoRA(example(), total=-1),
+        "rho must be a finite number >= 0, got '0.05'": lambda: FlatLoRA(example(), "0.05", total=1),
+        "total must be a whole number of updates >= 0, got -1": lambda: FlatLoRA(example(), total=-1),
+        "total must be a whole number of updates >= 0, got nan": lambda: FlatLoRA(example(), total=math.nan),
+        "seed must be a whole number, got 0.5": lambda: FlatLoRA(example(), total=1, seed=0.5),
         "no layers with low-rank adapters": lambda: FlatLoRA(nn.Linear(2, 2), total=1),
         "only='1' matches no layer with adapters.* 0, 2": lambda: FlatLoRA(net(), total=1, only="1"),
-        "0 and 1 share one weight": lambda: FlatLoRA(shared, total=1),
+        "0 and 1 share one weight, and the noise would move both; leave 0 out by only=": lambda: FlatLoRA(
+            shared, total=1
+        ),
+        "0 and head share one weight": lambda: FlatLoRA(tied, total=1),
         "is trained, and would lose its step": lambda: FlatLoRA(trained, total=1),
         "no matrix of floating-point numbers": lambda: FlatLoRA(whole, total=1),
     }.items():
         with pytest.raises(ValueError, match=words):
             call()
-    flat = FlatLoRA(example(), total=0)
+    flat = FlatLoRA(example(), total=0, seed=2**60)
     with flat, pytest.raises(RuntimeError, match="enter the context once an update"):
         flat.__enter__()
     monkeypatch.setattr("flatmin.optim.lora.is_sharded", lambda t: True)

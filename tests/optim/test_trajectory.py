@@ -214,6 +214,69 @@ def test_the_teacher_says_what_it_takes(monkeypatch):
         WeightAverage(net(), 0.5)(batch(0)[1])
 
 
+def test_the_average_follows_tensors_that_are_replaced():
+    """By another dtype, by assignment and by load_state_dict(assign=True); one of another shape starts over."""
+    model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.BatchNorm1d(1, affine=False))
+    teacher = WeightAverage(model, 0.5)
+
+    def update(value):
+        with torch.no_grad():
+            model[0].weight.fill_(value)
+        teacher.update()
+        return float(teacher.state_dict()["0.weight"])
+
+    assert update(8.0) == 8
+    model.double()
+    model[1].running_mean = torch.full((1,), 4.0, dtype=torch.float64)
+    assert update(0.0) == 4 and float(teacher.state_dict()["1.running_mean"]) == 2
+    assert teacher(torch.ones(2, 1, dtype=torch.float64)).dtype == torch.float64
+    model.load_state_dict({name: t.clone() for name, t in model.state_dict().items()}, assign=True)
+    assert update(0.0) == 2
+    with teacher.applied():
+        assert model[0].weight.item() == 2
+    assert model[0].weight.item() == 0
+    model[0].weight = nn.Parameter(torch.ones(1, 2, dtype=torch.float64))
+    teacher.update()
+    assert teacher.state_dict()["0.weight"].tolist() == [[1, 1]]
+
+
+def test_a_forward_that_writes_to_buffers_and_a_kept_state_leave_the_averages():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(1))
+            self.register_buffer("n", torch.zeros(()))
+            self.register_buffer("m", torch.zeros(()), persistent=False)
+
+        def forward(self, x):
+            self.n += 1
+            self.m += 1
+            return self.w * x + self.n
+
+    model = Counting()
+    teacher = WeightAverage(model, 0.5)
+    teacher.update()
+    kept = teacher.state_dict()
+    assert [float(teacher(torch.zeros(1))) for _ in range(2)] == [1, 1] and float(model.n) == float(model.m) == 0
+    model(torch.zeros(1))
+    teacher.update()
+    assert float(kept["n"]) == 0 and float(teacher.state_dict()["n"]) == 0.5
+
+
+def test_averages_that_are_loaded_fit_the_model_and_are_kept_wide():
+    model = nn.Linear(2, 2).bfloat16()
+    teacher = WeightAverage(model, 0.9998)
+    teacher.load_state_dict({name: torch.zeros_like(t) for name, t in model.state_dict().items()})
+    for _ in range(100):
+        teacher.update()
+    # Steps of 0.0002 round away in bf16.
+    assert {t.dtype for t in teacher.state_dict().values()} == {torch.float32}
+    torch.testing.assert_close(teacher.state_dict()["bias"], (1 - 0.9998**100) * model.bias.detach().float())
+    words = r"missing: bias; unknown: scale; of another shape: weight \(3, 2\) for \(2, 2\)"
+    with pytest.raises(ValueError, match=words):
+        teacher.load_state_dict({"weight": torch.zeros(3, 2), "scale": torch.zeros(2)})
+
+
 # -- recorded logits ----------------------------------------------------------------------------------------------
 
 
@@ -236,11 +299,20 @@ def test_a_record_is_that_of_so_many_epochs_ago_or_unknown(age):
     assert len(kept) > 30
 
 
-def test_logits_that_are_not_finite_are_not_recorded():
-    memory = RecordedLogits(2, 2, epochs=1)
-    memory.record(torch.arange(2), torch.tensor([[0.0, torch.nan], [1.0, 2.0]]), 0)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_logits_that_are_not_finite_leave_a_sample_without_a_record_in_this_epoch(dtype):
+    """In the precision that is kept; the logits of a later pass, at w + eps, do not stand in for them."""
+    memory, large = RecordedLogits(2, 2, epochs=1, dtype=dtype), torch.nan if dtype == torch.float32 else 1e5
+    memory.record(torch.arange(2), torch.tensor([[0.0, large], [1.0, 2.0]]), 0)
+    memory.record(torch.arange(2), torch.tensor([[7.0, 7.0], [7.0, 7.0]]), 0)
     r, known = memory(torch.arange(2), 1)
     assert known.tolist() == [False, True] and r.tolist() == [[0, 0], [1, 2]]
+    kept = memory.state_dict()
+    for epoch in (1, 2):
+        memory.record([0, 1], torch.full((2, 2), float(epoch)), epoch)
+        assert memory([0, 1], epoch + 1)[1].tolist() == [True, True]
+    assert kept["logits"][0].tolist() == [[0, 0], [1, 2]]
+    assert memory(1, 3)[0].tolist() == [[2, 2]] == memory(torch.tensor(1), 3)[0].tolist()
 
 
 def test_recorded_logits_say_what_they_take(monkeypatch):
@@ -250,12 +322,16 @@ def test_recorded_logits_say_what_they_take(monkeypatch):
         "epochs must be at least 1, got 0": lambda: RecordedLogits(3, 2, epochs=0),
         "from 0 to 2, got -1 to 1": lambda: memory(torch.tensor([1, -1]), 0),
         "from 0 to 2, got 3 to 3": lambda: memory.record(torch.tensor([3]), torch.zeros(1, 2), 0),
+        r"indices of shape \(B,\), got \(1, 1\)": lambda: memory([[0]], 0),
         "counted from 0, got -1": lambda: memory(torch.tensor([0]), -1),
         r"logits of shape \(1, 2\), got \(1, 3\)": lambda: memory.record(torch.tensor([0]), torch.zeros(1, 3), 0),
         r"of shape \(4, 5, 2\)": lambda: memory.load_state_dict(RecordedLogits(5, 2).state_dict()),
     }.items():
         with pytest.raises((ValueError, IndexError), match=words):
             call()
+    for index in (torch.tensor([True, False, True]), torch.tensor([0.0])):
+        with pytest.raises(TypeError, match="expected the indices of samples, whole numbers, got torch"):
+            memory(index, 0)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     with pytest.raises(ValueError, match=r"say own_samples=True, or train with MESA"):

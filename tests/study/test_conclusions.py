@@ -117,7 +117,7 @@ def test_the_protocol(tmp_path):
     assert "Wrong training labels are drawn for each seed" in text and "resistance to memorising wrong labels" in text
     assert "rho was fixed before this study" in text
     clean = told(tmp_path, {"sgd": SGD, "sam": SAM}, words=["rho=.05"])
-    assert "wrong labels" not in clean and "rho is each geometry's default" in clean
+    assert "wrong labels" not in clean and "rho is each method's default" in clean
     assert "would be choosing on test" in told(tmp_path, {"sgd": SGD, "sam": SAM}, words=["rho=.1,.2"])
     flagged = told(tmp_path, {"sgd": SGD, "sam": SAM}, trained=False)
     assert "not clearly below chance level" in flagged

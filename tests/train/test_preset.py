@@ -222,6 +222,11 @@ class TestRadii:
         assert radius_of("fsam", compose("fsam"), {"vasso": 0.3, "sam": 0.1}, table) == 0.3
         assert radius_of("fsam", compose("fsam"), {"elsewhere": 0.3, "sam": 0.1}, table) == 0.1
 
+    def test_a_method_that_states_its_own(self):
+        table = method_table()
+        assert radius_of("gam", compose("gam"), {"sam": 0.1}, table) == compose("gam").default_rho == 0.02
+        assert radius_of("gam", compose("gam"), {"sam": 0.1, "gam": 0.3}, table) == 0.3
+
     def test_a_method_without_one_refuses_one(self):
         with pytest.raises(ValueError, match=r"^sgd has no radius; leave out rho\.$"):
             config("smoke", "method=sgd", "rho=0.1")

@@ -47,6 +47,7 @@ def methods(
     from flatmin.cli import loops as served
     from flatmin.cli import matrix as pairs
     from flatmin.methods import ELSEWHERE, compose, method_table
+    from flatmin.methods.names import elsewhere
     from flatmin.train.locate import search_here
 
     search_here()
@@ -69,10 +70,13 @@ def methods(
         console.print(
             "[dim]rho: default radius. grads: gradient evaluations a step. copies: of the moved weights, held during "
             "a step beyond the base optimizer's own. sets: its parts; names compose if these differ: "
-            "flatmin methods vasso+bisam-log+asam. Every pair: flatmin methods --matrix. No recipes, but here: "
-            f"{', '.join(ELSEWHERE)}; flatmin methods NAME says where.[/dim]\n"
+            "flatmin methods vasso+bisam-log+asam. Every pair: flatmin methods --matrix. Not recipes, but part of "
+            f"flatmin: {', '.join(ELSEWHERE)}; flatmin methods NAME tells where.[/dim]\n"
         )
         _print_details(table, console)
+        return
+    if name not in table and (place := elsewhere(name)):
+        console.print(f"{name} is not a recipe but {place}.", markup=False, highlight=False)
         return
     recipe = compose(name, table)
     print_table(_summary(recipe, [table[word] for word in recipe.name.split("+")]), console, header=False)

@@ -256,25 +256,31 @@ def trajectory(
     Args:
         logits: z, (B, K), or (B, ..., K) with the classes in the last dimension; finite.
         reference: r, of the same shape, on any device.
-        tau: temperature, > 0. Default 5 (both codes).
-        known: (B, ...), True where there is a reference; the others count in B and add 0. Default None: all.
+        tau: temperature, > 0 and finite. Default 5 (both codes).
+        known: (B, ...), booleans, True where there is a reference; the others count in B and add 0. Default None: all.
         reduction: "mean" over all but the classes, the default, or "none": their values, shape (B, ...).
 
     Raises:
-        ValueError: for other shapes, tau or reductions.
+        ValueError, TypeError: for other shapes, dtypes, tau or reductions.
 
     Source: Du, Zhou, Feng, Tan & Zhou, Sharpness-Aware Training for Free, NeurIPS 2022. Their codes have lam = 0.3
     (MESA) and 0.16 (SAF), while 5 < epoch < 360 (MESA) or 300 (SAF), counted from 0.
     """
-    if not tau > 0:
-        raise ValueError(f"tau must be above 0, got {tau!r}.")
+    if not 0 < tau < math.inf:
+        raise ValueError(f"tau must be a finite number above 0, got {tau!r}.")
     if reduction not in ("mean", "none"):
         raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}.")
+    for name, x in (("logits", logits), ("reference logits", reference)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"expected a tensor of {name}, got {type(x).__name__}; take the logits out of it.")
     if logits.ndim < 2 or reference.shape != logits.shape:
         raise ValueError(
             f"expected logits of shape (B, ..., K) and a reference of the same shape, got {tuple(logits.shape)} and "
             f"{tuple(reference.shape)}."
         )
+    if known is not None and (not isinstance(known, Tensor) or known.dtype != torch.bool):
+        got = known.dtype if isinstance(known, Tensor) else type(known).__name__
+        raise TypeError(f"expected known as a tensor of booleans, got {got}.")
     if known is not None and known.shape != logits.shape[:-1]:
         raise ValueError(f"expected known of shape {tuple(logits.shape[:-1])}, got {tuple(known.shape)}.")
     dtype = torch.promote_types(logits.dtype, torch.float32)

@@ -55,6 +55,11 @@ ELSEWHERE: Mapping[str, str] = {
 }
 
 
+def elsewhere(name: str) -> str | None:
+    """What a method that is no recipe is instead, and where; None for any other name."""
+    return ELSEWHERE.get(name.lower().replace("_", "-"))
+
+
 def method_table(plugins: Sequence[str] = ()) -> dict[str, Method]:
     """All methods by name: built in, from entry points of the group "flatmin.methods", and from plugin modules.
 
@@ -118,7 +123,7 @@ def compose(name: str, table: Mapping[str, Method] | None = None, **params: Any)
         if n not in table:
             if n in _AMBIGUOUS:
                 raise ValueError(f"{n!r} is the name of two methods: {_AMBIGUOUS[n]}.")
-            if place := ELSEWHERE.get(n.lower().replace("_", "-")):
+            if place := elsewhere(n):
                 raise ValueError(f"{n!r} is not a recipe but {place}.")
             raise ValueError(f"unknown method {n!r}{_guess(n, table)} (methods: {', '.join(table)})")
         for part in table[n].parts:

@@ -47,13 +47,17 @@ class WeightAverage:
             raise ValueError(f"decay must be in (0, 1), got {decay!r}.")
         self.decay = decay
         self._model = model
-        self._live: dict[str, Tensor] = {}
+        self._kept: dict[str, Tensor] = {}
+
+    def _live(self) -> dict[str, Tensor]:
+        """The model's present tensors by name, shared ones once. Read anew each time, for they may be replaced."""
+        found: dict[str, Tensor] = {}
         shared: set[int] = set()
-        for name, tensor in model.state_dict(keep_vars=True).items():
+        for name, tensor in self._model.state_dict(keep_vars=True).items():
             if isinstance(tensor, Tensor) and id(tensor) not in shared:
                 shared.add(id(tensor))
-                self._live[name] = tensor
-        self._kept: dict[str, Tensor] = {}
+                found[name] = tensor
+        return found
 
     @property
     def begun(self) -> bool:
@@ -62,7 +66,8 @@ class WeightAverage:
 
     def buffers(self) -> list[Tensor]:
         """The averages of buffers."""
-        return [tensor for name, tensor in self._kept.items() if not isinstance(self._live[name], nn.Parameter)]
+        live = self._live()
+        return [tensor for name, tensor in self._kept.items() if not isinstance(live.get(name), nn.Parameter)]
 
     def forget(self) -> None:
         """Start over with the next update."""
@@ -70,15 +75,20 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Add the present weights."""
-        if not self._kept:
-            self._kept = {name: _wide(tensor).clone() for name, tensor in self._live.items()}
-            return
-        moving = [name for name, tensor in self._live.items() if tensor.is_floating_point()]
-        torch._foreach_lerp_([self._kept[n] for n in moving], [_wide(self._live[n]) for n in moving], 1 - self.decay)
-        for name, tensor in self._live.items():
+        """Add the present weights. A tensor that is new, or has another shape than before, starts over."""
+        live, kept = self._live(), self._kept
+        self._kept = {name: self._average_of(name, tensor) for name, tensor in live.items()}
+        going = [name for name, tensor in live.items() if tensor.is_floating_point() and name in kept]
+        if going:
+            torch._foreach_lerp_([self._kept[n] for n in going], [_wide(live[n]) for n in going], 1 - self.decay)
+        for name, tensor in live.items():
             if not tensor.is_floating_point():
                 self._kept[name].copy_(tensor)
+
+    def _average_of(self, name: str, tensor: Tensor) -> Tensor:
+        """The average so far, where the tensor lies now; what has none in this shape begins at the tensor."""
+        kept = self._kept.get(name)
+        return _wide(tensor).clone() if kept is None or kept.shape != tensor.shape else _like(kept, tensor)
 
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -91,11 +101,16 @@ class WeightAverage:
         Raises:
             RuntimeError: there is no average yet, or the weights are sharded.
         """
-        if any(map(is_sharded, self._live.values())):
+        live = self._live()
+        if any(map(is_sharded, live.values())):
             raise RuntimeError("the weights are sharded, and the averaged model needs whole ones; train with DDP.")
         if not self._kept:
             raise RuntimeError("there is no average yet: call update() after a step before the average is asked.")
-        weights = {name: self._kept[name].to(tensor.dtype) for name, tensor in self._live.items()}
+        weights = self._as_in_model(live)
+        # A forward may write to buffers in eval mode too, those of the model that are not saved among them.
+        seen = set(map(id, live.values()))
+        weights |= {name: tensor for name, tensor in self._model.named_buffers() if id(tensor) not in seen}
+        weights = {n: t if isinstance(live.get(n), nn.Parameter) else t.clone() for n, t in weights.items()}
         training = [module for module in self._model.modules() if module.training]
         for module in training:
             module.training = False
@@ -111,25 +126,52 @@ class WeightAverage:
         if not self._kept:
             yield
             return
-        before = {name: tensor.detach().clone() for name, tensor in self._live.items()}
-        self._put(self._kept)
+        live = self._live()
+        before = {name: tensor.detach().clone() for name, tensor in live.items()}
+        self._put(self._as_in_model(live))
         try:
             yield
         finally:
             self._put(before)
 
+    def _as_in_model(self, live: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The averages in the model's precision."""
+        return {name: self._average_of(name, tensor).to(tensor.dtype) for name, tensor in live.items()}
+
     @torch.no_grad()
     def _put(self, values: dict[str, Tensor]) -> None:
-        for name, tensor in self._live.items():
-            tensor.copy_(values[name])
+        for name, tensor in self._live().items():
+            if name in values:
+                tensor.copy_(values[name])
 
     def state_dict(self) -> dict[str, Any]:
-        """The averages by name, on the CPU; empty before the first update."""
-        return {name: tensor.detach().cpu() for name, tensor in self._kept.items()}
+        """The averages by name, copied to the CPU; empty before the first update."""
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in self._kept.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from averages that `state_dict` gave."""
-        self._kept = {name: state[name].to(tensor.device).clone() for name, tensor in self._live.items() if state}
+        """Continue from averages that `state_dict` gave.
+
+        Raises:
+            ValueError: they are of other names or shapes than the model's tensors.
+        """
+        if not state:
+            return self.forget()
+        live = self._live()
+        shaped = [n for n, t in live.items() if n in state and state[n].shape != t.shape]
+        wrong = {
+            "missing": [name for name in live if name not in state],
+            "unknown": [name for name in state if name not in live],
+            "of another shape": [f"{n} {tuple(state[n].shape)} for {tuple(live[n].shape)}" for n in shaped],
+        }
+        if any(wrong.values()):
+            said = "; ".join(f"{what}: {', '.join(names)}" for what, names in wrong.items() if names)
+            raise ValueError(f"the averages do not fit the model ({said}); load those of this model.")
+        self._kept = {name: _like(state[name], tensor).clone() for name, tensor in live.items()}
+
+
+def _like(average: Tensor, tensor: Tensor) -> Tensor:
+    """An average where the tensor lies, in the precision in which this one is averaged."""
+    return average.to(tensor.device, torch.float32 if tensor.dtype in LOW else tensor.dtype)
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -11,6 +12,35 @@ from torch import Tensor, nn
 
 from flatmin.optim.tensors import LOW, add_rounded_, is_sharded
 from flatmin.words import suggest
+
+
+def _is(kind: type, value: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _bytes(t: Tensor) -> tuple[torch.device, int, int]:
+    """Which addresses of which device a tensor reads, from its first to its last entry; none where it has no memory."""
+    try:
+        first = t.data_ptr()
+    except RuntimeError:  # wrappers around other tensors
+        first = 0
+    if not first or not t.numel():
+        return t.device, 0, 0
+    extent = 1 + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
+    return t.device, first, first + extent * t.element_size()
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether writing to one of them changes the other: the same tensor, or a view of the same memory."""
+    if a is b:
+        return True
+    (device, a_first, a_last), (other, b_first, b_last) = _bytes(a), _bytes(b)
+    return device == other and a_first < b_last and b_first < a_last
+
+
+def _own(module: nn.Module) -> list[Tensor]:
+    """The parameters and buffers that a module holds itself."""
+    return [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
 
 
 class _Layer:
@@ -29,32 +59,54 @@ class _Layer:
     def __init__(self, name: str, module: Any) -> None:
         self.name, self.module = name, module
 
+    @property
+    def title(self) -> str:
+        """Its name in a sentence."""
+        return self.name or "the model"
+
     def _weight(self) -> Any:
         return self.module.lora_weight()[0]
 
-    def _added(self) -> Any:
-        return self.module.lora_weight()[1]
+    def _copied(self) -> str:
+        return (
+            f"lora_weight() of {self.title} must return the weight itself, not a copy of it: noise on a copy reaches "
+            "nothing."
+        )
 
     def weight(self) -> Tensor:
-        """W; ValueError unless it is a frozen, whole matrix of floating-point numbers."""
+        """W; ValueError unless it is a frozen, whole matrix of floating-point numbers that the module itself holds."""
         weight: Tensor = self._weight()
         matrix = isinstance(weight, Tensor) and weight.ndim == 2 and weight.is_floating_point()
         if not matrix:
             raise ValueError(
-                f"the weight of {self.name} is no matrix of floating-point numbers, which the noise is for; leave it "
+                f"the weight of {self.title} is no matrix of floating-point numbers, which the noise is for; leave it "
                 "out by only=."
             )
         if is_sharded(weight):
-            raise ValueError(f"the weight of {self.name} is sharded, and the noise needs whole rows; train with DDP.")
-        if weight.requires_grad:
-            raise ValueError(f"the weight of {self.name} is trained, and would lose its step; freeze it.")
+            raise ValueError(f"the weight of {self.title} is sharded, and the noise needs whole rows; train with DDP.")
+        held = [t for module in self.module.modules() for t in _own(module) if _overlap(t, weight)]
+        if not held:
+            raise ValueError(self._copied())
+        if weight.requires_grad or any(t.requires_grad for t in held):
+            raise ValueError(f"the weight of {self.title} is trained, and would lose its step; freeze it.")
         return weight
+
+    def added(self, weight: Tensor) -> Any:
+        """What the adapters add to W; ValueError unless it has W's shape."""
+        added = self.module.lora_weight()[1]
+        if not isinstance(added, Tensor) or added.shape != weight.shape:
+            got = tuple(added.shape) if isinstance(added, Tensor) else type(added).__name__
+            raise ValueError(
+                f"lora_weight() of {self.title} must return what the adapters add as a tensor of the weight's shape "
+                f"{tuple(weight.shape)}, got {got}."
+            )
+        return added
 
     @torch.no_grad()
     def deviation(self, size: float) -> Tensor:
         """The sigma_i = size ||(W + s B A)_i|| / sqrt(n_in), of a shape that broadcasts over W."""
         weight = self.weight()
-        whole = weight.to(torch.promote_types(weight.dtype, torch.float32)) + self._added()
+        whole = weight.to(torch.promote_types(weight.dtype, torch.float32)) + self.added(weight)
         norms: Tensor = whole.norm(dim=self.inputs, keepdim=True)
         return norms.mul_(size / math.sqrt(weight.shape[self.inputs]))
 
@@ -68,18 +120,26 @@ class _PeftLayer(_Layer):
         kinds = getattr(module, "lora_variant", {}), {a for a, on in module.use_dora.items() if on}
         if any(a in kind for kind in kinds for a in module.active_adapters) or len(module.lora_embedding_A):
             raise ValueError(
-                f"{name} is no linear layer with plain adapters, W + s B A (DoRA and other variants are none); leave "
-                "it out by only=."
+                f"{self.title} is no linear layer with plain adapters, W + s B A (DoRA and other variants are none); "
+                "leave it out by only=."
             )
 
     def _weight(self) -> Any:
         return getattr(self.module.get_base_layer(), "weight", None)
 
-    def _added(self) -> Any:
+    def _copied(self) -> str:
+        return (
+            f"the weight of {self.title} is made anew in every forward (a parametrisation), and noise on it reaches "
+            "nothing; leave the layer out by only=."
+        )
+
+    def added(self, weight: Tensor) -> Any:
         """The sum of s B A over the active adapters; 0 where they are switched off."""
         module = self.module
         if module.merged_adapters:
-            raise RuntimeError(f"the adapters of {self.name} are merged into its weight; call unmerge_adapter() first.")
+            raise RuntimeError(
+                f"the adapters of {self.title} are merged into its weight; call unmerge_adapter() first."
+            )
         active = () if module.disable_adapters else [a for a in module.active_adapters if a in module.lora_A]
         return sum(module.get_delta_weight(adapter) for adapter in active)
 
@@ -93,6 +153,17 @@ def _with_adapters(model: nn.Module) -> dict[str, tuple[type[_Layer], nn.Module]
         elif all(hasattr(module, x) for x in ("lora_A", "lora_embedding_A", "get_base_layer", "active_adapters")):
             found[name] = _PeftLayer, module
     return found
+
+
+def _refuse_shared(layer: _Layer, model: nn.Module) -> None:
+    """ValueError where a module outside of the layer holds its weight too, a tied embedding say."""
+    weight, inside = layer.weight(), set(layer.module.modules())
+    for name, module in model.named_modules():
+        if module not in inside and any(_overlap(t, weight) for t in _own(module)):
+            raise ValueError(
+                f"{layer.title} and {name or 'the model'} share one weight, and the noise would move both; leave "
+                f"{layer.title} out by only=."
+            )
 
 
 class FlatLoRA:
@@ -120,7 +191,7 @@ class FlatLoRA:
 
     It finds the layers of PEFT's LoRA (linear layers, with any number of active adapters), and modules of your own
     that have a method `lora_weight()`, which returns W of shape (out, in) and what the adapters add to it, of the same
-    shape.
+    shape. W is a parameter or buffer of the module, or a view of one.
 
     Args:
         model: with the adapters.
@@ -130,18 +201,22 @@ class FlatLoRA:
         seed: of the noise. Default 0.
 
     Raises:
-        ValueError: bad numbers; no layer with adapters; a layer whose weight is no matrix of floating-point numbers,
-            sharded, shared with another layer, or not W + s B A (DoRA and other variants).
+        ValueError: bad numbers; no layer with adapters; a layer that is not W + s B A (DoRA and other variants), or
+            whose weight is no matrix of floating-point numbers, trained, sharded, shared with another layer or a copy.
+        RuntimeError: merged adapters (`merge_adapter()`), or on entering, a context that is open already. On entering,
+            the weights are checked again, with the same errors.
 
     Source: Li, He, Li, Wang, Shang & Huang, Flat-LoRA, ICML 2025. Their code counts t in micro-batches and draws from
     the global generator.
     """
 
     def __init__(self, model: nn.Module, rho: float = 0.05, *, total: int, only: str = "*", seed: int = 0) -> None:
-        if not 0.0 <= rho < math.inf:
+        if not _is(numbers.Real, rho) or not 0.0 <= rho < math.inf:
             raise ValueError(f"rho must be a finite number >= 0, got {rho!r}.")
-        if total < 0:
-            raise ValueError(f"total must be a number of updates >= 0, got {total!r}.")
+        if not _is(numbers.Integral, total) or total < 0:
+            raise ValueError(f"total must be a whole number of updates >= 0, got {total!r}.")
+        if not _is(numbers.Integral, seed):
+            raise ValueError(f"seed must be a whole number, got {seed!r}.")
         found = _with_adapters(model)
         if not found:
             raise ValueError(
@@ -156,12 +231,9 @@ class FlatLoRA:
         self.rho, self.total, self.seed = rho, total, seed
         self.updates = 0
         self._before: list[tuple[Tensor, Tensor]] | None = None
-        owners: dict[int, str] = {}
         for layer in self._layers:
             layer.deviation(0.0)
-            other = owners.setdefault(id(layer.weight()), layer.name)
-            if other != layer.name:
-                raise ValueError(f"{other} and {layer.name} share one weight; leave one of them out by only=.")
+            _refuse_shared(layer, model)
 
     @property
     def scale(self) -> float:
@@ -185,7 +257,7 @@ class FlatLoRA:
                 generator = generators.get(weight.device)
                 if generator is None:
                     generator = generators[weight.device] = torch.Generator(weight.device)
-                    generator.manual_seed(self.seed * 1_000_003 + self.updates)
+                    generator.manual_seed((self.seed * 1_000_003 + self.updates) % 2**64)
                 deviation = layer.deviation(size)
                 noise = torch.randn(weight.shape, generator=generator, device=weight.device, dtype=deviation.dtype)
                 noise.mul_(deviation)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -70,18 +71,19 @@ class RecordedLogits:
         # Before any epoch that is asked for: the first ones ask for -1, -2, ...
         self._epoch = torch.full((epochs + 1, samples), -epochs - 1, device=device, dtype=torch.int32)
 
-    def __call__(self, index: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+    def __call__(self, index: Tensor | Sequence[int] | int, epoch: int) -> tuple[Tensor, Tensor]:
         """What was recorded of these samples E epochs ago.
 
         Args:
-            index: of the samples, shape (B,).
+            index: of the samples, whole numbers of shape (B,); a list too, and a single one.
             epoch: the present one, counted from 0.
 
         Returns:
             r of shape (B, K), and which of them are known, shape (B,); zeros where they are not.
 
         Raises:
-            IndexError, ValueError: indices or an epoch out of range.
+            IndexError, ValueError: indices or an epoch out of range, or indices of another shape.
+            TypeError: indices that are no whole numbers, a mask among them.
         """
         index = self._checked(index, epoch)
         slot = (epoch + 1) % (self.epochs + 1)
@@ -89,31 +91,43 @@ class RecordedLogits:
         return self._logits[slot, index].where(known[:, None], 0), known
 
     @torch.no_grad()
-    def record(self, index: Tensor, logits: Tensor, epoch: int) -> None:
-        """Keep the logits of these samples, unless they have been recorded in this epoch or are not finite.
+    def record(self, index: Tensor | Sequence[int] | int, logits: Tensor, epoch: int) -> None:
+        """Keep the logits of these samples, those of the first call in this epoch.
+
+        Where these are not finite, in the precision that is kept, the sample has no record of this epoch.
 
         Args:
-            index: of the samples, shape (B,).
+            index: of the samples, as above.
             logits: of shape (B, K).
             epoch: the present one, counted from 0.
 
         Raises:
-            IndexError, ValueError: indices, an epoch or a shape out of range.
+            IndexError, ValueError, TypeError: indices as above, or logits of another shape.
         """
         index = self._checked(index, epoch)
         wanted = (len(index), self._logits.shape[2])
         if tuple(logits.shape) != wanted:
             raise ValueError(f"expected logits of shape {wanted}, got {tuple(logits.shape)}.")
-        logits = logits.to(self._logits.device)
+        logits = logits.to(self._logits.device, self._logits.dtype)
         slot = epoch % (self.epochs + 1)
-        new = (self._epoch[slot, index] != epoch) & logits.isfinite().all(1)
-        self._logits[slot, index[new]] = logits[new].to(self._logits.dtype)
-        self._epoch[slot, index[new]] = epoch
+        # Marks a sample whose logits in this epoch were not finite; no epoch that is asked for is so small.
+        none = -self.epochs - 2 - epoch
+        last = self._epoch[slot, index]
+        new, finite = (last != epoch) & (last != none), logits.isfinite().all(1)
+        self._epoch[slot, index[new & ~finite]] = none
+        kept = index[new & finite]
+        self._logits[slot, kept] = logits[new & finite]
+        self._epoch[slot, kept] = epoch
 
-    def _checked(self, index: Tensor, epoch: int) -> Tensor:
+    def _checked(self, index: Tensor | Sequence[int] | int, epoch: int) -> Tensor:
         if epoch < 0:
             raise ValueError(f"epochs are counted from 0, got {epoch!r}.")
-        index = index.to(self._logits.device)
+        index = torch.as_tensor(index, device=self._logits.device)
+        if index.dtype == torch.bool or index.is_floating_point() or index.is_complex():
+            raise TypeError(f"expected the indices of samples, whole numbers, got {index.dtype}.")
+        if index.ndim > 1:
+            raise ValueError(f"expected indices of shape (B,), got {tuple(index.shape)}.")
+        index = index.reshape(-1).long()
         samples = self._logits.shape[1]
         if index.device.type == "cpu" and len(index) and not 0 <= int(index.min()) <= int(index.max()) < samples:
             raise IndexError(
@@ -122,8 +136,8 @@ class RecordedLogits:
         return index
 
     def state_dict(self) -> dict[str, Any]:
-        """All that is recorded, on the CPU; with several processes each one saves its own."""
-        return {"logits": self._logits.cpu(), "epoch": self._epoch.cpu()}
+        """All that is recorded, copied to the CPU; with several processes each one saves its own."""
+        return {"logits": self._logits.to("cpu", copy=True), "epoch": self._epoch.to("cpu", copy=True)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what `state_dict` gave.

@@ -49,8 +49,8 @@ def comparison(preset: str = "digits", overrides: Sequence[str] = (), **options:
             "timing=false", "strong_weight_decay=0.05" and "early_share=0.3" of the baselines.
         options: the same by name, as a command line has them; they win, and None stands for one that is not given.
 
-    A network or data of one's own has no radii in the preset: each method takes its geometry's default then, unless the
-    study names one. Labels are made wrong on the data of the preset only, unless `noise` says so.
+    A network or data of one's own has no radii in the preset: each method takes its own default then, unless the study
+    names one. Labels are made wrong on the data of the preset only, unless `noise` says so.
 
     Raises:
         ValueError: an unknown preset, option, method or parameter, or a value of another type or out of range.
@@ -154,7 +154,7 @@ def _replaced(arm: Arm, key: str, value: str) -> Arm:
 
 
 def _with_default_radius(arm: Arm, table: Mapping[str, Any]) -> Arm:
-    """The arm with its geometry's default in place of the radius of the preset of `flatmin train`, not of its own."""
+    """The arm with its method's default in place of the radius of the preset of `flatmin train`, not of its own."""
     recipe = compose(arm.settings.get("method", "sam"), table)
     own = {*arm.settings, *(axis.key for axis in arm.axes)}
     if "rho" in own or not recipe.ascends or recipe.default_rho is None:

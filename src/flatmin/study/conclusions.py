@@ -244,7 +244,7 @@ def _chosen(table: StudyTable, rows: Sequence[StudyRow]) -> str:
     if not radii:
         return ""
     if all(rho == usual for rho, usual in radii):
-        return "rho is each geometry's default and was not chosen for these data; choose it on validation (--tune)."
+        return "rho is each method's default and was not chosen for these data; choose it on validation (--tune)."
     return "rho was fixed before this study; --tune chooses it anew on validation. Nothing is chosen on test."
 
 

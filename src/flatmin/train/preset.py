@@ -36,7 +36,8 @@ def load_run(
 
     `device`, `precision`, `channels_last` and `tf32` are "auto" unless set: the GPU if there is one, and there
     autocast to bf16 and TF32; channels_last on both. A preset has a table of radii by method; a method that is not in
-    it takes the entry of the first one in the same geometry, or its own default.
+    it takes its own default if one of its parts states one, else the first entry in the same geometry, or the
+    geometry's default.
 
     Args:
         preset: a name inside the package, or a path to a .toml file.

@@ -8,11 +8,11 @@ from flatmin.methods import Method, Recipe, compose
 
 
 def radius_of(method: str, recipe: Recipe, radii: Mapping[str, float], table: Mapping[str, Method]) -> float | None:
-    """The radius of a method: its own entry, that of the first method in the same geometry, or the method's default.
+    """The radius of a method: its own entry, its own default, that of the first one in its geometry, or the geometry's.
 
-    A method whose own parts state a default radius takes that, whatever others in its geometry have. A method that
-    never leaves w has a factor in place of the radius (sgdhess), which says nothing about lengths: no other entry tells
-    it, and it tells no other method; None for one that has neither.
+    Its own default is one that a part other than the geometry states; it is taken whatever others in its geometry have.
+    A method that never leaves w has a factor in place of the radius (sgdhess), which says nothing about lengths: no
+    other entry tells it, and it tells no other method; None for one that has neither.
 
     Args:
         method: composed name.
