@@ -258,6 +258,7 @@ class Keeper(nn.Module):
         self.register_buffer("hidden", torch.zeros(3))
         self.lazy = nn.UninitializedParameter(requires_grad=False)
         self.output, self.outputs, self.by_name = None, [], {}
+        self.view = self.layer.weight.detach()
 
     def forward(self, x):
         h = self.layer(x)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from flatmin.optim.model_guard import COUNT, SAVED
 from flatmin.optim.tensors import bits
-from flatmin.optim.untrained import PLAIN, address, has_values, version
+from flatmin.optim.untrained import PLAIN, address, has_values, memory, version
 from flatmin.optim.watch import SLOT
 
 _OWN = PLAIN - {"training"} | {SLOT, COUNT, SAVED}  # torch's entries of a module, and the engine's
@@ -23,7 +23,8 @@ class ModelSnapshot:
     Buffers, untrained parameters, and the attributes of modules of the user's own; of lists and dicts among these the
     entries. Attributes are kept by reference. Tensors are copied, and written back only where they differ. Untrained
     parameters are copied only if all of them together are at most twice as large as the trained weights (a teacher, not
-    the frozen base of an adapter); of larger ones `written` tells.
+    the frozen base of an adapter); of larger ones `written` tells. What shares its memory with a trained weight moves
+    with it, and is left alone.
 
     Args:
         model: whose state.
@@ -35,7 +36,7 @@ class ModelSnapshot:
 
     def __init__(self, model: nn.Module, trained: Sequence[Tensor]) -> None:
         self.parameters = list(model.parameters())
-        own = set(map(id, trained))
+        own, moving = set(map(id, trained)), {memory(w) for w in trained} - {0}
         untrained = {id(p) for p in self.parameters if id(p) not in own}
         counts = [p.numel() if has_values(p) else 0 for p in self.parameters if id(p) in untrained]
         copied = sum(counts) <= _LARGE * sum(w.numel() for w in trained)
@@ -49,7 +50,7 @@ class ModelSnapshot:
                 for key, value in entries.items():
                     if type(value) in (list, dict):
                         self._containers.append((value, value.copy()))
-                    elif isinstance(value, Tensor) and id(value) not in own and _copyable(value):
+                    elif isinstance(value, Tensor) and id(value) not in own and _copyable(value, moving):
                         name = f"{prefix}.{key}" if prefix else key
                         self._tensors.append(_Kept(name, value, copy=copied or id(value) not in untrained))
 
@@ -114,5 +115,5 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
     return {} if type(module).__module__.startswith("torch.") else module.__dict__
 
 
-def _copyable(x: Tensor) -> bool:
-    return x.grad_fn is None and has_values(x)
+def _copyable(x: Tensor, moving: set[int]) -> bool:
+    return x.grad_fn is None and has_values(x) and memory(x) not in moving

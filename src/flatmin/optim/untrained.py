@@ -175,8 +175,8 @@ class UntrainedState:
         known = self._silent | self._late
         copied = self._first[0] | {i for i, n in enumerate(self._names) if self._compares or n in known}
         # What shares its memory with a weight moves with it.
-        weights = {_memory(w) for w in self._trained.values()} - {0} if copied else set()
-        self._aliases = {i for i in copied if _memory(held.tensors[i]) in weights}
+        weights = {memory(w) for w in self._trained.values()} - {0} if copied else set()
+        self._aliases = {i for i in copied if memory(held.tensors[i]) in weights}
         copied -= self._aliases
         self._copies = {i: x.clone() for i in copied if isinstance(x := held.tensors[i], Tensor)}
 
@@ -270,7 +270,8 @@ def _kept(x: Any) -> Any:
     return x if isinstance(x, Tensor) and x.grad_fn is None else None
 
 
-def _memory(x: Any) -> int:
+def memory(x: Any) -> int:
+    """Where the memory begins that a tensor is a part of; 0 for anything else."""
     try:
         return x.untyped_storage().data_ptr() if isinstance(x, Tensor) else 0
     except (RuntimeError, NotImplementedError):
