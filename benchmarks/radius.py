@@ -2,9 +2,9 @@
 
 Two networks on the handwritten digits, with and without wrong labels, five methods, five seeds. `flatmin study` trains
 at six radii each (benchmarks/radius.toml); beside that every method is trained at its default radius for a quarter of
-the epochs, and `flatmin.measure.radius` looks at it before the first update and there. Each radius found is taken to
-the nearest one that was trained with, by its logarithm, and the test accuracy at that one is compared with that at the
-default, and at the radius with the best mean validation accuracy.
+the epochs, and `flatmin.measure.radius` looks at it before the first update and there. Factors are those of the radius
+found. Its test accuracy is that of the nearest radius that was trained with, by its logarithm; it is compared with that
+at the default, and at the radius with the best mean validation accuracy.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import torch
 
 from benchmarks.results import BenchmarkResult, Table
 from flatmin.measure import radius
+from flatmin.measure.radius import MULTIPLES
 from flatmin.stats import summarise
 from flatmin.study.expand import grid_points
 from flatmin.study.reading import read_study
@@ -70,23 +71,27 @@ class Case:
         """The radius with the best mean validation accuracy; of equal ones the smallest."""
         return max(sorted(self.validation), key=lambda rho: fmean(self.validation[rho]))
 
+    @property
+    def largest(self) -> float:
+        """The largest radius at which the finder looks."""
+        return self.default * MULTIPLES[-1]
+
     def nearest(self, rho: float) -> float:
         """The radius of the grid nearest to this one."""
-        grid = sorted(self.test)
-        return grid[-1] if math.isinf(rho) else min(grid, key=lambda one: abs(math.log(one / rho)))
+        return min(sorted(self.test), key=lambda one: abs(math.log(one / rho)))
 
     def accuracies(self, choice: Callable[[int], float]) -> list[float]:
-        """The test accuracy of each seed at the radius chosen for it."""
+        """The test accuracy of each seed at the trained radius nearest to the one chosen for it."""
         count = len(next(iter(self.test.values())))
-        return [self.test[choice(seed)][seed] for seed in range(count)]
+        return [self.test[self.nearest(choice(seed))][seed] for seed in range(count)]
 
     def choices(self) -> dict[str, Callable[[int], float]]:
-        """Ways to choose a radius, by name."""
+        """Ways to choose a radius, by name; those found as they are, or as the largest tried if they lie beyond it."""
         grid = sorted(self.test)
         return {
             "validation": lambda seed: self.chosen,
             "default": lambda seed: self.default,
-            **{when: lambda seed, when=when: self.nearest(self.found[when][seed]) for when in WHEN},  # type: ignore[misc]
+            **{when: lambda seed, when=when: min(self.found[when][seed], self.largest) for when in WHEN},  # type: ignore[misc]
             **{f"{rho / self.default:g} x default": lambda seed, rho=rho: rho for rho in grid if rho != self.default},  # type: ignore[misc]
         }
 
@@ -101,6 +106,12 @@ def run(options: argparse.Namespace) -> BenchmarkResult:
     _study(options.out, options.archive)
     cases = list(_cases(options.out / "studies" / "radius-seeds.csv", found))
     result.tables = [_radii(cases), _accuracies(cases), _summary(cases)]
+    beyond = sum(math.isinf(rho) for case in cases for when in WHEN for rho in case.found[when])
+    result.notes += [
+        "Accuracies of a radius found are those of the nearest of the six radii that were trained with, of which the "
+        "largest is 16 times the default; factors are those of the radius found itself.",
+        f"{beyond} radii found lie beyond the largest tried, 64 times the default, and count as that one.",
+    ]
     result.raw = {"found": found, "cases": [{**vars(case), "key": list(case.key)} for case in cases]}
     return result
 
@@ -141,8 +152,8 @@ def _look(config: RunConfig) -> dict[str, Any]:
     index = order[: BATCHES * config.batch_size]
     line: dict[str, Any] = {}
     for when in WHEN:
-        with ascents(trainer, index) as (optimizer, closures):
-            found = radius(optimizer, closures)
+        with ascents(trainer, index) as (optimizer, closures, resolution):
+            found = radius(optimizer, closures, resolution=resolution)
         line[when] = found.limit
         line[f"{when}_batches"] = list(found.limits)
         if when == "start":
@@ -211,7 +222,13 @@ def _summary(cases: Sequence[Case]) -> Table:
     """Each way to choose over all cases: how far from validation's radius, and what it loses."""
     table = Table(
         "Over all networks, labels and methods",
-        ("choice", "typical factor from validation's", "within a factor of 2", "points lost, mean", "worst case"),
+        (
+            "choice",
+            "typical factor from validation's",
+            "within a factor of 2",
+            "points lost at the nearest trained radius, mean",
+            "worst case",
+        ),
     )
     for name in cases[0].choices():
         factors, lost, worst = [], [], []

@@ -2,7 +2,10 @@
 
 import json
 import math
+from contextlib import contextmanager
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -11,7 +14,7 @@ from typer.testing import CliRunner
 import flatmin
 from flatmin.cli.main import app
 from flatmin.measure import Problem, radius, report
-from flatmin.measure.radius import MULTIPLES, FoundRadius
+from flatmin.measure.radius import LOW_RESOLUTION, MULTIPLES, RESOLUTION, FoundRadius
 from flatmin.report import figures
 from flatmin.train.ascents import ascents
 from flatmin.train.preset import load_run
@@ -162,12 +165,20 @@ def test_under_autocast():
         ({"multiples": [0.0, 0.5]}, "multiples must rise from above 0"),
         ({"off": 0.0}, "off must be above 0"),
         ({"resolution": math.nan}, "resolution must be above 0"),
+        ({"multiples": "a few"}, "multiples must be numbers above 0"),
     ],
 )
 def test_bad_arguments(given, why):
     optimizer, closure, _ = optimizer_of(lambda w: w.sum(), [3.0])
     with pytest.raises(ValueError, match=why):
         radius(optimizer, **{"closures": [closure], **given})
+
+
+def test_any_number_and_no_other_optimizer():
+    optimizer, closure, w = optimizer_of(lambda w: w.square().sum(), [1.0])
+    assert radius(optimizer, [closure], multiples=np.float32(2)).radii == (0.1,)
+    with pytest.raises(TypeError, match=r"radius needs the optimizer that flatmin.wrap made, got SGD\."):
+        radius(torch.optim.SGD([w], lr=0.1), [closure])
 
 
 def found(limits=(0.2, 0.3, 0.6)):
@@ -197,15 +208,40 @@ def test_words():
         "0.4             0.4          0.667      1.67 (1.33 to 2)",
         "0.8             0.8           1.87      2.33 (1.67 to 3)",
         "",
-        "The linear prediction is off by 50% at rho = 0.3 (0.2 to 0.6 over 3 batches), 3 times the present one.",
-        "This is where the linear prediction ends, and no radius to train with: that is often much smaller.",
+        "The linear prediction is off by 50% at rho = 0.3 (0.2 to 0.6 over 3 batches), 3 times the param groups' rho.",
+        "This is where the linear prediction ends. Do not train with it: good radii are often much smaller.",
     ]
+
+
+def test_words_where_some_limits_lie_beyond_the_radii_tried():
+    head = "On 3 of 5 batches the linear prediction is off by less than 50% up to rho = 0.8, the largest radius tried; "
+    inf, nan = math.inf, math.nan
+    assert found((0.11, inf, inf, inf, 0.3)).sentence() == f"{head}on the others from rho = 0.11."
+    words = found((0.11, inf, inf, inf, nan)).sentence()
+    assert words == f"{head}on 1 of them from rho = 0.11. On 1 of 5 batches the ascent does not lead uphill."
+    assert "on 1 batch\n" in str(found((0.2,)))
+
+
+def test_without_a_gradient():
+    optimizer, closure, _ = optimizer_of(lambda w: w.square().sum(), [0.0])
+    words = "The gradient is zero on every batch."
+    nothing = radius(optimizer, [closure])
+    assert nothing.sentence() == words and "nan" not in str(nothing) and str(nothing).endswith(words)
+    optimizer, flat, w = optimizer_of(lambda w: w.square().sum(), [1.0])
+
+    def still():
+        optimizer.zero_grad()
+        loss = 0.0 * w.sum()
+        loss.backward()
+        return loss
+
+    assert "nan" not in str(radius(optimizer, [flat, still]))
 
 
 def test_the_figure(tmp_path):
     chart = figures.rise(found())
     lines = {one.label: one for one in chart.series}
-    assert list(lines) == ["predicted", "measured", "off by 50% at 0.3", "present rho 0.1"]
+    assert list(lines) == ["predicted", "measured", "off by 50% at 0.3", "rho of the param groups 0.1"]
     assert lines["predicted"].y == pytest.approx([0.1, 0.2, 0.4, 0.8])
     assert lines["measured"].y_interval[0] == pytest.approx([r + 0.5 * r * r / 0.6 for r in found().radii])
     assert lines["off by 50% at 0.3"].x == [0.3, 0.3]
@@ -228,7 +264,8 @@ class TestReports:
             for batch in trainer.batches():
                 trainer.step(batch)
             if trainer is looked:
-                with ascents(trainer, torch.arange(100)) as (optimizer, closures):
+                with ascents(trainer, torch.arange(100)) as (optimizer, closures, resolution):
+                    assert resolution == RESOLUTION
                     seen = radius(optimizer, closures, multiples=(0.5, 1.0))
                 assert seen.method == "fsam" and len(closures) >= 1
             last = [trainer.step(batch).loss for batch in trainer.batches()]
@@ -236,6 +273,25 @@ class TestReports:
         for a, b in zip(looked.model.parameters(), twin.model.parameters(), strict=True):
             assert torch.equal(a, b)
         assert all(map(math.isfinite, map(float, last)))
+
+    def test_the_resolution_of_16_bits(self):
+        """The section of a report judges a run under autocast by what 16 bits resolve."""
+        config, _ = load_run("smoke", ["precision=bf16"])
+        trainer, given = Trainer(config), []
+
+        @contextmanager
+        def asking(coarser):
+            with ascents(trainer, torch.arange(100)) as (optimizer, closures, resolution):
+                given.append(resolution)
+                yield optimizer, closures, resolution * coarser
+
+        problem = Problem(nn.Linear(3, 2), nn.functional.cross_entropy, (torch.randn(8, 3), torch.arange(8) % 2))
+        one, none = (
+            report(problem, "radius", ascents=partial(asking, coarser)).sections[0].results["radius"].limit
+            for coarser in (1.0, 1e6)
+        )
+        assert given == [LOW_RESOLUTION] * 2
+        assert math.isfinite(one) and math.isnan(none)
 
     def test_the_command(self, tmp_path):
         run = CliRunner().invoke(

@@ -245,6 +245,107 @@ def test_state_of_a_model_that_the_optimizer_does_not_know():
     assert same_bits(before, list(session.model.buffers()))
 
 
+class Keeper(nn.Module):
+    """A net that keeps about everything that a forward can keep."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+        self.teacher, self.averaged = (nn.Linear(6, 3).requires_grad_(False) for _ in range(2))
+        self.register_buffer("wide", torch.ones(3).expand(2, 3))
+        with torch.inference_mode():
+            self.register_buffer("inferred", torch.ones(3))
+        self.register_buffer("hidden", torch.zeros(3))
+        self.lazy = nn.UninitializedParameter(requires_grad=False)
+        self.output, self.outputs, self.by_name = None, [], {}
+        self.view = self.layer.weight.detach()
+
+    def forward(self, x):
+        h = self.layer(x)
+        self.teacher.weight.data = 0.9 * self.teacher.weight.data + 0.1 * self.layer.weight.data
+        with torch.no_grad():
+            self.averaged.weight.lerp_(self.layer.weight, 0.1)
+        self.hidden.data.add_(1)
+        self.output = h
+        self.outputs.append(h)
+        self.by_name["h"] = h
+        return h + self.wide[0] + self.inferred + self.teacher(x) + self.averaged(x)
+
+
+class TestWhatAModelHolds:
+    def test_all_of_it_is_put_back(self):
+        model = Keeper()
+        optimizer = flatmin.wrap(torch.optim.SGD(model.layer.parameters(), lr=0.1), model=model)
+        x, _ = batch(0)
+
+        def closure():
+            optimizer.zero_grad()
+            loss = model(x).square().mean()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+
+        def values():
+            return [*model.buffers(), *(p.detach() for name, p in model.named_parameters() if name != "lazy")]
+
+        before = [v.clone() for v in values()]
+        output, kept = model.output, list(model.outputs)
+        gradient = model.layer.weight.grad
+        found = optimizer.rise(closure, (0.1, 1.0))
+        assert found.measured == pytest.approx(found.predicted, rel=0.2), "at w and at w + eps from one state"
+        assert same_bits(before, values())
+        assert model.output is output and list(map(id, model.outputs)) == list(map(id, kept))
+        assert model.by_name == {"h": output} and model.layer.weight.grad is gradient
+
+    @pytest.mark.parametrize("writes", [False, True])
+    def test_large_frozen_parameters_are_not_copied(self, writes, monkeypatch):
+        model = nn.Sequential(nn.Linear(6, 100).requires_grad_(False), nn.Linear(100, 3))
+        optimizer = flatmin.wrap(torch.optim.SGD(model[1].parameters(), lr=0.1), model=model)
+        frozen = model[0].weight
+        version, clone = frozen._version, torch.Tensor.clone
+        copied = []
+        monkeypatch.setattr(torch.Tensor, "clone", lambda t, **kw: copied.append(t.shape) or clone(t, **kw))
+
+        def closure():
+            optimizer.zero_grad()
+            if writes:
+                frozen.mul_(1.0)
+            loss = model(batch(0)[0]).square().mean()
+            loss.backward()
+            return loss
+
+        if writes:
+            with pytest.raises(RuntimeError, match=r"the forward writes to the parameter 0.weight.* Make it a buffer"):
+                optimizer.rise(closure)
+        else:
+            optimizer.rise(closure)
+            assert frozen._version == version and frozen.shape not in copied
+        assert all(p.grad is None for p in model.parameters())
+
+    def test_gradients_of_a_network_that_the_loss_passes_through(self):
+        generator, critic = nn.Linear(6, 6), nn.Linear(6, 1)
+        optimizer = flatmin.wrap(torch.optim.SGD(generator.parameters(), lr=0.1), model=generator)
+
+        def closure():
+            optimizer.zero_grad()
+            loss = critic(generator(batch(0)[0])).mean()
+            loss.backward()
+            return loss
+
+        optimizer.rise(closure)
+        assert critic.weight.grad is None
+        critic.weight.grad = torch.ones(1, 6)
+        optimizer.rise(closure, model=nn.ModuleList([generator, critic]))
+        assert torch.equal(critic.weight.grad, torch.ones(1, 6))
+        with pytest.warns(UserWarning, match=r"Give model= every network that the loss passes through"):
+            optimizer.rise(closure)
+        optimizer.step(closure)  # finds the critic, whose gradients are then known
+        before = critic.weight.grad.clone()
+        optimizer.rise(closure)
+        assert torch.equal(critic.weight.grad, before)
+
+
 def test_every_method_s_way_is_a_recipe():
     for name in NAMES:
         recipe = recipe_of(name, **REPRESENTATIVES.get(name, {}))
@@ -282,11 +383,17 @@ class TestRefusals:
         with pytest.raises(ArithmeticError, match="the loss at w is"):
             optimizer.rise(closure)
 
-    def test_multiples(self):
+    def test_arguments(self):
         optimizer, closure, *_ = quadratic()
-        for bad in ([0.0], [1.0, -1.0], [float("nan")]):
+        for bad in ([0.0], [1.0, -1.0], [float("nan")], "x", None, [[1.0]]):
             with pytest.raises(ValueError, match="multiples must be numbers above 0"):
                 optimizer.rise(closure, bad)
+        for good in (2, 2.0, np.float32(2), [np.float32(2)]):
+            assert optimizer.rise(closure, good) == optimizer.rise(closure, (2.0,))
+        with pytest.raises(ValueError, match=r"rise\(\) got an empty list of closures"):
+            optimizer.rise([])
+        with pytest.raises(RuntimeError, match=r"no weight received a gradient; .* call loss.backward"):
+            optimizer.rise(lambda: torch.zeros(()))
 
     def test_during_an_update(self):
         optimizer, closure, *_ = quadratic()
@@ -296,3 +403,28 @@ class TestRefusals:
                 optimizer.rise(closure)
             closure()
         optimizer.step()
+
+    @pytest.mark.parametrize("method", ["sam", "esam"])
+    def test_between_the_first_loss_and_the_perturbation(self, method):
+        """The loop goes on with the masks, and the samples, of its first pass."""
+
+        def run(asks):
+            session = Session(method)
+            optimizer, (x, y) = session.optimizer, batch(0)
+            for _ in range(2):
+                optimizer.rise(closures(session, 1))
+                optimizer.zero_grad()
+                session.criterion(session.model(x), y).backward()
+                if asks:
+                    with pytest.raises(RuntimeError, match=r"under way, whose first loss .* after optimizer.step\(\)"):
+                        optimizer.rise(closures(session, 1))
+                with optimizer.perturbed():
+                    session.criterion(session.model(x), y).backward()
+                optimizer.step()
+            return session
+
+        session = run(asks=True)
+        assert same_bits(session.save(), run(asks=False).save())
+        session.criterion(session.model(batch(0)[0]), batch(0)[1]).backward()
+        session.optimizer.zero_grad()  # gives that loss up
+        session.optimizer.rise(closures(session, 1))

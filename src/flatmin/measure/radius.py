@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any, Protocol
@@ -11,13 +11,15 @@ from typing import Any, Protocol
 from torch import nn
 
 MULTIPLES = tuple(2.0**k for k in range(-6, 7))
-"""Of the present radius; those that are tried by default."""
+"""Of the param groups' rho; those that are tried by default."""
 OFF = 0.5
 """The share by which the linear prediction is off at the radius that is looked for."""
 RESOLUTION = 1e-5
 """The share of the loss below which a rise is rounding, in float32."""
+LOW_RESOLUTION = 1e-2
+"""The same under autocast to 16 bits."""
 
-_WARNING = "This is where the linear prediction ends, and no radius to train with: that is often much smaller."
+_WARNING = "This is where the linear prediction ends. Do not train with it: good radii are often much smaller."
 
 Closure = Callable[[], Any]
 
@@ -56,7 +58,7 @@ class FoundRadius:
 
     Args:
         method: its name.
-        rho: the present radius; of several param groups the largest, the others being moved in proportion.
+        rho: the param groups' rho; of several the largest, the others being moved in proportion.
         radii: those that were tried, rising.
         losses: L(w) of each batch.
         predicted: for each batch <grad L(w), eps> at each radius.
@@ -95,27 +97,38 @@ class FoundRadius:
 
     def sentence(self) -> str:
         """What was found, in words."""
+        if not any(any(each) for each in self.predicted):
+            return "The gradient is zero on every batch."
         count, uphill = len(self.limits), self.uphill
         batches = f"{count} batch{'es' if count > 1 else ''}"
         if not uphill:
             return f"The ascent leads uphill on none of {batches}, so that there is no prediction to hold it against."
         left = f" On {count - len(uphill)} of {batches} the ascent does not lead uphill." if len(uphill) < count else ""
         if math.isinf(self.limit):
+            broken = sum(map(math.isfinite, uphill))
+            some = f"On {len(uphill) - broken} of {batches} the" if broken else "The"
+            others = "the others" if len(uphill) == count else f"{broken} of them"
+            rest = f"; on {others} from rho = {uphill[0]:.3g}" if broken else ""
             return (
-                f"The linear prediction is off by less than {self.off:.0%} up to rho = {self.radii[-1]:.3g}, the "
-                f"largest radius tried.{left}"
+                f"{some} linear prediction is off by less than {self.off:.0%} up to rho = {self.radii[-1]:.3g}, the "
+                f"largest radius tried{rest}.{left}"
             )
         ends = "" if count == 1 else f" ({_number(uphill[0])} to {_number(uphill[-1])} over {batches})"
         return (
             f"The linear prediction is off by {self.off:.0%} at rho = {self.limit:.3g}{ends}, "
-            f"{self.limit / self.rho:.2g} times the present one.{left}"
+            f"{self.limit / self.rho:.2g} times the param groups' rho.{left}"
         )
 
     def __str__(self) -> str:
         """A table of means over the batches, what was found, and what it is not."""
+        count = len(self.losses)
+        head = f"{self.method}, rho = {self.rho:.3g}, loss {_mean(self.losses):.4g} on {count} batch"
+        head += "es" if count > 1 else ""
+        if not any(any(each) for each in self.predicted):
+            return f"{head}\n\n{self.sentence()}"
         rows = [("rho", "predicted rise", "measured rise", "measured / predicted")]
         for i, radius in enumerate(self.radii):
-            ratios = [each[i] for each in self.ratios]
+            ratios = [each[i] for each in self.ratios if not math.isnan(each[i])] or [math.nan]
             rows.append(
                 (
                     f"{radius:.3g}",
@@ -126,7 +139,6 @@ class FoundRadius:
             )
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-        head = f"{self.method}, rho = {self.rho:.3g}, loss {_mean(self.losses):.4g} on {len(self.losses)} batches"
         return "\n".join([head, "", *lines, "", self.sentence(), _WARNING])
 
 
@@ -134,7 +146,7 @@ def radius(
     optimizer: Ascending,
     closures: Sequence[Closure | Sequence[Closure]],
     *,
-    multiples: Sequence[float] = MULTIPLES,
+    multiples: float | Sequence[float] = MULTIPLES,
     off: float = OFF,
     resolution: float = RESOLUTION,
     model: nn.Module | None = None,
@@ -151,23 +163,24 @@ def radius(
     with: where both were compared, the radius that validation chose was mostly far below it.
 
     It costs for each batch one gradient, and for each radius those of an ascent and one more: with the defaults 27 for
-    SAM. Nothing is changed, see `flatmin.SAM.rise`; memories of the method are as they are, filled or empty.
+    SAM. What it changes is put back, see `flatmin.SAM.rise`; memories of the method are as they are, filled or empty.
 
     Args:
-        optimizer: as made by `flatmin.wrap`, at any time between two updates.
+        optimizer: as made by `flatmin.wrap`, before the first loss of a step or after `optimizer.step()`.
         closures: one for each batch, as for `optimizer.step`: it computes the loss, calls backward and returns the
             loss. For methods that want micro-batches a list of closures for each batch.
-        multiples: of the present radii, rising. Default: 1/64 to 64 in steps of two.
+        multiples: of the param groups' rho, rising; a number or several. Default: 1/64 to 64 in steps of two.
         off: share by which the prediction is off at the radius looked for, > 0. Default 0.5.
         resolution: predicted rises below this share of the loss are not judged, being rounding. Default 1e-5; under
-            autocast to bfloat16 0.01 serves.
+            autocast to 16 bits give 0.01 (`LOW_RESOLUTION`).
         model: whose buffers and other untrained state are put back. Default: the model that the optimizer was given.
 
     Raises:
         ValueError: no closures, radii that do not rise from above 0, a bad `off`, and what `flatmin.SAM.rise` refuses.
+        TypeError: an optimizer that `flatmin.wrap` has not made.
         ArithmeticError: a loss or gradient at w that is not finite.
 
-    Source: the finder is ours; the linear problem is Eq. 2 of Foret et al., SAM, ICLR 2021.
+    Source: our own; the linear problem is Eq. 2 of Foret et al., SAM, ICLR 2021.
 
     Example:
         >>> import torch, flatmin
@@ -180,20 +193,25 @@ def radius(
         ...     loss.backward()
         ...     return loss
         >>> print(radius(optimizer, [closure]).sentence())
-        The linear prediction is off by 50% at rho = 3, 6 times the present one.
+        The linear prediction is off by 50% at rho = 3, 6 times the param groups' rho.
     """
     given = [closures] if callable(closures) else list(closures)
-    multiples = [float(multiple) for multiple in multiples]
+    if not hasattr(optimizer, "rise"):
+        raise TypeError(f"radius needs the optimizer that flatmin.wrap made, got {type(optimizer).__name__}.")
+    try:
+        tried = [float(m) for m in multiples] if isinstance(multiples, Iterable) else [float(multiples)]
+    except (TypeError, ValueError):
+        raise ValueError(f"multiples must be numbers above 0, got {multiples!r}.") from None
     if not given:
         raise ValueError("closures is empty; give one for each of a few batches.")
-    if not multiples or multiples != sorted(set(multiples)) or not 0 < multiples[0] <= multiples[-1] < math.inf:
+    if not tried or tried != sorted(set(tried)) or not 0 < tried[0] <= tried[-1] < math.inf:
         raise ValueError(f"multiples must rise from above 0, got {multiples!r}.")
     for name, value in (("off", off), ("resolution", resolution)):
         if not (value > 0 and math.isfinite(value)):
             raise ValueError(f"{name} must be above 0, got {value!r}.")
-    rises = [optimizer.rise(closure, multiples, model=model) for closure in given]
+    rises = [optimizer.rise(closure, tried, model=model) for closure in given]
     rho = max(float(group[optimizer.rho_key]) for group in optimizer.param_groups)
-    radii = tuple(rho * multiple for multiple in multiples)
+    radii = tuple(rho * multiple for multiple in tried)
     return FoundRadius(
         method=optimizer.recipe.name,
         rho=rho,

@@ -96,8 +96,8 @@ def report(
         progress: called with (what is measured, share of it done).
         on_section: called after each section, and on an interrupt, with the report as far as it has come;
             what has not been reached is missing there. Default: not called.
-        ascents: gives a context with the optimizer and closures of a few batches, for "radius". Default: no method is
-            known.
+        ascents: gives a context with the optimizer, closures of a few batches and the resolution, for "radius".
+            Default: no method is known.
 
     Raises:
         ValueError: an unknown section.

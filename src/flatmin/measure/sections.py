@@ -339,8 +339,8 @@ def _radius(session: Session) -> None:
         raise ValueError(
             "it is that of a method's own ascent on training batches; measure the folder of a run, on the train part."
         )
-    with session.ascents() as (optimizer, closures):
-        found = radius(optimizer, closures)
+    with session.ascents() as (optimizer, closures, resolution):
+        found = radius(optimizer, closures, resolution=resolution)
     uphill = found.uphill
     several = len(uphill) > 1 and all(map(math.isfinite, uphill))
     session.add(

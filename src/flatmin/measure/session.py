@@ -22,7 +22,7 @@ from flatmin.words import reason
 Result = TypeVar("Result")
 Flat = Literal["low", "high", ""]
 Progress = Callable[[str, float], None]
-Ascents = Callable[[], AbstractContextManager[tuple[Ascending, Sequence[Closure | Sequence[Closure]]]]]
+Ascents = Callable[[], AbstractContextManager[tuple[Ascending, Sequence[Closure | Sequence[Closure]], float]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,8 +153,8 @@ class Session:
         settings: how it is measured.
         folder: where landscapes are kept, so that they continue where they were stopped; None: nowhere.
         progress: called with (what is measured, share of it done).
-        ascents: gives the optimizer and closures of a few batches, for what is measured of the method itself; None: no
-            method is known.
+        ascents: gives the optimizer, closures of a few batches, and the share of the loss below which a rise is
+            rounding, for what is measured of the method itself; None: no method is known.
 
     Attributes:
         quantities, results, missing: of the present section, see `ReportSection`.

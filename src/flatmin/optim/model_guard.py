@@ -15,7 +15,7 @@ from flatmin.optim.random_state import RandomState
 from flatmin.optim.untrained import STATISTICS, UntrainedState
 from flatmin.optim.watch import ModelWatch
 
-_COUNT, _SAVED = "_flatmin_frozen", "_flatmin_saved"
+COUNT, SAVED = "_flatmin_frozen", "_flatmin_saved"
 _KNOWN_FORWARDS = {_BatchNorm.forward, _InstanceNorm.forward, nn.SyncBatchNorm.forward}
 
 
@@ -38,17 +38,17 @@ class FrozenStatistics:
 
     def __enter__(self) -> None:
         for module in self.layers:
-            count = module.__dict__.get(_COUNT, 0)
+            count = module.__dict__.get(COUNT, 0)
             if count == 0:
-                module.__dict__[_SAVED] = self._hide(module)
-            module.__dict__[_COUNT] = count + 1
+                module.__dict__[SAVED] = self._hide(module)
+            module.__dict__[COUNT] = count + 1
 
     def __exit__(self, *_: object) -> None:
         for module in self.layers:
-            module.__dict__[_COUNT] -= 1
-            if module.__dict__[_COUNT] == 0:
-                self._show(module, module.__dict__.pop(_SAVED))
-                del module.__dict__[_COUNT]
+            module.__dict__[COUNT] -= 1
+            if module.__dict__[COUNT] == 0:
+                self._show(module, module.__dict__.pop(SAVED))
+                del module.__dict__[COUNT]
 
     @staticmethod
     def _hide(module: Any) -> Any:

@@ -71,7 +71,7 @@ class OtherGradients:
     def look(self, result: Any, trained: Iterable[Tensor]) -> None:
         """Find further ones that what a closure returned depends on, before the first pass of an update ends."""
         known = {id(w) for w in (*trained, *self._parameters)}
-        new = [p for p in _leaves(result) if id(p) not in known and p.grad is not None]
+        new = [p for p in reached(result) if id(p) not in known and p.grad is not None]
         # What had a gradient before this pass as well cannot be told from it now; the next update can.
         fresh = [p for p in new if p.grad is not None and p.grad._version == 0]
         if fresh:
@@ -139,8 +139,8 @@ class OtherGradients:
             p.grad = g
 
 
-def _leaves(result: Any) -> list[Tensor]:
-    """The tensors at the ends of the graphs behind what a closure returned: a backward pass gives them gradients."""
+def reached(result: Any) -> list[Tensor]:
+    """The parameters at the ends of the graphs behind what a closure returned: a backward pass gives them gradients."""
     waiting: list[Any] = [x.grad_fn for x in leaves(result) if isinstance(x, Tensor)]
     seen: set[Any] = set()
     found: list[Tensor] = []

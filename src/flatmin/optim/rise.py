@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import numbers
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,14 +26,17 @@ from flatmin.methods import (
     accumulate,
 )
 from flatmin.optim import tensors as ta
-from flatmin.optim.closures import Closure
+from flatmin.optim.closures import Closure, as_list
 from flatmin.optim.containers import loss_in
 from flatmin.optim.criterion import Callback
+from flatmin.optim.model_snapshot import ModelSnapshot
+from flatmin.optim.other_gradients import reached
 from flatmin.optim.random_state import RandomState, generators_of
 from flatmin.optim.step import Step
 from flatmin.optim.support import processes
 from flatmin.optim.tensors import is_sharded
 from flatmin.optim.tools import Tools
+from flatmin.words import warn
 
 _PLAIN = Recipe(schedule=Never(), name="plain")
 
@@ -79,6 +81,7 @@ class Ascents:
         abort: gives it up.
         generators: of the user's own, which the loss draws from.
         model: whose state is put back; None: none is known.
+        cleared: whether gradients were cleared since the last loss that the criterion computed.
     """
 
     def __init__(
@@ -89,13 +92,20 @@ class Ascents:
         abort: Callable[[], None],
         generators: Sequence[Any],
         model: nn.Module | None,
+        *,
+        cleared: bool,
     ) -> None:
+        if _holds_first_pass(tools, cleared=cleared):
+            raise RuntimeError(
+                "rise(): an update is under way, whose first loss has been computed; call rise() before the first loss "
+                "of the step, or after optimizer.step(). optimizer.zero_grad() gives the loss up."
+            )
         self._tools, self._owner, self._begin, self._abort = tools, owner, begin, abort
         self._recipe = ascent_of(tools.recipe)
         self._check()
         devices = {w.device for w in tools.base.weights}
         self._random = RandomState(devices, [*generators, *(() if model is None else generators_of(model))])
-        self._model = None if model is None else _ModelState(model, tools.base.weights)
+        self._model = None if model is None else ModelSnapshot(model, tools.base.weights)
 
     def _check(self) -> None:
         tools = self._tools
@@ -109,12 +119,15 @@ class Ascents:
         if processes() > 1 or any(map(is_sharded, tools.base.weights)):
             raise ValueError("the rise of the loss is measured in one process, on weights that are not sharded.")
 
-    def rise(self, closures: Sequence[Closure], multiples: Sequence[float]) -> Rise:
-        """The rise on one batch, whose closures these are.
+    def rise(self, closure: Closure | Sequence[Closure], multiples: float | Sequence[float]) -> Rise:
+        """The rise on one batch.
 
         Raises:
             ValueError, ArithmeticError, RuntimeError: see `flatmin.SAM.rise`.
         """
+        if isinstance(closure, (list, tuple)) and not closure:
+            raise ValueError("rise() got an empty list of closures.")
+        closures, multiples = as_list(closure), _numbers(multiples)
         if Need.MICRO_BATCHES in self._recipe.needs and len(closures) < 2:
             raise ValueError(f"{self._recipe.name} needs {Need.MICRO_BATCHES.value}; got one closure for a batch.")
         with self._unchanged():
@@ -135,14 +148,38 @@ class Ascents:
             for closure in closures:
                 for w in step.inputs.weights:
                     w.grad = None
-                loss = _run(closure)
+                result = self._run(closure)
+                loss = float(result)
+                self._find_others(result)
                 grads: Gradients = [w.grad for w in step.inputs.weights]
+                if all(g is None for g in grads):
+                    raise RuntimeError(
+                        "no weight received a gradient; the closure must compute the loss from the model and call "
+                        "loss.backward()."
+                    )
                 if tools.scaling is not None:
                     tools.scaling.unscale_(grads)
                 if not math.isfinite(loss) or not math.isfinite(float(ta.norm([g for g in grads if g is not None]))):
                     raise ArithmeticError(f"the loss at w is {loss}, or its gradient is not finite.")
                 found.append((loss, grads))
+        if self._model is not None and (name := self._model.written()) is not None:
+            raise RuntimeError(
+                f"the forward writes to the parameter {name}, which this optimizer does not train. Untrained "
+                "parameters that are together more than twice as large as the trained ones are not copied, so this one "
+                "could not be put back. Make it a buffer, which is put back."
+            )
         return found
+
+    def _find_others(self, result: Any) -> None:
+        """Note the parameters outside of the optimizer and the model to which this loss gives their first gradient."""
+        new = [p for p in reached(result) if p not in self._gradients and p.grad is not None]
+        if any(p.grad is not None and p.grad._version for p in new):
+            warn(
+                "the loss depends on parameters that are neither the optimizer's nor the model's, and it was added to "
+                "the gradients that they had. Give model= every network that the loss passes through, several as an "
+                "nn.ModuleList."
+            )
+        self._gradients.update((p, None) for p in new if p.grad is not None and not p.grad._version)
 
     def _at(self, closures: Sequence[Closure], multiple: float) -> list[_Way]:
         """Where the method goes at a multiple of its radii: one way, or one for each micro-batch."""
@@ -176,11 +213,24 @@ class Ascents:
         for closure in closures:
             for w in weights:
                 w.grad = None
-            losses.append(_run(closure))
+            losses.append(float(self._run(closure)))
             total = accumulate(total, [w.grad for w in weights], step.share)
         for w, g in zip(weights, total, strict=True):
             w.grad = g
         return _mean(losses)
+
+    def _run(self, closure: Closure) -> Tensor | float:
+        """The loss of a micro-batch, from the model's state before all passes, so that losses can be compared."""
+        if self._model is not None:
+            self._model.restore()
+        with torch.enable_grad():
+            loss = loss_in(closure())
+        if not isinstance(loss, (Tensor, int, float)) or (isinstance(loss, Tensor) and loss.numel() != 1):
+            raise TypeError(
+                "each closure must return the loss, or a dict, tuple or object that holds it as 'loss' or first; "
+                f"got {type(loss).__name__}."
+            )
+        return loss
 
     # -- nothing is changed ---------------------------------------------------------------------------------------
 
@@ -220,24 +270,25 @@ class Ascents:
     def _unchanged(self) -> Iterator[None]:
         """Gradients, random numbers, the model's state and what the optimizer has recorded are put back at the end."""
         tools = self._tools
-        trained = tools.base.weights
-        others = [] if self._model is None else self._model.parameters
-        grads = {w: w.grad for w in (*trained, *others)}
+        model = () if self._model is None else self._model.parameters
+        self._gradients = {w: w.grad for w in (*tools.base.weights, *tools.others.in_training(), *model)}
         fresh, diagnostics = tools.weights.new_gradient() is not None, tools.diagnostics
         self._draws = tools.state.generator.cpu.get_state()
         self._random.capture()
-        for w in grads:
+        for w in self._gradients:
             w.grad = None
         tools.diagnostics = None
         try:
             yield
         finally:
             tools.diagnostics = diagnostics
-            self._again()
-            for w, g in grads.items():
-                w.grad = g
-            if not fresh:
-                tools.weights.leave_gradients()
+            try:
+                self._again()
+            finally:
+                for w, g in self._gradients.items():
+                    w.grad = g
+                if not fresh:
+                    tools.weights.leave_gradients()
 
 
 def ascent_of(recipe: Recipe) -> Recipe:
@@ -251,15 +302,33 @@ def ascent_of(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, **{kind: part for kind, part in plain.items() if kind not in read})  # type: ignore[arg-type]
 
 
-def _run(closure: Closure) -> float:
-    with torch.enable_grad():
-        loss = loss_in(closure())
-    if not isinstance(loss, (Tensor, int, float)) or (isinstance(loss, Tensor) and loss.numel() != 1):
-        raise TypeError(
-            "each closure must return the loss, or a dict, tuple or object that holds it as 'loss' or first; "
-            f"got {type(loss).__name__}."
-        )
-    return float(loss)
+def _holds_first_pass(tools: Tools, *, cleared: bool) -> bool:
+    """Whether a manual loop has computed a loss of an update that it has not perturbed yet.
+
+    Args:
+        tools: of the optimizer.
+        cleared: whether gradients were cleared since the last loss that its criterion computed.
+    """
+    gradients = any(w.grad is not None for w in tools.base.weights)
+    if tools.criterion is not None and tools.criterion.calls and (gradients or not cleared):
+        return True
+    seen = tools.guard is not None and tools.guard.watch.forwards[0] > 0
+    return seen and tools.weights.new_gradient() is not None
+
+
+def _numbers(given: float | Sequence[float]) -> list[float]:
+    """Multiples of the radii, one or several, as numbers.
+
+    Raises:
+        ValueError: one is not a number above 0.
+    """
+    try:
+        multiples = [float(m) for m in given] if isinstance(given, Iterable) else [float(given)]
+    except (TypeError, ValueError):
+        multiples = [math.nan]
+    if not all(0 < m < math.inf for m in multiples):
+        raise ValueError(f"multiples must be numbers above 0, got {given!r}.")
+    return multiples
 
 
 def _displacement(at: Perturbation) -> Tensors:
@@ -285,34 +354,3 @@ def _predicted(way: _Way, base: Sequence[tuple[float, Gradients]]) -> float:
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
-
-
-class _ModelState:
-    """All of a model that is not trained: buffers, frozen parameters, numbers and tensors that its modules hold."""
-
-    def __init__(self, model: nn.Module, trained: Sequence[Tensor]) -> None:
-        self.parameters = list(model.parameters())
-        own = set(map(id, trained))
-        self._tables: list[tuple[dict[str, Any], set[str]]] = []
-        self._values: list[tuple[dict[str, Any], str, Any, Tensor | None]] = []
-        for module in model.modules():
-            held = {} if type(module).__module__.startswith("torch.") else module.__dict__
-            for table in (module._buffers, module._parameters, held):
-                self._tables.append((table, set(table)))
-                for key, value in table.items():
-                    if isinstance(value, Tensor) and id(value) not in own and value.grad_fn is None:
-                        self._values.append((table, key, value, value.detach().clone()))
-                    elif value is None or isinstance(value, (numbers.Number, str)):
-                        self._values.append((table, key, value, None))
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        for table, keys in self._tables:
-            for key in table.keys() - keys:
-                del table[key]
-        for table, key, value, copy in self._values:
-            table[key] = value
-            if copy is not None:
-                if value.shape != copy.shape:
-                    value.resize_(copy.shape)
-                value.copy_(copy)

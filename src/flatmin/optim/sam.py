@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Self
 
@@ -814,39 +813,46 @@ class SAM(Optimizer):
     def rise(
         self,
         closure: Closure | Sequence[Closure],
-        multiples: Sequence[float] = (1.0,),
+        multiples: float | Sequence[float] = (1.0,),
         *,
         model: nn.Module | None = None,
     ) -> Rise:
         """The rise of a batch's loss along the method's own ascent, at multiples of the radii of the param groups.
 
-        It takes no step and leaves everything as it was, bit for bit: weights, gradients, the optimizer's and the
-        method's state, random numbers, and what the model holds beside its weights. `flatmin.measure.radius` makes a
-        table of several batches. The schedule, the radius's rule and the choice among samples are left out: what is
-        measured is an ascent at `multiple * rho` on the whole batch.
+        It takes no step and puts back, bit for bit, weights, gradients, the optimizer's and the method's state, random
+        numbers, and what the model holds beside its weights. `flatmin.measure.radius` makes a table of several batches.
+        The schedule, the radius's rule and the choice among samples are left out: what is measured is an ascent at
+        `multiple * rho` on the whole batch.
+
+        Not put back are tensors that modules keep inside lists and dicts and write to in place, containers inside
+        these, what the closure does elsewhere, and existing gradients of networks other than `model`, which the
+        closure's backward adds to.
 
         Args:
             closure: as in `step`; a list of them for micro-batches.
-            multiples: of the groups' rho, > 0. Default (1,).
-            model: whose buffers and other untrained state are put back. Default None: the optimizer's own `model`.
+            multiples: of the groups' rho, > 0; a number or several. Default (1,).
+            model: whose buffers and other untrained state are put back; give every network that the loss passes
+                through, several as an `nn.ModuleList`. Untrained parameters are copied only if all of them are at most
+                twice as large as the trained weights. Default None: the optimizer's own `model`.
 
         Returns:
             The loss at w, and for each multiple the rise that the gradient predicts, that measured, and the length of
             eps. It costs one gradient for w and for each multiple those of an ascent and one more.
 
         Raises:
-            RuntimeError: during an update, and what the passes of `step` raise.
+            RuntimeError: during an update, also between the first loss of a manual loop's step and the perturbation; a
+                closure without backward; a forward that writes to large untrained parameters; and what the passes of
+                `step` raise.
             ValueError: a method that never leaves w or knows no way yet, rho = 0 everywhere, a multiple that is not
-                above 0, several processes.
+                above 0, no closures, several processes.
             TypeError: a closure that does not return its loss.
             ArithmeticError: a loss or gradient at w that is not finite.
         """
         self._refuse_during_update("rise()")
-        if not all(isinstance(m, (int, float)) and 0 < m < math.inf for m in multiples):
-            raise ValueError(f"multiples must be numbers above 0, got {list(multiples)!r}.")
         model = self._model if model is None else model
-        ascents = Ascents(self._tools, self, self._begin, self.abort, self._own_generators, model)
-        return ascents.rise(as_list(closure), multiples)
+        own = self._own_generators
+        ascents = Ascents(self._tools, self, self._begin, self.abort, own, model, cleared=self._cleared)
+        return ascents.rise(closure, multiples)
 
     # -- checkpoints and copies -----------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from flatmin.optim.tensors import is_sharded
 from flatmin.words import warn
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-_PLAIN = set(nn.Module().__dict__)
+PLAIN = set(nn.Module().__dict__)
 _COMPARED, _AGAIN = 3, 100  # values are compared in the first updates, and in one of so many later on
 _WHOLE = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 _SIMPLE = {int, float, bool, str, type(None)}
@@ -101,16 +101,16 @@ class UntrainedState:
             held = module.__dict__ if id(module) in own else {}
             skipped = id(module) in self._statistics or (self._free and hasattr(module, "running_mean"))
             for key, value in held.items():
-                if key in _PLAIN:
+                if key in PLAIN:
                     continue
                 if value is None or isinstance(value, (numbers.Number, str)):
                     self._numbers.append((held, key))
-                elif isinstance(value, Tensor) and not value.requires_grad and _has_values(value):
+                elif isinstance(value, Tensor) and not value.requires_grad and has_values(value):
                     self._places.append((held, key))
                     self._names.append(prefix + key)
             for table in (module._buffers, module._parameters):
                 for key, value in table.items():
-                    if id(value) in self._trained or (skipped and key in STATISTICS) or not _has_values(value):
+                    if id(value) in self._trained or (skipped and key in STATISTICS) or not has_values(value):
                         continue
                     self._places.append((table, key))
                     self._names.append(prefix + key)
@@ -122,8 +122,8 @@ class UntrainedState:
         values = [place.get(key) for place, key in self._numbers]
         return _Look(
             tensors,
-            list(map(_version, tensors)),
-            list(map(_address, tensors)),
+            list(map(version, tensors)),
+            list(map(address, tensors)),
             [v if type(v) in _SIMPLE or isinstance(v, (numbers.Number, str)) else _Other(id(v)) for v in values],
         )
 
@@ -175,8 +175,8 @@ class UntrainedState:
         known = self._silent | self._late
         copied = self._first[0] | {i for i, n in enumerate(self._names) if self._compares or n in known}
         # What shares its memory with a weight moves with it.
-        weights = {_memory(w) for w in self._trained.values()} - {0} if copied else set()
-        self._aliases = {i for i in copied if _memory(held.tensors[i]) in weights}
+        weights = {memory(w) for w in self._trained.values()} - {0} if copied else set()
+        self._aliases = {i for i in copied if memory(held.tensors[i]) in weights}
         copied -= self._aliases
         self._copies = {i: x.clone() for i in copied if isinstance(x := held.tensors[i], Tensor)}
 
@@ -229,7 +229,7 @@ class UntrainedState:
             if not ours:
                 continue
             if isinstance(value, Tensor) and i not in self._copies:
-                if value._version == held.versions[i] and _address(value) == held.addresses[i]:
+                if value._version == held.versions[i] and address(value) == held.addresses[i]:
                     self._places[i][0][self._places[i][1]] = value  # another tensor stood in its place
                     continue
                 lost.append(self._names[i])
@@ -254,7 +254,7 @@ class UntrainedState:
             if value.shape != self._copies[i].shape:
                 value.resize_(self._copies[i].shape)
             value.copy_(self._copies[i])
-            held.versions[i], held.addresses[i] = _version(value), _address(value)
+            held.versions[i], held.addresses[i] = version(value), address(value)
         place[key] = value
 
 
@@ -270,14 +270,15 @@ def _kept(x: Any) -> Any:
     return x if isinstance(x, Tensor) and x.grad_fn is None else None
 
 
-def _memory(x: Any) -> int:
+def memory(x: Any) -> int:
+    """Where the memory begins that a tensor is a part of; 0 for anything else."""
     try:
         return x.untyped_storage().data_ptr() if isinstance(x, Tensor) else 0
     except (RuntimeError, NotImplementedError):
         return 0  # tensors without memory of their own
 
 
-def _has_values(x: Any) -> bool:
+def has_values(x: Any) -> bool:
     """Whether it can be copied and compared; quantised and nested tensors cannot."""
     if x is None:
         return True
@@ -285,14 +286,16 @@ def _has_values(x: Any) -> bool:
     return not odd and (x.is_floating_point() or x.is_complex() or x.dtype in _WHOLE)
 
 
-def _address(x: Any) -> int:
+def address(x: Any) -> int:
+    """Where a tensor's memory begins; 0 for anything else."""
     try:
         return x.data_ptr() if isinstance(x, Tensor) else 0
     except RuntimeError:
         return 0  # tensors without memory of their own
 
 
-def _version(x: Any) -> int:
+def version(x: Any) -> int:
+    """How often a tensor has been written to; 0 for anything else."""
     try:
         return x._version if isinstance(x, Tensor) else 0
     except RuntimeError:

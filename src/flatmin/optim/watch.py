@@ -15,7 +15,7 @@ from flatmin.optim.random_state import RandomState
 from flatmin.optim.untrained import UntrainedState
 from flatmin.words import warn
 
-_SLOT = "_compiled_call_impl"
+SLOT = "_compiled_call_impl"
 
 
 class CallSlot:
@@ -30,7 +30,7 @@ class CallSlot:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = weakref.ref(module)
-        self.inner = module.__dict__.get(_SLOT)  # what `module.compile()` has put there
+        self.inner = module.__dict__.get(SLOT)  # what `module.compile()` has put there
         self.watches: list[tuple[weakref.ref[ModelWatch], bool]] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -75,9 +75,9 @@ class CallSlot:
     def stay(self) -> None:
         """Go round what `module.compile()` has put in the place since."""
         module = self._module()
-        if module is not None and (found := module.__dict__.get(_SLOT)) is not self:
+        if module is not None and (found := module.__dict__.get(SLOT)) is not self:
             self.inner = found
-            module.__dict__[_SLOT] = self
+            module.__dict__[SLOT] = self
 
     def watches_over(self, module: nn.Module) -> bool:
         """Whether it was made for this very module."""
@@ -93,20 +93,20 @@ class CallSlot:
         """Forget a watch; the last one takes the slot with it."""
         self.watches = [entry for entry in self.watches if entry[0] is not watch and entry[0]() is not None]
         module = self._module()
-        if not self.watches and module is not None and module.__dict__.get(_SLOT) is self:
-            del module.__dict__[_SLOT]
+        if not self.watches and module is not None and module.__dict__.get(SLOT) is self:
+            del module.__dict__[SLOT]
             if self.inner is not None:
-                module.__dict__[_SLOT] = self.inner
+                module.__dict__[SLOT] = self.inner
 
 
 def _slot_of(module: nn.Module) -> CallSlot:
     # torch's own list of the attributes that scripting leaves out; else it would read this one's annotation.
     ignored = torch.jit._recursive.ignored_attributes
-    if _SLOT not in ignored:
-        ignored.append(_SLOT)
-    slot = module.__dict__.get(_SLOT)
+    if SLOT not in ignored:
+        ignored.append(SLOT)
+    slot = module.__dict__.get(SLOT)
     if not (isinstance(slot, CallSlot) and slot.watches_over(module)):
-        slot = module.__dict__[_SLOT] = CallSlot(module)
+        slot = module.__dict__[SLOT] = CallSlot(module)
     return slot
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from flatmin.data.dataset import Data
+from flatmin.measure.radius import LOW_RESOLUTION, RESOLUTION
 from flatmin.methods import Need
 from flatmin.optim import SAM
 from flatmin.train.feed import Batch
@@ -21,12 +22,14 @@ FILLED = 20
 """How many updates with a learning rate of 0 fill a method's memory at the weights of a finished run."""
 
 Closures = list[Any]
-Ascents = tuple[SAM, Closures]
+Ascents = tuple[SAM, Closures, float]
 
 
 @contextmanager
 def ascents(trainer: Trainer, index: Tensor) -> Iterator[Ascents]:
-    """The optimizer of a run in training and closures of a few batches; what the trainer counts is put back.
+    """The optimizer of a run in training, closures of a few batches, and the resolution of their losses.
+
+    What the trainer counts is put back.
 
     Args:
         trainer: of the run.
@@ -37,7 +40,8 @@ def ascents(trainer: Trainer, index: Tensor) -> Iterator[Ascents]:
     trainer._right, trainer._seen = {}, []
     trainer.model.train()
     try:
-        yield trainer.optimizer, [_closure(trainer, batch) for batch in _batches(trainer, index)]
+        resolution = RESOLUTION if trainer.config.precision == "float32" else LOW_RESOLUTION
+        yield trainer.optimizer, [_closure(trainer, batch) for batch in _batches(trainer, index)], resolution
     finally:
         trainer.gradients, trainer._right, trainer._seen, training = kept
         trainer.model.train(training)

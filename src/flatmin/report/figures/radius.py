@@ -13,8 +13,8 @@ from flatmin.report.style import styles
 def rise(shown: FoundRadius | Mapping[str, FoundRadius]) -> Chart:
     """Predicted and measured rise over the radius, means over the batches, with a band from the least to the greatest.
 
-    Dotted lines stand at the radius at which the prediction is off and, of one method, at the present radius. What is
-    not positive, or not finite, is a gap.
+    Dotted lines stand at the radius at which the prediction is off and, of one method, at the param groups' rho. What
+    is not positive, or not finite, is a gap.
 
     Args:
         shown: what `flatmin.measure.radius` found, or several by name.
@@ -57,7 +57,7 @@ def rise(shown: FoundRadius | Mapping[str, FoundRadius]) -> Chart:
             label = f"{prefix}off by {found.off:.0%} at {found.limit:.2g}"
             series.append(_upright(found.limit, ends, label, style[name].tone, name))
         if len(named) == 1:
-            series.append(_upright(found.rho, ends, f"present rho {found.rho:.2g}", "ink", name))
+            series.append(_upright(found.rho, ends, f"rho of the param groups {found.rho:.2g}", "ink", name))
     return Chart(
         title="Rise of the loss along the ascent",
         x=Axis(label="rho", log=True),
