@@ -218,19 +218,16 @@ def test_a_loss_outside_of_the_passes_has_no_part_in_them(entry, with_model, nam
             loss = loop.criterion(loop.model(3 * x), y)
             if other == "given up":
                 loss.backward()
-        if other == "validation" and not with_model:
-            loop.model.zero_grad()
-        elif other != "first loss before clearing" or entry != "perturbed":
+        if entry != "perturbed":
             loop.optimizer.zero_grad()
-        if other == "first loss before clearing" and entry == "perturbed":
-            loss = loop.backward(0, call=lambda loss: None)
-            loop.optimizer.zero_grad()
-            loss.backward()
+            loop.update(entry, 0)
+        else:
+            loss = loop.backward(0, call=lambda loss: None) if other == "first loss before clearing" else None
+            (loop.optimizer if other != "validation" or with_model else loop.model).zero_grad()
+            loop.backward(0) if loss is None else loss.backward()
             with loop.optimizer.perturbed():
                 loop.backward(0)
             loop.optimizer.step()
-        else:
-            loop.update(entry, 0)
         ends.append(loop.state())
     assert all(all(map(torch.equal, end, ends[0])) for end in ends[1:])
 
