@@ -43,7 +43,8 @@ def test_methods_are_shown_with_the_copies_that_their_own_parameters_state():
         assert recipe_of(method, **params).extra_copies == flatmin.compose(method).extra_copies
 
 
-def test_closure_calls_over_a_period_are_the_stated_gradients():
+def test_closure_calls_over_a_period_are_the_stated_gradients(monkeypatch):
+    monkeypatch.setattr(cost, "LONG", 20)  # of looksam's period of 5
     methods = ["looksam", "momentum-sam", "micro-sam"]
     costs, skipped = cost.measure(SMALL, methods, rounds=2)
     assert not skipped

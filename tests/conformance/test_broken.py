@@ -207,17 +207,21 @@ def test_what_a_small_sound_one_cannot_do(sound):
     }
 
 
+def slow(*row):
+    return pytest.param(*row, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("kind", "broken"),
     [
-        (Subtracts, {"lr zero stays", "return is exact", "bf16 return", "exception in pass 2"}),
-        (NormOfATensor, {"sam with sgd", "sam with adamw", "double precision", "one global norm"}),
+        slow(Subtracts, {"lr zero stays", "return is exact", "bf16 return", "exception in pass 2"}),
+        slow(NormOfATensor, {"sam with sgd", "sam with adamw", "double precision", "one global norm"}),
         (ForgetsTheBase, {"resume with sgd", "resume with adamw"}),
-        (RestoresByGradient, {"lr zero stays", "gradient in pass 1 only", "gradient in pass 2 only"}),
+        slow(RestoresByGradient, {"lr zero stays", "gradient in pass 1 only", "gradient in pass 2 only"}),
         (LeavesAnException, {"exception in pass 2"}),
-        (SwapsPointers, {"addresses stay"}),
-        (LossAbove, {"step returns the loss"}),
-        (SavesTheWeights, {"no copy of the weights"}),
+        slow(SwapsPointers, {"addresses stay"}),
+        slow(LossAbove, {"step returns the loss"}),
+        slow(SavesTheWeights, {"no copy of the weights"}),
         (
             TrainsTheCheckpoint,
             {"resume with sgd", "resume with adamw", "loading keeps the model", "no copy of the weights"},

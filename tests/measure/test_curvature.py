@@ -40,7 +40,14 @@ def test_the_hessian_is_the_dense_one(name, size, memory):
     assert operator.stored_graphs == (0 if memory == 0 else -(-17 // size))
 
 
-@pytest.mark.parametrize("name", ["mlp", "groupnorm", "attention", "tied", "sum", "class weights"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mlp",
+        "tied",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("groupnorm", "attention", "sum", "class weights")),
+    ],
+)
 def test_the_forward_form_is_the_same(name):
     """Mean squared error has no forward derivative of its gradient in every release of torch."""
     model, x, y, loss = make(name)

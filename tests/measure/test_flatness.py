@@ -61,6 +61,7 @@ def deep(scales=(1.0, 1.0, 1.0), labels=None):
 class TestPacBayes:
     A = torch.logspace(-1, 1, 20).double()
 
+    @pytest.mark.slow
     def test_the_interval_covers_the_closed_form(self):
         """sigma = sqrt(2 t / sum a), as a standard deviation; of 40 seeds at 95 %, 34 or more in 99 % of the cases."""
         problem, want = parabola(self.A), math.sqrt(2 * 0.1 / float(self.A.sum()))

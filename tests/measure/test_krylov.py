@@ -166,6 +166,7 @@ def test_a_late_eigenvalue_is_not_missed_in_silence():
         assert abs(float(found.top[1]) - 4.9) < 0.05 or found.chance_missed > 0.01
 
 
+@pytest.mark.slow
 def test_the_stated_chance_is_a_bound():
     """Over start vectors, the top eigenvalue is missed by more than the tolerance less often than stated."""
     values = torch.cat([torch.tensor([1.0]), torch.linspace(0, 0.97, 400)]).double()

@@ -186,6 +186,7 @@ class TestBezier:
         assert torch.equal(runs[0].knots, runs[1].knots) and not torch.equal(runs[0].knots, runs[2].knots)
         assert torch.equal(state, torch.get_rng_state())
 
+    @pytest.mark.slow
     def test_the_trained_point_is_that_of_a_quadratic(self):
         """On L = |w|^2/2 the best control point is known: E[m (e + m c)] = 0 with m = 2t(1-t), e the ends' part."""
 

@@ -312,6 +312,7 @@ class TestAverage:
         return of_quadratic(torch.full((30,), 0.3).double(), matrix), float(matrix.trace())
 
     @pytest.mark.parametrize("antithetic", [True, False])
+    @pytest.mark.slow
     def test_the_interval_covers_as_often_as_it_says(self, antithetic):
         """200 seeds; 90.5 to 98.5 % is the 99 % range of a binomial with 95 %."""
         problem, trace = self.quadratic()

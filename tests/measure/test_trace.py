@@ -29,6 +29,7 @@ def known(operator):
 
 
 @pytest.mark.parametrize("deflated", [False, True])
+@pytest.mark.slow
 def test_the_interval_of_the_trace_covers_it_as_often_as_it_says(operator, known, deflated):
     """300 seeds; 91.7 to 98.3 % is the 99 % range of a binomial with 95 %."""
     tol = 0.01 if deflated else 0.05

@@ -199,6 +199,7 @@ def test_other_sizes():
     assert count(lambda: ViT(image_size=64, patch=8, depth=3, width=48, heads=4)) == vit(3, 48, 8, 64, 10)
 
 
+@pytest.mark.slow
 def test_the_depth_counts_layers_with_weights():
     """Convolutions and linear layers, those of shortcuts left out; in wide networks all convolutions (6n + 4)."""
     for name in FORMULAS.keys() - {"conv", "mlp", "vit"}:

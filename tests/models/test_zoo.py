@@ -43,7 +43,9 @@ def test_names():
     assert {"resnet18", "resnet56", "wrn28-10", "densenet121", "vgg19-bn", "pyramidnet110", "vit"} <= set(MODELS)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in LARGE else []) for name in MODELS]
+)
 def test_every_network_has_the_common_options(name):
     """Its signature, shapes for grey images, for larger ones and before the average, and what it refuses."""
     make, seen = MODELS[name], []

@@ -114,6 +114,7 @@ def test_it_is_the_angle_of_the_papers_formula(theta, device):
     assert torch.cat([w.detach() for w in loop.weights]).tolist() == pytest.approx([x for w in hand.w for x in w])
 
 
+@pytest.mark.slow
 def test_a_slower_average_turns_less_in_the_noise():
     """Nearly all noise: SAM's ascents have nothing to do with each other, and VaSSO's as much as its average keeps.
 

@@ -348,7 +348,7 @@ quiet = pytest.mark.filterwarnings(
 @pytest.mark.timeout(600)  # to make a failure short takes hypothesis up to five minutes
 @pytest.mark.parametrize("name", METHODS)
 def test_short_lives(name):
-    lives, steps = (6, 20) if name in WRITTEN else (2, 12)
+    lives, steps = (4, 16) if name in WRITTEN else (1, 12)
     machine = type("Life", (Engine,), {"method": name})
     run_state_machine_as_test(machine, settings=settings(**COMMON, max_examples=lives, stateful_step_count=steps))
 

@@ -205,6 +205,7 @@ NETWORKS = [
 ]
 
 
+@pytest.mark.slow
 def test_every_network_can_be_built():
     for project, line in NETWORKS:
         made = config(project, line)

@@ -69,6 +69,7 @@ def test_gradients_stay_below_the_bound_where_the_checker_says_converges(spectru
     st.sampled_from([0.51, 0.55, 0.6]),
     st.sampled_from([0.0, 0.25, 0.5]),
 )
+@pytest.mark.slow
 def test_gradients_fall_like_step_times_radius(spectrum, seed, u, p, q):
     """With p < 1, exp(-mu sum t) is gone soon; what is left follows t_k rho_k, whatever the rules."""
     largest = 3.0

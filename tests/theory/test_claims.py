@@ -40,6 +40,7 @@ def ends(problem, method, steps, radius, updates=600, **how):
 # Rules of unknown growth.
 
 
+@pytest.mark.slow
 def test_a_radius_that_still_rises_is_not_bounded():
     def rising(n):
         return float(n)

@@ -71,6 +71,7 @@ def test_the_extragradient_is_an_instance_of_the_relative_error():
     assert float((source(x) - g).norm()) <= problem.function_class.L * rho * float(g.norm())
 
 
+@pytest.mark.slow
 def test_random_errors_leave_a_floor_that_follows_the_step():
     """x+ = (1 - t) x + t e on x^2/2: E|x|^2 = t eps^2 / (2 - t)."""
     problem = Quadratic([1.0])
