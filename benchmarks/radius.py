@@ -25,7 +25,8 @@ import torch
 
 from benchmarks.results import BenchmarkResult, Table
 from flatmin.measure import radius
-from flatmin.measure.radius import MULTIPLES
+from flatmin.measure.radius import MULTIPLES, FoundRadius
+from flatmin.report import figures
 from flatmin.stats import summarise
 from flatmin.study.expand import grid_points
 from flatmin.study.reading import read_study
@@ -47,6 +48,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--find-only", action="store_true", help="do not train at the six radii; print nothing of them"
     )
+    command.add_argument("--figure", type=Path, metavar="FILE", help="only draw the rise of one case, in a few seconds")
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,8 @@ class Case:
 
 def run(options: argparse.Namespace) -> BenchmarkResult:
     """Train, look, compare."""
+    if options.figure is not None:
+        return _draw(options.figure)
     found = _found(options.out / "radius-found.jsonl")
     result = BenchmarkResult("radius", settings={"study": STUDY.name, "batches": BATCHES})
     if options.find_only:
@@ -145,22 +149,38 @@ def _configs() -> Iterator[RunConfig]:
                 yield config
 
 
+def _draw(file: Path) -> BenchmarkResult:
+    """The rise at the start and later, of one case."""
+    one = ("conv", 0.0, "sam", 0)
+    config = next(c for c in _configs() if (c.model, c.noise, c.method, c.seed) == one)
+    looks = _looks(config)
+    figures.save(figures.rise({"at the start": looks["start"], "after three epochs": looks["later"]}), file, width=6.0)
+    notes = [f"{when}: {found.sentence()}" for when, found in looks.items()]
+    return BenchmarkResult("radius", settings={"figure": str(file)}, notes=notes)
+
+
 def _look(config: RunConfig) -> dict[str, Any]:
     """The radii found at the start and after a quarter of the training."""
+    line: dict[str, Any] = {}
+    for when, found in _looks(config).items():
+        line |= {when: found.limit, f"{when}_batches": list(found.limits)}
+    return line
+
+
+def _looks(config: RunConfig) -> dict[str, FoundRadius]:
+    """What is found at the start and after a quarter of the training."""
     trainer = Trainer(config)
     order = torch.randperm(len(trainer.data.train), generator=torch.Generator().manual_seed(config.seed))
     index = order[: BATCHES * config.batch_size]
-    line: dict[str, Any] = {}
+    looks: dict[str, FoundRadius] = {}
     for when in WHEN:
         with ascents(trainer, index) as (optimizer, closures, resolution):
-            found = radius(optimizer, closures, resolution=resolution)
-        line[when] = found.limit
-        line[f"{when}_batches"] = list(found.limits)
+            looks[when] = radius(optimizer, closures, resolution=resolution)
         if when == "start":
             for _ in range(config.epochs // 4):
                 for batch in trainer.batches():
                     trainer.step(batch)
-    return line
+    return looks
 
 
 def _cases(file: Path, found: Sequence[dict[str, Any]]) -> Iterator[Case]:
