@@ -108,7 +108,7 @@ def run(options: argparse.Namespace) -> BenchmarkResult:
         result.notes.append(f"{len(found)} radii are in {options.out / 'radius-found.jsonl'}.")
         return result
     _study(options.out, options.archive)
-    cases = list(_cases(options.out / "studies" / "radius-seeds.csv", found))
+    cases = list(_cases(options.out / "studies" / "radius.seeds.csv", found))
     result.tables = [_radii(cases), _accuracies(cases), _summary(cases)]
     beyond = sum(math.isinf(rho) for case in cases for when in WHEN for rho in case.found[when])
     result.notes += [

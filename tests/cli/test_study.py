@@ -93,10 +93,11 @@ def test_from_a_file_to_a_table_and_on(study, file, tmp_path):
     assert "97.25" in rows[2] and "97.25" not in rows[1]
     folder = tmp_path / "out" / "studies"
     assert lines[-2:] == [
-        f"Tables: {folder / 'clouds.md'}, .csv, -seeds.csv, .tex",
+        f"Tables: {folder / 'clouds.md'}, .csv, .seeds.csv, .tex",
         f"Report: {folder / 'clouds.html'}",
     ]
-    with open(folder / "clouds-seeds.csv", encoding="utf-8", newline="") as seeds:
+    assert [path.name for path in sorted(folder.glob("*.csv"))] == ["clouds.csv", "clouds.seeds.csv"]
+    with open(folder / "clouds.seeds.csv", encoding="utf-8", newline="") as seeds:
         found = [row for row in csv.DictReader(seeds) if row["metric"] == "test_acc"]
     assert [(row["arm"], row["rho"], row["seed"]) for row in found[:3]] == [
         ("SGD", "", "0"),
@@ -390,7 +391,7 @@ def test_a_table_under_its_own_name_leaves_the_other(study, tmp_path):
     study("seed=0", "rho=0.2", "--table", "larger")
     assert (tmp_path / "out" / "studies" / "clouds.md").read_text(encoding="utf-8") == before
     names = {path.stem for path in (tmp_path / "out" / "studies").iterdir()}
-    assert names == {"clouds", "clouds-seeds", "larger", "larger-seeds"}
+    assert names == {"clouds", "clouds.seeds", "larger", "larger.seeds"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

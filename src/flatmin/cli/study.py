@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from flatmin.study.spec import StudySpec
     from flatmin.study.tabulate import StudyTable
 
-FILES = {".md": "markdown", ".csv": "comma_separated", "-seeds.csv": "per_seed", ".tex": "latex"}
+# Named so that the table itself is the first of the CSV files.
+FILES = {".md": "markdown", ".csv": "comma_separated", ".seeds.csv": "per_seed", ".tex": "latex"}
 MAX_WORKERS = 8  # each one loads torch; more rarely pays
 
 
