@@ -4,7 +4,6 @@ import re
 import shlex
 import subprocess
 import sys
-import time
 
 import pytest
 import typer
@@ -70,14 +69,19 @@ def test_help_imports_no_torch():
 
 
 def test_help_answers_at_once():
-    """0.3 s on an idle machine; the best of several, and some slack, since tests share theirs."""
+    """0.3 s on an idle machine; of processor time, since tests share theirs, the best of several."""
+
+    def spent():
+        times = os.times()
+        return times.children_user + times.children_system
+
     times = []
     for _ in range(5):
-        begun = time.perf_counter()
+        begun = spent()
         subprocess.run(
             [sys.executable, "-m", "flatmin.cli.main", "--help"], check=True, capture_output=True, timeout=60
         )
-        times.append(time.perf_counter() - begun)
+        times.append(spent() - begun)
         if times[-1] < 0.3:
             break
     assert min(times) < 0.9
