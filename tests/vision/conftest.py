@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.library import Library
 
 
 def declared():
@@ -22,16 +23,16 @@ def declared():
         except OSError:
             continue
         return None
-    library = torch.library.Library("torchvision", "FRAGMENT")
+    fragment = Library("torchvision", "FRAGMENT")
     for name in ("nms", "qnms"):
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return library
+        fragment.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return fragment
 
 
-LIBRARY = declared()  # its operators live as long as it does
+FRAGMENT = declared()  # its operators live as long as it does
 
 
 @pytest.fixture
 def mismatched():
     """Whether the installed torchvision does not match the installed torch."""
-    return LIBRARY is not None
+    return FRAGMENT is not None

@@ -425,15 +425,15 @@ def _along_the_difference(
     c: StepContext,
 ) -> dict[int, Tensor]:
     """The displacement along after - before, in Euclidean norm, by position; of tensors that have both."""
-    found = [i for i in index if before[i] is not None and after[i] is not None]
-    if not found:
+    both = [i for i in index if before[i] is not None and after[i] is not None]
+    if not both:
         return {}
-    new: Any = [_dense(after[i]) for i in found]
-    old: Any = [_dense(before[i]) for i in found]
+    new: Any = [_dense(after[i]) for i in both]
+    old: Any = [_dense(before[i]) for i in both]
     rise = list(torch._foreach_sub(new, old))
     norm, reach = c.norm(rise), dict(zip(index, factors, strict=True))
-    up = Perturbation(found, rise, norm, norm, [reach[i] for i in found], eps)
-    return dict(zip(found, up.tensors(), strict=True))
+    up = Perturbation(both, rise, norm, norm, [reach[i] for i in both], eps)
+    return dict(zip(both, up.tensors(), strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -306,7 +306,7 @@ def program(
     ) -> Generator[GradientRequest, Gradients, Perturbation | None]:
         nonlocal at_w, pass_1
         owned = False
-        kept: Gradients = []
+        shown: Gradients = []  # to the inner loop
         index: Sequence[int] = inputs.moved
         g: Tensors | None = None
         if direction.evaluates:
@@ -320,9 +320,9 @@ def program(
             if combine.uses_gradient and at_w is None:
                 at_w = grads
             if recipe.inner_loop.uses_gradient:
-                kept = grads
+                shown = grads
             # An inner loop may have made the list itself.
-            owned = isinstance(grads, PassGradients) and grads.owned and at_w is None and not kept
+            owned = isinstance(grads, PassGradients) and grads.owned and at_w is None and not shown
             index, g = _gather(grads, index)
             del grads
             if not index:
@@ -354,7 +354,7 @@ def program(
             reach = [factor * r for r in reach]
         # Staged state may be these very tensors.
         owned = owned and not out.staged and len(t) == len(g or ()) and all(map(operator.is_, t, g or ()))
-        return Perturbation(index, t, norm, size, reach, eps, owned, kept)
+        return Perturbation(index, t, norm, size, reach, eps, owned, shown)
 
     on: bool | None = bool(inputs.moved)
     if on and schedule.conditional:

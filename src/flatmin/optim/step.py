@@ -488,15 +488,15 @@ class Step:
             terms=() if outcome.post is None else outcome.post[1],
         )
         finite = finite and self._ascent_finite
-        seen = outcome.remembered
-        keeps = stepped and finite and (seen is None or flags is not None or math.isfinite(float(seen)))
+        beside = outcome.remembered
+        keeps = stepped and finite and (beside is None or flags is not None or math.isfinite(float(beside)))
         if scaling is not None and not stepped:
             # The scaler would find what is left infinite once more.
             tools.base.zero_grad()
             if tools.guard is not None:
                 tools.guard.watch.clear()
         if keeps:
-            gate = None if flags is None or not outcome.staged else _gate([outcome.size, seen], left_out)
+            gate = None if flags is None or not outcome.staged else _gate([outcome.size, beside], left_out)
             for kind, (index, new) in outcome.staged.items():
                 tools.state.commit(kind, [weights[i] for i in index], new, gate)
         if stepped and outcome.post is not None:
