@@ -1,1 +1,1 @@
-"""What any sharpness-aware optimizer should do, run against any implementation; see docs/conformance.md."""
+"""What any sharpness-aware optimizer should do, run against any implementation; see docs/loops/conformance.md."""

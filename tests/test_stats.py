@@ -169,7 +169,7 @@ def test_the_level_holds_for_differences_of_few_samples(seeds):
 
 @pytest.mark.slow
 def test_the_level_holds_from_2_to_10_seeds_and_from_100_to_10000_samples(capsys):
-    """Simulated test sets; `python -m pytest -m slow tests/test_stats.py -s` prints the table of docs/compare.md.
+    """Simulated test sets; `python -m pytest -m slow tests/test_stats.py -s` prints that of docs/studies/compare.md.
 
     Two methods of equal accuracy get a count each by seed, the same but for `unsure` images that each of them answers
     by a coin, alone at the lower end of what a share can be; the last kind of networks answers every image by chances

@@ -1,4 +1,4 @@
-"""Write docs/study-tables.md: the demo of every study, run by `flatmin study NAME --demo`, with its table.
+"""Write docs/studies/demo-tables.md: the demo of every study, run by `flatmin study NAME --demo`, with its table.
 
     python tools/demo_tables.py [NAME ...] [--out FOLDER] [--kept]
 
@@ -20,12 +20,12 @@ import torch
 
 from flatmin.train.settings import preset_names, read_preset
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "study-tables.md"
+PAGE = Path(__file__).resolve().parents[1] / "docs/studies/demo-tables.md"
 HEAD = """# Demo tables
 
 What `flatmin study NAME --demo` prints for every study of the package: small networks on the handwritten digits that
 ship with scikit-learn, so that the shape of each table can be seen in minutes and without a GPU. They say nothing about
-the paper's own task. How to read the columns: [study.md](study.md). Written by `python tools/demo_tables.py`.
+the paper's own task. How to read the columns: [Studies](index.md). Written by `python tools/demo_tables.py`.
 """
 _SECTION = re.compile(r"^## (\S+)\n.*?(?=^## |\Z)", re.M | re.S)
 

@@ -175,7 +175,7 @@ def elsewhere(_: Mapping[str, Method]) -> str:
     lines = []
     for name, place in ELSEWHERE.items():
         text = re.sub(r"\bflatmin(\.\w+)+", lambda found: f"`{found[0]}`", place)
-        lines.append(f"- `{name}`: " + re.sub(r"docs/(\w+\.md)", r"[\1](\1)", text) + ".")
+        lines.append(f"- `{name}`: " + re.sub(r"docs/(\S+\.md)", r"[\1](../\1)", text) + ".")
     return "\n".join(lines)
 
 
@@ -337,19 +337,19 @@ def files(_: Mapping[str, Method]) -> str:
 # Page and name of a part -> what is written there.
 PARTS: dict[tuple[str, str], Callable[[Mapping[str, Method]], str]] = {
     ("README.md", "methods"): readme,
-    ("docs/methods.md", "tables"): overview,
-    ("docs/methods.md", "elsewhere"): elsewhere,
-    ("docs/methods.md", "needs"): needs,
-    ("docs/methods.md", "matrix"): matrix.as_markdown,
-    ("docs/loops.md", "loops"): loops.as_markdown,
-    ("docs/design.md", "picture"): picture,
-    ("docs/design.md", "files"): files,
-    ("docs/train.md", "settings"): run_settings,
-    ("docs/measure.md", "settings"): settings_of("measure"),
-    ("docs/study.md", "entries"): settings_of("study"),
-    ("docs/study.md", "measure"): settings_of("view"),
-    ("docs/study.md", "ray"): settings_of("ray"),
-    ("docs/study.md", "slurm"): settings_of("slurm"),
+    ("docs/methods/index.md", "tables"): overview,
+    ("docs/methods/index.md", "elsewhere"): elsewhere,
+    ("docs/methods/index.md", "needs"): needs,
+    ("docs/methods/index.md", "matrix"): matrix.as_markdown,
+    ("docs/loops/index.md", "loops"): loops.as_markdown,
+    ("docs/contributing/design.md", "picture"): picture,
+    ("docs/contributing/design.md", "files"): files,
+    ("docs/train/index.md", "settings"): run_settings,
+    ("docs/measure/index.md", "settings"): settings_of("measure"),
+    ("docs/studies/index.md", "entries"): settings_of("study"),
+    ("docs/studies/index.md", "measure"): settings_of("view"),
+    ("docs/studies/index.md", "ray"): settings_of("ray"),
+    ("docs/studies/index.md", "slurm"): settings_of("slurm"),
 }
 FILES: dict[str, Callable[[], str]] = {f"src/flatmin/cli/{FILE}": lambda: as_text(DEFINED())}
 

@@ -12,7 +12,7 @@ from conformance import adapters, runner, table
 from conformance.behaviours import ALL, BY_NAME
 from conformance.verdict import ABSENT, FAIL, PASS, BehaviourOutcome, at_most, within
 
-PAGE = Path(__file__).parents[2] / "docs" / "conformance.md"
+PAGE = Path(__file__).parents[2] / "docs/loops/conformance.md"
 BAD = """
 import os, sys, time
 import flatmin
@@ -129,7 +129,9 @@ def test_the_page_has_every_behaviour_and_flatmin_passes_all():
     assert [name for name in rows if name in BY_NAME] == [b.name for b in ALL]
     assert {rows[b.name] for b in ALL} == {"pass"}
     for b in ALL:
-        assert f"- **{b.name}**: {b.demand} *{b.why}*" in text, "run python -m conformance --into docs/conformance.md"
+        assert f"- **{b.name}**: {b.demand} *{b.why}*" in text, (
+            "run python -m conformance --into docs/loops/conformance.md"
+        )
 
 
 def test_the_adapter_on_the_page_runs(tmp_path):

@@ -1,6 +1,6 @@
 """A method that is built in takes its part, one line in the table of names, and the command that writes the pages.
 
-So does a new import, which changes the picture in `docs/design.md`.
+So does a new import, which changes the picture in `docs/contributing/design.md`.
 """
 
 import itertools
@@ -18,8 +18,8 @@ import pytest
 from tools import generate
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = ("README.md", "docs/methods.md", "docs/loops.md", "docs/design.md")
-OTHERS = ("docs/train.md", "docs/study.md", "docs/measure.md")  # nothing of a method stands there
+PAGES = ("README.md", "docs/methods/index.md", "docs/loops/index.md", "docs/contributing/design.md")
+OTHERS = ("docs/train/index.md", "docs/studies/index.md", "docs/measure/index.md")  # nothing of a method stands there
 PART = '''
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,7 @@ def reached(arrows):
 
 
 def test_the_picture_has_all_imports_and_no_others():
-    picture = re.search(r"```mermaid\n(.*?)```", (ROOT / "docs/design.md").read_text(), re.DOTALL)[1]
+    picture = re.search(r"```mermaid\n(.*?)```", (ROOT / "docs/contributing/design.md").read_text(), re.DOTALL)[1]
     boxes = {box: re.findall(r"<b>(\w+)</b>", text) for box, text in re.findall(r'^(\w+)\["(.*)"\]$', picture, re.M)}
     boxes |= {name: [name] for name in re.findall(r"^subgraph (\w+) ", picture, re.M)}
     drawn = re.findall(r"^(\w+) --> (\w+)$", picture, re.M)
@@ -101,11 +101,13 @@ def test_the_picture_has_all_imports_and_no_others():
 
 
 def test_the_check_fails_for_a_new_import_unless_it_is_for_type_checkers(tmp_path, monkeypatch, capsys):
-    (tmp_path / "docs").mkdir()
-    shutil.copy(ROOT / "docs/design.md", tmp_path / "docs")
+    (tmp_path / "docs" / "contributing").mkdir(parents=True)
+    shutil.copy(ROOT / "docs/contributing/design.md", tmp_path / "docs" / "contributing")
     shutil.copytree(ROOT / "src" / "flatmin", tmp_path / "flatmin", ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(generate, "SOURCES", tmp_path / "flatmin")
-    monkeypatch.setattr(generate, "PARTS", {k: v for k, v in generate.PARTS.items() if k[0] == "docs/design.md"})
+    monkeypatch.setattr(
+        generate, "PARTS", {k: v for k, v in generate.PARTS.items() if k[0] == "docs/contributing/design.md"}
+    )
     file = tmp_path / "flatmin" / "models" / "zoo.py"
     for_checkers = "if TYPE_CHECKING:\n    from flatmin.measure import trace\n"
     file.write_text(f"{file.read_text()}\n\n{for_checkers}\n\ndef load():\n    from flatmin.data import digits\n")
@@ -118,7 +120,7 @@ def test_the_check_fails_for_a_new_import_unless_it_is_for_type_checkers(tmp_pat
 def test_a_part_and_a_line_in_the_table_are_all_that_a_method_takes(tmp_path):
     shutil.copytree(ROOT / "src", tmp_path / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
     for name in (*PAGES, *OTHERS, "tools/generate.py"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     methods = tmp_path / "src" / "flatmin" / "methods"
     with (methods / "direction.py").open("a") as file:

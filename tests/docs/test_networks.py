@@ -1,4 +1,4 @@
-"""The loops of docs/several-networks.md train as a loop of SAM written by hand does."""
+"""The loops of docs/loops/several-networks.md train as a loop of SAM written by hand does."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch
 import flatmin
 from tests.helpers import sam_by_hand
 
-PAGE = (Path(__file__).parents[2] / "docs" / "several-networks.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs/loops/several-networks.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
 
 

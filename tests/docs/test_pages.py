@@ -16,14 +16,14 @@ from flatmin.data.dataset import as_data
 from flatmin.originals.projects import PROJECTS
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def blocks(page):
     return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda p: p.name)
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda p: str(p.relative_to(ROOT)))
 def test_python_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
@@ -88,7 +88,7 @@ def test_studies_are_understood(tmp_path, monkeypatch):
     from flatmin.study.reading import read_study
 
     monkeypatch.chdir(tmp_path)
-    text = (ROOT / "docs" / "study.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs/studies/index.md").read_text(encoding="utf-8")
     Path("my_study.toml").write_text(re.search(r"^```toml\n(.*?)^```", text, re.DOTALL | re.MULTILINE).group(1))
     for page in PAGES:
         for line in re.findall(r"^    flatmin study (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE):
@@ -114,7 +114,12 @@ def test_studies_are_understood(tmp_path, monkeypatch):
 def test_the_page_of_studies_has_every_study():
     from flatmin.train.settings import preset_names
 
-    text = (ROOT / "docs" / "study.md").read_text(encoding="utf-8").partition("## The studies")[2].partition("\n## ")[0]
+    text = (
+        (ROOT / "docs/studies/index.md")
+        .read_text(encoding="utf-8")
+        .partition("## The studies")[2]
+        .partition("\n## ")[0]
+    )
     listed = set()
     for line in re.findall(r"^\| (`.*?) \|", text, re.MULTILINE):
         first, *others = re.findall(r"`([^`]+)`", line)
@@ -126,7 +131,7 @@ def test_command_lines_of_the_originals_become_what_the_page_says(tmp_path, monk
     """Every block of the page is a session: the command, which is run with --dry-run, and what it prints."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RANK", raising=False)
-    page = (ROOT / "docs" / "originals.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs/papers/command-lines.md").read_text(encoding="utf-8")
     sessions = "".join(re.findall(r"^```console\n(.*?)^```", page, re.DOTALL | re.MULTILINE))
     found = re.findall(r"^\$ flatmin (.*)\n((?:(?!\$ ).*\n)+)", sessions, re.MULTILINE)
     assert len(found) == sessions.count("$ flatmin") >= 8
@@ -142,7 +147,7 @@ def test_command_lines_of_the_originals_become_what_the_page_says(tmp_path, monk
 
 
 def test_the_page_of_the_originals_has_every_flag():
-    page = (ROOT / "docs" / "originals.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs/papers/command-lines.md").read_text(encoding="utf-8")
     for name, project in PROJECTS.items():
         part = page.partition(f"## `{name}`")[2].partition("\n## ")[0]
         table = [cell for line in part.splitlines() if line.startswith("| `--") for cell in line.split("|")[1:2]]

@@ -8,7 +8,7 @@ import torch
 
 import flatmin
 
-DOCS = Path(__file__).parents[2] / "docs"
+DOCS = Path(__file__).parents[2] / "docs" / "loops"
 PAGES = ("frameworks.md", "bases.md", "adapters.md")
 # The sections of a page run one after another where the later ones go on from the earlier.
 NEEDS = {

@@ -1,4 +1,4 @@
-"""What docs/theory.md claims: its commands are understood, its session is what is printed, its figures are there."""
+"""What the page on the theory claims: commands are understood, the session is what is printed, figures are there."""
 
 import re
 import shlex
@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from flatmin.cli.main import app
 from flatmin.theory.demonstrations import DEMONSTRATIONS
 
-PAGE = Path(__file__).parents[2] / "docs" / "theory.md"
+PAGE = Path(__file__).parents[2] / "docs/theory/index.md"
 TEXT = PAGE.read_text(encoding="utf-8")
 LINES = [shlex.split(line.split("#")[0]) for line in re.findall(r"^    flatmin theory (.*)$", TEXT, re.MULTILINE)]
 
@@ -42,5 +42,5 @@ def test_sessions_are_what_is_printed():
 def test_every_demonstration_has_its_command_and_a_small_figure():
     for name in DEMONSTRATIONS:
         assert [name] in LINES
-        assert f"](theory/{name}.png)" in TEXT
+        assert f"]({name}.png)" in TEXT
         assert 10_000 < (PAGE.parent / "theory" / f"{name}.png").stat().st_size < 120_000
