@@ -43,4 +43,4 @@ def test_every_demonstration_has_its_command_and_a_small_figure():
     for name in DEMONSTRATIONS:
         assert [name] in LINES
         assert f"]({name}.png)" in TEXT
-        assert 10_000 < (PAGE.parent / "theory" / f"{name}.png").stat().st_size < 120_000
+        assert 10_000 < (PAGE.parent / f"{name}.png").stat().st_size < 120_000
