@@ -139,7 +139,8 @@ def test_the_adapter_on_the_page_runs(tmp_path):
     path = tmp_path / "my_adapter.py"
     path.write_text("import flatmin\n" + code)
     mine = adapters.load(str(path))
-    statuses = [BY_NAME[n].run(mine).status for n in ("sam with sgd", "asam", "loop without closure", "scaler and clipping")]
+    names = ("sam with sgd", "asam", "loop without closure", "scaler and clipping")
+    statuses = [BY_NAME[n].run(mine).status for n in names]
     assert statuses == [PASS, ABSENT, PASS, ABSENT]
 
 
