@@ -57,7 +57,7 @@ def text(columns: Sequence[AdapterColumn]) -> str:
         cells = [marks[c.outcomes[name].status] if name in c.outcomes else "" for c in columns]
         lines.append("".join([f"  {name:<{wide}}", *(f"{cell:>13}" for cell in cells)]))
     sums = [f"{c.count(PASS)}/{c.count(PASS) + c.count(FAIL)}" for c in columns]
-    lines += ["", "".join([f"  {'passed of those offered':<{wide}}", *(f"{s:>13}" for s in sums)])]
+    lines += ["", "".join([f"  {'passed, of those offered':<{wide}}", *(f"{s:>13}" for s in sums)])]
     for c in columns:
         if c.failures:
             lines += ["", f"{c.heading} fails:"]
@@ -72,7 +72,7 @@ def page(columns: Sequence[AdapterColumn], environment: str) -> str:
     lines = [environment, "", "| | " + " | ".join(c.title for c in columns) + " |", "|---|" + "---|" * len(columns)]
     lines.append("| version | " + " | ".join(c.version for c in columns) + " |")
     sums = [f"{c.count(PASS)} of {c.count(PASS) + c.count(FAIL)}" for c in columns]
-    lines.append("| passed of those offered | " + " | ".join(sums) + " |")
+    lines.append("| passed, of those offered | " + " | ".join(sums) + " |")
     theme = ""
     for of, name in rows:
         if of != theme:
@@ -80,14 +80,14 @@ def page(columns: Sequence[AdapterColumn], environment: str) -> str:
             lines.append(f"| **{TITLES[of].rstrip('.')}** |" + " |" * len(columns))
         cells = [marks[c.outcomes[name].status] if name in c.outcomes else "" for c in columns]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    lines += ["", "### What is demanded, and why", ""]
+    lines += ["", "### What each behaviour means, and why it matters", ""]
     lines += [f"- **{b.name}**: {b.demand} *{b.why}*" for b in ALL if (b.theme, b.name) in rows]
-    lines += ["", "### The failing figures", ""]
+    lines += ["", "### What each failure looks like", ""]
     for c in columns:
         if c.failures:
-            lines += [f"<details><summary>{c.heading}: {len(c.failures)}</summary>", ""]
+            lines += [f"#### {c.heading}: {len(c.failures)} failures", ""]
             lines += [f"- {o.behaviour}: {_code(_short(o.figure))}" for o in c.failures]
-            lines += ["", "</details>", ""]
+            lines += [""]
     return "\n".join(lines).rstrip()
 
 

@@ -341,7 +341,7 @@ PARTS: dict[tuple[str, str], Callable[[Mapping[str, Method]], str]] = {
     ("docs/methods/index.md", "elsewhere"): elsewhere,
     ("docs/methods/index.md", "needs"): needs,
     ("docs/methods/index.md", "matrix"): matrix.as_markdown,
-    ("docs/loops/index.md", "loops"): loops.as_markdown,
+    ("docs/loops/support.md", "loops"): loops.as_markdown,
     ("docs/contributing/design.md", "picture"): picture,
     ("docs/contributing/design.md", "files"): files,
     ("docs/train/index.md", "settings"): run_settings,

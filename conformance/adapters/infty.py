@@ -36,7 +36,7 @@ class ADAPTER(Adapter):
         self.claims(form, options)
         one_radius(params)
         if replicated and not own:
-            raise NotOfferedError("own ascents only")
+            raise NotOfferedError("local ascents only")
         made = base.make(params)
         groups = [p for g in made.param_groups for p in g["params"]]
         return Returning(SAM(groups, made, model or nn.Module(), {"rho": rho}, adaptive=form == "asam"))

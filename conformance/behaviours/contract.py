@@ -1,4 +1,4 @@
-"""What trainers, schedulers and hooks expect of a torch optimizer."""
+"""Behaviour of a torch optimizer: trainers, schedulers and hooks."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def _built(adapter: Adapter, **base: Any) -> tuple[nn.Sequential, Subject]:
 
 @behaviour
 def is_an_optimizer(adapter: Adapter) -> str:
-    """What the user holds is a torch.optim.Optimizer.
+    """The object that the user holds is a torch.optim.Optimizer.
 
-    Schedulers, GradScaler, Lightning and Accelerate refuse anything else.
+    Schedulers, GradScaler, Lightning and Accelerate accept nothing else.
     """
     _, subject = _built(adapter)
     demand(isinstance(subject.optimizer, torch.optim.Optimizer), f"a {type(subject.optimizer).__name__}")
@@ -33,9 +33,9 @@ def is_an_optimizer(adapter: Adapter) -> str:
 
 @behaviour
 def step_takes_a_closure(adapter: Adapter) -> str:
-    """`optimizer.step(closure)` alone is a whole step: no backward before it.
+    """`optimizer.step(closure)` alone is a whole step, without a backward before it.
 
-    Trainers that pass a closure crash, or train on the gradient that the last step left behind.
+    Otherwise trainers that pass a closure crash, or train on the gradient that the last step left behind.
     """
     model = net()
     reference = copy.deepcopy(model)
@@ -51,7 +51,7 @@ def step_takes_a_closure(adapter: Adapter) -> str:
 def step_returns_the_loss(adapter: Adapter) -> str:
     """`optimizer.step(closure)` returns the loss at w.
 
-    Logs show nothing, or the loss at w + eps, which is no other run's.
+    Otherwise logs show nothing, or the loss at w + eps, which cannot be compared with other runs.
     """
     model, subject = _built(adapter)
     wanted = float(loss_on(model, 0)())
@@ -62,9 +62,9 @@ def step_returns_the_loss(adapter: Adapter) -> str:
 
 @behaviour
 def two_evaluations_a_step(adapter: Adapter) -> str:
-    """The documented step runs the closure twice, in the first step and later ones.
+    """The documented step runs the closure twice, in the first step and in later ones.
 
-    One evaluation is no ascent at w, three are half again the price.
+    With one evaluation there is no ascent from w. Three evaluations cost half as much again.
     """
     model, subject = _built(adapter)
     counts = []
@@ -83,9 +83,9 @@ def two_evaluations_a_step(adapter: Adapter) -> str:
 
 @behaviour
 def scheduler_drives_the_lr(adapter: Adapter) -> str:
-    """A torch scheduler changes the learning rate that the weights see.
+    """A torch scheduler changes the learning rate that the weights are updated with.
 
-    The schedule runs and is logged, and training continues with the first learning rate.
+    Otherwise the schedule is logged, but training continues with the first learning rate.
     """
     model = net()
     reference = copy.deepcopy(model)
@@ -99,10 +99,10 @@ def scheduler_drives_the_lr(adapter: Adapter) -> str:
 
 
 @behaviour
-def no_word_on_the_order(adapter: Adapter) -> str:
-    """The documented step followed by the scheduler's gives no warning about their order.
+def no_scheduler_warning(adapter: Adapter) -> str:
+    """The documented step followed by the scheduler's step gives no warning about their order.
 
-    The warning sends users looking for an error in a loop that has none, or hides a real one.
+    Such a warning makes users look for an error in a correct loop, or hides a real one.
     """
     model, subject = _built(adapter)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(subject.schedulable, 0.5)
@@ -116,9 +116,9 @@ def no_word_on_the_order(adapter: Adapter) -> str:
 
 @behaviour
 def hooks_fire_once(adapter: Adapter) -> str:
-    """Step hooks run once a step, before and after.
+    """Step hooks run once a step, before and after it.
 
-    Averages of the weights, logging and profilers that hang on hooks see no step, or each step twice.
+    Otherwise weight averages, logging and profilers that use hooks see no step, or each step twice.
     """
     model, subject = _built(adapter)
     if not hasattr(subject.optimizer, "register_step_post_hook"):
@@ -140,9 +140,9 @@ def hooks_fire_once(adapter: Adapter) -> str:
 
 @behaviour
 def late_param_group(adapter: Adapter) -> str:
-    """A group added during training is climbed with, and trained.
+    """A param group added during training takes part in the ascent and is trained.
 
-    Layers that are unfrozen later stay out of the ascent or out of the base.
+    Otherwise layers that are unfrozen later are left out of the ascent or of the base.
     """
     model = net()
     late = list(model.parameters())[4:]
@@ -156,7 +156,7 @@ def late_param_group(adapter: Adapter) -> str:
     before = copies(late)
     gone = displacement(subject, late, closure_of(subject, loss_on(model, 2)))
     stepped = [p.detach() - b for p, b in zip(late, before, strict=True)]
-    demand(all(g.norm() for g in gone), "the group is not climbed with")
+    demand(all(g.norm() for g in gone), "the group takes no part in the ascent")
     demand(all(s.norm() for s in stepped), "the group is not trained")
     return ""
 
@@ -174,7 +174,7 @@ def _goes_on_alike(model: nn.Module, subject: Subject, other: nn.Module, copied:
 
 @behaviour
 def deepcopy(adapter: Adapter) -> str:
-    """A deep copy of model and optimizer trains on as the original does, and apart from it.
+    """A deep copy of model and optimizer continues training like the original, and independently of it.
 
     Look-ahead, population training and retries after a failure copy optimizers.
     """
@@ -186,9 +186,9 @@ def deepcopy(adapter: Adapter) -> str:
 
 @behaviour
 def pickled(adapter: Adapter) -> str:
-    """Model and optimizer that were pickled together train on as the originals do.
+    """A model and an optimizer that were pickled together continue training like the originals.
 
-    Spawned workers and schedulers of jobs hand optimizers over as pickles.
+    Spawned workers and job schedulers pass optimizers on as pickles.
     """
     model, subject = _built(adapter)
     train(subject, model, range(3))
@@ -202,7 +202,7 @@ BEHAVIOURS: tuple[Behaviour, ...] = (
     step_returns_the_loss,
     two_evaluations_a_step,
     scheduler_drives_the_lr,
-    no_word_on_the_order,
+    no_scheduler_warning,
     hooks_fire_once,
     late_param_group,
     deepcopy,

@@ -1,4 +1,4 @@
-"""What a model sees of the two passes."""
+"""The state of the model in both passes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _touched_once(adapter: Adapter, model: nn.Module, layer: int, loss_of: Calla
 def batchnorm_statistics(adapter: Adapter) -> str:
     """After a step the running mean and variance are those of one forward at w.
 
-    Statistics of w + eps get into the averages that the model is evaluated with.
+    Otherwise statistics at w + eps enter the averages that the model is evaluated with.
     """
     model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
     layer = model[1]
@@ -48,7 +48,7 @@ def batchnorm_statistics(adapter: Adapter) -> str:
 def batchnorm_count(adapter: Adapter) -> str:
     """BatchNorm with momentum=None, a plain average, counts each batch once.
 
-    num_batches_tracked runs twice as fast, and the average weighs the batches wrongly.
+    Otherwise num_batches_tracked grows twice as fast, and the average weights the batches wrongly.
     """
     model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8, momentum=None), nn.ReLU(), nn.Linear(8, 3))
     return _touched_once(adapter, model, 1, lambda m: loss_on(m, 0))
@@ -56,9 +56,9 @@ def batchnorm_count(adapter: Adapter) -> str:
 
 @behaviour
 def instancenorm_statistics(adapter: Adapter) -> str:
-    """InstanceNorm with running statistics sees each batch once.
+    """InstanceNorm with running statistics uses each batch once.
 
-    Helpers that look for BatchNorm pass it by.
+    Helpers that search for BatchNorm layers miss it.
     """
     model = nn.Sequential(
         nn.Linear(6, 8),
@@ -94,7 +94,7 @@ def layers_after_an_exception(adapter: Adapter) -> str:
     train(subject, model, range(1, 2))
     after = (layer.momentum, layer.track_running_stats, layer.training)
     demand(before == after, f"(momentum, tracks, training) {before} -> {after}")
-    demand(not torch.equal(mean, layer.running_mean), "the statistics stand still")
+    demand(not torch.equal(mean, layer.running_mean), "the statistics did not change")
     return ""
 
 
@@ -102,7 +102,7 @@ def layers_after_an_exception(adapter: Adapter) -> str:
 def dropout_masks(adapter: Adapter) -> str:
     """Both passes of a step draw the same dropout masks, and two steps different ones.
 
-    The second gradient is of another function than the first, and the ascent is partly noise.
+    Otherwise the second gradient is that of another function, and the ascent is partly noise.
     """
     model = nn.Sequential(nn.Linear(6, 32), nn.Dropout(0.5), nn.Linear(32, 3))
     masks: list[Tensor] = []
@@ -116,10 +116,10 @@ def dropout_masks(adapter: Adapter) -> str:
 
 
 @behaviour
-def loop_by_hand(adapter: Adapter) -> str:
-    """A loop that calls backward itself gives the weights that the closure gives.
+def loop_without_closure(adapter: Adapter) -> str:
+    """A loop that calls backward itself gives the same weights as a closure.
 
-    Loops that cannot be turned into a closure cannot use the optimizer.
+    Otherwise loops that cannot be turned into a closure cannot use the optimizer.
     """
     model = net()
     reference = copy.deepcopy(model)
@@ -161,6 +161,6 @@ BEHAVIOURS: tuple[Behaviour, ...] = (
     instancenorm_statistics,
     layers_after_an_exception,
     dropout_masks,
-    loop_by_hand,
+    loop_without_closure,
     compiled_model,
 )

@@ -1,4 +1,4 @@
-"""Weights in bfloat16, and gradients that a GradScaler has scaled."""
+"""Weights in bfloat16, and a GradScaler."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from conformance.verdict import Behaviour, at_most, behaviour, demand, within
 
 @behaviour
 def bf16_distance(adapter: Adapter) -> str:
-    """With bfloat16 weights the displacement has the length asked for along its direction, within 5 % over 16 steps.
+    """With bfloat16 weights the displacement along eps has the length of eps, within 5 % over 16 steps.
 
-    Entries of eps that are smaller than half a rounding step vanish: most of the ascent does not happen.
+    Entries of eps that are smaller than half a rounding step vanish, and most of the ascent does not happen.
     """
     torch.manual_seed(0)
     w = nn.Parameter((0.5 * torch.randn(20000)).bfloat16())
@@ -46,10 +46,10 @@ def bf16_distance(adapter: Adapter) -> str:
 
 
 @behaviour
-def bf16_return(adapter: Adapter) -> str:
-    """With lr = 0, 50 steps leave bfloat16 weights, bit for bit.
+def bf16_restore(adapter: Adapter) -> str:
+    """With lr = 0, 50 steps leave bfloat16 weights unchanged, bit for bit.
 
-    Subtracting eps again rounds a second time, and the weights walk at random.
+    Subtracting eps rounds a second time, and the weights drift at random.
     """
     model = net(torch.bfloat16)
     before = copies(model.parameters())
@@ -82,9 +82,9 @@ def _with_scaler(adapter: Adapter, **options: Any) -> tuple[nn.Module, Subject, 
 
 @behaviour
 def scaler_changes_nothing(adapter: Adapter) -> str:
-    """Under a GradScaler, 10 steps are those without one, to 1e-6.
+    """Under a GradScaler, 10 steps equal those without one, to 1e-6.
 
-    The second gradient stays scaled and the step is thousands of times too long; or fp16 cannot be used at all.
+    Otherwise the second gradient stays scaled and the step is thousands of times too long, or fp16 cannot be used.
     """
     model, subject, scaler = _with_scaler(adapter)
     reference = net(torch.float32)
@@ -125,7 +125,7 @@ def _overflows(adapter: Adapter, at: int) -> str:
 def scaler_and_inf_in_pass_1(adapter: Adapter) -> str:
     """An overflow in pass 1 skips the step and halves the scale.
 
-    A scaler that hears of pass 2 only keeps its scale, and every step overflows.
+    A scaler that checks pass 2 only keeps its scale, and every step overflows.
     """
     return _overflows(adapter, 1)
 
@@ -134,16 +134,16 @@ def scaler_and_inf_in_pass_1(adapter: Adapter) -> str:
 def scaler_and_inf_in_pass_2(adapter: Adapter) -> str:
     """An overflow in pass 2 skips the step and halves the scale.
 
-    inf is written to the weights, or the skip leaves them at w + eps.
+    Otherwise inf is written to the weights, or skipping leaves them at w + eps.
     """
     return _overflows(adapter, 2)
 
 
 @behaviour
 def scaler_and_clipping(adapter: Adapter) -> str:
-    """Under a GradScaler, what the base takes is clipped by its true norm.
+    """Under a GradScaler, the gradient for the base is clipped by its unscaled norm.
 
-    A closure that clips sees scaled gradients, and unscaling twice is refused.
+    A closure that clips sees scaled gradients, and torch does not allow unscaling twice.
     """
     options = {"clip_norm": 0.01, "base": {"lr": 1.0, "momentum": 0.0, "weight_decay": 0.0}}
     model, subject, scaler = _with_scaler(adapter, **options)
@@ -153,10 +153,10 @@ def scaler_and_clipping(adapter: Adapter) -> str:
 
 
 @behaviour
-def scaler_unknown_to_it(adapter: Adapter) -> str:
-    """`scaler.step(optimizer, closure)` with a scaler that the optimizer does not know of is refused, or is right.
+def scaler_not_given(adapter: Adapter) -> str:
+    """`scaler.step(optimizer, closure)` with a scaler that was not given to the optimizer raises an error, or is right.
 
-    Accelerate makes this call: the second gradient stays scaled, and the step is as many times too long.
+    Accelerate makes this call. If the second gradient stays scaled, the step is too long by the factor of the scale.
     """
     model, scaler = net(torch.float32), _scaler()
     reference = copy.deepcopy(model)
@@ -179,10 +179,10 @@ def scaler_unknown_to_it(adapter: Adapter) -> str:
 
 BEHAVIOURS: tuple[Behaviour, ...] = (
     bf16_distance,
-    bf16_return,
+    bf16_restore,
     scaler_changes_nothing,
     scaler_and_inf_in_pass_1,
     scaler_and_inf_in_pass_2,
     scaler_and_clipping,
-    scaler_unknown_to_it,
+    scaler_not_given,
 )

@@ -1,4 +1,4 @@
-"""Two processes that train together: replicas of the model, and shards of it."""
+"""Two processes: DistributedDataParallel and fully_shard."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _replicas_are_equal(model: nn.Module) -> str:
 def ddp_replicas(adapter: Adapter) -> str:
     """After 50 float32 steps under DistributedDataParallel the replicas are equal, bit for bit.
 
-    Replicas that drift apart average gradients of different models.
+    Replicas that drift apart average the gradients of different models.
     """
     model, subject = _replicated(adapter, torch.float32)
     _train(subject, model, range(50))
@@ -65,9 +65,9 @@ def ddp_replicas(adapter: Adapter) -> str:
 
 @behaviour(ranks=2)
 def ddp_is_the_whole_batch(adapter: Adapter) -> str:
-    """Two replicas on half a batch each train as one process on the whole batch.
+    """Two replicas on half a batch each train like one process on the whole batch.
 
-    Results depend on how many processes train, and rho with them.
+    Otherwise results, and the best rho, depend on the number of processes.
     """
     model, subject = _replicated(adapter, torch.float64)
     reference = copy.deepcopy(model.module)
@@ -108,10 +108,10 @@ class _Mean:
 
 
 @behaviour(ranks=2)
-def own_ascents(adapter: Adapter) -> str:
-    """With an ascent on each replica's own gradient the step is SAM's formula on each and the mean of both.
+def local_ascents(adapter: Adapter) -> str:
+    """With an ascent on each replica's own gradient the step is SAM's formula on each, and the mean of both.
 
-    m-sharpness, by the authors of SAM the version that generalises best, cannot be had, or is silently the other one.
+    Otherwise m-sharpness, which SAM's authors found to generalise best, is not available or silently not used.
     """
     model, subject = _replicated(adapter, torch.float64, ascent_sync="none")
     mean = _Mean(copy.deepcopy(model.module))
@@ -122,10 +122,10 @@ def own_ascents(adapter: Adapter) -> str:
 
 
 @behaviour(ranks=2)
-def own_ascents_are_silent(adapter: Adapter) -> str:
-    """With own ascents DistributedDataParallel reduces once a step.
+def local_ascents_communicate_once(adapter: Adapter) -> str:
+    """With local ascents DistributedDataParallel reduces once a step.
 
-    The communication of pass 1 is paid for a gradient that is thrown away.
+    Otherwise pass 1 communicates a gradient that is not used.
     """
     model, subject = _replicated(adapter, torch.float32, ascent_sync="none")
     reduced = [0]
@@ -144,10 +144,10 @@ def own_ascents_are_silent(adapter: Adapter) -> str:
 
 
 @behaviour(ranks=2)
-def own_ascents_and_replicas(adapter: Adapter) -> str:
-    """With own ascents too the replicas are equal after 50 float32 steps, bit for bit.
+def local_ascents_and_replicas(adapter: Adapter) -> str:
+    """With local ascents, too, the replicas are equal after 50 float32 steps, bit for bit.
 
-    Each replica subtracts another eps, rounds differently, and they drift apart.
+    Otherwise each replica subtracts another eps and rounds differently, and they drift apart.
     """
     model, subject = _replicated(adapter, torch.float32, ascent_sync="none")
     _train(subject, model, range(50))
@@ -156,9 +156,9 @@ def own_ascents_and_replicas(adapter: Adapter) -> str:
 
 @behaviour(ranks=2)
 def inf_on_one_replica(adapter: Adapter) -> str:
-    """With own ascents an inf in pass 1 of one replica leaves all of them finite and equal.
+    """With local ascents an inf in pass 1 of one replica leaves all of them finite and equal.
 
-    One replica skips its ascent, or its step, and the others continue without it.
+    Otherwise one replica skips its ascent or its step, and the others continue without it.
     """
     model, subject = _replicated(adapter, torch.float32, ascent_sync="none")
     _train(subject, model, range(2))
@@ -191,10 +191,10 @@ class _RankDetour(nn.Module):
 
 
 @behaviour(ranks=2)
-def own_ascents_and_unused(adapter: Adapter) -> str:
-    """Own ascents with find_unused_parameters, where a layer is used on one replica only, keep the replicas equal.
+def local_ascents_and_unused_layers(adapter: Adapter) -> str:
+    """With local ascents and find_unused_parameters, a layer that only one replica uses keeps the replicas equal.
 
-    Whoever looks at gradients to decide what to reduce waits for ever, or steps a weight on one replica.
+    An implementation that decides by the gradients present what to reduce deadlocks, or steps a weight on one replica.
     """
     model = DistributedDataParallel(_RankDetour(), find_unused_parameters=True)
     subject = adapter.build(list(model.parameters()), sgd(), rho=RHO, model=model, ascent_sync="none")
@@ -223,9 +223,9 @@ def _sharded(adapter: Adapter, dtype: torch.dtype, seed: int = 0, **base: Any) -
 
 @behaviour(ranks=2)
 def fsdp2_is_the_whole_model(adapter: Adapter) -> str:
-    """Under fully_shard the model trains as unsharded in one process on the whole batch.
+    """Under fully_shard the model trains like the unsharded one in one process on the whole batch.
 
-    Each process takes the norm of its own shard, and the radius depends on the number of processes.
+    If each process takes the norm of its own shard, the radius depends on the number of processes.
     """
     model, subject = _sharded(adapter, torch.float32)
     reference = net(torch.float32)
@@ -238,10 +238,10 @@ def fsdp2_is_the_whole_model(adapter: Adapter) -> str:
 
 
 @behaviour(ranks=2)
-def fsdp2_return(adapter: Adapter) -> str:
-    """Under fully_shard, with lr = 0, 10 steps leave every weight, bit for bit.
+def fsdp2_restore(adapter: Adapter) -> str:
+    """Under fully_shard, with lr = 0, 10 steps leave every weight unchanged, bit for bit.
 
-    Assigning to .data of a sharded tensor does nothing: weights move by rho in every step.
+    Assigning to .data of a sharded tensor has no effect, so the weights move by rho in every step.
     """
     model, subject = _sharded(adapter, torch.float32, lr=0.0)
     before = _full(model)
@@ -267,9 +267,9 @@ def _on_disk(work: Callable[[str], None]) -> None:
 
 @behaviour(ranks=2)
 def fsdp2_checkpoint(adapter: Adapter) -> str:
-    """A sharded run continues from torch.distributed.checkpoint's files as if uninterrupted, bit for bit.
+    """A sharded run continues from the files of torch.distributed.checkpoint as if uninterrupted, bit for bit.
 
-    Long sharded trainings cannot be resumed, or lose their momentum.
+    Otherwise long sharded trainings cannot be resumed, or lose their momentum.
     """
     from torch.distributed import checkpoint
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -298,12 +298,12 @@ def fsdp2_checkpoint(adapter: Adapter) -> str:
 BEHAVIOURS: tuple[Behaviour, ...] = (
     ddp_replicas,
     ddp_is_the_whole_batch,
-    own_ascents,
-    own_ascents_are_silent,
-    own_ascents_and_replicas,
-    own_ascents_and_unused,
+    local_ascents,
+    local_ascents_communicate_once,
+    local_ascents_and_replicas,
+    local_ascents_and_unused_layers,
     inf_on_one_replica,
     fsdp2_is_the_whole_model,
-    fsdp2_return,
+    fsdp2_restore,
     fsdp2_checkpoint,
 )

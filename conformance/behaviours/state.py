@@ -53,9 +53,9 @@ def _resumes(adapter: Adapter, base: Base) -> str:
 
 @behaviour
 def resume_with_sgd(adapter: Adapter) -> str:
-    """Saved after 5 steps and loaded into fresh objects, 5 more give the uninterrupted run, bit for bit.
+    """Saved after 5 steps and loaded into fresh objects, 5 more steps give the uninterrupted run, bit for bit.
 
-    Without the base's momentum in it a checkpoint is smaller than expected and the loss jumps on resuming.
+    Without the base's momentum a checkpoint is smaller than expected, and the loss jumps on resuming.
     """
     return _resumes(adapter, sgd())
 
@@ -64,7 +64,7 @@ def resume_with_sgd(adapter: Adapter) -> str:
 def resume_with_adamw(adapter: Adapter) -> str:
     """The same with AdamW and its moments.
 
-    Adam starts again without moments, at the full learning rate.
+    Otherwise Adam starts again without moments, at the full learning rate.
     """
     return _resumes(adapter, adamw())
 
@@ -73,7 +73,7 @@ def resume_with_adamw(adapter: Adapter) -> str:
 def loading_keeps_the_model(adapter: Adapter) -> str:
     """After load_state_dict the optimizer trains the model's own tensors.
 
-    The optimizer continues training tensors of the checkpoint, and the model stands still.
+    Otherwise the optimizer trains tensors of the checkpoint, and the model does not change.
     """
     model, subject = _built(adapter, sgd())
     train(subject, model, range(2))
@@ -81,7 +81,7 @@ def loading_keeps_the_model(adapter: Adapter) -> str:
     before = copies(model.parameters())
     train(subject, model, range(2, 3))
     still = sum(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-    demand(not still, f"{still} of {len(before)} tensors stand still")
+    demand(not still, f"{still} of {len(before)} tensors did not change")
     return ""
 
 
@@ -89,7 +89,7 @@ def loading_keeps_the_model(adapter: Adapter) -> str:
 def loads_safely(adapter: Adapter) -> str:
     """`torch.load(weights_only=True)`, torch's default, reads the checkpoint.
 
-    Loading needs an option that runs code from the file.
+    Otherwise loading needs an option that runs code from the file.
     """
     model, subject = _built(adapter, sgd())
     train(subject, model, range(1))
@@ -125,7 +125,7 @@ def _copies_in(subject: Subject, model: nn.Module) -> float:
 def no_copy_of_the_weights(adapter: Adapter) -> str:
     """The checkpoint holds no copy of the weights, unless that of the plain base does.
 
-    Checkpoints grow by the size of the model, for tensors that the next step overwrites.
+    Otherwise checkpoints grow by the size of the model, for tensors that the next step overwrites.
     """
     more = []
     model, subject = _built(adapter, sgd(lr=1e-3))
@@ -141,9 +141,9 @@ def no_copy_of_the_weights(adapter: Adapter) -> str:
 
 @behaviour
 def plain_checkpoint_loads(adapter: Adapter) -> str:
-    """A checkpoint of the plain base loads: its momentum is used and rho stays.
+    """A checkpoint of the plain base loads: its momentum is used, and rho stays.
 
-    A run that begins plainly and ends sharpness-aware, the cheapest schedule there is, loses its momentum.
+    Otherwise a run that begins with the plain base and ends with SAM, the cheapest schedule, loses its momentum.
     """
     model = net()
     plain = Subject(adapter.plain(list(model.parameters()), sgd()))

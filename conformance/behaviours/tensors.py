@@ -1,4 +1,4 @@
-"""Tensors that are not a dense real weight with a gradient in both passes."""
+"""Unusual weights and gradients."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ def _step(subject: Subject, model: nn.Module, k: int, detours: Sequence[bool]) -
 
 @behaviour
 def gradient_in_pass_1_only(adapter: Adapter) -> str:
-    """A weight without gradient in pass 2 goes back to w, and the base leaves it alone.
+    """A weight without a gradient in pass 2 returns to w, and the base does not change it.
 
-    Restoring by the gradients of pass 2 leaves it at w + eps, for good.
+    An implementation that restores by the gradients of pass 2 leaves it at w + eps for good.
     """
     model = _Detour()
     subject = adapter.build(list(model.parameters()), sgd(weight_decay=0.0), rho=RHO, model=model)
@@ -66,9 +66,9 @@ def gradient_in_pass_1_only(adapter: Adapter) -> str:
 
 @behaviour
 def gradient_in_pass_2_only(adapter: Adapter) -> str:
-    """A weight without gradient in pass 1 stays at w in pass 2, and the base steps it.
+    """A weight without a gradient in pass 1 stays at w in pass 2, and the base steps it.
 
-    Nothing was saved for it, so restoring fails with a KeyError in the middle of training.
+    If no copy of it was saved, restoring fails with a KeyError in the middle of training.
     """
     model = _Detour()
     subject = adapter.build(list(model.parameters()), sgd(momentum=0.0, weight_decay=0.0), rho=RHO, model=model)
@@ -87,9 +87,9 @@ def gradient_in_pass_2_only(adapter: Adapter) -> str:
 
 @behaviour
 def gradient_in_earlier_steps_only(adapter: Adapter) -> str:
-    """A weight that had gradients once and has none now stays.
+    """A weight that had gradients in earlier steps and has none in this one stays unchanged.
 
-    What was added to it in its last step is subtracted again in every later one.
+    Otherwise the perturbation of its last step is subtracted again in every later one.
     """
     model = _Detour()
     subject = adapter.build(list(model.parameters()), sgd(momentum=0.0, weight_decay=0.0), rho=RHO, model=model)
@@ -104,9 +104,9 @@ def gradient_in_earlier_steps_only(adapter: Adapter) -> str:
 
 @behaviour
 def never_a_gradient(adapter: Adapter) -> str:
-    """Weights that are frozen or unused stay, and stay frozen.
+    """Weights that are frozen or unused do not change, and stay frozen.
 
-    Fine-tuning hands over models most of whose weights are frozen; torch's bases do not even decay those.
+    In fine-tuning most weights are frozen. The optimizers of torch do not even decay them.
     """
     model = net()
     model.unused = nn.Linear(3, 3).double()  # a submodule after the last layer, never called
@@ -122,9 +122,9 @@ def never_a_gradient(adapter: Adapter) -> str:
 
 @behaviour
 def zero_gradient(adapter: Adapter) -> str:
-    """A gradient of exactly zero, in float32 and in float16, is no ascent and no nan.
+    """With a gradient of exactly zero, in float32 and in float16, there is no ascent and no nan.
 
-    Division by a norm of 0 turns the weights to nan; a guard of 1e-12 is 0 in float16.
+    Division by a norm of 0 turns the weights to nan; an added 1e-12 is 0 in float16.
     """
     for dtype in (torch.float32, torch.float16):
         w = nn.Parameter(torch.ones(4, dtype=dtype))
@@ -145,7 +145,7 @@ class _WithEmpty(nn.Module):
 
 @behaviour
 def tensor_without_entries(adapter: Adapter) -> str:
-    """A weight of no entries changes nothing for the others.
+    """A weight without entries changes nothing for the others.
 
     Sharded and pruned models hold empty tensors, and so do adapters of rank 0.
     """
@@ -175,7 +175,7 @@ class _Tied(nn.Module):
 
 @behaviour
 def tied_weights(adapter: Adapter) -> str:
-    """A weight that two layers share is moved and counted once, as that of one layer used twice.
+    """A weight that two layers share is moved and counted once, like that of one layer used twice.
 
     Language models tie their embedding to their head.
     """
@@ -217,9 +217,9 @@ def _tokens(model: nn.Module, k: int) -> LossOf:
 
 @behaviour
 def sparse_gradients(adapter: Adapter) -> str:
-    """Sparse gradients of an embedding give the weights that dense ones give.
+    """Sparse gradients of an embedding give the same weights as dense ones.
 
-    Models with large embeddings cannot be trained, or get a wrong norm.
+    Otherwise models with large embeddings cannot be trained, or get a wrong norm.
     """
     sparse, dense = _Bag(sparse=True), _Bag(sparse=False)
     _base_takes(adapter, sparse, _tokens, "sparse gradients")
@@ -248,7 +248,7 @@ def _distance(model: nn.Module, k: int) -> LossOf:
 
 @behaviour
 def complex_weights(adapter: Adapter) -> str:
-    """Complex weights train as the pairs of real numbers that they are.
+    """Complex weights train like pairs of real numbers.
 
     Signal processing and Fourier layers have complex weights.
     """
@@ -272,7 +272,7 @@ def _any_sam(adapter: Adapter) -> Any:
 def complex_weights_in_asam(adapter: Adapter) -> str:
     """On complex weights ASAM moves along the gradient, scaled by |w| squared.
 
-    Scaling by the square of w turns the gradient, and every other step climbs down.
+    Scaling by the square of the complex w rotates the gradient, so that every other step descends.
     """
     model = _Complex(pairs=False)
     _base_takes(adapter, model, _distance, "complex weights")
@@ -292,7 +292,7 @@ def complex_weights_in_asam(adapter: Adapter) -> str:
 
 @behaviour
 def channels_last(adapter: Adapter) -> str:
-    """Weights in another memory format train as contiguous ones, and keep it.
+    """Weights in another memory format train like contiguous ones, and keep their format.
 
     Arithmetic on flat copies can mix up the entries of tensors that are not contiguous.
     """
@@ -314,9 +314,9 @@ def channels_last(adapter: Adapter) -> str:
 
 @behaviour
 def mixed_dtypes(adapter: Adapter) -> str:
-    """A model in float32 with a float64 head climbs as far as in float64.
+    """In a model in float32 with a float64 head the ascent is as long as in float64.
 
-    Norm layers and heads are kept in a higher precision than the rest.
+    Normalisation layers and heads are often kept in a higher precision than the rest.
     """
     lengths = []
     for dtype in (torch.float32, torch.float64):
@@ -332,10 +332,10 @@ def mixed_dtypes(adapter: Adapter) -> str:
 
 
 @behaviour
-def addresses_stay(adapter: Adapter) -> str:
+def addresses_do_not_change(adapter: Adapter) -> str:
     """Weights keep their storage: the address is the same in both passes and after the step.
 
-    CUDA graphs, flat buffers and views for averages keep pointing at memory that is no weight any more.
+    Otherwise CUDA graphs, flat buffers and views for averages point at memory that holds no weight any more.
     """
     model = net()
     params = list(model.parameters())
@@ -373,5 +373,5 @@ BEHAVIOURS: tuple[Behaviour, ...] = (
     complex_weights_in_asam,
     channels_last,
     mixed_dtypes,
-    addresses_stay,
+    addresses_do_not_change,
 )

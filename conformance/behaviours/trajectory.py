@@ -1,4 +1,4 @@
-"""The weights go where the formula says."""
+"""The weights follow the formula."""
 
 from __future__ import annotations
 
@@ -31,27 +31,27 @@ from conformance.verdict import Behaviour, at_most, behaviour, demand, within
 
 @behaviour
 def sam_with_sgd(adapter: Adapter) -> str:
-    """20 steps with SGD, momentum and weight decay are SAM's formula, to 1e-6.
+    """20 steps with SGD, momentum and weight decay equal SAM's formula to 1e-6.
 
-    Another algorithm runs under SAM's name, and published values of rho mean nothing to it.
+    Otherwise another algorithm runs under SAM's name, and published values of rho do not apply to it.
     """
     return at_most(follows_formula(adapter, sgd()), 1e-6, "weights differ by")
 
 
 @behaviour
 def sam_with_adamw(adapter: Adapter) -> str:
-    """20 steps with AdamW are SAM's formula, to 1e-6.
+    """20 steps with AdamW equal SAM's formula to 1e-6.
 
-    What the wrapper keeps in the base's state can keep AdamW from setting up its moments.
+    State that the wrapper keeps in the base can prevent AdamW from initialising its moments.
     """
     return at_most(follows_formula(adapter, adamw()), 1e-6, "weights differ by")
 
 
 @behaviour
 def asam(adapter: Adapter) -> str:
-    """20 steps are ASAM's formula with T = |w| on all tensors, to 1e-6.
+    """20 steps equal ASAM's formula with T = |w| on all tensors, to 1e-6.
 
-    The scale invariance that ASAM is chosen for is lost.
+    Otherwise ASAM loses its scale invariance.
     """
     return at_most(follows_formula(adapter, sgd(), "asam"), 1e-6, "weights differ by")
 
@@ -60,7 +60,7 @@ def asam(adapter: Adapter) -> str:
 def double_precision(adapter: Adapter) -> str:
     """In float64 the formulas hold to 1e-12.
 
-    A norm in float32 limits what gradient checks, scientific models and tests of one's own can resolve.
+    A norm computed in float32 limits the accuracy of gradient checks, scientific models and tests.
     """
     forms: list[Form] = [form for form in ("sam", "asam") if form in adapter.forms]
     if not forms:
@@ -73,7 +73,7 @@ def double_precision(adapter: Adapter) -> str:
 def rho_zero_is_the_base(adapter: Adapter) -> str:
     """With rho = 0, a net with BatchNorm and dropout trains as with the base alone, bit for bit.
 
-    A comparison of rho values with rho = 0 as its baseline compares two training procedures.
+    Otherwise a comparison of rho values with rho = 0 as the baseline compares two training procedures.
     """
     model, base = noisy_net(), sgd()
     reference = copy.deepcopy(model)
@@ -99,10 +99,10 @@ class _Branches(nn.Module):
 
 
 @behaviour
-def lr_zero_stays(adapter: Adapter) -> str:
-    """With lr = 0, 50 steps through randomly drawn branches leave every weight, bit for bit.
+def lr_zero_changes_nothing(adapter: Adapter) -> str:
+    """With lr = 0, 50 steps through randomly drawn branches leave every weight unchanged, bit for bit.
 
-    Weights of stochastic depth or of experts wander off by rho each time their branch is not drawn again.
+    With stochastic depth or experts, weights otherwise drift by rho each time their branch is not drawn again.
     """
     model = _Branches()
     before = copies(model.parameters())
@@ -116,7 +116,7 @@ def lr_zero_stays(adapter: Adapter) -> str:
 def one_global_norm(adapter: Adapter) -> str:
     """The second gradient is taken at distance rho from w, over all tensors together.
 
-    A norm for each tensor makes the radius grow with the square root of the number of tensors.
+    With a norm for each tensor the radius grows with the square root of the number of tensors.
     """
     adapter.claims("sam", {})
     model = net()
@@ -146,7 +146,7 @@ def _two_groups(model: nn.Sequential, first: float, second: float) -> list[dict]
 def rho_of_a_group(adapter: Adapter) -> str:
     """Each group moves with its own rho.
 
-    A model whose parts want different radii cannot be trained, or silently gets one radius.
+    Otherwise a model whose parts need different radii cannot be trained, or silently gets one radius.
     """
     model = net()
     one = _ascent(adapter, model, list(model.parameters()))
@@ -156,10 +156,10 @@ def rho_of_a_group(adapter: Adapter) -> str:
 
 
 @behaviour
-def group_at_rest(adapter: Adapter) -> str:
-    """A group with rho = 0 stays where it is, and the others move as if it were not there.
+def group_with_rho_zero(adapter: Adapter) -> str:
+    """A group with rho = 0 stays at w, and the others move as if it were not there.
 
-    Layers that are excluded from the ascent still shorten it for all others, without a word.
+    Otherwise layers that are excluded from the ascent still shorten it for all others.
     """
     model = net()
     gone = _ascent(adapter, model, _two_groups(model, 0.0, RHO))
@@ -170,9 +170,9 @@ def group_at_rest(adapter: Adapter) -> str:
 
 @behaviour
 def micro_batches(adapter: Adapter) -> str:
-    """Accumulation over four micro-batches is the step on the whole batch.
+    """Accumulation over four micro-batches equals the step on the whole batch.
 
-    Large batches do not fit, and accumulating around two passes by hand mixes the gradients of both.
+    Accumulating by hand around two passes mixes the gradients of both.
     """
     model = net()
     reference = copy.deepcopy(model)
@@ -187,9 +187,9 @@ def micro_batches(adapter: Adapter) -> str:
 
 @behaviour
 def clipping_in_the_closure(adapter: Adapter) -> str:
-    """Gradients clipped at the end of the closure reach the base clipped.
+    """Gradients that the closure clips at its end reach the base clipped.
 
-    With a gradient that the wrapper has replaced, or with both added up, clipping does not bound the step.
+    If the wrapper replaces the gradient, or adds up both, clipping does not bound the step.
     """
     model = net()
     params = list(model.parameters())
@@ -213,10 +213,10 @@ BEHAVIOURS: tuple[Behaviour, ...] = (
     asam,
     double_precision,
     rho_zero_is_the_base,
-    lr_zero_stays,
+    lr_zero_changes_nothing,
     one_global_norm,
     rho_of_a_group,
-    group_at_rest,
+    group_with_rho_zero,
     micro_batches,
     clipping_in_the_closure,
 )

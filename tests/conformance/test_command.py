@@ -39,7 +39,7 @@ class ADAPTER(Adapter):
 def test_a_process_that_dies_or_hangs_costs_its_own_behaviour(tmp_path):
     path = tmp_path / "odd.py"
     path.write_text(BAD)
-    names = ["one global norm", "rho zero is the base", "asam", "addresses stay", "zero gradient"]
+    names = ["one global norm", "rho zero is the base", "asam", "addresses do not change", "zero gradient"]
     chosen = [dataclasses.replace(BY_NAME[n], limit_s=1.0 if n == "zero gradient" else 60.0) for n in names]
     seen = []
     outcomes = runner.run(str(path), chosen, lambda adapter, outcome: seen.append(outcome))
@@ -139,7 +139,8 @@ def test_the_adapter_on_the_page_runs(tmp_path):
     path = tmp_path / "my_adapter.py"
     path.write_text("import flatmin\n" + code)
     mine = adapters.load(str(path))
-    statuses = [BY_NAME[n].run(mine).status for n in ("sam with sgd", "asam", "loop by hand", "scaler and clipping")]
+    names = ("sam with sgd", "asam", "loop without closure", "scaler and clipping")
+    statuses = [BY_NAME[n].run(mine).status for n in names]
     assert statuses == [PASS, ABSENT, PASS, ABSENT]
 
 

@@ -18,7 +18,7 @@ import pytest
 from tools import generate
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = ("README.md", "docs/methods/index.md", "docs/loops/index.md", "docs/contributing/design.md")
+PAGES = ("README.md", "docs/methods/index.md", "docs/loops/support.md", "docs/contributing/design.md")
 OTHERS = ("docs/train/index.md", "docs/studies/index.md", "docs/measure/index.md")  # nothing of a method stands there
 PART = '''
 

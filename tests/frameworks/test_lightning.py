@@ -145,7 +145,7 @@ class TestWithoutGlue:
         assert apart(module.net, by_hand("gsam", clip=0.3)[0]) < 1e-6
 
     def test_accumulation_needs_the_mixin(self):
-        """What docs/loops/frameworks.md warns of: Lightning's closure is that of the last batch alone."""
+        """What docs/loops/lightning.md warns of: Lightning's closure is that of the last batch alone."""
         module = Plain()
         with pytest.warns(UserWarning, match="drops the gradients of the forward before it"):
             fit(module, accumulate_grad_batches=3)

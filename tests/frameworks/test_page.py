@@ -1,4 +1,4 @@
-"""The code of three pages runs; its fences say `py`, because the ordinary tests run those that say `python`."""
+"""The code of pages that need a framework runs. Its fences say `py`, since the ordinary tests run `python` ones."""
 
 import re
 from pathlib import Path
@@ -9,27 +9,24 @@ import torch
 import flatmin
 
 DOCS = Path(__file__).parents[2] / "docs" / "loops"
-PAGES = ("frameworks.md", "bases.md", "adapters.md")
-# The sections of a page run one after another where the later ones go on from the earlier.
+# A page runs as a whole, since later blocks go on from earlier ones; of bases.md each section by itself.
 NEEDS = {
-    "Lightning": "lightning",
-    "Hugging Face Trainer": "transformers",
-    "Accelerate": "accelerate",
-    "skorch": "skorch",
+    "lightning.md": "lightning",
+    "hugging-face.md": "transformers",
+    "accelerate.md": "accelerate",
+    "skorch.md": "skorch",
+    "adapters.md": "peft",
     "Muon": "pytorch_optimizer",
     "Lion": "lion_pytorch",
     "Schedule-free": "schedulefree",
     "8-bit": "bitsandbytes",
-    "adapters.md": "peft",
 }
 
 
 def sections():
-    found = {}
-    for page in PAGES:
-        text = (DOCS / page).read_text(encoding="utf-8")
-        parts = re.split(r"^## (.*)\n", text, flags=re.MULTILINE)[1:]
-        found |= dict(zip(parts[::2], parts[1::2], strict=True)) if page != "adapters.md" else {page: text}
+    found = {page.name: page.read_text(encoding="utf-8") for page in DOCS.glob("*.md")}
+    parts = re.split(r"^## (.*)\n", found.pop("bases.md"), flags=re.MULTILINE)[1:]
+    found |= dict(zip(parts[::2], parts[1::2], strict=True))
     return {title: text for title, text in found.items() if "```py\n" in text}
 
 

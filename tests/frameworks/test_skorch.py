@@ -92,7 +92,7 @@ def test_the_optimizer_by_name(method):
 
 
 class WithModel(NeuralNetClassifier):
-    """The three lines of docs/loops/frameworks.md for nets with BatchNorm."""
+    """The three lines of docs/loops/skorch.md for nets with BatchNorm."""
 
     def initialize_optimizer(self, *args, **kwargs):
         super().initialize_optimizer(*args, **kwargs)
