@@ -273,18 +273,18 @@ def method_page(name: str) -> str:
         MARK,
         f"# {title}: `{name}`",
         prose(method.summary),
-        prose(getattr(method, "when", "")),
+        f"**When to use it.** {prose(when)}" if (when := getattr(method, "when", "")) else "",
         "```text\n" + "\n".join(re.split(r",  |;  ", method.formula)) + "\n```",
         prose(legend),
         *use(name, recipe),
         "## At a glance",
         glance(method, recipe),
+        *details(method),
         "## Parameters",
         *parameters(method),
         "## Where it works",
         *support(name, recipe),
         *measured(name),
-        *details(method),
         *differences(name, method),
         "## Source",
         source(method),
@@ -366,7 +366,7 @@ def glance(method: Method, recipe: Recipe) -> str:
         ("composes with", f"{fits} of {len(others)} other names ([table](composing.md#every-pair))"),
         ("in the terminal", f"`flatmin methods {method.name}`"),
     ]
-    return _table(("", ""), rows)
+    return _table(("property", "value"), rows)
 
 
 @cache
@@ -522,7 +522,7 @@ def details(method: Method) -> list[str]:
         pieces.insert(
             0, "d is the direction: g, unless a method that sets another direction is composed with this one."
         )
-    return ["## Details", *pieces] if pieces else []
+    return ["## How it works", *pieces] if pieces else []
 
 
 def differences(name: str, method: Method) -> list[str]:
