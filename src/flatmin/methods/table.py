@@ -371,3 +371,36 @@ BUILT_IN = (
     ),
     *RULES,
 )
+
+# What a reader looks for -> the names that serve it, also those of `names.ELSEWHERE`; in the order of the pages.
+USES: dict[str, tuple[str, ...]] = {
+    "Start here: the baseline and SAM": ("sgd", "sam"),
+    "Spend fewer gradients than SAM": (
+        "every-k",
+        "bernoulli",
+        "ae-sam",
+        "late",
+        "looksam",
+        "momentum-sam",
+        "stale-sam",
+        "mesa",
+        "saf",
+    ),
+    "Measure rho in another norm": ("asam", "fisher-sam", "usam"),
+    "Try another perturbation at SAM's cost": ("vasso", "fsam", "bisam-log", "bisam-tanh", "rsam", "gcsam"),
+    "Weigh the loss against its sharpness": ("gsam", "wsam", "gnp", "sagm"),
+    "Lower the curvature or the gradient norm too": ("cr-sam", "gam", "c-flat", "eigen-sam"),
+    "Train with large batches, or take several ascent steps": ("micro-sam", "n-step"),
+    "Train on noisy labels or rare classes, or estimate uncertainty": ("saner", "imbsam", "bsam"),
+    "Train language models or adapters": ("functional-sam", "flat-lora", "lora-sam"),
+    "Perturb only a part of the weights": ("only", "sam-on", "zsharp", "ssam-f", "ssam-d"),
+    "Change rho during the training, or start SAM later": ("rho-lr", "rho-ramp", "rho-power", "warm-up"),
+    "Run research ablations and reference methods": (
+        "sam-direction",
+        "sam-magnitude",
+        "sgdhess",
+        "sam-db",
+        "esam",
+        "sampa",
+    ),
+}
