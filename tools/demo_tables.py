@@ -23,9 +23,12 @@ from flatmin.train.settings import preset_names, read_preset
 PAGE = Path(__file__).resolve().parents[1] / "docs/studies/demo-tables.md"
 HEAD = """# Demo tables
 
-What `flatmin study NAME --demo` prints for every study of the package: small networks on the handwritten digits that
-ship with scikit-learn, so that the shape of each table can be seen in minutes and without a GPU. They say nothing about
-the paper's own task. How to read the columns: [Studies](index.md). Written by `python tools/demo_tables.py`.
+Each section shows what `flatmin study NAME --demo` prints for one study of the package. A demo trains small networks on
+the handwritten digits that come with scikit-learn, so it takes minutes and needs no GPU. It shows the shape of the
+table and says nothing about the paper's own task.
+
+[Read the table](index.md#read-the-table) explains the columns, [List of studies](list.md) what each study reproduces.
+This page is written by `python tools/demo_tables.py`.
 """
 _SECTION = re.compile(r"^## (\S+)\n.*?(?=^## |\Z)", re.M | re.S)
 

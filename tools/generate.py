@@ -749,12 +749,12 @@ PARTS: dict[tuple[str, str], Callable[[Mapping[str, Method]], str]] = {
     ("docs/loops/support.md", "loops"): loops.as_markdown,
     ("docs/contributing/design.md", "picture"): picture,
     ("docs/contributing/design.md", "files"): files,
-    ("docs/train/index.md", "settings"): run_settings,
+    ("docs/train/settings.md", "settings"): run_settings,
     ("docs/measure/index.md", "settings"): settings_of("measure"),
-    ("docs/studies/index.md", "entries"): settings_of("study"),
-    ("docs/studies/index.md", "measure"): settings_of("view"),
-    ("docs/studies/index.md", "ray"): settings_of("ray"),
-    ("docs/studies/index.md", "slurm"): settings_of("slurm"),
+    ("docs/studies/your-own.md", "entries"): settings_of("study"),
+    ("docs/studies/your-own.md", "measure"): settings_of("view"),
+    ("docs/studies/executors.md", "ray"): settings_of("ray"),
+    ("docs/studies/executors.md", "slurm"): settings_of("slurm"),
 }
 FILES: dict[str, Callable[[], str]] = {
     f"src/flatmin/cli/{FILE}": lambda: as_text(DEFINED()),

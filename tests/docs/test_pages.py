@@ -42,7 +42,7 @@ def test_python_runs(page, tmp_path, monkeypatch):
     for block in blocks(page):
         model.zero_grad()  # each block is a loop of its own
         exec(compile(block, page.name, "exec"), names)
-    if page.name == "compare.md":
+    if page.name == "your-own.md":
         data = as_data(names["load"](), "load")
         assert names["build"](data.num_classes)(data.train.x[:5]).shape == (5, 2)
     if page.name == "README.md":
@@ -88,7 +88,7 @@ def test_studies_are_understood(tmp_path, monkeypatch):
     from flatmin.study.reading import read_study
 
     monkeypatch.chdir(tmp_path)
-    text = (ROOT / "docs/studies/index.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs/studies/your-own.md").read_text(encoding="utf-8")
     Path("my_study.toml").write_text(re.search(r"^```toml\n(.*?)^```", text, re.DOTALL | re.MULTILINE).group(1))
     for page in PAGES:
         for line in re.findall(r"^    flatmin study (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE):
@@ -114,17 +114,28 @@ def test_studies_are_understood(tmp_path, monkeypatch):
 def test_the_page_of_studies_has_every_study():
     from flatmin.train.settings import preset_names
 
-    text = (
-        (ROOT / "docs/studies/index.md")
-        .read_text(encoding="utf-8")
-        .partition("## The studies")[2]
-        .partition("\n## ")[0]
-    )
+    text = (ROOT / "docs/studies/list.md").read_text(encoding="utf-8")
     listed = set()
     for line in re.findall(r"^\| (`.*?) \|", text, re.MULTILINE):
         first, *others = re.findall(r"`([^`]+)`", line)
         listed |= {first, *(first.partition("-")[0] + word if word[0] == "-" else word for word in others)}
     assert listed == set(preset_names("study"))
+
+
+def test_the_pages_of_the_papers_have_the_cost_of_their_studies():
+    from flatmin.study.costs import Sizes
+    from flatmin.study.expand import grid_points
+    from flatmin.study.reading import read_study
+
+    text = "\n".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs/papers").glob("*.md"))
+    lines = re.findall(r"^\|.*\| `(?:flatmin study )?([\w-]+)` \| (\d+)[^|]*\| ([\d,]+)\b", text, re.MULTILINE)
+    assert len(lines) == 25
+    sizes = Sizes()
+    for name, runs, evaluations in lines:
+        spec = read_study(name)
+        configs = [row.config for row in grid_points(spec)]
+        cost = len(spec.seeds) * sum(sizes.cost(config) for config in configs)
+        assert (runs, evaluations) == (str(len(configs) * len(spec.seeds)), f"{cost:,.0f}"), name
 
 
 def test_command_lines_of_the_originals_become_what_the_page_says(tmp_path, monkeypatch):
