@@ -25,7 +25,7 @@ EXECUTORS_VENV  ?= $(VENV)-executors
 EXECUTORS_STAMP := $(EXECUTORS_VENV)/.flatmin-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo generate test test-all test-frameworks test-vision test-trackers test-executors mutants lint types bench clean
+.PHONY: help setup demo docs generate test test-all test-frameworks test-vision test-trackers test-executors mutants lint types bench clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -97,6 +97,16 @@ lint: $(STAMP) ## ruff (lint and format) and the import layers
 
 generate: $(STAMP) ## write the tables and the picture in README and docs that follow from the code
 	$(BIN)/python tools/generate.py $(ARGS)
+
+# The site's tools go into the same environment: the tutorials run flatmin, and API pages read its docstrings.
+DOCS_STAMP := $(VENV)/.flatmin-docs-installed
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	@touch $@
+
+docs: $(DOCS_STAMP) ## build the documentation site in build/site, run its tutorials, and open it in a browser; ARGS=--quick
+	$(BIN)/python tools/site.py $(ARGS)
+	$(BIN)/python -m pytest -q tests/site
 
 types: $(STAMP) ## mypy --strict on src
 	$(BIN)/mypy

@@ -25,6 +25,7 @@ class Browser:
         self._numbers = itertools.count(1)
         self._session: str | None = None
         self.problems: list[str] = []
+        self.own: tuple[str, ...] = ("file:", "data:", "blob:")  # what a page may ask for
         target = self.tell("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.tell("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
@@ -60,18 +61,16 @@ class Browser:
             self.problems.append(json.dumps(params["exceptionDetails"])[:500])
         elif method == "Log.entryAdded" and params["entry"]["level"] in ("error", "warning"):
             self.problems.append(params["entry"]["text"])
-        elif method == "Network.requestWillBeSent" and not params["request"]["url"].startswith(
-            ("file:", "data:", "blob:")
-        ):
+        elif method == "Network.requestWillBeSent" and not params["request"]["url"].startswith(self.own):
             self.problems.append(f"asked for {params['request']['url']}")
 
     def open(
-        self, path: Path, *, width: int = 1280, height: int = 900, dark: bool = False, phone: bool = False
+        self, page: Path | str, *, width: int = 1280, height: int = 900, dark: bool = False, phone: bool = False
     ) -> None:
-        """Open a page and wait until it is drawn."""
+        """Open a page, a file or an address, and wait until it is drawn."""
         self.tell("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=phone)
         self.dark(dark)
-        self.tell("Page.navigate", url=path.as_uri())
+        self.tell("Page.navigate", url=page if isinstance(page, str) else page.as_uri())
         self.until("document.readyState === 'complete'")
         self.settle()
 

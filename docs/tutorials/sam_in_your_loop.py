@@ -125,8 +125,8 @@ print(f"VaSSO: test accuracy {vasso[-1][0]:.1f} %, {vasso[-1][1]:.1f} % of the w
 # %% [markdown]
 # ## What a step did
 #
-# With `diagnostics=True` the optimizer records norms and cosines of each step, and the losses at w and at w + eps if the
-# loss is a `flatmin.Criterion`.
+# With `diagnostics=True` the optimizer records norms and cosines of each step, and the losses at w and at w + eps if
+# the loss is a `flatmin.Criterion`.
 
 # %%
 model = copy.deepcopy(start)
