@@ -345,7 +345,7 @@ PARTS: dict[tuple[str, str], Callable[[Mapping[str, Method]], str]] = {
     ("docs/contributing/design.md", "picture"): picture,
     ("docs/contributing/design.md", "files"): files,
     ("docs/train/index.md", "settings"): run_settings,
-    ("docs/measure/index.md", "settings"): settings_of("measure"),
+    ("docs/measure/settings.md", "settings"): settings_of("measure"),
     ("docs/studies/index.md", "entries"): settings_of("study"),
     ("docs/studies/index.md", "measure"): settings_of("view"),
     ("docs/studies/index.md", "ray"): settings_of("ray"),
