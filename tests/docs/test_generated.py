@@ -19,7 +19,7 @@ from tools import generate
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ("README.md", "docs/methods/index.md", "docs/loops/index.md", "docs/contributing/design.md")
-OTHERS = ("docs/train/index.md", "docs/studies/index.md", "docs/measure/settings.md")  # nothing of a method stands there
+OTHERS = ("docs/train/index.md", "docs/studies/index.md", "docs/measure/settings.md")  # have nothing of a method
 PART = '''
 
 @dataclass(frozen=True, kw_only=True)
