@@ -750,7 +750,7 @@ PARTS: dict[tuple[str, str], Callable[[Mapping[str, Method]], str]] = {
     ("docs/contributing/design.md", "picture"): picture,
     ("docs/contributing/design.md", "files"): files,
     ("docs/train/settings.md", "settings"): run_settings,
-    ("docs/measure/index.md", "settings"): settings_of("measure"),
+    ("docs/measure/settings.md", "settings"): settings_of("measure"),
     ("docs/studies/your-own.md", "entries"): settings_of("study"),
     ("docs/studies/your-own.md", "measure"): settings_of("view"),
     ("docs/studies/executors.md", "ray"): settings_of("ray"),
