@@ -47,10 +47,15 @@ def main(words: list[str] | None = None) -> int:
 
 
 def methods() -> str:
-    """The entries of the navigation for the page of every method, in the order of the table of names."""
-    from flatmin import METHODS
+    """The entries of the navigation for the page of every method, under what it is used for."""
+    from flatmin.methods import METHODS
+    from flatmin.methods.table import USES
 
-    return ", ".join(f'"methods/{name}.md"' for name in METHODS)
+    sections = []
+    for use, names in USES.items():
+        pages = ", ".join(f'"methods/{name}.md"' for name in names if name in METHODS)
+        sections.append(f'{{ "{use}" = [{pages}] }}')
+    return ", ".join(sections)
 
 
 def collect(files: list[Path], *, run: bool) -> None:
