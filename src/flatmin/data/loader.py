@@ -48,15 +48,15 @@ class FileStream:
         pillow()
         if workers < 0:
             raise ValueError(f"workers must be at least 0, got {workers}.")
-        self._wanted = _Wanted()
+        self._sampler = _IndexSampler()
         self._loader: DataLoader[Any] = DataLoader(
             SingleImages(files, view, seed),
-            batch_sampler=self._wanted,
+            batch_sampler=self._sampler,
             num_workers=workers,
             collate_fn=collate,
             pin_memory=pin_memory,
             persistent_workers=workers > 0,
-            worker_init_fn=_apart,
+            worker_init_fn=_own_session,
             # Without its own generator, the DataLoader would draw from the global one in every epoch.
             generator=torch.Generator().manual_seed(seed),
         )
@@ -71,7 +71,7 @@ class FileStream:
         Raises:
             ValueError: a file cannot be read as an image, or a worker process was terminated.
         """
-        self._wanted.epoch, self._wanted.batches = epoch, indices
+        self._sampler.epoch, self._sampler.batches = epoch, indices
         batches = iter(self._loader)
         while True:
             try:
@@ -203,8 +203,8 @@ def check_files(files: Files, indices: Sequence[int], *, workers: int = 0) -> No
         sampler=indices,
         batch_size=_HEADERS,
         num_workers=workers,
-        collate_fn=_told,
-        worker_init_fn=_apart,
+        collate_fn=_messages,
+        worker_init_fn=_own_session,
         generator=torch.Generator().manual_seed(0),
     )
     bad = [text for batch in loader for text in batch]
@@ -238,13 +238,13 @@ def collate(items: list[tuple[Tensor, int] | str]) -> tuple[Tensor, Tensor] | st
     return torch.stack(images), torch.tensor(labels, dtype=torch.int64)
 
 
-def _apart(worker: int) -> None:
+def _own_session(worker: int) -> None:
     """Start a new session, so that signals to the process group do not reach the worker."""
     if hasattr(os, "setsid"):
         os.setsid()
 
 
-class _Wanted:
+class _IndexSampler:
     """Batch sampler that yields (epoch, index): persistent workers get the epoch with each index."""
 
     def __init__(self) -> None:
@@ -271,5 +271,5 @@ class _Headers(Dataset[str]):
         return ""
 
 
-def _told(texts: list[str]) -> list[str]:
+def _messages(texts: list[str]) -> list[str]:
     return [text for text in texts if text]
