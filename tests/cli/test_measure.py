@@ -455,7 +455,7 @@ class TestRefusals:
             (["--split", "training"], "split must be train, val or test, got 'training'."),
             (["--dtype", "float16"], "dtype must be float32 or float64"),
             (["--mode", "training"], "mode must be 'eval' or 'train', got 'training'."),
-            (["--params", "9.*"], "no parameter matches '9.*'; there are 0.weight, "),
+            (["--params", "9.*"], "no parameter matches '9.*'; the parameters are 0.weight, "),
             (["--examples", 51], "the train part has 50 examples, fewer than 51."),
             (["--split", "val", "--examples", 21], "the val part has 20 examples, fewer than 21."),
             (["--device", "nowhere"], "device=nowhere cannot be used here"),
@@ -464,8 +464,8 @@ class TestRefusals:
             (["top=2.5"], "top=2.5 is not a whole number."),
             (["rho=-1"], "rho must be above 0, got -1.0."),
             (["points=4"], "points must be odd and at least 3"),
-            (["rhos=0.2,0.1"], "rhos must rise from above 0"),
-            (["rhos="], "rhos must rise from above 0"),
+            (["rhos=0.2,0.1"], "rhos must be finite, ascending and above 0"),
+            (["rhos="], "rhos must be finite, ascending and above 0"),
         ],
     )
     def test_words(self, refused, folders, given, sentence):
@@ -684,10 +684,8 @@ class TestFilesOfWeights:
         state = torch.load(weights)["state_dict"]
         torch.save({"model": state, "ema": {f"module.{k}": 0.5 * v for k, v in state.items()}}, weights)
         given = (weights, *self.GIVEN, "--what", "model")
-        assert "under 'model' are taken; those under 'ema' fit as well" in " ".join(
-            invoke(tmp_path / "a", *given).split()
-        )
-        assert "are taken" not in invoke(tmp_path / "b", *given, "--key", "ema")
+        assert "under 'model' are used; those under 'ema' fit too" in " ".join(invoke(tmp_path / "a", *given).split())
+        assert "are used" not in invoke(tmp_path / "b", *given, "--key", "ema")
         one, other = (
             read(tmp_path / out / "mine.json")["nets"][0]["sections"]["model"]["quantities"]["weight_norm"]["value"]
             for out in "ab"

@@ -264,7 +264,7 @@ class TestData:
         assert "1 run, 1 to do" in planned("A"), "other images of the same names and sizes"
         (folders / "C" / "train" / "ant" / "notes.txt").write_text("")
         said = planned("C")
-        assert "0 to do" in said and "are left out: 1 of .txt." in said
+        assert "0 to do" in said and ".webp, .ppm: 1 of .txt." in said
 
     def test_where_the_data_are_not(self, folders):
         """What is finished is summed up all the same, as on a laptop, and it is said what is not known."""

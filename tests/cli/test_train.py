@@ -483,7 +483,7 @@ class TestRefused:
             (["smoke", "crop=2"], r"^crop is for images of bytes; data=digits has none: leave it out\.$"),
             (["smoke", "statistics=cifar"], r"^statistics=cifar is not known; did you mean 'cifar10'\?"),
             (["smoke", "noise_kind=asymmetric", "noise=0.2"], r"^noise_kind=asymmetric needs to know which classes"),
-            (["smoke", "train_on_val=true", "selection=last"], r"^the digits have a validation part of their own"),
+            (["smoke", "train_on_val=true", "selection=last"], r"^the digits data set has its own validation part"),
             (["smoke", "train_on_val=true"], r"^train_on_val=true leaves no validation part to choose on"),
             (["smoke", "schedule=multistep"], r"^multistep needs milestones"),
             (["smoke", "warmup_lr=0.1"], r"^warmup_lr = 0\.1 has no effect without a warm-up"),
@@ -493,7 +493,7 @@ class TestRefused:
             (["smoke", "--track", "tensorbord"], r"^unknown tracker 'tensorbord'; did you mean 'tensorboard'\?"),
             (["smoke", "trackers=x"], r"^unknown tracker 'x'"),
             (["smoke", "--out", "/dev/null/x"], r"Not a directory: '/dev/null/x"),
-            (["cifar10-resnet18"], r"^no CIFAR-10 under data: .* With this command: data_dir=FOLDER, --download\.$"),
+            (["cifar10-resnet18"], r"^there is no CIFAR-10 in data: .* With this command: .*, --download\.$"),
             (["smoke", "data=images", "data_dir=nowhere"], r"^there is no folder nowhere/train; .*data_dir=FOLDER\.$"),
             (["fashion-mnist"], r"With this command: data_dir=FOLDER\.$"),
             (["fashion-mnist", "--download"], r"data_dir=FOLDER; --download is for cifar10, cifar100, .* only\.$"),
@@ -541,7 +541,7 @@ class TestRefused:
             for name in ("cat", "dog"):
                 (here / "pictures" / part / name).mkdir(parents=True)
         words = ["smoke", "data=images", "data_dir=pictures"]
-        assert refused(capsys, *words).startswith("pictures/train/cat holds no images, expected files that end in ")
+        assert refused(capsys, *words).startswith("pictures/train/cat contains no images; expected files that end in ")
 
     def test_a_bug_of_ones_own_shows_its_traceback(self, here, capsys):
         (here / "train_bug.py").write_text("def data():\n    return 1 / 0\n")
@@ -627,13 +627,13 @@ class TestCifar:
             file.write(b"more")
         said = refused(capsys, "cifar10-resnet18", *QUICK)
         assert re.match(r"data/cifar-10-binary\.tar\.gz has MD5 [0-9a-f]{32}, expected [0-9a-f]{32} of ", said)
-        assert said.endswith("delete it and get the archive again, or unpack it and name the folder.")
+        assert said.endswith("delete it and download the archive again, or unpack it and give the folder.")
 
     def test_a_file_that_is_cut_short(self, release, here, capsys):
         release("cifar10", here / "data")
         os.truncate(here / "data/data_batch_3.bin", 100)
         said = refused(capsys, "cifar10-resnet18", *QUICK)
-        assert said.startswith("data/data_batch_3.bin has 100 bytes, expected 49168 (16 records of 3073)")
+        assert said.startswith("data/data_batch_3.bin has 100 bytes, expected 49168 (16 records of 3073 bytes)")
 
     def test_download(self, release, here):
         archive = release.pack("cifar10", here / "server")

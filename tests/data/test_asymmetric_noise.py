@@ -85,5 +85,5 @@ def test_bad_share(share):
 
 @pytest.mark.parametrize("pair", [(1, 1), (-1, 0), (0, -1)])
 def test_bad_confusions(pair):
-    with pytest.raises(ValueError, match=f"from one class to another one, got {pair[0]} to {pair[1]}"):
+    with pytest.raises(ValueError, match=f"must map a class to another class, got {pair[0]} to {pair[1]}"):
         asymmetric_noise(torch.zeros(3).long(), 0.5, dict([pair]), seed=0)

@@ -132,10 +132,10 @@ def test_superclasses():
 
 def test_nothing_there(tmp_path):
     with pytest.raises(
-        FileNotFoundError, match=r"no CIFAR-10 under .*data_batch_1.bin .*cifar-10-batches-bin.*download=True"
+        FileNotFoundError, match=r"no CIFAR-10 in .*data_batch_1.bin .*cifar-10-batches-bin.*download=True"
     ):
         read_cifar("cifar10", tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"no CIFAR-100 under .*nowhere"):
+    with pytest.raises(FileNotFoundError, match=r"no CIFAR-100 in .*nowhere"):
         read_cifar("cifar100", tmp_path / "nowhere")
 
 
@@ -151,7 +151,7 @@ def test_a_file_of_another_size(change, tmp_path):
     write("cifar10", tmp_path)
     path = tmp_path / "test_batch.bin"
     os.truncate(path, 4 * 3073 + change)
-    words = rf"test_batch.bin has {12292 + change} bytes, expected 12292 \(4 records of 3073\).*unpack .* again"
+    words = rf"test_batch.bin has {12292 + change} bytes, expected 12292 \(4 records of 3073 bytes\).*unpack .* again"
     with pytest.raises(ValueError, match=words):
         read_cifar("cifar10", tmp_path)
 
@@ -161,14 +161,14 @@ def test_labels_that_cannot_be(tmp_path):
     data = bytearray((tmp_path / "train.bin").read_bytes())
     data[3074 + 1] = 100
     (tmp_path / "train.bin").write_bytes(data)
-    with pytest.raises(ValueError, match=r"train.bin holds the label 100, expected 0 to 99"):
+    with pytest.raises(ValueError, match=r"train.bin contains the label 100, expected 0 to 99"):
         read_cifar("cifar100", tmp_path)
 
 
 def test_an_archive_of_another_checksum(tmp_path, monkeypatch):
     archive, _ = pack("cifar10", tmp_path, monkeypatch)
     os.truncate(archive, archive.stat().st_size - 1)
-    with pytest.raises(ValueError, match=r"cifar-10-binary.tar.gz has MD5 [0-9a-f]{32}, expected .*delete it and get"):
+    with pytest.raises(ValueError, match=r"cifar-10-binary.tar.gz has MD5 [0-9a-f]{32}, expected .*delete it"):
         read_cifar("cifar10", tmp_path)
 
 
@@ -179,7 +179,7 @@ def test_an_archive_without_one_of_the_files(tmp_path, monkeypatch):
         tar.add(tmp_path / "source" / "test.bin", arcname="cifar-100-binary/test.bin")
     md5 = hashlib.md5(archive.read_bytes()).hexdigest()
     monkeypatch.setitem(RELEASES, "cifar100", dataclasses.replace(RELEASES["cifar100"], md5=md5))
-    with pytest.raises(ValueError, match=r"holds no train.bin; get cifar-100-binary.tar.gz again"):
+    with pytest.raises(ValueError, match=r"does not contain train.bin; download cifar-100-binary.tar.gz again"):
         read_cifar("cifar100", archive)
 
 

@@ -60,16 +60,16 @@ def test_what_is_left_out_is_counted_and_said(root):
     files = scan_folder(root)
     assert files.counts == {"ant": 4, "bee": 3, "cat": 6}
     said = [note.removeprefix(f"{root}: ") for note in files.notes]
-    assert said[0].endswith("are left out: 1 of no ending, 2 of .gif, 1 of .txt.")
+    assert said[0].endswith(": 1 of no extension, 2 of .gif, 1 of .txt.")
     assert said[1:] == [
-        "images that lie beside the class folders have no class and are left out: 1.",
-        "images in subfolders of a class folder count as images of that class: 2.",
-        "folders behind links in a class folder are left out: 1.",
+        "skipped images beside the class folders, which have no class: 1.",
+        "images in subfolders of a class folder belong to that class: 2.",
+        "skipped symbolic links to folders in a class folder: 1.",
     ]
     (root / "gifs").mkdir()
     (root / "gifs" / "a.gif").write_text("")
     with pytest.raises(
-        ValueError, match=r"gifs holds no images, expected files .* \(the classes up to it have .*of \.gif"
+        ValueError, match=r"gifs contains no images; expected files .* \(files skipped so far: .*of \.gif"
     ):
         scan_folder(root)
 
@@ -107,19 +107,19 @@ def test_a_validation_part_has_the_labels_of_the_training_part(root, tmp_path):
     for name in ("bee", "cat", "ant"):
         picture(tmp_path / "val" / name / "x.png", 4, 4)
     assert scan_folder(tmp_path / "val", classes=["ant", "bee", "cat"]).labels == (0, 1, 2)
-    with pytest.raises(ValueError, match="ant is none of the 2 classes of the training part"):
+    with pytest.raises(ValueError, match="ant is not one of the 2 classes of the training part"):
         scan_folder(tmp_path / "val", classes=["bee", "cat"])
-    with pytest.raises(ValueError, match="dog holds no images"):
+    with pytest.raises(ValueError, match="dog contains no images"):
         scan_folder(tmp_path / "val", classes=["ant", "bee", "cat", "dog"])
 
 
 def test_no_such_data(root, tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         scan_folder(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="holds no folders; expected one folder of images per class"):
+    with pytest.raises(ValueError, match="contains no folders; expected one folder of images per class"):
         scan_folder(root / "cat")
     (root / "dog").mkdir()
-    with pytest.raises(ValueError, match=r"dog holds no images, expected files that end in .jpg"):
+    with pytest.raises(ValueError, match=r"dog contains no images; expected files that end in .jpg"):
         scan_folder(root)
 
 
@@ -142,19 +142,19 @@ def test_tiny_imagenet_val(tiny):
 
 
 def test_tiny_imagenet_val_that_does_not_fit(tiny):
-    with pytest.raises(ValueError, match=r"line 2: 'n01' is none of the 1 classes"):
+    with pytest.raises(ValueError, match=r"line 2: 'n01' is not one of the 1 classes"):
         scan_annotated(tiny, classes=["n02"])
     (tiny / "images" / "val_2.JPEG").unlink()
     with pytest.raises(FileNotFoundError, match=r"line 3: .*val_2.JPEG is missing"):
         scan_annotated(tiny, classes=["n01", "n02"])
     (tiny / "val_annotations.txt").write_text("val_0.JPEG n02\n")
-    with pytest.raises(ValueError, match="line 1: expected a file and its class between tabs"):
+    with pytest.raises(ValueError, match="line 1: expected a file name and its class, separated by a tab"):
         scan_annotated(tiny, classes=["n01", "n02"])
     (tiny / "val_annotations.txt").write_text("")
     with pytest.raises(ValueError, match=r"val_annotations.txt is empty"):
         scan_annotated(tiny, classes=["n01", "n02"])
     (tiny / "val_annotations.txt").unlink()
-    with pytest.raises(FileNotFoundError, match=r"val_annotations.txt is missing; name the val folder"):
+    with pytest.raises(FileNotFoundError, match=r"val_annotations.txt is missing; give the val folder"):
         scan_annotated(tiny, classes=["n01", "n02"])
 
 
@@ -246,7 +246,7 @@ def test_bad_centre(arguments):
 
 @pytest.mark.parametrize("arguments", [{"size": 0}, {"scale": (0, 1)}, {"scale": (0.5, 0.1)}, {"ratio": (2, 1)}])
 def test_bad_random_crop(arguments):
-    with pytest.raises(ValueError, match="scale ascend within"):
+    with pytest.raises(ValueError, match="scale must be ascending in"):
         RandomCrop(**arguments)
 
 
@@ -361,11 +361,11 @@ def test_bad_loaders(root):
     files = scan_folder(root)
     with pytest.raises(ValueError, match="batch_size must be at least 1 and workers at least 0, got 0 and 0"):
         FileLoader(files, Centre(8), batch_size=0)
-    with pytest.raises(ValueError, match="11 images, which make no batch of 12; use a smaller batch_size"):
+    with pytest.raises(ValueError, match="11 images, too few for a batch of 12; use a smaller batch_size"):
         FileLoader(files, Centre(8), batch_size=12, drop_last=True)
 
 
 def test_pixels_of_16_bits_are_refused(tmp_path):
     Image.new("I;16", (8, 8), 3000).save(tmp_path / "deep.png")
-    with pytest.raises(ValueError, match=r"deep.png cannot be read as an image: its pixels are of more than 8 bits"):
+    with pytest.raises(ValueError, match=r"deep.png cannot be read as an image: its pixels have more than 8 bits"):
         read_image(tmp_path / "deep.png", Centre(8))

@@ -43,5 +43,5 @@ def test_groups_that_one_rank_is_too_small_for(ranks):
     found = ranks.run(scenarios.groups, 9, 11)
     assert [f.groups for f in found] == [1, 1] and [len(f.gaps) for f in found] == [1, 0]
     assert found[0].value == found[1].value and math.isnan(found[0].error)
-    with pytest.raises(RankError, match="no group of m=12 examples"):
+    with pytest.raises(RankError, match="make no group of m=12"):
         ranks.run(scenarios.groups, 12, 11)

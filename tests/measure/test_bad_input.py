@@ -25,14 +25,14 @@ class TestEmptyLoaders:
     def test_loaders(self, options):
         model, x, y, loss = make("mlp")
         x, y = (x, y) if "drop_last" in options else (x[:0], y[:0])
-        with pytest.raises(ValueError, match="the data hold no example, so there is nothing to measure"):
+        with pytest.raises(ValueError, match="the data contain no examples, so there is nothing to measure"):
             Problem(model, loss, DataLoader(TensorDataset(x, y), **options))
 
     def test_a_generator_that_is_used_up(self):
         model, x, y, loss = make("mlp")
         data = iter(batches(x, y, 7))
         assert Problem(model, loss, data).conventions.examples == 17
-        with pytest.raises(ValueError, match="the data hold no example"):
+        with pytest.raises(ValueError, match="the data contain no examples"):
             Problem(model, loss, data)
 
 
@@ -41,21 +41,21 @@ class TestEmptyLoaders:
     [
         (
             lambda x, y: [{"inputs": x, "labels": y}],
-            r"got dict with 'inputs', 'labels'; make it a pair, such as \(ba",
+            r"got dict with keys 'inputs', 'labels'; make it a pair, such as \(ba",
         ),
-        (lambda x, y: {"inputs": x, "labels": y}, "got dict with 'inputs', 'labels'; make it a pair"),
-        (lambda x, y: [x, y], r"got Tensor; a single batch is a tuple \(inputs, targets\)"),
+        (lambda x, y: {"inputs": x, "labels": y}, "got dict with keys 'inputs', 'labels'; make it a pair"),
+        (lambda x, y: [x, y], r"got Tensor; pass a single batch as a tuple \(inputs, targets\)"),
     ],
 )
 def test_data_that_are_no_pairs(data, sentence):
     model, x, y, loss = make("mlp")
-    with pytest.raises(ValueError, match=rf"data must give pairs \(inputs, targets\), {sentence}"):
+    with pytest.raises(ValueError, match=rf"data must yield pairs \(inputs, targets\), {sentence}"):
         Problem(model, loss, data(x, y))
 
 
 def test_a_model_without_values():
     _, x, y, loss = make("mlp")
-    with pytest.raises(ValueError, match="the model's parameters have no values yet: they are on the device 'meta'"):
+    with pytest.raises(ValueError, match="the model's parameters are on the device 'meta' and have no values"):
         Problem(nn.Linear(5, 3, device="meta"), loss, (x, y))
 
 
@@ -108,7 +108,9 @@ class TestLossesThatAreNotFinite:
         model, x, y, loss = make("mlp")
         x = x.clone()
         x[10] = bad
-        with pytest.raises(ValueError, match=r"the loss of batch 2 of 3 is (nan|inf); there is nothing to measure"):
+        with pytest.raises(
+            ValueError, match=r"the loss of batch 2 of 3 is (nan|inf); it must be finite to be measured"
+        ):
             Problem(model, loss, batches(x, y, 7))
         for operator in (measures.Hessian, measures.GaussNewton, measures.EmpiricalFisher):
             with pytest.raises(ArithmeticError, match=r"not finite.* The loss of batch 2 of 3 is (nan|inf)"):
@@ -145,7 +147,7 @@ class TestLossesWithoutAGraph:
         model, x, y, _ = make("mlp")
         with pytest.raises(ValueError, match="does not depend on the selected weights"):
             Problem(model, lambda f, t: torch.ones(()), (x, y))
-        with pytest.raises(ValueError, match="must be a scalar over a batch, got float"):
+        with pytest.raises(ValueError, match="the loss of a batch must be a scalar tensor, got float"):
             Problem(model, lambda f, t: 1.0, (x, y))
 
 
@@ -179,7 +181,7 @@ class TestDropout:
     def test_that_is_active_is_refused(self, layer):
         _, x, y, loss = make("attention")
         model = Dropping(layer()).double()
-        with pytest.raises(ValueError, match="two evaluations of the same batch differ, so the loss is random"):
+        with pytest.raises(ValueError, match="two evaluations of the same batch give different losses"):
             Problem(model, loss, (x, y), mode="train")
         assert math.isfinite(Problem(model.train(), loss, (x, y)).value())
 
@@ -187,23 +189,23 @@ class TestDropout:
         _, x, y, loss = make("mlp")
         model = nn.Sequential(nn.Linear(5, 3), nn.Dropout(0.5)).double()
         model[1].forward = lambda f: F.dropout(f, 0.5, training=True)
-        with pytest.raises(ValueError, match="two evaluations of the same batch differ"):
+        with pytest.raises(ValueError, match="two evaluations of the same batch give different losses"):
             Problem(model, loss, (x, y))
 
 
 class TestMoreThanThereIs:
     @pytest.mark.parametrize("options", [{"top": 58}, {"top": 57, "bottom": 1}, {"top": 0, "bottom": 58}])
     def test_eigenvalues(self, options):
-        with pytest.raises(ValueError, match="58 eigenvalues of an operator of size 57: there are not so many"):
+        with pytest.raises(ValueError, match="58 eigenvalues were requested, but the operator has size 57"):
             measures.spectrum(measures.Hessian(problem_of()), **options)
 
     def test_eigenvalues_of_presets(self):
         problem = problem_of()
-        with pytest.raises(ValueError, match="58 eigenvalues of an operator of size 57"):
+        with pytest.raises(ValueError, match="58 eigenvalues were requested, but the operator has size 57"):
             presets.pyhessian_batch(problem, top=58)
-        with pytest.raises(ValueError, match="58 eigenvalues of an operator of size 57"):
+        with pytest.raises(ValueError, match="58 eigenvalues were requested, but the operator has size 57"):
             presets.empirical_sam(problem, top=58, batches=2)
-        with pytest.raises(ValueError, match="5 eigenvalues of an operator of size 3"):
+        with pytest.raises(ValueError, match="5 eigenvalues were requested, but the operator has size 3"):
             presets.sam_paper(problem_of(params="2.bias"))
         assert len(presets.pyhessian_batch(problem, top=57).numbers) == 57
 
@@ -214,16 +216,16 @@ class TestMoreThanThereIs:
     def test_processes(self):
         problem = problem_of()
         problem.group = "world"
-        with pytest.raises(ValueError, match="trained on batches of one process; give a problem without group="):
+        with pytest.raises(ValueError, match="trained in a single process; use a problem without group="):
             measures.bezier(problem, problem.model, problem.flat(problem.weights) + 1.0)
 
 
 class TestFilters:
     @pytest.mark.parametrize("params", ["head.*", "0.weights", "", "0", ["0.*", "3.*"]])
     def test_that_match_nothing(self, params):
-        with pytest.raises(ValueError, match=r"no parameter matches .*; there are 0\.weight, 0\.bias"):
+        with pytest.raises(ValueError, match=r"no parameter matches .*; the parameters are 0\.weight, 0\.bias"):
             problem_of(params=params)
-        with pytest.raises(ValueError, match=r"no parameter matches .*; there are 0\.weight, 0\.bias"):
+        with pytest.raises(ValueError, match=r"no parameter matches .*; the parameters are 0\.weight, 0\.bias"):
             restricted(problem_of(), params)
 
     def test_of_which_there_is_none(self):
@@ -231,12 +233,12 @@ class TestFilters:
             problem_of(params=[])
 
     def test_of_a_restricted_problem_know_its_weights_alone(self):
-        with pytest.raises(ValueError, match=r"no parameter matches '2\.\*'; there are 0\.weight, 0\.bias\."):
+        with pytest.raises(ValueError, match=r"no parameter matches '2\.\*'; the parameters are 0\.weight, 0\.bias\."):
             restricted(problem_of(params="0.*"), "2.*")
 
     def test_that_match_frozen_weights_alone(self):
         model, x, y, loss = make("mlp")
         model[0].requires_grad_(False)
-        with pytest.raises(ValueError, match=r"no parameter matches '0\.\*'; there are 2\.weight, 2\.bias\."):
+        with pytest.raises(ValueError, match=r"no parameter matches '0\.\*'; the parameters are 2\.weight, 2\.bias\."):
             Problem(model, loss, (x, y), params="0.*")
         assert Problem(model, loss, (x, y)).names == ["2.weight", "2.bias"]

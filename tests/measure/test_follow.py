@@ -55,7 +55,7 @@ def test_alignment_of_the_ascent():
     assert point.alignment == pytest.approx(want, rel=1e-4) and point.extra == {"ratio_larger": 0.3}
     assert follow(1, epsilon=problem.shaped(-3 * vectors[:, -1])).alignment == pytest.approx(1.0, rel=1e-6)
     assert follow(2, epsilon=problem.shaped(torch.zeros(problem.size))).alignment == 0.0
-    with pytest.raises(ValueError, match="shaped like the problem's weights"):
+    with pytest.raises(ValueError, match="must have the shapes of the problem's weights"):
         follow(3, epsilon=[torch.zeros(3)])
 
 

@@ -231,8 +231,8 @@ def test_progress_and_seed():
     ("options", "sentence"),
     [
         ({"top": 0}, "at least one eigenvalue"),
-        ({"top": 5}, "5 eigenvalues of an operator of size 4: there are not so many"),
-        ({"top": 3, "bottom": 2}, "5 eigenvalues of an operator of size 4"),
+        ({"top": 5}, "5 eigenvalues were requested, but the operator has size 4"),
+        ({"top": 3, "bottom": 2}, "5 eigenvalues were requested, but the operator has size 4"),
         ({"tol": 0.0}, "tol and max_products must be positive"),
         ({"max_products": 0}, "tol and max_products must be positive"),
         ({"start": torch.ones(3)}, r"start must have shape \(4,\)"),

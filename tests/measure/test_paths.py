@@ -215,7 +215,7 @@ class TestBezier:
         assert float(found.training.mean()) == pytest.approx(float(flat.loss.mean()), rel=0.15)
 
     def test_divergence_is_said(self, nets):
-        with pytest.raises(ArithmeticError, match=r"in step \d+ of its training; take a smaller lr than 1e\+38"):
+        with pytest.raises(ArithmeticError, match=r"in training step \d+; use an lr below 1e\+38"):
             bezier(problem_on(nets[0]), *nets[:2], lr=1e38, steps=50)
 
     def test_progress(self, nets):
@@ -254,13 +254,13 @@ class TestFiles:
     def test_another_request_is_refused(self, nets, tmp_path):
         problem, path = problem_on(nets[0]), tmp_path / "path.pt"
         linear(problem, nets[:2], points=3, path=path)
-        with pytest.raises(ValueError, match="holds another path: its points differ"):
+        with pytest.raises(ValueError, match="contains another path: its points differ"):
             linear(problem, nets[:2], points=5, path=path)
         with pytest.raises(ValueError, match="its checkpoints differ"):
             linear(problem, [nets[0], nets[2]], points=3, path=path)
         with pytest.raises(ValueError, match="a linear path"):
             bezier(problem, *nets[:2], points=3, path=path)
-        with pytest.raises(ValueError, match="holds a path, not a slice"):
+        with pytest.raises(ValueError, match="contains a path, expected a slice"):
             Slice.load(path)
 
     def test_the_models_own_weights_do_not_matter_to_a_path(self, nets, tmp_path):
@@ -278,7 +278,7 @@ class TestBadInput:
         for few in ([nets[0]], [], nets[0], torch.zeros(3, 62)):
             with pytest.raises(ValueError, match="at least two checkpoints"):
                 linear(problem, few)
-        with pytest.raises(ValueError, match="checkpoints 'a' and 'b' are the same"):
+        with pytest.raises(ValueError, match="checkpoints 'a' and 'b' have the same weights"):
             linear(problem, [nets[0], nets[0]], labels=["a", "b"])
         with pytest.raises(ValueError, match="1 labels for 2 checkpoints"):
             linear(problem, nets[:2], labels=["a"])

@@ -62,7 +62,7 @@ def test_top_eigenvalues_of_mini_batches(problem):
     # Of a few samples many eigenvalues are zero, and rounding gives each a sign: the sum tells what the mean hides.
     assert 0.0 < found["mean of positives"] <= float(pooled[pooled > 1e-12].mean()) * (1 + 1e-8)
     assert 0.0 < found["share negative"] < 1.0
-    with pytest.raises(ValueError, match="the problem has 4 batches, 40 were asked for"):
+    with pytest.raises(ValueError, match="uses 40 batches, but the problem has 4"):
         empirical_sam(problem)
 
 

@@ -161,8 +161,8 @@ def test_under_autocast():
     ("given", "why"),
     [
         ({"closures": []}, "closures is empty"),
-        ({"multiples": [1.0, 0.5]}, "multiples must rise from above 0"),
-        ({"multiples": [0.0, 0.5]}, "multiples must rise from above 0"),
+        ({"multiples": [1.0, 0.5]}, "multiples must be finite, ascending and above 0"),
+        ({"multiples": [0.0, 0.5]}, "multiples must be finite, ascending and above 0"),
         ({"off": 0.0}, "off must be above 0"),
         ({"resolution": math.nan}, "resolution must be above 0"),
         ({"multiples": "a few"}, "multiples must be numbers above 0"),
@@ -177,7 +177,7 @@ def test_bad_arguments(given, why):
 def test_any_number_and_no_other_optimizer():
     optimizer, closure, w = optimizer_of(lambda w: w.square().sum(), [1.0])
     assert radius(optimizer, [closure], multiples=np.float32(2)).radii == (0.1,)
-    with pytest.raises(TypeError, match=r"radius needs the optimizer that flatmin.wrap made, got SGD\."):
+    with pytest.raises(TypeError, match=r"radius needs an optimizer made by flatmin.wrap, got SGD\."):
         radius(torch.optim.SGD([w], lr=0.1), [closure])
 
 
@@ -209,7 +209,8 @@ def test_words():
         "0.8             0.8           1.87      2.33 (1.67 to 3)",
         "",
         "The linear prediction is off by 50% at rho = 0.3 (0.2 to 0.6 over 3 batches), 3 times the param groups' rho.",
-        "This is where the linear prediction ends. Do not train with it: good radii are often much smaller.",
+        "This is where the linear prediction fails. It is not a radius to train with: good radii are often much "
+        "smaller.",
     ]
 
 
@@ -254,7 +255,7 @@ class TestReports:
     def test_a_problem_alone_has_no_method(self):
         net = nn.Linear(3, 2)
         measured = report(Problem(net, nn.functional.cross_entropy, (torch.randn(8, 3), torch.arange(8) % 2)), "radius")
-        assert "measure the folder of a run" in measured.missing["The radius of the method"]
+        assert "measure the folder of a run" in measured.missing["Radius of the method"]
 
     def test_in_training(self):
         """The trainer's own optimizer with what it remembers, and the run goes on as if nothing had been measured."""

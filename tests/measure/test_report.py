@@ -141,7 +141,7 @@ class TestNumbers:
 
     def test_an_estimate_that_missed_its_error_says_so(self, problem):
         settings = replace(SMALL, top=1, bottom=0, tol=0.5, trace_tol=1e-9)
-        assert section(problem, "trace", settings).quantities[0].note == "error above what was asked"
+        assert section(problem, "trace", settings).quantities[0].note == "error above the tolerance"
 
     def test_density(self, problem, whole):
         operator = Hessian(problem)
@@ -211,7 +211,7 @@ class TestNumbers:
             want |= {f"{result.preset}: {name}": value for name, value in result.numbers.items()}
         (found,) = (s for s in whole.sections if s.name == "published")
         assert {q.name: q.value for q in found.quantities} == want
-        assert found.missing == {"empirical_sam": "the problem has 3 batches, 40 were asked for."}
+        assert found.missing == {"empirical_sam": "this measure uses 40 batches, but the problem has 3."}
 
     def test_landscapes(self, problem, whole):
         known = spectrum(Hessian(problem), top=5, bottom=1, tol=SMALL.tol)
@@ -310,7 +310,7 @@ class TestMissing:
         assert missing == {
             "relative flatness": "no selected weight is a matrix.",
             "layers": "no selected weight is a matrix.",
-            "random directions": "no selected weight is a matrix that is not zero.",
+            "random directions": "no selected weight is a non-zero matrix.",
         }
         assert found.result("along_v1") is not None and found.result("plane") is None
 
@@ -385,7 +385,7 @@ class TestOutputs:
         problem = Problem(Returns(model, lambda z: (z, 2 * z)), lambda o, t: F.cross_entropy(o[0], t), (x, y))
         found = report(problem, "model,sharpness", settings=SMALL)
         assert set(found.missing) == {"error rate", "logit-normalised"}
-        assert all("a tuple with 2 tensors and none called 'logits'" in why for why in found.missing.values())
+        assert all("a tuple with 2 tensors, none called 'logits'" in why for why in found.missing.values())
         assert found.quantities["worst_case"].value == pytest.approx(
             of_logits.quantities["worst_case"].value, rel=1e-12
         )
@@ -602,13 +602,13 @@ class TestSettings:
             ({"draws": 1}, "draws must be at least 2, got 1."),
             ({"m": -1}, "m must be at least 0, got -1."),
             ({"seed": -1}, "seed must be at least 0, got -1."),
-            ({"points": 4}, "points must be odd and at least 3, so that the model itself is a point; got 4."),
-            ({"points": 0}, "points must be odd and at least 3, so that the model itself is a point; got 0."),
-            ({"plane": 2}, "plane must be odd and at least 3, so that the model itself is a point; got 2."),
-            ({"plane": -1}, "plane must be odd and at least 3, so that the model itself is a point; got -1."),
-            ({"rhos": ()}, "rhos must rise from above 0, got ()."),
-            ({"rhos": (0.0, 0.1)}, "rhos must rise from above 0, got (0.0, 0.1)."),
-            ({"rhos": (0.1, 0.1)}, "rhos must rise from above 0, got (0.1, 0.1)."),
+            ({"points": 4}, "points must be odd and at least 3, so that the model itself is one of the points, got 4."),
+            ({"points": 0}, "points must be odd and at least 3, so that the model itself is one of the points, got 0."),
+            ({"plane": 2}, "plane must be odd and at least 3, so that the model itself is one of the points, got 2."),
+            ({"plane": -1}, "plane must be odd and at least 3, so that the model itself is one of the points, got -1."),
+            ({"rhos": ()}, "rhos must be finite, ascending and above 0, got ()."),
+            ({"rhos": (0.0, 0.1)}, "rhos must be finite, ascending and above 0, got (0.0, 0.1)."),
+            ({"rhos": (0.1, 0.1)}, "rhos must be finite, ascending and above 0, got (0.1, 0.1)."),
         ]:
             with pytest.raises(ValueError) as error:
                 ReportSettings(**bad)
@@ -656,7 +656,7 @@ class TestUnder:
     )
     def test_a_loss_with_other_terms_is_refused(self, other, problem):
         with pytest.raises(
-            ValueError, match="CrossEntropyLoss counts other terms than CrossEntropyLoss; make a Problem"
+            ValueError, match="CrossEntropyLoss has other terms than CrossEntropyLoss; make a separate Problem"
         ):
             under(problem, other)
 
@@ -720,5 +720,5 @@ class TestRestricted:
     @pytest.mark.parametrize("params", ["3.*", "0.weight,nothing", "2.weight"])
     def test_a_pattern_without_a_weight_is_refused(self, params):
         few = problem_of(params="0.*")
-        with pytest.raises(ValueError, match=r"no parameter matches '.*'; there are 0\.weight, 0\.bias"):
+        with pytest.raises(ValueError, match=r"no parameter matches '.*'; the parameters are 0\.weight, 0\.bias"):
             restricted(few, params)

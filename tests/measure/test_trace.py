@@ -142,11 +142,11 @@ def test_errors_and_seeds(operator, known):
     assert trace(net, seed=7, max_probes=3).conventions.seed == 7
     assert trace(operator, seed=1, tol=0.1) == trace(operator, seed=1, tol=0.1)
     assert not trace(operator, max_probes=3).converged
-    with pytest.raises(ValueError, match=r"the spectrum is of size 307, the operator of size 57"):
+    with pytest.raises(ValueError, match=r"the spectrum has size 307, but the operator has size 57"):
         trace(net, known)
     with pytest.raises(ValueError, match="tol must be positive"):
         trace(net, tol=0)
-    with pytest.raises(ValueError, match="at least two probes"):
+    with pytest.raises(ValueError, match="probes must be at least 2"):
         diagonal(net, probes=1)
     with pytest.raises(ValueError, match="runs must be at least 0"):
         density(net, runs=-1)
@@ -168,7 +168,7 @@ def test_the_first_sample_of_the_density_is_free(operator):
 
 def test_a_spectrum_without_its_vectors_is_refused(operator, known):
     bare = replace(known, basis=known.basis[:0])
-    with pytest.raises(ValueError, match="lost its vectors"):
+    with pytest.raises(ValueError, match="the spectrum has no vectors"):
         trace(operator, bare)
 
 
@@ -181,10 +181,10 @@ def test_progress_of_a_whole_matrix(operator):
 def test_the_first_sample_needs_a_random_start(operator):
     steered = spectrum(operator, start=torch.ones(operator.size, dtype=torch.float64))
     for known in (None, steered):
-        with pytest.raises(ValueError, match="began at a random vector"):
+        with pytest.raises(ValueError, match="computed without start="):
             density(operator, known, runs=0)
 
 
 def test_a_density_refuses_a_spectrum_without_its_vectors(operator, known, sampled):
-    with pytest.raises(ValueError, match="lost its vectors"):
+    with pytest.raises(ValueError, match="the spectrum has no vectors"):
         density(operator, replace(known, basis=known.basis[:0]), runs=1, steps=5)

@@ -106,7 +106,7 @@ class TestBadInput:
     def test_too_few_checkpoints(self):
         problem = problem_of()
         points = walk(problem)
-        with pytest.raises(ValueError, match="2 components need more than 2 checkpoints, got 2"):
+        with pytest.raises(ValueError, match="components=2 needs more than 2 checkpoints, got 2"):
             pca(problem, points[:2])
         with pytest.raises(ValueError, match="got 1"):
             pca(problem, problem.model)
@@ -116,12 +116,12 @@ class TestBadInput:
     def test_checkpoints_on_a_line(self):
         problem = problem_of()
         w, d = problem.flat(problem.weights), torch.ones(problem.size, dtype=torch.float64)
-        with pytest.raises(ValueError, match="lie in 1 dimension; take components=1"):
+        with pytest.raises(ValueError, match="span 1 dimension; use components=1"):
             pca(problem, [w - 2 * d, w - d, w])
         line = pca(problem, [w - 2 * d, w - d, w], components=1)
         with pytest.raises(ValueError, match="a plane needs two components"):
             line.slice(problem)
-        with pytest.raises(ValueError, match="lie in 0 dimensions"):
+        with pytest.raises(ValueError, match="span 0 dimensions; pass checkpoints with different weights"):
             pca(problem, [w, w, w], components=1)
 
     def test_margins_and_models(self):

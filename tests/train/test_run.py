@@ -255,7 +255,7 @@ class TestTrainOnVal:
     def test_data_of_ones_own_have_their_own_parts(self):
         with pytest.raises(ValueError, match=r"^train_on_val=true is for official releases; data=.* its own parts\.$"):
             load_data(config(train_on_val=True, selection="last"))
-        with pytest.raises(ValueError, match=r"^the digits have a validation part of their own"):
+        with pytest.raises(ValueError, match=r"^the digits data set has its own validation part"):
             load_data(config(data="digits", train_on_val=True, selection="last"))
 
 
@@ -601,7 +601,7 @@ class TestRefusedBeforeAnythingIsWritten:
             ({"method": "sam-on", "model": f"{HERE}:dropping"}, r"^Layers: no layer matches"),
             ({"method": "vasso", "params": {"direction.theta": 2.0}}, r"theta must be"),
             ({"params": {"direction.theta": 0.5}}, r"theta"),
-            ({"statistics": "cifar10"}, r"images of bytes need statistics"),
+            ({"statistics": "cifar10"}, r"statistics are required for images of bytes"),
             ({"crop": 2}, r"^crop is for images of bytes"),
             ({"noise": 0.2, "noise_kind": "asymmetric"}, r"^noise_kind=asymmetric needs to know"),
             ({"method": "sgdhess", "precision": "fp16"}, r"fp16|float16|scaler"),

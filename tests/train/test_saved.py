@@ -312,7 +312,7 @@ CONTAINERS = {
 
 
 class TestFiles:
-    @pytest.mark.filterwarnings("ignore:.*are taken")
+    @pytest.mark.filterwarnings("ignore:.*are used")
     @pytest.mark.parametrize("kind", CONTAINERS)
     def test_checkpoints_as_people_save_them(self, kind, tmp_path):
         """As in pytorch/pytorch#3805, kuangliu/pytorch-cifar and Lightning-AI/pytorch-lightning#2798."""
@@ -353,11 +353,11 @@ class TestFiles:
     def test_of_several_one_is_chosen_and_the_choice_is_said(self, tmp_path):
         trained, other = net(), net()
         torch.save(CONTAINERS["two"](trained), tmp_path / "a.pt")
-        with pytest.warns(UserWarning, match=r"under 'model' are taken; those under 'model_ema' fit as well"):
+        with pytest.warns(UserWarning, match=r"under 'model' are used; those under 'model_ema' fit too"):
             load_weights(other, tmp_path / "a.pt")
         load_weights(other, tmp_path / "a.pt", key="model_ema")
         assert same_bits(other.state_dict(), smaller(trained))
-        with pytest.raises(ValueError, match=r"are under 'swa'; .* under 'model', under 'model_ema'"):
+        with pytest.raises(ValueError, match=r"were found under 'swa'; .* under 'model', under 'model_ema'"):
             load_weights(other, tmp_path / "a.pt", key="swa")
         torch.save({"a": trained.state_dict(), "b": smaller(trained)}, tmp_path / "a.pt")
         with pytest.raises(ValueError, match=r"several weights fit the model, under 'a', under 'b'; choose one"):
@@ -365,7 +365,7 @@ class TestFiles:
         torch.save({"a": trained.state_dict(), "b": trained.state_dict()}, tmp_path / "a.pt")
         load_weights(other, tmp_path / "a.pt")
         torch.save(Whole(trained).state_dict(), tmp_path / "a.pt")
-        with pytest.warns(UserWarning, match=r"under 'model' are taken, and .* left out: 'criterion\.weight'"):
+        with pytest.warns(UserWarning, match=r"under 'model' are used; other entries are ignored: 'criterion\.weight'"):
             load_weights(other, tmp_path / "a.pt")
 
     def test_what_is_no_state_dict_of_this_net(self, tmp_path):

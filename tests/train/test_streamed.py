@@ -226,7 +226,7 @@ class TestMeasuring:
     def test_more_than_memory_holds_is_refused(self, kept, monkeypatch):
         trainer = Trainer(settings(kept))
         monkeypatch.setattr(dataset, "HELD", 4 * 3 * SIDE**2 * 10)
-        said = r"^measuring keeps its samples in memory, and {} images of \(3, 8, 8\) are .*; take at most 10 of them"
+        said = r"^the measurements keep .*, and {} images of shape \(3, 8, 8\) take .*; use at most 10 images"
         with pytest.raises(ValueError, match=said.format(45)):
             load_data(settings(kept, measure=True))
         load_data(settings(kept, measure=True, train_size=10))

@@ -114,7 +114,7 @@ def test_unknown_weights():
 
 
 def test_channels_that_torchvision_does_not_take():
-    with pytest.raises(ValueError, match=r"^torchvision's models take images of 3 channels, not 1; timm's .*\.$"):
+    with pytest.raises(ValueError, match=r"^torchvision's models take .* 3 channels, got 1; models of timm .*\.$"):
         external("torchvision:resnet18")(in_channels=1)
 
 
@@ -126,7 +126,7 @@ def test_a_size_that_does_not_fit():
 
 
 def test_weights_for_other_classes():
-    with pytest.raises(ValueError, match="the weights of torchvision:resnet18 are for 1000 classes, not 10"):
+    with pytest.raises(ValueError, match="weights of torchvision:resnet18 have 1000 classes, got num_classes=10"):
         external("torchvision:resnet18")(pretrained=True)
 
 

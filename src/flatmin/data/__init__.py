@@ -1,1 +1,1 @@
-"""Data sets as tensors, image files and their augmentation, label noise, and the checks of a user's own data."""
+"""Data sets as tensors or image files, augmentation, label noise, and checks of a user's own data."""

@@ -1,4 +1,4 @@
-"""Augmentation of whole batches of bytes, on the device that they are on."""
+"""Augmentation of whole batches of byte images, on the device of the images."""
 
 from __future__ import annotations
 
@@ -16,29 +16,31 @@ _DRAWS = 6
 
 @dataclass(frozen=True, kw_only=True)
 class Augment:
-    """Random crop, horizontal flip, normalisation and cutout, in this order, which is that of the papers.
+    """Random crop, horizontal flip, normalisation and cutout, in this order, as in the papers.
 
-    Padding is black (byte 0, before normalisation); cutout is the mean colour (0, after normalisation). The centre
-    of the cut square is any pixel, so that the border may cut it: it covers rows c - s // 2 to c - s // 2 + s - 1.
+    Padding is black (byte 0, before normalisation). Cutout fills a square of side s = `cutout` with the mean colour (0,
+    after normalisation). Its centre c can be any pixel, so the border may clip the square: it covers rows c - s // 2 to
+    c - s // 2 + s - 1.
 
-    Every call draws one array u of shape (6, n), uniform in [0, 1), from the generator, whatever is switched on, so
-    that two settings with one seed differ in what they switch and in nothing else. Its rows are, in order:
+    Each call draws one array u of shape (6, n), uniform in [0, 1), from the generator, no matter which operations are
+    enabled. With the same seed, two settings therefore differ only in the operations they enable. The rows of u are:
 
     - u[0], u[1]: first row and first column of the crop in the padded image, floor(u (2 crop + 1));
-    - u[2]: flipped if u < 1/2;
-    - u[3]: cut if u < cutout_p;
-    - u[4], u[5]: row and column of the centre of the cut square, floor(u H) and floor(u W).
+    - u[2]: the image is flipped if u < 1/2;
+    - u[3]: the image has a cutout if u < cutout_p;
+    - u[4], u[5]: row and column of the centre of the cutout, floor(u H) and floor(u W).
 
     A CPU generator gives the same images on every device.
 
     Args:
-        crop: padding on each side, of which a window of the old size is cut. 0: none. Default 4.
+        crop: padding in pixels on each side, from which a crop of the original size is taken. 0: no crop. Default 4.
         flip: mirror each image with probability 1/2. Default True.
-        cutout: side of the square. 0: none. Default 16 (DeVries & Taylor 2017 for CIFAR-10; BiSAM and VaSSO).
-        cutout_p: probability of the square. Default 0.5, from the code of BiSAM and VaSSO (DeVries & Taylor: 1).
+        cutout: side of the cutout in pixels. 0: no cutout. Default 16 (DeVries & Taylor 2017 for CIFAR-10; BiSAM and
+            VaSSO).
+        cutout_p: probability of a cutout. Default 0.5, from the code of BiSAM and VaSSO (DeVries & Taylor: 1).
 
     Raises:
-        ValueError: a negative size, or a probability outside [0, 1].
+        ValueError: a size is negative, or the probability is outside [0, 1].
 
     Example:
         >>> from flatmin.data.images import CIFAR10
@@ -61,40 +63,43 @@ class Augment:
     def __call__(
         self, x: Tensor, statistics: Statistics, generator: torch.Generator, *, channels_last: bool = False
     ) -> Tensor:
-        """The augmented and normalised batch: `apply` with `draw`.
+        """Augment and normalise a batch: `apply` with the array of `draw`.
 
         Args:
-            x: shape (n, C, H, W), uint8; left as it is.
-            statistics: of the training part, C channels.
-            generator: all draws come from here.
-            channels_last: memory format of the result; its values are the same.
+            x: images, shape (n, C, H, W), uint8. Not modified.
+            statistics: statistics of the training part, C channels.
+            generator: source of all random numbers.
+            channels_last: return the result in channels-last memory format. Its values are the same. Default False.
 
         Returns:
             Shape (n, C, H, W), float32.
 
         Raises:
-            ValueError: images of another type or shape.
+            ValueError: the images have another dtype or shape.
         """
         return self.apply(x, statistics, self.draw(len(x), generator), channels_last=channels_last)
 
     def draw(self, n: int, generator: torch.Generator) -> Tensor:
-        """The array u for n images, shape (6, n), on the generator's device."""
+        """Draw the array u for n images, shape (6, n), on the device of the generator."""
         return torch.rand(_DRAWS, n, generator=generator, device=generator.device)
 
     def apply(self, x: Tensor, statistics: Statistics, u: Tensor, *, channels_last: bool = False) -> Tensor:
-        """The batch as drawn.
+        """Augment and normalise a batch with a given array u.
 
         Args:
             x: see `__call__`.
             statistics: see `__call__`.
-            u: of `draw`, or columns of it, shape (6, n).
+            u: from `draw`, or columns of it, shape (6, n).
             channels_last: see `__call__`.
 
+        Returns:
+            Shape (n, C, H, W), float32.
+
         Raises:
-            ValueError: images of another type or shape.
+            ValueError: the images have another dtype or shape.
         """
         check_bytes(x)
-        # Pageable memory is staged before the copy returns, so the copy needs no wait.
+        # non_blocking is safe: u is in pageable memory, which is staged before the call returns.
         u = u.to(x.device, non_blocking=True)
         if self.crop or self.flip:
             x = self._moved(x, u)
@@ -126,41 +131,41 @@ class Augment:
         return (rows.unsqueeze(2) | self._outside(u[5], width).unsqueeze(1)).unsqueeze(1)
 
     def _outside(self, u: Tensor, size: int) -> Tensor:
-        """The lines that the square leaves, shape (n, size): those with |line + shift - centre| >= cutout / 2."""
+        """Mask of the lines outside the square, shape (n, size): those with |line + shift - centre| >= cutout / 2."""
         shift = 0.0 if self.cutout % 2 else 0.5
         lines = torch.arange(size, device=u.device) + shift
         return (lines - (u * size).floor_().unsqueeze(1)).abs_() >= self.cutout / 2
 
 
 def normalise(x: Tensor, statistics: Statistics, *, channels_last: bool = False) -> Tensor:
-    """Bytes as float32: (x - 255 mean) * (1 / (255 std)), that is, (x / 255 - mean) / std up to rounding.
+    """Normalise byte images: (x - 255 mean) * (1 / (255 std)), which is (x / 255 - mean) / std up to rounding.
 
     Args:
-        x: shape (n, C, H, W), uint8.
-        statistics: C channels.
-        channels_last: memory format of the result; its values are the same.
+        x: images, shape (n, C, H, W), uint8.
+        statistics: statistics with C channels.
+        channels_last: return the result in channels-last memory format. Its values are the same. Default False.
 
     Returns:
         Shape (n, C, H, W), float32.
 
     Raises:
-        ValueError: images of another type or shape.
+        ValueError: the images have another dtype, shape or number of channels.
     """
     check_bytes(x)
     if x.shape[1] != len(statistics.mean):
         raise ValueError(
             f"the statistics have {len(statistics.mean)} channels, but the images have {x.shape[1]}; "
-            "compute them with Statistics.of(train images)."
+            "compute the statistics with Statistics.of(train images)."
         )
     shift, scale = _constants(statistics, x.device)
-    # The layout is changed while the numbers are bytes: a quarter of the memory to move.
+    # Change the layout while the values are bytes: this moves a quarter of the memory.
     x = x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     return x.to(torch.float32).sub_(shift).mul_(scale)
 
 
 @lru_cache(maxsize=32)
 def _constants(statistics: Statistics, device: torch.device) -> tuple[Tensor, Tensor]:
-    """255 mean and 1 / (255 std), shape (C, 1, 1); kept, because a copy to the device would wait for it."""
+    """255 mean and 1 / (255 std), shape (C, 1, 1). Cached, because a copy to the device would synchronise."""
     shift = [255 * mean for mean in statistics.mean]
     scale = [1 / (255 * std) for std in statistics.std]
     return (

@@ -1,7 +1,7 @@
 """CIFAR-10 and CIFAR-100: 60 000 colour images of 32x32 pixels, from the official binary release.
 
-A record is one label byte (CIFAR-100: two, the coarse one first) and 3072 pixel bytes: the red plane row by row, then
-green, then blue. Nothing is downloaded unless asked for.
+A record is one label byte (CIFAR-100: two, the coarse label first) and 3072 pixel bytes: the red plane row by row, then
+green, then blue. Nothing is downloaded unless requested.
 
 Source: A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009;
 https://www.cs.toronto.edu/~kriz/cifar.html.
@@ -35,7 +35,7 @@ _BLOCK = 1 << 20
 
 @dataclass(frozen=True)
 class _Release:
-    """What the binary release of one data set consists of; `records` are those of each file."""
+    """The files of the binary release of one data set. `records` is the number of records in each file."""
 
     title: str
     url: str
@@ -44,7 +44,7 @@ class _Release:
     train: tuple[str, ...]
     test: str
     records: dict[str, int]
-    classes: tuple[int, ...]  # of each label byte
+    classes: tuple[int, ...]  # number of classes of each label byte
 
     @property
     def archive(self) -> str:
@@ -92,27 +92,27 @@ def load_cifar(
     download: bool = False,
     progress: Callable[[int, int | None], None] | None = None,
 ) -> Data:
-    """CIFAR as bytes in three parts: 45 000 train, 5000 validation, 10 000 test.
+    """Load CIFAR in three parts: 45 000 training, 5000 validation and 10 000 test images.
 
-    Pixels stay bytes, a quarter of the memory of float32; `flatmin.data.augment` normalises each batch, with the
-    statistics that the papers print, and crops and mirrors (no cutout). The validation part is drawn by
+    Pixels stay bytes, which takes a quarter of the memory of float32. `flatmin.data.augment` crops and mirrors each
+    batch and normalises it with the statistics given in the papers (no cutout). The validation part is drawn by
     `flatmin.data.images.split_validation`.
 
     Args:
         name: "cifar10" or "cifar100".
-        folder: as in `read_cifar`.
-        coarse: the 20 superclasses of CIFAR-100 as labels. Default: its 100 classes.
-        validation: share of the 50 000 training images; None: see `three_parts`. Default 0.1.
-        split_seed: of the split. Default 42, as in BiSAM and the papers after it.
-        stratified: take the same number of every class into the validation part. Default False.
-        download: get the archive if nothing is found. Default False.
-        progress: as in `download_cifar`.
+        folder: see `read_cifar`.
+        coarse: use the 20 superclasses of CIFAR-100 as labels instead of its 100 classes. Default False.
+        validation: share of the 50 000 training images used for validation; None: see `three_parts`. Default 0.1.
+        split_seed: seed of the validation split. Default 42, as in BiSAM and later papers.
+        stratified: take the same number of images of each class for validation. Default False.
+        download: download the archive if no files are found. Default False.
+        progress: see `download_cifar`.
 
     Returns:
-        x of shape (n, 3, 32, 32), uint8.
+        The data: x of shape (n, 3, 32, 32), uint8.
 
     Raises:
-        ValueError, FileNotFoundError, OSError: as `read_cifar`, `download_cifar` and `split_validation`.
+        ValueError, FileNotFoundError, OSError: see `read_cifar`, `download_cifar` and `split_validation`.
     """
     train, test = read_cifar(name, folder, coarse=coarse, download=download, progress=progress)
     classes = _release(name).classes
@@ -137,35 +137,37 @@ def read_cifar(
     download: bool = False,
     progress: Callable[[int, int | None], None] | None = None,
 ) -> tuple[Split, Split]:
-    """The official training and test part, in the order of the release.
+    """Read the official training and test parts, in the order of the release.
 
     Args:
         name: "cifar10" or "cifar100".
-        folder: where the .bin files are; or its parent, with the folder's official name (cifar-10-batches-bin,
-            cifar-100-binary) or that of the archive (cifar-10-binary); or a folder with the official .tar.gz, or
-            that file itself. An archive is checked against the official MD5 and read without unpacking it to disk.
-        coarse: the 20 superclasses of CIFAR-100 as labels. Default: its 100 classes.
-        download: if nothing is found, get the archive into `folder`. Default False.
-        progress: as in `download_cifar`.
+        folder: one of these: the folder with the .bin files; its parent, if the folder has its official name
+            (cifar-10-batches-bin, cifar-100-binary) or the name of the archive (cifar-10-binary); a folder with the
+            official .tar.gz; or the archive itself. An archive is checked against the official MD5 and read without
+            being unpacked to disk.
+        coarse: use the 20 superclasses of CIFAR-100 as labels instead of its 100 classes. Default False.
+        download: download the archive to `folder` if no files are found. Default False.
+        progress: see `download_cifar`.
 
     Returns:
-        Train (50 000) and test (10 000): x of shape (n, 3, 32, 32), uint8, and int64 labels.
+        The training part (50 000) and the test part (10 000): x of shape (n, 3, 32, 32), uint8, and int64 labels.
 
     Raises:
-        FileNotFoundError: nothing is there, or one of the files is missing.
-        ValueError: an unknown name, coarse labels of CIFAR-10, or a file of another size, content or checksum.
+        FileNotFoundError: no files are found, or one of the files is missing.
+        ValueError: the name is unknown, coarse labels of CIFAR-10 are requested, or a file has another size, content
+            or checksum.
         OSError: the download failed.
     """
     release = _release(name)
     if coarse and len(release.classes) == 1:
-        raise ValueError(f"{release.title} has no coarse labels; leave coarse=False or read cifar100.")
+        raise ValueError(f"{release.title} has no coarse labels; use coarse=False, or read cifar100.")
     place = _find(release, Path(folder))
     if place is None:
         if not download:
             raise FileNotFoundError(
-                f"no {release.title} under {folder}: expected {release.train[0]} there or in "
+                f"there is no {release.title} in {folder}: expected {release.train[0]} there or in "
                 f"{' or '.join(release.folders)}, or the archive {release.archive} (the binary version, not the "
-                "Python one); name the folder that holds them, or download with download=True."
+                "Python version); give the folder that contains them, or use download=True."
             )
         place = download_cifar(name, folder, progress=progress)
     files = (*release.train, release.test)
@@ -185,23 +187,22 @@ def download_cifar(
     *,
     progress: Callable[[int, int | None], None] | None = None,
 ) -> Path:
-    """Get the official archive into a folder, which is made if needed.
+    """Download the official archive to a folder, which is created if needed.
 
-    The archive appears under its name only when it is whole and its MD5 is the official one; a failure leaves
-    nothing behind.
+    The archive gets its final name only after its MD5 has been checked. A failed download leaves no file behind.
 
     Args:
         name: "cifar10" or "cifar100", about 170 MB each.
-        folder: where to put it.
-        progress: called after every block with the bytes so far and the bytes in all, or None if the server does not
-            say.
+        folder: where to put the archive.
+        progress: called after each block with the bytes so far and the total number of bytes (None if the server does
+            not report it). Default None.
 
     Returns:
-        The archive.
+        The path of the archive.
 
     Raises:
-        ValueError: an unknown name, or a download with another checksum.
-        OSError: no connection, or no place to write.
+        ValueError: the name is unknown, or the checksum of the download is wrong.
+        OSError: the download failed, or the file cannot be written.
     """
     release = _release(name)
     folder = Path(folder)
@@ -213,7 +214,7 @@ def download_cifar(
             digest = _fetch(release.url, out, progress)
         if digest != release.md5:
             raise ValueError(
-                f"the download of {release.url} has MD5 {digest}, expected {release.md5}; it is cut short or another "
+                f"the download of {release.url} has MD5 {digest}, expected {release.md5}; it is incomplete or another "
                 "file: try again, or get the archive in another way."
             )
         temporary.replace(target)
@@ -223,7 +224,7 @@ def download_cifar(
 
 
 def _fetch(url: str, out: IO[bytes], progress: Callable[[int, int | None], None] | None) -> str:
-    """Copy a URL into a file; the MD5 of what came."""
+    """Copy the content of a URL to a file. Returns its MD5."""
     digest, done = hashlib.md5(usedforsecurity=False), 0
     try:
         with urllib.request.urlopen(url, timeout=60) as response:
@@ -239,7 +240,7 @@ def _fetch(url: str, out: IO[bytes], progress: Callable[[int, int | None], None]
         reason = getattr(error, "reason", error)
         raise OSError(
             f"{url} could not be downloaded: {reason}; check the connection and the disk, or get the archive in "
-            "another way and name its folder."
+            "another way and give its folder."
         ) from error
     return digest.hexdigest()
 
@@ -251,7 +252,7 @@ def _release(name: str) -> _Release:
 
 
 def _find(release: _Release, folder: Path) -> Path | None:
-    """The folder with the files or the archive; None if neither is there."""
+    """The folder with the files, or the archive; None if there is neither."""
     if folder.is_file():
         return folder
     for place in (folder, *(folder / name for name in release.folders)):
@@ -265,7 +266,7 @@ def _read_file(release: _Release, place: Path, file: str, coarse: bool) -> tuple
     path = place / file
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path} is missing, but other files of {release.title} are there; unpack {release.archive} again."
+            f"{path} is missing, although other files of {release.title} are there; unpack {release.archive} again."
         )
     with path.open("rb") as file_object:
         return _records(release, file_object, path.stat().st_size, file, str(path), coarse)
@@ -276,8 +277,8 @@ def _read_archive(release: _Release, path: Path, coarse: bool) -> dict[str, tupl
         digest = hashlib.file_digest(file_object, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
     if digest != release.md5:
         raise ValueError(
-            f"{path} has MD5 {digest}, expected {release.md5} of {release.archive}; it is cut short or another file: "
-            "delete it and get the archive again, or unpack it and name the folder."
+            f"{path} has MD5 {digest}, expected {release.md5} of {release.archive}; it is incomplete or another file: "
+            "delete it and download the archive again, or unpack it and give the folder."
         )
     contents = {}
     with tarfile.open(path, "r:gz") as archive:
@@ -288,7 +289,7 @@ def _read_archive(release: _Release, path: Path, coarse: bool) -> dict[str, tupl
                 contents[file] = _records(release, content, member.size, file, f"{path}: {file}", coarse)
     for file in release.records:
         if file not in contents:
-            raise ValueError(f"{path} holds no {file}; get {release.archive} again.")
+            raise ValueError(f"{path} does not contain {file}; download {release.archive} again.")
     return contents
 
 
@@ -301,16 +302,16 @@ def _records(
     data = bytearray(file_object.read(expected)) if size == expected else b""
     if len(data) != expected:
         raise ValueError(
-            f"{where} has {size} bytes, expected {expected} ({count} records of {release.record}); it is cut short or "
-            f"another file: unpack {release.archive} again."
+            f"{where} has {size} bytes, expected {expected} ({count} records of {release.record} bytes); it is "
+            f"incomplete or another file: unpack {release.archive} again."
         )
     records = torch.frombuffer(data, dtype=torch.uint8).view(count, release.record)
     for column, classes in enumerate(release.classes):
         highest = int(records[:, column].max())
         if highest >= classes:
             raise ValueError(
-                f"{where} holds the label {highest}, expected 0 to {classes - 1}; it is no file of the binary version "
-                f"of {release.title}: unpack {release.archive} again."
+                f"{where} contains the label {highest}, expected 0 to {classes - 1}; it is not a file of the binary "
+                f"version of {release.title}: unpack {release.archive} again."
             )
     y = records[:, 0 if coarse else labels - 1].long()
     return records[:, labels:].reshape(count, *_SHAPE).contiguous(), y

@@ -1,4 +1,4 @@
-"""`Split` and `Data`: a data set in three parts, held as tensors or read when it is asked for."""
+"""`Split` and `Data`: a data set in three parts, held in memory as tensors or read from files on demand."""
 
 from __future__ import annotations
 
@@ -18,62 +18,62 @@ from flatmin.data.augment import Augment, normalise
 from flatmin.data.images import Statistics
 
 HELD = 4 * 2**30
-"""Bytes in memory that are asked for at most where inputs are read from files."""
+"""Limit, in bytes, on the memory that inputs read from files may take at once: 4 GiB."""
 
 Index = Tensor | slice
 
 
 @runtime_checkable
 class Stored(Protocol):
-    """Inputs that are not in memory: what may stand in for a tensor; `flatmin.data.streamed.FileImages` is one.
+    """Interface of inputs that are not in memory and replace a tensor, such as `flatmin.data.streamed.FileImages`.
 
-    `x[index]` reads samples as they are evaluated, for a slice, a tensor of indices or a mask.
+    `x[index]` reads samples as they are used for evaluation. The index is a slice, a tensor of indices or a mask.
     """
 
     @property
     def shape(self) -> torch.Size:
-        """(n, ...), as of a tensor."""
+        """Shape of all samples, (n, ...), as of a tensor."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of what is read."""
+        """Dtype of the tensors that are read."""
 
     @property
     def device(self) -> torch.device:
-        """Where what is read goes."""
+        """Device of the tensors that are read."""
 
     def dim(self) -> int:
-        """Length of the shape."""
+        """Number of dimensions."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: Index, /) -> Tensor: ...
 
     def to(self, device: torch.device | str, /) -> Stored:
-        """The same samples, for another device."""
+        """The same samples, read to another device."""
 
     def only(self, index: Index, /) -> Stored:
-        """Some of the samples, not read."""
+        """A subset of the samples. Nothing is read."""
 
     def check(self) -> None:
-        """Raise ValueError if it is seen at a glance, without reading them, that samples cannot be read."""
+        """Raise ValueError if a quick check, without reading whole samples, finds some that cannot be read."""
 
     def facts(self) -> Iterator[str]:
-        """What changes when the samples change."""
+        """Strings that identify the samples: they change when the samples change."""
 
     def stream(self, seed: int) -> Stream:
-        """The samples as they are trained on, with random views that depend on (seed, epoch, sample) alone."""
+        """The samples as they are used for training. Random views depend on (seed, epoch, sample) only."""
 
 
 class Stream(Protocol):
-    """Batches of stored samples, one epoch after the other."""
+    """Interface of an object that reads batches of stored samples, epoch by epoch."""
 
     def epoch(self, number: int, batches: Sequence[Tensor]) -> Iterator[Tensor]:
-        """The samples of each batch, on the device.
+        """Yield the samples of each batch, on the device.
 
         Args:
-            number: of the epoch.
-            batches: positions of the samples, on the CPU.
+            number: number of the epoch.
+            batches: indices of the samples of each batch, on the CPU.
 
         Raises:
             ValueError: a sample cannot be read.
@@ -88,7 +88,7 @@ class Split:
     """Inputs and integer labels of one part of a data set.
 
     Args:
-        x: inputs, shape (n, ...), floating or integer (token ids); a tensor, or what reads them.
+        x: inputs, shape (n, ...), floating-point or integer (token ids); a tensor, or a `Stored` that reads them.
         y: labels, shape (n,), int64 in 0..K-1.
     """
 
@@ -99,7 +99,7 @@ class Split:
         return len(self.y)
 
     def only(self, index: Index) -> Split:
-        """Some of the samples, by indices, mask or slice; nothing is read."""
+        """A subset of the samples, by indices, mask or slice. Nothing is read from files."""
         return Split(self.x[index] if isinstance(self.x, Tensor) else self.x.only(index), self.y[index])
 
     def to(self, device: torch.device | str) -> Split:
@@ -109,22 +109,22 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """A classification data set: what is trained on, what hyperparameters are chosen on, what is reported.
+    """A classification data set with a training, a validation and a test part.
 
     Args:
-        train: training part; `train.y` are the labels that are trained on, wrong ones included.
-        val: validation part. Hyperparameters and the best epoch are chosen here and nowhere else.
-        test: test part; nothing is chosen on it.
-        num_classes: K.
-        clean: the training labels before noise, shape (n,). Default: `train.y`, that is, no noise.
-        name: what tables print.
-        statistics: for images that are kept as bytes: what they are normalised with. Default None: inputs go to the
-            model as they are.
-        augment: of the training images, for images that are kept as bytes. Default None: none.
-        notes: what a person should know of how the data were read, in sentences. Default: nothing.
+        train: training part. `train.y` holds the labels used for training, including wrong ones.
+        val: validation part. Hyperparameters and the best epoch are chosen on it, and on nothing else.
+        test: test part, used for reporting only.
+        num_classes: number of classes, K.
+        clean: the training labels before noise was added, shape (n,). Default None: `train.y`, that is, no noise.
+        name: name of the data set, printed in tables. Default "data".
+        statistics: channel statistics used to normalise images stored as bytes. Default None: inputs are passed to the
+            model unchanged.
+        augment: augmentation of training images stored as bytes. Default None: no augmentation.
+        notes: sentences about how the data were read, shown to the user. Default: none.
 
     Raises:
-        ValueError: shapes, types or labels that do not fit together.
+        ValueError: shapes, dtypes or labels do not fit together.
     """
 
     train: Split
@@ -143,8 +143,8 @@ class Data:
         if (self.statistics is None) != (self.train.x.dtype != torch.uint8 or self.train.x.dim() != 4):
             kind = f"{self.train.x.dtype} of shape {tuple(self.train.x.shape)}"
             raise ValueError(
-                f"{self.name}: images of bytes need statistics to be normalised with, and nothing else has them; "
-                f"got {'no ' if self.statistics is None else ''}statistics with x of {kind}."
+                f"{self.name}: statistics are required for images of bytes (uint8, 4-D) and not allowed for other "
+                f"inputs; got {'no ' if self.statistics is None else ''}statistics with x of {kind}."
             )
         if self.augment is not None and self.statistics is None:
             raise ValueError(f"{self.name}: only images of bytes, uint8 of shape (n, C, H, W), can be augmented.")
@@ -155,18 +155,18 @@ class Data:
             )
 
     def inputs(self, x: Tensor, *, channels_last: bool = False) -> Tensor:
-        """What the model takes for samples of any part: bytes normalised, anything else as it is, never augmented."""
+        """The input of the model for samples of any part, without augmentation. Bytes are normalised."""
         if self.statistics is not None:
             return normalise(x, self.statistics, channels_last=channels_last)
         return x.contiguous(memory_format=torch.channels_last) if channels_last and x.dim() == 4 else x
 
     @property
     def wrong(self) -> Tensor:
-        """Mask of the training samples whose label is wrong, shape (n,), bool."""
+        """Mask of the training samples with a wrong label, shape (n,), bool."""
         return torch.zeros_like(self.train.y, dtype=torch.bool) if self.clean is None else self.train.y != self.clean
 
     def with_labels(self, noisy: Tensor) -> Data:
-        """The same data with other training labels; the present ones become `clean`."""
+        """The same data with new training labels. The current labels become `clean`."""
         return dataclasses.replace(self, train=Split(self.train.x, noisy), clean=self.train.y)
 
     def to(self, device: torch.device | str) -> Data:
@@ -186,39 +186,39 @@ def _check(name: str, part: str, split: Split, classes: int, shape: Sequence[int
         raise ValueError(f"{where}.y must be int64 labels of shape (n,), got {y.dtype} of shape {tuple(y.shape)}.")
     if len(y) == 0 or x.dim() < 2 or len(x) != len(y):
         raise ValueError(
-            f"{where} needs as many inputs as labels and at least one, "
+            f"{where} must have at least one sample and as many inputs as labels, "
             f"got x of shape {tuple(x.shape)} and y of shape {tuple(y.shape)}."
         )
     if x.shape[1:] != torch.Size(shape):
         raise ValueError(f"{where}.x has samples of shape {tuple(x.shape[1:])}, but train.x has {tuple(shape)}.")
     if isinstance(x, Tensor) and x.is_floating_point() and not bool(x.isfinite().all()):
-        raise ValueError(f"{where}.x holds NaN or infinite values; clean them first.")
+        raise ValueError(f"{where}.x contains NaN or infinite values; remove or replace them first.")
     low, high = int(y.min()), int(y.max())
     if low < 0 or high >= classes:
         raise ValueError(f"{where}.y has labels from {low} to {high}, expected 0 to {classes - 1} ({classes} classes).")
 
 
 def check_held(x: Samples, count: int) -> None:
-    """Raise ValueError if so many samples, kept as floats, are too much to read from files."""
+    """Raise ValueError if `count` samples that are read from files would take more than `HELD` bytes as float32."""
     size = 4 * math.prod(x.shape[1:])
     if not isinstance(x, Tensor) and count * size > HELD:
         raise ValueError(
-            f"measuring keeps its samples in memory, and {count} images of {tuple(x.shape[1:])} are "
-            f"{count * size / 2**30:.0f} GiB; take at most {HELD // size} of them (--examples in `flatmin measure`)."
+            f"the measurements keep their samples in memory, and {count} images of shape {tuple(x.shape[1:])} take "
+            f"{count * size / 2**30:.0f} GiB; use at most {HELD // size} images (--examples in `flatmin measure`)."
         )
 
 
 def as_data(returned: Any, name: str) -> Data:
-    """What a user's function returned, as `Data`.
+    """Convert the return value of a user's function to `Data`.
 
     Args:
-        returned: a `Data`, or three pairs ((x, y) train, (x, y) validation, (x, y) test) of tensors or arrays;
-            the number of classes is then the largest label plus one, and images of bytes are normalised with the
+        returned: a `Data`, or three pairs ((x, y) train, (x, y) validation, (x, y) test) of tensors or arrays. For
+            pairs, the number of classes is the largest label plus one, and images of bytes are normalised with the
             statistics of the training part.
-        name: what tables and errors call it.
+        name: name for tables and error messages.
 
     Raises:
-        ValueError: anything else, or parts that do not fit together.
+        ValueError: `returned` is something else, or the parts do not fit together.
     """
     if isinstance(returned, Data):
         return returned
@@ -232,7 +232,7 @@ def as_data(returned: Any, name: str) -> Data:
         x, y = (_tensor(value, f"{name}: {part}.{which}", expected) for value, which in zip(pair, "xy", strict=True))
         if x.is_floating_point() or x.dtype == torch.bool:
             x = x.float()
-        elif x.dtype in (torch.uint16, torch.uint32, torch.uint64):  # which torch computes little with
+        elif x.dtype in (torch.uint16, torch.uint32, torch.uint64):  # torch supports few operations on these
             x = x.long()
         if not y.is_floating_point() and y.dtype != torch.bool:
             y = y.long()
@@ -245,10 +245,10 @@ def as_data(returned: Any, name: str) -> Data:
 
 
 def _tensor(value: Any, where: str, expected: str) -> Tensor:
-    """What a user's function returned for inputs or labels, as a tensor of its own type.
+    """Convert inputs or labels returned by a user's function to a tensor, keeping their dtype.
 
     Raises:
-        ValueError: text, dates or other objects, or rows of different lengths.
+        ValueError: `value` holds text, dates or other objects, or rows of different lengths.
     """
     try:
         if isinstance(value, Tensor):
@@ -258,32 +258,35 @@ def _tensor(value: Any, where: str, expected: str) -> Tensor:
         if isinstance(value, (list, tuple)) and any(isinstance(one, Tensor) for one in value):
             return torch.stack([torch.as_tensor(one).detach() for one in value])
         with warnings.catch_warnings():
-            # Of a file that is mapped for reading only: it may be larger than memory, and nothing here writes to it.
+            # A read-only memory map may be larger than memory, so it is not copied; nothing here writes to it.
             warnings.filterwarnings("ignore", "The given NumPy array is not writable")
             return torch.from_numpy(_numbers(value))
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{where} cannot be made into a tensor: {str(error).rstrip('.')}; {expected}.") from error
+        raise ValueError(f"{where} cannot be converted to a tensor: {str(error).rstrip('.')}; {expected}.") from error
 
 
 def _numbers(value: Any) -> np.ndarray:
-    """An array that torch takes: writable, contiguous, of the machine's byte order, of numbers of at most 8 bytes.
+    """Convert to an array that torch accepts: writable, contiguous, native byte order, numbers of at most 8 bytes.
 
     Raises:
-        TypeError, ValueError: it holds something else, or masked entries.
+        TypeError: the array does not hold numbers.
+        ValueError: some entries are masked.
     """
     array = np.asarray(value)
     if np.ma.is_masked(value):
-        raise ValueError("some of its entries are masked; fill them or leave out their samples")
+        raise ValueError("some entries are masked; fill them or remove their samples")
     kind = array.dtype.kind
     if kind == "O":
         other = next((type(one).__name__ for one in array.flat if not isinstance(one, Real)), None)
         if other is not None:
-            raise TypeError(f"its dtype is object and it holds {other}; convert it to numbers first")
+            raise TypeError(f"it has dtype object and contains {other}; convert it to numbers first")
         kind = "i" if all(isinstance(one, Integral) for one in array.flat) else "f"
         array = array.astype(np.int64 if kind == "i" else np.float64)
     if kind not in "biuf":
         kinds = {"U": "text", "S": "text", "M": "dates", "m": "times", "c": "complex numbers"}
-        raise TypeError(f"it holds {kinds.get(kind, array.dtype)}; convert it to numbers first, classes to 0 to K - 1")
+        raise TypeError(
+            f"it contains {kinds.get(kind, array.dtype)}; convert it to numbers first (classes: 0 to K - 1)"
+        )
     native = np.dtype(np.float64) if kind == "f" and array.dtype.itemsize > 8 else array.dtype.newbyteorder("=")
     array = array.astype(native, order="C", copy=False)
     return array if array.flags.writeable or isinstance(value, np.memmap) else array.copy()

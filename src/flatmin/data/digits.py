@@ -1,4 +1,4 @@
-"""Handwritten digits: 1797 grey images of 8x8 pixels in 10 classes, shipped inside scikit-learn.
+"""Handwritten digits: 1797 grey images of 8x8 pixels in 10 classes, included in scikit-learn.
 
 Source: E. Alpaydin, C. Kaynak, Optical Recognition of Handwritten Digits, UCI (test part), as packed by scikit-learn.
 """
@@ -13,17 +13,17 @@ TRAIN, VALIDATION, TEST = 900, 100, 797
 
 
 def load_digits(*, split_seed: int = 0) -> Data:
-    """The digits with a fixed split: 900 train, 100 validation, 797 test.
+    """Load the digits, split into 900 training, 100 validation and 797 test images.
 
-    Pixels are shifted and scaled by the mean and the standard deviation of the training part. Labels are clean in
-    all parts: noise is added to the training part by `flatmin.data.noise`. The validation labels stay clean too,
-    because 100 samples with 40 % wrong labels would choose almost at random.
+    Pixels are normalised with the mean and the standard deviation of the training part. The labels are clean.
+    `flatmin.data.noise` adds label noise to the training part only: with 40 % wrong labels, 100 validation samples
+    would choose hyperparameters almost at random.
 
     Args:
-        split_seed: of the permutation that makes the parts. Default 0.
+        split_seed: seed of the permutation that makes the parts. Default 0.
 
     Returns:
-        x of shape (n, 1, 8, 8), float32.
+        The data: x of shape (n, 1, 8, 8), float32.
 
     Raises:
         ModuleNotFoundError: scikit-learn is not installed.
@@ -32,7 +32,7 @@ def load_digits(*, split_seed: int = 0) -> Data:
         from sklearn.datasets import load_digits as load
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            'the digits data needs scikit-learn: pip install "flatmin[digits]", or use data of your own.'
+            'the digits data set needs scikit-learn: pip install "flatmin[digits]", or use your own data.'
         ) from error
     loaded = load()
     x = torch.as_tensor(loaded.images, dtype=torch.float32).unsqueeze(1)

@@ -1,7 +1,7 @@
-"""Image files in one folder per class: ImageNet, Tiny-ImageNet, and data of one's own.
+"""Image files in one folder per class: ImageNet, Tiny-ImageNet and a user's own data.
 
-`scan_folder` lists the files, a view of `flatmin.data.views` says how one file becomes a square of bytes, and
-`flatmin.data.loader` reads them with worker processes.
+`scan_folder` lists the files. A view from `flatmin.data.views` turns a file into a square of bytes.
+`flatmin.data.loader` reads the files with worker processes.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ class Files:
     """Image files with their labels.
 
     Args:
-        root: the folder.
-        classes: names in alphabetical order; the position is the label.
-        paths: of the files, relative to the root, class by class and in alphabetical order within each.
-        labels: one per file.
-        notes: what a person should know of what was found, such as how many files are left out, in sentences.
+        root: the folder that contains the files.
+        classes: names of the classes in alphabetical order. The position of a name is its label.
+        paths: paths of the files relative to `root`, class by class, in alphabetical order within each class.
+        labels: label of each file.
+        notes: sentences about the scan, shown to the user, such as how many files were skipped. Default: none.
     """
 
     root: Path
@@ -43,7 +43,7 @@ class Files:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Files of each class."""
+        """Number of files per class."""
         counts = dict.fromkeys(self.classes, 0)
         for label in self.labels:
             counts[self.classes[label]] += 1
@@ -51,28 +51,30 @@ class Files:
 
 
 def scan_folder(root: str | os.PathLike[str], *, classes: Sequence[str] | None = None) -> Files:
-    """The image files of root/CLASS/, subfolders included, as in ImageNet's and Tiny-ImageNet's `train`.
+    """List the image files of root/CLASS/ and its subfolders, as in the `train` folder of ImageNet and Tiny-ImageNet.
 
-    Names that begin with a dot are passed over. So are files with other endings than `SUFFIXES`, images beside the
-    class folders, and folders behind links; `Files.notes` counts these, and the images in subfolders.
+    Names that begin with a dot are ignored. Files with other extensions than `SUFFIXES`, images beside the class
+    folders, and symbolic links to folders are skipped. `Files.notes` reports how many of these there are, and how many
+    images are in subfolders.
 
     Args:
-        root: one folder per class.
-        classes: those of the training part, so that a validation part gets the same labels. Default: the folders'.
+        root: folder with one folder per class.
+        classes: names of the classes, such as those of the training part, so that a validation part gets the same
+            labels. Default None: the names of the folders.
 
     Raises:
-        FileNotFoundError: no such folder.
-        ValueError: no class, a class without images, or a folder that is none of `classes`.
+        FileNotFoundError: the folder does not exist.
+        ValueError: there is no class folder, a class has no images, or a folder is not one of `classes`.
     """
     root = _folder(root)
     names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
     if not names:
-        raise ValueError(f"{root} holds no folders; expected one folder of images per class.")
+        raise ValueError(f"{root} contains no folders; expected one folder of images per class.")
     class_names = tuple(sorted(names if classes is None else classes))
     for name in names:
         if name not in class_names:
             raise ValueError(
-                f"{root / name} is none of the {len(class_names)} classes of the training part; remove it."
+                f"{root / name} is not one of the {len(class_names)} classes of the training part; remove it."
             )
     paths: list[str] = []
     labels: list[int] = []
@@ -80,10 +82,10 @@ def scan_folder(root: str | os.PathLike[str], *, classes: Sequence[str] | None =
     for label, name in enumerate(class_names):
         own = _images_below(root, name, seen)
         if not own:
-            there = f" (the classes up to it have {seen.listed()})" if seen.others else ""
+            there = f" (files skipped so far: {seen.listed()})" if seen.others else ""
             raise ValueError(
-                f"{root / name} holds no images, expected files that end in {', '.join(SUFFIXES)}{there}; add some or "
-                "remove the class."
+                f"{root / name} contains no images; expected files that end in {', '.join(SUFFIXES)}{there}; add "
+                "images or remove the class."
             )
         paths += own
         labels += [label] * len(own)
@@ -91,23 +93,24 @@ def scan_folder(root: str | os.PathLike[str], *, classes: Sequence[str] | None =
 
 
 def scan_annotated(root: str | os.PathLike[str], *, classes: Sequence[str]) -> Files:
-    """The files of Tiny-ImageNet's `val`: root/images/, with the class of each in root/val_annotations.txt.
+    """List the files of Tiny-ImageNet's `val`: images in root/images/, their classes in root/val_annotations.txt.
 
-    A line there is the file's name and its class, and four numbers of a bounding box that are not read, between tabs.
+    A line of the annotations has the name of the file, its class and four numbers of a bounding box (not used),
+    separated by tabs.
 
     Args:
-        root: holds `images` and `val_annotations.txt`.
-        classes: those of the training part.
+        root: folder with `images` and `val_annotations.txt`.
+        classes: names of the classes of the training part.
 
     Raises:
-        FileNotFoundError: the list, or a file that it names, is missing.
-        ValueError: a line of another form, or a class that is none of `classes`.
+        FileNotFoundError: the annotations, or a file named in them, are missing.
+        ValueError: a line has another form, or a class is not one of `classes`.
     """
     root = _folder(root)
     table = root / "val_annotations.txt"
     if not table.is_file():
         raise FileNotFoundError(
-            f"{table} is missing; name the val folder of Tiny-ImageNet, or use scan_folder for one folder per class."
+            f"{table} is missing; give the val folder of Tiny-ImageNet, or use scan_folder for one folder per class."
         )
     class_names = tuple(sorted(classes))
     label_of = {name: label for label, name in enumerate(class_names)}
@@ -116,11 +119,13 @@ def scan_annotated(root: str | os.PathLike[str], *, classes: Sequence[str]) -> F
     for number, line in enumerate(read_text(table).splitlines(), start=1):
         fields = line.split("\t")
         if len(fields) < 2:
-            raise ValueError(f"{table}, line {number}: expected a file and its class between tabs, got {line!r}.")
+            raise ValueError(
+                f"{table}, line {number}: expected a file name and its class, separated by a tab, got {line!r}."
+            )
         file, name = fields[0], fields[1].strip()
         if name not in label_of:
             raise ValueError(
-                f"{table}, line {number}: {name!r} is none of the {len(class_names)} classes of the training part."
+                f"{table}, line {number}: {name!r} is not one of the {len(class_names)} classes of the training part."
             )
         if file not in there:
             raise FileNotFoundError(
@@ -136,16 +141,16 @@ def scan_annotated(root: str | os.PathLike[str], *, classes: Sequence[str]) -> F
 def _folder(path: str | os.PathLike[str]) -> Path:
     path = Path(path)
     if not path.is_dir():
-        raise FileNotFoundError(f"there is no folder {path}; name the one with the unpacked images.")
+        raise FileNotFoundError(f"there is no folder {path}; give the folder with the unpacked images.")
     return path
 
 
 def files_digest(parts: Sequence[Files]) -> str:
-    """Hex digest of image files by their names below the root, labels, sizes and content; not of where they lie.
+    """Hex digest of image files: of their paths relative to the root, labels, sizes and content.
 
-    Up to `WHOLE` bytes in all are read whole. Of more, about `SAMPLED` files that are spread evenly over the list give
-    a block at their beginning, in their middle and at their end. A digest is kept for as long as the process lives and
-    no file has another size or time of change.
+    It does not depend on where the root is. If the files take at most `WHOLE` bytes (256 MiB) in total, they are read
+    completely. Otherwise about `SAMPLED` (2000) files, evenly spaced in the list, contribute a block at their start,
+    middle and end. The digest is cached in the process until the size or modification time of a file changes.
 
     Raises:
         OSError: a file is missing or cannot be read.
@@ -187,7 +192,7 @@ def _is_image(name: str) -> bool:
 
 @dataclass
 class _Seen:
-    """What a scan has counted: other files by ending, images in subfolders and beside the classes, linked folders."""
+    """Counts of a scan: other files by extension, images in subfolders and beside the class folders, linked folders."""
 
     beside: int = 0
     below: int = 0
@@ -195,20 +200,18 @@ class _Seen:
     others: Counter[str] = field(default_factory=Counter)
 
     def listed(self) -> str:
-        return ", ".join(f"{count} of {ending or 'no ending'}" for ending, count in sorted(self.others.items()))
+        return ", ".join(f"{count} of {ending or 'no extension'}" for ending, count in sorted(self.others.items()))
 
     def notes(self, root: Path) -> tuple[str, ...]:
         notes = []
         if self.others:
-            notes.append(f"{root}: files with other endings than {', '.join(SUFFIXES)} are left out: {self.listed()}.")
+            notes.append(f"{root}: skipped files with other extensions than {', '.join(SUFFIXES)}: {self.listed()}.")
         if self.beside:
-            notes.append(
-                f"{root}: images that lie beside the class folders have no class and are left out: {self.beside}."
-            )
+            notes.append(f"{root}: skipped images beside the class folders, which have no class: {self.beside}.")
         if self.below:
-            notes.append(f"{root}: images in subfolders of a class folder count as images of that class: {self.below}.")
+            notes.append(f"{root}: images in subfolders of a class folder belong to that class: {self.below}.")
         if self.links:
-            notes.append(f"{root}: folders behind links in a class folder are left out: {self.links}.")
+            notes.append(f"{root}: skipped symbolic links to folders in a class folder: {self.links}.")
         return tuple(notes)
 
 
@@ -222,7 +225,7 @@ def _images_below(root: Path, name: str, seen: _Seen) -> list[str]:
         for file in files:
             if _is_image(file):
                 images.append((below / file).as_posix())
-                # `images` is where Tiny-ImageNet has them.
+                # Tiny-ImageNet stores the images of a class in a subfolder `images`.
                 seen.below += len(below.parts) > 1 and below.parts[1:] != ("images",)
             elif not file.startswith(".") and file not in _OF_SYSTEMS:
                 seen.others[os.path.splitext(file)[1].lower()] += 1

@@ -1,7 +1,7 @@
-"""Data in the format of MNIST (idx files, plain or .gz): MNIST, Fashion-MNIST, KMNIST.
+"""Reader for the format of MNIST (idx files, plain or .gz): MNIST, Fashion-MNIST, KMNIST.
 
-A file is two zero bytes, one byte for the type of the numbers (8: unsigned bytes), one for the number of dimensions,
-then each dimension as a 32-bit integer, most significant byte first, then the numbers, the last dimension fastest.
+A file consists of two zero bytes, one byte for the data type (8: unsigned bytes), one byte for the number of
+dimensions, the dimensions as big-endian 32-bit integers, and the values with the last dimension varying fastest.
 
 Source: Y. LeCun, C. Cortes, C. J. C. Burges, The MNIST database of handwritten digits; H. Xiao, K. Rasul, R. Vollgraf,
 Fashion-MNIST: a Novel Image Dataset for Benchmarking Machine Learning Algorithms, 2017.
@@ -36,25 +36,26 @@ def load_idx(
     stratified: bool = False,
     augment: Augment | None = None,
 ) -> Data:
-    """A data set of four idx files as bytes in three parts; of MNIST 54 000 train, 6000 validation, 10 000 test.
+    """Load a data set of four idx files. MNIST has 54 000 training, 6000 validation and 10 000 test images.
 
-    Pixels stay bytes; `flatmin.data.augment` normalises each batch with the statistics of the training part. The
-    validation part is drawn by `flatmin.data.images.split_validation`.
+    Pixels stay bytes. `flatmin.data.augment` normalises each batch with the statistics of the official training part.
+    The validation part is drawn by `flatmin.data.images.split_validation`.
 
     Args:
-        folder: as in `read_idx_parts`.
-        name: what tables and errors call it. Default "mnist".
-        num_classes: K. Default 10.
-        validation: share of the training images; None: see `three_parts`. Default 0.1.
-        split_seed: of the split. Default 42.
-        stratified: give every class the same share in the validation part. Default False.
-        augment: of the training images. Default None: none, as mirrored digits are none.
+        folder: see `read_idx_parts`.
+        name: name for tables and error messages. Default "mnist".
+        num_classes: number of classes, K. Default 10.
+        validation: share of the training images used for validation; None: see `three_parts`. Default 0.1.
+        split_seed: seed of the validation split. Default 42.
+        stratified: give each class the same share in the validation part. Default False.
+        augment: augmentation of the training images. Default None: no augmentation, since a mirrored digit is not a
+            digit.
 
     Returns:
-        x of shape (n, 1, H, W), uint8.
+        The data: x of shape (n, 1, H, W), uint8.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_idx_parts`, `split_validation` and `Data`.
+        FileNotFoundError, ValueError: see `read_idx_parts`, `split_validation` and `Data`.
     """
     train, test = read_idx_parts(folder)
     return three_parts(
@@ -70,35 +71,35 @@ def load_idx(
 
 
 def read_idx_parts(folder: str | os.PathLike[str]) -> tuple[Split, Split]:
-    """The official training and test part, in their order.
+    """Read the official training and test parts, in the order of the files.
 
     Args:
-        folder: holds train-images-idx3-ubyte, train-labels-idx1-ubyte and the two of t10k, plain or with .gz; or has
-            a subfolder `raw` that does.
+        folder: folder with train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and
+            t10k-labels-idx1-ubyte, plain or with .gz, or with a subfolder `raw` that contains them.
 
     Returns:
-        Train and test: x of shape (n, 1, H, W), uint8, and int64 labels.
+        The training and the test part: x of shape (n, 1, H, W), uint8, and int64 labels.
 
     Raises:
         FileNotFoundError: one of the files is missing.
-        ValueError: a file of another format or size, or as many labels as images are not there.
+        ValueError: a file has another format or size, or the numbers of images and labels differ.
     """
     place = Path(folder)
     if not place.is_dir():
-        raise FileNotFoundError(f"there is no folder {place}; name the one that holds train-images-idx3-ubyte.")
+        raise FileNotFoundError(f"there is no folder {place}; give the folder with train-images-idx3-ubyte.")
     if (place / "raw").is_dir():
         place /= "raw"
     return _part(place, "train"), _part(place, "t10k")
 
 
 def read_idx(path: str | os.PathLike[str]) -> Tensor:
-    """The numbers of one idx file of unsigned bytes, in their shape; a name that ends in .gz is unpacked.
+    """Read one idx file of unsigned bytes. A file whose name ends in .gz is decompressed.
 
     Returns:
-        uint8.
+        The values as uint8, in the shape given in the header.
 
     Raises:
-        ValueError: another format, another type of numbers, or fewer or more bytes than the header says.
+        ValueError: the file has another format, another data type, or not as many bytes as the header says.
     """
     path = Path(path)
     if path.suffix == ".gz":
@@ -106,28 +107,30 @@ def read_idx(path: str | os.PathLike[str]) -> Tensor:
             with gzip.open(path, "rb") as file_object:
                 data = file_object.read()
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise ValueError(f"{path} cannot be unpacked: {error}; get the file again.") from error
+            raise ValueError(f"{path} cannot be decompressed: {error}; download the file again.") from error
     else:
         data = path.read_bytes()
     if len(data) < 4 or data[:2] != b"\0\0" or data[3] == 0:
         raise ValueError(
-            f"{path} is no idx file: it starts with the bytes {data[:4].hex(' ')}, expected 00 00 08 and the number "
-            "of dimensions; get the original file."
+            f"{path} is not an idx file: it starts with the bytes {data[:4].hex(' ')}, expected 00 00 08 and the "
+            "number of dimensions; download the original file."
         )
     kind, dimensions = data[2], data[3]
     if kind != _UNSIGNED_BYTE:
         raise ValueError(
-            f"{path} holds numbers of type {kind:#04x}, expected 0x08, unsigned bytes; convert them first."
+            f"{path} contains values of type {kind:#04x}, expected 0x08 (unsigned bytes); convert them first."
         )
     begin = 4 + 4 * dimensions
     if len(data) < begin:
-        raise ValueError(f"{path} has {len(data)} bytes, expected {begin} for the header alone; get the file again.")
+        raise ValueError(
+            f"{path} has {len(data)} bytes, expected {begin} for the header alone; download the file again."
+        )
     shape = struct.unpack(f">{dimensions}I", data[4:begin])
     expected = begin + math.prod(shape)
     if len(data) != expected:
         raise ValueError(
-            f"{path} has {len(data)} bytes, expected {expected} for shape {shape}; it is cut short or damaged: "
-            "get the file again."
+            f"{path} has {len(data)} bytes, expected {expected} for shape {shape}; it is incomplete or damaged: "
+            "download the file again."
         )
     if not math.prod(shape):
         return torch.empty(shape, dtype=torch.uint8)
@@ -147,9 +150,9 @@ def _part(place: Path, prefix: str) -> Split:
 
 
 def _find(place: Path, prefix: str, what: str, dimensions: int) -> Path:
-    # Some copies have a dot where the original has a hyphen.
+    # Some copies of the files have a dot where the original name has a hyphen.
     names = [f"{prefix}-{what}{dot}idx{dimensions}-ubyte{end}" for end in ("", ".gz") for dot in "-."]
     for name in names:
         if (place / name).is_file():
             return place / name
-    raise FileNotFoundError(f"{place / names[0]} is missing, plain or with .gz; name the folder that holds it.")
+    raise FileNotFoundError(f"{place / names[0]} (or the same with .gz) is missing; give the folder that contains it.")

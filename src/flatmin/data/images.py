@@ -1,4 +1,4 @@
-"""What image data sets share: statistics of their channels, classes of classes, and the validation split."""
+"""Channel statistics, superclasses and the validation split of image data sets."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class Statistics:
 
     Args:
         mean: one number per channel.
-        std: one number per channel, above 0; of the population, that is, divided by the number of pixels.
+        std: one number per channel, above 0: the population standard deviation (divided by the number of pixels).
 
     Raises:
-        ValueError: no channel, different lengths, or a deviation that is not above 0.
+        ValueError: there is no channel, the lengths differ, or a standard deviation is not above 0.
     """
 
     mean: tuple[float, ...]
@@ -34,22 +34,22 @@ class Statistics:
             )
         if not all(map(math.isfinite, self.mean)) or not all(0 < std < math.inf for std in self.std):
             raise ValueError(
-                f"statistics need finite means and deviations above 0, got {self.mean} and {self.std}; "
-                "a channel that never changes must be left out."
+                f"statistics need finite means and standard deviations above 0, got {self.mean} and {self.std}; "
+                "remove constant channels."
             )
 
     @classmethod
     def of(cls, x: Tensor) -> Statistics:
-        """The statistics of a data set, from exact sums.
+        """Compute the statistics of a data set from exact sums.
 
-        mean = S / (255 N) and std = sqrt(N Q - S^2) / (255 N) with the sums S of a channel's N bytes and Q of their
-        squares, which are integers; only the last division and root round.
+        mean = S / (255 N) and std = sqrt(N Q - S^2) / (255 N), where S is the sum of the N bytes of a channel and Q the
+        sum of their squares. Both sums are exact integers; only the final division and square root are rounded.
 
         Args:
             x: training images, shape (n, C, H, W), uint8.
 
         Raises:
-            ValueError: another type or shape, no pixels, or a channel that never changes.
+            ValueError: `x` has another dtype or shape, no pixels, or a constant channel.
         """
         check_bytes(x)
         means, deviations = [], []
@@ -64,16 +64,16 @@ class Statistics:
 
 
 CIFAR10 = Statistics((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
-"""Of the 50 000 training images of CIFAR-10, rounded to four digits as the papers print them."""
+"""Statistics of the 50 000 training images of CIFAR-10, rounded to four digits as in the papers."""
 
 CIFAR100 = Statistics((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
-"""Of the 50 000 training images of CIFAR-100, rounded to four digits as the papers print them."""
+"""Statistics of the 50 000 training images of CIFAR-100, rounded to four digits as in the papers."""
 
 IMAGENET = Statistics((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-"""Of a part of ImageNet's training images, as nearly all published code has them since Torch7's."""
+"""Statistics of a part of ImageNet's training images, as in nearly all published code since Torch7."""
 
 HALF = Statistics((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-"""Of no data: it takes bytes to the range from -1 to 1, as pretrained vision transformers want them."""
+"""Maps bytes to the range from -1 to 1, as expected by many pretrained vision transformers."""
 
 STATISTICS = {"cifar10": CIFAR10, "cifar100": CIFAR100, "imagenet": IMAGENET, "half": HALF}
 
@@ -83,7 +83,7 @@ CIFAR100_COARSE = (
     *(16, 4, 17, 4, 2, 0, 17, 4, 18, 17, 10, 3, 2, 12, 12, 16, 12, 1, 9, 19, 2, 10, 0, 1, 16),
     *(12, 9, 13, 15, 13, 16, 19, 2, 4, 6, 19, 5, 5, 8, 19, 18, 1, 2, 15, 6, 0, 17, 8, 14, 13),
 )
-"""The coarse class of each fine class of CIFAR-100, as the release has them in every record."""
+"""The superclass of each of the 100 classes of CIFAR-100, as given in the records of the release."""
 
 
 def check_bytes(x: Tensor) -> None:
@@ -95,25 +95,25 @@ def check_bytes(x: Tensor) -> None:
 def split_validation(
     n: int, share: float = 0.1, *, seed: int = 42, stratified: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Indices of the training part and of the validation part.
+    """Draw the indices of a training and a validation part.
 
-    round(share * n) samples are drawn without replacement. Without `stratified` they are those that
-    `torch.utils.data.random_split` takes with a generator of the same seed. The result depends on the seed alone, not
-    on the global random state.
+    round(share * n) samples are drawn without replacement. Without `stratified`, they are the same as those of
+    `torch.utils.data.random_split` with a generator of the same seed. The result depends only on the seed, not on the
+    global random state.
 
     Args:
         n: number of samples.
-        share: of the validation part, in (0, 1). Default 0.1: 45 000 and 5000 of CIFAR, as in BiSAM and the papers
-            after it.
-        seed: of the generator. Default 42, from the same source.
-        stratified: labels, shape (n,), int64: then every class gives its share, to the nearest sample that keeps
-            the sum. Default: classes are ignored.
+        share: share of the validation part, in (0, 1). Default 0.1, which gives 45 000 and 5000 images of CIFAR, as in
+            BiSAM and later papers.
+        seed: seed of the generator. Default 42, from the same source.
+        stratified: labels, shape (n,), int64. Each class then contributes in proportion to its size, rounded such that
+            the total is kept. Default None: classes are ignored.
 
     Returns:
-        Two tensors of ascending int64 indices, together 0..n-1.
+        Indices of the training part and of the validation part, ascending, int64. Together they are 0..n-1.
 
     Raises:
-        ValueError: a share that leaves one part empty, or labels of another length.
+        ValueError: the share leaves one part empty, or the labels have another length.
     """
     if not 0 < share < 1:
         raise ValueError(f"the validation share must lie between 0 and 1, got {share!r}.")
@@ -133,15 +133,15 @@ def split_validation(
 
 
 def draw_share(order: Tensor, labels: Tensor, size: int) -> Tensor:
-    """The first samples of each class in a drawn order, `size` in all, as many per class as its share asks.
+    """Select `size` samples, with each class in proportion to its size: the first of each class in `order`.
 
     Args:
-        order: indices of the candidates in the order in which they are drawn, shape (m,).
-        labels: of all samples; labels[order] are those of the candidates.
-        size: how many to take, at most m.
+        order: indices of the candidates in random order, shape (m,).
+        labels: labels of all samples; labels[order] are those of the candidates.
+        size: number of samples to select, at most m.
 
     Returns:
-        Indices, shape (size,), class by class.
+        Indices, shape (size,), grouped by class.
     """
     own = labels[order]
     classes, counts = own.unique(return_counts=True)
@@ -151,9 +151,9 @@ def draw_share(order: Tensor, labels: Tensor, size: int) -> Tensor:
 
 
 def apportion(counts: Sequence[int], size: int) -> list[int]:
-    """Whole numbers in proportion to the counts that add up to `size`, by the largest remainders.
+    """Integers proportional to the counts that sum to `size`, by the largest remainder method.
 
-    Each is size * count / sum(counts) rounded down or up; equal remainders are served in the given order.
+    Each is size * count / sum(counts), rounded down or up. Of equal remainders, the earlier one is rounded up first.
 
     Example:
         >>> apportion([5, 3, 2], 5)

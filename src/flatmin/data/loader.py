@@ -1,6 +1,6 @@
 """Batches of image files, read by worker processes. Needs Pillow.
 
-What a batch holds depends on the seed, the epoch and the files alone, not on the number of workers.
+The content of a batch depends only on the seed, the epoch and the files, not on the number of workers.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from flatmin.data.dataset import Split
 from flatmin.data.folder import Files
 from flatmin.data.views import ImageView, UnreadableError, check_header, pillow, read_image
 
-_HEADERS = 256  # that a worker opens at a time
+_HEADERS = 256  # files that a worker opens per batch
 
 
 class FileStream:
-    """Chosen batches of image files as bytes, read by worker processes that live from epoch to epoch.
+    """Given batches of image files as bytes, read by worker processes that persist between epochs.
 
-    Random crops depend on (seed, epoch, index of the file) alone. The global random state is not used. An epoch may be
-    read again, alone, or in part, but not two of them at the same time.
+    Random crops depend only on (seed, epoch, index of the file). The global random state is not used. An epoch can be
+    read again, on its own, or in part, but two epochs cannot be read at the same time.
 
-    The workers have a session of their own: Ctrl-C and a signal to all processes of a job stop this one alone, which
-    can then end an update before it stops them.
+    The workers run in their own process session, so Ctrl-C or a signal to all processes of a job reaches only the main
+    process, which can finish an update before it stops the workers.
 
     Args:
         files: from `scan_folder` or `scan_annotated`.
         view: `RandomCrop` for training, `Centre` for evaluation.
-        workers: processes; 0 reads in this one. Default 0.
-        pin_memory: put batches where a copy to a CUDA device need not wait. Default False.
-        seed: of the crops. Default 0.
+        workers: number of worker processes; 0 reads in the current process. Default 0.
+        pin_memory: put batches in pinned memory, from which copies to a CUDA device are asynchronous. Default False.
+        seed: seed of the random crops. Default 0.
 
     Raises:
         ModuleNotFoundError: Pillow is not installed.
-        ValueError: a negative number of workers.
+        ValueError: `workers` is negative.
     """
 
     def __init__(
@@ -48,30 +48,30 @@ class FileStream:
         pillow()
         if workers < 0:
             raise ValueError(f"workers must be at least 0, got {workers}.")
-        self._wanted = _Wanted()
+        self._sampler = _IndexSampler()
         self._loader: DataLoader[Any] = DataLoader(
             SingleImages(files, view, seed),
-            batch_sampler=self._wanted,
+            batch_sampler=self._sampler,
             num_workers=workers,
             collate_fn=collate,
             pin_memory=pin_memory,
             persistent_workers=workers > 0,
-            worker_init_fn=_apart,
-            # Its own generator: without one, every epoch would take a number from the global one.
+            worker_init_fn=_own_session,
+            # Without its own generator, the DataLoader would draw from the global one in every epoch.
             generator=torch.Generator().manual_seed(seed),
         )
 
     def batches(self, epoch: int, indices: Iterable[Sequence[int]]) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of an epoch: x of shape (b, 3, size, size), uint8, and y of shape (b,), int64.
+        """Yield the batches of an epoch: x of shape (b, 3, size, size), uint8, and y of shape (b,), int64.
 
         Args:
-            epoch: its number.
-            indices: of the files of each batch.
+            epoch: number of the epoch.
+            indices: indices of the files of each batch.
 
         Raises:
-            ValueError: a file cannot be read as an image, or a worker process ended.
+            ValueError: a file cannot be read as an image, or a worker process was terminated.
         """
-        self._wanted.epoch, self._wanted.batches = epoch, indices
+        self._sampler.epoch, self._sampler.batches = epoch, indices
         batches = iter(self._loader)
         while True:
             try:
@@ -80,8 +80,8 @@ class FileStream:
                 if "DataLoader worker" not in str(error):
                     raise
                 raise ValueError(
-                    "a process that reads images ended, often because memory ran out, also the shared one (/dev/shm); "
-                    "use fewer workers."
+                    "a worker process that reads images was terminated, often because memory or shared memory "
+                    "(/dev/shm) ran out; use fewer workers."
                 ) from error
             if batch is None:
                 return
@@ -91,24 +91,24 @@ class FileStream:
 
 
 class FileLoader:
-    """Batches of image files as bytes, every file once an epoch.
+    """Batches of image files as bytes; each epoch contains every file once.
 
-    Order and crops depend on (seed, epoch) alone: the batches are the same for any number of workers, and an epoch
-    can be read again or alone, but not two of them at the same time.
+    Order and crops depend only on (seed, epoch): the batches are the same for any number of workers. An epoch can be
+    read again or on its own, but two epochs cannot be read at the same time.
 
     Args:
         files: see `FileStream`.
         view: see `FileStream`.
-        batch_size: images in a batch; the last one of an epoch may be smaller.
-        shuffle: a new order every epoch. Default True; else the order of `files`.
-        drop_last: leave out a last batch that is smaller. Default False.
+        batch_size: number of images per batch. The last batch of an epoch may be smaller.
+        shuffle: use a new random order in each epoch; otherwise the order of `files`. Default True.
+        drop_last: omit the last batch if it is smaller. Default False.
         workers: see `FileStream`.
         pin_memory: see `FileStream`.
-        seed: of order and crops. Default 0.
+        seed: seed of the order and the crops. Default 0.
 
     Raises:
         ModuleNotFoundError: Pillow is not installed.
-        ValueError: a batch size below 1, a negative number of workers, or no batch at all.
+        ValueError: `batch_size` is below 1, `workers` is negative, or there are too few files for one batch.
 
     Example::
 
@@ -135,22 +135,22 @@ class FileLoader:
             raise ValueError(f"batch_size must be at least 1 and workers at least 0, got {batch_size} and {workers}.")
         if not len(files) or (drop_last and batch_size > len(files)):
             raise ValueError(
-                f"{files.root} has {len(files)} images, which make no batch of {batch_size}; use a smaller batch_size."
+                f"{files.root} has {len(files)} images, too few for a batch of {batch_size}; use a smaller batch_size."
             )
         self.files, self.view = files, view
         self._batch_size, self._shuffle, self._drop_last, self._seed = batch_size, shuffle, drop_last, seed
         self._stream = FileStream(files, view, workers=workers, pin_memory=pin_memory, seed=seed)
 
     def __len__(self) -> int:
-        """Batches in an epoch."""
+        """Number of batches per epoch."""
         whole, rest = divmod(len(self.files), self._batch_size)
         return whole + (rest > 0 and not self._drop_last)
 
     def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of an epoch: x of shape (b, 3, size, size), uint8, and y of shape (b,), int64.
+        """Yield the batches of an epoch: x of shape (b, 3, size, size), uint8, and y of shape (b,), int64.
 
         Raises:
-            ValueError: a file cannot be read as an image, or a worker process ended.
+            ValueError: a file cannot be read as an image, or a worker process was terminated.
         """
         order = list(range(len(self.files)))
         if self._shuffle:
@@ -161,11 +161,22 @@ class FileLoader:
 
 
 def load_files(files: Files, view: ImageView, *, workers: int = 0, seed: int = 0) -> Split:
-    """Every image as epoch 0 of the seed has it, in the order of `files`, in memory: n * 3 * size^2 bytes.
+    """Read all images into memory, in the order of `files`: n * 3 * size^2 bytes.
+
+    A random view gives the images of epoch 0.
+
+    Args:
+        files: see `FileStream`.
+        view: see `FileStream`.
+        workers: see `FileStream`. Default 0.
+        seed: seed of the view. Default 0.
+
+    Returns:
+        x of shape (n, 3, size, size), uint8, and the labels.
 
     Raises:
         ModuleNotFoundError: Pillow is not installed.
-        ValueError: no files, or one that cannot be read as an image.
+        ValueError: there are no files, or a file cannot be read as an image.
     """
     loader = FileLoader(files, view, batch_size=64, shuffle=False, workers=workers, seed=seed)
     x = torch.empty(len(files), 3, view.size, view.size, dtype=torch.uint8)
@@ -175,16 +186,16 @@ def load_files(files: Files, view: ImageView, *, workers: int = 0, seed: int = 0
 
 
 def check_files(files: Files, indices: Sequence[int], *, workers: int = 0) -> None:
-    """Open files and read no more than what they begin with: about 0.1 ms for each, of some ms for all of it.
+    """Open files and check their headers. This takes about 0.1 ms per file; reading a whole file takes some ms.
 
     Args:
         files: from `scan_folder` or `scan_annotated`.
-        indices: which.
-        workers: processes. Default 0: this one.
+        indices: indices of the files to check.
+        workers: number of worker processes. Default 0: the current process.
 
     Raises:
         ModuleNotFoundError: Pillow is not installed.
-        ValueError: some are no images; the first is named. A file that is cut short is not noticed.
+        ValueError: some files are not images; the message names the first. Truncated files are not detected.
     """
     pillow()
     loader: DataLoader[Any] = DataLoader(
@@ -192,17 +203,17 @@ def check_files(files: Files, indices: Sequence[int], *, workers: int = 0) -> No
         sampler=indices,
         batch_size=_HEADERS,
         num_workers=workers,
-        collate_fn=_told,
-        worker_init_fn=_apart,
+        collate_fn=_messages,
+        worker_init_fn=_own_session,
         generator=torch.Generator().manual_seed(0),
     )
     bad = [text for batch in loader for text in batch]
     if bad:
-        raise ValueError(bad[0] if len(bad) == 1 else f"{bad[0]} So it is with {len(bad) - 1} more.")
+        raise ValueError(bad[0] if len(bad) == 1 else f"{bad[0]} In total, {len(bad)} files cannot be read.")
 
 
 class SingleImages(Dataset["tuple[Tensor, int] | str"]):
-    """One image and its label, or why there is none: an exception would reach the user as a worker's traceback."""
+    """One image and its label, or an error message: an exception would be shown as the traceback of a worker."""
 
     def __init__(self, files: Files, view: ImageView, seed: int) -> None:
         self.files, self.view, self.seed = files, view, seed
@@ -217,7 +228,7 @@ class SingleImages(Dataset["tuple[Tensor, int] | str"]):
 
 
 def collate(items: list[tuple[Tensor, int] | str]) -> tuple[Tensor, Tensor] | str:
-    """A batch, or why there is none."""
+    """A batch, or the error message of an image that could not be read."""
     images, labels = [], []
     for item in items:
         if isinstance(item, str):
@@ -227,14 +238,14 @@ def collate(items: list[tuple[Tensor, int] | str]) -> tuple[Tensor, Tensor] | st
     return torch.stack(images), torch.tensor(labels, dtype=torch.int64)
 
 
-def _apart(worker: int) -> None:
-    """Leave the group of processes that a terminal or a job sends its signals to."""
+def _own_session(worker: int) -> None:
+    """Start a new session, so that signals to the process group do not reach the worker."""
     if hasattr(os, "setsid"):
         os.setsid()
 
 
-class _Wanted:
-    """Batches of (epoch, index): the epoch travels with the index, so persistent workers need no message."""
+class _IndexSampler:
+    """Batch sampler that yields (epoch, index): persistent workers get the epoch with each index."""
 
     def __init__(self) -> None:
         self.epoch = 0
@@ -247,7 +258,7 @@ class _Wanted:
 
 
 class _Headers(Dataset[str]):
-    """Why a file is no image; empty for one that is."""
+    """The error message for a file that is not an image; an empty string otherwise."""
 
     def __init__(self, files: Files) -> None:
         self.files = files
@@ -260,5 +271,5 @@ class _Headers(Dataset[str]):
         return ""
 
 
-def _told(texts: list[str]) -> list[str]:
+def _messages(texts: list[str]) -> list[str]:
     return [text for text in texts if text]

@@ -1,6 +1,6 @@
-"""The table of data sets: every name, how it is read, and which classes are easily confused.
+"""The table of data sets: each name, its reader, and which classes are easily confused.
 
-A new data set is one reader and one line here; the trainer, the command line and the docs go through the table.
+To add a data set, write a reader and add one line here. The trainer, the command line and the docs use this table.
 """
 
 from __future__ import annotations
@@ -31,17 +31,18 @@ Progress = Callable[[int, int | None], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """How a data set is to be read.
+    """Options for reading a data set.
 
     Args:
-        folder: where the files are, for sets that are files.
-        validation: share of the official training part for validation; None: train on all of it and validate on the
-            test part. Sets with a validation part of their own keep it.
-        split_seed: of the drawn validation part.
-        image_size: side of the images, for folders of image files; None: the set's own.
-        workers: processes that read image files, and threads where they are read for evaluation.
-        download: get what is missing, where that is possible.
-        progress: called with the bytes so far and in all while something is downloaded.
+        folder: folder with the files, for data sets that are read from files. Default "data".
+        validation: share of the official training part used for validation. None: train on the whole training part and
+            validate on the test part. Data sets with their own validation part keep it. Default 0.1.
+        split_seed: seed with which the validation part is drawn. Default 42.
+        image_size: height and width of the images, for folders of image files. Default None: the size of the data set.
+        workers: number of processes that read image files for training, and of threads that read them for evaluation.
+            Default 0: no further process or thread.
+        download: download missing files, where the reader supports it. Default False.
+        progress: called during a download with the bytes so far and the total number of bytes. Default None.
     """
 
     folder: str | os.PathLike[str] = "data"
@@ -55,17 +56,18 @@ class Reading:
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """A data set of the table.
+    """An entry of the table of data sets.
 
     Args:
-        read: its reader.
-        scan: lists the files of its parts, where these are folders of images.
-        shipped: it comes with a package, so it is the same for everybody.
-        confusions: each class to the one it is taken for, for asymmetric noise.
-        downloads: whether the reader can get what is missing.
-        train: samples of the official training part, before a validation part is taken from it; None: see the data.
-        shape: of an image as it is read without `image_size`, (C, H, W); None: see the data.
-        classes: K; None: see the data.
+        read: function that reads the data set.
+        scan: function that lists the image files of each part, for data sets that are folders of images.
+        shipped: whether the data set is part of a Python package and so the same for every user.
+        confusions: maps each class to the class it is confused with, for asymmetric label noise.
+        downloads: whether the reader can download missing files.
+        train: size of the official training part, before a validation part is taken from it. None: known only after
+            reading.
+        shape: shape of an image read without `image_size`, (C, H, W). None: known only after reading.
+        classes: number of classes, K. None: known only after reading.
     """
 
     read: Callable[[Reading], Data]
@@ -81,7 +83,9 @@ class DatasetInfo:
 def _digits(reading: Reading) -> Data:
     loaded = digits.load_digits(split_seed=reading.split_seed)
     if reading.validation is None:
-        raise ValueError("the digits have a validation part of their own; train_on_val is for official releases.")
+        raise ValueError(
+            "the digits data set has its own validation part, so train_on_val cannot be used with it; leave it out."
+        )
     return loaded
 
 
@@ -115,7 +119,7 @@ def _scan_tiny_imagenet(reading: Reading) -> list[Files]:
 
 
 def _tiny_imagenet(reading: Reading) -> Data:
-    """Its `val` is the test part, as its `test` has no labels."""
+    """Tiny-ImageNet. Its `val` folder is the test part, because its `test` folder has no labels."""
     files = _scan_tiny_imagenet(reading)
     train, test = (_bytes(part, reading, 64) for part in files)
     return _drawn(train, test, files, "tiny-imagenet", reading)
@@ -128,9 +132,9 @@ def _scan_sorted(name: str, test: str, reading: Reading) -> list[Files]:
 
 
 def _sorted(name: str, test: str, reading: Reading) -> Data:
-    """Folders `train` and another one for testing with one folder per class in each; read when needed.
+    """Folders `train` and `test` (a name), with one folder per class in each; images are read on demand.
 
-    In ILSVRC 2012 the other one is `val`.
+    The test folder of ILSVRC 2012 is `val`.
     """
     files = _scan_sorted(name, test, reading)
     parts = [_files(part, reading, 224) for part in files]
@@ -143,25 +147,26 @@ def _scan_images(reading: Reading) -> list[Files]:
     others = [name for name in ("val", "test") if (root / name).is_dir()]
     if not others:
         raise FileNotFoundError(
-            f"{root} has neither a folder `test` nor `val` beside `train`; expected one folder per class in them."
+            f"{root} has neither a `test` nor a `val` folder beside `train`; add one, with one folder per class in it."
         )
     return [files, *(scan_folder(root / name, classes=files.classes) for name in others)]
 
 
 def _images(reading: Reading) -> Data:
-    """Folders `train` and `test` or `val`, one folder per class in each; with both, `val` is for validation.
+    """Folders `train` and `test` or `val`, with one folder per class in each. With both, `val` is for validation.
 
-    Squares of 64 pixels or `image_size`. Up to 4 GiB of them in all are read once, the middle of each file, kept in
-    memory, normalised with the statistics of the training part, and moved by an eighth of the side for training.
-    More stay files that are read again every epoch, as ImageNet's: random parts for training, the middle after a
-    resize to 256/224 of the side for evaluation, normalised with ImageNet's statistics.
+    Images become squares of `image_size` pixels (default 64). If all images together take at most 4 GiB, the centre
+    square of each file is read once and kept in memory. Images are then normalised with the statistics of the training
+    part, and training crops are shifted by up to an eighth of the side. Larger data sets are read from the files in
+    every epoch, as ImageNet is: random crops for training, the centre crop after a resize to 256/224 of the side for
+    evaluation, both normalised with ImageNet's statistics.
     """
     scanned = _scan_images(reading)
     side = reading.image_size or 64
     read = _bytes if 3 * side**2 * sum(map(len, scanned)) <= HELD else _files
     train, *rest = [read(part, reading, side) for part in scanned]
     data = _drawn(train, rest[-1], scanned, Path(reading.folder).resolve().name, reading)
-    # A validation part of its own leaves the training part whole.
+    # With a `val` folder, nothing is taken from the training part.
     whole = len(rest) == 1 or reading.validation is None
     return data if whole else dataclasses.replace(data, train=train, val=rest[0])
 
@@ -172,13 +177,13 @@ def _root(reading: Reading, name: str) -> Path:
 
 
 def _bytes(files: Files, reading: Reading, size: int) -> Split:
-    """The images in memory."""
+    """The images of the files, in memory."""
     side = reading.image_size or size
     return load_files(files, Centre(side, resize=side), workers=reading.workers)
 
 
 def _files(files: Files, reading: Reading, size: int) -> Split:
-    """The images as files."""
+    """The images of the files, read on demand."""
     x = FileImages(files, Centre(reading.image_size or size), workers=reading.workers)
     return Split(x, torch.tensor(files.labels, dtype=torch.int64))
 
@@ -193,7 +198,7 @@ def _drawn(train: Split, test: Split, files: Sequence[Files], name: str, reading
         validation=reading.validation,
         split_seed=reading.split_seed,
         statistics=IMAGENET if streamed else None,
-        # Random parts are cut where the file is read.
+        # Streamed images are cropped when the file is read.
         augment=Augment(crop=0 if streamed else train.x.shape[2] // 8, cutout=0),
     )
     return dataclasses.replace(data, notes=tuple(note for part in files for note in part.notes))
@@ -226,11 +231,15 @@ DATASETS: dict[str, DatasetInfo] = {
 
 
 def read_named(name: str, reading: Reading) -> Data:
-    """A data set of the table.
+    """Read a data set of the table.
+
+    Args:
+        name: a key of `DATASETS`.
+        reading: how to read it.
 
     Raises:
-        ValueError: an unknown name.
-        FileNotFoundError, ValueError, ModuleNotFoundError, OSError: what its reader raises.
+        ValueError: the name is unknown.
+        FileNotFoundError, ValueError, ModuleNotFoundError, OSError: from the reader.
     """
     if name not in DATASETS:
         raise ValueError(

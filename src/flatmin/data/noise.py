@@ -1,4 +1,4 @@
-"""Label noise."""
+"""Symmetric and asymmetric label noise."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from torch import Tensor
 from flatmin.data.images import CIFAR100_COARSE, draw_share
 
 CIFAR10_CONFUSIONS = {9: 1, 2: 0, 4: 7, 3: 5, 5: 3}
-"""Truck to automobile, bird to airplane, deer to horse, cat to dog and back (Patrini et al. 2017, CVPR)."""
+"""Truck to automobile, bird to airplane, deer to horse, cat to dog and dog to cat (Patrini et al., CVPR 2017)."""
 
 
 def symmetric_noise(labels: Tensor, share: float, num_classes: int, *, seed: int) -> Tensor:
-    """Labels with an exact share of them replaced by a wrong one.
+    """Replace an exact share of the labels by wrong ones.
 
-    round(share * n) samples are drawn without replacement; each gets one of the K - 1 other classes, all equally
-    likely. The result depends on the seed alone, not on the global random state.
+    round(share * n) samples are drawn without replacement. Each gets one of the K - 1 other classes with equal
+    probability. The result depends only on the seed, not on the global random state.
 
     Args:
         labels: shape (n,), int64 in 0..K-1.
-        share: in [0, 1].
-        num_classes: K, at least 2.
-        seed: of the generator.
+        share: share of wrong labels, in [0, 1].
+        num_classes: number of classes, K, at least 2.
+        seed: seed of the generator.
 
     Returns:
         New labels, shape (n,).
 
     Raises:
-        ValueError: a share outside [0, 1], or noise with fewer than two classes.
+        ValueError: the share is outside [0, 1], or there are fewer than two classes.
 
     Example:
         >>> clean = torch.zeros(10, dtype=torch.int64)
@@ -49,24 +49,25 @@ def symmetric_noise(labels: Tensor, share: float, num_classes: int, *, seed: int
 
 
 def asymmetric_noise(labels: Tensor, share: float, confusions: Mapping[int, int], *, seed: int) -> Tensor:
-    """Labels with an exact share of those that can be confused replaced by the class that each is confused with.
+    """Replace an exact share of the labels in some classes by the class that each is confused with.
 
-    Of the m samples whose class is in `confusions`, round(share * m) are drawn without replacement, and of each class
-    its proportion of them, to the nearest sample. Every other label stays. The result depends on the seed alone, not
-    on the global random state.
+    Of the m samples whose class is in `confusions`, round(share * m) are drawn without replacement, from each class in
+    proportion to its size. All other labels stay the same. The result depends only on the seed, not on the global
+    random state.
 
     Args:
         labels: shape (n,), int64.
-        share: in [0, 1], of the affected samples. With `CIFAR10_CONFUSIONS`, which affects half of the classes, 0.4
-            makes a fifth of all labels wrong; papers call it 40 %.
-        confusions: class to the class that it is taken for; `CIFAR10_CONFUSIONS`, or `CIFAR100_CONFUSIONS`.
-        seed: of the generator.
+        share: share of wrong labels among these m samples, in [0, 1]. `CIFAR10_CONFUSIONS` covers half of the classes,
+            so 0.4 makes a fifth of all labels wrong; papers call this 40 % noise.
+        confusions: maps a class to the class it is confused with: `CIFAR10_CONFUSIONS`, `CIFAR100_CONFUSIONS`, or
+            another.
+        seed: seed of the generator.
 
     Returns:
         New labels, shape (n,).
 
     Raises:
-        ValueError: a share outside [0, 1], a negative class, or a class that is confused with itself.
+        ValueError: the share is outside [0, 1], a class is negative, or a class is mapped to itself.
 
     Example:
         >>> clean = torch.tensor([0, 0, 0, 0, 1, 1])
@@ -78,8 +79,8 @@ def asymmetric_noise(labels: Tensor, share: float, confusions: Mapping[int, int]
     for source, target in confusions.items():
         if source == target or source < 0 or target < 0:
             raise ValueError(
-                f"confusions must lead from one class to another one, got {source} to {target}; leave out classes that "
-                "stay."
+                f"confusions must map a class to another class, got {source} to {target}; leave out classes without "
+                "noise."
             )
     clean = labels.cpu()
     order = torch.randperm(len(clean), generator=torch.Generator().manual_seed(seed))
@@ -92,10 +93,10 @@ def asymmetric_noise(labels: Tensor, share: float, confusions: Mapping[int, int]
 
 
 def next_of_group(groups: tuple[int, ...]) -> dict[int, int]:
-    """Each class to the next one of its group, the last one to the first; groups of one class are left out.
+    """Map each class to the next class of its group, and the last to the first. Groups of one class are left out.
 
     Args:
-        groups: of class 0, 1, ...
+        groups: the group of class 0, 1, ...
 
     Example:
         >>> next_of_group((7, 3, 7, 7))
@@ -109,4 +110,4 @@ def next_of_group(groups: tuple[int, ...]) -> dict[int, int]:
 
 
 CIFAR100_CONFUSIONS = next_of_group(CIFAR100_COARSE)
-"""Each class to the next one of its superclass, in circles of five (Patrini et al. 2017, CVPR)."""
+"""Each class to the next class of its superclass, in cycles of five (Patrini et al., CVPR 2017)."""

@@ -1,4 +1,4 @@
-"""From an official training and test part to the three parts of `Data`."""
+"""Make the three parts of `Data` from an official training and test part."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ def three_parts(
     statistics: Statistics | None = None,
     augment: Augment | None = None,
 ) -> Data:
-    """Images of bytes with a validation part drawn from the training part by `split_validation`.
+    """Make a data set of byte images whose validation part is drawn from the training part by `split_validation`.
 
     Args:
         train: official training part, uint8.
         test: official test part.
-        num_classes: K.
-        name: what tables and errors call it.
-        validation: share of the training part. None: no part of its own; train on all of it and validate on the test
-            part, the protocol of VaSSO. Default 0.1.
-        split_seed: of the split. Default 42.
-        stratified: give every class the same share in the validation part. Default False.
-        statistics: Default: those of the official training part, validation part included, as the papers have it; all
-            of it is read for them.
-        augment: of the training images. Default: none.
+        num_classes: number of classes, K.
+        name: name for tables and error messages.
+        validation: share of the training part used for validation. None: train on the whole training part and validate
+            on the test part, which is the protocol of VaSSO. Default 0.1.
+        split_seed: seed of the validation split. Default 42.
+        stratified: give each class the same share in the validation part. Default False.
+        statistics: channel statistics for normalisation. Default None: those of the official training part including
+            the validation part, as in the papers. Computing them reads all training images.
+        augment: augmentation of the training images. Default None: no augmentation.
 
     Raises:
-        ValueError: as `split_validation`, `Statistics.of` and `Data`.
+        ValueError: see `split_validation`, `Statistics.of` and `Data`.
     """
     used = Statistics.of(train.x[:]) if statistics is None else statistics
     if validation is None:

@@ -1,4 +1,4 @@
-"""Images that stay files until a batch asks for them, for sets that do not fit into memory. Needs Pillow."""
+"""Images that are read from files on demand, for data sets that do not fit into memory. Needs Pillow."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from flatmin.data.views import Centre, ImageView, RandomCrop, read_planes
 
 
 class FileImages:
-    """Inputs of a part of a data set (`flatmin.data.dataset.Stored`): a list of files, of which no pixel is kept.
+    """Inputs of one part of a data set as a list of image files (a `flatmin.data.dataset.Stored`). No pixels are kept.
 
-    `images[index]` reads with the view of evaluation, in threads, since Pillow works without Python's lock; `stream`
-    reads with that of training, in worker processes.
+    `images[index]` reads with the evaluation view, in threads (Pillow releases Python's global lock). `stream` reads
+    with the training view, in worker processes.
 
-    Nothing but the list is looked at when it is made. `check` opens every file, some percent of the work of reading
-    it, and finds files that are missing or no images; one that is cut short shows itself when it is read.
+    The constructor opens no file. `check` opens every file, which takes a few percent of the time of reading them, and
+    finds missing files and files that are not images. A truncated file is detected only when it is read.
 
     Args:
         files: from `scan_folder` or `scan_annotated`.
-        view: of evaluation. Default: `Centre` of 224 pixels.
-        training: view of training, of the same size. Default: `RandomCrop` of that size.
-        workers: threads of the one and processes of the other; 0 works alone. Default 0.
-        device: where what is read goes. Default "cpu".
-        chosen: indices of the files that belong to the part, shape (n,), int64. Default: all.
+        view: view for evaluation. Default None: `Centre` of 224 pixels.
+        training: view for training, of the same size. Default None: `RandomCrop` of that size.
+        workers: number of threads for evaluation and of processes for training. Default 0: neither.
+        device: device of the tensors that are read. Default "cpu".
+        chosen: indices of the files that belong to this part, shape (n,), int64. Default None: all files.
 
     Raises:
-        ValueError: views of different sizes.
+        ValueError: the views have different sizes.
 
     Example::
 
@@ -58,7 +58,7 @@ class FileImages:
         self.training = RandomCrop(self.view.size) if training is None else training
         if self.view.size != self.training.size:
             raise ValueError(
-                f"the views of evaluation and training must be of one size, got {self.view.size} and "
+                f"the views for evaluation and training must have the same size, got {self.view.size} and "
                 f"{self.training.size}."
             )
         self.files, self.workers = files, workers
@@ -70,56 +70,56 @@ class FileImages:
 
     @property
     def shape(self) -> torch.Size:
-        """(n, 3, size, size)."""
+        """Shape of all images, (n, 3, size, size)."""
         return torch.Size((len(self), 3, self.view.size, self.view.size))
 
     def dim(self) -> int:
-        """4."""
+        """Number of dimensions, 4."""
         return 4
 
     def to(self, device: torch.device | str, /) -> FileImages:
-        """The same files, read for another device."""
+        """The same files, read to another device."""
         return self._with(self.chosen, device)
 
     def only(self, index: Index, /) -> FileImages:
-        """Some of the files, by indices, mask or slice."""
+        """A subset of the files, by indices, mask or slice."""
         return self._with(self.chosen[index.cpu() if isinstance(index, Tensor) else index], self.device)
 
     def __getitem__(self, index: Index, /) -> Tensor:
-        """The images as they are evaluated, shape (n, 3, size, size), uint8.
+        """Read images with the evaluation view, shape (n, 3, size, size), uint8.
 
         Raises:
             ModuleNotFoundError: Pillow is not installed.
-            ValueError: a file cannot be read as an image, or so many that they should not be read at once.
+            ValueError: a file cannot be read as an image, or the images would take more than 4 GiB of memory.
         """
         part = self.only(index)
         size = math.prod(part.shape)
         if size > HELD:
             raise ValueError(
-                f"{len(part)} images of {tuple(self.shape[1:])} would be {size / 2**30:.0f} GiB in memory; take fewer "
-                "at a time."
+                f"{len(part)} images of shape {tuple(self.shape[1:])} would take {size / 2**30:.0f} GiB of memory; "
+                "read fewer at a time."
             )
         images = torch.empty(part.shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
         part._read_into(images.numpy())
         return images.to(self.device, non_blocking=True)
 
     def check(self) -> None:
-        """Open every file, about 0.1 ms for each.
+        """Open every file and check its header, about 0.1 ms per file.
 
         Raises:
             ModuleNotFoundError: Pillow is not installed.
-            ValueError: some are missing or no images; the first is named.
+            ValueError: some files are missing or not images; the message names the first.
         """
         check_files(self.files, self.chosen.tolist(), workers=self.workers)
 
     def facts(self) -> Iterator[str]:
-        """Content of the files as far as `flatmin.data.folder.files_digest` reads it, which of them, and how seen."""
+        """Strings that identify the images: the views, `flatmin.data.folder.files_digest`, and the chosen indices."""
         yield f"{self.view} {self.training}"
         yield files_digest([self.files])
         yield ",".join(map(str, self.chosen.tolist()))
 
     def stream(self, seed: int) -> ImageStream:
-        """Batches as they are trained on; what `RandomCrop` draws depends on (seed, epoch, file) alone.
+        """Return an object that reads training batches. The crops depend only on (seed, epoch, index of the file).
 
         Raises:
             ModuleNotFoundError: Pillow is not installed.
@@ -147,7 +147,7 @@ class FileImages:
 
 
 class ImageStream:
-    """The batches of one epoch after the other, read ahead by worker processes; see `FileImages.stream`."""
+    """Training batches, epoch by epoch, read ahead by worker processes; see `FileImages.stream`."""
 
     def __init__(self, images: FileImages, seed: int) -> None:
         self._chosen, self._device = images.chosen, images.device
@@ -160,14 +160,14 @@ class ImageStream:
         )
 
     def epoch(self, number: int, batches: Sequence[Tensor]) -> Iterator[Tensor]:
-        """The images of each batch, shape (b, 3, size, size), uint8, on the device.
+        """Yield the images of each batch, shape (b, 3, size, size), uint8, on the device.
 
         Args:
-            number: of the epoch.
-            batches: positions in the part, on the CPU.
+            number: number of the epoch.
+            batches: indices into this part for each batch, on the CPU.
 
         Raises:
-            ValueError: a file cannot be read as an image, or a worker process ended.
+            ValueError: a file cannot be read as an image, or a worker process was terminated.
         """
         for x, _ in self._stream.batches(number, (self._chosen[batch].tolist() for batch in batches)):
             yield x.to(self._device, non_blocking=True)

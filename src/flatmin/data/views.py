@@ -1,4 +1,7 @@
-"""How an image file becomes a square of bytes: `Centre` for evaluation, `RandomCrop` for training. Needs Pillow."""
+"""Views that turn an image file into a square of bytes: `Centre` for evaluation, `RandomCrop` for training.
+
+Needs Pillow.
+"""
 
 from __future__ import annotations
 
@@ -18,26 +21,27 @@ _ATTEMPTS = 10
 
 
 class ImageView(Protocol):
-    """How an opened image becomes a square; `draw` is the file's own generator of this epoch."""
+    """Interface of a view: turns an opened image into a square."""
 
     @property
     def size(self) -> int:
         """Side of the square in pixels."""
 
     def __call__(self, image: Image, draw: random.Random) -> Image:
-        """The square."""
+        """Return the square. `draw` is the random generator of this file in this epoch."""
 
 
 @dataclass(frozen=True)
 class Centre:
-    """The middle of the image, for evaluation: the shorter side becomes `resize`, then size x size is cut.
+    """Centre crop for evaluation: resize the shorter side to `resize`, then crop size x size pixels.
 
     Args:
-        size: side of the result. Default 224.
-        resize: length of the shorter side before the cut. Default size * 256 / 224, rounded, as usual for ImageNet.
+        size: side of the result in pixels. Default 224.
+        resize: length of the shorter side before the crop. Default None: size * 256 / 224, rounded, as is usual for
+            ImageNet.
 
     Raises:
-        ValueError: sizes below 1, or a cut larger than the image.
+        ValueError: `size` is below 1, or `resize` is below `size`.
     """
 
     size: int = 224
@@ -50,7 +54,7 @@ class Centre:
     def __call__(self, image: Image, draw: random.Random) -> Image:
         width, height = image.size
         short = round(self.size * 256 / 224) if self.resize is None else self.resize
-        # The cut in the coordinates of the file: one interpolation, and nothing outside the cut is computed.
+        # Crop in the coordinates of the file: this interpolates once and computes nothing outside the crop.
         side = min(width, height) * self.size / short
         left, top = (width - side) / 2, (height - side) / 2
         return _resized(image, (left, top, left + side, top + side), self.size)
@@ -58,19 +62,20 @@ class Centre:
 
 @dataclass(frozen=True)
 class RandomCrop:
-    """A random part of the image, stretched to a square, for training.
+    """Random resized crop for training: a random part of the image, resized to a square.
 
-    The part's area is uniform in `scale` times that of the image and the logarithm of its ratio of width to height
-    uniform in that of `ratio`; a part that does not fit is drawn again, up to ten times, then the largest part in
-    the middle with an allowed ratio is taken. Mirroring is left to `flatmin.data.augment.Augment`.
+    The area of the part, as a share of the image, is uniform in `scale`. The logarithm of its aspect ratio (width over
+    height) is uniform between the logarithms of `ratio`. A part that does not fit into the image is drawn again. After
+    ten attempts, the largest centred part with an allowed aspect ratio is used. `flatmin.data.augment.Augment` does the
+    mirroring.
 
     Args:
-        size: side of the result. Default 224.
+        size: side of the result in pixels. Default 224.
         scale: smallest and largest share of the area. Default (0.08, 1) (Szegedy et al. 2015).
-        ratio: smallest and largest ratio. Default (3/4, 4/3), from the same source.
+        ratio: smallest and largest aspect ratio. Default (3/4, 4/3), from the same source.
 
     Raises:
-        ValueError: a size below 1, or bounds that are not in order.
+        ValueError: `size` is below 1, or the bounds are out of range or not in order.
     """
 
     size: int = 224
@@ -80,7 +85,7 @@ class RandomCrop:
     def __post_init__(self) -> None:
         if self.size < 1 or not 0 < self.scale[0] <= self.scale[1] <= 1 or not 0 < self.ratio[0] <= self.ratio[1]:
             raise ValueError(
-                "size must be at least 1, scale ascend within (0, 1] and ratio ascend above 0, "
+                "size must be at least 1, scale must be ascending in (0, 1] and ratio ascending and above 0, "
                 f"got {self.size}, {self.scale} and {self.ratio}."
             )
 
@@ -88,10 +93,10 @@ class RandomCrop:
         return _resized(image, self.box(*image.size, draw), self.size)
 
     def box(self, width: int, height: int, draw: random.Random) -> tuple[int, int, int, int]:
-        """Left, top, right and bottom of the part in whole pixels.
+        """Return left, top, right and bottom of the part in whole pixels.
 
-        Each attempt takes area and ratio from `draw`, the last one left and top as well. Only `random()` is called,
-        whose numbers Python keeps from version to version.
+        Each attempt draws area and aspect ratio; the accepted one also draws left and top. Only `random()` is used,
+        because Python guarantees that its numbers are the same in all versions.
         """
         low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
         for _ in range(_ATTEMPTS):
@@ -111,17 +116,17 @@ class RandomCrop:
 def read_image(
     path: str | os.PathLike[str], view: ImageView, *, seed: int = 0, epoch: int = 0, index: int = 0
 ) -> Tensor:
-    """One image file as a square of bytes, in red, green and blue.
+    """Read an image file as a square RGB image of bytes.
 
-    Grey images of 8 bits, palettes and transparency are converted, deeper pixels refused; a rotation in the file's
-    notes (EXIF) is not applied, as in most published training code.
+    8-bit grey images, palettes and transparency are converted to RGB. More than 8 bits per channel raise an error. The
+    EXIF orientation is not applied, as in most published training code.
 
     Args:
         path: the file.
         view: `Centre` or `RandomCrop`.
-        seed: what `RandomCrop` draws depends on this and the next two alone. Default 0.
-        epoch: default 0.
-        index: of the file in its data set. Default 0.
+        seed: seed of the view. What `RandomCrop` draws depends only on `seed`, `epoch` and `index`. Default 0.
+        epoch: number of the epoch. Default 0.
+        index: index of the file in its data set. Default 0.
 
     Returns:
         Shape (3, size, size), uint8.
@@ -137,9 +142,9 @@ def read_image(
 def read_planes(
     path: str | os.PathLike[str], view: ImageView, *, seed: int = 0, epoch: int = 0, index: int = 0
 ) -> bytes:
-    """The bytes of `read_image`, channel after channel.
+    """Like `read_image`, but return bytes, channel after channel.
 
-    No operation of torch, whose own threads would be as many again for each thread that reads.
+    Uses no torch operation, because each reading thread would then start torch's own threads.
     """
     images = pillow()
     draw = random.Random(f"{seed}/{epoch}/{index}")
@@ -153,7 +158,7 @@ def read_planes(
 
 
 def check_header(path: str | os.PathLike[str]) -> None:
-    """Raise UnreadableError unless a file begins like an image; whether it is whole only reading it tells."""
+    """Raise UnreadableError unless the file has a valid image header. Truncated files are not detected."""
     try:
         with pillow().open(path) as file:
             _check_depth(file)
@@ -162,7 +167,7 @@ def check_header(path: str | os.PathLike[str]) -> None:
 
 
 class UnreadableError(ValueError):
-    """A file that no decoder reads."""
+    """Raised for a file that cannot be read as an image."""
 
 
 def _unreadable(path: str | os.PathLike[str], error: Exception) -> UnreadableError:
@@ -171,16 +176,16 @@ def _unreadable(path: str | os.PathLike[str], error: Exception) -> UnreadableErr
 
 def _check_depth(file: Image) -> None:
     if file.mode.startswith(("I", "F")):
-        raise ValueError(f"its pixels are of more than 8 bits (mode {file.mode})")
+        raise ValueError(f"its pixels have more than 8 bits (mode {file.mode})")
 
 
 def _resized(image: Image, box: tuple[float, float, float, float], size: int) -> Image:
-    """A part of the image as a square, bilinear with the area of a pixel taken into account (antialiased)."""
+    """Resize a part of the image to a square, with antialiased bilinear interpolation."""
     return image.resize((size, size), pillow().Resampling.BILINEAR, box=box)
 
 
 def pillow() -> Any:
-    """The module PIL.Image.
+    """Import and return the module PIL.Image.
 
     Raises:
         ModuleNotFoundError: Pillow is not installed.

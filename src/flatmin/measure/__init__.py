@@ -1,4 +1,7 @@
-"""What training did to the loss surface: curvature, sharpness, landscapes. Knows no optimizer; needs torch alone."""
+"""Measures of the loss surface around trained weights: curvature, sharpness, flatness, landscapes.
+
+They do not depend on the optimizer and need only torch.
+"""
 
 from flatmin.measure.average import Average, average_case
 from flatmin.measure.curvature import EmpiricalFisher, Fisher, GaussNewton, Hessian
@@ -15,7 +18,7 @@ from flatmin.measure.sharpness import Sharpness, curve, m_sharpness, worst_case
 from flatmin.measure.trace import density, diagonal, frobenius, trace
 from flatmin.measure.trajectory import pca
 
-# The names of earlier versions.
+# Aliases for compatibility.
 Card, CardSettings, card = Report, ReportSettings, report
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""How far the loss rises near the weights on average."""
+"""Average-case sharpness: how much the loss rises on average under random displacements of the weights."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ Per = Literal["vector", "entry"]
 
 @dataclass(frozen=True, kw_only=True)
 class Average:
-    """The mean rise of the loss under random displacements.
+    """Result of `average_case`: the mean rise of the loss under random displacements.
 
     Args:
-        value: the mean.
-        error: its standard error over the draws; NaN with fewer than two.
-        draws: independent ones; antithetic, each is the mean of a pair.
-        evaluations: of the loss.
-        rho, per, adaptive, eta, antithetic, of: as asked.
-        conventions: of the problem, with the seed.
+        value: the mean rise.
+        error: its standard error over the draws; NaN with fewer than two draws.
+        draws: number of independent draws. With `antithetic`, each draw is the mean over a pair u and -u.
+        evaluations: number of evaluations of the loss.
+        rho, per, adaptive, eta, antithetic, of: the arguments of `average_case`.
+        conventions: conventions of the problem, with the seed.
     """
 
     value: float
@@ -45,7 +45,7 @@ class Average:
     conventions: Conventions
 
     def interval(self, confidence: float = 0.95) -> tuple[float, float]:
-        """The t interval of the value."""
+        """Confidence interval of the value, by Student's t distribution."""
         half = t_quantile((1 + confidence) / 2, self.draws - 1) * self.error if self.draws > 1 else math.inf
         return self.value - half, self.value + half
 
@@ -62,31 +62,34 @@ def average_case(
     of: Of = "loss",
     seed: int = 0,
 ) -> Average:
-    r"""Average-case sharpness under normal displacements, with its standard error.
+    r"""Measure average-case sharpness under normally distributed displacements, with its standard error.
 
     .. math::
         E[L(w + s \odot u)] - L(w),\quad u_i \sim N(0, \rho^2 / n) \text{ or } N(0, \rho^2),\quad
         s = 1 \text{ or } |w| + \eta
 
-    with n the number of weights that move (s > 0). Near w it is \rho^2 tr(S H S) / 2n, with S = diag(s), or
-    \rho^2 tr(S H S) / 2.
+    Here n is the number of weights that move (s > 0). For small rho this is about \rho^2 tr(S H S) / 2n, or
+    \rho^2 tr(S H S) / 2 with per="entry", where S = diag(s) and H is the Hessian.
 
     Args:
         problem: the function.
         rho: size of the displacements, > 0.
-        per: "vector" (default): E||u||^2 = rho^2, the scale of the worst case in a ball of radius rho; "entry": every
-            entry of u has standard deviation rho, the convention of Andriushchenko et al. 2023.
-        adaptive: whether u is in multiples of |w|. Default False.
-        eta: added to |w|, >= 0. Default 0, where weights that are zero do not move.
-        draws: independent ones, >= 1. Default 50.
-        antithetic: each draw is the mean over u and -u, at twice the cost: the odd part of L, its gradient first, then
-            adds no noise. Default True.
-        of: "loss" (default), or "error", the error rate.
-        seed: of the draws. They are the same for every rho, so that curves over rho are smooth.
+        per: "vector": E||u||^2 = rho^2, the same scale as the worst case in a ball of radius rho. "entry": each entry
+            of u has standard deviation rho, the convention of Andriushchenko et al. 2023. Default "vector".
+        adaptive: scale u by |w| + eta. Default False.
+        eta: added to |w|, >= 0. Default 0: weights that are zero do not move.
+        draws: number of independent draws, >= 1. Default 50.
+        antithetic: average each draw over u and -u. This costs twice as much and removes the noise of the odd part of
+            L, above all of its gradient. Default True.
+        of: "loss", or "error" for the error rate. Default "loss".
+        seed: seed of the draws. They are the same for every rho, so curves over rho are smooth. Default 0.
+
+    Returns:
+        The mean rise with its standard error.
 
     Raises:
-        ValueError: a bad number or option; see `worst_case`.
-        ArithmeticError: a loss that is not finite at the weights or at a displaced point.
+        ValueError: a number or option is invalid; see `worst_case`.
+        ArithmeticError: the loss is not finite at the weights or at a displaced point.
 
     Source: Andriushchenko, Croce, Mueller, Hein & Flammarion, ICML 2023.
     """
@@ -104,7 +107,7 @@ def average_case(
         after = [statistic(problem.moved(sign * step)) for sign in ((1.0, -1.0) if antithetic else (1.0,))]
         if not all(math.isfinite(value) for value in after):
             raise ArithmeticError(
-                f"under displacements of size rho={rho:g} the {of} is not finite; use a smaller rho, or "
+                f"the {of} is not finite under displacements of size rho={rho:g}; use a smaller rho, or "
                 "dtype=torch.float64 in the Problem."
             )
         rises.append(math.fsum(after) / len(after) - before)
@@ -125,10 +128,10 @@ def average_case(
 
 
 def statistic_of(problem: Problem, of: Of) -> Callable[[Sequence[Tensor] | None], float]:
-    """The loss or the error rate as a function of the weights (None: the model's own).
+    """Return the loss or the error rate as a function of the weights (None: the model's own).
 
     Raises:
-        ValueError: another word.
+        ValueError: `of` is neither "loss" nor "error".
     """
     if of not in ("loss", "error"):
         raise ValueError(f"of must be 'loss' or 'error', got {of!r}.")
@@ -136,19 +139,19 @@ def statistic_of(problem: Problem, of: Of) -> Callable[[Sequence[Tensor] | None]
 
 
 def at_weights(statistic: Callable[[Sequence[Tensor] | None], float], of: Of) -> float:
-    """The statistic at the model's own weights.
+    """Evaluate the statistic at the model's own weights.
 
     Raises:
-        ArithmeticError: it is not finite there.
+        ArithmeticError: the value is not finite.
     """
     value = statistic(None)
     if not math.isfinite(value):
-        raise ArithmeticError(f"the {of} at the weights is not finite ({value}), so nothing can be measured near them.")
+        raise ArithmeticError(f"the {of} at the weights is not finite ({value}), so its rise cannot be measured.")
     return value
 
 
 def noise(problem: Problem, draws: int, seed: int) -> Iterator[Tensor]:
-    """Standard normal vectors of shape (size,), drawn on the CPU: the same on every device."""
+    """Yield standard normal vectors of shape (size,), drawn on the CPU and so the same on every device."""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(draws):
         u = torch.randn(problem.size, generator=generator, dtype=torch.float64)
@@ -156,7 +159,7 @@ def noise(problem: Problem, draws: int, seed: int) -> Iterator[Tensor]:
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and its standard error, which is NaN for a single value."""
+    """Return the mean and its standard error (NaN for a single value)."""
     mean = math.fsum(values) / len(values)
     if len(values) < 2:
         return mean, math.nan

@@ -1,4 +1,4 @@
-"""The sets of displacements over which sharpness is taken: balls in the weights, or in multiples of each weight."""
+"""Balls of displacements over which sharpness is measured: around the weights, or relative to each weight."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ Norm = Literal["l2", "linf"]
 
 @dataclass(frozen=True, eq=False)
 class Ball:
-    r"""Displacements delta = s * u with \|u\| \le rho; s = 1, or |w| + eta where adaptive.
+    r"""Displacements delta = s * u with \|u\| \le rho, where s = 1, or s = |w| + eta in an adaptive ball.
 
-    In u the adaptive ball is a round one: the gradient is s * g, the projection exact, and a weight whose s is zero has
-    no gradient and stays.
+    In terms of u, the adaptive ball is an ordinary ball: the gradient is s * g, the projection is exact, and a weight
+    with s = 0 has gradient zero and does not move.
 
     Args:
         rho: radius.
-        norm: of u.
-        scale: s, shape (size,); None is all ones.
-        moving: how many weights have s > 0.
+        norm: norm of u, "l2" or "linf".
+        scale: s, shape (size,). None means all ones.
+        moving: number of weights with s > 0.
     """
 
     rho: float
@@ -35,30 +35,30 @@ class Ball:
 
     @property
     def reach(self) -> float:
-        """The largest length of u."""
+        """The largest l2 norm of u in the ball."""
         return self.rho * (1.0 if self.norm == "l2" else math.sqrt(self.moving))
 
     def displacement(self, u: Tensor) -> Tensor:
-        """Delta of u; as a map of gradients, the gradient in u of one in the weights."""
+        """Return s * u. For a gradient in the weights, this is the gradient in u."""
         return u if self.scale is None else self.scale * u
 
     def farthest(self, g: Tensor) -> Tensor:
-        """The u of the ball with the largest <g, u>: the ascent of SAM, and in the adaptive ball that of ASAM."""
+        """The u in the ball that maximises <g, u>: the ascent step of SAM, in the adaptive ball that of ASAM."""
         return g.sign() * self.rho if self.norm == "linf" else g * (self.rho / length(g))
 
     def support(self, g: Tensor) -> float:
-        """The largest <g, u> in the ball: rho times the dual norm of g."""
+        """The maximum of <g, u> in the ball: rho times the dual norm of g."""
         return self.rho * (float(g.double().abs().sum()) if self.norm == "linf" else length(g))
 
     def project(self, u: Tensor) -> Tensor:
-        """The nearest u of the ball."""
+        """Project u onto the ball."""
         if self.norm == "linf":
             return u.clamp(-self.rho, self.rho)
         size = length(u)
         return u * (self.rho / size) if size > self.rho else u
 
     def draw(self, generator: torch.Generator, like: Tensor) -> Tensor:
-        """A random u: uniform on the sphere, or in the box."""
+        """Draw a random u: uniform on the sphere (l2) or in the box (linf)."""
         if self.norm == "linf":
             u = 2.0 * torch.rand(len(like), generator=generator, dtype=torch.float64) - 1.0
             return self._masked(u.to(like)) * self.rho
@@ -70,11 +70,11 @@ class Ball:
 
 
 def ball(problem: Problem, rho: float, norm: Norm, adaptive: bool, eta: float) -> Ball:
-    """The ball around the weights of a problem.
+    """Make the ball around the weights of a problem.
 
     Raises:
-        ValueError: rho that is not a positive number, another norm, eta below 0 or without adaptive, weights of which
-            every one is zero, weights in half precision.
+        ValueError: `rho` is not a positive number; `norm` is unknown; `eta` is negative or given without `adaptive`;
+            all weights are zero (adaptive); or the weights are in half precision.
     """
     if not (rho > 0 and math.isfinite(rho)):
         raise ValueError(f"rho must be a positive number, got {rho!r}.")
@@ -83,30 +83,30 @@ def ball(problem: Problem, rho: float, norm: Norm, adaptive: bool, eta: float) -
     check_dtype(problem)
     scale = magnitudes(problem, eta) if adaptive else None
     if eta and not adaptive:
-        raise ValueError(f"eta={eta!r} is added to |w| in the adaptive ball; without adaptive=True it does nothing.")
+        raise ValueError(f"eta={eta!r} has an effect only with adaptive=True; set adaptive=True or leave eta out.")
     return Ball(rho, norm, scale, problem.size if scale is None else int((scale != 0).sum()))
 
 
 def magnitudes(problem: Problem, eta: float) -> Tensor:
-    """|w| + eta, shape (size,).
+    """Return |w| + eta, shape (size,).
 
     Raises:
-        ValueError: eta below 0, or all of it zero.
+        ValueError: `eta` is negative, or all entries are zero.
     """
     if not (eta >= 0 and math.isfinite(eta)):
         raise ValueError(f"eta must be a number >= 0, got {eta!r}.")
     scale = problem.flat(problem.weights).abs() + eta
     if not scale.any():
-        raise ValueError("every selected weight is zero, so nothing can move in proportion to it; give eta > 0.")
+        raise ValueError("every selected weight is zero, so adaptive displacements are zero too; use eta > 0.")
     return scale
 
 
 def check_dtype(problem: Problem) -> None:
-    """Refuse weights that would round a small displacement away."""
+    """Raise ValueError for weights in half precision, in which a small displacement is lost to rounding."""
     if problem.dtype in (torch.float16, torch.bfloat16):
         raise ValueError(
-            f"weights in {str(problem.dtype).removeprefix('torch.')} round small displacements away; make the Problem "
-            "with dtype=torch.float32."
+            f"small displacements are lost to rounding in {str(problem.dtype).removeprefix('torch.')} weights; make "
+            "the Problem with dtype=torch.float32."
         )
 
 

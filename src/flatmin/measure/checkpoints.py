@@ -1,4 +1,4 @@
-"""A model's weights in what people save: state dicts, containers of them, whole modules, prefixes of wrappers."""
+"""Find the weights of a model in a saved object: state dicts, nested checkpoints, modules, and prefixed names."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-# Names that DataParallel, torch.compile, FSDP and activation checkpointing put into the names of parameters.
+# Name parts that DataParallel, torch.compile, FSDP and activation checkpointing add to the names of parameters.
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-_COUNTERS = ("n_averaged",)  # what torch's AveragedModel keeps beside the weights
-_OPTIONAL = ("num_batches_tracked", "_extra_state")  # what load_state_dict can do without
+_COUNTERS = ("n_averaged",)  # stored by torch's AveragedModel besides the weights
+_OPTIONAL = ("num_batches_tracked", "_extra_state")  # not required by load_state_dict
 _AVERAGED = re.compile(r"(?:^|[_.])(?:ema|swa|avg|averaged?|shadow|teacher|target)\d*(?:$|[_.])", re.IGNORECASE)
 _DEEPEST = 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """A state dict that was found.
+    """Result of `find_weights`: a state dict that fits the model.
 
     Args:
-        name: where: the keys that lead to it and the prefix of its names, joined by dots; empty at the top.
+        name: where it was found: the keys that lead to it and the prefix of its names, joined by dots. Empty at the
+            top.
         state: its entries by the model's own names.
-        aside: names of entries beside the prefix that do not belong to the model.
-        others: names of other state dicts there that fit as well.
+        aside: names of entries without the prefix, which do not belong to the model.
+        others: names of other state dicts that also fit.
     """
 
     name: str
@@ -37,22 +38,22 @@ class Weights:
 
     @property
     def remarks(self) -> list[str]:
-        """What a reader must know of the choice, in sentences."""
+        """Sentences about the choice that should be shown to the user."""
         remarks = []
         if self.others:
             remarks.append(
-                f"the weights under {self.name!r} are taken; those under {listed(self.others)} fit as well "
-                "(key= names them, --key on the command line)."
+                f"the weights under {self.name!r} are used; those under {listed(self.others)} fit too (choose them "
+                "with key=, or --key on the command line)."
             )
         if self.aside:
             remarks.append(
-                f"the weights under {self.name!r} are taken, and what is beside them left out: {listed(self.aside)}."
+                f"the weights under {self.name!r} are used; other entries are ignored: {listed(self.aside)}."
             )
         return remarks
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside DataParallel, DistributedDataParallel and torch.compile."""
+    """Return the module inside DataParallel, DistributedDataParallel and torch.compile wrappers."""
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
@@ -65,22 +66,23 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def find_weights(
     own: Mapping[str, Tensor], saved: Any, *, needed: Collection[str] | None = None, key: str | None = None
 ) -> Weights | None:
-    """The weights of a model in something that was saved.
+    """Find the weights of a model in a saved object.
 
-    That is a state dict, a mapping that holds some, however deep, or a module. Names may begin with a prefix, such as
-    "model." in a checkpoint of Lightning, and hold the words that wrappers add.
+    The object may be a state dict, a mapping that contains state dicts (nested up to four levels), or a module. Names
+    may have a prefix, such as "model." in a Lightning checkpoint, and may contain the name parts that wrappers add.
 
     Args:
-        own: the model's tensors by name, tied ones by each of their names.
-        saved: what was read.
-        needed: names that must be there. Default: all that `load_state_dict` asks for.
-        key: which, where several fit: a name or a part of one. Default: those that are no average over training.
+        own: the model's tensors by name, with tied tensors under each of their names.
+        saved: the object that was read.
+        needed: names that must be present. Default None: all that `load_state_dict` requires.
+        key: name, or a part of the name, of the weights to use if several fit. Default None: those that are not a
+            moving average over training.
 
     Returns:
-        None if no state dict there has the model's names.
+        The weights; None if no state dict in the object has the model's names.
 
     Raises:
-        ValueError: several that fit, or none of this key.
+        ValueError: several state dicts fit, or none has this key.
     """
     fits = [fit for place, state in state_dicts(saved) for fit in _fits(own, place, state, needed)]
     if len(fits) > 1 and (shaped := [fit for fit in fits if not misshapen(own, fit.state)]):
@@ -89,7 +91,8 @@ def find_weights(
         chosen = [fit for fit in fits if f".{key}." in f".{fit.name}."]
         if not chosen:
             raise ValueError(
-                f"no weights of the model are under {key!r}; there are weights {_under([fit.name for fit in fits])}."
+                f"no weights of the model were found under {key!r}; weights were found "
+                f"{_under([fit.name for fit in fits])}."
             )
         fits = chosen
     unlike: list[Weights] = []
@@ -109,14 +112,14 @@ def find_weights(
 
 
 def state_dicts(saved: Any, place: str = "", depth: int = 0) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every state dict in something that was saved, with the keys that lead to it, joined by dots."""
+    """Yield every state dict in a saved object, with the keys that lead to it, joined by dots."""
     if isinstance(saved, nn.Module):
         yield place, dict(saved.state_dict())
     elif "_parameters" in (parts := getattr(saved, "__dict__", {})) and "_modules" in parts:
         yield place, dict(_of_module(saved))
     elif isinstance(saved, Mapping):
         named = {k: v for k, v in saved.items() if isinstance(k, str)}
-        # Modules may add state of any kind under a name of their own.
+        # Modules may add any kind of state under a name that ends in _extra_state.
         state = {k: v for k, v in named.items() if isinstance(v, Tensor) or k.endswith("_extra_state")}
         if state or (not saved and not depth):
             yield place, state
@@ -126,7 +129,7 @@ def state_dicts(saved: Any, place: str = "", depth: int = 0) -> Iterator[tuple[s
 
 
 def misfit(own: Mapping[str, Tensor], saved: Any) -> str:
-    """In words, how the state dict that is nearest to the model differs from it; empty if there is no state dict."""
+    """Describe how the best matching state dict differs from the model; empty if there is no state dict."""
     best: tuple[int, str, dict[str, Any]] | None = None
     for place, state in state_dicts(saved):
         for prefix in {"", *_prefixes(own, state)}:
@@ -146,7 +149,7 @@ def misfit(own: Mapping[str, Tensor], saved: Any) -> str:
 
 
 def misshapen(own: Mapping[str, Tensor], state: Mapping[str, Any]) -> list[str]:
-    """The entries whose shape is another than the model's, in words."""
+    """Describe the entries whose shape differs from that in the model."""
     return [
         f"{name!r}, {tuple(other.shape)} in the file and {tuple(tensor.shape)} in the model"
         for name, tensor in own.items()
@@ -154,12 +157,12 @@ def misshapen(own: Mapping[str, Tensor], state: Mapping[str, Any]) -> list[str]:
         and isinstance(tensor, Tensor)
         and not is_lazy(tensor)
         and other.shape != tensor.shape
-        and not (tensor.dim() == 0 and other.shape == (1,))  # as load_state_dict takes it
+        and not (tensor.dim() == 0 and other.shape == (1,))  # load_state_dict accepts this
     ]
 
 
 def listed(names: Collection[str], most: int = 4) -> str:
-    """Some of the names, and how many more there are."""
+    """List the first names, and how many more there are."""
     shown = ", ".join(repr(name) for name in list(names)[:most])
     return shown + (f" and {len(names) - most} more" if len(names) > most else "")
 
@@ -167,10 +170,11 @@ def listed(names: Collection[str], most: int = 4) -> str:
 def _fits(
     own: Mapping[str, Tensor], place: str, state: Mapping[str, Any], needed: Collection[str] | None
 ) -> Iterator[Weights]:
-    """The ways in which a state dict holds all that is needed and, under its prefix, nothing that is unknown."""
+    """Yield each way in which a state dict has all needed names and, under its prefix, no unknown ones."""
     names, entries = _bare(own), _bare(state)
     if len(set(names.values())) < len(names) or len(set(entries.values())) < len(entries):
-        names, entries = {n: n for n in own}, {n: n for n in state}  # the words of wrappers tell names apart here
+        # Without the parts that wrappers add, names would collide.
+        names, entries = {n: n for n in own}, {n: n for n in state}
     own_of = {short: name for name, short in names.items()}
     same: dict[int, list[str]] = {}
     for name, tensor in own.items():
@@ -179,7 +183,7 @@ def _fits(
     shorts = {short: state[name] for name, short in entries.items()}
 
     def whole(state: Mapping[str, Any]) -> dict[str, Any] | None:
-        """By the model's own names, with those that are tied to one that is there."""
+        """The state by the model's own names, with missing tied tensors added; None if it does not fit."""
         if any(short not in own_of for short in state):
             return None
         made = {own_of[short]: value for short, value in state.items()}
@@ -198,14 +202,14 @@ def _fits(
         if (made := whole(inside)) is not None:
             aside = tuple(k for k in shorts if not k.startswith(prefix) and k not in _COUNTERS)
             yield Weights(name=_joined(place, prefix), state=made, aside=aside)
-    # The other way round: weights of the module inside a model that does nothing but hold it.
+    # The reverse case: weights of an inner module, for a model that only wraps it.
     for outer in _shared(list(own_of)):
         if shorts and (made := whole({outer + k: v for k, v in shorts.items()})) is not None:
             yield Weights(name=place, state=made)
 
 
 def _prefixes(own: Collection[str], state: Collection[str]) -> list[str]:
-    """What may stand before the model's names in those of a state dict; the empty prefix first."""
+    """The possible prefixes of the model's names in a state dict, the empty prefix first."""
     pivot = max(own, key=lambda name: (not name.endswith(_OPTIONAL), name.count("."), len(name)), default="")
     prefixes = {k[: len(k) - len(pivot)] for k in state if pivot and f".{k}".endswith(f".{pivot}")}
     return ["", *sorted(prefixes - {""})]
@@ -224,12 +228,12 @@ def _shared(names: list[str]) -> list[str]:
 
 
 def _bare(names: Collection[str]) -> dict[str, str]:
-    """Names without the words of wrappers."""
+    """Names without the parts that wrappers add."""
     return {name: ".".join(part for part in name.split(".") if part not in _WRAPPERS) for name in names}
 
 
 def _of_module(module: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The entries of a state dict of a module of which only the attributes were read."""
+    """The state dict entries of a module object that was read as plain attributes."""
     parts = module.__dict__
     left_out = parts.get("_non_persistent_buffers_set") or ()
     for kind in ("_parameters", "_buffers"):

@@ -1,4 +1,4 @@
-"""What a batch may count in the mean that a loss takes."""
+"""Candidate weights of a batch in a mean loss: examples, entries of the targets, class weights, and so on."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from torch.nn import functional as F
 from flatmin.measure.nested import Axes, Pair, axis_of, first_tensor, tensors
 
 Reduction = Literal["mean", "sum"]
-_IGNORED = -100  # of torch's cross-entropy
-_VALUES = 24  # labels that are tried as ignored ones
+_IGNORED = -100  # default ignore_index of torch's cross-entropy
+_VALUES = 24  # number of labels that are tried as the ignored label
 
 
 @dataclass(frozen=True, eq=False)
 class BatchWeight:
-    """A weight that a batch could have in the mean.
+    """A candidate for the weight of a batch in the mean.
 
     Args:
-        text: what is counted, in words; two counts with one text are the same.
-        of: (tensor) -> weight of each entry; None counts examples.
-        where: name of the tensor, as `tensors` gives it for (inputs, targets).
-        ignored: label that is left out, if any.
+        text: description of what is counted. Two weights with the same text are the same.
+        of: (tensor) -> weight of each entry. Default None: counts examples.
+        where: name of the tensor, as given by `tensors` for (inputs, targets). Default "": the first target tensor.
+        ignored: label that is not counted. Default None.
     """
 
     text: str
@@ -49,7 +49,7 @@ class BatchWeight:
             return None
         weights = self.of(tensor)
         if axis >= weights.dim() or weights.shape[axis] != count:
-            return None  # examples and positions are one dimension
+            return None  # examples and positions share one dimension
         return weights.double().movedim(axis, 0).reshape(count, -1).sum(1).cpu()
 
     def total(self, pair: Pair) -> float:
@@ -61,21 +61,21 @@ class BatchWeight:
 
 @dataclass(frozen=True, eq=False)
 class CallerWeight:
-    """Weights by a function of the caller."""
+    """Batch weights given by the caller's function `terms=`."""
 
     terms: Callable[[Any, Any], float]
     text: str = "terms="
     ignored: int | None = None
 
     def rows(self, pair: Pair, count: int, axes: Axes) -> Tensor | None:
-        """Unknown for single examples."""
+        """None, because the weights of single examples are not known."""
         return None
 
     def total(self, pair: Pair) -> float:
         """The weight of a batch.
 
         Raises:
-            ValueError: what it returns is no weight.
+            ValueError: the function does not return a finite number >= 0.
         """
         value: Any = self.terms(*pair)
         try:
@@ -83,19 +83,19 @@ class CallerWeight:
         except (TypeError, ValueError, RuntimeError):
             weight = math.nan
         if not (weight >= 0 and math.isfinite(weight)):
-            raise ValueError(f"terms= must return the number of terms of a batch, a number >= 0; got {value!r}.")
+            raise ValueError(f"terms= must return the number of terms of a batch, a number >= 0, got {value!r}.")
         return weight
 
 
 @dataclass(frozen=True)
 class WeightRule:
-    """How batches make up the loss of all data.
+    """How the losses of batches are combined into the loss of all data.
 
     Args:
         count: the weight of a batch.
         reduction: whether the loss of a batch is the mean or the sum of its terms.
-        trial: how the trial that it stood took examples apart: "apart" or "together", and the dimensions that may run
-            over examples. None if there was none, or the rule does not matter.
+        trial: how the trial that confirmed the rule separated examples: "apart" or "together", and the dimensions that
+            may index the examples. None if there was no trial, or the rule has no effect.
     """
 
     count: BatchWeight | CallerWeight
@@ -108,7 +108,7 @@ class WeightRule:
 
 
 def options_of(loss: Any) -> dict[str, Any]:
-    """What a loss says of itself: its attributes, and the keywords of a functools.partial."""
+    """The options that a loss declares: its attributes, and the keywords of a functools.partial."""
     options: dict[str, Any] = {}
     while isinstance(loss, functools.partial):
         options = {**loss.keywords, **options}
@@ -120,7 +120,7 @@ def options_of(loss: Any) -> dict[str, Any]:
 
 
 def is_of_torch(loss: Any) -> bool:
-    """Whether it is one of torch's own losses, or a `LogitNormalised` one."""
+    """Whether `loss` is one of torch's own losses, possibly inside a `LogitNormalised` or a functools.partial."""
     loss = getattr(loss, "inner", loss)
     while isinstance(loss, functools.partial):
         loss = loss.func
@@ -128,7 +128,7 @@ def is_of_torch(loss: Any) -> bool:
 
 
 def _vectors(loss: Any) -> Iterator[tuple[str, Tensor]]:
-    """Vectors that a loss holds, which may be class weights: attributes, buffers, keywords, variables of a closure."""
+    """Vectors used by a loss that may be class weights: attributes, buffers, keywords, closure and global variables."""
     options = options_of(loss)
     while isinstance(loss, functools.partial):
         loss = loss.func
@@ -172,12 +172,12 @@ def _shifted(of: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 
 
 def _positions(t: Tensor) -> Tensor:
-    """One for each distribution over classes, which are dimension 1."""
+    """Weights that sum to one for each distribution over classes, which are in dimension 1."""
     return torch.full_like(t, 1.0 / (t.shape[1] if t.dim() > 1 else 1))
 
 
 def candidates(loss: Any, pairs: Sequence[Pair], labels: Sequence[int]) -> list[BatchWeight]:
-    """Every weight that is tried, what the loss says of itself first; of `labels` each may be one that is ignored."""
+    """All weights that are tried, first those that the loss declares. Each of `labels` may be the ignored label."""
     options = options_of(loss)
     first = first_tensor(pairs[0][1])
     examples = BatchWeight("examples")
@@ -199,7 +199,7 @@ def candidates(loss: Any, pairs: Sequence[Pair], labels: Sequence[int]) -> list[
             BatchWeight(f"class weights {name} of the targets", _weighted(vector, said), ignored=said)
             for name, vector in _vectors(loss)
         ]
-        # Only labels that are there make a difference.
+        # Only labels that occur in the data make a difference.
         other = [v for v in labels if v != said]
         weights += sorted(weighted, key=lambda c: c.text != "class weights weight of the targets")
         for v in (said, *other):
@@ -220,7 +220,7 @@ def candidates(loss: Any, pairs: Sequence[Pair], labels: Sequence[int]) -> list[
         kinds: list[tuple[str, Callable[[Tensor], Tensor]]] = []
         if not tensor.is_floating_point():
             kinds += [(f"{whole} other than {_IGNORED}", _unlike(_IGNORED)), (f"{whole} other than 0", _unlike(0))]
-            kinds += [(f"{whole} that are 0", lambda t: t == 0)]  # a mask of what is padding
+            kinds += [(f"{whole} that are 0", lambda t: t == 0)]  # a mask that marks padding
         elif name.startswith("[1]"):
             kinds += [(f"sum of {whole}", lambda t: t), (whole, torch.ones_like)]
         for text, of in kinds:
@@ -231,21 +231,21 @@ def candidates(loss: Any, pairs: Sequence[Pair], labels: Sequence[int]) -> list[
 
 
 def labels_of(pairs: Sequence[Pair]) -> list[int]:
-    """The labels that there are, if targets are labels."""
+    """The labels that occur in the targets; empty if the targets are not integers."""
     firsts = [first_tensor(targets) for _, targets in pairs]
     seen = [set(t.unique().tolist()) for t in firsts if not (t.is_floating_point() or t.is_complex())]
     return sorted(set().union(*seen))
 
 
 def may_be_ignored(seen: set[int]) -> list[int]:
-    """Some labels: the outermost and the usual ones first."""
+    """Labels that may be ignored: the smallest, the largest and the common choices first, at most `_VALUES`."""
     order = sorted(seen)
     usual = [v for v in (-1, 0, 255) if v in seen]
     return list(dict.fromkeys([*order[:1], *order[-1:], *usual, *order]))[:_VALUES]
 
 
 def cast_loss(loss: Any, dtype: torch.dtype) -> Any:
-    """A loss module whose buffers have another dtype, as a copy; others as they are."""
+    """Return a copy of a loss module with its buffers cast to `dtype`; any other loss unchanged."""
     if not isinstance(loss, nn.Module) or next(loss.parameters(), None) is not None:
         return loss
     if all(b.dtype == dtype for b in loss.buffers() if b.is_floating_point()):

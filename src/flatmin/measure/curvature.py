@@ -1,4 +1,4 @@
-"""Matrices of second derivatives as matrix-free operators: Hessian, Gauss-Newton, Fisher."""
+"""Curvature matrices as matrix-free operators: Hessian, Gauss-Newton and Fisher."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _FORMS: tuple[Form, ...] = ("reverse", "forward")
 
 
 class Operator(Protocol):
-    """A symmetric matrix known by its products with vectors."""
+    """Interface of a symmetric matrix that is given by its products with vectors."""
 
     @property
     def size(self) -> int:
@@ -36,27 +36,28 @@ class Operator(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the vectors."""
+        """Dtype of the vectors."""
 
     @property
     def device(self) -> torch.device:
-        """Of the vectors."""
+        """Device of the vectors."""
 
     def matvec(self, vector: Tensor) -> Tensor:
-        """The product with a vector of shape (size,)."""
+        """Return the product with a vector of shape (size,)."""
 
 
 class Curvature:
-    """What the operators on a `Problem` share: batches, kept graphs, sums over processes.
+    """Base class of the operators on a `Problem`: loops over batches, stores graphs, and sums over processes.
 
     Args:
         problem: the function.
-        memory: bytes of kept graphs. A batch whose graph is kept costs about two gradients a product, another one
-            three. Default: 1 GiB on the CPU, half of what is free on an accelerator; 0 keeps none.
+        memory: memory for stored autograd graphs, in bytes. A product costs about two gradients for a batch whose graph
+            is stored, and three for another batch. 0 stores none. Default None: 1 GiB on the CPU, half of the free
+            memory on an accelerator.
 
     Attributes:
-        products: number of them so far.
-        stored_graphs: number of batches whose graph is kept.
+        products: number of products so far.
+        stored_graphs: number of batches whose graph is stored.
     """
 
     name = ""
@@ -71,15 +72,16 @@ class Curvature:
 
     @property
     def conventions(self) -> Conventions:
-        """What it is a matrix of."""
+        """Conventions of the problem."""
         return self.problem.conventions
 
     def matvec(self, vector: Tensor) -> Tensor:
-        """The product with a vector of shape (size,), in its own dtype.
+        """Return the product with a vector of shape (size,), in the dtype of the problem.
 
         Raises:
-            ValueError: another shape.
-            ArithmeticError: it is not finite; with the batch whose loss is not, if there is one.
+            ValueError: the vector has another shape.
+            ArithmeticError: the product is not finite. The message names the first batch without a finite loss, if
+                any.
         """
         v = self.problem.shaped(vector.detach().to(self.dtype))
         total = torch.zeros(self.size, dtype=self.dtype, device=self.device)
@@ -89,7 +91,7 @@ class Curvature:
         total = self.problem.reduced(total)
         if not torch.isfinite(total).all():
             where = self.problem.not_finite()
-            raise ArithmeticError(f"a product with the {self.name} is not finite; nothing can be measured here.{where}")
+            raise ArithmeticError(f"a product with the {self.name} is not finite, so it cannot be measured.{where}")
         self.products += 1
         return total + self._decay() * vector.to(self.dtype)
 
@@ -97,10 +99,10 @@ class Curvature:
         return 0.0
 
     def _batch_product(self, i: int, batch: WeightedBatch, v: list[Tensor]) -> Tensor:
-        raise AttributeError(f"{type(self).__name__} defines no _batch_product().")
+        raise AttributeError(f"{type(self).__name__} does not define _batch_product().")
 
     def _graph(self, i: int, build: Callable[[], Any]) -> tuple[Any, bool]:
-        """What `build` gives for batch i, and whether it is kept (its graph must then survive a backward)."""
+        """The result of `build` for batch i, and whether it is stored (its graph must then be retained)."""
         if i in self._graphs:
             return self._graphs[i], True
         if self._full:
@@ -115,33 +117,39 @@ class Curvature:
         return built, True
 
     def _elsewhere(self, problem: Problem, at: Sequence[Tensor]) -> Self:
-        """The operator of a problem at other weights, for a trial."""
+        """The operator of `problem` at the weights `at`, for a trial."""
         clone = copy.copy(self)
         clone.problem, clone.dtype, clone._graphs, clone._full = copy.copy(problem), problem.dtype, {}, True
         clone.problem.weights = [w.detach().requires_grad_() for w in at]
         return clone
 
     def close(self) -> None:
-        """Drop the kept graphs."""
+        """Release the stored graphs."""
         self._graphs.clear()
         self._full = True
 
 
 class Hessian(Curvature):
-    r"""H = d^2 L / dw^2 of a `Problem`, weight decay included.
+    r"""The Hessian of a `Problem`, including weight decay.
 
-    Products are by double backward (Pearlmutter, Neural Computation 1994), with the graph of the gradient kept within
-    the memory budget; by the forward derivative of the gradient where a net has no double backward; by central
-    differences only on request: on nets with kinks (ReLU, max pooling) they are wrong by tens of percent whatever the
-    step. The row `padding_idx` of an embedding is a constant, as in training.
+    .. math::
+        H = \frac{\partial^2 L}{\partial w^2}
+
+    A product with a vector is computed by double backward (Pearlmutter, Neural Computation 1994), with the graph of the
+    gradient stored within the memory budget. If the network does not support this, the product is the forward-mode
+    derivative of the gradient. Central differences are used only on request: on networks with kinks (ReLU, max pooling)
+    they are wrong by tens of percent for any step size. The row `padding_idx` of an embedding is a constant, as in
+    training.
 
     Args:
         problem: the function.
-        form: "reverse", "forward", "finite", or "auto" (default): the first of the first two that works on this net.
-        memory: see `Curvature`.
+        form: "reverse" (double backward), "forward" (forward over reverse), "finite" (central differences), or "auto":
+            "reverse" or else "forward", whichever is correct for this network in a test on a few examples. Default
+            "auto".
+        memory: see `Curvature`. Default None.
 
     Raises:
-        ValueError: another form, or a net of which neither derivative can be taken.
+        ValueError: `form` is unknown, or "auto" finds neither form to be correct.
     """
 
     name = "Hessian"
@@ -152,8 +160,8 @@ class Hessian(Curvature):
             raise ValueError(f"form must be 'auto', 'reverse', 'forward' or 'finite', got {form!r}.")
         if form == "finite":
             warnings.warn(
-                "Hessian products by finite differences are wrong on nets with kinks (ReLU, max pooling), by tens of "
-                "percent.",
+                "Hessian products by finite differences are wrong by tens of percent on networks with kinks (ReLU, max "
+                "pooling); use them on smooth networks only.",
                 stacklevel=2,
             )
         self.form: Form = "reverse"
@@ -162,7 +170,7 @@ class Hessian(Curvature):
             self.form = self._probe() if form == "auto" else form
 
     def _probe(self) -> Form:
-        """The first form whose products on a few examples are differences of the gradient."""
+        """The first form whose products, on a few examples, agree with differences of the gradient."""
         if not self.problem.batches:
             return "reverse"
         failures = []
@@ -174,7 +182,7 @@ class Hessian(Curvature):
                 with self.problem.guard():
                     flaw = self._flaw(batch)
             except torch.OutOfMemoryError:
-                raise  # says nothing about the form
+                raise  # not an error of the form
             except (RuntimeError, NotImplementedError) as error:
                 flaw = str(error).splitlines()[0]
             if flaw is None:
@@ -182,13 +190,13 @@ class Hessian(Curvature):
                 return form
             failures.append(f"{form}: {flaw}")
         raise ValueError(
-            f"no second derivative of this net can be trusted{suspects(self.problem, batch)}. If the loss is smooth, "
-            "form='finite' takes differences of the gradient; form='reverse' takes products as they are; params= "
-            "leaves weights out. " + " ".join(failures)
+            f"the second derivatives of this network are wrong or unavailable{suspects(self.problem, batch)}. For a "
+            "smooth loss, use form='finite' (differences of the gradient). form='reverse' skips this test. params= "
+            "excludes weights. " + " ".join(failures)
         )
 
     def _flaw(self, batch: WeightedBatch) -> str | None:
-        """What is wrong with the products, if anything is: against differences of the gradient, then in themselves."""
+        """What is wrong with the products (compared with differences, then tested for symmetry); None if nothing is."""
 
         def product(problem: Problem, at: Sequence[Tensor], piece: WeightedBatch, v: Tensor) -> Tensor:
             return self._elsewhere(problem, at)._batch_product(0, piece, problem.shaped(v))
@@ -196,7 +204,7 @@ class Hessian(Curvature):
         flaw = against_differences(self.problem, batch, product)
         if flaw is not None:
             return flaw
-        # In the precision of the problem, and where differences say nothing.
+        # Test symmetry too: in the problem's own precision, and for cases in which differences decide nothing.
         generator = torch.Generator().manual_seed(0)
         u, v = (
             torch.randn(self.size, generator=generator, dtype=torch.float64).to(self.device, self.dtype)
@@ -206,7 +214,7 @@ class Hessian(Curvature):
         left, right = torch.dot(u.double(), hv.double()), torch.dot(v.double(), hu.double())
         size = float(hu.double().norm() * v.double().norm() + hv.double().norm() * u.double().norm())
         if size and abs(float(left - right)) > 1e-2 * size:
-            return "the products are not those of a symmetric matrix."
+            return "the products do not belong to a symmetric matrix."
         return None
 
     def _decay(self) -> float:
@@ -225,11 +233,11 @@ class Hessian(Curvature):
             return self.problem.flat(rows)
         if self._padding is None:
             self._padding = padding_of(self.problem, batch)
-        v = without_padding(v, self._padding)  # these forms would move it
+        v = without_padding(v, self._padding)  # these forms would differentiate the padding rows
         if self.form == "forward":
             weights = tuple(w.detach() for w in self.problem.weights)
             with warnings.catch_warnings():
-                # torch's own rules are compiled by a part of torch that it has deprecated.
+                # torch compiles some of its forward-mode rules with a deprecated module.
                 warnings.simplefilter("ignore", DeprecationWarning)
                 product = torch.func.jvp(torch.func.grad(self._value(batch)), (weights,), (tuple(v),))[1]
             return self.problem.flat(product)
@@ -257,15 +265,23 @@ class Hessian(Curvature):
 
 
 class GaussNewton(Curvature):
-    r"""G = (1/T) sum_i J_i^T (d^2 l_i / df^2) J_i, with J_i the Jacobian of the outputs f in the weights.
+    r"""The generalised Gauss-Newton matrix of a `Problem`, without weight decay.
 
-    The generalised Gauss-Newton matrix: the Hessian without the outputs' own second derivatives; positive
-    semi-definite for convex losses. Exact: J v by double backward, the loss's Hessian in the outputs likewise, J^T u by
-    backward. Source: Schraudolph, Neural Computation 2002.
+    .. math::
+        G = \frac{1}{T} \sum_i J_i^T \frac{\partial^2 \ell_i}{\partial f^2} J_i
+
+    J_i is the Jacobian of the outputs f with respect to the weights. G is the Hessian without the second derivatives of
+    the outputs, and is positive semi-definite for a loss that is convex in the outputs. Products are exact: J v and the
+    Hessian of the loss in the outputs by double backward, J^T u by backward.
 
     Args:
-        problem: the function; its outputs must be one tensor.
-        memory: see `Curvature`.
+        problem: the function. Its outputs must be one tensor.
+        memory: see `Curvature`. Default None.
+
+    Raises:
+        ValueError: the outputs are not one tensor, or their derivative is wrong in a test on a few examples.
+
+    Source: Schraudolph, Neural Computation 2002.
     """
 
     name = "GaussNewton"
@@ -276,7 +292,7 @@ class GaussNewton(Curvature):
             self._try()
 
     def _try(self) -> None:
-        """Refuse a net whose Jacobian is not the derivative of its outputs."""
+        """Raise ValueError if the Jacobian from autograd is not the derivative of the outputs."""
         if not self.problem.batches:
             return
         batch = some_of(self.problem, PROBED)
@@ -297,19 +313,19 @@ class GaussNewton(Curvature):
             flaw = str(error).splitlines()[0]
         if flaw is not None:
             raise ValueError(
-                f"the derivative of this net's outputs cannot be trusted{suspects(self.problem, batch)}. "
-                f"params= leaves weights out. {flaw}"
+                f"the derivative of this network's outputs is wrong or unavailable{suspects(self.problem, batch)}. "
+                f"params= excludes weights. {flaw}"
             )
 
     def _tried(self, batch: WeightedBatch) -> Tensor:
-        """What the Jacobian is tried on."""
+        """The outputs on which the Jacobian is tested."""
         return self._rows(0, batch)
 
     def _rows(self, i: int, batch: WeightedBatch) -> Tensor:
-        """What the Jacobian is of: the outputs on a batch."""
+        """The tensor whose Jacobian is used: the outputs on a batch."""
         outputs = self.problem.outputs(batch)
         if not isinstance(outputs, Tensor):
-            raise ValueError(f"{self.name} needs a model whose output is one tensor, got {type(outputs).__name__}.")
+            raise ValueError(f"{self.name} needs a model that returns one tensor, got {type(outputs).__name__}.")
         return outputs
 
     def _batch_product(self, i: int, batch: WeightedBatch, v: list[Tensor]) -> Tensor:
@@ -324,7 +340,7 @@ class GaussNewton(Curvature):
         return self._pull(outputs, hjv, retain=stored)
 
     def _pullback(self, outputs: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
-        """The outputs, J^T s as a function of a seed s, and the seed."""
+        """The outputs, J^T s as a function of a vector s, and s."""
         seed = torch.zeros_like(outputs, requires_grad=True)
         pulled = torch.autograd.grad(outputs, self.problem.weights, seed, create_graph=True, materialize_grads=True)
         return outputs, list(pulled), seed
@@ -335,7 +351,7 @@ class GaussNewton(Curvature):
 
 
 def _push(pulled: list[Tensor], seed: Tensor, v: list[Tensor], outputs: Tensor) -> Tensor:
-    """J v, as the derivative of J^T s in s along v."""
+    """J v, computed as the derivative of J^T s with respect to s along v."""
     reached = [(p, u) for p, u in zip(pulled, v, strict=True) if p.requires_grad]
     if not reached:
         return torch.zeros_like(outputs)
@@ -344,19 +360,24 @@ def _push(pulled: list[Tensor], seed: Tensor, v: list[Tensor], outputs: Tensor) 
 
 
 class EmpiricalFisher(GaussNewton):
-    r"""F = (1/T) sum_i g_i g_i^T with g_i the gradient of the i-th term of the loss at its label.
+    r"""The empirical Fisher matrix of a `Problem`: the uncentred second moment of the per-term gradients.
 
-    The uncentred second moment of the per-sample gradients; not the Fisher information, which `Fisher` is. Source:
-    Kunstner, Hennig & Balles, NeurIPS 2019.
+    .. math::
+        F = \frac{1}{T} \sum_i g_i g_i^T
+
+    g_i is the gradient of the i-th term of the loss, at the label of the data. This is not the Fisher information; for
+    that, use `Fisher`.
 
     Args:
-        problem: the function; its loss must be a module with a `reduction`, or come with `per_sample`.
-        per_sample: (outputs, targets) -> one value per term, of which there may be more or fewer than examples; T is
-            the number of values over all data. Default: the loss with reduction="none", counted as its mean counts.
-        memory: see `Curvature`.
+        problem: the function. Its loss must be a module with a `reduction`, or `per_sample` must be given.
+        per_sample: (outputs, targets) -> one value per term. There may be more or fewer terms than examples; T is the
+            number of values over all data. Default None: the loss with reduction="none", weighted as in its mean.
+        memory: see `Curvature`. Default None.
 
     Raises:
-        ValueError: no way to the terms, or values that are not those of the loss.
+        ValueError: the terms of the loss are not available, or the values do not agree with the loss.
+
+    Source: Kunstner, Hennig & Balles, NeurIPS 2019.
     """
 
     name = "EmpiricalFisher"
@@ -373,10 +394,10 @@ class EmpiricalFisher(GaussNewton):
         self._total = self._count(own=per_sample is not None)
 
     def _count(self, *, own: bool) -> float | None:
-        """Values of the caller's function over all data; None for terms of the loss, which count as in its mean.
+        """The number of values of the caller's function over all data; None for the terms of the loss.
 
         Raises:
-            ValueError: values that are not those of examples, or whose mean (sum) is not the loss.
+            ValueError: there is no value per example, or the mean (sum) of the values is not the loss.
         """
         values = 0
         with self.problem.together(), self.problem.guard(), torch.no_grad():
@@ -386,9 +407,9 @@ class EmpiricalFisher(GaussNewton):
                 if not isinstance(losses, Tensor) or (examples > 1 and losses.numel() < 2):
                     what = f"{losses.numel()} of them" if isinstance(losses, Tensor) else type(losses).__name__
                     raise ValueError(
-                        f"{'per_sample=' if own else 'the loss with reduction=none'} must give a value for each of the "
-                        f"{examples} examples of a batch (or for each of their tokens), got {what}; pass per_sample=, "
-                        "a function (outputs, targets) -> values."
+                        f"{'per_sample=' if own else 'the loss with reduction=none'} must return a value for each of "
+                        f"the {examples} examples of a batch (or for each of their tokens), got {what}; pass "
+                        "per_sample=, a function (outputs, targets) -> values."
                     )
                 values += losses.numel()
                 if not own and i == 0:
@@ -396,9 +417,9 @@ class EmpiricalFisher(GaussNewton):
                     mean = float(losses.double().sum()) / _counted(self.problem, batch)
                     if abs(mean - loss) > 1e-2 * max(abs(mean), abs(loss)) + 1e-6:
                         raise ValueError(
-                            f"the loss with reduction='none' gives values whose {self.problem.reduction} is {mean:.5g} "
-                            f"on a batch, where the loss is {loss:.5g}; pass per_sample=, a function (outputs, "
-                            "targets) -> values."
+                            f"the {self.problem.reduction} of the values with reduction='none' is {mean:.5g} on a "
+                            f"batch, but the loss is {loss:.5g}; pass per_sample=, a function (outputs, targets) -> "
+                            "values."
                         )
         if not own:
             return None
@@ -411,7 +432,7 @@ class EmpiricalFisher(GaussNewton):
         return self._pull(terms, along * self._weight(batch, terms), retain=stored)
 
     def _weight(self, batch: WeightedBatch, terms: Tensor) -> float:
-        """Of each term in the mean."""
+        """The weight of each term in the mean."""
         return batch.share / _counted(self.problem, batch) if self._total is None else 1.0 / self._total
 
     def _rows(self, i: int, batch: WeightedBatch) -> Tensor:
@@ -419,35 +440,39 @@ class EmpiricalFisher(GaussNewton):
 
 
 class Fisher(EmpiricalFisher):
-    r"""F = (1/T) sum_i E_{y ~ p(y | x_i)} [g g^T]: the Fisher information of the model's own distribution.
+    r"""The Fisher information of the model's own distribution, estimated with sampled labels.
 
-    For cross-entropy (softmax), the only loss it serves, it equals the Gauss-Newton matrix; here the expectation is
-    taken over labels drawn once per draw and sample, by the seed. For the exact matrix use `GaussNewton`.
+    .. math::
+        F = \frac{1}{T} \sum_i E_{y \sim p(y | x_i)} [g g^T]
+
+    g is the gradient of the loss at the label y. The expectation is estimated with `draws` labels per sample, drawn
+    once. Only cross-entropy (softmax) is supported; there, F equals the Gauss-Newton matrix, so use `GaussNewton` for
+    the exact matrix.
 
     Args:
         problem: the function, with outputs (N, K) and a cross-entropy loss without label smoothing or class weights.
-        draws: labels per sample, >= 1. Default 1.
-        seed: of the draws.
-        memory: see `Curvature`.
+        draws: number of labels per sample, >= 1. Default 1.
+        seed: seed of the draws. Default 0.
+        memory: see `Curvature`. Default None.
 
     Raises:
-        ValueError: another loss, or draws below 1.
-        ArithmeticError: outputs that are not finite, at the first product.
+        ValueError: the loss is not supported, or `draws` is below 1.
+        ArithmeticError: the outputs are not finite (raised by the first product).
     """
 
     name = "Fisher"
 
     def __init__(self, problem: Problem, *, draws: int = 1, seed: int = 0, memory: int | None = None) -> None:
         if draws < 1:
-            raise ValueError(f"Fisher needs at least one draw, got {draws!r}.")
+            raise ValueError(f"draws must be at least 1, got {draws!r}.")
         loss = problem.loss
         plain = loss is F.cross_entropy or (
             isinstance(loss, nn.CrossEntropyLoss) and loss.label_smoothing == 0 and loss.weight is None
         )
         if not plain:
             raise ValueError(
-                "Fisher draws labels from a softmax, so it needs nn.CrossEntropyLoss without smoothing or weights; "
-                f"got {problem.conventions.loss}. GaussNewton serves every loss."
+                "Fisher draws labels from the softmax, so it needs nn.CrossEntropyLoss without label smoothing or "
+                f"class weights, got {problem.conventions.loss}; for other losses use GaussNewton."
             )
         self._draws, self._seed = draws, seed
         self._labels: dict[int, Tensor] = {}
@@ -477,7 +502,7 @@ class Fisher(EmpiricalFisher):
             generator = torch.Generator().manual_seed(self._seed * 1_000_003 + i)
             chances = outputs.detach().double().softmax(1).cpu()
             if not chances.isfinite().all():
-                raise ArithmeticError("the outputs of the model are not finite, so no labels can be drawn from them.")
+                raise ArithmeticError("the model's outputs are not finite, so no labels can be drawn from them.")
             labels = torch.multinomial(chances, self._draws, replacement=True, generator=generator)
             self._labels[i] = labels.T.reshape(-1).to(outputs.device)
         return self._labels[i]
@@ -488,10 +513,10 @@ def _unreduced_cross_entropy(outputs: Any, targets: Any) -> Tensor:
 
 
 def terms_of(loss: Any) -> Callable[[Any, Any], Tensor]:
-    """The loss with one value per term.
+    """Return the loss with reduction="none", that is, one value per term.
 
     Raises:
-        ValueError: a function other than `cross_entropy`, or a module without `reduction`.
+        ValueError: `loss` is a function other than `cross_entropy`, or a module without `reduction`.
     """
     if loss is F.cross_entropy:
         return _unreduced_cross_entropy
@@ -500,17 +525,18 @@ def terms_of(loss: Any) -> Callable[[Any, Any], Tensor]:
         clone.reduction = "none"
         return clone  # type: ignore[no-any-return]
     raise ValueError(
-        "the loss gives no value per sample; use a loss module such as nn.CrossEntropyLoss(), or pass per_sample=."
+        "the loss cannot return one value per sample; use a loss module such as nn.CrossEntropyLoss(), or pass "
+        "per_sample=."
     )
 
 
 def _counted(problem: Problem, batch: WeightedBatch) -> float:
-    """Terms of a batch in the mean that its share is of."""
+    """The divisor of a batch's share for a single term: its number of terms, or 1 for a sum."""
     return 1.0 if problem.reduction == "sum" else batch.terms
 
 
 def dense(operator: Operator) -> Tensor:
-    """The whole matrix, by one product per row; for small problems and tests."""
+    """Compute the whole matrix, shape (size, size), with one product per row. For small problems."""
     rows = torch.eye(operator.size, dtype=operator.dtype, device=operator.device)
     return torch.stack([operator.matvec(row) for row in rows])
 
@@ -522,7 +548,7 @@ def _free_memory(device: torch.device) -> int:
 
 
 def _counting(build: Callable[[], Any]) -> tuple[Any, int]:
-    """What `build` returns, and the bytes that its graph keeps alive."""
+    """The result of `build`, and the number of bytes that its graph keeps in memory."""
     seen: dict[int, int] = {}
 
     def pack(t: Tensor) -> Tensor:

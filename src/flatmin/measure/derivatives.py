@@ -1,4 +1,4 @@
-"""Whether derivatives of a net are those of its loss: products against differences, in float64, on a few examples."""
+"""Test whether derivatives from autograd are correct, against finite differences in float64 on a few examples."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from torch.overrides import TorchFunctionMode
 from flatmin.measure.nested import mapped, tensors
 from flatmin.measure.problem import Problem, WeightedBatch, displaced, in_double
 
-PROBED = 8  # examples on which derivatives are tried
+PROBED = 8  # examples on which derivatives are tested
 Product = Callable[[Problem, list[Tensor], WeightedBatch, Tensor], Tensor]
-# Where to look, in multiples of each tensor's root mean square: a kink may lie at the weights.
+# Distances from the weights to try, in multiples of each tensor's root mean square: a kink may lie at the weights.
 _FAR = (1e-2, 0.0, 0.3, 1.0)
-# Of the differences, in multiples of the weights, likewise.
+# Step sizes of the differences, in multiples of the weights.
 _STEPS = (1e-5, 1e-6, 1e-7, 1e-4, 1e-8, 1e-3)
-_LEAST = 1e-8  # change of the loss, as all weights move by their own size, below which it is round-off
+_LEAST = 1e-8  # a smaller change of the loss, when all weights move by their own size, is round-off
 
 
 @dataclass(frozen=True)
 class _Precision:
-    """Relative error of a derivative that counts as wrong, and the round-off of the differences' ends."""
+    """The relative error above which a derivative counts as wrong, and the round-off of the evaluated values."""
 
     tol: float
     noise: float
@@ -37,45 +37,45 @@ class _Precision:
 
 
 def against_differences(problem: Problem, batch: WeightedBatch, product: Product) -> str | None:
-    """What is wrong with the derivatives on a few examples, in words; None if nothing is, or nothing can be said.
+    """Describe an error of the Hessian products on a few examples; None if there is none or it cannot be decided.
 
-    Two differences of the gradient with unlike steps must agree, in every weight tensor, before they are believed.
-    Where a kink (of ReLU, max pooling) lies between their ends they do not, since it adds a jump divided by the step;
-    then smaller steps and other points are tried. So a net with kinks is not refused for them. In float64, or in the
-    problem's own precision where a net does not run in that.
+    Two differences of the gradient with different steps must agree in every weight tensor before they are used. They
+    do not agree if a kink (ReLU, max pooling) lies between their ends, because it adds a jump divided by the step. Then
+    smaller steps and other points are tried, so a network is not rejected because of its kinks. The test runs in
+    float64, or in the problem's own precision if the network does not run in float64.
+
+    The cost is one product and five gradients of these examples if the first steps are sufficient.
 
     Args:
         problem: the function.
         batch: a few examples.
         product: (problem, weights, batch, vector) -> product with the Hessian of the batch's loss at these weights.
-
-    Costs: a product, and five gradients of these examples if the first steps serve.
     """
     return _tried(problem, batch, lambda clone, at, piece: _gradients(clone, at, piece, product))
 
 
 def outputs_against_differences(problem: Problem, batch: WeightedBatch, outputs: Outputs, push: Product) -> str | None:
-    """The same of J v, the derivative of the outputs (or terms of the loss) along a vector.
+    """Like `against_differences`, for J v, the derivative of the outputs (or terms of the loss) along a vector.
+
+    The cost is one product with J and five forward passes of these examples if the first steps are sufficient.
 
     Args:
         problem: the function.
         batch: a few examples.
         outputs: (problem, weights, batch) -> tensor.
         push: (problem, weights, batch, vector) -> J v.
-
-    Costs: a product with J, and five forward passes of these examples if the first steps serve.
     """
     return _tried(problem, batch, lambda clone, at, piece: _pushed(clone, at, piece, outputs, push))
 
 
 Outputs = Callable[[Problem, list[Tensor], WeightedBatch], Tensor]
-Told = tuple[bool, str | None]  # whether anything can be said, and what is wrong
+Verdict = tuple[bool, str | None]  # whether a decision was possible, and the error
 
 
 def _tried(
-    problem: Problem, batch: WeightedBatch, look: Callable[[Problem, list[Tensor], WeightedBatch], Told]
+    problem: Problem, batch: WeightedBatch, look: Callable[[Problem, list[Tensor], WeightedBatch], Verdict]
 ) -> str | None:
-    """What the first point says at which anything can be said."""
+    """The result at the first point at which a decision is possible."""
     clones = (in_double(problem), problem)
     for clone in clones:
         piece = replace(batch, inputs=_cast(clone, batch.inputs), targets=_cast(clone, batch.targets))
@@ -96,7 +96,7 @@ def _tried(
 
 
 class _Lookups(TorchFunctionMode):
-    """Notes the tables of the embeddings that are looked up, with their padding rows."""
+    """Records the tables that embeddings look up, with their padding rows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -110,9 +110,9 @@ class _Lookups(TorchFunctionMode):
 
 
 def padding_of(problem: Problem, batch: WeightedBatch) -> list[tuple[int, int]]:
-    """Numbers of the weight tensors that embeddings look up with a `padding_idx`, and of that row in each.
+    """For embeddings with a `padding_idx`: the index of the weight tensor, and of the padding row in it.
 
-    Autograd holds such a row constant, and so does L: torch does not train it.
+    Autograd treats such a row as a constant, because it is not trained, and so does L.
     """
     with problem.guard(), torch.no_grad(), _Lookups() as lookups:
         problem.outputs(batch)
@@ -121,7 +121,7 @@ def padding_of(problem: Problem, batch: WeightedBatch) -> list[tuple[int, int]]:
 
 
 def without_padding(v: Sequence[Tensor], padding: Sequence[tuple[int, int]]) -> list[Tensor]:
-    """A direction, as tensors shaped like the weights, that leaves these rows where they are."""
+    """Set the padding rows of a direction (tensors shaped like the weights) to zero."""
     tensors = list(v)
     for i, row in padding:
         tensors[i] = tensors[i].index_fill(0, torch.tensor(row, device=tensors[i].device), 0.0)
@@ -129,7 +129,7 @@ def without_padding(v: Sequence[Tensor], padding: Sequence[tuple[int, int]]) -> 
 
 
 def _direction(problem: Problem, at: list[Tensor], batch: WeightedBatch) -> Tensor:
-    """A random vector in which each tensor moves in proportion to its size, so that none is lost beside larger ones."""
+    """A random vector scaled by the size of each weight tensor, so no tensor is dominated by larger ones."""
     sizes = [float(w.double().square().mean().sqrt()) for w in at]
     usual = sum(sizes) / len(sizes) or 0.1
     generator = torch.Generator().manual_seed(1)
@@ -138,8 +138,8 @@ def _direction(problem: Problem, at: list[Tensor], batch: WeightedBatch) -> Tens
     return problem.flat(without_padding(scaled, padding_of(problem, batch)))
 
 
-def _gradients(problem: Problem, at: list[Tensor], batch: WeightedBatch, product: Product) -> Told:
-    """Products with the Hessian against differences of gradients, and the gradient against those of the loss."""
+def _gradients(problem: Problem, at: list[Tensor], batch: WeightedBatch, product: Product) -> Verdict:
+    """Compare Hessian products with differences of gradients, and the gradient with differences of the loss."""
     v, precise = _direction(problem, at, batch), _Precision.of(problem)
     start = _gradient(problem, at, batch)[1]
     if not torch.isfinite(start).all():
@@ -160,8 +160,8 @@ def _gradients(problem: Problem, at: list[Tensor], batch: WeightedBatch, product
                 slope = float(torch.dot(start.double(), v.double()))
                 unsure = precise.tol * max(abs(slope), abs(rise)) + rough * (10.0 + abs(up[0]) + abs(slope)) + _LEAST
                 if abs(rise - before) <= 0.2 * unsure and abs(rise - slope) > unsure:
-                    said = f"it is {slope:.4g} along a vector, along which the loss rises by {rise:.4g}"
-                    return True, f"the gradient is not that of the loss ({said})."
+                    said = f"along a test vector it is {slope:.4g}, but differences of the loss give {rise:.4g}"
+                    return True, f"the gradient is not the gradient of the loss ({said})."
                 exact = product(problem, at, batch, v)
                 if max(float(difference.norm()), float(exact.norm())) * float(v.norm()) > _LEAST:
                     return True, _unlike(problem, exact, difference, other, start, rough, precise.tol)
@@ -169,8 +169,8 @@ def _gradients(problem: Problem, at: list[Tensor], batch: WeightedBatch, product
     return False, None
 
 
-def _pushed(problem: Problem, at: list[Tensor], batch: WeightedBatch, outputs: Outputs, push: Product) -> Told:
-    """J v against differences of the outputs."""
+def _pushed(problem: Problem, at: list[Tensor], batch: WeightedBatch, outputs: Outputs, push: Product) -> Verdict:
+    """Compare J v with differences of the outputs."""
     v, precise = _direction(problem, at, batch), _Precision.of(problem)
     last: Tensor | None = None
     for step in _STEPS:
@@ -186,7 +186,7 @@ def _pushed(problem: Problem, at: list[Tensor], batch: WeightedBatch, outputs: O
                 largest = max(float(difference.norm()), float(exact.norm()))
                 off = float((exact - difference).norm()) - 10.0 * unsure
                 if largest > _LEAST * size:
-                    flaw = f"J v is not the difference of the outputs ({off / largest:.1%} off)."
+                    flaw = f"J v differs from differences of the outputs by {off / largest:.1%}."
                     return True, flaw if off > precise.tol * largest else None
         last = difference
     return False, None
@@ -204,14 +204,14 @@ def _gradient(problem: Problem, at: Sequence[Tensor], batch: WeightedBatch) -> t
 
 
 def _blocks(problem: Problem, *vectors: Tensor) -> Iterator[tuple[str, list[Tensor]]]:
-    """The parts of vectors in each weight tensor."""
+    """The pieces of vectors that belong to each weight tensor, with its name."""
     sizes = [w.numel() for w in problem.weights]
     for tensor, *pieces in zip(problem.names, *(x.split(sizes) for x in vectors), strict=True):
         yield tensor, list(pieces)
 
 
 def _agree(problem: Problem, a: Tensor, b: Tensor, start: Tensor, noise: float, tol: float) -> bool:
-    """Whether two differences are the same in every tensor, to a fifth of what counts as wrong."""
+    """Whether two differences agree in every tensor to a fifth of the error that counts as wrong."""
     whole = float(b.norm())
     for _, (x, y, g) in _blocks(problem, a, b, start):
         if float((x - y).norm()) > 0.2 * tol * (float(y.norm()) + 1e-3 * whole) + noise * float(g.norm()):
@@ -222,7 +222,7 @@ def _agree(problem: Problem, a: Tensor, b: Tensor, start: Tensor, noise: float, 
 def _unlike(
     problem: Problem, exact: Tensor, difference: Tensor, other: Tensor, start: Tensor, noise: float, tol: float
 ) -> str | None:
-    """The tensor in which a product differs most from the differences, if it does."""
+    """Describe the tensor in which a product differs most from the differences; None if all agree."""
     worst, where = 0.0, ""
     whole = float(difference.norm())
     for name, (x, y, z, g) in _blocks(problem, exact, difference, other, start):
@@ -232,7 +232,7 @@ def _unlike(
             worst, where = off / size, name
     if worst <= tol:
         return None
-    return f"the products are not the differences of the gradient ({worst:.1%} off in {where!r})."
+    return f"the products differ from differences of the gradient by {worst:.1%} in {where!r}."
 
 
 def _cast(problem: Problem, part: Any) -> Any:
@@ -241,11 +241,11 @@ def _cast(problem: Problem, part: Any) -> Any:
 
 # -- where it may be ---------------------------------------------------------------------------------------------------
 
-_WRONG = ("WeightNorm",)  # of which torch's own second derivative is wrong
+_WRONG = ("WeightNorm",)  # torch's second derivative of these is wrong
 
 
 def suspects(problem: Problem, batch: WeightedBatch) -> str:
-    """The modules of a net whose backward is somebody's own, or known to have a wrong derivative; in words."""
+    """Describe the modules with a custom backward, or with a backward whose derivative is known to be wrong."""
     names: list[str] = []
 
     def look(name: str, module: nn.Module) -> Callable[..., None]:
@@ -267,13 +267,13 @@ def suspects(problem: Problem, batch: WeightedBatch) -> str:
     if not names:
         names = list(_own_nodes(value.grad_fn, set()))
     if not names:
-        return " (a part of it is detached, or has a backward that autograd does not follow)"
+        return " (a part of the network or loss is detached, or has a backward that autograd cannot differentiate)"
     some = list(dict.fromkeys(names))
-    return f"; look at {', '.join(some[:4])}{' and others' * (len(some) > 4)}"
+    return f"; check {', '.join(some[:4])}{' and others' * (len(some) > 4)}"
 
 
 def _own_nodes(start: Any, stops: set[Any]) -> Iterator[str]:
-    """Names of the backward functions between tensors that are not torch's, or are known to be wrong."""
+    """Names of the backward functions between tensors that are custom, or known to be wrong."""
     seen, left = set(stops), [start]
     while left:
         node = left.pop()

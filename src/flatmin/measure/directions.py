@@ -1,4 +1,4 @@
-"""Directions in the space of the weights: random and normalised, along eigenvectors, towards checkpoints."""
+"""Directions in weight space: random (filter-normalised), along eigenvectors, towards checkpoints."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ Recipe = Mapping[str, str | int | float | bool]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class WeightDirection:
-    """A vector in the space of a problem's weights and how it was made.
+    """A direction in weight space, and how it was made.
 
     Args:
         vector: shape (size,), in the problem's dtype.
-        label: for an axis.
-        recipe: "kind" and the arguments that remake it.
+        label: label of the axis in figures.
+        recipe: "kind" and the arguments from which the direction can be made again.
         layout: hash of the names and shapes of the weights that it belongs to.
-        unlike: buffers in which the checkpoint that it leads to differs from the model.
+        unlike: names of the buffers in which the target checkpoint differs from the model.
     """
 
     vector: Tensor
@@ -41,7 +41,7 @@ class WeightDirection:
 
     @property
     def kind(self) -> str:
-        """The kind: "gaussian", "eigenvector", "difference", "principal" or "given"."""
+        """The kind of direction: "gaussian", "eigenvector", "difference", "principal" or "given"."""
         return str(self.recipe["kind"])
 
     @property
@@ -50,22 +50,22 @@ class WeightDirection:
         return float(torch.linalg.vector_norm(self.vector, dtype=torch.float64))
 
     def check(self, problem: Problem) -> None:
-        """Refuse another model's direction, one without a length, and one that is not finite.
+        """Check that the direction belongs to the problem, is finite and is not zero.
 
         Raises:
-            ValueError: one of these.
+            ValueError: one of these does not hold.
         """
         if self.vector.shape != (problem.size,):
             raise ValueError(
-                f"the direction {self.label!r} has {self.vector.numel()} entries, the problem {problem.size} weights; "
-                "it belongs to another model or another choice of params."
+                f"the direction {self.label!r} has {self.vector.numel()} entries, but the problem has {problem.size} "
+                "weights; use a direction of the same model and the same params."
             )
         if self.layout != layout(problem):
             raise ValueError(
-                f"the direction {self.label!r} belongs to weights of other names or shapes than this problem's."
+                f"the direction {self.label!r} belongs to weights with other names or shapes than this problem's."
             )
         if not math.isfinite(self.length) or not self.length:
-            raise ValueError(f"the direction {self.label!r} has length {self.length}; there is nowhere to go along it.")
+            raise ValueError(f"the direction {self.label!r} has length {self.length}; it must be finite and above 0.")
 
 
 def layout(problem: Problem) -> str:
@@ -77,24 +77,25 @@ def layout(problem: Problem) -> str:
 def gaussian(
     problem: Problem, *, seed: int = 0, normalise: Normalise = "filter", vectors: Vectors = "ignore"
 ) -> WeightDirection:
-    r"""A random direction whose blocks are as long as the weights' own.
+    r"""Make a random direction in which each block has the norm of the corresponding weights.
 
     .. math::
         d_f = \frac{z_f}{\|z_f\|} \|w_f\|,\quad z \sim N(0, 1)
 
-    over blocks f. A filter is an entry of the first dimension of a tensor with at least two: what gives one output
-    channel of a convolution or one output of a linear layer. A block of weights that are all zero stays where it is.
+    for each block f. With filter normalisation, a block is one filter: an entry of the first dimension of a tensor with
+    at least two dimensions, that is, the weights of one output channel of a convolution or of one output of a linear
+    layer. In a block whose weights are all zero, the direction is zero.
 
     Args:
-        problem: the weights.
-        seed: of the draw, which is the same on every device.
-        normalise: the blocks: "filter" (default), "layer" (every tensor), "model" (all of it, ||d|| = ||w||), or
-            "none" (d = z).
-        vectors: tensors with fewer than two dimensions (biases, normalisation layers): "ignore" (default) sets their
-            part to zero, "tensor" makes each one block.
+        problem: the problem whose weights are used.
+        seed: seed of the draw, which is the same on every device. Default 0.
+        normalise: the blocks: "filter", "layer" (each tensor), "model" (all weights, ||d|| = ||w||), or "none"
+            (d = z). Default "filter".
+        vectors: treatment of tensors with fewer than two dimensions (biases, normalisation layers): "ignore" sets the
+            direction to zero there, "tensor" makes each tensor one block. Default "ignore".
 
     Raises:
-        ValueError: another word, or a direction that is zero in every entry.
+        ValueError: an option is unknown, or all entries of the direction are zero.
 
     Source: Li, Xu, Taylor, Studer & Goldstein, NeurIPS 2018; vectors="ignore" as in their experiments.
     """
@@ -110,25 +111,25 @@ def gaussian_pair(
     vectors: Vectors = "ignore",
     orthogonal: bool = False,
 ) -> tuple[WeightDirection, WeightDirection]:
-    """Two random directions for a plane, each as by `gaussian`.
+    """Make two random directions for a plane, each as in `gaussian`.
 
-    Their cosine is of the order 1/sqrt(size). With `orthogonal` it is zero: the second is made orthogonal to the first
-    within each block and then brought back to the block's length, so that its norms stay those of the weights, which a
-    projection of the whole vector would change. A block of one entry cannot be both; there the second is zero.
+    Their cosine is of the order 1/sqrt(size). With `orthogonal` it is zero: the second direction is made orthogonal to
+    the first within each block and then rescaled to the block's norm. A projection of the whole vector would change
+    these norms. In a block with a single entry, both conditions cannot hold, and the second direction is zero there.
 
     Args:
-        problem: the weights.
-        seeds: of the two draws, different ones.
-        normalise: see `gaussian`.
-        vectors: see `gaussian`.
-        orthogonal: see above. Default False, as in the paper.
+        problem: the problem whose weights are used.
+        seeds: two different seeds. Default (0, 1).
+        normalise: see `gaussian`. Default "filter".
+        vectors: see `gaussian`. Default "ignore".
+        orthogonal: make the second direction orthogonal to the first. Default False, as in the paper.
 
     Raises:
-        ValueError: equal seeds, or as `gaussian`.
+        ValueError: the seeds are equal, or as in `gaussian`.
     """
     _check(normalise, vectors)
     if seeds[0] == seeds[1]:
-        raise ValueError(f"both seeds are {seeds[0]!r}, which gives the same direction twice.")
+        raise ValueError(f"both seeds are {seeds[0]!r}, which gives the same direction twice; use different seeds.")
     first, second = (_normalised(problem, seed, normalise, vectors) for seed in seeds)
     recipe = _recipe(seeds[1], normalise, vectors)
     if orthogonal:
@@ -155,26 +156,29 @@ def eigenvector(
     end: Literal["top", "bottom"] = "top",
     norm: float | Literal["weights"] = 1.0,
 ) -> WeightDirection:
-    """An eigenvector of a Krylov run; its sign is such that the entry of largest size is positive.
+    """Use an eigenvector as a direction. Its sign is such that the entry with the largest magnitude is positive.
 
     Args:
-        problem: the weights.
-        spectrum: a run on an operator of the same problem.
-        index: which, 0 for the outermost.
-        end: "top" (default), the largest eigenvalues, or "bottom", the smallest.
-        norm: length, > 0, or "weights" for ||w||. Default 1: with steps t along it, the second derivative of L in t is
-            the eigenvalue.
+        problem: the problem whose weights are used.
+        spectrum: result of `flatmin.measure.spectrum` for an operator of the same problem.
+        index: index of the eigenvector, 0 for the outermost. Default 0.
+        end: "top" for the largest eigenvalues, "bottom" for the smallest. Default "top".
+        norm: length of the direction, > 0, or "weights" for ||w||. Default 1: the second derivative of L(w + t d) in t
+            is then the eigenvalue.
 
     Raises:
-        ValueError: an eigenvector that the run has not, another size, or a norm that is not positive.
+        ValueError: the spectrum has no such eigenvector or another size, or the norm is not positive.
     """
     if end not in ("top", "bottom"):
         raise ValueError(f"end must be 'top' or 'bottom', got {end!r}.")
     vectors, values = getattr(spectrum, f"{end}_vectors"), getattr(spectrum, end)
     if not 0 <= index < len(values):
-        raise ValueError(f"the spectrum has {len(values)} {end} eigenvectors, so there is none of index {index!r}.")
+        raise ValueError(f"the spectrum has {len(values)} {end} eigenvectors, so index={index!r} is out of range.")
     if vectors.shape[1] != problem.size:
-        raise ValueError(f"the spectrum is of size {vectors.shape[1]}, the problem of size {problem.size}.")
+        raise ValueError(
+            f"the spectrum has size {vectors.shape[1]}, but the problem has size {problem.size}; pass a spectrum of "
+            "the same problem."
+        )
     length = _weight_norm(problem) if norm == "weights" else float(norm)
     if not (length > 0 and math.isfinite(length)):
         raise ValueError(f"norm must be positive, got {length!r}.")
@@ -187,35 +191,35 @@ def eigenvector(
 
 
 def difference(problem: Problem, checkpoint: Checkpoint, *, label: str = "checkpoint") -> WeightDirection:
-    """From the model's weights to a checkpoint's: 0 is the model, 1 the checkpoint.
+    """Make the direction from the model's weights to those of a checkpoint: 0 is the model, 1 the checkpoint.
 
     Args:
-        problem: the weights.
+        problem: the problem whose weights are used.
         checkpoint: a model, a state dict, or a vector of shape (size,).
-        label: what the axis calls it.
+        label: label of the axis in figures. Default "checkpoint".
 
     Raises:
-        ValueError: a checkpoint of another model, or equal to the model.
+        ValueError: the checkpoint belongs to another model, or its weights equal those of the model.
     """
     d = weights_of(problem, checkpoint).double() - problem.flat(problem.weights).double()
     if not d.any():
-        raise ValueError(f"{label!r} has the model's own weights, so there is no direction to it.")
+        raise ValueError(f"{label!r} has the same weights as the model, so there is no direction to it.")
     return _direction(
         problem, d, {"kind": "difference", "to": label}, label, tuple(buffers_unlike(problem, checkpoint))
     )
 
 
 def given(problem: Problem, vector: Tensor | Mapping[str, Tensor] | Sequence[Tensor], *, label: str) -> WeightDirection:
-    """Any vector in the space of the weights, such as a gradient, under a label.
+    """Use any vector in weight space, such as a gradient, as a direction.
 
     Args:
-        problem: the weights.
-        vector: shape (size,); or tensors shaped like the selected weights, by their names (the others do not move) or
-            one for each in the order of `problem.names`.
-        label: what the axis calls it.
+        problem: the problem whose weights are used.
+        vector: a vector of shape (size,); or tensors shaped like the selected weights, either by name (weights without
+            a tensor do not move) or one for each in the order of `problem.names`.
+        label: label of the axis in figures.
 
     Raises:
-        ValueError: another shape or name, or zero.
+        ValueError: a shape or name does not match the weights, or the vector is zero.
 
     Example:
         >>> import torch
@@ -232,18 +236,20 @@ def given(problem: Problem, vector: Tensor | Mapping[str, Tensor] | Sequence[Ten
 
 
 def _joined(problem: Problem, tensors: Mapping[str, Tensor] | Sequence[Tensor]) -> Tensor:
-    """One vector of the tensors of a direction."""
+    """Concatenate the tensors of a direction into one vector."""
     own = dict(zip(problem.names, problem.weights, strict=True))
     if not isinstance(tensors, Mapping):
         if len(tensors) != len(own):
-            raise ValueError(f"{len(tensors)} tensors for {len(own)} selected weights; give one for each, or by name.")
+            raise ValueError(
+                f"got {len(tensors)} tensors for {len(own)} selected weights; pass one for each, or a mapping by name."
+            )
         tensors = dict(zip(own, tensors, strict=True))
     for name, tensor in tensors.items():
         if name not in own:
-            raise ValueError(f"no selected weight is called {name!r}; there are {listed(problem.names)}.")
+            raise ValueError(f"no selected weight is called {name!r}; the names are {listed(problem.names)}.")
         if tensor.shape != own[name].shape:
             raise ValueError(
-                f"{name!r} has shape {tuple(tensor.shape)} in the direction, {tuple(own[name].shape)} in the model."
+                f"{name!r} has shape {tuple(tensor.shape)} in the direction, but {tuple(own[name].shape)} in the model."
             )
     return problem.flat([tensors[n].to(w) if n in tensors else torch.zeros_like(w) for n, w in own.items()])
 
@@ -260,8 +266,8 @@ def _direction(
     )
     if recipe["kind"] == "gaussian" and not made.vector.any():
         raise ValueError(
-            "every block of the weights has length zero or is left out (vectors='ignore' leaves out biases and "
-            "normalisation layers), so the direction is zero; use vectors='tensor' or normalise='none'."
+            "the direction is zero, because every block of the weights is zero or ignored (vectors='ignore' ignores "
+            "biases and normalisation layers); use vectors='tensor' or normalise='none'."
         )
     made.check(problem)
     return made

@@ -1,4 +1,4 @@
-"""One point of a landscape: loss and accuracy at given weights, and what BatchNorm uses there."""
+"""Loss and accuracy at given weights, running statistics of BatchNorm there, and weights of checkpoints."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ Checkpoint = nn.Module | Mapping[str, Tensor] | Tensor
 def evaluate(
     problem: Problem, weights: list[Tensor], *, accuracy: bool = False, statistics: Statistics = "as they are"
 ) -> tuple[float, float]:
-    """Loss and accuracy at given weights; the model is left as it is.
+    """Evaluate loss and accuracy at given weights. The model is not modified.
 
     Args:
         problem: the function.
-        weights: as `Problem.moved` and `Problem.shaped` give them.
-        accuracy: whether to count right answers as well, at no further forward pass.
+        weights: one tensor per selected weight, as returned by `Problem.moved` and `Problem.shaped`.
+        accuracy: also compute the accuracy, from the same forward pass. Default False.
         statistics: running statistics of BatchNorm: "as they are" in the model, or "recomputed" at these weights, see
-            `batch_statistics`.
+            `batch_statistics`. Default "as they are".
 
     Returns:
-        L, and the share of right answers among the targets that are not ignored, in [0, 1]; NaN if not asked for.
+        L, and the accuracy in [0, 1] over the targets that are not ignored; NaN if not requested.
 
     Raises:
-        ValueError: outputs and targets of which no accuracy can be taken.
+        ValueError: no accuracy can be computed from the outputs and targets.
     """
     buffers = batch_statistics(problem, weights) if statistics == "recomputed" else None
     if not accuracy:
@@ -55,24 +55,35 @@ def evaluate(
 
 
 def batch_statistics(problem: Problem, weights: list[Tensor]) -> dict[str, Tensor]:
-    """Running means and variances of every BatchNorm at given weights, as buffers by name.
+    """Compute running means and variances of all BatchNorm layers at given weights.
 
-    Each batch of the problem is passed on with the other layers in eval mode; the statistics of the batches are
-    averaged with the numbers of examples as weights, so they depend on the batches. Empty without BatchNorm.
+    Each batch of the problem is passed through the model, with all other layers in eval mode. The statistics of the
+    batches are averaged, weighted by their numbers of examples, so they depend on how the data are divided into
+    batches.
+
+    Args:
+        problem: the function.
+        weights: see `evaluate`.
+
+    Returns:
+        Buffers by name; empty if the model has no BatchNorm.
 
     Raises:
-        ValueError: a problem in train mode, which uses no running statistics, or a layer with momentum 0.
+        ValueError: the problem is in train mode, which uses no running statistics, or a layer has momentum 0.
 
     Source: `bn_update` of Garipov et al., NeurIPS 2018; Izmailov et al., UAI 2018.
     """
     if problem.mode == "train":
-        raise ValueError("mode='train' normalises by each batch's own statistics; there is nothing to recompute.")
+        raise ValueError(
+            "statistics='recomputed' has no effect with mode='train', which uses the statistics of each batch; use "
+            "mode='eval' or statistics='as they are'."
+        )
     layers = _layers(problem.model)
     if not layers:
         return {}
     frozen = [name for name, layer in layers.items() if layer.momentum == 0.0]
     if frozen:
-        raise ValueError(f"{frozen[0]!r} has momentum 0, so its statistics cannot be taken anew.")
+        raise ValueError(f"the statistics of {frozen[0]!r} cannot be recomputed, because its momentum is 0.")
     names = [f"{name}.{kind}" if name else kind for name in layers for kind in ("running_mean", "running_var")]
     buffers = dict(problem.model.named_buffers())
     sums = [torch.zeros_like(buffers[n], dtype=torch.float64) for n in names]
@@ -92,21 +103,21 @@ def batch_statistics(problem: Problem, weights: list[Tensor]) -> dict[str, Tenso
 
 
 def batch_outputs(problem: Problem, batch: WeightedBatch, weights: list[Tensor]) -> Any:
-    """The outputs with BatchNorm by this batch's statistics; inside `Problem.guard`, which puts the flags back."""
+    """The outputs with BatchNorm using the statistics of this batch. Call it inside `Problem.guard`."""
     return _outputs(problem, _layers(problem.model), batch, weights)[0]
 
 
 def _of_batch(
     problem: Problem, layers: Mapping[str, _BatchNorm], batch: WeightedBatch, weights: list[Tensor]
 ) -> list[Tensor]:
-    """Mean and variance of each layer on one batch, in the layers' order."""
+    """Mean and variance of each layer on one batch, in the order of the layers."""
     with problem.guard(), torch.no_grad():
         buffers = _outputs(problem, layers, batch, weights)[1]
     statistics = []
     for name, layer in layers.items():
         prefix = f"{name}." if name else ""
         calls = float(buffers[f"{prefix}num_batches_tracked"]) if layer.num_batches_tracked is not None else 1.0
-        # Started from zero, the moving average after k calls holds 1 - (1 - m)^k of the statistics.
+        # Starting from zero, the moving average after k calls is 1 - (1 - m)^k times the statistics.
         share = 1.0 if layer.momentum is None else 1.0 - (1.0 - layer.momentum) ** calls
         for kind in ("running_mean", "running_var"):
             own = dict(layer.named_buffers())[kind]
@@ -117,7 +128,7 @@ def _of_batch(
 def _outputs(
     problem: Problem, layers: Mapping[str, _BatchNorm], batch: WeightedBatch, weights: list[Tensor]
 ) -> tuple[Any, dict[str, Tensor]]:
-    """Outputs with BatchNorm by the batch, and the layers' buffers, zero before."""
+    """Outputs with BatchNorm using batch statistics, and the buffers of the layers, which start from zero."""
     buffers = {}
     for name, layer in layers.items():
         layer.training = True
@@ -128,7 +139,7 @@ def _outputs(
 
 
 def _layers(model: nn.Module) -> dict[str, _BatchNorm]:
-    """The layers with running statistics."""
+    """The BatchNorm layers with running statistics."""
     return {n: m for n, m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None}
 
 
@@ -136,16 +147,17 @@ def _layers(model: nn.Module) -> dict[str, _BatchNorm]:
 
 
 def weights_of(problem: Problem, checkpoint: Checkpoint) -> Tensor:
-    """The selected weights of a checkpoint as one vector of shape (size,), in the problem's dtype.
+    """Return the selected weights of a checkpoint as one vector of shape (size,), in the problem's dtype.
 
     Args:
-        problem: which weights, in which order.
-        checkpoint: a model, a state dict (also of the model wrapped in DistributedDataParallel or compiled, or inside
-            what was saved with it, see `flatmin.measure.checkpoints`), or a vector of shape (size,).
+        problem: the problem that selects the weights and their order.
+        checkpoint: a model, a state dict, or a vector of shape (size,). A state dict may come from a compiled model or
+            one wrapped in DistributedDataParallel, and may be nested in a saved checkpoint; see
+            `flatmin.measure.checkpoints`.
 
     Raises:
-        ValueError: other keys or shapes, or weights outside of `params` that differ although `params` is "*": they
-            require no gradient, and the loss would not be the checkpoint's.
+        ValueError: keys or shapes do not match the model; or weights that are not selected differ although `params` is
+            "*" (they require no gradient), so the loss would not be that of the checkpoint.
     """
     if isinstance(checkpoint, Tensor):
         problem.shaped(checkpoint)
@@ -154,19 +166,19 @@ def weights_of(problem: Problem, checkpoint: Checkpoint) -> Tensor:
     for name, own in zip(problem.names, problem.weights, strict=True):
         if state[name].shape != own.shape:
             raise ValueError(
-                f"the checkpoint's {name!r} has shape {tuple(state[name].shape)}, the model's {tuple(own.shape)}."
+                f"{name!r} has shape {tuple(state[name].shape)} in the checkpoint, but {tuple(own.shape)} in the model."
             )
     outside = _unlike(state, {n: p for n, p in problem.model.named_parameters() if n not in problem.names})
     if outside and problem.conventions.params == "*":
         raise ValueError(
-            f"the checkpoint differs in {listed(outside)} as well, which the model holds fixed (requires_grad=False); "
-            "let them require gradients, or choose the weights to move with params=."
+            f"the checkpoint also differs in {listed(outside)}, which are not selected because requires_grad=False; "
+            "set requires_grad=True for them, or select weights with params=."
         )
     return problem.flat([state[n].to(problem.device, problem.dtype) for n in problem.names])
 
 
 def buffers_unlike(problem: Problem, checkpoint: Checkpoint) -> list[str]:
-    """Names of the floating-point buffers in which a checkpoint differs from the model; none for a vector."""
+    """Names of the floating-point buffers in which a checkpoint differs from the model; empty for a vector."""
     if isinstance(checkpoint, Tensor):
         return []
     return _unlike(_state(problem, checkpoint), dict(problem.model.named_buffers()))
@@ -175,26 +187,30 @@ def buffers_unlike(problem: Problem, checkpoint: Checkpoint) -> list[str]:
 def choose_statistics(
     problem: Problem, statistics: Statistics | None, unlike: list[str] | tuple[str, ...]
 ) -> Statistics:
-    """The `statistics` of a landscape; None is "as they are" unless a checkpoint's buffers differ from the model's.
+    """Return the `statistics` of a landscape. None means "as they are", unless a checkpoint's buffers differ.
 
     Raises:
-        ValueError: None where buffers differ, another word, or "recomputed" with a problem in train mode.
+        ValueError: `statistics` is None although buffers differ, is an unknown option, or is "recomputed" for a problem
+            in train mode.
     """
     if statistics not in (None, "as they are", "recomputed"):
         raise ValueError(f"statistics must be 'as they are' or 'recomputed', got {statistics!r}.")
     if statistics == "recomputed" and problem.mode == "train":
-        raise ValueError("mode='train' normalises by each batch's own statistics; there is nothing to recompute.")
+        raise ValueError(
+            "statistics='recomputed' has no effect with mode='train', which uses the statistics of each batch; use "
+            "mode='eval' or statistics='as they are'."
+        )
     if statistics is None and unlike and problem.mode == "eval":
         raise ValueError(
-            f"a checkpoint's buffers differ from the model's ({listed(unlike)}), so the model's do not belong to its "
-            "weights; choose statistics='recomputed' (BatchNorm anew at every point) or 'as they are' (the model's at "
-            "every point)."
+            f"buffers of a checkpoint differ from those of the model ({listed(unlike)}); choose "
+            "statistics='recomputed' (recompute BatchNorm statistics at every point) or 'as they are' (use those of "
+            "the model at every point)."
         )
     return statistics or "as they are"
 
 
 def _state(problem: Problem, checkpoint: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A checkpoint's tensors by the model's names."""
+    """The tensors of a checkpoint by the names of the model."""
     model = problem.model
     own = {
         **model.state_dict(keep_vars=True),
@@ -202,11 +218,11 @@ def _state(problem: Problem, checkpoint: nn.Module | Mapping[str, Tensor]) -> di
         **dict(model.named_buffers(remove_duplicate=False)),
     }
     if isinstance(checkpoint, nn.Module):
-        # With the buffers that a state dict leaves out.
+        # Include non-persistent buffers, which a state dict omits.
         checkpoint = {**checkpoint.state_dict(), **dict(checkpoint.named_buffers())}
     if not isinstance(checkpoint, Mapping):
         raise ValueError(
-            f"a checkpoint is a model, a state dict or a vector of the weights, got {type(checkpoint).__name__}."
+            f"a checkpoint must be a model, a state dict or a vector of weights, got {type(checkpoint).__name__}."
         )
     matched = find_weights(own, checkpoint, needed=problem.names)
     for remark in () if matched is None else matched.remarks:
@@ -214,10 +230,10 @@ def _state(problem: Problem, checkpoint: nn.Module | Mapping[str, Tensor]) -> di
     state = dict(checkpoint) if matched is None else matched.state
     missing = [n for n in problem.names if not isinstance(state.get(n), Tensor)]
     if missing:
-        raise ValueError(f"the checkpoint has no tensor {missing[0]!r}; it holds {listed(list(state)) or 'nothing'}.")
+        raise ValueError(f"the checkpoint has no tensor {missing[0]!r}; it has {listed(list(state)) or 'nothing'}.")
     extra = [n for n in state if n not in own]
     if extra:
-        raise ValueError(f"the checkpoint is of another model: this one has no {listed(extra)}.")
+        raise ValueError(f"the checkpoint belongs to another model: this model has no {listed(extra)}.")
     return state
 
 

@@ -1,4 +1,4 @@
-"""Flatness in other senses: PAC-Bayes noise, relative flatness of a layer, and the Fisher-Rao norm."""
+"""Other measures of flatness: PAC-Bayes noise, relative flatness of a layer, and the Fisher-Rao norm."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ _DOUBLINGS = 30
 
 @dataclass(frozen=True, kw_only=True)
 class PacBayes:
-    """The size of the noise that the weights bear.
+    """Result of `pac_bayes`: the noise under which the mean rise reaches the target.
 
     Args:
         sigma: the largest standard deviation found whose mean rise is at most the target; the lower end of `bracket`.
-        sigma_error: its standard error from the finite number of draws, by the slope of the rise; NaN if that is not
-            positive. The width of the bracket comes on top.
-        bracket: sigma and the next larger one that was tried, whose mean rise is above the target.
+        sigma_error: its standard error due to the finite number of draws, from the slope of the rise; NaN if the slope
+            is not positive. The width of the bracket is not included.
+        bracket: sigma, and the next larger value that was tried, whose mean rise is above the target.
         rise: the mean rise at sigma.
-        error: its standard error over the draws.
-        target: as asked.
-        start: the error rate or loss at w itself.
-        of, magnitude, eps: as asked.
-        draws: independent ones, each a pair u and -u.
-        evaluations: of the loss or error rate.
-        conventions: of the problem, with the seed.
+        error: standard error of `rise` over the draws.
+        target: the target rise.
+        start: the error rate or loss at w.
+        of, magnitude, eps: the arguments of `pac_bayes`; `eps` is 0 without `magnitude`.
+        draws: number of independent draws, each a pair u and -u.
+        evaluations: number of evaluations of the loss or error rate.
+        conventions: conventions of the problem, with the seed.
     """
 
     sigma: float
@@ -54,7 +54,7 @@ class PacBayes:
 
     @property
     def flatness(self) -> float:
-        """1 / sigma^2, the number that is compared between nets in the literature; large is sharp."""
+        """1 / sigma^2, the number that the literature compares between networks. Large values mean sharp minima."""
         return self.sigma**-2
 
 
@@ -70,44 +70,48 @@ def pac_bayes(
     bracket: tuple[float, float] | None = None,
     seed: int = 0,
 ) -> PacBayes:
-    r"""The largest sigma at which normal noise raises the error rate by no more than the target.
+    r"""Find the largest sigma at which normal noise of the weights raises the error rate by at most `target`.
 
     .. math::
         \max \sigma:\; E[L(w + s(\sigma) \odot u)] - L(w) \le t,\quad u \sim N(0, 1),\quad
         s = \sigma \text{ or } \sqrt{\sigma^2 w^2 + \epsilon^2}
 
-    s is a standard deviation, not a variance. By bisection, with the same draws of u at every sigma: the mean rise is
-    then one fixed function, whose crossing of the target is what is found, and its error is that of the draws. If it
-    crosses more than once it is one of the crossings.
+    L is the error rate, or the loss with of="loss". s is a standard deviation, not a variance. Sigma is found by
+    bisection with the same draws of u at every sigma, so the mean rise is a fixed function of sigma, and the error of
+    the result comes from the draws. If this function crosses the target more than once, the result is one of the
+    crossings.
 
     Args:
         problem: the function.
-        target: rise t of the mean, > 0. Default 0.1.
-        of: "error" (default), the error rate, so that the target is a loss of accuracy; or "loss".
-        magnitude: whether the noise is in proportion to each weight. Default False.
-        eps: floor of the standard deviation with magnitude, >= 0; with 0 weights that are zero do not move. Default
-            1e-3, of Jiang et al.
-        draws: pairs of u and -u, >= 2. Default 10.
-        tol: relative width of the bracket at the end, > 0. Default 1 %.
-        bracket: two sigmas to start from, 0 < low < high; widened where the crossing lies outside. Default: half of and
-            the tenth of the weights' root mean square (with magnitude: 0.05 and 0.1).
-        seed: of the draws.
+        target: target t of the mean rise, > 0. Default 0.1.
+        of: "error" for the error rate (the target is then a drop of the accuracy), or "loss". Default "error".
+        magnitude: make the noise proportional to the magnitude of each weight. Default False.
+        eps: epsilon in the formula, used with `magnitude` only, >= 0. With 0, weights that are zero do not move.
+            Default None: 1e-3, as in Jiang et al.
+        draws: number of pairs u and -u, >= 2. Default 10.
+        tol: relative width of the final bracket, in (0, 1). Default 1e-2.
+        bracket: two values of sigma to start from, 0 < low < high. It is widened if the crossing lies outside. Default
+            None: 0.05 and 0.1 times the root mean square of the weights (with `magnitude`: 0.05 and 0.1).
+        seed: seed of the draws. Default 0.
+
+    Returns:
+        Sigma with its standard error, and the rise there.
 
     Raises:
-        ValueError: a bad number, a bracket without width, a target that the error rate has no room for, or one that no
-            sigma reaches.
-        ArithmeticError: a loss that is not finite at the weights; outputs that overflow before the target is reached.
+        ValueError: a number or the bracket is invalid, the error rate cannot rise by the target, or no sigma reaches
+            it.
+        ArithmeticError: the loss at the weights is not finite, or the outputs overflow before the target is reached.
 
     Source: Jiang, Neyshabur, Mobahi, Krishnan & Bengio, ICLR 2020 (sigma, and sigma' with magnitude).
     """
     if not (target > 0 and math.isfinite(target)):
         raise ValueError(f"target must be a positive number, got {target!r}.")
     if draws < 2:
-        raise ValueError(f"a rise with an error needs at least two draws, got {draws!r}.")
+        raise ValueError(f"draws must be at least 2, got {draws!r}.")
     if not (0 < tol < 1):
         raise ValueError(f"tol must lie between 0 and 1, got {tol!r}.")
     if eps is not None and not (magnitude and eps >= 0 and math.isfinite(eps)):
-        raise ValueError(f"eps must be a number >= 0, and belongs to magnitude=True; got {eps!r}.")
+        raise ValueError(f"eps must be a number >= 0 and needs magnitude=True, got {eps!r}.")
     check_dtype(problem)
     run = _Noisy(problem, of, magnitude, 1e-3 if eps is None else eps, draws, seed)
     if of == "error" and target >= 1.0 - run.start:
@@ -119,7 +123,7 @@ def pac_bayes(
         low, high = (low, middle) if run.above(middle, target) else (middle, high)
     if not math.isfinite(run.mean(high)):
         raise ArithmeticError(
-            f"at sigma={high:.3g} the net overflows, where its {of} has risen by {run.mean(low):.3g} only; use a "
+            f"the model overflows at sigma={high:.3g}, before its {of} rises by more than {run.mean(low):.3g}; use a "
             "smaller target, or dtype=torch.float64 in the Problem."
         )
     rise, error = mean_and_error(run.rises(low))
@@ -148,12 +152,12 @@ def _bracket(problem: Problem, bracket: tuple[float, float] | None, magnitude: b
         return 0.05 * size, 0.1 * size
     low, high = bracket
     if not (0 < low < high and math.isfinite(high)):
-        raise ValueError(f"a bracket is two sigmas with 0 < low < high, got {bracket!r}.")
+        raise ValueError(f"bracket must be two values of sigma with 0 < low < high, got {bracket!r}.")
     return float(low), float(high)
 
 
 class _Noisy:
-    """The rise under the same noise at any sigma."""
+    """The rise as a function of sigma, with the same draws at every sigma."""
 
     def __init__(self, problem: Problem, of: Of, magnitude: bool, eps: float, draws: int, seed: int) -> None:
         self.problem, self.eps, self.draws, self.seed = problem, eps, draws, seed
@@ -161,12 +165,12 @@ class _Noisy:
         self.statistic = statistic_of(problem, of)
         self.squares = problem.flat(problem.weights).square() if magnitude else None
         if magnitude and not eps and not problem.flat(problem.weights).any():
-            raise ValueError("every selected weight is zero, so nothing can move in proportion to it; give eps > 0.")
+            raise ValueError("every selected weight is zero, so noise proportional to it is zero too; use eps > 0.")
         self.start, self.evaluations = at_weights(self.statistic, of), 1
         self._known: dict[float, list[float]] = {}
 
     def rises(self, sigma: float) -> list[float]:
-        """One per draw; not finite where the net overflows."""
+        """The rise for each draw; not finite if the model overflows."""
         if sigma not in self._known:
             deviation = sigma if self.squares is None else (sigma**2 * self.squares + self.eps**2).sqrt()
             self._known[sigma] = [
@@ -181,21 +185,21 @@ class _Noisy:
 
     def mean(self, sigma: float) -> float:
         rises = self.rises(sigma)
-        # fsum refuses infinities of both signs.
+        # math.fsum raises an error for infinities of both signs.
         return sum(rises) / len(rises)
 
     def above(self, sigma: float, target: float) -> bool:
-        """Whether the mean rise exceeds the target; overflow does."""
+        """Whether the mean rise exceeds the target. Overflow counts as exceeding."""
         return not self.mean(sigma) <= target
 
     def bracketed(self, target: float, low: float, high: float) -> tuple[float, float]:
-        """Two sigmas with the target between their rises."""
+        """Two values of sigma with the target between their rises."""
         for _ in range(_DOUBLINGS):
             if not self.above(low, target):
                 break
             low, high = 0.5 * low, low
         else:
-            floor = f"; noise of eps={self.eps:g} alone does" if self.squares is not None and self.eps else ""
+            floor = f", because of eps={self.eps:g}" if self.squares is not None and self.eps else ""
             raise ValueError(f"the {self.of} rises by more than {target:g} even at sigma={high:.3g}{floor}.")
         for _ in range(_DOUBLINGS):
             if self.above(high, target):
@@ -209,12 +213,12 @@ class _Noisy:
 
 @dataclass(frozen=True, kw_only=True)
 class RelativeFlatness(Estimate):
-    """Relative flatness of a layer.
+    """Result of `relative_flatness`.
 
     Args:
-        layer: name of its weight.
-        neurons: rows of the weight matrix.
-        inputs: columns of it. Some authors divide the value by this.
+        layer: name of the layer's weight.
+        neurons: number of rows of the weight matrix.
+        inputs: number of columns of the weight matrix. Some authors divide the value by this.
     """
 
     layer: str
@@ -231,36 +235,40 @@ def relative_flatness(
     max_probes: int = 2000,
     seed: int = 0,
 ) -> RelativeFlatness:
-    r"""Relative flatness of a layer with weight rows w_s, one for each neuron.
+    r"""Measure the relative flatness of a layer with weight matrix W, whose rows w_s belong to the neurons.
 
     .. math::
         \kappa = \sum_{s, s'} \langle w_s, w_{s'} \rangle \operatorname{Tr} H_{s s'},\quad
         (H_{s s'})_{ij} = \frac{\partial^2 L}{\partial w_{si} \partial w_{s'j}}
 
-    It is the trace of A -> W^T H[W A] over matrices A, so the curvature of L as the layer's inputs x move to x + A x,
-    and does not change when layers of a ReLU net are rescaled. With W W^T = C C^T and C of r = rank W columns it takes
-    r products with the Hessian for each input, or, where these are too many, random probes.
+    This is the trace of A -> W^T H[W A] over matrices A, that is, the curvature of L when the inputs x of the layer
+    change to x + A x. It does not change if layers of a ReLU network are rescaled. With W W^T = C C^T, where C has
+    r = rank W columns, the exact value takes r products with the Hessian per input. If these are more than `exact`, it
+    is estimated with random probes.
 
     Args:
-        problem: the function; its weight decay c, if any, adds c * inputs * ||W||^2. Only the layer need be selected,
-            which makes the products cheaper.
-        layer: name of the weight. Its first dimension counts the neurons, all others together the inputs: rows of
-            convolutions are filters, which the paper leaves open.
-        exact: most products for the exact value, >= 0. Default 512.
-        tol: relative standard error with probes. Default 1 %.
-        max_probes: most probes. Default 2000.
-        seed: of the probes.
+        problem: the function. Its weight decay c, if any, adds c * inputs * ||W||^2. It is enough to select only this
+            layer, which makes the products cheaper.
+        layer: name of the weight. Its first dimension indexes the neurons, all others together the inputs. The rows of
+            a convolution are its filters, a case that the paper does not define.
+        exact: maximum number of products for the exact value, >= 0. Default 512.
+        tol: relative standard error with probes, > 0. Default 1e-2.
+        max_probes: maximum number of probes. Default 2000.
+        seed: seed of the probes. Default 0.
+
+    Returns:
+        The relative flatness, with its standard error (0 if exact).
 
     Raises:
-        ValueError: no such layer, or one that is no matrix.
+        ValueError: there is no such layer, or its weight is not a matrix.
 
-    Source: Petzka, Kamp, Adilova, Sminchisescu & Boley, NeurIPS 2021. In their comparison of measures the
-    layer is the last one, with each of its inputs first scaled to unit variance.
+    Source: Petzka, Kamp, Adilova, Sminchisescu & Boley, NeurIPS 2021. Their comparison of measures uses the last layer,
+    after scaling each of its inputs to unit variance.
     """
     matrices = [n for n, w in zip(problem.names, problem.weights, strict=True) if w.dim() >= 2]
     if layer not in matrices:
-        what = "is no matrix" if layer in problem.names else "is not among the selected weights"
-        raise ValueError(f"{layer!r} {what}; matrices are {', '.join(matrices[:8]) or 'none'}.")
+        what = "is not a matrix" if layer in problem.names else "is not among the selected weights"
+        raise ValueError(f"{layer!r} {what}; the selected matrices are {', '.join(matrices[:8]) or 'none'}.")
     if exact < 0:
         raise ValueError(f"exact must be >= 0, got {exact!r}.")
     features = _Features(problem, layer)
@@ -292,7 +300,7 @@ def relative_flatness(
 
 
 class _Features:
-    """A -> C^T H[C A] on matrices A of shape (rank, inputs), with W W^T = C C^T."""
+    """The operator A -> C^T H[C A] on matrices A of shape (rank, inputs), where W W^T = C C^T."""
 
     def __init__(self, problem: Problem, layer: str) -> None:
         self.problem, self.dtype, self.device = problem, problem.dtype, problem.device
@@ -318,13 +326,13 @@ class _Features:
 
 @dataclass(frozen=True, kw_only=True)
 class FisherRao:
-    """The Fisher-Rao norm of the selected weights.
+    """Result of `fisher_rao`: the Fisher-Rao norm of the selected weights.
 
     Args:
         value: sqrt <w, F w>.
         labels: "model" or "data".
-        products: with the Fisher matrix; exact with one.
-        conventions: of the problem. Weight decay has no part in it.
+        products: number of products with the Fisher matrix. One product gives the exact value.
+        conventions: conventions of the problem. Weight decay is not included in the norm.
     """
 
     value: float
@@ -339,23 +347,24 @@ class FisherRao:
 
 
 def fisher_rao(problem: Problem, *, labels: Literal["model", "data"] = "model") -> FisherRao:
-    r"""The Fisher-Rao norm, exactly, by one product.
+    r"""Compute the Fisher-Rao norm of the weights exactly, with one product.
 
     .. math::
         \|w\|_{fr}^2 = \langle w, F w \rangle,\quad F = E[\nabla \ell \, \nabla \ell^T]
 
-    In a ReLU net of K weight matrices without biases it is K^2 E <d l/d f, f>^2, and layers may be rescaled.
+    In a ReLU network of K weight matrices without biases, the square is K^2 E <d l/d f, f>^2, and it does not change if
+    layers are rescaled.
 
     Args:
-        problem: the function. All weights that are not selected count as constants.
-        labels: "model" (default): labels from the softmax of the outputs, all of them with their probabilities, which
-            makes F the Fisher information; "data": the labels of the data, where the norm of a net that fits them goes
-            to zero. The paper uses both.
+        problem: the function. Weights that are not selected are constants.
+        labels: "model": the expectation is over all labels with the softmax probabilities of the outputs, so F is the
+            Fisher information. "data": the labels of the data are used; the norm then goes to zero for a network that
+            fits them. The paper uses both. Default "model".
 
     Raises:
-        ValueError: another word; "model" and a loss other than cross-entropy without smoothing or class weights; "data"
-            and a loss that gives no value per term.
-        ArithmeticError: a product that is not finite.
+        ValueError: `labels` is unknown; "model" is used with a loss other than cross-entropy without label smoothing
+            and class weights; or "data" is used with a loss that cannot return one value per term.
+        ArithmeticError: a product is not finite.
 
     Source: Liang, Poggio, Rakhlin & Stokes, AISTATS 2019.
     """
@@ -367,8 +376,8 @@ def fisher_rao(problem: Problem, *, labels: Literal["model", "data"] = "model") 
     )
     if labels == "model" and not plain:
         raise ValueError(
-            "labels='model' draws from a softmax, so it needs nn.CrossEntropyLoss without smoothing or weights; got "
-            f"{problem.conventions.loss}. labels='data' serves other losses."
+            "labels='model' uses the softmax, so it needs nn.CrossEntropyLoss without label smoothing or class "
+            f"weights, got {problem.conventions.loss}; for other losses use labels='data'."
         )
     operator = GaussNewton(problem, memory=0) if labels == "model" else EmpiricalFisher(problem, memory=0)
     w = problem.flat(problem.weights)

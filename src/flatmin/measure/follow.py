@@ -1,4 +1,4 @@
-"""The largest eigenvalue along a training run, and what SAM does in its direction."""
+"""Track the largest eigenvalue of the Hessian during training, and compare it with the edge of stability."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ from flatmin.measure.problem import Problem
 
 
 def edge(lr: float, momentum: float = 0.0) -> float:
-    r"""The curvature above which gradient descent on a quadratic diverges: (2 + 2 beta) / eta.
+    r"""The curvature above which gradient descent diverges on a quadratic function (the edge of stability).
+
+    .. math::
+        \lambda = \frac{2 + 2 \beta}{\eta}
 
     Args:
-        lr: eta > 0.
-        momentum: beta of heavy ball, in [0, 1). Default 0.
+        lr: learning rate eta, > 0.
+        momentum: heavy-ball momentum beta, in [0, 1). Default 0.
 
     Raises:
-        ValueError: out of range.
+        ValueError: an argument is out of range.
 
     Source: Cohen et al., Gradient Descent on Neural Networks Typically Occurs at the Edge of Stability, ICLR 2021.
     """
@@ -33,20 +36,21 @@ def edge(lr: float, momentum: float = 0.0) -> float:
 
 
 def sam_edge(lr: float, rho: float, gradient_norm: float) -> float:
-    r"""The same for SAM: the root of eta lambda (1 + rho lambda / ||g||) = 2.
+    r"""The edge of stability of SAM: the root of eta lambda (1 + rho lambda / ||g||) = 2.
 
     .. math::
         \lambda = \frac{\|g\|}{2 \rho} \left(\sqrt{1 + \frac{8 \rho}{\eta \|g\|}} - 1\right)
 
-    It falls with the gradient: SAM stays where the curvature is far below 2 / eta. rho = 0 gives 2 / eta.
+    It decreases with the gradient norm, so SAM trains where the curvature is far below 2 / eta. For rho = 0 it is
+    2 / eta.
 
     Args:
-        lr: eta > 0.
-        rho: >= 0.
-        gradient_norm: ||g|| > 0 at w.
+        lr: learning rate eta, > 0.
+        rho: radius, >= 0.
+        gradient_norm: ||g|| at w, > 0.
 
     Raises:
-        ValueError: out of range.
+        ValueError: an argument is out of range.
 
     Source: Long & Bartlett, Sharpness-Aware Minimization and the Edge of Stability, JMLR 2024.
     """
@@ -63,18 +67,18 @@ def sam_edge(lr: float, rho: float, gradient_norm: float) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """One look.
+    """A measurement at one training step.
 
     Args:
-        step: of the training.
+        step: number of the training step.
         largest: lambda_max of the Hessian.
-        residual: relative; see `Spectrum`.
-        products: that it took.
-        converged: see `Spectrum`.
-        edge: (2 + 2 beta) / eta; NaN if no lr was given.
-        sam_edge: SAM's; NaN if no rho or gradient norm was given.
-        alignment: |cos(eps, v)| of the ascent with the top eigenvector; NaN if no eps was given.
-        extra: what else the caller recorded, such as an optimizer's diagnostics.
+        residual: relative residual of lambda_max; see `Spectrum`.
+        products: number of products with the Hessian.
+        converged: whether lambda_max converged; see `Spectrum`.
+        edge: (2 + 2 beta) / eta; NaN if `lr` was not given.
+        sam_edge: edge of stability of SAM; NaN if `lr`, `rho` or `gradient_norm` was not given.
+        alignment: |cos(eps, v)| of the ascent eps with the top eigenvector v; NaN if `epsilon` was not given.
+        extra: further numbers from the caller, such as an optimizer's diagnostics.
     """
 
     step: int
@@ -89,7 +93,7 @@ class Point:
 
 
 class Follow:
-    r"""Follows lambda_max through training: every n-th step a Krylov run that starts from the last eigenvector.
+    r"""Tracks lambda_max during training: a Lanczos run at every n-th step, started from the last eigenvector.
 
         >>> import torch
         >>> from flatmin.measure.follow import Follow
@@ -98,24 +102,24 @@ class Follow:
         >>> x, y = torch.randn(20, 3), torch.randn(20, 1)
         >>> follow = Follow(Problem(model, torch.nn.MSELoss(), (x, y)), every=10)
         >>> for step in range(30):
-        ...     point = follow(step, lr=0.1)      # None but at every tenth step
+        ...     point = follow(step, lr=0.1)      # None except at every tenth step
         >>> [point.step for point in follow.points]
         [0, 10, 20]
 
-    The problem reads the model's weights as they are, so one made before the training serves it all, as long as the
-    weights are changed in place and the problem has their dtype.
+    A problem made before training can be used throughout, because it reads the current weights of the model. This
+    requires that the weights are changed in place and have the dtype of the problem.
 
     Args:
-        problem: whose Hessian; a few hundred examples keep it light.
-        every: n >= 1. Default 100.
-        tol: relative residual. Default 3e-2, which is enough for a curve.
-        max_products: most of them for one look. Default 40.
+        problem: the function whose Hessian is tracked. A few hundred examples keep the cost low.
+        every: measure at every n-th step, n >= 1. Default 100.
+        tol: relative residual. Default 3e-2, which is sufficient for a curve.
+        max_products: maximum number of products per measurement. Default 40.
 
     Attributes:
-        points: what was seen.
+        points: list of the measurements so far.
 
     Raises:
-        ValueError: every below 1.
+        ValueError: `every` is below 1.
     """
 
     def __init__(self, problem: Problem, *, every: int = 100, tol: float = 3e-2, max_products: int = 40) -> None:
@@ -137,27 +141,27 @@ class Follow:
         epsilon: Sequence[Tensor] | None = None,
         extra: Mapping[str, float] | None = None,
     ) -> Point | None:
-        """Look, if it is time.
+        """Measure if `step` is a multiple of `every`.
 
         Args:
-            step: of the training; looks where it is a multiple of `every`.
-            lr: of the base, for the edges.
-            momentum: of the base. Default 0.
-            rho: for SAM's edge.
-            gradient_norm: ||g|| at w, for SAM's edge.
-            epsilon: the ascent, tensors shaped like the problem's weights, for its alignment.
-            extra: kept with the point.
+            step: number of the training step.
+            lr: learning rate of the base optimizer, for both edges. Default None: the edges are NaN.
+            momentum: momentum of the base optimizer. Default 0.
+            rho: radius, for the edge of SAM. Default None.
+            gradient_norm: ||g|| at w, for the edge of SAM. Default None.
+            epsilon: the ascent as tensors shaped like the problem's weights, for its alignment. Default None.
+            extra: further numbers to store with the point. Default None.
 
         Returns:
-            The point, or None between the looks.
+            The measurement, or None at other steps.
 
         Raises:
-            ValueError: an epsilon of another shape.
-            ArithmeticError: a Hessian that is not finite.
+            ValueError: `epsilon` has other shapes than the weights.
+            ArithmeticError: the Hessian is not finite.
         """
         if step % self.every:
             return None
-        # The derivatives are tried at the first look.
+        # The form of the derivatives is chosen at the first measurement.
         with_graphs = Hessian(self.problem, form=self._form)
         self._form = with_graphs.form
         eigen = spectrum(with_graphs, tol=self._tol, max_products=self._most, seed=step, start=self._vector)
@@ -182,7 +186,7 @@ class Follow:
     def _alignment(self, epsilon: Sequence[Tensor]) -> float:
         shapes = [tuple(e.shape) for e in epsilon]
         if shapes != [tuple(w.shape) for w in self.problem.weights]:
-            raise ValueError(f"epsilon must be shaped like the problem's weights, got shapes {shapes}.")
+            raise ValueError(f"epsilon must have the shapes of the problem's weights, got {shapes}.")
         assert self._vector is not None
         eps, v = self.problem.flat(epsilon).double(), self._vector.double()
         size = float(eps.norm() * v.norm())

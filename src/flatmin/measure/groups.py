@@ -1,4 +1,4 @@
-"""A problem cut into problems of m examples each."""
+"""Split a problem into problems of m examples each."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from flatmin.measure.problem import Problem, over
 
 
 def split(problem: Problem, m: int) -> tuple[list[Problem], int]:
-    """Problems over m consecutive examples each, on the same weights and on views of the same data.
+    """Split a problem into groups of m consecutive examples, with the same weights and views of the same data.
 
-    A group that reaches over the end of a batch keeps the two pieces apart, so that in train mode the whole data in one
-    group is the problem itself. Tensors of which the first or the second dimension is the number of examples are cut,
-    others are passed on as they are. Of a process group each rank cuts its own part.
+    A group that extends over the end of a batch keeps the two pieces as separate batches, so in train mode a single
+    group with all data is the problem itself. Tensors whose first or second dimension is the number of examples are
+    split; other tensors are passed unchanged. In a process group, each rank splits its own data.
 
     Args:
         problem: the function.
-        m: examples in a group, >= 1.
+        m: number of examples per group, >= 1.
 
     Returns:
-        The groups, and how many examples are left over: less than m at the end, and groups of which every term of the
-        loss is ignored.
+        The groups, and the number of examples that are in none of them: fewer than m at the end, and those of groups in
+        which the loss ignores every term.
 
     Raises:
-        ValueError: m below 1.
+        ValueError: m is below 1.
     """
     if m < 1:
-        raise ValueError(f"a group holds at least one example, got m={m!r}.")
+        raise ValueError(f"m must be at least 1, got {m!r}.")
     groups: list[Problem] = []
     pieces: list[tuple[Any, Any]] = []
     held = seen = 0

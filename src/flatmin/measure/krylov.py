@@ -1,4 +1,4 @@
-"""One Krylov run, many answers: extreme eigenvalues and vectors, a sample of the density, a basis for the trace."""
+"""Lanczos iteration: extreme eigenvalues and eigenvectors, a sample of the density, and a basis for the trace."""
 
 from __future__ import annotations
 
@@ -14,37 +14,38 @@ from flatmin.measure.curvature import Operator
 from flatmin.measure.problem import Conventions
 
 Progress = Callable[[int, float], None]
-_EPS = {torch.float64: 1e-13}  # what is left of a product below this share of the spectrum's size is round-off
+_EPS = {torch.float64: 1e-13}  # a remainder below this share of the spectrum's size is round-off
 _EPS32 = 1e-6
-_MEMORY = 1 << 31  # bytes of basis before a restart
-_CHANCE = 1e-3  # that a copy of an eigenvalue is missed
-_TURNS = 3  # random vectors in a row that find no copy, after which a search ends that can bound no such chance
+_MEMORY = 1 << 31  # bytes of the basis before a restart
+_CHANCE = 1e-3  # accepted probability that a copy of an eigenvalue is missed
+_TURNS = 3  # if that probability cannot be bounded: random vectors in a row without a new copy that end the search
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Spectrum:
-    r"""What a Krylov run knows of a symmetric operator.
+    r"""Result of `spectrum`: what a Lanczos run found of a symmetric operator H.
 
     Args:
-        top: the largest eigenvalues by sign (LA), falling, shape (top,).
-        bottom: the smallest, rising, shape (bottom,).
+        top: the algebraically largest eigenvalues, descending, shape (top,).
+        bottom: the algebraically smallest eigenvalues, ascending, shape (bottom,).
         top_vectors, bottom_vectors: unit eigenvectors, shape (top, size) and (bottom, size).
-        top_residuals, bottom_residuals: ||H v - lambda v|| / |lambda|. The error of an eigenvalue is of the order
-            residual^2 lambda^2 / gap, far below the residual.
-        converged: whether every residual reached `tol` and stayed there, at the same values, for the confirming steps,
-            and no further copy of an eigenvalue above the last of the top (below that of the bottom) was found.
-        chance_missed: bound on the chance, over start vectors, that one eigenvalue lies half-way between two of those
-            found, or beyond them by `tol` of the spectrum's width, and was not seen; or, where copies were looked for,
-            that a further copy was not. 1 if the bound says nothing.
-        nodes, weights: of the spectral density as the start vector saw it; the weights sum to 1.
-        random_start: whether that vector was drawn from all directions alike, so that they are a sample of it.
-        diagonal: q H q of each vector of the basis.
-        basis: orthonormal, shape (steps, size); what deflates the trace.
-        products: with the operator.
-        searched: those of them that looked for copies.
-        restarts: how often the basis was compressed for lack of memory.
-        tol: as asked.
-        conventions: of the operator, if it has any.
+        top_residuals, bottom_residuals: relative residuals ||H v - lambda v|| / |lambda|. The error of an eigenvalue is
+            of the order residual^2 lambda^2 / gap, far below the residual.
+        converged: whether every residual reached `tol` and stayed there, with unchanged eigenvalues, for the confirming
+            steps, and no further copy was found of an eigenvalue that lies above the last of the top (or below the last
+            of the bottom).
+        chance_missed: upper bound on the probability, over start vectors, that an eigenvalue was missed which lies
+            half-way between two of those found, or beyond them by `tol` times the width of the spectrum. If copies were
+            searched for, it also covers a missed further copy. 1 if no bound is known.
+        nodes, weights: nodes and weights of the spectral density as sampled by the start vector. The weights sum to 1.
+        random_start: whether the start vector was isotropic, so that nodes and weights are an unbiased sample.
+        diagonal: q^T H q of each vector q of the basis.
+        basis: orthonormal basis, shape (steps, size), used to deflate the trace.
+        products: number of products with the operator.
+        searched: number of these products that searched for copies of eigenvalues.
+        restarts: number of times the basis was compressed because memory ran short.
+        tol: the requested relative residual.
+        conventions: conventions of the operator, if it has any.
     """
 
     top: Tensor
@@ -68,12 +69,12 @@ class Spectrum:
 
     @property
     def largest(self) -> float:
-        """The largest eigenvalue, by sign."""
+        """The algebraically largest eigenvalue."""
         return float(self.top[0]) if len(self.top) else float(self.nodes.max())
 
     @property
     def smallest(self) -> float:
-        """The smallest eigenvalue, by sign."""
+        """The algebraically smallest eigenvalue."""
         return float(self.bottom[0]) if len(self.bottom) else float(self.nodes.min())
 
 
@@ -91,47 +92,59 @@ def spectrum(
     memory: int = _MEMORY,
     progress: Progress | None = None,
 ) -> Spectrum:
-    """The ends of the spectrum by Lanczos iteration, reorthogonalised in full, restarted thickly when memory is short.
+    """Compute the largest and smallest eigenvalues of a symmetric operator by Lanczos iteration.
 
-    Stops when the relative residual of every eigenvalue asked for is at most `tol` and stays so, at values that moved
-    by at most `tol`, for `confirm` further steps: the residuals of what was found say nothing about what was not yet.
+    The basis is fully reorthogonalised, and compressed by a thick restart if it exceeds `memory`.
 
-    A Krylov space holds one vector of each eigenspace, so a single run finds an eigenvalue once however often it is
-    there, and a multi-output regression has each as often as it has outputs. So where the eigenvalues found are not all
-    the same, the run continues from new random vectors across all that it knows, until one of them finds no further
-    copy of any but the last, and had at most a chance of 0.1 % to miss it. That is one such vector of about five to ten
-    products where nothing is found (more where the spectrum is crowded), and one more for each copy. Where restarts
-    leave no bound on that chance, the search ends after three vectors that find none, and the spectrum is not
-    `converged`; a larger `memory` helps. With top=1 (and bottom=1) there is nothing to look for.
+    The iteration stops when the relative residual of every requested eigenvalue is at most `tol`, and remains so for
+    `confirm` further steps in which the eigenvalues change by at most `tol`. The further steps are needed because the
+    residuals of the eigenvalues found say nothing about eigenvalues not found yet.
+
+    A Krylov space contains only one vector of each eigenspace, so one start vector finds a multiple eigenvalue once. In
+    a regression with several outputs, for example, each eigenvalue occurs as often as there are outputs. Unless all
+    requested eigenvalues are equal, the run therefore continues from new random vectors, orthogonal to the basis. It
+    ends when such a vector finds no further copy of any eigenvalue but the last, with a probability of at most 0.1 % of
+    having missed one. This takes one vector of about five to ten products if there are no copies (more if the spectrum
+    is dense), and one more vector per copy. If restarts leave no bound on that probability, the search ends after three
+    vectors that find no copy, and the result is not `converged`; a larger `memory` helps. With top=1 (and bottom=1), no
+    search is needed.
 
     Args:
-        operator: anything with `size`, `dtype`, `device` and `matvec`.
-        top: how many of the largest eigenvalues (LA). Default 1.
-        bottom: how many of the smallest. Default 0.
+        operator: any object with `size`, `dtype`, `device` and `matvec`.
+        top: number of algebraically largest eigenvalues. Default 1.
+        bottom: number of algebraically smallest eigenvalues. Default 0.
         tol: relative residual, > 0. Default 1e-2.
-        confirm: further steps for which it must hold. Default 2.
-        min_steps: least products, for a longer basis or density. Default 0.
-        max_products: most products. Default 1000.
-        seed: of the start vector.
-        start: a vector to start from, such as the last eigenvector of a net in training; mixed with a tenth of the
-            seed's random vector, so that no direction is shut out. The density of such a run is not a sample.
-        memory: bytes of the basis. Default 2 GiB.
-        progress: called with (products, worst residual) after each step.
+        confirm: number of further steps for which the residuals must hold. Default 2.
+        min_steps: minimum number of products, for a longer basis or a finer density. Default 0.
+        max_products: maximum number of products. Default 1000.
+        seed: seed of the start vector. Default 0.
+        start: vector to start from, shape (size,), such as the last eigenvector of a network in training. A tenth of
+            the random vector of the seed is added, so no direction is excluded. The density of such a run is not an
+            unbiased sample. Default None: the random vector.
+        memory: size of the basis in bytes. Default 2 GiB.
+        progress: called with (products, worst residual) after each step. Default None.
+
+    Returns:
+        The eigenvalues with vectors and residuals, and the basis of the run.
 
     Raises:
-        ValueError: k larger than the number of weights, or another bad number.
-        ArithmeticError: a product that is not finite.
+        ValueError: more eigenvalues than weights are requested, or another number is out of range.
+        ArithmeticError: a product is not finite.
 
     Sources: Lanczos 1950; restarts: Wu & Simon, SIAM J. Matrix Anal. Appl. 22, 2000.
     """
     wanted = top + bottom
     if top < 0 or bottom < 0 or wanted < 1:
-        raise ValueError(f"ask for at least one eigenvalue; got top={top!r}, bottom={bottom!r}.")
+        raise ValueError(
+            f"top and bottom must be >= 0 and request at least one eigenvalue, got top={top!r}, bottom={bottom!r}."
+        )
     if wanted > operator.size:
-        raise ValueError(f"{wanted} eigenvalues of an operator of size {operator.size}: there are not so many.")
+        raise ValueError(
+            f"{wanted} eigenvalues were requested, but the operator has size {operator.size}; lower top or bottom."
+        )
     if not tol > 0 or max_products < 1 or confirm < 0:
         raise ValueError(
-            f"tol and max_products must be positive, confirm >= 0; got {tol!r}, {max_products!r}, {confirm!r}."
+            f"tol and max_products must be positive and confirm >= 0, got {tol!r}, {max_products!r} and {confirm!r}."
         )
     run = _Run(operator, wanted, seed, start, memory)
     held, fruitless, previous = 0, 0, torch.full((wanted,), math.inf, dtype=torch.float64)
@@ -179,12 +192,12 @@ def spectrum(
 
 @dataclass(frozen=True)
 class _Search:
-    """What a further copy of an eigenvalue would change.
+    """A search for further copies of eigenvalues that would change the result.
 
     Args:
-        points: the eigenvalue nearest to the last one at each end of which a copy would push that out.
-        cuts: half-way from it to the last one, with the sign of the end.
-        counts: Ritz values beyond each cut, as the search began.
+        points: at each end, the eigenvalue next to the last one. A further copy of it would displace the last one.
+        cuts: half-way from that eigenvalue to the last one, with the sign of the end.
+        counts: number of Ritz values beyond each cut when the search began.
     """
 
     points: tuple[float, ...]
@@ -193,13 +206,13 @@ class _Search:
 
     @classmethod
     def of(cls, values: Tensor, residuals: Tensor, top: int, bottom: int, tol: float) -> _Search | None:
-        """The search for copies at the ends of these Ritz values; None where no copy would change what is found."""
+        """The search for copies at the ends of these Ritz values; None if no copy can change the result."""
         points, cuts = [], []
         for count, sign, last in ((top, 1.0, top - 1), (bottom, -1.0, top + bottom - 1)):
             ordered = values.flip(0) if sign > 0 else -values
             nearest = ordered[:count]
             if count > 1:
-                # What is known of the last one: values that lie closer together are taken for the same.
+                # The uncertainty of the last eigenvalue: values closer to it than this count as equal.
                 gap, residual = float(nearest[-1] - ordered[count : count + 1].sum()), float(residuals[last])
                 unsure = min(residual, residual**2 / gap) if gap > 0 else residual
                 others = nearest[nearest > nearest[-1] + max(unsure, min(tol, 1e-2) ** 2 * float(nearest.abs().max()))]
@@ -211,11 +224,11 @@ class _Search:
         return cls(tuple(points), tuple(cuts), tuple(_beyond(values, cut) for cut in cuts))
 
     def found(self, values: Tensor) -> bool:
-        """Whether there are more eigenvalues beyond a cut by now."""
+        """Whether there are more eigenvalues beyond a cut than when the search began."""
         return any(_beyond(values, cut) > count for cut, count in zip(self.cuts, self.counts, strict=True))
 
     def chance(self, run: _Run) -> float:
-        """Bound on the chance that the present start vector hid a copy."""
+        """Bound on the probability that the current start vector missed a copy."""
         return run.chain.chance(self.points, run.size, run.eps * run.width)
 
 
@@ -225,13 +238,16 @@ def _beyond(values: Tensor, cut: tuple[float, float]) -> int:
 
 
 def sample(operator: Operator, steps: int, seed: int, across: Tensor | None = None) -> tuple[Tensor, Tensor, int]:
-    """Nodes and weights of the spectral density as one random vector sees it, and the products that were spent.
+    """Sample the spectral density with one random vector.
 
     Args:
         operator: see `spectrum`.
-        steps: most of them.
-        seed: of the vector.
-        across: orthonormal eigenvectors, shape (k, size), that the vector shall not see.
+        steps: maximum number of steps.
+        seed: seed of the vector.
+        across: orthonormal eigenvectors, shape (k, size), to which the vector is kept orthogonal. Default None.
+
+    Returns:
+        Nodes, weights, and the number of products.
     """
     run = _Run(operator, 1, seed, None, operator.size * operator.dtype.itemsize * (steps + 1))
     run.stay_across(across)
@@ -244,7 +260,7 @@ def sample(operator: Operator, steps: int, seed: int, across: Tensor | None = No
 
 
 class _Run:
-    """The state of a Lanczos iteration: an orthonormal basis and the operator's matrix in it."""
+    """The state of a Lanczos iteration: an orthonormal basis and the matrix of the operator in it."""
 
     def __init__(self, operator: Operator, wanted: int, seed: int, start: Tensor | None, memory: int) -> None:
         self.random_start = start is None
@@ -262,21 +278,21 @@ class _Run:
         self._across: Tensor | None = None
         self._broke = False
         self._linked = False
-        # The first sweep's coefficients tell what it could not see; its Ritz values are the density's nodes.
+        # The coefficients of the first chain bound what it can have missed. Its Ritz values are the density's nodes.
         self.first = self.chain = _Chain()
         self._sweep: tuple[Tensor, Tensor] | None = None
-        # What the products of earlier chains left outside of the basis, and the share of each basis vector in it.
+        # The parts of earlier chains' products that lie outside the basis, with the share of each basis vector.
         self._open: list[tuple[Tensor, Tensor]] = []
-        self._share = torch.zeros(0, dtype=torch.float64)  # of the basis vectors in the rest
+        self._share = torch.zeros(0, dtype=torch.float64)  # shares of the basis vectors in the rest
         self._turned: int | None = None
 
     @property
     def broke(self) -> bool:
-        """Whether the space spanned so far is mapped to itself."""
+        """Whether the space spanned so far is invariant under the operator."""
         return self._broke
 
     def stay_across(self, vectors: Tensor | None) -> None:
-        """Keep the start and every product across these eigenvectors."""
+        """Keep the start vector and every product orthogonal to these eigenvectors."""
         self._across = vectors
         if vectors is not None:
             self._next = self._unit(self._project(self._next))
@@ -289,7 +305,7 @@ class _Run:
 
     @property
     def width(self) -> float:
-        """The largest entry of the operator's matrix in the basis."""
+        """The largest absolute entry of the operator's matrix in the basis."""
         return float(self.matrix[: self.filled, : self.filled].abs().max())
 
     @property
@@ -311,7 +327,7 @@ class _Run:
         return unit
 
     def step(self) -> None:
-        """One product: the basis grows by the next vector."""
+        """Add the next vector to the basis, with one product."""
         j = self.filled
         if j == len(self.basis):
             grown = min(self.capacity, max(16, 2 * j))
@@ -323,7 +339,7 @@ class _Run:
         self.products += 1
         alpha = float(torch.dot(self._next.double(), product.double()))
         if not math.isfinite(alpha):
-            raise ArithmeticError("the product with the operator is not finite; the loss cannot be measured here.")
+            raise ArithmeticError("a product with the operator is not finite, so no eigenvalues can be computed.")
         self.matrix[j, j] = alpha
         for i, (rest, share) in enumerate(self._open):
             along = torch.dot(self._next, rest)
@@ -342,13 +358,13 @@ class _Run:
         self.chain.add(alpha, self.beta, self._broke)
 
     def ritz(self) -> tuple[Tensor, Tensor]:
-        """Eigenvalues, rising, and eigenvectors (columns) of the matrix in the basis."""
+        """Eigenvalues, ascending, and eigenvectors (columns) of the operator's matrix in the basis."""
         m = self.filled
         values, vectors = torch.linalg.eigh(self.matrix[:m, :m])
         return values, vectors
 
     def residuals(self, vectors: Tensor, picked: Tensor) -> Tensor:
-        """||H v - theta v|| of these Ritz vectors."""
+        """||H v - theta v|| of the Ritz vectors `picked`."""
         own = (0.0 if self._broke else self.beta) * vectors[-1, picked].abs()
         if not self._open:
             return own
@@ -359,18 +375,18 @@ class _Run:
         return (shares * (gram @ shares)).sum(0).clamp(min=0.0).sqrt()
 
     def scale_of(self, values: Tensor) -> Tensor:
-        """|values|, but no less than round-off."""
+        """|values|, at least the size of round-off."""
         m = self.filled
         floor = self.eps * max(float(self.matrix[:m, :m].abs().max()), 1e-300)
         return values.abs().clamp(min=floor)
 
     def advance(self, values: Tensor, vectors: Tensor, picked: Tensor | None) -> None:
-        """Prepare the next vector; compress the basis first if there is no room for it."""
+        """Prepare the next vector. If there is no room for it, compress the basis first."""
         if self.filled >= self.capacity:
             self._restart(values, vectors, picked)
         j = self.filled
         if self._rest is None:
-            # An invariant subspace: whatever else there is lies across it.
+            # The subspace is invariant: continue with a random vector orthogonal to it.
             fresh = self._random()
             basis = self.basis[:j]
             for _ in range(3):
@@ -383,7 +399,7 @@ class _Run:
         self._linked = False
 
     def turn(self, values: Tensor, vectors: Tensor, picked: Tensor) -> None:
-        """Continue from a new random vector across the basis, which a copy of an eigenvalue cannot hide from."""
+        """Continue from a new random vector orthogonal to the basis, to find further copies of eigenvalues."""
         if self._sweep is None:
             self._sweep = values.clone(), vectors[0].square().clone()
         if self.filled > self.capacity // 2 + len(picked) and self.capacity < self.size:
@@ -398,14 +414,14 @@ class _Run:
         self.advance(values, vectors, picked)
 
     def settled_beyond(self, values: Tensor, vectors: Tensor, top: int, bottom: int, tol: float) -> bool:
-        """Whether the next eigenvalues beyond those asked for have converged, in a chain that was cut by a restart."""
+        """Whether, in a chain cut by a restart, the next eigenvalues beyond the requested ones have converged."""
         if not self.chain.closed or self._broke or len(values) <= top + bottom:
             return False
         ends = torch.tensor([*([len(values) - 1 - top] if top else []), *([bottom] if bottom else [])])
         return bool((self.residuals(vectors, ends) / self.scale_of(values[ends]) <= tol).all())
 
     def _restart(self, values: Tensor, vectors: Tensor, picked: Tensor | None) -> None:
-        """Keep the Ritz vectors at the ends that were asked for, and as many beside them."""
+        """Thick restart: keep the requested Ritz vectors and others next to them at the ends."""
         m = self.filled
         self.chain.closed = True
         if self._sweep is None:
@@ -436,7 +452,7 @@ class _Run:
     def result(
         self, values: Tensor, vectors: Tensor, top: int, bottom: int, tol: float, converged: bool, copies: float
     ) -> Spectrum:
-        """Everything that is known now."""
+        """The result in the current state."""
         m = self.filled
         last, first = min(top, m), min(bottom, m - min(top, m))
         high, low = torch.arange(m - 1, m - 1 - last, -1), torch.arange(first)
@@ -464,20 +480,20 @@ class _Run:
         )
 
     def _chance(self, high: Tensor, low: Tensor, values: Tensor, tol: float) -> float:
-        """Bound on the chance that the start vector hid an eigenvalue at the points that matter."""
+        """Bound on the probability that the start vector missed an eigenvalue at the relevant points."""
         width = float(values[-1] - values[0])
         least = tol * tol * width
         points = [float(high[0]) + tol * width] if len(high) else []
         points += [float(low[0]) - tol * width] if len(low) else []
         for ends in (high, low):
-            # Copies of an eigenvalue have nothing between them.
+            # Nothing can lie between copies of the same eigenvalue.
             apart = (ends[1:] - ends[:-1]).abs() > least
             points += ((ends[1:] + ends[:-1]) / 2)[apart].tolist()
         return self.first.chance(points, self.size, self.eps * width)
 
 
 class _Chain:
-    """The coefficients of Lanczos vectors that follow from one start vector, up to a restart."""
+    """The Lanczos coefficients of one start vector, up to a restart."""
 
     def __init__(self) -> None:
         self.alphas: list[float] = []
@@ -485,31 +501,31 @@ class _Chain:
         self.closed = False
 
     def add(self, alpha: float, beta: float, broke: bool) -> None:
-        """One step."""
+        """Add the coefficients of a step."""
         if not self.closed:
             self.alphas.append(alpha)
             self.betas.append(beta)
             self.closed = broke
 
     def chance(self, points: Sequence[float], size: int, nothing: float) -> float:
-        """Bound on the chance that the start vector hid an eigenvalue at one of these points.
+        """Bound on the probability that the start vector v missed an eigenvalue at one of these points.
 
-        If q is a unit eigenvector of theta, then q . r = chi(theta) (q . v) / (beta_1 ... beta_{m-1}) for the rest r
-        of step m, with chi the characteristic polynomial of the first m coefficients. So |q . v| is at most
-        beta_1 ... beta_m / |chi(theta)|, and a random unit vector has so small a component with a chance of at most
-        that times sqrt(2 size / pi).
+        If q is a unit eigenvector of theta, then q . r = chi(theta) (q . v) / (beta_1 ... beta_{m-1}) for the remainder
+        r of step m, where chi is the characteristic polynomial of the first m coefficients. So |q . v| is at most
+        beta_1 ... beta_m / |chi(theta)|. The probability that a random unit vector has such a small component is at
+        most this bound times sqrt(2 size / pi).
         """
         if not self.betas:
             return 1.0
         if self.betas[-1] <= nothing:
-            return 0.0  # the start vector lies in an invariant subspace, so the others have no component in it
+            return 0.0  # the start vector lies in an invariant subspace
         log_betas = sum(math.log(b) for b in self.betas)
         worst = max(log_betas - _log_chi(theta, self.alphas, self.betas) for theta in points)
         return min(1.0, math.exp(min(0.0, worst + 0.5 * math.log(2.0 * size / math.pi))))
 
 
 def _log_chi(theta: float, alphas: list[float], betas: list[float]) -> float:
-    """Log |det(theta - T)| of the tridiagonal matrix with these coefficients, by its recurrence, scaled."""
+    """Log |det(theta - T)| of the tridiagonal matrix T with these coefficients, by the scaled recurrence."""
     last, now, log = 0.0, 1.0, 0.0
     for i, alpha in enumerate(alphas):
         last, now = now, (theta - alpha) * now - (betas[i - 1] ** 2 * last if i else 0.0)
@@ -521,7 +537,7 @@ def _log_chi(theta: float, alphas: list[float], betas: list[float]) -> float:
 
 
 def _ends(count: int, top: int, bottom: int) -> Tensor | None:
-    """Positions of the ends among `count` rising values; None if there are too few."""
+    """Positions of the top and bottom values among `count` ascending values; None if there are too few."""
     if count < top + bottom:
         return None
     return torch.cat([torch.arange(count - 1, count - 1 - top, -1), torch.arange(bottom)])

@@ -1,4 +1,4 @@
-"""Losses to measure beside the training loss: the error rate, and losses of normalised logits."""
+"""Losses other than the training loss: the error rate, and losses of normalised logits."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from flatmin.measure.problem import Problem
 
 
 def error_rate(problem: Problem, weights: Sequence[Tensor] | None = None) -> float:
-    r"""The 0-1 loss: the share of targets that are not the class of the largest output.
+    r"""The error rate (0-1 loss): the share of targets whose class does not have the largest output.
 
     .. math::
         \frac{1}{T} \sum_i [\arg\max_c f_c(x_i) \neq y_i]
 
-    Targets that the loss ignores do not count, class weights of the loss do not matter.
+    Targets that the loss ignores are not counted. Class weights of the loss are not used.
 
     Args:
-        problem: the function; logits of shape (N, K, ...) or else (N, ..., K), see `logits_of`, and class indices of
-            shape (N, ...).
-        weights: where. Default: the model's own.
+        problem: the function. Its logits have shape (N, K, ...) or (N, ..., K), see `logits_of`; its targets are class
+            indices of shape (N, ...).
+        weights: weights at which to evaluate, one tensor per selected weight. Default None: the model's own.
 
     Returns:
-        A share in [0, 1]; NaN where an output is not finite.
+        A share in [0, 1]; NaN if an output is not finite.
 
     Raises:
-        ValueError: outputs or targets of another kind.
+        ValueError: the outputs are not logits, or the targets are not class indices.
     """
     ignored = problem.ignored
     wrong = counted = 0.0
@@ -42,7 +42,7 @@ def error_rate(problem: Problem, weights: Sequence[Tensor] | None = None) -> flo
             given = answers(outputs, targets)
             counts = targets != ignored
             missed = ((given != targets) & counts).sum()
-            # A class that is chosen among NaNs is no answer.
+            # The argmax of outputs with NaN is meaningless.
             wrong += float(missed) if bool(torch.isfinite(logits_of(outputs)).all()) else math.nan
             counted += float(counts.sum())
     total = problem.reduced(torch.tensor([wrong, counted], dtype=torch.float64).to(problem.device)).tolist()
@@ -50,14 +50,14 @@ def error_rate(problem: Problem, weights: Sequence[Tensor] | None = None) -> flo
 
 
 def answers(outputs: Any, targets: Any) -> Tensor:
-    """The classes of the largest outputs; in dimension 1, as in torch's cross-entropy, or else the last.
+    """Return the predicted classes: the argmax over dimension 1, as in torch's cross-entropy, or the last dimension.
 
     Args:
-        outputs: of a model; see `logits_of`.
-        targets: class indices.
+        outputs: outputs of a model; see `logits_of`.
+        targets: class indices. Their shape decides which dimension holds the classes.
 
     Raises:
-        ValueError: outputs or targets of another kind.
+        ValueError: the outputs are not logits, or the targets are not class indices.
     """
     logits = logits_of(outputs)
     dim = class_dimension(logits, targets)
@@ -72,7 +72,7 @@ def answers(outputs: Any, targets: Any) -> Tensor:
 
 
 def class_dimension(logits: Tensor, targets: Any) -> int | None:
-    """The dimension of the classes: 1, or else the last, as the shape of the class indices has it; None without any."""
+    """The dimension of the classes, 1 or the last, by the shape of the class indices; None if neither matches."""
     if not isinstance(targets, Tensor) or targets.is_floating_point() or logits.dim() != targets.dim() + 1:
         return None
     shape = list(logits.shape)
@@ -80,38 +80,38 @@ def class_dimension(logits: Tensor, targets: Any) -> int | None:
 
 
 def logits_of(outputs: Any) -> Tensor:
-    """The logits among a model's outputs.
+    """Return the logits from a model's outputs.
 
-    Those are the outputs if they are one tensor; what they call "logits", as an attribute or a key, as Hugging Face's
-    models do; or their only tensor of floating-point numbers.
+    They are: the outputs themselves if these are one tensor; the attribute or key "logits", as in Hugging Face models;
+    or the only floating-point tensor.
 
     Raises:
-        ValueError: none or several.
+        ValueError: there is no such tensor, or several.
     """
     return _split(outputs)[0]
 
 
 def with_logits(outputs: Any, logits: Tensor) -> Any:
-    """The same outputs with other logits; see `logits_of`.
+    """Return the same outputs with other logits; see `logits_of`.
 
     Raises:
-        ValueError: outputs whose logits are not known.
+        ValueError: the outputs have no tensor of logits, or several.
     """
     return _split(outputs)[1](logits)
 
 
 def _split(outputs: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
-    """The logits, and what makes outputs of this kind with others."""
+    """The logits, and a function that returns the outputs with other logits."""
     if isinstance(outputs, Tensor):
         return outputs, lambda logits: logits
     parts = _parts(outputs)
     floating = [k for k, v in parts.items() if isinstance(v, Tensor) and v.is_floating_point()]
     named = ["logits"] if "logits" in floating else floating
     if len(named) != 1:
-        contents = f"{len(named)} tensors and none called 'logits'" if named else "no tensor"
+        contents = f"{len(named)} tensors, none called 'logits'" if named else "no tensor"
         raise ValueError(
-            f"the model returned a {type(outputs).__name__} with {contents}, so its logits are not known; give a model "
-            "that returns the logits alone, or an object with .logits."
+            f"cannot find the logits in the model's output, a {type(outputs).__name__} with {contents}; use a model "
+            "that returns only the logits, or an object with .logits."
         )
     (name,) = named
     logits: Tensor = parts[name]
@@ -133,7 +133,7 @@ def _split(outputs: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
 
 
 def _parts(outputs: Any) -> dict[Any, Any]:
-    """The entries of outputs by name or place."""
+    """The entries of the outputs by name or position."""
     if isinstance(outputs, Mapping):
         return dict(outputs)
     if isinstance(outputs, tuple) and hasattr(outputs, "_asdict"):
@@ -147,21 +147,23 @@ def _parts(outputs: Any) -> dict[Any, Any]:
 
 
 class LogitNormalised(nn.Module):
-    r"""A loss of the logits without their mean and length.
+    r"""A loss of normalised logits: without the mean over classes, and divided by their norm.
 
     .. math::
         \ell\left(\frac{z - \bar z}{\max(\|z - \bar z\|_2, 10^{-10})},\; y\right)
 
-    over the classes of each example. Two nets that differ by the scale of their outputs only have the same loss, and
-    so the same sharpness, where the plain cross-entropy of the more confident one is flatter.
+    The mean and the norm are taken over the classes of each example. Two networks whose outputs differ only in scale
+    have the same loss and so the same sharpness. With plain cross-entropy, the more confident one would be flatter.
+
+    The logits are found by `logits_of`, and the loss is called with the outputs in which the normalised logits replace
+    them. The classes are in dimension 1, as for nn.CrossEntropyLoss, or in the last dimension if the targets have shape
+    (N, ...) and the logits (N, ..., K).
 
     Args:
         loss: (logits, targets) -> scalar; a module such as nn.CrossEntropyLoss(), or a function.
 
-    The logits are the outputs, or those among them, see `logits_of`; the loss is given the outputs with these in their
-    place. The classes are dimension 1, as for nn.CrossEntropyLoss, or the last where the targets have the shape of
-    (N, ...) for logits of (N, ..., K). Source: Andriushchenko, Croce, Mueller, Hein & Flammarion,
-    ICML 2023; the floor of the length is that of their code.
+    Source: Andriushchenko, Croce, Mueller, Hein & Flammarion, ICML 2023. The lower bound of the norm is from their
+    code.
     """
 
     def __init__(self, loss: Callable[[Any, Any], Tensor]) -> None:
@@ -173,7 +175,7 @@ class LogitNormalised(nn.Module):
 
     @property
     def ignore_index(self) -> int:
-        """As the inner loss's."""
+        """The ignored label of the inner loss (default -100)."""
         return int(getattr(self.inner, "ignore_index", -100))
 
     @property
@@ -190,7 +192,7 @@ class LogitNormalised(nn.Module):
         z = with_logits(outputs, normal)
         if not hasattr(self, "reduction"):
             return self.inner(z, targets)
-        # A copy of this module with another reduction shares its inner loss.
+        # A copy of this module with another `reduction` shares the inner loss, so the inner loss must not be changed.
         inner: Any = copy.copy(self.inner)
         inner.reduction = self.reduction
         return inner(z, targets)  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""Looking at a model without leaving a trace."""
+"""Evaluate a model without changing it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode; training flags and buffers are put back on leaving, also after an exception."""
+    """Put the model in eval mode within a `with` block. Training flags and buffers are restored on exit."""
     flags = [(module, module.training) for module in model.modules()]
     buffers = [
         (module, name, buffer, buffer._version, buffer.detach().clone())
@@ -28,5 +28,5 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for module, name, buffer, version, before in buffers:
                 module._buffers[name] = buffer
-                if buffer._version != version:  # writing to an unchanged one would spoil graphs that hold it
+                if buffer._version != version:  # an in-place write would invalidate graphs that use the buffer
                     buffer.copy_(before)

@@ -1,4 +1,4 @@
-"""Nested data: the tensors of it, and some of its examples."""
+"""Nested data (tuples, lists, mappings of tensors): visit its tensors, and select examples."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 Pair = tuple[Any, Any]  # inputs and targets
-Axes = tuple[int, int]  # dimensions that may run over the examples, the likelier first
+Axes = tuple[int, int]  # dimensions that may index the examples, the more likely one first
 
 
 def tensors(part: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The tensors of nested data, with names."""
+    """Yield the tensors of nested data with their names."""
     if isinstance(part, Tensor):
         yield name, part
     elif isinstance(part, Mapping):
@@ -26,26 +26,26 @@ def tensors(part: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def first_tensor(part: Any) -> Tensor:
-    """The first tensor in targets that may be nested; one with a dimension, if there is any.
+    """Return the first tensor of possibly nested targets, preferring tensors with at least one dimension.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the targets contain no tensor.
     """
     all_tensors = [tensor for _, tensor in tensors(part)]
     if not all_tensors:
-        raise ValueError(f"the targets hold no tensor, got {type(part).__name__}.")
+        raise ValueError(f"the targets must contain a tensor, got {type(part).__name__}.")
     return next((t for t in all_tensors if t.dim()), all_tensors[0])
 
 
 def mapped(part: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Nested data of the same kind with every tensor changed."""
+    """Apply a function to every tensor of nested data, and return data of the same structure."""
     if isinstance(part, Tensor):
         return change(part)
     if isinstance(part, Mapping):
         changed = {k: mapped(v, change) for k, v in part.items()}
         if type(part) is dict:
             return changed
-        clone: Any = copy.copy(part)  # such as the outputs of a language model, which have attributes as well
+        clone: Any = copy.copy(part)  # outputs of language models have attributes too
         for key, value in changed.items():
             clone[key] = value
         return clone
@@ -55,12 +55,12 @@ def mapped(part: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def axis_of(tensor: Tensor, count: int, axes: Sequence[int] = (0, 1)) -> int | None:
-    """The first of these dimensions that runs over `count` examples; None if there is none."""
+    """Return the first dimension in `axes` whose size is `count`, the number of examples; None if there is none."""
     return next((d for d in axes if d < tensor.dim() and tensor.shape[d] == count), None)
 
 
 def cut(part: Any, rows: slice | Tensor, count: int, axes: Sequence[int] = (0, 1)) -> Any:
-    """Some of `count` examples: views for a slice, copies for indices. Tensors without such a dimension stay."""
+    """Select rows out of `count` examples: views for a slice, copies for indices. Other tensors stay unchanged."""
 
     def of_tensor(tensor: Tensor) -> Tensor:
         axis = axis_of(tensor, count, axes)
@@ -74,7 +74,7 @@ def cut(part: Any, rows: slice | Tensor, count: int, axes: Sequence[int] = (0, 1
 
 
 def joined(parts: Sequence[tuple[Pair, int]], axes: Axes) -> Pair | None:
-    """Examples of several batches, with their numbers, as one batch; None if they do not fit together."""
+    """Concatenate several (pair, number of examples) into one batch; None if their shapes do not match."""
     lists = [[t for _, t in tensors(pair)] for pair, _ in parts]
     if any(len(one) != len(lists[0]) for one in lists):
         return None

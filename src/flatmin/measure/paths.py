@@ -1,4 +1,4 @@
-"""Paths between checkpoints, straight or bent to stay low, and how high the loss rises on them."""
+"""Loss along paths between checkpoints: straight lines and trained Bezier curves (mode connectivity)."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ Training = Callable[[int, float], None]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Path(Landscape):
-    r"""L along a curve in the space of the weights.
+    r"""The loss along a curve in weight space. Result of `linear` and `bezier`.
 
     Args:
-        times: float64, rising; "linear": from 0 to the number of segments, checkpoints at whole numbers; "bezier":
-            from 0 to 1.
-        knots: what the curve is made of, shape (m, size): the checkpoints, or both ends with the control point between
-            them.
-        labels: of the checkpoints.
+        times: positions of the points, float64, ascending. "linear": from 0 to the number of segments, with checkpoints
+            at whole numbers. "bezier": from 0 to 1.
+        knots: points that define the curve, shape (m, size): the checkpoints, or first checkpoint, control point and
+            last checkpoint.
+        labels: labels of the checkpoints.
         shape: "linear" or "bezier".
-        recipe: of the control point's training; empty for a linear path.
-        training: losses of the training's batches, one a step; empty for a linear path.
+        recipe: settings of the training of the control point; empty for a linear path.
+        training: loss of the batch at each training step; empty for a linear path.
         loss, accuracy, done, origin, statistics: see `Landscape`.
     """
 
@@ -54,16 +54,16 @@ class Path(Landscape):
 
     @property
     def segments(self) -> int:
-        """Number of curves between two neighbouring checkpoints."""
+        """Number of segments, one between each two consecutive checkpoints."""
         return len(self.labels) - 1
 
     def point(self, time: float) -> Tensor:
-        """The weights at a time, shape (size,), in the knots' dtype; at a checkpoint they are its own, to the bit."""
+        """The weights at a time, shape (size,), in the dtype of the knots. At a checkpoint they are exact."""
         if self.shape == "bezier":
             return bezier_point(self.knots, time)
         k = min(int(time), self.segments - 1)
         s = time - k
-        # The ends by themselves: 0 times an overflown weight is not 0.
+        # Return the ends without arithmetic: 0 times an infinite weight is not 0.
         if s in (0.0, 1.0):
             return self.knots[k + int(s)].clone()
         return (1.0 - s) * self.knots[k] + s * self.knots[k + 1]
@@ -73,14 +73,16 @@ class Path(Landscape):
 
     @property
     def barriers(self) -> list[float]:
-        r"""Of each segment, the most by which the loss lies above the straight line between its ends' losses.
+        r"""The loss barrier of each segment: the largest excess over the linear interpolation of its ends' losses.
 
         .. math::
             \max_s L(w(s)) - [(1 - s) L(w(0)) + s L(w(1))]
 
-        Over the points of the grid, so from below; 0 at least, since the ends are among them; NaN where a loss is NaN
-        or not evaluated. Source: Entezari et al., ICLR 2022; with ends of equal loss that of Frankle et
-        al., ICML 2020.
+        The maximum is taken over the points of the grid, so it is a lower bound. It is at least 0, because the ends are
+        included, and NaN if a loss is NaN or not evaluated.
+
+        Source: Entezari et al., ICLR 2022. If both ends have the same loss, it equals the barrier of Frankle et al.,
+        ICML 2020.
         """
         heights = []
         for k in range(self.segments):
@@ -97,15 +99,15 @@ class Path(Landscape):
 
     @property
     def rise(self) -> float:
-        """The highest loss on the grid less that of the worst checkpoint, in [0, inf).
+        """The highest loss on the grid minus the highest loss of a checkpoint, in [0, inf).
 
-        Source: the height of a saddle, Draxler et al., ICML 2018.
+        Source: the height of a saddle point, Draxler et al., ICML 2018.
         """
         at = self.loss[(self.times == self.times.round()).nonzero().flatten()]
         return float(self.loss.max() - at.max())
 
     def lengths(self) -> Tensor:
-        """L2 distance travelled up to each point of the grid, by straight lines between them."""
+        """L2 length of the path up to each point of the grid, with straight lines between the points."""
         points = [self.point(float(t)).double() for t in self.times]
         steps = [float((b - a).norm()) for a, b in itertools.pairwise(points)]
         return torch.tensor([0.0, *steps], dtype=torch.float64).cumsum(0)
@@ -155,30 +157,30 @@ def linear(
     every: float = 60.0,
     progress: Progress | None = None,
 ) -> Path:
-    r"""The loss on straight lines from checkpoint to checkpoint.
+    r"""Evaluate the loss on straight lines between consecutive checkpoints.
 
     .. math::
         w(s) = (1 - s) w_k + s w_{k + 1},\quad s \in [0, 1]
 
-    At the ends the weights are the checkpoints' own to the bit. Buffers are those of the model at every point, and so
-    are weights outside of the problem's `params`.
+    At the ends, the weights equal those of the checkpoints exactly. At all points, buffers and weights outside the
+    problem's `params` are those of the model.
 
     Args:
-        problem: the function, with the model that the checkpoints are of.
-        checkpoints: two or more: models, state dicts or vectors.
-        points: on each segment, its ends counted, >= 3. Default 25.
-        labels: of the checkpoints. Default "0", "1", ...
-        accuracy: whether to measure the share of right answers too.
-        statistics: running statistics of BatchNorm: "as they are" in the model or "recomputed" at every point, which
-            costs another pass and is needed for BatchNorm to mean anything between checkpoints. There is no default
-            where a checkpoint's buffers differ from the model's.
-        path: see `landscape`.
-        every: see `landscape`.
-        progress: see `landscape`.
+        problem: the function, with a model of the same architecture as the checkpoints.
+        checkpoints: at least two models, state dicts or vectors.
+        points: number of points per segment, including both ends, >= 3. Default 25.
+        labels: labels of the checkpoints. Default None: "0", "1", ...
+        accuracy: also measure the accuracy. Default False.
+        statistics: running statistics of BatchNorm: "as they are" in the model, or "recomputed" at every point.
+            Recomputing takes one more pass per point and is needed for BatchNorm to be meaningful between checkpoints.
+            Default None: "as they are". It must be given if a checkpoint's buffers differ from the model's.
+        path: see `landscape`. Default None.
+        every: see `landscape`. Default 60.
+        progress: see `landscape`. Default None.
 
     Raises:
-        ValueError: fewer than two checkpoints or three points, other keys or shapes, equal neighbours, statistics that
-            must be chosen, or a file that holds something else.
+        ValueError: there are fewer than two checkpoints or three points; keys or shapes do not match the model; two
+            consecutive checkpoints are equal; `statistics` must be given; or the file contains something else.
 
     Source: Goodfellow, Vinyals & Saxe, ICLR 2015; statistics: Jordan et al., REPAIR, ICLR 2023.
     """
@@ -217,44 +219,46 @@ def bezier(
     progress: Progress | None = None,
     training: Training | None = None,
 ) -> Path:
-    r"""The loss on a quadratic Bezier curve between two checkpoints, whose control point was trained to keep it low.
+    r"""Train a quadratic Bezier curve of low loss between two checkpoints, and evaluate the loss along it.
 
     .. math::
         w(t) = (1 - t)^2 w_0 + 2 t (1 - t) c + t^2 w_1,\quad \min_c E_{t \sim U(0, 1)} L(w(t))
 
-    c starts half-way and is trained by SGD on one batch of the problem and one t a step, both by the seed. The learning
-    rate stays for half of the steps and then falls linearly to a hundredth at nine tenths. With
-    statistics="recomputed" BatchNorm takes each batch's own statistics in training. The ends never move.
+    The control point c starts half-way between the checkpoints. It is trained by SGD, with one random batch of the
+    problem and one random t per step. The learning rate is constant for half of the steps, decreases linearly to a
+    hundredth until nine tenths of the steps, and is constant again. With statistics="recomputed", BatchNorm uses the
+    statistics of each batch in this training. The checkpoints are not changed.
 
     Args:
         problem: see `linear`.
         first: the checkpoint at t = 0.
         last: the checkpoint at t = 1.
-        steps: of the training, >= 0. Default 1000.
-        lr: > 0. Default 0.02: try others if the training losses rise.
-        momentum: in [0, 1). Default 0.9.
-        seed: of batches and t.
-        points: see `linear`.
-        labels: of the two checkpoints. Default "0", "1".
-        accuracy: see `linear`.
-        statistics: see `linear`.
-        path: see `linear`. The trained control point is in it before anything is evaluated.
-        every: see `linear`.
-        progress: see `linear`.
-        training: called with (steps done, loss of the batch) after each step of the training.
+        steps: number of training steps, >= 0. Default 1000.
+        lr: learning rate, > 0. Default 0.02. Try others if the training losses increase.
+        momentum: momentum of SGD, in [0, 1). Default 0.9.
+        seed: seed of the batches and of t. Default 0.
+        points: number of points, including both ends, >= 3. Default 25.
+        labels: labels of the two checkpoints. Default None: "0" and "1".
+        accuracy: see `linear`. Default False.
+        statistics: see `linear`. Default None.
+        path: see `linear`. The trained control point is stored before the curve is evaluated. Default None.
+        every: see `linear`. Default 60.
+        progress: see `linear`. Default None.
+        training: called with (steps done, loss of the batch) after each training step. Default None.
 
     Raises:
-        ValueError: as `linear`, or a bad number.
+        ValueError: as in `linear`, a number is out of range, or the problem has a process group.
         ArithmeticError: the training diverged.
 
-    Source: Garipov, Izmailov, Podoprikhin, Vetrov & Wilson, NeurIPS 2018; the schedule from their code.
+    Source: Garipov, Izmailov, Podoprikhin, Vetrov & Wilson, NeurIPS 2018. The learning rate schedule is from their
+    code.
     """
     if steps < 0 or not (lr > 0 and math.isfinite(lr)) or not 0 <= momentum < 1:
         raise ValueError(
-            f"steps must be >= 0, lr positive and momentum in [0, 1); got {steps!r}, {lr!r} and {momentum!r}."
+            f"steps must be >= 0, lr positive and momentum in [0, 1), got {steps!r}, {lr!r} and {momentum!r}."
         )
     if problem.group is not None:
-        raise ValueError("a Bezier path is trained on batches of one process; give a problem without group=.")
+        raise ValueError("a Bezier path is trained in a single process; use a problem without group=.")
     ends, names, statistics = _knots(problem, [first, last], labels, points, statistics)
     request = Path(
         times=torch.tensor([i / (points - 1) for i in range(points)], dtype=torch.float64),
@@ -276,14 +280,14 @@ def bezier(
 
 
 def bezier_point(knots: Tensor, time: float) -> Tensor:
-    """w(t) of a quadratic Bezier curve with knots of shape (3, size); the ends to the bit."""
+    """Return w(t) of a quadratic Bezier curve with knots of shape (3, size). At t = 0 and t = 1 it is exact."""
     if time in (0.0, 1.0):
         return knots[2 * int(time)].clone()
     return (1.0 - time) ** 2 * knots[0] + 2.0 * time * (1.0 - time) * knots[1] + time**2 * knots[2]
 
 
 def _train(problem: Problem, curve: Path, progress: Training | None) -> None:
-    """SGD on the control point, in place."""
+    """Train the control point by SGD, in place."""
     recipe, knots = curve.recipe, curve.knots
     generator = torch.Generator().manual_seed(int(recipe["seed"]))
     control = knots[1]
@@ -296,14 +300,14 @@ def _train(problem: Problem, curve: Path, progress: Training | None) -> None:
             outputs = (
                 batch_outputs(problem, batch, at) if curve.statistics == "recomputed" else problem.outputs(batch, at)
             )
-            # An unbiased estimate of L from one batch out of all.
+            # An unbiased estimate of L from one random batch.
             value = problem.value_of(batch, outputs, at) * len(problem.batches)
             slope = problem.flat(torch.autograd.grad(value, at, materialize_grads=True))
         loss = float(value.detach())
         if not (math.isfinite(loss) and slope.isfinite().all()):
             raise ArithmeticError(
-                f"the Bezier path's loss is {loss} in step {step + 1} of its training; take a smaller lr than "
-                f"{recipe['lr']:g}."
+                f"the Bezier path's loss is {loss} or its gradient is not finite in training step {step + 1}; use an "
+                f"lr below {recipe['lr']:g}."
             )
         slope = slope.to(control) + problem.weight_decay * problem.flat(at).to(control)
         velocity.mul_(recipe["momentum"]).add_(slope, alpha=2.0 * t * (1.0 - t))
@@ -324,19 +328,21 @@ def _knots(
     points: int,
     statistics: Statistics | None,
 ) -> tuple[Tensor, tuple[str, ...], Statistics]:
-    """Checkpoints as rows, their labels, and the statistics to use."""
+    """The checkpoints as rows, their labels, and the statistics to use."""
     if isinstance(checkpoints, (Tensor, torch.nn.Module)) or len(checkpoints) < 2:
         raise ValueError("a path needs a list of at least two checkpoints.")
     if points < 3:
-        raise ValueError(f"a path needs at least 3 points on a segment, got {points!r}.")
+        raise ValueError(f"a path needs at least 3 points per segment, got {points!r}.")
     names = tuple(map(str, range(len(checkpoints)))) if labels is None else tuple(labels)
     if len(names) != len(checkpoints):
-        raise ValueError(f"{len(names)} labels for {len(checkpoints)} checkpoints.")
+        raise ValueError(f"got {len(names)} labels for {len(checkpoints)} checkpoints; pass one for each.")
     unlike = list(dict.fromkeys(n for c in checkpoints for n in buffers_unlike(problem, c)))
     statistics = choose_statistics(problem, statistics, unlike)
     dtype = torch.promote_types(problem.dtype, torch.float32)
     rows = torch.stack([weights_of(problem, c).to(dtype) for c in checkpoints])
     for k in range(len(rows) - 1):
         if torch.equal(rows[k], rows[k + 1]):
-            raise ValueError(f"checkpoints {names[k]!r} and {names[k + 1]!r} are the same; there is no path to go.")
+            raise ValueError(
+                f"checkpoints {names[k]!r} and {names[k + 1]!r} have the same weights; remove one of them."
+            )
     return rows, names, statistics

@@ -1,4 +1,4 @@
-"""Numbers as others publish them: the same measures, with each source's own choice of data, spectrum and statistic."""
+"""Published protocols: measures with the data, eigenvalues and statistics chosen as in each source."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from flatmin.measure.sharpness import Grouped, m_sharpness
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedNumbers:
-    """A preset's numbers.
+    """The numbers of a preset.
 
     Args:
-        preset: its name.
-        numbers: by name.
-        converged: whether every eigenvalue did.
-        conventions: of what was measured.
+        preset: name of the preset.
+        numbers: the numbers by name.
+        converged: whether all eigenvalues converged.
+        conventions: conventions of the measured problem.
     """
 
     preset: str
@@ -32,22 +32,22 @@ class PublishedNumbers:
 
 
 def pyhessian_batch(problem: Problem, *, top: int = 1, tol: float = 1e-2, seed: int = 0) -> PublishedNumbers:
-    """The eigenvalues of largest magnitude on a single batch, the problem's first, as in PyHessian's examples.
+    """The eigenvalues of largest magnitude on a single batch, as in PyHessian's examples.
 
-    Its example takes 200 un-augmented training images; its authors advise the whole data set. Magnitude decides, so a
-    large negative eigenvalue comes first. No weight decay; eval mode.
+    PyHessian's example uses 200 un-augmented training images; its authors recommend the whole data set. Eigenvalues are
+    ordered by magnitude, so a large negative eigenvalue can be the first. No weight decay, eval mode.
 
     Args:
-        problem: the function; only its first batch is used.
-        top: how many. Default 1.
-        tol: relative residual. Default 1e-2, whose eigenvalues are far better than PyHessian's default stop gives.
-        seed: of the start vector.
+        problem: the function. Only its first batch is used.
+        top: number of eigenvalues. Default 1.
+        tol: relative residual. Default 1e-2, which is far more accurate than PyHessian's default stopping rule.
+        seed: seed of the start vector. Default 0.
 
     Returns:
-        lambda_1, lambda_2, ... by falling magnitude.
+        lambda_1, lambda_2, ... by decreasing magnitude.
 
     Raises:
-        ValueError: more eigenvalues than weights.
+        ValueError: `top` is larger than the number of weights.
 
     Source: Yao et al., PyHessian, 2020.
     """
@@ -59,20 +59,20 @@ def pyhessian_batch(problem: Problem, *, top: int = 1, tol: float = 1e-2, seed: 
 
 
 def sam_paper(problem: Problem, *, tol: float = 1e-2, seed: int = 0) -> PublishedNumbers:
-    """lambda_max and lambda_max / lambda_5 of the mean training loss.
+    """lambda_max and lambda_max / lambda_5 of the mean training loss, as in the SAM paper.
 
-    Take a net without BatchNorm, as they did, or say that yours has it.
+    The paper uses a network without BatchNorm. If yours has BatchNorm, say so when you report these numbers.
 
     Args:
         problem: the function, over the training data.
         tol: relative residual. Default 1e-2.
-        seed: of the start vector.
+        seed: seed of the start vector. Default 0.
 
     Returns:
-        lambda_1 ... lambda_5 and "lambda_1 / lambda_5".
+        lambda_1 to lambda_5 and "lambda_1 / lambda_5".
 
     Raises:
-        ValueError: fewer than five weights.
+        ValueError: the problem has fewer than five weights.
 
     Source: Foret et al., SAM, ICLR 2021.
     """
@@ -86,28 +86,28 @@ def sam_paper(problem: Problem, *, tol: float = 1e-2, seed: int = 0) -> Publishe
 def empirical_sam(
     problem: Problem, *, top: int = 5, batches: int = 40, tol: float = 1e-2, seed: int = 0
 ) -> PublishedNumbers:
-    """The top eigenvalues of single mini-batches, pooled: mean of the positive ones, largest, share of negative ones.
+    """Statistics of the top eigenvalues of single mini-batches: mean of the positive ones, largest, share of negatives.
 
-    The source takes 40 mini-batches of 128 from the augmented training loader, so give a problem over such batches.
-    These are not eigenvalues of the training loss: a mini-batch's are much larger.
+    The source uses 40 mini-batches of 128 from the augmented training loader, so pass a problem with such batches.
+    These are not eigenvalues of the training loss: those of a mini-batch are much larger.
 
     Args:
-        problem: the function; each of its batches is measured by itself.
-        top: eigenvalues of each. Default 5.
-        batches: how many of the problem's. Default 40.
+        problem: the function. Each of its batches is measured separately.
+        top: number of eigenvalues per batch. Default 5.
+        batches: number of batches to use. Default 40.
         tol: relative residual. Default 1e-2.
-        seed: of the start vectors.
+        seed: seed of the start vectors. Default 0.
 
     Returns:
-        "mean of positives", "largest", "share negative".
+        "mean of positives", "largest" and "share negative".
 
     Raises:
-        ValueError: fewer batches than asked for.
+        ValueError: the problem has fewer batches than `batches`.
 
     Source: Luong, empirical study of SAM (2024), and its code.
     """
     if len(problem.batches) < batches:
-        raise ValueError(f"the problem has {len(problem.batches)} batches, {batches} were asked for.")
+        raise ValueError(f"this measure uses {batches} batches, but the problem has {len(problem.batches)}.")
     values: list[float] = []
     converged = True
     for batch in problem.batches[:batches]:
@@ -130,20 +130,20 @@ def empirical_sam(
 def edge_of_stability(
     problem: Problem, lr: float, *, momentum: float = 0.0, tol: float = 1e-2, seed: int = 0
 ) -> PublishedNumbers:
-    """lambda_max of the full training loss beside the curvature at which gradient descent becomes unstable.
+    """lambda_max of the full training loss, compared with the curvature at which gradient descent becomes unstable.
 
     Args:
         problem: the function, over all training data.
-        lr: learning rate.
-        momentum: of heavy ball. Default 0.
+        lr: learning rate, > 0.
+        momentum: heavy-ball momentum. Default 0.
         tol: relative residual. Default 1e-2.
-        seed: of the start vector.
+        seed: seed of the start vector. Default 0.
 
     Returns:
-        lambda_1, "edge" and "lambda_1 / edge".
+        lambda_1, "edge" (see `flatmin.measure.follow.edge`) and "lambda_1 / edge".
 
     Raises:
-        ValueError: a learning rate that is not positive.
+        ValueError: the learning rate is not positive, or the momentum is outside [0, 1).
 
     Source: Cohen et al., ICLR 2021.
     """
@@ -163,21 +163,22 @@ def andriushchenko_m128(
     examples: int = 1024,
     seed: int = 0,
 ) -> Grouped:
-    """Worst-case m-sharpness with m = 128 over the first 1024 training examples, 20 steps, no restarts.
+    """Worst-case m-sharpness with m = 128 over the first 1024 training examples, with 20 steps and no restarts.
 
-    Wrap the loss in `LogitNormalised` for their normalised form. Their l2 step is not the steepest ascent of its norm
-    and their zero weights spoil it; here both are right, so that values can be a little larger.
+    Wrap the loss in `LogitNormalised` for the normalised form of the source. In the source's code, the adaptive l2 step
+    is not the steepest ascent of its norm, and weights that are exactly zero disable its projection. Both are corrected
+    here, so values can be slightly larger.
 
     Args:
-        problem: the function, over the training data in their order, un-augmented.
+        problem: the function, over the un-augmented training data in their order.
         rho: radius.
-        norm: "linf" (default) or "l2".
-        adaptive: whether in multiples of |w|. Default True.
-        examples: how many of the first. Default 1024.
-        seed: of random points.
+        norm: "linf" or "l2". Default "linf".
+        adaptive: scale displacements by |w|. Default True.
+        examples: number of examples to use, from the first. Default 1024.
+        seed: seed of random points. Default 0.
 
     Raises:
-        ValueError: fewer examples than 128, or see `m_sharpness`.
+        ValueError: there are fewer than 128 examples; see also `m_sharpness`.
 
     Source: Andriushchenko et al., A Modern Look at the Relationship between Sharpness and Generalization, ICML 2023,
     and their code.
@@ -185,7 +186,9 @@ def andriushchenko_m128(
     groups, _ = split(problem, 128)
     if examples < 128 or not groups:
         have = sum(len(first_tensor(batch.targets)) for batch in problem.batches)
-        raise ValueError(f"this takes groups of 128 examples; there are {have}, of which {examples} were asked for.")
+        raise ValueError(
+            f"this measure needs at least one group of 128 examples; the problem has {have}, and examples={examples}."
+        )
     first = only(problem, [batch for group in groups[: examples // 128] for batch in group.batches])
     return m_sharpness(first, 128, rho, norm=norm, adaptive=adaptive, steps=20, seed=seed)
 

@@ -1,4 +1,4 @@
-"""The function whose curvature is measured: a model's mean loss over a data set, as a function of some weights."""
+"""The function that is measured: the mean loss of a model over a data set, as a function of selected weights."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ Tensors = list[Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Conventions:
-    """What a number was measured on; every result carries it.
+    """The conditions under which a number was measured. Every result has them as `conventions`.
 
     Args:
         loss: name of the loss.
-        reduction: of the loss over the data; always the mean over its terms here.
-        weight_decay: c of the added c/2 ||w||^2, over the selected weights.
-        split, augmentation: as given by the caller.
-        examples: number of them, over all processes.
-        terms: number of terms of the loss: examples, or tokens that are not ignored.
-        batch: examples in the largest batch.
-        mode: "eval", or "train" (BatchNorm by the batch).
-        params: patterns of the selected weights.
+        reduction: reduction of the loss over the data; always the mean over its terms. Default "mean".
+        weight_decay: c in the added term c/2 ||w||^2 over the selected weights. Default 0.
+        split, augmentation: descriptions given by the caller. Default "" and "none".
+        examples: number of examples, over all processes.
+        terms: number of terms of the loss, such as examples, or tokens that are not ignored.
+        batch: number of examples in the largest batch.
+        mode: "eval", or "train" (BatchNorm uses the statistics of each batch). Default "eval".
+        params: name patterns of the selected weights. Default "*".
         size: number of selected weights.
-        dtype: of the products.
-        seed: of whatever was drawn; None if nothing was.
+        dtype: dtype of the weights and products.
+        seed: seed of the random numbers; None if none were used. Default None.
     """
 
     loss: str
@@ -59,13 +59,20 @@ class Conventions:
     seed: int | None = None
 
     def with_seed(self, seed: int) -> Conventions:
-        """The same with the seed of a measure that draws."""
+        """Return a copy with the given seed."""
         return replace(self, seed=seed)
 
 
 @dataclass(frozen=True, slots=True)
 class WeightedBatch:
-    """Inputs and targets on the model's device, the share of L that their loss is, and the terms that it has."""
+    """A batch on the model's device.
+
+    Args:
+        inputs: inputs of the model.
+        targets: targets of the loss.
+        share: factor with which the loss of this batch enters L.
+        terms: number of terms of the loss in this batch.
+    """
 
     inputs: Any
     targets: Any
@@ -74,51 +81,68 @@ class WeightedBatch:
 
 
 class Problem:
-    r"""L(w) = (1/T) sum of the terms of the loss over a data set, plus c/2 ||w||^2, as a function of chosen weights.
+    r"""The mean loss of a model over a data set, as a function of selected weights.
 
-    For a loss that is a mean it is the loss of all data as one batch; a sum is divided by its terms. Batches count by
-    their number of terms, so that an uneven last batch, or tokens that are ignored, are exact. What a batch counts (its
-    examples, entries of the targets, class weights, ...) is found when the problem is made: losses and gradients of a
-    few examples are compared with those of two unequal parts of them, in float64, for every weight that a batch could
-    have; about a dozen gradients of six examples each. Further, each batch is evaluated once. Where there are several,
-    the loss of each is compared with those of parts of its outputs, for what only some examples show; not where an
-    output has no row for each example.
+    .. math::
+        L(w) = \frac{1}{T} \sum_{t=1}^{T} \ell_t(w) + \frac{c}{2} \|w\|^2
 
-    The data are put on the device once. The model itself is never written to: its weights are passed in from outside,
-    its buffers as copies, and training flags and random states are put back.
+    The sum runs over the T terms of the loss, such as examples or tokens. If the loss of a batch is a mean, L is the
+    loss of all data as one batch. If it is a sum, L is the sum divided by the number of terms.
+
+    Batches are weighted by their number of terms, so L is exact for an uneven last batch or ignored tokens. What a
+    batch counts (examples, entries of the targets, class weights, ...) is determined when the problem is made: for each
+    possible weight, losses and gradients of a few examples are compared in float64 with those of two unequal parts of
+    them. This takes about a dozen gradients of six examples each. In addition, each batch is evaluated once. If there
+    are several batches, the loss of each is also compared with the losses of parts of its outputs, to detect what only
+    some examples show. This comparison is skipped if an output does not have one row per example.
+
+    The data are copied to the device once. The model is never modified: the weights are passed as arguments, the
+    buffers as copies, and training flags and random states are restored.
 
     Args:
-        model: any module; called as model(x), model(*x) or model(**x) as the inputs are a tensor, a tuple or a
-            mapping. DataParallel, DistributedDataParallel and torch.compile are taken off.
-        loss: (outputs, targets) -> scalar, a mean or a sum over terms. It may add a penalty of the weights to a mean,
-            if it reads them from the model whenever it is called.
-        data: pairs (inputs, targets), such as a DataLoader; read once. One pair of tensors is one batch.
-        params: shell patterns of parameter names, or one of them with commas. Default "*": all that require gradients.
-        mode: "eval" (default), or "train", in which BatchNorm takes the statistics of each batch, so that L depends on
-            the batches.
+        model: any module. It is called as model(x), model(*x) or model(**x) if the inputs are a tensor, a tuple or a
+            mapping. DataParallel, DistributedDataParallel and torch.compile wrappers are removed.
+        loss: (outputs, targets) -> scalar, a mean or a sum over terms. A mean may include a penalty on the weights if
+            it reads them from the model at every call.
+        data: iterable of pairs (inputs, targets), such as a DataLoader; read once. A single pair of tensors is one
+            batch.
+        params: shell patterns of parameter names, as a list or separated by commas. Default "*": all parameters that
+            require gradients.
+        mode: "eval", or "train", in which BatchNorm uses the statistics of each batch and L depends on how the data are
+            divided into batches. Default "eval".
         weight_decay: c >= 0. Default 0.
-        dtype: of weights, buffers, floating inputs and products. Default: the weights' own.
-        autocast: a dtype in which matrix products are taken, for a cheap look; bf16 is some percent off. Default None.
-        terms: (inputs, targets) -> number of terms of a batch, which is its weight in the mean. Default: found, as said
-            above.
-        reduction: "mean" or "sum", what the loss does with its terms. Default: found.
-        group: process group whose ranks hold a part of the data each; results are those of all parts. Default None:
-            this process alone.
-        split, augmentation: what the data are, for the record.
+        dtype: dtype of weights, buffers, floating-point inputs and products. Default None: that of the weights.
+        autocast: dtype of matrix products under autocast, for a cheap approximation; bf16 is some percent off. Default
+            None: no autocast.
+        terms: (inputs, targets) -> number of terms of a batch, which is its weight in the mean. Default None:
+            determined as described above.
+        reduction: "mean" or "sum": how the loss combines its terms. Default None: determined as described above.
+        group: process group in which each rank holds a part of the data; results are those of all data. Default None:
+            this process only.
+        split, augmentation: descriptions of the data, kept in the conventions. Default "" and "none".
 
     Attributes:
-        reduction: of the loss.
-        ignored: label whose targets do not count.
+        reduction: how the loss combines its terms.
+        ignored: label of targets that the loss ignores.
 
     Raises:
-        ValueError: no data, no weights, a pattern that matches none, weights of several dtypes without dtype=, selected
-            weights that the forward pass writes to (nn.Embedding(max_norm=...)), a loss that is not a finite scalar in
-            every batch, that does not depend on the weights, that differs from one evaluation to the next (dropout), or
-            that is neither a mean nor a sum over several batches by any weights that are tried (such as one that
-            compares the examples of a batch with each other).
+        ValueError: there are no data or no weights; a pattern matches no parameter; the weights have several dtypes
+            and `dtype` is not given; the forward pass writes to selected weights (nn.Embedding(max_norm=...)); the loss
+            is not a finite scalar in every batch, does not depend on the weights, differs between evaluations
+            (dropout), or, with several batches, is neither a mean nor a sum by any weight that is tried (such as a loss
+            that compares the examples of a batch with each other).
 
     Warns:
-        UserWarning: a sum that does not say so; batches of which the weights cannot be tried, or on which L depends.
+        UserWarning: the loss is a sum and does not declare it; the weights of batches cannot be tested; or L depends on
+            how the data are divided into batches.
+
+    Example:
+        >>> import torch
+        >>> from flatmin.measure import Problem
+        >>> net, x, y = torch.nn.Linear(4, 3), torch.randn(20, 4), torch.randint(3, (20,))
+        >>> problem = Problem(net, torch.nn.CrossEntropyLoss(), (x, y))
+        >>> problem.size
+        15
     """
 
     def __init__(
@@ -153,7 +177,7 @@ class Problem:
         self._autocast, self.group = autocast, group
         named = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if not named:
-            raise ValueError("the model has no parameter that requires a gradient, so there is nothing to measure.")
+            raise ValueError("the model has no parameter with requires_grad=True; set it for those to be measured.")
         patterns = [p.strip() for p in (params.split(",") if isinstance(params, str) else params)]
         self.names = _select(list(named), patterns)
         first = named[self.names[0]]
@@ -161,12 +185,12 @@ class Problem:
         self._given = dtype
         places = sorted({str(p.device) for p in model.parameters()})
         if first.is_meta:
-            raise ValueError("the model's parameters have no values yet: they are on the device 'meta'.")
+            raise ValueError("the model's parameters are on the device 'meta' and have no values; load weights first.")
         if len(places) > 1:
             raise ValueError(f"the model's parameters are on {', '.join(places)}; move them to one device.")
         self.weights = [self._cast(named[n].detach()).requires_grad_() for n in self.names]
         chosen = set(self.names)
-        # Aliases of tied weights follow by themselves.
+        # functional_call also replaces the aliases of tied weights.
         self._rest = {n: self._cast(p.detach()) for n, p in model.named_parameters() if n not in chosen}
         self._buffers = {n: self._cast(b.detach()) for n, b in model.named_buffers()}
         self.size = sum(w.numel() for w in self.weights)
@@ -182,9 +206,9 @@ class Problem:
         held = torch.tensor([sum(counts), sum(_length(y) for _, y in pairs)], dtype=torch.float64)
         total = self._sum(held.to(self.device)).tolist()
         if not total[1]:
-            raise ValueError("the data hold no example, so there is nothing to measure.")
+            raise ValueError("the data contain no examples, so there is nothing to measure.")
         if not total[0]:
-            raise ValueError("every term of the loss is ignored, so there is nothing to measure.")
+            raise ValueError("the loss ignores every term of the data, so there is nothing to measure.")
         self.batches = _shared(pairs, counts, self.reduction, total[0])
         self.conventions = Conventions(
             loss=_name(loss),
@@ -202,15 +226,15 @@ class Problem:
 
     # -- data ----------------------------------------------------------------------------------------------------
     def _read(self, data: Any) -> list[tuple[Any, Any]]:
-        """Batches on the device."""
+        """Read all batches and copy them to the device."""
         pairs = [data] if isinstance(data, tuple) and len(data) == 2 and isinstance(data[1], Tensor) else data
         pairs_here: list[tuple[Any, Any]] = []
         for pair in pairs:
             if not (isinstance(pair, (tuple, list)) and len(pair) == 2):
-                raise ValueError(f"data must give pairs (inputs, targets), got {_no_pair(data, pair)}.")
+                raise ValueError(f"data must yield pairs (inputs, targets), got {_no_pair(data, pair)}.")
             inputs, targets = (mapped(part, lambda t: self._cast(t.to(self.device), data=True)) for part in pair)
             if not first_tensor(targets).dim():
-                raise ValueError("data must give batches, as a DataLoader does; got a single example.")
+                raise ValueError("data must yield batches, as a DataLoader does; got a single example.")
             if _length(targets):
                 pairs_here.append((inputs, targets))
         return pairs_here
@@ -221,7 +245,7 @@ class Problem:
         terms: Callable[[Any, Any], float] | None = None,
         reduction: Reduction | None = None,
     ) -> WeightRule:
-        """How these batches make up L, see `terms.weigh`."""
+        """Determine how these batches are weighted in L, see `terms.weigh`."""
         return weigh(
             self.loss,
             pairs,
@@ -233,7 +257,7 @@ class Problem:
         )
 
     def _trials(self) -> Iterator[_Trial]:
-        """What compares losses, the surest first."""
+        """Yield the trials that compare losses, the most reliable first."""
         for far in (0.0, 0.5):
             for double in (True, False):
                 yield _Trial(self, double, far)
@@ -241,7 +265,7 @@ class Problem:
     def _values(
         self, pairs: Sequence[tuple[Any, Any]], evaluated: Mapping[int, float], *, taken_on: bool
     ) -> list[float]:
-        """The loss of each batch, one of those known or evaluated, and compared with those of its parts."""
+        """The loss of each batch: taken from `evaluated`, or evaluated and compared with the losses of its parts."""
         every = None if self.rule.trial is None else EveryBatch(pairs, self.rule, self._loss_of)
         values: list[float] = []
         for i, (x, y) in enumerate(pairs):
@@ -258,30 +282,30 @@ class Problem:
         return values
 
     def _loss_of(self, outputs: Any, targets: Any) -> Tensor:
-        """The loss of a batch as it is."""
+        """The loss of a batch, not scaled by its share."""
         return self.value_of(WeightedBatch(None, targets, 1.0, 1.0), outputs)
 
     def _counts(self, pairs: Sequence[tuple[Any, Any]], values: Sequence[float]) -> list[float]:
-        """The terms of each batch; a mean over none is not a number."""
+        """The number of terms of each batch. The loss may be NaN only in a batch without terms."""
         counts = [self.rule.total(pair) for pair in pairs]
         for i, (count, value) in enumerate(zip(counts, values, strict=True), 1):
             if not math.isfinite(value) and (count or not math.isnan(value)):
-                raise ValueError(f"the loss of batch {i} of {len(pairs)} is {value}; there is nothing to measure here.")
+                raise ValueError(f"the loss of batch {i} of {len(pairs)} is {value}; it must be finite to be measured.")
         return counts
 
     @property
     def reduction(self) -> Reduction:
-        """What the loss does with its terms."""
+        """How the loss combines its terms, "mean" or "sum"."""
         return self.rule.reduction
 
     @property
     def ignored(self) -> int:
-        """The label whose targets do not count."""
+        """The label of targets that the loss ignores."""
         return -100 if self.rule.count.ignored is None else self.rule.count.ignored
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """What one process refuses, all do, so that none waits for it."""
+        """Raise a ValueError of one process in all processes of the group, so that none waits for the others."""
         own: ValueError | None = None
         try:
             yield
@@ -291,10 +315,10 @@ class Problem:
         if own is not None:
             raise own
         if others:
-            raise ValueError(f"another process says: {others[0]}")
+            raise ValueError(f"an error in another process: {others[0]}")
 
     def _all_gather(self, part: Any) -> list[Any]:
-        """The objects of all ranks of the group."""
+        """Gather an object from all ranks of the group."""
         if self.group is None:
             return [part]
         group = None if self.group == "world" else self.group
@@ -303,25 +327,25 @@ class Problem:
         return parts
 
     def _sum(self, values: Tensor) -> Tensor:
-        """The sum over the ranks of the group, in place."""
+        """Sum a tensor over the ranks of the group, in place."""
         if self.group is not None:
             torch.distributed.all_reduce(values, group=None if self.group == "world" else self.group)
         return values
 
     def reduced(self, values: Tensor) -> Tensor:
-        """The sum of each rank's part, one message; the same tensor where there is one process."""
+        """Sum a tensor over the ranks of the group with one all-reduce; unchanged without a group."""
         return self._sum(values)
 
     # -- the function --------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def guard(self) -> Iterator[None]:
-        """Context of every evaluation: training flags, random states and back-end choices are put back on leaving."""
+        """Context of every evaluation. Training flags, random states and back-end settings are restored on exit."""
         flags = [(module, module.training) for module in self.model.modules()]
         devices = [self.device] if self.device.type == "cuda" else []
         with (
             torch.random.fork_rng(devices=devices),
-            # The fused kernels have no second derivative.
+            # The fused attention kernels have no second derivative.
             sdpa_kernel(SDPBackend.MATH),
             torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled and not _recurrent(self.model)),
             torch.enable_grad(),
@@ -336,9 +360,9 @@ class Problem:
     def outputs(
         self, batch: WeightedBatch, weights: Sequence[Tensor] | None = None, buffers: Mapping[str, Tensor] | None = None
     ) -> Any:
-        """The model's outputs on a batch at these weights (default: the model's own); inside `guard`.
+        """Run the model on a batch at the given weights (default: the model's own). Call it inside `guard`.
 
-        Buffers given by name stand in for copies of the model's; the forward pass may write to them.
+        `buffers` replaces buffers by name; the forward pass may write to them. All others are copies of the model's.
         """
         chosen = dict(zip(self.names, self.weights if weights is None else weights, strict=True))
         state = {**self._rest, **chosen, **{n: b.clone() for n, b in self._buffers.items()}, **(buffers or {})}
@@ -347,7 +371,7 @@ class Problem:
             return torch.func.functional_call(self.model, state, args, kwargs)
 
     def value_of(self, batch: WeightedBatch, outputs: Any, weights: Sequence[Tensor] | None = None) -> Tensor:
-        """The batch's part of L, without weight decay, from the model's outputs at these weights."""
+        """The contribution of a batch to L, without weight decay, from the model's outputs at these weights."""
         if self._closed:
             chosen = dict(zip(self.names, self.weights if weights is None else weights, strict=True))
             state = {f"model.{n}": t for n, t in {**self._rest, **chosen}.items()}
@@ -357,7 +381,7 @@ class Problem:
             value = self.loss(outputs, batch.targets)
         if not isinstance(value, Tensor) or value.dim():
             shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"the loss must be a scalar over a batch, got {shape}.")
+            raise ValueError(f"the loss of a batch must be a scalar tensor, got {shape}.")
         return value * batch.share
 
     def value(
@@ -367,7 +391,13 @@ class Problem:
         buffers: Mapping[str, Tensor] | None = None,
         on_batch: Callable[[WeightedBatch, Any], None] | None = None,
     ) -> float:
-        """L at these weights and buffers (default: the model's own); `on_batch` gets each batch with its outputs."""
+        """L at the given weights and buffers (default: the model's own).
+
+        Args:
+            weights: one tensor per selected weight. Default None: the model's own.
+            buffers: buffers by name. Default None: the model's own.
+            on_batch: called with each batch and its outputs. Default None.
+        """
         at = self.weights if weights is None else list(weights)
         with self.guard(), torch.no_grad():
             parts = []
@@ -381,7 +411,7 @@ class Problem:
             return float(total) + self._decay(at)
 
     def gradient(self, weights: Sequence[Tensor] | None = None) -> tuple[float, Tensor]:
-        """L and its gradient, shape (size,)."""
+        """L and its gradient of shape (size,), at the given weights (default: the model's own)."""
         at = self.weights if weights is None else [w.detach().requires_grad_() for w in weights]
         flat = torch.zeros(self.size + 1, dtype=torch.float64 if self.dtype == torch.float64 else torch.float32)
         flat = flat.to(self.device)
@@ -403,14 +433,14 @@ class Problem:
     # -- vectors -------------------------------------------------------------------------------------------------
 
     def flat(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Tensors shaped like the weights as one vector of shape (size,)."""
+        """Concatenate tensors shaped like the weights into one vector of shape (size,)."""
         return torch.cat([t.detach().reshape(-1) for t in tensors])
 
     def shaped(self, vector: Tensor) -> Tensors:
-        """A vector of shape (size,) as tensors shaped like the weights, sharing its storage.
+        """Split a vector of shape (size,) into tensors shaped like the weights, which share its storage.
 
         Raises:
-            ValueError: another shape.
+            ValueError: the vector has another shape.
         """
         if vector.shape != (self.size,):
             raise ValueError(f"expected a vector of shape ({self.size},), got {tuple(vector.shape)}.")
@@ -418,25 +448,27 @@ class Problem:
         return [piece.view_as(w) for piece, w in zip(pieces, self.weights, strict=True)]
 
     def moved(self, displacement: Tensor) -> Tensors:
-        """The weights displaced by a vector of shape (size,)."""
+        """The weights plus a vector of shape (size,), as tensors shaped like the weights."""
         return [w.detach() + d for w, d in zip(self.weights, self.shaped(displacement.to(self.dtype)), strict=True)]
 
     def _cast(self, tensor: Tensor, *, data: bool = False) -> Tensor:
-        """A tensor of the model or of the data in the problem's dtype; of the model's only if one was asked for."""
+        """Cast a tensor of the data to the problem's dtype, or a tensor of the model if `dtype` was given."""
         wanted = self.dtype if data else self._given
         return tensor.to(wanted) if wanted is not None and tensor.is_floating_point() else tensor
 
     # -- checks --------------------------------------------------------------------------------------------------
 
     def _check(self, pairs: Sequence[tuple[Any, Any]]) -> dict[int, float]:
-        """Refuse what cannot be measured, seen on the first batch with a finite loss; losses of batches by number.
+        """Raise ValueError for what cannot be measured. Returns the losses of the evaluated batches by number.
 
-        That batch is evaluated once, and twice more with its gradient.
+        The checks use the first batch with a finite loss. It is evaluated once, and twice more with its graph.
         """
         if self.mode == "train":
             active = [n for n, m in self.model.named_modules() if isinstance(m, _DROPOUT) and m.p > 0]
             if active:
-                raise ValueError(f"mode='train' with dropout in {active[0]!r} measures a random function; use 'eval'.")
+                raise ValueError(
+                    f"in mode='train' the dropout in {active[0]!r} makes the loss random; use mode='eval'."
+                )
         batches = [WeightedBatch(x, y, 1.0, 1.0) for x, y in pairs]
         if not batches:
             return {}
@@ -449,31 +481,36 @@ class Problem:
         else:
             said = candidates(self.loss, pairs, ())[0]
             if not any(said.total(pair) for pair in pairs):
-                raise ValueError("every term of the loss is ignored, so there is nothing to measure.")
-            raise ValueError(f"the loss of batch 1 of {len(pairs)} is {values[0]}; there is nothing to measure here.")
+                raise ValueError("the loss ignores every term of the data, so there is nothing to measure.")
+            raise ValueError(f"the loss of batch 1 of {len(pairs)} is {values[0]}; it must be finite to be measured.")
         with self.guard():
             first, second = (self._evaluated(batch)[1] for _ in range(2))
             if not self._closed and self._reaches_the_model(first):
-                # A penalty of the weights, say: the loss must see the weights that the model is given.
+                # Such as a penalty on the weights: the loss must use the weights that are passed to the model.
                 self._closed = True
                 first, second = (self._evaluated(batch)[1] for _ in range(2))
             if self._closed and self._reaches_the_model(first):
                 raise ValueError(
-                    "the loss uses weights of the model that were taken from it before, so it would not follow when "
-                    "the weights move; read them from the model whenever the loss is called (model.parameters()), or "
-                    "pass weight_decay=."
+                    "the loss uses weights of the model that were stored before the call, so it would not change with "
+                    "the weights; read them with model.parameters() inside the loss, or use weight_decay= instead."
                 )
         if not first.requires_grad:
-            raise ValueError("the loss does not depend on the selected weights (it has no graph).")
+            raise ValueError(
+                "the loss does not depend on the selected weights (it has no autograd graph); check params= and "
+                "whether the loss is detached."
+            )
         if not torch.equal(first, second):
             raise ValueError(
-                "two evaluations of the same batch differ, so the loss is random or changes the model; nothing can be "
-                "measured of it."
+                "two evaluations of the same batch give different losses; remove what makes the loss random or "
+                "changes the model."
             )
         return values
 
     def _first_value(self, batch: WeightedBatch) -> Tensor:
-        """The loss of a batch; the forward pass may not write to selected weights, and to copies of the others only."""
+        """The loss of a batch. Raises ValueError if the forward pass writes to selected weights.
+
+        If it writes to other weights, these are replaced by copies.
+        """
         chosen = [w.detach().clone() for w in self.weights]
         clone = copy.copy(self)
         clone._rest = {n: w.clone() for n, w in self._rest.items()}
@@ -481,15 +518,14 @@ class Problem:
         written = [n for n, w in zip(self.names, chosen, strict=True) if w._version]
         if written:
             raise ValueError(
-                f"the model writes to its weight {written[0]!r} whenever it is called, as nn.Embedding(max_norm=...) "
-                "does, so its loss is no function of the weights that it is given. params= leaves the weight out; or "
-                "set max_norm = None."
+                f"the forward pass changes the weight {written[0]!r}, as nn.Embedding(max_norm=...) does, so the loss "
+                "is not a function of the weights; leave the weight out with params=, or set max_norm = None."
             )
         self._rest |= {n: self._rest[n].clone() for n, w in clone._rest.items() if w._version}
         return value
 
     def _evaluated(self, batch: WeightedBatch, weights: Sequence[Tensor] | None = None) -> tuple[Any, Tensor]:
-        """Outputs and loss of a batch, with a sentence for tensors of unlike dtypes."""
+        """Outputs and loss of a batch. A dtype mismatch raises a ValueError that says what to do."""
         try:
             outputs = self.outputs(batch, weights)
             return outputs, self.value_of(batch, outputs, weights)
@@ -497,20 +533,20 @@ class Problem:
             if not any(word in str(error) for word in ("dtype", "scalar type")):
                 raise
             raise ValueError(
-                f"tensors of unlike dtypes meet in the model or the loss ({str(error).splitlines()[0]}). The selected "
-                f"weights and floating-point inputs are {_dtype_name(self.dtype)}; give another dtype=, such as "
-                "dtype=torch.float32, in which all weights, buffers and inputs are then measured."
+                f"the model or the loss mixes tensors of different dtypes ({str(error).splitlines()[0]}). The selected "
+                f"weights and floating-point inputs are {_dtype_name(self.dtype)}; pass dtype=, such as "
+                "dtype=torch.float32, to cast all weights, buffers and inputs."
             ) from error
 
     def _reaches_the_model(self, value: Tensor) -> bool:
-        """Whether a loss depends on the model's own weights, beside those that the problem gives it."""
+        """Whether a loss depends on the parameters of the model object, besides the weights passed to it."""
         own = [p for p in self.model.parameters() if p.requires_grad]
         if not value.requires_grad:
             return False
         return any(g is not None for g in torch.autograd.grad(value, own, allow_unused=True, retain_graph=True))
 
     def not_finite(self) -> str:
-        """Which batches have no finite loss now, in words; "" if all have one."""
+        """A sentence that names the first batch whose loss is not finite; "" if all losses are finite."""
         with self.guard(), torch.no_grad():
             values = [float(self.value_of(b, self.outputs(b))) for b in self.batches]
         bad = [i for i, value in enumerate(values, 1) if not math.isfinite(value)]
@@ -520,26 +556,26 @@ class Problem:
 
 
 class _Within(nn.Module):
-    """A loss beside its model, so that it is called with the weights that the model is given."""
+    """A module that holds the model and calls the loss, so functional_call replaces the weights that the loss reads."""
 
     def __init__(self, model: nn.Module, loss: Loss) -> None:
         super().__init__()
         self.model = model
-        self.losses = (loss,)  # not a module of this one
+        self.losses = (loss,)  # in a tuple, so a loss module is not registered as a child
 
     def forward(self, outputs: Any, targets: Any) -> Any:
-        """The loss."""
+        """Call the loss."""
         return self.losses[0](outputs, targets)
 
 
 class _Trial:
-    """Losses and gradients of a few examples of a problem.
+    """Evaluates losses and gradients of a few examples of a problem.
 
     Args:
         problem: the function.
-        double: whether in float64, where the model and the loss can be.
-        far: how far from the weights, in multiples of each tensor's root mean square. Where a net fits its data
-            perfectly, or has a last layer of zeros, all losses are alike.
+        double: evaluate in float64, if the model and the loss support it.
+        far: distance from the weights, in multiples of each tensor's root mean square. If a network fits its data
+            perfectly, or its last layer is zero, all losses at the weights are equal.
     """
 
     def __init__(self, problem: Problem, double: bool, far: float) -> None:
@@ -551,7 +587,7 @@ class _Trial:
     def together(
         self, pair: tuple[Any, Any], rows: Sequence[Tensor], count: int, axes: tuple[int, int]
     ) -> list[Tensor] | None:
-        """Loss and gradient of each set of rows of one forward pass; None if an output has no rows."""
+        """Loss and gradient of each set of rows, from one forward pass; None if an output has no row per example."""
         pair = self._cast(pair)
         every = torch.cat(list(rows[:-1]))
         places = [*torch.arange(len(every)).split([len(r) for r in rows[:-1]]), torch.arange(len(every))]
@@ -567,7 +603,7 @@ class _Trial:
     def apart(
         self, pair: tuple[Any, Any], rows: Sequence[Tensor], count: int, axes: tuple[int, int]
     ) -> list[Tensor] | None:
-        """The same of forward passes of their own, in eval mode."""
+        """Loss and gradient of each set of rows, with a separate forward pass for each, in eval mode."""
         signatures = []
         clone = copy.copy(self.problem)
         clone.mode = "eval"
@@ -588,7 +624,7 @@ class _Trial:
 
 
 def in_double(problem: Problem) -> Problem:
-    """The same function in float64, where the device has it; the batches stay as they are."""
+    """The same function in float64, if the device supports it. The batches are not cast."""
     if problem.device.type == "mps":
         return problem
     clone = copy.copy(problem)
@@ -602,7 +638,7 @@ def in_double(problem: Problem) -> Problem:
 
 
 def displaced(problem: Problem, far: float, seed: int = 0) -> Tensors:
-    """The weights, each displaced by noise of `far` times the root mean square of its tensor (or, of zeros, of all)."""
+    """The weights plus noise of `far` times the root mean square of each tensor (for zeros: its mean over tensors)."""
     generator = torch.Generator().manual_seed(seed)
     sizes = [float(w.detach().double().square().mean().sqrt()) for w in problem.weights]
     usual = sum(sizes) / len(sizes) or 0.1
@@ -614,17 +650,17 @@ def displaced(problem: Problem, far: float, seed: int = 0) -> Tensors:
 
 
 def _measurable(model: nn.Module) -> nn.Module:
-    """The model without what runs it: replicas, and compilation, of which no second derivative can be taken."""
+    """Unwrap the model (replicas and compiled models have no second derivatives), and check that it can be measured."""
     model = unwrapped(model)
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         raise ValueError(
-            "the model is compiled by TorchScript, which takes no weights from outside; measure the Python model with "
-            "the same weights (load_state_dict(scripted.state_dict()))."
+            "a TorchScript model cannot be measured, because weights cannot be passed to it; measure the Python model "
+            "with the same weights (load_state_dict(scripted.state_dict()))."
         )
     sharded = [n for n, p in model.named_parameters() if type(p).__name__ in ("DTensor", "FlatParameter")]
     if sharded:
         raise ValueError(
-            f"the weights are divided among processes ({sharded[0]!r}); measure a model that holds them whole, such as "
+            f"the weights are sharded over processes ({sharded[0]!r}); measure a model with unsharded weights, such as "
             "one loaded from a full state dict."
         )
     return model
@@ -636,8 +672,8 @@ def _common_dtype(named: Mapping[str, Tensor], names: Sequence[str]) -> torch.dt
     other = next((n for n in names if named[n].dtype != first), None)
     if other is not None:
         raise ValueError(
-            f"the selected weights have several dtypes: {names[0]!r} is {_dtype_name(first)}, {other!r} "
-            f"{_dtype_name(named[other].dtype)}. Give one for all with dtype=, such as dtype=torch.float32."
+            f"the selected weights have several dtypes: {names[0]!r} is {_dtype_name(first)}, {other!r} is "
+            f"{_dtype_name(named[other].dtype)}; pass dtype=, such as dtype=torch.float32."
         )
     return first
 
@@ -653,9 +689,9 @@ def _length(targets: Any) -> int:
 def _shared(
     pairs: Sequence[tuple[Any, Any]], counts: Sequence[float], reduction: Reduction, total: float
 ) -> list[WeightedBatch]:
-    """Batches with their shares of the mean over `total` terms; those without a term are left out.
+    """Batches with their shares of the mean over `total` terms. Batches without terms are left out.
 
-    A sum counts each of its terms once, so its batches are not weighted.
+    If the loss is a sum, each term already counts once, so the batches are not weighted by their terms.
     """
     return [
         WeightedBatch(x, y, (1.0 if reduction == "sum" else count) / total, count)
@@ -668,14 +704,14 @@ _DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropou
 
 
 def over(problem: Problem, pairs: Sequence[tuple[Any, Any]]) -> Problem:
-    """The mean over other batches of a problem's data, on the same weights; in this process alone.
+    """Make a problem with the same weights over the given batches, in this process only.
 
     Raises:
-        ValueError: no term.
+        ValueError: the loss ignores every term of these batches.
     """
     counts = [problem.rule.total(pair) for pair in pairs]
     if not sum(counts):
-        raise ValueError("every term of the loss is ignored, so there is nothing to measure.")
+        raise ValueError("the loss ignores every term of the data, so there is nothing to measure.")
     lengths = [_length(targets) for _, targets in pairs]
     clone = copy.copy(problem)
     clone.batches, clone.group = _shared(pairs, counts, problem.reduction, sum(counts)), None
@@ -684,10 +720,10 @@ def over(problem: Problem, pairs: Sequence[tuple[Any, Any]]) -> Problem:
 
 
 def only(problem: Problem, batches: Sequence[WeightedBatch]) -> Problem:
-    """The mean over some of a problem's batches, on the same weights; in this process alone.
+    """Make a problem with the same weights over some of the batches, in this process only.
 
     Raises:
-        ValueError: no batch.
+        ValueError: `batches` is empty.
     """
     if not batches:
         raise ValueError("a problem needs at least one batch.")
@@ -695,10 +731,14 @@ def only(problem: Problem, batches: Sequence[WeightedBatch]) -> Problem:
 
 
 def under(problem: Problem, loss: Loss) -> Problem:
-    """The same data and weights under another loss that counts the same terms, such as a loss of normalised logits.
+    """Make a problem with the same data and weights and another loss, such as a loss of normalised logits.
+
+    Args:
+        problem: the function.
+        loss: (outputs, targets) -> scalar, with the same reduction and the same terms.
 
     Raises:
-        ValueError: a loss with another reduction or other terms.
+        ValueError: `loss` has another reduction or other terms.
     """
     clone = copy.copy(problem)
     clone.loss = loss if problem._given is None else cast_loss(loss, problem._given)
@@ -709,21 +749,22 @@ def under(problem: Problem, loss: Loss) -> Problem:
         b.terms for b in problem.batches
     ]:
         raise ValueError(
-            f"{_name(loss)} counts other terms than {problem.conventions.loss}; make a Problem of its own."
+            f"{_name(loss)} has other terms than {problem.conventions.loss}; make a separate Problem for it."
         )
     clone.conventions = replace(problem.conventions, loss=_name(loss))
     return clone
 
 
 def restricted(problem: Problem, params: str | Sequence[str]) -> Problem:
-    """The same function of fewer weights: the others of the problem become constants, and their weight decay falls out.
+    """Make a problem over fewer weights. The other weights become constants without weight decay.
 
     Args:
         problem: the function.
-        params: patterns of parameter names; those that the problem has not selected stay out.
+        params: shell patterns of parameter names, as a list or separated by commas. They select among the weights of
+            `problem`.
 
     Raises:
-        ValueError: a pattern that matches none of the problem's weights.
+        ValueError: a pattern matches none of the problem's weights.
     """
     patterns = [p.strip() for p in (params.split(",") if isinstance(params, str) else params)]
     at = dict(zip(problem.names, problem.weights, strict=True))
@@ -737,10 +778,10 @@ def restricted(problem: Problem, params: str | Sequence[str]) -> Problem:
 
 
 def some_of(problem: Problem, count: int) -> WeightedBatch:
-    """A few examples that have a term, drawn from all batches.
+    """Draw a few examples with at least one term from all batches.
 
-    The first of the first batch where examples of several do not fit together, and that batch as it is where not every
-    tensor has one row an example.
+    If examples of different batches cannot be concatenated, the examples come from the first batch. If a tensor does
+    not have one row per example, the whole first batch is returned.
     """
     batch = problem.batches[0]
     counted = []
@@ -770,22 +811,23 @@ def some_of(problem: Problem, count: int) -> WeightedBatch:
 
 def _select(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
     if not patterns:
-        raise ValueError('params holds no pattern; "*" selects all weights.')
+        raise ValueError('params contains no pattern; use "*" to select all weights.')
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
             raise ValueError(
-                f"no parameter matches {pattern!r}; there are {', '.join(names[:8])}{', ...' * (len(names) > 8)}."
+                f"no parameter matches {pattern!r}; the parameters are {', '.join(names[:8])}"
+                f"{', ...' * (len(names) > 8)}."
             )
     return [n for n in names if any(fnmatch.fnmatchcase(n, p) for p in patterns)]
 
 
 def _no_pair(data: Any, pair: Any) -> str:
-    """What the data gave instead of a pair, and how to make one."""
+    """Describe what the data yielded instead of a pair, and how to make a pair of it."""
     if isinstance(given := data if isinstance(data, Mapping) else pair, Mapping):
         keys = ", ".join(repr(key) for key in list(given)[:4])
-        return f"{type(given).__name__} with {keys}; make it a pair, such as (batch, batch['labels'])"
+        return f"{type(given).__name__} with keys {keys}; make it a pair, such as (batch, batch['labels'])"
     if isinstance(pair, Tensor):
-        return "Tensor; a single batch is a tuple (inputs, targets)"
+        return "Tensor; pass a single batch as a tuple (inputs, targets)"
     return type(pair).__name__
 
 

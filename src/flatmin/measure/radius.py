@@ -1,4 +1,4 @@
-"""How far the linear prediction holds along a method's own ascent."""
+"""Radius finder: how far the linear prediction of the loss holds along the ascent of a method."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from typing import Any, Protocol
 from torch import nn
 
 MULTIPLES = tuple(2.0**k for k in range(-6, 7))
-"""Of the param groups' rho; those that are tried by default."""
+"""Default radii, in multiples of the param groups' rho: 1/64 to 64 in factors of two."""
 OFF = 0.5
-"""The share by which the linear prediction is off at the radius that is looked for."""
+"""Default relative error of the linear prediction at the radius to find."""
 RESOLUTION = 1e-5
-"""The share of the loss below which a rise is rounding, in float32."""
+"""A rise below this share of the loss is rounding error in float32."""
 LOW_RESOLUTION = 1e-2
-"""The same under autocast to 16 bits."""
+"""A rise below this share of the loss is rounding error under autocast to 16 bits."""
 
-_WARNING = "This is where the linear prediction ends. Do not train with it: good radii are often much smaller."
+_WARNING = (
+    "This is where the linear prediction fails. It is not a radius to train with: good radii are often much smaller."
+)
 
 Closure = Callable[[], Any]
 
@@ -34,38 +36,39 @@ class _Rise(Protocol):
 
 
 class Ascending(Protocol):
-    """What is asked of an optimizer; every `flatmin.SAM` has it."""
+    """Interface of the optimizer that `radius` needs. Every `flatmin.SAM` provides it."""
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """With the radius of each group."""
+        """The param groups, with the radius of each."""
 
     @property
     def rho_key(self) -> str:
-        """Under this key."""
+        """The key of the radius in a param group."""
 
     @property
     def recipe(self) -> Any:
-        """What it runs, with its name."""
+        """The recipe of the method, with its name."""
 
     def rise(self, closure: Any, multiples: Sequence[float] = (1.0,), *, model: nn.Module | None = None) -> _Rise:
-        """The rise of a batch's loss at multiples of the radii, leaving everything as it was."""
+        """Measure the rise of a batch's loss at multiples of the radii, without changing anything."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FoundRadius:
-    """The rise of the loss along a method's ascent over a range of radii, and where the linear prediction breaks.
+    """Result of `radius`: the rise of the loss along a method's ascent, and where its linear prediction fails.
 
     Args:
-        method: its name.
-        rho: the param groups' rho; of several the largest, the others being moved in proportion.
-        radii: those that were tried, rising.
+        method: name of the method.
+        rho: the param groups' rho. With several values it is the largest, and the others are scaled with it.
+        radii: the radii that were tried, ascending.
         losses: L(w) of each batch.
-        predicted: for each batch <grad L(w), eps> at each radius.
-        measured: for each batch L(w + eps) - L(w) at each radius.
-        off: the share by which the prediction is off at the radius looked for.
-        limits: for each batch the least radius at which |measured / predicted - 1| = off, between two radii on a
-            straight line; infinity if it lies above all of them, NaN if the ascent does not lead uphill on the batch.
+        predicted: for each batch, <grad L(w), eps> at each radius.
+        measured: for each batch, L(w + eps) - L(w) at each radius.
+        off: relative error of the prediction at the radius to find.
+        limits: for each batch, the smallest radius at which |measured / predicted - 1| = off, by linear interpolation
+            between the radii tried. Infinity if it lies above all of them; NaN if the predicted rise is not positive,
+            or too small to judge at all radii.
     """
 
     method: str
@@ -79,30 +82,30 @@ class FoundRadius:
 
     @property
     def uphill(self) -> tuple[float, ...]:
-        """The limits of the batches on which the ascent leads uphill, rising."""
+        """The limits of the batches on which the ascent leads uphill, ascending."""
         return tuple(sorted(limit for limit in self.limits if not math.isnan(limit)))
 
     @property
     def limit(self) -> float:
-        """The median of the limits; infinity above the radii tried, NaN if the ascent leads uphill on no batch."""
+        """The median of `uphill`; infinity if above the radii tried, NaN if the ascent leads uphill on no batch."""
         return median(self.uphill) if self.uphill else math.nan
 
     @property
     def ratios(self) -> tuple[tuple[float, ...], ...]:
-        """For each batch measured / predicted at each radius."""
+        """For each batch, measured / predicted at each radius."""
         return tuple(
             tuple(m / p if p else math.nan for m, p in zip(*pair, strict=True))
             for pair in zip(self.measured, self.predicted, strict=True)
         )
 
     def sentence(self) -> str:
-        """What was found, in words."""
+        """The result in words."""
         if not any(any(each) for each in self.predicted):
             return "The gradient is zero on every batch."
         count, uphill = len(self.limits), self.uphill
         batches = f"{count} batch{'es' if count > 1 else ''}"
         if not uphill:
-            return f"The ascent leads uphill on none of {batches}, so that there is no prediction to hold it against."
+            return f"The ascent leads uphill on none of {batches}, so there is no prediction to compare with."
         left = f" On {count - len(uphill)} of {batches} the ascent does not lead uphill." if len(uphill) < count else ""
         if math.isinf(self.limit):
             broken = sum(map(math.isfinite, uphill))
@@ -120,7 +123,7 @@ class FoundRadius:
         )
 
     def __str__(self) -> str:
-        """A table of means over the batches, what was found, and what it is not."""
+        """A table of means over the batches, the result, and a warning against training with this radius."""
         count = len(self.losses)
         head = f"{self.method}, rho = {self.rho:.3g}, loss {_mean(self.losses):.4g} on {count} batch"
         head += "es" if count > 1 else ""
@@ -151,36 +154,45 @@ def radius(
     resolution: float = RESOLUTION,
     model: nn.Module | None = None,
 ) -> FoundRadius:
-    r"""How far the linear prediction of the loss holds along a method's own ascent, over a few batches.
+    r"""Find the radius at which the linear prediction of the loss fails along the ascent of a method.
 
     .. math::
         \frac{L(w + \epsilon) - L(w)}{\langle \nabla L(w), \epsilon \rangle} = 1 \pm \text{off}
 
-    SAM's ascent solves a linear problem, so beyond the radius at which the loss is no longer linear it is an ascent
-    along some direction only. With off = 1/2 the quadratic term is then half the linear one: the slope along the way
-    has doubled or vanished. Where the loss is a parabola along SAM's way this radius is ||g|| / |h|, h the curvature
-    along g, which is also how far away the parabola's minimum lies, downhill. It is a diagnostic and no radius to train
-    with: where both were compared, the radius that validation chose was mostly far below it.
+    SAM's ascent solves a linearised problem. Beyond the radius at which the loss is no longer linear, it is only an
+    ascent along some direction. With off = 1/2, the quadratic term is half the linear term there: the slope along the
+    ascent has doubled or vanished. If the loss is a parabola along SAM's ascent, this radius is ||g|| / |h|, where h is
+    the curvature along g; it is also the distance to the minimum of the parabola, in the downhill direction.
 
-    It costs for each batch one gradient, and for each radius those of an ascent and one more: with the defaults 27 for
-    SAM. What it changes is put back, see `flatmin.SAM.rise`; memories of the method are as they are, filled or empty.
+    This is a diagnostic, not a radius to train with: where both were compared, the radius chosen on validation data was
+    mostly far smaller.
+
+    The cost per batch is one gradient, and for each radius the gradients of an ascent plus one: 27 gradients for SAM
+    with the defaults. Everything that is changed is restored, see `flatmin.SAM.rise`. The state of the method (such as
+    a moving average) is used as it is, filled or empty.
 
     Args:
-        optimizer: as made by `flatmin.wrap`, before the first loss of a step or after `optimizer.step()`.
-        closures: one for each batch, as for `optimizer.step`: it computes the loss, calls backward and returns the
-            loss. For methods that want micro-batches a list of closures for each batch.
-        multiples: of the param groups' rho, rising; a number or several. Default: 1/64 to 64 in steps of two.
-        off: share by which the prediction is off at the radius looked for, > 0. Default 0.5.
-        resolution: predicted rises below this share of the loss are not judged, being rounding. Default 1e-5; under
-            autocast to 16 bits give 0.01 (`LOW_RESOLUTION`).
-        model: whose buffers and other untrained state are put back. Default: the model that the optimizer was given.
+        optimizer: an optimizer made by `flatmin.wrap`, before the first loss of a step or after `optimizer.step()`.
+        closures: one closure per batch, as for `optimizer.step`: it computes the loss, calls backward and returns the
+            loss. For methods that use micro-batches: a list of closures per batch.
+        multiples: radii in multiples of the param groups' rho, ascending; a number or a sequence. Default: 1/64 to 64
+            in factors of two.
+        off: relative error of the prediction at the radius to find, > 0. Default 0.5.
+        resolution: predicted rises below this share of the loss are ignored as rounding error. Default 1e-5; use 0.01
+            (`LOW_RESOLUTION`) under autocast to 16 bits.
+        model: model whose buffers and other untrained state are restored. Default None: the model that was passed to
+            the optimizer.
+
+    Returns:
+        The rises at all radii, and the radius found for each batch.
 
     Raises:
-        ValueError: no closures, radii that do not rise from above 0, a bad `off`, and what `flatmin.SAM.rise` refuses.
-        TypeError: an optimizer that `flatmin.wrap` has not made.
-        ArithmeticError: a loss or gradient at w that is not finite.
+        ValueError: there are no closures, `multiples` is not ascending from above 0, `off` or `resolution` is not
+            above 0, or as in `flatmin.SAM.rise`.
+        TypeError: the optimizer was not made by `flatmin.wrap`.
+        ArithmeticError: the loss or gradient at w is not finite.
 
-    Source: our own; the linear problem is Eq. 2 of Foret et al., SAM, ICLR 2021.
+    Source: this package; the linear problem is Eq. 2 of Foret et al., SAM, ICLR 2021.
 
     Example:
         >>> import torch, flatmin
@@ -197,15 +209,15 @@ def radius(
     """
     given = [closures] if callable(closures) else list(closures)
     if not hasattr(optimizer, "rise"):
-        raise TypeError(f"radius needs the optimizer that flatmin.wrap made, got {type(optimizer).__name__}.")
+        raise TypeError(f"radius needs an optimizer made by flatmin.wrap, got {type(optimizer).__name__}.")
     try:
         tried = [float(m) for m in multiples] if isinstance(multiples, Iterable) else [float(multiples)]
     except (TypeError, ValueError):
         raise ValueError(f"multiples must be numbers above 0, got {multiples!r}.") from None
     if not given:
-        raise ValueError("closures is empty; give one for each of a few batches.")
+        raise ValueError("closures is empty; pass one closure for each of a few batches.")
     if not tried or tried != sorted(set(tried)) or not 0 < tried[0] <= tried[-1] < math.inf:
-        raise ValueError(f"multiples must rise from above 0, got {multiples!r}.")
+        raise ValueError(f"multiples must be finite, ascending and above 0, got {multiples!r}.")
     for name, value in (("off", off), ("resolution", resolution)):
         if not (value > 0 and math.isfinite(value)):
             raise ValueError(f"{name} must be above 0, got {value!r}.")
@@ -225,7 +237,7 @@ def radius(
 
 
 def _limit(radii: Sequence[float], rise: _Rise, off: float, floor: float) -> float:
-    """The least radius at which the prediction is off by this share."""
+    """The smallest radius at which the relative error of the prediction is `off`."""
     before, was = 0.0, 0.0
     judged = False
     for radius, predicted, measured in zip(radii, rise.predicted, rise.measured, strict=True):

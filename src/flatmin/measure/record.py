@@ -1,4 +1,4 @@
-"""What every landscape has: its points, the model that it belongs to, and one file in which it continues."""
+"""Base class of landscapes: evaluated points, the model they belong to, and a file from which to continue."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _FORMAT = "flatmin.landscape/1"
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """The model that a landscape was measured around, for a file to be recognised by.
+    """A fingerprint of the model around which a landscape was measured.
 
     Args:
         weights: hash of each selected weight by name, with shape and dtype.
-        rest: the same of the other weights and the buffers.
+        rest: hashes of the other weights and the buffers.
         norm: ||w|| of the selected weights.
         loss: L at the model.
-        conventions: of the problem.
+        conventions: conventions of the problem.
     """
 
     weights: dict[str, str]
@@ -44,7 +44,7 @@ class Origin:
 
     @classmethod
     def of(cls, problem: Problem, statistics: Statistics) -> Origin:
-        """The record of a problem's model."""
+        """The fingerprint of a problem's model."""
         chosen = set(problem.names)
         others = {n: p for n, p in problem.model.named_parameters() if n not in chosen}
         return cls(
@@ -56,46 +56,48 @@ class Origin:
         )
 
     def differences(self, other: Origin, dtype: torch.dtype, *, weights: bool) -> list[str]:
-        """What another model has different, in words; losses may differ by round-off.
+        """Describe how another model differs. Losses may differ by round-off.
 
         Args:
-            other: its record.
-            dtype: of its evaluations.
-            weights: whether the selected weights must be the same as well, or only their names and shapes.
+            other: fingerprint of the other model.
+            dtype: dtype of its evaluations.
+            weights: whether the values of the selected weights must agree, or only their names and shapes.
         """
         differences = []
         for kind, mine, its in (("weights", self.weights, other.weights), ("other tensors", self.rest, other.rest)):
             if missing := [n for n in mine if n not in its]:
                 differences.append(f"it has no {listed(missing)}")
             if extra := [n for n in its if n not in mine]:
-                differences.append(f"it has {listed(extra)} as well")
+                differences.append(f"it has {listed(extra)} in addition")
             both = [n for n in mine if n in its]
             if shapes := [n for n in both if mine[n].rpartition(" ")[0] != its[n].rpartition(" ")[0]]:
-                differences.append(f"shape or dtype of {listed(shapes)} differ")
+                differences.append(f"shape or dtype of {listed(shapes)} differs")
             if values := [n for n in both if mine[n] != its[n] and n not in shapes]:
                 differences += [f"the values of {listed(values)} differ"] * (weights or kind != "weights")
         for name, mine_is in dataclasses.asdict(self.conventions).items():
             its_is = getattr(other.conventions, name)
-            # Batches may be of another size; where the loss depends on them, the loss below says so.
+            # The batch size may differ. If the loss depends on it, the comparison of losses below detects this.
             if mine_is != its_is and name not in ("seed", "size", "batch"):
                 differences.append(f"{name} is {its_is!r} instead of {mine_is!r}")
         close = math.isclose(self.loss, other.loss, rel_tol=math.sqrt(torch.finfo(dtype).eps))
         close = close or (math.isnan(self.loss) and math.isnan(other.loss))
         if not differences and self.weights == other.weights and not close:
-            differences.append(f"its loss is {other.loss:.6g} instead of {self.loss:.6g}, so data or loss are others")
+            differences.append(
+                f"its loss is {other.loss:.6g} instead of {self.loss:.6g}, so data or loss function differ"
+            )
         return differences
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Landscape(ABC):
-    """Losses at a grid of weights, of which some may not be evaluated yet.
+    """Base class of losses on a grid of weights, some of which may not be evaluated yet.
 
     Args:
-        loss: float64, on the CPU, as the problem gave it: a loss that is not finite stays as it is.
-        accuracy: share of right answers, the same shape; None if not asked for.
-        done: which points have been evaluated; where it is false, loss and accuracy hold NaN and mean nothing.
-        origin: the model.
-        statistics: what BatchNorm used at each point.
+        loss: loss at each point, float64, on the CPU. Values that are not finite are kept.
+        accuracy: accuracy at each point, same shape; None if not requested.
+        done: mask of the points that have been evaluated. At the others, loss and accuracy are NaN.
+        origin: fingerprint of the model.
+        statistics: running statistics that BatchNorm used at each point.
     """
 
     loss: Tensor
@@ -109,7 +111,7 @@ class Landscape(ABC):
 
     @property
     def conventions(self) -> Conventions:
-        """What was measured."""
+        """Conventions of the problem."""
         return self.origin.conventions
 
     @property
@@ -128,22 +130,22 @@ class Landscape(ABC):
 
     @abstractmethod
     def _packed(self) -> dict[str, Any]:
-        """The fields of the class itself as plain values and tensors."""
+        """The fields of the subclass as plain values and tensors."""
 
     @classmethod
     @abstractmethod
     def _unpacked(cls, saved: dict[str, Any], shared: dict[str, Any]) -> Self:
-        """The inverse of `_packed`."""
+        """Inverse of `_packed`."""
 
     @abstractmethod
     def _unlike(self, other: Self) -> str:
-        """What another request asks for otherwise, in words; empty if it is this one."""
+        """Describe how another landscape differs from this request; empty if it does not."""
 
     def check(self, problem: Problem) -> None:
-        """Refuse a problem other than the one that this was measured on.
+        """Check that the landscape was measured on this problem.
 
         Raises:
-            ValueError: another model, weights, buffers, data or conventions; the sentence says which.
+            ValueError: the model, its weights or buffers, the data or the conventions differ. The message says which.
         """
         now = Origin.of(problem, self.statistics)
         if differences := self.origin.differences(now, problem.dtype, weights=self.anchored):
@@ -160,13 +162,14 @@ class Landscape(ABC):
         """Evaluate the points that are not done yet, in place.
 
         Args:
-            problem: the one that it belongs to.
-            path: file to keep it in, written about every `every` seconds, at the end, and on an exception.
+            problem: the problem on which the landscape was measured.
+            path: file to store it in, written about every `every` seconds, at the end, and on an exception. Default
+                None: not stored.
             every: seconds between writes. Default 60.
-            progress: called with (points done, share done) after each.
+            progress: called with (points done, share done) after each point. Default None.
 
         Returns:
-            Itself.
+            The landscape itself.
 
         Raises:
             ValueError: see `check`.
@@ -182,11 +185,11 @@ class Landscape(ABC):
             counts = problem.reduced(torch.cat([done.double(), torch.ones(1)]).to(problem.device))
             if not ((counts[:-1] == 0) | (counts[:-1] == counts[-1])).all():
                 raise ValueError(
-                    "the processes of the group have other points done, since they see other files; give all of them "
-                    "the same one."
+                    "the processes of the group have different points done, because they read different files; give "
+                    "all of them the same file."
                 )
         accuracy = None if self.accuracy is None else self.accuracy.view(-1)
-        # One process of a group writes for all.
+        # In a process group, only rank 0 writes.
         path = path if problem.group is None or torch.distributed.get_rank() == 0 else None
         written = time.monotonic()
         try:
@@ -210,9 +213,9 @@ class Landscape(ABC):
         return self
 
     def save(self, path: str | os.PathLike[str]) -> FilePath:
-        """Write all of it to one file, by a temporary file and a rename.
+        """Write the landscape to a file, atomically (by a temporary file and a rename).
 
-        The file holds plain tensors, strings and numbers (`torch.load(path, weights_only=True)`).
+        The file contains plain tensors, strings and numbers (`torch.load(path, weights_only=True)`).
 
         Raises:
             OSError: the file cannot be written.
@@ -239,14 +242,14 @@ class Landscape(ABC):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], problem: Problem | None = None) -> Self:
-        """Read a file.
+        """Read a landscape from a file.
 
         Args:
-            path: written by `save`.
-            problem: if given, the file must belong to it, see `check`.
+            path: file written by `save`.
+            problem: if given, check that the landscape was measured on it. Default None.
 
         Raises:
-            ValueError: not such a file, one of another kind, or one of another model.
+            ValueError: the file is not a landscape, is of another kind, or was measured on another problem.
             OSError: the file cannot be read.
         """
         try:
@@ -254,12 +257,12 @@ class Landscape(ABC):
         except OSError:
             raise
         except Exception as error:
-            raise ValueError(f"{os.fspath(path)!r} is no file of a landscape: {type(error).__name__}.") from error
+            raise ValueError(f"{os.fspath(path)!r} is not a landscape file: {type(error).__name__}.") from error
         if not isinstance(saved, dict) or saved.get("format") != _FORMAT:
             is_of = saved.get("format") if isinstance(saved, dict) else type(saved).__name__
-            raise ValueError(f"{os.fspath(path)!r} is no file of a landscape (format {is_of!r}, not {_FORMAT!r}).")
+            raise ValueError(f"{os.fspath(path)!r} is not a landscape file (format {is_of!r}, expected {_FORMAT!r}).")
         if saved["kind"] != cls.kind:
-            raise ValueError(f"{os.fspath(path)!r} holds a {saved['kind']}, not a {cls.kind}.")
+            raise ValueError(f"{os.fspath(path)!r} contains a {saved['kind']}, expected a {cls.kind}.")
         origin = dict(saved["origin"])
         fields = {f.name for f in dataclasses.fields(Conventions)}
         conventions = Conventions(**{k: v for k, v in origin.pop("conventions").items() if k in fields})
@@ -276,10 +279,10 @@ class Landscape(ABC):
         return landscape
 
     def _resumed(self, path: str | os.PathLike[str] | None, problem: Problem) -> Self:
-        """What the file holds of this request, or the request itself where there is no file yet.
+        """The stored state of this request, or the request itself if there is no file yet.
 
         Raises:
-            ValueError: the file holds something else.
+            ValueError: the file contains something else.
         """
         if path is None or not FilePath(path).exists():
             return self
@@ -291,7 +294,8 @@ class Landscape(ABC):
             what = f"its statistics are {old.statistics!r}"
         if what:
             raise ValueError(
-                f"{os.fspath(path)!r} holds another {self.kind}: {what}; continue that one or move it away."
+                f"{os.fspath(path)!r} contains another {self.kind}: {what}; use its settings to continue it, or move "
+                "the file."
             )
         if differences := old.origin.differences(self.origin, problem.dtype, weights=self.anchored):
             raise ValueError(
@@ -301,7 +305,7 @@ class Landscape(ABC):
 
 
 def blank(shape: tuple[int, ...], accuracy: bool) -> dict[str, Any]:
-    """Fields of a landscape of which nothing is done."""
+    """The fields of a landscape with no evaluated points."""
     empty = torch.full(shape, math.nan, dtype=torch.float64)
     return {
         "loss": empty,
@@ -311,7 +315,7 @@ def blank(shape: tuple[int, ...], accuracy: bool) -> dict[str, Any]:
 
 
 def _hash(tensor: Tensor) -> str:
-    """Shape, dtype and a hash of the bits."""
+    """Shape, dtype and a hash of the content."""
     flat = tensor.detach().cpu().contiguous()
     digest = hashlib.sha256(flat.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
     return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} {digest}"

@@ -1,4 +1,4 @@
-"""The report: many measures of one problem in sections that share one Krylov run, each number with its error."""
+"""Reports: measure a problem by sections that share one Lanczos run. Each number has an error."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from flatmin.words import suggest
 __all__ = ["REPORT", "SECTIONS", "Quantity", "Report", "ReportSection", "ReportSettings", "chosen", "plain", "report"]
 
 OF_METHOD = ("radius",)
-"""Sections about a method; the others need a problem alone."""
+"""Sections about a training method. The other sections need only a problem."""
 REPORT = ("model", "hessian", "trace", "density", "sharpness", "landscape")
 _LARGEST = 100_000
 _VECTORS = {"basis", "top_vectors", "bottom_vectors", "displacement", "vector", "diagonal", "origin"}
@@ -28,12 +28,12 @@ _VECTORS = {"basis", "top_vectors", "bottom_vectors", "displacement", "vector", 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Report:
-    """What was measured of one problem.
+    """The results of `report`.
 
     Args:
-        sections: in the order asked for.
-        settings: how.
-        conventions: of the problem.
+        sections: the sections, in the requested order.
+        settings: settings of the measures.
+        conventions: conventions of the problem.
     """
 
     sections: tuple[ReportSection, ...]
@@ -47,15 +47,15 @@ class Report:
 
     @property
     def missing(self) -> dict[str, str]:
-        """What was asked for and could not be measured, and why."""
+        """Name of each measure that failed, and the reason."""
         return {what: why for section in self.sections for what, why in section.missing.items()}
 
     def result(self, name: str) -> Any:
-        """What a measure returned, or None if it was not asked for."""
+        """The full result of a measure by name, such as "density"; None if there is none."""
         return next((s.results[name] for s in self.sections if name in s.results), None)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain numbers and words, for JSON: numbers with conventions, and the nodes of every figure."""
+        """The report as plain numbers, strings, lists and dicts, for JSON."""
         return {
             "conventions": plain(self.conventions),
             "settings": plain(self.settings),
@@ -82,26 +82,29 @@ def report(
     on_section: Callable[[Report], None] | None = None,
     ascents: Ascents | None = None,
 ) -> Report:
-    """Measure a problem by sections, which share one Krylov run.
+    """Measure a problem by sections, which share one Lanczos run.
 
-    What cannot be measured takes nothing else away: it is named with its reason under `missing` of its section.
+    A measure that fails does not stop the others: its name and the reason are stored in `missing` of its section.
 
     Args:
         problem: the function.
-        what: sections by name, with commas or as a list: "model", "hessian", "trace", "density", "sharpness",
-            "flatness", "layers", "published", "landscape", "radius"; "report" for all but flatness, layers,
-            published and radius, "all" for all but radius. Default "report".
-        settings: how. Default: `ReportSettings()`.
-        folder: where landscapes are kept and continued. Default: nowhere.
-        progress: called with (what is measured, share of it done).
-        on_section: called after each section, and on an interrupt, with the report as far as it has come;
-            what has not been reached is missing there. Default: not called.
-        ascents: gives a context with the optimizer, closures of a few batches and the resolution, for "radius".
-            Default: no method is known.
+        what: names of sections, as a list or separated by commas: "model", "hessian", "trace", "density", "sharpness",
+            "flatness", "layers", "published", "landscape", "radius". "report" means all but flatness, layers,
+            published and radius; "all" means all but radius. Default "report".
+        settings: settings of the measures. Default None: `ReportSettings()`.
+        folder: folder in which landscapes are stored and from which they are continued. Default None: not stored.
+        progress: called with (name of the measure, share done). Default None.
+        on_section: called after each section, and on an interrupt, with the report so far; sections that have not been
+            measured are in `missing`. Default None.
+        ascents: returns a context with the optimizer, closures of a few batches and the resolution, for "radius".
+            Default None: no method is known.
+
+    Returns:
+        The report.
 
     Raises:
-        ValueError: an unknown section.
-        KeyboardInterrupt: as it came, after `on_section`.
+        ValueError: a section is unknown.
+        KeyboardInterrupt: raised again after the call of `on_section`.
 
     Example:
         >>> import torch
@@ -155,17 +158,17 @@ def _section(
 
 
 def chosen(what: str | Sequence[str]) -> list[str]:
-    """The sections that words stand for, each once.
+    """Return the names of the requested sections, each once. Groups such as "report" and "all" are expanded.
 
     Raises:
-        ValueError: an unknown one, or none.
+        ValueError: a section is unknown, or there is none.
     """
     words = [word.strip() for word in (what.split(",") if isinstance(what, str) else what) if word.strip()]
     groups = {
         "report": REPORT,
         "card": REPORT,
         "all": tuple(name for name in SECTIONS if name not in OF_METHOD),
-    }  # "card": an older spelling
+    }  # "card": an alias for compatibility
     unknown = [word for word in words if word not in groups and word not in SECTIONS]
     if unknown or not words:
         choices = ["report", "all", *SECTIONS]
@@ -175,7 +178,7 @@ def chosen(what: str | Sequence[str]) -> list[str]:
 
 
 def plain(value: Any) -> Any:
-    """A result as JSON can hold it: numbers, words, lists and tables; vectors of weights are left out."""
+    """Convert a result for JSON: numbers, strings, lists and dicts. Vectors of weights are omitted."""
     if isinstance(value, (str, bool, int, type(None))):
         return value
     if isinstance(value, float):

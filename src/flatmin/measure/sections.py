@@ -1,4 +1,4 @@
-"""The sections of a report: each answers one question about a problem."""
+"""The sections of a report: functions that measure a problem and add the results to a session."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ def _model(session: Session) -> None:
         add("loss", f"mean {problem.conventions.loss}", loss)
     errors = session.attempt("error rate", lambda: error_rate(problem))
     if errors is not None:
-        add("error_rate", "share of wrong answers", errors)
+        add("error_rate", "share of wrong predictions", errors)
     if measured is not None:
-        add("gradient_norm", "length of the gradient", _length(measured[1]))
-    add("weight_norm", "length of the weights", _length(problem.flat(problem.weights)))
+        add("gradient_norm", "norm of the gradient", _length(measured[1]))
+    add("weight_norm", "norm of the weights", _length(problem.flat(problem.weights)))
 
 
 def _hessian(session: Session) -> None:
     spectrum = session.spectrum
-    # What the arithmetic of the products leaves open, where the iteration has gone further.
+    # The rounding error of the products, which limits the accuracy once the residual is smaller.
     rounding = torch.finfo(session.problem.dtype).eps * max(abs(spectrum.largest), abs(spectrum.smallest))
     note = "" if spectrum.converged else "not converged"
     eigenvalues = []
@@ -74,7 +74,7 @@ def _hessian(session: Session) -> None:
             note=note,
             conventions=spectrum.conventions,
         )
-    none = spectrum.basis[:0].clone()  # as many vectors of weights would not fit, for several nets
+    none = spectrum.basis[:0].clone()  # drop the vectors: for several networks they would take too much memory
     session.results["eigenvalues"] = replace(spectrum, basis=none, top_vectors=none, bottom_vectors=none)
 
 
@@ -94,7 +94,7 @@ def _trace(session: Session) -> None:
             error=error,
             error_is="standard error",
             flat="low",
-            note="" if estimate.converged else "error above what was asked",
+            note="" if estimate.converged else "error above the tolerance",
             conventions=estimate.conventions,
         )
 
@@ -131,9 +131,9 @@ def _sharpness(session: Session) -> None:
                 text,
                 result.value,
                 error=result.left,
-                error_is="a step could still add",
+                error_is="possible further rise",
                 flat="low",
-                note="" if result.converged else "a lower bound, not stationary",
+                note="" if result.converged else "a lower bound: the ascent has not converged",
                 conventions=result.conventions,
             )
 
@@ -150,29 +150,29 @@ def _sharpness(session: Session) -> None:
             )
 
     worst = session.attempt("worst case", lambda: worst_case(problem, s.rho, **ascent))
-    # Its first step may be had where a later one fails.
+    # If a later step fails, the first step may still succeed.
     first = worst or session.attempt("SAM's gap", lambda: worst_case(problem, s.rho, steps=1, seed=s.seed))
     if first is not None:
-        session.add("sam_gap", f"rise of the loss at SAM's own point, rho = {s.rho:g}", first.one_step, flat="low")
+        session.add("sam_gap", f"rise of the loss after SAM's ascent step, rho = {s.rho:g}", first.one_step, flat="low")
     rise("worst_case", f"largest rise found within rho = {s.rho:g}", worst)
     rise(
         "adaptive",
-        f"the same within {s.adaptive_rho:g} |w|",
+        f"largest rise found within {s.adaptive_rho:g} |w| (adaptive)",
         session.attempt("adaptive", lambda: worst_case(problem, s.adaptive_rho, **ascent, adaptive=True)),
     )
     rise(
         "linf",
-        f"the same, each weight by at most {s.linf_rho:g}",
+        f"largest rise found, each weight moved by at most {s.linf_rho:g}",
         session.attempt("l-infinity", lambda: worst_case(problem, s.linf_rho, **ascent, norm="linf")),
     )
     rise(
         "logit_normalised",
-        f"within rho = {s.rho:g}, loss of normalised logits",
+        f"largest rise found within rho = {s.rho:g}, loss of normalised logits",
         session.attempt("logit-normalised", lambda: worst_case(_normalised(problem), s.rho, **ascent)),
     )
     mean(
         "average_case",
-        f"mean rise over random steps of length {s.rho:g}",
+        f"mean rise under random displacements of length {s.rho:g}",
         session.attempt("average case", lambda: average_case(problem, s.rho, draws=s.draws, seed=s.seed)),
     )
     if s.m:
@@ -196,8 +196,8 @@ def _flatness(session: Session) -> None:
     s, problem = session.settings, session.problem
 
     for name, what, text, magnitude in (
-        ("pac_bayes", "PAC-Bayes", "deviation of noise", False),
-        ("pac_bayes_magnitude", "PAC-Bayes, magnitude", "deviation of noise in multiples of |w|", True),
+        ("pac_bayes", "PAC-Bayes", "standard deviation of the noise", False),
+        ("pac_bayes_magnitude", "PAC-Bayes, magnitude", "standard deviation of the noise in multiples of |w|", True),
     ):
 
         def noise(magnitude: bool = magnitude) -> PacBayes:
@@ -232,7 +232,7 @@ def _flatness(session: Session) -> None:
             error=last.error,
             error_is="standard error",
             flat="low",
-            note="" if last.converged else "error above what was asked",
+            note="" if last.converged else "error above the tolerance",
             conventions=last.conventions,
         )
     for labels, whose in (("model", "the model's"), ("data", "the data's")):
@@ -287,10 +287,10 @@ def _published(session: Session) -> None:
         for name, value in result.numbers.items():
             session.add(
                 f"{result.preset}: {name}",
-                f"as in {measure.__name__}",
+                f"by the protocol of {measure.__name__}",
                 value,
                 error=math.nan,
-                error_is="by convention not stated",
+                error_is="not given by the protocol",
                 note="" if result.converged else "not converged",
                 conventions=result.conventions,
             )
@@ -314,7 +314,7 @@ def _landscape(session: Session) -> None:
         if surface is not None:
             session.results[name] = surface
 
-    # In units of ||w||, which a net of zeros does not have.
+    # The axis is in units of ||w||, which must not be zero.
     if any(bool(w.any()) for w in problem.weights):
         keep(
             "first eigenvector",
@@ -324,20 +324,20 @@ def _landscape(session: Session) -> None:
             s.points,
         )
     else:
-        session.missing["first eigenvector"] = "every selected weight is zero, so that ||w|| is no unit of length."
+        session.missing["first eigenvector"] = "every selected weight is zero, so ||w|| cannot be the unit of length."
     if any(w.dim() >= 2 and bool(w.any()) for w in problem.weights):
         keep("random direction", "along_random", lambda: gaussian(problem, seed=s.seed), s.span, s.points)
         if s.plane:
             pair = (s.seed, s.seed + 1)
             keep("random plane", "plane", lambda: gaussian_pair(problem, seeds=pair), s.span, s.plane)
     else:
-        session.missing["random directions"] = "no selected weight is a matrix that is not zero."
+        session.missing["random directions"] = "no selected weight is a non-zero matrix."
 
 
 def _radius(session: Session) -> None:
     if session.ascents is None:
         raise ValueError(
-            "it is that of a method's own ascent on training batches; measure the folder of a run, on the train part."
+            "this section needs a method and its training batches; measure the folder of a run on the train part."
         )
     with session.ascents() as (optimizer, closures, resolution):
         found = radius(optimizer, closures, resolution=resolution)
@@ -345,7 +345,7 @@ def _radius(session: Session) -> None:
     several = len(uphill) > 1 and all(map(math.isfinite, uphill))
     session.add(
         "linear_radius",
-        f"radius at which the linear prediction of {found.method}'s ascent is off by {found.off:.0%}",
+        f"radius at which the linear prediction along {found.method}'s ascent is off by {found.off:.0%}",
         found.limit,
         error=(uphill[-1] - uphill[0]) / 2 if several else math.nan,
         error_is="half the range over batches",
@@ -363,22 +363,22 @@ SECTIONS: dict[str, tuple[str, Callable[[Session], None]]] = {
     "sharpness": ("Sharpness", _sharpness),
     "flatness": ("Flatness", _flatness),
     "layers": ("Layer by layer", _layers),
-    "published": ("As others publish them", _published),
+    "published": ("Published protocols", _published),
     "landscape": ("Landscape", _landscape),
-    "radius": ("The radius of the method", _radius),
+    "radius": ("Radius of the method", _radius),
 }
-"""Title of each section, and the function that measures it and puts what it finds into the session."""
+"""Title of each section, and the function that measures it and adds the results to the session."""
 
 
 def _normalised(problem: Problem) -> Problem:
-    """The problem under the loss of normalised logits.
+    """The problem with the loss of normalised logits.
 
     Raises:
-        ValueError: targets that are no classes, whose outputs are no logits; or a loss that does not see the logits,
-            as one that the model itself has computed.
+        ValueError: the targets are not class indices, or the loss does not depend on the logits (such as a loss
+            computed by the model itself).
     """
     if any(first_tensor(batch.targets).is_floating_point() for batch in problem.batches):
-        raise ValueError("normalised logits are those of a classifier: this takes class indices as targets.")
+        raise ValueError("normalised logits need a classifier with class indices as targets.")
     if problem.batches:
         batch = problem.batches[0]
         with problem.guard(), torch.no_grad():
@@ -389,7 +389,7 @@ def _normalised(problem: Problem) -> Problem:
             seen = value.requires_grad and torch.autograd.grad(value, logits, allow_unused=True)[0] is not None
         if not seen:
             raise ValueError(
-                "the loss does not depend on the logits that the model returns, so these cannot be normalised."
+                "the loss does not depend on the logits that the model returns, so normalising them has no effect."
             )
     return under(problem, LogitNormalised(problem.loss))
 

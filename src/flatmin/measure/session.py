@@ -1,4 +1,4 @@
-"""What the sections of a report share: the problem, its settings, one Krylov run, and the form of their numbers."""
+"""State shared by the sections of a report: the problem, the settings, one Lanczos run, and the measured numbers."""
 
 from __future__ import annotations
 
@@ -31,13 +31,14 @@ class Quantity:
 
     Args:
         name: key, such as "lambda_1".
-        text: what it is, in words.
+        text: description.
         value: the number.
-        error: half width of what is known of it, in its own unit; 0 for a value exact to rounding, NaN if unknown.
-        error_is: what the error is, such as "standard error", "residual", "a step could still add" or "rounding".
-        flat: whether "low" or "high" values are called flat; "" for neither.
-        note: what a reader must know besides, such as "not converged".
-        conventions: what it was measured on.
+        error: uncertainty of the value, in the same unit; 0 for a value exact to rounding, NaN if unknown. Default 0.
+        error_is: kind of error, such as "standard error", "residual", "possible further rise" or "rounding". Default
+            "rounding".
+        flat: whether "low" or "high" values mean flat; "" for neither. Default "".
+        note: remark for the reader, such as "not converged". Default "".
+        conventions: conditions of the measurement.
     """
 
     name: str
@@ -52,16 +53,16 @@ class Quantity:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ReportSection:
-    """The part of a report that answers one question.
+    """One section of a report.
 
     Args:
         name: key in `flatmin.measure.sections.SECTIONS`.
-        title: for a heading.
+        title: heading.
         quantities: the numbers.
-        results: what the measures returned, by a name for a figure: Spectrum (without its vectors), Density, Curve or
-            Slice.
-        missing: what could not be measured -> why.
-        seconds: it took, of wall time.
+        results: full results for figures, by name: `Spectrum` (without its vectors), `Density`, `SharpnessCurve`,
+            `Slice` or `FoundRadius`. Default: none.
+        missing: name of each measure that failed, and the reason. Default: none.
+        seconds: wall time of the section. Default 0.
     """
 
     name: str
@@ -74,32 +75,32 @@ class ReportSection:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportSettings:
-    """How a report is measured.
+    """Settings of a report.
 
     Args:
-        top: largest eigenvalues.
-        bottom: smallest eigenvalues.
+        top: number of largest eigenvalues.
+        bottom: number of smallest eigenvalues.
         tol: relative residual of the eigenvalues.
         trace_tol: relative standard error of trace, Frobenius norm and relative flatness.
-        probes: most random probes for each.
-        runs: start vectors of the density; 0: that of the Krylov run, which costs nothing.
-        steps: of each.
-        rho: l2 radius of worst and average cases.
-        adaptive_rho: radius in multiples of |w|.
+        probes: maximum number of random probes for each of these.
+        runs: number of start vectors of the density; 0: use that of the eigenvalues, at no further cost.
+        steps: Lanczos steps per start vector of the density.
+        rho: l2 radius of worst-case and average-case sharpness.
+        adaptive_rho: radius of adaptive sharpness, in multiples of |w|.
         linf_rho: l-infinity radius.
-        rhos: radii of the curves, rising.
-        ascent_steps: gradient steps of a worst case.
-        m: examples in a group of m-sharpness; 0: no m-sharpness.
-        draws: random displacements of average cases and PAC-Bayes noise.
-        target: rise of the loss that PAC-Bayes noise may cause.
-        points: of a line of the landscape, odd.
-        plane: points of each side of the plane, odd; 0: no plane.
-        span: half width of a random direction, in multiples of the filters' lengths.
+        rhos: radii of the sharpness curves, ascending.
+        ascent_steps: number of gradient steps for worst-case sharpness.
+        m: number of examples per group for m-sharpness; 0: no m-sharpness.
+        draws: number of random displacements for average-case sharpness and PAC-Bayes noise.
+        target: rise of the loss at which PAC-Bayes noise is measured.
+        points: number of points of a landscape line, odd.
+        plane: number of points per side of the landscape plane, odd; 0: no plane.
+        span: half width of random directions, in multiples of the filter norms.
         reach: half width along the top eigenvector, as a share of ||w||.
-        seed: of everything that is drawn.
+        seed: seed of all random numbers.
 
     Raises:
-        ValueError: a value out of range.
+        ValueError: a value is out of range.
     """
 
     top: int = 5
@@ -138,26 +139,26 @@ class ReportSettings:
             value = getattr(self, name)
             if not (name == "plane" and value == 0) and (value < 3 or value % 2 == 0):
                 raise ValueError(
-                    f"{name} must be odd and at least 3, so that the model itself is a point; got {value!r}."
+                    f"{name} must be odd and at least 3, so that the model itself is one of the points, got {value!r}."
                 )
         rising = all(a < b for a, b in itertools.pairwise((0.0, *self.rhos, math.inf)))
         if not self.rhos or not rising:
-            raise ValueError(f"rhos must rise from above 0, got {self.rhos!r}.")
+            raise ValueError(f"rhos must be finite, ascending and above 0, got {self.rhos!r}.")
 
 
 class Session:
-    """A problem under measurement: what sections share, and what the present one has found.
+    """A report in progress: what the sections share, and the results of the current section.
 
     Args:
         problem: the function.
-        settings: how it is measured.
-        folder: where landscapes are kept, so that they continue where they were stopped; None: nowhere.
-        progress: called with (what is measured, share of it done).
-        ascents: gives the optimizer, closures of a few batches, and the share of the loss below which a rise is
-            rounding, for what is measured of the method itself; None: no method is known.
+        settings: settings of the report. Default None: `ReportSettings()`.
+        folder: folder in which landscapes are stored, so an interrupted one is continued. Default None: not stored.
+        progress: called with (name of the measure, share done). Default None.
+        ascents: returns a context with the optimizer, closures of a few batches, and the share of the loss below which
+            a rise is rounding error. It is used by measures of the method itself. Default None: no method is known.
 
     Attributes:
-        quantities, results, missing: of the present section, see `ReportSection`.
+        quantities, results, missing: those of the current section, see `ReportSection`.
     """
 
     def __init__(
@@ -172,23 +173,23 @@ class Session:
         self.problem, self.settings = problem, settings or ReportSettings()
         self.folder, self.ascents = folder, ascents
         self._progress = progress
-        self._raised: Exception | None = None  # by progress
+        self._raised: Exception | None = None  # exception raised by `progress`
         self._krylov: Spectrum | str | None = None
         self.begin()
 
     def begin(self) -> None:
-        """Begin a section, of which nothing is known yet."""
+        """Begin a section: clear the results of the previous one."""
         self.quantities: list[Quantity] = []
         self.results: dict[str, Any] = {}
         self.missing: dict[str, str] = {}
 
     @cached_property
     def hessian(self) -> Hessian:
-        """Of the problem."""
+        """The Hessian of the problem."""
         return Hessian(self.problem)
 
     def tell(self, what: str, share: float) -> None:
-        """Say what is being measured."""
+        """Report progress: the name of the measure and the share done."""
         if self._progress is not None:
             try:
                 self._progress(what, share)
@@ -198,7 +199,7 @@ class Session:
 
     @property
     def spectrum(self) -> Spectrum:
-        """The Krylov run from which eigenvalues come, and which deflates the rest; tried once."""
+        """The Lanczos run for eigenvalues and deflation, computed at first use. If it fails, it is not repeated."""
         if self._krylov is None:
             try:
                 self._krylov = self._run()
@@ -222,11 +223,11 @@ class Session:
         )
 
     def landscape_file(self, name: str) -> Path | None:
-        """The file of a landscape."""
+        """The file in which a landscape is stored; None without a folder."""
         return None if self.folder is None else self.folder / f"{name}.pt"
 
     def add(self, name: str, text: str, value: float, **rest: Any) -> Quantity:
-        """Add a number to the section, by the entries of `Quantity`; one that is not finite is noted as such."""
+        """Add a number to the section, with the fields of `Quantity`. A value that is not finite gets a note."""
         if not math.isfinite(value):
             rest["note"] = "; ".join(filter(None, (f"the value is {value}", rest.get("note"))))
         quantity = Quantity(name=name, text=text, value=value, **{"conventions": self.problem.conventions} | rest)
@@ -234,7 +235,7 @@ class Session:
         return quantity
 
     def attempt(self, what: str, measure: Callable[[], Result]) -> Result | None:
-        """What a measure gives; where it fails it is missing under this name, with the reason, and None is given."""
+        """Return the result of a measure. If it fails, record the reason under `missing` and return None."""
         self.tell(what, 0.0)
         try:
             return measure()
@@ -243,26 +244,26 @@ class Session:
             return None
 
     def _why(self, error: Exception) -> str:
-        """The reason for a number that is missing; what is no failure of a measure is raised again."""
+        """The reason why a measure failed. Exceptions that are not failures of a measure are raised again."""
         refused = isinstance(error, (ValueError, ArithmeticError, _KrylovError))
-        # Processes of a group must continue alike, and what they refuse, all of them do.
+        # All processes of a group must continue in the same way. Only these errors occur in all of them.
         if error is self._raised or (self.problem.group is not None and not refused):
             raise error
         why = reason(error)
-        # On the CPU torch raises a plain RuntimeError.
+        # On the CPU, torch raises a plain RuntimeError if memory runs out.
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in why:
-            why += "; smaller batches or fewer examples need less memory"
+            why += "; use smaller batches or fewer examples"
             if "hessian" in vars(self):
-                self.hessian.close()  # what it keeps is made again where it is needed
+                self.hessian.close()  # free the stored graphs, which are recomputed when needed
         return why
 
 
 class _KrylovError(Exception):
-    """The Krylov run has failed; the message is the reason."""
+    """The Lanczos run has failed. The message is the reason."""
 
 
 def closeness(error: float, tol: float) -> float:
-    """How near an error is to what was asked, from 0 to 1, by orders of magnitude."""
+    """Progress of an error towards its tolerance on a logarithmic scale, from 0 to 1."""
     if not error > tol:
         return 1.0
     return 0.0 if not error < 1 or tol >= 1 else math.log(error) / math.log(tol)

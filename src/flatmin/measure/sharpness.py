@@ -1,4 +1,4 @@
-"""How far the loss rises near the weights: in the worst direction, and over few examples at a time."""
+"""Worst-case sharpness: how much the loss rises near the weights, over all data or over groups of m examples."""
 
 from __future__ import annotations
 
@@ -22,23 +22,26 @@ _MOMENTUM = 0.3
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Sharpness:
-    r"""What an ascent found of max L(w + delta) - L(w) in a ball: a lower bound, and how it was found.
+    r"""Result of `worst_case`: a lower bound of max L(w + delta) - L(w) in a ball, found by gradient ascent.
+
+    The gap of a point is L(w + delta) - L(w).
 
     Args:
-        value: the gap at the best point visited, w itself among them, so never negative and never below `one_step`.
-        one_step: the gap of the closed-form first step, which is the SAM (adaptive: ASAM) gap; may be negative. 0 where
-            the gradient is zero, as SAM does not move there.
+        value: the largest gap of all visited points. These include w, so it is never negative and never below
+            `one_step`.
+        one_step: the gap of the closed-form first step, which is that of SAM (adaptive: of ASAM). It can be negative,
+            and is 0 if the gradient is zero, because SAM does not move then.
         loss: L(w).
-        left: \max_v <g, v - u> over the ball at the best point, in units of the loss: what a further step could add to
-            first order. 0 at a stationary point; no bound of what the ascent missed.
-        converged: left <= tol * value.
+        left: \max_v <g, v - u> over the ball at the best point, in units of the loss: how much a further step could add
+            to first order. It is 0 at a stationary point. It is not a bound on the distance to the true maximum.
+        converged: whether left <= tol * value.
         rho, norm, adaptive, eta: the ball.
-        steps, restarts: as asked.
-        gradients: evaluations of the loss and its gradient.
-        history: the best gap after each step of the ascent from w.
+        steps, restarts: the arguments of `worst_case`.
+        gradients: number of evaluations of the loss and its gradient.
+        history: the largest gap after each step of the ascent that starts at w.
         displacement: delta of the best point, shape (size,).
-        error_gap: the error rate at w + delta less that at w, if it was asked for.
-        conventions: of the problem, with the seed where something was drawn.
+        error_gap: the error rate at w + delta minus that at w; None if not requested.
+        conventions: conventions of the problem, with the seed if random points were used.
     """
 
     value: float
@@ -72,38 +75,42 @@ def worst_case(
     errors: bool = False,
     seed: int = 0,
 ) -> Sharpness:
-    r"""Worst-case sharpness by projected ascent; with steps=1 the SAM gap.
+    r"""Measure worst-case sharpness by projected gradient ascent. With steps=1 it is the gap of SAM's step.
 
     .. math::
         \max_{\|u\|_p \le \rho} L(w + s \odot u) - L(w),\quad s = 1 \text{ or } |w| + \eta
 
-    The first step is the closed form of SAM or ASAM, rho times the dual direction of the gradient. Each further one
-    goes to the point of the ball that is farthest along the new gradient, with some momentum, which is monotone
-    where L is convex along the way; where it overshoots, or the last step met negative curvature, it is a projected
-    gradient step of the length at which a parabola through what was seen has its top. A step that does not rise is
-    taken back, so the best gap never falls. Where an ascent reaches a stationary point, which may be a saddle, before
-    its steps are used up, the others start from a random point.
+    The first step is the closed form of SAM or ASAM: rho times the dual direction of the gradient. Each further step
+    goes to the point of the ball that is farthest along the new gradient, with some momentum; such steps are monotone
+    where L is convex along the way. If a step overshoots, or the previous step found negative curvature, the next step
+    is a projected gradient step. Its length is that at which a parabola fitted to the observed values has its maximum.
+    A step that does not increase the loss is undone, so the best gap never decreases. If an ascent reaches a stationary
+    point (possibly a saddle) before all steps are used, the remaining steps start from a random point.
 
     Args:
         problem: the function. Its weight decay, if any, is part of L.
         rho: radius, > 0, in the norm of u.
-        norm: "l2" (default) or "linf".
-        adaptive: whether u is in multiples of |w|; invariant then to a change of scale between layers that leaves the
-            net's function as it is, if eta is 0. Default False.
-        eta: added to |w|, >= 0. Default 0, where weights that are zero do not move.
-        steps: gradient steps, >= 1, those taken back among them. Default 20, of Andriushchenko et al. 2023.
-        restarts: further ascents of as many steps, from random points of the ball, >= 0. Default 0.
-        tol: a point is stationary where `left` is at most this share of its gap; >= 0. Default 1e-5.
-        errors: also the gap of the error rate at the point found. Default False.
-        seed: of the random points.
+        norm: "l2" or "linf". Default "l2".
+        adaptive: scale u by |w| + eta. With eta = 0, the result is invariant to rescaling between layers that leaves
+            the function of the network unchanged. Default False.
+        eta: added to |w|, >= 0. Default 0: weights that are zero do not move.
+        steps: number of gradient steps, >= 1, including undone steps. Default 20, as in Andriushchenko et al. 2023.
+        restarts: number of further ascents with as many steps, from random points of the ball, >= 0. Default 0.
+        tol: a point counts as stationary if `left` is at most this share of its gap; >= 0. Default 1e-5.
+        errors: also measure the gap of the error rate at the best point. Default False.
+        seed: seed of the random points. Default 0.
+
+    Returns:
+        The largest gap found, the gap of the first step, and how the ascent ended.
 
     Raises:
-        ValueError: a bad number or norm, weights that are all zero (adaptive) or in half precision.
-        ArithmeticError: a loss or gradient that is not finite at a displaced point.
+        ValueError: a number or the norm is invalid; all weights are zero (adaptive); or the weights are in half
+            precision.
+        ArithmeticError: the loss or its gradient is not finite at a displaced point.
 
     Sources: Foret et al., ICLR 2021 (first step); Kwon et al., ICML 2021 (adaptive); Andriushchenko et
-    al., ICML 2023 (the gap; their ascent is another). Steps to the far end: Journee, Nesterov, Richtarik & Sepulchre,
-    JMLR 11, 2010.
+    al., ICML 2023 (the gap; they use a different ascent). Steps to the farthest point: Journee, Nesterov, Richtarik &
+    Sepulchre, JMLR 11, 2010.
     """
     options = _Options(norm, adaptive, eta, steps, restarts, tol, errors, seed)
     return _rising(problem, [rho], options)[0]
@@ -129,7 +136,7 @@ class _Options:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class _Point:
-    """A point in u, the rise of the loss there, and its gradient in u."""
+    """A point u, the gap there, and its gradient in u."""
 
     u: Tensor
     gap: float
@@ -170,16 +177,19 @@ class _Ascent:
         return point.gap > 0 and self.left(point) <= self.options.tol * point.gap
 
     def climb(self, start: _Point, steps: int, other: _Point | None = None) -> tuple[_Point, list[float], float]:
-        """The best point, the best gap after each step, and the gap of the first step; `other` is seen after it."""
+        """The best point, the best gap after each step, and the gap of the first step.
+
+        `other` is a further start, used after the first step if its gap is larger.
+        """
         here = best = start
         history: list[float] = []
         last: Tensor | None = None
         first = 0.0
-        size = math.inf  # of a step; infinite is to the far end of the ball
+        size = math.inf  # length of a step; infinite: go to the farthest point of the ball
         for step in range(steps):
             slope = length(here.g)
             if not slope or size < 1e-9 * self.ball.reach or self.done(here):
-                # A maximum or a saddle: the steps that are left are better spent elsewhere.
+                # A maximum or a saddle point: use the remaining steps from a random point.
                 if step:
                     here, last, size = self.random(), None, math.inf
             else:
@@ -192,7 +202,7 @@ class _Ascent:
                     size = math.inf if size > 10 * self.ball.reach else size
                     here, last = trial, change
                 elif last is not None:
-                    last = None  # it may have been the momentum
+                    last = None  # The momentum may be the cause: try without it.
                 else:
                     expected = dot(here.g, change)
                     missed = expected - (trial.gap - here.gap)
@@ -213,7 +223,7 @@ class _Ascent:
 
 
 def _rising(problem: Problem, rhos: Sequence[float], options: _Options) -> list[Sharpness]:
-    """Worst cases in balls that grow; what was found in one is a start in the next, so the values rise."""
+    """Worst cases in growing balls. The best point of one ball is a start in the next, so the values never fall."""
     balls = [ball(problem, rho, options.norm, options.adaptive, options.eta) for rho in rhos]
     loss, gradient = problem.gradient()
     if not math.isfinite(loss) or not torch.isfinite(gradient).all():
@@ -253,21 +263,21 @@ def _rising(problem: Problem, rhos: Sequence[float], options: _Options) -> list[
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Grouped:
-    """The mean over groups of m examples of the worst case of each group's own loss.
+    """Result of `m_sharpness`: the worst case of the loss of each group of m examples, averaged over the groups.
 
     Args:
         value: mean of the gaps.
         error: its standard error over the groups; NaN for a single group.
-        one_step: mean of the gaps of the first steps: the m-sharpness that SAM with per-group ascents sees.
-        m: examples in a group.
-        groups: number of them, over all processes.
-        left_out: examples left over, over all processes.
-        gaps: of the groups of this process, in the order of the data.
+        one_step: mean of the gaps of the first steps: the m-sharpness at the ascent steps of SAM, one per group.
+        m: number of examples per group.
+        groups: number of groups, over all processes.
+        left_out: number of examples in no group, over all processes.
+        gaps: gap of each group of this process, in the order of the data.
         converged: share of the groups whose ascent converged.
         rho, norm, adaptive, eta, steps, restarts: see `Sharpness`.
-        gradients: evaluations of a group's loss and gradient, in this process.
-        error_gap: mean rise of the error rate at the points found, if it was asked for.
-        conventions: of the problem, with the examples that were used; the batch is m.
+        gradients: number of evaluations of a group's loss and gradient, in this process.
+        error_gap: mean rise of the error rate at the best points; None if not requested.
+        conventions: conventions of the problem, with the number of examples used; the batch is m.
     """
 
     value: float
@@ -303,29 +313,32 @@ def m_sharpness(
     errors: bool = False,
     seed: int = 0,
 ) -> Grouped:
-    r"""m-sharpness: the worst case of the loss over m examples, averaged over the groups of m consecutive examples.
+    r"""Measure m-sharpness: the worst case of the loss over m examples, averaged over groups of m examples.
 
     .. math::
         \frac{1}{|G|} \sum_{g \in G} \max_{\|u\|_p \le \rho} L_g(w + s \odot u) - L_g(w),\quad |g| = m
 
-    With m the number of examples it is `worst_case`; the smaller m, the larger it is. Groups are taken in the order of
-    the data, and what is left over at the end is left out.
+    If m is the number of examples, this is `worst_case`. Smaller m gives larger values. A group consists of m
+    consecutive examples. Examples left over at the end are not used.
 
     Args:
         problem: the function.
-        m: examples in a group, >= 1.
-        rho: radius, > 0; this and the others as in `worst_case`.
-        norm: "l2" (default) or "linf".
-        adaptive: whether u is in multiples of |w|. Default False.
-        eta: added to |w|. Default 0.
-        steps: gradient steps for each group. Default 20.
-        restarts: further ascents for each group. Default 0.
-        tol: where an ascent stops. Default 1e-5.
-        errors: also the gaps of the error rate. Default False.
-        seed: of the random points, which differ between groups.
+        m: number of examples per group, >= 1.
+        rho: radius, > 0; see `worst_case`.
+        norm: "l2" or "linf". Default "l2".
+        adaptive: scale u by |w| + eta. Default False.
+        eta: added to |w|, >= 0. Default 0.
+        steps: number of gradient steps for each group. Default 20.
+        restarts: number of further ascents for each group. Default 0.
+        tol: tolerance of a stationary point; see `worst_case`. Default 1e-5.
+        errors: also measure the gap of the error rate. Default False.
+        seed: seed of the random points, which differ between groups. Default 0.
+
+    Returns:
+        The mean over the groups with its standard error.
 
     Raises:
-        ValueError: m below 1 or above the number of examples; see `worst_case`.
+        ValueError: m is below 1 or above the number of examples; see also `worst_case`.
         ArithmeticError: see `worst_case`.
 
     Sources: Foret et al., ICLR 2021; Andriushchenko & Flammarion, ICML 2022.
@@ -339,7 +352,7 @@ def _grouped(problem: Problem, m: int, rhos: Sequence[float], options: _Options)
     by_group = []
     for i, group in enumerate(groups):
         results = _rising(group, rhos, replace(options, seed=options.seed * 1_000_003 + i))
-        # As many vectors as groups would not fit.
+        # Drop the displacements: one vector per group would take too much memory.
         by_group.append([replace(r, displacement=r.displacement[:0].clone()) for r in results])
     return [
         _mean(problem, m, left, groups, [results[i] for results in by_group], rho, options)
@@ -369,7 +382,7 @@ def _mean(
     n, left_out, total, first, converged, errors, terms = _reduced(problem, local)
     if not n:
         raise ValueError(
-            f"there is no group of m={m} examples in the {problem.conventions.examples} of the data; use a smaller m."
+            f"the data have {problem.conventions.examples} examples, which make no group of m={m}; use a smaller m."
         )
     mean = total / n
     spread = _reduced(problem, [math.fsum((gap - mean) ** 2 for gap in gaps)])[0]
@@ -403,13 +416,13 @@ def _reduced(problem: Problem, values: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SharpnessCurve:
-    """Sharpness over radii.
+    """Result of `curve`: sharpness as a function of the radius.
 
     Args:
-        rhos: the radii, rising.
-        values: of the measure; of worst cases without error they never fall.
-        errors: standard errors; NaN where there are none.
-        results: what each radius gave.
+        rhos: the radii, ascending.
+        values: value at each radius. Worst cases never decrease.
+        errors: standard error at each radius; NaN if the measure has none.
+        results: full result at each radius.
     """
 
     rhos: tuple[float, ...]
@@ -426,29 +439,32 @@ def curve(
     m: int | None = None,
     **options: Any,
 ) -> SharpnessCurve:
-    """A measure over rising radii, in one go.
+    """Measure sharpness at several radii.
 
-    Worst cases start from what was found at the radius before as well, so that they rise with it as the true maxima do;
-    average cases use the same draws at every radius.
+    Worst cases also start from the best point of the previous radius, so they never decrease, like the true maxima.
+    Average cases use the same draws at every radius.
 
     Args:
         problem: the function.
-        rhos: radii, > 0, rising.
-        measure: "worst" (default), "average" or "groups" (m-sharpness).
-        m: examples in a group, for "groups".
-        **options: of `worst_case`, `average_case` or `m_sharpness`.
+        rhos: radii, > 0, ascending.
+        measure: "worst" (`worst_case`), "average" (`average_case`) or "groups" (`m_sharpness`). Default "worst".
+        m: number of examples per group, for "groups" only.
+        **options: further arguments of `worst_case`, `average_case` or `m_sharpness`.
 
     Raises:
-        ValueError: no radius, radii that do not rise, m missing or without use; and those of the measure.
+        ValueError: `rhos` is empty or not ascending, `m` is missing for "groups" or given for another measure, or as
+            in the measure.
         ArithmeticError: see the measure.
     """
     radii = [float(rho) for rho in rhos]
     if not radii or any(b <= a for a, b in itertools.pairwise(radii)):
-        raise ValueError(f"rhos must hold rising radii, got {list(rhos)!r}.")
+        raise ValueError(f"rhos must be a non-empty list of ascending radii, got {list(rhos)!r}.")
     if measure not in ("worst", "average", "groups"):
         raise ValueError(f"measure must be 'worst', 'average' or 'groups', got {measure!r}.")
     if (measure == "groups") != (m is not None):
-        raise ValueError(f"m is the size of the groups of measure='groups'; got measure={measure!r} and m={m!r}.")
+        raise ValueError(
+            f"m is required for measure='groups' and only used there; got measure={measure!r} and m={m!r}."
+        )
     results: Any
     if measure == "average":
         results = [average_case(problem, rho, **options) for rho in radii]

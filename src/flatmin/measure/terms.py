@@ -1,9 +1,9 @@
-"""How the losses of batches make up the loss of all data: weights that are tried on a few examples and their parts.
+"""Determine how the losses of batches are combined into the loss of all data.
 
-A loss is a function of (outputs, targets), and nothing in it says for certain what its mean divides by. So every weight
-that a batch could have is a candidate, and is kept if the losses and gradients of two parts of a few examples give
-those of the examples together. What only other examples show is seen where the loss of every batch is compared with
-those of parts of its outputs.
+A loss is a function of (outputs, targets), and nothing declares reliably what its mean divides by. So every possible
+weight of a batch is a candidate. It is kept if the losses and gradients of two parts of a few examples, combined with
+that weight, give those of all these examples. To cover what other examples show, the loss of every batch is then
+compared with the losses of parts of its outputs.
 """
 
 from __future__ import annotations
@@ -31,34 +31,34 @@ from flatmin.measure.counts import (
 )
 from flatmin.measure.nested import Axes, Pair, axis_of, cut, first_tensor, joined, tensors
 
-_PROBES = 10  # sets of examples that are compared with their parts, beside the first few
-_ROWS = 6  # examples of one batch in one of them
-# What a loss may raise on examples that it cannot take.
+_PROBES = 10  # number of further comparisons, after the first few
+_ROWS = 6  # examples of one batch in a comparison
+# Exceptions that a loss may raise on examples that it does not support.
 Unfit = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError)
 
 
 class LossTrial(Protocol):
-    """Losses with gradients, to be compared."""
+    """Interface of an object that evaluates losses and gradients for comparison."""
 
     tol: float
 
     def together(self, pair: Pair, rows: Sequence[Tensor], count: int, axes: Axes) -> list[Tensor] | None:
-        """[loss, gradient] of each set of rows, the outputs cut; None if the outputs have no rows."""
+        """[loss, gradient] of each set of rows, from one forward pass; None if the outputs have no row per example."""
 
     def apart(self, pair: Pair, rows: Sequence[Tensor], count: int, axes: Axes) -> list[Tensor] | None:
-        """The same, the model run on each set of rows by itself."""
+        """[loss, gradient] of each set of rows, with a separate forward pass for each."""
 
 
 @dataclass
 class TrialOutcome:
-    """What trials say.
+    """Result of the comparisons.
 
     Args:
-        names: texts of the counts that stood all of them.
-        summed: whether the sum did.
-        probes: sets of examples that were compared.
-        coupled: whether the outputs of an example depend on the others.
-        comparison: one of them, in words.
+        names: texts of the weights that passed all comparisons.
+        summed: whether the sum passed all comparisons.
+        probes: number of comparisons.
+        coupled: whether the outputs of an example depend on the other examples.
+        comparison: description of one comparison.
         trial: see `WeightRule`.
     """
 
@@ -71,28 +71,28 @@ class TrialOutcome:
 
     @property
     def failed(self) -> bool:
-        """Whether nothing stood the trials."""
+        """Whether there were comparisons and nothing passed them."""
         return self.probes > 0 and not self.names and not self.summed
 
 
 def compare(
     trial: LossTrial, pairs: Sequence[Pair], counts: Sequence[BatchWeight | CallerWeight], *, in_eval: bool
 ) -> TrialOutcome:
-    """Which of the counts make the losses of parts the loss of the whole.
+    """Find the weights for which the losses of parts, combined, give the loss of the whole.
 
     Args:
-        trial: evaluates.
+        trial: evaluates losses and gradients.
         pairs: the batches.
-        counts: candidates.
-        in_eval: whether examples are independent of each other in the model, as far as is known; then the model runs on
-            the parts, otherwise its outputs for the whole are cut.
+        counts: candidate weights.
+        in_eval: whether the examples are presumably independent of each other in the model. If so, the model runs on
+            each part separately first; otherwise its outputs for the whole are split first.
     """
     shapes = [first_tensor(targets).shape for _, targets in pairs]
     ways = ("apart", "together") if in_eval else ("together", "apart")
     tries: list[tuple[str, Axes]] = [(way, (0, 1)) for way in ways]
     if all(len(s) > 1 for s in shapes):
-        # Outputs may fall into parts along any dimension. That examples are dimension 1 is seen where it alone differs
-        # between batches, or where the model runs on parts of it.
+        # Outputs could be split along any dimension. Dimension 1 is tried as the examples only if it alone differs
+        # between batches, or if the model runs on parts of it.
         second = len({s[:1] for s in shapes}) == 1 < len({s[1:2] for s in shapes})
         tries += [(way, (1, 0)) for way in (ways if second else ways[:1] if in_eval else ())]
     first: TrialOutcome | None = None
@@ -111,30 +111,30 @@ Row = tuple[int, int]  # number of a batch, and of an example in it
 
 
 def _layout(part: Any, count: int, axes: Axes) -> tuple[int | None, ...]:
-    """The dimension of the examples in each tensor."""
+    """The dimension of the examples in each tensor of nested data."""
     return tuple(axis_of(t, count, axes) for _, t in tensors(part))
 
 
 def _units(pairs: Sequence[Pair], axes: Axes) -> list[tuple[Pair, int]]:
-    """Batches with their numbers of examples; none if by sizes alone it cannot be seen where a tensor has these."""
+    """Batches with their numbers of examples; empty if the sizes do not show which dimension indexes the examples."""
     units = [(pair, first_tensor(pair[1]).shape[axes[0]]) for pair in pairs]
     return units if len({_layout(pair, n, axes) for pair, n in units}) == 1 else []
 
 
 def _mean(weights: Sequence[float], parts: Sequence[Tensor]) -> Tensor | None:
-    """The mean of two parts' losses by their weights; None where neither counts."""
+    """The weighted mean of the losses of two parts; None if both weights are zero."""
     total = sum(weights)
     counted = [(w / total) * p for w, p in zip(weights, parts, strict=True) if w and total]
     return torch.stack(counted).sum(0) if counted else None
 
 
 def _empty(weights: Sequence[float], parts: Sequence[Tensor]) -> bool:
-    """Whether a part is a mean over no term, which is not finite, and says nothing of what it divides."""
+    """Whether a part is a mean over no term: it is not finite, and shows nothing about the divisor."""
     return any(w == 0 and not p.isfinite().all() for w, p in zip(weights, parts, strict=True))
 
 
 class _Comparison:
-    """Comparisons in one way, along one dimension."""
+    """Comparisons with one way of separating examples, along one dimension."""
 
     def __init__(
         self,
@@ -148,12 +148,12 @@ class _Comparison:
         self.units = _units(pairs, axes)
         self.generator = torch.Generator().manual_seed(0)
         self.alive: dict[str, BatchWeight | CallerWeight] = {c.text: c for c in reversed(counts)}
-        self.alive = {c.text: self.alive[c.text] for c in counts}  # in their order, the first of each text
+        self.alive = {c.text: self.alive[c.text] for c in counts}  # in the given order, the first of each text
         self.rows: dict[str, Tensor | None] = {}
         self.summed, self.probes, self.comparison = True, 0, ""
 
     def run(self) -> TrialOutcome:
-        """All of them."""
+        """Run all comparisons."""
         for rows in (*self._mixed(), *self._within()):
             first = 2 if len(rows) > 4 else 1
             self._try(rows[:first], rows[first:])
@@ -166,19 +166,19 @@ class _Comparison:
         return TrialOutcome(list(self.alive), self.summed, self.probes, comparison=self.comparison)
 
     def _within(self) -> Iterator[list[Row]]:
-        """Examples of one batch, the first and the last."""
+        """Examples of the first and of the last batch, each batch separately."""
         for unit in sorted({0, len(self.units) - 1} if self.units else ()):
             yield [(unit, i) for i in self._drawn(self.units[unit][1], _ROWS)]
 
     def _mixed(self) -> Iterator[list[Row]]:
-        """Examples of several batches, twice, with unlike labels among them."""
+        """Examples of several batches, twice, including examples with different labels."""
         for _ in range(2 if len(self.units) > 1 else 0):
             some = [self._one(unit) for _ in range(2) for unit in self._drawn(len(self.units), _ROWS)]
             some = list(dict.fromkeys([*some[: 2 * _ROWS - 4], *self._unlike()]))
             yield [some[i] for i in self._drawn(len(some), len(some))]
 
     def _unlike(self) -> list[Row]:
-        """Examples of up to four labels."""
+        """One example for each of up to four labels."""
         rows: dict[float, Row] = {}
         for unit, (pair, n) in enumerate(self.units):
             first = first_tensor(pair[1])
@@ -200,7 +200,7 @@ class _Comparison:
         return unit, int(torch.randint(self.units[unit][1], (), generator=self.generator))
 
     def _apart(self, tried: set[tuple[str, str]]) -> tuple[list[Row], list[Row]] | None:
-        """Two parts that tell apart two of the counts that are left; None if they are proportional on all examples."""
+        """Two parts that distinguish two of the remaining weights; None if all are proportional on all examples."""
         for name in self.alive.keys() - self.rows.keys():
             self.rows[name] = self._rows(self.alive[name])
         rows = {name: self.rows[name] for name in self.alive}
@@ -213,7 +213,7 @@ class _Comparison:
             most, least = self._place(int(far.argmax())), self._place(int(far.argmin()))
             if self._pair([most, least]) is not None:
                 return [most], [least]
-            # Batches that do not fit together: the best within one.
+            # The batches cannot be concatenated: use the best pair within one batch.
             best: tuple[float, list[Row], list[Row]] = (-1.0, [], [])
             start = 0
             for unit, (_, n) in enumerate(self.units):
@@ -240,7 +240,7 @@ class _Comparison:
         return torch.cat(present) if len(present) == len(rows) and rows else None
 
     def _pair(self, rows: Sequence[Row]) -> Pair | None:
-        """These examples as one batch."""
+        """These examples as one batch; None if they cannot be concatenated."""
         parts = []
         for unit, group in itertools.groupby(rows, key=lambda row: row[0]):
             pair, n = self.units[unit]
@@ -249,12 +249,12 @@ class _Comparison:
         return parts[0][0] if len(parts) == 1 else joined(parts, self.axes)
 
     def refuted(self, a: Sequence[Row], b: Sequence[Row], reduction: Reduction) -> bool:
-        """Whether these parts tell against the counts, or against the sum."""
+        """Whether these parts contradict all weights or, for a sum, the sum."""
         self._try(a, b)
         return not (self.summed if reduction == "sum" else self.alive)
 
     def _try(self, a: Sequence[Row], b: Sequence[Row]) -> None:
-        """Compare, and drop what does not stand."""
+        """Compare two parts with the whole, and drop the weights that fail."""
         pair = self._pair([*a, *b]) if a and b else None
         if pair is None:
             return
@@ -270,7 +270,7 @@ class _Comparison:
             return
         one, two, whole = evaluated
         if not torch.isfinite(whole).all():
-            return  # every term of these examples is ignored, say
+            return  # for example, the loss ignores every term of these examples
         self.probes += bool(one.isfinite().all() and two.isfinite().all())
         pieces = [cut(pair, rows, n, self.axes) for rows in parts]
         self.summed = self.summed and self._alike(one + two, whole, one, two)
@@ -282,12 +282,12 @@ class _Comparison:
             if not _empty(weights, (one, two)):
                 del self.alive[name]
         self.comparison = (
-            f"{n} examples have a loss of {float(whole[0]):.4g}, {len(a)} of them {float(one[0]):.4g} and the other "
-            f"{len(b)} {float(two[0]):.4g}"
+            f"the loss of {n} examples is {float(whole[0]):.4g}, that of {len(a)} of them {float(one[0]):.4g} and that "
+            f"of the other {len(b)} {float(two[0]):.4g}"
         )
 
     def _alike(self, combined: Tensor, whole: Tensor, *parts: Tensor) -> bool:
-        """Whether loss and gradient are the same up to round-off."""
+        """Whether loss and gradient agree up to round-off."""
         for rows in (slice(0, 1), slice(1, None)):
             size = max(float(v[rows].norm()) for v in (whole, *(p for p in parts if torch.isfinite(p).all())))
             if not float((combined[rows] - whole[rows]).norm()) <= self.tol * size:
@@ -298,19 +298,19 @@ class _Comparison:
 # -- every batch -------------------------------------------------------------------------------------------------------
 
 _LAST, _FIRST = 3, 5  # examples on either side of the border between two batches
-# Round-off of a loss, times the root of its number of terms; what is beyond it is evaluated once more.
+# Round-off of a loss, to be multiplied by the root of its number of terms. Larger differences are evaluated again.
 _ROUND_OFF = {torch.float64: 1e-12, torch.float32: 1e-6}
 
 
 class EveryBatch:
-    """A rule against every batch, by losses of parts of the outputs that its own loss was taken of.
+    """Checks a rule on every batch, with the losses of parts of its outputs.
 
-    The parts of a batch are a third and the rest of it, and beside them the last few examples of the batch before with
-    its own first few.
+    A batch is split into a third and the rest. In addition, the last few examples of the previous batch are combined
+    with the first few of this one.
 
     Args:
         pairs: the batches.
-        rule: how they make up the loss of all data; with a trial.
+        rule: how they are combined into the loss of all data; it must have a trial.
         value: (outputs, targets) -> loss.
     """
 
@@ -321,13 +321,13 @@ class EveryBatch:
         self.last: tuple[Any, int, list[Row]] | None = None
 
     def counterexample(self, unit: int, outputs: Any, whole: Tensor, trials: Iterable[LossTrial]) -> str:
-        """What tells against the rule in a batch, in words; "" if nothing does.
+        """Describe a comparison that contradicts the rule in a batch; "" if there is none.
 
         Args:
             unit: number of the batch.
-            outputs: of the model on it.
-            whole: its loss.
-            trials: evaluate what is in doubt once more, with gradients and as exactly as in the first trial.
+            outputs: outputs of the model on the batch.
+            whole: loss of the batch.
+            trials: evaluate doubtful comparisons again, with gradients and as precisely as in the first trial.
         """
         for a, b in list(self._doubted(unit, outputs, whole)):
             for trial in trials:
@@ -339,7 +339,7 @@ class EveryBatch:
         return ""
 
     def _doubted(self, unit: int, outputs: Any, whole: Tensor) -> Iterator[tuple[list[Row], list[Row]]]:
-        """Two parts whose losses do not give that of both."""
+        """Yield pairs of parts whose losses, combined by the rule, do not give the loss of both."""
         before, self.last = self.last, None
         if not self.units or not all(axis is not None for axis in self._outputs(outputs, self.units[unit][1])):
             return
@@ -356,7 +356,7 @@ class EveryBatch:
             first = cut_to(0, min(n, _FIRST))
             if not self._stands(_layout(held, n, self.axes), before, first, None):
                 yield before[2], first[2]
-        last_rows = torch.arange(max(0, n - _LAST), n)  # by index, for a copy: a view would hold the whole batch
+        last_rows = torch.arange(max(0, n - _LAST), n)  # indexing copies: a view would keep the whole batch
         self.last = cut(held, last_rows, n, self.axes), len(last_rows), rows[-len(last_rows) :]
 
     def _outputs(self, outputs: Any, count: int) -> tuple[int | None, ...]:
@@ -369,7 +369,7 @@ class EveryBatch:
         b: tuple[Any, int, list[Row]],
         whole: Tensor | None,
     ) -> bool:
-        """Whether the rule gives the loss of both parts, as far as that can be said."""
+        """Whether the rule gives the loss of both parts together; True if it cannot be checked."""
         if any(_layout(part, n, self.axes) != layout for part, n, _ in (a, b)):
             return True
         both: Any = None
@@ -414,19 +414,19 @@ def weigh(
     in_eval: bool,
     all_gather: Callable[[Any], list[Any]],
 ) -> WeightRule:
-    """How batches make up the loss of all data.
+    """Determine how the losses of batches are combined into the loss of all data.
 
     Args:
         loss: (outputs, targets) -> scalar.
         pairs: the batches of this process with a finite loss.
-        trials: evaluate; the next one is asked where nothing stands the one before.
-        terms: given weights, or None.
-        reduction: given, or None.
+        trials: evaluate losses and gradients. The next trial is used if nothing passes the previous one.
+        terms: the caller's function for the weights, or None.
+        reduction: the caller's reduction, or None.
         in_eval: see `compare`.
-        all_gather: (object) -> those of all processes.
+        all_gather: (object) -> list of the objects of all processes.
 
     Raises:
-        ValueError: nothing that is tried gives the loss of a batch from its parts'.
+        ValueError: no weight that is tried gives the loss of a batch from the losses of its parts.
 
     Warns:
         UserWarning: see `Problem`.
@@ -453,25 +453,25 @@ def weigh(
     if not tried:
         if batches > 1 and terms is None and reduction is None and not is_of_torch(loss):
             _warn(
-                "the loss could not be taken of parts of a batch, so it is not known what its mean divides by; batches "
-                f"count by their {counts[0].text if counts else 'examples'}. Pass terms=, a function (inputs, targets) "
-                "-> number of terms of a batch, to say so."
+                "the loss could not be evaluated on parts of a batch, so it is unknown what its mean divides by; "
+                f"batches are weighted by their {counts[0].text if counts else 'examples'}. To set the weights, pass "
+                "terms=, a function (inputs, targets) -> number of terms of a batch."
             )
     elif reduction is None and (means or sums):
         chosen = "sum" if sums and (said == "sum" or not means) else "mean"
         if chosen == "sum" and said != "sum":
             _warn(
-                "the loss of a batch is the sum over its terms, not their mean; what is measured is the sum divided by "
-                f"the number of terms ({counts[0].text if counts else 'examples'}). Pass reduction='sum' if it is "
-                "meant so, and terms= to count otherwise."
+                "the loss of a batch is the sum over its terms, not their mean; the sum divided by the number of terms "
+                f"({counts[0].text if counts else 'examples'}) is measured. Pass reduction='sum' if this is intended, "
+                "and terms= to count other terms."
             )
     elif not (means if chosen == "mean" else sums):
         _refuse(batches, tried, chosen, terms, reduction, sums, means)
     if batches > 1 and any(one.coupled for one in tried):
         _warn(
-            "in eval mode the outputs of an example depend on the others of its batch (such as by batch statistics), "
-            "or examples are not the first dimension of the targets; so what is measured depends on the batches. Give "
-            "the data as one batch to be free of it."
+            "in eval mode the outputs of an example depend on the other examples of its batch (for example through "
+            "batch statistics), or the first dimension of the targets is not the examples; so the results depend on "
+            "how the data are divided into batches. Pass the data as one batch to avoid this."
         )
     by_name = {c.text: c for c in reversed(counts)}
     count = by_name[names[0]] if chosen == "mean" and names else counts[0] if counts else BatchWeight("examples")
@@ -488,41 +488,39 @@ def _refuse(
     sums: bool,
     means: bool,
 ) -> None:
-    """Refuse what no weights make right, unless the batch is the whole."""
+    """Raise ValueError if no weight passed, unless there is only one batch."""
     comparison = next(one.comparison for one in tried if one.failed or one.comparison)
     if batches == 1 and chosen == "mean":
-        return  # the batch is the whole
+        return  # one batch: no weights are needed
     if reduction == "mean" and sums:
-        raise ValueError(
-            f"reduction='mean' was given, but the loss of a batch is the sum over its terms: {comparison}."
-        )
+        raise ValueError(f"reduction='mean' was given, but the loss of a batch is the sum of its terms: {comparison}.")
     if reduction == "sum" and means:
         raise ValueError(f"reduction='sum' was given, but the loss of a batch is the mean of its terms: {comparison}.")
     refuse(comparison, taken_on=terms is not None and reduction is None)
 
 
 def refuse(comparison: str, *, taken_on: bool) -> None:
-    """Raise, or warn where the caller has taken it on by terms=, since a loss is not what the rule gives.
+    """Raise ValueError because a comparison contradicts the rule, or warn if the caller set the weights by terms=.
 
     Args:
-        comparison: one that contradicts it, in words.
-        taken_on: whether to warn.
+        comparison: description of the comparison.
+        taken_on: whether to warn instead of raising.
     """
     if taken_on:
         _warn(
-            f"the loss of a batch is not the mean of its parts' losses weighted by terms=: {comparison}. What is "
-            "measured depends on how the data are divided into batches."
+            f"the loss of a batch is not the mean of its parts' losses weighted by terms=: {comparison}. The results "
+            "depend on how the data are divided into batches."
         )
         return
     raise ValueError(
         f"the loss of a batch is neither a mean nor a sum over its examples, by any weight that was tried: "
-        f"{comparison}. So the loss of all data cannot be had from those of batches. If the loss compares the "
-        "examples of a batch with each other, give the data as one batch. If it is a mean that divides by something "
-        "else, pass terms=, a function (inputs, targets) -> weight of a batch. If it is a sum with a penalty of the "
-        "weights added, take the penalty out (weight_decay=) or make it a mean (reduction)."
+        f"{comparison}. So the loss of all data cannot be computed from the losses of batches. If the loss compares "
+        "the examples of a batch with each other, pass the data as one batch. If it is a mean that divides by "
+        "something else, pass terms=, a function (inputs, targets) -> weight of a batch. If it is a sum plus a penalty "
+        "on the weights, remove the penalty (weight_decay=) or use a mean (reduction)."
     )
 
 
 def _warn(text: str) -> None:
-    """At the line that makes the problem."""
+    """Warn at the line that makes the problem."""
     warnings.warn(text, UserWarning, stacklevel=5)

@@ -1,4 +1,4 @@
-"""Trace, diagonal, Frobenius norm and spectral density by random probes, each with its standard error."""
+"""Trace, diagonal, Frobenius norm and spectral density of an operator, estimated with random probes."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ _WHOLE, _LARGEST = 5, 2000
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A number from independent probes.
+    """An estimate from independent random probes.
 
     Args:
         value: the estimate.
-        error: its standard error; NaN with fewer than two probes, 0 if it is exact.
-        probes: independent probes.
-        products: with the operator, those of a basis that was given not counted again.
-        converged: whether the error reached what was asked.
-        conventions: of the operator, with the seed.
+        error: its standard error; NaN with fewer than two probes, 0 if the value is exact.
+        probes: number of independent probes.
+        products: number of products with the operator, without those of a given `spectrum`.
+        converged: whether the error reached the requested tolerance.
+        conventions: conventions of the operator, with the seed.
     """
 
     value: float
@@ -39,7 +39,7 @@ class Estimate:
     conventions: Conventions | None
 
     def interval(self, confidence: float = 0.95) -> tuple[float, float]:
-        """The t interval of the value."""
+        """Confidence interval of the value, by Student's t distribution."""
         if not self.error:
             return self.value, self.value
         half = t_quantile((1 + confidence) / 2, self.probes - 1) * self.error
@@ -55,28 +55,32 @@ def trace(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Estimate:
-    r"""Tr H, by probes across what a Krylov run already knows.
+    r"""Estimate the trace of an operator, by Hutchinson's method with deflation.
 
     .. math::
         \mathrm{tr} H = \sum_{q \in Q} q^T H q + E[z^T H z],\quad z \sim \text{sphere of radius } \sqrt{n - |Q|}
         \text{ in } Q^\perp
 
-    The basis Q of a `spectrum` run holds the large eigenvalues, whose share of the variance is then gone. Stops when
-    the standard error is at most `tol` of the value, after at least 20 probes, and then draws a fifth more: where an
-    error first looks small it is so by luck, in part. With plain probes and a loose `tol` the 95 % interval covers
-    about 90 %, since few probes show little of a skewed distribution.
+    The basis Q of a `spectrum` run contains the eigenvectors of large eigenvalues, so these no longer contribute to the
+    variance. The estimate stops when the standard error is at most `tol` times the value, after at least 20 probes, and
+    then draws a fifth more, because an error that first falls below a threshold is partly small by chance. With plain
+    probes and a large `tol`, the 95 % interval covers about 90 %, because few probes represent a skewed distribution
+    poorly.
 
     Args:
-        operator: see `spectrum`.
-        spectrum: a run on the same operator. Default: none, plain probes.
-        tol: relative standard error, > 0. Default 1 %.
-        max_probes: most probes. Default 2000.
-        seed: of the probes.
-        progress: called with (probes, relative error) after each.
+        operator: see `flatmin.measure.spectrum`.
+        spectrum: result of `flatmin.measure.spectrum` for the same operator. Default None: no deflation.
+        tol: relative standard error, > 0. Default 1e-2.
+        max_probes: maximum number of probes, >= 2. Default 2000.
+        seed: seed of the probes. Default 0.
+        progress: called with (probes, relative error) after each probe. Default None.
+
+    Returns:
+        The trace with its standard error.
 
     Raises:
-        ValueError: a bad number, or a run on another size.
-        ArithmeticError: a product that is not finite.
+        ValueError: a number is out of range, or `spectrum` has another size or no basis.
+        ArithmeticError: a product is not finite.
 
     Source: Hutchinson 1989; deflation: Gambhir, Stathopoulos & Orginos, SIAM J. Sci. Comput. 39, 2017; probes on the
     sphere: Epperly, Tropp & Webber, XTrace, 2024.
@@ -114,23 +118,26 @@ def frobenius(
     max_probes: int = 2000,
     seed: int = 0,
 ) -> Estimate:
-    r"""The Frobenius norm, by the mean of \|H z\|^2; with a Krylov run, outside of what it knows.
+    r"""Estimate the Frobenius norm of an operator by the mean of \|H z\|^2 over random probes z.
 
     .. math::
         \|H\|_F = \sqrt{\mathrm{tr} H^2},\quad \mathrm{tr} H^2 = \|H Q\|_F^2 + E \|H z\|^2
 
+    Q is the basis of the given `spectrum`, and the probes are orthogonal to it.
+
     Args:
-        operator: see `spectrum`.
-        spectrum: a run on the same operator that was not restarted. Its part costs one product per vector of the basis.
-        tol: relative standard error of the norm. Default 1 %.
-        max_probes: most probes. Default 2000.
-        seed: of the probes.
+        operator: see `flatmin.measure.spectrum`.
+        spectrum: result of `flatmin.measure.spectrum` for the same operator, without restarts. Its part takes one
+            product per vector of the basis. Default None: no basis.
+        tol: relative standard error of the norm, > 0. Default 1e-2.
+        max_probes: maximum number of probes, >= 2. Default 2000.
+        seed: seed of the probes. Default 0.
 
     Returns:
         The norm. Its standard error is that of the square divided by twice the norm.
 
     Raises:
-        ValueError, ArithmeticError: as `trace`.
+        ValueError, ArithmeticError: see `trace`.
     """
     _check(operator, spectrum, tol, max_probes)
     basis = _basis(spectrum)
@@ -148,7 +155,7 @@ def frobenius(
     running = _Running()
     for z in _probes(operator, basis, seed, max_probes):
         running.add(_dot(product := finite(operator.matvec(z)), product))
-        # The relative error of a root is half that of the square.
+        # The relative error of a square root is half that of its argument.
         if running.enough(running.error <= 2 * tol * (inside + running.mean)):
             break
     norm = math.sqrt(inside + running.mean)
@@ -164,13 +171,13 @@ def frobenius(
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Diagonal:
-    """The diagonal of an operator.
+    """Result of `diagonal`.
 
     Args:
-        value: shape (size,).
+        value: estimate of the diagonal, shape (size,).
         error: standard error of each entry, shape (size,).
-        probes: number of them.
-        conventions: of the operator, with the seed.
+        probes: number of probes.
+        conventions: conventions of the operator, with the seed.
     """
 
     value: Tensor
@@ -180,27 +187,30 @@ class Diagonal:
 
 
 def diagonal(operator: Operator, spectrum: Spectrum | None = None, *, probes: int = 100, seed: int = 0) -> Diagonal:
-    r"""Diag H, as the mean of z * H z over random signs z; with a Krylov run, outside of what it knows.
+    r"""Estimate the diagonal of an operator by the mean of z * H z over random signs z, with deflation.
 
     .. math::
         H = P H + (H Q^T) Q,\quad \mathrm{diag}(H) = \mathrm{diag}((H Q^T) Q) + E[z \odot P H z],\quad P = 1 - Q^T Q
 
-    with Q the top and bottom eigenvectors of the run, of which H Q^T = Q^T \Lambda is known.
+    The rows of Q are the top and bottom eigenvectors of the given `spectrum`, for which H Q^T = Q^T \Lambda.
 
     Args:
-        operator: see `spectrum`.
-        spectrum: a converged run on the same operator. Default: none.
-        probes: number of products, >= 2. Default 100.
-        seed: of the signs.
+        operator: see `flatmin.measure.spectrum`.
+        spectrum: converged result of `flatmin.measure.spectrum` for the same operator. Default None: no deflation.
+        probes: number of probes, one product each, >= 2. Default 100.
+        seed: seed of the signs. Default 0.
+
+    Returns:
+        The diagonal with the standard error of each entry.
 
     Raises:
-        ValueError: fewer than two probes.
-        ArithmeticError: a product that is not finite.
+        ValueError: `probes` is below 2.
+        ArithmeticError: a product is not finite.
 
     Source: Bekas, Kokiopoulou & Saad, Appl. Numer. Math. 57, 2007.
     """
     if probes < 2:
-        raise ValueError(f"a diagonal with an error needs at least two probes, got {probes!r}.")
+        raise ValueError(f"probes must be at least 2, got {probes!r}.")
     generator = torch.Generator().manual_seed(_stream(seed))
     vectors = values = None
     fixed = torch.zeros(operator.size, dtype=torch.float64, device=operator.device)
@@ -226,15 +236,18 @@ def diagonal(operator: Operator, spectrum: Spectrum | None = None, *, probes: in
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Density:
-    r"""phi(t) = (1/n) sum_i delta(t - lambda_i), as weighted nodes.
+    r"""A spectral density as weighted nodes; result of `density`.
+
+    .. math::
+        \phi(t) = \frac{1}{n} \sum_i \delta(t - \lambda_i)
 
     Args:
-        nodes: shape (m,), rising.
-        weights: shape (m,), sum 1.
-        runs: start vectors that were averaged.
-        steps: of each.
-        products: with the operator.
-        conventions: of the operator, with the seed.
+        nodes: nodes, ascending, shape (m,).
+        weights: weights of the nodes, shape (m,). They sum to 1.
+        runs: number of start vectors that were averaged.
+        steps: number of steps per start vector.
+        products: number of products with the operator.
+        conventions: conventions of the operator, with the seed.
     """
 
     nodes: Tensor
@@ -245,10 +258,10 @@ class Density:
     conventions: Conventions | None
 
     def smoothed(self, grid: Tensor, width: float) -> Tensor:
-        """The density at the points of a grid, convolved with a Gaussian of standard deviation `width`.
+        """Convolve the density with a Gaussian of standard deviation `width`, and evaluate it at the points of a grid.
 
         Raises:
-            ValueError: a width that is not positive.
+            ValueError: `width` is not positive.
         """
         if not width > 0:
             raise ValueError(f"width must be positive, got {width!r}.")
@@ -266,23 +279,29 @@ def density(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Density:
-    """The spectral density by stochastic Lanczos quadrature, reorthogonalised in full: raw nodes and weights.
+    """Estimate the spectral density by stochastic Lanczos quadrature with full reorthogonalisation.
 
-    Exact, from the whole matrix, where the operator has at most 5 runs * steps rows and no more than 2000: the noise of
-    a random vector falls with their number, and is largest there.
+    The result is raw nodes and weights; use `Density.smoothed` for a plot. If the operator has at most 5 * runs * steps
+    rows and at most 2000, the density is computed exactly from the whole matrix, because the noise of a random vector
+    is largest for small matrices.
 
     Args:
-        operator: see `spectrum`.
-        spectrum: a run on the same operator. Its eigenvalues then stand in the density themselves, 1/size each, and the
-            start vectors see the rest: what is left of the noise is that of the bulk.
-        runs: start vectors, >= 0. Default 4. With 0 the start vector of `spectrum` is the sample, which costs nothing.
-        steps: of each, >= 1. Default 100.
-        seed: of the start vectors.
-        progress: called with (products, share done).
+        operator: see `flatmin.measure.spectrum`.
+        spectrum: result of `flatmin.measure.spectrum` for the same operator. Its eigenvalues enter the density directly
+            with weight 1/size each, and the start vectors are orthogonal to their eigenvectors, so only the rest of the
+            spectrum has noise. Default None.
+        runs: number of start vectors, >= 0. With 0, the start vector of `spectrum` is the sample, without further
+            products. Default 4.
+        steps: number of steps per start vector, >= 1. Default 100.
+        seed: seed of the start vectors. Default 0.
+        progress: called with (products, share done). Default None.
+
+    Returns:
+        The density as weighted nodes.
 
     Raises:
-        ValueError: runs or steps out of range, or runs=0 without a run that began at a random vector.
-        ArithmeticError: a product that is not finite.
+        ValueError: `runs` or `steps` is out of range, or runs=0 and `spectrum` is missing or had no random start.
+        ArithmeticError: a product is not finite.
 
     Source: Ubaru, Chen & Saad, SIAM J. Matrix Anal. Appl. 38, 2017; Ghorbani, Krishnan & Xiao, ICML 2019.
     """
@@ -330,9 +349,9 @@ def density(
 
 
 def _first_sample(spectrum: Spectrum | None) -> Density:
-    """The density as the start vector of a run saw it."""
+    """The density as sampled by the start vector of a `spectrum` run."""
     if spectrum is None or not spectrum.random_start:
-        raise ValueError("runs=0 takes the density from `spectrum`: give a run that began at a random vector.")
+        raise ValueError("runs=0 takes the density from `spectrum`; pass a spectrum that was computed without start=.")
     return Density(
         nodes=spectrum.nodes,
         weights=spectrum.weights,
@@ -344,7 +363,7 @@ def _first_sample(spectrum: Spectrum | None) -> Density:
 
 
 def _trusted(spectrum: Spectrum | None) -> tuple[Tensor, Tensor | None]:
-    """The eigenvalues of a run whose residuals are small, and their vectors."""
+    """The eigenvalues of a run whose residual is at most its `tol`, and their vectors."""
     if spectrum is None:
         return torch.empty(0, dtype=torch.float64), None
     _check_vectors(spectrum)
@@ -358,7 +377,7 @@ _MORE = 0.2
 
 
 class _Running:
-    """Mean and standard error of a stream (Welford)."""
+    """Running mean and standard error (Welford's algorithm)."""
 
     def __init__(self) -> None:
         self.count, self.mean, self._squares = 0, 0.0, 0.0
@@ -371,9 +390,9 @@ class _Running:
         self._squares += change * (value - self.mean)
 
     def enough(self, small: bool) -> bool:
-        """Whether to stop, given that the error is small now.
+        """Whether to stop, given whether the error is small now.
 
-        Where it first looks small it is small by luck, in part, so a fifth more is drawn.
+        When the error first is small, it is partly small by chance, so a fifth more probes are drawn.
         """
         if self._end is None and small and self.count >= _LEAST:
             self._end = self.count + math.ceil(_MORE * self.count)
@@ -381,7 +400,7 @@ class _Running:
 
     @property
     def done(self) -> bool:
-        """Whether it stopped by itself."""
+        """Whether the stopping rule was met."""
         return self._end is not None and self.count >= self._end
 
     @property
@@ -393,14 +412,17 @@ def _check(operator: Operator, spectrum: Spectrum | None, tol: float, max_probes
     if not tol > 0 or max_probes < 2:
         raise ValueError(f"tol must be positive and max_probes at least 2, got {tol!r} and {max_probes!r}.")
     if spectrum is not None and spectrum.basis.shape[1] != operator.size:
-        raise ValueError(f"the spectrum is of size {spectrum.basis.shape[1]}, the operator of size {operator.size}.")
+        raise ValueError(
+            f"the spectrum has size {spectrum.basis.shape[1]}, but the operator has size {operator.size}; pass a "
+            "spectrum of the same operator."
+        )
     if spectrum is not None:
         _check_vectors(spectrum)
 
 
 def _check_vectors(spectrum: Spectrum) -> None:
     if len(spectrum.basis) != len(spectrum.diagonal):
-        raise ValueError("the spectrum has lost its vectors, as those in a report have; run spectrum() again.")
+        raise ValueError("the spectrum has no vectors, like those in a report; call spectrum() on the operator.")
 
 
 def _basis(spectrum: Spectrum | None) -> Tensor | None:
@@ -408,7 +430,7 @@ def _basis(spectrum: Spectrum | None) -> Tensor | None:
 
 
 def _probes(operator: Operator, basis: Tensor | None, seed: int, count: int) -> Iterator[Tensor]:
-    """Vectors that are uniform on the sphere of radius sqrt(n - m) across the basis."""
+    """Yield vectors that are uniform on the sphere of radius sqrt(n - m), orthogonal to the m vectors of the basis."""
     generator = torch.Generator().manual_seed(_stream(seed))
     rest = operator.size - (0 if basis is None else len(basis))
     for _ in range(count):
@@ -420,7 +442,7 @@ def _probes(operator: Operator, basis: Tensor | None, seed: int, count: int) -> 
 
 
 def _stream(seed: int) -> int:
-    """Another stream than that of a Krylov run with the same seed, whose start vector a probe must not repeat."""
+    """A seed derived from `seed`, so probes differ from the start vector of a Lanczos run with the same seed."""
     return seed * 1_000_003 + 500_009
 
 
@@ -429,9 +451,9 @@ def _dot(a: Tensor, b: Tensor) -> float:
 
 
 def finite(product: Tensor) -> Tensor:
-    """A product, if it is finite; ArithmeticError otherwise."""
+    """Return the product if it is finite; otherwise raise ArithmeticError."""
     if not torch.isfinite(product).all():
-        raise ArithmeticError("the product with the operator is not finite; the loss cannot be measured here.")
+        raise ArithmeticError("a product with the operator is not finite, so this cannot be measured.")
     return product
 
 

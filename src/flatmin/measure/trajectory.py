@@ -1,4 +1,4 @@
-"""Where training went, in the plane of its principal components."""
+"""Training trajectories: checkpoints in the plane of their principal components."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from flatmin.measure.problem import Problem
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Trajectory:
-    """Checkpoints in the coordinates of their principal components.
+    """Result of `pca`: checkpoints in the coordinates of their principal components.
 
     Args:
-        directions: unit vectors, by falling variance.
-        coordinates: of the checkpoints, from the model's weights, in the units of the weights, shape (n, k).
+        directions: the k principal components as unit vectors, by decreasing variance.
+        coordinates: coordinates of the n checkpoints, shape (n, k), in units of the weights. The origin is the model.
         explained: share of the variance along each direction, shape (k,).
-        off: L2 distance of each checkpoint from the plane through the model, shape (n,). What a figure shows at a
-            checkpoint's place is the loss of its projection, this far away from it.
+        off: L2 distance of each checkpoint from the plane through the model, shape (n,). A figure of the plane shows
+            the loss at the projection of the checkpoint, which is this far from the checkpoint itself.
     """
 
     directions: tuple[WeightDirection, ...]
@@ -33,19 +33,19 @@ class Trajectory:
     off: Tensor
 
     def slice(self, problem: Problem, *, points: int = 25, margin: float = 0.2, **options: Any) -> Slice:
-        """The loss on the plane of the first two components through the model, as far as the checkpoints go.
+        """Evaluate the loss on the plane of the first two components through the model, over the checkpoints' extent.
 
         Args:
-            problem: that of `pca`.
-            points: most points on an axis, of which the model is one. Default 25.
-            margin: how much further than the checkpoints, as a share of their extent. Default 0.2.
-            **options: of `landscape`: accuracy, statistics, path, every, progress.
+            problem: the problem that was passed to `pca`.
+            points: maximum number of points per axis. The model is one of them. Default 25.
+            margin: distance by which the grid extends beyond the checkpoints, as a share of their extent. Default 0.2.
+            **options: options of `landscape`: accuracy, statistics, path, every, progress.
 
         Raises:
-            ValueError: one component only, a negative margin, or as `landscape`.
+            ValueError: there is only one component, the margin is negative, or as in `landscape`.
         """
         if len(self.directions) < 2:
-            raise ValueError("a plane needs two components, and the trajectory was taken with one.")
+            raise ValueError("a plane needs two components, but the trajectory has one; use pca(..., components=2).")
         if not margin >= 0:
             raise ValueError(f"margin must be >= 0, got {margin!r}.")
         grid = []
@@ -58,22 +58,22 @@ class Trajectory:
 
 
 def pca(problem: Problem, checkpoints: Sequence[Checkpoint], *, components: int = 2) -> Trajectory:
-    r"""Principal components of a list of checkpoints.
+    r"""Compute the principal components of a list of checkpoints.
 
     .. math::
         X = [w_1 - \bar w; \dots; w_n - \bar w],\quad X X^T = U S^2 U^T,\quad d_k = X^T u_k / s_k
 
-    by the small n x n matrix, in float64. Signs are such that the last checkpoint lies at or above the first in each
-    coordinate. In many dimensions even a random walk has much of its variance in two components and looks smooth
-    there (Antognini & Sohl-Dickstein, NeurIPS 2018): the plane says little of the path's shape.
+    The n x n matrix X X^T is decomposed in float64. Signs are chosen such that no coordinate of the last checkpoint is
+    below that of the first. In many dimensions, even a random walk has much of its variance in two components and looks
+    smooth there (Antognini & Sohl-Dickstein, NeurIPS 2018), so the plane says little about the shape of the path.
 
     Args:
-        problem: the weights; its model, usually the last checkpoint, is the origin.
-        checkpoints: more than `components`: models, state dicts or vectors, in the order of training.
-        components: >= 1. Default 2.
+        problem: the problem whose weights are used. Its model, usually the last checkpoint, is the origin.
+        checkpoints: models, state dicts or vectors, in the order of training; more than `components`.
+        components: number of components k, >= 1. Default 2.
 
     Raises:
-        ValueError: too few checkpoints, or checkpoints that lie in fewer dimensions.
+        ValueError: there are too few checkpoints, or they lie in fewer dimensions than `components`.
 
     Source: Li et al., NeurIPS 2018.
     """
@@ -81,7 +81,7 @@ def pca(problem: Problem, checkpoints: Sequence[Checkpoint], *, components: int 
         raise ValueError(f"components must be at least 1, got {components!r}.")
     if isinstance(checkpoints, (Tensor, torch.nn.Module)) or len(checkpoints) <= components:
         count = 1 if isinstance(checkpoints, (Tensor, torch.nn.Module)) else len(checkpoints)
-        raise ValueError(f"{components} components need more than {components} checkpoints, got {count}.")
+        raise ValueError(f"components={components} needs more than {components} checkpoints, got {count}.")
     rows = torch.stack([weights_of(problem, c) for c in checkpoints])
     unlike = tuple(dict.fromkeys(n for c in checkpoints for n in buffers_unlike(problem, c)))
     gram = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=problem.device)
@@ -92,11 +92,12 @@ def pca(problem: Problem, checkpoints: Sequence[Checkpoint], *, components: int 
     variances, u = variances.flip(0).clamp(min=0.0), u.flip(1)
     rank = int((variances > 1e-12 * variances[0]).sum()) if variances[0] > 0 else 0
     if rank < components:
-        raise ValueError(f"the checkpoints lie in {rank} dimension{'s' * (rank != 1)}; take components={max(rank, 1)}.")
+        advice = f"use components={rank}" if rank else "pass checkpoints with different weights"
+        raise ValueError(f"the checkpoints span {rank} dimension{'s' * (rank != 1)}; {advice}.")
     basis = torch.empty(components, problem.size, dtype=torch.float64, device=problem.device)
     for where, x in _pieces(problem, rows):
         basis[:, where] = u[:, :components].T @ (x - x.mean(0))
-    for k in range(components):  # a second time, since the small matrix squares the condition number
+    for k in range(components):  # orthogonalise again, because X X^T squares the condition number
         for j in range(k):
             basis[k] -= (basis[k] @ basis[j]) * basis[j]
         basis[k] /= basis[k].norm()
@@ -129,7 +130,7 @@ _CHUNK = 1 << 20
 
 
 def _pieces(problem: Problem, rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Differences to the model in float64, some columns at a time."""
+    """Differences to the model in float64, for a chunk of columns at a time."""
     origin = problem.flat(problem.weights)
     for start in range(0, problem.size, _CHUNK):
         where = slice(start, min(start + _CHUNK, problem.size))

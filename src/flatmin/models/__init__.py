@@ -1,1 +1,1 @@
-"""Networks to train: one file a family, one line a network in `zoo.MODELS`."""
+"""Networks to train: one file per family, one line per network in `zoo.MODELS`."""

@@ -1,7 +1,7 @@
-"""What the networks share: layers, initialisation and checks.
+"""Layers, initialisation and checks that the networks share.
 
-No layer works in place, and none is without a second derivative: SAM's relatives and the measurements differentiate
-twice. Averages over the image are plain means, whose backward pass is deterministic on a GPU.
+No layer works in place and every layer has a second derivative, because some methods and the curvature measurements
+differentiate twice. Averages over the image are plain means, whose backward pass is deterministic on a GPU.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ Block = Callable[[int, int, int], nn.Module]  # from in_channels, out_channels a
 
 
 def conv(in_channels: int, out_channels: int, size: int = 3, stride: int = 1) -> nn.Conv2d:
-    """A convolution without bias, padded so that stride 1 keeps the size of the image."""
+    """A convolution without bias. Its padding keeps the size of the image at stride 1 (for an odd `size`)."""
     return nn.Conv2d(in_channels, out_channels, size, stride, padding=size // 2, bias=False)
 
 
 def stage(block: Block, in_channels: int, out_channels: int, count: int, stride: int) -> nn.Sequential:
-    """`count` blocks in a row; the first one changes the channels and the size of the image."""
+    """A sequence of `count` blocks. The first block changes the number of channels and the size of the image."""
     first = block(in_channels, out_channels, stride)
     return nn.Sequential(first, *(block(out_channels, out_channels, 1) for _ in range(count - 1)))
 
 
 class Chain(nn.Module):
-    """Calls its parts one after the other, in the order in which they were set; the base of the networks here.
+    """Base class of the networks: runs its children in the order in which they were assigned.
 
-    No `nn.Sequential`, whose slices would call the constructors of its subclasses.
+    Not an `nn.Sequential`, because slicing one calls the constructor of its subclass.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -38,14 +38,14 @@ class Chain(nn.Module):
 
 
 class GlobalMean(nn.Module):
-    """The mean over the image: (n, c, h, w) to (n, c)."""
+    """Global average pooling: the mean over height and width, (n, c, h, w) to (n, c)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.mean((2, 3))
 
 
 class Subsample(nn.Module):
-    """Every `stride`-th row and column, from the first on."""
+    """Keep every `stride`-th row and column, starting with the first."""
 
     def __init__(self, stride: int) -> None:
         super().__init__()
@@ -59,10 +59,10 @@ class Subsample(nn.Module):
 
 
 class ZeroChannels(nn.Module):
-    """Appends `extra` channels of zeros.
+    """Append `extra` channels of zeros: (n, c, h, w) to (n, c + extra, h, w).
 
-    Implementations differ in where the zeros go; that is a renumbering of the channels, and changes neither the set of
-    functions nor the distribution of random initial weights.
+    Implementations differ in where they put the zeros. This only renumbers the channels: the set of functions and the
+    distribution of random initial weights stay the same.
     """
 
     def __init__(self, extra: int) -> None:
@@ -77,12 +77,14 @@ class ZeroChannels(nn.Module):
 
 
 def he_normal(model: nn.Module) -> None:
-    """The initialisation of all convolutional networks here.
+    """Initialise a convolutional network in place.
 
-    Convolutions are normal with variance 2 / (kernel size * out_channels), which keeps the size of gradients through
-    ReLU (He et al., Delving Deep into Rectifiers, ICCV 2015, eq. 14: "fan out"); the Torch code of the ResNet, wide
-    ResNet, DenseNet and PyramidNet papers draws them so. Linear weights are uniform in +-1/sqrt(in_features), torch's
-    and Torch7's own, and all biases zero. BatchNorm stays as torch makes it: weight 1, bias 0.
+    - Convolution weights: normal with mean 0 and variance 2 / (kernel height * kernel width * out_channels), which
+      preserves the size of gradients through ReLU (He et al., Delving Deep into Rectifiers, ICCV 2015, eq. 14;
+      "fan out"). The Torch code of the ResNet, wide ResNet, DenseNet and PyramidNet papers does the same.
+    - Linear weights: uniform in +-1/sqrt(in_features), the default of torch and Torch7.
+    - Biases: zero.
+    - BatchNorm: the default of torch, weight 1 and bias 0.
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
@@ -92,11 +94,12 @@ def he_normal(model: nn.Module) -> None:
 
 
 def small_normal(model: nn.Module, std: float = 0.02) -> None:
-    """The initialisation of transformers.
+    """Initialise a transformer in place.
 
-    Everything but biases and LayerNorm, so also tokens and positions, is normal with deviation `std`, cut off at two
-    deviations; biases are zero, LayerNorm stays as torch makes it: weight 1, bias 0 (Touvron et al., DeiT, ICML 2021;
-    0.02 is BERT's).
+    - Weights, class token and positions: normal with mean 0 and standard deviation `std`, truncated at two standard
+      deviations (Touvron et al., DeiT, ICML 2021; 0.02 is the value of BERT).
+    - Biases: zero.
+    - LayerNorm: the default of torch, weight 1 and bias 0.
     """
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):
@@ -122,10 +125,10 @@ def check_dropout(dropout: float) -> None:
 
 
 def blocks_of(depth: int, extra: int) -> int:
-    """The n of depth = 6 n + extra: three stages of n blocks with two convolutions each.
+    """Return n for depth = 6n + extra: three stages of n blocks with two convolutions each.
 
     Raises:
-        ValueError: a depth of another form.
+        ValueError: `depth` is not of this form.
     """
     check_counts(depth=depth)
     n, rest = divmod(depth - extra, 6)

@@ -11,7 +11,7 @@ from flatmin.models.common import Chain, GlobalMean, check_counts, conv, he_norm
 
 
 class Dense(nn.Module):
-    """The input with `growth` channels more, made of it by BatchNorm, ReLU, 1x1, BatchNorm, ReLU, 3x3."""
+    """Append `growth` channels, computed from the input by BatchNorm, ReLU, 1x1, BatchNorm, ReLU, 3x3."""
 
     def __init__(self, in_channels: int, growth: int) -> None:
         super().__init__()
@@ -29,32 +29,32 @@ class Dense(nn.Module):
 
 
 def transition(in_channels: int) -> nn.Sequential:
-    """Half the channels, and half the image."""
+    """Halve the number of channels and the height and width of the image."""
     return nn.Sequential(
         nn.BatchNorm2d(in_channels), nn.ReLU(), conv(in_channels, in_channels // 2, 1), nn.AvgPool2d(2)
     )
 
 
 class DenseNet(Chain):
-    """DenseNet-BC with a 3x3 stem: blocks of layers that see all layers before them, by default DenseNet-121.
+    """DenseNet-BC with a 3x3 stem, by default DenseNet-121: each layer takes all earlier layers of its block as input.
 
-    For inputs (n, in_channels, h, w) of at least 8x8 with four blocks. A stem of 2 growth channels; between two blocks
-    a 1x1 convolution halves the channels and a 2x2 mean the image; BatchNorm and ReLU before the mean over the image.
-    Initialised by `he_normal`.
+    Takes images (n, in_channels, h, w), with four blocks of at least 8x8 pixels, and returns logits (n, num_classes).
+    The stem has 2 * growth channels. Between two blocks, a 1x1 convolution halves the channels and a 2x2 mean halves
+    the image. BatchNorm and ReLU precede the mean over the image. Initialised by `he_normal`.
 
-    DenseNet-121 has 6 956 298 parameters with 10 classes, 7 048 548 with 100.
+    DenseNet-121 has 6 956 298 parameters with 10 classes and 7 048 548 with 100.
 
-    Differs from the paper: its networks for CIFAR have three equal blocks; this one, with ImageNet's four blocks and
-    CIFAR's stem, is what projects that train "densenet121" on CIFAR have.
+    Difference from the paper: its networks for CIFAR have three equal blocks. This one has the four blocks of the
+    ImageNet network and the stem of the CIFAR network, as in projects that train "densenet121" on CIFAR.
 
     Args:
-        num_classes: logits.
-        in_channels: of the images.
-        growth: channels that a layer adds. Default: 32 (the paper, table 1).
-        blocks: layers in each block. Default: (6, 12, 24, 16), which makes 121 (the paper, table 1).
+        num_classes: number of classes. Default 10.
+        in_channels: number of channels of the images. Default 3.
+        growth: number of channels that each layer adds. Default 32 (table 1 of the paper).
+        blocks: number of layers in each block. Default (6, 12, 24, 16), which gives 121 layers (table 1 of the paper).
 
     Raises:
-        ValueError: counts below 1, or no blocks.
+        ValueError: a count is below 1, or `blocks` is empty.
 
     Reference: Huang, Liu, van der Maaten & Weinberger, Densely Connected Convolutional Networks, CVPR 2017,
     https://arxiv.org/abs/1608.06993

@@ -1,6 +1,6 @@
-"""Networks of timm and torchvision by name: "timm:resnet50d", "torchvision:resnet50". Needs the extra `vision`.
+"""Networks of timm and torchvision by name, such as "timm:resnet50d" or "torchvision:resnet50". Needs flatmin[vision].
 
-Neither package is imported before a network is built.
+The packages are imported only when a network is built.
 """
 
 from __future__ import annotations
@@ -16,28 +16,29 @@ from torch import nn
 
 from flatmin.words import suggest
 
-_REFUSALS = (AssertionError, RuntimeError, ValueError)  # what the two raise for settings that do not suit a network
+_REFUSALS = (AssertionError, RuntimeError, ValueError)  # what both packages raise for unsuitable settings
 
 
 def external(spec: str) -> Callable[..., nn.Module] | None:
-    """What builds the network that "timm:NAME" or "torchvision:NAME" names; None for any other spec.
+    """Return a function that builds the network "timm:NAME" or "torchvision:NAME", or None for any other `spec`.
 
-    The builder is called with keywords:
+    The function takes keyword arguments:
 
-    - num_classes: length of the logits. Default 10.
-    - in_channels: channels of the images. Default 3, and torchvision's networks take no other.
-    - image_size: height and width, for networks that are made for one size, such as ViTs; the others take any.
-      Default None: the network's own size.
-    - pretrained: load the package's default weights, which needs a network connection. Default False.
-    - further options of `timm.create_model` or `torchvision.models.get_model`, as they are.
+    - num_classes: number of classes. Default 10.
+    - in_channels: number of channels of the images. Default 3. torchvision's networks accept only 3.
+    - image_size: height and width of the images, for networks that are built for one size, such as ViTs. Other networks
+      take any size and ignore it. Default None: the default size of the network.
+    - pretrained: load the default weights of the package, which needs a network connection. Default False.
+    - any other option: passed to `timm.create_model` or `torchvision.models.get_model`.
 
-    torchvision's GoogLeNet and Inception come without their auxiliary heads, so that they return logits alone.
+    torchvision's GoogLeNet and Inception are built without their auxiliary heads (unless `pretrained`), so they return
+    logits only.
 
-    The builder raises:
-        ValueError: an unknown name, or settings that the network cannot be built with.
+    The function raises:
+        ValueError: the name is unknown, or the network cannot be built with these settings.
         ModuleNotFoundError: the package is not installed.
         ImportError: the installed torchvision does not match the installed torch.
-        TypeError: an option that the network does not have.
+        TypeError: the network has no such option.
         OSError: the weights could not be downloaded.
     """
     package, colon, name = spec.partition(":")
@@ -58,10 +59,10 @@ def _timm(
     with _importing(spec):
         import timm
     if not timm.is_model(name):
-        suggestion = suggest(name.partition(".")[0], timm.list_models())  # what follows the dot names weights
+        suggestion = suggest(name.partition(".")[0], timm.list_models())  # The part after the dot names the weights.
         raise ValueError(f"timm has no model {name!r}{suggestion} (timm.list_models() lists them)")
     with _building(spec, num_classes, in_channels, image_size):
-        # timm's flag for networks with an argument `img_size` that fixes the size of their images.
+        # timm sets this flag for networks that are built for one image size and take it as `img_size`.
         fixed = getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False)
         if fixed and image_size is not None:
             options = {"img_size": image_size, **options}
@@ -91,20 +92,21 @@ def _torchvision(
         )
     if in_channels != 3:
         raise ValueError(
-            f"torchvision's models take images of 3 channels, not {in_channels}; timm's ('timm:...') take any number."
+            f"torchvision's models take images of 3 channels, got {in_channels}; models of timm ('timm:...') take any "
+            "number."
         )
     weights = models.get_model_weights(name).DEFAULT if pretrained else None
     if weights is not None and len(weights.meta["categories"]) != num_classes:
         raise ValueError(
-            f"the weights of {spec} are for {len(weights.meta['categories'])} classes, not {num_classes}; use a model "
-            "of timm ('timm:...'), which gets a new last layer."
+            f"the pretrained weights of {spec} have {len(weights.meta['categories'])} classes, got num_classes="
+            f"{num_classes}; use a model of timm ('timm:...'), whose last layer is replaced."
         )
     if image_size is not None and name.startswith("vit_"):
         options = {"image_size": image_size, **options}
     elif image_size is not None and name == "maxvit_t":
         options = {"input_size": (image_size, image_size), **options}
     elif name in ("googlenet", "inception_v3") and not pretrained:
-        # With auxiliary heads a tuple is returned in training; init_weights=None warns that its meaning will change.
+        # With auxiliary heads, these networks return a tuple in training. init_weights=None gives a FutureWarning.
         options = {"aux_logits": False, "init_weights": True, **options}
     with _building(spec, num_classes, in_channels, image_size):
         model: nn.Module = models.get_model(name, weights=weights, num_classes=num_classes, **options)
@@ -120,7 +122,7 @@ def _importing(spec: str) -> Iterator[None]:
             f'{spec} needs {error.name or "timm and torchvision"}: pip install "flatmin[vision]".', name=error.name
         ) from error
     except RuntimeError as error:
-        # A torchvision that was compiled for another torch cannot load its operators, and then fails on their names.
+        # A torchvision compiled for another torch cannot load its operators; the error then names a missing operator.
         if "torchvision" not in str(error):
             raise
         try:
@@ -129,8 +131,7 @@ def _importing(spec: str) -> Iterator[None]:
             installed = "of unknown version"
         raise ImportError(
             f"{spec} needs torchvision, but the installed torchvision {installed} does not match the installed torch "
-            f"{torch.__version__}, in release or in build ({error}); install both together, from one index, as "
-            "pytorch.org describes.",
+            f"{torch.__version__} ({error}); install matching releases of both, as described on pytorch.org.",
             name="torchvision",
         ) from error
 

@@ -1,4 +1,4 @@
-"""PyramidNet: channels that grow with every block."""
+"""PyramidNet: the number of channels grows with every block."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from flatmin.models.common import Chain, GlobalMean, ZeroChannels, blocks_of, ch
 class Pyramidal(nn.Module):
     """BatchNorm, 3x3, BatchNorm, ReLU, 3x3, BatchNorm, plus the input.
 
-    The input is averaged over 2x2 where the stride is 2 and has zeros for the added channels.
+    In the shortcut, the input is averaged over 2x2 if the stride is 2, and the added channels are zeros.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
@@ -23,7 +23,7 @@ class Pyramidal(nn.Module):
             conv(out_channels, out_channels),
             nn.BatchNorm2d(out_channels),
         )
-        # ceil_mode: an image of odd size is halved as the convolution halves it
+        # ceil_mode: for an odd size, the pooling must round as the convolution does.
         self.shortcut = nn.Sequential(
             nn.AvgPool2d(stride, ceil_mode=True) if stride > 1 else nn.Identity(),
             ZeroChannels(out_channels - in_channels),
@@ -35,26 +35,26 @@ class Pyramidal(nn.Module):
 
 
 class PyramidNet(Chain):
-    """PyramidNet of basic blocks: 6n + 2 layers, the channels grow evenly from 16 to 16 + alpha.
+    """PyramidNet of basic blocks: 6n + 2 layers whose channels grow evenly from 16 to 16 + alpha.
 
-    For inputs (n, in_channels, h, w) of any size. A 3x3 stem with BatchNorm, three stages of n blocks of which the
-    second and third halve the image, BatchNorm and ReLU before the mean over the image. Block k of N = 3n has
-    16 + floor(alpha k / N) channels. Initialised by `he_normal`.
+    Takes images (n, in_channels, h, w) of any size and returns logits (n, num_classes). It has a 3x3 stem with
+    BatchNorm, three stages of n blocks (the second and the third halve the image), then BatchNorm, ReLU and the mean
+    over the image. Block k of N = 3n has 16 + floor(alpha k / N) channels. Initialised by `he_normal`.
 
-    Depth 110 with alpha = 270 (5 channels a block) has 28 485 477 parameters with 10 classes, 28 511 307 with 100; the
-    paper states 28.3 M.
+    Depth 110 with alpha = 270 (5 more channels per block) has 28 485 477 parameters with 10 classes and 28 511 307 with
+    100. The paper states 28.3 M.
 
-    Differs from the paper: its rule floors each sum before the next one is formed, and so ends below 16 + alpha where
-    alpha / N is no integer.
+    Difference from the paper: the paper rounds down after each block, so it ends below 16 + alpha if alpha / N is not
+    an integer.
 
     Args:
-        depth: 6n + 2.
-        alpha: channels that the last block has more than the stem.
-        num_classes: logits.
-        in_channels: of the images.
+        depth: number of layers, 6n + 2. Default 110.
+        alpha: number of channels by which the last block exceeds the stem. Default 270.
+        num_classes: number of classes. Default 10.
+        in_channels: number of channels of the images. Default 3.
 
     Raises:
-        ValueError: a depth of another form, counts below 1, or a negative alpha.
+        ValueError: `depth` is not 6n + 2, a count is below 1, or `alpha` is negative.
 
     Reference: Han, Kim & Kim, Deep Pyramidal Residual Networks, CVPR 2017, https://arxiv.org/abs/1610.02915
     """

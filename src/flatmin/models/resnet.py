@@ -1,4 +1,4 @@
-"""ResNets of four stages, with the stem for small images or that of the paper."""
+"""ResNets of four stages, with a stem for small images or the stem of the paper."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Residual(nn.Module):
 
 
 def two_convs(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
-    """The body of a basic block: 3x3, 3x3, each with BatchNorm."""
+    """The body of a basic block: two 3x3 convolutions with BatchNorm, and a ReLU between them."""
     return nn.Sequential(
         conv(in_channels, out_channels, stride=stride),
         nn.BatchNorm2d(out_channels),
@@ -31,12 +31,12 @@ def two_convs(in_channels: int, out_channels: int, stride: int) -> nn.Sequential
 
 
 def basic(in_channels: int, out_channels: int, stride: int) -> Residual:
-    """The block of depths 18 and 34."""
+    """The basic block, for depths 18 and 34."""
     return Residual(two_convs(in_channels, out_channels, stride), _projection(in_channels, out_channels, stride))
 
 
 def bottleneck(in_channels: int, out_channels: int, stride: int) -> Residual:
-    """The block of depths from 50 on: 1x1 down to a quarter of the channels, 3x3, 1x1 up."""
+    """The bottleneck block, for depths of 50 and more: 1x1 to a quarter of the channels, 3x3, 1x1 to all channels."""
     inner = out_channels // 4
     body = nn.Sequential(
         conv(in_channels, inner, 1),
@@ -57,7 +57,7 @@ def _projection(in_channels: int, out_channels: int, stride: int) -> nn.Module:
     return nn.Sequential(conv(in_channels, out_channels, 1, stride), nn.BatchNorm2d(out_channels))
 
 
-# depth -> block, its channels over the stage's width, blocks in each stage (table 1 of the paper)
+# depth -> block, its output channels divided by the width of the stage, blocks per stage (table 1 of the paper)
 LAYERS: dict[int, tuple[Block, int, tuple[int, int, int, int]]] = {
     18: (basic, 1, (2, 2, 2, 2)),
     34: (basic, 1, (3, 4, 6, 3)),
@@ -71,29 +71,31 @@ STEMS = {"small": (3, 1), "imagenet": (7, 2)}  # size and stride of the convolut
 
 
 class ResNet(Chain):
-    """ResNet: a stem, for small images a 3x3 of stride 1 without pooling, and four stages of residual blocks.
+    """ResNet: a stem, by default for small images (3x3, stride 1, no pooling), and four stages of residual blocks.
 
-    For inputs (n, in_channels, h, w) of any size. The stages have 64, 128, 256 and 512 channels, times 4 after
-    bottlenecks; each but the first halves the image. Shortcuts are projections (1x1 and BatchNorm) where the shape
-    changes (option B). Initialised by `he_normal`.
+    Takes images (n, in_channels, h, w) of any size and returns logits (n, num_classes). The stages have 64, 128, 256
+    and 512 channels, times 4 with bottleneck blocks. All but the first halve the image. Where the shape changes, the
+    shortcut is a 1x1 convolution with BatchNorm (option B of the paper). Initialised by `he_normal`.
 
     Parameters with 10 and 100 classes: 18: 11 173 962 and 11 220 132; 34: 21 282 122 and 21 328 292; 50: 23 520 842 and
     23 705 252; 101: 42 512 970 and 42 697 380; 152: 58 156 618 and 58 341 028. With 1000 classes and the paper's stem:
     18: 11 689 512; 50: 25 557 032.
 
-    Differs from the paper: the small stem, and the stride of a bottleneck is at its 3x3, as in most code since.
+    Differences from the paper: the small stem, and the stride of a bottleneck block is in its 3x3 convolution, as in
+    most later code.
 
     Args:
-        depth: 18, 34, 50, 101 or 152.
-        num_classes: logits.
-        in_channels: of the images.
-        max_pool: a 3x3 max pooling of stride 2 after the stem. A quarter of the work, and other results: one of the
-            projects that report ResNets with this stem has it, the others do not.
-        width: channels of the first stage.
-        stem: "small", or "imagenet": the paper's, a 7x7 of stride 2 and the max pooling, for images of about 224.
+        depth: number of layers: 18, 34, 50, 101 or 152.
+        num_classes: number of classes. Default 10.
+        in_channels: number of channels of the images. Default 3.
+        max_pool: add a 3x3 max pooling of stride 2 after the stem. It reduces the work to a quarter and changes the
+            results. Of the projects that report ResNets with this stem, one uses it. Default False.
+        width: number of channels of the first stage. Default 64.
+        stem: "small", or "imagenet" for the stem of the paper: a 7x7 convolution of stride 2 and the max pooling, for
+            images of about 224x224. Default "small".
 
     Raises:
-        ValueError: another depth or stem, or counts below 1.
+        ValueError: an unknown `depth` or `stem`, or a count is below 1.
 
     Reference: He, Zhang, Ren & Sun, Deep Residual Learning for Image Recognition, CVPR 2016,
     https://arxiv.org/abs/1512.03385

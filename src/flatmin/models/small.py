@@ -1,4 +1,4 @@
-"""Two small networks, by default for 8x8 images, without BatchNorm: curvature is a function of the weights alone."""
+"""Two small networks without BatchNorm, by default for 8x8 images. Their curvature depends on the weights alone."""
 
 from __future__ import annotations
 
@@ -10,13 +10,18 @@ from flatmin.models.common import check_counts
 
 
 def conv(num_classes: int = 10, *, in_channels: int = 1, image_size: int = 8) -> nn.Module:
-    """3x3 convolutions of 16 and 32 channels, 2x2 max pooling, a hidden layer of 64.
+    """Two 3x3 convolutions with 16 and 32 channels, 2x2 max pooling, and a hidden layer of 64 units.
 
-    For inputs (n, in_channels, image_size, image_size), by default (n, 1, 8, 8); 38 282 parameters with 10 classes.
-    Initialised as torch does.
+    Takes images (n, in_channels, image_size, image_size), by default (n, 1, 8, 8), and returns logits (n, num_classes).
+    The default network has 38 282 parameters. Initialised by torch's defaults.
+
+    Args:
+        num_classes: number of classes. Default 10.
+        in_channels: number of channels of the images. Default 1.
+        image_size: height and width of the images, at least 2. Default 8.
 
     Raises:
-        ValueError: counts below 1, or an image that cannot be pooled.
+        ValueError: a count is below 1, or `image_size` is below 2.
     """
     check_counts(num_classes=num_classes, in_channels=in_channels)
     check_counts(2, image_size=image_size)
@@ -34,13 +39,18 @@ def conv(num_classes: int = 10, *, in_channels: int = 1, image_size: int = 8) ->
 
 
 def mlp(num_classes: int = 10, *, in_channels: int = 1, image_size: int = 8) -> nn.Module:
-    """Two hidden layers of 64.
+    """A multilayer perceptron with two hidden layers of 64 units.
 
-    For inputs with in_channels * image_size^2 values, by default 64, such as (n, 1, 8, 8); 8970 parameters with 10
-    classes. Initialised as torch does.
+    Takes inputs with in_channels * image_size^2 values per sample, by default 64, such as (n, 1, 8, 8), and returns
+    logits (n, num_classes). The default network has 8970 parameters. Initialised by torch's defaults.
+
+    Args:
+        num_classes: number of classes. Default 10.
+        in_channels: number of channels of the images. Default 1.
+        image_size: height and width of the images. Default 8.
 
     Raises:
-        ValueError: counts below 1.
+        ValueError: a count is below 1.
     """
     check_counts(num_classes=num_classes, in_channels=in_channels, image_size=image_size)
     return nn.Sequential(

@@ -9,9 +9,9 @@ from flatmin.models.common import Chain, check_counts, small_normal
 
 
 class Attention(nn.Module):
-    """Self-attention of several heads, (n, tokens, width) to the same.
+    """Multi-head self-attention, (n, tokens, width) to (n, tokens, width).
 
-    Written out: torch's fused kernels have no second derivative, and with few tokens they save little.
+    Not torch's fused kernels, because they have no second derivative. With few tokens they would save little.
     """
 
     def __init__(self, width: int, heads: int) -> None:
@@ -29,7 +29,7 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-    """x + attention(norm(x)), then the same with two linear layers and GELU."""
+    """x + attention(norm(x)), then x + mlp(norm(x)), where mlp is two linear layers with GELU between them."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class Layer(nn.Module):
 
 
 class Tokens(nn.Module):
-    """Patches as tokens, after a class token, with learned positions: (n, c, h, w) to (n, 1 + patches, width)."""
+    """A class token and one token per patch, plus learned positions: (n, c, h, w) to (n, 1 + patches, width)."""
 
     def __init__(self, in_channels: int, image_size: int, patch: int, width: int) -> None:
         super().__init__()
@@ -56,41 +56,43 @@ class Tokens(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         size, got = self.size, tuple(x.shape[2:])
-        if got != (size, size):  # else some sizes would fit by chance, or lose their last rows
+        if got != (size, size):  # Otherwise some other sizes would pass, and lose their last rows.
             raise ValueError(f"images must be {size}x{size}, the image_size of this ViT, got {got}.")
         patches = self.embed(x).flatten(2).transpose(1, 2)
         return torch.cat([self.token.expand(len(x), -1, -1), patches], 1) + self.positions
 
 
 class First(nn.Module):
-    """The class token."""
+    """Select the class token: (n, tokens, width) to (n, width)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x[:, 0]
 
 
 class ViT(Chain):
-    """A pre-norm vision transformer with learned positions and a class token, by default one for CIFAR.
+    """A pre-norm vision transformer with learned positions and a class token, by default for CIFAR.
 
-    For inputs (n, in_channels, image_size, image_size). Hidden layers of 4 width with GELU; LayerNorm after the last
-    layer; no dropout and no BatchNorm. Initialised by `small_normal`.
+    Takes images (n, in_channels, image_size, image_size) and returns logits (n, num_classes). The MLP of each layer has
+    4 * width hidden units with GELU. A LayerNorm follows the last layer. There is no dropout and no BatchNorm.
+    Initialised by `small_normal`.
 
-    2 693 578 parameters with 10 classes, 2 710 948 with 100. The papers train ViT-S and ViT-B on larger images; on
-    small ones, from scratch, this is a size that learns.
+    It has 2 693 578 parameters with 10 classes and 2 710 948 with 100. The papers train ViT-S and ViT-B on larger
+    images. This smaller size can be trained from scratch on small images.
 
-    Differs from the paper: its code starts the head at zero and the other weights by Glorot's rule.
+    Difference from the paper: the paper's code initialises the head with zeros and the other weights by Glorot's rule.
 
     Args:
-        num_classes: logits.
-        in_channels: of the images.
-        image_size: height and width of the images, a multiple of `patch`.
-        patch: height and width of a patch. Default: 4, which makes 64 of an image of 32.
-        depth: layers. Default: 6, half of ViT-Ti.
-        width: of a token, a multiple of `heads`. Default: 192, as in ViT-Ti (Touvron et al., DeiT, ICML 2021).
-        heads: of the attention. Default: 3, as in ViT-Ti.
+        num_classes: number of classes. Default 10.
+        in_channels: number of channels of the images. Default 3.
+        image_size: height and width of the images, a multiple of `patch`. Default 32.
+        patch: height and width of a patch. Default 4, which gives 64 patches for a 32x32 image.
+        depth: number of layers. Default 6, half of ViT-Ti.
+        width: length of a token, a multiple of `heads`. Default 192, as in ViT-Ti (Touvron et al., DeiT, ICML 2021).
+        heads: number of attention heads. Default 3, as in ViT-Ti.
 
     Raises:
-        ValueError: counts below 1, sizes that do not divide; when called, images of another size.
+        ValueError: a count is below 1, or `image_size` or `width` is not divisible. When called: images of another
+            size.
 
     Reference: Dosovitskiy et al., An Image is Worth 16x16 Words, ICLR 2021, https://arxiv.org/abs/2010.11929
     """

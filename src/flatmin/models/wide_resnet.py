@@ -12,7 +12,7 @@ from flatmin.models.common import Chain, GlobalMean, blocks_of, check_counts, ch
 class PreActivated(nn.Module):
     """BatchNorm, ReLU, 3x3, BatchNorm, ReLU, dropout, 3x3, plus the input.
 
-    Where the channels change, the shortcut is a 1x1 convolution of the activated input.
+    If the number of channels or the size changes, the shortcut is a 1x1 convolution of the activated input.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, dropout: float = 0.0) -> None:
@@ -22,7 +22,7 @@ class PreActivated(nn.Module):
             conv(in_channels, out_channels, stride=stride),
             nn.BatchNorm2d(out_channels),
             nn.ReLU(),
-            nn.Dropout(dropout) if dropout else nn.Identity(),  # a dropout of 0 would draw random numbers
+            nn.Dropout(dropout) if dropout else nn.Identity(),  # nn.Dropout(0) would still draw random numbers.
             conv(out_channels, out_channels),
         )
         same = in_channels == out_channels and stride == 1
@@ -36,26 +36,29 @@ class PreActivated(nn.Module):
 
 
 class WideResNet(Chain):
-    """WRN-depth-width: 6n + 4 layers, three stages of n pre-activated blocks, 16, 32 and 64 channels times `width`.
+    """Wide ResNet, WRN-depth-width: 6n + 4 layers in three stages with 16, 32 and 64 times `width` channels.
 
-    For inputs (n, in_channels, h, w) of any size. A 3x3 stem of 16 channels; the second and third stage halve the
-    image; BatchNorm and ReLU before the mean over the image. Initialised by `he_normal`.
+    Takes images (n, in_channels, h, w) of any size and returns logits (n, num_classes). The 3x3 stem has 16 channels.
+    Each stage has n pre-activation blocks; the second and the third stage halve the image. BatchNorm and ReLU precede
+    the mean over the image. Initialised by `he_normal`.
 
     Parameters with 10 classes: 28-10: 36 479 194 (36 536 884 with 100); 28-2: 1 467 610; 16-8: 10 961 370; 34-10:
     46 160 474.
 
     Args:
-        depth: 6n + 4.
-        width: factor of the channels.
-        num_classes: logits.
-        in_channels: of the images.
-        dropout: probability between the two convolutions of a block. Default: 0; the paper has 0.3 in some tables.
-        extra_block: one block more in each stage than the depth says. The example script of a widely copied SAM
-            repository builds its wide ResNets so: its "WRN-28-10" is a WRN-34-10, with 46.16 M parameters. To have the
-            networks of results made with it. (Its linear layer starts at zero, which this option leaves alone.)
+        depth: number of layers, 6n + 4.
+        width: factor by which the number of channels is multiplied.
+        num_classes: number of classes. Default 10.
+        in_channels: number of channels of the images. Default 3.
+        dropout: dropout probability between the two convolutions of a block. Default 0; the paper uses 0.3 in some
+            tables.
+        extra_block: build one more block per stage than `depth` says. The example script of a widely copied SAM
+            repository builds its wide ResNets this way: its "WRN-28-10" is a WRN-34-10 with 46.16 M parameters. Use
+            this option to reproduce results of that script. (The script also initialises the linear layer with zeros;
+            this option does not.) Default False.
 
     Raises:
-        ValueError: a depth of another form, counts below 1, or a dropout outside [0, 1).
+        ValueError: `depth` is not 6n + 4, a count is below 1, or `dropout` is outside [0, 1).
 
     Reference: Zagoruyko & Komodakis, Wide Residual Networks, BMVC 2016, https://arxiv.org/abs/1605.07146
     """

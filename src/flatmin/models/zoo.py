@@ -1,8 +1,8 @@
-"""The table of networks: every name, and what makes it.
+"""The table of networks: each name and the function that builds the network.
 
-Each value is called with keywords, all of which have defaults; each knows `num_classes` and `in_channels`, and those
-that depend on the size of the image know `image_size`. A new network is one file, which starts from `common.py`, and
-one line here; the tests run over the table.
+Each function takes keyword arguments only, all with defaults. All functions take `num_classes` and `in_channels`;
+those whose network depends on the size of the image also take `image_size`. To add a network, write one file (start
+from `common.py`) and add one line here. The tests run over the whole table.
 """
 
 from __future__ import annotations
