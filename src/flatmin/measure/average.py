@@ -28,7 +28,12 @@ class Average:
         error: its standard error over the draws; NaN with fewer than two draws.
         draws: number of independent draws. With `antithetic`, each draw is the mean over a pair u and -u.
         evaluations: number of evaluations of the loss.
-        rho, per, adaptive, eta, antithetic, of: the arguments of `average_case`.
+        rho: see `average_case`.
+        per: see `average_case`.
+        adaptive: see `average_case`.
+        eta: see `average_case`.
+        antithetic: see `average_case`.
+        of: see `average_case`.
         conventions: conventions of the problem, with the seed.
     """
 
@@ -62,14 +67,12 @@ def average_case(
     of: Of = "loss",
     seed: int = 0,
 ) -> Average:
-    r"""Measure average-case sharpness under normally distributed displacements, with its standard error.
+    """Measure average-case sharpness under normally distributed displacements, with its standard error.
 
-    .. math::
-        E[L(w + s \odot u)] - L(w),\quad u_i \sim N(0, \rho^2 / n) \text{ or } N(0, \rho^2),\quad
-        s = 1 \text{ or } |w| + \eta
+        E[L(w + s * u)] - L(w),   u_i ~ N(0, rho^2 / n) or N(0, rho^2),   s = 1 or |w| + eta
 
-    Here n is the number of weights that move (s > 0). For small rho this is about \rho^2 tr(S H S) / 2n, or
-    \rho^2 tr(S H S) / 2 with per="entry", where S = diag(s) and H is the Hessian.
+    Here n is the number of weights that move (s > 0). For small rho this is about rho^2 tr(S H S) / 2n, or
+    rho^2 tr(S H S) / 2 with per="entry", where S = diag(s) and H is the Hessian.
 
     Args:
         problem: the function.

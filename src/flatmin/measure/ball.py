@@ -16,7 +16,7 @@ Norm = Literal["l2", "linf"]
 
 @dataclass(frozen=True, eq=False)
 class Ball:
-    r"""Displacements delta = s * u with \|u\| \le rho, where s = 1, or s = |w| + eta in an adaptive ball.
+    """Displacements delta = s * u with ||u|| <= rho, where s = 1, or s = |w| + eta in an adaptive ball.
 
     In terms of u, the adaptive ball is an ordinary ball: the gradient is s * g, the projection is exact, and a weight
     with s = 0 has gradient zero and does not move.

@@ -130,10 +130,9 @@ class Curvature:
 
 
 class Hessian(Curvature):
-    r"""The Hessian of a `Problem`, including weight decay.
+    """The Hessian of a `Problem`, including weight decay.
 
-    .. math::
-        H = \frac{\partial^2 L}{\partial w^2}
+        H = d^2 L / d w^2
 
     A product with a vector is computed by double backward (Pearlmutter, Neural Computation 1994), with the graph of the
     gradient stored within the memory budget. If the network does not support this, the product is the forward-mode
@@ -265,10 +264,9 @@ class Hessian(Curvature):
 
 
 class GaussNewton(Curvature):
-    r"""The generalised Gauss-Newton matrix of a `Problem`, without weight decay.
+    """The generalised Gauss-Newton matrix of a `Problem`, without weight decay.
 
-    .. math::
-        G = \frac{1}{T} \sum_i J_i^T \frac{\partial^2 \ell_i}{\partial f^2} J_i
+        G = (1 / T) sum_i J_i^T (d^2 l_i / d f^2) J_i
 
     J_i is the Jacobian of the outputs f with respect to the weights. G is the Hessian without the second derivatives of
     the outputs, and is positive semi-definite for a loss that is convex in the outputs. Products are exact: J v and the
@@ -360,10 +358,9 @@ def _push(pulled: list[Tensor], seed: Tensor, v: list[Tensor], outputs: Tensor) 
 
 
 class EmpiricalFisher(GaussNewton):
-    r"""The empirical Fisher matrix of a `Problem`: the uncentred second moment of the per-term gradients.
+    """The empirical Fisher matrix of a `Problem`: the uncentred second moment of the per-term gradients.
 
-    .. math::
-        F = \frac{1}{T} \sum_i g_i g_i^T
+        F = (1 / T) sum_i g_i g_i^T
 
     g_i is the gradient of the i-th term of the loss, at the label of the data. This is not the Fisher information; for
     that, use `Fisher`.
@@ -440,10 +437,9 @@ class EmpiricalFisher(GaussNewton):
 
 
 class Fisher(EmpiricalFisher):
-    r"""The Fisher information of the model's own distribution, estimated with sampled labels.
+    """The Fisher information of the model's own distribution, estimated with sampled labels.
 
-    .. math::
-        F = \frac{1}{T} \sum_i E_{y \sim p(y | x_i)} [g g^T]
+        F = (1 / T) sum_i E[g g^T],   y ~ p(y | x_i)
 
     g is the gradient of the loss at the label y. The expectation is estimated with `draws` labels per sample, drawn
     once. Only cross-entropy (softmax) is supported; there, F equals the Gauss-Newton matrix, so use `GaussNewton` for

@@ -77,10 +77,9 @@ def layout(problem: Problem) -> str:
 def gaussian(
     problem: Problem, *, seed: int = 0, normalise: Normalise = "filter", vectors: Vectors = "ignore"
 ) -> WeightDirection:
-    r"""Make a random direction in which each block has the norm of the corresponding weights.
+    """Make a random direction in which each block has the norm of the corresponding weights.
 
-    .. math::
-        d_f = \frac{z_f}{\|z_f\|} \|w_f\|,\quad z \sim N(0, 1)
+        d_f = z_f ||w_f|| / ||z_f||,   z ~ N(0, 1)
 
     for each block f. With filter normalisation, a block is one filter: an entry of the first dimension of a tensor with
     at least two dimensions, that is, the weights of one output channel of a convolution or of one output of a linear

@@ -32,7 +32,9 @@ class PacBayes:
         error: standard error of `rise` over the draws.
         target: the target rise.
         start: the error rate or loss at w.
-        of, magnitude, eps: the arguments of `pac_bayes`; `eps` is 0 without `magnitude`.
+        of: see `pac_bayes`.
+        magnitude: see `pac_bayes`.
+        eps: see `pac_bayes`; 0 without `magnitude`.
         draws: number of independent draws, each a pair u and -u.
         evaluations: number of evaluations of the loss or error rate.
         conventions: conventions of the problem, with the seed.
@@ -70,11 +72,10 @@ def pac_bayes(
     bracket: tuple[float, float] | None = None,
     seed: int = 0,
 ) -> PacBayes:
-    r"""Find the largest sigma at which normal noise of the weights raises the error rate by at most `target`.
+    """Find the largest sigma at which normal noise of the weights raises the error rate by at most `target`.
 
-    .. math::
-        \max \sigma:\; E[L(w + s(\sigma) \odot u)] - L(w) \le t,\quad u \sim N(0, 1),\quad
-        s = \sigma \text{ or } \sqrt{\sigma^2 w^2 + \epsilon^2}
+        max sigma: E[L(w + s * u)] - L(w) <= t,   u ~ N(0, 1)
+        s = sigma or sqrt(sigma^2 w^2 + eps^2)
 
     L is the error rate, or the loss with of="loss". s is a standard deviation, not a variance. Sigma is found by
     bisection with the same draws of u at every sigma, so the mean rise is a fixed function of sigma, and the error of
@@ -235,11 +236,9 @@ def relative_flatness(
     max_probes: int = 2000,
     seed: int = 0,
 ) -> RelativeFlatness:
-    r"""Measure the relative flatness of a layer with weight matrix W, whose rows w_s belong to the neurons.
+    """Measure the relative flatness of a layer with weight matrix W, whose rows w_s belong to the neurons.
 
-    .. math::
-        \kappa = \sum_{s, s'} \langle w_s, w_{s'} \rangle \operatorname{Tr} H_{s s'},\quad
-        (H_{s s'})_{ij} = \frac{\partial^2 L}{\partial w_{si} \partial w_{s'j}}
+        kappa = sum_{s,s'} <w_s, w_s'> tr H_ss',   (H_ss')_ij = d^2 L / (d w_si d w_s'j)
 
     This is the trace of A -> W^T H[W A] over matrices A, that is, the curvature of L when the inputs x of the layer
     change to x + A x. It does not change if layers of a ReLU network are rescaled. With W W^T = C C^T, where C has
@@ -347,10 +346,9 @@ class FisherRao:
 
 
 def fisher_rao(problem: Problem, *, labels: Literal["model", "data"] = "model") -> FisherRao:
-    r"""Compute the Fisher-Rao norm of the weights exactly, with one product.
+    """Compute the Fisher-Rao norm of the weights exactly, with one product.
 
-    .. math::
-        \|w\|_{fr}^2 = \langle w, F w \rangle,\quad F = E[\nabla \ell \, \nabla \ell^T]
+        ||w||_fr^2 = <w, F w>,   F = E[grad l grad l^T]
 
     In a ReLU network of K weight matrices without biases, the square is K^2 E <d l/d f, f>^2, and it does not change if
     layers are rescaled.

@@ -16,10 +16,9 @@ from flatmin.measure.problem import Problem
 
 
 def edge(lr: float, momentum: float = 0.0) -> float:
-    r"""The curvature above which gradient descent diverges on a quadratic function (the edge of stability).
+    """The curvature above which gradient descent diverges on a quadratic function (the edge of stability).
 
-    .. math::
-        \lambda = \frac{2 + 2 \beta}{\eta}
+        lambda = (2 + 2 beta) / eta
 
     Args:
         lr: learning rate eta, > 0.
@@ -36,10 +35,9 @@ def edge(lr: float, momentum: float = 0.0) -> float:
 
 
 def sam_edge(lr: float, rho: float, gradient_norm: float) -> float:
-    r"""The edge of stability of SAM: the root of eta lambda (1 + rho lambda / ||g||) = 2.
+    """The edge of stability of SAM: the root of eta lambda (1 + rho lambda / ||g||) = 2.
 
-    .. math::
-        \lambda = \frac{\|g\|}{2 \rho} \left(\sqrt{1 + \frac{8 \rho}{\eta \|g\|}} - 1\right)
+        lambda = ||g|| / (2 rho) (sqrt(1 + 8 rho / (eta ||g||)) - 1)
 
     It decreases with the gradient norm, so SAM trains where the curvature is far below 2 / eta. For rho = 0 it is
     2 / eta.
@@ -93,7 +91,7 @@ class Point:
 
 
 class Follow:
-    r"""Tracks lambda_max during training: a Lanczos run at every n-th step, started from the last eigenvector.
+    """Tracks lambda_max during training: a Lanczos run at every n-th step, started from the last eigenvector.
 
         >>> import torch
         >>> from flatmin.measure.follow import Follow

@@ -23,21 +23,24 @@ _TURNS = 3  # if that probability cannot be bounded: random vectors in a row wit
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Spectrum:
-    r"""Result of `spectrum`: what a Lanczos run found of a symmetric operator H.
+    """Result of `spectrum`: what a Lanczos run found of a symmetric operator H.
 
     Args:
         top: the algebraically largest eigenvalues, descending, shape (top,).
         bottom: the algebraically smallest eigenvalues, ascending, shape (bottom,).
-        top_vectors, bottom_vectors: unit eigenvectors, shape (top, size) and (bottom, size).
-        top_residuals, bottom_residuals: relative residuals ||H v - lambda v|| / |lambda|. The error of an eigenvalue is
-            of the order residual^2 lambda^2 / gap, far below the residual.
+        top_vectors: unit eigenvectors of `top`, shape (top, size).
+        bottom_vectors: unit eigenvectors of `bottom`, shape (bottom, size).
+        top_residuals: relative residuals ||H v - lambda v|| / |lambda| of `top`. The error of an eigenvalue is of the
+            order residual^2 lambda^2 / gap, far below the residual.
+        bottom_residuals: relative residuals of `bottom`.
         converged: whether every residual reached `tol` and stayed there, with unchanged eigenvalues, for the confirming
             steps, and no further copy was found of an eigenvalue that lies above the last of the top (or below the last
             of the bottom).
         chance_missed: upper bound on the probability, over start vectors, that an eigenvalue was missed which lies
             half-way between two of those found, or beyond them by `tol` times the width of the spectrum. If copies were
             searched for, it also covers a missed further copy. 1 if no bound is known.
-        nodes, weights: nodes and weights of the spectral density as sampled by the start vector. The weights sum to 1.
+        nodes: nodes of the spectral density as sampled by the start vector.
+        weights: weights of the nodes. They sum to 1.
         random_start: whether the start vector was isotropic, so that nodes and weights are an unbiased sample.
         diagonal: q^T H q of each vector q of the basis.
         basis: orthonormal basis, shape (steps, size), used to deflate the trace.

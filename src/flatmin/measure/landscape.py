@@ -45,13 +45,17 @@ class LandscapeAxis:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Slice(Landscape):
-    r"""The loss on a line, L(w + a d_1), or on a plane, L(w + a d_1 + b d_2). Result of `landscape`.
+    """The loss on a line, L(w + a d_1), or on a plane, L(w + a d_1 + b d_2). Result of `landscape`.
 
     Args:
         axes: one or two axes. loss[i, j] belongs to (axes[0].points[i], axes[1].points[j]).
         trajectory: coordinates of checkpoints in the plane, shape (n, 2), as multiples of the directions. Default
             None.
-        loss, accuracy, done, origin, statistics: see `Landscape`.
+        loss: see `Landscape`.
+        accuracy: see `Landscape`.
+        done: see `Landscape`.
+        origin: see `Landscape`.
+        statistics: see `Landscape`.
     """
 
     axes: tuple[LandscapeAxis, ...]
@@ -142,10 +146,9 @@ def landscape(
     every: float = 60.0,
     progress: Progress | None = None,
 ) -> Slice:
-    r"""Evaluate the loss on a line or a plane through the model's weights.
+    """Evaluate the loss on a line or a plane through the model's weights.
 
-    .. math::
-        L(w + a d_1 + b d_2),\quad a, b \in \text{grid}
+        L(w + a d_1 + b d_2),   a, b on a grid
 
     Each point takes one pass over the data, or two with recomputed statistics. The model is not modified. The centre
     equals `problem.value()` bit for bit.

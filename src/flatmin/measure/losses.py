@@ -16,10 +16,9 @@ from flatmin.measure.problem import Problem
 
 
 def error_rate(problem: Problem, weights: Sequence[Tensor] | None = None) -> float:
-    r"""The error rate (0-1 loss): the share of targets whose class does not have the largest output.
+    """The error rate (0-1 loss): the share of targets whose class does not have the largest output.
 
-    .. math::
-        \frac{1}{T} \sum_i [\arg\max_c f_c(x_i) \neq y_i]
+        (1 / T) sum_i [argmax_c f_c(x_i) != y_i]
 
     Targets that the loss ignores are not counted. Class weights of the loss are not used.
 
@@ -147,10 +146,9 @@ def _parts(outputs: Any) -> dict[Any, Any]:
 
 
 class LogitNormalised(nn.Module):
-    r"""A loss of normalised logits: without the mean over classes, and divided by their norm.
+    """A loss of normalised logits: without the mean over classes, and divided by their norm.
 
-    .. math::
-        \ell\left(\frac{z - \bar z}{\max(\|z - \bar z\|_2, 10^{-10})},\; y\right)
+        l((z - mean(z)) / max(||z - mean(z)||_2, 1e-10), y)
 
     The mean and the norm are taken over the classes of each example. Two networks whose outputs differ only in scale
     have the same loss and so the same sharpness. With plain cross-entropy, the more confident one would be flatter.

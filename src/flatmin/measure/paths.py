@@ -28,7 +28,7 @@ Training = Callable[[int, float], None]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Path(Landscape):
-    r"""The loss along a curve in weight space. Result of `linear` and `bezier`.
+    """The loss along a curve in weight space. Result of `linear` and `bezier`.
 
     Args:
         times: positions of the points, float64, ascending. "linear": from 0 to the number of segments, with checkpoints
@@ -39,7 +39,11 @@ class Path(Landscape):
         shape: "linear" or "bezier".
         recipe: settings of the training of the control point; empty for a linear path.
         training: loss of the batch at each training step; empty for a linear path.
-        loss, accuracy, done, origin, statistics: see `Landscape`.
+        loss: see `Landscape`.
+        accuracy: see `Landscape`.
+        done: see `Landscape`.
+        origin: see `Landscape`.
+        statistics: see `Landscape`.
     """
 
     times: Tensor
@@ -73,10 +77,9 @@ class Path(Landscape):
 
     @property
     def barriers(self) -> list[float]:
-        r"""The loss barrier of each segment: the largest excess over the linear interpolation of its ends' losses.
+        """The loss barrier of each segment: the largest excess over the linear interpolation of its ends' losses.
 
-        .. math::
-            \max_s L(w(s)) - [(1 - s) L(w(0)) + s L(w(1))]
+            max_s L(w(s)) - [(1 - s) L(w(0)) + s L(w(1))]
 
         The maximum is taken over the points of the grid, so it is a lower bound. It is at least 0, because the ends are
         included, and NaN if a loss is NaN or not evaluated.
@@ -157,10 +160,9 @@ def linear(
     every: float = 60.0,
     progress: Progress | None = None,
 ) -> Path:
-    r"""Evaluate the loss on straight lines between consecutive checkpoints.
+    """Evaluate the loss on straight lines between consecutive checkpoints.
 
-    .. math::
-        w(s) = (1 - s) w_k + s w_{k + 1},\quad s \in [0, 1]
+        w(s) = (1 - s) w_k + s w_{k+1},   s in [0, 1]
 
     At the ends, the weights equal those of the checkpoints exactly. At all points, buffers and weights outside the
     problem's `params` are those of the model.
@@ -219,10 +221,10 @@ def bezier(
     progress: Progress | None = None,
     training: Training | None = None,
 ) -> Path:
-    r"""Train a quadratic Bezier curve of low loss between two checkpoints, and evaluate the loss along it.
+    """Train a quadratic Bezier curve of low loss between two checkpoints, and evaluate the loss along it.
 
-    .. math::
-        w(t) = (1 - t)^2 w_0 + 2 t (1 - t) c + t^2 w_1,\quad \min_c E_{t \sim U(0, 1)} L(w(t))
+        w(t) = (1 - t)^2 w_0 + 2 t (1 - t) c + t^2 w_1
+        c minimises E[L(w(t))],   t ~ U(0, 1)
 
     The control point c starts half-way between the checkpoints. It is trained by SGD, with one random batch of the
     problem and one random t per step. The learning rate is constant for half of the steps, decreases linearly to a

@@ -33,7 +33,8 @@ class Conventions:
         loss: name of the loss.
         reduction: reduction of the loss over the data; always the mean over its terms. Default "mean".
         weight_decay: c in the added term c/2 ||w||^2 over the selected weights. Default 0.
-        split, augmentation: descriptions given by the caller. Default "" and "none".
+        split: description of the data, given by the caller. Default "".
+        augmentation: description of the augmentation, given by the caller. Default "none".
         examples: number of examples, over all processes.
         terms: number of terms of the loss, such as examples, or tokens that are not ignored.
         batch: number of examples in the largest batch.
@@ -81,10 +82,9 @@ class WeightedBatch:
 
 
 class Problem:
-    r"""The mean loss of a model over a data set, as a function of selected weights.
+    """The mean loss of a model over a data set, as a function of selected weights.
 
-    .. math::
-        L(w) = \frac{1}{T} \sum_{t=1}^{T} \ell_t(w) + \frac{c}{2} \|w\|^2
+        L(w) = (1 / T) sum_t l_t(w) + (c / 2) ||w||^2
 
     The sum runs over the T terms of the loss, such as examples or tokens. If the loss of a batch is a mean, L is the
     loss of all data as one batch. If it is a sum, L is the sum divided by the number of terms.
@@ -119,7 +119,8 @@ class Problem:
         reduction: "mean" or "sum": how the loss combines its terms. Default None: determined as described above.
         group: process group in which each rank holds a part of the data; results are those of all data. Default None:
             this process only.
-        split, augmentation: descriptions of the data, kept in the conventions. Default "" and "none".
+        split: description of the data, kept in the conventions. Default "".
+        augmentation: description of the augmentation, likewise. Default "none".
 
     Attributes:
         reduction: how the loss combines its terms.

@@ -154,10 +154,9 @@ def radius(
     resolution: float = RESOLUTION,
     model: nn.Module | None = None,
 ) -> FoundRadius:
-    r"""Find the radius at which the linear prediction of the loss fails along the ascent of a method.
+    """Find the radius at which the linear prediction of the loss fails along the ascent of a method.
 
-    .. math::
-        \frac{L(w + \epsilon) - L(w)}{\langle \nabla L(w), \epsilon \rangle} = 1 \pm \text{off}
+        (L(w + eps) - L(w)) / <grad L(w), eps> = 1 +- off
 
     SAM's ascent solves a linearised problem. Beyond the radius at which the loss is no longer linear, it is only an
     ascent along some direction. With off = 1/2, the quadratic term is half the linear term there: the slope along the

@@ -22,7 +22,7 @@ _MOMENTUM = 0.3
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Sharpness:
-    r"""Result of `worst_case`: a lower bound of max L(w + delta) - L(w) in a ball, found by gradient ascent.
+    """Result of `worst_case`: a lower bound of max L(w + delta) - L(w) in a ball, found by gradient ascent.
 
     The gap of a point is L(w + delta) - L(w).
 
@@ -32,11 +32,15 @@ class Sharpness:
         one_step: the gap of the closed-form first step, which is that of SAM (adaptive: of ASAM). It can be negative,
             and is 0 if the gradient is zero, because SAM does not move then.
         loss: L(w).
-        left: \max_v <g, v - u> over the ball at the best point, in units of the loss: how much a further step could add
+        left: max_v <g, v - u> over the ball at the best point, in units of the loss: how much a further step could add
             to first order. It is 0 at a stationary point. It is not a bound on the distance to the true maximum.
         converged: whether left <= tol * value.
-        rho, norm, adaptive, eta: the ball.
-        steps, restarts: the arguments of `worst_case`.
+        rho: see `worst_case`.
+        norm: see `worst_case`.
+        adaptive: see `worst_case`.
+        eta: see `worst_case`.
+        steps: see `worst_case`.
+        restarts: see `worst_case`.
         gradients: number of evaluations of the loss and its gradient.
         history: the largest gap after each step of the ascent that starts at w.
         displacement: delta of the best point, shape (size,).
@@ -75,10 +79,9 @@ def worst_case(
     errors: bool = False,
     seed: int = 0,
 ) -> Sharpness:
-    r"""Measure worst-case sharpness by projected gradient ascent. With steps=1 it is the gap of SAM's step.
+    """Measure worst-case sharpness by projected gradient ascent. With steps=1 it is the gap of SAM's step.
 
-    .. math::
-        \max_{\|u\|_p \le \rho} L(w + s \odot u) - L(w),\quad s = 1 \text{ or } |w| + \eta
+        max over ||u||_p <= rho of L(w + s * u) - L(w),   s = 1 or |w| + eta
 
     The first step is the closed form of SAM or ASAM: rho times the dual direction of the gradient. Each further step
     goes to the point of the ball that is farthest along the new gradient, with some momentum; such steps are monotone
@@ -274,7 +277,12 @@ class Grouped:
         left_out: number of examples in no group, over all processes.
         gaps: gap of each group of this process, in the order of the data.
         converged: share of the groups whose ascent converged.
-        rho, norm, adaptive, eta, steps, restarts: see `Sharpness`.
+        rho: see `worst_case`.
+        norm: see `worst_case`.
+        adaptive: see `worst_case`.
+        eta: see `worst_case`.
+        steps: see `worst_case`.
+        restarts: see `worst_case`.
         gradients: number of evaluations of a group's loss and gradient, in this process.
         error_gap: mean rise of the error rate at the best points; None if not requested.
         conventions: conventions of the problem, with the number of examples used; the batch is m.
@@ -313,10 +321,9 @@ def m_sharpness(
     errors: bool = False,
     seed: int = 0,
 ) -> Grouped:
-    r"""Measure m-sharpness: the worst case of the loss over m examples, averaged over groups of m examples.
+    """Measure m-sharpness: the worst case of the loss over m examples, averaged over groups of m examples.
 
-    .. math::
-        \frac{1}{|G|} \sum_{g \in G} \max_{\|u\|_p \le \rho} L_g(w + s \odot u) - L_g(w),\quad |g| = m
+        mean over groups g of max over ||u||_p <= rho of L_g(w + s * u) - L_g(w),   |g| = m
 
     If m is the number of examples, this is `worst_case`. Smaller m gives larger values. A group consists of m
     consecutive examples. Examples left over at the end are not used.

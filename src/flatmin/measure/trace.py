@@ -55,11 +55,10 @@ def trace(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Estimate:
-    r"""Estimate the trace of an operator, by Hutchinson's method with deflation.
+    """Estimate the trace of an operator, by Hutchinson's method with deflation.
 
-    .. math::
-        \mathrm{tr} H = \sum_{q \in Q} q^T H q + E[z^T H z],\quad z \sim \text{sphere of radius } \sqrt{n - |Q|}
-        \text{ in } Q^\perp
+        tr H = sum_{q in Q} q^T H q + E[z^T H z]
+        z: uniform on the sphere of radius sqrt(n - |Q|), orthogonal to Q
 
     The basis Q of a `spectrum` run contains the eigenvectors of large eigenvalues, so these no longer contribute to the
     variance. The estimate stops when the standard error is at most `tol` times the value, after at least 20 probes, and
@@ -118,10 +117,9 @@ def frobenius(
     max_probes: int = 2000,
     seed: int = 0,
 ) -> Estimate:
-    r"""Estimate the Frobenius norm of an operator by the mean of \|H z\|^2 over random probes z.
+    """Estimate the Frobenius norm of an operator by the mean of ||H z||^2 over random probes z.
 
-    .. math::
-        \|H\|_F = \sqrt{\mathrm{tr} H^2},\quad \mathrm{tr} H^2 = \|H Q\|_F^2 + E \|H z\|^2
+        ||H||_F = sqrt(tr H^2),   tr H^2 = ||H Q||_F^2 + E ||H z||^2
 
     Q is the basis of the given `spectrum`, and the probes are orthogonal to it.
 
@@ -187,12 +185,12 @@ class Diagonal:
 
 
 def diagonal(operator: Operator, spectrum: Spectrum | None = None, *, probes: int = 100, seed: int = 0) -> Diagonal:
-    r"""Estimate the diagonal of an operator by the mean of z * H z over random signs z, with deflation.
+    """Estimate the diagonal of an operator by the mean of z * H z over random signs z, with deflation.
 
-    .. math::
-        H = P H + (H Q^T) Q,\quad \mathrm{diag}(H) = \mathrm{diag}((H Q^T) Q) + E[z \odot P H z],\quad P = 1 - Q^T Q
+        H = P H + (H Q^T) Q,   P = 1 - Q^T Q
+        diag(H) = diag((H Q^T) Q) + E[z * P H z]
 
-    The rows of Q are the top and bottom eigenvectors of the given `spectrum`, for which H Q^T = Q^T \Lambda.
+    The rows of Q are the top and bottom eigenvectors of the given `spectrum`, for which H Q^T = Q^T Lambda.
 
     Args:
         operator: see `flatmin.measure.spectrum`.
@@ -236,10 +234,9 @@ def diagonal(operator: Operator, spectrum: Spectrum | None = None, *, probes: in
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Density:
-    r"""A spectral density as weighted nodes; result of `density`.
+    """A spectral density as weighted nodes; result of `density`.
 
-    .. math::
-        \phi(t) = \frac{1}{n} \sum_i \delta(t - \lambda_i)
+        phi(t) = (1 / n) sum_i delta(t - lambda_i)
 
     Args:
         nodes: nodes, ascending, shape (m,).

@@ -58,10 +58,9 @@ class Trajectory:
 
 
 def pca(problem: Problem, checkpoints: Sequence[Checkpoint], *, components: int = 2) -> Trajectory:
-    r"""Compute the principal components of a list of checkpoints.
+    """Compute the principal components of a list of checkpoints.
 
-    .. math::
-        X = [w_1 - \bar w; \dots; w_n - \bar w],\quad X X^T = U S^2 U^T,\quad d_k = X^T u_k / s_k
+        X = [w_1 - mean(w); ...; w_n - mean(w)],   X X^T = U S^2 U^T,   d_k = X^T u_k / s_k
 
     The n x n matrix X X^T is decomposed in float64. Signs are chosen such that no coordinate of the last checkpoint is
     below that of the first. In many dimensions, even a random walk has much of its variance in two components and looks
