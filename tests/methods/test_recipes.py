@@ -308,7 +308,8 @@ def test_a_parameter_must_not_be_named_like_a_kind_or_an_option_of_the_optimizer
 def test_every_built_in_entry_is_complete():
     for name, method in METHODS.items():
         assert method.name == name and "+" not in name
-        assert method.title and method.formula and method.paper and method.summary.endswith(".")
+        assert method.title and method.formula and method.paper
+        assert method.summary.endswith(".") and method.when.endswith(".") and method.when[0].isupper()
         assert method.url.startswith("https://") or not method.url
         assert method.recipe() == compose(name) and method.recipe().name == name
         for part in method.parts:

@@ -71,12 +71,12 @@ def test_a_bad_method():
         (r"needs parameter names \(pass model=", "only", {"model": None}),
         (r"needs parameter names", "asam", {"model": None, "weights_only": True}),
         (r"no layer matches .*the trained ones are Linear", "sam-on", {}),
-        (r"needs the kinds of layers \(pass model=", "sam-on", {"model": None}),
+        (r"needs the types of the layers \(pass model=", "sam-on", {"model": None}),
         (r"late needs .*whole training: total=.*for_length\(", "late", {}),
         (r"momentum.*SGD is set up without", "momentum-sam", {"momentum": 0.0}),
         (r"bsam needs data_size=N, the number of training samples", "bsam", {"momentum": 0.0}),
         (r"without momentum and weight decay as its base, got SGD with momentum=0.9", "bsam", {"data_size": 9}),
-        (r"functional-sam needs the loss object", "functional-sam", {"criterion": None}),
+        (r"functional-sam needs the loss \(pass criterion=", "functional-sam", {"criterion": None}),
         *(
             (rf"do not go together: .*needs the descent loss's own gradient in pass 1, .*{why}", name, {})
             for name, why in (
@@ -96,7 +96,7 @@ def test_a_bad_method():
         (r"unknown method 'flatlora'; did you mean 'flat-lora'", "flatlora", {}),
         (r"esam needs per-sample losses \(pass criterion=", "esam", {"criterion": None}),
         (r"pass criterion=flatmin.Criterion\(loss\)", "bisam-log", {"criterion": None}),
-        (r"needs the loss object \(pass criterion=", "sgdhess", {"curvature": "ggn", "criterion": None}),
+        (r"needs the loss \(pass criterion=", "sgdhess", {"curvature": "ggn", "criterion": None}),
         (r"gives no per-sample losses.*per_sample=", "ssam-f", {"criterion": flatmin.Criterion(lambda z, y: z.sum())}),
         (r"CTCLoss takes log_probs, targets, .*per_sample=", "esam", {"criterion": flatmin.Criterion(nn.CTCLoss())}),
         (r"climbs .*BCEWithLogits", "bisam-log", {"criterion": flatmin.Criterion(nn.BCEWithLogitsLoss())}),

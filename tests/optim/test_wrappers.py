@@ -130,7 +130,7 @@ def test_a_criterion_may_be_exchanged_between_updates_and_the_base_may_not():
     optimizer.step(closure)
     with pytest.raises(TypeError, match=r"criterion must be a flatmin\.Criterion"):
         optimizer.criterion = nn.CrossEntropyLoss()
-    with pytest.raises(ValueError, match="bisam-log needs the loss object"):
+    with pytest.raises(ValueError, match="bisam-log needs the loss"):
         optimizer.criterion = None
     for name in ("base", "recipe"):
         with pytest.raises(AttributeError):
