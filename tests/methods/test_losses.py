@@ -153,9 +153,9 @@ def test_bad_shapes_and_dtypes_are_refused(kind):
     logits, target = torch.zeros(4, 3), torch.zeros(4, dtype=torch.long)
     for z, y, error, text in (
         (torch.zeros(4), target, ValueError, r"shape \(N, K\), got \(4,\)"),
-        (torch.zeros(4, 3, 2), target, ValueError, r"\(N, K\), got \(4, 3, 2\); move other"),
+        (torch.zeros(4, 3, 2), target, ValueError, r"\(N, K\), got \(4, 3, 2\); flatten"),
         (logits, torch.zeros(5, dtype=torch.long), ValueError, r"shape \(4,\), got \(5,\)"),
-        (logits, torch.zeros(4, 3), ValueError, "soft targets have no margin"),
+        (logits, torch.zeros(4, 3), ValueError, "soft targets are not supported"),
         (logits, target.float(), TypeError, "expected integer class indices, got torch.float32"),
         (logits, target.bool(), TypeError, "got torch.bool"),
     ):

@@ -332,7 +332,7 @@ def test_further_arguments_are_refused_where_they_would_be_lost(method):
     [
         ("esam", nn.BCEWithLogitsLoss(weight=torch.ones(9, 1).double()), SOFT, "a weight for each sample of a batch"),
         ("esam", partial(F.binary_cross_entropy_with_logits, pos_weight=torch.ones(9, 1)), SOFT, "a pos_weight for"),
-        ("bisam-log", nn.CrossEntropyLoss(), SOFT, "soft targets have no margin"),
+        ("bisam-log", nn.CrossEntropyLoss(), SOFT, "soft targets are not supported"),
         ("bisam-log", lambda z, y: z.sum(1), INDICES, r"reduce it to a scalar, or .*`reduction`"),
     ],
 )

@@ -67,10 +67,10 @@ def test_a_bad_method():
         (r"matches '0.wieght'; did you mean 0\.weight, 2\.weight\?", "only", {"only": "0.wieght"}),
         (r"matches 'head\.bias'; did you mean 0\.bias, 2\.bias\?", "only", {"only": "head.bias"}),
         (r"no parameter matches 'x'", "only", {"but": "x"}),
-        (r"leaves no parameter to move", "only", {"but": "*"}),
+        (r"leaves no parameter to perturb", "only", {"but": "*"}),
         (r"needs parameter names \(pass model=", "only", {"model": None}),
         (r"needs parameter names", "asam", {"model": None, "weights_only": True}),
-        (r"no layer matches .*the trained ones are Linear", "sam-on", {}),
+        (r"no layer matches .*the trained layers are Linear", "sam-on", {}),
         (r"needs the types of the layers \(pass model=", "sam-on", {"model": None}),
         (r"late needs .*whole training: total=.*for_length\(", "late", {}),
         (r"momentum.*SGD is set up without", "momentum-sam", {"momentum": 0.0}),
@@ -78,16 +78,20 @@ def test_a_bad_method():
         (r"without momentum and weight decay as its base, got SGD with momentum=0.9", "bsam", {"data_size": 9}),
         (r"functional-sam needs the loss \(pass criterion=", "functional-sam", {"criterion": None}),
         *(
-            (rf"do not go together: .*needs the descent loss's own gradient in pass 1, .*{why}", name, {})
+            (rf"cannot be combined: .*needs the gradient of the training loss in pass 1, .*{why}", name, {})
             for name, why in (
                 ("bsam+bisam-log", "another loss"),
                 ("bsam+sam-db", "another batch"),
                 ("bsam+imbsam", "the tail"),
             )
         ),
-        (r"'esam' and 'functional-sam' do not go together: .*own gradient in pass 2", "esam+functional-sam", {}),
+        (
+            r"'esam' and 'functional-sam' cannot be combined: .*gradient of the training loss in pass 2",
+            "esam+functional-sam",
+            {},
+        ),
         (r"GAM\(.*takes 3 descent gradients, and inner_loop OneStep\(\) gives 1", "gam", {"inner_loop": OneStep()}),
-        (r"reads 'gradient' of direction Gradient\(\), which has no such memory", "sampa", {"direction": Gradient()}),
+        (r"reads 'gradient' of direction Gradient\(\), which has no such slot", "sampa", {"direction": Gradient()}),
         (r"Extrapolation: batch must be 'same' or 'previous'", "sampa", {"batch": "last"}),
         (r"'msam' is the name of two methods: .*'micro-sam'.*'momentum-sam'", "msam", {}),
         (r"'ssam' is the name of two methods: .*'ssam-f'.*'bernoulli'", "ssam", {}),
@@ -122,13 +126,13 @@ def test_a_bad_method():
         (r"theta must be in \(0, 1\]", "vasso", {"theta": 0.0}),
         ("'gsam' and 'wsam' both set the combine", "gsam+wsam", {}),
         ("'looksam' and 'every-k' both set the schedule", "looksam+every-k", {}),
-        ("do not go together.*own gradient at w", "gsam+bisam-log", {}),
-        ("do not go together.*takes no pass 1", "gsam+momentum-sam", {}),
-        ("do not go together.*gradient of its own", "micro-sam+gsam", {}),
-        ("do not go together.*gradient of its own", "micro-sam+vasso", {}),
-        ("do not go together.*never leaves w", "sgdhess+asam", {}),
-        ("do not go together.*takes no pass 1", "esam+momentum-sam", {}),
-        ("do not go together.*own gradient at w", "ae-sam+bisam-log", {}),
+        ("cannot be combined.*gradient of the training loss at w", "gsam+bisam-log", {}),
+        ("cannot be combined.*takes no pass 1", "gsam+momentum-sam", {}),
+        ("cannot be combined.*gradient of its own", "micro-sam+gsam", {}),
+        ("cannot be combined.*gradient of its own", "micro-sam+vasso", {}),
+        ("cannot be combined.*never perturbs the weights", "sgdhess+asam", {}),
+        ("cannot be combined.*takes no pass 1", "esam+momentum-sam", {}),
+        ("cannot be combined.*gradient of the training loss at w", "ae-sam+bisam-log", {}),
     ]:
         model = net()
         base = sgd(model, momentum=options.pop("momentum", 0.9))
@@ -166,14 +170,14 @@ class Loop:
         (r"micro-sam needs passes\(\) or step\(closure\)", "micro-sam", {}, "perturbed", 2),
         (r"rsam needs passes\(\) or step\(closure\)", "rsam", {}, "two calls", None),
         (r"sam-db needs micro-batches .*got one closure", "sam-db", {}, "closure", 0),
-        (r"wants two closures.*got 3", "sam-db", {}, "closure", 3),
-        (r"wants two closures.*got 1", "sam-db", {}, "passes", 1),
+        (r"needs two closures.*got 3", "sam-db", {}, "closure", 3),
+        (r"needs two closures.*got 1", "sam-db", {}, "passes", 1),
         (r"finite factor >= 0, got -1.0", "sam", {"radius": LambdaRadius(rule=lambda k: -1)}, "closure", None),
         (r"step\(\) needs a closure", "sam", {}, "train and eval", None),
         (r"sampa needs micro-batches .*got one closure", "sampa", {"batch": "previous"}, "closure", 0),
-        (r"Extrapolation wants two closures.*got 3", "sampa", {"batch": "previous"}, "closure", 3),
-        (r"DifferentBatch wants two closures.*got 3", "sam-db", {"rho": 0.0}, "closure", 3),
-        (r"Extrapolation wants two closures.*got 1", "sampa", {"batch": "previous", "rho": 0.0}, "passes", 1),
+        (r"Extrapolation needs two closures.*got 3", "sampa", {"batch": "previous"}, "closure", 3),
+        (r"DifferentBatch needs two closures.*got 3", "sam-db", {"rho": 0.0}, "closure", 3),
+        (r"Extrapolation needs two closures.*got 1", "sampa", {"batch": "previous", "rho": 0.0}, "passes", 1),
     ],
 )
 def test_a_step_that_the_method_cannot_take_changes_nothing(match, name, options, entry, chunks):

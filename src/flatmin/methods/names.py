@@ -164,7 +164,7 @@ def _by_kind(name: str, chosen: Mapping[str, Part], params: Mapping[str, Any]) -
         kind, _, fld = key.partition(".")
         if key in KINDS:
             if not isinstance(value, (Part, Mapping)):
-                raise ValueError(f"{word} must be a part or a dict of parameters, got {value!r}.")
+                raise ValueError(f"{word} must be a part or a dict of its parameters, got {value!r}.")
             by_kind[key] = value if isinstance(value, Part) else {**by_kind.get(key, {}), **value}
             continue
         if fld:
