@@ -1,4 +1,4 @@
-"""The outcomes as text for a terminal and for a page."""
+"""Prints the outcomes for a terminal and as Markdown."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LONG = 110
 
 @dataclass(frozen=True)
 class AdapterColumn:
-    """An adapter with its outcomes."""
+    """The column of an adapter: its outcomes by behaviour."""
 
     title: str
     version: str
@@ -24,26 +24,26 @@ class AdapterColumn:
 
     @property
     def heading(self) -> str:
-        """Title and version."""
+        """The title with the version."""
         return f"{self.title} {self.version}".strip()
 
     def count(self, status: str) -> int:
-        """How many behaviours have a status."""
+        """The number of behaviours with this status."""
         return sum(o.status == status for o in self.outcomes.values())
 
     @property
     def failures(self) -> list[BehaviourOutcome]:
-        """In the order of the table."""
+        """The failures, in the order of the table."""
         return [o for o in self.outcomes.values() if o.status == FAIL]
 
 
 def _rows(columns: Sequence[AdapterColumn]) -> list[tuple[str, str]]:
-    """(theme, name) of the behaviours that were run."""
+    """The (theme, name) of all behaviours that were tested."""
     return [(b.theme, b.name) for b in ALL if any(b.name in c.outcomes for c in columns)]
 
 
 def text(columns: Sequence[AdapterColumn]) -> str:
-    """For a terminal."""
+    """The table for a terminal."""
     rows = _rows(columns)
     marks = {PASS: "pass", FAIL: "FAIL", ABSENT: "-"}
     wide = max(len(name) for _, name in rows)
@@ -66,7 +66,7 @@ def text(columns: Sequence[AdapterColumn]) -> str:
 
 
 def page(columns: Sequence[AdapterColumn], environment: str) -> str:
-    """Markdown between markers, for the page that `--into` names."""
+    """The table in Markdown, for the page given by `--into`."""
     rows = _rows(columns)
     marks = {PASS: "pass", FAIL: "**fail**", ABSENT: "–"}
     lines = [environment, "", "| | " + " | ".join(c.title for c in columns) + " |", "|---|" + "---|" * len(columns)]
@@ -80,9 +80,9 @@ def page(columns: Sequence[AdapterColumn], environment: str) -> str:
             lines.append(f"| **{TITLES[of].rstrip('.')}** |" + " |" * len(columns))
         cells = [marks[c.outcomes[name].status] if name in c.outcomes else "" for c in columns]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    lines += ["", "### What is demanded, and why", ""]
+    lines += ["", "### The behaviours, and why they matter", ""]
     lines += [f"- **{b.name}**: {b.demand} *{b.why}*" for b in ALL if (b.theme, b.name) in rows]
-    lines += ["", "### The failing figures", ""]
+    lines += ["", "### Figures of the failures", ""]
     for c in columns:
         if c.failures:
             lines += [f"<details><summary>{c.heading}: {len(c.failures)}</summary>", ""]
@@ -92,21 +92,21 @@ def page(columns: Sequence[AdapterColumn], environment: str) -> str:
 
 
 def insert(path: Path, what: str) -> None:
-    """Replace what is between the markers of a page.
+    """Replace the text between the markers of a page.
 
     Raises:
-        ValueError: a page without markers.
+        ValueError: the page has no markers.
     """
     old = path.read_text(encoding="utf-8")
     if BEGIN not in old or END not in old:
-        raise ValueError(f"{path} has no {BEGIN} ... {END} to write between.")
+        raise ValueError(f"{path} has no markers {BEGIN} ... {END}; add them where the table should be.")
     head, rest = old.split(BEGIN, 1)
     tail = rest.split(END, 1)[1]
     path.write_text(f"{head}{BEGIN}\n\n{what}\n\n{END}{tail}", encoding="utf-8")
 
 
 def _short(figure: str) -> str:
-    # Addresses of objects and paths of machines differ from run to run and say nothing.
+    # Memory addresses and paths differ from run to run.
     figure = re.sub(r"(/[\w.-]+){2,}/", ".../", figure)
     figure = re.sub(r" at 0x[0-9a-f]+", "", figure)
     return figure if len(figure) <= LONG else figure[: LONG - 1].rstrip() + "…"

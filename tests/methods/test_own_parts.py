@@ -389,7 +389,7 @@ def test_a_part_of_ones_own_does_what_its_formula_says(name):
         if recipe.two_pass:
             assert torch.equal(got, run(recipe, perturbed=True, device_path=device_path)[0])
         else:
-            with pytest.raises(RuntimeError, match=r"perturbed\(\) serves recipes of one pass at w"):
+            with pytest.raises(RuntimeError, match=r"perturbed\(\) works with recipes of one pass at w"):
                 run(recipe, perturbed=True)
 
 

@@ -69,7 +69,7 @@ def test_gradients_that_a_closure_drops_are_warned_about_once():
     optimizer.zero_grad()
     backward(0)
     with pytest.warns(
-        UserWarning, match=r"drops the gradients of the forward before it.*list of closures, or use passes"
+        UserWarning, match=r"drops the gradients that were there before it.*list of closures, or use passes"
     ) as caught:
         optimizer.step(closure)
     assert [w.filename for w in caught] == [__file__]
@@ -171,5 +171,5 @@ def test_a_loss_cached_before_the_step_is_named(kept):
         loss.backward(retain_graph=kept)
         return loss
 
-    with pytest.raises(RuntimeError, match="the loss is cached"):
+    with pytest.raises(RuntimeError, match="the loss was cached"):
         opt.step(closure)
