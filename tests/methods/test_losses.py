@@ -412,6 +412,6 @@ def test_a_loss_that_is_not_finite_keeps_its_value_and_a_finite_ascent_gradient(
 
 
 def test_it_wraps_a_callable():
-    with pytest.raises(TypeError, match=r"wraps a callable .*got float"):
+    with pytest.raises(TypeError, match=r"needs a callable .*got float"):
         flatmin.Criterion(0.1)
     assert not list(flatmin.Criterion(F.cross_entropy).parameters())

@@ -27,7 +27,7 @@ def test_a_different_batch_in_pass_2_is_noticed(entry):
         loss.backward()
         return loss
 
-    with pytest.warns(UserWarning, match="saw different batches"):
+    with pytest.warns(UserWarning, match="used different batches"):
         if entry == "closure":
             opt.step(closure)
         else:
@@ -121,7 +121,7 @@ def test_a_different_batch_is_noticed_in_any_container(wrap):
         opt.step()
 
     step(x.clone())
-    with pytest.warns(UserWarning, match="saw different batches; run the second pass on the batch of the first"):
+    with pytest.warns(UserWarning, match="used different batches; run the second pass on the batch of the first"):
         step(other)
 
 

@@ -135,7 +135,7 @@ def test_rho_comes_with_a_checkpoint_of_the_recipe_and_stays_with_that_of_the_ba
         optimizer.load_state_dict(saved)
     optimizer.load_state_dict(flatmin.base_state_dict(saved))
     assert optimizer.param_groups[0]["rho"] == 0.05
-    with pytest.raises(ValueError, match=r"recipe recipe\(\), this optimizer runs recipe\(\)"):
+    with pytest.raises(ValueError, match=r"recipe recipe\(\), but this optimizer runs recipe\(\)"):
         small(flatmin.Recipe(geometry=parts.Unnormalised()))[1].load_state_dict(small(flatmin.Recipe())[1].state_dict())
 
 
@@ -164,7 +164,7 @@ def test_a_checkpoint_of_the_single_file_implementation(adaptive):
     group = optimizer.param_groups[0]
     assert (group["lr"], group["rho"], "adaptive" in group) == (0.01, 0.3, False)
     assert all("exp_avg" in entries and "old_p" not in entries for entries in optimizer.state_dict()["state"].values())
-    with pytest.raises(ValueError, match=rf"single-file SAM with adaptive={adaptive}, this optimizer runs "):
+    with pytest.raises(ValueError, match=rf"single-file SAM with adaptive={adaptive}, but this optimizer runs "):
         small("sam" if adaptive else "asam", base=torch.optim.Adam)[1].load_state_dict(saved)
 
 

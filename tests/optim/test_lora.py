@@ -198,7 +198,7 @@ def test_the_weight_must_be_the_tensor_that_the_module_holds():
         with pytest.raises(ValueError, match="is trained, but Flat-LoRA restores it"):
             FlatLoRA(model, total=1)
     for added in (lambda w: 0, lambda w: w[0], lambda w: w.T):
-        with pytest.raises(ValueError, match=r"as a tensor of the weight's shape \(2, 3\), got"):
+        with pytest.raises(ValueError, match=r"as a tensor of the weight's shape \(2, 3\); got"):
             FlatLoRA(giving(lambda w: w, added), total=1)
     whole = giving(lambda w: w[:1], lambda w: torch.zeros(1, 3))
     before = whole.weight.clone()

@@ -323,7 +323,9 @@ def test_further_arguments_are_refused_where_they_would_be_lost(method):
     net, (x, y) = net_of(()), data(INDICES, ())
     criterion = flatmin.Criterion(F.cross_entropy)
     optimizer = flatmin.wrap(torch.optim.SGD(net.parameters(), lr=0.1), method, criterion=criterion)
-    with pytest.raises(TypeError, match=rf"^{method} .*2 arguments by position and weight by name.*functools\.partial"):
+    with pytest.raises(
+        TypeError, match=rf"^with {method} .*2 arguments by position and weight by name.*functools\.partial"
+    ):
         optimizer.step(lambda: criterion(net(x), y, weight=WEIGHT))
 
 
