@@ -49,7 +49,7 @@ def bf16_distance(adapter: Adapter) -> str:
 def bf16_return(adapter: Adapter) -> str:
     """With lr = 0, bfloat16 weights are unchanged after 50 steps, bit for bit.
 
-    Subtracting eps again rounds a second time, and the weights make a random walk.
+    Subtracting eps again rounds a second time, and the weights drift at random.
     """
     model = net(torch.bfloat16)
     before = copies(model.parameters())

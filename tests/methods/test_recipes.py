@@ -236,8 +236,8 @@ def test_four_ways_to_write_a_parameter(params):
 def test_a_name_that_two_parts_share_must_be_qualified():
     with pytest.raises(
         ValueError,
-        match=r"more than one parameter 'alpha'; write objective\.alpha or radius\.alpha\.|"
-        r"more than one parameter 'alpha'; write radius\.alpha or objective\.alpha\.",
+        match=r"several parameters 'alpha'; write objective\.alpha or radius\.alpha\.|"
+        r"several parameters 'alpha'; write radius\.alpha or objective\.alpha\.",
     ):
         compose("bisam-tanh+shrink", TABLE, alpha=0.2)
     recipe = compose("bisam-tanh+shrink", TABLE, **{"objective.alpha": 0.2}, radius={"alpha": 3.0})

@@ -54,7 +54,7 @@ def test_a_bad_construction():
         (lambda m: flatmin.SAM(sgd(m), eps=0), ValueError, "eps must be"),
         (lambda m: flatmin.SAM(sgd(m), adaptive=True, recipe="vasso"), ValueError, "adaptive=True means"),
         (lambda m: flatmin.SAM(sgd(m), recipe=3), TypeError, "recipe must be"),
-        (lambda m: flatmin.wrap(sgd(m), flatmin.Recipe(), theta=1.0), ValueError, "carries its own parameters"),
+        (lambda m: flatmin.wrap(sgd(m), flatmin.Recipe(), theta=1.0), ValueError, "has its own parameters"),
         (lambda m: flatmin.wrap(sgd(m), "assam"), ValueError, "unknown method 'assam'; did you mean 'asam'"),
     ]:
         with pytest.raises(error, match=text):
@@ -101,9 +101,9 @@ def test_a_bad_method():
         (r"esam needs per-sample losses \(pass criterion=", "esam", {"criterion": None}),
         (r"pass criterion=flatmin.Criterion\(loss\)", "bisam-log", {"criterion": None}),
         (r"needs the loss \(pass criterion=", "sgdhess", {"curvature": "ggn", "criterion": None}),
-        (r"gives no per-sample losses.*per_sample=", "ssam-f", {"criterion": flatmin.Criterion(lambda z, y: z.sum())}),
+        (r"has no per-sample losses.*per_sample=", "ssam-f", {"criterion": flatmin.Criterion(lambda z, y: z.sum())}),
         (r"CTCLoss takes log_probs, targets, .*per_sample=", "esam", {"criterion": flatmin.Criterion(nn.CTCLoss())}),
-        (r"climbs .*BCEWithLogits", "bisam-log", {"criterion": flatmin.Criterion(nn.BCEWithLogitsLoss())}),
+        (r"ascent loss .*BCEWithLogits", "bisam-log", {"criterion": flatmin.Criterion(nn.BCEWithLogitsLoss())}),
         (r"EveryK: k must be a whole number >= 1, got 0", "every-k", {"k": 0}),
         (r"Bernoulli: p must be in \[0, 1\], got 2", "bernoulli", {"p": 2}),
         (r"FisherMask: sparsity must be below 1", "ssam-f", {"sparsity": 1}),

@@ -291,7 +291,7 @@ class TestParameters:
         assert config("smoke", "method=asam", "weights_only=true").params == {"geometry.weights_only": True}
 
     def test_a_name_that_two_parts_have(self):
-        words = r"^'ssam-d\+late' has more than one parameter 'total'; write mask\.total or schedule\.total\.$"
+        words = r"^'ssam-d\+late' has several parameters 'total'; write mask\.total or schedule\.total\.$"
         with pytest.raises(ValueError, match=words):
             config("smoke", "method=ssam-d+late", "total=3")
         assert config("smoke", "method=ssam-d+late", "when.total=3").params == {"schedule.total": 3}

@@ -174,7 +174,7 @@ def _by_kind(name: str, chosen: Mapping[str, Part], params: Mapping[str, Any]) -
             holders = [k for k, part in chosen.items() if key in part.parameters()]
             if len(holders) > 1:
                 both = " or ".join(f"{k}.{key}" for k in holders)
-                raise ValueError(f"{name!r} has more than one parameter {key!r}; write {both}.")
+                raise ValueError(f"{name!r} has several parameters {key!r}; write {both}.")
             fields = [f for part in chosen.values() for f in part.parameters()]
             if not holders:
                 listed = f" (parameters: {', '.join(fields)})" if fields else " (it has none)"
