@@ -1,1 +1,1 @@
-"""Behaviours that any sharpness-aware optimizer should have, tested on any implementation; see docs/conformance.md."""
+"""What any sharpness-aware optimizer should do, run against any implementation; see docs/conformance.md."""

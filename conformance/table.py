@@ -1,4 +1,4 @@
-"""Prints the outcomes for a terminal and as Markdown."""
+"""The outcomes as text for a terminal and for a page."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LONG = 110
 
 @dataclass(frozen=True)
 class AdapterColumn:
-    """The column of an adapter: its outcomes by behaviour."""
+    """An adapter with its outcomes."""
 
     title: str
     version: str
@@ -24,26 +24,26 @@ class AdapterColumn:
 
     @property
     def heading(self) -> str:
-        """The title with the version."""
+        """Title and version."""
         return f"{self.title} {self.version}".strip()
 
     def count(self, status: str) -> int:
-        """The number of behaviours with this status."""
+        """How many behaviours have a status."""
         return sum(o.status == status for o in self.outcomes.values())
 
     @property
     def failures(self) -> list[BehaviourOutcome]:
-        """The failures, in the order of the table."""
+        """In the order of the table."""
         return [o for o in self.outcomes.values() if o.status == FAIL]
 
 
 def _rows(columns: Sequence[AdapterColumn]) -> list[tuple[str, str]]:
-    """The (theme, name) of all behaviours that were tested."""
+    """(theme, name) of the behaviours that were run."""
     return [(b.theme, b.name) for b in ALL if any(b.name in c.outcomes for c in columns)]
 
 
 def text(columns: Sequence[AdapterColumn]) -> str:
-    """The table for a terminal."""
+    """For a terminal."""
     rows = _rows(columns)
     marks = {PASS: "pass", FAIL: "FAIL", ABSENT: "-"}
     wide = max(len(name) for _, name in rows)
@@ -66,7 +66,7 @@ def text(columns: Sequence[AdapterColumn]) -> str:
 
 
 def page(columns: Sequence[AdapterColumn], environment: str) -> str:
-    """The table in Markdown, for the page given by `--into`."""
+    """Markdown between markers, for the page that `--into` names."""
     rows = _rows(columns)
     marks = {PASS: "pass", FAIL: "**fail**", ABSENT: "–"}
     lines = [environment, "", "| | " + " | ".join(c.title for c in columns) + " |", "|---|" + "---|" * len(columns)]
@@ -80,9 +80,9 @@ def page(columns: Sequence[AdapterColumn], environment: str) -> str:
             lines.append(f"| **{TITLES[of].rstrip('.')}** |" + " |" * len(columns))
         cells = [marks[c.outcomes[name].status] if name in c.outcomes else "" for c in columns]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    lines += ["", "### The behaviours, and why they matter", ""]
+    lines += ["", "### What is demanded, and why", ""]
     lines += [f"- **{b.name}**: {b.demand} *{b.why}*" for b in ALL if (b.theme, b.name) in rows]
-    lines += ["", "### Figures of the failures", ""]
+    lines += ["", "### The failing figures", ""]
     for c in columns:
         if c.failures:
             lines += [f"<details><summary>{c.heading}: {len(c.failures)}</summary>", ""]
@@ -92,21 +92,21 @@ def page(columns: Sequence[AdapterColumn], environment: str) -> str:
 
 
 def insert(path: Path, what: str) -> None:
-    """Replace the text between the markers of a page.
+    """Replace what is between the markers of a page.
 
     Raises:
-        ValueError: the page has no markers.
+        ValueError: a page without markers.
     """
     old = path.read_text(encoding="utf-8")
     if BEGIN not in old or END not in old:
-        raise ValueError(f"{path} has no markers {BEGIN} ... {END}; add them where the table should be.")
+        raise ValueError(f"{path} has no {BEGIN} ... {END} to write between.")
     head, rest = old.split(BEGIN, 1)
     tail = rest.split(END, 1)[1]
     path.write_text(f"{head}{BEGIN}\n\n{what}\n\n{END}{tail}", encoding="utf-8")
 
 
 def _short(figure: str) -> str:
-    # Memory addresses and paths differ from run to run.
+    # Addresses of objects and paths of machines differ from run to run and say nothing.
     figure = re.sub(r"(/[\w.-]+){2,}/", ".../", figure)
     figure = re.sub(r" at 0x[0-9a-f]+", "", figure)
     return figure if len(figure) <= LONG else figure[: LONG - 1].rstrip() + "…"

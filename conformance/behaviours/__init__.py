@@ -1,4 +1,4 @@
-"""All behaviours by theme, in the order of the table."""
+"""All behaviours, by theme, in the order of the table."""
 
 from __future__ import annotations
 

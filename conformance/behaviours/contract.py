@@ -22,9 +22,9 @@ def _built(adapter: Adapter, **base: Any) -> tuple[nn.Sequential, Subject]:
 
 @behaviour
 def is_an_optimizer(adapter: Adapter) -> str:
-    """The optimizer that the user holds is a torch.optim.Optimizer.
+    """What the user holds is a torch.optim.Optimizer.
 
-    Schedulers, GradScaler, Lightning and Accelerate raise an error for anything else.
+    Schedulers, GradScaler, Lightning and Accelerate refuse anything else.
     """
     _, subject = _built(adapter)
     demand(isinstance(subject.optimizer, torch.optim.Optimizer), f"a {type(subject.optimizer).__name__}")
@@ -33,9 +33,9 @@ def is_an_optimizer(adapter: Adapter) -> str:
 
 @behaviour
 def step_takes_a_closure(adapter: Adapter) -> str:
-    """`optimizer.step(closure)` alone is a whole step, without a backward before it.
+    """`optimizer.step(closure)` alone is a whole step: no backward before it.
 
-    Otherwise trainers that pass a closure crash, or train on the gradient that the last step left behind.
+    Trainers that pass a closure crash, or train on the gradient that the last step left behind.
     """
     model = net()
     reference = copy.deepcopy(model)
@@ -51,7 +51,7 @@ def step_takes_a_closure(adapter: Adapter) -> str:
 def step_returns_the_loss(adapter: Adapter) -> str:
     """`optimizer.step(closure)` returns the loss at w.
 
-    Otherwise logs show no loss, or the loss at w + eps, which cannot be compared with other runs.
+    Logs show nothing, or the loss at w + eps, which is no other run's.
     """
     model, subject = _built(adapter)
     wanted = float(loss_on(model, 0)())
@@ -62,9 +62,9 @@ def step_returns_the_loss(adapter: Adapter) -> str:
 
 @behaviour
 def two_evaluations_a_step(adapter: Adapter) -> str:
-    """The documented step runs the closure twice, in the first step and in later ones.
+    """The documented step runs the closure twice, in the first step and later ones.
 
-    With one evaluation there is no ascent at w; three cost half as much again.
+    One evaluation is no ascent at w, three are half again the price.
     """
     model, subject = _built(adapter)
     counts = []
@@ -83,9 +83,9 @@ def two_evaluations_a_step(adapter: Adapter) -> str:
 
 @behaviour
 def scheduler_drives_the_lr(adapter: Adapter) -> str:
-    """A torch scheduler changes the learning rate of the training.
+    """A torch scheduler changes the learning rate that the weights see.
 
-    Otherwise the schedule runs and is logged, but training continues with the first learning rate.
+    The schedule runs and is logged, and training continues with the first learning rate.
     """
     model = net()
     reference = copy.deepcopy(model)
@@ -100,9 +100,9 @@ def scheduler_drives_the_lr(adapter: Adapter) -> str:
 
 @behaviour
 def no_word_on_the_order(adapter: Adapter) -> str:
-    """The documented step, followed by the scheduler's step, gives no warning about their order.
+    """The documented step followed by the scheduler's gives no warning about their order.
 
-    The warning makes users look for an error in a correct loop, or hides a real error.
+    The warning sends users looking for an error in a loop that has none, or hides a real one.
     """
     model, subject = _built(adapter)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(subject.schedulable, 0.5)
@@ -116,9 +116,9 @@ def no_word_on_the_order(adapter: Adapter) -> str:
 
 @behaviour
 def hooks_fire_once(adapter: Adapter) -> str:
-    """Step hooks run once in each step, before and after it.
+    """Step hooks run once a step, before and after.
 
-    Otherwise averages of the weights, logging and profilers that use hooks miss steps or see each step twice.
+    Averages of the weights, logging and profilers that hang on hooks see no step, or each step twice.
     """
     model, subject = _built(adapter)
     if not hasattr(subject.optimizer, "register_step_post_hook"):
@@ -140,9 +140,9 @@ def hooks_fire_once(adapter: Adapter) -> str:
 
 @behaviour
 def late_param_group(adapter: Adapter) -> str:
-    """A param group that is added during training is perturbed and trained.
+    """A group added during training is climbed with, and trained.
 
-    Otherwise layers that are unfrozen later take no part in the ascent or are not trained.
+    Layers that are unfrozen later stay out of the ascent or out of the base.
     """
     model = net()
     late = list(model.parameters())[4:]
@@ -174,7 +174,7 @@ def _goes_on_alike(model: nn.Module, subject: Subject, other: nn.Module, copied:
 
 @behaviour
 def deepcopy(adapter: Adapter) -> str:
-    """A deep copy of model and optimizer trains like the original, and independently of it.
+    """A deep copy of model and optimizer trains on as the original does, and apart from it.
 
     Look-ahead, population training and retries after a failure copy optimizers.
     """
@@ -186,9 +186,9 @@ def deepcopy(adapter: Adapter) -> str:
 
 @behaviour
 def pickled(adapter: Adapter) -> str:
-    """Model and optimizer that were pickled together train like the originals.
+    """Model and optimizer that were pickled together train on as the originals do.
 
-    Spawned worker processes and job schedulers pass optimizers on as pickles.
+    Spawned workers and schedulers of jobs hand optimizers over as pickles.
     """
     model, subject = _built(adapter)
     train(subject, model, range(3))

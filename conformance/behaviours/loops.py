@@ -1,4 +1,4 @@
-"""How the two passes affect the model."""
+"""What a model sees of the two passes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _touched_once(adapter: Adapter, model: nn.Module, layer: int, loss_of: Calla
 def batchnorm_statistics(adapter: Adapter) -> str:
     """After a step the running mean and variance are those of one forward at w.
 
-    Otherwise statistics of w + eps enter the averages that the model is evaluated with.
+    Statistics of w + eps get into the averages that the model is evaluated with.
     """
     model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
     layer = model[1]
@@ -48,7 +48,7 @@ def batchnorm_statistics(adapter: Adapter) -> str:
 def batchnorm_count(adapter: Adapter) -> str:
     """BatchNorm with momentum=None, a plain average, counts each batch once.
 
-    Otherwise num_batches_tracked grows twice as fast, and the average weighs the batches wrongly.
+    num_batches_tracked runs twice as fast, and the average weighs the batches wrongly.
     """
     model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8, momentum=None), nn.ReLU(), nn.Linear(8, 3))
     return _touched_once(adapter, model, 1, lambda m: loss_on(m, 0))
@@ -56,9 +56,9 @@ def batchnorm_count(adapter: Adapter) -> str:
 
 @behaviour
 def instancenorm_statistics(adapter: Adapter) -> str:
-    """InstanceNorm with running statistics uses each batch once.
+    """InstanceNorm with running statistics sees each batch once.
 
-    Helpers that look for BatchNorm miss InstanceNorm.
+    Helpers that look for BatchNorm pass it by.
     """
     model = nn.Sequential(
         nn.Linear(6, 8),
@@ -72,7 +72,7 @@ def instancenorm_statistics(adapter: Adapter) -> str:
 
 @behaviour
 def layers_after_an_exception(adapter: Adapter) -> str:
-    """One step after an exception in pass 2 the BatchNorm layers update their statistics as before.
+    """One step after an exception in pass 2 the BatchNorm layers track as before.
 
     A helper that is not undone leaves the momentum at 0, and the statistics never change again.
     """
@@ -100,9 +100,9 @@ def layers_after_an_exception(adapter: Adapter) -> str:
 
 @behaviour
 def dropout_masks(adapter: Adapter) -> str:
-    """Both passes of a step draw the same dropout masks, and two steps draw different ones.
+    """Both passes of a step draw the same dropout masks, and two steps different ones.
 
-    Otherwise the two gradients are of different functions, and the perturbation is partly noise.
+    The second gradient is of another function than the first, and the ascent is partly noise.
     """
     model = nn.Sequential(nn.Linear(6, 32), nn.Dropout(0.5), nn.Linear(32, 3))
     masks: list[Tensor] = []
@@ -117,9 +117,9 @@ def dropout_masks(adapter: Adapter) -> str:
 
 @behaviour
 def loop_by_hand(adapter: Adapter) -> str:
-    """A loop that calls backward itself gives the same weights as a closure.
+    """A loop that calls backward itself gives the weights that the closure gives.
 
-    Otherwise loops that cannot be turned into a closure cannot use the optimizer.
+    Loops that cannot be turned into a closure cannot use the optimizer.
     """
     model = net()
     reference = copy.deepcopy(model)

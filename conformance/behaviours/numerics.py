@@ -1,4 +1,4 @@
-"""Exact restoration, exceptions, and gradients that are not finite."""
+"""Exact returns, exceptions, and gradients that are not finite."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from conformance.verdict import Behaviour, Fault, behaviour, demand, within
 
 @behaviour
 def return_is_exact(adapter: Adapter) -> str:
-    """With lr = 0, all weights are unchanged after 300 float32 steps, bit for bit.
+    """With lr = 0, 300 float32 steps leave every weight, bit for bit.
 
-    (w + eps) - eps is not w in floating point: weights drift, and replicas drift apart.
+    (w + eps) - eps is not w in floating point: weights drift, and replicas apart.
     """
     model = net(torch.float32)
     before = copies(model.parameters())
@@ -71,9 +71,9 @@ def _with_reference(
 
 @behaviour
 def exception_in_pass_2(adapter: Adapter) -> str:
-    """After an exception in the second pass the weights are at w, and training continues as if the step had not begun.
+    """An exception in the second pass leaves the weights at w, and training continues as if the step had not been.
 
-    Otherwise a checkpoint after a caught out-of-memory error or an interrupt contains w + eps.
+    A caught out-of-memory error or an interrupt before a checkpoint leaves w + eps in it.
     """
     for error in (_StopError(), KeyboardInterrupt()):
 
@@ -106,9 +106,9 @@ def _spoil(model: nn.Module, value: float) -> Callable[[], None]:
 
 @behaviour
 def not_finite_in_pass_1(adapter: Adapter) -> str:
-    """With inf or nan in the gradient of pass 1, the weights stay finite, in this step and the next.
+    """With inf or nan in the gradient of pass 1, weights stay finite, in this step and the next.
 
-    If eps is inf or nan, so is w + eps, and subtracting eps does not restore w.
+    eps is inf or nan, so is w + eps, and nothing that is subtracted brings w back.
     """
     for value in (math.inf, math.nan):
         model, subject, *_ = _with_reference(adapter)
@@ -121,10 +121,9 @@ def not_finite_in_pass_1(adapter: Adapter) -> str:
 
 @behaviour
 def not_finite_in_pass_2(adapter: Adapter) -> str:
-    """With inf or nan in the gradient of pass 2, weights and momentum stay: the step is skipped or raises an error.
+    """With inf or nan in the gradient of pass 2, weights and momentum stay: the step is skipped, or raises.
 
-    Otherwise one bad batch in a long run turns the momentum to nan, and with it all later weights; plain torch does so
-    too.
+    One bad batch in a long run turns the momentum to nan, and with it every later weight; plain torch does so too.
     """
     for value in (math.inf, math.nan):
         model, subject, reference, other = _with_reference(adapter)
@@ -143,9 +142,9 @@ def not_finite_in_pass_2(adapter: Adapter) -> str:
 
 @behaviour
 def fp16_norm(adapter: Adapter) -> str:
-    """A float16 gradient whose norm is above 65504 still gives a perturbation of length rho, within 5 %.
+    """A float16 gradient whose norm is above 65504 still gives a distance of rho, within 5 %.
 
-    Otherwise the norm overflows in float16, eps becomes 0, and SAM is silently switched off.
+    The norm overflows in float16, eps becomes 0, and SAM is switched off without a word.
     """
     torch.manual_seed(0)
     w = nn.Parameter((0.1 * torch.rand(10000) - 0.05).half())

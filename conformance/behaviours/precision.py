@@ -28,9 +28,9 @@ from conformance.verdict import Behaviour, at_most, behaviour, demand, within
 
 @behaviour
 def bf16_distance(adapter: Adapter) -> str:
-    """With bfloat16 weights the perturbation has the requested length along its direction, within 5 % over 16 steps.
+    """With bfloat16 weights the displacement has the length asked for along its direction, within 5 % over 16 steps.
 
-    Entries of eps smaller than half a rounding step vanish, so most of the ascent does not take place.
+    Entries of eps that are smaller than half a rounding step vanish: most of the ascent does not happen.
     """
     torch.manual_seed(0)
     w = nn.Parameter((0.5 * torch.randn(20000)).bfloat16())
@@ -47,9 +47,9 @@ def bf16_distance(adapter: Adapter) -> str:
 
 @behaviour
 def bf16_return(adapter: Adapter) -> str:
-    """With lr = 0, bfloat16 weights are unchanged after 50 steps, bit for bit.
+    """With lr = 0, 50 steps leave bfloat16 weights, bit for bit.
 
-    Subtracting eps again rounds a second time, and the weights drift at random.
+    Subtracting eps again rounds a second time, and the weights walk at random.
     """
     model = net(torch.bfloat16)
     before = copies(model.parameters())
@@ -82,10 +82,9 @@ def _with_scaler(adapter: Adapter, **options: Any) -> tuple[nn.Module, Subject, 
 
 @behaviour
 def scaler_changes_nothing(adapter: Adapter) -> str:
-    """Under a GradScaler, 10 steps equal those without one, to 1e-6.
+    """Under a GradScaler, 10 steps are those without one, to 1e-6.
 
-    Otherwise the second gradient stays scaled and the step is thousands of times too long, or fp16 cannot be used at
-    all.
+    The second gradient stays scaled and the step is thousands of times too long; or fp16 cannot be used at all.
     """
     model, subject, scaler = _with_scaler(adapter)
     reference = net(torch.float32)
@@ -126,7 +125,7 @@ def _overflows(adapter: Adapter, at: int) -> str:
 def scaler_and_inf_in_pass_1(adapter: Adapter) -> str:
     """An overflow in pass 1 skips the step and halves the scale.
 
-    A scaler that checks pass 2 only keeps its scale, and every step overflows.
+    A scaler that hears of pass 2 only keeps its scale, and every step overflows.
     """
     return _overflows(adapter, 1)
 
@@ -135,16 +134,16 @@ def scaler_and_inf_in_pass_1(adapter: Adapter) -> str:
 def scaler_and_inf_in_pass_2(adapter: Adapter) -> str:
     """An overflow in pass 2 skips the step and halves the scale.
 
-    Otherwise inf is written to the weights, or the skipped step leaves them at w + eps.
+    inf is written to the weights, or the skip leaves them at w + eps.
     """
     return _overflows(adapter, 2)
 
 
 @behaviour
 def scaler_and_clipping(adapter: Adapter) -> str:
-    """Under a GradScaler, the gradient that the base optimizer takes is clipped by its true norm.
+    """Under a GradScaler, what the base takes is clipped by its true norm.
 
-    A closure that clips gets scaled gradients, and unscaling twice is an error.
+    A closure that clips sees scaled gradients, and unscaling twice is refused.
     """
     options = {"clip_norm": 0.01, "base": {"lr": 1.0, "momentum": 0.0, "weight_decay": 0.0}}
     model, subject, scaler = _with_scaler(adapter, **options)
@@ -155,9 +154,9 @@ def scaler_and_clipping(adapter: Adapter) -> str:
 
 @behaviour
 def scaler_unknown_to_it(adapter: Adapter) -> str:
-    """`scaler.step(optimizer, closure)` with a scaler unknown to the optimizer raises an error or takes the right step.
+    """`scaler.step(optimizer, closure)` with a scaler that the optimizer does not know of is refused, or is right.
 
-    Accelerate makes this call. Otherwise the second gradient stays scaled, and the step is too long by this factor.
+    Accelerate makes this call: the second gradient stays scaled, and the step is as many times too long.
     """
     model, scaler = net(torch.float32), _scaler()
     reference = copy.deepcopy(model)

@@ -65,9 +65,9 @@ def ddp_replicas(adapter: Adapter) -> str:
 
 @behaviour(ranks=2)
 def ddp_is_the_whole_batch(adapter: Adapter) -> str:
-    """Two replicas with half a batch each train like one process with the whole batch.
+    """Two replicas on half a batch each train as one process on the whole batch.
 
-    Otherwise results, and the right rho, depend on the number of processes.
+    Results depend on how many processes train, and rho with them.
     """
     model, subject = _replicated(adapter, torch.float64)
     reference = copy.deepcopy(model.module)
@@ -109,9 +109,9 @@ class _Mean:
 
 @behaviour(ranks=2)
 def own_ascents(adapter: Adapter) -> str:
-    """With a perturbation for each replica the step is SAM's formula on each, and the mean of both.
+    """With an ascent on each replica's own gradient the step is SAM's formula on each and the mean of both.
 
-    Otherwise m-sharpness, which the authors of SAM found to generalise best, is not available or silently replaced.
+    m-sharpness, by the authors of SAM the version that generalises best, cannot be had, or is silently the other one.
     """
     model, subject = _replicated(adapter, torch.float64, ascent_sync="none")
     mean = _Mean(copy.deepcopy(model.module))
@@ -123,9 +123,9 @@ def own_ascents(adapter: Adapter) -> str:
 
 @behaviour(ranks=2)
 def own_ascents_are_silent(adapter: Adapter) -> str:
-    """With a perturbation for each replica DistributedDataParallel reduces gradients once a step.
+    """With own ascents DistributedDataParallel reduces once a step.
 
-    Otherwise pass 1 communicates a gradient that is not used.
+    The communication of pass 1 is paid for a gradient that is thrown away.
     """
     model, subject = _replicated(adapter, torch.float32, ascent_sync="none")
     reduced = [0]
@@ -145,9 +145,9 @@ def own_ascents_are_silent(adapter: Adapter) -> str:
 
 @behaviour(ranks=2)
 def own_ascents_and_replicas(adapter: Adapter) -> str:
-    """With a perturbation for each replica, too, the replicas are equal after 50 float32 steps, bit for bit.
+    """With own ascents too the replicas are equal after 50 float32 steps, bit for bit.
 
-    If each replica subtracts another eps, they round differently and drift apart.
+    Each replica subtracts another eps, rounds differently, and they drift apart.
     """
     model, subject = _replicated(adapter, torch.float32, ascent_sync="none")
     _train(subject, model, range(50))
@@ -156,9 +156,9 @@ def own_ascents_and_replicas(adapter: Adapter) -> str:
 
 @behaviour(ranks=2)
 def inf_on_one_replica(adapter: Adapter) -> str:
-    """With a perturbation for each replica, an inf in pass 1 of one replica leaves all of them finite and equal.
+    """With own ascents an inf in pass 1 of one replica leaves all of them finite and equal.
 
-    Otherwise one replica skips its ascent or its step, and the others continue without it.
+    One replica skips its ascent, or its step, and the others continue without it.
     """
     model, subject = _replicated(adapter, torch.float32, ascent_sync="none")
     _train(subject, model, range(2))
@@ -192,9 +192,9 @@ class _RankDetour(nn.Module):
 
 @behaviour(ranks=2)
 def own_ascents_and_unused(adapter: Adapter) -> str:
-    """With a perturbation for each replica, replicas stay equal if one of them uses a layer that the other does not.
+    """Own ascents with find_unused_parameters, where a layer is used on one replica only, keep the replicas equal.
 
-    Code that looks at gradients to decide what to reduce waits for ever, or steps a weight on one replica only.
+    Whoever looks at gradients to decide what to reduce waits for ever, or steps a weight on one replica.
     """
     model = DistributedDataParallel(_RankDetour(), find_unused_parameters=True)
     subject = adapter.build(list(model.parameters()), sgd(), rho=RHO, model=model, ascent_sync="none")
@@ -223,9 +223,9 @@ def _sharded(adapter: Adapter, dtype: torch.dtype, seed: int = 0, **base: Any) -
 
 @behaviour(ranks=2)
 def fsdp2_is_the_whole_model(adapter: Adapter) -> str:
-    """Under fully_shard the model trains like the unsharded model in one process on the whole batch.
+    """Under fully_shard the model trains as unsharded in one process on the whole batch.
 
-    If each process takes the norm of its own shard, the radius depends on the number of processes.
+    Each process takes the norm of its own shard, and the radius depends on the number of processes.
     """
     model, subject = _sharded(adapter, torch.float32)
     reference = net(torch.float32)
@@ -239,9 +239,9 @@ def fsdp2_is_the_whole_model(adapter: Adapter) -> str:
 
 @behaviour(ranks=2)
 def fsdp2_return(adapter: Adapter) -> str:
-    """Under fully_shard with lr = 0, all weights are unchanged after 10 steps, bit for bit.
+    """Under fully_shard, with lr = 0, 10 steps leave every weight, bit for bit.
 
-    Assigning to .data of a sharded tensor does nothing, so the weights move by rho in every step.
+    Assigning to .data of a sharded tensor does nothing: weights move by rho in every step.
     """
     model, subject = _sharded(adapter, torch.float32, lr=0.0)
     before = _full(model)
@@ -267,9 +267,9 @@ def _on_disk(work: Callable[[str], None]) -> None:
 
 @behaviour(ranks=2)
 def fsdp2_checkpoint(adapter: Adapter) -> str:
-    """A sharded run continues from the files of torch.distributed.checkpoint as if uninterrupted, bit for bit.
+    """A sharded run continues from torch.distributed.checkpoint's files as if uninterrupted, bit for bit.
 
-    Otherwise long sharded trainings cannot be resumed, or lose their momentum.
+    Long sharded trainings cannot be resumed, or lose their momentum.
     """
     from torch.distributed import checkpoint
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict

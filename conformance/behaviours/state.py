@@ -53,9 +53,9 @@ def _resumes(adapter: Adapter, base: Base) -> str:
 
 @behaviour
 def resume_with_sgd(adapter: Adapter) -> str:
-    """With a checkpoint after 5 steps, loaded into new objects, 5 more steps give the uninterrupted run, bit for bit.
+    """Saved after 5 steps and loaded into fresh objects, 5 more give the uninterrupted run, bit for bit.
 
-    Without the base optimizer's momentum in the checkpoint the loss jumps on resuming.
+    Without the base's momentum in it a checkpoint is smaller than expected and the loss jumps on resuming.
     """
     return _resumes(adapter, sgd())
 
@@ -64,16 +64,16 @@ def resume_with_sgd(adapter: Adapter) -> str:
 def resume_with_adamw(adapter: Adapter) -> str:
     """The same with AdamW and its moments.
 
-    Otherwise AdamW starts again without moments, at the full learning rate.
+    Adam starts again without moments, at the full learning rate.
     """
     return _resumes(adapter, adamw())
 
 
 @behaviour
 def loading_keeps_the_model(adapter: Adapter) -> str:
-    """After load_state_dict the optimizer trains the tensors of the model.
+    """After load_state_dict the optimizer trains the model's own tensors.
 
-    Otherwise it trains tensors of the checkpoint, and the model no longer changes.
+    The optimizer continues training tensors of the checkpoint, and the model stands still.
     """
     model, subject = _built(adapter, sgd())
     train(subject, model, range(2))
@@ -89,7 +89,7 @@ def loading_keeps_the_model(adapter: Adapter) -> str:
 def loads_safely(adapter: Adapter) -> str:
     """`torch.load(weights_only=True)`, torch's default, reads the checkpoint.
 
-    Otherwise loading needs an option that runs code from the file.
+    Loading needs an option that runs code from the file.
     """
     model, subject = _built(adapter, sgd())
     train(subject, model, range(1))
@@ -123,9 +123,9 @@ def _copies_in(subject: Subject, model: nn.Module) -> float:
 
 @behaviour
 def no_copy_of_the_weights(adapter: Adapter) -> str:
-    """The checkpoint has no copy of the weights, unless that of the plain base optimizer has one.
+    """The checkpoint holds no copy of the weights, unless that of the plain base does.
 
-    Otherwise checkpoints grow by the size of the model, for tensors that the next step overwrites.
+    Checkpoints grow by the size of the model, for tensors that the next step overwrites.
     """
     more = []
     model, subject = _built(adapter, sgd(lr=1e-3))
@@ -141,9 +141,9 @@ def no_copy_of_the_weights(adapter: Adapter) -> str:
 
 @behaviour
 def plain_checkpoint_loads(adapter: Adapter) -> str:
-    """A checkpoint of the plain base optimizer can be loaded: its momentum is used, and rho does not change.
+    """A checkpoint of the plain base loads: its momentum is used and rho stays.
 
-    Otherwise a run that begins without SAM and ends with it, the cheapest schedule, loses its momentum.
+    A run that begins plainly and ends sharpness-aware, the cheapest schedule there is, loses its momentum.
     """
     model = net()
     plain = Subject(adapter.plain(list(model.parameters()), sgd()))
@@ -170,9 +170,9 @@ def plain_checkpoint_loads(adapter: Adapter) -> str:
 
 @behaviour
 def distributed_checkpoint(adapter: Adapter) -> str:
-    """get_ and set_optimizer_state_dict of torch.distributed.checkpoint keep the base optimizer's state, bit for bit.
+    """get_ and set_optimizer_state_dict of torch.distributed.checkpoint carry the base's state, bit for bit.
 
-    Checkpoints of sharded and reshaped trainings use these two functions.
+    Checkpoints of sharded and reshaped trainings go through these two functions.
     """
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 

@@ -1,4 +1,4 @@
-"""Unusual weights: without gradients, sparse, complex, tied, in several dtypes."""
+"""Tensors that are not a dense real weight with a gradient in both passes."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ def _step(subject: Subject, model: nn.Module, k: int, detours: Sequence[bool]) -
 
 @behaviour
 def gradient_in_pass_1_only(adapter: Adapter) -> str:
-    """A weight without a gradient in pass 2 returns to w, and the base optimizer does not change it.
+    """A weight without gradient in pass 2 goes back to w, and the base leaves it alone.
 
-    If weights are restored by the gradients of pass 2, this one stays at w + eps.
+    Restoring by the gradients of pass 2 leaves it at w + eps, for good.
     """
     model = _Detour()
     subject = adapter.build(list(model.parameters()), sgd(weight_decay=0.0), rho=RHO, model=model)
@@ -66,9 +66,9 @@ def gradient_in_pass_1_only(adapter: Adapter) -> str:
 
 @behaviour
 def gradient_in_pass_2_only(adapter: Adapter) -> str:
-    """A weight without a gradient in pass 1 is at w in pass 2, and the base optimizer updates it.
+    """A weight without gradient in pass 1 stays at w in pass 2, and the base steps it.
 
-    Otherwise nothing was saved for it, and restoring fails with a KeyError in the middle of training.
+    Nothing was saved for it, so restoring fails with a KeyError in the middle of training.
     """
     model = _Detour()
     subject = adapter.build(list(model.parameters()), sgd(momentum=0.0, weight_decay=0.0), rho=RHO, model=model)
@@ -87,9 +87,9 @@ def gradient_in_pass_2_only(adapter: Adapter) -> str:
 
 @behaviour
 def gradient_in_earlier_steps_only(adapter: Adapter) -> str:
-    """A weight that had gradients in earlier steps and has none now does not change.
+    """A weight that had gradients once and has none now stays.
 
-    Otherwise the perturbation of its last step is subtracted again in every later one.
+    What was added to it in its last step is subtracted again in every later one.
     """
     model = _Detour()
     subject = adapter.build(list(model.parameters()), sgd(momentum=0.0, weight_decay=0.0), rho=RHO, model=model)
@@ -104,9 +104,9 @@ def gradient_in_earlier_steps_only(adapter: Adapter) -> str:
 
 @behaviour
 def never_a_gradient(adapter: Adapter) -> str:
-    """Weights that are frozen or unused do not change, and stay frozen.
+    """Weights that are frozen or unused stay, and stay frozen.
 
-    In fine-tuning most weights may be frozen; torch's optimizers do not even decay them.
+    Fine-tuning hands over models most of whose weights are frozen; torch's bases do not even decay those.
     """
     model = net()
     model.unused = nn.Linear(3, 3).double()  # a submodule after the last layer, never called
@@ -122,9 +122,9 @@ def never_a_gradient(adapter: Adapter) -> str:
 
 @behaviour
 def zero_gradient(adapter: Adapter) -> str:
-    """A gradient of exactly zero, in float32 and in float16, gives no perturbation and no nan.
+    """A gradient of exactly zero, in float32 and in float16, is no ascent and no nan.
 
-    Division by a norm of 0 turns the weights to nan; adding 1e-12 does not help in float16, where it is 0.
+    Division by a norm of 0 turns the weights to nan; a guard of 1e-12 is 0 in float16.
     """
     for dtype in (torch.float32, torch.float16):
         w = nn.Parameter(torch.ones(4, dtype=dtype))
@@ -145,9 +145,9 @@ class _WithEmpty(nn.Module):
 
 @behaviour
 def tensor_without_entries(adapter: Adapter) -> str:
-    """A weight without entries does not affect the others.
+    """A weight of no entries changes nothing for the others.
 
-    Sharded and pruned models have empty tensors, and so have adapters of rank 0.
+    Sharded and pruned models hold empty tensors, and so do adapters of rank 0.
     """
     model, inner = net(), net()
     with_empty = _WithEmpty(inner)
@@ -175,9 +175,9 @@ class _Tied(nn.Module):
 
 @behaviour
 def tied_weights(adapter: Adapter) -> str:
-    """A weight that two layers share is perturbed and counted once, like that of one layer used twice.
+    """A weight that two layers share is moved and counted once, as that of one layer used twice.
 
-    Language models tie the weights of their embedding and their head.
+    Language models tie their embedding to their head.
     """
     gap = both_trained(adapter, _Tied(tied=True), _Tied(tied=False), steps=10)
     return at_most(gap, 1e-6, "weights differ by")
@@ -217,9 +217,9 @@ def _tokens(model: nn.Module, k: int) -> LossOf:
 
 @behaviour
 def sparse_gradients(adapter: Adapter) -> str:
-    """Sparse gradients of an embedding give the same weights as dense ones.
+    """Sparse gradients of an embedding give the weights that dense ones give.
 
-    Otherwise models with large embeddings cannot be trained, or get a wrong norm.
+    Models with large embeddings cannot be trained, or get a wrong norm.
     """
     sparse, dense = _Bag(sparse=True), _Bag(sparse=False)
     _base_takes(adapter, sparse, _tokens, "sparse gradients")
@@ -248,7 +248,7 @@ def _distance(model: nn.Module, k: int) -> LossOf:
 
 @behaviour
 def complex_weights(adapter: Adapter) -> str:
-    """Complex weights train like the corresponding pairs of real numbers.
+    """Complex weights train as the pairs of real numbers that they are.
 
     Signal processing and Fourier layers have complex weights.
     """
@@ -270,9 +270,9 @@ def _any_sam(adapter: Adapter) -> Any:
 
 @behaviour
 def complex_weights_in_asam(adapter: Adapter) -> str:
-    """On complex weights ASAM perturbs along the gradient, scaled by |w| squared.
+    """On complex weights ASAM moves along the gradient, scaled by |w| squared.
 
-    Scaling by the square of w rotates the gradient, so that some perturbations lower the loss.
+    Scaling by the square of w turns the gradient, and every other step climbs down.
     """
     model = _Complex(pairs=False)
     _base_takes(adapter, model, _distance, "complex weights")
@@ -292,7 +292,7 @@ def complex_weights_in_asam(adapter: Adapter) -> str:
 
 @behaviour
 def channels_last(adapter: Adapter) -> str:
-    """Weights in another memory format train like contiguous ones, and keep their format.
+    """Weights in another memory format train as contiguous ones, and keep it.
 
     Arithmetic on flat copies can mix up the entries of tensors that are not contiguous.
     """
@@ -314,9 +314,9 @@ def channels_last(adapter: Adapter) -> str:
 
 @behaviour
 def mixed_dtypes(adapter: Adapter) -> str:
-    """A model in float32 with a float64 head is perturbed as far as in float64.
+    """A model in float32 with a float64 head climbs as far as in float64.
 
-    Normalisation layers and heads are often kept in a higher precision than the rest.
+    Norm layers and heads are kept in a higher precision than the rest.
     """
     lengths = []
     for dtype in (torch.float32, torch.float64):
@@ -335,7 +335,7 @@ def mixed_dtypes(adapter: Adapter) -> str:
 def addresses_stay(adapter: Adapter) -> str:
     """Weights keep their storage: the address is the same in both passes and after the step.
 
-    Otherwise CUDA graphs, flat buffers and views point at memory that no longer belongs to a weight.
+    CUDA graphs, flat buffers and views for averages keep pointing at memory that is no weight any more.
     """
     model = net()
     params = list(model.parameters())

@@ -1,4 +1,4 @@
-"""The weights follow the formula."""
+"""The weights go where the formula says."""
 
 from __future__ import annotations
 
@@ -31,27 +31,27 @@ from conformance.verdict import Behaviour, at_most, behaviour, demand, within
 
 @behaviour
 def sam_with_sgd(adapter: Adapter) -> str:
-    """20 steps with SGD, momentum and weight decay follow SAM's formula, to 1e-6.
+    """20 steps with SGD, momentum and weight decay are SAM's formula, to 1e-6.
 
-    Otherwise another algorithm runs under the name of SAM, and published values of rho do not apply to it.
+    Another algorithm runs under SAM's name, and published values of rho mean nothing to it.
     """
     return at_most(follows_formula(adapter, sgd()), 1e-6, "weights differ by")
 
 
 @behaviour
 def sam_with_adamw(adapter: Adapter) -> str:
-    """20 steps with AdamW follow SAM's formula, to 1e-6.
+    """20 steps with AdamW are SAM's formula, to 1e-6.
 
-    Entries that a wrapper adds to the base optimizer's state can keep AdamW from creating its moments.
+    What the wrapper keeps in the base's state can keep AdamW from setting up its moments.
     """
     return at_most(follows_formula(adapter, adamw()), 1e-6, "weights differ by")
 
 
 @behaviour
 def asam(adapter: Adapter) -> str:
-    """20 steps follow ASAM's formula with T = |w| on all tensors, to 1e-6.
+    """20 steps are ASAM's formula with T = |w| on all tensors, to 1e-6.
 
-    Otherwise the scale invariance of ASAM is lost.
+    The scale invariance that ASAM is chosen for is lost.
     """
     return at_most(follows_formula(adapter, sgd(), "asam"), 1e-6, "weights differ by")
 
@@ -60,7 +60,7 @@ def asam(adapter: Adapter) -> str:
 def double_precision(adapter: Adapter) -> str:
     """In float64 the formulas hold to 1e-12.
 
-    A norm in float32 limits the precision of gradient checks, scientific models and tests.
+    A norm in float32 limits what gradient checks, scientific models and tests of one's own can resolve.
     """
     forms: list[Form] = [form for form in ("sam", "asam") if form in adapter.forms]
     if not forms:
@@ -71,9 +71,9 @@ def double_precision(adapter: Adapter) -> str:
 
 @behaviour
 def rho_zero_is_the_base(adapter: Adapter) -> str:
-    """With rho = 0, a network with BatchNorm and dropout trains as with the base optimizer alone, bit for bit.
+    """With rho = 0, a net with BatchNorm and dropout trains as with the base alone, bit for bit.
 
-    Otherwise a comparison of rho values with rho = 0 as the baseline compares two training procedures.
+    A comparison of rho values with rho = 0 as its baseline compares two training procedures.
     """
     model, base = noisy_net(), sgd()
     reference = copy.deepcopy(model)
@@ -100,9 +100,9 @@ class _Branches(nn.Module):
 
 @behaviour
 def lr_zero_stays(adapter: Adapter) -> str:
-    """With lr = 0, all weights are unchanged after 50 steps through randomly drawn branches, bit for bit.
+    """With lr = 0, 50 steps through randomly drawn branches leave every weight, bit for bit.
 
-    Otherwise weights of stochastic depth or of experts move by rho each time their branch is not drawn again.
+    Weights of stochastic depth or of experts wander off by rho each time their branch is not drawn again.
     """
     model = _Branches()
     before = copies(model.parameters())
@@ -116,7 +116,7 @@ def lr_zero_stays(adapter: Adapter) -> str:
 def one_global_norm(adapter: Adapter) -> str:
     """The second gradient is taken at distance rho from w, over all tensors together.
 
-    With a norm for each tensor the radius grows with the square root of the number of tensors.
+    A norm for each tensor makes the radius grow with the square root of the number of tensors.
     """
     adapter.claims("sam", {})
     model = net()
@@ -144,9 +144,9 @@ def _two_groups(model: nn.Sequential, first: float, second: float) -> list[dict]
 
 @behaviour
 def rho_of_a_group(adapter: Adapter) -> str:
-    """Each param group is perturbed with its own rho.
+    """Each group moves with its own rho.
 
-    Otherwise models whose parts need different radii cannot be trained, or silently get one radius.
+    A model whose parts want different radii cannot be trained, or silently gets one radius.
     """
     model = net()
     one = _ascent(adapter, model, list(model.parameters()))
@@ -157,9 +157,9 @@ def rho_of_a_group(adapter: Adapter) -> str:
 
 @behaviour
 def group_at_rest(adapter: Adapter) -> str:
-    """A param group with rho = 0 is not perturbed, and the others are perturbed as if it were not there.
+    """A group with rho = 0 stays where it is, and the others move as if it were not there.
 
-    Otherwise layers that are excluded from the ascent silently shorten it for all others.
+    Layers that are excluded from the ascent still shorten it for all others, without a word.
     """
     model = net()
     gone = _ascent(adapter, model, _two_groups(model, 0.0, RHO))
@@ -170,9 +170,9 @@ def group_at_rest(adapter: Adapter) -> str:
 
 @behaviour
 def micro_batches(adapter: Adapter) -> str:
-    """Accumulation over four micro-batches equals the step on the whole batch.
+    """Accumulation over four micro-batches is the step on the whole batch.
 
-    Large batches may not fit into memory, and accumulating by hand around two passes mixes their gradients.
+    Large batches do not fit, and accumulating around two passes by hand mixes the gradients of both.
     """
     model = net()
     reference = copy.deepcopy(model)
@@ -187,9 +187,9 @@ def micro_batches(adapter: Adapter) -> str:
 
 @behaviour
 def clipping_in_the_closure(adapter: Adapter) -> str:
-    """Gradients that are clipped at the end of the closure reach the base optimizer clipped.
+    """Gradients clipped at the end of the closure reach the base clipped.
 
-    If the wrapper replaces the gradient or adds up both, clipping does not bound the step.
+    With a gradient that the wrapper has replaced, or with both added up, clipping does not bound the step.
     """
     model = net()
     params = list(model.parameters())

@@ -40,15 +40,18 @@ _AMBIGUOUS = {
     "ssam": "write 'ssam-f' or 'ssam-d' for Sparse SAM, 'bernoulli' for stochastically scheduled SAM (SS-SAM)",
 }
 
-# Methods that flatmin offers in another form than a recipe: the form, and the page. The docs are generated from it.
+# Methods that are no recipes: what they are instead, and where. docs/methods.md is written from it.
 ELSEWHERE: Mapping[str, str] = {
     "mesa": (
         "a term of the loss: flatmin.methods.losses.trajectory with the outputs of flatmin.optim.WeightAverage, "
-        "see docs/loops.md"
+        "in docs/loops.md"
     ),
-    "saf": ("see docs/loops.md"),
-    "flat-lora": "noise on the frozen weights during a plain step: flatmin.optim.FlatLoRA, see docs/adapters.md",
-    "lora-sam": "'sam' with the adapters in the base optimizer's param groups, see docs/adapters.md",
+    "saf": (
+        "a term of the loss: flatmin.methods.losses.trajectory with the logits of flatmin.optim.RecordedLogits, "
+        "in docs/loops.md"
+    ),
+    "flat-lora": "noise on frozen weights around a plain step: flatmin.optim.FlatLoRA, in docs/adapters.md",
+    "lora-sam": "'sam' with the adapters in the base's param groups, in docs/adapters.md",
 }
 
 
