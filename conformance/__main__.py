@@ -1,4 +1,4 @@
-"""`python -m conformance [ADAPTER ...]`: run the behaviours on implementations and print who passes what."""
+"""Test the behaviours on implementations of SAM, and print which implementation passes which behaviour."""
 
 from __future__ import annotations
 
@@ -78,13 +78,21 @@ def _parser() -> argparse.ArgumentParser:
         "adapters",
         nargs="*",
         metavar="ADAPTER",
-        help=f"of {', '.join(adapters.NAMES)}, or a module or file of your own; default: all that are installed",
+        help=f"one of {', '.join(adapters.NAMES)}, or your own module or file (default: all that are installed)",
     )
-    parser.add_argument("--only", action="append", default=[], metavar="PATTERN", help="behaviours by name or theme")
-    parser.add_argument("--list", action="store_true", help="say what is demanded and why, and run nothing")
-    parser.add_argument("--verbose", action="store_true", help="each outcome as it comes, with its figure")
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="test only behaviours whose name contains PATTERN, or of the theme PATTERN; may be repeated",
+    )
+    parser.add_argument("--list", action="store_true", help="print each behaviour with its reason, and test nothing")
+    parser.add_argument(
+        "--verbose", action="store_true", help="print each outcome with its figure as soon as it is known"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all outcomes to FILE")
-    parser.add_argument("--into", type=Path, metavar="PAGE", help="write the table between the markers of a page")
+    parser.add_argument("--into", type=Path, metavar="PAGE", help="write the table between the markers in PAGE")
     return parser
 
 

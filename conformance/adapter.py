@@ -1,4 +1,4 @@
-"""The few lines between an implementation and the behaviours."""
+"""Base classes of adapters, which connect an implementation to the behaviours."""
 
 from __future__ import annotations
 
@@ -15,64 +15,64 @@ Form = Literal["sam", "asam"]
 
 
 class NotOfferedError(Exception):
-    """The implementation does not claim to do this; the words say what."""
+    """The implementation does not offer this; the message says what."""
 
 
 @dataclass(frozen=True)
 class Base:
-    """The optimizer below: by class for implementations that construct it, by instance for those that take one."""
+    """The base optimizer: a class and its options, for implementations that build it or take a built one."""
 
     cls: Callable[..., Any]
     options: dict[str, Any] = field(default_factory=dict)
 
     def make(self, params: Any) -> Any:
-        """The plain optimizer."""
+        """Build the base optimizer."""
         return self.cls(params, **self.options)
 
 
 def sgd(**options: Any) -> Base:
-    """SGD, by default with momentum and weight decay."""
+    """SGD with lr 0.1, momentum 0.9 and weight decay 0.01, unless other options are given."""
     return Base(torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, **options})
 
 
 def adamw(**options: Any) -> Base:
-    """AdamW."""
+    """AdamW with lr 0.02 and weight decay 0.1, unless other options are given."""
     return Base(torch.optim.AdamW, {"lr": 0.02, "weight_decay": 0.1, **options})
 
 
 class Subject:
-    """An optimizer under test. A subclass changes what its implementation does in another way than torch.
+    """An optimizer under test. Subclasses override what their implementation does differently from torch.
 
     Attributes:
-        optimizer: what a user of the implementation holds.
+        optimizer: the object that a user of the implementation holds.
     """
 
     def __init__(self, optimizer: Any) -> None:
         self.optimizer = optimizer
 
     def step(self, closure: Closure) -> Any:
-        """One step as the implementation's documentation has it.
+        """Take one step as the implementation's documentation describes it.
 
-        The closure zeroes the gradients, computes the loss, calls backward and returns the loss.
+        The closure clears the gradients, computes the loss, calls backward and returns the loss.
         """
         return self.bare_step(closure)
 
     def bare_step(self, closure: Closure) -> Any:
-        """`optimizer.step(closure)` and nothing else, as trainers call it."""
+        """Call only `optimizer.step(closure)`, as trainers do."""
         return self.optimizer.step(closure)
 
     def by_hand(self, backward: Closure) -> None:
-        """One step in a loop that calls backward itself; `backward` adds to the gradients."""
+        """Take one step in a loop that calls backward itself; `backward` adds to the gradients."""
         raise NotOfferedError("no loop without a closure")
 
     def scaled_step(self, scaler: Any, closure: Closure) -> None:
-        """One step whose closure scales its loss by the GradScaler given to `build`, and the scaler's update."""
+        """Take one step with the GradScaler that was given to `build`, and update it. The closure scales its loss."""
         raise NotOfferedError("no GradScaler")
 
     def accumulate(self, closures: list[Closure]) -> None:
-        """One step on micro-batches; each closure zeroes, and returns the mean loss of its own samples.
+        """Take one step on micro-batches. Each closure clears the gradients and returns its samples' mean loss.
 
-        By default one closure that runs them all, which any implementation with closures can do.
+        Default: one closure that runs all of them, which works with any implementation that takes closures.
         """
         params = [p for group in self.param_groups for p in group["params"]]
 
@@ -92,17 +92,17 @@ class Subject:
         self.step(whole)
 
     def load_plain(self, state: Any) -> None:
-        """Take a checkpoint of the plain base, in the way that is closest to the implementation's own."""
+        """Load a checkpoint of the plain base optimizer, in the way that the implementation comes closest to."""
         self.load_state_dict(state)
 
     @property
     def schedulable(self) -> Any:
-        """What the documentation gives to a learning-rate scheduler."""
+        """The object that the documentation passes to a learning-rate scheduler."""
         return self.optimizer
 
     @property
     def param_groups(self) -> list[Any]:
-        """The groups."""
+        """The param groups."""
         return self.optimizer.param_groups
 
     def zero_grad(self) -> None:
@@ -114,17 +114,17 @@ class Subject:
         return self.optimizer.state_dict()
 
     def load_state_dict(self, state: Any) -> None:
-        """Take a checkpoint."""
+        """Load a checkpoint."""
         self.optimizer.load_state_dict(state)
 
 
 class Adapter:
-    """How an implementation is built. A module for `python -m conformance MODULE` names one as `ADAPTER`.
+    """Builds an implementation. A module for `python -m conformance MODULE` defines one as `ADAPTER`.
 
     Attributes:
-        title: for the table.
-        distribution: the package whose version is printed; empty for code that is no package.
-        forms: the ascents that it claims to compute: "sam", "asam".
+        title: name in the table.
+        distribution: the package whose version is printed; "" for code that is not a package.
+        forms: the methods that it implements: "sam", "asam".
     """
 
     title: ClassVar[str]
@@ -132,7 +132,7 @@ class Adapter:
     forms: ClassVar[frozenset[str]] = frozenset({"sam"})
 
     def version(self) -> str:
-        """The version, empty if there is none."""
+        """The version; "" if there is none."""
         return importlib.metadata.version(self.distribution) if self.distribution else ""
 
     def build(
@@ -145,33 +145,33 @@ class Adapter:
         model: nn.Module | None = None,
         **options: Any,
     ) -> Subject:
-        """An optimizer on parameters or groups (which may set their own "rho").
+        """Build an optimizer on parameters or param groups (which may set their own "rho").
 
         Args:
-            params: parameters, or groups.
-            base: the optimizer below.
+            params: parameters, or param groups.
+            base: the base optimizer.
             rho: the radius.
-            form: the ascent; None: any that the implementation has.
-            model: the module being trained, for implementations that want it.
-            options: `scaler`, a GradScaler; `clip_norm`, of the gradient that the base takes; `ascent_sync`, "none"
-                for an ascent on each replica's own gradient.
+            form: the method; None: any that the implementation has.
+            model: the module being trained, for implementations that need it.
+            options: `scaler`, a GradScaler; `clip_norm`, the largest norm of the gradient that the base optimizer
+                takes; `ascent_sync`, "none" for a perturbation by each replica's own gradient.
 
         Raises:
-            NotOfferedError: an option or a form that the implementation does not have.
+            NotOfferedError: an option or a method that the implementation does not have.
         """
         raise NotImplementedError
 
     def plain(self, params: Iterable[Any], base: Base) -> Any:
-        """The optimizer that rho = 0 stands for."""
+        """The plain optimizer that rho = 0 should be equal to."""
         return base.make(params)
 
     def asked(self, ws: list[Tensor], gs: list[Tensor], rho: float) -> list[Tensor]:
-        """The displacement that the formula asks for, where it is not SAM's."""
+        """The perturbation by the implementation's formula. Default: SAM's."""
         norm = torch.stack([g.double().norm() for g in gs]).norm()
         return [rho * g.double() / norm for g in gs]
 
     def claims(self, form: Form | None, options: dict[str, Any]) -> None:
-        """Refuse what `build` was asked for and the implementation does not have."""
+        """Raise NotOfferedError for a method or an option that the implementation does not have."""
         if form is not None and form not in self.forms:
             raise NotOfferedError(f"does not offer {form.upper()}")
         for name in options:
@@ -179,12 +179,12 @@ class Adapter:
 
 
 def one_radius(params: Iterable[Any]) -> None:
-    """Refuse groups, for implementations that say nothing of a radius for each."""
+    """Raise NotOfferedError for groups with their own rho, for implementations that do not support it."""
     if any(isinstance(p, dict) and "rho" in p for p in params):
         raise NotOfferedError("one rho for all groups")
 
 
 def uses_batchnorm(model: nn.Module | None) -> bool:
-    """Whether a model has BatchNorm statistics, for implementations that ship a helper for them."""
+    """Whether a model has BatchNorm layers, for implementations that have a helper for them."""
     kind = nn.modules.batchnorm._BatchNorm
     return model is not None and any(isinstance(m, kind) for m in model.modules())

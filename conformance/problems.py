@@ -1,4 +1,4 @@
-"""Small nets and batches, the formula written out, and what is measured on them."""
+"""Small networks and batches, the formula in plain code, and measurements."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ LossOf = Callable[[], Tensor]
 
 
 def net(dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Sequential:
-    """A perceptron of six tensors without random or running state."""
+    """A perceptron with six tensors, without dropout and without running statistics."""
     torch.manual_seed(seed)
     layers = [nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 3)]
     return nn.Sequential(*layers).to(dtype)
 
 
 def noisy_net(seed: int = 0, **batchnorm: Any) -> nn.Sequential:
-    """A float32 net with BatchNorm statistics and dropout masks."""
+    """A float32 network with BatchNorm and dropout."""
     torch.manual_seed(seed)
     norm = nn.BatchNorm1d(8, **batchnorm)
     return nn.Sequential(nn.Linear(6, 8), norm, nn.ReLU(), nn.Dropout(0.4), nn.Linear(8, 3))
 
 
 def batch(step: int, size: int = 8, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    """The batch of a step; the global random numbers stay untouched."""
+    """The batch of a step. Does not use the global random generator."""
     g = torch.Generator().manual_seed(1000 + step)
     x, y = torch.randn(size, 6, generator=g, dtype=torch.float64), torch.randint(3, (size,), generator=g)
     return x.to(dtype), y
@@ -45,7 +45,7 @@ def loss_on(model: nn.Module, step: int, size: int = 8) -> LossOf:
 
 
 def closure_of(subject: Subject, loss_of: LossOf) -> Closure:
-    """The closure of torch's convention."""
+    """A closure in torch's convention."""
 
     def closure() -> Tensor:
         subject.zero_grad()
@@ -130,7 +130,7 @@ def both_trained(
 
 
 def in_turn(subject: Subject, losses: Sequence[LossOf]) -> Closure:
-    """A closure whose calls take these losses in turn."""
+    """A closure whose calls use these losses in turn."""
     calls = [0]
 
     def loss_of() -> Tensor:
@@ -151,7 +151,7 @@ def difference(a: nn.Module, b: nn.Module) -> Tensor:
 
 
 def displacement(subject: Subject, params: Sequence[Tensor], closure: Closure) -> list[Tensor]:
-    """How far from w each tensor is in the last pass of a step, as its closure sees it."""
+    """How far each tensor is from w in the last pass of a step, measured inside the closure."""
     seen: list[list[Tensor]] = []
 
     def watched() -> Any:
@@ -165,12 +165,12 @@ def displacement(subject: Subject, params: Sequence[Tensor], closure: Closure) -
 
 
 def copies(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Copies without graph."""
+    """Detached copies."""
     return [t.detach().clone() for t in tensors]
 
 
 def global_norm(tensors: Iterable[Tensor]) -> float:
-    """The norm of all as one vector."""
+    """The norm of all tensors as one vector."""
     return float(torch.stack([t.detach().double().norm() for t in tensors]).norm())
 
 
@@ -178,7 +178,7 @@ _KINDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def unequal(a: Iterable[Tensor], b: Iterable[Tensor]) -> int:
-    """How many entries differ in any bit."""
+    """The number of entries that differ in any bit."""
     pairs = zip(a, b, strict=True)
     return sum(int((_bits(x) != _bits(y)).sum()) for x, y in pairs)
 
@@ -188,7 +188,7 @@ def _bits(t: Tensor) -> Tensor:
 
 
 def same_model(a: nn.Module, b: nn.Module, what: str) -> str:
-    """Whether weights and buffers of two models are equal bit for bit; a Fault with the largest difference if not."""
+    """Raise Fault with the largest difference unless weights and buffers of two models are equal, bit for bit."""
     x, y = a.state_dict(), b.state_dict()
     wrong = [k for k in x if unequal([x[k]], [y[k]])]
     if not wrong:
@@ -198,7 +198,7 @@ def same_model(a: nn.Module, b: nn.Module, what: str) -> str:
 
 
 def unmoved(before: Sequence[Tensor], now: Iterable[Tensor], what: str) -> str:
-    """Whether tensors are where they were, bit for bit; a Fault with the distance if not."""
+    """Raise Fault with the distance unless tensors are unchanged, bit for bit."""
     now = list(now)
     if unequal(before, now):
         gone = global_norm([b.detach().double() - a.double() for a, b in zip(before, now, strict=True)])

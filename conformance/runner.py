@@ -1,4 +1,4 @@
-"""Runs behaviours in processes of their own, so that a crash or a hang costs one cell of the table."""
+"""Tests behaviours in separate processes, so that a crash or a hang affects only one cell of the table."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from pathlib import Path
 
 from conformance.verdict import ABSENT, FAIL, Behaviour, BehaviourOutcome
 
-# Without a name for this machine in its own network, gloo does not find the way from one process to the other.
+# Use the loopback interface: gloo may not find a route if the host name cannot be resolved.
 _GLOO = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
-START_S = 120.0  # imports of torch and of an implementation
+START_S = 120.0  # time for importing torch and an implementation
 Progress = Callable[[str, BehaviourOutcome], None]
 
 
@@ -36,7 +36,7 @@ def run(adapter: str, chosen: Sequence[Behaviour], progress: Progress) -> list[B
 
 
 def _session(adapter: str, left: Sequence[Behaviour], ranks: int) -> list[BehaviourOutcome]:
-    """Run in one set of processes until all is done or one of them fails in a way that others could feel."""
+    """Run in one set of processes until all are done, or one fails in a way that may affect the following ones."""
     with tempfile.TemporaryDirectory() as folder:
         teams = [_Worker(adapter, left, rank, ranks, Path(folder) / "store") for rank in range(ranks)]
         done: list[BehaviourOutcome] = []
@@ -54,7 +54,7 @@ def _session(adapter: str, left: Sequence[Behaviour], ranks: int) -> list[Behavi
 
 
 def _together(behaviour: Behaviour, parts: list[BehaviourOutcome]) -> BehaviourOutcome:
-    """The ranks' outcomes as one; a rank that fails by itself is more telling than those that wait for it."""
+    """Combine the outcomes of the ranks. Failures of a rank itself come before those of ranks that wait for it."""
     parts.sort(key=lambda o: "closed" in o.figure or "no answer" in o.figure or "peer" in o.figure)
     for status in (FAIL, ABSENT):
         for part in parts:
@@ -64,7 +64,7 @@ def _together(behaviour: Behaviour, parts: list[BehaviourOutcome]) -> BehaviourO
 
 
 class _Worker:
-    """A worker process and what it says."""
+    """A worker process and its output."""
 
     def __init__(self, adapter: str, behaviours: Sequence[Behaviour], rank: int, ranks: int, store: Path) -> None:
         words = [sys.executable, "-m", "conformance.worker", adapter, *(b.name for b in behaviours)]
@@ -90,7 +90,7 @@ class _Worker:
         self._said.put(None)
 
     def outcome(self, name: str, deadline: float) -> BehaviourOutcome:
-        """What it says of a behaviour; a failure if it dies or says nothing in time."""
+        """The outcome of a behaviour; a failure if the process ends or does not answer in time."""
         if self.lost:
             return BehaviourOutcome(name, FAIL, "no answer: lost before")
         while True:
@@ -112,7 +112,7 @@ class _Worker:
         return f"the process ended with {code}: {lines[-1] if lines else 'no word'}"
 
     def end(self) -> None:
-        """End it, whatever it does."""
+        """Kill the process and clean up."""
         self.process.kill()
         self.process.wait()
         self._listener.join()

@@ -1,4 +1,4 @@
-"""What a behaviour is, and how its outcome is written down."""
+"""Behaviours and their outcomes."""
 
 from __future__ import annotations
 
@@ -20,19 +20,21 @@ PASS, FAIL, ABSENT = "pass", "fail", "not offered"
 
 
 class Fault(AssertionError):  # noqa: N818
-    """A demand that is not met; the words hold the figure."""
+    """A requirement that is not met; the message has the figure."""
 
 
 @dataclass(frozen=True)
 class Behaviour:
-    """A demand on an implementation.
+    """A requirement on an implementation.
 
     Attributes:
-        demand: what must hold, in a line.
-        why: what breaks for a user otherwise.
-        check: returns the figure, or raises Fault with it, or NotOfferedError, or whatever the implementation raises.
-        ranks: processes that run it together.
-        limit_s: after which it counts as hung.
+        name: its name in the table.
+        theme: the module that defines it.
+        demand: what must hold, in one sentence.
+        why: what goes wrong for a user otherwise.
+        check: returns the figure, or raises Fault with it, NotOfferedError, or any error of the implementation.
+        ranks: number of processes that run it together. Default 1.
+        limit_s: time limit in seconds, after which it counts as hung. Default 60.
     """
 
     name: str
@@ -44,7 +46,7 @@ class Behaviour:
     limit_s: float = 60.0
 
     def run(self, adapter: Adapter) -> BehaviourOutcome:
-        """Run it on fresh objects."""
+        """Test it on new objects."""
         random.seed(0)
         torch.manual_seed(0)
         begun = time.perf_counter()
@@ -83,7 +85,7 @@ def behaviour(*, ranks: int = 1, limit_s: float = 60.0) -> Callable[[Check], Beh
 
 
 def behaviour(check: Check | None = None, /, *, ranks: int = 1, limit_s: float = 60.0) -> Any:
-    """Make a Behaviour of a function: its name, and the two paragraphs of its docstring as demand and why."""
+    """Make a Behaviour from a function: its name, and the two paragraphs of its docstring as `demand` and `why`."""
 
     def make(check: Check) -> Behaviour:
         demand, _, why = (check.__doc__ or "").strip().partition("\n\n")
@@ -95,7 +97,7 @@ def behaviour(check: Check | None = None, /, *, ranks: int = 1, limit_s: float =
 
 
 def at_most(value: Any, limit: float, what: str) -> str:
-    """The figure if it is within the limit, a Fault if not."""
+    """Return the figure as text if it is at most the limit; else raise Fault."""
     value = float(value)
     text = f"{what} {value:.2g}"
     # `not <=` catches nan.
@@ -105,13 +107,13 @@ def at_most(value: Any, limit: float, what: str) -> str:
 
 
 def demand(holds: Any, fault: str) -> None:
-    """A Fault unless it holds."""
+    """Raise Fault unless it holds."""
     if not holds:
         raise Fault(fault)
 
 
 def within(value: Any, target: float, share: float, what: str) -> str:
-    """The figure if it is the target up to a share of it, a Fault if not."""
+    """Return the figure as text if its relative difference to the target is at most `share`; else raise Fault."""
     value = float(value)
     if not math.isfinite(value) or abs(value - target) > share * abs(target):
         raise Fault(f"{what} {value:.3g}, not {target:.3g}")
@@ -124,6 +126,6 @@ def _first_line(error: BaseException) -> str:
 
 
 def _is_mine(error: BaseException) -> bool:
-    """Whether a programming error of a behaviour itself, and no code that it called, raised."""
+    """Whether the error is a programming error in a behaviour itself, not in code that it called."""
     frames = traceback.extract_tb(error.__traceback__)
     return isinstance(error, (NameError, UnboundLocalError)) and "conformance" in frames[-1].filename

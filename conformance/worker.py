@@ -1,4 +1,4 @@
-"""One process that runs behaviours on one adapter and writes each outcome as it comes; started by `runner`."""
+"""A process that tests behaviours on one adapter and prints each outcome at once; started by `runner`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from conformance.verdict import FAIL, BehaviourOutcome
 
 
 def main(arguments: list[str]) -> int:
-    """Run the named behaviours; one JSON line before and one after each."""
+    """Test the named behaviours; print one JSON line before and one after each."""
     parser = argparse.ArgumentParser()
     parser.add_argument("adapter")
     parser.add_argument("names", nargs="+")
@@ -24,7 +24,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--store", default="")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    # What implementations print must not mix with the outcomes.
+    # Keep the output of implementations apart from the outcomes.
     out, sys.stdout = sys.stdout, sys.stderr
     if options.ranks > 1:
         torch.distributed.init_process_group(

@@ -1,6 +1,8 @@
-"""Accelerate: digits with 40 % wrong labels, SGD against SAM, in two micro-batches a step; flatmin needs no glue.
+"""Accelerate: digits with 40 % wrong labels, SGD and SAM compared, with two micro-batches in each step.
 
-pip install 'flatmin[hf,digits]'
+Run it in a clone of flatmin:
+
+pip install '.[hf,digits]'
 python examples/accelerate_loop.py
 """
 

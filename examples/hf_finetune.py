@@ -1,10 +1,12 @@
-"""Hugging Face Trainer: a tiny causal language model, fine-tuned on Blake's Tyger, AdamW against AdamW with SAM.
+"""Hugging Face Trainer: fine-tunes a tiny causal language model on Blake's Tyger, by AdamW and by AdamW with SAM.
 
-    pip install 'flatmin[hf]'
+Run it in a clone of flatmin:
+
+    pip install '.[hf]'
     python examples/hf_finetune.py
 
-The model is built from its configuration and knows single characters, so nothing is downloaded. It is first trained
-on one verse, then fine-tuned on two others; the perplexity is that of the last.
+The model is built from a configuration and its tokens are single characters, so nothing is downloaded. It is trained on
+one verse, then fine-tuned on another; the printed perplexity is that of a third verse.
 """
 
 import copy

@@ -1,6 +1,8 @@
-"""Lightning: digits with 40 % wrong labels, SGD against SAM, in two micro-batches a step.
+"""Lightning: digits with 40 % wrong labels, SGD and SAM compared, with two micro-batches in each step.
 
-pip install 'flatmin[lightning,digits]'
+Run it in a clone of flatmin:
+
+pip install '.[lightning,digits]'
 python examples/lightning_digits.py
 """
 
@@ -19,7 +21,7 @@ from flatmin.integrations.lightning import SharpnessAware  # new
 from flatmin.models.small import mlp
 
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-warnings.filterwarnings("ignore", module="lightning")  # advice on workers and on logging
+warnings.filterwarnings("ignore", module="lightning")  # hints on data loader workers and logging
 data = load_digits()
 noisy = symmetric_noise(data.train.y, 0.4, data.num_classes, seed=0)
 

@@ -1,10 +1,12 @@
 """PEFT: low-rank adapters of a tiny causal language model by AdamW, LoRA-SAM and Flat-LoRA, in float32 and bfloat16.
 
-    pip install 'flatmin[hf]' peft
+Run it in a clone of flatmin:
+
+    pip install '.[hf]' peft
     python examples/peft_adapters.py
 
-The model is built from its configuration, so nothing is downloaded. It is first trained whole to count in steps of one;
-then the adapters alone learn steps of three, with a tenth of the tokens replaced by others.
+The model is built from a configuration, so nothing is downloaded. The whole model is first trained to count in steps of
+one. Then only the adapters learn to count in steps of three, with a tenth of the tokens replaced at random.
 """
 
 import contextlib
@@ -48,7 +50,7 @@ def train(model, optimizer, stride, noise, show=True):
             loss.backward()
             return loss
 
-        with noise:  # Flat-LoRA: around all passes of the step
+        with noise:  # Flat-LoRA: noise during all passes of the step
             loss = optimizer.step(closure)
         if show and step % (STEPS // 4) == STEPS // 4 - 1:
             print(f"step {step + 1:3}: loss {loss.item():.3f}")

@@ -1,6 +1,8 @@
-"""skorch: digits with 40 % wrong labels, SGD against SAM; the optimizer is given by name and flatmin needs no glue.
+"""skorch: digits with 40 % wrong labels, SGD and SAM compared. The optimizer is passed by its class.
 
-pip install 'flatmin[skorch,digits]'
+Run it in a clone of flatmin:
+
+pip install '.[skorch,digits]'
 python examples/skorch_digits.py
 """
 

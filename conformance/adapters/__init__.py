@@ -1,4 +1,4 @@
-"""Adapters by name, each imported only when it is asked for."""
+"""Adapters by name; each is imported only when it is needed."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ NAMES = (
 
 
 def load(name: str) -> Adapter:
-    """An adapter by its name here, by a module's dotted name, or by a file; the module names it as `ADAPTER`.
+    """Load an adapter by its name, by the dotted name of a module, or by a file; the module defines `ADAPTER`.
 
     Raises:
-        ImportError: it, or what it adapts, is not installed.
+        ImportError: the adapter or its implementation is not installed.
     """
     if name in NAMES:
         module = importlib.import_module(f"conformance.adapters.{name}")
@@ -43,7 +43,7 @@ def load(name: str) -> Adapter:
 
 
 def missing(name: str) -> str:
-    """Why an adapter cannot be loaded here; empty if it can."""
+    """Why an adapter cannot be loaded; "" if it can."""
     try:
         load(name).version()
     except ImportError as error:

@@ -9,7 +9,7 @@ from conformance.adapter import Adapter, Base, Closure, Form, Subject
 
 
 class Flatmin(Subject):
-    """Both doors, a scaler given at construction, and a list of closures."""
+    """Closures and `perturbed()`, a scaler given at construction, and lists of closures."""
 
     def by_hand(self, backward: Closure) -> None:
         """One step."""
@@ -35,7 +35,7 @@ class ADAPTER(Adapter):
     forms = frozenset({"sam", "asam"})
 
     def version(self) -> str:
-        """Also of a source tree that is not installed."""
+        """The version, also of a source tree that is not installed."""
         return flatmin.__version__
 
     def build(

@@ -1,4 +1,4 @@
-"""HeavyBall's SAMWrapper: its own bases, and an ascent along w^2 g of no fixed length."""
+"""HeavyBall's SAMWrapper: its own base optimizers, and a perturbation along w^2 g without a fixed length."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 
 from conformance.adapter import Adapter, Base, Form, Subject, one_radius
 
-# Compiling takes minutes on a CPU and changes no formula.
+# Compilation takes minutes on a CPU and does not change the formulas.
 heavyball.utils.compile_mode = None
 
 
 class Wrapper(Subject):
-    """The wrapper's groups hold no learning rate, so schedules and plain checkpoints go to what it wraps."""
+    """The wrapper's groups have no learning rate, so schedulers and plain checkpoints use the wrapped optimizer."""
 
     @property
     def schedulable(self) -> Any:
@@ -29,14 +29,14 @@ class Wrapper(Subject):
 
 
 class ADAPTER(Adapter):
-    """How it is built: its SGD or AdamW with the options of torch's."""
+    """Builds it with its own SGD or AdamW and the options of torch's."""
 
     title = "HeavyBall"
     distribution = "heavyball"
     forms = frozenset({"asam"})
 
     def plain(self, params: Any, base: Base) -> Any:
-        """Its own optimizer of that name."""
+        """HeavyBall's own optimizer of that name."""
         options = dict(base.options)
         if base.cls is torch.optim.SGD:
             options["beta"] = options.pop("momentum")

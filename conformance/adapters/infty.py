@@ -12,7 +12,7 @@ from conformance.adapter import Adapter, Base, Closure, Form, NotOfferedError, S
 
 
 class Returning(Subject):
-    """The closure that its `step` takes."""
+    """Converts closures to the form that its `step` takes."""
 
     def step(self, closure: Closure) -> Any:
         """One step."""
@@ -30,7 +30,7 @@ class ADAPTER(Adapter):
     def build(
         self, params: Any, base: Base, *, rho: float, form: Form | None = None, model: Any = None, **options: Any
     ) -> Subject:
-        """Around a base; under DistributedDataParallel all its ascents are each replica's own."""
+        """Wrap a base optimizer. Under DistributedDataParallel each replica has its own perturbation."""
         replicated = isinstance(model, DistributedDataParallel)
         own = options.pop("ascent_sync", "all") == "none"
         self.claims(form, options)

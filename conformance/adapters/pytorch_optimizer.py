@@ -1,4 +1,4 @@
-"""pytorch_optimizer's SAM: `closure(); optimizer.step(closure)`, as its documentation has it."""
+"""pytorch_optimizer's SAM: `closure(); optimizer.step(closure)`, as in its documentation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from conformance.adapters.single_file import TwoCallSubject
 
 
 class WithClosure(TwoCallSubject):
-    """The documented step; models with BatchNorm take the two calls, which leave room for the package's helper."""
+    """The documented step. Models with BatchNorm use the two calls, so that the package's helper can be used."""
 
     def step(self, closure: Closure) -> Any:
         """One step."""

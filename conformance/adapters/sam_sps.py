@@ -1,4 +1,4 @@
-"""sam_sps: SAM with its own SGD, whose step size is Polyak's with an upper bound."""
+"""sam_sps: SAM with its own SGD, which uses Polyak's step size with an upper bound."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from conformance.adapter import Adapter, Base, Form, NotOfferedError, Subject, o
 
 
 class OwnStepSize(Subject):
-    """Its step size is computed in each step."""
+    """An optimizer that computes its step size in each step."""
 
     @property
     def schedulable(self) -> Any:
-        """Nothing."""
+        """Not offered."""
         raise NotOfferedError("sets its own learning rate")
 
 
 class ADAPTER(Adapter):
-    """How it is built: the learning rate is the upper bound; there is no momentum and no base."""
+    """Builds it: the learning rate is the upper bound; there is no momentum and no base optimizer."""
 
     title = "sam_sps"
     distribution = "sam_sps"
     forms = frozenset()
 
     def plain(self, params: Any, base: Base) -> Any:
-        """There is none."""
+        """Not offered."""
         raise NotOfferedError("no base")
 
     def build(
         self, params: Any, base: Base, *, rho: float, form: Form | None = None, model: Any = None, **options: Any
     ) -> Subject:
-        """On its own."""
+        """Build it without a base optimizer."""
         self.claims(form, options)
         one_radius(params)
         return OwnStepSize(

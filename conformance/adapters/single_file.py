@@ -1,7 +1,7 @@
-"""The style of the common single-file implementations, written from its formulas.
+"""An implementation in the style of common single-file implementations, written from the formulas.
 
-A wrapper that constructs its base, two calls a step with a backward before each, the weights saved in a state of its
-own and put back by assigning `.data`. Many projects hold a copy of such a file, so its behaviours are worth knowing.
+It builds its base optimizer, takes two calls a step with a backward before each, stores the weights in its own state,
+and restores them by assigning to `.data`. Many projects contain a copy of such a file.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from conformance.adapter import Adapter, Base, Closure, Form, Subject, uses_batc
 
 
 class TwoCalls(torch.optim.Optimizer):
-    """first_step climbs, second_step returns and lets the base step."""
+    """first_step perturbs the weights, second_step restores them and lets the base optimizer step."""
 
     def __init__(self, params: Any, base_optimizer: Any, rho: float = 0.05, adaptive: bool = False, **kw: Any) -> None:
         super().__init__(params, {"rho": rho, "adaptive": adaptive, **kw})
@@ -28,7 +28,7 @@ class TwoCalls(torch.optim.Optimizer):
 
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False) -> None:
-        """To w + eps."""
+        """Move the weights to w + eps."""
         lengths = [((w.abs() if g["adaptive"] else 1.0) * w.grad).norm() for g, w in self._with_gradient()]
         length = torch.stack(lengths).norm()
         for g, w in self._with_gradient():
@@ -40,7 +40,7 @@ class TwoCalls(torch.optim.Optimizer):
 
     @torch.no_grad()
     def second_step(self, zero_grad: bool = False) -> None:
-        """Back to w, and on."""
+        """Restore the weights and let the base optimizer step."""
         for _, w in self._with_gradient():
             w.data = self.state[w]["kept"]
         self.base_optimizer.step()
@@ -48,7 +48,7 @@ class TwoCalls(torch.optim.Optimizer):
             self.zero_grad()
 
     def step(self, closure: Closure | None = None) -> None:
-        """Both calls, with the gradients at hand as those of w."""
+        """Both calls, with the current gradients as those at w."""
         if closure is None:
             raise ValueError("needs a closure")
         self.first_step(zero_grad=True)
@@ -57,20 +57,20 @@ class TwoCalls(torch.optim.Optimizer):
         self.second_step()
 
     def load_state_dict(self, state_dict: Any) -> None:
-        """The wrapper's own state, with the groups linked again."""
+        """Load the wrapper's own state, and link the groups again."""
         super().load_state_dict(state_dict)
         self.base_optimizer.param_groups = self.param_groups
 
 
 def quiet(model: nn.Module) -> None:
-    """The helper that such files come with: BatchNorm momentum 0 from here on."""
+    """The usual helper of such files: set the momentum of BatchNorm to 0."""
     for layer in model.modules():
         if isinstance(layer, nn.modules.batchnorm._BatchNorm):
             layer.kept_momentum, layer.momentum = layer.momentum, 0
 
 
 def loud(model: nn.Module) -> None:
-    """And back."""
+    """Undo `quiet`."""
     for layer in model.modules():
         if isinstance(layer, nn.modules.batchnorm._BatchNorm) and hasattr(layer, "kept_momentum"):
             layer.momentum = layer.kept_momentum

@@ -1,4 +1,4 @@
-"""temperon: SAM in the last part of the training; here the part is the whole."""
+"""temperon: SAM in the last part of the training; here, in the whole training."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from conformance.adapter import Adapter, Base, Form, Subject, one_radius
 
 
 class Wrapped(Subject):
-    """Schedulers go on the base, as its documentation has it."""
+    """Schedulers use the base optimizer, as in its documentation."""
 
     @property
     def schedulable(self) -> Any:
-        """The base."""
+        """The base optimizer."""
         return self.optimizer.optimizer
 
     def load_plain(self, state: Any) -> None:
-        """Into the base."""
+        """Load it into the base optimizer."""
         self.optimizer.optimizer.load_state_dict(state)
 
 

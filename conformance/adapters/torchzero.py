@@ -1,7 +1,7 @@
 """torchzero: a chain of modules.
 
-Its own momentum, weight decay and Adam wherever an implementation is compared with itself; they are not torch's, so
-where it is compared with the formula the torch optimizer runs in its `Wrap`.
+Comparisons of the implementation with itself use its own momentum, weight decay and Adam. These differ from torch's, so
+comparisons with the formula use the torch optimizer inside its `Wrap`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from conformance.adapter import Adapter, Base, Form, Subject
 
 
 def _chain(base: Base) -> list[Any]:
-    """Its modules in the place of torch's SGD or AdamW; learning rates that schedulers see need the module LR."""
+    """Its modules in place of torch's SGD or AdamW. Schedulers need the module LR."""
     o = base.options
     decay = [tz.m.WeightDecay(o["weight_decay"])] if o.get("weight_decay") else []
     if base.cls is torch.optim.SGD:
@@ -37,7 +37,7 @@ class ADAPTER(Adapter):
     def build(
         self, params: Any, base: Base, *, rho: float, form: Form | None = None, model: Any = None, **options: Any
     ) -> Subject:
-        """SAM and the chain."""
+        """The chain with SAM."""
         self.claims(form, options)
         ascent = (tz.m.ASAM if form == "asam" else tz.m.SAM)(rho=rho)
         below = _chain(base) if form is None else [tz.m.Wrap(base.cls, **base.options)]

@@ -1,4 +1,4 @@
-"""unifiedsam with lambda = 1, which is SAM; the two calls of its documentation."""
+"""unifiedsam with lambda = 1, which is SAM, with the two calls of its documentation."""
 
 from __future__ import annotations
 
@@ -19,6 +19,6 @@ class ADAPTER(Adapter):
     def build(
         self, params: Any, base: Base, *, rho: float, form: Form | None = None, model: Any = None, **options: Any
     ) -> Subject:
-        """From parameters and the base's class; it ships no helper for BatchNorm."""
+        """Build it from parameters and the base optimizer's class. It has no helper for BatchNorm."""
         self.claims(form, options)
         return TwoCallSubject(unifiedSAM(params, base.cls, rho=rho, lambd=1.0, **base.options), None)

@@ -20,6 +20,6 @@ class ADAPTER(Adapter):
     def build(
         self, params: Any, base: Base, *, rho: float, form: Form | None = None, model: Any = None, **options: Any
     ) -> Subject:
-        """From parameters and the base's class; it ships no helper for BatchNorm."""
+        """Build it from parameters and the base optimizer's class. It has no helper for BatchNorm."""
         self.claims(form, options)
         return TwoCallSubject(zij.SAM(params, base.cls, rho=rho, adaptive=form == "asam", **base.options), None)

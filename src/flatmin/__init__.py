@@ -4,7 +4,7 @@
     >>> model = torch.nn.Linear(4, 1)
     >>> optimizer = flatmin.SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.05, model=model)
 
-Names are loaded on first use, so that command lines answer before torch is imported.
+Names are imported on first use, so that command lines can answer before torch is imported.
 """
 
 from typing import TYPE_CHECKING, Any

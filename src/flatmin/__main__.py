@@ -1,4 +1,4 @@
-"""`python -m flatmin` is the command line."""
+"""Runs the command line as `python -m flatmin`."""
 
 from flatmin.cli.main import main
 

@@ -12,8 +12,8 @@ Ends = tuple[float, float]
 UNBOUNDED: Ends = (-math.inf, math.inf)
 PERCENT: Ends = (0.0, 100.0)
 POINTS: Ends = (-100.0, 100.0)
-"""Ends of what numbers can be: any number, a share in percent, a difference of two such shares."""
-_SINGLE = 2.0**-20  # numbers that differ by no more than this share of their size count as equal: single precision
+"""Ranges of values: any number, a percentage, a difference of two percentages."""
+_SINGLE = 2.0**-20  # values whose relative difference is smaller count as equal, in view of single precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,12 +21,12 @@ class Stat:
     """A mean over seeds.
 
     Args:
-        mean: of the values; NaN if there are none.
-        half: half width of the 95 % t interval of the mean, before it is cut at `ends`; NaN where it is unknown: for
-            fewer than two values, or for equal ones whose `step` is unknown (see `summarise`).
+        mean: mean of the values; NaN if there are none.
+        half: half width of the 95 % t interval of the mean, before it is cut at `ends`. NaN if it is unknown: for fewer
+            than two values, or for equal values with an unknown `step` (see `summarise`).
         n: number of values.
-        values: one per seed, in the order of the seeds.
-        ends: the least and the largest value that there can be.
+        values: one value for each seed, in the order of the seeds.
+        ends: the smallest and the largest possible value. Default: unbounded.
     """
 
     mean: float
@@ -52,16 +52,16 @@ class Stat:
 
     @property
     def covers_zero(self) -> bool:
-        """Whether 0 lies in the interval, or the interval is unknown."""
+        """Whether 0 is in the interval, or the interval is unknown."""
         return not abs(self.mean) > self.half
 
     def text(self, form: str = ".1f", *, width: str = "", gap: str = "") -> str:
-        """The mean with its interval: "95.1 ±0.4", "96.1 (91.4 to 100)" where it is cut, "95.1" where it is unknown.
+        """The mean with its interval: "95.1 ±0.4", "96.1 (91.4 to 100)" if it is cut, "95.1" if it is unknown.
 
         Args:
-            form: of the numbers, as `format` takes it.
-            width: of the half width. Default: like the mean.
-            gap: between the sign and the half width.
+            form: format of the numbers, as in `format`. Default ".1f".
+            width: format of the half width. Default "": like the mean.
+            gap: text between the sign and the half width. Default "".
 
         Example:
             >>> summarise([92.0, 96.0, 100.0], ends=PERCENT).text()
@@ -77,26 +77,26 @@ class Stat:
                 low, high = f"{self.low:{sign}.2g}", f"{self.high:{sign}.2g}"
             return f"{mean} ({low} to {high})"
         half = f"{self.half:{width or form.removeprefix('+')}}"
-        # A small half width is not none.
+        # Do not print a small half width as 0.
         return f"{mean} ±{gap}{half if float(half) or not self.half else f'{self.half:.1g}'}"
 
 
 def summarise(values: Sequence[float], confidence: float = 0.95, *, step: float = 0.0, ends: Ends = UNBOUNDED) -> Stat:
     """Mean and t interval: mean +- t_{n-1} s / sqrt(n), with s the sample standard deviation but at least `step`.
 
-    Numbers on a grid, as accuracies are, agree by chance now and then, and s is then 0 although they do vary; of two
-    accuracies on 100 samples every tenth pair may agree. The coarsest variation that a grid can show is a fair coin
-    between two neighbours of the mean, +- step, whose standard deviation is `step`: no less is believed. Equal values
-    whose step is unknown have no interval. With this floor the level of `paired_p` stays at 5 % and the coverage at
-    95 % for differences of counts, from two seeds on; without it two seeds are wrong in up to half of all cases
-    (tests/test_stats.py counts both). Where s is at least a step, nothing changes.
+    Values on a grid, such as accuracies, sometimes agree by chance. Then s is 0 although the values do vary; of two
+    accuracies on 100 samples every tenth pair may agree. The coarsest variation on a grid is a fair coin between two
+    neighbours of the mean, +- step, whose standard deviation is `step`. Therefore s is taken to be at least `step`.
+    Equal values with an unknown step have no interval. With this lower bound the level of `paired_p` is 5 % and the
+    coverage is 95 % for differences of counts, from two seeds on; without it two seeds are wrong in up to half of all
+    cases (tests/test_stats.py counts both). If s is at least a step, the bound has no effect.
 
     Args:
-        values: one per seed.
-        confidence: in (0, 1).
-        step: between neighbours among the values that there can be, e.g. 100 / n for an accuracy in percent of n
-            samples; 0 if they are not on a grid, or on an unknown one.
-        ends: the least and the largest value that there can be.
+        values: one value for each seed.
+        confidence: confidence level, in (0, 1). Default 0.95.
+        step: distance between neighbouring possible values, for example 100 / n for an accuracy in percent of n
+            samples. Default 0: no grid, or an unknown one.
+        ends: the smallest and the largest possible value. Default: unbounded.
 
     Example:
         >>> stat = summarise([1.0, 2.0, 3.0])
@@ -109,7 +109,7 @@ def summarise(values: Sequence[float], confidence: float = 0.95, *, step: float 
 
 
 def _summary(values: Sequence[float], confidence: float, step: float, ends: Ends, size: float) -> Stat:
-    """See `summarise`; `size` is that of the numbers that the values were computed from."""
+    """See `summarise`; `size` is the magnitude of the numbers that the values were computed from."""
     n = len(values)
     if n == 0:
         return Stat(mean=math.nan, half=math.nan, n=0, values=(), ends=ends)
@@ -130,14 +130,15 @@ def paired(
     step: float = 0.0,
     ends: Ends = UNBOUNDED,
 ) -> Stat | None:
-    """Difference to the base over the seeds that both have; None if they share none.
+    """Mean difference to the base over the seeds that both have; None if there is no common seed.
 
     Args:
-        values: by seed.
-        base: likewise.
-        confidence: see `summarise`.
-        step: likewise, of the values: their differences are on the same grid.
-        ends: of the differences.
+        values: seed -> value.
+        base: seed -> value.
+        confidence: confidence level, in (0, 1). Default 0.95.
+        step: distance between neighbouring possible values, see `summarise`. Their differences are on the same grid.
+            Default 0.
+        ends: the smallest and the largest possible difference. Default: unbounded.
     """
     shared = [seed for seed in values if seed in base]
     if not shared:
@@ -149,11 +150,14 @@ def paired(
 def paired_p(diff: Stat) -> float:
     """The two-sided p value of the t test that a mean difference is 0: P(|T_{n-1}| > |mean| sqrt(n) / s).
 
-    s is that of `summarise`: at least a step of the numbers. NaN where the interval is unknown: the differences are
-    equal and their step is not known. 1 if their mean is 0.
+    s is that of `summarise`, at least `step`. The p value is NaN if the interval is unknown (equal differences with an
+    unknown step), and 1 if the mean difference is 0.
 
     Args:
-        diff: of `paired` at its usual confidence, over at least two seeds.
+        diff: result of `paired` with the default confidence, over at least two seeds.
+
+    Raises:
+        ValueError: fewer than two differences.
     """
     if diff.n < 2:
         raise ValueError(f"a t test needs two differences, got {diff.n}.")
@@ -165,10 +169,10 @@ def paired_p(diff: Stat) -> float:
 
 
 def holm(p: Sequence[float | None]) -> list[float | None]:
-    """P values corrected for as many tests as there are: Holm, Scandinavian Journal of Statistics 6, 1979.
+    """P values corrected for the number of tests: Holm, Scandinavian Journal of Statistics 6, 1979.
 
-    The k-th smallest of m is multiplied by m - k + 1, made no smaller than the ones before it, and capped at 1. None,
-    where there is no test, stays None and does not count.
+    The k-th smallest of m values is multiplied by m - k + 1, raised to the largest value before it if it is smaller,
+    and capped at 1. None stands for no test; it stays None and is not counted.
 
     Example:
         >>> holm([0.01, None, 0.04, 0.03])
@@ -184,12 +188,12 @@ def holm(p: Sequence[float | None]) -> list[float | None]:
 
 
 def share_interval(hits: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's interval of a share: of the p with |hits / n - p| <= z sqrt(p (1 - p) / n).
+    """Wilson's confidence interval of a share: all p with |hits / n - p| <= z sqrt(p (1 - p) / n).
 
     Args:
-        hits: from 0 to n.
-        n: at least 1.
-        confidence: in (0, 1).
+        hits: number of hits, from 0 to n.
+        n: number of trials, at least 1.
+        confidence: confidence level, in (0, 1). Default 0.95.
 
     Example:
         >>> [round(end, 4) for end in share_interval(95, 100)]
@@ -204,17 +208,17 @@ def share_interval(hits: int, n: int, confidence: float = 0.95) -> tuple[float, 
 
 @lru_cache
 def t_quantile(p: float, df: float) -> float:
-    """The p quantile of Student's t distribution with df degrees of freedom, to about 1e-10 relative.
+    """The p quantile of Student's t distribution with df degrees of freedom, to a relative error of about 1e-10.
 
     Bisection on the distribution function, which is the regularised incomplete beta function
     P(T <= t) = 1 - I_{df/(df + t^2)}(df/2, 1/2) / 2 for t >= 0.
 
     Args:
-        p: in (0, 1).
-        df: positive.
+        p: probability, in (0, 1).
+        df: degrees of freedom, > 0.
 
     Raises:
-        ValueError: outside these ranges.
+        ValueError: p or df out of range.
     """
     if not 0 < p < 1 or not df > 0:
         raise ValueError(f"t_quantile needs 0 < p < 1 and df > 0, got p={p!r} and df={df!r}.")
@@ -235,7 +239,7 @@ def t_quantile(p: float, df: float) -> float:
 
 
 def _two_sided(t: float, df: float) -> float:
-    """P(|T| > t)."""
+    """The two-sided tail probability P(|T| > t)."""
     return incomplete_beta(df / 2, 0.5, df / (df + t * t))
 
 

@@ -1,4 +1,4 @@
-"""Standard output and error that never raise: not on a character, a closed pipe or a full disk."""
+"""Standard output and error that never raise, not on unencodable characters, closed pipes or full disks."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def settle_streams() -> None:
     """Make this process's standard output and error accept any text, so that printing cannot end a training run.
 
     A character that the encoding lacks is replaced by ASCII: "+-" for "±", "rho" for "ρ", "o" for "ö", and "?" if there
-    is nothing like it. What can no longer be written, as after `| head`, is dropped. The encoding stays, and so does an
-    error handler that the user has chosen (PYTHONIOENCODING).
+    is no similar text. Text that can no longer be written, as after `| head`, is dropped. The encoding does not change,
+    nor does an error handler that the user has chosen (PYTHONIOENCODING).
     """
     codecs.register_error(_PLAIN, _replace)
     for name in ("stdout", "stderr"):
@@ -28,7 +28,7 @@ def settle_streams() -> None:
         if not isinstance(stream, io.TextIOWrapper):
             continue
         errors = stream.errors if stream.errors in ("ignore", "replace", "xmlcharrefreplace", "namereplace") else _PLAIN
-        if stream is getattr(sys, f"__{name}__") and not stream.isatty():  # a terminal has no reader that leaves
+        if stream is getattr(sys, f"__{name}__") and not stream.isatty():  # a terminal cannot be closed by a reader
             stream.flush()
             setattr(sys, name, _lasting(stream, errors))
         else:
@@ -36,18 +36,21 @@ def settle_streams() -> None:
 
 
 def unwritten() -> OSError | None:
-    """Why standard output is not complete; None if it is, or if its reader has closed the pipe."""
+    """The error that made standard output incomplete; None if it is complete or its reader has closed the pipe."""
     raw = _raw(sys.stdout) if isinstance(sys.stdout, io.TextIOWrapper) else None
     problem = raw.problem if isinstance(raw, Lasting) else None
-    # Windows says EINVAL where POSIX says EPIPE.
+    # Windows reports EINVAL where POSIX reports EPIPE.
     return None if problem is None or problem.errno in (errno.EPIPE, errno.EINVAL) else problem
 
 
 class Lasting(io.RawIOBase):
-    """Bytes to a file or a pipe, up to the first that cannot be written; the rest is dropped.
+    """A raw stream that drops everything after the first error in writing.
 
     Args:
-        raw: where they go.
+        raw: the stream to write to.
+
+    Attributes:
+        problem: the first error; None if there was none.
     """
 
     def __init__(self, raw: Any) -> None:
@@ -55,7 +58,7 @@ class Lasting(io.RawIOBase):
         self.problem: OSError | None = None
 
     def write(self, data: Any) -> int | None:
-        """Write, or drop."""
+        """Write the data; drop them after an error."""
         if self.problem is None:
             try:
                 written: int | None = self._to.write(data)
@@ -69,12 +72,12 @@ class Lasting(io.RawIOBase):
         return True
 
     def fileno(self) -> int:
-        """Of the file."""
+        """The file descriptor of the stream."""
         number: int = self._to.fileno()
         return number
 
     def isatty(self) -> bool:
-        """Of the file."""
+        """Whether the stream is a terminal."""
         return bool(self._to.isatty())
 
 
@@ -84,7 +87,7 @@ def _raw(stream: io.TextIOWrapper) -> Any:
 
 
 def _lasting(stream: io.TextIOWrapper, errors: str) -> io.TextIOWrapper:
-    """The same stream upon `Lasting`."""
+    """The same stream, writing through `Lasting`."""
     raw = Lasting(_raw(stream))
     buffer: Any = raw if stream.buffer is _raw(stream) else io.BufferedWriter(raw)
     return io.TextIOWrapper(
@@ -97,23 +100,23 @@ def _lasting(stream: io.TextIOWrapper, errors: str) -> io.TextIOWrapper:
 
 
 def _replace(error: UnicodeError) -> tuple[str | bytes, int]:
-    """An error handler as `codecs.register_error` takes it."""
+    """The error handler for `codecs.register_error`."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     text = error.object[error.start : error.end]
-    if "\udc80" <= text[0] <= "\udcff":  # a byte of a file name that is no text: as it came
+    if "\udc80" <= text[0] <= "\udcff":  # a byte of a file name that is not text: write it unchanged
         return bytes([ord(text[0]) - 0xDC00]), error.start + 1
     return "".join(map(plain, text)), error.end
 
 
 def fitted(text: str, encoding: str) -> str:
-    """The text as a stream of that encoding will show it, so that columns can be measured."""
+    """The text as a stream with this encoding will show it, to measure the width of columns."""
     codecs.register_error(_PLAIN, _replace)
     return text.encode(encoding, _PLAIN).decode(encoding, "replace")
 
 
 def plain(char: str) -> str:
-    """What stands for a character in ASCII.
+    """The ASCII replacement of a character.
 
     Example:
         >>> [plain(char) for char in "±ρöₖ─│█π"]

@@ -1,4 +1,4 @@
-"""Text for people and from people: words for error messages, and files that people write. Imports nothing heavy."""
+"""Helpers for messages and for text files that people write. Imports only the standard library."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
 
 
-# The longer marks first: that of UTF-16 is also how one of UTF-32 begins.
+# Longer marks first, since the mark of UTF-32 begins with that of UTF-16.
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -29,13 +29,13 @@ _MARKS = (
 
 
 def read_text(path: Path | Traversable) -> str:
-    """The text of a file; every line ends with a line feed alone.
+    """Read a text file; all line ends become line feeds.
 
-    It is UTF-8, with or without a byte order mark, or UTF-16 or UTF-32 with one.
+    The encoding may be UTF-8, with or without a byte order mark, or UTF-16 or UTF-32 with one.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is in another encoding; the sentence names the file, the place and the probable encoding.
+        ValueError: the file has another encoding. The message names the file, the line and the probable encoding.
     """
     data = path.read_bytes()
     encoding = next((name for mark, name in _MARKS if data.startswith(mark)), "utf-8")
@@ -45,7 +45,7 @@ def read_text(path: Path | Traversable) -> str:
         line = data[: error.start].count(b"\n") + 1
         kind = encoding.removesuffix("-sig").upper()
         if encoding != "utf-8":
-            raise ValueError(f"{path} begins like {kind} but is damaged; save it as UTF-8.") from None
+            raise ValueError(f"{path} begins like {kind} text but is damaged; save it as UTF-8.") from None
         near = "UTF-16 without a byte order mark" if b"\0" in data else "Latin-1 or Windows-1252"
         raise ValueError(
             f"{path} is not UTF-8 text: line {line} has the byte 0x{data[error.start]:02x}, as in {near}; save it as "
@@ -60,18 +60,18 @@ _LONGEST = 400
 
 
 def suggest(word: str, choices: Iterable[str]) -> str:
-    """The words "; did you mean 'x'?" if something known is a slip of the keyboard away from the word, else nothing.
+    """The text "; did you mean 'x'?" if one of the choices is similar to the word, else "".
 
-    Near is, whatever the case and leading dashes: what begins with the word; what differs from a word of 3 letters or
-    more in one (added, left out, another one, or two swapped), from 8 on in two, from 12 on in three; what makes up
-    most of the word.
+    Case and leading dashes are ignored. A choice is similar if it begins with the word, if it makes up most of the
+    word, or if it differs in few letters (added, left out, replaced or swapped): one in a word of 3 letters or more,
+    two from 8 letters on, three from 12 letters on.
     """
     near = nearest(word, choices, 1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def nearest(word: str, choices: Iterable[str], count: int) -> list[str]:
-    """At most `count` of the known words that are near this one in the sense of `suggest`, the nearest first."""
+    """At most `count` choices that are similar to the word as defined in `suggest`, the most similar first."""
     asked = word.lstrip("-").lower()
     limit = (len(asked) >= 3) + (len(asked) >= 8) + (len(asked) >= 12)
     matches: list[tuple[int, float, str]] = []
@@ -83,12 +83,12 @@ def nearest(word: str, choices: Iterable[str], count: int) -> list[str]:
             matches.append((slips, -difflib.SequenceMatcher(None, asked, own).ratio(), name))
         elif own in asked and len(own) > 0.6 * len(asked):
             matches.append((limit + 1, -len(own) / len(asked), name))
-    # Sorted by nearness only, so that equally near words keep their order.
+    # Sorted by similarity only, so that equally similar words keep their order.
     return [name for _, _, name in sorted(matches, key=lambda f: f[:2])[:count]]
 
 
 def _slips(a: str, b: str) -> int:
-    """Letters added, left out, exchanged or swapped with the next between two words (optimal string alignment)."""
+    """The number of edits between two words: letters added, left out, replaced or swapped with the next one."""
     before: list[int] = []
     last = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
@@ -102,7 +102,7 @@ def _slips(a: str, b: str) -> int:
 
 
 def duration(seconds: float) -> str:
-    """A duration to two digits, as an estimate.
+    """An estimated duration in words, to two digits.
 
     Example:
         >>> duration(54.7), duration(76524190)
@@ -115,7 +115,7 @@ def duration(seconds: float) -> str:
 
 
 def warn(text: str) -> None:
-    """Warn the person whose code led here: the line named is the nearest one outside of flatmin and torch."""
+    """Give a warning that points to the nearest line of code outside flatmin and torch."""
     torch = getattr(sys.modules.get("torch"), "__file__", None) or __file__
     inside = (str(Path(__file__).parent) + os.sep, str(Path(torch).parent) + os.sep, contextlib.__file__)
     frame, level = sys._getframe(1), 2
@@ -125,10 +125,10 @@ def warn(text: str) -> None:
 
 
 def explained(error: BaseException) -> bool:
-    """Whether the message alone tells a person what to do.
+    """Whether the error's message is enough for a user, without a traceback.
 
-    So do errors of the operating system (they name the file), and those that flatmin itself raises on purpose; a
-    ValueError from the inside of another library does not, nor does a division by zero.
+    This holds for errors of the operating system, which name the file, and for errors that flatmin raises itself. It
+    does not hold for a ValueError from inside another library, or for a division by zero.
     """
     if isinstance(error, OSError):
         return True
@@ -137,9 +137,9 @@ def explained(error: BaseException) -> bool:
 
 
 def reason(error: BaseException) -> str:
-    """Why something is missing, in one line: the message, with the type of the error unless flatmin refused on purpose.
+    """Describe an error in one line: its message, and its type unless it is a ValueError of flatmin.
 
-    Of an error from elsewhere it also says which line raised it: that of a person's own code, if there is one.
+    For errors from other code it also names the line that raised it, in the user's own code if possible.
     """
     text = " ".join(str(error).split())
     text = text if len(text) <= _LONGEST else f"{text[:_LONGEST].rstrip()} ..."
@@ -154,7 +154,7 @@ def reason(error: BaseException) -> str:
 
 
 def _theirs(file: str) -> bool:
-    """Whether a file of code is a person's own: not of Python, of an installed package, or of flatmin."""
+    """Whether a source file belongs to the user: not to Python, an installed package or flatmin."""
     inside = (str(Path(__file__).parent) + os.sep, str(Path(os.__file__).parent) + os.sep, "<")
     return not file.startswith(inside) and not {"site-packages", "dist-packages"} & set(Path(file).parts)
 

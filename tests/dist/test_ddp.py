@@ -218,8 +218,8 @@ def test_second_derivatives_are_refused(ranks, method):
 @pytest.mark.parametrize(
     ("setup", "sentence"),
     [
-        (Setup(ascent_sync="none", wrapped=False), "ascent_sync needs the DistributedDataParallel module"),
-        (Setup(ascent_sync="none", method="gsam"), "gsam hands the gradient of pass 1 to the base"),
+        (Setup(ascent_sync="none", wrapped=False), "ascent_sync needs a DistributedDataParallel module"),
+        (Setup(ascent_sync="none", method="gsam"), "gsam uses the gradient of pass 1 in the update"),
         (Setup(ascent_sync="none", method="ae-sam"), "ae-sam decides by the gradient of pass 1"),
         (Setup(ascent_sync="some"), "ascent_sync must be 'all', 'none' or a number of ranks, got 'some'"),
         (Setup(ascent_sync=0), "got 0"),
@@ -238,7 +238,10 @@ def test_a_group_size_that_does_not_divide(ranks_of):
 
 def test_doors_that_find_an_averaged_gradient_are_refused(ranks):
     for sentence in ranks.run(scenarios.manual_door):
-        assert "perturbed() takes a gradient that is averaged already; ascent_sync needs passes()" in sentence
+        assert (
+            "perturbed() uses gradients that are averaged over all replicas already; use passes() with ascent_sync"
+            in sentence
+        )
 
 
 def test_names_are_those_of_the_module_inside(ranks):

@@ -102,11 +102,11 @@ def built(name, model):
 ABSENT = {"demo": "needs einops", "distributedmuon": "needs a process group"}
 SECOND_ORDER = ("adahessian", "sophiah")
 REFUSED = {
-    "adalomo": "moves the weights during the backward pass",
+    "adalomo": "updates the weights during the backward pass",
     "bsam": "is a sharpness-aware optimizer itself",
     "lbfgs": "evaluates the loss inside its own step",
-    "lomo": "moves the weights during the backward pass",
-    **dict.fromkeys(SECOND_ORDER, "differentiates the gradients once more in its step"),
+    "lomo": "updates the weights during the backward pass",
+    **dict.fromkeys(SECOND_ORDER, "differentiates the gradients again in its step"),
 }
 SERVED = sorted(set(pytorch_optimizer.get_supported_optimizers()) - set(ABSENT) - set(REFUSED))
 
@@ -206,7 +206,7 @@ def test_bases_with_modes_and_wrappers_of_bases(name, rho):
 @pytest.mark.parametrize(
     ("build", "words"),
     [
-        (lambda p: schedulefree.SGDScheduleFreeClosure(p), "moves the weights before it asks for the loss"),
+        (lambda p: schedulefree.SGDScheduleFreeClosure(p), "moves the weights before it calls the closure"),
         (lambda p: schedulefree.ScheduleFreeWrapper(torch.optim.SGD(p)), "expected a constructed base optimizer"),
         (lambda p: pytorch_optimizer.SafeFP16Optimizer(torch.optim.SGD(p)), "has no param_groups"),
         (lambda p: pytorch_optimizer.SAM(p, torch.optim.SGD), "is a sharpness-aware optimizer itself"),
@@ -289,5 +289,5 @@ def test_a_quantised_momentum_is_none_to_climb_along(name):
     model = wide()
     optimizer = flatmin.wrap(of_package(name, model.parameters()), "momentum-sam", model=model)
     train(model, optimizer, 1)
-    with pytest.raises(ValueError, match="8bit keeps no momentum that this library knows"):
+    with pytest.raises(ValueError, match="8bit has no momentum under a known name"):
         train(model, optimizer, 1)

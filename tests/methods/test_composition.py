@@ -44,7 +44,8 @@ def test_every_pair_composes_or_is_refused_in_one_sentence_that_names_both():
             assert re.fullmatch(rf"'{a}' and '{b}' both set the ({'|'.join(sorted(shared))}); choose one\.", found)
         else:
             assert re.fullmatch(
-                rf"'{a}' and '{b}' do not go together: \w+ \w+\(.*\) needs .+, which \w+ \w+\(.*\) does not give: .+\.",
+                rf"'{a}' and '{b}' cannot be combined: \w+ \w+\(.*\) needs .+, but \w+ \w+\(.*\) does not provide it: "
+                r".+\.",
                 found,
             )
         assert "\n" not in found and ". " not in re.sub(r"\(.*?\)", "", found)

@@ -180,7 +180,7 @@ def test_phase_must_fit_its_fellows():
     """Masks refresh on steps 0, interval, ...: of these at least some must ascend."""
     with pytest.raises(ValueError, match=r"phase must be below k = 5, got 5"):
         compose("every-k", phase=5)
-    with pytest.raises(ValueError, match=r"every 100th step, and EveryK\(k=5, phase=4\) ascends on none of them"):
+    with pytest.raises(ValueError, match=r"every 100th step, but EveryK\(k=5, phase=4\) ascends on none of these"):
         compose("every-k+ssam-d", phase=4)
     assert compose("every-k+ssam-d", phase=4, interval=99).schedule.phase == 4
 
@@ -192,15 +192,15 @@ def test_clashes_say_which_and_why():
         ("vasso+vasso", "'vasso' and 'vasso' both set the direction"),
         (
             "mix+bisam-log",
-            "'mix' and 'bisam-log' do not go together: combine .* needs the descent loss's own gradient at w, "
-            "which objective .* does not give: pass 1 climbs another loss",
+            "'mix' and 'bisam-log' cannot be combined: combine .* needs the gradient of the training loss at w, "
+            "but objective .* does not provide it: pass 1 maximises another loss",
         ),
-        ("bisam-tanh+vasso+mix", "do not go together: .*pass 1 climbs another loss"),
-        ("mix+moved", "needs the descent loss's own gradient at w, .*pass 1 is not taken at w"),
+        ("bisam-tanh+vasso+mix", "cannot be combined: .*pass 1 maximises another loss"),
+        ("mix+moved", "needs the gradient of the training loss at w, .*pass 1 is not taken at w"),
         ("mix+no-pass", "it takes no pass 1"),
         (
             "sgd+vasso",
-            "'sgd' and 'vasso' do not go together: direction .* needs an ascent .*it never ascends",
+            "'sgd' and 'vasso' cannot be combined: direction .* needs an ascent .*it never ascends",
         ),
     ]:
         with pytest.raises(ValueError, match=text):
@@ -208,7 +208,7 @@ def test_clashes_say_which_and_why():
 
 
 def test_parts_that_clash_are_refused_in_a_recipe_too():
-    with pytest.raises(ValueError, match=r"Mix.* needs the descent loss's own gradient at w"):
+    with pytest.raises(ValueError, match=r"Mix.* needs the gradient of the training loss at w"):
         Recipe(combine=Mix(), objective=parts.BiSAMLog())
     with pytest.raises(TypeError, match="geometry must be a part of kind 'geometry', got EMA"):
         Recipe(geometry=parts.EMA())
@@ -276,7 +276,7 @@ def test_bad_parameters_are_refused():
         (
             "vasso",
             {"direction": parts.EMA(), "theta": 0.3},
-            "direction is given as a part and as 'theta'; choose one",
+            "direction is given both as a part and by 'theta'",
         ),
         ("vasso", {"theta": 0.0}, r"EMA: theta must be in \(0, 1\], got 0.0"),
         ("vasso", {"theta": float("nan")}, "theta must be in"),
@@ -308,7 +308,8 @@ def test_a_parameter_must_not_be_named_like_a_kind_or_an_option_of_the_optimizer
 def test_every_built_in_entry_is_complete():
     for name, method in METHODS.items():
         assert method.name == name and "+" not in name
-        assert method.title and method.formula and method.paper and method.summary.endswith(".")
+        assert method.title and method.formula and method.paper
+        assert method.summary.endswith(".") and method.when.endswith(".") and method.when[0].isupper()
         assert method.url.startswith("https://") or not method.url
         assert method.recipe() == compose(name) and method.recipe().name == name
         for part in method.parts:
@@ -334,19 +335,19 @@ def test_a_plugin_adds_its_methods(monkeypatch):
 
 def test_bad_plugins_are_refused(monkeypatch):
     for contents, text in [
-        ({}, "plugin 'flatmin_test_plugin' needs a dict METHODS of name -> flatmin.methods.Method"),
-        ({"METHODS": [TABLE["mix"]]}, "needs a dict METHODS"),
-        ({"METHODS": {"mix": Mix()}}, "needs a dict METHODS"),
+        ({}, "plugin 'flatmin_test_plugin' must define a dict METHODS that maps names to flatmin.methods.Method"),
+        ({"METHODS": [TABLE["mix"]]}, "must define a dict METHODS"),
+        ({"METHODS": {"mix": Mix()}}, "must define a dict METHODS"),
         ({"METHODS": {"other": TABLE["mix"]}}, "key 'other' must equal the method's name"),
-        ({"METHODS": {"a+b": entry("a+b", Mix())}}, r"contain no '\+'"),
-        ({"METHODS": {"sam": entry("sam", Mix())}}, "the name 'sam' is taken"),
+        ({"METHODS": {"a+b": entry("a+b", Mix())}}, r"must not contain '\+'"),
+        ({"METHODS": {"sam": entry("sam", Mix())}}, "the name 'sam' is already taken"),
     ]:
         with pytest.raises(ValueError, match=text):
             method_table([plugin(monkeypatch, **contents)])
 
 
 def test_a_plugin_that_cannot_be_imported():
-    with pytest.raises(ValueError, match="plugin 'no_such_module' cannot be imported: No module named"):
+    with pytest.raises(ValueError, match="plugin 'no_such_module' could not be imported: No module named"):
         method_table(["no_such_module"])
 
 

@@ -107,7 +107,9 @@ def is_a_base(cls, options):
     for drive in (*ENTRY_POINTS, silent):
         assert torch.equal(train(0.0, drive), plain), (options, drive.__name__)
     if options.get("maximize"):
-        with pytest.raises(ValueError, match=r"^sam climbs the loss that the base lowers, .*maximize=True; minimise"):
+        with pytest.raises(
+            ValueError, match=r"^sam perturbs the weights towards a higher loss, .*maximize=True; minimise"
+        ):
             train(RHO, closure)
         return
 
@@ -188,9 +190,9 @@ def test_a_base_that_asks_for_the_loss_gets_that_of_the_step_without_another_pas
     sam_by_hand(twin.parameters(), RHO, lambda: losses.append(backward(twin, 0).detach()), base)
     assert calls == 2 and torch.equal(loss, losses[0])
     assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
-    with pytest.raises(RuntimeError, match=r"step of Polyak asks for the loss: use optimizer.step\(closure\)"):
+    with pytest.raises(RuntimeError, match=r"step of Polyak needs the loss: use optimizer.step\(closure\)"):
         perturbed(model, optimizer, 1)
-    with pytest.raises(RuntimeError, match="Polyak moves the weights before it asks for the loss"):
+    with pytest.raises(RuntimeError, match="Polyak moves the weights before it calls the closure"):
         closure(twin, flatmin.SAM(Polyak(twin.parameters(), moves_first=True), rho=RHO), 0)
 
 
@@ -208,7 +210,7 @@ class SecondOrder(torch.optim.SGD):
 @pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
 def test_a_base_that_differentiates_the_gradients_has_their_graph_at_rho_0_and_is_refused_above():
     model, twin = net(), net()
-    with pytest.raises(ValueError, match=r"SecondOrder differentiates the gradients once more.*rho = 0 only"):
+    with pytest.raises(ValueError, match=r"SecondOrder differentiates the gradients again.*only with rho = 0"):
         flatmin.SAM(SecondOrder(model.parameters(), lr=0.1), rho=RHO)
     optimizer = flatmin.SAM(SecondOrder(model.parameters(), lr=0.1), rho=0.0)
     base = SecondOrder(twin.parameters(), lr=0.1)
@@ -311,7 +313,7 @@ def test_a_base_with_its_own_form_of_state_dict_is_resumed(method):
     [
         ("perturb", "sharpness-aware optimizer itself"),
         ("first_step", "sharpness-aware optimizer itself"),
-        ("fused_backward", "moves the weights during the backward pass"),
+        ("fused_backward", "updates the weights during the backward pass"),
     ],
 )
 def test_what_cannot_be_a_base_is_refused_by_its_class(extra, sentence):
@@ -336,5 +338,5 @@ def test_options_of_the_single_file_form_reach_the_base():
     optimizer.abort()
     with pytest.raises(ValueError, match=r"adaptive=True needs a recipe with 'asam'"):
         flatmin.SAM([{"params": [a], "adaptive": True}], torch.optim.SGD, recipe="vasso", lr=0.1)
-    with pytest.raises(ValueError, match="differ in adaptive and share one norm: give rho="):
+    with pytest.raises(ValueError, match="differ in adaptive but share one norm: pass rho="):
         flatmin.SAM([{"params": [a], "adaptive": True}, {"params": [b]}], torch.optim.SGD, lr=0.1)

@@ -27,7 +27,7 @@ def test_a_different_batch_in_pass_2_is_noticed(entry):
         loss.backward()
         return loss
 
-    with pytest.warns(UserWarning, match="saw different batches"):
+    with pytest.warns(UserWarning, match="used different batches"):
         if entry == "closure":
             opt.step(closure)
         else:
@@ -69,7 +69,7 @@ def test_gradients_that_a_closure_drops_are_warned_about_once():
     optimizer.zero_grad()
     backward(0)
     with pytest.warns(
-        UserWarning, match=r"drops the gradients of the forward before it.*list of closures, or use passes"
+        UserWarning, match=r"drops the gradients that were there before it.*list of closures, or use passes"
     ) as caught:
         optimizer.step(closure)
     assert [w.filename for w in caught] == [__file__]
@@ -121,7 +121,7 @@ def test_a_different_batch_is_noticed_in_any_container(wrap):
         opt.step()
 
     step(x.clone())
-    with pytest.warns(UserWarning, match="saw different batches; run the second pass on the batch of the first"):
+    with pytest.warns(UserWarning, match="used different batches; run the second pass on the batch of the first"):
         step(other)
 
 
@@ -171,5 +171,5 @@ def test_a_loss_cached_before_the_step_is_named(kept):
         loss.backward(retain_graph=kept)
         return loss
 
-    with pytest.raises(RuntimeError, match="the loss is cached"):
+    with pytest.raises(RuntimeError, match="the loss was cached"):
         opt.step(closure)

@@ -131,11 +131,11 @@ def test_rho_comes_with_a_checkpoint_of_the_recipe_and_stays_with_that_of_the_ba
     recipe = flatmin.Recipe(direction=parts.EMA(), geometry=parts.Adaptive(), name="mine")
     small(recipe)[1].load_state_dict(saved)
     optimizer = small()[1]
-    with pytest.raises(ValueError, match=r"recipe vasso\+asam.* runs sam.*rho is then the one given here"):
+    with pytest.raises(ValueError, match=r"recipe vasso\+asam.* runs sam.*rho is then this optimizer's"):
         optimizer.load_state_dict(saved)
     optimizer.load_state_dict(flatmin.base_state_dict(saved))
     assert optimizer.param_groups[0]["rho"] == 0.05
-    with pytest.raises(ValueError, match=r"recipe recipe\(\), this optimizer runs recipe\(\)"):
+    with pytest.raises(ValueError, match=r"recipe recipe\(\), but this optimizer runs recipe\(\)"):
         small(flatmin.Recipe(geometry=parts.Unnormalised()))[1].load_state_dict(small(flatmin.Recipe())[1].state_dict())
 
 
@@ -144,7 +144,7 @@ def test_other_parameters_of_the_same_method():
     checkpoint = small("vasso", theta=0.5)[1].state_dict()
     with pytest.raises(ValueError, match=r"theta=0\.5.*theta=0\.9"):
         small("vasso")[1].load_state_dict(checkpoint)
-    with pytest.warns(UserWarning, match=r"made with schedule\.k=3; this optimizer goes on with schedule\.k=4\."):
+    with pytest.warns(UserWarning, match=r"made with schedule\.k=3; this optimizer continues with schedule\.k=4\."):
         small("every-k", k=4)[1].load_state_dict(small("every-k", k=3)[1].state_dict())
     rule = dataclasses.replace(flatmin.compose("vasso"), radius=parts.LambdaRadius(rule=lambda k: 1.0))
     again = dataclasses.replace(rule, radius=parts.LambdaRadius(rule=lambda k: 1.0))
@@ -158,13 +158,13 @@ def test_a_checkpoint_of_the_single_file_implementation(adaptive):
     saved = torch.optim.Adam(net.parameters(), lr=0.01).state_dict()
     saved["param_groups"][0].update(rho=0.3, adaptive=adaptive)
     saved["state"] = {i: {"old_p": p.detach().clone()} for i, p in enumerate(net.parameters())}
-    with pytest.warns(UserWarning, match="saves no state of the base optimizer"):
+    with pytest.warns(UserWarning, match="does not save the base optimizer"):
         optimizer.load_state_dict(saved)
     train(net, optimizer, nn.CrossEntropyLoss(), [0])
     group = optimizer.param_groups[0]
     assert (group["lr"], group["rho"], "adaptive" in group) == (0.01, 0.3, False)
     assert all("exp_avg" in entries and "old_p" not in entries for entries in optimizer.state_dict()["state"].values())
-    with pytest.raises(ValueError, match=rf"single-file SAM with adaptive={adaptive}, this optimizer runs "):
+    with pytest.raises(ValueError, match=rf"single-file SAM with adaptive={adaptive}, but this optimizer runs "):
         small("sam" if adaptive else "asam", base=torch.optim.Adam)[1].load_state_dict(saved)
 
 

@@ -90,5 +90,5 @@ class TestCaptured:
 
 def test_a_recipe_that_remembers_a_number_is_not_captured():
     assert capture_refusal(recipe_of("jitter")) == (
-        "remembers a number that each update replaces, and a graph reads the one that it captured"
+        "stores a number that each update replaces, and a graph reads the one that it captured"
     )

@@ -378,7 +378,7 @@ def test_a_weight_that_comes_later_is_looked_up_in_the_model(recipe, params):
     optimizer.abort()
     optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2, 3))]})
     net(inputs()).square().mean().backward()
-    with pytest.raises(ValueError, match=r"a weight of shape \(2, 3\) was put into a .*group"):
+    with pytest.raises(ValueError, match=r"a weight of shape \(2, 3\) was added to a .*group"):
         optimizer.first_step()
 
 

@@ -190,15 +190,15 @@ def test_the_weight_must_be_the_tensor_that_the_module_holds():
         return model
 
     for copy in (lambda w: w.double(), lambda w: w + 0, lambda w: w.clone()):
-        with pytest.raises(ValueError, match="the model must return the weight itself, not a copy of it"):
+        with pytest.raises(ValueError, match="the model must return the weight itself, not a copy"):
             FlatLoRA(giving(copy), total=1)
     for hidden in (torch.Tensor.detach, lambda w: w.data):
         model = giving(hidden)
         model.weight.requires_grad_()
-        with pytest.raises(ValueError, match="is trained, and would lose its step"):
+        with pytest.raises(ValueError, match="is trained, but Flat-LoRA restores it"):
             FlatLoRA(model, total=1)
     for added in (lambda w: 0, lambda w: w[0], lambda w: w.T):
-        with pytest.raises(ValueError, match=r"as a tensor of the weight's shape \(2, 3\), got"):
+        with pytest.raises(ValueError, match=r"as a tensor of the weight's shape \(2, 3\); got"):
             FlatLoRA(giving(lambda w: w, added), total=1)
     whole = giving(lambda w: w[:1], lambda w: torch.zeros(1, 3))
     before = whole.weight.clone()
@@ -225,18 +225,18 @@ def test_what_is_refused_is_said(monkeypatch):
         "seed must be a whole number, got 0.5": lambda: FlatLoRA(example(), total=1, seed=0.5),
         "no layers with low-rank adapters": lambda: FlatLoRA(nn.Linear(2, 2), total=1),
         "only='1' matches no layer with adapters.* 0, 2": lambda: FlatLoRA(net(), total=1, only="1"),
-        "0 and 1 share one weight, and the noise would move both; leave 0 out by only=": lambda: FlatLoRA(
+        "0 and 1 share one weight, so the noise would change both; exclude 0 by only=": lambda: FlatLoRA(
             shared, total=1
         ),
         "0 and head share one weight": lambda: FlatLoRA(tied, total=1),
-        "is trained, and would lose its step": lambda: FlatLoRA(trained, total=1),
-        "no matrix of floating-point numbers": lambda: FlatLoRA(whole, total=1),
+        "is trained, but Flat-LoRA restores it": lambda: FlatLoRA(trained, total=1),
+        "is not a matrix of floating-point numbers": lambda: FlatLoRA(whole, total=1),
     }.items():
         with pytest.raises(ValueError, match=words):
             call()
     flat = FlatLoRA(example(), total=0, seed=2**60)
-    with flat, pytest.raises(RuntimeError, match="enter the context once an update"):
+    with flat, pytest.raises(RuntimeError, match="enter the context once in each update"):
         flat.__enter__()
     monkeypatch.setattr("flatmin.optim.lora.is_sharded", lambda t: True)
-    with pytest.raises(ValueError, match="is sharded, and the noise needs whole rows"):
+    with pytest.raises(ValueError, match="is sharded, but the noise needs whole rows"):
         FlatLoRA(example(), total=1)

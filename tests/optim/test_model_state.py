@@ -129,7 +129,7 @@ def test_what_only_a_second_forward_changes_is_put_back_and_what_the_loop_change
         x = torch.randn(8, 4)
         model(x).square().mean().backward()
         unforeseen = pytest.warns(
-            UserWarning, match="slow changed in the second forward of a step and not in the first"
+            UserWarning, match="slow changed in the second forward of a step but not in the first"
         )
         with unforeseen if k == 5 else contextlib.nullcontext(), opt.perturbed():
             model(x).square().mean().backward()

@@ -44,17 +44,17 @@ def test_a_bad_construction():
     for build, error, text in [
         (lambda m: flatmin.SAM(m.parameters()), TypeError, "expected a constructed base optimizer"),
         (lambda m: flatmin.SAM([], torch.optim.SGD, lr=0.1), ValueError, "empty parameter list"),
-        (lambda m: flatmin.SAM(sgd(m), lr=0.1), TypeError, "'lr' as well"),
-        (lambda m: flatmin.SAM(flatmin.SAM(sgd(m))), TypeError, "a flatmin optimizer already"),
+        (lambda m: flatmin.SAM(sgd(m), lr=0.1), TypeError, "optimizer and 'lr'"),
+        (lambda m: flatmin.SAM(flatmin.SAM(sgd(m))), TypeError, "already a flatmin optimizer"),
         (lambda m: flatmin.SAM(torch.optim.LBFGS(m.parameters())), TypeError, "LBFGS"),
-        (lambda m: flatmin.SAM(sgd(m), model=net()), ValueError, "holds none of the optimizer's parameters"),
+        (lambda m: flatmin.SAM(sgd(m), model=net()), ValueError, "has none of the optimizer's parameters"),
         (lambda m: flatmin.SAM(sgd(m), model="net"), TypeError, "must be a torch.nn.Module"),
         (lambda m: flatmin.SAM(sgd(m), criterion=nn.CrossEntropyLoss()), TypeError, "must be a flatmin.Criterion"),
         (lambda m: flatmin.SAM(sgd(m), nonfinite="ignore"), ValueError, "nonfinite must be"),
         (lambda m: flatmin.SAM(sgd(m), eps=0), ValueError, "eps must be"),
         (lambda m: flatmin.SAM(sgd(m), adaptive=True, recipe="vasso"), ValueError, "adaptive=True means"),
         (lambda m: flatmin.SAM(sgd(m), recipe=3), TypeError, "recipe must be"),
-        (lambda m: flatmin.wrap(sgd(m), flatmin.Recipe(), theta=1.0), ValueError, "carries its own parameters"),
+        (lambda m: flatmin.wrap(sgd(m), flatmin.Recipe(), theta=1.0), ValueError, "has its own parameters"),
         (lambda m: flatmin.wrap(sgd(m), "assam"), ValueError, "unknown method 'assam'; did you mean 'asam'"),
     ]:
         with pytest.raises(error, match=text):
@@ -67,27 +67,31 @@ def test_a_bad_method():
         (r"matches '0.wieght'; did you mean 0\.weight, 2\.weight\?", "only", {"only": "0.wieght"}),
         (r"matches 'head\.bias'; did you mean 0\.bias, 2\.bias\?", "only", {"only": "head.bias"}),
         (r"no parameter matches 'x'", "only", {"but": "x"}),
-        (r"leaves no parameter to move", "only", {"but": "*"}),
+        (r"leaves no parameter to perturb", "only", {"but": "*"}),
         (r"needs parameter names \(pass model=", "only", {"model": None}),
         (r"needs parameter names", "asam", {"model": None, "weights_only": True}),
-        (r"no layer matches .*the trained ones are Linear", "sam-on", {}),
-        (r"needs the kinds of layers \(pass model=", "sam-on", {"model": None}),
-        (r"late needs .*whole training: total=.*for_length\(", "late", {}),
-        (r"momentum.*SGD is set up without", "momentum-sam", {"momentum": 0.0}),
+        (r"no layer matches .*the trained layers are Linear", "sam-on", {}),
+        (r"needs the types of the layers \(pass model=", "sam-on", {"model": None}),
+        (r"late needs .*whole training: pass total=.*for_length\(", "late", {}),
+        (r"momentum.*SGD has none", "momentum-sam", {"momentum": 0.0}),
         (r"bsam needs data_size=N, the number of training samples", "bsam", {"momentum": 0.0}),
         (r"without momentum and weight decay as its base, got SGD with momentum=0.9", "bsam", {"data_size": 9}),
-        (r"functional-sam needs the loss object", "functional-sam", {"criterion": None}),
+        (r"functional-sam needs the loss \(pass criterion=", "functional-sam", {"criterion": None}),
         *(
-            (rf"do not go together: .*needs the descent loss's own gradient in pass 1, .*{why}", name, {})
+            (rf"cannot be combined: .*needs the gradient of the training loss in pass 1, .*{why}", name, {})
             for name, why in (
                 ("bsam+bisam-log", "another loss"),
                 ("bsam+sam-db", "another batch"),
                 ("bsam+imbsam", "the tail"),
             )
         ),
-        (r"'esam' and 'functional-sam' do not go together: .*own gradient in pass 2", "esam+functional-sam", {}),
-        (r"GAM\(.*takes 3 descent gradients, and inner_loop OneStep\(\) gives 1", "gam", {"inner_loop": OneStep()}),
-        (r"reads 'gradient' of direction Gradient\(\), which has no such memory", "sampa", {"direction": Gradient()}),
+        (
+            r"'esam' and 'functional-sam' cannot be combined: .*gradient of the training loss in pass 2",
+            "esam+functional-sam",
+            {},
+        ),
+        (r"GAM\(.*needs 3 descent gradients, but inner_loop OneStep\(\) gives 1", "gam", {"inner_loop": OneStep()}),
+        (r"reads 'gradient' of direction Gradient\(\), which has no such slot", "sampa", {"direction": Gradient()}),
         (r"Extrapolation: batch must be 'same' or 'previous'", "sampa", {"batch": "last"}),
         (r"'msam' is the name of two methods: .*'micro-sam'.*'momentum-sam'", "msam", {}),
         (r"'ssam' is the name of two methods: .*'ssam-f'.*'bernoulli'", "ssam", {}),
@@ -96,10 +100,10 @@ def test_a_bad_method():
         (r"unknown method 'flatlora'; did you mean 'flat-lora'", "flatlora", {}),
         (r"esam needs per-sample losses \(pass criterion=", "esam", {"criterion": None}),
         (r"pass criterion=flatmin.Criterion\(loss\)", "bisam-log", {"criterion": None}),
-        (r"needs the loss object \(pass criterion=", "sgdhess", {"curvature": "ggn", "criterion": None}),
-        (r"gives no per-sample losses.*per_sample=", "ssam-f", {"criterion": flatmin.Criterion(lambda z, y: z.sum())}),
+        (r"needs the loss \(pass criterion=", "sgdhess", {"curvature": "ggn", "criterion": None}),
+        (r"has no per-sample losses.*per_sample=", "ssam-f", {"criterion": flatmin.Criterion(lambda z, y: z.sum())}),
         (r"CTCLoss takes log_probs, targets, .*per_sample=", "esam", {"criterion": flatmin.Criterion(nn.CTCLoss())}),
-        (r"climbs .*BCEWithLogits", "bisam-log", {"criterion": flatmin.Criterion(nn.BCEWithLogitsLoss())}),
+        (r"ascent loss .*BCEWithLogits", "bisam-log", {"criterion": flatmin.Criterion(nn.BCEWithLogitsLoss())}),
         (r"EveryK: k must be a whole number >= 1, got 0", "every-k", {"k": 0}),
         (r"Bernoulli: p must be in \[0, 1\], got 2", "bernoulli", {"p": 2}),
         (r"FisherMask: sparsity must be below 1", "ssam-f", {"sparsity": 1}),
@@ -122,13 +126,13 @@ def test_a_bad_method():
         (r"theta must be in \(0, 1\]", "vasso", {"theta": 0.0}),
         ("'gsam' and 'wsam' both set the combine", "gsam+wsam", {}),
         ("'looksam' and 'every-k' both set the schedule", "looksam+every-k", {}),
-        ("do not go together.*own gradient at w", "gsam+bisam-log", {}),
-        ("do not go together.*takes no pass 1", "gsam+momentum-sam", {}),
-        ("do not go together.*gradient of its own", "micro-sam+gsam", {}),
-        ("do not go together.*gradient of its own", "micro-sam+vasso", {}),
-        ("do not go together.*never leaves w", "sgdhess+asam", {}),
-        ("do not go together.*takes no pass 1", "esam+momentum-sam", {}),
-        ("do not go together.*own gradient at w", "ae-sam+bisam-log", {}),
+        ("cannot be combined.*gradient of the training loss at w", "gsam+bisam-log", {}),
+        ("cannot be combined.*takes no pass 1", "gsam+momentum-sam", {}),
+        ("cannot be combined.*gradient of its own", "micro-sam+gsam", {}),
+        ("cannot be combined.*gradient of its own", "micro-sam+vasso", {}),
+        ("cannot be combined.*never perturbs the weights", "sgdhess+asam", {}),
+        ("cannot be combined.*takes no pass 1", "esam+momentum-sam", {}),
+        ("cannot be combined.*gradient of the training loss at w", "ae-sam+bisam-log", {}),
     ]:
         model = net()
         base = sgd(model, momentum=options.pop("momentum", 0.9))
@@ -166,14 +170,14 @@ class Loop:
         (r"micro-sam needs passes\(\) or step\(closure\)", "micro-sam", {}, "perturbed", 2),
         (r"rsam needs passes\(\) or step\(closure\)", "rsam", {}, "two calls", None),
         (r"sam-db needs micro-batches .*got one closure", "sam-db", {}, "closure", 0),
-        (r"wants two closures.*got 3", "sam-db", {}, "closure", 3),
-        (r"wants two closures.*got 1", "sam-db", {}, "passes", 1),
+        (r"needs two closures.*got 3", "sam-db", {}, "closure", 3),
+        (r"needs two closures.*got 1", "sam-db", {}, "passes", 1),
         (r"finite factor >= 0, got -1.0", "sam", {"radius": LambdaRadius(rule=lambda k: -1)}, "closure", None),
         (r"step\(\) needs a closure", "sam", {}, "train and eval", None),
         (r"sampa needs micro-batches .*got one closure", "sampa", {"batch": "previous"}, "closure", 0),
-        (r"Extrapolation wants two closures.*got 3", "sampa", {"batch": "previous"}, "closure", 3),
-        (r"DifferentBatch wants two closures.*got 3", "sam-db", {"rho": 0.0}, "closure", 3),
-        (r"Extrapolation wants two closures.*got 1", "sampa", {"batch": "previous", "rho": 0.0}, "passes", 1),
+        (r"Extrapolation needs two closures.*got 3", "sampa", {"batch": "previous"}, "closure", 3),
+        (r"DifferentBatch needs two closures.*got 3", "sam-db", {"rho": 0.0}, "closure", 3),
+        (r"Extrapolation needs two closures.*got 1", "sampa", {"batch": "previous", "rho": 0.0}, "passes", 1),
     ],
 )
 def test_a_step_that_the_method_cannot_take_changes_nothing(match, name, options, entry, chunks):
@@ -190,7 +194,7 @@ def test_a_step_that_the_method_cannot_take_changes_nothing(match, name, options
     ("name", "changes", "text"),
     [
         ("bsam", {"momentum": 0.9}, r"^bsam needs .* got SGD with momentum=0.9, weight_decay=0"),
-        ("sam", {"maximize": True}, r"^sam climbs the loss that the base lowers, .*maximize=True"),
+        ("sam", {"maximize": True}, r"^sam perturbs the weights towards a higher loss, .*maximize=True"),
     ],
 )
 def test_options_of_the_base_that_change_are_looked_at_before_every_step(name, changes, text):
@@ -244,7 +248,7 @@ def test_a_first_pass_with_more_losses_than_the_second(name):
         loss.backward()
         return loss
 
-    with pytest.raises(RuntimeError, match=rf"^{name} uses at w \+ eps what .*call the criterion equally often"):
+    with pytest.raises(RuntimeError, match=rf"^{name} compares the passes .*call the criterion equally often"):
         loop.optimizer.step(closure)
     assert all(map(torch.equal, loop.state(), before))
 
@@ -252,7 +256,12 @@ def test_a_first_pass_with_more_losses_than_the_second(name):
 @pytest.mark.parametrize(
     ("reduction", "outputs", "error", "text"),
     [
-        ("none", lambda z, calls: z, TypeError, "needs a loss of a tensor of outputs, and a scalar .* shape \\(8,\\)"),
+        (
+            "none",
+            lambda z, calls: z,
+            TypeError,
+            "needs outputs that are one tensor and a scalar loss; .* shape \\(8,\\)",
+        ),
         ("mean", lambda z, calls: z if calls == 1 else z[:4], RuntimeError, "call the criterion equally often"),
     ],
 )
@@ -342,7 +351,7 @@ def test_a_loop_that_forgets_the_loss_object(entry, name, options):
     if entry not in ("closure", "passes") and not loop.optimizer.recipe.two_pass:
         entry = "closure"
     before, x_y = loop.state(), batch(0, dtype=torch.float64)
-    with pytest.raises(RuntimeError, match="never called the criterion"):
+    with pytest.raises(RuntimeError, match="this pass did not call it"):
         drive(
             loop.optimizer,
             lambda: (loss := nn.functional.cross_entropy(loop.model(x_y[0]), x_y[1]), loop.optimizer.backward(loss))[0],

@@ -16,7 +16,11 @@ from flatmin.optim.rise import ascent_of
 from tests.helpers import BASES, CHUNKS, NAMES, REPRESENTATIVES, Session, batch, recipe_of, same_bits, takes_chunks
 
 # "sam-on" moves the one layer to which the sessions give rho = 0.
-STAYS = {"sgd": "never leaves w", "sgdhess": "never leaves w", "sam-on": "does not leave w"}
+STAYS = {
+    "sgd": "never perturbs the weights",
+    "sgdhess": "never perturbs the weights",
+    "sam-on": "did not perturb any weight",
+}
 
 
 def closures(session, step):
@@ -338,7 +342,7 @@ class TestWhatAModelHolds:
         critic.weight.grad = torch.ones(1, 6)
         optimizer.rise(closure, model=nn.ModuleList([generator, critic]))
         assert torch.equal(critic.weight.grad, torch.ones(1, 6))
-        with pytest.warns(UserWarning, match=r"Give model= every network that the loss passes through"):
+        with pytest.warns(UserWarning, match=r"Pass every network of the loss as model="):
             optimizer.rise(closure)
         optimizer.step(closure)  # finds the critic, whose gradients are then known
         before = critic.weight.grad.clone()
@@ -360,7 +364,7 @@ class TestRefusals:
     def test_a_way_that_is_not_known_yet(self):
         for method in ("momentum-sam", "stale-sam"):
             optimizer, closure, *_ = quadratic(method)
-            with pytest.raises(ValueError, match=f"{method} does not leave w: it remembers nothing"):
+            with pytest.raises(ValueError, match=f"{method} did not perturb any weight: it has no memory"):
                 optimizer.rise(closure)
             optimizer.step(closure)
             optimizer.rise(closure)
@@ -372,7 +376,7 @@ class TestRefusals:
 
     def test_one_closure_for_micro_batches(self):
         optimizer, closure, *_ = quadratic("micro-sam")
-        with pytest.raises(ValueError, match=r"needs micro-batches .*; got one closure for a batch"):
+        with pytest.raises(ValueError, match=r"needs micro-batches .*; got one closure"):
             optimizer.rise(closure)
 
     def test_closures_without_a_loss_and_with_a_bad_one(self):
@@ -416,7 +420,7 @@ class TestRefusals:
                 optimizer.zero_grad()
                 session.criterion(session.model(x), y).backward()
                 if asks:
-                    with pytest.raises(RuntimeError, match=r"under way, whose first loss .* after optimizer.step\(\)"):
+                    with pytest.raises(RuntimeError, match=r"first loss of an update .* after optimizer.step\(\)"):
                         optimizer.rise(closures(session, 1))
                 with optimizer.perturbed():
                     session.criterion(session.model(x), y).backward()

@@ -11,7 +11,7 @@ from flatmin.optim.tensors import add_rounded_
 from tests.helpers import as_on_device, bits
 
 LOW = [torch.bfloat16, torch.float16]
-WARNING = r"weights in half precision: the perturbation has norm .* where .* was asked for, cosine"
+WARNING = r"weights in half precision: the perturbation has norm .* instead of .*, cosine"
 
 
 def generator():

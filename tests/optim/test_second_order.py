@@ -345,7 +345,9 @@ def test_eigen_sam_climbs_no_noise_where_a_weight_joins_between_power_iterations
 
 
 def test_products_away_from_w_are_refused():
-    with pytest.raises(ValueError, match=r"needs a step that stays at w.*OneStep.*it leaves w"):
+    with pytest.raises(
+        ValueError, match=r"needs a step that does not perturb the weights.*OneStep.*it perturbs the weights"
+    ):
         build(net(), inner_loop=OneStep())
 
 

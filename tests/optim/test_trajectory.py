@@ -330,10 +330,10 @@ def test_recorded_logits_say_what_they_take(monkeypatch):
         with pytest.raises((ValueError, IndexError), match=words):
             call()
     for index in (torch.tensor([True, False, True]), torch.tensor([0.0])):
-        with pytest.raises(TypeError, match="expected the indices of samples, whole numbers, got torch"):
+        with pytest.raises(TypeError, match="expected sample indices that are whole numbers, got torch"):
             memory(index, 0)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    with pytest.raises(ValueError, match=r"say own_samples=True, or train with MESA"):
+    with pytest.raises(ValueError, match=r"pass own_samples=True, or train with MESA"):
         RecordedLogits(3, 2)
     assert RecordedLogits(3, 2, own_samples=True).epochs == 3

@@ -42,9 +42,9 @@ def test_others_are_refused_with_the_reason():
     for method, words in [
         ("looksam", "depends on the number of the update"),
         ("late", "depends on the number of the update"),
-        ("rsam", "needs random draws"),
+        ("rsam", "needs random numbers"),
         ("ae-sam", "depends on the number"),
-        ("sam-db", "climbs on the batch before"),
+        ("sam-db", "ascends on the previous batch"),
         ("sam+rho-lr", "needs the learning rate"),
     ]:
         assert words in (capture_refusal(compose(method)) or "")

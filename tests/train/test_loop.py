@@ -179,7 +179,7 @@ def test_every_method_runs(name):
 
 
 def test_a_model_without_the_layers_is_refused_with_a_sentence():
-    with pytest.raises(ValueError, match=r"^Layers: no layer matches '.*'; the trained ones are Linear\.$"):
+    with pytest.raises(ValueError, match=r"^Layers: no layer matches '.*'; the trained layers are Linear\.$"):
         Trainer(config(method="sam-on"))
 
 

@@ -1,5 +1,5 @@
-"""Glue to training frameworks, one module each, for what they offer no public means to do.
+"""Integrations with training frameworks, one module each, for what their public hooks do not allow.
 
-Nothing here is imported by the rest of flatmin, and each module needs its framework:
-`pip install 'flatmin[lightning]'`, `pip install 'flatmin[hf]'`.
+The rest of flatmin does not import these modules. Each module needs its framework: `pip install '.[lightning]'` or
+`pip install '.[hf]'` in a clone of flatmin.
 """

@@ -1,4 +1,4 @@
-"""Hugging Face Trainer: a mixin that takes every gradient of a step before the Trainer clips and steps."""
+"""Hugging Face Trainer: a mixin that runs all passes of a step before the Trainer clips and steps."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ try:
     from transformers import Trainer
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-        "flatmin.integrations.hf needs transformers and accelerate; run: pip install 'flatmin[hf]'"
+        "flatmin.integrations.hf needs transformers and accelerate; run: pip install '.[hf]' in a clone of flatmin"
     ) from error
 
 
 class SharpnessAware:
-    """Mixin for `transformers.Trainer` and its subclasses; `SAMTrainer` is the two together.
+    """Mixin for `transformers.Trainer` and its subclasses. `SAMTrainer` is `Trainer` with this mixin.
 
         class SAMSeq2SeqTrainer(SharpnessAware, Seq2SeqTrainer): ...
 
-    It wraps the optimizer that the Trainer builds, or that `optimizers=` brings unless that is one of flatmin's. The
-    micro-batches of a step are held, and the last of them runs every pass over all of them. What follows is the
-    Trainer's own: clipping and `grad_norm` are of what the base takes, `num_items_in_batch` is that of the step, and
-    the logged loss that of the first pass.
+    It wraps the optimizer that the Trainer builds, or the one from `optimizers=` unless that is a flatmin optimizer.
+    The micro-batches of a step are stored, and with the last one all passes run over all of them. Then the Trainer
+    clips and steps: clipping and `grad_norm` apply to the gradient that the base optimizer takes, `num_items_in_batch`
+    is that of the whole step, and the logged loss is that of the first pass.
 
-    A loss of one's own goes into `compute_loss` or `compute_loss_func`. A `training_step` that overrides this one runs
-    once for each micro-batch, not once for each pass.
+    To use your own loss, override `compute_loss` or pass `compute_loss_func`. A `training_step` that overrides this one
+    runs once for each micro-batch, not once for each pass.
 
     Args:
-        args: of the Trainer.
+        args: arguments of the Trainer.
         recipe: a method by name, or a `Recipe`. Default "sam".
-        rho: ascent radius. Default: that of the recipe.
-        options: further keywords of `flatmin.wrap`, parameters of the parts among them. Default none.
-        kwargs: of the Trainer.
+        rho: radius of the perturbation. Default: that of the recipe.
+        options: further keywords of `flatmin.wrap`, including parameters of the method's parts. Default: none.
+        kwargs: keywords of the Trainer.
 
     Raises:
-        ValueError: DeepSpeed, or a recipe that needs second derivatives or closures that are not micro-batches.
+        ValueError: DeepSpeed is used, or the recipe needs second derivatives or closures that are not micro-batches.
     """
 
     accelerator: Any
@@ -64,45 +64,49 @@ class SharpnessAware:
         parent.__init__(*args, **kwargs)
         if getattr(self, "is_deepspeed_enabled", False):
             raise ValueError(
-                "DeepSpeed takes the steps itself and leaves no room for a second gradient; train with DDP or FSDP."
+                "DeepSpeed is not supported, because it takes the steps itself, without a second gradient; train with "
+                "DDP or FSDP."
             )
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's optimizer, wrapped.
+        """Create the Trainer's optimizer and wrap it.
 
         Args:
-            args: of the Trainer's method.
-            kwargs: of the Trainer's method.
+            args: arguments of the Trainer's method.
+            kwargs: keywords of the Trainer's method.
 
         Raises:
-            ValueError: a recipe that needs second derivatives, or closures that are not micro-batches.
+            ValueError: the recipe needs second derivatives, or closures that are not micro-batches.
         """
         parent: Any = super()
         base = parent.create_optimizer(*args, **kwargs)
-        self._held_inputs = []  # of a training that was broken off
+        self._held_inputs = []  # drop inputs of an interrupted training
         if _sam_in(base) is None:
             self.optimizer = wrap(base, self.recipe, rho=self.rho, **{"model": self.model, **self.sam_options})
         sam = _sam_in(self.optimizer)
         if sam is not None and Need.SECOND_ORDER in sam.recipe.needs:
             raise ValueError(
-                f"{sam.recipe.name} needs second derivatives, for which the Trainer's accelerator.backward(loss) keeps "
-                "no graph; choose another method."
+                f"{sam.recipe.name} needs second derivatives, but the Trainer's accelerator.backward(loss) does not "
+                "keep the graph; choose another method."
             )
         if sam is not None:
             check_divided(sam.recipe)
         return self.optimizer
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """Hold a micro-batch; with the last one of a step, run all passes over all of them.
+        """Store a micro-batch; with the last one of a step, run all passes over all of them.
 
         Args:
-            model: as the Trainer gives it.
-            inputs: as the Trainer gives it.
-            args: as the Trainer gives them.
-            kwargs: as the Trainer gives them.
+            model: the model, from the Trainer.
+            inputs: the micro-batch, from the Trainer.
+            args: further arguments from the Trainer.
+            kwargs: further keywords from the Trainer.
 
         Returns:
-            The loss of the first pass over all of them; 0 for a micro-batch that is only held.
+            The loss of the first pass over all micro-batches; 0 for a micro-batch that is only stored.
+
+        Raises:
+            RuntimeError: the optimizer is not the one that `create_optimizer` has built.
         """
         self._held_inputs.append(inputs)
         loss = torch.zeros((), device=self.args.device)
@@ -111,11 +115,13 @@ class SharpnessAware:
         held, self._held_inputs = self._held_inputs, []
         sam = _sam_in(self.optimizer)
         if sam is None:
-            raise RuntimeError(f"the optimizer is {type(self.optimizer).__name__}, not the one of create_optimizer().")
+            raise RuntimeError(
+                f"the optimizer is a {type(self.optimizer).__name__}, not the flatmin optimizer of create_optimizer()."
+            )
         scaler = getattr(self.accelerator, "scaler", None)
         if scaler is not None and sam.scaler is not scaler:
             sam.scaler = scaler
-        # A base that has modes (schedule-free ones) moves the weights when it is switched: before the passes.
+        # Base optimizers with modes (schedule-free ones) move the weights when they switch: do it before the passes.
         getattr(sam.base, "train", lambda: None)()
         parent: Any = super()
         visited: set[int | None] = set()
@@ -130,14 +136,14 @@ class SharpnessAware:
                     if evaluation.index == 0 or chunk not in visited:
                         loss = loss + seen
                 if chunk is not None:
-                    # The loss is the chunk's share of the step; its method averages over chunks.
+                    # The Trainer's loss is the chunk's share of the step, but the method averages over chunks.
                     _multiply(sam, len(held))
             visited.add(chunk)
         return loss
 
     @contextlib.contextmanager
     def _without_passes(self, sam: SAM) -> Any:
-        """Inside, the Trainer sees the base: it calls `train()`, which is for loops that know no passes."""
+        """A context in which the Trainer uses the base optimizer, because it calls `train()` in each training step."""
         optimizer, self.optimizer = self.optimizer, sam.base
         try:
             yield
@@ -151,12 +157,12 @@ class SAMTrainer(SharpnessAware, Trainer):  # type: ignore[misc]
         trainer = SAMTrainer(model=model, args=args, train_dataset=data, recipe="sam", rho=0.05)
         trainer.train()
 
-    Its own arguments are those of `SharpnessAware`.
+    Further arguments: see `SharpnessAware`.
     """
 
 
 def _sam_in(optimizer: Any) -> SAM | None:
-    """The flatmin optimizer, out of what accelerate has wrapped around it."""
+    """The flatmin optimizer inside accelerate's wrapper; None if there is none."""
     while optimizer is not None and not isinstance(optimizer, SAM):
         optimizer = getattr(optimizer, "optimizer", None)
     return optimizer

@@ -1,4 +1,4 @@
-"""Lightning: a mixin that runs every pass over all batches of a step, under every precision."""
+"""Lightning: a mixin that runs all passes over all batches of a step, with every precision."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ try:
     from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-        "flatmin.integrations.lightning needs lightning; run: pip install 'flatmin[lightning]'"
+        "flatmin.integrations.lightning needs lightning; run: pip install '.[lightning]' in a clone of flatmin"
     ) from error
 
 
@@ -31,15 +31,16 @@ class SharpnessAware:
             def configure_optimizers(self):
                 return flatmin.wrap(torch.optim.SGD(self.parameters(), lr=0.1), "sam", rho=0.05, model=self)
 
-    Lightning runs the first pass, as it runs any training step; the mixin runs the others over all batches that were
-    accumulated, and then Lightning clips and steps. So `accumulate_grad_batches`, `gradient_clip_val` and `precision`
-    mean what they mean with any optimizer; clipped is what the base takes. `self.log` and the outputs that callbacks
-    see are those of the first pass. A module whose optimizer is not flatmin's trains as without the mixin.
+    Lightning runs the first pass like any training step. The mixin runs the other passes over all accumulated batches,
+    and then Lightning clips and steps. So `accumulate_grad_batches`, `gradient_clip_val` and `precision` work as with
+    any optimizer; the gradient that the base optimizer takes is clipped. `self.log` and the outputs that callbacks get
+    are those of the first pass. With any other optimizer the mixin has no effect.
 
-    A module that overrides `on_train_batch_start`, `optimizer_step`, `backward` or `log` calls `super()` in it.
+    If your module overrides `on_train_batch_start`, `optimizer_step`, `backward` or `log`, call `super()` in it.
 
-    With `automatic_optimization = False` the passes stand in `training_step`; the mixin then only gives the optimizers
-    the scaler of the precision plugin, and lets `self.manual_backward(loss)` serve methods with second derivatives.
+    With `automatic_optimization = False`, write the passes in `training_step`. The mixin then only passes the scaler of
+    the precision plugin to the optimizers, and makes `self.manual_backward(loss)` work with methods that need second
+    derivatives.
     """
 
     trainer: Any
@@ -49,17 +50,17 @@ class SharpnessAware:
 
     @property
     def first_pass(self) -> bool:
-        """False while `training_step` runs again on a batch that it has seen: no time to update metrics."""
+        """Whether this is the first pass of a step. Update metrics only then: later passes repeat the batches."""
         return not self._repeats
 
     def log(self, *args: Any, **kwargs: Any) -> None:
-        """`LightningModule.log` in the first pass, nothing in the others."""
+        """Call `LightningModule.log` in the first pass only."""
         parent: Any = super()
         if self.first_pass:
             parent.log(*args, **kwargs)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """The optimizer's own `backward(loss)`, which serves methods with second derivatives too."""
+        """Call the optimizer's `backward(loss)`, which also works for methods that need second derivatives."""
         parent: Any = super()
         sam = self._sam()
         if sam is None or args or kwargs:
@@ -68,7 +69,7 @@ class SharpnessAware:
             sam.backward(loss)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
-        """Hold the batch until its step is done."""
+        """Store the batch until its step is done."""
         parent: Any = super()
         answer: int | None = parent.on_train_batch_start(batch, batch_idx)
         self._share_scaler()
@@ -82,13 +83,13 @@ class SharpnessAware:
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
     ) -> None:
-        """One update: Lightning's pass, the others, clipping, the base's step.
+        """Run one update: Lightning's pass, the other passes, clipping, and the base optimizer's step.
 
         Args:
-            epoch: as Lightning gives it.
-            batch_idx: as Lightning gives it.
-            optimizer: as Lightning gives it.
-            optimizer_closure: as Lightning gives it.
+            epoch: from Lightning.
+            batch_idx: from Lightning.
+            optimizer: from Lightning.
+            optimizer_closure: from Lightning.
 
         Raises:
             RuntimeError: a strategy that takes the steps itself, or an `on_train_batch_start` without `super()`.
@@ -101,14 +102,14 @@ class SharpnessAware:
         strategy, plugin = self.trainer.strategy, self.trainer.precision_plugin
         if strategy.handles_gradient_accumulation:
             raise RuntimeError(
-                f"{type(strategy).__name__} takes the steps itself and leaves no room for a second gradient; choose "
-                "another strategy."
+                f"{type(strategy).__name__} is not supported, because it takes the steps itself, without a second "
+                "gradient; choose another strategy."
             )
         window, self._window = self._window, None
         if window is None or window.last != batch_idx:
             raise RuntimeError(
-                f"{type(self).__name__}.on_train_batch_start(batch, batch_idx) must call super(): there SharpnessAware "
-                "learns of the batches."
+                f"{type(self).__name__}.on_train_batch_start(batch, batch_idx) must call super(), which stores the "
+                "batches of a step."
             )
         scaler = getattr(plugin, "scaler", None)
         stepper = _Stepper(sam, scaler)
@@ -123,7 +124,7 @@ class SharpnessAware:
         if scaler is None:
             strategy.optimizer_step(stepper, passes)
         else:
-            # The plugin's own would take a single pass for all there is.
+            # The plugin's own method supports only one pass.
             Precision.optimizer_step(plugin, stepper, model=self, closure=passes)
 
     def _sam(self) -> SAM | None:
@@ -131,14 +132,14 @@ class SharpnessAware:
         return optimizers[0] if len(optimizers) == 1 and isinstance(optimizers[0], SAM) else None
 
     def _share_scaler(self) -> None:
-        """Give the scaler of the precision plugin to every flatmin optimizer."""
+        """Pass the scaler of the precision plugin to every flatmin optimizer."""
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         for sam in self.trainer.optimizers if scaler is not None else ():
             if isinstance(sam, SAM) and sam.scaler is not scaler:
                 sam.scaler = scaler
 
     def _run(self, sam: SAM, window: _Window, closure: Callable[[], Any]) -> Any:
-        """All passes of an update, the first by Lightning's closure; leaves what the base shall take."""
+        """Run all passes of an update, the first by Lightning's closure; leaves u in the gradients of the weights."""
         check_divided(sam.recipe)
         if len(window.batches) == 1:
             for evaluation in sam.passes():
@@ -146,14 +147,14 @@ class SharpnessAware:
                     if evaluation.index:
                         self._repeat(window)
                     elif (loss := closure()) is None:
-                        sam.abort()  # training_step had nothing to learn from
+                        sam.abort()  # training_step returned None
             return loss
         loss = closure()
         at_hand = [w.grad for w in window.weights]
         if all(g is None for g in at_hand):
             return loss
         if not window.usable:
-            # Lightning's pass is not one of this method's, but the statistics have seen the batches in it.
+            # Lightning's pass is not one of this method's passes, but it has updated the running statistics already.
             chunks = len(window.batches) if Need.MICRO_BATCHES in sam.recipe.needs else 1
             with FrozenStatistics(self):  # type: ignore[arg-type]
                 for evaluation in sam.passes(chunks):
@@ -161,7 +162,7 @@ class SharpnessAware:
                         self._repeat(window, evaluation.chunk)
         elif window.ascends:
             with sam.perturbed():
-                # A rule that looks at the gradient may have decided against the ascent.
+                # The schedule may have decided against the ascent after looking at the gradient.
                 if sam.current_pass().perturbed:
                     self._repeat(window)
         else:
@@ -172,11 +173,11 @@ class SharpnessAware:
         return loss
 
     def _repeat(self, window: _Window, chunk: int | None = None) -> None:
-        """Run the batches (of a chunk: one of them) forward and backward again, where the weights are now."""
+        """Run forward and backward again on all batches (with a chunk: on one of them), at the current weights."""
         trainer, strategy = self.trainer, self.trainer.strategy
         count = len(window.batches)
         chosen = range(count) if chunk is None else [chunk]
-        # A chunk's loss is the mean of its own samples; together, each has its share.
+        # The loss of a chunk is the mean of its own samples; without chunks, each batch has its share of the mean.
         share = (1 if chunk is None else count) / trainer.accumulate_grad_batches
         with_index = is_param_in_hook_signature(getattr(self, "training_step"), "batch_idx", min_args=2)  # noqa: B009
         self._repeats = True
@@ -196,7 +197,7 @@ class SharpnessAware:
 
 @dataclass
 class _Window:
-    """The batches of one step, and the random states with which they were first run."""
+    """The batches of one step, and the random states before their first runs."""
 
     sam: SAM
     several: bool
@@ -205,15 +206,15 @@ class _Window:
     def __post_init__(self) -> None:
         sam = self.sam
         self.weights: Sequence[Tensor] = [w for group in sam.param_groups for w in group["params"]]
-        # A single batch is left to the optimizer, which does the same.
+        # With a single batch the optimizer itself restores random states.
         self.random = RandomState({w.device for w in self.weights}) if self.several and sam._replay_rng else None
-        # Whether the gradients that Lightning accumulates are those of the method's first pass.
+        # Whether the gradients that Lightning accumulates can be used as those of the method's first pass.
         self.usable = sam.recipe.two_pass and sam.ascent_sync == "all"
         sam.abort()
         if self.several and self.usable:
             self.ascends = next(sam.passes()).role == "ascent"
             sam.abort()
-            # Between updates a criterion gives the loss that is climbed, in case this one climbs.
+            # Before an update, a criterion returns the ascent loss, which is wrong if this step does not ascend.
             self.usable = self.ascends or Need.CRITERION not in sam.recipe.needs
 
     @property
@@ -232,13 +233,13 @@ class _Window:
 
 
 class _Stepper:
-    """What Lightning's precision plugins get for the optimizer: its step runs the closure, then ends the update.
+    """Replaces the optimizer in Lightning's precision plugins: its step runs the closure and then ends the update.
 
     Attributes:
-        ready: whether the closure left gradients to step with.
+        ready: whether the closure has left gradients for a step.
     """
 
-    _step_supports_amp_scaling = False  # the gradients that hooks and clipping see are unscaled
+    _step_supports_amp_scaling = False  # hooks and clipping get unscaled gradients
 
     def __init__(self, sam: SAM, scaler: Any) -> None:
         self.sam, self.scaler = sam, scaler

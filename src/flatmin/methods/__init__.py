@@ -1,8 +1,8 @@
-"""What a method is: its parts, the recipes made of them, and the table of names.
+"""Methods: parts, the recipes composed of them, and the table of names.
 
-A part answers one question of a step (`flatmin.methods.part`); the base class of a question stands with its parts in a
-file of its own. A `Recipe` is one part for each question, and `compose` makes one from names. All that a plugin needs
-is here.
+A part answers one question about a step (`flatmin.methods.part`). Each question has a file of its own with its base
+class and its parts. A `Recipe` holds one part for each question; `compose` makes a recipe from names. A plugin can
+import everything that it needs from this package.
 """
 
 from flatmin.methods import (
@@ -40,7 +40,7 @@ from flatmin.methods.recipe import *
 from flatmin.methods.samples import *
 from flatmin.methods.schedule import *
 
-# Each file says what it offers, so that a new part is named in its own file only.
+# Each file lists its own exports, so that a new part is listed in its own file only.
 __all__ = [*combine.__all__]
 __all__ += context.__all__
 __all__ += curvature.__all__

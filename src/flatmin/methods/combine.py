@@ -1,4 +1,4 @@
-"""What goes to the base optimizer?"""
+"""Combinations: which gradient does the base optimizer take?"""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -26,23 +26,25 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class Combine(Part):
-    """What goes to the base optimizer? Runs over every trained tensor that has a gradient in all passes.
+    """Base class of combinations: which gradient does the base optimizer take?
+
+    It is called with all trained tensors that have a gradient in every pass.
 
     Attributes:
-        ascends: False for combinations that work where the weights never leave w. Default True.
-        uses_gradient: whether g is kept through pass 2, which costs one more copy. Default False: g is None.
-        descents: how many descent gradients it takes. Default 1.
-        mixes: whether it does anything but hand on the last descent gradient; true where `__call__` or `post` is
-            defined.
-        always: whether `off` acts also where no weight can move, because rho = 0 everywhere: the method's limit is then
-            a rule of its own, and not the base's step. Default False.
-        keeps_graph: whether the descent pass may have to keep its graph; true where `graph` is defined.
-        off_step: whether a step without ascent is more than the base's; true where `off` is defined.
-        post_step: whether something is added to w after the base's step; true where `post` is defined.
+        ascends: False for combinations that do not need a perturbation. Default True.
+        uses_gradient: whether g is stored during pass 2, which costs one more copy of the weights. Default False: g is
+            None.
+        descents: number of descent gradients that it needs. Default 1.
+        mixes: whether it does more than return the last descent gradient. True if `__call__` or `post` is defined.
+        always: whether `off` is also called if no weight can be perturbed (rho = 0 everywhere), for methods whose step
+            at rho = 0 is not the base optimizer's own. Default False.
+        keeps_graph: whether the descent pass may have to keep its graph. True if `graph` is defined.
+        off_step: whether a step without ascent differs from the base optimizer's. True if `off` is defined.
+        post_step: whether something is added to w after the base optimizer's step. True if `post` is defined.
     """
 
     kind: ClassVar[str] = "combine"
-    question: ClassVar[str] = "what goes to the base?"
+    question: ClassVar[str] = "which gradient does the base take?"
     declared_by: ClassVar = {
         "mixes": ("__call__", "post"),
         "keeps_graph": "graph",
@@ -59,46 +61,53 @@ class Combine(Part):
 
     @property
     def implied(self) -> frozenset[Need]:
-        # The products of a graph are taken after the weights are put back.
+        # Products with the graph are computed after the weights are restored.
         return super().implied | (frozenset({Need.STAYS}) if self.keeps_graph else frozenset())
 
     def graph(self, state: State, c: StepContext) -> bool:
-        """Whether the descent pass shall keep its graph, so that `StepContext.curvature` works in this step's call."""
+        """Whether the descent pass must keep its graph, so that `__call__` can use `StepContext.curvature`."""
         return False
 
     def __call__(self, g: Tensors | None, gs: list[Tensors], state: State, c: StepContext) -> tuple[Tensors, NewState]:
-        """The update's gradient u from g (at w, or None) and the descent gradients, one list per point."""
+        """The gradient u for the base optimizer and the new state.
+
+        Args:
+            g: the gradient at w; None unless `uses_gradient`.
+            gs: the descent gradients, one list of tensors for each point.
+            state: what the part remembers.
+            c: the context.
+        """
         return gs[-1], {}
 
     def off(self, g: Tensors, state: State, c: StepContext) -> tuple[Tensors, NewState]:
-        """U on a step without ascent; g is the descent gradient at w, and may be given to `add_scaled` as spent."""
+        """The gradient u on a step without ascent. g is the descent gradient at w; `add_scaled` may overwrite it."""
         return g, {}
 
     def post(self, g: Tensors | None, gs: list[Tensors], c: StepContext) -> Tensors | None:
-        """Added to w after the base's step, for decoupled terms; None: nothing."""
+        """A term to add to w after the base optimizer's step; None: nothing."""
         return None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Descent(Combine):
-    """u = g_s: the base takes the gradient at w + eps. Source: Foret et al., SAM, ICLR 2021, Alg. 1."""
+    """SAM: the gradient at w + eps, u = g_s. Source: Foret et al., SAM, ICLR 2021, Alg. 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GSAM(Combine):
     """GSAM: u = g_s - alpha g_perp, with g_perp = g - (<g, g_s> / ||g_s||^2) g_s.
 
-    g_perp is the part of the gradient at w that is orthogonal to the descent gradient, over all tensors as one vector:
-    going against it lowers the surrogate gap without changing the perturbed loss to first order.
+    g_perp is the component of the gradient at w that is orthogonal to the descent gradient, over all tensors as one
+    vector. A step against it lowers the surrogate gap without changing the perturbed loss, to first order.
 
     Args:
-        alpha: >= 0. Default 0.4 (the official repository's example); 0 is SAM.
+        alpha: weight of the orthogonal component, >= 0. Default 0.4 (the official repository's example). 0 is SAM.
 
     Raises:
         ValueError: alpha out of range.
 
-    The paper ties rho to lr as well; add "+rho-lr" for that. With rho = 0 the two gradients are one, g_perp = 0 and the
-    method is its base.
+    In the paper rho follows the learning rate; "gsam+rho-lr" does so. With rho = 0 the two gradients are equal and the
+    method is the base optimizer.
 
     Source: Zhuang et al., Surrogate Gap Minimization Improves Sharpness-Aware Training, ICLR 2022, Alg. 1.
 
@@ -126,15 +135,16 @@ class GSAM(Combine):
 
 @dataclass(frozen=True, kw_only=True)
 class WSAM(Combine):
-    """WSAM: coupled u = (1 - a) g + a g_s, with a = gamma / (1 - gamma); a > 1 extrapolates.
+    """WSAM: the sharpness term g_s - g with the weight a = gamma / (1 - gamma).
 
-    `coupled=False`: the base takes g, and then w <- w - lr a (g_s - g), so that momentum and Adam's moments see the
-    plain gradient only.
+    With `coupled=False` the base optimizer takes g, and then w <- w - lr a (g_s - g). Momentum and Adam's moments are
+    then those of the plain gradient. With `coupled=True` the base optimizer takes u = (1 - a) g + a g_s, which
+    extrapolates beyond g_s if a > 1.
 
     Args:
-        gamma: weight of the sharpness term, in [0, 1). Default 0.9, so a = 9 (official code); 0.5 coupled is SAM
-            (a = 1), 0 is the base.
-        coupled: default False (official code).
+        gamma: weight of the sharpness term, in [0, 1). Default 0.9, which is a = 9 (official code). With
+            `coupled=True`, 0.5 is SAM (a = 1). 0 is the base optimizer.
+        coupled: whether the base optimizer takes the sharpness term too. Default False (official code).
 
     Raises:
         ValueError: gamma outside [0, 1).
@@ -157,14 +167,14 @@ class WSAM(Combine):
     def __post_init__(self) -> None:
         check_range(self, "gamma", 0.0, 1.0)
         if self.gamma == 1.0:
-            raise ValueError("WSAM: gamma must be below 1, where the weight a = gamma / (1 - gamma) is infinite.")
+            raise ValueError("WSAM: gamma must be below 1; with 1 the weight a = gamma / (1 - gamma) is infinite.")
 
     def demands(self) -> frozenset[Need]:
         return self.needs if self.coupled else self.needs | {Need.LR}
 
     @property
     def weight(self) -> float:
-        """A = gamma / (1 - gamma)."""
+        """The weight a = gamma / (1 - gamma) of the sharpness term."""
         return self.gamma / (1.0 - self.gamma)
 
     def __call__(self, g: Tensors | None, gs: list[Tensors], state: State, c: StepContext) -> tuple[Tensors, NewState]:
@@ -181,15 +191,16 @@ class WSAM(Combine):
 
 @dataclass(frozen=True, kw_only=True)
 class GNP(Combine):
-    """GNP: u = (1 - alpha) g + alpha g_s, which penalises the gradient's norm to first order.
+    """GNP: u = (1 - alpha) g + alpha g_s, which penalises the gradient norm to first order.
 
     Args:
-        alpha: >= 0. Default 0.8 (the official recipes); 1 is SAM, 0 the base.
+        alpha: weight of the gradient at w + eps, >= 0. Default 0.8 (the official recipes). 1 is SAM, 0 is the base
+            optimizer.
 
     Raises:
         ValueError: alpha out of range.
 
-    Differs from the official code, whose default mixes (1 - alpha) g / ||g||, against its text.
+    Follows the paper. The official code mixes (1 - alpha) g / ||g|| by default, in contrast to the paper's text.
 
     Source: Zhao, Zhang & Hu, Penalizing Gradient Norm for Efficiently Improving Generalization, ICML 2022, Alg. 1.
 
@@ -214,10 +225,12 @@ class GNP(Combine):
 
 @dataclass(frozen=True, kw_only=True)
 class Mean(Combine):
-    """u = (g + g_s) / 2: GNP at alpha = 1/2, without a parameter that could be taken for the method's own alpha.
+    """SAGM: the mean of both gradients, u = (g + g_s) / 2.
 
-    Source: Wang et al., Sharpness-Aware Gradient Matching for Domain Generalization, CVPR 2023, whose sum of two losses
-    the authors' code halves.
+    It equals GNP with alpha = 1/2, but has no parameter that could be confused with SAGM's own alpha.
+
+    Source: Wang et al., Sharpness-Aware Gradient Matching for Domain Generalization, CVPR 2023. The paper adds the two
+    losses; the authors' code takes their mean.
 
     Example:
         >>> import flatmin
@@ -235,15 +248,16 @@ class Mean(Combine):
 
 @dataclass(frozen=True, kw_only=True)
 class LookSAM(Combine):
-    """LookSAM's memory: what SAM adds to the gradient is used again on the steps that do not ascend.
+    """LookSAM: steps without ascent reuse the component that SAM added to the gradient on the last step with ascent.
 
-        on:   u = g_s,  g_v = g_s - (<g_s, g> / ||g||^2) g is kept
-        off:  u = g + alpha (||g|| / ||g_v||) g_v
+        with ascent:     u = g_s,  and g_v = g_s - (<g_s, g> / ||g||^2) g is stored
+        without ascent:  u = g + alpha (||g|| / ||g_v||) g_v
 
-    Norms and projection over all tensors as one vector. Meant for a rule that ascends every k-th step.
+    Norms and projections are over all tensors as one vector. Use it with a schedule that ascends on every k-th step.
 
     Args:
-        alpha: >= 0. Default 0.7 (the default of the public re-implementations; no official code is known).
+        alpha: weight of the stored component, >= 0. Default 0.7 (the default of public re-implementations; no official
+            code is known).
 
     Raises:
         ValueError: alpha out of range.
@@ -282,24 +296,26 @@ class LookSAM(Combine):
 
 @dataclass(frozen=True, kw_only=True)
 class DirectionMagnitude(Combine):
-    """Ablation: one half of g_s and the other half of g.
-
-    granularity "element": direction = sign, magnitude = absolute value of each entry;
-    "tensor" and "global": direction = v / ||v||, magnitude = ||v|| of each tensor or of all.
+    """SAMDIRECTION, SAMMAGNITUDE: the direction of one gradient with the magnitude of the other, as an ablation.
 
         keep="direction":  u = sign(g_s) |g|      or  g_s ||g|| / ||g_s||
         keep="magnitude":  u = |g_s| sign(g)      or  g ||g_s|| / ||g||
 
+    With granularity "element" (the first form) direction and magnitude are the sign and the absolute value of each
+    entry. With "tensor" and "global" (the second form) they are v / ||v|| and ||v||, for each tensor or for all tensors
+    together.
+
     Args:
-        keep: "direction" or "magnitude" of SAM's gradient.
-        granularity: "element" (default, as coded), "tensor" or "global".
-        legacy_names: True swaps the two, as the original classes do: its class SAMDIRECTION keeps SAM's magnitude and
-            SAMMAGNITUDE its direction, against its text and table. Default False: named by the text.
+        keep: what is kept of SAM's gradient: "direction" (default) or "magnitude".
+        granularity: "element" (default, as in the original code), "tensor" or "global".
+        legacy_names: True swaps the two values of `keep`, as the original classes do: its class SAMDIRECTION keeps
+            SAM's magnitude and SAMMAGNITUDE keeps its direction, in contrast to its text and table. Default False: as
+            in the text.
 
     Raises:
-        ValueError: another word.
+        ValueError: an unknown word.
 
-    Source: Luong, empirical study of direction and magnitude in SAM (2024), prose and classes `samdirection.py`,
+    Source: Luong, empirical study of direction and magnitude in SAM (2024), text and classes `samdirection.py`,
     `sammagnitude.py`.
 
     Example:
@@ -333,19 +349,20 @@ class DirectionMagnitude(Combine):
 
 
 def _ratio(a: Tensor, b: Tensor) -> Tensor:
-    """A / b, and 0 where b is 0."""
+    """The quotient a / b; 0 where b is 0."""
     return torch.where(b > 0, a / b, torch.zeros_like(a))
 
 
 @dataclass(frozen=True, kw_only=True)
 class SANER(Combine):
-    """SANER: u = (1 - alpha 1[0 < r < 1]) g_s entry by entry, with r = g_s / g.
+    """SANER: u = (1 - alpha 1[0 < r < 1]) g_s, entry by entry, with r = g_s / g.
 
-    Entries whose gradient shrank without changing sign on the way to w + eps are damped.
+    Damps the entries whose gradient at w + eps is smaller than at w and has the same sign.
 
     Args:
-        alpha: in [0, 1]. Default 0.5; 0 is SAM. The original code's alpha is the part that is kept, 1 - alpha here.
-        warm_up: updates that are plain SAM first. Default 0; the original waits 50 of 200 epochs.
+        alpha: by how much these entries are reduced, in [0, 1]. Default 0.5. 0 is SAM. The original code's alpha is the
+            part that remains, 1 - alpha here.
+        warm_up: number of updates at the start that are plain SAM, >= 0. Default 0 (the original: 50 of 200 epochs).
 
     Raises:
         ValueError: out of range.
@@ -373,7 +390,7 @@ class SANER(Combine):
         assert g is not None
         if c.step < self.warm_up:
             return gs[0], {}
-        # 0 < g_s / g < 1 without dividing: the same sign, and smaller.
+        # 0 < g_s / g < 1 without a division: the same sign, and smaller.
         return [
             torch.where(((s > 0) & (s < x)) | ((s < 0) & (s > x)), s * (1.0 - self.alpha), s)
             for s, x in zip(gs[0], g, strict=True)
@@ -382,31 +399,31 @@ class SANER(Combine):
 
 @dataclass(frozen=True, kw_only=True)
 class BSAM(Combine):
-    """bSAM's update: the descent gradient's average m over a scale s that follows the gradients' size, by element.
+    """bSAM: a moving average m of the descent gradient, divided elementwise by a running scale s of the gradients.
 
         m <- beta1 m + (1 - beta1) (g_s + delta w)
-        u  = m / s                                                      with s before it changes
-        s <- beta2 s + (1 - beta2) (sqrt(s) |g| + gamma + delta)        g that of pass 1
+        u  = m / s                                                      with s before its update
+        s <- beta2 s + (1 - beta2) (sqrt(s) |g| + gamma + delta)        with g of pass 1
 
-    s begins at s_init, m at 0; neither is corrected for its beginning. s is the precision of the weights divided by the
-    number of samples: 1 / (N s) is the variance of the posterior that predictions are averaged over, and
-    `optimizer.state[w]["flatmin.combine.s"]` is s. Where nothing ascends (rho = 0, or a step that a schedule leaves
-    out) g and g_s are the gradient at w.
+    s starts at s_init and m at 0, without bias correction. s is the precision of the weights divided by the number N of
+    samples: 1 / (N s) is the variance of the posterior over which predictions can be averaged. Read s as
+    `optimizer.state[w]["flatmin.combine.s"]`. On steps without ascent (rho = 0, or by the schedule) both g and g_s are
+    the gradient at w.
 
     Args:
-        beta1: of m, in [0, 1). Default 0.9.
-        beta2: of s, in [0, 1]. Default 0.999; 1 leaves s at s_init.
-        s_init: > 0. Default 1.0.
+        beta1: decay of m, in [0, 1). Default 0.9.
+        beta2: decay of s, in [0, 1]. Default 0.999. With 1, s stays at s_init.
+        s_init: initial value of s, > 0. Default 1.0.
         gamma: damping, >= 0. Default 0.1.
-        delta: the prior's precision divided by N, a weight decay inside m, >= 0. Default 2e-4: the 40 of the official
-            CIFAR runs over their N, 4 times 50,000.
+        delta: precision of the prior divided by N, which acts as a weight decay inside m, >= 0. Default 2e-4: the 40 of
+            the official CIFAR runs over their N, 4 times 50,000.
 
     Raises:
-        ValueError: out of range; at the construction of the optimizer, for a base other than SGD without momentum and
+        ValueError: a parameter out of range; when the optimizer is built, a base other than SGD without momentum and
             weight decay, which would average twice.
 
-    m and s are kept in single precision or better. The official code splits a batch into 8 parts with a noise of their
-    own; here it is one part.
+    m and s are stored in float32 or better. The official code splits a batch into 8 parts, each with its own noise;
+    here the batch is one part.
 
     Source: Moellenhoff & Khan, SAM as an Optimal Relaxation of Bayes, ICLR 2023, Alg. 1 (b); defaults of the official
     code (`train.py`).
@@ -439,7 +456,7 @@ class BSAM(Combine):
 
     def __call__(self, g: Tensors | None, gs: list[Tensors], state: State, c: StepContext) -> tuple[Tensors, NewState]:
         assert g is not None
-        # In half precision s would stand still: it changes by a thousandth.
+        # In half precision a change of s by a thousandth would be rounded away.
         s, m, g, sharp, w = map(widened, (state["s"], state["m"], g, gs[0], c.w))
         decayed = torch._foreach_add(sharp, w, alpha=self.delta)
         m = list(torch._foreach_lerp(m, list(decayed), 1.0 - self.beta1))
@@ -455,19 +472,20 @@ class BSAM(Combine):
 
 @dataclass(frozen=True, kw_only=True)
 class SAMPa(Combine):
-    """SAMPa: u = (1 - lam) g_1 + lam g_2, with the gradients of `Extrapolation`: at w + eps and one step ahead.
+    """SAMPa: u = (1 - lam) g_1 + lam g_2, with the two gradients of `Extrapolation`: at w + eps and one step ahead.
 
     Args:
-        lam: in [0, 1]. Default 0.2 (official code), as the default rho 0.1.
+        lam: weight of the gradient one step ahead, in [0, 1]. Default 0.2 (official code). The default rho is 0.1
+            (official code).
 
     Raises:
-        ValueError: out of range.
+        ValueError: lam out of range.
 
-    With lam = 0 it is SAM along the gradient at the extrapolated point; the official code divides by lam to find that
-    gradient again and does not perturb at all then. With rho = 0 it is the base, which is not the limit of small rho:
-    there u tends to (1 - lam) g + lam g_2. On a step that a schedule leaves out nothing is remembered: the next ascent
-    is along the gradient from before it. With batch="previous" the loss that a step returns, diagnostics and the
-    weights of other optimizers are of the batch before.
+    With lam = 0 it is SAM with a perturbation along the gradient at the extrapolated point. The official code divides
+    by lam to recover that gradient, so with lam = 0 it does not perturb at all. With rho = 0 the method is the base
+    optimizer; this is not the limit of small rho, where u tends to (1 - lam) g + lam g_2. A step that a schedule leaves
+    out stores no gradient, so the next perturbation uses the gradient from before it. With batch="previous" the
+    returned loss, the diagnostics and the gradients of other optimizers' weights are those of the previous batch.
 
     Source: Xie, Pethick & Cevher, SAMPa: Sharpness-aware Minimization Parallelized, NeurIPS 2024, Alg. 1.
 

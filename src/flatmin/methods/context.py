@@ -1,4 +1,4 @@
-"""What a part sees of a step: contexts, and the requests and perturbations that go to the engine."""
+"""The interface between parts and engine: contexts, gradient requests and perturbations."""
 
 from __future__ import annotations
 
@@ -25,41 +25,41 @@ __all__ = [
 
 Tensors = list[Tensor]
 Gradients = list[Tensor | None]
-# One list per tensor slot (None: never filled for that tensor), one tensor per scalar slot.
+# For a "param" slot a list (None: no value yet for this tensor), for a "scalar" slot one tensor.
 State = Mapping[str, Any]
 NewState = dict[str, Any]
 
 
 def filled(slot: list[Tensor | None], default: Tensors) -> Tensors:
-    """The slot's tensors in the dtypes of `default`, and `default` where a tensor has not been seen before.
+    """The slot's tensors in the dtypes of `default`; where the slot has no value yet, the tensor of `default`.
 
-    A checkpoint may have been saved in another precision than training goes on in.
+    The dtypes can differ if a checkpoint was saved in another precision.
     """
     return [d if s is None else s if s.dtype is d.dtype else s.to(d.dtype) for s, d in zip(slot, default, strict=True)]
 
 
 def widened(tensors: Tensors) -> Tensors:
-    """The tensors, those in half precision in single precision."""
+    """The tensors, with those in half precision converted to float32."""
     return [t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in tensors]
 
 
 @dataclass(slots=True)
 class Perturbation:
-    """A displacement eps from w over some of the moved tensors: eps_i = factors_i * direction_i / (norm + eps).
+    """A displacement from w of some of the step's tensors: eps_i = factors_i * direction_i / (norm + eps).
 
-    A `GradientRequest` consumes its perturbation: the engine frees it once the weights have moved, so a part that needs
-    it later keeps its own copy through `tensors()`.
+    A `GradientRequest` consumes its perturbation: the engine frees it as soon as the weights have moved. A part that
+    needs the displacement later must call `tensors()` before and keep the result.
 
     Args:
-        index: positions of the displaced tensors among the step's.
-        direction: one tensor for each.
-        norm: what all of them are divided by; None: unnormalised.
-        size: the norm whose finiteness decides whether the weights move at all.
-        factors: rho times the radius, for each tensor.
-        eps: added to the norm.
-        scratch: whether the direction's tensors may be overwritten. Default False.
-        gradients: of the pass that it was made of, one for each trained weight, for inner loops that declare
-            `uses_gradient`. Default empty.
+        index: positions of the displaced tensors among the step's tensors.
+        direction: one tensor for each position.
+        norm: scalar by which all tensors are divided. None: no normalisation.
+        size: scalar norm; if it is not finite, the weights are not moved.
+        factors: rho times the radius factor, one for each tensor.
+        eps: added to `norm`.
+        scratch: whether the tensors in `direction` may be overwritten. Default False.
+        gradients: the gradients of the pass that the direction was made from, one for each trained weight. Filled only
+            for inner loops that declare `uses_gradient`. Default empty.
     """
 
     index: Sequence[int]
@@ -72,7 +72,7 @@ class Perturbation:
     gradients: Gradients = field(default_factory=list)
 
     def tensors(self) -> Tensors:
-        """The displacement itself, in fresh tensors; zero everywhere if the direction is not finite."""
+        """The displacement in new tensors; all zeros if the direction is not finite."""
         numbers = [f for f in self.factors if isinstance(f, float)]
         if len(numbers) == len(self.factors):
             scaled = list(torch._foreach_mul(self.direction, numbers))
@@ -85,7 +85,7 @@ class Perturbation:
 
     @classmethod
     def of(cls, index: Sequence[int], tensors: Tensors, c: StepContext) -> Perturbation:
-        """A displacement given as tensors, to be used as it is; `index` in any order."""
+        """A perturbation by exactly these tensors. The positions in `index` may be in any order."""
         order = sorted(range(len(index)), key=index.__getitem__)
         index, tensors = [index[i] for i in order], [tensors[i] for i in order]
         return cls(index, tensors, None, c.norm(tensors), [1.0] * len(tensors), 0.0)
@@ -93,15 +93,16 @@ class Perturbation:
 
 @dataclass(slots=True)
 class GradientRequest:
-    """Asks the engine for one gradient.
+    """A request to the engine for one gradient, that is for one pass (forward and backward).
 
     Args:
-        role: of which loss.
-        at: where. Default None: at w.
-        chunk: on which micro-batch. Default None: on the whole batch.
-        graph: whether `StepContext.curvature` shall work once this gradient is there. Default False.
-        share: by which a descent gradient counts for weights that another optimizer trains, which take theirs from
-            the descent passes. Default 1. With 0 the pass is a probe: diagnostics pass over it too.
+        role: which loss: "ascent" or "descent".
+        at: where, as a displacement from w. Default None: at w.
+        chunk: on which micro-batch, counted from 0. Default None: on the whole batch.
+        graph: whether to keep the graph of the pass, so that `StepContext.curvature` is available afterwards. Default
+            False.
+        share: weight of a descent gradient in the gradients of weights that another optimizer trains, since those are
+            taken from the descent passes. Default 1. With 0 the pass is a probe, which diagnostics ignore as well.
     """
 
     role: Literal["ascent", "descent"]
@@ -112,107 +113,112 @@ class GradientRequest:
 
     @property
     def probe(self) -> bool:
-        """Whether only the recipe itself looks at what this pass finds."""
+        """Whether only the recipe itself uses the result of this pass."""
         return self.role == "descent" and self.share == 0.0
 
 
 class Ascend(Protocol):
-    """Takes one ascent: pass 1 where the direction wants it, then direction, mask, geometry and radius."""
+    """Computes one perturbation: pass 1 if the direction needs it, then direction, mask, geometry and radius."""
 
     def __call__(
         self, at: Perturbation | None = None, chunk: int | None = None
     ) -> Generator[GradientRequest, Gradients, Perturbation | None]:
-        """The perturbation of an ascent whose gradient is taken at `at` (None: where the direction starts, normally w).
+        """Compute a perturbation.
 
-        None means that no weight moves.
+        Args:
+            at: where its gradient is taken. Default None: where the direction starts, normally at w.
+            chunk: on which micro-batch. Default None: on the whole batch.
+
+        Returns:
+            The perturbation; None if no weight is moved.
         """
 
 
 class Products(Protocol):
-    """Second-order products on the batch of the last pass; lists run over the context's tensors."""
+    """Products with second derivatives on the batch of the last pass; one tensor for each of the context's tensors."""
 
     def hessian(self, vectors: Tensors) -> Tensors:
-        """H v for the Hessian H of the pass's loss."""
+        """The product H v with the Hessian H of the loss of the pass."""
 
     def gauss_newton(self, vectors: Tensors) -> Tensors:
-        """J^T H_out J v, with J the Jacobian of the outputs and H_out the loss's Hessian in them."""
+        """J^T H_out J v, with J the Jacobian of the outputs and H_out the Hessian of the loss in the outputs."""
 
     def squared_gradients(self, limit: int) -> Tensors:
-        """Sum over the first `limit` samples of the batch of their squared gradients, one backward each.
+        """The sum of the squared gradients of the first `limit` samples of the batch; one backward pass for each.
 
-        Samples of which the loss counts nothing come last. An empty batch gives an empty list.
+        Samples that the loss ignores come last. An empty batch gives an empty list.
         """
 
 
 class StepContext(Protocol):
-    """What a part may see of a step. Lists run over the tensors that the call is about."""
+    """What a part can see of a step. Each list has one entry for each tensor that the call is about."""
 
     @property
     def w(self) -> Tensors:
-        """The tensors at the step's own point."""
+        """The unperturbed weights."""
 
     @property
     def names(self) -> Sequence[str]:
-        """Their names; only for parts that declare Need.NAMES."""
+        """The names of the weights. Only for parts that declare Need.NAMES."""
 
     @property
     def layers(self) -> Sequence[str]:
-        """The class name of the module that holds each; only for parts that declare Need.LAYERS."""
+        """The class name of the module that holds each weight. Only for parts that declare Need.LAYERS."""
 
     @property
     def start(self) -> Tensors:
-        """Where pass 1 was taken, as a displacement from w; only for directions that move the start."""
+        """Where pass 1 was taken, as a displacement from w. Only for directions that declare `moves_start`."""
 
     @property
     def momentum(self) -> list[Tensor | None]:
-        """The base's momentum of each, None where it has none yet; only for parts that declare BASE_MOMENTUM."""
+        """The base optimizer's momentum, None where it has none yet. Only for parts that declare BASE_MOMENTUM."""
 
     @property
     def curvature(self) -> Products | None:
-        """Products with second derivatives at the last pass, if it was asked for with a graph."""
+        """Products with second derivatives at the last pass; None if its graph was not requested."""
 
     @property
     def chunks(self) -> int:
-        """Number of micro-batches of this step; 1 if the loop gave none."""
+        """Number of micro-batches of this step; 1 if the loop gave a whole batch."""
 
     @property
     def options(self) -> Sequence[Mapping[str, Any]]:
-        """The param group of each tensor (lr, ...)."""
+        """The param group (lr, ...) of each tensor."""
 
     @property
     def rhos(self) -> Sequence[float]:
-        """The radius of each tensor's group."""
+        """The radius of each tensor's param group."""
 
     @property
     def step(self) -> int:
-        """Number of updates begun and finished before this one."""
+        """Number of updates before this one."""
 
     def norm(self, tensors: Tensors) -> Tensor:
-        """Global L2 norm, one scalar in fp32 or better, over all devices and shards."""
+        """The L2 norm of all tensors as one vector, over all devices and shards: a scalar in float32 or better."""
 
     def dot(self, a: Tensors, b: Tensors) -> Tensor:
-        """Global inner product, one scalar in fp32 or better."""
+        """The inner product of both lists as two vectors: a scalar in float32 or better."""
 
     def add_scaled(self, a: Tensors, b: Tensors, factor: Tensor, *, spent: bool = False) -> Tensors:
-        """A + factor b for a scalar tensor, in the dtype of a; `spent`: nobody needs a afterwards."""
+        """Return a + factor * b in the dtypes of a, for a scalar factor. With `spent`, a may be overwritten."""
 
     def share(self, a: Tensors, along: Tensors) -> Tensor:
-        """K = <a, along> / ||along||^2, so that k along is the projection of a; 0 for a zero vector."""
+        """The scalar k = <a, along> / ||along||^2: k * along is the projection of a. 0 if `along` is zero."""
 
     def reject(self, a: Tensors, along: Tensors) -> tuple[Sequence[Tensor], Tensor]:
-        """A minus its projection on `along`, as new tensors, and the norm of that."""
+        """The part of a that is orthogonal to `along`, in new tensors, and its norm."""
 
     def copied(self, tensors: Tensors) -> Sequence[Tensor]:
-        """The same values in memory of their own, as state that is to outlive the step's gradients."""
+        """Copies of the tensors, for state that must not share memory with the step's gradients."""
 
     def noise(self) -> Tensors:
-        """Standard normal numbers, shaped like w, from the engine's own generator."""
+        """Standard normal numbers in the shapes of w, from the engine's generator."""
 
     def bernoulli(self, p: float) -> Tensors:
-        """0/1 draws with mean p, shaped like w, from the engine's own generator."""
+        """Tensors in the shapes of w whose entries are 1 with probability p and else 0, from the engine's generator."""
 
     def uniform(self) -> Tensors:
-        """Draws from [0, 1), shaped like w, from the engine's own generator."""
+        """Numbers from [0, 1) in the shapes of w, from the engine's generator."""
 
     def draws(self, count: int) -> list[float]:
-        """Numbers from [0, 1), from the engine's own generator."""
+        """`count` numbers from [0, 1), from the engine's generator."""

@@ -1,4 +1,4 @@
-"""Parts with second derivatives: a combination and a direction."""
+"""Parts that use second derivatives: a combination and a direction."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -19,28 +19,29 @@ ESTIMATES = ("hutchinson_abs", "hutchinson_diag", "ggn", "exact")
 
 @dataclass(frozen=True, kw_only=True)
 class SGDHess(Combine):
-    """SGDHESS: u = g + rho h * g with a diagonal curvature h, or u = g + rho H g.
+    """SGDHESS: u = g + rho h * g with an elementwise curvature estimate h, or u = g + rho H g. No perturbation.
 
     curvature:
-        "hutchinson_abs" (default, as coded): h = |H z|, z = +-1, averaged over the spatial dimensions of convolution
-            kernels. Not a diagonal: off-diagonal mass leaks in, and h >= 0.
+        "hutchinson_abs" (default, as in the original code): h = |H z| with random signs z = +-1, averaged over the
+            spatial dimensions of convolution kernels. This does not estimate the diagonal of H: off-diagonal entries
+            contribute, and h >= 0.
         "hutchinson_diag": h = z * (H z), whose mean over z is diag(H).
-        "ggn": h = z * (G z) with the generalised Gauss-Newton matrix G; needs the loss object.
+        "ggn": h = z * (G z) with the generalised Gauss-Newton matrix G. Needs `criterion=`.
         "exact": H g itself, the formula of the original's text.
 
-    Between refreshes h, or for "exact" the vector H g, is reused.
+    Between refreshes h is reused; for "exact", the vector H g.
 
     Args:
-        curvature: which of the above: "hutchinson_abs", "hutchinson_diag", "ggn" or "exact".
-        draws: how many z are averaged, >= 1. Default 1.
-        interval: h is refreshed on its first step and on steps 0, k, 2k, ...; k >= 1. Default 1.
-        spatial_mean: for "hutchinson_abs". Default True.
+        curvature: "hutchinson_abs" (default), "hutchinson_diag", "ggn" or "exact", see above.
+        draws: number of vectors z that are averaged, >= 1. Default 1.
+        interval: k: h is refreshed on its first step and on steps 0, k, 2k, ...; >= 1. Default 1.
+        spatial_mean: whether "hutchinson_abs" averages over spatial dimensions. Default True.
 
     Raises:
-        ValueError: out of range.
+        ValueError: a parameter out of range.
 
-    rho is each group's own (default 0.05, as coded); groups with rho = 0 take g. The cost of a refresh is `draws`
-    products, each about three gradients.
+    rho is a factor, not a length, and each param group has its own (default 0.05, as in the original code). Groups with
+    rho = 0 take g. A refresh costs `draws` products with H or G, each about three gradients.
 
     Source: Luong, empirical study of SAM (2024), `sgdhess.py`, after AdaHessian (Yao et al., AAAI 2021).
 
@@ -112,20 +113,20 @@ class SGDHess(Combine):
 class EigenSAM(Direction):
     """Eigen-SAM: d = n + alpha sign(<g, v>) (v - <n, v> n), with n = g / ||g|| and v the Hessian's leading eigenvector.
 
-    v is followed by power iterations on the Hessian of the batch's loss at w, from where the last ones ended (at first
-    from a normal vector): v <- H v / ||H v||. It tends to the eigenvalue that is largest in modulus, whatever its sign.
-    eps = rho d is not brought back to length rho: ||eps|| = rho sqrt(1 + alpha^2 ||v - <n, v> n||^2).
+    v is computed by power iterations v <- H v / ||H v|| with the Hessian H of the batch's loss at w. They start from
+    the last v, at first from a random normal vector. v tends to the eigenvector of the eigenvalue with the largest
+    absolute value. eps = rho d is not rescaled to length rho: ||eps|| = rho sqrt(1 + alpha^2 ||v - <n, v> n||^2).
 
     Args:
-        alpha: >= 0. Default 0.2; 0 is SAM.
-        iterations: power iterations each time, >= 1. Default 5.
-        interval: v is refreshed on its first step and on steps 0, k, 2k, ...; k >= 1. Default 100.
+        alpha: weight of the eigenvector, >= 0. Default 0.2. 0 is SAM.
+        iterations: number of power iterations in a refresh, >= 1. Default 5.
+        interval: k: v is refreshed on its first step and on steps 0, k, 2k, ...; >= 1. Default 100.
 
     Raises:
-        ValueError: out of range.
+        ValueError: a parameter out of range.
 
-    Differs from the official code, whose first `interval` steps have no v and do not normalise g, and which takes the
-    Hessian in evaluation mode. The cost of a refresh is `iterations` products, each about three gradients.
+    Differs from the official code, whose first `interval` steps have no v and do not normalise g, and which computes
+    the Hessian in evaluation mode. A refresh costs `iterations` products with H, each about three gradients.
 
     Source: Luo et al., Explicit Eigenvalue Regularization Improves Sharpness-Aware Minimization, NeurIPS 2024, Alg. 1,
     and its code (`utils.py`, `sam.py`).
@@ -158,7 +159,7 @@ class EigenSAM(Direction):
     def __call__(self, g: Tensors | None, state: State, c: StepContext) -> tuple[Tensors | None, NewState]:
         assert g is not None
         n, new = _unit(g, c), {}
-        # A weight that has joined since the last power iteration has no part in v before the next.
+        # A weight that was added after the last power iteration has a zero entry in v until the next one.
         v = filled(state["vector"], [torch.zeros_like(x) for x in g])
         if c.curvature is not None:
             v = [z.to(x.dtype) if s is None else x for z, s, x in zip(c.noise(), state["vector"], v, strict=True)]
@@ -170,7 +171,7 @@ class EigenSAM(Direction):
 
 
 def _unit(tensors: Tensors, c: StepContext) -> Tensors:
-    """Divided by their global norm; zeros stay zeros."""
+    """The tensors divided by their global norm; zeros stay zeros."""
     (size,) = widened([c.norm(tensors)])
     size = size + 1e-12
     return [(x / size.to(x.device)).to(x.dtype) for x in tensors]

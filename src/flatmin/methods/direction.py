@@ -1,4 +1,4 @@
-"""Along what?"""
+"""Directions: along what are the weights perturbed?"""
 
 import math
 from dataclasses import dataclass
@@ -15,18 +15,19 @@ __all__ = ["EMA", "FSAM", "RSAM", "BSAMNoise", "Direction", "Gradient", "Momentu
 
 @dataclass(frozen=True, kw_only=True)
 class Direction(Part):
-    """Along what?
+    """Base class of directions: along what are the weights perturbed?
 
     Attributes:
-        evaluates: whether it takes pass 1; without, it is called with g = None. Default True.
-        turns: whether d is anything but g; true where `__call__` is defined.
+        evaluates: whether it needs the gradient of pass 1. If False, pass 1 is left out and `__call__` gets g = None.
+            Default True.
+        turns: whether d may differ from g. True if `__call__` is defined.
         moves_start: whether pass 1 is taken at w + `start()`. Default False.
-        observes: whether it learns from the descent gradient; true where `observe` is defined.
-        keeps_graph: whether pass 1 may have to keep its graph; true where `graph` is defined.
+        observes: whether it uses the descent gradient. True if `observe` is defined.
+        keeps_graph: whether pass 1 may have to keep its graph. True if `graph` is defined.
     """
 
     kind: ClassVar[str] = "direction"
-    question: ClassVar[str] = "along what?"
+    question: ClassVar[str] = "in which direction?"
     declared_by: ClassVar = {"turns": "__call__", "observes": "observe", "keeps_graph": "graph"}
     evaluates: ClassVar[bool] = True
     turns: ClassVar[bool] = False
@@ -37,7 +38,7 @@ class Direction(Part):
     def validate(self) -> None:
         if not (self.evaluates or self.turns):
             name = type(self).__name__
-            raise ValueError(f"{name} takes no pass 1, so it must define __call__(), which says where to go.")
+            raise ValueError(f"{name} takes no pass 1, so it must define __call__(), which returns the direction.")
 
     def conflict(self, need: Need) -> str | None:
         if need in (Need.GRADIENT_AT_W, Need.LOSSES_AT_W) and self.moves_start:
@@ -47,37 +48,39 @@ class Direction(Part):
         return super().conflict(need)
 
     def factor(self) -> float:
-        """A factor on the displacement along d, asked once; -1 goes against it."""
+        """The factor on the perturbation along d; -1 perturbs against d. Read once, when the recipe is made."""
         return 1.0
 
     def start(self, state: State, c: StepContext) -> Tensors:
         """Where pass 1 is taken, as a displacement from w."""
-        raise AttributeError(f"{type(self).__name__} declares moves_start and defines no start().")
+        raise AttributeError(f"{type(self).__name__} declares moves_start but does not define start().")
 
     def __call__(self, g: Tensors | None, state: State, c: StepContext) -> tuple[Tensors | None, NewState]:
-        """The direction d (None: stay at w this time) and the new state."""
+        """The direction d (None: no perturbation in this step) and the new state."""
         return g, {}
 
     def observe(self, gs: Tensors, state: State, c: StepContext) -> NewState:
-        """New state from the descent gradient."""
+        """The new state, given the descent gradient."""
         return {}
 
     def graph(self, state: State, c: StepContext) -> bool:
-        """Whether pass 1 shall keep its graph, so that `StepContext.curvature` works in this step's call."""
+        """Whether pass 1 must keep its graph, so that `__call__` can use `StepContext.curvature` in this step."""
         return False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gradient(Direction):
-    """d = g. Source: Foret et al., SAM, ICLR 2021, Eq. 2."""
+    """SAM: the gradient itself, d = g. Source: Foret et al., SAM, ICLR 2021, Eq. 2."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EMA(Direction):
-    """VaSSO: d_t = (1 - theta) d_{t-1} + theta g_t, with d_0 = g_0 for each tensor's first gradient.
+    """VaSSO: a moving average of the gradients, d_t = (1 - theta) d_{t-1} + theta g_t.
+
+    Each tensor's average starts at its first gradient, d_0 = g_0.
 
     Args:
-        theta: weight of the newest gradient, in (0, 1]. Default 0.9 (original command line); 1 is SAM.
+        theta: weight of the newest gradient, in (0, 1]. Default 0.9 (the original command line). 1 is SAM.
 
     Raises:
         ValueError: theta outside (0, 1].
@@ -104,22 +107,22 @@ class EMA(Direction):
 
 @dataclass(frozen=True, kw_only=True)
 class FSAM(Direction):
-    """F-SAM: d = g - sigma m, with m_t = lam m_{t-1} + (1 - lam) g_t: the batch-specific part of the gradient.
+    """F-SAM: the batch-specific part of the gradient, d = g - sigma m, with m_t = lam m_{t-1} + (1 - lam) g_t.
 
-    A tensor's first gradient starts m at g; the first step is plain SAM (d = g), because g - m would vanish.
-    With sigma = 1 the paper's form (`ema="current"`, m_t) and the code's (`ema="previous"`, m_{t-1}) point along
-    the same direction; otherwise they differ.
+    Each tensor's average m starts at its first gradient. Its first step is SAM's (d = g), since g - m would be zero.
+    With sigma = 1 the paper's form (`ema="current"`, m_t) and the official code's (`ema="previous"`, m_{t-1}) have the
+    same direction; otherwise they differ.
 
     Args:
-        sigma: share of the smoothed gradient that is removed. Default 1.0 (original code); 0 is SAM.
-        lam: memory of the average, in [0, 1). Default 0.9 (class default of the original code; its command line
-            has 0.95, its script 0.6).
-        ema: "current" (paper, default) or "previous" (original code).
+        sigma: factor on the average that is subtracted. Default 1.0 (official code). 0 is SAM.
+        lam: decay of the average, in [0, 1). Default 0.9 (class default of the official code; its command line has
+            0.95, its script 0.6).
+        ema: which average is subtracted: "current" (default, paper) or "previous" (official code).
 
     Raises:
-        ValueError: lam outside [0, 1), a sigma that is not finite, or an unknown ema.
+        ValueError: lam outside [0, 1), sigma not finite, or an unknown ema.
 
-    Source: Li et al., Friendly SAM, CVPR 2024; `utils.py` of the original code.
+    Source: Li et al., Friendly SAM, CVPR 2024; `utils.py` of the official code.
 
     Example:
         >>> import flatmin
@@ -137,9 +140,9 @@ class FSAM(Direction):
         check_range(self, "sigma", -1e6, 1e6)
         check_range(self, "lam", 0.0, 1.0)
         if self.lam == 1.0:
-            raise ValueError("FSAM: lam must be below 1, or the average never moves from the first gradient.")
+            raise ValueError("FSAM: lam must be below 1; with 1 the average stays at the first gradient.")
         if self.ema not in ("current", "previous"):
-            raise ValueError(f"FSAM: ema must be 'current' (paper) or 'previous' (original code), got {self.ema!r}.")
+            raise ValueError(f"FSAM: ema must be 'current' (paper) or 'previous' (official code), got {self.ema!r}.")
 
     def __call__(self, g: Tensors | None, state: State, c: StepContext) -> tuple[Tensors | None, NewState]:
         assert g is not None
@@ -155,16 +158,16 @@ class FSAM(Direction):
 
 @dataclass(frozen=True, kw_only=True)
 class RSAM(Direction):
-    """RSAM: d = Delta + lam grad L(w + Delta), with Delta = sigma n ||w_filter|| and n ~ N(0, I).
+    """RSAM: noise plus the gradient at the noisy weights, d = Delta + lam grad L(w + Delta).
 
-    Pass 1 is taken at w + Delta; Delta is held through it (one more copy then, none in pass 2). The displacement is
-    taken from w.
+    Delta = sigma n ||w_filter|| with n ~ N(0, I). Pass 1 is taken at w + Delta; Delta is stored during pass 1 (one more
+    copy of the weights then, none in pass 2). The perturbation along d starts from w.
 
     Args:
         sigma: scale of the noise, >= 0. Default 0.001 (the official runs go from 0.0005 to 0.0025).
-        lam: weight of the gradient, > 0. Default 2.0 (official code). With sigma = 0 it cancels: the method is SAM.
-        scale: "filter" (default, official code): every entry's noise is multiplied by the norm of its filter (a slice
-            along the first dimension; a vector is one filter). "none": Delta = sigma n.
+        lam: weight of the gradient, > 0. Default 2.0 (official code). With sigma = 0 it cancels and the method is SAM.
+        scale: "filter" (default, official code): the noise of every entry is multiplied by the norm of its filter, a
+            slice along the first dimension (a vector is one filter). "none": Delta = sigma n.
 
     Raises:
         ValueError: out of range.
@@ -199,22 +202,22 @@ class RSAM(Direction):
 
 
 def _filter_norms(w: Tensor) -> Tensor:
-    """The norm of each filter, shaped so that it multiplies every entry of it."""
+    """The norm of each filter, expanded to the filter's entries."""
     axes = tuple(range(1, w.ndim)) if w.ndim > 1 else tuple(range(w.ndim))
     return torch.linalg.vector_norm(w, dim=axes, keepdim=True).expand_as(w) if axes else w.abs()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Momentum(Direction):
-    """Momentum-SAM: d = sign * v with v the base optimizer's momentum; no pass 1, one gradient a step.
+    """Momentum-SAM: d = sign * v, with v the base optimizer's momentum. No pass 1: one gradient a step.
 
-    v is SGD's momentum buffer or Adam's first moment (not preconditioned). Until the base has one, the weights stay.
+    v is SGD's momentum buffer or Adam's first moment (not preconditioned). The weights are not perturbed until the base
+    optimizer has a momentum.
 
     Args:
-        sign: -1 (default) looks ahead along the update, as the official code and its followers do, whatever their
-            comments say; +1 climbs.
+        sign: -1 (default) perturbs along the coming update, as the official code does; +1 perturbs uphill.
 
-    The official runs use a larger radius than SAM's (0.3 to 10; 3 on CIFAR): set rho.
+    Choose rho: the official runs use a larger radius than SAM's (0.3 to 10; 3 on CIFAR).
 
     Raises:
         ValueError: another sign.
@@ -234,7 +237,7 @@ class Momentum(Direction):
 
     def __post_init__(self) -> None:
         if self.sign not in (-1, 1):
-            raise ValueError(f"Momentum: sign must be -1 (look ahead) or 1 (climb), got {self.sign!r}.")
+            raise ValueError(f"Momentum: sign must be -1 (along the update) or 1 (uphill), got {self.sign!r}.")
 
     def factor(self) -> float:
         return float(self.sign)
@@ -248,11 +251,11 @@ class Momentum(Direction):
 
 @dataclass(frozen=True, kw_only=True)
 class StaleGradient(Direction):
-    """d_t = the last step's descent gradient, grad L_{B_{t-1}}(w_{t-1} + eps_{t-1}); no pass 1, one gradient a step.
+    """The last step's descent gradient, d_t = grad L_{B_{t-1}}(w_{t-1} + eps_{t-1}). No pass 1: one gradient a step.
 
-    The first step stays at w. AsyncSAM differs: its old gradient is taken at the old w, in a stream of its own.
+    The first step is not perturbed. AsyncSAM differs: its old gradient is taken at the old w, in a separate stream.
 
-    Source: the idea of a gradient one step old, as in AsyncSAM.
+    Source: AsyncSAM's idea of a gradient that is one step old.
 
     Example:
         >>> import flatmin
@@ -271,23 +274,23 @@ class StaleGradient(Direction):
         return [torch.zeros_like(w) if s is None else s for s, w in zip(last, c.w, strict=True)], {}
 
     def observe(self, gs: Tensors, state: State, c: StepContext) -> NewState:
-        # The base may write to what it is given.
+        # The base optimizer may write to its gradients.
         return {"gradient": c.copied(gs)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class BSAMNoise(Direction):
-    """bSAM's ascent: d = grad L(w + n / sqrt(N s)) / s by element, n ~ N(0, I), with the s of `BSAM`.
+    """bSAM: d = grad L(w + n / sqrt(N s)) / s elementwise, with n ~ N(0, I) and the s of `BSAM`.
 
-    Pass 1 is taken at the noisy point; the displacement rho d is taken from w.
+    Pass 1 is taken at the noisy weights; the perturbation rho d starts from w.
 
     Args:
-        data_size: N, the number of training samples (the official runs count each 4 times where images are cropped and
-            flipped at random). `flatmin train` fills it in. Default 0: not known, which an optimizer refuses; inf: no
-            noise.
+        data_size: N, the number of training samples. (The official runs count each sample 4 times where images are
+            cropped and flipped at random.) `flatmin train` fills it in. Default 0: not given, which is an error when
+            the optimizer is built. inf: no noise.
 
     Raises:
-        ValueError: data_size below 0, or not given.
+        ValueError: data_size below 0; when the optimizer is built, data_size not given.
 
     Source: Moellenhoff & Khan, SAM as an Optimal Relaxation of Bayes, ICLR 2023, Alg. 1 (b), and its code (`optim.py`).
 
@@ -309,7 +312,7 @@ class BSAMNoise(Direction):
 
     def validate(self) -> None:
         if not self.data_size:
-            raise ValueError("bsam needs data_size=N, the number of training samples, by which its noise is scaled.")
+            raise ValueError("bsam needs data_size=N, the number of training samples, which scales its noise.")
 
     def start(self, state: State, c: StepContext) -> Tensors:
         spread = torch._foreach_mul(torch._foreach_sqrt(widened(state["s"])), math.sqrt(self.data_size))

@@ -1,4 +1,4 @@
-"""Masks of single entries: which weights move?"""
+"""Masks of single entries: which entries of the weights are perturbed?"""
 
 import math
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ def _sizes(tensors: Sequence[Tensor]) -> list[int]:
 
 
 def _top(scores: Tensors, count: int) -> Tensors:
-    """1 at the `count` largest entries of all tensors together (ties: the earlier one), else 0, shaped like them."""
+    """Masks that are 1 at the `count` largest entries of all tensors together (of ties the earlier one), else 0."""
     flat = torch.cat([s.reshape(-1).to(scores[0].device, torch.float32) for s in scores])
     chosen = torch.zeros_like(flat)
     chosen[flat.sort(descending=True, stable=True).indices[:count]] = 1.0
@@ -30,25 +30,26 @@ def _top(scores: Tensors, count: int) -> Tensors:
 
 @dataclass(frozen=True, kw_only=True)
 class FisherMask(Mask):
-    """SSAM-F: only the entries with the largest Fisher diagonal F = sum_i (grad l_i)^2 move; after the norm.
+    """SSAM-F: perturbs only the entries with the largest diagonal Fisher information F = sum_i (grad l_i)^2.
 
-    The top (1 - sparsity) of all entries move, by the norm of the unmasked gradient. F comes from the first
-    `num_samples` samples of the batch in pass 1, on the first ascent and on steps 0, k, 2k, ...; each sample is one
-    backward pass. l_i is the mean of the loss over the elements of a sample that it counts, class weights included (see
-    `flatmin.Criterion`); samples without any come last.
+    The top (1 - sparsity) of all entries are perturbed; the norm is that of the gradient before masking. F is computed
+    from the first `num_samples` samples of the batch in pass 1, on the first ascent and on steps 0, k, 2k, ... Each
+    sample takes one backward pass. l_i is the mean of the loss over the elements of a sample that count, with class
+    weights (see `flatmin.Criterion`); samples without such elements come last.
 
     Args:
-        sparsity: share of entries that stay, in [0, 1). Default 0.5 (the official README's example; the code's default
-            is 0.2); 0 is every entry.
-        num_samples: at most so many per refresh, >= 1. Default 16 (the official README's example).
-        interval: k in updates, >= 1. Default 100.
+        sparsity: share of entries that are not perturbed, in [0, 1). Default 0.5 (the official README's example; the
+            code's default is 0.2). With 0 all entries are perturbed.
+        num_samples: number of samples in each refresh, at most the batch, >= 1. Default 16 (the official README's
+            example).
+        interval: k, the number of updates between refreshes, >= 1. Default 100.
 
     Raises:
-        ValueError: out of range.
+        ValueError: a parameter out of range.
 
-    Differs from the official code: there F comes from a loop over 1024 samples with batch size 1 every 5 epochs, its
-    first mask is all zeros until the first refresh, and BatchNorm would see single samples; here F is from the
-    training batch itself and the first mask is refreshed at once.
+    Differs from the official code, which computes F in a loop over 1024 samples with batch size 1 every 5 epochs, so
+    that BatchNorm would see single samples, and whose mask is zero until the first refresh. Here F is computed from the
+    training batch, and the first mask is used at once.
 
     Source: Mi et al., Make Sharpness-Aware Minimization Stronger: A Sparsified Perturbation Approach, NeurIPS 2022.
 
@@ -84,52 +85,52 @@ class FisherMask(Mask):
         if self.sparsity == 0:
             return None, {}
         squares = [] if c.curvature is None else c.curvature.squared_gradients(self.num_samples)
-        if not squares:  # no refresh is due; a mask that never was is made next time
+        if not squares:  # no refresh is due, or the batch is empty: a missing mask is made in a later step
             return [torch.zeros_like(x) if s is None else s for s, x in zip(state["mask"], d, strict=True)], {}
         mask = _top(squares, moving_count(self.sparsity, squares))
         if not any(s is None for s in state["mask"]):
-            counted = c.norm(squares) > 0  # else the loss counts nothing of this batch, and the mask stays
+            counted = c.norm(squares) > 0  # the mask stays if no sample of this batch counts
             mask = [torch.where(counted.to(m.device), m, s) for m, s in zip(mask, state["mask"], strict=True)]
         return mask, {"mask": mask}
 
 
 def check_sparsity(part: Mask) -> None:
-    """Refuse a sparsity outside [0, 1)."""
+    """Raise ValueError for a sparsity outside [0, 1)."""
     check_range(part, "sparsity", 0.0, 1.0)
     if part.parameters()["sparsity"] == 1.0:
-        raise ValueError(f"{type(part).__name__}: sparsity must be below 1, or nothing moves.")
+        raise ValueError(f"{type(part).__name__}: sparsity must be below 1; with 1 no entry would be perturbed.")
 
 
 def moving_count(sparsity: float, tensors: Sequence[Tensor]) -> int:
-    """How many of all entries a sparsity leaves, at least one."""
+    """The number of entries that are perturbed at this sparsity, at least one."""
     return max(1, round((1.0 - sparsity) * sum(_sizes(tensors))))
 
 
 @dataclass(frozen=True, kw_only=True)
 class DynamicMask(Mask):
-    """SSAM-D: a random sparse mask of which every k steps some entries are dropped and as many grow; after the norm.
+    """SSAM-D: perturbs a random sparse set of entries; every k steps some are dropped and as many others are added.
 
-    The first mask has (1 - sparsity) of all entries at random. At steps k, 2k, ... the death rate is
+    The first mask holds (1 - sparsity) of all entries, chosen at random. On steps t = k, 2k, ... the drop rate is
 
         r = rate (1 + cos(pi t / total)) / 2
 
-    and of the moving entries the share r with the lowest score is dropped, then as many of the resting ones (those just
-    dropped not among them) grow.
+    The share r of the perturbed entries with the lowest score is dropped; then as many of the other entries are added,
+    not counting those just dropped. The norm is that of the gradient before masking.
 
     Args:
-        sparsity: share of entries that stay, in [0, 1). Default 0.5; 0 is every entry.
-        rate: death rate at the start, in [0, 1]. Default 0.5.
-        drop: score of what is dropped: "gradient" (default, smallest |g|), "weight" (smallest |w|) or "random".
-        growth: "random" (default) or "gradient" (largest |g|).
-        interval: k in updates, >= 1. Default 100.
-        total: updates of the whole training, over which r falls to 0; 0 keeps r = rate. Default 0.
+        sparsity: share of entries that are not perturbed, in [0, 1). Default 0.5. With 0 all entries are perturbed.
+        rate: drop rate at the start, in [0, 1]. Default 0.5.
+        drop: which entries are dropped: "gradient" (default, smallest |g|), "weight" (smallest |w|) or "random".
+        growth: which entries are added: "random" (default) or "gradient" (largest |g|).
+        interval: k, the number of updates between changes, >= 1. Default 100.
+        total: number of updates of the whole training, over which r falls to 0. Default 0: r = rate throughout.
 
     Raises:
-        ValueError: out of range.
+        ValueError: a parameter out of range.
 
-    Differs from the official code: the number of moving entries stays what it was (there growth is limited by another
-    count, and at sparsity 0.2 the first update loses a quarter of the moving entries), |w| is taken at w and not at
-    w + eps, and a new mask acts in the very step.
+    Differs from the official code: the number of perturbed entries is constant (there additions are limited by another
+    count, and at sparsity 0.2 the first change loses a quarter of the perturbed entries), |w| is taken at w and not at
+    w + eps, and a new mask is used in the same step.
 
     Source: Mi et al., Make Sharpness-Aware Minimization Stronger: A Sparsified Perturbation Approach, NeurIPS 2022.
 
@@ -176,7 +177,7 @@ class DynamicMask(Mask):
         if swaps == 0:
             return mask, {}
         out, into = self._score(self.drop, d, c), self._score(self.growth, d, c)
-        # Scores are >= 0: -1 puts an entry out of the choice.
+        # Scores are >= 0, so -1 excludes an entry.
         stay = _top([torch.where(m > 0, s, -1.0) for m, s in zip(mask, out, strict=True)], moving - swaps)
         grown = _top([torch.where(m > 0, -1.0, s) for m, s in zip(mask, into, strict=True)], swaps)
         new = list(torch._foreach_add(stay, grown))
@@ -190,19 +191,18 @@ class DynamicMask(Mask):
 
 @dataclass(frozen=True, kw_only=True)
 class ZScore(Mask):
-    """ZSharp: of each matrix only the entries with an unusual gradient move; before the norm.
+    """ZSharp: perturbs only the entries whose gradient is unusual within its matrix.
 
         kept = |z| > quantile(|z|, q),   z = (d - mean d) / std d     within each tensor of two or more dimensions
 
-    Tensors of fewer dimensions move whole, and so does a matrix of which nothing lies above its quantile.
+    Tensors of fewer dimensions are perturbed whole, as is a matrix without an entry above its quantile.
 
     Args:
-        q: share of a matrix that stays, in [0, 1). Default 0.95 (official code).
-        per_tensor: True is the official code's form, eps_i = rho (kept d_i) / ||kept d_i|| for each matrix by itself
-            and rho d_i / ||d|| for each vector, so that ||eps|| is about rho times the root of the number of matrices.
-            It is meant for the Euclidean geometry, whose displacement it rescales. Default False: one norm over all
-            kept entries, so that ||eps|| = rho; that a layer has a norm of its own is not in what could be read of the
-            paper.
+        q: share of the entries of a matrix that are not perturbed, in [0, 1). Default 0.95 (official code).
+        per_tensor: False (default): one norm over all kept entries, so that ||eps|| = rho. True: the official code's
+            form, eps_i = rho (kept d_i) / ||kept d_i|| for each matrix and rho d_i / ||d|| for each vector, so that
+            ||eps|| is about rho times the square root of the number of matrices. It assumes the Euclidean geometry,
+            whose displacement it rescales. The accessible text of the paper does not mention a norm for each layer.
 
     Raises:
         ValueError: q outside [0, 1).
@@ -223,7 +223,7 @@ class ZScore(Mask):
     def __post_init__(self) -> None:
         check_range(self, "q", 0.0, 1.0)
         if self.q == 1.0:
-            raise ValueError("ZScore: q must be below 1, or nothing lies above the quantile.")
+            raise ValueError("ZScore: q must be below 1; with 1 no entry lies above the quantile.")
 
     @property
     def norm(self) -> Literal["inside", "full"]:  # type: ignore[override]
@@ -241,13 +241,12 @@ class ZScore(Mask):
         return factors, {}
 
     def _kept(self, x: Tensor) -> Tensor:
-        """1 at the entries above the quantile. The order of |z| is that of |x - mean|."""
+        """A mask that is 1 at the entries above the quantile. |z| and |x - mean| have the same order."""
         if not x.numel():
             return torch.ones_like(x)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         far = (wide - wide.mean()).abs().flatten()
-        # The quantile lies between two neighbours. topk finds the lower one, also among more entries than the 2^24 that
-        # torch.quantile takes.
+        # The quantile lies between two sorted entries; topk finds the lower one. torch.quantile has a size limit.
         above = far.numel() - math.floor(self.q * (far.numel() - 1))
         kept = far > far.topk(above, sorted=False).values.min()
         return (kept | ~kept.any()).view(x.shape).to(x.dtype)

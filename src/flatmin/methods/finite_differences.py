@@ -1,4 +1,4 @@
-"""Combinations of gradients at several points: what curvature does, without second derivatives."""
+"""Combinations of gradients at several points: finite differences in place of second derivatives."""
 
 import math
 from dataclasses import dataclass
@@ -17,25 +17,23 @@ __all__ = ["CRSAM", "GAM", "CFlat"]
 class GAM(Combine):
     """GAM: u = v - gamma (m - (<m, v> / ||v||^2) v), with m = g + |beta2| g_2 and v = beta1 g_1 + beta3 g_3.
 
-    The gradients are those of `GradientNormAscent`. The last term takes off the part of m across v, over all tensors as
-    one vector. u is about (beta1 + beta3) g, so that with the defaults a learning rate counts twice; where nothing
-    ascends (rho = 0, or a step that a schedule leaves out) u is (beta1 + beta3) g. Gradients in half precision are too
-    coarse for their difference.
+    The gradients are those of `GradientNormAscent`. The last term removes part of the component of m that is orthogonal
+    to v, over all tensors as one vector. u is about (beta1 + beta3) g, so with the defaults the learning rate counts
+    twice. On steps without ascent (rho = 0, or by the schedule) u = (beta1 + beta3) g. The default rho is 0.02.
+    Gradients in half precision are too coarse for the difference of two of them.
 
     Args:
         beta1: weight of g_1, >= 0. Default 1.
-        beta2: weight of g_2, by its absolute value, as coded. Default -1.
-        beta3: weight of g_3, >= 0. Default 1; with beta3 = gamma = 0 the method is SAM.
-        gamma: weight of the part across v, >= 0. Default 0.03.
-
-    The default rho is 0.02.
+        beta2: weight of g_2; its absolute value is used, as in the official code. Default -1.
+        beta3: weight of g_3, >= 0. Default 1. With beta3 = gamma = 0 the method is SAM.
+        gamma: weight of the orthogonal component, >= 0. Default 0.03.
 
     Raises:
-        ValueError: out of range.
+        ValueError: a parameter out of range.
 
     Source: Zhang et al., Gradient Norm Aware Minimization Seeks First-Order Flatness and Improves Generalization, CVPR
-    2023, in the form and with the defaults of the official code (`gam/gam.py`), which needs no second derivatives. Its
-    README's beta names a parameter (`grad_beta_0`) that its code never reads.
+    2023, in the form and with the defaults of the official code (`gam/gam.py`), which needs no second derivatives. The
+    beta in its README sets a parameter (`grad_beta_0`) that the code never reads.
 
     Example:
         >>> import flatmin
@@ -75,13 +73,13 @@ class GAM(Combine):
 class CFlat(Combine):
     """C-Flat: u = g_1 + lam (g_3 - g_2), with the gradients of `GradientNormAscent`.
 
-    Gradients in half precision are too coarse for their differences.
+    The default rho is 0.1. Gradients in half precision are too coarse for the difference of two of them.
 
     Args:
-        lam: weight of the first-order flatness, >= 0. Default 0.2 (the code's); 0 is SAM. The default rho is 0.1.
+        lam: weight of the first-order flatness, >= 0. Default 0.2 (the official code's). 0 is SAM.
 
     Raises:
-        ValueError: out of range.
+        ValueError: lam out of range.
 
     Source: Bian et al., Make Continual Learning Stronger via C-Flat, NeurIPS 2024, and its code in the INFTY package.
 
@@ -108,18 +106,20 @@ class CFlat(Combine):
 class CRSAM(Combine):
     """CR-SAM: u = g_+ + gamma (g_+ + g_- - 2 g) + beta (g_+ - g_-), with the gradients g_+- at w +- eps.
 
-    These are finite differences of the gradient along eps: gamma weighs the part of second order in eps, which is 0
-    where the loss is quadratic, and beta the part of first order, 2 H eps. Default rho 0.1.
+    The two terms are finite differences of the gradient along eps. gamma weighs the term of second order in eps, which
+    is 0 for a quadratic loss; beta weighs the term of first order, 2 H eps. The default rho is 0.1. Gradients in half
+    precision are too coarse for the difference of two of them.
 
     Args:
-        gamma: >= 0. Default 0.1 (official code).
-        beta: >= 0. Default 0.01 (the official command line; its class has 0.1). gamma = beta = 0 is SAM.
+        gamma: weight of the second-order term, >= 0. Default 0.1 (official code).
+        beta: weight of the first-order term, >= 0. Default 0.01 (the official command line; its class has 0.1). With
+            gamma = beta = 0 the method is SAM.
 
     Raises:
-        ValueError: out of range.
+        ValueError: a parameter out of range.
 
-    Gradients in half precision are too coarse for the differences. The paper regularises a normalised trace of the
-    Hessian; whether its algorithm is what the code does could not be read.
+    The paper regularises a normalised trace of the Hessian. This class follows the authors' code; it has not been
+    compared with the paper's algorithm.
 
     Source: Wu, Luo & Wunsch, CR-SAM: Curvature Regularized Sharpness-Aware Minimization, AAAI 2024, and the authors'
     code.
@@ -144,7 +144,7 @@ class CRSAM(Combine):
     def __call__(self, g: Tensors | None, gs: list[Tensors], state: State, c: StepContext) -> tuple[Tensors, NewState]:
         assert g is not None
         below, above = gs
-        # (gamma + beta) (g_+ - g) + (gamma - beta) (g_- - g): the near ones are subtracted first
+        # (gamma + beta) (g_+ - g) + (gamma - beta) (g_- - g): nearly equal gradients are subtracted first
         u = list(torch._foreach_add(above, torch._foreach_sub(above, g), alpha=self.gamma + self.beta))
         torch._foreach_add_(u, torch._foreach_sub(below, g), alpha=self.gamma - self.beta)
         return u, {}

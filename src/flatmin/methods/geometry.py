@@ -1,4 +1,4 @@
-"""In which norm?"""
+"""Geometries: in which norm is the perturbation measured?"""
 
 import math
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ __all__ = ["L2", "SAGM", "Adaptive", "Centralised", "FisherMetric", "Geometry", 
 
 @dataclass(frozen=True, kw_only=True)
 class Geometry(Part):
-    """In which norm?
+    """Base class of geometries: in which norm is the perturbation measured?
 
     Attributes:
-        scales: whether T is anything but 1; true where `__call__` is defined.
-        adaptive: whether it follows the scale of the weights, except in param groups with `adaptive=False`. Default
-            False: groups with `adaptive=True` are refused.
+        scales: whether it differs from the Euclidean norm. True if `__call__` is defined.
+        adaptive: whether it follows the magnitude of the weights, except in param groups with `adaptive=False`. Default
+            False: groups with `adaptive=True` are an error.
     """
 
     kind: ClassVar[str] = "geometry"
@@ -30,13 +30,16 @@ class Geometry(Part):
     adaptive: ClassVar[bool] = False
 
     def __call__(self, d: Tensors, c: StepContext) -> tuple[Tensors, Tensor | None]:
-        """T(T d) and ||T d||; None for no normalisation. May return d itself."""
+        """The scaled direction T(T d) and the norm ||T d|| that divides it (None: no normalisation).
+
+        May return d itself.
+        """
         return d, c.norm(d)
 
 
 @dataclass(frozen=True, kw_only=True)
 class L2(Geometry):
-    """eps = rho d / ||d||, the global Euclidean norm over all moved tensors. Default rho 0.05.
+    """SAM: eps = rho d / ||d||, with the Euclidean norm over all perturbed tensors. Default rho 0.05.
 
     Source: Foret et al., SAM, ICLR 2021, Eq. 2 (p = 2), rho of their Section 3.
     """
@@ -44,18 +47,20 @@ class L2(Geometry):
 
 @dataclass(frozen=True, kw_only=True)
 class Adaptive(Geometry):
-    """ASAM: eps = rho T^2 d / ||T d|| with T = |w| + eta; T = 1 in param groups with adaptive=False. Default rho 0.5.
+    """ASAM: eps = rho T^2 d / ||T d|| with T = |w| + eta. Default rho 0.5.
+
+    In param groups with adaptive=False, T = 1.
 
     Args:
         eta: added to |w|, >= 0. Default 0.0 (the example command of the official code; its class default is 0.01).
-        weights_only: T = 1 for tensors whose name has no "weight" in it, as the official code does (this leaves out
-            biases and keeps the scale of BatchNorm). Default False: all tensors, the form of the common
-            re-implementations, which wants a larger rho.
+        weights_only: True: T = 1 for tensors without "weight" in their name, as in the official code. This excludes
+            biases and includes the scale of BatchNorm; it needs parameter names. Default False: all tensors, as in
+            common re-implementations; this form needs a larger rho.
 
     Raises:
         ValueError: eta < 0.
 
-    Needs parameter names if weights_only. Source: Kwon et al., ASAM, ICML 2021, Eq. 7 and `asam.py`.
+    Source: Kwon et al., ASAM, ICML 2021, Eq. 7 and `asam.py`.
 
     Example:
         >>> import flatmin
@@ -91,9 +96,10 @@ class Adaptive(Geometry):
 
 @dataclass(frozen=True, kw_only=True)
 class Unnormalised(Geometry):
-    """USAM: eps = rho d, without normalisation, so eps shrinks with the gradient. Default rho 0.05.
+    """USAM: eps = rho d, without normalisation, so that eps shrinks with the gradient. Default rho 0.05.
 
-    The default is a choice of this library: no published default for deep networks is known to it.
+    The default rho is a choice of this library; no published default for deep networks is known.
+
     Source: Andriushchenko & Flammarion, ICML 2022; also the unnormalised method of Khanh et al., NeurIPS 2024.
 
     Example:
@@ -108,10 +114,10 @@ class Unnormalised(Geometry):
 
 @dataclass(frozen=True, kw_only=True)
 class Centralised(Geometry):
-    """GCSAM: eps = rho C d / ||d||, where C takes off the mean over all dimensions but the first. Default rho 0.05.
+    """GCSAM: eps = rho C d / ||d||, where C subtracts the mean over all dimensions but the first. Default rho 0.05.
 
-    Tensors of fewer than two dimensions are not centred. The norm is that of d before centring (official code), so
-    ||eps|| <= rho.
+    Tensors of fewer than two dimensions are not centred. The norm is that of d before centring (as in the official
+    code), so that ||eps|| <= rho.
 
     Source: Hassan et al., GCSAM: Gradient Centralized Sharpness Aware Minimization, 2025, after Yong et al., ECCV 2020.
 
@@ -130,25 +136,26 @@ class Centralised(Geometry):
 class FisherMetric(Geometry):
     """Fisher SAM: eps = rho F^-1 d / sqrt(<d, F^-1 d>) with the diagonal F = 1 + eta d^2. Default rho 0.1.
 
-    Of all eps with <eps, F eps> <= rho^2 it is the one with the largest <d, eps>, so entries with a large gradient move
-    less than SAM moves them. d is the recipe's direction: in "vasso+fisher-sam" F is made of the smoothed gradient.
+    Among all eps with <eps, F eps> <= rho^2 it is the one with the largest <d, eps>. Entries with a large gradient are
+    perturbed less than in SAM. d is the recipe's direction: in "vasso+fisher-sam", F comes from the averaged gradient.
 
-    F is that of the batch's mean gradient, not of single samples, and depends on its scale: a loss summed over the
-    batch gives another direction than its mean. Where eta d^2 is far below 1 it is SAM; with gradients of 0.01 in each
-    entry, eta = 1 changes eps by 1e-4 of its length.
+    F is made from the batch's mean gradient, not from single samples, and depends on the scale of the loss: a loss
+    summed over the batch gives another direction than its mean. Where eta d^2 is far below 1 the method is close to
+    SAM; with gradients of 0.01 in each entry, eta = 1 changes eps by 1e-4 of its length.
 
     Args:
-        eta: weight of the Fisher diagonal, >= 0. Default 1.0 (the re-implementation's class; its command line has 0.2);
+        eta: weight of the Fisher diagonal, >= 0. Default 1.0 (the re-implementation's class; its command line has 0.2).
             0 is SAM, bit for bit.
         norm: "metric" (default) divides by sqrt(<d, F^-1 d>), so that <eps, F eps> = rho^2 and the Euclidean length is
-            at most rho; "euclid" divides by ||F^-1 d||, so that the length is rho (another re-implementation).
+            at most rho. "euclid" divides by ||F^-1 d||, so that the Euclidean length is rho (another
+            re-implementation).
 
     Raises:
-        ValueError: eta < 0, or another word.
+        ValueError: eta < 0, or an unknown norm.
 
-    No official code is known: rule and defaults are those of a public re-implementation
-    (johnjaejunlee95/torch-unified-SAM-optimization). It has nothing to do with the mask of `ssam-f`, whose Fisher
-    diagonal says which entries move.
+    No official code is known; rule and defaults are those of a public re-implementation
+    (johnjaejunlee95/torch-unified-SAM-optimization). The mask of `ssam-f` also uses a Fisher diagonal, but to choose
+    entries; the two are unrelated.
 
     Source: Kim, Li, Hu & Hospedales, Fisher SAM: Information Geometry and Sharpness Aware Minimisation, ICML 2022.
 
@@ -178,20 +185,20 @@ class FisherMetric(Geometry):
 
 @dataclass(frozen=True, kw_only=True)
 class SAGM(Geometry):
-    """SAGM's displacement: eps = (rho / ||d|| - alpha) d, as far as SAM's and then back by alpha d. Default rho 0.05.
+    """SAGM: eps = (rho / ||d|| - alpha) d, SAM's perturbation minus alpha d. Default rho 0.05.
 
-    So the length is |rho - alpha ||d|| |, and eps points downhill where ||d|| > rho / alpha (50 with the defaults).
-    A radius rule, such as `rho-lr`, multiplies all of eps: alpha goes with the radius. A group with rho = 0 does not
-    move.
+    The length of eps is |rho - alpha ||d|| |; eps points downhill where ||d|| > rho / alpha (50 with the defaults). A
+    radius rule such as `rho-lr` multiplies all of eps and so scales alpha too. A group with rho = 0 is not perturbed.
 
     Args:
-        alpha: >= 0. Default 0.001 (official code; 0.0005 for OfficeHome); 0 is SAM's displacement.
+        alpha: factor on the gradient that is subtracted, >= 0. Default 0.001 (official code; 0.0005 for OfficeHome). 0
+            is SAM's perturbation.
 
     Raises:
         ValueError: alpha < 0.
 
-    Source: Wang et al., Sharpness-Aware Gradient Matching for Domain Generalization, CVPR 2023, and the authors' code,
-    which projects nothing although its function says "decompose".
+    Source: Wang et al., Sharpness-Aware Gradient Matching for Domain Generalization, CVPR 2023, and the authors' code.
+    Although a function of that code is named "decompose", it makes no projection.
 
     Example:
         >>> import flatmin

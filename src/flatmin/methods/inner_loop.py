@@ -1,4 +1,4 @@
-"""How many ascents? From where, and on what?"""
+"""Inner loops: how many ascents does a step take, from where, and on which batches?"""
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
@@ -30,21 +30,22 @@ Passes = Generator[GradientRequest, Gradients, tuple[list[Gradients], NewState]]
 
 @dataclass(frozen=True, kw_only=True)
 class InnerLoop(Part):
-    """How many ascents, from where, on what?
+    """Base class of inner loops: how many ascents does a step take, from where, and on which batches?
 
     Attributes:
-        ascends: whether the weights leave w at all. Default True.
-        loops: whether it is anything but one ascent and one descent gradient; true where `__call__` is defined.
+        ascends: whether the weights are perturbed at all. Default True.
+        loops: whether it differs from one ascent and one descent gradient. True if `__call__` is defined.
         one_ascent: whether it is one ascent from w and one descent gradient at w + eps on the whole batch, so that
-            manual loops of two passes serve it. Default False.
-        two_batches: whether it climbs on one batch and descends on another: micro-batches 0 and 1. A loop
-            that trains on single batches gives the batch before as the first. Default False.
-        uses_gradient: whether it looks at `Perturbation.gradients`, which are kept for it only. Default False.
-        copies: of the moved weights that it holds during the last pass. Default 0.
-        closures_for: what its closures stand for, one for each, where they are not equal parts of a batch, such as "the
-            head and the tail". Loops that divide batches by themselves refuse it. Default "": parts of a batch.
-        descents: how many descent gradients it gives. Default 1.
-        plain_evaluations: gradients a step without ascent, see `plain`. Default 1.
+            manual loops with two passes can run it. Default False.
+        two_batches: whether it ascends on one batch (micro-batch 0) and descends on another (micro-batch 1). A loop
+            that trains on single batches gives the previous batch as micro-batch 0. Default False.
+        uses_gradient: whether it reads `Perturbation.gradients`, which are stored only for such inner loops. Default
+            False.
+        copies: copies of the perturbed weights that it holds during the last pass. Default 0.
+        closures_for: what its closures stand for if they are not equal parts of a batch, such as "the head and the
+            tail". Loops that split batches themselves raise an error then. Default "": parts of a batch.
+        descents: number of descent gradients that it returns. Default 1.
+        plain_evaluations: number of gradients in a step without ascent, see `plain`. Default 1.
     """
 
     kind: ClassVar[str] = "inner_loop"
@@ -61,27 +62,33 @@ class InnerLoop(Part):
 
     def conflict(self, need: Need) -> str | None:
         if need is Need.ASCENT and not self.ascends:
-            return "it never leaves w"
+            return "it never perturbs the weights"
         if need is Need.STAYS and self.ascends:
-            return "it leaves w"
+            return "it perturbs the weights"
         return super().conflict(need)
 
     def evaluations(self, ascent: int) -> float:
-        """Gradients a step, if one ascent costs `ascent`."""
+        """The number of gradients in a step, where one ascent takes `ascent` gradients (0 or 1)."""
         return ascent + 1
 
     def plain(self, c: StepContext) -> Generator[GradientRequest, Gradients, Gradients]:
-        """The gradients of a step without ascent: by default those of the whole batch at w."""
+        """Request the gradients of a step without ascent. Default: those of the whole batch at w."""
         return (yield GradientRequest("descent"))
 
     def __call__(self, ascend: Ascend, state: State, c: StepContext) -> Passes:
-        """Ask for gradients; return the descent gradients, one list for each point, and the new state."""
+        """Request gradients; return the descent gradients, one list for each point, and the new state.
+
+        Args:
+            ascend: computes one perturbation, as `yield from ascend(...)`.
+            state: what the part remembers.
+            c: the context.
+        """
         return [(yield GradientRequest("descent", (yield from ascend())))], {}
 
 
 @dataclass(frozen=True, kw_only=True)
 class OneStep(InnerLoop):
-    """One ascent, one descent gradient. Source: Foret et al., SAM, ICLR 2021, Alg. 1."""
+    """SAM: one ascent and one descent gradient. Source: Foret et al., SAM, ICLR 2021, Alg. 1."""
 
     one_ascent: ClassVar[bool] = True
 
@@ -90,19 +97,20 @@ class OneStep(InnerLoop):
 
 @dataclass(frozen=True, kw_only=True)
 class NStep(InnerLoop):
-    """n ascents: w_{j+1} = w_j + step_j, and the descent gradient at w_n.
+    """n ascent steps w_{j+1} = w_j + step_j, and the descent gradient at w_n.
 
-    step="split": each moves by rho / n along geometry(d(w_j)). step="full": each moves by rho, and the sum is then
-    brought back to length rho if it is longer (with several groups: to sum_i ||eps_i||^2 / rho_i^2 <= 1).
+    step="split": each step has length rho / n along geometry(d(w_j)). step="full": each step has length rho, and the
+    sum is projected back to length rho if it is longer (with several groups: to sum_i ||eps_i||^2 / rho_i^2 <= 1).
 
-    Parts that remember learn from the first ascent only; the geometry's own scale (ASAM's |w|) stays that of w.
+    The memories of other parts are updated at the first ascent only. The scale of the geometry (ASAM's |w|) is that of
+    w throughout.
 
     Args:
-        n: ascents, >= 1. Default 3; 1 is one ascent.
-        step: "split" (default) or "full" (the code of Andriushchenko & Flammarion, ICML 2022).
+        n: number of ascent steps, >= 1. Default 3. 1 is SAM.
+        step: length of the steps: "split" (default) or "full" (the code of Andriushchenko & Flammarion, ICML 2022).
 
     Raises:
-        ValueError: n < 1, or another word.
+        ValueError: n < 1, or an unknown step.
 
     Source: Foret et al., SAM, ICLR 2021, Appendix (several inner steps).
 
@@ -115,7 +123,7 @@ class NStep(InnerLoop):
     needs: ClassVar = frozenset({Need.PASS_1})
     conflicts: ClassVar = {
         Need.LOSSES_AT_W: "only the first of its ascent passes is at w",
-        Need.ONE_ASCENT: "it takes several",
+        Need.ONE_ASCENT: "it takes several ascents",
         Need.FREE_START: "each of its ascent passes starts where the last one ended",
     }
     copies: ClassVar[int] = 1
@@ -152,12 +160,12 @@ class NStep(InnerLoop):
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatches(InnerLoop):
-    """mSAM: every micro-batch B_i climbs by its own gradient, and their descent gradients are averaged.
+    """mSAM: each micro-batch B_i has its own perturbation, and the descent gradients are averaged.
 
         eps_i = rho g_i / ||g_i||,   u = (1/m) sum_i grad L_{B_i}(w + eps_i)
 
-    The micro-batches are the closures of `optimizer.step([closure, ...])`, or the chunks of `passes(chunks=m)`; each
-    returns the mean loss of its own samples, and all count alike. With one of them it is SAM.
+    The micro-batches are the closures of `optimizer.step([closure, ...])`, or the chunks of `passes(chunks=m)`. Each
+    one returns the mean loss of its own samples, and all have equal weight. With one micro-batch the method is SAM.
 
     Source: Foret et al., SAM, ICLR 2021, Section 4.1 (m-sharpness); Behdin et al., mSAM: Micro-Batch-Averaged
     Sharpness-Aware Minimization, 2023.
@@ -186,7 +194,7 @@ class MicroBatches(InnerLoop):
 
 
 def accumulate(total: Gradients, new: Gradients, weight: float) -> Gradients:
-    """Total + weight * new, where a tensor without gradient counts as zero; the gradients given are not changed."""
+    """Return total + weight * new, with missing gradients as zeros. Does not change its arguments."""
     added: Gradients = list(total) if total else [None] * len(new)
     both: list[tuple[int, Tensor, Tensor]] = []
     for i, (t, g) in enumerate(zip(added, new, strict=True)):
@@ -203,17 +211,18 @@ def accumulate(total: Gradients, new: Gradients, weight: float) -> Gradients:
 
 @dataclass(frozen=True, kw_only=True)
 class DifferentBatch(InnerLoop):
-    """SAM-db, a probe: the ascent's gradient comes from another batch than the descent's.
+    """SAM-db, an experiment: the perturbation comes from another batch B' than the descent gradient.
 
         eps = rho g' / ||g'||,  g' = grad L_{B'}(w),   u = grad L_B(w + eps)
 
-    `optimizer.step([closure_of_B', closure_of_B])`, or `passes(chunks=2)`: chunk 0 climbs, chunk 1 descends.
+    Call `optimizer.step([closure_of_B', closure_of_B])`, or use `passes(chunks=2)`, where chunk 0 is B' and chunk 1 is
+    B.
 
     Raises:
-        ValueError: at the step, for another number of closures than two.
+        ValueError: at the step, if the number of closures is not two.
 
-    Source: the different-batch probe of Li & Giannakis, VaSSO, NeurIPS 2023; the same idea is a switch
-    (`--sam_use_prev_batch`) of Andriushchenko & Flammarion's code, ICML 2022.
+    Source: the different-batch experiment of Li & Giannakis, VaSSO, NeurIPS 2023. The code of Andriushchenko &
+    Flammarion, ICML 2022, has an option for the same idea (`--sam_use_prev_batch`).
 
     Example:
         >>> import flatmin
@@ -241,31 +250,33 @@ class DifferentBatch(InnerLoop):
 
 
 def _two_batches(owner: InnerLoop, c: StepContext) -> tuple[int, int]:
-    """The micro-batches to climb and to descend on."""
+    """The micro-batches of the ascent and of the descent."""
     if c.chunks != 2:
         raise ValueError(
-            f"{type(owner).__name__} wants two closures, for the batch to climb and the one to descend; got {c.chunks}."
+            f"{type(owner).__name__} needs two closures, for the batch of the ascent and that of the descent; got "
+            f"{c.chunks}."
         )
     return 0, 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeadAndTail(InnerLoop):
-    """ImbSAM: the tail of the classes climbs and descends, the head descends at w.
+    """ImbSAM: SAM for the rare classes (the tail T), and the gradient at w for the frequent classes (the head H).
 
         eps = rho g_T / ||g_T||,  g_T = grad L_T(w),   u = grad L_H(w) + grad L_T(w + eps)
 
-    `optimizer.step([closure_of_L_H, closure_of_L_T])`, or `passes(chunks=2)`: chunk 0 is the head, chunk 1 the tail.
-    The two gradients are added, so both closures divide by the size of the whole batch:
+    Call `optimizer.step([closure_of_L_H, closure_of_L_T])`, or use `passes(chunks=2)`, where chunk 0 is the head and
+    chunk 1 is the tail. The two gradients are added, so both closures divide by the size B of the whole batch:
 
         L_H = 1/B sum of the losses of head samples,   L_T = weight/B sum of the losses of tail samples
 
-    with weight = 2 in the official code, whose tail is the classes of fewer than 20 training samples; with weight = 1
-    the sum is the plain mean. A closure whose part is empty must still give a loss with a graph, so take the outputs of
-    the whole batch, as BatchNorm wants it anyway, and then the samples. What `step` returns is the mean of the two.
+    The official code has weight = 2; its tail is the classes with fewer than 20 training samples. With weight = 1 the
+    sum is the mean loss of the batch. A closure must return a loss with a graph even if the batch has no sample of its
+    part, so compute the outputs of the whole batch and then select the samples; this is also right for BatchNorm.
+    `step` returns the mean of the two losses.
 
     Raises:
-        ValueError: at the step, for another number of closures than two.
+        ValueError: at the step, if the number of closures is not two.
 
     Source: Zhou, Qu, Xu & Shen, ImbSAM: A Closer Look at Sharpness-Aware Minimization in Class-Imbalanced Recognition,
     ICCV 2023, and the authors' code.
@@ -278,9 +289,9 @@ class HeadAndTail(InnerLoop):
 
     needs: ClassVar = frozenset({Need.MICRO_BATCHES, Need.PASS_1, Need.DESCENT_LOSS})
     conflicts: ClassVar = {
-        Need.OWN_LOSS: "pass 1 sees the tail alone",
-        Need.GRADIENT_AT_W: "pass 1 sees the tail alone",
-        Need.LOSSES_AT_W: "the head is descended on without a pass before",
+        Need.OWN_LOSS: "pass 1 runs on the tail alone",
+        Need.GRADIENT_AT_W: "pass 1 runs on the tail alone",
+        Need.LOSSES_AT_W: "the head has no pass 1",
     }
     copies: ClassVar[int] = 1
     plain_evaluations: ClassVar[float] = 2.0
@@ -291,7 +302,7 @@ class HeadAndTail(InnerLoop):
 
     def _head(self, c: StepContext) -> Generator[GradientRequest, Gradients, Gradients]:
         if c.chunks != 2:
-            raise ValueError(f"HeadAndTail wants two closures, for {self.closures_for}; got {c.chunks}.")
+            raise ValueError(f"HeadAndTail needs two closures, for {self.closures_for}; got {c.chunks}.")
         return accumulate([], (yield GradientRequest("descent", chunk=0)), 1.0)
 
     def plain(self, c: StepContext) -> Generator[GradientRequest, Gradients, Gradients]:
@@ -306,10 +317,10 @@ class HeadAndTail(InnerLoop):
 
 @dataclass(frozen=True, kw_only=True)
 class BothSides(InnerLoop):
-    """One ascent, then the descent gradients at w - eps and at w + eps, in this order.
+    """CR-SAM: one ascent, then the descent gradients at w - eps and at w + eps, in this order.
 
-    The last pass, whose loss is that at w + eps, is SAM's own; the one at w - eps is a probe, which diagnostics and
-    weights of other optimizers do not see.
+    The last pass, at w + eps, is SAM's own. The pass at w - eps is ignored by diagnostics and by the weights of other
+    optimizers.
 
     Source: Wu, Luo & Wunsch, CR-SAM: Curvature Regularized Sharpness-Aware Minimization, AAAI 2024.
 
@@ -338,7 +349,7 @@ class BothSides(InnerLoop):
 
 @dataclass(frozen=True, kw_only=True)
 class NoAscent(InnerLoop):
-    """No ascent: one gradient, at w."""
+    """No perturbation: one gradient, at w."""
 
     former_names: ClassVar = ("AtW",)
     ascends: ClassVar[bool] = False
@@ -352,17 +363,17 @@ class NoAscent(InnerLoop):
 
 @dataclass(frozen=True, kw_only=True)
 class GradientNormAscent(InnerLoop):
-    """The gradients of GAM and C-Flat: up the loss, and up the loss again from a step up the gradient's norm.
+    """GAM, C-Flat: the gradients after an ascent of the loss, of the gradient norm, and of both in turn.
 
         g_1 = grad L(w + eps(g)),   eps(g) = rho g / ||g||
         e   = ratio rho (g_1 - g) / ||g_1 - g||
         g_2 = grad L(w + e),   g_3 = grad L(w + e + eps(g_2))
 
-    (g_1 - g) / rho is, to first order, the gradient of ||g||. Returned are g_1, g_2 and g_3; eps is that of the recipe,
-    so that other directions, masks and norms hold for it too.
+    (g_1 - g) / rho is the gradient of ||g|| to first order. The descent gradients are g_1, g_2 and g_3. eps is the
+    recipe's perturbation, so the recipe's direction, mask and geometry apply to it.
 
     Args:
-        ratio: length of e in radii, > 0. Default 10 (GAM's code: radii 0.02 and 0.2).
+        ratio: length of e, as a multiple of rho, > 0. Default 10 (GAM's code: radii 0.02 and 0.2).
 
     Raises:
         ValueError: ratio <= 0.
@@ -377,8 +388,8 @@ class GradientNormAscent(InnerLoop):
 
     needs: ClassVar = frozenset({Need.PASS_1, Need.GRADIENT_AT_W})
     conflicts: ClassVar = {
-        Need.LOSSES_AT_W: "it climbs twice, and its second ascent does not start at w",
-        Need.ONE_ASCENT: "it takes two",
+        Need.LOSSES_AT_W: "it takes two ascents, and the second does not start at w",
+        Need.ONE_ASCENT: "it takes two ascents",
     }
     uses_gradient: ClassVar = True
     copies: ClassVar = 2
@@ -399,7 +410,7 @@ class GradientNormAscent(InnerLoop):
         g, index, factors, eps = up.gradients, up.index, [self.ratio * f for f in up.factors], up.eps
         first = yield GradientRequest("descent", up, share=0.0)
         away = _along_the_difference(g, first, index, factors, eps, c)
-        del g, up  # what is not needed in the last pass is not held through it
+        del g, up  # frees memory before the last pass
         up = yield from ascend(Perturbation.of(list(away), list(away.values()), c) if away else None)
         if up is None:
             return [first] * 3, {}
@@ -424,7 +435,7 @@ def _along_the_difference(
     eps: float,
     c: StepContext,
 ) -> dict[int, Tensor]:
-    """The displacement along after - before, in Euclidean norm, by position; of tensors that have both."""
+    """The displacement along after - before, in Euclidean norm, for tensors that have both; position -> tensor."""
     both = [i for i in index if before[i] is not None and after[i] is not None]
     if not both:
         return {}
@@ -438,21 +449,20 @@ def _along_the_difference(
 
 @dataclass(frozen=True, kw_only=True)
 class Extrapolation(InnerLoop):
-    """SAMPa's two gradients, neither of which waits for the other: at w + eps and at the extrapolated point.
+    """SAMPa: two gradients that do not depend on each other, at w + eps and at the extrapolated point y.
 
         eps = rho v / ||v||,   y = w - lr (v + weight_decay w + momentum b)
 
-    with v = the gradient at the last step's y, and b the base's momentum where there is one; the first step is the
-    base's, with v its gradient.
-
-    The two can run on two devices at once. Here they run one after the other, so that a step costs what SAM's costs.
+    v is the gradient at the last step's y, and b is the base optimizer's momentum if there is one. The first step is
+    the base optimizer's own, and v is its gradient. Two devices could compute the two gradients at once; here they are
+    computed one after the other, so that a step costs as much as SAM's.
 
     Args:
-        batch: of the gradient at w + eps: "same" (default, as the paper writes) or "previous" (official code): then the
-            step takes two closures, of the batch before and of this one.
+        batch: batch of the gradient at w + eps: "same" (default, as in the paper) or "previous" (official code). With
+            "previous" a step takes two closures, for the previous batch and for this one.
 
     Raises:
-        ValueError: another word; at construction of the optimizer, for another base than SGD.
+        ValueError: an unknown batch; when the optimizer is built, a base other than SGD.
 
     Source: Xie, Pethick & Cevher, SAMPa: Sharpness-aware Minimization Parallelized, NeurIPS 2024, Alg. 1 and its code
     (`train.py`), which adds the base's decay and momentum to y.
@@ -464,7 +474,7 @@ class Extrapolation(InnerLoop):
     """
 
     needs: ClassVar = frozenset({Need.SGD, Need.LR})
-    conflicts: ClassVar = {Need.ONE_ASCENT: "it takes a second gradient beside the ascent"}
+    conflicts: ClassVar = {Need.ONE_ASCENT: "it takes a second gradient besides the ascent"}
     reads: ClassVar = {"gradient": "direction.gradient"}
     copies: ClassVar = 1
     descents: ClassVar = 2

@@ -1,9 +1,8 @@
-"""Losses of the papers: pure functions of logits and class indices.
+"""Losses of the papers, as pure functions of logits and class indices.
 
-`bisam_log` and `bisam_tanh` are BiSAM's lower bounds of the 0-1 loss (the loss that is climbed), with the arguments
-`weight`, `ignore_index` and `reduction` of `torch.nn.functional.cross_entropy`;
-`smoothed_cross_entropy` is cross-entropy with label smoothing in the two forms in use; `trajectory` is the term that
-MESA and SAF add to it.
+`bisam_log` and `bisam_tanh` are BiSAM's lower bounds of the 0-1 loss, which its ascent maximises. They take the
+arguments `weight`, `ignore_index` and `reduction` of `torch.nn.functional.cross_entropy`. `smoothed_cross_entropy` is
+cross-entropy with label smoothing in two common forms. `trajectory` is the term that MESA and SAF add to the loss.
 """
 
 import math
@@ -18,14 +17,14 @@ from torch.nn import functional as F
 # exp(mu * (phi - 1)) must not underflow at the true class, where phi = 0.
 _DIRECT_EXP_LIMIT = 60.0
 _BLOCK = 1 << 19  # elements
-_SOFT = "soft targets have no margin to a true class"
+_SOFT = "soft targets are not supported, because they have no true class"
 Reduction = Literal["mean", "sum", "none"]
 # phi(0) = 0 for phi(x) = 1 - log(1 + exp(gamma - x)).
 GAMMA = math.log(math.e - 1.0)
 
 
 def check_logits(logits: Tensor, target: Tensor) -> None:
-    """Refuse anything but logits (N, K) with class indices (N,), by shape and dtype only (no synchronisation)."""
+    """Raise an error unless these are logits (N, K) and class indices (N,). Reads shapes and dtypes only."""
     for name, x in (("logits", logits), ("class indices", target)):
         if not isinstance(x, Tensor):
             raise TypeError(f"expected a tensor of {name}, got {type(x).__name__}.")
@@ -33,7 +32,7 @@ def check_logits(logits: Tensor, target: Tensor) -> None:
         raise ValueError(f"expected class indices, got targets of the logits' shape {tuple(target.shape)}; {_SOFT}.")
     if logits.ndim != 2:
         raise ValueError(
-            f"expected logits of shape (N, K), got {tuple(logits.shape)}; move other dimensions into N first."
+            f"expected logits of shape (N, K), got {tuple(logits.shape)}; flatten all other dimensions into N first."
         )
     if target.ndim != 1 or target.shape[0] != logits.shape[0]:
         raise ValueError(f"expected class indices of shape ({logits.shape[0]},), got {tuple(target.shape)}; {_SOFT}.")
@@ -42,7 +41,7 @@ def check_logits(logits: Tensor, target: Tensor) -> None:
 
 
 def margins(logits: Tensor, target: Tensor) -> Tensor:
-    """F_j = f_j - f_y for all classes j, the true class included (F_y = 0). Shape (N, K)."""
+    """The margins F_j = f_j - f_y of all classes j, with F_y = 0 for the true class y. Shape (N, K)."""
     check_logits(logits, target)
     return logits - logits.gather(1, target[:, None].long())
 
@@ -58,26 +57,26 @@ def bisam_log(
 ) -> Tensor:
     """BiSAM's smooth lower bound of the 0-1 loss with phi(x) = 1 - log(1 + exp(gamma - x)).
 
-    Q = (1/N) sum_i (1/mu) log sum_j exp(mu phi(F_ij)), gamma = log(e - 1), so that phi(0) = 0 and phi < 1.
-    Evaluated as 1 + (1/mu) log sum_j sigmoid(F_ij - gamma)^mu, which is finite for any finite logits because the
-    true class always contributes sigmoid(-gamma) = 1/e.
+    Q = (1/N) sum_i (1/mu) log sum_j exp(mu phi(F_ij)) with the margins F_ij = f_ij - f_{i,y_i} and gamma = log(e - 1),
+    so that phi(0) = 0 and phi < 1. It is computed as 1 + (1/mu) log sum_j sigmoid(F_ij - gamma)^mu, which is finite for
+    all finite logits, since the true class always contributes sigmoid(-gamma) = 1/e.
 
     Args:
-        logits: (N, K), (N, K, d1, ...) or (N, d1, ..., K), any floating dtype.
-        target: class indices, (N,) or (N, d1, ...).
+        logits: shape (N, K), (N, K, d1, ...) or (N, d1, ..., K), any floating dtype.
+        target: class indices, shape (N,) or (N, d1, ...).
         mu: sharpness of the soft maximum over classes, > 0. Default 1 (original code, `loss_fnc.py`).
-        weight: (K,), a weight for each class; the mean is then sum_i weight[y_i] Q_i / sum_i weight[y_i].
-            Default None: all count alike.
-        ignore_index: targets that do not count. Default -100.
-        reduction: "mean" over the targets that count, the default, their "sum", or "none": one value for each target,
-            shaped like it, 0 for ignored ones.
+        weight: shape (K,), a weight for each class; the mean is then sum_i weight[y_i] Q_i / sum_i weight[y_i].
+            Default None: equal weights.
+        ignore_index: targets with this value are ignored. Default -100.
+        reduction: "mean" (default) or "sum" over the targets that are not ignored, or "none": one value for each
+            target, in the shape of `target`, 0 for ignored ones.
 
     Returns:
-        A scalar, or with "none" the Q_i; max_j phi(F_j) <= Q_i <= max_j phi(F_j) + log(K)/mu. The mean over no target
-        is NaN, as that of torch's cross-entropy.
+        A scalar, or the Q_i if reduction is "none". max_j phi(F_j) <= Q_i <= max_j phi(F_j) + log(K)/mu. The mean over
+        no targets is NaN, as in torch's cross-entropy.
 
     Raises:
-        ValueError, TypeError: for other shapes or dtypes.
+        ValueError, TypeError: other shapes or dtypes.
 
     Source: Xie et al., Improving SAM Requires Rethinking its Optimization Formulation, ICML 2024, Eq. 11.
     """
@@ -86,8 +85,8 @@ def bisam_log(
 
 
 def _log_sum_log(margin: Tensor, mu: float) -> Tensor:
-    """Log sum_j exp(mu phi(F_j)) of each row, phi of BiSAM(-log); `margin` is overwritten."""
-    # The margin comes before the shift, so that F_y is exactly 0.
+    """The logarithm of sum_j exp(mu phi(F_j)) of each row, with phi of BiSAM(-log). Overwrites `margin`."""
+    # The margin is computed before the shift, so that F_y is exactly 0.
     shifted = margin.sub_(GAMMA)
     if mu == 1.0:
         return mu + shifted.sigmoid_().sum(1).log()
@@ -116,15 +115,15 @@ def bisam_tanh(
         mu: sharpness of the soft maximum over classes, > 0. Default 10 (the original function's default; the
             original command line passes 1).
         alpha: slope of phi at 0, > 0. Default 0.1 (original code).
-        weight: see `bisam_log`, as all that follow.
+        weight: see `bisam_log`.
         ignore_index: see `bisam_log`.
         reduction: see `bisam_log`.
 
     Returns:
-        A scalar, or with "none" the Q_i; max_j phi(F_j) <= Q_i <= max_j phi(F_j) + log(K)/mu.
+        A scalar, or the Q_i if reduction is "none". max_j phi(F_j) <= Q_i <= max_j phi(F_j) + log(K)/mu.
 
     Raises:
-        ValueError, TypeError: for other shapes or dtypes.
+        ValueError, TypeError: other shapes or dtypes.
 
     Source: Xie et al., ICML 2024, Eq. 11.
     """
@@ -133,8 +132,8 @@ def bisam_tanh(
 
 
 def _log_sum_tanh(margin: Tensor, mu: float, alpha: float) -> Tensor:
-    """Log sum_j exp(mu tanh(alpha F_j)) of each row; `margin` is overwritten."""
-    # tanh(a) = 2 sigmoid(2a) - 1, and sigmoid is several times cheaper than tanh on a CPU.
+    """The logarithm of sum_j exp(mu tanh(alpha F_j)) of each row. Overwrites `margin`."""
+    # tanh(a) = 2 sigmoid(2a) - 1, and sigmoid is several times faster than tanh on a CPU.
     s = margin.mul_(2.0 * alpha).sigmoid_()
     if 0.0 < mu <= _DIRECT_EXP_LIMIT:
         # phi <= 1, so the shifted exponent never overflows, and phi_y = 0 keeps the sum above exp(-mu).
@@ -150,7 +149,7 @@ def _over_batch(
     ignore_index: int,
     reduction: Reduction,
 ) -> Tensor:
-    """`rows` of the margins, reduced over the targets that count, as `torch.nn.functional.cross_entropy` does."""
+    """`rows` of the margins, reduced as in `torch.nn.functional.cross_entropy`."""
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}.")
     logits, flat = _in_rows(logits, target)
@@ -161,7 +160,7 @@ def _over_batch(
     q = (q if share is None else q * share).where(counted, 0)
     if reduction == "none":
         return q.reshape(target.shape)
-    # A sum over many pixels leaves the range of float16.
+    # A sum over many pixels can exceed the range of float16.
     total = q.sum(dtype=torch.promote_types(q.dtype, torch.float32))
     if reduction == "mean":
         total = total / (counted if share is None else share.where(counted, 0)).sum()
@@ -169,7 +168,7 @@ def _over_batch(
 
 
 def _in_rows(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits as (M, K) and class indices as (M,); the classes are dimension 1, as in torch's losses, or the last."""
+    """Reshape logits to (M, K), class indices to (M,). Classes are dimension 1, as in torch's losses, or the last."""
     if isinstance(logits, Tensor) and isinstance(target, Tensor) and target.ndim == logits.ndim - 1 >= 2:
         for dim in (1, -1):
             last = logits.movedim(dim, -1)
@@ -186,7 +185,7 @@ def _in_rows(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _by_blocks(rows: Callable[[Tensor], Tensor], logits: Tensor, target: Tensor) -> Tensor:
-    """`rows` of the margins; on a CPU in blocks whose temporaries stay in the cache."""
+    """`rows` of the margins; on a CPU in blocks whose temporaries fit into the cache."""
     if logits.device.type != "cpu" or logits.numel() <= 2 * _BLOCK:
         return rows(margins(logits, target))
     size = max(1, _BLOCK // logits.shape[1])
@@ -200,21 +199,22 @@ def smoothed_cross_entropy(
     form: Literal["torch", "others"] = "others",
     reduction: Literal["mean", "none"] = "mean",
 ) -> Tensor:
-    """Cross-entropy against smoothed labels.
+    """Cross-entropy with label smoothing.
 
-    `form="others"`: target 1 - s on the true class and s/(K-1) on each other one, as a KL divergence (the target's
-    entropy is subtracted, so the minimum is 0): the BiSAM and davda54 code. `form="torch"`: s/K on every class, as
+    `form="others"`: the target is 1 - s for the true class and s/(K-1) for each other class, and the loss is a KL
+    divergence (cross-entropy minus the entropy of the target, so that its minimum is 0), as in the code of BiSAM and
+    davda54. `form="torch"`: s/K is spread over all classes, as in
     `torch.nn.functional.cross_entropy(label_smoothing=s)`.
 
     Args:
-        logits: (N, K).
-        target: (N,) class indices.
-        smoothing: s in [0, 1). Default 0.1.
-        form: which smoothing. Default "others".
-        reduction: "mean" over the batch, the default, or "none": one loss per sample, shape (N,).
+        logits: shape (N, K).
+        target: class indices, shape (N,).
+        smoothing: s, in [0, 1). Default 0.1.
+        form: "others" (default) or "torch", see above.
+        reduction: "mean" (default) over the batch, or "none": one loss for each sample, shape (N,).
 
     Raises:
-        ValueError: for s outside [0, 1), an unknown form, or K = 1 with form "others".
+        ValueError: s outside [0, 1), an unknown form, or K = 1 with form "others".
     """
     if not 0.0 <= smoothing < 1.0:
         raise ValueError(f"smoothing must be in [0, 1), got {smoothing}.")
@@ -244,27 +244,28 @@ def trajectory(
     known: Tensor | None = None,
     reduction: Literal["mean", "none"] = "mean",
 ) -> Tensor:
-    r"""The trajectory term of MESA and SAF: how far outputs have moved from earlier ones.
+    r"""The trajectory loss of MESA and SAF: how far the outputs have moved away from earlier outputs.
 
     .. math::
         \tau^2 \frac{1}{B} \sum_i \mathrm{KL}(\mathrm{softmax}(r_i / \tau) \,\|\, \mathrm{softmax}(z_i / \tau))
 
-    r is a constant: the gradient in z_i is (tau / B)(softmax(z_i / tau) - softmax(r_i / tau)). The whole loss is
-    CE + lam * trajectory. MESA takes r from an average of the weights, `flatmin.optim.WeightAverage`, SAF from records,
-    `flatmin.optim.RecordedLogits`. Computed in float32 or better, also under autocast.
+    r is a constant, so the gradient in z_i is (tau / B)(softmax(z_i / tau) - softmax(r_i / tau)). The loss to train
+    with is CE + lam * trajectory. For MESA, r are the outputs of averaged weights (`flatmin.optim.WeightAverage`); for
+    SAF, recorded logits (`flatmin.optim.RecordedLogits`). Computed in float32 or better, also under autocast.
 
     Args:
-        logits: z, (B, K), or (B, ..., K) with the classes in the last dimension; finite.
-        reference: r, of the same shape, on any device.
-        tau: temperature, > 0 and finite. Default 5 (both codes).
-        known: (B, ...), booleans, True where there is a reference; the others count in B and add 0. Default None: all.
-        reduction: "mean" over all but the classes, the default, or "none": their values, shape (B, ...).
+        logits: z, shape (B, K), or (B, ..., K) with the classes in the last dimension. Must be finite.
+        reference: r, in the shape of `logits`, on any device.
+        tau: temperature, > 0 and finite. Default 5 (the official code of both).
+        known: booleans of shape (B, ...), True where there is a reference. The others contribute 0 and are counted in
+            B. Default None: all have a reference.
+        reduction: "mean" (default) over all dimensions but the classes, or "none": shape (B, ...).
 
     Raises:
-        ValueError, TypeError: for other shapes, dtypes, tau or reductions.
+        ValueError, TypeError: other shapes or dtypes, tau out of range, or an unknown reduction.
 
-    Source: Du, Zhou, Feng, Tan & Zhou, Sharpness-Aware Training for Free, NeurIPS 2022. Their codes have lam = 0.3
-    (MESA) and 0.16 (SAF), while 5 < epoch < 360 (MESA) or 300 (SAF), counted from 0.
+    Source: Du, Zhou, Feng, Tan & Zhou, Sharpness-Aware Training for Free, NeurIPS 2022. The official code uses
+    lam = 0.3 (MESA) and 0.16 (SAF), while 5 < epoch < 360 (MESA) or 300 (SAF), counted from 0.
     """
     if not 0 < tau < math.inf:
         raise ValueError(f"tau must be a finite number above 0, got {tau!r}.")
@@ -272,7 +273,7 @@ def trajectory(
         raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}.")
     for name, x in (("logits", logits), ("reference logits", reference)):
         if not isinstance(x, Tensor):
-            raise TypeError(f"expected a tensor of {name}, got {type(x).__name__}; take the logits out of it.")
+            raise TypeError(f"expected a tensor of {name}, got {type(x).__name__}; pass its logits.")
     if logits.ndim < 2 or reference.shape != logits.shape:
         raise ValueError(
             f"expected logits of shape (B, ..., K) and a reference of the same shape, got {tuple(logits.shape)} and "
@@ -287,7 +288,7 @@ def trajectory(
     reference = reference.detach().to(logits.device, dtype)
     if known is not None:
         known = known.to(logits.device)
-        reference = reference.where(known[..., None], 0)  # a nan there would reach the gradient
+        reference = reference.where(known[..., None], 0)  # a NaN there would reach the gradient
     past = F.log_softmax(reference / tau, -1)
     present = F.log_softmax(logits.to(dtype) / tau, -1)
     terms = tau * tau * F.kl_div(present, past, reduction="none", log_target=True).sum(-1)

@@ -1,4 +1,4 @@
-"""Which weights move?"""
+"""Masks: which weights are perturbed?"""
 
 import fnmatch
 import re
@@ -15,18 +15,18 @@ __all__ = ["All", "Layers", "Mask", "Named", "StochasticWeightPerturbation"]
 
 @dataclass(frozen=True, kw_only=True)
 class Mask(Part):
-    """Which weights move?
+    """Base class of masks: which weights are perturbed?
 
     Attributes:
-        norm: "inside", the default, if the mask acts before the norm is taken, so that the masked displacement has
-            length rho; "full" if it acts after.
-        selects: whether some tensors cannot move at all; true where `select` is defined.
-        keeps_graph: whether pass 1 may have to keep its graph; true where `graph` is defined.
-        weighs: whether it has factors for the moving ones; true where `__call__` is defined.
+        norm: "inside" (default): the mask is applied before the norm is computed, so that the masked perturbation has
+            length rho. "full": it is applied afterwards.
+        selects: whether some tensors are never perturbed. True if `select` is defined.
+        keeps_graph: whether pass 1 may have to keep its graph. True if `graph` is defined.
+        weighs: whether it multiplies perturbed tensors by factors. True if `__call__` is defined.
     """
 
     kind: ClassVar[str] = "mask"
-    question: ClassVar[str] = "which weights move?"
+    question: ClassVar[str] = "which weights are perturbed?"
     declared_by: ClassVar = {
         "selects": "select",
         "keeps_graph": "graph",
@@ -38,18 +38,18 @@ class Mask(Part):
     weighs: ClassVar[bool] = False
 
     def select(self, c: StepContext) -> Sequence[bool] | None:
-        """Which tensors can move at all (None: every one); the others cost nothing.
+        """Which tensors may be perturbed, one boolean each (None: all). The others cost no memory and no time.
 
-        Asked at construction too, so that a selection of nothing is refused there by raising ValueError.
+        Also called when the optimizer is built. Raise ValueError if nothing is selected.
         """
         return None
 
     def graph(self, state: State, c: StepContext) -> bool:
-        """Whether pass 1 shall keep its graph, so that `StepContext.curvature` works in this step's call."""
+        """Whether pass 1 must keep its graph, so that `__call__` can use `StepContext.curvature` in this step."""
         return False
 
     def __call__(self, d: Tensors, state: State, c: StepContext) -> tuple[Tensors | list[float] | None, NewState]:
-        """Factors per element or per tensor (None: all ones) and the new state."""
+        """The factors, one tensor or one number for each tensor (None: all ones), and the new state."""
         return None, {}
 
 
@@ -58,7 +58,7 @@ NORM_LAYERS = "*BatchNorm*,*InstanceNorm*,*LayerNorm*,*GroupNorm*,*RMSNorm*"
 
 @dataclass(frozen=True, kw_only=True)
 class All(Mask):
-    """Every tensor of the groups with rho > 0 moves."""
+    """SAM: all tensors of param groups with rho > 0 are perturbed."""
 
 
 def _patterns(text: str) -> list[str]:
@@ -71,19 +71,19 @@ def _chosen(names: Sequence[str], patterns: list[str]) -> list[bool]:
 
 @dataclass(frozen=True, kw_only=True)
 class Named(Mask):
-    """Only tensors whose name matches move; before the norm, so that their displacement has length rho.
+    """Perturbs only the tensors whose names match. Their perturbation has length rho.
 
-    The others cost no copy and no work.
+    The other tensors cost no memory and no time.
 
     Args:
-        only: shell patterns of parameter names joined by commas, e.g. "head.*,*.bias"; "*" is every tensor. Names are
-            those of the model itself: the levels that DataParallel, DistributedDataParallel, FSDP and torch.compile
-            add ("module.", "_orig_mod.") are left out, and may stand in a pattern. Default "*".
-        but: patterns of names that stay although they match. Default "".
+        only: shell patterns of parameter names, separated by commas, for example "head.*,*.bias". Names are those of
+            the model itself, without the levels that DataParallel, DistributedDataParallel, FSDP and torch.compile add
+            ("module.", "_orig_mod."); a pattern may contain these levels. Default "*": all tensors.
+        but: patterns of names to exclude. Default "": none.
 
     Raises:
-        ValueError: at construction of the optimizer, for a pattern that matches nothing, or if nothing is left; at a
-            step, for a weight without a name that has been put into a group since.
+        ValueError: when the optimizer is built, if a pattern matches no name or nothing is left; at a step, if a weight
+            without a name was added to a param group.
 
     Example:
         >>> import flatmin
@@ -99,7 +99,7 @@ class Named(Mask):
         names = c.names
         if "" in names:
             shape = tuple(c.w[names.index("")].shape)
-            raise ValueError(f"Named: a weight of shape {shape} was put into a param group and has no name; {_RENEW}")
+            raise ValueError(f"Named: a weight of shape {shape} was added to a param group but has no name; {_RENEW}")
         moves = [False] * len(names)
         for patterns, value in ((self.only, True), (self.but, False)):
             for pattern in _patterns(patterns):
@@ -110,15 +110,15 @@ class Named(Mask):
                     raise ValueError(f"Named: no parameter matches {pattern!r}{hint}")
                 moves = [value if match else before for match, before in zip(matches, moves, strict=True)]
         if not any(moves):
-            raise ValueError(f"Named: only={self.only!r}, but={self.but!r} leaves no parameter to move.")
+            raise ValueError(f"Named: only={self.only!r}, but={self.but!r} leaves no parameter to perturb.")
         return moves
 
 
-_RENEW = "register it in the module that was given as model=, or build the optimizer anew."
+_RENEW = "register it in the module given as model=, or build a new optimizer."
 
 
 def _matching(names: Sequence[str], pattern: str) -> list[bool]:
-    """Which names match; a pattern that names the levels of wrappers matches the names below them."""
+    """Which names match. A pattern with the levels that wrappers add matches the names without them."""
     matches = _chosen(names, [pattern])
     if any(matches):
         return matches
@@ -128,7 +128,7 @@ def _matching(names: Sequence[str], pattern: str) -> list[bool]:
 
 
 def _holding(pattern: str, names: Sequence[str]) -> list[str]:
-    """The names that hold the longest word of a pattern."""
+    """The names that contain the longest word of a pattern."""
     words = sorted(re.findall(r"\w+", pattern), key=len)
     return [name for name in names if words and words[-1].lower() in name.lower()]
 
@@ -139,15 +139,15 @@ def _some(names: Sequence[str]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Layers(Mask):
-    """SAM-ON: only tensors of certain kinds of layers move; before the norm, so that their displacement has length rho.
+    """SAM-ON: perturbs only the tensors of certain types of layers. Their perturbation has length rho.
 
-    The others cost no copy and no work.
+    The other tensors cost no memory and no time.
 
     Args:
-        kinds: shell patterns of module class names joined by commas. Default: all normalisation layers.
+        kinds: shell patterns of module class names, separated by commas. Default: all normalisation layers.
 
     Raises:
-        ValueError: at construction of the optimizer, if no layer of the model matches.
+        ValueError: when the optimizer is built, if no layer of the model matches.
 
     Source: Mueller et al., Normalization Layers Are All That Sharpness-Aware Minimization Needs, NeurIPS 2023.
 
@@ -164,24 +164,25 @@ class Layers(Mask):
         if "" in c.layers:
             shape = tuple(c.w[list(c.layers).index("")].shape)
             raise ValueError(
-                f"Layers: a weight of shape {shape} was put into a param group and is in no layer; {_RENEW}"
+                f"Layers: a weight of shape {shape} was added to a param group but belongs to no layer; {_RENEW}"
             )
         moves = _chosen(c.layers, _patterns(self.kinds))
         if not any(moves):
             trained = ", ".join(sorted(set(c.layers)))
-            raise ValueError(f"Layers: no layer matches {self.kinds!r}; the trained ones are {trained}.")
+            raise ValueError(f"Layers: no layer matches {self.kinds!r}; the trained layers are {trained}.")
         return moves
 
 
 @dataclass(frozen=True, kw_only=True)
 class StochasticWeightPerturbation(Mask):
-    """ESAM's SWP: each tensor moves with probability beta and then by 1/beta; after the norm over all tensors.
+    """ESAM's SWP: perturbs each tensor with probability beta, scaled by 1/beta.
 
-    So eps is SAM's in the mean (the paper's form). The official code takes the norm over the moving tensors only, whose
-    ||eps|| is rho / beta. Drawn from the engine's generator, so that replicas agree.
+    The norm is that of all tensors, so that the mean of eps is SAM's (the paper's form). The official code takes the
+    norm of the perturbed tensors only, so that ||eps|| is rho / beta. Draws come from the engine's generator and are
+    the same on all replicas.
 
     Args:
-        beta: in (0, 1]. Default 0.6 (the official `run.sh`); 1 is every tensor.
+        beta: probability, in (0, 1]. Default 0.6 (the official `run.sh`). With 1 all tensors are perturbed.
 
     Raises:
         ValueError: beta outside (0, 1].

@@ -1,4 +1,4 @@
-"""From names to recipes: the table with its plugins, and the composition of names and parameters.
+"""Turns names and parameters into recipes, with the built-in methods and those of plugins.
 
 >>> from flatmin.methods import compose
 >>> recipe = compose("vasso+bisam-log+asam", theta=0.8)
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["BASE", "ELSEWHERE", "ENTRY_POINTS", "METHODS", "compose", "method_table"]
 
 ENTRY_POINTS = "flatmin.methods"
-BASE = "sgd"  # the method without an ascent, whatever the base optimizer is; "base" is another word for it
+BASE = "sgd"  # the method without a perturbation, whatever the base optimizer is; "base" is an alias
 METHODS: Mapping[str, Method] = {m.name: m for m in BUILT_IN}
 # Names that the literature gives to more than one method.
 _AMBIGUOUS = {
@@ -56,17 +56,20 @@ ELSEWHERE: Mapping[str, str] = {
 
 
 def elsewhere(name: str) -> str | None:
-    """What a method that is no recipe is instead, and where; None for any other name."""
+    """For a method that is not a recipe: its form and the page that describes it. None for any other name."""
     return ELSEWHERE.get(name.lower().replace("_", "-"))
 
 
 def method_table(plugins: Sequence[str] = ()) -> dict[str, Method]:
-    """All methods by name: built in, from entry points of the group "flatmin.methods", and from plugin modules.
+    """All methods by name: the built-in ones, those of entry points in the group "flatmin.methods", those of plugins.
 
-    A plugin is an importable module with a dict `METHODS` of name -> `Method`; an entry point refers to such a dict.
+    A plugin is an importable module with a dict `METHODS` of name -> `Method`. An entry point refers to such a dict.
+
+    Args:
+        plugins: names of plugin modules to import. Default ().
 
     Raises:
-        ValueError: a plugin that cannot be imported or has no such dict, or a name that is taken.
+        ValueError: a plugin cannot be imported or has no such dict, or one of its names is already taken.
     """
     table = dict(METHODS)
     for entry in _installed(tuple(sys.path)):
@@ -75,14 +78,14 @@ def method_table(plugins: Sequence[str] = ()) -> dict[str, Method]:
         try:
             module = importlib.import_module(name)
         except ImportError as error:
-            raise ValueError(f"plugin {name!r} cannot be imported: {error}.") from error
+            raise ValueError(f"plugin {name!r} could not be imported: {error}.") from error
         _merge(table, getattr(module, "METHODS", None), f"plugin {name!r}")
     return table
 
 
 @lru_cache(maxsize=4)
 def _installed(path: tuple[str, ...]) -> EntryPoints:
-    """The methods of installed packages; looking for them reads a file of each package on the path."""
+    """The entry points of installed packages. Cached, since the search reads a file of every package on the path."""
     from importlib.metadata import entry_points
 
     return entry_points(group=ENTRY_POINTS)
@@ -90,28 +93,32 @@ def _installed(path: tuple[str, ...]) -> EntryPoints:
 
 def _merge(table: dict[str, Method], new: Any, origin: str) -> None:
     if not isinstance(new, Mapping) or not all(isinstance(m, Method) for m in new.values()):
-        raise ValueError(f"{origin} needs a dict METHODS of name -> flatmin.methods.Method.")
+        raise ValueError(f"{origin} must define a dict METHODS that maps names to flatmin.methods.Method objects.")
     for name, method in new.items():
         if "+" in name or name != method.name:
-            raise ValueError(f"{origin}: key {name!r} must equal the method's name and contain no '+'.")
+            raise ValueError(f"{origin}: the key {name!r} must equal the method's name and must not contain '+'.")
         if name in table and table[name] is not method:
-            raise ValueError(f"{origin}: the name {name!r} is taken.")
+            raise ValueError(f"{origin}: the name {name!r} is already taken; choose another one.")
         table[name] = method
 
 
 def compose(name: str, table: Mapping[str, Method] | None = None, **params: Any) -> Recipe:
-    """The recipe of one or several names joined by "+", each name giving the parts it sets.
+    """Make a recipe from one or several names joined by "+"; each name contributes the parts that it sets.
 
     Args:
-        name: e.g. "sam", "vasso+bisam-log+asam". Neither the order nor the case matters. "base" is the base optimizer
-            alone, as "sgd" is.
-        table: names to choose from. Default: built-ins, then entry points.
-        params: parameters of the parts: `theta=0.8` if exactly one part has it, else qualified by kind:
-            `direction=dict(theta=0.8)`, `direction=EMA(theta=0.8)` or `**{"direction.theta": 0.8}`. `when` and `points`
-            stand for `schedule` and `inner_loop`.
+        name: for example "sam" or "vasso+bisam-log+asam". Order and case do not matter. "base" is the base optimizer
+            alone, like "sgd".
+        table: the methods to choose from. Default: the built-in ones and those of entry points.
+        params: parameters of the parts. Write `theta=0.8` if exactly one part has a parameter of this name; else
+            qualify it by the part's kind: `direction=dict(theta=0.8)`, `direction=EMA(theta=0.8)` or
+            `**{"direction.theta": 0.8}`. `when` and `points` are accepted for `schedule` and `inner_loop`.
+
+    Returns:
+        The recipe. All parts that no name sets are SAM's.
 
     Raises:
-        ValueError: unknown name or parameter, two names that set the same part, contradicting parts, bad values.
+        ValueError: an unknown name or parameter, two names that set the same part, parts that contradict each other, or
+            a value out of range.
     """
     names = [n.strip() for n in name.split("+")]
     if table is None:
@@ -139,7 +146,7 @@ def compose(name: str, table: Mapping[str, Method] | None = None, **params: Any)
 
 
 def _spelled(name: str, table: Mapping[str, Method]) -> str:
-    """The table's own spelling of a name in another case; the name itself if the table has it, or nothing like it."""
+    """The name as the table spells it, matched without regard to case; the name unchanged if nothing matches."""
     if name.lower() == "base" and name not in table:
         return BASE
     alike = [name] if name in table else [entry for entry in table if entry.lower() == name.lower()]
@@ -147,13 +154,13 @@ def _spelled(name: str, table: Mapping[str, Method]) -> str:
 
 
 def _guess(name: str, table: Mapping[str, Method]) -> str:
-    """What may be meant by an unknown name: a method of this title, or one whose name is near."""
+    """The end of an error message: a method with this title or with a similar name, if there is one."""
     titled = [entry for entry, method in table.items() if method.title.lower() == name.lower()]
     return f"; did you mean {titled[0]!r}?" if titled else suggest(name, (*table, *ELSEWHERE))
 
 
 def _by_kind(name: str, chosen: Mapping[str, Part], params: Mapping[str, Any]) -> dict[str, Any]:
-    """{kind: part or {field: value}} from the three ways of writing a parameter."""
+    """Bring the three ways of writing a parameter into one form: {kind: part or {field: value}}."""
     by_kind: dict[str, Any] = {}
     for word, value in params.items():
         key = current_word(word)
@@ -177,7 +184,7 @@ def _by_kind(name: str, chosen: Mapping[str, Part], params: Mapping[str, Any]) -
                 raise ValueError(f"{name!r} has no parameter {key!r}{suggest(key, fields)}{listed}")
             kind, fld = holders[0], key
         if isinstance(by_kind.get(kind), Part):
-            raise ValueError(f"{kind} is given as a part and as {key!r}; choose one.")
+            raise ValueError(f"{kind} is given both as a part and by {key!r}; give one of the two.")
         by_kind.setdefault(kind, {})[fld] = value
     return by_kind
 

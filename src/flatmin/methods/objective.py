@@ -1,4 +1,4 @@
-"""Which loss is climbed?"""
+"""Objectives: which loss does the ascent maximise?"""
 
 import math
 from dataclasses import dataclass
@@ -15,59 +15,60 @@ __all__ = ["BiSAMLog", "BiSAMTanh", "FunctionalSAM", "Objective", "SameLoss"]
 
 @dataclass(frozen=True, kw_only=True)
 class Objective(Part):
-    """Which loss is climbed?
+    """Base class of objectives: which loss does the ascent maximise?
 
     Attributes:
-        by_class: whether the ascent loss is one of class logits and class indices; `ascent` then gets the arguments of
-            the wrapped loss by which targets count, as the keywords `weight`, `ignore_index` and `reduction`. Default
-            False.
-        keeps: whether pass 2 descends a loss of its own, made of what pass 1 has left; true where `keep` is defined.
+        by_class: whether the ascent loss is a function of class logits and class indices. `ascent` then also gets the
+            wrapped loss's `weight`, `ignore_index` and `reduction` as keywords. Default False.
+        keeps: whether pass 2 minimises another loss, made from what `keep` stored in pass 1. True if `keep` is defined.
     """
 
     kind: ClassVar[str] = "objective"
-    question: ClassVar[str] = "which loss is climbed?"
+    question: ClassVar[str] = "which loss does the ascent maximise?"
     declared_by: ClassVar = {"keeps": "keep"}
     by_class: ClassVar[bool] = False
     keeps: ClassVar[bool] = False
 
     def conflict(self, need: Need) -> str | None:
         if need is Need.DESCENT_LOSS and self.keeps:
-            return "pass 2 descends a loss of its own"
+            return "pass 2 minimises another loss"
         return super().conflict(need)
 
     def ascent(self, outputs: Tensor, target: Tensor) -> Tensor | None:
-        """The ascent loss of a batch, or None for the descent loss itself."""
+        """The ascent loss of a batch; None: the training loss itself."""
         return None
 
     def keep(self, outputs: Tensor, loss: Tensor) -> Tensor:
-        """What pass 1 leaves of a batch for pass 2; `loss` is the wrapped loss of the outputs, with graph."""
-        raise AttributeError(f"{type(self).__name__} defines no keep().")
+        """What pass 1 stores for pass 2 of the batch. `loss` is the training loss of the outputs, with graph."""
+        raise AttributeError(f"{type(self).__name__} does not define keep().")
 
     def descent(self, outputs: Tensor, kept: Tensor) -> Tensor:
-        """The loss whose gradient pass 2 takes, from the outputs at w + eps and what pass 1 has left."""
-        raise AttributeError(f"{type(self).__name__} defines keep() and no descent().")
+        """The loss of pass 2, a scalar, from the outputs at w + eps and what `keep` stored."""
+        raise AttributeError(f"{type(self).__name__} defines keep() but not descent().")
 
 
-_OTHER_LOSS = "pass 1 climbs another loss"
+_OTHER_LOSS = "pass 1 maximises another loss"
 
 
 @dataclass(frozen=True, kw_only=True)
 class SameLoss(Objective):
-    """The ascent climbs the loss that is descended. Source: Foret et al., SAM, ICLR 2021, Eq. 2."""
+    """SAM: the ascent maximises the training loss. Source: Foret et al., SAM, ICLR 2021, Eq. 2."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BiSAMLog(Objective):
-    """BiSAM(-log): climbs Q = (1/mu) log sum_j exp(mu phi(F_j)), phi(x) = 1 - log(1 + exp(log(e-1) - x)).
+    """BiSAM(-log): maximises Q = (1/mu) log sum_j exp(mu phi(F_j)), phi(x) = 1 - log(1 + exp(log(e-1) - x)).
+
+    F_j = f_j - f_y is the margin of class j against the true class y. Q is a smooth lower bound of the 0-1 loss.
 
     Args:
-        mu: sharpness of the soft maximum over classes. Default 1.0 (original code).
+        mu: sharpness of the soft maximum over classes, > 0. Default 1.0 (original code).
 
     Raises:
         ValueError: mu <= 0.
 
-    Targets count as in the loss: by its `ignore_index`, class `weight` and `reduction`. Label smoothing has no place in
-    a bound of the 0-1 loss and acts in the descent loss only; soft targets are refused.
+    The training loss's `ignore_index`, class `weight` and `reduction` apply to Q as well. Its label smoothing applies
+    to the descent loss only. Soft targets are an error.
 
     Source: Xie et al., ICML 2024, Eq. 11; see `flatmin.methods.losses.bisam_log`.
 
@@ -91,17 +92,20 @@ class BiSAMLog(Objective):
 
 @dataclass(frozen=True, kw_only=True)
 class BiSAMTanh(Objective):
-    """BiSAM(tanh): climbs Q = (1/mu) log sum_j exp(mu tanh(alpha F_j)).
+    """BiSAM(tanh): maximises Q = (1/mu) log sum_j exp(mu tanh(alpha F_j)).
+
+    F_j = f_j - f_y is the margin of class j against the true class y. Q is a smooth lower bound of the 0-1 loss.
 
     Args:
-        mu: sharpness of the soft maximum over classes. Default 10.0 (original function; its command line passes 1).
-        alpha: slope of phi at 0. Default 0.1 (original code).
+        mu: sharpness of the soft maximum over classes, > 0. Default 10.0 (original function; its command line passes
+            1).
+        alpha: slope of tanh(alpha x) at 0, > 0. Default 0.1 (original code).
 
     Raises:
         ValueError: mu <= 0 or alpha <= 0.
 
-    Targets count as in the loss: by its `ignore_index`, class `weight` and `reduction`. Label smoothing has no place in
-    a bound of the 0-1 loss and acts in the descent loss only; soft targets are refused.
+    The training loss's `ignore_index`, class `weight` and `reduction` apply to Q as well. Its label smoothing applies
+    to the descent loss only. Soft targets are an error.
 
     Source: Xie et al., ICML 2024, Eq. 11; see `flatmin.methods.losses.bisam_tanh`.
 
@@ -129,17 +133,18 @@ class BiSAMTanh(Objective):
 class FunctionalSAM(Objective):
     """Functional SAM: u = J(w + eps)^T G(w), with J the Jacobian of the outputs and G = dL/d outputs.
 
-    The outputs move with the weights and the slope of the loss does not, so that sharpness is lowered through the
-    network's function and not through the loss's statistics of the logits. Pass 2 descends <G, outputs>, with G kept
-    from pass 1: as many numbers as the outputs have (of a language model, tokens times vocabulary).
+    The Jacobian is that of the perturbed weights, but the slope G of the loss is that at w. So sharpness is lowered in
+    the function of the network, not through the statistics of the logits. Pass 2 minimises <G, outputs>, with G stored
+    in pass 1: as many numbers as the outputs have (in a language model, tokens times vocabulary).
 
-    The loss that a loop sees is the wrapped loss. In half precision G is taken in float32.
+    The value of the loss in both passes is that of the training loss. For outputs in half precision G is computed in
+    float32.
 
     Raises:
-        TypeError: at the step, for outputs that are no tensor or a loss that is no scalar.
+        TypeError: at the step, if the outputs are not a tensor or the loss is not a scalar.
 
     Source: Singh, Mobahi, Agarwala & Dauphin, Avoiding Spurious Sharpness Minimization Broadens Applicability of SAM,
-    ICML 2025. No official code is known; the preconditioned form is left out.
+    ICML 2025. No official code is known. The paper's preconditioned form is not implemented.
 
     Example:
         >>> import flatmin

@@ -1,16 +1,18 @@
-"""What a part is: a frozen set of parameters, and what it declares to the engine and to its fellow parts.
+"""The base class of all parts: frozen parameters, and declarations for the engine and the other parts of a recipe.
 
-A step at weights w is one program made of nine parts, one for each question:
+A recipe has nine parts, one for each question about a step. A step at the weights w computes
 
-    g   = gradient of the objective's ascent loss          pass 1
+    g   = gradient of the ascent loss at w                 pass 1; `objective` chooses the loss
     d   = direction(g)
-    eps = rho * radius * geometry(mask(d))
-    g_s = gradient of the descent loss at w + eps          pass 2, on the chosen samples
-    u   = combine(g, g_s)                                  handed to the base optimizer
+    eps = rho * radius * geometry(mask(d))                 the perturbation
+    g_s = gradient of the descent loss at w + eps          pass 2, on the samples that `samples` chooses
+    u   = combine(g, g_s)                                  the gradient that the base optimizer takes
 
-The base class of a question, with the contract of its methods, stands at the top of that question's file. Parts see
-tensors through a `StepContext`, never a model, a closure or an optimizer. They return new state and change nothing in
-place; the engine decides what is kept.
+`schedule` decides on which steps the weights are perturbed, `inner_loop` how often and on which batches.
+
+The base class of each question is at the top of the question's file and documents the methods to implement. Parts see
+tensors through a `StepContext`, never a model, a closure or an optimizer. They change nothing in place: they return
+new state, and the engine stores it if the step is taken.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ __all__ = [
 ]
 
 KINDS = ("objective", "direction", "geometry", "mask", "radius", "schedule", "inner_loop", "samples", "combine")
-# What two kinds were called before: settings, run folders and checkpoints may still say so.
+# Earlier names of two kinds, which settings, run folders and checkpoints may still contain.
 FORMER_KINDS = {"when": "schedule", "points": "inner_loop"}
 _FORMER_OF = {present: former for former, present in FORMER_KINDS.items()}
 RESERVED = frozenset(
@@ -50,7 +52,7 @@ RESERVED = frozenset(
 
 
 def current_word(key: str) -> str:
-    """A kind, or a parameter qualified by its kind, with the kind's present name.
+    """A kind, or a parameter qualified by its kind, with the kind's current name.
 
     Example:
         >>> current_word("when.k"), current_word("points"), current_word("direction.theta")
@@ -61,46 +63,46 @@ def current_word(key: str) -> str:
 
 
 def former_word(key: str) -> str:
-    """The same with the kind's former name, by which stored runs are found."""
+    """The same with the kind's earlier name, which stored runs and checkpoints use."""
     kind, dot, rest = key.partition(".")
     return f"{_FORMER_OF.get(kind, kind)}{dot}{rest}"
 
 
 class Need(enum.Enum):
-    """What a part asks of the loop, the engine or its fellow parts. The value completes "needs ..."."""
+    """What a part needs from the training loop, the engine or the other parts. The value completes "needs ..."."""
 
-    GRADIENT_AT_W = "the descent loss's own gradient at w"
-    LOSSES_AT_W = "the losses at w of the samples that are descended on"
-    STAYS = "a step that stays at w"
-    OWN_LOSS = "the descent loss's own gradient in pass 1"
-    DESCENT_LOSS = "the loss's own gradient in pass 2"
-    ONE_ASCENT = "one ascent a step"
+    GRADIENT_AT_W = "the gradient of the training loss at w"
+    LOSSES_AT_W = "the losses at w of the samples of pass 2"
+    STAYS = "a step that does not perturb the weights"
+    OWN_LOSS = "the gradient of the training loss in pass 1"
+    DESCENT_LOSS = "the gradient of the training loss in pass 2"
+    ONE_ASCENT = "one ascent in each step"
     PASS_1 = "a gradient in pass 1"
-    FREE_START = "a pass 1 whose start it can move"
+    FREE_START = "a pass 1 at weights that it chooses"
     WHOLE_BATCH = "one gradient of the whole batch in pass 1"
-    ASCENT = "an ascent on every step"
-    RULE = "a step that is more than the base's"
-    CRITERION = "the loss object (pass criterion=flatmin.Criterion(loss))"
+    ASCENT = "an ascent in every step"
+    RULE = "a step other than the base optimizer's own"
+    CRITERION = "the loss (pass criterion=flatmin.Criterion(loss))"
     NAMES = "parameter names (pass model=, or build the base from named_parameters())"
-    LAYERS = "the kinds of layers (pass model=)"
-    RANDOM = "random draws"
+    LAYERS = "the types of the layers (pass model=)"
+    RANDOM = "random numbers"
     PER_SAMPLE = "per-sample losses (pass criterion=flatmin.Criterion(loss))"
     MICRO_BATCHES = "micro-batches (step([closure, closure, ...]) or passes(chunks=m))"
-    GLOBAL_ORDER = "the order of all entries (not on sharded weights)"
+    GLOBAL_ORDER = "a ranking of all entries (not available for sharded weights)"
     SECOND_ORDER = "the graph of a pass (call optimizer.backward(loss) instead of loss.backward())"
     LR = "the learning rate of the param groups"
     BASE_MOMENTUM = "the base optimizer's momentum"
     SGD = "torch.optim.SGD as its base"
     BARE_SGD = "torch.optim.SGD without momentum and weight decay as its base"
-    DECIDES_BY_VALUE = "a decision by value (one synchronisation a step, no CUDA graph)"
+    DECIDES_BY_VALUE = "a value on the host (one synchronisation a step, no CUDA graph)"
 
     @property
     def word(self) -> str:
-        """What tables call it."""
+        """Its short name in tables, such as "second order"."""
         return self.name.lower().replace("_", " ")
 
 
-# What a recipe settles between its own parts, and no loop has to serve.
+# Needs that the parts of a recipe must meet for each other. The training loop has nothing to do for them.
 INTERNAL = frozenset(
     {
         Need.GRADIENT_AT_W,
@@ -121,30 +123,32 @@ INTERNAL = frozenset(
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """Base of all parts. Fields are parameters; class variables are what the part declares.
+    """Base class of all parts. Its fields are parameters; its class variables are declarations.
 
-    The engine acts on these declarations alone and never asks for a part's class, so that a part of your own is served
-    like a built-in one. A declaration that says whether a method is there, such as `Combine.off_step` of `off`, is made
-    for you when the class is created: it is true where the class or one of its bases defines the method. A class may
-    still set it itself.
+    The engine reads only these declarations and never tests for a part's class, so a part of your own works like a
+    built-in one. Declarations that say whether an optional method exists (`Combine.off_step` for the method `off`) are
+    set when the class is created: True if the class or one of its bases defines the method. A class may also set them
+    itself.
 
     Attributes:
-        kind: which question of the recipe it answers.
-        question: the question.
-        declared_by: name of such a declaration -> the method, or several, that make it true.
-        slots: name -> "param" (a tensor per weight) or "scalar" (one tensor): what it remembers between steps.
-        reads: name -> "kind.slot": what it sees of a fellow part's memory, as the last step left it, in its state.
-        default_rho: the radius of recipes with this part that are given none. Default None: it states none. The
-            geometry's takes precedence, then that of any other part, then SAM's 0.05.
-        needs: what it asks for.
-        conflicts: what it takes away from its fellow parts, with the reason.
-        step_dependent: whether what it does depends on the number of the update. Default False.
-        ascends: whether it takes part in an ascent, so that it has no place in a recipe that never ascends. Default
-            True. Of a schedule: whether any step ascends. Of an inner loop: whether the weights leave w.
-        former_names: what checkpoints of earlier versions call its class.
+        kind: which question of the recipe the part answers, such as "direction".
+        question: the question in words.
+        declared_by: declaration -> the method, or the methods, whose definition makes it True.
+        slots: what the part remembers between steps: name -> "param" (one tensor for each weight) or "scalar" (one
+            tensor). Default {}.
+        reads: what the part reads of another part's memory: name in `state` -> "kind.slot". The values are those that
+            the last step left. Default {}.
+        default_rho: the radius of recipes with this part if none is given. Default None: no value. The geometry's value
+            takes precedence, then that of any other part, then SAM's 0.05.
+        needs: what the part needs. Default: nothing.
+        conflicts: which needs of other parts it makes impossible, with the reason. Default {}.
+        step_dependent: whether it depends on the number of the update. Default False.
+        ascends: whether it acts on the ascent, so that it makes no sense in a recipe that never ascends. Default True.
+            For a schedule: whether any step ascends. For an inner loop: whether the weights are perturbed.
+        former_names: the names of its class in checkpoints of earlier versions. Default ().
 
     Raises:
-        TypeError: at the creation of a class, for a parameter named like a kind or an option of the optimizer.
+        TypeError: when the class is created, if a parameter has the name of a kind or of an option of the optimizer.
     """
 
     kind: ClassVar[str] = ""
@@ -164,7 +168,7 @@ class Part:
         super().__init_subclass__(**kwargs)
         if clash := RESERVED & set(inspect.get_annotations(cls)):
             raise TypeError(
-                f"{cls.__name__}: a parameter must not be named {sorted(clash)[0]!r}, the name is reserved."
+                f"{cls.__name__}: a parameter must not be named {sorted(clash)[0]!r}; this name is reserved."
             )
         cls._declared = frozenset(cls.declared_by) & vars(cls).keys()
         for declaration, methods in cls.declared_by.items():
@@ -173,7 +177,7 @@ class Part:
                 setattr(cls, declaration, _declares(cls, declaration, names))
 
     def demands(self) -> frozenset[Need]:
-        """The needs of this very instance; override where they depend on parameters."""
+        """The needs of this instance. Override it where they depend on parameters."""
         return self.needs
 
     @property
@@ -182,23 +186,23 @@ class Part:
         return frozenset({Need.WHOLE_BATCH}) if self.slots else frozenset()
 
     def conflict(self, need: Need) -> str | None:
-        """Why a fellow part cannot have what it needs from this one; None: it can."""
+        """Why another part with this need cannot be combined with this part; None if it can."""
         return self.conflicts.get(need)
 
     def initial(self, slot: str) -> float | None:
-        """What every entry of a tensor slot holds before anything is remembered there; None: the slot is None then."""
+        """The value of all entries of a "param" slot before its first update; None: the slot itself is None."""
         return None
 
     @property
     def surcharge(self) -> float:
-        """Work beyond the passes that a step costs on average, in gradient evaluations."""
+        """Average cost of a step beyond its passes, in gradient evaluations."""
         return 0.0
 
     def validate(self) -> None:
-        """Raise ValueError if a parameter that has no default is missing; called when an optimizer is built."""
+        """Raise ValueError if a required parameter is missing. Called when an optimizer is built."""
 
     def parameters(self) -> dict[str, Any]:
-        """The parameters by name."""
+        """The parameters, name -> value."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
     def __str__(self) -> str:
@@ -207,9 +211,9 @@ class Part:
 
 
 def _declares(cls: type, declaration: str, methods: set[str]) -> bool:
-    """What the nearest class says that declares it itself or defines one of these methods.
+    """The declaration of the nearest class in the method resolution order that sets it or defines one of the methods.
 
-    The base class of a question, which says which methods declare what, defines them without declaring anything.
+    The search ends at the base class of the question, whose own definitions of the methods do not count.
     """
     for one in cls.__mro__:
         if "declared_by" in vars(one):
@@ -222,18 +226,18 @@ def _declares(cls: type, declaration: str, methods: set[str]) -> bool:
 
 
 def learning_rate(group: Mapping[str, Any], owner: Part) -> float:
-    """The learning rate of a param group; ValueError if the base keeps none there."""
+    """The learning rate of a param group; raises ValueError if the group has none."""
     rate = group.get("lr")
     if not isinstance(rate, (numbers.Real, Tensor)):
         raise ValueError(
-            f"{type(owner).__name__} needs {Need.LR.value}, and a group has lr={rate!r}: give the base optimizer a "
-            "number as its learning rate, or choose a method that does not read group['lr']."
+            f"{type(owner).__name__} needs {Need.LR.value}, but a group has lr={rate!r}: give the base optimizer a "
+            "number as learning rate, or choose a method that does not read group['lr']."
         )
     return float(rate)
 
 
 def _plain_number(owner: Part, name: str) -> Any:
-    """The parameter; numbers of other libraries, such as numpy's, are turned into Python's."""
+    """The parameter's value. Numbers of other libraries, such as numpy's, are converted to Python's and stored."""
     value = getattr(owner, name)
     if isinstance(value, numbers.Real) and not isinstance(value, (bool, int, float)):
         value = int(value) if isinstance(value, numbers.Integral) else float(value)
@@ -244,7 +248,7 @@ def _plain_number(owner: Part, name: str) -> Any:
 def check_range(
     owner: Part, name: str, low: float, high: float, *, open_low: bool = False, open_high: bool = False
 ) -> None:
-    """Raise ValueError unless low <= parameter <= high (< where that end is open) and it is a number."""
+    """Raise ValueError unless the parameter is a number with low <= parameter <= high (< at an open end)."""
     value = _plain_number(owner, name)
     good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if not good or value > high or value < low or (open_low and value == low) or (open_high and value == high):

@@ -1,4 +1,4 @@
-"""How far? Factors on each group's rho."""
+"""Radius rules: how far are the weights perturbed? Factors on each param group's rho."""
 
 import numbers
 import warnings
@@ -16,13 +16,13 @@ __all__ = ["ConstantRadius", "LRProportionalRadius", "LambdaRadius", "LinearRadi
 
 @dataclass(frozen=True, kw_only=True)
 class Radius(Part):
-    """How far? A factor on each group's rho.
+    """Base class of radius rules: how far are the weights perturbed? A factor on each param group's rho.
 
     Attributes:
-        marks: keys, beginning with "flatmin.radius.", that the rule keeps in each param group, with their first values.
-            They travel in checkpoints as `lr` does.
-        scales: whether the factor can be another than 1; true where `__call__` is defined.
-        remembers: whether marks change; true where `remember` is defined.
+        marks: entries that the rule stores in each param group, key -> initial value. Keys begin with
+            "flatmin.radius.". They are saved in checkpoints like `lr`. Default {}.
+        scales: whether the factor can differ from 1. True if `__call__` is defined.
+        remembers: whether the entries in `marks` change. True if `remember` is defined.
     """
 
     kind: ClassVar[str] = "radius"
@@ -33,11 +33,11 @@ class Radius(Part):
     remembers: ClassVar[bool] = False
 
     def __call__(self, c: StepContext) -> float | Tensor | list[float]:
-        """One factor for all, or one per tensor."""
+        """One factor for all tensors, or a list with one factor for each tensor."""
         return 1.0
 
     def remember(self, group: Mapping[str, Any]) -> Mapping[str, float]:
-        """The new values of `marks` at the end of an update, with or without ascent."""
+        """The new values of `marks` for a group, at the end of each update (with or without ascent)."""
         return {}
 
 
@@ -46,17 +46,17 @@ PEAK, GREW = "flatmin.radius.peak", "flatmin.radius.grew"
 
 @dataclass(frozen=True, kw_only=True)
 class ConstantRadius(Radius):
-    """The radius is each group's rho. A loop may set group["rho"] as it sets group["lr"]."""
+    """The radius is each param group's rho. A training loop may change group["rho"] like group["lr"]."""
 
     former_names: ClassVar = ("Constant",)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PowerRadius(Radius):
-    """rho_k = rho / (k + 1)^p at update k = 0, 1, ...
+    """A radius that falls as a power of the number of updates: rho_k = rho / (k + 1)^p at update k = 0, 1, ...
 
     Args:
-        p: exponent, >= 0. Default 0.001, the "almost constant" radius of the convergence analysis; 0 is constant.
+        p: exponent, >= 0. Default 0.001, the "almost constant" radius of the convergence analysis. 0 is constant.
 
     Raises:
         ValueError: p < 0.
@@ -83,25 +83,25 @@ class PowerRadius(Radius):
 
 @dataclass(frozen=True, kw_only=True)
 class LRProportionalRadius(Radius):
-    """rho_t = rho * max(lr_t / lr_max, floor): the radius follows each group's learning rate and is never above rho.
+    """A radius proportional to the learning rate: rho_t = rho * max(lr_t / lr_max, floor). It is never above rho.
 
-    lr_max is the largest learning rate known of the group: of `initial_lr` (every torch scheduler but ReduceLROnPlateau
-    writes it), `max_lr` (OneCycleLR writes it; a loop may), and all rates that updates have used so far, which
-    checkpoints keep. A warm-up that starts from a small lr makes the radius start small as well.
+    lr_max is the largest of these learning rates of the group: `initial_lr` (written by every torch scheduler except
+    ReduceLROnPlateau), `max_lr` (written by OneCycleLR, or by your loop), and all rates of earlier updates, which are
+    saved in checkpoints. With a warm-up of the learning rate the radius starts small too.
 
-    A schedule that says its largest rate nowhere (CyclicLR, rates set by hand) makes the radius rho while the rate is
-    higher than ever before, and in proportion to the highest one afterwards; a warning says so once. Give `peak` then,
-    also where no update reaches the base's own rate (LambdaLR over lr = 1).
+    Some schedules do not store their largest rate (CyclicLR, rates set by hand). Then the radius is rho while the rate
+    is higher than ever before, and proportional to the highest rate afterwards; a warning is given once. Pass `peak` in
+    this case, and also if no update uses the base optimizer's own rate (LambdaLR with lr = 1).
 
     Args:
         floor: smallest factor, in [0, 1]. Default 0.0.
-        peak: lr_max of all groups, > 0; a rate above it has radius rho. Groups with different ones set
-            group["max_lr"] instead. Default 0.0: as above.
+        peak: lr_max of all groups; with a higher rate the radius is rho. If the groups have different largest rates,
+            set group["max_lr"] instead. Default 0.0: lr_max is found as described above.
 
     Raises:
-        ValueError: floor outside [0, 1], peak < 0; a group without a learning rate (lr=None).
+        ValueError: floor outside [0, 1], peak < 0, or a group without a learning rate (lr=None).
 
-    Source: the linear rule of Zhuang et al., GSAM, ICLR 2022, Alg. 1, with rho_min = lr_min = 0; the floor is a choice
+    Source: the linear rule of Zhuang et al., GSAM, ICLR 2022, Alg. 1, with rho_min = lr_min = 0. The floor is a choice
     of this library.
 
     Example:
@@ -137,30 +137,30 @@ class LRProportionalRadius(Radius):
             grew = True
             warnings.warn(
                 f"rho-lr: the learning rate has risen to {rate:g}, above the largest one so far ({largest:g}). The "
-                "radius is rho while the learning rate is higher than before, and in proportion to the highest one "
-                "afterwards. Give the largest learning rate of the schedule as peak=, or as group['max_lr'].",
+                "radius is rho while the learning rate is higher than before, and proportional to the highest one "
+                "afterwards. Pass the largest learning rate of the schedule as peak=, or set group['max_lr'].",
                 stacklevel=2,
             )
         return {PEAK: max(largest, rate), GREW: float(grew)}
 
 
 def _largest(group: Mapping[str, Any]) -> float:
-    """The largest learning rate that a group has an entry for, its present one aside."""
+    """The largest learning rate stored in a group, apart from its current one."""
     entries = (group.get(key) for key in ("initial_lr", "max_lr", PEAK))
     return max((float(rate) for rate in entries if isinstance(rate, (numbers.Real, Tensor))), default=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LinearRadius(Radius):
-    """rho_k grows (or falls) linearly from `start` rho to `end` rho over `total` updates, then stays.
+    """A radius that changes linearly from `start` * rho to `end` * rho over `total` updates and then stays constant.
 
     Args:
         start: factor at update 0, >= 0. Default 0.0.
         end: factor from update `total` on, >= 0. Default 1.0.
-        total: length in updates, >= 1. Default 1000.
+        total: length of the ramp in updates, >= 1. Default 1000.
 
     Raises:
-        ValueError: out of range.
+        ValueError: a parameter out of range.
 
     Example:
         >>> import flatmin
@@ -185,14 +185,14 @@ class LinearRadius(Radius):
 
 @dataclass(frozen=True, kw_only=True)
 class LambdaRadius(Radius):
-    """rho_k = rho * rule(k) for any function of the update's number k = 0, 1, ...
+    """A radius by any function of the number of updates: rho_k = rho * rule(k) at update k = 0, 1, ...
 
     Args:
-        rule: k -> factor >= 0; a named function if the optimizer shall be pickled. Required.
+        rule: function k -> factor >= 0. Required. Use a named function if the optimizer is to be pickled.
 
     Raises:
         TypeError: rule is not callable.
-        ValueError: at the step, for a factor that is negative or not finite.
+        ValueError: at the step, if the factor is negative or not finite.
     """
 
     former_names: ClassVar = ("Schedule",)
@@ -201,10 +201,10 @@ class LambdaRadius(Radius):
 
     def __post_init__(self) -> None:
         if not callable(self.rule):
-            raise TypeError(f"LambdaRadius: rule must be a function of the update's number, got {self.rule!r}.")
+            raise TypeError(f"LambdaRadius: rule must be a function of the number of updates, got {self.rule!r}.")
 
     def __call__(self, c: StepContext) -> float:
         factor = float(self.rule(c.step))
         if not 0.0 <= factor < float("inf"):
-            raise ValueError(f"LambdaRadius: the rule must give a finite factor >= 0, got {factor} at update {c.step}.")
+            raise ValueError(f"LambdaRadius: rule must return a finite factor >= 0, got {factor} at update {c.step}.")
         return factor

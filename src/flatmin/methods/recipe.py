@@ -1,4 +1,4 @@
-"""Makes a recipe of parts: refuses contradictions, and computes its facts once."""
+"""Recipes: nine parts that are checked against each other, with the facts that follow from them."""
 
 from __future__ import annotations
 
@@ -36,67 +36,67 @@ DEFAULTS: dict[str, Part] = {
 
 
 class ContradictionError(ValueError):
-    """One part needs what another takes away.
+    """A part needs something that another part of the recipe makes impossible.
 
     Attributes:
-        one, other: the part that needs, and the part that does not give.
-        need: what.
-        reason: why not.
+        one: the part with the need.
+        other: the part that makes it impossible.
+        need: what the first part needs.
+        reason: why the other part makes it impossible.
     """
 
     def __init__(self, one: Part, need: Need, other: Part, reason: str, names: Sequence[str] = ()) -> None:
         self.one, self.need, self.other, self.reason = one, need, other, reason
-        head = f"{' and '.join(map(repr, names))} do not go together: " if len(names) > 1 else ""
+        head = f"{' and '.join(map(repr, names))} cannot be combined: " if len(names) > 1 else ""
         super().__init__(
-            f"{head}{one.kind} {one} needs {need.value}, which {other.kind} {other} does not give: {reason}."
+            f"{head}{one.kind} {one} needs {need.value}, but {other.kind} {other} does not provide it: {reason}."
         )
 
     def between(self, names: Sequence[str]) -> ContradictionError:
-        """The same, naming the methods that brought the parts."""
+        """The same error, with the names of the methods that were composed."""
         return ContradictionError(self.one, self.need, self.other, self.reason, names)
 
 
 def _fact() -> Any:
-    """A field that `Recipe` fills in itself."""
+    """A field that `Recipe` computes."""
     return field(init=False, repr=False, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A method: one part for each question. The defaults are SAM.
+    """A method: one part for each of the nine questions. The default parts are those of SAM.
 
-    Recipes are values: frozen, hashable, comparable, and to be changed by `dataclasses.replace`. What follows from the
-    parts is computed once, here; a step only reads it.
+    A recipe is a value: frozen, hashable and comparable. Change one with `dataclasses.replace`. Everything that follows
+    from the parts is computed once, at construction.
 
     Args:
         objective, direction, geometry, mask, radius, schedule, inner_loop, samples, combine: the parts; see
-            `flatmin.methods`.
-        name: what tables print. Default "recipe".
+            `flatmin.methods`. Default: SAM's.
+        name: the name in tables and messages. Default "recipe".
 
     Attributes:
         parts: the parts by kind.
-        demands: everything that parts ask for, of the loop and of each other.
-        needs: of these, what the loop must serve.
-        needs_names, needs_layers: whether the names of the weights and the kinds of their layers are needed.
+        demands: all needs of the parts, met by the training loop or by other parts.
+        needs: the needs among these that the training loop must meet.
+        needs_names, needs_layers: whether the names of the weights, or the types of their layers, are needed.
         is_random: whether a step draws random numbers.
-        remembers: whether a gradient of one pass is looked at after the next one has begun.
-        ascends: False for the plain base optimizer.
-        moves: whether a step can leave w at all.
-        two_pass: whether a step is one gradient at w and one at w + eps: what `perturbed()` and `first_step` serve.
-        one_pass: whether a step is one gradient, at a point known before it: what `train()` and `eval()` serve.
-        direction_factor: the direction's factor on the displacement.
-        default_rho: the radius of groups that are given none: of the geometry, else of another part that has one, else
+        remembers: whether a gradient of one pass is still used after the next pass has begun.
+        ascends: False for the base optimizer alone.
+        moves: whether any step perturbs the weights.
+        two_pass: whether a step is one gradient at w and one at w + eps, as `perturbed()` and `first_step` require.
+        one_pass: whether a step is one gradient at a point that is known beforehand, as `train()` and `eval()` require.
+        direction_factor: the factor of the direction on the perturbation, see `Direction.factor`.
+        default_rho: the radius of param groups without one: the geometry's default, else that of another part, else
             SAM's 0.05 (Foret et al., ICLR 2021, Section 3).
-        gradient_evaluations: gradients of one batch per step, on average.
-        extra_copies: copies of the moved weights held during the last pass, beyond the base optimizer's own: one
-            snapshot of w, what the ascents hold, and one for g where the combination needs it. A tensor that is
-            remembered counts two where it changes before the last pass (the old one is kept until the step is known to
-            be good), else one.
+        gradient_evaluations: average number of batch gradients in a step.
+        extra_copies: copies of the perturbed weights held during the last pass, in addition to the base optimizer's
+            state: one snapshot of w, those of the inner loop, and one of g if the combination uses it. A "param" slot
+            counts two if it changes before the last pass (the old value is kept until the step is taken), else one.
 
     Raises:
-        TypeError: a part of another kind.
-        ContradictionError: a ValueError, for a part that needs what another takes away.
-        ValueError: a schedule that never ascends on the steps on which another part does its work.
+        TypeError: a part of the wrong kind.
+        ContradictionError: a part needs something that another part makes impossible. It is a ValueError.
+        ValueError: a schedule that never ascends on the steps on which another part is due.
     """
 
     objective: Objective = field(default_factory=SameLoss)
@@ -166,7 +166,7 @@ class Recipe:
             object.__setattr__(self, name, value)
 
     def _check_fellows(self, one: Part, parts: Mapping[str, Part]) -> None:
-        """Refuse a part whose needs another one takes away, or whose work falls on no step that ascends."""
+        """Raise an error if another part conflicts with this one, or if no step that ascends is one of its own."""
         for need in sorted(_asked(one), key=lambda n: n.name):
             for other in parts.values():
                 reason = other.conflict(need)
@@ -174,17 +174,17 @@ class Recipe:
                     raise ContradictionError(one, need, other, reason)
         if self.combine.descents > self.inner_loop.descents:
             raise ValueError(
-                f"combine {self.combine} takes {self.combine.descents} descent gradients, and inner_loop "
+                f"combine {self.combine} needs {self.combine.descents} descent gradients, but inner_loop "
                 f"{self.inner_loop} gives {self.inner_loop.descents}."
             )
         for origin in one.reads.values():
             kind, _, slot = origin.partition(".")
             if slot not in parts[kind].slots:
-                raise ValueError(f"{one.kind} {one} reads {slot!r} of {kind} {parts[kind]}, which has no such memory.")
+                raise ValueError(f"{one.kind} {one} reads {slot!r} of {kind} {parts[kind]}, which has no such slot.")
         interval = one.parameters().get("interval")
         if isinstance(interval, int) and not self.schedule.meets(interval):
             raise ValueError(
-                f"{one.kind} {one} works on every {interval}th step, and {self.schedule} ascends on none of them; "
+                f"{one.kind} {one} is due on every {interval}th step, but {self.schedule} ascends on none of these; "
                 "choose another interval or phase."
             )
 
@@ -206,11 +206,14 @@ class Recipe:
         return int(self.inner_loop.ascends) + slots + self.inner_loop.copies + int(self.combine.uses_gradient)
 
     def for_length(self, total: int, data_size: int | None = None) -> Recipe:
-        """This recipe for a training of `total` updates: every part's `total` and `data_size` that is 0 is set.
+        """This recipe with the length of the training filled in, wherever a part's `total` or `data_size` is 0.
 
         Args:
-            total: updates of the whole training, >= 1.
-            data_size: training samples, >= 1. Default None: a part's `data_size` stays as it is.
+            total: number of updates of the whole training, >= 1.
+            data_size: number of training samples, >= 1. Default None: `data_size` is left as it is.
+
+        Returns:
+            The new recipe, or this one if nothing had to be filled in.
 
         Raises:
             ValueError: not a whole number >= 1.
@@ -232,11 +235,11 @@ class Recipe:
         return dataclasses.replace(self, **changed) if changed else self  # type: ignore[arg-type]
 
     def parameters(self) -> dict[str, Any]:
-        """Every parameter by its qualified name, e.g. {"direction.theta": 0.9}."""
+        """All parameters by their qualified names, for example {"direction.theta": 0.9}."""
         return {f"{kind}.{k}": v for kind, part in self.parts.items() for k, v in part.parameters().items()}
 
     def qualified(self, word: str) -> list[str]:
-        """The qualified names of the parameters that a word can mean: "theta", "direction.theta"."""
+        """The qualified names of all parameters that a word such as "theta" or "direction.theta" may stand for."""
         word = current_word(word)
         return [name for name in self.parameters() if word in (name, name.partition(".")[2])]
 
@@ -246,7 +249,7 @@ class Recipe:
 
 
 def _asked(part: Part) -> frozenset[Need]:
-    """What a part asks of its fellows: beside its own needs, those of any part that is not SAM's."""
+    """What a part needs from the others: its own needs, and those of every part that differs from SAM's."""
     asked = part.demands() | part.implied
     if part.kind != "schedule" and part != DEFAULTS.get(part.kind):
         asked |= {Need.RULE, Need.ASCENT} if part.ascends else {Need.RULE}
@@ -255,17 +258,19 @@ def _asked(part: Part) -> frozenset[Need]:
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """One line in the table of names: the parts a name sets, and what the tables print of it.
+    """A method in the table of names: the parts it sets, and what help texts and pages say about it.
 
     Args:
-        name: the key in the table.
+        name: its key in the table, such as "vasso".
         title: its name in the literature.
-        parts: the parts it sets; all others keep SAM's.
-        formula: the update rule in one line.
+        parts: the parts it sets. All other parts are SAM's. Default ().
+        formula: the update rule in one line. w: weights, g: gradient at w, eps: perturbation, g_s: gradient at w + eps,
+            u: the gradient that the base optimizer takes.
         paper: authors, title, venue.
-        url: where to read it.
-        summary: one sentence.
-        note: where its defaults differ from the paper or its code, or what else a user should know.
+        url: where to read the paper. Default "".
+        summary: what the method does, in one or two sentences. Default "".
+        when: when to use it, in one sentence. Default "".
+        note: differences from the paper or its code, and what else a user should know. Default "".
     """
 
     name: str
@@ -275,8 +280,9 @@ class Method:
     paper: str
     url: str = ""
     summary: str = ""
+    when: str = ""
     note: str = ""
 
     def recipe(self) -> Recipe:
-        """The method alone, with its own defaults."""
+        """The recipe of this method alone, with its default parameters."""
         return Recipe(name=self.name, **{part.kind: part for part in self.parts})  # type: ignore[arg-type]

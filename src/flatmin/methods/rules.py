@@ -1,6 +1,6 @@
-"""More names: rules that only say which weights move, on which steps and how far.
+"""Rules in the table of names: which weights are perturbed, on which steps, and how far.
 
-Alone each of them is SAM with the rule; most are made to be composed with a method.
+A rule alone is SAM with this rule. Most rules are meant to be composed with a method, as in "vasso+every-k".
 """
 
 from flatmin.methods import entries, mask, radius, schedule
@@ -14,8 +14,9 @@ RULES = (
         formula="eps = rho g / ||g|| over the parameters whose name matches",
         paper="a mask, not a paper: e.g. only the head, or all but the biases",
         url="",
-        summary="Move only the parameters whose names match.",
-        note='with its default pattern "*" it is SAM',
+        summary="Perturb only the parameters whose names match a pattern.",
+        when="When only a part of the model should be perturbed, such as the head, or all but the biases.",
+        note='with the default pattern "*" it is SAM',
     ),
     Method(
         name="sam-on",
@@ -24,8 +25,9 @@ RULES = (
         formula="eps = rho g / ||g|| over the normalisation layers only",
         paper="Mueller et al., Normalization Layers Are All That Sharpness-Aware Minimization Needs, NeurIPS 2023",
         url="https://arxiv.org/abs/2306.04226",
-        summary="Move the normalisation layers only.",
-        note="refused for a model without normalisation layers",
+        summary="Perturb only the normalisation layers.",
+        when="When the model has normalisation layers and memory is short: no other weights are copied.",
+        note="an error for a model without normalisation layers",
     ),
     Method(
         name="ssam-f",
@@ -34,8 +36,10 @@ RULES = (
         formula="eps = M rho g / ||g||,  M = top (1 - s) entries of sum_i (grad l_i)^2",
         paper="Mi et al., Make Sharpness-Aware Minimization Stronger: A Sparsified Perturbation Approach, NeurIPS 2022",
         url="https://arxiv.org/abs/2210.05177",
-        summary="Move only the entries with the largest Fisher diagonal.",
-        note="the Fisher of the training batch, from the first step on; the code loops over 1024 other samples",
+        summary="Perturb only the entries with the largest diagonal Fisher information.",
+        when="For research: sparse perturbations.",
+        note="the Fisher information is that of the training batch, from the first step on; the official code loops "
+        "over 1024 other samples",
     ),
     Method(
         name="ssam-d",
@@ -44,8 +48,9 @@ RULES = (
         formula="eps = M rho g / ||g||,  M drops and grows entries every k steps",
         paper="Mi et al., Make Sharpness-Aware Minimization Stronger: A Sparsified Perturbation Approach, NeurIPS 2022",
         url="https://arxiv.org/abs/2210.05177",
-        summary="Move a sparse set of entries that is trained along.",
-        note="the number of moving entries stays; in the code it shrinks",
+        summary="Perturb a sparse set of entries; from time to time some of them are replaced by others.",
+        when="For research: sparse perturbations.",
+        note="the number of perturbed entries is constant; in the official code it shrinks",
     ),
     Method(
         name="zsharp",
@@ -54,8 +59,9 @@ RULES = (
         formula="eps = rho M g / ||M g||,  M = |z| above its q-quantile in each matrix,  z = (g - mean) / std",
         paper="Yun, Sharpness-Aware Minimization with Z-Score Gradient Filtering, OPT 2025 (NeurIPS workshop)",
         url="https://arxiv.org/abs/2505.02369",
-        summary="Move only the entries with an unusual gradient.",
-        note="one norm over all; the code's norm for each matrix: `per_tensor=True`",
+        summary="Perturb only the entries whose gradient is unusual within its matrix (by z-score).",
+        when="For research: sparse perturbations.",
+        note="one norm over all entries; `per_tensor=True` is the official code's norm for each matrix",
     ),
     Method(
         name="every-k",
@@ -64,7 +70,8 @@ RULES = (
         formula="ascend on steps phase, phase + k, phase + 2k, ...",
         paper="a rule of many implementations, e.g. composer's interval",
         url="",
-        summary="SAM on every k-th step, the base between.",
+        summary="SAM on every k-th step, the base optimizer alone on the others.",
+        when="When the two gradients of SAM are too expensive: with k = 5 a step takes 1.2 gradients on average.",
         note="k = 5, phase = 0; composer's interval k is phase = k - 1",
     ),
     Method(
@@ -74,8 +81,9 @@ RULES = (
         formula="ascend with probability p",
         paper="Zhao, Zhang & Hu, SS-SAM: Stochastic Scheduled Sharpness-Aware Minimization, 2022",
         url="https://arxiv.org/abs/2203.09962",
-        summary="SAM on random steps, the base on the others.",
-        note="the draws are the engine's own",
+        summary="SAM on randomly chosen steps, the base optimizer alone on the others.",
+        when="When the two gradients of SAM are too expensive and the steps should not follow a fixed period.",
+        note="draws from the optimizer's own generator: `seed`",
     ),
     Method(
         name="ae-sam",
@@ -84,17 +92,20 @@ RULES = (
         formula="ascend if ||g||^2 >= mu + c sigma, running mean and deviation of ||g||^2",
         paper="Jiang, Yang, Zhang & Kwok, An Adaptive Policy to Employ Sharpness-Aware Minimization, ICLR 2023",
         url="https://arxiv.org/abs/2304.14647",
-        summary="SAM on the steps with an unusually large gradient.",
-        note="decides by value; with the length of the training c moves from 1 to -1",
+        summary="SAM on the steps with an unusually large gradient norm, the base optimizer alone on the others.",
+        when="When the two gradients of SAM are too expensive and the steps should be chosen by the gradient.",
+        note="reads the gradient norm on the host in every step; if the length of the training is given, c moves from "
+        "1 to -1",
     ),
     Method(
         name="late",
         title="late-phase SAM",
         parts=(schedule.LatePhase(),),
-        formula="ascend in the last fraction of training",
+        formula="ascend in the last fraction of the training",
         paper="Zhou et al., SAM Efficiently Selects Flatter Minima Late in Training, ICLR 2025",
         url="https://arxiv.org/abs/2410.10373",
-        summary="The base first, SAM at the end.",
+        summary="The base optimizer alone first, SAM in the last part of the training.",
+        when="When a long training with SAM is too expensive.",
         note="needs the length of the training",
     ),
     Method(
@@ -104,7 +115,8 @@ RULES = (
         formula="ascend from step s on",
         paper="a rule of many recipes",
         url="",
-        summary="The base first, SAM from a given step on.",
+        summary="The base optimizer alone up to a given step, SAM from then on.",
+        when="When SAM makes the start of the training unstable.",
         note="steps = 100",
     ),
     Method(
@@ -114,7 +126,9 @@ RULES = (
         formula="rho_k = rho / (k + 1)^p",
         paper="Khanh, Luong, Mordukhovich & Tran, Fundamental Convergence Analysis of SAM, NeurIPS 2024",
         url="https://arxiv.org/abs/2401.08060",
-        summary="An almost constant radius, as the convergence theory wants it.",
+        summary="A radius that falls as a power of the number of updates, almost constant by default, as convergence "
+        "theory requires.",
+        when="For research: convergence theory of SAM.",
         note="p = 0.001",
     ),
     Method(
@@ -124,8 +138,9 @@ RULES = (
         formula="rho_t = rho lr_t / lr_max",
         paper="Zhuang et al., GSAM, ICLR 2022 (its radius rule)",
         url="https://arxiv.org/abs/2203.08065",
-        summary="The radius shrinks with the learning rate.",
-        note="a learning rate in each group; never above rho; see [below](#a-radius-that-follows-the-learning-rate)",
+        summary="A radius proportional to the learning rate.",
+        when="When the learning rate falls by a schedule and the radius should fall with it, as in GSAM.",
+        note="needs a learning rate in each group; the radius is never above rho",
     ),
     Method(
         name="rho-ramp",
@@ -134,7 +149,8 @@ RULES = (
         formula="rho_k grows linearly over the first updates",
         paper="a warm-up of the radius",
         url="",
-        summary="Start with a small radius.",
+        summary="A radius that grows linearly over the first updates.",
+        when="When the full radius makes the start of the training unstable.",
         note="total = 1000",
     ),
 )

@@ -1,4 +1,4 @@
-"""Which samples of the batch are descended on?"""
+"""Samples: on which samples of the batch is the second gradient taken?"""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,54 +12,56 @@ __all__ = ["EverySample", "Samples", "SharpnessSensitiveDataSelection"]
 
 @dataclass(frozen=True, kw_only=True)
 class Samples(Part):
-    """Which samples of the batch are descended on?
+    """Base class: on which samples of the batch is the second gradient taken?
 
     Attributes:
-        selects: whether it can be fewer than all; true where `__call__` is defined.
+        selects: whether it may choose fewer than all samples. True if `__call__` is defined.
     """
 
     kind: ClassVar[str] = "samples"
-    question: ClassVar[str] = "which samples are descended on?"
+    question: ClassVar[str] = "which samples give the second gradient?"
     declared_by: ClassVar = {"selects": "__call__"}
     selects: ClassVar[bool] = False
 
     def __call__(self, first: Tensor, second: Tensor) -> Tensor | None:
-        """Positions of the samples, from each one's loss at w and at w + eps; None: all.
+        """The positions of the chosen samples in the batch; None: all.
 
-        A sample of which the loss counts nothing has the loss -inf in `second`.
+        Args:
+            first: the losses of the samples at w, shape (N,).
+            second: the losses at w + eps, shape (N,); -inf for samples that the loss ignores.
         """
         return None
 
 
 @dataclass(frozen=True, kw_only=True)
 class EverySample(Samples):
-    """The whole batch."""
+    """SAM: the whole batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SharpnessSensitiveDataSelection(Samples):
-    """ESAM's SDS: the floor(gamma B) samples (at least one) whose loss rises most from w to w + eps.
+    """ESAM's SDS: the floor(gamma B) samples of a batch of B (at least one) whose loss rises most from w to w + eps.
 
-    A sample's loss is the mean over its elements that the loss counts, class weights included, and samples without any
-    come last; what is descended is the loss of the chosen samples alone (see `flatmin.Criterion`).
+    A sample's loss is the mean over its elements that the loss does not ignore, with class weights. Samples without
+    such elements come last. The second gradient is that of the loss of the chosen samples (see `flatmin.Criterion`).
 
     Args:
-        gamma: share of the batch, in (0, 1]. Default 0.5 (the official `run.sh`); 1 is the whole batch.
+        gamma: share of the batch, in (0, 1]. Default 0.5 (the official `run.sh`). 1 is the whole batch.
 
     Raises:
         ValueError: gamma outside (0, 1].
 
-    Differs from the official code: exactly floor(gamma B) samples are taken, of equal ones the first (there a strict
-    `>` drops the boundary sample), BatchNorm sees the whole batch, and the pass at w + eps runs on all of it, so that
-    a plain closure can serve it; the published saving of time comes from a second forward on the part and is not had
-    here.
+    Differs from the official code: exactly floor(gamma B) samples are chosen, of equal ones the first (there a strict
+    `>` drops one sample), and the pass at w + eps computes the whole batch, so that it works with an ordinary closure
+    and BatchNorm sees the whole batch. The official code computes the second pass on the chosen samples only, which
+    saves the time that the paper reports; this implementation does not save it.
 
     Source: Du et al., Efficient Sharpness-Aware Minimization for Improved Training of Neural Networks, ICLR 2022.
     """
 
     former_names: ClassVar = ("Sharpest",)
     needs: ClassVar = frozenset({Need.PER_SAMPLE, Need.LOSSES_AT_W, Need.DESCENT_LOSS})
-    conflicts: ClassVar = {Need.DESCENT_LOSS: "pass 2 descends on some of the samples"}
+    conflicts: ClassVar = {Need.DESCENT_LOSS: "pass 2 uses some of the samples only"}
     gamma: float = 0.5
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""On which steps?"""
+"""Schedules: on which steps are the weights perturbed?"""
 
 import math
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ __all__ = ["AESAM", "Always", "Bernoulli", "EveryK", "LatePhase", "Never", "Sche
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule(Part):
-    """On which steps?
+    """Base class of schedules: on which steps are the weights perturbed?
 
     Attributes:
-        ascends: False if no step ascends; the recipe is then the base alone. Default True.
-        conditional: whether it may decide against an ascent; true where `before` or `after` is defined.
-        by_gradient: whether it decides by the gradient at w, so that a step off costs what it costs on the base; true
-            where `after` is defined.
+        ascends: False if no step ascends, so that the recipe is the base optimizer alone. Default True.
+        conditional: whether some steps may not ascend. True if `before` or `after` is defined.
+        by_gradient: whether it decides by the gradient at w. A step without ascent then costs one gradient. True if
+            `after` is defined.
     """
 
     kind: ClassVar[str] = "schedule"
@@ -36,35 +36,35 @@ class Schedule(Part):
         if need is Need.ASCENT and not self.ascends:
             return "it never ascends"
         if need is Need.RULE and not self.ascends:
-            return "it is the base alone"
+            return "it is the base optimizer alone"
         return super().conflict(need)
 
     @property
     def ascent_fraction(self) -> float:
-        """Share of the steps that ascend, on average."""
+        """Average share of the steps that ascend, in [0, 1]."""
         return 1.0 if self.ascends else 0.0
 
     def meets(self, interval: int) -> bool:
-        """Whether a step that ascends can be a multiple of `interval`, on which a fellow part does its own work."""
+        """Whether any step 0, interval, 2 interval, ... ascends, for parts that are due on these steps."""
         return True
 
     def before(self, state: State, c: StepContext) -> bool | None:
-        """Whether to ascend, known before any gradient; None: ask `after` pass 1."""
+        """Whether to ascend, decided before any gradient; None: `after` decides after pass 1."""
         return None if self.by_gradient else True
 
     def after(self, g: Tensors, state: State, c: StepContext) -> tuple[bool, NewState]:
-        """Whether to ascend, given the gradient at w."""
+        """Whether to ascend, given the gradient at w, and the new state."""
         return True, {}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Always(Schedule):
-    """Ascend on every step."""
+    """SAM: ascend on every step."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Never(Schedule):
-    """Never ascend: the base optimizer itself, one gradient a step.
+    """Never ascend: the base optimizer alone, one gradient a step.
 
     Example:
         >>> import flatmin
@@ -80,19 +80,19 @@ class Never(Schedule):
 
 @dataclass(frozen=True, kw_only=True)
 class EveryK(Schedule):
-    """Ascend on steps phase, phase + k, phase + 2k, ...; the others are the base's, at the cost of one gradient.
+    """Ascend on steps phase, phase + k, phase + 2k, ...; the other steps are the base optimizer's, one gradient each.
 
-    Directions that remember (VaSSO, F-SAM) learn on the steps that ascend only. LookSAM's steps before the first ascent
-    are the base's.
+    Directions with a memory (VaSSO, F-SAM) are updated only on steps that ascend. LookSAM's steps before the first
+    ascent are the base optimizer's.
 
     Args:
-        k: period in updates, >= 1. Default 5 (a choice of this library; 2 to 10 are in use); 1 is always.
-        phase: first step that ascends, counted from 0, in [0, k - 1]. Default 0. k - 1 ascends on the last step of each
-            period, as composer's SAM with interval = k.
+        k: period in updates, >= 1. Default 5 (a choice of this library; 2 to 10 are in use). With 1 every step ascends.
+        phase: the first step that ascends, counted from 0, in [0, k - 1]. Default 0. With k - 1 the last step of each
+            period ascends, as in composer's SAM with interval = k.
 
     Raises:
-        ValueError: k < 1, or a phase outside [0, k - 1]; from `Recipe`, a fellow part that works on steps 0, interval,
-            2 interval, ... (ssam-f, ssam-d) of which none would ascend.
+        ValueError: k < 1, or phase outside [0, k - 1]; from `Recipe`, another part that is due on steps 0, interval,
+            2 interval, ... (ssam-f, ssam-d) if none of these ascends.
 
     Example:
         >>> import flatmin
@@ -123,10 +123,10 @@ class EveryK(Schedule):
 
 @dataclass(frozen=True, kw_only=True)
 class Bernoulli(Schedule):
-    """SS-SAM: ascend with probability p, drawn from the engine's generator, so that replicas agree.
+    """SS-SAM: ascend with probability p. Draws come from the engine's generator and are the same on all replicas.
 
     Args:
-        p: in [0, 1]. Default 0.5; 1 is always.
+        p: probability, in [0, 1]. Default 0.5. With 1 every step ascends.
 
     Raises:
         ValueError: p outside [0, 1].
@@ -155,14 +155,14 @@ class Bernoulli(Schedule):
 
 @dataclass(frozen=True, kw_only=True)
 class LatePhase(Schedule):
-    """Ascend in the last part of training only: from step start = round((1 - fraction) total) on.
+    """Ascend in the last part of the training only: from step round((1 - fraction) total) on.
 
     Args:
-        total: number of updates of the whole training, >= 1. Required.
-        fraction: share of them that ascends, in [0, 1]. Default 0.1; 1 is always.
+        total: number of updates of the whole training, >= 1. Required; `flatmin train` fills it in.
+        fraction: share of the updates that ascend, in [0, 1]. Default 0.1. With 1 every step ascends.
 
     Raises:
-        ValueError: no total, or a fraction outside [0, 1].
+        ValueError: fraction outside [0, 1]; when the optimizer is built, total not given.
 
     Source: Zhou et al., Sharpness-Aware Minimization Efficiently Selects Flatter Minima Late in Training, ICLR 2025.
 
@@ -184,8 +184,8 @@ class LatePhase(Schedule):
     def validate(self) -> None:
         if not self.total:
             raise ValueError(
-                "late needs the number of updates of the whole training: total=epochs * len(loader) beside the name, "
-                "or the recipe flatmin.compose(...).for_length(epochs * len(loader))."
+                "late needs the number of updates of the whole training: pass total=epochs * len(loader), or use the "
+                "recipe flatmin.compose(...).for_length(epochs * len(loader))."
             )
 
     @property
@@ -198,10 +198,10 @@ class LatePhase(Schedule):
 
 @dataclass(frozen=True, kw_only=True)
 class WarmUp(Schedule):
-    """Plain steps of the base first, then ascend on every step.
+    """Steps of the base optimizer alone first, then ascend on every step.
 
     Args:
-        steps: updates without ascent, >= 0. Default 0, which is always.
+        steps: number of updates without ascent, >= 0. Default 0: every step ascends.
 
     Raises:
         ValueError: steps < 0.
@@ -224,25 +224,25 @@ class WarmUp(Schedule):
 
 @dataclass(frozen=True, kw_only=True)
 class AESAM(Schedule):
-    """AE-SAM: ascend if ||g||^2 >= mu + c sigma, with running mean mu and variance sigma^2 of ||g||^2.
+    """AE-SAM: ascend if ||g||^2 >= mu + c sigma, with the running mean mu and variance sigma^2 of ||g||^2.
 
         mu <- delta mu + (1 - delta) ||g||^2,   sigma^2 <- delta sigma^2 + (1 - delta) (||g||^2 - mu)^2
 
-    updated before the comparison, over the tensors that can move, with c moving linearly from `start` to `end` over
-    `total` updates. It reads ||g|| on the host: one synchronisation a step, and no CUDA graph of the whole step.
+    Both are updated before the comparison. g is taken over the tensors that may be perturbed. c changes linearly from
+    `start` to `end` over `total` updates. The first update starts with its own ||g||^2 as mean and variance 0, so it
+    ascends. Each step reads ||g|| on the host: one synchronisation, and no CUDA graph of the whole step.
 
     Args:
-        delta: memory of mean and variance, in [0, 1). Default 0.9.
-        start: c at the first update. Default 1.0: rarely.
-        end: c at the last. Default -1.0: nearly always. The method's idea is to ascend more often late; both ends are
-            choices of this library, no official code is known.
-        total: updates of the training over which c moves; 0 keeps c = start. Default 0.
+        delta: decay of mean and variance, in [0, 1). Default 0.9.
+        start: c at the first update. Default 1.0: few steps ascend.
+        end: c at the last update. Default -1.0: most steps ascend. The idea of the method is to ascend more often late
+            in training; both values are choices of this library, since no official code is known.
+        total: number of updates over which c changes. Default 0: c = start throughout. `flatmin train` fills it in.
 
     Raises:
-        ValueError: delta outside [0, 1), total < 0.
+        ValueError: delta outside [0, 1), or total < 0.
 
-    Source: Jiang, Yang, Zhang & Kwok, An Adaptive Policy to Employ Sharpness-Aware Minimization, ICLR 2023. The first
-    update's mean is its own ||g||^2, its variance 0, so it ascends.
+    Source: Jiang, Yang, Zhang & Kwok, An Adaptive Policy to Employ Sharpness-Aware Minimization, ICLR 2023.
 
     Example:
         >>> import flatmin
@@ -262,14 +262,14 @@ class AESAM(Schedule):
     def __post_init__(self) -> None:
         check_range(self, "delta", 0.0, 1.0)
         if self.delta == 1.0:
-            raise ValueError("AESAM: delta must be below 1, or the mean never moves from the first gradient.")
+            raise ValueError("AESAM: delta must be below 1; with 1 the mean stays at the first value.")
         check_range(self, "start", -1e6, 1e6)
         check_range(self, "end", -1e6, 1e6)
         check_count(self, "total", 0)
 
     @property
     def ascent_fraction(self) -> float:
-        """What a normally distributed ||g||^2 would give; the run decides."""
+        """An estimate: the share for a normally distributed ||g||^2."""
         middle = self.start if not self.total else (self.start + self.end) / 2.0
         return 0.5 * math.erfc(middle / math.sqrt(2.0))
 

@@ -1,4 +1,4 @@
-"""The table of names: every built-in method, what it sets and where it comes from."""
+"""The table of names: every built-in method with its parts, formula, source, and when to use it."""
 
 from flatmin.methods import (
     combine,
@@ -21,9 +21,11 @@ BUILT_IN = (
         title="plain base optimizer",
         parts=(schedule.Never(),),
         formula="u = g",
-        paper="the baseline: the base optimizer as it is",
-        summary="No ascent; the same loop and the same diagnostics as the others.",
-        note="the base optimizer as it is",
+        paper="the baseline, from no paper",
+        summary="The base optimizer alone, without a perturbation: the baseline, in the same loop and with the same "
+        "diagnostics.",
+        when="As the baseline of every comparison.",
+        note="no perturbation",
     ),
     Method(
         name="sam",
@@ -31,7 +33,8 @@ BUILT_IN = (
         formula="eps = rho g / ||g||,  u = grad L(w + eps)",
         paper="Foret, Kleiner, Mobahi & Neyshabur, Sharpness-Aware Minimization, ICLR 2021",
         url="https://arxiv.org/abs/2010.01412",
-        summary="Climb to the worst nearby point, take the gradient there, descend with it.",
+        summary="Move the weights a distance rho uphill, take the gradient there, apply it to the original weights.",
+        when="Start here: one hyperparameter (rho) and two gradients a step.",
     ),
     Method(
         name="asam",
@@ -40,8 +43,11 @@ BUILT_IN = (
         formula="eps = rho T^2 g / ||T g||,  T = |w| + eta",
         paper="Kwon, Kim, Park & Choi, ASAM, ICML 2021",
         url="https://arxiv.org/abs/2102.11600",
-        summary="SAM in a norm that follows the scale of each weight.",
-        note="all tensors; the code leaves out biases: `weights_only=True`",
+        summary="SAM in a norm that follows the magnitude of each weight, so that rescaling layers does not change "
+        "the measured sharpness.",
+        when="When the layers differ in scale, or to reproduce published results of ASAM; tune rho anew, it is about "
+        "ten times SAM's.",
+        note="applies to all tensors; the official code leaves out biases: `weights_only=True`",
     ),
     Method(
         name="usam",
@@ -50,7 +56,9 @@ BUILT_IN = (
         formula="eps = rho g",
         paper="Andriushchenko & Flammarion, Towards Understanding Sharpness-Aware Minimization, ICML 2022",
         url="https://proceedings.mlr.press/v162/andriushchenko22a.html",
-        summary="SAM without the normalisation.",
+        summary="SAM without the normalisation: the perturbation is rho times the gradient, so it shrinks with the "
+        "gradient.",
+        when="For research: the role of SAM's normalisation, and convergence theory.",
         note="the default rho is a choice of this library",
     ),
     Method(
@@ -60,8 +68,11 @@ BUILT_IN = (
         formula="d = (1 - theta) d + theta g,  eps = rho d / ||d||",
         paper="Li & Giannakis, Enhancing Sharpness-Aware Optimization Through Variance Suppression, NeurIPS 2023",
         url="https://arxiv.org/abs/2309.15639",
-        summary="Climb along a smoothed gradient.",
-        note="theta = 0.9, the original command line",
+        summary="SAM that perturbs along a moving average of the gradients, so that the noise of single batches is "
+        "suppressed.",
+        when="When the gradient of one batch is too noisy to give a good perturbation; it costs as many gradients as "
+        "SAM.",
+        note="theta = 0.9, as on the original command line",
     ),
     Method(
         name="fsam",
@@ -70,29 +81,37 @@ BUILT_IN = (
         formula="m = lam m + (1 - lam) g,  d = g - sigma m,  eps = rho d / ||d||",
         paper="Li, Zhou, He, Cheng & Huang, Friendly Sharpness-Aware Minimization, CVPR 2024",
         url="https://arxiv.org/abs/2403.12350",
-        summary="Climb along the batch-specific part of the gradient.",
-        note="the paper's m_t; the code's m_{t-1}: `ema='previous'`",
+        summary="SAM that perturbs along the part of the gradient that is specific to the batch: the gradient minus "
+        "its moving average.",
+        when="As an alternative to SAM with a tuned rho; it costs as many gradients as SAM.",
+        note="uses the paper's m_t; the official code uses m_{t-1}: `ema='previous'`",
     ),
     Method(
         name="bisam-log",
         title="BiSAM (-log)",
         parts=(objective.BiSAMLog(),),
-        formula="q = grad Q(w),  phi(x) = 1 - log(1 + exp(log(e-1) - x)),  eps = rho q / ||q||",
+        formula="eps = rho q / ||q||,  q = grad Q(w),  Q = mean_i (1/mu) log sum_j exp(mu phi(f_j - f_y)),  phi(x) = "
+        "1 - log(1 + exp(log(e-1) - x))",
         paper="Xie, Latorre, Antonakopoulos, Pethick & Cevher, Improving SAM Requires Rethinking its Optimization "
         "Formulation, ICML 2024",
         url="https://arxiv.org/abs/2407.12993",
-        summary="Climb a lower bound of the 0-1 loss.",
+        summary="SAM that perturbs towards more misclassification: the ascent maximises a lower bound of the 0-1 loss "
+        "(logarithmic form).",
+        when="For classification, as an alternative to SAM; it costs as many gradients as SAM.",
     ),
     Method(
         name="bisam-tanh",
         title="BiSAM (tanh)",
         parts=(objective.BiSAMTanh(),),
-        formula="q = grad Q(w),  phi(x) = tanh(alpha x),  eps = rho q / ||q||",
+        formula="eps = rho q / ||q||,  q = grad Q(w),  Q = mean_i (1/mu) log sum_j exp(mu phi(f_j - f_y)),  phi(x) = "
+        "tanh(alpha x)",
         paper="Xie, Latorre, Antonakopoulos, Pethick & Cevher, Improving SAM Requires Rethinking its Optimization "
         "Formulation, ICML 2024",
         url="https://arxiv.org/abs/2407.12993",
-        summary="Climb a lower bound of the 0-1 loss.",
-        note="mu = 10 as the function has it; the command line passes 1",
+        summary="SAM that perturbs towards more misclassification: the ascent maximises a lower bound of the 0-1 loss "
+        "(tanh form).",
+        when="For classification, as an alternative to SAM; it costs as many gradients as SAM.",
+        note="mu = 10, the default of the official function; the official command line passes 1",
     ),
     Method(
         name="rsam",
@@ -101,18 +120,22 @@ BUILT_IN = (
         formula="d = Delta + lam grad L(w + Delta),  Delta = sigma n ||w_filter||,  eps = rho d / ||d||",
         paper="Liu et al., Random Sharpness-Aware Minimization, NeurIPS 2022",
         url="",
-        summary="Climb from a randomly displaced point.",
-        note="no pass at w",
+        summary="SAM that adds random noise to the weights first, and perturbs along the sum of this noise and the "
+        "gradient taken there.",
+        when="For research: random perturbations and smoothed losses.",
+        note="takes no gradient at w",
     ),
     Method(
         name="gcsam",
         title="GCSAM",
         parts=(geometry.Centralised(),),
-        formula="eps = rho C g / ||g||,  C takes off the mean over all dimensions but the first",
+        formula="eps = rho C g / ||g||,  C subtracts the mean over all dimensions but the first",
         paper="Hassan et al., GCSAM: Gradient Centralized Sharpness Aware Minimization, 2025",
         url="",
-        summary="Climb along the centralised gradient.",
-        note="the norm is that before centring, as in the code",
+        summary="SAM whose perturbation is centred: its mean over all dimensions but the first is subtracted from "
+        "each tensor.",
+        when="For research: gradient centralisation within SAM; it costs as many gradients as SAM.",
+        note="divides by the norm before centring, as the official code does",
     ),
     Method(
         name="fisher-sam",
@@ -121,8 +144,10 @@ BUILT_IN = (
         formula="eps = rho F^-1 g / sqrt(<g, F^-1 g>),  F = 1 + eta g^2",
         paper="Kim, Li, Hu & Hospedales, Fisher SAM: Information Geometry and Sharpness Aware Minimisation, ICML 2022",
         url="https://arxiv.org/abs/2206.04920",
-        summary="SAM in the ellipsoid of the diagonal Fisher metric.",
-        note="no official code is known: as a public re-implementation, F of the batch's mean gradient",
+        summary="SAM in the ellipsoid of the diagonal Fisher metric, in which entries with large gradients move less.",
+        when="For research: the shape of the neighbourhood in which SAM perturbs.",
+        note="no official code is known; follows a public re-implementation, which takes F from the batch's mean "
+        "gradient",
     ),
     Method(
         name="sam-direction",
@@ -131,8 +156,9 @@ BUILT_IN = (
         formula="u = sign(g_s) |g|",
         paper="Luong, Direction and magnitude in sharpness-aware minimisation (empirical study), 2024",
         url="",
-        summary="SAM's direction with the plain gradient's magnitude, entry by entry.",
-        note="named by the text; the original classes are swapped: `legacy_names=True`",
+        summary="Ablation: the signs of SAM's gradient with the absolute values of the plain gradient, entry by entry.",
+        when="For research: whether the direction or the magnitude of SAM's gradient matters.",
+        note="named as in the study's text; its classes have the two names swapped: `legacy_names=True`",
     ),
     Method(
         name="sam-magnitude",
@@ -141,8 +167,9 @@ BUILT_IN = (
         formula="u = |g_s| sign(g)",
         paper="Luong, Direction and magnitude in sharpness-aware minimisation (empirical study), 2024",
         url="",
-        summary="SAM's magnitude with the plain gradient's direction, entry by entry.",
-        note="named by the text; the original classes are swapped: `legacy_names=True`",
+        summary="Ablation: the absolute values of SAM's gradient with the signs of the plain gradient, entry by entry.",
+        when="For research: whether the direction or the magnitude of SAM's gradient matters.",
+        note="named as in the study's text; its classes have the two names swapped: `legacy_names=True`",
     ),
     Method(
         name="sgdhess",
@@ -154,8 +181,9 @@ BUILT_IN = (
         formula="u = g + rho h g,  h = |H z|,  z = +-1",
         paper="Luong, Direction and magnitude in sharpness-aware minimisation (empirical study), 2024",
         url="",
-        summary="No ascent: the gradient is scaled by the curvature.",
-        note="never leaves w; its rho is a factor, not a length",
+        summary="Scale the gradient by an estimate of the curvature instead of perturbing the weights.",
+        when="For research: curvature in place of the perturbation; it needs second derivatives.",
+        note="the weights never leave w; rho is a factor, not a length",
     ),
     Method(
         name="esam",
@@ -167,9 +195,11 @@ BUILT_IN = (
         formula="eps = m rho g / (beta ||g||),  m ~ Bernoulli(beta);  g_s on the gamma B sharpest samples",
         paper="Du et al., Efficient Sharpness-Aware Minimization for Improved Training of Neural Networks, ICLR 2022",
         url="https://arxiv.org/abs/2110.03141",
-        summary="Move a random part of the tensors, descend on the sharpest samples.",
-        note="the pass at w + eps sees the whole batch, so the published saving of time is not had; the norm is over "
-        "all tensors",
+        summary="Perturb a random part of the tensors, and take the second gradient only on the samples whose loss "
+        "rises most.",
+        when="For research: ESAM's selection of weights and samples; this implementation is no faster than SAM.",
+        note="the pass at w + eps computes the whole batch, so the published saving of time is not reached; the norm "
+        "is over all tensors",
     ),
     Method(
         name="micro-sam",
@@ -178,8 +208,10 @@ BUILT_IN = (
         formula="eps_i = rho g_i / ||g_i||,  u = (1/m) sum_i grad L_i(w + eps_i)",
         paper="Foret et al., SAM, ICLR 2021, Section 4.1; Behdin et al., Micro-Batch-Averaged SAM, 2023",
         url="https://arxiv.org/abs/2302.09693",
-        summary="An ascent of its own for every micro-batch.",
-        note="micro-batches count alike, whatever their size",
+        summary="Split the batch into micro-batches, perturb for each of them separately, and average the gradients "
+        "(m-sharpness).",
+        when="With large batches, or where gradients are accumulated over micro-batches anyway.",
+        note="all micro-batches have equal weight, whatever their size",
     ),
     Method(
         name="sam-db",
@@ -188,19 +220,22 @@ BUILT_IN = (
         formula="eps = rho g' / ||g'||,  g' = grad L_B'(w),  u = grad L_B(w + eps)",
         paper="Li & Giannakis, Enhancing Sharpness-Aware Optimization Through Variance Suppression, NeurIPS 2023",
         url="https://arxiv.org/abs/2309.15639",
-        summary="A probe: climb on another batch than the one that is descended on.",
-        note="two closures; a probe, not a method to train with",
+        summary="An experiment: take the perturbation from a different batch than the second gradient.",
+        when="For research: whether perturbation and second gradient must come from the same batch.",
+        note="takes two closures; an experiment, not a method to train with",
     ),
     Method(
         name="imbsam",
         title="ImbSAM",
         parts=(inner_loop.HeadAndTail(),),
-        formula="eps = rho g_T / ||g_T||,  u = grad L_H(w) + grad L_T(w + eps),  H head and T tail of the classes",
+        formula="eps = rho g_T / ||g_T||,  u = grad L_H(w) + grad L_T(w + eps),  H: frequent classes, T: rare classes",
         paper="Zhou, Qu, Xu & Shen, ImbSAM: A Closer Look at Sharpness-Aware Minimization in Class-Imbalanced "
         "Recognition, ICCV 2023",
         url="https://arxiv.org/abs/2308.07815",
-        summary="Seek flatness for rare classes only.",
-        note="two closures, the code's tail counts twice; see [below](#head-and-tail)",
+        summary="SAM for rare classes only: they are trained with a perturbation, the frequent classes without.",
+        when="When some classes are rare and generalise worse than the frequent ones.",
+        note="takes two closures, for the frequent classes (head) and the rare ones (tail); the official code gives "
+        "the tail the weight 2",
     ),
     Method(
         name="gsam",
@@ -209,18 +244,22 @@ BUILT_IN = (
         formula="u = g_s - alpha (g - (<g, g_s> / ||g_s||^2) g_s)",
         paper="Zhuang et al., Surrogate Gap Minimization Improves Sharpness-Aware Training, ICLR 2022",
         url="https://arxiv.org/abs/2203.08065",
-        summary="Lower the gap between the loss at w + eps and at w as well.",
-        note="rho does not follow lr; for that `gsam+rho-lr`",
+        summary="SAM that also lowers the gap between the perturbed and the plain loss, by a correction orthogonal to "
+        "SAM's gradient.",
+        when="When SAM works and a second hyperparameter (alpha) can be tuned.",
+        note="rho is constant; `gsam+rho-lr` lets it follow the learning rate, as in the paper",
     ),
     Method(
         name="wsam",
         title="WSAM",
         parts=(combine.WSAM(),),
-        formula="w <- base step with g, then w <- w - lr a (g_s - g),  a = gamma / (1 - gamma)",
+        formula="base step with g,  then w <- w - lr a (g_s - g),  a = gamma / (1 - gamma)",
         paper="Yue et al., SAM Revisited: Weighted Sharpness as a Regularization Term, KDD 2023",
         url="https://arxiv.org/abs/2305.15817",
-        summary="Weigh the sharpness against the loss, beside the base optimizer.",
-        note="gamma = 0.9 is a = 9; inside the base: `coupled=True`",
+        summary="Sharpness as a regularisation term with a weight: the base optimizer takes the plain gradient, and "
+        "the sharpness term is added beside it.",
+        when="When the weight of sharpness against loss should be a hyperparameter (gamma).",
+        note="gamma = 0.9 means a = 9; `coupled=True` puts the sharpness term into the base optimizer's gradient",
     ),
     Method(
         name="gnp",
@@ -229,8 +268,9 @@ BUILT_IN = (
         formula="u = (1 - alpha) g + alpha g_s",
         paper="Zhao, Zhang & Hu, Penalizing Gradient Norm, ICML 2022",
         url="https://arxiv.org/abs/2202.03599",
-        summary="A mixture of the gradients at w and at w + eps.",
-        note="the code's default mixes g / ||g||, against its text",
+        summary="Penalise the gradient norm, by mixing the gradients at w and at w + eps.",
+        when="When a method between the base optimizer (alpha = 0) and SAM (alpha = 1) is wanted.",
+        note="follows the paper; the official code mixes g / ||g|| by default",
     ),
     Method(
         name="sagm",
@@ -239,8 +279,10 @@ BUILT_IN = (
         formula="eps = (rho / ||g|| - alpha) g,  u = (g + g_s) / 2",
         paper="Wang, Zhang, Lei & Zhang, Sharpness-Aware Gradient Matching for Domain Generalization, CVPR 2023",
         url="https://arxiv.org/abs/2303.10353",
-        summary="Lower the loss, the perturbed loss and the angle between their gradients.",
-        note="the code's mean for the paper's sum of two losses; a radius rule scales alpha too",
+        summary="Lower three things together: the loss, the perturbed loss, and the angle between their gradients.",
+        when="For domain generalisation, for which it was proposed.",
+        note="the mean of both gradients, as in the official code (the paper adds the losses); a radius rule scales "
+        "alpha too",
     ),
     Method(
         name="cr-sam",
@@ -249,8 +291,9 @@ BUILT_IN = (
         formula="u = g_+ + gamma (g_+ + g_- - 2 g) + beta (g_+ - g_-),  g_+- = grad L(w +- eps)",
         paper="Wu, Luo & Wunsch, CR-SAM: Curvature Regularized Sharpness-Aware Minimization, AAAI 2024",
         url="https://arxiv.org/abs/2312.13555",
-        summary="Lower the curvature along eps as well, by gradients on both sides of w.",
-        note="as the code; beta = 0.01 of its command line, 0.1 in its class",
+        summary="SAM with a penalty on the curvature along the perturbation, from gradients on both sides of w.",
+        when="For research: curvature penalties without second derivatives; it takes three gradients a step.",
+        note="follows the official code; beta = 0.01 as on its command line, its class has 0.1",
     ),
     Method(
         name="looksam",
@@ -262,28 +305,31 @@ BUILT_IN = (
         formula="every k: u = g_s, g_v = g_s - proj_g g_s;  else u = g + alpha (||g|| / ||g_v||) g_v",
         paper="Liu et al., Towards Efficient and Scalable Sharpness-Aware Minimization, CVPR 2022",
         url="https://arxiv.org/abs/2203.02714",
-        summary="Ascend every k-th step and reuse what it added between.",
-        note="k = 5, alpha = 0.7: no official code is known; `phase` as for `every-k`",
+        summary="SAM on every k-th step; the steps between reuse what SAM added to the gradient.",
+        when="When the two gradients of SAM are too expensive.",
+        note="k = 5, alpha = 0.7; no official code is known; `phase` as in `every-k`",
     ),
     Method(
         name="momentum-sam",
         title="Momentum-SAM",
         parts=(direction.Momentum(),),
-        formula="eps = -rho v / ||v||,  v the base's momentum",
+        formula="eps = -rho v / ||v||,  v the base optimizer's momentum",
         paper="Becker, Altrock & Risse, Momentum-SAM: SAM without Computational Overhead, 2024",
         url="https://arxiv.org/abs/2401.12033",
-        summary="No pass 1: move along the base's momentum.",
-        note="sign as in the code; wants a larger rho: the official runs have 0.3 to 10",
+        summary="Perturb along the base optimizer's momentum, so that one gradient a step is enough.",
+        when="When only one gradient a step is affordable and the base optimizer has momentum.",
+        note="sign as in the official code; needs a larger rho: the official runs use 0.3 to 10",
     ),
     Method(
         name="stale-sam",
         title="stale-gradient ascent",
         parts=(direction.StaleGradient(),),
-        formula="eps = rho u' / ||u'||,  u' the last step's descent gradient",
+        formula="eps = rho u' / ||u'||,  u' the second gradient of the last step",
         paper="the idea of AsyncSAM (a gradient one step old) on a single stream",
         url="",
-        summary="No pass 1: climb along the last step's gradient.",
-        note="AsyncSAM takes its old gradient at the old w, in a stream of its own",
+        summary="Perturb along the gradient of the last step, so that one gradient a step is enough.",
+        when="When only one gradient a step is affordable, with any base optimizer.",
+        note="AsyncSAM takes its old gradient at the old w, in a separate stream",
     ),
     Method(
         name="n-step",
@@ -292,8 +338,9 @@ BUILT_IN = (
         formula="w_{j+1} = w_j + (rho / n) g(w_j) / ||g(w_j)||,  u = grad L(w_n)",
         paper="Foret, Kleiner, Mobahi & Neyshabur, Sharpness-Aware Minimization, ICLR 2021, Appendix",
         url="https://arxiv.org/abs/2010.01412",
-        summary="Several smaller ascents.",
-        note="n = 3; memories learn from the first ascent only",
+        summary="Reach the perturbed point in several smaller ascent steps instead of one.",
+        when="For research: whether a better maximisation helps; every further ascent step costs one gradient.",
+        note="n = 3; parts with a memory, such as VaSSO's average, learn from the first ascent step only",
     ),
     Method(
         name="saner",
@@ -302,8 +349,9 @@ BUILT_IN = (
         formula="u = g_s (1 - alpha 1[0 < g_s / g < 1])",
         paper="Luong and co-authors, SANER (repository lhchau/saner)",
         url="",
-        summary="Damp the entries whose gradient shrank on the way up.",
-        note="no warm-up; the original waits a quarter of the training",
+        summary="SAM that damps the entries whose gradient became smaller at w + eps without changing sign.",
+        when="For research: which entries of SAM's gradient matter.",
+        note="no warm-up by default; the original waits for a quarter of the training",
     ),
     Method(
         name="bsam",
@@ -312,9 +360,11 @@ BUILT_IN = (
         formula="eps = rho g / s,  g at w + n / sqrt(N s);  m = beta1 m + (1 - beta1) (g_s + delta w),  u = m / s",
         paper="Moellenhoff & Khan, SAM as an Optimal Relaxation of Bayes, ICLR 2023",
         url="https://arxiv.org/abs/2210.01620",
-        summary="A posterior over the weights: noise, ascent and step scaled by a running curvature s.",
-        note="wants data_size=N and SGD without momentum and weight decay; official CIFAR runs have lr 0.5, rho 0.01; "
-        "a batch is not split",
+        summary="SAM as Bayesian learning: it trains a Gaussian distribution over the weights, whose running "
+        "precision s scales the noise, the perturbation and the step.",
+        when="When predictions need uncertainty: they can be averaged over the trained distribution.",
+        note="needs data_size=N and SGD without momentum and weight decay; the official CIFAR runs use lr 0.5 and rho "
+        "0.01; a batch is not split",
     ),
     Method(
         name="functional-sam",
@@ -324,8 +374,10 @@ BUILT_IN = (
         paper="Singh, Mobahi, Agarwala & Dauphin, Avoiding Spurious Sharpness Minimization Broadens Applicability of "
         "SAM, ICML 2025",
         url="https://arxiv.org/abs/2502.02407",
-        summary="Move the outputs with the weights, keep the slope of the loss: for language models.",
-        note="keeps as many numbers as the outputs have; the preconditioned form is left out",
+        summary="Perturb the network's function but not the slope of the loss at its outputs; proposed for language "
+        "models.",
+        when="For language models, where SAM mostly changes the statistics of the logits.",
+        note="stores as many numbers as the outputs have; the paper's preconditioned form is not implemented",
     ),
     Method(
         name="gam",
@@ -335,8 +387,9 @@ BUILT_IN = (
         paper="Zhang et al., Gradient Norm Aware Minimization Seeks First-Order Flatness and Improves Generalization, "
         "CVPR 2023",
         url="https://arxiv.org/abs/2303.03108",
-        summary="Flat also in the gradient's norm within the ball.",
-        note="as coded, without second derivatives; u is about 2g, so lr counts twice",
+        summary="Seek weights around which the gradient norm stays small, not only the loss (first-order flatness).",
+        when="For research: first-order flatness; it takes four gradients a step.",
+        note="as in the official code, without second derivatives; u is about 2g, so the learning rate counts twice",
     ),
     Method(
         name="c-flat",
@@ -345,8 +398,9 @@ BUILT_IN = (
         formula="u = g_1 + lam (g_3 - g_2)",
         paper="Bian et al., Make Continual Learning Stronger via C-Flat, NeurIPS 2024",
         url="https://arxiv.org/abs/2404.00986",
-        summary="GAM's gradients for continual learning: SAM's, and what the gradient's norm adds.",
-        note="both radii are rho; in its code the second falls back to 1.0: `ratio`",
+        summary="SAM's gradient plus a term that lowers the gradient norm nearby; proposed for continual learning.",
+        when="For continual learning, for which it was proposed; it takes four gradients a step.",
+        note="both radii are rho; in the official code the second one falls back to 1.0: set `ratio`",
     ),
     Method(
         name="eigen-sam",
@@ -355,8 +409,10 @@ BUILT_IN = (
         formula="eps = rho (n + alpha sign(<g, v>) (v - <n, v> n)),  n = g / ||g||,  v the leading eigenvector",
         paper="Luo et al., Explicit Eigenvalue Regularization Improves Sharpness-Aware Minimization, NeurIPS 2024",
         url="https://arxiv.org/abs/2501.12666",
-        summary="Climb also along the Hessian's leading eigenvector.",
-        note="||eps|| is above rho; v from the first step on, where the code takes USAM's steps until it has one",
+        summary="SAM that also perturbs along the Hessian's leading eigenvector.",
+        when="For research: the largest eigenvalue of the Hessian; it needs second derivatives.",
+        note="||eps|| is above rho; v exists from the first step on, whereas the official code takes USAM's steps "
+        "until it has one",
     ),
     Method(
         name="sampa",
@@ -366,8 +422,9 @@ BUILT_IN = (
         "v = grad L(last y)",
         paper="Xie, Pethick & Cevher, SAMPa: Sharpness-aware Minimization Parallelized, NeurIPS 2024",
         url="https://arxiv.org/abs/2410.10683",
-        summary="Two gradients that need not wait for each other, for two devices.",
-        note="both gradients run one after the other here, so that it costs what SAM costs; on SGD",
+        summary="Two gradients that do not depend on each other, so that two devices can take them in parallel.",
+        when="For research: parallel SAM; in this implementation it costs what SAM costs.",
+        note="both gradients are taken one after the other here; needs SGD",
     ),
     *RULES,
 )

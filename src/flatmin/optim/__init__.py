@@ -1,4 +1,4 @@
-"""The engine: an optimizer and a pure function that run any recipe."""
+"""The engine: the optimizer and the pure function that run any recipe."""
 
 from flatmin.optim.average import WeightAverage
 from flatmin.optim.build import wrap

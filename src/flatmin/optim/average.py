@@ -1,4 +1,4 @@
-"""An exponential average of the weights: evaluated in their place, or the teacher of MESA."""
+"""An exponential moving average of the weights, for evaluation and as MESA's teacher."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from flatmin.optim.tensors import LOW, is_sharded
 
 
 class WeightAverage:
-    """a <- decay a + (1 - decay) w after every update, of parameters and floating-point buffers; others are copied.
+    """An exponential moving average of the weights: a <- decay a + (1 - decay) w after every update.
 
-    It begins at the weights after the first update, so it needs no correction of its start. Averages of bf16 and fp16
-    tensors are kept in float32, where steps of (1 - decay) (w - a) do not round away.
+    It averages parameters and floating-point buffers; other buffers are copied. The average starts at the weights after
+    the first update, so it needs no bias correction. Averages of bf16 and fp16 tensors are stored in float32, where
+    steps of (1 - decay) (w - a) are not rounded away.
 
-    Called as the model is, it gives the model's outputs with the averaged weights, in eval mode and without gradient.
-    MESA takes them as the reference of `flatmin.methods.losses.trajectory`:
+    Call it like the model: it returns the model's outputs with the averaged weights, in eval mode and without
+    gradients. MESA uses them as the reference in `flatmin.methods.losses.trajectory`:
 
         >>> import torch
         >>> from flatmin.methods.losses import trajectory
@@ -32,12 +33,11 @@ class WeightAverage:
         0.0
 
     Args:
-        model: whose weights are averaged: the module itself, not the one that DistributedDataParallel or torch.compile
-            makes of it.
-        decay: in (0, 1). MESA's code has 0.9998.
+        model: the module whose weights are averaged, not wrapped in DistributedDataParallel or torch.compile.
+        decay: weight of the old average, in (0, 1). MESA's code uses 0.9998.
 
     Raises:
-        ValueError: decay outside of (0, 1).
+        ValueError: decay outside (0, 1).
 
     Source: Du, Zhou, Feng, Tan & Zhou, Sharpness-Aware Training for Free, NeurIPS 2022 (MESA).
     """
@@ -50,14 +50,14 @@ class WeightAverage:
         self._kept: dict[str, Tensor] = {}
 
     def _live(self) -> dict[str, Tensor]:
-        """The model's present tensors by name, shared ones once. Read anew each time, for they may be replaced."""
-        found: dict[str, Tensor] = {}
-        shared: set[int] = set()
+        """The model's current tensors by name, shared ones once. Read each time, since tensors may be replaced."""
+        tensors: dict[str, Tensor] = {}
+        seen: set[int] = set()
         for name, tensor in self._model.state_dict(keep_vars=True).items():
-            if isinstance(tensor, Tensor) and id(tensor) not in shared:
-                shared.add(id(tensor))
-                found[name] = tensor
-        return found
+            if isinstance(tensor, Tensor) and id(tensor) not in seen:
+                seen.add(id(tensor))
+                tensors[name] = tensor
+        return tensors
 
     @property
     def begun(self) -> bool:
@@ -70,12 +70,12 @@ class WeightAverage:
         return [tensor for name, tensor in self._kept.items() if not isinstance(live.get(name), nn.Parameter)]
 
     def forget(self) -> None:
-        """Start over with the next update."""
+        """Drop the average; the next update starts a new one."""
         self._kept = {}
 
     @torch.no_grad()
     def update(self) -> None:
-        """Add the present weights. A tensor that is new, or has another shape than before, starts over."""
+        """Add the current weights. The average of a tensor that is new or has a new shape starts at the tensor."""
         live, kept = self._live(), self._kept
         self._kept = {name: self._average_of(name, tensor) for name, tensor in live.items()}
         going = [name for name, tensor in live.items() if tensor.is_floating_point() and name in kept]
@@ -86,28 +86,28 @@ class WeightAverage:
                 self._kept[name].copy_(tensor)
 
     def _average_of(self, name: str, tensor: Tensor) -> Tensor:
-        """The average so far, where the tensor lies now; what has none in this shape begins at the tensor."""
+        """The average on the tensor's current device; the tensor itself if there is no average of its shape."""
         kept = self._kept.get(name)
         return _wide(tensor).clone() if kept is None or kept.shape != tensor.shape else _like(kept, tensor)
 
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The outputs of the model with the averaged weights, in eval mode and without gradient.
+        """The outputs of the model with the averaged weights, in eval mode and without gradients.
 
         Args:
-            args: of the model.
-            kwargs: of the model.
+            args: passed to the model.
+            kwargs: passed to the model.
 
         Raises:
             RuntimeError: there is no average yet, or the weights are sharded.
         """
         live = self._live()
         if any(map(is_sharded, live.values())):
-            raise RuntimeError("the weights are sharded, and the averaged model needs whole ones; train with DDP.")
+            raise RuntimeError("the weights are sharded, but the averaged model needs whole weights; train with DDP.")
         if not self._kept:
-            raise RuntimeError("there is no average yet: call update() after a step before the average is asked.")
+            raise RuntimeError("there is no average yet: call update() after a step before you call the average.")
         weights = self._as_in_model(live)
-        # A forward may write to buffers in eval mode too, those of the model that are not saved among them.
+        # A forward may write to buffers in eval mode too, also to those that are not saved.
         seen = set(map(id, live.values()))
         weights |= {name: tensor for name, tensor in self._model.named_buffers() if id(tensor) not in seen}
         weights = {n: t if isinstance(live.get(n), nn.Parameter) else t.clone() for n, t in weights.items()}
@@ -122,7 +122,7 @@ class WeightAverage:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The model with the averaged weights, inside."""
+        """A context in which the model has the averaged weights; without an average the model is unchanged."""
         if not self._kept:
             yield
             return
@@ -135,7 +135,7 @@ class WeightAverage:
             self._put(before)
 
     def _as_in_model(self, live: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The averages in the model's precision."""
+        """The averages in the dtypes of the model."""
         return {name: self._average_of(name, tensor).to(tensor.dtype) for name, tensor in live.items()}
 
     @torch.no_grad()
@@ -145,14 +145,14 @@ class WeightAverage:
                 tensor.copy_(values[name])
 
     def state_dict(self) -> dict[str, Any]:
-        """The averages by name, copied to the CPU; empty before the first update."""
+        """Copies of the averages on the CPU, by name; empty before the first update."""
         return {name: tensor.detach().to("cpu", copy=True) for name, tensor in self._kept.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from averages that `state_dict` gave.
+        """Load averages that `state_dict` returned.
 
         Raises:
-            ValueError: they are of other names or shapes than the model's tensors.
+            ValueError: their names or shapes differ from those of the model's tensors.
         """
         if not state:
             return self.forget()
@@ -165,15 +165,15 @@ class WeightAverage:
         }
         if any(wrong.values()):
             said = "; ".join(f"{what}: {', '.join(names)}" for what, names in wrong.items() if names)
-            raise ValueError(f"the averages do not fit the model ({said}); load those of this model.")
+            raise ValueError(f"the averages do not match the model ({said}); load the averages of this model.")
         self._kept = {name: _like(state[name], tensor).clone() for name, tensor in live.items()}
 
 
 def _like(average: Tensor, tensor: Tensor) -> Tensor:
-    """An average where the tensor lies, in the precision in which this one is averaged."""
+    """An average on the tensor's device, in the precision that its average is stored in."""
     return average.to(tensor.device, torch.float32 if tensor.dtype in LOW else tensor.dtype)
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    """The values in a precision in which they can be averaged."""
+    """The values in the precision in which they are averaged."""
     return tensor.detach().float() if tensor.dtype in LOW else tensor.detach()

@@ -1,4 +1,4 @@
-"""The base optimizer: which ones are accepted, the options they carry, and how they take their step."""
+"""The base optimizer: which optimizers are accepted, their options, and how they take their step."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ WRAPPED, OWN_RHO, _FILLED = "flatmin.version", "flatmin.rho", "_flatmin_filled"
 
 
 class BaseOptimizer:
-    """The wrapped optimizer, with what is known of it from the start.
+    """The wrapped optimizer, with properties of it that do not change.
 
     Args:
-        optimizer: the base itself.
+        optimizer: the base optimizer.
 
     Attributes:
-        rho_key: the option of its param groups that holds the radius: "rho", or "flatmin.rho" where the base has a rho
-            of its own.
-        differentiates: whether its step differentiates the gradients once more, and so needs their graph.
+        rho_key: the option of its param groups that holds the radius: "rho", or "flatmin.rho" if the base optimizer has
+            an option rho itself.
+        differentiates: whether its step differentiates the gradients again and so needs their graph.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -42,7 +42,7 @@ class BaseOptimizer:
         self.rho_key = rho_key(optimizer)
         self.differentiates = "hessian" in _parameters(step) or hasattr(optimizer, "get_trace")
         asks = any(p.kind not in (p.KEYWORD_ONLY, p.VAR_KEYWORD) for p in _parameters(optimizer.step).values())
-        # torch's own optimizers only return what a closure returns, and need none.
+        # torch's own optimizers only return the closure's result, so they do not need a closure.
         self._takes_closure = asks and not type(optimizer).__module__.startswith("torch.optim.")
         closure = _parameters(step).get("closure")
         self._needs_closure = closure is not None and closure.default is inspect.Parameter.empty
@@ -67,13 +67,13 @@ class BaseOptimizer:
                 w.grad = None
 
     def has_momentum(self) -> bool:
-        """Whether every group is set up to keep a momentum under a known name."""
+        """Whether the options of every group give a momentum under a known name."""
         return all(
             float(g.get("momentum") or 0) > 0 or "betas" in g or "beta1" in g for g in self.optimizer.param_groups
         )
 
     def other_than_sgd(self, *, bare: bool = False) -> str | None:
-        """What it is in place of torch's SGD, `bare`: without momentum and weight decay; None: it is just that."""
+        """The kind of optimizer if it is not torch's SGD (`bare`: SGD without momentum and weight decay); else None."""
         if not isinstance(self.optimizer, SGD):
             return self.name
         for group in self.optimizer.param_groups if bare else ():
@@ -82,10 +82,10 @@ class BaseOptimizer:
         return None
 
     def momenta(self, weights: Sequence[Tensor]) -> list[Tensor | None]:
-        """The base's momentum of each weight, dense; None where it has none yet.
+        """The base optimizer's momentum of each weight, dense; None where there is none yet.
 
         Raises:
-            ValueError: the base has state for a weight, and no momentum under a known name in it.
+            ValueError: the base optimizer has state for a weight, but no momentum under a known name.
         """
         states = [self.optimizer.state.get(w) for w in weights]
         first = next((s for s in states if s), None)
@@ -94,14 +94,14 @@ class BaseOptimizer:
         name = next((n for n in _MOMENTA if n in first), None)
         if name is None:
             raise ValueError(
-                f"{self.name} keeps no momentum that this library knows ({' or '.join(_MOMENTA)}); it has "
+                f"{self.name} has no momentum under a known name ({' or '.join(_MOMENTA)}); its state holds "
                 f"{', '.join(map(str, first))}."
             )
         momenta = [s.get(name) if s else None for s in states]
         return [v.to_dense() if v is not None and v.is_sparse else v for v in momenta]
 
     def takes_found_inf(self) -> bool:
-        """Whether the base can leave out a step by itself, so that the host need not know."""
+        """Whether the base optimizer can skip a step by a flag on the device, so that the host need not read it."""
         if not (
             type(self.optimizer).__module__.startswith("torch.optim")
             and all(g.get("fused") for g in self.optimizer.param_groups)
@@ -109,7 +109,7 @@ class BaseOptimizer:
             return False
         if not isinstance(self.optimizer, SGD):
             return True
-        # It makes its momentum in a step that a found inf then leaves out, and takes it for filled in the next one.
+        # SGD creates its momentum buffer even in a step that is skipped, and uses it in the next one.
         state = self.optimizer.state
         return all(
             state.get(w, {}).get("momentum_buffer") is not None
@@ -120,20 +120,20 @@ class BaseOptimizer:
         )
 
     def step_with(self, loss: Any, weights: Sequence[Tensor]) -> Callable[[], object]:
-        """The base's step as a call without arguments; a base whose step asks for the loss is told this one.
+        """The base optimizer's step as a function without arguments. A base that calls a closure gets this loss.
 
         Args:
-            loss: this update's; None: not known.
-            weights: by which a base is noticed that moves them before it asks.
+            loss: the loss of this update; None: unknown.
+            weights: used to detect a base that moves the weights before it calls the closure.
 
         Raises:
-            RuntimeError: the base's step cannot be called without the loss, and it is not known. When the step is
-                called: the base has moved the weights before it asks, so that it wants the loss of another point.
+            RuntimeError: the base needs the loss, but it is unknown. Also when the step is called, if the base moves
+                the weights before it calls the closure, since it then needs the loss of another point.
         """
         if loss is not None and self._takes_closure:
             return functools.partial(self.optimizer.step, self._known_loss(loss, weights))
         if self._needs_closure:
-            raise RuntimeError(f"the step of {self.name} asks for the loss: use optimizer.step(closure).")
+            raise RuntimeError(f"the step of {self.name} needs the loss: use optimizer.step(closure).")
         return self.optimizer.step
 
     def step_if_finite(
@@ -149,22 +149,22 @@ class BaseOptimizer:
         scaled: Tensor | None,
         terms: Sequence[Tensor],
     ) -> tuple[bool, bool, Tensor | None]:
-        """Take a step of the base by the rule for gradients that are not finite.
+        """Take the base optimizer's step, with the chosen treatment of gradients that are not finite.
 
         Args:
-            step: of `step_with`.
-            gradients: what the base takes.
-            layout: of the weights.
+            step: the result of `step_with`.
+            gradients: the gradients that the base optimizer takes.
+            layout: the layout of the weights.
             nonfinite: "skip", "raise" or "propagate".
-            size: the norm that decided whether the ascent was taken; None: there was none.
-            ascents: how many displacements the update has made.
-            flags: the verdicts on the weights' device; None on the CPU, where reading is free.
-            scaled: what unscaling has found, 0 or 1; None: no scaler.
-            terms: what is added to the weights after the base's step, and must be left out with it.
+            size: the norm that decided whether the weights were perturbed; None: there was no ascent.
+            ascents: number of perturbations in this update.
+            flags: the flags on the weights' device; None on the CPU, where reading a value does not synchronise.
+            scaled: 1 if unscaling found an inf, else 0; None: no scaler.
+            terms: what is added to the weights after the step; it is skipped together with the step.
 
         Returns:
             Whether the step was taken and whether the ascent was finite, as far as the host knows; and a scalar on the
-            device that is 1 where the base has left the step out by itself, None where it has not been asked to.
+            device that is 1 if the base optimizer skipped the step itself (None: the host decided).
 
         Raises:
             FloatingPointError: nonfinite="raise", and the gradients are not finite.
@@ -180,7 +180,7 @@ class BaseOptimizer:
             layout = Layout([])
             gradients = [g.coalesce().values() if g.is_sparse else g for g in gradients]
         if flags is None:
-            # An ascent on the way may have failed where the last one did not.
+            # An earlier ascent of this update may not have been finite, although the last one was.
             finite = size is None or math.isfinite(float(size))
             good = ta.all_finite(gradients, layout) and (not terms or ta.all_finite(terms, Layout([])))
             if (scaled is not None and scaled) or not good:
@@ -213,7 +213,7 @@ class BaseOptimizer:
     def _refuse(nonfinite: str, scaled: Tensor | None) -> bool:
         if nonfinite == "raise" and scaled is None:
             raise FloatingPointError(
-                "the descent gradient has nan or inf entries; the weights and the base's state are unchanged "
+                "the descent gradient has nan or inf entries; the weights and the base optimizer's state are unchanged "
                 "(nonfinite='raise')."
             )
         return False
@@ -225,8 +225,8 @@ class BaseOptimizer:
         def closure() -> Any:
             if [w._version for w in probes] != versions:
                 raise RuntimeError(
-                    f"{self.name} moves the weights before it asks for the loss, or asks again after it; a base must "
-                    "step with the gradients that it finds. Use its form without such a closure."
+                    f"{self.name} moves the weights before it calls the closure, or calls it again afterwards; a base "
+                    "optimizer must step with the gradients that it is given. Use a form of it that calls no closure."
                 )
             return loss
 
@@ -234,14 +234,14 @@ class BaseOptimizer:
 
 
 def is_number(x: Any) -> bool:
-    """Whether it is a finite real number: Python's, numpy's, or a tensor of one element on the CPU."""
+    """Whether x is a finite real number of Python or numpy, or a CPU tensor with one element."""
     if isinstance(x, Tensor):
         return x.numel() == 1 and x.device.type == "cpu" and x.dtype != torch.bool and bool(x.isfinite())
     return isinstance(x, numbers.Real) and not isinstance(x, bool) and math.isfinite(x)
 
 
 def check_rho(rho: Any) -> float:
-    """Rho as a float; ValueError unless it is a finite number >= 0."""
+    """Return rho as a float; raise ValueError unless it is a finite number >= 0."""
     if type(rho) is float and 0.0 <= rho < math.inf:
         return rho
     if not is_number(rho) or rho < 0:
@@ -252,23 +252,23 @@ def check_rho(rho: Any) -> float:
 
 
 def check_positive(name: str, value: Any) -> float:
-    """A positive finite number as a float; ValueError otherwise."""
+    """Return the value as a float; raise ValueError unless it is a finite number > 0."""
     if not is_number(value) or value <= 0:
         raise ValueError(f"{name} must be a positive number or None, got {value!r}.")
     return float(value)
 
 
 def rho_key(base: Optimizer) -> str:
-    """The option of its param groups that holds the radius: "rho", or "flatmin.rho" where the base has its own rho."""
+    """The param group option that holds the radius: "rho", or "flatmin.rho" if the base has an option rho itself."""
     first = base.param_groups[0]
     wrapped = WRAPPED in first or _FILLED in base.__dict__
     return OWN_RHO if OWN_RHO in base.defaults or ("rho" in base.defaults and not wrapped) else "rho"
 
 
 def set_rho(base: Optimizer, key: str, asked: float | None, default: float) -> None:
-    """Give every group of the base its radius: the group's own, else the asked one, else the default.
+    """Set the radius of every param group: the group's own value, else `asked`, else the default.
 
-    What an earlier wrapper has filled in counts as a group's own only where nothing is asked.
+    A value that an earlier wrapper has filled in counts as the group's own only if `asked` is None.
     """
     filled: set[int] = base.__dict__.setdefault(_FILLED, set())
     if asked is not None or key not in base.defaults:
@@ -283,40 +283,49 @@ def set_rho(base: Optimizer, key: str, asked: float | None, default: float) -> N
 def build_base(
     params: Any, base_optimizer: Callable[..., Optimizer] | None, kwargs: dict[str, Any], both: Mapping[str, Any]
 ) -> Optimizer:
-    """The base from a constructed optimizer, or from its class and parameters; TypeError, ValueError otherwise.
+    """The base optimizer: `params` itself if it is an optimizer, else built from its class and parameters.
 
-    `both`: options of the wrapper that differ from their defaults, and that a base's class may have too.
+    Args:
+        params: a constructed optimizer, or parameters.
+        base_optimizer: the class, if `params` are parameters.
+        kwargs: options of the class.
+        both: options of the wrapper that differ from their defaults, which the class may have too.
+
+    Raises:
+        TypeError, ValueError: the arguments do not give a base optimizer, or it is not supported.
     """
     if isinstance(params, Optimizer):
         if is_number(base_optimizer):
-            raise TypeError(f"the second argument is the base's class; write rho={base_optimizer!r} by its name.")
+            raise TypeError(
+                f"the second argument is the base optimizer's class; pass rho by name, as rho={base_optimizer!r}."
+            )
         if base_optimizer is not None or kwargs:
             extra = "base_optimizer" if base_optimizer is not None else sorted(kwargs)[0]
             raise TypeError(
-                f"got a constructed base optimizer and {extra!r} as well; give its options where it is built."
+                f"got a constructed base optimizer and {extra!r}; set options where the base optimizer is built."
             )
         base = params
     elif isinstance(params, torch.nn.Module):
         raise TypeError(
-            f"got the module {type(params).__name__}; give its weights, as in SAM(model.parameters(), ...)."
+            f"got the module {type(params).__name__}; pass its parameters, as in SAM(model.parameters(), ...)."
         )
     elif isinstance(base_optimizer, Optimizer):
         raise TypeError(
-            f"the second argument is the base's class, got a constructed {type(base_optimizer).__name__}; give it "
-            f"alone, as in SAM({type(base_optimizer).__name__}(params, lr=0.1), rho=0.05)."
+            f"the second argument is the base optimizer's class, got a constructed {type(base_optimizer).__name__}; "
+            f"pass it alone, as in SAM({type(base_optimizer).__name__}(params, lr=0.1), rho=0.05)."
         )
     elif base_optimizer is None or not callable(base_optimizer):
         raise TypeError(
             "expected a constructed base optimizer, as in SAM(torch.optim.SGD(params, lr=0.1)), or its class as "
             f"the second argument; got {type(params if base_optimizer is None else base_optimizer).__name__}, which is "
-            "no torch.optim.Optimizer."
+            "not a torch.optim.Optimizer."
         )
     else:
         taken = _parameters(base_optimizer)
         for name in both:
             if name in taken and name != "eps":
                 raise ValueError(
-                    f"{name!r} is an option of the base and of the wrapper; build the base first, as in "
+                    f"{name!r} is an option of the base optimizer and of SAM; build the base optimizer first, as in "
                     f"SAM(Base(params, {name}=...), {name}=...)."
                 )
         if "eps" in both and "eps" in taken:
@@ -329,7 +338,7 @@ def build_base(
 
 
 def adaptive_recipe(base: Optimizer, recipe: Any, adaptive: bool, rho: float | None) -> Any:
-    """The recipe that `adaptive`, also of single param groups, asks for."""
+    """The recipe for the option `adaptive`, which param groups may set too."""
     asked = [group.get("adaptive", adaptive) for group in base.param_groups]
     if "adaptive" in base.defaults or not any(asked):
         return recipe
@@ -338,30 +347,31 @@ def adaptive_recipe(base: Optimizer, recipe: Any, adaptive: bool, rho: float | N
             raise ValueError(f"a param group with adaptive=True needs a recipe with 'asam'; got recipe={recipe!r}.")
         recipe = "asam"
     if not all(asked) and rho is None:
-        raise ValueError("param groups differ in adaptive and share one norm: give rho=.")
+        raise ValueError("param groups differ in adaptive but share one norm: pass rho=.")
     for group, one in zip(base.param_groups, asked, strict=True):
         group["adaptive"] = bool(one)
     return recipe
 
 
 def hands_on_eps(base_optimizer: Any) -> bool:
-    """Whether `eps=` is the base's: it is given by its class, which has an option of this name."""
+    """Whether `eps=` belongs to the base optimizer: it is given as a class that has an option of this name."""
     return callable(base_optimizer) and "eps" in _parameters(base_optimizer)
 
 
 def _refuse(base: Optimizer) -> None:
     name = type(base).__name__
     if hasattr(base, "recipe") and hasattr(base, "perturbed"):
-        raise TypeError("the base is a flatmin optimizer already; compose recipes by name instead, as in 'vasso+asam'.")
+        raise TypeError("the base is already a flatmin optimizer; compose recipes by name instead, as in 'vasso+asam'.")
     if not getattr(base, "param_groups", None):
-        raise TypeError(f"{name} has no param_groups of its own and cannot be a base; give the optimizer inside it.")
+        raise TypeError(f"{name} has no param_groups and cannot be a base optimizer; pass the optimizer inside it.")
     if isinstance(base, torch.optim.LBFGS) or name == "LBFGS":
-        raise TypeError("LBFGS evaluates the loss inside its own step and cannot be a base.")
+        raise TypeError("LBFGS evaluates the loss inside its own step and cannot be a base optimizer.")
     if any(callable(getattr(base, method, None)) for method in ("first_step", "perturb", "perturb_weights")):
-        raise TypeError(f"{name} is a sharpness-aware optimizer itself; give the base optimizer inside it.")
+        raise TypeError(f"{name} is a sharpness-aware optimizer itself; pass the base optimizer inside it.")
     if any(hasattr(base, method) for method in ("fused_backward", "fuse_update")):
         raise TypeError(
-            f"{name} moves the weights during the backward pass and cannot be a base: no pass would be left."
+            f"{name} updates the weights during the backward pass and cannot be a base optimizer, since SAM needs two "
+            "backward passes before the update."
         )
     if not any(g["params"] for g in base.param_groups):
         raise ValueError("the base optimizer has no parameters.")

@@ -1,4 +1,4 @@
-"""Builds the wrapper from a method's name: `flatmin.wrap`."""
+"""`flatmin.wrap`: wraps a base optimizer with a method by name."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def wrap(
     ascent_sync: AscentSync = "all",
     **params: Any,
 ) -> SAM:
-    """Wrap a base optimizer with a method by name, with the parameters of its parts as keywords.
+    """Wrap a base optimizer with a method, given by name, with the parameters of its parts as keywords.
 
         >>> import torch, flatmin
         >>> model = torch.nn.Linear(4, 3)
@@ -47,11 +47,11 @@ def wrap(
 
     Args:
         base: a constructed torch optimizer.
-        method: a name or names joined by "+", or a `Recipe`. Default "sam".
-        rho: ascent radius. Default: the method's own (`recipe.default_rho`).
-        table: names to choose from; see `flatmin.compose`.
-        params: parameters of the parts; see `flatmin.compose`.
-        model: see `SAM`, as all that follow.
+        method: a name, names joined by "+", or a `Recipe`. Default "sam".
+        rho: radius of the perturbation. Default: that of the method (`recipe.default_rho`).
+        table: the methods to choose from; see `flatmin.compose`. Default: all.
+        params: parameters of the method's parts; see `flatmin.compose`.
+        model: see `SAM`.
         criterion: see `SAM`.
         nonfinite: see `SAM`.
         freeze_batchnorm: see `SAM`.
@@ -65,13 +65,16 @@ def wrap(
         clip_norm: see `SAM`.
         ascent_sync: see `SAM`.
 
+    Returns:
+        The optimizer. Use it in place of the base optimizer.
+
     Raises:
-        ValueError, TypeError: as `SAM` and `flatmin.compose`.
+        ValueError, TypeError: the errors of `SAM` and `flatmin.compose`.
     """
     if isinstance(method, str):
         method = compose(method, table, **params)
     elif params:
-        raise ValueError(f"a Recipe carries its own parameters; got {sorted(params)[0]!r} as well.")
+        raise ValueError(f"a Recipe has its own parameters, but {sorted(params)[0]!r} was given too; set it there.")
     return SAM(
         base,
         rho=rho,

@@ -1,4 +1,4 @@
-"""CUDA graphs: does in every replay what Python does in an update and the kernels do not."""
+"""CUDA graphs: updates the Python-side counters for each replay of a captured update."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ if TYPE_CHECKING:
 
 
 class Captured:
-    """A context around the capture of one update; `repeat` then goes with every replay but the first.
+    """A context around the capture of one update. Call `repeat` with every replay except the first.
 
-    The captured update itself is counted by the optimizer while it is captured, and done by the first replay.
+    The optimizer counts the captured update during the capture; the first replay executes it.
 
     Args:
-        optimizer: whose update it is.
+        optimizer: the optimizer whose update is captured.
     """
 
     def __init__(self, optimizer: SAM) -> None:
@@ -33,11 +33,11 @@ class Captured:
     ) -> None:
         self._ascents = self._counted() - self._ascents
         diagnostics = self._optimizer._tools.diagnostics
-        # Updates that run as usual in between have numbers of their own, and those of the graph stay where they are.
+        # Ordinary updates between replays have their own numbers; those of the graph stay in the same memory.
         self._numbers = None if diagnostics is None else diagnostics.latest
 
     def repeat(self) -> None:
-        """Count an update, and show its numbers; checkpoints and `counts()` hold the number of updates."""
+        """Count a replayed update, as in `counts()` and checkpoints, and let `diagnostics()` show its numbers."""
         tools = self._optimizer._tools
         first = tools.base.optimizer.param_groups[0]
         first[STEP] = int(first[STEP]) + 1

@@ -1,4 +1,4 @@
-"""Checkpoints: what is saved beside the base's state, and which ones load."""
+"""Checkpoints: what is saved in addition to the base optimizer's state, and which checkpoints can be loaded."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from flatmin.optim.base_optimizer import OWN_RHO
 from flatmin.optim.state import PREFIX, RNG, STEP, MethodState, filled_slot
 
 VERSION = 1
-BASE = "flatmin.base"  # where a base's checkpoint stands that has a form of its own
-# What the single-file implementations of SAM put into each weight's state.
+BASE = "flatmin.base"  # key of the base optimizer's checkpoint if that is not in torch's form
+# What single-file implementations of SAM put into each weight's state.
 _SINGLE_FILE = frozenset({"old_p", "old_g", "e_w"})
 
 
 def split(state: Mapping[Any, Any]) -> tuple[dict[Any, Any], dict[Any, dict[str, Any]]]:
-    """A checkpoint's "state" as (the base's, ours), both by the checkpoint's own ids."""
+    """Split a checkpoint's "state" into the base optimizer's and flatmin's, both by the checkpoint's ids."""
     base: dict[Any, Any] = {}
     own: dict[Any, dict[str, Any]] = {}
     for key, entries in state.items():
@@ -40,30 +40,30 @@ def split(state: Mapping[Any, Any]) -> tuple[dict[Any, Any], dict[Any, dict[str,
 
 
 def base_state_dict(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """A checkpoint of this library as a plain checkpoint of the base optimizer.
+    """Convert a flatmin checkpoint to a checkpoint of the base optimizer alone.
 
     Args:
-        checkpoint: what `optimizer.state_dict()` returned.
+        checkpoint: the result of `optimizer.state_dict()`.
 
     Returns:
-        {"state", "param_groups"} without rho and without what the recipe remembered; of a base whose `state_dict` has a
-        form of its own, just that.
+        A dict with "state" and "param_groups", without rho and without the recipe's state. For a base optimizer whose
+        `state_dict` is not in torch's form, that `state_dict`.
     """
     if BASE in checkpoint:
         return dict(checkpoint[BASE])
     base, _ = split(checkpoint["state"])
     groups = checkpoint["param_groups"]
-    # The rho of a base that has one of its own (Adadelta) stays.
+    # Keep the rho of a base optimizer that has one itself (Adadelta).
     radius = None if any(OWN_RHO in g for g in groups) else "rho"
     groups = [{k: v for k, v in g.items() if k != radius and not k.startswith(PREFIX)} for g in groups]
     return {"state": base, "param_groups": groups}
 
 
 def mark(groups: Sequence[dict[str, Any]], state: MethodState) -> None:
-    """Write into the base's groups what checkpoints tell of the recipe.
+    """Write what checkpoints store about the recipe into the base optimizer's param groups.
 
-    From the start, because flattened distributed checkpoints look for the keys of the live groups; `save` fills in the
-    values.
+    The keys must exist from the start, because flattened distributed checkpoints look for the keys of the live groups.
+    `save` fills in the values.
     """
     first, recipe = groups[0], state.recipe
     first[PREFIX + "version"], first[PREFIX + "recipe"] = VERSION, str(recipe)
@@ -79,7 +79,7 @@ def mark(groups: Sequence[dict[str, Any]], state: MethodState) -> None:
 
 
 def save(base: torch.optim.Optimizer, store: MethodState) -> dict[str, Any]:
-    """The base's checkpoint with the slots merged in; beside them, if it has a form of its own."""
+    """The base optimizer's checkpoint merged with the recipe's slots, or beside them if it is not in torch's form."""
     saved: dict[str, Any] = base.state_dict()
     if not _in_torchs_form(saved):
         numbers = itertools.count()
@@ -103,23 +103,23 @@ def _in_torchs_form(checkpoint: Mapping[str, Any]) -> bool:
 
 
 def _own_options(group: Mapping[str, Any]) -> dict[str, Any]:
-    """What the wrapper has put into a group."""
+    """The entries of a param group that flatmin has added."""
     return {k: v for k, v in group.items() if k == "rho" or k.startswith(PREFIX)}
 
 
 def unfilled(weights: Sequence[Tensor]) -> Tensor:
-    """How a scalar that has no value yet stands in a checkpoint: distributed ones load tensors into tensors."""
+    """NaN: stands in checkpoints for a scalar without a value, since distributed checkpoints need a tensor."""
     wide = {torch.float64, torch.complex128} & {w.dtype for w in weights}
     return torch.full((), math.nan, dtype=torch.float64 if wide else torch.float32, device=weights[0].device)
 
 
 def load(base: torch.optim.Optimizer, store: MethodState, checkpoint: Mapping[str, Any]) -> None:
-    """Load what `save` returned, or a plain checkpoint of the base, which leaves the slots empty and rho as it is.
+    """Load the result of `save`, or a plain checkpoint of the base, which clears the slots and leaves rho as it is.
 
-    Ids may be numbers or names: weights are matched by their place in the groups.
+    Ids may be numbers or names; weights are matched by their position in the groups.
     """
     if not _in_torchs_form(checkpoint):
-        # A plain checkpoint of a base with a form of its own, or nothing that anybody could load.
+        # A plain checkpoint of a base optimizer that is not in torch's form, or not a checkpoint at all.
         options = list(map(_own_options, base.param_groups))
         base.load_state_dict(dict(checkpoint))
         for group, kept in zip(base.param_groups, options, strict=True):
@@ -148,7 +148,7 @@ def load(base: torch.optim.Optimizer, store: MethodState, checkpoint: Mapping[st
         for new, group in zip(groups, base.param_groups, strict=True):
             group.update(_own_options(new))
     else:
-        # The base casts floating state to each weight's dtype; ours keeps the dtype it was saved in.
+        # The base optimizer casts floating-point state to each weight's dtype; flatmin's keeps the saved dtype.
         base.load_state_dict({**checkpoint, "state": base_state, "param_groups": groups})
     store.clear()
     weights = [w for g in base.param_groups for w in g["params"]]
@@ -161,12 +161,12 @@ def load(base: torch.optim.Optimizer, store: MethodState, checkpoint: Mapping[st
 
 
 def parts_of(recipe: Recipe) -> str:
-    """The classes of a recipe's parts, those of SAM left out, as checkpoints write them."""
+    """The classes of all parts that differ from SAM's, as stored in checkpoints."""
     return ", ".join(f"{k}={type(part).__name__}" for k, part in recipe.parts.items() if part != DEFAULTS[k])
 
 
 def _are_parts_of(text: str, recipe: Recipe) -> bool:
-    """Whether `parts_of` gave this text for such a recipe, in this version or an earlier one."""
+    """Whether this text is the result of `parts_of` for such a recipe, in this version or an earlier one."""
     classes = dict(one.partition("=")[::2] for one in text.split(", ") if one)
     classes = {current_word(kind): name for kind, name in classes.items()}
     parts = {kind: part for kind, part in recipe.parts.items() if part != DEFAULTS[kind]}
@@ -176,10 +176,12 @@ def _are_parts_of(text: str, recipe: Recipe) -> bool:
 
 
 def _check_origin(head: Mapping[str, Any], recipe: Recipe, remembers: bool) -> None:
-    """Refuse a checkpoint of another recipe, or one whose memory was made with other parameters."""
+    """Raise ValueError for a checkpoint of another recipe, or one whose state was made with other parameters."""
     version = int(head[PREFIX + "version"])
     if version > VERSION:
-        raise ValueError(f"the checkpoint is of version {version}; this flatmin reads up to {VERSION}: upgrade it.")
+        raise ValueError(
+            f"the checkpoint has version {version}, but this flatmin reads versions up to {VERSION}; upgrade flatmin."
+        )
     origin = str(head.get(PREFIX + "recipe"))
     name, given = _read_recipe(origin)
     changed = _changed(given, recipe)
@@ -188,27 +190,27 @@ def _check_origin(head: Mapping[str, Any], recipe: Recipe, remembers: bool) -> N
     other = not named if parts is None else not _are_parts_of(parts, recipe)
     if other or (changed and (remembers or not named)) or given.keys() - recipe.parameters().keys():
         raise ValueError(
-            f"the checkpoint is of recipe {origin}, this optimizer runs {recipe}; "
-            "load flatmin.base_state_dict(checkpoint) to keep the base's state only: rho is then the one given here, "
-            "and the recipe begins anew."
+            f"the checkpoint is of recipe {origin}, but this optimizer runs {recipe}. Load "
+            "flatmin.base_state_dict(checkpoint) to use the base optimizer's state only; rho is then this optimizer's, "
+            "and the recipe starts without state."
         )
     if changed:
         warnings.warn(
             f"the checkpoint of {name} was made with {', '.join(f'{k}={given[k]}' for k in changed)}; this optimizer "
-            f"goes on with {', '.join(f'{k}={recipe.parameters()[k]!r}' for k in changed)}.",
+            f"continues with {', '.join(f'{k}={recipe.parameters()[k]!r}' for k in changed)}.",
             stacklevel=5,
         )
 
 
 def _read_recipe(text: str) -> tuple[str, dict[str, str]]:
-    """The name and the parameters, each as it was printed, of a recipe printed by `Recipe.__str__`."""
+    """The name and the parameters (as text) of a recipe that was printed by `Recipe.__str__`."""
     name, _, inner = text.partition("(")
     words = re.split(rf"(?:^|, )((?:{'|'.join((*KINDS, *FORMER_KINDS))})\.\w+)=", inner.removesuffix(")"))
     return name, dict(zip(map(current_word, words[1::2]), words[2::2], strict=True))
 
 
 def _changed(given: Mapping[str, str], recipe: Recipe) -> list[str]:
-    """The parameters that a checkpoint tells otherwise; functions are told by their address, which says nothing."""
+    """The parameters with other values in the checkpoint. Functions are ignored: they are printed by address."""
     own = recipe.parameters()
     return [k for k, text in given.items() if k in own and text != repr(own[k]) and not re.search(r" at 0x", text)]
 
@@ -225,8 +227,8 @@ def _check_shapes(store: MethodState, weights: Mapping[Any, Tensor], own: Mappin
                 continue
             raise ValueError(
                 f"the checkpoint's {PREFIX}{key} of parameter {i if isinstance(i, str) else place} has shape "
-                f"{tuple(slot.shape)}, the parameter {tuple(w.shape)}: it was saved for another model, or before the "
-                "parameter was pruned or grown. Build the model as it was saved, or load "
+                f"{tuple(slot.shape)}, but the parameter has {tuple(w.shape)}: it was saved for another model, or "
+                "before the parameter was pruned or grown. Build the model as it was saved, or load "
                 "flatmin.base_state_dict(checkpoint)."
             )
 
@@ -234,12 +236,12 @@ def _check_shapes(store: MethodState, weights: Mapping[Any, Tensor], own: Mappin
 def _without_single_file(
     groups: list[dict[str, Any]], state: Mapping[Any, Any], base: torch.optim.Optimizer, recipe: Recipe
 ) -> Mapping[Any, Any]:
-    """The state of a plain checkpoint, without what a single-file SAM put into it and into the groups."""
+    """The state of a plain checkpoint without the entries of a single-file SAM; those in the groups are removed too."""
     adaptive = {bool(g.pop("adaptive")) for g in groups if "adaptive" in g and "adaptive" not in base.defaults}
     if adaptive and adaptive != {recipe.geometry.adaptive}:
         raise ValueError(
-            f"the checkpoint is of a single-file SAM with adaptive={True in adaptive}, this optimizer runs {recipe}; "
-            f"build it with recipe={'asam' if True in adaptive else 'sam'!r}, or take 'adaptive' out of the "
+            f"the checkpoint is of a single-file SAM with adaptive={True in adaptive}, but this optimizer runs "
+            f"{recipe}; build it with recipe={'asam' if True in adaptive else 'sam'!r}, or remove 'adaptive' from the "
             "checkpoint's groups."
         )
     if not any(isinstance(entries, Mapping) and _SINGLE_FILE & entries.keys() for entries in state.values()):
@@ -248,8 +250,8 @@ def _without_single_file(
     rest = {i: entries for i, entries in kept.items() if entries}
     if not rest:
         warnings.warn(
-            "the checkpoint is of a single-file SAM, which saves no state of the base optimizer (momentum, moments): "
-            "the base begins anew, with the learning rate and rho of the checkpoint.",
+            "the checkpoint is of a single-file SAM, which does not save the base optimizer's state (momentum, "
+            "moments): the base optimizer starts without state, with the learning rate and rho of the checkpoint.",
             stacklevel=5,
         )
     return rest

@@ -1,4 +1,4 @@
-"""Runs the closures of a step: one for each micro-batch."""
+"""Runs the closures of a step, one for each micro-batch."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ Closure = Callable[[], Any]
 
 
 def as_list(closure: Closure | Sequence[Closure]) -> list[Closure]:
-    """The closures of all micro-batches.
+    """The closures as a list.
 
     Raises:
-        TypeError: one cannot be called.
-        ValueError: there is none.
+        TypeError: a closure is not callable.
+        ValueError: the list is empty.
     """
     closures: list[Any] = list(closure) if isinstance(closure, (list, tuple)) else [closure]
     for one in closures:
@@ -32,9 +32,9 @@ def as_list(closure: Closure | Sequence[Closure]) -> list[Closure]:
 
 
 def run_all(closures: Sequence[Closure], weights: Sequence[Tensor], others: OtherGradients) -> Any:
-    """Run the closures of all micro-batches; leaves the mean of their gradients and returns the mean of their losses.
+    """Run all closures; leave the mean of their gradients in the weights and return the mean of their losses.
 
-    Each may zero the gradients, so they are summed outside of them.
+    The gradients are summed outside the closures, because each closure may clear them.
     """
     share = 1.0 / len(closures)
     losses: list[Any] = []
@@ -55,26 +55,26 @@ def run_all(closures: Sequence[Closure], weights: Sequence[Tensor], others: Othe
 
 
 def mean_loss(losses: Sequence[Any]) -> Any:
-    """The mean of micro-batches' losses; None if one returned none."""
+    """The mean of the losses of micro-batches; None if a closure returned no loss."""
     if any(x is None for x in losses):
         return None
     bad = next((x for x in losses if not isinstance(x, (Tensor, int, float))), None)
     if bad is not None:
         raise TypeError(
-            "each closure of a list must return the loss, or a dict, tuple or object that holds it as 'loss' or first; "
-            f"got {type(bad).__name__}."
+            "each closure of a list must return the loss, or a dict, tuple or object that holds it as 'loss' or as its "
+            f"first item; got {type(bad).__name__}."
         )
     return sum(losses) / len(losses)
 
 
 class Probe:
-    """Finds out whether a closure clears gradients, by one of zeros where the closure may find it.
+    """Finds out whether a closure clears gradients, by setting one gradient to zeros before the closure.
 
     Args:
-        weight: whose gradient.
+        weight: the weight whose gradient is set.
 
     Attributes:
-        added: whether the closure has added to it, as if to go on from the gradients at hand.
+        added: whether the closure added to this gradient instead of clearing it.
     """
 
     def __init__(self, weight: Tensor) -> None:
@@ -82,11 +82,11 @@ class Probe:
         self.added = False
 
     def put(self) -> None:
-        """Before the closure."""
+        """Set the gradient; call it before the closure."""
         self._weight.grad = self._zeros = torch.zeros_like(self._weight)
 
     def judge(self) -> None:
-        """After the closure; a gradient that it has not touched is taken away."""
+        """Look at the gradient after the closure; remove it if the closure has not used it."""
         g = self._weight.grad
         if g is None or g is not self._zeros:
             return

@@ -1,4 +1,4 @@
-"""Finds tensors in batches of any form and in what closures return."""
+"""Finds tensors in batches of any form and in the results of closures."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-_MOST = 256  # items that are looked at
+_MOST = 256  # largest number of items that are searched
 
 
 def leaves(value: Any) -> Iterator[Any]:
-    """The tensors and arrays in a value, through mappings, sequences, dataclasses and plain objects."""
+    """The tensors and arrays in a value; searches mappings, sequences, dataclasses and plain objects."""
     return _walk(value, 4, itertools.count())
 
 
@@ -47,7 +47,7 @@ def _arrays() -> tuple[type, ...]:
 
 
 def loss_in(result: Any) -> Any:
-    """The loss in what a closure returned: itself, or "loss" of a mapping or object, or the first of a sequence."""
+    """The loss in a closure's result: the entry or attribute "loss", the first item of a sequence, or the result."""
     if isinstance(result, Mapping):
         return result.get("loss")
     if isinstance(result, (list, tuple)):
@@ -56,7 +56,7 @@ def loss_in(result: Any) -> Any:
 
 
 def detached(result: Any) -> Any:
-    """What a closure returned, with no graph behind its tensors."""
+    """A closure's result with all tensors detached from their graphs."""
     if isinstance(result, Tensor):
         return result.detach()
     if isinstance(result, Mapping):

@@ -1,4 +1,4 @@
-"""The loss object: through it a method climbs another loss than it descends, or chooses among the samples."""
+"""`flatmin.Criterion`: a loss that methods can change in one of the passes, or restrict to some of the samples."""
 
 from __future__ import annotations
 
@@ -32,11 +32,14 @@ from flatmin.optim.tensors import LOW
 
 @dataclass(frozen=True, slots=True)
 class PassView:
-    """What a criterion must know of the pass it is called in.
+    """The pass in which a criterion is called.
 
-    role: "ascent" or "descent". perturbed: whether the weights are away from w. graph: whether somebody will ask for
-    second derivatives. probe: whether only the recipe looks at this pass. under_way: whether an update is, to which a
-    loss then belongs for certain.
+    Attributes:
+        role: "ascent" or "descent".
+        perturbed: whether the weights are away from w. Default False.
+        graph: whether second derivatives will be needed. Default False.
+        probe: whether only the recipe uses this pass. Default False.
+        under_way: whether an update has begun, to which the loss belongs. Default True.
     """
 
     role: Literal["ascent", "descent"]
@@ -47,20 +50,20 @@ class PassView:
 
 
 class Callback(Protocol):
-    """What the criterion asks of the optimizer it is bound to."""
+    """The methods of the optimizer that a criterion calls."""
 
     def current_pass(self) -> PassView:
         """The pass that a loss computed now belongs to."""
 
     def on_loss(self, outputs: Any, target: Any, loss: Tensor, *, perturbed: bool) -> None:
-        """Told of every loss computed in training at w, and at w + eps in the descent pass."""
+        """Called for every training loss at w, and at w + eps in the descent pass."""
 
 
 @dataclass(slots=True)
 class Seen:
-    """What one call saw, with graph, for products with second derivatives.
+    """Outputs and loss of one call, with graph, for products with second derivatives.
 
-    scores: one loss per sample of which the loss counts anything; None where nobody needs them.
+    scores: one loss for each sample that the loss does not ignore; None if they are not needed.
     """
 
     outputs: Any
@@ -69,9 +72,9 @@ class Seen:
 
 
 class Criterion(nn.Module):
-    """An ordinary loss that knows which pass it is in.
+    """A loss that methods can change in one of the passes.
 
-    Replace the loss constructor and hand the object to the optimizer; nothing else in the loop changes:
+    Wrap your loss in it and pass it to the optimizer as `criterion=`. Nothing else in the training loop changes:
 
         >>> import torch, flatmin
         >>> model = torch.nn.Linear(4, 3)
@@ -86,28 +89,26 @@ class Criterion(nn.Module):
         >>> optimizer.step(closure).shape
         torch.Size([])
 
-    It is called as the loss is, with whatever arguments that takes, and returns what the loss returns, except in three
-    kinds of passes:
+    Call it with the arguments of the wrapped loss. It returns the wrapped loss, except in three cases:
 
-    - In an ascent pass of a method with its own ascent loss (`bisam-log`, `bisam-tanh`), the returned tensor has the
-      *value* of the wrapped loss and the *gradient* of the ascent loss, so that what a loop logs is always the descent
-      loss. Targets count in the ascent loss as they do in the wrapped one: by its `ignore_index`, class `weight` and
-      `reduction`.
-    - In the descent pass of a method that chooses among the samples (`esam`) it is the wrapped loss of the chosen
-      samples alone, `loss(outputs[chosen], target[chosen])`.
-    - In the descent pass of a method with its own descent loss (`functional-sam`) it has the value of the wrapped loss
-      and the gradient of that loss.
+    - In the ascent pass of a method with another ascent loss (`bisam-log`, `bisam-tanh`) the returned tensor has the
+      *value* of the wrapped loss and the *gradient* of the ascent loss, so that a training loop always logs the
+      training loss. The wrapped loss's `ignore_index`, class `weight` and `reduction` apply to the ascent loss too.
+    - In the descent pass of a method that chooses samples (`esam`) it is the wrapped loss of the chosen samples,
+      `loss(outputs[chosen], target[chosen])`.
+    - In the descent pass of a method with another descent loss (`functional-sam`) it has the value of the wrapped loss
+      and the gradient of the method's descent loss.
 
-    A sample is an entry of dimension 0. Its own loss, by which `esam` chooses and of which `ssam-f` takes gradients, is
-    the mean over its elements (pixels, tokens) of the loss without reduction, class weights included. Elements with the
-    `ignore_index` and those of a class with weight 0 do not count; samples without any that counts are chosen last,
-    and have no part in `ssam-f`'s Fisher diagonal.
+    A sample is an entry of dimension 0. The loss of a single sample, used by `esam` and `ssam-f`, is the mean over its
+    elements (pixels, tokens) of the loss without reduction, with class weights. Elements with the `ignore_index` and
+    elements of classes with weight 0 are ignored. `esam` chooses samples without any other elements last, and `ssam-f`
+    leaves them out of its Fisher diagonal.
 
     Args:
-        loss: callable, of (outputs, target) in most cases, e.g. `torch.nn.CrossEntropyLoss()`.
-        per_sample: callable (outputs, target) -> one loss per sample, shape (N,), or one per element, (N, ...), for
-            `esam` and `ssam-f`. Default: `loss` with reduction="none", if it has a `reduction`: torch's loss modules,
-            torch's functions, also in `functools.partial`, and your own modules and functions that take one.
+        loss: callable, in most cases of (outputs, target), for example `torch.nn.CrossEntropyLoss()`.
+        per_sample: callable (outputs, target) -> one loss for each sample, shape (N,), or for each element, shape
+            (N, ...), for `esam` and `ssam-f`. Default None: `loss` with reduction="none", if it has a `reduction`, like
+            torch's loss modules and functions (also in `functools.partial`), and your own ones that take it.
 
     Raises:
         TypeError: loss is not callable.
@@ -116,7 +117,7 @@ class Criterion(nn.Module):
     def __init__(self, loss: Loss, per_sample: Loss | None = None) -> None:
         super().__init__()
         if not callable(loss):
-            raise TypeError(f"Criterion wraps a callable (outputs, target) -> loss, got {type(loss).__name__}.")
+            raise TypeError(f"Criterion needs a callable (outputs, target) -> loss, got {type(loss).__name__}.")
         self.loss = loss
         self._per_sample = per_sample
         self._recipe = Recipe()
@@ -124,25 +125,25 @@ class Criterion(nn.Module):
         self.forget()
 
     def bind(self, callback: Callback, recipe: Recipe) -> None:
-        """Called by the optimizer. A criterion serves one optimizer, the one bound last.
+        """Connect to an optimizer; called by the optimizer. A criterion belongs to the optimizer that was bound last.
 
         Raises:
-            TypeError: the recipe climbs a loss of class logits, and the wrapped loss takes something else.
+            TypeError: the recipe's ascent loss needs class logits, but the wrapped loss takes something else.
         """
         if recipe.objective.by_class:
             check_classes(self.loss, recipe.name)
         self._callback, self._recipe = weakref.ref(callback), recipe
 
     def forget(self) -> None:
-        """Drop what the passes of an update have left; called by the optimizer."""
+        """Drop everything stored in the passes of an update; called by the optimizer."""
         self.calls = 0
-        # What each call of pass 1 leaves for the same call of pass 2: one tensor, or none before its backward.
+        # What each call of pass 1 stores for the same call of pass 2: one tensor, or none before its backward.
         self._first: list[list[Tensor]] = []
-        self._paired = False  # whether a call of pass 2 has taken any of it
+        self._paired = False  # whether a call of pass 2 has used any of it
         self.seen: list[Seen] = []
 
     def give_up(self) -> None:
-        """Drop what losses have left whose backward has come; called by the optimizer when gradients are cleared."""
+        """Drop what was stored by losses that have had their backward; called when gradients are cleared."""
         self._first = [place for place in self._first if not place]
         self.calls, self.seen = len(self._first), []
 
@@ -176,7 +177,7 @@ class Criterion(nn.Module):
             scores = None
             if by_sample:
                 scores, counted = self._each(outputs, target)
-                # Samples that count come first; how many there are stays on the device.
+                # Samples that are not ignored come first; their number is not read from the device.
                 scores = scores if counted is None else scores[(~counted).to(torch.uint8).argsort(stable=True)]
             self.seen.append(Seen(outputs, loss, scores))
         if (descent or not now.perturbed) and not now.probe:
@@ -184,12 +185,12 @@ class Criterion(nn.Module):
         return loss
 
     def check_called(self, before: int, request: GradientRequest, recipe: Recipe) -> None:
-        """Raise RuntimeError if a pass that works through the loss object has not called it.
+        """Raise RuntimeError if a pass that needs the criterion has not called it.
 
         Args:
             before: `calls` when the pass began.
-            request: what the pass is for.
-            recipe: what is run.
+            request: the request of the pass.
+            recipe: the recipe.
         """
         if self.calls > before:
             return
@@ -198,27 +199,27 @@ class Criterion(nn.Module):
         descends = request.at is not None and (self.selects or recipe.objective.keeps)
         if climbs or curved or descends:
             raise RuntimeError(
-                f"{recipe.name} works through the loss object, but the pass never called the criterion given to the "
-                "optimizer; compute the loss with that flatmin.Criterion object."
+                f"{recipe.name} needs the criterion that was given to the optimizer, but this pass did not call it; "
+                "compute the loss with that flatmin.Criterion object."
             )
 
     def take_seen(self) -> list[Seen]:
-        """What the calls since the last backward saw; called by the optimizer."""
+        """Return and drop what the calls since the last backward recorded; called by the optimizer."""
         seen, self.seen = self.seen, []
         return seen
 
     @property
     def ignored(self) -> int | float | None:
-        """The loss's `ignore_index`; None: it has none."""
+        """The wrapped loss's `ignore_index`; None if it has none."""
         return ignored_target(self.loss)
 
     @property
     def selects(self) -> bool:
-        """Whether the recipe it is bound to chooses among the samples."""
+        """Whether the bound recipe chooses samples."""
         return self._recipe.samples.selects
 
     def _ascent(self, outputs: Any, target: Any) -> Tensor | None:
-        """The ascent loss, with graph; None: the wrapped loss itself."""
+        """The ascent loss with graph; None: the wrapped loss itself."""
         objective: Any = self._recipe.objective
         if not objective.by_class:
             return objective.ascent(outputs, target)  # type: ignore[no-any-return]
@@ -235,9 +236,9 @@ class Criterion(nn.Module):
             if "out of bounds" not in str(error):
                 raise
             raise ValueError(
-                f"{self._recipe.name} wants class indices from 0 to K - 1 ({error}). Of the targets that the loss "
-                "ignores it knows by the loss's own ignore_index: give the loss as "
-                "torch.nn.CrossEntropyLoss(ignore_index=...) or functools.partial(F.cross_entropy, ignore_index=...)."
+                f"{self._recipe.name} needs class indices from 0 to K - 1 ({error}). If some targets are to be "
+                "ignored, wrap a loss that has an ignore_index: torch.nn.CrossEntropyLoss(ignore_index=...) or "
+                "functools.partial(F.cross_entropy, ignore_index=...)."
             ) from error
 
     def _climbing(self, ascent: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -246,20 +247,20 @@ class Criterion(nn.Module):
             value = self.loss(*args, **kwargs)
         if value.shape != ascent.shape:
             raise ValueError(
-                f"{self._recipe.name} climbs a loss of shape {tuple(ascent.shape)} and the wrapped one has the shape "
-                f"{tuple(value.shape)}; reduce it to a scalar, or say so by the loss's `reduction` attribute or "
-                "argument."
+                f"the ascent loss of {self._recipe.name} has shape {tuple(ascent.shape)}, but the wrapped loss has "
+                f"shape {tuple(value.shape)}; reduce it to a scalar, or give the wrapped loss a `reduction` attribute "
+                "or argument."
             )
         return _ValueOf.apply(value, ascent)  # type: ignore[no-untyped-call, no-any-return]
 
     def _kept(self, outputs: Any, loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """What the objective keeps of pass 1 for pass 2."""
+        """What the objective stores in pass 1 for pass 2."""
         if not isinstance(outputs, Tensor) or loss.ndim:
             raise TypeError(
-                f"{self._recipe.name} needs a loss of a tensor of outputs, and a scalar as its result; "
+                f"{self._recipe.name} needs outputs that are one tensor and a scalar loss; "
                 f"got {type(outputs).__name__} and a loss of shape {tuple(loss.shape)}."
             )
-        if outputs.dtype in LOW:  # the slopes of a mean over many entries leave the range of float16
+        if outputs.dtype in LOW:  # the gradient of a mean over many entries leaves the range of float16
             outputs = outputs.detach().float().requires_grad_()
             loss = self.loss(outputs, *args[1:], **kwargs)
         return self._recipe.objective.keep(outputs, loss).detach()
@@ -272,14 +273,14 @@ class Criterion(nn.Module):
         return _ValueOf.apply(value, self._recipe.objective.descent(outputs, kept))  # type: ignore[no-untyped-call, no-any-return]
 
     def _leave(self, first: Tensor, loss: Tensor, now: PassView) -> None:
-        """Keep what pass 2 wants of a call; of one between updates only if its backward comes, and with its graph."""
+        """Store a tensor of pass 1 for pass 2. For a call between updates, only when its backward runs."""
         place = [first] if now.under_way or not loss.requires_grad else []
         self._first.append(place)
         if not place:
             loss.register_hook(lambda _: place.append(first) if not place else None)
 
     def _of_pass_1(self, like: Tensor) -> Tensor:
-        """What the same call of pass 1 has left, of this one's shape."""
+        """What the corresponding call of pass 1 has stored; its shape must be that of `like`."""
         self._first, self._paired = [place for place in self._first if place], True
         first = self._first.pop(0)[0] if self._first else None
         if first is None or first.shape != like.shape:
@@ -288,17 +289,17 @@ class Criterion(nn.Module):
 
     def _unpaired(self) -> RuntimeError:
         return RuntimeError(
-            f"{self._recipe.name} uses at w + eps what the loss at w has left; call the criterion equally often, on "
-            "the same batches, in both passes, and end a first pass that is given up with optimizer.abort()."
+            f"{self._recipe.name} compares the passes at w and at w + eps; call the criterion equally often and on the "
+            "same batches in both passes, and call optimizer.abort() if you discard a first pass."
         )
 
     def check_paired(self) -> None:
-        """Raise RuntimeError if pass 2 has taken some of what pass 1 left, and not all; called by the optimizer."""
+        """Raise RuntimeError if pass 2 has used only a part of what pass 1 stored; called by the optimizer."""
         if self._paired and any(self._first):
             raise self._unpaired()
 
     def _chosen(self, outputs: Any, target: Any) -> Tensor:
-        """The loss at w + eps of the samples that the recipe descends on."""
+        """The loss at w + eps of the chosen samples."""
         with torch.no_grad():
             second, counted = self._each(outputs, target)
         first = self._of_pass_1(second)
@@ -313,17 +314,17 @@ class Criterion(nn.Module):
         )
 
     def per_sample(self, outputs: Any, target: Any) -> Tensor:
-        """One loss per sample, shape (N,): the mean over its elements that the loss counts, 0 without any.
+        """One loss for each sample, shape (N,): the mean over its elements that are not ignored, or 0.
 
         Raises:
-            TypeError: the wrapped loss gives none, and no `per_sample` was given.
-            ValueError: a result of another length than the batch.
+            TypeError: the wrapped loss has no per-sample form, and no `per_sample` was given.
+            ValueError: the number of losses differs from that of the samples.
         """
         self.check_per_sample()
         return self._each(outputs, target)[0]
 
     def _each(self, outputs: Any, target: Any) -> tuple[Tensor, Tensor | None]:
-        """One loss per sample, and of which samples the loss counts anything; None: of all."""
+        """One loss for each sample, and which samples are not ignored (None: all)."""
         each = self._per_sample or unreduced(self.loss)
         assert each is not None, "checked at construction"
         losses = each(outputs, target)
@@ -331,8 +332,8 @@ class Criterion(nn.Module):
         if losses.ndim == 0 or batch not in (None, len(losses)):
             source = "per_sample=" if self._per_sample else f"{name_of(self.loss)} with reduction='none'"
             raise ValueError(
-                f"per-sample losses must have the batch's length {batch}, got shape {tuple(losses.shape)} from "
-                f"{source}; give Criterion a per_sample= that makes one loss per sample of (outputs, target)."
+                f"expected one loss for each of {batch} samples, got shape {tuple(losses.shape)} from {source}; pass "
+                "Criterion a function per_sample= of (outputs, target) that returns one loss for each sample."
             )
         counted = counted_targets(self.loss, outputs, target, len(losses))
         some = counted if counted is None or counted.ndim == 1 else counted.flatten(1).any(1)
@@ -343,29 +344,28 @@ class Criterion(nn.Module):
         return losses, some
 
     def check_per_sample(self) -> None:
-        """Raise TypeError if there is no way to per-sample losses."""
-        name, wanted = name_of(self.loss), required(self.loss)
-        if len(wanted) > 2:
+        """Raise TypeError if per-sample losses cannot be computed."""
+        name, arguments = name_of(self.loss), required(self.loss)
+        if len(arguments) > 2:
             raise TypeError(
-                f"{name} takes {', '.join(wanted)}, and this method takes apart the samples of (outputs, target): give "
-                "Criterion a loss of your own that gets further tensors in a tuple as its target, each with one entry "
-                "per sample in dimension 0, and per_sample=."
+                f"{name} takes {', '.join(arguments)}, but this method separates the samples of (outputs, target). "
+                "Pass Criterion a loss of your own whose target is a tuple with the further tensors, each with one "
+                "entry per sample in dimension 0, and per_sample=."
             )
         if self._per_sample is None and unreduced(self.loss) is None:
             raise TypeError(
-                f"{name} gives no per-sample losses, because it has no `reduction` that could be 'none'; pass "
+                f"{name} has no per-sample losses, because it has no `reduction` that could be 'none'; pass "
                 "Criterion(loss, per_sample=function of (outputs, target))."
             )
 
     def _check_pair(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Refuse further arguments, which a loss other than the wrapped one would not honour."""
+        """Raise TypeError for further arguments, which the method's own loss would ignore."""
         if len(args) != 2 or kwargs:
             named = f" and {', '.join(kwargs)} by name" if kwargs else ""
             raise TypeError(
-                f"{self._recipe.name} computes more than the loss from outputs and target, so the criterion takes "
-                f"these two only; got {len(args)} by position{named}. Bind options into the loss, as "
-                "functools.partial(F.cross_entropy, weight=...) does; further tensors of the batch can come in a tuple "
-                "as the target of a loss of your own."
+                f"with {self._recipe.name} the criterion takes outputs and target only; got {len(args)} arguments by "
+                f"position{named}. Bind options to the loss, as in functools.partial(F.cross_entropy, weight=...). "
+                "Pass further tensors of the batch in a tuple, as the target of a loss of your own."
             )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -393,10 +393,10 @@ class _ValueOf(torch.autograd.Function):
 
 
 def _taken(x: Tensor, index: Tensor, count: int) -> Tensor:
-    """The chosen samples of a batch."""
+    """The entries of the chosen samples in dimension 0."""
     if x.ndim == 0 or len(x) != count:
         raise ValueError(
-            f"this method descends on some of the {count} samples, so that outputs and targets must have one entry per "
-            f"sample in dimension 0; got a tensor of shape {tuple(x.shape)}."
+            f"this method selects some of the {count} samples, so outputs and targets must have one entry per sample "
+            f"in dimension 0; got a tensor of shape {tuple(x.shape)}."
         )
     return x[index.to(x.device)]

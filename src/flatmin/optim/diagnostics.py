@@ -18,10 +18,10 @@ CLASSES = ("ratio_above_1", "ratio_0_to_1", "ratio_minus_1_to_0", "ratio_below_m
 
 
 class Diagnostics:
-    """The numbers of the last update that ascended and descended; see `SAM.diagnostics`.
+    """The numbers of the last update; see `SAM.diagnostics`.
 
     Args:
-        state: with a slot for the last ascent.
+        state: the method's state, with a slot for the last perturbation.
     """
 
     def __init__(self, state: MethodState) -> None:
@@ -36,25 +36,25 @@ class Diagnostics:
         self._ascent: tuple[Sequence[Tensor], Sequence[Tensor]] = ((), ())
 
     def turn_over(self) -> None:
-        """An update has ended: its numbers can be read until the next one ends."""
+        """End an update: its numbers can be read until the next update ends."""
         self.latest = self._values
         self._clear()
 
     def loss(self, loss: Any, *, perturbed: bool) -> None:
-        """The loss of a pass at w, or of the descent pass at w + eps."""
+        """Record the loss of a pass at w, or of the descent pass at w + eps."""
         name = "loss_perturbed" if perturbed else "loss"
         if isinstance(loss, Tensor) and loss.numel() == 1:
             self._values[name] = loss.detach()
 
     def outputs(self, outputs: Any, target: Any, ignored: Any, *, perturbed: bool) -> None:
-        """Which samples a pass classified rightly; outputs (N, K), target (N,), where `ignored` is no class."""
+        """Record which samples are classified correctly: outputs (N, K), targets (N,) without the value `ignored`."""
         if not (isinstance(outputs, Tensor) and isinstance(target, Tensor)):
             return
         if outputs.ndim != 2 or target.ndim != 1 or target.is_floating_point():
             return
         right = outputs.detach().argmax(1) == target
         if ignored is not None:
-            # Neither wrong nor, since it was right before too, flipped.
+            # Count ignored targets as correct in both passes: neither misclassified nor flipped.
             right |= target == ignored
         if not perturbed:
             self._correct.append(right)
@@ -67,12 +67,12 @@ class Diagnostics:
         self._values[name] = self._values[name] + value if name in self._values else value
 
     def first(self, grads: Gradients) -> None:
-        """The gradients of the first pass at w."""
+        """Record the gradients of the first pass at w."""
         if not self._g:
             self._g = list(grads)
 
     def displaced(self, weights: Sequence[Tensor], copies: Sequence[Tensor], asked: Sequence[Tensor]) -> None:
-        """The weights at w + eps, what they were, and eps before rounding."""
+        """Record a perturbation: the weights at w + eps, their copies at w, and eps before rounding."""
         self._values.update(realised(weights, copies, asked))
         self._ascent = weights, asked
         before = self._state.read(DIAGNOSTICS, weights)[ASCENT]
@@ -85,10 +85,10 @@ class Diagnostics:
         self._values["ascent_cosine"] = torch.where(norm > 0, inner / norm, math.nan)
 
     def keep(self) -> None:
-        """The update has ended, with a step or without: the next ascent is compared with its ascent.
+        """Store the perturbation of this update, for the cosine with the next one.
 
-        In place and without waiting for the device, so that a CUDA graph can repeat it. An ascent of length zero, as
-        that of a gradient that is not finite, is none: the one before it stays.
+        It works in place and does not wait for the device, so that a CUDA graph can replay it. A perturbation of length
+        zero or of infinite length (after a gradient that is not finite) is not stored; the previous one stays.
         """
         weights, eps = self._ascent
         if not weights:
@@ -101,7 +101,7 @@ class Diagnostics:
         self._state.commit(DIAGNOSTICS, weights, {ASCENT: eps}, gate)
 
     def last(self, grads: Gradients, weights: Sequence[Tensor], *, perturbed: bool) -> None:
-        """The gradients of the descent pass, and the weights they are for."""
+        """Record the gradients of the descent pass."""
         self._values["weight_norm"] = ta.norm([w.detach() for w in weights])
         pairs = [
             (_dense(g), _dense(s)) for g, s in zip(self._g, grads, strict=False) if g is not None and s is not None
@@ -121,7 +121,7 @@ class Diagnostics:
             self._values[name] = count
 
     def read(self) -> dict[str, float]:
-        """All numbers as Python floats: one synchronisation."""
+        """All numbers as Python floats, with one synchronisation."""
         names = list(self.latest)
         if not names:
             return {}
@@ -140,7 +140,7 @@ class Diagnostics:
 
 
 def realised(weights: Sequence[Tensor], copies: Sequence[Tensor], asked: Sequence[Tensor]) -> dict[str, Tensor]:
-    """How the displacement weights - copies compares with the one that was asked for."""
+    """How the realised perturbation weights - copies compares with the requested one."""
     wide = [torch.promote_types(w.dtype, torch.float32) for w in weights]
     made = [w.to(d) - c.to(d) for w, c, d in zip(weights, copies, wide, strict=True)]
     norm, wanted = ta.norm(made), ta.norm(asked)
@@ -162,7 +162,7 @@ def _dense(g: Tensor) -> Tensor:
 
 
 def _ratio_counts(g: Tensor, s: Tensor) -> Tensor:
-    """How many entries of r = s / g lie in each class, how many there are, how many have one sign."""
+    """The numbers of entries of r = s / g in each class, of all entries, and of those with equal signs."""
     if g.is_complex():
         g, s = torch.view_as_real(g), torch.view_as_real(s)
     # Products of small gradients would underflow.
@@ -173,13 +173,13 @@ def _ratio_counts(g: Tensor, s: Tensor) -> Tensor:
 
 
 def warn_of_rounding(weights: list[Tensor], copies: list[Tensor], asked: list[Tensor]) -> None:
-    """Say once how far rounding has made another perturbation than was asked for."""
+    """Warn if rounding has changed the length of the perturbation by more than a fifth."""
     seen = {k: float(v) for k, v in realised(weights, copies, asked).items()}
     made, wanted = seen["epsilon_norm"], seen["epsilon_asked"]
     if wanted > 0 and abs(made / wanted - 1.0) > 0.2:
         warn(
-            f"weights in half precision: the perturbation has norm {made:.3g} where {wanted:.3g} was asked for, cosine "
-            f"{seen['epsilon_cosine']:.2f} with it, and {seen['epsilon_unmoved']:.0%} of the entries did not move. Its "
-            "part along the asked direction is right on average, the rest is rounding noise. Keep the weights in "
-            "float32 and use autocast, or raise rho."
+            f"weights in half precision: the perturbation has norm {made:.3g} instead of {wanted:.3g}, cosine "
+            f"{seen['epsilon_cosine']:.2f} with the requested one, and {seen['epsilon_unmoved']:.0%} of the entries "
+            "did not move. Its component along the requested direction is right on average; the rest is rounding "
+            "noise. Keep the weights in float32 and use autocast, or raise rho."
         )

@@ -1,4 +1,4 @@
-"""Data-parallel replicas: whose batches the ascent sees, and what several processes cannot be given."""
+"""Data-parallel replicas: which replicas share an ascent."""
 
 from __future__ import annotations
 
@@ -19,22 +19,27 @@ AscentSync = Literal["all", "none"] | int
 
 
 def lent(gradient: Tensor) -> bool:
-    """Whether it is a view of a DistributedDataParallel bucket, which the next backward overwrites."""
+    """Whether a gradient is a view of a DistributedDataParallel bucket, which the next backward overwrites."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return False
     return gradient._is_view() and not (gradient.is_sparse or is_sharded(gradient))
 
 
 class Replicas:
-    """Keeps pass 1 local to a replica, or to a group of replicas, as `ascent_sync` says.
+    """Keeps pass 1 local to a replica or to a group of replicas, according to `ascent_sync`.
 
     Args:
         ascent_sync: "all", "none", or how many consecutive ranks share one ascent.
-        model: where the `DistributedDataParallel` modules are.
-        recipe: what is run.
+        model: the model with its `DistributedDataParallel` modules.
+        recipe: the recipe.
+
+    Attributes:
+        modules: the `DistributedDataParallel` modules of the model.
+        local: whether pass 1 runs without all replicas.
 
     Raises:
-        ValueError: another word or size, no such module, or a recipe or module that cannot have local ascents.
+        ValueError: an unknown word or size, no `DistributedDataParallel` module, or a recipe or module that does not
+            support local ascents.
     """
 
     def __init__(self, ascent_sync: AscentSync, model: nn.Module | None, recipe: Recipe) -> None:
@@ -53,19 +58,19 @@ class Replicas:
     def _check(self, recipe: Recipe) -> None:
         if not self.modules:
             raise ValueError(
-                "ascent_sync needs the DistributedDataParallel module, made after the process group: give it as model=."
+                "ascent_sync needs a DistributedDataParallel module, built after the process group: pass it as model=."
             )
         if any(m.static_graph for m in self.modules):
             raise ValueError(
-                "ascent_sync other than 'all' needs a DistributedDataParallel without static_graph=True: with it the "
-                "graph of the first pass, which communicates nothing, would be taken for that of all."
+                "ascent_sync other than 'all' needs a DistributedDataParallel without static_graph=True, which would "
+                "use the graph of the first pass, without communication, for all passes."
             )
         if why := refusal(recipe, Loop.LOCAL):
             raise ValueError(f"{recipe.name} {why}: use ascent_sync='all'.")
 
     @contextlib.contextmanager
     def silent(self) -> Iterator[None]:
-        """Context of a pass in which nothing is communicated."""
+        """Context of a pass without communication."""
         with contextlib.ExitStack() as stack:
             for module in self.modules:
                 stack.enter_context(module.no_sync())
@@ -77,12 +82,12 @@ class Replicas:
         return any(g is not None and lent(g) for g in grads)
 
     def agree_(self, flag: Tensor) -> None:
-        """Set a scalar to its maximum over the replicas, where their first passes differ."""
+        """Set a scalar to its maximum over the replicas, if their first passes differ."""
         if self.local:
             distributed.all_reduce(flag, distributed.ReduceOp.MAX, group=self.modules[0].process_group)
 
     def average(self, grads: Gradients, weights: Sequence[Tensor]) -> Gradients:
-        """The mean gradients over the group of this process, one message; None where no member has one."""
+        """The mean gradients over this process's group, in one message; None where no process has a gradient."""
         if self._group is None or not self.local:
             return grads
         assert self._size is not None
@@ -93,11 +98,11 @@ class Replicas:
         message = torch.cat([present, *(g.reshape(-1).to(present) for g in dense)])
         distributed.all_reduce(message, group=self._group)
         held, *parts = message.split([len(grads), *(g.numel() for g in dense)])
-        # What is here is somewhere; only where something is missing must the others' word be read.
-        there = held.tolist() if any(g is None for g in grads) else [1.0] * len(grads)
+        # The flags of the other processes are needed only if a gradient is missing here.
+        counts = held.tolist() if any(g is None for g in grads) else [1.0] * len(grads)
         return [
-            (p / self._size).view_as(g).to(g.dtype) if known else None
-            for p, g, known in zip(parts, dense, there, strict=True)
+            (p / self._size).view_as(g).to(g.dtype) if count else None
+            for p, g, count in zip(parts, dense, counts, strict=True)
         ]
 
 

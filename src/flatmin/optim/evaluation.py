@@ -1,4 +1,4 @@
-"""One pass of a manual loop, as a context."""
+"""One pass of a manual training loop, as a context manager."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from flatmin.optim.step import Step
 
 
 class Evaluation:
-    """One pass of an update: a context around forward and backward.
+    """One pass of an update: a context around its forward and backward.
 
     Attributes:
         role: "ascent" or "descent".
-        index: 0 for the first pass of the step.
-        chunk: which micro-batch it runs on; None: the whole batch.
+        index: number of the pass in the step, counted from 0.
+        chunk: the micro-batch to run on, counted from 0; None: the whole batch.
+        entered: whether the context has been entered.
     """
 
     def __init__(self, step: Step, *, bracketed: bool = True) -> None:
@@ -38,11 +39,11 @@ class Evaluation:
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         if value is not None:
             self._step.fail(value)
-        elif not self._step.over:  # abort() inside ends the update
+        elif not self._step.over:  # abort() inside the context ends the update
             self.end()
 
     def end(self) -> None:
-        """Take the gradients of the pass; after the last one u lies in the weights' gradients."""
+        """Take the gradients of the pass. After the last pass, u is in the `.grad` of the weights."""
         try:
             with torch.no_grad():
                 self._step.leave()

@@ -1,4 +1,4 @@
-"""The functional form: the gradient that a recipe hands to its base, as a pure function for `torch.func` users."""
+"""`flatmin.value_and_grad`: the gradient of a recipe as a pure function, for users of `torch.func`."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ FunctionalState = dict[str, Any]
 
 
 class _Frozen:
-    """Part state held in a plain dict {"kind.slot": {name: tensor}}."""
+    """The state of the parts, read from a plain dict {"kind.slot": {name: tensor}}."""
 
     def __init__(self, recipe: Recipe, state: FunctionalState, names: Mapping[int, str]) -> None:
         self._recipe, self._state, self._names = recipe, state, names
 
     def read(self, kind: str, weights: Sequence[Tensor]) -> PartState:
-        found: dict[str, Any] = {}
+        slots: dict[str, Any] = {}
         for slot, shape in self._recipe.parts[kind].slots.items():
             value = self._state.get(f"{kind}.{slot}")
             if shape == "param":
-                found[slot] = [(value or {}).get(self._names[id(w)]) for w in weights]
+                slots[slot] = [(value or {}).get(self._names[id(w)]) for w in weights]
             else:
-                found[slot] = value
-        return found
+                slots[slot] = value
+        return slots
 
 
 def value_and_grad(
@@ -46,7 +46,9 @@ def value_and_grad(
     eps: float = 1e-12,
     seed: int = 0,
 ) -> tuple[Tensor, dict[str, Tensor], FunctionalState]:
-    """One step's loss at w, gradient u for a base optimizer, and new recipe state; nothing is changed in place.
+    """Compute one step's loss at w, the gradient u for a base optimizer, and the recipe's new state.
+
+    Nothing is changed in place.
 
         >>> import torch, flatmin
         >>> params = {"w": torch.tensor([3.0, 4.0])}
@@ -55,27 +57,29 @@ def value_and_grad(
         (tensor(12.5000), tensor([3.6000, 4.8000]))
 
     Args:
-        loss_fn: params -> scalar loss, pure; it is differentiated by `torch.func`.
+        loss_fn: pure function params -> scalar loss. It is differentiated by `torch.func`.
         params: name -> tensor.
         recipe: a name or a `Recipe`. Default "sam".
-        rho: radius, or name -> radius. Default: the method's own (`recipe.default_rho`).
-        ascent_fn: params -> the loss that is climbed, for recipes with their own (they do not see logits here).
-        state: what the previous call returned. Default: a fresh start.
+        rho: radius, or name -> radius. Default: that of the method (`recipe.default_rho`).
+        ascent_fn: function params -> the loss that the ascent maximises, for recipes with another ascent loss (here
+            they cannot compute it from logits). Default None.
+        state: the state that the previous call returned. Default None: start without state.
         eps: added to the norm. Default 1e-12.
-        seed: of the random draws of recipes that draw; advances with the state.
+        seed: seed of the random numbers of recipes that draw. They change with the state from step to step. Default 0.
 
     Returns:
-        (loss at the first pass's point, name -> u, new state). A direction that is not finite means eps = 0; whether
-        to use a u that is not finite is the caller's choice, as is whether to keep the new state.
+        (loss, grads, state): the loss at the point of the first pass, name -> u, and the new state. If the direction is
+        not finite, the weights are not perturbed. If u is not finite, the caller decides whether to use it and whether
+        to keep the new state.
 
     Raises:
-        ValueError: bad rho, unknown recipe, or needs that a pure function cannot serve.
-        RuntimeError: inside `torch.vmap`.
+        ValueError: a bad rho, an unknown recipe, or a recipe with needs that a pure function cannot meet.
+        RuntimeError: it is called inside `torch.vmap`.
     """
     if _inside_vmap():
         raise RuntimeError(
-            "value_and_grad cannot run inside torch.vmap: kernels over lists of tensors have no batching rule. Call it "
-            "in a Python loop over the members, each with parameters of its own; vmap inside loss_fn works."
+            "value_and_grad cannot run inside torch.vmap, because operations on lists of tensors have no batching "
+            "rule. Call it in a Python loop over the members, each with its own parameters; vmap inside loss_fn works."
         )
     recipe = compose(recipe) if isinstance(recipe, str) else recipe
     if why := refusal(recipe, Loop.FUNCTIONAL):
@@ -83,14 +87,14 @@ def value_and_grad(
     for part in recipe.parts.values():
         part.validate()
     if Need.CRITERION in recipe.needs and ascent_fn is None:
-        raise ValueError(f"{recipe.name} climbs another loss than it descends; pass it as ascent_fn.")
+        raise ValueError(f"{recipe.name} needs its ascent loss; pass it as ascent_fn=.")
     if not params:
         raise ValueError("params is empty.")
     radius = recipe.default_rho if rho is None else rho
     names = list(params)
     if isinstance(radius, Mapping) and (missing := [n for n in names if n not in radius]):
         raise ValueError(f"rho has no value for {missing[0]!r}.")
-    # Views, so that each has its own identity also if one tensor stands under two names.
+    # Views, so that a tensor with two names gives two objects.
     weights = [params[n].detach().view_as(params[n]) for n in names]
     groups = [{"rho": check_rho(radius[n] if isinstance(radius, Mapping) else radius)} for n in names]
     old = {current_word(key): value for key, value in (state or {}).items()}

@@ -1,4 +1,4 @@
-"""Framework wrappers that pose as the optimizer: Lightning's and Fabric's."""
+"""Support for framework wrappers that derive from the optimizer's class: Lightning's and Fabric's."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-# It ends in step(), which has to be the wrapper's own: there the framework counts steps and calls its hooks.
+# Ends in step(), which must be the wrapper's own, since the framework counts steps and calls its hooks there.
 _ON_THE_WRAPPER = frozenset({"second_step"})
 
 
 def reach_through(cls: type) -> None:
-    """Let a class that a framework derives from its wrapper and from an optimizer's class use the optimizer inside.
+    """Make a class that a framework derives from its wrapper and the optimizer's class use the optimizer inside.
 
-    Such a wrapper forwards what is read to the optimizer in its `optimizer`, and takes methods from the imitated
-    class. They would run on the wrapper, and what they set would stay in it. Here everything that the wrapper does not
-    define itself is looked up, and set, on the optimizer inside. Other classes stay as they are.
+    Such a wrapper forwards reads to its attribute `optimizer` but inherits methods from the optimizer's class. These
+    would run on the wrapper and set attributes there. This function makes everything that the wrapper does not define
+    itself be read and set on the optimizer inside. Other classes are not changed.
 
     Args:
-        cls: a new class, derived from an optimizer's.
+        cls: the new class.
     """
     wrapper, *imitated = cls.__mro__[1:]
     if issubclass(wrapper, Optimizer) or not isinstance(getattr(wrapper, "optimizer", None), property):

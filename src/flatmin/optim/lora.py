@@ -1,4 +1,4 @@
-"""Flat-LoRA: noise on the frozen weights beneath low-rank adapters, during one update."""
+"""Flat-LoRA: noise on the frozen weights of layers with low-rank adapters, during one update."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _is(kind: type, value: Any) -> bool:
 
 
 def _bytes(t: Tensor) -> tuple[torch.device, int, int]:
-    """Which addresses of which device a tensor reads, from its first to its last entry; none where it has no memory."""
+    """The device and the range of addresses of a tensor's entries; an empty range if it has no memory of its own."""
     try:
         first = t.data_ptr()
     except RuntimeError:  # wrappers around other tensors
@@ -31,7 +31,7 @@ def _bytes(t: Tensor) -> tuple[torch.device, int, int]:
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether writing to one of them changes the other: the same tensor, or a view of the same memory."""
+    """Whether two tensors share memory, so that writing to one changes the other."""
     if a is b:
         return True
     (device, a_first, a_last), (other, b_first, b_last) = _bytes(a), _bytes(b)
@@ -39,19 +39,19 @@ def _overlap(a: Tensor, b: Tensor) -> bool:
 
 
 def _own(module: nn.Module) -> list[Tensor]:
-    """The parameters and buffers that a module holds itself."""
+    """The parameters and buffers of a module itself, without those of its children."""
     return [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
 
 
 class _Layer:
-    """A module of the user's own with `lora_weight()`, which gives W and what the adapters add to it.
+    """A module with a method `lora_weight()` that returns W and what the adapters add to it.
 
     Args:
-        name: of the module.
-        module: itself.
+        name: name of the module.
+        module: the module.
 
     Attributes:
-        inputs: the dimension of W that runs over the layer's inputs.
+        inputs: the dimension of W that belongs to the layer's inputs.
     """
 
     inputs = 1
@@ -61,7 +61,7 @@ class _Layer:
 
     @property
     def title(self) -> str:
-        """Its name in a sentence."""
+        """The module's name in messages."""
         return self.name or "the model"
 
     def _weight(self) -> Any:
@@ -69,42 +69,43 @@ class _Layer:
 
     def _copied(self) -> str:
         return (
-            f"lora_weight() of {self.title} must return the weight itself, not a copy of it: noise on a copy reaches "
-            "nothing."
+            f"lora_weight() of {self.title} must return the weight itself, not a copy: noise on a copy has no effect."
         )
 
     def weight(self) -> Tensor:
-        """W; ValueError unless it is a frozen, whole matrix of floating-point numbers that the module itself holds."""
+        """The matrix W. Raises ValueError unless it is a frozen, unsharded floating-point matrix of the module."""
         weight: Tensor = self._weight()
         matrix = isinstance(weight, Tensor) and weight.ndim == 2 and weight.is_floating_point()
         if not matrix:
             raise ValueError(
-                f"the weight of {self.title} is no matrix of floating-point numbers, which the noise is for; leave it "
-                "out by only=."
+                f"the weight of {self.title} is not a matrix of floating-point numbers, which the noise needs; exclude "
+                "the layer by only=."
             )
         if is_sharded(weight):
-            raise ValueError(f"the weight of {self.title} is sharded, and the noise needs whole rows; train with DDP.")
+            raise ValueError(f"the weight of {self.title} is sharded, but the noise needs whole rows; train with DDP.")
         held = [t for module in self.module.modules() for t in _own(module) if _overlap(t, weight)]
         if not held:
             raise ValueError(self._copied())
         if weight.requires_grad or any(t.requires_grad for t in held):
-            raise ValueError(f"the weight of {self.title} is trained, and would lose its step; freeze it.")
+            raise ValueError(
+                f"the weight of {self.title} is trained, but Flat-LoRA restores it after each update; freeze it."
+            )
         return weight
 
     def added(self, weight: Tensor) -> Any:
-        """What the adapters add to W; ValueError unless it has W's shape."""
+        """What the adapters add to W. Raises ValueError unless it has the shape of W."""
         added = self.module.lora_weight()[1]
         if not isinstance(added, Tensor) or added.shape != weight.shape:
             got = tuple(added.shape) if isinstance(added, Tensor) else type(added).__name__
             raise ValueError(
-                f"lora_weight() of {self.title} must return what the adapters add as a tensor of the weight's shape "
-                f"{tuple(weight.shape)}, got {got}."
+                f"lora_weight() of {self.title} must return what the adapters add, as a tensor of the weight's shape "
+                f"{tuple(weight.shape)}; got {got}."
             )
         return added
 
     @torch.no_grad()
     def deviation(self, size: float) -> Tensor:
-        """The sigma_i = size ||(W + s B A)_i|| / sqrt(n_in), of a shape that broadcasts over W."""
+        """The standard deviations sigma_i = size ||(W + s B A)_i|| / sqrt(n_in), in a shape that broadcasts over W."""
         weight = self.weight()
         whole = weight.to(torch.promote_types(weight.dtype, torch.float32)) + self.added(weight)
         norms: Tensor = whole.norm(dim=self.inputs, keepdim=True)
@@ -112,7 +113,7 @@ class _Layer:
 
 
 class _PeftLayer(_Layer):
-    """A layer of PEFT's LoRA."""
+    """A LoRA layer of PEFT."""
 
     def __init__(self, name: str, module: Any) -> None:
         super().__init__(name, module)
@@ -120,8 +121,8 @@ class _PeftLayer(_Layer):
         kinds = getattr(module, "lora_variant", {}), {a for a, on in module.use_dora.items() if on}
         if any(a in kind for kind in kinds for a in module.active_adapters) or len(module.lora_embedding_A):
             raise ValueError(
-                f"{self.title} is no linear layer with plain adapters, W + s B A (DoRA and other variants are none); "
-                "leave it out by only=."
+                f"{self.title} is not a linear layer with plain adapters W + s B A (DoRA and other variants are not "
+                "supported); exclude it by only=."
             )
 
     def _weight(self) -> Any:
@@ -129,12 +130,12 @@ class _PeftLayer(_Layer):
 
     def _copied(self) -> str:
         return (
-            f"the weight of {self.title} is made anew in every forward (a parametrisation), and noise on it reaches "
-            "nothing; leave the layer out by only=."
+            f"the weight of {self.title} is computed in every forward (a parametrisation), so noise on it has no "
+            "effect; exclude the layer by only=."
         )
 
     def added(self, weight: Tensor) -> Any:
-        """The sum of s B A over the active adapters; 0 where they are switched off."""
+        """The sum of s B A over the active adapters; 0 if adapters are disabled."""
         module = self.module
         if module.merged_adapters:
             raise RuntimeError(
@@ -145,38 +146,38 @@ class _PeftLayer(_Layer):
 
 
 def _with_adapters(model: nn.Module) -> dict[str, tuple[type[_Layer], nn.Module]]:
-    """The modules with adapters by name, and what handles them."""
-    found: dict[str, tuple[type[_Layer], nn.Module]] = {}
+    """The modules with adapters by name, each with the class that handles it."""
+    layers: dict[str, tuple[type[_Layer], nn.Module]] = {}
     for name, module in model.named_modules():
         if callable(getattr(module, "lora_weight", None)):
-            found[name] = _Layer, module
+            layers[name] = _Layer, module
         elif all(hasattr(module, x) for x in ("lora_A", "lora_embedding_A", "get_base_layer", "active_adapters")):
-            found[name] = _PeftLayer, module
-    return found
+            layers[name] = _PeftLayer, module
+    return layers
 
 
 def _refuse_shared(layer: _Layer, model: nn.Module) -> None:
-    """ValueError where a module outside of the layer holds its weight too, a tied embedding say."""
+    """Raise ValueError if a module outside the layer has the same weight, such as a tied embedding."""
     weight, inside = layer.weight(), set(layer.module.modules())
     for name, module in model.named_modules():
         if module not in inside and any(_overlap(t, weight) for t in _own(module)):
             raise ValueError(
-                f"{layer.title} and {name or 'the model'} share one weight, and the noise would move both; leave "
-                f"{layer.title} out by only=."
+                f"{layer.title} and {name or 'the model'} share one weight, so the noise would change both; exclude "
+                f"{layer.title} by only=."
             )
 
 
 class FlatLoRA:
-    r"""Trains adapters on the loss averaged over noise on the frozen weights beneath them, at one gradient a step.
+    r"""Trains low-rank adapters with noise on the frozen weights below them, at one gradient a step.
 
     .. math::
         W' = W + E,\quad E_{ij} \sim N(0, \sigma_i^2),\quad
         \sigma_i = f \rho \frac{\|(W + s B A)_i\|_2}{\sqrt{n_{in}}},\quad
         f = \frac{1 - \cos(\pi \min(t, T) / T)}{2}
 
-    for update t = 0, 1, ... and row i, which belongs to one output. It is a context around all forward and backward
-    passes of an update, with any optimizer over the adapters; leaving it puts W back bit for bit, also when a pass
-    raises, and counts the update unless one did:
+    for update t = 0, 1, ... and row i, which belongs to one output. Use it as a context around all forward and backward
+    passes of an update, with any optimizer of the adapters. On leaving, W is restored bit for bit, also after an
+    exception, and the update is counted unless there was one:
 
         flat = FlatLoRA(model, rho=0.05, total=epochs * len(loader))
         for x, y in loader:
@@ -185,29 +186,30 @@ class FlatLoRA:
                 loss_fn(model(x), y).backward()
             optimizer.step()
 
-    The noise is drawn by a generator of its own from the seed and t alone: the global generators are not touched, a
-    resumed run and every replica draw the same. W in bf16 or fp16 is rounded at random to one of its neighbours. While
-    the context is open, one copy of the matrices is held.
+    The noise depends only on the seed and t: the global random generators are not used, and resumed runs and all
+    replicas draw the same noise. W + E in bf16 or fp16 is rounded at random to one of the two neighbouring numbers.
+    While the context is open, one copy of the matrices is held.
 
-    It finds the layers of PEFT's LoRA (linear layers, with any number of active adapters), and modules of your own
-    that have a method `lora_weight()`, which returns W of shape (out, in) and what the adapters add to it, of the same
-    shape. W is a parameter or buffer of the module, or a view of one.
+    Supported are the LoRA layers of PEFT (linear layers, with any number of active adapters), and your own modules with
+    a method `lora_weight()` that returns W of shape (out, in) and what the adapters add to it, in the same shape. W
+    must be a parameter or buffer of the module, or a view of one.
 
     Args:
-        model: with the adapters.
-        rho: size of the noise, >= 0. Default 0.05 (the authors' README). With 0 nothing is touched or drawn.
-        total: T, in how many updates f grows from 0 to 1; afterwards it stays. 0: f = 1 throughout.
-        only: shell pattern of the modules' names, whose matrices get noise. Default "*".
-        seed: of the noise. Default 0.
+        model: the model with the adapters.
+        rho: size of the noise, >= 0. Default 0.05 (the authors' README). With 0 nothing is changed or drawn.
+        total: T, the number of updates over which f grows from 0 to 1; afterwards f = 1. With 0, f = 1 throughout.
+        only: shell pattern of module names; only matching layers get noise. Default "*": all layers with adapters.
+        seed: seed of the noise. Default 0.
 
     Raises:
-        ValueError: bad numbers; no layer with adapters; a layer that is not W + s B A (DoRA and other variants), or
-            whose weight is no matrix of floating-point numbers, trained, sharded, shared with another layer or a copy.
-        RuntimeError: merged adapters (`merge_adapter()`), or on entering, a context that is open already. On entering,
-            the weights are checked again, with the same errors.
+        ValueError: a number out of range; no layer with adapters; a layer that is not W + s B A (DoRA and other
+            variants); a weight that is not a floating-point matrix, is trained, sharded, a copy, or shared with another
+            layer.
+        RuntimeError: merged adapters (`merge_adapter()`); on entering, a context that is already open. The weights are
+            checked again on entering, with the same errors.
 
-    Source: Li, He, Li, Wang, Shang & Huang, Flat-LoRA, ICML 2025. Their code counts t in micro-batches and draws from
-    the global generator.
+    Source: Li, He, Li, Wang, Shang & Huang, Flat-LoRA, ICML 2025. The authors' code counts t in micro-batches and draws
+    from the global generator.
     """
 
     def __init__(self, model: nn.Module, rho: float = 0.05, *, total: int, only: str = "*", seed: int = 0) -> None:
@@ -220,8 +222,8 @@ class FlatLoRA:
         found = _with_adapters(model)
         if not found:
             raise ValueError(
-                "the model has no layers with low-rank adapters; give one of peft.get_peft_model, or modules with a "
-                "method lora_weight()."
+                "the model has no layers with low-rank adapters; pass a model from peft.get_peft_model, or one whose "
+                "modules have a method lora_weight()."
             )
         self._layers = [kind(name, module) for name, (kind, module) in found.items() if fnmatchcase(name, only)]
         if not self._layers:
@@ -237,17 +239,17 @@ class FlatLoRA:
 
     @property
     def scale(self) -> float:
-        """The present f."""
+        """The factor f of the current update."""
         return 1.0 if self.total == 0 else (1 - math.cos(math.pi * min(self.updates, self.total) / self.total)) / 2
 
     def deviations(self) -> dict[str, Tensor]:
-        """The sigma_i of the present update by layer, each of shape (outputs,)."""
+        """The standard deviations sigma_i of the current update by layer, each of shape (outputs,)."""
         return {layer.name: layer.deviation(self.scale * self.rho).flatten() for layer in self._layers}
 
     @torch.no_grad()
     def __enter__(self) -> FlatLoRA:
         if self._before is not None:
-            raise RuntimeError("the noise of this update is on the weights already; enter the context once an update.")
+            raise RuntimeError("the noise of this update is already applied; enter the context once in each update.")
         self._before = []
         size = self.scale * self.rho
         generators: dict[torch.device, torch.Generator] = {}
@@ -282,9 +284,9 @@ class FlatLoRA:
         self._before = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of updates, from which f and the next draws follow, and the seed."""
+        """The number of updates and the seed, which determine f and all further noise."""
         return {"updates": self.updates, "seed": self.seed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from what `state_dict` gave."""
+        """Load the result of `state_dict`."""
         self.updates, self.seed = int(state["updates"]), int(state["seed"])

@@ -1,6 +1,6 @@
-"""Options of the user's loss: its form without reduction, its weights, and which targets it counts.
+"""Options of the user's loss: its form without reduction, its weights, and the targets that it ignores.
 
-A loss is a module of torch or one's own, a function, or either with options bound by `functools.partial`.
+A loss is a module or a function, from torch or the user's own, possibly with options bound by `functools.partial`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _BY_CLASS = (
 
 
 def in_order(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Outputs and target by position, also where they came by name: those of this class, or torch's."""
+    """Convert outputs and target to positional arguments if they are given by name (flatmin's names or torch's)."""
     if len(args) == 1 and kwargs.keys() == {"target"}:
         return (*args, kwargs["target"]), {}
     for first in ("outputs", "input"):
@@ -38,14 +38,14 @@ def in_order(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, 
 
 
 def _function(loss: Any) -> Any:
-    """The loss without its partial arguments and its compilation."""
+    """The loss without `functools.partial` and `torch.compile`."""
     while isinstance(loss, functools.partial):
         loss = loss.func
     return getattr(loss, "_orig_mod", loss)
 
 
 def _parameters(loss: Any) -> Mapping[str, inspect.Parameter]:
-    """The parameters of a call, by name; none where Python cannot tell."""
+    """The parameters of a call by name; empty if they cannot be inspected."""
     loss = getattr(loss, "_orig_mod", loss)
     try:
         return inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss).parameters
@@ -54,13 +54,13 @@ def _parameters(loss: Any) -> Mapping[str, inspect.Parameter]:
 
 
 def required(loss: Any) -> list[str]:
-    """The names of the arguments that a call cannot do without."""
+    """The names of the required arguments of a call."""
     by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return [n for n, p in _parameters(loss).items() if p.kind in by_position and p.default is p.empty]
 
 
 def argument(loss: Any, name: str) -> Any:
-    """An option of the loss: bound by a partial, a module's attribute, or a function's default; None: it has none."""
+    """The value of an option: bound by a partial, a module's attribute, or a function's default; None if not there."""
     if isinstance(loss, functools.partial) and name in loss.keywords:
         return loss.keywords[name]
     loss = _function(loss)
@@ -71,8 +71,8 @@ def argument(loss: Any, name: str) -> Any:
 
 
 def unreduced(loss: Any) -> Loss | None:
-    """The loss with reduction="none", if it has a `reduction`."""
-    # Setting an attribute of a copy of a compiled module would set that of the module inside.
+    """The loss with reduction="none"; None if it has no `reduction`."""
+    # Setting an attribute of a copy of a compiled module would set it on the module inside.
     loss = getattr(loss, "_orig_mod", loss)
     if isinstance(getattr(loss, "reduction", None), str):
         twin = copy.copy(loss)
@@ -85,21 +85,21 @@ def unreduced(loss: Any) -> Loss | None:
 
 
 def ignored_target(loss: Any) -> int | float | None:
-    """The target that the loss ignores, if it has an `ignore_index`."""
-    found = argument(loss, "ignore_index")
-    return found if isinstance(found, (int, float)) else None
+    """The loss's `ignore_index`; None if it has none."""
+    value = argument(loss, "ignore_index")
+    return value if isinstance(value, (int, float)) else None
 
 
 def class_weight(loss: Any, outputs: Any) -> Tensor | None:
-    """The loss's `weight`, if that is one number for each class of the outputs."""
-    found = argument(loss, "weight")
-    if not (isinstance(found, Tensor) and isinstance(outputs, Tensor) and found.ndim == 1 < outputs.ndim):
+    """The loss's `weight` if it has one entry for each class of the outputs; else None."""
+    weight = argument(loss, "weight")
+    if not (isinstance(weight, Tensor) and isinstance(outputs, Tensor) and weight.ndim == 1 < outputs.ndim):
         return None
-    return found if len(found) in (outputs.shape[1], outputs.shape[-1]) else None
+    return weight if len(weight) in (outputs.shape[1], outputs.shape[-1]) else None
 
 
 def counted_targets(loss: Any, outputs: Any, target: Any, batch: int) -> Tensor | None:
-    """Which targets the loss counts: those that it does not ignore, of a class whose weight is not 0; None: all."""
+    """Which targets count: those without the `ignore_index` whose class has a weight other than 0. None: all."""
     if not isinstance(target, Tensor) or target.ndim == 0 or len(target) != batch:
         return None
     ignored, weight = ignored_target(loss), class_weight(loss, outputs)
@@ -112,32 +112,32 @@ def counted_targets(loss: Any, outputs: Any, target: Any, batch: int) -> Tensor 
 
 
 def name_of(loss: Any) -> str:
-    """What to call the loss in a message."""
+    """The name of the loss in messages."""
     loss = _function(loss)
     return getattr(loss, "__name__", type(loss).__name__)
 
 
 def check_classes(loss: Any, method: str) -> None:
-    """Refuse losses of torch that have no class logits.
+    """Raise an error for losses of torch that do not take class logits.
 
     Raises:
-        TypeError: such a loss; the method's name is in the text.
+        TypeError: such a loss.
     """
     kind = _function(loss)
     kind = kind if inspect.isfunction(kind) else type(kind)
     torchs = kind.__module__ in ("torch.nn.modules.loss", "torch.nn.functional")
     if torchs and kind.__name__ not in _BY_CLASS:
         raise TypeError(
-            f"{method} climbs a bound of the 0-1 loss, which needs logits and indices of exclusive classes, as in "
-            f"torch.nn.CrossEntropyLoss; {kind.__name__} has none. Choose a method that climbs the loss itself."
+            f"the ascent loss of {method} needs logits and indices of exclusive classes, as in "
+            f"torch.nn.CrossEntropyLoss; {kind.__name__} has none. Choose a method without its own ascent loss."
         )
 
 
 def check_weights(loss: Any, target: Any, method: str) -> None:
-    """Refuse weights that belong to the samples of one batch, where some of them are chosen.
+    """Raise an error for weights of the samples of one batch, which do not fit a part of the batch.
 
     Raises:
-        ValueError: a `weight` or `pos_weight` with the batch's dimension.
+        ValueError: a `weight` or `pos_weight` with one entry for each sample.
     """
     for name in ("weight", "pos_weight"):
         given = argument(loss, name)
@@ -145,7 +145,7 @@ def check_weights(loss: Any, target: Any, method: str) -> None:
             continue
         if given.ndim == target.ndim > 0 and len(given) == len(target) > 1:
             raise ValueError(
-                f"{name_of(loss)} has a {name} for each sample of a batch, and {method} descends on a part of the "
-                f"batch. Give a {name} without the batch's dimension, or put the samples' weights beside the target: a "
+                f"{name_of(loss)} has a {name} for each sample of a batch, but {method} selects a part of the batch. "
+                f"Pass a {name} without the batch dimension, or pass the weights of the samples with the target: a "
                 "loss of your own on (outputs, (target, weights)), with per_sample=."
             )

@@ -1,4 +1,4 @@
-"""Protects the model in later passes: running statistics, and all other state that is not trained."""
+"""Protects running statistics and other untrained state of the model in later passes of a step."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ _KNOWN_FORWARDS = {_BatchNorm.forward, _InstanceNorm.forward, nn.SyncBatchNorm.f
 
 
 class FrozenStatistics:
-    """Context in which torch's normalisation layers update no running statistics; re-entrant, free of copies.
+    """Context in which torch's normalisation layers do not update running statistics. Re-entrant, without copies.
 
-    BatchNorm and SyncBatchNorm are told not to track; InstanceNorm, which ignores that, loses its buffers for the
-    time. Layers in eval mode go on reading their statistics. Other layers' statistics are `UntrainedState`'s.
+    It sets `track_running_stats` to False for BatchNorm and SyncBatchNorm, and removes the buffers of InstanceNorm,
+    which ignores this attribute. Layers in eval mode continue to use their statistics. `UntrainedState` protects the
+    statistics of other layers.
 
     Attributes:
-        layers: the modules that it serves.
+        layers: the modules that are protected.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -59,7 +60,7 @@ class FrozenStatistics:
             module._buffers.update(dict.fromkeys(STATISTICS))
             return saved
         saved = module.track_running_stats
-        # In eval mode the statistics are read, and read they stay: not tracking only stops updates in training.
+        # In eval mode the layer still reads its statistics: the attribute only stops updates in train mode.
         module.track_running_stats = False
         return saved
 
@@ -74,14 +75,15 @@ class FrozenStatistics:
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """One pass of an update, as the guard sees it.
+    """One pass of an update.
 
     Attributes:
-        index: 0 for the first pass of the update.
-        chunk: which micro-batch it runs on; None: the whole batch.
+        index: number of the pass in the update, counted from 0.
+        chunk: the micro-batch; None: the whole batch.
         repeated: whether an earlier pass of the update ran on the same batch.
         perturbed: whether the weights are away from w.
-        bracketed: whether it is entered and left around its forward (a closure, `passes()`), and not only told of.
+        bracketed: whether the engine is called directly before and after its forward and backward (a closure,
+            `passes()`).
     """
 
     index: int
@@ -92,27 +94,27 @@ class Pass:
 
     @property
     def later(self) -> bool:
-        """Whether it must leave no traces; a batch that is new and still at w counts as a first pass."""
+        """Whether the pass must not change the model. A new batch at w counts as a first pass."""
         return self.index > 0 and (self.repeated or self.perturbed)
 
 
 class ModelGuard:
-    """Keeps what a pass changes in the model beside gradients as the first pass of the update leaves it.
+    """Keeps the untrained state of the model as the first pass of an update leaves it.
 
-    Running statistics (`FrozenStatistics`) and other state that is not trained (`UntrainedState`). A `ModelWatch` tells
-    it of the forwards of manual loops.
+    This is the running statistics (`FrozenStatistics`) and all other state that is not trained (`UntrainedState`). A
+    `ModelWatch` observes the forwards of manual loops.
 
     Args:
         model: the module being trained.
         trained: the optimizer's weights.
-        random: the generators whose draws are repeated in manual loops too; None: none are.
-        freeze_batchnorm: whether running statistics are kept out of later passes.
-        freeze_state: whether other state that is not trained is put back after later passes.
-        others: weights that another optimizer trains are found by it.
-        abandoned: called when a forward of a first pass turns out to have been given up.
+        random: the generators whose draws are repeated in later passes; None: draws are not repeated.
+        freeze_batchnorm: whether later passes must not update running statistics.
+        freeze_state: whether other untrained state is restored after later passes.
+        others: finds the weights that another optimizer trains.
+        abandoned: called when it turns out that the forward of a first pass was discarded.
 
     Attributes:
-        watch: sees the model's training forwards.
+        watch: observes the model's training forwards.
     """
 
     def __init__(
@@ -134,7 +136,7 @@ class ModelGuard:
         self.look_again(trained)
 
     def look_again(self, trained: Sequence[Tensor]) -> None:
-        """Find what the model has beside these weights."""
+        """Search the model again for everything besides these weights."""
         self.watch.weights = trained
         self._children = [(m._modules, list(m._modules.values())) for m in self._model.modules() if m._modules]
         self._others.scan(self._model, trained)
@@ -149,29 +151,29 @@ class ModelGuard:
                 self._state.begin()
 
     def follow(self) -> None:
-        """Look again at a model whose layers have been replaced since (SyncBatchNorm, quantisation)."""
+        """Search the model again if its layers have been replaced (SyncBatchNorm, quantisation)."""
         for children, before in self._children:
             if list(children.values()) != before:
                 self.look_again(self.watch.weights)
                 return
 
     def enter(self, now: Pass) -> None:
-        """A pass begins."""
+        """Begin a pass."""
         self._freeze() if now.later else self._thaw()
         if self._state is not None and now.bracketed and not now.later:
             self._state.begin()
         self.watch.begin_pass(int(now.repeated), bracketed=now.bracketed)
 
     def finish(self) -> None:
-        """The last pass has ended, or the update is given up."""
+        """End the last pass, or abort the update."""
         self._thaw()
 
     def end_update(self) -> None:
-        """What is seen from here on belongs to the next update."""
+        """End the update: the next forward belongs to the next one."""
         bracketed = self.watch.bracketed
         self.watch.begin_update()
         if self._state is not None and not bracketed:
-            self._state.begin()  # a loop that calls parts of the model may show no forward
+            self._state.begin()  # a loop that calls only parts of the model may run no forward of the model
 
     def _freeze(self) -> None:
         if self._statistics is not None and not self._frozen:

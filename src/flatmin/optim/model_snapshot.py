@@ -1,4 +1,4 @@
-"""Puts back all of a model that is not trained, as it was at a moment."""
+"""A snapshot of everything in a model that is not trained, to restore it later."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from flatmin.optim.tensors import bits
 from flatmin.optim.untrained import PLAIN, address, has_values, memory, version
 from flatmin.optim.watch import SLOT
 
-_OWN = PLAIN - {"training"} | {SLOT, COUNT, SAVED}  # torch's entries of a module, and the engine's
+_OWN = PLAIN - {"training"} | {SLOT, COUNT, SAVED}  # attributes of a module that belong to torch or to the engine
 _LARGE = 2  # times as many entries as the trained weights
 
 
 class ModelSnapshot:
-    """What a model holds beside its trained weights, as it is now.
+    """A snapshot of everything in a model besides its trained weights.
 
-    Buffers, untrained parameters, and the attributes of modules of the user's own; of lists and dicts among these the
-    entries. Attributes are kept by reference. Tensors are copied, and written back only where they differ. Untrained
-    parameters are copied only if all of them together are at most twice as large as the trained weights (a teacher, not
-    the frozen base of an adapter); of larger ones `written` tells. What shares its memory with a trained weight moves
-    with it, and is left alone.
+    It holds buffers, untrained parameters, and the attributes of the user's own modules, including the entries of lists
+    and dicts among these. Attributes are stored by reference. Tensors are copied, and written back only if they have
+    changed. Untrained parameters are copied only if all of them together are at most twice as large as the trained
+    weights (a teacher, but not the frozen base model of an adapter); for larger ones `written` reports changes. Tensors
+    that share memory with a trained weight are left out.
 
     Args:
-        model: whose state.
-        trained: the weights that the optimizer moves.
+        model: the model.
+        trained: the weights that the optimizer trains.
 
     Attributes:
-        parameters: all of the model.
+        parameters: all parameters of the model.
     """
 
     def __init__(self, model: nn.Module, trained: Sequence[Tensor]) -> None:
@@ -56,7 +56,7 @@ class ModelSnapshot:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put back what has changed."""
+        """Restore everything that has changed."""
         for table, entries in self._tables:
             now = dict(table.items())
             for key in now.keys() - entries.keys() - _OWN:
@@ -75,16 +75,16 @@ class ModelSnapshot:
             kept.restore()
 
     def written(self) -> str | None:
-        """The name of a parameter that is not copied and has been written to; None: there is none."""
+        """The name of a parameter that was not copied but has been written to; None if there is none."""
         return next((kept.name for kept in self._tensors if kept.written()), None)
 
 
 class _Kept:
-    """A tensor at a moment.
+    """A tensor of the snapshot.
 
     Args:
-        name: in the model.
-        tensor: which.
+        name: its name in the model.
+        tensor: the tensor.
         copy: whether its values are copied.
     """
 
@@ -96,12 +96,12 @@ class _Kept:
     def restore(self) -> None:
         tensor = self._tensor
         if address(tensor) != self._address or tensor.shape != self._alias.shape:
-            tensor.data = self._alias  # its memory was exchanged through `.data` or by a resize
+            tensor.data = self._alias  # its memory was replaced through `.data` or by a resize
         if self._copy is not None and not self._same(self._copy):
             tensor.copy_(self._copy)
 
     def _same(self, copy: Tensor) -> bool:
-        """Whether the values are those of the copy; told from the version counter where they cannot be compared."""
+        """Whether the values equal the copy; if they cannot be compared, whether the version counter is the same."""
         tensor = self._tensor
         if tensor.layout is not torch.strided or tensor.is_meta:
             return version(tensor) == self._version

@@ -1,4 +1,4 @@
-"""Gradients of weights that another optimizer trains."""
+"""Gradients of parameters that another optimizer trains."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from flatmin.words import warn
 
 
 class OtherGradients:
-    """Gradients of the model's parameters that another optimizer trains: they come from one pass, not from all.
+    """Gradients of the model's parameters that another optimizer trains. Each comes from one pass, not from all passes.
 
-    In passes that the engine brackets (a closure, `passes()`) they are those of the descent passes: each pass begins
-    with what was there before the update, and those of ascents are dropped. In manual loops they are those of the
-    backward before the perturbation, because whoever steps next may need them at once.
+    In a closure and in `passes()` they are those of the descent passes: each pass starts with the gradients from before
+    the update, and gradients of ascent passes are dropped. In other manual loops they are those of the backward before
+    the perturbation, because the other optimizer may step at any time after it.
 
     Attributes:
-        any: whether there are such parameters; without them nothing else need be called.
-        updates: in which `look` could be asked, since the beginning or `forget`.
+        any: whether there are such parameters. If not, no other method needs to be called.
+        updates: number of updates since the start or the last `forget`.
     """
 
     def __init__(self) -> None:
@@ -39,40 +39,41 @@ class OtherGradients:
         self._warned = False
 
     def scan(self, model: nn.Module, trained: Iterable[Tensor]) -> None:
-        """Begin anew with the parameters of a model that are not among the trained ones."""
+        """Start again with the parameters of a model that are not among the trained ones."""
         mine = {id(w) for w in trained}
-        found = [(n, p) for n, p in model.named_parameters() if id(p) not in mine and not is_sharded(p)]
-        self._names, self._parameters = [n for n, _ in found], [p for _, p in found]
+        others = [(n, p) for n, p in model.named_parameters() if id(p) not in mine and not is_sharded(p)]
+        self._names, self._parameters = [n for n, _ in others], [p for _, p in others]
         self._later, self.updates = [], 0
         self._prior = self._pass = self._total = self._last = None
         self._copies = []
-        self.any = bool(found)
+        self.any = bool(others)
 
     def forget(self) -> None:
-        """Know none; one of them may have become a trained weight."""
+        """Forget all of them, since one may have become a trained weight."""
         self._names, self._parameters, self._later, self._copies = [], [], [], []
         self._prior = self._pass = self._total = self._last = None
         self.any, self.updates = False, 0
 
     def in_training(self) -> list[Tensor]:
-        """Those that another optimizer may train."""
+        """The parameters that another optimizer may train: those that require gradients."""
         return [p for p in self._parameters if p.requires_grad]
 
     def warn_of_climbed(self, method: str) -> None:
-        """Say once that their gradients in a manual loop are those of the loss that this method climbs."""
+        """Warn once that in a manual loop their gradients are those of the method's ascent loss."""
         named = zip(self._names, self._parameters, strict=True)
         if not self._warned and (name := next((n for n, p in named if p.grad is not None), None)) is not None:
             self._warned = True
             warn(
-                f"{name} is not in this optimizer, and its gradient is that of the loss that {method} climbs; use "
-                "step(closure) or passes(), where other weights take the gradient of the descent."
+                f"{name} is not in this optimizer, and its gradient is that of the ascent loss of {method}; use "
+                "step(closure) or passes(), which give parameters of other optimizers the gradient of the training "
+                "loss."
             )
 
     def look(self, result: Any, trained: Iterable[Tensor]) -> None:
-        """Find further ones that what a closure returned depends on, before the first pass of an update ends."""
-        known = {id(w) for w in (*trained, *self._parameters)}
-        new = [p for p in reached(result) if id(p) not in known and p.grad is not None]
-        # What had a gradient before this pass as well cannot be told from it now; the next update can.
+        """Find further parameters that a closure's result depends on, before the first pass of an update ends."""
+        seen = {id(w) for w in (*trained, *self._parameters)}
+        new = [p for p in reached(result) if id(p) not in seen and p.grad is not None]
+        # If a parameter had a gradient before this pass, both have been added up; it is handled from the next update.
         fresh = [p for p in new if p.grad is not None and p.grad._version == 0]
         if fresh:
             self._add(fresh)
@@ -85,35 +86,35 @@ class OtherGradients:
         self._names += [f"a weight of shape {tuple(p.shape)}" for p in parameters]
 
     def enter(self) -> None:
-        """A pass begins."""
+        """Begin a pass."""
         if self._prior is None:
             self._prior = [g if g is None or not lent(g) else g.clone() for g in self._now()]
         self._pass = None
         self.restart()
 
     def restart(self) -> None:
-        """One of several backward passes begins whose gradients are averaged."""
+        """Begin one of several backward passes whose gradients are averaged."""
         assert self._prior is not None
         self._set([None if g is None else g.clone() for g in self._prior])
 
     def collect(self, share: float) -> None:
-        """It ends, and counts by this share."""
+        """End it; its gradients are added with the weight `share`."""
         self._pass = accumulate(self._pass or [], self._now(), share)
 
     def leave(self, share: float | None) -> None:
-        """The pass ends, and counts by this share; None: not at all."""
-        found = self._now() if self._pass is None else self._pass
-        self._last = found
+        """End a pass; its gradients are added with the weight `share`. None: they are dropped."""
+        made = self._now() if self._pass is None else self._pass
+        self._last = made
         if share is not None:
-            self._total = found if share == 1.0 and self._total is None else accumulate(self._total or [], found, share)
+            self._total = made if share == 1.0 and self._total is None else accumulate(self._total or [], made, share)
         self._set(self._total or self._prior or [])
 
     def end(self, *, keep: bool = True) -> None:
-        """The update ends; `keep=False`: with the gradients from before it."""
+        """End the update. With `keep=False` the gradients from before the update are restored."""
         if not keep and self._prior is not None:
             self._set(self._prior)
         elif self._total is None and self._last is not None:
-            self._set(self._last)  # the base takes the gradient of the ascent
+            self._set(self._last)  # the base optimizer takes the gradient of the ascent pass
         self._prior = self._pass = self._total = self._last = None
         self._copies = []
         if self._later:
@@ -121,11 +122,11 @@ class OtherGradients:
             self._later = []
 
     def copy(self) -> None:
-        """Remember gradients that a backward in the coming pass would add to."""
+        """Copy the gradients, since a backward in the coming pass would add to them."""
         self._copies = [(p, g, g._version, g.clone()) for p in self._parameters if (g := p.grad) is not None]
 
     def restore(self) -> None:
-        """Take back what was added since; a gradient that was cleared meanwhile belongs to whoever cleared it."""
+        """Restore the copied gradients, except those that the loop has cleared or replaced since."""
         copies, self._copies = self._copies, []
         for p, gradient, version, copy in copies:
             if p.grad is gradient and gradient._version != version:
@@ -140,22 +141,22 @@ class OtherGradients:
 
 
 def reached(result: Any) -> list[Tensor]:
-    """The parameters at the ends of the graphs behind what a closure returned: a backward pass gives them gradients."""
+    """The parameters that a closure's result depends on, that is, to which its backward pass gives gradients."""
     waiting: list[Any] = [x.grad_fn for x in leaves(result) if isinstance(x, Tensor)]
     seen: set[Any] = set()
-    found: list[Tensor] = []
+    parameters: list[Tensor] = []
     while waiting:
         node = waiting.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        if isinstance(leaf := getattr(node, "variable", None), nn.Parameter):  # not an input of its own batch
-            found.append(leaf)
+        if isinstance(leaf := getattr(node, "variable", None), nn.Parameter):  # not an input that requires gradients
+            parameters.append(leaf)
         waiting += [following for following, _ in node.next_functions]
-    return found
+    return parameters
 
 
 def additions(weights: Sequence[Tensor]) -> int:
-    """How often the first gradient there is has been added to, or changed otherwise, since it was made."""
+    """How often the first existing gradient has been changed in place since it was created."""
     first = next((g for w in weights if (g := w.grad) is not None), None)
     return 0 if first is None or lent(first) else first._version

@@ -1,4 +1,4 @@
-"""Moves weights in place and puts them back exactly."""
+"""Perturbs weights in place and restores them exactly."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from flatmin.optim import tensors as ta
 
 
 class FoundInf:
-    """Device-side verdicts of one update, two words of one buffer: [ascent was finite, descent was not].
+    """Two flags of an update on the device: [the ascent was finite, the descent gradient was not finite].
 
-    Comparing the ascent's norm with (inf, -inf) writes the first verdict as an integer and clears the second (the
-    bit pattern of 0 is 0.0) in one launch; one more adds both to the totals, where a found inf counts as the bit
-    pattern of 1.0.
+    Both are words of one buffer. Comparing the ascent's norm with (inf, -inf) sets the first flag (an integer) and
+    clears the second (a float32: the bit pattern of 0 is 0.0) in one kernel launch. Another launch adds both to the
+    totals, where an inf counts as the bit pattern of 1.0.
     """
 
     ONE = 0x3F800000
@@ -32,36 +32,37 @@ class FoundInf:
         self.ascents = 0
 
     def judge(self, size: Tensor, *, again: bool = False) -> None:
-        """Write the ascent's verdict and clear the descent's; `again`: all ascents of an update must be finite."""
+        """Set the ascent's flag and clear the descent's. With `again`: all ascents of the update must be finite."""
         if again:
             self.gate.mul_((size.to(torch.float32) < math.inf).to(torch.int32))
             return
         torch.lt(size.to(torch.float32), self.limits, out=self.words)
 
     def reset(self) -> None:
-        """Clear both verdicts, for an update without ascent."""
+        """Clear both flags, for an update without ascent."""
         self.words.zero_()
 
     def count(self, *, ascended: bool) -> None:
-        """Add this update's verdicts to the totals, on the device."""
+        """Add this update's flags to the totals, on the device."""
         self.totals.add_(self.words)
         self.ascents += ascended
 
     def read(self) -> tuple[bool, bool]:
-        """(ascent was finite, descent was not), one synchronisation."""
+        """Read both flags, with one synchronisation: (ascent was finite, descent gradient was not finite)."""
         finite, found = self.words.tolist()
         return bool(finite), bool(found)
 
 
 class WeightSnapshot:
-    """Copies of exactly the tensors that an ascent moves; the buffers persist, so their addresses are static.
+    """Copies of the tensors that an ascent perturbs. The buffers are reused, so their addresses stay the same.
 
     Args:
-        seed: of the random rounding of weights in half precision. Default 0.
+        seed: seed of the random rounding of weights in half precision. Default 0.
 
     Attributes:
-        away: the displaced tensors and where they were; None if all are at home.
-        asked: what the last displacement would have been without rounding, if it was recorded.
+        away: the perturbed tensors and their copies; None if no tensor is perturbed.
+        asked: the last perturbation without rounding, if it was recorded.
+        unchecked: whether the effect of rounding has not been checked yet.
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -72,11 +73,11 @@ class WeightSnapshot:
         self.away: tuple[list[Tensor], list[Tensor]] | None = None
         self._generators: dict[torch.device, torch.Generator] = {}
         self._seed, self._rounding = seed, 0
-        self.unchecked = True  # whether rounding has not been looked at yet
+        self.unchecked = True
         self.asked: list[Tensor] | None = None
 
     def begin_update(self, step: int) -> None:
-        """Seed the random rounding of the update after `step` others."""
+        """Seed the random rounding of update number `step`."""
         self._generators.clear()
         self._rounding = self._seed * 1_000_003 + step
 
@@ -89,11 +90,20 @@ class WeightSnapshot:
         again: bool = False,
         record: bool = False,
     ) -> bool:
-        """Displace the weights in offset.index; True if the displacement was known (on the host) to be finite.
+        """Perturb the weights at the positions `offset.index`.
 
-        Without flags the size is read on the host (CPU tensors); with flags nothing synchronises and a direction
-        that is not finite becomes a displacement of exactly zero. `again`: not the first of this update, so that the
-        verdicts add up. `record`: keep in `asked` what the displacement would be without rounding.
+        Without flags the size is read on the host (CPU tensors). With flags nothing synchronises, and a direction that
+        is not finite gives a perturbation of exactly zero.
+
+        Args:
+            layout: the layout of the weights.
+            offset: the perturbation.
+            flags: the flags on the device; None: decide on the host.
+            again: whether this update has been perturbed before, so that the flags are combined. Default False.
+            record: whether to store the perturbation without rounding in `asked`. Default False.
+
+        Returns:
+            False if the host has found that the perturbation is not finite, and the weights have not been moved.
         """
         weights, index = layout.weights, offset.index
         ws = weights if len(index) == len(weights) else [weights[i] for i in index]
@@ -127,7 +137,7 @@ class WeightSnapshot:
             if divisor is None:
                 d = d if scratch else list(torch._foreach_mul(d, 1.0))
             else:
-                # In another dtype the division would launch once per tensor.
+                # With another dtype, foreach division would launch one kernel per tensor.
                 real = torch.view_as_real(d[0]).dtype if d[0].is_complex() else d[0].dtype
                 by = divisor.to(d[0].device, real)
                 if scratch:
@@ -143,7 +153,7 @@ class WeightSnapshot:
             self._add([ws[i] for i in group], d, alpha, group)
 
     def _add(self, ws: list[Tensor], d: list[Tensor], alpha: float, group: Sequence[int]) -> None:
-        """Ws += alpha d; the positions of ws in the whole list are `group`."""
+        """Add alpha * d to ws in place. `group` holds the positions of ws in the list of all perturbed weights."""
         d = ta.aligned(d, ws)
         if self.asked is not None:
             for i, x in zip(group, d, strict=True):
@@ -177,7 +187,7 @@ class WeightSnapshot:
         return [self._buffers[i] for i in index]
 
     def restore(self) -> None:
-        """Put the weights back bit for bit; does nothing if they are at home."""
+        """Restore the weights, bit for bit; do nothing if they are not perturbed."""
         if self._away is not None:
             weights, copies = self._away
             torch._foreach_copy_(weights, copies)
@@ -185,7 +195,7 @@ class WeightSnapshot:
 
 
 def _by_factor(ws: list[Tensor], offset: Perturbation, *, alike: bool) -> list[tuple[Sequence[int], float | Tensor]]:
-    """Positions grouped so that one foreach call with one factor serves each group; `alike`: one dtype and device."""
+    """Group positions by factor, dtype and device, for one foreach call each. `alike`: dtype and device are equal."""
     factors, first = offset.factors, offset.factors[0]
     equal = factors.count(first) == len(factors) if isinstance(first, float) else all(f is first for f in factors)
     if equal and (alike or ta.uniform(ws)):

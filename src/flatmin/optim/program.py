@@ -1,6 +1,6 @@
-"""The program of an update: a pure generator that asks for gradients and ends with what the base takes.
+"""The program of an update: a pure generator that requests gradients and returns what the base optimizer takes.
 
-It knows neither closures nor in-place moves, so the optimizer and `value_and_grad` run the same one.
+It does not depend on closures or in-place changes, so the optimizer and `value_and_grad` run the same program.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class SecondOrder(Protocol):
 
 
 class Generators:
-    """The engine's own random numbers: one seeded CPU generator, so that draws do not depend on device or shards."""
+    """The engine's random numbers: one seeded CPU generator, so that draws do not depend on devices or shards."""
 
     def __init__(self, seed: int) -> None:
         self.cpu = torch.Generator()
@@ -38,24 +38,24 @@ class Generators:
 
 @dataclass(slots=True)
 class StepInputs:
-    """The weights of one update, and what is known of them.
+    """The weights of one update and their properties.
 
     Args:
-        weights: trained tensors.
+        weights: the trained tensors.
         groups: the param group of each.
         rhos: the radius of each.
-        names: the name of each, "" if unknown; empty where no part needs names.
+        names: the name of each, "" if unknown; empty if no part needs names.
         step: number of updates before this one.
-        generator: the engine's own random numbers.
-        layout: what is known of their shapes; None where a transformation must see every operation. Default None.
-        layers: the class name of the module that holds each; empty where no part needs layers. Default empty.
-        momentum: gives the base's momentum of some weights. Default None: no part needs it.
+        generator: the engine's random numbers.
+        layout: the layout of the weights. Default None: use only operations that `torch.func` can transform.
+        layers: the class name of the module that holds each; empty if no part needs layers. Default empty.
+        momentum: function that returns the base optimizer's momentum of some weights. Default None: no part needs it.
         chunks: number of micro-batches. Default 1.
 
     Attributes:
-        moved: positions of the weights that move; the program leaves out those that the mask does not select.
-        products: second-order products at the last pass, where it kept its graph.
-        start: where pass 1 was taken, over `moved`, for directions that move it.
+        moved: positions of the weights that may be perturbed; the program removes those that the mask excludes.
+        products: second-order products at the last pass, if its graph was kept.
+        start: where pass 1 was taken, one tensor for each position in `moved`, for directions that move it.
     """
 
     weights: Sequence[Tensor]
@@ -79,7 +79,7 @@ class StepInputs:
 
 
 class EngineContext:
-    """What parts see of the inputs (`flatmin.methods.StepContext`); lists run over the weights at `index`."""
+    """Implements `flatmin.methods.StepContext` for the weights at the positions `index`."""
 
     __slots__ = ("index", "inputs")
 
@@ -171,7 +171,7 @@ class EngineContext:
 
 
 class BoundProducts:
-    """`SecondOrder` over the tensors of one context."""
+    """`SecondOrder` for the tensors of one context."""
 
     def __init__(self, products: SecondOrder, index: Sequence[int]) -> None:
         self._products, self._index = products, index
@@ -195,10 +195,10 @@ _IS_SPARSE = operator.attrgetter("is_sparse")
 
 
 class PassGradients(Gradients):
-    """The gradients of one pass, one for each trained weight, None where there is none.
+    """The gradients of one pass, one for each trained weight (None: no gradient).
 
     Attributes:
-        owned: whether the program may overwrite them, because nobody looks at them after it. Default False.
+        owned: whether the program may overwrite them, because nothing else reads them afterwards. Default False.
     """
 
     owned = False
@@ -206,13 +206,15 @@ class PassGradients(Gradients):
 
 @dataclass(slots=True)
 class Outcome:
-    """What an update ends with: u per trained tensor, staged state, and the size of the ascent direction.
+    """The result of an update.
 
-    `update` is the very list of the last pass where u is that pass's gradients.
-
-    `size` is the norm that decided whether the ascent was taken (None: no ascent), and `remembered` that of what else
-    of pass 1 a combination has staged (None: nothing); a state staged from a gradient that was not finite must not be
-    kept.
+    Attributes:
+        update: u for each trained tensor. If u is the gradients of the last pass, it is the same list object.
+        staged: the new state by kind of part: positions of the weights, and slot -> value. It must not be stored if
+            `size` or `remembered` is not finite.
+        post: positions and terms to add to the weights after the base optimizer's step; None: nothing.
+        size: the norm that decided whether the weights were perturbed; None: no ascent.
+        remembered: the norm of further gradients of pass 1 that the combination has staged; None: nothing.
     """
 
     update: Gradients
@@ -223,10 +225,10 @@ class Outcome:
 
 
 class Reader(Protocol):
-    """Read access to what parts remember."""
+    """Read access to the state of the parts."""
 
     def read(self, kind: str, weights: Sequence[Tensor]) -> State:
-        """The slots of the part of this kind, one entry per weight, None where a weight has none yet."""
+        """The slots of the part of this kind, with one entry for each weight (None: no value yet)."""
 
 
 def _pick(items: Sequence[T], index: Sequence[int]) -> list[T]:
@@ -235,7 +237,7 @@ def _pick(items: Sequence[T], index: Sequence[int]) -> list[T]:
 
 
 def _gather(grads: Gradients, index: Sequence[int]) -> tuple[Sequence[int], Tensors]:
-    """The positions in `index` that have a gradient, and these gradients; sparse ones become dense."""
+    """The positions in `index` that have a gradient, and these gradients; sparse ones are made dense."""
     chosen: Any = _pick(grads, index)
     if not all(map(operator.is_not, chosen, itertools.repeat(None))):  # `in` would compare tensors by value
         chosen = [g for g in chosen if g is not None]
@@ -255,9 +257,16 @@ def _in_all(lists: Sequence[Gradients]) -> Sequence[int]:
 def program(
     recipe: Recipe, inputs: StepInputs, store: Reader, eps: float
 ) -> Generator[GradientRequest, PassGradients, Outcome]:
-    """The update of `recipe` on `inputs`: yields requests, is sent their gradients, returns the outcome.
+    """Run one update of a recipe.
 
-    Parts are asked for what they declare only (`flatmin.methods.Part`).
+    The generator yields gradient requests, is sent the gradients, and returns the outcome. It calls only the methods
+    that a part declares (`flatmin.methods.Part`).
+
+    Args:
+        recipe: the recipe.
+        inputs: the weights of the update.
+        store: the state of the parts.
+        eps: added to every norm that divides.
     """
     direction, mask, schedule, combine = recipe.direction, recipe.mask, recipe.schedule, recipe.combine
     out = Outcome(update=[])
@@ -271,7 +280,7 @@ def program(
         return out
 
     at_w: Gradients | None = None  # the gradients of pass 1, for combinations that use them
-    pass_1: PassGradients | None = None  # those by which the schedule has decided, for the ascent
+    pass_1: PassGradients | None = None  # gradients that the schedule has used already, for the ascent
 
     def read(part: Part, index: Sequence[int]) -> State:
         if not (part.slots or part.reads):
@@ -292,7 +301,7 @@ def program(
         return state
 
     def stage(part: Part, index: Sequence[int], new: Mapping[str, Any]) -> None:
-        # State advances once a step: from the first ascent.
+        # State changes once in each step, at the first ascent.
         if new and part.kind not in out.staged:
             out.staged[part.kind] = (index, new)
 
@@ -306,7 +315,7 @@ def program(
     ) -> Generator[GradientRequest, Gradients, Perturbation | None]:
         nonlocal at_w, pass_1
         owned = False
-        shown: Gradients = []  # to the inner loop
+        shown: Gradients = []  # for the inner loop
         index: Sequence[int] = inputs.moved
         g: Tensors | None = None
         if direction.evaluates:
@@ -321,7 +330,7 @@ def program(
                 at_w = grads
             if recipe.inner_loop.uses_gradient:
                 shown = grads
-            # An inner loop may have made the list itself.
+            # Inner loops may send a list of their own.
             owned = isinstance(grads, PassGradients) and grads.owned and at_w is None and not shown
             index, g = _gather(grads, index)
             del grads
@@ -352,7 +361,7 @@ def program(
             reach = _scaled(reach, recipe.radius(c))
         if (factor := recipe.direction_factor) != 1.0:
             reach = [factor * r for r in reach]
-        # Staged state may be these very tensors.
+        # Staged state may consist of these tensors.
         owned = owned and not out.staged and len(t) == len(g or ()) and all(map(operator.is_, t, g or ()))
         return Perturbation(index, t, norm, size, reach, eps, owned, shown)
 
@@ -406,7 +415,7 @@ def program(
     u, new = combine(plain, gs, read(combine, index), c)
     stage(combine, index, new)
     if new and plain is not None:
-        # Of the others the ascent has its own norm; u need not have met g.
+        # `size` covers the perturbed weights; for the others, g need not have entered u.
         ascended = set(inputs.moved)
         stayed = [(i, g) for i, g in zip(index, plain, strict=True) if i not in ascended]
         if stayed:
@@ -418,7 +427,7 @@ def program(
 
 
 def _scaled(rhos: list[Any], radius: float | Tensor | list[float]) -> list[Any]:
-    """Each tensor's rho times the radius; equal products are one object."""
+    """Each tensor's rho times the radius factor; equal products are the same object."""
     if isinstance(radius, list):
         return [rho * factor for rho, factor in zip(rhos, radius, strict=True)]
     if not isinstance(radius, Tensor) and radius == 1.0:
@@ -428,7 +437,7 @@ def _scaled(rhos: list[Any], radius: float | Tensor | list[float]) -> list[Any]:
 
 
 def _spread(last: Gradients, index: Sequence[int], u: Tensors) -> Gradients:
-    """U at `index`; elsewhere what the last pass gave, so that a tensor without gradient stays without."""
+    """The tensors u at the positions `index`; elsewhere the last pass's gradients, or None."""
     update = list(last)
     for i, x in zip(index, u, strict=True):
         update[i] = x

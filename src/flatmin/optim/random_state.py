@@ -1,4 +1,4 @@
-"""Random number generators: later passes draw the same numbers as the first."""
+"""Random number generators: lets later passes draw the same numbers as the first."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from flatmin.words import warn
 
 
 class RandomState:
-    """The random number generators that a forward pass may draw from.
+    """The random number generators that a forward pass may use.
 
-    torch's on the CPU and the weights' devices, the global ones of Python and (where it is imported) numpy, and
-    generators of the user's own.
+    These are torch's generators on the CPU and on the weights' devices, the global generators of Python and (if it is
+    imported) numpy, and the user's own generators.
 
     Args:
-        devices: of the weights.
-        own: `torch.Generator`, `numpy.random.Generator`, `numpy.random.RandomState` or `random.Random` objects.
+        devices: the devices of the weights.
+        own: `torch.Generator`, `numpy.random.Generator`, `numpy.random.RandomState` or `random.Random` objects. Default
+            ().
 
     Raises:
-        TypeError: an object of another kind in `own`.
+        TypeError: an object of another type in `own`.
     """
 
     def __init__(self, devices: Iterable[torch.device], own: Iterable[Any] = ()) -> None:
@@ -47,18 +48,18 @@ class RandomState:
         self._warned = False
 
     def states(self) -> list[Any]:
-        """All of them as they are now; numpy's last, because it may be imported between two calls."""
+        """The current states of all generators; numpy's is last, because numpy may be imported between two calls."""
         states = [get() for get, _ in self._accesses]
         if "numpy.random" in sys.modules:
             states.append(self._numpy.get())
         return states
 
     def capture(self, chunk: int | None = None) -> None:
-        """Remember the states with which a micro-batch (None: the batch) is first run."""
+        """Store the states before a micro-batch (None: the batch) is run for the first time."""
         self._saved[chunk] = self.states()
 
     def replay(self, chunk: int | None = None) -> None:
-        """Set the states back to those."""
+        """Restore the states that `capture` has stored."""
         states = self._saved.get(chunk, [])
         for (_, put), state in zip(self._accesses, states, strict=False):
             put(state)
@@ -66,26 +67,26 @@ class RandomState:
             self._numpy.put(states[-1])
 
     def captured(self, chunk: int | None = None) -> bool:
-        """Whether there is something to replay."""
+        """Whether states are stored for this micro-batch."""
         return chunk in self._saved
 
     def enter(self) -> None:
-        """A later pass of a manual loop begins: its draws are repeated from its first forward on."""
+        """Begin a later pass of a manual loop, whose draws are repeated from its first forward on."""
         self._entry = None if self._warned else self.states()
 
     def evaluated(self) -> None:
-        """What was drawn so far was an evaluation's, which is no part of the pass."""
+        """Ignore all draws so far: they belong to an evaluation, not to the pass."""
         if self._entry is not None:
             self._entry = self.states()
 
     def repeat(self) -> bool:
-        """That forward begins: replay the first pass; whether the loop has drawn before."""
+        """Begin that forward: restore the states of the first pass. Returns whether the loop has drawn before it."""
         drawn = self._check("the loop draws random numbers before it calls the model, and those")
         self.replay()
         return drawn
 
     def leave(self) -> None:
-        """That pass ends: draws that nothing replayed are warned of."""
+        """End that pass: warn if numbers were drawn that were not repeated."""
         self._check(
             "the second pass drew random numbers (dropout, augmentation, noise) outside a call of model=, and they"
         )
@@ -102,13 +103,13 @@ class RandomState:
             self._warned = True
             warn(
                 f"{what} differ from those of the first pass. Use step(closure) or passes(), which repeat all draws, "
-                "or give the module that the loop calls as model= and draw outside the passes. replay_rng=False says "
-                "that they may differ."
+                "or pass the module that the loop calls as model= and draw outside the passes. If they may differ, "
+                "pass replay_rng=False."
             )
         return True
 
     def drawn(self) -> bool:
-        """Whether anything has been drawn since the states of the first pass were set again."""
+        """Whether anything has been drawn since the states of the first pass were restored."""
         first = self._saved.get(None)
         return first is not None and not all(map(_equal, first, self.states()))
 
@@ -117,9 +118,9 @@ class RandomState:
 
 
 class _NumpyGlobal:
-    """numpy's global generator; reading its whole state is slow, so its memory is compared until it first draws."""
+    """numpy's global generator. Reading its state is slow, so its raw memory is compared until it has been used."""
 
-    SIZE = 2500  # of the Mersenne twister: 624 words and a position
+    SIZE = 2500  # bytes of the Mersenne twister: 624 words and a position
 
     def __init__(self) -> None:
         self.draws = False
@@ -157,7 +158,7 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 def _access(generator: Any) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
-    """How to read and write the state of one generator."""
+    """The functions that read and write the state of a generator."""
     for get, put in (("get_state", "set_state"), ("getstate", "setstate")):
         if hasattr(generator, get) and hasattr(generator, put):
             return getattr(generator, get), getattr(generator, put)
@@ -171,8 +172,8 @@ def _access(generator: Any) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
 
 
 def generators_of(model: nn.Module) -> list[Any]:
-    """The random number generators that the modules of a model hold as attributes, also in lists and dicts."""
-    found: dict[int, Any] = {}
+    """The random number generators among the attributes of a model's modules, also inside lists and dicts."""
+    generators: dict[int, Any] = {}
     for module in model.modules():
         if type(module).__module__.startswith("torch."):
             continue
@@ -180,8 +181,8 @@ def generators_of(model: nn.Module) -> list[Any]:
             inner = (
                 value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
             )
-            found.update((id(v), v) for v in inner if isinstance(v, _kinds()))
-    return list(found.values())
+            generators.update((id(v), v) for v in inner if isinstance(v, _kinds()))
+    return list(generators.values())
 
 
 def _kinds() -> tuple[type, ...]:

@@ -1,4 +1,4 @@
-"""Logits that were recorded some epochs ago: the reference of SAF's trajectory loss."""
+"""Logits recorded in earlier epochs: the reference of SAF's trajectory loss."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, distributed
 
 
 class RecordedLogits:
-    r"""The logits of every training sample in the last epochs, by the sample's index.
+    r"""Stores the logits of every training sample in the last epochs, by the sample's index.
 
     .. math::
         r_i = z_i \text{ as recorded E epochs ago}
@@ -27,24 +27,24 @@ class RecordedLogits:
         >>> known
         tensor([True, True])
 
-    Both calls may stand in a closure: a sample's logits are recorded once in an epoch, those of the first pass, and a
-    recall in the same epoch gives the same r in every pass. It takes samples x classes x (E + 1) numbers.
+    Both calls may be made inside a closure: the logits of a sample are recorded once in an epoch, in the first pass,
+    and all calls in one epoch return the same r. The memory holds N * K * (E + 1) numbers.
 
     Args:
-        samples: N, how many there are; indices are 0 to N - 1.
-        classes: K.
-        epochs: E, how old the reference is, >= 1. Default 3 (the paper's code).
-        device: where they are kept. Default the CPU.
-        dtype: in which. Default float32.
-        own_samples: says that with several processes each one sees the same samples in every epoch. Without it several
-            processes are refused, since a sampler that deals the samples out anew in each epoch
-            (`DistributedSampler(shuffle=True)`) brings a process samples that others have recorded. Default False.
+        samples: N, the number of samples. Indices are 0 to N - 1.
+        classes: K, the number of classes.
+        epochs: E, the age of the reference in epochs, >= 1. Default 3 (the paper's code).
+        device: where the logits are stored. Default: the CPU.
+        dtype: the dtype in which they are stored. Default float32.
+        own_samples: set it to True if several processes train and each one sees the same samples in every epoch.
+            Without it several processes are an error, since `DistributedSampler(shuffle=True)` gives a process samples
+            that other processes have recorded. Default False.
 
     Raises:
         ValueError: a number below 1, or several processes without `own_samples`.
 
-    Source: Du, Zhou, Feng, Tan & Zhou, Sharpness-Aware Training for Free, NeurIPS 2022 (SAF). Their code takes zero
-    logits, a uniform distribution, for samples that have no record; here these have no part in the loss.
+    Source: Du, Zhou, Feng, Tan & Zhou, Sharpness-Aware Training for Free, NeurIPS 2022 (SAF). For samples without a
+    record their code uses zero logits (a uniform distribution); here such samples do not enter the loss.
     """
 
     def __init__(
@@ -63,27 +63,27 @@ class RecordedLogits:
         several = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
         if several and not own_samples:
             raise ValueError(
-                "each of several processes records the samples that it sees; give every process the same samples in "
-                "every epoch and say own_samples=True, or train with MESA, which records nothing."
+                "each process records only the samples that it sees; give every process the same samples in every "
+                "epoch and pass own_samples=True, or train with MESA, which records nothing."
             )
         self.epochs = epochs
         self._logits = torch.zeros(epochs + 1, samples, classes, device=device, dtype=dtype)
-        # Before any epoch that is asked for: the first ones ask for -1, -2, ...
+        # Smaller than all epochs that are looked up: the first ones look up -1, -2, ...
         self._epoch = torch.full((epochs + 1, samples), -epochs - 1, device=device, dtype=torch.int32)
 
     def __call__(self, index: Tensor | Sequence[int] | int, epoch: int) -> tuple[Tensor, Tensor]:
-        """What was recorded of these samples E epochs ago.
+        """The logits of these samples that were recorded E epochs ago.
 
         Args:
-            index: of the samples, whole numbers of shape (B,); a list too, and a single one.
-            epoch: the present one, counted from 0.
+            index: indices of the samples: whole numbers of shape (B,), a list, or a single number.
+            epoch: the current epoch, counted from 0.
 
         Returns:
-            r of shape (B, K), and which of them are known, shape (B,); zeros where they are not.
+            r of shape (B, K), and booleans of shape (B,): whether there is a record. r is zero where there is none.
 
         Raises:
-            IndexError, ValueError: indices or an epoch out of range, or indices of another shape.
-            TypeError: indices that are no whole numbers, a mask among them.
+            IndexError, ValueError: indices or epoch out of range, or indices of another shape.
+            TypeError: indices that are not whole numbers, such as a mask.
         """
         index = self._checked(index, epoch)
         slot = (epoch + 1) % (self.epochs + 1)
@@ -92,17 +92,17 @@ class RecordedLogits:
 
     @torch.no_grad()
     def record(self, index: Tensor | Sequence[int] | int, logits: Tensor, epoch: int) -> None:
-        """Keep the logits of these samples, those of the first call in this epoch.
+        """Record the logits of these samples; further calls for a sample in the same epoch have no effect.
 
-        Where these are not finite, in the precision that is kept, the sample has no record of this epoch.
+        If the logits of a sample are not finite in the dtype of the memory, the sample has no record of this epoch.
 
         Args:
-            index: of the samples, as above.
-            logits: of shape (B, K).
-            epoch: the present one, counted from 0.
+            index: indices of the samples: whole numbers of shape (B,), a list, or a single number.
+            logits: shape (B, K).
+            epoch: the current epoch, counted from 0.
 
         Raises:
-            IndexError, ValueError, TypeError: indices as above, or logits of another shape.
+            IndexError, ValueError, TypeError: bad indices (as above), or logits of another shape.
         """
         index = self._checked(index, epoch)
         wanted = (len(index), self._logits.shape[2])
@@ -110,7 +110,7 @@ class RecordedLogits:
             raise ValueError(f"expected logits of shape {wanted}, got {tuple(logits.shape)}.")
         logits = logits.to(self._logits.device, self._logits.dtype)
         slot = epoch % (self.epochs + 1)
-        # Marks a sample whose logits in this epoch were not finite; no epoch that is asked for is so small.
+        # Marks a sample whose logits in this epoch were not finite; smaller than all epochs that are looked up.
         none = -self.epochs - 2 - epoch
         last = self._epoch[slot, index]
         new, finite = (last != epoch) & (last != none), logits.isfinite().all(1)
@@ -124,7 +124,7 @@ class RecordedLogits:
             raise ValueError(f"epochs are counted from 0, got {epoch!r}.")
         index = torch.as_tensor(index, device=self._logits.device)
         if index.dtype == torch.bool or index.is_floating_point() or index.is_complex():
-            raise TypeError(f"expected the indices of samples, whole numbers, got {index.dtype}.")
+            raise TypeError(f"expected sample indices that are whole numbers, got {index.dtype}.")
         if index.ndim > 1:
             raise ValueError(f"expected indices of shape (B,), got {tuple(index.shape)}.")
         index = index.reshape(-1).long()
@@ -136,19 +136,19 @@ class RecordedLogits:
         return index
 
     def state_dict(self) -> dict[str, Any]:
-        """All that is recorded, copied to the CPU; with several processes each one saves its own."""
+        """Copies of all records on the CPU. With several processes each process must save its own."""
         return {"logits": self._logits.to("cpu", copy=True), "epoch": self._epoch.to("cpu", copy=True)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from what `state_dict` gave.
+        """Load the result of `state_dict`.
 
         Raises:
-            ValueError: it is of another number of samples, classes or epochs.
+            ValueError: the number of samples, classes or epochs differs.
         """
         if state["logits"].shape != self._logits.shape:
             raise ValueError(
                 f"the checkpoint has recorded logits of shape {tuple(state['logits'].shape)} (epochs + 1, samples, "
-                f"classes), and this has {tuple(self._logits.shape)}; build it with the checkpoint's numbers."
+                f"classes), but this object has {tuple(self._logits.shape)}; build it with the checkpoint's numbers."
             )
         self._logits.copy_(state["logits"])
         self._epoch.copy_(state["epoch"])

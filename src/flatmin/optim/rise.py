@@ -1,4 +1,4 @@
-"""The rise of the loss along a method's own ascent, measured without a trace."""
+"""Measures how much a batch's loss rises along a method's own ascent, without changing anything."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ _PLAIN = Recipe(schedule=Never(), name="plain")
 
 @dataclass(frozen=True, kw_only=True)
 class Rise:
-    """The loss of one batch along a method's ascent, at several radii.
+    """The rise of one batch's loss along a method's ascent, at several radii.
 
     Args:
         loss: L(w).
-        predicted: <grad L(w), eps> at each radius; of micro-batches that climb by themselves the mean over them.
-        measured: L(w + eps) - L(w) at each radius, likewise.
-        lengths: the L2 norm of eps at each radius, likewise.
+        predicted: <grad L(w), eps> at each radius. If micro-batches have their own perturbations, the mean over them.
+        measured: L(w + eps) - L(w) at each radius, averaged likewise.
+        lengths: the L2 norm of eps at each radius, averaged likewise.
     """
 
     loss: float
@@ -60,7 +60,7 @@ class Rise:
 
 @dataclass(frozen=True)
 class _Way:
-    """A displacement that the method has made, and the loss at its end; `chunk`: of which micro-batch, None: of all."""
+    """A perturbation that the method has made, the loss there, and the micro-batch (None: the whole batch)."""
 
     chunk: int | None
     index: Sequence[int]
@@ -69,19 +69,19 @@ class _Way:
 
 
 class Ascents:
-    """Runs a method's own ascent on a batch at any multiple of its radii, and takes no step.
+    """Runs a method's own ascent on a batch at multiples of its radii, without taking a step.
 
-    Each run is an update that is given up after its loss at w + eps. What decides when and how often to ascend, the
-    radius's rule, the choice among samples and what is made of the gradients are left out: they are no part of the way.
+    Each run is an update that is aborted after its loss at w + eps. The schedule, the radius rule, the choice of
+    samples and the combination of the gradients are not used, since they do not affect the direction of the ascent.
 
     Args:
-        tools: of the optimizer.
-        owner: of the criterion.
-        begin: begins an update of so many micro-batches.
-        abort: gives it up.
-        generators: of the user's own, which the loss draws from.
-        model: whose state is put back; None: none is known.
-        cleared: whether gradients were cleared since the last loss that the criterion computed.
+        tools: the optimizer's collaborators.
+        owner: the optimizer, which the criterion calls.
+        begin: function that begins an update with this number of micro-batches.
+        abort: function that aborts the update.
+        generators: the user's random generators that the loss draws from.
+        model: the model whose state is restored; None: no model is known.
+        cleared: whether gradients were cleared after the last loss that the criterion computed.
     """
 
     def __init__(
@@ -97,8 +97,8 @@ class Ascents:
     ) -> None:
         if _holds_first_pass(tools, cleared=cleared):
             raise RuntimeError(
-                "rise(): an update is under way, whose first loss has been computed; call rise() before the first loss "
-                "of the step, or after optimizer.step(). optimizer.zero_grad() gives the loss up."
+                "rise(): the first loss of an update has been computed already; call rise() before the first loss of "
+                "the step or after optimizer.step(), or discard the loss with optimizer.zero_grad()."
             )
         self._tools, self._owner, self._begin, self._abort = tools, owner, begin, abort
         self._recipe = ascent_of(tools.recipe)
@@ -110,17 +110,17 @@ class Ascents:
     def _check(self) -> None:
         tools = self._tools
         if not tools.recipe.moves:
-            raise ValueError(f"{tools.recipe.name} never leaves w, so there is no ascent whose radius could be found.")
+            raise ValueError(f"{tools.recipe.name} never perturbs the weights, so it has no ascent to measure.")
         if not any(tools.weights.rho(group) > 0 for group in tools.base.optimizer.param_groups):
             raise ValueError(
-                "every param group has rho = 0, so that nothing moves; set a rho above 0, which is the unit of the "
-                "radii that are tried."
+                "every param group has rho = 0, so no weight is perturbed; set a rho above 0, which is the unit of the "
+                "multiples."
             )
         if processes() > 1 or any(map(is_sharded, tools.base.weights)):
-            raise ValueError("the rise of the loss is measured in one process, on weights that are not sharded.")
+            raise ValueError("rise() supports only one process, with weights that are not sharded.")
 
     def rise(self, closure: Closure | Sequence[Closure], multiples: float | Sequence[float]) -> Rise:
-        """The rise on one batch.
+        """Measure the rise on one batch.
 
         Raises:
             ValueError, ArithmeticError, RuntimeError: see `flatmin.SAM.rise`.
@@ -129,7 +129,7 @@ class Ascents:
             raise ValueError("rise() got an empty list of closures.")
         closures, multiples = as_list(closure), _numbers(multiples)
         if Need.MICRO_BATCHES in self._recipe.needs and len(closures) < 2:
-            raise ValueError(f"{self._recipe.name} needs {Need.MICRO_BATCHES.value}; got one closure for a batch.")
+            raise ValueError(f"{self._recipe.name} needs {Need.MICRO_BATCHES.value}; got one closure.")
         with self._unchanged():
             base = self._at_w(closures)
             ways = [self._at(closures, multiple) for multiple in multiples]
@@ -165,24 +165,24 @@ class Ascents:
         if self._model is not None and (name := self._model.written()) is not None:
             raise RuntimeError(
                 f"the forward writes to the parameter {name}, which this optimizer does not train. Untrained "
-                "parameters that are together more than twice as large as the trained ones are not copied, so this one "
-                "could not be put back. Make it a buffer, which is put back."
+                "parameters are not copied if together they are more than twice as large as the trained ones, so this "
+                "one could not be restored. Make it a buffer; buffers are restored."
             )
         return found
 
     def _find_others(self, result: Any) -> None:
-        """Note the parameters outside of the optimizer and the model to which this loss gives their first gradient."""
+        """Remember parameters outside the optimizer and the model that get their first gradient from this loss."""
         new = [p for p in reached(result) if p not in self._gradients and p.grad is not None]
         if any(p.grad is not None and p.grad._version for p in new):
             warn(
-                "the loss depends on parameters that are neither the optimizer's nor the model's, and it was added to "
-                "the gradients that they had. Give model= every network that the loss passes through, several as an "
+                "the loss depends on parameters that belong neither to the optimizer nor to the model, and their "
+                "existing gradients have been changed. Pass every network of the loss as model=, several of them as an "
                 "nn.ModuleList."
             )
         self._gradients.update((p, None) for p in new if p.grad is not None and not p.grad._version)
 
     def _at(self, closures: Sequence[Closure], multiple: float) -> list[_Way]:
-        """Where the method goes at a multiple of its radii: one way, or one for each micro-batch."""
+        """The perturbations at a multiple of the radii: one, or one for each micro-batch."""
         ways: list[_Way] = []
         with self._update(self._recipe, multiple, len(closures)) as step:
             while (request := step.request) is not None:
@@ -195,18 +195,18 @@ class Ascents:
                 loss = self._pass(step, which)
                 if new:
                     ways.append(_Way(request.chunk, index, eps, loss))
-                    if request.share in (0.0, 1.0):  # no micro-batch of several
+                    if request.share in (0.0, 1.0):  # not one of several micro-batches
                         break
                 step.leave()
         if not ways:
             raise ValueError(
-                f"{self._recipe.name} does not leave w: it remembers nothing of the training yet, or its mask selects "
-                "no weight that moves. Take some steps first."
+                f"{self._recipe.name} did not perturb any weight: it has no memory of the training yet, or its mask "
+                "selects no weight. Take some steps first."
             )
         return ways
 
     def _pass(self, step: Step, closures: Sequence[Closure]) -> float:
-        """One pass on these micro-batches; leaves the mean of their gradients and returns the mean of their losses."""
+        """Run one pass on these micro-batches; leave the mean of their gradients, return the mean of their losses."""
         weights, losses = step.inputs.weights, []
         total: Gradients = []
         step.share = 1.0 / len(closures)
@@ -220,15 +220,15 @@ class Ascents:
         return _mean(losses)
 
     def _run(self, closure: Closure) -> Tensor | float:
-        """The loss of a micro-batch, from the model's state before all passes, so that losses can be compared."""
+        """The loss of a micro-batch. The model's state is restored before, so that losses can be compared."""
         if self._model is not None:
             self._model.restore()
         with torch.enable_grad():
             loss = loss_in(closure())
         if not isinstance(loss, (Tensor, int, float)) or (isinstance(loss, Tensor) and loss.numel() != 1):
             raise TypeError(
-                "each closure must return the loss, or a dict, tuple or object that holds it as 'loss' or first; "
-                f"got {type(loss).__name__}."
+                "each closure must return the loss, or a dict, tuple or object that holds it as 'loss' or as its first "
+                f"item; got {type(loss).__name__}."
             )
         return loss
 
@@ -236,7 +236,7 @@ class Ascents:
 
     @contextlib.contextmanager
     def _update(self, recipe: Recipe, multiple: float, chunks: int) -> Iterator[Step]:
-        """An update by this recipe that is given up at the end, beginning where all others of the batch begin."""
+        """A context with an update by this recipe that is aborted at the end. All updates start from the same state."""
         tools, key = self._tools, self._tools.base.rho_key
         own, criterion = tools.recipe, tools.criterion
         groups = tools.base.optimizer.param_groups
@@ -260,7 +260,7 @@ class Ascents:
                     criterion.bind(self._owner, own)
 
     def _again(self) -> None:
-        """All that a pass may change beside weights, as it was."""
+        """Restore everything besides the weights that a pass may change."""
         self._random.replay()
         self._tools.state.generator.cpu.set_state(self._draws)
         if self._model is not None:
@@ -268,7 +268,7 @@ class Ascents:
 
     @contextlib.contextmanager
     def _unchanged(self) -> Iterator[None]:
-        """Gradients, random numbers, the model's state and what the optimizer has recorded are put back at the end."""
+        """A context that restores gradients, random states, the model's state and the optimizer's diagnostics."""
         tools = self._tools
         model = () if self._model is None else self._model.parameters
         self._gradients = {w: w.grad for w in (*tools.base.weights, *tools.others.in_training(), *model)}
@@ -292,9 +292,9 @@ class Ascents:
 
 
 def ascent_of(recipe: Recipe) -> Recipe:
-    """The recipe's way to w + eps alone: its loss, direction, geometry, mask and inner loop, on every step, at rho.
+    """The recipe reduced to its ascent: objective, direction, geometry, mask and inner loop, on every step, at rho.
 
-    A part whose memory one of these reads stays.
+    A part whose memory is read by one of these is kept too.
     """
     plain = {"radius": ConstantRadius(), "schedule": Always(), "samples": EverySample(), "combine": Descent()}
     kept = [part for kind, part in recipe.parts.items() if kind not in plain]
@@ -303,11 +303,11 @@ def ascent_of(recipe: Recipe) -> Recipe:
 
 
 def _holds_first_pass(tools: Tools, *, cleared: bool) -> bool:
-    """Whether a manual loop has computed a loss of an update that it has not perturbed yet.
+    """Whether a manual loop has computed the first loss of an update but has not perturbed the weights yet.
 
     Args:
-        tools: of the optimizer.
-        cleared: whether gradients were cleared since the last loss that its criterion computed.
+        tools: the optimizer's collaborators.
+        cleared: whether gradients were cleared after the last loss that the criterion computed.
     """
     gradients = any(w.grad is not None for w in tools.base.weights)
     if tools.criterion is not None and tools.criterion.calls and (gradients or not cleared):
@@ -317,10 +317,10 @@ def _holds_first_pass(tools: Tools, *, cleared: bool) -> bool:
 
 
 def _numbers(given: float | Sequence[float]) -> list[float]:
-    """Multiples of the radii, one or several, as numbers.
+    """The multiples of the radii as a list of numbers.
 
     Raises:
-        ValueError: one is not a number above 0.
+        ValueError: a multiple is not a number above 0.
     """
     try:
         multiples = [float(m) for m in given] if isinstance(given, Iterable) else [float(given)]
@@ -342,7 +342,7 @@ def _of(way: _Way, values: Sequence[float]) -> float:
 
 
 def _predicted(way: _Way, base: Sequence[tuple[float, Gradients]]) -> float:
-    """<g, eps> for the gradient at w of the way's own batch."""
+    """The inner product <g, eps>, with the gradient at w of the perturbation's own batch."""
     chosen = base if way.chunk is None else [base[way.chunk]]
     products = []
     for _, grads in chosen:

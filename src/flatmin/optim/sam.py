@@ -1,4 +1,4 @@
-"""The optimizer that users hold: any recipe around any torch optimizer, in any training loop."""
+"""`flatmin.SAM`: runs any recipe around any torch optimizer, in any training loop."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ _HOOKS = (
     "_optimizer_load_state_dict_pre_hooks",
     "_optimizer_load_state_dict_post_hooks",
 )
-# What is copied and pickled as it is.
-_OF_GROUPS = frozenset({Need.SGD, Need.BARE_SGD})  # what is asked of param groups, which may change
+_OF_GROUPS = frozenset({Need.SGD, Need.BARE_SGD})  # needs that depend on options of the param groups, which may change
+# Attributes that are copied and pickled unchanged.
 _OPTIONS = (
     "nonfinite", "eps", "clip_norm", "ascent_sync",
     "_seed", "_freeze_batchnorm", "_freeze_state", "_replay_rng", "_diagnoses",
@@ -61,15 +61,15 @@ NonFinite = Literal["skip", "raise", "propagate"]
 
 
 class SAM(Optimizer):
-    r"""Sharpness-aware minimisation around a base optimizer; runs any recipe, SAM by default.
+    r"""Sharpness-aware minimisation around a base optimizer. It runs any recipe; the default is SAM.
 
     .. math::
         \epsilon = \rho \frac{g}{\|g\|_2 + \mathrm{eps}},\quad g = \nabla L(w),\qquad
         w \leftarrow \text{base step at } w \text{ with } \nabla L(w + \epsilon)
 
-    It is a `torch.optim.Optimizer` whose param groups, defaults, hooks and state are the base's: schedulers, clipping
-    utilities, checkpoints, `deepcopy` and `pickle` work on it. `rho` is an option of each param group, like `lr`;
-    groups with rho = 0 stay out of the ascent.
+    It is a `torch.optim.Optimizer` and shares param groups, defaults, hooks and state with the base optimizer, so
+    schedulers, gradient clipping, checkpoints, `deepcopy` and `pickle` work as usual. `rho` is an option of each param
+    group, like `lr`. Groups with rho = 0 are not perturbed.
 
         >>> import torch, flatmin
         >>> model = torch.nn.Linear(4, 1)
@@ -84,57 +84,60 @@ class SAM(Optimizer):
         >>> loss = optimizer.step(closure)
         >>> scheduler.step()
 
-    The form of the common single-file implementation works too:
+    The call of the common single-file implementation works too:
 
         >>> optimizer = flatmin.SAM(model.parameters(), torch.optim.SGD, rho=0.05, lr=0.1, momentum=0.9)
 
     Args:
-        params: a constructed base optimizer, or parameters (then `base_optimizer` is its class).
-        base_optimizer: class of the base, called with `params` and `kwargs`. Default None.
-        rho: ascent radius for groups that set none, in units of the weights' norm under the recipe's geometry, >= 0.
-            Default: the method's own (`recipe.default_rho`; 0.05 for SAM, Foret et al. 2021). Around a base that has
-            an option `rho` of its own (Adadelta) groups hold the radius as "flatmin.rho"; see `rho_key`.
-        adaptive: shorthand for the recipe "asam". A param group's own `adaptive` goes before. Default False.
-        recipe: a name as in `flatmin.compose`, or a `Recipe`. Default "sam".
-        model: the module being trained, for BatchNorm statistics (touched by the first pass only), equal dropout masks
-            in manual loops, parameter names and checks. Held, never pickled or put into `state_dict`. Default None.
-        criterion: the `flatmin.Criterion` of the loop; needed by recipes that climb another loss. Default None.
-        nonfinite: what to do when the descent gradient has nan or inf entries. "skip" (default): weights and base
-            state stay; synchronises once a step on an accelerator unless the base is a fused torch optimizer. "raise":
-            FloatingPointError, likewise unchanged. "propagate": exactly the base's behaviour, no check.
-        freeze_batchnorm: keep running statistics out of later passes (needs `model`). Default True.
-        freeze_state: put back what later passes change in all else of the model that is not trained, so that it
-            advances once a step: buffers, untrained parameters, and numbers and tensors that its modules hold as
-            attributes (needs `model`). Default True.
-        replay_rng: later passes draw the random numbers of the first one: torch's, numpy's and Python's global
-            generators, those that modules of `model` hold, and `generators`. Default True.
-        generators: further ones that the loss draws from (`torch.Generator`, `numpy.random.Generator`,
+        params: a constructed base optimizer; or parameters, if `base_optimizer` is given.
+        base_optimizer: class of the base optimizer, called with `params` and `kwargs`. Default None.
+        rho: radius of the perturbation for param groups without their own, as a length of the whole weight vector in
+            the norm of the recipe's geometry, >= 0. Default: that of the method (`recipe.default_rho`; 0.05 for SAM,
+            Foret et al. 2021). If the base optimizer has an option `rho` itself (Adadelta), groups store the radius as
+            "flatmin.rho"; see `rho_key`.
+        adaptive: True is short for the recipe "asam". A param group's own `adaptive` takes precedence. Default False.
+        recipe: a name, as in `flatmin.compose`, or a `Recipe`. Default "sam".
+        model: the module being trained. Used for BatchNorm statistics (updated by the first pass only), equal dropout
+            masks in manual loops, parameter names and checks. Not pickled, not in `state_dict`. Default None.
+        criterion: the `flatmin.Criterion` of the training loop, for recipes that need the loss, such as those with
+            another ascent loss. Default None.
+        nonfinite: what to do if the descent gradient has nan or inf entries. "skip" (default): leave weights and base
+            optimizer unchanged; on an accelerator this synchronises once a step, unless the base is a fused torch
+            optimizer. "raise": leave them unchanged and raise FloatingPointError. "propagate": no check.
+        freeze_batchnorm: whether only the first pass of a step updates running statistics (needs `model`). Default
+            True.
+        freeze_state: whether only the first pass of a step changes other untrained state of the model: buffers,
+            untrained parameters, and numbers and tensors that are attributes of its modules (needs `model`). Default
+            True.
+        replay_rng: whether later passes draw the same random numbers as the first pass, from the global generators of
+            torch, numpy and Python, the generators in modules of `model`, and `generators`. Default True.
+        generators: further generators that the loss draws from (`torch.Generator`, `numpy.random.Generator`,
             `numpy.random.RandomState`, `random.Random`). Not copied or pickled with the optimizer. Default ().
-        eps: added to every norm that divides. Default None: 1e-12 (Foret et al.'s common implementations). A base given
-            by its class, if it has an option of this name, is handed it instead.
-        seed: of the engine's own generator, for recipes that draw. Default 0.
-        diagnostics: record each step's numbers for `diagnostics()`; holds one more copy of g, and one of eps, which
-            goes into checkpoints. Default False.
-        scaler: the `torch.amp.GradScaler` of the loop, so that gradients of every pass are unscaled and the scaler
-            hears of an inf in any of them; such a step is skipped, whatever `nonfinite` says. Held, never pickled.
-            Default None.
-        clip_norm: the base takes u scaled down to this global norm, > 0. Default None: no clipping.
-        ascent_sync: whose batches pass 1 sees under DistributedDataParallel (needs `model`): "all" replicas' (default),
-            "none" but the replica's own (m-sharpness, and no communication in pass 1), or those of k consecutive
-            ranks.
+        eps: added to every norm that divides. Default None: 1e-12, as in common implementations. If the base optimizer
+            is given as a class that has an option of this name, the value is passed to it instead.
+        seed: seed of the engine's random generator, for recipes that draw random numbers. Default 0.
+        diagnostics: whether to record numbers for `diagnostics()` in each step. It stores one more copy of g, and one
+            of eps, which is saved in checkpoints. Default False.
+        scaler: the `torch.amp.GradScaler` of the training loop. The gradients of every pass are unscaled, and an inf in
+            any pass is reported to it; such a step is skipped, whatever `nonfinite` is. Not pickled. Default None.
+        clip_norm: largest global norm of the gradient that the base optimizer takes, > 0. Default None: no clipping.
+        ascent_sync: which replicas share pass 1 under DistributedDataParallel (needs `model`): "all" (default), "none":
+            each replica uses its own batch (m-sharpness, without communication in pass 1), or a number k: groups of k
+            consecutive ranks.
         kwargs: options of `base_optimizer`.
 
     Attributes:
         base: the base optimizer.
-        recipe: what is run.
+        recipe: the recipe.
         rho_key: the option of the param groups that holds the radius: "rho", or "flatmin.rho".
-        loss_point: where the loss that `step(closure)` returned was taken: "w", or "w + eps" for recipes that skip or
-            move pass 1.
-        model: the module being trained, or None; may be set between updates, as `criterion` and `scaler` may.
-        clip_norm: as given; may be set. `nonfinite` and `eps` likewise.
+        loss_point: where the loss returned by `step(closure)` was computed: "w", or "w + eps" for recipes without a
+            pass at w.
+        model: the module being trained, or None. It may be set between updates, like `criterion` and `scaler`.
+        clip_norm: as given. It may be set, like `nonfinite` and `eps`.
 
     Raises:
-        ValueError, TypeError: bad rho, unknown or contradicting recipe, needs that this loop cannot serve.
+        ValueError, TypeError: a bad rho, an unknown recipe, contradicting parts, or needs of the recipe that are not
+            met; the message says what to pass.
 
     Source: Foret et al., Sharpness-Aware Minimization for Efficiently Improving Generalization, ICLR 2021, Alg. 1.
     """
@@ -166,7 +169,9 @@ class SAM(Optimizer):
         eps = None if eps is None else check_positive("eps", eps)
         self.clip_norm = None if clip_norm is None else check_positive("clip_norm", clip_norm)
         if adaptive and recipe != "sam":
-            raise ValueError(f"adaptive=True means the recipe 'asam'; got recipe={recipe!r} as well.")
+            raise ValueError(
+                f"adaptive=True means the recipe 'asam', but recipe={recipe!r} was given; drop one of them."
+            )
         if nonfinite not in ("skip", "raise", "propagate"):
             raise ValueError(f"nonfinite must be 'skip', 'raise' or 'propagate', got {nonfinite!r}.")
         given = {"eps": eps, "model": model, "criterion": criterion, "clip_norm": clip_norm, "scaler": scaler}
@@ -193,7 +198,7 @@ class SAM(Optimizer):
     def _assemble(
         self, optimizer: Optimizer, state: MethodState, model: nn.Module | None, criterion: Criterion | None
     ) -> None:
-        """Make all that is neither saved nor copied, around a base, and what the method remembers."""
+        """Create everything that is neither saved nor copied, from a base optimizer and the method's state."""
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
         base = BaseOptimizer(optimizer)
@@ -214,11 +219,11 @@ class SAM(Optimizer):
         self._attach(model)
 
     def _attach(self, model: nn.Module | None) -> None:
-        """Take in the model; None: there is none."""
+        """Set the model; None: no model."""
         tools = self._tools
         weights = tools.base.weights
         if model is not None and not {id(p) for p in model.parameters()} & {id(w) for w in weights}:
-            raise ValueError("model= holds none of the optimizer's parameters; pass the module being trained.")
+            raise ValueError("model= has none of the optimizer's parameters; pass the module being trained.")
         own = [*self._own_generators, *(() if model is None else generators_of(model))]
         tools.replicas = Replicas(self.ascent_sync, model, tools.recipe)
         tools.random = RandomState({w.device for w in weights}, own) if self._replay_rng else None
@@ -247,7 +252,7 @@ class SAM(Optimizer):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The base's own list of groups."""
+        """The base optimizer's list of param groups."""
         return self.base.param_groups
 
     @param_groups.setter
@@ -256,32 +261,32 @@ class SAM(Optimizer):
 
     @property
     def defaults(self) -> dict[str, Any]:  # type: ignore[override]
-        """The base's own defaults, with rho."""
+        """The base optimizer's defaults, including rho."""
         return self.base.defaults
 
     @property
     def state(self) -> Any:  # type: ignore[override]
-        """The base's state; with a recipe that remembers, a view of it together with the recipe's own."""
+        """The base optimizer's state; if the recipe has state too, a view of both."""
         return StateView(self.base, self._tools.state) if self._tools.state else self.base.state
 
     @property
     def base(self) -> Optimizer:
-        """The wrapped optimizer."""
+        """The base optimizer."""
         return self._tools.base.optimizer
 
     @property
     def base_optimizer(self) -> Optimizer:
-        """The wrapped optimizer, by the name other implementations use."""
+        """The base optimizer, under the name that other implementations use."""
         return self.base
 
     @property
     def recipe(self) -> Recipe:
-        """What is run, as given at construction."""
+        """The recipe."""
         return self._tools.recipe
 
     @property
     def criterion(self) -> Criterion | None:
-        """The `flatmin.Criterion` of the loop, or None. May be set between updates."""
+        """The `flatmin.Criterion` of the training loop, or None. It may be set between updates."""
         return self._tools.criterion
 
     @criterion.setter
@@ -290,7 +295,8 @@ class SAM(Optimizer):
         if criterion is not None:
             if not isinstance(criterion, Criterion):
                 raise TypeError(
-                    f"criterion must be a flatmin.Criterion, got {type(criterion).__name__}; wrap the loss in one."
+                    f"criterion must be a flatmin.Criterion, got {type(criterion).__name__}; pass "
+                    "flatmin.Criterion(loss)."
                 )
             criterion.bind(self, self.recipe)
         check_criterion(self.recipe, criterion)
@@ -305,7 +311,7 @@ class SAM(Optimizer):
 
     @property
     def model(self) -> nn.Module | None:
-        """The module being trained, as given at construction; may be set between updates, after unpickling for one."""
+        """The module being trained, or None. It may be set between updates, for example after unpickling."""
         return self._model
 
     @model.setter
@@ -317,7 +323,7 @@ class SAM(Optimizer):
 
     @property
     def scaler(self) -> Any:
-        """The GradScaler of the loop, or None. May be set between updates."""
+        """The GradScaler of the training loop, or None. It may be set between updates."""
         return self._scaler
 
     @scaler.setter
@@ -344,11 +350,11 @@ class SAM(Optimizer):
             self._tools.guard.watch.clear()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the base; it takes the default rho unless it sets one.
+        """Add a param group. It gets the default rho unless it has its own.
 
         Raises:
-            RuntimeError: during an update.
-            ValueError: bad rho.
+            RuntimeError: an update is under way.
+            ValueError: a bad rho, or adaptive=True with a recipe without "asam".
         """
         self._refuse_during_update("add_param_group()")
         if self.rho_key in param_group:
@@ -359,7 +365,7 @@ class SAM(Optimizer):
         self._look_at_groups(changed=True)
 
     def _look_at_groups(self, *, changed: bool = False) -> None:
-        """Follow what the loop has done to the param groups: weights that left are forgotten, new ones looked up."""
+        """Follow changes of the param groups: forget removed weights and look up new ones."""
         tools = self._tools
         if tools.weights.changed() or changed:
             weights = tools.base.weights
@@ -370,35 +376,40 @@ class SAM(Optimizer):
             else:
                 tools.guard.look_again(weights)
         if STEP not in self.base.param_groups[0]:
-            mark(self.base.param_groups, tools.state)  # a checkpoint was loaded into the base itself
+            mark(self.base.param_groups, tools.state)  # a checkpoint was loaded into the base optimizer directly
 
     # -- one update ----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def step(self, closure: Closure | Sequence[Closure] | None = None) -> Any:
-        """One update.
+        """Take one step.
 
-        With a closure (torch's convention: it zeroes the gradients, computes the loss, calls backward, returns the
-        loss) all passes run here. Without one it ends an update whose passes a manual loop has run.
+        With a closure, all passes run here. The closure clears the gradients, computes the loss, calls backward and
+        returns the loss, as for other torch optimizers. Without a closure, `step` ends an update whose passes a manual
+        loop has run (`perturbed()`, `passes()`).
 
-        A list of closures stands for the micro-batches of one batch: each returns the mean loss of its own samples, and
-        gradients and losses are averaged over them, all counting alike. Methods with an ascent for every micro-batch
-        need it.
+        A list of closures stands for the micro-batches of one batch. Each closure returns the mean loss of its own
+        samples; gradients and losses are averaged with equal weights. Methods with a perturbation for each micro-batch
+        need a list.
+
+        Args:
+            closure: a closure, a list of closures, or None (default).
 
         Returns:
-            What the closure returned in the first pass, detached: its loss at w unless the recipe skips or moves pass 1
-            (see `loss_point`). Of a list of closures: the mean of their losses. A closure may return the loss, or a
-            dict, tuple or object that holds it as "loss" or first.
+            The result of the closure in the first pass, detached. This is the loss at w, unless the recipe has no pass
+            at w (see `loss_point`). For a list of closures, the mean of their losses. A closure may return the loss, or
+            a dict, tuple or object that holds it as "loss" or as its first item.
 
         Raises:
-            RuntimeError: no gradients, a loss without forward pass, or no passes run and no closure.
-            FloatingPointError: see `nonfinite`.
+            RuntimeError: no gradients, a loss that was not computed from the model again, or neither passes nor a
+                closure.
+            FloatingPointError: nonfinite="raise", and the descent gradient is not finite.
         """
         try:
             if "found_inf" in self.__dict__ and self._tools.scaling is None:
                 raise RuntimeError(
-                    "scaler.step() on an optimizer that does not know the scaler: give it as scaler= when building the "
-                    "optimizer, or set optimizer.scaler."
+                    "scaler.step() was called, but the optimizer does not know the scaler: pass scaler= when you build "
+                    "the optimizer, or set optimizer.scaler."
                 )
             step = self._step
             if step is not None and step.over:
@@ -413,18 +424,18 @@ class SAM(Optimizer):
                 self._refuse_during_update("a new update")
             return self._run(closures, listed=isinstance(closure, (list, tuple)))
         except BaseException:
-            # The scaler leaves its marks behind when a step raises.
+            # The scaler does not remove its attributes if a step raises an exception.
             for attribute in ("grad_scale", "found_inf"):
                 self.__dict__.pop(attribute, None)
             raise
 
-    # torch would fire the step hooks here as well as in the base.
+    # Otherwise torch would run the step hooks both here and in the base optimizer.
     step.hooked = True  # type: ignore[attr-defined]
-    # A GradScaler then calls step() in any case, also with a closure, and leaves scaling and skipping to it.
+    # With this a GradScaler always calls step(), also with a closure, and leaves unscaling and skipping to it.
     _step_supports_amp_scaling = True
 
     def _run(self, closures: Sequence[Closure], *, listed: bool) -> Any:
-        """All passes of an update, and its step."""
+        """Run all passes of an update, and its step."""
         recipe = self._tools.recipe
         if Need.MICRO_BATCHES in recipe.needs and not listed:
             raise RuntimeError(f"{recipe.name} needs {Need.MICRO_BATCHES.value}; got one closure.")
@@ -436,8 +447,8 @@ class SAM(Optimizer):
             self.loss_point = "w + eps" if moved else "w"
             if probe is not None and probe.added:
                 self._warn_of_drop(
-                    " (here the closure runs in every pass). To accumulate over micro-batches, give step() a list of "
-                    "closures, or use passes(); a loop that calls backward() itself needs first_step() and "
+                    " (the closure runs in every pass). To accumulate gradients over micro-batches, pass step() a list "
+                    "of closures, or use passes(); if your loop calls backward() itself, use first_step() and "
                     "second_step()"
                 )
         except BaseException:
@@ -445,39 +456,40 @@ class SAM(Optimizer):
             raise
         self._apply(step, first if isinstance(first, Tensor) else loss_in(first))
         if self._tools.scaling is not None:
-            # What is left would be checked, and found infinite, by the next scaler.step().
+            # The next scaler.step() would check remaining gradients and find an inf.
             self.zero_grad()
         return first
 
     def _end(self, step: Step | None) -> None:
-        """The step of an update whose passes a manual loop has run."""
+        """End an update whose passes a manual loop has run."""
         if step is None:
             self._plain_step()
         elif step.resident:
             self._step_resident(step)
         elif step.outcome is None:
             raise RuntimeError(
-                "step() called before the passes of this update are done; leave perturbed(), or use second_step()."
+                "step() was called before the passes of this update were done; leave perturbed() first, or use "
+                "second_step()."
             )
         else:
             self._apply(step)
 
     def _apply(self, step: Step, loss: Any = None) -> None:
-        """Let the base step, and let go of the update."""
+        """Let the base optimizer step, and drop the update."""
         try:
             step.apply(self.nonfinite, self.clip_norm, loss)
         finally:
             self._step = None
 
     def _end_with(self, closures: Sequence[Closure], step: Step) -> Any:
-        """A step with closures where w + eps is the place between steps, or where the loop has run the passes already.
+        """Take a step with closures between `train()` and `eval()`, or after the loop has run the passes.
 
-        Frameworks whose step() always has a closure (Lightning's) give one that computes nothing if the loop gave none.
+        Frameworks that always call step() with a closure (Lightning) pass one that returns None if the loop gave none.
         """
         if step.resident and self._tools.scaling is not None:
             raise RuntimeError(
-                "between train() and eval() a GradScaler looks at the gradients before it calls step(): run backward "
-                "before scaler.step(optimizer), and give it no closure."
+                "between train() and eval() a GradScaler checks the gradients before it calls step(): run backward "
+                "before scaler.step(optimizer), without a closure."
             )
         with torch.enable_grad():
             result = closures[0]() if len(closures) == 1 else run_all(closures, step.inputs.weights, self._tools.others)
@@ -491,24 +503,24 @@ class SAM(Optimizer):
         else:
             self.abort()
             raise RuntimeError(
-                "step() got a closure that computes a loss, and the passes of this update are done; call step() "
-                "without one after perturbed() and passes()."
+                "step() got a closure that computes a loss, but the passes of this update are done; after perturbed() "
+                "and passes() call step() without a closure."
             )
         return detached(result)
 
     def _plain_step(self) -> None:
-        """The step of a loop that has run no passes: the base's own, where nothing moves."""
+        """Take the base optimizer's own step, for a loop that has run no passes; an error if weights are perturbed."""
         groups, tools = self.param_groups, self._tools
-        # torch's distributed checkpoints make the state of an optimizer by a step with lr = 0.
+        # torch's distributed checkpoints create an optimizer's state by a step with lr = 0.
         if "found_inf" not in self.__dict__ and all(g.get("lr") is not None and float(g["lr"]) == 0.0 for g in groups):
             self.base.step()
             return
         if tools.weights.act():
             raise RuntimeError(
                 f"step() needs a closure, or both passes before it: {self.recipe.name} takes a second gradient at w + "
-                "eps. Pass a closure that zeroes, computes the loss and calls backward, or run "
+                "eps. Pass a closure that clears the gradients, computes the loss and calls backward, or run "
                 + ("the second pass in `with optimizer.perturbed():`." if self.recipe.two_pass else "passes().")
-                + (" Lightning's precision '16-mixed' keeps a closure to itself." if "found_inf" in vars(self) else "")
+                + (" Lightning's precision '16-mixed' does not pass a closure." if "found_inf" in vars(self) else "")
             )
         if tools.scaling is None and self.clip_norm is None:
             self.base.step()
@@ -528,8 +540,8 @@ class SAM(Optimizer):
         if self._lost_model:
             self._lost_model = False
             warn(
-                "this optimizer was unpickled, and its model is not known any more: set optimizer.model, or BatchNorm "
-                "statistics and other state of the model advance in every pass."
+                "this optimizer was unpickled without its model: set optimizer.model. Otherwise every pass updates "
+                "BatchNorm statistics and other state of the model."
             )
         if self._tools.base.differentiates:
             self._refuse_second_order_base()
@@ -543,7 +555,7 @@ class SAM(Optimizer):
 
     @property
     def _under_way(self) -> Step | None:
-        """The update that has begun and not ended."""
+        """The update that has begun and has not ended; None if there is none."""
         step = self._step
         return None if step is None or step.over else step
 
@@ -558,45 +570,49 @@ class SAM(Optimizer):
     def _refuse_second_order_base(self) -> None:
         if self._tools.base.differentiates and self._tools.weights.act():
             raise ValueError(
-                f"{type(self.base).__name__} differentiates the gradients once more in its step, when the weights have "
-                "left w + eps: it is a base with rho = 0 only (call optimizer.backward(loss), which keeps the graph)."
+                f"{type(self.base).__name__} differentiates the gradients again in its step, after the weights have "
+                "been restored from w + eps. It can be a base optimizer only with rho = 0 (and "
+                "optimizer.backward(loss), which keeps the graph)."
             )
 
     def _probe(self, weight: Tensor) -> Probe | None:
-        """What finds out whether a closure's passes drop this gradient of the loop's; warns where that is known."""
+        """A probe that finds out whether the closure drops this gradient; None (and a warning) if that is certain."""
         tools = self._tools
-        if tools.guard is None or tools.others.in_training():  # the forward may have been another optimizer's
+        if tools.guard is None or tools.others.in_training():  # the forward may have been for another optimizer
             return Probe(weight)
         if tools.guard.watch.own_forwards and tools.guard.watch.alone:
-            self._warn_of_drop("; to accumulate over micro-batches, give step() a list of closures, or use passes()")
+            self._warn_of_drop(
+                ". To accumulate gradients over micro-batches, pass step() a list of closures, or use passes()"
+            )
         return None
 
     def _warn_of_drop(self, way_out: str) -> None:
         self._warned_of_drop = True
-        warn(f"step(closure) runs all passes itself and drops the gradients of the forward before it{way_out}.")
+        warn(f"step(closure) runs all passes itself and drops the gradients that were there before it{way_out}.")
 
     # -- manual loops --------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def perturbed(self) -> Iterator[None]:
-        """Context for manual loops: inside, the weights are at w + eps.
+        """A context for manual loops, inside which the weights are at w + eps.
 
             loss_fn(model(x), y).backward()
             with optimizer.perturbed():
                 loss_fn(model(x), y).backward()
             optimizer.step()
 
-        Gradients are cleared on entering; after it they hold what the base will take, so clip there. Weights are
-        restored on leaving, also by an exception, which ends the update.
+        Gradients are cleared on entering. On leaving, the weights are restored, and the gradients are those that the
+        base optimizer will take; clip them there. An exception inside restores the weights and ends the update.
 
         Raises:
-            RuntimeError: no gradients before it, an update under way, or a recipe whose step is not two passes.
+            RuntimeError: no gradients before it, an update under way, or a recipe whose step is not one pass at w and
+                one at w + eps.
         """
         with Evaluation(self._begin_manual("perturbed()"), bracketed=False):
             yield
 
     def passes(self, chunks: int = 1) -> Iterator[Evaluation]:
-        """The passes of one update, for manual loops with any recipe.
+        """Iterate over the passes of one update, for manual loops with any recipe.
 
             for evaluation in optimizer.passes():
                 with evaluation:
@@ -604,14 +620,15 @@ class SAM(Optimizer):
             optimizer.step()
 
         Args:
-            chunks: into how many micro-batches the loop divides the batch, for methods that need them; each pass then
-                says in `chunk` on which of them it runs. Default 1.
+            chunks: number of micro-batches into which the loop divides the batch, for methods that need them. The
+                attribute `chunk` of each pass is then the micro-batch to run on. Default 1.
 
         Yields:
-            Contexts with `role`, `index` and `chunk`; each must be entered. Gradients are cleared on entering.
+            Contexts with the attributes `role`, `index` and `chunk`, see `Evaluation`. Each must be entered; gradients
+            are cleared on entering.
 
         Raises:
-            RuntimeError: an update under way, or a context that was not entered.
+            RuntimeError: an update is under way, or a context was not entered.
             ValueError: chunks below 1.
         """
         if chunks < 1:
@@ -630,26 +647,28 @@ class SAM(Optimizer):
 
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False) -> None:
-        """Climb to w + eps with the gradients at hand; the two-call form of `perturbed()`.
+        """Perturb the weights to w + eps with the current gradients. With `second_step`, it replaces `perturbed()`.
 
-        Gradients are cleared in any case: they are spent.
+        Args:
+            zero_grad: has no effect; gradients are always cleared.
 
         Raises:
-            RuntimeError: no gradients, an update under way, or a recipe whose step is not two passes.
+            RuntimeError: no gradients, an update under way, or a recipe whose step is not one pass at w and one at
+                w + eps.
         """
         Evaluation(self._begin_manual("first_step()"), bracketed=False).__enter__()
 
     @torch.no_grad()
     def second_step(self, zero_grad: bool = False) -> None:
-        """Return to w and let the base step with the gradients taken at w + eps.
+        """Restore the weights and let the base optimizer step with the gradients at w + eps.
 
-        With a scaler it unscales and skips by itself; `scaler.update()` comes after it.
+        With a scaler it unscales the gradients and skips the step itself; call only `scaler.update()` after it.
 
         Args:
-            zero_grad: clear the gradients afterwards. Default False.
+            zero_grad: whether to clear the gradients afterwards. Default False.
 
         Raises:
-            RuntimeError: without a first_step before it, or no gradients.
+            RuntimeError: no `first_step` before it, or no gradients.
         """
         step = self._under_way
         if step is None or not step.inside:
@@ -662,12 +681,14 @@ class SAM(Optimizer):
 
     @torch.no_grad()
     def _begin_manual(self, entry: str) -> Step:
-        """Begin an update with the gradients at hand as those of pass 1."""
+        """Begin an update with the current gradients as those of pass 1."""
         if self._tools.replicas.local:
-            raise RuntimeError(f"{entry} takes a gradient that is averaged already; ascent_sync needs passes().")
+            raise RuntimeError(
+                f"{entry} uses gradients that are averaged over all replicas already; use passes() with ascent_sync."
+            )
         if not self.recipe.two_pass:
             raise RuntimeError(
-                f"{entry} serves recipes of one pass at w and one at w + eps; {self.recipe.name} needs passes() or "
+                f"{entry} works with recipes of one pass at w and one at w + eps; {self.recipe.name} needs passes() or "
                 "step(closure)."
             )
         self._refuse_during_update(entry)
@@ -680,13 +701,12 @@ class SAM(Optimizer):
         return step
 
     def backward(self, loss: Tensor) -> None:
-        """`loss.backward()`, keeping the graph in the passes of methods that need second derivatives.
+        """Like `loss.backward()`, but keep the graph in passes of methods that need second derivatives.
 
-        Loops that call it in place of `loss.backward()` can run every method; its cost is that of `loss.backward()`
-        wherever no graph is needed.
+        Loops that call it instead of `loss.backward()` can run every method. It costs the same if no graph is needed.
 
         Args:
-            loss: scalar, with graph.
+            loss: scalar loss with graph.
         """
         step = self._under_way
         if step is None:
@@ -696,7 +716,7 @@ class SAM(Optimizer):
 
     @torch.no_grad()
     def abort(self) -> None:
-        """End an update without a step: weights, statistics and state are as the step found them."""
+        """End an update without a step. Weights, statistics and state are restored to those before it."""
         step, self._step = self._under_way, None
         if step is not None:
             step.abort()
@@ -707,7 +727,7 @@ class SAM(Optimizer):
 
     @torch.no_grad()
     def train(self) -> None:
-        """Tell a base that has `train()`, as schedule-free ones have; and stay at w + eps between steps (Momentum-SAM).
+        """Keep the weights at w + eps between steps, for methods that can, and call the base optimizer's `train()`.
 
             optimizer.train()
             for x, y in loader:
@@ -716,13 +736,14 @@ class SAM(Optimizer):
                 optimizer.step()
             optimizer.eval()   # before evaluation and checkpoints
 
-        Methods that know w + eps without a gradient at w (momentum-sam, stale-sam) stay there; the others need their
-        passes. Trainers may call it on any optimizer: a base without `train()` is told nothing. Gradients are cleared
-        on entering and after each step. The next eps is made inside step(), so a radius that a scheduler sets after it
-        acts one step later than in step(closure).
+        Methods that do not need a gradient at w for eps (momentum-sam, stale-sam) can run in such a loop. All others
+        still need their passes. Trainers may call it with any method and any base optimizer; the base optimizer's
+        `train()` is called if there is one (schedule-free optimizers). Gradients are cleared on entering and after each
+        step. The next eps is computed inside `step()`, so a radius that a scheduler sets afterwards takes effect one
+        step later than with `step(closure)`.
 
         Raises:
-            RuntimeError: an update under way.
+            RuntimeError: an update is under way.
         """
         step = self._under_way
         if step is not None and step.resident:
@@ -735,7 +756,7 @@ class SAM(Optimizer):
 
     @torch.no_grad()
     def eval(self) -> None:
-        """Return to w and stay there, and tell a base that has `eval()`; see `train`."""
+        """Restore the weights to w, and call the base optimizer's `eval()` if there is one; see `train`."""
         step = self._under_way
         if step is not None and step.resident:
             self.abort()
@@ -755,7 +776,7 @@ class SAM(Optimizer):
     # -- numbers -------------------------------------------------------------------------------------------------
 
     def current_pass(self) -> PassView:
-        """The pass that a loss computed now belongs to; between updates it opens the next one."""
+        """The pass that a loss computed now belongs to; between updates, the first pass of the next update."""
         step, recipe = self._under_way, self.recipe
         if step is None:
             if self._cleared and self.criterion is not None and all(w.grad is None for w in self._tools.base.weights):
@@ -769,7 +790,7 @@ class SAM(Optimizer):
         return PassView(request.role, request.at is not None, request.graph, request.probe)
 
     def on_loss(self, outputs: Any, target: Any, loss: Tensor, *, perturbed: bool) -> None:
-        """Called by the criterion with every loss computed in training."""
+        """Record a training loss; called by the criterion."""
         diagnostics = self._tools.diagnostics
         if diagnostics is not None:
             ignored = None if self.criterion is None else self.criterion.ignored
@@ -777,35 +798,44 @@ class SAM(Optimizer):
             diagnostics.loss(loss, perturbed=perturbed)
 
     def diagnostics(self) -> dict[str, float]:
-        """What the last update did; needs `diagnostics=True`. Reading synchronises once, recording does not.
+        """Numbers of the last update, if the optimizer was built with `diagnostics=True`.
 
-        `loss`, `loss_perturbed`: at w and at w + eps (of the last micro-batch, if there are several).
-        `gradient_norm`, `perturbed_gradient_norm`, `weight_norm`: ||g||, ||g_s||, ||w||. `epsilon_norm`: the realised
-        ||(w + eps) - w||; `epsilon_asked`: ||eps|| before rounding; `epsilon_projection`, `epsilon_cosine`: <made,
-        eps> / ||eps||^2 and the cosine of the two; `epsilon_unmoved`: share of all entries that rounding left where
-        they are. `ascent_cosine`: of eps before rounding and that of the last update that ascended, over all weights,
-        those that stayed where they were counting as zero; how stable the adversary is. `cosine`: of g and g_s.
-        `ratio_larger`: share of the entries with |g_s / g| > 1,
-        and the classes `ratio_above_1`, `ratio_0_to_1`, `ratio_minus_1_to_0`, `ratio_below_minus_1` (zeros are in
-        none; |r| = 1 is in an inner one). `same_sign`: share of the entries whose sign agrees. `misclassified`,
-        `flipped`: samples that are wrong at w + eps, and those right at w and wrong there; only with a `Criterion` on
-        class logits.
+        Reading them synchronises once; recording them does not. A key is missing if the step has no such number (no
+        ascent, no logits, no ascent before it).
 
-        Keys of what a step did not have (an ascent, logits, an ascent before it) are missing. With several ascents in a
-        row eps is the whole way from w; with one for each micro-batch it is that of the last one. The eps of the ascent
-        before is part of checkpoints, so that a run that goes on shows the same numbers.
+        - `loss`, `loss_perturbed`: the loss at w and at w + eps (of the last micro-batch if there are several).
+        - `gradient_norm`, `perturbed_gradient_norm`, `weight_norm`: ||g||, ||g_s||, ||w||.
+        - `epsilon_norm`: the length of the realised perturbation (w + eps) - w. `epsilon_asked`: ||eps|| before
+          rounding. `epsilon_projection`: <realised, eps> / ||eps||^2. `epsilon_cosine`: the cosine of the two.
+          `epsilon_unmoved`: share of the entries that rounding left unchanged.
+        - `ascent_cosine`: the cosine of eps and the eps of the last update with an ascent, both before rounding, over
+          all weights (0 for weights that were not perturbed). It shows how stable the perturbation is.
+        - `cosine`: the cosine of g and g_s.
+        - `ratio_larger`: share of the entries with |r| > 1, where r = g_s / g; and the shares by class `ratio_above_1`,
+          `ratio_0_to_1`, `ratio_minus_1_to_0`, `ratio_below_minus_1`. Entries with r = 0 or g = 0 are in no class;
+          |r| = 1 is in an inner class.
+        - `same_sign`: share of the entries of g and g_s with equal signs.
+        - `misclassified`: number of samples that are classified wrongly at w + eps. `flipped`: those among them that
+          are classified correctly at w. Only with a `Criterion` on class logits.
+
+        With several ascents in a row, eps is the whole displacement from w. With one for each micro-batch, it is that
+        of the last one. Checkpoints contain the last eps, so that a resumed run shows the same numbers.
+
+        Returns:
+            Name -> number.
 
         Raises:
-            RuntimeError: the optimizer was built without it.
+            RuntimeError: the optimizer was built without `diagnostics=True`.
         """
         if self._tools.diagnostics is None:
-            raise RuntimeError("this optimizer records nothing; build it with diagnostics=True.")
+            raise RuntimeError("this optimizer records no diagnostics; build it with diagnostics=True.")
         return self._tools.diagnostics.read()
 
     def counts(self) -> dict[str, int]:
-        """Updates, ascents not taken because their direction was not finite, and steps skipped, since construction.
+        """Counts since construction: `updates`, `nonfinite_ascents` and `skipped_steps`.
 
-        Reading synchronises; counting does not.
+        `nonfinite_ascents` are ascents that were left out because their direction was not finite. Reading the counts
+        synchronises; counting does not.
         """
         return self._tools.totals()
 
@@ -817,36 +847,35 @@ class SAM(Optimizer):
         *,
         model: nn.Module | None = None,
     ) -> Rise:
-        """The rise of a batch's loss along the method's own ascent, at multiples of the radii of the param groups.
+        """Measure the rise of a batch's loss along the method's own ascent, at multiples of the param groups' radii.
 
-        It takes no step and puts back, bit for bit, weights, gradients, the optimizer's and the method's state, random
-        numbers, and what the model holds beside its weights. `flatmin.measure.radius` makes a table of several batches.
-        The schedule, the radius's rule and the choice among samples are left out: what is measured is an ascent at
-        `multiple * rho` on the whole batch.
+        It takes no step. It restores, bit for bit, the weights, gradients, the state of optimizer and method, random
+        states, and the untrained state of the model. `flatmin.measure.radius` makes a table from several batches. The
+        schedule, the radius rule and the choice of samples are not used: the perturbation is one at `multiple * rho` on
+        the whole batch.
 
-        Not put back are tensors that modules keep inside lists and dicts and write to in place, containers inside
-        these, what the closure does elsewhere, and existing gradients of networks other than `model`, which the
-        closure's backward adds to.
+        Not restored are: tensors inside lists and dicts of modules that are written to in place, nested containers,
+        side effects of the closure, and existing gradients of networks other than `model`, to which the closure's
+        backward adds.
 
         Args:
-            closure: as in `step`; a list of them for micro-batches.
-            multiples: of the groups' rho, > 0; a number or several. Default (1,).
-            model: whose buffers and other untrained state are put back; give every network that the loss passes
-                through, several as an `nn.ModuleList`. Untrained parameters are copied only if all of them are at most
-                twice as large as the trained weights. Default None: the optimizer's own `model`.
+            closure: as in `step`; a list of closures for micro-batches.
+            multiples: one or several multiples of the groups' rho, > 0. Default (1,).
+            model: the network whose buffers and other untrained state are restored. Pass every network that the loss
+                uses, several of them as an `nn.ModuleList`. Untrained parameters are copied only if together they are
+                at most twice as large as the trained weights. Default None: the optimizer's `model`.
 
         Returns:
-            The loss at w, and for each multiple the rise that the gradient predicts, that measured, and the length of
-            eps. It costs one gradient for w and for each multiple those of an ascent and one more.
+            The loss at w, and for each multiple the rise predicted by the gradient, the measured rise and the length of
+            eps. It costs one gradient at w, and for each multiple the gradients of an ascent and one more.
 
         Raises:
-            RuntimeError: during an update, also between the first loss of a manual loop's step and the perturbation; a
-                closure without backward; a forward that writes to large untrained parameters; and what the passes of
-                `step` raise.
-            ValueError: a method that never leaves w or knows no way yet, rho = 0 everywhere, a multiple that is not
-                above 0, no closures, several processes.
+            RuntimeError: an update is under way, or a manual loop has computed its first loss; a closure without
+                backward; a forward that writes to large untrained parameters; the errors of `step`.
+            ValueError: a method that never perturbs the weights or has no direction yet, rho = 0 everywhere, a multiple
+                that is not above 0, no closures, or several processes.
             TypeError: a closure that does not return its loss.
-            ArithmeticError: a loss or gradient at w that is not finite.
+            ArithmeticError: the loss or gradient at w is not finite.
         """
         self._refuse_during_update("rise()")
         model = self._model if model is None else model
@@ -857,29 +886,34 @@ class SAM(Optimizer):
     # -- checkpoints and copies -----------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The base's checkpoint with the recipe's state in it, under keys "flatmin.<part>.<slot>" and in group 0.
+        """The base optimizer's checkpoint with the state of the recipe, under keys "flatmin.<part>.<slot>".
 
-        Holds no copy of the weights. Loads with `load_state_dict` and `torch.distributed.checkpoint`.
+        Values that do not belong to one weight are in the first param group. The checkpoint has no copy of the weights.
+        Load it with `load_state_dict` or `torch.distributed.checkpoint`.
 
         Raises:
-            RuntimeError: during an update.
+            RuntimeError: an update is under way.
         """
         self._refuse_during_update("state_dict()")
         return save(self.base, self._tools.state)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load a checkpoint of this class, or a plain one of the base.
+        """Load a checkpoint of this class, or a plain checkpoint of the base optimizer.
 
-        A checkpoint of this class brings each group's rho with it, as it brings lr. It must be of the same recipe; the
-        recipe's own parameters are those of this optimizer. Other ones (another theta) are refused where the recipe
-        remembers something, and warned of where it does not. A plain checkpoint leaves rho as it is, and the recipe
-        begins anew; `flatmin.base_state_dict` makes one of any checkpoint. A checkpoint of the common single-file
-        implementation brings lr and rho; its copies of the weights are left out.
+        - A checkpoint of this class must be of the same recipe. It sets each group's rho, like lr. The parameters of
+          the recipe stay those of this optimizer: if they differ (another theta), it is an error if the recipe has
+          state, and a warning otherwise.
+        - A plain checkpoint of the base optimizer leaves rho unchanged, and the recipe starts without state.
+          `flatmin.base_state_dict` converts any checkpoint to a plain one.
+        - A checkpoint of the common single-file implementation sets lr and rho. Its copies of the weights are ignored.
+
+        Args:
+            state_dict: the checkpoint.
 
         Raises:
-            RuntimeError: during an update.
-            ValueError: a checkpoint of another recipe or a newer version, groups or shapes that do not match.
+            RuntimeError: an update is under way.
+            ValueError: a checkpoint of another recipe or of a newer version, or groups or shapes that do not match.
         """
         self._refuse_during_update("load_state_dict()")
         load(self.base, self._tools.state, state_dict)
@@ -891,7 +925,9 @@ class SAM(Optimizer):
         if self._under_way is not None:
             raise RuntimeError("cannot copy or pickle during an update; finish it with step() or call abort() first.")
         if self.ascent_sync != "all":
-            raise RuntimeError("an optimizer with ascent_sync belongs to its processes; copy its state_dict() instead.")
+            raise RuntimeError(
+                "an optimizer with ascent_sync cannot be copied or pickled; copy its state_dict() instead."
+            )
         return {
             **{name: self.__dict__[name] for name in _OPTIONS},
             "recipe": self.recipe,
@@ -903,13 +939,13 @@ class SAM(Optimizer):
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Without hooks and without the model; names and layers of the weights are known from before."""
+        """Restore without hooks and without the model. The names and layers of the weights are restored too."""
         self._revive(dict(state), model=None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         new = type(self).__new__(type(self))
         memo[id(self)] = new
-        # The model first, or its weights, copied through the base, would not be the copied model's.
+        # Copy the model first, so that the copied base optimizer holds the weights of the copied model.
         model = copy.deepcopy(self._model, memo)
         state = {k: copy.deepcopy(v, memo) for k, v in self.__getstate__().items() if k != "recipe"}
         new._revive({**state, "recipe": self.recipe}, model=model)
@@ -917,14 +953,14 @@ class SAM(Optimizer):
 
     def _revive(self, state: dict[str, Any], model: nn.Module | None) -> None:
         base, criterion = state.pop("base"), state.pop("criterion")
-        remembered, known, recipe = state.pop("state"), state.pop("weights"), state.pop("recipe")
+        remembered, weight_names, recipe = state.pop("state"), state.pop("weights"), state.pop("recipe")
         self.__dict__.update(state)
         if not getattr(base, "param_groups", None):
             raise RuntimeError(
-                f"{type(base).__name__} loses what it wraps when it is copied or pickled; copy its state_dict()."
+                f"{type(base).__name__} loses its inner optimizer when it is copied or pickled; copy its state_dict()."
             )
         self._own_generators = ()
         method_state = MethodState(recipe, self._seed, self._diagnoses)
         method_state.restore([w for group in base.param_groups for w in group["params"]], remembered)
         self._assemble(base, method_state, model, criterion)
-        self._tools.weights.restore(known)
+        self._tools.weights.restore(weight_names)

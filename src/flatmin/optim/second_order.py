@@ -1,4 +1,4 @@
-"""Products with second derivatives, from the graph of a pass."""
+"""Products with second derivatives, computed from the graph of a pass."""
 
 from __future__ import annotations
 
@@ -14,26 +14,29 @@ from flatmin.optim.criterion import Seen
 
 @contextlib.contextmanager
 def _second_derivatives() -> Iterator[None]:
-    """Say what to do where an operation of the model has no second derivative."""
+    """Replace torch's error for operations without second derivatives by one that says what to do."""
     try:
         yield
     except RuntimeError as error:
         if "derivative" not in str(error) or "not implemented" not in str(error):
             raise
         raise RuntimeError(
-            f"an operation of the model has no second derivative ({error}). Attention has one where the forward runs "
-            "under torch.nn.attention.sdpa_kernel(SDPBackend.MATH); models of transformers take "
+            f"an operation of the model has no second derivative ({error}). For attention, run the forward under "
+            "torch.nn.attention.sdpa_kernel(SDPBackend.MATH); for models of the transformers package, use "
             'attn_implementation="eager".'
         ) from error
 
 
 def backward_with_graph(loss: Tensor, weights: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor | None]:
-    """Add a loss's gradients to those of the weights, keeping their graph.
+    """Add a loss's gradients to `.grad` of the weights, and keep their graph.
 
     Args:
-        loss: scalar, with graph.
-        weights: the trained ones; their gradients are returned with graph, None where there is none.
-        others: further weights that take gradients.
+        loss: scalar loss with graph.
+        weights: the trained weights.
+        others: further parameters that get gradients.
+
+    Returns:
+        The gradients of `weights` with graph; None where there is none.
     """
     targets = [w for w in (*weights, *others) if w.requires_grad]
     made = torch.autograd.grad(loss, targets, create_graph=True, allow_unused=True)
@@ -48,9 +51,9 @@ class GraphProducts:
     """Products at the point of one backward pass whose graph is kept.
 
     Args:
-        weights: trained tensors.
-        grads: its gradients, with graph; None for tensors it does not depend on.
-        seen: what the criterion saw on the way to the loss, with graph.
+        weights: the trained tensors.
+        grads: the gradients with graph; None for tensors that the loss does not depend on.
+        seen: what the criterion has recorded in this pass, with graph.
     """
 
     def __init__(
@@ -64,8 +67,8 @@ class GraphProducts:
     def _seen(self) -> Seen:
         if len(self._calls) != 1:
             raise RuntimeError(
-                "call the flatmin.Criterion given to the optimizer once for each optimizer.backward(loss); it was "
-                f"called {len(self._calls)} times."
+                "call the flatmin.Criterion that was given to the optimizer exactly once before each "
+                f"optimizer.backward(loss); it was called {len(self._calls)} times."
             )
         return self._calls[0]
 
@@ -75,7 +78,7 @@ class GraphProducts:
     @_second_derivatives()
     @torch.enable_grad()
     def hessian(self, index: Sequence[int], vectors: Tensors) -> Tensors:
-        """H v over these weights."""
+        """The product H v for these weights."""
         linked = [(g, v) for i, v in zip(index, vectors, strict=True) if (g := self._grads[i]) is not None]
         linked = [(g, v) for g, v in linked if g.requires_grad]
         if not linked:
@@ -94,16 +97,16 @@ class GraphProducts:
     @_second_derivatives()
     @torch.enable_grad()
     def gauss_newton(self, index: Sequence[int], vectors: Tensors) -> Tensors:
-        """J^T H_out J v over these weights, by two backward passes for J v and one for the rest."""
+        """J^T H_out J v for these weights: two backward passes for J v, and one for the rest."""
         seen, weights = self._seen(), self._pick(index)
         outputs = seen.outputs
         if not isinstance(outputs, Tensor) or seen.loss.ndim:
             raise TypeError(
-                "the Gauss-Newton product needs a criterion of (outputs, target) with a tensor as outputs and a scalar "
-                f"as result; got {type(outputs).__name__} and a loss of shape {tuple(seen.loss.shape)}."
+                "the Gauss-Newton product needs outputs that are one tensor and a scalar loss; got "
+                f"{type(outputs).__name__} and a loss of shape {tuple(seen.loss.shape)}."
             )
         (slope,) = torch.autograd.grad(seen.loss, outputs, create_graph=True)
-        # J^T u is linear in u, so that its derivative in the direction v is J v.
+        # J^T u is linear in u, so its derivative in the direction v is J v.
         u = torch.zeros_like(outputs, requires_grad=True)
         back = torch.autograd.grad(outputs, weights, u, create_graph=True, allow_unused=True)
         linked = [(b, v) for b, v in zip(back, vectors, strict=True) if b is not None]
@@ -123,7 +126,7 @@ class GraphProducts:
 
     @torch.enable_grad()
     def squared_gradients(self, index: Sequence[int], limit: int) -> Tensors:
-        """Sum of the squared gradients of the first `limit` samples' losses; empty if the loss counts no sample."""
+        """Sum of the squared gradients of the first `limit` samples' losses; empty if the loss ignores all samples."""
         scores = self.scores()
         if not len(scores):
             return []
@@ -137,7 +140,7 @@ class GraphProducts:
 
 
 class PooledProducts:
-    """The products of several backward passes whose gradients were averaged with these weights."""
+    """The weighted sum of the products of several backward passes, with the weights of their gradients."""
 
     def __init__(self, parts: Sequence[tuple[float, GraphProducts]]) -> None:
         self._parts = list(parts)
@@ -157,11 +160,11 @@ class PooledProducts:
     def squared_gradients(self, index: Sequence[int], limit: int) -> Tensors:
         total: Tensors = []
         for _, part in self._parts:
-            found = part.squared_gradients(index, limit) if limit > 0 else []
+            squares = part.squared_gradients(index, limit) if limit > 0 else []
             limit -= len(part.scores())
-            if total and found:
-                torch._foreach_add_(total, found)
-            total = total or found
+            if total and squares:
+                torch._foreach_add_(total, squares)
+            total = total or squares
         return total
 
 

@@ -1,4 +1,4 @@
-"""What a method remembers: its parts' slots, and its random numbers."""
+"""The state of a method: the slots of its parts, and its random numbers."""
 
 from __future__ import annotations
 
@@ -21,24 +21,26 @@ _SORT = operator.attrgetter("shape", "dtype", "device")
 
 
 class MethodState:
-    """The slots of a recipe, one tensor per weight ("param") or one in all ("scalar"), and its random numbers.
+    """The slots of a recipe, one tensor for each weight ("param") or one tensor ("scalar"), and its random numbers.
 
-    Slots are kept outside the base's state, because optimizers initialise a tensor's state where it is empty. Numbers
-    that every checkpoint must hold, distributed ones too, lie in the base's first param group, under keys "flatmin.":
-    the number of updates, and the state of the generator of recipes that draw.
+    Slots are stored outside the base optimizer's state, because optimizers initialise the state of a tensor only if it
+    is empty. Values that every checkpoint needs, distributed ones too, are in the base optimizer's first param group,
+    under keys that begin with "flatmin.": the number of updates, and the random state of recipes that draw.
 
-    What is remembered of a weight belongs to that tensor in that shape. It is forgotten when the weight leaves the
-    param groups and when the weight's shape changes (pruning, densification): the tensor then begins anew, as one that
-    has had no gradient yet. A change of dtype or device is followed. Scalars stay.
+    The slots of a weight belong to this tensor in this shape. They are dropped if the weight leaves the param groups or
+    changes its shape (pruning, densification); the weight is then treated like a new one. If the dtype or device of a
+    weight changes, its slots follow. Scalar slots are kept in all these cases.
 
     Args:
-        recipe: whose parts remember.
-        seed: of the random numbers. Default 0.
-        diagnoses: whether the last ascent is remembered as well, for `SAM.diagnostics`. Default False.
+        recipe: the recipe.
+        seed: seed of the random numbers. Default 0.
+        diagnoses: whether to store the last perturbation too, for `SAM.diagnostics`. Default False.
 
     Attributes:
-        remembers: whether the recipe itself remembers anything.
+        remembers: whether the recipe has any slots.
         generator: the random numbers that parts draw from.
+        per_weight: key -> {weight: tensor}, for "param" slots.
+        scalars: key -> tensor or None, for "scalar" slots.
     """
 
     def __init__(self, recipe: Recipe, seed: int = 0, diagnoses: bool = False) -> None:
@@ -47,14 +49,14 @@ class MethodState:
         self.per_weight: dict[str, dict[Tensor, Tensor]] = {}
         self.scalars: dict[str, Tensor | None] = {}
         self._kinds: dict[str, tuple[str, Mapping[str, str]]] = {}
-        # The last answer of each slot: weights are the same ones step after step, and hashing each costs.
+        # A cache of the last lookup: the weights are usually the same in each step, and hashing them takes time.
         self._last: dict[str, tuple[Sequence[Tensor], list[Any], list[Tensor | None]]] = {}
-        self._unlike: set[str] = set()  # slots whose tensors are not shaped like their weights
+        self._unlike: set[str] = set()  # slots whose tensors differ in shape from their weights
         self.recipe = recipe
         kinds = {kind: part.slots for kind, part in recipe.parts.items()}
         self.remembers = any(kinds.values())
         for kind, slots in (kinds | ({DIAGNOSTICS: {ASCENT: "param"}} if diagnoses else {})).items():
-            # Checkpoints have the words of their first version.
+            # Checkpoints use the first names of the kinds.
             stored = former_word(kind)
             self._kinds[kind] = stored, slots
             for slot, shape in slots.items():
@@ -66,10 +68,10 @@ class MethodState:
     def __bool__(self) -> bool:
         return bool(self.per_weight or self.scalars)
 
-    # -- what lies in the first param group ----------------------------------------------------------------------
+    # -- values in the param groups ------------------------------------------------------------------------------
 
     def note(self, groups: Sequence[dict[str, Any]]) -> None:
-        """Keep the state of the generator, and let the radius note what it has learned."""
+        """Store the random state and the values that the radius rule remembers in the param groups."""
         if self._draws:
             groups[0][RNG] = self.generator.cpu.get_state()
         radius = self.recipe.radius
@@ -78,37 +80,37 @@ class MethodState:
                 group.update(radius.remember(group))
 
     def rewind(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        """Take back the random draws since the last update that ended, or since a checkpoint was loaded."""
+        """Reset the random state to that after the last update, or of the loaded checkpoint."""
         rng = groups[0].get(RNG)
         if isinstance(rng, Tensor):
             self.generator.cpu.set_state(rng.to("cpu", torch.uint8))
 
     def restart(self, groups: Sequence[dict[str, Any]]) -> None:
-        """Draw on from where the groups of a checkpoint say, or from the seed."""
+        """Set the random state to that in a checkpoint's param groups, or start again from the seed."""
         self.generator = Generators(self._seed)
         self.rewind(groups)
 
     # -- slots ---------------------------------------------------------------------------------------------------
 
     def read(self, kind: str, weights: Sequence[Tensor]) -> State:
-        found: dict[str, Any] = {}
+        values: dict[str, Any] = {}
         stored, slots = self._kinds[kind]
         for slot, shape in slots.items():
             key = f"{stored}.{slot}"
-            found[slot] = list(self._slots(key, weights)) if shape == "param" else self.scalars[key]
-        return found
+            values[slot] = list(self._slots(key, weights)) if shape == "param" else self.scalars[key]
+        return values
 
     def _slots(self, key: str, weights: Sequence[Tensor]) -> list[Tensor | None]:
-        known, sorts, values = self._last.get(key, ((), [], []))
+        cached, sorts, values = self._last.get(key, ((), [], []))
         now = list(map(_SORT, weights))
-        if now != sorts or not all(map(operator.is_, known, weights)):
-            before = dict(zip(known, sorts, strict=True))
+        if now != sorts or not all(map(operator.is_, cached, weights)):
+            before = dict(zip(cached, sorts, strict=True))
             values = [self._current(key, w, before.get(w)) for w in weights]
             self._last[key] = weights, now, values
         return values
 
     def _current(self, key: str, weight: Tensor, before: Any) -> Tensor | None:
-        """A weight's slot as it fits the weight now; `before`: shape, dtype and device at the last look, if known."""
+        """A weight's slot, adapted to the weight. `before`: its shape, dtype and device at the last lookup, if any."""
         slots = self.per_weight[key]
         slot = slots.get(weight)
         if slot is None:
@@ -127,7 +129,7 @@ class MethodState:
         return slot
 
     def commit(self, kind: str, weights: Sequence[Tensor], new: Mapping[str, Any], gate: Tensor | None) -> None:
-        """Keep staged state, in place where the slot exists; with a gate, only where it is 1, decided on the device."""
+        """Store staged state, in place where the slot exists. With a gate, only if it is 1, decided on the device."""
         stored, _ = self._kinds[kind]
         for slot, value in new.items():
             key = f"{stored}.{slot}"
@@ -139,13 +141,13 @@ class MethodState:
             if len(value) != len(weights):
                 raise RuntimeError(f"{key}: {len(value)} tensors returned for {len(weights)} weights.")
             old_ones = self._slots(key, weights)
-            # A part may hand back the very tensors that it was given.
+            # A part may return the tensors that it was given.
             changed = [(s, v) for s, v in zip(old_ones, value, strict=True) if s is not None and s is not v]
             if changed:
                 into, source = map(list, zip(*changed, strict=True))
                 ta.copy_(into, source) if gate is None else ta.choose_(into, source, gate)
             fresh = [(w, v) for w, s, v in zip(weights, old_ones, value, strict=True) if s is None]
-            # A tensor's first state has nothing to fall back on: the verdict is read on the host, once.
+            # The first value of a slot has no old value to keep, so the gate is read on the host, once.
             if fresh and (gate is None or bool(gate)):
                 if any(v.shape != w.shape for w, v in fresh):
                     self._unlike.add(key)
@@ -153,23 +155,23 @@ class MethodState:
                 self._last.pop(key, None)
 
     def holds(self, weight: Tensor) -> bool:
-        """Whether anything is remembered of a weight, which may have been frozen since."""
+        """Whether there is a slot for a weight, which may have been frozen since."""
         return any(weight in slots for slots in self.per_weight.values())
 
     def of(self, weight: Tensor) -> dict[str, Any]:
-        """A weight's slots as checkpoints hold them: unfilled ones appear as zeros with filled = 0."""
-        found: dict[str, Any] = {}
+        """A weight's slots in the form of checkpoints: slots without a value are zeros with filled = 0."""
+        entries: dict[str, Any] = {}
         for key in self.per_weight:
             tensor = self._current(key, weight, None)
-            found[PREFIX + key] = torch.zeros_like(weight, requires_grad=False) if tensor is None else tensor
-            found[PREFIX + key + _FILLED] = torch.tensor(0.0 if tensor is None else 1.0)
-        return found
+            entries[PREFIX + key] = torch.zeros_like(weight, requires_grad=False) if tensor is None else tensor
+            entries[PREFIX + key + _FILLED] = torch.tensor(0.0 if tensor is None else 1.0)
+        return entries
 
     def put(self, weight: Tensor, entries: Mapping[str, Any], *, moved: bool = False) -> None:
-        """Take a weight's slots from a checkpoint, in the dtype they were saved in.
+        """Load a weight's slots from the entries of a checkpoint, in the saved dtype.
 
-        `moved`: the entries may be those of another weight, whose place this one has taken; what has another shape is
-        then left out.
+        `moved`: the entries may belong to another weight that this one replaces; slots of another shape are then left
+        out.
         """
         self._last.clear()
         for key, slots in self.per_weight.items():
@@ -185,7 +187,7 @@ class MethodState:
                 slots[weight] = tensor.detach().clone().to(weight.device)
 
     def keep_only(self, weights: Iterable[Tensor]) -> None:
-        """Forget what is remembered of all other weights; to be called when the param groups have changed."""
+        """Drop the slots of all other weights. Call it when the param groups have changed."""
         live = set(weights)
         self._last.clear()
         for slots in self.per_weight.values():
@@ -193,19 +195,19 @@ class MethodState:
                 del slots[gone]
 
     def dump(self, weights: Sequence[Tensor]) -> dict[str, Any]:
-        """All of it, for copies and pickles; slots by the place of their weight."""
+        """The whole state, for copies and pickles; slots in the order of the weights."""
         slots = [self.of(w) for w in weights]
         return {"slots": slots, "scalars": self.scalars, "rng": self.generator.cpu.get_state()}
 
     def restore(self, weights: Sequence[Tensor], dumped: Mapping[str, Any]) -> None:
-        """Take what `dump` gave, for these weights."""
+        """Load the result of `dump` for these weights."""
         self.generator.cpu.set_state(dumped["rng"])
         self.scalars.update(dumped["scalars"])
         for w, entries in zip(weights, dumped["slots"], strict=True):
             self.put(w, entries)
 
     def clear(self) -> None:
-        """Forget all slots."""
+        """Drop the values of all slots."""
         self._last.clear()
         for slots in self.per_weight.values():
             slots.clear()
@@ -213,16 +215,16 @@ class MethodState:
 
 
 def filled_slot(entries: Mapping[str, Any], key: str) -> Tensor | None:
-    """A slot among a weight's entries in a checkpoint; None if it is not there or had no value yet."""
+    """A slot among a weight's entries in a checkpoint; None if it is missing or has no value."""
     tensor: Tensor | None = entries.get(PREFIX + key)
     return tensor if tensor is not None and float(entries.get(PREFIX + key + _FILLED, 1.0)) else None
 
 
 class StateView(MutableMapping[Tensor, dict[str, Any]]):
-    """Base state and slots as one mapping; writes go to where they belong.
+    """The base optimizer's state and the slots as one mapping; writes change the one they belong to.
 
-    A weight may be given the entries of the weight that it replaces; slots of another shape are left out, so that the
-    recipe's memory of it begins anew.
+    A weight may be assigned the entries of the weight that it replaces. Slots of another shape are left out, so that
+    the recipe treats it like a new weight.
     """
 
     def __init__(self, base: torch.optim.Optimizer, state: MethodState) -> None:
@@ -254,7 +256,7 @@ class StateView(MutableMapping[Tensor, dict[str, Any]]):
         return len(self._weights())
 
     def __bool__(self) -> bool:
-        # Distributed checkpoints initialise an optimizer whose state is false, and the base needs that.
+        # Distributed checkpoints initialise an optimizer whose state is empty, which the base optimizer needs.
         return bool(self._base.state)
 
     def __contains__(self, weight: object) -> bool:
@@ -262,11 +264,11 @@ class StateView(MutableMapping[Tensor, dict[str, Any]]):
 
 
 def _writing(change: Callable[..., Any]) -> Callable[..., Any]:
-    """A method of dict, after which the entries are written to where they belong."""
+    """A method of dict that also writes the changed entries to the optimizer's state."""
 
     def changing(self: _Entries, *args: Any, **kwargs: Any) -> Any:
         result = change(self, *args, **kwargs)
-        # A weight that has been replaced does not come back.
+        # Do not add a weight again that has been replaced.
         if self._weight in self._view:
             self._view[self._weight] = self
         return result
@@ -275,7 +277,7 @@ def _writing(change: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Entries(dict[str, Any]):
-    """A weight's entries; a change of them is a change of the optimizer's state, as it is in torch."""
+    """A weight's entries. Changing them changes the optimizer's state, as in torch."""
 
     def __init__(self, view: StateView, weight: Tensor, entries: Mapping[str, Any]) -> None:
         super().__init__(entries)

@@ -1,4 +1,4 @@
-"""Runs one update: its passes, then the base's step. Knows no optimizer."""
+"""Runs one update: its passes, then the base optimizer's step. Does not depend on `SAM`."""
 
 from __future__ import annotations
 
@@ -25,40 +25,41 @@ from flatmin.optim.tools import Tools
 from flatmin.optim.watch import warn_of_other_passes
 
 _DTYPE, _LOW, _NONE = operator.attrgetter("dtype"), set(ta.LOW), {type(None)}
-# What torch says of a graph that has been used, or whose weights have moved since.
+# Parts of torch's errors for a graph that has been used, or whose weights have been changed since.
 _STALE_GRAPH = ("backward through the graph a second time", "modified by an inplace operation")
 
 
 class Step:
-    """Runs the program of one update over the weights, in place.
+    """Runs the program of one update on the weights, in place.
 
-    Invariant: outside `enter` ... `leave` the weights are where the step found them.
+    Invariant: outside `enter` ... `leave` the weights are unperturbed.
 
-    What is called, in order:
+    The methods are called in this order:
 
-    - closures: `run`, which enters and leaves each pass, then `apply`;
-    - `passes()`: `enter`, `leave` for each pass, then `apply`;
-    - `perturbed()`, `first_step()`: `take_first`, `enter`, `leave`, then `apply`;
+    - closures: `run`, which enters and leaves each pass; then `apply`;
+    - `passes()`: `enter` and `leave` for each pass; then `apply`;
+    - `perturbed()`, `first_step()`: `take_first`, `enter`, `leave`; then `apply`;
     - `train()`: `enter`; in the loop's next step `hand_over`, `leave`, `apply`;
-    - a plain step where nothing moves: `take_plain`, `apply`;
-    - whatever goes wrong: `abort`.
+    - a plain step without perturbation: `take_plain`, `apply`;
+    - after an error: `abort`.
 
     Args:
-        tools: what it works with.
+        tools: the collaborators.
         chunks: number of micro-batches. Default 1.
         eps: added to every norm that divides. Default 1e-12.
-        closed: nobody sees the gradients between the last pass and the base's step. Default False.
-        resident: the place between updates is w + eps, and the loop's plain step ends this one. Default False.
+        closed: whether no other code reads the gradients between the last pass and the base optimizer's step. Default
+            False.
+        resident: whether the weights are at w + eps between updates, so that the loop's next plain step ends this
+            update. Default False.
 
     Attributes:
-        request: what the program asks for next; None: nothing any more.
-        outcome: what the base shall take, once all passes are done.
-        index: the number of passes that have ended.
+        request: the next request of the program; None: all passes are done.
+        outcome: the result of the program, once all passes are done.
+        index: number of passes that have ended.
         inside: whether a pass is under way.
-        over: whether the update has ended, with a step or without.
-        plain: whether this update is the base's own step (rho = 0, or a recipe without ascent), with the gradients as a
-            closure leaves them.
-        share: of the running closure in the gradient of the pass.
+        over: whether the update has ended, with or without a step.
+        plain: whether this update is the base optimizer's own step (rho = 0, or a recipe without ascent).
+        share: weight of the running closure in the gradient of the pass.
     """
 
     def __init__(
@@ -87,13 +88,13 @@ class Step:
         tools.snapshot.begin_update(inputs.step)
         if tools.scaling is not None:
             tools.scaling.begin()
-        self._last: PassGradients | None = None  # what lies in the weights' gradients, as the program has it
+        self._last: PassGradients | None = None  # the gradients of the weights, as the program has got them
         self._program: Generator[GradientRequest, PassGradients, Outcome] = program(
             tools.recipe, inputs, tools.state, eps
         )
         self.request: GradientRequest | None = next(self._program)
         self.outcome: Outcome | None = None
-        # On the CPU reading a verdict is free.
+        # On the CPU reading a flag does not synchronise.
         self._on_host = tools.weights.layout.on_cpu and not tools.on_device
         acts = tools.recipe.combine.always or any(inputs.rhos) if inputs.weights else tools.weights.act()
         self.plain = not (tools.recipe.ascends and acts)
@@ -101,21 +102,21 @@ class Step:
     # -- closures ------------------------------------------------------------------------------------------------
 
     def run(self, closures: Sequence[Closure], probe: Probe | None = None) -> tuple[Any, bool]:
-        """Run all passes with the closures of a loop.
+        """Run all passes with closures.
 
         Args:
             closures: one for each micro-batch.
-            probe: told of the first pass, to find out whether the closure clears gradients. Default None.
+            probe: finds out in the first pass whether the closure clears gradients. Default None.
 
         Returns:
-            What the closure returned in the first pass, detached (of several micro-batches: the mean of their losses),
-            and whether that pass was away from w.
+            The closure's result in the first pass, detached (for several micro-batches: the mean of their losses), and
+            whether the weights were perturbed in that pass.
         """
         diagnostics, single = self.tools.diagnostics, len(closures) == 1
         results: list[Any] = []
         seen: set[int | None] = set()
         first_moved = False
-        # A loss is asked for further weights that it depends on in the first updates, and now and then.
+        # Search for further parameters of the loss in the first updates, and then from time to time.
         others = self.tools.others
         others.updates += 1
         look = not self.plain and (others.updates <= 3 or others.updates % 100 == 0)
@@ -136,7 +137,7 @@ class Step:
                     if first and look and (chunk is not None or single):
                         others.look(result, self.inputs.weights)
                 if self.over:
-                    raise RuntimeError("the closure called abort(), so no step is taken.")
+                    raise RuntimeError("the closure called abort(), so no step was taken.")
                 if diagnostics is not None and not (moved and request.role == "ascent") and not request.probe:
                     diagnostics.loss(loss_in(result), perturbed=moved)
                 self.leave()
@@ -148,21 +149,21 @@ class Step:
             if first or (not moved and chunk not in seen):
                 results.append(result.detach() if isinstance(result, Tensor) else detached(result))
             seen.add(chunk)
-            # The graph of this pass must not live through the next one.
+            # Free the graph of this pass before the next one.
             del result
         return results[0] if len(results) == 1 else mean_loss([loss_in(x) for x in results]), first_moved
 
     # -- passes --------------------------------------------------------------------------------------------------
 
     def enter(self, *, bracketed: bool) -> None:
-        """Go to the point of the next evaluation, with no gradients left from before.
+        """Begin the next pass: move the weights to its point and clear the gradients.
 
         Args:
-            bracketed: whether the forward comes between this call and `leave`, and nothing else.
+            bracketed: whether only the forward and backward of the pass come between this call and `leave`.
         """
         tools, request, chunk = self.tools, self.request, None
         if self.inside or self.over:
-            raise RuntimeError("this pass has been entered before, or its update has ended; enter each pass once.")
+            raise RuntimeError("this pass was entered before, or its update has ended; enter each pass once.")
         if tools.scaling is not None:
             self._refuse_unscaled(tools.scaling)
         self.inside, self._last = True, None
@@ -171,7 +172,7 @@ class Step:
                 w.grad = None
             for w in tools.weights.layout.frozen:
                 w.grad = None
-        perturbed = True  # a pass that is not needed any more counts as one at w + eps
+        perturbed = True  # a pass that is no longer needed counts as one at w + eps
         if request is not None:
             chunk, perturbed = request.chunk, request.at is not None
             if perturbed:
@@ -211,7 +212,7 @@ class Step:
         )
         self._ascents += 1
         self._ascent_finite = self._ascent_finite and moved
-        at.direction, at.factors = [], []  # nothing is held through the pass
+        at.direction, at.factors = [], []  # frees memory before the pass
         asked, snapshot.asked = snapshot.asked, None
         if snapshot.away is None or asked is None:
             return
@@ -222,7 +223,7 @@ class Step:
             warn_of_rounding(*snapshot.away, asked)
 
     def leave(self) -> None:
-        """Take the gradients of the evaluation, put the weights back and learn what comes next."""
+        """End the pass: take its gradients, restore the weights, and get the next request."""
         tools, request, now = self.tools, self.request, self._pass
         if tools.others.any and not self._joins_others(now):
             self._leave_others(now, request)
@@ -233,7 +234,7 @@ class Step:
                 watch = None if tools.guard is None else tools.guard.watch
                 tools.warned_of_passes = warn_of_other_passes(watch, self._additions, additions(self.inputs.weights))
         if request is None:
-            # A rule that looked at pass 1 decided against the ascent: u is known, this pass was not needed.
+            # The schedule decided against the ascent after pass 1: u is known and this pass was not needed.
             self._last = None
             self._restore()
             if self.outcome is not None:
@@ -252,8 +253,8 @@ class Step:
         if not empty and set(map(type, gradients)) <= _NONE:
             raise RuntimeError(
                 f"no weight received a gradient in pass {self.index + 1}; "
-                "the closure must compute the loss from the model and call loss.backward(). (A step() of Lightning's "
-                "without a closure gives an empty one: run both passes before it, or give it a closure.)"
+                "the closure must compute the loss from the model and call loss.backward(). (In Lightning, step() "
+                "without a closure passes an empty one: run both passes before it, or pass a closure.)"
             )
         self._restore()
         gradients = self._received(request, gradients)
@@ -272,7 +273,7 @@ class Step:
             self._finish(self.outcome)
 
     def _joins_others(self, now: Pass) -> bool:
-        """Whether the gradients of weights that another optimizer trains are simply those of the only pass."""
+        """Whether parameters of other optimizers simply keep the gradients of the only pass."""
         return self.plain and now.bracketed and self.inputs.chunks == 1
 
     def _enter_others(self, now: Pass) -> None:
@@ -294,7 +295,7 @@ class Step:
             others.leave(request.share or None)
 
     def _received(self, request: GradientRequest, gradients: PassGradients) -> PassGradients:
-        """The gradients of a pass as the program shall see them."""
+        """The gradients of a pass in the form that the program needs: unscaled, averaged, not shared."""
         tools, weights = self.tools, self.inputs.weights
         if tools.scaling is not None:
             tools.scaling.unscale_(gradients)
@@ -321,7 +322,7 @@ class Step:
             self.request, self.outcome = None, stop.value
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of a loss; keep its graph if the program asked for it."""
+        """Add the gradients of a loss; keep its graph if the program has requested it."""
         tools, request = self.tools, self.request
         if not (self.inside and request is not None and request.graph):
             loss.backward(create_graph=tools.base.differentiates)
@@ -331,10 +332,10 @@ class Step:
         calls = [] if tools.criterion is None else tools.criterion.take_seen()
         self._products.append((self.share, GraphProducts(weights, gradients, calls)))
 
-    # -- gradients that a loop has made outside of passes ---------------------------------------------------------
+    # -- gradients that a loop has computed outside of passes -----------------------------------------------------
 
     def take_first(self) -> None:
-        """Use the gradients of a pass that a manual loop has run already at w, as the ascent's."""
+        """Use the current gradients, from a pass that a manual loop has run at w, as those of pass 1."""
         tools, request = self.tools, self.request
         assert request is not None
         gradients = PassGradients([w.grad for w in self.inputs.weights])
@@ -354,17 +355,17 @@ class Step:
             self.index += 1
 
     def take_plain(self) -> None:
-        """Use the gradients of a plain loop, for updates that stay at w."""
+        """Use the current gradients, for updates without perturbation."""
         self._advance(PassGradients([w.grad for w in self.inputs.weights]))
 
     def close(self) -> None:
-        """Let nobody see the gradients before the base's step."""
+        """Declare that no other code reads the gradients before the base optimizer's step."""
         self.closed = True
         if self.tools.scaling is not None and self.tools.scaling.unscaled_early():
-            raise RuntimeError("second_step() unscales the gradients itself; to clip them, give clip_norm=.")
+            raise RuntimeError("second_step() unscales the gradients itself; to clip them, pass clip_norm=.")
 
     def hand_over(self) -> None:
-        """Expect the gradients of a plain loop that went through the scaler's own step."""
+        """Prepare for the gradients of a plain loop, which the scaler's step has handled already."""
         self.closed = True
         if self.tools.scaling is not None:
             # The update began before the scaler's last update().
@@ -384,22 +385,22 @@ class Step:
         self.inside = False
 
     def _speak(self, silence: contextlib.AbstractContextManager[None]) -> None:
-        """End the silence between replicas."""
+        """End the context without communication."""
         self._silence = None
         silence.__exit__(None, None, None)
 
     def fail(self, error: BaseException) -> None:
-        """Give the update up because of an error in a pass; raise a clearer one where the cause is known."""
+        """Abort the update after an error in a pass; raise a clearer error if the cause is known."""
         self.abort()
         if self.index and isinstance(error, RuntimeError) and any(text in str(error) for text in _STALE_GRAPH):
             raise RuntimeError(
-                "this pass went backward through a graph of the pass before: the loss is cached. Compute it again from "
+                "backward used the graph of an earlier pass, because the loss was cached. Compute the loss again from "
                 "the batch in every pass."
             ) from error
 
     @torch.no_grad()
     def abort(self) -> None:
-        """End the update without a step: weights, statistics and state are as the step found them."""
+        """End the update without a step. Weights, statistics and state are restored to those before it."""
         if self.over:
             return
         tools = self.tools
@@ -416,7 +417,7 @@ class Step:
             self._end(taken=False)
 
     def _end(self, *, taken: bool) -> None:
-        """The update is over; what parts have drawn is taken back unless the step was taken."""
+        """End the update; reset the random numbers of the parts unless the step was taken."""
         self.over = True
         self.request = self.outcome = self._last = None
         self.inputs.products, self._products = None, []
@@ -425,7 +426,7 @@ class Step:
         end_update(self.tools)
 
     def _finish(self, outcome: Outcome) -> None:
-        """Leave u in the weights' gradients, for the base and for a loop that clips."""
+        """Put u into the gradients of the weights, for the base optimizer and for loops that clip gradients."""
         tools, scaling = self.tools, self.tools.scaling
         if tools.guard is not None:
             tools.guard.finish()
@@ -437,20 +438,20 @@ class Step:
                 if w.grad is not u:
                     w.grad = None if u is None else u.to(w.dtype)
         if scaling is not None and not self.closed:
-            # The scaler's own unscale_() and step() come next, and expect it so.
+            # The scaler's unscale_() and step() come next, and expect scaled gradients.
             scaling.rescale_([w.grad for w in self.inputs.weights])
 
     def apply(self, nonfinite: str = "skip", clip_norm: float | None = None, loss: Any = None) -> None:
-        """Let the base step, by the rule for gradients that are not finite; then keep what the parts have learned.
+        """Let the base optimizer step, then store the new state of the parts.
 
         Args:
             nonfinite: "skip" (default), "raise" or "propagate", see `SAM`.
-            clip_norm: the base takes u scaled down to this global norm. Default None.
-            loss: this update's, for bases whose step asks for it.
+            clip_norm: largest global norm of u. Default None: no clipping.
+            loss: the loss of this update, for base optimizers that need it. Default None.
 
         Raises:
             FloatingPointError: nonfinite="raise", and u is not finite.
-            RuntimeError: the base asks for a loss that is not known, or the scaler's part of the step is missing.
+            RuntimeError: the base optimizer needs a loss that is not known, or the scaler's step is missing.
         """
         try:
             self._apply(nonfinite, clip_norm, loss)
@@ -491,7 +492,7 @@ class Step:
         beside = outcome.remembered
         keeps = stepped and finite and (beside is None or flags is not None or math.isfinite(float(beside)))
         if scaling is not None and not stepped:
-            # The scaler would find what is left infinite once more.
+            # The scaler would find an inf again in the remaining gradients.
             tools.base.zero_grad()
             if tools.guard is not None:
                 tools.guard.watch.clear()
@@ -512,7 +513,7 @@ class Step:
 
 
 def _gate(sizes: Sequence[Tensor | None], left_out: Tensor | None) -> Tensor | None:
-    """1 where these norms are finite and the base has taken its step; None if nobody need ask."""
+    """A scalar that is 1 if these norms are finite and the base took its step; None if that is certain."""
     gate = None if left_out is None else 1 - left_out.to(torch.int32)
     for size in sizes:
         if size is not None:
@@ -521,9 +522,8 @@ def _gate(sizes: Sequence[Tensor | None], left_out: Tensor | None) -> Tensor | N
     return gate
 
 
-# A function, so that a plain step enters no file more.
 def end_update(tools: Tools) -> None:
-    """What is seen from here on belongs to the next update."""
+    """Tell all collaborators that the update has ended."""
     if tools.guard is not None:
         tools.guard.end_update()
     if tools.random is not None:

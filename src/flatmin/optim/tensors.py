@@ -1,4 +1,4 @@
-"""Arithmetic on lists of tensors: mixed dtypes, several devices, shards. The only file that special-cases DTensor."""
+"""Arithmetic on lists of tensors: mixed dtypes, several devices, shards. Only this file has code for DTensor."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ import torch
 from torch import Tensor
 
 _PLAIN = {Tensor, torch.nn.Parameter}
-_TINY = 1e-30  # squared norms below it are those of a zero vector
+_TINY = 1e-30  # vectors with a smaller squared norm count as zero
 _BLOCK = 1 << 22  # elements
-LOW = (torch.float16, torch.bfloat16)  # in them w + eps must be rounded at random
+LOW = (torch.float16, torch.bfloat16)  # dtypes in which w + eps is rounded at random
 _DTYPE, _SHAPE, _DEVICE = map(operator.attrgetter, ("dtype", "shape", "device"))
 _TRAINED, _ON_CPU = map(operator.attrgetter, ("requires_grad", "is_cpu"))
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def is_sharded(t: Tensor) -> bool:
-    """Whether t is a DTensor; costs no import where none can exist."""
+    """Whether t is a DTensor. Does not import torch.distributed.tensor."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(t, module.DTensor)
 
 
 def plain(tensors: Iterable[Tensor]) -> bool:
-    """Whether all are ordinary tensors, told from their types in one sweep."""
+    """Whether all are ordinary tensors or parameters, by their types."""
     return set(map(type, tensors)) <= _PLAIN
 
 
 def local(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The part of each tensor that lies on this process, sharing storage."""
+    """The part of each tensor on this process, with shared storage."""
     if plain(tensors):
         return list(tensors)
     return [cast(Any, t).to_local() if is_sharded(t) else t for t in tensors]
@@ -45,7 +45,7 @@ def full_scalar(t: Tensor) -> Tensor:
 
 
 def placed(values: Tensor, w: Tensor) -> Tensor:
-    """The same numbers for every entry of w, where w lies: in its dtype, on its device, sharded like it."""
+    """The values in the dtype and on the device of w, and sharded like w."""
     values = values.to(w.device, w.dtype)
     if not is_sharded(w):
         return values
@@ -56,7 +56,7 @@ def placed(values: Tensor, w: Tensor) -> Tensor:
 
 
 def aligned(tensors: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
-    """Tensors of the weights' shapes, sharded as these are."""
+    """The tensors, sharded like the weights."""
     if set(map(type, weights)) <= _PLAIN:
         return list(tensors)
     return [
@@ -66,20 +66,20 @@ def aligned(tensors: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor
 
 
 def buckets(tensors: Sequence[Tensor], *keys: Sequence[Any]) -> list[list[int]]:
-    """Positions grouped by dtype, device and further keys, so that each group suits one foreach call."""
-    found: dict[Any, list[int]] = {}
+    """Positions grouped by dtype, device and further keys, so that each group can use one foreach call."""
+    groups: dict[Any, list[int]] = {}
     for i, t in enumerate(tensors):
-        found.setdefault((t.dtype, t.device, *(k[i] for k in keys)), []).append(i)
-    return list(found.values())
+        groups.setdefault((t.dtype, t.device, *(k[i] for k in keys)), []).append(i)
+    return list(groups.values())
 
 
 def uniform(tensors: Sequence[Tensor]) -> bool:
-    """Whether one foreach call serves all."""
+    """Whether all tensors can use one foreach call: equal dtypes and devices."""
     return len(set(map(_DTYPE, tensors))) == 1 and len(set(map(_DEVICE, tensors))) == 1
 
 
 def copy_(into: Sequence[Tensor], source: Sequence[Tensor]) -> None:
-    """into[i] <- source[i], bit for bit, in place. DTensor has no foreach copy, its shards do."""
+    """Copy source[i] into into[i], bit for bit. DTensor has no foreach copy, but its shards have."""
     if into:
         torch._foreach_copy_(local(into), local(source))
 
@@ -89,14 +89,14 @@ def _accumulate_in(dtype: torch.dtype) -> torch.dtype:
 
 
 class Layout:
-    """What one look at the param groups tells, kept while they hold the same tensors.
+    """Facts about the param groups, cached while they hold the same tensors.
 
     Attributes:
         weights: the trained tensors of all groups, in order.
-        trained: how many of them each group has.
-        frozen: the tensors of the groups that are not trained.
-        on_cpu: whether all of them lie on the CPU.
-        simple: ordinary tensors of one real dtype on the CPU, where a foreach call takes them as they are.
+        trained: number of trained tensors in each group.
+        frozen: the tensors in the groups that do not require gradients.
+        on_cpu: whether all trained tensors are on the CPU.
+        simple: whether they are ordinary CPU tensors of one real dtype, so that foreach calls can use them directly.
     """
 
     def __init__(self, groups: Sequence[Sequence[Tensor]]) -> None:
@@ -112,7 +112,7 @@ class Layout:
         self.simple = one and plain(weights) and {w.device.type for w in weights} == {"cpu"}
 
     def fits(self, groups: Sequence[Sequence[Tensor]]) -> bool:
-        """Whether these are the groups it was made for, the same are trained, and they have the shapes of then."""
+        """Whether these are still the same groups, with the same trained tensors, shapes and device."""
         if len(groups) != len(self._groups) or any(map(_TRAINED, self.frozen)):
             return False
         if not all(map(_TRAINED, self.weights)):
@@ -124,15 +124,15 @@ class Layout:
         return not moved and self._shapes == list(map(_SHAPE, self.weights))
 
     def refreshed(self) -> Layout:
-        """Itself, or a new one if a weight has changed its dtype; to be asked before weights are copied."""
+        """This layout, or a new one if a weight has changed its dtype. Call it before weights are copied."""
         same = self._dtypes == list(map(_DTYPE, self.weights))
         return self if same else Layout(self._groups)
 
 
 def norm(tensors: Sequence[Tensor]) -> Tensor:
-    """Global L2 norm in fp32, or fp64 if any tensor is fp64; one scalar on the first tensor's device.
+    """The L2 norm of all tensors as one vector, in float32 (float64 if any tensor is): a scalar on the first device.
 
-    Squares are summed in that precision, so entries above about 1e19 overflow to inf in fp32.
+    Squares are summed in that precision, so entries above about 1e19 overflow to inf in float32.
     """
     tensors = list(tensors)
     groups = [tensors] if uniform(tensors) else [[tensors[i] for i in b] for b in buckets(tensors)]
@@ -148,10 +148,10 @@ def norm(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
-    """Global inner product sum_i <a_i, b_i> (real part), in fp32 or better, on the first tensor's device."""
+    """The inner product sum_i <a_i, b_i> (real part), in float32 or better, on the first tensor's device."""
     both = [*a, *b]
     if plain(both) and all(map(_ON_CPU, both)) and set(map(_DTYPE, both)) in ({torch.float32}, {torch.float64}):
-        # The loop below without its questions, which cost more than the products of small tensors.
+        # The loop below without its checks, which take longer than the products of small tensors.
         pairs = zip(map(torch.flatten, a), map(torch.flatten, b), strict=True)
         return functools.reduce(torch.add, itertools.starmap(torch.dot, pairs))
     total: Tensor | None = None
@@ -171,7 +171,7 @@ def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
 def add_scaled(
     a: Sequence[Tensor], b: Sequence[Tensor], factor: Tensor, layout: Layout, *, spent: bool
 ) -> list[Tensor]:
-    """a_i + factor b_i for a scalar tensor, in the dtype of a, in place if `spent`; no synchronisation off the CPU."""
+    """a_i + factor * b_i for a scalar factor, in the dtypes of a; in place if `spent`. Synchronises only on the CPU."""
     if layout.simple:
         if spent:
             torch._foreach_add_(list(a), list(b), alpha=float(factor))
@@ -186,13 +186,13 @@ def add_scaled(
 
 
 def share(a: Sequence[Tensor], along: Sequence[Tensor]) -> Tensor:
-    """K such that k along is the projection of a; 0 for a zero vector."""
+    """The scalar k = <a, along> / ||along||^2; 0 if `along` is zero."""
     square = dot(along, along)
     return torch.where(square > _TINY, dot(a, along) / square, torch.zeros_like(square))
 
 
 def bits(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Integer views of the local storage. Multiplying by 0 or 1 selects exactly, also over nan and inf."""
+    """Integer views of the local storage. Multiplying them by 0 or 1 is an exact selection, also for nan and inf."""
     views = [torch.view_as_real(t) if t.is_complex() else t for t in local(tensors)]
     return [v.view(_BITS[v.element_size()]) for v in views]
 
@@ -205,7 +205,7 @@ def keep_if_(tensors: Sequence[Tensor], gate: Tensor) -> None:
 
 
 def choose_(into: Sequence[Tensor], new: Sequence[Tensor], gate: Tensor) -> None:
-    """Into <- new where the integer scalar `gate` is 1, else unchanged, in place; `new` is overwritten."""
+    """Copy `new` into `into` if the integer scalar `gate` is 1. Overwrites `new`."""
     keep_if_(new, gate)
     keep_if_(into, 1 - gate)
     old_bits, new_bits = bits(into), bits(new)
@@ -214,10 +214,10 @@ def choose_(into: Sequence[Tensor], new: Sequence[Tensor], gate: Tensor) -> None
 
 
 def nonfinite_(tensors: Sequence[Tensor], found: Tensor, factor: Tensor) -> None:
-    """Set `found` (a zero fp32 scalar) to 1 if any entry is nan or inf; one launch per foreach chunk, no sync.
+    """Set `found` (a float32 scalar with value 0) to 1 if any entry is nan or inf. Does not synchronise.
 
-    `factor` is an fp32 scalar on the device of `found` by which the entries are multiplied in place, normally 1.
-    Tensors on another device add a copy of a scalar each way. All processes that share a tensor find the same.
+    The entries are multiplied in place by `factor`, a float32 scalar on the device of `found`, normally 1. Tensors on
+    another device need a copy of a scalar each way. All processes that share a tensor get the same result.
     """
     shards = local(tensors)
     for group in buckets(shards):
@@ -238,14 +238,14 @@ def agree_(flag: Tensor, tensors: Sequence[Tensor]) -> None:
     """Set a scalar to its maximum over all processes that hold a part of one of these tensors."""
     if plain(tensors):
         return
-    # In the order of the tensors, which is the same on every process.
+    # The order of the tensors is the same on every process.
     for mesh in dict.fromkeys(cast(Any, t).device_mesh for t in tensors if is_sharded(t)):
         for group in mesh.get_all_groups():
             torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, group=group)
 
 
 def all_finite(tensors: Sequence[Tensor], layout: Layout) -> bool:
-    """Whether no entry of these CPU tensors, gradients of the layout's weights, is nan or inf."""
+    """Whether all entries of these CPU tensors (gradients of the layout's weights) are finite."""
     found, one = torch.zeros((), dtype=torch.float32), torch.ones((), dtype=torch.float32)
     if layout.simple and tensors:
         torch._amp_foreach_non_finite_check_and_unscale_(list(tensors), found, one)
@@ -255,12 +255,12 @@ def all_finite(tensors: Sequence[Tensor], layout: Layout) -> bool:
 
 
 def values(grads: Sequence[Tensor | None]) -> list[Tensor]:
-    """The dense tensors that hold the entries of the gradients that are there, sharing their storage."""
+    """The existing gradients as dense tensors with shared storage; for sparse gradients, their values."""
     return [g._values() if g.is_sparse else g for g in grads if g is not None]
 
 
 def clip_(grads: Sequence[Tensor | None], limit: float) -> None:
-    """Scale in place so that the global norm is at most `limit`; no synchronisation off the CPU."""
+    """Scale in place so that the global norm is at most `limit`. Does not synchronise on accelerators."""
     entries = values(grads)
     if not entries:
         return
@@ -273,10 +273,10 @@ def clip_(grads: Sequence[Tensor | None], limit: float) -> None:
 def add_rounded_(
     weights: Sequence[Tensor], directions: Sequence[Tensor], alpha: float, generator: torch.Generator
 ) -> None:
-    """Weights += alpha directions for weights in bf16 or fp16, rounded at random to one of the two neighbours.
+    """Add alpha * directions to weights in bf16 or fp16, rounded at random to one of the two neighbouring numbers.
 
-    The neighbour above is taken with the probability that makes the mean of the rounded sum the exact sum, so that
-    changes far below the spacing of the weights survive on average. `generator` is on the weights' device.
+    The probabilities make the mean of the rounded sum equal to the exact sum, so that changes far below the spacing of
+    the numbers survive on average. `generator` must be on the weights' device.
     """
     for block in _blocks(weights):
         flat = torch.cat([weights[i].reshape(-1) for i in block])
@@ -291,18 +291,18 @@ def add_rounded_(
 def _round_at_random(x: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     near = x.to(dtype)
     error = x - near
-    # Neighbours of a number differ by 1 as integers; towards zero the integer shrinks, whatever the sign.
+    # The bit patterns of neighbours differ by 1 as integers; towards zero the integer becomes smaller.
     code = near.view(torch.int16)
     away = torch.where(near == 0, error, near.float()).sign() * error.sign()
     code = torch.where(near == 0, (error < 0).short() * -0x8000 + 1, code + away.short())
     other = torch.where(error == 0, near, code.view(dtype))
-    # error / spacing; 0 / 0 where the sum is exact, nan where it overflows: both stay.
+    # error / spacing; it is nan if the sum is exact (0 / 0) or overflows, and x is then kept.
     chance = error / (other.float() - near.float())
     return torch.where(torch.rand(x.shape, generator=generator, device=x.device) < chance, other, near)
 
 
 def _blocks(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
-    """Positions in runs of at most `_BLOCK` elements, or of one larger tensor."""
+    """Positions in runs of at most `_BLOCK` elements; a larger tensor is a run of its own."""
     run: list[int] = []
     size = 0
     for i, t in enumerate(tensors):

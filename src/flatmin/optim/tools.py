@@ -1,4 +1,4 @@
-"""The collaborators of a step: one set for the life of an optimizer."""
+"""The collaborators of a step; an optimizer has one set of them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from flatmin.optim.weights import TrainedWeights
 
 @dataclass(slots=True)
 class Counts:
-    """What has happened since construction, as far as the host knows."""
+    """What has happened since construction, as far as it is known on the host."""
 
     updates: int = 0
     nonfinite_ascents: int = 0
@@ -34,25 +34,25 @@ class Counts:
 
 @dataclass(slots=True)
 class Tools:
-    """All that updates work with; one set for the life of an optimizer, its parts exchanged between updates.
+    """Everything that updates work with. Some entries may be replaced between updates.
 
     Attributes:
-        recipe: what is run.
+        recipe: the recipe.
         base: the base optimizer.
-        weights: the weights that are trained.
-        state: what the method remembers.
-        snapshot: copies of the weights while they are displaced.
-        others: gradients of weights that another optimizer trains.
-        random: the generators whose draws are repeated in later passes; None: none are.
-        guard: what later passes must not change in the model; None: no model is known.
+        weights: the trained weights.
+        state: the state of the method.
+        snapshot: copies of the weights while they are perturbed.
+        others: gradients of parameters that another optimizer trains.
+        random: the generators whose draws are repeated in later passes; None: draws are not repeated.
+        guard: protects the model's untrained state in later passes; None: no model is known.
         replicas: the other processes.
-        criterion: the loop's, if it has given one.
-        diagnostics: where the numbers of updates are recorded; None: they are not.
-        scaling: the loop's GradScaler; None: there is none.
-        flags: verdicts kept on an accelerator, once there are any.
-        on_device: whether verdicts are kept on the device even if that is the CPU.
-        counts: what has happened so far.
-        warned_of_passes: whether a manual loop has been told that its passes differ.
+        criterion: the criterion; None: there is none.
+        diagnostics: records the numbers of updates; None: they are not recorded.
+        scaling: the GradScaler; None: there is none.
+        flags: the flags on an accelerator, once they are needed.
+        on_device: whether to store flags on the device even if it is the CPU.
+        counts: counts of updates so far.
+        warned_of_passes: whether the warning that the passes of a manual loop differ has been given.
     """
 
     recipe: Recipe
@@ -73,7 +73,7 @@ class Tools:
     warned_of_passes: bool = False
 
     def flags_for(self, tensors: Sequence[Tensor]) -> FoundInf | None:
-        """The verdicts kept on these tensors' device; None on the CPU, where reading is free."""
+        """The flags on the device of these tensors; None on the CPU, where reading does not synchronise."""
         device = tensors[0].device if tensors else torch.device("cpu")
         if device.type == "cpu" and not self.on_device:
             return None
@@ -82,7 +82,7 @@ class Tools:
         return self.flags
 
     def totals(self) -> dict[str, int]:
-        """`counts` with what only the device knows; synchronises."""
+        """`counts` together with the counts on the device; synchronises."""
         totals = dataclasses.asdict(self.counts)
         if self.flags is not None:
             finite, found = self.flags.totals.tolist()

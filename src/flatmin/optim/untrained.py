@@ -1,4 +1,4 @@
-"""Untrained state of a model: buffers, queues, averages, counters that its forward changes."""
+"""The untrained state of a model that its forward changes: buffers, queues, averages, counters."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from flatmin.words import warn
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 PLAIN = set(nn.Module().__dict__)
-_COMPARED, _AGAIN = 3, 100  # values are compared in the first updates, and in one of so many later on
+_COMPARED, _AGAIN = 3, 100  # values are compared in the first 3 updates, and in every 100th
 _WHOLE = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 _SIMPLE = {int, float, bool, str, type(None)}
 Place = tuple[dict[str, Any], str]
@@ -26,7 +26,7 @@ Place = tuple[dict[str, Any], str]
 
 @dataclass(slots=True)
 class _Look:
-    """How things stand: the tensors at their places with version counters and addresses, and the numbers."""
+    """The current state: the tensors with their version counters and addresses, and the numbers."""
 
     tensors: list[Any]
     versions: list[int]
@@ -34,7 +34,7 @@ class _Look:
     numbers: list[Any]
 
     def changes(self, before: _Look) -> tuple[set[int], set[int]]:
-        """Positions of tensors and of numbers that differ."""
+        """The positions of tensors and of numbers that differ."""
         tensors: set[int] = set()
         same = self.versions == before.versions and self.addresses == before.addresses
         if not (same and all(map(operator.is_, self.tensors, before.tensors))):
@@ -50,20 +50,21 @@ class _Look:
 
 
 class UntrainedState:
-    """The state of a model that its forward may change and this optimizer does not train: it advances once a step.
+    """Makes sure that the untrained state of a model changes only once in each step.
 
-    Buffers, other parameters, and the numbers, texts and tensors that modules of the user's own hold as attributes.
-    What a forward of a later pass changes is put back to what the first pass left; so is what changed in both passes.
-    What a loop changes once, outside a forward, stays. Changes show in a tensor's version counter, its address or its
-    identity, so that nothing is copied, compared or synchronised where nothing changes. On the CPU, in the first
-    updates and in every hundredth, values are compared as well, for tensors that are written to through `.data`; not
-    where they are more than twice the weights.
+    This state is buffers, parameters that this optimizer does not train, and the numbers, strings and tensors that are
+    attributes of the user's own modules. Everything that the forward of a later pass changes, or that changed in both
+    passes, is restored to the state after the first pass. Changes that a loop makes once, outside a forward, are kept.
+
+    Changes are detected by a tensor's version counter, its address or its identity, so that nothing is copied, compared
+    or synchronised if nothing changes. On the CPU, values are compared too in the first updates and in every hundredth,
+    to detect writes through `.data`, unless the state is more than twice as large as the weights.
 
     Args:
-        model: whose state.
-        trained: the weights that the optimizer moves.
-        statistics: layers whose running statistics are kept by `FrozenStatistics`.
-        free: whether running statistics may advance in every pass (`freeze_batchnorm=False`).
+        model: the model.
+        trained: the weights that the optimizer trains.
+        statistics: layers whose running statistics are protected by `FrozenStatistics`.
+        free: whether every pass may update running statistics (`freeze_batchnorm=False`).
     """
 
     def __init__(
@@ -74,8 +75,8 @@ class UntrainedState:
         self._statistics = set(map(id, statistics))
         self._own = [m for m in model.modules() if not type(m).__module__.startswith("torch.")]
         self._updates = 0
-        self._silent: set[str] = set()  # tensors whose values alone tell of a change
-        self._late: set[str] = set()  # tensors that a second forward has changed and the first had not
+        self._silent: set[str] = set()  # tensors whose changes show only in their values
+        self._late: set[str] = set()  # tensors that a second forward has changed, but not the first
         self._before: _Look | None = None
         self._held: _Look | None = None
         self._copies: dict[int, Tensor] = {}
@@ -115,7 +116,7 @@ class UntrainedState:
                     self._places.append((table, key))
                     self._names.append(prefix + key)
                     if type(module).__module__.startswith("torch.ao."):
-                        self._silent.add(prefix + key)  # observers are written by kernels that count no version
+                        self._silent.add(prefix + key)  # kernels write to observers without counting a version
 
     def _look(self) -> _Look:
         tensors = [_kept(place.get(key)) for place, key in self._places]
@@ -128,7 +129,7 @@ class UntrainedState:
         )
 
     def _changed_shape(self) -> bool:
-        """Whether there are attributes or buffers that the last scan did not see, or tensors where it saw none."""
+        """Whether there are new attributes or buffers, or tensors in places that had none at the last scan."""
         return self._extent() != self._scanned or any(
             isinstance(_kept(place.get(key)), Tensor) for place, key in self._numbers
         )
@@ -136,20 +137,20 @@ class UntrainedState:
     # -- the passes of an update ---------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """A first pass begins."""
+        """Begin a first pass."""
         model = self._model()
         if model is not None and self._changed_shape():
             self._scan(model)
         self._before = self._look()
 
     def hold(self) -> None:
-        """A later pass begins: note how the first one left things, or put that back after another later pass."""
+        """Begin a later pass: record the state after the first pass, or restore it after another later pass."""
         if self._held is not None:
             self._put_back()
         else:
             self._note()
         self._inside: tuple[set[int], set[int]] = set(), set()
-        self._written: set[int] = set()  # what forwards have changed in value alone
+        self._written: set[int] = set()  # tensors whose changes by a forward show only in their values
         self._forward: _Look | None = None
         self._unwritten: set[int] = set()
         self._forwards = 0
@@ -157,7 +158,7 @@ class UntrainedState:
     def _note(self) -> None:
         before, model = self._before, self._model()
         if model is not None and (before is None or self._changed_shape()):
-            # The first forward has made attributes or buffers: in this update everything counts as changed.
+            # The first forward has created attributes or buffers: in this update everything counts as changed.
             self._scan(model)
             self._held = held = self._look()
             self._first = set(range(len(self._places))), set(range(len(self._numbers)))
@@ -169,19 +170,19 @@ class UntrainedState:
         self._compares = (
             (self._updates <= _COMPARED or self._updates % _AGAIN == 0)
             and sum(x.numel() for x in present) <= 2 * sum(w.numel() for w in self._trained.values())
-            # Elsewhere a comparison would wait for the device.
+            # On other devices a comparison would synchronise.
             and all(x.device.type == "cpu" and x.layout is torch.strided for x in present)
         )
-        known = self._silent | self._late
-        copied = self._first[0] | {i for i, n in enumerate(self._names) if self._compares or n in known}
-        # What shares its memory with a weight moves with it.
+        always = self._silent | self._late
+        copied = self._first[0] | {i for i, n in enumerate(self._names) if self._compares or n in always}
+        # Tensors that share memory with a weight change with it.
         weights = {memory(w) for w in self._trained.values()} - {0} if copied else set()
         self._aliases = {i for i in copied if memory(held.tensors[i]) in weights}
         copied -= self._aliases
         self._copies = {i: x.clone() for i in copied if isinstance(x := held.tensors[i], Tensor)}
 
     def enter_forward(self) -> None:
-        """A forward of the model begins."""
+        """Begin a forward of the model."""
         if self._held is None:
             self._forward = None
             return
@@ -190,7 +191,7 @@ class UntrainedState:
         self._unwritten = silent - self._differing(silent)
 
     def leave_forward(self) -> None:
-        """It ends: what it has changed is known."""
+        """End it, and record what it has changed."""
         if self._forward is not None:
             for seen, new in zip(self._inside, self._look().changes(self._forward), strict=True):
                 seen |= new
@@ -198,13 +199,13 @@ class UntrainedState:
             self._forwards += 1
 
     def _differing(self, places: set[int]) -> set[int]:
-        """Those whose values are not what the first pass left."""
+        """Those whose values differ from those after the first pass."""
         held = self._held
         assert held is not None
         return {i for i in places if held.tensors[i].is_cpu and not _equal(held.tensors[i], self._copies[i])}
 
     def release(self) -> None:
-        """The last pass has ended."""
+        """End the last pass."""
         if self._held is not None:
             self._put_back()
         self._held = self._before = None
@@ -230,7 +231,7 @@ class UntrainedState:
                 continue
             if isinstance(value, Tensor) and i not in self._copies:
                 if value._version == held.versions[i] and address(value) == held.addresses[i]:
-                    self._places[i][0][self._places[i][1]] = value  # another tensor stood in its place
+                    self._places[i][0][self._places[i][1]] = value  # it had been replaced by another tensor
                     continue
                 lost.append(self._names[i])
                 continue
@@ -243,8 +244,8 @@ class UntrainedState:
         if new := [name for name in lost if name not in self._late]:
             self._late.update(new)
             warn(
-                f"{', '.join(new[:3])} changed in the second forward of a step and not in the first, so this once it "
-                "could not be put back; from now on it is copied before every second pass."
+                f"{', '.join(new[:3])} changed in the second forward of a step but not in the first, so this change "
+                "could not be undone; from now on it is copied before every second pass."
             )
 
     def _restore(self, i: int, held: _Look) -> None:
@@ -260,18 +261,18 @@ class UntrainedState:
 
 @dataclass(frozen=True, slots=True)
 class _Other:
-    """Stands for an object that is no number; the object itself is not kept."""
+    """Stands for an object that is not a number; holds only its id."""
 
     identity: int
 
 
 def _kept(x: Any) -> Any:
-    """A tensor, unless it has a graph, which must not be kept alive; None for anything else."""
+    """Return x if it is a tensor without a graph (a graph must not be kept alive), else None."""
     return x if isinstance(x, Tensor) and x.grad_fn is None else None
 
 
 def memory(x: Any) -> int:
-    """Where the memory begins that a tensor is a part of; 0 for anything else."""
+    """The address of a tensor's storage; 0 for anything else."""
     try:
         return x.untyped_storage().data_ptr() if isinstance(x, Tensor) else 0
     except (RuntimeError, NotImplementedError):
@@ -287,7 +288,7 @@ def has_values(x: Any) -> bool:
 
 
 def address(x: Any) -> int:
-    """Where a tensor's memory begins; 0 for anything else."""
+    """The address of a tensor's first entry; 0 for anything else."""
     try:
         return x.data_ptr() if isinstance(x, Tensor) else 0
     except RuntimeError:
@@ -295,11 +296,11 @@ def address(x: Any) -> int:
 
 
 def version(x: Any) -> int:
-    """How often a tensor has been written to; 0 for anything else."""
+    """A tensor's version counter; 0 for anything else."""
     try:
         return x._version if isinstance(x, Tensor) else 0
     except RuntimeError:
-        return 0  # an inference tensor, which nothing can change in place
+        return 0  # an inference tensor, which cannot be changed in place
 
 
 def _equal(x: Tensor, y: Tensor) -> bool:

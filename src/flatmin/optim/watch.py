@@ -1,4 +1,4 @@
-"""Watches the model's training forwards without leaving a trace on it."""
+"""Observes the model's training forwards without changing the model's behaviour, copies or exports."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ SLOT = "_compiled_call_impl"
 
 
 class CallSlot:
-    """Stands where `nn.Module.__call__` looks for a compiled forward, and tells watches of each call.
+    """Takes the place where `nn.Module.__call__` looks for a compiled forward, and reports each call to watches.
 
-    torch leaves this attribute out of copies and pickles, and `torch.jit.script`, `torch.export` and `torch.fx` do not
-    look at it, so that a model can be saved, copied and exported while it is watched.
+    torch leaves this attribute out of copies and pickles, and `torch.jit.script`, `torch.export` and `torch.fx` ignore
+    it, so a model can be saved, copied and exported while it is observed.
 
     Args:
-        module: whose calls.
+        module: the module whose calls are observed.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self._module = weakref.ref(module)
-        self.inner = module.__dict__.get(SLOT)  # what `module.compile()` has put there
+        self.inner = module.__dict__.get(SLOT)  # the compiled forward of `module.compile()`
         self.watches: list[tuple[weakref.ref[ModelWatch], bool]] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module: Any = self._module()
         if torch.compiler.is_compiling():
-            # Traced away, so that the phases of an update cause no recompilation.
+            # Not part of the compiled code, so that the passes of an update cause no recompilation.
             return module._call_impl(*args, **kwargs)
-        # Who copies a module's attributes, as DataParallel does for its replicas, copies the slot: the caller knows.
+        # DataParallel copies a module's attributes, and with them this slot, to replicas: find the calling module.
         caller = sys._getframe(1).f_locals.get("self", module)
         if caller is not module:
             return caller._call_impl(*args, **kwargs)
@@ -49,7 +49,7 @@ class CallSlot:
         else:
             return call(*args, **kwargs)
         if torch._C._functorch.peek_interpreter_stack() is not None:
-            return call(*args, **kwargs)  # a transformation, which must see no values
+            return call(*args, **kwargs)  # inside torch.func transformations values must not be read
         trains = module.training or any(m.training for m in module.modules())
         if not (trains and torch.is_grad_enabled()):
             whole_ones = [watch for reference, whole in self.watches if whole and (watch := reference()) is not None]
@@ -73,24 +73,24 @@ class CallSlot:
         return result
 
     def stay(self) -> None:
-        """Go round what `module.compile()` has put in the place since."""
+        """Take the place again if `module.compile()` has put a compiled forward there."""
         module = self._module()
-        if module is not None and (found := module.__dict__.get(SLOT)) is not self:
-            self.inner = found
+        if module is not None and (compiled := module.__dict__.get(SLOT)) is not self:
+            self.inner = compiled
             module.__dict__[SLOT] = self
 
     def watches_over(self, module: nn.Module) -> bool:
-        """Whether it was made for this very module."""
+        """Whether this slot was made for this module."""
         return self._module() is module
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        return None  # which is what torch finds where nothing is compiled
+        return None  # the value of a module that is not compiled
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()
 
     def drop(self, watch: weakref.ref[ModelWatch]) -> None:
-        """Forget a watch; the last one takes the slot with it."""
+        """Remove a watch; with the last watch the slot is removed from the module."""
         self.watches = [entry for entry in self.watches if entry[0] is not watch and entry[0]() is not None]
         module = self._module()
         if not self.watches and module is not None and module.__dict__.get(SLOT) is self:
@@ -100,7 +100,7 @@ class CallSlot:
 
 
 def _slot_of(module: nn.Module) -> CallSlot:
-    # torch's own list of the attributes that scripting leaves out; else it would read this one's annotation.
+    # torch's list of attributes that scripting ignores; otherwise it would read this attribute's annotation.
     ignored = torch.jit._recursive.ignored_attributes
     if SLOT not in ignored:
         ignored.append(SLOT)
@@ -111,7 +111,7 @@ def _slot_of(module: nn.Module) -> CallSlot:
 
 
 def _parts(model: nn.Module) -> Iterator[nn.Module]:
-    """The modules that a method of the model's own may call instead of its forward."""
+    """The modules that a custom method of the model may call in place of the model's forward."""
     if type(model).__module__.startswith("torch."):
         return
     waiting = list(model.children())
@@ -123,21 +123,22 @@ def _parts(model: nn.Module) -> Iterator[nn.Module]:
 
 
 class ModelWatch:
-    """Sees the model's training forwards.
+    """Observes the model's training forwards.
 
-    Captures and replays random states around them in manual loops, and notices a second pass that ran no forward or
-    ran on another batch. It ends with its optimizer.
+    In manual loops it stores and restores random states around them. It detects second passes that ran no forward or
+    used another batch. It ends with its optimizer.
 
     Args:
         model: the module that the loop calls.
-        random: what to capture and replay; None: nothing.
-        weights: the optimizer's.
-        follow: called before the first forward of a manual loop's update, for models whose modules change.
-        abandoned: called when a forward of a first pass turns out to have been given up.
+        random: the random generators; None: their states are not restored.
+        weights: the optimizer's weights.
+        follow: called before the first forward of a manual loop's update, for models whose modules change. Default
+            None.
+        abandoned: called when it turns out that the forward of a first pass was discarded. Default None.
 
     Attributes:
-        state: what else a forward changes; it is noted before a first pass.
-        own_forwards: forwards of the first pass whose inputs are data, not the outputs of another network in training.
+        state: the untrained state of the model, recorded before a first pass; None: it is not protected.
+        own_forwards: number of forwards of the first pass whose inputs are data, not outputs of another network.
     """
 
     def __init__(
@@ -163,23 +164,23 @@ class ModelWatch:
         self.begin_update()
 
     def begin_update(self) -> None:
-        """The next training forward opens a new update."""
+        """Begin a new update with the next training forward."""
         self.pass_index, self.forwards = 0, [0, 0]
-        self.turns = [0, 0]  # forwards in train mode, also those without gradients
+        self.turns = [0, 0]  # forwards in train mode, including those without gradients
         self.own_forwards = 0
-        self.differs = False  # the batch of the second pass from that of the first
-        self.backed = False  # gradients of a forward of this update have come
-        self.bracketed = False  # a closure or `passes()` brackets each pass, so random states are handled there
+        self.differs = False  # whether the batches of the two passes differ
+        self.backed = False  # whether a backward of this update has run
+        self.bracketed = False  # whether a closure or `passes()` handles random states
         self._batch: list[tuple[Any, int]] | None = None
         if self._whole_called and len(self._slots) > 1:
-            # The loop calls the model itself, so that no part need tell.
+            # The loop calls the model itself, so its parts need not be observed.
             for slot in self._slots[1:]:
                 slot.drop(self._me)
             del self._slots[1:]
         self._slots[0].stay()
 
     def clear(self) -> None:
-        """Gradients have been cleared: a forward that comes now may open an update."""
+        """Record that gradients were cleared: the next forward may begin an update."""
         self.cleared = True
         self._slots[0].stay()
 
@@ -190,11 +191,11 @@ class ModelWatch:
 
     @property
     def alone(self) -> bool:
-        """Whether no other optimizer watches the model, whose forward it may have been."""
+        """Whether no other optimizer observes the model, so that its forwards belong to this optimizer."""
         return len(self._slots[0].watches) == 1
 
     def called(self, args: Any, kwargs: Any, *, whole: bool) -> bool:
-        """A training forward begins, of the model or (not `whole`) of a part of it outside of one; whether it does."""
+        """Begin a training forward of the model (`whole`) or of a part of it; returns whether it is observed."""
         if self.inside:
             return False
         if torch._C._current_graph_task_id() != -1:
@@ -217,13 +218,13 @@ class ModelWatch:
         return True
 
     def left(self) -> None:
-        """The model's own forward has ended."""
+        """End the model's forward."""
         self.inside = False
         if self.state is not None and self.pass_index:
             self.state.leave_forward()
 
     def expect_backward(self, result: Any) -> None:
-        """Learn when a forward of a manual loop's first pass is followed by a backward that reaches the weights."""
+        """Detect a backward that reaches the weights after a forward in the first pass of a manual loop."""
         if self.bracketed or self.pass_index or self.backed or not self.weights:
             return
         output = next((x for x in leaves(result) if isinstance(x, Tensor) and x.grad_fn is not None), None)
@@ -239,11 +240,11 @@ class ModelWatch:
 
     def _seen(self, batch: list[Any], whole: bool) -> None:
         later = min(self.pass_index, 1)
-        # What depends on weights differs between the passes, and has a graph that must not be kept.
+        # Inputs that depend on weights differ between the passes, and their graph must not be kept.
         data = [None if isinstance(x, Tensor) and x.requires_grad else x for x in batch]
         over = self.cleared or self.backed
         if not later and self.forwards[0] and over and not self.bracketed and self._without_gradients():
-            # Gradients were cleared since the last forward: it was given up, or another optimizer's.
+            # Gradients were cleared after the last forward: it was discarded, or belongs to another optimizer.
             self.begin_update()
             if self.abandoned is not None:
                 self.abandoned()
@@ -257,7 +258,7 @@ class ModelWatch:
             if not later:
                 self._batch = [(x, _version(x)) for x in data] if whole else None
             elif whole and self._batch is not None and not self._warned and not self._same(data):
-                # Micro-batches that are left out of a second pass are the likelier cause; its end will tell.
+                # More likely the second pass leaves out micro-batches, which is checked at its end.
                 self.differs = True
                 if self.bracketed or self.forwards[0] == 1:
                     self.warn_of_batches()
@@ -269,15 +270,15 @@ class ModelWatch:
             self.own_forwards += 1
 
     def take_turn(self) -> None:
-        """A forward of a manual loop begins, in train mode: it draws what the one of its turn drew in the first pass.
+        """Begin a forward of a manual loop in train mode: restore the random state of its turn in the first pass.
 
-        Data may be drawn between the forwards of the first pass, and not again in the second.
+        Each turn has its own state, because data may be drawn between the forwards of the first pass only.
         """
         if self.random is None or self.bracketed or self.inside:
             return
         later = min(self.pass_index, 1)
         if not later and self.cleared and not self.forwards[0] and self._without_gradients():
-            self.turns[0], self.cleared = 0, False  # a forward before it was no part of a step
+            self.turns[0], self.cleared = 0, False  # an earlier forward was not part of a step
         turn = self.turns[later]
         self.turns[later] += 1
         if not later:
@@ -286,33 +287,33 @@ class ModelWatch:
             self.random.replay(-turn)
         elif self.random.captured():
             self._before_replay = torch.get_rng_state()
-            # A batch that is made of such draws differs for that reason.
+            # Batches that were made from such draws differ for this reason, so do not warn of them.
             self._warned |= self.random.repeat()
 
     def _without_gradients(self) -> bool:
         return all(w.grad is None for w in self.weights)
 
     def _recomputed(self) -> None:
-        """A forward inside a backward: checkpointing runs it again, from the state before it was replayed."""
+        """Handle a forward inside a backward: checkpointing runs it again, from the state before the replay."""
         if self._before_replay is not None and torch.equal(self._before_replay, torch.get_rng_state()):
             assert self.random is not None
             self.random.replay()
 
     def _same(self, batch: list[Any]) -> bool:
-        known = self._batch or []
-        if len(known) != len(batch):
+        first = self._batch or []
+        if len(first) != len(batch):
             return False
-        for (x, version), y in zip(known, batch, strict=True):
+        for (x, version), y in zip(first, batch, strict=True):
             if x is None or y is None:
                 continue
             written = _version(x) != version
-            # Another tensor beside one that the model has written over tells nothing.
+            # If the model has overwritten its input, another tensor cannot be compared with it.
             if (written and x is y) or not (written or x is y or _alike(x, y)):
                 return False
         return True
 
     def warn_of_batches(self) -> None:
-        """Say once that the passes saw different batches."""
+        """Warn once that the passes used different batches."""
         if not self._warned:
             self._warned = True
             way_out = (
@@ -320,34 +321,37 @@ class ModelWatch:
                 if self.bracketed
                 else "run the second pass on the batch of the first"
             )
-            warn(f"the passes of one step saw different batches; {way_out}.")
+            warn(f"the passes of one step used different batches; {way_out}.")
 
     def warn_of_turns(self) -> bool:
-        """Say that a manual loop ran the model more often in one pass than in the other, and draws; whether it did."""
+        """Warn if a manual loop ran the model more often in one pass and random numbers were drawn; True if it did."""
         if self.random is None or self.turns[0] == self.turns[1] or not self.random.drawn():
             return False
         warn(
             f"the model ran {self.turns[0]} times before the weights were perturbed and {self.turns[1]} times after "
             "it, so the second pass cannot draw the random numbers of the first. Run the same forwards in both passes, "
-            "call optimizer.zero_grad() after forwards that are no part of a step, or use a closure."
+            "call optimizer.zero_grad() after forwards that are not part of a step, or use a closure."
         )
         return True
 
     def check_second_pass(self) -> None:
         if self.forwards[0] and self.pass_index and not self.forwards[1]:
             raise RuntimeError(
-                "no forward pass of the model ran at w + eps; the loss is detached or cached: "
-                "compute it again from the batch in every pass."
+                "no forward pass of the model ran at w + eps, so the loss is detached or cached; compute it again from "
+                "the batch in every pass."
             )
 
 
 def warn_of_other_passes(watch: ModelWatch | None, before: int, after: int) -> bool:
-    """Say what a manual loop did in one pass and not in the other; whether it did.
+    """Warn if the two passes of a manual loop differ.
 
     Args:
-        watch: of the model; None: no model is known.
+        watch: the watch of the model; None: no model is known.
         before: how often gradients were added up in the first pass.
-        after: how often in this one.
+        after: how often gradients were added up in this pass.
+
+    Returns:
+        Whether there was a warning.
     """
     turns = watch is not None and watch.warn_of_turns()
     forwards = [1, 0] if watch is None else watch.forwards
@@ -355,7 +359,7 @@ def warn_of_other_passes(watch: ModelWatch | None, before: int, after: int) -> b
         warn(
             f"gradients were added up or changed {before} times before the weights were perturbed and {after} times "
             "after it. To accumulate over micro-batches, run all of them in the second pass too, or use passes() or a "
-            "list of closures; clip gradients after the second pass."
+            "list of closures. Clip gradients after the second pass."
         )
         return True
     if watch is not None and watch.differs:
@@ -365,7 +369,7 @@ def warn_of_other_passes(watch: ModelWatch | None, before: int, after: int) -> b
 
 
 def _accumulates(weight: Tensor) -> bool:
-    """Whether the backward pass that is running adds to this weight's gradient."""
+    """Whether the current backward pass adds to this weight's gradient."""
     if not weight.requires_grad:
         return False
     with torch.enable_grad():
@@ -373,7 +377,7 @@ def _accumulates(weight: Tensor) -> bool:
     try:
         return bool(torch._C._will_engine_execute_node(node.next_functions[0][0]))
     except RuntimeError:
-        return False  # this is how torch says that it runs autograd.grad(), which adds to no gradient
+        return False  # torch raises this error inside autograd.grad(), which does not add to gradients
 
 
 def _version(x: Any) -> int:
@@ -381,7 +385,7 @@ def _version(x: Any) -> int:
 
 
 def _alike(x: Any, y: Any) -> bool:
-    """Whether two tensors or arrays have equal shape, type and, on the CPU, values; never a synchronisation."""
+    """Whether two tensors or arrays have equal shapes, types and, on the CPU, values. Never synchronises."""
     if isinstance(x, Tensor) and isinstance(y, Tensor) and (x.is_nested or y.is_nested):
         return True
     if type(x) is not type(y) or x.shape != y.shape or x.dtype != y.dtype:

@@ -1,4 +1,4 @@
-"""The weights in training: the param group, radius, name and layer of each."""
+"""The trained weights: the param group, radius, name and layer of each."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from flatmin.optim.tensors import Layout
 
 
 def wrong_way(recipe: Recipe) -> ValueError:
-    """The refusal of a base that raises what it is given."""
+    """The error for a base optimizer with maximize=True."""
     return ValueError(
-        f"{recipe.name} climbs the loss that the base lowers, and this one has maximize=True; minimise the negated "
-        "objective."
+        f"{recipe.name} perturbs the weights towards a higher loss, but the base optimizer has maximize=True; minimise "
+        "the negated objective instead."
     )
 
 
 class TrainedWeights:
-    """The weights of the base's param groups.
+    """The weights in the base optimizer's param groups.
 
     Args:
-        base: whose groups.
-        recipe: what is run; names and layers are looked up only where it needs them.
+        base: the base optimizer.
+        recipe: the recipe.
 
     Attributes:
-        layout: what one look at the groups tells, see `Layout`.
-        names: of the weights that have one, in the user's own module.
-        layers: the class name of the module that holds each weight.
+        layout: facts about the groups, see `Layout`.
+        names: weight -> its name in the user's module.
+        layers: weight -> the class name of the module that holds it.
     """
 
     def __init__(self, base: BaseOptimizer, recipe: Recipe) -> None:
@@ -45,7 +45,7 @@ class TrainedWeights:
         self.layers: dict[Tensor, str] = {}
 
     def attach(self, model: nn.Module | None) -> None:
-        """Take names and layers from this model alone; None: there is none."""
+        """Look up names and layers in this model, and forget all others. None: no model."""
         self._model = model
         self.names.clear()
         self.layers.clear()
@@ -58,7 +58,7 @@ class TrainedWeights:
             self.layers.update(dict.fromkeys(module.parameters(recurse=False), type(module).__name__))
 
     def find_names(self) -> None:
-        """Take the names of the model and of the param groups, which go before."""
+        """Look up the names in the model and in the param groups; those of the groups take precedence."""
         if self._model is not None:
             self.names.update(plain_names(self._model))
         given = {
@@ -71,23 +71,23 @@ class TrainedWeights:
         self.names.update(given)
 
     def changed(self) -> bool:
-        """Whether the groups hold other weights than at the last look, or weights of other shapes; looks again."""
+        """Whether the weights in the groups or their shapes have changed since the last call; updates the layout."""
         listed = [group["params"] for group in self._base.optimizer.param_groups]
         if self.layout.fits(listed):
             return False
-        known = bool(self.layout.weights)
+        had_weights = bool(self.layout.weights)
         self.layout = Layout(listed)
-        if known:
-            self.leave_gradients()  # those of new weights are nothing that the loop has made since
+        if had_weights:
+            self.leave_gradients()  # gradients of new weights do not count as computed since the last update
         return True
 
     def regroup(self) -> None:
-        """Follow a change of the groups: forget the weights that have left, look up new ones in the model."""
+        """Follow a change of the groups: forget removed weights and look up new ones in the model."""
         weights = self._base.weights
-        for known in (self.names, self.layers):
-            kept = {w: known[w] for w in weights if w in known}
-            known.clear()
-            known.update(kept)
+        for table in (self.names, self.layers):
+            remaining = {w: table[w] for w in weights if w in table}
+            table.clear()
+            table.update(remaining)
         self._look_up()
 
     def dump(self) -> list[tuple[str | None, str | None]]:
@@ -95,7 +95,7 @@ class TrainedWeights:
         return [(self.names.get(w), self.layers.get(w)) for w in self._base.weights]
 
     def restore(self, dumped: list[tuple[str | None, str | None]]) -> None:
-        """Take what `dump` gave, where the model does not tell better."""
+        """Load the result of `dump`, for weights whose name or layer is not known."""
         for w, (name, layer) in zip(self._base.weights, dumped, strict=True):
             if name is not None:
                 self.names.setdefault(w, name)
@@ -103,23 +103,23 @@ class TrainedWeights:
                 self.layers.setdefault(w, layer)
 
     def rho(self, group: dict[str, Any]) -> float:
-        """The radius of a group, checked."""
+        """The radius of a group; raises ValueError if it is not a finite number >= 0."""
         key = self._base.rho_key
-        if key not in group:  # a checkpoint was loaded into the base itself
+        if key not in group:  # a checkpoint was loaded into the base optimizer directly
             group[key] = self._base.optimizer.defaults[key]
         return check_rho(group[key])
 
     def act(self) -> bool:
-        """Whether an update is more than the base's step: a group has a radius above 0, or the method needs none."""
+        """Whether an update differs from the base optimizer's step: some rho > 0, or the method acts at rho = 0 too."""
         if not self._recipe.ascends:
             return False
         return self._recipe.combine.always or any(self.rho(g) > 0 for g in self._base.optimizer.param_groups)
 
     def inputs(self, state: MethodState, chunks: int = 1) -> StepInputs:
-        """The weights as an update finds them.
+        """The inputs of an update.
 
         Args:
-            state: of the method; its number of updates lies in the first group.
+            state: the state of the method.
             chunks: number of micro-batches of the update. Default 1.
         """
         groups: list[dict[str, Any]] = []
@@ -142,7 +142,7 @@ class TrainedWeights:
         )
 
     def count_update(self, state: MethodState) -> None:
-        """An update has ended: count it, and let the method note what it has to in the groups."""
+        """Count an update that has ended, and store what the method needs in the groups."""
         groups = self._base.optimizer.param_groups
         groups[0][STEP] = int(groups[0][STEP]) + 1
         if self._recipe.is_random or self._recipe.radius.remembers:
@@ -151,7 +151,7 @@ class TrainedWeights:
     # -- gradients that an update leaves behind -------------------------------------------------------------------
 
     def leave_gradients(self) -> None:
-        """An update ends: the gradients that are there now are known not to be made by the loop since."""
+        """End an update: remember the current gradients, to recognise gradients that the loop computes later."""
         self._left = None
         for w in self.layout.weights:
             if (g := w.grad) is not None:
@@ -159,20 +159,20 @@ class TrainedWeights:
                 return
 
     def new_gradient(self) -> Tensor | None:
-        """A weight whose gradient the loop has made or changed since the last update ended; None if there is none."""
+        """A weight whose gradient the loop has computed since the last update ended; None if there is none."""
         for w in self.layout.weights:
             if (g := w.grad) is not None:
-                known = self._left is not None and self._left[0]() is g and self._left[1] == g._version
-                return None if known or g.is_sparse else w
+                old = self._left is not None and self._left[0]() is g and self._left[1] == g._version
+                return None if old or g.is_sparse else w
         return None
 
 
 _MODULE = "module."
-# Levels that compilation, checkpointing, sharding and Fabric put into names.
+# Levels that compilation, checkpointing, sharding and Fabric add to names.
 _LEVELS = frozenset(
     {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_forward_module", "_original_module"}
 )
-# Modules that hold the user's own one as `module`.
+# Modules that hold the user's module as `module`.
 _WRAPPERS = frozenset(
     {
         "AveragedModel",
@@ -186,7 +186,7 @@ _WRAPPERS = frozenset(
 
 
 def plain_names(model: nn.Module) -> dict[Tensor, str]:
-    """The parameters' names in the user's own module, without the levels of wrappers, however deep they are nested."""
+    """The names of the parameters in the user's module, without the levels that wrappers add."""
     wrappers = {n for n, m in model.named_modules() if any(c.__name__ in _WRAPPERS for c in type(m).__mro__)}
     names: dict[Tensor, str] = {}
     for name, parameter in model.named_parameters():
