@@ -273,7 +273,7 @@ def method_page(name: str) -> str:
         MARK,
         f"# {title}: `{name}`",
         prose(method.summary),
-        f"**When to use it.** {prose(when)}" if (when := getattr(method, "when", "")) else "",
+        f"**When to use it.** {prose(method.when)}",
         "```text\n" + "\n".join(re.split(r",  |;  ", method.formula)) + "\n```",
         prose(legend),
         *use(name, recipe),
@@ -527,8 +527,7 @@ def details(method: Method) -> list[str]:
 
 def differences(name: str, method: Method) -> list[str]:
     """The note of a method, and how far public code differs in numbers."""
-    note = re.sub(r"; see \[below\]\(#\S+\)", "", method.note)
-    pieces = [prose(f"{capital(note)}.")] if note else []
+    pieces = [prose(f"{capital(method.note)}.")] if method.note else []
     page = ROOT / PAGES / "published-code.md"
     rows = []
     for line in page.read_text(encoding="utf-8").splitlines() if page.is_file() else ():

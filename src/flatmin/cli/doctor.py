@@ -38,7 +38,7 @@ EXTRAS = (
     Extra("vision", "timm", "models of timm and torchvision; class folders of images, which need Pillow alone"),
     Extra("lightning", "lightning", "flatmin.integrations.lightning"),
     Extra("hf", "transformers", "flatmin.integrations.hf, and Accelerate"),
-    Extra("skorch", "skorch", "skorch nets; see docs/loops/frameworks.md"),
+    Extra("skorch", "skorch", "skorch nets; see docs/loops/skorch.md"),
     Extra("tensorboard", "tensorboard", "TensorBoard files of `flatmin train`"),
     Extra("wandb", "wandb", "runs of `flatmin train` in Weights & Biases"),
     Extra("mlflow", "mlflow-skinny", "runs of `flatmin train` in MLflow"),

@@ -244,10 +244,9 @@ def trajectory(
     known: Tensor | None = None,
     reduction: Literal["mean", "none"] = "mean",
 ) -> Tensor:
-    r"""The trajectory loss of MESA and SAF: how far the outputs have moved away from earlier outputs.
+    """The trajectory loss of MESA and SAF: how far the outputs have moved away from earlier outputs.
 
-    .. math::
-        \tau^2 \frac{1}{B} \sum_i \mathrm{KL}(\mathrm{softmax}(r_i / \tau) \,\|\, \mathrm{softmax}(z_i / \tau))
+        tau^2 mean_i KL(softmax(r_i / tau) || softmax(z_i / tau))
 
     r is a constant, so the gradient in z_i is (tau / B)(softmax(z_i / tau) - softmax(r_i / tau)). The loss to train
     with is CE + lam * trajectory. For MESA, r are the outputs of averaged weights (`flatmin.optim.WeightAverage`); for

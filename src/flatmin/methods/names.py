@@ -40,15 +40,15 @@ _AMBIGUOUS = {
     "ssam": "write 'ssam-f' or 'ssam-d' for Sparse SAM, 'bernoulli' for stochastically scheduled SAM (SS-SAM)",
 }
 
-# Methods that are no recipes: what they are instead, and where. docs/methods/index.md is written from it.
+# Methods that are no recipes: what they are instead, and where. README and docs/methods/index.md are written from it.
 ELSEWHERE: Mapping[str, str] = {
     "mesa": (
         "a term of the loss: flatmin.methods.losses.trajectory with the outputs of flatmin.optim.WeightAverage, "
-        "in docs/loops/index.md"
+        "in docs/methods/trajectory-loss.md"
     ),
     "saf": (
         "a term of the loss: flatmin.methods.losses.trajectory with the logits of flatmin.optim.RecordedLogits, "
-        "in docs/loops/index.md"
+        "in docs/methods/trajectory-loss.md"
     ),
     "flat-lora": "noise on frozen weights around a plain step: flatmin.optim.FlatLoRA, in docs/loops/adapters.md",
     "lora-sam": "'sam' with the adapters in the base's param groups, in docs/loops/adapters.md",

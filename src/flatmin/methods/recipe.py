@@ -70,8 +70,15 @@ class Recipe:
     from the parts is computed once, at construction.
 
     Args:
-        objective, direction, geometry, mask, radius, schedule, inner_loop, samples, combine: the parts; see
-            `flatmin.methods`. Default: SAM's.
+        objective: the loss that is climbed. Default: the loss of the batch.
+        direction: along what the weights are displaced. Default: the gradient.
+        geometry: the norm in which rho is a length. Default: Euclidean.
+        mask: which entries are displaced. Default: all.
+        radius: the length of the displacement. Default: rho of the param group.
+        schedule: on which steps the method ascends. Default: all.
+        inner_loop: at which points gradients are taken. Default: one, at w + eps.
+        samples: which samples count in the descent. Default: all.
+        combine: what the base optimizer gets. Default: the gradient at w + eps.
         name: the name in tables and messages. Default "recipe".
 
     Attributes:

@@ -168,12 +168,11 @@ def _refuse_shared(layer: _Layer, model: nn.Module) -> None:
 
 
 class FlatLoRA:
-    r"""Trains low-rank adapters with noise on the frozen weights below them, at one gradient a step.
+    """Trains low-rank adapters with noise on the frozen weights below them, at one gradient a step.
 
-    .. math::
-        W' = W + E,\quad E_{ij} \sim N(0, \sigma_i^2),\quad
-        \sigma_i = f \rho \frac{\|(W + s B A)_i\|_2}{\sqrt{n_{in}}},\quad
-        f = \frac{1 - \cos(\pi \min(t, T) / T)}{2}
+        W' = W + E,   E_ij ~ N(0, sigma_i^2)
+        sigma_i = f rho ||(W + s B A)_i||_2 / sqrt(n_in)
+        f = (1 - cos(pi min(t, T) / T)) / 2
 
     for update t = 0, 1, ... and row i, which belongs to one output. Use it as a context around all forward and backward
     passes of an update, with any optimizer of the adapters. On leaving, W is restored bit for bit, also after an

@@ -10,10 +10,9 @@ from torch import Tensor, distributed
 
 
 class RecordedLogits:
-    r"""Stores the logits of every training sample in the last epochs, by the sample's index.
+    """Stores the logits of every training sample in the last epochs, by the sample's index.
 
-    .. math::
-        r_i = z_i \text{ as recorded E epochs ago}
+        r_i = z_i as recorded E epochs ago
 
         >>> import torch
         >>> from flatmin.methods.losses import trajectory

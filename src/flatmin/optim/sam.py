@@ -61,11 +61,11 @@ NonFinite = Literal["skip", "raise", "propagate"]
 
 
 class SAM(Optimizer):
-    r"""Sharpness-aware minimisation around a base optimizer. It runs any recipe; the default is SAM.
+    """Sharpness-aware minimisation around a base optimizer. It runs any recipe; the default is SAM.
 
-    .. math::
-        \epsilon = \rho \frac{g}{\|g\|_2 + \mathrm{eps}},\quad g = \nabla L(w),\qquad
-        w \leftarrow \text{base step at } w \text{ with } \nabla L(w + \epsilon)
+        g = grad L(w)
+        epsilon = rho g / (||g||_2 + eps)
+        w <- base step at w with grad L(w + epsilon)
 
     It is a `torch.optim.Optimizer` and shares param groups, defaults, hooks and state with the base optimizer, so
     schedulers, gradient clipping, checkpoints, `deepcopy` and `pickle` work as usual. `rho` is an option of each param
