@@ -367,7 +367,8 @@ class SANER(Combine):
     Raises:
         ValueError: out of range.
 
-    Source: README of the SANER repository (Luong and co-authors).
+    Source: Luong et al., Understanding SAM's Robustness to Noisy Labels through Gradient Down-weighting, AISTATS 2026,
+    and the README of the authors' repository.
 
     Example:
         >>> import flatmin

@@ -347,10 +347,13 @@ BUILT_IN = (
         title="SANER",
         parts=(combine.SANER(),),
         formula="u = g_s (1 - alpha 1[0 < g_s / g < 1])",
-        paper="Luong and co-authors, SANER (repository lhchau/saner)",
-        url="",
+        paper=(
+            "Luong, Nguyen, Tran & Tran, Understanding SAM's Robustness to Noisy Labels through Gradient Down-weighting, "
+            "AISTATS 2026"
+        ),
+        url="https://arxiv.org/abs/2411.17132",
         summary="SAM that damps the entries whose gradient became smaller at w + eps without changing sign.",
-        when="For research: which entries of SAM's gradient matter.",
+        when="When many training labels are wrong and SAM still memorises them.",
         note="no warm-up by default; the original waits for a quarter of the training",
     ),
     Method(
