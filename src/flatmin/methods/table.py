@@ -348,8 +348,8 @@ BUILT_IN = (
         parts=(combine.SANER(),),
         formula="u = g_s (1 - alpha 1[0 < g_s / g < 1])",
         paper=(
-            "Luong, Nguyen, Tran & Tran, Understanding SAM's Robustness to Noisy Labels through Gradient Down-weighting, "
-            "AISTATS 2026"
+            "Luong, Nguyen, Tran & Tran, Understanding SAM's Robustness to Noisy Labels through Gradient "
+            "Down-weighting, AISTATS 2026"
         ),
         url="https://arxiv.org/abs/2411.17132",
         summary="SAM that damps the entries whose gradient became smaller at w + eps without changing sign.",
