@@ -24,8 +24,11 @@ TRACKERS_STAMP := $(TRACKERS_VENV)/.flatmin-installed
 EXECUTORS_VENV  ?= $(VENV)-executors
 EXECUTORS_STAMP := $(EXECUTORS_VENV)/.flatmin-installed
 
+RELEASE_VENV  ?= $(VENV)-release
+RELEASE_STAMP := $(RELEASE_VENV)/.flatmin-installed
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo docs generate test test-all test-frameworks test-vision test-trackers test-executors mutants lint types bench clean
+.PHONY: help setup demo docs generate test test-all test-frameworks test-vision test-trackers test-executors mutants lint types bench release-check clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -80,6 +83,15 @@ $(EXECUTORS_STAMP): pyproject.toml constraints.txt
 
 test-executors: $(EXECUTORS_STAMP) ## the tests with Ray and submitit, which CI leaves out; ARGS="-m slow": 200 runs each
 	$(EXECUTORS_VENV)/bin/python -m pytest tests/executors -m "not slow" $(ARGS)
+
+# The tools that build a release and check it.
+$(RELEASE_STAMP): constraints.txt
+	@test -x $(RELEASE_VENV)/bin/python || $(PYTHON) -m venv $(RELEASE_VENV)
+	$(RELEASE_VENV)/bin/python -m pip install --quiet -c constraints.txt build twine
+	@touch $@
+
+release-check: $(RELEASE_STAMP) ## build sdist and wheel, check them, and try the wheel in a new environment; some minutes
+	$(RELEASE_VENV)/bin/python tools/release_check.py $(ARGS)
 
 OTHERS := $(FRAMEWORKS_STAMP) $(VISION_STAMP) $(TRACKERS_STAMP) $(EXECUTORS_STAMP)
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from flatmin.optim import SAM, Criterion, base_state_dict, value_and_grad, wrap
     from flatmin.train.saved import load
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     "SAM": "flatmin.optim",

@@ -220,6 +220,7 @@ def test_a_copy_of_model_and_optimizer_stays_paired(method, how):
     ],
     ids=["cosine", "one cycle", "warm-up then steps"],
 )
+@pytest.mark.filterwarnings("ignore:The epoch parameter in:UserWarning")  # torch 2.6: SequentialLR passes it itself
 @pytest.mark.parametrize("on_base", [False, True])
 def test_schedulers_give_the_base_its_rates_and_resume(make, on_base):
     """The wrapper's learning rates are those of a plain base, before and after a checkpoint."""
