@@ -80,7 +80,7 @@ def test_options_reach_the_runs(tmp_path):
     ("words", "message"),
     [
         (["--preset", "smok"], r"did you mean 'smoke'"),
-        (["epoch=3"], r"no arm has 'epoch' to set; did you mean 'epochs'"),
+        (["epoch=3"], r"no arm has a setting 'epoch'; did you mean 'epochs'"),
         (["-m", "samm"], r"unknown method 'samm'; did you mean 'sam'"),
         (["epochs=many"], r"epochs=many is not a whole number"),
         (["--data", "no_such_package:f"], r"no module 'no_such_package'"),

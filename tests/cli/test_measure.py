@@ -344,7 +344,7 @@ class TestSeveral:
         (row,) = re.findall(r"^lambda_1 .*$", said, re.MULTILINE)
         verdict = "not significant" if abs(mean) <= half else "flatter" if mean < 0 else "sharper"
         assert with_error(mean, half) in row and row.rstrip().endswith(verdict)
-        assert "Nets: sgd 2, sam 2. Mean ± 95 % t interval over the seeds" in " ".join(said.split())
+        assert "Networks: sgd 2, sam 2. Values are means ± 95 % t intervals over the seeds" in " ".join(said.split())
 
     def test_a_line_a_net(self, several, folders):
         lines = [line for line in several[1].splitlines() if line.startswith("[")]
@@ -395,7 +395,7 @@ class TestStudy:
         assert nets == [("SAM", 0), ("SAM", 1)] and "SAM: 2 of 3 seeds are finished." in said
 
     def test_the_folder_of_its_runs(self, study, refused):
-        assert "two nets of seed" in refused(study[1], "--what", "model", "--workers", 0), "all radii are there"
+        assert "two networks with seed" in refused(study[1], "--what", "model", "--workers", 0), "all radii are there"
 
     def test_refusals(self, study, refused, tmp_path):
         file, runs = study
@@ -435,7 +435,7 @@ class TestRefusals:
             assert "by name holds no weights" in refused("by name")
         assert "is not a run: there is no config.json in it" in refused(tmp_path)
         assert "is not a run" in refused(folder.parent), "the folder of the runs"
-        assert "leave out --model and --data" in refused(folder, "--model", "mlp")
+        assert "leave out --model, --data and --key" in refused(folder, "--model", "mlp")
         assert "name its network and data with --model and --data" in refused(weights)
         assert "with --model and --data" in refused(weights, "--model", "mlp")
         assert "name at least one run folder or file of weights" in refused("top=3")
@@ -490,7 +490,9 @@ class TestRefusals:
             patch.setitem(sys.modules, "matplotlib.figure", None)
             for option in (("--png",), ("--figures", "svg")):
                 assert "pip install 'flatmin[plot]'" in refused(folders["sgd", 0], *option)
-        assert "figures are written as svg, pdf, png" in refused(folders["sgd", 0], "--figures", "jpg")
+        assert "the formats of figures must be one or more of svg, pdf, png" in refused(
+            folders["sgd", 0], "--figures", "jpg"
+        )
         with monkeypatch.context() as patch:
             patch.setattr("importlib.util.find_spec", lambda name: None)
             assert "pip install 'flatmin[report]'" in refused(folders["sgd", 0])
@@ -502,7 +504,7 @@ class TestRefusals:
     def test_two_runs_of_one_arm_and_seed(self, refused, folders, tmp_path):
         copy, given = shutil.copytree(folders["sgd", 0], tmp_path / "sgd-copy"), ("--what", "model", "--workers", 0)
         said = refused(folders["sgd", 0], copy, *given)
-        assert "'sgd' has two nets of seed 0; leave one of them out." in said and "their settings are the same" in said
+        assert "'sgd' has two networks with seed 0; leave one out." in said and "their settings are the same" in said
         config = json.loads((copy / "config.json").read_text(encoding="utf-8"))
         (copy / "config.json").write_text(json.dumps({**config, "lr": 0.05, "momentum": 0.5}), encoding="utf-8")
         said = refused(folders["sgd", 0], copy, *given)
@@ -553,7 +555,10 @@ class TestWhatFails:
         torch.save({k: torch.ones_like(v) for k, v in state.items()}, paths[2])
         given = ("--model", "tests.cli.test_measure:deadly", "--data", "tests.user_side:data", "--no-page")
         said = invoke(tmp_path / "out", *paths, *given, "--what", "model", "--workers", 1, status=3)
-        assert "deadly could not be measured: its process ended while it measured, often because memory ran out" in said
+        assert (
+            "deadly could not be measured: its process ended during the measurement, often because memory ran out"
+            in said
+        )
         assert "other could not be measured: the weights in" in said and "do not fit the model" in said
         assert files(tmp_path / "out") == ["good.json", "measures.csv", "measures.json"]
 
@@ -726,4 +731,4 @@ def test_what_some_net_lacks_is_said(folders, tmp_path, monkeypatch):
     said = invoke(tmp_path, *paths, "--what", "model", "--no-page", "--workers", 0, status=3)
     assert f"error rate is missing for {paths[1].name}: ValueError: no classes here." in " ".join(said.split())
     assert re.search(r"^error_rate \* +0\.\d+ +- +- *$", said, re.MULTILINE), "that of the other is shown"
-    assert "error_rate of 1 of 2 nets" in " ".join(said.split())
+    assert "error_rate from 1 of 2 networks" in " ".join(said.split())

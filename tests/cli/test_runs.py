@@ -119,7 +119,7 @@ class TestList:
 
     def test_a_run_that_goes_on(self, runs):
         with hold(runs / "stopped"):
-            assert re.search(r"^stopped +.* going on", invoke("runs", "list"), re.MULTILINE)
+            assert re.search(r"^stopped +.* running", invoke("runs", "list"), re.MULTILINE)
 
     def test_a_page_is_no_work_on_the_run(self, runs):
         (runs / "good" / "show.html").write_text("page")
@@ -188,19 +188,19 @@ class TestRemove:
         other = tmp_path / "model"
         other.mkdir()
         (other / "config.json").write_text('{"method": "sam", "architectures": ["x"]}')
-        assert "model is not a run (there is no env.json in it); nothing was removed." in refused(
+        assert "model is not a run (it has no env.json); nothing was removed." in refused(
             "runs", "rm", "good", other, "--yes"
         )
-        assert "is not a run (there is no config.json in it)" in refused("runs", "rm", runs, "--yes")
+        assert "is not a run (it has no config.json)" in refused("runs", "rm", runs, "--yes")
         assert "there is no run 'goood'" in refused("runs", "rm", "goood", "--yes")
         (tmp_path / "link").symlink_to(runs / "good")
-        assert "link is not a run (a link)" in refused("runs", "rm", tmp_path / "link", "--yes")
+        assert "link is not a run (it is a link)" in refused("runs", "rm", tmp_path / "link", "--yes")
         assert (runs / "good").is_dir() and other.is_dir()
 
     def test_a_run_that_goes_on_stays(self, runs, refused):
         with hold(runs / "stopped"):
             said = refused("runs", "rm", "good", "stopped", "--yes")
-            assert "the run in flatmin-runs/runs/stopped is going on; stop it first, or add --force" in said
+            assert "flatmin-runs/runs/stopped is still running; stop it first, or add --force" in said
             assert (runs / "good").is_dir() and (runs / "stopped").is_dir()
             invoke("runs", "rm", "stopped", "--yes", "--force")
         assert not (runs / "stopped").exists()

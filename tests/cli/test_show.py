@@ -125,7 +125,7 @@ class TestOneRun:
         folder = home / "flatmin-runs" / "runs" / "stopped"
         assert "1 of 3 epochs, stopped." in invoke("stopped", "--no-page")
         with hold(folder):
-            assert "1 of 3 epochs, going on." in invoke("stopped", "--no-page")
+            assert "1 of 3 epochs, running." in invoke("stopped", "--no-page")
             invoke("stopped")
 
 
@@ -135,7 +135,7 @@ class TestSeveral:
         assert "3 runs: 1 finished, 1 failed, 1 stopped." in said
         assert re.search(r"^lr +0\.1 +1e\+30 +0\.1 *$", said, re.MULTILINE)
         assert said.endswith("Page: flatmin-runs/show.html\n") and pages(home) == ["flatmin-runs/show.html"]
-        assert "<h2>What differs</h2>" in (home / "flatmin-runs/show.html").read_text()
+        assert "<h2>Differences</h2>" in (home / "flatmin-runs/show.html").read_text()
 
     def test_runs_of_a_comparison(self, home):
         folders = sorted((home / "study" / "runs").iterdir())
@@ -152,7 +152,7 @@ class TestRefusals:
         assert "there is no run 'ful', neither a folder nor a name in flatmin-runs/runs; did you mean 'full'?" in (
             refused("ful")
         )
-        assert "study is not a run: there is no config.json in it" in refused("study")
+        assert "study is not a run folder: it has no config.json." in refused("study")
 
     def test_a_damaged_run(self, home, refused):
         metrics = home / "flatmin-runs" / "runs" / "stopped" / "metrics.jsonl"

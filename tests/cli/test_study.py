@@ -321,7 +321,7 @@ def test_the_list_has_every_study(tmp_path, monkeypatch):
     [
         (["empirica"], "flatmin: unknown preset 'empirica'; did you mean 'empirical'?"),
         (["nowhere.toml"], "flatmin: preset file 'nowhere.toml' does not exist."),
-        (["empirical", "epohcs=3"], "flatmin: study empirical: no arm has 'epohcs' to set; did you mean 'epochs'?"),
+        (["empirical", "epohcs=3"], "flatmin: study empirical: no arm has a setting 'epohcs'; did you mean 'epochs'?"),
     ],
 )
 def test_mistakes_are_one_sentence(words, message, capsys, tmp_path, monkeypatch):
@@ -340,7 +340,10 @@ def test_honest_baselines_and_a_radius_chosen_on_validation(study, tmp_path):
     assert [arm for arm, _ in rows] == ["SGD", "SAM", "SGD, more weight decay", "SGD, averaged", "SGD, 2x epochs"]
     sam = next(row for (arm, _), row in rows.items() if arm == "SAM")
     assert sam["chosen"] == f"rho={sam['rho']}" in ("rho=0.1", "rho=0.2") and sam["equal_diff"]
-    assert "Equal grads: against plain training" in result.output and "is chosen by mean validation" in result.output
+    assert (
+        "'equal grads' is the difference from plain training" in result.output
+        and "is chosen by mean validation" in result.output
+    )
 
 
 def test_runs_that_diverged_are_done_again_when_asked(study, file, tmp_path):
@@ -374,7 +377,7 @@ def test_the_page_can_be_left_out(study, tmp_path):
             "the runs use the CPU and need no GPU: set device=",
         ),
         (("--table", "up/there"), "--table 'up/there' cannot be the name of a file or folder: it is a path"),
-        (("--choose", "rhoo"), "rhoo cannot be chosen because it is not an axis"),
+        (("--choose", "rhoo"), "rhoo cannot be chosen, because it is not an axis"),
     ],
 )
 def test_bad_options_are_one_sentence_before_any_work(file, tmp_path, words, message, capsys):

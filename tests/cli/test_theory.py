@@ -96,7 +96,7 @@ def test_all_takes_less_than_a_minute_of_work(tmp_path):
 
 def test_check_prints_the_verdict():
     said = output("check", "0.1", "0.1", "--on", "quadratic:1,4")
-    assert "theorem: none applies" in said and "distance to the minimiser in the end: 0.025" in said
+    assert "theorem: none applies" in said and "final distance from the minimiser: 0.025" in said
     said = output("check", "diminish1", "0.1", "--class", "convex, L=4, unique")
     assert "theorem: Theorem 3.2 (SAM, convex)" in said and said.count("follows") == 5
     said = output("check", "0.1", "0.1", "--class", "L=4", "--method", "usam")

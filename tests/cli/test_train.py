@@ -322,7 +322,7 @@ class TestAgainAndResume:
         assert refused(capsys, path, "--resume", "lr=0.2") == fixed % "lr=0.2"
         assert refused(capsys, path, "--resume", "--name", "y") == fixed % "--name"
         assert "holds this run, finished" in refused(capsys, path, "--resume")
-        words = "flatmin-runs/runs is not a run: there is no config.json in it (runs are in FOLDER/runs)."
+        words = "flatmin-runs/runs is not a run folder: it has no config.json in it (runs are in FOLDER/runs)."
         assert refused(capsys, "flatmin-runs/runs", "--resume") == words
 
     def test_other_settings_under_the_same_name(self, own, capsys):
@@ -337,7 +337,7 @@ class TestAgainAndResume:
             ),
             (
                 ["epochs=9"],
-                "epochs is 4 there and 9 here, and it cannot continue to that: its cosine schedule depends on",
+                "epochs is 4, and 9 here, and it cannot continue to that: its cosine schedule depends on",
             ),
             (["model=tests.user_side:net"], "model is 'train_own:net' there and 'tests.user_side:net' here"),
         ):

@@ -144,13 +144,13 @@ def test_words(made):
 
 class TestBadInput:
     def test_slices(self, made):
-        with pytest.raises(ValueError, match="needs a slice of two directions, got one direction; use profile"):
+        with pytest.raises(ValueError, match="need a slice of two directions, got one direction; use profile"):
             plots.contour(made["line"])
         with pytest.raises(ValueError, match="got a Path; use profile"):
             plots.surface(made["linear"])
-        with pytest.raises(ValueError, match="this slice has two; use contour or surface"):
+        with pytest.raises(ValueError, match="but this has two; use contour or surface"):
             plots.profile(made["plane"])
-        with pytest.raises(ValueError, match="slices and paths have no axis in common"):
+        with pytest.raises(ValueError, match="slices and paths cannot be drawn in one figure"):
             plots.profile({"a": made["line"], "b": made["linear"]})
         with pytest.raises(ValueError, match="there is nothing to draw"):
             plots.profile({})
@@ -165,7 +165,7 @@ class TestBadInput:
         with pytest.raises(ValueError, match="levels must be at least 2"):
             plots.contour(made["plane"], levels=1)
         for bad in ([1.0], [2.0, 1.0]):
-            with pytest.raises(ValueError, match="levels must rise"):
+            with pytest.raises(ValueError, match="levels must be at least two numbers in ascending order"):
                 plots.contour(made["plane"], levels=bad)
 
     def test_nothing_finite_or_nothing_done(self, made):
@@ -180,7 +180,7 @@ class TestBadInput:
     def test_a_logarithm_of_what_is_not_positive(self, made):
         line = copy.deepcopy(made["line"])
         line.loss[0] = -1.0
-        with pytest.raises(ValueError, match="a logarithmic scale needs positive values"):
+        with pytest.raises(ValueError, match="log=True needs positive values"):
             plots.profile(line, log=True)
         plots.profile(line)
 
@@ -208,7 +208,7 @@ class TestBadInput:
             ({}, "no finite value"),
             ({"a": ([1.0], [math.nan])}, "no finite value"),
             ({"a": ([1.0],)}, r"must be \(x, y\) or \(x, y, error\), got 1"),
-            ({"a": ([1.0], [1.0, 2.0])}, "lists of one length"),
+            ({"a": ([1.0], [1.0, 2.0])}, "lists of the same length"),
             ({"a": ([1.0], [1.0], [-1.0])}, "negative error"),
         ):
             with pytest.raises(ValueError, match=sentence):

@@ -11,7 +11,7 @@ from rich.console import Console
 from flatmin.report import html as page
 from flatmin.report.runs import figures as history_figures
 from flatmin.report.runs.curves import charts
-from flatmin.report.runs.history import FAILED, FINISHED, GOING_ON, STOPPED, read, read_all
+from flatmin.report.runs.history import FAILED, FINISHED, RUNNING, STOPPED, read, read_all
 from flatmin.report.runs.numbers import differences, quantities_of, troubles, typed
 from flatmin.report.runs.page import render
 from flatmin.report.runs.terminal import BLOCKS, print_runs, sparkline
@@ -88,7 +88,7 @@ class TestReading:
         folder = make(tmp_path / "a", epochs=2)
         with hold(folder):
             run = read(folder)
-        assert (run.state, len(run.lines), run.chosen.text) == (GOING_ON, 2, "2, best on validation so far")
+        assert (run.state, len(run.lines), run.chosen.text) == (RUNNING, 2, "2, best on validation so far")
         assert read(folder).state == STOPPED
 
     def test_a_line_that_is_being_written(self, tmp_path):
@@ -130,10 +130,14 @@ class TestReading:
         ("file", "content", "sentence"),
         [
             ("metrics.jsonl", '{"epoch": 1\n', r"line 1 of .*metrics\.jsonl is damaged"),
-            ("metrics.jsonl", '{"epoch": 1}\n', r"line 1 of .*metrics\.jsonl is damaged: it is no epoch"),
+            ("metrics.jsonl", '{"epoch": 1}\n', r"line 1 of .*metrics\.jsonl is damaged: it is not an epoch"),
             ("metrics.jsonl", "\xff\n", r"line 1 of .*metrics\.jsonl is damaged"),
             ("steps.jsonl", '{"step": 1}\n[]\n', r"line 2 of .*steps\.jsonl is damaged"),
-            ("measures.jsonl", '{"step": "x"}\n', r"line 1 of .*measures\.jsonl is damaged: it is no table of numbers"),
+            (
+                "measures.jsonl",
+                '{"step": "x"}\n',
+                r"line 1 of .*measures\.jsonl is damaged: it is not a table of numbers",
+            ),
             ("result.json", "{", r"result\.json cannot be read: truncated or damaged"),
             ("config.json", "{", r"cannot be read: truncated or damaged"),
             ("config.json", "[]", r"cannot be read: config\.json holds no table"),
@@ -152,7 +156,7 @@ class TestReading:
     def test_no_run(self, tmp_path):
         with pytest.raises(ValueError, match="there is no folder"):
             read(tmp_path / "absent")
-        with pytest.raises(ValueError, match=r"is not a run: there is no config\.json in it"):
+        with pytest.raises(ValueError, match=r"is not a run folder: it has no config\.json"):
             read(tmp_path)
 
     def test_each_once_and_with_names_that_differ(self, tmp_path, finished):
@@ -218,7 +222,8 @@ class TestNumbers:
         runs = read_all(several)
         assert troubles(runs) == [
             "two failed: the training loss was not finite in step 7.",
-            "There is one run of each: seeds can differ by more than methods do; see `flatmin compare`.",
+            "Each setting has a single run. Seeds can differ more than methods do; `flatmin compare` runs several "
+            "seeds.",
         ]
         odd = result(
             trained=False, train_ce=2.3, chance=2.302, lambda_max={**LAMBDA, "converged": False, "residual": 0.2}
@@ -226,7 +231,7 @@ class TestNumbers:
         best = dataclasses.replace(CONFIG, selection="max-test")
         assert troubles([read(make(tmp_path / "odd", ended=odd, config=best))]) == [
             "odd has not learned: its final training loss is at chance level (2.300; chance is 2.302).",
-            "odd chose its weights on the test part; its test accuracy is a biased estimate.",
+            "odd chose its weights on the test part, so its test accuracy is a biased estimate.",
             "lambda_max of odd has not converged (relative residual 2e-01).",
         ]
 
@@ -277,7 +282,7 @@ class TestPage:
     def test_several_runs(self, several):
         text = render(read_all(several))
         outline, everything = Outline(text), "\n".join(Outline(text).text)
-        assert headings(text)[0] == "What differs" and "Settings that all have" in headings(text)
+        assert headings(text)[0] == "Differences" and "Common settings" in headings(text)
         assert "3 runs: 1 finished, 1 failed, 1 stopped." in everything
         assert "two failed: the training loss was not finite in step 7." in everything
         assert "direction.theta" in everything and "not set" in everything
@@ -294,11 +299,11 @@ class TestPage:
         folders = [make(tmp_path / f"r{i}", config=dataclasses.replace(CONFIG, seed=i, lr=0.1 + i)) for i in range(12)]
         text = render(read_all(folders))
         assert text.count('<th scope="col"') < 40 and "r11" in text
-        assert "What differs" in headings(text)
+        assert "Differences" in headings(text)
 
     def test_runs_with_the_same_settings(self, tmp_path):
         text = render(read_all([make(tmp_path / "a"), make(tmp_path / "b")]))
-        assert "Nothing: the settings are the same." in text
+        assert "The settings are the same in all runs." in text
 
     def test_before_the_first_epoch(self, several):
         text = render([read(several[2])])
@@ -377,12 +382,12 @@ class TestTerminal:
         assert re.search(r"^test % +78\.00 *$", text, re.MULTILINE)
         assert re.search(r"^train loss +2\.000 +█▃▁ +0\.667 *$", text, re.MULTILINE)
         assert re.search(r"^val % +50\.0 +▁█▆ +70\.0 *$", text, re.MULTILINE)
-        assert "what differs" not in text
+        assert "differences" not in text
 
     def test_several_runs(self, several):
         text = said(read_all(several))
         assert re.search(r"^ +one +two +three *$", text, re.MULTILINE)
-        assert re.search(r"^what differs +one +two +three *$", text, re.MULTILINE)
+        assert re.search(r"^differences +one +two +three *$", text, re.MULTILINE)
         assert re.search(r"^direction\.theta +not set +0\.8 +not set *$", text, re.MULTILINE)
         assert "two failed: the training loss was not finite in step 7." in " ".join(text.split())
 

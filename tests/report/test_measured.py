@@ -131,9 +131,9 @@ class TestCompare:
         found = {row.quantity.name: row for row in rows}
         assert list(found) == ["lambda_1", "trace", "frobenius"]
         assert {name: row.notes for name, row in found.items()} == {
-            "lambda_1": ("of 2 of 3 nets",),
-            "trace": ("of 2 of 3 nets",),
-            "frobenius": ("of 1 of 3 nets",),
+            "lambda_1": ("from 2 of 3 networks",),
+            "trace": ("from 2 of 3 networks",),
+            "frobenius": ("from 1 of 3 networks",),
         }
         assert found["lambda_1"].difference["sam"].values == (0.0,) and found["lambda_1"].groups["sam"].n == 1
         assert set(found["frobenius"].groups) == {"sam"} and found["frobenius"].difference == {}
@@ -153,9 +153,9 @@ class TestCompare:
         assert row.verdict("sam") == "not significant" and stat_text(row.difference["sam"]) == "0.25"
 
     def test_refusals(self):
-        with pytest.raises(ValueError, match="there is no net to compare"):
+        with pytest.raises(ValueError, match="there is no network to compare"):
             compare_reports([])
-        with pytest.raises(ValueError, match="'sam' has two nets of seed 3"):
+        with pytest.raises(ValueError, match="'sam' has two networks with seed 3"):
             compare_reports([made("sam", seed, quantity()) for seed in (1, 3, 3)])
 
     def test_conventions_that_differ_are_told(self):
@@ -252,8 +252,8 @@ class TestPage:
     def test_several_nets(self, real):
         outline = Outline(render(real, environment=ENVIRONMENT))
         words = "\n".join(outline.text)
-        assert "Measures: sgd and sam" in outline.text and "Nets: sgd (2), sam (2)." in words
-        assert {"sam - sgd", "error of one net"} <= set(outline.text)
+        assert "Measures: sgd and sam" in outline.text and "Networks: sgd (2), sam (2)." in words
+        assert {"sam - sgd", "measurement error"} <= set(outline.text)
         rows = compare_reports(real)
         assert {row.verdict("sam") for row in rows} >= {"not significant"}
         for row in rows:
@@ -314,7 +314,7 @@ class TestPage:
     def test_figures_show_the_first_seed(self, real):
         text = render(list(reversed(real)), environment={})
         (ends,) = (t for t in Outline(text).specs[0]["data"] if t.get("name") == "sgd, largest")
-        assert "that of the first seed" in text
+        assert "the network of the first seed of each group" in text
         assert ends["y"] == real[2].report.result("eigenvalues").top.tolist()
 
 
@@ -380,7 +380,7 @@ class TestPicture:
         assert path.stat().st_size > 10_000
 
     def test_another_ending(self, tmp_path):
-        with pytest.raises(ValueError, match=r"written as \.svg, \.pdf, \.png, got 'a\.jpg'"):
+        with pytest.raises(ValueError, match=r"must end in \.svg, \.pdf, \.png, got 'a\.jpg'"):
             draw_report.save(made("sgd", 0, quantity()), tmp_path / "a.jpg")
         assert not list(tmp_path.iterdir())
 
@@ -420,5 +420,5 @@ def test_everything_as_json(real):
 
 def test_the_sentence_of_a_net():
     assert sentence([made("sgd", 0)]) == (
-        "Mean cross_entropy over 50 examples (train), eval mode, weight decay 0, 7 weights (*), float32."
+        "Mean cross_entropy over 50 examples (train), eval mode, weight decay 0, 7 weights, float32."
     )

@@ -186,7 +186,7 @@ def test_one_rule_for_colours():
 
 def test_lengths_that_differ_are_refused():
     for bad in ({"y": [1.0]}, {"y_interval": ([1.0], [1.0, 2.0])}, {"hover": ["one"]}):
-        with pytest.raises(ValueError, match="'a' must have one length, got"):
+        with pytest.raises(ValueError, match="'a' must have the same length, got"):
             Series(**({"label": "a", "x": [1.0, 2.0], "y": [1.0, 2.0]} | bad))
 
 
@@ -256,9 +256,9 @@ class TestFiles:
     def test_endings(self, made, tmp_path):
         assert endings("svg, PDF,.png,svg") == (".svg", ".pdf", ".png")
         for bad in ("", ",", "jpg", "svg,html"):
-            with pytest.raises(ValueError, match="figures are written as svg, pdf, png"):
+            with pytest.raises(ValueError, match="the formats of figures must be one or more of svg, pdf, png"):
                 endings(bad)
-        with pytest.raises(ValueError, match=r"written as \.svg, \.pdf, \.png, got 'a\.jpg'"):
+        with pytest.raises(ValueError, match=r"must end in \.svg, \.pdf, \.png, got 'a\.jpg'"):
             plots.save(KINDS, tmp_path / "a.jpg")
 
     def test_without_matplotlib_the_extra_is_named(self, monkeypatch, tmp_path):

@@ -206,7 +206,7 @@ class TestTable:
         for row in tables.body(table):
             for cell in row:
                 assert cell == tables.ABSENT or all(part in shown for part in cell.replace("±", "").split())
-        assert "4 arms, 14 rows, results of 42 of 42 runs, seeds 0, 1, 2. Source: a paper." in shown
+        assert "4 arms, 14 rows, 42 of 42 runs with a result, seeds 0, 1, 2. Source: a paper." in shown
 
     def test_nothing_is_bold(self, make, small_plotly):
         outline = Outline(render(make()))
@@ -244,7 +244,7 @@ class TestTable:
 
         monkeypatch.setattr(study_figures, "over_cost", broken)
         outline = Outline(render(table))
-        assert "what the accuracy costs could not be drawn: ZeroDivisionError: no scale" in "".join(outline.text)
+        assert "accuracy over cost could not be drawn: ZeroDivisionError: no scale" in "".join(outline.text)
         assert 0 < len(outline.specs) == count - 1
 
 
@@ -300,7 +300,7 @@ class TestRho:
             "Accuracy over the radius, L2": {"SGD", "SAM", "BiSAM (tanh)", "BiSAM (-log)"},
             "Accuracy over the radius, Adaptive": {"SGD", "ASAM"},
         }
-        assert "Radii of different geometries do not compare" in section.caption
+        assert "Radii in different geometries cannot be compared" in section.caption
         assert [chart.x.label for chart in section.figures] == ["rho (L2)", "rho (Adaptive)"]
 
     def test_a_chosen_radius_is_shown_by_what_it_was_chosen_by(self, make):
@@ -327,7 +327,7 @@ class TestCost:
         marks = [one for one in only(study_figures.over_cost(table, StudyStyle(table))) if one.kind == "marks"]
         for row, one in zip(table.rows, marks, strict=True):
             assert one.x[0] == pytest.approx(row.budget, rel=0.05)
-            assert f"{row.budget:.0f} gradients" in one.hover[0]
+            assert f"{row.budget:.0f} gradient evaluations" in one.hover[0]
             assert one.y == [row.columns["test_acc"].stat.mean]
         assert {round(row.budget / row.gradients) for row in table.rows} == {UPDATES}
 
@@ -435,7 +435,7 @@ class TestCurves:
     def test_misclassified_is_scaled_to_the_epoch(self, make):
         table = make(text=SMALL)
         section = study_curves.under_perturbation(table, StudyStyle(table))
-        (wrong,), (flipped,) = only(section, "Misclassified at w + ε"), only(section, "Flipped by the ascent")
+        (wrong,), (flipped,) = only(section, "Misclassified at w + ε"), only(section, "Misclassified only at w + ε")
         assert wrong.group == "SAM", "plain training has no w + eps"
         # Two lines an epoch of 10 + i + seed samples, 15 updates, mean of the seeds 0, 1, 2.
         assert wrong.x == [1, 2] and wrong.y == pytest.approx([11.5 * 15, 13.5 * 15])
@@ -583,7 +583,10 @@ class TestRecorded:
         assert line.x == [2, 4, 6] and line.y == pytest.approx([2e-2, 2e-4, 2e-6]) and line.band
         assert named(section)["m_sharpness"].y.log
         assert line_of(section, "odd", "SGD").x == [4, 6], "a word is no point"
-        told = "on 1000 training samples. The l2 radius is 0.05. m_sharpness is the mean over groups of 8."
+        told = (
+            "on 1000 training samples. The names are those of flatmin measure. The l2 radius is 0.05. m_sharpness is "
+            "the mean over groups of 8."
+        )
         assert told in section.caption
 
     def test_only_what_the_study_asks_for(self, make):
@@ -611,7 +614,7 @@ class TestFiles:
             "accuracy-over-the-radius-model-mlp.svg", "accuracy-over-the-radius-model-conv.svg",
         ]  # fmt: skip
         costs = {f"accuracy-over-cost-rho-0-{rho}-model-{model}.svg" for rho in (1, 2) for model in ("mlp", "conv")}
-        assert costs <= set(names) and "what-bisam-climbs.svg" in names
+        assert costs <= set(names) and "surrogate-of-the-0-1-loss-in-bisam.svg" in names
         cost = drawn[names.index("accuracy-over-cost-rho-0-1-model-mlp.svg")]
         assert [one.label for one in cost.series] == ["", "SGD", "SAM", "BiSAM (tanh)", "BiSAM (-log)"]
 
@@ -623,9 +626,10 @@ class TestFiles:
 
 class TestWhole:
     TITLES = (
-        "Accuracy over the radius", "What the accuracy costs", "Training", "Sharpness",
-        "Eigenvalue density", "Slices of the loss", "Misclassified under perturbation", "SAM's gradient against SGD's",
-        "What BiSAM climbs", "Sharpness as others publish it",
+        "Accuracy over the radius", "Accuracy and cost", "Training", "Sharpness",
+        "Eigenvalue density", "Slices of the loss", "Misclassified under perturbation",
+        "SAM's gradient relative to SGD's",
+        "Surrogate of the 0-1 loss in BiSAM", "Sharpness as in other publications",
     )  # fmt: skip
 
     def test_has_every_section_once_and_a_foot(self, make, small_plotly):
@@ -647,19 +651,19 @@ class TestWhole:
     def test_what_is_not_known_has_no_figure(self, make, small_plotly):
         text = render(make(lambda label, seed: {"result": {}}, words=["rho=0.1"]))
         shown = "".join(Outline(text).text)
-        assert [title for title in self.TITLES if title in shown] == ["What BiSAM climbs"]
+        assert [title for title in self.TITLES if title in shown] == ["Surrogate of the 0-1 loss in BiSAM"]
 
     @pytest.mark.parametrize("failure", ["it broke", None])
     def test_a_study_without_a_result(self, make, small_plotly, failure):
         shown = "".join(Outline(render(make(lambda label, seed: failure, text=SMALL))).text)
-        assert "results of 0 of 6 runs" in shown and "No run has numbers for a figure." in shown
+        assert "0 of 6 runs with a result" in shown and "There are no values for figures yet." in shown
         assert ("it broke" in shown) == (failure is not None) and "nan" not in shown
 
     def test_a_single_run(self, make, small_plotly):
         text = SMALL[: SMALL.rindex("[[arms]]")]
         outline = Outline(render(make(words=["seed=0"], text=text)))
         shown = "".join(outline.text)
-        assert "1 arm, 1 row, results of 1 of 1 run, seed 0." in shown and "select" not in outline.tags
+        assert "1 arm, 1 row, 1 of 1 run with a result, seed 0." in shown and "select" not in outline.tags
         assert not [trace for spec in outline.specs for trace in spec["data"] if trace.get("fill")]
 
     def test_numbers_that_are_not_finite(self, make, small_plotly):
@@ -717,7 +721,7 @@ class TestWhole:
         style = StudyStyle(table)
         found = {style.at(row.arm, row.point) for row in table.rows}
         assert len(found) == 21, "no two arms are drawn alike"
-        assert "Arms of one colour" in style.explained() and not StudyStyle(make(text=SMALL)).explained()
+        assert "Arms with the same colour" in style.explained() and not StudyStyle(make(text=SMALL)).explained()
 
 
 @pytest.fixture(scope="module")
@@ -785,7 +789,7 @@ class TestChromium:
         )
         tab.point(*tab.run(mark))
         tab.until("document.querySelector('.hovertext') !== null")
-        assert "gradients of a batch" in tab.run("document.querySelector('.hovertext').textContent")
+        assert "gradient evaluations" in tab.run("document.querySelector('.hovertext').textContent")
         assert not tab.problems
 
     def test_light_and_dark(self, usual):

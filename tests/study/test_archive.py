@@ -112,7 +112,9 @@ def test_the_choice_is_made_on_seeds_of_its_own(trained, refused, tmp_path):
     later = invoke("study", file, "--dry-run", "--out", tmp_path / "none")
     assert later.count("after the choice") == 2 and "6 runs, 6 to do" in later
     assert "4 runs, 4 to do" in invoke("study", file, "rho=0.1", "--dry-run", "--out", tmp_path / "none")
-    assert "seed 7 is among seeds and" in refused("study", file, "seed=7,8", "--dry-run", "--out", tmp_path / "none")
+    assert "seed 7 is in both seeds and choose_seeds" in refused(
+        "study", file, "seed=7,8", "--dry-run", "--out", tmp_path / "none"
+    )
     (tmp_path / "none.toml").write_text(STUDY.replace('choose = ["rho"]', ""), encoding="utf-8")
     assert "nothing to choose" in refused("study", tmp_path / "none.toml", "--dry-run")
 
@@ -133,10 +135,10 @@ def test_a_later_version_draws_the_table_and_says_what_trained_it(trained, out, 
     assert table(new) == before and not (new / "runs").exists()
     old = json.loads(next(out.glob("runs/*/env.json")).read_text())["code"]
     assert (
-        f"6 of the 6 finished runs are of the archive {archive}: 6 trained by flatmin" in said
+        f"6 of the 6 finished runs come from the archive {archive}: 6 trained by flatmin" in said
         and f"code {old})" in said
     )
-    assert "(code ffffffffff)" in said and "another code" in said
+    assert "(code ffffffffff)" in said and "differs from the code" in said
     mixed = invoke(*words, "seed=0..2", "--workers", 0, "--archive", archive)
     assert "The other 2 runs were trained by the code that made the table." in mixed and "Rows whose runs were" in mixed
     assert len(list(new.glob("runs/*/result.json"))) == 2 and text_of(archive) == packed
@@ -152,14 +154,14 @@ def test_a_later_version_says_which_runs_it_does_not_take(trained, out, monkeypa
     AnotherVersion(monkeypatch)
     said = " ".join(invoke(*dry).split())
     # Which of the two radii was chosen decides whether the plan knows the runs of the chosen one before the choice.
-    made = "finished (and 1 unfinished )?runs in .* with settings of this study were made by other code of"
+    made = "finished (and 1 unfinished )?runs in .* with settings of this study were made by different code of"
     assert re.search(rf"[45] {made}.*, by flatmin 0.0.|4 {made}", said)
-    assert f"`flatmin runs rm --stale {out}` removes them." in said
+    assert f"`flatmin runs rm --stale {out}` removes outdated runs." in said
     assert invoke("runs", "list", out).count(", stale ") == 6
     taken = invoke(*dry, "--archive", out)
     assert "6 runs, 1 to do" in taken and "1 unfinished run in" in taken, "what is finished is taken as it is"
     shown = invoke("runs", "rm", "--stale", out, "--yes")
-    assert shown.count("made by other code of flatmin") == 5 and "made by flatmin 0.0." in shown
+    assert shown.count("made by different code of flatmin") == 5 and "made by flatmin 0.0." in shown
     assert "Removed these 6 runs." in shown and not list((out / "runs").iterdir())
     assert "name the runs to remove, or add --stale" in refused("runs", "rm")
 
@@ -187,8 +189,8 @@ def test_a_plan_says_that_a_module_or_the_data_have_changed(tmp_path, monkeypatc
     assert f"{was} with another version of own_module" in invoke(*words, "--dry-run")
     module.write_text(source)
     numbers.write_text("1 2 3 5")
-    assert f"{was} on other data" in invoke(*words, "--dry-run")
-    assert "made on other data" in invoke("runs", "rm", "--stale", "--yes") and not list(tmp_path.glob("*/runs/*"))
+    assert f"{was} on different data" in invoke(*words, "--dry-run")
+    assert "made on different data" in invoke("runs", "rm", "--stale", "--yes") and not list(tmp_path.glob("*/runs/*"))
 
 
 def test_packing_adds_and_never_loses(out, tmp_path, refused):
@@ -220,10 +222,10 @@ def test_packing_adds_and_never_loses(out, tmp_path, refused):
             assert [json.loads(line) for line in copy.read_text().splitlines()] == same
     result = out / "runs" / names[5] / "result.json"
     result.write_text(result.read_text().replace('"seconds": ', '"seconds": 1'))
-    assert f"{names[5]} is there already with another result.json; nothing was written" in refused(
+    assert f"{names[5]} exists already with a different result.json; nothing was written" in refused(
         "runs", "pack", out, archive
     )
-    assert "another result.json" in refused("runs", "unpack", archive, out)
+    assert "different result.json" in refused("runs", "unpack", archive, out)
     assert text_of(archive) == whole
 
 
@@ -238,12 +240,12 @@ def edited(path):
 @pytest.mark.parametrize(
     ("harm", "why"),
     [
-        (lambda file, sums: cut(file), "is not what SHA256SUMS says: it was cut short or edited"),
-        (lambda file, sums: edited(file), "is not what SHA256SUMS says"),
-        (lambda file, sums: file.unlink(), "is listed in SHA256SUMS and cannot be read"),
+        (lambda file, sums: cut(file), "does not match its digest in SHA256SUMS: it was truncated or edited"),
+        (lambda file, sums: edited(file), "does not match its digest in SHA256SUMS"),
+        (lambda file, sums: file.unlink(), "is listed in SHA256SUMS but cannot be read"),
         (lambda file, sums: sums.write_text(sums.read_text().split("\n", 1)[1]), "is not listed in SHA256SUMS"),
-        (lambda file, sums: cut(sums), "names no run file"),
-        (lambda file, sums: sums.unlink(), "is no archive of runs"),
+        (lambda file, sums: cut(sums), "does not name a run file"),
+        (lambda file, sums: sums.unlink(), "is not an archive of runs"),
     ],
 )
 def test_a_damaged_archive_is_one_sentence(trained, out, tmp_path, refused, harm, why):
@@ -255,7 +257,9 @@ def test_a_damaged_archive_is_one_sentence(trained, out, tmp_path, refused, harm
 
 
 def test_what_is_no_store_is_one_sentence(tmp_path, refused):
-    assert "is not the folder of a study" in refused("runs", "pack", tmp_path / "none", tmp_path / "archive")
+    assert "is not the output folder (--out) of a study" in refused(
+        "runs", "pack", tmp_path / "none", tmp_path / "archive"
+    )
     (tmp_path / "out" / "runs" / "x").mkdir(parents=True)
     assert "no finished run of a study" in refused("runs", "pack", tmp_path / "out", tmp_path / "archive")
     assert not (tmp_path / "archive").exists()

@@ -89,7 +89,7 @@ class TestTheStudyItMakes:
             "adamw", "sam", "adamw + weight decay", "adamw, early stop", "adamw, 2x epochs",
         ]  # fmt: skip
         assert {(row.config.optimizer, row.config.lr) for row in found} == {("adamw", 0.001)}
-        assert found[0].config.method == "sgd" and "lr is 0.001" in spec.notes[0]
+        assert found[0].config.method == "sgd" and "lr is torch's default 0.001" in spec.notes[0]
         assert {row.config.lr for row in rows(overrides=["optimizer=adam", "lr=0.01"]).values()} == {0.01}
         axis = comparison("digits", ["optimizer=adam,sgd", "methods=base,sam", "baselines=false"])
         assert axis.baseline == "base" and {(row.config.optimizer, row.config.lr) for row in grid_points(axis)} == {
@@ -168,7 +168,7 @@ class TestTheStudyItMakes:
         assert [row[1] for row in found("rho=1x,2x")] == [0.3, 0.6, 0.15, 0.3]
         epochs = {label: row.config.epochs for label, row in rows(overrides=["epochs=2x"]).items()}
         assert (epochs["sam"], epochs["sgd, early stop"], epochs["sgd, 2x epochs"]) == (60, 30, 120)
-        for word, message in (("ema=2x", "ema is not set there"), ("epochs=0x", "epochs=0x: epochs is 4 there")):
+        for word, message in (("ema=2x", "ema is not set,"), ("epochs=0x", "epochs=0x: epochs is 4,")):
             with pytest.raises(ValueError, match=message):
                 found(word)
 
@@ -177,24 +177,24 @@ class TestTheStudyItMakes:
         [
             (["methods=sgd,base"], "the method 'sgd' is listed twice"),
             (["methods=sam,SAM"], "the method 'sam' is listed twice"),
-            (["seeds=3", "seed=7,8"], "both say which seeds there are"),
-            (["baselines=false", "early_share=.3"], "early_share=0.3 changes nothing"),
-            (["epoch=3"], "no arm has 'epoch' to set; did you mean 'epochs'"),
-            (["thta=.8"], "no arm has 'thta' to set; did you mean 'theta'"),
-            (["theta=.8", "methods=sam"], "no arm has 'theta' to set"),
+            (["seeds=3", "seed=7,8"], "both set the seeds"),
+            (["baselines=false", "early_share=.3"], "early_share=0.3 has no effect"),
+            (["epoch=3"], "no arm has a setting 'epoch'; did you mean 'epochs'"),
+            (["thta=.8"], "no arm has a setting 'thta'; did you mean 'theta'"),
+            (["theta=.8", "methods=sam"], "no arm has a setting 'theta'"),
             (["methods=sam,vaso"], "unknown method 'vaso'; did you mean 'vasso'"),
             (["methods=asam+usam"], "'asam' and 'usam' both set the geometry"),
             (["methods=sam,sam"], "the method 'sam' is listed twice"),
-            (["rho.vaso=.1"], "rho.vaso: no such arm or method here; did you mean 'vasso'"),
+            (["rho.vaso=.1"], "rho.vaso: this study has no such arm or method; did you mean 'vasso'"),
             (["rho=big"], "rho=big is not a number"),
             (["rho=-1"], "rho must be at least 0, got -1.0"),
             (["rho=nan"], "rho must be at least 0, got nan"),
-            (["rho=.1,.1"], "rho names 0.1 twice"),
+            (["rho=.1,.1"], "rho has the value 0.1 twice"),
             (["rho="], "rho= has no value"),
             (["seeds=0"], "seeds must be at least 1"),
             (["seeds=many"], "seeds=many is not a whole number"),
             (["theta=2"], "theta must be in"),
-            (["methods=sgd", "rho=.1,.2"], "no arm has 'rho' to set"),
+            (["methods=sgd", "rho=.1,.2"], "no arm has a setting 'rho'"),
             (["methods=", "baselines=false"], "nothing to compare"),
             (["noise=1.5"], "noise must be at least 0 and at most 1"),
             (["early_share=0"], "early_share must be above 0"),
@@ -267,7 +267,7 @@ class TestWhatItDoes:
         by_label = {row.label: row for row in table.rows}
         assert by_label["sam lr=1e+30"].flags == ("no result: 2 of 2",) and by_label["sam lr=0.1"].flags == ()
         assert all("not finite" in text for text in table.errors.values())
-        with pytest.raises(ValueError, match="no run had a result; the first one: the training loss was not finite"):
+        with pytest.raises(ValueError, match="all runs failed; the first error: the training loss was not finite"):
             go(tmp_path, *SMALL, "lr=1e30")
         assert go(tmp_path, *SMALL, "lr=0")[0].rows[0].flags == ("did not train: 2 of 2",)
 

@@ -140,7 +140,7 @@ class TestRunTask:
     def test_code_that_is_not_that_of_the_study_is_refused(self, tmp_path):
         one, store = run(), Store(tmp_path)
         outcome = run_task(dataclasses.replace(Task.of(one), code="another"), store, pytest.fail)
-        assert outcome.result is None and "flatmin, torch or your own modules have changed since" in outcome.error
+        assert outcome.result is None and "flatmin, torch or your own modules have changed or differ" in outcome.error
         assert not store.folder(one).exists()
 
     def test_what_a_listener_raises_is_no_error_of_the_run(self, tmp_path):
@@ -207,7 +207,7 @@ def test_a_worker_that_is_lost_while_it_measures_loses_no_run(tmp_path):
     outcome = outcomes[one.name]
     assert outcome.error is None and outcome.result == store.find(one, pytest.fail)[0]
     assert outcome.refusal == "its worker was lost 3 times during this run; the last one vanished"
-    assert events[-1].text == f"{one.name} is not measured: {outcome.refusal}"
+    assert events[-1].text == f"{one.name} could not be measured: {outcome.refusal}"
 
 
 def test_ctrl_c_waits_for_what_is_being_handed_over():
@@ -277,7 +277,7 @@ def test_a_worker_may_have_processes_that_read_its_data(tmp_path, monkeypatch):
 def test_workers_that_cannot_start_are_not_tried_for_ever(tmp_path, monkeypatch):
     monkeypatch.setattr(pool, "START", "fork")
     monkeypatch.setattr(pool, "_serve", user_side.stillborn)
-    with pytest.raises(RuntimeError, match='needs `if __name__ == "__main__":`'):
+    with pytest.raises(RuntimeError, match='under `if __name__ == "__main__":`'):
         execute([run()], Store(tmp_path), workers=1, on_event=lambda event: None)
 
 

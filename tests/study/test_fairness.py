@@ -116,7 +116,7 @@ class TestBaselines:
 
     def test_a_name_that_is_taken(self, tmp_path):
         text = STUDY + '[[arms]]\nlabel = "SGD, averaged"\nmethod = "sgd"\nema = 0.9\n'
-        with pytest.raises(ValueError, match="has an arm 'SGD, averaged' already; leave out the baselines"):
+        with pytest.raises(ValueError, match="already has an arm 'SGD, averaged'; leave out --baselines"):
             with_baselines(spec_of(tmp_path, text))
 
 
@@ -163,12 +163,12 @@ class TestChoice:
 
     def test_not_where_the_validation_part_is_the_test_part(self, tmp_path):
         text = STUDY.replace("[settings]", "[settings]\ntrain_on_val = true\nselection = 'last'")
-        with pytest.raises(ValueError, match="rho cannot be chosen on validation with train_on_val=true"):
+        with pytest.raises(ValueError, match="rho cannot be chosen on validation data with train_on_val=true"):
             grid_points(spec_of(tmp_path, text))
 
     def test_only_an_axis_can_be_chosen(self, tmp_path):
         spec = dataclasses.replace(spec_of(tmp_path), choose=("rhoo",))
-        with pytest.raises(ValueError, match="rhoo cannot be chosen because it is not an axis; did you mean 'rho'"):
+        with pytest.raises(ValueError, match="rhoo cannot be chosen, because it is not an axis; did you mean 'rho'"):
             grid_points(spec)
 
 

@@ -150,7 +150,7 @@ class TestDataOfTheUser:
         spec = read_study(name)
         assert all(Sizes().cost(config) > 0 for config in configs(name).values())
         assert any("data_dir=FOLDER" in note for note in spec.notes)
-        assert any("could not be read" in note for note in spec.notes)
+        assert any("not available" in note for note in spec.notes)
 
     @pytest.mark.parametrize("name", IMAGENET)
     def test_imagenet(self, name):

@@ -126,7 +126,7 @@ def test_runs_that_have_not_recorded_it_are_done_again_and_others_reuse_them(tmp
     plain = plain.replace('metric = "lambda_1"', 'metric = "test_acc"')
     before, _ = run(tmp_path, plain)
     todo = plan(spec_of(tmp_path), tmp_path / "out")
-    assert len(todo.missing) == 4 and "has not recorded what this study looks at" in todo.warnings[0]
+    assert len(todo.missing) == 4 and "lacks records that this study needs" in todo.warnings[0]
     after, _ = run(tmp_path)
     assert [row.columns["test_acc"].stat for row in after.rows] == [row.columns["test_acc"].stat for row in before.rows]
     assert not plan(spec_of(tmp_path, plain), tmp_path / "out").missing, "more than asked for is enough"
@@ -142,7 +142,7 @@ def test_a_network_that_cannot_be_measured_takes_nothing_else_away(tmp_path, mon
     table, events = run(tmp_path)
     assert [row.columns["lambda_1"].stat.n for row in table.rows] == [1, 2] and table.rows[0].n == 2
     (warned,) = (event.text for event in events if isinstance(event, Warned))
-    assert warned.startswith(f"{first.name} is not measured: ")
+    assert warned.startswith(f"{first.name} could not be measured: ")
     assert list(table.errors) == ["SGD, seed 0, not measured"]
     # Of another one a part fails: the rest of its report is kept, and --retry measures it again.
     second = list(todo.runs.values())[1]
@@ -235,10 +235,10 @@ class TestRecord:
     @pytest.mark.parametrize(
         ("old", "new", "message"),
         [
-            ('"cosine@first"', '"cosine@middle"', "no run has the column 'cosine@middle'; expected NAME@first"),
-            ("diagnostics = true", "", "no run has the column 'cosine@first'"),
+            ('"cosine@first"', '"cosine@middle"', "unknown column 'cosine@middle'; expected NAME@first"),
+            ("diagnostics = true", "", "unknown column 'cosine@first'"),
             ("examples = 40", "example = 40", "measure has no 'example'; did you mean 'examples'"),
-            ("examples = 40", "examples = '40'", "measure.examples = '40' is no whole number"),
+            ("examples = 40", "examples = '40'", "measure.examples = '40' is not a whole number"),
             ("examples = 40", "split = 'all'", "split must be train, val or test"),
             ("top = 2", "topp = 2", "unknown option 'topp'"),
             ('"model,hessian"', '"hessien"', "what must be of"),

@@ -141,7 +141,7 @@ UNREAD = ("bisam", "fundamental", "finetune", "imagenet", "vasso-imagenet", "vas
 @pytest.mark.parametrize("name", [name for name in NAMES if name.startswith(UNREAD) and name != "bisam-imagenet"])
 def test_where_nothing_could_be_read_nothing_is_printed_and_that_is_said(name):
     spec = read_study(name)
-    assert not spec.published and any("could not be read" in note for note in spec.notes)
+    assert not spec.published and any("not available" in note for note in spec.notes)
 
 
 def test_the_convergence_papers_49_configurations():
@@ -229,13 +229,13 @@ class TestOverrides:
     @pytest.mark.parametrize(
         ("words", "message"),
         [
-            (["epohcs=3"], "no arm has 'epohcs' to set; did you mean 'epochs'?"),
-            (["theta=.9"], "no arm has 'theta' to set"),
+            (["epohcs=3"], "no arm has a setting 'epohcs'; did you mean 'epochs'?"),
+            (["theta=.9"], "no arm has a setting 'theta'"),
             (["epochs=many"], "arm SAM: epochs=many is not a whole number"),
             (["epochs=0"], "epochs must be at least 1, got 0"),
-            (["method=sam,vasso"], "method takes one value here, got method=sam,vasso"),
-            (["method=sam"], "the arms 'SAM' and 'SAMDIRECTION' are the same with method=sam"),
-            (["log_every=3"], "log_every says how a run is logged and stored"),
+            (["method=sam,vasso"], "method takes one value, got method=sam,vasso"),
+            (["method=sam"], "the arms 'SAM' and 'SAMDIRECTION' are identical with method=sam"),
+            (["log_every=3"], "log_every is an option of logging and storage"),
             (["model=resnt18"], "unknown model=resnt18; did you mean 'resnet18'?"),
             (["data=cifar1"], "unknown data=cifar1; did you mean 'cifar10'?"),
             (["model=wrn28-10", "model.max_pool=true"], "model=wrn28-10 has no option 'max_pool'"),
@@ -258,20 +258,20 @@ class TestForm:
             (lambda t: t.replace('title = "T"', "title = 3"), "title is not text"),
             (lambda t: t.replace("[0]", "0"), "seeds is not a list"),
             (lambda t: t.replace("[0]", "[]"), "seed= has no value"),
-            (lambda t: t.replace("[0]", "[1, 1]"), "seed names 1 twice"),
+            (lambda t: t.replace("[0]", "[1, 1]"), "seed has the value 1 twice"),
             (lambda t: t.replace("[0]", "[0.5]"), "seed=0.5 is not a whole number"),
             (lambda t: t.replace('"smoke"', '"smok"'), "unknown preset 'smok'; did you mean 'smoke'?"),
             (lambda t: "arm = 1\n" + t, "unknown entry 'arm'; did you mean 'arms'?"),
             (lambda t: t + 'label = "SGD"\n', "is not valid TOML"),
             (lambda t: t.replace('label = "SAM"', 'label = "SGD"'), "the arm 'SGD' exists twice"),
             (lambda t: t.replace('label = "SAM"\n', ""), "an arm has no label"),
-            (lambda t: t.replace('method = "sam"', 'method = "sgd"'), "the arms 'SGD' and 'SAM' are the same."),
-            (lambda t: 'baseline = "sgd"\n' + t, "the baseline 'sgd' is no arm"),
+            (lambda t: t.replace('method = "sam"', 'method = "sgd"'), "the arms 'SGD' and 'SAM' are identical."),
+            (lambda t: 'baseline = "sgd"\n' + t, "the baseline 'sgd' is not an arm"),
             (lambda t: "notes = 'x'\n" + t, "notes is not a list"),
             (lambda t: t + "[axes]\nrho = 0.1\n", "the axis rho is not a list"),
-            (lambda t: t + "[axes]\nseed = [1]\n", "write seeds in the list seeds"),
-            (lambda t: t + "[axes]\nrho = [0.1, 0.10]\n", "rho names 0.1 twice"),
-            (lambda t: t + "[axes]\nlog_every = [1]\n", "log_every says how a run is logged"),
+            (lambda t: t + "[axes]\nseed = [1]\n", "write the seeds in the list seeds"),
+            (lambda t: t + "[axes]\nrho = [0.1, 0.10]\n", "rho has the value 0.1 twice"),
+            (lambda t: t + "[axes]\nlog_every = [1]\n", "log_every is an option of logging"),
             (lambda t: t + "[settings]\nmodel_params = {a = 1}\n", "model_params is a table; write its entries as"),
             (lambda t: t + "[settings]\nepohcs = 1\n", "arm SGD: unknown key 'epohcs'; did you mean 'epochs'?"),
             (lambda t: t + "axes = 3\n", "axes of 'SAM' is not a table"),
@@ -289,9 +289,9 @@ class TestForm:
     @pytest.mark.parametrize(
         ("entry", "message"),
         [
-            ("label = 'SAN'", "the label 'SAN', which is no arm"),
-            ("metric = 'acc'", "the metric 'acc' (columns: test_acc, "),
-            ("value = '96'", "the value '96' of a published number is no number"),
+            ("label = 'SAN'", "the label 'SAN', which is not an arm"),
+            ("metric = 'acc'", "the unknown metric 'acc' (columns: test_acc, "),
+            ("value = '96'", "the value '96' of a published number is not a number"),
             ("rho = 0.3", "a published number is for rho=0.3, which no run has"),
             ("rhho = 0.1", "a published number is for rhho=0.1, which no run has"),
         ],
@@ -305,7 +305,7 @@ class TestForm:
             read_study(write(text))
 
     def test_no_demo(self, write):
-        with pytest.raises(ValueError, match="has no demo"):
+        with pytest.raises(ValueError, match="has no scaled-down version"):
             read_study(write(TINY), demo=True)
 
     def test_unknown_study(self):

@@ -127,7 +127,7 @@ def test_a_damaged_result_is_not_finished_and_is_named(finished, damage):
     assert store.find(run, warnings.append) is None
     (text,) = warnings
     assert str(folder / "result.json") in text
-    assert text.endswith("the run is done again.")
+    assert text.endswith("the run is repeated.")
 
 
 def test_an_unfinished_run_is_no_cause_for_a_warning(finished):

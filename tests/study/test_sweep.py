@@ -39,9 +39,9 @@ def test_a_key_whose_value_is_a_list_has_slashes_between_points():
         ("=1", "'=1' is not an override"),
         ("rho=", "rho= has no value"),
         ("rho=,", "rho= has no value"),
-        ("rho=.1,0.10", "rho names 0.1 twice"),
-        ("seed=0..2,1", "seed names 1 twice"),
-        ("seed=4..0", "seed=4..0 is no range; write the smaller end first"),
+        ("rho=.1,0.10", "rho has the value 0.1 twice"),
+        ("seed=0..2,1", "seed has the value 1 twice"),
+        ("seed=4..0", "seed=4..0 is not a valid range; write the smaller end first"),
         ("seed=0..10000", "at most 10000 numbers"),
     ],
 )

@@ -74,6 +74,25 @@ def test_header_and_body(table):
     assert widths([["a", "bbb"], ["cc", "d"]]) == [2, 3]
 
 
+@pytest.mark.parametrize(
+    ("seconds", "unit", "shown"),
+    [
+        ([0.2, 0.4], "seconds", "0.3 ±1.3"),
+        ([100.0, 110.0], "seconds", "105 ±64"),
+        ([600.0, 660.0], "minutes", "10.5 ±6.4"),
+        ([17560.0, 17650.0], "hours", "4.89 ±0.16"),
+    ],
+)
+def test_long_times_are_in_minutes_or_hours(seconds, unit, shown):
+    row = make_row("SGD", [90.0, 91.0])
+    row = dataclasses.replace(row, columns={**row.columns, "seconds": Value(stat=summarise(seconds), std=math.nan)})
+    timed = StudyTable(spec=SPEC, rows=[row], metrics=("seconds",), errors={}, environment={})
+    place = header(timed).index(f"{unit} ±95 %")
+    assert body(timed)[0][place] == shown
+    (line,) = csv.DictReader(io.StringIO(comma_separated(timed)))
+    assert float(line["seconds_mean"]) == pytest.approx(sum(seconds) / 2), "files keep seconds"
+
+
 def test_no_published_column_where_none_is_shown(table):
     bare = dataclasses.replace(table, rows=[row for row in table.rows if row.arm == "SGD"])
     assert "published test %" not in header(bare) and len(body(bare)[0]) == len(header(bare))
@@ -90,8 +109,8 @@ def test_what_stands_below(table):
     assert any("at the same point of the axes" in text and "Holm" not in text for text in found)
     changed = dataclasses.replace(table, spec=dataclasses.replace(SPEC, changed=("epochs=2", "rho=0.1,0.2")))
     assert (
-        "Changed by the command: epochs=2 rho=0.1,0.2; a published number is of the source's own settings."
-        in remarks(changed)
+        "Settings changed by the command: epochs=2 rho=0.1,0.2; published numbers belong to the settings of their "
+        "source." in remarks(changed)
     )
     assert not any("Published" in text for text in remarks(dataclasses.replace(table, rows=table.rows[:1])))
 

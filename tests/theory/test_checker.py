@@ -150,7 +150,7 @@ def test_rates():
 def test_unknown_rules_are_judged_by_numbers_that_say_so():
     verdict = check(lambda n: 1 / n, 0.1, UNIQUE)
     assert letters(verdict) == "FFFFF" and verdict.numeric
-    assert any("numeric evidence up to n = 1e6, no proof" in c.reason for c in verdict.conditions)
+    assert any("numeric evidence up to n = 1e6, not a proof" in c.reason for c in verdict.conditions)
     slow = check(Custom(lambda n: n**-0.4), 0.1, UNIQUE)
     assert slow.theorem is None and slow.statuses[2] == "not shown"
     rising = check(lambda n: (1 + (n % 2)) / n, ALMOST, NONCONVEX)

@@ -165,7 +165,7 @@ def test_bad_functions_are_refused_in_a_sentence():
         (lambda: digits_pair(3, 3), "two different digits"),
         (lambda: read_function("squre"), "unknown function 'squre'; did you mean 'square'"),
         (lambda: read_function("square:2"), "square takes at most 0 numbers, got 1"),
-        (lambda: read_function("quadratic:a"), "must be numbers joined by commas"),
+        (lambda: read_function("quadratic:a"), "must be numbers separated by commas"),
         (lambda: FunctionClass.read("covex"), "unknown word 'covex'; did you mean 'convex'"),
         (lambda: FunctionClass.read("L=four"), "L must be a number, got 'four'"),
         (lambda: FunctionClass(L=0), "L must be positive and finite, or None if it is not known, got 0."),

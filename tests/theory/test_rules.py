@@ -113,7 +113,7 @@ def test_tails_agree_with_sums():
 
 def test_unknown_rules_get_numeric_evidence_that_says_so():
     square = sums.sum_is_finite(Custom(lambda n: n**-2.0))
-    assert square.holds is True and square.proof == "numeric" and "no proof" in square.reason
+    assert square.holds is True and square.proof == "numeric" and "not a proof" in square.reason
     assert sums.sum_is_finite(Custom(lambda n: 1 / n)).holds is False
     assert sums.sum_is_finite(Custom(lambda n: 1 / (n * math.log(n + 1)))).holds is None
     assert sums.is_decreasing(Custom(lambda n: 1 / n + (n == 5))).holds is False
@@ -124,14 +124,14 @@ def test_bad_rules_are_refused_in_a_sentence():
     for call, message in [
         (lambda: read_rule("harmnic:0.1"), r"^unknown rule 'harmnic'; did you mean 'harmonic'\? \(rules: a number, "),
         (lambda: read_rule("power:c=1"), "^power needs p, as in 'power:p=0.5'.$"),
-        (lambda: read_rule("power:p=1,z=2"), r"^power has no 'z' \(it has: c, p, q, shift\).$"),
+        (lambda: read_rule("power:p=1,z=2"), r"^power has no key 'z' \(keys: c, p, q, shift\).$"),
         (lambda: read_rule("power:p=one"), "p must be given one number, got 'one'"),
-        (lambda: read_rule("tied:0.5"), "a step size cannot be tied"),
-        (lambda: as_step(Tied(0.5)), "a step size cannot be tied"),
-        (lambda: read_radius("tied:1*power:p=1"), "stands alone, not in a product"),
+        (lambda: read_rule("tied:0.5"), "cannot be used as the step size"),
+        (lambda: as_step(Tied(0.5)), "cannot be used as the step size"),
+        (lambda: read_radius("tied:1*power:p=1"), "cannot be part of a product"),
         (lambda: ConstantRule(-1), "^constant: c must be a finite number >= 0, got -1.$"),
         (lambda: PowerRule(1.0, 1.0, 1.0), "shift must be at least 1, as log 1 = 0"),
-        (lambda: Diminish(4), "kinds 1, 2 and 3, got 4"),
+        (lambda: Diminish(4), "must be 1, 2 or 3, got 4"),
         (lambda: Cosine(0), "T must be a whole number >= 1, got 0"),
         (lambda: Cosine(9, lr=0.1, floor=0.2), "floor must be at most lr"),
         (lambda: Tied(0), "the factor must be positive"),
@@ -143,7 +143,7 @@ def test_bad_rules_are_refused_in_a_sentence():
 
 
 def test_other_types_are_refused():
-    with pytest.raises(TypeError, match="a rule is a number, words"):
+    with pytest.raises(TypeError, match="a rule must be a number, text"):
         as_rule([0.1])
     with pytest.raises(TypeError, match="must be a function"):
         Custom(3)

@@ -129,7 +129,7 @@ class TestLoad:
         assert open_run(pair[0]).label == open_run(pair[0]).name == "clouds"
 
     def test_refusals(self, tmp_path):
-        with pytest.raises(ValueError, match=r"is not a run: there is no config\.json"):
+        with pytest.raises(ValueError, match=r"is not a run folder: it has no config\.json"):
             flatmin.load(tmp_path / "absent")
         folder, _ = run(tmp_path / "mine")
         (folder / "weights.pt").rename(tmp_path / "away.pt")

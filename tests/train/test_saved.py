@@ -187,7 +187,7 @@ class TestRefusals:
     def test_no_run(self, tmp_path):
         for path in (tmp_path, tmp_path / "absent"):
             with pytest.raises(
-                ValueError, match=r"is not a run: there is no config\.json in it \(runs are in FOLDER/runs\)"
+                ValueError, match=r"is not a run folder: it has no config\.json \(runs are in FOLDER/runs\)"
             ):
                 open_run(path)
 

@@ -36,7 +36,7 @@ _KEYS: dict[str, tuple[Callable[[Entry], Any], bool]] = {
 }
 
 
-_STYLES = {"failed": "yellow", "damaged": "red", "going on": "green"}
+_STYLES = {"failed": "yellow", "damaged": "red", "running": "green"}
 
 
 @runs.command("list")

@@ -1,1 +1,1 @@
-"""What people look at: pages, figures and tables of runs, studies and measurements."""
+"""Pages, figures and tables of runs, studies and measurements."""

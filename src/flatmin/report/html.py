@@ -1,8 +1,9 @@
-"""Self-contained HTML pages: a shell, sortable tables and themed figures, the parts of every report.
+"""Self-contained HTML pages with sortable tables and figures.
 
-A page is one file that works without a network: style and script are inside, and so is plotly.js if there is a
-figure. Light and dark follow the reader's system; figures name their colours as "var:<name>" from
-`templates/page.css` and follow too. The pieces are templates of Jinja, in `templates/`, which escape every text.
+A page is one file that works without a network: it contains its style sheet and script, and plotly.js if it has a
+figure. The light or dark theme follows the reader's system. Figures name colours as "var:NAME", where NAME is a colour
+of `templates/page.css`, so they follow the theme too. The parts of a page are Jinja templates in `templates/`, which
+escape every text.
 
     >>> columns = [Column("arm"), Column("accuracy")]
     >>> html = page("A <title>", [heading("Results"), table(columns, [[Cell("sam"), Cell("95.1", sort=95.1)]])])
@@ -32,19 +33,18 @@ from flatmin.train.files import as_utf8
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-# Nothing may be fetched: a page that is opened from a mail or a share must not call anywhere. Only the page's own
-# scripts run.
+# A page must not fetch anything from elsewhere, and only its own scripts may run.
 _POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src {scripts}; img-src data: blob:; base-uri 'none'; "
     "form-action 'none'"
 )
 
 NUM_TONES = 10
-_TALL = 30  # tables of more rows scroll in a box of their own
-_PROSE, _SHORT = 32, 12  # cells of more characters wrap; those of more than the second do on a phone
-_STACKED = 4  # tables of so many columns stand a row in a block on a phone
-_HEADLINE = 150  # characters of a note that stand without a click
-_SEVERAL = 3  # more notes than these get a heading
+_TALL = 30  # tables with more rows scroll in a box of their own
+_PROSE, _SHORT = 32, 12  # cells with more characters wrap, on every screen and on a phone
+_STACKED = 4  # tables with at most this number of columns show each row as a block on a phone
+_HEADLINE = 150  # notes with more characters show only their first sentence until a click
+_SEVERAL = 3  # more notes than this get a heading
 # Between two sentences, and not after "et al." or before the number in "Fig. 3".
 _SENTENCE = re.compile(
     r"(?<=[.!?])(?<!\bal\.)(?<!\be\.g\.)(?<!\bi\.e\.)(?<!\bvs\.)\s+(?=[^\W\d_a-z]|['\"])|(?<=[a-z]{4}\.)\s+(?=\d)"
@@ -53,31 +53,31 @@ _SENTENCE = re.compile(
 
 @dataclass(frozen=True)
 class Markup:
-    """A piece of finished HTML. Only this module makes it from text, and escapes while it does."""
+    """A piece of finished HTML. Only this module makes it from text, which it escapes."""
 
     text: str
-    figures: int = 0  # how many figures it holds; the page embeds plotly.js if any does
+    figures: int = 0  # number of figures; the page embeds plotly.js if there are any
 
     def __add__(self, other: Markup) -> Markup:
         return Markup(self.text + other.text, self.figures + other.figures)
 
-    def __html__(self) -> str:  # templates take it as it is
+    def __html__(self) -> str:  # templates do not escape it again
         return self.text
 
 
 @dataclass(frozen=True)
 class Column:
-    """A table column: its header, a longer explanation shown on hover, and whether its cells are text, or prose."""
+    """A table column: its header, an explanation shown on hover, and whether its cells are text or long text."""
 
     title: str
     hint: str = ""
     text: bool = False
-    prose: bool = False  # text that takes the room that the other columns leave
+    prose: bool = False  # long text; the column takes the width that the other columns leave
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A table cell: its text, the number it sorts by (None: by its text), a weaker second part, a warning, a tone."""
+    """A table cell: text, number to sort by (None: the text), a less prominent addition, a warning, a colour."""
 
     text: str
     sort: float | None = None
@@ -87,7 +87,7 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """The number that it sorts by, as text; empty if there is none."""
+        """The number to sort by, as text; empty if there is none."""
         return repr(float(self.sort)) if self.sort is not None and math.isfinite(self.sort) else ""
 
 
@@ -96,11 +96,11 @@ class Figure:
     """A plotly figure as plain data.
 
     Args:
-        data: traces, as plotly.js takes them. `legendgroup` is the key by which the page's legend hides them, and
-            `points`, if there, the keys of the choices that show them.
-        layout: laid over the house layout (fonts, grid, margins), key by key.
-        height: in CSS pixels.
-        narrow_margin: margins on a phone.
+        data: traces for plotly.js. `legendgroup` is the key by which the page's legend hides a trace; `points`, if
+            present, lists the choices for which it is shown.
+        layout: entries that replace those of the default layout (fonts, grid, margins).
+        height: height in CSS pixels.
+        narrow_margin: margins on a phone, in pixels.
     """
 
     data: Sequence[Mapping[str, Any]]
@@ -110,12 +110,12 @@ class Figure:
 
 
 def escape(text: object) -> str:
-    """Text for HTML, quotes included."""
+    """Text escaped for HTML, including quotes."""
     return html.escape(str(text), quote=True)
 
 
 def plot_text(text: object) -> str:
-    """Text for a plotly label, which understands a little HTML and TeX of its own: both lose their meaning."""
+    """Text for a plotly label, with the HTML and TeX that plotly would interpret escaped."""
     return html.escape(str(text), quote=False).replace("$", "&#36;")
 
 
@@ -130,17 +130,17 @@ def paragraph(text: str, kind: str = "") -> Markup:
 
 
 def verdicts(items: Iterable[str]) -> Markup:
-    """What follows from the numbers: one or a few sentences each, the first of them emphasised; nothing if none."""
+    """A list of conclusions, each with its first sentence emphasised; empty if there are none."""
     told = [_headline(item, long=0) for item in items]
     return _part("sentences", told, "", "verdicts") if told else Markup("")
 
 
 def notes(items: Iterable[str], title: str | None = None) -> Markup:
-    """What a reader must know of the numbers, a bullet each; nothing if there are none.
+    """A list of notes with a bullet each; empty if there are none.
 
     Args:
-        items: sentences. Of a long one the first sentence is shown, and the others on a click.
-        title: a small heading. Default: "Notes" above more than three, else none.
+        items: notes of one or more sentences. A long note shows its first sentence, and the others on a click.
+        title: a small heading. Default: "Notes" for more than three notes, else none.
     """
     told = [_headline(item, long=_HEADLINE) for item in items]
     title = ("Notes" if len(told) > _SEVERAL else "") if title is None else title
@@ -154,28 +154,28 @@ def _headline(text: str, *, long: int) -> tuple[str, str]:
 
 
 def code(text: str) -> Markup:
-    """Text as it is typed in a terminal."""
+    """Text in a fixed-width font, as typed in a terminal."""
     return _part("code", text)
 
 
 def facts(pairs: Mapping[str, object]) -> Markup:
-    """A list of names and values; nothing if there are none."""
+    """A list of names and values; empty if there are none."""
     return _part("facts", dict(pairs)) if pairs else Markup("")
 
 
 def folded(title: str, content: Markup) -> Markup:
-    """Content that opens on a click; without figures, which cannot be drawn where nobody sees them.
+    """Content that opens on a click. It must have no figure, because a hidden figure cannot be drawn.
 
     Raises:
-        ValueError: it holds a figure.
+        ValueError: the content has a figure.
     """
     if content.figures:
-        raise ValueError("a figure cannot be folded away.")
+        raise ValueError("a figure cannot be folded.")
     return _part("folded", title, content)
 
 
 def flat(environment: Mapping[str, object]) -> dict[str, object]:
-    """Facts of a nested table: its own tables as one line each, and no line for what is absent."""
+    """The entries of a nested mapping, with inner mappings joined to one line and empty entries left out."""
     nested = {
         key: ", ".join(f"{k} {v}" for k, v in value.items() if v is not None) if isinstance(value, Mapping) else value
         for key, value in environment.items()
@@ -184,13 +184,13 @@ def flat(environment: Mapping[str, object]) -> dict[str, object]:
 
 
 def table(columns: Sequence[Column], rows: Sequence[Sequence[Cell]]) -> Markup:
-    """A table that sorts on a click; the first column names the row.
+    """A table whose columns sort on a click; the first column names the row.
 
-    A table that is wider than the page scrolls under its first column. On a phone, one of few columns or of text stands
-    a row in a block.
+    A table that is wider than the page scrolls sideways, with its first column fixed. On a phone, a table with few
+    columns, or with text only, shows each row as a block.
 
     Raises:
-        ValueError: a row with another number of cells than there are columns.
+        ValueError: the number of cells in a row differs from the number of columns.
     """
     for row in rows:
         if len(row) != len(columns):
@@ -204,7 +204,7 @@ def table(columns: Sequence[Column], rows: Sequence[Sequence[Cell]]) -> Markup:
 
 
 def _kind(column: Column, rows: Sequence[Sequence[Cell]], i: int) -> str:
-    """Classes of a column's cells; none for numbers."""
+    """CSS classes of a column's cells; none for numbers."""
     if i and not column.text and not column.prose:
         return ""
     longest = max((len(row[i].text) + len(row[i].minor) + len(row[i].flag) for row in rows), default=0)
@@ -214,18 +214,18 @@ def _kind(column: Column, rows: Sequence[Sequence[Cell]], i: int) -> str:
 
 
 def legend(entries: Mapping[str, tuple[str, str]], points: Mapping[str, str] | None = None, *, at: str = "") -> Markup:
-    """Check boxes that show and hide traces in all figures of the page, and a list of points to choose one from.
+    """Check boxes that show and hide traces in all figures of the page, and a list to choose a point from.
 
     Args:
         entries: {legendgroup: (text, tone)}.
-        points: {key: text}; a trace that has a list "points" is shown at those of them only. The key "" shows all.
-        at: the key that is chosen at first.
+        points: {key: text}; a trace with a list `points` is shown only for these keys. The key "" shows all traces.
+        at: the key that is chosen initially.
     """
     return _part("legend", dict(entries), dict(points or {}), at)
 
 
 def panels(figures: Mapping[str, Figure]) -> Markup:
-    """Figures under their names, side by side where the page is wide enough."""
+    """Figures with their names as headings, side by side if the page is wide enough."""
     inner = [
         Markup('<div class="panel">')
         + Markup(f"<h3>{escape(name)}</h3>" if len(figures) > 1 else "")
@@ -238,7 +238,7 @@ def panels(figures: Mapping[str, Figure]) -> Markup:
 
 
 def figure(fig: Figure, description: str) -> Markup:
-    """A figure of the page; `description` is what a screen reader says of it."""
+    """A figure of the page; `description` is its text for screen readers."""
     spec = {
         "data": [dict(trace) for trace in fig.data],
         "layout": _merge(_house_layout(fig.height), fig.layout),
@@ -276,7 +276,7 @@ def page(title: str, body: Sequence[Markup], foot: Sequence[Markup] = ()) -> str
 
 
 def _one_newline(text: str) -> str:
-    """As a browser reads it, so that the policy's digest fits."""
+    """Text with the line ends that a browser uses when it computes the digest of a script."""
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -296,23 +296,23 @@ def _templates() -> Environment:
 
 
 def _part(macro: str, *args: object) -> Markup:
-    """What a macro of templates/parts.html makes."""
+    """The result of a macro of templates/parts.html."""
     return Markup(str(getattr(_templates().get_template("parts.html").module, macro)(*args)))
 
 
 def _name(text: str) -> str:
-    """A name of the style sheet.
+    """A checked name of the style sheet.
 
     Raises:
-        ValueError: other characters, which would mean something else there.
+        ValueError: the name has characters other than small letters, digits and hyphens.
     """
     if not re.fullmatch("[a-z0-9-]+", text):
-        raise ValueError(f"{text!r} is no name of the style sheet.")
+        raise ValueError(f"{text!r} is not a name of the style sheet.")
     return text
 
 
 def write(text: str, path: str | os.PathLike[str]) -> Path:
-    """Write a page by a temporary file and a rename, so that readers see complete pages only; creates its folder."""
+    """Write a page through a temporary file, so that no reader sees an incomplete page; creates the folder."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{os.getpid()}")
@@ -326,7 +326,7 @@ def _asset(name: str) -> str:
 
 
 def require_figures() -> None:
-    """Check that figures can be embedded, before a long job starts.
+    """Check, before a long job starts, that figures can be embedded.
 
     Raises:
         ModuleNotFoundError: plotly or jinja2 is not installed (extra "report").
@@ -346,7 +346,7 @@ def _plotly_js() -> str:
 
 
 def _embed(value: object) -> str:
-    """JSON that is safe inside a script element: no "<" in it, and null for numbers that JSON does not know."""
+    """JSON that is safe inside a script element: without "<", and with null for numbers that are not finite."""
     text = json.dumps(_finite(value), allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 

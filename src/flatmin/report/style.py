@@ -1,4 +1,4 @@
-"""What figures have in common: colours of the style sheet, symbols, dashes, and one rule for the colours of arms."""
+"""The style that figures share: colours of the style sheet, symbols, dashes, and the colours of arms."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class Style:
 
 
 def styles(names: Sequence[str], base: str = BASE) -> dict[str, Style]:
-    """A colour for each of several: the base is grey, the others take the colours in turn.
+    """A style for each name: grey for the base, the other colours in turn for the others.
 
-    Each also has a symbol and a dash of its own, as long as there are some.
+    Symbols and dashes are assigned in turn too.
 
     Args:
-        names: of the arms, in the order in which they are shown.
-        base: the one that the others are compared with.
+        names: names of the arms, in the order in which they are shown.
+        base: the name of the arm that the others are compared with.
     """
     others = [name for name in names if name != base]
     tones = {name: tone(i) for i, name in enumerate(others)} | {base: "tone-0"}
@@ -45,24 +45,24 @@ def styles(names: Sequence[str], base: str = BASE) -> dict[str, Style]:
 
 
 def tone(i: int) -> str:
-    """The colour of the style sheet for the i-th of several; grey is left out."""
+    """The i-th colour of the style sheet, without grey."""
     return f"tone-{1 + i % (NUM_TONES - 1)}"
 
 
 @cache
 def light_colours() -> dict[str, str]:
-    """The colours of the style sheet by name, as pages have them in the light theme."""
+    """The colours of the style sheet's light theme by name."""
     sheet = next(Path(__file__).parent.rglob("page.css")).read_text(encoding="utf-8")
     return dict(re.findall(r"--([a-z0-9-]+):\s*(#[0-9a-f]{6})", sheet.partition("}")[0]))
 
 
 def number(stat: Stat, digits: int = 1) -> str:
-    """The mean with its interval as `Stat.text` has it, "–" for none."""
+    """The mean with its interval, see `Stat.text`; "–" without a value."""
     return "–" if not stat.n or math.isnan(stat.mean) else stat.text(f".{digits}f", gap=" ")
 
 
 def interval(stats: Sequence[Stat]) -> tuple[list[float], list[float]]:
-    """The lower and the upper ends of the intervals of means, NaN where they are unknown."""
+    """The lower and the upper ends of the intervals of means; NaN where they are unknown."""
     return [math.nan if math.isnan(s.half) else s.low for s in stats], [
         math.nan if math.isnan(s.half) else s.high for s in stats
     ]

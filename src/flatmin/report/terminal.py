@@ -1,4 +1,4 @@
-"""Tables in a terminal of any width: columns side by side, else in blocks below each other, else a row at a time.
+"""Tables for terminals of any width: columns side by side, in blocks below each other, or one row at a time.
 
 >>> from rich.console import Console
 >>> print_table([["arm", "test %"], ["sgd", "93.1"], ["sam", "95.1 ±0.4"]], Console(width=40))
@@ -22,8 +22,8 @@ from flatmin.streams import fitted
 if TYPE_CHECKING:
     from rich.console import Console
 
-_GAPS = (2, 1)  # blanks between columns
-_PROSE = 24  # text of more columns may wrap, to no fewer than these
+_GAPS = (2, 1)  # numbers of blanks between columns, in order of preference
+_PROSE = 24  # wider text may wrap, to at least this width
 _MOST_BLOCKS = 4
 _INDENT = "  "
 
@@ -35,11 +35,11 @@ class _Column:
     """A column.
 
     Args:
-        header, cells: its texts, as the terminal can show them.
-        least, natural: widths.
-        number: whether numbers are in it.
-        wide: of the widest cell.
-        simple: whether every cell is a line of ASCII.
+        header, cells: the texts, with characters that the terminal can show.
+        least, natural: the smallest width, and the width without wrapping.
+        number: whether the cells are numbers.
+        wide: width of the widest cell.
+        simple: whether every cell is a single line of ASCII characters.
     """
 
     header: str
@@ -52,16 +52,16 @@ class _Column:
 
 
 def print_table(rows: Rows, console: Console, *, header: bool = True, styles: Sequence[str] = ()) -> None:
-    """Print a table at the console's width, see `lay_out`.
+    """Print a table that fits the console's width, see `lay_out`.
 
     Args:
-        rows: the header first, then one list of cells a row.
-        console: where.
-        header: whether the first of the rows is one.
-        styles: one of rich's styles for each row after the header. Default: none.
+        rows: the header, then the cells of each row.
+        console: the console to print to.
+        header: whether the first row is a header.
+        styles: a style of rich for each row after the header. Default: none.
     """
     lines = lay_out(rows, width=console.width, encoding=console.encoding, header=header, styles=styles)
-    if not console.is_terminal and not console.quiet:  # rich takes its time over thousands of lines
+    if not console.is_terminal and not console.quiet:  # rich is slow for thousands of lines
         print("\n".join(line for line, _ in lines), file=console.file)
         return
     for style, group in groupby(lines, key=lambda line: line[1]):
@@ -69,13 +69,13 @@ def print_table(rows: Rows, console: Console, *, header: bool = True, styles: Se
 
 
 def print_text(text: str, console: Console, *, style: str = "", hanging: str = "") -> None:
-    """Print a paragraph, wrapped at the console's width, without the blanks that rich leaves at the ends of lines.
+    """Print a paragraph, wrapped at the console's width, without the trailing blanks of rich.
 
     Args:
-        text: without line breaks.
-        console: where.
-        style: one of rich's.
-        hanging: what the first line begins with; the others are indented as far.
+        text: the text, without line breaks.
+        console: the console to print to.
+        style: a style of rich.
+        hanging: prefix of the first line; the other lines are indented by its length.
     """
     lines = _wrapped(fitted(text, console.encoding), max(1, console.width - len(hanging)))
     starts = [hanging, *[" " * len(hanging)] * (len(lines) - 1)]
@@ -87,17 +87,17 @@ def print_text(text: str, console: Console, *, style: str = "", hanging: str = "
 def lay_out(
     rows: Rows, *, width: int, encoding: str = "utf-8", header: bool = True, styles: Sequence[str] = ()
 ) -> list[tuple[str, str]]:
-    """The lines of a table, each with its style; numbers stand to the right, long texts wrap, no number is cut.
+    """The lines of a table, each with its style. Numbers are right-aligned, long texts wrap, and no number is cut.
 
-    If the columns do not fit side by side, they stand in blocks that repeat the first column; if that takes more than
-    four blocks, or one column is too wide, each row is a list of names and values.
+    If the columns do not fit side by side, they are split into blocks that repeat the first column. If that takes more
+    than four blocks, or one column is too wide, each row becomes a list of names and values.
 
     Args:
-        rows: the header first, then one list of cells a row.
-        width: columns of the terminal.
-        encoding: of the terminal; it decides what stands for a character that it lacks.
-        header: whether the first of the rows is one.
-        styles: one for each row after the header. Default: none.
+        rows: the header, then the cells of each row.
+        width: width of the terminal in characters.
+        encoding: encoding of the terminal; characters that it lacks are replaced.
+        header: whether the first row is a header.
+        styles: a style for each row after the header. Default: none.
     """
     table = rows if header else [[""] * len(rows[0]), *rows]
     every = [_column(cells, encoding) for cells in zip(*table, strict=True)]
@@ -137,7 +137,7 @@ def is_number(cell: str) -> bool:
 
 
 def _length(text: str) -> int:
-    """Columns of the terminal."""
+    """The width of a text in the terminal."""
     if text.isascii():
         return len(text)
     return sum(0 if combining(char) else 1 + (east_asian_width(char) in "WF") for char in text)
@@ -166,7 +166,7 @@ def _side_by_side(columns: Sequence[_Column], width: int) -> tuple[list[int], in
         spare = width - sum(widths) - gap * (len(columns) - 1)
         if spare < 0:
             continue
-        while spare:  # to where most lines are saved
+        while spare:  # give it to the column that wraps most
             i = max(range(len(columns)), key=lambda i: columns[i].natural / max(1, widths[i]))
             if columns[i].natural <= widths[i]:
                 break
@@ -177,7 +177,7 @@ def _side_by_side(columns: Sequence[_Column], width: int) -> tuple[list[int], in
 
 
 def _blocks(columns: Sequence[_Column], width: int, rows: int) -> list[tuple[Sequence[_Column], list[int], int]] | None:
-    """Blocks of columns that fit, each after the first column; None if they would be many or do not fit."""
+    """Blocks of columns that fit beside the first column; None if there would be too many, or one does not fit."""
     if (whole := _side_by_side(columns, width)) is not None:
         return [(columns, *whole)]
     if rows < 2:
@@ -185,7 +185,7 @@ def _blocks(columns: Sequence[_Column], width: int, rows: int) -> list[tuple[Seq
     made = _filled(columns, width, len(columns))
     if not made or len(made) > _MOST_BLOCKS:
         return None
-    even = _filled(columns, width, math.ceil((len(columns) - 1) / len(made)))  # no column is left to stand alone
+    even = _filled(columns, width, math.ceil((len(columns) - 1) / len(made)))  # avoids a block with a single column
     return even if even is not None and len(even) == len(made) else made
 
 
@@ -206,7 +206,7 @@ def _filled(columns: Sequence[_Column], width: int, most: int) -> list[tuple[Seq
 
 
 def _heads(columns: Sequence[_Column], widths: Sequence[int], gap: int) -> Iterator[str]:
-    """The lines of the headers, the last of which stands above the rule."""
+    """The lines of the headers, aligned at the bottom."""
     heads = [_wrapped(column.header, width) for column, width in zip(columns, widths, strict=True)]
     tall = max(map(len, heads))
     for i in range(tall):
@@ -219,7 +219,7 @@ def _body(
 ) -> Iterator[tuple[str, str]]:
     """The lines of the rows, each with its style."""
     if all(column.simple and column.wide <= width for column, width in zip(columns, widths, strict=True)):
-        # A shorter way to the same, for lists of thousands of rows.
+        # The same result, faster, for lists of thousands of rows.
         padded = [
             [cell.rjust(width) if column.number else cell.ljust(width) for cell in column.cells]
             for column, width in zip(columns, widths, strict=True)
@@ -242,7 +242,7 @@ def _line(cells: Iterable[str], columns: Sequence[_Column], widths: Sequence[int
 
 
 def _wrapped(text: str, width: int) -> list[str]:
-    """Lines of no more than `width` columns, broken between words where that is possible."""
+    """Lines of at most `width` characters, broken between words where possible."""
     if "\n" not in text and _length(text) <= width:
         return [text]
     lines: list[str] = []
@@ -268,7 +268,7 @@ def _wrapped(text: str, width: int) -> list[str]:
 
 
 def _records(columns: Sequence[_Column], styles: Sequence[str], width: int) -> Iterator[tuple[str, str]]:
-    """A row at a time: its first cell, then a line for each other column."""
+    """One row at a time: its first cell, then a line for each other column."""
     first, *rest = columns
     names = max((_length(column.header) for column in rest), default=0)
     beside = len(_INDENT) + names + 2 <= 0.6 * width

@@ -1,1 +1,1 @@
-"""Studies of many runs: specification, execution, stored results, tables and pages."""
+"""Studies of many runs: specification, execution, stored results and tables."""

@@ -1,4 +1,4 @@
-"""Archives of finished runs: small text files for a repository, without weights, that tables can be drawn from."""
+"""Archives of finished runs: small text files without weights, from which tables can be made."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ FORMAT = 1
 SUMS = "SHA256SUMS"
 _CONFIG, _ENVIRONMENT, _RESULT, _EPOCHS = "config.json", "env.json", "result.json", "metrics.jsonl"
 _LINES = (_EPOCHS, *TABLES)
-_NAMED = 3  # runs that a sentence names
+_NAMED = 3  # runs that a message names
 
 
 @dataclass(frozen=True, kw_only=True)
 class Packed:
-    """What `pack` did.
+    """The outcome of `pack` or `unpack`.
 
     Args:
-        added, changed, same: how many runs are new in the archive, have new measurements there, were there before.
-        left: runs of the folder that are not in the archive, with the reason.
+        added, changed, same: number of runs that are new, that have new measurements, and that were there already.
+        left: runs that were not packed, with the reason.
     """
 
     added: int
@@ -42,24 +42,24 @@ class Packed:
 
 
 def pack(folder: Path, archive: Path) -> Packed:
-    """Write the finished runs of a study folder to an archive, beside those that are there.
+    """Add the finished runs of a study folder to an archive.
 
-    A run is one file of text: configuration, environment, result, epochs, recorded updates, measured numbers. A second
-    call with the same runs changes nothing.
+    Each run becomes one text file with its configuration, environment, result, epochs, recorded updates and measured
+    numbers. A second call with the same runs changes nothing.
 
     Args:
-        folder: the runs are in FOLDER/runs.
-        archive: made if it does not exist.
+        folder: the output folder of a study; its runs are in FOLDER/runs.
+        archive: a folder; made if it does not exist.
 
     Raises:
-        ValueError: a folder without runs or without a finished one, an archive that is damaged, or one that has other
-            results for a run; then nothing is written.
+        ValueError: the folder has no runs or no finished run, the archive is damaged, or the archive has a different
+            result for a run. Nothing is written then.
         OSError: a file cannot be written.
     """
     runs = folder / "runs"
     if not runs.is_dir():
         raise ValueError(
-            f"{folder} has no folder runs, so it is not the folder of a study (its --out); nothing was packed."
+            f"{folder} has no subfolder 'runs', so it is not the output folder (--out) of a study; nothing was packed."
         )
     found, left = _finished(runs)
     if not found:
@@ -80,17 +80,17 @@ def pack(folder: Path, archive: Path) -> Packed:
 
 
 def unpack(archive: Path, folder: Path) -> Packed:
-    """Write the runs of an archive as run folders to FOLDER/runs, beside those that are there.
+    """Write the runs of an archive to FOLDER/runs as run folders; runs that are there already are kept.
 
-    They have no weights, and `flatmin study` of the version that trained them goes on from them.
+    The folders have no weights. `flatmin study` counts them as finished if its code is the one that trained them.
 
     Args:
-        archive: of `pack`.
+        archive: a folder that `pack` wrote.
         folder: made if it does not exist.
 
     Raises:
-        ValueError: no archive, a damaged one, or a folder that has another result for a run, or an unfinished run of
-            its name; then nothing is written.
+        ValueError: the archive is missing or damaged, or the folder has a different result for a run or an unfinished
+            run of the same name. Nothing is written then.
         OSError: a file cannot be written.
     """
     kept = read(archive)
@@ -103,8 +103,8 @@ def unpack(archive: Path, folder: Path) -> Packed:
             present[name] = _content(path)
         except ValueError as error:
             raise ValueError(
-                f"{path} is there and cannot be compared with the archive ({reason(error)}); nothing was unpacked. "
-                "Finish it, or name another folder."
+                f"{path} exists and cannot be compared with the archive ({reason(error)}); nothing was unpacked. "
+                "Finish that run, or name another folder."
             ) from error
         _joined(name, content, present[name])
     changed = 0
@@ -125,32 +125,33 @@ def read(archive: Path, *, strays: Sequence[str] | Mapping[str, Any] = ()) -> di
     """The runs of an archive by name, in order.
 
     Args:
-        archive: a folder of `pack`.
-        strays: names of runs whose files may stand there without a line in the list of digests, as a call of `pack`
-            that was interrupted leaves them; they are not read.
+        archive: a folder that `pack` wrote.
+        strays: names of runs whose files may exist without a line in the list of digests, as an interrupted call of
+            `pack` leaves them; they are not read.
 
     Raises:
-        ValueError: no archive, or one with a file that is missing, not listed, changed, or of a later version.
+        ValueError: the folder is not an archive, or one of its files is missing, not listed, changed, or written by a
+            later version.
     """
     try:
         lines = read_text(archive / SUMS).splitlines()
     except (OSError, ValueError) as error:
-        raise ValueError(f"{archive} is no archive of runs: its {SUMS} cannot be read ({reason(error)}).") from error
+        raise ValueError(f"{archive} is not an archive of runs: {SUMS} cannot be read ({reason(error)}).") from error
     found: dict[str, dict[str, Any]] = {}
     for line in lines:
         digest, _, place = line.partition("  ")
         name = place.removeprefix("runs/").removesuffix(".json")
         where = archive / "runs" / f"{name}.json"
         if place != f"runs/{name}.json" or "/" in name or "\\" in name or name in found:
-            raise ValueError(f"{archive / SUMS} is damaged: {line[:90]!r} names no run file; restore it.")
+            raise ValueError(f"{archive / SUMS} is damaged: {line[:90]!r} does not name a run file; restore it.")
         try:
             text = read_text(where)
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"{where} is listed in {SUMS} and cannot be read ({reason(error)}); restore it."
+                f"{where} is listed in {SUMS} but cannot be read ({reason(error)}); restore it."
             ) from error
         if _digest(text) != digest:
-            raise ValueError(f"{where} is not what {SUMS} says: it was cut short or edited; restore it.")
+            raise ValueError(f"{where} does not match its digest in {SUMS}: it was truncated or edited; restore it.")
         found[name] = _parsed(text, where)
     for name in _files(archive):
         if name not in found and name not in strays:
@@ -161,13 +162,13 @@ def read(archive: Path, *, strays: Sequence[str] | Mapping[str, Any] = ()) -> di
 
 
 class Archive:
-    """Finished runs, found by what they trained on what, whatever code trained them.
+    """Finished runs, looked up by settings and data, whatever code trained them.
 
     Args:
-        path: an archive of `pack`, or the folder of a study.
+        path: an archive that `pack` wrote, or the output folder of a study.
 
     Attributes:
-        unrecorded: names of runs that `find` has passed over because they have not recorded what was asked for.
+        unrecorded: names of runs that `find` skipped because they did not record what was asked for.
 
     Raises:
         ValueError: see `read`.
@@ -198,12 +199,12 @@ class Archive:
         return len(self._runs)
 
     def find(self, run: Run) -> Path | None:
-        """The folder of the run with these settings on these data that has recorded what is asked for; None without.
+        """The folder of the run with the same settings and data that recorded what is asked for; None if there is none.
 
-        Of several codes that of the run itself.
+        If runs of several versions of the code fit, the one with the code of `run` is taken.
 
         Raises:
-            ValueError: several runs that differ in code, or in data that are not here to decide by.
+            ValueError: several runs fit; they differ in code, or in data that cannot be read here.
         """
         trained = [name for name in self._by_config.get(_key(run.config), ()) if _trained_on(run, self._labels(name))]
         fitting = [name for name in trained if run.record.kept_in({"record": self._labels(name).get("record") or ""})]
@@ -213,8 +214,8 @@ class Archive:
         if len(found) > 1:
             what = "data" if same else "code"
             raise ValueError(
-                f"{self.path} has several runs with the settings of one, of different {what}: {', '.join(found)}; keep "
-                "them in archives of their own, or remove all but one with `flatmin runs rm`."
+                f"{self.path} has several runs with the same settings but different {what}: {', '.join(found)}; keep "
+                "them in separate archives, or remove all but one with `flatmin runs rm`."
             )
         return self._folder / found[0] if found else None
 
@@ -224,7 +225,7 @@ class Archive:
 
 
 def _trained_on(run: Run, labels: Mapping[str, Any]) -> bool:
-    """Whether a run of the archive had the data of this one, as far as these are known here."""
+    """Whether an archived run used the same data, as far as the data are known here."""
     return run.content is None or run.content.digest in (labels.get("data_key"), labels.get("content"))
 
 
@@ -233,7 +234,7 @@ def _key(config: RunConfig) -> str:
 
 
 def _finished(runs: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """The finished runs of a study in a folder by name, and why the others are none."""
+    """The finished runs in a folder by name, and for each other folder why it is not one."""
     found: dict[str, dict[str, Any]] = {}
     left: dict[str, str] = {}
     for path in sorted(one for one in runs.iterdir() if one.is_dir()):
@@ -248,7 +249,7 @@ def _content(path: Path) -> dict[str, Any]:
     """A finished run of a study as plain values.
 
     Raises:
-        ValueError: it is none, or cannot be read.
+        ValueError: the folder is not a finished run of a study, or it cannot be read.
     """
     folder = RunFolder(path)
     if not folder.begun:
@@ -259,7 +260,7 @@ def _content(path: Path) -> dict[str, Any]:
     result = folder.result()
     folder.lines(expected=None if result.failure else result.epochs)
     if "key" not in labels or "code" not in labels:
-        raise ValueError("it is not the run of a study, but of flatmin train")
+        raise ValueError("it is a run of `flatmin train`, not of a study")
     found: dict[str, Any] = {"format": FORMAT}
     for name in (_CONFIG, _ENVIRONMENT, INPUTS, _RESULT):
         if (path / name).is_file():
@@ -270,7 +271,7 @@ def _content(path: Path) -> dict[str, Any]:
         if (path / name).is_file():
             found[name] = [_table_row(line, path / name) for line in read_text(path / name).splitlines()]
     found["cards"] = {card.name: _json(card) for card in sorted(path.glob("card-*.json"))}
-    # As it will be read again.
+    # In the form in which it will be read back.
     parsed: dict[str, Any] = _parsed(_text(found), path)
     return parsed
 
@@ -290,14 +291,14 @@ def _table_row(line: str, path: Path) -> Any:
 
 
 def _text(content: Mapping[str, Any]) -> str:
-    """A run as JSON: an entry a line, and of tables a row a line with the names of the columns once."""
+    """A run as JSON, one entry a line. Tables have one row a line and name their columns once."""
     entries: list[str] = []
     for key, value in content.items():
         if key in _LINES:
             columns = list(dict.fromkeys(name for row in value for name in row))
             rows = [[row[name] for name in columns if name in row] for row in value]
             if any(len(row) != len(columns) or list(own) != columns for row, own in zip(rows, value, strict=True)):
-                rows, columns = value, []  # lines of different forms stay as they are
+                rows, columns = value, []  # rows with different columns are written in full
             body = ",\n".join("  " + _compact(row) for row in rows)
             text = f'{{"columns": {_compact(columns)}, "rows": [' + (f"\n{body}\n ]}}" if rows else "]}")
         elif key == "cards":
@@ -314,10 +315,10 @@ def _compact(value: Any) -> str:
 
 
 def _parsed(text: str, where: Path) -> dict[str, Any]:
-    """A run of the text of `_text`.
+    """A run from text that `_text` wrote.
 
     Raises:
-        ValueError: it is none, or of a later version.
+        ValueError: the text is not a packed run, or was written by a later version.
     """
     try:
         found: dict[str, Any] = json.loads(text)
@@ -335,7 +336,7 @@ def _parsed(text: str, where: Path) -> dict[str, Any]:
 
 
 def _joined(name: str, kept: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """A run with the measurements of both.
+    """The run with the measurements of both copies.
 
     Raises:
         ValueError: the two contradict each other.
@@ -344,15 +345,15 @@ def _joined(name: str, kept: Mapping[str, Any], other: Mapping[str, Any]) -> dic
     parts += [key for key in other["cards"] if key in kept["cards"] and kept["cards"][key] != other["cards"][key]]
     if parts:
         raise ValueError(
-            f"the run {name} is there already with another {' and another '.join(parts)}; nothing was written. Use an "
-            "archive or folder of its own."
+            f"the run {name} exists already with a different {' and a different '.join(parts)}; nothing was written. "
+            "Use a separate archive or folder."
         )
     cards = {**kept["cards"], **other["cards"]}
     return {**kept, "cards": {file: cards[file] for file in sorted(cards)}}
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
-    """A run folder without weights; its result comes last."""
+    """Write a run folder without weights; the result is written last."""
     path.mkdir(parents=True)
     for name, lines in content.items():
         if name in _LINES:

@@ -1,4 +1,4 @@
-"""Baselines of a study: plain training with more regularisation, or at SAM's cost."""
+"""Baselines of a study: plain training with more regularisation, or with as many gradient evaluations as SAM."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ _OWN = ("method", "weight_decay", "epochs", "ema")
 
 
 def with_baselines(spec: StudySpec) -> StudySpec:
-    """The study with further arms of the plain optimizer, each of whose settings is chosen on validation.
+    """The study with further arms of the plain optimizer, whose settings are chosen on validation data.
 
-    - the optimizer itself, unless an arm is that;
-    - "more weight decay": 2, 4 or 8 times the study's (none if it has none);
+    - the optimizer itself, unless an arm is that already;
+    - "more weight decay": 2, 4 or 8 times the study's weight decay (left out if that is 0);
     - "early stop": a schedule of a third, a half or two thirds of the epochs;
-    - "averaged": an exponential average of the weights, decay 0.99 or 0.999 an update;
-    - "N x epochs", for the cost of each method: as many gradient evaluations as SAM and its kind take (a method that
-      decides by value when to climb is taken at its expected cost), unless an arm of plain training has that length.
+    - "averaged": an exponential moving average of the weights with decay 0.99 or 0.999 per update;
+    - "N x epochs", one for each cost among the methods: plain training with as many gradient evaluations as the method
+      (its expected number if the method decides at each update whether to perturb), unless an arm of plain training
+      has that length already.
 
-    Axes of the study that plain training has, such as networks, hold for them too.
+    Axes of the study that apply to plain training, such as networks, apply to the baselines too.
 
     Args:
         spec: the study.
@@ -42,7 +43,7 @@ def with_baselines(spec: StudySpec) -> StudySpec:
     first = (plain or rows)[0].config
     name = NAMES[first.optimizer]
     own = next((arm for arm in spec.every_arm if plain and arm.label == plain[0].arm), Arm(label=name, settings={}))
-    # What plain training of this study has beside its method, such as a weight decay of its own.
+    # Settings of plain training in this study besides its method, such as a weight decay of its own.
     settings_left = {key: value for key, value in own.settings.items() if key not in _OWN}
     decay = {key: value for key, value in own.settings.items() if key == "weight_decay"}
     axes = tuple(axis for axis in own.axes if axis.key not in _OWN)
@@ -64,19 +65,19 @@ def with_baselines(spec: StudySpec) -> StudySpec:
     for cost in _costs(grid_point.config for grid_point in rows):
         epochs = round(cost * first.epochs)
         if epochs not in lengths:
-            # As an axis of one value, so that it wins over what is given with other values.
+            # An axis of one value overrides the entries of `given`.
             longer = (*axes, Axis("epochs", (str(epochs),)))
             settings = {"method": BASE, **settings_left, **decay}
             arms.append(Arm(label=f"{name}, {cost:g}x epochs", settings=settings, axes=longer, choose=own.choose))
     taken = {one.label for one in spec.every_arm}
     for one in arms:
         if one.label in taken:
-            raise ValueError(f"study {spec.name} has an arm {one.label!r} already; leave out the baselines.")
+            raise ValueError(f"study {spec.name} already has an arm {one.label!r}; leave out --baselines.")
     return dataclasses.replace(spec, baselines=(*spec.baselines, *arms))
 
 
 def _costs(configs: Iterable[RunConfig]) -> list[float]:
-    """Gradient evaluations an update that some method takes over its run, above one, to three digits."""
+    """The mean numbers of gradient evaluations per update of the runs, those above one, to three digits."""
     sizes = Sizes()
     costs = {float(f"{sizes.cost(config) / sizes.updates(config):.3g}") for config in configs}
     return sorted(cost for cost in costs if cost > 1)

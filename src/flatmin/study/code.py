@@ -1,4 +1,4 @@
-"""The code and the data that decide the outcome of a study's run."""
+"""Digests of the code and the data that determine the outcome of a run."""
 
 from __future__ import annotations
 
@@ -12,25 +12,27 @@ from flatmin.train.sources import load_clean
 from flatmin.train.trainer import build_recipe
 from flatmin.words import explained, reason
 
-# The settings that data depend on before labels are made wrong.
+# The settings that determine the data, before label noise is added.
 _FIELDS = ("data", "data_dir", "train_size", "split_seed", "val_share", "train_on_val", "image_size", "statistics")
 
 
 def code_of(config: RunConfig) -> str:
-    """Digest of flatmin, torch, and the user's modules behind a run: of plugins, those that bring its method or a part.
+    """Digest of flatmin, torch and the user's modules that a run uses.
+
+    A plugin counts only if it defines the run's method or one of its parts.
 
     Raises:
-        ValueError: a module that cannot be found.
+        ValueError: a module cannot be found.
     """
     recipe, specs = build_recipe(config), _specs(config)
     return digest(user_sources(specs, [recipe]), package_digest(), *external_versions(specs))
 
 
 def modules_of(config: RunConfig) -> list[str]:
-    """What beside flatmin and torch the code of a run depends on, as a person knows it: modules and packages.
+    """Names of the modules and packages besides flatmin and torch that a run depends on.
 
     Raises:
-        ValueError: a module that cannot be found.
+        ValueError: a module cannot be found.
     """
     parts = [type(part).__module__ for part in build_recipe(config).parts.values()]
     named = [spec.partition(":")[0] for spec in _specs(config)]
@@ -38,7 +40,7 @@ def modules_of(config: RunConfig) -> list[str]:
 
 
 def _specs(config: RunConfig) -> list[str]:
-    """The plugins whose entries the method names, the network and the data, where these are the user's own."""
+    """The user's own sources of a run: plugins that define its method, its network and its data."""
     methods = set(build_recipe(config).name.split("+"))
     built_in = method_table()
     plugins = [name for name in config.plugins if methods & (method_table([name]).keys() - built_in.keys())]
@@ -46,10 +48,10 @@ def _specs(config: RunConfig) -> list[str]:
 
 
 class Contents:
-    """Digests of the data of runs, each data set read once; or why the data cannot be read here.
+    """Digests of the data of runs, or the reason why the data cannot be read here. Each data set is read once.
 
     Args:
-        download: get what is missing, where that is possible.
+        download: download missing data where that is possible.
         progress: see `flatmin.data.named.Reading`.
     """
 
@@ -59,38 +61,38 @@ class Contents:
         self._absent: dict[tuple[object, ...], str] = {}
 
     def of(self, config: RunConfig) -> Content | None:
-        """Of a run; None if its data come with a package, or cannot be had here."""
+        """The digest for a run; None if its data come with a package or cannot be read here."""
         key = self._key(config)
         if key not in self._found:
             try:
                 self._found[key] = content_of(config, self._downloaded(config))
-            except Exception as error:  # a user's own function may raise anything; `warnings` and `check` have it
+            except Exception as error:  # a user's own function may raise anything; `warnings` and `check` report it
                 self._found[key] = None
                 self._absent[key] = (str(error) if explained(error) else reason(error)).strip().rstrip(".")
         return self._found[key]
 
     def _downloaded(self, config: RunConfig) -> Data | None:
-        """The data, if they may have to be downloaded; else they are read where they are needed."""
+        """The data, if they may have to be downloaded; otherwise they are read where they are needed."""
         if not self._download or config.data not in _downloadable():
             return None
         return load_clean(config, download=True, progress=self._progress)
 
     def absent(self, config: RunConfig) -> bool:
-        """Whether the data of a run cannot be had here."""
+        """Whether the data of a run cannot be read here."""
         self.of(config)
         return self._key(config) in self._absent
 
     def check(self, config: RunConfig) -> None:
-        """Raise ValueError if the data of a run cannot be had here; the sentence says how they can."""
+        """Raise ValueError if the data of a run cannot be read here; the message says what to do."""
         if not self.absent(config):
             return
         known = config.data in DATASETS
         place = f" in data_dir={config.data_dir}" if known else ""
-        way = " With this command: data_dir=FOLDER" if known else ""
+        way = " Name their folder with data_dir=FOLDER" if known else ""
         if config.data in _downloadable():
-            way += "" if self._download else ", --download"
+            way += "" if self._download else ", or add --download"
         elif known and self._download:
-            way += f"; --download is for {', '.join(_downloadable())} only"
+            way += f"; --download works for {', '.join(_downloadable())} only"
         raise ValueError(
             f"data={config.data} cannot be read{place}, so no run was started: {self._absent[self._key(config)]}."
             f"{way}{'.' if way else ''}"
@@ -98,11 +100,11 @@ class Contents:
 
     @property
     def warnings(self) -> list[str]:
-        """Notes on the data, in sentences."""
+        """Warnings about the data, as sentences."""
         notes = [note for content in self._found.values() if content is not None for note in content.notes]
         absent = [
-            f"data={key[0]} cannot be read here, so it is not known whether finished runs are of the data that their "
-            f"workers would read: {why}."
+            f"data={key[0]} cannot be read here ({why}), so finished runs are not checked against the data that new "
+            "runs would read."
             for key, why in self._absent.items()
         ]
         return list(dict.fromkeys([*notes, *absent]))

@@ -21,7 +21,7 @@ from flatmin.train.sources import check_device, load_clean
 from flatmin.train.trainer import Trainer
 
 ALL = "all"  # every method of the table
-# Words of the comparison beside those of a study.
+# Options of the comparison besides those of a study.
 _WORDS: Mapping[str, Any] = {
     "title": str,
     "methods": tuple[str, ...],
@@ -40,27 +40,28 @@ _ADAM_LR = "0.001"  # torch's default
 
 
 def comparison(preset: str = "digits", overrides: Sequence[str] = (), **options: Any) -> StudySpec:
-    """The study that `flatmin compare` does.
+    """The study that `flatmin compare` runs.
+
+    With your own network or data, each method uses its default radius unless the study names one, because the
+    preset's radii belong to the preset's network and data. Likewise, label noise is added only to the preset's data
+    unless `noise` is given.
 
     Args:
-        preset: a study of the package, or a .toml file.
-        overrides: those of `flatmin.study.reading.changed`, and the options as words: "methods=sgd,sam" ("all" is every
-            method, those that the network cannot serve left out), "seeds=10", "tune=true", "baselines=false",
-            "timing=false", "strong_weight_decay=0.05" and "early_share=0.3" of the baselines.
-        options: the same by name, as a command line has them; they win, and None stands for one that is not given.
-
-    A network or data of one's own has no radii in the preset: each method takes its own default then, unless the study
-    names one. Labels are made wrong on the data of the preset only, unless `noise` says so.
+        preset: name of a built-in study, or path of a .toml file.
+        overrides: overrides as in `flatmin.study.reading.changed`, and options as text: "methods=sgd,sam" ("all" for
+            every method that works with the network), "seeds=10", "tune=true", "baselines=false", "timing=false",
+            and for the baselines "strong_weight_decay=0.05" and "early_share=0.3".
+        options: the same options as keyword arguments. They take precedence; None means not given.
 
     Raises:
-        ValueError: an unknown preset, option, method or parameter, or a value of another type or out of range.
+        ValueError: an unknown preset, option, method or parameter, or a value of the wrong type or out of range.
     """
     spec, own = _read(preset)
     words, rest = _sorted_out([*own, *overrides])
     words |= {key: value for key, value in options.items() if value is not None}
     given = {split_override(override)[0] for override in rest}
     if "seeds" in words and "seed" in given:
-        raise ValueError(f"seeds={words['seeds']} and seed=... both say which seeds there are; leave one out.")
+        raise ValueError(f"seeds={words['seeds']} and seed=... both set the seeds; leave one out.")
     if words.get("seeds", 1) < 1:
         raise ValueError(f"seeds must be at least 1, got {words['seeds']}.")
     spec = _with_base(_with_methods(spec, words), given, rest)
@@ -74,7 +75,7 @@ def comparison(preset: str = "digits", overrides: Sequence[str] = (), **options:
 
 
 def _sorted_out(overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """The words of a comparison, and the other overrides."""
+    """The options of a comparison, and the other overrides."""
     words: dict[str, Any] = {}
     rest: list[str] = []
     for override in overrides:
@@ -88,7 +89,7 @@ def _sorted_out(overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _read(preset: str) -> tuple[StudySpec, list[str]]:
-    """A study, and no overrides; of a file in the form that comparisons had before, its entries as overrides."""
+    """A study with its overrides; a file with the key `methods` in place of `arms` yields overrides."""
     table: dict[str, Any] = read_preset(preset, "study")
     if "arms" in table:
         return read_study(preset), []
@@ -110,7 +111,7 @@ def _read(preset: str) -> tuple[StudySpec, list[str]]:
 
 
 def _with_methods(spec: StudySpec, words: Mapping[str, Any]) -> StudySpec:
-    """The study with the wanted arms and baselines."""
+    """The study with the requested arms and baselines."""
     plugins = words.get("plugins", ())
     for plugin in plugins:
         find_module(plugin, option="plugin")
@@ -133,7 +134,7 @@ def _with_methods(spec: StudySpec, words: Mapping[str, Any]) -> StudySpec:
             raise ValueError(f"{key} must be above 0{' and below 1' * bool(share)}, got {words[key]!r}.")
         changed_ones = tuple(_replaced(arm, setting, f"{tidy(repr(words[key]))}{share}") for arm in baselines)
         if changed_ones == baselines and not any(_about(arm, setting) for arm in baselines):
-            raise ValueError(f"{key}={words[key]} changes nothing: no baseline of this comparison has a {setting}.")
+            raise ValueError(f"{key}={words[key]} has no effect: no baseline of this comparison sets {setting}.")
         baselines = changed_ones
     if not arms and not baselines:
         raise ValueError("nothing to compare: there is no method and no baseline.")
@@ -145,7 +146,7 @@ def _with_methods(spec: StudySpec, words: Mapping[str, Any]) -> StudySpec:
 
 
 def _about(arm: Arm, key: str) -> bool:
-    """Whether a baseline is about a setting; "2x" the epochs is about the cost."""
+    """Whether a baseline varies a setting as regularisation; "2x" epochs is there for the cost."""
     return arm.settings.get(key) not in (None, "2x")
 
 
@@ -154,7 +155,7 @@ def _replaced(arm: Arm, key: str, value: str) -> Arm:
 
 
 def _with_default_radius(arm: Arm, table: Mapping[str, Any]) -> Arm:
-    """The arm with its method's default in place of the radius of the preset of `flatmin train`, not of its own."""
+    """The arm with its method's default radius in place of that of the training preset; its own radius is kept."""
     recipe = compose(arm.settings.get("method", "sam"), table)
     own = {*arm.settings, *(axis.key for axis in arm.axes)}
     if "rho" in own or not recipe.ascends or recipe.default_rho is None:
@@ -163,7 +164,7 @@ def _with_default_radius(arm: Arm, table: Mapping[str, Any]) -> Arm:
 
 
 def _settings(spec: StudySpec, words: Mapping[str, Any], given: set[str]) -> list[str]:
-    """The words that are settings of runs, as overrides."""
+    """The options that are settings of runs, as overrides."""
     made = [f"{key}={as_text(words[key])}" for key in ("model", "data", "plugins") if words.get(key)]
     noise = words.get("noise")
     if noise is not None:
@@ -174,9 +175,9 @@ def _settings(spec: StudySpec, words: Mapping[str, Any], given: set[str]) -> lis
 
 
 def _with_base(spec: StudySpec, given: set[str], rest: Sequence[str]) -> StudySpec:
-    """The study with plain training called by the name of the base optimizer.
+    """The study with plain training named after the base optimizer.
 
-    A preset for SGD has no learning rate for Adam, which takes its own usual one then.
+    A preset for SGD has no learning rate for Adam; Adam then takes torch's default.
     """
     chosen = next((text for key, text in map(split_override, rest) if key == "optimizer"), "")
     names = [name.strip() for name in chosen.split(",") if name.strip()]
@@ -188,7 +189,7 @@ def _with_base(spec: StudySpec, given: set[str], rest: Sequence[str]) -> StudySp
     others = [name for name in names if name != "sgd"]
     if others and "lr" not in given and before == {"sgd"}:
         rates = (*rates, Given(when={"optimizer": tuple(others)}, settings={"lr": _ADAM_LR}))
-        notes = (*notes, f"lr is {_ADAM_LR} for {' and '.join(others)}, the usual one; the preset's is for SGD.")
+        notes = (*notes, f"lr is torch's default {_ADAM_LR} for {' and '.join(others)}; the preset's is for SGD.")
     name = names[0] if len(names) == 1 else "base"
 
     def rename(label: str) -> str:
@@ -200,9 +201,9 @@ def _with_base(spec: StudySpec, given: set[str], rest: Sequence[str]) -> StudySp
 
 
 def _titled(spec: StudySpec, words: Mapping[str, Any]) -> StudySpec:
-    """The study with a title that names data and network of one's own, and the share of wrong labels.
+    """The study with a title that names the user's data and network and the share of wrong labels.
 
-    Columns that no run can have are left out.
+    Columns that no run can fill are left out.
     """
     configs = [row.config for row in grid_points(spec)]
     title = words.get("title", spec.title)
@@ -219,15 +220,17 @@ def _titled(spec: StudySpec, words: Mapping[str, Any]) -> StudySpec:
 
 
 def _name(source: str) -> str:
-    """A network or data set as a title names it: of "package.module:function" the function."""
+    """The name of a network or data set in a title; for "package.module:function" the function."""
     return source.rpartition(":")[2] or source
 
 
 def without_unfit(spec: StudySpec) -> StudySpec:
-    """The study without the arms whose method the network or the loop cannot serve; its notes say which and why.
+    """The study without the arms whose method does not work with the network or the training loop.
+
+    The study's notes say which arms were left out and why.
 
     Raises:
-        OSError, ValueError, ModuleNotFoundError: the data or a device cannot be had, or no arm is left.
+        OSError, ValueError, ModuleNotFoundError: the data or a device is not available, or no arm is left.
     """
     if not spec.skip_unfit:
         return spec
@@ -249,7 +252,7 @@ def without_unfit(spec: StudySpec) -> StudySpec:
         else:
             kept.append(arm)
     if not kept:
-        raise ValueError(f"no method is left to compare; the first refusal: {next(iter(refusals.values()))}")
+        raise ValueError(f"no method is left to compare; the first error: {next(iter(refusals.values()))}")
     labels = [arm.label for arm in (*kept, *spec.baselines)]
     return dataclasses.replace(
         spec,

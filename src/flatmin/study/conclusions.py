@@ -1,4 +1,4 @@
-"""What follows from a study's table and what does not, worked out from its own numbers, in sentences."""
+"""Conclusions from a study's table: which differences are significant, in sentences."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from flatmin.stats import POINTS, Stat, paired
 from flatmin.study.tabulate import StudyRow, StudyTable, same
 from flatmin.train.trainer import build_recipe
 
-FEWEST_SEEDS = 3  # the t of two is 12.7
+FEWEST_SEEDS = 3  # with two, the 97.5 % quantile of Student's t is 12.7
 LEVEL = 0.05
-_LESS = 0.9  # of another number: what is called smaller
+_LESS = 0.9  # a number counts as smaller if it is below this share of another
 _MOST = 8  # rows or pairs that a sentence names
 _METRIC = "test_acc"
 _LAMBDA = ("lambda_max", "lambda_1")
@@ -22,12 +22,12 @@ Accuracies = Mapping[int, float]
 
 
 def verdicts(table: StudyTable) -> list[str]:
-    """What the numbers show: against the baseline, among the methods, against cheap baselines, at equal cost."""
+    """Conclusions as sentences: against the baseline, among the methods, against cheap baselines, at equal cost."""
     rows = [row for row in table.rows if row.runs and row.config is not None]
     if not rows:
         return []
     ascending = [row for row in rows if ascends(row)]
-    # Rows are compared with each other where they are at one point of the axes, and on one task.
+    # Rows are compared with each other only if all are at one point of the axes and on one task.
     single = len({tuple(sorted(row.point.items())) for row in rows}) == 1 and all(same(row, rows[0]) for row in rows)
     found = [
         against_base(table),
@@ -40,7 +40,7 @@ def verdicts(table: StudyTable) -> list[str]:
 
 
 def ascends(row: StudyRow) -> bool:
-    """Whether the method of a row moves the weights to take its gradient elsewhere."""
+    """Whether the method of a row takes gradients at perturbed weights."""
     return row.config is not None and build_recipe(row.config).moves
 
 
@@ -50,12 +50,12 @@ def accuracies(row: StudyRow) -> dict[int, float]:
 
 
 def against_base(table: StudyTable) -> str:
-    """Which rows differ from the baseline, by their own interval and with the number of tests taken into account."""
+    """Which rows differ from the baseline, before and after correction for the number of tests."""
     base = named_labels([table.base])
     several = [(row, diff) for row in table.rows if (diff := row.columns[_METRIC].diff) is not None and diff.n > 1]
     compared = [(row, diff) for row, diff in several if diff.n >= FEWEST_SEEDS]
     if not compared:
-        return "Two seeds are too few to tell any row from another; three is the least." if several else ""
+        return "Two seeds are too few for a comparison; at least three are needed." if several else ""
     tests = table.tests(_METRIC)
     among = f" after correction for {tests} tests" if tests > 1 else ""
     kinds: dict[str, list[StudyRow]] = {}
@@ -63,9 +63,9 @@ def against_base(table: StudyTable) -> str:
         corrected = row.columns[_METRIC].corrected
         side = f"{'above' if diff.mean > 0 else 'below'} {base}"
         if diff.covers_zero:
-            kind = f"not told apart from {base} (the interval of the difference covers 0)"
+            kind = f"not significantly different from {base} (the interval of the difference contains 0)"
         elif tests > 1 and (corrected is None or corrected >= LEVEL):
-            kind = f"{side} by its own interval, but not{among}"
+            kind = f"{side} by the 95 % interval of the difference, but not{among}"
         else:
             kind = f"{side} (p < {LEVEL:g}{among})"
         kinds.setdefault(kind, []).append(row)
@@ -74,7 +74,7 @@ def against_base(table: StudyTable) -> str:
 
 
 def _ranking(rows: Sequence[StudyRow]) -> str:
-    """Which of the methods that ascend differ from each other; each pair gets its share of 5 %."""
+    """Which of the methods that perturb the weights differ from each other, with Bonferroni's correction."""
     pairs = list(itertools.combinations([row for row in rows if accuracies(row)], 2))
     if not pairs:
         return ""
@@ -95,29 +95,30 @@ def _ranking(rows: Sequence[StudyRow]) -> str:
         return ""
     if not told:
         if len(pairs) == 1:
-            return f"{widest[0]} are not told apart: they differ by {_points(widest[1])}, within the noise."
+            return f"The difference between {widest[0]} is not significant: {_points(widest[1])}."
         return (
-            f"The {len(rows)} methods that ascend are not told apart: the largest difference, between {widest[0]}, is "
-            f"{_points(widest[1])}, within the noise of {len(pairs)} pairs."
+            f"The {len(rows)} methods that perturb the weights do not differ significantly from each other after "
+            f"correction for {len(pairs)} pairs; the largest difference, between {widest[0]}, is {_points(widest[1])}."
         )
     texts = [text for _, text in sorted(told, key=lambda one: -one[0])]
     more = f"; and {len(texts) - _MOST} more" if len(texts) > _MOST else ""
-    others = "" if len(told) == len(pairs) else " The others are not told apart."
+    others = "" if len(told) == len(pairs) else " The other pairs do not differ significantly."
     return (
-        f"Among the methods that ascend, {len(told)} of {_counted(len(pairs), 'pair')} differ beyond the noise "
-        f"(intervals widened for the number of pairs): {'; '.join(texts[:_MOST])}{more}.{others}"
+        f"Among the methods that perturb the weights, {len(told)} of {_counted(len(pairs), 'pair')} "
+        f"{'differs' if len(told) == 1 else 'differ'} significantly (intervals with Bonferroni's correction for the "
+        f"number of pairs): {'; '.join(texts[:_MOST])}{more}.{others}"
     )
 
 
 def _cheap(table: StudyTable, rows: Sequence[StudyRow], ascending: Sequence[StudyRow]) -> list[str]:
-    """Baselines that spend no second gradient, against the mean of the methods that ascend."""
+    """Baselines without a second gradient, compared with the mean of the methods that perturb the weights."""
     plain = _plain(table, rows)
     if plain is None or not ascending:
         return []
     arms = {arm.label for arm in table.spec.baselines}
     seeds = set.intersection(*(set(accuracies(row)) for row in ascending))
     mean = {seed: math.fsum(accuracies(row)[seed] for row in ascending) / len(ascending) for seed in seeds}
-    family = "the mean of the methods that ascend" if len(ascending) > 1 else named(ascending)
+    family = "the mean of the methods that perturb the weights" if len(ascending) > 1 else named(ascending)
     told = []
     for row in rows:
         if row.arm not in arms or ascends(row) or row.budget > 1.02 * plain.budget:
@@ -127,26 +128,22 @@ def _cheap(table: StudyTable, rows: Sequence[StudyRow], ascending: Sequence[Stud
         gain = _difference(row, plain)
         if ahead is None or gain is None or ahead.n < FEWEST_SEEDS:
             continue
-        verdict = (
-            "no advantage of an ascent over it is shown"
-            if ahead.covers_zero
-            else f"{'the ascent' if ahead.mean > 0 else 'it'} is ahead"
-        )
         told.append(
-            f"{named([row])}, without a second gradient, differs from {named([plain])} by {_points(gain)}; {family} "
-            f"minus it is {_points(ahead)}: {verdict}."
+            f"{named([row])}, which needs no second gradient, differs from {named([plain])} by {_points(gain)}; "
+            f"{family} differs from {named([row])} by {_points(ahead)}, which is {'not ' * ahead.covers_zero}"
+            "significant."
         )
     return told
 
 
 def _plain(table: StudyTable, rows: Sequence[StudyRow]) -> StudyRow | None:
-    """Plain training among the arms of the study."""
+    """The row of plain training among the arms of the study."""
     arms = {arm.label for arm in table.spec.arms}
     return next((row for row in rows if row.arm in arms and row.config and row.config.method == BASE), None)
 
 
 def _equal_cost(table: StudyTable) -> str:
-    """Methods against plain training that took as many gradient evaluations."""
+    """Methods compared with plain training that took as many gradient evaluations."""
     rows = [row for row in table.rows if row.equal is not None and row.equal.diff.n >= FEWEST_SEEDS]
     if not rows:
         return ""
@@ -157,16 +154,17 @@ def _equal_cost(table: StudyTable) -> str:
         equal = row.equal
         assert equal is not None
         beyond = equal.corrected is not None and equal.corrected < LEVEL
-        kind = "not told apart" if not beyond else f"{'above' if equal.diff.mean > 0 else 'below'} it{level}"
+        side = "higher" if equal.diff.mean > 0 else "lower"
+        kind = f"{side}{level}" if beyond else "not significantly different"
         kinds.setdefault(kind, []).append(row)
     told = "; ".join(f"{kind}: {named(found)}" for kind, found in sorted(kinds.items()))
     names = {row.label: name_of(row) for row in table.rows}
     rivals = named_labels(dict.fromkeys(names[row.equal.label] for row in rows if row.equal is not None))
-    return f"Against plain training of equal cost ({rivals}), test accuracy is {told}."
+    return f"Compared with plain training at equal cost ({rivals}), test accuracy is {told}."
 
 
 def _curvature(rows: Sequence[StudyRow], ascending: Sequence[StudyRow]) -> str:
-    """A pair of rows that shows the eigenvalue falling with the loss and not with the test error, if there is one."""
+    """A pair of rows where the largest eigenvalue falls with the training loss but not with the test error, if any."""
     for metric in _LAMBDA:
         measured = [row for row in rows if metric in row.columns and row.columns[metric].stat.n]
         if not measured:
@@ -181,17 +179,17 @@ def _curvature(rows: Sequence[StudyRow], ascending: Sequence[StudyRow]) -> str:
             )
             if small < _LESS * large and loss < _LESS * other_loss and test < other_test:
                 return (
-                    f"A small {metric} alone does not mean a better minimum: {named([low])} has {small:.3g} against "
-                    f"{large:.3g} of {named([other])}, and a lower test accuracy. Its train loss is {loss:.2g} against "
-                    f"{other_loss:.2g}: the curvature of cross-entropy goes to 0 with the loss, so compare at equal "
-                    "train loss."
+                    f"A smaller {metric} alone does not mean a better minimum: {named([low])} has {small:.3g}, "
+                    f"{named([other])} has {large:.3g}, and {named([low])} has the lower test accuracy. Their training "
+                    f"losses are {loss:.2g} and {other_loss:.2g}. The curvature of cross-entropy tends to 0 with the "
+                    f"loss, so compare {metric} at equal training loss."
                 )
-        return f"Compare {metric} at equal train loss: the curvature of cross-entropy goes to 0 with it."
+        return f"Compare {metric} at equal training loss: the curvature of cross-entropy tends to 0 with the loss."
     return ""
 
 
 def protocol(table: StudyTable) -> list[str]:
-    """How to read the table: the split, the seeds, what was chosen and how, and what intervals and times are."""
+    """Notes on how to read the table: the split, the seeds, how values were chosen, what intervals and times are."""
     rows = [row for row in table.rows if row.config is not None]
     found = [
         _setting(table, rows),
@@ -212,11 +210,11 @@ def _setting(table: StudyTable, rows: Sequence[StudyRow]) -> str:
         "Wrong training labels are drawn for each seed; validation and test labels are clean. " if noise - {0.0} else ""
     )
     if len(seeds) == 1:
-        return f"{parts}{wrong}One seed gives no interval: nothing here can be told from chance."
+        return f"{parts}{wrong}With one seed there are no intervals, so no difference can be tested."
     what = "initialisation, batch order" + (", wrong labels" if wrong else "") + " and augmentation"
     return (
-        f"{parts}{wrong}A seed sets {what}, the same for every row. Intervals are 95 % Student t over {len(seeds)} "
-        f"seeds; differences to {named_labels([table.base])} are paired by seed."
+        f"{parts}{wrong}A seed determines {what}; every row uses the same seeds. Intervals are 95 % Student t "
+        f"intervals over {len(seeds)} seeds; differences from {named_labels([table.base])} are paired by seed."
     )
 
 
@@ -224,15 +222,15 @@ def _chosen(table: StudyTable, rows: Sequence[StudyRow]) -> str:
     if table.tried:
         return (
             "Values in the column 'chosen' have the best mean validation accuracy (ties: lower validation loss, then "
-            "the earlier value in the list). Nothing is chosen on test."
+            "the earlier value in the list). No value is chosen on test data."
         )
     several: dict[str, int] = {}
     for row in rows:
         several[row.arm] = several.get(row.arm, 0) + 1
     if max(several.values(), default=0) > 1 and any("rho" in row.point for row in rows):
         return (
-            "Several rows of one arm are a grid. To report its best row by test accuracy would be choosing on test; "
-            "choose on validation instead (--tune, or --choose)."
+            "Several rows of one arm form a grid. Do not report the row with the best test accuracy, which would "
+            "select on test data; choose on validation data with --tune or --choose."
         )
     if any("rho" in row.values for row in rows):
         return ""
@@ -244,24 +242,30 @@ def _chosen(table: StudyTable, rows: Sequence[StudyRow]) -> str:
     if not radii:
         return ""
     if all(rho == usual for rho, usual in radii):
-        return "rho is each method's default and was not chosen for these data; choose it on validation (--tune)."
-    return "rho was fixed before this study; --tune chooses it anew on validation. Nothing is chosen on test."
+        return "rho is each method's default and was not tuned on these data; --tune chooses it on validation data."
+    return "rho was fixed before this study; --tune chooses it on validation data. No value is chosen on test data."
 
 
 def _choices(label: str, rows: Sequence[StudyRow], seeds: Sequence[int]) -> str:
-    """What a row was chosen from, on which seeds, and whether a better value may lie beyond the list."""
-    own = f" with seed {', '.join(map(str, seeds))}, not in the table" if seeds else ""
+    """The values that a row was chosen from, the seeds, and whether a better value may lie beyond the list."""
+    count = "seeds" if len(seeds) > 1 else "seed"
+    own = f" with {count} {', '.join(map(str, seeds))}, not in the table" if seeds else ""
     scores = "; ".join(f"{_words(row.chosen)} {row.columns['val_acc'].stat.text('.2f')}" for row in rows)
     if not any(row.whole for row in rows):
-        return f"{label} stands for all values, none of which has every seed{own}: {scores}."
+        return f"{label} is the first of its values; none was chosen, because none has every seed{own}: {scores}."
     best = next(row for row in rows if row.label == label)
     edges = [key for key in best.chosen if _at_edge(best.chosen[key], [row.chosen.get(key, "") for row in rows])]
-    edge = f" {', '.join(edges)} is at the end of its list: try further values." if edges else ""
+    each = (
+        "is at the end of its list: try values beyond it"
+        if len(edges) == 1
+        else "are at the ends of their lists: try values beyond them"
+    )
+    edge = f" {', '.join(edges)} {each}." if edges else ""
     return f"{label} is chosen by mean validation accuracy in %{own}: {scores}.{edge}"
 
 
 def _at_edge(value: str, values: Sequence[str]) -> bool:
-    """Whether a value is at an end of a list of three or more; of two, each one is."""
+    """Whether a value is at an end of a list of three or more; False for shorter lists, where every value is."""
     try:
         numbers = sorted({float(one) for one in values})
     except ValueError:
@@ -275,13 +279,14 @@ def _time(rows: Sequence[StudyRow]) -> str:
         return ""
     copy = next((row.time for row in rows if row.config is not None and row.config.method == BASE), None)
     control = (
-        f" Plain training against a copy of itself gives {copy.q25:.2f} to {copy.q75:.2f}: that is the noise."
+        f" Plain training against a copy of itself gives {copy.q25:.2f} to {copy.q75:.2f}, which is the measurement "
+        "noise."
         if copy
         else ""
     )
     return (
-        "time/step: relative to plain training; training only, one thread, both interleaved after warm-up, median of "
-        f"the ratios with quartiles.{control}"
+        "time/step is the time of a training step relative to plain training: the median of ratios of interleaved "
+        f"measurements on one thread after warm-up, with quartiles.{control}"
     )
 
 
@@ -289,23 +294,23 @@ def _noise(rows: Sequence[StudyRow]) -> str:
     shares = {row.config.noise for row in rows if row.config is not None}
     if shares == {0.0} or not shares or 0.0 in shares:
         return ""
-    return "What is shown is resistance to memorising wrong labels; it says nothing about clean ones (noise=0)."
+    return "These results are about training with wrong labels; they say nothing about clean labels (noise=0)."
 
 
 def _flags(rows: Sequence[StudyRow]) -> list[str]:
     told = []
     if any("did not train" in flag for row in rows for flag in row.flags):
         told.append(
-            "'did not train': the final train loss is not clearly below chance level, the loss of answering every "
-            "sample with the frequencies of the classes (log K for K equally frequent ones)."
+            "'did not train': the final training loss is not clearly below chance level, the loss of predicting the "
+            "class frequencies for every sample (log K for K equally frequent classes)."
         )
     if any("no result" in flag for row in rows for flag in row.flags):
-        told.append("'no result': a run that failed or is not done, left out of the row's means; its n is smaller.")
+        told.append("'no result': a run failed or is not finished; means leave it out, and n does not count it.")
     return told
 
 
 def named(rows: Sequence[StudyRow]) -> str:
-    """Rows in a sentence, without the values that were chosen for them."""
+    """Names of rows for a sentence, without the values that were chosen for them."""
     return named_labels([name_of(row) for row in rows])
 
 
@@ -315,7 +320,7 @@ def name_of(row: StudyRow) -> str:
 
 
 def named_labels(labels: Mapping[str, None] | Sequence[str]) -> str:
-    """Labels in a sentence, those with blanks in quotes, and no more than a sentence can hold."""
+    """Labels for a sentence: those with blanks in quotes, at most eight by name."""
     texts = [f"'{label}'" if " " in label else label for label in labels]
     more = f" and {len(texts) - _MOST} more" if len(texts) > _MOST else ""
     return ", ".join(texts[:_MOST]) + more

@@ -1,4 +1,4 @@
-"""What runs cost before they are done."""
+"""Estimates of the cost of runs before they start."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from flatmin.train.trainer import build_recipe
 _SAMPLES = {"cpu": 8, "cuda": 256}
 _ENOUGH = 1.0  # seconds
 _TIMES = 3  # of which the fastest counts
-_START = 4.0  # seconds in which a worker imports torch and the package of the data
-_FORWARD = 1 / 3  # of a gradient
-_CURVATURE = 30.0  # gradients of the training part: about a dozen products of a Lanczos run
-_FEW = 64  # samples that are kept of data that have been read
+_START = 4.0  # seconds that a worker needs to import torch and the package of the data
+_FORWARD = 1 / 3  # cost of a forward pass, in gradients
+_CURVATURE = 30.0  # cost of the eigenvalue, in gradients over the training part: about a dozen Lanczos products
+_FEW = 64  # samples of each part that are kept after the data have been read
 # Samples of the official test parts.
 _TESTS = {
     **dict.fromkeys(("cifar10", "cifar100", "cifar100-coarse", "mnist", "fashion-mnist", "tiny-imagenet"), 10_000),
@@ -39,9 +39,9 @@ class Counts:
     """How many samples the parts of a data set have.
 
     Args:
-        train, val, test: samples.
-        wrong: training samples with a wrong label that the data bring of their own.
-        inputs: what the model takes.
+        train, val, test: numbers of samples.
+        wrong: number of training samples whose label is wrong in the data themselves.
+        inputs: form of the model's inputs.
         few: a few samples of each part; None where the data have not been read.
     """
 
@@ -54,14 +54,14 @@ class Counts:
 
     @classmethod
     def of(cls, data: Data) -> Counts:
-        """Those of data without the noise of a run."""
+        """The counts of data without the label noise of a run."""
         parts = {"train": len(data.train), "val": len(data.val), "test": len(data.test)}
         return cls(**parts, wrong=int(data.wrong.sum()), inputs=Inputs.of(data), few=_first(data))
 
     def steps(self, config: RunConfig) -> dict[str, float]:
-        """Of every metric that is a share of samples, in percent, what one sample counts in a run.
+        """For every metric that is a share of samples: the change in percent that one sample makes.
 
-        Of asymmetric noise it is taken that classes are of equal size.
+        For asymmetric noise, classes are assumed to be of equal size.
         """
         dataset = DATASETS.get(config.data)
         confusions = dataset.confusions if dataset and config.noise_kind == "asymmetric" else None
@@ -72,10 +72,10 @@ class Counts:
 
 
 class Sizes:
-    """What is known of runs' data and networks before the runs: each data set is asked, each network timed once.
+    """Sizes of data sets and speeds of networks, looked up or measured once each, before the runs.
 
-    Numbers of samples are known by name where the table of data sets has the official ones, so that no data need be
-    there; the data are read otherwise.
+    For data sets with official splits the numbers of samples are taken from a table, so the data need not be present.
+    Other data are read.
     """
 
     def __init__(self) -> None:
@@ -83,10 +83,10 @@ class Sizes:
         self._seconds: dict[tuple[object, ...], float] = {}
 
     def of(self, config: RunConfig) -> tuple[int, Inputs]:
-        """Training samples, and what the model takes.
+        """The number of training samples, and the form of the model's inputs.
 
         Raises:
-            OSError, ValueError, ModuleNotFoundError: data that must be read and cannot be had.
+            OSError, ValueError, ModuleNotFoundError: the data must be read and are not available.
         """
         sizes = self._of(config)
         return sizes.train, sizes.inputs
@@ -100,15 +100,15 @@ class Sizes:
         return self._of(config).steps(config)
 
     def official(self, config: RunConfig) -> bool:
-        """Whether the data of a run need not be read."""
+        """Whether the sizes are known without reading the data of a run."""
         return self._key(config) in self._found or _official(config) is not None
 
     def take(self, config: RunConfig, data: Data) -> None:
-        """Take the data of a run that have been read already."""
+        """Use the data of a run that have been read already."""
         self._found[self._key(config)] = Counts.of(data)
 
     def samples(self, config: RunConfig, count: int) -> Data:
-        """At most so many training samples, and fewer others: the data's own where they have been read, else made up.
+        """Data with at most `count` training samples: real ones if the data have been read, otherwise random ones.
 
         Raises:
             OSError, ValueError, ModuleNotFoundError: as `of`.
@@ -122,10 +122,11 @@ class Sizes:
         return dataclasses.replace(counts.few, train=train, clean=clean)
 
     def gradient_seconds(self, config: RunConfig) -> float:
-        """Seconds of forward and backward for one sample of a batch, of a few made-up samples.
+        """Seconds of forward and backward pass per sample, measured on a few random samples.
 
         Raises:
-            OSError, ValueError, ModuleNotFoundError: a network, a device, or data of no known size, cannot be had.
+            OSError, ValueError, ModuleNotFoundError: the network, the device or data of unknown size are not
+                available.
         """
         inputs = self.of(config)[1]
         few = min(_SAMPLES[config.device], config.batch_size)
@@ -142,7 +143,7 @@ class Sizes:
         return self._found[key]
 
     def parts(self, config: RunConfig) -> tuple[int, int, int]:
-        """Samples in the training, validation and test part.
+        """Numbers of samples in the training, validation and test part.
 
         Raises:
             OSError, ValueError, ModuleNotFoundError: as `of`.
@@ -156,11 +157,11 @@ class Sizes:
         return (*source, config.image_size, config.train_size)
 
     def updates(self, config: RunConfig) -> int:
-        """Updates of a whole run."""
+        """Number of updates of a whole run."""
         return config.epochs * steps_of(config, self.of(config)[0])
 
     def cost(self, config: RunConfig) -> float:
-        """Gradient evaluations on one batch of the whole run: epochs, times updates, times the recipe's own cost."""
+        """Gradient evaluations of a whole run, each on one batch: the updates times the recipe's cost per update."""
         updates = self.updates(config)
         return updates * build_recipe(config).for_length(updates).gradient_evaluations
 
@@ -181,7 +182,7 @@ def _official(config: RunConfig) -> Counts | None:
 
 
 def _first(data: Data) -> Data:
-    """The first samples of each part; not their files' content."""
+    """The first samples of each part."""
 
     def first(part: Split) -> Split:
         return part.only(torch.arange(min(_FEW, len(part))))
@@ -191,12 +192,17 @@ def _first(data: Data) -> Data:
 
 
 def guess_seconds(configs: Sequence[RunConfig], workers: int, sizes: Sizes | None = None) -> float:
-    """A guess of the wall time of runs on so many workers, from one gradient of each network on a few made-up samples.
+    """Estimated wall time of runs in seconds, from timed gradients of each network on a few random samples.
 
-    Reading data and augmenting images come on top.
+    The time for reading data and augmenting images is not included.
+
+    Args:
+        configs: the runs.
+        workers: number of runs at a time.
+        sizes: known sizes and speeds.
 
     Raises:
-        OSError, ValueError, ModuleNotFoundError: a network, a device, or data of no known size, cannot be had.
+        OSError, ValueError, ModuleNotFoundError: a network, a device or data of unknown size are not available.
     """
     sizes = sizes or Sizes()
     each = [_gradients(config, sizes) * sizes.gradient_seconds(config) for config in configs]
@@ -208,10 +214,10 @@ def guess_seconds(configs: Sequence[RunConfig], workers: int, sizes: Sizes | Non
 
 
 def _gradients(config: RunConfig, sizes: Sizes) -> float:
-    """Gradient evaluations of a run in samples: training, evaluation, and the eigenvalue at the end."""
+    """Gradient evaluations of a run, counted in samples: training, evaluation, and the eigenvalue at the end."""
     train, val, test = sizes.parts(config)
     looks = config.epochs * val + (config.epochs // config.test_every if config.test_every else 1) * test
-    looks += train * (config.noise > 0) * config.epochs  # memorised labels
+    looks += train * (config.noise > 0) * config.epochs  # to count memorised labels
     curvature = _CURVATURE * train * config.measure
     return sizes.cost(config) * config.batch_size + _FORWARD * (looks + train) + curvature
 
@@ -220,7 +226,7 @@ def _gradient_seconds(config: RunConfig, inputs: Inputs, few: int) -> float:
     check_machine(config)
     model = build_model(config, inputs).train()
     seconds = 0.0
-    # A large network takes long enough for two samples, a small one needs a whole batch to show its speed.
+    # Two samples are enough to time a large network; a small one needs a whole batch.
     for count in sorted({min(2, few), few, config.batch_size}):
         if seconds * count * _TIMES > _ENOUGH:
             break

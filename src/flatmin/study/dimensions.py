@@ -1,4 +1,4 @@
-"""What a search is over: intervals and choices, as `key=value` on the command line."""
+"""The dimensions of a search: intervals and choices, written as `key=value` on the command line."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _LOG = 10.0
 
 @dataclass(frozen=True, kw_only=True)
 class Dimension:
-    """What is searched: an interval or a choice.
+    """A setting that is searched, over an interval or a list of values.
 
     Args:
-        key: of the setting.
+        key: name of the setting.
         low, high: ends of the interval, included.
-        whole: whole numbers only.
-        values: instead of an interval.
+        whole: whether only whole numbers are tried.
+        values: the values to try, in place of an interval.
     """
 
     key: str
@@ -33,11 +33,11 @@ class Dimension:
 
     @property
     def log(self) -> bool:
-        """Whether the interval is searched on a logarithmic scale: from a tenth of its upper end down, above 0."""
+        """Whether the interval is searched on a logarithmic scale: if 0 < low <= high / 10."""
         return 0 < self.low <= self.high / _LOG
 
     def ask(self, trial: Any) -> str:
-        """A value from an Optuna trial, as text of three digits."""
+        """A value from an Optuna trial, as text with three significant digits."""
         if self.values:
             return str(trial.suggest_categorical(self.key, self.values))
         if self.whole:
@@ -49,7 +49,7 @@ def read_dimension(word: str) -> Dimension:
     """The dimension of an override: "lr=0.01..1", or "batch_size=64,128".
 
     Raises:
-        ValueError: an override of another form, an interval that runs backwards, or a single value.
+        ValueError: the override has another form, its interval runs backwards, or it has a single value.
 
     Example:
         >>> read_dimension("rho=0.01..0.5").log, read_dimension("model=conv,mlp").values
@@ -60,25 +60,27 @@ def read_dimension(word: str) -> Dimension:
     if not dots or "," in text:
         values = read_axis(word).values
         if len(values) < 2:
-            raise ValueError(f"{word} leaves nothing to search; write LOW..HIGH, or several values with commas.")
+            raise ValueError(
+                f"{word} has a single value, so there is nothing to search; write LOW..HIGH or several values."
+            )
         return Dimension(key=key, values=values)
     try:
         ends = float(low), float(high)
     except ValueError:
-        raise ValueError(f"{word} is no interval of numbers; write {key}=LOW..HIGH, for example lr=0.01..1.") from None
+        raise ValueError(f"{word} is not an interval of numbers; write {key}=LOW..HIGH, e.g. lr=0.01..1.") from None
     if not (math.isfinite(ends[0]) and math.isfinite(ends[1]) and ends[0] < ends[1]):
-        raise ValueError(f"{word} is no interval; write the smaller end first.")
+        raise ValueError(f"{word} is not an interval; write the smaller end first.")
     whole = field_types(RunConfig).get(key) is int
     if whole and not all(end.is_integer() for end in ends):
-        raise ValueError(f"{word}: {key} takes whole numbers.")
+        raise ValueError(f"{word}: {key} must have whole numbers as ends.")
     return Dimension(key=key, low=ends[0], high=ends[1], whole=whole)
 
 
 def read_overrides(overrides: Sequence[str]) -> tuple[list[Dimension], list[str]]:
     """The dimensions among the overrides, and the other overrides, which apply to all runs.
 
-    An override is a dimension if its value is LOW..HIGH, or several values with commas. Seeds, and settings that are
-    themselves lists, are never searched.
+    An override is a dimension if its value is LOW..HIGH or several values separated by commas. Seeds, and settings
+    whose value is a list, are never searched.
 
     Raises:
         ValueError: see `read_dimension`.

@@ -10,10 +10,15 @@ from flatmin.words import duration
 
 @dataclass(frozen=True, kw_only=True)
 class Planned:
-    """Before any work: how many runs are needed, how many of them are finished already, and a guess of the time.
+    """Sent before any work starts: the number of runs and an estimate of the time.
 
-    `stage` is "tune", "compare", "study" or "search". `epochs` and `seconds` are of all runs still to do; None if the
-    time is not known. `nets` of them are to be measured when they have been trained.
+    Args:
+        stage: "tune", "compare", "study" or "search".
+        runs: number of runs in all.
+        reused: number of these that are finished already.
+        epochs: epochs of all runs still to do.
+        seconds: estimated time of all runs still to do; None if unknown.
+        nets: number of networks to measure after training.
     """
 
     stage: str
@@ -25,7 +30,7 @@ class Planned:
 
     @property
     def sentence(self) -> str:
-        """E.g. "30 runs, about 55 seconds"."""
+        """The event as text, e.g. "30 runs, about 55 seconds"."""
         count = f"{self.runs} run{'s' if self.runs != 1 else ''}"
         if self.reused == self.runs:
             return f"{count}, all finished before"
@@ -45,7 +50,7 @@ class EpochDone:
 
 @dataclass(frozen=True, kw_only=True)
 class RunDone:
-    """A run finished; `result.failure` says if its loss was not finite."""
+    """A run finished; `result.failure` is set if its loss was not finite."""
 
     run: str
     result: Result
@@ -69,7 +74,7 @@ class Tuned:
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """The time per step is being measured; nothing else runs."""
+    """The time per step is being measured, with nothing else running."""
 
     methods: int
 

@@ -24,7 +24,7 @@ from flatmin.train.trainer import build_recipe
 from flatmin.words import suggest
 
 Score = tuple[float, float]
-# What two rows must share to be of one task.
+# Settings that two rows must share to be on the same task.
 TASK = (
     *("data", "model", "model_params", "noise", "noise_kind", "train_size", "train_on_val", "val_share", "split_seed"),
     "image_size",
@@ -38,11 +38,11 @@ class GridPoint:
     """A row of the table: an arm at one point of the axes, with its runs by seed.
 
     Args:
-        arm: label.
-        values: of the axes that have more than one value.
-        configs: by seed; at least one.
-        choose: those of `values` that are chosen on validation.
-        axes: what all axes set, also those of one value.
+        arm: label of the arm.
+        values: values of the axes that have more than one value.
+        configs: configurations by seed; at least one.
+        choose: keys of `values` that are chosen on validation data.
+        axes: values of all axes, including those with one value.
     """
 
     arm: str
@@ -58,11 +58,11 @@ class GridPoint:
 
     @property
     def config(self) -> RunConfig:
-        """Of the first seed."""
+        """The configuration for the first seed."""
         return next(iter(self.configs.values()))
 
     def setting(self, key: str) -> str | None:
-        """The value of its runs for a key, as text: a field, a parameter of the method, or `model.NAME`."""
+        """The value of a setting as text: a field, a parameter of the method, or `model.NAME`; None if unset."""
         value = _setting(self.config, key)
         return None if value is None else tidy(as_text(value))
 
@@ -73,7 +73,7 @@ class GridPoint:
 
     @property
     def group(self) -> tuple[object, ...]:
-        """What it shares with the rows that one is chosen from."""
+        """A key that the rows from which one is chosen have in common."""
         return (self.arm, *sorted(self.point.items()))
 
     def at(self, where: Mapping[str, str]) -> bool:
@@ -82,13 +82,12 @@ class GridPoint:
 
 
 def best(scores: Sequence[Score | None]) -> int:
-    """Which of the rows of a choice is the chosen one; the first if none has a score.
+    """The index of the row to choose: the one with the highest validation accuracy.
 
-    It is the one with the highest validation accuracy; of several, the one with the lowest validation loss; of several
-    of these, the first.
+    Ties are resolved by the lower validation loss, then by order. If no row has a score, the first is chosen.
 
     Args:
-        scores: means of validation accuracy and loss; None of a row that lacks a seed.
+        scores: means of validation accuracy and loss for each row; None for a row that lacks a seed.
 
     Example:
         >>> best([None, (61.0, 1.2), (61.0, 1.1), (60.5, 0.9)]), best([None, None])
@@ -103,10 +102,10 @@ def best(scores: Sequence[Score | None]) -> int:
 
 
 def validation_score(runs: Iterable[tuple[Result, Sequence[Epoch]]]) -> Score:
-    """What `best` compares of a row: means over its runs, at the epochs whose weights they kept.
+    """Mean validation accuracy and loss of a row's runs, at the epochs whose weights they kept; see `best`.
 
     Args:
-        runs: result and epochs of each, at least one.
+        runs: result and epochs of each run; at least one run.
     """
     accuracies, losses = [], []
     for result, lines in runs:
@@ -117,10 +116,10 @@ def validation_score(runs: Iterable[tuple[Result, Sequence[Epoch]]]) -> Score:
 
 
 def grid_points(spec: StudySpec) -> list[GridPoint]:
-    """All grid points with their configurations; their device need not be on this machine.
+    """All grid points with their configurations; their device need not be available on this machine.
 
     Raises:
-        ValueError: settings that `flatmin train` would refuse, or an axis that no arm has.
+        ValueError: settings that are invalid for `flatmin train`, or an axis that applies to no arm.
     """
     preset = read_preset(spec.train, "train")
     rows: list[GridPoint] = []
@@ -129,7 +128,7 @@ def grid_points(spec: StudySpec) -> list[GridPoint]:
     for arm in spec.every_arm:
         recipe = _recipe(spec, arm, preset)
         parameters += recipe.parameters()
-        # A multiple of its own is one of what the axis says; a multiple in the axis is one of what is its own.
+        # A multiple among the arm's settings multiplies the axis's value; a multiple in the axis multiplies the arm's.
         own = {key for key, value in arm.settings.items() if not is_multiple(value)}
         if arm not in spec.baselines:
             own -= {axis.key for axis in spec.axes if all(map(is_multiple, axis.values))}
@@ -156,18 +155,19 @@ def grid_points(spec: StudySpec) -> list[GridPoint]:
     for axis in spec.axes:
         if axis.key not in used:
             keys = [*_FIELDS, *dict.fromkeys(name.partition(".")[2] for name in parameters)]
-            raise ValueError(f"study {spec.name}: no arm has {axis.key!r} to set{suggest(axis.key, keys)}")
+            near = "" if axis.key in keys else suggest(axis.key, keys)
+            raise ValueError(f"study {spec.name}: no arm has a setting {axis.key!r}{near}")
     for grid_point in rows:
         if grid_point.choose and grid_point.config.train_on_val:
             raise ValueError(
-                f"study {spec.name}: {', '.join(sorted(grid_point.choose))} cannot be chosen on validation with "
+                f"study {spec.name}: {', '.join(sorted(grid_point.choose))} cannot be chosen on validation data with "
                 "train_on_val=true, which validates on the test part."
             )
     axes_of_all = {axis.key for axis in (*spec.axes, *(axis for arm in spec.every_arm for axis in arm.axes))}
     for key in (*spec.choose, *(key for arm in spec.every_arm for key in arm.choose)):
         if key not in axes_of_all:
             raise ValueError(
-                f"study {spec.name}: {key} cannot be chosen because it is not an axis{suggest(key, axes_of_all)}"
+                f"study {spec.name}: {key} cannot be chosen, because it is not an axis{suggest(key, axes_of_all)}"
             )
     return rows
 
@@ -175,7 +175,7 @@ def grid_points(spec: StudySpec) -> list[GridPoint]:
 def _config(
     spec: StudySpec, arm: Arm, point: Mapping[str, str], preset: Mapping[str, Any]
 ) -> tuple[dict[str, str], RunConfig]:
-    """A point with its multiples as numbers, and its run."""
+    """A point with its multiples resolved to numbers, and its configuration."""
     chosen = {**spec.settings, **arm.settings, **point}
     extra: dict[str, str] = {}
     for given in spec.given:
@@ -207,15 +207,15 @@ def _config(
 
 
 def _numbers(train: str, before: Mapping[str, str], settings: Mapping[str, str]) -> dict[str, str]:
-    """Settings with each multiple, such as "2x", as the number that it stands for.
+    """Settings with each multiple, such as "2x", resolved to a number.
 
     Args:
-        train: the preset.
-        before: settings that these are laid over.
-        settings: what may hold multiples.
+        train: the training preset.
+        before: settings that `settings` override.
+        settings: settings that may contain multiples.
 
     Raises:
-        ValueError: a multiple of a setting that is no number.
+        ValueError: a multiple of a setting that is not a number.
     """
     multiples = {key: match for key, value in settings.items() if (match := MULTIPLE.fullmatch(value))}
     if not multiples:
@@ -226,15 +226,15 @@ def _numbers(train: str, before: Mapping[str, str], settings: Mapping[str, str])
     for key, match in multiples.items():
         value = _setting(config, key)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not float(match[1]):
-            there = "is not set there" if value in (None, ()) else f"is {as_text(value)} there"
-            raise ValueError(f"{key}={match[0]}: {key} {there}, which cannot be multiplied so; write the value.")
+            there = "is not set" if value in (None, ()) else f"is {as_text(value)}"
+            raise ValueError(f"{key}={match[0]}: {key} {there}, which cannot be multiplied; write the value itself.")
         product = float(match[1]) * value
         made[key] = str(max(1, round(product))) if _FIELDS.get(key) is int else tidy(f"{product:.6g}")
     return {key: made.get(key, value) for key, value in settings.items()}
 
 
 def _setting(config: RunConfig, key: str) -> Any:
-    """The value of a run for a key: a field, a parameter of the method, or `model.NAME`; None if it has none."""
+    """The value of a setting: a field, a parameter of the method, or `model.NAME`; None if it is not set."""
     if key in _FIELDS:
         return getattr(config, key)
     if key.startswith("model."):
@@ -244,10 +244,10 @@ def _setting(config: RunConfig, key: str) -> Any:
 
 
 def tuned(spec: StudySpec) -> StudySpec:
-    """The study with its axes chosen on validation, but for those that set the task, such as the network.
+    """The study with its axes chosen on validation data, except axes that define the task, such as the network.
 
-    Where there is no such axis, each arm gets those of `spec.tune`, or half, once and twice its radius, unless it has
-    an axis or an override of the key.
+    If there is no such axis, each arm gets the axes of `spec.tune`, or 0.5, 1 and 2 times its radius, unless the arm
+    or an override sets that key already.
     """
     chosen = [axis.key for axis in spec.axes if len(axis.values) > 1 and not _sets_task(axis.key)]
     usual = () if chosen else spec.tune or (Axis("rho", ("0.5x", "1x", "2x")),)
@@ -272,7 +272,7 @@ def _sets_task(key: str) -> bool:
 
 
 def _has_value(spec: StudySpec, arm: Arm, axis: Axis) -> bool:
-    """Whether an arm has something that an axis of multiples can multiply."""
+    """Whether an arm has a value that an axis of multiples can multiply."""
     if not all(map(is_multiple, axis.values)):
         return True
     alone = dataclasses.replace(arm, axes=tuple(one for one in arm.axes if one.key != axis.key))
@@ -281,7 +281,7 @@ def _has_value(spec: StudySpec, arm: Arm, axis: Axis) -> bool:
 
 
 def _check_names(config: RunConfig) -> None:
-    """Refuse an unknown data set, network or keyword of a network before any data are read."""
+    """Raise ValueError for an unknown data set, network or keyword of a network, before any data are read."""
     for key, name, choices in (("data", config.data, DATASETS), ("model", config.model, MODELS)):
         if ":" not in name and name not in choices:
             raise ValueError(f"unknown {key}={name}{suggest(name, choices)} ({key}: {', '.join(choices)})")
@@ -302,7 +302,7 @@ def _recipe(spec: StudySpec, arm: Arm, preset: Mapping[str, Any]) -> Recipe:
 
 
 def takes(spec: StudySpec, arm: Arm, key: str) -> bool:
-    """Whether an arm's runs have a setting: sgd has no radius, and only some methods a theta."""
+    """Whether a setting applies to an arm: sgd has no radius, and only some methods have a theta."""
     return _takes(_recipe(spec, arm, read_preset(spec.train, "train")), key)
 
 

@@ -16,11 +16,11 @@ _ENDS: Mapping[str, Ends] = {
     **dict.fromkeys(("train_ce", "seconds", "misclassified", "flipped"), (0.0, math.inf)),
     **dict.fromkeys((*CLASSES, "ratio_larger", "same_sign", "error_rate"), (0.0, 1.0)),
 }
-_PART = 10  # "first" and "last" are the first and the last tenth
+_PART = 10  # NAME@first and NAME@last are means over the first and the last tenth
 
 
 def ends_of(column: str) -> Ends:
-    """The least and the largest number that a column can have."""
+    """The smallest and the largest value that a column can have."""
     return _ENDS.get(column.partition("@")[0], UNBOUNDED)
 
 
@@ -29,11 +29,11 @@ class FinishedRun:
     """A finished run.
 
     Args:
-        result: see `Result`.
-        lines: its epochs.
+        result: the result.
+        lines: the epochs.
         steps: lines of steps.jsonl, if the study records any.
-        measures: lines of measures.jsonl, likewise.
-        report: the flatness of its network, as `flatmin.measure.Report.to_dict`; None if it was not measured.
+        measures: lines of measures.jsonl, if the study records any.
+        report: measured flatness of the network, as `flatmin.measure.Report.to_dict`; None if it was not measured.
     """
 
     result: Result
@@ -43,7 +43,7 @@ class FinishedRun:
     report: Mapping[str, Any] | None = None
 
     def number(self, column: str) -> float | None:
-        """The number that a column has for this run, in the column's unit; None if it has none.
+        """The value of a column for this run, in the column's unit; None if there is none.
 
         Args:
             column: see `flatmin.study.spec.StudySpec.columns`.

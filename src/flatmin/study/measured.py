@@ -21,14 +21,14 @@ _WORDS = ("flatter", "sharper")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class NetReport:
-    """The report of one net.
+    """The report of one network.
 
     Args:
-        name: of the net, e.g. of its run folder.
-        group: nets that differ by the seed only share it.
-        seed: of its training.
-        report: what was measured.
-        remarks: notes on its weights, in sentences.
+        name: name of the network, e.g. of its run folder.
+        group: name shared by networks that differ only in the seed.
+        seed: seed of the training.
+        report: the measurements.
+        remarks: notes on the weights, as sentences.
     """
 
     name: str
@@ -40,12 +40,12 @@ class NetReport:
 
 @dataclass(frozen=True, kw_only=True)
 class Unmeasured:
-    """A net that could not be measured at all.
+    """A network that could not be measured at all.
 
     Args:
-        name: of the net.
+        name: name of the network.
         why: the reason.
-        refused: whether flatmin refused on purpose: the reason then says what to do.
+        refused: whether flatmin raised the error itself, so that the reason says what to do.
     """
 
     name: str
@@ -55,14 +55,14 @@ class Unmeasured:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """One quantity over the groups.
+    """One quantity, compared over the groups.
 
     Args:
-        quantity: that of the first net, for its words.
-        groups: mean over the nets of each group that have it, with the 95 % t interval.
-        difference: to the base group, paired over the seeds that both have; empty for the base.
-        error: the largest error of measurement of a single net, in the quantity's unit; NaN if one is not known.
-        notes: remarks on the number of some network, such as "not converged", or that some nets have none.
+        quantity: the quantity of the first network, for its name and description.
+        groups: mean over the networks of each group that have the quantity, with the 95 % t interval.
+        difference: difference from the base group, paired over the seeds that both have; empty for the base.
+        error: the largest measurement error of a single network, in the quantity's unit; NaN if any is unknown.
+        notes: remarks such as "not converged", or that the quantity is missing for some networks.
     """
 
     quantity: Quantity
@@ -72,7 +72,11 @@ class Comparison:
     notes: tuple[str, ...] = ()
 
     def verdict(self, group: str) -> str:
-        """Whether the group is flatter or sharper than the base, by the interval of the paired difference."""
+        """Whether the group is "flatter" or "sharper" than the base.
+
+        It is "not significant" if the interval of the paired difference contains 0, and empty if there is no difference
+        or the quantity does not measure flatness.
+        """
         difference = self.difference.get(group)
         if difference is None or not self.quantity.flat:
             return ""
@@ -82,7 +86,7 @@ class Comparison:
 
 
 def groups_of(nets: Sequence[NetReport]) -> dict[str, list[NetReport]]:
-    """The nets by group, in order of appearance, the base first."""
+    """The networks by group, in order of appearance, with the base first."""
     groups: dict[str, list[NetReport]] = {}
     for net in nets:
         groups.setdefault(net.group, []).append(net)
@@ -90,29 +94,29 @@ def groups_of(nets: Sequence[NetReport]) -> dict[str, list[NetReport]]:
 
 
 def check_doubles(nets: Iterable[tuple[str, int]], differences: Callable[[int, int], str] = lambda i, k: "") -> None:
-    """Raise ValueError if two nets share their group and seed: pairs of seeds would then be ambiguous.
+    """Raise ValueError if two networks have the same group and seed, which makes pairing by seed ambiguous.
 
     Args:
-        nets: group and seed of each.
-        differences: a sentence on how two of them differ, by their places.
+        nets: group and seed of each network.
+        differences: returns a sentence on how two of them differ, given their indices.
     """
     seen: dict[tuple[str, int], int] = {}
     for place, net in enumerate(nets):
         if net in seen:
             raise ValueError(
-                f"{net[0]!r} has two nets of seed {net[1]}; leave one of them out.{differences(seen[net], place)}"
+                f"{net[0]!r} has two networks with seed {net[1]}; leave one out.{differences(seen[net], place)}"
             )
         seen[net] = place
 
 
 def compare_reports(nets: Sequence[NetReport]) -> list[Comparison]:
-    """Every quantity that was measured of some net, in the order of the nets.
+    """Every quantity that was measured for at least one network, compared over the groups.
 
     Raises:
-        ValueError: no net, or two of one group and seed.
+        ValueError: there is no network, or two have the same group and seed.
     """
     if not nets:
-        raise ValueError("there is no net to compare.")
+        raise ValueError("there is no network to compare.")
     check_doubles((net.group, net.seed) for net in nets)
     groups = groups_of(nets)
     base = next(iter(groups))
@@ -133,7 +137,7 @@ def compare_reports(nets: Sequence[NetReport]) -> list[Comparison]:
         errors = [q.error for q in measured]
         notes = list(dict.fromkeys(q.note for q in measured if q.note))
         if len(measured) < len(nets):
-            notes.append(f"of {len(measured)} of {len(nets)} nets")
+            notes.append(f"from {len(measured)} of {len(nets)} networks")
         rows.append(
             Comparison(
                 quantity=measured[0],
@@ -147,7 +151,7 @@ def compare_reports(nets: Sequence[NetReport]) -> list[Comparison]:
 
 
 def conclusions(nets: Sequence[NetReport]) -> list[str]:
-    """For each group but the base: by how many measures it is flatter or sharper, and by which, in words."""
+    """One sentence for each group but the base: by which and how many measures it is flatter or sharper."""
     rows = [row for row in compare_reports(nets) if row.quantity.flat]
     base, *others = groups_of(nets)
     told = []
@@ -173,12 +177,12 @@ def _measures(count: int) -> str:
 
 
 def _step(name: str, nets: Sequence[NetReport]) -> float:
-    """What one example counts in a share of them; 0 for other quantities."""
+    """The change that one example makes in a share of examples; 0 for other quantities."""
     return 1 / min(net.report.conventions.examples for net in nets) if name == "error_rate" else 0.0
 
 
 def left_out(nets: Sequence[NetReport]) -> list[str]:
-    """What some net does not have, and why, in words."""
+    """Quantities that are missing for some network, with the reason, as sentences."""
     reasons: dict[tuple[str, str], list[str]] = {}
     for net in nets:
         for section in net.report.sections:
@@ -192,14 +196,14 @@ def left_out(nets: Sequence[NetReport]) -> list[str]:
 
 
 def remarks(nets: Sequence[NetReport]) -> list[str]:
-    """Notes on the weights of the networks, in sentences."""
+    """Notes on the weights of the networks, as sentences."""
     return [f"{net.name}: {remark}" for net in nets for remark in net.remarks]
 
 
 def unlike(nets: Sequence[NetReport]) -> list[str]:
-    """In which conventions the nets differ, in words: numbers of two conventions are not to be compared.
+    """Conventions of measurement in which the networks differ; numbers cannot be compared across conventions.
 
-    The share of wrong labels belongs to the seed, which draws them, and is no convention.
+    The share of wrong labels depends on the seed and does not count.
     """
     conventions = [dataclasses.asdict(net.report.conventions) for net in nets]
     for one in conventions:
@@ -212,18 +216,19 @@ def unlike(nets: Sequence[NetReport]) -> list[str]:
 
 
 def sentence(nets: Sequence[NetReport]) -> str:
-    """What the numbers are of, in one sentence."""
+    """One sentence that says what was measured: loss, examples, mode, weights, precision."""
     c = nets[0].report.conventions
     splits = dict.fromkeys(net.report.conventions.split for net in nets)
     split = c.split if len(splits) == 1 else f"{c.split.partition(',')[0]}, with the labels that each was trained on"
+    names = "" if c.params == "*" else f" ({c.params})"
     return (
-        f"Mean {c.loss} over {c.examples} examples ({split}), {c.mode} mode, weight decay "
-        f"{c.weight_decay:g}, {c.size} weights ({c.params}), {c.dtype}."
+        f"Mean {c.loss} over {c.examples} examples ({split}), {c.mode} mode, weight decay {c.weight_decay:g}, "
+        f"{c.size} weights{names}, {c.dtype}."
     )
 
 
 def with_error(value: float, error: float = 0.0) -> str:
-    """A number to the second digit of its error, e.g. 23.81 ± 0.22; five digits where the error is none or tiny."""
+    """A number rounded to the second digit of its error, e.g. 23.81 ± 0.22; five digits if the error is 0 or tiny."""
     size = max(abs(value), error)
     if not math.isfinite(size) or not error > 0:
         return f"{value:.5g}"
@@ -237,7 +242,7 @@ def with_error(value: float, error: float = 0.0) -> str:
 
 
 def stat_text(stat: Stat) -> str:
-    """A mean with its interval, likewise; with both ends where the interval is cut."""
+    """A mean with its interval, as `with_error` writes it, or with both ends if the interval is cut."""
     if not stat.cut:
         return with_error(stat.mean, stat.half)
     return f"{stat.mean:.3g} ({stat.low:.3g} to {stat.high:.3g})"
@@ -249,10 +254,10 @@ def as_json(
     """Everything that was measured, for a file.
 
     Args:
-        nets: what was measured.
+        nets: the reports.
         environment: versions and machine.
-        failed: nets that could not be measured.
-        of: a digest of what was to be measured, and how.
+        failed: networks that could not be measured.
+        of: digest of the request: the networks and the settings of measurement.
     """
     return {
         "of": of,
@@ -266,9 +271,9 @@ def as_json(
 
 
 def as_csv(nets: Sequence[NetReport]) -> str:
-    """Everything that was measured, a line for each net and quantity, with what it was measured on.
+    """All measurements as CSV, one line for each network and quantity, with the conventions of measurement.
 
-    A number that is not finite, and an error that is not known, is an empty cell.
+    Numbers that are not finite, and unknown errors, are empty cells.
     """
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")

@@ -37,22 +37,23 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """What is measured of a network, and on which examples.
+    """What to measure of a network, and on which examples.
 
     Args:
         what: sections of the report, see `flatmin.measure.report`.
-        settings: how they are measured.
+        settings: settings of the sections.
         split: "train" (with the labels that were trained on), "val" or "test".
-        examples: how many of them, drawn by the settings' seed; None: all.
+        examples: number of examples, drawn with the settings' seed; None for all.
         batch: examples per forward pass.
         params: patterns of parameter names.
-        mode: "eval", or "train" for BatchNorm by the batch.
-        dtype: "float32", "float64", or "bfloat16" for products under autocast: cheaper, accurate to some percent.
-        device: where.
-        landscapes: folder in which each net's landscapes are kept, under its name; None: nowhere.
+        mode: "eval", or "train" for BatchNorm with the statistics of the batch.
+        dtype: "float32", "float64", or "bfloat16" for products under autocast, which are cheaper and accurate to a few
+            percent.
+        device: the torch device.
+        landscapes: folder in which the landscapes of each network are kept, under its name; None to keep none.
 
     Raises:
-        ValueError: a word or a number out of range.
+        ValueError: an invalid value.
     """
 
     what: str = "report"
@@ -68,13 +69,13 @@ class View:
 
     @property
     def key(self) -> str:
-        """A digest of everything in it that landscapes depend on."""
+        """A digest of everything that landscapes depend on."""
         parts = (self.split, self.examples, self.batch, self.params, self.mode, self.dtype, self.device)
         return content_hash(self.settings, *parts)
 
     @property
     def sections_key(self) -> str:
-        """`what` as digests and names of recorded files spell it: "report" is "card" there."""
+        """`what` as it is spelled in digests and names of recorded files, where "report" is "card"."""
         return self.what.replace("report", "card")
 
     def __post_init__(self) -> None:
@@ -87,21 +88,21 @@ class View:
 
 
 def find(target: Path, *, model: str | None = None, data: str | None = None, key: str | None = None) -> SavedRun:
-    """A run by its folder, or a file of weights with the model and data that it goes with.
+    """A run given by its folder, or by a file of weights with its model and data.
 
     Args:
         target: a run folder, or a file of weights; see `flatmin.train.saved.weights_for`.
-        model: for a file: "conv", "mlp", or "package.module:function".
-        data: for a file: "digits", or "package.module:function".
-        key: for a file: which weights, where it holds several that fit.
+        model: only for a file of weights: "conv", "mlp", or "package.module:function".
+        data: only for a file of weights: "digits", or "package.module:function".
+        key: only for a file of weights: which weights to take if it holds several that fit.
 
     Raises:
-        ValueError: neither, or names where they are not wanted or missing.
+        ValueError: the target does not exist, or `model`, `data` or `key` is missing for a file or given for a run.
     """
     if target.is_dir():
         if model is not None or data is not None or key is not None:
             raise ValueError(
-                f"{target} is a run, which has its model and data; leave out --model and --data, and --key."
+                f"{target} is a run folder, which defines its model and data; leave out --model, --data and --key."
             )
         run = open_run(target)
         run.check()
@@ -110,7 +111,7 @@ def find(target: Path, *, model: str | None = None, data: str | None = None, key
         raise ValueError(f"there is no run folder or file of weights {str(target)!r}.")
     if model is None or data is None:
         raise ValueError(
-            f"{target} is a file: name its network and data with --model and --data. For a run name the folder."
+            f"{target} is a file: name its network and data with --model and --data, or name a run folder instead."
         )
     config = RunConfig(method="sgd", model=model, data=data)
     return SavedRun(name=target.stem, label=target.stem, config=config, weights=target, key=key)
@@ -123,16 +124,16 @@ def measure(
     progress: Progress | None = None,
     on_part: Callable[[NetReport], None] | None = None,
 ) -> NetReport:
-    """Measure one net.
+    """Measure one network.
 
     Args:
-        run: which.
-        view: what of it.
+        run: the network.
+        view: what to measure.
         progress: see `flatmin.measure.report`.
-        on_part: called after each section with what is known, see `on_section` of `flatmin.measure.report`.
+        on_part: called after each section with the results so far, see `on_section` of `flatmin.measure.report`.
 
     Raises:
-        ValueError, ArithmeticError: the net or its data refuse.
+        ValueError, ArithmeticError: the network or its data cannot be measured.
     """
     check_device(view.device)
     with warnings.catch_warnings(record=True) as caught:
@@ -177,12 +178,12 @@ def measure(
 
 
 def _logits(net: nn.Module, inputs: object, outputs: object) -> torch.Tensor:
-    """A forward hook, so that models that return more than their logits are measured as well."""
+    """A forward hook for models that return more than their logits."""
     return logits_of(outputs)
 
 
 def _digest(net: nn.Module) -> str:
-    """Of the weights and buffers."""
+    """A digest of the weights and buffers."""
     state = hashlib.sha256()
     for name, tensor in net.state_dict().items():
         if isinstance(tensor, torch.Tensor):
@@ -194,7 +195,7 @@ def _digest(net: nn.Module) -> str:
 def find_all(
     targets: Sequence[Path], *, model: str | None = None, data: str | None = None, key: str | None = None
 ) -> list[SavedRun]:
-    """`find` for each, once; files of one name go by as many of their folders as tell them apart.
+    """`find` for each distinct target. Files of the same name are named with as many parent folders as needed.
 
     Raises:
         ValueError: see `find`.
@@ -207,19 +208,19 @@ def find_all(
     for path, run in runs.items():
         if like := [other for other in names if names[other] == names[path] and other != path]:
             depth = next((k for k in range(1, len(path.parts)) if _tail(path, k) not in [_tail(o, k) for o in like]), 0)
-            # Of files that differ by their ending only, the ending too.
+            # Files that differ only in the suffix are named with the suffix.
             name = _tail(path, depth) if depth else f"{_tail(path, 1)}{path.suffix}"
             runs[path] = dataclasses.replace(run, name=name, label=run.label if path.is_dir() else name)
     return list(runs.values())
 
 
 def _tail(path: Path, folders: int) -> str:
-    """The name of a run folder or of a file without its ending, after so many of its folders."""
+    """The name of a run folder, or of a file without its suffix, after the given number of parent folders."""
     return "-".join([*path.parts[:-1][-folders:], path.name if path.is_dir() else path.stem])
 
 
 def identity(run: SavedRun, view: View) -> str:
-    """A digest of what is measured of which net: the file of weights with its content, and the view."""
+    """A digest of a measurement: the file of weights with its content, and the view."""
     content = ""
     if run.weights.is_file():
         with run.weights.open("rb") as file:
@@ -232,7 +233,7 @@ def batches(data: Data, view: View) -> Iterator[tuple[torch.Tensor, torch.Tensor
     """The chosen examples, in batches.
 
     Raises:
-        ValueError: more examples than there are, or than should be read from files at once.
+        ValueError: more examples than there are, or than may be read from files at once.
     """
     part: Split = getattr(data, view.split)
     index_of = chosen(data, view)
@@ -242,7 +243,7 @@ def batches(data: Data, view: View) -> Iterator[tuple[torch.Tensor, torch.Tensor
 
 
 def chosen(data: Data, view: View) -> torch.Tensor:
-    """Positions of the chosen examples in their part, in its order."""
+    """Indices of the chosen examples in their part, in ascending order."""
     part: Split = getattr(data, view.split)
     if view.examples is None:
         return torch.arange(len(part))
@@ -253,7 +254,7 @@ def chosen(data: Data, view: View) -> torch.Tensor:
 
 
 def split_of(data: Data, view: View) -> str:
-    """The part for the record, with the share of wrong labels among the chosen examples if there are any."""
+    """The name of the part, with the share of wrong labels among the chosen examples if there are any."""
     if view.split != "train" or not bool(data.wrong.any()):
         return view.split
     return f"train, {float(data.wrong[chosen(data, view)].double().mean()):.0%} of the labels wrong"
@@ -269,23 +270,24 @@ def measure_all(
     on_part: Callable[[NetReport], None] | None = None,
     on_failed: Callable[[Unmeasured], None] | None = None,
 ) -> list[NetReport]:
-    """Measure several nets.
+    """Measure several networks.
 
     Args:
-        runs: which.
-        view: what of them.
-        workers: processes of one thread each, started fresh (spawn); 0 measures here.
-        progress: for measuring here, see `flatmin.measure.report`.
-        on_done: called here with each net as it is done.
-        on_part: see `measure`; called where the net is measured, so it must be picklable for workers.
-        on_failed: called here with each net that could not be measured. Default: the first one ends it all.
+        runs: the networks.
+        view: what to measure.
+        workers: number of spawned processes with one thread each; 0 to measure in this process.
+        progress: without workers, see `flatmin.measure.report`.
+        on_done: called in this process with each network when it has been measured.
+        on_part: see `measure`. It is called in the process that measures, so it must be picklable if there are workers.
+        on_failed: called in this process with each network that could not be measured. Default: the first such network
+            raises its error.
 
     Returns:
-        What was measured, in the order of the runs.
+        The reports, in the order of the runs.
 
     Raises:
-        ValueError: two runs of one arm and seed.
-        Exception: without `on_failed`, what the first net that could not be measured raised, with its name.
+        ValueError: two runs have the same arm and seed.
+        Exception: without `on_failed`, the error of the first network that could not be measured, with its name.
     """
     check_doubles(((run.label, run.config.seed) for run in runs), lambda i, k: _apart(runs[i], runs[k]))
     done: dict[int, NetReport] = {}
@@ -326,7 +328,7 @@ def measure_all(
                 del busy[i]
                 if isinstance(found, Lost):
                     why = (
-                        "its process ended while it measured, often because memory ran out; use fewer --workers, "
+                        "its process ended during the measurement, often because memory ran out; use fewer --workers, "
                         "smaller batches or fewer examples."
                     )
                     found = Unmeasured(name=runs[i].name, why=why)
@@ -334,7 +336,7 @@ def measure_all(
     return [done[i] for i in range(len(runs)) if i in done]
 
 
-_SAME = "their settings are the same, so that one is a copy, or other code or data trained it"
+_SAME = "their settings are the same, so one is a copy, or was trained with different code or data"
 
 
 def _apart(one: SavedRun, other: SavedRun) -> str:
@@ -344,7 +346,7 @@ def _apart(one: SavedRun, other: SavedRun) -> str:
     how = f"they differ by {_words(old, keys)} and {_words(new, keys)}" if keys else _SAME
     return (
         f" They are {one.name} and {other.name}; {how}. To measure the values that a study has chosen, name the study "
-        "in place of its runs: flatmin measure STUDY."
+        "instead of its runs: flatmin measure STUDY."
     )
 
 
@@ -353,7 +355,7 @@ def _words(settings: Mapping[str, object], keys: Sequence[str]) -> str:
 
 
 def _served(run: SavedRun, view: View, on_part: Callable[[NetReport], None] | None) -> NetReport | Unmeasured:
-    """In another process; an exception may not find its way back."""
+    """`measure` in a worker. Errors are returned, because not every exception can be pickled."""
     try:
         return measure(run, view, on_part=on_part)
     except Exception as error:

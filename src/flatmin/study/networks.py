@@ -1,4 +1,4 @@
-"""The trained networks behind the table of a study, as runs to be measured."""
+"""The trained networks of a study's table, as runs that can be measured."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from flatmin.words import suggest
 
 
 def networks_of(spec: StudySpec, out: Path, *, arms: Sequence[str] = ()) -> tuple[list[SavedRun], list[str]]:
-    """The finished runs of a study's rows, and a sentence for each row that lacks some.
+    """The finished runs of a study's rows, and a sentence for each row with missing runs.
 
-    Where values were chosen on validation, the chosen ones only. Each run is labelled by its row: the arm, and where
-    it stands on the axes if the arm has several rows.
+    If values were chosen on validation data, only the runs with the chosen values are returned. Each run is labelled
+    with its row: the arm, and its point on the axes if the arm has several rows.
 
     Args:
         spec: the study.
-        out: the folder of its runs.
-        arms: those that are wanted, by the arm or the whole row. Default: all.
+        out: the study's output folder.
+        arms: labels of arms or of whole rows to return. Default: all.
 
     Raises:
-        ValueError: an arm that the study does not have, no finished run, or a run without weights.
+        ValueError: an unknown arm, no finished run, or a run without weights.
     """
-    # Whatever else the runs have recorded.
+    # Take runs whatever else they recorded.
     spec = dataclasses.replace(spec, measure=None, record=Record(), timing=False)
     todo, lacking = plan(spec, out, make=False), []
     if todo.missing and (out / "runs").is_dir():
-        # Weights can be measured whatever code trained them.
+        # Weights can be measured even if different code trained them.
         every = plan(spec, out, make=False, archive=out)
         if (more := len(every.finished) - len(todo.finished)) > 0:
             todo = every
-            lacking.append(f"{more} of the runs were trained by other code than this; they are measured all the same.")
+            lacking.append(f"{more} of the runs were trained by a different version of the code; they are included.")
     table = tabulate(todo, todo.finished)
     rows = {" ".join([row.arm, *(f"{key}={value}" for key, value in row.point.items())]): row for row in table.rows}
     names = dict.fromkeys([*(row.arm for row in rows.values()), *rows])
@@ -60,13 +60,13 @@ def networks_of(spec: StudySpec, out: Path, *, arms: Sequence[str] = ()) -> tupl
     if not found:
         raise ValueError(
             f"no run of study {spec.name} is finished in {out}{' for ' + ', '.join(arms) if arms else ''}; "
-            f"`flatmin study {spec.name} --out {out}` does them."
+            f"`flatmin study {spec.name} --out {out}` executes them."
         )
     return found, lacking
 
 
 def searched(spec: StudySpec, out: Path) -> StudySpec:
-    """The study with its values chosen on validation, if that search is finished in the folder; else as it is."""
+    """The study with its values chosen on validation data if those runs are finished in the folder; else unchanged."""
     search = tuned(dataclasses.replace(spec, measure=None, record=Record(), timing=False))
     if not any(point.choose for point in grid_points(search)):
         return spec

@@ -1,4 +1,4 @@
-"""What trained the runs of a table that are of an archive, in sentences."""
+"""Sentences on which runs of a table come from an archive, and which versions trained them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from flatmin.train.folder import RunFolder
 
 
 def origins(todo: StudyPlan, runs: Iterable[Run]) -> tuple[str, ...]:
-    """Of which archive runs are, and what trained these and the others; nothing without an archive.
+    """Sentences on the archive and the versions that trained the runs; none if the plan has no archive.
 
     Args:
         todo: the plan of the table.
-        runs: of the table.
+        runs: the runs of the table.
     """
     if todo.archive is None:
         return ()
@@ -27,11 +27,11 @@ def origins(todo: StudyPlan, runs: Iterable[Run]) -> tuple[str, ...]:
     makers = Counter(_maker(RunFolder(todo.store.folder(run)).environment()) for run in old)
     told = [f"{count} trained by {maker}" for maker, count in makers.most_common()]
     found = [
-        f"{len(old)} of the {len(present)} finished runs are of the archive {todo.archive.path}"
+        f"{len(old)} of the {len(present)} finished runs come from the archive {todo.archive.path}"
         + (f": {', '.join(told)}." if told else ".")
     ]
     if any(maker != here for maker in makers):
-        found.append(f"The table was made by {here}, which is another code than that of runs of the archive.")
+        found.append(f"The table was made by {here}, which differs from the code that trained archived runs.")
         if len(old) < len(present):
             found.append(f"The other {len(present) - len(old)} runs were trained by the code that made the table.")
         parts = (todo,) if todo.choice is None else (todo.choice, todo)
@@ -46,7 +46,7 @@ def origins(todo: StudyPlan, runs: Iterable[Run]) -> tuple[str, ...]:
 
 
 def _maker(about: Mapping[str, Any]) -> str:
-    """A version of flatmin and of torch, as run folders have them in env.json."""
+    """The versions of flatmin and torch from the contents of a run's env.json."""
     versions = about.get("versions")
     known: Mapping[str, Any] = versions if isinstance(versions, dict) else {}
     commit = f"commit {about['commit']}, " if about.get("commit") else ""

@@ -1,4 +1,4 @@
-"""What a study will do: its rows, their runs, and which of these are finished."""
+"""The plan of a study: its rows, their runs, and which of these are finished."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from flatmin.train.folder import RunFolder
 
 @dataclass(frozen=True, kw_only=True)
 class StudyPlan:
-    """What a study will do.
+    """The plan of a study.
 
     Args:
         spec: the study.
-        store: where its runs are.
+        store: the store of its runs.
         grid_points: its rows.
-        runs: by (row, seed); rows with the same configuration share their runs.
-        finished: outcomes of finished runs by name, with their reports; those of `choice` too.
-        missing: runs to do.
+        runs: runs by (row index, seed); rows with the same configuration share their runs.
+        finished: outcomes of finished runs by name, with their reports, including those of `choice`.
+        missing: runs to execute.
         unmeasured: finished runs whose networks are still to be measured.
-        warnings: about the run folders.
-        choice: the runs that values are chosen on, where they have seeds of their own; then `grid_points` has one row
-            for each choice: the chosen one, or the first while there are runs to wait for.
-        waiting: runs that are not among the missing ones because their values are not chosen yet.
-        archive: of finished runs that are taken whatever their code.
-        contents: the data of its runs, as far as they can be read here.
+        warnings: warnings about the run folders.
+        choice: the plan of the runs on which values are chosen, if these have seeds of their own. `grid_points` then
+            has one row for each choice: the chosen one, or the first while such runs are missing.
+        waiting: runs that are not in `missing` because their values are not chosen yet.
+        archive: archive of finished runs that are used whatever code trained them.
+        contents: the data of the runs, as far as they can be read here.
     """
 
     spec: StudySpec
@@ -56,7 +56,7 @@ class StudyPlan:
 
     @property
     def open(self) -> list[Run]:
-        """The runs of which something is still to be done, and can be."""
+        """The runs that can be executed or measured at once."""
         return [*self.missing, *self.unmeasured]
 
 
@@ -73,32 +73,32 @@ def plan(
 ) -> StudyPlan:
     """Expand a study to grid points and look for finished runs.
 
-    Of the data only the digest is read, see `flatmin.train.fingerprint.content_of`. The data may be absent: runs are
-    then identified by their settings, code and data_dir, with a warning. `flatmin.study.trial.check_runs` refuses what
-    cannot be run.
+    Only the digest of the data is computed, see `flatmin.train.fingerprint.content_of`. If the data are absent, runs
+    are identified by their settings, code and data_dir, with a warning. `flatmin.study.trial.check_runs` checks
+    whether the runs can be executed.
 
-    A run that raised an error has no result, so it is among the missing ones. One whose loss was not finite has.
+    A run that raised an error has no result, so it counts as missing. A run whose loss was not finite counts as
+    finished.
 
-    With `choose_seeds` the runs of a row whose values are chosen are planned when the choice can be made; plan again
-    when what is missing has been done.
+    With `choose_seeds`, the runs of rows whose values are chosen are planned once the choice can be made; call
+    `plan_again` when the missing runs are finished.
 
     Args:
         spec: the study.
-        out: the folder of the runs.
-        make: make that folder if it does not exist.
+        out: the output folder.
+        make: whether to create that folder if it does not exist.
         retry: also repeat runs whose loss was not finite, and measure networks again whose report is incomplete. If
             `make`, their results are removed, as are those of runs without weights whose networks are to be measured.
-            Runs of the archive stay.
-        archive: of finished runs that are taken whatever their code, see `flatmin.study.archive`.
+            Runs of the archive are not repeated.
+        archive: archive of finished runs that are used whatever code trained them, see `flatmin.study.archive`.
         weights: whether runs keep their trained weights.
-        download: get data that are missing, where that is possible.
+        download: download missing data where that is possible.
         progress: see `flatmin.data.named.Reading`.
 
     Raises:
-        ValueError: settings that do not go together, a folder that cannot be written, or an archive that cannot be
-            read.
+        ValueError: inconsistent settings, a folder that cannot be written, or an archive that cannot be read.
     """
-    rows = grid_points(spec)  # before a folder is made: they may be refused
+    rows = grid_points(spec)  # raises for invalid settings, so it comes before a folder is made
     _check_seeds(spec)
     kept = None if archive is None else Archive(archive)
     contents = Contents(download=download, progress=progress)
@@ -106,7 +106,7 @@ def plan(
 
 
 def plan_again(todo: StudyPlan) -> StudyPlan:
-    """The plan of the same study, by what is finished now."""
+    """A new plan of the same study that takes into account the runs finished since."""
     return _plan(todo.spec, grid_points(todo.spec), todo.store, todo.archive, Contents(), retry=False)
 
 
@@ -123,7 +123,7 @@ def _plan(
     if not spec.choose_seeds or not any(row.choose for row in rows):
         return told(planned(spec, rows))
     trial = dataclasses.replace(spec, seeds=spec.choose_seeds, choose_seeds=())
-    # What is measured and recorded is asked of the rows of the table alone.
+    # Only the rows of the table need to be measured and recorded.
     trial = dataclasses.replace(trial, measure=None, record=Record())
     choice = planned(trial, [row for row in grid_points(trial) if row.choose])
     chosen, undecided = _decided(choice)
@@ -147,11 +147,11 @@ def _plan(
 def _check_seeds(spec: StudySpec) -> None:
     both = [seed for seed in spec.choose_seeds if seed in spec.seeds]
     if both:
-        raise ValueError(f"study {spec.name}: seed {both[0]} is among seeds and choose_seeds; the choice needs others.")
+        raise ValueError(f"study {spec.name}: seed {both[0]} is in both seeds and choose_seeds; use different seeds.")
 
 
 def _decided(choice: StudyPlan) -> tuple[set[str], set[str]]:
-    """The labels of the rows that stand for each choice, and of these the ones that are not decided yet."""
+    """The labels of the rows that represent each choice, and the subset that is not decided yet."""
     chosen: set[str] = set()
     undecided: set[str] = set()
     groups: dict[tuple[object, ...], list[int]] = {}
@@ -176,7 +176,7 @@ def _decided(choice: StudyPlan) -> tuple[set[str], set[str]]:
 def _planned(
     spec: StudySpec, rows: list[GridPoint], store: Store, archive: Archive | None, contents: Contents, *, retry: bool
 ) -> StudyPlan:
-    """The plan of rows, each with its own seeds."""
+    """The plan of some rows, each with its own seeds."""
     runs = {
         (i, seed): run_of(config, store, contents, spec.record, spec.measure)
         for i, grid_point in enumerate(rows)
@@ -188,7 +188,9 @@ def _planned(
             store.take(run, folder)
     if archive is not None and archive.unrecorded:
         names = ", ".join(sorted(archive.unrecorded))
-        warnings.append(f"these runs of {archive.path} have not recorded what this study looks at: {names}.")
+        warnings.append(
+            f"these runs of {archive.path} are not used, because they lack records that this study needs: {names}."
+        )
     finished, missing = finished_and_missing(runs.values(), store, warnings.append)
     unmeasured = []
     again = set()
@@ -208,7 +210,7 @@ def _planned(
             if report is None and RunFolder(folder).weights.is_file():
                 unmeasured.append(run)
             elif report is None and archived:
-                warnings.append(f"{run.name}, of the archive, has not been measured as this study asks.")
+                warnings.append(f"{run.name} of the archive lacks the measurements that this study needs.")
             elif report is None:
                 again.add(run.name)
     for run in unique(runs.values()):
@@ -240,7 +242,7 @@ def run_of(
 ) -> Run:
     """The run of a configuration.
 
-    The method names its folder, not the arm: studies that call one configuration by two names share its runs.
+    The folder is named after the method rather than the arm, so that studies with different labels share runs.
     """
     run = Run(
         label=config.method,

@@ -1,4 +1,4 @@
-"""Processes of this machine that call one function again and again, each with one thread."""
+"""A pool of local processes with one thread each that call a function."""
 
 from __future__ import annotations
 
@@ -27,29 +27,29 @@ class Lost:
     """A job that ended without a result.
 
     Args:
-        how: what happened, e.g. "was on a node that died".
+        how: what happened, as a predicate, e.g. "was on a node that died".
     """
 
     how: str
 
 
 class Worker:
-    """A process, and whether it has begun to work."""
+    """A process of the pool; `started` is set when it has finished starting up."""
 
     def __init__(self, process: BaseProcess, connection: Connection) -> None:
         self.process, self.connection, self.started = process, connection, False
 
 
 class Pool:
-    """A context manager around processes that call a function; leaving it ends them, busy or not.
+    """A context manager for processes that call a function. On exit all processes are ended, busy or not.
 
-    A process starts when a job finds none idle. It ignores Ctrl-C, ends with this process in any case, and may have
-    processes of its own, such as those that read images. It starts fresh (spawn), so a script that makes a pool needs
-    `if __name__ == "__main__":`.
+    A process is started when a job is submitted and none is idle. It ignores Ctrl-C, ends when this process ends, and
+    may have child processes, such as those that read images. Processes are spawned, so a script that creates a pool
+    needs `if __name__ == "__main__":`.
 
     Args:
-        function: called with the arguments of each job; they and its result must be picklable, and the result not
-            None. A process in which it raises is lost.
+        function: called with the arguments of each job. Arguments and result must be picklable, and the result must
+            not be None. If the function raises an error, its process is lost.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -68,7 +68,7 @@ class Pool:
             if worker not in self._idle:
                 worker.process.terminate()
                 continue
-            with suppress(OSError):  # it has ended meanwhile
+            with suppress(OSError):  # the process has ended already
                 worker.connection.send(None)
         for worker in self._workers:
             worker.process.join(5)
@@ -88,7 +88,9 @@ class Pool:
         Raises:
             RuntimeError: the process could not start.
         """
-        alive = worker.process.is_alive()  # asked first: what it has sent before its end is read all the same
+        alive = (
+            worker.process.is_alive()
+        )  # checked first, so that messages sent before the process ended are still read
         try:
             while worker.connection.poll():
                 message = worker.connection.recv()
@@ -101,16 +103,16 @@ class Pool:
         except (EOFError, OSError):
             worker.process.join(5)
         code = worker.process.exitcode
-        if not worker.started and (code is None or code >= 0):  # not by a signal
+        if not worker.started and (code is None or code >= 0):  # not ended by a signal
             raise RuntimeError(
-                f"a worker process could not start (exit code {code}); a script that starts workers needs "
-                '`if __name__ == "__main__":` around what it does, or workers=0.'
+                f"a worker process could not start (exit code {code}); put the code of the script that starts workers "
+                'under `if __name__ == "__main__":`, or use workers=0.'
             )
-        return Lost(f"ended with exit code {code}; a negative code is a signal, -9 often means that memory ran out")
+        return Lost(f"ended with exit code {code} (a negative code is a signal; -9 often means that memory ran out)")
 
     def wait(self, workers: Collection[Worker]) -> None:
-        """Wait until a job may have ended, but a moment at most."""
-        # A dead worker's end of the pipe may live on in processes that read images, so its end is watched too.
+        """Wait until a job may have ended, at most 0.1 seconds."""
+        # Child processes of a dead worker may keep its pipe open, so the process itself is watched too.
         wait([*(one.connection for one in workers), *(one.process.sentinel for one in workers)], _MOMENT)
 
     def cancel(self, worker: Worker) -> None:
@@ -124,7 +126,7 @@ class Pool:
 
     def _start(self) -> Worker:
         ours, theirs = self._context.Pipe()
-        # No daemon, which could not start processes that read images.
+        # Not a daemon, because a daemon cannot start processes that read images.
         process = self._context.Process(target=_serve, args=(theirs, self._function), daemon=False)
         with _ctrl_c_ignored():
             process.start()
@@ -134,8 +136,8 @@ class Pool:
 
 
 def _serve(connection: Connection, function: Callable[..., Any]) -> None:
-    """The life of a process: say that it has started, then call the function for one job after the other."""
-    settle_streams()  # a model or a data set of the user's may print
+    """The main function of a process: report that it has started, then call the function for each job."""
+    settle_streams()  # the user's model or data set may print
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
@@ -155,7 +157,7 @@ def _end_with_parent() -> None:
 
 @contextmanager
 def _ctrl_c_ignored() -> Iterator[None]:
-    """A process started inside ignores Ctrl-C from its first moment; signals can only be set in the main thread."""
+    """Make processes that are started inside ignore Ctrl-C; outside the main thread this has no effect."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,4 +1,4 @@
-"""A study from a TOML preset with `key=value` overrides; each mistake raises an error of one sentence."""
+"""Read a study from a TOML preset with `key=value` overrides."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flatmin.study.spec import METRICS, NAMED, Arm, Given, Published, StudySpec,
 from flatmin.study.sweep import Axis, is_multiple, read_axis, tidy
 from flatmin.train.config import RunConfig
 from flatmin.train.options import Options
-from flatmin.train.settings import describe, field_types, fill, read_preset
+from flatmin.train.settings import articled, describe, field_types, fill, read_preset
 from flatmin.words import suggest
 
 _LISTS = tuple(key for key, kind in field_types(RunConfig).items() if str(kind).startswith("tuple"))
@@ -22,21 +22,21 @@ _FIXED = ("method", "plugins")
 
 
 def read_study(name: str, overrides: Sequence[str] = (), *, demo: bool = False) -> StudySpec:
-    """A study by the name of its preset or the path of a .toml file.
+    """Read a study by the name of its preset or the path of a .toml file.
 
     Args:
-        name: see `flatmin study list`.
+        name: a name from `flatmin study list`, or a path.
         overrides: see `changed`.
         demo: read the scaled-down version of the preset.
 
     Raises:
-        ValueError: an unknown preset or key, or a table of another form.
+        ValueError: an unknown preset or key, or an entry of the wrong form.
     """
     table = read_preset(name, "study")
     scaled_down = table.pop("demo", None)
     if demo:
         if scaled_down is None:
-            raise ValueError(f"the study {name} has no demo.")
+            raise ValueError(f"the study {name} has no scaled-down version; leave out --demo.")
         table = {**table, **scaled_down, "published": []}
     return changed(_spec(name, table), overrides)
 
@@ -46,11 +46,11 @@ def changed(spec: StudySpec, overrides: Sequence[str]) -> StudySpec:
 
     Args:
         spec: of `read_study`.
-        overrides: "epochs=20" sets all runs, "rho=0.1,0.2" makes an axis of all arms that have the key, "seed=0..4"
-            says which seeds, and "rho.NAME=0.1" is for the arms of that label or method alone.
+        overrides: "epochs=20" applies to all runs, "rho=0.1,0.2" becomes an axis of all arms that have the key,
+            "seed=0..4" sets the seeds, and "rho.NAME=0.1" applies only to arms with that label or method.
 
     Raises:
-        ValueError: an override of another form, or an unknown key or arm.
+        ValueError: an override of the wrong form, or an unknown key or arm.
     """
     axes = [(read_axis(override, lists=_LISTS), override) for override in overrides]
     own = [(axis, override) for axis, override in axes if axis.key.startswith("rho.")]
@@ -64,12 +64,14 @@ def changed(spec: StudySpec, overrides: Sequence[str]) -> StudySpec:
 
 
 def _changed_for_one(spec: StudySpec, axis: Axis, override: str) -> StudySpec:
-    """The study with an axis of the radius for the arms of one name."""
+    """The study with an axis of the radius for the arms with one label or method."""
     name = axis.key.removeprefix("rho.")
     named = [arm for arm in spec.every_arm if name in (arm.label, arm.settings.get("method"))]
     if not named:
         names = list(dict.fromkeys(x for arm in spec.arms for x in (arm.label, arm.settings.get("method", arm.label))))
-        raise ValueError(f"{axis.key}: no such arm or method here{suggest(name, names)} (arms: {', '.join(names)})")
+        raise ValueError(
+            f"{axis.key}: this study has no such arm or method{suggest(name, names)} (arms: {', '.join(names)})"
+        )
 
     def change(arm: Arm) -> Arm:
         if arm not in named:
@@ -81,12 +83,12 @@ def _changed_for_one(spec: StudySpec, axis: Axis, override: str) -> StudySpec:
 
 
 def _changed(spec: StudySpec, axis: Axis, override: str) -> StudySpec:
-    """The study with an axis, of one value or several, in place of whatever it and its arms had for that key."""
+    """The study with an axis of one or more values that replaces the settings and axes with the same key."""
     if axis.key == "seed":
         return dataclasses.replace(spec, seeds=_seeds(axis.values))
     _as_texts(spec.name, {axis.key: override})
     if axis.key in _FIXED and len(axis.values) > 1:
-        raise ValueError(f"{axis.key} takes one value here, got {override}; write an arm for each in a .toml file.")
+        raise ValueError(f"{axis.key} takes one value, got {override}; write one arm for each value in a .toml file.")
     multiple = all(map(is_multiple, axis.values))
     arms = [_without(arm, axis.key, keep=multiple) for arm in spec.arms]
     before = {one.key: one.values[0] for one in spec.axes if one.key == axis.key and len(one.values) == 1}
@@ -103,7 +105,7 @@ def _changed(spec: StudySpec, axis: Axis, override: str) -> StudySpec:
 
 
 def _without(arm: Arm, key: str, *, keep: bool) -> Arm:
-    """The arm without what it has for a key; with `keep` what it has stays as a setting, to be multiplied."""
+    """The arm without its setting or axis for a key; with `keep`, its value stays as a setting to be multiplied."""
     settings = {name: value for name, value in arm.settings.items() if name != key or keep}
     if keep:
         settings |= {one.key: one.values[0] for one in arm.axes if one.key == key and len(one.values) == 1}
@@ -116,7 +118,7 @@ def _apart(spec: StudySpec) -> None:
         for other in spec.every_arm[:i]:
             if (arm.settings, arm.axes) == (other.settings, other.axes):
                 by = f" with {' '.join(spec.changed)}" if spec.changed else ""
-                raise ValueError(f"study {spec.name}: the arms {other.label!r} and {arm.label!r} are the same{by}.")
+                raise ValueError(f"study {spec.name}: the arms {other.label!r} and {arm.label!r} are identical{by}.")
 
 
 _KEYS = tuple(f.name for f in dataclasses.fields(StudySpec) if f.name not in ("name", "changed"))
@@ -126,15 +128,15 @@ _LISTED = ("arms", "baselines", "seeds", "columns", "choose", "choose_seeds", "g
 
 
 def _spec(name: str, table: Mapping[str, Any]) -> StudySpec:
-    """A preset's table, checked.
+    """The study of a preset's table.
 
     Raises:
-        ValueError: an entry that is missing, unknown or of another form.
+        ValueError: a missing or unknown entry, or one of the wrong form.
     """
     for key, value in table.items():
         if key not in _KEYS:
             if key == "methods" and "arms" not in table:
-                raise ValueError(f"study {name} is the file of a comparison; run `flatmin compare --preset {name}`.")
+                raise ValueError(f"{name} is a preset of `flatmin compare`; run `flatmin compare --preset {name}`.")
             raise ValueError(f"study {name}: unknown entry {key!r}{suggest(key, _KEYS)} (entries: {', '.join(_KEYS)})")
         wanted: type = dict if key in _TABLES else list if key in _LISTED else bool if key in _FLAGS else str
         _expect(name, key, value, wanted)
@@ -152,7 +154,7 @@ def _spec(name: str, table: Mapping[str, Any]) -> StudySpec:
     if double:
         raise ValueError(f"study {name}: the arm {double[0]!r} exists twice.")
     if baseline not in labels:
-        raise ValueError(f"study {name}: the baseline {baseline!r} is no arm{suggest(baseline, labels)}")
+        raise ValueError(f"study {name}: the baseline {baseline!r} is not an arm{suggest(baseline, labels)}")
     spec = StudySpec(
         name=name,
         title=table["title"],
@@ -177,7 +179,7 @@ def _spec(name: str, table: Mapping[str, Any]) -> StudySpec:
         notes=tuple(map(str, table.get("notes", ()))),
     )
     if spec.choose_seeds and not spec.choose and not any(arm.choose for arm in (*arms, *baselines)):
-        raise ValueError(f"study {name} has choose_seeds, and nothing to choose; name axes in choose.")
+        raise ValueError(f"study {name} has choose_seeds but nothing to choose; list axes in choose.")
     for column in spec.columns:
         _check_column(spec, column)
     for one in spec.published:
@@ -202,14 +204,14 @@ _VIEW = ("what", "split", "examples", "batch", "params", "mode", "dtype")
 
 
 def _view(name: str, table: Mapping[str, Any]) -> View:
-    """What is measured of trained networks; its own table `settings` is of `flatmin.measure.ReportSettings`."""
+    """The view of the table `measure`; its table `settings` has the fields of `flatmin.measure.ReportSettings`."""
     for key, value in table.items():
         if key != "settings" and key not in _VIEW:
             raise ValueError(f"study {name}: measure has no {key!r}{suggest(key, _VIEW)} (entries: {', '.join(_VIEW)})")
         if key != "settings":
             wanted = int if key in ("examples", "batch") else str
             if type(value) is not wanted:
-                raise ValueError(f"study {name}: measure.{key} = {value!r} is no {describe(wanted)}.")
+                raise ValueError(f"study {name}: measure.{key} = {value!r} is not {articled(describe(wanted))}.")
     try:
         own = fill(ReportSettings, table.get("settings", {}), origin="measure.settings")
         view = View(**{**{key: value for key, value in table.items() if key != "settings"}, "settings": own})
@@ -220,16 +222,16 @@ def _view(name: str, table: Mapping[str, Any]) -> View:
 
 
 def _check_column(spec: StudySpec, column: str) -> None:
-    """Raise ValueError for a column that no run of the study can have."""
+    """Raise ValueError for a column that no run of the study can fill."""
     diagnostic, _, when = column.partition("@")
     if when:
         good = when in ("first", "last") and diagnostic and spec.record.diagnostics
         wanted = "NAME@first or NAME@last, with diagnostics in [record]"
     else:
         good = column in (*METRICS, *NAMED) or spec.measure is not None
-        wanted = f"{', '.join((*METRICS, *NAMED))}, or a number of the report that [measure] asks for"
+        wanted = f"{', '.join((*METRICS, *NAMED))}, or a quantity that [measure] measures"
     if not good:
-        raise ValueError(f"study {spec.name}: no run has the column {column!r}; expected {wanted}.")
+        raise ValueError(f"study {spec.name}: unknown column {column!r}; expected {wanted}.")
 
 
 def _expect(name: str, what: str, value: Any, wanted: type) -> None:
@@ -260,7 +262,7 @@ def _given(name: str, table: Mapping[str, Any]) -> Given:
     _expect(name, "set of given", settings, dict)
     when = {key: value if isinstance(value, list) else [value] for key, value in table.items() if key != "set"}
     if not settings or not when:
-        raise ValueError(f"study {name}: an entry of given needs a key with its values, and a table named set.")
+        raise ValueError(f"study {name}: an entry of given needs a key with its values, and a table set.")
     tidied = {key: tuple(tidy(as_text(value)) for value in values) for key, values in when.items()}
     return Given(when=tidied, settings=_as_texts(name, settings))
 
@@ -272,7 +274,7 @@ def _published(name: str, table: Mapping[str, Any]) -> Published:
         raise ValueError(f"study {name}: a published number has no {missing[0]}; it needs {', '.join(wanted)}.")
     for key in ("value", "spread"):
         if isinstance(table.get(key, 0), bool) or not isinstance(table.get(key, 0), (int, float)):
-            raise ValueError(f"study {name}: the {key} {table[key]!r} of a published number is no number.")
+            raise ValueError(f"study {name}: the {key} {table[key]!r} of a published number is not a number.")
     where = {key: tidy(as_text(value)) for key, value in table.items() if key not in (*wanted, "spread")}
     return Published(
         label=str(table["label"]),
@@ -285,13 +287,13 @@ def _published(name: str, table: Mapping[str, Any]) -> Published:
 
 
 def _check_published(spec: StudySpec, one: Published) -> None:
-    """Raise ValueError for a published number that belongs to no row: a typing error would hide it."""
+    """Raise ValueError for a published number that belongs to no row, which a typing error would cause."""
     arm = next((arm for arm in spec.every_arm if arm.label == one.label), None)
     if arm is None:
-        raise ValueError(f"study {spec.name}: a published number has the label {one.label!r}, which is no arm.")
+        raise ValueError(f"study {spec.name}: a published number has the label {one.label!r}, which is not an arm.")
     if one.metric not in (spec.columns or METRICS):
         raise ValueError(
-            f"study {spec.name}: a published number has the metric {one.metric!r} "
+            f"study {spec.name}: a published number has the unknown metric {one.metric!r} "
             f"(columns: {', '.join(spec.columns or METRICS)})"
         )
     axes = {axis.key: axis.values for axis in (*spec.axes, *arm.axes)}
@@ -305,7 +307,7 @@ def _axes(name: str, table: Mapping[str, Any]) -> tuple[Axis, ...]:
     for key, values in table.items():
         _expect(name, f"the axis {key}", values, list)
         if key in _FIXED:
-            raise ValueError(f"study {name}: {key} is no axis; write an arm for each.")
+            raise ValueError(f"study {name}: {key} cannot be an axis; write one arm for each value.")
     _as_texts(name, table)
     return tuple(Axis(key, tuple(map(as_text, values))) for key, values in table.items())
 
@@ -314,15 +316,15 @@ def _as_texts(name: str, table: Mapping[str, Any]) -> dict[str, str]:
     """Settings as text.
 
     Raises:
-        ValueError: a key that is not for settings.
+        ValueError: a key that is not a setting of runs.
     """
     for key, value in table.items():
         _expect_flat(name, key, value)
         if key == "seed":
-            raise ValueError(f"study {name}: write seeds in the list seeds.")
+            raise ValueError(f"study {name}: seed is not a setting; write the seeds in the list seeds.")
         if key in field_types(Options):
-            own = "; it is an entry of [record]" if key in field_types(Record) else ""
-            raise ValueError(f"study {name}: {key} says how a run is logged and stored and is not a setting{own}.")
+            own = "; it belongs into [record]" if key in field_types(Record) else ""
+            raise ValueError(f"study {name}: {key} is an option of logging and storage, not a setting of runs{own}.")
     return {key: as_text(value) for key, value in table.items()}
 
 

@@ -1,4 +1,4 @@
-"""What the runs of a study record beside their result."""
+"""What the runs of a study record besides their result."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from flatmin.train.settings import fill
 
 @dataclass(frozen=True, kw_only=True)
 class Record(Recording):
-    """What runs of a study record while they train; it changes no outcome.
+    """What runs of a study record while they train; it does not change their outcome.
 
     Raises:
-        ValueError: see `Recording`, or diagnostics without lines to write them to.
+        ValueError: see `Recording`; or diagnostics without log_every.
     """
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.diagnostics and not self.log_every:
-            raise ValueError("diagnostics=true needs log_every: updates between the lines that hold them.")
+            raise ValueError("diagnostics=true needs log_every, the number of updates between recorded lines.")
 
     @property
     def word(self) -> str:
-        """As config.json keeps it; empty if nothing is recorded."""
+        """The record as text for config.json; empty if nothing is recorded."""
         if not (self.log_every or self.measure_every):
             return ""
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
 
     def kept_in(self, labels: Mapping[str, str]) -> bool:
-        """Whether a run with these labels has written down what is asked for, perhaps more often."""
+        """Whether a run with these labels recorded at least what this record asks for."""
         theirs = Record.of(labels)
         logged = not self.log_every or (theirs.log_every and self.log_every % theirs.log_every == 0)
         if self.log_every and self.diagnostics and not theirs.diagnostics:
@@ -47,18 +47,18 @@ class Record(Recording):
 
     @classmethod
     def of(cls, labels: Mapping[str, str]) -> Record:
-        """What a run with these labels has written down; nothing if its word cannot be read."""
+        """What a run with these labels recorded; an empty record if the label cannot be read."""
         try:
             return fill(cls, json.loads(labels.get("record") or "{}"), origin="record")
         except ValueError:
             return cls()
 
     def with_also(self, other: Record) -> Record:
-        """What serves both; of two different measurements while training this one."""
+        """A record that covers both; if both measure while training, the measurements of this one are taken."""
         often = math.gcd(self.log_every, other.log_every)
         measured = self if self.measure_every else other
         return dataclasses.replace(measured, log_every=often, diagnostics=self.diagnostics or other.diagnostics)
 
     def options(self, **others: bool | int | float) -> Options:
-        """As options of a run, with others beside."""
+        """The record as options of a run, together with other options."""
         return Options(**dataclasses.asdict(self), **others)  # type: ignore[arg-type]

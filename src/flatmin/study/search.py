@@ -1,4 +1,4 @@
-"""Search for a study's settings on validation, with as many gradient evaluations for every method."""
+"""Search a study's settings on validation data, with the same number of gradient evaluations for every method."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from flatmin.train.options import Options
 from flatmin.train.settings import field_types
 from flatmin.words import suggest
 
-BATCH = 4  # trials of an arm at a time: a constant, so that the search is the same on any number of workers
+BATCH = 4  # trials of an arm at a time; constant, so that the result does not depend on the number of workers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +34,8 @@ class Trial:
     """One point that was tried.
 
     Args:
-        settings: as text.
-        score: mean validation accuracy over the search's seeds in percent; 0 where a run diverged.
+        settings: values of the searched settings, as text.
+        score: mean validation accuracy over the search's seeds in percent, with 0 for a run that diverged.
         cost: gradient evaluations, in epochs of plain training.
     """
 
@@ -50,7 +50,7 @@ class SearchResult:
 
     Args:
         grid_point: the row of the study.
-        trials: in the order in which they were asked for.
+        trials: the trials, in the order in which they were proposed.
     """
 
     grid_point: GridPoint
@@ -58,7 +58,7 @@ class SearchResult:
 
     @property
     def best(self) -> Trial | None:
-        """The first of the best."""
+        """The trial with the highest score; the first of several; None without trials."""
         return max(self.trials, key=lambda trial: trial.score, default=None)
 
     @property
@@ -78,29 +78,29 @@ def search(
     download: bool = False,
     **how: Any,
 ) -> list[SearchResult]:
-    """Search every row of a study by Optuna's tree-structured Parzen estimator, with the same budget for each.
+    """Search every row of a study with Optuna's tree-structured Parzen estimator and the same budget for each row.
 
-    A trial trains the row's configuration with the asked settings once for each of the study's seeds. Its cost is
-    counted in gradient evaluations: a method of two an update gets half the trials of plain training. A row stops
-    before the trial that would exceed the budget; a point that is asked for twice counts twice. Runs are those of the
-    store, so the same call again replays the finished ones and a larger budget continues from them.
+    A trial trains the row's configuration with the proposed settings once for each of the study's seeds. Its cost is
+    counted in gradient evaluations, so a method with two evaluations per update gets half as many trials as plain
+    training. The search of a row stops before the trial that would exceed the budget. A point that is proposed twice
+    counts twice. Finished runs are reused: a repeated call repeats the same search, and a larger budget extends it.
 
     Args:
-        spec: the study; what its arms and axes have for what is searched is left out. Each arm must have one row.
-        dimensions: what is searched; an arm that has no radius is searched in the others.
+        spec: the study; settings and axes of its arms with searched keys are ignored. Each arm must have one row.
+        dimensions: the settings to search; those that do not apply to an arm are left out for it.
         budget: gradient evaluations for each row, in epochs of plain training.
-        out: folder of the runs.
+        out: the output folder.
         workers: see `flatmin.study.executors.execute`.
         on_event: called with each event.
-        download: get data that are missing, where that is possible.
+        download: download missing data where that is possible.
         how: further arguments of `execute`.
 
     Returns:
         The results, in the order of the study's rows.
 
     Raises:
-        ValueError: a budget below the cost of one trial, a setting that no arm has, a trial that flatmin refuses; or,
-            before the first run, what `flatmin.study.trial.check_runs` refuses.
+        ValueError: a budget below the cost of one trial, a setting that applies to no arm, or a trial with invalid
+            settings; or what `flatmin.study.trial.check_runs` raises before the first run.
         ModuleNotFoundError: Optuna is not installed (extra "search").
         StudyInterrupted: on Ctrl-C; finished runs are kept.
     """
@@ -144,7 +144,7 @@ def search(
 
 @dataclass(frozen=True, kw_only=True)
 class _Ask:
-    """A point under way: Optuna's trial, its settings, its runs, its cost."""
+    """A proposed point: Optuna's trial, its settings, its runs and its cost."""
 
     trial: Any
     settings: dict[str, str]
@@ -166,11 +166,11 @@ class _Task:
         self._study = optuna.create_study(direction="maximize", sampler=sampler)
 
     def cost(self, config: RunConfig, sizes: Sizes) -> float:
-        """Of one run, in epochs of plain training."""
+        """The cost of one run, in epochs of plain training."""
         return sizes.cost(config) / steps_of(config, sizes.of(config)[0])
 
     def ask(self, spec: StudySpec, budget: float, sizes: Sizes, store: Store, contents: Contents) -> list[_Ask]:
-        """The next points; at the end of the budget the task is done."""
+        """The next points to try; sets `done` when the budget is used up."""
         asked: list[_Ask] = []
         spent = self.result.spent
         while len(asked) < BATCH:
@@ -204,7 +204,7 @@ class _Task:
 
 
 def _tasks(spec: StudySpec, dimensions: Sequence[Dimension]) -> list[_Task]:
-    """One for each row without the searched axes."""
+    """One task for each row, without the searched axes."""
     keys = [dimension.key for dimension in dimensions]
     double = [key for i, key in enumerate(keys) if key in keys[:i]]
     if not keys:
@@ -213,7 +213,7 @@ def _tasks(spec: StudySpec, dimensions: Sequence[Dimension]) -> list[_Task]:
         raise ValueError(f"{double[0]} is searched twice.")
     for key in keys:
         if key == "seed" or key in field_types(Options):
-            raise ValueError(f"{key} changes no outcome that could be searched for; name seeds as seed=0,1.")
+            raise ValueError(f"{key} cannot be searched; set the seeds of each trial with seed=0,1.")
     tasks = []
     for i in range(len(spec.arms)):
         own = [dimension for dimension in dimensions if takes(spec, spec.arms[i], dimension.key)]
@@ -222,12 +222,12 @@ def _tasks(spec: StudySpec, dimensions: Sequence[Dimension]) -> list[_Task]:
         if len(rows) > 1:
             axis = next(iter(rows[0].values))
             raise ValueError(
-                f"study {spec.name}: {rows[0].arm} has {len(rows)} rows to search; name one value of each axis that is "
-                f"not searched, such as {axis}={rows[0].values[axis]}."
+                f"study {spec.name}: {rows[0].arm} has {len(rows)} rows to search; give one value for each axis that "
+                f"is not searched, e.g. {axis}={rows[0].values[axis]}."
             )
         if rows[0].config.train_on_val:
             raise ValueError(
-                f"study {spec.name}: train_on_val=true validates on the test part, which must not be searched on."
+                f"study {spec.name}: train_on_val=true validates on the test part, which must not be used in a search."
             )
         tasks.append(_Task(rows[0], i, own, missing))
     for key in keys:
@@ -238,9 +238,9 @@ def _tasks(spec: StudySpec, dimensions: Sequence[Dimension]) -> list[_Task]:
 
 
 def _alone(spec: StudySpec, arm: int, settings: Mapping[str, str | None]) -> StudySpec:
-    """The study of one arm, with settings in place of whatever it has for their keys; None takes the key away.
+    """The study with a single arm, with the given settings in place of its own; None removes a key.
 
-    As axes of one value they also win over what is given with other values.
+    The settings become axes of one value, which override the entries of `given`.
     """
     one = spec.arms[arm]
     settings_left = {key: value for key, value in one.settings.items() if key not in settings}
@@ -269,7 +269,7 @@ def _optuna() -> Any:
         import optuna
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "searching needs Optuna, which is not installed; run: pip install 'flatmin[search]'"
+            "a search needs Optuna, which is not installed; run: pip install 'flatmin[search]'"
         ) from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna

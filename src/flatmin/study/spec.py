@@ -1,4 +1,4 @@
-"""What a study is: arms, axes, seeds and published numbers."""
+"""The definition of a study: arms, axes, seeds and published numbers."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from flatmin.study.measuring import View
 from flatmin.study.record import Record
 from flatmin.study.sweep import Axis
 
-# Numbers that every run has; the first two are columns only where a study names them.
+# Numbers that every run has; those in NAMED are columns only if a study lists them.
 NAMED = ("test_top5", "test_best")
 METRICS = ("test_acc", "val_acc", "memorised", "train_ce", "lambda_max", "seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """A row of the table, or several: one for each point of its axes.
+    """One row of the table, or several: one for each point of its axes.
 
     Args:
-        label: what the table calls it.
-        settings: of its runs, as text.
-        axes: of its own, beside the study's.
-        choose: of its axes, those whose value is chosen on validation, beside the study's.
-        tune: axes that `tuned` adds to it, beside the study's.
+        label: name in the table.
+        settings: settings of its runs, as text.
+        axes: axes of this arm, in addition to the study's.
+        choose: axes whose value is chosen on validation data, in addition to the study's.
+        tune: axes that `tuned` adds to this arm, in addition to the study's.
     """
 
     label: str
@@ -37,11 +37,11 @@ class Arm:
 
 @dataclass(frozen=True, kw_only=True)
 class Given:
-    """Settings that belong to some values of others, as a keyword to the networks that have it.
+    """Settings that apply only if other settings have certain values, e.g. a keyword that only one network has.
 
     Args:
-        when: key -> the values that it must have one of.
-        settings: as text.
+        when: key -> values; every key must have one of its values.
+        settings: the settings that apply then, as text.
     """
 
     when: Mapping[str, tuple[str, ...]]
@@ -50,15 +50,15 @@ class Given:
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """A published number that stands beside one of ours.
+    """A published number that the table shows beside the measured one.
 
     Args:
-        label: of the arm.
-        where: values of axes that it belongs to.
+        label: label of the arm.
+        where: values of the axes.
         metric: a column, e.g. "test_acc"; see `StudySpec.columns`.
-        value: in that column's unit.
-        spread: as printed, e.g. a standard deviation; None if none is.
-        source: where it was read.
+        value: the number, in the column's unit.
+        spread: the spread as printed in the source, e.g. a standard deviation; None if there is none.
+        source: paper and table.
     """
 
     label: str
@@ -73,8 +73,8 @@ class Published:
 class StudySpec:
     """A study before it is expanded to grid points.
 
-    A number may be written as a multiple, such as "2x": of the value that the arm would have without this setting or
-    axis. With the setting epochs = "0.5x" an arm trains half as long as the others, however long that is.
+    A number may be written as a multiple, such as "2x", of the value that the arm would have without this setting or
+    axis. For example, with the setting epochs = "0.5x" an arm trains half as long as the others.
 
     Args:
         name: name of the preset.
@@ -82,29 +82,30 @@ class StudySpec:
         source: what the study reproduces; printed with the table.
         train: the preset of `flatmin train`, or a .toml file, that all runs start from.
         settings: settings of all runs, as text.
-        axes: settings with several values, for all arms that have them and do not set them.
-        arms: the rows of the table; an arm with axes is several rows.
-        baselines: further rows to compare with, such as plain training for twice as long. Overrides leave the settings
-            alone that a baseline has of its own.
-        seeds: one run of each row with each seed.
-        baseline: label of the arm that differences are taken to; the first arm if it is not named.
-        columns: columns of the table. Without them: those of `METRICS` that some run has, and what was measured of the
-            networks (of more than four numbers the first of each section). Beside these there are test_top5, with more
-            than five classes; test_best, the test accuracy at the epoch with the best validation accuracy, of runs
+        axes: settings with several values, for all arms to which they apply and that do not set them.
+        arms: the rows of the table; an arm with axes makes several rows.
+        baselines: further rows to compare with, such as plain training for twice as long. Overrides do not change
+            the settings that a baseline sets itself.
+        seeds: seeds; each row has one run for each seed.
+        baseline: label of the arm to which the others are compared. Default: the first arm.
+        columns: columns of the table. Default: those of `METRICS` that some run has, and the measured quantities of the
+            networks (the first of each section if there are more than four). Further columns are test_top5, for more
+            than five classes; test_best, the test accuracy at the epoch with the best validation accuracy, for runs
             with test_every = 1; NAME@first and NAME@last, the mean of a diagnostic over the first and the last tenth
-            of the lines that `record` asks for; and names of numbers of the report that `measure` asks for, such as
-            lambda_1.
-        tune: axes that `--tune` adds, to be chosen on validation: to arms that have the key, where there is no axis.
-        choose: axes whose value is chosen, for every arm and point of the other axes, by mean validation accuracy.
-        choose_seeds: seeds of the runs on which these values are chosen, none of them among `seeds`; only the chosen
-            value is then run with `seeds`. Without them the choice is made on the runs with `seeds`.
-        record: what runs write down while they train.
-        measure: what is measured of the trained networks; none: nothing.
-        timing: measure the time of a step of each row, relative to plain training, when the runs are done.
-        skip_unfit: leave out arms whose method the network or the loop cannot serve, with a note, instead of refusing.
-        given: further settings of the points whose other settings have certain values.
-        published: published numbers to stand beside the rows.
-        notes: what a reader must know, such as how this study differs from its source.
+            of the recorded lines (see `record`); and names of quantities that `measure` measures, such as lambda_1.
+        tune: axes that `--tune` adds, with values to be chosen on validation data, to arms that have the key and no
+            such axis.
+        choose: axes whose value is chosen by mean validation accuracy, for each arm and point of the other axes.
+        choose_seeds: seeds of the runs on which values are chosen, different from `seeds`; only the chosen value is
+            then run with `seeds`. Default: values are chosen on the runs with `seeds`.
+        record: what runs record while they train.
+        measure: what is measured of the trained networks. Default: nothing.
+        timing: measure the time of a training step of each row, relative to plain training, after the runs.
+        skip_unfit: leave out arms whose method does not work with the network or the training loop, with a note,
+            instead of raising an error.
+        given: further settings that apply if other settings have certain values.
+        published: published numbers to show beside the measured ones.
+        notes: notes for the reader, such as how this study differs from its source.
         changed: the overrides of the preset, except those of seeds.
     """
 
@@ -144,7 +145,7 @@ class StudySpec:
 
 
 def as_text(value: Any) -> str:
-    """A TOML value as one types it."""
+    """A TOML value as it is typed on the command line."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""Runs that no study takes any more: of these settings, but of other code, or on other data."""
+"""Outdated runs: runs that no study uses, because the code or the data have changed since."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from flatmin.words import reason
 
 
 def former_runs(missing: Sequence[Run], store: Store) -> list[str]:
-    """A sentence on runs in the store that would be finished or begun if code and data were still what they were."""
+    """A sentence on runs in the store that have a study's settings but were made with different code or data."""
     found: dict[str, list[bool]] = {}
     for run in missing:
         for folder in store.alike(run):
@@ -29,22 +29,22 @@ def former_runs(missing: Sequence[Run], store: Store) -> list[str]:
     counts = [f"{count} {word}" for count, word in ((sum(ends), "finished"), (len(ends) - sum(ends), "unfinished"))]
     whole = " and ".join(count for count in counts if not count.startswith("0 "))
     each = [f"{why} ({len(group)})" if len(found) > 1 else why for why, group in found.items()]
-    runs, were = ("run", "was") if len(ends) == 1 else ("runs", "were")
+    runs, were, they = ("run", "was", "it is") if len(ends) == 1 else ("runs", "were", "they are")
     return [
-        f"{whole} {runs} in {store.out} with settings of this study {were} made {', '.join(each)}, so they are not "
-        f"taken but trained again. `--archive {store.out}` takes the finished ones as they are; "
-        f"`flatmin runs rm --stale {store.out}` removes them."
+        f"{whole} {runs} in {store.out} with settings of this study {were} made {', '.join(each)}, so {they} not used "
+        f"and will be trained again. `--archive {store.out}` uses finished runs as they are; "
+        f"`flatmin runs rm --stale {store.out}` removes outdated runs."
     ]
 
 
 def stale(path: Path, contents: Contents | None = None) -> str | None:
-    """Why no study would take a run, in words; None if one would, or if that cannot be known here.
+    """Why a run is outdated, in words; None if it is not, or if that cannot be determined here.
 
-    Runs of `flatmin train`, which belong to no study, and runs that cannot be read are not stale.
+    Runs of `flatmin train`, which belong to no study, and runs that cannot be read are not outdated.
 
     Args:
-        path: its folder.
-        contents: the data of runs. Default: data are not looked at.
+        path: the run folder.
+        contents: the data of runs. Default: data are not checked.
     """
     folder = RunFolder(path)
     try:
@@ -52,7 +52,7 @@ def stale(path: Path, contents: Contents | None = None) -> str | None:
         if "code" not in labels or "key" not in labels:
             return None
         run = Run(label=labels.get("label", ""), config=config, code=code_of(config))
-    except ValueError:  # it is damaged, or its module is not here
+    except ValueError:  # the folder is damaged, or a module is missing
         return None
     known = contents is not None and not contents.absent(config)
     if contents is not None and known:
@@ -63,24 +63,24 @@ def stale(path: Path, contents: Contents | None = None) -> str | None:
         if folder.finished:
             folder.result(lambda table: table["key"] == labels["key"])
     except ValueError as error:
-        return f"its result cannot be taken: {reason(error)}"
+        return f"its result cannot be used: {reason(error)}"
     return None
 
 
 def difference(folder: RunFolder, run: Run, *, data: bool = True) -> str | None:
-    """How a run that is there was made otherwise than the same run would be now, in words; None if it was not.
+    """How an existing run differs in code or data from a run planned now, in words; None if it does not.
 
     Args:
-        folder: of the run that is there.
-        run: of the same settings.
-        data: whether the data are known, and count.
+        folder: folder of the existing run.
+        run: the planned run with the same settings.
+        data: whether to compare the data too.
     """
     labels = folder.config()[1]
     if labels.get("code") != run.code:
         return _other_code(folder, run)
     theirs = labels.get("data_key")
     if data and theirs != run.data_word and not (theirs or "").startswith("data_dir="):
-        return "on other data" if theirs is not None else "by a version that did not record its data"
+        return "on different data" if theirs is not None else "by a version that did not record its data"
     return None
 
 
@@ -93,4 +93,4 @@ def _other_code(folder: RunFolder, run: Run) -> str:
     for name, version in (("flatmin", flatmin.__version__), ("torch", torch.__version__)):
         if name in versions and str(versions[name]) != str(version):
             return f"by {name} {versions[name]} (now {version})"
-    return f"by other code of flatmin {flatmin.__version__}"
+    return f"by different code of flatmin {flatmin.__version__}"

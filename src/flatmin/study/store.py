@@ -1,4 +1,4 @@
-"""The runs of a study: one folder each, named by what decides the outcome."""
+"""The store of a study's runs: one folder for each run, named after everything that determines its outcome."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ from flatmin.train.settings import content_hash
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A run to be done or found done.
+    """A run of a study, finished or still to be executed.
 
     Args:
-        label: the arm it belongs to; names the folder and nothing else.
-        config: what decides the outcome.
-        code: digest of the code that matters.
-        record: what it writes down beside; a finished run that has not is done again.
-        view: what is measured of its network when it has ended; None: nothing.
-        content: what its data are; None: of a package, or not known where the run is planned.
-        data_key: what stands for the data in the key. Default: the digest of `content`, if there is one.
+        label: used in the name of the folder only.
+        config: the settings that determine the outcome.
+        code: digest of the code that determines the outcome.
+        record: what the run records besides its result; a finished run that lacks it is repeated.
+        view: what is measured of its network afterwards; None for nothing.
+        content: content of the data; None for data of a package, or if unknown where the run is planned.
+        data_key: text that represents the data in the key. Default: the digest of `content`, if there is one.
     """
 
     label: str
@@ -56,14 +56,14 @@ class Run:
 
     @property
     def data_word(self) -> str | None:
-        """What stands for the data in the key; None for data of a package."""
+        """The text that represents the data in the key; None for data of a package."""
         if self.data_key is not None or self.content is None:
             return self.data_key
         return self.content.digest
 
     @property
     def labels(self) -> dict[str, str]:
-        """What config.json holds beside the configuration."""
+        """What config.json holds besides the configuration."""
         labels = {"label": self.label, "key": self.key, "code": self.code}
         if self.data_word is not None:
             labels["data_key"] = self.data_word
@@ -76,7 +76,7 @@ class Run:
 
     @property
     def stem(self) -> str:
-        """The folder's name without what tells settings apart."""
+        """The folder's name without the key."""
         slug = re.sub(r"[^a-z0-9.+]+", "-", self.label.lower()).replace("-+-", "-").strip("-") or "run"
         return f"{slug[:100]}-s{self.config.seed}"
 
@@ -86,8 +86,10 @@ class RunOutcome:
     """The result and the epochs of a run, or the error that it raised.
 
     Args:
-        result, lines, error: the former two, or the latter.
-        report: the flatness of its network, as `flatmin.measure.Report.to_dict`; None if none was asked for.
+        result: the result; None if the run raised an error.
+        lines: the epochs.
+        error: the error; None if there is a result.
+        report: measured flatness of the network, as `flatmin.measure.Report.to_dict`; None if it was not measured.
         refusal: why there is no report.
     """
 
@@ -104,12 +106,12 @@ class Store:
     Args:
         out: made if it does not exist.
         weights: whether finished runs keep their trained weights.
-        checkpoint_seconds: runs write a checkpoint at the end of an epoch if so many seconds have passed since the last
-            one; 0: at the end of every epoch.
-        make: False: look for finished runs only, and leave the folder as it is.
+        checkpoint_seconds: least number of seconds between two checkpoints of a run, which are written at ends of
+            epochs; 0 for a checkpoint at the end of every epoch.
+        make: whether the folder may be created and changed; False to look for finished runs only.
 
     Raises:
-        ValueError: a folder that cannot be made or written to.
+        ValueError: the folder cannot be created or written to.
     """
 
     def __init__(self, out: Path, *, weights: bool = True, make: bool = True, checkpoint_seconds: float = 60.0) -> None:
@@ -136,25 +138,25 @@ class Store:
         return there
 
     def folder(self, run: Run) -> Path:
-        """Where a run lives."""
+        """The folder of a run."""
         return self._taken.get(run.name, self.runs / run.name)
 
     def take(self, run: Run, folder: Path) -> None:
-        """Take a finished run of an archive for this one, whatever code trained it."""
+        """Use a finished run of an archive for this one, whatever code trained it."""
         self._taken[run.name] = folder
 
     def taken(self, run: Run) -> bool:
-        """Whether it is a run of an archive."""
+        """Whether a run comes from an archive."""
         return run.name in self._taken
 
     def find(self, run: Run, warn: Callable[[str], None]) -> tuple[Result, list[Epoch]] | None:
-        """A finished run's result and epochs, or None if it must be run.
+        """A finished run's result and epochs; None if the run must be executed.
 
         A folder whose result cannot be read, or belongs to another run, counts as unfinished.
 
         Args:
-            run: which.
-            warn: called with a sentence that names the file.
+            run: the run.
+            warn: called with a message if such a folder is found.
         """
         folder = RunFolder(self.folder(run))
         if not folder.finished:
@@ -162,18 +164,18 @@ class Store:
         try:
             result = folder.result(lambda table: self.taken(run) or table["key"] == run.key)
             if not run.record.kept_in(folder.config()[1]):
-                warn(f"{folder.path} has not recorded what this study looks at; the run is done again.")
+                warn(f"{folder.path} lacks records that this study needs; the run is repeated.")
                 return None
             return result, folder.lines(expected=None if result.failure else result.epochs)
         except (OSError, ValueError) as error:
             path = folder.path / "result.json"
-            warn(f"{path} is not a finished result ({reason(error)}); the run is done again.")
+            warn(f"{path} is not a valid result ({reason(error)}); the run is repeated.")
             return None
 
     def known_data(self, run: Run) -> str | None:
-        """What stood for the data in the key of a run of the same settings, code and data_dir; None if none is there.
+        """The `data_word` of an existing run with the same settings, code and data_dir; None if there is none.
 
-        For a machine that cannot see the data, as where finished runs are summed up elsewhere.
+        Used on machines without the data, e.g. to summarise runs that were executed elsewhere.
         """
         for folder in self.alike(run):
             config, labels = folder.config()
@@ -182,7 +184,7 @@ class Store:
         return None
 
     def alike(self, run: Run) -> Iterator[RunFolder]:
-        """The runs of the same settings that are there, of whatever code and data."""
+        """The existing runs with the same settings, whatever their code and data."""
         names, settings = os.listdir(self.runs) if self.runs.is_dir() else [], content_hash(identity(run.config))
         for name in sorted(name for name in names if name.startswith(f"{run.stem}-")):
             folder = RunFolder(self.runs / name)
@@ -194,12 +196,12 @@ class Store:
 
 @cache
 def _settings_of(path: Path, changed: int) -> str:
-    """Digest of the settings of a run that is there; `changed` is when they were written."""
+    """Digest of the settings of an existing run; `changed`, when they were written, is part of the cache key."""
     return content_hash(identity(RunFolder(path).config()[0]))
 
 
 def unique(runs: Iterable[Run]) -> list[Run]:
-    """Without repetitions of one folder, in order."""
+    """The runs without repetitions, in order."""
     return list({run.name: run for run in runs}.values())
 
 
@@ -208,12 +210,12 @@ def finished_and_missing(
 ) -> tuple[dict[str, RunOutcome], list[Run]]:
     """Outcomes of the finished runs by name, and the runs that are missing; each run once.
 
-    A run that is repeated because it has not recorded what is asked for also records what it recorded before.
-    Checkpoints that a finished run left behind are removed, if the store may write.
+    A run that is repeated because it lacks records also records what it recorded before. Checkpoints that a finished
+    run left behind are removed, if the store may write.
 
     Args:
-        runs: wanted.
-        store: where to look.
+        runs: the runs that are needed.
+        store: their store.
         warn: see `Store.find`.
     """
     finished: dict[str, RunOutcome] = {}
@@ -230,12 +232,12 @@ def finished_and_missing(
 
 
 def done_again(run: Run, store: Store) -> Run:
-    """The run, recording also what it recorded before, for other studies that read it."""
+    """The run with a record that includes what it recorded before, because other studies may use it."""
     return dataclasses.replace(run, record=run.record.with_also(_recorded(run, store)))
 
 
 def _tidy(folder: RunFolder) -> None:
-    """Remove the checkpoints of a finished run whose processes were killed right after its result."""
+    """Remove the checkpoints of a finished run whose process was killed right after it had written the result."""
     if folder.checkpoints.is_dir():
         with suppress(InUseError), folder.hold(patience=0):
             if folder.finished:

@@ -1,4 +1,4 @@
-"""Reports of the trained networks of a study, measured once and stored in the run folders."""
+"""Measured reports of a study's trained networks, stored in the run folders."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from flatmin.words import read_text
 
 
 def make_report(folder: Path, view: View) -> Mapping[str, Any]:
-    """Measure the network of a finished run on the device that it was trained on, and store the report.
+    """Measure the network of a finished run on the device on which it was trained, and store the report.
 
     Args:
-        folder: of a run with weights.
-        view: what is measured; its device does not matter.
+        folder: folder of a run with weights.
+        view: what to measure; its device is ignored.
 
     Returns:
         `flatmin.measure.Report.to_dict`.
 
     Raises:
-        ValueError, ArithmeticError: the network or its data refuse. Single measures that fail are missing in
-            the report, see `lacking`.
+        ValueError, ArithmeticError: the network or its data cannot be measured. Single measures that fail are missing
+            in the report, see `lacking`.
     """
     run = find(folder)
     report = measure(run, dataclasses.replace(view, device=run.config.device)).report.to_dict()
@@ -35,16 +35,16 @@ def make_report(folder: Path, view: View) -> Mapping[str, Any]:
 
 
 def stored_report(folder: Path, view: View) -> Mapping[str, Any] | None:
-    """The stored report of a run for this view; None if there is none that can be read."""
+    """The stored report of a run for a view; None if there is none or it cannot be read."""
     try:
         report = json.loads(read_text(report_path(folder, view)))
     except (OSError, ValueError):
-        return None  # measured again
+        return None  # the network is measured again
     return report if isinstance(report, dict) and "sections" in report else None
 
 
 def lacking(report: Mapping[str, Any]) -> dict[str, str]:
-    """What is missing in a stored report, and why."""
+    """Quantities that are missing in a stored report, with the reason."""
     missing: dict[str, str] = {}
     for section in report["sections"].values():
         missing |= section.get("missing", {})
@@ -53,5 +53,5 @@ def lacking(report: Mapping[str, Any]) -> dict[str, str]:
 
 
 def report_path(folder: Path, view: View) -> Path:
-    """The file of the report of a run for this view."""
+    """The path of the report of a run for a view."""
     return folder / f"card-{content_hash(view.key, view.sections_key)[:8]}.json"

@@ -1,4 +1,4 @@
-"""Many runs as one study: do what is missing, measure what is asked for, and sum up."""
+"""Execute a study: run what is missing, measure the networks, and make the table."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ def study(
     executor: str = "local",
     settings: Mapping[str, Any] | None = None,
 ) -> StudyTable:
-    """Do the missing runs, measure the networks, and sum up.
+    """Execute the missing runs, measure the networks, and make the table.
+
+    If values are chosen on seeds of their own, the runs for the choice are executed first.
 
     Args:
-        todo: of `flatmin.study.plan.plan`.
-        workers: runs at a time.
+        todo: plan from `flatmin.study.plan.plan`.
+        workers: number of runs at a time.
         on_event: called with each event.
-        executor: where they are done, see `flatmin.study.executors.execute`.
-        settings: of the executor.
-
-    Where values are chosen on seeds of their own, the runs that the choice is made on come first, then the others.
+        executor: where runs are executed, see `flatmin.study.executors.execute`.
+        settings: settings of the executor.
 
     Raises:
         StudyInterrupted: on Ctrl-C; finished runs are kept.
-        ValueError: before the first run, what `flatmin.study.trial.check_runs` refuses; or no run had a result.
-        OSError, ModuleNotFoundError: the data, a network or a device cannot be had.
+        ValueError: what `flatmin.study.trial.check_runs` raises before the first run; or no run has a result.
+        OSError, ModuleNotFoundError: the data, a network or a device is not available.
     """
     tell: OnEvent = on_event if on_event is not None else lambda event: None
     outcomes, sizes = dict(todo.finished), Sizes()
@@ -58,11 +58,11 @@ def study(
                 reused=len(todo.finished) - len(todo.unmeasured),
                 epochs=sum(run.config.epochs for run in runs),
                 nets=sum(run.view is not None for run in runs),
-                # What it takes elsewhere is not known here.
+                # The speed of other machines is unknown.
                 seconds=guess_seconds(configs, workers, sizes) if configs and executor == "local" else None,
             )
         )
-        # The longest first, so that no worker is left with one at the end.
+        # The longest runs first, so that the workers finish at about the same time.
         runs = sorted(runs, key=lambda run: -run.config.epochs * build_recipe(run.config).gradient_evaluations)
         outcomes.update(execute(runs, todo.store, workers=workers, on_event=tell, executor=executor, settings=settings))
 
@@ -74,7 +74,7 @@ def study(
         do(todo, [run for run in todo.open if run.name not in begun])
     failures = [one.error or (one.result.failure if one.result else None) for one in outcomes.values()]
     if outcomes and all(failures):
-        raise ValueError(f"no run had a result; the first one: {str(failures[0]).rstrip('.')}.")
+        raise ValueError(f"all runs failed; the first error: {str(failures[0]).rstrip('.')}.")
     table = tabulate(todo, outcomes)
     for label in table.tried:
         chosen = next(row for row in table.rows if row.label == label)
@@ -83,7 +83,7 @@ def study(
 
 
 def with_times(table: StudyTable, todo: StudyPlan, on_event: OnEvent | None = None) -> StudyTable:
-    """The table with the time per step of each row, measured on this machine or kept from an earlier call."""
+    """The table with the time per step of each row, measured on this machine or stored by an earlier call."""
     first = {id(todo.grid_points[i]): run for (i, _), run in reversed(list(todo.runs.items()))}
     rows = [row for row in table.rows if row.n and row.config is not None]
 

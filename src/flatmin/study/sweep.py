@@ -1,4 +1,4 @@
-"""Axes from overrides, `key=a,b,c` and ranges, and the grid points that they span."""
+"""Axes from overrides such as `key=a,b,c` and ranges, and the points of the grid that they span."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Axis:
     """A key and the values that it takes, as text.
 
     Raises:
-        ValueError: no value, or one twice.
+        ValueError: no value, or the same value twice.
     """
 
     in_files: ClassVar = "table of lists"
@@ -41,18 +41,18 @@ class Axis:
             raise ValueError(f"{self.key}= has no value.")
         double = [value for i, value in enumerate(self.values) if value in self.values[:i]]
         if double:
-            raise ValueError(f"{self.key} names {double[0]} twice.")
+            raise ValueError(f"{self.key} has the value {double[0]} twice.")
 
 
 def read_axis(word: str, *, lists: Sequence[str] = LISTS) -> Axis:
-    """The axis that a word names: "rho=0.1,0.2", or "seed=0..4" with both ends.
+    """The axis of an override such as "rho=0.1,0.2" or "seed=0..4", with both ends included.
 
     Args:
-        word: key=value.
-        lists: keys whose axes have "/" between the values. Default `LISTS`.
+        word: the override.
+        lists: keys whose axes have "/" between the values. Default: `LISTS`.
 
     Raises:
-        ValueError: a word without "=", without a value, with one twice, or with a range that runs backwards.
+        ValueError: the override has no "=" or no value, has a value twice, or has a range that runs backwards.
 
     Example:
         >>> read_axis("seed=0..2,7").values
@@ -69,7 +69,9 @@ def read_axis(word: str, *, lists: Sequence[str] = LISTS) -> Axis:
             continue
         first, last = int(span[1]), int(span[2])
         if last < first or last - first >= _MOST:
-            raise ValueError(f"{key}={part} is no range; write the smaller end first, at most {_MOST} numbers.")
+            raise ValueError(
+                f"{key}={part} is not a valid range; write the smaller end first, at most {_MOST} numbers."
+            )
         values += [str(number) for number in range(first, last + 1)]
     return Axis(key, tuple(values))
 
@@ -80,7 +82,7 @@ def is_multiple(text: str) -> bool:
 
 
 def tidy(word: str) -> str:
-    """A number in one way of writing it, so that ".1" and "0.1" are the same point; other words as they are.
+    """A number in a standard form, so that ".1" and "0.1" are the same point; other text is returned unchanged.
 
     Example:
         >>> tidy(".10"), tidy("1e-3"), tidy("28"), tidy("resnet18")
@@ -98,10 +100,10 @@ def tidy(word: str) -> str:
 
 
 def points(axes: Sequence[Axis]) -> list[dict[str, str]]:
-    """Every combination, the last axis moving fastest.
+    """All combinations of values; the last axis varies fastest.
 
     Raises:
-        ValueError: two axes of one key.
+        ValueError: two axes have the same key.
 
     Example:
         >>> points([Axis("rho", ("1", "2")), Axis("seed", ("0",))])

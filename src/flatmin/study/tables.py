@@ -1,8 +1,9 @@
-"""A study's table as text: Markdown, CSV, LaTeX, and the cells that a terminal shows."""
+"""A study's table as text: Markdown, CSV, LaTeX, and cells for the terminal."""
 
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import math
 from collections.abc import Mapping, Sequence
@@ -31,19 +32,19 @@ _LATEX = str.maketrans(
     | {"±": r"$\pm$", "<": "$<$", ">": "$>$", "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\^{}"}
 )
 ABSENT = "-"
-_WIDE = 9  # columns that fit side by side in a page
+_WIDE = 9  # columns that fit side by side on a page
 CUT = (
-    "Intervals are cut where a number cannot go, such as below 0 or above 100 %, and both ends are given then. An "
-    "interval from 0 to 100 % means that there are too few seeds."
+    "Intervals that would leave the possible range, such as below 0 or above 100 %, are cut there and written with "
+    "both ends. An interval from 0 to 100 % means that there are too few seeds."
 )
 
 
 def header(table: StudyTable) -> list[str]:
-    """Names of the columns: arm, axes, radius, n, the metrics with differences and published numbers, and the cost."""
+    """Titles of the columns: arm, axes, radius, n, metrics with differences and published numbers, and cost."""
     titles = ["arm", *axes(table), *(["chosen"] if table.tried else []), *(["rho"] if _has_radius(table) else [])]
     titles.append("n")
     for metric in table.metrics:
-        titles.append(f"{title(metric)} ±95 %")
+        titles.append(f"{title(metric) if metric != 'seconds' else _unit(table)[0]} ±95 %")
         if metric == "test_acc":
             titles.append(f"vs {table.base} (paired)")
             titles += _chances(table.tests(metric))
@@ -55,7 +56,7 @@ def header(table: StudyTable) -> list[str]:
 
 
 def groups(table: StudyTable) -> list[tuple[str, list[int]]]:
-    """Which columns stand together where a table must not be wide, under which title; a narrow one is whole."""
+    """Title and column indices of each narrower table that the table is split into; a narrow table is not split."""
     names = header(table)
     if len(names) <= _WIDE:
         return [("", list(range(len(names))))]
@@ -67,17 +68,17 @@ def groups(table: StudyTable) -> list[tuple[str, list[int]]]:
 
 
 def _chances(tests: int) -> list[str]:
-    """Columns of p values: as it is, and corrected for the size of the family if that is above one."""
+    """Titles of the columns of p values: uncorrected, and corrected if there is more than one test."""
     return ["p", *([f"p (Holm, {tests} tests)"] if tests > 1 else [])]
 
 
 def title(metric: str) -> str:
-    """What a column is called."""
+    """The title of a metric's column."""
     return TITLES.get(metric, metric)
 
 
 def body(table: StudyTable) -> list[list[str]]:
-    """One list of cells a row, as `header` names them."""
+    """The cells of each row, in the order of `header`."""
     rows = []
     for row in table.rows:
         cells = [row.arm, *(row.point.get(key, ABSENT) for key in axes(table))]
@@ -88,7 +89,7 @@ def body(table: StudyTable) -> list[list[str]]:
         cells.append(str(row.n))
         for metric in table.metrics:
             value = row.columns[metric]
-            cells.append(estimate(value, metric))
+            cells.append(estimate(value, metric) if metric != "seconds" else _time(value, table))
             if metric == "test_acc":
                 cells += [difference(value.diff), *_p(value.p, value.corrected, table.tests(metric))]
                 if _has_equal(table):
@@ -109,13 +110,31 @@ def _p(p: float | None, corrected: float | None, tests: int) -> list[str]:
 
 
 def time_text(time: Ratio) -> str:
-    """A ratio with its quartiles."""
+    """A time ratio with its quartiles."""
     return f"{time.median:.2f} ({time.q25:.2f}-{time.q75:.2f})"
 
 
 def estimate(value: Value, metric: str) -> str:
     """The mean with its 95 % interval (see `Stat.text`); the mean alone for one seed."""
     return value.stat.text(_form(metric)) if value.stat.n else ABSENT
+
+
+def _unit(table: StudyTable) -> tuple[str, float, str]:
+    """Name, length in seconds and format of the unit of the times of runs: the longest decides."""
+    values = [row.columns["seconds"] for row in table.rows if "seconds" in row.columns]
+    longest = max((value.stat.mean for value in values if value.stat.n), default=0.0)
+    if longest < 180 or any(value.published for value in values):
+        return title("seconds"), 1.0, ".0f" if longest >= 10 else ".1f"
+    return ("minutes", 60.0, ".1f") if longest < 3 * 3600 else ("hours", 3600.0, ".2f")
+
+
+def _time(value: Value, table: StudyTable) -> str:
+    """The time of a run with its interval, in the table's unit."""
+    _, length, form = _unit(table)
+    stat = value.stat
+    values = tuple(seconds / length for seconds in stat.values)
+    scaled = dataclasses.replace(stat, mean=stat.mean / length, half=stat.half / length, values=values)
+    return scaled.text(form) if stat.n else ABSENT
 
 
 def _form(metric: str) -> str:
@@ -132,7 +151,7 @@ def difference(diff: Stat | None) -> str:
 
 
 def published(value: Value, metric: str) -> str:
-    """The published numbers of a cell, with their spread as printed."""
+    """The published numbers of a cell, with their spread as printed in the source."""
     texts = []
     for one in value.published:
         spread = "" if one.spread is None else f" ±{one.spread:g}"
@@ -141,43 +160,43 @@ def published(value: Value, metric: str) -> str:
 
 
 def troubles(table: StudyTable) -> list[str]:
-    """Flags of rows, and runs and numbers that are missing."""
+    """Sentences on flagged rows, failed runs, missing numbers and empty columns."""
     texts = [f"{row.label}: {', '.join(row.flags)}." for row in table.rows if row.flags]
     texts += [f"{run}: {error}" for run, error in table.errors.items()]
-    return texts + [f"No run has the column {name}." for name in table.spec.columns if _empty(table, name)]
+    return texts + [f"The column {name} is empty." for name in table.spec.columns if _empty(table, name)]
 
 
 def remarks(table: StudyTable) -> list[str]:
-    """How to read the table: where its numbers come from, what p and the intervals are, what was chosen."""
+    """Notes on how to read the table: where numbers come from, what p and the intervals are, how values were chosen."""
     spec = table.spec
     texts = [*spec.notes, *table.origins]
     shown = [one for row in table.rows for metric in table.metrics for one in row.columns[metric].published]
     texts += [f"Published: {source}." for source in dict.fromkeys(one.source for one in shown)]
     if spec.changed:
-        beside = "; a published number is of the source's own settings" if shown else ""
-        texts.append(f"Changed by the command: {' '.join(spec.changed)}{beside}.")
+        beside = "; published numbers belong to the settings of their source" if shown else ""
+        texts.append(f"Settings changed by the command: {' '.join(spec.changed)}{beside}.")
     texts += protocol(table)
     if tests := table.tests("test_acc"):
         at = " at the same point of the axes" if axes(table) else ""
         holm = (
-            f"; p (Holm) is corrected for the {tests} tests of the column, and rises with every row that is added"
+            f" p (Holm) is corrected for the {tests} tests in the column, so it grows with the number of rows."
             if tests > 1
             else ""
         )
-        texts.append(f"p is that of the paired t test of the difference to {table.base}{at}{holm}.")
+        texts.append(f"p is the p value of the paired t test against {table.base}{at}.{holm}")
     if any(stat.cut for stat in _shown(table)):
         texts.append(CUT)
     if _has_equal(table):
         names = dict.fromkeys(row.equal.label for row in table.rows if row.equal is not None)
         texts.append(
-            "Equal grads: against plain training that took as many gradient evaluations (within 2 %), of several the "
-            f"best on validation: {', '.join(names)}."
+            "'equal grads' is the difference from plain training with as many gradient evaluations (within 2 %); if "
+            f"there are several such rows, from the best one on validation data: {', '.join(names)}."
         )
     return texts
 
 
 def _shown(table: StudyTable) -> list[Stat]:
-    """Everything in the table that has an interval."""
+    """All values and differences in the table that have an interval."""
     values = [row.columns[metric] for row in table.rows for metric in table.metrics]
     stats = [value.stat for value in values] + [value.diff for value in values if value.diff is not None]
     return stats + [row.equal.diff for row in table.rows if row.equal is not None]
@@ -200,10 +219,10 @@ def markdown(table: StudyTable) -> str:
 
 
 def comma_separated(table: StudyTable) -> str:
-    """CSV with one number a cell: mean, interval, standard deviation, difference, its interval, p, published.
+    """CSV with one number per cell: mean, interval, standard deviation, difference, its interval, p, published.
 
-    An interval has its half width and its ends; the half width is left out where the interval is cut. `p` is that of
-    the test alone, `p_holm` is corrected for all tests of the column.
+    An interval has columns for its half width and its ends; the half width is empty if the interval is cut. `p` is the
+    uncorrected p value, `p_holm` is corrected for all tests of the column.
     """
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
@@ -233,7 +252,7 @@ def comma_separated(table: StudyTable) -> str:
 
 
 def per_seed(table: StudyTable) -> str:
-    """CSV with one line for each row of the table, seed and number: the raw material of every mean.
+    """CSV with one line for each row of the table, seed and metric: the values behind every mean.
 
     Columns: arm, the axes, chosen (false for values that were tried and not chosen), method, rho (unless it is an
     axis), seed, metric, value.
@@ -269,7 +288,7 @@ def _interval(stat: Stat | None) -> list[float]:
 
 
 def latex(table: StudyTable) -> str:
-    """A LaTeX tabular for the package booktabs."""
+    """A LaTeX tabular that uses the package booktabs."""
     names = header(table)
     columns = "l" * (1 + len(axes(table))) + "r" * (len(names) - 1 - len(axes(table)))
     lines = [" & ".join(cell.translate(_LATEX) for cell in row) + r" \\" for row in [names, *body(table)]]
@@ -278,7 +297,7 @@ def latex(table: StudyTable) -> str:
 
 
 def axes(table: StudyTable) -> list[str]:
-    """Keys of the columns that tell the rows of an arm apart."""
+    """Keys of the axes that distinguish the rows of an arm."""
     return list(dict.fromkeys(key for row in table.rows for key in row.point))
 
 
@@ -287,7 +306,7 @@ def _has_published(table: StudyTable, metric: str) -> bool:
 
 
 def _has_radius(table: StudyTable) -> bool:
-    """Whether the radius is worth a column: some row has one, and no axis says it."""
+    """Whether the table has a column for the radius: some row has a radius, and it is not an axis."""
     said = any("rho" in row.values for row in table.rows)
     return not said and any(row.config is not None and row.config.rho is not None for row in table.rows)
 
@@ -301,5 +320,5 @@ def _has_equal(table: StudyTable) -> bool:
 
 
 def widths(rows: Sequence[Sequence[str]]) -> list[int]:
-    """The widest cell of each column."""
+    """The width of each column in characters."""
     return [max(map(len, column)) for column in zip(*rows, strict=True)]

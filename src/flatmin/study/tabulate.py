@@ -1,4 +1,4 @@
-"""The table of a study: means, differences, what was chosen on validation, and plain training at equal cost."""
+"""The table of a study: means, differences, values chosen on validation data, and plain training at equal cost."""
 
 from __future__ import annotations
 
@@ -25,25 +25,24 @@ from flatmin.train.fingerprint import merged
 from flatmin.train.folder import RunFolder
 from flatmin.train.trainer import build_recipe
 
-# What rows must share beside the task to be of equal cost.
+# Settings that rows must share, besides the task, to be compared at equal cost.
 _COST = ("optimizer", "batch_size")
 _NAMED = 3  # runs that a reason names
-_FEW = 4  # so many measured numbers are shown without being asked for
-_EQUAL = 0.02  # budgets that differ by no more count as equal: epochs are whole numbers
+_FEW = 4  # the largest number of measured quantities that are all shown by default
+_EQUAL = 0.02  # budgets that differ by no more than this share count as equal, because epochs are whole numbers
 
 
 @dataclass(frozen=True, kw_only=True)
 class Value:
-    """A number of a row: ours over the seeds, its difference to the baseline, and what was published.
+    """A number of a row: the mean over the seeds, its difference from the baseline, and published numbers.
 
     Args:
         stat: mean and 95 % t interval over the seeds.
-        std: sample standard deviation, as papers print it; NaN for one seed.
-        diff: paired difference to the baseline at the same point of the axes; None without one.
-        p: of the paired t test of that difference; None without one, and where the interval of the difference is
-            unknown.
-        corrected: the same, corrected by Holm's method for all tests of the column, see `StudyTable.tests`.
-        published: numbers to stand beside.
+        std: sample standard deviation; NaN for one seed.
+        diff: paired difference from the baseline at the same point of the axes; None if there is no such row.
+        p: p value of the paired t test of that difference; None without a difference or if its interval is unknown.
+        corrected: p corrected by Holm's method for all tests of the column, see `StudyTable.tests`.
+        published: published numbers for this cell.
     """
 
     stat: Stat
@@ -59,10 +58,10 @@ class Equal:
     """Plain training at the same number of gradient evaluations.
 
     Args:
-        label: the row that had it; of several, the one that is best on validation.
-        diff: test accuracy of this row minus that one's, paired by seed.
-        p: of the paired t test; None for fewer than two pairs.
-        corrected: the same, corrected by Holm's method for all rows that have such a test.
+        label: label of that row; of several, the one that is best on validation data.
+        diff: test accuracy minus that of plain training, paired by seed.
+        p: p value of the paired t test; None for fewer than two pairs.
+        corrected: p corrected by Holm's method for all rows that have such a test.
     """
 
     label: str
@@ -77,17 +76,17 @@ class StudyRow:
 
     Args:
         arm, values: see `GridPoint`.
-        n: seeds with a result.
-        gradients: gradient evaluations of one update.
-        columns: by metric.
-        flags: e.g. "failed: 1 of 3".
-        grid_point: its configurations; None in made-up tables.
-        runs: what is known of each run that has a result, by seed.
-        budget: gradient evaluations of a whole run, on a batch each; NaN if no run has a result.
-        equal: plain training at that budget; None without one.
-        steps: between neighbours among the numbers that a metric can have; none for a metric that has no grid. See
+        n: number of seeds with a result.
+        gradients: gradient evaluations per update.
+        columns: values by metric.
+        flags: remarks such as "no result: 1 of 3".
+        grid_point: the configurations; None in tables that were not made from runs.
+        runs: the finished runs by seed.
+        budget: gradient evaluations of a whole run, each on one batch; NaN if no run has a result.
+        equal: plain training at that budget; None if there is no such row.
+        steps: for metrics with discrete values, the distance between two neighbouring values; see
             `flatmin.study.costs.Counts.steps`.
-        time: of a step, relative to plain training; None if it was not measured.
+        time: time of a training step relative to plain training; None if it was not measured.
     """
 
     arm: str
@@ -105,12 +104,12 @@ class StudyRow:
 
     @property
     def point(self) -> Mapping[str, str]:
-        """The values that tell the rows of an arm apart."""
+        """The values that distinguish the rows of an arm."""
         return self.values if self.grid_point is None else self.grid_point.point
 
     @property
     def chosen(self) -> Mapping[str, str]:
-        """The values that were chosen on validation."""
+        """The values that were chosen on validation data."""
         return {key: value for key, value in self.values.items() if key not in self.point}
 
     @property
@@ -120,7 +119,7 @@ class StudyRow:
 
     @property
     def config(self) -> RunConfig | None:
-        """Of the first seed; None in made-up tables."""
+        """The configuration of the first seed; None in tables that were not made from runs."""
         return None if self.grid_point is None else self.grid_point.config
 
     @property
@@ -131,17 +130,17 @@ class StudyRow:
 
 @dataclass(frozen=True, kw_only=True)
 class StudyTable:
-    """What a study found.
+    """The results of a study.
 
     Args:
         spec: the study.
-        rows: in its order, the chosen ones only.
-        metrics: the columns: those that the study names, or that some row has.
-        errors: row and seed, or a number that some runs lack -> why there is none.
+        rows: the rows in the study's order, only those with chosen values.
+        metrics: the columns: those that the study lists, or that some row has.
+        errors: failed runs and missing numbers, with the reason.
         environment: versions and machines of the runs.
-        tried: rows from which one was chosen, by the label of the chosen one.
-        parts: samples in train, validation and test, where all rows have the same; None otherwise.
-        origins: sentences about runs that are of an archive: of which one, and what trained them.
+        tried: the rows from which one was chosen, by the label of the chosen one.
+        parts: numbers of training, validation and test samples if all rows have the same; None otherwise.
+        origins: sentences about runs that come from an archive, see `flatmin.study.origins`.
     """
 
     spec: StudySpec
@@ -154,23 +153,23 @@ class StudyTable:
     origins: tuple[str, ...] = ()
 
     def tests(self, metric: str) -> int:
-        """The size of the family: how many rows have a p value for this metric; "equal" for those at equal cost."""
+        """The number of tests: rows with a p value for a metric; the metric "equal" stands for tests at equal cost."""
         if metric == "equal":
             return sum(row.equal is not None and row.equal.p is not None for row in self.rows)
         return sum(row.columns[metric].p is not None for row in self.rows)
 
     @property
     def base(self) -> str:
-        """The arm that differences are taken to."""
+        """The label of the arm to which the others are compared."""
         return self.spec.baseline
 
 
 def tabulate(todo: StudyPlan, outcomes: Mapping[str, RunOutcome]) -> StudyTable:
-    """The table of what is finished.
+    """The table of the finished runs.
 
     Args:
-        todo: the study.
-        outcomes: by the run's name.
+        todo: the plan of the study.
+        outcomes: outcomes by the run's name.
     """
     spec = todo.spec
     sizes = Sizes()
@@ -215,10 +214,10 @@ def _names(todo: StudyPlan) -> list[str]:
 
 
 def _measured(reports: Iterable[Mapping[str, Any] | None]) -> tuple[str, ...]:
-    """Of everything that was measured of the networks, what a table shows by itself: all, or the first of each section.
+    """The measured quantities that a table shows by default: all if there are few, else the first of each section.
 
     Args:
-        reports: as `flatmin.measure.Report.to_dict`.
+        reports: reports as `flatmin.measure.Report.to_dict`.
     """
     sections: dict[str, dict[str, None]] = {}
     for report in reports:
@@ -231,7 +230,7 @@ def _measured(reports: Iterable[Mapping[str, Any] | None]) -> tuple[str, ...]:
 def _row(
     todo: StudyPlan, i: int, outcomes: Mapping[str, RunOutcome], sizes: Sizes, columns_wanted: Sequence[str]
 ) -> StudyRow:
-    """A row by itself."""
+    """A row before comparison with others."""
     row, spec = todo.grid_points[i], todo.spec
     runs: dict[int, FinishedRun] = {}
     for seed in row.configs:
@@ -296,9 +295,9 @@ def _deviation(stat: Stat) -> float:
 
 
 def _chosen(every: Sequence[StudyRow]) -> tuple[list[StudyRow], dict[str, list[StudyRow]]]:
-    """For each arm and point the row that is best on validation, and those it was chosen from.
+    """For each arm and point the row that is best on validation data, and the rows it was chosen from.
 
-    A row that lacks a seed cannot be chosen, unless all do: then the first stands for them.
+    A row that lacks a seed is not chosen, unless all do; then the first is taken.
     """
     groups: dict[tuple[object, ...], list[StudyRow]] = {}
     for row in every:
@@ -317,7 +316,7 @@ def _chosen(every: Sequence[StudyRow]) -> tuple[list[StudyRow], dict[str, list[S
 
 
 def _compared(row: StudyRow, rows: Sequence[StudyRow], spec: StudySpec) -> StudyRow:
-    """The row with its differences: to the baseline at the same point, and to plain training at its cost."""
+    """The row with its differences: from the baseline at the same point, and from plain training at equal cost."""
     base = _baseline(row, rows, spec)
     columns = dict(row.columns)
     if base is not None:
@@ -328,7 +327,7 @@ def _compared(row: StudyRow, rows: Sequence[StudyRow], spec: StudySpec) -> Study
 
 
 def _baseline(row: StudyRow, rows: Sequence[StudyRow], spec: StudySpec) -> StudyRow | None:
-    """The baseline's row at the same point of the axes that it has."""
+    """The baseline's row at the same point of the axes."""
     if row.arm == spec.baseline or row.grid_point is None:
         return None
     for other in rows:
@@ -363,14 +362,14 @@ def _equal(row: StudyRow, rows: Sequence[StudyRow]) -> Equal | None:
 
 
 def _difference(row: StudyRow, other: StudyRow, metric: str) -> Stat | None:
-    """Paired by seed; both rows are on the same data."""
+    """The difference of two rows on the same data, paired by seed."""
     low, high = ends_of(metric)
     mine, theirs = _by_seed(row.runs, metric), _by_seed(other.runs, metric)
     return paired(mine, theirs, step=row.steps.get(metric, 0.0), ends=(low - high, high - low))
 
 
 def same(row: StudyRow, other: StudyRow, keys: Sequence[str] = TASK) -> bool:
-    """Whether the runs of two rows have the same of these settings."""
+    """Whether the runs of two rows agree in these settings."""
     if row.grid_point is None or other.grid_point is None:
         return False
     mine, theirs = row.grid_point.config, other.grid_point.config
@@ -384,7 +383,7 @@ def _p(diff: Stat | None) -> float | None:
 
 
 def _corrected(rows: Sequence[StudyRow]) -> list[StudyRow]:
-    """P values corrected for all rows of a column."""
+    """The rows with p values corrected for the number of tests in each column."""
     columns = [dict(row.columns) for row in rows]
     for metric in dict.fromkeys(metric for row in rows for metric in row.columns):
         adjusted = holm([own[metric].p for own in columns])

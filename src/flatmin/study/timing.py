@@ -35,7 +35,7 @@ class Ratio:
 
 
 class Stepper:
-    """A trainer that gives one step after another, epoch after epoch."""
+    """A trainer whose steps are timed, epoch after epoch without end."""
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
@@ -44,10 +44,10 @@ class Stepper:
     def _endless(self) -> Iterator[Batch]:
         while True:
             yield from self._trainer.batches()
-            self._trainer.steps = 0  # the schedule ends with the run
+            self._trainer.steps = 0  # restart the schedule
 
     def seconds(self, steps: int) -> float:
-        """Wall time of that many training steps."""
+        """Wall time in seconds of the given number of training steps."""
         trainer = self._trainer
         trainer.model.train()
         self._wait()
@@ -65,14 +65,14 @@ class Stepper:
 def time_ratios(configs: Mapping[str, RunConfig], base: RunConfig, *, rounds: int = ROUNDS) -> dict[str, Ratio]:
     """Time per training step of each configuration relative to the base.
 
-    One process and one thread. After warm-up each round times the base and then every configuration for a few steps,
-    in an order that rotates from round to round; a ratio is taken within its round, so slow spells of the machine
-    hit both sides. A configuration equal to the base is a copy of it: its ratio shows the noise of the measurement.
+    All steps run in one process on one thread. After warm-up, each round times the base and then every configuration
+    for a few steps, in an order that rotates from round to round. Ratios are taken within a round, so that slow phases
+    of the machine affect both sides. The ratio of a configuration that equals the base shows the measurement noise.
 
     Args:
         configs: name -> configuration.
         base: the base optimizer's configuration.
-        rounds: number of ratios.
+        rounds: number of rounds, each of which gives one ratio.
 
     Returns:
         Median and quartiles by name.
@@ -101,10 +101,10 @@ def _ratio(values: Sequence[float]) -> Ratio:
 def step_times(runs: Sequence[Run], folder: Path, on_begin: Callable[[int], None]) -> list[Ratio]:
     """Time per training step of each run relative to plain training of the same network on the same data.
 
-    Kept in the folder, so that a second call with the same code and settings measures nothing.
+    Ratios are stored in the folder and reused by later calls with the same code and settings.
 
     Args:
-        runs: one for each row of a table.
+        runs: one run for each row of a table.
         folder: made if it does not exist.
         on_begin: called before a measurement with the number of configurations.
     """
@@ -128,19 +128,19 @@ def step_times(runs: Sequence[Run], folder: Path, on_begin: Callable[[int], None
 
 
 def _plain(config: RunConfig) -> RunConfig:
-    """The base optimizer alone under these settings; what does not change the time of a step has one value."""
+    """The base optimizer alone under these settings; settings that do not affect the time of a step are fixed."""
     bare = dataclasses.replace(config, method=BASE, rho=None, params={}, ema=None, measure=False)
     return dataclasses.replace(bare, epochs=1, seed=0, lr=0.1, weight_decay=5e-4)
 
 
 def _kind(run: Run) -> str:
-    """A digest of what changes the time of a step."""
+    """A digest of the settings that affect the time of a step."""
     config = run.config
     return content_hash(config.method, config.params, bool(config.rho), config.ema is None)
 
 
 def _kept(path: Path, key: str) -> dict[str, Ratio] | None:
-    """Ratios of an earlier call, or None if there are none for this key."""
+    """Stored ratios of an earlier call; None if there are none for this key."""
     try:
         found = json.loads(read_text(path))
         return {name: Ratio(**one) for name, one in found["ratios"].items()} if found["key"] == key else None
@@ -150,7 +150,7 @@ def _kept(path: Path, key: str) -> dict[str, Ratio] | None:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Give torch one thread inside, as in the workers."""
+    """Limit torch to one thread inside, as in the workers."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

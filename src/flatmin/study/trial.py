@@ -1,4 +1,4 @@
-"""What could be refused is refused before the first run: missing data, and code that fails at its first update."""
+"""Checks before the first run: missing data, and code that fails at its first update."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from flatmin.train.sources import check_machine
 from flatmin.train.trainer import Trainer, build_recipe, build_schedule
 from flatmin.words import duration, explained, reason
 
-_MOST = 20.0  # seconds that all trials may take
+_MOST = 20.0  # seconds that all trials together may take
 _NAMED = 3  # combinations that a sentence names
-# What makes two runs differ in more than numbers, beside their methods.
+# Settings that make two runs different combinations.
 _METHOD = ("method", "plugins")
 _NETWORK = ("model", "model_params", "data", "image_size", "device", "precision", "channels_last")
 _LOOP = ("optimizer", "smoothing", "micro_batches", "accumulate", "graph", "deterministic")
-# The schedule of a short trial is not that of the run, which is checked by itself.
+# Replaced in a trial by a constant schedule; the schedule of the run is checked separately.
 _SCHEDULE = ("schedule_unit", "warmup", "warmup_lr", "lr_min", "milestones", "gamma", "as_coded")
 _CONSTANT: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(RunConfig) if f.name in _SCHEDULE}
 _CONSTANT["schedule"] = "constant"
@@ -36,20 +36,20 @@ _CONSTANT["schedule"] = "constant"
 def check_runs(
     configs: Sequence[RunConfig], contents: Contents, *, here: bool = True, sizes: Sizes | None = None
 ) -> list[str]:
-    """Check before the first run starts that none is to be refused.
+    """Check before the first run starts that all runs can be executed.
 
     Args:
-        configs: of the runs to do.
-        contents: of the plan.
-        here: whether they are done on this machine, which then needs their data. Where they are not, data that cannot
-            be read here are no error, and what needs them is not tried.
-        sizes: what is known of the data and networks already.
+        configs: configurations of the runs.
+        contents: the data of the plan.
+        here: whether runs are executed on this machine, which then needs their data. Otherwise missing data are no
+            error, and runs that need them are not tried.
+        sizes: known sizes of the data and speeds of the networks.
 
     Returns:
-        Notes for a person, see `try_out`.
+        Notes for the user, see `try_out`.
 
     Raises:
-        ValueError: data that are missing, and what `try_out` refuses.
+        ValueError: missing data, or an error from `try_out`.
     """
     sizes = sizes or Sizes()
     if here:
@@ -60,22 +60,23 @@ def check_runs(
 
 
 def try_out(configs: Sequence[RunConfig], sizes: Sizes | None = None, *, here: bool = True) -> list[str]:
-    """One update on a few samples for each combination of method, network, data and precision of the runs.
+    """Perform one update on a few samples for each combination of method, network, data and precision of the runs.
 
-    The samples are made up where flatmin knows the form of the data without reading them. Cheap combinations come
-    first; those that do not fit into 20 seconds in all are left out, but every method and every network is tried before
-    any of them is tried again.
+    The samples are random where the form of the data is known without reading them. Cheap combinations come first, and
+    every method and every network is tried once before any is tried again. Combinations that do not fit into 20
+    seconds in all are left out.
 
     Args:
-        configs: of the runs.
-        sizes: what is known of the data and networks already.
-        here: False: combinations whose data or device this machine lacks are left out, the former, or tried on the CPU.
+        configs: configurations of the runs.
+        sizes: known sizes of the data and speeds of the networks.
+        here: whether runs are executed on this machine. If not, combinations whose data are missing here are left
+            out, and those whose device is missing are tried on the CPU.
 
     Returns:
-        A sentence on what was left out because it takes too long; nothing otherwise.
+        A sentence on the combinations that were left out because of the time; empty if there are none.
 
     Raises:
-        ValueError: what the first combination that fails raised, with the line of the user's own code.
+        ValueError: the first combination that fails, with its error and the line of the user's own code.
     """
     sizes = sizes or Sizes()
     combinations: dict[tuple[object, ...], tuple[float, RunConfig]] = {}
@@ -85,7 +86,7 @@ def try_out(configs: Sequence[RunConfig], sizes: Sizes | None = None, *, here: b
             if _key(config) not in combinations:
                 combinations[_key(config)] = _trial(config, sizes, here=here)
         except Exception as error:
-            if here or not isinstance(error, OSError | ImportError):  # the data are elsewhere, like the runs
+            if here or not isinstance(error, OSError | ImportError):  # the data may be on the runs' machine
                 raise _failure(config, error) from error
     seen: set[object] = set()
     spent = 0.0
@@ -116,19 +117,19 @@ def try_out(configs: Sequence[RunConfig], sizes: Sizes | None = None, *, here: b
 
 
 def _key(config: RunConfig) -> tuple[object, ...]:
-    """What makes a combination."""
+    """A key that distinguishes combinations."""
     params = {name: value for name, value in config.params.items() if not isinstance(value, float)}
     switches = (config.label_smoothing > 0, config.clip_norm is None, config.ema is None)
     return (*(str(getattr(config, name)) for name in (*_METHOD, *_NETWORK, *_LOOP)), str(params), *switches)
 
 
 def _parts(config: RunConfig) -> set[tuple[str, ...]]:
-    """The method and the network of a combination, each with what belongs to it."""
+    """The method and the network of a combination, each with its settings."""
     return {tuple(str(getattr(config, name)) for name in names) for names in (_METHOD, _NETWORK)}
 
 
 def _trial(config: RunConfig, sizes: Sizes, *, here: bool) -> tuple[float, RunConfig]:
-    """The seconds that a trial of a run may take, and its settings: a batch as small as the method allows."""
+    """The estimated seconds of a trial, and its configuration with a batch as small as the method allows."""
     try:
         check_machine(config)
     except ValueError:
@@ -141,7 +142,7 @@ def _trial(config: RunConfig, sizes: Sizes, *, here: bool) -> tuple[float, RunCo
     updates = sizes.updates(config)
     count = min(max(4, 2 * parts), config.batch_size)
     seconds = count * sizes.gradient_seconds(config) * recipe.for_length(updates).gradient_evaluations
-    # An epoch of one update, so that parts that depend on the length of the training see that of the run.
+    # Epochs of one update, so that parts that depend on the length of training get that of the run.
     return seconds, dataclasses.replace(config, batch_size=count, epochs=updates, compile=False, **_CONSTANT)
 
 
@@ -168,6 +169,6 @@ def _left_out(left: Sequence[tuple[float, RunConfig]]) -> str:
     more = f" and {len(left) - len(names)} more" if len(left) > len(names) else ""
     least = min(seconds for seconds, _ in left)
     return (
-        f"Not tried before the first run, to save time (an update takes {duration(least)} or more here): "
+        f"Not checked before the first run, because one update takes {duration(least)} or more here: "
         f"{', '.join(names)}{more}."
     )

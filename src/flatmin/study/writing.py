@@ -1,4 +1,4 @@
-"""What a search found, as a study that can be run."""
+"""Write the result of a search as a study that can be run."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from flatmin.study.dimensions import Dimension
 from flatmin.study.search import SearchResult
 from flatmin.study.spec import StudySpec
 
-FRESH = 5  # seeds of the study that follows
+FRESH = 5  # number of seeds of the written study
 
 
 def best_study(spec: StudySpec, dimensions: Sequence[Dimension], results: Sequence[SearchResult], budget: float) -> str:
-    """The study with the settings that were best for each arm, over seeds that the search has not seen, as TOML.
+    """The study with the best settings of each arm, on seeds that the search did not use, as TOML.
 
     Args:
-        spec: what was searched.
-        dimensions: in what.
-        results: by the search.
+        spec: the study that was searched.
+        dimensions: the settings that were searched.
+        results: results of the search.
         budget: gradient evaluations for each row, in epochs of plain training.
     """
     first = max(spec.seeds) + 1
@@ -38,7 +38,7 @@ def best_study(spec: StudySpec, dimensions: Sequence[Dimension], results: Sequen
     for one in results:
         trial = one.best
         own = {key: value for key, value in arms[one.grid_point.arm].settings.items() if key not in keys}
-        # Axes of one value, so that they win over what is given with other values.
+        # Axes of one value override the entries of `given`.
         point = {**one.grid_point.axes, **(trial.settings if trial is not None else {})}
         axes = ", ".join(f"{_key(key)} = {_texts([value])}" for key, value in point.items())
         lines += ["", "[[arms]]", f"label = {_text(one.grid_point.label)}", *_entries(own), f"axes = {{ {axes} }}"]
@@ -52,8 +52,9 @@ def best_study(spec: StudySpec, dimensions: Sequence[Dimension], results: Sequen
 
 def _note(ranges: str, budget: float, seeds: Sequence[int]) -> str:
     return (
-        f"Settings were searched on validation in {ranges}, each arm with {budget:g} epochs' worth of plain gradient "
-        f"evaluations, with seed {', '.join(map(str, seeds))}; the seeds here are others."
+        f"Settings were searched on validation data over {ranges}. The budget of each arm was {budget:g} epochs of "
+        f"plain training, in gradient evaluations. The search used seed {', '.join(map(str, seeds))}; this study uses "
+        "different seeds."
     )
 
 

@@ -1,4 +1,4 @@
-"""The convergence theory of sharpness-aware training as code: rules, statements, functions, and runs that test them.
+"""The convergence theory of sharpness-aware training as code: rules, theorems, functions, and runs that test them.
 
     >>> from flatmin import theory
     >>> theory.check("diminish1", 0.1, theory.Square()).theorem

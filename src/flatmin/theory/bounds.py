@@ -1,4 +1,4 @@
-"""Upper bounds on the gradient norm that follow from the rules alone, to hold against runs."""
+"""Upper bounds on the gradient norm that follow from the rules alone, to compare with runs."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Bound:
     """Bounds on a run, for k = 0, ..., updates.
 
     Attributes:
-        best: on min_{j <= k} ||grad f(x^j)||, shape (updates + 1,); None where inf f is not known.
-        last: on ||grad f(x^k)||, shape (updates + 1,); None where f is no convex quadratic.
+        best: bound on min_{j <= k} ||grad f(x^j)||, shape (updates + 1,); None if inf f is not known.
+        last: bound on ||grad f(x^k)||, shape (updates + 1,); None if f is not a convex quadratic.
     """
 
     best: np.ndarray | None
@@ -37,10 +37,10 @@ def gradient_bound(
     method: str | Recipe | Family = "sam",
     **how: Any,
 ) -> Bound:
-    r"""What the gradient norm of a run from the problem's start cannot exceed.
+    r"""Upper bounds on the gradient norm of a run from the problem's start.
 
-    Best iterate, any L-smooth f with ||g - grad f|| <= eps (eps_k = L rho_k for normalised methods). From the identity
-    -t <grad f, g> + (t/2) ||g||^2 = (t/2) (||g - grad f||^2 - ||grad f||^2) and the descent lemma,
+    Best iterate, for any L-smooth f with ||g - grad f|| <= eps (eps_k = L rho_k for normalised methods). From the
+    identity -t <grad f, g> + (t/2) ||g||^2 = (t/2) (||g - grad f||^2 - ||grad f||^2) and the descent lemma,
     f(x+) <= f - (t/2) ||grad f||^2 + (t/2) eps^2 - (t/2) (1 - L t) ||g||^2; where L t > 1,
     ||g||^2 <= 2 ||grad f||^2 + 2 eps^2. So with a = max(L t - 1, 0), c = t (1/2 - a) and d = t (1/2 + a) eps^2:
 
@@ -48,28 +48,28 @@ def gradient_bound(
 
     For a relative error nu, c = t (1 - nu) - L t^2 (1 + nu)^2 / 2 and d = 0.
 
-    Last iterate, f a convex quadratic with eigenvalues mu <= lambda <= L besides 0, and g = grad f(x^k), which stays
-    in their span. SAM: g+ = (1 - t A - t rho A^2 / ||g||) g, so ||g+|| <= max_lambda |(1 - t lambda) ||g|| -
+    Last iterate, for a convex quadratic f with eigenvalues mu <= lambda <= L besides 0, and g = grad f(x^k), which
+    stays in their span. SAM: g+ = (1 - t A - t rho A^2 / ||g||) g, so ||g+|| <= max_lambda |(1 - t lambda) ||g|| -
     t rho lambda^2|, and therefore
 
         B+ = max((1 - t mu) B, max(t L - 1, 0) B + t rho L^2),
 
-    which for t L <= 1 is max(exp(-mu sum t) B_0, max_j t_j rho_j L^2 exp(-mu sum_{i > j} t_i)) at most: the start is
-    forgotten at the rate of sum t, and what is left is t_k rho_k L^2. Other normalised directions and igd:
+    which for t L <= 1 is at most max(exp(-mu sum t) B_0, max_j t_j rho_j L^2 exp(-mu sum_{i > j} t_i)): the influence
+    of the start decays with sum t, and t_k rho_k L^2 remains. Other normalised directions and igd:
     B+ = max(|1 - t mu|, |1 - t L|) B + t L eps. The gradient, USAM and the extragradient multiply by the largest factor
     |1 - t lambda (1 +- rho lambda)|; igdr adds t L nu B.
 
     Args:
         problem: f; L is its `function_class.L`.
         step: as in `flatmin.theory.methods.run`.
-        radius: likewise.
-        updates: >= 1.
+        radius: as in `flatmin.theory.methods.run`.
+        updates: number of updates, >= 1.
         method: as in `flatmin.theory.checker.check`.
         how: parameters of the recipe's parts.
 
     Raises:
-        ValueError: L is not known or does not hold everywhere, radii so wide that nu >= 1, steps so long that no bound
-            follows (t L >= 3/2, or beyond `largest_step`), or a method without theorem.
+        ValueError: L is not known or does not hold everywhere, a radius has nu >= 1, a step is too long for a bound
+            (t L >= 3/2, or beyond `largest_step`), or no theorem covers the method.
     """
     chosen = family(method, **how)
     f = problem.function_class
@@ -78,7 +78,7 @@ def gradient_bound(
     if f.L is None:
         raise ValueError(f"no bound: L of {problem.name} is not known.")
     if f.where != "everywhere":
-        raise ValueError(f"no bound: L of {problem.name} holds only {f.where}, and a run may leave that.")
+        raise ValueError(f"no bound: L of {problem.name} holds only {f.where}, and a run may leave that region.")
     t_rule = as_step(step)
     rho_rule = as_radius(radius, t_rule)
     if chosen.factor is not None:
@@ -98,11 +98,11 @@ def gradient_bound(
 
 
 def sam_floor(t: float, rho: float, L: float) -> float:
-    """The gradient norm t rho L^2 / (2 - t L) at which SAM's cycle on a quadratic has its ends; it follows t_k rho_k.
+    """The gradient norm t rho L^2 / (2 - t L) on SAM's cycle on a quadratic.
 
     Args:
         t: step size of this update.
-        rho: its radius.
+        rho: radius of this update.
         L: the largest eigenvalue, t L < 2.
     """
     return t * rho * L**2 / (2 - t * L) if t * L < 2 else math.inf

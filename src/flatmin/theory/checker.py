@@ -1,4 +1,4 @@
-"""The checker: which theorem covers a step size, a radius, a class of functions and a method, and what follows."""
+"""The checker: which theorem covers a method with a step size and a radius on a class of functions."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def check(
     method: str | Recipe | Family = "sam",
     **how: Any,
 ) -> Verdict:
-    """What the theory says of a method with these rules on a class of functions.
+    """Check which convergence properties follow for a method with given rules on a class of functions.
 
         >>> verdict = check("diminish2", "power:c=0.1,p=0.5", FunctionClass(L=4.0))
         >>> verdict.theorem, verdict.statuses
@@ -44,19 +44,19 @@ def check(
         >>> verdict.theorem, verdict.statuses[2], round(verdict.distance, 12)
         (None, 'fails', 0.025)
 
-    "fails" means: for a member of the class. For a problem without a spectrum that member is another function, and the
-    reason says so.
+    "fails" means that the property fails for some member of the class. For a problem without a spectrum, that member
+    is a different function, and the reason says so.
 
     Args:
-        step: t_n, n = 1, 2, ...: a rule, a number, words as in `read_rule`, or a function of n.
-        radius: rho_n, likewise, or tied to the step; eps_n of igd, nu_n of igdr.
-        functions: the class, or a problem, whose `function_class` is taken.
-        method: as in `flatmin.theory.families.family`. Default "sam".
+        step: t_n, n = 1, 2, ...: a rule, a number, text as in `read_rule`, or a function of n.
+        radius: rho_n, in the same forms, or tied to the step; eps_n for igd, nu_n for igdr.
+        functions: the class, or a problem, whose `function_class` is used.
+        method: as in `flatmin.theory.families.family`. Default: "sam".
         how: parameters of the recipe's parts.
 
     Raises:
-        ValueError: unknown words or method, or a step size that is not positive at n = 1.
-        TypeError: something else than a rule or a class.
+        ValueError: unknown text or method, or a step size that is not positive at n = 1.
+        TypeError: an argument is neither a rule nor a class.
     """
     chosen = family(method, **how)
     f = functions.function_class if isinstance(functions, Function) else functions
@@ -103,27 +103,35 @@ def _without_radius(chosen: Family) -> Family:
 
 
 def _nearness(theorem: Theorem) -> tuple[int, int, int]:
-    """Theorems that hold first, of these the one that gives most; then those that other rules could make hold."""
+    """Sort key: theorems that hold come first, those that give most before others; then those nearest to holding."""
     setting = sum(c.about == "setting" for c in theorem.missing)
     return (setting, len(theorem.missing), -len(theorem.gives))
 
 
 def _property(number: int, tried: list[Theorem], wrong: dict[int, str], method: Family, other: str) -> Property:
-    """`other`: the name of the function asked about, where `wrong` speaks of quadratics of its class only."""
+    """The status of a property.
+
+    Args:
+        number: number of the property.
+        tried: the theorems, best first.
+        wrong: properties that fail, with the reason.
+        method: the method.
+        other: name of the function in question if `wrong` is about quadratics of its class only; else "".
+    """
     for theorem in tried:
         if theorem.holds and number in theorem.gives:
             numeric = any(c.proof == "numeric" for c in theorem.conditions)
             return Property(number, "follows", theorem.gives[number] + (f"; {CAUTION}" if numeric else ""))
     if number in wrong:
-        about = f" (a quadratic of the class; of {other} itself nothing is said)" if other else ""
+        about = f" (for a quadratic of the class; not shown for {other} itself)" if other else ""
         return Property(number, "fails", wrong[number] + about, elsewhere=bool(other))
     if method.kind == "other":
         return Property(number, "not shown", f"no theorem: {method.reason}")
     nearest = tried[0]
     if nearest.holds:
-        return Property(number, "not shown", nearest.lacks.get(number, "it is not part of the theorem"))
+        return Property(number, "not shown", nearest.lacks.get(number, "the theorem does not include it"))
     lacking = ", ".join(c.name for c in nearest.missing)
-    return Property(number, "not shown", f"{nearest.name} lacks: {lacking}")
+    return Property(number, "not shown", f"conditions of {nearest.name} that are not met: {lacking}")
 
 
 def _rate(t: Rule, rho: Rule, f: FunctionClass, method: Family, applies: str | None) -> str:
@@ -136,11 +144,11 @@ def _rate(t: Rule, rho: Rule, f: FunctionClass, method: Family, applies: str | N
 
 
 def _rate_of_the_cycle(t: Rule, rho: Rule, f: FunctionClass) -> str:
-    """How fast SAM is on a quadratic whose steps vanish.
+    """The rate of SAM on a quadratic with vanishing steps.
 
-    Far out ||g+|| <= (1 - t mu) ||g|| - t rho mu^2, so that the start is forgotten if sum t rho = inf, or if
-    exp(-mu sum t), k^(-c mu) for t ~ c/k, is smaller than t_k rho_k; then ||g|| = O(t_k rho_k). The distance to the
-    cycle of the current step is multiplied by 1 - t lambda in modulus, lambda the largest eigenvalue; that product,
+    Far out ||g+|| <= (1 - t mu) ||g|| - t rho mu^2, so that the influence of the start vanishes if sum t rho = inf, or
+    if exp(-mu sum t), k^(-c mu) for t ~ c/k, is smaller than t_k rho_k; then ||g|| = O(t_k rho_k). The distance from
+    the cycle of the current step is multiplied by 1 - t lambda in modulus, lambda the largest eigenvalue; that product,
     k^(-c lambda), is smaller than the cycle if n t_n -> inf, or c lambda exceeds the exponent of t_k rho_k.
     """
     both, growth = Product((t, rho)).asymptotics, t.asymptotics
@@ -151,5 +159,5 @@ def _rate_of_the_cycle(t: Rule, rho: Rule, f: FunctionClass) -> str:
     if not far and converges(both):
         return ""
     if near:
-        return f"||grad f(x^k)|| falls like t_k rho_k ~ {both}, once the start is forgotten (derived, quadratics)"
-    return f"||grad f(x^k)|| = O(t_k rho_k), t_k rho_k ~ {both}, once the start is forgotten (derived, quadratics)"
+        return f"||grad f(x^k)|| eventually falls like t_k rho_k ~ {both} (derived, quadratics)"
+    return f"||grad f(x^k)|| = O(t_k rho_k), t_k rho_k ~ {both} (derived, quadratics)"

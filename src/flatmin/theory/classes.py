@@ -1,4 +1,4 @@
-"""What is known of a function: the hypotheses of the theorems."""
+"""Classes of functions, defined by the hypotheses of the theorems."""
 
 from __future__ import annotations
 
@@ -11,40 +11,41 @@ from flatmin.words import suggest
 WORDS: dict[str, tuple[dict[str, Any], str]] = {
     "convex": ({"convex": True}, "f is convex"),
     "unique": ({"minimisers": "unique"}, "there is one minimiser"),
-    "bounded": ({"minimisers": "bounded"}, "the minimisers are a bounded set that is not empty"),
-    "unbounded": ({"minimisers": "unbounded"}, "the minimisers are an unbounded set"),
+    "bounded": ({"minimisers": "bounded"}, "the set of minimisers is bounded and not empty"),
+    "unbounded": ({"minimisers": "unbounded"}, "the set of minimisers is unbounded"),
     "none": ({"minimisers": "none"}, "there is no minimiser"),
     "coercive": ({"bounded_levels": True}, "the sets {f <= a} are bounded"),
     "falling": ({"bounded_below": False}, "f is not bounded below"),
     "analytic": ({"has_kl": True}, "f has the KL property with some exponent, as real-analytic functions do"),
 }
-"""The words of a class without a number: what they give, and their meaning; besides there are L=... and kl=..."""
+"""The words that describe a class, with their fields and meanings; L=... and kl=... are further words."""
 Minimisers = Literal["unique", "bounded", "unbounded", "none", "unknown"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class FunctionClass:
-    """A class of functions, by what its members are known to satisfy.
+    """A class of functions, described by what its members are known to satisfy.
 
     Args:
-        L: Lipschitz constant of the gradient; None: there is one, but it is not known. Default None.
-        convex: Default False.
-        minimisers: the set of minimisers: one point, a bounded nonempty set, an unbounded one, none, or not known.
-            Default "unknown".
-        bounded_below: inf f > -inf. Default True.
-        bounded_levels: {f <= a} is bounded for every a, so that iterates with bounded f accumulate. Default False.
+        L: Lipschitz constant of the gradient; None if it exists but is not known. Default: None.
+        convex: whether f is convex. Default: False.
+        minimisers: the set of minimisers: "unique" (one point), "bounded" (and nonempty), "unbounded", "none", or
+            "unknown". Default: "unknown".
+        bounded_below: whether inf f > -inf. Default: True.
+        bounded_levels: whether {f <= a} is bounded for every a, so that iterates with bounded f accumulate. Default:
+            False.
         kl: exponent q in (0, 1) of the Kurdyka-Lojasiewicz property with phi(s) = M s^q, that is
             ||grad f|| >= (f - f(x))^(1-q) / (M q) near every stationary x: 1/2 where the Hessian is nondegenerate, 1/4
-            for x^4. Default None: not known.
-        has_kl: the property holds with some exponent, as for every real-analytic f (Lojasiewicz 1963). Default False,
-            True where `kl` is given.
-        spectrum: eigenvalues of the Hessian if f is a quadratic. Default empty: f is none, or may be another.
-        where: where L holds. Default "everywhere".
+            for x^4. Default: None, not known.
+        has_kl: whether the property holds with some exponent, as for every real-analytic f (Lojasiewicz 1963).
+            Default: False, or True if `kl` is given.
+        spectrum: eigenvalues of the Hessian if f is a single quadratic. Default: empty.
+        where: the region where L holds. Default: "everywhere".
 
     Raises:
-        ValueError: L is not positive and finite, kl outside (0, 1), a spectrum whose largest modulus is not L, or
-            statements that contradict each other: minimisers, or a coercive f, that is not bounded below; no
-            minimiser, or an unbounded set of them, of a coercive f.
+        ValueError: L is not positive and finite, kl is outside (0, 1), the largest modulus of the spectrum is not L, or
+            the statements contradict each other: f has minimisers or is coercive but is not bounded below, or f is
+            coercive but has no minimiser or an unbounded set of minimisers.
     """
 
     L: float | None = None
@@ -70,9 +71,9 @@ class FunctionClass:
             raise ValueError(f"the largest modulus of the spectrum must be L = {self.L!r}, got {self.spectrum!r}.")
         if not self.bounded_below and (self.minimisers in ("unique", "bounded", "unbounded") or self.bounded_levels):
             minimum = "has bounded sets {f <= a}" if self.bounded_levels else f"has minimisers ({self.minimisers})"
-            raise ValueError(f"f {minimum} and is not bounded below: that is contradictory.")
+            raise ValueError(f"contradictory class: f {minimum} but is not bounded below.")
         if self.bounded_levels and self.minimisers in ("none", "unbounded"):
-            raise ValueError(f"f has bounded sets {{f <= a}} and minimisers {self.minimisers}: that is contradictory.")
+            raise ValueError(f"contradictory class: f has bounded sets {{f <= a}} but minimisers {self.minimisers}.")
         if self.kl is not None:
             object.__setattr__(self, "has_kl", True)
 
@@ -83,18 +84,18 @@ class FunctionClass:
 
     @classmethod
     def read(cls, words: str) -> FunctionClass:
-        """The class that the words stand for, as on a command line.
+        """Read a class from text, as on the command line.
 
             >>> FunctionClass.read("convex, L=4, unique")
             FunctionClass(L=4.0, convex=True, minimisers='unique', ...)
 
         Args:
-            words: any of "convex"; "unique", "bounded", "unbounded" or "none" (minimisers); "coercive" (bounded level
-                sets); "falling" (not bounded below); "analytic" (KL with an exponent that is not known); "L=4";
-                "kl=0.5"; joined by commas.
+            words: words separated by commas: "convex"; "unique", "bounded", "unbounded" or "none" (minimisers);
+                "coercive" (bounded level sets); "falling" (not bounded below); "analytic" (KL with an unknown
+                exponent); "L=4"; "kl=0.5".
 
         Raises:
-            ValueError: a word that is none of them, a number that is none, or words that contradict each other.
+            ValueError: an unknown word, an invalid number, or words that contradict each other.
         """
         given: dict[str, Any] = {}
         said: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""Closed forms on quadratics: where a constant step size and radius end, and what decides over divergence."""
+"""Closed forms on quadratics: the limit cycle for a constant step size and radius, and the factors of an update."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 def limit_distance(t: float, rho: float, spectrum: Sequence[float]) -> float:
-    """Distance to the minimiser at which SAM with constant t and rho ends on a quadratic, from a generic start.
+    """Distance from the minimiser of the cycle on which SAM with constant t and rho ends, from a generic start.
 
     Along an eigenvector of lambda, x+ = (1 - t lambda) x - t rho lambda sign(x); |x| = t rho lambda / (2 - t lambda)
     is a cycle of period 2, and it attracts there if t lambda < 2. Of the cycles of a quadratic the one along the
@@ -45,7 +45,7 @@ def orbit_square(t: float, rho: float) -> float:
 
 
 def factor(kind: str, t: float, rho: float, eigenvalue: float) -> float:
-    """What an update multiplies the component of an eigenvalue with, on a quadratic.
+    """The factor by which an update on a quadratic multiplies the component along an eigenvector.
 
     gradient: 1 - t lambda; unnormalised: 1 - t lambda (1 + rho lambda); extragradient: 1 - t lambda (1 - rho lambda).
 
@@ -60,16 +60,16 @@ def factor(kind: str, t: float, rho: float, eigenvalue: float) -> float:
 
 
 def largest_step(L: float, nu: float = 0.0) -> float:
-    """2 (1 - nu) / (L (1 + nu)^2): below it the relative-error theorem lets f fall at every update.
+    """The bound 2 (1 - nu) / (L (1 + nu)^2) on step sizes, below which f falls at every update.
 
-    f(x+) <= f - (t (1 - nu) - L t^2 (1 + nu)^2 / 2) ||grad f||^2, by the descent lemma.
+    By the descent lemma, f(x+) <= f - (t (1 - nu) - L t^2 (1 + nu)^2 / 2) ||grad f||^2 with relative error nu.
 
     Args:
         L: > 0.
-        nu: in [0, 1), the relative error; L rho for USAM. Default 0.0, gradient descent: 2 / L.
+        nu: the relative error, in [0, 1); L rho for USAM. Default: 0.0, for gradient descent, with the bound 2 / L.
 
     Raises:
-        ValueError: out of range.
+        ValueError: an argument out of range.
     """
     if not (L > 0 and 0 <= nu < 1):
         raise ValueError(f"the largest step needs L > 0 and nu in [0, 1), got L = {L!r}, nu = {nu!r}.")

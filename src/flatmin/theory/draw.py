@@ -26,10 +26,10 @@ _ROW = 0.27  # inches of one row of marks
 
 
 def figure(shown: DemonstrationResult) -> Figure:
-    """The figure of a demonstration: its panels side by side, four in two rows.
+    """The figure of a demonstration: its panels side by side, or in two rows if there are four.
 
     Args:
-        shown: what it found.
+        shown: the result of the demonstration.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed (extra "plot").
@@ -61,7 +61,7 @@ def chart(panel: Panel) -> Chart:
         color = curve.color
         if color is None and curve.style != "theory":
             color, taken = taken, taken + 1
-        # Curves that lie on each other show by their widths.
+        # Curves on top of each other stay visible by their different widths.
         own: dict[str, Any] = {"width": max(4.0 - 0.5 * place, 2.0)}
         if curve.style == "theory":
             own = {"width": 2.3, "dash": "dash"}

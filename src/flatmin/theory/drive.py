@@ -1,4 +1,4 @@
-"""Two drivers that run recipes of the library on a function: the optimizer, and its program alone."""
+"""Two drivers that run recipes on a function: the optimizer, and its program without the optimizer."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ class Driver(Protocol):
 
     @property
     def x(self) -> Tensor:
-        """The iterate, shape (dim,), without graph; may be overwritten by the next update."""
+        """The iterate, shape (dim,), detached; the next update may overwrite it."""
 
     def update(self, t: float, rho: float) -> bool:
-        """One update with this step size and radius; False if it was not finite and did not happen."""
+        """Perform one update; returns False, without an update, if it was not finite."""
 
 
 class OptimizerDriver:
     """`flatmin.SAM(torch.optim.SGD([x]))`, with lr and rho set before every update.
 
     Args:
-        recipe: what runs.
-        problem: for recipes that need second derivatives.
-        gradient: what the closure leaves in x.grad.
-        start: shape (dim,).
-        seed, eps: of `flatmin.SAM`.
-        first_t: written as "initial_lr", for recipes whose radius follows it.
+        recipe: the recipe to run.
+        problem: the function, for recipes that need second derivatives.
+        gradient: returns the gradient that the closure stores in x.grad.
+        start: x^0, shape (dim,).
+        seed, eps: arguments of `flatmin.SAM`.
+        first_t: the "initial_lr" of the param group, for recipes whose radius follows it.
     """
 
     def __init__(
@@ -83,12 +83,12 @@ class OptimizerDriver:
 
 
 class ProgramDriver:
-    """The recipe's program itself, which the optimizer and `flatmin.value_and_grad` run too, and x <- x - t u.
+    """Runs the recipe's program, which the optimizer and `flatmin.value_and_grad` run too, and x <- x - t u.
 
-    Several times faster than the optimizer on small problems: nothing is moved in place, and no hooks are called.
+    It is several times faster than the optimizer on small problems, because it uses no hooks or in-place changes.
 
     Raises:
-        ValueError: a recipe whose needs only an optimizer serves.
+        ValueError: the recipe needs an optimizer.
     """
 
     def __init__(self, recipe: Recipe, gradient: Gradient, start: Tensor, *, seed: int, eps: float) -> None:

@@ -1,4 +1,4 @@
-"""Where convergence is known to fail: the counter-examples, all of them quadratics."""
+"""Counterexamples to convergence, all of them quadratics."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ from flatmin.theory.sums import last_above, sum_is_finite
 Failures = dict[int, str]
 ALL = (1, 2, 3, 4, 5)
 DIVERGES = (1, 3, 4, 5)
-"""What fails where the iterates diverge: without an accumulation point, property (2) says nothing."""
+"""The properties that fail if the iterates diverge. Property (2) holds trivially without an accumulation point."""
 ARRIVES = (3, 4, 5)
 LONGEST = 10**5
-"""Up to which n a step that removes a component at once is looked for."""
+"""The largest n up to which steps that remove a component at once are searched."""
 
 
 def failures(step: Rule, radius: Rule, f: FunctionClass, method: Family) -> Failures:
-    """Number of a property -> the member of the class, a quadratic, for which it fails from a generic start.
+    """Numbers of the properties that fail for a quadratic of the class from a generic start, with the reason.
 
-    Only rules of known growth are judged. A class that is one quadratic (`f.spectrum`) is judged by its eigenvalues;
-    others by f = lambda x^2 / 2 with a lambda <= L that suits, if the class admits it (`admits`).
+    Only rules of known growth are checked. A class that is a single quadratic (`f.spectrum`) is checked by its
+    eigenvalues, any other class by f = lambda x^2 / 2 with a suitable lambda <= L, if the class admits it (`admits`).
 
-    - sum t < inf: x^k converges after a finite way. It cannot reach the minimiser from starts far enough away, as
+    - sum t < inf: x^k converges after a finite path. It cannot reach the minimiser from starts far enough away, as
       |x+| >= |1 - t lambda| |x| - t rho lambda and the product of the factors is not 0. For one quadratic that needs
       an eigenvalue without a factor 0, and a step with t lambda = 1 has one.
     - normalised, t and rho bounded away from 0: t (grad f(x + eps)) -> 0 would need ||x - x*|| = ||eps||, so
-      grad f(x^k) -> 0 is impossible. For SAM the orbit of `limit_distance` refutes (1) and (2) too; one quadratic
-      with t lambda >= 2 diverges. Nothing is said of methods whose eps may be 0 (`Family.rests`).
+      grad f(x^k) -> 0 is impossible. For SAM the cycle of `limit_distance` refutes (1) and (2) too; on a single
+      quadratic with t lambda >= 2 it diverges. Methods whose eps may be 0 (`Family.rests`) are not checked.
     - gradient, unnormalised, extragradient: a factor of modulus >= 1, see `closed.factor`.
     - igd, an error that does not vanish: against the gradient, every x with ||grad f|| = eps is a fixed point; along
-      it, a line has the cycle t eps / (2 - t lambda). Of random errors nothing is said.
+      it, a line has the cycle t eps / (2 - t lambda). Random errors are not checked.
     - igdr: the factor 1 - t lambda (1 - nu) against the gradient, 1 - t lambda (1 + nu) along it.
     """
     t, rho = step.limit, radius.limit
     if method.kind == "other" or t is None or rho is None or not admits(f):
         return {}
     if sum_is_finite(step).holds:
-        reason = "sum t is finite, so a quadratic's iterates stop short of its minimiser from starts far enough away"
+        reason = "sum t is finite, so on a quadratic, iterates from a distant start do not reach the minimiser"
         return dict.fromkeys(ALL, reason) if _short(step, radius, f, method) else {}
     if method.kind == "normalised":
         return _normalised(t, rho, f, method)
@@ -48,10 +48,10 @@ def failures(step: Rule, radius: Rule, f: FunctionClass, method: Family) -> Fail
 
 
 def admits(f: FunctionClass) -> bool:
-    """Whether the class has members lambda x^2 / 2 for every small lambda, or is one quadratic without ascent.
+    """Whether the class contains lambda x^2 / 2 for every small lambda, or is a single convex quadratic.
 
-    It has not where there is no minimiser or f falls without bound, and for a KL exponent q > 1/2, which
-    lambda x^2 / 2 does not have. (In fact an L-smooth f has q > 1/2 only where it is constant, as
+    This is not the case if there is no minimiser, f is not bounded below, or the KL exponent is q > 1/2, which
+    lambda x^2 / 2 does not have. (An L-smooth f has q > 1/2 only where it is constant, as
     ||grad f||^2 <= 2 L (f - inf f) near a minimiser.)
     """
     if f.spectrum:
@@ -60,7 +60,7 @@ def admits(f: FunctionClass) -> bool:
 
 
 def stays_away(step: Rule, radius: Rule, f: FunctionClass, method: Family) -> float | None:
-    """The distance to the minimiser that a quadratic's iterates keep in the end, where a closed form gives it."""
+    """The final distance of a quadratic's iterates from the minimiser if a closed form gives it; else None."""
     t, rho = step.limit, radius.limit
     if not f.spectrum or min(f.spectrum) <= 0 or not t or not rho:
         return None
@@ -70,12 +70,12 @@ def stays_away(step: Rule, radius: Rule, f: FunctionClass, method: Family) -> fl
 
 
 def _short(step: Rule, radius: Rule, f: FunctionClass, method: Family) -> bool:
-    """Whether a component of the quadratic is never removed at once."""
+    """Whether some component of the quadratic is never removed by a single update."""
     return not f.spectrum or any(not _removes(step, radius, s, method) for s in _eigenvalues(f))
 
 
 def _removes(step: Rule, radius: Rule, eigenvalue: float, method: Family) -> bool:
-    """Whether some factor is 0, or might be."""
+    """Whether some factor is or may be 0."""
     most = 1 + (radius.at(1) * max(1.0, eigenvalue) if method.kind not in ("gradient", "normalised", "absolute") else 0)
     if not (step.decreasing and radius.decreasing):
         return True
@@ -86,7 +86,7 @@ def _removes(step: Rule, radius: Rule, eigenvalue: float, method: Family) -> boo
 
 
 def _factor(t: float, rho: float, eigenvalue: float, method: Family) -> float:
-    """What a component is multiplied by, apart from additions of a bounded size."""
+    """The factor by which a component is multiplied, apart from bounded additions."""
     if method.kind in ("unnormalised", "extragradient"):
         return factor(method.kind, t, rho, eigenvalue)
     sign = {"along": 1.0, "against": -1.0, "random": 0.0}[method.error] if method.kind == "relative" else 0.0
@@ -97,16 +97,16 @@ def _normalised(t: float, rho: float, f: FunctionClass, method: Family) -> Failu
     if not (t > 0 and rho > 0) or method.rests:
         return {}
     failures = dict.fromkeys(
-        ARRIVES, "t and rho are bounded away from 0: near a quadratic's minimiser updates stay long"
+        ARRIVES, "t and rho are bounded away from 0, so near a quadratic's minimiser the updates do not vanish"
     )
     if not method.climbs:
         return failures
     top = max(f.spectrum, default=0.0)
     if t * top >= 2:
-        return dict.fromkeys(DIVERGES, f"t lambda = {t * top:g} >= 2: the iterates diverge")
-    orbit = "SAM ends on a cycle of period 2 of a quadratic"
+        return dict.fromkeys(DIVERGES, f"t lambda = {t * top:g} >= 2, so the iterates diverge")
+    orbit = "on a quadratic, SAM ends on a cycle of period 2"
     if f.spectrum and min(f.spectrum) > 0:
-        orbit += f", at distance {limit_distance(t, rho, f.spectrum):.6g} from its minimiser"
+        orbit += f", at distance {limit_distance(t, rho, f.spectrum):.6g} from the minimiser"
     return dict.fromkeys(ALL, orbit)
 
 
@@ -115,32 +115,30 @@ def _absolute(t: float, rho: float, f: FunctionClass, method: Family) -> Failure
         return {}
     settles = t * max(f.spectrum, default=0.0) < 2
     if method.error == "against":
-        reason = f"an error against the gradient holds the iterates at ||grad f|| = {rho:g}"
+        reason = f"an error against the gradient keeps the iterates at ||grad f|| = {rho:g}"
         away = "an error against the gradient drives the iterates away from the minimiser"
         return dict.fromkeys(ALL, reason) if settles else dict.fromkeys(ARRIVES, away)
     if t == 0:
         return {}
     line = settles and len(f.spectrum) <= 1
-    reason = "an error along the gradient throws the iterates across a quadratic's minimiser"
+    reason = "with an error along the gradient, the iterates overshoot the minimiser of a quadratic at every update"
     return dict.fromkeys(ALL if line else ARRIVES, reason)
 
 
 def _multiplied(step: Rule, radius: Rule, f: FunctionClass, method: Family) -> Failures:
-    """Methods that multiply each component: the worst factor of the eigenvalues, in the limit."""
+    """Failures of methods that multiply each component, by the largest factor in modulus in the limit."""
     t, rho = step.limit or 0.0, radius.limit or 0.0
     against = method.kind == "relative" and method.error == "against"
     if method.kind == "relative" and method.error == "random" and rho > 0:
         return {}
     if against and rho >= 1 and _steady(radius):
-        reason = (
-            "an error against the gradient cancels it" if rho == 1 else "an error against the gradient outweighs it"
-        )
+        reason = "an error against the gradient cancels it" if rho == 1 else "an error against the gradient exceeds it"
         return dict.fromkeys(ALL if rho == 1 else DIVERGES, reason)
     if t == 0:
         if method.kind == "extragradient" and any(rho * s >= 1 for s in _eigenvalues(f)) and _steady(radius):
             largest = max(rho * s for s in _eigenvalues(f))
             number = ALL if largest == 1 or not f.spectrum else DIVERGES
-            return dict.fromkeys(number, f"rho lambda = {largest:g} >= 1: the step does not descend")
+            return dict.fromkeys(number, f"rho lambda = {largest:g} >= 1, so the step does not descend")
         return {}
     steady = _steady(step) and _steady(radius)
     worst = max(_eigenvalues(f), key=lambda s: abs(_factor(t, rho, s, method)), default=None)
@@ -150,14 +148,14 @@ def _multiplied(step: Rule, radius: Rule, f: FunctionClass, method: Family) -> F
     if abs(by) < 1 or (abs(by) == 1 and not steady):
         return {}
     if abs(by) > 1 and f.spectrum:
-        return dict.fromkeys(DIVERGES, f"the component of lambda = {worst:g} is multiplied by {by:.4g}: it diverges")
-    # A class has a member whose factor is 1 or -1, so that it neither diverges nor converges.
-    reason = f"the quadratic with lambda = {worst:g} is multiplied by {by:.4g} each time"
+        return dict.fromkeys(DIVERGES, f"the component of lambda = {worst:g} is multiplied by {by:.4g} and diverges")
+    # Another member of the class has the factor 1 or -1, so that the iterates neither diverge nor converge.
+    reason = f"on the quadratic with lambda = {worst:g} each update multiplies x by {by:.4g}"
     return dict.fromkeys(ALL if steady else DIVERGES, reason)
 
 
 def _steady(rule: Rule) -> bool:
-    """Whether the rule is constant, at least in the end."""
+    """Whether the rule is eventually constant."""
     growth = rule.asymptotics
     return isinstance(growth, Asymptotics) and (growth.c == 0 or growth.p == growth.q == 0)
 

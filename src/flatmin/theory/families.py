@@ -1,4 +1,4 @@
-"""Which family of the theory a method belongs to, read off its parts."""
+"""The families of methods in the theory, and the family of a recipe."""
 
 from __future__ import annotations
 
@@ -18,24 +18,27 @@ ERRORS = ("against", "along", "random")
 
 @dataclass(frozen=True)
 class Family:
-    """A method as the theory sees it.
+    """The family of a method in the convergence theory.
 
-    - gradient: x+ = x - t grad f(x), exactly.
+    - gradient: x+ = x - t grad f(x).
     - normalised: x+ = x - t grad f(x + eps), ||eps|| <= rho, so the error is at most L rho.
     - unnormalised: eps = rho grad f(x), so the error is at most L rho ||grad f(x)||.
-    - extragradient: eps = -rho grad f(x), same bound. No recipe: a radius is >= 0. It runs as an instance of igdr.
-    - absolute: igd, ||g - grad f(x)|| <= eps_k given as the radius.
-    - relative: igdr, ||g - grad f(x)|| <= nu_k ||grad f(x)||, nu_k given as the radius.
-    - other: none of them, for the `reason`.
+    - extragradient: eps = -rho grad f(x), same bound. No recipe has a negative radius, so it runs as an instance of
+      igdr.
+    - absolute: igd, ||g - grad f(x)|| <= eps_k, where eps_k is given as the radius.
+    - relative: igdr, ||g - grad f(x)|| <= nu_k ||grad f(x)||, where nu_k is given as the radius.
+    - other: none of these; see `reason`.
 
     Attributes:
-        name: as it was asked for.
-        recipe: of the library; "sgd" for the frameworks, whose error is put into the gradient that it takes.
-        climbs: whether the ascent goes exactly along grad f(x), as Theorem 3.2 needs.
-        rests: whether eps may be 0 where grad f(x) is not, so that constant rules need not keep a run away.
-        factor: a rule that the recipe multiplies the radius with, or None.
-        error: of igd and igdr: "against" the gradient, "along" it, or "random", uniform on the sphere.
-        reason: of "other".
+        name: name of the method.
+        kind: the family.
+        recipe: the recipe; "sgd" for igd, igdr and extragradient, whose error is added to its gradient.
+        climbs: whether the perturbation is along grad f(x), as Theorem 3.2 requires.
+        rests: whether eps may be 0 where grad f(x) is not, so that constant rules do not exclude convergence.
+        factor: a rule by which the recipe multiplies the radius, or None.
+        error: direction of the error of igd and igdr: "against" the gradient, "along" it, or "random", uniform on the
+            sphere.
+        reason: why the method is in no other family, for "other".
     """
 
     name: str
@@ -56,7 +59,7 @@ def family(method: str | Recipe | Family, *, error: Error = "against", **how: An
 
     Args:
         method: a name as in `flatmin.compose`, "igd", "igdr", "extragradient", or a recipe.
-        error: of igd and igdr. Default "against", the worst for descent.
+        error: direction of the error of igd and igdr. Default: "against", the worst for descent.
         how: parameters of the recipe's parts.
 
     Raises:
@@ -68,7 +71,7 @@ def family(method: str | Recipe | Family, *, error: Error = "against", **how: An
         raise ValueError(f"unknown error {error!r}{suggest(str(error), ERRORS)} (errors: {', '.join(ERRORS)}).")
     if isinstance(method, str) and method in FRAMEWORKS:
         if how:
-            raise ValueError(f"{method} has no parameter {next(iter(how))!r}; its radius is a rule of its own.")
+            raise ValueError(f"{method} has no parameter {next(iter(how))!r}; set the size of its error as the radius.")
         return Family(method, FRAMEWORKS[method], compose("sgd"), error=error)
     if isinstance(method, Recipe):
         recipe = method
@@ -87,7 +90,7 @@ def family(method: str | Recipe | Family, *, error: Error = "against", **how: An
 
 
 def _cancels(direction: p.Part) -> bool:
-    """Whether d is the gradient less itself: F-SAM with sigma = 1 and a mean of one gradient."""
+    """Whether d is the gradient minus itself, as for F-SAM with sigma = 1 and lambda = 0."""
     return isinstance(direction, p.FSAM) and direction.sigma == 1 and direction.lam == 0
 
 
@@ -95,12 +98,12 @@ def _kind(recipe: Recipe) -> tuple[Kind, str]:
     if not recipe.ascends:
         return "gradient", ""
     plain: tuple[tuple[p.Part, type, str], ...] = (
-        (recipe.objective, p.SameLoss, "climbs another loss than f"),
-        (recipe.schedule, p.Always, "does not ascend at every update"),
-        (recipe.mask, p.All, "moves a part of the weights"),
-        (recipe.inner_loop, p.OneStep, "takes other points than one ascent and one descent"),
+        (recipe.objective, p.SameLoss, "perturbs along the gradient of a different loss than f"),
+        (recipe.schedule, p.Always, "does not perturb at every update"),
+        (recipe.mask, p.All, "perturbs only a part of the weights"),
+        (recipe.inner_loop, p.OneStep, "uses more points than x and x + eps"),
         (recipe.samples, p.EverySample, "descends on a part of the samples"),
-        (recipe.combine, p.Descent, "descends along another vector than the gradient at x + eps"),
+        (recipe.combine, p.Descent, "does not descend along the gradient at x + eps"),
     )
     for part, wanted, words in plain:
         if not isinstance(part, wanted):
@@ -108,13 +111,13 @@ def _kind(recipe: Recipe) -> tuple[Kind, str]:
     if not isinstance(recipe.radius, (p.ConstantRadius, p.PowerRadius)):
         return "other", f"{recipe.name} sets its own radius ({recipe.radius}); give it as a rule instead"
     if Need.BASE_MOMENTUM in recipe.needs:
-        return "other", f"{recipe.name} climbs along the momentum of the base optimizer, which is no part of x+ here"
+        return "other", f"{recipe.name} perturbs along the momentum of the base optimizer, which the theory leaves out"
     if abs(recipe.direction.factor()) > 1:
-        return "other", f"{recipe.name} goes further than rho"
+        return "other", f"{recipe.name} perturbs by more than rho"
     if isinstance(recipe.geometry, (p.L2, p.Centralised)):
         return "normalised", ""
     if isinstance(recipe.geometry, p.Unnormalised) and isinstance(recipe.direction, p.Gradient):
         return "unnormalised", ""
     if isinstance(recipe.geometry, p.Unnormalised):
-        return "other", f"{recipe.name} climbs along another direction than the gradient without normalising it"
-    return "other", f"{recipe.name} measures eps in a norm that follows the weights, so ||eps|| <= rho may fail"
+        return "other", f"{recipe.name} perturbs along a direction other than the gradient, without normalising it"
+    return "other", f"{recipe.name} measures eps in a norm that depends on the weights, so ||eps|| <= rho may fail"

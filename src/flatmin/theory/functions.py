@@ -1,4 +1,4 @@
-"""Functions in float64 of which the constants are known: the base class, quadratics and least squares."""
+"""Functions in float64 with known constants: the base class, quadratics and least squares."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class Function(ABC):
     """A differentiable function f on R^dim, in float64, with its gradient in closed form.
 
     Attributes:
-        name: what tables print.
+        name: name in tables.
         dim: number of variables.
-        function_class: L, convexity, minimisers, KL exponent; what the checker reads.
+        function_class: L, convexity, minimisers and KL exponent, as used by the checker.
         f_star: inf f; None if it is not known.
-        why: where L and the KL exponent come from, one sentence.
+        why: a sentence on how L and the KL exponent were derived.
     """
 
     name: str
@@ -38,11 +38,11 @@ class Function(ABC):
         """The gradient at x, shape (dim,)."""
 
     def distance(self, x: Tensor) -> float:
-        """Euclidean distance of x to the set of minimisers; nan if that is not known."""
+        """Euclidean distance from x to the set of minimisers; nan if the set is not known."""
         return math.nan
 
     def start(self) -> Tensor:
-        """A generic first point, the same at every call: standard normal of a fixed seed, shape (dim,)."""
+        """A generic start, the same at every call: standard normal with a fixed seed, shape (dim,)."""
         return torch.randn(self.dim, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
     def __repr__(self) -> str:
@@ -56,16 +56,16 @@ class Quadratic(Function):
 
     Args:
         spectrum: eigenvalues, shape (dim,); a negative one makes f unbounded below.
-        centre: c, shape (dim,). Default 0.
-        seed: of the random rotation Q. Default None: Q is the identity.
-        name: Default "quadratic".
+        centre: c, shape (dim,). Default: 0.
+        seed: seed of the random rotation Q. Default: None, so that Q is the identity.
+        name: name in tables. Default: "quadratic".
 
     Attributes:
         matrix: A, shape (dim, dim).
         mu: the smallest eigenvalue.
 
     Raises:
-        ValueError: no eigenvalue that is not 0, or a centre of another length.
+        ValueError: all eigenvalues are 0, or the centre has a different length.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class Quadratic(Function):
 
 
 class Square(Quadratic):
-    """f(x) = x^2 on R, L = 2: the counter-example of the constant step size (Example 3.1). Starts at x = 1."""
+    """f(x) = x^2 on R, L = 2: the counterexample for a constant step size (Example 3.1). Starts at x = 1."""
 
     def __init__(self) -> None:
         super().__init__([2.0], name="x^2")
@@ -130,8 +130,8 @@ class Square(Quadratic):
 class LeastSquares(Function):
     """f(x) = ||A x - b||^2 / 2.
 
-    L = sigma_max(A)^2; KL with q = 1/2 and mu = sigma_min+(A)^2, the smallest that is not 0. Not strongly convex where
-    A has a null space; the minimisers are then a plane.
+    L = sigma_max(A)^2; KL with q = 1/2 and mu = sigma_min+(A)^2, the square of the smallest singular value that is not
+    0. If A has a null space, f is not strongly convex and the minimisers form an affine subspace.
 
     Args:
         A: shape (m, dim).
@@ -173,7 +173,7 @@ class LeastSquares(Function):
 
 
 def rotation(dim: int, seed: int | None) -> Tensor:
-    """A random orthogonal matrix of shape (dim, dim), uniform over the group; the identity for seed None."""
+    """A uniformly distributed random orthogonal matrix of shape (dim, dim); the identity if seed is None."""
     if seed is None:
         return torch.eye(dim, dtype=torch.float64)
     Q, R = torch.linalg.qr(torch.randn(dim, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)))
@@ -188,12 +188,12 @@ def random_system(rows: int, dim: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def check_system(A: Tensor, b: Tensor) -> None:
-    """Refuse a matrix and a right side that do not fit.
+    """Check a matrix and a right-hand side.
 
     Raises:
-        ValueError: A is not a matrix that has an entry other than 0, or b has another length.
+        ValueError: A is not a finite matrix with an entry other than 0, or b has the wrong length.
     """
     if A.ndim != 2 or not bool(A.any()) or not bool(torch.isfinite(A).all()):
         raise ValueError(f"A must be a finite matrix, not all 0, got shape {tuple(A.shape)}.")
     if b.shape != A.shape[:1]:
-        raise ValueError(f"b must have the shape ({A.shape[0]},) of A's rows, got {tuple(b.shape)}.")
+        raise ValueError(f"b must have shape ({A.shape[0]},), one entry for each row of A, got {tuple(b.shape)}.")

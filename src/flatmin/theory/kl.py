@@ -1,4 +1,4 @@
-"""What the Kurdyka-Lojasiewicz exponent adds: convergence of the iterates, and rates."""
+"""Consequences of the Kurdyka-Lojasiewicz property: convergence of the iterates, and rates."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def kl_condition(step: Rule, radius: Rule, f: FunctionClass) -> Judgement:
     Args:
         step: t.
         radius: rho.
-        f: its `kl` is q; where only `has_kl` is known, the sum must be finite for every q below 1.
+        f: its `kl` is q; if only `has_kl` is known, the sum must be finite for every q below 1.
     """
     if not f.has_kl:
-        return Judgement(None, "it needs the KL property, which is not known of f")
+        return Judgement(None, "it needs the KL property, which is not known for f")
     both, t = Product((step, radius)).asymptotics, step.asymptotics
     if not isinstance(both, Asymptotics) or not isinstance(t, Asymptotics):
         return Judgement(None, "the KL condition needs rules of known growth")
@@ -42,14 +42,14 @@ def kl_condition(step: Rule, radius: Rule, f: FunctionClass) -> Judgement:
 
 
 def rate_words(q: float | None, step: Rule) -> str:
-    """The rate that KL with exponent q gives for a step size bounded away from 0 and a relative error.
+    """The rate, as text, that KL with exponent q gives for a relative error.
 
-    x is the limit, which must exist: a point of accumulation, or a minimiser of a convex f. From
+    x is the limit, which must exist: an accumulation point, or a minimiser of a convex f. From
     f+ - f(x) <= (f - f(x)) - c (f - f(x))^(2-2q): linear for q >= 1/2, else f - f(x) = O(k^(-1/(1-2q))) and
     ||x^k - x|| = O(k^(-q/(1-2q))). For vanishing steps k is replaced by sum t (derived).
 
     Args:
-        q: in (0, 1), or None: not known.
+        q: the exponent, in (0, 1); None if it is not known.
         step: t.
     """
     limit = step.limit

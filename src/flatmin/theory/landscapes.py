@@ -1,4 +1,4 @@
-"""Functions that are not convex, or not flat in the usual way: log-sums, Rosenbrock, x^4, a wave, one without KL."""
+"""Functions beyond quadratics: log-sums, Rosenbrock, x^4, a cosine, and a function without the KL property."""
 
 from __future__ import annotations
 
@@ -55,11 +55,11 @@ class LogSum(Function):
 
     @classmethod
     def random(cls, n: int, seed: int = 0) -> LogSum:
-        """With a square A of singular values from 1 to 2 (so that L = 8 and the solution is well conditioned).
+        """A function with a square A whose singular values are from 1 to 2, so that L = 8.
 
         Args:
             n: number of rows and variables.
-            seed: of the two rotations and of b, which is standard normal. Default 0.
+            seed: seed of the two rotations and of b, which is standard normal. Default: 0.
         """
         singular = torch.linspace(1, 2, n, dtype=torch.float64)
         A = rotation(n, 2 * seed) @ torch.diag(singular) @ rotation(n, 2 * seed + 1)
@@ -71,8 +71,8 @@ class Rosenbrock(Function):
     """f(x, y) = (1 - x)^2 + 100 (y - x^2)^2, minimal at (1, 1). Starts at (-1.2, 1).
 
     L is the largest eigenvalue of the Hessian ((1200 x^2 - 400 y + 2, -400 x), (-400 x, 200)) over the box
-    |x| <= `reach`, -1 <= y <= 4: it grows with |x| and falls with y, so it is attained at (reach, -1). Outside of the
-    box L does not hold; whether a run stays inside is for the run to say.
+    |x| <= `reach`, -1 <= y <= 4: it grows with |x| and falls with y, so it is attained at (reach, -1). Outside the box
+    L does not hold.
 
     Args:
         reach: half width of the box, >= 1. Default 2.0.
@@ -157,7 +157,7 @@ class Quartic(Function):
 
 
 class Wave(Function):
-    """f(x) = 1 - cos x on R, L = 1: minima at 2 pi Z, maxima between them, of the same curvature. Starts at x = 2.
+    """f(x) = 1 - cos x on R, L = 1: minima at 2 pi Z, and maxima between them with the same curvature. Starts at x = 2.
 
     Every stationary point is nondegenerate, so KL holds with q = 1/2.
     """
@@ -183,7 +183,7 @@ class Wave(Function):
 
 
 class MexicanHat(Function):
-    """A smooth function without the KL property: gradient curves spiral onto the unit circle without end.
+    """A smooth function without the KL property: gradient curves spiral towards the unit circle without converging.
 
     f(r, a) = e^(-1 / (1 - r^2)) (1 - m sin(a - 1 / (1 - r^2))), m = 4 r^4 / (4 r^4 + (1 - r^2)^4), for r < 1 in polar
     coordinates, and 0 for r >= 1. Infinitely often differentiable, and 0 <= f; on the circle, which is reached only in

@@ -1,4 +1,4 @@
-"""Logistic regression with known constants, also on real data."""
+"""Logistic regression with known constants, also on real data sets."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ class Logistic(Function):
     is analytic and has a minimiser only where the classes are not separable.
 
     Args:
-        X: shape (m, dim).
-        y: shape (m,), of -1 and +1.
-        l2: >= 0. Default 0.001.
-        name: Default "logistic regression".
+        X: features, shape (m, dim).
+        y: labels -1 and +1, shape (m,).
+        l2: weight of the regularisation, >= 0. Default: 0.001.
+        name: name in tables. Default: "logistic regression".
 
     Attributes:
         mu: l2, a lower bound on the Hessian's eigenvalues.
 
     Raises:
-        ValueError: labels other than -1 and 1, l2 < 0, shapes that do not fit.
+        ValueError: labels other than -1 and 1, l2 < 0, or shapes that do not match.
     """
 
     def __init__(self, X: Tensor, y: Tensor, l2: float = 1e-3, *, name: str = "logistic regression") -> None:
@@ -89,10 +89,10 @@ def breast_cancer(l2: float = 1e-3) -> Logistic:
     Features are shifted and scaled to mean 0 and standard deviation 1; malignant is +1.
 
     Args:
-        l2: Default 0.001.
+        l2: weight of the regularisation. Default: 0.001.
 
     Raises:
-        ModuleNotFoundError: scikit-learn, which ships the data, is not installed.
+        ModuleNotFoundError: scikit-learn, which provides the data, is not installed.
 
     Source: Wolberg, Mangasarian, Street & Street, UCI 1995, as packed by scikit-learn.
     """
@@ -104,12 +104,12 @@ def digits_pair(one: int = 3, other: int = 8, l2: float = 1e-3) -> Logistic:
     """Logistic regression between two handwritten digits of scikit-learn's 8x8 images, `one` being +1.
 
     Args:
-        one: the digit that is +1. Default 3.
-        other: another digit. Default 8.
-        l2: Default 0.001.
+        one: the digit with label +1. Default: 3.
+        other: the digit with label -1. Default: 8.
+        l2: weight of the regularisation. Default: 0.001.
 
     Raises:
-        ValueError: not two different digits.
+        ValueError: the arguments are not two different digits.
         ModuleNotFoundError: scikit-learn is not installed.
     """
     if one == other or not {one, other} <= set(range(10)):
@@ -134,6 +134,6 @@ def _sklearn() -> Any:
         from sklearn import datasets
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            'the real data of logistic regression needs scikit-learn: pip install "flatmin[digits]", or give X and y.'
+            'this data set needs scikit-learn, which is not installed; run: pip install "flatmin[digits]"'
         ) from error
     return datasets

@@ -1,4 +1,4 @@
-"""Runs of the library's recipes, and of inexact gradients of a chosen error, on functions with known constants."""
+"""Run recipes, and gradient methods with a prescribed error, on functions with known constants."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ RadiusLike = StepLike | Tied
 
 @dataclass(frozen=True)
 class Trace:
-    """What a run did, at the iterates x^k that were recorded.
+    """The recorded iterates x^k of a run.
 
     Attributes:
-        k: numbers of updates done, rising from 0, shape (m,).
+        k: numbers of updates, ascending from 0, shape (m,).
         f: f(x^k), shape (m,).
         gradient: ||grad f(x^k)||, shape (m,).
-        distance: of x^k to the minimisers, nan where they are not known, shape (m,).
-        t, rho: step size and radius of the update that led to x^k, number n = k; at k = 0 those of the first.
+        distance: distance of x^k from the minimisers, shape (m,); nan if they are not known.
+        t, rho: step size and radius of the update that led to x^k, number n = k; at k = 0 those of the first update.
         x: the iterates, shape (m, dim).
-        stopped: why the run ended early, "" if it did not.
+        stopped: why the run ended early; "" if it did not.
     """
 
     k: np.ndarray
@@ -47,7 +47,7 @@ class Trace:
     stopped: str = ""
 
     def at(self, k: int) -> int:
-        """The position of the last recorded iterate with at most k updates."""
+        """The index of the last recorded iterate with at most k updates."""
         return int(np.searchsorted(self.k, k, side="right")) - 1
 
 
@@ -67,7 +67,7 @@ def run(
     eps: float = 1e-12,
     **how: Any,
 ) -> Trace:
-    """Run x^{k+1} = x^k - t_{k+1} u^k, with u^k of a method, from x^0, in float64.
+    """Run x^{k+1} = x^k - t_{k+1} u^k from x^0 in float64, with u^k from a method.
 
         >>> from flatmin.theory.functions import Square
         >>> trace = run(Square(), "sam", steps=0.1, radius=0.1, updates=300)
@@ -75,28 +75,30 @@ def run(
         0.0111111111
 
     Args:
-        problem: f.
-        method: a recipe of the library (see `flatmin methods`), which runs as it is; "igd": u = grad f + e with
-            ||e|| = eps_k; "igdr": ||e|| = nu_k ||grad f||; "extragradient": u = grad f(x - rho grad f(x)), an instance
-            of igdr with nu = L rho, as no recipe has a negative radius. Default "sam".
-        steps: t_n > 0, n = 1, 2, ...: a rule, a number, words as in `read_rule`, or a function of n.
-        radius: rho_n >= 0, likewise, or tied to the step; eps_n of igd, nu_n of igdr. Default 0.0.
-        updates: >= 1.
-        start: x^0, shape (dim,). Default: the problem's own.
-        record: iterates kept: all where there are at most this many, else about so many, evenly in log k. Default 1000.
-        driver: "optimizer", `flatmin.SAM(torch.optim.SGD([x]))`, or "program", the same recipe without the optimizer
-            around it, about three times as fast. Default "optimizer".
-        error: direction of e: "against" grad f (the worst for descent; beyond ||grad f|| it climbs), "along" it (that
-            of SAM to first order), "random", uniform on the sphere, a floor of label noise. Default "against".
-        noise: standard deviation of a normal error of every coordinate of the gradient, drawn once an update and the
-            same in all of its passes, as that of a mini-batch is. What is recorded is exact. Default 0.0.
-        seed: of random errors, of the noise and of recipes that draw. Default 0.
-        eps: added to the norms that divide. Default 1e-12, as in `flatmin.SAM`.
+        problem: the function f.
+        method: a recipe (see `flatmin methods`); or "igd": u = grad f + e with ||e|| = eps_k; "igdr": u = grad f + e
+            with ||e|| = nu_k ||grad f||; "extragradient": u = grad f(x - rho grad f(x)), an instance of igdr with
+            nu = L rho, as no recipe has a negative radius. Default: "sam".
+        steps: t_n > 0, n = 1, 2, ...: a rule, a number, text as in `read_rule`, or a function of n.
+        radius: rho_n >= 0, in the same forms, or tied to the step; eps_n for igd, nu_n for igdr. Default: 0.0.
+        updates: number of updates, >= 1.
+        start: x^0, shape (dim,). Default: the start of the problem.
+        record: number of iterates to keep. All are kept if there are fewer; otherwise about this number, evenly spaced
+            in log k. Default: 1000.
+        driver: "optimizer" for `flatmin.SAM(torch.optim.SGD([x]))`, or "program" for the same recipe without the
+            optimizer, about three times as fast. Default: "optimizer".
+        error: direction of e: "against" grad f (the worst for descent; beyond ||grad f|| the update ascends), "along"
+            it (as for SAM to first order), or "random", uniform on the sphere. Default: "against".
+        noise: standard deviation of a normal error of every coordinate of the gradient. It is drawn once per update and
+            is the same in all passes of the update, like the error of a mini-batch. Recorded values are exact.
+            Default: 0.0.
+        seed: seed of random errors, of the noise and of random recipes. Default: 0.
+        eps: added to norms in denominators. Default: 1e-12, as in `flatmin.SAM`.
         how: parameters of the recipe's parts, e.g. theta=0.4.
 
     Raises:
-        ValueError: a step size that is not positive, a bad start, noise below 0 or where the recipe takes second
-            derivatives, or words that are not understood.
+        ValueError: a step size that is not positive, an invalid start, negative noise, noise for a recipe with second
+            derivatives, or text that cannot be read.
     """
     if updates < 1:
         raise ValueError(f"updates must be at least 1, got {updates!r}.")
@@ -109,7 +111,9 @@ def run(
     gradient = taken = inexact(problem, chosen, seed)
     if noise:
         if not 0 < noise < math.inf or Need.SECOND_ORDER in chosen.recipe.needs:
-            raise ValueError(f"noise must be >= 0, and 0 for recipes with second derivatives, got {noise!r}.")
+            raise ValueError(
+                f"noise must be >= 0 and finite, and 0 for recipes with second derivatives, got {noise!r}."
+            )
         taken = Noisy(gradient, noise, problem.dim, seed)
     runner: Driver
     if driver == "optimizer":
@@ -149,7 +153,7 @@ def run(
 
 
 class Inexact:
-    """grad f(x) with an error of the size that is set before each update: eps_k, nu_k, or rho of the extragradient."""
+    """grad f(x) with an error. Its `size`, set before each update, is eps_k, nu_k, or rho for the extragradient."""
 
     def __init__(self, problem: Function, chosen: Family, seed: int) -> None:
         self._problem, self._family, self.size = problem, chosen, 0.0
@@ -172,7 +176,7 @@ class Inexact:
 
 
 class Noisy:
-    """A gradient plus a normal error that stays until the next `draw`."""
+    """A gradient plus a normal error that is constant until the next call of `draw`."""
 
     def __init__(self, gradient: Gradient, size: float, dim: int, seed: int) -> None:
         self._gradient, self._size, self._dim = gradient, size, dim
@@ -180,7 +184,7 @@ class Noisy:
         self.draw()
 
     def draw(self) -> None:
-        """Take a new error."""
+        """Draw a new error."""
         self._error = self._size * torch.randn(self._dim, dtype=torch.float64, generator=self._generator)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -188,7 +192,7 @@ class Noisy:
 
 
 def inexact(problem: Function, chosen: Family, seed: int = 0) -> Gradient:
-    """What the closure of a run hands over: the gradient, with the error of the frameworks."""
+    """The gradient that a run uses, with the error of igd, igdr or extragradient if the method is one of these."""
     framework = chosen.kind in ("absolute", "relative", "extragradient")
     return Inexact(problem, chosen, seed) if framework else problem.gradient
 
@@ -208,7 +212,7 @@ def positive(rule: Rule, n: int) -> float:
 def recorded(updates: int, record: int) -> list[int]:
     """The iterates that a run keeps: all of 0..updates, or about `record` of them evenly in log k, with both ends."""
     if record < 2:
-        raise ValueError(f"record must be at least 2, the first and the last iterate, got {record!r}.")
+        raise ValueError(f"record must be at least 2, for the first and the last iterate, got {record!r}.")
     if updates < record:
         return list(range(updates + 1))
     spaced = np.geomspace(1, updates, record - 1).round().astype(int)

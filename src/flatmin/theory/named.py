@@ -1,4 +1,4 @@
-"""Functions by name, for command lines."""
+"""Functions by name, for the command line."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from flatmin.words import suggest
 
 @dataclass(frozen=True)
 class NamedFunction:
-    """A line of the table of functions.
+    """A function with a name.
 
     Attributes:
-        make: the numbers after the colon -> the problem.
-        numbers: how many it takes at most; -1: any.
-        summary: what it is, and what the numbers are.
-        least: where they are whole numbers, the smallest; None: any finite ones.
-        default: the numbers, where there are none.
+        make: makes the function from the numbers after the colon.
+        numbers: the largest number of numbers; -1 for any number.
+        summary: a description of the function and its numbers, with defaults in brackets.
+        least: the smallest value if the numbers must be whole; None if any finite numbers are allowed.
+        default: the numbers used if none are given.
     """
 
     make: Callable[..., Function]
@@ -54,13 +54,13 @@ FUNCTIONS: dict[str, NamedFunction] = {
 
 
 def read_function(words: str) -> Function:
-    """The function of a text: a name of `FUNCTIONS`, or a name and its numbers, `quadratic:1,4`.
+    """The function that a text names: a name from `FUNCTIONS`, perhaps with numbers, such as `quadratic:1,4`.
 
         >>> read_function("quadratic:1,4").function_class.L
         4.0
 
     Raises:
-        ValueError: an unknown name, or numbers that it does not take.
+        ValueError: an unknown name, or numbers that the function does not accept.
     """
     name, _, rest = words.partition(":")
     if name not in FUNCTIONS:
@@ -69,7 +69,7 @@ def read_function(words: str) -> Function:
     try:
         numbers = [float(text) for text in rest.split(",") if text.strip()]
     except ValueError:
-        raise ValueError(f"{words!r}: what follows the colon must be numbers joined by commas.") from None
+        raise ValueError(f"{words!r}: the text after the colon must be numbers separated by commas.") from None
     if 0 <= named.numbers < len(numbers):
         raise ValueError(f"{name} takes at most {named.numbers} numbers, got {len(numbers)}: {named.summary}.")
     for number in numbers:

@@ -1,4 +1,4 @@
-"""Rules from text, for command lines: `constant:0.1`, `power:c=0.5,p=0.5001`, `diminish1`, `tied:0.5`."""
+"""Rules from text, for the command line: `constant:0.1`, `power:c=0.5,p=0.5001`, `diminish1`, `tied:0.5`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,16 @@ from flatmin.words import suggest
 
 @dataclass(frozen=True)
 class Form:
-    """One form of the grammar: its maker, the key that a lone number fills, and the keys that are whole numbers."""
+    """One form of the grammar.
+
+    Attributes:
+        make: makes the rule from its keys.
+        keys: all keys.
+        lone: the key that a number without a key sets.
+        required: keys that must be given.
+        whole: keys whose values must be whole numbers.
+        formula: the formula, for help texts.
+    """
 
     make: Callable[..., Rule | Tied]
     keys: tuple[str, ...]
@@ -40,7 +49,7 @@ FORMS: dict[str, Form] = {
 
 
 def read_rule(words: str) -> Rule:
-    """The rule of a text.
+    """The rule that a text describes.
 
         >>> read_rule("power:c=0.5,p=0.5001").at(1)
         0.5
@@ -53,28 +62,28 @@ def read_rule(words: str) -> Rule:
         words: a number, a form of `FORMS`, or several of them joined by `*`.
 
     Raises:
-        ValueError: an unknown form or key, a missing or unreadable number, or a tied radius where a step is read.
+        ValueError: an unknown form or key, a missing or invalid number, or a tied radius in place of a step size.
     """
     rule = _read(words)
     if isinstance(rule, Tied):
-        raise ValueError(f"{words!r} ties a radius to the step size; a step size cannot be tied.")
+        raise ValueError(f"{words!r} is a radius tied to the step size and cannot be used as the step size.")
     return rule
 
 
 def read_radius(words: str) -> Rule | Tied:
-    """The radius of a text; like `read_rule`, and `tied:factor` as well."""
+    """The radius that a text describes: as in `read_rule`, or `tied:factor`."""
     return _read(words)
 
 
 def as_step(value: Rule | float | str | Callable[[int], float]) -> Rule:
     """A step size from a rule, a number, text or a function of n."""
     if isinstance(value, Tied):
-        raise ValueError(f"{value} ties a radius to the step size; a step size cannot be tied.")
+        raise ValueError(f"{value} is a radius tied to the step size and cannot be used as the step size.")
     return read_rule(value) if isinstance(value, str) else as_rule(value)
 
 
 def as_radius(value: Rule | Tied | float | str | Callable[[int], float], step: Rule) -> Rule:
-    """A radius from a rule, a tied radius, a number, text or a function of n; `step`: what tied radii follow."""
+    """A radius from a rule, a tied radius, a number, text or a function of n; tied radii follow `step`."""
     read = read_radius(value) if isinstance(value, str) else value
     return read.of(step) if isinstance(read, Tied) else as_rule(read)
 
@@ -85,7 +94,7 @@ def _read(words: str) -> Rule | Tied:
         return parts[0]
     rules = [part for part in parts if not isinstance(part, Tied)]
     if len(rules) < len(parts):
-        raise ValueError(f"{words!r}: a tied radius stands alone, not in a product.")
+        raise ValueError(f"{words!r}: a tied radius cannot be part of a product.")
     return Product(tuple(rules))
 
 
@@ -101,7 +110,7 @@ def _read_one(part: str, words: str) -> Rule | Tied:
         if not equals:
             key, text = form.lone, key
         if key not in form.keys:
-            raise ValueError(f"{name} has no {key!r}{suggest(key, form.keys)} (it has: {', '.join(form.keys)}).")
+            raise ValueError(f"{name} has no key {key!r}{suggest(key, form.keys)} (keys: {', '.join(form.keys)}).")
         value = _number(text)
         if value is None or key in given:
             raise ValueError(f"{words!r}: {key} must be given one number, got {text!r}.")

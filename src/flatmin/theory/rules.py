@@ -1,4 +1,4 @@
-"""Step sizes and radii as functions of the update's number, with what is known of them as it grows."""
+"""Step sizes and radii as functions of the update's number, with their asymptotic growth."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Asymptotics:
-    """A rule's growth: t_n / (c n^-p (log n)^-q) -> 1 as n grows; c = 0 stands for the rule that is 0.
+    """The growth of a rule: t_n / (c n^-p (log n)^-q) -> 1 as n -> inf; c = 0 for the rule that is 0.
 
     Args:
         c: factor, >= 0.
@@ -23,7 +23,7 @@ class Asymptotics:
     q: float = 0.0
 
     def __post_init__(self) -> None:
-        # Sums of decimal exponents must meet the borderline 1 exactly.
+        # Rounded, so that sums of decimal exponents can be compared with 1 exactly.
         object.__setattr__(self, "p", round(self.p, 12))
         object.__setattr__(self, "q", round(self.q, 12))
 
@@ -57,7 +57,7 @@ class Horizon:
 
 
 Growth = Asymptotics | Horizon | None
-"""What is known of a rule for large n; None: nothing."""
+"""The growth of a rule for large n; None if nothing is known."""
 
 
 class Rule(ABC):
@@ -70,10 +70,10 @@ class Rule(ABC):
         """The value for update n.
 
         Args:
-            n: number of the update, from 1 on.
+            n: number of the update, >= 1.
 
         Raises:
-            ValueError: n below 1.
+            ValueError: n is below 1.
         """
         if n < 1:
             raise ValueError(f"updates are numbered from 1, got n = {n!r}.")
@@ -177,15 +177,15 @@ class PowerRule(Rule):
 
 @dataclass(frozen=True)
 class Custom(Rule):
-    """t_n = function(n) for any function of n = 1, 2, ...; nothing is known of it, so evidence is numeric.
+    """t_n = function(n) for any function of n = 1, 2, ...; its growth is unknown, so evidence is numeric.
 
     Args:
-        function: n -> a number >= 0.
-        name: what tables print. Default "custom".
+        function: returns a number >= 0 for n.
+        name: name in tables. Default: "custom".
 
     Raises:
-        TypeError: not a function.
-        ValueError: at its use, for a value that is negative or not finite.
+        TypeError: `function` is not callable.
+        ValueError: when used, if a value is negative or not finite.
     """
 
     function: Callable[[int], float]
@@ -215,7 +215,7 @@ class Custom(Rule):
 
 @dataclass(frozen=True)
 class Tied:
-    """A radius tied to the step size: rho_n = factor t_n. It becomes a rule by `of(step)`.
+    """A radius tied to the step size: rho_n = factor t_n. The method `of` makes it a rule.
 
     Args:
         factor: > 0.
@@ -240,7 +240,7 @@ class Tied:
 
 @dataclass(frozen=True)
 class Product(Rule):
-    """The product of rules, value by value; what is known of all of them is known of it."""
+    """The product of rules; its growth is known if that of every factor is."""
 
     factors: tuple[Rule, ...]
 
@@ -281,14 +281,14 @@ def as_rule(value: Rule | float | Callable[[int], float]) -> Rule:
     if callable(value):
         name = getattr(value, "__name__", "custom")
         return Custom(value, "custom" if name == "<lambda>" else name)
-    raise TypeError(f"a rule is a number, words such as 'power:c=0.5,p=0.6', or a function of n, got {value!r}.")
+    raise TypeError(f"a rule must be a number, text such as 'power:c=0.5,p=0.6', or a function of n, got {value!r}.")
 
 
 def at_least_zero(name: str, **numbers: float) -> None:
-    """Refuse the first of the numbers that is negative or not finite.
+    """Check that numbers are finite and not negative.
 
     Raises:
-        ValueError: naming it.
+        ValueError: the name of the first number that is not.
     """
     for key, value in numbers.items():
         if not (isinstance(value, (int, float)) and 0 <= value < math.inf):

@@ -1,4 +1,4 @@
-"""The schedules of training as rules of the theory, which continue for ever."""
+"""The learning-rate schedules of training as rules of the theory, continued for all n."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class Diminish(Rule):
 
     Args:
         kind: 1, 2 or 3.
-        lr: >= 0. Default 0.1.
-        epoch: updates of an epoch, >= 1. Default 1.
+        lr: initial step size, >= 0. Default: 0.1.
+        epoch: updates per epoch, >= 1. Default: 1.
 
     Raises:
-        ValueError: another kind, or a number out of range.
+        ValueError: an unknown kind, or a number out of range.
 
     Source: Khanh et al., NeurIPS 2024, and their code fundamental-sam.
     """
@@ -34,7 +34,7 @@ class Diminish(Rule):
 
     def __post_init__(self) -> None:
         if self.kind not in (1, 2, 3):
-            raise ValueError(f"diminish has the kinds 1, 2 and 3, got {self.kind!r}.")
+            raise ValueError(f"the kind of diminish must be 1, 2 or 3, got {self.kind!r}.")
         at_least_zero(f"diminish{self.kind}", lr=self.lr)
         _count(f"diminish{self.kind}", epoch=self.epoch)
 
@@ -59,7 +59,7 @@ class Cosine(Rule):
     Args:
         T: length in updates, >= 1.
         lr: t_1, >= floor. Default 0.1.
-        floor: where it ends, >= 0. Default 0.0, so that there are only T updates.
+        floor: final step size, >= 0. Default: 0.0, so that there are only T updates.
 
     Raises:
         ValueError: a number out of range.

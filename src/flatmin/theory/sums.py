@@ -1,4 +1,4 @@
-"""Does a sum over the updates diverge? Symbolic where the rule is known, numeric evidence otherwise."""
+"""Convergence of sums over the updates: symbolic for rules of known growth, numeric evidence otherwise."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from flatmin.theory.rules import Asymptotics, Horizon, Product, Rule
 
 Proof = Literal["symbolic", "numeric"]
 EVIDENCE = 10**6
-"""Up to which n a rule of unknown growth is looked at."""
-CAUTION = "numeric evidence up to n = 1e6, no proof"
+"""The number of values of a rule of unknown growth that are evaluated."""
+CAUTION = "numeric evidence up to n = 1e6, not a proof"
 DECADES = ((10**2, 10**3), (10**3, 10**4), (10**4, 10**5), (10**5, EVIDENCE))
-"""The stretches over which a rule that tends to 0 must fall, one after the other."""
+"""The ranges of n from each of which to the next a rule must fall to count as tending to 0."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Judgement:
 
 @dataclass(frozen=True)
 class Limsup:
-    """The limsup of a rule; None if a rule of unknown growth was still rising, so that nothing bounds it."""
+    """The limsup of a rule; its value is None if a rule of unknown growth was still rising."""
 
     value: float | None
     reason: str
@@ -48,7 +48,7 @@ def sum_is_finite(rule: Rule, power: int = 1) -> Judgement:
     sum n^-p (log n)^-q converges if p > 1, or p = 1 and q > 1 (comparison with the integral), and diverges otherwise.
     A rule of unknown growth is summed up to n = 1e6: with S_j the sum over 10^j < n <= 10^(j+1), the exponent
     p = 1 - log10(S_5 / S_4) is read off; at most 1.001 is evidence of divergence, at least 1.15 of convergence, and
-    between them nothing is said, because there 1 / (n log n) and 1 / (n (log n)^2) look alike.
+    values in between are undecided, because there 1 / (n log n) and 1 / (n (log n)^2) cannot be distinguished.
 
     Args:
         rule: t.
@@ -70,9 +70,9 @@ def converges(terms: Asymptotics) -> bool:
 
 
 def tail(terms: Asymptotics) -> Asymptotics:
-    """The growth of R_k = sum_{n >= k} of terms of this growth, which must converge.
+    """The growth of the tail sums R_k = sum_{n >= k} of a convergent series.
 
-    c / (p - 1) k^(1-p) (log k)^-q for p > 1; c / (q - 1) (log k)^(1-q) for p = 1, q > 1.
+    It is c / (p - 1) k^(1-p) (log k)^-q for p > 1, and c / (q - 1) (log k)^(1-q) for p = 1, q > 1.
 
     Raises:
         ValueError: the series diverges.
@@ -89,8 +89,8 @@ def tail(terms: Asymptotics) -> Asymptotics:
 def tends_to_zero(rule: Rule) -> Judgement:
     """Whether t_n -> 0.
 
-    A rule of unknown growth must fall: the largest values over 10^j < n <= 10^(j+1), j = 2, ..., 5, must go down by
-    2 % or more each time. A value of 0 somewhere or a single drop is no evidence.
+    For a rule of unknown growth, the largest values over 10^j < n <= 10^(j+1), j = 2, ..., 5, must fall by 2 % or more
+    each time. A single 0 or a single drop is not enough.
     """
     growth = rule.asymptotics
     if growth is None:
@@ -100,7 +100,7 @@ def tends_to_zero(rule: Rule) -> Judgement:
         holds = True if falls else False if stays else None
         words = ", ".join(f"{top:.3g}" for top in tops)
         return Judgement(holds, f"largest t_n over the decades from n = 100 on: {words}: {CAUTION}", "numeric")
-    return Judgement(rule.limit == 0, f"t_n ~ {growth}" if isinstance(growth, Asymptotics) else f"it is {growth}")
+    return Judgement(rule.limit == 0, f"t_n ~ {growth}" if isinstance(growth, Asymptotics) else f"t_n is {growth}")
 
 
 def is_decreasing(rule: Rule) -> Judgement:
@@ -119,7 +119,7 @@ def limsup(rule: Rule) -> Limsup:
     """The limsup of t_n with its reason.
 
     For a rule of unknown growth it is the largest value over 1e5 < n <= 1e6, unless that exceeds the largest over
-    1e4 < n <= 1e5 by more than rounding: such a rule is still rising.
+    1e4 < n <= 1e5 by more than rounding; such a rule counts as still rising.
     """
     limit = rule.limit
     if limit is not None:

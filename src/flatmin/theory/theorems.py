@@ -1,7 +1,7 @@
-"""The statements of the convergence paper as functions: a pair of rules and a class of functions -> a `Theorem`.
+"""The theorems of the convergence paper as functions of a step size, a radius, a class of functions and a method.
 
-Source of all: Khanh, Luong, Mordukhovich & Tran, Fundamental Convergence Analysis of Sharpness-Aware Minimization,
-NeurIPS 2024. Where a consequence goes beyond the paper's statement, its reason says "derived".
+Source: Khanh, Luong, Mordukhovich & Tran, Fundamental Convergence Analysis of Sharpness-Aware Minimization, NeurIPS
+2024. The reason of a consequence that goes beyond the paper's statement says "derived".
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def convex(step: Rule, radius: Rule, f: FunctionClass, method: Family) -> Theore
     """
     top = sums.limsup(radius)
     bounded = None if top.value is None else top.value < float("inf")
-    along = "along the gradient" if method.climbs else "in another direction"
+    along = "is along" if method.climbs else "is not along"
     conditions = (
         Condition("f convex", f.convex, "given" if f.convex else "the class is not convex", about="setting"),
         _below(f),
@@ -42,7 +42,7 @@ def convex(step: Rule, radius: Rule, f: FunctionClass, method: Family) -> Theore
         Condition.of("sum t = inf", sums.sum_is_finite(step).negated()),
         Condition.of("sum t^2 < inf", sums.sum_is_finite(step, 2)),
         Condition("sup rho < inf", bounded, top.reason, top.proof),
-        Condition("d = grad f", method.climbs, f"the ascent goes {along}", about="setting"),
+        Condition("d = grad f", method.climbs, f"the perturbation {along} the gradient", about="setting"),
     )
     gives = {1: CONVEX, 2: f"{CONVEX}, derived", 3: f"{CONVEX}, derived"}
     lacks: dict[int, str] = {}
@@ -52,7 +52,7 @@ def convex(step: Rule, radius: Rule, f: FunctionClass, method: Family) -> Theore
         gives[4] = f"{CONVEX}, as the minimisers are bounded; f(x^k) converges (derived)"
         lacks[5] = "it needs a unique minimiser"
     else:
-        lacks[4] = lacks[5] = f"it needs a bounded set of minimisers, which are {f.minimisers}"
+        lacks[4] = lacks[5] = f"it needs a bounded set of minimisers, but the set is {f.minimisers}"
     return Theorem(CONVEX, conditions, gives, lacks)
 
 
@@ -124,7 +124,7 @@ def relative(step: Rule, radius: Rule, f: FunctionClass, method: Family) -> Theo
     if f.bounded_below:
         gives |= {1: name, 2: name, 3: name}
     else:
-        lacks |= {k: "f may fall without bound" for k in (1, 3, 4, 5)}
+        lacks |= {k: "f may not be bounded below" for k in (1, 3, 4, 5)}
         return Theorem(name, conditions, gives, lacks)
     if f.accumulates:
         gives[4] = f"{name}, as f falls and its level sets are bounded"
@@ -144,7 +144,7 @@ def _step_bound(step: Rule, nu: float | None, f: FunctionClass) -> Condition:
     t, why, proof = top.value, top.reason, top.proof
     name = "limsup t < 2 (1 - nu) / (L (1 + nu)^2)"
     if nu is not None and nu >= 1:
-        return Condition(name, False, f"there is no such step for nu = {nu:.4g}, which is not below 1")
+        return Condition(name, False, f"there is no such step, because nu = {nu:.4g} is not below 1")
     if t is None:
         return Condition(name, None, why, proof)
     if t == 0 and nu is not None:
@@ -170,5 +170,5 @@ def _lipschitz(f: FunctionClass) -> Condition:
     if f.where == "everywhere":
         return Condition("grad f Lipschitz", True, f"{constant}given")
     where = f.where.removeprefix("on ")
-    why = f"{constant}only on {where}: the theorem holds for runs whose iterates and x + eps keep to it"
+    why = f"{constant}only on {where}; the theorem holds for runs whose iterates x and points x + eps stay there"
     return Condition("grad f Lipschitz", None, why, about="setting")

@@ -1,4 +1,4 @@
-"""What the checker says: conditions, theorems, and which of the five properties follow."""
+"""The verdict of the checker: conditions, theorems, and which of the five properties follow."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class Condition:
 
     Attributes:
         name: the hypothesis, as a formula.
-        holds: True, False, or None where it could not be decided.
-        reason: why, in words.
-        proof: "symbolic", from what is known of the rules, or "numeric", from their first million values.
-        about: whether it speaks of the "rules", or of the "setting", the function and the method.
+        holds: True, False, or None if it could not be decided.
+        reason: the reason, as text.
+        proof: "symbolic", from the growth of the rules, or "numeric", from their first million values.
+        about: "rules" for a condition on the rules, "setting" for one on the function or the method.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Condition:
 
     @classmethod
     def of(cls, name: str, finding: Judgement) -> Condition:
-        """From a finding about a rule."""
+        """A condition from a judgement about a rule."""
         return cls(name, finding.holds, finding.reason, finding.proof)
 
     def __str__(self) -> str:
@@ -51,13 +51,13 @@ class Condition:
 
 @dataclass(frozen=True)
 class Theorem:
-    """One theorem, held against a pair of rules, a class of functions and a method.
+    """One theorem, applied to a pair of rules, a class of functions and a method.
 
     Attributes:
         name: number and title.
         conditions: its hypotheses.
-        gives: number of a property (1 to 5) -> why it follows, if all conditions hold.
-        lacks: number of a property -> what is missing for it even then.
+        gives: number of a property (1 to 5) -> why it follows if all conditions hold.
+        lacks: number of a property -> what is missing for it even if all conditions hold.
     """
 
     name: str
@@ -67,7 +67,7 @@ class Theorem:
 
     @property
     def holds(self) -> bool | None:
-        """Whether every condition does; None if none fails and some could not be decided."""
+        """Whether every condition holds; None if none fails but some could not be decided."""
         states = [c.holds for c in self.conditions]
         return False if False in states else None if None in states else True
 
@@ -83,9 +83,9 @@ class Property:
 
     Attributes:
         number: 1 to 5, the position in `PROPERTIES`.
-        status: "follows" from a theorem that applies; "fails" for a known member of the class; "not shown".
-        reason: by which theorem, which counter-example, or what is missing; says so where numeric evidence was used.
-        elsewhere: whether it is known to fail only for another member of the class than the function asked about.
+        status: "follows" from a theorem that applies; "fails" for a known member of the class; or "not shown".
+        reason: the theorem, the counterexample, or what is missing. Numeric evidence is marked as such.
+        elsewhere: whether it is known to fail only for a member of the class other than the function in question.
     """
 
     number: int
@@ -104,18 +104,18 @@ class Property:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is known of a method with a step size and a radius on a class of functions.
+    """What the theory says about a method with a step size and a radius on a class of functions.
 
     Attributes:
         step, radius: the rules; the radius as the method uses it.
         functions: the class.
         family: the method.
-        theorem: the name of the theorem that applies, of several the one that gives most; None if none does.
-        conditions: of that theorem, or of the one that comes nearest.
-        theorems: all that were tried, that one first.
-        properties: the five.
-        rate: how fast, in words; "" where nothing is known.
-        distance: to the minimiser, where a closed form says that the iterates stay away from it; else None.
+        theorem: the name of the theorem that applies; of several, the one that gives most; None if none does.
+        conditions: the conditions of that theorem, or of the nearest one if none applies.
+        theorems: all theorems that were tried, that one first.
+        properties: the five properties.
+        rate: the rate of convergence as text; "" if none is known.
+        distance: the final distance from the minimiser if a closed form shows that the iterates stay away; else None.
     """
 
     step: Rule
@@ -133,7 +133,7 @@ class Verdict:
     def converges(self) -> bool | None:
         """Whether grad f(x^k) -> 0: True if it follows, False if it is known to fail, else None.
 
-        Of a function that is no quadratic a counter-example in its class says nothing: None.
+        A counterexample in the class of a function that is not a quadratic decides nothing for the function itself.
         """
         gradient_vanishes = self.properties[2]
         return (
@@ -149,7 +149,7 @@ class Verdict:
 
     @property
     def numeric(self) -> bool:
-        """Whether anything that was used is numeric evidence and no proof."""
+        """Whether any condition rests on numeric evidence rather than a proof."""
         return any(c.proof == "numeric" for c in self.conditions)
 
     def __str__(self) -> str:
@@ -161,5 +161,5 @@ class Verdict:
             *(f"  {p}" for p in self.properties),
         ]
         lines += [f"rate: {self.rate}"] if self.rate else []
-        lines += [] if self.distance is None else [f"distance to the minimiser in the end: {self.distance:.6g}"]
+        lines += [] if self.distance is None else [f"final distance from the minimiser: {self.distance:.6g}"]
         return "\n".join(lines)

@@ -1,8 +1,8 @@
-"""Figures: what they show, drawn interactively in pages and as files for papers.
+"""Figures, drawn interactively in pages or as files for papers.
 
-`profile`, `contour`, `surface`, `density`, `eigenvalues`, `curve`, `followed` and `rise` describe what was measured,
-`Chart` and `Series` anything else. `save` writes a figure by the ending of its file; `as_matplotlib` gives it as a
-figure of matplotlib.
+`profile`, `contour`, `surface`, `density`, `eigenvalues`, `curve`, `followed` and `rise` make figures of measurements;
+`Chart` and `Series` make any other figure. `save` writes a figure to a file whose suffix sets the format.
+`as_matplotlib` returns a figure of matplotlib.
 """
 
 from flatmin.report.figures.chart import Axis, Chart, Drawable, Field, Radar, Series

@@ -1,7 +1,7 @@
-"""What a figure shows, as plain numbers and words; `interactive` draws it in pages and `static` for papers.
+"""The content of a figure as plain data; `interactive` draws it in pages and `static` for papers.
 
 Texts are plain: each renderer escapes what it would read as markup, and breaks lines. Colours are names of the page's
-style sheet ("tone-1", "ink"), see `flatmin.report.style`, or "#rrggbb" where they are to be the same in every theme.
+style sheet ("tone-1", "ink"), see `flatmin.report.style`, or "#rrggbb" for a colour that is the same in every theme.
 
     >>> loss = Series(label="SAM", x=[1, 2], y=[0.9, 0.4], y_interval=([0.8, 0.3], [1.0, 0.5]))
     >>> chart = Chart(title="Loss", x=Axis(label="epoch"), y=Axis(label="loss", log=True), series=[loss])
@@ -25,12 +25,13 @@ class Axis:
     """An axis.
 
     Args:
-        label: with its unit.
-        log: whether it is logarithmic. Its range and ticks are given as values, not as logarithms.
-        ticks: {place: text}; None for numbers that the renderer chooses.
-        range: its ends, from the left or from below; None to follow the data. Ends that fall turn the axis round.
-        from_zero: the axis begins at 0 if no value is negative.
-        grid: whether there are lines at the ticks.
+        label: label with the unit.
+        log: whether the axis is logarithmic. Range and ticks are values, not logarithms.
+        ticks: {place: text}; None to let the renderer choose.
+        range: the ends, from left to right or from bottom to top; None to follow the data. Descending ends reverse the
+            axis.
+        from_zero: whether the axis begins at 0 if no value is negative.
+        grid: whether there are grid lines at the ticks.
     """
 
     label: str = ""
@@ -46,27 +47,27 @@ class Series:
     """A line, a row of marks, or both.
 
     Args:
-        x, y: NaN is a gap; without any point it stands in the legend of a file only. In a radar, x is the number of the
-            spoke and y lies in [0, 1].
-        label: for the legend; "" leaves it out of the legend.
-        kind: "steps" is a line that goes sideways first.
-        tone: its colour.
-        dash: of `flatmin.report.style.DASHES`.
-        width: of the line, pixels.
-        symbol: of `flatmin.report.style.SYMBOLS`.
+        x, y: coordinates; NaN leaves a gap. A series without points appears only in the legend of a file. In a radar,
+            x is the number of the spoke and y is in [0, 1].
+        label: text in the legend; "" to leave the series out of it.
+        kind: "line", "marks", "both", or "steps" for a line of horizontal and vertical pieces.
+        tone: colour.
+        dash: one of `flatmin.report.style.DASHES`.
+        width: width of the line in pixels.
+        symbol: one of `flatmin.report.style.SYMBOLS`.
         filled: whether marks are filled or open.
-        size: of the marks, pixels.
+        size: size of the marks in pixels.
         edge: colour of the marks' outlines; "" for none.
-        opacity: of lines and marks, in (0, 1].
+        opacity: opacity of lines and marks, in (0, 1].
         x_interval, y_interval: the lower and the upper ends of intervals; NaN where there is none.
         band: whether y_interval is drawn as a band rather than as error bars.
         lost: x of points whose value is not finite, drawn as crosses at the upper edge.
-        hover: a text for each point, shown in pages; none by default.
-        group: the key by which a page's legend hides it.
-        points: keys of the choices in a page's legend that show it; None: all of them.
+        hover: a text for each point, shown in pages. Default: none.
+        group: the key by which a page's legend hides the series.
+        points: keys of the choices in a page's legend that show the series; None for all.
 
     Raises:
-        ValueError: lengths that differ.
+        ValueError: the lengths differ.
     """
 
     x: Numbers
@@ -93,16 +94,16 @@ class Series:
         intervals = (*(self.x_interval or ()), *(self.y_interval or ()))
         lengths = [len(part) for part in (self.x, self.y, *intervals, self.hover or self.x)]
         if len(set(lengths)) > 1:
-            raise ValueError(f"x, y, intervals and hover of {self.label!r} must have one length, got {lengths}.")
+            raise ValueError(f"x, y, intervals and hover of {self.label!r} must have the same length, got {lengths}.")
 
     @property
     def marked(self) -> bool:
-        """Whether points are marked: by its kind, or because a single point makes no line."""
+        """Whether points are marked: because of the kind, or because a single point makes no line."""
         return self.kind in ("marks", "both") or len(self.x) == 1
 
     @property
     def lined(self) -> bool:
-        """Whether points are joined."""
+        """Whether points are joined by a line."""
         return self.kind != "marks" and len(self.x) != 1
 
 
@@ -111,14 +112,14 @@ class Chart:
     """Series on a horizontal and a vertical axis.
 
     Args:
-        title: its heading in a page, and the name of its file; not drawn.
+        title: heading in a page, and base of the file's name; not drawn.
         x, y: the axes.
-        series: in the order in which they are drawn, later ones on top.
+        series: the series in drawing order, later ones on top.
         levels: {height: text} of dotted horizontal lines.
-        note: what a reader must know besides; drawn above the figure.
-        caption: a sentence under its heading in a page; not drawn.
-        legend: whether it has a legend of its own in a page. A file has one wherever series have labels.
-        height: in a page, pixels; files have the same proportions.
+        note: a note drawn above the figure.
+        caption: text under the heading in a page; not drawn.
+        legend: whether the figure has its own legend in a page. A file has a legend if series have labels.
+        height: height in a page, in pixels; files have the same proportions.
     """
 
     title: str
@@ -134,16 +135,16 @@ class Chart:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Field:
-    """Heights over a plane, as a map with contour lines or in perspective.
+    """Values over a plane, as a map with contour lines or as a surface in perspective.
 
     Args:
         title, note, caption, height: see `Chart`.
-        xs, ys: of the grid.
-        z: z[j, i] at (xs[i], ys[j]); NaN where nothing is known or finite.
-        x, y, z_axis: the axes; the last is that of the heights.
-        levels: of the contours, rising; the ends are those of the colours.
+        xs, ys: coordinates of the grid.
+        z: z[j, i] is the value at (xs[i], ys[j]); NaN if it is unknown or not finite.
+        x, y, z_axis: the axes; the last is that of the values.
+        levels: levels of the contours in ascending order; the ends are those of the colour scale.
         series: lines and marks on a map, such as a trajectory; not drawn in perspective.
-        view: elevation and azimuth of the eye in degrees for a picture in perspective; None for a map.
+        view: elevation and azimuth of the eye in degrees for a surface in perspective; None for a map.
     """
 
     title: str
@@ -167,8 +168,8 @@ class Radar:
 
     Args:
         title, note, caption, height: see `Chart`.
-        spokes: their names, clockwise from the top.
-        series: x is the number of a spoke, y lies in [0, 1]; a polygon is closed if its last corner is its first.
+        spokes: names of the spokes, clockwise from the top.
+        series: x is the number of a spoke, y is in [0, 1]; a polygon is closed if its last corner equals its first.
         ring: radius of the inner ring.
     """
 
@@ -186,13 +187,13 @@ D = TypeVar("D", bound=Drawable)
 
 
 def at(shown: D, point: str) -> D:
-    """What is seen of a figure at one of the choices of a page's legend, with series named by their groups."""
+    """A figure with only the series shown for one choice of a page's legend, labelled by their groups."""
     seen = [one for one in shown.series if one.points is None or point in one.points]
     return replace(shown, series=[replace(one, label=one.group if one.label else "") for one in seen])
 
 
 def reach(shown: Chart, way: Literal["x", "y"]) -> list[float]:
-    """All values on an axis of a chart, ends of intervals among them."""
+    """All values on an axis of a chart, including the ends of intervals."""
     return [
         value
         for one in shown.series
@@ -202,5 +203,5 @@ def reach(shown: Chart, way: Literal["x", "y"]) -> list[float]:
 
 
 def entries(shown: Drawable) -> list[Series]:
-    """The series that stand in the figure's legend: one for each label."""
+    """The series in the figure's legend, one for each label."""
     return list({one.label: one for one in reversed(shown.series) if one.label}.values())[::-1]

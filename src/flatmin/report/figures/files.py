@@ -1,4 +1,4 @@
-"""Figures as files: for papers, or as a page. The same figure gives the same bytes."""
+"""Write figures to image files or pages. The same figure always gives the same bytes."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _DATES: dict[str, dict[str, None]] = {".svg": {"Date": None}, ".pdf": {"Creation
 _SIGNS = str.maketrans({sign: f" {word} " for sign, word in {
     "<": "lt", ">": "gt", "≤": "le", "|": "bar", "ε": "epsilon", "λ": "lambda", "φ": "phi", "ρ": "rho",
 }.items()})  # fmt: skip
-_LONGEST = 80  # characters of a file's name
+_LONGEST = 80  # the most characters of a file's name
 
 
 def endings(text: str) -> tuple[str, ...]:
-    """The endings in a list such as "svg,pdf"; checks that such files can be drawn.
+    """The suffixes in a list such as "svg,pdf". Also checks that matplotlib is installed.
 
     Raises:
-        ValueError: none, or an unknown one.
+        ValueError: no suffix, or an unknown one.
         ModuleNotFoundError: matplotlib is not installed (extra "plot").
 
     Example:
@@ -39,21 +39,21 @@ def endings(text: str) -> tuple[str, ...]:
     unknown = [ending for ending in found if ending not in ENDINGS]
     if unknown or not found:
         known = ", ".join(ending[1:] for ending in ENDINGS)
-        raise ValueError(f"figures are written as {known}, or several of them with commas between; got {text!r}.")
+        raise ValueError(f"the formats of figures must be one or more of {known}, with commas between; got {text!r}.")
     static.require()
     return found
 
 
 def save(shown: Drawable, path: str | os.PathLike[str], *, width: float = static.COLUMN) -> Path:
-    """Write a figure by the ending of its file: .svg, .pdf, .png, or .html for a page that works without a network.
+    """Write a figure as .svg, .pdf or .png, or as .html for a page that works without a network.
 
     Args:
         shown: the figure.
-        path: of the file; its folder is created.
-        width: inches, of files other than pages. Default: 3.3, a column; text is then 8 points high.
+        path: path of the file; its suffix sets the format, and its folder is created.
+        width: width in inches, except for pages. Default: 3.3, a column of a paper, with text 8 points high.
 
     Raises:
-        ValueError: another ending.
+        ValueError: a different suffix.
         ModuleNotFoundError: matplotlib (extra "plot"), or plotly for a page (extra "report"), is not installed.
         OSError: the file cannot be written.
     """
@@ -67,11 +67,11 @@ def save(shown: Drawable, path: str | os.PathLike[str], *, width: float = static
 def save_all(
     shown: Iterable[Drawable], folder: str | os.PathLike[str], suffix: str, *, width: float = static.COLUMN
 ) -> list[Path]:
-    """Write figures into a folder, each into a file that is named after its title.
+    """Write figures into a folder, each into a file named after its title.
 
     Args:
-        shown: the figures; of two with one title the second gets a number.
-        folder: it is created.
+        shown: the figures; if several have the same title, all but the first get a number.
+        folder: the folder; made if it does not exist.
         suffix: ".svg", ".pdf", ".png" or ".html".
         width: see `save`.
 
@@ -90,10 +90,10 @@ def save_all(
 
 
 def save_page(shown: Sequence[Drawable], path: str | os.PathLike[str], *, title: str) -> Path:
-    """Write figures under their headings as one HTML page that works without a network.
+    """Write figures with headings as one HTML page that works without a network.
 
     Raises:
-        ValueError: no figure.
+        ValueError: there is no figure.
         ModuleNotFoundError: plotly is not installed (extra "report").
         OSError: the file cannot be written.
     """
@@ -103,10 +103,10 @@ def save_page(shown: Sequence[Drawable], path: str | os.PathLike[str], *, title:
 
 
 def write_figure(figure: Figure, path: str | os.PathLike[str], *, dpi: int = 300) -> Path:
-    """Write a figure of matplotlib as .svg, .pdf or .png; texts stay texts.
+    """Write a figure of matplotlib as .svg, .pdf or .png; text is kept as text.
 
     Raises:
-        ValueError: another ending.
+        ValueError: a different suffix.
         OSError: the file cannot be written.
     """
     target = check_ending(Path(path))
@@ -117,11 +117,11 @@ def write_figure(figure: Figure, path: str | os.PathLike[str], *, dpi: int = 300
 
 
 def check_ending(path: Path) -> Path:
-    """The path, if figures can be written to it.
+    """The path, if its suffix is that of a figure.
 
     Raises:
-        ValueError: another ending.
+        ValueError: a different suffix.
     """
     if path.suffix not in ENDINGS:
-        raise ValueError(f"a figure is written as {', '.join(ENDINGS)}, got {path.name!r}.")
+        raise ValueError(f"the name of a figure's file must end in {', '.join(ENDINGS)}, got {path.name!r}.")
     return path

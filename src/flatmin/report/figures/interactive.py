@@ -1,7 +1,7 @@
-"""Figures in pages: plain data for plotly.js, which draws them in the reader's browser; no plotly is needed here.
+"""Figures in pages: data for plotly.js, which draws them in the browser. Python's plotly is not needed here.
 
-Colours are named as the style sheet names them, so that figures follow the page's theme. Plotly reads some HTML and TeX
-in texts; both lose their meaning here.
+Colours are names of the style sheet, so that figures follow the page's theme. HTML and TeX in texts are escaped,
+because plotly would interpret them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from flatmin.report.figures.chart import Axis, Chart, Drawable, Field, Radar, Se
 from flatmin.report.html import Figure, Markup, plot_text
 
 _WIDTH = 44  # characters of an axis label before it is broken
-_DECADES = 3  # more of them have ticks at powers of ten alone
+_DECADES = 3  # axes over more decades have ticks at powers of ten only
 _BAND = 0.15  # opacity of a band
 _SIDES = {"l": 64, "r": 16, "b": 48}
 _NARROW = {"l": 48, "r": 8}
@@ -30,7 +30,7 @@ def embed(shown: Drawable) -> Markup:
 
 
 def panels(shown: Sequence[Drawable]) -> Markup:
-    """Figures of a page under their titles, side by side where the page is wide enough."""
+    """Figures of a page with their titles, side by side if the page is wide enough."""
     return html.panels({one.title: figure(one) for one in shown})
 
 
@@ -65,7 +65,7 @@ def figure(shown: Drawable) -> Figure:
 
 
 def _traces(one: Series, opacity: float) -> list[dict[str, Any]]:
-    """A series, below it its band."""
+    """The traces of a series, with its band first if it has one."""
     shared: dict[str, Any] = {"type": "scatter", "showlegend": False}
     if one.group:
         shared["legendgroup"] = one.group
@@ -103,7 +103,7 @@ def _traces(one: Series, opacity: float) -> list[dict[str, Any]]:
 
 
 def _bars(at: Sequence[float], ends: tuple[Sequence[float], Sequence[float]], color: str) -> dict[str, Any]:
-    """Error bars, thick enough to be seen and never in the way."""
+    """Error bars."""
     under, over = ([0.0 if math.isnan(b - a) else max(0.0, b - a) for a, b in pairs] for pairs in (
         zip(ends[0], at, strict=True), zip(at, ends[1], strict=True)
     ))  # fmt: skip
@@ -114,7 +114,7 @@ def _bars(at: Sequence[float], ends: tuple[Sequence[float], Sequence[float]], co
 def _outline(
     xs: Sequence[float], lows: Sequence[float], highs: Sequence[float]
 ) -> tuple[list[float | None], list[float | None]]:
-    """Around the room between two curves; there is a gap where one of them is not known."""
+    """The outline of the area between two curves, with a gap where one of them is unknown."""
     parts: list[list[tuple[float, float, float]]] = [[]]
     for place in zip(xs, lows, highs, strict=True):
         if all(map(math.isfinite, place)):
@@ -131,7 +131,7 @@ def _outline(
 
 
 def _lost(one: Series, shown: Chart) -> dict[str, Any]:
-    """Crosses for what has no height, at that of the highest point."""
+    """Crosses at the height of the highest point, for points whose value is not finite."""
     top = max((y for other in shown.series for y in other.y if math.isfinite(y)), default=1.0)
     crosses = Series(
         x=one.lost, y=[top] * len(one.lost), kind="marks", symbol="x", tone=one.tone, group=one.group,
@@ -148,7 +148,7 @@ def _map(field: Field) -> Figure:
         "y": field.ys.tolist(),
         "z": height,
         "colorscale": "Viridis",
-        # plotly.js knows equal steps only.
+        # plotly.js supports equal steps only.
         "contours": {"start": ends[0], "end": ends[1], "size": (ends[1] - ends[0]) / (len(field.levels) - 1)},
         "autocontour": False,
         "showlegend": False,
@@ -166,7 +166,7 @@ def _map(field: Field) -> Figure:
 
 
 def _relief(field: Field) -> Figure:
-    """In perspective, to be turned with the mouse."""
+    """A surface in perspective, which can be turned with the mouse."""
     height, ends = _heights(field)
     data = [
         {
@@ -205,7 +205,7 @@ def _relief(field: Field) -> Figure:
 
 
 def _heights(field: Field) -> tuple[list[list[float]], list[float]]:
-    """The heights as plotly is to see them, NaN where there are none, and the ends of their scale."""
+    """The values to draw (logarithms for a logarithmic axis), and the ends of their scale."""
     levels, z = (np.log10(values) if field.z_axis.log else values for values in (field.levels, field.z))
     return z.tolist(), [float(levels[0]), float(levels[-1])]
 
@@ -257,8 +257,9 @@ def _axis(axis: Axis, values: Sequence[float], *, sideways: bool = False) -> dic
         if decades > _DECADES:
             made |= {"exponentformat": "power", "dtick": math.ceil(decades / 8)}
         elif ticks is None:
-            # Numbers as they are: plotly's own are a power of ten with bare digits beside it.
-            ticks = {value: scales.number(value) for value in scales.ticks(low / 1.2, high * 1.2, log=True)}
+            # Full numbers as labels; plotly would write bare digits beside a power of ten.
+            room = min(1.2, max((high / low) ** 0.08, 1.005))
+            ticks = {value: scales.number(value) for value in scales.ticks(low / room, high * room, log=True)}
     if axis.range != (None, None):
         made["range"] = [math.log10(end) if end is not None and axis.log else end for end in axis.range]
     elif axis.from_zero and low >= 0:
@@ -278,7 +279,7 @@ def _framed(
     sides: Mapping[str, int] | None = None,
     top: int = 16,
 ) -> Figure:
-    """The figure with its note above it and its legend under that."""
+    """The figure with its note at the top and its legend below the note."""
     wide, narrow = ((_legend_rows(shown, width) if legend else 0) for width in (120, 38))
     note = 20 if shown.note else 0
     if legend:
@@ -293,7 +294,7 @@ def _framed(
 
 
 def _legend_rows(shown: Drawable, width: int) -> int:
-    """Rows of a legend of so many characters a row."""
+    """The number of rows of a legend with at most `width` characters per row."""
     rows, used = 1, 0
     for one in entries(shown):
         size = len(one.label) + 8
@@ -306,6 +307,6 @@ def _color(tone: str) -> str:
 
 
 def _lines(text: str, width: int = 0) -> str:
-    """Plain text for plotly, in lines."""
+    """Plain text for plotly, broken into lines."""
     broken = scales.broken(text, width) if width else text
     return "<br>".join(plot_text(line) for line in broken.split("\n"))

@@ -1,4 +1,4 @@
-"""Figures of loss landscapes: along a direction or a path, and over a plane, from above or in perspective."""
+"""Figures of loss landscapes: along a direction or a path, and over a plane as a map or in perspective."""
 
 from __future__ import annotations
 
@@ -26,35 +26,35 @@ _DECADE = 10.0  # values that span this factor have a logarithmic axis
 def profile(
     shown: Landscape | Mapping[str, Landscape], *, value: Value = "loss", unit: Unit = "auto", log: bool | None = None
 ) -> Chart:
-    """Slices of one direction, or paths, on one axis. A value that is not finite is a gap with a cross.
+    """Values along slices of one direction, or along paths. Values that are not finite leave a gap with a cross.
 
     Args:
         shown: a slice or a path, or several by name.
         value: "loss", "accuracy" or "error", the latter two in percent.
-        unit: of the distance along a slice: "relative" to ||w||, "absolute", "steps" (multiples of the direction), or
-            "auto" (default): steps towards a checkpoint, else relative.
-        log: whether the y axis is logarithmic. Default: if values are positive and span a factor of ten.
+        unit: unit of the distance along a slice: "relative" to ||w||, "absolute", "steps" (multiples of the
+            direction), or "auto": "steps" for a direction to a checkpoint, otherwise "relative".
+        log: whether the y axis is logarithmic. Default: yes if values are positive and span a factor of ten.
 
     Raises:
-        ValueError: slices of two directions, slices and paths together, no accuracy, or nothing to draw.
+        ValueError: a slice with two directions, slices mixed with paths, no accuracy, or nothing to draw.
     """
     named = dict(shown) if isinstance(shown, Mapping) else {"": shown}
     if not named:
         raise ValueError("there is nothing to draw.")
     if len({item.kind for item in named.values()}) > 1:
-        raise ValueError("slices and paths have no axis in common; draw them apart.")
+        raise ValueError("slices and paths cannot be drawn in one figure; draw them separately.")
     style = styles(list(named))
     series, xlabels, notes, ticks = [], [], [], None
     for name, item in named.items():
         if isinstance(item, Slice):
             if len(item.axes) != 1:
-                raise ValueError("a profile is of one direction, and this slice has two; use contour or surface.")
+                raise ValueError("a profile needs a slice of one direction, but this has two; use contour or surface.")
             x, xlabel = _distances(item, 0, unit)
         elif isinstance(item, Path):
             x, xlabel = item.times.numpy(), _path_label(item)
             ticks = dict(zip(map(float, range(item.segments + 1)), item.labels, strict=True))
         else:
-            raise ValueError(f"a profile is of a slice or a path, got {type(item).__name__}.")
+            raise ValueError(f"a profile needs a slice or a path, got {type(item).__name__}.")
         y, note, lost = _values(item, value)
         label = name
         if isinstance(item, Path) and value == "loss" and item.complete:
@@ -99,22 +99,22 @@ def contour(
     log: bool | None = None,
     levels: int | Sequence[float] = _LEVELS,
 ) -> Field:
-    """A slice of two directions from above, with the trajectory that it holds.
+    """A contour map of a slice of two directions, with its trajectory if it has one.
 
     Args:
         shown: the slice.
         value: see `profile`.
         unit: see `profile`.
         log: whether the levels are logarithmic; see `profile`.
-        levels: their number, equal steps of the value or of its logarithm, or the levels themselves; pages draw as many
-            equal steps between the first and the last.
+        levels: the number of levels, equally spaced in the value or its logarithm; or the levels themselves. Pages
+            always draw equally spaced levels, as many as given, between the first and the last.
 
     Raises:
-        ValueError: a slice of one direction, no accuracy, levels that do not rise, or nothing to draw.
+        ValueError: a slice of one direction, no accuracy, levels that do not ascend, or nothing to draw.
     """
     if not isinstance(shown, Slice) or len(shown.axes) != 2:
         have = "one direction" if isinstance(shown, Slice) else f"a {type(shown).__name__}"
-        raise ValueError(f"this needs a slice of two directions, got {have}; use profile.")
+        raise ValueError(f"contour and surface need a slice of two directions, got {have}; use profile.")
     if min(shown.loss.shape) < 2:
         raise ValueError(f"a plane needs two points on each axis, got {' by '.join(map(str, shown.loss.shape))}.")
     (x, xlabel), (y, ylabel) = _distances(shown, 0, unit), _distances(shown, 1, unit)
@@ -143,15 +143,15 @@ def surface(
     elevation: float = 25.0,
     azimuth: float = -50.0,
 ) -> Field:
-    """A slice of two directions in perspective; in a page it can be turned.
+    """A slice of two directions as a surface in perspective, which can be turned in a page.
 
     Args:
         shown: the slice.
         value: see `profile`.
         unit: see `profile`.
         log: see `profile`.
-        elevation: of the eye above the plane, degrees.
-        azimuth: of the eye around it, degrees.
+        elevation: elevation of the eye above the plane, in degrees.
+        azimuth: azimuth of the eye, in degrees.
 
     Raises:
         ValueError: see `contour`.
@@ -160,7 +160,7 @@ def surface(
 
 
 def _marks(shown: Slice, x: Array, y: Array, lost: npt.NDArray[np.bool_], unit: Unit) -> list[Series]:
-    """What stands on a map: points that are not finite, the trajectory, and the model."""
+    """Marks on a map: points that are not finite, the trajectory, and the model."""
     made = []
     where = np.argwhere(lost)
     if len(where):
@@ -180,7 +180,7 @@ def _marks(shown: Slice, x: Array, y: Array, lost: npt.NDArray[np.bool_], unit: 
         path = shown.trajectory.numpy() * np.array([_scale(axis, shown, unit) for axis in shown.axes])
         across, up = path[:, 0].tolist(), path[:, 1].tolist()
         hover = [f"checkpoint {k} of {len(path)}" for k in range(1, len(path) + 1)]
-        # Dark below white, so that it is seen on any ground.
+        # A dark line below a white one is visible on any background.
         made.append(Series(x=across, y=up, tone="#1b1f24", width=4.0))
         made.append(Series(label="checkpoints, projected", x=across, y=up, kind="both", hover=hover, size=7.0, **edged))
         made.append(
@@ -202,7 +202,7 @@ def _marks(shown: Slice, x: Array, y: Array, lost: npt.NDArray[np.bool_], unit: 
 
 
 def _values(item: Landscape, value: Value) -> tuple[Array, str, npt.NDArray[np.bool_]]:
-    """The values with NaN where there is nothing to draw, a note on that, and which points are not finite."""
+    """The values with NaN where there is nothing to draw, a note on missing points, and which are not finite."""
     if value not in ("loss", "accuracy", "error"):
         raise ValueError(f"value must be 'loss', 'accuracy' or 'error', got {value!r}.")
     values_shown = item.loss if value == "loss" else item.accuracy if value == "accuracy" else item.error
@@ -221,7 +221,7 @@ def _values(item: Landscape, value: Value) -> tuple[Array, str, npt.NDArray[np.b
 
 
 def _scale(axis: LandscapeAxis, shown: Slice, unit: Unit) -> float:
-    """Of the axis's points in the unit."""
+    """The factor from the axis's points to the unit."""
     kind = _unit(axis, shown, unit)
     return 1.0 if kind == "steps" else axis.direction.length / (shown.origin.norm if kind == "relative" else 1.0)
 
@@ -263,7 +263,7 @@ def _value_label(items: Sequence[Landscape], value: Value) -> str:
 
 def _is_log(values: Sequence[float], log: bool | None) -> bool:
     if log and not is_wide(values, 0.0):
-        raise ValueError("a logarithmic scale needs positive values; leave log=None.")
+        raise ValueError("log=True needs positive values; leave log=None.")
     return is_wide(values, _DECADE) if log is None else log
 
 
@@ -271,13 +271,13 @@ def _levels(z: Array, log: bool, levels: int | Sequence[float]) -> Array:
     if not isinstance(levels, int):
         heights = np.asarray(levels, dtype=np.float64)
         if heights.ndim != 1 or len(heights) < 2 or not (np.diff(heights) > 0).all() or (log and heights[0] <= 0):
-            raise ValueError("levels must rise, at least two of them, above 0 where they are logarithmic.")
+            raise ValueError("levels must be at least two numbers in ascending order, above 0 on a logarithmic scale.")
         return heights
     if levels < 2:
         raise ValueError(f"levels must be at least 2, got {levels!r}.")
     low, high = float(np.nanmin(z)), float(np.nanmax(z))
     if not high - low > 1e-12 * max(abs(low), abs(high)):
-        # A constant surface is drawn as one colour.
+        # A constant surface is drawn in one colour.
         pad = 0.5 * abs(low) or 0.5
         low, high = low - pad, high + pad
     return np.geomspace(low, high, levels) if log else np.linspace(low, high, levels)

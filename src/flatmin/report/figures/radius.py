@@ -1,4 +1,4 @@
-"""The figure of the rise of the loss along a method's own ascent."""
+"""The figure of the rise of the loss along a method's perturbation."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from flatmin.report.style import styles
 
 
 def rise(shown: FoundRadius | Mapping[str, FoundRadius]) -> Chart:
-    """Predicted and measured rise over the radius, means over the batches, with a band from the least to the greatest.
+    """Predicted and measured rise of the loss over the radius.
 
-    Dotted lines stand at the radius at which the prediction is off and, of one method, at the param groups' rho. What
-    is not positive, or not finite, is a gap.
+    Lines are means over the batches; bands reach from the smallest to the largest value. Dotted lines mark the radius
+    beyond which the prediction fails and, for a single method, the rho of the param groups. Values that are not
+    positive or not finite leave a gap.
 
     Args:
-        shown: what `flatmin.measure.radius` found, or several by name.
+        shown: result of `flatmin.measure.radius`, or several by name.
 
     Raises:
-        ValueError: nothing to draw.
+        ValueError: there is nothing to draw.
     """
     named = dict(shown) if isinstance(shown, Mapping) else {"": shown}
     if not named:
@@ -79,5 +80,5 @@ def _means(rows: Sequence[Sequence[float]]) -> list[float]:
 
 
 def _drawn(value: float) -> float:
-    """A height on a logarithmic axis; NaN where it has none."""
+    """A value on a logarithmic axis; NaN if it is not positive or not finite."""
     return value if value > 0 and math.isfinite(value) else math.nan

@@ -1,4 +1,4 @@
-"""Numbers and words of figures: round ticks, where a logarithmic axis is worth it, and labels in several lines."""
+"""Numbers and texts of figures: round ticks, the choice of logarithmic axes, and labels in several lines."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from flatmin.report.figures.chart import Axis
 
-WIDE = 50.0  # a curve that spans more than this factor has a logarithmic axis
+WIDE = 50.0  # values that span more than this factor get a logarithmic axis
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-_EPOCHS = 10  # up to so many have a tick each
+_EPOCHS = 10  # up to this number, each epoch has a tick
 _BREAK = re.compile(r"(?<= )|(?<=[/+,])(?=[^ /+,])|(?<=\w-)(?=[^\W\d])")
-_CHARACTER = 0.018  # of the width of a narrow figure that a character of a tick takes
+_CHARACTER = 0.018  # width of a character of a tick, as a share of the width of a narrow figure
 
 
 def number(value: float) -> str:
@@ -32,18 +32,18 @@ def number(value: float) -> str:
 
 
 def count(points: int, what: str) -> str:
-    """So many points, in words; nothing for none."""
+    """A number of points with a description, such as "2 points not finite"; empty for 0."""
     return f"{points} point{'s' * (points != 1)} {what}" if points else ""
 
 
 def is_wide(values: Iterable[float], factor: float = WIDE) -> bool:
-    """Whether values are positive and span more than a factor, so that a logarithmic axis shows more of them."""
+    """Whether values are positive and span more than a factor, which calls for a logarithmic axis."""
     finite = [value for value in values if math.isfinite(value)]
     return bool(finite) and min(finite) > 0 and max(finite) > factor * min(finite)
 
 
 def ends(axis: Axis, values: Iterable[float]) -> tuple[float, float]:
-    """The lower and the upper end of an axis: as it says, else of the values that it can show."""
+    """The lower and the upper end of an axis: those of its range, else those of the values that it can show."""
     finite = [v for v in values if math.isfinite(v) and (v > 0 or not axis.log)]
     low, high = min(finite, default=1.0), max(finite, default=1.0)
     first, last = axis.range
@@ -52,7 +52,7 @@ def ends(axis: Axis, values: Iterable[float]) -> tuple[float, float]:
 
 
 def ticks(low: float, high: float, log: bool) -> list[float]:
-    """Round numbers between two ends: of a logarithmic scale powers of ten where there are three or more."""
+    """Round numbers between two ends; on a logarithmic scale powers of ten if there are three or more."""
     if not log or high < 3 * low:
         width = high - low
         step = 10.0 ** math.floor(math.log10(width / 4))
@@ -70,12 +70,12 @@ def ticks(low: float, high: float, log: bool) -> list[float]:
 
 
 def epochs(last: float) -> dict[float, str] | None:
-    """A tick for each epoch; None for so many that the renderer is to choose."""
+    """A tick for each epoch; None if there are many, to let the renderer choose."""
     return {float(e): str(e) for e in range(1, int(last) + 1)} if last <= _EPOCHS else None
 
 
 def readable(given: Mapping[float, str], low: float, high: float, log: bool) -> dict[float, str]:
-    """Ticks on a horizontal axis without the texts that would run into the one before, on a phone or in a column."""
+    """Ticks of a horizontal axis, without texts that would overlap in a narrow figure."""
     scale = math.log10 if log else float
     width = abs(scale(high) - scale(low)) or 1.0
     shown: dict[float, str] = {}
@@ -90,17 +90,17 @@ def readable(given: Mapping[float, str], low: float, high: float, log: bool) -> 
 
 
 def aside(value: float, share: float, low: float, high: float, log: bool) -> float:
-    """A value, moved by a share of the axis from low to high."""
+    """A value, moved by a share of the length of the axis."""
     return value * (high / low) ** share if log else value + share * (high - low)
 
 
 def shifts(count: int, step: float, room: float) -> list[float]:
-    """Shares of an axis by which marks at one place stand beside each other.
+    """Offsets, as shares of an axis, that keep marks at the same place apart.
 
     Args:
-        count: of the marks.
-        step: between neighbours.
-        room: for all of them together; with many of them they are closer.
+        count: number of marks.
+        step: distance between neighbours.
+        room: the largest width of all of them together; many marks are closer to each other.
 
     Example:
         >>> shifts(3, 0.02, 0.1)
@@ -114,8 +114,8 @@ def broken(label: str, width: int, lines: int = 0) -> str:
 
     Args:
         label: one line.
-        width: the most characters of a line; a longer word has a line of its own.
-        lines: the most lines, the last of which then ends with "…"; 0 for any number.
+        width: the largest number of characters in a line; a longer word has a line of its own.
+        lines: the largest number of lines, the last of which ends with "…" if the label is cut; 0 for any number.
 
     Example:
         >>> broken("samdirection+bisam-log+asam", 16)
@@ -132,13 +132,13 @@ def broken(label: str, width: int, lines: int = 0) -> str:
             break
     if lines and len(best) > lines:
         best = [*best[: lines - 1], textwrap.shorten(" ".join(best[lines - 1 :]), width, placeholder="…")]
-    if lines:  # a name of one endless word
+    if lines:  # a very long word
         best = [line if len(line) <= 2 * width else line[: 2 * width - 1] + "…" for line in best]
     return "\n".join(best)
 
 
 def tick(text: str) -> str:
-    """The text of a tick, in lines that leave room for the plot."""
+    """The text of a tick, broken into short lines."""
     return "\n".join(broken(line, 20, 3) for line in text.split("\n"))
 
 

@@ -1,4 +1,4 @@
-"""Figures of spectra, of sharpness over a radius, and of curvature through training."""
+"""Figures of spectra, of sharpness over a radius, and of curvature during training."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from flatmin.report.figures.chart import Axis, Chart, Series
 from flatmin.report.figures.scales import count, is_wide, shifts
 from flatmin.report.style import styles, tone
 
-_WIDTHS = 100  # default widths of the Gaussian in the range of a density
-_ASIDE, _ROOM = 0.22, 0.66  # of a rank, between the marks of neighbouring groups and for all of them
+_WIDTHS = 100  # the range of a density, in default widths of the Gaussian
+_ASIDE, _ROOM = 0.22, 0.66  # distance between marks of neighbouring groups and of all groups, in ranks
 
 
 def density(shown: Density | Mapping[str, Density], *, width: float | None = None) -> Chart:
-    """Smoothed spectral densities on a logarithmic axis, down to a tenth of what a single eigenvalue gives.
+    """Smoothed spectral densities on a logarithmic axis, down to a tenth of the density of a single eigenvalue.
 
     Args:
-        shown: one, or several by name.
+        shown: a density, or several by name.
         width: standard deviation of the Gaussian, in the eigenvalues' unit. Default: a hundredth of the nodes' range.
 
     Raises:
-        ValueError: nothing to draw, or a width that is not positive.
+        ValueError: there is nothing to draw, or the width is not positive.
     """
     named = dict(shown) if isinstance(shown, Mapping) else {"": shown}
     nodes = [float(n) for d in named.values() for n in d.nodes[d.weights > 0]]
     if not nodes:
-        raise ValueError("the density has no node, so there is nothing to draw.")
+        raise ValueError("the density has no nodes, so there is nothing to draw.")
     low, high = min(nodes), max(nodes)
     sigma = width if width is not None else ((high - low) / _WIDTHS or abs(high) / _WIDTHS or 1.0)
     grid = torch.linspace(low - 5 * sigma, high + 5 * sigma, 2000, dtype=torch.float64)
@@ -62,12 +62,12 @@ def density(shown: Density | Mapping[str, Density], *, width: float | None = Non
 
 
 def eigenvalues(shown: Spectrum | Mapping[str, Spectrum]) -> Chart:
-    """The ends of spectra by rank, with the residuals ||H v - λ v|| as error bars.
+    """The largest and smallest eigenvalues by rank, with the residuals ||H v - λ v|| as error bars.
 
-    Filled marks are the largest eigenvalues, open ones the smallest. Several spectra stand a little beside each other.
+    Filled marks are the largest eigenvalues, open marks the smallest. Marks of several spectra are placed side by side.
 
     Raises:
-        ValueError: nothing to draw.
+        ValueError: there is nothing to draw.
     """
     named = dict(shown) if isinstance(shown, Mapping) else {"": shown}
     style = styles(list(named))
@@ -98,7 +98,7 @@ def eigenvalues(shown: Spectrum | Mapping[str, Spectrum]) -> Chart:
             )
         loose += [] if run.converged else [f"{name or 'the run'} has not converged"]
     if not series:
-        raise ValueError("the spectrum holds no eigenvalue, so there is nothing to draw.")
+        raise ValueError("the spectrum has no eigenvalues, so there is nothing to draw.")
     most = max(len(one.x) for one in series)
     step = math.ceil(most / 12)
     ranks = [1, *range(step, most + 1, step)] if step > 1 else range(1, most + 1)
@@ -122,14 +122,14 @@ def curve(
     """Lines with error bars, such as a sharpness over rho.
 
     Args:
-        shown: label -> (x, y) or (x, y, error), with half lengths of error bars.
-        xlabel: with its unit.
-        ylabel: with its unit.
+        shown: label -> (x, y) or (x, y, error), where error is half the length of the error bars.
+        xlabel: label with the unit.
+        ylabel: label with the unit.
         log_x: whether the x axis is logarithmic.
         log_y: whether the y axis is logarithmic.
 
     Raises:
-        ValueError: nothing to draw, lengths that differ, or negative errors.
+        ValueError: there is nothing to draw, the lengths differ, or an error is negative.
     """
     style = styles(list(shown))
     series, lost = [], 0
@@ -140,7 +140,7 @@ def curve(
         error = np.asarray(parts[2], dtype=np.float64) if len(parts) == 3 and parts[2] is not None else None
         if x.ndim != 1 or x.shape != y.shape or (error is not None and error.shape != x.shape):
             shapes = [a.shape for a in (x, y, error) if a is not None]
-            raise ValueError(f"x, y and error of {label!r} must be lists of one length, got {shapes}.")
+            raise ValueError(f"x, y and error of {label!r} must be lists of the same length, got {shapes}.")
         if error is not None and (error < 0).any():
             raise ValueError(f"{label!r} has a negative error.")
         bad = ~np.isfinite(y)
@@ -175,16 +175,16 @@ def curve(
 
 
 def followed(points: Sequence[Point]) -> Chart:
-    """lambda_max through training beside the edges of stability: 2 / eta, and SAM's where it is known.
+    """lambda_max during training, with the edge of stability 2 (1 + β) / η, and SAM's edge where it is known.
 
     Args:
-        points: of `flatmin.measure.Follow`.
+        points: the points of `flatmin.measure.Follow`.
 
     Raises:
-        ValueError: nothing to draw.
+        ValueError: there is nothing to draw.
     """
     if not points:
-        raise ValueError("there is no point, so there is nothing to draw.")
+        raise ValueError("there are no points, so there is nothing to draw.")
     steps = [float(p.step) for p in points]
     plain = Series(x=steps, y=steps)
     series: list[Series] = []
@@ -198,7 +198,7 @@ def followed(points: Sequence[Point]) -> Chart:
             hover = [f"{label}\nstep {a:g}: {b:.6g}" for a, b in zip(steps, y, strict=True)]
             series.append(replace(plain, label=label, y=y, tone=tone(len(series)), dash=dash, hover=hover, group=label))
     return Chart(
-        title="Largest eigenvalue through training",
+        title="Largest eigenvalue during training",
         x=Axis(label="step"),
         y=Axis(label="eigenvalue λ", log=is_wide([y for one in series for y in one.y], 10.0)),
         series=series,

@@ -1,7 +1,7 @@
-"""Figures for papers, with matplotlib (extra "plot"): as figures, or drawn onto axes of one's own.
+"""Figures for papers with matplotlib (extra "plot"): new figures, or drawn onto existing axes.
 
-Nothing of matplotlib's global state is changed or read: a figure is the same on every machine. Its colours are those of
-the pages in their light theme.
+matplotlib's global state is neither changed nor used, so a figure is the same on every machine. The colours are those
+of the pages' light theme.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 COLUMN = 3.3
 """Width of a column of a paper, inches."""
 _POINTS = 8.0  # size of text
-_PIXEL = 0.6  # points of a line for a pixel of it in a page; marks are half as large
+_PIXEL = 0.6  # points per pixel of a line in a page
 _MARKERS = {
     "circle": "o", "square": "s", "diamond": "D", "triangle-up": "^", "triangle-down": "v", "cross": "P", "x": "X",
     "star": "*", "pentagon": "p", "hexagon": "h",
@@ -33,11 +33,11 @@ _STYLES: dict[str, Any] = {
     "solid": "-", "dash": (0, (5, 2.5)), "dot": (0, (1, 1.5)), "dashdot": (0, (5, 2, 1, 2)), "longdash": (0, (9, 3)),
     "longdashdot": (0, (9, 2, 1, 2)),
 }  # fmt: skip
-_ROW = 0.17  # inches of a row of a legend
+_ROW = 0.17  # height of a row of a legend, inches
 
 
 def require() -> None:
-    """Check that figures can be drawn, before a long job starts.
+    """Check, before a long job starts, that figures can be drawn.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed (extra "plot").
@@ -52,7 +52,7 @@ def require() -> None:
 
 @contextmanager
 def defaults() -> Iterator[None]:
-    """Matplotlib's own defaults and the size of text, whatever the settings of its user."""
+    """Use matplotlib's defaults and a fixed size of text inside, whatever the user's settings."""
     require()
     from matplotlib import rc_context, rcdefaults
 
@@ -63,7 +63,7 @@ def defaults() -> Iterator[None]:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of this size in inches.
+    """An empty figure of the given size in inches.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed (extra "plot").
@@ -75,11 +75,11 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def figure(shown: Drawable, *, width: float = COLUMN) -> Figure:
-    """The figure as one of matplotlib, without a title, its legend below it.
+    """A matplotlib figure without a title, with its legend below it.
 
     Args:
-        shown: what is drawn.
-        width: inches. Default: that of a column.
+        shown: the figure to draw.
+        width: width in inches. Default: that of a column of a paper.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed (extra "plot").
@@ -100,7 +100,7 @@ def figure(shown: Drawable, *, width: float = COLUMN) -> Figure:
 
 
 def projection(shown: Drawable) -> str | None:
-    """What kind of axes a figure needs, as `Figure.add_subplot` takes it."""
+    """The kind of axes that a figure needs, for `Figure.add_subplot`."""
     if isinstance(shown, Radar):
         return "polar"
     return "3d" if isinstance(shown, Field) and shown.view is not None else None
@@ -110,9 +110,9 @@ def draw(axes: Any, shown: Drawable, *, legend: bool = False) -> None:
     """Draw onto axes; see `projection` for their kind.
 
     Args:
-        axes: of matplotlib.
-        shown: what is drawn.
-        legend: whether a legend is put where it hides least.
+        axes: axes of matplotlib.
+        shown: the figure to draw.
+        legend: whether to add a legend, at the place where it covers least.
     """
     with defaults():
         if isinstance(shown, Radar):
@@ -168,7 +168,7 @@ def _series(axes: Axes, one: Series, opacity: float) -> None:
 
 
 def _style(one: Series) -> dict[str, Any]:
-    """How matplotlib draws a series, in the figure and in the legend."""
+    """The style of a series as arguments of matplotlib, for the figure and the legend."""
     color = _color(one.tone)
     return {
         "color": color,
@@ -218,7 +218,7 @@ def _relief(axes: Any, field: Field) -> None:
     from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
     log = field.z_axis.log
-    # mplot3d has no logarithmic axes of its own.
+    # mplot3d has no logarithmic axes.
     height, levels = (np.log10(values) if log else values for values in (field.z, field.levels))
     low, high = float(levels[0]), float(levels[-1])
     x, y = np.meshgrid(field.xs, field.ys)
@@ -266,7 +266,7 @@ def _radar(axes: Any, radar: Radar) -> None:
 
 
 def _dress(axes: Axes, shown: Chart | Field) -> None:
-    """The style of every flat figure."""
+    """Apply the style of two-dimensional figures."""
     ink, soft = _color("ink"), _color("soft")
     axes.set_xlabel(_label(shown.x.label, axes, "x"), color=ink)
     axes.set_ylabel(_label(shown.y.label, axes, "y"), color=ink)
@@ -284,7 +284,7 @@ def _dress(axes: Axes, shown: Chart | Field) -> None:
 
 
 def _scale(axes: Axes, name: str, axis: Axis, values: Sequence[float]) -> None:
-    """Range and ticks, which depend on what is drawn."""
+    """Set range and ticks, which depend on what is drawn."""
     from matplotlib.ticker import NullLocator
 
     line = axes.xaxis if name == "x" else axes.yaxis
@@ -305,7 +305,7 @@ def _scale(axes: Axes, name: str, axis: Axis, values: Sequence[float]) -> None:
 
 
 def _legend(owner: Any, axes: Any, named: Sequence[Series], **where: Any) -> None:
-    """A legend of the series that have labels. Its texts are set afterwards: a first "_" would hide them."""
+    """Add a legend of series. Its texts are set afterwards, because matplotlib hides labels that begin with "_"."""
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], **_style(one)) for one in named]
@@ -319,13 +319,13 @@ def _legend(owner: Any, axes: Any, named: Sequence[Series], **where: Any) -> Non
 
 
 def _columns(labels: Sequence[str], width: float) -> int:
-    """Columns of a legend that fit into a width."""
+    """The number of columns of a legend that fit into a width."""
     room = width * 72 / (0.55 * (_POINTS - 1))
     return max(1, min(len(labels), int(room / (max(map(len, labels), default=1) + 8))))
 
 
 def _label(text: str, axes: Axes, name: str) -> str:
-    """A label of an axis in lines that fit beside it."""
+    """A label of an axis, broken into lines that fit beside it."""
     size = axes.get_window_extent().size[0 if name == "x" else 1] / axes.figure.dpi
     return plain(scales.broken(text, max(int(size * 72 / (0.65 * _POINTS)), 16)))
 
@@ -335,5 +335,5 @@ def _color(tone: str) -> str:
 
 
 def plain(text: str) -> str:
-    """Text that matplotlib does not take for a formula."""
+    """Text with "$" escaped, which matplotlib would read as a formula."""
     return text.replace("$", r"\$")

@@ -1,1 +1,1 @@
-"""Measured networks to look at."""
+"""Pages, figures and tables of measured networks."""

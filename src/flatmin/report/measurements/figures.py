@@ -1,4 +1,4 @@
-"""The figures of measured networks: of one, or of one network of each group."""
+"""The figures of measured networks: of a single network, or of one network of each group."""
 
 from __future__ import annotations
 
@@ -16,20 +16,23 @@ from flatmin.study.measured import NetReport, groups_of
 from flatmin.words import reason
 
 _RISES = {
-    "worst": ("Worst case over the radius", "Largest rise found, a lower bound."),
-    "average": ("Average case over the radius", "Bars: standard error."),
+    "worst": (
+        "Worst case over the radius",
+        "The largest rise of the loss that was found, a lower bound of the maximum.",
+    ),
+    "average": ("Average case over the radius", "Bars are standard errors."),
 }
 
 
 def figures(nets: Sequence[NetReport]) -> Iterator[tuple[str, Drawable | str]]:
-    """Titles and figures; in place of a figure that cannot be made a sentence that says why.
+    """Titles and figures; for a figure that cannot be drawn, a sentence with the reason.
 
     Args:
-        nets: at least one; of several the figures show the first seed of each group.
+        nets: at least one network; of several, the figures show the first seed of each group.
     """
     several = len(nets) > 1
     shown = {name: min(members, key=lambda net: net.seed) for name, members in groups_of(nets).items()}
-    whose = " One net of each group: that of the first seed." if several else ""
+    whose = " The figure shows the network of the first seed of each group." if several else ""
     for title, caption, make in _makers(shown, several):
         try:
             yield title, replace(make(), title=title, caption=(caption + whose).strip())
@@ -44,13 +47,13 @@ def save_figures(
     *,
     on_missing: Callable[[str], None] = lambda text: None,
 ) -> list[Path]:
-    """Write every figure as a file, named after its title.
+    """Write every figure to a file named after its title.
 
     Args:
         nets: see `figures`.
-        folder: it is created.
-        endings: of ".svg", ".pdf" and ".png"; see `flatmin.report.figures.files.endings`.
-        on_missing: called with a sentence for each figure that could not be made.
+        folder: the folder; made if it does not exist.
+        endings: suffixes among ".svg", ".pdf" and ".png"; see `flatmin.report.figures.files.endings`.
+        on_missing: called with a sentence for each figure that could not be drawn.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed (extra "plot").
@@ -71,31 +74,37 @@ def _makers(shown: Mapping[str, NetReport], several: bool) -> Iterator[tuple[str
         return {label: result for label, result in found.items() if result is not None}
 
     def each(make: Callable[[Any], Drawable], name: str) -> Callable[[], Drawable]:
-        """Of one net the result itself, of several all of them by name."""
+        """Make a figure of the result of a single network, or of the results of several by name."""
         return lambda: make(results(name) if several else next(iter(results(name).values())))
 
     if results("eigenvalues"):
-        marks = "Filled: the largest; open: the smallest. Bars are residuals."
+        marks = "Filled marks are the largest eigenvalues, open marks the smallest. Bars are residuals."
         yield "Ends of the spectrum", marks, each(eigenvalues, "eigenvalues")
     if results("density"):
-        yield "Spectral density", "Raw nodes, smoothed for the picture only.", each(density, "density")
+        yield "Spectral density", "The nodes of the quadrature, smoothed for the figure.", each(density, "density")
     if several:
         for name, (title, caption) in _RISES.items():
             if rises := results(name):
                 yield title, caption, lambda rises=rises: _rises(rises)  # type: ignore[misc]
     elif rises := {f"{name} case": one for name in _RISES for one in results(name).values()}:
-        captions = "Worst case: largest rise found, a lower bound. Average case: bars are standard errors."
+        captions = (
+            "Worst case: the largest rise of the loss that was found, a lower bound of the maximum. Average case: bars "
+            "are standard errors."
+        )
         yield "Sharpness over the radius", captions, lambda: _rises(rises)
     if results("radius"):
-        caption = "Means over batches, bands from the least to the greatest; dotted where the prediction breaks."
+        caption = (
+            "Lines are means over the batches; bands reach from the smallest to the largest value. Dotted lines mark "
+            "the radius beyond which the prediction fails."
+        )
         yield "Rise of the loss along the method's ascent", caption, each(rise, "radius")
     if results("along_v1"):
         yield "Loss along the first eigenvector", "", each(profile, "along_v1")
     if results("along_random"):
-        yield "Loss along a random direction", "Filter-normalised.", each(profile, "along_random")
+        yield "Loss along a random direction", "The direction is filter-normalised.", each(profile, "along_random")
     for label, plane in results("plane").items():
         title = "Loss on a random plane" + (f": {label}" if several else "")
-        yield title, "Filter-normalised directions.", lambda plane=plane: contour(plane)  # type: ignore[misc]
+        yield title, "The directions are filter-normalised.", lambda plane=plane: contour(plane)  # type: ignore[misc]
 
 
 def _rises(named: Mapping[str, Any]) -> Drawable:

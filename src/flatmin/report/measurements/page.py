@@ -1,4 +1,4 @@
-"""The page of `flatmin measure`: every number with its error, the figures, and how it was made."""
+"""The page of `flatmin measure`: every number with its error, the figures, and how they were made."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ from flatmin.study.measured import (
 
 _NUMBERS = (
     Column("quantity", text=True),
-    Column("value", "with its error of measurement"),
-    Column("what it is", prose=True),
+    Column("value", "the value with its measurement error"),
+    Column("description", prose=True),
 )
 _QUANTITIES = (
     Column("quantity", text=True),
-    Column("error of one net", "the largest error of measurement of a single net"),
-    Column("what it is", prose=True),
+    Column("measurement error", "the largest measurement error of a single network"),
+    Column("description", prose=True),
 )
 
 
@@ -60,21 +60,21 @@ def render(
     failed: Sequence[Unmeasured] = (),
     on_missing: Callable[[str], None] = lambda text: None,
 ) -> str:
-    """The page as text. A figure that cannot be drawn is named with the reason.
+    """The page as HTML text. A figure that cannot be drawn is replaced with the reason.
 
     Args:
-        nets: at least one.
-        command: the arguments of the command line.
+        nets: at least one network.
+        command: the command that made the page.
         environment: versions and machine.
-        failed: nets that could not be measured.
+        failed: networks that could not be measured.
         on_missing: called with a sentence for each figure that could not be drawn.
 
     Raises:
-        ValueError: no net.
+        ValueError: there is no network.
         ModuleNotFoundError: plotly is not installed (extra "report").
     """
     if not nets:
-        raise ValueError("there is no net to show.")
+        raise ValueError("there is no network to show.")
     groups = groups_of(nets)
     body = _one(nets[0]) if len(nets) == 1 else _several(nets)
     body.append(notes([*remarks(nets), *(f"{one.name} could not be measured: {one.why}" for one in failed)]))
@@ -122,9 +122,12 @@ def _several(nets: Sequence[NetReport]) -> list[Markup]:
     counts = ", ".join(f"{name} ({len(members)})" for name, members in groups.items())
     columns = [
         Column("quantity", text=True),
-        *(Column(name, "mean with the 95 % t interval over the seeds") for name in groups),
+        *(Column(name, "mean over the seeds with the 95 % t interval") for name in groups),
         *(
-            Column(f"{name} - {base}", "paired over the seeds that both have; verdict by its interval")
+            Column(
+                f"{name} - {base}",
+                "difference paired by seed, with its 95 % t interval, which decides whether it is significant",
+            )
             for name in others
         ),
     ]
@@ -132,7 +135,7 @@ def _several(nets: Sequence[NetReport]) -> list[Markup]:
     about = [[Cell(row.quantity.name), _error(row), Cell(row.quantity.text, flag="; ".join(row.notes))] for row in rows]
     differ = unlike(nets)
     return [
-        paragraph(f"{sentence(nets)} Nets: {counts}.", "lead"),
+        paragraph(f"{sentence(nets)} Networks: {counts}.", "lead"),
         verdicts(conclusions(nets)),
         table(columns, [_row(row, list(groups), others) for row in rows]),
         notes(
@@ -141,7 +144,7 @@ def _several(nets: Sequence[NetReport]) -> list[Markup]:
                 *left_out(nets),
             ]
         ),
-        folded("What the quantities are, and how exactly they are known", table(_QUANTITIES, about)),
+        folded("Descriptions and measurement errors of the quantities", table(_QUANTITIES, about)),
     ]
 
 

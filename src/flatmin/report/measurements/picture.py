@@ -1,4 +1,4 @@
-"""The report of one net as one picture, with matplotlib (extra "plot")."""
+"""The report of one network as a single image, with matplotlib (extra "plot")."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_COLUMNS = 2  # of figures, beside the column of numbers
-_MOST = 26  # numbers that fit there
-_WIDTH = 56  # characters of a line of notes
+_COLUMNS = 2  # columns of figures, beside the column of numbers
+_MOST = 26  # the most numbers that fit in their column
+_WIDTH = 56  # the most characters of a line of notes
 
 
 def picture(net: NetReport, *, on_missing: Callable[[str], None] = lambda text: None) -> Figure:
-    """Numbers with their errors, and the figure of each result: one page.
+    """The numbers with their errors and the figure of each result, as one image.
 
     Args:
-        net: what was measured.
+        net: the report.
         on_missing: called with a sentence for each figure that could not be drawn; the sentence replaces the figure.
 
     Raises:
@@ -62,17 +62,17 @@ def save(
     dpi: int = 150,
     on_missing: Callable[[str], None] = lambda text: None,
 ) -> Path:
-    """Write the picture as .png, .svg or .pdf; see `picture`.
+    """Write the image as .png, .svg or .pdf; see `picture`.
 
     Raises:
-        ValueError: another ending.
+        ValueError: a different suffix.
         ModuleNotFoundError: matplotlib is not installed (extra "plot").
     """
     return write_figure(picture(net, on_missing=on_missing), check_ending(Path(path)), dpi=dpi)
 
 
 def _numbers(axes: Axes, net: NetReport) -> None:
-    """The name and the numbers as text, in two columns."""
+    """Draw the name and the numbers as text, in two columns."""
     axes.axis("off")
     c = net.report.conventions
     about = [
@@ -95,7 +95,7 @@ def _numbers(axes: Axes, net: NetReport) -> None:
     if len(listed) > _MOST:
         notes.append(f"{len(listed) - _MOST} more in the table")
     if net.report.missing:
-        notes.append(f"not there: {', '.join(net.report.missing)}")
+        notes.append(f"missing: {', '.join(net.report.missing)}")
     if notes:
         below = 1.0 - (min(len(listed), _MOST) + len(about) + 2) * height
         axes.text(0.0, below, static.plain(broken("* " + "; ".join(notes), _WIDTH)), **style)

@@ -1,4 +1,4 @@
-"""Measured networks in a terminal: the numbers of one, or groups side by side with their differences."""
+"""Measured networks in a terminal: the numbers of one network, or groups side by side with their differences."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def print_nets(nets: Sequence[NetReport], console: Console) -> None:
-    """Print what was measured at the console's width."""
+    """Print the measurements at the console's width."""
     console.print()
     print_text(sentence(nets), console)
     for remark in remarks(nets):
@@ -54,7 +54,7 @@ def _print_several(nets: Sequence[NetReport], console: Console) -> None:
     whole = _table(rows, groups, others, base)
     if len(others) < 2 or fits(whole, console):
         print_table(whole, console)
-    else:  # each arm by itself, beside the base
+    else:  # one table for each group, with the base
         for number, group in enumerate(others):
             if number:
                 console.print()
@@ -62,8 +62,8 @@ def _print_several(nets: Sequence[NetReport], console: Console) -> None:
     counts = ", ".join(f"{name} {len(members)}" for name, members in groups_of(nets).items())
     console.print()
     print_text(
-        f"Nets: {counts}. Mean ± 95 % t interval over the seeds; differences paired. Not significant: the interval of "
-        "the difference covers 0.",
+        f"Networks: {counts}. Values are means ± 95 % t intervals over the seeds; differences are paired by seed and "
+        "not significant if their interval contains 0.",
         console,
         style="dim",
     )
@@ -72,13 +72,13 @@ def _print_several(nets: Sequence[NetReport], console: Console) -> None:
     for text in left_out(nets):
         print_text(text, console)
     if noted := "; ".join(f"{row.quantity.name} {', '.join(row.notes)}" for row in rows if row.notes):
-        print_text(f"* of some net: {noted}", console)
+        print_text(f"* for some network: {noted}", console)
     for text in unlike(nets):
         print_text(f"The networks were measured with different settings: {text}.", console)
 
 
 def _table(rows: Sequence[Comparison], groups: Sequence[str], others: Sequence[str], base: str) -> list[list[str]]:
-    """Quantities down; means of the groups, then the difference of each to the base and what it says."""
+    """A row for each quantity: means of the groups, then each difference from the base with its verdict."""
     header = ["quantity", *groups]
     for name in others:
         header += [f"{name} - {base}", f"{name} is"]

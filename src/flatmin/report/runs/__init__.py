@@ -1,1 +1,1 @@
-"""Runs to look at: their history, curves, lists, and what differs between them."""
+"""Pages, figures, tables and lists of runs."""

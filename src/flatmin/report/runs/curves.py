@@ -1,4 +1,4 @@
-"""Which curves of runs are shown: over the epochs, the updates, and the measurements."""
+"""The curves of runs: over epochs, updates and measurements."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flatmin.report.runs.history import History, names_of
 
 
 def charts(runs: Sequence[History]) -> list[Chart]:
-    """Every figure for which there are values."""
+    """All figures for which there are values."""
     wanted = [*_EPOCHS, *_updates(runs), *_measurements(runs)]
     return [chart for one in wanted if (chart := draw(runs, one)) is not None]
 
@@ -47,15 +47,15 @@ _ACCURACIES: Curves = {
 _EPOCHS = (
     Wanted(
         "Losses",
-        "Means over the samples of the epoch, while the weights change: at the weights, and at the perturbed weights "
-        "of methods with two passes. Validation: after the epoch.",
+        "The training losses are means over the samples of an epoch while the weights change: at the weights, and at "
+        "the perturbed weights of methods with two passes. The validation loss is measured after the epoch.",
         _LOSSES,
         y="cross-entropy",
         log=True,
     ),
     Wanted(
         "Accuracy",
-        "The mark is the epoch whose weights are kept. Test accuracy is shown where the run looked at it.",
+        "The star marks the epoch whose weights are kept. Test accuracy is shown for epochs at which it was measured.",
         _ACCURACIES,
         y="accuracy, %",
         marked=True,
@@ -63,31 +63,31 @@ _EPOCHS = (
     Wanted("Memorisation of wrong labels", "", {"memorised": _epochs("memorised")}, y="memorised, %", zero=True),
     Wanted("Learning rate", "At the start of the epoch.", {"lr": _epochs("lr")}, y="lr", height=280, zero=True),
     Wanted("Radius", "At the end of the epoch.", {"rho": _epochs("rho")}, y="rho", height=280, zero=True),
-    Wanted("Time", "Training only.", {"seconds": _epochs("seconds")}, y="seconds an epoch", height=280, zero=True),
-    Wanted("Speed", "", {"samples": _epochs("images_per_second")}, y="samples a second", height=280, zero=True),
+    Wanted("Time", "Training only.", {"seconds": _epochs("seconds")}, y="seconds per epoch", height=280, zero=True),
+    Wanted("Speed", "", {"samples": _epochs("images_per_second")}, y="samples per second", height=280, zero=True),
 )
 
-# Of `SAM.diagnostics`: what belongs into one figure.
+# The diagnostics of `SAM.diagnostics` that share a figure.
 _DIAGNOSTICS: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
-    ("Losses of updates", "loss: mean since the point before; loss_perturbed: of the last update alone.",
+    ("Losses of updates", "loss is the mean since the previous point, loss_perturbed that of the last update.",
      ("loss", "loss_perturbed"), "loss"),
     ("Norms of the gradients", "At the weights, and at the perturbed weights.",
      ("gradient_norm", "perturbed_gradient_norm"), "norm"),
     ("Angle of the two gradients", "Cosine of the gradients at the weights and at the perturbed weights.",
      ("cosine",), "cosine"),
-    ("Angle of neighbouring ascents", "Cosine of the perturbation and the one of the last update that ascended.",
+    ("Angle of successive perturbations", "Cosine of the perturbation and the perturbation before it.",
      ("ascent_cosine",), "cosine"),
-    ("Norm of the perturbation", "As it was asked for, and as it was after rounding.",
+    ("Norm of the perturbation", "As computed (epsilon_asked), and as applied after rounding (epsilon_norm).",
      ("epsilon_asked", "epsilon_norm"), "norm"),
-    ("Rounding of the perturbation", "Its projection on what was asked for, the cosine of the two, and the share of "
-     "entries that rounding left where they were.",
+    ("Rounding of the perturbation", "Projection of the applied perturbation on the computed one, cosine of the two, "
+     "and share of the entries that rounding left unchanged.",
      ("epsilon_projection", "epsilon_cosine", "epsilon_unmoved"), "share"),
     ("Entries of the two gradients", "Shares of the entries by the ratio of the gradient at the perturbed weights to "
-     "that at the weights, and of those with the same sign.",
+     "that at the weights, and share of the entries with the same sign.",
      ("ratio_above_1", "ratio_0_to_1", "ratio_minus_1_to_0", "ratio_below_minus_1", "ratio_larger", "same_sign"),
      "share"),
-    ("Samples", "Wrong at the perturbed weights, and of those the ones that are right at the weights.",
-     ("misclassified", "flipped"), "samples of a batch"),
+    ("Samples", "Samples misclassified at the perturbed weights, and those of them that are correct at the weights.",
+     ("misclassified", "flipped"), "samples per batch"),
     ("Norm of the weights", "", ("weight_norm",), "norm"),
 )  # fmt: skip
 NOT_A_DIAGNOSTIC = ("step", "epoch", "lr", "rho", "seconds", "images")
@@ -98,7 +98,7 @@ def _updates(runs: Sequence[History]) -> list[Wanted]:
     grouped = {name for _, _, names, _ in _DIAGNOSTICS for name in names}
     groups = [*_DIAGNOSTICS, *((name, "", (name,), name) for name in there if name not in grouped)]
     long = any(len(run.steps) > POINTS for run in runs)
-    more = f" Long curves: means of neighbours, at most {POINTS} points." if long else ""
+    more = f" Curves with more than {POINTS} points show means of consecutive points." if long else ""
     return [
         Wanted(
             title,
@@ -121,7 +121,7 @@ def _measurements(runs: Sequence[History]) -> list[Wanted]:
     return [
         Wanted(
             title,
-            "Of the training loss, between epochs, on the first training samples, in eval mode.",
+            "Measured on the training loss after an epoch, on the first training samples, in eval mode.",
             {name: _measures(name) for name in names},
             y="eigenvalue" if names is eigen else names[0],
             height=340,

@@ -1,7 +1,7 @@
 """A figure of runs.
 
-Several runs have a colour each, which the page's legend shows and hides everywhere, and a kind of line for each
-quantity of a figure; the quantities of a single run have a colour each, and the figure its own legend.
+With several runs, each run has a colour, by which the page's legend shows and hides it, and each quantity of a figure
+has a dash. With a single run, each quantity has a colour, and the figure has its own legend.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from flatmin.report.figures.scales import epochs, is_wide
 from flatmin.report.runs.history import History
 from flatmin.report.style import DASHES, DASHES_IN_WORDS, styles, tone
 
-POINTS = 1500  # of a curve; where there are more, each is a mean
+POINTS = 1500  # the most points of a curve; if there are more, each drawn point is a mean
 
 Points = tuple[Sequence[float], Sequence[float]]
 Curves = Mapping[str, Callable[[History], Points]]
@@ -25,18 +25,18 @@ Curves = Mapping[str, Callable[[History], Points]]
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a figure is to show.
+    """The definition of a figure.
 
     Args:
-        title: of the figure.
-        caption: under the title.
-        curves: by name; each reads its points off a run.
-        y: what the vertical axis is.
-        x: what the horizontal axis is.
-        height: in pixels.
-        marked: the epoch that counts is marked on the first curve.
-        zero: the vertical axis begins at 0.
-        log: it is logarithmic where the values ask for it.
+        title: title of the figure.
+        caption: text under the title.
+        curves: functions that return the points of a run, by name of the curve.
+        y: label of the vertical axis.
+        x: label of the horizontal axis.
+        height: height in pixels.
+        marked: whether the epoch whose weights are kept is marked on the first curve.
+        zero: whether the vertical axis begins at 0.
+        log: whether the vertical axis is logarithmic if the values span a wide range.
     """
 
     title: str
@@ -51,7 +51,7 @@ class Wanted:
 
 
 def tones(runs: Sequence[History]) -> dict[str, str]:
-    """A colour of the style sheet for each run by name; grey for the only run of plain training."""
+    """A colour of the style sheet for each run by name; grey for plain training if there is one such run."""
     plain = [run.name for run in runs if run.config.method == BASE]
     base = plain[0] if len(plain) == 1 < len(runs) else ""
     return {name: style.tone for name, style in styles([run.name for run in runs], base).items() if name}
@@ -83,7 +83,7 @@ def draw(runs: Sequence[History], wanted: Wanted) -> Chart | None:
     caption = wanted.caption
     last = max(max(one.x) for one in series)
     if several and len(names) > 1:
-        # What the dashes mean, for the legend of a file.
+        # The meaning of the dashes, for the legend of a file.
         dashes = zip(DASHES, names, strict=False)
         series += [Series(label=name, x=[], y=[], tone="ink", dash=dash) for dash, name in dashes]
         kinds = "; ".join(f"{word}: {name}" for word, name in zip(DASHES_IN_WORDS, names, strict=False))
@@ -104,7 +104,7 @@ def draw(runs: Sequence[History], wanted: Wanted) -> Chart | None:
 
 
 def _mark(run: History, shared: Mapping[str, Any]) -> list[Series]:
-    """The epoch that counts, on the curve of validation accuracy."""
+    """A mark at the epoch whose weights are kept, on the curve of validation accuracy."""
     chosen = run.chosen
     line = next((line for line in run.lines if chosen is not None and line.epoch == chosen.epoch), None)
     if chosen is None or line is None:
@@ -115,7 +115,7 @@ def _mark(run: History, shared: Mapping[str, Any]) -> list[Series]:
 
 
 def _thinned(xs: Sequence[float], ys: Sequence[float]) -> Points:
-    """At most `POINTS` points, each the mean of as many neighbours as the others."""
+    """At most `POINTS` points, each the mean of the same number of consecutive points."""
     size = math.ceil(len(xs) / POINTS)
     if size <= 1:
         return xs, ys

@@ -1,4 +1,4 @@
-"""Runs read from their folders: finished, failed, stopped, or running."""
+"""Read runs from their folders, whether finished, failed, stopped or running."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from flatmin.train.lock import in_use
 from flatmin.train.result import Epoch, Result
 from flatmin.words import read_text
 
-FINISHED, FAILED, GOING_ON, STOPPED = "finished", "failed", "going on", "stopped"
+FINISHED, FAILED, RUNNING, STOPPED = "finished", "failed", "running", "stopped"
 RULES = {"val": "best on validation", "last": "last epoch", "max-test": "best on test: a biased estimate"}
 
 
@@ -25,10 +25,10 @@ class Chosen:
     """The epoch whose weights a run keeps, or would keep if it ended now.
 
     Args:
-        epoch: which.
-        rule: `selection` of the run.
-        val_acc, test_acc, test_top5, test_loss: of these weights, as far as they are known.
-        final: False as long as the run may choose another.
+        epoch: number of the epoch.
+        rule: the run's setting `selection`.
+        val_acc, test_acc, test_top5, test_loss: numbers of these weights; None if unknown.
+        final: whether the run has ended; if not, it may still choose another epoch.
     """
 
     epoch: int
@@ -41,7 +41,7 @@ class Chosen:
 
     @property
     def text(self) -> str:
-        """Which epoch and why."""
+        """The epoch and the rule by which it was chosen."""
         return f"{self.epoch}, {RULES.get(self.rule, self.rule)}{'' if self.final else ' so far'}"
 
 
@@ -50,16 +50,16 @@ class History:
     """A run as it is on disk.
 
     Args:
-        path: its folder.
-        name: unique among the runs shown together.
-        label: the arm that it belongs to.
-        config: what it trains with.
+        path: the run folder.
+        name: a name that is unique among the runs shown together.
+        label: the label of its arm.
+        config: the settings.
         environment: versions and machine.
-        state: FINISHED, FAILED, GOING_ON or STOPPED (by Ctrl-C or by force; it can continue).
+        state: FINISHED, FAILED, RUNNING or STOPPED (interrupted; it can be continued).
         lines: the epochs so far.
-        steps, measures: lines between epochs and measurements, if there are any.
-        result: what it ended with, if it has.
-        nonfinite: where a loss or gradient was not finite, if one was; the content of nonfinite.json.
+        steps, measures: recorded updates and measurements, if there are any.
+        result: the result; None if the run has not ended.
+        nonfinite: the content of nonfinite.json, which says where a loss or gradient was not finite; None without it.
     """
 
     path: Path
@@ -76,12 +76,12 @@ class History:
 
     @property
     def failure(self) -> str | None:
-        """Why it stopped before its end."""
+        """Why the run ended early; None if it did not."""
         return None if self.result is None else self.result.failure
 
     @property
     def chosen(self) -> Chosen | None:
-        """The epoch that counts; None before the first."""
+        """The epoch whose weights are kept; None before the first epoch has ended."""
         selection, result = self.config.selection, self.result
         if result is not None and result.failure is None:
             if (chosen := result.chosen) is not None:
@@ -93,7 +93,7 @@ class History:
                     test_top5=chosen.get("test_top5"),
                     test_loss=chosen.get("test_loss"),
                 )
-            if result.last is not None:  # runs of before there was a choice
+            if result.last is not None:  # results of older versions
                 last = result.last
                 return Chosen(epoch=last["epoch"], rule="last", val_acc=last["val_acc"], test_acc=last["test_acc"])
         if not self.lines:
@@ -114,30 +114,30 @@ class History:
 
 
 def read(folder: Path, *, tables: bool = True) -> History:
-    """One run.
+    """Read one run.
 
-    A last line that is being written is left out; any other that cannot be read is an error.
+    An incomplete last line, which is being written, is ignored.
 
     Args:
-        folder: of the run.
-        tables: read the lines between epochs and the measurements too.
+        folder: the run folder.
+        tables: whether to read the recorded updates and measurements too.
 
     Raises:
-        ValueError: no run, or one whose files are damaged.
+        ValueError: the folder is not a run, or its files are damaged.
     """
     if not folder.is_dir():
         raise ValueError(f"there is no folder {str(folder)!r}.")
     run = RunFolder(folder)
     if not run.begun:
         raise ValueError(
-            f"{folder} is not a run: there is no config.json in it (runs are in FOLDER/runs; "
-            f"`flatmin runs list FOLDER` lists them)."
+            f"{folder} is not a run folder: it has no config.json. Runs are in FOLDER/runs; `flatmin runs list FOLDER` "
+            "lists them."
         )
     config, labels = run.config()
     name = folder.resolve().name
-    # The result before the lines: a run that ends in between then has all of them.
+    # The result is read before the lines, so that a run that ends in between has all of them.
     result = _result(run)
-    state = (FAILED if result.failure else FINISHED) if result else GOING_ON if in_use(folder) else STOPPED
+    state = (FAILED if result.failure else FINISHED) if result else RUNNING if in_use(folder) else STOPPED
     return History(
         path=folder,
         name=name,
@@ -154,10 +154,10 @@ def read(folder: Path, *, tables: bool = True) -> History:
 
 
 def read_all(folders: Iterable[Path]) -> list[History]:
-    """Several runs, each once, with distinct names.
+    """Read several runs, each once, with distinct names.
 
     Raises:
-        ValueError: what `read` raises.
+        ValueError: see `read`.
     """
     once: dict[Path, Path] = {}
     for folder in folders:
@@ -177,7 +177,7 @@ def _result(run: RunFolder) -> Result | None:
 
 
 def _table(path: Path) -> dict[str, Any] | None:
-    """The table in a JSON file; None if there is none."""
+    """The object in a JSON file; None if there is none."""
     try:
         table = json.loads(read_text(path))
     except (OSError, ValueError):
@@ -186,10 +186,10 @@ def _table(path: Path) -> dict[str, Any] | None:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file; one without its end is still being written.
+    """The lines of a file; a last line without a line feed is still being written and is left out.
 
     Raises:
-        ValueError: a line that is no table of numbers.
+        ValueError: a line is not a table of numbers.
     """
     try:
         lines = path.read_bytes().split(b"\n")
@@ -202,7 +202,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             row = None
         if not isinstance(row, dict) or not all(v is None or isinstance(v, (int, float)) for v in row.values()):
-            raise ValueError(f"line {number} of {path} is damaged: it is no table of numbers.")
+            raise ValueError(f"line {number} of {path} is damaged: it is not a table of numbers.")
         rows.append(row)
     return rows
 
@@ -214,11 +214,11 @@ def _epochs(path: Path) -> list[Epoch]:
         try:
             epochs.append(Epoch(**{key: value for key, value in row.items() if key in names}))
         except TypeError as error:
-            raise ValueError(f"line {number} of {path} is damaged: it is no epoch.") from error
+            raise ValueError(f"line {number} of {path} is damaged: it is not an epoch.") from error
     return epochs
 
 
 def names_of(rows: Sequence[Mapping[str, Any]], *, without: Iterable[str]) -> list[str]:
-    """The keys of any of the rows, in order of appearance."""
+    """The keys that occur in the rows, in order of appearance, without some."""
     left_out = set(without)
     return [key for key in dict.fromkeys(key for row in rows for key in row) if key not in left_out]

@@ -19,14 +19,15 @@ from flatmin.train.package import package_digest
 from flatmin.train.result import VERSION
 
 DAMAGED = "damaged"
-# Of config.json: what a list has columns for, and what does not belong to the settings.
+# Keys of config.json that have columns of their own, or that are not settings.
 _SHOWN = {
     *("method", "rho", "data", "model", "seed", "epochs"),
     *("label", "key", "code", "data_key", "record", "content", "data_dir", "workers", "device"),
 }
-_NESTED = {"params": "", "model_params": "model."}  # tables of their own, and what their names begin with
+_NESTED = {"params": "", "model_params": "model."}  # nested tables, with the prefix of their keys
 _ABSENT = object()
-# What `RunFolder.begin` writes: other programs have a config.json too, and this one removes whole folders.
+# Files that `RunFolder.begin` writes. Before a folder is removed all are checked, since other programs write a
+# config.json too.
 MARKS = ("config.json", "env.json", "metrics.jsonl")
 
 
@@ -35,13 +36,14 @@ class Digest:
     """The entry of a run in a list.
 
     Args:
-        state: that of `flatmin.report.runs.history.History`.
-        label, method, rho, data, model, seed, epochs: the settings of the run.
-        done: epochs so far.
-        epoch, val_acc, test_acc: of the weights that count.
-        failure: why it stopped before its end.
-        stale: whether it is of a study and of other code of flatmin or torch than this, so that no study takes it.
-        settings: all of them, by key, as far as config.json holds them.
+        state: see `flatmin.report.runs.history.History`.
+        label, method, rho, data, model, seed, epochs: settings of the run.
+        done: number of finished epochs.
+        epoch, val_acc, test_acc: epoch and accuracies of the weights that are kept.
+        failure: why the run ended early; None if it did not.
+        stale: whether the run belongs to a study and was made with different code of flatmin or torch, so that no
+            study uses it.
+        settings: the contents of config.json.
     """
 
     state: str
@@ -66,11 +68,11 @@ class Entry:
     """A run in a list.
 
     Args:
-        path: its folder.
-        changed: when it was last written to, in seconds since 1970.
-        size: bytes on disk.
-        digest: what it is; None if it cannot be read.
-        problem: why it cannot be read.
+        path: the run folder.
+        changed: time of the last change, in seconds since 1970.
+        size: size on disk in bytes.
+        digest: the contents; None if the run cannot be read.
+        problem: why the run cannot be read.
     """
 
     path: Path
@@ -81,21 +83,21 @@ class Entry:
 
     @property
     def name(self) -> str:
-        """Of the folder."""
+        """The name of the folder."""
         return self.path.name or self.path.resolve().name
 
     @property
     def state(self) -> str:
-        """That of the digest, or DAMAGED."""
+        """The state of the digest, or DAMAGED."""
         return DAMAGED if self.digest is None else self.digest.state
 
     @property
     def test_acc(self) -> float | None:
-        """Of the weights that count."""
+        """The test accuracy of the weights that are kept."""
         return None if self.digest is None else self.digest.test_acc
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """The entry as plain values."""
         table: dict[str, Any] = {
             "name": self.name,
             "path": str(self.path),
@@ -112,7 +114,7 @@ def entries(folder: Path) -> list[Entry]:
     """The runs in FOLDER/runs, or in the folder itself if there are none there, by name.
 
     Raises:
-        ValueError: no such folder.
+        ValueError: the folder does not exist.
     """
     if not folder.is_dir():
         raise ValueError(f"there is no folder {str(folder)!r}.")
@@ -135,10 +137,7 @@ def _entry(path: Path) -> Entry:
 
 
 def _finished(path: Path) -> Digest | None:
-    """Of a run that has come to its end, without a look at all that it has recorded; None for any other.
-
-    Lists are long, and nearly all that is in them is finished.
-    """
+    """The digest of a finished run, read without its records, which is faster; None for any other run."""
     try:
         config = json.loads((path / "config.json").read_bytes())
         result = json.loads((path / "result.json").read_bytes())
@@ -159,12 +158,12 @@ def _finished(path: Path) -> Digest | None:
 
 
 def _digest(path: Path) -> Digest:
-    """Of any run.
+    """The digest of any run.
 
     Raises:
-        OSError, ValueError: it cannot be read.
+        OSError, ValueError: the run cannot be read.
     """
-    from flatmin.report.runs.history import read  # brings torch, which long lists of finished runs do without
+    from flatmin.report.runs.history import read  # imports torch, which lists of finished runs do not need
 
     run = read(path, tables=False)
     chosen = run.chosen
@@ -183,7 +182,7 @@ def _digest(path: Path) -> Digest:
 
 
 def _stale(path: Path, config: Mapping[str, Any]) -> bool:
-    """Whether a run of a study is of other code than this; `flatmin.study.stale` knows of the user's own code too."""
+    """Whether a run of a study was made with different code; `flatmin.study.stale` also checks the user's own code."""
     if "code" not in config:
         return False
     there = json.loads((path / "env.json").read_bytes())
@@ -191,7 +190,7 @@ def _stale(path: Path, config: Mapping[str, Any]) -> bool:
 
 
 def unusual(listed: Sequence[Entry]) -> list[str]:
-    """What tells each run from the most of the list, as key=value words, but for what a list has columns for."""
+    """For each run the settings in which it differs from most of the list, as key=value, without those in columns."""
     tables = [{} if entry.digest is None else entry.digest.settings for entry in listed]
     told: list[list[str]] = [[] for _ in listed]
 
@@ -220,24 +219,24 @@ def _word(value: Any) -> str:
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of the files in a folder."""
+    """The size of the files in a folder, in bytes."""
     return changed_and_size(folder)[1]
 
 
 def check_removable(folders: Iterable[Path], *, force: bool = False) -> None:
-    """Raise ValueError unless all are folders of runs that no process trains in.
+    """Raise ValueError unless all folders are runs that no process is working on.
 
     Args:
-        folders: which.
-        force: also those in which a process seems to train.
+        folders: the folders.
+        force: whether to allow runs that a process seems to be working on.
     """
     for folder in folders:
         missing = [name for name in MARKS if not (folder / name).is_file()]
         if folder.is_symlink() or missing:
-            why = "a link" if folder.is_symlink() else f"there is no {missing[0]} in it"
+            why = "it is a link" if folder.is_symlink() else f"it has no {missing[0]}"
             raise ValueError(f"{folder} is not a run ({why}); nothing was removed.")
         if not force and in_use(folder):
-            raise ValueError(f"the run in {folder} is going on; stop it first, or add --force. Nothing was removed.")
+            raise ValueError(f"{folder} is still running; stop it first, or add --force. Nothing was removed.")
 
 
 def remove(folders: Sequence[Path]) -> None:

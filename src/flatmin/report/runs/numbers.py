@@ -1,4 +1,4 @@
-"""The numbers of runs beside each other, and what differs in their settings."""
+"""The numbers of runs side by side, and the differences between their settings."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class RunProperty:
     """A property of a run.
 
     Args:
-        name: what tables call it.
-        hint: what it is.
-        text: of a run, or None if it has none.
-        value: to sort by, where it is a number.
+        name: name in tables.
+        hint: description.
+        text: returns its text for a run, or None if the run does not have it.
+        value: returns the number to sort by, for numbers.
     """
 
     name: str
@@ -84,45 +84,57 @@ def _epochs(run: History) -> str:
 
 
 QUANTITIES = (
-    RunProperty("state", "a run that is stopped or failed can continue with --resume", lambda run: run.state),
-    RunProperty("method", "with the parameters that were set", _method),
+    RunProperty("state", "a stopped or failed run can be continued with --resume", lambda run: run.state),
+    RunProperty("method", "the method, with the parameters that were set", _method),
     _number("rho", "radius of the perturbation, in the method's own norm", lambda run: run.config.rho, "g"),
     RunProperty("model", "the network", lambda run: run.config.model),
     RunProperty("data", "the data set", lambda run: run.config.data),
-    _number("wrong labels, %", "of the training part", lambda run: 100 * run.config.noise or None, "g"),
-    _number("seed", "of initialisation, label noise, order and augmentation", lambda run: run.config.seed, "d"),
-    RunProperty("epochs", "done, of those planned", _epochs, lambda run: len(run.lines)),
+    _number(
+        "wrong labels, %", "share of wrong labels in the training part", lambda run: 100 * run.config.noise or None, "g"
+    ),
+    _number("seed", "seed of initialisation, label noise, order and augmentation", lambda run: run.config.seed, "d"),
+    RunProperty("epochs", "finished and planned epochs", _epochs, lambda run: len(run.lines)),
     RunProperty(
         "weights of epoch",
-        "which are kept, and by which rule",
+        "the epoch whose weights are kept, and the rule",
         lambda run: None if run.chosen is None else run.chosen.text,
         _of_chosen("epoch"),
     ),
-    _number("val %", "accuracy on the validation part, of the weights of that epoch", _of_chosen("val_acc"), ".2f"),
-    _number("test %", "accuracy on the test part, of the weights of that epoch", _of_chosen("test_acc"), ".2f"),
-    _number("test top-5 %", "right class among the first five", _of_chosen("test_top5"), ".2f"),
+    _number("val %", "accuracy of these weights on the validation part", _of_chosen("val_acc"), ".2f"),
+    _number("test %", "accuracy of these weights on the test part", _of_chosen("test_acc"), ".2f"),
+    _number(
+        "test top-5 %",
+        "share of test samples with the true class among the five likeliest",
+        _of_chosen("test_top5"),
+        ".2f",
+    ),
     _number("test loss", "cross-entropy on the test part", _of_chosen("test_loss"), ".4f"),
-    _number("train loss", "cross-entropy of the un-augmented training part, eval mode", _of_result("train_ce"), ".4f"),
-    _number("memorised, %", "wrong training labels that the model reproduces", _memorised, ".1f"),
-    _number("lambda_max", "largest eigenvalue of the train loss's Hessian, eval mode", _lambda, ".4g"),
-    _number("gradients / step", "gradient evaluations", _of_result("gradient_evaluations"), "g"),
-    _number("s / epoch", "median, training only", _median("seconds"), ".3g"),
-    _number("samples / s", "median, training only", _median("images_per_second"), ",.0f"),
-    _number("peak memory, GiB", "of the GPU", _memory, ".2f"),
-    _number("skipped updates", "not finite", _skipped, "d"),
+    _number(
+        "train loss",
+        "cross-entropy on the training part without augmentation, eval mode",
+        _of_result("train_ce"),
+        ".4f",
+    ),
+    _number("memorised, %", "share of wrong training labels that the model reproduces", _memorised, ".1f"),
+    _number("lambda_max", "largest eigenvalue of the Hessian of the training loss, eval mode", _lambda, ".4g"),
+    _number("gradients / step", "gradient evaluations per update", _of_result("gradient_evaluations"), "g"),
+    _number("s / epoch", "seconds per epoch: median, training only", _median("seconds"), ".3g"),
+    _number("samples / s", "samples per second: median, training only", _median("images_per_second"), ",.0f"),
+    _number("peak memory, GiB", "peak memory of the GPU", _memory, ".2f"),
+    _number("skipped updates", "updates that were skipped because a value was not finite", _skipped, "d"),
 )
 
-_SETTINGS = [quantity.name for quantity in QUANTITIES[:9]]  # and how far the runs are
+_SETTINGS = [quantity.name for quantity in QUANTITIES[:9]]  # settings and progress
 _LISTED = ("method", "rho", "model", "data", "noise", "seed", "epochs")
 
 
 def quantities_of(runs: Sequence[History]) -> list[RunProperty]:
-    """The quantities that some run has."""
+    """The quantities that at least one run has."""
     return [quantity for quantity in QUANTITIES if any(quantity.text(run) is not None for run in runs)]
 
 
 def alike(runs: Sequence[History]) -> tuple[str, list[RunProperty]]:
-    """What all runs share of their settings, as a sentence that may be empty, and the other quantities."""
+    """A sentence (perhaps empty) on the settings that all runs share, and the other quantities."""
     quantities = quantities_of(runs)
     shared = [
         quantity
@@ -134,11 +146,11 @@ def alike(runs: Sequence[History]) -> tuple[str, list[RunProperty]]:
         name, _, unit = quantity.name.partition(",")
         told += [f"{name} {quantity.text(runs[0])}{unit}"] if quantity.name != "state" else []
     left = [quantity for quantity in quantities if quantity not in shared]
-    return f"The same in all: {'; '.join(told)}." if told else "", left
+    return f"Same in all runs: {'; '.join(told)}." if told else "", left
 
 
 def settings(run: History) -> dict[str, str]:
-    """The configuration as it is typed, a line a key; parameters of the method and the model by their own names."""
+    """The configuration as it is typed, by key; parameters of the method and the model under their own names."""
     values: dict[str, Any] = canonical(run.config)
     params, model = values.pop("params"), values.pop("model_params")
     values |= params | {f"model.{key}": value for key, value in model.items()}
@@ -146,7 +158,7 @@ def settings(run: History) -> dict[str, str]:
 
 
 def machine(run: History) -> dict[str, str]:
-    """Versions and machine, a line a key."""
+    """Versions and machine, by key."""
     facts: dict[str, Any] = {}
     for key, value in run.environment.items():
         facts |= value if isinstance(value, Mapping) else {key.replace("_", " "): value}
@@ -154,7 +166,7 @@ def machine(run: History) -> dict[str, str]:
 
 
 def differences(runs: Sequence[History]) -> dict[str, list[str]]:
-    """Settings that are not the same in all runs, then what is not the same of the machines: a value for each run."""
+    """Settings that differ between runs, then versions and machines that differ, with a value for each run."""
     differing = _differing([settings(run) for run in runs], "not set")
     return differing | {
         f"({key})": values for key, values in _differing([machine(run) for run in runs], "none").items()
@@ -162,7 +174,7 @@ def differences(runs: Sequence[History]) -> dict[str, list[str]]:
 
 
 def unlisted(differing: Mapping[str, list[str]]) -> dict[str, list[str]]:
-    """Those of the differences that are no quantity of their own."""
+    """The differences that are not shown as a quantity."""
     return {key: values for key, values in differing.items() if key not in _LISTED}
 
 
@@ -173,7 +185,7 @@ def _differing(tables: Sequence[Mapping[str, str]], absent: str) -> dict[str, li
 
 
 def typed(value: Any) -> str:
-    """A setting as it is written in key=value."""
+    """The value of a setting as it is typed in key=value."""
     if isinstance(value, bool) or value is None:
         return str(value).lower()
     if isinstance(value, (list, tuple)):
@@ -182,7 +194,7 @@ def typed(value: Any) -> str:
 
 
 def sentence(runs: Sequence[History]) -> str:
-    """What is shown, in words."""
+    """A sentence that describes the runs."""
     if len(runs) > 1:
         states = [run.state for run in runs]
         return f"{len(runs)} runs: {', '.join(f'{states.count(one)} {one}' for one in dict.fromkeys(states))}."
@@ -194,7 +206,7 @@ def sentence(runs: Sequence[History]) -> str:
 
 
 def troubles(runs: Sequence[History]) -> list[str]:
-    """Notes for the reader, such as runs that stopped early, in sentences."""
+    """Notes on the runs, such as failures, as sentences."""
     texts = []
     for run in runs:
         if run.state == FAILED:
@@ -202,7 +214,7 @@ def troubles(runs: Sequence[History]) -> list[str]:
         elif run.result is not None and run.result.untrained is not None:
             texts.append(f"{run.name} {run.result.untrained}.")
         if run.config.selection == "max-test":
-            texts.append(f"{run.name} chose its weights on the test part; its test accuracy is a biased estimate.")
+            texts.append(f"{run.name} chose its weights on the test part, so its test accuracy is a biased estimate.")
         lambda_max = None if run.result is None else run.result.lambda_max
         if lambda_max is not None and not lambda_max.get("converged", True):
             texts.append(
@@ -210,5 +222,8 @@ def troubles(runs: Sequence[History]) -> list[str]:
             )
     kinds = [tuple((key, value) for key, value in settings(run).items() if key != "seed") for run in runs]
     if len(runs) > 1 and len(set(kinds)) == len(runs):
-        texts.append("There is one run of each: seeds can differ by more than methods do; see `flatmin compare`.")
+        texts.append(
+            "Each setting has a single run. Seeds can differ more than methods do; `flatmin compare` runs several "
+            "seeds."
+        )
     return texts

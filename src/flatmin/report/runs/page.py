@@ -1,4 +1,4 @@
-"""The page of `flatmin show`: numbers, curves and settings of runs, and what differs between them."""
+"""The page of `flatmin show`: numbers, curves, settings and differences of runs."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _NONE = "–"
 
 
 def render(runs: Sequence[History], *, command: Sequence[str] = ()) -> str:
-    """The page as text.
+    """The page as HTML text.
 
     Args:
-        runs: at least one, with names that differ; see `flatmin.report.runs.history.read_all`.
-        command: the arguments of the command line.
+        runs: at least one run, with distinct names; see `flatmin.report.runs.history.read_all`.
+        command: the command that made the page.
 
     Raises:
-        ValueError: no run.
+        ValueError: there is no run.
         ModuleNotFoundError: there are curves and plotly is not installed (extra "report").
     """
     if not runs:
@@ -84,7 +84,7 @@ def _cell(quantity: RunProperty, run: History) -> Cell:
 def _unlike(runs: Sequence[History]) -> list[Markup]:
     every, tone = differences(runs), tones(runs)
     if not every:
-        return [heading("What differs", "Nothing: the settings are the same.")]
+        return [heading("Differences", "The settings are the same in all runs.")]
     differing = unlisted(every)
     if not differing:
         return []
@@ -97,17 +97,17 @@ def _unlike(runs: Sequence[History]) -> list[Markup]:
         ]
     else:
         rows = [[Cell(key), *(Cell(value) for value in values)] for key, values in differing.items()]
-    caption = "Settings that are not the same everywhere, beside those above; in brackets: versions and machine."
-    return [heading("What differs", caption), table(columns, rows)]
+    caption = "Other settings that differ between the runs. Versions and machine are in brackets."
+    return [heading("Differences", caption), table(columns, rows)]
 
 
 def _foot(runs: Sequence[History], command: Sequence[str]) -> list[Markup]:
-    """How the page was made, and everything that the runs have in common."""
+    """Common settings, and how the page was made."""
     several, unlike = len(runs) > 1, differences(runs) if len(runs) > 1 else {}
     shared = {key: value for key, value in settings(runs[0]).items() if key not in unlike}
     about = {key: value for key, value in machine(runs[0]).items() if f"({key})" not in unlike}
     return [
-        heading("Settings that all have" if several else "Settings"),
+        heading("Common settings" if several else "Settings"),
         facts(shared),
         heading("How this was made"),
         code(shlex.join(command)),

@@ -1,4 +1,4 @@
-"""Runs in a terminal: their numbers, small curves of text, and what differs in their settings."""
+"""Runs in a terminal: numbers, small curves of text, and differences between settings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 BLOCKS, PLAIN = "▁▂▃▄▅▆▇█", ".:-=+*#@"
-_SMALL, _LARGE = 10, 48  # columns of a curve
+_SMALL, _LARGE = 10, 48  # width of a curve in characters
 _CURVES: dict[str, tuple[Callable[[Epoch], float | None], str]] = {
     "train loss": (lambda line: line.train_loss, ".3f"),
     "perturbed loss": (lambda line: line.perturbed_loss, ".3f"),
@@ -24,7 +24,7 @@ _CURVES: dict[str, tuple[Callable[[Epoch], float | None], str]] = {
 
 
 def print_runs(runs: Sequence[History], console: Console) -> None:
-    """Print the numbers, curves, differences and troubles at the console's width."""
+    """Print the numbers, curves, differences and notes at the console's width."""
     shared, quantities = alike(runs)
     print_text(sentence(runs), console, style="bold")
     if shared:
@@ -38,10 +38,10 @@ def print_runs(runs: Sequence[History], console: Console) -> None:
         every = differences(runs)
         if differing := unlisted(every):
             console.print()
-            _print_columns(runs, "what differs", differing, console)
+            _print_columns(runs, "differences", differing, console)
         elif not every:
             console.print()
-            print_text("The settings are the same.", console)
+            print_text("The settings are the same in all runs.", console)
     if told := troubles(runs):
         console.print()
         for words in told:
@@ -49,13 +49,13 @@ def print_runs(runs: Sequence[History], console: Console) -> None:
 
 
 def _print_columns(runs: Sequence[History], title: str, rows: Mapping[str, Sequence[str]], console: Console) -> None:
-    """A column a run. A single one says its name in the line above."""
+    """Print a table with one column for each run; a single run needs no header."""
     header = [[title, *(run.name for run in runs)]] if len(runs) > 1 else []
     print_table([*header, *([name, *values] for name, values in rows.items())], console, header=bool(header))
 
 
 def _print_curves(runs: Sequence[History], console: Console) -> None:
-    """Lines of text over the epochs, all of a quantity on one scale."""
+    """Print curves over the epochs as text, with one scale for each quantity."""
     if not any(run.lines for run in runs):
         print_text("No epoch is finished yet.", console)
         return
@@ -80,15 +80,15 @@ def _print_curves(runs: Sequence[History], console: Console) -> None:
 def sparkline(
     values: Sequence[float], *, low: float, high: float, width: int, longest: int, encoding: str = "utf-8"
 ) -> str:
-    """Values as a line of bars, from the lowest for `low` to the highest for `high`.
+    """Values as a line of bars, with the lowest bar for `low` and the highest for `high`.
 
     Args:
-        values: one an epoch.
+        values: one value for each epoch.
         low: lower end of the scale.
-        high: its upper end.
-        width: columns of `longest` values, if there are more of them; each bar is the mean of its epochs.
-        longest: number of values of the longest of the lines that stand above each other.
-        encoding: of the terminal; without the block characters, signs of ASCII.
+        high: upper end of the scale.
+        width: largest number of bars. If there are more values, each bar is the mean of several epochs.
+        longest: number of values of the longest line, so that lines above each other have the same scale.
+        encoding: encoding of the terminal; ASCII characters are used if it is not UTF.
 
     Example:
         >>> sparkline([0.0, 1.0, 2.0, 3.0], low=0, high=3, width=10, longest=4)

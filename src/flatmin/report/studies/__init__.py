@@ -1,1 +1,1 @@
-"""Studies to look at: tables, notes and figures."""
+"""Pages and figures of studies."""

@@ -1,6 +1,6 @@
-"""The figures of a study that are curves with bands: over the epochs, along directions, and spectra.
+"""The figures of a study with curves: over the epochs, along directions, and spectra.
 
-Each builder gives None where the study has nothing for its figure.
+Each builder returns None if the study has no values for its figure.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from flatmin.study.finished import FinishedRun
 from flatmin.study.tabulate import StudyRow, StudyTable
 
 Points = Iterable[tuple[float, float]]
-_BANDS = "Lines are means over the seeds, bands their 95 % intervals, cut where they leave the figure."
-_ROOM = 0.25  # of the range of the means that bands may leave it by
+_BANDS = "Lines are means over the seeds; bands are 95 % intervals, cut at the edges of the figure."
+_ROOM = 0.25  # how far bands may leave the range of the means, as a share of it
 _HEIGHT = 360
 _DENSITY_POINTS = 3  # every third point of a density is drawn
 _RATIOS = {
@@ -35,21 +35,21 @@ _RATIOS = {
     "r < -1": "ratio_below_minus_1",
 }
 COUNTED = ("misclassified", "flipped", *_RATIOS.values())
-"""Diagnostics that are drawn by epochs."""
+"""Diagnostics that are drawn over the epochs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """A figure of one curve a row.
+    """A figure with one curve for each row.
 
     Args:
-        title: of the figure.
-        y: what the vertical axis is.
-        read: the points of one run of a row.
-        x: what the horizontal axis is.
-        log: the vertical axis is logarithmic where the values ask for it.
-        ends: of the values that there can be.
-        metric: whose steps the values have; see `StudyRow`.
+        title: title of the figure.
+        y: label of the vertical axis.
+        read: returns the points of one run of a row.
+        x: label of the horizontal axis.
+        log: whether the vertical axis is logarithmic if the values span a wide range.
+        ends: smallest and largest possible value.
+        metric: the metric whose steps the values have; see `StudyRow`.
     """
 
     title: str
@@ -62,7 +62,7 @@ class Curve:
 
 
 def curve(table: StudyTable, style: StudyStyle, wanted: Curve) -> Chart | None:
-    """The figure; None if no run has points for it."""
+    """The figure of a curve; None if no run has points for it."""
     curves: list[tuple[StudyRow, dict[float, Stat]]] = []
     for row in table.rows:
         values: dict[float, list[float]] = {}
@@ -91,7 +91,7 @@ def curve(table: StudyTable, style: StudyStyle, wanted: Curve) -> Chart | None:
 
 
 def _line(row: StudyRow, stats: Mapping[float, Stat], style: StudyStyle, x: str, ends: Ends) -> Series:
-    """The means, in the band of their intervals where any is known."""
+    """The line of the means, with a band of the intervals if any is known."""
     lows, highs = interval(list(stats.values()))
     band = not all(map(math.isnan, lows))
     cut = [_short(max(low, ends[0])) for low in lows], [_short(min(high, ends[1])) for high in highs]
@@ -109,14 +109,14 @@ def _line(row: StudyRow, stats: Mapping[float, Stat], style: StudyStyle, x: str,
 
 
 def _short(value: float) -> float:
-    """With the digits that a picture can show: a page holds many points."""
+    """A value rounded to six digits, to keep pages small."""
     return float(f"{value:.6g}")
 
 
 def section(
     table: StudyTable, style: StudyStyle, title: str, caption: str, wanted: Iterable[Curve]
 ) -> FigureSection | None:
-    """The figures that there are values for; None if there is none."""
+    """The figures that have values; None if there are none."""
     drawn = [chart for one in wanted if (chart := curve(table, style, one)) is not None]
     if not drawn:
         return None
@@ -124,7 +124,7 @@ def section(
 
 
 def over_epochs(table: StudyTable, style: StudyStyle) -> FigureSection | None:
-    """Train loss, accuracies and memorisation through training."""
+    """Training loss, accuracies and memorisation over the epochs."""
 
     def line(name: str) -> Callable[[StudyRow, FinishedRun], Points]:
         def read(row: StudyRow, run: FinishedRun) -> Points:
@@ -140,10 +140,10 @@ def over_epochs(table: StudyTable, style: StudyStyle) -> FigureSection | None:
         table,
         style,
         "Training",
-        "Train loss is that of the updates, averaged over the epoch: at w, or at w + ε for methods whose first pass is "
-        "not at w. Accuracies are those after the epoch.",
+        "The training loss is the mean over the updates of an epoch, at the weights w, or at w + ε for methods whose "
+        "first pass is at perturbed weights. Accuracies are measured after the epoch.",
         [
-            Curve(title="Train loss", y="train loss", read=line("train_loss"), ends=(0.0, math.inf), log=True),
+            Curve(title="Train loss", y="training loss", read=line("train_loss"), ends=(0.0, math.inf), log=True),
             percent("Validation accuracy", "validation accuracy, %", "val_acc"),
             percent("Test accuracy", "test accuracy, %", "test_acc"),
             percent("Memorised wrong labels", "memorised, %", "memorised"),
@@ -152,31 +152,31 @@ def over_epochs(table: StudyTable, style: StudyStyle) -> FigureSection | None:
 
 
 def under_perturbation(table: StudyTable, style: StudyStyle) -> FigureSection | None:
-    """How many training samples are wrong at w + eps, and how many the ascent turned."""
+    """How many training samples are misclassified at w + eps, and how many only there."""
 
     def count(title: str, name: str) -> Curve:
         def read(row: StudyRow, run: FinishedRun) -> Points:
             return [(epoch, mean * _updates(row, run)) for epoch, mean in _by_epoch(run, name)]
 
-        return Curve(title=title, y="samples an epoch", read=read, ends=(0.0, math.inf))
+        return Curve(title=title, y="samples per epoch", read=read, ends=(0.0, math.inf))
 
     return section(
         table,
         style,
         "Misclassified under perturbation",
-        "Training samples of an epoch that the network gets wrong at w + ε, and those of them that it has right at w: "
-        "counted in the updates that were logged, and scaled to the updates of an epoch.",
-        [count("Misclassified at w + ε", "misclassified"), count("Flipped by the ascent", "flipped")],
+        "Training samples that the network misclassifies at w + ε, and those of them that it classifies correctly at "
+        "w. They are counted in the recorded updates and scaled to all updates of an epoch.",
+        [count("Misclassified at w + ε", "misclassified"), count("Misclassified only at w + ε", "flipped")],
     )
 
 
 def _updates(row: StudyRow, run: FinishedRun) -> float:
-    """Updates of an epoch."""
+    """The number of updates per epoch."""
     return row.budget / row.gradients / run.result.epochs if run.result.epochs else math.nan
 
 
 def _by_epoch(run: FinishedRun, name: str) -> list[tuple[int, float]]:
-    """The mean of a diagnostic over the logged updates of each epoch."""
+    """The mean of a diagnostic over the recorded updates of each epoch."""
     values: dict[int, list[float]] = {}
     for step in run.steps:
         value = step.get(name)
@@ -186,20 +186,20 @@ def _by_epoch(run: FinishedRun, name: str) -> list[tuple[int, float]]:
 
 
 def ratios(table: StudyTable, style: StudyStyle) -> FigureSection | None:
-    """The ratio of the perturbed gradient to the first one, entry by entry, through training."""
+    """The elementwise ratio of the gradient at w + eps to that at w, over the epochs."""
 
     def share(title: str, name: str) -> Curve:
         def read(row: StudyRow, run: FinishedRun) -> Points:
             return [(epoch, 100.0 * mean) for epoch, mean in _by_epoch(run, name)]
 
-        return Curve(title=title, y="share of the entries, %", read=read, ends=PERCENT)
+        return Curve(title=title, y="share of entries, %", read=read, ends=PERCENT)
 
     return section(
         table,
         style,
-        "SAM's gradient against SGD's",
-        "Shares of the entries of the gradient by their ratio r = gₛ / g, at w + ε over at w: mean of the updates that "
-        "were logged in an epoch.",
+        "SAM's gradient relative to SGD's",
+        "Shares of the gradient's entries by the ratio r = gₛ / g of the gradient at w + ε to that at w. Each point is "
+        "the mean over the recorded updates of an epoch.",
         [share(title, name) for title, name in _RATIOS.items()],
     )
 
@@ -221,7 +221,7 @@ def slices(table: StudyTable, style: StudyStyle) -> FigureSection | None:
         table,
         style,
         "Slices of the loss",
-        "The loss along a line through the trained weights; a point where it is not finite is left out.",
+        "The loss along a line through the trained weights; points where it is not finite are left out.",
         [
             Curve(title="Along the first eigenvector", y="loss", x="distance / ‖w‖", read=along("along_v1"), log=True),
             Curve(
@@ -250,7 +250,7 @@ def spectra(table: StudyTable, style: StudyStyle) -> FigureSection | None:
     drawn = density_chart({str(i): density for i, (_, density) in enumerate(densities)})
     peak = max(y for one in drawn.series for y in one.y)
     assert drawn.y.range[0] is not None
-    # A tenth of what a single eigenvalue of the largest network gives at the kernel's own peak.
+    # A tenth of the peak of a single eigenvalue of the largest network.
     floor = drawn.y.range[0] * 1e8 * 0.1 / max(sizes) if sizes else peak * 1e-8
     series = []
     for (row, density), line in zip(densities, drawn.series, strict=True):
@@ -270,8 +270,8 @@ def spectra(table: StudyTable, style: StudyStyle) -> FigureSection | None:
     )
     return FigureSection(
         title="Eigenvalue density",
-        caption="Density of the Hessian's eigenvalues, the mean of the networks of all seeds, smoothed for the picture "
-        "and cut at a tenth of what a single eigenvalue gives; it has no error bars.",
+        caption="Density of the Hessian's eigenvalues, smoothed for the figure. It is the mean over the networks of "
+        "all seeds, cut at a tenth of the density of a single eigenvalue, and has no error bars.",
         figures=[chart],
     )
 

@@ -1,6 +1,6 @@
-"""The figures of a study that have a point for each row or run: accuracy over rho and cost, sharpness, and the radar.
+"""The figures of a study with a point for each row or run: accuracy over rho and cost, sharpness, and the radar.
 
-Each builder gives None where the study has nothing for its figure.
+Each builder returns None if the study has no values for its figure.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ from flatmin.train.trainer import build_recipe
 
 _SHARPNESS = ("lambda_max", "lambda_1")
 _SPOKES = ("data", "model")
-_INNER = 0.15  # of the radar's radius, where the smallest mean of an axis is
-_ASIDE, _ROOM = 0.025, 0.16  # of the axis, between marks that would hide each other and for all of them together
-_LOG_FROM = 8.0  # budgets that differ by more than this factor have a logarithmic axis
-_ROWS = 24  # so many can stand below each other
-_APART = 0.16  # of a row, between its two kinds of marks and its middle
-_TICKS = 12  # up to so many radii have a tick each
+_INNER = 0.15  # where the smallest mean of an axis is, as a share of the radar's radius
+_ASIDE, _ROOM = 0.025, 0.16  # distance between marks at one place, and of all of them, as shares of the axis
+_LOG_FROM = 8.0  # budgets that differ by more than this factor get a logarithmic axis
+_ROWS = 24  # the most rows that fit below each other
+_APART = 0.2  # distance of the two kinds of marks from the middle of a row, in rows
+_BELOW = 0.17  # distance of the seeds' marks from the mean, in rows
+_TICKS = 12  # up to this number, each radius has a tick
 
 
 def over_rho(table: StudyTable, style: StudyStyle) -> FigureSection | None:
-    """Accuracy over the radius, a line for each arm and values of its other axes; a figure for each geometry."""
+    """Accuracy over the radius: a figure for each geometry, a line for each arm and point of its other axes."""
     chosen = any(row.grid_point is not None and "rho" in row.grid_point.choose for row in table.rows)
     metric, name = ("val_acc", "validation accuracy") if chosen else ("test_acc", "test accuracy")
     geometries: dict[str, dict[tuple[object, ...], list[tuple[float, StudyRow]]]] = {}
@@ -49,13 +50,17 @@ def over_rho(table: StudyTable, style: StudyStyle) -> FigureSection | None:
     }
     if not lines_of:
         return None
-    why = ": rho was chosen by it, so test accuracy would flatter" if chosen else ""
-    level = " An arm without a radius is level." if flat else ""
-    apart = " Radii of different geometries do not compare, so each geometry has a figure." if len(lines_of) > 1 else ""
+    why = ", by which rho was chosen" if chosen else ""
+    level = " Arms without a radius are horizontal lines." if flat else ""
+    apart = (
+        " Radii in different geometries cannot be compared, so each geometry has its own figure."
+        if len(lines_of) > 1
+        else ""
+    )
     return FigureSection(
         title="Accuracy over the radius",
-        caption=f"Mean {name}{why}; bars: 95 % intervals over the seeds, cut at 0 and 100. Arms stand a little "
-        f"beside each other.{level}{apart}",
+        caption=f"Mean {name}{why}. Bars are 95 % intervals over the seeds, cut at 0 and 100. Marks of different arms "
+        f"at the same radius are drawn side by side.{level}{apart}",
         figures=[
             _over_one_rho(lines, flat, style, metric, f"{name}, %", geometry if len(lines_of) > 1 else "")
             for geometry, lines in lines_of.items()
@@ -107,7 +112,7 @@ def _over_one_rho(
 
 
 def _geometry(row: StudyRow) -> str:
-    """The name of the norm in which the row measures rho."""
+    """The name of the geometry in which a row's method measures rho."""
     return "" if row.grid_point is None else type(build_recipe(row.grid_point.config).geometry).__name__
 
 
@@ -119,7 +124,7 @@ def _radius(row: StudyRow) -> float | None:
 
 
 def over_cost(table: StudyTable, style: StudyStyle) -> FigureSection | None:
-    """Test accuracy over the gradient evaluations of a run, and the Pareto front of the means; not for one cost."""
+    """Test accuracy over the gradient evaluations of a run, with the Pareto front; None if all costs are equal."""
     rows = [row for row in table.rows if row.columns["test_acc"].stat.n and row.budget > 0 and row.budget < math.inf]
     if len({round(row.budget) for row in rows}) < 2:
         return None
@@ -136,7 +141,7 @@ def over_cost(table: StudyTable, style: StudyStyle) -> FigureSection | None:
     low = min(budgets) if log else 0.0
     for row, shift in zip(rows, _beside(rows, style), strict=True):
         stat = row.columns["test_acc"].stat
-        text = f"{row.budget:,.0f} gradients of a batch".replace(",", " ")
+        text = f"{row.budget:,.0f} gradient evaluations".replace(",", " ")
         series.append(
             Series(
                 **style.of(row),
@@ -155,16 +160,16 @@ def over_cost(table: StudyTable, style: StudyStyle) -> FigureSection | None:
         series=series,
     )
     return FigureSection(
-        title="What the accuracy costs",
-        caption="Mean test accuracy; bars: 95 % intervals over the seeds, cut at 0 and 100. Dotted: the Pareto front "
-        "of the means; differences inside the bars are not significant. Marks of equal cost stand a little beside "
-        "each other.",
+        title="Accuracy and cost",
+        caption="Mean test accuracy over the number of gradient evaluations of a run, each on one batch. Bars are 95 % "
+        "intervals over the seeds, cut at 0 and 100. The dotted line is the Pareto front of the means; differences "
+        "inside the bars are not significant. Marks of equal cost are drawn side by side.",
         figures=[chart],
     )
 
 
 def _beside(rows: Sequence[StudyRow], style: StudyStyle) -> list[float]:
-    """By what share of the axis a row's mark is moved, so that rows of equal cost do not hide each other."""
+    """Offsets of the rows' marks, as shares of the axis, so that rows of equal cost do not hide each other."""
     together = style.choices()[1] == EVERY
     keys = [(round(row.budget), *(() if together else row.point.items())) for row in rows]
     places = {key: iter(shifts(keys.count(key), _ASIDE, _ROOM)) for key in keys}
@@ -172,7 +177,7 @@ def _beside(rows: Sequence[StudyRow], style: StudyStyle) -> list[float]:
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Those of (cost, value) that no other one beats in both, by rising cost.
+    """The Pareto front of points (cost, value): those that no other point beats in both, by ascending cost.
 
     Example:
         >>> front([(2, 5.0), (1, 3.0), (2, 4.0), (3, 4.5)])
@@ -186,7 +191,7 @@ def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def by_seed(table: StudyTable, style: StudyStyle) -> FigureSection | None:
-    """Test accuracy of every seed beside mean and interval of each row; at the best epoch too, where it is a column."""
+    """Test accuracy of every seed, with mean and interval of each row; also at the best epoch if that is a column."""
     rows = [row for row in table.rows if row.columns["test_acc"].stat.n]
     if len(style.points) > 1 or not 2 <= len(rows) <= _ROWS or all(row.columns["test_acc"].stat.n < 2 for row in rows):
         return None
@@ -202,16 +207,22 @@ def by_seed(table: StudyTable, style: StudyStyle) -> FigureSection | None:
             look: dict[str, Any] = {**style.of(row), "kind": "marks", "filled": filled}
             seeds = [(seed, x) for seed, run in row.runs.items() if (x := run.number(metric)) is not None]
             hover = [f"{row.label}{word}, seed {seed}: {x:.2f} %" for seed, x in seeds]
-            small: dict[str, Any] = {**look, "label": "", "size": 6.0, "opacity": 0.6, "hover": hover}
-            series.append(Series(**small, x=[x for _, x in seeds], y=[i + shift] * len(seeds)))
+            # Below the interval's line, which would hide them.
+            small: dict[str, Any] = {**look, "label": "", "size": 7.0, "opacity": 0.7, "hover": hover}
+            series.append(Series(**small, x=[x for _, x in seeds], y=[i + shift + _BELOW] * len(seeds)))
             mean: dict[str, Any] = {**look, "size": 12.0, "hover": [_hover(row.label + word, "mean", stat)]}
             mean |= {"x_interval": interval([stat])} | ({} if filled else {"label": ""})
             series.append(Series(**mean, x=[stat.mean], y=[i + shift]))
     names = {float(i): name for i, name in enumerate(row.label for row in rows)}
-    open_marks = " Open marks: at the epoch with the best validation accuracy." if both else ""
+    open_marks = (
+        " Filled marks are for the weights that a run keeps, open marks for the epoch with the best validation "
+        "accuracy."
+        if both
+        else ""
+    )
     return FigureSection(
         title="Accuracy of each seed",
-        caption=f"Small marks are seeds, large ones means with their 95 % intervals.{open_marks}",
+        caption=f"Small marks are single seeds; large marks are means with their 95 % intervals.{open_marks}",
         figures=[
             Chart(
                 title="Accuracy of each seed",
@@ -225,18 +236,18 @@ def by_seed(table: StudyTable, style: StudyStyle) -> FigureSection | None:
 
 
 def over_sharpness(table: StudyTable, style: StudyStyle) -> FigureSection | None:
-    """The largest Hessian eigenvalue against train loss and test accuracy, one point a run."""
+    """The largest Hessian eigenvalue over training loss and test accuracy, with one point for each run."""
     for metric in _SHARPNESS:
         charts = [
-            _sharpness(table, style, metric, "train_ce", "train loss at the end", "Sharpness and train loss"),
+            _sharpness(table, style, metric, "train_ce", "training loss at the end", "Sharpness and train loss"),
             _sharpness(table, style, metric, "test_acc", "test accuracy, %", "Sharpness and accuracy"),
         ]
         figures = [chart for chart in charts if chart is not None]
         if figures:
             return FigureSection(
                 title="Sharpness",
-                caption="The largest eigenvalue of the Hessian of each run, one mark a seed. It falls with the train "
-                "loss, so compare it at equal loss: a small one alone is no sign of a flat minimum.",
+                caption="The largest eigenvalue of the Hessian of the loss, with one mark for each run. It falls with "
+                "the training loss, so compare it at equal loss; a small value alone does not show a flat minimum.",
                 figures=figures,
             )
     return None
@@ -269,12 +280,12 @@ def _sharpness(
             )
     if not series:
         return None
-    vertical = Axis(label=f"{metric} of the loss", log=True)
+    vertical = Axis(label=metric, log=True)
     return Chart(title=title, x=Axis(label=xlabel, log=log), y=vertical, series=series)
 
 
 def radar(table: StudyTable, style: StudyStyle) -> FigureSection | None:
-    """A polygon for each arm over networks and data sets, each axis from its smallest mean to its largest."""
+    """A polygon for each arm over networks and data sets, with axes from the smallest mean to the largest."""
     rows = [row for row in table.rows if row.columns["test_acc"].stat.n]
     spokes = list(dict.fromkeys(_spoke(row) for row in rows))
     if len(spokes) < 3 or () in spokes or len({row.arm for row in rows}) < 2:
@@ -302,9 +313,9 @@ def radar(table: StudyTable, style: StudyStyle) -> FigureSection | None:
     names = [f"{', '.join(spoke)}\n{min(means[spoke]):.2f}–{max(means[spoke]):.2f}" for spoke in spokes]
     return FigureSection(
         title="Radar",
-        caption="Mean test accuracy in %. Each axis has a scale of its own, from the smallest mean (inner ring) to the "
-        "largest (outer ring), so that distances on different axes do not compare and small differences look large; "
-        "hovering shows the means with their 95 % intervals over the seeds.",
+        caption="Mean test accuracy in %. Each axis has its own scale, from the smallest mean (inner ring) to the "
+        "largest (outer ring). Distances on different axes cannot be compared, and small differences look large. "
+        "Hover over a mark to see the mean with its 95 % interval over the seeds.",
         figures=[Radar(title="Radar", spokes=names, series=series, ring=_INNER)],
     )
 

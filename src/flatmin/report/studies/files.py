@@ -1,4 +1,4 @@
-"""The figures of a study as files for papers."""
+"""Write the figures of a study to files for papers."""
 
 from __future__ import annotations
 
@@ -21,16 +21,15 @@ def save_figures(
     *,
     on_missing: Callable[[str], None] = lambda text: None,
 ) -> list[Path]:
-    """Write every figure of a study's page as a file, named after its title.
+    """Write every figure of a study's page to a file named after its title.
 
-    Where the page shows the points of the axes one after the other, a figure that differs between them is written for
-    each.
+    If the page shows one point of the axes at a time, a figure that differs between points is written for each.
 
     Args:
         shown: the study's table.
-        folder: it is created.
-        endings: of ".svg", ".pdf" and ".png"; see `flatmin.report.figures.files.endings`.
-        on_missing: called with a sentence for each kind of figure that could not be made.
+        folder: the folder; made if it does not exist.
+        endings: suffixes among ".svg", ".pdf" and ".png"; see `flatmin.report.figures.files.endings`.
+        on_missing: called with a sentence for each kind of figure that could not be drawn.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed (extra "plot").
@@ -46,7 +45,7 @@ def save_figures(
 
 
 def _by_point(figure: Drawable, points: Sequence[Mapping[str, str]]) -> list[Drawable]:
-    """The figure at each of the points; once for points that show the same."""
+    """The figure for each of the points, once for points that show the same series."""
     shown: dict[tuple[int, ...], list[int]] = {}
     for i in range(len(points)):
         seen = [k for k, one in enumerate(figure.series) if one.points is None or str(i) in one.points]

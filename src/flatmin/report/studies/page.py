@@ -1,4 +1,4 @@
-"""The page of `flatmin study`: the table, what stands below it, and the figures that its runs have numbers for."""
+"""The page of `flatmin study`: conclusions, tables, figures and notes."""
 
 from __future__ import annotations
 
@@ -38,22 +38,22 @@ _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
 _AFTER = re.compile(" (?=[±(])")  # before an interval
 _NONE = "–"
 _HINTS = {
-    "n": "seeds with a result",
-    "grads/step": "gradient evaluations of one update",
+    "n": "number of seeds with a result",
+    "grads/step": "gradient evaluations per update",
     "rho": "radius of the perturbation, in the method's own norm",
-    "time/step": "relative to plain training, interleaved; median with quartiles",
-    "p": "of the paired t test of the difference",
-    "p, equal grads": "of the paired t test of that difference",
-    "vs plain, equal grads": "difference to plain training with as many gradient evaluations, paired by seed",
+    "time/step": "time of a training step relative to plain training; median with quartiles",
+    "p": "p value of the paired t test of the difference",
+    "p, equal grads": "p value of the paired t test of the difference at equal cost",
+    "vs plain, equal grads": "difference from plain training with as many gradient evaluations, paired by seed",
 }
 
 
 def render(shown: StudyTable, *, command: Sequence[str] = ()) -> str:
-    """The page as text.
+    """The page as HTML text.
 
     Args:
         shown: the study's table; see `flatmin.study.tabulate.tabulate`.
-        command: the arguments of the command line.
+        command: the command that made the page.
 
     Raises:
         ModuleNotFoundError: there are figures and plotly is not installed (extra "report").
@@ -70,13 +70,13 @@ def render(shown: StudyTable, *, command: Sequence[str] = ()) -> str:
         body += [heading(section.title, section.caption), panels(section.figures)]
     body += _published(shown, style)
     if not drawn:
-        body.append(paragraph("No run has numbers for a figure."))
-    body += [heading("How to read this"), notes([*tables.remarks(shown), *failed], "")]
+        body.append(paragraph("There are no values for figures yet."))
+    body += [heading("How to read the tables"), notes([*tables.remarks(shown), *failed], "")]
     return page(shown.spec.title, body, _foot(shown, command))
 
 
 def sentence(shown: StudyTable) -> str:
-    """What was run, in a sentence or two."""
+    """A sentence on the numbers of arms, rows, runs and seeds, and on the source."""
     spec = shown.spec
     cells = [row.grid_point for row in every_row(shown) if row.grid_point is not None]
     planned = sum(len(cell.configs) for cell in cells)
@@ -86,8 +86,8 @@ def sentence(shown: StudyTable) -> str:
         seeds += f"; values chosen with seed {', '.join(map(str, spec.choose_seeds))}"
     source = f" Source: {spec.source}." if spec.source else ""
     return (
-        f"{_counted(len(spec.every_arm), 'arm')}, {_counted(len(shown.rows), 'row')}, results of {ended} of "
-        f"{_counted(planned, 'run')}, seed{'s' * (len(spec.seeds) > 1)} {seeds}.{source}"
+        f"{_counted(len(spec.every_arm), 'arm')}, {_counted(len(shown.rows), 'row')}, {ended} of "
+        f"{_counted(planned, 'run')} with a result, seed{'s' * (len(spec.seeds) > 1)} {seeds}.{source}"
     )
 
 
@@ -96,7 +96,7 @@ def _counted(count: int, word: str) -> str:
 
 
 def _tables(shown: StudyTable, style: StudyStyle) -> Markup:
-    """The table; a wide one in two, of which the first is about test accuracy."""
+    """The table; a wide table is split in two, the first of which shows test accuracy."""
     names, rows = tables.header(shown), tables.body(shown)
     made = []
     for title, places in tables.groups(shown):
@@ -111,7 +111,7 @@ def _tables(shown: StudyTable, style: StudyStyle) -> Markup:
 
 
 def _plain(cell: str) -> bool:
-    """Whether a cell is a number, with whatever interval, or empty."""
+    """Whether a cell is a number, with or without an interval, or empty."""
     return cell == tables.ABSENT or sort_key(cell) is not None
 
 
@@ -139,7 +139,7 @@ def _cells(row: StudyRow, cells: Sequence[str], text: Sequence[bool], style: Stu
 
 
 def _with_interval(cell: str) -> Cell:
-    """A number, with what follows it in a smaller print."""
+    """A cell with a number, and its interval less prominent."""
     value, *rest = _AFTER.split(cell, maxsplit=1)
     return Cell(value, sort=sort_key(cell), minor=re.sub("± ?", "± ", "".join(rest)))
 
@@ -148,23 +148,23 @@ def _hint(name: str, shown: StudyTable) -> str:
     if name in _HINTS:
         return _HINTS[name]
     if name.startswith("p (Holm"):
-        return "the same, corrected for all tests of the column"
+        return "p value with Holm's correction for all tests of the column"
     if name == f"vs {shown.spec.baseline} (paired)":
         return "difference at the same point of the axes, paired by seed, with its 95 % interval"
     if name.startswith("published "):
-        return "the source's own number, its spread as printed"
+        return "the source's number, with its spread as printed"
     return "mean over the seeds and half width of the 95 % t interval" if name.endswith("±95 %") else ""
 
 
 def sections(shown: StudyTable, style: StudyStyle) -> tuple[list[FigureSection], list[str]]:
-    """The figures; and a sentence for each kind of them that could not be made."""
+    """The figures, and a sentence for each kind of figure that could not be drawn."""
     makers: dict[str, Callable[[StudyTable, StudyStyle], FigureSection | None]] = {
         "the accuracy of each seed": study_figures.by_seed,
         "accuracy over the radius": study_figures.over_rho,
-        "what the accuracy costs": study_figures.over_cost,
+        "accuracy over cost": study_figures.over_cost,
         "the radar": study_figures.radar,
         "curves over the epochs": study_curves.over_epochs,
-        "what was measured while training": study_recorded.while_training,
+        "measurements while training": study_recorded.while_training,
         "sharpness": study_figures.over_sharpness,
         "the eigenvalue density": study_curves.spectra,
         "slices of the loss": study_curves.slices,
@@ -188,7 +188,7 @@ def sections(shown: StudyTable, style: StudyStyle) -> tuple[list[FigureSection],
 
 
 def _published(shown: StudyTable, style: StudyStyle) -> list[Markup]:
-    """Numbers by the conventions of others, where the reports have them."""
+    """A table of the measures of other publications, if the reports have them."""
     by_row: list[dict[str, list[float]]] = []
     for row in shown.rows:
         values: dict[str, list[float]] = {}
@@ -208,10 +208,10 @@ def _published(shown: StudyTable, style: StudyStyle) -> list[Markup]:
             cells.append(_with_interval(number(summarise(values.get(name, [])), 2)))
         rows.append(cells)
     caption = (
-        "Eigenvalues by each source's own choice of data and statistic; mean over the seeds, ± half width of the 95 % "
-        "t interval."
+        "Eigenvalues computed on the data and with the statistic of each source: mean over the seeds ± half width of "
+        "the 95 % t interval."
     )
-    return [heading("Sharpness as others publish it", caption), table([Column("row"), *map(Column, names)], rows)]
+    return [heading("Sharpness as in other publications", caption), table([Column("row"), *map(Column, names)], rows)]
 
 
 def _foot(shown: StudyTable, command: Sequence[str]) -> list[Markup]:
@@ -219,5 +219,5 @@ def _foot(shown: StudyTable, command: Sequence[str]) -> list[Markup]:
     if command:
         made.append(code(shlex.join(command)))
     spec = shown.spec
-    about = {"study": spec.name, "settings of": f"flatmin train {spec.train}", "source": spec.source}
+    about = {"study": spec.name, "settings from": f"flatmin train {spec.train}", "source": spec.source}
     return [*made, facts({key: value for key, value in about.items() if value}), facts(flat(shown.environment))]

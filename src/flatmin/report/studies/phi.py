@@ -1,4 +1,4 @@
-"""The figure of BiSAM's phi: the 0-1 step, and what the arms of a study climb in its place."""
+"""The figure of BiSAM's phi: the 0-1 loss, and the surrogates that the arms of a study maximise instead."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from flatmin.train.trainer import build_recipe
 
 _REACH = 5.0
 _POINTS = 201
-_NAMED = 2  # so many arms are named in the legend
+_NAMED = 2  # the most arms that the legend names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class _Phi:
 
 
 def phi(table: StudyTable) -> FigureSection | None:
-    """The curves; None if no arm climbs BiSAM's objective."""
+    """The curves; None if no arm uses BiSAM's objective."""
     arms: dict[BiSAMLog | BiSAMTanh, list[str]] = {}
     for row in table.rows:
         objective = build_recipe(row.grid_point.config).objective if row.grid_point is not None else None
@@ -51,17 +51,17 @@ def phi(table: StudyTable) -> FigureSection | None:
             text = [f"{one.name}\n{what}({x:.2f}) = {y:.3f}" for x, y in zip(xs, heights, strict=True)]
             series.append(Series(label=label, x=xs, y=heights, tone=tone(i), dash=dash, hover=text))
     chart = Chart(
-        title="What BiSAM climbs",
-        x=Axis(label="F, the margin of a wrong class over the true one"),
+        title="Surrogate of the 0-1 loss in BiSAM",
+        x=Axis(label="F, the margin of a wrong class over the true class"),
         y=Axis(label="loss of a sample", range=(-1.6, 1.15)),
         series=series,
         legend=True,
     )
     return FigureSection(
-        title="What BiSAM climbs",
-        caption="The 0-1 loss of a sample over the margin F of a wrong class, and the φ that takes its place, with the "
-        "parameters of the arms. Dotted: with two classes, the soft maximum (1/μ) log Σ exp(μ φ) less log 2 / μ, which "
-        "is never above the 0-1 loss. These are formulas, so there are no error bars.",
+        title="Surrogate of the 0-1 loss in BiSAM",
+        caption="The 0-1 loss of a sample over the margin F of a wrong class, and the function φ that replaces it, "
+        "with the parameters of the arms. The dotted line, for two classes, is the soft maximum (1/μ) log Σ exp(μ φ) "
+        "minus log 2 / μ, which is never above the 0-1 loss. The curves are formulas, so there are no error bars.",
         figures=[chart],
     )
 

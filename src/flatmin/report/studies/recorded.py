@@ -1,7 +1,7 @@
 """The figures of a study's records: every diagnostic over the updates, every measurement over the epochs.
 
-Each builder gives None where the study has nothing for its figure. What a study records is drawn under its own name, so
-that a new number needs nothing here.
+Each builder returns None if the study has no values for its figure. Quantities are drawn under their own names, so a
+new quantity needs no change here.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from flatmin.report.studies.style import FigureSection, StudyStyle
 from flatmin.study.finished import FinishedRun, ends_of
 from flatmin.study.tabulate import StudyRow, StudyTable
 
-POINTS = 60  # of a curve over the updates; where there are more lines, each point is a mean
+POINTS = 60  # the most points of a curve over the updates; if there are more lines, each point is a mean
 _NOT_MEASURED = ("epoch", "step")
 
 
 def over_updates(table: StudyTable, style: StudyStyle) -> FigureSection | None:
-    """The optimizer's diagnostics and the loss of the updates, but for what has a section of its own."""
+    """The optimizer's diagnostics and the loss of the updates, except those with a section of their own."""
 
     def read(name: str) -> Callable[[StudyRow, FinishedRun], Points]:
         return lambda row, run: _blocks(run, name)
@@ -33,14 +33,15 @@ def over_updates(table: StudyTable, style: StudyStyle) -> FigureSection | None:
         table,
         style,
         "Over the updates",
-        "Of the updates that were logged, as SAM.diagnostics() names them; loss is the mean since the one before. If "
-        f"more than {POINTS} were logged, a point is the mean of neighbours, at the last of them.",
+        "Diagnostics of the recorded updates, under the names of SAM.diagnostics(); loss is the mean since the "
+        f"previous recorded update. If more than {POINTS} updates were recorded, each point is the mean of several "
+        "consecutive ones, drawn at the last.",
         [Curve(title=name, y=name, x="update", read=read(name), ends=ends_of(name)) for name in names],
     )
 
 
 def while_training(table: StudyTable, style: StudyStyle) -> FigureSection | None:
-    """What was measured between epochs."""
+    """The measurements between epochs."""
 
     def read(name: str) -> Callable[[StudyRow, FinishedRun], Points]:
         return lambda row, run: [
@@ -55,8 +56,8 @@ def while_training(table: StudyTable, style: StudyStyle) -> FigureSection | None
         table,
         style,
         "Measured while training",
-        "Named as in the report of a network; of the weights after an epoch, in eval mode, on "
-        f"{record.measure_examples} training samples.{radius}{groups}",
+        f"Measured after an epoch, in eval mode, on {record.measure_examples} training samples. The names are those of "
+        f"flatmin measure.{radius}{groups}",
         [Curve(title=name, y=name, read=read(name), log=True, ends=ends_of(name)) for name in names],
     )
 
@@ -66,7 +67,7 @@ def _runs(table: StudyTable) -> list[FinishedRun]:
 
 
 def _blocks(run: FinishedRun, name: str) -> Iterator[tuple[float, float]]:
-    """Means over so many neighbouring lines that the curve has no more than its points."""
+    """Means over consecutive lines, so that the curve has at most `POINTS` points."""
     size = math.ceil(len(run.steps) / POINTS)
     for start in range(0, len(run.steps), max(size, 1)):
         part = run.steps[start : start + size]

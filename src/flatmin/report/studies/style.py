@@ -1,4 +1,4 @@
-"""How the rows of a study are drawn: a colour for each arm, a symbol and a dash for each point of the axes."""
+"""The style of a study's rows: a colour for each arm, a symbol and a dash for each point of the axes."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from flatmin.report.style import DASHES, DASHES_IN_WORDS, SYMBOLS, Style, styles
 from flatmin.study.tabulate import StudyRow, StudyTable
 
 EVERY = ""  # the choice that shows all points
-_FEW = 8  # so many rows are readable in one figure
-_NAMED = min(6, len(DASHES))  # so many symbols are explained
+_FEW = 8  # the most rows that are readable in one figure
+_NAMED = min(6, len(DASHES))  # the most symbols that are explained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,9 +21,9 @@ class FigureSection:
     """Figures under one heading.
 
     Args:
-        title: of them.
-        caption: what they show, and what their error bars are.
-        figures: each with a title of its own.
+        title: the heading.
+        caption: what the figures show, and what their error bars are.
+        figures: the figures, each with its own title.
     """
 
     title: str
@@ -34,11 +34,11 @@ class FigureSection:
 class StudyStyle:
     """Colours, symbols and points of a study.
 
-    A point is a place on the axes whose values are not chosen on validation. An arm that lacks an axis, such as plain
-    training beside several radii, belongs to all points that agree with it.
+    A point is a combination of values of the axes that are not chosen on validation data. An arm without an axis, such
+    as plain training in a study of radii, belongs to all points that agree with its values.
 
     Args:
-        table: the study's.
+        table: the study's table.
     """
 
     def __init__(self, table: StudyTable) -> None:
@@ -56,7 +56,7 @@ class StudyStyle:
         self.num_rows = len(table.rows)
 
     def at(self, arm: str, values: Mapping[str, str]) -> Style:
-        """Of an arm where the axes have these values; arms beyond the number of colours differ by symbol and dash."""
+        """The style of an arm at a point; arms beyond the number of colours differ by symbol and dash."""
         place = next((i for i, point in enumerate(self.points) if values.items() <= point.items()), 0)
         cycle = self._turn[arm] // (NUM_TONES - 1)
         symbol = self._arms.index(arm) if len(self.points) < 2 else place + 3 * cycle
@@ -65,11 +65,11 @@ class StudyStyle:
         )
 
     def of(self, row: StudyRow, without: Collection[str] = ()) -> dict[str, Any]:
-        """Label, style, and by what the page shows and hides it: arguments of a row's `Series`.
+        """Arguments of a row's `Series`: label, style, and the keys by which the page shows and hides it.
 
         Args:
             row: the row.
-            without: axes that the series goes along, or that the figure shows otherwise.
+            without: axes along which the series runs, or that the figure shows in another way.
         """
         values = {key: value for key, value in row.point.items() if key not in without}
         style = self.at(row.arm, values)
@@ -85,7 +85,7 @@ class StudyStyle:
         }
 
     def choices(self) -> tuple[dict[str, str], str]:
-        """The list of points by key, and the key that is chosen at first; no list for a single point."""
+        """The points by key, and the key that is chosen initially; empty for a single point."""
         if len(self.points) < 2:
             return {}, EVERY
         named = {str(i): listed(point) for i, point in enumerate(self.points)}
@@ -93,8 +93,12 @@ class StudyStyle:
         return (every | named, EVERY) if self.num_rows <= _FEW else (named | every, "0")
 
     def explained(self) -> str:
-        """A sentence on what symbols and dashes mean; empty where colours tell everything."""
-        many = "Arms of one colour differ by symbol and dash; hover over a mark for its name." if self._cycles else ""
+        """A sentence on what symbols and dashes mean; empty if colours are enough."""
+        many = (
+            "Arms with the same colour differ by symbol and dash; hover over a mark for its name."
+            if self._cycles
+            else ""
+        )
         if len(self.points) < 2:
             return many
         if many or len(self.points) > _NAMED:
@@ -104,17 +108,17 @@ class StudyStyle:
 
 
 def listed(values: Mapping[str, str]) -> str:
-    """Values as a reader sees them."""
+    """Values as text, such as "rho = 0.1, epochs = 20"."""
     return ", ".join(f"{key} = {value}" for key, value in values.items())
 
 
 def tried_rows(table: StudyTable) -> list[StudyRow]:
-    """Those that a choice was made from, and those that no choice was needed for."""
+    """The rows from which a choice was made, and the rows without a choice."""
     return [one for row in table.rows for one in table.tried.get(row.label, [row])]
 
 
 def every_row(table: StudyTable) -> list[StudyRow]:
-    """All rows, those that were not chosen too; a choice on seeds of its own comes before the row that it led to."""
+    """All rows, including those that were not chosen. Rows of a choice on separate seeds come before the chosen row."""
     found: list[StudyRow] = []
     for row in table.rows:
         tried = table.tried.get(row.label, [row])

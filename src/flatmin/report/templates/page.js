@@ -1,5 +1,5 @@
 "use strict";
-// Tables sort on a click of their header. A cell's data-sort is its number; without one its text decides.
+// Tables sort on a click on a header. Cells sort by their data-sort attribute, or by their text without one.
 for (const table of document.querySelectorAll("table.sortable")) {
   const headers = [...table.tHead.rows[0].cells];
   headers.forEach((header, column) => {
@@ -26,7 +26,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
   });
 }
 
-// A table that is wider than its place says so, by a shadow at the edge and a line below.
+// A shadow at the edge and a line below show that a table is wider than the page.
 for (const box of document.querySelectorAll(".table")) {
   const scroll = box.querySelector(".scroll");
   const look = () => {
@@ -41,7 +41,7 @@ for (const box of document.querySelectorAll(".table")) {
   new ResizeObserver(look).observe(scroll.firstElementChild);
 }
 
-// On paper nothing can be opened.
+// Folded parts are opened for printing.
 const opened = [];
 window.addEventListener("beforeprint", () => {
   for (const box of document.querySelectorAll("details:not([open])")) {
@@ -53,13 +53,13 @@ window.addEventListener("afterprint", () => {
   for (const box of opened.splice(0)) box.open = false;
 });
 
-// Figures name colours as "var:ink"; they are looked up in the style sheet, so that plots follow the page's theme.
+// Figures name colours as "var:ink"; the names are looked up in the style sheet, so that plots follow the page's theme.
 const figures = [...document.querySelectorAll(".plot")].map((node) => ({
   node,
   spec: JSON.parse(node.parentElement.querySelector("script").textContent),
 }));
 const hidden = new Set();
-let point = ""; // of the list of points; "" shows all
+let point = ""; // the chosen entry of the list of points; "" shows all
 const config = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };
 
 function themed(value, key, style) {
@@ -91,7 +91,7 @@ function draw() {
 }
 
 for (const box of document.querySelectorAll(".legend input")) {
-  box.checked = true; // browsers remember boxes over a reload, plots do not
+  box.checked = true; // browsers restore boxes after a reload, but plots show all traces
   box.addEventListener("change", () => {
     if (box.checked) hidden.delete(box.value);
     else hidden.add(box.value);
@@ -114,5 +114,5 @@ if (figures.length) {
   scheme.addEventListener("change", draw);
   const small = window.matchMedia("(max-width: 639px)");
   small.addEventListener("change", draw);
-  window.matchMedia("print").addEventListener("change", draw); // paper is light
+  window.matchMedia("print").addEventListener("change", draw); // print in the light theme
 }

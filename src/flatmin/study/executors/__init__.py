@@ -25,20 +25,20 @@ __all__ = [
     "make_executor",
 ]
 
-# The package that each one needs beside flatmin's own.
+# The optional package that each executor needs.
 EXECUTORS = {"local": None, "ray": "ray", "slurm": "submitit"}
 
 
 class Executor(Protocol):
-    """The settings of a scheduler, which execute runs on it."""
+    """Settings of a scheduler, with a method that executes runs on it."""
 
     def run(self, runs: Sequence[Run], store: Store, *, workers: int, reporter: Reporter) -> None:
         """Execute all runs. An exception stops the runs in progress.
 
         Args:
-            runs: at least one.
+            runs: at least one run.
             store: where they are stored.
-            workers: how many run at a time.
+            workers: number of runs at a time.
             reporter: receives epochs and outcomes.
         """
         ...
@@ -79,7 +79,7 @@ def executor_settings(name: str, overrides: Sequence[str]) -> dict[str, Any]:
     """Settings of an executor from `key=value` overrides.
 
     Raises:
-        ValueError: an unknown executor or setting, or a value of another type.
+        ValueError: an unknown executor or setting, or a value of the wrong type.
         ModuleNotFoundError: the executor's package is not installed.
     """
     make_executor(name)
@@ -100,25 +100,25 @@ def execute(
     """Execute all runs, in the given order as workers become free.
 
     If the worker of a run is lost, another worker resumes the run from its last checkpoint, at most twice. A run that
-    an earlier call left unfinished is resumed likewise, and a run that another call has finished meanwhile is not
-    repeated: several calls may work on one store.
+    an earlier call left unfinished is resumed too. Several calls may work on the same store: a run that another call
+    has finished in the meantime is not repeated.
 
     Args:
-        runs: with different names.
+        runs: runs with different names.
         store: where they are stored.
         workers: number of concurrent runs, each with one thread. Local workers are spawned processes, so a script that
-            calls this needs `if __name__ == "__main__":`. 0, of the local executor only: all runs in this process,
-            with one thread.
-        on_event: called here, in this process, with `EpochDone`, `RunDone`, `RunBroke` and `Warned`.
+            calls this needs `if __name__ == "__main__":`. With 0, which only the local executor accepts, all runs are
+            executed in this process with one thread.
+        on_event: called in this process with `EpochDone`, `RunDone`, `RunBroke` and `Warned`.
         executor: one of `EXECUTORS`. Default: processes on this machine.
-        settings: of the executor, see `make_executor`.
+        settings: settings of the executor, see `make_executor`.
 
     Returns:
         The outcome of every run by its name.
 
     Raises:
         StudyInterrupted: on Ctrl-C, after the runs in progress have been stopped.
-        ValueError, ModuleNotFoundError: see `make_executor`; or a number of workers that the executor cannot have.
+        ValueError, ModuleNotFoundError: see `make_executor`; or an invalid number of workers.
     """
     chosen = make_executor(executor, settings)
     if workers < 0 or (workers == 0 and executor != "local"):

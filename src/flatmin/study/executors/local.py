@@ -1,4 +1,4 @@
-"""Runs on processes of this machine with one thread each, or in this process."""
+"""Execute runs in local processes with one thread each, or in this process."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from flatmin.train.sources import check_machine
 
 
 class Local(LocalSettings):
-    """Processes of this machine, or this process alone."""
+    """Executes runs in local processes, or in this process."""
 
     def run(self, runs: Sequence[Run], store: Store, *, workers: int, reporter: Reporter) -> None:
-        """See `flatmin.study.executors.Executor`; with 0 workers all in this process.
+        """See `flatmin.study.executors.Executor`. With 0 workers all runs are executed in this process.
 
         Raises:
-            ValueError: this machine lacks the device of a run, or its precision.
+            ValueError: this machine does not have the device of a run, or does not support its precision.
         """
         for config in {(run.config.device, run.config.precision): run.config for run in runs}.values():
             check_machine(config)
@@ -37,7 +37,7 @@ EXECUTOR = Local
 
 
 class _Here:
-    """A scheduler that executes each run in this process, where it is polled."""
+    """A scheduler that executes each run in this process when it is polled."""
 
     def __init__(self, on_epoch: Callable[[Run, Epoch], None]) -> None:
         self._on_epoch = on_epoch

@@ -23,13 +23,13 @@ from flatmin.train.result import Epoch
 OnEvent = Callable[[Event], None]
 Job = TypeVar("Job")
 
-ATTEMPTS = 3  # how often a run starts whose workers are lost
-_IDLE = 0.5  # seconds between looks while other processes work on all that is left
+ATTEMPTS = 3  # how often a run is started if its workers are lost
+_IDLE = 0.5  # seconds between polls while other processes work on all remaining runs
 
 
 @dataclass(frozen=True)
 class Busy:
-    """Another process works on the run."""
+    """Another process is working on the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +37,8 @@ class Task:
     """A run for a worker.
 
     Args:
-        run: to execute.
-        code: the digest of the code that the study was planned with, see `flatmin.study.code.code_of`.
+        run: the run to execute.
+        code: digest of the code with which the study was planned, see `flatmin.study.code.code_of`.
     """
 
     run: Run
@@ -46,10 +46,10 @@ class Task:
 
     @classmethod
     def of(cls, run: Run) -> Task:
-        """The task of a run, with the digest of the code of this process.
+        """The task of a run, with the digest of this process's code.
 
         Raises:
-            ValueError: a module of the run's cannot be found.
+            ValueError: a module that the run needs cannot be found.
         """
         return cls(run=run, code=code_of(run.config))
 
@@ -66,29 +66,29 @@ class Scheduler(Protocol[Job]):
         ...
 
     def wait(self, jobs: Collection[Job], /) -> None:
-        """Wait until one of the jobs may have ended, or for as long as epochs may go unreported."""
+        """Wait until one of the jobs may have ended, but not longer than progress may stay unreported."""
         ...
 
     def cancel(self, job: Job, /) -> None:
-        """Cancel a job; also called for jobs that have ended meanwhile."""
+        """Cancel a job; also called for jobs that have already ended."""
         ...
 
 
 def run_all(scheduler: Scheduler[Job], runs: Sequence[Run], store: Store, *, workers: int, reporter: Reporter) -> None:
     """Execute all runs, in order. An exception cancels the jobs in progress.
 
-    A run that another process works on is postponed until all others have started, and then until that process ends.
-    So two calls on one store share the work.
+    A run that another process is working on is postponed until all others have started, and then until that process
+    ends, so that two calls on the same store share the work.
 
     Args:
-        scheduler: executes them.
-        runs: with different names.
-        store: where they are stored; this process must see it too.
-        workers: jobs at a time.
+        scheduler: executes the runs.
+        runs: runs with different names.
+        store: where they are stored; this process must be able to read it.
+        workers: number of jobs at a time.
         reporter: receives epochs and outcomes.
 
     Raises:
-        ValueError: a module of a run's cannot be found.
+        ValueError: a module that a run needs cannot be found.
     """
     waiting = deque(Task.of(run) for run in runs)
     elsewhere: set[str] = set()  # runs that another process was found to work on
@@ -101,10 +101,10 @@ def run_all(scheduler: Scheduler[Job], runs: Sequence[Run], store: Store, *, wor
                 task = waiting.popleft()
                 name = task.run.name
                 if name in elsewhere and in_use(store.folder(task.run)):
-                    waiting.append(task)  # a job that waits would keep its worker from others
+                    waiting.append(task)  # a waiting job would block its worker
                     continue
                 reporter.submitted(task.run)
-                with ctrl_c_later():  # otherwise a submitted job could be forgotten
+                with ctrl_c_later():  # otherwise a submitted job might not be cancelled
                     busy[name] = (task, scheduler.submit(task, store))
             if busy:
                 scheduler.wait([job for _, job in busy.values()])
@@ -116,7 +116,7 @@ def run_all(scheduler: Scheduler[Job], runs: Sequence[Run], store: Store, *, wor
                 if outcome is None:
                     continue
                 if isinstance(outcome, Lost):
-                    scheduler.cancel(job)  # it may be queued again by its own scheduler
+                    scheduler.cancel(job)  # the scheduler itself may queue it again
                 del busy[name]
                 if isinstance(outcome, RunOutcome):
                     reporter.ended(task.run, outcome)
@@ -146,17 +146,17 @@ class Reporter:
         self._marks: dict[str, tuple[int, ...]] = {}
 
     def submitted(self, run: Run) -> None:
-        """Epochs that are in the folder already may be of a run that is about to be replaced."""
+        """Remember the state of the file of epochs, which may be that of a run about to be replaced."""
         self._marks[run.name] = self._mark(run)
 
     def written(self, run: Run) -> None:
-        """Report the epochs that a run has written into its folder since."""
+        """Report the epochs that a run has written into its folder since the last call."""
         mark = self._mark(run)
         if mark == self._marks.get(run.name):
             return
         try:
             lines = RunFolder(self._store.folder(run)).lines()
-        except ValueError:  # being written
+        except ValueError:  # the file is being written
             return
         self._marks[run.name] = mark
         for line in lines:
@@ -169,7 +169,7 @@ class Reporter:
             self._on_event(EpochDone(run=run.name, epochs=run.config.epochs, line=line))
 
     def ended(self, run: Run, outcome: RunOutcome) -> None:
-        """Store an outcome and report it, after the epochs that have not been reported yet."""
+        """Store an outcome and report it, after any epochs that have not been reported yet."""
         for line in outcome.lines:
             self.epoch(run, line)
         self._outcomes[run.name] = outcome
@@ -180,17 +180,17 @@ class Reporter:
         if outcome.report is not None:
             self._on_event(ReportDone(run=run.name))
         if outcome.refusal is not None:
-            self._on_event(Warned(text=f"{run.name} is not measured: {outcome.refusal}"))
+            self._on_event(Warned(text=f"{run.name} could not be measured: {outcome.refusal}"))
 
     def lost(self, run: Run, how: str) -> bool:
         """Whether to retry a run whose worker is lost; after `ATTEMPTS` it counts as failed.
 
         Args:
-            run: which.
+            run: the run.
             how: what happened to the worker, e.g. "ended with exit code -9".
         """
         tries = self._begun[run.name] = self._begun.get(run.name, 0) + 1
-        recorded = self._store.find(run, lambda text: None)  # if it was lost while it measured
+        recorded = self._store.find(run, lambda text: None)  # there is a result if it was lost while measuring
         if tries < ATTEMPTS:
             again = "resumed from its last checkpoint" if recorded is None else "measured again"
             self._on_event(Warned(text=f"{run.name} is {again}, because its worker {how}."))
@@ -203,19 +203,19 @@ class Reporter:
         return False
 
     def _mark(self, run: Run) -> tuple[int, ...]:
-        """What changes whenever the file of a run's epochs does."""
+        """A value that changes whenever the file of a run's epochs changes."""
         try:
             found = (self._store.folder(run) / "metrics.jsonl").stat()
-        except OSError:  # not there yet
+        except OSError:  # the file does not exist yet
             return ()
         return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 @contextmanager
 def ctrl_c_later() -> Iterator[None]:
-    """Ctrl-C inside is raised at the end, in place of an error that it has caused; the second one at once.
+    """Delay a Ctrl-C until the end of the block, in place of an error that it caused; a second one acts at once.
 
-    Nothing changes outside the main thread, or where other code handles Ctrl-C.
+    This has no effect outside the main thread, or if other code handles Ctrl-C.
     """
     here = threading.current_thread() is threading.main_thread()
     if not here or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:

@@ -1,4 +1,4 @@
-"""Runs as tasks of a Ray cluster: an existing one, or a temporary one on this machine."""
+"""Execute runs as tasks of a Ray cluster: an existing one, or a temporary one on this machine."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from flatmin.study.executors.worker import run_quietly
 from flatmin.study.pool import Lost
 from flatmin.study.store import Run, RunOutcome, Store
 
-_MOMENT = 0.1  # seconds in which epochs may go unreported
-_NODES = 5.0  # seconds between polls for nodes
+_MOMENT = 0.1  # seconds between reports of epochs
+_NODES = 5.0  # seconds between checks for live nodes
 
 
 class Ray(RaySettings):
-    """Tasks of a Ray cluster.
+    """Executes runs as tasks of a Ray cluster.
 
-    The store must be a folder that all nodes see under one name, flatmin and the user's own modules must be installed
-    on them, and data that are files must lie where the settings say. Ray's usage statistics stay off.
+    The store must be a folder that all nodes see under the same path. flatmin, the user's modules and the data must be
+    available on all nodes. Ray's usage statistics are turned off.
     """
 
     def run(self, runs: Sequence[Run], store: Store, *, workers: int, reporter: Reporter) -> None:
         """See `flatmin.study.executors.Executor`.
 
         Raises:
-            ValueError: there is no such cluster, no node has what a run needs, or all nodes were lost.
+            ValueError: there is no such cluster, no node has enough CPUs or GPUs for a run, or all nodes were lost.
         """
         mine = not ray.is_initialized()
         if mine:
@@ -45,10 +45,10 @@ class Ray(RaySettings):
                 ray.shutdown()
 
     def _check(self, runs: Sequence[Run]) -> None:
-        """Raise ValueError for runs that no node can execute, which would wait for ever.
+        """Raise ValueError for runs that no node can execute, which would wait forever.
 
         Raises:
-            ValueError: no node has as many CPUs or GPUs.
+            ValueError: no node has enough CPUs or GPUs.
         """
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         for run in runs:
@@ -60,7 +60,7 @@ class Ray(RaySettings):
                 )
 
     def gpus_of(self, run: Run) -> float:
-        """GPUs of a run."""
+        """Number of GPUs of a run."""
         return float(run.config.device == "cuda") if self.gpus is None else self.gpus
 
     def _connect(self, workers: int) -> None:
@@ -81,7 +81,7 @@ EXECUTOR = Ray
 
 
 class _Scheduler:
-    """Ray tasks without Ray's own retries, which are counted in one place."""
+    """Submits Ray tasks without Ray's own retries, because `Reporter.lost` counts retries."""
 
     def __init__(self, settings: Ray) -> None:
         self._settings, self._remote = settings, ray.remote(run_quietly)
@@ -101,14 +101,14 @@ class _Scheduler:
             return None
         try:
             outcome: RunOutcome | Busy = ray.get(job)
-        except exceptions.RayTaskError as error:  # before the run: it makes an outcome of its own errors
+        except exceptions.RayTaskError as error:  # raised before the run, whose own errors become an outcome
             return RunOutcome(error=f"it could not be started on its node: {_first_line(error.cause or error)}")
         except exceptions.RayError as error:
             return Lost(f"ended with {type(error).__name__}: {_first_line(error)}")
         return outcome
 
     def wait(self, jobs: Collection[Any]) -> None:
-        """Also check that a node is left: Ray waits for ever for lost nodes.
+        """See `Scheduler.wait`. Also checks that a node is left, because Ray waits forever for lost nodes.
 
         Raises:
             ValueError: no node is left.
@@ -119,8 +119,8 @@ class _Scheduler:
         self._looked = time.monotonic()
         if not any(node["Alive"] for node in ray.nodes()):
             raise ValueError(
-                "the Ray cluster has lost all its nodes (one that is too busy to answer counts as lost); finished runs "
-                "are kept, and the same command continues from there."
+                "the Ray cluster has lost all its nodes (a node that is too busy to answer counts as lost). Finished "
+                "runs are kept; the same command continues from there."
             )
 
     def cancel(self, job: Any) -> None:

@@ -10,19 +10,19 @@ from flatmin.train.keys import OneOf, Range, check
 
 @dataclass(frozen=True, kw_only=True)
 class LocalSettings:
-    """Processes of this machine have no settings."""
+    """Settings of the local executor; there are none."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RaySettings:
-    """Where and with what runs are executed by Ray.
+    """Settings of the executor for Ray.
 
     Args:
-        address: address of the cluster, as `ray.init` takes it ("auto", "ray://head:10001"); none: a cluster of this
-            machine with a CPU for each worker, which ends with the study. One that the program is connected to already
-            is used in any case.
-        cpus: CPUs of each run, which computes with one thread; further ones are for processes that read image files.
-        gpus: GPUs of each run; none: one if the run is on a GPU.
+        address: address of the cluster, as for `ray.init` ("auto", "ray://head:10001"). Default: a temporary cluster
+            on this machine with one CPU for each worker. If the program is already connected to a cluster, that one is
+            used.
+        cpus: CPUs of each run. A run computes with one thread; further CPUs are for processes that read image files.
+        gpus: GPUs of each run. Default: one if the run uses a GPU.
 
     Raises:
         ValueError: a number out of range.
@@ -38,19 +38,19 @@ class RaySettings:
 
 @dataclass(frozen=True, kw_only=True)
 class SlurmSettings:
-    """How jobs are submitted to Slurm.
+    """Settings of the executor for Slurm.
 
     Args:
-        cluster: slurm, or submitit's stand-ins for it: local (processes of this machine, which outlive this one) and
-            debug (in this process).
+        cluster: slurm, or one of submitit's substitutes for tests: local (processes of this machine, which continue
+            when this one ends) or debug (in this process).
         timeout_min: time limit of a job in minutes.
-        requeues: how often a job may reach it.
+        requeues: how often a job that reaches its time limit is queued again.
         mem_gb: memory of each job in GB.
-        cpus_per_task: CPUs of each job; a run computes with one thread, further ones are for processes that read image
+        cpus_per_task: CPUs of each job. A run computes with one thread; further CPUs are for processes that read image
             files.
         gpus_per_node: GPUs of each job.
-        partition, account, qos, constraint, exclude, nodelist, gres, comment: as sbatch takes it.
-        setup: shell commands before the run, such as "module load cuda".
+        partition, account, qos, constraint, exclude, nodelist, gres, comment: options of sbatch of the same name.
+        setup: shell commands to execute before the run, such as "module load cuda".
         extra: further options of sbatch without the dashes, each as extra.NAME=value.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Runs as jobs of Slurm, through submitit."""
+"""Execute runs as Slurm jobs, with submitit."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ _SLURM_ONLY = ("partition", "account", "qos", "constraint", "exclude", "nodelist
 
 
 class Slurm(SlurmSettings):
-    """Jobs of Slurm, one for each run.
+    """Executes runs as Slurm jobs, one for each run.
 
-    The store must be a folder that all nodes see under one name. A job that is preempted, or that reaches its time
-    limit, is queued again and continues from the run's last checkpoint; measuring a network starts over, so the limit
-    must be longer than that takes. Logs are in FOLDER/slurm.
+    The store must be a folder that all nodes see under the same path. A job that is preempted, or that reaches its time
+    limit, is queued again and continues from the run's last checkpoint. Measuring a network starts over in that case,
+    so the limit must be longer than a measurement takes. Logs are in FOLDER/slurm.
     """
 
     def run(self, runs: Sequence[Run], store: Store, *, workers: int, reporter: Reporter) -> None:
         """See `flatmin.study.executors.Executor`.
 
         Raises:
-            ValueError: there is no Slurm on this machine, or it refuses the settings.
+            ValueError: there is no Slurm on this machine, or Slurm does not accept the settings.
         """
         there = store.absolute()
         run_all(_Scheduler(self, there.out / "slurm"), runs, there, workers=workers, reporter=reporter)
 
     def parameters(self) -> dict[str, Any]:
-        """As `submitit.AutoExecutor.update_parameters` takes them."""
+        """The settings as arguments of `submitit.AutoExecutor.update_parameters`."""
         plain = ("timeout_min", "mem_gb", "cpus_per_task", "gpus_per_node")
         parameters = {name: getattr(self, name) for name in plain}
         parameters |= {f"slurm_{name}": getattr(self, name) for name in _SLURM_ONLY}
@@ -54,7 +54,7 @@ EXECUTOR = Slurm
 
 
 class _Scheduler:
-    """submitit's jobs."""
+    """Submits submitit jobs."""
 
     def __init__(self, settings: Slurm, logs: Path) -> None:
         self._settings = settings
@@ -81,9 +81,9 @@ class _Scheduler:
             if not job.done():
                 return None
             if self._settings.cluster == "local" and not job.paths.result_pickle.exists():
-                return self._lost(job)  # submitit would wait for a slow file system
+                return self._lost(job)  # submitit would wait for the file to appear
             outcome: RunOutcome | Busy = job.result()
-        except FailedJobError as error:  # before the run: it makes an outcome of its own errors
+        except FailedJobError as error:  # raised before the run, whose own errors become an outcome
             lines = [line for line in str(error).splitlines() if line.strip(" -")]
             why = next((line for line in reversed(lines) if "Error" in line), "no reason given").strip()
             return RunOutcome(error=f"it could not be started: {why}; its log is {job.paths.stderr}")
@@ -103,11 +103,11 @@ class _Scheduler:
 
 
 class _Work:
-    """A run as a job; one with `checkpoint` is what submitit calls checkpointable."""
+    """The function of a job. The method `checkpoint` makes it checkpointable in the sense of submitit."""
 
     def __call__(self, task: Task, store: Store) -> RunOutcome | Busy:
         return run_quietly(task, store)
 
     def checkpoint(self, task: Task, store: Store) -> DelayedSubmission:
-        """The job to queue after preemption or at the time limit: the same, because the state is in the run folder."""
+        """The job to queue after preemption or at the time limit: the same, because the run folder has the state."""
         return DelayedSubmission(self, task, store)

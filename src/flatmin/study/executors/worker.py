@@ -1,4 +1,4 @@
-"""The work of one process: start a run or continue it, then measure its network."""
+"""The work of one process: start or continue a run, then measure its network."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from flatmin.train.result import Epoch, Result
 
 
 def run_task(task: Task, store: Store, on_line: Callable[[Epoch], None]) -> RunOutcome | Busy:
-    """Start a run in this process, or continue it from its last checkpoint, store it, and measure its network.
+    """Start a run in this process, or continue it from its last checkpoint, then store it and measure its network.
 
-    What an earlier call or another process has done already is not repeated, and a run that another process works on
-    is left to it. Errors of any kind become part of the outcome, except those that `on_line` raises.
+    Work that another call or process has finished is not repeated. If another process is working on the run, nothing
+    is done. All errors become part of the outcome, except those that `on_line` raises.
 
     Args:
         task: the run.
@@ -33,14 +33,17 @@ def run_task(task: Task, store: Store, on_line: Callable[[Epoch], None]) -> RunO
     try:
         if code_of(run.config) != task.code:
             raise ValueError(
-                "the worker runs other code than the study was planned with: flatmin, torch or your own modules have "
-                "changed since, or differ on that machine; start the command again, with the same versions everywhere."
+                "the worker's code differs from the code with which the study was planned: flatmin, torch or your own "
+                "modules have changed or differ on that machine. Use the same versions everywhere and start the "
+                "command again."
             )
         with folder.hold():
             recorded = store.find(run, lambda text: None)
             if recorded is None:
                 return _measured(run, folder, _train(run, store, folder, listener))
-            checkpoint.clear(folder.checkpoints)  # a process that was killed right after its result may have left some
+            checkpoint.clear(
+                folder.checkpoints
+            )  # a process that was killed right after writing the result may have left some
             for line in recorded[1]:
                 listener(line)
             return _measured(run, folder, RunOutcome(result=recorded[0], lines=tuple(recorded[1])))
@@ -53,13 +56,13 @@ def run_task(task: Task, store: Store, on_line: Callable[[Epoch], None]) -> RunO
 
 
 def run_quietly(task: Task, store: Store) -> RunOutcome | Busy:
-    """`run_task` with one thread; the run's epochs are in its folder."""
+    """`run_task` with one thread and without reports of epochs, which are in the run's folder."""
     with one_thread():
         return run_task(task, store, lambda line: None)
 
 
 class _Listener:
-    """Passes epochs on, and remembers an exception of the receiver: it is no error of the run."""
+    """Passes epochs on, and remembers an exception of the receiver, which is not an error of the run."""
 
     def __init__(self, on_line: Callable[[Epoch], None]) -> None:
         self._on_line = on_line
@@ -79,7 +82,7 @@ def _in_words(error: Exception) -> str:
 
 
 def _measured(run: Run, folder: RunFolder, outcome: RunOutcome) -> RunOutcome:
-    """The outcome with the report of the network, if one is asked for and the run has a network."""
+    """The outcome with the report of the network, if the run has a view and did not fail."""
     if run.view is None or outcome.result is None or outcome.result.failure is not None:
         return outcome
     report = stored_report(folder.path, run.view)
@@ -120,7 +123,7 @@ def _train(run: Run, store: Store, folder: RunFolder, on_line: Callable[[Epoch],
     try:
         result = go(resume)
     except OtherDataError:
-        # The plan did not know the data, and the data have changed since the first part of the run.
+        # The data were unknown to the plan and have changed since the first part of the run.
         if not resume or run.content is not None:
             raise
         result = go(False)

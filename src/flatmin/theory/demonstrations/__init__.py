@@ -1,4 +1,4 @@
-"""The demonstrations of the convergence theory by name: each is one file and one line of this table."""
+"""The demonstrations of the convergence theory by name."""
 
 from collections.abc import Sequence
 
@@ -23,14 +23,14 @@ DEMONSTRATIONS: dict[str, Demonstration] = {
 
 
 def find(name: str, others: Sequence[str] = ()) -> Demonstration:
-    """The demonstration of this name.
+    """The demonstration with a given name.
 
     Args:
-        name: of `DEMONSTRATIONS`.
-        others: further words that the reader may have meant.
+        name: a name from `DEMONSTRATIONS`.
+        others: further words that the error message may suggest.
 
     Raises:
-        ValueError: there is none; the error names one that is close.
+        ValueError: an unknown name.
     """
     if name not in DEMONSTRATIONS:
         names = ", ".join(DEMONSTRATIONS)

@@ -1,4 +1,4 @@
-"""Verdicts of the checker on the rule pairs that are common in practice."""
+"""Verdicts of the checker on pairs of rules that are common in practice."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ PAIRS: tuple[tuple[str, str, str, str, str, str], ...] = (
     ("usam", "0.1", "0.25", OPEN, "none", "nnnnn"),
     ("sgd", "0.1", "0", OPEN, "Section 4", "FFFFF"),
 )
-"""Method, step, radius, class, the first words of the theorem that applies, and the letters, worked out by hand."""
+"""Method, step, radius, class, the theorem that applies, and the expected letters, worked out by hand."""
 
 
 def _run() -> DemonstrationResult:
@@ -58,10 +58,11 @@ def _run() -> DemonstrationResult:
             same(f"{method}, t = {step}, rho = {radius}, {words}", f"{applies} {statuses}", f"{theorem} {letters}")
         )
     return DemonstrationResult(
-        title="What the theory says of common pairs of rules, L = 4",
+        title="What the theory says about common pairs of rules, L = 4",
         statement=(
-            f"Convex stands for the class '{CONVEX}', the other one is '{OPEN}'. F follows from a theorem, n is not "
-            "shown, X fails for a quadratic of the class."
+            f"The class 'convex' is '{CONVEX}', the class 'KL 1/2' is '{OPEN}'. Columns (1)-(5) are the five "
+            "convergence properties. F: the property follows from a theorem. n: not shown. X: it fails for a quadratic "
+            "of the class."
         ),
         columns=("method", "step", "radius", "class", "(1)-(5)", "theorem", "missing"),
         rows=tuple(rows),

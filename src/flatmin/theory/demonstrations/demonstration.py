@@ -1,4 +1,4 @@
-"""A demonstration: a table, the panels of a figure, and claims that are checked against runs."""
+"""The parts of a demonstration: a table, the panels of a figure, and claims that are checked with runs."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ PAPER = (
 )
 Cell = str | int | float
 LETTERS = {"follows": "F", "not shown": "n", "fails": "X"}
-"""One letter for each status of a property, as tables print the five of a verdict."""
+"""One letter for each status of a property, for tables."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """A statement about a measured number or word.
+    """A statement about a measured value.
 
     Attributes:
         text: the statement.
-        measured: a number or a word of the runs.
-        expected: the value by the theory.
-        relation: "equals" (|measured - expected| <= tolerance; words must be the same), "below" (<=) or "above" (>=).
-        tolerance: of "equals", absolute. Default 0.0.
+        measured: the measured number or word.
+        expected: the value that the theory predicts.
+        relation: "equals" (|measured - expected| <= tolerance, or equal words), "below" (<=) or "above" (>=).
+        tolerance: absolute tolerance of "equals". Default: 0.0.
     """
 
     text: str
@@ -37,7 +37,7 @@ class Claim:
 
     @property
     def holds(self) -> bool:
-        """Whether the claim holds; False where a number is nan."""
+        """Whether the claim holds; False if a number is nan."""
         measured, expected = self.measured, self.expected
         if isinstance(measured, str) or isinstance(expected, str):
             return measured == expected
@@ -57,7 +57,7 @@ def near(text: str, measured: float, expected: float, *, rel: float = 0.0, tol: 
 
 
 def seen(y: np.ndarray, least: float = 1e-16) -> np.ndarray:
-    """The values, with gaps where they are below `least`, for logarithmic axes."""
+    """The values with nan in place of those below `least`, for logarithmic axes."""
     return np.where(y >= least, y, np.nan)
 
 
@@ -72,7 +72,7 @@ def above(text: str, measured: float, bound: float) -> Claim:
 
 
 def same(text: str, measured: str, expected: str) -> Claim:
-    """The claim that two words are the same."""
+    """The claim that two words are equal."""
     return Claim(text=text, measured=measured, expected=expected)
 
 
@@ -81,10 +81,10 @@ class PanelCurve:
     """A line of a panel.
 
     Attributes:
-        label: for the legend; "" leaves it out.
-        x, y: of the points, shape (m,).
-        style: a "run" is a solid line, "theory" a dashed one, "points" are not joined.
-        color: number of the colour; None: the next one, and dark for theory.
+        label: label in the legend; "" to leave it out.
+        x, y: coordinates of the points, shape (m,).
+        style: "run" for a solid line, "theory" for a dashed line, "points" for marks that are not joined.
+        color: number of the colour; None for the next one, or dark for theory.
     """
 
     label: str
@@ -99,10 +99,10 @@ class Panel:
     """One pair of axes.
 
     Attributes:
-        title, xlabel, ylabel: words; labels with units where there are any.
+        title, xlabel, ylabel: texts; labels have units where there are any.
         curves: the curves.
-        levels: heights and names of horizontal dashed lines.
-        log_x, log_y: whether an axis is logarithmic.
+        levels: heights and labels of horizontal dashed lines.
+        log_x, log_y: whether the axes are logarithmic.
         low, high: ends of the y axis; None to follow the data.
     """
 
@@ -122,8 +122,8 @@ class Marks:
     """A matrix of letters F, n and X: what follows, is not shown, and fails.
 
     Attributes:
-        rows, columns: their names.
-        letters: a word of `len(columns)` letters for each row.
+        rows, columns: names of the rows and columns.
+        letters: for each row a string with one letter for each column.
     """
 
     rows: tuple[str, ...]
@@ -136,12 +136,12 @@ class DemonstrationResult:
     """The result of a demonstration.
 
     Attributes:
-        title: of the figure and the table.
-        statement: the claim in one or two sentences.
+        title: title of the figure and the table.
+        statement: what the demonstration shows, in a few sentences.
         columns: names of the columns.
-        rows: cells, numbers as numbers.
+        rows: cells of the rows.
         claims: statements that must hold.
-        panels: of the figure, in reading order.
+        panels: panels of the figure, in reading order.
     """
 
     title: str
@@ -159,13 +159,13 @@ class DemonstrationResult:
 
 @dataclass(frozen=True)
 class Demonstration:
-    """A line of the table of demonstrations.
+    """A demonstration of the theory.
 
     Attributes:
         name: name on the command line.
-        title: one line.
-        source: source of the statement, or that it is derived here.
-        run: computes the result, in seconds.
+        title: a line for lists.
+        source: source of the statement, or a note that it is derived here.
+        run: computes the result, which takes seconds.
     """
 
     name: str
@@ -175,17 +175,17 @@ class Demonstration:
 
 
 def shown(value: Cell) -> str:
-    """A cell as text: words as they are, numbers with up to seven digits."""
+    """A cell as text; numbers have up to seven digits."""
     if isinstance(value, float):
         return "-" if math.isnan(value) else f"{value:.7g}"
     return str(value)
 
 
 def brief(theorem: str | None) -> str:
-    """A theorem without its title; "none" for none."""
+    """The number of a theorem without its title; "none" for None."""
     return "none" if theorem is None else theorem.partition(" (")[0]
 
 
 def slope(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray) -> float:
-    """The slope of the line through points, by least squares."""
+    """The slope of the least-squares line through points."""
     return float(np.polyfit(np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64), 1)[0])

@@ -1,4 +1,4 @@
-"""Diminishing steps shrink SAM's cycle to the minimiser, with a constant radius."""
+"""With diminishing steps and a constant radius, SAM's cycle shrinks to the minimiser."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ RULES: tuple[tuple[str, str, int, float | None], ...] = (
     ("Diminish 1, 100 an epoch", "diminish1:lr=0.1,epoch=100", 20_000, None),
     ("Diminish 3, 100 an epoch", "diminish3:lr=0.1,epoch=100", 20_000, None),
 )
-"""Name, rule, updates, and the gap f - f* that a run of that length is known to end with."""
+"""Name, rule, number of updates, and the known gap f - f* at the end of such a run."""
 
 
 def gap(problem: Quadratic, t: float, rho: float) -> float:
-    """F - f* at the ends of SAM's cycle for this t and rho: lambda d^2 / 2 with d = t rho lambda / (2 - t lambda)."""
+    """The gap f - f* on SAM's cycle for t and rho: lambda d^2 / 2 with d = t rho lambda / (2 - t lambda)."""
     top = float(problem.spectrum.max())
     return 0.5 * top * limit_distance(t, rho, [top]) ** 2
 
@@ -52,7 +52,9 @@ def _run() -> DemonstrationResult:
         verdict = check(words, RHO, problem)
         rows.append((problem.name, label, updates, t, measured, expected, brief(verdict.theorem)))
         lag = 0.06 if words.startswith("diminish") else 0.02  # the step jumps from epoch to epoch
-        claims.append(near(f"{problem.name}, {label}: f - f* is that of the cycle of t_k", measured, expected, rel=lag))
+        claims.append(
+            near(f"{problem.name}, {label}: f - f* is that of the cycle for t_k", measured, expected, rel=lag)
+        )
         if expected_gap is not None:
             text = f"{problem.name}, {label}: f - f* after {updates} updates"
             claims.append(near(text, measured, expected_gap, rel=0.05))
@@ -65,7 +67,7 @@ def _run() -> DemonstrationResult:
         k = trace.k[1:].astype(float)
         if problem is quadratic:
             left.append(PanelCurve(label=label, x=k, y=trace.f[1:], color=number))
-            left.append(_predicted(problem, words, updates, "of the cycle of tₖ" if number == 4 else ""))
+            left.append(_predicted(problem, words, updates, "on the cycle for tₖ" if number == 4 else ""))
         else:
             ends = "tₖρ/(1−tₖ)"
             claims.append(near("x^2: |x| after 100000 updates", float(trace.distance[-1]), 1.58e-4, rel=2e-3))
@@ -73,14 +75,14 @@ def _run() -> DemonstrationResult:
             steps = np.array([min(read_rule(words).at(int(n)), 0.9) for n in k])
             right.append(PanelCurve(label=ends, x=k, y=steps * RHO / (1 - steps), style="theory"))
     return DemonstrationResult(
-        title="With diminishing steps SAM converges, at a constant radius",
+        title="With diminishing steps and a constant radius, SAM converges",
         statement=(
-            "On a convex function sum t = inf and sum t^2 < inf are enough (Theorem 3.2); the radius stays 0.1. The "
-            "runs here follow the cycle that belongs to the current step, f - f* = lambda d^2 / 2 with "
-            "d = t_k rho lambda / (2 - t_k lambda): for good where n t_n -> c with c lambda > 1 or inf, else f - f* is "
-            "only known to be O((t_k rho)^2)."
+            "On a convex function, sum t = inf and sum t^2 < inf are sufficient (Theorem 3.2); the radius is constant, "
+            "rho = 0.1. The runs follow the cycle for the current step size, f - f* = lambda d^2 / 2 with "
+            "d = t_k rho lambda / (2 - t_k lambda). They do so for all later k if n t_n -> c with c lambda > 1 or "
+            "n t_n -> inf; otherwise f - f* is only known to be O((t_k rho)^2)."
         ),
-        columns=("f", "step", "updates", "t at the end", "f - f*", "of the cycle", "theorem"),
+        columns=("f", "step", "updates", "final t", "f - f*", "f - f* on the cycle", "theorem"),
         rows=tuple(rows),
         claims=tuple(claims),
         panels=(
@@ -116,7 +118,7 @@ def _predicted(problem: Function, words: str, updates: int, label: str) -> Panel
 
 DIMINISHING = Demonstration(
     "diminishing",
-    "diminishing steps: SAM converges on the same functions, the radius constant",
-    f"{PAPER}, Theorem 3.2; that the run follows the cycle of the current step is derived here",
+    "diminishing steps and a constant radius: SAM converges",
+    f"{PAPER}, Theorem 3.2; that the run follows the cycle for the current step is derived here",
     _run,
 )

@@ -1,4 +1,4 @@
-"""A small real network trained by SAM with constant and diminishing step sizes."""
+"""A small network trained by SAM with constant and diminishing step sizes."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _run() -> DemonstrationResult:
             result = train(_config(schedule, lr, seed), data=data, on_epoch=epochs.append)
             lines.append(epochs)
             if result.failure is not None or result.train_ce is None or result.chosen is None:
-                raise ArithmeticError(f"the run with {label} did not reach its end: {result.failure}.")
+                raise ArithmeticError(f"the run with {label} failed: {result.failure}.")
             ends.append(result.train_ce)
             tests.append(float(result.chosen["test_acc"]))
         losses[label] = statistics.fmean(ends)
@@ -82,15 +82,18 @@ def _run() -> DemonstrationResult:
     small, tiny = "constant 0.01", "constant 0.001"
     for label in ("constant 0.1", "Diminish 1", "Diminish 2", "Diminish 3"):
         claims.append(above(f"{label}: test accuracy", accuracies[label], 90.0))
-        claims.append(below(f"{label}: train loss, against half of that of {small}", losses[label], losses[small] / 2))
-    claims.append(below(f"{small}: train loss, against half of that of {tiny}", losses[small], losses[tiny] / 2))
+        claims.append(
+            below(f"{label}: train loss is at most half of that of {small}", losses[label], losses[small] / 2)
+        )
+    claims.append(below(f"{small}: train loss is at most half of that of {tiny}", losses[small], losses[tiny] / 2))
     return DemonstrationResult(
-        title="A small network, constant and diminishing steps",
+        title="A small network with constant and diminishing steps",
         statement=(
-            "The paper's table in small: fully connected layers on handwritten digits, SAM with rho = 0.05, batches of "
-            f"8, no momentum, {EPOCHS} epochs, means over {len(SEEDS)} seeds; sums are per epoch. In so few epochs "
-            "what counts is how far the steps reach: small constant ones do not arrive, and the constant 0.1, with the "
-            "largest sum, gets furthest. So few seeds do not rank the diminishing rules."
+            "A scaled-down version of the paper's table: a fully connected network on handwritten digits, SAM with "
+            f"rho = 0.05, batches of 8, no momentum, {EPOCHS} epochs, means over {len(SEEDS)} seeds. Sums are over "
+            "epochs. In so few epochs the sum of the steps matters most: small constant steps do not reach a low loss, "
+            "and the constant step 0.1, with the largest sum, reaches the lowest. Two seeds are too few to rank the "
+            "diminishing rules."
         ),
         columns=("step", "sum t", "sum t^2", "train loss", "test %", "each seed"),
         rows=tuple(rows),
@@ -105,9 +108,9 @@ def _run() -> DemonstrationResult:
                 low=0.01,
             ),
             Panel(
-                title="how far the steps reach",
-                xlabel="sum of the steps, per epoch",
-                ylabel="training loss in the end (nats)",
+                title="training loss over the sum of the steps",
+                xlabel="sum of the steps over epochs",
+                ylabel="final training loss (nats)",
                 curves=tuple(dots),
                 log_x=True,
                 log_y=True,
@@ -119,6 +122,6 @@ def _run() -> DemonstrationResult:
 NETWORK = Demonstration(
     "network",
     "a small network on handwritten digits, constant and diminishing steps",
-    f"{PAPER}, the experiments: their table in small, with this network and these data",
+    f"{PAPER}, experiments: a scaled-down version of their table, with this network and these data",
     _run,
 )

@@ -1,4 +1,4 @@
-"""Stochastic gradients: a floor with constant steps, none with diminishing ones."""
+"""Stochastic gradients: with constant steps f - f* ends at a positive floor, with diminishing steps at 0."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ SPECTRUM = np.linspace(1.0, 4.0, DIM)
 STEPS = ("0.1", "0.03", "0.01")
 FALLING = "harmonic:1,shift=9"
 METHODS = (("SGD", "sgd", 0.0), ("USAM", "usam", RHO), ("SAM", "sam", RHO / LENGTH))
-"""Label, method, and the radius of the USAM that it is close to."""
+"""Label, method, and the radius of USAM for which the same formula holds, approximately for SAM."""
 UPDATES = 4000
 
 
 def floor(t: float, rho: float) -> float:
-    """The mean of f - f* in the end for USAM with constant steps and normal noise; rho = 0 is SGD.
+    """The stationary mean of f - f* for USAM with constant steps and normal noise; rho = 0 for SGD.
 
     x+ = (1 - t lambda c) x - t c e with c = 1 + rho lambda has the stationary variance t c sigma^2 / (lambda
     (2 - t lambda c)) along each eigenvector, so f - f* = sum t c sigma^2 / (2 (2 - t lambda c)).
@@ -72,7 +72,9 @@ def _run() -> DemonstrationResult:
                 expected = float(predicted[late].mean())
                 fitted = slope(np.log(trace.k[400:]), np.log(trace.f[400:]))
                 claims.append(near(f"{label}, t = 1/(k+10): slope of ln f over ln k", fitted, -1.0, tol=0.05))
-                claims.append(below(f"{label}, t = 1/(k+10): f - f*, against the lowest floor", mean, floors[-1] / 5))
+                claims.append(
+                    below(f"{label}, t = 1/(k+10): f - f* is at most a fifth of the lowest floor", mean, floors[-1] / 5)
+                )
             else:
                 expected = floor(float(words), rho)
                 floors.append(mean)
@@ -81,8 +83,8 @@ def _run() -> DemonstrationResult:
             claims.append(near(f"{label}, t = {name}: mean f - f*, last half", mean, expected, rel=0.05))
             if method == "sgd":
                 plain[name] = mean / expected
-            else:  # the same draws: what is left of their randomness cancels
-                text = f"{label} over SGD on the same draws, t = {name}, in units of the predicted ratio"
+            else:  # the noise is the same, so that its randomness cancels
+                text = f"{label}, t = {name}: ratio to SGD with the same noise, relative to the predicted ratio"
                 claims.append(near(text, mean / expected / plain[name], 1.0, rel=0.01))
             if method == "sam":
                 left.append(_smoothed(f"t = {name}", trace))
@@ -94,13 +96,14 @@ def _run() -> DemonstrationResult:
         y = np.array([floor(float(t), rho) for t in grid])
         right.append(PanelCurve(label="predicted" if number == 2 else "", x=grid, y=y, style="theory", color=number))
     return DemonstrationResult(
-        title="With noise, a constant step ends at a floor, diminishing ones at the minimiser",
+        title="With noise, constant steps end at a floor, diminishing steps at the minimiser",
         statement=(
-            f"A quadratic of {DIM} variables, normal noise of deviation {SIGMA:g} on every coordinate of the gradient, "
-            "the same in both passes. In the mean constant steps end at f - f* = sum t c sigma^2 / "
-            "(2 (2 - t lambda c)), c = 1 for SGD and 1 + rho lambda for USAM. For SAM c = 1 + rho lambda / s is an "
-            "approximation for many variables: noise of a length close to s = sigma sqrt(n) outweighs the gradient, so "
-            "normalising divides by about s. With t = 1/(k + 10), f - f* falls like 1/k."
+            f"A quadratic of {DIM} variables with normal noise of standard deviation {SIGMA:g} on every coordinate of "
+            "the gradient, the same in both passes of an update. With constant steps, f - f* ends at the mean "
+            "sum t c sigma^2 / (2 (2 - t lambda c)), with c = 1 for SGD and c = 1 + rho lambda for USAM. For SAM, "
+            "c = 1 + rho lambda / s is an approximation for many variables: the noise, of length about "
+            "s = sigma sqrt(n), is much longer than the gradient, so normalising divides by about s. With "
+            "t = 1/(k + 10), f - f* falls like 1/k."
         ),
         columns=("method", "t", "mean f - f*, last half", "predicted"),
         rows=tuple(rows),
@@ -109,16 +112,16 @@ def _run() -> DemonstrationResult:
             Panel(
                 title=f"SAM, ρ = {RHO:g}",
                 xlabel="update k",
-                ylabel="f(xₖ) − f*, mean over stretches",
+                ylabel="f(xₖ) − f*, local mean",
                 curves=tuple(left),
                 levels=tuple((floor(float(words), METHODS[2][2]), "") for words in STEPS),
                 log_x=True,
                 log_y=True,
             ),
             Panel(
-                title="the floor by the step",
+                title="the floor over the step size",
                 xlabel="constant step t",
-                ylabel="mean of f − f* in the end",
+                ylabel="final mean of f − f*",
                 curves=tuple(right),
                 log_x=True,
                 log_y=True,
@@ -134,7 +137,7 @@ def _noisy(problem: Quadratic, method: str, words: str) -> Trace:
 
 
 def _smoothed(label: str, trace: Trace) -> PanelCurve:
-    """Means of f over stretches that are even in log k."""
+    """Means of f over intervals that are equally long in log k."""
     ends = np.unique(np.geomspace(1, len(trace.k), 70).round().astype(int))
     pairs = list(itertools.pairwise(ends.tolist()))
     x = np.array([math.sqrt(a * b) for a, b in pairs])
@@ -143,7 +146,7 @@ def _smoothed(label: str, trace: Trace) -> PanelCurve:
 
 NOISE = Demonstration(
     "noise",
-    "stochastic gradients: a floor with constant steps, which diminishing steps leave behind",
+    "stochastic gradients: constant steps end at a floor, diminishing steps converge",
     "Derived here; the convergence paper treats full gradients",
     _run,
 )

@@ -39,8 +39,8 @@ def _run() -> DemonstrationResult:
     return DemonstrationResult(
         title="The cycle of SAM on f(x) = x²",
         statement=(
-            "For f(x) = x^2 the update is x+ = (1 - 2t) x - 2 t rho sign(x). With constant t < 1 and rho it enters the "
-            "cycle between t rho / (1 - t) and its negative, and never reaches 0."
+            "For f(x) = x^2 SAM's update is x+ = (1 - 2t) x - 2 t rho sign(x). With constant t < 1 and rho, SAM ends "
+            "on the cycle between t rho / (1 - t) and its negative, and does not converge to 0."
         ),
         columns=("t", "rho", "|x|", "t rho / (1 - t)", "x before", "x after"),
         rows=tuple(rows),
@@ -63,14 +63,14 @@ def _run() -> DemonstrationResult:
                 ),
             ),
             Panel(
-                title=f"the first updates from x = 1, t = {t:g}, ρ = {rho:g}",
+                title=f"first updates from x = 1, t = {t:g}, ρ = {rho:g}",
                 xlabel="update k",
                 ylabel="xₖ",
                 curves=(PanelCurve(label="", x=first.k.astype(float), y=first.x[:, 0], color=2),),
                 levels=((end, f"tρ/(1−t) = {end:.4f}"), (-end, "")),
             ),
             Panel(
-                title="every pair ends on its own cycle",
+                title="each pair (t, ρ) ends on its own cycle",
                 xlabel="update k",
                 ylabel="|xₖ|",
                 curves=tuple(fall),

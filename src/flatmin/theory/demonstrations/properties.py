@@ -1,4 +1,4 @@
-"""The five properties traced for SAM, VaSSO, F-SAM and RSAM, with the checker's verdict beside."""
+"""The five convergence properties for SAM, VaSSO, F-SAM and RSAM: the checker's verdict, and runs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ UPDATES = 4000
 
 
 def letters(verdict: Verdict) -> str:
-    """The five statuses as a word."""
+    """The five statuses as letters."""
     return "".join(LETTERS[s] for s in verdict.statuses)
 
 
@@ -55,8 +55,8 @@ def _run() -> DemonstrationResult:
                 expected = "XXXXX" if method == "sam" else "nnXXX"
             else:
                 claims.append(below(f"{name}: largest ||grad f|| of the last half", ends[0], 0.03))
-                claims.append(below(f"{name}: f - f* in the end", ends[1], 1e-5))
-                claims.append(below(f"{name}: distance to the minimiser in the end", ends[2], 1e-3))
+                claims.append(below(f"{name}: final f - f*", ends[1], 1e-5))
+                claims.append(below(f"{name}: final distance from the minimiser", ends[2], 1e-3))
                 expected = "FFFFF"
             claims.append(same(f"{name}: verdict on properties 1 to 5", letters(verdict), expected))
             part = trace.k >= 1
@@ -75,11 +75,12 @@ def _run() -> DemonstrationResult:
         "distance": ("(2), (5)  the iterates", "‖xₖ − x*‖"),
     }
     return DemonstrationResult(
-        title="Five properties, four methods: the direction does not matter",
+        title="Five properties, four methods: the direction of the perturbation does not matter",
         statement=(
-            "On a function that is not convex (log-sum, 5 variables, one stationary point), t = 1/(k + 9) and "
-            "rho = 0.1/k^0.001 give all five properties to every normalised method; constant t = 0.05 and rho = 0.1 "
-            "keep each of them away. F follows, n is not shown, X fails for a member of the class."
+            "The function is not convex (log-sum, 5 variables, one stationary point). With t = 1/(k + 9) and "
+            "rho = 0.1/k^0.001, every normalised method has all five properties. With constant t = 0.05 and rho = 0.1, "
+            "none of the runs converges. F: the property follows from a theorem. n: not shown. X: it fails for a "
+            "member of the class."
         ),
         columns=("method", "rules", "verdict", "min ||grad f||", "max ||grad f||", "f - f*", "||x - x*||"),
         rows=tuple(rows),
@@ -106,7 +107,7 @@ def _legend(label: str, rules: str, number: int) -> str:
 
 PROPERTIES = Demonstration(
     "properties",
-    "the five properties traced for SAM, VaSSO, F-SAM and RSAM, with the checker's verdict",
+    "the five convergence properties for SAM, VaSSO, F-SAM and RSAM",
     f"{PAPER}, Table 1 and Corollary 3.5",
     _run,
 )

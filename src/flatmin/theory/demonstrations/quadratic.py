@@ -1,4 +1,4 @@
-"""SAM with a constant step size and radius stays away from a quadratic's minimiser; the gradient and USAM do not."""
+"""On a quadratic with a constant step size and radius, SAM does not converge; gradient descent and USAM do."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ METHODS: tuple[tuple[str, str, dict[str, Any], bool], ...] = (
     ("F-SAM, sigma = 1, lambda = 0.6", "fsam", {"sigma": 1.0, "lam": 0.6}, True),
 )
 OTHERS = ((0.05, 0.1), (0.1, 0.3), (0.2, 0.1), (0.3, 0.05), (0.4, 0.1), (0.45, 0.02))
-"""Further pairs (t, rho) of SAM, on the same quadratic, rotated."""
+"""Further pairs (t, rho) for SAM on the rotated quadratic."""
 
 
 def _run() -> DemonstrationResult:
@@ -65,10 +65,10 @@ def _run() -> DemonstrationResult:
     return DemonstrationResult(
         title="SAM with constant steps does not converge on a quadratic",
         statement=(
-            "On f(x) = x^T A x / 2 with constant t and rho, SAM ends at the distance t rho lambda / (2 - t lambda), "
-            "lambda the largest eigenvalue of A, along its eigenvector, and so do VaSSO and F-SAM with these "
-            "parameters (with others they may end on other cycles); gradient descent and USAM reach the minimiser. "
-            "Here A has the eigenvalues 1 and 4."
+            "On f(x) = x^T A x / 2 with constant t and rho, SAM ends at the distance t rho lambda / (2 - t lambda) "
+            "from the minimiser, along the eigenvector of the largest eigenvalue lambda of A. VaSSO and F-SAM end at "
+            "the same distance with these parameters; with others they may end on other cycles. Gradient descent and "
+            "USAM reach the minimiser. Here A has the eigenvalues 1 and 4."
         ),
         columns=("method", "t", "rho", "distance", "predicted", "along top eigenvector"),
         rows=tuple(rows),
@@ -84,9 +84,9 @@ def _run() -> DemonstrationResult:
                 low=1e-17,
             ),
             Panel(
-                title="where SAM ends",
+                title="final distance of SAM",
                 xlabel="tλ, λ the largest eigenvalue",
-                ylabel="distance in the end, in units of ρ",
+                ylabel="final distance, in units of ρ",
                 curves=(
                     PanelCurve(label="tλ/(2−tλ)", x=grid, y=grid / (2 - grid), style="theory"),
                     PanelCurve(
@@ -105,7 +105,7 @@ def _run() -> DemonstrationResult:
 
 QUADRATIC = Demonstration(
     "quadratic",
-    "constant steps: SAM, VaSSO and F-SAM stay away from a quadratic's minimiser, GD and USAM reach it",
+    "constant steps on a quadratic: SAM, VaSSO and F-SAM do not converge, gradient descent and USAM do",
     f"{PAPER}, Example 3.1; the distance is derived here",
     _run,
 )

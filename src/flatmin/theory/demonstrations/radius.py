@@ -1,4 +1,4 @@
-"""An almost constant radius C / k^0.001 satisfies the theorem, and its runs overlap those of the constant one."""
+"""An almost constant radius C / k^0.001 satisfies the theorem, and its runs match those with a constant radius."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _run() -> DemonstrationResult:
         rows.append((n, first, float(constant.f[-1]), float(falling.f[-1]), apart, *theorems))
         claims.append(below(f"n = {n}: largest difference of f over the run, in units of f(x^0)", apart / first, 1e-4))
         claims.append(same(f"n = {n}: theorem for the constant radius", theorems[0], "none"))
-        claims.append(same(f"n = {n}: theorem for the almost constant one", theorems[1], "Corollary 3.5"))
+        claims.append(same(f"n = {n}: theorem for the almost constant radius", theorems[1], "Corollary 3.5"))
         if n in DRAWN:
             plain = run(problem, "sgd", steps=steps, updates=UPDATES, driver="program", record=400)
             k = constant.k[1:].astype(float)
@@ -55,24 +55,24 @@ def _run() -> DemonstrationResult:
                 PanelCurve(label=f"SAM, ρ = {C:g}", x=k, y=constant.f[1:], color=0),
                 PanelCurve(label=f"SAM, ρ = {C:g} / k^{POWER:g}", x=k, y=falling.f[1:], style="theory", color=1),
             )
-            title = f"n = {n}: at most {apart:.0e} apart"
+            title = f"n = {n}: SAM runs differ by at most {apart:.0e}"
             panels.append(Panel(title=title, xlabel="update k", ylabel="f(xₖ)", curves=shown, log_x=True))
     panels.append(_floors(claims))
     return DemonstrationResult(
-        title="An almost constant radius changes nothing but the theorem",
+        title="An almost constant radius satisfies the theorem, and the runs hardly change",
         statement=(
-            f"On sum log(1 + (A x - b)_i^2) with t = 1/(k + 1 + L), L rounded up, SAM with rho = {C:g} and with "
-            f"{C:g}/k^{POWER:g} take almost the same way, but only the second satisfies sum t rho < inf. With the "
-            "constant step 1/L SAM stalls at a gradient that is proportional to rho."
+            "The function is sum log(1 + (A x - b)_i^2), and t = 1/(k + 1 + L) with L rounded up. SAM takes almost "
+            f"the same path with rho = {C:g} and with rho = {C:g}/k^{POWER:g}, but only the second radius satisfies "
+            "sum t rho < inf. With the constant step 1/L, SAM ends at a gradient norm that is proportional to rho."
         ),
         columns=(
             "n",
             "f(x^0)",
             f"f, rho = {C:g}",
             f"f, {C:g}/k^{POWER:g}",
-            "apart",
-            "constant",
-            "almost constant",
+            "max difference",
+            "theorem, constant",
+            "theorem, almost constant",
         ),
         rows=tuple(rows),
         claims=tuple(claims),
@@ -92,7 +92,7 @@ def _floors(claims: list[Claim]) -> Panel:
         text = f"constant step 1/L: ||grad f|| of rho = {10 * rho:g} over that of {rho:g}"
         claims.append(near(text, wide / narrow, 10, rel=0.3))
     return Panel(
-        title="constant step 1/L, n = 20: floors follow ρ",
+        title="constant step 1/L, n = 20: floor proportional to ρ",
         xlabel="update k",
         ylabel="‖∇f(xₖ)‖",
         curves=tuple(curves),
@@ -103,7 +103,7 @@ def _floors(claims: list[Claim]) -> Panel:
 
 RADIUS = Demonstration(
     "radius",
-    "almost constant radius C/k^0.001: covered by the theorem, and the runs overlap those of the constant radius",
+    "an almost constant radius C/k^0.001: the theorem applies, and runs match those with a constant radius",
     f"{PAPER}, Remark 3.6 and the experiments of the appendix, on systems drawn here",
     _run,
 )

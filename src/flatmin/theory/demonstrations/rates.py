@@ -1,4 +1,4 @@
-"""Rates: the KL exponent sets that of unnormalised methods, the step that of SAM."""
+"""Rates: set by the KL exponent for unnormalised methods, and by the step size for SAM."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from flatmin.theory.methods import Trace, run
 from flatmin.theory.parse import read_rule
 
 Row = tuple[str | float, ...]
-COLUMNS = ("f", "KL q", "method", "step", "what falls", "against", "predicted slope", "fitted slope")
+COLUMNS = ("f", "KL q", "method", "step", "y", "x", "predicted slope", "fitted slope")
 
 
 def _run() -> DemonstrationResult:
@@ -29,12 +29,13 @@ def _run() -> DemonstrationResult:
     claims: list[Claim] = []
     panels = (_linear(rows, claims), _sublinear(rows, claims), _sam(rows, claims))
     return DemonstrationResult(
-        title="Rates: by the KL exponent for USAM, by the step for SAM",
+        title="Rates: set by the KL exponent for USAM, by the step size for SAM",
         statement=(
-            "With q = 1/2 and constant steps the gradient and USAM converge linearly, f - f* times "
-            "(1 - t mu (1 + rho mu))^2 at every update; with q = 1/4, f - f* = O(k^-2) and |x| = O(k^-1/2). With "
-            "vanishing steps S_k = t_1 + ... + t_k takes the place of k. SAM is no faster than its own cycle: "
-            "||grad f|| ~ t_k rho L^2 / 2 for steps with n t_n -> c, c L > 1, or n t_n -> inf."
+            "With KL exponent q = 1/2 and constant steps, gradient descent and USAM converge linearly: each update "
+            "multiplies f - f* by (1 - t mu (1 + rho mu))^2, with rho = 0 for gradient descent. With q = 1/4, "
+            "f - f* = O(k^-2) and |x| = O(k^-1/2). With vanishing steps, S_k = t_1 + ... + t_k replaces k. SAM is not "
+            "faster than its cycle: ||grad f|| ~ t_k rho L^2 / 2 for steps with n t_n -> c, c L > 1, or n t_n -> inf. "
+            "The table compares predicted and fitted slopes of y over x."
         ),
         columns=COLUMNS,
         rows=tuple(rows),
@@ -110,7 +111,7 @@ def _sublinear(rows: list[Row], claims: list[Claim]) -> Panel:
     return Panel(
         title="q = ¼: x⁴/4, gradient descent, t = 0.1",
         xlabel="update k",
-        ylabel="what falls",
+        ylabel="f(xₖ) − f* and |xₖ|",
         curves=tuple(curves),
         log_x=True,
         log_y=True,
@@ -132,7 +133,7 @@ def _sam(rows: list[Row], claims: list[Claim]) -> Panel:
         line = np.array([read_rule(words).at(int(n)) for n in k[k > 9]]) * rho * top**2 / 2
         curves.append(PanelCurve(label="tₖρL²/2" if number else "", x=k[k > 9], y=line, style="theory"))
     return Panel(
-        title="SAM, ρ = 0.1: as its steps, where lim n·tₙ > 1/L",
+        title="SAM, ρ = 0.1: like its steps if lim n·tₙ > 1/L",
         xlabel="update k",
         ylabel="‖∇f(xₖ)‖",
         curves=tuple(curves),
@@ -144,6 +145,6 @@ def _sam(rows: list[Row], claims: list[Claim]) -> Panel:
 RATES = Demonstration(
     "rates",
     "rates under the Kurdyka-Lojasiewicz property, predicted and fitted",
-    f"{PAPER}, Section 4 for constant steps; vanishing steps and SAM's own rate are derived here",
+    f"{PAPER}, Section 4 for constant steps; the rates for vanishing steps and for SAM are derived here",
     _run,
 )

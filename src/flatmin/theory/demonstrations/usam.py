@@ -1,4 +1,4 @@
-"""Unnormalised SAM converges with constant steps for rho < 1/L; what breaks beyond, in the step and in the radius."""
+"""Unnormalised SAM converges with constant steps for rho < 1/L, and examples with longer steps and larger radii."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ def _run() -> DemonstrationResult:
     long_steps = _long_steps(rows, claims)
     wide_radii = _wide_radii(rows, claims)
     return DemonstrationResult(
-        title="USAM converges with constant steps, up to a bound",
+        title="USAM converges with constant steps below a bound",
         statement=(
-            "On a log-sum of 5 variables, a quadratic and 1 - cos x: for nu = L rho < 1 and "
-            "t < 2 (1 - nu) / (L (1 + nu)^2), f falls at every update of USAM. A longer step "
-            "overshoots where f curves up; a radius beyond 1/L lands behind a maximum, so that USAM climbs, or stops "
-            "where the gradient is not 0."
+            "For nu = L rho < 1 and t < 2 (1 - nu) / (L (1 + nu)^2), f falls at every update of USAM. The functions "
+            "are a log-sum of 5 variables, a quadratic and 1 - cos x. With a longer step, USAM overshoots where f "
+            "curves upwards. With a radius beyond 1/L, x + eps can be beyond a maximum of f; USAM then ascends, or "
+            "stops at a point that is not stationary."
         ),
-        columns=("f", "rho L", "t", "f falls", "largest rise", "||grad f||, end", "theorem"),
+        columns=("f", "rho L", "t", "f always falls", "largest rise", "final ||grad f||", "theorem"),
         rows=tuple(rows),
         claims=tuple(claims),
         panels=(below_bound, long_steps, wide_radii),
@@ -79,7 +79,7 @@ def _below_the_bound(rows: list[Row], claims: list[Claim]) -> Panel:
         y = seen(trace.f)
         curves.append(PanelCurve(label=f"ρL = {nu:g}, t = {t:.3g}", x=trace.k.astype(float), y=y))
     return Panel(
-        title="below both bounds: f falls always",
+        title="below both bounds: f always falls",
         xlabel="update k",
         ylabel="f(xₖ) − f*",
         curves=tuple(curves),
@@ -96,9 +96,11 @@ def _long_steps(rows: list[Row], claims: list[Claim]) -> Panel:
         by = factor("unnormalised", t, rho, 4.0)
         rows.append(_row("quadratic 1, 4", 4 * rho, t, trace, check(t, rho, problem, "usam").theorem))
         measured = abs(float(trace.x[10, 1] / trace.x[9, 1]))
-        claims.append(near(f"quadratic, t = {t:g}: |1 - t L (1 + rho L)| an update", measured, abs(by), rel=1e-9))
+        claims.append(
+            near(f"quadratic, t = {t:g}: factor |1 - t L (1 + rho L)| per update", measured, abs(by), rel=1e-9)
+        )
         if t == 0.2:
-            text = f"quadratic, t = 0.2, longer than the bound {bound:.3f}: ||grad f|| in the end"
+            text = f"quadratic, t = 0.2, longer than the bound {bound:.3f}: final ||grad f||"
             claims.append(below(text, float(trace.gradient[-1]), 1e-5))
         if t == 0.4:
             claims.append(
@@ -134,7 +136,7 @@ def _wide_radii(rows: list[Row], claims: list[Claim]) -> Panel:
     text = "1 - cos x, rho = 6: |f'| where it stops"
     claims.append(near(text, float(rows[-1][5]), math.sin(stop), tol=1e-8))
     return Panel(
-        title="wider radii: f(x) = 1 − cos x, L = 1, t = 0.1",
+        title="larger radii: f(x) = 1 − cos x, L = 1, t = 0.1",
         xlabel="update k",
         ylabel="xₖ",
         curves=tuple(curves),
@@ -146,7 +148,7 @@ def _wide_radii(rows: list[Row], claims: list[Claim]) -> Panel:
 
 USAM = Demonstration(
     "usam",
-    "USAM: constant steps converge for rho < 1/L; what breaks beyond the bounds",
+    "constant steps: USAM converges for rho < 1/L; examples beyond the bounds",
     f"{PAPER}, Section 4; the bound on t and the examples beyond it are derived here",
     _run,
 )
