@@ -177,7 +177,7 @@ class TestRemove:
         monkeypatch.setattr("sys.stdin", io.StringIO())
         with pytest.raises(SystemExit) as stop:
             main(["runs", "rm", "good"])
-        assert stop.value.code == 2 and "nothing was removed: there was no answer; add --yes" in capsys.readouterr().err
+        assert stop.value.code == 2 and "because there was no answer; add --yes" in capsys.readouterr().err
         assert (runs / "good").is_dir()
 
     def test_without_asking(self, runs):

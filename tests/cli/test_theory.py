@@ -66,7 +66,7 @@ def test_a_claim_that_fails_is_named_and_ends_with_code_1(monkeypatch):
     said = output("checker", "--no-figure", code=1)
     assert "FAIL  a planted claim: Theorem 3.2 FFFFF, expected Theorem 9.9 FFFFF" in said
     assert "3 claims, 1 of them fails" in said
-    assert "flatmin theory: checker: this claim fails: a planted claim" in said
+    assert "flatmin theory: checker: a claim does not hold: a planted claim" in said
 
 
 def test_all_runs_what_there_is_and_sums_up(monkeypatch):
@@ -105,7 +105,7 @@ def test_check_prints_the_verdict():
 
 def test_check_says_that_L_is_missing():
     said = output("check", "0.1", "0.1", "--class", "convex", "--method", "usam")
-    assert "the theorems need L: add it to the class, as in --class 'L=4'." in said
+    assert "The theorems need the Lipschitz constant L: add it to the class, as in --class 'L=4'." in said
     assert "L is needed" not in output("check", "diminish1", "0.1", "--class", "convex, unique")
 
 
@@ -114,7 +114,7 @@ def test_check_says_that_L_is_missing():
     [
         (["orbt"], "unknown demonstration 'orbt'; did you mean 'orbit'?"),
         (["chek", "0.1", "0.1"], "unknown demonstration 'chek'; did you mean 'check"),
-        (["check", "0.1", "0.1"], "name a function with --on quadratic:1,4, or a class with --class"),
+        (["check", "0.1", "0.1"], "give either a function, as in --on quadratic:1,4, or a class, as in --class"),
         (["check", "0.1", "0.1", "--on", "square", "--class", "L=4"], "name a function"),
         (["check", "0", "0.1", "--on", "square"], "step sizes must be positive"),
         (["check", "-0.1", "0.1", "--on", "square"], "c must be a finite number >= 0, got -0.1"),
@@ -133,7 +133,7 @@ def test_mistakes_are_one_sentence(words, sentence, capsys):
 
 def test_no_matplotlib_is_said_before_the_runs(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert "pip install 'flatmin[plot]'" in mistake(capsys, "all")
+    assert "pip install '.[plot]'" in mistake(capsys, "all")
 
 
 def test_rules_has_the_whole_grammar():

@@ -142,5 +142,5 @@ def test_a_part_and_a_line_in_the_table_are_all_that_a_method_takes(tmp_path):
     assert "| `sign-sam` | Climb along the sign | Nobody & Noone, ICML 2031 | 2 | 0.05 |" in readme
     assert "| `sign-sam` | d = sign(g), eps = rho d / ‖d‖ | 2 | 1 | 0.05 | | nobody uses it |" in methods_page
     assert re.search(r"^\d+ sign-sam ", methods_page, re.MULTILINE)  # the matrix, and its refusals
-    assert re.search(r"Both set the direction, choose one:[^.]* sign-sam\b", methods_page)
+    assert re.search(r"Methods that set the direction, of which only one can be used:[^.]* sign-sam\b", methods_page)
     assert "| sign-sam | yes |" in loops

@@ -17,7 +17,7 @@ def test_absence_is_said_with_the_extra(monkeypatch, module, package, extra):
     for loaded in [m for m in sys.modules if m.partition(".")[0] == package]:
         monkeypatch.delitem(sys.modules, loaded)
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ModuleNotFoundError, match=rf"needs .*; run: pip install 'flatmin\[{extra}\]'"):
+    with pytest.raises(ModuleNotFoundError, match=rf"needs .*; run: pip install '\.\[{extra}\]'"):
         importlib.import_module(name)
 
 

@@ -136,7 +136,7 @@ class TestReading:
             ("measures.jsonl", '{"step": "x"}\n', r"line 1 of .*measures\.jsonl is damaged: it is no table of numbers"),
             ("result.json", "{", r"result\.json cannot be read: truncated or damaged"),
             ("config.json", "{", r"cannot be read: truncated or damaged"),
-            ("config.json", "[]", r"cannot be read: config\.json holds no table"),
+            ("config.json", "[]", r"cannot be read: config\.json is not a table"),
         ],
     )
     def test_damage(self, finished, file, content, sentence):

@@ -110,7 +110,7 @@ def test_what_would_fail_in_every_run_is_refused_in_a_sentence(own, changes, why
 
 def test_a_study_and_a_search_without_their_data_start_nothing(own, tmp_path):
     spec = settings(tmp_path, "data=cifar10", f"data_dir={tmp_path}")
-    words = rf"data=cifar10 cannot be read in data_dir={tmp_path}, .*With this command: data_dir=FOLDER, --download\.$"
+    words = rf"data=cifar10 cannot be read in data_dir={tmp_path}, .*Set data_dir=FOLDER, or add --download\.$"
     todo = plan(spec, tmp_path / "out")
     with pytest.raises(ValueError, match=words):
         study(todo, workers=0, on_event=pytest.fail)

@@ -66,7 +66,7 @@ class TestPassedOver:
         os.truncate(files[0], random.Random(seed).randrange(1, size))
         step, warnings = resumed(stopped)
         assert step == 8
-        assert warnings == [f"the checkpoint {files[0]} is cut short or damaged. It is skipped."]
+        assert warnings == [f"the checkpoint {files[0]} is truncated or damaged. It is skipped."]
         assert as_left_alone(stopped, runs)
 
     @pytest.mark.parametrize("seed", range(4))
@@ -114,7 +114,7 @@ class TestPassedOver:
         other = stopped / "checkpoints" / named(buffer.getvalue())
         other.write_bytes(buffer.getvalue())
         step, (warning,) = resumed(stopped)
-        assert step == 9 and "is of format 99, expected 1" in warning
+        assert step == 9 and "has format 99, expected 1" in warning
 
     @pytest.mark.parametrize("name", ["step-000000011.pt", "last.pt", ".step.0123abcd", "step-11-0123456789abcdef.pt"])
     def test_files_by_other_names_are_none_of_ours(self, stopped, files, name):
@@ -175,7 +175,7 @@ class TestRefused:
         torch.save({**state, "processes": 2}, buffer)
         (stopped / "checkpoints" / named(buffer.getvalue())).write_bytes(buffer.getvalue())
         before, told = content(stopped), []
-        with pytest.raises(ValueError, match=r"^the checkpoint was written by 2 process\(es\), and this run has 1"):
+        with pytest.raises(ValueError, match=r"^the checkpoint was written by 2 process\(es\), but this run has 1"):
             go(stopped, CONFIG, None, told.append)
         assert told == [] and content(stopped) == before
 

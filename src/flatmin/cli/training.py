@@ -91,7 +91,7 @@ class Training:
             f"{event.environment['device']}"
         )
         if event.step:
-            self._say(f"Continuing after {event.step} of {config.epochs * event.steps} updates.")
+            self._say(f"Continuing after update {event.step} of {config.epochs * event.steps}.")
         total = config.epochs * event.steps
         self._bar.reset(self._task, total=total, completed=event.step, visible=True, last="")
         self._bar.update(self._task, description=self._count(event.epoch + 1))

@@ -17,7 +17,7 @@ try:
     from transformers import Trainer
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-        "flatmin.integrations.hf needs transformers and accelerate; run: pip install 'flatmin[hf]'"
+        "flatmin.integrations.hf needs transformers and accelerate; run: pip install '.[hf]' in a clone of flatmin"
     ) from error
 
 

@@ -20,7 +20,7 @@ try:
     from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-        "flatmin.integrations.lightning needs lightning; run: pip install 'flatmin[lightning]'"
+        "flatmin.integrations.lightning needs lightning; run: pip install '.[lightning]' in a clone of flatmin"
     ) from error
 
 

@@ -117,7 +117,8 @@ def _importing(spec: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f'{spec} needs {error.name or "timm and torchvision"}: pip install "flatmin[vision]".', name=error.name
+            f"{spec} needs {error.name or 'timm and torchvision'}: pip install '.[vision]' in a clone of flatmin.",
+            name=error.name,
         ) from error
     except RuntimeError as error:
         # A torchvision that was compiled for another torch cannot load its operators, and then fails on their names.

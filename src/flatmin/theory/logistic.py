@@ -134,6 +134,7 @@ def _sklearn() -> Any:
         from sklearn import datasets
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            'the real data of logistic regression needs scikit-learn: pip install "flatmin[digits]", or give X and y.'
+            "the real data of logistic regression needs scikit-learn: pip install '.[digits]' in a clone of flatmin, "
+            "or give X and y."
         ) from error
     return datasets

@@ -179,7 +179,7 @@ def steps_of(config: RunConfig, samples: int, processes: int = 1) -> int:
     """
     if config.batch_size > samples:
         raise ValueError(
-            f"batch_size={config.batch_size} is more than the {samples} training samples; use {samples} or fewer."
+            f"batch_size={config.batch_size} is larger than the {samples} training samples; use {samples} or fewer."
         )
     whole, rest = divmod(samples, config.batch_size)
     return whole + (rest >= processes and not config.drop_last)

@@ -187,7 +187,7 @@ def check_device(name: str) -> None:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"device={name} is not available: {reason}") from error
+        raise ValueError(f"device={name} cannot be used here: {reason}") from error
 
 
 def check_machine(config: RunConfig) -> None:
@@ -208,7 +208,7 @@ def check_fit(model: nn.Module, data: Data, *, channels_last: bool = False) -> N
     except Exception as error:
         hint = " (channels_last=false sets the default memory format)" if channels_last and x.dim() == 4 else ""
         raise ValueError(
-            f"the model does not accept inputs of shape {tuple(x.shape[1:])} from {data.name}: {error}{hint}"
+            f"the model does not take inputs of shape {tuple(x.shape[1:])} from {data.name}: {error}{hint}"
         ) from error
     if not isinstance(out, torch.Tensor) or out.shape != (len(x), data.num_classes):
         shape = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
