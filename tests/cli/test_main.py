@@ -41,13 +41,12 @@ def commands(group=None, words=()):
 
 def parsed(words):
     """The names of the commands on a command line, and the values of the last one."""
-    command, names = typer.main.get_command(app), []
-    context = command.make_context("flatmin", list(words), resilient_parsing=True)
+    command, names, context = typer.main.get_command(app), ["flatmin"], None
     while hasattr(command, "commands"):
-        name, command, rest = command.resolve_command(context, words)
-        context = command.make_context(name, rest, parent=context)
-        names, words = [*names, name], [*context.args]
-    return names, context.params
+        context = command.make_context(names[-1], [], parent=context, resilient_parsing=True)
+        name, command, words = command.resolve_command(context, words)
+        names.append(name)
+    return names[1:], command.make_context(names[-1], list(words)).params
 
 
 def test_help_says_what_to_do_first():

@@ -80,7 +80,7 @@ def completed(shell, *words):
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish", "pwsh"])
 def test_the_script_of_a_shell_calls_this_command(shell):
     result = CliRunner().invoke(app, [], env={"_FLATMIN_COMPLETE": f"source_{shell}"}, prog_name="flatmin")
-    assert result.exit_code == 0 and "flatmin" in result.output and f"complete_{shell}" in result.output.lower()
+    assert result.exit_code == 0 and "flatmin" in result.output and "_FLATMIN_COMPLETE" in result.output
 
 
 @pytest.mark.parametrize("shell", ["bash", "fish"])

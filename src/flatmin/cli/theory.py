@@ -38,10 +38,8 @@ class _Names(TyperGroup):
 
     def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
         """Complete commands, and demonstrations."""
-        from click.shell_completion import CompletionItem
-
-        names = complete.demonstrations(ctx, incomplete)
-        return [*super().shell_complete(ctx, incomplete), *(CompletionItem(name) for name in names)]
+        names = next(param for param in self.commands["one"].params if param.name == "names")
+        return [*super().shell_complete(ctx, incomplete), *names.shell_complete(ctx, incomplete)]
 
 
 theory = typer.Typer(
