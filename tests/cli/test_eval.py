@@ -220,7 +220,7 @@ class TestRefusals:
         assert "two has 2 classes, but the run was trained on tests.user_side:data with 3" in refused(
             folder, "--data", f"{HERE}:two"
         )
-        assert "wide has floats of shape 12 and the run was trained on floats of shape 6" in refused(
+        assert "wide has floats of shape 12, but the run was trained on floats of shape 6" in refused(
             folder, "--data", f"{HERE}:wide"
         )
         said = refused(images, "--data", "tests.user_side:data")

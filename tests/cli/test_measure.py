@@ -433,7 +433,7 @@ class TestRefusals:
         with monkeypatch.context() as patch:
             patch.chdir(tmp_path)
             assert "by name has no weights" in refused("by name")
-        assert "is not a run: there is no config.json in it" in refused(tmp_path)
+        assert "is not a run folder: it has no config.json" in refused(tmp_path)
         assert "is not a run" in refused(folder.parent), "the folder of the runs"
         assert "leave out --model and --data" in refused(folder, "--model", "mlp")
         assert "name its network and data with --model and --data" in refused(weights)

@@ -230,7 +230,7 @@ class TestExport:
         assert "is not finished" in refused("export", "stopped", "w.pt")
         assert "failed: the training loss was not finite" in refused("export", "failed", "w.pt")
         (tmp_path / "w.pt").write_text("mine")
-        assert "exists already" in refused("export", "good", "w.pt")
+        assert "already exists" in refused("export", "good", "w.pt")
         invoke("export", "good", "w.pt", "--force")
         assert sorted(path.name for path in tmp_path.iterdir()) == ["flatmin-runs", "w.pt"]
 

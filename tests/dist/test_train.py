@@ -155,7 +155,7 @@ class TestResume:
     def test_in_another_way_of_sharing_it_is_refused(self, ranks, two, tmp_path):
         two(config(), None, 5)
         for sentence in ranks.run(scenarios.refusal, tmp_path / "two", config(parallel="fsdp"), options()):
-            assert "is of another run: parallel is 'ddp' there and 'fsdp' here" in sentence
+            assert "belongs to another run: parallel is 'ddp' there and 'fsdp' here" in sentence
 
 
 def _raise(event):

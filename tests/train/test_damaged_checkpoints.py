@@ -163,7 +163,7 @@ class TestRefused:
         before, told = content(stopped), []
         other = config(**{"method": "rsam", "ema": 0.8, **changes})
         with pytest.raises(
-            ValueError, match=rf"^the checkpoint in .* is of another run: {words}; use the same"
+            ValueError, match=rf"^the checkpoint in .* belongs to another run: {words}.*; use the same"
         ) as error:
             go(stopped, other, None, told.append)
         assert "\n" not in str(error.value)

@@ -328,9 +328,9 @@ class TestRefused:
                 50,
                 {"accumulate": 17},
                 1,
-                r"^accumulate=17 is more than the 16 in each process\.$",
+                r"^accumulate=17 is more than the 16 samples of a batch in each process",
             ),
-            (50, {"accumulate": 5}, 4, r"^accumulate=5 is more than the 4 in each process\.$"),
+            (50, {"accumulate": 5}, 4, r"^accumulate=5 is more than the 4 samples of a batch"),
         ]:
             with pytest.raises(ValueError, match=words):
                 feed(images(n), size=size, **changes)

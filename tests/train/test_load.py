@@ -231,7 +231,7 @@ class TestExport:
         with pytest.raises(ValueError, match=r"must end in \.pt, \.pth or \.safetensors"):
             export(saved, tmp_path / "w.bin")
         (tmp_path / "w.pt").write_text("mine")
-        with pytest.raises(ValueError, match=r"exists already; .*--force"):
+        with pytest.raises(ValueError, match=r"already exists; .*--force"):
             export(saved, tmp_path / "w.pt")
         assert (tmp_path / "w.pt").read_text() == "mine"
         assert torch.load(export(saved, tmp_path / "w.pt", force=True), weights_only=True)
