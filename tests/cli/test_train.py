@@ -285,7 +285,8 @@ class TestAgainAndResume:
         message = refused(capsys, *own)
         assert (
             message
-            == "the run in flatmin-runs/runs/own is unfinished; continue it with --resume, or start it over with --again."
+            == "the run in flatmin-runs/runs/own is unfinished; continue it with --resume, or start it over with "
+            "--again."
         )
         gone_on = done(*own, "--resume")
         assert gone_on.out[1] == "Continuing after update 4 of 16."

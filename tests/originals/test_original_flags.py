@@ -101,7 +101,7 @@ def test_mistakes_are_one_sentence():
             "--lr_scheduler MultiStepLRscheduler --milestone 3 3",
             "--milestone expects epochs from 0 in increasing order, got",
         ),
-        ("vasso", "--warm 3", "--warm may be --warmup_epoch or --warmup_init_lr"),
+        ("vasso", "--warm 3", "--warm can mean --warmup_epoch or --warmup_init_lr"),
         ("vasso", "--start_epoch 3", "--start_epoch expects 0, got 3"),
         ("vasso", "--resume_path x", "--resume and --resume_path name a checkpoint of the script"),
         ("vasso", "--opt adamw --eps 1e-3", "--eps expects 1e-08, that of torch's AdamW"),
