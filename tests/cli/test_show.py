@@ -149,7 +149,7 @@ class TestSeveral:
 
 class TestRefusals:
     def test_no_run(self, home, refused):
-        assert "there is no run 'ful', neither a folder nor a name in flatmin-runs/runs; did you mean 'full'?" in (
+        assert "there is no run 'ful': neither a folder nor a name in flatmin-runs/runs; did you mean 'full'?" in (
             refused("ful")
         )
         assert "study is not a run folder: it has no config.json" in refused("study")

@@ -42,7 +42,7 @@ def test_a_demonstration_prints_its_table_and_claims_and_draws(tmp_path):
     said = output("orbit", "--out", str(tmp_path), "--png", "--svg")
     assert "0.2142857" in said and "0.001010101" in said
     assert said.count("\nok    ") == 6 and "FAIL" not in said
-    assert "1 shown, 6 claims, all hold" in said
+    assert "1 demonstration, 6 claims, all hold" in said
     assert {path.name for path in tmp_path.iterdir()} == {"orbit.png", "orbit.svg"}
 
 
@@ -73,7 +73,7 @@ def test_all_runs_what_there_is_and_sums_up(monkeypatch):
     fast = {name: demonstrations.DEMONSTRATIONS[name] for name in ("orbit", "checker")}
     monkeypatch.setattr(demonstrations, "DEMONSTRATIONS", fast)
     said = output("all", "--no-figure")
-    assert "2 shown, 26 claims, all hold" in said
+    assert "2 demonstrations, 26 claims, all hold" in said
 
 
 @pytest.mark.slow
@@ -115,7 +115,7 @@ def test_check_says_that_L_is_missing():
         (["orbt"], "unknown demonstration 'orbt'; did you mean 'orbit'?"),
         (["chek", "0.1", "0.1"], "unknown demonstration 'chek'; did you mean 'check"),
         (["check", "0.1", "0.1"], "give either a function, as in --on quadratic:1,4, or a class, as in --class"),
-        (["check", "0.1", "0.1", "--on", "square", "--class", "L=4"], "name a function"),
+        (["check", "0.1", "0.1", "--on", "square", "--class", "L=4"], "give either a function"),
         (["check", "0", "0.1", "--on", "square"], "step sizes must be positive"),
         (["check", "-0.1", "0.1", "--on", "square"], "c must be a finite number >= 0, got -0.1"),
         (["check", "0.1", "-0.1", "--on", "square"], "c must be a finite number >= 0, got -0.1"),

@@ -152,7 +152,7 @@ class TestReading:
     def test_no_run(self, tmp_path):
         with pytest.raises(ValueError, match="there is no folder"):
             read(tmp_path / "absent")
-        with pytest.raises(ValueError, match=r"is not a run: there is no config\.json in it"):
+        with pytest.raises(ValueError, match=r"is not a run folder: it has no config\.json"):
             read(tmp_path)
 
     def test_each_once_and_with_names_that_differ(self, tmp_path, finished):

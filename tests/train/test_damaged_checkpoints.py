@@ -76,7 +76,7 @@ class TestPassedOver:
         damaged[draw.randrange(len(damaged))] ^= 1 << draw.randrange(8)
         files[0].write_bytes(damaged)
         step, warnings = resumed(stopped)
-        assert step == 8 and "cut short or damaged" in warnings[0] and str(files[0]) in warnings[0]
+        assert step == 8 and "truncated or damaged" in warnings[0] and str(files[0]) in warnings[0]
 
     def test_one_that_is_empty(self, stopped, files):
         files[0].write_bytes(b"")

@@ -129,7 +129,7 @@ class TestLoad:
         assert open_run(pair[0]).label == open_run(pair[0]).name == "clouds"
 
     def test_refusals(self, tmp_path):
-        with pytest.raises(ValueError, match=r"is not a run: there is no config\.json"):
+        with pytest.raises(ValueError, match=r"is not a run folder: it has no config\.json"):
             flatmin.load(tmp_path / "absent")
         folder, _ = run(tmp_path / "mine")
         (folder / "weights.pt").rename(tmp_path / "away.pt")
@@ -189,7 +189,7 @@ class TestInputs:
         with pytest.raises(ValueError, match=r"two has 2 classes, but the run was trained on clouds with 3"):
             inputs.check(as_data(two, "two"))
         wide = [(x.repeat(1, 2), y) for x, y in clouds()]
-        with pytest.raises(ValueError, match=r"wide has floats of shape 12 and the run .* floats of shape 6"):
+        with pytest.raises(ValueError, match=r"wide has floats of shape 12, but the run .* floats of shape 6"):
             inputs.check(as_data(wide, "wide"))
         ids = [(x.long(), y) for x, y in clouds()]
         with pytest.raises(ValueError, match=r"ids has integers of shape 6"):

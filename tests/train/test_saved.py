@@ -185,7 +185,7 @@ class TestRefusals:
     def test_no_run(self, tmp_path):
         for path in (tmp_path, tmp_path / "absent"):
             with pytest.raises(
-                ValueError, match=r"is not a run: there is no config\.json in it \(runs are in FOLDER/runs\)"
+                ValueError, match=r"is not a run folder: it has no config\.json \(runs are in FOLDER/runs\)"
             ):
                 open_run(path)
 
@@ -198,7 +198,7 @@ class TestRefusals:
         ("file", "content", "reason"),
         [
             ("config.json", '{"label": "sa', "truncated or damaged"),
-            ("config.json", "[]", "holds no table"),
+            ("config.json", "[]", "is not a table"),
             ("config.json", "{}", "method"),
             ("config.json", '{"label": "sam"}', "method"),
             ("config.json", '{"label": "sam", "method": 3}', "method = 3 is an int, expected text"),
@@ -377,7 +377,7 @@ class TestFiles:
             ({"weights": {"a": torch.zeros(1)}}, "do not fit .*under 'weights', missing .*unexpected in the file: 'a'"),
             (
                 {**net().state_dict(), "0.bias": torch.zeros(5)},
-                r"shape: '0.bias', \(5,\) in the file and \(16,\) in the",
+                r"shapes: '0.bias', \(5,\) in the file and \(16,\) in the",
             ),
             ({**net().state_dict(), "more": torch.zeros(5)}, "do not fit the model: unexpected in the file: 'more'"),
             (
@@ -392,7 +392,7 @@ class TestFiles:
 
     def test_no_checkpoint_at_all(self, tmp_path):
         (tmp_path / "a.pt").write_text("hello")
-        with pytest.raises(ValueError, match=r"a\.pt is no ") as error:
+        with pytest.raises(ValueError, match=r"a\.pt was not written") as error:
             load_weights(net(), tmp_path / "a.pt")
         assert "\n" not in str(error.value)
         with pytest.raises(ValueError, match=r"there is no file .*absent"):
