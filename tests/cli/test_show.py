@@ -152,7 +152,7 @@ class TestRefusals:
         assert "there is no run 'ful': neither a folder nor a name in flatmin-runs/runs; did you mean 'full'?" in (
             refused("ful")
         )
-        assert "study is not a run folder: it has no config.json" in refused("study")
+        assert "study is not a run: there is no config.json in it" in refused("study")
 
     def test_a_damaged_run(self, home, refused):
         metrics = home / "flatmin-runs" / "runs" / "stopped" / "metrics.jsonl"

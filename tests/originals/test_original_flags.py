@@ -104,7 +104,7 @@ def test_mistakes_are_one_sentence():
         ("vasso", "--warm 3", "--warm can mean --warmup_epoch or --warmup_init_lr"),
         ("vasso", "--start_epoch 3", "--start_epoch expects 0, got 3"),
         ("vasso", "--resume_path x", "--resume and --resume_path name a checkpoint of the script"),
-        ("vasso", "--opt adamw --eps 1e-3", "--eps expects 1e-08, that of torch's AdamW"),
+        ("vasso", "--opt adamw --eps 1e-3", "--eps expects 1e-08, the fixed value of torch's AdamW"),
         ("vasso", "--dataset ImageNet_base --model vgg11_bn", "--model expects one of resnet18, "),
         ("vasso", "--dataset CIFAR10_cutuot", "got 'CIFAR10_cutuot'; did you mean 'CIFAR10_cutout'?"),
         ("vasso", "--opt vasso-sgd --theta 2", "EMA: theta must be in (0, 1], got 2.0."),

@@ -382,7 +382,7 @@ class TestFiles:
             ({**net().state_dict(), "more": torch.zeros(5)}, "do not fit the model: unexpected in the file: 'more'"),
             (
                 {f"net.{k}": v for k, v in net().state_dict().items() if k != "2.bias"},
-                "do not fit the model: under 'net', missing in the file: '2.bias'.*Build the model as it was",
+                "do not fit the model: under 'net', missing in the file: '2.bias'.*Build the model with the same",
             ),
         ]:
             torch.save(content, tmp_path / "a.pt")
