@@ -114,6 +114,31 @@ def duration(seconds: float) -> str:
     return "about a second" if seconds < 1.5 else f"about {float(f'{seconds:.2g}'):g} seconds"
 
 
+def elapsed(seconds: float) -> str:
+    """A measured time, in its two largest units.
+
+    Example:
+        >>> elapsed(12.34), elapsed(293), elapsed(17560), elapsed(100800)
+        ('12.3 s', '4 min 53 s', '4 h 53 min', '1 d 4 h')
+    """
+    if seconds < 99.95:
+        return f"{seconds:.1f} s"
+    for size, unit, part, small in ((86400, "d", 3600, "h"), (3600, "h", 60, "min")):
+        if (whole := round(seconds / part) * part) >= size:
+            return f"{whole // size} {unit} {whole % size // part} {small}"
+    return f"{round(seconds) // 60} min {round(seconds) % 60} s"
+
+
+def install(extra: str) -> str:
+    """The command that installs an extra, for error messages.
+
+    Example:
+        >>> install("report")
+        "pip install '.[report]' in a clone of flatmin"
+    """
+    return f"pip install '.[{extra}]' in a clone of flatmin"
+
+
 def warn(text: str) -> None:
     """Give a warning that points to the nearest line of code outside flatmin and torch."""
     torch = getattr(sys.modules.get("torch"), "__file__", None) or __file__

@@ -97,7 +97,7 @@ def test_mistakes_are_refused_before_anything_runs(words, message, tmp_path):
 def test_missing_plotly_is_said_before_training(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     result = invoke("--out", tmp_path)
-    assert isinstance(result.exception, ModuleNotFoundError) and "flatmin[report]" in str(result.exception)
+    assert isinstance(result.exception, ModuleNotFoundError) and "'.[report]'" in str(result.exception)
     assert not list(tmp_path.iterdir())
 
 
@@ -165,7 +165,7 @@ def test_progress_tells_every_event(terminal):
             progress(event)
     text = console.file.getvalue()
     for said in (
-        "Choosing on validation: 3 runs, 1 finished before, about 10 seconds.",
+        "Choosing settings on validation: 3 runs, 1 finished before, about 10 seconds.",
         "own-[b]-s0: no result, ValueError: [red]no[/red]",
         "own-s1: stopped, the loss was not finite",
         "sam: rho=0.2 chosen on validation.",

@@ -34,7 +34,7 @@ def test_missing_extras_come_with_their_command(monkeypatch):
     result = runner.invoke(app, ["doctor"])
     assert result.exit_code == 0, "extras are optional"
     for extra in doctor.EXTRAS:
-        assert f"pip install 'flatmin[{extra.name}]'" in result.output
+        assert f"pip install '.[{extra.name}]'" in result.output
 
 
 @pytest.mark.parametrize(("name", "message"), [("rich", "rich is missing; run: pip install rich")])

@@ -112,7 +112,7 @@ class TestItsOwnData:
         found = numbers(folder, "--split", "train")
         assert found["loss"] == pytest.approx(RunFolder(folder).result().train_ce, abs=1e-12)
         assert (found["samples"], found["wrong"]) == (50, 20)
-        assert "20 % of these labels are wrong on purpose" in invoke(folder, "--split", "train")
+        assert "20 % of these labels are wrong (label noise)" in invoke(folder, "--split", "train")
 
     def test_top5_with_more_than_five_classes(self, folder, images):
         assert numbers(folder)["top5"] is None and "top-5" not in invoke(folder)
@@ -144,7 +144,7 @@ class TestItsOwnData:
         found = numbers(images, "--flip-tta")
         assert found["loss"] == pytest.approx(F.cross_entropy(logits.double(), data.test.y).item(), abs=1e-6)
         assert found["flip_tta"] and not numbers(images)["flip_tta"]
-        assert "mean over image and mirrored image" in invoke(images, "--flip-tta")
+        assert "averaged over each image and its mirror image" in invoke(images, "--flip-tta")
 
     def test_the_interval_is_wilsons(self, folder):
         found = numbers(folder)
@@ -208,23 +208,23 @@ class TestOtherData:
         """Of the same name and shape; the numbers are of what is there now, and a warning says so."""
         (x, y), val, test = pictures()
         monkeypatch.setattr(saved, "load_data", lambda config: as_data(((x, y.roll(1)), val, test), "pictures"))
-        with pytest.warns(UserWarning, match="test_eval:pictures' are not, bit for bit, those that 'images'"):
+        with pytest.warns(UserWarning, match="test_eval:pictures' differ from those that 'images'"):
             found = reevaluate(open_run(images))
         assert found.samples == 23
-        with pytest.warns(UserWarning, match="are not, bit for bit, those"):
+        with pytest.warns(UserWarning, match="differ from those"):
             open_run(images).data()
 
 
 class TestRefusals:
     def test_data_that_do_not_fit(self, folder, images, refused):
-        assert "two has 2 classes and the run's data, tests.user_side:data, have 3" in refused(
+        assert "two has 2 classes, but the run was trained on tests.user_side:data with 3" in refused(
             folder, "--data", f"{HERE}:two"
         )
-        assert "wide has floats of shape 12 and the run was trained on floats of shape 6" in refused(
+        assert "wide has floats of shape 12, but the run was trained on floats of shape 6" in refused(
             folder, "--data", f"{HERE}:wide"
         )
         said = refused(images, "--data", "tests.user_side:data")
-        assert "has 3 classes and the run's data" in said
+        assert "has 3 classes, but the run was trained on" in said
 
     def test_unknown_words(self, folder, refused):
         assert "split=tset is not known; did you mean 'test'? (split: train, val, test)" in refused(
@@ -240,7 +240,7 @@ class TestRefusals:
         again = RunFolder(tmp_path / "mine")
         train(CONFIG, folder=again)
         again.weights.unlink()
-        assert "holds no weights" in refused(again.path)
+        assert "has no weights" in refused(again.path)
         (again.path / "result.json").unlink()
         assert "is not finished" in refused(again.path)
         train(dataclasses.replace(CONFIG, lr=1e30), folder=RunFolder(tmp_path / "failed"))

@@ -10,10 +10,15 @@ import typer
 from typer.testing import CliRunner
 
 from flatmin.cli import main as cli
+from flatmin.cli.catalogue import catalogue
 from flatmin.cli.main import app, main
+from flatmin.cli.settings import find
+from flatmin.methods import compose
+from flatmin.originals.projects import find_project
 from flatmin.study.dimensions import read_overrides
 from flatmin.study.expand import grid_points
 from flatmin.study.reading import read_study
+from flatmin.theory.demonstrations import DEMONSTRATIONS
 from flatmin.train.preset import load_run
 
 runner = CliRunner()
@@ -26,14 +31,22 @@ def run(*words):
     return stop.value.code
 
 
-def commands():
-    """Every command that is listed, by its words."""
-    group = typer.main.get_command(app)
-    for name, command in group.commands.items():
-        if hasattr(command, "commands"):
-            yield from ((name, sub, one) for sub, one in command.commands.items() if not one.hidden)
-        else:
-            yield name, "", command
+def commands(group=None, words=()):
+    """The words of `flatmin` itself, of every command and of every subcommand; hidden ones are included."""
+    group = group or typer.main.get_command(app)
+    yield words
+    for name, command in getattr(group, "commands", {}).items():
+        yield from commands(command, (*words, name))
+
+
+def parsed(words):
+    """The names of the commands on a command line, and the values of the last one."""
+    command, names, context = typer.main.get_command(app), ["flatmin"], None
+    while hasattr(command, "commands"):
+        context = command.make_context(names[-1], [], parent=context, resilient_parsing=True)
+        name, command, words = command.resolve_command(context, words)
+        names.append(name)
+    return names[1:], command.make_context(names[-1], list(words)).params
 
 
 def test_help_says_what_to_do_first():
@@ -41,26 +54,35 @@ def test_help_says_what_to_do_first():
     assert "flatmin train digits method=vasso" in result.output
     for command in ("compare", "settings", "methods", "doctor"):
         assert command in result.output
-    assert result.output.count("-completion") == 1, "named below the commands, and not among the options"
+    assert "--install-completion" in result.output and "--show-completion" in result.output
+    assert result.output.count("-completion") == 2, "named below the commands, and not among the options"
 
 
-@pytest.mark.parametrize(("name", "sub", "command"), list(commands()), ids=lambda x: x if isinstance(x, str) else "")
-def test_the_help_of_a_command_fits_and_its_examples_are_understood(name, sub, command):
-    """Two examples or more; what they name is there, options and settings are known."""
-    words = [name, sub] if sub else [name]
+@pytest.mark.parametrize("words", list(commands()), ids=lambda words: " ".join(words) or "flatmin")
+def test_the_help_of_a_command_fits_and_its_examples_are_understood(words):
+    """Two examples or more, without placeholders; what they name is there, options and settings are known."""
     text = runner.invoke(app, [*words, "--help"], env={"COLUMNS": "80"}).output
     assert text and all(len(line) <= 80 and "…" not in line for line in text.splitlines())
-    examples = re.findall(r"^ *flatmin (.*)$", text.partition("Examples:")[2], re.MULTILINE)
+    title = "Examples:" if words else "First steps:"
+    examples = re.findall(r"^ *flatmin (.*)$", text.partition(title)[2].partition("╭")[0], re.MULTILINE)
     assert len(examples) >= 2
     for example in examples:
         given = shlex.split(re.sub("   .*| > .*", "", example).strip())
-        assert given[0] == name
-        parsed = command.make_context(name, given[len(words) :]).params if given[: len(words)] == words else {}
-        if name == "train":
-            load_run(parsed["preset"], parsed["overrides"], here=False)
-        if name in ("study", "search") and parsed["name"] != "list":
-            overrides = read_overrides(parsed["overrides"] or [])[1]
-            assert grid_points(read_study(parsed["name"], overrides, demo=parsed["demo"]))
+        names, values = parsed(given)
+        assert not words or names[0] == words[0]
+        if names == ["train"]:
+            load_run(values["preset"], values["overrides"] or [], here=False)
+        elif names[0] in ("study", "search") and values["name"] != "list":
+            overrides = read_overrides(values["overrides"] or [])[1]
+            assert grid_points(read_study(values["name"], overrides, demo=values["demo"]))
+        elif names == ["theory", "one"]:
+            assert set(values["names"]) <= set(DEMONSTRATIONS)
+        elif names == ["original"] and values["project"] != "list":
+            assert find_project(values["project"]).translate(values["command"])
+        elif names == ["settings"] and values["word"]:
+            assert find(values["word"], catalogue())
+        elif names == ["methods"] and values["name"]:
+            assert compose(values["name"])
 
 
 def test_help_imports_no_torch():

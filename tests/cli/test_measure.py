@@ -432,15 +432,15 @@ class TestRefusals:
         (tmp_path / "flatmin-runs" / "runs" / "by name" / "weights.pt").unlink()
         with monkeypatch.context() as patch:
             patch.chdir(tmp_path)
-            assert "by name holds no weights" in refused("by name")
-        assert "is not a run: there is no config.json in it" in refused(tmp_path)
+            assert "by name has no weights" in refused("by name")
+        assert "is not a run folder: it has no config.json" in refused(tmp_path)
         assert "is not a run" in refused(folder.parent), "the folder of the runs"
         assert "leave out --model, --data and --key" in refused(folder, "--model", "mlp")
         assert "name its network and data with --model and --data" in refused(weights)
         assert "with --model and --data" in refused(weights, "--model", "mlp")
-        assert "name at least one run folder or file of weights" in refused("top=3")
+        assert "name a run folder, a file of weights" in refused("top=3")
         assert "there is no run, file or study 'smke'; did you mean 'smoke'?" in refused("smke")
-        assert "--arm, --tune, --demo and --with are about the runs of a study" in refused(folder, "--arm", "sam")
+        assert "--arm, --tune, --demo and --with need a study" in refused(folder, "--arm", "sam")
 
     def test_no_word_at_all(self, capsys):
         with pytest.raises(SystemExit) as stop:
@@ -474,9 +474,9 @@ class TestRefusals:
     def test_runs_that_cannot_be_measured(self, refused, folders, tmp_path):
         folder = shutil.copytree(folders["sgd", 0], tmp_path / "sgd-copy")
         (folder / "weights.pt").unlink()
-        assert "holds no weights (weights.pt); runs keep them unless weights=false" in refused(folder)
+        assert "has no weights (weights.pt is missing): the run used weights=false" in refused(folder)
         # Those before it are not measured in vain.
-        assert "holds no weights" in refused(*folders.values(), folder, "--workers", 0)
+        assert "has no weights" in refused(*folders.values(), folder, "--workers", 0)
         (folder / "result.json").unlink()
         assert "is not finished" in refused(folder)
 
@@ -489,13 +489,13 @@ class TestRefusals:
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, "matplotlib.figure", None)
             for option in (("--png",), ("--figures", "svg")):
-                assert "pip install 'flatmin[plot]'" in refused(folders["sgd", 0], *option)
+                assert "pip install '.[plot]'" in refused(folders["sgd", 0], *option)
         assert "the formats of figures must be one or more of svg, pdf, png" in refused(
             folders["sgd", 0], "--figures", "jpg"
         )
         with monkeypatch.context() as patch:
             patch.setattr("importlib.util.find_spec", lambda name: None)
-            assert "pip install 'flatmin[report]'" in refused(folders["sgd", 0])
+            assert "pip install '.[report]'" in refused(folders["sgd", 0])
 
     def test_what_every_net_refuses(self, refused, folders):
         given = (*list(folders.values())[:2], "--what", "model", "--workers", 0)
@@ -601,8 +601,7 @@ class TestWhatFails:
             main(["measure", str(folders["sgd", 0]), *given])
         assert stopped.value.code == 130
         file = tmp_path / "out" / f"{name}.json"
-        said = f"Interrupted; what was measured is in {file}; landscapes are stored and continue from there.\n"
-        assert capsys.readouterr().err == said
+        assert capsys.readouterr().err.startswith(f"Interrupted. Measurements so far: {file}. Landscapes continue ")
         (one,) = read(file)["nets"]
         assert "loss" in one["sections"]["model"]["quantities"]
         assert one["sections"]["sharpness"]["missing"] == {"Sharpness": "it was interrupted (KeyboardInterrupt)."}
@@ -677,7 +676,7 @@ class TestFilesOfWeights:
         invoke(out, tmp_path / "a" / "best.pt", *given)
         first = (out / "best.json").read_text()
         said = invoke(out, tmp_path / "b" / "best.pt", *given)
-        assert "best.json holds other numbers; these are in best-2.json." in said
+        assert "best.json has other measurements; these are in best-2.json." in said
         assert (out / "best.json").read_text() == first != (out / "best-2.json").read_text()
         invoke(out, tmp_path / "a" / "best.pt", *given, "--split", "test")
         assert numbers(out) == ["best-2.json", "best-3.json", "best.json"], "other settings, other numbers"

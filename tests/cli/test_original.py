@@ -61,8 +61,8 @@ def test_it_trains_what_it_prints(words, method, capsys, here):
     assert RunFolder(folder).config()[0].method == method and RunFolder(folder).finished
     assert lines[0].startswith("flatmin train ") and any(line.startswith("epoch 1/1 ") for line in lines)
     printed = shlex.split(lines[0])[1:]
-    assert "holds this run, finished" in refused(capsys, *printed, "--out", "there"), "the same settings"
-    assert "holds this run, finished" in refused(capsys, "original", *words, "--out", "there")
+    assert "is finished; show it with" in refused(capsys, *printed, "--out", "there"), "the same settings"
+    assert "is finished; show it with" in refused(capsys, "original", *words, "--out", "there")
     done(*words, "--out", "there", "--again")
 
 
@@ -95,13 +95,13 @@ def test_the_list_has_every_project():
         (["vaso"], "flatmin: unknown project 'vaso'; did you mean 'vasso'?"),
         (
             ["vasso", "--thta", "1"],
-            "flatmin: --thta is no flag of train.py of BingcongLi/VaSSO; did you mean '--theta'?",
+            "flatmin: --thta is not a flag of train.py of BingcongLi/VaSSO; did you mean '--theta'?",
         ),
         (["vasso", "--rho", "x"], "flatmin: --rho expects a number, got 'x'."),
         (["vasso", "--eta_min", "-1"], "flatmin: lr_min must be at least 0, got -1.0."),
-        (["vasso", "--rho"], "flatmin: --rho expects a number, and there is none after it."),
-        (["vasso", "--set", "epohcs=1"], "flatmin: unknown key 'epohcs'; did you mean 'epochs'?"),
-        (["vasso", "--set", "epochs"], "flatmin: 'epochs' is not an override; write key=value"),
+        (["vasso", "--rho"], "flatmin: --rho expects a number, but no value follows it."),
+        (["vasso", "--set", "epohcs=1"], "flatmin: unknown setting 'epohcs'; did you mean 'epochs'?"),
+        (["vasso", "--set", "epochs"], "flatmin: 'epochs' is not a setting; write KEY=VALUE"),
         (["bisam"], "flatmin: no CIFAR-10 under data: expected "),
     ],
 )

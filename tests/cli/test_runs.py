@@ -177,7 +177,7 @@ class TestRemove:
         monkeypatch.setattr("sys.stdin", io.StringIO())
         with pytest.raises(SystemExit) as stop:
             main(["runs", "rm", "good"])
-        assert stop.value.code == 2 and "nothing was removed: there was no answer; add --yes" in capsys.readouterr().err
+        assert stop.value.code == 2 and "because there was no answer; add --yes" in capsys.readouterr().err
         assert (runs / "good").is_dir()
 
     def test_without_asking(self, runs):
@@ -230,7 +230,7 @@ class TestExport:
         assert "is not finished" in refused("export", "stopped", "w.pt")
         assert "failed: the training loss was not finite" in refused("export", "failed", "w.pt")
         (tmp_path / "w.pt").write_text("mine")
-        assert "exists already" in refused("export", "good", "w.pt")
+        assert "already exists" in refused("export", "good", "w.pt")
         invoke("export", "good", "w.pt", "--force")
         assert sorted(path.name for path in tmp_path.iterdir()) == ["flatmin-runs", "w.pt"]
 

@@ -31,9 +31,9 @@ def test_all_settings_have_their_default_and_their_help():
     text = shown()
     for group in ("The method", "Training", "The data", "The network", "The machine", "Evaluation", "Logging"):
         assert re.search(rf"^{group}", text, re.MULTILINE)
-    assert re.search(r"^  epochs +30 +length of training", text, re.MULTILINE)
+    assert re.search(r"^  epochs +30 +length of the training", text, re.MULTILINE)
     assert re.search(r"^  method +sam ", text, re.MULTILINE) and re.search(r"^  device +auto ", text, re.MULTILINE)
-    assert "One of: sgd, adam, adamw." in text
+    assert "One of: sgd, adam, adamw." in " ".join(text.split())
     assert "model_params" not in text, "it is set as model.NAME"
 
 
@@ -77,6 +77,12 @@ def completed(shell, *words):
     return [line.partition("\t")[0] for line in result.output.split("\n") if line]
 
 
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish", "pwsh"])
+def test_the_script_of_a_shell_calls_this_command(shell):
+    result = CliRunner().invoke(app, [], env={"_FLATMIN_COMPLETE": f"source_{shell}"}, prog_name="flatmin")
+    assert result.exit_code == 0 and "flatmin" in result.output and "_FLATMIN_COMPLETE" in result.output
+
+
 @pytest.mark.parametrize("shell", ["bash", "fish"])
 class TestCompletion:
     def test_names(self, shell):
@@ -88,6 +94,10 @@ class TestCompletion:
         assert completed(shell, "methods", "vas") == ["vasso"]
         assert "theta" in completed(shell, "settings", "the")
         assert completed(shell, "study", "x", "--executor", "s") == ["slurm"]
+        assert completed(shell, "measure", "bisam-n") == ["bisam-noise"]
+        assert completed(shell, "measure", "digits", "--mode", "") == ["eval", "train"]
+        assert completed(shell, "theory", "o") == ["orbit"] and completed(shell, "theory", "ch") == ["check", "checker"]
+        assert completed(shell, "theory", "orbit", "u") == ["usam"]
 
     def test_composed_methods_are_those_that_compose(self, shell):
         offered = completed(shell, "methods", "vasso+")

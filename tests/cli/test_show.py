@@ -149,7 +149,7 @@ class TestSeveral:
 
 class TestRefusals:
     def test_no_run(self, home, refused):
-        assert "there is no run 'ful', neither a folder nor a name in flatmin-runs/runs; did you mean 'full'?" in (
+        assert "there is no run 'ful': neither a folder nor a name in flatmin-runs/runs; did you mean 'full'?" in (
             refused("ful")
         )
         assert "study is not a run folder: it has no config.json." in refused("study")
@@ -164,10 +164,10 @@ class TestRefusals:
             metrics.write_text(kept)
 
     def test_a_page_of_another_kind(self, refused):
-        assert "--out names the page, a file that ends in .html; got 'page.pdf'" in refused("full", "--out", "page.pdf")
+        assert "--out must be a file that ends in .html; got 'page.pdf'" in refused("full", "--out", "page.pdf")
 
     def test_without_plotly(self, home, refused, monkeypatch):
         find = importlib.util.find_spec
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "plotly" else find(name))
-        assert "pip install 'flatmin[report]'" in refused("full", "no-such-run"), "said before any work"
+        assert "pip install '.[report]'" in refused("full", "no-such-run"), "said before any work"
         assert "3 of 3 epochs" in invoke("full", "--no-page")

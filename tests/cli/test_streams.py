@@ -161,5 +161,5 @@ def test_a_full_disk_is_said(tmp_path):
         ended = flatmin("--version", out=full, env={}, tmp_path=tmp_path)
     assert ended.returncode == 2
     assert ended.stderr.decode() == (
-        "flatmin: the output could not be written (No space left on device); files are whole.\n"
+        "flatmin: the output could not be printed (No space left on device); all files are complete.\n"
     )

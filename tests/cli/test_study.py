@@ -303,8 +303,8 @@ def test_a_file_that_a_function_reads_is_part_of_the_key(tmp_path, monkeypatch):
     (tmp_path / "rows.csv").write_text(rows)
     assert "1 run, 0 to do" in invoke(*words, "--dry-run").output
     said = invoke(*words, "data=reads_csv:draws").output
-    assert "the data are not those that the run was planned with: data=reads_csv:draws returned something else" in said
-    assert "it draws random numbers without a seed of its own" in said
+    assert "the data have changed since the run was planned: data=reads_csv:draws returned other samples" in said
+    assert "it draws random numbers without a fixed seed" in said
 
 
 def test_the_list_has_every_study(tmp_path, monkeypatch):
@@ -371,10 +371,10 @@ def test_the_page_can_be_left_out(study, tmp_path):
     [
         (("--executor", "cloud"), "unknown executor 'cloud'"),
         (("--on", "address=here"), "the executor local has no setting 'address'"),
-        (("--on", "address"), "'address' is not an override"),
+        (("--on", "address"), "'address' is not a setting"),
         (
             ("--executor", "slurm", "--on", "gpus_per_node=1"),
-            "the runs use the CPU and need no GPU: set device=",
+            "GPUs are requested, but the runs use the CPU: set device=",
         ),
         (("--table", "up/there"), "--table 'up/there' cannot be the name of a file or folder: it is a path"),
         (("--choose", "rhoo"), "rhoo cannot be chosen, because it is not an axis"),
@@ -402,7 +402,7 @@ def test_runs_on_a_gpu_elsewhere_are_planned_here_and_refused_here(file, tmp_pat
     words = ["study", str(file), "device=cuda", "--out", str(tmp_path / "out")]
     dry = invoke(*words[1:], "--dry-run")
     assert dry.exit_code == 0 and "6 runs, 6 to do" in dry.output
-    assert "their time cannot be estimated: device=cuda cannot be used here" in dry.output
+    assert "the time cannot be estimated: device=cuda cannot be used here" in dry.output
     with pytest.raises(SystemExit):
         main(words)
     err = capsys.readouterr().err

@@ -42,7 +42,7 @@ def test_a_demonstration_prints_its_table_and_claims_and_draws(tmp_path):
     said = output("orbit", "--out", str(tmp_path), "--png", "--svg")
     assert "0.2142857" in said and "0.001010101" in said
     assert said.count("\nok    ") == 6 and "FAIL" not in said
-    assert "1 shown, 6 claims, all hold" in said
+    assert "1 demonstration, 6 claims, all hold" in said
     assert {path.name for path in tmp_path.iterdir()} == {"orbit.png", "orbit.svg"}
 
 
@@ -66,14 +66,14 @@ def test_a_claim_that_fails_is_named_and_ends_with_code_1(monkeypatch):
     said = output("checker", "--no-figure", code=1)
     assert "FAIL  a planted claim: Theorem 3.2 FFFFF, expected Theorem 9.9 FFFFF" in said
     assert "3 claims, 1 of them fails" in said
-    assert "flatmin theory: checker: this claim fails: a planted claim" in said
+    assert "flatmin theory: checker: a claim does not hold: a planted claim" in said
 
 
 def test_all_runs_what_there_is_and_sums_up(monkeypatch):
     fast = {name: demonstrations.DEMONSTRATIONS[name] for name in ("orbit", "checker")}
     monkeypatch.setattr(demonstrations, "DEMONSTRATIONS", fast)
     said = output("all", "--no-figure")
-    assert "2 shown, 26 claims, all hold" in said
+    assert "2 demonstrations, 26 claims, all hold" in said
 
 
 @pytest.mark.slow
@@ -105,7 +105,7 @@ def test_check_prints_the_verdict():
 
 def test_check_says_that_L_is_missing():
     said = output("check", "0.1", "0.1", "--class", "convex", "--method", "usam")
-    assert "the theorems need L: add it to the class, as in --class 'L=4'." in said
+    assert "The theorems need the Lipschitz constant L: add it to the class, as in --class 'L=4'." in said
     assert "L is needed" not in output("check", "diminish1", "0.1", "--class", "convex, unique")
 
 
@@ -114,8 +114,8 @@ def test_check_says_that_L_is_missing():
     [
         (["orbt"], "unknown demonstration 'orbt'; did you mean 'orbit'?"),
         (["chek", "0.1", "0.1"], "unknown demonstration 'chek'; did you mean 'check"),
-        (["check", "0.1", "0.1"], "name a function with --on quadratic:1,4, or a class with --class"),
-        (["check", "0.1", "0.1", "--on", "square", "--class", "L=4"], "name a function"),
+        (["check", "0.1", "0.1"], "give either a function, as in --on quadratic:1,4, or a class, as in --class"),
+        (["check", "0.1", "0.1", "--on", "square", "--class", "L=4"], "give either a function"),
         (["check", "0", "0.1", "--on", "square"], "step sizes must be positive"),
         (["check", "-0.1", "0.1", "--on", "square"], "c must be a finite number >= 0, got -0.1"),
         (["check", "0.1", "-0.1", "--on", "square"], "c must be a finite number >= 0, got -0.1"),
@@ -133,7 +133,7 @@ def test_mistakes_are_one_sentence(words, sentence, capsys):
 
 def test_no_matplotlib_is_said_before_the_runs(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert "pip install 'flatmin[plot]'" in mistake(capsys, "all")
+    assert "pip install '.[plot]'" in mistake(capsys, "all")
 
 
 def test_rules_has_the_whole_grammar():

@@ -121,7 +121,7 @@ class TestARun:
     def test_output_and_folder(self):
         said = done("smoke", "epochs=3")
         assert said.out[0] == (
-            "sam, rho 0.15: mlp (8,970 parameters) on digits (900 samples, 15 updates an epoch), float32 on cpu"
+            "sam, rho 0.15: mlp (8,970 parameters) on digits (900 samples, 15 updates per epoch), float32 on cpu"
         )
         line = (
             r"epoch \d/3  lr [\d.]+  loss \d\.\d{3} -> \d\.\d{3}  train [\d.]+ %  val [\d.]+ %  [\d.]+ s, "
@@ -161,7 +161,7 @@ class TestARun:
         ("words", "ending"),
         [
             (["selection=last"], "(weights of the last epoch)."),
-            (["selection=max-test"], "(the maximum over the test part, at epoch 1: no honest estimate)."),
+            (["selection=max-test"], "(weights of epoch 1, the best on the test part: an overestimate)."),
         ],
     )
     def test_what_was_chosen_is_said(self, words, ending):
@@ -188,7 +188,7 @@ class TestARun:
             done("smoke", *words)
         assert len(runs()) == 4
         said = Said("smoke", "epochs=1", "data_dir=elsewhere", "workers=2", "log_every=3")
-        assert "holds this run, finished" in str(said.error)
+        assert "is finished; show it with" in str(said.error)
 
     def test_a_run_that_fails_says_why(self, capsys):
         with pytest.raises(SystemExit) as stop:
@@ -196,8 +196,8 @@ class TestARun:
         said = capsys.readouterr()
         assert stop.value.code == 2
         assert re.fullmatch(
-            r"flatmin: the run stopped: the training loss was not finite in step \d, batch \d of epoch 1 \(its samples "
-            r"are in nonfinite\.json\); try a smaller lr or rho\.\n",
+            r"flatmin: the run stopped: the training loss was not finite in step \d, batch \d of epoch 1 "
+            r"\(nonfinite\.json lists its samples\); try a smaller lr or rho\.\n",
             said.err,
         )
         assert "Test accuracy" not in said.out
@@ -243,7 +243,7 @@ class TestAgainAndResume:
             said = refused(capsys, "smoke", "epochs=1", *more)
             where = path.relative_to(Path.cwd()) if path.is_absolute() else path
             assert said == (
-                f"{where} holds this run, finished; show it with `flatmin show {where}`, or start it over with --again."
+                f"the run in {where} is finished; show it with `flatmin show {where}`, or start it over with --again."
             )
         assert content(path) == before
 
@@ -263,7 +263,7 @@ class TestAgainAndResume:
         assert (only_run() / "result.json").exists()
 
     def test_resume_and_again(self, capsys):
-        words = "--resume continues a run and --again starts it over; give one of them."
+        words = "--resume continues a run and --again starts it over; leave out one of them."
         assert refused(capsys, "smoke", "--resume", "--again") == words
 
     def interrupted(self, own, at=7):
@@ -277,15 +277,15 @@ class TestAgainAndResume:
     def test_ctrl_c_keeps_a_checkpoint_and_resume_goes_on(self, own, capsys):
         said = self.interrupted(own)
         assert said.err == (
-            "Interrupted after 4 of 16 updates; a checkpoint is kept, and the same command with --resume continues "
-            "from there.\n"
+            "Interrupted after 4 of 16 updates. A checkpoint was saved; to continue, run the same command with "
+            "--resume.\n"
         )
         path = only_run()
         assert not (path / "result.json").exists()
         message = refused(capsys, *own)
         assert (
             message
-            == "flatmin-runs/runs/own holds this run, unfinished; continue it with --resume, or start over with "
+            == "the run in flatmin-runs/runs/own is unfinished; continue it with --resume, or start it over with "
             "--again."
         )
         gone_on = done(*own, "--resume")
@@ -317,12 +317,15 @@ class TestAgainAndResume:
     def test_a_folder_by_mistake(self, capsys):
         done("smoke", "epochs=1", "--name", "x")
         path = "flatmin-runs/runs/x"
-        assert refused(capsys, path) == f"{path} is a run; add --resume to continue it."
-        fixed = f"{path} is a run and its settings are fixed: leave out %s, or name a preset for another run."
+        assert refused(capsys, path) == f"{path} is a run folder; add --resume to continue the run."
+        fixed = (
+            f"{path} is a run folder, and the settings of the run are fixed: leave out %s, or name a preset to start "
+        )
+        fixed += "another run."
         assert refused(capsys, path, "--resume", "lr=0.2") == fixed % "lr=0.2"
         assert refused(capsys, path, "--resume", "--name", "y") == fixed % "--name"
-        assert "holds this run, finished" in refused(capsys, path, "--resume")
-        words = "flatmin-runs/runs is not a run folder: it has no config.json in it (runs are in FOLDER/runs)."
+        assert "is finished; show it with" in refused(capsys, path, "--resume")
+        words = "flatmin-runs/runs is not a run folder: it has no config.json (runs are in FOLDER/runs)."
         assert refused(capsys, "flatmin-runs/runs", "--resume") == words
 
     def test_other_settings_under_the_same_name(self, own, capsys):
@@ -333,11 +336,11 @@ class TestAgainAndResume:
             (["method=vasso"], "method is 'sam' there and 'vasso' here"),
             (
                 ["lr=0.2", "seed=1"],
-                "lr is 0.1 there and 0.2 here, seed is 0 there and 1 here; give this",
+                "lr is 0.1 there and 0.2 here, seed is 0 there and 1 here; use another",
             ),
             (
                 ["epochs=9"],
-                "epochs is 4, and 9 here, and it cannot continue to that: its cosine schedule depends on",
+                "(epochs is 4 there and 9 here): its cosine schedule depends on",
             ),
             (["model=tests.user_side:net"], "model is 'train_own:net' there and 'tests.user_side:net' here"),
         ):
@@ -368,7 +371,7 @@ class TestAgainAndResume:
         first = only_run().name
         (said,) = (line for line in done("smoke", "epochs=2", "--resume").out if line.startswith("Note: "))
         assert re.fullmatch(
-            r"Note: there is no run of these settings to continue, so sam-smoke-s0-\w+ starts from the beginning: in "
+            r"Note: there is no run with these settings to continue, so sam-smoke-s0-\w+ starts from the beginning: in "
             rf"{re.escape(first)} epochs is 1 there and 2 here, and its cosine schedule depends on the number of "
             r"epochs\.",
             said,
@@ -381,16 +384,16 @@ class TestAgainAndResume:
         (here / "train_own.py").write_text(OWN.replace("manual_seed(0)", "manual_seed(12)"))
         sys.modules.pop("train_own")
         said = refused(capsys, *own, "--resume")
-        assert "is of a run on other data: data=train_own:data returned something else, because a file" in said
-        assert "holds another run, not finished: the data have other content" in refused(capsys, *own)
-        assert "is of a run on other data" in refused(capsys, "flatmin-runs/runs/own", "--resume")
+        assert "belongs to a run on other data: data=train_own:data returned other samples, because a file" in said
+        assert "has another, unfinished run: the data differ" in refused(capsys, *own)
+        assert "belongs to a run on other data" in refused(capsys, "flatmin-runs/runs/own", "--resume")
         unnamed = own[: own.index("--name")]
         done(*unnamed)
         (here / "train_own.py").write_text(OWN)
         sys.modules.pop("train_own")
         done(*unnamed)
         assert len(runs()) == 3, "under other names"
-        assert "holds this run, finished" in str(Said(*unnamed).error)
+        assert "is finished; show it with" in str(Said(*unnamed).error)
 
     def test_a_run_that_stopped_by_itself_is_not_finished(self, capsys):
         assert Said("smoke", "lr=1e30").code == 2
@@ -401,7 +404,7 @@ class TestAgainAndResume:
         done("smoke", "epochs=1", "--name", "x")
         Path("flatmin-runs/runs/x/result.json").write_text(text)
         said = refused(capsys, "smoke", "epochs=1", "--name", "x")
-        assert said.startswith("flatmin-runs/runs/x holds a run whose result cannot be read: ")
+        assert said.startswith("the result of the run in flatmin-runs/runs/x cannot be read: ")
         done("smoke", "epochs=1", "--name", "x", "--again")
 
     @pytest.mark.skipif(os.name != "posix", reason="sends a signal")
@@ -423,7 +426,7 @@ class TestAgainAndResume:
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
         assert process.returncode == 130
-        assert re.fullmatch(r"Interrupted after \d+ of 240 updates; a checkpoint is kept, and .* --resume .*\n", err)
+        assert re.fullmatch(r"Interrupted after \d+ of 240 updates\. A checkpoint was saved; .* --resume\.\n", err)
         (here / "slow").unlink()
         said = done(*own, "epochs=60", "--resume")
         assert said.out[1] == f"Continuing after update {re.search(r'[0-9]+', err)[0]} of 240."
@@ -441,26 +444,26 @@ class TestRefused:
             (["mine.toml"], r"^preset file 'mine\.toml' does not exist\.$"),
             (
                 ["smoke", "--name", "../../x"],
-                r"^--name '\.\./\.\./x' cannot be the name of a file or folder: it is a path",
+                r"^--name '\.\./\.\./x' is not a valid name for a file or folder: it is a path",
             ),
-            (["smoke", "--name", "/tmp/x"], r"^--name '/tmp/x' cannot be .*: it is a path"),
-            (["smoke", "--name", "a\\b"], r"^--name 'a\\\\b' cannot be .*: it is a path"),
-            (["smoke", "--name", ""], r"^--name '' cannot be .*: it is empty"),
-            (["smoke", "--name", ".."], r"^--name '\.\.' cannot be .*: names neither begin .* nor end with"),
-            (["smoke", "--name", "a\nb"], r"^--name 'a\\nb' cannot be .*: names have no '\\n'"),
-            (["smoke", "--name", "a:b"], r"^--name 'a:b' cannot be .*: names have no ':'"),
-            (["smoke", "--name", "nul.txt"], r"^--name 'nul\.txt' cannot be .*: Windows keeps this name"),
-            (["smoke", "--name", "x" * 300], r"^--name 'x+\.\.\.' cannot be .*: it is longer than 200 bytes"),
-            (["smoke", "epoch=3"], r"^unknown key 'epoch'; did you mean 'epochs'\?"),
-            (["smoke", "theta=0.3"], r"^unknown key 'theta'"),
-            (["smoke", "epochs"], r"^'epochs' is not an override; write key=value"),
+            (["smoke", "--name", "/tmp/x"], r"^--name '/tmp/x' is not a valid name .*: it is a path"),
+            (["smoke", "--name", "a\\b"], r"^--name 'a\\\\b' is not a valid name .*: it is a path"),
+            (["smoke", "--name", ""], r"^--name '' is not a valid name .*: it is empty"),
+            (["smoke", "--name", ".."], r"^--name '\.\.' is not a valid name .*: names must not begin .* or end with"),
+            (["smoke", "--name", "a\nb"], r"^--name 'a\\nb' is not a valid name .*: names must not contain '\\n'"),
+            (["smoke", "--name", "a:b"], r"^--name 'a:b' is not a valid name .*: names must not contain ':'"),
+            (["smoke", "--name", "nul.txt"], r"^--name 'nul\.txt' is not a valid name .*: Windows reserves this name"),
+            (["smoke", "--name", "x" * 300], r"^--name 'x+\.\.\.' is not a valid name .*: it is longer than 200 bytes"),
+            (["smoke", "epoch=3"], r"^unknown setting 'epoch'; did you mean 'epochs'\?"),
+            (["smoke", "theta=0.3"], r"^unknown setting 'theta'"),
+            (["smoke", "epochs"], r"^'epochs' is not a setting; write KEY=VALUE"),
             (["smoke", "epochs=many"], r"^epochs=many is not a whole number\.$"),
             (["smoke", "epochs=0"], r"^epochs must be at least 1, got 0\.$"),
             (["smoke", "lr=nan"], r"^lr must be at least 0, got nan\.$"),
             (["smoke", "batch_size=901"], r"^batch_size=901 is larger than the 900 training samples; use 900 or few"),
             (["smoke", "train_size=50"], r"^batch_size=64 is larger than the 50 training samples"),
             (["smoke", "train_size=901"], r"^train_size=901 is more than the 900 training samples of digits\.$"),
-            (["smoke", "accumulate=65"], r"^accumulate=65 parts need as many samples; a batch has 64"),
+            (["smoke", "accumulate=65"], r"^accumulate=65 is more than the 64"),
             (["smoke", "precision=bf17"], r"^precision=bf17 is not known; did you mean 'bf16'\?"),
             (["smoke", "device=gpu"], r"^device=gpu is not known.*\(device: cpu, cuda\)"),
             (["smoke", "device=meta"], r"^device=meta is not known \(device: cpu, cuda\)"),
@@ -468,7 +471,7 @@ class TestRefused:
             (["smoke", "method=samm"], r"^unknown method 'samm'; did you mean 'sam'"),
             (["smoke", "method=sgd", "rho=0.1"], r"^sgd has no radius; leave out rho\.$"),
             (["smoke", "method=vasso", "theta=2"], r"theta must be"),
-            (["smoke", "method=micro-sam", "accumulate=2"], r"^micro-sam divides each batch by itself"),
+            (["smoke", "method=micro-sam", "accumulate=2"], r"^micro-sam already splits each batch"),
             (["smoke", "method=sgdhess", "precision=fp16"], r"fp16|scaler"),
             (["smoke", "model=con"], r"^unknown model 'con'; did you mean 'conv'\?"),
             (
@@ -480,7 +483,10 @@ class TestRefused:
             (["smoke", "data=digit"], r"^unknown data 'digit'; did you mean 'digits'\?"),
             (["smoke", "data=nowhere:data"], r"^data: there is no module 'nowhere'"),
             (["smoke", "plugins=nowhere"], r"^plugin: there is no module 'nowhere'"),
-            (["smoke", "crop=2"], r"^crop is for images of bytes; data=digits has none: leave it out\.$"),
+            (
+                ["smoke", "crop=2"],
+                r"^crop needs images stored as bytes, which data=digits does not have; leave out crop\.$",
+            ),
             (["smoke", "statistics=cifar"], r"^statistics=cifar is not known; did you mean 'cifar10'\?"),
             (["smoke", "noise_kind=asymmetric", "noise=0.2"], r"^noise_kind=asymmetric needs to know which classes"),
             (["smoke", "train_on_val=true", "selection=last"], r"^the digits data set has its own validation part"),
@@ -489,15 +495,15 @@ class TestRefused:
             (["smoke", "warmup_lr=0.1"], r"^warmup_lr = 0\.1 has no effect without a warm-up"),
             (["smoke", "label_smoothing=1", "smoothing=others"], r"^label_smoothing must be at least 0 and below 1"),
             (["smoke", "measure_every=1", "measures=hesian"], r"^measures=hesian: what must be of "),
-            (["smoke", "ascent_sync=none"], r"^ascent_sync=none is about several processes, and this is one"),
+            (["smoke", "ascent_sync=none"], r"^ascent_sync=none is for several processes, but there is only one"),
             (["smoke", "--track", "tensorbord"], r"^unknown tracker 'tensorbord'; did you mean 'tensorboard'\?"),
             (["smoke", "trackers=x"], r"^unknown tracker 'x'"),
             (["smoke", "--out", "/dev/null/x"], r"Not a directory: '/dev/null/x"),
             (["cifar10-resnet18"], r"^there is no CIFAR-10 in data: .* With this command: .*, --download\.$"),
             (["smoke", "data=images", "data_dir=nowhere"], r"^there is no folder nowhere/train; .*data_dir=FOLDER\.$"),
-            (["fashion-mnist"], r"With this command: data_dir=FOLDER\.$"),
-            (["fashion-mnist", "--download"], r"data_dir=FOLDER; --download is for cifar10, cifar100, .* only\.$"),
-            (["tiny-imagenet-resnet18"], r"^there is no folder data/train; .*With this command: data_dir=FOLDER\.$"),
+            (["fashion-mnist"], r"Set data_dir=FOLDER\.$"),
+            (["fashion-mnist", "--download"], r"data_dir=FOLDER \(--download supports only cifar10, cifar100, .*\)\.$"),
+            (["tiny-imagenet-resnet18"], r"^there is no folder data/train; .*Set data_dir=FOLDER\.$"),
         ],
     )
     def test_one_sentence(self, capsys, words, message):
@@ -515,7 +521,9 @@ class TestRefused:
         monkeypatch.setattr(trackers, "_installed", lambda module: False)
         for more in ([], ["--dry-run"]):
             said = refused(capsys, "smoke", "--track", "wandb", *more)
-            assert said == 'the tracker wandb needs wandb: pip install "flatmin[wandb]".'
+            assert said.endswith(
+                "wandb, which is not installed; to install it: pip install '.[wandb]' in a clone of flatmin."
+            )
 
     def test_an_unreadable_image(self, here, capsys):
         image = pytest.importorskip("PIL.Image")
@@ -601,7 +609,7 @@ class TestCifar:
         release(data, here / "data" / RELEASES[data].folders[0])
         said = done(name, *QUICK, "val_share=0.25")
         train = 60 if data == "cifar10" else 12
-        assert f"on {data} ({train} samples, {-(-train // 8)} updates an epoch)" in said.out[0]
+        assert f"on {data} ({train} samples, {-(-train // 8)} updates per epoch)" in said.out[0]
         config = RunFolder(only_run()).config()[0]
         assert (config.cutout, config.split_seed, config.data_dir) == (16, 42, "data")
 
@@ -609,11 +617,11 @@ class TestCifar:
         release("cifar10", here / "there")
         words = ["data_dir=there", "train_on_val=true", "selection=max-test", *QUICK]
         said = done("cifar10-wrn28-10", *words)
-        assert "(80 samples, 10 updates an epoch)" in said.out[0]
+        assert "(80 samples, 10 updates per epoch)" in said.out[0]
         accuracy = re.search(r"val ([\d.]+) %  test ([\d.]+) %", said.out[1])
         assert accuracy[1] == accuracy[2]
         assert any(
-            line.endswith("(the maximum over the test part, at epoch 1: no honest estimate).") for line in said.out
+            line.endswith("(weights of epoch 1, the best on the test part: an overestimate).") for line in said.out
         )
 
     @pytest.mark.parametrize("words", [["noise=0.4", "noise_kind=asymmetric"], ["noise=0.2"], ["data=cifar100-coarse"]])
@@ -661,7 +669,7 @@ class TestCifar:
             pytest.skip("FLATMIN_CIFAR names no folder with the binary release of CIFAR-10 and CIFAR-100")
         words = ["model=conv", "train_size=2048", "val_share=0.02", "epochs=2", "batch_size=64", "lr=0.05", "cutout=0"]
         said = done(f"{data}-resnet18", f"data_dir={folder}", f"method={method}", *words)
-        assert f"on {data} (2,048 samples, 32 updates an epoch)" in said.out[0]
+        assert f"on {data} (2,048 samples, 32 updates per epoch)" in said.out[0]
         first, second = RunFolder(only_run()).lines(expected=2)
         assert second.train_loss < first.train_loss and second.rho == (0.05 if data == "cifar10" else 1.0)
         chosen = RunFolder(only_run()).result().chosen
@@ -715,7 +723,7 @@ def test_every_event_is_shown(terminal):
             display(event)
     text = console.file.getvalue()
     for said in (
-        "sam, rho 0.05: conv (12,345 parameters) on digits (1,000 samples, 10 updates an epoch), float32 on cpu",
+        "sam, rho 0.05: conv (12,345 parameters) on digits (1,000 samples, 10 updates per epoch), float32 on cpu",
         "epoch 1/2  lr 0.1  loss 1.000 -> 1.250  train 88.0 %  val 90.0 %  0.5 s, 1,234 images/s  3.0 GiB  2 updates "
         "skipped  left about a second",
         "  measured: hessian.top 12.35, trace 2",

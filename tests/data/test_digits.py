@@ -43,5 +43,5 @@ def test_the_split_is_fixed_by_its_seed(digits):
 
 def test_without_scikit_learn(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(ModuleNotFoundError, match=r'pip install "flatmin\[digits\]"'):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install '\.\[digits\]'"):
         load_digits()

@@ -141,7 +141,7 @@ class TestResume:
         two(config(), None, 5)
         before = content(tmp_path / "two")
         with pytest.raises(
-            ValueError, match=r"^the checkpoint was written by 2 process\(es\), and this run has 1; start"
+            ValueError, match=r"^the checkpoint was written by 2 process\(es\), but this run has 1; start"
         ):
             go(tmp_path / "two", config())
         assert content(tmp_path / "two") == before
@@ -149,13 +149,13 @@ class TestResume:
             go(tmp_path / "one", config(), None, _raise)
         before = content(tmp_path / "one")
         for sentence in ranks.run(scenarios.refusal, tmp_path / "one", config(), options()):
-            assert sentence.startswith("the checkpoint was written by 1 process(es), and this run has 2; start")
+            assert sentence.startswith("the checkpoint was written by 1 process(es), but this run has 2; start")
         assert content(tmp_path / "one") == before
 
     def test_in_another_way_of_sharing_it_is_refused(self, ranks, two, tmp_path):
         two(config(), None, 5)
         for sentence in ranks.run(scenarios.refusal, tmp_path / "two", config(parallel="fsdp"), options()):
-            assert "is of another run: parallel is 'ddp' there and 'fsdp' here" in sentence
+            assert "belongs to another run: parallel is 'ddp' there and 'fsdp' here" in sentence
 
 
 def _raise(event):

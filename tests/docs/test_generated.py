@@ -202,7 +202,7 @@ def test_a_part_a_line_in_the_table_and_a_use_are_all_that_a_method_takes(tmp_pa
     line = "| [`sign-sam`](sign-sam.md) | Perturb along the sign. | 2 | 0.05 | Nobody & Noone, ICML 2031 |"
     assert line in methods_page
     assert re.search(r"^\d+ sign-sam ", composing, re.MULTILINE)  # the matrix, and its refusals
-    assert re.search(r"Both set the direction, choose one:[^.]* sign-sam\b", composing)
+    assert re.search(r"Methods that set the direction, of which only one can be used:[^.]* sign-sam\b", composing)
     assert "| sign-sam | yes |" in loops
     page = (tmp_path / "docs/methods/sign-sam.md").read_text()
     assert page.startswith(f"{generate.MARK}\n\n# Sign SAM: `sign-sam`\n\nPerturb along the sign.\n")

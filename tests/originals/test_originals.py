@@ -169,7 +169,7 @@ def test_every_file_is_a_row_of_our_studies():
 )
 def test_files_with_settings_of_their_own(stem, key, value):
     assert getattr(config("fundamental", f"--experiment {stem}"), key) == value
-    assert f"This file alone has {key}={value}." in translated("fundamental", f"--experiment {stem}").notes
+    assert f"Only this settings file has {key}={value}." in translated("fundamental", f"--experiment {stem}").notes
 
 
 @pytest.mark.parametrize(

@@ -140,7 +140,7 @@ class TestReading:
             ),
             ("result.json", "{", r"result\.json cannot be read: truncated or damaged"),
             ("config.json", "{", r"cannot be read: truncated or damaged"),
-            ("config.json", "[]", r"cannot be read: config\.json holds no table"),
+            ("config.json", "[]", r"cannot be read: config\.json is not a table"),
         ],
     )
     def test_damage(self, finished, file, content, sentence):

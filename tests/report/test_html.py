@@ -189,7 +189,7 @@ def test_figures_are_not_folded_away():
 
 def test_what_is_not_installed_is_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "jinja2" else sys)
-    with pytest.raises(ModuleNotFoundError, match=r"need jinja2, which .* pip install 'flatmin\[report\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"need jinja2, which .* pip install '\.\[report\]'"):
         page.require_figures()
 
 
@@ -214,5 +214,5 @@ def test_plotly_is_embedded_once_and_only_where_there_is_a_figure(monkeypatch):
     assert page.page("t", [figure, figure]).count("plotly.js v") == 1
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "<h2>" in page.page("t", [page.heading("h")])
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'flatmin\[report\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install '\.\[report\]'"):
         page.page("t", [figure])

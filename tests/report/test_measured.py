@@ -396,14 +396,14 @@ class TestPicture:
 def test_without_matplotlib_the_extra_is_named(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     for use in (require, lambda: draw_report.save(made("sgd", 0, quantity()), tmp_path / "a.png")):
-        with pytest.raises(ModuleNotFoundError, match=r"pip install 'flatmin\[plot\]'"):
+        with pytest.raises(ModuleNotFoundError, match=r"pip install '\.\[plot\]'"):
             use()
 
 
 def test_without_plotly_the_extra_is_named(real, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'flatmin\[report\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install '\.\[report\]'"):
         render(real, environment={})
 
 

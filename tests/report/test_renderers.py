@@ -268,7 +268,7 @@ class TestFiles:
             lambda: plots.save(KINDS, tmp_path / "a.svg"),
             lambda: plots.as_matplotlib(KINDS),
         ):
-            with pytest.raises(ModuleNotFoundError, match=r"pip install 'flatmin\[plot\]'"):
+            with pytest.raises(ModuleNotFoundError, match=r"pip install '\.\[plot\]'"):
                 call()
 
     @pytest.mark.parametrize("call", FIELDS)

@@ -110,7 +110,7 @@ def test_the_choice_is_made_on_seeds_of_its_own(trained, refused, tmp_path):
     best = max(sorted(scores), key=scores.get)
     assert f"SAM rho={best:g} is chosen by mean validation accuracy in % with seed 7" in said
     later = invoke("study", file, "--dry-run", "--out", tmp_path / "none")
-    assert later.count("after the choice") == 2 and "6 runs, 6 to do" in later
+    assert later.count("after tuning") == 2 and "6 runs, 6 to do" in later
     assert "4 runs, 4 to do" in invoke("study", file, "rho=0.1", "--dry-run", "--out", tmp_path / "none")
     assert "seed 7 is in both seeds and choose_seeds" in refused(
         "study", file, "seed=7,8", "--dry-run", "--out", tmp_path / "none"
@@ -121,7 +121,7 @@ def test_the_choice_is_made_on_seeds_of_its_own(trained, refused, tmp_path):
 
 def test_a_later_version_draws_the_table_and_says_what_trained_it(trained, out, tmp_path, monkeypatch, refused):
     file, archive = trained[0], tmp_path / "results" / "clouds"
-    assert "6 runs added, 0 with new measurements, 0 there before, 0 runs left out" in invoke(
+    assert "6 runs added, 0 with new measurements, 0 already there, 0 runs left out" in invoke(
         "runs", "pack", out, archive
     )
     packed = text_of(archive)
@@ -203,14 +203,14 @@ def test_packing_adds_and_never_loses(out, tmp_path, refused):
     card = next(path for name in names[3:] for path in (half / "runs" / name).glob("card-*.json"))
     card.unlink()
     assert f"left out: {names[2]}: it is not finished" in invoke("runs", "pack", half, archive)
-    assert "3 runs added, 1 with new measurements, 2 there before" in invoke("runs", "pack", out, archive)
+    assert "3 runs added, 1 with new measurements, 2 already there" in invoke("runs", "pack", out, archive)
     whole = text_of(archive)
     for folder in (out, half):
         invoke("runs", "pack", folder, archive)
         assert text_of(archive) == whole
     back = tmp_path / "back"
     assert "6 runs added" in invoke("runs", "unpack", archive, back)
-    assert "0 runs added, 0 with new measurements, 6 there before" in invoke("runs", "unpack", archive, back)
+    assert "0 runs added, 0 with new measurements, 6 already there" in invoke("runs", "unpack", archive, back)
     invoke("runs", "pack", back, tmp_path / "twice")
     assert text_of(tmp_path / "twice") == whole
     for path in out.glob("runs/*/*.json*"):

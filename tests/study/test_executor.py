@@ -306,7 +306,7 @@ def test_executors_are_chosen_by_name_and_refuse_what_they_do_not_know(tmp_path,
             execute([run()], Store(tmp_path), workers=1, on_event=pytest.fail, executor=name, settings=settings)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for name, package in (("ray", "ray"), ("slurm", "submitit")):
-        with pytest.raises(ModuleNotFoundError, match=rf'needs {package}: pip install "flatmin\[{name}\]"'):
+        with pytest.raises(ModuleNotFoundError, match=rf"needs {package}: pip install '\.\[{name}\]'"):
             make_executor(name)
     with pytest.raises(ValueError, match="the executor local has no setting 'a'"):
         executor_settings("local", ["a=1"])

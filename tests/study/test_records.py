@@ -221,8 +221,8 @@ class TestRecord:
             ("log_evry = 1", "unknown option 'log_evry'; did you mean 'log_every'"),
             ("measure_m = -1", "measure_m must be at least 0, got -1"),
             ("measure_rho = 0.0", r"measure_rho must be above 0, got 0\.0"),
-            ("measure_m = 101\nmeasure_examples = 100", "measure_m=101 samples are a group, but only 100 are"),
-            ("measure_m = 8\nmeasures = 'hessian'", "measure_m=8 is for m-sharpness, .*; measures=hessian has none"),
+            ("measure_m = 101\nmeasure_examples = 100", "measure_m=101 is more than the 100"),
+            ("measure_m = 8\nmeasures = 'hessian'", "measure_m=8 needs the section sharpness"),
         ],
     )
     def test_bad_entries(self, tmp_path, entry, message):

@@ -241,7 +241,7 @@ class TestOverrides:
             (["model=wrn28-10", "model.max_pool=true"], "model=wrn28-10 has no option 'max_pool'"),
             (["seed=a"], "seed=a is not a whole number from 0"),
             (["seed="], "seed= has no value"),
-            (["epochs"], "'epochs' is not an override"),
+            (["epochs"], "'epochs' is not a setting"),
         ],
     )
     def test_words_that_are_refused(self, words, message):
@@ -273,7 +273,7 @@ class TestForm:
             (lambda t: t + "[axes]\nrho = [0.1, 0.10]\n", "rho has the value 0.1 twice"),
             (lambda t: t + "[axes]\nlog_every = [1]\n", "log_every is an option of logging"),
             (lambda t: t + "[settings]\nmodel_params = {a = 1}\n", "model_params is a table; write its entries as"),
-            (lambda t: t + "[settings]\nepohcs = 1\n", "arm SGD: unknown key 'epohcs'; did you mean 'epochs'?"),
+            (lambda t: t + "[settings]\nepohcs = 1\n", "arm SGD: unknown setting 'epohcs'; did you mean 'epochs'?"),
             (lambda t: t + "axes = 3\n", "axes of 'SAM' is not a table"),
             (lambda t: "arms = 3\n" + t.partition("[[arms]]")[0], "arms is not a list"),
             (lambda t: "arms = [1]\n" + t.partition("[[arms]]")[0], "an entry of arms is not a table"),

@@ -35,8 +35,8 @@ def test_a_key_whose_value_is_a_list_has_slashes_between_points():
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("rho", "'rho' is not an override; write key=value"),
-        ("=1", "'=1' is not an override"),
+        ("rho", "'rho' is not a setting; write KEY=VALUE"),
+        ("=1", "'=1' is not a setting"),
         ("rho=", "rho= has no value"),
         ("rho=,", "rho= has no value"),
         ("rho=.1,0.10", "rho has the value 0.1 twice"),

@@ -150,7 +150,7 @@ def test_every_demonstration_has_a_source_and_one_line():
 
 def test_a_figure_without_matplotlib_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'flatmin\[plot\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install '\.\[plot\]'"):
         draw.figure(show("orbit"))
 
 

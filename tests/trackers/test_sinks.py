@@ -300,7 +300,7 @@ def test_mlflow_starts_anew_where_its_database_is_gone(tmp_path):
 @needs("mlflow")
 @pytest.mark.parametrize("bad", ["a?b", "a%20b"])
 def test_mlflow_refuses_a_path_that_its_database_would_miss(bad, tmp_path):
-    with pytest.raises(ValueError, match=r"MLflow writes no database below .*its path has a \? or %"):
+    with pytest.raises(ValueError, match=r"MLflow cannot write its database below .*the path contains \? or %"):
         record("mlflow", tmp_path / bad, whole())
 
 
@@ -323,7 +323,7 @@ def test_a_writer_that_ends_early_is_told_of_and_training_goes_on(tmp_path):
         safe(event)
     safe.close()
     (text,) = said
-    assert text.startswith("the tracker trackio failed (RuntimeError: its writer ended: ValueError: Project name")
+    assert text.startswith("the tracker trackio failed (RuntimeError: its writer process ended: ValueError: ")
 
 
 @needs("tensorboard")

@@ -66,7 +66,7 @@ class TestPassedOver:
         os.truncate(files[0], random.Random(seed).randrange(1, size))
         step, warnings = resumed(stopped)
         assert step == 8
-        assert warnings == [f"the checkpoint {files[0]} is cut short or damaged. It is skipped."]
+        assert warnings == [f"the checkpoint {files[0]} is truncated or damaged. It is skipped."]
         assert as_left_alone(stopped, runs)
 
     @pytest.mark.parametrize("seed", range(4))
@@ -76,7 +76,7 @@ class TestPassedOver:
         damaged[draw.randrange(len(damaged))] ^= 1 << draw.randrange(8)
         files[0].write_bytes(damaged)
         step, warnings = resumed(stopped)
-        assert step == 8 and "cut short or damaged" in warnings[0] and str(files[0]) in warnings[0]
+        assert step == 8 and "truncated or damaged" in warnings[0] and str(files[0]) in warnings[0]
 
     def test_one_that_is_empty(self, stopped, files):
         files[0].write_bytes(b"")
@@ -114,7 +114,7 @@ class TestPassedOver:
         other = stopped / "checkpoints" / named(buffer.getvalue())
         other.write_bytes(buffer.getvalue())
         step, (warning,) = resumed(stopped)
-        assert step == 9 and "is of format 99, expected 1" in warning
+        assert step == 9 and "has format 99, expected 1" in warning
 
     @pytest.mark.parametrize("name", ["step-000000011.pt", "last.pt", ".step.0123abcd", "step-11-0123456789abcdef.pt"])
     def test_files_by_other_names_are_none_of_ours(self, stopped, files, name):
@@ -163,7 +163,7 @@ class TestRefused:
         before, told = content(stopped), []
         other = config(**{"method": "rsam", "ema": 0.8, **changes})
         with pytest.raises(
-            ValueError, match=rf"^the checkpoint in .* is of another run: {words}; use the same"
+            ValueError, match=rf"^the checkpoint in .* belongs to another run: {words}.*; use the same"
         ) as error:
             go(stopped, other, None, told.append)
         assert "\n" not in str(error.value)
@@ -175,7 +175,7 @@ class TestRefused:
         torch.save({**state, "processes": 2}, buffer)
         (stopped / "checkpoints" / named(buffer.getvalue())).write_bytes(buffer.getvalue())
         before, told = content(stopped), []
-        with pytest.raises(ValueError, match=r"^the checkpoint was written by 2 process\(es\), and this run has 1"):
+        with pytest.raises(ValueError, match=r"^the checkpoint was written by 2 process\(es\), but this run has 1"):
             go(stopped, CONFIG, None, told.append)
         assert told == [] and content(stopped) == before
 

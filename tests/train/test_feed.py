@@ -322,15 +322,15 @@ class TestRefused:
         for n, changes, size, words in [
             (50, {"batch_size": 51}, 1, r"^batch_size=51 is larger than the 50 training samples; use 50 or fewer\.$"),
             (50, {"batch_size": 51, "drop_last": True}, 1, r"^batch_size=51 is larger than the 50"),
-            (50, {"batch_size": 15}, 2, r"^batch_size=15 cannot be shared evenly by 2 processes; use a multiple\.$"),
-            (50, {"batch_size": 4}, 8, r"^batch_size=4 cannot be shared evenly by 8 processes"),
+            (50, {"batch_size": 15}, 2, r"^batch_size=15 cannot be divided evenly among 2 processes; use a mul"),
+            (50, {"batch_size": 4}, 8, r"^batch_size=4 cannot be divided evenly among 8 processes"),
             (
                 50,
                 {"accumulate": 17},
                 1,
-                r"^accumulate=17 parts need as many samples; a batch has 16 in each process\.$",
+                r"^accumulate=17 is more than the 16 samples of a batch in each process",
             ),
-            (50, {"accumulate": 5}, 4, r"^accumulate=5 parts need as many samples; a batch has 4 in each process\.$"),
+            (50, {"accumulate": 5}, 4, r"^accumulate=5 is more than the 4 samples of a batch"),
         ]:
             with pytest.raises(ValueError, match=words):
                 feed(images(n), size=size, **changes)

@@ -161,5 +161,5 @@ def test_dropout_is_refused():
 @pytest.mark.gpu
 @pytest.mark.parametrize("changes", [{"precision": "fp16"}, {"method": "looksam"}])
 def test_what_cannot_be_captured_is_refused(changes):
-    with pytest.raises(ValueError, match="graph=true cannot serve"):
+    with pytest.raises(ValueError, match="graph=true does not support"):
         Trainer(config(graph=True, **changes))

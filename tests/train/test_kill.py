@@ -100,7 +100,7 @@ def check_asked(start, context, folder, signal, epochs):
     until(lambda: asked.reached > 6, launch)
     os.kill(launch.pid, signal)
     assert launch.wait() == [130]
-    sentence = rf"Interrupted after (\d+) of {4 * epochs} updates; a checkpoint is kept, and the same command"
+    sentence = rf"Interrupted after (\d+) of {4 * epochs} updates\. A checkpoint was saved; to continue"
     said = re.search(sentence, asked.said)
     assert said is not None and saved_steps(asked.path)[0] == int(said[1]) >= asked.reached
     for plan in (replace(asked, pace=0.0), alone):

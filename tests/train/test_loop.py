@@ -148,7 +148,10 @@ def test_a_net_that_only_guesses_has_not_trained():
     [
         (35.0, "has not learned: its final training loss is above chance level (35.000; chance is 2.303)"),
         (2.3, "has not learned: its final training loss is at chance level (2.300; chance is 2.303)"),
-        (2.2, "has hardly learned: its final training loss is little below chance level (2.200; chance is 2.303)"),
+        (
+            2.2,
+            "has hardly learned: its final training loss is only slightly below chance level (2.200; chance is 2.303)",
+        ),
     ],
 )
 def test_chance_level_is_said_only_of_a_loss_that_is_there(loss, words):

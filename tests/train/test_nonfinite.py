@@ -54,7 +54,7 @@ class TestStop:
         what = "gradient" if method == "sam-db" else "loss"  # its loss is that of the batch that it climbs on
         assert failure(tmp_path / "run").startswith(
             f"the training {what} was not finite in step {found['step']}, batch {found['batch']} of epoch 1 "
-            "(its samples are in nonfinite.json)"
+            "(nonfinite.json lists its samples)"
         )
 
     def test_keeps_a_checkpoint_after_which_the_run_goes_on(self, tmp_path, method):

@@ -152,7 +152,7 @@ class TestAutomatic:
 
     def test_a_gpu_without_bf16(self, gpu):
         gpu.bf16 = False
-        with pytest.raises(ValueError, match=r"^this GPU has no bf16; set precision=fp16 or precision=float32\.$"):
+        with pytest.raises(ValueError, match=r"^this GPU does not support bf16; set precision=fp16 or "):
             config()
         assert config("smoke", "precision=fp16").precision == "fp16"
 
@@ -291,7 +291,7 @@ class TestParameters:
         assert config("smoke", "method=asam", "weights_only=true").params == {"geometry.weights_only": True}
 
     def test_a_name_that_two_parts_have(self):
-        words = r"^'ssam-d\+late' has several parameters 'total'; write mask\.total or schedule\.total\.$"
+        words = r"^several parts of 'ssam-d\+late' have a parameter 'total'; write mask\.total or schedule\.total\.$"
         with pytest.raises(ValueError, match=words):
             config("smoke", "method=ssam-d+late", "total=3")
         assert config("smoke", "method=ssam-d+late", "when.total=3").params == {"schedule.total": 3}
@@ -310,9 +310,9 @@ class TestParameters:
         assert config(own, "model.width=16", "model.kind=x").model_params == {"maxpool": True, "width": 16, "kind": "x"}
 
     def test_a_parameter_that_the_method_does_not_have(self):
-        with pytest.raises(ValueError, match=r"^unknown key 'theta'.*parameters of sam: none; model\.NAME"):
+        with pytest.raises(ValueError, match=r"^unknown setting 'theta'.*parameters of sam: none; .*model\.NAME"):
             config("smoke", "theta=0.8")
-        with pytest.raises(ValueError, match=r"unknown key 'thetta'; did you mean 'theta'\?"):
+        with pytest.raises(ValueError, match=r"unknown setting 'thetta'; did you mean 'theta'\?"):
             config("smoke", "method=vasso", "thetta=0.8")
 
 
@@ -368,15 +368,15 @@ class TestPlugins:
 class TestRefused:
     def test_words(self):
         for words, message in [
-            (["epoch=3"], r"^unknown key 'epoch'; did you mean 'epochs'\? \(parameters of sam: "),
+            (["epoch=3"], r"^unknown setting 'epoch'; did you mean 'epochs'\? \(parameters of sam: "),
             (["log_evry=3"], r"did you mean 'log_every'\?"),
             (
                 ["model_params=3"],
-                r"^unknown key 'model_params'.*; all keys: flatmin settings\)$",
+                r"^unknown setting 'model_params'.*; all settings: flatmin settings\)$",
             ),
-            (["params=3"], r"^unknown key 'params'"),
-            (["xyzzy=3"], r"^unknown key 'xyzzy' \(parameters "),
-            (["rho.sam=3"], r"^unknown key 'rho.sam'"),
+            (["params=3"], r"^unknown setting 'params'"),
+            (["xyzzy=3"], r"^unknown setting 'xyzzy' \(parameters "),
+            (["rho.sam=3"], r"^unknown setting 'rho.sam'"),
             (["epochs=many"], r"^epochs=many is not a whole number\.$"),
             (["betas=a,b"], r"^betas=a is not a number\.$"),
             (["method=samm"], r"^unknown method 'samm'; did you mean 'sam'"),
@@ -417,8 +417,8 @@ class TestRefused:
             (["log_every=-1"], r"^log_every must be at least 0, got -1\.$"),
             (["measure_m=-1"], r"^measure_m must be at least 0, got -1\.$"),
             (["measure_rho=0"], r"^measure_rho must be above 0, got 0\.0\.$"),
-            (["measure_m=64", "measure_examples=50"], r"^measure_m=64 samples are a group, but only 50 are .*\.$"),
-            (["measure_m=8", "measures=hessian"], r"^measure_m=8 is for m-sharpness, .*; measures=hessian has none\.$"),
+            (["measure_m=64", "measure_examples=50"], r"^measure_m=64 is more than the 50 .*\.$"),
+            (["measure_m=8", "measures=hessian"], r"^measure_m=8 needs the section sharpness"),
             (
                 ["measures=hesian"],
                 r"^measures=hesian: what must be of .*; got hesian; did you mean 'hessian'\?$",
@@ -436,7 +436,7 @@ class TestRefused:
             ("model_params = 3\n", r"^model_params = 3 is an int, expected a table\.$"),
             (
                 'method = "vasso"\n[params]\nsigma = 0.5\n',
-                r"^unknown key 'sigma'.*parameters of vasso: direction\.theta",
+                r"^unknown setting 'sigma'.*parameters of vasso: direction\.theta",
             ),
             ('method = "vasso"\n[params]\ntheta = [1]\n', r"^params\.theta = \[1\] is a list, expected "),
         ]:

@@ -142,9 +142,7 @@ class TestStore:
         assert not list(folder.glob("*weights*")) and (folder / "result.json").exists()
         saved = open_run(folder)
         for use in (saved.check, saved.model):
-            with pytest.raises(
-                ValueError, match=r"no weights.*unless weights=false.*remove the folder and do the run again"
-            ):
+            with pytest.raises(ValueError, match=r"no weights.*weights=false.*Remove the folder and repeat the run"):
                 use()
 
     def test_a_run_that_is_done_again_has_none_of_the_old(self, folder):
@@ -193,14 +191,14 @@ class TestRefusals:
 
     def test_an_unfinished_run(self, folder):
         (folder / "result.json").unlink()
-        with pytest.raises(ValueError, match=r"is not finished: there is no result\.json"):
+        with pytest.raises(ValueError, match=r"is not finished: it has no result\.json"):
             open_run(folder)
 
     @pytest.mark.parametrize(
         ("file", "content", "reason"),
         [
             ("config.json", '{"label": "sa', "truncated or damaged"),
-            ("config.json", "[]", "holds no table"),
+            ("config.json", "[]", "is not a table"),
             ("config.json", "{}", "method"),
             ("config.json", '{"label": "sam"}', "method"),
             ("config.json", '{"label": "sam", "method": 3}', "method = 3 is an int, expected text"),
@@ -329,7 +327,7 @@ class TestFiles:
         load_weights(other, tmp_path / "a.safetensors")
         assert same_bits(other.state_dict(), trained.state_dict())
         (tmp_path / "b.safetensors").write_bytes(b"hello")
-        with pytest.raises(ValueError, match=r"b\.safetensors is no \.safetensors file"):
+        with pytest.raises(ValueError, match=r"b\.safetensors is not a \.safetensors file"):
             load_weights(other, tmp_path / "b.safetensors")
 
     def test_models_that_are_wrapped_take_plain_weights(self, tmp_path):
@@ -370,21 +368,21 @@ class TestFiles:
 
     def test_what_is_no_state_dict_of_this_net(self, tmp_path):
         for content, sentence in [
-            (torch.zeros(3), "holds no state dict, at its top or in the dictionaries inside it"),
-            ([1, 2], "holds no state dict"),
-            ({"shadow_params": [torch.zeros(1)]}, "holds no state dict"),
-            ({"model": 3, "epoch": 1}, "holds no state dict"),
-            ({0: torch.zeros(1)}, "holds no state dict"),
+            (torch.zeros(3), "has no state dict, neither at its top level nor in the dictionaries inside it"),
+            ([1, 2], "has no state dict"),
+            ({"shadow_params": [torch.zeros(1)]}, "has no state dict"),
+            ({"model": 3, "epoch": 1}, "has no state dict"),
+            ({0: torch.zeros(1)}, "has no state dict"),
             ({}, "do not fit the model: missing in the file: '0.weight', .*'2.bias'"),
             ({"weights": {"a": torch.zeros(1)}}, "do not fit .*under 'weights', missing .*unexpected in the file: 'a'"),
             (
                 {**net().state_dict(), "0.bias": torch.zeros(5)},
-                r"shape: '0.bias', \(5,\) in the file and \(16,\) in the",
+                r"shapes: '0.bias', \(5,\) in the file and \(16,\) in the",
             ),
             ({**net().state_dict(), "more": torch.zeros(5)}, "do not fit the model: unexpected in the file: 'more'"),
             (
                 {f"net.{k}": v for k, v in net().state_dict().items() if k != "2.bias"},
-                "do not fit the model: under 'net', missing in the file: '2.bias'.*Build the model as it was",
+                "do not fit the model: under 'net', missing in the file: '2.bias'.*Build the model with the same",
             ),
         ]:
             torch.save(content, tmp_path / "a.pt")
@@ -394,7 +392,7 @@ class TestFiles:
 
     def test_no_checkpoint_at_all(self, tmp_path):
         (tmp_path / "a.pt").write_text("hello")
-        with pytest.raises(ValueError, match=r"a\.pt is no ") as error:
+        with pytest.raises(ValueError, match=r"a\.pt was not written") as error:
             load_weights(net(), tmp_path / "a.pt")
         assert "\n" not in str(error.value)
         with pytest.raises(ValueError, match=r"there is no file .*absent"):
@@ -403,7 +401,7 @@ class TestFiles:
     def test_code_in_a_checkpoint_is_not_run(self, tmp_path):
         for name, call in (("touch", (os.mkdir, str(tmp_path / "made"))), ("eval", (eval, "1/0"))):
             torch.save({"model": net().state_dict(), "extra": Malicious(*call)}, tmp_path / f"{name}.pt")
-        with pytest.raises(ValueError, match="cannot be read without running the code in it"):
+        with pytest.raises(ValueError, match="cannot be read without executing code in it"):
             load_weights(net(), tmp_path / "touch.pt")
         load_weights(net(), tmp_path / "eval.pt")
         assert not (tmp_path / "made").exists()

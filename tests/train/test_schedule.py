@@ -304,31 +304,31 @@ def test_bad_input_is_one_sentence():
         ({"kind": "exponential", "gamma": 1.1}, "gamma must be above 0 and at most 1, got 1.1."),
         ({"as_coded": True}, "cosine does not use as_coded, got True; leave it out, or set kind to diminish1 or"),
         ({"milestones": (3,)}, "cosine does not use milestones, got (3,); leave it out, or set kind to multistep."),
-        (MULTISTEP, "multistep needs milestones, rising whole epochs from 1 to 9, got ()."),
-        ({**MULTISTEP, "milestones": (0, 3)}, "rising whole epochs from 1 to 9, got (0, 3)."),
-        ({**MULTISTEP, "milestones": (3, 10)}, "rising whole epochs from 1 to 9, got (3, 10)."),
-        ({**MULTISTEP, "milestones": (5, 3)}, "rising whole epochs from 1 to 9, got (5, 3)."),
-        ({**MULTISTEP, "milestones": (3, 3)}, "rising whole epochs from 1 to 9, got (3, 3)."),
-        ({**MULTISTEP, "milestones": (2.5,)}, "rising whole epochs from 1 to 9, got (2.5,)."),
+        (MULTISTEP, "multistep needs milestones: whole epochs in increasing order from 1 to 9, got ()."),
+        ({**MULTISTEP, "milestones": (0, 3)}, "whole epochs in increasing order from 1 to 9, got (0, 3)."),
+        ({**MULTISTEP, "milestones": (3, 10)}, "whole epochs in increasing order from 1 to 9, got (3, 10)."),
+        ({**MULTISTEP, "milestones": (5, 3)}, "whole epochs in increasing order from 1 to 9, got (5, 3)."),
+        ({**MULTISTEP, "milestones": (3, 3)}, "whole epochs in increasing order from 1 to 9, got (3, 3)."),
+        ({**MULTISTEP, "milestones": (2.5,)}, "whole epochs in increasing order from 1 to 9, got (2.5,)."),
         ({"warmup": -1}, "warmup must be at least 0, got -1."),
         ({"warmup": 10}, "warmup must be shorter than the training of 10 epochs, got 10."),
         ({"warmup": 2, "warmup_lr": -0.1}, "warmup_lr must be at least 0, got -0.1."),
         ({"warmup_lr": 0.01}, "warmup_lr = 0.01 has no effect without a warm-up; set warmup, in epochs."),
         (
             {"warmup": 1},
-            "warmup = 1 changes nothing, as it ends within the first epoch; use a longer one, or unit 'step'.",
+            "warmup = 1 has no effect, because it ends within the first epoch; use a longer one, or unit 'step'.",
         ),
         (
             {"warmup": 0.2, "unit": "step"},
-            "warmup = 0.2 changes nothing, as it ends within the first step; use a longer one, or 0.",
+            "warmup = 0.2 has no effect, because it ends within the first step; use a longer one, or 0.",
         ),
         (
             {"kind": "diminish1", "warmup": 2},
-            "diminish1 begins at its largest value and takes no warm-up; set warmup to 0.",
+            "diminish1 starts at its largest value and cannot have a warm-up; set warmup to 0.",
         ),
         (
             {"kind": "diminish3", "unit": "step"},
-            "diminish3 is defined epoch by epoch; set unit to 'epoch', got 'step'.",
+            "diminish3 is defined by epoch; set unit to 'epoch', got 'step'.",
         ),
     ]:
         with pytest.raises(ValueError, match=re.escape(words)):
@@ -337,6 +337,6 @@ def test_bad_input_is_one_sentence():
 
 @pytest.mark.parametrize("step", [-1, 51])
 def test_a_step_outside_of_the_training(step):
-    words = f"step must be within 0..50, 10 epochs of 5 updates, got {step}."
+    words = f"step must be from 0 to 50 (10 epochs of 5 updates), got {step}."
     with pytest.raises(ValueError, match=re.escape(words)):
         LearningRateSchedule(lr=0.1, epochs=10, steps_per_epoch=5).at(step)

@@ -60,7 +60,7 @@ def test_words_become_typed_values():
         ("on", "maybe", "on=maybe is not true or false"),
         ("noise", "much", "noise=much is not a number"),
         ("size", "large", "size=large is not auto or whole number"),
-        ("rho", "1", "rho is a table: set one entry of it with rho.NAME=value"),
+        ("rho", "1", "rho is a table; set one of its entries with rho.NAME=value"),
     ],
 )
 def test_words_of_another_type(key, text, words):
@@ -134,7 +134,7 @@ def test_a_preset_file(tmp_path):
 
 @pytest.mark.parametrize("word", ["epochs", "=3", ""])
 def test_words_that_are_no_overrides(word):
-    with pytest.raises(ValueError, match="write key=value"):
+    with pytest.raises(ValueError, match="write KEY=VALUE"):
         settings.split_override(word)
 
 

@@ -71,7 +71,7 @@ class TestUsersOwn:
 
     def test_noise_on_noisy_data(self):
         assert load_data(config(data="my_sources:noisy")).wrong.all()
-        with pytest.raises(ValueError, match="brings wrong labels of its own; set noise=0"):
+        with pytest.raises(ValueError, match="already contains label noise; set noise=0"):
             load_data(config(data="my_sources:noisy", noise=0.1))
 
     @pytest.mark.parametrize("model", ["my_sources:net", "my_sources:plain"])
@@ -94,14 +94,14 @@ class TestUsersOwn:
                 {"model": "my_sources:needy"},
                 "callable without arguments, but it requires 'width'; name a",
             ),
-            ({"model": "my_sources:built"}, "my_sources:built is a module; name a function that builds one"),
+            ({"model": "my_sources:built"}, "my_sources:built is a module; name a function that builds the module"),
             ({"model": "my_sources:nothing"}, "returned a int, expected a torch.nn.Module"),
             ({"model": "my_sources:frozen"}, "no parameter that requires a gradient"),
             ({"model": "my_sources:nett"}, "no function 'nett'; did you mean 'net'"),
             ({"model": "my_sources:number"}, "has no function 'number'"),
             ({"model": "my_source:net"}, "model: there is no module 'my_source'"),
             ({"model": "my_broken:net"}, "importing 'my_broken' failed: ZeroDivisionError"),
-            ({"model": "my_sources:"}, "not of the form package.module:function"),
+            ({"model": "my_sources:"}, "does not have the form package.module:function"),
             ({"model": "konv"}, "unknown model 'konv'; did you mean 'conv'"),
         ]:
             data = load_data(config())

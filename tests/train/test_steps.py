@@ -287,8 +287,8 @@ class TestAccumulation:
     @pytest.mark.parametrize(
         ("method", "words"),
         [
-            ("micro-sam", r"^micro-sam divides each batch by itself \(micro_batches=4\); leave out accumulate\.$"),
-            ("sam-db", r"^sam-db climbs on another batch; leave out accumulate\.$"),
+            ("micro-sam", r"^micro-sam already splits each batch \(micro_batches=4\); leave out accumulate\.$"),
+            ("sam-db", r"^sam-db uses another batch for the ascent; leave out accumulate\.$"),
         ],
     )
     def test_methods_that_take_batches_of_their_own(self, method, words):
@@ -447,14 +447,14 @@ class TestSchedulesReachTheOptimizer:
     def test_options_that_do_not_go_together(self):
         """The schedule's own refusals, of which test_schedule.py has all, for every setting that reaches it."""
         for changes, words in (
-            ({"schedule": "multistep"}, r"^multistep needs milestones, rising whole epochs from 1 to 5, got \(\)\.$"),
+            ({"schedule": "multistep"}, r"^multistep needs milestones: whole epochs in increasing order from 1 to 5"),
             ({"milestones": (2,)}, r"^cosine does not use milestones"),
             ({"gamma": 0.5}, r"^cosine does not use gamma"),
             ({"as_coded": True}, r"^cosine does not use as_coded"),
             ({"warmup": 6.0}, r"^warmup must be shorter than the training of 6 epochs"),
             ({"warmup_lr": 0.1}, r"^warmup_lr = 0\.1 has no effect without a warm-up"),
             ({"lr_min": 0.5}, r"^lr_min must be at most lr = 0\.1"),
-            ({"schedule": "diminish1", "schedule_unit": "step"}, r"^diminish1 is defined epoch by epoch"),
+            ({"schedule": "diminish1", "schedule_unit": "step"}, r"^diminish1 is defined by epoch"),
         ):
             with pytest.raises(ValueError, match=words):
                 Trainer(config(epochs=6, **changes))

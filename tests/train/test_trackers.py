@@ -91,9 +91,7 @@ def test_settings_are_one_table_of_plain_values():
 def test_a_missing_package_is_said_with_the_extra(name, monkeypatch, tmp_path):
     for module in (name, "sqlalchemy"):
         monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(
-        ModuleNotFoundError, match=rf'the tracker {name} needs {name}.*: pip install "flatmin\[{name}\]"'
-    ):
+    with pytest.raises(ModuleNotFoundError, match=rf"the tracker {name} needs {name}.*: pip install '\.\[{name}\]'"):
         make_tracker(name, folder=tmp_path / "run", run="run")
     assert not (tmp_path / "run").exists()
 
@@ -179,7 +177,7 @@ def test_a_failing_tracker_is_told_of_once_and_hears_nothing_more(fails, tmp_pat
     sink = Recorder(tmp_path, fails)
     assert told(sink) == [
         "the tracker recorder failed (OSError: the disk is full) and is disabled for this run; training continues, "
-        "and metrics.jsonl and steps.jsonl have everything."
+        "and metrics.jsonl and steps.jsonl are complete."
     ]
     assert [call[0] for call in sink.calls].count(fails) == 1
     assert sink.calls[-1] == ("finish", "broken")

@@ -171,7 +171,7 @@ class TestCheckpoints:
             go(tmp_path / "run", CONFIG, HOW)
         assert str(error.value) == (
             f"the checkpoint of step 2 could not be written to {tmp_path / 'run' / 'checkpoints'}: No space left on "
-            "device; make room or name another folder, and continue from the last one with --resume."
+            "device; free disk space, and continue from the previous checkpoint with --resume."
         )
 
     def test_a_limit_of_the_operating_system(self, tmp_path, alone):

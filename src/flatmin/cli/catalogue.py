@@ -1,6 +1,6 @@
-"""The catalogue of all settings, methods and networks, and of the papers' projects: a file that needs no torch.
+"""The catalogue of settings, methods, networks, projects and demonstrations, which can be read without torch.
 
-`tools/generate.py` writes the file from the definitions.
+`tools/generate.py` writes its file from the definitions in the code.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any
 from flatmin.train.keys import Key, keys_of, keywords_of
 
 FILE = "catalogue.jsonl"
-# What settings are for, by the word that `flatmin settings` lists them with.
+# What each group of settings is for, by the word for `flatmin settings`.
 TITLES = {
     "train": "flatmin train, and of all commands that train",
-    "logging": "flatmin train that change no outcome",
+    "logging": "flatmin train that do not affect the outcome",
     "measure": "flatmin measure RUN KEY=VALUE ...",
     "study": "a study's .toml file",
     "record": "the table [record] of a study's .toml file",
@@ -31,11 +31,11 @@ TITLES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """A method, a network, a project, or a place where settings are given.
+    """A method, a network, a project, a demonstration, or a group of settings.
 
     Args:
-        summary: what it is, in a sentence.
-        keys: what can be set.
+        summary: description, in one sentence.
+        keys: the settings.
         parts: kinds of the parts that a method sets; methods with a kind in common do not compose.
     """
 
@@ -46,24 +46,26 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class Catalogue:
-    """Everything that can be set.
+    """All settings, and the names that commands accept.
 
     Args:
-        settings: by a word of `TITLES`.
-        methods: by name.
-        networks: by name.
-        originals: the research projects of `flatmin original`, by name.
+        settings: groups of settings, by key of `TITLES`.
+        methods: methods, by name.
+        networks: networks, by name.
+        originals: research projects of `flatmin original`, by name.
+        demonstrations: demonstrations of `flatmin theory`, by name.
     """
 
     settings: Mapping[str, Entry]
     methods: Mapping[str, Entry]
     networks: Mapping[str, Entry]
     originals: Mapping[str, Entry]
+    demonstrations: Mapping[str, Entry]
 
 
 @cache
 def catalogue() -> Catalogue:
-    """The catalogue as the file has it."""
+    """The catalogue, read from its file."""
     made: dict[str, dict[str, Any]] = {field.name: {} for field in dataclasses.fields(Catalogue)}
     for line in resources.files("flatmin.cli").joinpath(FILE).read_text(encoding="utf-8").splitlines():
         kind, name, fields = json.loads(line)
@@ -76,7 +78,7 @@ def catalogue() -> Catalogue:
 
 
 def as_text(what: Catalogue) -> str:
-    """The text of the file: a line of JSON for each entry, and one for each of its settings."""
+    """The content of the file: one line of JSON for each entry and for each of its settings."""
     lines = []
     for field in dataclasses.fields(what):
         for name, entry in getattr(what, field.name).items():
@@ -87,7 +89,7 @@ def as_text(what: Catalogue) -> str:
 
 
 def collect() -> Catalogue:
-    """The catalogue from the definitions; this imports torch."""
+    """The catalogue, built from the definitions; this imports torch."""
     from flatmin.data.images import STATISTICS
     from flatmin.data.named import DATASETS
     from flatmin.measure.report import SECTIONS, ReportSettings
@@ -98,6 +100,7 @@ def collect() -> Catalogue:
     from flatmin.study.measuring import View
     from flatmin.study.record import Record
     from flatmin.study.spec import StudySpec
+    from flatmin.theory.demonstrations import DEMONSTRATIONS
     from flatmin.train.config import RunConfig
     from flatmin.train.options import Options
     from flatmin.train.preset import AUTO, METHOD, word_types
@@ -140,7 +143,7 @@ def collect() -> Catalogue:
             keys += [dataclasses.replace(key, group=part.kind) for key in keys_of(type(part), like=part)]
         kinds = tuple(part.kind for part in method.parts)
         methods[name] = Entry(summary=f"{method.title}. {method.summary}".rstrip(), keys=tuple(keys), parts=kinds)
-    given = ("num_classes", "in_channels", "image_size")  # the trainer gives those of the data
+    given = ("num_classes", "in_channels", "image_size")  # set by the trainer, from the data
     networks = {
         name: Entry(
             summary=_first_sentence(function),
@@ -150,11 +153,14 @@ def collect() -> Catalogue:
     }
     places = {word: Entry(summary=TITLES[word], keys=tuple(keys)) for word, keys in settings.items()}
     originals = {name: Entry(summary=f"{one.script}: {one.paper}", keys=()) for name, one in PROJECTS.items()}
-    return Catalogue(settings=places, methods=methods, networks=networks, originals=originals)
+    demonstrations = {name: Entry(summary=one.title, keys=()) for name, one in DEMONSTRATIONS.items()}
+    return Catalogue(
+        settings=places, methods=methods, networks=networks, originals=originals, demonstrations=demonstrations
+    )
 
 
 def short(key: Key, *, most: int = 120) -> str:
-    """What a setting can be: its choices where they are few, else its type."""
+    """The values of a setting: its choices if their list is short, else its type."""
     words = ", ".join(key.choices)
     if key.kind.endswith(" or none") and key.choices:
         words += ", none"

@@ -19,14 +19,17 @@ def compare(
         list[str] | None,
         typer.Argument(
             metavar="KEY=VALUE",
-            help="Settings, e.g. epochs=10 optimizer=adamw rho.sam=0.2 theta=0.8; a list such as rho=.1,.2,.4 makes "
-            "an axis.",
+            help="Settings, such as epochs=10 optimizer=adamw rho.sam=0.2 theta=0.8. A list such as rho=.1,.2,.4 runs "
+            "every method with each value. All settings: flatmin settings.",
             autocompletion=complete.words("train"),
         ),
     ] = None,
     preset: Annotated[
         str,
-        typer.Option(help="A study of the package, or a .toml file.", autocompletion=complete.presets("study")),
+        typer.Option(
+            help="Study to start from: a name from `flatmin study list`, or a .toml file.",
+            autocompletion=complete.presets("study"),
+        ),
     ] = "digits",
     method: Annotated[
         list[str] | None,
@@ -34,26 +37,38 @@ def compare(
             "--method",
             "-m",
             metavar="METHOD",
-            help="A method, a composition such as vasso+asam, or all. Repeatable.",
+            help="Method to compare, a composition such as vasso+asam, or all (default: those of the preset). "
+            "Repeatable.",
             autocompletion=complete.methods,
         ),
     ] = None,
-    seeds: Annotated[int | None, typer.Option(metavar="N", help="How many seeds.")] = None,
+    seeds: Annotated[int | None, typer.Option(metavar="N", help="Number of seeds (default: as in the preset).")] = None,
     noise: Annotated[
-        float | None, typer.Option(help="Share of the training labels that are replaced by wrong ones.")
+        float | None,
+        typer.Option(
+            help="Share of the training labels to replace by wrong ones, from 0 to 1 (default: as in the preset)."
+        ),
     ] = None,
     tune: Annotated[
-        bool | None, typer.Option("--tune/--no-tune", help="Choose rho (or the given axes) on the validation part.")
+        bool | None,
+        typer.Option(
+            "--tune/--no-tune", help="Choose rho, or the settings given as lists, on the validation part first."
+        ),
     ] = None,
     model: Annotated[
         str | None,
         typer.Option(
-            help="conv, mlp, resnet18, ..., or your own as package.module:function.", autocompletion=complete.networks
+            help="Network: conv, mlp, resnet18, ..., or your own function as package.module:function (default: that of "
+            "the preset).",
+            autocompletion=complete.networks,
         ),
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option(help="digits, or your own as package.module:function.", autocompletion=complete.data),
+        typer.Option(
+            help="Data set by name, or your own function as package.module:function (default: that of the preset).",
+            autocompletion=complete.data,
+        ),
     ] = None,
     plugin: Plugin = None,
     archive: Archive = None,
@@ -64,10 +79,10 @@ def compare(
     figures: Figures = "",
     open_report: OpenPage = False,
 ) -> None:
-    """Train a small network with several methods over several seeds, and print the table and conclusions.
+    """Compare methods: train a small network with each over several seeds, print a table and conclusions.
 
-    A study with one arm for each method: `flatmin study` has more options. Finished runs are stored in the folder and
-    reused; Ctrl-C loses at most the runs in progress.
+    Finished runs are stored in the output folder and reused; Ctrl-C loses at most the runs in progress. `flatmin study`
+    has more options.
 
     Examples:
         flatmin compare

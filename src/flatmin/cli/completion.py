@@ -1,6 +1,6 @@
-"""What the shell completes: presets, studies, runs, methods, and `KEY=VALUE` words. Nothing here imports torch.
+"""Shell completion: presets, studies, runs, methods, and `KEY=VALUE` settings. Nothing here imports torch.
 
-Shells disagree about "=": bash gives the words of `rho=0.1` one by one, zsh and fish give them as one.
+Shells treat "=" differently: bash splits `rho=0.1` into three words, zsh and fish pass it as one.
 """
 
 from __future__ import annotations
@@ -17,57 +17,67 @@ from flatmin.train.settings import preset_names
 
 Candidates = Sequence[str | tuple[str, str]]
 Completer = Callable[[typer.Context, str], Candidates]
-_LISTS = ("trackers", "measures")  # of names with commas
+_LISTS = ("trackers", "measures")  # settings whose value is a list of names separated by commas
 
 
 def presets(kind: str, *also: str) -> Completer:
-    """Completes names of the package's presets, and the words in `also`."""
+    """Complete names of the package's presets, and the words in `also`."""
     return lambda ctx, incomplete: _starting([*also, *preset_names(kind)], incomplete)
 
 
 def runs(ctx: typer.Context, incomplete: str) -> Candidates:
-    """Names of the runs in flatmin-runs/runs."""
+    """Complete names of runs in flatmin-runs/runs."""
     return _starting(_run_names(), incomplete)
 
 
+def runs_and_studies(ctx: typer.Context, incomplete: str) -> Candidates:
+    """Complete names of runs in flatmin-runs/runs, and of studies."""
+    return _starting([*_run_names(), *preset_names("study")], incomplete)
+
+
+def demonstrations(ctx: typer.Context, incomplete: str) -> Candidates:
+    """Complete demonstrations of `flatmin theory`."""
+    return _starting(catalogue().demonstrations, incomplete)
+
+
 def presets_and_runs(ctx: typer.Context, incomplete: str) -> Candidates:
-    """Presets of `flatmin train`, and paths of runs."""
+    """Complete presets of `flatmin train`, and paths of runs."""
     paths = [str(HOME / "runs" / name) for name in _run_names()] if incomplete.startswith(HOME.name) else []
     return _starting([*preset_names("train"), *paths], incomplete)
 
 
 def methods(ctx: typer.Context, incomplete: str) -> Candidates:
-    """Methods, also composed: after "vasso+" those that set other parts than vasso."""
+    """Complete methods and compositions: after "vasso+", methods that set other parts than vasso."""
     return _methods(incomplete)
 
 
 def data(ctx: typer.Context, incomplete: str) -> Candidates:
-    """Data sets."""
+    """Complete data sets."""
     return _starting(_choices("data"), incomplete)
 
 
 def networks(ctx: typer.Context, incomplete: str) -> Candidates:
-    """Networks."""
+    """Complete networks."""
     return _starting(catalogue().networks, incomplete)
 
 
 def originals(ctx: typer.Context, incomplete: str) -> Candidates:
-    """Projects of `flatmin original`."""
+    """Complete projects of `flatmin original`."""
     return _starting(["list", *catalogue().originals], incomplete)
 
 
 def one_of(*words: str) -> Completer:
-    """Completes one of these words."""
+    """Complete one of these words."""
     return lambda ctx, incomplete: _starting(words, incomplete)
 
 
 def several_of(key: str) -> Completer:
-    """Completes a list with commas of the names that a setting can have."""
+    """Complete a list, separated by commas, of the names that a setting allows."""
     return lambda ctx, incomplete: _listed(_choices(key), incomplete)
 
 
 def anything(ctx: typer.Context, incomplete: str) -> Candidates:
-    """What `flatmin settings` can be asked for."""
+    """Complete the words that `flatmin settings` accepts."""
     book = catalogue()
     entries = [*book.settings.values(), *book.methods.values()]
     keys = [key.name for entry in entries for key in entry.keys]
@@ -75,17 +85,17 @@ def anything(ctx: typer.Context, incomplete: str) -> Candidates:
 
 
 def words(*places: str, also: Completer | None = None) -> Completer:
-    """Completes `KEY=VALUE` words: the keys, and the values of those that have few.
+    """Complete `KEY=VALUE` words: the keys, and the values of keys that have only a few.
 
     Args:
-        places: whose settings, words of `flatmin.cli.catalogue.TITLES`; for "executor" those of the option --executor.
-        also: what else can stand there.
+        places: which settings: keys of `flatmin.cli.catalogue.TITLES`, or "executor" for those of --executor.
+        also: completes other words that are allowed in the same place.
     """
 
     def complete(ctx: typer.Context, incomplete: str) -> Candidates:
         before = _before(ctx)
         keys = _keys(catalogue(), places, ctx, before)
-        if before and "=" not in incomplete:  # the words of bash
+        if before and "=" not in incomplete:  # bash splits the word at "="
             if before[-1] == "=" and len(before) > 1:
                 return _values(keys[before[-2]], incomplete) if before[-2] in keys else []
             if incomplete == "" and before[-1] in keys:
@@ -94,7 +104,7 @@ def words(*places: str, also: Completer | None = None) -> Completer:
         if equals:
             return [f"{name}={value}" for value in _values(keys[name], text)] if name in keys else []
         names = _starting(keys, name)
-        if len(names) == 1:  # two candidates, since a shell writes a space after a single one
+        if len(names) == 1:  # offer two candidates, because shells add a space after a single one
             only = names[0]
             return [f"{only}={value}" for value in ["", *_values(keys[only], "")]]
         described = [(f"{key}=", textwrap.shorten(keys[key].help, 70, placeholder=" ...")) for key in names]
@@ -104,7 +114,7 @@ def words(*places: str, also: Completer | None = None) -> Completer:
 
 
 def _before(ctx: typer.Context) -> list[str]:
-    """The arguments and settings before the word, as the shell gave them."""
+    """The arguments and settings before the incomplete word, as the shell passed them."""
     given: list[str] = []
     for value in ctx.params.values():
         given += [str(one) for one in value] if isinstance(value, (list, tuple)) else []
@@ -112,7 +122,7 @@ def _before(ctx: typer.Context) -> list[str]:
 
 
 def _keys(book: Catalogue, places: Sequence[str], ctx: typer.Context, before: Sequence[str]) -> dict[str, Key]:
-    """The settings by name; with the parameters of the method and the keywords of the network that are named before."""
+    """The settings by name, including the parameters of the method and the network that the words before name."""
     places = [str(ctx.params.get("executor")) if place == "executor" else place for place in places]
     found = {key.name: key for place in places if place in book.settings for key in book.settings[place].keys}
     if "train" in places:
@@ -127,7 +137,7 @@ def _keys(book: Catalogue, places: Sequence[str], ctx: typer.Context, before: Se
 
 
 def _values(key: Key, text: str) -> list[str]:
-    """The words that a setting can have; of others the default, as an example."""
+    """The values that a setting allows; if there are too many to list, its default as an example."""
     if key.name == "method":
         return _methods(text)
     if key.name in _LISTS:

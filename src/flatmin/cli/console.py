@@ -1,4 +1,4 @@
-"""The console of the commands."""
+"""The console and the progress bar of the commands."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
-PIPE_WIDTH = 100  # a log or a file has no width of its own
+PIPE_WIDTH = 100  # columns of output that does not go to a terminal
 LEAST_WIDTH = 20
 
 
 def make_console(*, stderr: bool = False, quiet: bool = False) -> Console:
-    """A console of the terminal's width, or of `PIPE_WIDTH` columns where there is no terminal.
+    """A console with the width of the terminal, or `PIPE_WIDTH` columns without a terminal.
 
     A dumb terminal, which cannot redraw a line, is treated as a pipe.
     """
@@ -24,15 +24,15 @@ def make_console(*, stderr: bool = False, quiet: bool = False) -> Console:
 
     stream = sys.stderr if stderr else sys.stdout
     dumb = os.environ.get("TERM", "").lower() in ("dumb", "unknown")
-    terminal = stream is not None and stream.isatty() and not dumb  # it is None where it was closed
+    terminal = stream is not None and stream.isatty() and not dumb  # the stream is None if it was closed
     width = None if terminal else max(LEAST_WIDTH, shutil.get_terminal_size((PIPE_WIDTH, 24)).columns)
     return Console(stderr=stderr, width=width, highlight=False, quiet=quiet, force_terminal=False if dumb else None)
 
 
 def make_bar(console: Console) -> Progress:
-    """A progress bar with its share, the remaining time and a note, removed at the end; nothing without a terminal.
+    """A progress bar with percentage, remaining time and a note; it is removed at the end.
 
-    A task needs the field `last`.
+    Without a terminal it prints nothing. Tasks need the field `last`, the note.
     """
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -1,4 +1,4 @@
-"""`flatmin doctor`: installed packages, devices, and how to install missing packages."""
+"""`flatmin doctor`: show installed packages and devices, and how to install missing packages."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ import typer
 
 from flatmin.cli.console import LEAST_WIDTH, PIPE_WIDTH
 from flatmin.report.terminal import lay_out
+from flatmin.words import install
 
 OLDEST_TORCH = (2, 6)
 
 
 @dataclass(frozen=True)
 class Extra:
-    """An optional dependency: the name of the extra, the distribution that it installs, and its purpose."""
+    """An optional dependency: the name of the extra, the package that it installs, and its purpose."""
 
     name: str
     distribution: str
@@ -27,25 +28,21 @@ class Extra:
 
 
 EXTRAS = (
-    Extra("digits", "scikit-learn", "the handwritten digits that `flatmin compare` trains on by default"),
-    Extra("report", "plotly", "the HTML pages of `flatmin compare`, `study`, `measure` and `show`"),
-    Extra(
-        "plot",
-        "matplotlib",
-        "figures as files for papers (flatmin.report.figures), and those of `flatmin theory`",
-    ),
+    Extra("digits", "scikit-learn", "the handwritten digits, the default data of `flatmin compare`"),
+    Extra("report", "plotly", "HTML pages of `flatmin compare`, `study`, `measure` and `show`"),
+    Extra("plot", "matplotlib", "figures of `flatmin theory`, and figures as files for papers (--figures)"),
     Extra("safetensors", "safetensors", "`flatmin export RUN FILE.safetensors`"),
-    Extra("vision", "timm", "models of timm and torchvision; class folders of images, which need Pillow alone"),
-    Extra("lightning", "lightning", "flatmin.integrations.lightning"),
-    Extra("hf", "transformers", "flatmin.integrations.hf, and Accelerate"),
-    Extra("skorch", "skorch", "skorch nets; see docs/loops/skorch.md"),
-    Extra("tensorboard", "tensorboard", "TensorBoard files of `flatmin train`"),
-    Extra("wandb", "wandb", "runs of `flatmin train` in Weights & Biases"),
-    Extra("mlflow", "mlflow-skinny", "runs of `flatmin train` in MLflow"),
-    Extra("trackio", "trackio", "runs of `flatmin train` in Trackio"),
-    Extra("search", "optuna", "`flatmin search`: settings of a study's arms"),
-    Extra("ray", "ray", "runs of `flatmin study` on a Ray cluster"),
-    Extra("slurm", "submitit", "runs of `flatmin study` as Slurm jobs"),
+    Extra("vision", "timm", "models of timm and torchvision; data in image files (for these, Pillow is enough)"),
+    Extra("lightning", "lightning", "use in Lightning: flatmin.integrations.lightning"),
+    Extra("hf", "transformers", "use in Transformers and Accelerate: flatmin.integrations.hf"),
+    Extra("skorch", "skorch", "use in skorch; see docs/loops/skorch.md"),
+    Extra("tensorboard", "tensorboard", "log `flatmin train` to TensorBoard"),
+    Extra("wandb", "wandb", "log `flatmin train` to Weights & Biases"),
+    Extra("mlflow", "mlflow-skinny", "log `flatmin train` to MLflow"),
+    Extra("trackio", "trackio", "log `flatmin train` to Trackio"),
+    Extra("search", "optuna", "search settings with `flatmin search`"),
+    Extra("ray", "ray", "run `flatmin study` on a Ray cluster"),
+    Extra("slurm", "submitit", "run `flatmin study` as Slurm jobs"),
 )
 CORE = ("torch", "numpy", "typer", "rich")
 
@@ -59,7 +56,7 @@ def installed(distribution: str) -> str | None:
 
 
 def doctor() -> None:
-    """Print versions, devices, missing packages and how to install them.
+    """Check the installation: print versions and devices, and how to install missing packages.
 
     The exit code is 1 if a required package is missing or too old.
 
@@ -69,7 +66,7 @@ def doctor() -> None:
     """
     problems: list[str] = []
     versions = [
-        ["flatmin", installed("flatmin") or "run from its sources, not installed"],
+        ["flatmin", installed("flatmin") or "not installed; run from its source code"],
         ["python", f"{platform.python_version()} ({sys.executable})"],
         ["platform", platform.platform()],
     ]
@@ -86,7 +83,7 @@ def doctor() -> None:
         installed_version = installed(extra.distribution)
         extras.append([extra.name, f"{extra.distribution} {installed_version or '(missing)'}", extra.purpose])
         if installed_version is None:
-            missing.append(f"{extra.name} is not installed; to get it: pip install 'flatmin[{extra.name}]'")
+            missing.append(f"{extra.name} is not installed; to install it: {install(extra.name)}")
     _show("Extras", extras)
     for line in problems + missing:
         typer.echo(f"- {line}")
@@ -97,14 +94,14 @@ def doctor() -> None:
 
 
 def _show(title: str, rows: Sequence[Sequence[str]]) -> None:
-    """Without rich, which may be what is missing."""
+    """Print a table without rich, which may be missing."""
     width = max(LEAST_WIDTH, shutil.get_terminal_size((PIPE_WIDTH, 24)).columns)
     lines = lay_out(rows, width=width - 2, encoding=getattr(sys.stdout, "encoding", None) or "utf-8", header=False)
     typer.echo("\n".join([title, *(f"  {line}".rstrip() for line, _ in lines), ""]))
 
 
 def _devices() -> tuple[list[list[str]], list[str]]:
-    """The devices of torch; and problems with how to solve them."""
+    """The devices of torch, and problems with their solutions."""
     try:
         import torch
     except (ImportError, OSError) as error:
@@ -117,9 +114,9 @@ def _devices() -> tuple[list[list[str]], list[str]]:
             properties = torch.cuda.get_device_properties(i)
             rows.append([f"cuda:{i}", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"])
     elif torch.version.cuda is None and torch.version.hip is None:
-        rows.append(["cuda", "none: this torch is built for the CPU"])
+        rows.append(["cuda", "not available: this torch is built for the CPU only"])
     else:
-        rows.append(["cuda", f"none found, although this torch is built for {torch.version.cuda or torch.version.hip}"])
+        rows.append(["cuda", f"no GPU found; this torch is built for {torch.version.cuda or torch.version.hip}"])
     if torch.backends.mps.is_available():
         rows.append(["mps", "available"])
     numbers = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])

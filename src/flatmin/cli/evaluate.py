@@ -25,32 +25,43 @@ def evaluate(
     data: Annotated[
         str | None,
         typer.Option(
-            help="Another data set, by name or as package.module:function (default: that of the run).",
+            help="Another data set: a name, or your own function as package.module:function (default: that of the "
+            "run).",
             autocompletion=complete.data,
         ),
     ] = None,
-    data_dir: Annotated[str | None, typer.Option(help="Folder of its files (default: that of the run).")] = None,
+    data_dir: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Folder of the data files (default: that of the run).")
+    ] = None,
     split: Split = "test",
     flip_tta: Annotated[
         bool | None,
         typer.Option(
-            "--flip-tta/--no-flip-tta", help="Average over image and mirrored image (default: as in the run)."
+            "--flip-tta/--no-flip-tta",
+            help="Average the logits over each image and its mirror image (default: as in the run).",
         ),
     ] = None,
-    batch: Annotated[int | None, typer.Option(metavar="N", min=1, help="Samples per forward pass.")] = None,
+    batch: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Samples per forward pass (default: 300 on a CPU, 2000 on a GPU)."),
+    ] = None,
     classes: Annotated[bool, typer.Option("--classes", help="Also print the accuracy of every class.")] = False,
     device: Annotated[
-        str, typer.Option(help="auto, cpu or cuda.", autocompletion=complete.one_of("auto", "cpu", "cuda"))
+        str,
+        typer.Option(
+            help="Device: auto (the GPU if there is one), cpu or cuda.",
+            autocompletion=complete.one_of("auto", "cpu", "cuda"),
+        ),
     ] = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Evaluate the weights of a run.
+    """Evaluate the weights of a run: loss and accuracy, with a 95 % interval.
 
-    Images of any data set are normalised with the statistics of the run's training data.
+    Images are normalised with the statistics of the run's training data, also those of another data set.
 
     Examples:
-        flatmin eval RUN
-        flatmin eval RUN --data cifar10 --split test --classes
+        flatmin eval first
+        flatmin eval first --split val --classes
     """
     import torch
 
@@ -75,7 +86,7 @@ def _print(saved: SavedRun, evaluation: Reevaluation, console: Console) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     precision = "" if evaluation.precision == "float32" else f", {evaluation.precision}"
-    mirrored = ", mean over image and mirrored image" if evaluation.flip_tta else ""
+    mirrored = ", averaged over each image and its mirror image" if evaluation.flip_tta else ""
     say(f"{saved.name}: {saved.config.method}, {saved.config.model} trained on {saved.config.data}")
     where = f"on {evaluation.device}{precision}{mirrored}"
     say(f"{evaluation.split} part of {evaluation.data}, {evaluation.samples:,} samples, {where}")
@@ -83,7 +94,7 @@ def _print(saved: SavedRun, evaluation: Reevaluation, console: Console) -> None:
         mean, std = (" ".join(f"{value:.4f}" for value in values) for values in evaluation.normalised_with)
         say(f"normalised with the statistics of the run's training data: mean {mean}, std {std}")
     if evaluation.wrong:
-        say(f"{evaluation.wrong:.0f} % of these labels are wrong on purpose, as they were in training")
+        say(f"{evaluation.wrong:.0f} % of these labels are wrong (label noise), as in training")
     say(f"\nloss   {evaluation.loss:8.4f}")
     interval = f"(95 % interval over the samples: {evaluation.acc_low:.2f} to {evaluation.acc_high:.2f})"
     say(f"top-1  {evaluation.acc:8.2f} %  {interval}")

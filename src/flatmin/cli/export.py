@@ -13,14 +13,17 @@ from flatmin.cli.targets import run_folder
 
 def export(
     run: Run,
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A file that ends in .pt (state dict) or .safetensors.")],
+    file: Annotated[
+        Path,
+        typer.Argument(metavar="FILE", help="File to write; it ends in .pt or .pth (state dict), or in .safetensors."),
+    ],
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
 ) -> None:
-    """Write the weights of a run as a plain state dict, or as safetensors with the settings beside them.
+    """Export the weights of a run as a state dict, or as safetensors with the run's settings in the metadata.
 
     Examples:
-        flatmin export RUN weights.pt
-        flatmin export RUN weights.safetensors --force
+        flatmin export first weights.pt
+        flatmin export first weights.safetensors --force
     """
     from flatmin.train.export import export as write
     from flatmin.train.saved import open_run

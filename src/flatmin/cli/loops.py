@@ -1,7 +1,8 @@
-"""Which loops support which method, for the terminal and the docs page."""
+"""Which training loops support which method: a table for the terminal and for the documentation."""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 
 from flatmin.methods import Method
@@ -11,21 +12,21 @@ YES, NO = "yes", "-"
 
 
 def reasons(table: Mapping[str, Method]) -> dict[tuple[str, Loop], str | None]:
-    """Why a loop does not support a method (None: it does), for every pair."""
+    """For every method and loop, the reason why the loop does not support the method; None if it does."""
     return {(name, loop): refusal(method.recipe(), loop) for name, method in table.items() for loop in Loop}
 
 
 def as_text(table: Mapping[str, Method], width: int) -> str:
-    """The table with the letters of the reasons, and the reasons, for a terminal."""
-    return _render(table, markdown=False)
+    """The table and the reasons, which the table refers to by letters, for a terminal."""
+    return _render(table, markdown=False, width=width)
 
 
 def as_markdown(table: Mapping[str, Method]) -> str:
-    """The same for a page."""
+    """The same for a documentation page."""
     return _render(table, markdown=True)
 
 
-def _render(table: Mapping[str, Method], *, markdown: bool) -> str:
+def _render(table: Mapping[str, Method], *, markdown: bool, width: int = 0) -> str:
     reasons_of = reasons(table)
     letters: dict[str, str] = {}
     for reason in reasons_of.values():
@@ -39,7 +40,10 @@ def _render(table: Mapping[str, Method], *, markdown: bool) -> str:
     else:
         wide = [max(len(row[i]) for row in (heads, *rows)) for i in range(len(heads))]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, wide, strict=True)).rstrip() for row in (heads, *rows)]
-        notes = [f"{letter}: {reason}" for reason, letter in letters.items()]
+        notes = [
+            textwrap.fill(f"{letter}: {reason}", width, subsequent_indent="   ", break_on_hyphens=False)
+            for reason, letter in letters.items()
+        ]
     return "\n".join([*lines, "", *notes])
 
 

@@ -1,4 +1,4 @@
-"""The `flatmin` command. Commands import torch when they run, so that `flatmin --help` answers at once."""
+"""The `flatmin` command. Commands import torch only when they run, so that `flatmin --help` is fast."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from flatmin.words import explained
 
 
 class _Root(TyperGroup):
-    """The command group; the options that install shell completion are named in the epilog and not listed."""
+    """The command group; the epilog describes the options for shell completion, so that they are not listed."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         params: list[Any] = super().get_params(ctx)
@@ -44,14 +44,19 @@ class _Root(TyperGroup):
 app = typer.Typer(
     name="flatmin",
     cls=_Root,
-    help="""Sharpness-aware training for PyTorch: train, compare methods, measure what they did.
+    help="""Sharpness-aware training for PyTorch: train, compare methods, measure flatness.
 
     First steps:
-      flatmin compare                     SGD, SAM and VaSSO on small data, minutes
-      flatmin train digits method=vasso   one run; its settings: flatmin settings
-      flatmin measure RUN                 how flat the trained network is
+      flatmin doctor                      check the installation
+      flatmin compare                     compare SGD, SAM and VaSSO (minutes)
+      flatmin train digits method=vasso   train one network (seconds)
+      flatmin runs list                   list the trained networks by name
+      flatmin measure NAME                measure how flat a network is
     """,
-    epilog="Help on a command: flatmin COMMAND --help\nShell completion:  flatmin --install-completion",
+    epilog="Help on a command: flatmin COMMAND --help\n"
+    "Settings of training: flatmin settings\n"
+    "Shell completion: flatmin --install-completion (bash, zsh, fish or PowerShell); it completes commands, presets, "
+    "studies, methods, runs, and settings with their values. To print the script instead: flatmin --show-completion",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -73,7 +78,7 @@ app.command()(doctor)
 
 
 def _describe(commands: Iterable[CommandInfo]) -> None:
-    """Set the help of commands from their docstrings: paragraphs, and below the options the examples."""
+    """Set the help of commands from their docstrings: the text above the options, and the examples below them."""
     for command in commands:
         text, _, examples = inspect.cleandoc(getattr(command.callback, "__doc__", None) or "").partition(
             "\nExamples:\n"
@@ -111,9 +116,9 @@ def _options(
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit.
 
-    Exit codes: 0 success; 1 a bug, with its traceback, or a claim of `flatmin theory` that does not hold; 2 a mistake
-    in the command or its environment, with a message of one sentence; 3 `flatmin measure` could not measure everything,
-    with the reasons; 130 interrupted.
+    Exit codes: 0: success. 1: a bug, with its traceback, or a claim of `flatmin theory` that does not hold. 2: a
+    mistake in the command or its environment, with a message. 3: `flatmin measure` could not measure everything, with
+    the reasons. 130: interrupted.
 
     Args:
         arguments: the arguments after `flatmin`. Default: those of the process.
@@ -132,18 +137,20 @@ def main(arguments: list[str] | None = None) -> None:
         if debug or not explained(error):
             traceback.print_exc()
             if not debug:
-                typer.echo("flatmin: this is a bug in flatmin or in your code; the lines above show where.", err=True)
+                typer.echo(
+                    "flatmin: this is a bug in flatmin or in your code; the traceback above shows where.", err=True
+                )
             raise SystemExit(2 if explained(error) else 1) from None
         typer.echo(f"flatmin: {' '.join([str(error), *getattr(error, '__notes__', [])])}", err=True)
         raise SystemExit(2) from None
 
 
 def _unprinted() -> str:
-    """Why the output is incomplete; empty if it is complete or if its reader closed it."""
+    """Why the output is incomplete; empty if it is complete, or if the program that reads it has closed it."""
     if sys.stdout is not None:
         sys.stdout.flush()
     problem = unwritten()
-    return "" if problem is None else f"the output could not be written ({problem.strerror}); files are whole."
+    return "" if problem is None else f"the output could not be printed ({problem.strerror}); all files are complete."
 
 
 if __name__ == "__main__":

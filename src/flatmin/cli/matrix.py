@@ -1,4 +1,4 @@
-"""Which pairs of named methods compose: a matrix and the reasons of the refusals, in text and in Markdown."""
+"""Which pairs of methods compose: a matrix and the reasons why others do not, as text and as Markdown."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PAGE_WIDTH = 120
 
 @dataclass(frozen=True, kw_only=True)
 class Compatibility:
-    """Whether two names go together: the symbol, the sentence of the refusal, and the contradiction behind it."""
+    """Whether two methods compose: the symbol in the matrix; if not, the error message and its cause."""
 
     symbol: str
     reason: str | None = None
@@ -35,7 +35,7 @@ class Compatibility:
 
 
 def compatibilities(table: Mapping[str, Method]) -> dict[tuple[str, str], Compatibility]:
-    """What `compose` says of every pair of names, in the order of the table."""
+    """The result of `compose` for every pair of methods, in the order of the table."""
     return {(a, b): _verdict(a, b, table) for a, b in itertools.combinations(table, 2)}
 
 
@@ -52,12 +52,12 @@ def _verdict(a: str, b: str, table: Mapping[str, Method]) -> Compatibility:
 
 
 def as_text(table: Mapping[str, Method], width: int) -> str:
-    """The matrix, its legend and the refusals, for a terminal."""
+    """The matrix, its legend and the reasons, for a terminal."""
     return _render(table, width, fences=())
 
 
 def as_markdown(table: Mapping[str, Method]) -> str:
-    """The same for a page."""
+    """The same for a documentation page."""
     return _render(table, PAGE_WIDTH, fences=("```text", "```"))
 
 
@@ -88,28 +88,28 @@ def _spaced(cells: list[str]) -> str:
 def _legend() -> str:
     letters = ", ".join(f"{symbol} {kind}" for kind, symbol in SYMBOLS.items())
     return (
-        f"{GOES} composes. {CONTRADICTS} refused: the parts contradict each other. A letter: refused, both set this "
-        f"part ({letters}). The columns are the rows' numbers. "
-        "The whole sentence of a refusal: flatmin methods NAME+NAME."
+        f"{GOES}: the two compose. {CONTRADICTS}: they do not compose, because their parts contradict each other. A "
+        f"letter: they do not compose, because both set this part ({letters}). Columns have the numbers of the rows. "
+        "The full error message: flatmin methods NAME+NAME."
     )
 
 
 def _refusals(table: Mapping[str, Method], pairs: Mapping[tuple[str, str], Compatibility]) -> list[str]:
-    """One line for each part that several names set, then one for each name and reason of a contradiction."""
+    """One line for each part that several methods set, then one for each method and reason of a contradiction."""
     lines = []
     for kind in SYMBOLS:
         setters = [name for name, method in table.items() if any(part.kind == kind for part in method.parts)]
         if len(setters) > 1:
-            lines.append(f"Both set the {kind}, choose one: {', '.join(setters)}.")
+            lines.append(f"Methods that set the {kind}, of which only one can be used: {', '.join(setters)}.")
     grouped: dict[tuple[str, str], list[str]] = {}
     for (a, b), verdict in pairs.items():
         clash = verdict.clash
         if clash is None:
             continue
         owner, other = (a, b) if clash.other in table[a].parts else (b, a)
-        why = f"{clash.need.value}, which {owner} does not give: {clash.reason}"
+        why = f"{clash.need.value}, which {owner} does not have: {clash.reason}"
         grouped.setdefault((owner, why), []).append(other)
     order = {name: i for i, name in enumerate(table)}
     for (owner, why), others in sorted(grouped.items(), key=lambda item: order[item[0][0]]):
-        lines.append(f"{owner} with {', '.join(others)}: the other needs {why}.")
+        lines.append(f"{owner} with {', '.join(others)}: {'these need' if len(others) > 1 else 'it needs'} {why}.")
     return lines

@@ -1,4 +1,4 @@
-"""`flatmin measure`: curvature, sharpness and landscapes of trained networks, as a report or a comparison."""
+"""`flatmin measure`: measure curvature, sharpness and landscapes of trained networks, and compare them."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from flatmin.cli import completion as complete
 from flatmin.cli.console import make_console
 from flatmin.cli.options import Demo, Figures, OpenPage, Out, Page, Split, Workers
 from flatmin.cli.targets import HOME
+from flatmin.words import elapsed
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,49 +33,76 @@ def measure(
     targets: Annotated[
         list[str],
         typer.Argument(
-            metavar="WHAT... [KEY=VALUE...]",
-            help="Run folders (FOLDER/runs/...) or names of runs; a study, by its name or .toml file, for the runs of "
-            "its table; or files of weights. Settings such as top=10 rho=0.1 plane=0, see flatmin settings measure.",
-            autocompletion=complete.words("measure", also=complete.runs),
+            metavar="TARGET",
+            help="Networks to measure: run folders, or names of runs (see `flatmin runs list`); a study, by name or "
+            ".toml file, for the runs of its table; or files of weights. Also settings, such as top=10 rho=0.1 plane=0 "
+            "(see `flatmin settings measure`).",
+            autocompletion=complete.words("measure", also=complete.runs_and_studies),
         ),
     ],
     what: Annotated[
         str,
         typer.Option(
-            help="report, all, or some of these, separated by commas: model, hessian, trace, density, sharpness, "
-            "flatness, layers, published, landscape, radius (of the run's own method; not in all).",
+            metavar="SECTIONS",
+            help="Sections to measure: report, all, or a list of model, hessian, trace, density, sharpness, flatness, "
+            "layers, published, landscape, radius, separated by commas (radius: of the run's own method; not part of "
+            "all).",
             autocompletion=complete.several_of("measures"),
         ),
     ] = "report",
     split: Split = "train",
-    examples: Annotated[int | None, typer.Option(metavar="N", min=1, help="Number of examples (default: all).")] = None,
-    batch: Annotated[int, typer.Option(metavar="N", min=1, help="Examples per forward pass.")] = 150,
-    params: Annotated[str, typer.Option(help="Patterns of parameter names, separated by commas.")] = "*",
-    mode: Annotated[str, typer.Option(help="eval, or train: BatchNorm with batch statistics.")] = "eval",
-    dtype: Annotated[
-        str, typer.Option(help="float32, float64, or bfloat16 (autocast; accurate to some percent).")
-    ] = "float32",
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    model: Annotated[
-        str | None, typer.Option(help="For a file of weights: its network, as pkg.module:function.")
+    examples: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Number of samples to measure on (default: all).")
     ] = None,
-    data: Annotated[str | None, typer.Option(help="For a file of weights: its data, as pkg.module:function.")] = None,
+    batch: Annotated[int, typer.Option(metavar="N", min=1, help="Samples per forward pass.")] = 150,
+    params: Annotated[
+        str,
+        typer.Option(
+            metavar="PATTERNS",
+            help="Parameters to measure: patterns of names, separated by commas, such as 'layer4.*,fc.*'.",
+        ),
+    ] = "*",
+    mode: Annotated[
+        str,
+        typer.Option(
+            help="eval, or train (BatchNorm with batch statistics).", autocompletion=complete.one_of("eval", "train")
+        ),
+    ] = "eval",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="float32, float64, or bfloat16 (autocast, accurate to a few percent).",
+            autocompletion=complete.one_of("float32", "float64", "bfloat16"),
+        ),
+    ] = "float32",
+    device: Annotated[str, typer.Option(help="cpu or cuda.", autocompletion=complete.one_of("cpu", "cuda"))] = "cpu",
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="FUNCTION", help="For a file of weights: its network, as package.module:function."),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(metavar="FUNCTION", help="For a file of weights: its data, as package.module:function."),
+    ] = None,
     key: Annotated[
         str | None,
-        typer.Option(help="For a file with several matching sets of weights: which one, such as ema or state_dict."),
+        typer.Option(
+            help="For a file with several sets of weights that fit: the one to use, such as ema or state_dict."
+        ),
     ] = None,
     runs_folder: Annotated[
-        Path, typer.Option("--runs", metavar="FOLDER", help="For a study: the folder that its --out named.")
+        Path, typer.Option("--runs", metavar="FOLDER", help="For a study: its output folder (--out).")
     ] = HOME,
     arm: Annotated[
-        list[str] | None, typer.Option(help="For a study: an arm or row of its table (default: all). Repeatable.")
+        list[str] | None,
+        typer.Option(metavar="ARM", help="For a study: arm or row of its table (default: all). Repeatable."),
     ] = None,
     tune: Annotated[
         bool | None,
         typer.Option(
             "--tune/--no-tune",
-            help="For a study: the values that were chosen on validation, or those of the preset (default: the chosen "
-            "ones if that search is finished).",
+            help="For a study: measure the runs with the settings chosen on validation, or with those of the preset "
+            "(default: the chosen ones, if tuning is finished).",
         ),
     ] = None,
     demo: Demo = False,
@@ -83,25 +111,26 @@ def measure(
         typer.Option(
             "--with",
             metavar="KEY=VALUE",
-            help="For a study: what its command line changed, such as seeds=5 or lr=0.05. Repeatable.",
+            help="For a study: a setting of its command line, such as seeds=5 or lr=0.05. Repeatable.",
+            autocompletion=complete.words("train"),
         ),
     ] = None,
     out: Out = Path("flatmin-measures"),
     workers: Workers = None,
     page: Page = True,
-    png: Annotated[bool, typer.Option("--png", help="Also write the report of each network as a picture.")] = False,
+    png: Annotated[bool, typer.Option("--png", help="Also write the report of each network as a PNG picture.")] = False,
     figures: Figures = "",
     open_page: OpenPage = False,
 ) -> None:
-    """Measure the flatness of trained networks: numbers with their errors, pictures, and a comparison over seeds.
+    """Measure the flatness of trained networks: quantities with their errors, figures, and comparisons over seeds.
 
-    For one network the command prints its report. For several it prints a table by arm, with paired differences to
-    sgd. It names what could not be measured and why, and exits with 3; everything else is written. Existing files of
-    other networks or settings are not overwritten: new files get a number. Of a study's values that were chosen on
-    validation, the chosen ones are measured.
+    For one network it prints a report; for several, a table by arm with paired differences to sgd. If something cannot
+    be measured, it says why, writes everything else, and exits with code 3. Files of other networks or settings are not
+    overwritten: new files get a number.
 
     Examples:
-        flatmin measure RUN --what hessian,sharpness top=10 rho=0.1
+        flatmin measure first
+        flatmin measure first --what hessian,sharpness top=10 rho=0.1
         flatmin measure digits --arm sgd --arm sam
     """
     import torch
@@ -132,7 +161,7 @@ def measure(
     words = [word for word in targets if _SETTING.match(word) and not Path(word).exists()]
     studies, paths = _sorted_out([word for word in targets if word not in words])
     if not studies and (arm or changed or tune is not None or demo):
-        raise ValueError("--arm, --tune, --demo and --with are about the runs of a study; name one.")
+        raise ValueError("--arm, --tune, --demo and --with need a study; name one, such as digits.")
     runs, lacking_runs = find_all(paths, model=model, data=data, key=key) if paths else [], []
     for name in studies:
         from flatmin.study.networks import networks_of
@@ -156,7 +185,9 @@ def measure(
     )
     several = len(runs) > 1
     if workers and (not several or device != "cpu"):
-        raise ValueError("--workers is for several networks on the CPU; this command uses one process.")
+        raise ValueError(
+            "--workers is for several networks on the CPU; a single network, or a GPU, uses one process. Leave it out."
+        )
     processes = (default_workers() if workers is None else workers) if several and device == "cpu" else 0
     console = make_console()
     about = environment(device, 1 if processes else torch.get_num_threads())
@@ -182,20 +213,20 @@ def measure(
                 workers=processes,
                 progress=bar.part,
                 on_done=done,
-                # At once, so that nothing that comes later takes it away.
+                # Written at once, so that a later error loses nothing.
                 on_part=keep,
                 on_failed=failed.append if several else None,
             )
     except KeyboardInterrupt:
         stored = [str(file.json) for file in files.values() if file.read()]
         typer.echo(
-            f"Interrupted; {'what was measured is in ' + ', '.join(stored) if stored else 'nothing was measured yet'}; "
-            "landscapes are stored and continue from there.",
+            f"Interrupted. {'Measurements so far: ' + ', '.join(stored) if stored else 'Nothing was measured yet'}. "
+            "Landscapes continue where they stopped if you run the same command.",
             err=True,
         )
         raise typer.Exit(130) from None
     if not nets:
-        whys = " ".join(f"{why} (while {names} was measured)" for why, names in _by_reason(failed))
+        whys = " ".join(f"{why} (network: {names})" for why, names in _by_reason(failed))
         raise ValueError(f"no network could be measured: {whys}")
     print_nets(nets, console)
     lacking = bool(failed) or any(net.report.missing for net in nets)
@@ -241,17 +272,17 @@ def measure(
 
 
 def _sorted_out(words: Sequence[str]) -> tuple[list[str], list[Path]]:
-    """The studies among the words, and the paths of runs and files of weights.
+    """Split words into studies and paths of runs or files of weights.
 
     Raises:
-        ValueError: no word, or one that is none of these.
+        ValueError: there is no word, or a word is none of these.
     """
     from flatmin.cli.targets import run_folder
     from flatmin.train.settings import preset_names
     from flatmin.words import suggest
 
     if not words:
-        raise ValueError("name at least one run folder or file of weights, or a study.")
+        raise ValueError("nothing to measure: name a run folder, a file of weights or a study.")
     names = preset_names("study")
     studies: list[str] = []
     paths: list[Path] = []
@@ -268,14 +299,16 @@ def _sorted_out(words: Sequence[str]) -> tuple[list[str], list[Path]]:
         elif word in names:
             studies.append(word)
         elif path.name == word and (hint := suggest(word, names)):
-            raise ValueError(f"there is no run, file or study {word!r}{hint} (studies: flatmin study list)")
+            raise ValueError(
+                f"there is no run, file or study {word!r}{hint} (runs: flatmin runs list; studies: flatmin study list)"
+            )
         else:
             paths.append(run_folder(word))
     return studies, paths
 
 
 def _study(name: str, changed: Sequence[str], tune: bool | None, demo: bool, runs: Path) -> StudySpec:
-    """The study as its command line had it."""
+    """The study with the settings of its command line."""
     from flatmin.study.comparison import comparison, without_unfit
     from flatmin.study.expand import tuned
     from flatmin.study.networks import searched
@@ -295,7 +328,7 @@ def _by_reason(failed: Sequence[Unmeasured]) -> list[tuple[str, str]]:
 
 @dataclass(frozen=True)
 class _File:
-    """Where numbers are kept: beside those of other nets and settings, in place of the same ones."""
+    """The file of measurements of a network; it does not replace the files of other networks or settings."""
 
     json: Path
     of: str
@@ -303,19 +336,19 @@ class _File:
 
     @classmethod
     def free(cls, folder: Path, name: str, of: str, others: Iterable[_File]) -> _File:
-        """The file of this name, or the first numbered one that holds no other numbers."""
+        """The file of this name, or the first numbered one that has no other measurements."""
         taken = {other.json for other in others}
         for number in itertools.count(1):
             file = folder / (f"{name}.json" if number == 1 else f"{name}-{number}.json")
             candidate = cls(
-                file, of, "" if number == 1 else f"{name}.json holds other numbers; these are in {file.name}."
+                file, of, "" if number == 1 else f"{name}.json has other measurements; these are in {file.name}."
             )
             if file not in taken and (not file.exists() or candidate.read()):
                 return candidate
         raise AssertionError
 
     def read(self) -> dict[str, Any]:
-        """What the file holds, if that is of this net and these settings; else nothing."""
+        """The content of the file, if it is for this network and these settings; else an empty table."""
         try:
             table = json.loads(self.json.read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -324,7 +357,7 @@ class _File:
 
 
 def _keep(files: Mapping[str, _File], about: dict[str, object], net: NetReport, *, done: bool = False) -> None:
-    """Write the numbers of a network; of an unfinished one only if they are more than the file has."""
+    """Write the measurements of a network; if it is unfinished, only if the file has fewer."""
     from flatmin.study.measured import as_json
     from flatmin.train.files import write_json
 
@@ -340,7 +373,7 @@ def _numbers_in(table: Mapping[str, Any]) -> int:
 
 
 class _Bar:
-    """A bar over nets and, where one is measured here, what of it is being measured."""
+    """A progress bar over networks; for a network in this process, it also shows the current measurement."""
 
     def __init__(self, console: Console, nets: int) -> None:
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -368,7 +401,7 @@ class _Bar:
         self._bar.stop()
 
     def part(self, what: str, share: float) -> None:
-        """Show what is being measured and the share done."""
+        """Show the current measurement and the share that is done."""
         self._bar.update(self._task, part=what.replace("_", " "), completed=share if self._nets == 1 else None)
 
     def done(self, net: NetReport) -> None:
@@ -378,4 +411,4 @@ class _Bar:
         if self._nets > 1:
             self._bar.update(self._task, advance=1, count=self._count())
             if not self._console.is_terminal:
-                self._console.print(f"[{self._count()}] {net.name}: {seconds:.1f} s", markup=False, highlight=False)
+                self._console.print(f"[{self._count()}] {net.name}: {elapsed(seconds)}", markup=False, highlight=False)

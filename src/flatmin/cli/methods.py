@@ -1,4 +1,4 @@
-"""`flatmin methods`: the table of methods, what a composed name means part by part, and which names go together."""
+"""`flatmin methods`: list the methods, show the parts of a composition, and show which methods compose."""
 
 from __future__ import annotations
 
@@ -25,22 +25,25 @@ def methods(
         str | None,
         typer.Argument(
             metavar="METHOD",
-            help="A method or a composition such as vasso+asam, to print its parts.",
+            help="A method or a composition such as vasso+asam, to show its parts.",
             autocompletion=complete.methods,
         ),
     ] = None,
     plugin: Plugin = None,
     matrix: Annotated[
-        bool, typer.Option("--matrix", help="Print which pairs of names compose, and why others do not.")
+        bool, typer.Option("--matrix", help="Print which pairs of methods compose, and why others do not.")
     ] = False,
     loops: Annotated[
-        bool, typer.Option("--loops", help="Print which loops support which method, and why others do not.")
+        bool, typer.Option("--loops", help="Print which training loops support each method, and why others do not.")
     ] = False,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print the matrix, or the loops, as Markdown.")] = False,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the matrix, or the table of --loops, as Markdown.")
+    ] = False,
 ) -> None:
-    """List every method with its formula, cost, needs, defaults and paper; or show one recipe part by part.
+    """List all methods with formula, cost, requirements, defaults and paper; or show the parts of one method.
 
     Examples:
+        flatmin methods
         flatmin methods vasso+bisam-log+asam
         flatmin methods --matrix
     """
@@ -54,9 +57,9 @@ def methods(
     table = method_table(plugin or ())
     console = make_console()
     if name is not None and (matrix or loops or markdown):
-        raise ValueError(f"{'--loops' if loops else '--matrix'} is about all methods; leave out {name!r}.")
+        raise ValueError(f"{'--loops' if loops else '--matrix'} shows all methods; leave out {name!r}.")
     if matrix and loops:
-        raise ValueError("choose --matrix or --loops.")
+        raise ValueError("--matrix and --loops cannot be combined; leave out one of them.")
     if matrix or loops or markdown:
         table_of = served if loops else pairs
         text = table_of.as_markdown(table) if markdown else table_of.as_text(table, console.width)
@@ -68,15 +71,17 @@ def methods(
             print_table(_overview(group), console)
             console.print()
         console.print(
-            "[dim]rho: default radius. grads: gradient evaluations a step. copies: of the moved weights, held during "
-            "a step beyond the base optimizer's own. sets: its parts; names compose if these differ: "
-            "flatmin methods vasso+bisam-log+asam. Every pair: flatmin methods --matrix. Not recipes, but part of "
-            f"flatmin: {', '.join(ELSEWHERE)}; flatmin methods NAME tells where.[/dim]\n"
+            "[dim]rho: default radius. grads: gradient evaluations per step. copies: additional copies of the "
+            "perturbed weights during a step, beyond the state of the base optimizer. sets: parts that the method "
+            "sets; methods that set different parts compose, such as vasso+bisam-log+asam. All pairs: flatmin methods "
+            "--matrix. "
+            f"Not methods of this table, but in flatmin: {', '.join(ELSEWHERE)}; flatmin methods NAME says "
+            "where.[/dim]\n"
         )
         _print_details(table, console)
         return
     if name not in table and (place := elsewhere(name)):
-        console.print(f"{name} is not a recipe but {place}.", markup=False, highlight=False)
+        console.print(f"{name} is not a method of the table but {place}.", markup=False, highlight=False)
         return
     recipe = compose(name, table)
     print_table(_summary(recipe, [table[word] for word in recipe.name.split("+")]), console, header=False)
@@ -89,7 +94,7 @@ def _needs(recipe: Recipe) -> str:
 
 
 def _groups(table: Mapping[str, Method]) -> list[tuple[str, dict[str, Method]]]:
-    """The methods, then the rules: on which steps, how far, and which weights."""
+    """The methods, then the rules for the schedule, the radius and the mask."""
     rules = {
         name: method
         for name, method in table.items()
@@ -98,7 +103,7 @@ def _groups(table: Mapping[str, Method]) -> list[tuple[str, dict[str, Method]]]:
     methods = {name: method for name, method in table.items() if name not in rules}
     return [
         ("Methods", methods),
-        ("Rules: on which steps, how far, which weights. A rule alone is SAM with this rule.", rules),
+        ("Rules for steps, radius or weights. A rule alone means SAM with this rule.", rules),
     ]
 
 
@@ -141,10 +146,10 @@ def _print_details(table: Mapping[str, Method], console: Console) -> None:
 def _summary(recipe: Recipe, named: Sequence[Method]) -> list[list[str]]:
     copies = recipe.extra_copies
     cost = (
-        f"{recipe.gradient_evaluations:.3g} gradient{'s' * (recipe.gradient_evaluations != 1)} a step, "
-        f"{copies} extra cop{'y' if copies == 1 else 'ies'} of the moved weights"
+        f"{recipe.gradient_evaluations:.3g} gradient{'s' * (recipe.gradient_evaluations != 1)} per step, "
+        f"{copies} additional cop{'y' if copies == 1 else 'ies'} of the perturbed weights"
     )
-    rho = f"{recipe.default_rho:g} (the method's default)" if recipe.ascends else "none: it never ascends"
+    rho = f"{recipe.default_rho:g} (the method's default)" if recipe.ascends else "none: there is no ascent"
     return [
         ["recipe", recipe.name],
         *(["formula", f"{method.formula}   ({method.title})"] for method in named),
@@ -156,7 +161,7 @@ def _summary(recipe: Recipe, named: Sequence[Method]) -> list[list[str]]:
 
 
 def _parts(recipe: Recipe) -> list[list[str]]:
-    rows = [["part", "question", "answer"]]
+    rows = [["part", "question", "this method"]]
     for kind, part in recipe.parts.items():
         described = (type(part).__doc__ or "").strip().partition("\n")[0]
         rows.append([kind, part.question, f"{part}\n{described}"])

@@ -1,4 +1,4 @@
-"""`flatmin original`: the command lines of the papers."""
+"""`flatmin original`: run the command line of a research repository with `flatmin train`."""
 
 from __future__ import annotations
 
@@ -17,20 +17,22 @@ def original(
         str,
         typer.Argument(
             metavar="PROJECT",
-            help="list, or one of the listed projects.",
+            help="Research project, such as vasso; `flatmin original list` lists all.",
             autocompletion=complete.originals,
         ),
     ],
     command: Annotated[
         list[str] | None,
-        typer.Argument(metavar="FLAGS", help="Flags of its script, unchanged; a leading `python SCRIPT` is ignored."),
+        typer.Argument(
+            metavar="FLAGS", help="Flags of the project's script, unchanged; a leading `python SCRIPT` is ignored."
+        ),
     ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option(
             "--set",
             metavar="KEY=VALUE",
-            help="Further settings of flatmin train, one per option. Repeatable.",
+            help="Additional setting of flatmin train, such as epochs=1. Repeatable.",
             autocompletion=complete.words("train", "logging"),
         ),
     ] = None,
@@ -40,7 +42,9 @@ def original(
     resume: Resume = False,
     again: Again = False,
 ) -> None:
-    """Translate a research repository's command line to `flatmin train` settings and run it.
+    """Translate a research repository's command line to `flatmin train` settings, and run it.
+
+    It prints the resulting `flatmin train` command, and notes on differences from the original script.
 
     Examples:
         flatmin original list

@@ -1,4 +1,4 @@
-"""Progress of a study: a bar on a terminal, one line per run elsewhere."""
+"""Progress of a study: a bar on a terminal, otherwise one line per run."""
 
 from __future__ import annotations
 
@@ -6,20 +6,21 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from flatmin.cli.console import make_bar
+from flatmin.words import elapsed
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from flatmin.study.events import EpochDone, Event, RunBroke, RunDone
 
-STAGES = {"tune": "Choosing on validation", "compare": "Training", "study": "Training", "search": "Searching"}
+STAGES = {"tune": "Choosing settings on validation", "compare": "Training", "study": "Training", "search": "Searching"}
 
 
 class Progress:
     """A context manager that shows the events of a study.
 
     Args:
-        console: where to show them. A terminal gets a bar, other outputs get plain lines.
+        console: console to print to. A terminal shows a bar; other outputs get plain lines.
     """
 
     def __init__(self, console: Console) -> None:
@@ -57,7 +58,7 @@ class Progress:
                 self._broke(event)
             case events.Tuned():
                 chosen = ", ".join(f"{key}={value}" for key, value in event.chosen.items())
-                self._say(f"{event.label}: {chosen} chosen on validation.")
+                self._say(f"{event.label}: chosen on validation: {chosen}.")
             case events.Timing():
                 self._say(f"Measuring the time per step of {event.methods} methods.")
                 self._bar.update(self._task, visible=False)
@@ -83,7 +84,7 @@ class Progress:
             last = result.last["test_acc"]
             value = result.chosen["test_acc"] if last is None and result.chosen is not None else last
             accuracy = f"test {value:.1f} %"
-            self._say(f"{self._count()} {_short(event.run)}: {accuracy}, {result.seconds:.1f} s")
+            self._say(f"{self._count()} {_short(event.run)}: {accuracy}, {elapsed(result.seconds)}")
 
     def _broke(self, event: RunBroke) -> None:
         self._finished += 1
@@ -98,5 +99,5 @@ class Progress:
 
 
 def _short(run: str) -> str:
-    """A run's name without the digits of its key."""
+    """The name of a run without the digest at its end."""
     return run.rpartition("-")[0] or run

@@ -21,9 +21,13 @@ if TYPE_CHECKING:
 
     from flatmin.report.runs.listing import Entry
 
-runs = typer.Typer(help="List and remove runs, and keep finished ones as text.", no_args_is_help=True)
+runs = typer.Typer(
+    help="List and remove runs, and pack finished runs into archives.",
+    epilog="Examples:\n  flatmin runs list --sort test\n  flatmin runs rm --stale",
+    no_args_is_help=True,
+)
 
-# None sorts last, in either direction.
+# Runs without a value are listed last, in either direction.
 _KEYS: dict[str, tuple[Callable[[Entry], Any], bool]] = {
     "when": (lambda entry: entry.changed, True),
     "name": (lambda entry: entry.name, False),
@@ -41,15 +45,17 @@ _STYLES = {"failed": "yellow", "damaged": "red", "running": "green"}
 
 @runs.command("list")
 def list_runs(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The runs are in FOLDER/runs.")] = HOME,
-    sort: Annotated[str, typer.Option(help=f"By {', '.join(_KEYS)}.", autocompletion=complete.one_of(*_KEYS))] = "when",
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder with the runs, in FOLDER/runs.")] = HOME,
+    sort: Annotated[
+        str, typer.Option(help=f"Order: {', '.join(_KEYS)}.", autocompletion=complete.one_of(*_KEYS))
+    ] = "when",
     as_json: AsJson = False,
 ) -> None:
-    """List the runs in a folder.
+    """List the runs in a folder with their settings, state and test accuracy.
 
     Examples:
         flatmin runs list
-        flatmin runs list FOLDER --sort test --json
+        flatmin runs list my-runs --sort test --json
     """
     from flatmin.report.runs.listing import entries
     from flatmin.words import suggest
@@ -68,7 +74,9 @@ def list_runs(
     total = sum(entry.size for entry in listed)
     console.print(f"{len(listed)} run{'s' * (len(listed) != 1)}, {_bytes(total)}", style="dim", highlight=False)
     if any(entry.digest is not None and entry.digest.stale for entry in listed):
-        console.print("stale: a study trains it again; see `flatmin runs rm --stale`.", markup=False, highlight=False)
+        console.print(
+            "stale: a study would train this run again; see `flatmin runs rm --help`.", markup=False, highlight=False
+        )
     for entry in listed:
         if entry.problem:
             console.print(f"{entry.name}: {entry.problem}", markup=False, highlight=False, soft_wrap=True)
@@ -87,20 +95,21 @@ def remove_runs(
     stale: Annotated[
         bool,
         typer.Option(
-            "--stale", help="All runs in the folder RUN/runs that a study would train again (default: flatmin-runs)."
+            "--stale",
+            help="Remove all stale runs in FOLDER/runs; give FOLDER in place of RUN (default: flatmin-runs).",
         ),
     ] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Also remove runs in progress.")] = False,
 ) -> None:
     """Remove runs with all files in their folders.
 
-    Runs of studies are stale if flatmin, torch, your own modules or the data have changed since: a study trains them
-    again, and keeps them beside the new ones.
+    A run of a study is stale if flatmin, torch, your own modules or the data have changed since it was trained. The
+    study then trains it again, and the stale run remains beside the new one.
 
     Examples:
-        flatmin runs rm RUN RUN2 --yes
-        flatmin runs rm --stale flatmin-runs
+        flatmin runs rm first second --yes
+        flatmin runs rm --stale my-runs
     """
     from flatmin.report.runs.listing import check_removable, remove, size_of
 
@@ -114,7 +123,7 @@ def remove_runs(
         folders = list({path.resolve(): path for path in map(run_folder, targets)}.values())
         reasons = dict.fromkeys(folders, "")
     else:
-        raise ValueError("name the runs to remove, or add --stale.")
+        raise ValueError("no runs are named: name the runs to remove, or add --stale.")
     check_removable(folders, force=force)
     for folder in folders:
         typer.echo("  ".join(filter(None, (str(folder), _bytes(size_of(folder)), reasons[folder]))))
@@ -123,28 +132,30 @@ def remove_runs(
         try:
             agreed = typer.confirm(f"Remove {what}?")
         except typer.Abort:
-            raise ValueError("nothing was removed: there was no answer; add --yes to remove without asking.") from None
+            raise ValueError(
+                "nothing was removed, because there was no answer; add --yes to remove without asking."
+            ) from None
         if not agreed:
             typer.echo("Nothing was removed.")
             return
-    # Somebody may have continued one while the question stood there.
+    # Another process may have continued a run while the question was open.
     check_removable(folders, force=force)
     remove(folders)
     typer.echo(f"Removed {what}.")
 
 
 def _stale(targets: Sequence[str]) -> dict[Path, str]:
-    """The stale runs in a folder, and how they were made.
+    """The stale runs in a folder, and why each one is stale.
 
     Raises:
-        ValueError: several folders, or one that is not there.
+        ValueError: several folders are given, or the folder does not exist.
     """
     from flatmin.report.runs.listing import entries
     from flatmin.study.code import Contents
     from flatmin.study.stale import stale
 
     if len(targets) > 1:
-        raise ValueError(f"--stale takes one folder, which has the runs in its folder runs; got {', '.join(targets)}.")
+        raise ValueError(f"--stale takes one folder, with the runs in FOLDER/runs; got {', '.join(targets)}.")
     contents = Contents()
     found = {entry.path: stale(entry.path, contents) for entry in entries(Path(targets[0]) if targets else HOME)}
     return {path: why for path, why in found.items() if why is not None}
@@ -153,18 +164,20 @@ def _stale(targets: Sequence[str]) -> dict[Path, str]:
 @runs.command("pack")
 def pack_runs(
     folder: Annotated[
-        Path, typer.Argument(metavar="FOLDER", help="The --out of studies; the runs are in FOLDER/runs.")
+        Path, typer.Argument(metavar="FOLDER", help="Output folder (--out) of studies; the runs are in FOLDER/runs.")
     ],
-    archive: Annotated[Path, typer.Argument(metavar="ARCHIVE", help="Folder of the archive, such as results/NAME.")],
+    archive: Annotated[
+        Path, typer.Argument(metavar="ARCHIVE", help="Folder of the archive, such as results/my-study.")
+    ],
 ) -> None:
-    """Write the finished runs of a study's folder to an archive: a small text file each, without weights.
+    """Write finished runs to an archive: one small text file per run, without weights.
 
-    Runs that are in the archive stay there; one with another result there is refused. `flatmin study --archive ARCHIVE`
-    draws tables and pages from it.
+    Runs that are already in the archive stay there. A run that is in the archive with another result is an error.
+    `flatmin study STUDY --archive ARCHIVE` makes tables and pages from an archive.
 
     Examples:
         flatmin runs pack flatmin-runs results/my-study
-        flatmin runs pack FOLDER ARCHIVE
+        flatmin runs pack my-runs results/digits
     """
     from flatmin.study.archive import pack
 
@@ -172,30 +185,32 @@ def pack_runs(
     for name, why in done.left.items():
         typer.echo(f"left out: {name}: {why}")
     typer.echo(
-        f"{archive}: {_counted(done.added)} added, {done.changed} with new measurements, {done.same} there before, "
+        f"{archive}: {_counted(done.added)} added, {done.changed} with new measurements, {done.same} already there, "
         f"{_counted(len(done.left))} left out."
     )
 
 
 @runs.command("unpack")
 def unpack_runs(
-    archive: Annotated[Path, typer.Argument(metavar="ARCHIVE", help="Folder of an archive that `runs pack` wrote.")],
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The runs go to FOLDER/runs.")],
+    archive: Annotated[
+        Path, typer.Argument(metavar="ARCHIVE", help="Folder of an archive that `flatmin runs pack` wrote.")
+    ],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder to write to; the runs go to FOLDER/runs.")],
 ) -> None:
-    """Write the runs of an archive as run folders, without weights, beside those that are there.
+    """Write the runs of an archive as run folders, without weights; existing runs stay.
 
-    The flatmin that trained them takes them for finished, so the same study goes on from them.
+    The version of flatmin that trained the runs treats them as finished, so the same study continues from them.
 
     Examples:
         flatmin runs unpack results/my-study flatmin-runs
-        flatmin runs unpack ARCHIVE FOLDER
+        flatmin runs unpack results/digits my-runs
     """
     from flatmin.study.archive import unpack
 
     done = unpack(archive, folder)
     typer.echo(
-        f"{folder / 'runs'}: {_counted(done.added)} added, {done.changed} with new measurements, {done.same} there "
-        "before."
+        f"{folder / 'runs'}: {_counted(done.added)} added, {done.changed} with new measurements, {done.same} already "
+        "there."
     )
 
 
@@ -210,7 +225,7 @@ def _sorted(every: Sequence[Entry], key: str) -> list[Entry]:
 
 
 def _print(listed: Sequence[Entry], console: Console) -> None:
-    """A line a run; what all runs share stands below."""
+    """Print one line per run; data and model that all runs share are printed below the table."""
     from flatmin.report.runs.listing import unusual
 
     rows = [_row(entry, words) for entry, words in zip(listed, unusual(listed), strict=True)]
@@ -247,7 +262,7 @@ def _row(entry: Entry, settings: str) -> dict[str, str]:
 
 
 def _when(changed: float) -> str:
-    """As short as it is clear: the time today, the day and month this year, the date before."""
+    """The time if it was today, the day and month if it was this year, else the date."""
     then, now = time.localtime(changed), time.localtime()
     if then[:3] == now[:3]:
         return time.strftime("%H:%M", then)
@@ -255,7 +270,7 @@ def _when(changed: float) -> str:
 
 
 def _bytes(size: int) -> str:
-    """A size in the largest fitting unit."""
+    """A size in bytes with a suitable unit."""
     value, unit = float(size), "B"
     for unit in ("B", "kB", "MB", "GB"):
         if value < 1000 or unit == "GB":

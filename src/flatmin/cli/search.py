@@ -1,4 +1,4 @@
-"""`flatmin search`: search settings of the arms of a study on validation, at equal cost."""
+"""`flatmin search`: search settings for the arms of a study on validation, at equal cost."""
 
 from __future__ import annotations
 
@@ -27,25 +27,26 @@ def search(
         list[str],
         typer.Argument(
             metavar="KEY=LOW..HIGH",
-            help="Ranges to search: lr=.01..1 rho=.01..1 weight_decay=1e-5..1e-2, or choices: batch_size=64,128. "
-            "KEY=VALUE sets it for all runs; seed=0,1 are the seeds of each trial (one by default).",
+            help="Settings to search: ranges such as lr=.01..1 rho=.01..1 weight_decay=1e-5..1e-2, or lists such as "
+            "batch_size=64,128. KEY=VALUE fixes a setting for all runs. seed=0,1 sets the seeds of each trial "
+            "(default: seed=0).",
             autocompletion=complete.words("train"),
         ),
     ],
     budget: Annotated[
         float,
-        typer.Option(metavar="N", min=1, help="Gradient evaluations per arm, in epochs of plain training; at least 1."),
+        typer.Option(metavar="N", min=1, help="Gradient evaluations for each arm, in epochs of the base optimizer."),
     ],
     demo: Demo = False,
     out: Out = HOME,
     download: Download = False,
     workers: Workers = None,
 ) -> None:
-    """Search for settings of every arm of a study, each arm with the same number of gradient evaluations.
+    """Search the best settings for every arm of a study, with the same number of gradient evaluations for each arm.
 
-    A method with two evaluations per update gets half as many trials. The runs are stored: the same command reuses
-    them, and one with a larger budget continues the search. The command writes a study with the best settings and new
-    seeds.
+    A method with two gradient evaluations per update gets half as many trials. The runs are stored: the same command
+    reuses them, and with a larger budget it continues the search. At the end it writes a study with the best settings
+    and new seeds. Needs the extra "search" (Optuna).
 
     Examples:
         flatmin search bisam-noise noise=0.25 rho=.02..1 --budget 300 --demo
@@ -75,8 +76,8 @@ def search(
                 download=download,
             )
     except KeyboardInterrupt as interrupt:
-        # Said here, because typer ends the process on Ctrl-C without a word.
-        typer.echo(str(interrupt) or "Interrupted; the same command continues from the finished runs.", err=True)
+        # Printed here, because typer ends the process on Ctrl-C without a message.
+        typer.echo(str(interrupt) or "Interrupted; run the same command to continue.", err=True)
         raise typer.Exit(130) from None
     path = out / "studies" / f"{Path(name).stem}{'-demo' if demo else ''}-found.toml"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -86,7 +87,7 @@ def search(
 
 
 def _show(results: Sequence[SearchResult], console: Console) -> None:
-    rows = [["arm", "trials", "epochs' worth", "val %", "settings"]]
+    rows = [["arm", "trials", "epochs spent", "val %", "best settings"]]
     for one in results:
         best = one.best
         settings = "" if best is None else " ".join(f"{key}={value}" for key, value in best.settings.items())

@@ -1,4 +1,4 @@
-"""`flatmin settings`: every KEY=VALUE setting with its default and what it does."""
+"""`flatmin settings`: list the KEY=VALUE settings with their defaults and what they do."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from flatmin.words import suggest
 
 Section = tuple[str, list[tuple[str, Key]]]
 _RUNS = ("train", "logging")
-_DEFAULT = 10  # columns of a default; longer ones stand behind the help
+_DEFAULT = 10  # columns for the default; longer defaults are printed after the help
 
 
 def settings(
@@ -26,19 +26,22 @@ def settings(
         str | None,
         typer.Argument(
             metavar="WORD",
-            help="A method or composition, a network, measure, study, ray, slurm, or a word to search for.",
+            help="A method or composition, a network, one of train, measure, study, ray and slurm, or a word to search "
+            "for.",
             autocompletion=complete.anything,
         ),
     ] = None,
 ) -> None:
-    """List the KEY=VALUE settings: defaults, values, and what they do.
+    """List the KEY=VALUE settings with their defaults and what they do.
 
-    Without WORD: the settings of flatmin train. The default of a setting is what holds if the preset says nothing.
+    Without WORD it lists the settings of `flatmin train`. A default is used if neither the command line nor the preset
+    sets a value.
 
     Examples:
-        flatmin settings rho          every setting about rho
-        flatmin settings vasso+asam   the parameters of this method
-        flatmin settings resnet18     the keywords of this network
+        flatmin settings              all settings of flatmin train
+        flatmin settings rho          all settings about rho
+        flatmin settings vasso+asam   the parameters of a method
+        flatmin settings resnet18     the keyword arguments of a network
     """
     book = catalogue()
     sections = _of_runs(book) if word is None else find(word, book)
@@ -46,16 +49,16 @@ def settings(
     typer.echo("\n\n".join(_text(section, max(width, LEAST_WIDTH)) for section in sections))
     if word is None:
         typer.echo(
-            "\nflatmin settings WORD: the settings of a method, a network, measure, study, ray\n"
-            "or slurm, or those about a word. Lists have commas: betas=0.9,0.99."
+            "\nflatmin settings WORD lists the settings of a method, a network, measure, study,\n"
+            "ray or slurm, or those about a word. Separate lists by commas: betas=0.9,0.99."
         )
 
 
 def find(word: str, book: Catalogue) -> list[Section]:
-    """What a word stands for: a place, a method, a network; else the settings that have it in their name or help.
+    """The settings of a command, a method or a network; else the settings that have the word in their name or help.
 
     Raises:
-        ValueError: nothing does.
+        ValueError: there are no such settings.
     """
     asked = word.strip().lower()
     if asked == "train":
@@ -85,7 +88,7 @@ def _everything(book: Catalogue) -> list[Section]:
 
 
 def _of_runs(book: Catalogue) -> list[Section]:
-    """The settings of `flatmin train`, by their headings."""
+    """The settings of `flatmin train`, by heading."""
     groups: dict[str, list[tuple[str, Key]]] = {}
     for key in (key for place in _RUNS for key in book.settings[place].keys):
         groups.setdefault(key.group, []).append((key.name, key))
@@ -101,12 +104,12 @@ def _title(entry: Entry) -> str:
 
 
 def _own(name: str, entry: Entry, what: str, prefix: str = "") -> Section:
-    none = "" if entry.keys else f" It has no {what} beside the usual settings."
+    none = "" if entry.keys else f" It has no {what} of its own."
     return f"{name}: {entry.summary}{none}", [(f"{prefix}{key.name}", key) for key in entry.keys]
 
 
 def _shared(entries: Mapping[str, Entry], prefix: str) -> list[tuple[str, Key]]:
-    """Each parameter once, with the names that have it in front of its help."""
+    """Each parameter once; its help begins with the names that have it."""
     owners: dict[Key, list[str]] = {}
     for name, entry in entries.items():
         for key in entry.keys:
@@ -138,7 +141,7 @@ def _text(section: Section, width: int) -> str:
 
 
 def _help(key: Key) -> str:
-    """The help, with the choices and a long default where it does not name them."""
+    """The help text, with the choices if it does not name them, and with a long default."""
     text = key.help.replace("`", "")
     values = short(key)
     if values != key.kind and not all(re.search(rf"\b{re.escape(one)}\b", text) for one in key.choices):

@@ -1,4 +1,4 @@
-"""`flatmin show`: show runs in the terminal and as a page."""
+"""`flatmin show`: summarise runs in the terminal and on an HTML page."""
 
 from __future__ import annotations
 
@@ -18,18 +18,21 @@ def show(
     page: Page = True,
     out: Annotated[
         Path | None,
-        typer.Option(help="File of the page (default: RUN/show.html; flatmin-runs/show.html for several runs)."),
+        typer.Option(
+            metavar="FILE",
+            help="HTML file of the page (default: RUN/show.html; for several runs, flatmin-runs/show.html).",
+        ),
     ] = None,
     figures: Figures = "",
     open_page: OpenPage = False,
 ) -> None:
-    """Summarise runs: numbers, curves, and differences of their settings.
+    """Summarise runs: results, learning curves, and the settings in which they differ.
 
-    Unfinished runs are shown as far as they have come.
+    Unfinished runs are shown with the epochs that they have done.
 
     Examples:
-        flatmin show RUN
-        flatmin show RUN RUN2 --out both.html --open
+        flatmin show first
+        flatmin show first second --out both.html --open
     """
     from flatmin.report.figures.files import endings, save_all
     from flatmin.report.html import require_figures, write
@@ -43,7 +46,7 @@ def show(
         require_figures()
     kinds = endings(figures) if figures else ()
     if out is not None and out.suffix != ".html":
-        raise ValueError(f"--out names the page, a file that ends in .html; got {str(out)!r}.")
+        raise ValueError(f"--out must be a file that ends in .html; got {str(out)!r}.")
     histories = read_all(run_folder(word) for word in runs)
     console = make_console()
     print_runs(histories, console)

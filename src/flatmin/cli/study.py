@@ -1,4 +1,4 @@
-"""`flatmin study`: many runs from a preset, and their table beside the published numbers."""
+"""`flatmin study`: do many runs from a preset, and tabulate them beside the published numbers."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from flatmin.study.spec import StudySpec
     from flatmin.study.tabulate import StudyTable
 
-# Named so that the table itself is the first of the CSV files.
+# Sorted by name, the table itself is the first CSV file.
 FILES = {".md": "markdown", ".csv": "comma_separated", ".seeds.csv": "per_seed", ".tex": "latex"}
-MAX_WORKERS = 8  # each one loads torch; more rarely pays
+MAX_WORKERS = 8  # each process loads torch, so more are rarely faster
 
 
 def study(
@@ -36,27 +36,35 @@ def study(
         list[str] | None,
         typer.Argument(
             metavar="KEY=VALUE",
-            help="Settings of all runs; a list makes an axis: rho=.1,.2 model=resnet20 seed=0..4.",
+            help="Settings of all runs, such as model=resnet20. A list such as rho=.1,.2 or seed=0..4 does the runs "
+            "with each value.",
             autocompletion=complete.words("train"),
         ),
     ] = None,
     demo: Demo = False,
     baselines: Annotated[
-        bool, typer.Option("--baselines", help="Add plain training with more regularisation, and at SAM's cost.")
+        bool,
+        typer.Option(
+            "--baselines", help="Add arms with the base optimizer: with more regularisation, and at SAM's cost."
+        ),
     ] = False,
     tune: Annotated[
-        bool, typer.Option("--tune", help="Choose the axes, or what the study names for it, on validation.")
+        bool,
+        typer.Option(
+            "--tune", help="Choose the values of lists, or the settings that the study names, on validation first."
+        ),
     ] = False,
     choose: Annotated[
-        str | None, typer.Option(metavar="KEY,...", help="Axes whose value is chosen on validation, e.g. rho,lr.")
+        str | None,
+        typer.Option(metavar="KEY,...", help="Settings given as lists to choose on validation, such as rho,lr."),
     ] = None,
     retry: Annotated[
         bool,
-        typer.Option("--retry", help="Repeat failed runs and incomplete reports."),
+        typer.Option("--retry", help="Repeat failed runs and incomplete measurements."),
     ] = False,
     archive: Archive = None,
     train: Annotated[
-        bool, typer.Option("--train/--no-train", help="--no-train: sum up the runs that are finished.")
+        bool, typer.Option("--train/--no-train", help="Train missing runs, or only tabulate the finished runs.")
     ] = True,
     dry_run: DryRun = False,
     out: Out = HOME,
@@ -65,7 +73,7 @@ def study(
     executor: Annotated[
         str,
         typer.Option(
-            help="local (processes on this machine), ray or slurm; see --on.",
+            help="Where runs are executed: local (processes on this machine), ray or slurm.",
             autocompletion=complete.one_of("local", "ray", "slurm"),
         ),
     ] = "local",
@@ -73,7 +81,7 @@ def study(
         list[str] | None,
         typer.Option(
             metavar="KEY=VALUE",
-            help="A setting of the executor, see flatmin settings slurm. Repeatable.",
+            help="Setting of the executor; see `flatmin settings ray` and `flatmin settings slurm`. Repeatable.",
             autocompletion=complete.words("executor"),
         ),
     ] = None,
@@ -82,19 +90,20 @@ def study(
     table_name: Annotated[
         str | None,
         typer.Option(
-            "--table", metavar="NAME", help="Name of the files in OUT/studies (default: the name of the study)."
+            "--table", metavar="NAME", help="Name of the tables in OUT/studies (default: the name of the study)."
         ),
     ] = None,
     open_report: OpenPage = False,
 ) -> None:
-    """Reproduce a paper's table: train every arm at every grid point with every seed, and write the table.
+    """Run a study, such as a paper's table: train every arm with every setting and seed, and write the table.
 
-    All studies in a folder share its finished runs, so a study can be extended at any time by more seeds or values.
-    After Ctrl-C or a crash the same command continues; interrupted runs resume from their last checkpoint.
+    All studies with the same output folder share its finished runs, so you can add seeds or values at any time. After
+    Ctrl-C or a crash, the same command continues; interrupted runs resume from their last checkpoint.
 
     Examples:
         flatmin study list
-        flatmin study vasso-noise --demo
+        flatmin study vasso-noise --demo --dry-run
+        flatmin study digits seed=0..4 --out my-runs
     """
     from flatmin.study.baselines import with_baselines
     from flatmin.study.executors import executor_settings
@@ -152,28 +161,28 @@ def perform(
     executor: str = "local",
     settings: Mapping[str, Any] | None = None,
 ) -> None:
-    """Do a study, show its table and write its files; `flatmin compare` uses it too.
+    """Run a study, print its table and write its files; `flatmin compare` uses this too.
 
     Args:
         spec: the study.
         out: folder of the runs; the tables go to OUT/studies.
-        workers: concurrent runs; None: one per core.
-        table_name: of the files.
-        page: where the HTML page goes; None: nowhere.
-        open_page: open it in a browser.
-        dry_run: print the plan only.
-        train: False: sum up what is finished.
-        retry: repeat failed runs and incomplete reports.
-        archive: of finished runs.
-        download: get data that are missing.
-        figures: endings of the files that the figures are written to; "" for none.
-        weights: whether runs keep their trained weights.
-        executor: where runs are executed.
-        settings: of the executor.
+        workers: number of concurrent runs; None: one per core.
+        table_name: name of the table files.
+        page: file of the HTML page; None: no page.
+        open_page: open the page in a browser.
+        dry_run: only print the plan.
+        train: train missing runs; False: only tabulate the finished ones.
+        retry: repeat failed runs and incomplete measurements.
+        archive: archive with finished runs.
+        download: download missing data.
+        figures: endings of the figure files, such as "svg,pdf"; "": no figures.
+        weights: whether runs save their trained weights.
+        executor: where runs are executed: "local", "ray" or "slurm".
+        settings: settings of the executor.
 
     Raises:
-        ValueError: options that contradict each other, and what the plan raises.
-        typer.Exit: Ctrl-C.
+        ValueError: options contradict each other, or the plan cannot be made.
+        typer.Exit: interrupted by Ctrl-C.
     """
     from flatmin.cli.training import Training
     from flatmin.report.figures.files import endings
@@ -191,11 +200,11 @@ def perform(
     asked = any((settings or {}).get(key) for key in ("gpus", "gpus_per_node"))
     if asked and any(grid_point.config.device == "cpu" for grid_point in grid_points(spec)):
         raise ValueError(
-            "the runs use the CPU and need no GPU: set device=cuda (device=auto depends on this machine), or leave out "
-            "the GPUs."
+            "GPUs are requested, but the runs use the CPU: set device=cuda (device=auto depends on this machine), or "
+            "leave out the GPUs."
         )
     if retry and not train:
-        raise ValueError("--retry does runs again, and --no-train does none; leave out one of them.")
+        raise ValueError("--retry repeats runs, but --no-train does none; leave out one of them.")
     spec = without_unfit(spec)
     with Training(console) as display:
         todo = plan(
@@ -213,7 +222,10 @@ def perform(
         _describe(todo, workers, console)
         return
     if not train and not todo.finished:
-        raise ValueError(f"no run of study {spec.name} is finished in {archive or out}, so there is nothing to sum up.")
+        raise ValueError(
+            f"no run of the study {spec.name} is finished in {archive or out}, so there is nothing to tabulate; leave "
+            "out --no-train."
+        )
     table = _run(todo, workers, executor, settings or {}, console) if train else _finished(todo, console)
     files = _write(table, out / "studies", table_name)
     if page is not None:
@@ -239,12 +251,12 @@ def _run(todo: StudyPlan, workers: int, executor: str, settings: Mapping[str, An
             return run(todo, workers=workers, on_event=progress, executor=executor, settings=settings)
     except KeyboardInterrupt as interrupt:
         # Printed here, because typer ends the process on Ctrl-C without a message.
-        typer.echo(str(interrupt) or "Interrupted; the same command continues from the finished runs.", err=True)
+        typer.echo(str(interrupt) or "Interrupted; run the same command to continue.", err=True)
         raise typer.Exit(130) from None
 
 
 def _finished(todo: StudyPlan, console: Console) -> StudyTable:
-    """The table of the runs that are finished, and how many are not."""
+    """The table of the finished runs; prints the warnings of the plan."""
     from flatmin.study.tabulate import tabulate
 
     for text in todo.warnings:
@@ -253,17 +265,17 @@ def _finished(todo: StudyPlan, console: Console) -> StudyTable:
 
 
 def default_workers() -> int:
-    """One per core that this process may use, at most `MAX_WORKERS`."""
+    """One process per core that this process may use, at most `MAX_WORKERS`."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(usable, MAX_WORKERS)
 
 
 def _list(console: Console) -> None:
-    """Print every study of the package and what it reproduces."""
+    """Print the studies of the package, with their numbers of runs and their titles."""
     from flatmin.study.reading import read_study
     from flatmin.train.settings import preset_names, read_preset
 
-    rows = [["study", "runs", "demo", "what it reproduces"]]
+    rows = [["study", "runs", "demo runs", "title"]]
     for name in preset_names("study"):
         spec = read_study(name)
         scaled_down = _runs(read_study(name, demo=True)) if "demo" in read_preset(name, "study") else 0
@@ -278,7 +290,7 @@ def _runs(spec: StudySpec) -> int:
 
 
 def _describe(todo: StudyPlan, workers: int, console: Console) -> None:
-    """Print the runs of a study, which are finished, and the cost of the others."""
+    """Print the runs of a study, their state, and the cost of those that are to do."""
     from flatmin.study.costs import Sizes
     from flatmin.study.trial import check_runs
 
@@ -298,7 +310,7 @@ def _describe(todo: StudyPlan, workers: int, console: Console) -> None:
             state = "to do" if run.name in missing else "to measure" if run.name in unmeasured else "finished"
             name, label = run.name, part.grid_points[i].label
             if run.name in waiting:
-                name, label, state = f"{run.stem}-...", part.grid_points[i].arm, "after the choice"
+                name, label, state = f"{run.stem}-...", part.grid_points[i].arm, "after tuning"
             rows.append([name, label, str(seed), str(run.config.epochs), f"{cost:,.0f}", state])
     print_table(rows, console)
     text = f"\n{len(seen)} run{'s' * (len(seen) != 1)}, {len(missing | waiting)} to do: "
@@ -306,14 +318,14 @@ def _describe(todo: StudyPlan, workers: int, console: Console) -> None:
     if nets := sum(run.view is not None for run in (*todo.open, *todo.waiting)):
         text += f", and {nets} network{'s' if nets > 1 else ''} to measure"
     console.print(text + _duration(todo, workers, sizes), markup=False, soft_wrap=True)
-    # The plan of a study whose data are not here yet can be looked at all the same.
+    # The plan is printed even if the data are not on this machine yet.
     notes = check_runs([run.config for run in (*todo.missing, *todo.waiting)], todo.contents, here=False, sizes=sizes)
     for note in (*todo.warnings, *notes, *todo.spec.notes):
         console.print(note, markup=False, soft_wrap=True)
 
 
 def _duration(todo: StudyPlan, workers: int, sizes: Sizes) -> str:
-    """The estimated time as text; or why it cannot be estimated on this machine."""
+    """The estimated time as text, or why it cannot be estimated on this machine."""
     from flatmin.study.costs import guess_seconds
     from flatmin.words import duration, explained
 
@@ -325,13 +337,13 @@ def _duration(todo: StudyPlan, workers: int, sizes: Sizes) -> str:
     except Exception as error:
         if not explained(error):
             raise
-        return f"; their time cannot be estimated: {error}"
+        return f"; the time cannot be estimated: {error}"
     processes = f"{workers} processes" if workers > 1 else "1 process"
     return f", {duration(seconds)} of training in {processes} here, estimated from one gradient of each network."
 
 
 def show_table(table: StudyTable, console: Console) -> None:
-    """Print the table, what follows from it, and how to read it."""
+    """Print the table, its conclusions, and notes on how to read it."""
     from flatmin.report.terminal import print_table
     from flatmin.study.conclusions import verdicts
     from flatmin.study.tables import body, header, remarks, troubles
@@ -340,7 +352,7 @@ def show_table(table: StudyTable, console: Console) -> None:
     print_text(table.spec.title, console, style="bold")
     console.print()
     names = header(table)
-    # What the p values at equal cost say is among the sentences below.
+    # The sentences below report the p values at equal cost.
     shown = [i for i, name in enumerate(names) if not (name.startswith("p") and name.endswith("equal grads"))]
     cells = [[row[i] for i in shown] for row in (names, *body(table))]
     print_table(cells, console, styles=["yellow" if row.flags else "" for row in table.rows])

@@ -1,4 +1,4 @@
-"""Runs on the command line: by their folder, or by their name in flatmin-runs/runs."""
+"""Find the run that a command line names: by its folder, or by its name in flatmin-runs/runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def run_folder(word: str) -> Path:
     """The folder of a run: the path itself, or flatmin-runs/runs/NAME for a name.
 
     Raises:
-        ValueError: neither exists.
+        ValueError: there is neither such a folder nor such a name.
     """
     path = Path(word)
     named = HOME / "runs" / path.name
@@ -23,12 +23,11 @@ def run_folder(word: str) -> Path:
         return path
     if path.is_file():
         raise ValueError(
-            f"{word} is a file, but this command takes a run folder; for a file of weights, "
-            f"`flatmin measure {word} --model MODULE:FUNCTION --data MODULE:FUNCTION --what model --split test` gives "
-            "loss and error rate."
+            f"{word} is a file, but this command needs a run folder; for the loss and error rate of a file of weights, "
+            f"use `flatmin measure {word} --model MODULE:FUNCTION --data MODULE:FUNCTION --what model --split test`."
         )
     names = sorted(one.name for one in (HOME / "runs").iterdir()) if (HOME / "runs").is_dir() else []
     raise ValueError(
-        f"there is no run {word!r}, neither a folder nor a name in {HOME / 'runs'}{suggest(word, names)}; "
+        f"there is no run {word!r}: neither a folder nor a name in {HOME / 'runs'}{suggest(word, names)}; "
         "`flatmin runs list` lists the runs."
     )

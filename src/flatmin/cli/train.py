@@ -1,4 +1,4 @@
-"""`flatmin train`: one run, resumable, alone or under torchrun."""
+"""`flatmin train`: train one network, in one process or under torchrun."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def train(
         str,
         typer.Argument(
             metavar="PRESET",
-            help="A preset, a .toml file, or a run folder.",
+            help="Preset with the settings, such as digits; a .toml file; or a run folder, with --resume.",
             autocompletion=complete.presets_and_runs,
         ),
     ],
@@ -40,14 +40,16 @@ def train(
     resume: Resume = False,
     again: Again = False,
     name: Annotated[
-        str | None, typer.Option(help="Name of the run folder (default: derived from the settings).")
+        str | None,
+        typer.Option(metavar="NAME", help="Name of the run folder (default: derived from the settings)."),
     ] = None,
     out: Out = RUNS,
     download: Download = False,
     track: Annotated[
         str | None,
         typer.Option(
-            help="Trackers beside the JSON lines: tensorboard,wandb,mlflow,trackio.",
+            metavar="TRACKERS",
+            help="Also log to these trackers, separated by commas: tensorboard, wandb, mlflow, trackio.",
             autocompletion=complete.several_of("trackers"),
         ),
     ] = None,
@@ -55,10 +57,12 @@ def train(
 ) -> None:
     """Train one network with one method.
 
-    Every epoch and Ctrl-C write a checkpoint. Several processes: torchrun --nproc-per-node N -m flatmin train ...
+    A checkpoint is written after every epoch and on Ctrl-C; --resume continues from it. For several processes, use
+    torchrun --nproc-per-node N -m flatmin train ...
 
     Examples:
-        flatmin train digits method=vasso rho=0.1 epochs=10
+        flatmin train digits --name first
+        flatmin train digits method=vasso rho=0.1 epochs=10 --name second
         flatmin train cifar10-resnet18 --download --dry-run
     """
     settings = [*(overrides or ())] + ([f"trackers={track}"] if track else [])
@@ -76,20 +80,20 @@ def perform(
     download: bool = False,
     dry_run: bool = False,
 ) -> None:
-    """Train one run and show it on the console; other commands use it too.
+    """Train one run and show its progress on the console; other commands use this too.
 
     Args:
         preset: a preset, a .toml file, or a run folder.
-        overrides: such as "epochs=10".
-        out: folder of the runs. Default "flatmin-runs".
+        overrides: settings, such as "epochs=10".
+        out: output folder; the run goes to OUT/runs. Default "flatmin-runs".
         name: name of the run folder. Default: derived from the settings.
         resume: continue from the last good checkpoint. Default False.
-        again: start over where a run exists already. Default False.
+        again: start over if the run already exists. Default False.
         download: download missing data. Default False.
-        dry_run: only check and show the settings. Default False.
+        dry_run: only check and print the settings. Default False.
 
     Raises:
-        ValueError: what `load_run` and the run raise, an invalid name, or a run that exists already.
+        ValueError: the settings or the name are not valid, or the run already exists.
         FileNotFoundError: the data are missing.
         typer.Exit: the run was interrupted or stopped early.
     """
@@ -144,7 +148,7 @@ def perform(
                 )
             except TrainingInterrupted as interrupt:
                 display.stop()
-                # Said here, because typer ends the process on Ctrl-C without a word.
+                # Printed here, because typer ends the process on Ctrl-C without a message.
                 typer.echo(str(interrupt), err=True)
                 raise typer.Exit(130) from None
     if result.failure is not None:
@@ -154,10 +158,10 @@ def perform(
 
 
 def _load(config: RunConfig, download: bool, world: World, display: Training) -> Data:
-    """The data; the first process downloads missing files while the others wait.
+    """Load the data; the first process downloads missing files while the others wait.
 
     Raises:
-        FileNotFoundError: with the options of this command, and what `load_data` raises.
+        FileNotFoundError: files are missing; the message names the options of this command. `load_data` raises others.
     """
     from flatmin.data.named import DATASETS
     from flatmin.train.sources import load_data
@@ -171,20 +175,20 @@ def _load(config: RunConfig, download: bool, world: World, display: Training) ->
     except FileNotFoundError as error:
         downloadable = [name for name, one in DATASETS.items() if one.downloads]
         if config.data in downloadable:
-            error.add_note("With this command: data_dir=FOLDER, --download.")
+            error.add_note("Set data_dir=FOLDER, or add --download.")
         elif config.data in DATASETS:
-            only = f"; --download is for {', '.join(downloadable)} only." if download else "."
-            error.add_note(f"With this command: data_dir=FOLDER{only}")
+            only = f" (--download supports only {', '.join(downloadable)})." if download else "."
+            error.add_note(f"Set data_dir=FOLDER{only}")
         raise
 
 
 def _settings(
     preset: str, overrides: Sequence[str], *, name: str | None, resume: bool
 ) -> tuple[RunConfig, Options, tuple[RunFolder, dict[str, str]] | None]:
-    """Configuration and options of the run; also its folder and labels if the preset is a run folder.
+    """Configuration and options of the run; if the preset is a run folder, also its folder and labels.
 
     Raises:
-        ValueError: a run folder together with settings, and what `load_run` raises.
+        ValueError: settings are given with a run folder, or are not valid.
     """
     from flatmin.train.folder import RunFolder
     from flatmin.train.preset import load_options, load_run
@@ -192,17 +196,17 @@ def _settings(
     if (Path(preset) / "config.json").is_file():
         folder = RunFolder(Path(preset))
         if not resume:
-            raise ValueError(f"{preset} is a run; add --resume to continue it.")
+            raise ValueError(f"{preset} is a run folder; add --resume to continue the run.")
         options, rest = load_options(overrides)
         if rest or name is not None:
             raise ValueError(
-                f"{preset} is a run and its settings are fixed: leave out {rest[0] if rest else '--name'}, or name a "
-                "preset for another run."
+                f"{preset} is a run folder, and the settings of the run are fixed: leave out "
+                f"{rest[0] if rest else '--name'}, or name a preset to start another run."
             )
         config, labels = folder.config()
         return config, options, (folder, labels)
     if Path(preset).is_dir() and len(Path(preset).parts) > 1:
-        raise ValueError(f"{preset} is not a run: there is no config.json in it (runs are in FOLDER/runs).")
+        raise ValueError(f"{preset} is not a run folder: it has no config.json (runs are in FOLDER/runs).")
     config, options = load_run(preset, overrides)
     return config, options, None
 
@@ -210,7 +214,7 @@ def _settings(
 def _new(
     preset: str, config: RunConfig, content: Content | None, *, name: str | None, out: Path
 ) -> tuple[RunFolder, dict[str, str]]:
-    """Folder and labels of a run, derived from its settings."""
+    """Folder and labels of a new run, derived from its settings."""
     from flatmin.train.folder import RunFolder
 
     labels = {"label": name or f"{config.method} {preset}", "key": _key(config, content)}
@@ -218,7 +222,7 @@ def _new(
 
 
 def default_name(preset: str, config: RunConfig, content: Content | None) -> str:
-    """Method, preset, seed, and ten digits of a digest of everything that decides the outcome."""
+    """Method, preset, seed, and ten digits of a digest of all settings that decide the outcome."""
     return f"{_slug(preset, config)}-s{config.seed}-{_key(config, content)[:10]}"
 
 
@@ -227,12 +231,12 @@ def _slug(preset: str, config: RunConfig) -> str:
 
 
 def _key(config: RunConfig, content: Content | None) -> str:
-    """Digest of the settings and the data; data that ship with a package count by their name."""
+    """Digest of the settings and the data; data that are part of an installed package enter by name."""
     from flatmin.methods import former_word
     from flatmin.train.config import identity
     from flatmin.train.settings import content_hash
 
-    # Folders keep the names that runs of earlier versions have.
+    # Earlier names of parameters, so that the folders of existing runs are found.
     params = {former_word(name): value for name, value in config.params.items()}
     return content_hash({**identity(config), "params": params}, *([] if content is None else [content.digest]))
 
@@ -247,7 +251,7 @@ def _prepare(
     resume: bool,
     again: bool,
 ) -> str | None:
-    """Check that no existing run is lost; return a note to show before the run starts or continues, or None.
+    """Make sure that no existing run is overwritten; return a note to print before the run starts, or None.
 
     Raises:
         ValueError: a run exists and neither --resume nor --again was given, or it has other settings or data.
@@ -255,7 +259,7 @@ def _prepare(
     from flatmin.train.state import fixed_length
 
     if resume and again:
-        raise ValueError("--resume continues a run and --again starts it over; give one of them.")
+        raise ValueError("--resume continues a run and --again starts it over; leave out one of them.")
     if again:
         return None
     if not folder.begun:
@@ -263,43 +267,45 @@ def _prepare(
     try:
         done = folder.finished and folder.result().failure is None
     except ValueError as error:
-        raise ValueError(f"{folder.path} holds a run whose result cannot be read: {error}; use --again.") from error
+        raise ValueError(
+            f"the result of the run in {folder.path} cannot be read: {error}; start over with --again."
+        ) from error
     other = _differ(folder, config, content)
-    reached, way_out = _reached(folder), "give this one another --name, or replace the other with --again."
-    # Whether the data are the same up to rounding, the checkpoint tells.
+    reached, way_out = _reached(folder), "use another --name, or replace the existing run with --again."
+    # The checkpoint decides whether the data are the same up to rounding.
     open_ = list(other) == ["epochs"] or (list(other) == ["content"] and reached >= 0 and not done)
     if other and not (resume and open_):
-        what = "finished" if done else "not finished"
-        raise ValueError(f"{folder.path} holds another run, {what}: {', '.join(other.values())}; {way_out}")
+        what = "finished" if done else "unfinished"
+        raise ValueError(f"{folder.path} has another, {what} run: {', '.join(other.values())}; {way_out}")
     if "epochs" in other:
         why = fixed_length(config) or ("it has no checkpoint" if reached < 0 else None)
         if why is not None:
             raise ValueError(
-                f"{folder.path} holds a run in which {other['epochs']}, and it cannot continue to that: {why}; "
+                f"the run in {folder.path} cannot continue with another number of epochs ({other['epochs']}): {why}; "
                 f"{way_out}"
             )
     elif done:
         raise ValueError(
-            f"{folder.path} holds this run, finished; show it with `flatmin show {folder.path}`, or start it over "
-            "with --again."
+            f"the run in {folder.path} is finished; show it with `flatmin show {folder.path}`, or start it over with "
+            "--again."
         )
     if not resume:
         raise ValueError(
-            f"{folder.path} holds this run, unfinished; continue it with --resume, or start over with --again."
+            f"the run in {folder.path} is unfinished; continue it with --resume, or start it over with --again."
         )
     if reached < 0:
-        return f"there is no checkpoint in {folder.path}, so the run starts from the beginning."
+        return f"{folder.path} has no checkpoint, so the run starts from the beginning."
     return None
 
 
 def _before(folder: RunFolder, preset: str, config: RunConfig, content: Content | None, updates: int) -> str:
-    """Prepare to continue a run of fewer epochs, if there is one; otherwise say how the nearest run differs."""
+    """Prepare to continue a run with fewer epochs, if there is one; otherwise say how the most similar run differs."""
     from flatmin.train.folder import RunFolder
     from flatmin.train.state import fixed_length
 
     runs: list[tuple[RunFolder, dict[str, str]]] = []
     for place in sorted(folder.path.parent.glob(f"{glob.escape(_slug(preset, config))}-s*")):
-        with suppress(ValueError):  # it cannot be read, so there is nothing to continue
+        with suppress(ValueError):  # a run that cannot be read cannot be continued either
             there = RunFolder(place)
             runs.append((there, _differ(there, config, content)))
     why = fixed_length(config)
@@ -308,14 +314,15 @@ def _before(folder: RunFolder, preset: str, config: RunConfig, content: Content 
         there, other = max(fewer, key=lambda run: _reached(run[0]))
         folder.take_over(there)
         return f"{folder.path.name} continues {there.path.name}, in which {other['epochs']}."
-    begins = f"there is no run of these settings to continue, so {folder.path.name} starts from the beginning"
+    begins = f"there is no run with these settings to continue, so {folder.path.name} starts from the beginning"
     if not runs:
         return f"{begins}."
     there, other = min(runs, key=lambda run: len(run[1]))
     if not other:
         return (
-            f"{there.path} is a run of these settings by an earlier version, which did not record its data, so "
-            f"{folder.path.name} starts from the beginning; `flatmin train {there.path} --resume` continues the other."
+            f"{there.path} is a run with these settings of an earlier version, which did not record its data, so "
+            f"{folder.path.name} starts from the beginning; to continue the earlier run: "
+            f"`flatmin train {there.path} --resume`."
         )
     if list(other) == ["epochs"]:
         return f"{begins}: in {there.path.name} {other['epochs']}, and {why or 'it has no checkpoint that fits'}."
@@ -323,22 +330,22 @@ def _before(folder: RunFolder, preset: str, config: RunConfig, content: Content 
 
 
 def _reached(folder: RunFolder) -> int:
-    """The update of the last checkpoint; -1 if there is none."""
+    """The number of updates at the last checkpoint; -1 if there is none."""
     from flatmin.train import checkpoint
 
     return max((checkpoint.step_of(path) for path in checkpoint.listed(folder.checkpoints)), default=-1)
 
 
 def _differ(folder: RunFolder, config: RunConfig, content: Content | None) -> dict[str, str]:
-    """How the settings of the existing run differ, by name; "content" stands for other data.
+    """How the settings of the existing run differ, by name; "content" means other data.
 
     Raises:
-        ValueError: it cannot be read.
+        ValueError: the run cannot be read.
     """
     from flatmin.train.config import differences, identity
 
     recorded, labels = folder.config()
     other = differences(identity(recorded), config)
     if content is not None and labels.get("content", content.digest) != content.digest:
-        other["content"] = "the data have other content"
+        other["content"] = "the data differ"
     return other

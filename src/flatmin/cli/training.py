@@ -1,4 +1,4 @@
-"""Progress of a run: a bar on a terminal, and one line per epoch everywhere."""
+"""Progress of a run: one line per epoch, and a bar on a terminal."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from flatmin.cli.console import make_bar
-from flatmin.words import duration
+from flatmin.words import duration, elapsed
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,7 +23,7 @@ class Training:
     """A context manager that shows the events of a run.
 
     Args:
-        console: where to show them. A terminal gets a bar too.
+        console: console to print to. A terminal also shows a bar.
     """
 
     def __init__(self, console: Console) -> None:
@@ -87,7 +87,7 @@ class Training:
         rho = "" if config.rho is None else f", rho {config.rho:g}"
         self._say(
             f"{config.method}{rho}: {config.model} ({event.parameters:,} parameters) on {config.data} "
-            f"({event.samples:,} samples, {event.steps} updates an epoch), {config.precision} on "
+            f"({event.samples:,} samples, {event.steps} updates per epoch), {config.precision} on "
             f"{event.environment['device']}"
         )
         if event.step:
@@ -120,7 +120,7 @@ class Training:
             parts.append(f"test {line.test_acc:.1f} %")
         if line.memorised is not None:
             parts.append(f"memorised {line.memorised:.0f} %")
-        parts.append(f"{line.seconds:.1f} s, {line.images_per_second:,.0f} images/s")
+        parts.append(f"{elapsed(line.seconds)}, {line.images_per_second:,.0f} images/s")
         if line.peak_memory is not None:
             parts.append(f"{line.peak_memory / 2**30:.1f} GiB")
         if line.skipped:
@@ -140,12 +140,12 @@ class Training:
         rule = {
             "val": f"weights of epoch {result.chosen['epoch']}, the best on validation",
             "last": "weights of the last epoch",
-            "max-test": f"the maximum over the test part, at epoch {result.chosen['epoch']}: no honest estimate",
+            "max-test": f"weights of epoch {result.chosen['epoch']}, the best on the test part: an overestimate",
         }[result.chosen["selection"]]
         top5 = "" if result.chosen["test_top5"] is None else f", top-5 {result.chosen['test_top5']:.2f} %"
         self._say(f"Test accuracy {result.chosen['test_acc']:.2f} %{top5} ({rule}).")
         if result.lambda_max is not None:
-            self._say(f"lambda_max {result.lambda_max['value']:.4g} (train part, eval mode).")
+            self._say(f"lambda_max {result.lambda_max['value']:.4g} (training part, eval mode).")
         if result.untrained is not None:
             self._say(f"Note: the network {result.untrained}.")
 
@@ -154,7 +154,7 @@ class Training:
 
 
 def print_settings(config: RunConfig, data: Data, world: World, console: Console) -> None:
-    """The resolved settings, and the size of the run."""
+    """Print the resolved settings and the size of the run."""
     from flatmin.train.settings import canonical
     from flatmin.train.trainer import Trainer
 

@@ -193,5 +193,7 @@ def pillow() -> Any:
     try:
         import PIL.Image
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError('reading image files needs Pillow: pip install "flatmin[vision]".') from error
+        raise ModuleNotFoundError(
+            "reading image files needs Pillow: pip install '.[vision]' in a clone of flatmin."
+        ) from error
     return PIL.Image

@@ -1,4 +1,4 @@
-"""Networks of timm and torchvision by name, such as "timm:resnet50d" or "torchvision:resnet50". Needs flatmin[vision].
+"""Networks of timm and torchvision by name, such as "timm:resnet50d" or "torchvision:resnet50". Needs the extra `vision`.
 
 The packages are imported only when a network is built.
 """
@@ -119,7 +119,8 @@ def _importing(spec: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f'{spec} needs {error.name or "timm and torchvision"}: pip install "flatmin[vision]".', name=error.name
+            f"{spec} needs {error.name or 'timm and torchvision'}: pip install '.[vision]' in a clone of flatmin.",
+            name=error.name,
         ) from error
     except RuntimeError as error:
         # A torchvision compiled for another torch cannot load its operators; the error then names a missing operator.

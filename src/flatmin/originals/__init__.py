@@ -1,1 +1,1 @@
-"""The papers' command lines, translated to settings of `flatmin train`."""
+"""Command lines of research repositories, translated to settings of `flatmin train`."""

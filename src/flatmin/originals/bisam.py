@@ -23,16 +23,16 @@ class BisamFlags:
     """The flags of the script, with its defaults.
 
     Args:
-        optim: "sam", "bisam_log", "bisam_tanh", or "base": no ascent.
-        adaptive: ASAM's geometry.
-        batch_size, epochs, learning_rate, momentum, weight_decay, rho, seed: as our own.
-        depth, width_factor, threads, valid: of no effect.
-        dropout: of the wide networks.
-        label_smoothing: s / (K - 1) on each of the K - 1 other classes.
-        model: a key of the table above. Default "resnet56".
+        optim: "sam", "bisam_log", "bisam_tanh", or "base" (no ascent).
+        adaptive: use ASAM's geometry.
+        batch_size, epochs, learning_rate, momentum, weight_decay, rho, seed: as in flatmin.
+        depth, width_factor, threads, valid: without effect.
+        dropout: dropout of the wide networks.
+        label_smoothing: s, with the target s / (K - 1) for each of the K - 1 other classes.
+        model: network, a key of `_MODELS`. Default "resnet56".
         dataset: "cifar10" or "cifar100".
-        mu, alpha: of BiSAM; the script has mu = 1 for both forms.
-        adam: AdamW in place of SGD.
+        mu, alpha: parameters of BiSAM; the script has mu = 1 for both forms.
+        adam: use AdamW instead of SGD.
     """
 
     optim: str = "bisam_log"
@@ -73,14 +73,14 @@ def _rule(flags: BisamFlags, given: frozenset[str]) -> Translation:
     }
     if flags.adam:
         table["optimizer"] = "adamw"
-        notes += idle(given, momentum="--adam is AdamW, which has betas")
+        notes += idle(given, momentum="--adam uses AdamW, which has betas instead")
     else:
         table["momentum"] = flags.momentum
     if flags.dataset == "cifar100":
         table["statistics"] = "cifar10"
         notes.append(
-            "CIFAR-100 is normalised with the mean and deviation of CIFAR-10, as in the script, which reads them from "
-            "files in ./dataa and stops where there are none."
+            "CIFAR-100 is normalised with the mean and standard deviation of CIFAR-10, as in the script. The script "
+            "reads them from files in ./dataa, and stops if these are missing."
         )
     return Translation(command=to_overrides(preset, table), notes=tuple(notes))
 
@@ -91,35 +91,35 @@ def _method(flags: BisamFlags, given: frozenset[str], table: dict[str, Value]) -
         table["method"] = method
         reason = "there is no ascent"
         return [
-            "--optim base stops the script with an error; here it is the plain base optimizer.",
+            "--optim base stops the script with an error; here it trains with the base optimizer alone.",
             *idle(given, rho=reason, mu=reason, alpha=reason, adaptive=reason),
         ]
     adaptive = {"sam": "asam"}.get(method, f"asam+{method}") if flags.adaptive else method
     table |= {"method": adaptive, "rho": flags.rho}
     if method == "sam":
-        return notes + idle(given, mu="SAM climbs the loss", alpha="SAM climbs the loss")
+        return notes + idle(given, mu="it belongs to BiSAM", alpha="it belongs to BiSAM")
     table["mu"] = flags.mu
     if method == "bisam-log":
         return notes + idle(given, alpha="it belongs to bisam_tanh")
     table["alpha"] = flags.alpha
     if "mu" not in given:
-        notes.append("mu is 1 unless it is given, as in the script; the script's function has 10 of its own.")
+        notes.append("mu is 1 by default, as in the script's flags; the script's function itself has the default 10.")
     return notes
 
 
 def _model(flags: BisamFlags, given: frozenset[str], table: dict[str, Value]) -> list[str]:
     table["model"] = model = choose("model", flags.model, _MODELS)
     if not model.startswith("wrn"):
-        notes = idle(given, dropout="the script has it for the wide networks only")
+        notes = idle(given, dropout="the script uses it for the wide networks only")
         if model == "vgg19-bn":
-            notes.append("The script's VGG has a dropout before each hidden linear layer, ours after it.")
+            notes.append("The script's VGG has dropout before each hidden linear layer; flatmin's has it after.")
         return notes
     table["model.extra_block"] = True
     if flags.dropout:
         table["model.dropout"] = flags.dropout
     return [
-        "model.extra_block=true: the script's wide networks are one block a stage deeper than their name says. Their "
-        "last layer starts at zero, which ours does not."
+        "model.extra_block=true: the script's wide networks have one more block per stage than their name says. Their "
+        "last layer is initialised with zeros; flatmin's is not."
     ]
 
 
@@ -130,9 +130,9 @@ PROJECT = Project(
     flags=BisamFlags,
     rule=_rule,
     inert={
-        "depth": "the script reads it nowhere",
-        "width_factor": "the script reads it nowhere",
-        "valid": "the script reads it nowhere; a validation part is always held out",
-        "threads": "images are augmented in whole batches, without processes that load them",
+        "depth": "the script does not use it",
+        "width_factor": "the script does not use it",
+        "valid": "the script does not use it; a validation part is always held out",
+        "threads": "images are augmented in whole batches, without loader processes",
     },
 )

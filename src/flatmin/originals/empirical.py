@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from flatmin.originals.project import Project, Translation, Value, idle, to_overrides, truth
 from flatmin.originals.reader import choose
 
-# optimizer and radius of the script's two files of settings; the class's own radius is 0.05
+# Optimizer and radius in the script's two settings files; the default radius of the script's SAM class is 0.05.
 _EXPERIMENTS = {"default": ("sgd", 0.05), "default_sam": ("sam", 0.2)}
 _METHODS = {
     "sgd": "sgd",
@@ -19,23 +19,25 @@ _METHODS = {
 _MODELS = {f"resnet{depth}": f"resnet{depth}" for depth in (18, 34, 50, 101, 152)} | {"wrn28_10": "wrn28-10"}
 _FRAMEWORKS = {"tensorboard": "tensorboard", "wandb": "wandb"}
 _SWAPPED = (
-    "--opt_name {name}: in the code this keeps SAM's {kept} and the plain gradient's {other}, the other way round than "
-    "it is called; ours is named for what it keeps: {method}."
+    "--opt_name {name}: contrary to its name, the script's code keeps SAM's {kept} and the plain gradient's {other}; "
+    "in flatmin this is {method}."
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class EmpiricalFlags:
-    """The flags of the script, with its defaults; None takes what the file of settings has.
+    """The flags of the script, with its defaults; None means the value in the settings file.
 
     Args:
-        experiment: "default" (SGD) or "default_sam" (SAM with radius 0.2); the script's own default names no file.
-        rho: radius, or SGDHESS's factor.
+        experiment: settings file: "default" (SGD) or "default_sam" (SAM with radius 0.2); the script's own default does
+            not exist.
+        rho: radius, or the factor of SGDHESS.
         wd: weight decay; 5e-4 in both files.
         model_name: "resnet18", ..., "wrn28_10"; "resnet18" in both files.
-        opt_name: "sgd", "sam", "samdirection", "sammagnitude" or "samhess", which is SGDHESS.
-        adaptive: ASAM's geometry.
-        project_name, framework_name: of the tracker, "tensorboard" or "wandb".
+        opt_name: "sgd", "sam", "samdirection", "sammagnitude" or "samhess" (SGDHESS).
+        adaptive: use ASAM's geometry.
+        project_name: project of the tracker.
+        framework_name: tracker: "tensorboard" or "wandb".
     """
 
     experiment: str = "example"
@@ -50,21 +52,21 @@ class EmpiricalFlags:
 
 def _rule(flags: EmpiricalFlags, given: frozenset[str]) -> Translation:
     if "experiment" not in given:
-        raise ValueError(f"--experiment is needed: expected one of {', '.join(_EXPERIMENTS)}, and there is none.")
+        raise ValueError(f"--experiment is missing; it must be one of {', '.join(_EXPERIMENTS)}.")
     usual, rho = choose("experiment", flags.experiment, _EXPERIMENTS)
     name = flags.opt_name or usual
     method = choose("opt_name", name, _METHODS)
     table: dict[str, Value] = {"method": method}
     notes = truth(given, flags, "adaptive") if method.startswith("sam") else []
     if method == "sgd":
-        notes.append("The script's sgd stops with an error in its first update; here it trains.")
+        notes.append("--opt_name sgd stops the script with an error in its first update; here it trains.")
         notes += idle(given, rho="SGD has no radius", adaptive="SGD has no ascent")
     else:
         table["rho"] = rho if flags.rho is None else flags.rho
     if method == "sgdhess":
         notes.append(
-            "The script's samhess stops with an error, as its loop keeps no graph of the gradient; here it is SGDHESS "
-            "with the curvature of that class, |H z| averaged over kernels."
+            "--opt_name samhess stops the script with an error, because its loop does not keep the graph of the "
+            "gradient; here it is SGDHESS with the curvature of the script's class, |H z| averaged over kernels."
         )
         notes += idle(given, adaptive="SGDHESS has no ascent")
     elif flags.adaptive and method != "sgd":
@@ -80,20 +82,22 @@ def _rule(flags: EmpiricalFlags, given: frozenset[str]) -> Translation:
         "precision": "float32",
     }
     if model == "wrn28-10":
-        notes.append("The script's WRN begins with BatchNorm weights drawn from (0, 1), ours with 1.")
+        notes.append(
+            "The script initialises the BatchNorm weights of its WRN from (0, 1); flatmin initialises them with 1."
+        )
     notes += _tracking(flags, given, table)
-    notes.append("The script augments its validation images; ours are left as they are.")
+    notes.append("The script augments its validation images; flatmin does not.")
     return Translation(command=to_overrides("cifar100-resnet18", table), notes=tuple(notes))
 
 
 def _tracking(flags: EmpiricalFlags, given: frozenset[str], table: dict[str, Value]) -> list[str]:
     if flags.framework_name is None:
-        notes = ["The script writes TensorBoard's files; here they are an option: --set trackers=tensorboard."]
-        return notes + idle(given, project_name="no tracker is given")
+        notes = ["The script writes TensorBoard files; here this is optional: --set trackers=tensorboard."]
+        return notes + idle(given, project_name="there is no tracker")
     table["trackers"] = tracker = choose("framework_name", flags.framework_name, _FRAMEWORKS)
     if flags.project_name is not None:
         table["project"] = flags.project_name
-    return ["The script measures eigenvalues at the end; here: flatmin measure RUN."] if tracker == "wandb" else []
+    return ["The script measures eigenvalues at the end; here, use flatmin measure RUN."] if tracker == "wandb" else []
 
 
 PROJECT = Project(

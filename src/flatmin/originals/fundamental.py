@@ -18,7 +18,7 @@ _PRESETS = {
 
 
 def _stems() -> dict[str, tuple[str, str, str]]:
-    """Name of each file of settings -> data, network, schedule."""
+    """Data, network and schedule of each settings file, by its name."""
     stems = {}
     for data in _PRESETS:
         for model in _MODELS:
@@ -30,7 +30,7 @@ def _stems() -> dict[str, tuple[str, str, str]]:
 
 
 STEMS = _stems()
-# What sets two of the files apart from their neighbours.
+# Settings in which two of the files differ from all others.
 _OWN: dict[str, dict[str, Value]] = {
     "cifar10_resnet18_sam_constant_0001": {"seed": 43},
     "tiny_imagenet_resnet18_sam_constant_01": {"epochs": 90},
@@ -42,7 +42,7 @@ class FundamentalFlags:
     """The script's one flag.
 
     Args:
-        experiment: a key of `STEMS`; the script's own default names no file.
+        experiment: settings file, a key of `STEMS`; the script's own default does not exist.
     """
 
     experiment: str = "example"
@@ -51,13 +51,14 @@ class FundamentalFlags:
 def _rule(flags: FundamentalFlags, given: frozenset[str]) -> Translation:
     if "experiment" not in given:
         raise ValueError(
-            f"--experiment is needed: expected the name of one of the {len(STEMS)} files, such as {next(iter(STEMS))}."
+            f"--experiment is missing; it must be one of the script's {len(STEMS)} settings files, such as "
+            f"{next(iter(STEMS))}."
         )
     if flags.experiment not in STEMS:
         near = suggest(flags.experiment, STEMS)
         raise ValueError(
-            f"--experiment expects DATA_NETWORK_sam_SCHEDULE, one of the script's {len(STEMS)} files without folder "
-            f"and ending, got {flags.experiment!r}{near}"
+            f"--experiment expects one of the script's {len(STEMS)} settings files, DATA_NETWORK_sam_SCHEDULE without "
+            f"folder and ending, got {flags.experiment!r}{near}"
         )
     data, network, schedule = STEMS[flags.experiment]
     table: dict[str, Value] = {"method": "sam", "rho": 0.05, "model": _MODELS[network]}
@@ -82,20 +83,20 @@ def _notes(stem: str) -> list[str]:
     data, _, schedule = STEMS[stem]
     notes = []
     if schedule in ("diminish2", "diminish3"):
-        notes.append("The script's schedule is one epoch late; --set as_coded=false is the paper's formula.")
+        notes.append("The script's schedule is one epoch late; --set as_coded=false uses the paper's formula.")
     for key, value in _OWN.get(stem, {}).items():
-        notes.append(f"This file alone has {key}={value}.")
+        notes.append(f"Only this settings file has {key}={value}.")
     if data == "tiny_imagenet":
         notes.append(
-            "The script chooses the epoch on the official validation part and tests on images without labels; here a "
-            "tenth of the training part chooses, and the official validation part is the test part."
+            "The script selects the epoch on the official validation part and tests on images without labels; here the "
+            "epoch is selected on a tenth of the training part, and the official validation part is the test part."
         )
     else:
         notes.append(
-            "The script augments its validation images; ours are left as they are. It normalises with CIFAR-10's mean "
-            "and deviations of 0.2023, 0.1994 and 0.2010; ours are 0.2470, 0.2435 and 0.2616."
+            "The script augments its validation images; flatmin does not. The script normalises with CIFAR-10's mean "
+            "and standard deviations of 0.2023, 0.1994 and 0.2010; flatmin uses 0.2470, 0.2435 and 0.2616."
         )
-    return [*notes, "The script needs wandb; here it is an option: --set trackers=wandb."]
+    return [*notes, "The script needs wandb; here this is optional: --set trackers=wandb."]
 
 
 PROJECT = Project(

@@ -1,4 +1,4 @@
-"""A research project: its flags, and the rule that translates them to `flatmin train` settings."""
+"""A research project: the flags of its script, and the rule that translates them to `flatmin train` settings."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from flatmin.train.trainer import build_recipe, build_schedule
 
 F = TypeVar("F")
 Value = bool | int | float | str | tuple[int, ...] | tuple[float, ...]
-_ALWAYS = ("method", "rho", *AUTOMATIC)  # always written, also where the preset has the same value
+_ALWAYS = ("method", "rho", *AUTOMATIC)  # always written, even if the preset has the same value
 
 
 @dataclass(frozen=True, kw_only=True)
 class Translation:
-    """A command line of a research repository as arguments of `flatmin train`.
+    """The command line of a research repository as arguments of `flatmin train`.
 
     Args:
         command: a preset, then `key=value` overrides.
-        notes: sentences that say where the run differs from the script's, and which flags have no effect.
+        notes: sentences about differences from the script's run, and about flags without effect.
 
     Example:
         >>> translation = Translation(command=("cifar10-resnet56", "method=sam", "rho=0.05"))
@@ -38,14 +38,14 @@ class Translation:
 
     @property
     def line(self) -> str:
-        """The command line that trains the same."""
+        """The equivalent `flatmin train` command line."""
         return shlex.join(("flatmin", "train", *self.command))
 
     def with_overrides(self, overrides: Sequence[str]) -> Translation:
-        """The translation with more `key=value` overrides, which replace those of the same key.
+        """The translation with additional `key=value` overrides, which replace those with the same key.
 
         Raises:
-            ValueError: an override that is not `key=value`.
+            ValueError: an override is not `key=value`.
         """
         preset, *own = self.command
         table = dict(settings.split_override(word) for word in (*own, *overrides))
@@ -62,11 +62,11 @@ class Project(Generic[F]):
 
     Args:
         name: name for `flatmin original`.
-        script: script of the flags, for errors and lists.
+        script: script that the flags belong to, for error messages and lists.
         paper: source.
-        flags: a frozen dataclass with a field for each flag, whose default is the script's.
+        flags: a frozen dataclass with a field for each flag, with the defaults of the script.
         rule: translates the flags; called with the flags and the names of those that were given.
-        inert: flags without effect, and why.
+        inert: flags without effect, with the reasons.
     """
 
     name: str
@@ -77,25 +77,25 @@ class Project(Generic[F]):
     inert: Mapping[str, str] = field(default_factory=dict)
 
     def translate(self, arguments: Sequence[str]) -> Translation:
-        """A command line of the script, with or without `python` and the script's name before the flags.
+        """Translate a command line of the script; `python` and the script's name before the flags are optional.
 
         Raises:
-            ValueError: an unknown flag, an unexpected argument, a missing value, a value of another type or out of
-                range, or a flag that `flatmin train` does not support.
+            ValueError: a flag is unknown or not supported, an argument is unexpected, or a value is missing, has
+                another type, or is out of range.
         """
         rest, variables = strip_script(arguments)
         flags, given = read_flags(self.flags, rest, script=self.script)
         translation = self.rule(flags, given)
         check(translation.command)
-        outside = [f"{word} is ignored; set it before flatmin." for word in variables]
+        outside = [f"{word} is ignored; put it before the word flatmin." for word in variables]
         return dataclasses.replace(translation, notes=(*translation.notes, *idle(given, **self.inert), *outside))
 
 
 def check(command: Sequence[str]) -> RunConfig:
-    """The configuration of a preset and its overrides.
+    """The configuration of a preset with overrides.
 
     Raises:
-        ValueError: a run cannot have it.
+        ValueError: the configuration is not valid.
     """
     config, _ = load_run(command[0], command[1:])
     build_recipe(config)
@@ -104,9 +104,9 @@ def check(command: Sequence[str]) -> RunConfig:
 
 
 def to_overrides(preset: str, table: Mapping[str, Value]) -> tuple[str, ...]:
-    """A preset and the settings in which the run differs from it.
+    """A preset, and the settings in which the run differs from it.
 
-    The method, the radius, and settings that otherwise depend on the machine are always included.
+    The method, the radius, and settings whose default depends on the machine are always included.
     """
     kinds, preset_table = settings.field_types(RunConfig), settings.read_preset(preset, "train")
     usual = {f.name: f.default for f in dataclasses.fields(RunConfig)} | preset_table
@@ -119,7 +119,7 @@ def to_overrides(preset: str, table: Mapping[str, Value]) -> tuple[str, ...]:
 
 
 def idle(given: frozenset[str], **reasons: str) -> list[str]:
-    """A note for each given flag that has no effect: its name, and why.
+    """A note for each given flag without effect: its name and the reason.
 
     Example:
         >>> idle(frozenset({"mu"}), mu="SAM has none", alpha="SAM has none")
@@ -129,6 +129,6 @@ def idle(given: frozenset[str], **reasons: str) -> list[str]:
 
 
 def truth(given: frozenset[str], flags: Any, name: str) -> list[str]:
-    """A note if a flag is given as false that the script reads by `bool(text)`, which is true for any text."""
+    """A note if a flag is given as false; the script reads it with `bool(text)`, which is true for any text."""
     wrong = name in given and not getattr(flags, name)
-    return [f"--{name} is false here, as written; the script reads any text as true."] if wrong else []
+    return [f"--{name} is false here, as given; the script reads any value as true."] if wrong else []

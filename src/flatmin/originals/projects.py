@@ -1,4 +1,4 @@
-"""The table of the papers' command lines: one file each, and one line here."""
+"""The table of research projects; each one has a file of its own, and a line here."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ PROJECTS: dict[str, Project[Any]] = {
 
 
 def find_project(name: str) -> Project[Any]:
-    """The project of a name.
+    """The project with a name.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: the name is unknown.
     """
     if name not in PROJECTS:
         raise ValueError(
-            f"unknown project {name!r}{suggest(name, PROJECTS)} (projects: {', '.join(PROJECTS)}, or list)"
+            f"unknown project {name!r}{suggest(name, PROJECTS)} (projects: {', '.join(PROJECTS)}; list prints them)"
         )
     return PROJECTS[name]

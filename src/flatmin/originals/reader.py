@@ -1,4 +1,4 @@
-"""The reader of the papers' command lines: flags are the fields of a dataclass."""
+"""Read the command lines of research repositories; the flags are the fields of a dataclass."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ V = TypeVar("V")
 
 
 def read_flags(cls: type[F], arguments: Sequence[str], *, script: str) -> tuple[F, frozenset[str]]:
-    """The flags of a command line, as argparse reads them.
+    """Read the flags of a command line, as argparse does.
 
-    `--name value` and `--name=value`; an unambiguous prefix of a name stands for it; the last of several counts. A flag
-    of type bool alone means true, or is followed by true or false; a tuple takes all values up to the next flag.
+    Flags have the form `--name value` or `--name=value`. An unambiguous prefix of a name is enough, and the last one of
+    several counts. A flag of type bool means true, or is followed by true or false; a tuple takes all values up to the
+    next flag.
 
     Args:
-        cls: a frozen dataclass whose fields are the flags, with the script's defaults.
+        cls: a frozen dataclass whose fields are the flags, with the defaults of the script.
         arguments: the words of the line after the script's name.
-        script: whose flags they are, for the errors.
+        script: script that the flags belong to, for error messages.
 
     Returns:
         The flags, and the names of those that were given.
 
     Raises:
-        ValueError: an unknown or ambiguous flag, a word that belongs to none, a value of another type, or none.
+        ValueError: a flag is unknown or ambiguous, a word belongs to no flag, or a value is missing or of another type.
     """
     kinds = settings.field_types(cls)
     rest, values = list(arguments), {}
@@ -37,7 +38,9 @@ def read_flags(cls: type[F], arguments: Sequence[str], *, script: str) -> tuple[
         word = rest.pop(0)
         if not word.startswith("--"):
             guess = (
-                "; settings of flatmin follow --set" if "=" in word else suggest(f"--{word.lstrip('-')}", _flags(kinds))
+                "; put --set before a setting of flatmin"
+                if "=" in word
+                else suggest(f"--{word.lstrip('-')}", _flags(kinds))
             )
             raise ValueError(f"unexpected word {word!r}: expected a flag of {script}{guess}")
         name, equals, text = word.partition("=")
@@ -48,7 +51,7 @@ def read_flags(cls: type[F], arguments: Sequence[str], *, script: str) -> tuple[
 
 
 def strip_script(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """What is left of a pasted line without `VARIABLE=value`, `python` and the script's name, and the variables.
+    """Remove `VARIABLE=value`, `python` and the script's name from a pasted line; returns the rest and the variables.
 
     Raises:
         ValueError: the line starts several processes.
@@ -60,8 +63,8 @@ def strip_script(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
             variables.append(word)
         elif word in ("-m", "torchrun", "accelerate", "deepspeed"):
             raise ValueError(
-                f"{word!r} starts other processes; put torchrun before flatmin: torchrun --nproc-per-node N -m flatmin "
-                "original PROJECT FLAGS."
+                f"{word!r} starts several processes; use torchrun with flatmin instead: torchrun --nproc-per-node N -m "
+                "flatmin original PROJECT FLAGS."
             )
         elif not re.fullmatch(r"(.*/)?python[0-9.]*|-u|.*\.py", word):
             break
@@ -70,10 +73,10 @@ def strip_script(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def choose(flag: str, value: str, choices: Mapping[str, V]) -> V:
-    """The entry of a table of the values that a flag may have.
+    """Look up the value of a flag in a table.
 
     Raises:
-        ValueError: another value.
+        ValueError: the value is not in the table.
     """
     if value not in choices:
         raise ValueError(f"--{flag} expects one of {', '.join(choices)}, got {value!r}{suggest(value, choices)}")
@@ -90,14 +93,14 @@ def _known(word: str, kinds: Mapping[str, Any], script: str) -> str:
     if word.removeprefix("--") in kinds:
         return word.removeprefix("--")
     if not close or word == "--":
-        raise ValueError(f"{word} is no flag of {script}{suggest(word, flags)} (flags: {', '.join(flags)}).")
+        raise ValueError(f"{word} is not a flag of {script}{suggest(word, flags)} (flags: {', '.join(flags)}).")
     if len(close) > 1:
-        raise ValueError(f"{word} may be {' or '.join(f'--{name}' for name in close)}; write the flag in full.")
+        raise ValueError(f"{word} can mean {' or '.join(f'--{name}' for name in close)}; write the flag in full.")
     return close[0]
 
 
 def _values(rest: list[str], kind: Any) -> list[str]:
-    """Take a flag's values off the rest of the line."""
+    """Remove a flag's values from the rest of the line, and return them."""
     several, taken = typing.get_origin(_plain(kind)) is tuple, list[str]()
     while rest and not rest[0].startswith("--") and (several or not taken):
         taken.append(rest.pop(0))
@@ -112,7 +115,7 @@ def _parse(key: str, texts: Sequence[str], kind: Any) -> Any:
         return True
     expected = f"one {settings.describe(item)} or more" if several else settings.articled(settings.describe(item))
     if not texts:
-        raise ValueError(f"--{key} expects {expected}, and there is none after it.")
+        raise ValueError(f"--{key} expects {expected}, but no value follows it.")
     try:
         values = tuple(settings.parse(key, text, item) for text in texts)
     except ValueError:
@@ -121,6 +124,6 @@ def _parse(key: str, texts: Sequence[str], kind: Any) -> Any:
 
 
 def _plain(kind: Any) -> Any:
-    """X for X | None."""
+    """X if the type is X | None, else the type itself."""
     rest = [one for one in typing.get_args(kind) if one is not type(None)]
     return rest[0] if type(None) in typing.get_args(kind) and len(rest) == 1 else kind

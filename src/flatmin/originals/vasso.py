@@ -32,22 +32,23 @@ class VassoFlags:
     """The flags of the script, with its defaults.
 
     Args:
-        opt: "sgd", "adam" or "adamw", with "sam-" or "vasso-" before it.
-        dataset, datadir: a key of the table above, and where it is.
+        opt: "sgd", "adam" or "adamw", alone or after "sam-" or "vasso-".
+        dataset: data set, a key of `_DATA`.
+        datadir: folder of the data.
         model: "resnet18", ..., "wideresnet28x10", "wideresnet34x10", "vgg11_bn", ..., "vgg19_bn".
         rho: radius.
-        theta: share of the new gradient in VaSSO's average.
-        lr, weight_decay, momentum, nesterov, batch_size, epochs, seed: as our own.
-        betas, eps: of AdamW; None: torch's.
-        num_workers: processes that read ImageNet.
-        pin_memory, distributed_val, dist_url, output_dir, output_name: of no effect.
+        theta: weight of the new gradient in VaSSO's average.
+        lr, weight_decay, momentum, nesterov, batch_size, epochs, seed: as in flatmin.
+        betas, eps: parameters of AdamW; None: torch's defaults.
+        num_workers: number of processes that read ImageNet.
+        pin_memory, distributed_val, dist_url, output_dir, output_name: without effect.
         drop_last: leave out the last, smaller batch of an epoch.
-        start_epoch: refused unless 0.
-        warmup_epoch, warmup_init_lr: linear warm-up.
+        start_epoch: must be 0.
+        warmup_epoch, warmup_init_lr: length of the linear warm-up in epochs, and its first learning rate.
         lr_scheduler: "CosineLRscheduler" (with `eta_min`) or "MultiStepLRscheduler" (with `milestone` and `gamma`).
-        log_freq: updates between lines.
-        resume, resume_path: refused: the script's checkpoints are not ours.
-        wandb, wandb_project, wandb_name: of the tracker.
+        log_freq: number of updates between log lines.
+        resume, resume_path: not supported, because flatmin cannot read the script's checkpoints.
+        wandb, wandb_project, wandb_name: log to Weights & Biases, with its project and name.
     """
 
     opt: str = "sgd"
@@ -89,10 +90,12 @@ class VassoFlags:
 
 def _rule(flags: VassoFlags, given: frozenset[str]) -> Translation:
     if flags.resume or "resume_path" in given:
-        raise ValueError("--resume and --resume_path name a checkpoint of the script, which flatmin cannot read.")
+        raise ValueError(
+            "--resume and --resume_path name a checkpoint of the script, which flatmin cannot read; leave them out."
+        )
     if flags.start_epoch:
         raise ValueError(
-            f"--start_epoch expects 0, got {flags.start_epoch}: a schedule that begins later is not offered."
+            f"--start_epoch expects 0, got {flags.start_epoch}: starting a schedule at a later epoch is not supported."
         )
     preset = choose("dataset", flags.dataset, _DATA)
     table: dict[str, Value] = {}
@@ -119,8 +122,8 @@ def _method(flags: VassoFlags, given: frozenset[str], table: dict[str, Value]) -
     if base != "sgd":
         table["optimizer"] = _BASES[base]
         notes.append(
-            f"--opt {flags.opt} stops the script with an error; here it trains with AdamW, the one Adam that the "
-            "script knows (--set optimizer=adam for the other)."
+            f"--opt {flags.opt} stops the script with an error; here it trains with AdamW, the only Adam variant in "
+            "the script (for Adam: --set optimizer=adam)."
         )
     if method == "sgd":
         return notes + idle(given, rho="there is no ascent", theta="there is no ascent")
@@ -136,18 +139,20 @@ def _method(flags: VassoFlags, given: frozenset[str], table: dict[str, Value]) -
 def _data(flags: VassoFlags, given: frozenset[str], table: dict[str, Value]) -> list[str]:
     imagenet = flags.dataset == "ImageNet_base"
     table["model"] = model = choose("model", flags.model, _ON_IMAGENET if imagenet else _MODELS)
-    notes = ["selection=max-test: the script trains on all images and reports its best epoch on the test part."]
+    notes = [
+        "selection=max-test: the script trains on all training images and reports the best epoch on the test part."
+    ]
     if model.startswith("vgg"):
         table["model.hidden"] = 4096
     if imagenet:
         table |= {"workers": flags.num_workers, "label_smoothing": 0.0}
     else:
-        notes += idle(given, num_workers="images are augmented in whole batches, without processes that load them")
+        notes += idle(given, num_workers="images are augmented in whole batches, without loader processes")
         if flags.dataset.endswith("_base"):
             table["cutout"] = 0
     if flags.dataset.startswith("CIFAR100"):
         table["statistics"] = "cifar10"
-        notes.append("CIFAR-100 is normalised with the mean and deviation of CIFAR-10, as in the script.")
+        notes.append("CIFAR-100 is normalised with the mean and standard deviation of CIFAR-10, as in the script.")
     table |= {
         "data_dir": flags.datadir,
         "train_on_val": True,
@@ -164,12 +169,12 @@ def _base(flags: VassoFlags, given: frozenset[str], table: dict[str, Value]) -> 
     table |= {"lr": flags.lr, "weight_decay": flags.weight_decay}
     if "optimizer" not in table:
         table |= {"momentum": flags.momentum, "nesterov": flags.nesterov}
-        return idle(given, betas="SGD has none", eps="SGD has none")
+        return idle(given, betas="SGD does not use it", eps="SGD does not use it")
     if flags.betas is not None:
         table["betas"] = flags.betas
     if flags.eps not in (None, _EPS):
-        raise ValueError(f"--eps expects {_EPS:g}, that of torch's AdamW, which is fixed here; got {flags.eps!r}.")
-    return idle(given, momentum="AdamW has betas", nesterov="AdamW has betas")
+        raise ValueError(f"--eps expects {_EPS:g}, the fixed value of torch's AdamW; got {flags.eps!r}.")
+    return idle(given, momentum="AdamW has betas instead", nesterov="AdamW has betas instead")
 
 
 def _schedule(flags: VassoFlags, given: frozenset[str], table: dict[str, Value]) -> list[str]:
@@ -178,19 +183,27 @@ def _schedule(flags: VassoFlags, given: frozenset[str], table: dict[str, Value])
     table["warmup"] = flags.warmup_epoch if flags.warmup_epoch > 1 else 0
     if flags.warmup_epoch > 1:
         table["warmup_lr"] = flags.warmup_init_lr
-        notes.append("The script's warm-up begins after a first epoch at the full rate; ours begins with the first.")
+        notes.append(
+            "The script's warm-up begins after a first epoch at the full learning rate; flatmin's begins with the "
+            "first epoch."
+        )
     elif flags.warmup_epoch == 1:
-        notes.append("--warmup_epoch 1 is left out: a warm-up of one epoch ends where it begins.")
+        notes.append("--warmup_epoch 1 is left out, because a warm-up of one epoch has no effect.")
     if schedule == "cosine":
         table |= {"schedule": schedule, "lr_min": flags.eta_min}
         notes += idle(given, milestone="it belongs to MultiStepLRscheduler", gamma="it belongs to MultiStepLRscheduler")
-        notes.append("The script gives each epoch but the first the rate of the epoch before it; ours does not.")
+        notes.append(
+            "In the script, every epoch after the first uses the learning rate of the epoch before; flatmin does not "
+            "do this."
+        )
         return notes
     if any(a >= b for a, b in zip((-1, *flags.milestone), flags.milestone, strict=False)):
-        raise ValueError(f"--milestone expects rising epochs from 0, got {' '.join(map(str, flags.milestone))!r}.")
+        raise ValueError(
+            f"--milestone expects epochs from 0 in increasing order, got {' '.join(map(str, flags.milestone))!r}."
+        )
     late = tuple(epoch + 2 for epoch in flags.milestone if epoch + 2 < flags.epochs)
     table |= {"schedule": schedule, "milestones": late, "gamma": flags.gamma} if late else {"schedule": "constant"}
-    notes.append("A rate that drops at milestone m drops two epochs later in the script, and here.")
+    notes.append("In the script, the learning rate drops two epochs after each milestone; flatmin does the same.")
     return notes + idle(given, eta_min="it belongs to CosineLRscheduler")
 
 
@@ -203,9 +216,9 @@ PROJECT = Project(
     inert={
         "pin_memory": "small images stay on the device",
         "distributed_val": "all processes evaluate",
-        "dist_url": "torchrun tells the processes of each other",
-        "output_dir": "runs are kept in the folder of --out",
-        "output_name": "a run is named by its settings",
-        "wandb_name": "a run is named by its settings",
+        "dist_url": "torchrun connects the processes",
+        "output_dir": "runs are stored in the folder of --out",
+        "output_name": "the name of a run is derived from its settings",
+        "wandb_name": "the name of a run is derived from its settings",
     },
 )

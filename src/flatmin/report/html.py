@@ -334,7 +334,8 @@ def require_figures() -> None:
     for name in ("plotly", "jinja2"):
         if importlib.util.find_spec(name) is None:
             raise ModuleNotFoundError(
-                f"the report's figures need {name}, which is not installed; run: pip install 'flatmin[report]'"
+                f"the report's figures need {name}, which is not installed; run: pip install '.[report]' in a clone of "
+                "flatmin"
             )
 
 

@@ -269,7 +269,7 @@ def _optuna() -> Any:
         import optuna
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "a search needs Optuna, which is not installed; run: pip install 'flatmin[search]'"
+            "a search needs Optuna, which is not installed; run: pip install '.[search]' in a clone of flatmin"
         ) from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna

@@ -134,6 +134,6 @@ def _sklearn() -> Any:
         from sklearn import datasets
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            'this data set needs scikit-learn, which is not installed; run: pip install "flatmin[digits]"'
+            "this data set needs scikit-learn, which is not installed; run: pip install '.[digits]' in a clone of flatmin"
         ) from error
     return datasets

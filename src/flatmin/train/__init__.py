@@ -1,1 +1,1 @@
-"""One training run: its configuration, its loop, what it records."""
+"""A training run: configuration, data, training loop, checkpoints, run folder and trackers."""

@@ -1,4 +1,4 @@
-"""Closures of a few batches of a run, for measures of the method's own ascent."""
+"""The optimizer of a run and closures of a few batches, to measure the method's own ascent."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from flatmin.train.saved import SavedRun, load_weights
 from flatmin.train.trainer import Trainer
 
 BATCHES = 5
-"""How many batches are looked at."""
+"""Number of batches that are measured on."""
 FILLED = 20
-"""How many updates with a learning rate of 0 fill a method's memory at the weights of a finished run."""
+"""Number of updates with learning rate 0 that fill the memory of a method at the weights of a finished run."""
 
 Closures = list[Any]
 Ascents = tuple[SAM, Closures, float]
@@ -27,14 +27,14 @@ Ascents = tuple[SAM, Closures, float]
 
 @contextmanager
 def ascents(trainer: Trainer, index: Tensor) -> Iterator[Ascents]:
-    """The optimizer of a run in training, closures of a few batches, and the resolution of their losses.
+    """The optimizer of a run during training, closures of a few batches, and the resolution of their losses.
 
-    What the trainer counts is put back.
+    The trainer's counters are restored afterwards.
 
     Args:
-        trainer: of the run.
-        index: positions of the samples in the training part; as many batches of the run's size as they fill, at most
-            five, and one where they fill none.
+        trainer: trainer of the run.
+        index: positions of samples in the training part. They are split into batches of the run's size, at most five;
+            if they do not fill one, they form a single smaller batch.
     """
     kept = trainer.gradients, trainer._right, trainer._seen, trainer.model.training
     trainer._right, trainer._seen = {}, []
@@ -49,11 +49,11 @@ def ascents(trainer: Trainer, index: Tensor) -> Iterator[Ascents]:
 
 @contextmanager
 def saved_ascents(run: SavedRun, data: Data, index: Tensor) -> Iterator[Ascents]:
-    """The same for a finished run, on the CPU: the method anew at the trained weights, its memory filled there.
+    """The same for a finished run, on the CPU; the memory of the method is filled again at the trained weights.
 
     Args:
         run: the run.
-        data: that it was trained on.
+        data: its training data.
         index: see `ascents`.
     """
     trainer = Trainer(run.here, data=data)
@@ -94,7 +94,7 @@ def _run(trainer: Trainer, key: int, batch: Batch) -> Callable[[], Tensor]:
 
 
 def _endless(trainer: Trainer, count: int) -> Iterator[Batch]:
-    """So many batches, of as many epochs as that takes."""
+    """`count` batches, over as many epochs as needed."""
     done = 0
     while done < count:
         for batch in trainer.batches():

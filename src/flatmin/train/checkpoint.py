@@ -1,4 +1,4 @@
-"""Checkpoints that are complete or absent: written to a temporary file and renamed; read only if their hash agrees."""
+"""Checkpoints: written to a temporary file and then renamed, and read only if their hash matches."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _BLOCK = 1 << 20
 
 
 class _Hashing:
-    """A file for writing that keeps a digest of what was written."""
+    """A file for writing that computes a digest of its content."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self.digest = file, hashlib.sha256()
@@ -35,19 +35,19 @@ class _Hashing:
 
 
 def save(folder: Path, step: int, state: dict[str, Any], *, keep: int = 2) -> Path:
-    """Write a checkpoint and remove the older ones but `keep` - 1.
+    """Write a checkpoint, and remove older ones so that `keep` remain.
 
-    The name holds the number of updates and the first half of the content's SHA-256, so that a file is known to be
-    whole without a second one beside it.
+    The file name contains the number of updates and the beginning of the content's SHA-256, so that a complete file can
+    be recognised without a second file.
 
     Args:
-        folder: made if needed.
-        step: updates done.
+        folder: folder of the checkpoints; created if needed.
+        step: number of updates done.
         state: tensors and plain values.
-        keep: how many stay. Default 2, so that one is left if the newest is damaged.
+        keep: number of checkpoints to keep. Default 2, so that one is left if the newest is damaged.
 
     Raises:
-        OSError: it could not be written; the existing checkpoints stay, and no part of the new one remains.
+        OSError: the checkpoint could not be written; the existing ones stay, and no part of the new one remains.
     """
     temporary = folder / f".step.{uuid.uuid4().hex[:8]}"
     try:
@@ -64,8 +64,8 @@ def save(folder: Path, step: int, state: dict[str, Any], *, keep: int = 2) -> Pa
         if (cause := disk_error(error)) is None:
             raise
         raise OSError(
-            f"the checkpoint of step {step} could not be written to {folder}: {cause.strerror or cause}; make room or "
-            "name another folder, and continue from the last one with --resume."
+            f"the checkpoint of step {step} could not be written to {folder}: {cause.strerror or cause}; free disk "
+            "space, and continue from the previous checkpoint with --resume."
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -76,7 +76,7 @@ def save(folder: Path, step: int, state: dict[str, Any], *, keep: int = 2) -> Pa
 
 
 def listed(folder: Path) -> list[Path]:
-    """All checkpoints, the newest first."""
+    """All checkpoints in a folder, newest first."""
     if not folder.is_dir():
         return []
     named = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_file()]
@@ -89,11 +89,11 @@ def step_of(path: Path) -> int:
 
 
 def newest(folder: Path, warn: Callable[[str], None]) -> dict[str, Any] | None:
-    """The newest checkpoint that is whole, on the CPU; None if there is none.
+    """Read the newest checkpoint that is complete, on the CPU; None if there is none.
 
     Args:
-        folder: where they are.
-        warn: called with a sentence for every damaged checkpoint that is skipped, and if none is whole.
+        folder: folder of the checkpoints.
+        warn: called with a sentence for every damaged checkpoint that is skipped, and if none is complete.
     """
     damaged = listed(folder)
     for path in damaged:
@@ -102,12 +102,12 @@ def newest(folder: Path, warn: Callable[[str], None]) -> dict[str, Any] | None:
         except ValueError as error:
             warn(f"{error} It is skipped.")
     if damaged:
-        warn(f"no checkpoint in {folder} is whole, so the run starts from the beginning.")
+        warn(f"no checkpoint in {folder} is complete, so the run starts from the beginning.")
     return None
 
 
 def rewind(folder: Path, step: int) -> None:
-    """Remove the damaged checkpoints after an update, and the remains of interrupted writes."""
+    """Remove the checkpoints after an update (which are damaged), and temporary files of interrupted writes."""
     if not folder.is_dir():
         return
     for path in listed(folder):
@@ -117,10 +117,10 @@ def rewind(folder: Path, step: int) -> None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """One checkpoint.
+    """Read one checkpoint.
 
     Raises:
-        ValueError: it is cut short or damaged, or of another format.
+        ValueError: the file is truncated, damaged, or has another format.
     """
     named = _NAME.fullmatch(path.name)
     digest = hashlib.sha256()
@@ -133,20 +133,20 @@ def read(path: Path) -> dict[str, Any]:
             state: Any = torch.load(file, map_location="cpu", weights_only=True) if whole else None
     except OSError as error:
         raise ValueError(f"the checkpoint {path} cannot be read: {error.strerror or error}.") from error
-    except Exception as error:  # torch.load raises whatever it stumbles over
-        raise ValueError(f"the checkpoint {path} is something else.") from error
+    except Exception as error:  # torch.load raises errors of any type
+        raise ValueError(f"{path} is not a checkpoint of flatmin.") from error
     if not whole:
-        raise ValueError(f"the checkpoint {path} is cut short or damaged.")
+        raise ValueError(f"the checkpoint {path} is truncated or damaged.")
     if not isinstance(state, dict):
-        raise ValueError(f"the checkpoint {path} is something else.")
+        raise ValueError(f"{path} is not a checkpoint of flatmin.")
     if state.get("format") != FORMAT:
-        raise ValueError(f"the checkpoint {path} is of format {state.get('format')!r}, expected {FORMAT}.")
+        raise ValueError(f"the checkpoint {path} has format {state.get('format')!r}, expected {FORMAT}.")
     return state
 
 
 def clear(folder: Path, *, keep: int = 0) -> None:
-    """Remove all checkpoints but the newest `keep`, and the remains of interrupted writes."""
-    with suppress(FileNotFoundError):  # there is none, or another process clears it too
+    """Remove all checkpoints but the newest `keep`, and temporary files of interrupted writes."""
+    with suppress(FileNotFoundError):  # the folder does not exist, or another process removes it too
         for path in listed(folder)[keep:]:
             path.unlink(missing_ok=True)
         sweep(folder)

@@ -27,96 +27,105 @@ NONFINITE = ("stop", "skip")
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Everything that decides the outcome of one run.
+    """The settings that decide the outcome of one run.
 
     Args:
         The method and its base optimizer
 
-        method: name of the method, or several joined by "+", such as "vasso+asam"; "base" is the base optimizer
-            alone; see `flatmin methods`.
-        rho: radius of the ascent, or the factor that a method has in its place (sgdhess); none: that of the preset's
-            table, or the method's default.
+        method: name of the method, or several names joined by "+", such as "vasso+asam"; "base" trains with the base
+            optimizer alone; `flatmin methods` lists the names.
+        rho: radius of the ascent step; for sgdhess, the factor that takes its place; None: the preset's radius for this
+            method, or the method's default.
         params: parameters of the method's parts by qualified name, such as {"direction.theta": 0.8}.
-        micro_batches: equal parts of a batch, each with an ascent of its own, for methods such as micro-sam; a smaller
-            batch has one part a sample.
-        ascent_sync: with several processes, whether an ascent uses the gradient of all of them or none but its own.
-        freeze_batchnorm: let only the first pass of an update change the running statistics of BatchNorm.
-        optimizer: the base optimizer.
-        lr: learning rate at the start of the schedule.
+        micro_batches: number of equal parts of a batch, each with its own ascent, for methods such as micro-sam; a
+            batch with fewer samples has one part per sample.
+        ascent_sync: with several processes, compute the ascent from the gradient of all processes (all), or in each
+            process from its own gradient (none).
+        freeze_batchnorm: update the running statistics of BatchNorm only in the first forward pass of each update.
+        optimizer: the base optimizer, which makes the update.
+        lr: base learning rate, at the start of the schedule; with a warm-up, at its end.
         momentum: momentum of SGD.
         nesterov: use Nesterov momentum in SGD.
         betas: the two decay rates of Adam and AdamW.
-        weight_decay: weight decay of the base optimizer; no part of a loss that is climbed or measured.
-        clip_norm: clip the gradient that the base optimizer gets to this global norm; none: no clipping.
-        plugins: modules that define further methods.
+        weight_decay: weight decay of the base optimizer; it is not part of the loss of the ascent, nor of any loss that
+            is recorded.
+        clip_norm: largest global l2 norm of the gradient that the base optimizer receives; larger gradients are scaled
+            down to it; None: no clipping.
+        plugins: Python modules that define further methods.
 
         Training
 
-        seed: seed of initialisation, label noise, batch order, augmentation and dropout; two methods with one seed see
-            the same of all five.
-        epochs: length of training and of the schedule.
-        batch_size: samples of one update, over all processes; the last batch of an epoch may be smaller.
-        drop_last: leave out a last batch that is smaller.
-        accumulate: parts in which a batch goes through the network, to save memory; their gradients are added up.
+        seed: seed of the initial weights, label noise, batch order, augmentation and dropout; two methods with the same
+            seed get the same of each.
+        epochs: length of the training and of the learning rate schedule, in epochs.
+        batch_size: samples per update, over all processes; the last batch of an epoch may be smaller.
+        drop_last: leave out the last batch of an epoch if it is smaller than the others.
+        accumulate: number of parts in which each batch passes through the network, to save memory; their gradients are
+            added up.
         schedule: how the learning rate falls; `flatmin.train.schedule` has the formulas.
         schedule_unit: change the learning rate after every epoch or after every step.
-        warmup: epochs of linear warm-up, may be fractional; 0: none.
-        warmup_lr: learning rate at which the warm-up begins.
-        lr_min: learning rate at which cosine and linear end.
-        milestones: epochs at which multistep multiplies the learning rate by gamma.
-        gamma: factor of multistep at each milestone, and of exponential for each epoch.
-        as_coded: run the diminishing schedules as their published code does, not as the paper has them.
-        label_smoothing: share of the target that is taken from the true class.
-        smoothing: spread that share over all classes (uniform, torch's rule) or over the others (BiSAM's rule).
-        ema: decay per update of an exponential average of the weights, which is then evaluated and kept; none: no
-            average.
+        warmup: length of the linear warm-up in epochs, which may be fractional; 0: no warm-up.
+        warmup_lr: learning rate at the start of the warm-up.
+        lr_min: learning rate at the end of the cosine and linear schedules.
+        milestones: epochs at which the multistep schedule multiplies the learning rate by gamma.
+        gamma: factor of the learning rate at each milestone of multistep, and for each epoch of exponential.
+        as_coded: compute the diminishing schedules as their published code does, instead of by the paper's formulas.
+        label_smoothing: share of the target that is taken from the true class, from 0 to below 1.
+        smoothing: spread that share over all classes (uniform, as torch does) or over the other classes (others, as
+            BiSAM does).
+        ema: decay per update of an exponential moving average of the weights; the average is then evaluated and kept;
+            None: no average.
 
         The data
 
-        data: name of a data set, or your own as package.module:function.
-        data_dir: folder of the data sets that are files; not part of the outcome.
+        data: name of a data set, or your own function as package.module:function.
+        data_dir: folder of the data sets that are read from files; it does not affect the outcome.
         split_seed: seed of the split into training and validation part.
-        val_share: share of the official training part for validation, where the data set has no validation part.
+        val_share: share of the official training part that becomes the validation part, if the data set has none of its
+            own; at most 0.9.
         train_on_val: train on the whole official training part and validate on the test part, as VaSSO's protocol does.
-        train_size: use this many samples of the training part, the same share of every class; none: all.
-        noise: share of the training labels that are replaced by wrong ones.
-        noise_kind: replace a label by any other class (symmetric) or by the next class (asymmetric).
-        statistics: normalise with those of this data set; none: with the data's own.
-        crop: pixels by which training images are padded before the random crop; none: what is usual for the data set.
-        flip: mirror training images at random; none: what is usual for the data set.
-        cutout: side of the square that is cut out of training images, 0: no cutout; none: what is usual for the data
-            set.
-        cutout_p: probability of the cutout; none: what is usual for the data set.
-        image_size: side of the images of folders; none: what is usual for the data set.
-        workers: processes that read image files; not part of the outcome.
+        train_size: number of training samples to use, the same share of every class; None: all.
+        noise: share of the training labels that are replaced by wrong ones, from 0 to 1.
+        noise_kind: replace a label by any other class (symmetric), or by the class that it is confused with
+            (asymmetric).
+        statistics: normalise images with the mean and standard deviation of this data set; None: with the data's own.
+        crop: padding of training images before the random crop, in pixels; None: what is usual for the data set.
+        flip: mirror training images at random; None: what is usual for the data set.
+        cutout: side of the square that is cut out of training images, in pixels; 0: no cutout; None: what is usual for
+            the data set.
+        cutout_p: probability of the cutout, from 0 to 1; None: what is usual for the data set.
+        image_size: side of the images that are read from folders, in pixels; None: what is usual for the data set.
+        workers: number of processes that read image files; it does not affect the outcome.
 
         The network
 
-        model: name of a network, "timm:NAME", "torchvision:NAME", or your own as package.module:function.
-        model_params: keywords of the network, such as {"max_pool": True}; as a word: model.max_pool=true.
+        model: name of a network, "timm:NAME", "torchvision:NAME", or your own function as package.module:function.
+        model_params: keyword arguments of the network, such as {"max_pool": True}; on the command line:
+            model.max_pool=true.
 
         The machine
 
-        device: where to train; auto: the GPU if there is one.
+        device: device to train on; auto: the GPU if there is one.
         precision: float32, or autocast to bf16 or fp16 (with a GradScaler); the weights stay in float32. auto: bf16 on
-            a GPU.
-        tf32: compute float32 products and convolutions in TF32, on a GPU that has it. auto: true on a GPU.
-        channels_last: memory format of images and convolutions. auto: true.
-        compile: pass the network through torch.compile.
-        graph: capture the whole update, all passes, as one CUDA graph.
+            a GPU, float32 on the CPU.
+        tf32: compute float32 matrix products and convolutions in TF32, on GPUs that support it. auto: true on a GPU.
+        channels_last: store images and convolution weights in the channels-last memory format. auto: true.
+        compile: compile the network with torch.compile.
+        graph: capture the whole update, with all its passes, in one CUDA graph.
         deterministic: use algorithms that give the same numbers in every run; on a GPU they can be slower.
-        parallel: with several processes, replicate the weights (ddp) or shard them (fsdp, FSDP2).
-        sync_batchnorm: share the statistics of BatchNorm between processes.
+        parallel: with several processes, replicate the weights (ddp) or shard them (fsdp, which is FSDP2).
+        sync_batchnorm: share the batch statistics of BatchNorm between processes.
 
         Evaluation
 
-        selection: which weights are kept and tested: those of the epoch that is best on validation (val), the last
-            ones, or the best on the test part (max-test), which is no honest estimate.
-        test_every: epochs between looks at the test part, for curves; 0: once, at the end.
-        flip_tta: evaluate on the mean of the logits of image and mirrored image.
-        nonfinite: when a loss or gradient is not finite, stop the run, or skip the update and continue.
-        max_skips: how many updates may be skipped before the run stops nevertheless.
-        measure: measure lambda_max at the end.
+        selection: which weights are kept and tested: those of the epoch with the best validation accuracy (val), those
+            of the last epoch (last), or those of the epoch with the best test accuracy (max-test), which overestimates
+            the accuracy on new data.
+        test_every: number of epochs between evaluations on the test part, for curves; 0: only at the end.
+        flip_tta: evaluate on the mean of the logits of each image and its mirror image.
+        nonfinite: what to do if a loss or gradient is not finite: stop the run, or skip the update and continue.
+        max_skips: number of updates that nonfinite=skip may skip before the run stops.
+        measure: measure lambda_max, the largest eigenvalue of the Hessian, at the end of the run.
 
     Raises:
         ValueError: a value out of range, or values that contradict each other.
@@ -212,7 +221,7 @@ class RunConfig:
             raise ValueError("graph=true captures a CUDA graph; it needs device=cuda.")
 
 
-NEUTRAL = ("data_dir", "workers")  # where the data are and who reads them
+NEUTRAL = ("data_dir", "workers")  # fields that do not affect the outcome
 
 
 def identity(config: RunConfig) -> dict[str, Any]:
@@ -221,11 +230,11 @@ def identity(config: RunConfig) -> dict[str, Any]:
 
 
 def differences(recorded: Mapping[str, Any], config: RunConfig) -> dict[str, str]:
-    """What decides the outcome and is another thing in a run that is there: by field, in words.
+    """The settings in which a recorded run differs from this one: a phrase for each field.
 
     Args:
-        recorded: of the other run, as `identity` gives it.
-        config: of this one.
+        recorded: settings of the recorded run, as `identity` returns them.
+        config: configuration of this run.
 
     Example:
         >>> differences({**identity(RunConfig(method="sam")), "lr": 0.2}, RunConfig(method="sam"))
@@ -241,7 +250,7 @@ def differences(recorded: Mapping[str, Any], config: RunConfig) -> dict[str, str
 
 
 def derive_seed(seed: int, purpose: str) -> int:
-    """A seed for one purpose, unrelated to the same seed for another.
+    """Derive a seed for one purpose; seeds for different purposes are unrelated.
 
     Example:
         >>> derive_seed(0, "noise") == derive_seed(0, "noise") != derive_seed(0, "order")

@@ -1,4 +1,4 @@
-"""What is recorded of a model: accuracy, loss, memorised labels, curvature."""
+"""Evaluation of a model: accuracy, loss, memorised labels, curvature."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from flatmin.train.numerics import autocast
 from flatmin.train.processes import ALONE, World
 
 CHUNK = {"cpu": 300, "cuda": 2000}  # samples per forward pass in evaluation
-CURVATURE_CHUNK = 150  # samples per gradient with a graph
-_USUAL = 3 * 64 * 64  # numbers in a sample; of larger ones a pass takes fewer
+CURVATURE_CHUNK = 150  # samples per pass when measuring curvature
+_USUAL = 3 * 64 * 64  # numbers per sample; with larger samples, a pass has fewer of them
 TRAINED_SHARE = 0.95
 TOP = 5
-_TINY = 1e-300  # for the logarithm of what counts nothing
+_TINY = 1e-300  # avoids log(0) in terms whose factor is 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """Of one part of the data: mean cross-entropy in nats, accuracies in percent; top-5 with more classes only."""
+    """Mean cross-entropy in nats, accuracy and top-5 accuracy in percent; top-5 only with more than five classes."""
 
     loss: float
     acc: float
@@ -40,22 +40,24 @@ class Scores:
 def score(
     model: nn.Module, data: Data, split: Split, config: RunConfig, world: World = ALONE, *, size: int | None = None
 ) -> Scores:
-    """The model on un-augmented samples, in eval mode, shared by the processes, all of which must call it.
+    """Evaluate the model on samples without augmentation, in eval mode.
+
+    The processes share the work, and all of them must call this function.
 
     Args:
-        model: not wrapped in DistributedDataParallel.
-        data: that the part belongs to.
-        split: the part.
-        config: precision, memory format, and whether images are seen mirrored too.
+        model: the model, not wrapped in DistributedDataParallel.
+        data: the data set.
+        split: the part of the data set to evaluate on.
+        config: precision, memory format, and whether to average over mirrored images.
         world: the processes.
-        size: samples per forward pass. Default: what is usual for the device.
+        size: samples per forward pass. Default: depends on the device.
     """
     size = size or _fewer(CHUNK[config.device], split.x)
     starts = range(0, len(split), size)
     sums = torch.zeros(3, dtype=torch.float64, device=split.y.device)
     with evaluating(model), torch.no_grad():
         for turn in range(0, len(starts), world.size):
-            # Sharded models need all processes in every forward pass, so one without a share repeats the first.
+            # Sharded models need all processes in every forward pass; a process without samples repeats the first ones.
             mine = turn + world.rank < len(starts)
             start = starts[turn + world.rank] if mine else 0
             x, y = split.x[start : start + size], split.y[start : start + size]
@@ -67,7 +69,7 @@ def score(
 
 
 def logits(model: nn.Module, x: Tensor, config: RunConfig) -> Tensor:
-    """Outputs in float32, averaged over image and mirrored image if so configured."""
+    """Logits in float32; with `flip_tta`, the mean over each image and its mirror image."""
     with autocast(config):
         output: Tensor = model(x).float()
         if config.flip_tta and x.dim() == 4:
@@ -76,14 +78,14 @@ def logits(model: nn.Module, x: Tensor, config: RunConfig) -> Tensor:
 
 
 def _sums(output: Tensor, y: Tensor) -> Tensor:
-    """Sum of the losses, right answers, and targets among the first five."""
+    """Sum of the losses, number of correct answers, and number of targets among the five largest logits."""
     best = output.topk(min(TOP, output.shape[1]), 1).indices == y.unsqueeze(1)
     loss = F.cross_entropy(output.double(), y, reduction="sum")
     return torch.stack([loss, (output.argmax(1) == y).sum().double(), best.sum().double()])
 
 
 def memorised(model: nn.Module, data: Data, config: RunConfig, world: World = ALONE) -> float | None:
-    """Percent of the wrong training labels that the model reproduces; None if there are none."""
+    """Percentage of the wrong training labels that the model predicts; None without wrong labels."""
     wrong = data.wrong
     if not bool(wrong.any()):
         return None
@@ -92,14 +94,14 @@ def memorised(model: nn.Module, data: Data, config: RunConfig, world: World = AL
 
 @dataclass(frozen=True, kw_only=True)
 class Chance:
-    """What a network reaches that knows how frequent the classes are and nothing else.
+    """Chance level: what a constant prediction from the class frequencies reaches.
 
     Args:
-        loss: cross-entropy of the class frequencies as a constant answer: the entropy of the training labels, log K if
-            all classes are equally frequent.
-        acc: percent of right answers of the most frequent class as a constant answer.
-        least: cross-entropy that is left to a network which answers every sample rightly before noise, and has learned
-            the shares of wrong labels and the smoothed targets; 0 without either.
+        loss: cross-entropy of the class frequencies as a constant prediction. This is the entropy of the training
+            labels: log K if all classes are equally frequent.
+        acc: accuracy of always predicting the most frequent class, in percent.
+        least: cross-entropy of a network that predicts every clean label correctly and has learned the share of wrong
+            labels and the smoothed targets; 0 without label noise and label smoothing.
     """
 
     loss: float
@@ -108,23 +110,24 @@ class Chance:
 
     @classmethod
     def of(cls, data: Data, config: RunConfig) -> Chance:
-        """Of a training part with its wrong labels and of the loss that is trained."""
+        """The chance level for a training part with its label noise, and for the training loss."""
         shares = torch.bincount(data.train.y.cpu(), minlength=data.num_classes).double() / len(data.train)
         entropy = -float(torch.special.xlogy(shares, shares).sum())
         wrong, others = float(data.wrong.double().mean()), data.num_classes - 1
-        # Where wrong labels always are of one other class, a network can learn more of them.
+        # With asymmetric noise each class has a single wrong class, which a network can learn.
         among = 1 if config.noise and config.noise_kind == "asymmetric" else max(1, others)
         smooth = config.label_smoothing / max(1, others + (config.smoothing == "uniform"))
-        on = 1 - smooth * others  # the target of the label; `smooth` is that of every other class
+        on = 1 - smooth * others  # target of the label's class; `smooth` is the target of every other class
         least = -(1 - wrong) * math.log(max(on * (1 - wrong) + smooth * wrong, _TINY))
         least -= wrong * math.log(max(on * wrong / among + smooth * (1 - wrong / among), _TINY))
         return cls(loss=entropy, acc=100 * float(shares.max()), least=min(least, entropy))
 
     def beaten(self, scores: Scores) -> bool:
-        """Whether a network has learned: a loss clearly below, or more than half of what chance gets wrong is right.
+        """Whether a network is clearly better than chance, in its loss or in its accuracy.
 
-        Clearly is by more than 5 %, or by more than half of what there is between chance and `least`, if that is less.
-        The second counts because a network that is too sure of itself has a large loss, whatever it has learned.
+        In its loss: below chance by more than 5 %, or by more than half of the distance from chance to `least` if that
+        is less. In its accuracy: it classifies correctly more than half of the samples that chance gets wrong. This
+        second criterion is needed because an overconfident network has a large loss even if it has learned.
         """
         if not math.isfinite(scores.loss):
             return False
@@ -133,10 +136,10 @@ class Chance:
 
 
 def batches(data: Data, split: Split, size: int = CURVATURE_CHUNK) -> Iterator[tuple[Tensor, Tensor]]:
-    """The part in order, in batches ready for the model.
+    """The samples of a part in order, in batches that are ready for the model.
 
     Raises:
-        ValueError: samples in files, and more of them than should be kept in memory.
+        ValueError: the samples are in files, and too many to keep in memory.
     """
     check_held(split.x, len(split))
     size = _fewer(size, split.x)
@@ -145,15 +148,16 @@ def batches(data: Data, split: Split, size: int = CURVATURE_CHUNK) -> Iterator[t
 
 
 def _fewer(size: int, x: Samples) -> int:
-    """As many samples, or as many as have so many numbers."""
+    """`size`, or fewer if the samples are large."""
     return max(1, min(size, size * _USUAL // math.prod(x.shape[1:])))
 
 
 def sharpness(model: nn.Module, data: Data, *, seed: int = 0) -> dict[str, Any]:
-    """lambda_max of the mean cross-entropy of the un-augmented training part, in eval mode, without weight decay.
+    """lambda_max of the mean cross-entropy on the training part, without augmentation or weight decay, in eval mode.
 
     Returns:
-        value, residual (relative), products with the Hessian, converged; see `flatmin.measure.krylov.Spectrum`.
+        value, residual (relative), products (number of Hessian-vector products) and converged; see
+        `flatmin.measure.krylov.Spectrum`.
     """
     problem = Problem(model, F.cross_entropy, list(batches(data, data.train)), split="train")
     run = spectrum(Hessian(problem), seed=seed)

@@ -15,14 +15,14 @@ class Began:
     """Before the first step.
 
     Args:
-        name: of the run; its folder's name, if it has one.
-        config: resolved.
+        name: name of the run: that of its folder, if it has one, else the method.
+        config: resolved configuration.
         environment: versions, device, threads and processes.
-        parameters: numbers that are trained.
-        samples: of the training part.
-        steps: updates of an epoch.
-        gradient_evaluations: gradients of one batch per update, on average.
-        epoch, step: 0, or how many a resumed run has done already.
+        parameters: number of trained parameters.
+        samples: number of training samples.
+        steps: number of updates per epoch.
+        gradient_evaluations: average number of gradient evaluations per update.
+        epoch, step: epochs and updates that a resumed run has already done; else 0.
     """
 
     name: str
@@ -38,11 +38,11 @@ class Began:
 
 @dataclass(frozen=True, kw_only=True)
 class Ticked:
-    """About once a second of training, for displays; on a GPU the device may be some updates behind.
+    """About once per second of training, for progress displays; a GPU may be some updates behind.
 
     Args:
-        step: updates since the beginning.
-        epoch: the current one, from 1.
+        step: number of updates since the start of training.
+        epoch: current epoch, from 1.
     """
 
     step: int
@@ -54,14 +54,14 @@ class Stepped:
     """After every `log_every` updates.
 
     Args:
-        step: updates since the beginning.
-        epoch: the current one, from 1.
-        lr: of the last update.
+        step: number of updates since the start of training.
+        epoch: current epoch, from 1.
+        lr: learning rate of the last update.
         rho: see `Epoch`.
-        loss: mean since the event before, over all processes; see `Epoch.train_loss`.
-        seconds: of training since the event before.
-        images: seen since the event before.
-        diagnostics: of the last update, if the run records them; see `SAM.diagnostics`.
+        loss: mean loss since the previous event, over all processes; see `Epoch.train_loss`.
+        seconds: training time since the previous event, in seconds.
+        images: number of images since the previous event.
+        diagnostics: diagnostics of the last update, if the run records them; see `SAM.diagnostics`.
     """
 
     step: int
@@ -84,7 +84,7 @@ class EpochEnded:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """After an epoch at which the run measures: numbers of `flatmin.measure.report` by name."""
+    """After the measurements of an epoch: numbers of `flatmin.measure.report` by name."""
 
     epoch: int
     step: int
@@ -93,14 +93,14 @@ class Measured:
 
 @dataclass(frozen=True, kw_only=True)
 class Warned:
-    """A warning of one sentence."""
+    """A warning, in one sentence."""
 
     text: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ended:
-    """After everything."""
+    """At the end of the run."""
 
     result: Result
 

@@ -15,35 +15,38 @@ from flatmin.train.config import identity
 from flatmin.train.files import write_atomically
 from flatmin.train.saved import SavedRun, weights_for
 from flatmin.train.settings import canonical
+from flatmin.words import install
 
 ENDINGS = (".pt", ".pth", ".safetensors")
 
 
 def export(run: SavedRun, path: str | os.PathLike[str], *, force: bool = False) -> Path:
-    """Write the chosen weights of a run, after checking that they fit its model.
+    """Write the selected weights of a run to a file, after checking that they fit its model.
 
     Args:
-        run: finished, with weights.
-        path: a file that ends in .pt or .pth (a state dict, as `torch.save` writes it, on the CPU), or in
-            .safetensors (extra "safetensors"), whose metadata say what the run was: "config" and "inputs", as JSON.
+        run: a finished run with weights.
+        path: the file. Its name ends in .pt or .pth (a state dict on the CPU, written by `torch.save`), or in
+            .safetensors (extra "safetensors"), with the run's "config" and "inputs" as JSON in the metadata.
         force: overwrite an existing file.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: another ending, a file that is there, no weights, or such as the format cannot hold.
+        ValueError: the ending is another one, the file exists, or the weights are missing or do not suit the format.
         ModuleNotFoundError: the extra is not installed.
         OSError: the file cannot be written.
     """
     target = Path(path)
     if target.suffix not in ENDINGS:
-        raise ValueError(f"{target} must end in {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}, which says what it is.")
+        raise ValueError(
+            f"{target} must end in {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}; the ending decides the format."
+        )
     safe = target.suffix == ".safetensors"
     if safe:
         _require()
     if target.exists() and not force:
-        raise ValueError(f"{target} exists already; name another file, or overwrite it with --force.")
+        raise ValueError(f"{target} already exists; name another file, or overwrite it with --force.")
     state = weights_for(run.model(), run.weights)
     write = partial(_write, _safe(state, run)) if safe else partial(torch.save, state)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -58,8 +61,8 @@ def _write(content: bytes, file: IO[bytes]) -> None:
 def _require() -> None:
     if importlib.util.find_spec("safetensors") is None:
         raise ModuleNotFoundError(
-            "a .safetensors file needs safetensors, which is not installed; run: pip install 'flatmin[safetensors]', "
-            "or name a .pt file."
+            "a .safetensors file needs safetensors, which is not installed; to install it: "
+            f"{install('safetensors')}; or name a .pt file."
         )
 
 
@@ -69,9 +72,10 @@ def _safe(state: dict[str, Any], run: SavedRun) -> bytes:
     other = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]
     if other:
         raise ValueError(
-            f"{run.name} keeps more than tensors ({', '.join(other)}), which safetensors cannot hold; name a .pt file."
+            f"the state dict of {run.name} has entries that are not tensors ({', '.join(other)}), which safetensors "
+            "cannot store; name a .pt file."
         )
     about = {"config": {**identity(run.config), "label": run.label}, "inputs": canonical(run.inputs())}
     metadata = {"format": "pt", **{name: json.dumps(content) for name, content in about.items()}}
-    # Weights that share their memory are refused there; here each gets its own.
+    # safetensors refuses weights that share memory, so each one is copied.
     return bytes(save({name: value.contiguous().clone() for name, value in state.items()}, metadata=metadata))

@@ -1,4 +1,4 @@
-"""Training batches: order, reading, augmentation and normalisation, on the device that the data are on."""
+"""Training batches: order, reading, augmentation and normalisation, on the device of the data."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from flatmin.data.dataset import Data, Stored, Stream
 from flatmin.train.config import RunConfig, derive_seed
 from flatmin.train.processes import ALONE, World
 
-# On a GPU the launches of augmentation are shared by several batches; a CPU's cache would not hold them.
+# A GPU augments several batches at once, to launch fewer kernels; on a CPU they would not fit into the cache.
 _AHEAD = {"cpu": 1, "cuda": 4096}  # samples
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What one update sees in this process.
+    """The samples of one update in this process.
 
     Args:
-        x: ready for the model.
+        x: inputs of the model.
         y: labels.
-        index: of the samples in the training part, on the CPU.
+        index: positions of the samples in the training part, on the CPU.
     """
 
     x: Tensor
@@ -35,27 +35,27 @@ class Batch:
         return len(self.index)
 
     def split(self, parts: int) -> list[Batch]:
-        """Equal parts; as many as there are samples, if that is fewer."""
+        """Split into equal parts; with fewer samples than parts, one part per sample."""
         parts = min(parts, len(self))
         pieces = zip(*(t.tensor_split(parts) for t in (self.x, self.y, self.index)), strict=True)
         return [Batch(*piece) for piece in pieces]
 
 
 class Feed:
-    """The batches of one epoch after the other, the same for every number of processes.
+    """The batches of every epoch; they do not depend on the number of processes.
 
-    Order and augmentation come from generators of their own, seeded by the run's seed. A batch is augmented once, so
-    that all passes of an update see the same images. In several processes every one draws for the whole batch and
-    takes its share; samples of a last batch that cannot be shared evenly are left out. Samples that are read from files
-    come in the same order and with the same draws, after random views that the run's seed and the epoch decide.
+    Order and augmentation use generators of their own, seeded by the run's seed. A batch is augmented once, so that all
+    passes of an update see the same images. With several processes, each one draws random numbers for the whole batch
+    and uses its share; samples of the last batch that cannot be shared evenly are left out. Samples that are read from
+    files have the same order and the same random numbers; their random views depend on the run's seed and the epoch.
 
     Args:
-        data: on the device of the model.
-        config: batch size, seed and memory format.
+        data: the data, on the device of the model.
+        config: configuration with batch size, seed and memory format.
         world: the processes.
 
     Raises:
-        ValueError: a batch that is larger than the data, or that the processes or parts cannot share.
+        ValueError: the batch is larger than the data, or cannot be divided among the processes or parts.
     """
 
     def __init__(self, data: Data, config: RunConfig, world: World = ALONE) -> None:
@@ -69,17 +69,20 @@ class Feed:
         self._began = self._states()
         if config.batch_size % world.size:
             raise ValueError(
-                f"batch_size={config.batch_size} cannot be shared evenly by {world.size} processes; use a multiple."
+                f"batch_size={config.batch_size} cannot be divided evenly among {world.size} processes; use a multiple "
+                f"of {world.size}."
             )
         if config.batch_size // world.size < config.accumulate:
             raise ValueError(
-                f"accumulate={config.accumulate} parts need as many samples; a batch has "
-                f"{config.batch_size // world.size} in each process."
+                f"accumulate={config.accumulate} is more than the {config.batch_size // world.size} samples of a batch "
+                "in each process; use fewer parts."
             )
         self.steps = steps_of(config, len(data.train), world.size)
 
     def epoch(self, start: int = 0) -> Iterator[Batch]:
-        """The batches of the next epoch from number `start` on; what comes before is drawn and neither read nor made.
+        """The batches of the next epoch, from number `start` on.
+
+        Random numbers are drawn for the earlier batches too, but these are not read or augmented.
 
         Raises:
             ValueError: a file cannot be read.
@@ -91,10 +94,10 @@ class Feed:
         whole, x = batches[: self.steps], self.data.train.x
         yield from self._held(x, whole, start) if isinstance(x, Tensor) else self._read(x, whole, start)
         if not self._drop_last:
-            self._draws(batches[self.steps :])  # too few for the processes; one process would have drawn for them
+            self._draws(batches[self.steps :])  # a batch that only a run with fewer processes would use
 
     def _held(self, samples: Tensor, batches: Sequence[Tensor], start: int) -> Iterator[Batch]:
-        """The batches of samples in memory."""
+        """The batches, for samples in memory."""
         device = self.data.train.y.device
         ahead = max(1, _AHEAD[device.type] // self._size)
         for first in range(0, len(batches), ahead):
@@ -112,7 +115,7 @@ class Feed:
                     yield Batch(*piece)
 
     def _read(self, samples: Stored, batches: Sequence[Tensor], start: int) -> Iterator[Batch]:
-        """The batches of samples in files."""
+        """The batches, for samples in files."""
         if self._stream is None:
             self._check()
             self._stream = samples.stream(self._views)
@@ -126,18 +129,18 @@ class Feed:
             yield Batch(self._inputs(x, self._draws([part])), y[there], index)
 
     def _check(self) -> None:
-        """Look at the files of all parts before the first update; each process looks at its share."""
+        """Check the files of all parts before the first update; each process checks its share."""
         share = slice(self.world.rank, None, self.world.size)
         for part in {id(one.x): one for one in (self.data.train, self.data.val, self.data.test)}.values():
             if not isinstance(part.x, Tensor):
                 part.x.only(share).check()
 
     def state_dict(self, *, inside: bool) -> dict[str, Any]:
-        """Generators and number of the epoch: as when the present epoch began if it is unfinished, else as they are."""
+        """Generators and number of the epoch: as at the start of an unfinished epoch (`inside`), else as they are."""
         return dict(self._began if inside else self._states())
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from there; see `state_dict`."""
+        """Restore the state that `state_dict` returned."""
         self._order.set_state(state["order"])
         self._augment.set_state(state["augment"])
         self._number = state["number"]
@@ -146,7 +149,7 @@ class Feed:
         return {"order": self._order.get_state(), "augment": self._augment.get_state(), "number": self._number}
 
     def _mine(self, batch: Tensor) -> Tensor:
-        """This process's share of what a batch has along its last dimension."""
+        """This process's share of a batch, along the last dimension."""
         share = batch.shape[-1] // self.world.size
         return batch.narrow(-1, self.world.rank * share, share)
 
@@ -164,15 +167,15 @@ class Feed:
 
 
 def _sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """A small tensor of the CPU on the device; pinned first for a GPU, which would wait for pageable memory."""
+    """Copy a small tensor from the CPU to the device; for a GPU it is pinned first, so that the copy does not block."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def steps_of(config: RunConfig, samples: int, processes: int = 1) -> int:
-    """Updates of an epoch.
+    """Number of updates per epoch.
 
     Raises:
-        ValueError: a batch larger than the data.
+        ValueError: the batch is larger than the data.
     """
     if config.batch_size > samples:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Files that are complete or absent, whatever happens while they are written."""
+"""Atomic writing of files: a file is complete or absent, even if the process is killed while writing."""
 
 from __future__ import annotations
 
@@ -14,60 +14,60 @@ from typing import IO, Any
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}")
 
 
-_TELLS = '<>:"/\\|?*'  # what some file system takes for something else than a part of a name
+_TELLS = '<>:"/\\|?*'  # characters that some file system does not allow in names
 _DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{kind}{n}" for kind in ("COM", "LPT") for n in "123456789")}
-_LONGEST = 200  # bytes: file systems allow 255, and endings and marks of unfinished files come on top
+_LONGEST = 200  # bytes; file systems allow 255, and endings and the names of temporary files are added
 
 
 def check_name(name: str, option: str) -> None:
-    """Raise ValueError unless this is a plain file or folder name on every system; paths are not.
+    """Raise ValueError unless the name is a valid file or folder name on every system; paths are not allowed.
 
     Args:
-        name: as it was typed.
-        option: that it was typed for, for the error.
+        name: the name as it was typed.
+        option: the option that it belongs to, for the error message.
 
     Raises:
-        ValueError: an empty or too long name, one with a separator, a control character or one that Windows reserves,
-            "." and "..", a space or dot at an end, or a device of Windows.
+        ValueError: the name is empty, too long, "." or "..", contains a separator, a control character or a character
+            that Windows reserves, begins or ends with a space, ends with a dot, or is the name of a Windows device.
     """
     why = None
     if not name.strip():
         why = "it is empty"
     elif any(one in "/\\" for one in name):
-        why = "it is a path; names have no / and no \\"
+        why = "it is a path; names must not contain / or \\"
     elif bad := next((one for one in name if one in _TELLS or not one.isprintable()), None):
-        why = f"names have no {bad!r}"
+        why = f"names must not contain {bad!r}"
     elif name != name.strip() or name.endswith(".") or name.startswith("-"):
-        why = "names neither begin with a space or a hyphen nor end with a space or a dot"
+        why = "names must not begin with a space or a hyphen, or end with a space or a dot"
     elif name.partition(".")[0].strip().upper() in _DEVICES:
-        why = "Windows keeps this name for a device"
+        why = "Windows reserves this name for a device"
     elif len(name.encode(errors="surrogateescape")) > _LONGEST:
         why = f"it is longer than {_LONGEST} bytes"
     if why is not None:
         shown = name if len(name) <= 60 else f"{name[:57]}..."
-        raise ValueError(f"{option} {shown!r} cannot be the name of a file or folder: {why}.")
+        raise ValueError(f"{option} {shown!r} is not a valid name for a file or folder: {why}.")
 
 
 def write_json(path: Path, content: Any) -> None:
-    """JSON by write, fsync and rename."""
+    """Write JSON atomically."""
     write_atomically(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
 
 
 def write_text(path: Path, text: str) -> None:
-    """Text by write, fsync and rename."""
+    """Write text atomically."""
     write_atomically(path, lambda file: file.write(as_utf8(text)))
 
 
 def as_utf8(text: str) -> bytes:
-    """The text in UTF-8; a byte of a file name that is no text is written out."""
+    """Encode text in UTF-8; a byte of a file name that is not text is written as an escape sequence."""
     return text.encode(errors="backslashreplace")
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """A file by write, fsync and rename: it has the old content or the new one, never a part.
+    """Write a file by write, fsync and rename: it has the old content or the new one, never a part of it.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
@@ -87,14 +87,14 @@ def append(path: Path, line: str) -> None:
     """Append a line to a file.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     with naming(path), path.open("a", encoding="utf-8") as file:
         file.write(line + "\n")
 
 
 def sweep(folder: Path) -> None:
-    """Remove the remains of interrupted writes."""
+    """Remove temporary files of interrupted writes."""
     for path in folder.iterdir():
         if _TEMPORARY.fullmatch(path.name):
             path.unlink(missing_ok=True)
@@ -102,10 +102,10 @@ def sweep(folder: Path) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Add the name of the file to errors of the disk that are raised inside.
+    """Add the name of the file to disk errors that are raised inside the context.
 
     Raises:
-        OSError: in one sentence.
+        OSError: with the name of the file and the cause.
     """
     try:
         yield
@@ -116,13 +116,13 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def disk_error(error: Exception) -> OSError | None:
-    """The error of the disk behind another one: torch's writer turns it into a RuntimeError."""
+    """The disk error that caused another error (torch's writer turns it into a RuntimeError); None if there is none."""
     cause = error if isinstance(error, OSError) else error.__context__
     return cause if isinstance(cause, OSError) else None
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring a rename to the disk, where folders can be synchronised."""
+    """Flush a rename to the disk, on systems that can synchronise folders."""
     if os.name != "posix":
         return
     handle = os.open(folder, os.O_RDONLY)
@@ -133,7 +133,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def reason(error: Exception) -> str:
-    """Why a file could not be read, in few words."""
+    """Why a file could not be read, in a few words."""
     if isinstance(error, json.JSONDecodeError):
         return "truncated or damaged"
     if isinstance(error, KeyError):

@@ -1,4 +1,4 @@
-"""A digest of the code and data that decide a run's outcome, so that changed code does not reuse old results."""
+"""Digests of the code and the data that decide a run's outcome, so that results of changed code are not reused."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _ROWS = 4096
 
 
 def module_sources(module: ModuleType) -> list[Path]:
-    """The file of a user's module; of a module inside a package, all files of that package's folder."""
+    """The file of a user's module; for a module of a package, all files in the folder of the package."""
     file = getattr(module, "__file__", None)
     if file is None:
         return []
@@ -46,7 +46,7 @@ def module_sources(module: ModuleType) -> list[Path]:
 
 
 def user_sources(specs: Iterable[str], recipes: Iterable[Recipe]) -> list[Path]:
-    """The files behind plugins, "module:function" names, and parts that come from outside the package."""
+    """The files of plugins, of "module:function" names, and of parts that are defined outside of flatmin."""
     modules = {spec.partition(":")[0] for spec in specs if external(spec) is None}
     paths = [path for name in sorted(modules) for path in module_sources(find_module(name, option="fingerprint"))]
     for recipe in recipes:
@@ -58,22 +58,22 @@ def user_sources(specs: Iterable[str], recipes: Iterable[Recipe]) -> list[Path]:
 
 
 def external_versions(specs: Iterable[str]) -> list[str]:
-    """Versions of the packages behind models such as "timm:NAME"."""
+    """Versions of the packages of models such as "timm:NAME"."""
     packages = sorted({spec.partition(":")[0] for spec in specs if external(spec) is not None})
     return [f"{name} {_version(name)}" for name in packages]
 
 
 class OtherDataError(ValueError):
-    """The data are not those that a run, or a plan of runs, started with."""
+    """The data have changed since a run, or a plan of runs, started."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Content:
-    """What the data of a run are, wherever they lie.
+    """The content of a run's data, independent of where they are stored.
 
     Args:
-        digest: hex digest of what is read.
-        sums: by which tensors are compared up to rounding: two numbers for each; none for files.
+        digest: hex digest of the data.
+        sums: two sums per tensor, to compare tensors up to rounding; empty for files.
         notes: see `flatmin.data.dataset.Data.notes`.
     """
 
@@ -82,22 +82,22 @@ class Content:
     notes: tuple[str, ...] = dataclasses.field(default=(), compare=False)
 
     def agrees(self, other: Content) -> bool:
-        """Whether both are the same, tensors up to rounding: processors and numbers of threads round differently."""
+        """Whether both are the same; tensors are compared up to rounding, which depends on processor and threads."""
         if self.digest == other.digest or len(self.sums) != len(other.sums):
             return self.digest == other.digest or bool(self.sums) != bool(other.sums)
         pairs = list(zip(self.sums, other.sums, strict=True))
-        # Each second sum is at most four times as large as the first one before it, which has no signs.
+        # The first sum of each pair is of absolute values; the second one is at most four times as large.
         return bool(pairs) and all(abs(a - b) <= _ROUNDING * pairs[k - k % 2][0] for k, (a, b) in enumerate(pairs))
 
 
 def content_of(config: RunConfig, data: Data | None = None) -> Content | None:
-    """What a run's data are, before flatmin makes labels wrong; None for data that come with a package.
+    """The content of a run's data, without label noise; None for data that are part of an installed package.
 
-    Of folders of images it is `flatmin.data.folder.files_digest`; of anything else, the tensors as they are read.
+    For folders of images this is `flatmin.data.folder.files_digest`; otherwise it is a digest of the tensors.
 
     Args:
-        config: the run.
-        data: its data, if they are at hand. Default: read here, where they must be.
+        config: configuration of the run.
+        data: the data, if they are already loaded. Default: load them here.
 
     Raises:
         OSError, ValueError, ModuleNotFoundError: see `flatmin.train.sources.load_clean`.
@@ -116,8 +116,8 @@ def content_of(config: RunConfig, data: Data | None = None) -> Content | None:
 
 
 def data_digest(data: Data) -> str:
-    """Digest of a data set's content, for data whose files are unknown to us."""
-    # An augmentation of one's own may print its address in memory.
+    """Digest of a data set's content, for data whose files are not known."""
+    # The text of a user's own augmentation may contain its address in memory.
     augment = canonical(data.augment) if dataclasses.is_dataclass(data.augment) else type(data.augment).__qualname__
     state = hashlib.sha256(f"{data.num_classes} {data.statistics} {augment}".encode())
     for part in _tensors(data):
@@ -137,7 +137,7 @@ def _tensors(data: Data) -> Iterator[Samples]:
 
 
 def _sums(data: Data) -> Iterator[float]:
-    """Of every tensor the sum of absolute values, and a sum with a weight that tells places apart."""
+    """For every tensor: the sum of absolute values, and a sum weighted by position."""
     for part in _tensors(data):
         if not isinstance(part, torch.Tensor):
             continue
@@ -152,12 +152,12 @@ def _sums(data: Data) -> Iterator[float]:
 
 
 def _weights(start: int, count: int) -> torch.Tensor:
-    """Numbers from 1 to 2 that differ much between neighbours: multiples of the golden ratio without their integers."""
+    """Weights from 1 to 2 that differ strongly between neighbours: 1 + the fractional part of n (sqrt(5) - 1) / 2."""
     return 1 + (torch.arange(start, start + count, dtype=torch.float64) * 0.6180339887498949) % 1
 
 
 def environment(device: str, threads: int, processes: int = 1) -> dict[str, object]:
-    """Versions and machine, without names of hosts or users."""
+    """Versions and hardware, without host or user names."""
     versions = {name: _version(name) for name in ("flatmin", "torch", "numpy", "scikit-learn")}
     return {
         "versions": versions,
@@ -173,7 +173,7 @@ def environment(device: str, threads: int, processes: int = 1) -> dict[str, obje
 
 
 def commit() -> str | None:
-    """The commit that this copy of the package is of, where `git archive` or pip have written it down; else None."""
+    """The commit of this copy of the package, if `git archive` or pip recorded it; else None."""
     written = read_text(Path(flatmin.__file__).parent / "commit.txt").strip()
     if not written.startswith("$"):
         return written
@@ -186,7 +186,7 @@ def commit() -> str | None:
 
 
 def merged(environments: Iterable[Mapping[str, Any]]) -> dict[str, object]:
-    """One table for several environments; where they differ, every value that there is, in the order of the first."""
+    """Merge environments into one table; an entry that differs lists all its values, in order of appearance."""
     values_of: dict[str, list[Any]] = {}
     for environment in environments:
         for key, value in environment.items():

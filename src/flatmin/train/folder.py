@@ -1,4 +1,4 @@
-"""The folder of a run: resolved configuration, environment, lines, checkpoints, weights, and a result written last."""
+"""The folder of a run: configuration, environment, metrics, checkpoints, weights and result."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from flatmin.words import read_text
 
 WEIGHTS = "weights.pt"
 INPUTS = "data.json"
-PAGE = "show.html"  # what `flatmin show` writes
+PAGE = "show.html"  # written by `flatmin show`
 TABLES = ("steps.jsonl", "measures.jsonl")
 
 
 class RunFolder:
     """A run on disk.
 
-    config.json, env.json, data.json (what the model takes): written first. metrics.jsonl: a line an epoch.
-    steps.jsonl: a line every `log_every` updates. measures.jsonl: a line a measurement. checkpoints/: while it runs.
-    weights.pt: a state dict. result.json: written last; it makes the run finished.
+    config.json, env.json and data.json (inputs of the model) are written first. metrics.jsonl has one line per epoch,
+    steps.jsonl one line per `log_every` updates, measures.jsonl one line per measurement. checkpoints/ holds the
+    checkpoints, weights.pt a state dict. result.json is written last; a run that has it is finished.
 
     Args:
-        path: the folder.
+        path: path of the folder.
     """
 
     def __init__(self, path: Path) -> None:
@@ -45,14 +45,14 @@ class RunFolder:
 
     @contextmanager
     def hold(self, *, patience: float | None = lock.GLANCE) -> Iterator[None]:
-        """Lock the folder against other processes; inside, a second call of the same object has no effect.
+        """Lock the folder against other processes; a nested call on the same object has no effect.
 
         Args:
             patience: see `flatmin.train.lock.hold`.
 
         Raises:
-            flatmin.train.lock.InUseError: another process trains here.
-            OSError: the folder cannot be made.
+            flatmin.train.lock.InUseError: another process is training here.
+            OSError: the folder cannot be created.
         """
         if self._held:
             yield
@@ -66,12 +66,12 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
-        """Where checkpoints are."""
+        """The folder of the checkpoints."""
         return self.path / "checkpoints"
 
     @property
     def weights(self) -> Path:
-        """The file of the chosen weights."""
+        """The file of the selected weights."""
         return self.path / WEIGHTS
 
     @property
@@ -87,13 +87,13 @@ class RunFolder:
     def begin(
         self, config: RunConfig, environment: Mapping[str, Any], inputs: Inputs | None = None, **labels: str
     ) -> None:
-        """Make the folder for a run from its start, without anything of an earlier one.
+        """Prepare the folder for a new run, and remove the files of an earlier one.
 
         Args:
-            config: resolved.
-            environment: versions and machine.
-            inputs: what the model takes, so that it can be built again without the data.
-            labels: further entries of config.json, such as the run's key.
+            config: resolved configuration.
+            environment: versions and hardware.
+            inputs: description of the model's inputs, so that the model can be built again without the data.
+            labels: additional entries of config.json, such as the run's key.
 
         Raises:
             OSError: the folder cannot be written.
@@ -116,10 +116,10 @@ class RunFolder:
         write_json(self.path / "config.json", {**labels, **canonical(config)})
 
     def take_over(self, other: RunFolder) -> None:
-        """Copy what a run of another folder needs to continue in this one, where no run is yet.
+        """Copy the files that a run in another folder needs to continue in this one, which has no run yet.
 
         Raises:
-            OSError: something cannot be read or written.
+            OSError: a file cannot be read or written.
         """
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         for name in ("env.json", INPUTS, "metrics.jsonl", *TABLES):
@@ -129,27 +129,27 @@ class RunFolder:
             shutil.copyfile(path, self.checkpoints / path.name)
 
     def config(self) -> tuple[RunConfig, dict[str, str]]:
-        """The configuration and the labels beside it.
+        """The configuration, and the other entries of config.json.
 
         Raises:
-            ValueError: it cannot be read.
+            ValueError: config.json cannot be read.
         """
         where = self.path / "config.json"
         names = {field.name for field in dataclasses.fields(RunConfig)}
         try:
             table = json.loads(read_text(where))
             if not isinstance(table, dict):
-                raise ValueError("config.json holds no table")
+                raise ValueError("config.json is not a table")
             config = fill(RunConfig, {k: v for k, v in table.items() if k in names}, origin=str(where))
             return config, {k: str(v) for k, v in table.items() if k not in names}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"the run in {self.path} cannot be read: {reason(error)}.") from error
 
     def inputs(self) -> Inputs | None:
-        """What the model takes; None if the run has not written it down, as those of earlier versions.
+        """Description of the model's inputs; None if the run did not record it, as in earlier versions.
 
         Raises:
-            ValueError: it cannot be read.
+            ValueError: data.json cannot be read.
         """
         where = self.path / INPUTS
         try:
@@ -158,11 +158,11 @@ class RunFolder:
             return None
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"{where} cannot be read: {reason(error)}; remove it, and the data are read instead."
+                f"{where} cannot be read: {reason(error)}; remove this file, and flatmin reads the data set instead."
             ) from error
 
     def environment(self) -> dict[str, Any]:
-        """Versions and machine; empty if they cannot be read."""
+        """Versions and hardware; empty if env.json cannot be read."""
         try:
             table = json.loads(read_text(self.path / "env.json"))
         except (OSError, ValueError):
@@ -170,7 +170,7 @@ class RunFolder:
         return table if isinstance(table, dict) else {}
 
     def add_environment(self, added: Mapping[str, Any]) -> None:
-        """Add the environment in which the run continues; where it is another one, env.json has both."""
+        """Add the environment in which the run continues; env.json lists both values of entries that differ."""
         write_json(self.path / "env.json", merged([self.environment(), added]))
 
     def add_line(self, line: Epoch) -> None:
@@ -186,7 +186,7 @@ class RunFolder:
         """The epochs in metrics.jsonl.
 
         Raises:
-            ValueError: a line that is no epoch, or another number of lines than expected.
+            ValueError: a line cannot be read, or the number of lines is not the expected one.
         """
         name = "metrics.jsonl"
         try:
@@ -207,15 +207,15 @@ class RunFolder:
         append(self.path / "measures.jsonl", json.dumps(values))
 
     def record_nonfinite(self, content: Mapping[str, Any]) -> None:
-        """Write nonfinite.json: where a loss or gradient was not finite."""
+        """Write nonfinite.json, which says where a loss or gradient was not finite."""
         write_json(self.path / "nonfinite.json", dict(content))
 
     def steps(self) -> list[dict[str, Any]]:
-        """The lines of steps.jsonl; a last one that was cut short is left out."""
+        """The lines of steps.jsonl; a truncated last line is left out."""
         return self._table("steps.jsonl")
 
     def measures(self) -> list[dict[str, Any]]:
-        """The lines of measures.jsonl, likewise."""
+        """The lines of measures.jsonl; a truncated last line is left out."""
         return self._table("measures.jsonl")
 
     def _table(self, name: str) -> list[dict[str, Any]]:
@@ -231,11 +231,11 @@ class RunFolder:
         return rows
 
     def rewind(self, lines: Sequence[Epoch], step: int) -> None:
-        """Remove what was recorded after a checkpoint.
+        """Remove all records after a checkpoint.
 
         Args:
-            lines: the epochs that the checkpoint knows.
-            step: updates that it knows.
+            lines: the epochs up to the checkpoint.
+            step: number of updates at the checkpoint.
         """
         checkpoint.rewind(self.checkpoints, step)
         sweep(self.path)
@@ -246,18 +246,17 @@ class RunFolder:
                 write_text(self.path / name, "".join(rows))
 
     def keep(self, state: Mapping[str, Any]) -> None:
-        """Write the chosen weights."""
+        """Write the selected weights."""
         plain = {k: v.detach().cpu() if isinstance(v, Tensor) else v for k, v in state.items()}
         write_atomically(self.weights, lambda file: torch.save(plain, file))
 
     def finish(self, result: Result, *, prolong: bool = False, **labels: str) -> None:
-        """Write result.json, which marks the run as finished.
+        """Write result.json, which marks the run as finished; remove the checkpoints unless the run failed.
 
         Args:
-            result: of the run.
-            prolong: keep the last checkpoint, from which the run can continue. Default: remove the checkpoints, unless
-                the run failed.
-            labels: further entries.
+            result: result of the run.
+            prolong: keep the last checkpoint, so that the run can continue with more epochs. Default False.
+            labels: additional entries of result.json.
         """
         write_json(self.path / "result.json", {"version": VERSION, **labels, **canonical(result)})
         if result.failure is None:
@@ -267,10 +266,10 @@ class RunFolder:
         """The result of a finished run.
 
         Args:
-            check: called with the content; returns False if it belongs to another run.
+            check: called with the content of result.json; returns False if it belongs to another run.
 
         Raises:
-            ValueError: it cannot be read, or is another run's.
+            ValueError: result.json cannot be read, or belongs to another run.
             FileNotFoundError: the run is not finished.
         """
         try:

@@ -1,4 +1,4 @@
-"""A whole update, all its passes and the base's step, as one CUDA graph."""
+"""A whole update, with all its passes and the base optimizer's step, as one CUDA graph."""
 
 from __future__ import annotations
 
@@ -16,32 +16,36 @@ from flatmin.train.feed import Batch
 if TYPE_CHECKING:
     from flatmin.train.trainer import Step, Trainer
 
-# Before the capture: what an update makes once (the base's state, the recipe's memory, buffers) must be there.
+# Updates before the capture, which create the base optimizer's state, the recipe's memory and buffers.
 _EAGER = 5
 
 
 class Graphed:
-    """Runs a trainer's updates: the first few one kernel after the other, then by repeating a captured one.
+    """Runs a trainer's updates: the first few without a graph, then by replaying a captured one.
 
-    A graph repeats the same kernels on the same memory. So batches of another size (the last of an epoch) run as
-    usual, the learning rate lies in a tensor, and what an update does must not depend on its number or on draws.
+    A graph repeats the same kernels on the same memory. Batches of another size (the last one of an epoch) therefore
+    run without it, the learning rate is stored in a tensor, and an update must not depend on its number or on random
+    numbers.
 
     Args:
-        trainer: whose updates are run.
+        trainer: trainer whose updates are run.
 
     Raises:
-        ValueError: a recipe or a set-up that cannot be captured.
+        ValueError: the recipe or the configuration cannot be captured.
     """
 
     def __init__(self, trainer: Trainer) -> None:
         config = trainer.config
         reason = capture_refusal(trainer.recipe)
         if reason is not None:
-            raise ValueError(f"graph=true cannot serve {config.method}: it {reason}.")
+            raise ValueError(f"graph=true does not support {config.method}: it {reason}.")
         if config.precision == "fp16":
-            raise ValueError("graph=true cannot serve precision=fp16, whose scaler waits for every update; use bf16.")
+            raise ValueError(
+                "graph=true does not support precision=fp16, whose scaler waits for the GPU in every update; set "
+                "precision=bf16."
+            )
         if trainer.world.size > 1:
-            raise ValueError("graph=true is for one process; leave it out under torchrun.")
+            raise ValueError("graph=true supports a single process only; leave it out under torchrun.")
         self._trainer = trainer
         self._size = config.batch_size
         self._eager = 0
@@ -49,14 +53,14 @@ class Graphed:
         self._gradients = 0
 
     def step(self, batch: Batch, update: Callable[[Batch], Step]) -> Step:
-        """One update.
+        """Do one update.
 
         Args:
-            batch: what it sees.
-            update: runs it kernel by kernel.
+            batch: batch of the update.
+            update: does the update without a graph.
 
         Raises:
-            ValueError: the model draws random numbers, which a graph cannot give to both passes alike.
+            ValueError: the model draws random numbers; a graph cannot draw the same ones in both passes.
         """
         if len(batch) != self._size:
             return update(batch)
@@ -75,7 +79,7 @@ class Graphed:
         return self._step.copied()
 
     def _watched(self, batch: Batch, update: Callable[[Batch], Step]) -> Step:
-        """An update on a stream of its own, as captures are, that must not draw."""
+        """Do an update on a separate stream, as a capture does, and check that it draws no random numbers."""
         before = torch.cuda.get_rng_state(), torch.get_rng_state()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -85,8 +89,8 @@ class Graphed:
         after = torch.cuda.get_rng_state(), torch.get_rng_state()
         if not all(map(torch.equal, before, after)):
             raise ValueError(
-                "graph=true cannot serve this model: it draws random numbers (dropout), and a graph cannot give both "
-                "passes the same masks; leave out graph."
+                "graph=true does not support this model: it draws random numbers (dropout), and a graph cannot draw "
+                "the same ones in both passes; leave out graph."
             )
         return step
 
@@ -94,9 +98,9 @@ class Graphed:
         self._x, self._y = batch.x.clone(), batch.y.clone()
         before = self._trainer.gradients
         graph = torch.cuda.CUDAGraph()
-        gc.collect()  # old graphs hold memory, and none may be freed during the capture
+        gc.collect()  # old graphs hold memory, which must not be freed during the capture
         torch.cuda.synchronize()
-        # Only this thread's calls are captured: others pin batches meanwhile.
+        # Capture only the calls of this thread, because other threads pin batches at the same time.
         capture = torch.cuda.graph(graph, capture_error_mode="thread_local")
         with Captured(self._trainer.optimizer) as self._captured, capture:
             self._step = update(Batch(self._x, self._y, batch.index))
@@ -105,5 +109,5 @@ class Graphed:
 
 
 def tensor_rate(lr: float, device: str) -> Tensor:
-    """A learning rate that a captured step reads anew each time."""
+    """A learning rate as a tensor, which a captured step reads in every replay."""
     return torch.tensor(lr, dtype=torch.float32, device=device)

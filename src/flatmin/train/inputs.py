@@ -1,4 +1,4 @@
-"""What a run's model takes and answers, kept beside the run so that the model can be built without its data."""
+"""The inputs and classes of a run's model, stored with the run so that the model can be built without its data."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ KINDS = ("bytes", "floats", "integers")
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """The samples of a data set without the samples: the content of data.json.
+    """Description of a data set's samples: the content of data.json.
 
     Args:
         data: name of the data set.
-        num_classes: K.
-        shape: of one sample, (C, H, W) of an image.
-        kind: "bytes" (images that are normalised before the model sees them), "floats", or "integers".
-        mean, std: of each channel, for pixels scaled to [0, 1], which bytes are normalised with; None for the others.
+        num_classes: number of classes K.
+        shape: shape of one sample; (C, H, W) for an image.
+        kind: "bytes" (images that are normalised before they enter the model), "floats", or "integers".
+        mean, std: mean and standard deviation of each channel, for pixels scaled to [0, 1], to normalise bytes; None
+            for the other kinds.
 
     Raises:
-        ValueError: an unknown kind, or statistics that do not go with it.
+        ValueError: the kind is unknown, or the statistics do not suit it.
     """
 
     data: str
@@ -41,11 +42,13 @@ class Inputs:
     def __post_init__(self) -> None:
         one_of(self, "kind", KINDS)
         if (self.kind == "bytes") != (self.mean is not None and self.std is not None):
-            raise ValueError(f"mean and std go with bytes and with nothing else, got them for {self.kind}.")
+            raise ValueError(
+                f"mean and std are required for kind='bytes' and not allowed otherwise; got {self.kind!r}."
+            )
 
     @classmethod
     def of(cls, data: Data) -> Inputs:
-        """Those of a data set."""
+        """The description of a data set."""
         x, statistics = data.train.x, data.statistics
         return cls(
             data=data.name,
@@ -58,39 +61,39 @@ class Inputs:
 
     @property
     def statistics(self) -> Statistics | None:
-        """What bytes are normalised with."""
+        """The statistics to normalise bytes with; None for the other kinds."""
         return None if self.mean is None or self.std is None else Statistics(self.mean, self.std)
 
     def transform(self, x: Tensor) -> Tensor:
-        """Samples as the model takes them: bytes normalised, anything else as it is.
+        """Convert samples to the form that the model expects: bytes are normalised, other samples are unchanged.
 
         Args:
-            x: a batch, shape (n, ...): uint8 if the run's data are bytes.
+            x: a batch, shape (n, ...); uint8 if the run's data are bytes.
 
         Raises:
-            ValueError: samples of another shape, or not of bytes where the model was trained on normalised bytes.
+            ValueError: the samples have another shape, or are not bytes although the model was trained on bytes.
         """
         if tuple(x.shape[1:]) != self.shape:
-            raise ValueError(f"the model takes samples of shape {self.shape}, got {tuple(x.shape[1:])}.")
+            raise ValueError(f"the model expects samples of shape {self.shape}, got {tuple(x.shape[1:])}.")
         statistics = self.statistics
         if statistics is None:
             return x
         if x.dtype != torch.uint8:
-            raise ValueError(f"transform takes the images as bytes, torch.uint8 of shape (n, C, H, W), got {x.dtype}.")
+            raise ValueError(f"transform expects images as bytes: torch.uint8 of shape (n, C, H, W); got {x.dtype}.")
         return normalise(x, statistics)
 
     def check(self, data: Data) -> None:
-        """Raise ValueError unless the model can be asked about these data."""
+        """Raise ValueError unless the model can be evaluated on these data."""
         if data.num_classes != self.num_classes:
             raise ValueError(
-                f"{data.name} has {data.num_classes} classes and the run's data, {self.data}, have "
-                f"{self.num_classes}; the numbers must agree."
+                f"{data.name} has {data.num_classes} classes, but the run was trained on {self.data} with "
+                f"{self.num_classes} classes; use data with the same number."
             )
         shape = tuple(data.train.x.shape[1:])
         if shape != self.shape or _kind(data) != self.kind:
             raise ValueError(
-                f"{data.name} has {_kind(data)} of shape {_size(shape)} and the run was trained on {self.kind} of "
-                f"shape {_size(self.shape)} ({self.data}); they must agree."
+                f"{data.name} has {_kind(data)} of shape {_size(shape)}, but the run was trained on {self.kind} of "
+                f"shape {_size(self.shape)} ({self.data}); use data of the same kind and shape."
             )
 
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: wait for the update in progress, so that a checkpoint can be written."""
+"""Ctrl-C and SIGTERM: finish the current update first, so that a checkpoint can be written."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """A run that was interrupted on request. The message says what is stored and how to continue."""
+    """A run was interrupted by a signal. The message says what was saved and how to continue."""
 
     def __init__(self, done: int, total: int) -> None:
         super().__init__(
-            f"Interrupted after {done} of {total} updates; a checkpoint is kept, and the same command with --resume "
-            "continues from there."
+            f"Interrupted after {done} of {total} updates. A checkpoint was saved; to continue, run the same command "
+            "with --resume."
         )
 
 
 class Interruption:
-    """Inside, the first SIGINT or SIGTERM is a request to stop; a second one has its usual effect.
+    """A context manager in which the first SIGINT or SIGTERM only sets `wanted`; a second one has its usual effect.
 
-    Only the main thread can handle signals; in other threads nothing changes.
+    Only the main thread can handle signals; in other threads the context manager has no effect.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What a setting is: name, type, default, allowed values and help, from a field of a dataclass and its docstring."""
+"""Settings as data: name, type, default, allowed values and help, read from dataclass fields and their docstrings."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from flatmin.train.settings import at_least, describe, one_of, written
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers that a field may have, as in `epochs: Annotated[int, Range(1)]`.
+    """The range of a number field, as in `epochs: Annotated[int, Range(1)]`.
 
     Args:
-        low: the least one.
-        high: the greatest one. Default: none.
+        low: smallest value.
+        high: largest value. Default: no limit.
         open_low: whether `low` itself is excluded. Default False.
     """
 
@@ -32,7 +32,7 @@ class Range:
 
 @dataclass(frozen=True)
 class OneOf:
-    """The words that a field may have, as in `device: Annotated[str, OneOf(("cpu", "cuda"))]`."""
+    """The allowed values of a text field, as in `device: Annotated[str, OneOf(("cpu", "cuda"))]`."""
 
     choices: tuple[str, ...]
 
@@ -42,12 +42,12 @@ class Key:
     """A setting.
 
     Args:
-        name: as one types it before "=".
-        kind: its type in words.
-        default: as one types it; empty if there is none.
-        help: what it does.
-        group: heading under which it is listed.
-        choices: the words that it can have; none if it can have others.
+        name: name to type before "=".
+        kind: type in words.
+        default: default as it is typed; empty if there is none.
+        help: what the setting does.
+        group: heading under which the setting is listed.
+        choices: the allowed values; empty if other values are possible.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Key:
 
 @cache
 def rules_of(cls: type) -> Mapping[str, Range | OneOf]:
-    """What `Annotated` says of the fields of a dataclass."""
+    """The `Range` and `OneOf` rules of a dataclass's fields, by field name."""
     hints = typing.get_type_hints(cls, include_extras=True)
     rules: dict[str, Range | OneOf] = {}
     for field in dataclasses.fields(cls):
@@ -71,7 +71,7 @@ def rules_of(cls: type) -> Mapping[str, Range | OneOf]:
 
 
 def check(owner: Any) -> None:
-    """Raise ValueError unless every field has a value that its `Range` or `OneOf` allows; None where it is optional."""
+    """Raise ValueError unless every field satisfies its `Range` or `OneOf`; a field that is None is not checked."""
     cls: Any = type(owner)
     for name, rule in rules_of(cls).items():
         if getattr(owner, name) is None:
@@ -83,16 +83,16 @@ def check(owner: Any) -> None:
 
 
 def keys_of(cls: type, *, values: Mapping[str, Iterable[str]] | None = None, like: Any = None) -> list[Key]:
-    """The settings that the fields of a dataclass are.
+    """The fields of a dataclass as settings.
 
     Args:
-        cls: the dataclass. Every field has an entry under "Args:" in its docstring, or in that of a base class; a line
-            there without a colon is the heading of the entries below it.
-        values: further words that a field can have, by field.
-        like: an object of the class whose values are the defaults. Default: the class's own defaults.
+        cls: the dataclass. Every field needs an entry under "Args:" in its docstring, or in that of a base class; a
+            line there without a colon is the heading of the entries below it.
+        values: allowed values by field, for fields without a `OneOf`.
+        like: an object of the class whose values are taken as defaults. Default: the defaults of the class.
 
     Raises:
-        ValueError: a field without an entry.
+        ValueError: a field has no entry.
     """
     hints, helps, rules = typing.get_type_hints(cls), _entries(cls), rules_of(cls)
     keys = []
@@ -107,7 +107,7 @@ def keys_of(cls: type, *, values: Mapping[str, Iterable[str]] | None = None, lik
                 name=field.name,
                 kind=describe(kind),
                 default=_default(field) if like is None else written(getattr(like, field.name)),
-                help=text.replace("None:", "none:"),  # as one types it
+                help=text.replace("None:", "none:"),  # as it is typed on the command line
                 group=group,
                 choices=words or tuple((values or {}).get(field.name, ())),
             )
@@ -116,7 +116,7 @@ def keys_of(cls: type, *, values: Mapping[str, Iterable[str]] | None = None, lik
 
 
 def keywords_of(function: Callable[..., Any]) -> list[Key]:
-    """The settings that the keywords of a function are whose default is a number, text or a truth value."""
+    """The keyword arguments of a function as settings; only those whose default is a number, a text or a bool."""
     made: Any = getattr(function, "func", function)  # of functools.partial
     fixed = len(getattr(function, "args", ()))
     helps = entries(made.__doc__)
@@ -130,10 +130,10 @@ def keywords_of(function: Callable[..., Any]) -> list[Key]:
 
 
 def entries(doc: str | None) -> dict[str, tuple[str, str]]:
-    """Heading and text of each entry under "Args:" of a docstring.
+    """The heading and the text of each entry under "Args:" of a docstring, by name.
 
     Args:
-        doc: as written: each entry is "name: text" or "name, name: text"; a line without a colon is a heading.
+        doc: the docstring. Each entry is "name: text" or "name, name: text"; a line without a colon is a heading.
     """
     found = re.search(r"^Args:\n((?:    .*\n|\n)*)", inspect.cleandoc(doc or "") + "\n", re.MULTILINE)
     group, out = "", dict[str, tuple[str, str]]()
@@ -148,7 +148,7 @@ def entries(doc: str | None) -> dict[str, tuple[str, str]]:
 
 
 def _entries(cls: type) -> dict[str, tuple[str, str]]:
-    """Those of a class and its bases; the class's own win."""
+    """The entries of a class and its bases; those of the class replace those of its bases."""
     out: dict[str, tuple[str, str]] = {}
     for base in reversed(cls.__mro__):
         out |= entries(base.__dict__.get("__doc__"))
@@ -162,7 +162,7 @@ def _literals(kind: Any) -> tuple[str, ...]:
 
 
 def _default(field: dataclasses.Field[Any]) -> str:
-    """As one types it; empty for none, an empty list and a table."""
+    """The default as it is typed; empty if there is none, or if it is an empty list or a table."""
     if field.default is dataclasses.MISSING or field.default in ((), ""):
         return ""
     return written(field.default)

@@ -1,4 +1,4 @@
-"""Finding a user's own function by "package.module:function"."""
+"""Find a user's own function by "package.module:function"."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flatmin.words import suggest
 
 
 def search_here() -> None:
-    """Make modules in the working directory importable, as `python -m` does. The console script must ask for it."""
+    """Make modules in the working directory importable, as `python -m` does; the console script does not."""
     here = os.getcwd()
     if here not in sys.path and "" not in sys.path:
         sys.path.insert(0, here)
@@ -23,7 +23,7 @@ def find_module(name: str, *, option: str) -> ModuleType:
     """Import a module that an option names.
 
     Raises:
-        ValueError: it does not exist, or fails while it is imported.
+        ValueError: the module does not exist, or importing it fails.
     """
     search_here()
     try:
@@ -31,8 +31,8 @@ def find_module(name: str, *, option: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is not None and (name == error.name or name.startswith(error.name + ".")):
             raise ValueError(
-                f"{option}: there is no module {error.name!r}; it is looked for in the working directory and among "
-                "the installed packages."
+                f"{option}: there is no module {error.name!r}, neither in the working directory nor among the "
+                "installed packages."
             ) from error
         raise ValueError(f"{option}: importing {name!r} failed: {error}.") from error
     except Exception as error:
@@ -40,14 +40,14 @@ def find_module(name: str, *, option: str) -> ModuleType:
 
 
 def find_function(spec: str, *, option: str) -> Callable[..., Any]:
-    """The function that "package.module:function" names.
+    """Import the function that "package.module:function" names.
 
     Raises:
-        ValueError: not of that form, no such module, no such function.
+        ValueError: the text has another form, or there is no such module or function.
     """
     module_name, colon, function_name = spec.partition(":")
     if not colon or not module_name or not function_name:
-        raise ValueError(f"{option}={spec} is not of the form package.module:function.")
+        raise ValueError(f"{option}={spec} does not have the form package.module:function.")
     module = find_module(module_name, option=option)
     function = getattr(module, function_name, None)
     if not callable(function):

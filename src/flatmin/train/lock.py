@@ -1,8 +1,8 @@
-"""Whether a process trains in a folder: a lock on the folder, which ends with the process in any case.
+"""Locks on run folders, which show whether a process is training there. A lock ends with its process.
 
-No host names or process numbers are written. On a file system that locks files only, such as NFS, the folder has a
-lock file. Where nothing can be locked, `in_use` uses the modification times of the files. The package filelock does not
-serve, because to ask whether a folder is in use it writes a lock file into it, and refuses folders that are read-only.
+No host names or process numbers are written. On a file system that can lock files but no folders, such as NFS, the lock
+is on a file in the folder. Where nothing can be locked, `in_use` looks at the modification times of the files. The
+package filelock is not used, because checking a lock with it writes a lock file and fails for read-only folders.
 """
 
 from __future__ import annotations
@@ -20,38 +20,38 @@ except ImportError:  # not a POSIX system
     fcntl = None  # type: ignore[assignment]
 
 RECENT = 600  # seconds
-_WRITTEN = ("config.json", "result.json")  # beside lines and checkpoints
+_WRITTEN = ("config.json", "result.json")  # in addition to JSON lines and checkpoints
 _FILE = ".lock"
-_PAUSE, _LONGEST = 0.05, 0.5
-GLANCE = 1.0  # seconds; somebody who only looks holds the lock for a moment
+_PAUSE, _LONGEST = 0.05, 0.5  # seconds
+GLANCE = 1.0  # seconds; a process that only checks the lock holds it for a moment
 
 
 class InUseError(ValueError):
-    """Another process trains in the folder."""
+    """Another process is training in the folder."""
 
 
 @contextmanager
 def hold(folder: Path, *, patience: float | None = GLANCE) -> Iterator[None]:
-    """Lock a folder for training; it is created if it is missing.
+    """Lock a folder for training; the folder is created if it is missing.
 
     Args:
-        folder: which.
-        patience: seconds to wait for another process that trains there; None: for as long as it takes.
+        folder: folder to lock.
+        patience: seconds to wait for another process that is training there; None: wait without limit.
 
     Raises:
-        InUseError: another process does.
-        OSError: the folder cannot be made.
+        InUseError: another process is still training there.
+        OSError: the folder cannot be created.
     """
     begun, pause = time.monotonic(), _PAUSE
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         handle, mine = _lock(folder, make=True)
-        # What was locked may have been removed, and made again, meanwhile.
+        # Another process may have removed the folder and created it again in the meantime.
         if mine is not False and _still(handle, folder):
             break
         _release(handle)
         if patience is not None and time.monotonic() - begun > patience:
-            raise InUseError(f"another process trains in {folder}: wait until it ends, or name another folder.")
+            raise InUseError(f"another process is training in {folder}; wait until it ends, or use another folder.")
         time.sleep(pause)
         pause = min(_LONGEST, 1.1 * pause)
     try:
@@ -61,7 +61,7 @@ def hold(folder: Path, *, patience: float | None = GLANCE) -> Iterator[None]:
 
 
 def _still(handle: int | None, folder: Path) -> bool:
-    """Whether what is open is still what the folder's name stands for."""
+    """Whether the open file or folder still exists under the same path."""
     if handle is None:
         return True
     mine = os.fstat(handle)
@@ -76,7 +76,7 @@ def _still(handle: int | None, folder: Path) -> bool:
 
 
 def _release(handle: int | None) -> None:
-    """Release a lock, also where a forked process has the file open."""
+    """Release a lock, even if a forked process still has the file open."""
     if handle is None:
         return
     with contextlib.suppress(OSError):
@@ -85,31 +85,31 @@ def _release(handle: int | None) -> None:
 
 
 def in_use(folder: Path) -> bool:
-    """Whether a process trains in the folder.
+    """Whether a process is training in the folder.
 
-    Known where folders can be locked; elsewhere: whether a file in it was changed in the last `RECENT` seconds.
+    If nothing can be locked there: whether a file in it was changed within the last `RECENT` seconds.
     """
     handle, mine = _lock(folder)
     _release(handle)
     if mine is False:
-        time.sleep(_PAUSE)  # another one who only looks is gone by then
+        time.sleep(_PAUSE)  # a process that only checked the lock has released it by then
         handle, mine = _lock(folder)
         _release(handle)
     return changed(folder) > time.time() - RECENT if mine is None else not mine
 
 
 def changed(folder: Path) -> float:
-    """When a run last wrote into its folder, in seconds since 1970; 0 if it never did."""
+    """Time of the run's last write to its folder, in seconds since 1970; 0 if there was none."""
     return changed_and_size(folder)[0]
 
 
 def changed_and_size(folder: Path) -> tuple[float, int]:
-    """`changed`, and the bytes of all files, by one look at each."""
+    """`changed` and the total size of the files in bytes, in one pass over the folder."""
     return _walk(folder, _tells)
 
 
 def _tells(name: str) -> bool:
-    """Whether a file in a run's folder is written while it trains."""
+    """Whether a file in a run folder is written during training."""
     return name in _WRITTEN or name.endswith(".jsonl")
 
 
@@ -138,14 +138,14 @@ def _walk(folder: str | os.PathLike[str], tells: Callable[[str], bool]) -> tuple
 
 
 def _lock(folder: Path, *, make: bool = False) -> tuple[int | None, bool | None]:
-    """Lock the folder, or the file in it where the file system locks files only.
+    """Lock the folder, or a file in it if the file system cannot lock folders.
 
     Args:
-        folder: which.
-        make: whether to make that file.
+        folder: folder to lock.
+        make: whether to create that file.
 
     Returns:
-        What is open, and whether it is locked now: False if somebody else has the lock, None if nothing can be locked.
+        The open handle, and whether it is locked: False if another process has the lock, None if nothing can be locked.
     """
     for path, flags in ((folder, os.O_RDONLY), (folder / _FILE, os.O_RDWR | (os.O_CREAT if make else 0))):
         try:
@@ -160,7 +160,7 @@ def _lock(folder: Path, *, make: bool = False) -> tuple[int | None, bool | None]
 
 
 def _locked(handle: int | None) -> bool | None:
-    """Lock what is open; False if somebody else has it, None if it cannot be locked."""
+    """Lock an open handle; False if another process has the lock, None if it cannot be locked."""
     if handle is None:
         return None
     try:

@@ -1,4 +1,4 @@
-"""One training run from its first step to its result, resumable at every step."""
+"""`train`: a whole training run, which can be resumed from any checkpoint."""
 
 from __future__ import annotations
 
@@ -38,33 +38,34 @@ def train(
     on_epoch: Callable[[Epoch], None] | None = None,
     on_end: Callable[[nn.Module], None] | None = None,
 ) -> Result:
-    """Train once.
+    """Train one network with one method.
 
-    The same configuration gives the same numbers bit for bit on one CPU with one number of threads, also if the run is
-    interrupted and continues from a checkpoint; on a GPU with `deterministic`. The global random state is left as it
-    was. Under `torchrun` all processes call this; rank 0 writes files and calls the listeners.
+    The same configuration gives bit-identical numbers on the same CPU with the same number of threads, also if the run
+    is interrupted and continues from a checkpoint; on a GPU, this needs `deterministic`. The global random state is
+    restored afterwards. Under `torchrun`, all processes call this function; rank 0 writes files and calls the
+    listeners.
 
     Args:
-        config: the run.
-        folder: where it is written. Default: nowhere, and without checkpoints.
-        resume: continue from the folder's last good checkpoint, or from the start if there is none.
-        options: Default `Options()`.
-        labels: further entries of config.json.
-        data: already loaded data of this configuration. Default: loaded here.
-        content: what the data must be. Default: any.
-        on_event: called with the events of `flatmin.train.events`.
-        on_epoch: called with every epoch's line.
-        on_end: called with the model and its chosen weights; not where the run failed.
+        config: configuration of the run.
+        folder: folder of the run. Default: nothing is written, and there are no checkpoints.
+        resume: continue from the folder's last good checkpoint, or start from the beginning if there is none.
+        options: logging, measuring and checkpoints. Default `Options()`.
+        labels: additional entries of config.json.
+        data: the data of this configuration, if they are already loaded. Default: load them.
+        content: expected content of the data. Default: not checked.
+        on_event: called with every event of `flatmin.train.events`.
+        on_epoch: called with the line of every epoch.
+        on_end: called with the model and its selected weights, unless the run failed.
 
     Returns:
-        What the run ended with; `failure` says why, if it did not reach its end.
+        The result of the run; `failure` says why the run stopped early, if it did.
 
     Raises:
-        ValueError: a configuration that names something unknown or that does not fit together, or a folder with the
-            checkpoint of another run, or in which another process trains.
-        flatmin.train.fingerprint.OtherDataError: the data are not `content`, or not those of the checkpoint.
-        OSError: a file could not be read or written.
-        TrainingInterrupted: by Ctrl-C or SIGTERM, with a folder and in one process, after writing a checkpoint.
+        ValueError: the configuration names something unknown or contradicts itself, the folder has a checkpoint of
+            another run, or another process is training in it.
+        flatmin.train.fingerprint.OtherDataError: the data differ from `content`, or from those of the checkpoint.
+        OSError: a file cannot be read or written.
+        TrainingInterrupted: Ctrl-C or SIGTERM stopped a run with a folder and one process; a checkpoint was written.
     """
     options = Options() if options is None else options
     check_machine(config)
@@ -75,14 +76,16 @@ def train(
         stack.enter_context(torch.random.fork_rng(devices=devices))
         torch.manual_seed(derive_seed(config.seed, "training" if world.first else f"training:{world.rank}"))
         if config.parallel == "fsdp" and world.size > 1 and (config.measure or options.measure_every):
-            raise ValueError("measuring needs whole weights; with parallel=fsdp use `flatmin measure` after the run.")
+            raise ValueError(
+                "measuring needs whole weights, which parallel=fsdp does not have; use `flatmin measure` after the run."
+            )
         trainer = Trainer(config, data=data, world=world, diagnostics=options.diagnostics)
         measuring.check(trainer, options)
         listeners: list[OnEvent] = [] if on_event is None else [on_event]
         if on_epoch is not None:
             listeners.append(lambda event: on_epoch(event.line) if isinstance(event, EpochEnded) else None)
         if options.trackers and folder is not None and world.first:
-            # Before anything is written: a package may be missing.
+            # Before anything is written, because a package may be missing.
             listeners += _trackers(options, folder, resume, listeners, stack)
         if folder is not None and world.first:
             stack.enter_context(folder.hold())
@@ -93,7 +96,7 @@ def train(
         if folder is not None or content is not None:
             content_here = content_of(config, trainer.data)
             if content is not None and content_here is not None and not content.agrees(content_here):
-                raise OtherDataError(f"the data are not those that the run was planned with: {changed_data(config)}")
+                raise OtherDataError(f"the data have changed since the run was planned: {changed_data(config)}")
             words |= {} if content_here is None else {"content": content_here.digest}
         run = TrainingRun(trainer, folder, options, listeners if world.first else [], content_here)
         run.begin(resume, words)
@@ -106,21 +109,21 @@ def train(
 
 
 def _check_resumable(folder: RunFolder, config: RunConfig) -> None:
-    """Refuse to start over in place of a run that is finished or has other settings.
+    """Make sure that `resume` does not start over in the folder of a run that is finished or has other settings.
 
     Raises:
-        ValueError: there is such a run and no checkpoint that could be continued.
+        ValueError: there is such a run, and no checkpoint to continue from.
     """
     finished = folder.finished and folder.result().failure is None
     if not folder.begun or (checkpoint.listed(folder.checkpoints) and not finished):
         return
     other = differences(identity(folder.config()[0]), config)
     if finished and not other:
-        raise ValueError(f"{folder.path} holds a finished run, so there is nothing to continue; leave out resume.")
+        raise ValueError(f"the run in {folder.path} is finished, so there is nothing to continue; leave out resume.")
     if other and not (list(other) == ["epochs"] and checkpoint.listed(folder.checkpoints)):
         state = "finished run" if finished else "run"
         raise ValueError(
-            f"{folder.path} holds a {state} of other settings and no checkpoint to continue from: "
+            f"{folder.path} has a {state} with other settings and no checkpoint to continue from: "
             f"{', '.join(other.values())}; name another folder, or leave out resume to start over in this one."
         )
 
@@ -128,7 +131,7 @@ def _check_resumable(folder: RunFolder, config: RunConfig) -> None:
 def _trackers(
     options: Options, folder: RunFolder, resume: bool, listeners: list[OnEvent], stack: ExitStack
 ) -> list[OnEvent]:
-    """The requested trackers, closed with the stack; one that fails is disabled with a warning."""
+    """The requested trackers. The stack closes them; a tracker that fails is disabled with a warning."""
     from flatmin.train.trackers import Safely, make_tracker
 
     def warn(text: str) -> None:

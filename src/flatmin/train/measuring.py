@@ -1,4 +1,4 @@
-"""Measurements between epochs: the report of a part of the training data."""
+"""Measurements between epochs, on some of the training samples."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from flatmin.words import reason
 
 
 def measured(trainer: Trainer, options: Options, warn: Callable[[str], None]) -> dict[str, float]:
-    """Numbers of `flatmin.measure.report` by name, for the mean cross-entropy in eval mode; the model is left as it is.
+    """Measure the mean cross-entropy in eval mode; returns the numbers of `flatmin.measure.report` by name.
 
-    What cannot be measured is left out with a warning; it does not end the run.
+    The model is not changed. Quantities that cannot be measured are left out with a warning; the run continues.
 
     Args:
-        trainer: of the run; with an average of the weights, the caller applies it.
-        options: what is measured, and on how many training samples, which are drawn once for all runs; their labels
-            are those trained on.
-        warn: called with a sentence for everything that could not be measured.
+        trainer: trainer of the run; if there is an average of the weights, the caller applies it.
+        options: what to measure, and on how many training samples. All runs use the same samples, with the labels of
+            the training.
+        warn: called with a sentence for every quantity that could not be measured.
     """
     data = trainer.data
     order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(derive_seed(0, "measure")))
@@ -56,10 +56,10 @@ def measured(trainer: Trainer, options: Options, warn: Callable[[str], None]) ->
 
 
 def check(trainer: Trainer, options: Options) -> None:
-    """Refuse, before the first step, groups of m-sharpness that the data cannot fill, and more samples than fit.
+    """Check the measurement options before the first step.
 
     Raises:
-        ValueError: so.
+        ValueError: a group of m-sharpness has more samples than are measured on, or the samples do not fit into memory.
     """
     if options.measure_every:
         examples = min(options.measure_examples, len(trainer.data.train))
@@ -68,5 +68,5 @@ def check(trainer: Trainer, options: Options) -> None:
 
 
 def _settings(options: Options) -> ReportSettings:
-    """One radius: of the curves over several nothing is written down."""
+    """Settings with a single radius; curves over several radii are not recorded during training."""
     return ReportSettings(m=options.measure_m, rho=options.measure_rho, rhos=(options.measure_rho,))

@@ -1,4 +1,4 @@
-"""Sums over the updates of one epoch."""
+"""Sums of losses and correct answers over the updates of an epoch."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _NUMBERS = ("samples", "images", "skipped", "seconds")
 
 
 class Meter:
-    """Losses and correct answers of an epoch, kept on the device until they are read.
+    """Losses and numbers of correct answers in an epoch; they stay on the device until they are read.
 
-    Losses that are not finite belong to skipped updates and are left out of the means.
+    The means leave out losses that are not finite, which are those of skipped updates.
     """
 
     def __init__(self) -> None:
@@ -31,7 +31,7 @@ class Meter:
         return len(self.losses)
 
     def add(self, step: Step, images: int) -> None:
-        """Add an update on so many images; a method that climbs on another batch sees more than it descends on."""
+        """Add an update on `images` images; more than its samples, if the ascent uses another batch."""
         self.images += images
         self.losses.append(step.loss)
         self.right.append(step.right)
@@ -40,7 +40,7 @@ class Meter:
             self.perturbed.append(step.perturbed)
 
     def means(self, world: World) -> tuple[float, float | None, float]:
-        """Mean loss, mean perturbed loss or None, and percent of right answers, over all processes."""
+        """Mean loss, mean perturbed loss or None, and accuracy in percent, over all processes."""
         device = self.losses[0].device
         rows = [_sum_and_count(kind, device) for kind in (self.losses, self.perturbed)]
         hits = torch.stack(self.right).double().sum().to(device)
@@ -50,17 +50,17 @@ class Meter:
         return loss, perturbed if self.perturbed else None, 100 * right
 
     def mean_since(self, update: int, world: World) -> float:
-        """Mean loss of the updates after the first so many, over all processes; nan if none of them was finite."""
+        """Mean loss of the updates after the first `update` ones, over all processes; nan if none was finite."""
         total, count = world.sum_(_sum_and_count(self.losses[update:], self.losses[0].device)).tolist()
         return total / count if count else math.nan
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything, on the CPU."""
+        """The whole state, on the CPU."""
         stacks = {name: _stack(getattr(self, name)) for name in ("losses", "perturbed", "right")}
         return {**stacks, **{name: getattr(self, name) for name in _NUMBERS}}
 
     def load_state_dict(self, state: dict[str, Any], device: str) -> None:
-        """Continue from what `state_dict` gave."""
+        """Restore the state that `state_dict` returned."""
         for name in ("losses", "perturbed", "right"):
             setattr(self, name, list(state[name].to(device).unbind()))
         for name in _NUMBERS:

@@ -1,4 +1,4 @@
-"""The monitor of losses and gradients that are not finite."""
+"""A monitor for losses and gradients that are not finite."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flatmin.train.feed import Batch
 from flatmin.train.meter import Meter
 from flatmin.train.trainer import Trainer
 
-# Between two checks a GPU runs ahead; the optimizer itself skips updates that are not finite.
+# Updates between two checks. A check would make the GPU wait; the optimizer itself skips updates that are not finite.
 _EVERY = 50
 
 
@@ -23,11 +23,11 @@ class NonFiniteUpdate:
 
     Args:
         step: number of the update, from 1.
-        epoch: from 1.
-        batch: in the epoch, from 1.
-        loss: of the process where it was not finite; finite if only the gradient was not.
-        samples: indices of the batch in the training part, by process.
-        before: updates of the run that were skipped before this one.
+        epoch: number of the epoch, from 1.
+        batch: number of the batch in the epoch, from 1.
+        loss: loss of a process where it was not finite; finite if only the gradient was not.
+        samples: positions of the batch's samples in the training part, for each process.
+        before: number of updates of the run that were skipped before this one.
     """
 
     step: int
@@ -39,14 +39,14 @@ class NonFiniteUpdate:
 
     @property
     def content(self) -> dict[str, Any]:
-        """For nonfinite.json, which knows no nan."""
+        """The content of nonfinite.json; the loss is text, because JSON has no nan."""
         return {**vars(self), "loss": str(self.loss)}
 
     def sentence(self, where: str = "") -> str:
-        """Why the run stops.
+        """The message that says why the run stops.
 
         Args:
-            where: file that has the samples, if there is one.
+            where: text that names the file with the samples, if there is one.
         """
         what = "gradient" if math.isfinite(self.loss) else "loss"
         more = f", after {self.before} skipped update{'s' * (self.before > 1)}" if self.before else ""
@@ -57,14 +57,15 @@ class NonFiniteUpdate:
 
 
 class NonFiniteMonitor:
-    """Checks every update and decides when the run must stop.
+    """Checks updates and decides when the run must stop.
 
-    On one CPU, and when updates may be skipped, it checks every update; otherwise every 50th and at the end of an
-    epoch, because a check waits for the device. An update that is not finite leaves the weights alone (`SAM`,
-    nonfinite="skip"); the buffers that its forward passes touched are restored to their values after the last check.
+    In one process on the CPU, and when updates may be skipped, it checks every update. Otherwise it checks every 50th
+    update and the end of each epoch, because a check waits for the device. An update that is not finite does not change
+    the weights (`SAM`, nonfinite="skip"); the buffers that its forward passes changed are reset to their values after
+    the last check.
 
     Args:
-        trainer: of the run.
+        trainer: trainer of the run.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -80,11 +81,11 @@ class NonFiniteMonitor:
         self.begin(0)
 
     def begin(self, position: int) -> None:
-        """A new epoch, or one that continues after so many batches."""
+        """Start an epoch, or continue one after `position` batches."""
         self._looked, self._unseen = position, list[Tensor]()
 
     def before(self) -> None:
-        """Call this before an update."""
+        """Prepare for an update."""
         if self._unseen:
             return
         average = self._trainer.average
@@ -93,13 +94,13 @@ class NonFiniteMonitor:
         self._averaged = average is not None and average.begun
 
     def after(self, batch: Batch, meter: Meter, *, epoch: int, now: bool = False) -> NonFiniteUpdate | None:
-        """Call this after an update; returns the update that stops the run, or None.
+        """Check after an update; returns the update that stops the run, or None.
 
         Args:
-            batch: of the update.
-            meter: of the epoch, the update included.
-            epoch: from 1.
-            now: check in any case: a checkpoint must not hold unchecked updates.
+            batch: batch of the update.
+            meter: meter of the epoch, including the update.
+            epoch: number of the epoch, from 1.
+            now: check in any case, because a checkpoint must not contain unchecked updates.
         """
         self._unseen.append(batch.index)
         if not now and len(meter) % self._every and len(meter) < self._trainer.feed.steps:
@@ -130,16 +131,19 @@ class NonFiniteMonitor:
         )
 
     def _put_back(self) -> None:
-        """Undo what a batch changed whose update was skipped."""
+        """Undo the changes to buffers by a batch whose update was skipped."""
         trainer = self._trainer
         for one, copy in self._kept:
             one.copy_(copy)
         if trainer.average is not None and not self._averaged:
             trainer.average.forget()
-        trainer.previous = None  # no batch to climb on
+        trainer.previous = None  # a bad batch must not be used for the next ascent
 
     def _skipped(self) -> int:
-        """Updates that the optimizer has skipped since the last check; a scaler skips for reasons of its own."""
+        """Number of updates that the optimizer skipped since the last check.
+
+        It is 0 with a scaler, which also skips updates to adjust its scale.
+        """
         if self._trainer.scaler is not None:
             return 0
         total = self._trainer.optimizer.counts()["skipped_steps"]
@@ -147,7 +151,7 @@ class NonFiniteMonitor:
         return new
 
     def _agreed(self, count: int, device: torch.device) -> int:
-        """The largest count of all processes, so that all stop or none."""
+        """The largest count over all processes, so that either all of them stop or none."""
         if self._trainer.world.size == 1:
             return count
         return int(max(self._trainer.world.all_gather(count)))

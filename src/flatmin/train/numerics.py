@@ -1,4 +1,4 @@
-"""Precision, memory format and determinism of a run; global settings are restored afterwards."""
+"""Precision and determinism of a run; torch's global settings are restored afterwards."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def autocast(config: RunConfig) -> AbstractContextManager[Any]:
-    """The context of a forward pass."""
+    """The autocast context of a forward pass."""
     if config.precision == "float32":
         return nullcontext()
     return torch.autocast(config.device, dtype=_AUTOCAST[config.precision])
@@ -23,11 +23,12 @@ def autocast(config: RunConfig) -> AbstractContextManager[Any]:
 
 @contextmanager
 def numerics(config: RunConfig) -> Iterator[None]:
-    """The global switches of torch as the run wants them, inside.
+    """A context with torch's global settings as the run needs them.
 
-    With `deterministic` every operation either gives the same bits in every run on the same device, or raises; on a
-    GPU the convolutions' algorithms are then not chosen by trial. Without it they are, which is faster and may give
-    other bits. A CPU with one number of threads gives the same bits in either case.
+    With `deterministic`, every operation either gives bit-identical results in every run on the same device or raises
+    an error; on a GPU, the algorithms of convolutions are then not chosen by benchmarks. Without it they are, which is
+    faster but may give slightly different results. A CPU with the same number of threads gives bit-identical results in
+    both cases.
     """
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     before = (cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, matmul.allow_tf32)

@@ -1,4 +1,4 @@
-"""What a run does beside training."""
+"""Options of a run that do not change its outcome: logging, measuring, checkpoints and trackers."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from flatmin.train.keys import Range, check
 
 @dataclass(frozen=True, kw_only=True)
 class Recording:
-    """What a run writes down while it trains.
+    """What a run records while it trains.
 
     Args:
-        Logging and measuring while it trains
+        Logging and measuring during training
 
-        log_every: updates between recorded lines; 0: none.
-        diagnostics: record the optimizer's diagnostics in these lines, at the cost of one more copy of the gradient and
-            one of the displacement, which checkpoints hold too.
-        measure_every: epochs between measurements; 0: none.
-        measures: sections of the report that are measured then, see `flatmin measure`.
-        measure_examples: number of training samples that are measured on.
-        measure_m: samples in a group of m-sharpness; 0: no m-sharpness.
-        measure_rho: l2 radius of worst and average cases, and of m-sharpness.
+        log_every: number of updates between the lines of steps.jsonl; 0: no lines.
+        diagnostics: add the optimizer's diagnostics to these lines; this needs one more copy of the gradient and one of
+            the displacement, in memory and in checkpoints.
+        measure_every: number of epochs between measurements; 0: no measurements.
+        measures: sections of the report to measure, separated by commas; see `flatmin measure`.
+        measure_examples: number of training samples to measure on.
+        measure_m: number of samples in each group of m-sharpness; 0: no m-sharpness.
+        measure_rho: l2 radius of worst-case and average sharpness and of m-sharpness.
 
     Raises:
-        ValueError: a value out of range, an unknown measurement, or groups that nothing fills or asks for.
+        ValueError: a value is out of range, a measurement is unknown, or the groups of m-sharpness do not fit.
     """
 
     log_every: Annotated[int, Range(0)] = 0
@@ -47,43 +47,45 @@ class Recording:
 
 
 def check_groups(measures: str, examples: int, m: int) -> None:
-    """Refuse groups of m-sharpness that nothing fills or asks for.
+    """Check the group size of m-sharpness.
 
     Args:
         measures: sections of the report.
-        examples: number of samples that are measured on.
-        m: samples in a group; 0: no groups.
+        examples: number of samples to measure on.
+        m: number of samples in a group; 0: no groups.
 
     Raises:
-        ValueError: see above.
+        ValueError: a group has more samples than are measured on, or m-sharpness is not measured.
     """
     if m > examples:
-        raise ValueError(f"measure_m={m} samples are a group, but only {examples} are measured on; use fewer.")
+        raise ValueError(f"measure_m={m} is more than the {examples} samples that are measured on; use fewer.")
     if m and "sharpness" not in chosen(measures):
-        raise ValueError(f"measure_m={m} is for m-sharpness, of the section sharpness; measures={measures} has none.")
+        raise ValueError(
+            f"measure_m={m} needs the section sharpness, which measures={measures} does not contain; add it, or leave "
+            "out measure_m."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Recording):
-    """What a run does beside training; none of it changes the outcome.
+    """Options of a run that do not change its outcome.
 
     Args:
         Checkpoints, files and trackers
 
-        checkpoint_every: epochs between checkpoints; 0: none.
-        checkpoint_seconds: write a checkpoint at the end of an epoch only if this many seconds have passed since the
-            last one, or since the start; 0: always.
-        checkpoint_steps: updates between further checkpoints inside an epoch; 0: none.
-        keep_checkpoints: number of checkpoints that stay on disk.
-        prolong: keep the last checkpoint of a finished run that can continue with more epochs, see
-            `flatmin.train.state.fixed_length`.
-        weights: keep the chosen weights.
-        signals: let Ctrl-C and SIGTERM end the run with a checkpoint.
-        trackers: trackers beside the JSON lines.
+        checkpoint_every: number of epochs between checkpoints; 0: no checkpoints at the end of epochs.
+        checkpoint_seconds: shortest time between checkpoints at the end of epochs, in seconds; 0: no limit.
+        checkpoint_steps: number of updates between additional checkpoints within an epoch; 0: none.
+        keep_checkpoints: number of checkpoints to keep on disk.
+        prolong: keep the last checkpoint of a finished run, so that it can continue with more epochs where its
+            schedule allows this (see `flatmin.train.state.fixed_length`).
+        weights: save the selected weights in weights.pt.
+        signals: write a checkpoint and stop on Ctrl-C and SIGTERM.
+        trackers: trackers to log to, in addition to the JSON lines files.
         project: name under which trackers group runs.
 
     Raises:
-        ValueError: a value out of range, an unknown measurement, or groups that nothing fills or asks for.
+        ValueError: a value is out of range, a measurement is unknown, or the groups of m-sharpness do not fit.
     """
 
     checkpoint_every: Annotated[int, Range(0)] = 1

@@ -1,4 +1,4 @@
-"""A digest of flatmin's own files that a run's outcome depends on. Needs no torch: lists of runs use it."""
+"""Digest of the package files that a run's outcome depends on. It does not import torch: `runs list` uses it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FILES = ("streams.py",)
 
 
 def package_sources() -> list[Path]:
-    """The package's files that a run depends on."""
+    """The files of the package that a run depends on."""
     root = Path(flatmin.__file__).parent
     paths = [root / name for name in FILES]
     for part in PARTS:
@@ -27,9 +27,9 @@ def package_sources() -> list[Path]:
 
 
 def digest(paths: Sequence[Path], *extra: str) -> str:
-    """Hex digest of files' names and contents and of further words."""
+    """Hex digest of the names and contents of files, and of additional words."""
     state = hashlib.sha256()
-    # Not by path: the same code may lie elsewhere on another machine.
+    # Names instead of paths: another machine may have the same code in another folder.
     for name, content in sorted((path.name, path.read_bytes()) for path in paths):
         state.update(name.encode() + b"\0" + content + b"\0")
     for word in extra:
@@ -39,12 +39,12 @@ def digest(paths: Sequence[Path], *extra: str) -> str:
 
 @lru_cache(maxsize=1)
 def package_digest() -> str:
-    """Digest of the package's own files and of the version of torch; read once per process."""
+    """Digest of the package's files and the version of torch; computed once per process."""
     return digest(package_sources(), torch_version())
 
 
 def torch_version() -> str:
-    """As `torch.__version__`, without importing torch."""
+    """`torch.__version__`, found without importing torch."""
     if (torch := sys.modules.get("torch")) is not None:
         return str(torch.__version__)
     spec = importlib.util.find_spec("torch")

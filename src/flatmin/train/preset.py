@@ -19,9 +19,9 @@ from flatmin.train.sources import check_machine
 from flatmin.words import suggest
 
 AUTO = "auto"
-METHOD = "sam"  # of a preset that names none
+METHOD = "sam"  # the method of a preset that names none
 _BY_NAME = ("params", "model_params")  # set entry by entry, the latter as model.NAME
-# What "auto", the default, stands for on a device.
+# What "auto", the default, means on each device.
 AUTOMATIC: dict[str, dict[str, Scalar]] = {
     "precision": {"cpu": "float32", "cuda": "bf16"},
     "channels_last": {"cpu": True, "cuda": True},
@@ -32,22 +32,22 @@ AUTOMATIC: dict[str, dict[str, Scalar]] = {
 def load_run(
     preset: str, overrides: Sequence[str] = (), *, here: bool = True, **given: Any
 ) -> tuple[RunConfig, Options]:
-    """A run's configuration and options.
+    """Read the configuration and the options of a run.
 
-    `device`, `precision`, `channels_last` and `tf32` are "auto" unless set: the GPU if there is one, and there
-    autocast to bf16 and TF32; channels_last on both. A preset has a table of radii by method; a method that is not in
-    it takes its own default if one of its parts states one, else the first entry in the same geometry, or the
+    `device`, `precision`, `channels_last` and `tf32` are "auto" unless set: the GPU if there is one, with autocast to
+    bf16 and TF32; channels_last on both devices. A preset has a table of radii by method. A method that is not in the
+    table gets its own default if one of its parts defines one, otherwise the first entry with the same geometry, or the
     geometry's default.
 
     Args:
-        preset: a name inside the package, or a path to a .toml file.
+        preset: name of a preset of the package, or path to a .toml file.
         overrides: such as "epochs=10", "method=vasso", "rho=0.1", "theta=0.8" (a parameter of the method's parts),
-            "model.max_pool=true" (a keyword of the model), "log_every=10" (an option).
-        here: whether the run is to be done on this machine, which must then have its device.
-        given: fields by name that are not None, as a command line has them; they win.
+            "model.max_pool=true" (a keyword argument of the model), "log_every=10" (an option).
+        here: whether this machine will execute the run; its device is then checked.
+        given: values of fields by name; values that are not None replace preset and overrides.
 
     Raises:
-        ValueError: an unknown preset, key or parameter, or a value of another type or out of range.
+        ValueError: a preset, key or parameter is unknown, or a value has another type or is out of range.
     """
     table = settings.read_preset(preset, "train")
     every = {**settings.field_types(RunConfig), **settings.field_types(Options)}
@@ -61,14 +61,16 @@ def load_run(
     _automatic(table)
     options = {key: table.pop(key) for key in [f.name for f in dataclasses.fields(Options)] if key in table}
     recipe, methods = _recipe(table["method"], table["plugins"])
-    # What a preset says of the parts of its own method need not be there in another one.
+    # Parameters of the preset's method may not exist in another method.
     own = {key: value for key, value in table["params"].items() if "method" not in chosen or recipe.qualified(key)}
     table["params"], extra = _params(recipe, {**own, **loose})
     table["model_params"] |= extra
     for name in radii:
         for override in name.split("+"):
             if override not in methods:
-                raise ValueError(f"preset {preset}: rho of an unknown method {override!r}{suggest(override, methods)}")
+                raise ValueError(
+                    f"preset {preset}: the table rho names an unknown method {override!r}{suggest(override, methods)}"
+                )
     if chosen.get("rho") is None:
         table["rho"] = radius_of(recipe.name, recipe, radii, methods)
     elif not recipe.ascends:
@@ -81,10 +83,10 @@ def load_run(
 
 
 def load_options(overrides: Sequence[str]) -> tuple[Options, list[str]]:
-    """The options among the overrides, and the other overrides.
+    """Split overrides into options and the rest.
 
     Raises:
-        ValueError: a value of another type or out of range.
+        ValueError: a value has another type or is out of range.
     """
     values, rest = settings.read_words(overrides, settings.field_types(Options))
     return Options(**values), [f"{key}={text}" for key, text in rest.items()]
@@ -92,14 +94,14 @@ def load_options(overrides: Sequence[str]) -> tuple[Options, list[str]]:
 
 @cache
 def word_types() -> Mapping[str, Any]:
-    """Type of every setting that one word sets; those that can be "auto" take this word too."""
+    """The type of every setting of the form KEY=VALUE, including "auto" where it is allowed."""
     every = {**settings.field_types(RunConfig), **settings.field_types(Options)}
     kinds = {key: kind for key, kind in every.items() if key not in _BY_NAME}
     return kinds | {key: Literal["auto"] | kinds[key] for key in ("device", *AUTOMATIC)}
 
 
 def _automatic(table: dict[str, Any]) -> None:
-    """Replace "auto" by what the machine has."""
+    """Replace "auto" by values that suit this machine."""
     if table.get("device", AUTO) == AUTO:
         table["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     for key, choices in AUTOMATIC.items():
@@ -115,7 +117,7 @@ def _recipe(method: str, plugins: Iterable[str]) -> tuple[Recipe, Mapping[str, A
 
 
 def _params(recipe: Recipe, loose: Mapping[str, Any]) -> tuple[dict[str, Scalar], dict[str, Scalar]]:
-    """Parameters of the method's parts by qualified name, and keywords of the model."""
+    """Parameters of the method's parts by qualified name, and keyword arguments of the model."""
     params: dict[str, Scalar] = {}
     model: dict[str, Scalar] = {}
     for key, value in loose.items():
@@ -124,7 +126,7 @@ def _params(recipe: Recipe, loose: Mapping[str, Any]) -> tuple[dict[str, Scalar]
             continue
         full = recipe.qualified(key)
         if len(full) > 1:
-            raise ValueError(f"{recipe.name!r} has several parameters {key!r}; write {' or '.join(full)}.")
+            raise ValueError(f"several parts of {recipe.name!r} have a parameter {key!r}; write {' or '.join(full)}.")
         if not full:
             _refuse(key, recipe)
         params[full[0]] = value
@@ -135,6 +137,6 @@ def _refuse(key: str, recipe: Recipe) -> NoReturn:
     own = sorted(recipe.parameters())
     short = [name.partition(".")[2] for name in own]
     raise ValueError(
-        f"unknown key {key!r}{suggest(key, [*word_types(), *own, *short])} (parameters of {recipe.name}: "
-        f"{', '.join(own) or 'none'}; model.NAME: a keyword of the network; all keys: flatmin settings)"
+        f"unknown setting {key!r}{suggest(key, [*word_types(), *own, *short])} (parameters of {recipe.name}: "
+        f"{', '.join(own) or 'none'}; keyword arguments of the network: model.NAME; all settings: flatmin settings)"
     )

@@ -1,4 +1,4 @@
-"""Several processes, one per device, as `torchrun` starts them."""
+"""Training in several processes, one per device, started by `torchrun`."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _SET_BY_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_P
 
 @dataclass(frozen=True)
 class World:
-    """This process and the number of all.
+    """The rank of this process and the number of processes.
 
     Args:
-        rank: from 0; rank 0 writes and prints.
-        size: how many there are.
-        local_rank: on this machine; the number of its GPU.
+        rank: rank of this process, from 0; rank 0 writes files and prints.
+        size: number of processes.
+        local_rank: rank on this machine; the number of the GPU.
     """
 
     rank: int = 0
@@ -32,17 +32,17 @@ class World:
 
     @property
     def first(self) -> bool:
-        """Whether this process writes and prints."""
+        """Whether this process writes files and prints."""
         return self.rank == 0
 
     def sum_(self, values: Tensor) -> Tensor:
-        """The sum over all processes, in place."""
+        """Sum over all processes, in place."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
 
     def broadcast(self, value: Any) -> Any:
-        """The value of rank 0, in all processes."""
+        """The value of rank 0, in every process."""
         if self.size == 1:
             return value
         box = [value]
@@ -50,7 +50,7 @@ class World:
         return box[0]
 
     def all_gather(self, value: Any) -> list[Any]:
-        """The values of all processes, in each."""
+        """The values of all processes, in every process."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -58,7 +58,7 @@ class World:
         return values
 
     def share_buffers(self, model: nn.Module) -> None:
-        """Broadcast the buffers of rank 0: its statistics are stored, so they are evaluated."""
+        """Copy the buffers of rank 0 to all processes, because checkpoints store those of rank 0."""
         if self.size > 1:
             for buffer in model.buffers():
                 dist.broadcast(buffer, 0)
@@ -74,15 +74,15 @@ ALONE = World()
 
 @contextmanager
 def world_of(device: str) -> Iterator[World]:
-    """The processes that `torchrun` started, joined; one alone without it.
+    """Join the processes that `torchrun` started; without it, a single process.
 
-    A group that exists already is used and left as it is.
+    An existing process group is used and not changed.
 
     Args:
-        device: "cpu" (gloo) or "cuda" (nccl, one GPU a process).
+        device: "cpu" (gloo) or "cuda" (nccl, one GPU per process).
 
     Raises:
-        ValueError: more processes on this machine than GPUs.
+        ValueError: this machine has fewer GPUs than processes.
     """
     if dist.is_available() and dist.is_initialized():
         yield World(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", dist.get_rank())))
@@ -94,8 +94,8 @@ def world_of(device: str) -> Iterator[World]:
     if device == "cuda":
         if local >= torch.cuda.device_count():
             raise ValueError(
-                f"torchrun started {os.environ.get('LOCAL_WORLD_SIZE', 'too many')} processes on this machine, which "
-                f"has {torch.cuda.device_count()} GPUs; use --nproc-per-node={torch.cuda.device_count()}."
+                f"torchrun started {os.environ.get('LOCAL_WORLD_SIZE', 'too many')} processes, but this machine has "
+                f"{torch.cuda.device_count()} GPUs; use --nproc-per-node={torch.cuda.device_count()}."
             )
         torch.cuda.set_device(local)
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
@@ -106,16 +106,16 @@ def world_of(device: str) -> Iterator[World]:
 
 
 def spread(model: nn.Module, kind: str, world: World, *, sync_batchnorm: bool = False) -> nn.Module:
-    """What the loop calls in several processes: the model in DistributedDataParallel, or sharded in place (FSDP2).
+    """Prepare a model for several processes: wrap it in DistributedDataParallel, or shard it in place (FSDP2).
 
     Args:
-        model: with the same weights in every process.
-        kind: "ddp" or "fsdp". Sharded are the model and each of its direct children that has parameters.
+        model: the model, with the same weights in every process.
+        kind: "ddp" or "fsdp"; the latter shards the model and each of its direct children that has parameters.
         world: the processes.
-        sync_batchnorm: whether statistics of BatchNorm are those of all processes.
+        sync_batchnorm: whether BatchNorm uses the batch statistics of all processes.
 
     Raises:
-        ValueError: sync_batchnorm on the CPU, where torch has no such layer.
+        ValueError: sync_batchnorm is set on the CPU, where torch has no such layer.
     """
     device = next(model.parameters()).device
     if sync_batchnorm:
@@ -136,7 +136,7 @@ def spread(model: nn.Module, kind: str, world: World, *, sync_batchnorm: bool = 
 
 
 def whole_state(model: nn.Module, optimizer: Any, kind: str, world: World) -> tuple[dict[str, Any], dict[str, Any]]:
-    """State dicts of model and optimizer, whole and on the CPU; all processes must call it, rank 0 has the content."""
+    """Complete state dicts of model and optimizer on the CPU; all processes must call this, rank 0 gets the content."""
     if world.size > 1 and kind == "fsdp":
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
@@ -146,15 +146,15 @@ def whole_state(model: nn.Module, optimizer: Any, kind: str, world: World) -> tu
 
 
 def whole_weights(model: nn.Module) -> dict[str, Any]:
-    """The state dict of a sharded model, whole and on the CPU; all processes must call it, rank 0 has the content."""
+    """Complete state dict of a sharded model on the CPU; all processes must call this, rank 0 gets the content."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    return dict(on_cpu(state))  # on a CPU torch gives the buffers themselves
+    return dict(on_cpu(state))  # on a CPU torch returns the buffers themselves, so they are copied
 
 
 def load_whole_weights(model: nn.Module, state: dict[str, Any]) -> None:
-    """Set a sharded model to what `whole_weights` gave; every process has the content."""
+    """Load the state dict of `whole_weights` into a sharded model; every process must have the content."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
     set_model_state_dict(model, dict(state), options=StateDictOptions(full_state_dict=True))
@@ -163,7 +163,7 @@ def load_whole_weights(model: nn.Module, state: dict[str, Any]) -> None:
 def load_whole_state(
     model: nn.Module, optimizer: Any, kind: str, world: World, state: tuple[dict[str, Any], dict[str, Any]]
 ) -> None:
-    """Set model and optimizer to what `whole_state` gave; every process has the content."""
+    """Load the state dicts of `whole_state` into model and optimizer; every process must have the content."""
     if world.size > 1 and kind == "fsdp":
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 
@@ -175,7 +175,7 @@ def load_whole_state(
 
 
 def on_cpu(value: Any) -> Any:
-    """Tensors of nested dicts, lists and tuples copied to the CPU."""
+    """Copy the tensors in nested dicts, lists and tuples to the CPU."""
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Which radius a method gets that names none."""
+"""The radius of a method for which the user sets none."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from flatmin.methods import Method, Recipe, compose
 
 
 def radius_of(method: str, recipe: Recipe, radii: Mapping[str, float], table: Mapping[str, Method]) -> float | None:
-    """The radius of a method: its own entry, its own default, that of the first one in its geometry, or the geometry's.
+    """The radius of a method from a preset's table of radii.
 
-    Its own default is one that a part other than the geometry states; it is taken whatever others in its geometry have.
-    A method that never leaves w has a factor in place of the radius (sgdhess), which says nothing about lengths: no
-    other entry tells it, and it tells no other method; None for one that has neither.
+    The first of these that exists: the method's entry in the table; its own default, if a part other than the geometry
+    defines one; the first entry of a method with the same geometry; the default of the geometry. A method that does not
+    perturb the weights but has a factor in place of the radius (sgdhess) gets no other method's entry, and its entry is
+    used for no other method. None for a method that has neither radius nor factor.
 
     Args:
-        method: composed name.
-        recipe: of that name.
-        radii: by composed name.
-        table: of methods, for the names in `radii`.
+        method: composed name of the method.
+        recipe: recipe of that name.
+        radii: radii by composed name.
+        table: the methods, to look up the names in `radii`.
     """
     if not recipe.ascends:
         return None

@@ -1,4 +1,4 @@
-"""Evaluate the weights of a run again: on its own data or on other data of the same kind."""
+"""Evaluate the weights of a run again, on its own data or on other data of the same kind."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ SPLITS = ("train", "val", "test")
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """What is evaluated, and how.
+    """Options of an evaluation.
 
     Args:
-        data: a data set by name or as "pkg:function". Default: the run's own.
-        data_dir: folder of the data sets that are files. Default: that of the run.
-        split: "train" (of the run's own data with the labels that were trained on), "val" or "test".
-        flip_tta: mean of the logits of image and mirrored image. Default: as the run did.
-        batch: samples per forward pass. Default: what is usual for the device.
-        device: "cpu" or "cuda". On another kind of device than the run's it is done in float32.
-        classes: the accuracy of every class too, by a second pass.
+        data: a data set, by name or as "pkg:function". Default: the run's own.
+        data_dir: folder of the data sets that are read from files. Default: that of the run.
+        split: "train" (for the run's own data with the labels that were trained on), "val" or "test".
+        flip_tta: use the mean of the logits of each image and its mirror image. Default: as in the run.
+        batch: samples per forward pass. Default: depends on the device.
+        device: "cpu" or "cuda". If the run used another kind of device, the evaluation uses float32.
+        classes: also compute the accuracy of every class, in a second pass.
 
     Raises:
-        ValueError: an unknown part, or a batch below 1.
+        ValueError: the split is unknown, or the batch is below 1.
     """
 
     data: str | None = None
@@ -55,7 +55,7 @@ class Asked:
 
 @dataclass(frozen=True, kw_only=True)
 class ClassShare:
-    """Of the samples of one class: how many there are, and the percentage that is answered rightly; None of none."""
+    """The number of samples of one class, and the accuracy on them in percent; None if there are no samples."""
 
     samples: int
     acc: float | None
@@ -66,15 +66,15 @@ class Reevaluation:
     """The result of an evaluation.
 
     Args:
-        data, split, samples: what was evaluated.
-        wrong: percent of its labels that are wrong on purpose.
+        data, split, samples: data set, part, and number of samples.
+        wrong: percentage of labels that were replaced by wrong ones (label noise).
         loss: mean cross-entropy in nats.
-        acc, top5: percent; top-5 with more than five classes only.
-        acc_low, acc_high: 95 % Wilson interval of `acc` over the samples, for these weights; it says nothing about
-            another seed.
-        classes: by number, if asked for.
-        normalised_with: mean and std of the run's training data, if they were used.
-        device, precision, flip_tta: how it was evaluated.
+        acc, top5: accuracy and top-5 accuracy in percent; top-5 only with more than five classes.
+        acc_low, acc_high: 95 % Wilson interval of `acc` over the samples, for these weights; it does not include the
+            variation between seeds.
+        classes: accuracy by class number, if it was requested.
+        normalised_with: mean and standard deviation of the run's training data, if images were normalised with them.
+        device, precision, flip_tta: device, precision and test-time augmentation of the evaluation.
     """
 
     data: str
@@ -94,17 +94,17 @@ class Reevaluation:
 
 
 def reevaluate(run: SavedRun, asked: Asked | None = None) -> Reevaluation:
-    """Evaluate a run's kept weights.
+    """Evaluate the saved weights of a run.
 
-    Images of bytes are normalised with the statistics of the run's training data, whatever data they are of: the model
-    knows no others.
+    Images stored as bytes are normalised with the statistics of the run's training data, also those of another data
+    set, because the model was trained with these statistics.
 
     Args:
-        run: finished, with weights.
-        asked: Default `Asked()`: its own test part, as the run did.
+        run: a finished run with weights.
+        asked: options. Default `Asked()`: the run's own test part, evaluated as in the run.
 
     Raises:
-        ValueError: no weights, data with other classes or samples of another kind, or an unknown name.
+        ValueError: there are no weights, the data have other classes or another kind of samples, or a name is unknown.
         FileNotFoundError, OSError, ModuleNotFoundError: see `load_data`.
     """
     asked = Asked() if asked is None else asked
@@ -115,7 +115,7 @@ def reevaluate(run: SavedRun, asked: Asked | None = None) -> Reevaluation:
     if inputs is None:
         inputs = Inputs.of(data if asked.data is None else run.data())
     inputs.check(data)
-    # Its own statistics are no news to the model.
+    # The data set's own statistics would be new to the model.
     data = dataclasses.replace(data, statistics=inputs.statistics, augment=None).to(asked.device)
     part: Split = getattr(data, asked.split)
     model = run.model(data).to(asked.device)
@@ -144,7 +144,7 @@ def reevaluate(run: SavedRun, asked: Asked | None = None) -> Reevaluation:
 
 
 def _config(config: RunConfig, asked: Asked) -> RunConfig:
-    """How the run evaluated, where that is possible on the device."""
+    """The run's own way to evaluate, as far as the device allows it."""
     flip = config.flip_tta if asked.flip_tta is None else asked.flip_tta
     changes: dict[str, object] = {"device": asked.device, "flip_tta": flip, "graph": False}
     if asked.device != config.device:

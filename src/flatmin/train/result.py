@@ -1,4 +1,4 @@
-"""What a run writes: a line per epoch, and the result."""
+"""The records of a run: one line per epoch, and the result."""
 
 from __future__ import annotations
 
@@ -6,29 +6,28 @@ from dataclasses import dataclass
 from typing import Any
 
 VERSION = 1  # of result.json
-_BELOW, _ABOVE = 0.99, 1.01  # times chance: in between, a loss is at chance level
+_BELOW, _ABOVE = 0.99, 1.01  # a loss between these multiples of the chance level counts as chance level
 
 
 @dataclass(frozen=True, kw_only=True)
 class Epoch:
-    """One line of metrics.jsonl. Accuracies and `memorised` in percent, losses in nats.
+    """One line of metrics.jsonl. Accuracies and `memorised` are in percent, losses in nats.
 
     Args:
-        epoch: from 1.
-        lr: of the epoch's first update.
-        rho: radius of the first param group; None for a method that never leaves w.
+        epoch: number of the epoch, from 1.
+        lr: learning rate of the epoch's first update.
+        rho: radius of the first param group; None for a method that does not perturb the weights w.
         train_loss: mean over the epoch's updates of the loss that the step returned: at w before the step, or at
-            w + eps for methods that skip or move pass 1.
-        perturbed_loss: the same of the loss of the last pass, at w + eps; None for methods with another number of
-            passes than two.
-        train_acc: of the first passes, on augmented images, while the weights change.
+            w + eps for methods that skip pass 1 or start it elsewhere.
+        perturbed_loss: mean loss of the last pass, at w + eps; None unless the method has exactly two passes.
+        train_acc: accuracy in the first passes, on augmented images, while the weights change.
         val_acc, val_top5, val_loss: on the validation part after the epoch; top-5 only with more than five classes.
-        test_acc, test_top5: None where the test part was not looked at.
-        memorised: share of the wrong training labels that the model reproduces; None without label noise.
-        seconds: training only.
-        images_per_second: training samples over `seconds`.
-        peak_memory: largest memory of the GPU so far, in bytes; None on a CPU.
-        skipped: updates of the epoch that were skipped as not finite.
+        test_acc, test_top5: on the test part; None if it was not evaluated in this epoch.
+        memorised: percentage of the wrong training labels that the model predicts; None without label noise.
+        seconds: training time of the epoch in seconds, without evaluation.
+        images_per_second: training samples per second of `seconds`.
+        peak_memory: largest GPU memory so far, in bytes; None on a CPU.
+        skipped: number of updates that were skipped because they were not finite.
     """
 
     epoch: int
@@ -51,24 +50,24 @@ class Epoch:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What a run ended with: the content of result.json.
+    """The result of a run: the content of result.json.
 
     Args:
-        gradient_evaluations: per step; what the recipe costs on average, or what the run took if its rule decides by
-            value.
-        trained: whether the chosen weights do better than chance on the training part, see
+        gradient_evaluations: gradient evaluations per step: the average of the recipe, or the number that the run used
+            if the method decides by value.
+        trained: whether the selected weights do better than chance on the training part, see
             `flatmin.train.evaluate.Chance.beaten`.
-        last, best: the last epoch and the one with the best validation accuracy (ties: lower validation loss, then
-            earlier); None if the run failed. `test_acc` in them is None where the test part was not looked at then.
-        chosen: of the weights that are kept: by which `selection`, from which epoch, and their val_acc, test_acc,
-            test_top5 and test_loss; None if the run failed.
-        train_ce: mean cross-entropy of the un-augmented training part with its noisy labels, eval mode, of the chosen
-            weights, as lambda_max.
+        last, best: the last epoch, and the epoch with the best validation accuracy (ties: lower validation loss, then
+            earlier); None if the run failed. Their `test_acc` is None if the test part was not evaluated then.
+        chosen: the weights that are kept: `selection`, epoch, val_acc, test_acc, test_top5 and test_loss; None if the
+            run failed.
+        train_ce: mean cross-entropy of the selected weights on the training part, without augmentation, with the noisy
+            labels, in eval mode; lambda_max is measured on the same loss.
         lambda_max: value, relative residual, products and convergence; None if not measured.
-        seconds: training only.
+        seconds: training time in seconds, without evaluation.
         failure: why the run stopped early, or None.
-        chance: cross-entropy of the frequencies of the training labels as a constant answer; None for failed runs, and
-            for those of earlier versions.
+        chance: cross-entropy of a constant prediction of the class frequencies; None for failed runs and for runs of
+            earlier versions.
     """
 
     method: str
@@ -89,7 +88,7 @@ class Result:
 
     @property
     def untrained(self) -> str | None:
-        """In what way a run that reached its end has not trained; None if it has."""
+        """Why a run that reached its end has not learned, as the end of a sentence; None if it has learned."""
         if self.trained or self.failure is not None or self.train_ce is None:
             return None
         if self.chance is None:
@@ -98,5 +97,5 @@ class Result:
         if self.train_ce > _ABOVE * self.chance:
             return f"has not learned: its final training loss is above chance level {level}"
         if self.train_ce < _BELOW * self.chance:
-            return f"has hardly learned: its final training loss is little below chance level {level}"
+            return f"has hardly learned: its final training loss is only slightly below chance level {level}"
         return f"has not learned: its final training loss is at chance level {level}"

@@ -1,4 +1,4 @@
-"""The state of a run beside its trainer's: epochs, the best weights so far, and what is on disk."""
+"""The training loop of a run: epochs, evaluation, the best weights so far, checkpoints and files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,15 @@ from flatmin.train.trainer import Trainer
 
 
 class TrainingRun:
-    """The state of a run beside its trainer's."""
+    """A run in progress: its epochs, records and checkpoints.
+
+    Args:
+        trainer: trainer of the run.
+        folder: folder of the run; None: nothing is written.
+        options: logging, measuring and checkpoints.
+        listeners: called with every event.
+        content: content of the data, for checkpoints.
+    """
 
     def __init__(
         self,
@@ -55,7 +63,7 @@ class TrainingRun:
     # -- beginning -----------------------------------------------------------------------------------------------
 
     def begin(self, resume: bool, labels: dict[str, str]) -> None:
-        """Make the folder, or continue from its last good checkpoint."""
+        """Create the folder, or continue from its last good checkpoint."""
         env = environment(self.config.device, torch.get_num_threads(), self.world.size)
         state = None
         if self.folder is not None:
@@ -90,7 +98,7 @@ class TrainingRun:
             self._warn(note)
 
     def go(self, interruption: Interruption | None, labels: dict[str, str]) -> Result:
-        """The remaining epochs and the result."""
+        """Train the remaining epochs and return the result."""
         failure = None
         while self.epoch < self.config.epochs and failure is None:
             failure = self._steps(interruption) or self._end_epoch()
@@ -112,7 +120,7 @@ class TrainingRun:
     # -- an epoch ------------------------------------------------------------------------------------------------
 
     def _steps(self, interruption: Interruption | None) -> str | None:
-        """The rest of the epoch's updates; why the run must stop, or None."""
+        """Do the remaining updates of the epoch; returns why the run must stop, or None."""
         trainer, meter = self.trainer, self.meter
         trainer.net.train()
         before, begun = meter.seconds, time.perf_counter()
@@ -140,17 +148,17 @@ class TrainingRun:
         return None
 
     def _stop(self, *, inside: bool) -> NoReturn:
-        """Stop with a checkpoint, on request."""
+        """Write a checkpoint and stop, after a signal."""
         self._save(inside=inside, asked_for=True)
         raise TrainingInterrupted(self.trainer.steps, self.config.epochs * self.trainer.feed.steps)
 
     def _stop_nonfinite(self, event: NonFiniteUpdate) -> str:
-        """Write nonfinite.json; return the message."""
+        """Write nonfinite.json and return the message."""
         if self.folder is None:
             return event.sentence()
         if self.world.first:
             self.folder.record_nonfinite(event.content)
-        return event.sentence(" (its samples are in nonfinite.json)")
+        return event.sentence(" (nonfinite.json lists its samples)")
 
     def _log(self) -> None:
         meter = self.meter
@@ -161,7 +169,7 @@ class TrainingRun:
         if not every or self.trainer.steps % every:
             return
         steps, seconds, images = self.logged
-        loss = meter.mean_since(steps, self.world)  # all processes take part, rank 0 tells
+        loss = meter.mean_since(steps, self.world)  # all processes must take part; only rank 0 reports
         self.logged = (len(meter), meter.seconds, meter.images)
         if not self.world.first or not (self.listeners or self.folder is not None):
             return
@@ -179,12 +187,12 @@ class TrainingRun:
             line = dataclasses.asdict(event)
             for name, value in line.pop("diagnostics").items():
                 line[f"last_{name}" if name in line else name] = value
-            # JSON knows no nan.
+            # JSON has no nan.
             self.folder.add_step({k: None if v is None or not math.isfinite(v) else v for k, v in line.items()})
         self._tell(event)
 
     def _end_epoch(self) -> str | None:
-        """Evaluate, choose, record, and write a checkpoint; why the run must stop, or None."""
+        """Evaluate, select weights, record, and write a checkpoint; returns why the run must stop, or None."""
         trainer, config, meter = self.trainer, self.config, self.meter
         number = self.epoch + 1
         loss, perturbed, right = meter.means(self.world)
@@ -237,7 +245,7 @@ class TrainingRun:
         return None
 
     def _choose(self, line: Epoch) -> None:
-        """Keep the weights if this epoch is the best so far under the run's rule."""
+        """Keep the weights if this epoch is the best so far by the run's `selection`."""
         if self.config.selection == "max-test":
             better = self.best is None or (line.test_acc or 0) > (self.best.test_acc or 0)
         else:
@@ -255,11 +263,11 @@ class TrainingRun:
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
     def _save(self, *, inside: bool, asked_for: bool = False) -> None:
-        """Write a checkpoint; all processes must call it.
+        """Write a checkpoint; all processes must call this.
 
         Args:
-            inside: whether the present epoch is unfinished.
-            asked_for: whether it is written also by a run that writes none by itself.
+            inside: whether the current epoch is unfinished.
+            asked_for: write it even if the options ask for no checkpoints.
         """
         if self.folder is None:
             return
@@ -271,7 +279,7 @@ class TrainingRun:
         self._saved = time.monotonic()
 
     def _due(self) -> bool:
-        """Whether the epoch that has just ended is one with a checkpoint; all processes must ask."""
+        """Whether to write a checkpoint after the epoch that has just ended; all processes must call this."""
         every, seconds = self.options.checkpoint_every, self.options.checkpoint_seconds
         if self.epoch >= self.config.epochs:
             return every > 0 and self.prolongable
@@ -297,7 +305,7 @@ class TrainingRun:
             self._load_chosen()
             train_scores = self._score(trainer.data.train)
             if not math.isfinite(train_scores.loss):
-                failure = "the chosen weights give a train loss that is not finite; try a smaller lr or rho"
+                failure = "the training loss of the selected weights is not finite; try a smaller lr or rho"
         if failure is not None or train_scores is None:
             nothing: dict[str, Any] = dict.fromkeys(("last", "best", "train_ce", "lambda_max"))
             return Result(**common, **nothing, trained=False, failure=failure)
@@ -321,7 +329,7 @@ class TrainingRun:
         )
 
     def _load_chosen(self) -> None:
-        """Put the chosen weights into the model; with an average and selection=last, the average."""
+        """Load the selected weights into the model; with an average and selection=last, the average."""
         if self.best_state is None and self.trainer.average is not None:
             with self.trainer.average.applied():
                 self.best_state = self._weights()
@@ -334,7 +342,7 @@ class TrainingRun:
             self.world.share_buffers(self.trainer.model)
 
     def _tested(self) -> dict[str, Any]:
-        """The chosen weights on the test part."""
+        """Evaluate the selected weights on the test part."""
         config = self.config
         line = self.lines[-1] if config.selection == "last" else self.best or self.lines[-1]
         test = self._score(self.trainer.data.test)
@@ -360,5 +368,5 @@ class TrainingRun:
 
 
 def _merit(line: Epoch) -> tuple[float, float, int]:
-    """Best by validation accuracy, then lower loss, then earlier."""
+    """Order of epochs: by validation accuracy, then lower validation loss, then earlier epoch."""
     return line.val_acc, -line.val_loss, -line.epoch

@@ -25,20 +25,21 @@ from flatmin.train.fingerprint import content_of
 from flatmin.train.folder import WEIGHTS, RunFolder
 from flatmin.train.inputs import Inputs
 from flatmin.train.sources import build_model, load_data
+from flatmin.words import install
 
 
 @dataclass(frozen=True, kw_only=True)
 class SavedRun:
-    """A trained network with what is needed to build it again.
+    """A trained network, with the information that is needed to build it again.
 
     Args:
-        name: of the run.
-        label: the arm that it belongs to.
-        config: what it was trained with.
+        name: name of the run.
+        label: arm of the study that the run belongs to.
+        config: configuration of the run.
         weights: file of the trained weights.
-        known: what the model takes, if the run has written it down.
-        content: digest of the data that it was trained on, if the run has written it down.
-        key: which weights of the file, see `weights_for`.
+        known: description of the model's inputs, if the run recorded it.
+        content: digest of the training data, if the run recorded it.
+        key: which weights in the file to use, see `weights_for`.
     """
 
     name: str
@@ -51,25 +52,25 @@ class SavedRun:
 
     @property
     def trained(self) -> bool:
-        """Whether it is a run of flatmin, whose method is known, and no file of weights."""
+        """Whether this is a run of flatmin, with a known method, and not a file of weights."""
         return (self.weights.parent / "config.json").is_file()
 
     @property
     def here(self) -> RunConfig:
-        """The configuration as it is on the CPU, wherever the run was."""
+        """The configuration for the CPU, whatever device the run used."""
         return dataclasses.replace(self.config, device="cpu", graph=False)
 
     def data(self, data_dir: str | None = None) -> Data:
-        """The data that it was trained on, wrong labels included, on the CPU.
+        """The training data of the run, on the CPU; label noise is included.
 
         Args:
-            data_dir: where they lie now. Default: where they were.
+            data_dir: folder of the data. Default: the one in the run's configuration.
 
         Raises:
             ValueError, ModuleNotFoundError: see `load_data`.
 
         Warns:
-            UserWarning: they are others than in training.
+            UserWarning: the data differ from those of the training.
         """
         config = self.here if data_dir is None else dataclasses.replace(self.here, data_dir=data_dir)
         data = load_data(config)
@@ -77,36 +78,36 @@ class SavedRun:
             content = content_of(config, data)
             if content is not None and content.digest != self.content:
                 warnings.warn(
-                    f"the data {config.data!r} are not, bit for bit, those that {self.name!r} was trained on; the "
-                    "results here belong to the present data.",
+                    f"the data {config.data!r} differ from those that {self.name!r} was trained on; these results are "
+                    "for the present data.",
                     stacklevel=2,
                 )
         return data
 
     def inputs(self) -> Inputs:
-        """What the model takes and answers; read off the data where the run has not written it down."""
+        """Description of the model's inputs and classes; taken from the data if the run did not record it."""
         return self.known or Inputs.of(self.data())
 
     def transform(self, x: Tensor) -> Tensor:
-        """Samples as the model takes them; see `flatmin.train.inputs.Inputs.transform`."""
+        """Convert samples to the form that the model expects; see `flatmin.train.inputs.Inputs.transform`."""
         return self.inputs().transform(x)
 
     def check(self) -> None:
         """Raise ValueError unless there are weights."""
         if not self.weights.is_file():
             raise ValueError(
-                f"{self.weights.parent} holds no weights ({self.weights.name}); runs keep them unless weights=false, "
-                "and runs of an earlier version have none: remove the folder and do the run again."
+                f"{self.weights.parent} has no weights ({self.weights.name} is missing): the run used weights=false or "
+                "is of an earlier version. Remove the folder and repeat the run."
             )
 
     def model(self, data: Data | None = None) -> nn.Module:
-        """The trained model on the CPU, in training mode as it was left.
+        """The trained model, on the CPU and in training mode.
 
         Args:
-            data: the run's own, if it is at hand. Default: not needed, except by runs of an earlier version.
+            data: the run's own data, if they are already loaded; only runs of an earlier version need them.
 
         Raises:
-            ValueError: no weights, or weights that do not fit the model.
+            ValueError: there are no weights, or they do not fit the model.
         """
         self.check()
         model = build_model(self.here, self.inputs() if data is None else data)
@@ -115,21 +116,21 @@ class SavedRun:
 
 
 def load(run: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> nn.Module:
-    """The trained model of a finished run, ready for inference: in eval mode, with the weights that the run chose.
+    """Load the trained model of a finished run, in eval mode, with the weights that the run selected.
 
-    It takes what it was trained on. Where the data were images of bytes, that is floats normalised with the statistics
-    of the training part, which `flatmin.train.saved.open_run(run).transform(x)` makes of a batch of bytes. The data
-    themselves are not needed; a run of flatmin 0.1 before `data.json` has to read them once.
+    The model expects inputs as in training. If the training images were stored as bytes, these are floats normalised
+    with the statistics of the training part; `flatmin.train.saved.open_run(run).transform(x)` computes them from a
+    batch of bytes. The data set is not needed, except for runs of earlier versions without `data.json`.
 
     Args:
-        run: its folder.
-        device: where the model is to be.
+        run: folder of the run.
+        device: device of the model. Default "cpu".
 
     Returns:
-        The module that the run trained, with its parameters as trainable as they were; outputs are logits.
+        The trained module; its outputs are logits. `requires_grad` of its parameters is as in training.
 
     Raises:
-        ValueError: no run, one that is not finished or failed, one without weights, or weights that do not fit.
+        ValueError: the folder has no run, the run is unfinished or failed, or the weights are missing or do not fit.
 
     Example:
         >>> model = flatmin.load("flatmin-runs/runs/mine")                       # doctest: +SKIP
@@ -139,20 +140,20 @@ def load(run: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> 
 
 
 def open_run(folder: str | os.PathLike[str]) -> SavedRun:
-    """A finished run by its folder.
+    """Open the folder of a finished run.
 
     Raises:
-        ValueError: no run, one that is not finished, or one that failed.
+        ValueError: the folder has no run, or the run is unfinished or failed.
     """
     path = Path(folder)
     run = RunFolder(path)
     if not run.begun:
-        raise ValueError(f"{path} is not a run: there is no config.json in it (runs are in FOLDER/runs).")
+        raise ValueError(f"{path} is not a run folder: it has no config.json (runs are in FOLDER/runs).")
     config, labels = run.config()
     try:
         failure = dict(json.loads((path / "result.json").read_text(encoding="utf-8"))).get("failure")
     except FileNotFoundError:
-        raise ValueError(f"the run in {path} is not finished: there is no result.json in it.") from None
+        raise ValueError(f"the run in {path} is not finished: it has no result.json.") from None
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"the run in {path} cannot be read: {reason(error)}.") from error
     if failure:
@@ -170,7 +171,7 @@ def open_run(folder: str | os.PathLike[str]) -> SavedRun:
 
 
 def load_weights(model: nn.Module, path: Path, *, key: str | None = None) -> None:
-    """Read weights from a file into a model; see `weights_for`."""
+    """Load weights from a file into a model; see `weights_for`."""
     model = unwrapped(model)
     state = weights_for(model, path, key=key)
     try:
@@ -180,20 +181,20 @@ def load_weights(model: nn.Module, path: Path, *, key: str | None = None) -> Non
 
 
 def weights_for(model: nn.Module, path: Path, *, key: str | None = None) -> dict[str, Any]:
-    """The weights of a model in a file, as a state dict by the model's own names, on the CPU.
+    """Read the weights of a model from a file, as a state dict with the model's own names, on the CPU.
 
-    The file holds a state dict, a dictionary with state dicts somewhere in it, such as a checkpoint of Lightning or one
-    with the optimizer's state beside the weights, or a whole module; torch.save or safetensors wrote it. Names may have
-    a prefix, and what DataParallel, torch.compile or FSDP add. A warning says what of the file was left out.
+    The file was written by torch.save or safetensors. It holds a state dict, a whole module, or a dictionary that
+    contains state dicts, such as a checkpoint of Lightning or one with the optimizer's state. Names may have a prefix,
+    such as those that DataParallel, torch.compile or FSDP add. A warning says which entries were left out.
 
     Args:
-        model: of these weights; only its names and shapes are read.
-        path: the file. Its code is never run: of classes that torch does not know only the attributes are read.
-        key: which weights, where the file holds several that fit. Default: those that are no average over training.
+        model: the model; only its names and shapes are read.
+        path: the file. Code in it is never executed: for classes that torch does not know, only attributes are read.
+        key: which weights to take if several fit the model. Default: those that are not an average over training.
 
     Raises:
-        ValueError: a file that holds no weights, weights that do not fit the model, or several that do.
-        ModuleNotFoundError: a .safetensors file without the extra "safetensors".
+        ValueError: the file has no weights, they do not fit the model, or several sets of weights fit.
+        ModuleNotFoundError: a .safetensors file needs the extra "safetensors".
     """
     saved = read_file(path)
     own = unwrapped(model).state_dict(keep_vars=True)
@@ -204,19 +205,19 @@ def weights_for(model: nn.Module, path: Path, *, key: str | None = None) -> dict
     if weights is None:
         how = misfit(own, saved)
         if not how:
-            raise ValueError(f"{path} holds no state dict, at its top or in the dictionaries inside it.")
+            raise ValueError(f"{path} has no state dict, neither at its top level nor in the dictionaries inside it.")
         state = next((state for _, state in state_dicts(saved) if _takes(model, state)), None)
         if state is None:
             raise ValueError(
-                f"the weights in {path} do not fit the model: {how}. Build the model as it was when they were saved: "
-                "with the same code and the same arguments."
+                f"the weights in {path} do not fit the model: {how}. Build the model with the same code and arguments "
+                "as when they were saved."
             )
         return state
     if bad := misshapen(own, weights.state):
         shapes = "; ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
         raise ValueError(
-            f"the weights in {path} do not fit the model: of another shape: {shapes}. Build the model as it was when "
-            "they were saved: with the same arguments, such as the number of classes or the width."
+            f"the weights in {path} do not fit the model: other shapes: {shapes}. Build the model with the same "
+            "arguments as when they were saved, such as the number of classes or the width."
         )
     for remark in weights.remarks:
         warnings.warn(f"{path}: {remark}", stacklevel=2)
@@ -224,7 +225,7 @@ def weights_for(model: nn.Module, path: Path, *, key: str | None = None) -> dict
 
 
 def _takes(model: nn.Module, state: dict[str, Any]) -> bool:
-    """Whether a model loads a state dict of other names, as modules that know the names of earlier versions do."""
+    """Whether a model loads a state dict with other names, as modules that support names of earlier versions do."""
     try:
         copy.deepcopy(unwrapped(model)).load_state_dict(state)
     except Exception:  # a module's own hooks may raise anything
@@ -233,13 +234,13 @@ def _takes(model: nn.Module, state: dict[str, Any]) -> bool:
 
 
 def read_file(path: Path) -> Any:
-    """What a file of weights holds, on the CPU, without running code from it.
+    """Read a file of weights to the CPU, without executing code from it.
 
-    Objects of classes that torch does not know come as dictionaries, with their attributes as attributes.
+    Objects of classes that torch does not know become dictionaries that keep their attributes.
 
     Raises:
-        ValueError: no file, or one that cannot be read so.
-        ModuleNotFoundError: a .safetensors file without the extra "safetensors".
+        ValueError: the file is missing, or cannot be read without executing code.
+        ModuleNotFoundError: a .safetensors file needs the extra "safetensors".
     """
     if not path.is_file():
         raise ValueError(f"there is no file {path}.")
@@ -252,35 +253,35 @@ def read_file(path: Path) -> Any:
     except Exception as error:
         if "TorchScript" in str(error):
             raise ValueError(
-                f"{path} is a scripted model, which is a program; save its weights alone: "
+                f"{path} is a scripted model (TorchScript); save only its weights: "
                 f"torch.save(torch.jit.load({str(path)!r}).state_dict(), 'weights.pt')."
             ) from error
-        raise ValueError(f"{path} is no file that torch.save wrote, or it is damaged.") from error
+        raise ValueError(f"{path} was not written by torch.save, or it is damaged.") from error
     try:
         unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        # numpy's numbers are made by functions, everything else that is usual by a class and its attributes.
+        # numpy rebuilds its numbers with functions; the other usual objects have a class and attributes.
         inert = [(_Number if name.startswith("numpy") else _Attributes, name) for name in unknown]
         with torch.serialization.safe_globals(inert):  # type: ignore[arg-type]
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception:
-        # torch's own advice, to load without weights_only, would run whatever the file holds.
+        # torch's own advice, to load without weights_only, would execute any code in the file.
         raise ValueError(
-            f"{path} cannot be read without running the code in it. If you trust it, save its weights alone: "
+            f"{path} cannot be read without executing code in it. If you trust the file, save only its weights: "
             f"torch.save(torch.load({str(path)!r}, weights_only=False).state_dict(), 'weights.pt') for a whole model, "
-            "or the entry that holds the state dict."
+            "or the same for the entry that holds the state dict."
         ) from why
 
 
 class _Attributes:
-    """Stands for a class that is not to be imported: its objects become dictionaries that keep the attributes."""
+    """Replaces a class that must not be imported: its objects become dictionaries that keep their attributes."""
 
     def __new__(cls, *arguments: Any) -> Any:
-        # torch.compile's module, for one, is made of the module inside.
+        # Some classes, such as the module of torch.compile, are built from arguments.
         return OrderedDict((str(i), argument) for i, argument in enumerate(arguments))
 
 
 class _Number:
-    """Stands for numpy's types and functions, whose numbers are of no interest here."""
+    """Replaces numpy's types and functions; their numbers are not used here."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
@@ -292,11 +293,11 @@ class _Number:
 def _read_safetensors(path: Path) -> dict[str, Any]:
     if importlib.util.find_spec("safetensors") is None:
         raise ModuleNotFoundError(
-            f"{path} needs safetensors, which is not installed; run: pip install 'flatmin[safetensors]'."
+            f"{path} needs safetensors, which is not installed; to install it: {install('safetensors')}."
         )
     from safetensors.torch import load_file
 
     try:
         return dict(load_file(path))
     except Exception as error:
-        raise ValueError(f"{path} is no .safetensors file, or it is damaged: {error}.") from error
+        raise ValueError(f"{path} is not a .safetensors file, or it is damaged: {error}.") from error

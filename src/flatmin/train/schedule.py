@@ -1,4 +1,4 @@
-"""Learning rates as pure functions of the number of updates done, so that a resumed run needs no schedule state."""
+"""Learning rate schedules: pure functions of the number of updates, so that a resumed run needs no schedule state."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from flatmin.train.settings import at_least
 from flatmin.words import suggest
 
-BY_LENGTH = ("cosine", "linear")  # whose rates depend on how long the training is
+BY_LENGTH = ("cosine", "linear")  # their rates depend on the length of the training
 DIMINISH = ("diminish1", "diminish2", "diminish3")
 SCHEDULES = ("cosine", "multistep", "exponential", "constant", "linear", *DIMINISH)
 UNITS = ("epoch", "step")
@@ -26,50 +26,51 @@ _USED_BY = {
 class LearningRateSchedule:
     """The learning rate of every update of a run.
 
-    E is the number of epochs, w the length of the warm-up, and e the time in epochs at which an update begins, counted
-    from 0 at the start of training: whole epochs with unit "epoch", step / steps_per_epoch with unit "step".
+    E is the number of epochs, w the length of the warm-up in epochs, and e the time at which an update begins. It is
+    counted in epochs from 0 at the start of training: whole epochs with unit "epoch", step / steps_per_epoch with unit
+    "step".
 
     - cosine: lr_min + (lr - lr_min) (1 + cos(pi u)) / 2 with u = (e - w) / (E - w).
     - linear: lr_min + (lr - lr_min) (1 - u).
-    - multistep: lr gamma^k after k milestones; the epoch whose number is a milestone is the first with the new rate.
+    - multistep: lr gamma^k after k milestones; the new rate starts with the epoch (counted from 0) that is a milestone.
     - exponential: lr gamma^e.
     - constant: lr.
     - diminish1: lr / (e + 1).
     - diminish2: lr / (e + 1)^0.5001.
-    - diminish3: lr / (b ln b) with b = 2 + floor(e / 5), so lr / (2 ln 2) at the start.
+    - diminish3: lr / (b ln b) with b = 2 + floor(e / 5), which is lr / (2 ln 2) at the start.
 
     Warm-up, while e < w: warmup_lr + (lr - warmup_lr) min(t / w, 1), where t is the time at the end of the update (with
-    unit "epoch", of its epoch). No update is spent at warmup_lr itself; the last of the warm-up has lr, and so has the
-    first of a cosine after a whole number of updates. Multistep and exponential count from the start of training, so
-    what they took off during the warm-up comes off when it ends.
+    unit "epoch", at the end of its epoch). No update uses warmup_lr itself. The last update of the warm-up uses lr, and
+    so does the first update of a cosine that starts after a whole number of updates. Multistep and exponential count
+    from the start of training; their reductions during the warm-up take effect when it ends.
 
-    With unit "epoch" and no warm-up, cosine is torch's `CosineAnnealingLR(optimizer, epochs)` stepped after every
-    epoch. The value at the end of training, lr_min, is that of no update.
+    With unit "epoch" and no warm-up, cosine equals torch's `CosineAnnealingLR(optimizer, epochs)` stepped after every
+    epoch. The value at the end of training, lr_min, is not used by any update.
 
     Args:
         kind: one of `SCHEDULES`. Default "cosine".
         lr: base learning rate, >= 0.
-        epochs: length of training, >= 1.
-        steps_per_epoch: updates of an epoch, >= 1.
-        unit: "epoch", the rate stays within an epoch, or "step", it changes at every update. Default "epoch".
-        warmup: length of the linear warm-up in epochs, may be fractional; below `epochs`. Default 0.0, none.
-        warmup_lr: where the warm-up begins, >= 0. Default 0.0.
-        lr_min: end of cosine and linear, in [0, lr]. Default 0.0.
-        milestones: of multistep, rising, within 1..epochs-1.
-        gamma: factor in (0, 1] of multistep, at each milestone, and of exponential, for each epoch. Default 0.1, which
-            suits multistep; exponential wants one near 1.
-        as_coded: the diminishing schedules as their published code runs them, which steps its own counters late.
+        epochs: number of training epochs, >= 1.
+        steps_per_epoch: number of updates per epoch, >= 1.
+        unit: "epoch": the rate changes after every epoch; "step": it changes after every update. Default "epoch".
+        warmup: length of the linear warm-up in epochs, which may be fractional; below `epochs`. Default 0.0, none.
+        warmup_lr: learning rate at the start of the warm-up, >= 0. Default 0.0.
+        lr_min: learning rate at the end of cosine and linear, in [0, lr]. Default 0.0.
+        milestones: epochs of multistep in increasing order, within 1..epochs-1.
+        gamma: factor in (0, 1]: at each milestone for multistep, for each epoch for exponential. Default 0.1, which
+            suits multistep; exponential needs a factor near 1.
+        as_coded: compute the diminishing schedules as their published code does, which updates its counters late.
             diminish2: lr / max(e, 1)^0.5001, so epochs 0 and 1 are equal. diminish3: lr in epoch 0, then b = 3 for
             epochs 1 to 5, 4 for 6 to 10, and so on. diminish1: no difference. Default False.
 
     Raises:
-        ValueError: an unknown kind or unit, a value out of range, or an option that would change nothing: one that the
-            kind does not use, warmup_lr without a warm-up, a warm-up of at most one unit. The diminishing schedules
-            are defined epoch by epoch from their largest value: they refuse unit "step" and a warm-up.
+        ValueError: a kind or unit is unknown, a value is out of range, or an option has no effect: one that the kind
+            does not use, warmup_lr without a warm-up, a warm-up of at most one unit. The diminishing schedules are
+            defined by epoch and start at their largest value; with them, unit "step" and a warm-up raise too.
 
     Source: Loshchilov & Hutter, SGDR, ICLR 2017 (cosine, without restarts); Goyal et al. 2017, arXiv 1706.02677
-    (warm-up); Khanh, Luong, Mordukhovich & Tran, NeurIPS 2024, and their code fundamental-sam (diminish, lr 0.1). The
-    code of VaSSO gives each epoch but the first the rate of the epoch before; that is not offered.
+    (warm-up); Khanh, Luong, Mordukhovich & Tran, NeurIPS 2024, and their code fundamental-sam (diminish, lr 0.1). In
+    VaSSO's code every epoch after the first uses the rate of the epoch before; this is not supported.
 
     Example:
         >>> schedule = LearningRateSchedule(lr=0.1, epochs=4, steps_per_epoch=10)
@@ -110,7 +111,7 @@ class LearningRateSchedule:
         if self.kind == "multistep":
             self._check_milestones()
         if self.kind in DIMINISH and self.unit != "epoch":
-            raise ValueError(f"{self.kind} is defined epoch by epoch; set unit to 'epoch', got {self.unit!r}.")
+            raise ValueError(f"{self.kind} is defined by epoch; set unit to 'epoch', got {self.unit!r}.")
 
     def _check_used(self) -> None:
         for field in dataclasses.fields(self):
@@ -128,12 +129,12 @@ class LearningRateSchedule:
         if self.warmup_lr and not self.warmup:
             raise ValueError(f"warmup_lr = {self.warmup_lr!r} has no effect without a warm-up; set warmup, in epochs.")
         if self.warmup and self.kind in DIMINISH:
-            raise ValueError(f"{self.kind} begins at its largest value and takes no warm-up; set warmup to 0.")
+            raise ValueError(f"{self.kind} starts at its largest value and cannot have a warm-up; set warmup to 0.")
         units = self.warmup * (1 if self.unit == "epoch" else self.steps_per_epoch)
         if 0 < units <= 1:
             remedy = "use a longer one, or unit 'step'" if self.unit == "epoch" else "use a longer one, or 0"
             raise ValueError(
-                f"warmup = {self.warmup!r} changes nothing, as it ends within the first {self.unit}; {remedy}."
+                f"warmup = {self.warmup!r} has no effect, because it ends within the first {self.unit}; {remedy}."
             )
 
     def _check_milestones(self) -> None:
@@ -141,22 +142,24 @@ class LearningRateSchedule:
         whole = all(isinstance(one, int) for one in edges)
         if not self.milestones or not whole or any(a >= b for a, b in itertools.pairwise(edges)):
             raise ValueError(
-                f"multistep needs milestones, rising whole epochs from 1 to {self.epochs - 1}, got {self.milestones!r}."
+                f"multistep needs milestones: whole epochs in increasing order from 1 to {self.epochs - 1}, got "
+                f"{self.milestones!r}."
             )
 
     def at(self, step: int) -> float:
         """Learning rate of one update.
 
         Args:
-            step: number of updates done before it, from 0 to epochs * steps_per_epoch; the last is after the end.
+            step: number of updates before this one, from 0 to epochs * steps_per_epoch (the end of training).
 
         Raises:
-            ValueError: a step outside of the training.
+            ValueError: the step is outside of the training.
         """
         total = self.epochs * self.steps_per_epoch
         if not 0 <= step <= total:
             raise ValueError(
-                f"step must be within 0..{total}, {self.epochs} epochs of {self.steps_per_epoch} updates, got {step!r}."
+                f"step must be from 0 to {total} ({self.epochs} epochs of {self.steps_per_epoch} updates), got "
+                f"{step!r}."
             )
         by_epoch = self.unit == "epoch"
         begin = step // self.steps_per_epoch if by_epoch else step / self.steps_per_epoch
@@ -186,5 +189,5 @@ class LearningRateSchedule:
 
 
 def _between(low: float, high: float, share: float) -> float:
-    # Exact at both ends, which low + (high - low) * share is not.
+    # This form is exact at both ends; low + (high - low) * share is not.
     return low * (1 - share) + high * share

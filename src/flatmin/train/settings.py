@@ -1,4 +1,4 @@
-"""The reader of settings: `key=value` words and TOML tables become typed fields of frozen dataclasses."""
+"""Read settings: `key=value` words and TOML tables become typed fields of frozen dataclasses."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _UNIONS = (typing.Union, types.UnionType)
 
 
 def field_types(cls: type) -> Mapping[str, Any]:
-    """Resolved type of every field of a dataclass."""
+    """The resolved type of every field of a dataclass."""
     return _field_types(cls)
 
 
@@ -38,7 +38,7 @@ def describe(kind: Any) -> str:
     if _optional(kind) is not None:
         return f"{describe(_optional(kind))} or none"
     if typing.get_origin(kind) is tuple:
-        if words := getattr(typing.get_args(kind)[0], "in_files", None):  # a class may say how files hold several of it
+        if words := getattr(typing.get_args(kind)[0], "in_files", None):  # a class may describe how files list it
             return str(words)
         item = describe(typing.get_args(kind)[0])
         return f"list of {item}{'s' * item.endswith(('number', 'table'))}"
@@ -51,7 +51,7 @@ def describe(kind: Any) -> str:
 
 
 def articled(words: str) -> str:
-    """A type in words with its article.
+    """A type in words, with its article.
 
     Example:
         >>> articled("whole number"), articled("int"), articled("true or false"), articled("text")
@@ -63,15 +63,15 @@ def articled(words: str) -> str:
 
 
 def parse(key: str, text: str, kind: Any) -> Any:
-    """The value that a word of text means for a field of this type.
+    """Parse text as a value of a field's type.
 
     Args:
-        key: the field, for the error.
+        key: name of the field, for the error message.
         text: as typed, e.g. "0.1", "true", "sam,asam", "none".
         kind: the field's type: int, float, bool, str, X | None, X | Y, Literal[...] or tuple[X, ...].
 
     Raises:
-        ValueError: text that is no such value.
+        ValueError: the text is not a value of this type.
     """
     inner = _optional(kind)
     if inner is not None:
@@ -98,11 +98,11 @@ def parse(key: str, text: str, kind: Any) -> Any:
         return text
     if typing.get_origin(kind) in (Literal, *_UNIONS):
         raise ValueError(f"{key}={text} is not {describe(kind)}.")
-    raise ValueError(f"{key} is a table: set one entry of it with {key}.NAME=value.")
+    raise ValueError(f"{key} is a table; set one of its entries with {key}.NAME=value.")
 
 
 def guess(text: str) -> bool | int | float | str:
-    """A value whose type is known only to the part that takes it: bool, int, float or text."""
+    """Parse text without knowing the expected type: as bool, int, float, or else as text."""
     word = text.strip()
     if word.lower() in {"true", "false"}:
         return word.lower() == "true"
@@ -115,10 +115,10 @@ def guess(text: str) -> bool | int | float | str:
 
 
 def coerce(key: str, value: Any, kind: Any) -> Any:
-    """A TOML value as the field's type.
+    """Convert a TOML value to the field's type.
 
     Raises:
-        ValueError: a value of another type.
+        ValueError: the value has another type.
     """
     inner = _optional(kind)
     if inner is not None:
@@ -145,14 +145,15 @@ def coerce(key: str, value: Any, kind: Any) -> Any:
 
 
 def read_preset(name: str, kind: str = "train") -> dict[str, Any]:
-    """A preset's table, from the package by name or from a file by path.
+    """Read the table of a preset: one of the package by name, or a file by path.
 
     Args:
-        name: "digits", or a path that ends in .toml.
-        kind: "train" or "study": the command that it is for.
+        name: name such as "digits", or a path that ends in .toml.
+        kind: command that the preset is for: "train" or "study".
 
     Raises:
-        ValueError: unknown name, missing file, a file in another encoding (see `flatmin.words.read_text`), or no TOML.
+        ValueError: the name is unknown, the file is missing, in another encoding (see `flatmin.words.read_text`), or
+            not valid TOML.
     """
     if name.lower().endswith(".toml"):
         path = Path(name)
@@ -173,16 +174,16 @@ def read_preset(name: str, kind: str = "train") -> dict[str, Any]:
 
 
 def preset_names(kind: str = "train") -> list[str]:
-    """Names of the presets inside the package for a command."""
+    """The names of the package's presets for a command."""
     folder = resources.files("flatmin") / "presets" / kind
     return sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".toml"))
 
 
 def fill(cls: type[T], table: Mapping[str, Any], *, origin: str = "settings") -> T:
-    """A dataclass from a table of plain values.
+    """Make a dataclass from a table of plain values.
 
     Raises:
-        ValueError: an unknown key or a value of another type.
+        ValueError: a key is unknown, or a value has another type.
     """
     kinds = field_types(cls)
     for key in table:
@@ -192,26 +193,28 @@ def fill(cls: type[T], table: Mapping[str, Any], *, origin: str = "settings") ->
 
 
 def split_override(word: str) -> tuple[str, str]:
-    """("key", "value") of "key=value".
+    """Split "key=value" into ("key", "value").
 
     Raises:
-        ValueError: a word without "=" or without a key.
+        ValueError: the word has no "=" or no key.
     """
     key, equals, value = word.partition("=")
     if not equals or not key.strip():
-        raise ValueError(f"{word!r} is not an override; write key=value, for example epochs=10.")
+        raise ValueError(f"{word!r} is not a setting; write KEY=VALUE, for example epochs=10.")
     return key.strip(), value.strip()
 
 
 def read_words(words: Iterable[str], kinds: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Typed values of the `key=value` words whose key is known, and the text of the others; the last of a key counts.
+    """Read `key=value` words: typed values for the known keys, and the text for the others.
+
+    If a key is given several times, the last value counts.
 
     Args:
         words: such as "epochs=10", or "extra.NAME=value" for an entry of a table.
         kinds: the known keys with their types, see `field_types`.
 
     Raises:
-        ValueError: a word that is not `key=value`, or a value of another type.
+        ValueError: a word is not `key=value`, or a value has another type.
 
     Example:
         >>> read_words(["epochs=3", "theta=0.8", "epochs=4"], {"epochs": int})
@@ -232,26 +235,26 @@ def read_words(words: Iterable[str], kinds: Mapping[str, Any]) -> tuple[dict[str
 
 
 def read_table(cls: type, words: Iterable[str], *, unknown: str = "unknown setting") -> dict[str, Any]:
-    """Typed fields of a dataclass from `key=value` words.
+    """Read `key=value` words as typed fields of a dataclass.
 
     Args:
         cls: the dataclass.
-        words: of its fields alone.
-        unknown: how the error about another key begins.
+        words: its settings.
+        unknown: beginning of the error message about an unknown key.
 
     Raises:
-        ValueError: a word of another form, an unknown key, or a value of another type.
+        ValueError: a word is not `key=value`, a key is unknown, or a value has another type.
     """
     kinds = field_types(cls)
     values, rest = read_words(words, kinds)
     for key in rest:
-        listed = f" (settings: {', '.join(kinds)})" if kinds else "; it has none."
+        listed = f" (settings: {', '.join(kinds)})" if kinds else "; there are no settings here."
         raise ValueError(f"{unknown} {key!r}{suggest(key, kinds)}{listed}")
     return values
 
 
 def written(value: Any) -> str:
-    """A value as one types it, which `parse` reads again.
+    """Format a value as it is typed on the command line; `parse` reads it back.
 
     Example:
         >>> written(True), written(1.0), written(5e-4), written((60, 120)), written(None)
@@ -265,7 +268,7 @@ def written(value: Any) -> str:
 
 
 def canonical(value: Any) -> Any:
-    """Dataclasses, mappings and tuples as plain JSON values."""
+    """Convert dataclasses, mappings and tuples to plain JSON values."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: canonical(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
@@ -276,13 +279,13 @@ def canonical(value: Any) -> Any:
 
 
 def content_hash(*values: Any) -> str:
-    """Hex digest that depends on content only, not on the order of keys. NaN is refused."""
+    """Hex digest of values; it does not depend on the order of keys. NaN raises a ValueError."""
     text = json.dumps(canonical(values), sort_keys=True, allow_nan=False, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def at_least(owner: Any, name: str, low: float, *, open_low: bool = False, high: float = math.inf) -> None:
-    """Raise ValueError unless the field is a finite number in the range."""
+    """Raise ValueError unless the field is a finite number within the range."""
     value = getattr(owner, name)
     good = isinstance(value, (int, float)) and math.isfinite(value) and low <= value <= high
     if not good or (open_low and value == low):
@@ -298,7 +301,7 @@ def one_of(owner: Any, name: str, choices: Sequence[str]) -> None:
 
 
 def _optional(kind: Any) -> Any:
-    """X for X | None, else None."""
+    """X if the type is X | None, else None."""
     if typing.get_origin(kind) in _UNIONS:
         rest = [one for one in typing.get_args(kind) if one is not type(None)]
         if len(rest) == 1 and len(typing.get_args(kind)) == 2:

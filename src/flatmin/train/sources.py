@@ -1,4 +1,4 @@
-"""Data and model of a run: the built-in ones by name, a user's own by "package.module:function"."""
+"""The data and the model of a run: built-in ones by name, or a user's own by "package.module:function"."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ _AUGMENT = ("crop", "flip", "cutout", "cutout_p")
 
 
 def load_data(config: RunConfig, *, download: bool = False, progress: Progress | None = None) -> Data:
-    """The data of a run, with its label noise, on its device.
+    """Load the data of a run, with its label noise, on its device.
 
     Args:
-        config: the run.
-        download: download missing files where that is possible.
+        config: configuration of the run.
+        download: download missing files, for data sets that can be downloaded.
         progress: see `flatmin.data.named.Reading`.
 
     Raises:
-        ValueError: unknown name, options that the data does not have, or a function that returns something else.
-        FileNotFoundError, OSError: files that are missing or cannot be read.
-        ModuleNotFoundError: a package is missing; the error names the extra.
+        ValueError: the name is unknown, an option does not apply to the data, or the function returns something else.
+        FileNotFoundError, OSError: files are missing or cannot be read.
+        ModuleNotFoundError: a package is missing; the message names the extra.
     """
     clean = load_clean(config, download=download, progress=progress)
     if config.measure:
@@ -44,20 +44,26 @@ def load_data(config: RunConfig, *, download: bool = False, progress: Progress |
     if not config.noise:
         return clean.to(config.device)
     if clean.clean is not None:
-        raise ValueError(f"data={config.data} brings wrong labels of its own; set noise=0.")
+        raise ValueError(f"data={config.data} already contains label noise; set noise=0.")
     return clean.with_labels(_noisy(config, clean)).to(config.device)
 
 
 def load_clean(config: RunConfig, *, download: bool = False, progress: Progress | None = None) -> Data:
-    """The data before flatmin adds noise to the labels, on the CPU."""
+    """Load the data without flatmin's label noise, on the CPU."""
     if ":" in config.data:
         data = as_data(find_function(config.data, option="data")(), config.data)
         if config.train_on_val:
-            raise ValueError(f"train_on_val=true is for official releases; data={config.data} brings its own parts.")
+            raise ValueError(
+                f"train_on_val=true is for the built-in data sets; data={config.data} returns its own parts. Leave out "
+                "train_on_val."
+            )
     else:
         data = read_named(config.data, reading_of(config, download=download, progress=progress))
         if config.image_size not in (None, data.train.x.shape[-1]):
-            raise ValueError(f"image_size is for folders of images; data={config.data} has images of its own size.")
+            raise ValueError(
+                f"image_size is for folders of images; the images of data={config.data} have a fixed size. Leave out "
+                "image_size."
+            )
     if config.statistics is not None:
         if config.statistics not in STATISTICS:
             raise ValueError(
@@ -72,7 +78,7 @@ def load_clean(config: RunConfig, *, download: bool = False, progress: Progress 
 
 
 def reading_of(config: RunConfig, *, download: bool = False, progress: Progress | None = None) -> Reading:
-    """How a run reads a data set of the table."""
+    """How a run reads a built-in data set."""
     return Reading(
         folder=config.data_dir,
         validation=None if config.train_on_val else config.val_share,
@@ -85,12 +91,15 @@ def reading_of(config: RunConfig, *, download: bool = False, progress: Progress 
 
 
 def _augmentation(config: RunConfig, data: Data) -> Augment | None:
-    """What is usual for the data, with the configuration's own options."""
+    """The usual augmentation of the data, changed by the options of the configuration."""
     given = {name: getattr(config, name) for name in _AUGMENT if getattr(config, name) is not None}
     if not given:
         return data.augment
     if data.statistics is None:
-        raise ValueError(f"{next(iter(given))} is for images of bytes; data={config.data} has none: leave it out.")
+        name = next(iter(given))
+        raise ValueError(
+            f"{name} needs images stored as bytes, which data={config.data} does not have; leave out {name}."
+        )
     usual = data.augment or Augment(crop=0, flip=False, cutout=0)
     return dataclasses.replace(usual, **given)
 
@@ -112,21 +121,20 @@ def _noisy(config: RunConfig, data: Data) -> Tensor:
     if dataset is None or dataset.confusions is None:
         which = ", ".join(name for name, one in DATASETS.items() if one.confusions)
         raise ValueError(
-            f"noise_kind=asymmetric needs to know which classes are confused, which it does for {which} only; "
-            "use noise_kind=symmetric."
+            f"noise_kind=asymmetric is defined for {which} only, not for data={config.data}; use noise_kind=symmetric."
         )
     return asymmetric_noise(data.train.y, config.noise, dataset.confusions, seed=seed)
 
 
 def build_model(config: RunConfig, data: Data | Inputs) -> nn.Module:
-    """A freshly initialised model on the run's device.
+    """Build a newly initialised model on the run's device.
 
-    A function is called with those of `num_classes=K`, `in_channels=C` and `image_size=H` that it has parameters for,
-    the latter two for inputs of shape (n, C, H, W). The global random state is the same after the call as before.
+    A user's function receives `num_classes=K`, `in_channels=C` and `image_size=H`, as far as it has parameters with
+    these names; the latter two only for inputs of shape (n, C, H, W). The global random state is not changed.
 
     Raises:
-        ValueError: unknown name, a function that needs other arguments, or something that is no module.
-        ModuleNotFoundError, ImportError: timm or torchvision is missing, or does not fit torch.
+        ValueError: the name is unknown, the function needs other arguments, or it does not return a module.
+        ModuleNotFoundError, ImportError: timm or torchvision is missing, or does not fit the installed torch.
     """
     function: Callable[..., Any]
     if (named := external(config.model)) is not None:
@@ -141,7 +149,9 @@ def build_model(config: RunConfig, data: Data | Inputs) -> nn.Module:
             f"(models: {', '.join(MODELS)}; timm:NAME, torchvision:NAME, or package.module:function)"
         )
     if isinstance(function, nn.Module):
-        raise ValueError(f"model={config.model} is a module; name a function that builds one: def build(): return ...")
+        raise ValueError(
+            f"model={config.model} is a module; name a function that builds the module: def build(): return ..."
+        )
     parameters = inspect.signature(function).parameters
     inputs = data if isinstance(data, Inputs) else Inputs.of(data)
     arguments: dict[str, Any] = {"num_classes": inputs.num_classes}
@@ -156,8 +166,8 @@ def build_model(config: RunConfig, data: Data | Inputs) -> nn.Module:
     for name, parameter in parameters.items():
         if parameter.default is parameter.empty and parameter.kind not in variadic and name not in given:
             raise ValueError(
-                f"model={config.model} must be callable without arguments, but it requires {name!r}; name a "
-                f"function that gives it: def build(): return ...({name}=...)."
+                f"model={config.model} must be callable without arguments, but it requires {name!r}; name a function "
+                f"that sets it: def build(): return ...({name}=...)."
             )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.seed, "model"))
@@ -172,7 +182,7 @@ def build_model(config: RunConfig, data: Data | Inputs) -> nn.Module:
 
 
 def check_device(name: str) -> None:
-    """Raise ValueError unless tensors can live on the device."""
+    """Raise ValueError unless this machine has the device."""
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:
@@ -181,10 +191,10 @@ def check_device(name: str) -> None:
 
 
 def check_machine(config: RunConfig) -> None:
-    """Raise ValueError unless this machine has the run's device and precision."""
+    """Raise ValueError unless this machine supports the run's device and precision."""
     check_device(config.device)
     if config.precision == "bf16" and config.device == "cuda" and not torch.cuda.is_bf16_supported():
-        raise ValueError("this GPU has no bf16; set precision=fp16 or precision=float32.")
+        raise ValueError("this GPU does not support bf16; set precision=fp16 or precision=float32.")
 
 
 def check_fit(model: nn.Module, data: Data, *, channels_last: bool = False) -> None:
@@ -196,7 +206,7 @@ def check_fit(model: nn.Module, data: Data, *, channels_last: bool = False) -> N
         with evaluating(model), torch.no_grad():
             out = model(x)
     except Exception as error:
-        hint = " (channels_last=false keeps the usual memory format)" if channels_last and x.dim() == 4 else ""
+        hint = " (channels_last=false sets the default memory format)" if channels_last and x.dim() == 4 else ""
         raise ValueError(
             f"the model does not take inputs of shape {tuple(x.shape[1:])} from {data.name}: {error}{hint}"
         ) from error

@@ -1,4 +1,4 @@
-"""A run's state as a checkpoint holds it."""
+"""The state of a run in a checkpoint."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 
 def state_of(run: TrainingRun, *, inside: bool) -> dict[str, Any]:
-    """What a run needs to continue; all processes must call it.
+    """The state that a run needs to continue; all processes must call this.
 
     Args:
-        run: which.
-        inside: whether the present epoch is unfinished.
+        run: the run.
+        inside: whether the current epoch is unfinished.
     """
     return {
         "config": identity(run.config),
@@ -42,13 +42,13 @@ def state_of(run: TrainingRun, *, inside: bool) -> dict[str, Any]:
 
 
 def restore(run: TrainingRun, state: dict[str, Any]) -> None:
-    """Put a run where `state_of` was called.
+    """Restore a run from the state that `state_of` returned.
 
-    The number of epochs may be another one, see `fixed_length`.
+    The number of epochs may differ, see `fixed_length`.
 
     Raises:
-        OtherDataError: the state is of a run on other data.
-        ValueError: the state is another run's.
+        OtherDataError: the state belongs to a run on other data.
+        ValueError: the state belongs to another run.
     """
     where = f"the checkpoint in {run.folder and run.folder.checkpoints}"
     other = differences(state["config"], run.config)
@@ -56,17 +56,18 @@ def restore(run: TrainingRun, state: dict[str, Any]) -> None:
     if other and why is not None:
         reason = f" ({why})" if why else ""
         raise ValueError(
-            f"{where} is of another run: {', '.join(other.values())}; use the same settings, or another folder{reason}."
+            f"{where} belongs to another run: {', '.join(other.values())}{reason}; use the same settings, or another "
+            "folder."
         )
     content = state.get("content")  # checkpoints of earlier versions have none
     if content is not None and run.content is not None:
         before = Content(digest=content["digest"], sums=tuple(content["sums"]))
         if not before.agrees(run.content):
-            raise OtherDataError(f"{where} is of a run on other data: {changed_data(run.config)}")
+            raise OtherDataError(f"{where} belongs to a run on other data: {changed_data(run.config)}")
     if state["processes"] != run.world.size:
         raise ValueError(
-            f"the checkpoint was written by {state['processes']} process(es), and this run has {run.world.size}; "
-            "start as many, so that the run continues as it was."
+            f"the checkpoint was written by {state['processes']} process(es), but this run has {run.world.size}; "
+            f"start {state['processes']} process(es)."
         )
     own = state["ranks"][run.world.rank]
     if own["optimizer"] is not None:
@@ -86,9 +87,10 @@ def restore(run: TrainingRun, state: dict[str, Any]) -> None:
 
 
 def fixed_length(config: RunConfig) -> str | None:
-    """Why a run cannot continue with another number of epochs; None if it can, as one uninterrupted run would.
+    """Why a run cannot continue with another number of epochs; None if it can.
 
-    It can where learning rates and the method's own rules do not depend on how long the training is.
+    It can continue, exactly as an uninterrupted run would, if neither the learning rates nor the method's own rules
+    depend on the length of the training.
     """
     if config.schedule in BY_LENGTH:
         return f"its {config.schedule} schedule depends on the number of epochs"
@@ -102,22 +104,22 @@ def _not_with(run: TrainingRun, state: dict[str, Any]) -> str | None:
     """Why a run with another number of epochs cannot continue from a state."""
     done = state["epoch"] + (state["position"] > 0)
     if done > run.config.epochs:
-        return f"it is in epoch {done} already"
+        return f"it has already reached epoch {done}"
     return fixed_length(run.config)
 
 
 def changed_data(config: RunConfig) -> str:
-    """What to do about data that are others than before, for an error."""
+    """What to do about changed data, for an error message."""
     if ":" in config.data:
         return (
-            f"data={config.data} returned something else, because a file that it reads has changed or it draws random "
-            "numbers without a seed of its own; put the file back or give it a seed, or start over."
+            f"data={config.data} returned other samples, because a file that it reads has changed or it draws random "
+            "numbers without a fixed seed; restore the file or fix the seed, or start over."
         )
-    return f"what lies in data_dir={config.data_dir} has changed; put it back, or start over."
+    return f"the files in data_dir={config.data_dir} have changed; restore them, or start over."
 
 
 def _own(run: TrainingRun) -> dict[str, Any]:
-    """What each process has for itself."""
+    """The part of the state that each process has for itself."""
     cuda = torch.cuda.get_rng_state() if run.config.device == "cuda" else None
     state = {
         "cpu": torch.get_rng_state(),

@@ -1,4 +1,4 @@
-"""A model, its optimizer and its data: one update at a time."""
+"""The trainer: model, optimizer and data, one update at a time."""
 
 from __future__ import annotations
 
@@ -33,12 +33,13 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """What an update saw, on the device and without waiting for it.
+    """Losses and correct answers of an update, as tensors on the device, so that reading them can wait.
 
     Args:
-        loss: that the step returned, at w unless the method skips or moves pass 1.
-        perturbed: loss of the last of exactly two passes, else None.
-        right: samples that the first pass got right, of `samples`.
+        loss: loss that the step returned; at w unless the method skips pass 1 or starts it elsewhere.
+        perturbed: loss of the second pass if there are exactly two, else None.
+        right: number of samples that the first pass classified correctly.
+        samples: number of samples in the first pass.
     """
 
     loss: Tensor
@@ -47,26 +48,27 @@ class Step:
     samples: int
 
     def copied(self) -> Step:
-        """The same numbers in memory of their own."""
+        """A copy in separate memory."""
         perturbed = None if self.perturbed is None else self.perturbed.clone()
         return Step(self.loss.clone(), perturbed, self.right.clone(), self.samples)
 
 
 class Trainer:
-    """One training step after the other.
+    """Trains step by step.
 
-    The step is the loop a user would write: a closure that zeroes, computes and calls backward, handed to the
-    optimizer; for methods on micro-batches a list of closures, one for each part of the batch. Initialisation, noise,
-    batch order and augmentation depend on the seed alone, so two methods with one seed are paired.
+    A step is what a user's own loop would do: it passes the optimizer a closure that zeroes the gradients, computes the
+    loss and calls backward; for methods on micro-batches, a list of closures, one for each part of the batch. Initial
+    weights, label noise, batch order and augmentation depend on the seed alone, so runs of two methods with the same
+    seed are paired.
 
     Args:
-        config: the run.
-        data: already loaded data. Default: what the configuration names.
+        config: configuration of the run.
+        data: the data, if they are already loaded. Default: load the data that the configuration names.
         world: the processes.
-        diagnostics: whether the optimizer records them.
+        diagnostics: whether the optimizer records diagnostics.
 
     Raises:
-        ValueError: an unknown name, or a method that this loop or this model cannot serve.
+        ValueError: a name is unknown, or this loop or this model does not support the method.
     """
 
     def __init__(
@@ -83,7 +85,7 @@ class Trainer:
         self._check()
         self.schedule = build_schedule(config, self.feed.steps)
         sharded = world.size > 1 and config.parallel == "fsdp"
-        if config.channels_last and not sharded:  # FSDP2 shards contiguous weights only
+        if config.channels_last and not sharded:  # FSDP2 can only shard contiguous weights
             self.model = cast(nn.Module, self.model.to(memory_format=torch.channels_last))  # type: ignore[call-overload]
         self.net = self.model
         if world.size > 1:
@@ -98,7 +100,7 @@ class Trainer:
             model=self.net,
             criterion=self.criterion,
             freeze_batchnorm=config.freeze_batchnorm,
-            replay_rng=not config.graph,  # a graph serves no model that draws, and states cannot be read in a capture
+            replay_rng=not config.graph,  # graphs exclude models with random draws; captures cannot read random states
             seed=derive_seed(config.seed, "engine"),
             diagnostics=diagnostics,
             scaler=self.scaler,
@@ -106,7 +108,7 @@ class Trainer:
             ascent_sync=config.ascent_sync,  # type: ignore[arg-type]
         )
         for group in self.optimizer.param_groups:
-            group["initial_lr"] = config.lr  # as torch's schedulers write it, for a radius that follows the rate
+            group["initial_lr"] = config.lr  # set by torch's schedulers too; a radius may follow the learning rate
         self._graphed = Graphed(self) if config.graph else None
         self.average = None if config.ema is None else WeightAverage(self.model, config.ema)
         self.steps = self.gradients = 0
@@ -116,22 +118,22 @@ class Trainer:
 
     @property
     def gradient_evaluations(self) -> float:
-        """Gradients of one batch per step: the recipe's mean, or what was taken if the rule decides by value."""
+        """Gradient evaluations per step: the recipe's average, or the measured one if the method decides by value."""
         if Need.DECIDES_BY_VALUE not in self.recipe.needs or not self.steps:
             return self.recipe.gradient_evaluations
         return round(self.gradients / self.steps, 2)
 
     @property
     def rho(self) -> float | None:
-        """Radius of the first param group; None for a method that has none."""
+        """Radius of the first param group; None for a method without a radius."""
         return float(self.optimizer.param_groups[0]["rho"]) if self.recipe.ascends else None
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
-        """The next epoch's batches from number `start` on; every sample once, in the seed's order."""
+        """The batches of the next epoch, from number `start` on, in the order that the seed defines."""
         return self.feed.epoch(start)
 
     def step(self, batch: Batch) -> Step:
-        """One update at the schedule's learning rate."""
+        """Do one update, at the learning rate of the schedule."""
         lr = self.schedule.at(self.steps)
         for group in self.optimizer.param_groups:
             if self._graphed is None:
@@ -145,7 +147,7 @@ class Trainer:
         return step
 
     def _one(self, batch: Batch) -> Step:
-        """All passes and the base's step."""
+        """Do all passes and the step of the base optimizer."""
         self._seen, self._right = [], {}
         if Need.MICRO_BATCHES in self.recipe.needs:
             parts = self.parts(batch)
@@ -160,14 +162,14 @@ class Trainer:
         return Step(loss, self._seen[1][1] if two else None, sum(right[1:], right[0]), sum(map(len, parts)))
 
     def parts(self, batch: Batch) -> list[Batch]:
-        """The micro-batches of a batch; for the different-batch probe the batch before it, and the batch itself."""
+        """The micro-batches of a batch; for methods with an ascent on another batch, the previous and this one."""
         if self.recipe.inner_loop.two_batches:
             return [batch if self._previous is None else self._previous, batch]
         return batch.split(self.config.micro_batches)
 
     @property
     def previous(self) -> list[Tensor] | None:
-        """The batch before, on the CPU, for methods that climb on it; each process has its own."""
+        """The previous batch, on the CPU, for methods that use it for the ascent; each process has its own."""
         saved = self._previous
         return None if saved is None else [saved.x.cpu(), saved.y.cpu(), saved.index]
 
@@ -177,12 +179,12 @@ class Trainer:
         self._previous = None if saved is None else Batch(saved[0].to(device), saved[1].to(device), saved[2])
 
     def state_dict(self, *, inside: bool) -> dict[str, Any]:
-        """Everything that the next steps depend on but the global random state and `previous`, on the CPU.
+        """The state that the next steps depend on, on the CPU, without the global random state and `previous`.
 
-        All processes must call it. What they share is whole in rank 0 only.
+        All processes must call this. The state that they share is complete in rank 0 only.
 
         Args:
-            inside: whether the present epoch is unfinished.
+            inside: whether the current epoch is unfinished.
         """
         model, optimizer = whole_state(self.model, self.optimizer, self.config.parallel, self.world)
         return {
@@ -196,7 +198,7 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from what `state_dict` gave."""
+        """Restore the state that `state_dict` returned."""
         both = state["model"], state["optimizer"]
         load_whole_state(self.model, self.optimizer, self.config.parallel, self.world, both)
         if self._graphed is not None:
@@ -226,7 +228,7 @@ class Trainer:
             with self._quiet(last=number == len(parts)):
                 with autocast(self.config):
                     output = self._forward(part.x)
-                    # The loss, and surrogates that have no rule of their own under autocast, see full precision.
+                    # Full precision for the loss, and for surrogates that autocast has no rule for.
                     loss: Tensor = self.criterion(output.float(), part.y)
                 if len(parts) > 1:
                     loss = loss * (len(part) / samples)
@@ -240,7 +242,7 @@ class Trainer:
         return total
 
     def _quiet(self, *, last: bool) -> AbstractContextManager[Any]:
-        """Gradients of all but the last part stay in their process."""
+        """Suppress the gradient synchronisation between processes, except for the last part."""
         if last or not isinstance(self.net, DistributedDataParallel):
             return nullcontext()
         return cast(AbstractContextManager[Any], self.net.no_sync())
@@ -250,31 +252,34 @@ class Trainer:
         check_divided(self.recipe)
         if config.accumulate > 1 and Need.MICRO_BATCHES in self.recipe.needs:
             other = self.recipe.inner_loop.two_batches
-            itself = f"divides each batch by itself (micro_batches={config.micro_batches})"
-            does = "climbs on another batch" if other else itself
+            itself = f"already splits each batch (micro_batches={config.micro_batches})"
+            does = "uses another batch for the ascent" if other else itself
             raise ValueError(f"{config.method} {does}; leave out accumulate.")
         if config.ema is not None and self.world.size > 1 and config.parallel == "fsdp":
             raise ValueError("ema needs whole weights; with several processes set parallel=ddp.")
         rest = len(self.data.train) % config.batch_size // self.world.size
         if rest == 1 and not config.drop_last and any(isinstance(m, nn.BatchNorm1d) for m in self.model.modules()):
             raise ValueError(
-                "the last batch of an epoch has one sample in a process, of which BatchNorm1d takes no variance; set "
+                "the last batch of an epoch has one sample in a process, and BatchNorm1d needs at least two; set "
                 "drop_last=true, or another batch_size."
             )
         if self.world.size == 1 and config.ascent_sync != "all":
-            raise ValueError("ascent_sync=none is about several processes, and this is one; start them with torchrun.")
+            raise ValueError(
+                "ascent_sync=none is for several processes, but there is only one; start several with torchrun, or "
+                "leave out ascent_sync."
+            )
 
 
 def updates(config: RunConfig, samples: int, processes: int = 1) -> int:
-    """Updates of the whole training."""
+    """Number of updates of the whole training."""
     return config.epochs * steps_of(config, samples, processes)
 
 
 def build_recipe(config: RunConfig) -> Recipe:
-    """The recipe that a configuration names, plugins included.
+    """Build the recipe of a configuration, including plugins.
 
     Raises:
-        ValueError: an unknown method, plugin or parameter, or names that clash.
+        ValueError: a method, plugin or parameter is unknown, or the names do not compose.
     """
     for plugin in config.plugins:
         find_module(plugin, option="plugin")
@@ -282,10 +287,10 @@ def build_recipe(config: RunConfig) -> Recipe:
 
 
 def build_schedule(config: RunConfig, steps_per_epoch: int) -> LearningRateSchedule:
-    """The learning rates that a configuration names.
+    """Build the learning rate schedule of a configuration.
 
     Raises:
-        ValueError: options that do not go together.
+        ValueError: options contradict each other.
     """
     return LearningRateSchedule(
         kind=config.schedule,
@@ -303,12 +308,12 @@ def build_schedule(config: RunConfig, steps_per_epoch: int) -> LearningRateSched
 
 
 def build_base(config: RunConfig, model: nn.Module, *, sharded: bool = False) -> Optimizer:
-    """The base optimizer; fused on a GPU, where skipping a step then needs no synchronisation.
+    """Build the base optimizer; on a GPU it is fused, so that skipping a step needs no synchronisation.
 
     Args:
-        config: names it.
-        model: whose weights it changes.
-        sharded: whether these are sharded; torch has no fused SGD for them.
+        config: configuration of the run.
+        model: model whose weights are trained.
+        sharded: whether the weights are sharded; torch has no fused SGD for sharded weights.
     """
     fused = True if config.device == "cuda" and not (sharded and config.optimizer == "sgd") else None
     lr = tensor_rate(config.lr, config.device) if config.graph else config.lr
@@ -331,7 +336,7 @@ def build_base(config: RunConfig, model: nn.Module, *, sharded: bool = False) ->
 def build_loss(
     config: RunConfig,
 ) -> tuple[Loss, Loss | None]:
-    """The training loss, and its form with one loss per sample where torch's own module does not give it."""
+    """Build the training loss, and a form with one loss per sample if torch's own module cannot provide it."""
     if config.label_smoothing and config.smoothing == "others":
         smoothed = partial(smoothed_cross_entropy, smoothing=config.label_smoothing, form="others")
         return smoothed, partial(smoothed, reduction="none")

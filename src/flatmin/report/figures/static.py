@@ -46,7 +46,7 @@ def require() -> None:
         import matplotlib.figure  # noqa: F401
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "figures need matplotlib, which is not installed; run: pip install 'flatmin[plot]'"
+            "figures need matplotlib, which is not installed; run: pip install '.[plot]' in a clone of flatmin"
         ) from error
 
 

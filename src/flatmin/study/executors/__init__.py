@@ -68,7 +68,9 @@ def make_executor(name: str, settings: Mapping[str, Any] | None = None) -> Execu
         raise ValueError(f"unknown executor {name!r}{suggest(name, EXECUTORS)} (executors: {', '.join(EXECUTORS)})")
     package = EXECUTORS[name]
     if package is not None and importlib.util.find_spec(package) is None:
-        raise ModuleNotFoundError(f'the executor {name} needs {package}: pip install "flatmin[{name}]".')
+        raise ModuleNotFoundError(
+            f"the executor {name} needs {package}: pip install '.[{name}]' in a clone of flatmin."
+        )
     made: Executor = fill(
         importlib.import_module(f"flatmin.study.executors.{name}").EXECUTOR, settings or {}, origin=f"executor {name}"
     )

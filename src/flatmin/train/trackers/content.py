@@ -1,4 +1,4 @@
-"""What events are called: the one place that turns them into named numbers."""
+"""Conversion of events to named numbers, the same for all trackers."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _OUTCOME = ("trained", "train_ce", "seconds", "gradient_evaluations", "lambda_ma
 
 
 def scalars(event: Event) -> dict[str, float]:
-    """The numbers of an event by name; what is None is left out.
+    """The numbers of an event by name; values that are None are left out.
 
-    Stepped: step/loss, step/lr, step/rho, step/images_per_second, and step/NAME for every diagnostic; one with the name
-    of these is that of the last update alone and becomes step/last_NAME.
+    Stepped: step/loss, step/lr, step/rho, step/images_per_second, and step/NAME for every diagnostic. A diagnostic with
+    the name of one of these four becomes step/last_NAME, since it belongs to the last update alone.
     EpochEnded: epoch, and every number of the line as train/NAME, val/NAME or test/NAME.
     Measured: measure/NAME.
     Ended: summary/NAME, with summary/chosen/test_acc, summary/best/val_acc, summary/lambda_max/value and so on.
-    Began, Ticked and Warned have none.
+    Began, Ticked and Warned have no numbers.
 
     Example:
         >>> from flatmin.train.events import Measured
@@ -47,9 +47,9 @@ def scalars(event: Event) -> dict[str, float]:
 
 
 def settings(event: Began) -> dict[str, Plain]:
-    """The configuration as one table: tables with dots, lists with commas, and None as "none".
+    """The configuration as one flat table: nested names are joined by dots, lists by commas, and None is "none".
 
-    Beside the configuration: run.parameters, run.samples, run.steps, run.gradient_evaluations, and environment.NAME.
+    It also has run.parameters, run.samples, run.steps, run.gradient_evaluations, and environment.NAME.
     """
     run = {name: getattr(event, name) for name in ("parameters", "samples", "steps", "gradient_evaluations")}
     return dict(_flat({**canonical(event.config), "run": run, "environment": canonical(event.environment)}))

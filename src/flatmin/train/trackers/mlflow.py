@@ -24,10 +24,10 @@ _MOST = 100  # parameters in one call
 
 
 class MLflow(Sink):
-    """Metrics and parameters of a run, by a client of its own: the program's active run is left alone.
+    """Logs metrics and parameters of a run with a separate client; the program's active run is not affected.
 
-    Characters that MLflow refuses in names become "_". A resumed run has steps after its checkpoint twice, since
-    metrics cannot be taken back; infinity becomes the largest number that MLflow's database has.
+    Characters that MLflow does not allow in names become "_". A resumed run has the steps after its checkpoint twice,
+    because metrics cannot be deleted. Infinity becomes the largest number of MLflow's database.
     """
 
     name = "mlflow"
@@ -56,7 +56,7 @@ class MLflow(Sink):
             self._client.set_tag(self._id, "failure", failure)
 
     def finish(self, status: Status) -> None:
-        # A server that is away would be waited for once more, for minutes.
+        # If the server is not available, another call would wait for minutes.
         if status != "broken":
             self._client.set_terminated(self._id, _STATUS[status])
 
@@ -65,7 +65,10 @@ class MLflow(Sink):
             return None
         path = self.folder / "mlflow.db"
         if set("?%") & set(str(path)):
-            raise ValueError(f"MLflow writes no database below {self.folder}: its path has a ? or %; rename it.")
+            raise ValueError(
+                f"MLflow cannot write its database below {self.folder}, because the path contains ? or %; use another "
+                "folder."
+            )
         return f"sqlite:///{path.as_posix()}"
 
     def _known(self) -> str | None:
@@ -84,12 +87,12 @@ class MLflow(Sink):
         experiment = self._client.get_experiment_by_name(self.project)
         if experiment is not None:
             return experiment.experiment_id
-        # Without a place of its own, files would go to ./mlruns of whoever reads them.
+        # Without a location here, files would go to ./mlruns of the process that reads the database.
         place = None if mlflow.is_tracking_uri_set() else (self.folder / "mlflow").as_uri()
         try:
             return self._client.create_experiment(self.project, artifact_location=place)
         except MlflowException:
-            # Another process may have been faster.
+            # Another process may have created it in the meantime.
             experiment = self._client.get_experiment_by_name(self.project)
             if experiment is None:
                 raise
@@ -101,7 +104,7 @@ SINK = MLflow
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the lines that MLflow logs while it makes a database."""
+    """Suppress the lines that MLflow logs while it creates a database."""
     logger = logging.getLogger("mlflow.store.db.utils")
     before = logger.level
     logger.setLevel(logging.WARNING)

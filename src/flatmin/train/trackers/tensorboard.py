@@ -1,4 +1,4 @@
-"""TensorBoard: event files in FOLDER/tensorboard, by the writer that is part of torch."""
+"""TensorBoard: event files in FOLDER/tensorboard, written by torch's SummaryWriter."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from flatmin.train.events import Began
 from flatmin.train.trackers.content import settings
 from flatmin.train.trackers.tracker import Sink, Status
 
-# Of all numbers, those that the table of hyperparameters is sorted by.
+# The numbers that TensorBoard's table of hyperparameters shows.
 _METRICS = ("val/acc", "val/loss", "summary/chosen/test_acc")
 
 
 class TensorBoard(Sink):
-    """Scalars, in the float32 of TensorBoard's files; the configuration as text and as hyperparameters.
+    """Logs scalars (in float32, as TensorBoard's files store them), and the configuration as text and hyperparameters.
 
-    A resumed run hides what was written after its checkpoint, and a new run in the folder removes the files of
-    the one before. The hyperparameters have the status of the first end, also for a run that was resumed after it.
+    A resumed run hides the steps after its checkpoint; a new run in the same folder removes the files of the earlier
+    one. The hyperparameters show the status of the first end, also for a run that was resumed later.
     """
 
     name = "tensorboard"
@@ -35,7 +35,7 @@ class TensorBoard(Sink):
         table = settings(event)
         rows = "".join(f"| {name} | {value} |\n" for name, value in table.items())
         self._writer.add_text("config", f"| | |\n|---|---|\n{rows}", 0)
-        # Torch takes true and false for numbers.
+        # torch stores true and false as numbers.
         words = {name: str(value).lower() if isinstance(value, bool) else value for name, value in table.items()}
         experiment, start, _ = hparams(words, dict.fromkeys(_METRICS, 0))
         self._add(experiment, 0)
@@ -71,7 +71,7 @@ def _clear(where: Path) -> None:
 
 
 def _session_end(*, failed: bool) -> Any:
-    """The end of the run for the table of hyperparameters; torch's own says success always."""
+    """The status of the run for the table of hyperparameters; torch's own function always reports success."""
     from tensorboard.compat.proto.summary_pb2 import Summary
     from tensorboard.plugins.hparams import metadata
     from tensorboard.plugins.hparams.api_pb2 import Status as Word

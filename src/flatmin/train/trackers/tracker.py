@@ -1,4 +1,4 @@
-"""What the four trackers share: the order of calls, and what a failing tracker means for the run."""
+"""The base class of the trackers, and the handling of trackers that fail."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ _IDENTITIES = "trackers.json"
 
 
 class Tracker(Protocol):
-    """Receives the events of one run, and is closed once in any case."""
+    """Receives the events of one run; `close` is called once at the end, also after an error."""
 
     def __call__(self, event: Event) -> None:
         """Record an event."""
 
     def close(self) -> None:
-        """Write what is left and the final status of the run."""
+        """Write the remaining records and the final status of the run."""
 
 
 class Safely:
     """Wraps a tracker so that its errors do not stop the training.
 
-    The first exception of the tracker calls `warn` once, with one sentence, and disables the tracker. Only `Exception`
-    is caught: Ctrl-C passes through.
+    After its first exception the tracker is disabled, and `warn` is called once. Only `Exception` is caught, so that
+    Ctrl-C still works.
 
     Args:
-        tracker: any.
-        warn: called with the sentence.
+        tracker: the tracker.
+        warn: called with a sentence about the error.
     """
 
     def __init__(self, tracker: Tracker, warn: Callable[[str], None]) -> None:
@@ -66,18 +66,18 @@ class Safely:
         why = f"{type(error).__name__}: {said}" if said else type(error).__name__
         self._warn(
             f"the tracker {name} failed ({why}) and is disabled for this run; training continues, and "
-            "metrics.jsonl and steps.jsonl have everything."
+            "metrics.jsonl and steps.jsonl are complete."
         )
 
 
 class Sink(ABC):
-    """A tracker whose package takes a table at the beginning, numbers against steps, and a status at the end.
+    """A tracker whose package takes a configuration at the start, numbers by step, and a status at the end.
 
     Args:
-        folder: of the run, absolute.
-        run: its name.
+        folder: absolute path of the run folder.
+        run: name of the run.
         project: name under which the package groups runs.
-        resume: whether to continue what is in the folder.
+        resume: whether to continue an earlier record in the folder.
     """
 
     name: ClassVar[str]
@@ -94,7 +94,7 @@ class Sink(ABC):
 
     @abstractmethod
     def log(self, values: dict[str, float], step: int) -> None:
-        """Record numbers of one step."""
+        """Record the numbers of one step."""
 
     @abstractmethod
     def end(self, values: dict[str, float], step: int, failure: str | None) -> None:
@@ -102,7 +102,7 @@ class Sink(ABC):
 
     @abstractmethod
     def finish(self, status: Status) -> None:
-        """Close the run; called if `begin` was."""
+        """Close the run; called only if `begin` was called."""
 
     def __call__(self, event: Event) -> None:
         try:
@@ -131,11 +131,11 @@ class Sink(ABC):
 
     @property
     def identity(self) -> str | None:
-        """The name by which the package knows a resumed run; None for a new one."""
+        """The package's identifier of a resumed run; None for a new run."""
         return self._identities().get(self.name) if self.resume else None
 
     def keep_identity(self, identity: str) -> None:
-        """Write the name into the run folder, so that a resumed run finds it."""
+        """Store the package's identifier in the run folder, for a later `resume`."""
         write_json(self.folder / _IDENTITIES, {**self._identities(), self.name: identity})
 
     def _identities(self) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Trackio: a SQLite database in FOLDER/trackio, or where TRACKIO_DIR says, written by a process of its own."""
+"""Trackio: a SQLite database in FOLDER/trackio, or in TRACKIO_DIR, written by a separate process."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _PATIENCE = 60.0
 
 
 class Trackio(Sink):
-    """Rows of numbers against steps, sent as JSON lines to `trackio_writer.py`.
+    """Logs numbers by step; they are sent as JSON lines to `trackio_writer.py`.
 
-    Trackio decides where it writes once in the life of a process, prints, and has one run at a time; a process of its
-    own lets every run write below its folder, and ends with the run's even if that is killed. What trackio says is
-    in FOLDER/trackio.log.
+    Trackio fixes its folder once per process, prints to the terminal, and supports one run at a time. With a separate
+    process, every run writes below its own folder, and the writer ends when the run's process ends, even if that is
+    killed. Trackio's output is in FOLDER/trackio.log.
 
-    A resumed run has steps after its checkpoint twice. Trackio knows no status: a failure becomes an alert.
+    A resumed run has the steps after its checkpoint twice. Trackio has no status; a failure becomes an alert.
     """
 
     name = "trackio"
@@ -35,13 +35,13 @@ class Trackio(Sink):
         self._log = self.folder / "trackio.log"
         with self._log.open("wb") as log:
             self._writer = subprocess.Popen(
-                # -P: beside the script lie modules with the names of trackers' packages.
+                # -P: modules next to the script have the names of the trackers' packages.
                 [sys.executable, "-P", str(_WRITER)],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=environment,
-                # Ctrl-C is the run's business; the writer ends when nothing more can come.
+                # Ctrl-C must reach only the run; the writer ends when its input is closed.
                 start_new_session=True,
             )
         resume = "allow" if self.resume else "never"
@@ -61,7 +61,7 @@ class Trackio(Sink):
         except subprocess.TimeoutExpired:
             self._writer.kill()
             self._writer.communicate()
-            raise RuntimeError(f"its writer did not end within {_PATIENCE:.0f} s; see {self._log}") from None
+            raise RuntimeError(f"its writer process did not end within {_PATIENCE:.0f} s; see {self._log}") from None
         if self._writer.returncode:
             raise RuntimeError(self._why())
 
@@ -75,7 +75,7 @@ class Trackio(Sink):
 
     def _why(self) -> str:
         said = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        return f"its writer ended: {said[-1] if said else 'without a word'}; see {self._log}"
+        return f"its writer process ended: {said[-1] if said else 'without a message'}; see {self._log}"
 
 
 SINK = Trackio

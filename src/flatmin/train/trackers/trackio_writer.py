@@ -1,7 +1,7 @@
-"""The process of `flatmin.train.trackers.trackio`: JSON lines from standard input into Trackio.
+"""The writer process of `flatmin.train.trackers.trackio`: reads JSON lines from standard input and logs to Trackio.
 
-Run as a script, without flatmin. The first line has what `trackio.init` takes, the others values, step and perhaps
-failure.
+It runs as a script, without flatmin. The first line has the arguments of `trackio.init`; the others have values, step
+and optionally failure.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import warnings
 
 
 def main() -> None:
-    """Write until standard input ends.
+    """Log until standard input ends.
 
     Raises:
-        RuntimeError: trackio gave something up; by itself it would only warn.
+        RuntimeError: trackio warned that it lost data.
     """
     import trackio
 

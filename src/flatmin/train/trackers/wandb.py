@@ -1,4 +1,4 @@
-"""Weights & Biases: FOLDER/wandb, for `wandb sync` where there is no network or no API key."""
+"""Weights & Biases: files in FOLDER/wandb; without a network or an API key, upload them later with `wandb sync`."""
 
 from __future__ import annotations
 
@@ -16,19 +16,21 @@ from flatmin.train.events import Began
 from flatmin.train.trackers.content import settings
 from flatmin.train.trackers.tracker import Sink, Status
 
-_EXIT = {"finished": 0, "stopped": 255}  # 255 is what wandb says of Ctrl-C
+_EXIT = {"finished": 0, "stopped": 255}  # wandb uses 255 for Ctrl-C
 _PATIENCE = 5.0  # s
 _KEYS = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
 
 
 class Wandb(Sink):
-    """A run of its own beside one that the program may have open, with the run's steps as wandb's.
+    """Logs to a separate wandb run, independent of one that the program may have open; steps are those of the run.
 
-    WANDB_MODE and `wandb offline` decide whether it is online. Without them it is online where there is an API key, and
-    else offline, without asking for a key; a server that cannot be reached then makes it offline too, with a warning.
+    WANDB_MODE and `wandb offline` decide whether the run is online. Without them, it is online if there is an API key
+    and the server can be reached; otherwise it is offline. It never asks for a key, and warns if the server cannot be
+    reached.
 
-    A resumed run has the same id. What is recorded offline is then in one folder for each part: sync them in
-    order, with `wandb sync --append`. wandb takes no step twice: what is repeated after a checkpoint stays as it was.
+    A resumed run keeps its id. Offline, each part of a resumed run has its own folder: sync the folders in order, with
+    `wandb sync --append`. wandb accepts each step once, so steps that are repeated after a checkpoint keep their first
+    values.
     """
 
     name = "wandb"
@@ -40,8 +42,8 @@ class Wandb(Sink):
             why = _unreachable(wandb.setup().settings.base_url)
             if why is not None:
                 warnings.warn(
-                    f"wandb cannot reach its server ({why}); this run is recorded offline, in {self.folder / 'wandb'}: "
-                    "upload it with wandb sync, or set WANDB_MODE=offline.",
+                    f"wandb cannot reach its server ({why}); this run is recorded offline in {self.folder / 'wandb'}. "
+                    "Upload it later with wandb sync, or set WANDB_MODE=offline to avoid this warning.",
                     stacklevel=2,
                 )
                 mode = "offline"
@@ -54,7 +56,7 @@ class Wandb(Sink):
             config=settings(event),
             mode=mode,
             reinit="create_new",
-            # wandb's capture of the terminal does not go together with a display that draws on it.
+            # wandb's capture of the terminal does not work together with a progress bar.
             settings=wandb.Settings(console="off", silent=mode == "offline"),
         )
         self.keep_identity(self._run.id)
@@ -76,8 +78,8 @@ SINK = Wandb
 
 
 def _mode() -> str:
-    """What WANDB_MODE or wandb's settings say; without them "online" with a key, and "offline"."""
-    # Not left to wandb: it reads the variable once in the life of a process.
+    """The mode from WANDB_MODE or wandb's settings; without them, "online" with an API key, else "offline"."""
+    # Read here, because wandb reads the variable only once per process.
     if os.environ.get("WANDB_MODE"):
         return os.environ["WANDB_MODE"]
     settings = wandb.setup().settings
@@ -86,12 +88,12 @@ def _mode() -> str:
 
 
 def _has_key(settings: Any) -> bool:
-    """Whether wandb finds an API key where it looks for one, so that it need not ask."""
+    """Whether wandb finds an API key, so that it does not ask for one."""
     if settings.api_key or any(os.environ.get(name) for name in _KEYS):
         return True
     hosts = [urlsplit(settings.base_url).netloc]
     if settings.base_url == wandb.Settings().base_url:
-        hosts.append("api.wandb.ai")  # keys of wandb's own server are kept under this name, whatever it is called now
+        hosts.append("api.wandb.ai")  # the name under which keys of wandb's own server are stored
     try:
         logins = netrc.netrc(os.environ.get("NETRC"))
     except (OSError, netrc.NetrcParseError):
@@ -100,7 +102,7 @@ def _has_key(settings: Any) -> bool:
 
 
 def _unreachable(server: str) -> str | None:
-    """Why nothing can be sent there, or None. wandb itself would find out after minutes, or not at all."""
+    """Why the server cannot be reached, or None. wandb itself would notice after minutes, or never."""
     if getproxies():
         return None
     where = urlsplit(server)
