@@ -53,12 +53,13 @@ def build(num_classes):
 
 # %%
 import subprocess
+import sys
 
 command = (
     "flatmin compare --data my_task:load --model my_task:build --noise 0.3 -m sgd -m sam -m asam --tune --seeds 5 "
     "epochs=20 timing=false measure=false --out wine --no-report"
 )
-done = subprocess.run(command.split(), capture_output=True, text=True, env=None)
+done = subprocess.run([sys.executable, "-m", *command.split()], capture_output=True, text=True)
 print(done.stdout[done.stdout.index("arm ") :] if done.returncode == 0 else done.stderr)
 
 # %% [markdown]
