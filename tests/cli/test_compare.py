@@ -168,7 +168,7 @@ def test_progress_tells_every_event(terminal):
         "Choosing settings on validation: 3 runs, 1 finished before, about 10 seconds.",
         "own-[b]-s0: no result, ValueError: [red]no[/red]",
         "own-s1: stopped, the loss was not finite",
-        "sam: rho=0.2 chosen on validation.",
+        "sam: chosen on validation: rho=0.2.",
         "time per step of 2 methods",
         "Note: something",
     ):

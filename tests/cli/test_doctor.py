@@ -58,6 +58,6 @@ def test_the_lists_are_those_of_the_project():
     extras = project["optional-dependencies"]
     for extra in doctor.EXTRAS:
         assert extra.distribution in [re.split(r"[<>=\[]", item)[0] for item in extras[extra.name]]
-    assert set(extras) - {"demo", "dev"} == {extra.name for extra in doctor.EXTRAS}
+    assert set(extras) - {"demo", "dev", "docs"} == {extra.name for extra in doctor.EXTRAS}
     oldest = next(item for item in project["dependencies"] if item.startswith("torch"))
     assert oldest == f"torch>={'.'.join(map(str, doctor.OLDEST_TORCH))}"

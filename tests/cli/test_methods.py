@@ -90,7 +90,7 @@ def test_the_matrix_fits_a_terminal_and_has_every_name():
     assert all(re.search(rf"^ *\d+ {re.escape(name)} ", text, re.MULTILINE) for name in METHODS)
     assert "Methods that set the geometry, of which only one can be used: asam, usam, " in " ".join(text.split())
     flat = re.sub(r"\s+", " ", text)
-    assert "needs the losses at w of the samples of pass 2, which momentum-sam does not give" in flat
+    assert "need the losses at w of the samples of pass 2, which momentum-sam does not have" in flat
 
 
 def test_a_part_of_a_plugin_is_in_the_matrix(plugin):

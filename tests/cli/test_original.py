@@ -102,7 +102,7 @@ def test_the_list_has_every_project():
         (["vasso", "--rho"], "flatmin: --rho expects a number, but no value follows it."),
         (["vasso", "--set", "epohcs=1"], "flatmin: unknown setting 'epohcs'; did you mean 'epochs'?"),
         (["vasso", "--set", "epochs"], "flatmin: 'epochs' is not a setting; write KEY=VALUE"),
-        (["bisam"], "flatmin: no CIFAR-10 under data: expected "),
+        (["bisam"], "flatmin: there is no CIFAR-10 in data: expected "),
     ],
 )
 def test_mistakes_are_one_sentence(words, message, capsys, here):

@@ -273,7 +273,7 @@ class TestData:
         (folders / "A").rename(folders / "gone")
         said = self.study(folders, *words, "--table", "again")
         assert len(list((folders / "out" / "runs").iterdir())) == 1 and (folders / "out/studies/again.csv").exists()
-        assert "data=pets cannot be read here, so it is not known whether finished runs are of the data" in said
+        assert "data=pets cannot be read here (there is no folder " in said
         both = self.study(folders, "data=pets", f"data_dir={folders / 'A'},{folders / 'B'}", "--dry-run")
         assert "2 runs, 1 to do" in both
 
@@ -376,7 +376,7 @@ def test_the_page_can_be_left_out(study, tmp_path):
             ("--executor", "slurm", "--on", "gpus_per_node=1"),
             "GPUs are requested, but the runs use the CPU: set device=",
         ),
-        (("--table", "up/there"), "--table 'up/there' cannot be the name of a file or folder: it is a path"),
+        (("--table", "up/there"), "--table 'up/there' is not a valid name for a file or folder: it is a path"),
         (("--choose", "rhoo"), "rhoo cannot be chosen, because it is not an axis"),
     ],
 )

@@ -251,4 +251,4 @@ def test_names_are_those_of_the_module_inside(ranks):
 
 def test_local_ascents_are_not_pickled(ranks):
     for sentence in ranks.run(scenarios.copied):
-        assert "belongs to its processes" in sentence
+        assert "with ascent_sync cannot be copied or pickled" in sentence

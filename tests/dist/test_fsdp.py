@@ -66,7 +66,7 @@ def test_draws_do_not_depend_on_the_sharding(ranks_of, world):
 def test_what_shards_cannot_serve_is_refused(ranks, method):
     for sentence in ranks.run(scenarios.refusal, Setup(method=method)):
         assert sentence.startswith(f"{method} needs ")
-        assert "run it in one process" in sentence or "not on sharded weights" in sentence
+        assert "run it in one process" in sentence or "not available for sharded weights" in sentence
 
 
 def test_weights_that_are_sharded_in_part_are_refused(ranks):

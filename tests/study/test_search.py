@@ -65,7 +65,7 @@ class TestWords:
             ("lr=a..b", "is not an interval of numbers"),
             ("lr=0.1..inf", "write the smaller end first"),
             ("epochs=1.5..3", "epochs must have whole numbers as ends"),
-            ("lr", "is not an override"),
+            ("lr", "is not a setting"),
         ],
     )
     def test_others_are_refused(self, word, message):

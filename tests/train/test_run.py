@@ -602,8 +602,8 @@ class TestRefusedBeforeAnythingIsWritten:
             ({"method": "vasso", "params": {"direction.theta": 2.0}}, r"theta must be"),
             ({"params": {"direction.theta": 0.5}}, r"theta"),
             ({"statistics": "cifar10"}, r"statistics are required for images of bytes"),
-            ({"crop": 2}, r"^crop is for images of bytes"),
-            ({"noise": 0.2, "noise_kind": "asymmetric"}, r"^noise_kind=asymmetric needs to know"),
+            ({"crop": 2}, r"^crop needs images stored as bytes"),
+            ({"noise": 0.2, "noise_kind": "asymmetric"}, r"^noise_kind=asymmetric is defined for"),
             ({"method": "sgdhess", "precision": "fp16"}, r"fp16|float16|scaler"),
         ]:
             with pytest.raises(ValueError, match=words) as caught:

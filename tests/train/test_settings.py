@@ -114,7 +114,7 @@ def test_a_preset_file_from_any_editor(tmp_path, encoding):
         ('a = 1\ntitle = "Größe"\n'.encode("latin-1"), "line 2 has the byte 0xf6, as in Latin-1 or Windows-1252; save"),
         ("a = 1\n".encode("utf-16-le"), "looks like UTF-16 without a byte order mark; save it as UTF-8"),
         ('a = "ß"\n'.encode("utf-16-le"), "as in UTF-16 without a byte order mark; save it as UTF-8"),
-        (b"\xff\xfea", "begins like UTF-16 but is damaged; save it as UTF-8"),
+        (b"\xff\xfea", "begins like UTF-16 text but is damaged; save it as UTF-8"),
     ],
 )
 def test_a_preset_file_in_another_encoding_is_refused_in_a_sentence(tmp_path, content, words):
