@@ -63,7 +63,7 @@ class Stat:
             width: format of the half width. Default "": like the mean.
             gap: text between the sign and the half width. Default "".
 
-        Example:
+        Examples:
             >>> summarise([92.0, 96.0, 100.0], ends=PERCENT).text()
             '96.0 (86.1 to 100)'
         """
@@ -98,7 +98,7 @@ def summarise(values: Sequence[float], confidence: float = 0.95, *, step: float 
             samples. Default 0: no grid, or an unknown one.
         ends: the smallest and the largest possible value. Default: unbounded.
 
-    Example:
+    Examples:
         >>> stat = summarise([1.0, 2.0, 3.0])
         >>> stat.mean, round(stat.half, 3)
         (2.0, 2.484)
@@ -174,7 +174,7 @@ def holm(p: Sequence[float | None]) -> list[float | None]:
     The k-th smallest of m values is multiplied by m - k + 1, raised to the largest value before it if it is smaller,
     and capped at 1. None stands for no test; it stays None and is not counted.
 
-    Example:
+    Examples:
         >>> holm([0.01, None, 0.04, 0.03])
         [0.03, None, 0.06, 0.06]
     """
@@ -195,7 +195,7 @@ def share_interval(hits: int, n: int, confidence: float = 0.95) -> tuple[float, 
         n: number of trials, at least 1.
         confidence: confidence level, in (0, 1). Default 0.95.
 
-    Example:
+    Examples:
         >>> [round(end, 4) for end in share_interval(95, 100)]
         [0.8882, 0.9785]
     """

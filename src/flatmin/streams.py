@@ -118,7 +118,7 @@ def fitted(text: str, encoding: str) -> str:
 def plain(char: str) -> str:
     """The ASCII replacement of a character.
 
-    Example:
+    Examples:
         >>> [plain(char) for char in "±ρöₖ─│█π"]
         ['+-', 'rho', 'o', 'k', '-', '|', '#', 'pi']
     """

@@ -104,7 +104,7 @@ def _slips(a: str, b: str) -> int:
 def duration(seconds: float) -> str:
     """An estimated duration in words, to two digits.
 
-    Example:
+    Examples:
         >>> duration(54.7), duration(76524190)
         ('about 55 seconds', 'about 2.4 years')
     """
@@ -117,7 +117,7 @@ def duration(seconds: float) -> str:
 def elapsed(seconds: float) -> str:
     """A measured time, in its two largest units.
 
-    Example:
+    Examples:
         >>> elapsed(12.34), elapsed(293), elapsed(17560), elapsed(100800)
         ('12.3 s', '4 min 53 s', '4 h 53 min', '1 d 4 h')
     """
@@ -132,7 +132,7 @@ def elapsed(seconds: float) -> str:
 def install(extra: str) -> str:
     """The command that installs an extra, for error messages.
 
-    Example:
+    Examples:
         >>> install("report")
         "pip install '.[report]' in a clone of flatmin"
     """

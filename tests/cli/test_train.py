@@ -174,7 +174,8 @@ class TestARun:
         assert re.search(r"test [\d.]+ %  memorised \d+ %", said.out[2])
         assert said.out[-2].startswith("lambda_max ")
         assert re.match(
-            r"Note: the network has not learned: its final training loss is (at|above) chance", said.out[-1]
+            r"Note: the network has not learned: the training loss of the kept weights is (at|above) chance",
+            said.out[-1],
         )
 
     def test_a_preset_of_ones_own(self, here):

@@ -72,6 +72,11 @@ class Net(SharpnessAware, Plain):
     pass
 
 
+def test_the_mixin_on_the_right_of_the_module_is_refused():
+    with pytest.raises(TypeError, match=r"write class Wrong\(SharpnessAware, LightningModule\)"):
+        type("Wrong", (Plain, SharpnessAware), {})
+
+
 def fit(module, size=8, *, epochs=1, ckpt=None, validate=False, **options):
     trainer = L.Trainer(max_epochs=epochs, accelerator="cpu", **{**QUIET, **options})
     torch.manual_seed(7)

@@ -133,6 +133,8 @@ def test_rho_comes_with_a_checkpoint_of_the_recipe_and_stays_with_that_of_the_ba
     optimizer = small()[1]
     with pytest.raises(ValueError, match=r"recipe vasso\+asam.* runs sam.*rho is then this optimizer's"):
         optimizer.load_state_dict(saved)
+    with pytest.raises(ValueError, match=r"the keys 'optimizer_states'; .*\['optimizer_states'\]\[0\]"):
+        flatmin.base_state_dict({"optimizer_states": [saved]})
     optimizer.load_state_dict(flatmin.base_state_dict(saved))
     assert optimizer.param_groups[0]["rho"] == 0.05
     with pytest.raises(ValueError, match=r"recipe recipe\(\), but this optimizer runs recipe\(\)"):

@@ -230,7 +230,7 @@ class TestNumbers:
         )
         best = dataclasses.replace(CONFIG, selection="max-test")
         assert troubles([read(make(tmp_path / "odd", ended=odd, config=best))]) == [
-            "odd has not learned: its final training loss is at chance level (2.300; chance is 2.302).",
+            "odd has not learned: the training loss of the kept weights is at chance level (2.300; chance is 2.302).",
             "odd chose its weights on the test part, so its test accuracy is a biased estimate.",
             "lambda_max of odd has not converged (relative residual 2e-01).",
         ]

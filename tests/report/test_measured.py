@@ -101,7 +101,7 @@ class TestCompare:
             ("high", (5.0, 6.1), "flatter"),
             ("low", (2.0, 5.0), "not significant"),
             ("high", (3.0, 4.0), "not significant"),
-            ("low", (1.0,), "not significant"),
+            ("low", (1.0,), "not tested"),
             ("low", (math.nan, 2.0), "not significant"),
             ("", (1.0, 2.1), ""),
         ],

@@ -245,7 +245,9 @@ class TestWhatItDoes:
         kept = without_unfit(spec)
         assert "sam-on" not in [arm.label for arm in kept.arms] and "micro-sam" in [arm.label for arm in kept.arms]
         (note,) = [note for note in kept.notes if "sam-on" in note]
-        assert note.startswith("'sam-on' is left out: Layers: no layer matches ") and note.endswith("layers are Linear.")
+        assert note.startswith("'sam-on' is left out: Layers: no layer matches ") and note.endswith(
+            "layers are Linear."
+        )
         (note,) = [note for note in kept.notes if "imbsam" in note]
         assert note.startswith("'imbsam' is left out: imbsam takes one closure each for the head and the tail of the ")
 

@@ -146,11 +146,14 @@ def test_a_net_that_only_guesses_has_not_trained():
 @pytest.mark.parametrize(
     ("loss", "words"),
     [
-        (35.0, "has not learned: its final training loss is above chance level (35.000; chance is 2.303)"),
-        (2.3, "has not learned: its final training loss is at chance level (2.300; chance is 2.303)"),
+        (
+            35.0,
+            "has not learned: the training loss of the kept weights is above chance level (35.000; chance is 2.303)",
+        ),
+        (2.3, "has not learned: the training loss of the kept weights is at chance level (2.300; chance is 2.303)"),
         (
             2.2,
-            "has hardly learned: its final training loss is only slightly below chance level (2.200; chance is 2.303)",
+            "has hardly learned: the training loss of the kept weights is just below chance level (2.200; chance is 2.303)",
         ),
     ],
 )

@@ -42,7 +42,7 @@ class Augment:
     Raises:
         ValueError: a size is negative, or the probability is outside [0, 1].
 
-    Example:
+    Examples:
         >>> from flatmin.data.images import CIFAR10
         >>> x = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
         >>> Augment()(x, CIFAR10, torch.Generator().manual_seed(0)).shape

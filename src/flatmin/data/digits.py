@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from flatmin.data.dataset import Data, Split
+from flatmin.words import install
 
 TRAIN, VALIDATION, TEST = 900, 100, 797
 
@@ -32,7 +33,7 @@ def load_digits(*, split_seed: int = 0) -> Data:
         from sklearn.datasets import load_digits as load
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "the digits data set needs scikit-learn: pip install '.[digits]' in a clone of flatmin, or use your own data."
+            f"the digits data set needs scikit-learn; run: {install('digits')}, or use your own data."
         ) from error
     loaded = load()
     x = torch.as_tensor(loaded.images, dtype=torch.float32).unsqueeze(1)

@@ -155,7 +155,7 @@ def apportion(counts: Sequence[int], size: int) -> list[int]:
 
     Each is size * count / sum(counts), rounded down or up. Of equal remainders, the earlier one is rounded up first.
 
-    Example:
+    Examples:
         >>> apportion([5, 3, 2], 5)
         [3, 1, 1]
     """

@@ -31,7 +31,7 @@ def symmetric_noise(labels: Tensor, share: float, num_classes: int, *, seed: int
     Raises:
         ValueError: the share is outside [0, 1], or there are fewer than two classes.
 
-    Example:
+    Examples:
         >>> clean = torch.zeros(10, dtype=torch.int64)
         >>> int((symmetric_noise(clean, 0.4, 3, seed=0) != clean).sum())
         4
@@ -69,7 +69,7 @@ def asymmetric_noise(labels: Tensor, share: float, confusions: Mapping[int, int]
     Raises:
         ValueError: the share is outside [0, 1], a class is negative, or a class is mapped to itself.
 
-    Example:
+    Examples:
         >>> clean = torch.tensor([0, 0, 0, 0, 1, 1])
         >>> asymmetric_noise(clean, 0.5, {0: 2}, seed=0).bincount().tolist()
         [2, 2, 2]
@@ -98,7 +98,7 @@ def next_of_group(groups: tuple[int, ...]) -> dict[int, int]:
     Args:
         groups: the group of class 0, 1, ...
 
-    Example:
+    Examples:
         >>> next_of_group((7, 3, 7, 7))
         {0: 2, 2: 3, 3: 0}
     """

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from flatmin.words import install
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -193,7 +195,5 @@ def pillow() -> Any:
     try:
         import PIL.Image
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "reading image files needs Pillow: pip install '.[vision]' in a clone of flatmin."
-        ) from error
+        raise ModuleNotFoundError(f"reading image files needs Pillow: {install('vision')}.") from error
     return PIL.Image

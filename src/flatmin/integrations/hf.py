@@ -12,12 +12,13 @@ from torch import Tensor
 from flatmin.methods import Need, Recipe
 from flatmin.optim import SAM, wrap
 from flatmin.optim.support import check_divided
+from flatmin.words import install
 
 try:
     from transformers import Trainer
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-        "flatmin.integrations.hf needs transformers and accelerate; run: pip install '.[hf]' in a clone of flatmin"
+        f"flatmin.integrations.hf needs transformers and accelerate; run: {install('hf')}"
     ) from error
 
 

@@ -14,14 +14,13 @@ from flatmin.optim import SAM
 from flatmin.optim.model_guard import FrozenStatistics
 from flatmin.optim.random_state import RandomState
 from flatmin.optim.support import check_divided
+from flatmin.words import install
 
 try:
     from lightning.pytorch.plugins.precision import Precision
     from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-        "flatmin.integrations.lightning needs lightning; run: pip install '.[lightning]' in a clone of flatmin"
-    ) from error
+    raise ModuleNotFoundError(f"flatmin.integrations.lightning needs lightning; run: {install('lightning')}") from error
 
 
 class SharpnessAware:
@@ -41,12 +40,24 @@ class SharpnessAware:
     With `automatic_optimization = False`, write the passes in `training_step`. The mixin then only passes the scaler of
     the precision plugin to the optimizers, and makes `self.manual_backward(loss)` work with methods that need second
     derivatives.
+
+    Raises:
+        TypeError: a subclass names the mixin to the right of `LightningModule`, where it would have no effect.
     """
 
     trainer: Any
     automatic_optimization: bool
     _window: _Window | None = None
     _repeats: bool = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        order = [parent.__name__ for parent in cls.__mro__]
+        if "LightningModule" in order[: order.index("SharpnessAware")]:
+            raise TypeError(
+                f"{cls.__name__}: SharpnessAware is to the right of LightningModule, so that its methods are never "
+                f"called; write class {cls.__name__}(SharpnessAware, LightningModule)."
+            )
 
     @property
     def first_pass(self) -> bool:

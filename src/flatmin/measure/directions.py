@@ -220,7 +220,7 @@ def given(problem: Problem, vector: Tensor | Mapping[str, Tensor] | Sequence[Ten
     Raises:
         ValueError: a shape or name does not match the weights, or the vector is zero.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from flatmin.measure import Problem, landscape
         >>> net, x, y = torch.nn.Linear(4, 3), torch.randn(20, 4), torch.randint(3, (20,))

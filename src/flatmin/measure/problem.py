@@ -137,7 +137,7 @@ class Problem:
         UserWarning: the loss is a sum and does not declare it; the weights of batches cannot be tested; or L depends on
             how the data are divided into batches.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from flatmin.measure import Problem
         >>> net, x, y = torch.nn.Linear(4, 3), torch.randn(20, 4), torch.randint(3, (20,))

@@ -193,7 +193,7 @@ def radius(
 
     Source: this package; the linear problem is Eq. 2 of Foret et al., SAM, ICLR 2021.
 
-    Example:
+    Examples:
         >>> import torch, flatmin
         >>> from flatmin.measure import radius
         >>> w = torch.nn.Parameter(torch.tensor([3.0, 0.0]))

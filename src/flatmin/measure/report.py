@@ -106,7 +106,7 @@ def report(
         ValueError: a section is unknown.
         KeyboardInterrupt: raised again after the call of `on_section`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from flatmin.measure import Problem, report
         >>> net, x, y = torch.nn.Linear(4, 3), torch.randn(20, 4), torch.randint(3, (20,))

@@ -44,6 +44,9 @@ def _hessian(session: Session) -> None:
     # The rounding error of the products, which limits the accuracy once the residual is smaller.
     rounding = torch.finfo(session.problem.dtype).eps * max(abs(spectrum.largest), abs(spectrum.smallest))
     note = "" if spectrum.converged else "not converged"
+    # What the residual does not show: an eigenvalue that the iteration has not met.
+    chance = spectrum.chance_missed
+    first_note = note or (f"one may have been missed: probability up to {chance:.0%}" if chance > 0.05 else "")
     eigenvalues = []
     for end, values, residuals in (
         ("", spectrum.top, spectrum.top_residuals),
@@ -59,7 +62,7 @@ def _hessian(session: Session) -> None:
                     error=max(residual * abs(value), rounding),
                     error_is="residual",
                     flat="" if end else "low",
-                    note=note,
+                    note=first_note if rank == 1 else note,
                     conventions=spectrum.conventions,
                 )
             )

@@ -111,7 +111,7 @@ class GSAM(Combine):
 
     Source: Zhuang et al., Surrogate Gap Minimization Improves Sharpness-Aware Training, ICLR 2022, Alg. 1.
 
-    Example:
+    Examples:
         >>> import flatmin
         >>> print(flatmin.compose("gsam", alpha=0.2).combine)
         GSAM(alpha=0.2)
@@ -152,7 +152,7 @@ class WSAM(Combine):
     Source: Yue et al., Sharpness-Aware Minimization Revisited: Weighted Sharpness as a Regularization Term, KDD 2023,
     and the authors' code.
 
-    Example:
+    Examples:
         >>> import flatmin
         >>> print(flatmin.compose("wsam", gamma=0.5).combine)
         WSAM(gamma=0.5, coupled=False)
@@ -204,7 +204,7 @@ class GNP(Combine):
 
     Source: Zhao, Zhang & Hu, Penalizing Gradient Norm for Efficiently Improving Generalization, ICML 2022, Alg. 1.
 
-    Example:
+    Examples:
         >>> import flatmin
         >>> print(flatmin.compose("gnp", alpha=0.5).combine)
         GNP(alpha=0.5)
@@ -232,7 +232,7 @@ class Mean(Combine):
     Source: Wang et al., Sharpness-Aware Gradient Matching for Domain Generalization, CVPR 2023. The paper adds the two
     losses; the authors' code takes their mean.
 
-    Example:
+    Examples:
         >>> import flatmin
         >>> print(flatmin.compose("sagm").combine)
         Mean()
@@ -264,7 +264,7 @@ class LookSAM(Combine):
 
     Source: Liu et al., Towards Efficient and Scalable Sharpness-Aware Minimization, CVPR 2022, Alg. 1.
 
-    Example:
+    Examples:
         >>> import flatmin
         >>> print(flatmin.compose("looksam", alpha=0.5).combine)
         LookSAM(alpha=0.5)
@@ -318,7 +318,7 @@ class DirectionMagnitude(Combine):
     Source: Luong, empirical study of direction and magnitude in SAM (2024), text and classes `samdirection.py`,
     `sammagnitude.py`.
 
-    Example:
+    Examples:
         >>> import flatmin
         >>> print(flatmin.compose("sam-direction", granularity="tensor").combine)
         DirectionMagnitude(keep='direction', granularity='tensor', legacy_names=False)
@@ -370,7 +370,7 @@ class SANER(Combine):
     Source: Luong et al., Understanding SAM's Robustness to Noisy Labels through Gradient Down-weighting, AISTATS 2026,
     and the README of the authors' repository.
 
-    Example:
+    Examples:
         >>> import flatmin
         >>> print(flatmin.compose("saner", alpha=0.25).combine)
         SANER(alpha=0.25, warm_up=0)
@@ -429,7 +429,7 @@ class BSAM(Combine):
     Source: Moellenhoff & Khan, SAM as an Optimal Relaxation of Bayes, ICLR 2023, Alg. 1 (b); defaults of the official
     code (`train.py`).
 
-    Example:
+    Examples:
         >>> import flatmin
         >>> print(flatmin.compose("bsam", gamma=0.05).combine)
         BSAM(beta1=0.9, beta2=0.999, s_init=1.0, gamma=0.05, delta=0.0002)
@@ -490,7 +490,7 @@ class SAMPa(Combine):
 
     Source: Xie, Pethick & Cevher, SAMPa: Sharpness-aware Minimization Parallelized, NeurIPS 2024, Alg. 1.
 
-    Example:
+    Examples:
         >>> import flatmin
         >>> print(flatmin.compose("sampa", lam=0.5).combine)
         SAMPa(lam=0.5)

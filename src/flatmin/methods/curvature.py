@@ -45,7 +45,7 @@ class SGDHess(Combine):
 
     Source: Luong, empirical study of SAM (2024), `sgdhess.py`, after AdaHessian (Yao et al., AAAI 2021).
 
-    Example:
+    Examples:
         >>> import flatmin
         >>> print(flatmin.compose("sgdhess", curvature="ggn").combine)
         SGDHess(curvature='ggn', draws=1, interval=1, spatial_mean=True)
@@ -131,7 +131,7 @@ class EigenSAM(Direction):
     Source: Luo et al., Explicit Eigenvalue Regularization Improves Sharpness-Aware Minimization, NeurIPS 2024, Alg. 1,
     and its code (`utils.py`, `sam.py`).
 
-    Example:
+    Examples:
         >>> import flatmin
         >>> print(flatmin.compose("eigen-sam", interval=10).direction)
         EigenSAM(alpha=0.2, iterations=5, interval=10)

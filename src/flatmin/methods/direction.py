@@ -87,7 +87,7 @@ class EMA(Direction):
 
     Source: Li & Giannakis, VaSSO, NeurIPS 2023; `solver/vasso.py` of the original code.
 
-    Example:
+    Examples:
         >>> import flatmin
         >>> print(flatmin.compose("vasso", theta=0.4).direction)
         EMA(theta=0.4)
@@ -124,7 +124,7 @@ class FSAM(Direction):
 
     Source: Li et al., Friendly SAM, CVPR 2024; `utils.py` of the official code.
 
-    Example:
+    Examples:
         >>> import flatmin
         >>> print(flatmin.compose("fsam", sigma=0.5).direction)
         FSAM(sigma=0.5, lam=0.9, ema='current')
@@ -174,7 +174,7 @@ class RSAM(Direction):
 
     Source: Liu et al., Random Sharpness-Aware Minimization, NeurIPS 2022, and its code.
 
-    Example:
+    Examples:
         >>> import flatmin
         >>> print(flatmin.compose("rsam", sigma=0.002).direction)
         RSAM(sigma=0.002, lam=2.0, scale='filter')
@@ -225,7 +225,7 @@ class Momentum(Direction):
     Source: Becker, Altrock & Risse, Momentum-SAM: Sharpness Aware Minimization without Computational Overhead, 2024;
     official code `optimizer/msam.py`.
 
-    Example:
+    Examples:
         >>> import flatmin
         >>> print(flatmin.compose("momentum-sam", sign=1).direction)
         Momentum(sign=1)
@@ -257,7 +257,7 @@ class StaleGradient(Direction):
 
     Source: AsyncSAM's idea of a gradient that is one step old.
 
-    Example:
+    Examples:
         >>> import flatmin
         >>> print(flatmin.compose("stale-sam").direction)
         StaleGradient()
@@ -294,7 +294,7 @@ class BSAMNoise(Direction):
 
     Source: Moellenhoff & Khan, SAM as an Optimal Relaxation of Bayes, ICLR 2023, Alg. 1 (b), and its code (`optim.py`).
 
-    Example:
+    Examples:
         >>> import flatmin
         >>> print(flatmin.compose("bsam", data_size=50_000).direction)
         BSAMNoise(data_size=50000.0)

@@ -53,7 +53,7 @@ class FisherMask(Mask):
 
     Source: Mi et al., Make Sharpness-Aware Minimization Stronger: A Sparsified Perturbation Approach, NeurIPS 2022.
 
-    Example:
+    Examples:
         >>> import flatmin
         >>> print(flatmin.compose("ssam-f", sparsity=0.9).mask)
         FisherMask(sparsity=0.9, num_samples=16, interval=100)
@@ -134,7 +134,7 @@ class DynamicMask(Mask):
 
     Source: Mi et al., Make Sharpness-Aware Minimization Stronger: A Sparsified Perturbation Approach, NeurIPS 2022.
 
-    Example:
+    Examples:
         >>> import flatmin
         >>> print(flatmin.compose("ssam-d", sparsity=0.9).mask)
         DynamicMask(sparsity=0.9, rate=0.5, drop='gradient', growth='random', interval=100, total=0)
@@ -210,7 +210,7 @@ class ZScore(Mask):
     Source: Yun, Sharpness-Aware Minimization with Z-Score Gradient Filtering, OPT workshop at NeurIPS 2025, and the
     author's code.
 
-    Example:
+    Examples:
         >>> import flatmin
         >>> print(flatmin.compose("zsharp", q=0.9).mask)
         ZScore(q=0.9, per_tensor=False)

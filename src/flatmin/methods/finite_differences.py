@@ -35,7 +35,7 @@ class GAM(Combine):
     2023, in the form and with the defaults of the official code (`gam/gam.py`), which needs no second derivatives. The
     beta in its README sets a parameter (`grad_beta_0`) that the code never reads.
 
-    Example:
+    Examples:
         >>> import flatmin
         >>> print(flatmin.compose("gam", gamma=0.1).combine)
         GAM(beta1=1.0, beta2=-1.0, beta3=1.0, gamma=0.1)
@@ -83,7 +83,7 @@ class CFlat(Combine):
 
     Source: Bian et al., Make Continual Learning Stronger via C-Flat, NeurIPS 2024, and its code in the INFTY package.
 
-    Example:
+    Examples:
         >>> import flatmin
         >>> print(flatmin.compose("c-flat", lam=0.1).combine)
         CFlat(lam=0.1)
@@ -124,7 +124,7 @@ class CRSAM(Combine):
     Source: Wu, Luo & Wunsch, CR-SAM: Curvature Regularized Sharpness-Aware Minimization, AAAI 2024, and the authors'
     code.
 
-    Example:
+    Examples:
         >>> import flatmin
         >>> print(flatmin.compose("cr-sam", beta=0.1).combine)
         CRSAM(gamma=0.1, beta=0.1)

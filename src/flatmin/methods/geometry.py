@@ -62,7 +62,7 @@ class Adaptive(Geometry):
 
     Source: Kwon et al., ASAM, ICML 2021, Eq. 7 and `asam.py`.
 
-    Example:
+    Examples:
         >>> import flatmin
         >>> print(flatmin.compose("asam", eta=0.01).geometry)
         Adaptive(eta=0.01, weights_only=False)
@@ -102,7 +102,7 @@ class Unnormalised(Geometry):
 
     Source: Andriushchenko & Flammarion, ICML 2022; also the unnormalised method of Khanh et al., NeurIPS 2024.
 
-    Example:
+    Examples:
         >>> import flatmin
         >>> print(flatmin.compose("usam").geometry)
         Unnormalised()
@@ -121,7 +121,7 @@ class Centralised(Geometry):
 
     Source: Hassan et al., GCSAM: Gradient Centralized Sharpness Aware Minimization, 2025, after Yong et al., ECCV 2020.
 
-    Example:
+    Examples:
         >>> import flatmin
         >>> print(flatmin.compose("gcsam").geometry)
         Centralised()
@@ -159,7 +159,7 @@ class FisherMetric(Geometry):
 
     Source: Kim, Li, Hu & Hospedales, Fisher SAM: Information Geometry and Sharpness Aware Minimisation, ICML 2022.
 
-    Example:
+    Examples:
         >>> import flatmin
         >>> print(flatmin.compose("fisher-sam", eta=0.2).geometry)
         FisherMetric(eta=0.2, norm='metric')
@@ -200,7 +200,7 @@ class SAGM(Geometry):
     Source: Wang et al., Sharpness-Aware Gradient Matching for Domain Generalization, CVPR 2023, and the authors' code.
     Although a function of that code is named "decompose", it makes no projection.
 
-    Example:
+    Examples:
         >>> import flatmin
         >>> print(flatmin.compose("sagm", alpha=0.01).geometry)
         SAGM(alpha=0.01)

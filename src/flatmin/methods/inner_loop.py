@@ -114,7 +114,7 @@ class NStep(InnerLoop):
 
     Source: Foret et al., SAM, ICLR 2021, Appendix (several inner steps).
 
-    Example:
+    Examples:
         >>> import flatmin
         >>> print(flatmin.compose("n-step", n=2).inner_loop)
         NStep(n=2, step='split')
@@ -170,7 +170,7 @@ class MicroBatches(InnerLoop):
     Source: Foret et al., SAM, ICLR 2021, Section 4.1 (m-sharpness); Behdin et al., mSAM: Micro-Batch-Averaged
     Sharpness-Aware Minimization, 2023.
 
-    Example:
+    Examples:
         >>> import flatmin
         >>> print(flatmin.compose("micro-sam").inner_loop)
         MicroBatches()
@@ -224,7 +224,7 @@ class DifferentBatch(InnerLoop):
     Source: the different-batch experiment of Li & Giannakis, VaSSO, NeurIPS 2023. The code of Andriushchenko &
     Flammarion, ICML 2022, has an option for the same idea (`--sam_use_prev_batch`).
 
-    Example:
+    Examples:
         >>> import flatmin
         >>> print(flatmin.compose("sam-db").inner_loop)
         DifferentBatch()
@@ -281,7 +281,7 @@ class HeadAndTail(InnerLoop):
     Source: Zhou, Qu, Xu & Shen, ImbSAM: A Closer Look at Sharpness-Aware Minimization in Class-Imbalanced Recognition,
     ICCV 2023, and the authors' code.
 
-    Example:
+    Examples:
         >>> import flatmin
         >>> print(flatmin.compose("imbsam").inner_loop)
         HeadAndTail()
@@ -324,7 +324,7 @@ class BothSides(InnerLoop):
 
     Source: Wu, Luo & Wunsch, CR-SAM: Curvature Regularized Sharpness-Aware Minimization, AAAI 2024.
 
-    Example:
+    Examples:
         >>> import flatmin
         >>> print(flatmin.compose("cr-sam").inner_loop)
         BothSides()
@@ -380,7 +380,7 @@ class GradientNormAscent(InnerLoop):
 
     Source: the official code of Zhang et al., GAM, CVPR 2023 (`gam/gam.py`).
 
-    Example:
+    Examples:
         >>> import flatmin
         >>> print(flatmin.compose("c-flat").inner_loop)
         GradientNormAscent(ratio=1.0)
@@ -467,7 +467,7 @@ class Extrapolation(InnerLoop):
     Source: Xie, Pethick & Cevher, SAMPa: Sharpness-aware Minimization Parallelized, NeurIPS 2024, Alg. 1 and its code
     (`train.py`), which adds the base's decay and momentum to y.
 
-    Example:
+    Examples:
         >>> import flatmin
         >>> print(flatmin.compose("sampa").inner_loop)
         Extrapolation(batch='same')

@@ -85,7 +85,7 @@ class Named(Mask):
         ValueError: when the optimizer is built, if a pattern matches no name or nothing is left; at a step, if a weight
             without a name was added to a param group.
 
-    Example:
+    Examples:
         >>> import flatmin
         >>> print(flatmin.compose("only", but="*.bias").mask)
         Named(only='*', but='*.bias')
@@ -151,7 +151,7 @@ class Layers(Mask):
 
     Source: Mueller et al., Normalization Layers Are All That Sharpness-Aware Minimization Needs, NeurIPS 2023.
 
-    Example:
+    Examples:
         >>> import flatmin
         >>> print(flatmin.compose("sam-on", kinds="LayerNorm").mask)
         Layers(kinds='LayerNorm')
@@ -189,7 +189,7 @@ class StochasticWeightPerturbation(Mask):
 
     Source: Du et al., Efficient Sharpness-Aware Minimization for Improved Training of Neural Networks, ICLR 2022.
 
-    Example:
+    Examples:
         >>> import flatmin
         >>> print(flatmin.compose("esam", beta=0.5).mask)
         StochasticWeightPerturbation(beta=0.5)

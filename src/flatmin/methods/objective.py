@@ -72,7 +72,7 @@ class BiSAMLog(Objective):
 
     Source: Xie et al., ICML 2024, Eq. 11; see `flatmin.methods.losses.bisam_log`.
 
-    Example:
+    Examples:
         >>> import flatmin
         >>> print(flatmin.compose("bisam-log", mu=2.0).objective)
         BiSAMLog(mu=2.0)
@@ -109,7 +109,7 @@ class BiSAMTanh(Objective):
 
     Source: Xie et al., ICML 2024, Eq. 11; see `flatmin.methods.losses.bisam_tanh`.
 
-    Example:
+    Examples:
         >>> import flatmin
         >>> print(flatmin.compose("bisam-tanh", mu=5.0).objective)
         BiSAMTanh(mu=5.0, alpha=0.1)
@@ -146,7 +146,7 @@ class FunctionalSAM(Objective):
     Source: Singh, Mobahi, Agarwala & Dauphin, Avoiding Spurious Sharpness Minimization Broadens Applicability of SAM,
     ICML 2025. No official code is known. The paper's preconditioned form is not implemented.
 
-    Example:
+    Examples:
         >>> import flatmin
         >>> print(flatmin.compose("functional-sam").objective)
         FunctionalSAM()

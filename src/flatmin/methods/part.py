@@ -54,7 +54,7 @@ RESERVED = frozenset(
 def current_word(key: str) -> str:
     """A kind, or a parameter qualified by its kind, with the kind's current name.
 
-    Example:
+    Examples:
         >>> current_word("when.k"), current_word("points"), current_word("direction.theta")
         ('schedule.k', 'inner_loop', 'direction.theta')
     """

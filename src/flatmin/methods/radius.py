@@ -64,7 +64,7 @@ class PowerRadius(Radius):
     Source: Khanh, Luong, Mordukhovich & Tran, Fundamental Convergence Analysis of Sharpness-Aware Minimization,
     NeurIPS 2024, Remark 3.6.
 
-    Example:
+    Examples:
         >>> import flatmin
         >>> print(flatmin.compose("rho-power", p=0.5).radius)
         PowerRadius(p=0.5)
@@ -104,7 +104,7 @@ class LRProportionalRadius(Radius):
     Source: the linear rule of Zhuang et al., GSAM, ICLR 2022, Alg. 1, with rho_min = lr_min = 0. The floor is a choice
     of this library.
 
-    Example:
+    Examples:
         >>> import flatmin
         >>> print(flatmin.compose("rho-lr", floor=0.1).radius)
         LRProportionalRadius(floor=0.1, peak=0.0)
@@ -162,7 +162,7 @@ class LinearRadius(Radius):
     Raises:
         ValueError: a parameter out of range.
 
-    Example:
+    Examples:
         >>> import flatmin
         >>> print(flatmin.compose("rho-ramp", total=500).radius)
         LinearRadius(start=0.0, end=1.0, total=500)

@@ -66,7 +66,7 @@ class Always(Schedule):
 class Never(Schedule):
     """Never ascend: the base optimizer alone, one gradient a step.
 
-    Example:
+    Examples:
         >>> import flatmin
         >>> print(flatmin.compose("sgd").schedule)
         Never()
@@ -94,7 +94,7 @@ class EveryK(Schedule):
         ValueError: k < 1, or phase outside [0, k - 1]; from `Recipe`, another part that is due on steps 0, interval,
             2 interval, ... (ssam-f, ssam-d) if none of these ascends.
 
-    Example:
+    Examples:
         >>> import flatmin
         >>> print(flatmin.compose("every-k", k=2).schedule)
         EveryK(k=2, phase=0)
@@ -133,7 +133,7 @@ class Bernoulli(Schedule):
 
     Source: Zhao, Zhang & Hu, SS-SAM: Stochastic Scheduled Sharpness-Aware Minimization, 2022.
 
-    Example:
+    Examples:
         >>> import flatmin
         >>> print(flatmin.compose("bernoulli", p=0.25).schedule)
         Bernoulli(p=0.25)
@@ -166,7 +166,7 @@ class LatePhase(Schedule):
 
     Source: Zhou et al., Sharpness-Aware Minimization Efficiently Selects Flatter Minima Late in Training, ICLR 2025.
 
-    Example:
+    Examples:
         >>> import flatmin
         >>> print(flatmin.compose("late", total=1000).schedule)
         LatePhase(total=1000, fraction=0.1)
@@ -206,7 +206,7 @@ class WarmUp(Schedule):
     Raises:
         ValueError: steps < 0.
 
-    Example:
+    Examples:
         >>> import flatmin
         >>> print(flatmin.compose("warm-up", steps=50).schedule)
         WarmUp(steps=50)
@@ -244,7 +244,7 @@ class AESAM(Schedule):
 
     Source: Jiang, Yang, Zhang & Kwok, An Adaptive Policy to Employ Sharpness-Aware Minimization, ICLR 2023.
 
-    Example:
+    Examples:
         >>> import flatmin
         >>> print(flatmin.compose("ae-sam", delta=0.95).schedule)
         AESAM(delta=0.95, start=1.0, end=-1.0, total=0)

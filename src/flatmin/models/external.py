@@ -1,6 +1,6 @@
-"""Networks of timm and torchvision by name, such as "timm:resnet50d" or "torchvision:resnet50". Needs the extra `vision`.
+"""Networks of timm and torchvision by name, such as "timm:resnet50d" or "torchvision:resnet50".
 
-The packages are imported only when a network is built.
+They need the extra `vision`. The packages are imported only when a network is built.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from flatmin.words import suggest
+from flatmin.words import install, suggest
 
 _REFUSALS = (AssertionError, RuntimeError, ValueError)  # what both packages raise for unsuitable settings
 
@@ -119,7 +119,7 @@ def _importing(spec: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"{spec} needs {error.name or 'timm and torchvision'}: pip install '.[vision]' in a clone of flatmin.",
+            f"{spec} needs {error.name or 'timm and torchvision'}: {install('vision')}.",
             name=error.name,
         ) from error
     except RuntimeError as error:

@@ -48,9 +48,18 @@ def base_state_dict(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         A dict with "state" and "param_groups", without rho and without the recipe's state. For a base optimizer whose
         `state_dict` is not in torch's form, that `state_dict`.
+
+    Raises:
+        ValueError: this is not the state dict of an optimizer, but for example a training checkpoint that contains one.
     """
     if BASE in checkpoint:
         return dict(checkpoint[BASE])
+    if not {"state", "param_groups"} <= checkpoint.keys():
+        raise ValueError(
+            f"expected the state dict of an optimizer, with 'state' and 'param_groups', but got the keys "
+            f"{', '.join(map(repr, list(checkpoint)[:8]))}; give the optimizer's part of the checkpoint (in one of "
+            "Lightning: checkpoint['optimizer_states'][0])."
+        )
     base, _ = split(checkpoint["state"])
     groups = checkpoint["param_groups"]
     # Keep the rho of a base optimizer that has one itself (Adadelta).

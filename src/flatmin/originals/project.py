@@ -27,7 +27,7 @@ class Translation:
         command: a preset, then `key=value` overrides.
         notes: sentences about differences from the script's run, and about flags without effect.
 
-    Example:
+    Examples:
         >>> translation = Translation(command=("cifar10-resnet56", "method=sam", "rho=0.05"))
         >>> translation.with_overrides(["epochs=1", "rho=0.1"]).line
         'flatmin train cifar10-resnet56 method=sam rho=0.1 epochs=1'
@@ -121,7 +121,7 @@ def to_overrides(preset: str, table: Mapping[str, Value]) -> tuple[str, ...]:
 def idle(given: frozenset[str], **reasons: str) -> list[str]:
     """A note for each given flag without effect: its name and the reason.
 
-    Example:
+    Examples:
         >>> idle(frozenset({"mu"}), mu="SAM has none", alpha="SAM has none")
         ['--mu has no effect: SAM has none.']
     """

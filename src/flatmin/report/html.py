@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flatmin.train.files import as_utf8
+from flatmin.words import install
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -334,8 +335,7 @@ def require_figures() -> None:
     for name in ("plotly", "jinja2"):
         if importlib.util.find_spec(name) is None:
             raise ModuleNotFoundError(
-                f"the report's figures need {name}, which is not installed; run: pip install '.[report]' in a clone of "
-                "flatmin"
+                f"the report's figures need {name}, which is not installed; run: {install('report')}"
             )
 
 

@@ -125,7 +125,7 @@ def fits(rows: Rows, console: Console) -> bool:
 def is_number(cell: str) -> bool:
     """Whether a cell begins with a number, or is empty.
 
-    Example:
+    Examples:
         >>> is_number("95.1 ±0.4"), is_number("(1.2 ± 0.1)e-4"), is_number("-"), is_number("sam")
         (True, True, True, False)
     """

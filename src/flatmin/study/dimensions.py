@@ -51,7 +51,7 @@ def read_dimension(word: str) -> Dimension:
     Raises:
         ValueError: the override has another form, its interval runs backwards, or it has a single value.
 
-    Example:
+    Examples:
         >>> read_dimension("rho=0.01..0.5").log, read_dimension("model=conv,mlp").values
         (True, ('conv', 'mlp'))
     """

@@ -89,7 +89,7 @@ def best(scores: Sequence[Score | None]) -> int:
     Args:
         scores: means of validation accuracy and loss for each row; None for a row that lacks a seed.
 
-    Example:
+    Examples:
         >>> best([None, (61.0, 1.2), (61.0, 1.1), (60.5, 0.9)]), best([None, None])
         (2, 0)
     """

@@ -74,12 +74,14 @@ class Comparison:
     def verdict(self, group: str) -> str:
         """Whether the group is "flatter" or "sharper" than the base.
 
-        It is "not significant" if the interval of the paired difference contains 0, and empty if there is no difference
-        or the quantity does not measure flatness.
+        It is "not significant" if the interval of the paired difference contains 0, "not tested" if the two have only
+        one seed in common, and empty if there is no difference or the quantity does not measure flatness.
         """
         difference = self.difference.get(group)
         if difference is None or not self.quantity.flat:
             return ""
+        if difference.n < 2:
+            return "not tested"
         if difference.covers_zero:
             return "not significant"
         return "flatter" if (difference.mean < 0) == (self.quantity.flat == "low") else "sharper"
@@ -158,10 +160,13 @@ def conclusions(nets: Sequence[NetReport]) -> list[str]:
     for group in others:
         by = {
             verdict: [row.quantity.name for row in rows if row.verdict(group) == verdict]
-            for verdict in ("flatter", "sharper", "not significant")
+            for verdict in ("flatter", "sharper", "not significant", "not tested")
         }
         count = sum(map(len, by.values()))
         if not count:
+            continue
+        if by["not tested"]:
+            told.append(f"{group} and {base} have one seed in common; a test of their difference needs at least two.")
             continue
         if len(by["not significant"]) == count:
             told.append(f"{group} and {base} do not differ significantly by any of {_measures(count)}.")

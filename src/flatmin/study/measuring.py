@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -91,7 +92,8 @@ def find(target: Path, *, model: str | None = None, data: str | None = None, key
     """A run given by its folder, or by a file of weights with its model and data.
 
     Args:
-        target: a run folder, or a file of weights; see `flatmin.train.saved.weights_for`.
+        target: a run folder, or a file of weights; see `flatmin.train.saved.weights_for`. The name of a file gives its
+            arm and seed: "sam-s2.pt" is seed 2 of the arm "sam"; other names are arms of their own.
         model: only for a file of weights: "conv", "mlp", or "package.module:function".
         data: only for a file of weights: "digits", or "package.module:function".
         key: only for a file of weights: which weights to take if it holds several that fit.
@@ -113,8 +115,15 @@ def find(target: Path, *, model: str | None = None, data: str | None = None, key
         raise ValueError(
             f"{target} is a file: name its network and data with --model and --data, or name a run folder instead."
         )
-    config = RunConfig(method="sgd", model=model, data=data)
-    return SavedRun(name=target.stem, label=target.stem, config=config, weights=target, key=key)
+    arm, seed = _arm_and_seed(target.stem)
+    config = RunConfig(method="sgd", model=model, data=data, seed=seed)
+    return SavedRun(name=target.stem, label=arm, config=config, weights=target, key=key)
+
+
+def _arm_and_seed(name: str) -> tuple[str, int]:
+    """The arm and seed of a file of weights by its name, as in names of runs: ("sam", 2) for "sam-s2"."""
+    match = re.fullmatch(r"(.+)-s(\d+)", name)
+    return (match[1], int(match[2])) if match else (name, 0)
 
 
 def measure(
@@ -140,7 +149,7 @@ def measure(
         warnings.simplefilter("always")
         data = run.data()
         net = unwrapped(run.model(data))
-    remarks = tuple(dict.fromkeys(str(one.message) for one in caught))
+    remarks = (*run.remarks, *dict.fromkeys(str(one.message) for one in caught))
     net.register_forward_hook(_logits)
     check_fit(net, data)
     net = net.to(view.device)
@@ -210,7 +219,8 @@ def find_all(
             depth = next((k for k in range(1, len(path.parts)) if _tail(path, k) not in [_tail(o, k) for o in like]), 0)
             # Files that differ only in the suffix are named with the suffix.
             name = _tail(path, depth) if depth else f"{_tail(path, 1)}{path.suffix}"
-            runs[path] = dataclasses.replace(run, name=name, label=run.label if path.is_dir() else name)
+            label = run.label if path.is_dir() else _arm_and_seed(name)[0]
+            runs[path] = dataclasses.replace(run, name=name, label=label)
     return list(runs.values())
 
 

@@ -24,7 +24,7 @@ from flatmin.train.config import RunConfig
 from flatmin.train.feed import steps_of
 from flatmin.train.options import Options
 from flatmin.train.settings import field_types
-from flatmin.words import suggest
+from flatmin.words import install, suggest
 
 BATCH = 4  # trials of an arm at a time; constant, so that the result does not depend on the number of workers
 
@@ -268,8 +268,6 @@ def _optuna() -> Any:
     try:
         import optuna
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "a search needs Optuna, which is not installed; run: pip install '.[search]' in a clone of flatmin"
-        ) from error
+        raise ModuleNotFoundError(f"a search needs Optuna, which is not installed; run: {install('search')}") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna

@@ -54,7 +54,7 @@ def read_axis(word: str, *, lists: Sequence[str] = LISTS) -> Axis:
     Raises:
         ValueError: the override has no "=" or no value, has a value twice, or has a range that runs backwards.
 
-    Example:
+    Examples:
         >>> read_axis("seed=0..2,7").values
         ('0', '1', '2', '7')
     """
@@ -84,7 +84,7 @@ def is_multiple(text: str) -> bool:
 def tidy(word: str) -> str:
     """A number in a standard form, so that ".1" and "0.1" are the same point; other text is returned unchanged.
 
-    Example:
+    Examples:
         >>> tidy(".10"), tidy("1e-3"), tidy("28"), tidy("resnet18")
         ('0.1', '0.001', '28', 'resnet18')
     """
@@ -105,7 +105,7 @@ def points(axes: Sequence[Axis]) -> list[dict[str, str]]:
     Raises:
         ValueError: two axes have the same key.
 
-    Example:
+    Examples:
         >>> points([Axis("rho", ("1", "2")), Axis("seed", ("0",))])
         [{'rho': '1', 'seed': '0'}, {'rho': '2', 'seed': '0'}]
     """

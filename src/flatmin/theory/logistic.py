@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flatmin.theory.classes import FunctionClass
 from flatmin.theory.functions import Function
+from flatmin.words import install
 
 
 class Logistic(Function):
@@ -134,6 +135,6 @@ def _sklearn() -> Any:
         from sklearn import datasets
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "this data set needs scikit-learn, which is not installed; run: pip install '.[digits]' in a clone of flatmin"
+            f"this data set needs scikit-learn, which is not installed; run: {install('digits')}"
         ) from error
     return datasets

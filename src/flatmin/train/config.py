@@ -236,7 +236,7 @@ def differences(recorded: Mapping[str, Any], config: RunConfig) -> dict[str, str
         recorded: settings of the recorded run, as `identity` returns them.
         config: configuration of this run.
 
-    Example:
+    Examples:
         >>> differences({**identity(RunConfig(method="sam")), "lr": 0.2}, RunConfig(method="sam"))
         {'lr': 'lr is 0.2 there and 0.1 here'}
     """
@@ -252,7 +252,7 @@ def differences(recorded: Mapping[str, Any], config: RunConfig) -> dict[str, str
 def derive_seed(seed: int, purpose: str) -> int:
     """Derive a seed for one purpose; seeds for different purposes are unrelated.
 
-    Example:
+    Examples:
         >>> derive_seed(0, "noise") == derive_seed(0, "noise") != derive_seed(0, "order")
         True
     """

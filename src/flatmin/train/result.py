@@ -92,10 +92,10 @@ class Result:
         if self.trained or self.failure is not None or self.train_ce is None:
             return None
         if self.chance is None:
-            return f"has not learned: its final training loss is {self.train_ce:.3f}"
+            return f"has not learned: the training loss of the kept weights is {self.train_ce:.3f}"
         level = f"({self.train_ce:.3f}; chance is {self.chance:.3f})"
         if self.train_ce > _ABOVE * self.chance:
-            return f"has not learned: its final training loss is above chance level {level}"
+            return f"has not learned: the training loss of the kept weights is above chance level {level}"
         if self.train_ce < _BELOW * self.chance:
-            return f"has hardly learned: its final training loss is only slightly below chance level {level}"
-        return f"has not learned: its final training loss is at chance level {level}"
+            return f"has hardly learned: the training loss of the kept weights is just below chance level {level}"
+        return f"has not learned: the training loss of the kept weights is at chance level {level}"

@@ -10,6 +10,7 @@ import os
 import pickle
 import warnings
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ class SavedRun:
         known: description of the model's inputs, if the run recorded it.
         content: digest of the training data, if the run recorded it.
         key: which weights in the file to use, see `weights_for`.
+        remarks: what one should know of the weights, as sentences: that they are not those of the last epoch, or that
+            the network has not learned.
     """
 
     name: str
@@ -49,6 +52,7 @@ class SavedRun:
     known: Inputs | None = None
     content: str | None = None
     key: str | None = None
+    remarks: tuple[str, ...] = ()
 
     @property
     def trained(self) -> bool:
@@ -132,7 +136,7 @@ def load(run: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> 
     Raises:
         ValueError: the folder has no run, the run is unfinished or failed, or the weights are missing or do not fit.
 
-    Example:
+    Examples:
         >>> model = flatmin.load("flatmin-runs/runs/mine")                       # doctest: +SKIP
         >>> logits = model(open_run("flatmin-runs/runs/mine").transform(images)) # doctest: +SKIP
     """
@@ -151,12 +155,12 @@ def open_run(folder: str | os.PathLike[str]) -> SavedRun:
         raise ValueError(f"{path} is not a run folder: it has no config.json (runs are in FOLDER/runs).")
     config, labels = run.config()
     try:
-        failure = dict(json.loads((path / "result.json").read_text(encoding="utf-8"))).get("failure")
+        result = dict(json.loads((path / "result.json").read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise ValueError(f"the run in {path} is not finished: it has no result.json.") from None
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"the run in {path} cannot be read: {reason(error)}.") from error
-    if failure:
+    if failure := result.get("failure"):
         raise ValueError(f"the run in {path} failed: {failure}.")
     name = path.resolve().name
     label = labels.get("label", name)
@@ -167,7 +171,19 @@ def open_run(folder: str | os.PathLike[str]) -> SavedRun:
         weights=path / WEIGHTS,
         known=run.inputs(),
         content=labels.get("content"),
+        remarks=_remarks(result),
     )
+
+
+def _remarks(result: Mapping[str, Any]) -> tuple[str, ...]:
+    """See `SavedRun.remarks`; `result` is the content of result.json."""
+    remarks = []
+    chosen, epochs = result.get("chosen") or {}, result.get("epochs")
+    if chosen.get("epoch", epochs) != epochs:
+        remarks.append(f"the weights are those of epoch {chosen['epoch']} of {epochs}, the best on validation data")
+    if result.get("trained") is False:
+        remarks.append("the network has not learned: its training loss is not clearly below chance level")
+    return tuple(remarks)
 
 
 def load_weights(model: nn.Module, path: Path, *, key: str | None = None) -> None:

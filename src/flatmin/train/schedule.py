@@ -72,7 +72,7 @@ class LearningRateSchedule:
     (warm-up); Khanh, Luong, Mordukhovich & Tran, NeurIPS 2024, and their code fundamental-sam (diminish, lr 0.1). In
     VaSSO's code every epoch after the first uses the rate of the epoch before; this is not supported.
 
-    Example:
+    Examples:
         >>> schedule = LearningRateSchedule(lr=0.1, epochs=4, steps_per_epoch=10)
         >>> [round(schedule.at(step), 4) for step in (0, 9, 10, 20, 30, 40)]
         [0.1, 0.1, 0.0854, 0.05, 0.0146, 0.0]

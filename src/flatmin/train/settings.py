@@ -53,7 +53,7 @@ def describe(kind: Any) -> str:
 def articled(words: str) -> str:
     """A type in words, with its article.
 
-    Example:
+    Examples:
         >>> articled("whole number"), articled("int"), articled("true or false"), articled("text")
         ('a whole number', 'an int', 'true or false', 'text')
     """
@@ -216,7 +216,7 @@ def read_words(words: Iterable[str], kinds: Mapping[str, Any]) -> tuple[dict[str
     Raises:
         ValueError: a word is not `key=value`, or a value has another type.
 
-    Example:
+    Examples:
         >>> read_words(["epochs=3", "theta=0.8", "epochs=4"], {"epochs": int})
         ({'epochs': 4}, {'theta': '0.8'})
     """
@@ -256,7 +256,7 @@ def read_table(cls: type, words: Iterable[str], *, unknown: str = "unknown setti
 def written(value: Any) -> str:
     """Format a value as it is typed on the command line; `parse` reads it back.
 
-    Example:
+    Examples:
         >>> written(True), written(1.0), written(5e-4), written((60, 120)), written(None)
         ('true', '1', '0.0005', '60,120', 'none')
     """

@@ -31,7 +31,7 @@ def endings(text: str) -> tuple[str, ...]:
         ValueError: no suffix, or an unknown one.
         ModuleNotFoundError: matplotlib is not installed (extra "plot").
 
-    Example:
+    Examples:
         >>> endings("svg, .pdf")
         ('.svg', '.pdf')
     """

@@ -19,7 +19,7 @@ _CHARACTER = 0.018  # width of a character of a tick, as a share of the width of
 def number(value: float) -> str:
     """A number for a tick.
 
-    Example:
+    Examples:
         >>> number(0.05), number(1e-7), number(3e6), number(-120.0)
         ('0.05', '10⁻⁷', '3·10⁶', '-120')
     """
@@ -102,7 +102,7 @@ def shifts(count: int, step: float, room: float) -> list[float]:
         step: distance between neighbours.
         room: the largest width of all of them together; many marks are closer to each other.
 
-    Example:
+    Examples:
         >>> shifts(3, 0.02, 0.1)
         [-0.02, 0.0, 0.02]
     """
@@ -117,7 +117,7 @@ def broken(label: str, width: int, lines: int = 0) -> str:
         width: the largest number of characters in a line; a longer word has a line of its own.
         lines: the largest number of lines, the last of which ends with "…" if the label is cut; 0 for any number.
 
-    Example:
+    Examples:
         >>> broken("samdirection+bisam-log+asam", 16)
         'samdirection+\nbisam-log+asam'
     """

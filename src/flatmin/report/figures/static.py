@@ -16,6 +16,7 @@ import numpy as np
 from flatmin.report.figures import scales
 from flatmin.report.figures.chart import Axis, Chart, Drawable, Field, Radar, Series, entries, reach
 from flatmin.report.style import light_colours
+from flatmin.words import install
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,9 +46,7 @@ def require() -> None:
     try:
         import matplotlib.figure  # noqa: F401
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "figures need matplotlib, which is not installed; run: pip install '.[plot]' in a clone of flatmin"
-        ) from error
+        raise ModuleNotFoundError(f"figures need matplotlib, which is not installed; run: {install('plot')}") from error
 
 
 @contextmanager

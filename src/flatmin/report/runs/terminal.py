@@ -90,7 +90,7 @@ def sparkline(
         longest: number of values of the longest line, so that lines above each other have the same scale.
         encoding: encoding of the terminal; ASCII characters are used if it is not UTF.
 
-    Example:
+    Examples:
         >>> sparkline([0.0, 1.0, 2.0, 3.0], low=0, high=3, width=10, longest=4)
         '▁▃▆█'
     """

@@ -179,7 +179,7 @@ def _beside(rows: Sequence[StudyRow], style: StudyStyle) -> list[float]:
 def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """The Pareto front of points (cost, value): those that no other point beats in both, by ascending cost.
 
-    Example:
+    Examples:
         >>> front([(2, 5.0), (1, 3.0), (2, 4.0), (3, 4.5)])
         [(1, 3.0), (2, 5.0)]
     """

@@ -118,7 +118,7 @@ def _plain(cell: str) -> bool:
 def sort_key(cell: str) -> float | None:
     """The number that a cell begins with, alone or before a space or comma; None if there is none.
 
-    Example:
+    Examples:
         >>> sort_key("+1.25 ±0.40"), sort_key("95.1, 94"), sort_key("-"), sort_key("3x3")
         (1.25, 95.1, None, None)
     """

@@ -11,7 +11,7 @@ from flatmin.study.executors.loop import OnEvent, Reporter
 from flatmin.study.executors.settings import SETTINGS
 from flatmin.study.store import Run, RunOutcome, Store, finished_and_missing
 from flatmin.train.settings import fill, read_table
-from flatmin.words import suggest
+from flatmin.words import install, suggest
 
 __all__ = [
     "EXECUTORS",
@@ -68,9 +68,7 @@ def make_executor(name: str, settings: Mapping[str, Any] | None = None) -> Execu
         raise ValueError(f"unknown executor {name!r}{suggest(name, EXECUTORS)} (executors: {', '.join(EXECUTORS)})")
     package = EXECUTORS[name]
     if package is not None and importlib.util.find_spec(package) is None:
-        raise ModuleNotFoundError(
-            f"the executor {name} needs {package}: pip install '.[{name}]' in a clone of flatmin."
-        )
+        raise ModuleNotFoundError(f"the executor {name} needs {package}: {install(name)}.")
     made: Executor = fill(
         importlib.import_module(f"flatmin.study.executors.{name}").EXECUTOR, settings or {}, origin=f"executor {name}"
     )

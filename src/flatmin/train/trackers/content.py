@@ -26,7 +26,7 @@ def scalars(event: Event) -> dict[str, float]:
     Ended: summary/NAME, with summary/chosen/test_acc, summary/best/val_acc, summary/lambda_max/value and so on.
     Began, Ticked and Warned have no numbers.
 
-    Example:
+    Examples:
         >>> from flatmin.train.events import Measured
         >>> scalars(Measured(epoch=1, step=10, values={"trace": 2}))
         {'measure/trace': 2.0}
