@@ -422,9 +422,6 @@ class TestFile:
         other = shutil.copy(weights, tmp_path / "other.pt")
         said = invoke(tmp_path / "out", weights, other, *USER, "--what", "model", "--workers", 0, "--no-page")
         assert re.search(r"^quantity +mine +other +other - mine", said, re.MULTILINE)
-        assert "other and mine have one seed in common; a test of their difference needs at least two." in " ".join(
-            said.split()
-        )
 
     def test_the_name_of_a_file_gives_its_arm_and_seed(self, weights, tmp_path):
         files = [shutil.copy(weights, tmp_path / f"{name}.pt") for name in ("sgd-s0", "sgd-s1", "sam-s0", "sam-s1")]

@@ -173,7 +173,7 @@ class TestCompare:
         assert "50 examples (train, 20% of the labels wrong), eval mode" in sentence(found[:1])
 
     def test_conclusions(self):
-        values = {"sgd": (3.0, 4.0), "sam": (1.0, 2.1), "asam": (2.0, 5.0)}
+        values = {"sgd": (3.0, 4.0), "sam": (1.0, 2.1), "asam": (2.0, 5.0), "usam": (1.0,)}
         found = [
             made(group, seed, quantity(value=v), quantity("sigma", v, flat="high"), quantity("loss", v, flat=""))
             for group, both in values.items()
@@ -182,6 +182,7 @@ class TestCompare:
         assert conclusions(found) == [
             "sam is flatter by 1 and sharper by 1 of 2 measures than sgd. Flatter: lambda_1. Sharper: sigma.",
             "asam and sgd do not differ significantly by any of 2 measures.",
+            "usam and sgd have one seed in common; a test of their difference needs at least two.",
         ]
 
     def test_a_line_for_each_net_and_quantity(self):

@@ -153,7 +153,8 @@ def test_a_net_that_only_guesses_has_not_trained():
         (2.3, "has not learned: the training loss of the kept weights is at chance level (2.300; chance is 2.303)"),
         (
             2.2,
-            "has hardly learned: the training loss of the kept weights is just below chance level (2.200; chance is 2.303)",
+            "has hardly learned: the training loss of the kept weights is just below chance level (2.200; chance is "
+            "2.303)",
         ),
     ],
 )
