@@ -269,6 +269,8 @@ def method_page(name: str) -> str:
     recipe = method.recipe()
     title = capital(method.title)
     legend = " ".join(f"{sign}: {what}." for sign, what in SIGNS.items() if re.search(rf"\b{sign}\b", method.formula))
+    if "/ ||" in method.formula:
+        legend += " A small constant (argument `eps` of `wrap`, 1e-12) is added to norms that are divided by."
     pieces = [
         MARK,
         f"# {title}: `{name}`",

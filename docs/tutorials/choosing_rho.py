@@ -31,7 +31,7 @@ data = load_digits()
 # %% [markdown]
 # ## A grid, with the baseline in it
 #
-# `rho=0` is the base optimizer, bit for bit and at its cost, so it belongs into the grid. The values grow by factors of
+# `rho=0` is the base optimizer, bit for bit and at its cost, so it belongs in the grid. The values grow by factors of
 # two to three: the radius matters by its order of magnitude. The seed sets initial weights, wrong labels and batches,
 # and is the same for every rho, so that differences are paired.
 
@@ -92,8 +92,9 @@ _ = axis.set(xlabel="rho", ylabel="validation accuracy, %")
 # ## Rules that save time
 #
 # - Choose on validation data and report the test accuracy of seeds that were not used to choose.
-# - If the best value is at an end of the grid, widen the grid.
-# - A value of one method means nothing to another whose norm differs: ASAM's radii are about ten times SAM's.
+# - If the best value is at an end of the grid, widen the grid. If rho = 0 wins, do not use the method here.
+# - A value of one method means nothing to another whose norm differs: ASAM's values are about ten times SAM's, although
+#   its weights do not move ten times as far.
 # - Choose again when batch size or learning rate change much.
 # - The command line does all of this: `flatmin compare --tune rho=.05,.1,.2,.4` chooses on validation, then trains
 #   fresh seeds.

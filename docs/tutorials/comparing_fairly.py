@@ -30,10 +30,10 @@ from sklearn.datasets import load_wine
 def load():
     """Training, validation and test data, each as a pair of inputs and labels."""
     x, y = load_wine(return_X_y=True)
-    x = torch.as_tensor((x - x.mean(0)) / x.std(0), dtype=torch.float32)
-    y = torch.as_tensor(y)
+    x, y = torch.as_tensor(x, dtype=torch.float32), torch.as_tensor(y)
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
     train, validation, test = order[:80], order[80:110], order[110:]
+    x = (x - x[train].mean(0)) / x[train].std(0)
     return (x[train], y[train]), (x[validation], y[validation]), (x[test], y[test])
 
 
@@ -48,8 +48,9 @@ def build(num_classes):
 #
 #     flatmin compare --data my_task:load --model my_task:build --noise 0.3 -m sgd -m sam -m asam --tune --seeds 5
 #
-# `--tune` chooses rho of each method on validation data with seeds of its own; the table is of fresh seeds. Three rows
-# that take one gradient a step are added: more weight decay, a shorter schedule, and twice the epochs.
+# `--tune` chooses rho of each method on validation data, with the seeds of the table; nothing is chosen on test data.
+# To choose with other seeds, write a study with `choose_seeds` ([Studies](../studies/your-own.md)). Three rows that take
+# one gradient a step are added: more weight decay, a shorter schedule, and twice the epochs.
 
 # %%
 import subprocess
@@ -81,7 +82,8 @@ print("\n".join(rows[:4]))
 # ## Before you believe a difference
 #
 # - Five seeds show differences of a few points. Use `--seeds 10` for one point.
-# - Finished runs are kept: the same command with more seeds trains only what is missing.
+# - Finished runs are kept: the same command with more seeds trains only what is missing. With `--tune` the choice is
+#   made again over all seeds, so that a row may change its setting. Decide the number of seeds before you look.
 # - Add a method later and Holm's correction grows with it: decide the list before you look.
 #
 # [Compare](../studies/compare.md) explains every column, [Studies](../studies/index.md) larger comparisons.

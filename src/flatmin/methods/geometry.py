@@ -55,7 +55,7 @@ class Adaptive(Geometry):
         eta: added to |w|, >= 0. Default 0.0 (the example command of the official code; its class default is 0.01).
         weights_only: True: T = 1 for tensors without "weight" in their name, as in the official code. This excludes
             biases and includes the scale of BatchNorm; it needs parameter names. Default False: all tensors, as in
-            common re-implementations; this form needs a larger rho.
+            common re-implementations, which needs a larger rho than the official form.
 
     Raises:
         ValueError: eta < 0.

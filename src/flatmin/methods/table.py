@@ -45,9 +45,10 @@ BUILT_IN = (
         url="https://arxiv.org/abs/2102.11600",
         summary="SAM in a norm that follows the magnitude of each weight, so that rescaling layers does not change "
         "the measured sharpness.",
-        when="When the layers differ in scale, or to reproduce published results of ASAM; tune rho anew, it is about "
-        "ten times SAM's.",
-        note="applies to all tensors; the official code leaves out biases: `weights_only=True`",
+        when="When the layers differ in scale, or to reproduce published results of ASAM. Choose rho anew: its values "
+        "are about ten times SAM's, although the weights do not move ten times as far.",
+        note="T is diagonal, and the norm is over all perturbed weights; the official code has T = 1 for tensors "
+        "without 'weight' in their name, such as biases: `weights_only=True`",
     ),
     Method(
         name="usam",
@@ -65,14 +66,15 @@ BUILT_IN = (
         name="vasso",
         title="VaSSO",
         parts=(direction.EMA(),),
-        formula="d = (1 - theta) d + theta g,  eps = rho d / ||d||",
+        formula="d = (1 - theta) d + theta g (at first d = g),  eps = rho d / ||d||",
         paper="Li & Giannakis, Enhancing Sharpness-Aware Optimization Through Variance Suppression, NeurIPS 2023",
         url="https://arxiv.org/abs/2309.15639",
         summary="SAM that perturbs along a moving average of the gradients, so that the noise of single batches is "
         "suppressed.",
         when="When the gradient of one batch is too noisy to give a good perturbation; it costs as many gradients as "
         "SAM.",
-        note="theta = 0.9, as on the original command line",
+        note="theta = 0.9, as on the original command line, is close to SAM; a smaller theta averages over more "
+        "batches",
     ),
     Method(
         name="fsam",
@@ -98,6 +100,7 @@ BUILT_IN = (
         summary="SAM that perturbs towards more misclassification: the ascent maximises a lower bound of the 0-1 loss "
         "(logarithmic form).",
         when="For classification, as an alternative to SAM; it costs as many gradients as SAM.",
+        note="needs a loss of class logits and class indices, such as cross-entropy",
     ),
     Method(
         name="bisam-tanh",
@@ -111,7 +114,8 @@ BUILT_IN = (
         summary="SAM that perturbs towards more misclassification: the ascent maximises a lower bound of the 0-1 loss "
         "(tanh form).",
         when="For classification, as an alternative to SAM; it costs as many gradients as SAM.",
-        note="mu = 10, the default of the official function; the official command line passes 1",
+        note="needs a loss of class logits and class indices, such as cross-entropy; mu = 10, the default of the "
+        "official function; the official command line passes 1",
     ),
     Method(
         name="rsam",
