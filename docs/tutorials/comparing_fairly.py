@@ -49,8 +49,8 @@ def build(num_classes):
 #     flatmin compare --data my_task:load --model my_task:build --noise 0.3 -m sgd -m sam -m asam --tune --seeds 5
 #
 # `--tune` chooses rho of each method on validation data, with the seeds of the table; nothing is chosen on test data.
-# To choose with other seeds, write a study with `choose_seeds` ([Studies](../studies/your-own.md)). Three rows that take
-# one gradient a step are added: more weight decay, a shorter schedule, and twice the epochs.
+# To choose with other seeds, write a study with `choose_seeds` ([Studies](../studies/your-own.md)). Three rows that
+# take one gradient a step are added: more weight decay, a shorter schedule, and twice the epochs.
 
 # %%
 import subprocess
