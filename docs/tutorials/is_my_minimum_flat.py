@@ -80,8 +80,8 @@ for name, problem in problems.items():
 # %% [markdown]
 # ## Sharpness
 #
-# The worst case is the largest rise of the loss within a distance rho, which is what SAM works against; the average
-# case is the mean rise in random directions.
+# The worst case is the largest rise of the loss that is found within a distance rho; SAM works against it. The average
+# case is the mean rise in random directions of that length.
 
 # %%
 radii = (0.1, 0.2, 0.4)
@@ -92,7 +92,7 @@ for name, problem in problems.items():
     color = {"base": "#6b7280", "sam": "#0072b2"}[name]
     axis.plot(radii, worst, "o-", color=color, label=f"{name}: worst case")
     axis.plot(radii, mean, "o--", color=color, label=f"{name}: average case")
-axis.set(xscale="log", yscale="log", xlabel="rho", ylabel="rise of the loss")
+axis.set(xlabel="rho", ylabel="rise of the loss")
 _ = axis.legend(frameon=False)
 
 # %% [markdown]
