@@ -104,11 +104,15 @@ def by_use(table: Mapping[str, Method]) -> dict[str, tuple[str, ...]]:
     return USES
 
 
+# Gradients a step of the methods that are no recipes.
+COSTS = {"mesa": 1.0, "saf": 1.0, "flat-lora": 1.0, "lora-sam": 2.0}
+
+
 def readme(table: Mapping[str, Method]) -> str:
     """One line for each use: the methods that serve it, and what they cost."""
     rows = []
     for use, names in by_use(table).items():
-        costs = sorted(table[name].recipe().gradient_evaluations for name in names if name in table)
+        costs = sorted(table[name].recipe().gradient_evaluations if name in table else COSTS[name] for name in names)
         span = " to ".join(dict.fromkeys(f"{cost:.3g}" for cost in (costs[0], costs[-1])))
         rows.append((use, ", ".join(linked(name, "docs") for name in names), span))
     return _table(("task", "methods", "gradients a step"), rows)
