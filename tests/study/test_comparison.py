@@ -97,20 +97,19 @@ class TestTheStudyItMakes:
             ("adam", 0.001), ("sgd", 0.1),
         }  # fmt: skip
 
-    def test_the_weight_decay_of_the_baseline_shrinks_alike_with_adamw(self):
+    def test_the_weight_decay_of_the_baseline_is_of_the_scale_of_the_optimizer(self):
         def decays(*words):
             spec = comparison("digits", [*words, "methods=base"])
-            found = grid_points(spec)
-            return [(row.config.lr, row.config.weight_decay) for row in found if "weight decay" in row.arm], spec.notes
+            found = [row.config.weight_decay for row in grid_points(spec) if "weight decay" in row.arm]
+            return found, "".join(spec.notes)
 
-        # SGD: lr wd / (1 - momentum) = 0.1 * 0.02 / 0.1; AdamW: lr wd; Adam: the penalty is that of SGD.
-        values, notes = decays("optimizer=adamw", "lr=0.01", "tune=true")
-        assert [decay for _, decay in values] == [0.5, 1, 2, 4]
-        assert "'adamw + weight decay' has weight_decay=2 (lr=0.01), which shrinks as SGD does with lr=0.1" in notes[-1]
-        assert decays("optimizer=adamw")[0] == [(0.001, 20)] and decays("optimizer=adam")[0] == [(0.001, 0.02)]
-        assert decays("optimizer=sgd,adamw", "lr=.01,.1")[0] == [(0.01, 0.02), (0.1, 0.02), (0.01, 2), (0.1, 0.2)]
-        values, notes = decays("optimizer=adamw", "strong_weight_decay=5")
-        assert values == [(0.001, 5)] and not any("shrinks" in note for note in notes)
+        found, notes = decays("optimizer=adamw", "lr=0.01", "tune=true")
+        assert found == [0.25, 0.5, 1, 2]
+        assert "'adamw + weight decay' has weight_decay=1 in place of 0.02" in notes
+        assert decays("optimizer=adamw")[0] == [1] and decays("optimizer=adam")[0] == [0.02]
+        assert decays("optimizer=sgd,adamw")[0] == [0.02, 1]
+        found, notes = decays("optimizer=adamw", "strong_weight_decay=5")
+        assert found == [5] and "in place of" not in notes
 
     def test_the_table_lists_what_the_command_changed(self):
         found = comparison("digits", ["strong_weight_decay=5", "epochs=9"], tune=True, methods=("sgd", "sam")).changed

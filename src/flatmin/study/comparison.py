@@ -12,7 +12,7 @@ from flatmin.methods import BASE, compose, method_table
 from flatmin.study.expand import grid_points, tuned
 from flatmin.study.reading import changed, read_study
 from flatmin.study.spec import Arm, Given, StudySpec, as_text
-from flatmin.study.sweep import is_multiple, read_axis, tidy
+from flatmin.study.sweep import is_multiple, tidy
 from flatmin.train.config import RunConfig
 from flatmin.train.locate import find_module
 from flatmin.train.radii import radius_of
@@ -39,7 +39,9 @@ _WORDS: Mapping[str, Any] = {
 # Those of them that the table lists with the settings that the command changed.
 _SHOWN = ("methods", "baselines", "tune", "strong_weight_decay", "early_share")
 _ADAM_LR = "0.001"  # torch's default
-_USUAL = {f.name: f.default for f in dataclasses.fields(RunConfig) if f.default is not dataclasses.MISSING}
+# Weight decay of AdamW for that of SGD. On the digits, where SGD has 0.02, of 0.3, 1 and 2.5 none had a better mean
+# validation accuracy than 1 over three seeds, for each of lr = 0.001, 0.003 and 0.01.
+_ADAMW_DECAY = 50.0
 
 
 def comparison(preset: str = "digits", overrides: Sequence[str] = (), **options: Any) -> StudySpec:
@@ -195,7 +197,7 @@ def _with_base(spec: StudySpec, given: set[str], rest: Sequence[str], *, scaled:
     names = [name.strip() for name in chosen.split(",") if name.strip()]
     if not names:
         return spec
-    usual = {"optimizer": "sgd", **read_preset(spec.train, "train"), **spec.settings}
+    usual = {"optimizer": read_preset(spec.train, "train").get("optimizer", "sgd"), **spec.settings}
     before = {arm.settings.get("optimizer", usual["optimizer"]) for arm in spec.every_arm}
     notes, rates = spec.notes, spec.given
     others = [name for name in names if name != "sgd"]
@@ -210,26 +212,21 @@ def _with_base(spec: StudySpec, given: set[str], rest: Sequence[str], *, scaled:
 
     renamed = spec.with_arms(lambda arm: dataclasses.replace(arm, label=rename(arm.label)))
     if scaled and before == {"sgd"}:
-        rate = next((read_axis(one).values for one in rest if split_override(one)[0] == "lr"), ())
-        renamed, more = _with_decay(renamed, others, usual, rate)
+        renamed, more = _with_decay(renamed, others)
         notes = (*notes, *more)
     return dataclasses.replace(renamed, baseline=rename(spec.baseline), notes=notes, given=rates)
 
 
-def _with_decay(
-    spec: StudySpec, optimizers: Sequence[str], sgd: Mapping[str, Any], rates: Sequence[str]
-) -> tuple[StudySpec, list[str]]:
-    """The study with baselines whose weight decay, written for SGD, has the same effect with the base optimizer.
+def _with_decay(spec: StudySpec, optimizers: Sequence[str]) -> tuple[StudySpec, list[str]]:
+    """The study with baselines whose weight decay, written for SGD, suits the base optimizer.
 
-    Per update, SGD with momentum m shrinks the weights by the factor 1 - lr wd / (1 - m), and AdamW by 1 - lr wd, so
-    AdamW gets the weight decay with the same product. Adam adds wd w to the gradient, as SGD does: its penalised loss
-    is the same, so its weight decay is too.
+    AdamW subtracts lr wd w from a weight w beside a gradient step of about lr, whatever the size of the gradient, so
+    its scale of wd depends on neither gradient nor lr. Adam adds wd w to the gradient, as SGD does: the penalised loss
+    is the same, and so is wd.
 
     Args:
         spec: the study.
         optimizers: the base optimizers besides SGD.
-        sgd: settings for SGD: lr and momentum.
-        rates: learning rates in the overrides; empty: torch's default.
 
     Returns:
         The study, and notes on the values.
@@ -244,23 +241,14 @@ def _with_decay(
             notes.append(f"Adam adds the weight decay to the gradient, as SGD does, so {arm.label!r} has SGD's value.")
         if "adamw" not in optimizers:
             return arm
-        lr, momentum = float(sgd.get("lr", _USUAL["lr"])), float(sgd.get("momentum", _USUAL["momentum"]))
-        shrinkage = lr * float(decay) / (1 - momentum)
-        own = []
-        for rate in rates or (_ADAM_LR,):
-            number = float(rate.rstrip("x")) * (lr if is_multiple(rate) else 1)
-            when = {"optimizer": ("adamw",), **({"lr": (rate,)} if rates else {})}
-            own.append(Given(when=when, settings={"weight_decay": tidy(f"{shrinkage / number:.3g}")}))
-        values = ", ".join(
-            f"{given.settings['weight_decay']} (lr={rate})"
-            for given, rate in zip(own, rates or (_ADAM_LR,), strict=True)
-        )
+        larger = tidy(f"{_ADAMW_DECAY * float(decay):.6g}")
         notes.append(
-            f"AdamW shrinks the weights by lr x weight_decay per update, SGD by lr x weight_decay / (1 - momentum). "
-            f"{arm.label!r} has weight_decay={values}, which shrinks as SGD does with lr={lr:g}, "
-            f"momentum={momentum:g} and weight_decay={decay}; strong_weight_decay=VALUE sets another value."
+            f"AdamW does not add the weight decay to the gradient, and a step of its gradient part is about lr per "
+            f"weight, so it needs larger values than SGD: {arm.label!r} has weight_decay={larger} in place of {decay}, "
+            "and --tune tries multiples of that. strong_weight_decay=VALUE sets another value."
         )
-        return dataclasses.replace(arm, given=(*arm.given, *own))
+        given = Given(when={"optimizer": ("adamw",)}, settings={"weight_decay": larger})
+        return dataclasses.replace(arm, given=(*arm.given, given))
 
     return spec.with_arms(converted), notes
 
