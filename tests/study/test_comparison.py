@@ -274,6 +274,7 @@ class TestWhatItDoes:
     def test_tuning_chooses_on_validation(self, tmp_path):
         table, events = go(tmp_path, *SMALL, "rho=0.05,0.1,50", "epochs=3", tune=True)
         assert events[0].stage == "tune"
+        assert {"sgd, seed 0", "sam rho=50, seed 1"} <= {*events[0].labels.values()}
         (tuned,) = (event for event in events if isinstance(event, Tuned))
         (label,) = table.tried
         scores = {row.chosen["rho"]: row.columns["val_acc"].stat.mean for row in table.tried[label]}

@@ -243,7 +243,7 @@ def _with_decay(spec: StudySpec, optimizers: Sequence[str]) -> tuple[StudySpec, 
             return arm
         larger = tidy(f"{_ADAMW_DECAY * float(decay):.6g}")
         notes.append(
-            f"AdamW does not add the weight decay to the gradient, and a step of its gradient part is about lr per "
+            f"AdamW does not add the weight decay to the gradient, and its step along the gradient is about lr per "
             f"weight, so it needs larger values than SGD: {arm.label!r} has weight_decay={larger} in place of {decay}, "
             "and --tune tries multiples of that. strong_weight_decay=VALUE sets another value."
         )

@@ -20,7 +20,7 @@ class Planned:
         epochs: epochs of all runs still to do.
         seconds: estimated time of all runs still to do; None if unknown.
         nets: number of networks to measure after training.
-        labels: row and seed, as text, of the runs from which values are chosen, by the run's name.
+        labels: row and seed of each run, as text, by the run's name; while values are chosen only.
     """
 
     stage: str

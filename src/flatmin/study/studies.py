@@ -54,14 +54,16 @@ def study(
             tell(Warned(text=text))
         names = {run.name for run in runs}
         choice = todo.choice or todo
+        tuning = any(choice.grid_points[i].choose and run.name in names for (i, _), run in choice.runs.items())
         labels = {
-            run.name: f"{choice.grid_points[i].label}, seed {seed}"
-            for (i, seed), run in choice.runs.items()
-            if choice.grid_points[i].choose and run.name in names
+            run.name: f"{plan.grid_points[i].label}, seed {seed}"
+            for plan in ((todo, choice) if choice is not todo else (todo,))
+            for (i, seed), run in plan.runs.items()
+            if tuning and run.name in names
         }
         tell(
             Planned(
-                stage="tune" if labels else "study",
+                stage="tune" if tuning else "study",
                 runs=len({run.name for plan in (todo, todo.choice) if plan for run in plan.runs.values()}),
                 reused=len(todo.finished) - len(todo.unmeasured),
                 epochs=sum(run.config.epochs for run in runs),
