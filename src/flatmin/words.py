@@ -70,6 +70,16 @@ def suggest(word: str, choices: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
+def ended(text: str) -> str:
+    """The text with a full stop, unless it ends with a punctuation mark.
+
+    Example:
+        >>> ended("no such file"), ended("did you mean 'x'?")
+        ('no such file.', "did you mean 'x'?")
+    """
+    return text if text.endswith((".", "?", "!")) else f"{text}."
+
+
 def nearest(word: str, choices: Iterable[str], count: int) -> list[str]:
     """At most `count` choices that are similar to the word as defined in `suggest`, the most similar first."""
     asked = word.lstrip("-").lower()

@@ -17,6 +17,7 @@ from flatmin.study import events
 from flatmin.train.result import Epoch, Result
 
 runner = CliRunner()
+OWN = ("--data", "tests.user_side:data", "batch_size=9")
 
 
 def invoke(*words, **options):
@@ -80,17 +81,25 @@ def test_options_reach_the_runs(tmp_path):
     ("words", "message"),
     [
         (["--preset", "smok"], r"did you mean 'smoke'"),
-        (["epoch=3"], r"no arm has a setting 'epoch'; did you mean 'epochs'"),
+        (["epoch=3"], r"unknown setting 'epoch'; did you mean 'epochs'"),
         (["-m", "samm"], r"unknown method 'samm'; did you mean 'sam'"),
         (["epochs=many"], r"epochs=many is not a whole number"),
         (["--data", "no_such_package:f"], r"no module 'no_such_package'"),
         (["--out", "/dev/null/x"], r"cannot be written"),
+        (
+            ["--data", "tests.user_side:data", "batch_size=9", "--dry-run"],
+            r"'conv' needs images .* shape \(6,\): name .* --model",
+        ),
+        (
+            ["--data", "tests.user_side:data", "--model", "tests.user_side:ent", "--dry-run", "batch_size=9"],
+            r"did you mean 'net'\?$",
+        ),
     ],
 )
 def test_mistakes_are_refused_before_anything_runs(words, message, tmp_path):
     result = invoke("--out", tmp_path, *words)
     assert isinstance(result.exception, ValueError)
-    assert not list(tmp_path.glob("runs/*"))
+    assert not list(tmp_path.glob("runs/*")) and not result.output
     assert re.search(message, str(result.exception))
 
 
@@ -141,12 +150,14 @@ EPOCH = Epoch(
 
 def result(**changes):
     values = dict(method="sam", rho=0.1, gradient_evaluations=2.0, seed=0, epochs=1, noise=0.0, trained=True)
-    values |= dict(last={"test_acc": 89.0}, best=None, train_ce=0.1, lambda_max=None, seconds=1.0)
+    values |= dict(last={"test_acc": 89.0, "val_acc": 88.0}, best=None, train_ce=0.1, lambda_max=None, seconds=1.0)
     return Result(**(values | changes))
 
 
 STORY = (
-    events.Planned(stage="tune", runs=3, reused=1, epochs=2, seconds=10.0),
+    events.Planned(
+        stage="tune", runs=3, reused=1, epochs=2, seconds=10.0, labels={"sam-s0-abc": "sam rho=0.2, seed 0"}
+    ),
     events.EpochDone(run="sam-s0-abc", epochs=1, line=EPOCH),
     events.RunDone(run="sam-s0-abc", result=result()),
     events.RunBroke(run="own-[b]-s0-abc", error="ValueError: [red]no[/red]"),
@@ -173,4 +184,4 @@ def test_progress_tells_every_event(terminal):
         "Note: something",
     ):
         assert said in text
-    assert ("[1/2] sam-s0: test 89.0 %, 1.0 s" in text) is not terminal
+    assert ("[1/2] sam rho=0.2, seed 0: validation 88.0 %, 1.0 s" in text) is not terminal

@@ -83,6 +83,13 @@ def test_the_script_of_a_shell_calls_this_command(shell):
     assert result.exit_code == 0 and "flatmin" in result.output and "_FLATMIN_COMPLETE" in result.output
 
 
+def test_the_script_is_for_the_command_flatmin_however_it_was_started():
+    command = [sys.executable, "-m", "flatmin", "--show-completion", "bash"]
+    env = {**os.environ, "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    script = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
+    assert "_FLATMIN_COMPLETE=complete_bash" in script and script.split()[-1] == "flatmin"
+
+
 @pytest.mark.parametrize("shell", ["bash", "fish"])
 class TestCompletion:
     def test_names(self, shell):

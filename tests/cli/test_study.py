@@ -321,7 +321,7 @@ def test_the_list_has_every_study(tmp_path, monkeypatch):
     [
         (["empirica"], "flatmin: unknown preset 'empirica'; did you mean 'empirical'?"),
         (["nowhere.toml"], "flatmin: preset file 'nowhere.toml' does not exist."),
-        (["empirical", "epohcs=3"], "flatmin: study empirical: no arm has a setting 'epohcs'; did you mean 'epochs'?"),
+        (["empirical", "epohcs=3"], "flatmin: unknown setting 'epohcs'; did you mean 'epochs'?"),
     ],
 )
 def test_mistakes_are_one_sentence(words, message, capsys, tmp_path, monkeypatch):

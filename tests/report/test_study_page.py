@@ -1,5 +1,7 @@
 """The page of a study, from made-up results: every figure's numbers, what is left out, and hostile names."""
 
+import csv
+import io
 import itertools
 import json
 import math
@@ -14,7 +16,7 @@ from flatmin.report.studies import curves as study_curves
 from flatmin.report.studies import figures as study_figures
 from flatmin.report.studies import recorded as study_recorded
 from flatmin.report.studies.files import save_figures
-from flatmin.report.studies.page import render, sort_key
+from flatmin.report.studies.page import render, sentence, sort_key
 from flatmin.report.studies.phi import phi
 from flatmin.report.studies.style import StudyStyle
 from flatmin.stats import summarise
@@ -270,6 +272,15 @@ class TestPoints:
     def test_chosen_values_are_no_point(self, make):
         style = StudyStyle(make(text=STUDY.replace("[axes]", 'choose = ["rho"]\n[axes]', 1)))
         assert style.points == [{"model": "mlp"}, {"model": "conv"}]
+
+    def test_a_chosen_row_is_counted_once(self, make):
+        table = make(text=STUDY.replace("[axes]", 'choose = ["rho"]\n[axes]', 1))
+        assert "4 arms, 8 rows, 42 of 42 runs with a result" in sentence(table)
+        lines = list(csv.DictReader(io.StringIO(tables.per_seed(table))))
+        keys = [(line["arm"], line["model"], line["rho"], line["seed"], line["metric"]) for line in lines]
+        assert len(set(keys)) == len(keys)
+        chosen = {(line["arm"], line["model"]): line["rho"] for line in lines if line["chosen"] == "true"}
+        assert chosen == {(row.arm, row.values["model"]): row.values.get("rho", "") for row in table.rows}
 
 
 class TestRho:

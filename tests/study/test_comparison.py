@@ -45,7 +45,7 @@ class TestTheStudyItMakes:
         found = rows()
         assert list(found) == ["sgd", "sam", "vasso", "sgd + weight decay", "sgd, early stop", "sgd, 2x epochs"]
         assert len(spec.seeds) >= 5 and spec.timing and spec.baseline == "sgd"
-        assert spec.title == "Handwritten digits, 40% of the training labels wrong"
+        assert spec.title == "Handwritten digits, 40 % of the training labels wrong"
         assert {row.config.noise for row in found.values()} == {0.4}
         assert [row.config.epochs for row in found.values()] == [30, 30, 30, 30, 15, 60]
         assert (found["sgd"].config.rho, found["sgd + weight decay"].config.weight_decay) == (None, 0.02)
@@ -77,7 +77,8 @@ class TestTheStudyItMakes:
         own = ["data=tests.user_side:data", "model=tests.user_side:net", "methods=sam,asam"]
         assert radii(*own) == {"sam": 0.05, "asam": 0.5}
         spec = comparison("digits", own)
-        assert {row.config.noise for row in grid_points(spec)} == {0.0} and spec.title == "net on data"
+        assert {row.config.noise for row in grid_points(spec)} == {0.0}
+        assert spec.title == "tests.user_side:net on tests.user_side:data"
         assert radii(*own, "rho.sam=.1")["sam"] == 0.1
         found = [row.config.noise for row in rows(overrides=["noise=0,.4", "methods=sam", "baselines=false"]).values()]
         assert found == [0.0, 0.4]
@@ -95,6 +96,24 @@ class TestTheStudyItMakes:
         assert axis.baseline == "base" and {(row.config.optimizer, row.config.lr) for row in grid_points(axis)} == {
             ("adam", 0.001), ("sgd", 0.1),
         }  # fmt: skip
+
+    def test_the_weight_decay_of_the_baseline_is_of_the_scale_of_the_optimizer(self):
+        def decays(*words):
+            spec = comparison("digits", [*words, "methods=base"])
+            found = [row.config.weight_decay for row in grid_points(spec) if "weight decay" in row.arm]
+            return found, "".join(spec.notes)
+
+        found, notes = decays("optimizer=adamw", "lr=0.01", "tune=true")
+        assert found == [0.25, 0.5, 1, 2]
+        assert "'adamw + weight decay' has weight_decay=1 in place of 0.02" in notes
+        assert decays("optimizer=adamw")[0] == [1] and decays("optimizer=adam")[0] == [0.02]
+        assert decays("optimizer=sgd,adamw")[0] == [0.02, 1]
+        found, notes = decays("optimizer=adamw", "strong_weight_decay=5")
+        assert found == [5] and "in place of" not in notes
+
+    def test_the_table_lists_what_the_command_changed(self):
+        found = comparison("digits", ["strong_weight_decay=5", "epochs=9"], tune=True, methods=("sgd", "sam")).changed
+        assert found == ("strong_weight_decay=5.0", "tune=true", "methods=sgd,sam", "epochs=9")
 
     def test_all_is_every_name_of_the_table(self):
         spec = comparison("digits", ["methods=all,vasso+asam", "baselines=false", "micro_batches=8"])
@@ -140,7 +159,7 @@ class TestTheStudyItMakes:
         text = 'title = "Mine"\nmethods = ["sgd", "asam"]\nbaselines = false\nseeds = 3\nepochs = 4\nmodel = "mlp"\n'
         (tmp_path / "mine.toml").write_text(text + "timing = false\n[rho]\nasam = 1.5\n[params]\neta = 0.1\n")
         spec = comparison(str(tmp_path / "mine.toml"), ["epochs=5"])
-        assert spec.seeds == (0, 1, 2) and not spec.timing and spec.title.startswith("Mine, 40%")
+        assert spec.seeds == (0, 1, 2) and not spec.timing and spec.title.startswith("Mine, 40 %")
         sgd, asam = grid_points(spec)
         assert (sgd.config.epochs, asam.config.rho, asam.config.model) == (5, 1.5, "mlp")
         assert asam.config.params == {"geometry.eta": 0.1}
@@ -179,8 +198,8 @@ class TestTheStudyItMakes:
             (["methods=sam,SAM"], "the method 'sam' is listed twice"),
             (["seeds=3", "seed=7,8"], "both set the seeds"),
             (["baselines=false", "early_share=.3"], "early_share=0.3 has no effect"),
-            (["epoch=3"], "no arm has a setting 'epoch'; did you mean 'epochs'"),
-            (["thta=.8"], "no arm has a setting 'thta'; did you mean 'theta'"),
+            (["epoch=3"], "unknown setting 'epoch'; did you mean 'epochs'"),
+            (["thta=.8"], "unknown setting 'thta'; did you mean 'theta'"),
             (["theta=.8", "methods=sam"], "no arm has a setting 'theta'"),
             (["methods=sam,vaso"], "unknown method 'vaso'; did you mean 'vasso'"),
             (["methods=asam+usam"], "'asam' and 'usam' both set the geometry"),
@@ -219,7 +238,8 @@ class TestWhatItDoes:
         _, table, events = finished
         assert [type(event) for event in events] == [Planned, *[RunDone] * 4, Timing]
         assert (events[0].runs, events[0].reused, events[0].epochs) == (4, 0, 8)
-        assert table.spec.title == "net on data, 30% of the training labels wrong" and table.errors == {}
+        title = "tests.user_side:net on tests.user_side:data, 30 % of the training labels wrong"
+        assert table.spec.title == title and table.errors == {}
         sgd, sam = table.rows
         assert (sgd.label, sgd.gradients, sgd.columns["test_acc"].diff) == ("sgd", 1.0, None)
         assert (sam.label, sam.gradients, sam.n, sam.config.rho) == ("sam", 2.0, 2, 0.05)
@@ -254,6 +274,7 @@ class TestWhatItDoes:
     def test_tuning_chooses_on_validation(self, tmp_path):
         table, events = go(tmp_path, *SMALL, "rho=0.05,0.1,50", "epochs=3", tune=True)
         assert events[0].stage == "tune"
+        assert {"sgd, seed 0", "sam rho=50, seed 1"} <= {*events[0].labels.values()}
         (tuned,) = (event for event in events if isinstance(event, Tuned))
         (label,) = table.tried
         scores = {row.chosen["rho"]: row.columns["val_acc"].stat.mean for row in table.tried[label]}

@@ -6,6 +6,7 @@ import pytest
 
 from flatmin.study.conclusions import protocol, verdicts
 from flatmin.study.executors import RunOutcome
+from flatmin.study.tables import body
 from flatmin.study.timing import Ratio
 from tests.study.made import made_result, made_table
 
@@ -121,7 +122,7 @@ def test_the_protocol(tmp_path):
     text = told(tmp_path, {"sgd": SGD, "sam": SAM}, words=["noise=0.4"])
     assert "900 training, 100 validation and 797 test samples" in text and "over 3 seeds" in text
     assert "Wrong training labels are drawn for each seed" in text and "about training with wrong labels" in text
-    assert "rho was fixed before this study" in text
+    assert "rho was given, not chosen by this study" in text
     clean = told(tmp_path, {"sgd": SGD, "sam": SAM}, words=["rho=.05"])
     assert "wrong labels" not in clean and "rho is each method's default" in clean
     assert "would select on test data" in told(tmp_path, {"sgd": SGD, "sam": SAM}, words=["rho=.1,.2"])
@@ -132,11 +133,28 @@ def test_the_protocol(tmp_path):
     assert "a copy of itself gives 0.98 to 1.03" in "\n".join(protocol(dataclasses.replace(shown, rows=timed)))
 
 
-@pytest.mark.parametrize(("best", "edge"), [("0.1", False), ("0.2", True)])
+@pytest.mark.parametrize(("best", "edge"), [("0.1", ""), ("0.2", "upper end"), ("0.05", "lower end")])
 def test_choices_and_the_ends_of_their_lists(tmp_path, best, edge):
     text = 'title = "Made"\ntrain = "smoke"\nseeds = [0, 1]\nchoose = ["rho"]\n[axes]\nrho = [0.05, 0.1, 0.2]\n'
     text += '[[arms]]\nlabel = "sam"\nmethod = "sam"\n'
     shown = made_table(text, tmp_path, lambda point, seed: 91.0 if point.values["rho"] == best else 90.0)
     (sentence,) = [one for one in protocol(shown) if "is chosen by mean validation" in one]
     assert f"sam rho={best} is chosen" in sentence and "rho=0.05 9" in sentence
-    assert ("at the end of its list" in sentence) == edge
+    assert ("beyond it" in sentence) == bool(edge) and (not edge or f"the {edge} of its list ({best}):" in sentence)
+
+
+@pytest.mark.parametrize(
+    ("decayed", "expected"), [(SGD, True), ((77.1, 77.9, 76.1), True), ((78.0, 77.0, 76.0), False)], ids=str
+)
+def test_a_weight_decay_without_effect_is_pointed_out(tmp_path, decayed, expected):
+    loss = {"sgd": 0.5, "decay": 0.5 if expected else 0.6}
+    shown = table(
+        tmp_path,
+        {"sgd": SGD, "decay": decayed},
+        baselines={"decay": "weight_decay = 0.02"},
+        curvature=dict.fromkeys(loss, 1.0),
+        train_ce=loss,
+    )
+    sentence = "weight_decay=0.02 of decay has no visible effect"
+    assert any(text.startswith(sentence) for text in verdicts(shown)) == expected
+    assert [row[0] for row in body(shown)] == ["sgd", "decay (weight_decay=0.02)"]

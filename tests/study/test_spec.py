@@ -229,7 +229,7 @@ class TestOverrides:
     @pytest.mark.parametrize(
         ("words", "message"),
         [
-            (["epohcs=3"], "no arm has a setting 'epohcs'; did you mean 'epochs'?"),
+            (["epohcs=3"], "unknown setting 'epohcs'; did you mean 'epochs'?"),
             (["theta=.9"], "no arm has a setting 'theta'"),
             (["epochs=many"], "arm SAM: epochs=many is not a whole number"),
             (["epochs=0"], "epochs must be at least 1, got 0"),

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 
+import pytest
 import torch
 
 from flatmin.data.dataset import Data, Split
@@ -35,8 +36,11 @@ def test_a_module_in_a_package_brings_its_whole_folder(tmp_path, monkeypatch):
     for name in ("__init__", "one", "two"):
         (folder / f"{name}.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
-    found = fingerprint.user_sources(["flatmin_test_package.one:f"], [])
+    found = fingerprint.user_sources({"flatmin_test_package.one:f": "data"}, [])
     assert [path.name for path in found] == ["__init__.py", "one.py", "two.py"]
+    (folder / "three.py").write_text("import no_such_module")
+    with pytest.raises(ValueError, match=r"^data=flatmin_test_package\.three:f: importing .* 'no_such_module'\.$"):
+        fingerprint.user_sources({"flatmin_test_package.three:f": "data"}, [])
 
 
 def test_the_environment_names_no_host_and_no_user():

@@ -127,7 +127,8 @@ def main(arguments: list[str] | None = None) -> None:
     debug = "--debug" in words
     settle_streams()
     try:
-        app([word for word in words if word != "--debug"])
+        # `python -m flatmin` has another name by default, and shell completion works for one word only.
+        app([word for word in words if word != "--debug"], prog_name="flatmin")
     except SystemExit as end:
         if not end.code and (problem := _unprinted()):
             typer.echo(f"flatmin: {problem}", err=True)

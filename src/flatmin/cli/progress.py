@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from flatmin.study.events import EpochDone, Event, RunBroke, RunDone
 
 STAGES = {"tune": "Choosing settings on validation", "compare": "Training", "study": "Training", "search": "Searching"}
+_VALIDATING = ("tune", "search")  # stages that show validation accuracy, because values are chosen by it
+_KINDS = {"val": "validation", "test": "test"}
 
 
 class Progress:
@@ -26,7 +29,8 @@ class Progress:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._finished = self._total = 0
-        self._stage = ""
+        self._stage, self._validates = "", False
+        self._labels: Mapping[str, str] = {}
         self._bar = make_bar(console)
         self._task = self._bar.add_task("", total=None, last="", visible=False)
 
@@ -45,7 +49,8 @@ class Progress:
 
         match event:
             case events.Planned():
-                self._stage = STAGES.get(event.stage, event.stage)
+                self._stage, self._labels = STAGES.get(event.stage, event.stage), event.labels
+                self._validates = event.stage in _VALIDATING
                 self._finished, self._total = 0, event.runs - event.reused
                 self._say(f"{self._stage}: {event.sentence}.")
                 self._bar.reset(self._task, total=max(event.epochs + event.nets, 1), visible=self._total > 0, last="")
@@ -63,7 +68,7 @@ class Progress:
                 self._say(f"Measuring the time per step of {event.methods} methods.")
                 self._bar.update(self._task, visible=False)
             case events.ReportDone():
-                self._bar.update(self._task, advance=1, last=_short(event.run))
+                self._bar.update(self._task, advance=1, last=self._name(event.run))
             case events.Warned():
                 self._say(f"Note: {event.text}")
 
@@ -71,7 +76,7 @@ class Progress:
         self._bar.update(self._task, description=f"{self._stage} {self._finished}/{self._total} runs")
 
     def _epoch(self, event: EpochDone) -> None:
-        last = f"{_short(event.run)} {event.line.val_acc:.0f} %"
+        last = f"{self._name(event.run)} {event.line.val_acc:.0f} %"
         self._bar.update(self._task, advance=1, last=last)
 
     def _done(self, event: RunDone) -> None:
@@ -79,17 +84,22 @@ class Progress:
         self._describe()
         result = event.result
         if result.failure is not None:
-            self._say(f"{self._count()} {_short(event.run)}: stopped, {result.failure}")
+            self._say(f"{self._count()} {self._name(event.run)}: stopped, {result.failure}")
         elif not self._console.is_terminal and result.last is not None:
-            last = result.last["test_acc"]
-            value = result.chosen["test_acc"] if last is None and result.chosen is not None else last
-            accuracy = f"test {value:.1f} %"
-            self._say(f"{self._count()} {_short(event.run)}: {accuracy}, {elapsed(result.seconds)}")
+            kind, point = ("val", result.chosen or result.last) if self._validates else ("test", result.last)
+            value = point[f"{kind}_acc"]
+            if value is None and result.chosen is not None:
+                value = result.chosen[f"{kind}_acc"]
+            accuracy = f"{_KINDS[kind]} {value:.1f} %"
+            self._say(f"{self._count()} {self._name(event.run)}: {accuracy}, {elapsed(result.seconds)}")
 
     def _broke(self, event: RunBroke) -> None:
         self._finished += 1
         self._describe()
-        self._say(f"{self._count()} {_short(event.run)}: no result, {event.error}")
+        self._say(f"{self._count()} {self._name(event.run)}: no result, {event.error}")
+
+    def _name(self, run: str) -> str:
+        return self._labels.get(run) or _short(run)
 
     def _count(self) -> str:
         return f"[{self._finished:>{len(str(self._total))}}/{self._total}]"

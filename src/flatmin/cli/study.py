@@ -294,8 +294,10 @@ def _describe(todo: StudyPlan, workers: int, console: Console) -> None:
     from flatmin.study.costs import Sizes
     from flatmin.study.trial import check_runs
 
-    rows = [["run", "row", "seed", "epochs", "gradients", "state"]]
     total, sizes = 0.0, Sizes()
+    # An error is raised before anything is printed; missing data are none, because the runs may be elsewhere.
+    notes = check_runs([run.config for run in (*todo.missing, *todo.waiting)], todo.contents, here=False, sizes=sizes)
+    rows = [["run", "row", "seed", "epochs", "gradients", "state"]]
     missing = {run.name for run in todo.missing}
     unmeasured = {run.name for run in todo.unmeasured}
     seen: set[str] = set()
@@ -318,8 +320,6 @@ def _describe(todo: StudyPlan, workers: int, console: Console) -> None:
     if nets := sum(run.view is not None for run in (*todo.open, *todo.waiting)):
         text += f", and {nets} network{'s' if nets > 1 else ''} to measure"
     console.print(text + _duration(todo, workers, sizes), markup=False, soft_wrap=True)
-    # The plan is printed even if the data are not on this machine yet.
-    notes = check_runs([run.config for run in (*todo.missing, *todo.waiting)], todo.contents, here=False, sizes=sizes)
     for note in (*todo.warnings, *notes, *todo.spec.notes):
         console.print(note, markup=False, soft_wrap=True)
 

@@ -28,6 +28,6 @@ def run_folder(word: str) -> Path:
         )
     names = sorted(one.name for one in (HOME / "runs").iterdir()) if (HOME / "runs").is_dir() else []
     raise ValueError(
-        f"there is no run {word!r}: neither a folder nor a name in {HOME / 'runs'}{suggest(word, names)}; "
-        "`flatmin runs list` lists the runs."
+        f"there is no run {word!r}: neither a folder nor a name in {HOME / 'runs'}{suggest(word, names)} "
+        "(`flatmin runs list` lists the runs)"
     )

@@ -10,7 +10,7 @@ from flatmin.train.fingerprint import Content, content_of, external_versions, us
 from flatmin.train.package import digest, package_digest
 from flatmin.train.sources import load_clean
 from flatmin.train.trainer import build_recipe
-from flatmin.words import explained, reason
+from flatmin.words import ended, explained, reason
 
 # The settings that determine the data, before label noise is added.
 _FIELDS = ("data", "data_dir", "train_size", "split_seed", "val_share", "train_on_val", "image_size", "statistics")
@@ -39,12 +39,13 @@ def modules_of(config: RunConfig) -> list[str]:
     return list(dict.fromkeys([*named, *(name for name in parts if name.partition(".")[0] != "flatmin")]))
 
 
-def _specs(config: RunConfig) -> list[str]:
-    """The user's own sources of a run: plugins that define its method, its network and its data."""
+def _specs(config: RunConfig) -> dict[str, str]:
+    """The user's own sources of a run, each with its setting: plugins that define its method, its network, its data."""
     methods = set(build_recipe(config).name.split("+"))
     built_in = method_table()
     plugins = [name for name in config.plugins if methods & (method_table([name]).keys() - built_in.keys())]
-    return [*plugins, *(spec for spec in (config.model, config.data) if ":" in spec)]
+    own = {getattr(config, key): key for key in ("model", "data")}
+    return {**dict.fromkeys(plugins, "plugins"), **{spec: key for spec, key in own.items() if ":" in spec}}
 
 
 class Contents:
@@ -94,8 +95,8 @@ class Contents:
         elif known and self._download:
             way += f"; --download works for {', '.join(_downloadable())} only"
         raise ValueError(
-            f"data={config.data} cannot be read{place}, so no run was started: {self._absent[self._key(config)]}."
-            f"{way}{'.' if way else ''}"
+            f"data={config.data} cannot be read{place}, so no run was started: "
+            f"{ended(self._absent[self._key(config)])}{way}{'.' if way else ''}"
         )
 
     @property

@@ -34,6 +34,7 @@ def verdicts(table: StudyTable) -> list[str]:
         *([_ranking(ascending)] if single else []),
         *(_cheap(table, rows, ascending) if single else []),
         _equal_cost(table),
+        *_without_effect(table, rows),
         _curvature(rows, ascending) if single else "",
     ]
     return [text for text in found if text]
@@ -163,6 +164,39 @@ def _equal_cost(table: StudyTable) -> str:
     return f"Compared with plain training at equal cost ({rivals}), test accuracy is {told}."
 
 
+def _without_effect(table: StudyTable, rows: Sequence[StudyRow]) -> list[str]:
+    """Baselines whose weight decay leaves the results of plain training as they are.
+
+    Either test accuracy is equal for every seed, or its mean differs by at most one sample and every training loss by
+    less than 2 %.
+    """
+    arms = {arm.label for arm in table.spec.baselines}
+    told = []
+    for row in rows:
+        config = row.config
+        plain = next((one for one in rows if one.arm not in arms and _but_for_decay(one, row)), None)
+        if row.arm not in arms or config is None or plain is None:
+            continue
+        mine, theirs = accuracies(row), accuracies(plain)
+        gaps = [mine[seed] - theirs[seed] for seed in mine if seed in theirs]
+        losses = [[one.runs[seed].number("train_ce") for one in (row, plain)] for seed in mine if seed in theirs]
+        step = row.steps.get(_METRIC, 0.0) * (1 + 1e-6)
+        alike = all(a is not None and b is not None and abs(a - b) < 0.02 * abs(b) for a, b in losses)
+        if gaps and (not any(gaps) or (alike and abs(math.fsum(gaps)) <= step * len(gaps))):
+            told.append(
+                f"weight_decay={config.weight_decay:g} of {named([row])} has no visible effect: its test accuracy is "
+                f"that of {named([plain])} up to one sample. Try larger values."
+            )
+    return told
+
+
+def _but_for_decay(one: StudyRow, other: StudyRow) -> bool:
+    """Whether the settings of two rows differ in weight decay and in nothing else."""
+    if one.config is None or other.config is None or one.config.weight_decay == other.config.weight_decay:
+        return False
+    return dataclasses.replace(one.config, weight_decay=other.config.weight_decay) == other.config
+
+
 def _curvature(rows: Sequence[StudyRow], ascending: Sequence[StudyRow]) -> str:
     """A pair of rows where the largest eigenvalue falls with the training loss but not with the test error, if any."""
     for metric in _LAMBDA:
@@ -243,7 +277,7 @@ def _chosen(table: StudyTable, rows: Sequence[StudyRow]) -> str:
         return ""
     if all(rho == usual for rho, usual in radii):
         return "rho is each method's default and was not tuned on these data; --tune chooses it on validation data."
-    return "rho was fixed before this study; --tune chooses it on validation data. No value is chosen on test data."
+    return "rho was given, not chosen by this study; --tune chooses it on validation data."
 
 
 def _choices(label: str, rows: Sequence[StudyRow], seeds: Sequence[int]) -> str:
@@ -254,23 +288,24 @@ def _choices(label: str, rows: Sequence[StudyRow], seeds: Sequence[int]) -> str:
     if not any(row.whole for row in rows):
         return f"{label} is the first of its values; none was chosen, because none has every seed{own}: {scores}."
     best = next(row for row in rows if row.label == label)
-    edges = [key for key in best.chosen if _at_edge(best.chosen[key], [row.chosen.get(key, "") for row in rows])]
-    each = (
-        "is at the end of its list: try values beyond it"
-        if len(edges) == 1
-        else "are at the ends of their lists: try values beyond them"
+    ends = {key: _end(best.chosen[key], [row.chosen.get(key, "") for row in rows]) for key in best.chosen}
+    edge = "".join(
+        f" {key} is at the {end} end of its list ({best.chosen[key]}): try values beyond it."
+        for key, end in ends.items()
+        if end
     )
-    edge = f" {', '.join(edges)} {each}." if edges else ""
     return f"{label} is chosen by mean validation accuracy in %{own}: {scores}.{edge}"
 
 
-def _at_edge(value: str, values: Sequence[str]) -> bool:
-    """Whether a value is at an end of a list of three or more; False for shorter lists, where every value is."""
+def _end(value: str, values: Sequence[str]) -> str:
+    """The end of a list of three or more values at which a value is: "lower", "upper", or "" for neither."""
     try:
         numbers = sorted({float(one) for one in values})
     except ValueError:
-        return False
-    return len(numbers) > 2 and float(value) in (numbers[0], numbers[-1])
+        return ""
+    if len(numbers) < 3 or float(value) not in (numbers[0], numbers[-1]):
+        return ""
+    return "lower" if float(value) == numbers[0] else "upper"
 
 
 def _time(rows: Sequence[StudyRow]) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from flatmin.train.result import Epoch, Result
 from flatmin.words import duration
@@ -19,6 +20,7 @@ class Planned:
         epochs: epochs of all runs still to do.
         seconds: estimated time of all runs still to do; None if unknown.
         nets: number of networks to measure after training.
+        labels: row and seed of each run, as text, by the run's name; while values are chosen only.
     """
 
     stage: str
@@ -27,6 +29,7 @@ class Planned:
     epochs: int
     seconds: float | None
     nets: int = 0
+    labels: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def sentence(self) -> str:

@@ -156,7 +156,9 @@ def grid_points(spec: StudySpec) -> list[GridPoint]:
         if axis.key not in used:
             keys = [*_FIELDS, *dict.fromkeys(name.partition(".")[2] for name in parameters)]
             near = "" if axis.key in keys else suggest(axis.key, keys)
-            raise ValueError(f"study {spec.name}: no arm has a setting {axis.key!r}{near}")
+            if near:
+                raise ValueError(f"unknown setting {axis.key!r}{near}")
+            raise ValueError(f"study {spec.name}: no arm has a setting {axis.key!r}")
     for grid_point in rows:
         if grid_point.choose and grid_point.config.train_on_val:
             raise ValueError(
@@ -178,7 +180,7 @@ def _config(
     """A point with its multiples resolved to numbers, and its configuration."""
     chosen = {**spec.settings, **arm.settings, **point}
     extra: dict[str, str] = {}
-    for given in spec.given:
+    for given in (*spec.given, *arm.given):
         have = {key: chosen.get(key, tidy(as_text(preset.get(key, _USUAL.get(key, ""))))) for key in given.when}
         if all(tidy(have[key]) in values for key, values in given.when.items()):
             extra |= given.settings

@@ -17,25 +17,6 @@ METRICS = ("test_acc", "val_acc", "memorised", "train_ce", "lambda_max", "second
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arm:
-    """One row of the table, or several: one for each point of its axes.
-
-    Args:
-        label: name in the table.
-        settings: settings of its runs, as text.
-        axes: axes of this arm, in addition to the study's.
-        choose: axes whose value is chosen on validation data, in addition to the study's.
-        tune: axes that `tuned` adds to this arm, in addition to the study's.
-    """
-
-    label: str
-    settings: Mapping[str, str]
-    axes: tuple[Axis, ...] = ()
-    choose: tuple[str, ...] = ()
-    tune: tuple[Axis, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
 class Given:
     """Settings that apply only if other settings have certain values, e.g. a keyword that only one network has.
 
@@ -46,6 +27,27 @@ class Given:
 
     when: Mapping[str, tuple[str, ...]]
     settings: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One row of the table, or several: one for each point of its axes.
+
+    Args:
+        label: name in the table.
+        settings: settings of its runs, as text.
+        axes: axes of this arm, in addition to the study's.
+        choose: axes whose value is chosen on validation data, in addition to the study's.
+        tune: axes that `tuned` adds to this arm, in addition to the study's.
+        given: settings of this arm that apply if other settings have certain values, in addition to the study's.
+    """
+
+    label: str
+    settings: Mapping[str, str]
+    axes: tuple[Axis, ...] = ()
+    choose: tuple[str, ...] = ()
+    tune: tuple[Axis, ...] = ()
+    given: tuple[Given, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from flatmin.study.tabulate import StudyTable, tabulate
 from flatmin.study.timing import step_times
 from flatmin.study.trial import check_runs
 from flatmin.train.trainer import build_recipe
+from flatmin.words import ended
 
 OnEvent = Callable[[Event], None]
 
@@ -51,13 +52,23 @@ def study(
         notes = check_runs(configs, todo.contents, here=executor == "local", sizes=sizes)
         for text in (*todo.warnings, *notes):
             tell(Warned(text=text))
+        names = {run.name for run in runs}
+        choice = todo.choice or todo
+        tuning = any(choice.grid_points[i].choose and run.name in names for (i, _), run in choice.runs.items())
+        labels = {
+            run.name: f"{plan.grid_points[i].label}, seed {seed}"
+            for plan in ((todo, choice) if choice is not todo else (todo,))
+            for (i, seed), run in plan.runs.items()
+            if tuning and run.name in names
+        }
         tell(
             Planned(
-                stage="tune" if any(row.choose for row in todo.grid_points) else "study",
+                stage="tune" if tuning else "study",
                 runs=len({run.name for plan in (todo, todo.choice) if plan for run in plan.runs.values()}),
                 reused=len(todo.finished) - len(todo.unmeasured),
                 epochs=sum(run.config.epochs for run in runs),
                 nets=sum(run.view is not None for run in runs),
+                labels=labels,
                 # The speed of other machines is unknown.
                 seconds=guess_seconds(configs, workers, sizes) if configs and executor == "local" else None,
             )
@@ -74,7 +85,7 @@ def study(
         do(todo, [run for run in todo.open if run.name not in begun])
     failures = [one.error or (one.result.failure if one.result else None) for one in outcomes.values()]
     if outcomes and all(failures):
-        raise ValueError(f"all runs failed; the first error: {str(failures[0]).rstrip('.')}.")
+        raise ValueError(f"all runs failed; the first error: {ended(str(failures[0]))}")
     table = tabulate(todo, outcomes)
     for label in table.tried:
         chosen = next(row for row in table.rows if row.label == label)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from flatmin.stats import Stat
 from flatmin.study.conclusions import protocol, verdicts
-from flatmin.study.tabulate import StudyTable, Value
+from flatmin.study.tabulate import StudyRow, StudyTable, Value
 from flatmin.study.timing import Ratio
 
 TITLES = {
@@ -81,7 +81,7 @@ def body(table: StudyTable) -> list[list[str]]:
     """The cells of each row, in the order of `header`."""
     rows = []
     for row in table.rows:
-        cells = [row.arm, *(row.point.get(key, ABSENT) for key in axes(table))]
+        cells = [_arm(row, table), *(row.point.get(key, ABSENT) for key in axes(table))]
         if table.tried:
             cells.append(_words(row.chosen) or ABSENT)
         if _has_radius(table):
@@ -103,6 +103,17 @@ def body(table: StudyTable) -> list[list[str]]:
             cells.append(ABSENT if row.time is None else time_text(row.time))
         rows.append(cells)
     return rows
+
+
+def _arm(row: StudyRow, table: StudyTable) -> str:
+    """The label of an arm; that of a baseline is followed by its own settings, unless another column has them."""
+    arm = next((one for one in table.spec.baselines if one.label == row.arm), None)
+    if arm is None or row.grid_point is None:
+        return row.arm
+    keys = [key for key in arm.settings if key not in ("method", *row.values)]
+    keys += [axis.key for axis in arm.axes if axis.key not in (*keys, *row.values)]
+    own = ", ".join(f"{key}={value}" for key in keys if (value := row.grid_point.setting(key)) is not None)
+    return f"{row.arm} ({own})" if own else row.arm
 
 
 def _p(p: float | None, corrected: float | None, tests: int) -> list[str]:
@@ -260,8 +271,8 @@ def per_seed(table: StudyTable) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     rows = [(row, True) for row in table.rows]
-    shown = {id(row) for row in table.rows}
-    rows += [(row, False) for tried in table.tried.values() for row in tried if id(row) not in shown]
+    shown = {id(row.grid_point) for row in table.rows}
+    rows += [(row, False) for tried in table.tried.values() for row in tried if id(row.grid_point) not in shown]
     keys = list(dict.fromkeys(key for row, _ in rows for key in row.values))
     radius = [] if "rho" in keys else ["rho"]
     writer.writerow(["arm", *keys, "chosen", "method", *radius, "seed", "metric", "value"])

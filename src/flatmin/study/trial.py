@@ -19,7 +19,7 @@ from flatmin.train.feed import steps_of
 from flatmin.train.numerics import numerics
 from flatmin.train.sources import check_machine
 from flatmin.train.trainer import Trainer, build_recipe, build_schedule
-from flatmin.words import duration, explained, reason
+from flatmin.words import duration, ended, explained, reason
 
 _MOST = 20.0  # seconds that all trials together may take
 _NAMED = 3  # combinations that a sentence names
@@ -161,7 +161,7 @@ def _update(trial: RunConfig, sizes: Sizes) -> None:
 def _failure(config: RunConfig, error: Exception) -> ValueError:
     why = str(error) if explained(error) else reason(error)
     what = f"method={config.method} with model={config.model} on data={config.data}"
-    return ValueError(f"no run was started, because {what} fails at its first update: {why.rstrip('.')}.")
+    return ValueError(f"no run was started, because {what} fails at its first update: {ended(why)}")
 
 
 def _left_out(left: Sequence[tuple[float, RunConfig]]) -> str:

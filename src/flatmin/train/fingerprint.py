@@ -45,10 +45,15 @@ def module_sources(module: ModuleType) -> list[Path]:
     return sorted(path.parent.rglob("*.py")) if (path.parent / "__init__.py").is_file() else [path]
 
 
-def user_sources(specs: Iterable[str], recipes: Iterable[Recipe]) -> list[Path]:
-    """The files of plugins, of "module:function" names, and of parts that are defined outside of flatmin."""
-    modules = {spec.partition(":")[0] for spec in specs if external(spec) is None}
-    paths = [path for name in sorted(modules) for path in module_sources(find_module(name, option="fingerprint"))]
+def user_sources(specs: Mapping[str, str], recipes: Iterable[Recipe]) -> list[Path]:
+    """The files of plugins, of "module:function" names, and of parts that are defined outside of flatmin.
+
+    Args:
+        specs: the plugins and names, each with the setting that names it, for error messages.
+        recipes: the recipes.
+    """
+    modules = {spec.partition(":")[0]: f"{key}={spec}" for spec, key in specs.items() if external(spec) is None}
+    paths = [path for name in sorted(modules) for path in module_sources(find_module(name, option=modules[name]))]
     for recipe in recipes:
         for part in recipe.parts.values():
             module = inspect.getmodule(type(part))

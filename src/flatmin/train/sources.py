@@ -154,6 +154,11 @@ def build_model(config: RunConfig, data: Data | Inputs) -> nn.Module:
         )
     parameters = inspect.signature(function).parameters
     inputs = data if isinstance(data, Inputs) else Inputs.of(data)
+    if config.model in MODELS and config.model != "mlp" and len(inputs.shape) != 3:
+        raise ValueError(
+            f"the network {config.model!r} needs images (channels, height, width), but the data have shape "
+            f"{inputs.shape}: name a network with --model or model=package.module:function."
+        )
     arguments: dict[str, Any] = {"num_classes": inputs.num_classes}
     if len(inputs.shape) == 3:
         arguments |= {"in_channels": inputs.shape[0], "image_size": inputs.shape[1]}

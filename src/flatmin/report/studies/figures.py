@@ -162,8 +162,9 @@ def over_cost(table: StudyTable, style: StudyStyle) -> FigureSection | None:
     return FigureSection(
         title="Accuracy and cost",
         caption="Mean test accuracy over the number of gradient evaluations of a run, each on one batch. Bars are 95 % "
-        "intervals over the seeds, cut at 0 and 100. The dotted line is the Pareto front of the means; differences "
-        "inside the bars are not significant. Marks of equal cost are drawn side by side.",
+        "intervals over the seeds, cut at 0 and 100. The dotted line is the Pareto front of the means. The "
+        "bars do not show paired differences; for these, see the column 'vs ...'. Marks of equal cost are drawn side "
+        "by side.",
         figures=[chart],
     )
 

@@ -78,9 +78,10 @@ def render(shown: StudyTable, *, command: Sequence[str] = ()) -> str:
 def sentence(shown: StudyTable) -> str:
     """A sentence on the numbers of arms, rows, runs and seeds, and on the source."""
     spec = shown.spec
-    cells = [row.grid_point for row in every_row(shown) if row.grid_point is not None]
-    planned = sum(len(cell.configs) for cell in cells)
-    ended = sum(row.n for row in every_row(shown))
+    rows = [(row, row.grid_point.configs) for row in every_row(shown) if row.grid_point is not None]
+    # Rows with the same settings share their runs.
+    planned = len({repr(config) for _, configs in rows for config in configs.values()})
+    ended = len({repr(config) for row, configs in rows for seed, config in configs.items() if seed in row.runs})
     seeds = ", ".join(map(str, spec.seeds))
     if spec.choose_seeds:
         seeds += f"; values chosen with seed {', '.join(map(str, spec.choose_seeds))}"

@@ -122,5 +122,7 @@ def every_row(table: StudyTable) -> list[StudyRow]:
     found: list[StudyRow] = []
     for row in table.rows:
         tried = table.tried.get(row.label, [row])
-        found += tried if any(one is row for one in tried) else [*tried, row]
+        # The chosen row has the grid point of one of those that were tried, unless these have seeds of their own.
+        found += [row if one.grid_point is row.grid_point else one for one in tried]
+        found += [] if any(one.grid_point is row.grid_point for one in tried) else [row]
     return found
