@@ -144,7 +144,7 @@ def test_a_bug_shows_its_traceback(error, capsys, monkeypatch):
 
 
 def test_errors_of_the_system_name_the_file(capsys, monkeypatch):
-    monkeypatch.setattr(cli, "app", lambda arguments: os.open("/no/such/file", os.O_RDONLY))
+    monkeypatch.setattr(cli, "app", lambda arguments, prog_name: os.open("/no/such/file", os.O_RDONLY))
     assert run("methods") == 2
     assert "No such file or directory: '/no/such/file'" in capsys.readouterr().err
 
