@@ -596,7 +596,7 @@ class TestRefusedBeforeAnythingIsWritten:
             ({"milestones": (2,)}, r"^constant does not use milestones"),
             ({"ascent_sync": "none"}, r"^ascent_sync=none is for several processes"),
             ({"model": f"{HERE}:nett"}, r"no function 'nett'; did you mean 'net'"),
-            ({"model": "resnet18"}, r"^the model does not take inputs of shape \(6,\)"),
+            ({"model": "resnet18"}, r"^the network 'resnet18' needs images"),
             ({"model": "mlp", "model_params": {"widht": 3}}, r"^model=mlp has no option 'widht'"),
             ({"method": "sam-on", "model": f"{HERE}:dropping"}, r"^Layers: no layer matches"),
             ({"method": "vasso", "params": {"direction.theta": 2.0}}, r"theta must be"),
