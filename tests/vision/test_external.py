@@ -152,4 +152,4 @@ def test_a_torchvision_that_does_not_match(mismatched, spec):
     code = f"from flatmin.models.external import external\ntry: external({spec!r})()\nexcept ImportError as e: print(e)"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert said.startswith(f"{spec} needs torchvision, but the installed torchvision {version('torchvision')} does not")
-    assert f"the installed torch {torch.__version__}, " in said and "operator torchvision::nms does not exist" in said
+    assert f"the installed torch {torch.__version__} (" in said and "operator torchvision::nms does not exist" in said
