@@ -216,7 +216,7 @@ def test_wandb_is_offline_where_its_server_cannot_be_reached(tmp_path, monkeypat
     monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setattr("flatmin.train.trackers.wandb.getproxies", dict)
-    with pytest.warns(UserWarning, match=r"wandb cannot reach its server .* recorded offline, in .*wandb sync"):
+    with pytest.warns(UserWarning, match=r"wandb cannot reach its server .* recorded offline in .*wandb sync"):
         record("wandb", tmp_path / "run", whole())
     same("wandb", read("wandb", tmp_path / "run"), numbers(whole()))
 
