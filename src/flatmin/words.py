@@ -73,7 +73,7 @@ def suggest(word: str, choices: Iterable[str]) -> str:
 def ended(text: str) -> str:
     """The text with a full stop, unless it ends with a punctuation mark.
 
-    Example:
+    Examples:
         >>> ended("no such file"), ended("did you mean 'x'?")
         ('no such file.', "did you mean 'x'?")
     """

@@ -49,6 +49,21 @@ def test_python_runs(page, tmp_path, monkeypatch):
         assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
+def test_a_saved_run_is_measured_as_the_page_says(tmp_path, monkeypatch):
+    """The page's only block that needs a run, so it is no block that runs with the others."""
+    from flatmin.measure import Problem
+
+    monkeypatch.chdir(tmp_path)
+    assert CliRunner().invoke(app, ["train", "smoke", "epochs=1", "--name", "NAME"]).exit_code == 0
+    page = (ROOT / "docs/measure/index.md").read_text(encoding="utf-8")
+    names = {"torch": torch, "Problem": Problem}
+    exec(re.search(r"^```py\n(.*?)^```", page, re.DOTALL | re.MULTILINE)[1], names)
+    with torch.no_grad():
+        train = names["data"].train
+        mean = torch.nn.functional.cross_entropy(names["model"].eval()(names["run"].transform(train.x)), train.y)
+    assert names["problem"].value() == pytest.approx(mean.item(), rel=1e-5)
+
+
 def test_links_lead_somewhere():
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
