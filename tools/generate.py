@@ -114,8 +114,10 @@ def readme(table: Mapping[str, Method]) -> str:
     for use, names in by_use(table).items():
         costs = sorted(table[name].recipe().gradient_evaluations if name in table else COSTS[name] for name in names)
         span = " to ".join(dict.fromkeys(f"{cost:.3g}" for cost in (costs[0], costs[-1])))
-        rows.append((use, ", ".join(linked(name, "docs") for name in names), span))
-    return _table(("task", "methods", "gradients a step"), rows)
+        more = f" and [{len(names) - 5} more]({PAGES}/index.md)" if len(names) > 6 else ""
+        shown = names[:5] if more else names
+        rows.append((use, ", ".join(linked(name, "docs") for name in shown) + more, span))
+    return _table(("task", "methods", "gradients"), rows)
 
 
 def linked(name: str, start: str = PAGES) -> str:
