@@ -25,11 +25,13 @@ METHOD_NET = "vit-d64"
 SHOWING: dict[str, dict[str, Any]] = {"ssam-f": {"interval": 2}, "ssam-d": {"interval": 2}, "ae-sam": {"start": -1e3}}
 SLACK = 0.01
 RATIO, ADDED, SMALL = 1.03, 16, 100
-# label -> (nonfinite, base, synchronisations allowed)
+# label -> (nonfinite, base, flat=, synchronisations allowed)
 MODES = {
-    "propagate": ("propagate", "foreach", 0),
-    "skip": ("skip", "foreach", 1),
-    "skip, fused base": ("skip", "fused", 0),
+    "propagate": ("propagate", "foreach", False, 0),
+    "skip": ("skip", "foreach", False, 1),
+    "skip, fused base": ("skip", "fused", False, 0),
+    "skip, flat": ("skip", "foreach", True, 1),
+    "skip, fused base, flat": ("skip", "fused", True, 0),
 }
 
 
@@ -153,16 +155,17 @@ def reads_nothing(net: str = METHOD_NET) -> bool:
 
 def sam_gates(net: str, mode: str, step: Count, reference: Count) -> list[Gate]:
     """The limits for SAM's whole step on one network."""
-    allowed = MODES[mode][2]
+    _, _, flat, allowed = MODES[mode]
     ratio, added = step.launches / reference.launches, step.launches - reference.launches
     label = f"{net}, {mode}"
     gates = [Gate(f"{label}: synchronisations", str(step.syncs), f"= {allowed}", step.syncs == allowed)]
-    if reference.tensors <= SMALL:
+    if flat or reference.tensors <= SMALL:
         gates.append(Gate(f"{label}: launches above the floor", f"{added:+d}", f"<= +{ADDED}", added <= ADDED))
     else:
         gates.append(Gate(f"{label}: launches / floor", f"{ratio:.4f}", f"<= {RATIO}", ratio <= RATIO))
     extra, saved = extra_copies(step, reference), saved_copies(step, reference)
-    gates.append(Gate(f"{label}: copies in pass 2", f"{extra:.3f}", "<= 1.01", extra <= 1.01))
+    most = 2.01 if flat else 1.01  # the buffer of gradients is one more
+    gates.append(Gate(f"{label}: copies in pass 2", f"{extra:.3f}", f"<= {most}", extra <= most))
     gates.append(Gate(f"{label}: copies in a checkpoint", f"{saved:.3f}", "= 0", saved == 0))
     return gates
 
@@ -190,14 +193,14 @@ def measure(nets: tuple[str, ...] = GATED_NETS, methods: bool = True) -> Benchma
         net = NETS[name]
         table = Table(name, (*HEADERS, "in checkpoint"))
         references: dict[str, Count] = {}
-        for mode, (nonfinite, base, _) in MODES.items():
+        for mode, (nonfinite, base, flat, _) in MODES.items():
             setting = Setting(net, base=base, device="meta")
             if base not in references:
                 references[base] = count(lambda s=setting: floor(s))
                 label = f"floor, {base} SGD, {references[base].tensors} tensors"
                 table.rows.append(_row(label, references[base], references[base]))
             reference = references[base]
-            step = count(lambda s=setting, n=nonfinite: ours(s, "sam", n))
+            step = count(lambda s=setting, n=nonfinite, f=flat: ours(s, "sam", n, flat=f), warm=3)
             table.rows.append(_row(f"sam, {mode}", step, reference))
             result.gates += sam_gates(name, mode, step, reference)
             added = {k: v - reference.by_op.get(k, 0) for k, v in step.by_op.items()}

@@ -66,14 +66,14 @@ def measure(nets: list[str]) -> BenchmarkResult:
     )
     for name in nets:
         table = Table(name, headers)
-        for mode, (nonfinite, base, _) in MODES.items():
+        for mode, (nonfinite, base, flat, _) in MODES.items():
             real = Setting(NETS[name], base, "cuda")
             model = Setting(NETS[name], base, "meta")
-            modelled = count(lambda s=model, n=nonfinite: ours(s, "sam", n)).launches
+            modelled = count(lambda s=model, n=nonfinite, f=flat: ours(s, "sam", n, flat=f)).launches
             modelled -= count(lambda s=model: floor(s)).launches
             seen = {
                 f"floor, {base} SGD": observe(lambda s=real: floor(s)),
-                f"sam, {mode}": observe(lambda s=real, n=nonfinite: ours(s, "sam", n)),
+                f"sam, {mode}": observe(lambda s=real, n=nonfinite, f=flat: ours(s, "sam", n, flat=f)),
             }
             reference = next(iter(seen.values()))["launch calls"]
             for label, counted in seen.items():

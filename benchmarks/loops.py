@@ -113,7 +113,12 @@ def recipe_of(method: str, total: int = 10, **params: Any) -> Recipe:
 
 
 def ours(
-    setting: Setting, method: str | Recipe = "sam", nonfinite: str = "skip", *, model_handling: bool = True
+    setting: Setting,
+    method: str | Recipe = "sam",
+    nonfinite: str = "skip",
+    *,
+    model_handling: bool = True,
+    flat: bool = False,
 ) -> Loop:
     """A step of flatmin, with `model=` and its defaults unless said otherwise.
 
@@ -133,6 +138,7 @@ def ours(
         model=model if model_handling or {Need.NAMES, Need.LAYERS} & recipe.needs else None,
         criterion=criterion,
         nonfinite=nonfinite,
+        **({"flat": True} if flat else {}),  # commits before it do not know it
     )
     loop = Loop(lambda: None, model, optimizer)
     once = partial(_closure, setting, model)

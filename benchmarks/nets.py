@@ -153,6 +153,7 @@ NETS: dict[str, Net] = {
         Net("mlp200", DeepMLP, (32,), 32),
         Net("mlp20", lambda: DeepMLP(layers=20), (32,), 32),
         Net("vit-d64", lambda: SmallViT(width=64, layers=2, heads=2), _IMAGE, 8),
+        Net("vit-d64-12", lambda: SmallViT(width=64, layers=12, heads=2), _IMAGE, 8),
         Net("vit-d192", lambda: SmallViT(width=192, layers=6), _IMAGE, 8),
         Net("resnet18-w8", lambda: ResNet18(width=8), _IMAGE, 8),
         Net("resnet18-w64", ResNet18, _IMAGE, 128),

@@ -42,6 +42,7 @@ def makers(setting: Setting, methods: list[str]) -> dict[str, Callable[[], Loop]
     for method in methods:
         loops[method] = lambda m=method: ours(setting, m)
         if method == "sam":
+            loops["sam, flat=True"] = lambda: ours(setting, "sam", flat=True)
             loops["sam, nonfinite=propagate"] = lambda: ours(setting, "sam", "propagate")
             loops["sam, without model="] = lambda: ours(setting, "sam", model_handling=False)
     for label, build in peers.found().items():

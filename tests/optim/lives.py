@@ -56,13 +56,12 @@ def batch(number):
 
 
 class Net(nn.Module):
-    """The branches as a module. A scale of one dimension lets the engine join small tensors, one of none does not."""
+    """The branches as a module."""
 
-    def __init__(self, joined, seed=0):
+    def __init__(self, seed=0):
         super().__init__()
         g = torch.Generator().manual_seed(seed)
-        shapes = {**SHAPES, "scale": (1,) if joined else ()}
-        self.w = nn.ParameterDict({n: torch.randn(s, generator=g, dtype=torch.float64) / 2 for n, s in shapes.items()})
+        self.w = nn.ParameterDict({n: torch.randn(s, generator=g, dtype=torch.float64) / 2 for n, s in SHAPES.items()})
 
     def forward(self, x, branch):
         return output(self.w, branch, x)
@@ -80,7 +79,7 @@ class Setting:
     nesterov: bool
     weight_decay: float
     foreach: bool
-    joined: bool
+    flat: bool
     device: bool
     with_model: bool
 
@@ -113,7 +112,7 @@ class Setting:
         base = torch.optim.SGD(listed, lr=0.1, foreach=self.foreach, **self.base())
         criterion = flatmin.Criterion(nn.CrossEntropyLoss())
         model = net if self.with_model else None
-        made = flatmin.wrap(base, self.recipe, rho=RHO, model=model, criterion=criterion)
+        made = flatmin.wrap(base, self.recipe, rho=RHO, model=model, criterion=criterion, flat=self.flat)
         return as_on_device(made, self.device)
 
 
@@ -251,7 +250,7 @@ class Twin(Expected):
 
     def __init__(self, setting, net, rhos):
         super().__init__(rhos)
-        self.setting, self.net = setting, Net(setting.joined)
+        self.setting, self.net = dataclasses.replace(setting, flat=False), Net()
         self.optimizer = setting.optimizer(self.net, self.groups)
         self.born()
 

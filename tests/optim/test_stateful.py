@@ -61,13 +61,13 @@ class Engine(RuleBasedStateMachine):
         weight_decay=st.sampled_from([0.0, 0.01]),
         foreach=st.booleans(),
         rhos=st.tuples(RADIUS, RADIUS, RADIUS),
-        joined=st.booleans(),
+        flat=st.booleans(),
         device=st.booleans(),
         with_model=st.booleans(),
     )
     def build(self, rhos, **options):
         self.setting, self.batches = Setting(self.method, **options), 0
-        self.net = Net(self.setting.joined)
+        self.net = Net()
         self.plan = (Formula if self.method in WRITTEN else Twin)(self.setting, self.net, rhos)
         self.adopt(self.setting.optimizer(self.net, self.plan.groups))
 
@@ -75,7 +75,11 @@ class Engine(RuleBasedStateMachine):
         """Go on with an optimizer that has made no update in its life."""
         self.optimizer = as_on_device(optimizer, self.setting.device)
         self.fails_in_base = False
-        optimizer.register_step_pre_hook(self.look_at_home)
+        if self.setting.flat:  # a hook would make the base step weight by weight
+            step = optimizer.base.step
+            optimizer.base.step = lambda *loss: (self.look_at_home(), step(*loss))[1]
+        else:
+            optimizer.register_step_pre_hook(self.look_at_home)
         self.plan.born()
 
     def look_at_home(self, *_):
@@ -297,7 +301,7 @@ class Engine(RuleBasedStateMachine):
         torch.save({"net": self.net.state_dict(), "optimizer": self.optimizer.state_dict()}, file)
         file.seek(0)
         saved = torch.load(file, weights_only=True)
-        self.net = Net(self.setting.joined, seed=1)
+        self.net = Net(seed=1)
         self.net.load_state_dict(saved["net"])
         for name in self.plan.frozen:
             self.net.w[name].requires_grad_(False)

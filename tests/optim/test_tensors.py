@@ -247,20 +247,19 @@ def test_tensors_without_elements_change_nothing(name):
 
 
 @pytest.mark.parametrize("device", [False, True])
-@pytest.mark.parametrize("joined", [True, False])
+@pytest.mark.parametrize("flat", [True, False])
 @pytest.mark.parametrize("name", ["sam", "vasso", "gsam"])
-def test_weights_and_memory_stay_where_they_are(name, joined, device):
+def test_weights_and_memory_stay_where_they_are(name, flat, device):
     """Over all loops, a step that raises, one that is not finite and one in which a group stays out."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
-    if not joined:
-        model[2].scale = nn.Parameter(torch.ones((), dtype=torch.float64))
+    model[2].scale = nn.Parameter(torch.ones((), dtype=torch.float64))
     groups = [{"params": model[0].parameters()}, {"params": model[2].parameters()}]
-    optimizer = flatmin.wrap(torch.optim.SGD(groups, lr=LR, momentum=0.9), name, rho=RHO)
+    optimizer = flatmin.wrap(torch.optim.SGD(groups, lr=LR, momentum=0.9), name, rho=RHO, flat=flat)
     as_on_device(optimizer, device)
 
     def backward(factor=1.0, raising=False):
-        y = model(inputs()) * getattr(model[2], "scale", 1.0)
+        y = model(inputs()) * model[2].scale
         loss = factor * y.square().mean()
         loss.backward()
         if raising:

@@ -92,6 +92,8 @@ class Combine(Part):
 class Descent(Combine):
     """SAM: the gradient at w + eps, u = g_s. Source: Foret et al., SAM, ICLR 2021, Alg. 1."""
 
+    entrywise: ClassVar = True
+
 
 @dataclass(frozen=True, kw_only=True)
 class GSAM(Combine):
@@ -117,6 +119,7 @@ class GSAM(Combine):
         GSAM(alpha=0.2)
     """
 
+    entrywise: ClassVar = True
     former_names: ClassVar = ("Orthogonal",)
     needs: ClassVar = frozenset({Need.GRADIENT_AT_W})
     uses_gradient: ClassVar = True
@@ -158,6 +161,7 @@ class WSAM(Combine):
         WSAM(gamma=0.5, coupled=False)
     """
 
+    entrywise: ClassVar = True
     former_names: ClassVar = ("Weighted",)
     needs: ClassVar = frozenset({Need.GRADIENT_AT_W})
     uses_gradient: ClassVar = True
@@ -210,6 +214,7 @@ class GNP(Combine):
         GNP(alpha=0.5)
     """
 
+    entrywise: ClassVar = True
     former_names: ClassVar = ("Penalty",)
     needs: ClassVar = frozenset({Need.GRADIENT_AT_W})
     uses_gradient: ClassVar = True
@@ -238,6 +243,7 @@ class Mean(Combine):
         Mean()
     """
 
+    entrywise: ClassVar = True
     needs: ClassVar = frozenset({Need.GRADIENT_AT_W})
     uses_gradient: ClassVar = True
 
@@ -270,6 +276,7 @@ class LookSAM(Combine):
         LookSAM(alpha=0.5)
     """
 
+    entrywise: ClassVar = True
     former_names: ClassVar = ("Look",)
     needs: ClassVar = frozenset({Need.GRADIENT_AT_W, Need.WHOLE_BATCH})
     slots: ClassVar = {"sharp": "param", "size": "scalar"}
@@ -335,6 +342,10 @@ class DirectionMagnitude(Combine):
         check_choice(self, "keep", ("direction", "magnitude"))
         check_choice(self, "granularity", ("element", "tensor", "global"))
 
+    @property
+    def entrywise(self) -> bool:  # type: ignore[override]
+        return self.granularity != "tensor"
+
     def __call__(self, g: Tensors | None, gs: list[Tensors], state: State, c: StepContext) -> tuple[Tensors, NewState]:
         assert g is not None
         of_sam = (self.keep == "direction") != self.legacy_names
@@ -376,6 +387,7 @@ class SANER(Combine):
         SANER(alpha=0.25, warm_up=0)
     """
 
+    entrywise: ClassVar = True
     former_names: ClassVar = ("Saner",)
     step_dependent: ClassVar = True
     needs: ClassVar = frozenset({Need.GRADIENT_AT_W})

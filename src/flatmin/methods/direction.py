@@ -72,6 +72,8 @@ class Direction(Part):
 class Gradient(Direction):
     """SAM: the gradient itself, d = g. Source: Foret et al., SAM, ICLR 2021, Eq. 2."""
 
+    entrywise: ClassVar = True
+
 
 @dataclass(frozen=True, kw_only=True)
 class EMA(Direction):
@@ -93,6 +95,7 @@ class EMA(Direction):
         EMA(theta=0.4)
     """
 
+    entrywise: ClassVar = True
     slots: ClassVar = {"ema": "param"}
     theta: float = 0.9
 
@@ -130,6 +133,7 @@ class FSAM(Direction):
         FSAM(sigma=0.5, lam=0.9, ema='current')
     """
 
+    entrywise: ClassVar = True
     former_names: ClassVar = ("Friendly",)
     slots: ClassVar = {"mean": "param"}
     sigma: float = 1.0
@@ -231,6 +235,7 @@ class Momentum(Direction):
         Momentum(sign=1)
     """
 
+    entrywise: ClassVar = True
     evaluates: ClassVar = False
     needs: ClassVar = frozenset({Need.BASE_MOMENTUM})
     sign: int = -1
@@ -263,6 +268,7 @@ class StaleGradient(Direction):
         StaleGradient()
     """
 
+    entrywise: ClassVar = True
     former_names: ClassVar = ("Stale",)
     evaluates: ClassVar = False
     slots: ClassVar = {"gradient": "param"}

@@ -44,6 +44,8 @@ class L2(Geometry):
     Source: Foret et al., SAM, ICLR 2021, Eq. 2 (p = 2), rho of their Section 3.
     """
 
+    entrywise: ClassVar = True
+
 
 @dataclass(frozen=True, kw_only=True)
 class Adaptive(Geometry):
@@ -79,6 +81,10 @@ class Adaptive(Geometry):
     def demands(self) -> frozenset[Need]:
         return frozenset({Need.NAMES}) if self.weights_only else frozenset()
 
+    @property
+    def entrywise(self) -> bool:  # type: ignore[override]
+        return not self.weights_only
+
     def __call__(self, d: Tensors, c: StepContext) -> tuple[Tensors, Tensor | None]:
         t = list(torch._foreach_abs(c.w))
         if self.eta:
@@ -107,6 +113,8 @@ class Unnormalised(Geometry):
         >>> print(flatmin.compose("usam").geometry)
         Unnormalised()
     """
+
+    entrywise: ClassVar = True
 
     def __call__(self, d: Tensors, c: StepContext) -> tuple[Tensors, Tensor | None]:
         return d, None
@@ -165,6 +173,7 @@ class FisherMetric(Geometry):
         FisherMetric(eta=0.2, norm='metric')
     """
 
+    entrywise: ClassVar = True
     default_rho: ClassVar[float] = 0.1
     eta: float = 1.0
     norm: str = "metric"
@@ -206,6 +215,7 @@ class SAGM(Geometry):
         SAGM(alpha=0.01)
     """
 
+    entrywise: ClassVar = True
     alpha: float = 0.001
 
     def __post_init__(self) -> None:

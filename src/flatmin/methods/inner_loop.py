@@ -90,6 +90,7 @@ class InnerLoop(Part):
 class OneStep(InnerLoop):
     """SAM: one ascent and one descent gradient. Source: Foret et al., SAM, ICLR 2021, Alg. 1."""
 
+    entrywise: ClassVar = True
     one_ascent: ClassVar[bool] = True
 
     former_names: ClassVar = ("One",)
@@ -351,6 +352,7 @@ class BothSides(InnerLoop):
 class NoAscent(InnerLoop):
     """No perturbation: one gradient, at w."""
 
+    entrywise: ClassVar = True
     former_names: ClassVar = ("AtW",)
     ascends: ClassVar[bool] = False
 

@@ -60,6 +60,8 @@ NORM_LAYERS = "*BatchNorm*,*InstanceNorm*,*LayerNorm*,*GroupNorm*,*RMSNorm*"
 class All(Mask):
     """SAM: all tensors of param groups with rho > 0 are perturbed."""
 
+    entrywise: ClassVar = True
+
 
 def _patterns(text: str) -> list[str]:
     return [p.strip() for p in text.split(",") if p.strip()]

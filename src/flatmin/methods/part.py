@@ -143,6 +143,10 @@ class Part:
         needs: what the part needs. Default: nothing.
         conflicts: which needs of other parts it makes impossible, with the reason. Default {}.
         step_dependent: whether it depends on the number of the update. Default False.
+        entrywise: whether it treats all entries alike, whichever tensor they are in: entry by entry, or through norms
+            and inner products over all tensors. With `SAM(flat=True)` it then gets few large tensors, in which weights
+            lie one after the other, with zeros between them. A class does not inherit it: state it in every class.
+            Parts that never see tensors (objective, samples) need not. Default False.
         ascends: whether it acts on the ascent, so that it makes no sense in a recipe that never ascends. Default True.
             For a schedule: whether any step ascends. For an inner loop: whether the weights are perturbed.
         former_names: the names of its class in checkpoints of earlier versions. Default ().
@@ -160,6 +164,7 @@ class Part:
     needs: ClassVar[frozenset[Need]] = frozenset()
     conflicts: ClassVar[Mapping[Need, str]] = {}
     step_dependent: ClassVar[bool] = False
+    entrywise: ClassVar[bool] = False
     ascends: ClassVar[bool] = True
     former_names: ClassVar[tuple[str, ...]] = ()
     _declared: ClassVar[frozenset[str]] = frozenset()
@@ -170,6 +175,8 @@ class Part:
             raise TypeError(
                 f"{cls.__name__}: a parameter must not be named {sorted(clash)[0]!r}; this name is reserved."
             )
+        if "entrywise" not in vars(cls):
+            cls.entrywise = False
         cls._declared = frozenset(cls.declared_by) & vars(cls).keys()
         for declaration, methods in cls.declared_by.items():
             if declaration not in cls._declared:

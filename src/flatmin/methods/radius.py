@@ -48,6 +48,7 @@ PEAK, GREW = "flatmin.radius.peak", "flatmin.radius.grew"
 class ConstantRadius(Radius):
     """The radius is each param group's rho. A training loop may change group["rho"] like group["lr"]."""
 
+    entrywise: ClassVar = True
     former_names: ClassVar = ("Constant",)
 
 
@@ -70,6 +71,7 @@ class PowerRadius(Radius):
         PowerRadius(p=0.5)
     """
 
+    entrywise: ClassVar = True
     former_names: ClassVar = ("Power",)
     step_dependent: ClassVar = True
     p: float = 0.001
@@ -110,6 +112,7 @@ class LRProportionalRadius(Radius):
         LRProportionalRadius(floor=0.1, peak=0.0)
     """
 
+    entrywise: ClassVar = True
     former_names: ClassVar = ("WithLR",)
     needs: ClassVar = frozenset({Need.LR})
     marks: ClassVar = {PEAK: 0.0, GREW: 0.0}
@@ -168,6 +171,7 @@ class LinearRadius(Radius):
         LinearRadius(start=0.0, end=1.0, total=500)
     """
 
+    entrywise: ClassVar = True
     former_names: ClassVar = ("Ramp",)
     step_dependent: ClassVar = True
     start: float = 0.0
@@ -195,6 +199,7 @@ class LambdaRadius(Radius):
         ValueError: at the step, if the factor is negative or not finite.
     """
 
+    entrywise: ClassVar = True
     former_names: ClassVar = ("Schedule",)
     step_dependent: ClassVar = True
     rule: Callable[[int], float]

@@ -33,6 +33,7 @@ DEFAULTS: dict[str, Part] = {
     "samples": EverySample(),
     "combine": Descent(),
 }
+_SEE_NO_TENSORS = frozenset({"objective", "samples"})
 
 
 class ContradictionError(ValueError):
@@ -87,6 +88,7 @@ class Recipe:
         needs: the needs among these that the training loop must meet.
         needs_names, needs_layers: whether the names of the weights, or the types of their layers, are needed.
         is_random: whether a step draws random numbers.
+        joins: whether a step can work on weights that are joined into few large tensors, as with `SAM(flat=True)`.
         remembers: whether a gradient of one pass is still used after the next pass has begun.
         ascends: False for the base optimizer alone.
         moves: whether any step perturbs the weights.
@@ -123,6 +125,7 @@ class Recipe:
     needs_names: bool = _fact()
     needs_layers: bool = _fact()
     is_random: bool = _fact()
+    joins: bool = _fact()
     remembers: bool = _fact()
     ascends: bool = _fact()
     moves: bool = _fact()
@@ -150,6 +153,9 @@ class Recipe:
             needs_names=Need.NAMES in demands,
             needs_layers=Need.LAYERS in demands,
             is_random=Need.RANDOM in demands,
+            joins=all(part.entrywise for kind, part in parts.items() if kind not in _SEE_NO_TENSORS)
+            and (combine.uses_gradient or not combine.mixes)
+            and not demands & {Need.RANDOM, Need.DECIDES_BY_VALUE},
             remembers=combine.uses_gradient or inner_loop.uses_gradient or any(part.slots for part in parts.values()),
             ascends=self.schedule.ascends,
             moves=moves,

@@ -61,6 +61,8 @@ class Schedule(Part):
 class Always(Schedule):
     """SAM: ascend on every step."""
 
+    entrywise: ClassVar = True
+
 
 @dataclass(frozen=True, kw_only=True)
 class Never(Schedule):
@@ -72,6 +74,7 @@ class Never(Schedule):
         Never()
     """
 
+    entrywise: ClassVar = True
     ascends: ClassVar = False
 
     def before(self, state: State, c: StepContext) -> bool | None:
@@ -100,6 +103,7 @@ class EveryK(Schedule):
         EveryK(k=2, phase=0)
     """
 
+    entrywise: ClassVar = True
     step_dependent: ClassVar = True
     k: int = 5
     phase: int = 0
@@ -172,6 +176,7 @@ class LatePhase(Schedule):
         LatePhase(total=1000, fraction=0.1)
     """
 
+    entrywise: ClassVar = True
     former_names: ClassVar = ("Late",)
     step_dependent: ClassVar = True
     total: int = 0
@@ -212,6 +217,7 @@ class WarmUp(Schedule):
         WarmUp(steps=50)
     """
 
+    entrywise: ClassVar = True
     step_dependent: ClassVar = True
     steps: int = 0
 

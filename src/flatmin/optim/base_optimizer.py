@@ -81,13 +81,20 @@ class BaseOptimizer:
                 return f"SGD with momentum={group['momentum']:g}, weight_decay={group['weight_decay']:g}"
         return None
 
-    def momenta(self, weights: Sequence[Tensor]) -> list[Tensor | None]:
+    def momenta(
+        self, weights: Sequence[Tensor], state: Mapping[Tensor, Mapping[str, Any]] | None = None
+    ) -> list[Tensor | None]:
         """The base optimizer's momentum of each weight, dense; None where there is none yet.
+
+        Args:
+            weights: the weights.
+            state: the state of each. Default None: the base optimizer's.
 
         Raises:
             ValueError: the base optimizer has state for a weight, but no momentum under a known name.
         """
-        states = [self.optimizer.state.get(w) for w in weights]
+        state = self.optimizer.state if state is None else state
+        states = [state.get(w) for w in weights]
         first = next((s for s in states if s), None)
         if first is None:
             return [None] * len(states)

@@ -33,6 +33,7 @@ def wrap(
     scaler: Any = None,
     clip_norm: float | None = None,
     ascent_sync: AscentSync = "all",
+    flat: bool = False,
     **params: Any,
 ) -> SAM:
     """Wrap a base optimizer with a method, given by name, with the parameters of its parts as keywords.
@@ -64,6 +65,7 @@ def wrap(
         scaler: see `SAM`.
         clip_norm: see `SAM`.
         ascent_sync: see `SAM`.
+        flat: see `SAM`.
 
     Returns:
         The optimizer. Use it in place of the base optimizer.
@@ -92,4 +94,5 @@ def wrap(
         scaler=scaler,
         clip_norm=clip_norm,
         ascent_sync=ascent_sync,
+        flat=flat,
     )

@@ -39,17 +39,19 @@ class FrozenStatistics:
 
     def __enter__(self) -> None:
         for module in self.layers:
-            count = module.__dict__.get(COUNT, 0)
+            own = module.__dict__
+            count = own.get(COUNT, 0)
             if count == 0:
-                module.__dict__[SAVED] = self._hide(module)
-            module.__dict__[COUNT] = count + 1
+                own[SAVED] = self._hide(module)
+            own[COUNT] = count + 1
 
     def __exit__(self, *_: object) -> None:
         for module in self.layers:
-            module.__dict__[COUNT] -= 1
-            if module.__dict__[COUNT] == 0:
-                self._show(module, module.__dict__.pop(SAVED))
-                del module.__dict__[COUNT]
+            own = module.__dict__
+            own[COUNT] -= 1
+            if own[COUNT] == 0:
+                self._show(module, own.pop(SAVED))
+                del own[COUNT]
 
     @staticmethod
     def _hide(module: Any) -> Any:
@@ -60,8 +62,9 @@ class FrozenStatistics:
             module._buffers.update(dict.fromkeys(STATISTICS))
             return saved
         saved = module.track_running_stats
-        # In eval mode the layer still reads its statistics: the attribute only stops updates in train mode.
-        module.track_running_stats = False
+        # In eval mode the layer still reads its statistics: the attribute only stops updates in train mode. The setter
+        # of `nn.Module` would first look for a parameter, buffer or module of this name, in every layer and pass.
+        object.__setattr__(module, "track_running_stats", False)
         return saved
 
     @staticmethod
@@ -70,7 +73,7 @@ class FrozenStatistics:
             if saved is not None:
                 module._buffers.update(saved)
         else:
-            module.track_running_stats = saved
+            object.__setattr__(module, "track_running_stats", saved)
 
 
 @dataclass(frozen=True, slots=True)

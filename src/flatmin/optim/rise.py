@@ -146,12 +146,12 @@ class Ascents:
         with self._update(_PLAIN, 1.0, len(closures)) as step:
             step.enter(bracketed=True)
             for closure in closures:
-                for w in step.inputs.weights:
+                for w in step.weights:
                     w.grad = None
                 result = self._run(closure)
                 loss = float(result)
                 self._find_others(result)
-                grads: Gradients = [w.grad for w in step.inputs.weights]
+                grads: Gradients = [w.grad for w in step.weights]
                 if all(g is None for g in grads):
                     raise RuntimeError(
                         "no weight received a gradient; the closure must compute the loss from the model and call "
@@ -207,7 +207,7 @@ class Ascents:
 
     def _pass(self, step: Step, closures: Sequence[Closure]) -> float:
         """Run one pass on these micro-batches; leave the mean of their gradients, return the mean of their losses."""
-        weights, losses = step.inputs.weights, []
+        weights, losses = step.weights, []
         total: Gradients = []
         step.share = 1.0 / len(closures)
         for closure in closures:
@@ -242,6 +242,7 @@ class Ascents:
         groups = tools.base.optimizer.param_groups
         rhos = [group[key] for group in groups]
         self._again()
+        flat, tools.flat = tools.flat, None  # directions are compared weight by weight
         tools.recipe = recipe
         for group, rho in zip(groups, rhos, strict=True):
             group[key] = float(rho) * multiple
@@ -253,7 +254,7 @@ class Ascents:
             try:
                 self._abort()
             finally:
-                tools.recipe = own
+                tools.recipe, tools.flat = own, flat
                 for group, rho in zip(groups, rhos, strict=True):
                     group[key] = rho
                 if criterion is not None:

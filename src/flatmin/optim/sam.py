@@ -29,6 +29,7 @@ from flatmin.optim.criterion import Criterion, PassView
 from flatmin.optim.diagnostics import Diagnostics
 from flatmin.optim.distributed import AscentSync, Replicas
 from flatmin.optim.evaluation import Evaluation
+from flatmin.optim.flat import FlatWeights, check_joinable
 from flatmin.optim.imitated import reach_through
 from flatmin.optim.model_guard import ModelGuard
 from flatmin.optim.other_gradients import OtherGradients
@@ -55,7 +56,7 @@ _OF_GROUPS = frozenset({Need.SGD, Need.BARE_SGD})  # needs that depend on option
 # Attributes that are copied and pickled unchanged.
 _OPTIONS = (
     "nonfinite", "eps", "clip_norm", "ascent_sync",
-    "_seed", "_freeze_batchnorm", "_freeze_state", "_replay_rng", "_diagnoses",
+    "_seed", "_freeze_batchnorm", "_freeze_state", "_replay_rng", "_diagnoses", "_flat",
 )  # fmt: skip
 NonFinite = Literal["skip", "raise", "propagate"]
 
@@ -124,6 +125,11 @@ class SAM(Optimizer):
         ascent_sync: which replicas share pass 1 under DistributedDataParallel (needs `model`): "all" (default), "none":
             each replica uses its own batch (m-sharpness, without communication in pass 1), or a number k: groups of k
             consecutive ranks.
+        flat: whether the trained weights become views of one buffer for each dtype and device, so that methods whose
+            parts treat all entries alike (`recipe.joins`), and torch's entrywise optimizers, work on few large tensors.
+            It is faster if there are many small weights, and no faster if there are few large ones. Values agree up to
+            rounding; checkpoints are the same. Everything else works weight by weight. Needs whole weights that share
+            no memory, and dense gradients. It costs one more copy of the weights, for the gradients. Default False.
         kwargs: options of `base_optimizer`.
 
     Attributes:
@@ -163,6 +169,7 @@ class SAM(Optimizer):
         scaler: Any = None,
         clip_norm: float | None = None,
         ascent_sync: AscentSync = "all",
+        flat: bool = False,
         **kwargs: Any,
     ) -> None:
         rho = None if rho is None else check_rho(rho)
@@ -184,7 +191,7 @@ class SAM(Optimizer):
             raise TypeError(f"recipe must be a name or a flatmin.Recipe, got {type(recipe).__name__}.")
         self.ascent_sync, self._seed, self._diagnoses = ascent_sync, seed, diagnostics
         self._freeze_batchnorm, self._freeze_state, self._replay_rng = freeze_batchnorm, freeze_state, replay_rng
-        self._own_generators, self._lost_model = tuple(generators), False
+        self._own_generators, self._lost_model, self._flat = tuple(generators), False, flat
         self._assemble(base, MethodState(recipe, seed, diagnostics), model, criterion)
         set_rho(base, self.rho_key, rho, recipe.default_rho)
         mark(self.param_groups, self._tools.state)
@@ -214,6 +221,7 @@ class SAM(Optimizer):
             state,
             WeightSnapshot(self._seed),
             Diagnostics(state) if self._diagnoses else None,
+            FlatWeights(base, state, state.recipe, diagnoses=self._diagnoses) if self._flat else None,
         )
         self.criterion = criterion
         self._attach(model)
@@ -239,6 +247,8 @@ class SAM(Optimizer):
                 abandoned=getattr(self.criterion, "give_up", None),
             )
         tools.weights.attach(model)
+        if tools.flat is not None:
+            tools.flat.model = model
         self._lost_model &= model is None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -344,7 +354,9 @@ class SAM(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear all gradients; see `torch.optim.Optimizer.zero_grad`."""
-        self._tools.base.zero_grad(set_to_none)
+        step = self._step
+        if step is None or step.over or not set_to_none or not step.clear():
+            self._tools.base.zero_grad(set_to_none)
         self._cleared = True
         if self._tools.guard is not None:
             self._tools.guard.watch.clear()
@@ -361,6 +373,12 @@ class SAM(Optimizer):
             check_rho(param_group[self.rho_key])
         if param_group.get("adaptive") and not self.recipe.geometry.adaptive:
             raise ValueError(f"a param group with adaptive=True needs a recipe with 'asam'; this is {self.recipe}.")
+        if self._flat:
+            params = param_group["params"]
+            params = [params] if isinstance(params, Tensor) else list(params)
+            param_group = {**param_group, "params": params}
+            named = [p[1] if isinstance(p, tuple) else p for p in params]
+            check_joinable([*self._tools.weights.layout.weights, *named])
         self.base.add_param_group(param_group)
         self._look_at_groups(changed=True)
 
@@ -377,6 +395,8 @@ class SAM(Optimizer):
                 tools.guard.look_again(weights)
         if STEP not in self.base.param_groups[0]:
             mark(self.base.param_groups, tools.state)  # a checkpoint was loaded into the base optimizer directly
+        if tools.flat is not None:
+            tools.flat.follow(tools.weights.layout)
 
     # -- one update ----------------------------------------------------------------------------------------------
 
@@ -492,7 +512,7 @@ class SAM(Optimizer):
                 "before scaler.step(optimizer), without a closure."
             )
         with torch.enable_grad():
-            result = closures[0]() if len(closures) == 1 else run_all(closures, step.inputs.weights, self._tools.others)
+            result = closures[0]() if len(closures) == 1 else run_all(closures, step.weights, self._tools.others)
         if step.resident:
             self.loss_point = "w + eps"
             if self._tools.diagnostics is not None:

@@ -41,6 +41,7 @@ class MethodState:
         generator: the random numbers that parts draw from.
         per_weight: key -> {weight: tensor}, for "param" slots.
         scalars: key -> tensor or None, for "scalar" slots.
+        changes: how often the tensor of a slot has been replaced.
     """
 
     def __init__(self, recipe: Recipe, seed: int = 0, diagnoses: bool = False) -> None:
@@ -52,7 +53,7 @@ class MethodState:
         # A cache of the last lookup: the weights are usually the same in each step, and hashing them takes time.
         self._last: dict[str, tuple[Sequence[Tensor], list[Any], list[Tensor | None]]] = {}
         self._unlike: set[str] = set()  # slots whose tensors differ in shape from their weights
-        self.recipe = recipe
+        self.recipe, self.changes = recipe, 0
         kinds = {kind: part.slots for kind, part in recipe.parts.items()}
         self.remembers = any(kinds.values())
         for kind, slots in (kinds | ({DIAGNOSTICS: {ASCENT: "param"}} if diagnoses else {})).items():
@@ -105,11 +106,22 @@ class MethodState:
         now = list(map(_SORT, weights))
         if now != sorts or not all(map(operator.is_, cached, weights)):
             before = dict(zip(cached, sorts, strict=True))
-            values = [self._current(key, w, before.get(w)) for w in weights]
+            values = [self.current(key, w, before.get(w)) for w in weights]
             self._last[key] = weights, now, values
         return values
 
-    def _current(self, key: str, weight: Tensor, before: Any) -> Tensor | None:
+    def keys(self, kind: str) -> dict[str, str]:
+        """The slots of the part of this kind, with their keys in `per_weight` or `scalars`."""
+        stored, slots = self._kinds[kind]
+        return {slot: f"{stored}.{slot}" for slot in slots}
+
+    def replace(self, key: str, weights: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
+        """Let these tensors be a slot of the weights."""
+        self.per_weight[key].update(zip(weights, tensors, strict=True))
+        self._last.pop(key, None)
+        self.changes += 1
+
+    def current(self, key: str, weight: Tensor, before: Any) -> Tensor | None:
         """A weight's slot, adapted to the weight. `before`: its shape, dtype and device at the last lookup, if any."""
         slots = self.per_weight[key]
         slot = slots.get(weight)
@@ -137,7 +149,6 @@ class MethodState:
                 old = self.scalars[key]
                 self.scalars[key] = value if gate is None or old is None else torch.where(gate.bool(), value, old)
                 continue
-            slots = self.per_weight[key]
             if len(value) != len(weights):
                 raise RuntimeError(f"{key}: {len(value)} tensors returned for {len(weights)} weights.")
             old_ones = self._slots(key, weights)
@@ -151,8 +162,7 @@ class MethodState:
             if fresh and (gate is None or bool(gate)):
                 if any(v.shape != w.shape for w, v in fresh):
                     self._unlike.add(key)
-                slots.update({w: v.detach().clone() for w, v in fresh})
-                self._last.pop(key, None)
+                self.replace(key, [w for w, _ in fresh], [v.detach().clone() for _, v in fresh])
 
     def holds(self, weight: Tensor) -> bool:
         """Whether there is a slot for a weight, which may have been frozen since."""
@@ -162,7 +172,7 @@ class MethodState:
         """A weight's slots in the form of checkpoints: slots without a value are zeros with filled = 0."""
         entries: dict[str, Any] = {}
         for key in self.per_weight:
-            tensor = self._current(key, weight, None)
+            tensor = self.current(key, weight, None)
             entries[PREFIX + key] = torch.zeros_like(weight, requires_grad=False) if tensor is None else tensor
             entries[PREFIX + key + _FILLED] = torch.tensor(0.0 if tensor is None else 1.0)
         return entries
@@ -174,6 +184,7 @@ class MethodState:
         out.
         """
         self._last.clear()
+        self.changes += 1
         for key, slots in self.per_weight.items():
             tensor = filled_slot(entries, key)
             if tensor is not None and tensor.shape != weight.shape:
@@ -190,6 +201,7 @@ class MethodState:
         """Drop the slots of all other weights. Call it when the param groups have changed."""
         live = set(weights)
         self._last.clear()
+        self.changes += 1
         for slots in self.per_weight.values():
             for gone in [w for w in slots if w not in live]:
                 del slots[gone]
@@ -209,6 +221,7 @@ class MethodState:
     def clear(self) -> None:
         """Drop the values of all slots."""
         self._last.clear()
+        self.changes += 1
         for slots in self.per_weight.values():
             slots.clear()
         self.scalars = dict.fromkeys(self.scalars)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import operator
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from flatmin.optim.amp import GradScaling
 from flatmin.optim.closures import Closure, Probe, mean_loss, run_all
 from flatmin.optim.containers import detached, loss_in
 from flatmin.optim.diagnostics import warn_of_rounding
+from flatmin.optim.flat import FlatWeights
 from flatmin.optim.model_guard import Pass
 from flatmin.optim.other_gradients import additions
 from flatmin.optim.program import Outcome, PassGradients, program
@@ -73,11 +74,20 @@ class Step:
     ) -> None:
         self.tools, self.resident, self._unseen = tools, resident, closed
         self.closed = closed  # whether no scaler's step lies between the last pass and the base's
-        self.inputs = inputs = tools.weights.inputs(tools.state, chunks)
+        self.weights = tools.weights.layout.weights
+        flat = tools.flat
+        # Ranks that share an ascent send one message, in which each weight has its place.
+        self._joined = flat if flat is not None and flat.joins and not tools.replicas.local else None
+        self._store = tools.state if self._joined is None else self._joined
+        self.inputs = inputs = tools.weights.inputs(tools.state, chunks, self._joined)
+        self._eps = eps
+        self._gradient: PassGradients | None = None  # of the blocks at w, to begin again on the weights
         self.index = 0
         self.inside = self.over = False
         self.share = 1.0
         self._pass = _BEFORE
+        self._sums = False  # whether the gradients of several closures are added up outside of them
+        self._adds = False  # whether this pass adds its gradients to the buffers of `FlatWeights`
         self._additions = 0  # to the gradients of a manual loop's first pass
         self._began = False  # whether that pass has made gradients
         self._ascent_finite = True
@@ -90,7 +100,7 @@ class Step:
             tools.scaling.begin()
         self._last: PassGradients | None = None  # the gradients of the weights, as the program has got them
         self._program: Generator[GradientRequest, PassGradients, Outcome] = program(
-            tools.recipe, inputs, tools.state, eps
+            tools.recipe, inputs, self._store, eps
         )
         self.request: GradientRequest | None = next(self._program)
         self.outcome: Outcome | None = None
@@ -113,6 +123,7 @@ class Step:
             whether the weights were perturbed in that pass.
         """
         diagnostics, single = self.tools.diagnostics, len(closures) == 1
+        self._sums = not single
         results: list[Any] = []
         seen: set[int | None] = set()
         first_moved = False
@@ -131,11 +142,11 @@ class Step:
                         result = closures[chunk or 0]()
                     else:
                         self.share = 1.0 / len(closures)
-                        result = run_all(closures, self.inputs.weights, others)
+                        result = run_all(closures, self.weights, others)
                     if first and probe is not None:
                         probe.judge()
                     if first and look and (chunk is not None or single):
-                        others.look(result, self.inputs.weights)
+                        others.look(result, self.weights)
                 if self.over:
                     raise RuntimeError("the closure called abort(), so no step was taken.")
                 if diagnostics is not None and not (moved and request.role == "ascent") and not request.probe:
@@ -167,8 +178,10 @@ class Step:
         if tools.scaling is not None:
             self._refuse_unscaled(tools.scaling)
         self.inside, self._last = True, None
-        if self.index or not (self.plain and self.closed):
-            for w in self.inputs.weights:
+        clears = bool(self.index) or not (self.plain and self.closed)
+        self._adds = clears and bracketed and not self._sums and self._joined is not None and self._joined.adds
+        if clears:
+            for w in () if self._adds else self.weights:
                 w.grad = None
             for w in tools.weights.layout.frozen:
                 w.grad = None
@@ -177,6 +190,8 @@ class Step:
             chunk, perturbed = request.chunk, request.at is not None
             if perturbed:
                 self._displace(request)
+            if self._joined is not None and self._adds:
+                self._joined.clear()  # the perturbation may have been made from these gradients
             if tools.replicas.local and request.role == "ascent":
                 self._silence = tools.replicas.silent()
                 self._silence.__enter__()
@@ -201,15 +216,18 @@ class Step:
         tools, at = self.tools, request.at
         assert at is not None
         weights, snapshot = tools.weights, tools.snapshot
-        weights.layout = weights.layout.refreshed()
+        if self._joined is None:
+            layout = weights.layout = weights.layout.refreshed()
+        else:
+            layout = self._joined.layout
         flags = None if self._on_host else tools.flags_for(at.direction)
         unchecked = snapshot.unchecked and not _LOW.isdisjoint(map(_DTYPE, at.direction))
         recorded = None if request.role == "ascent" else tools.diagnostics
         if recorded is not None and request.probe:
             recorded = None
-        moved = snapshot.move(
-            weights.layout, at, flags, again=self._ascents > 0, record=unchecked or recorded is not None
-        )
+        moved = snapshot.move(layout, at, flags, again=self._ascents > 0, record=unchecked or recorded is not None)
+        if self._joined is not None:
+            self._joined.touch()
         self._ascents += 1
         self._ascent_finite = self._ascent_finite and moved
         at.direction, at.factors = [], []  # frees memory before the pass
@@ -232,7 +250,7 @@ class Step:
                 tools.random.leave()
             if not (self.plain or tools.warned_of_passes):
                 watch = None if tools.guard is None else tools.guard.watch
-                tools.warned_of_passes = warn_of_other_passes(watch, self._additions, additions(self.inputs.weights))
+                tools.warned_of_passes = warn_of_other_passes(watch, self._additions, additions(self.weights))
         if request is None:
             # The schedule decided against the ascent after pass 1: u is known and this pass was not needed.
             self._last = None
@@ -248,7 +266,9 @@ class Step:
             tools.guard.watch.check_second_pass()
         if self._silence is not None:
             self._speak(self._silence)
-        gradients = PassGradients([w.grad for w in self.inputs.weights])
+        gradients = PassGradients([w.grad for w in self.weights])
+        if self._joined is not None and self._adds:
+            gradients, self._adds = self._joined.made(gradients), False
         empty = self.plain and (now.bracketed or not self._began)
         if not empty and set(map(type, gradients)) <= _NONE:
             raise RuntimeError(
@@ -257,7 +277,7 @@ class Step:
                 "without a closure passes an empty one: run both passes before it, or pass a closure.)"
             )
         self._restore()
-        gradients = self._received(request, gradients)
+        gradients = self._received(request, self._collected(request, gradients))
         if request.graph:
             if not self._products:
                 raise RuntimeError(
@@ -294,6 +314,35 @@ class Step:
         else:
             others.leave(request.share or None)
 
+    def _collected(self, request: GradientRequest, gradients: PassGradients) -> PassGradients:
+        """The gradients of a pass, for the blocks if the update works on these."""
+        flat, recipe = self._joined, self.tools.recipe
+        if flat is None:
+            return gradients
+        mixes = recipe.combine.mixes or recipe.direction.observes
+        kept = recipe.remembers and request.role == "ascent"
+        joined = flat.gather(gradients, copy=kept, partly=self.index > 0 and not mixes)
+        if joined is None:
+            for w, g in zip(self.weights, gradients, strict=True):
+                w.grad = g
+            self._separate(flat)
+            return gradients
+        if kept and recipe.combine.uses_gradient:
+            self._gradient = joined
+        return joined
+
+    def _separate(self, flat: FlatWeights) -> None:
+        """Begin again on the weights themselves: other weights have a gradient in this pass than those in blocks."""
+        tools = self.tools
+        self._program.close()
+        self._joined, self._store = None, tools.state
+        self.inputs = tools.weights.inputs(tools.state, self.inputs.chunks)
+        self._program = program(tools.recipe, self.inputs, tools.state, self._eps)
+        self.request = next(self._program)
+        if self._gradient is not None:
+            self.request = self._program.send(flat.separate(self._gradient))
+            self._gradient = None
+
     def _received(self, request: GradientRequest, gradients: PassGradients) -> PassGradients:
         """The gradients of a pass in the form that the program needs: unscaled, averaged, not shared."""
         tools, weights = self.tools, self.inputs.weights
@@ -302,7 +351,8 @@ class Step:
         self._last = gradients
         if request.role == "ascent" and tools.replicas.local:
             gradients, self._last = PassGradients(tools.replicas.average(gradients, weights)), None
-        if (tools.recipe.remembers or tools.diagnostics is not None) and tools.replicas.lends(gradients):
+        keeps = self._joined is None and (tools.recipe.remembers or tools.diagnostics is not None)
+        if keeps and tools.replicas.lends(gradients):
             self._last = gradients = PassGradients([None if g is None else g.clone() for g in gradients])
             for w, g in zip(weights, gradients, strict=True):
                 w.grad = g
@@ -327,10 +377,17 @@ class Step:
         if not (self.inside and request is not None and request.graph):
             loss.backward(create_graph=tools.base.differentiates)
             return
-        weights = self.inputs.weights
+        weights = self.weights
         gradients = backward_with_graph(loss, weights, tools.others.in_training())
         calls = [] if tools.criterion is None else tools.criterion.take_seen()
         self._products.append((self.share, GraphProducts(weights, gradients, calls)))
+
+    def clear(self) -> bool:
+        """Clear the gradients in a pass that adds them to buffers. Whether it is such a pass."""
+        if self._joined is None or not self._adds:
+            return False
+        self._joined.clear_again()
+        return True
 
     # -- gradients that a loop has computed outside of passes -----------------------------------------------------
 
@@ -338,11 +395,11 @@ class Step:
         """Use the current gradients, from a pass that a manual loop has run at w, as those of pass 1."""
         tools, request = self.tools, self.request
         assert request is not None
-        gradients = PassGradients([w.grad for w in self.inputs.weights])
+        gradients = PassGradients([w.grad for w in self.weights])
         self._began = any(g is not None for g in gradients)
         if not (self._began or self.plain):
             raise RuntimeError("no gradients: call loss.backward() on the batch before perturbing the weights.")
-        self._additions = additions(self.inputs.weights)
+        self._additions = additions(self.weights)
         self._visited.add(None)
         if tools.scaling is not None:
             self._refuse_unscaled(tools.scaling)
@@ -350,13 +407,14 @@ class Step:
             self._criterion_calls = 0
             if tools.criterion is not None:
                 tools.criterion.check_called(self._criterion_calls, request, tools.recipe)
-            self._advance(self._received(request, gradients))
+            self._advance(self._received(request, self._collected(request, gradients)))
         else:
             self.index += 1
 
     def take_plain(self) -> None:
         """Use the current gradients, for updates without perturbation."""
-        self._advance(PassGradients([w.grad for w in self.inputs.weights]))
+        assert self.request is not None
+        self._advance(self._collected(self.request, PassGradients([w.grad for w in self.weights])))
 
     def close(self) -> None:
         """Declare that no other code reads the gradients before the base optimizer's step."""
@@ -382,6 +440,8 @@ class Step:
     def _restore(self) -> None:
         if self.tools.snapshot.away is not None:
             self.tools.snapshot.restore()
+            if self._joined is not None:
+                self._joined.touch()
         self.inside = False
 
     def _speak(self, silence: contextlib.AbstractContextManager[None]) -> None:
@@ -432,14 +492,16 @@ class Step:
             tools.guard.finish()
         if tools.others.any:
             tools.others.end()
-        if outcome.update is not self._last:
+        if self._joined is not None:
+            self._joined.publish(outcome.update, [new for _, new in outcome.staged.values()])
+        elif outcome.update is not self._last:
             self._last = None
-            for w, u in zip(self.inputs.weights, outcome.update, strict=True):
+            for w, u in zip(self.weights, outcome.update, strict=True):
                 if w.grad is not u:
                     w.grad = None if u is None else u.to(w.dtype)
         if scaling is not None and not self.closed:
             # The scaler's unscale_() and step() come next, and expect scaled gradients.
-            scaling.rescale_([w.grad for w in self.inputs.weights])
+            scaling.rescale_([w.grad for w in self.weights])
 
     def apply(self, nonfinite: str = "skip", clip_norm: float | None = None, loss: Any = None) -> None:
         """Let the base optimizer step, then store the new state of the parts.
@@ -461,7 +523,7 @@ class Step:
         self._end(taken=True)
 
     def _apply(self, nonfinite: str, clip_norm: float | None, loss: Any) -> None:
-        tools, outcome, weights, scaling = self.tools, self.outcome, self.inputs.weights, self.tools.scaling
+        tools, outcome, weights, scaling = self.tools, self.outcome, self.weights, self.tools.scaling
         assert outcome is not None
         if tools.criterion is not None:
             tools.criterion.check_paired()
@@ -470,17 +532,19 @@ class Step:
                 scaling.finish_manual([w.grad for w in weights])
             tools.replicas.agree_(scaling.found)
             scaling.report()
-        if clip_norm is not None:
+        if clip_norm is not None and self._joined is not None and self._steps_on_blocks():
+            ta.clip_(self._joined.gradients, clip_norm)
+        elif clip_norm is not None:
             for w in weights:
                 if w.grad is not None and w.grad.is_sparse:
                     w.grad = w.grad.coalesce()
             ta.clip_([w.grad for w in weights], clip_norm)
-        current = outcome.update if self._unseen and outcome.update is self._last else [w.grad for w in weights]
         flags = None if self._on_host else tools.flags_for(weights)
+        step, current, layout = self._ready(loss)
         stepped, finite, left_out = tools.base.step_if_finite(
-            tools.base.step_with(loss, weights),
-            [g for g in current if g is not None],
-            tools.weights.layout,
+            step,
+            current,
+            layout,
             nonfinite=nonfinite,
             size=outcome.size,
             ascents=self._ascents,
@@ -499,10 +563,12 @@ class Step:
         if keeps:
             gate = None if flags is None or not outcome.staged else _gate([outcome.size, beside], left_out)
             for kind, (index, new) in outcome.staged.items():
-                tools.state.commit(kind, [weights[i] for i in index], new, gate)
+                self._store.commit(kind, [self.inputs.weights[i] for i in index], new, gate)
         if stepped and outcome.post is not None:
             index, terms = outcome.post
-            torch._foreach_add_([weights[i] for i in index], terms)
+            torch._foreach_add_([self.inputs.weights[i] for i in index], terms)
+            if self._joined is not None:
+                self._joined.touch()
         tools.weights.count_update(tools.state)
         if tools.diagnostics is not None:
             tools.diagnostics.keep()
@@ -510,6 +576,26 @@ class Step:
         counts.updates += 1
         counts.nonfinite_ascents += not finite
         counts.skipped_steps += not stepped
+
+    def _steps_on_blocks(self) -> bool:
+        """Whether the gradients of the blocks are those that the base optimizer takes."""
+        flat = self._joined
+        return flat is not None and flat.complete and (self._unseen or flat.published())
+
+    def _ready(self, loss: Any) -> tuple[Callable[[], object], list[Tensor], ta.Layout]:
+        """The base optimizer's step, the gradients that it takes, and what they are gradients of."""
+        tools, outcome, flat = self.tools, self.outcome, self.tools.flat
+        assert outcome is not None
+        if flat is not None and (not flat.steps or flat.hooked()):
+            flat = None
+        if flat is not None and self._steps_on_blocks():
+            return flat.step, flat.gradients, flat.layout
+        unseen = self._joined is None and self._unseen and outcome.update is self._last
+        current = outcome.update if unseen else [w.grad for w in self.weights]
+        if flat is not None and self._joined is None and flat.gather(current) is not None:
+            return flat.step, flat.gradients, flat.layout
+        given = [g for g in current if g is not None]
+        return tools.base.step_with(loss, self.weights), given, tools.weights.layout
 
 
 def _gate(sizes: Sequence[Tensor | None], left_out: Tensor | None) -> Tensor | None:

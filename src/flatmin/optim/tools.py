@@ -15,6 +15,7 @@ from flatmin.optim.base_optimizer import BaseOptimizer
 from flatmin.optim.criterion import Criterion
 from flatmin.optim.diagnostics import Diagnostics
 from flatmin.optim.distributed import Replicas
+from flatmin.optim.flat import FlatWeights
 from flatmin.optim.model_guard import ModelGuard
 from flatmin.optim.other_gradients import OtherGradients
 from flatmin.optim.perturb import FoundInf, WeightSnapshot
@@ -47,6 +48,7 @@ class Tools:
         guard: protects the model's untrained state in later passes; None: no model is known.
         replicas: the other processes.
         criterion: the criterion; None: there is none.
+        flat: the buffers that hold the weights; None: they are not joined.
         diagnostics: records the numbers of updates; None: they are not recorded.
         scaling: the GradScaler; None: there is none.
         flags: the flags on an accelerator, once they are needed.
@@ -61,6 +63,7 @@ class Tools:
     state: MethodState
     snapshot: WeightSnapshot
     diagnostics: Diagnostics | None
+    flat: FlatWeights | None
     replicas: Replicas = field(init=False)
     others: OtherGradients = field(init=False)
     criterion: Criterion | None = None

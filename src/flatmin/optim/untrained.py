@@ -119,12 +119,13 @@ class UntrainedState:
                         self._silent.add(prefix + key)  # kernels write to observers without counting a version
 
     def _look(self) -> _Look:
-        tensors = [_kept(place.get(key)) for place, key in self._places]
+        # Most places are empty, such as the bias of layers without one.
+        tensors = [None if (x := place.get(key)) is None else _kept(x) for place, key in self._places]
         values = [place.get(key) for place, key in self._numbers]
         return _Look(
             tensors,
-            list(map(version, tensors)),
-            list(map(address, tensors)),
+            [0 if x is None else version(x) for x in tensors],
+            [0 if x is None else address(x) for x in tensors],
             [v if type(v) in _SIMPLE or isinstance(v, (numbers.Number, str)) else _Other(id(v)) for v in values],
         )
 

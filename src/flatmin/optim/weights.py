@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from flatmin.methods import Recipe
 from flatmin.optim.base_optimizer import BaseOptimizer, check_rho
+from flatmin.optim.flat import FlatWeights
 from flatmin.optim.program import StepInputs
 from flatmin.optim.state import STEP, MethodState
 from flatmin.optim.tensors import Layout
@@ -115,17 +116,19 @@ class TrainedWeights:
             return False
         return self._recipe.combine.always or any(self.rho(g) > 0 for g in self._base.optimizer.param_groups)
 
-    def inputs(self, state: MethodState, chunks: int = 1) -> StepInputs:
+    def inputs(self, state: MethodState, chunks: int = 1, flat: FlatWeights | None = None) -> StepInputs:
         """The inputs of an update.
 
         Args:
             state: the state of the method.
             chunks: number of micro-batches of the update. Default 1.
+            flat: whose blocks the update treats as weights. Default None: none.
         """
+        layout = self.layout if flat is None else flat.layout
         groups: list[dict[str, Any]] = []
         rhos: list[float] = []
         key = self._base.rho_key
-        for group, count in zip(self._base.optimizer.param_groups, self.layout.trained, strict=True):
+        for group, count in zip(self._base.optimizer.param_groups, layout.trained, strict=True):
             rho = group.get(key)
             if not (type(rho) is float and 0.0 <= rho < math.inf):
                 rho = self.rho(group)
@@ -133,13 +136,12 @@ class TrainedWeights:
                 raise wrong_way(self._recipe)
             groups += [group] * count
             rhos += [rho] * count
-        weights, recipe = self.layout.weights, self._recipe
+        weights, recipe = layout.weights, self._recipe
+        momenta = self._base.momenta if flat is None else flat.momenta
         names = [self.names.get(w, "") for w in weights] if recipe.needs_names else []
         layers = [self.layers.get(w, "") for w in weights] if recipe.needs_layers else []
         step = int(self._base.optimizer.param_groups[0][STEP])
-        return StepInputs(
-            weights, groups, rhos, names, step, state.generator, self.layout, layers, self._base.momenta, chunks
-        )
+        return StepInputs(weights, groups, rhos, names, step, state.generator, layout, layers, momenta, chunks)
 
     def count_update(self, state: MethodState) -> None:
         """Count an update that has ended, and store what the method needs in the groups."""
