@@ -32,7 +32,7 @@ def measure(nets: list[str], rounds: int, device: str) -> BenchmarkResult:
     result = BenchmarkResult("perturb", settings={"device": device, "rounds": str(rounds)})
     for name in nets:
         setting = Setting(NETS[name], device=device, batch=2)
-        loop = ours(setting, "sam")
+        loop, flat = ours(setting, "sam"), ours(setting, "sam", flat=True)
         weights = [w for g in loop.optimizer.param_groups for w in g["params"]]
         plain = peers.PlainLoop(setting.net.make(device, 2)[0].parameters())
         plain.base.param_groups[0]["lr"] = 0.0
@@ -43,7 +43,11 @@ def measure(nets: list[str], rounds: int, device: str) -> BenchmarkResult:
                 p.data = data
             of.saved.clear()
 
-        runs = {"flatmin sam": (loop.optimizer, loop.optimizer.abort), "plain per-tensor loop": (plain, back)}
+        runs = {
+            "flatmin sam": (loop.optimizer, loop.optimizer.abort),
+            "flatmin sam, flat=True": (flat.optimizer, flat.optimizer.abort),
+            "plain per-tensor loop": (plain, back),
+        }
         samples: dict[str, list[tuple[float, float]]] = {label: [] for label in runs}
         for i in range(rounds + 3):
             for label, (optimizer, leave) in runs.items():

@@ -17,7 +17,7 @@ from typing import Any
 
 import flatmin
 from benchmarks import against, peers
-from benchmarks.loops import Loop, Setting, floor, other, ours
+from benchmarks.loops import Loop, Setting, floor, other, ours, recipe_of
 from benchmarks.nets import BASES, NETS
 from benchmarks.results import BenchmarkResult, Gate, Spread, Table
 from benchmarks.timing import seconds
@@ -41,8 +41,9 @@ def makers(setting: Setting, methods: list[str]) -> dict[str, Callable[[], Loop]
     }
     for method in methods:
         loops[method] = lambda m=method: ours(setting, m)
+        if method != "sgd" and recipe_of(method).joins:
+            loops[f"{method}, flat=True"] = lambda m=method: ours(setting, m, flat=True)
         if method == "sam":
-            loops["sam, flat=True"] = lambda: ours(setting, "sam", flat=True)
             loops["sam, nonfinite=propagate"] = lambda: ours(setting, "sam", "propagate")
             loops["sam, without model="] = lambda: ours(setting, "sam", model_handling=False)
     for label, build in peers.found().items():

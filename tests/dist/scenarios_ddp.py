@@ -31,6 +31,7 @@ class Setup:
     ddp: dict = dataclasses.field(default_factory=dict)
     dtype: torch.dtype = torch.float64
     rho: float = 0.1
+    flat: bool = False
 
 
 class Net(nn.Module):
@@ -75,6 +76,7 @@ class Run:
             ascent_sync=setup.ascent_sync,
             scaler=self.scaler,
             nonfinite=setup.nonfinite,
+            flat=setup.flat,
         )
 
     def _count(self, state, bucket):

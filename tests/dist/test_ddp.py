@@ -163,6 +163,14 @@ def test_gradients_that_are_views_of_a_bucket(ranks, method, ascent_sync):
     assert all(map(torch.equal, *runs))
 
 
+@pytest.mark.parametrize("view", [False, True])
+@pytest.mark.parametrize(("method", "ascent_sync"), [("gsam", "all"), ("stale-sam", "all"), ("sam", "none")])
+def test_flat_weights_beside_the_buckets(ranks, method, ascent_sync, view):
+    options = {"method": method, "steps": 6, "ascent_sync": ascent_sync, "ddp": {"gradient_as_bucket_view": view}}
+    runs = [agree(ranks.run(scenarios.train, Setup(flat=flat, **options))) for flat in (True, False)]
+    close(*runs, 1e-10)
+
+
 @pytest.mark.parametrize("method", ["gsam", "wsam", "gnp", "vasso"])
 def test_views_of_a_bucket_are_seen_without_the_module(ranks, method):
     options = {"gradient_as_bucket_view": True}

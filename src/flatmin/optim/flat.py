@@ -6,40 +6,22 @@ import itertools
 import operator
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from flatmin.methods import Gradients, Need, Recipe, State
+from flatmin.methods import Gradients, Need, Recipe
 from flatmin.optim import tensors as ta
 from flatmin.optim.base_optimizer import BaseOptimizer
+from flatmin.optim.blocks import Block, BlockBase, BlockSlots, touch
 from flatmin.optim.program import PassGradients
 from flatmin.optim.state import MethodState
 from flatmin.optim.tensors import Layout
 from flatmin.optim.untrained import memory
 
 _ALIGNMENT = 64  # bytes; kernels are slower on weights that begin at other addresses
-# Optimizers that treat every entry by itself: one step on joined weights is the step on each of them.
-_ENTRYWISE = frozenset(
-    {
-        torch.optim.SGD,
-        torch.optim.Adam,
-        torch.optim.AdamW,
-        torch.optim.NAdam,
-        torch.optim.RAdam,
-        torch.optim.Adamax,
-        torch.optim.RMSprop,
-        torch.optim.Adagrad,
-        torch.optim.Adadelta,
-        torch.optim.ASGD,
-        torch.optim.Rprop,
-    }
-)
-# Entries of their state that are one number for each weight; all others are like the weight.
-_NUMBERS = ("step", "eta", "mu", "mu_product")
 # Entries of a block on the CPU, so that weights, gradients and state stay in the cache between two operations on them.
 _CACHED = 65536
 _SMALL = 1024  # average entries of weights whose gradients are better added to the buffer than copied to it
@@ -65,45 +47,6 @@ class _Place:
     gradient: Tensor
 
 
-@dataclass(slots=True, eq=False)
-class Block:
-    """Weights of one param group that lie one after the other, as one tensor.
-
-    Args:
-        weight: this part of the buffer of weights.
-        gradient: this part of the buffer of gradients.
-        group: position of the param group.
-        members: the weights.
-        places: size, strides and offset in the block of each.
-
-    Attributes:
-        state: the base optimizer's state of the block.
-        shared: those entries of `state` of which the members' entries are parts.
-        numbers: those entries that are one number for each weight, repeated for all members.
-    """
-
-    weight: Tensor
-    gradient: Tensor
-    group: int
-    members: list[Tensor]
-    places: list[tuple[torch.Size, tuple[int, ...], int]]
-    state: dict[str, Any] = field(default_factory=dict)
-    shared: dict[str, Any] = field(default_factory=dict)
-    numbers: dict[str, Tensor] = field(default_factory=dict)
-
-    def split(self, joined: Tensor) -> list[Tensor]:
-        """The members' parts of a tensor like the block."""
-        first = joined.storage_offset()
-        return [joined.as_strided(size, stride, first + offset) for size, stride, offset in self.places]
-
-    def join(self, parts: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """A new tensor like the block that holds these tensors, one for each member; and its parts."""
-        joined = torch.zeros_like(self.gradient, dtype=parts[0].dtype, device=parts[0].device)
-        views = self.split(joined)
-        torch._foreach_copy_(views, list(parts))
-        return joined, views
-
-
 class FlatWeights:
     """The trained weights in buffers, one for each dtype and device. Each weight is a view of its buffer.
 
@@ -120,16 +63,16 @@ class FlatWeights:
     Attributes:
         blocks: the blocks, in the order of the param groups.
         layout: facts about the blocks, like those about the weights.
-        steps: whether the base optimizer can step on blocks.
+        base: the base optimizer's step on blocks.
+        slots: the state of the method, of blocks.
         model: the model, if it is known.
     """
 
     def __init__(self, base: BaseOptimizer, state: MethodState, recipe: Recipe, *, diagnoses: bool) -> None:
-        self._base, self._state, self._recipe = base, state, recipe
+        self.base, self.slots, self._recipe = BlockBase(base), BlockSlots(state), recipe
         self._permitted = recipe.joins and not diagnoses and not base.differentiates
         self.blocks: list[Block] = []
         self.layout, self._trained = Layout([]), Layout([])
-        self.steps = False
         self.model: nn.Module | None = None
         self._buffers: list[tuple[Tensor, Tensor]] = []  # values and gradients
         self._places: dict[Tensor, _Place] = {}
@@ -143,18 +86,11 @@ class FlatWeights:
         self._before: list[bool] = []  # in the update before
         self._full = self._small = self._steady = False
         self._noted: list[int] = []  # versions of the gradients at the start of a pass
-        # What is compared to find out whether somebody else has replaced the state.
-        self._changes = -1
-        self._owners: list[Any] = []
-        self._entries: dict[str, tuple[list[dict[str, Any]], list[Any]]] = {}
-        self._versions: list[tuple[Tensor, int]] = []
-        self._slots: dict[str, dict[int, Tensor | None]] = {}
-        self._sorts: dict[Tensor, Any] = {}  # shape, dtype and device of the weights at that time
 
     @property
     def joins(self) -> bool:
         """Whether an update can treat blocks as weights."""
-        return self._permitted and (self.steps or Need.BASE_MOMENTUM not in self._recipe.demands)
+        return self._permitted and (self.base.possible or Need.BASE_MOMENTUM not in self._recipe.demands)
 
     # -- the buffers ---------------------------------------------------------------------------------------------
 
@@ -182,7 +118,7 @@ class FlatWeights:
         again = self._seen is not self._before and self._seen == self._before and any(self._seen)
         lasting = again and self._seen != self._present and self._recipe.direction.evaluates
         self._before = self._seen
-        if lasting or self._changes != self._state.changes or not self._is_own_state():
+        if lasting or not (self.base.is_own() and (self.slots.is_own() or not self._permitted)):
             self._arrange(self._seen if lasting else self._present)
 
     def _store(self, weights: Sequence[Tensor]) -> None:
@@ -210,15 +146,15 @@ class FlatWeights:
         Args:
             present: which of the trained weights shall be in blocks.
         """
-        layout, optimizer = self._trained, self._base.optimizer
+        layout = self._trained
         self._present = self._seen = self._before = present
         self._steady = False
         entries = sum(w.numel() for w in layout.weights)
         self._full = all(present)
         self._small = self._permitted and layout.on_cpu and entries <= _SMALL * len(layout.weights)
-        self._changes = self._state.changes
-        self.steps = type(optimizer) in _ENTRYWISE and not any(g.get("differentiable") for g in optimizer.param_groups)
-        kinds = self._kinds()
+        groups = [g for g, count in enumerate(layout.trained) for _ in range(count)]
+        slots = self.slots.kinds(layout.weights) if self._permitted else [()] * len(groups)
+        kinds = list(zip(groups, self.base.kinds(layout.weights), slots, strict=True))
         runs: list[list[int]] = []
         size, limit = 0, _CACHED if layout.on_cpu else sys.maxsize
         order = sorted(range(len(present)), key=lambda i: self._order(layout.weights[i]))
@@ -230,12 +166,13 @@ class FlatWeights:
                 runs.append([i])
                 size = layout.weights[i].numel()
         self.blocks = sorted((self._block(run, kinds[run[0]][0]) for run in runs), key=lambda block: block.group)
-        groups = range(len(layout.trained))
-        self.layout = Layout([[b.weight for b in self.blocks if b.group == g] for g in groups])
+        count = len(layout.trained)
+        self.layout = Layout([[b.weight for b in self.blocks if b.group == g] for g in range(count)])
         self._members = [w for block in self.blocks for w in block.members]
         self._views = [self._places[w].gradient for w in self._members]
-        self._join_base_state()
-        self._join_slots()
+        self.base.join(self.blocks)
+        if self._permitted:
+            self.slots.join(self.blocks)
 
     def _order(self, weight: Tensor) -> tuple[int, int]:
         place = self._places[weight]
@@ -244,29 +181,6 @@ class FlatWeights:
     def _adjacent(self, before: int, after: int) -> bool:
         one, other = (self._order(self._trained.weights[i]) for i in (before, after))
         return one[0] == other[0] and one[1] + 1 == other[1]
-
-    def _kinds(self) -> list[tuple[int, tuple[Any, ...], tuple[str, ...]]]:
-        """What weights of one block have in common: the param group, and the state that exists for them."""
-        weights = self._trained.weights
-        groups = [g for g, count in enumerate(self._trained.trained) for _ in range(count)]
-        slots = [tuple(k for k in self._state.per_weight if self._slot(k, w) is not None) for w in weights]
-        self._sorts = {w: (w.shape, w.dtype, w.device) for w in weights}
-        states: list[Mapping[str, Any]] = [self._base.optimizer.state.get(w) or {} for w in weights]
-        told: list[tuple[Any, ...]] = [tuple((k, v is None) for k, v in s.items()) for s in states]
-        for w, s in zip(weights, states, strict=True):
-            for k, v in s.items():
-                right = isinstance(v, Tensor) and (v.numel() == 1 if k in _NUMBERS else v.shape == w.shape)
-                self.steps = self.steps and (v is None or right)
-        for key in _NUMBERS if self.steps else ():
-            held = [i for i, s in enumerate(states) if s.get(key) is not None]
-            if held:
-                values = torch.stack([states[i][key].detach().double().reshape(()) for i in held]).tolist()
-                for i, value in zip(held, values, strict=True):
-                    told[i] = (*told[i], value)
-        return list(zip(groups, told, slots, strict=True))
-
-    def _slot(self, key: str, weight: Tensor) -> Tensor | None:
-        return self._state.current(key, weight, self._sorts.get(weight)) if self._permitted else None
 
     def _block(self, run: list[int], group: int) -> Block:
         members = [self._trained.weights[i] for i in run]
@@ -416,152 +330,8 @@ class FlatWeights:
         return [block.gradient for block in self.blocks]
 
     def touch(self) -> None:
-        """Let autograd know that the weights have changed, as changes of a block do not, so that it refuses graphs."""
-        torch.autograd.graph.increment_version(self._members)
-
-    # -- the base optimizer --------------------------------------------------------------------------------------
-
-    def _join_base_state(self) -> None:
-        state = self._base.optimizer.state
-        for block in self.blocks if self.steps else ():
-            for key, value in (state.get(block.members[0]) or {}).items():
-                if value is None or key in _NUMBERS:
-                    block.state[key] = value
-                else:
-                    block.state[key], views = block.join([state[w][key] for w in block.members])
-                    self._share(block, key, views)
-        self._share_new()
-        self._remember_state()
-
-    def _share(self, block: Block, key: str, parts: Sequence[Any]) -> None:
-        state = self._base.optimizer.state
-        for w, part in zip(block.members, parts, strict=True):
-            state[w][key] = part
-        block.shared[key] = block.state[key]
-
-    def _share_new(self) -> bool:
-        """Give the members their parts of entries that the base optimizer has created. Whether there were any."""
-        found = False
-        for block in self.blocks:
-            for key, value in block.state.items():
-                if key in block.shared and value is block.shared[key]:
-                    continue
-                found, parts = True, [value] * len(block.members)
-                if key in _NUMBERS and value is not None:
-                    block.numbers[key] = numbers = value.detach().reshape(1).repeat(len(block.members))
-                    parts = [numbers[i] for i in range(len(block.members))]
-                    block.state[key] = parts[0]
-                elif value is not None:
-                    parts = block.split(value)
-                self._share(block, key, parts)
-        return found
-
-    def _remember_state(self) -> None:
-        state = self._base.optimizer.state
-        self._owners, self._entries = list(state.values()), {}
-        for block in self.blocks:
-            mine = [state[w] for w in block.members] if block.state else []
-            for key in block.state:
-                owners, entries = self._entries.setdefault(key, ([], []))
-                owners += mine
-                entries += [owner[key] for owner in mine]
-        self._note_versions()
-
-    def _note_versions(self) -> None:
-        self._versions = [(x, x._version) for block in self.blocks for x in block.numbers.values()]
-
-    def _is_own_state(self) -> bool:
-        """Whether nobody has replaced the base optimizer's state, or stepped with it, since the last step on blocks."""
-        state = self._base.optimizer.state
-        if not self.steps:
-            return True
-        if len(state) != len(self._owners) or not all(map(operator.is_, state.values(), self._owners)):
-            return False
-        for key, (owners, entries) in self._entries.items():
-            if not all(map(operator.is_, [owner.get(key) for owner in owners], entries)):
-                return False
-        return all(x._version == version for x, version in self._versions)
-
-    def momenta(self, weights: Sequence[Tensor]) -> list[Tensor | None]:
-        """The base optimizer's momentum of these blocks; None where there is none yet."""
-        states = {block.weight: block.state for block in self.blocks}
-        return self._base.momenta(weights, states)
-
-    def hooked(self) -> bool:
-        """Whether hooks of the base optimizer's step expect the weights in its param groups."""
-        optimizer = self._base.optimizer
-        own = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
-        return bool(own or _global_optimizer_pre_hooks or _global_optimizer_post_hooks)
-
-    def step(self) -> None:
-        """Take the base optimizer's step on the blocks, with their gradients."""
-        optimizer = self._base.optimizer
-        groups, state = optimizer.param_groups, optimizer.state
-        params = [group["params"] for group in groups]
-        try:
-            for g, group in enumerate(groups):
-                group["params"] = [block.weight for block in self.blocks if block.group == g]
-            for block in self.blocks:
-                state[block.weight] = block.state
-            optimizer.step()
-        finally:
-            for block in self.blocks:
-                state.pop(block.weight, None)
-            for group, held in zip(groups, params, strict=True):
-                group["params"] = held
-            self.touch()
-        new = self._share_new()
-        for block in self.blocks:
-            for numbers in block.numbers.values():
-                if len(numbers) > 1:
-                    numbers[1:].copy_(numbers[0])
-        if new:
-            self._remember_state()
-        self._note_versions()
-
-    # -- the state of the method ---------------------------------------------------------------------------------
-
-    def _join_slots(self) -> None:
-        self._slots = {}
-        for key, of in self._state.per_weight.items() if self._permitted else ():
-            joined: dict[int, Tensor | None] = {}
-            self._slots[key] = joined
-            for block in self.blocks:
-                joined[id(block.weight)] = None
-                if block.members[0] in of:
-                    joined[id(block.weight)], views = block.join([of[w] for w in block.members])
-                    self._state.replace(key, block.members, views)
-        self._changes = self._state.changes
-
-    def read(self, kind: str, weights: Sequence[Tensor]) -> State:
-        """The slots of the part of this kind, with one entry for each of these blocks."""
-        state: dict[str, Any] = {}
-        for slot, key in self._state.keys(kind).items():
-            joined = self._slots.get(key)
-            state[slot] = self._state.scalars[key] if joined is None else [joined[id(w)] for w in weights]
-        return state
-
-    def commit(self, kind: str, weights: Sequence[Tensor], new: Mapping[str, Any], gate: Tensor | None) -> None:
-        """Store staged state of these blocks; with a gate, only if it is 1. See `MethodState.commit`."""
-        keys = self._state.keys(kind)
-        blocks = {id(block.weight): block for block in self.blocks}
-        for slot, value in new.items():
-            joined = self._slots.get(keys[slot])
-            if joined is None:
-                self._state.commit(kind, [], {slot: value}, gate)
-                continue
-            held = [joined[id(w)] for w in weights]
-            changed = [(s, v) for s, v in zip(held, value, strict=True) if s is not None and s is not v]
-            if changed:
-                into, source = map(list, zip(*changed, strict=True))
-                ta.copy_(into, source) if gate is None else ta.choose_(into, source, gate)
-            fresh = [(w, v) for w, s, v in zip(weights, held, value, strict=True) if s is None]
-            # The first value of a slot has no old value to keep, so the gate is read on the host, once.
-            if fresh and (gate is None or bool(gate)):
-                for w, v in fresh:
-                    joined[id(w)] = whole = v.detach().clone()
-                    self._state.replace(keys[slot], blocks[id(w)].members, blocks[id(w)].split(whole))
-                self._changes = self._state.changes
+        """Tell autograd that the weights have changed."""
+        touch(self.blocks)
 
 
 def check_joinable(weights: Sequence[Tensor], model: nn.Module | None = None) -> None:

@@ -78,7 +78,7 @@ class Step:
         flat = tools.flat
         # Ranks that share an ascent send one message, in which each weight has its place.
         self._joined = flat if flat is not None and flat.joins and not tools.replicas.local else None
-        self._store = tools.state if self._joined is None else self._joined
+        self._store = tools.state if self._joined is None else self._joined.slots
         self.inputs = inputs = tools.weights.inputs(tools.state, chunks, self._joined)
         self._eps = eps
         self._gradient: PassGradients | None = None  # of the blocks at w, to begin again on the weights
@@ -586,14 +586,14 @@ class Step:
         """The base optimizer's step, the gradients that it takes, and what they are gradients of."""
         tools, outcome, flat = self.tools, self.outcome, self.tools.flat
         assert outcome is not None
-        if flat is not None and (not flat.steps or flat.hooked()):
+        if flat is not None and (not flat.base.possible or flat.base.hooked()):
             flat = None
         if flat is not None and self._steps_on_blocks():
-            return flat.step, flat.gradients, flat.layout
+            return flat.base.step, flat.gradients, flat.layout
         unseen = self._joined is None and self._unseen and outcome.update is self._last
         current = outcome.update if unseen else [w.grad for w in self.weights]
         if flat is not None and self._joined is None and flat.gather(current) is not None:
-            return flat.step, flat.gradients, flat.layout
+            return flat.base.step, flat.gradients, flat.layout
         given = [g for g in current if g is not None]
         return tools.base.step_with(loss, self.weights), given, tools.weights.layout
 

@@ -137,7 +137,7 @@ class TrainedWeights:
             groups += [group] * count
             rhos += [rho] * count
         weights, recipe = layout.weights, self._recipe
-        momenta = self._base.momenta if flat is None else flat.momenta
+        momenta = self._base.momenta if flat is None else flat.base.momenta
         names = [self.names.get(w, "") for w in weights] if recipe.needs_names else []
         layers = [self.layers.get(w, "") for w in weights] if recipe.needs_layers else []
         step = int(self._base.optimizer.param_groups[0][STEP])
