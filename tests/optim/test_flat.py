@@ -15,6 +15,7 @@ from tests.helpers import as_on_device, drive, entry_points, recipe_of, same_bit
 
 BASES = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=0.1),
+    "adam without eps": lambda p: torch.optim.Adam(p, lr=0.01, eps=0),
     "adam": lambda p: torch.optim.Adam(p, lr=0.01, amsgrad=True),
     "fused": lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
     "nadam": lambda p: torch.optim.NAdam(p, lr=0.01),
@@ -99,6 +100,7 @@ def test_every_entrywise_base_steps_on_blocks_as_on_weights(base):
     flat = Loop(True, base=base).steps(*range(4))
     together(flat, Loop(False, base=base).steps(*range(4)))
     assert len(blocks(flat)) == 2  # one for each param group
+    assert flat.optimizer._tools.flat.base.possible == (base != "adam without eps")
 
 
 @pytest.mark.parametrize("device", [False, True])

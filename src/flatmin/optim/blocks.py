@@ -101,9 +101,9 @@ class BlockBase:
     def kinds(self, weights: Sequence[Tensor]) -> list[tuple[Any, ...]]:
         """What the state of weights in one block has in common; decides whether a step on blocks is possible."""
         optimizer = self._base.optimizer
-        self.possible = type(optimizer) in _ENTRYWISE and not any(
-            group.get("differentiable") for group in optimizer.param_groups
-        )
+        # With eps = 0 the zeros between the weights would become 0 / 0.
+        unusual = any(group.get("differentiable") or group.get("eps") == 0 for group in optimizer.param_groups)
+        self.possible = type(optimizer) in _ENTRYWISE and not unusual
         states: list[Mapping[str, Any]] = [optimizer.state.get(w) or {} for w in weights]
         told: list[tuple[Any, ...]] = [tuple((k, v is None) for k, v in s.items()) for s in states]
         for w, s in zip(weights, states, strict=True):
@@ -113,8 +113,8 @@ class BlockBase:
         for key in _NUMBERS if self.possible else ():
             held = [i for i, s in enumerate(states) if s.get(key) is not None]
             if held:
-                values = torch.stack([states[i][key].detach().double().reshape(()) for i in held]).tolist()
-                for i, value in zip(held, values, strict=True):
+                values = torch.stack([states[i][key].detach().reshape(()).to("cpu", torch.float64) for i in held])
+                for i, value in zip(held, values.tolist(), strict=True):
                     told[i] = (*told[i], value)
         return told
 
