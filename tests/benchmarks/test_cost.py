@@ -73,11 +73,12 @@ def test_a_noisy_control_says_nothing_about_times():
 
 
 @pytest.mark.parametrize(("look", "passed"), [(6.4, True), (6.6, False)])
-def test_looksam_is_held_against_sam_on_one_base(look, passed):
+def test_looksam_is_held_against_sam_on_some_bases(look, passed):
     slow = {"sam": [10.0] * 3, "looksam": [9.0] * 3, cost.CONTROL: [5.0] * 3}
-    table, gate = cost.by_base("mlp200", {"default": slow, cost.LOOK_BASE: {**slow, "looksam": [look] * 3}})
-    assert gate.passed == passed
-    assert table.rows[1][:3] == (cost.LOOK_BASE, f"{look / 10:.3f} [{look / 10:.2f}-{look / 10:.2f}]", "0.600")
+    fast = {**slow, "looksam": [look] * 3}
+    table, gates = cost.by_base("mlp200", {"default": slow} | dict.fromkeys(cost.LOOK_BASES, fast))
+    assert [g.passed for g in gates] == [passed, passed]
+    assert table.rows[1][:3] == (cost.LOOK_BASES[0], f"{look / 10:.3f} [{look / 10:.2f}-{look / 10:.2f}]", "0.600")
 
 
 def test_loops_take_turns():
@@ -89,6 +90,12 @@ def test_loops_take_turns():
 
 def test_methods_of_one_gradient_are_held_against_a_plain_step():
     spent = {cost.CONTROL: [5.0] * 3, "momentum-sam": [5.5] * 3, "stale-sam": [6.0] * 3}
-    table, gates = cost.in_turns("mlp200", spent)
-    assert [row[0] for row in table.rows] == list(cost.IN_TURNS)
-    assert [(g.value, g.passed) for g in gates] == [("1.100", True), ("1.200", False)]
+    faster = {**spent, "momentum-sam": [5.4] * 3, "stale-sam": [5.6] * 3}
+    table, gates = cost.in_turns("mlp200", {"default": spent, cost.FLAT: faster})
+    assert [row[0] for row in table.rows] == [*cost.IN_TURNS, *(f"{m}, flat=True" for m in cost.IN_TURNS)]
+    assert [(g.value, g.passed) for g in gates] == [
+        ("1.100", True),
+        ("1.200", False),
+        ("1.080", True),
+        ("1.120", False),
+    ]
