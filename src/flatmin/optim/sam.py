@@ -354,8 +354,8 @@ class SAM(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear all gradients; see `torch.optim.Optimizer.zero_grad`."""
-        step = self._step
-        if step is None or step.over or not set_to_none or not step.clear():
+        step = self._under_way if self._flat and set_to_none else None
+        if step is None or not step.clear():
             self._tools.base.zero_grad(set_to_none)
         self._cleared = True
         if self._tools.guard is not None:

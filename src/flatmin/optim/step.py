@@ -277,7 +277,9 @@ class Step:
                 "without a closure passes an empty one: run both passes before it, or pass a closure.)"
             )
         self._restore()
-        gradients = self._received(request, self._collected(request, gradients))
+        if self._joined is not None:
+            gradients = self._joined_gradients(self._joined, request, gradients)
+        gradients = self._received(request, gradients)
         if request.graph:
             if not self._products:
                 raise RuntimeError(
@@ -314,11 +316,9 @@ class Step:
         else:
             others.leave(request.share or None)
 
-    def _collected(self, request: GradientRequest, gradients: PassGradients) -> PassGradients:
-        """The gradients of a pass, for the blocks if the update works on these."""
-        flat, recipe = self._joined, self.tools.recipe
-        if flat is None:
-            return gradients
+    def _joined_gradients(self, flat: FlatWeights, request: GradientRequest, gradients: PassGradients) -> PassGradients:
+        """The gradients of a pass for the blocks; those of the weights if the update cannot go on with blocks."""
+        recipe = self.tools.recipe
         mixes = recipe.combine.mixes or recipe.direction.observes
         kept = recipe.remembers and request.role == "ascent"
         joined = flat.gather(gradients, copy=kept, partly=self.index > 0 and not mixes)
@@ -407,14 +407,18 @@ class Step:
             self._criterion_calls = 0
             if tools.criterion is not None:
                 tools.criterion.check_called(self._criterion_calls, request, tools.recipe)
-            self._advance(self._received(request, self._collected(request, gradients)))
+            if self._joined is not None:
+                gradients = self._joined_gradients(self._joined, request, gradients)
+            self._advance(self._received(request, gradients))
         else:
             self.index += 1
 
     def take_plain(self) -> None:
         """Use the current gradients, for updates without perturbation."""
-        assert self.request is not None
-        self._advance(self._collected(self.request, PassGradients([w.grad for w in self.weights])))
+        gradients = PassGradients([w.grad for w in self.weights])
+        if self._joined is not None and self.request is not None:
+            gradients = self._joined_gradients(self._joined, self.request, gradients)
+        self._advance(gradients)
 
     def close(self) -> None:
         """Declare that no other code reads the gradients before the base optimizer's step."""
@@ -540,10 +544,17 @@ class Step:
                     w.grad = w.grad.coalesce()
             ta.clip_([w.grad for w in weights], clip_norm)
         flags = None if self._on_host else tools.flags_for(weights)
-        step, current, layout = self._ready(loss)
+        step: Callable[[], object]
+        if tools.flat is not None and (flat := self._block_step(tools.flat)) is not None:
+            step, present, layout = flat.base.step, flat.gradients, flat.layout
+        else:
+            unseen = self._unseen and self._joined is None and outcome.update is self._last
+            current = outcome.update if unseen else [w.grad for w in weights]
+            step, layout = tools.base.step_with(loss, weights), tools.weights.layout
+            present = [g for g in current if g is not None]
         stepped, finite, left_out = tools.base.step_if_finite(
             step,
-            current,
+            present,
             layout,
             nonfinite=nonfinite,
             size=outcome.size,
@@ -582,20 +593,13 @@ class Step:
         flat = self._joined
         return flat is not None and flat.complete and (self._unseen or flat.published())
 
-    def _ready(self, loss: Any) -> tuple[Callable[[], object], list[Tensor], ta.Layout]:
-        """The base optimizer's step, the gradients that it takes, and what they are gradients of."""
-        tools, outcome, flat = self.tools, self.outcome, self.tools.flat
-        assert outcome is not None
-        if flat is not None and (not flat.base.possible or flat.base.hooked()):
-            flat = None
-        if flat is not None and self._steps_on_blocks():
-            return flat.base.step, flat.gradients, flat.layout
-        unseen = self._joined is None and self._unseen and outcome.update is self._last
-        current = outcome.update if unseen else [w.grad for w in self.weights]
-        if flat is not None and self._joined is None and flat.gather(current) is not None:
-            return flat.base.step, flat.gradients, flat.layout
-        given = [g for g in current if g is not None]
-        return tools.base.step_with(loss, self.weights), given, tools.weights.layout
+    def _block_step(self, flat: FlatWeights) -> FlatWeights | None:
+        """The blocks with their gradients, if the base optimizer can step on them; None: it steps on the weights."""
+        if not flat.base.possible or flat.base.hooked():
+            return None
+        if self._joined is None:
+            return None if flat.gather([w.grad for w in self.weights]) is None else flat
+        return flat if self._steps_on_blocks() else None
 
 
 def _gate(sizes: Sequence[Tensor | None], left_out: Tensor | None) -> Tensor | None:

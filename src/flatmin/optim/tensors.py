@@ -137,7 +137,7 @@ def norm(tensors: Sequence[Tensor]) -> Tensor:
 
     Squares are summed in that precision, so entries above about 1e19 overflow to inf in float32.
     """
-    tensors = _pieces(tensors)
+    tensors = _pieces(tensors) if max(map(Tensor.numel, tensors), default=0) > _PIECE else list(tensors)
     groups = [tensors] if uniform(tensors) else [[tensors[i] for i in b] for b in buckets(tensors)]
     parts: list[Tensor] = []
     for group in groups:
@@ -152,8 +152,6 @@ def norm(tensors: Sequence[Tensor]) -> Tensor:
 
 def _pieces(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The tensors, with large ones on the CPU in pieces: over 10^8 entries its float32 norm would be wrong by 1 %."""
-    if max(map(Tensor.numel, tensors), default=0) <= _PIECE:
-        return list(tensors)
     pieces: list[Tensor] = []
     for t in tensors:
         whole = t.numel() <= _PIECE or t.device.type != "cpu" or is_sharded(t) or not t.is_contiguous()
@@ -260,7 +258,7 @@ def agree_(flag: Tensor, tensors: Sequence[Tensor]) -> None:
 
 def all_finite(tensors: Sequence[Tensor], layout: Layout) -> bool:
     """Whether all entries of these CPU tensors (gradients of the layout's weights) are finite."""
-    if layout.simple and 0 < len(tensors) <= _FEW and math.isfinite(sum(float(t.sum()) for t in tensors)):
+    if layout.simple and 0 < len(tensors) <= _FEW and math.isfinite(sum([float(t.sum()) for t in tensors])):
         return True  # an entry that is not finite would make the sum so; a sum may also overflow
     found, one = torch.zeros((), dtype=torch.float32), torch.ones((), dtype=torch.float32)
     if layout.simple and tensors:
