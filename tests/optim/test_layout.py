@@ -44,6 +44,11 @@ def test_a_sum_that_overflows_is_not_a_bad_entry():
     assert all_finite(weights, Layout([[torch.nn.Parameter(w) for w in weights]]))
 
 
+def test_the_norm_of_a_large_weight_is_right_to_float32():
+    w = torch.randn(1 << 23, generator=torch.Generator().manual_seed(0))
+    assert abs(float(norm([w, w[:5]])) / float(torch.cat([w, w[:5]]).double().norm()) - 1.0) < 1e-6
+
+
 def come_back(dtype, sizes):
     weights, away = make(dtype, sizes), []
     optimizer = flatmin.SAM(torch.optim.SGD(weights, lr=0.0), rho=0.5)

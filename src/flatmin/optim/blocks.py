@@ -12,9 +12,8 @@ from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from flatmin.methods import State
-from flatmin.optim import tensors as ta
 from flatmin.optim.base_optimizer import BaseOptimizer
-from flatmin.optim.state import MethodState
+from flatmin.optim.state import MethodState, overwrite
 
 # Optimizers that treat every entry by itself: one step on joined weights is the step on each of them.
 _ENTRYWISE = frozenset(
@@ -272,15 +271,9 @@ class BlockSlots:
             if joined is None:
                 self._state.commit(kind, [], {slot: value}, gate)
                 continue
-            held = [joined[id(w)] for w in weights]
-            changed = [(s, v) for s, v in zip(held, value, strict=True) if s is not None and s is not v]
-            if changed:
-                into, source = map(list, zip(*changed, strict=True))
-                ta.copy_(into, source) if gate is None else ta.choose_(into, source, gate)
-            fresh = [(w, v) for w, s, v in zip(weights, held, value, strict=True) if s is None]
-            # The first value of a slot has no old value to keep, so the gate is read on the host, once.
-            if fresh and (gate is None or bool(gate)):
-                for w, v in fresh:
-                    joined[id(w)] = whole = v.detach().clone()
-                    self._state.replace(keys[slot], blocks[id(w)].members, blocks[id(w)].split(whole))
+            if fresh := overwrite([joined[id(w)] for w in weights], value, gate):
+                for i in fresh:
+                    block = blocks[id(weights[i])]
+                    joined[id(block.weight)] = whole = value[i].detach().clone()
+                    self._state.replace(keys[slot], block.members, block.split(whole))
                 self._changes = self._state.changes

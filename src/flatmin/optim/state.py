@@ -151,18 +151,10 @@ class MethodState:
                 continue
             if len(value) != len(weights):
                 raise RuntimeError(f"{key}: {len(value)} tensors returned for {len(weights)} weights.")
-            old_ones = self._slots(key, weights)
-            # A part may return the tensors that it was given.
-            changed = [(s, v) for s, v in zip(old_ones, value, strict=True) if s is not None and s is not v]
-            if changed:
-                into, source = map(list, zip(*changed, strict=True))
-                ta.copy_(into, source) if gate is None else ta.choose_(into, source, gate)
-            fresh = [(w, v) for w, s, v in zip(weights, old_ones, value, strict=True) if s is None]
-            # The first value of a slot has no old value to keep, so the gate is read on the host, once.
-            if fresh and (gate is None or bool(gate)):
-                if any(v.shape != w.shape for w, v in fresh):
+            if fresh := overwrite(self._slots(key, weights), value, gate):
+                if any(value[i].shape != weights[i].shape for i in fresh):
                     self._unlike.add(key)
-                self.replace(key, [w for w, _ in fresh], [v.detach().clone() for _, v in fresh])
+                self.replace(key, [weights[i] for i in fresh], [value[i].detach().clone() for i in fresh])
 
     def holds(self, weight: Tensor) -> bool:
         """Whether there is a slot for a weight, which may have been frozen since."""
@@ -225,6 +217,22 @@ class MethodState:
         for slots in self.per_weight.values():
             slots.clear()
         self.scalars = dict.fromkeys(self.scalars)
+
+
+def overwrite(held: Sequence[Tensor | None], new: Sequence[Tensor], gate: Tensor | None) -> list[int]:
+    """Write new values of a slot into the tensors that hold it; with a gate, only if it is 1, decided on the device.
+
+    Returns:
+        The positions for which a tensor must be made, because there is none yet.
+    """
+    # A part may return the tensors that it was given.
+    changed = [(s, v) for s, v in zip(held, new, strict=True) if s is not None and s is not v]
+    if changed:
+        into, source = map(list, zip(*changed, strict=True))
+        ta.copy_(into, source) if gate is None else ta.choose_(into, source, gate)
+    fresh = [i for i, s in enumerate(held) if s is None]
+    # The first value of a slot has no old value to keep, so the gate is read on the host, once.
+    return fresh if fresh and (gate is None or bool(gate)) else []
 
 
 def filled_slot(entries: Mapping[str, Any], key: str) -> Tensor | None:

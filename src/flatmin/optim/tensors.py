@@ -16,7 +16,7 @@ from torch import Tensor
 _PLAIN = {Tensor, torch.nn.Parameter}
 _TINY = 1e-30  # vectors with a smaller squared norm count as zero
 _BLOCK = 1 << 22  # elements
-_PIECE = 1 << 18
+_PIECE = 1 << 16  # entries
 _FEW = 8  # tensors for which one call each is faster than one for all that also writes
 LOW = (torch.float16, torch.bfloat16)  # dtypes in which w + eps is rounded at random
 _DTYPE, _SHAPE, _DEVICE = map(operator.attrgetter, ("dtype", "shape", "device"))
