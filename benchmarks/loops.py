@@ -69,14 +69,26 @@ def _closure(
     criterion: Callable[[Tensor, Tensor], Tensor],
     hooks: list[Callable[[str], None]],
     backward: Callable[[Tensor], None] = Tensor.backward,
+    *,
+    chooses: bool = False,
 ) -> Callable[[], Tensor]:
+    def precision() -> contextlib.AbstractContextManager[Any]:
+        return torch.autocast(setting.device, torch.bfloat16) if setting.autocast else contextlib.nullcontext()
+
+    def whole() -> None:
+        with precision():
+            criterion(model(x), y)
+
     def closure() -> Tensor:
         optimizer.zero_grad()
         for hook in hooks:
             hook("start")
-        precision = torch.autocast(setting.device, torch.bfloat16) if setting.autocast else contextlib.nullcontext()
-        with precision:
-            loss = criterion(model(x), y)
+        inputs, targets = x, y
+        if chooses:
+            chosen = optimizer.select_samples(whole)
+            inputs, targets = x[chosen], y[chosen]
+        with precision():
+            loss = criterion(model(inputs), targets)
         backward(loss)
         for hook in hooks:
             hook("end")
@@ -119,11 +131,12 @@ def ours(
     *,
     model_handling: bool = True,
     flat: bool = False,
+    chooses: bool = False,
 ) -> Loop:
     """A step of flatmin, with `model=` and its defaults unless said otherwise.
 
-    Methods on micro-batches get the batch in CHUNKS parts; "sam-db" and "imbsam" get the whole batch twice, as their
-    closures run the network on all of it.
+    With `chooses`, the network runs on the samples that the method chooses. Methods on micro-batches get the batch in
+    CHUNKS parts; "sam-db" and "imbsam" get the whole batch twice, as their closures run the network on all of it.
 
     Raises:
         ValueError: a method that cannot run on the net, with the reason.
@@ -141,7 +154,7 @@ def ours(
         **({"flat": True} if flat else {}),  # commits before it do not know it
     )
     loop = Loop(lambda: None, model, optimizer)
-    once = partial(_closure, setting, model)
+    once = partial(_closure, setting, model, chooses=chooses)
     rest = (optimizer, criterion or nn.CrossEntropyLoss(), loop.hooks, optimizer.backward)
     if Need.MICRO_BATCHES not in recipe.needs:
         closure = once(x, y, *rest)

@@ -43,6 +43,8 @@ def makers(setting: Setting, methods: list[str]) -> dict[str, Callable[[], Loop]
         loops[method] = lambda m=method: ours(setting, m)
         if method != "sgd" and recipe_of(method).joins:
             loops[f"{method}, flat=True"] = lambda m=method: ours(setting, m, flat=True)
+        if recipe_of(method).samples.selects:
+            loops[f"{method}, select_samples"] = lambda m=method: ours(setting, m, chooses=True)
         if method == "sam":
             loops["sam, nonfinite=propagate"] = lambda: ours(setting, "sam", "propagate")
             loops["sam, without model="] = lambda: ours(setting, "sam", model_handling=False)

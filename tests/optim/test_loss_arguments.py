@@ -114,8 +114,11 @@ def net_of(shape):
     return [nn.Linear, partial(nn.Conv1d, kernel_size=1), partial(nn.Conv2d, kernel_size=1)][len(shape)](3, K).double()
 
 
-def step(method, loss, x, y, net, *, reduce=lambda loss: loss, per_sample=None, **options):
-    """What the base takes in one step of a method, and the loss that the closure returns."""
+def step(method, loss, x, y, net, *, reduce=lambda loss: loss, per_sample=None, chooses=False, **options):
+    """What the base takes in one step of a method, and the loss that the closure returns.
+
+    With `chooses`, the net runs on the chosen samples only.
+    """
     net, criterion = copy.deepcopy(net), flatmin.Criterion(loss, per_sample)
     before = nn.utils.parameters_to_vector(net.parameters()).detach()
     base = torch.optim.SGD(net.parameters(), lr=1.0)
@@ -123,7 +126,8 @@ def step(method, loss, x, y, net, *, reduce=lambda loss: loss, per_sample=None, 
 
     def closure():
         optimizer.zero_grad()
-        found = reduce(criterion(net(x), y))
+        index = optimizer.select_samples(lambda: criterion(net(x), y)) if chooses else slice(None)
+        found = reduce(criterion(net(x[index]), y[index]))
         optimizer.backward(found)
         return found
 
@@ -173,9 +177,9 @@ def esam_descends(name, shape):
     loss, x, y, net, r, reduce = case(name, shape)
     at = r.climb(r.grad(r.loss, r.w))
     rise, counted = r.samples(at)[0] - r.samples(r.w)[0], r.samples(r.w)[1]
-    for gamma in (0.3, 0.5, 1.0):
+    for gamma, chooses in itertools.product((0.3, 0.5, 1.0), (False, True)):
         chosen = rise.where(counted, -math.inf).argsort(descending=True)[: int(gamma * len(y))]
-        u, told = step("esam", loss, x, y, net, reduce=reduce, beta=1.0, gamma=gamma)
+        u, told = step("esam", loss, x, y, net, reduce=reduce, chooses=chooses, beta=1.0, gamma=gamma)
         torch.testing.assert_close(u, r.grad(lambda w, i=chosen: r.loss(w, i), at), rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(told, r.loss(r.w), rtol=1e-12, atol=0)
 
@@ -310,6 +314,78 @@ def by_name(method, given):
         return loss
 
     assert torch.equal(optimizer.step(closure), F.cross_entropy(net_of(())(x), y).detach())
+
+
+def chosen_only(entry, error=None, **options):
+    """One step of ESAM with micro-batches, dropout and BatchNorm. Returns the sizes of the batches that the net saw."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, K)).double()
+    x, y = data(INDICES, (), n=12)
+    criterion = flatmin.Criterion(nn.CrossEntropyLoss())
+    base = torch.optim.SGD(net.parameters(), lr=0.1)
+    optimizer = flatmin.wrap(base, "esam", model=net, criterion=criterion, beta=1.0, **options)
+    before = nn.utils.parameters_to_vector(net.parameters()).detach()
+    seen = []
+    net[0].register_forward_hook(lambda _, inputs, out: seen.append((len(inputs[0]), out.requires_grad)))
+
+    def backward(x, y):
+        compute = {"no loss": lambda: net(x), "two losses": lambda: [criterion(net(x), y) for _ in "ab"]}
+        chosen = optimizer.select_samples(compute.get(error, lambda: criterion(net(x), y)))
+        if error == "unused" and not isinstance(chosen, slice):
+            net(x).sum().backward()
+            return None
+        loss = criterion(net(x if error == "all" else x[chosen]), y if error == "all" else y[chosen])
+        loss.backward()
+        return loss
+
+    def closure(x=x, y=y):
+        optimizer.zero_grad()
+        return backward(x, y)
+
+    try:
+        if entry == "closure":
+            optimizer.step(closure)
+        elif entry == "closures":
+            optimizer.step([partial(closure, x[:4], y[:4]), partial(closure, x[4:], y[4:])])
+        elif entry == "passes":
+            for evaluation in optimizer.passes():
+                with evaluation:
+                    backward(x, y)
+            optimizer.step()
+        else:
+            backward(x, y)
+            with optimizer.perturbed():
+                backward(x, y)
+    except Exception:
+        assert torch.equal(before, nn.utils.parameters_to_vector(net.parameters()))
+        raise
+    assert int(net[1].num_batches_tracked) == (2 if entry == "closures" else 1)
+    assert not torch.equal(before, nn.utils.parameters_to_vector(net.parameters()))
+    return seen
+
+
+def test_the_network_runs_on_the_chosen_samples_only():
+    once = [(12, True), (12, False), (6, True)]
+    assert chosen_only("closure") == chosen_only("passes") == once
+    assert chosen_only("closure", gamma=1.0) == [(12, True), (12, False), (12, True)]
+    assert chosen_only("closure", rho=0.0) == [(12, True)]
+    assert chosen_only("closures") == [(4, True), (8, True), (4, False), (2, True), (8, False), (4, True)]
+    assert chosen_only("closure", diagnostics=True) == once
+
+
+@pytest.mark.parametrize(
+    ("entry", "error", "says"),
+    [
+        ("perturbed", None, "works in step.closure. and passes"),
+        ("closure", "all", "has chosen 6 of 12 samples, .* got a tensor of shape .12, 4."),
+        ("passes", "unused", "has chosen samples, but the criterion was not called on them"),
+        ("closure", "no loss", "does not call the criterion"),
+        ("passes", "two losses", "calls the criterion more than once"),
+    ],
+)
+def test_a_choice_of_samples_that_is_not_followed_is_refused(entry, error, says):
+    with pytest.raises((RuntimeError, ValueError), match=says):
+        chosen_only(entry, error)
 
 
 @pytest.mark.parametrize("method", ["sam", "esam", "bisam-log"])

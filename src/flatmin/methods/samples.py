@@ -51,10 +51,12 @@ class SharpnessSensitiveDataSelection(Samples):
     Raises:
         ValueError: gamma outside (0, 1].
 
+    The network runs on the chosen samples only if the loop asks for them (`flatmin.SAM.select_samples`), as
+    `flatmin train` does. Otherwise pass 2 runs on the whole batch, which takes as long as SAM's; BatchNorm then
+    normalises with the statistics of the whole batch.
+
     Differs from the official code: exactly floor(gamma B) samples are chosen, of equal ones the first (there a strict
-    `>` drops one sample), and the pass at w + eps computes the whole batch, so that it works with an ordinary closure
-    and BatchNorm sees the whole batch. The official code computes the second pass on the chosen samples only, which
-    saves the time that the paper reports; this implementation does not save it.
+    `>` drops one sample).
 
     Source: Du et al., Efficient Sharpness-Aware Minimization for Improved Training of Neural Networks, ICLR 2022.
     """

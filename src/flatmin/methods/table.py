@@ -201,9 +201,10 @@ BUILT_IN = (
         url="https://arxiv.org/abs/2110.03141",
         summary="Perturb a random part of the tensors, and take the second gradient only on the samples whose loss "
         "rises most.",
-        when="For research: ESAM's selection of weights and samples; this implementation is no faster than SAM.",
-        note="the pass at w + eps computes the whole batch, so the published saving of time is not reached; the norm "
-        "is over all tensors",
+        when="For research: ESAM's selection of weights and samples; a step takes about 8 % less time than SAM's in "
+        "loops that call `select_samples`.",
+        note="with gamma = 1/2 and `select_samples`, a step costs (1 + 1/3 + 1/2) / 2 = 0.92 of SAM's if a forward is "
+        "a third of a pass; the norm is over all tensors",
     ),
     Method(
         name="micro-sam",

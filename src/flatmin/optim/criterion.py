@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import math
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from flatmin.methods import GradientRequest, Need, Recipe
 from flatmin.optim.loss_arguments import (
@@ -71,6 +71,19 @@ class Seen:
     scores: Tensor | None
 
 
+@dataclass(slots=True)
+class _Choice:
+    """Samples that were chosen before the network runs on them.
+
+    index: their positions; None: all. count: the size of the batch. outputs, target: those of the whole batch.
+    """
+
+    index: Tensor | None
+    count: int
+    outputs: Any
+    target: Any
+
+
 class Criterion(nn.Module):
     """A loss that methods can change in one of the passes.
 
@@ -95,7 +108,7 @@ class Criterion(nn.Module):
       *value* of the wrapped loss and the *gradient* of the ascent loss, so that a training loop always logs the
       training loss. The wrapped loss's `ignore_index`, class `weight` and `reduction` apply to the ascent loss too.
     - In the descent pass of a method that chooses samples (`esam`) it is the wrapped loss of the chosen samples,
-      `loss(outputs[chosen], target[chosen])`.
+      `loss(outputs[chosen], target[chosen])`. See `SAM.select_samples` for loops that run the network on these only.
     - In the descent pass of a method with another descent loss (`functional-sam`) it has the value of the wrapped loss
       and the gradient of the method's descent loss.
 
@@ -140,6 +153,8 @@ class Criterion(nn.Module):
         # What each call of pass 1 stores for the same call of pass 2: one tensor, or none before its backward.
         self._first: list[list[Tensor]] = []
         self._paired = False  # whether a call of pass 2 has used any of it
+        self._choosing = False  # whether a call chooses samples for the next call
+        self._choice: _Choice | None = None
         self.seen: list[Seen] = []
 
     def give_up(self) -> None:
@@ -150,6 +165,8 @@ class Criterion(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         args, kwargs = in_order(args, kwargs)
         callback = None if self._callback is None else self._callback()
+        if callback is not None and self._choosing:
+            return self._choose_first(args, kwargs)
         if callback is None or not torch.is_grad_enabled():
             return self.loss(*args, **kwargs)
         now: PassView = callback.current_pass()
@@ -159,9 +176,12 @@ class Criterion(nn.Module):
         if by_sample or self.selects or self._recipe.objective.by_class:
             self._check_pair(args, kwargs)
         outputs, target = (*args, None, None)[:2]
+        choice, self._choice = self._choice, None
         ascent = None if descent else self._ascent(outputs, target)
         if ascent is not None:
             loss = self._climbing(ascent, *args, **kwargs)
+        elif choice is not None:
+            loss = self._of_chosen(choice, outputs, target)
         elif descent and now.perturbed and self.selects:
             loss = self._chosen(outputs, target)
         elif descent and now.perturbed and self._recipe.objective.keeps:
@@ -181,17 +201,76 @@ class Criterion(nn.Module):
                 scores = scores if counted is None else scores[(~counted).to(torch.uint8).argsort(stable=True)]
             self.seen.append(Seen(outputs, loss, scores))
         if (descent or not now.perturbed) and not now.probe:
+            if choice is not None:
+                outputs, target = choice.outputs, choice.target  # of the whole batch, as in pass 1
             callback.on_loss(outputs, target, loss, perturbed=now.perturbed)
         return loss
 
+    def select(self, compute: Callable[[], Any]) -> Tensor | None:
+        """Choose samples for the next call, which gets these only; called by the optimizer in the descent pass.
+
+        Args:
+            compute: runs the network and this criterion on the whole batch.
+
+        Returns:
+            The positions of the chosen samples; None: all.
+
+        Raises:
+            RuntimeError: `compute` has not called the criterion exactly once, or the next call did not come.
+        """
+        self._refuse_unused()
+        self._choosing = True
+        try:
+            with torch.no_grad():
+                compute()
+        finally:
+            self._choosing = False
+        if self._choice is None:
+            raise RuntimeError(
+                "select_samples() got a function that does not call the criterion that was given to the optimizer; "
+                "pass one that computes the loss of the whole batch, as in `lambda: criterion(model(x), y)`."
+            )
+        return self._choice.index
+
+    def _choose_first(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+        if self._choice is not None:
+            raise RuntimeError(
+                "select_samples() got a function that calls the criterion more than once; choose the samples of each "
+                "call by itself."
+            )
+        self._check_pair(args, kwargs)
+        index, count = self._choose(*args)
+        self._choice = _Choice(index, count, *args)
+        return self.loss(*args)
+
+    def _refuse_unused(self) -> None:
+        if self._choice is not None:
+            raise RuntimeError(
+                "select_samples() has chosen samples, but the criterion was not called on them; compute the loss of "
+                "the chosen samples with it in the same pass."
+            )
+
+    def _of_chosen(self, choice: _Choice, outputs: Any, target: Any) -> Tensor:
+        """The loss of a call that gets the chosen samples only."""
+        expected = choice.count if choice.index is None else len(choice.index)
+        for x in tree_leaves((outputs, target)):
+            if isinstance(x, Tensor) and (x.ndim == 0 or len(x) != expected):
+                raise ValueError(
+                    f"select_samples() has chosen {expected} of {choice.count} samples, so outputs and targets must "
+                    f"have {expected} entries in dimension 0; got a tensor of shape {tuple(x.shape)}. Run the network "
+                    "on x[chosen] and compare it with y[chosen]."
+                )
+        return self.loss(outputs, target)
+
     def check_called(self, before: int, request: GradientRequest, recipe: Recipe) -> None:
-        """Raise RuntimeError if a pass that needs the criterion has not called it.
+        """Raise RuntimeError if a pass that needs the criterion has not called it, or not on the chosen samples.
 
         Args:
             before: `calls` when the pass began.
             request: the request of the pass.
             recipe: the recipe.
         """
+        self._refuse_unused()
         if self.calls > before:
             return
         climbs = request.role == "ascent" and recipe.needs & {Need.CRITERION, Need.PER_SAMPLE}
@@ -299,19 +378,23 @@ class Criterion(nn.Module):
             raise self._unpaired()
 
     def _chosen(self, outputs: Any, target: Any) -> Tensor:
-        """The loss at w + eps of the chosen samples."""
+        """The loss at w + eps of the chosen samples, from the outputs of all."""
+        index, count = self._choose(outputs, target)
+        if index is None:
+            return self.loss(outputs, target)
+        return self.loss(*tree_map_only(Tensor, functools.partial(_taken, index=index, count=count), (outputs, target)))
+
+    def _choose(self, outputs: Any, target: Any) -> tuple[Tensor | None, int]:
+        """The positions of the chosen samples (None: all), and the number of all."""
         with torch.no_grad():
             second, counted = self._each(outputs, target)
         first = self._of_pass_1(second)
         if counted is not None:
             second = second.where(counted, -math.inf)
         index = self._recipe.samples(first, second)
-        if index is None:
-            return self.loss(outputs, target)
-        check_weights(self.loss, target, self._recipe.name)
-        return self.loss(
-            *tree_map_only(Tensor, functools.partial(_taken, index=index, count=len(second)), (outputs, target))
-        )
+        if index is not None:
+            check_weights(self.loss, target, self._recipe.name)
+        return index, len(second)
 
     def per_sample(self, outputs: Any, target: Any) -> Tensor:
         """One loss for each sample, shape (N,): the mean over its elements that are not ignored, or 0.
@@ -369,8 +452,8 @@ class Criterion(nn.Module):
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {k: v for k, v in self.__dict__.items() if k not in ("_first", "seen")}
-        return {**kept, "_callback": None, "_recipe": Recipe(), "calls": 0, "_first": [], "seen": []}
+        fresh = {"calls": 0, "_first": [], "_choice": None, "seen": []}
+        return {**self.__dict__, **fresh, "_callback": None, "_recipe": Recipe()}
 
     def extra_repr(self) -> str:
         return "" if isinstance(self.loss, nn.Module) else repr(self.loss)

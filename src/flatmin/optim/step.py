@@ -389,6 +389,21 @@ class Step:
         self._joined.clear_again()
         return True
 
+    def select_samples(self, compute: Callable[[], Any]) -> Tensor | None:
+        """The samples that the running pass is to be computed on, see `SAM.select_samples`; None: all."""
+        request, criterion = self.request, self.tools.criterion
+        descends = self.inside and request is not None and request.at is not None and request.role == "descent"
+        if not descends or criterion is None or not criterion.selects:
+            return None
+        if not self._pass.bracketed:
+            raise RuntimeError(
+                "select_samples() works in step(closure) and passes(); in perturbed() and after first_step() run the "
+                f"pass on the whole batch: the criterion applies the choice of {self.tools.recipe.name} there too."
+            )
+        if self.tools.guard is not None:
+            self.tools.guard.watch.expect_other_batch()
+        return criterion.select(compute)
+
     # -- gradients that a loop has computed outside of passes -----------------------------------------------------
 
     def take_first(self) -> None:

@@ -189,6 +189,10 @@ class ModelWatch:
         self.forwards[min(index, 1)] = self.turns[min(index, 1)] = 0
         self._before_replay = None
 
+    def expect_other_batch(self) -> None:
+        """Do not compare the batch of this pass with that of the first."""
+        self._batch = None
+
     @property
     def alone(self) -> bool:
         """Whether no other optimizer observes the model, so that its forwards belong to this optimizer."""

@@ -226,10 +226,8 @@ class Trainer:
         samples = sum(map(len, parts))
         for number, part in enumerate(parts, start=1):
             with self._quiet(last=number == len(parts)):
-                with autocast(self.config):
-                    output = self._forward(part.x)
-                    # Full precision for the loss, and for surrogates that autocast has no rule for.
-                    loss: Tensor = self.criterion(output.float(), part.y)
+                chosen = self.optimizer.select_samples(partial(self._loss, part, slice(None)))
+                output, loss = self._loss(part, chosen)
                 if len(parts) > 1:
                     loss = loss * (len(part) / samples)
                 self.optimizer.backward(loss if self.scaler is None else self.scaler.scale(loss))
@@ -240,6 +238,12 @@ class Trainer:
         self._right.setdefault(key, right)
         self._seen.append((key, total))
         return total
+
+    def _loss(self, part: Batch, chosen: Tensor | slice) -> tuple[Tensor, Tensor]:
+        with autocast(self.config):
+            output = self._forward(part.x[chosen])
+            # Full precision for the loss, and for surrogates that autocast has no rule for.
+            return output, self.criterion(output.float(), part.y[chosen])
 
     def _quiet(self, *, last: bool) -> AbstractContextManager[Any]:
         """Suppress the gradient synchronisation between processes, except for the last part."""
