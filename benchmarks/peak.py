@@ -1,12 +1,14 @@
-"""What a network asks for and what the device can do: operations of a gradient, and the rate of a large product."""
+"""What a network asks for, what the device can do, and where the time goes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.timing import seconds
@@ -46,3 +48,27 @@ def rate(precision: str, device: str) -> float:
         for _ in range(3):
             a @ b
         return 2 * size**3 / seconds(lambda: a @ b, device, 10)
+
+
+KINDS = {
+    "convolution": "convolutions",
+    "batch_norm": "normalisation",
+    "threshold": "ReLU",
+    "clamp": "ReLU",
+    "relu": "ReLU",
+    "add": "sums and the optimizer",
+    "mul": "sums and the optimizer",
+    "lerp": "sums and the optimizer",
+    "copy": "copies and zeros",
+    "fill": "copies and zeros",
+}
+
+
+def shares(run: Callable[[], object]) -> dict[str, float]:
+    """The share of each kind of operation in the CPU time of `run`; "others" includes Python and autograd's own."""
+    with profile(activities=[ProfilerActivity.CPU]) as record:
+        run()
+    spent: Counter[str] = Counter()
+    for event in record.key_averages():
+        spent[next((kind for word, kind in KINDS.items() if word in event.key), "others")] += event.self_cpu_time_total
+    return {kind: time / spent.total() for kind, time in spent.most_common()}

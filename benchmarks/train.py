@@ -4,7 +4,8 @@
 batch that is ready. `epoch`: the whole trainer through its feed, in its settings, beside the same step written plainly
 with a data loader, and beside the pipeline of the papers' scripts. Every sample is a window of updates of SGD, one of
 SAM, and one of SGD again; settings take turns in random order. Before that each setting's update is held against plain
-float32 on the same batch. CPU times are CPU time of one thread with the loader in it; GPU times lie between events.
+float32 on the same batch. `profile`: where the time of an update goes. CPU times are CPU time of one thread with the
+loader in it; GPU times lie between events.
 """
 
 from __future__ import annotations
@@ -53,8 +54,11 @@ def kinds(device: str) -> list[Kind]:
             ours(device, "float32"),
             ours(device, "float32", channels_last=True),
             ours(device, "bf16", **half),
+            ours(device, "bf16", **half, compile=True),
             plain(device, 0, autocast=False),
             plain(device, 0, autocast=True),
+            plain(device, 0, autocast=True, channels_last=True),
+            plain(device, 0, autocast=True, channels_last=True, compile=True),
             original(device, 0),
         ]
     return [
@@ -64,6 +68,8 @@ def kinds(device: str) -> list[Kind]:
         plain(device, 8, autocast=False),
         ours(device, "bf16", **half),
         plain(device, 8, autocast=True),
+        plain(device, 8, autocast=True, channels_last=True),
+        plain(device, 8, autocast=True, channels_last=True, compile=True),
         ours(device, "tf32", tf32=True),
         original(device, 4),
         original(device, 2, torchvision=True),
@@ -298,7 +304,7 @@ def epochs(options: argparse.Namespace, data: Data, result: BenchmarkResult, dea
             if number >= FEWEST and time.monotonic() > deadline:
                 break
             try:
-                if device == "cpu":
+                if device == "cpu" and "compile" not in running.kind.name:
                     # Anew, so that a lucky place in memory is part of the spread.
                     running.arms = build(running.kind, net, batch, data, device) or {}
                 sample(running, device)
@@ -306,7 +312,7 @@ def epochs(options: argparse.Namespace, data: Data, result: BenchmarkResult, dea
                 result.notes.append(f"{running.kind.name}: stopped: {_first_line(error)}")
                 ready.remove(running)
     flops = peak.operations(ready[0].arms["sgd"].model, x[:2]) if ready else 0.0
-    report(net, batch, device, ready, flops, rates, result)
+    report(net, batch, device, ready, flops, rates, options.over, result)
 
 
 def report(
@@ -316,9 +322,10 @@ def report(
     ready: Sequence[Running],
     flops: float,
     rates: dict[str, float],
+    over: str,
     result: BenchmarkResult,
 ) -> None:
-    """Add tables, gates and samples of what ran."""
+    """Add tables, gates and samples of what ran; speeds are multiples of that of the setting `over`."""
     gpu = device == "cuda"
     speeds = ", ".join(f"{name} {rate / 1e12:.3g} TFLOP/s" for name, rate in rates.items())
     result.notes.append(
@@ -329,8 +336,9 @@ def report(
     headers = ("setting", "SGD images/s", "s", "SAM images/s", "s", "SAM over SGD [IQR]", "SGD over itself", "start, s")
     table = Table(first, [*headers, *(["peak MiB"] if gpu else [])])
     against = next((r for r in ready if r.kind.name.startswith("original") and r.samples), None)
+    beside = next((r for r in ready if r.kind.name.startswith(over) and r.samples), None)
     more = Table(
-        f"{net}: the same update beside plain float32, share of the product's peak, and speed over the original",
+        f"{net}: the same update beside plain float32, share of the product's peak, and speed over that of '{over}'",
         ("setting", "SGD differs", "cosine", "SAM differs", "cosine", "SGD of peak", "SAM of peak", "SGD x", "SAM x"),
     )
     above = False
@@ -350,7 +358,7 @@ def report(
             share = batch * passes * flops / times[method].median / rates[running.kind.peak]
             above = above or share > 1
             cells.append(f"{share:.1%} of {running.kind.peak}")
-        cells += [_over(against, running, method) for method in METHODS]
+        cells += [_over(beside, running, method) for method in METHODS]
         more.rows.append(cells)
         _judge(running, ratio, control, result)
         result.raw[f"{net}, {running.kind.name}"] = {
@@ -397,7 +405,7 @@ def _judge_best(net: str, batch: int, best: Running, against: Running | None, re
 
 
 def _over(against: Running | None, running: Running, method: str) -> str:
-    """How many times as fast as the original, round by round."""
+    """How many times as fast as another setting, round by round."""
     if against is None:
         return "-"
     pairs = zip(against.seconds(method), running.seconds(method), strict=False)
@@ -431,17 +439,28 @@ def whole(options: argparse.Namespace, data: Data, result: BenchmarkResult, dead
     result.tables.append(table)
 
 
+def profiled(options: argparse.Namespace, data: Data, result: BenchmarkResult, deadline: float) -> None:
+    """Add where the CPU time of an update goes, in the fastest setting."""
+    batch = options.batch or (QUICK_BATCH if options.quick else BATCH)
+    arms, chosen = _fastest(options.net, batch, data, options.device, result)
+    found = {method: peak.shares(partial(arm.run, 5)) for method, arm in arms.items()}
+    title = f"{options.net}, batch {batch}, {_words(chosen)}: share of the CPU time by kind of operation"
+    rows = [(kind, *(f"{found[m].get(kind, 0.0):.1%}" for m in METHODS)) for kind in found["sgd"]]
+    result.tables.append(Table(title, ("operations", *METHODS), rows))
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this benchmark."""
-    parts = ("pipeline", "epoch")
-    parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts), metavar="PART", help=", ".join(parts))
+    parts, chosen = ("pipeline", "epoch", "profile"), ["pipeline", "epoch"]
+    parser.add_argument("--parts", nargs="+", choices=parts, default=chosen, metavar="PART", help=", ".join(parts))
     parser.add_argument("--quick", action="store_true", help="few updates of small nets: 3 min on one CPU thread")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--net", choices=list(NETS), metavar="NET", help=f"of epoch: {', '.join(NETS)}")
     parser.add_argument("--pipeline-nets", nargs="+", choices=list(NETS), metavar="NET", help="of pipeline")
     parser.add_argument("--batch", type=int, help="default: 128; with --quick 32 in epoch")
     parser.add_argument("--arms", nargs="+", metavar="WORD", help="only settings whose name has one of the words")
-    parser.add_argument("--compile", action="store_true", help="on a GPU also torch.compile, which takes minutes")
+    parser.add_argument("--compile", action="store_true", help="also torch.compile, which takes minutes")
+    parser.add_argument("--over", default="original", metavar="NAME", help="setting that speeds are multiples of")
     parser.add_argument("--rounds", type=int, help="samples of each setting, at least 2 (default 5; --quick 4)")
     parser.add_argument("--window", type=float, help="seconds of a window of SGD (default 0.4; CPU 1, --quick 0.5)")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="leave out what does not fit into so many")
@@ -485,7 +504,7 @@ def run(options: argparse.Namespace) -> BenchmarkResult:
     return result
 
 
-PARTS = {"pipeline": pipeline, "whole": whole, "epoch": epochs}
+PARTS = {"pipeline": pipeline, "whole": whole, "epoch": epochs, "profile": profiled}
 
 
 def _words(settings: Mapping[str, object]) -> str:

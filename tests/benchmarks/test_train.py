@@ -124,7 +124,7 @@ def running(name="flatmin, float32", windows=((1.0, 2.0, 1.0),) * 4, cosine=1.0,
 
 def reported(*runs, device="cpu", net="resnet18"):
     result = BenchmarkResult("train")
-    train.report(net, 100, device, list(runs), 1e9, {"float32": 1e12}, result)
+    train.report(net, 100, device, list(runs), 1e9, {"float32": 1e12}, "original", result)
     return result
 
 
@@ -210,6 +210,13 @@ def test_a_run_leaves_tables_and_samples(tmp_path, capsys):
     assert len(raw[f"pipeline, {NET}, sam"]) == 2
 
 
+def test_shares_of_the_time_sum_to_one_and_name_what_ran():
+    conv, x = nn.Conv2d(8, 8, 3), torch.randn(4, 8, 16, 16)
+    shares = peak.shares(lambda: [conv(x).relu().sum().backward() for _ in range(10)])
+    assert sum(shares.values()) == pytest.approx(1.0)
+    assert shares["convolutions"] > shares["ReLU"] > 0.0
+
+
 def test_a_part_that_fails_leaves_the_others(monkeypatch, capsys):
     def broken(*args):
         raise RuntimeError("planted\nmore")
@@ -240,7 +247,9 @@ def test_a_setting_that_fails_leaves_the_others(data, monkeypatch):
 
     bad = training.Kind("flatmin, planted", refuses, "float32", ours=True)
     monkeypatch.setattr(train, "kinds", lambda device: [bad, training.plain("cpu", 0, autocast=False)])
-    options = Namespace(device="cpu", net=NET, batch=8, quick=True, arms=None, compile=False, window=0.01, rounds=2)
+    options = Namespace(
+        device="cpu", net=NET, batch=8, quick=True, arms=None, compile=False, over="original", window=0.01, rounds=2
+    )
     result = BenchmarkResult("train")
     train.epochs(options, data, result, float("inf"))
     assert "flatmin, planted: not available: ValueError: planted" in result.notes

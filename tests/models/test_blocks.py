@@ -45,6 +45,20 @@ def test_option_a_has_no_parameters():
     assert torch.equal(ZeroChannels(3)(x), torch.cat([x, torch.zeros(1, 3, 5, 5)], 1))
 
 
+@pytest.mark.parametrize("size", [5, 6])
+def test_subsampling_keeps_the_memory_format_of_gradients(size):
+    """A gradient of another format makes every operation before it slower."""
+    plain = torch.randn(2, 3, size, size)
+    last = plain.to(memory_format=torch.channels_last)
+    gradients = []
+    for x in (plain.requires_grad_(), last.requires_grad_()):
+        out = Subsample(2)(x)
+        gradients.append(torch.autograd.grad(out.square().sum(), x)[0])
+        assert torch.equal(out, x[:, :, ::2, ::2])
+    assert torch.equal(*gradients)
+    assert gradients[1].is_contiguous(memory_format=torch.channels_last)
+
+
 @pytest.mark.parametrize(("block", "channels"), [(basic, 4), (bottleneck, 8), (option_a, 4)])
 def test_residual_blocks_begin_with_the_input(block, channels):
     x = torch.randn(2, channels, 6, 6)
