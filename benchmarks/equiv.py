@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,8 +13,8 @@ from torch.nn import functional as F
 
 import flatmin
 from benchmarks import peers
-from benchmarks.loops import RHO
 from benchmarks.nets import LR, MOMENTUM
+from benchmarks.peers import RHO
 from benchmarks.results import BenchmarkResult, Gate, Table
 
 HELP = "float64 steps against a reference written from the formula"
@@ -65,13 +66,7 @@ def _trained(steps: int, build: Callable[[nn.Module], Any], *, closure_form: boo
         return loss
 
     for _ in range(steps):
-        if closure_form:
-            optimizer.step(closure)
-        else:
-            closure()
-            optimizer.first_step(zero_grad=True)
-            closure()
-            optimizer.second_step()
+        (optimizer.step if closure_form else optimizer.update)(closure)
     return [p.detach() for p in model.parameters()]
 
 
@@ -90,7 +85,7 @@ def _ours(method: str) -> Callable[[nn.Module], Any]:
     return build
 
 
-def measure() -> BenchmarkResult:
+def measure(files: Mapping[str, Path] | None = None) -> BenchmarkResult:
     """Distances for our SAM and ASAM (gated) and for other implementations of SAM (reported)."""
     result = BenchmarkResult("equiv", settings={"rho": str(RHOS)})
     table = Table(
@@ -103,7 +98,7 @@ def measure() -> BenchmarkResult:
         table.rows.append((f"flatmin {method}", *(f"{d:.1e}" for d in distances), "yes" if worst <= OURS else "NO"))
         result.gates.append(Gate(f"flatmin {method}", f"{worst:.1e}", f"<= {OURS:.0e}", worst <= OURS))
         result.raw[method] = distances
-    for label, build in peers.found().items():
+    for label, build in peers.found(files).items():
         distances = [
             _distance(_trained(n, lambda m, b=build: b(m, "default"), closure_form=False), reference("sam", n))
             for n in STEPS
@@ -111,15 +106,16 @@ def measure() -> BenchmarkResult:
         same = "yes" if max(distances) <= PEERS else "no: another algorithm"
         table.rows.append((label, *(f"{d:.1e}" for d in distances), same))
         result.raw[label] = distances
-    table.rows += [(name, "-", "-", "not installed") for name in peers.missing()]
+    result.notes += peers.missing(files)
     result.tables.append(table)
     return result
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """This benchmark has no options of its own."""
+    """Options of this benchmark."""
+    peers.add_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> BenchmarkResult:
     """The benchmark as asked for on the command line."""
-    return measure()
+    return measure(dict(options.peer_file))

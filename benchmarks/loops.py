@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 import flatmin
 from benchmarks.nets import Net, make_base
+from benchmarks.peers import Build
 from flatmin.methods import Named, Need, Recipe, WarmUp
 
-RHO = 0.05
 CHUNKS = 2
 # Needs that the loss object answers for.
 LOSS_NEEDS = frozenset({Need.CRITERION, Need.PER_SAMPLE})
@@ -169,18 +169,11 @@ def ours(
     return loop
 
 
-def other(setting: Setting, build: Callable[[nn.Module, str], Any]) -> Loop:
-    """A step of another implementation with first_step and second_step; `build` makes it for a model and a base."""
+def other(setting: Setting, build: Build) -> Loop:
+    """A step of another implementation."""
     model, x, y = setting.net.make(setting.device, setting.batch)
     optimizer = build(model, setting.base)
     loop = Loop(lambda: None, model, optimizer)
     closure = _closure(setting, model, x, y, optimizer, nn.CrossEntropyLoss(), loop.hooks)
-
-    def step() -> None:
-        closure()
-        optimizer.first_step(zero_grad=True)
-        closure()
-        optimizer.second_step()
-
-    loop.step = step
+    loop.step = lambda: optimizer.update(closure)
     return loop

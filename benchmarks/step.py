@@ -12,11 +12,12 @@ from __future__ import annotations
 import argparse
 import gc
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import flatmin
-from benchmarks import against, peers
+from benchmarks import against, peers, peers_jax
 from benchmarks.loops import Loop, Setting, floor, other, ours, recipe_of
 from benchmarks.nets import BASES, NETS
 from benchmarks.results import BenchmarkResult, Gate, Spread, Table
@@ -30,11 +31,12 @@ AGAINST_ROUNDS = 24
 GPU_NETS = ("mlp200", "vit-d192", "resnet18-w64")
 # Two passes in every step (and the base), so that the floor is theirs; `cost` has the others.
 METHODS = ("sgd", "sam", "asam", "usam", "vasso", "fsam", "bisam-log", "bisam-tanh")
+Files = Mapping[str, Path] | None
 HEADERS = ("step", "x floor, median [IQR]", "p10", "ms, median", "x SGD step", "us above floor")
 
 
-def makers(setting: Setting, methods: list[str]) -> dict[str, Callable[[], Loop]]:
-    """Everything that is timed, by label; "sam" comes in its variants."""
+def makers(setting: Setting, methods: list[str], files: Files = None) -> dict[str, Callable[[], Loop]]:
+    """Everything that is timed, by label; "sam" comes in its variants. `files`: see `peers.found`."""
     loops: dict[str, Callable[[], Loop]] = {
         CONTROL: lambda: floor(setting),
         SGD: lambda: floor(setting, passes=1),
@@ -48,17 +50,19 @@ def makers(setting: Setting, methods: list[str]) -> dict[str, Callable[[], Loop]
         if method == "sam":
             loops["sam, nonfinite=propagate"] = lambda: ours(setting, "sam", "propagate")
             loops["sam, without model="] = lambda: ours(setting, "sam", model_handling=False)
-    for label, build in peers.found().items():
+    for label, build in peers.found(files).items():
         loops[label] = lambda b=build: other(setting, b)
     return loops
 
 
-def sample(setting: Setting, methods: list[str], rounds: int, repeats: int, seed: int = 0) -> dict[str, Any]:
+def sample(
+    setting: Setting, methods: list[str], rounds: int, repeats: int, seed: int = 0, files: Files = None
+) -> dict[str, Any]:
     """Raw seconds: {label: [[floor before, method, floor after], ...]}.
 
     Models are rebuilt for every sample, so that a lucky place in memory is part of the spread and not of a method.
     """
-    build = makers(setting, methods)
+    build = makers(setting, methods, files)
     order = random.Random(seed)
     samples: dict[str, list[list[float]]] = {label: [] for label in build}
     gc.disable()
@@ -79,7 +83,7 @@ def sample(setting: Setting, methods: list[str], rounds: int, repeats: int, seed
 
 
 def _warm(loop: Loop) -> Loop:
-    for _ in range(2):
+    for _ in range(4):  # in its first three updates, flatmin looks for further parameters of the loss
         loop.step()
     return loop
 
@@ -137,6 +141,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", choices=BASES, default="default", help="implementation of SGD")
     parser.add_argument("--batch", type=int, help="default: the net's own")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    peers.add_arguments(parser)
     parser.add_argument("--autocast", action="store_true", help="forward in bfloat16")
 
 
@@ -148,12 +153,15 @@ def run(options: argparse.Namespace) -> BenchmarkResult:
         return _against(options, nets)
     settings = {"base": options.base, "device": options.device, "clock": "CUDA events" if gpu else "thread CPU time"}
     result = BenchmarkResult("step", settings=settings)
+    files = dict(options.peer_file)
     for name in nets:
         setting = Setting(NETS[name], options.base, options.device, options.batch, options.autocast)
         rounds = options.rounds or (8 if gpu else DEFAULT_NETS.get(name, 8))
         repeats = options.repeats or (5 if gpu else 2)
-        judge(setting, sample(setting, options.methods or list(METHODS), rounds, repeats), result)
-    result.notes += [f"{name}: not installed." for name in peers.missing()]
+        judge(setting, sample(setting, options.methods or list(METHODS), rounds, repeats, files=files), result)
+    result.notes += peers.missing(files)
+    if peers_jax.installed() and "mlp200" in nets and not gpu:
+        result.tables.append(peers_jax.measure(options.rounds or DEFAULT_NETS["mlp200"]))
     return result
 
 
