@@ -74,11 +74,6 @@ class Block:
         return joined, views
 
 
-def touch(blocks: Sequence[Block]) -> None:
-    """Tell autograd that the weights have changed, which changes of a block do not, so that it refuses old graphs."""
-    torch.autograd.graph.increment_version([w for block in blocks for w in block.members])
-
-
 class BlockBase:
     """The base optimizer with blocks as weights. The members' state is parts of the blocks' state.
 
@@ -92,6 +87,7 @@ class BlockBase:
     def __init__(self, base: BaseOptimizer) -> None:
         self._base, self.possible = base, False
         self._blocks: Sequence[Block] = []
+        self._members: list[Tensor] = []
         # What is compared to find out whether somebody else has replaced the state.
         self._owners: list[Any] = []
         self._entries: dict[str, tuple[list[dict[str, Any]], list[Any]]] = {}
@@ -120,6 +116,7 @@ class BlockBase:
     def join(self, blocks: Sequence[Block]) -> None:
         """Join the state of the blocks' members, and share it with them."""
         self._blocks = blocks if self.possible else []
+        self._members = [w for block in self._blocks for w in block.members]
         state = self._base.optimizer.state
         for block in self._blocks:
             for key, value in (state.get(block.members[0]) or {}).items():
@@ -207,7 +204,7 @@ class BlockBase:
                 state.pop(block.weight, None)
             for group, held in zip(groups, params, strict=True):
                 group["params"] = held
-            touch(self._blocks)
+            torch.autograd.graph.increment_version(self._members)
         new = self._share_new()
         for block in self._blocks:
             for numbers in block.numbers.values():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import operator
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,17 +14,15 @@ from torch import Tensor, nn
 from flatmin.methods import Gradients, Need, Recipe
 from flatmin.optim import tensors as ta
 from flatmin.optim.base_optimizer import BaseOptimizer
-from flatmin.optim.blocks import Block, BlockBase, BlockSlots, touch
+from flatmin.optim.blocks import Block, BlockBase, BlockSlots
 from flatmin.optim.program import PassGradients
 from flatmin.optim.state import MethodState
 from flatmin.optim.tensors import Layout
 from flatmin.optim.untrained import memory
 
 _ALIGNMENT = 64  # bytes; kernels are slower on weights that begin at other addresses
-# Entries of a block on the CPU, so that weights, gradients and state stay in the cache between two operations on them.
-_CACHED = 65536
 _SMALL = 1024  # average entries of weights whose gradients are better added to the buffer than copied to it
-_IS_SPARSE, _VERSION = map(operator.attrgetter, ("is_sparse", "_version"))
+_GRAD, _IS_SPARSE, _VERSION = map(operator.attrgetter, ("grad", "is_sparse", "_version"))
 
 
 @dataclass(slots=True)
@@ -79,6 +76,7 @@ class FlatWeights:
         self._pointers: list[int] = []
         # Of all trained weights, and of those in blocks.
         self._gradients: list[Tensor] = []
+        self._whole = PassGradients()  # the same list, if a pass has added to all of them
         self._members: list[Tensor] = []
         self._views: list[Tensor] = []
         self._present: list[bool] = []  # which weights are in blocks
@@ -108,6 +106,7 @@ class FlatWeights:
                 self._store(layout.weights)
             self._trained, self._pointers = layout, list(map(Tensor.data_ptr, layout.weights))
             self._gradients = [self._places[w].gradient for w in layout.weights]
+            self._whole = PassGradients(self._gradients)
             self._arrange([True] * len(layout.weights))
         elif pointers != self._pointers:
             self._trained = Layout([])
@@ -156,15 +155,12 @@ class FlatWeights:
         slots = self.slots.kinds(layout.weights) if self._permitted else [()] * len(groups)
         kinds = list(zip(groups, self.base.kinds(layout.weights), slots, strict=True))
         runs: list[list[int]] = []
-        size, limit = 0, _CACHED if layout.on_cpu else sys.maxsize
         order = sorted(range(len(present)), key=lambda i: self._order(layout.weights[i]))
         for i in itertools.compress(order, [present[i] for i in order]):
-            size += layout.weights[i].numel()
-            if runs and size <= limit and self._adjacent(runs[-1][-1], i) and kinds[runs[-1][-1]] == kinds[i]:
+            if runs and self._adjacent(runs[-1][-1], i) and kinds[runs[-1][-1]] == kinds[i]:
                 runs[-1].append(i)
             else:
                 runs.append([i])
-                size = layout.weights[i].numel()
         self.blocks = sorted((self._block(run, kinds[run[0]][0]) for run in runs), key=lambda block: block.group)
         count = len(layout.trained)
         self.layout = Layout([[b.weight for b in self.blocks if b.group == g] for g in range(count)])
@@ -207,15 +203,21 @@ class FlatWeights:
         """Begin a pass that adds its gradients to the buffer."""
         for _, gradients in self._buffers:
             gradients.zero_()
-        self._point()
+        if not self._points():
+            self._point()
         self._noted = list(map(_VERSION, self._gradients))
 
     def clear_again(self) -> None:
         """Clear the gradients within such a pass."""
-        if self._noted != list(map(_VERSION, self._gradients)):
+        if not self._points() or self._noted != list(map(_VERSION, self._gradients)):
             self.clear()
-        else:
-            self._point()
+
+    def _points(self) -> bool:
+        """Whether the weights in blocks have their parts of the buffer as gradients, and the others none."""
+        return all(map(operator.is_, map(_GRAD, self._members), self._views)) and (
+            len(self._members) == len(self._gradients)
+            or [w.grad is not None for w in self._trained.weights] == self._present
+        )
 
     def _point(self) -> None:
         for w, view in zip(self._members, self._views, strict=True):
@@ -229,9 +231,12 @@ class FlatWeights:
         """The gradients of a pass that began with `clear`; None for weights without one."""
         noted, self._noted = self._noted, []
         now = list(map(_VERSION, self._gradients))
+        same = all(map(operator.is_, gradients, self._gradients))
+        if same and len(set(now)) == len(set(noted)) == 1 and now[0] > noted[0]:
+            return self._whole
         changes = list(map(operator.sub, now, noted))
         usual = max(changes, default=0)
-        if min(changes, default=0) == usual and all(map(operator.is_, gradients, self._gradients)):
+        if min(changes, default=0) == usual and same:
             return PassGradients(gradients if usual else [None] * len(gradients))
         found: Gradients = []
         for g, view, change in zip(gradients, self._gradients, changes, strict=True):
@@ -251,7 +256,9 @@ class FlatWeights:
         Raises:
             RuntimeError: a sparse gradient.
         """
-        if self._full and all(map(operator.is_not, gradients, itertools.repeat(None))):
+        if gradients is self._whole and self._full:
+            self._seen, self._steady = self._present, True  # the pass has added them to the buffer
+        elif self._full and all(map(operator.is_not, gradients, itertools.repeat(None))):
             self._seen, self._steady = self._present, True
             self._copy(self._gradients, gradients)
         else:
@@ -307,7 +314,8 @@ class FlatWeights:
                     values[:] = [x.clone() if x is block.gradient else x for x in values]
             block.gradient.copy_(u)
         if self.complete:
-            self._point()
+            if not self._points():
+                self._point()
             return
         for w, view, present in zip(self._trained.weights, self._gradients, self._seen, strict=True):
             w.grad = view if present else None
@@ -319,10 +327,7 @@ class FlatWeights:
 
     def published(self) -> bool:
         """Whether the gradients of the weights are still those of `publish`."""
-        return all(map(operator.is_, [w.grad for w in self._members], self._views)) and (
-            len(self._members) == len(self._trained.weights)
-            or [w.grad is not None for w in self._trained.weights] == self._present
-        )
+        return self._points()
 
     @property
     def gradients(self) -> list[Tensor]:
@@ -331,7 +336,7 @@ class FlatWeights:
 
     def touch(self) -> None:
         """Tell autograd that the weights have changed."""
-        touch(self.blocks)
+        torch.autograd.graph.increment_version(self._members)
 
 
 def check_joinable(weights: Sequence[Tensor], model: nn.Module | None = None) -> None:

@@ -25,7 +25,7 @@ from flatmin.optim.second_order import GraphProducts, PooledProducts, backward_w
 from flatmin.optim.tools import Tools
 from flatmin.optim.watch import warn_of_other_passes
 
-_DTYPE, _LOW, _NONE = operator.attrgetter("dtype"), set(ta.LOW), {type(None)}
+_DTYPE, _GRAD, _LOW, _NONE = operator.attrgetter("dtype"), operator.attrgetter("grad"), set(ta.LOW), {type(None)}
 # Parts of torch's errors for a graph that has been used, or whose weights have been changed since.
 _STALE_GRAPH = ("backward through the graph a second time", "modified by an inplace operation")
 
@@ -266,7 +266,7 @@ class Step:
             tools.guard.watch.check_second_pass()
         if self._silence is not None:
             self._speak(self._silence)
-        gradients = PassGradients([w.grad for w in self.weights])
+        gradients = PassGradients(map(_GRAD, self.weights))
         if self._joined is not None and self._adds:
             gradients, self._adds = self._joined.made(gradients), False
         empty = self.plain and (now.bracketed or not self._began)
