@@ -8,7 +8,21 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import adapters, calls, cost, counts, curvature, equiv, gpu, kernels, perturb, radius, step, train
+from benchmarks import (
+    adapters,
+    calls,
+    compiled,
+    cost,
+    counts,
+    curvature,
+    equiv,
+    gpu,
+    kernels,
+    perturb,
+    radius,
+    step,
+    train,
+)
 from benchmarks.results import RESULTS, BenchmarkResult, append_json, environment, write_page
 
 BENCHMARKS = {
@@ -18,6 +32,7 @@ BENCHMARKS = {
     "perturb": perturb,
     "step": step,
     "cost": cost,
+    "compiled": compiled,
     "curvature": curvature,
     "train": train,
     "adapters": adapters,

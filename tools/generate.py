@@ -359,6 +359,12 @@ def use(name: str, recipe: Recipe) -> list[str]:
     return ["## Use it", "```python\n" + "\n".join(lines) + "\n```", others]
 
 
+FLAT = {
+    True: "runs on few large tensors ([how](../loops/index.md#many-small-weights))",
+    False: "runs weight by weight; the base optimizer's step can still run on few large tensors",
+}
+
+
 def glance(method: Method, recipe: Recipe) -> str:
     """The facts of a method, as a table."""
     norm = NORMS.get(method.name) or NORMS.get(type(recipe.geometry).__name__, "see the formula")
@@ -370,6 +376,7 @@ def glance(method: Method, recipe: Recipe) -> str:
         ("extra copies of the perturbed weights", str(recipe.extra_copies)),
         ("default rho", f"{rho(recipe)} ({prose(norm)})" if recipe.ascends else "none"),
         *([("random numbers", "from the optimizer's own generator: `seed=`")] if recipe.is_random else []),
+        ("with `flat=True`", FLAT[recipe.joins]),
         ("parts it sets", ", ".join(f"`{part.kind}`" for part in method.parts) or "none: these are the defaults"),
         ("composes with", f"{fits} of {len(others)} other names ([table](composing.md#every-pair))"),
         ("in the terminal", f"`flatmin methods {method.name}`"),

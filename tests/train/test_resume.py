@@ -42,6 +42,8 @@ SETTINGS = {
     "the maximum": {"selection": "max-test", "measure": True},
     "statistics of all passes": {"freeze_batchnorm": False},
     "nothing stops it": {"nonfinite": "skip"},
+    "flat": {"flat": True, "method": "vasso"},
+    "flat, Adam": {"flat": True, "optimizer": "adam", "lr": 0.01},
 }
 
 

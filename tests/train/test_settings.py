@@ -12,7 +12,7 @@ from flatmin.study.measuring import View
 from flatmin.study.record import Record
 from flatmin.study.spec import StudySpec
 from flatmin.train import settings
-from flatmin.train.config import RunConfig
+from flatmin.train.config import RunConfig, differences, identity
 from flatmin.train.keys import Key, OneOf, Range, check, keys_of, keywords_of
 from flatmin.train.options import Options
 
@@ -221,6 +221,15 @@ def test_every_setting_has_a_sentence(cls):
 
 def test_guessing_a_parts_parameter():
     assert [settings.guess(w) for w in ("true", "3", ".5", "tensor")] == [True, 3, 0.5, "tensor"]
+
+
+def test_runs_that_were_recorded_before_a_field_existed_keep_their_identity():
+    plain, flat = RunConfig(method="sam"), RunConfig(method="sam", flat=True)
+    assert "flat" not in identity(plain)
+    assert identity(flat) == {**identity(plain), "flat": True}
+    assert differences(identity(plain), plain) == differences(identity(flat), flat) == {}
+    assert differences(identity(flat), plain) == {"flat": "flat is True there and False here"}
+    assert differences(identity(plain), flat) == {"flat": "flat is False there and True here"}
 
 
 def test_content_hash_ignores_the_order_of_keys_and_nothing_else():

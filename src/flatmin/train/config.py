@@ -111,6 +111,8 @@ class RunConfig:
         tf32: compute float32 matrix products and convolutions in TF32, on GPUs that support it. auto: true on a GPU.
         channels_last: store images and convolution weights in the channels-last memory format. auto: true.
         compile: compile the network with torch.compile.
+        flat: keep the weights in few large tensors, which is faster for networks of many small weights (see
+            `flatmin.SAM`); values agree up to rounding.
         graph: capture the whole update, with all its passes, in one CUDA graph.
         deterministic: use algorithms that give the same numbers in every run; on a GPU they can be slower.
         parallel: with several processes, replicate the weights (ddp) or shard them (fsdp, which is FSDP2).
@@ -187,6 +189,7 @@ class RunConfig:
     tf32: bool = False
     channels_last: bool = False
     compile: bool = False
+    flat: bool = False
     graph: bool = False
     deterministic: bool = False
     parallel: Annotated[str, OneOf(PARALLEL)] = "ddp"
@@ -219,14 +222,19 @@ class RunConfig:
             )
         if self.graph and self.device == "cpu":
             raise ValueError("graph=true captures a CUDA graph; it needs device=cuda.")
+        if self.graph and self.flat:
+            raise ValueError("graph=true and flat=true cannot be combined; leave out flat, since a graph saves more.")
 
 
 NEUTRAL = ("data_dir", "workers")  # fields that do not affect the outcome
+# Fields that recorded runs of earlier versions lack, with what these did: left out, so that the runs keep their names.
+_LATER = {"flat": False}
 
 
 def identity(config: RunConfig) -> dict[str, Any]:
     """The fields that decide the outcome, as plain values."""
-    return {name: value for name, value in canonical(config).items() if name not in NEUTRAL}
+    fields = {name: value for name, value in canonical(config).items() if name not in NEUTRAL}
+    return {name: value for name, value in fields.items() if name not in _LATER or value != _LATER[name]}
 
 
 def differences(recorded: Mapping[str, Any], config: RunConfig) -> dict[str, str]:
@@ -240,8 +248,12 @@ def differences(recorded: Mapping[str, Any], config: RunConfig) -> dict[str, str
         >>> differences({**identity(RunConfig(method="sam")), "lr": 0.2}, RunConfig(method="sam"))
         {'lr': 'lr is 0.2 there and 0.1 here'}
     """
-    mine = identity(config)
-    theirs = {**recorded, "params": {current_word(name): value for name, value in recorded.get("params", {}).items()}}
+    mine = {**_LATER, **identity(config)}
+    theirs = {
+        **_LATER,
+        **recorded,
+        "params": {current_word(name): value for name, value in recorded.get("params", {}).items()},
+    }
     return {
         key: f"{key} is {theirs.get(key)!r} there and {value!r} here"
         for key, value in mine.items()

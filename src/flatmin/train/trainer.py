@@ -106,6 +106,7 @@ class Trainer:
             scaler=self.scaler,
             clip_norm=config.clip_norm,
             ascent_sync=config.ascent_sync,  # type: ignore[arg-type]
+            flat=config.flat,
         )
         for group in self.optimizer.param_groups:
             group["initial_lr"] = config.lr  # set by torch's schedulers too; a radius may follow the learning rate
@@ -259,6 +260,8 @@ class Trainer:
             itself = f"already splits each batch (micro_batches={config.micro_batches})"
             does = "uses another batch for the ascent" if other else itself
             raise ValueError(f"{config.method} {does}; leave out accumulate.")
+        if config.flat and self.world.size > 1 and config.parallel == "fsdp":
+            raise ValueError("flat=true needs whole weights; with several processes set parallel=ddp.")
         if config.ema is not None and self.world.size > 1 and config.parallel == "fsdp":
             raise ValueError("ema needs whole weights; with several processes set parallel=ddp.")
         rest = len(self.data.train) % config.batch_size // self.world.size
