@@ -57,6 +57,8 @@ def test_subsampling_keeps_the_memory_format_of_gradients(size):
         assert torch.equal(out, x[:, :, ::2, ::2])
     assert torch.equal(*gradients)
     assert gradients[1].is_contiguous(memory_format=torch.channels_last)
+    traced = torch.fx.symbolic_trace(Subsample(2))
+    assert torch.equal(traced(last), traced(plain))
 
 
 @pytest.mark.parametrize(("block", "channels"), [(basic, 4), (bottleneck, 8), (option_a, 4)])

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
+import torch.fx
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -44,6 +46,17 @@ class GlobalMean(nn.Module):
         return x.mean((2, 3))
 
 
+def _subsampled(x: Tensor, stride: int) -> Tensor:
+    if x.is_cpu and x.is_floating_point() and x.stride(1) == 1 and x.shape[1] > 1:
+        # Channels last: the same values, with a gradient in the same format. That of a slice is not, and makes all
+        # operations before it in the network slower.
+        return F.avg_pool2d(x, 1, stride)
+    return x[:, :, ::stride, ::stride]
+
+
+torch.fx.wrap("_subsampled")  # its condition cannot be traced
+
+
 class Subsample(nn.Module):
     """Keep every `stride`-th row and column, starting with the first."""
 
@@ -52,11 +65,7 @@ class Subsample(nn.Module):
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.stride(1) == 1 and x.shape[1] > 1:
-            # Channels last: the same values, with a gradient in the same format. That of a slice is not, and makes all
-            # operations before it in the network slower.
-            return F.avg_pool2d(x, 1, self.stride)
-        return x[:, :, :: self.stride, :: self.stride]
+        return _subsampled(x, self.stride)
 
     def extra_repr(self) -> str:
         return f"stride={self.stride}"
