@@ -127,6 +127,10 @@ class Criterion(nn.Module):
         TypeError: loss is not callable.
     """
 
+    # Here too for pickles of earlier versions, which lack them.
+    _choosing: bool = False
+    _choice: _Choice | None = None
+
     def __init__(self, loss: Loss, per_sample: Loss | None = None) -> None:
         super().__init__()
         if not callable(loss):
@@ -154,7 +158,7 @@ class Criterion(nn.Module):
         self._first: list[list[Tensor]] = []
         self._paired = False  # whether a call of pass 2 has used any of it
         self._choosing = False  # whether a call chooses samples for the next call
-        self._choice: _Choice | None = None
+        self._choice = None
         self.seen: list[Seen] = []
 
     def give_up(self) -> None:
@@ -218,6 +222,8 @@ class Criterion(nn.Module):
         Raises:
             RuntimeError: `compute` has not called the criterion exactly once, or the next call did not come.
         """
+        if self._choosing:
+            raise RuntimeError("select_samples() was called inside the function that it got; call it once in a pass.")
         self._refuse_unused()
         self._choosing = True
         try:
@@ -225,6 +231,7 @@ class Criterion(nn.Module):
                 compute()
         finally:
             self._choosing = False
+            torch.clear_autocast_cache()  # weights that it has cast without gradients
         if self._choice is None:
             raise RuntimeError(
                 "select_samples() got a function that does not call the criterion that was given to the optimizer; "

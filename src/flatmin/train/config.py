@@ -227,7 +227,8 @@ class RunConfig:
 
 
 NEUTRAL = ("data_dir", "workers")  # fields that do not affect the outcome
-# Fields that recorded runs of earlier versions lack, with what these did: left out, so that the runs keep their names.
+# Fields added after runs had been recorded, with the value that those runs used. A field with this value is left out of
+# the identity, so that old runs keep their names.
 _LATER = {"flat": False}
 
 

@@ -241,10 +241,12 @@ class Trainer:
         return total
 
     def _loss(self, part: Batch, chosen: Tensor | slice) -> tuple[Tensor, Tensor]:
+        # The same tensors in all passes, which the engine compares by identity, unless some samples were chosen.
+        x, y = (part.x, part.y) if isinstance(chosen, slice) else (part.x[chosen], part.y[chosen])
         with autocast(self.config):
-            output = self._forward(part.x[chosen])
+            output = self._forward(x)
             # Full precision for the loss, and for surrogates that autocast has no rule for.
-            return output, self.criterion(output.float(), part.y[chosen])
+            return output, self.criterion(output.float(), y)
 
     def _quiet(self, *, last: bool) -> AbstractContextManager[Any]:
         """Suppress the gradient synchronisation between processes, except for the last part."""
