@@ -203,16 +203,16 @@ class FlatWeights:
         """Begin a pass that adds its gradients to the buffer."""
         for _, gradients in self._buffers:
             gradients.zero_()
-        if not self._points():
+        if not self.points():
             self._point()
         self._noted = list(map(_VERSION, self._gradients))
 
     def clear_again(self) -> None:
         """Clear the gradients within such a pass."""
-        if not self._points() or self._noted != list(map(_VERSION, self._gradients)):
+        if not self.points() or self._noted != list(map(_VERSION, self._gradients)):
             self.clear()
 
-    def _points(self) -> bool:
+    def points(self) -> bool:
         """Whether the weights in blocks have their parts of the buffer as gradients, and the others none."""
         return all(map(operator.is_, map(_GRAD, self._members), self._views)) and (
             len(self._members) == len(self._gradients)
@@ -314,7 +314,7 @@ class FlatWeights:
                     values[:] = [x.clone() if x is block.gradient else x for x in values]
             block.gradient.copy_(u)
         if self.complete:
-            if not self._points():
+            if not self.points():
                 self._point()
             return
         for w, view, present in zip(self._trained.weights, self._gradients, self._seen, strict=True):
@@ -324,10 +324,6 @@ class FlatWeights:
     def complete(self) -> bool:
         """Whether exactly the weights in blocks had a gradient in the last pass."""
         return self._steady
-
-    def published(self) -> bool:
-        """Whether the gradients of the weights are still those of `publish`."""
-        return self._points()
 
     @property
     def gradients(self) -> list[Tensor]:

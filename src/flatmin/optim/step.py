@@ -606,7 +606,7 @@ class Step:
     def _steps_on_blocks(self) -> bool:
         """Whether the gradients of the blocks are those that the base optimizer takes."""
         flat = self._joined
-        return flat is not None and flat.complete and (self._unseen or flat.published())
+        return flat is not None and flat.complete and (self._unseen or flat.points())
 
     def _block_step(self, flat: FlatWeights) -> FlatWeights | None:
         """The blocks with their gradients, if the base optimizer can step on them; None: it steps on the weights."""
