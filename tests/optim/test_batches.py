@@ -36,6 +36,25 @@ def test_a_different_batch_in_pass_2_is_noticed(entry):
                 closure()
 
 
+@pytest.mark.parametrize("through", [lambda x: x, lambda x: x[slice(None)]], ids=["itself", "view"])
+def test_a_model_that_overwrites_its_input_is_noticed(through):
+    class Centred(nn.Linear):
+        def forward(self, x):
+            return super().forward(x.sub_(1))
+
+    model, x = Centred(4, 1), torch.randn(8, 4)
+    opt = flatmin.SAM(torch.optim.SGD(model.parameters(), lr=0.1), model=model)
+
+    def closure():
+        opt.zero_grad()
+        loss = model(through(x)).sum()
+        loss.backward()
+        return loss
+
+    with pytest.warns(UserWarning, match="used different batches"):
+        opt.step(closure)
+
+
 def test_a_loss_cached_before_pass_2_is_refused():
     torch.manual_seed(0)
     model = nn.Linear(4, 1)

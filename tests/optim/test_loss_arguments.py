@@ -4,6 +4,7 @@ Each reference is written here from the losses' formulas: a numerator and a shar
 that a loss is sum(numerator) / sum(share) over the elements that count.
 """
 
+import contextlib
 import copy
 import itertools
 import math
@@ -316,10 +317,22 @@ def by_name(method, given):
     assert torch.equal(optimizer.step(closure), F.cross_entropy(net_of(())(x), y).detach())
 
 
+class Calls(nn.Module):
+    """Counts forwards in its buffer, so that no version tells of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x):
+        self.count.data.add_(1)
+        return x
+
+
 def chosen_only(entry, error=None, **options):
     """One step of ESAM with micro-batches, dropout and BatchNorm. Returns the sizes of the batches that the net saw."""
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, K)).double()
+    net = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), Calls(), nn.Dropout(0.5), nn.Linear(8, K)).double()
     x, y = data(INDICES, (), n=12)
     criterion = flatmin.Criterion(nn.CrossEntropyLoss())
     base = torch.optim.SGD(net.parameters(), lr=0.1)
@@ -330,6 +343,9 @@ def chosen_only(entry, error=None, **options):
 
     def backward(x, y):
         compute = {"no loss": lambda: net(x), "two losses": lambda: [criterion(net(x), y) for _ in "ab"]}
+        if error == "caught":
+            with contextlib.suppress(RuntimeError):
+                optimizer.select_samples(compute["two losses"])
         chosen = optimizer.select_samples(compute.get(error, lambda: criterion(net(x), y)))
         if error == "unused" and not isinstance(chosen, slice):
             net(x).sum().backward()
@@ -359,7 +375,7 @@ def chosen_only(entry, error=None, **options):
     except Exception:
         assert torch.equal(before, nn.utils.parameters_to_vector(net.parameters()))
         raise
-    assert int(net[1].num_batches_tracked) == (2 if entry == "closures" else 1)
+    assert int(net[1].num_batches_tracked) == int(net[2].count) == (2 if entry == "closures" else 1)
     assert not torch.equal(before, nn.utils.parameters_to_vector(net.parameters()))
     return seen
 
@@ -371,6 +387,37 @@ def test_the_network_runs_on_the_chosen_samples_only():
     assert chosen_only("closure", rho=0.0) == [(12, True)]
     assert chosen_only("closures") == [(4, True), (8, True), (4, False), (2, True), (8, False), (4, True)]
     assert chosen_only("closure", diagnostics=True) == once
+    assert chosen_only("closure", "caught")[-2:] == once[-2:]
+
+
+@pytest.mark.parametrize("single", [True, False])
+def test_both_passes_draw_the_same_batches_however_many_samples_are_chosen(single):
+    """Dropout draws fewer numbers for the chosen samples, before the closure draws the next batch."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Linear(8, K)).double()
+    x, y = data(INDICES, (), n=12)
+    criterion = flatmin.Criterion(nn.CrossEntropyLoss())
+    optimizer = flatmin.wrap(torch.optim.SGD(net.parameters(), lr=0.1), "esam", model=net, criterion=criterion)
+    drawn = []
+
+    def closure(parts=1):
+        optimizer.zero_grad()
+        for _ in range(parts):
+            drawn.append(torch.randperm(12)[:6])
+            a, b = x[drawn[-1]], y[drawn[-1]]
+            chosen = optimizer.select_samples(lambda a=a, b=b: criterion(net(a), b))
+            loss = criterion(net(a[chosen]), b[chosen])
+            loss.backward()
+        return loss
+
+    optimizer.step(partial(closure, 3) if single else [closure] * 3)
+    assert len(drawn) == 6 and all(map(torch.equal, drawn[:3], drawn[3:]))
+    after = torch.get_rng_state()
+    torch.manual_seed(0)
+    nn.Sequential(nn.Linear(3, 8), nn.Linear(8, K))
+    for _ in range(3):
+        torch.randperm(12), F.dropout(torch.ones(6, 8, dtype=torch.float64))
+    assert torch.equal(after, torch.get_rng_state())
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from flatmin.optim.loss_arguments import (
     required,
     unreduced,
 )
+from flatmin.optim.random_state import RandomState
 from flatmin.optim.tensors import LOW
 
 
@@ -75,13 +76,15 @@ class Seen:
 class _Choice:
     """Samples that were chosen before the network runs on them.
 
-    index: their positions; None: all. count: the size of the batch. outputs, target: those of the whole batch.
+    index: their positions; None: all. count: the size of the batch. outputs, target: those of the whole batch. resume:
+    lets draws go on as after the whole batch; None: draws are not repeated.
     """
 
     index: Tensor | None
     count: int
     outputs: Any
     target: Any
+    resume: Callable[[], None] | None = None
 
 
 class Criterion(nn.Module):
@@ -181,6 +184,8 @@ class Criterion(nn.Module):
             self._check_pair(args, kwargs)
         outputs, target = (*args, None, None)[:2]
         choice, self._choice = self._choice, None
+        if choice is not None and choice.resume is not None:
+            choice.resume()  # the chosen samples have drawn fewer numbers, and further batches may be drawn
         ascent = None if descent else self._ascent(outputs, target)
         if ascent is not None:
             loss = self._climbing(ascent, *args, **kwargs)
@@ -210,11 +215,12 @@ class Criterion(nn.Module):
             callback.on_loss(outputs, target, loss, perturbed=now.perturbed)
         return loss
 
-    def select(self, compute: Callable[[], Any]) -> Tensor | None:
+    def select(self, compute: Callable[[], Any], random: RandomState | None) -> Tensor | None:
         """Choose samples for the next call, which gets these only; called by the optimizer in the descent pass.
 
         Args:
             compute: runs the network and this criterion on the whole batch.
+            random: the generators whose draws are repeated in later passes; None: draws are not repeated.
 
         Returns:
             The positions of the chosen samples; None: all.
@@ -225,10 +231,13 @@ class Criterion(nn.Module):
         if self._choosing:
             raise RuntimeError("select_samples() was called inside the function that it got; call it once in a pass.")
         self._refuse_unused()
-        self._choosing = True
+        self._choosing, first = True, self._first
         try:
             with torch.no_grad():
                 compute()
+        except BaseException:
+            self._choice, self._first = None, first  # the loop may try again
+            raise
         finally:
             self._choosing = False
             torch.clear_autocast_cache()  # weights that it has cast without gradients
@@ -237,6 +246,8 @@ class Criterion(nn.Module):
                 "select_samples() got a function that does not call the criterion that was given to the optimizer; "
                 "pass one that computes the loss of the whole batch, as in `lambda: criterion(model(x), y)`."
             )
+        if random is not None:
+            self._choice.resume = functools.partial(random.restore, random.states())
         return self._choice.index
 
     def _choose_first(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
@@ -259,13 +270,12 @@ class Criterion(nn.Module):
 
     def _of_chosen(self, choice: _Choice, outputs: Any, target: Any) -> Tensor:
         """The loss of a call that gets the chosen samples only."""
-        expected = choice.count if choice.index is None else len(choice.index)
-        for x in tree_leaves((outputs, target)):
-            if isinstance(x, Tensor) and (x.ndim == 0 or len(x) != expected):
+        for x in () if choice.index is None else tree_leaves((outputs, target)):
+            if isinstance(x, Tensor) and (x.ndim == 0 or len(x) != len(choice.index)):
                 raise ValueError(
-                    f"select_samples() has chosen {expected} of {choice.count} samples, so outputs and targets must "
-                    f"have {expected} entries in dimension 0; got a tensor of shape {tuple(x.shape)}. Run the network "
-                    "on x[chosen] and compare it with y[chosen]."
+                    f"select_samples() has chosen {len(choice.index)} of {choice.count} samples, so outputs and "
+                    f"targets must have {len(choice.index)} entries in dimension 0; got a tensor of shape "
+                    f"{tuple(x.shape)}. Run the network on x[chosen] and compare it with y[chosen]."
                 )
         return self.loss(outputs, target)
 

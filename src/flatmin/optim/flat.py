@@ -241,8 +241,8 @@ class FlatWeights:
         found: Gradients = []
         for g, view, change in zip(gradients, self._gradients, changes, strict=True):
             # A loop that clips gradients changes those of all weights, also zeros of weights without a gradient.
-            there = g is not view or (change > 0 and (change == usual or bool(view.any())))
-            found.append(g if there else None)
+            added = change == usual if usual else g is not view
+            found.append(g if g is not None and (added or bool(g.any())) else None)
         return PassGradients(found)
 
     def gather(self, gradients: Gradients, *, copy: bool = False, partly: bool = False) -> PassGradients | None:

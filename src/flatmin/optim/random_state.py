@@ -60,7 +60,10 @@ class RandomState:
 
     def replay(self, chunk: int | None = None) -> None:
         """Restore the states that `capture` has stored."""
-        states = self._saved.get(chunk, [])
+        self.restore(self._saved.get(chunk, []))
+
+    def restore(self, states: list[Any]) -> None:
+        """Restore what `states` has returned."""
         for (_, put), state in zip(self._accesses, states, strict=False):
             put(state)
         if len(states) > len(self._accesses):

@@ -402,7 +402,7 @@ class Step:
             )
         if self.tools.guard is not None:
             self.tools.guard.watch.expect_other_batch()
-        return criterion.select(compute)
+        return criterion.select(compute, self.tools.random)
 
     # -- gradients that a loop has computed outside of passes -----------------------------------------------------
 

@@ -55,11 +55,12 @@ class CallSlot:
             whole_ones = [watch for reference, whole in self.watches if whole and (watch := reference()) is not None]
             for watch in whole_ones if trains else ():
                 watch.take_turn()
-            result = call(*args, **kwargs)
-            for watch in () if trains else whole_ones:
-                if watch.random is not None:
-                    watch.random.evaluated()
-            return result
+                watch.entered()
+            try:
+                return call(*args, **kwargs)
+            finally:
+                for watch in whole_ones:
+                    watch.left() if trains else watch.evaluated()
         seen = [(watch, whole) for reference, whole in self.watches if (watch := reference()) is not None]
         seen = [(watch, whole) for watch, whole in seen if watch.called(args, kwargs, whole=whole)]
         try:
@@ -215,17 +216,27 @@ class ModelWatch:
             else:
                 batch = [*leaves((args, kwargs))]
             self._seen(batch, whole)
-        if whole and self.state is not None and self.pass_index:
-            self.state.enter_forward()
-        self.inside = whole
+        if whole:
+            self.entered()
         self._whole_called |= whole
         return True
+
+    def entered(self) -> None:
+        """Begin the model's forward, with or without gradients."""
+        if self.state is not None and self.pass_index:
+            self.state.enter_forward()
+        self.inside = True
 
     def left(self) -> None:
         """End the model's forward."""
         self.inside = False
         if self.state is not None and self.pass_index:
             self.state.leave_forward()
+
+    def evaluated(self) -> None:
+        """End a forward in eval mode."""
+        if self.random is not None:
+            self.random.evaluated()
 
     def expect_backward(self, result: Any) -> None:
         """Detect a backward that reaches the weights after a forward in the first pass of a manual loop."""
@@ -310,9 +321,9 @@ class ModelWatch:
         for (x, version), y in zip(first, batch, strict=True):
             if x is None or y is None:
                 continue
-            written = _version(x) != version
+            written, one = _version(x) != version, x is y or _whole_of_one(x, y)
             # If the model has overwritten its input, another tensor cannot be compared with it.
-            if (written and x is y) or not (written or x is y or _alike(x, y)):
+            if (written and one) or not (written or one or _alike(x, y)):
                 return False
         return True
 
@@ -386,6 +397,18 @@ def _accumulates(weight: Tensor) -> bool:
 
 def _version(x: Any) -> int:
     return x._version if isinstance(x, Tensor) and not x.is_inference() else 0
+
+
+def _whole_of_one(x: Any, y: Any) -> bool:
+    """Whether both are the same view of all entries of one tensor, as `x[slice(None)]` is in every pass."""
+    base = x._base if isinstance(x, Tensor) else None
+    return (
+        base is not None
+        and isinstance(y, Tensor)
+        and y._base is base
+        and x.numel() == base.numel()
+        and (x.shape, x.stride(), x.storage_offset()) == (y.shape, y.stride(), y.storage_offset())
+    )
 
 
 def _alike(x: Any, y: Any) -> bool:
