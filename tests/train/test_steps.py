@@ -296,6 +296,33 @@ class TestAccumulation:
             Trainer(config(method=method, rho=0.1, accumulate=2))
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"batch_size": 7}, r"^the last batch of an epoch has one sample, and BatchNorm1d .* drop_last=true, or another"),
+        ({"batch_size": 7, "drop_last": True}, None),
+        ({"accumulate": 2}, r"^the last batch of an epoch has one sample in a part, and"),
+        ({"accumulate": 16, "drop_last": True}, r"^each batch has one sample in a part, .* set a larger batch_size"),
+        ({"method": "micro-sam"}, r"^the last batch of an epoch has one sample in a part"),
+        ({"method": "esam"}, r"^the last batch of an epoch has one sample chosen by esam, and"),
+        ({"method": "esam", "accumulate": 5, "drop_last": True}, r"^each batch has one sample in a part chosen by esam"),
+        ({"method": "esam", "batch_size": 46}, None),
+    ],
+)
+def test_batches_too_small_for_their_own_statistics(changes, words):
+    """50 samples; the refusals are of what torch itself would refuse within the first epoch."""
+    asked = config(model=f"{HERE}:normed", rho=0.1, **changes)
+    if words is None:
+        steps(Trainer(asked), 1)
+        return
+    with pytest.raises(ValueError, match=words):
+        Trainer(asked)
+    trainer = Trainer(config(rho=0.1, **changes))
+    trainer.model.insert(1, nn.BatchNorm1d(16))
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+        steps(trainer, 1)
+
+
 class TestMicroBatches:
     @pytest.mark.parametrize("parts", [1, 2, 4])
     def test_by_hand(self, parts):

@@ -32,6 +32,10 @@ class Samples(Part):
         """
         return None
 
+    def count(self, samples: int) -> int:
+        """The number of chosen samples in a batch of so many. Default: all."""
+        return samples
+
 
 @dataclass(frozen=True, kw_only=True)
 class EverySample(Samples):
@@ -70,5 +74,8 @@ class SharpnessSensitiveDataSelection(Samples):
         check_range(self, "gamma", 0.0, 1.0, open_low=True)
 
     def __call__(self, first: Tensor, second: Tensor) -> Tensor | None:
-        count = max(1, int(self.gamma * len(first) + 1e-9))
-        return None if count >= len(first) else (second - first).sort(descending=True, stable=True).indices[:count]
+        count = self.count(len(first))
+        return None if count == len(first) else (second - first).sort(descending=True, stable=True).indices[:count]
+
+    def count(self, samples: int) -> int:
+        return max(1, int(self.gamma * samples + 1e-9))

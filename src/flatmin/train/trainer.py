@@ -266,17 +266,36 @@ class Trainer:
             raise ValueError("flat=true needs whole weights; with several processes set parallel=ddp.")
         if config.ema is not None and self.world.size > 1 and config.parallel == "fsdp":
             raise ValueError("ema needs whole weights; with several processes set parallel=ddp.")
-        rest = len(self.data.train) % config.batch_size // self.world.size
-        if rest == 1 and not config.drop_last and any(isinstance(m, nn.BatchNorm1d) for m in self.model.modules()):
-            raise ValueError(
-                "the last batch of an epoch has one sample in a process, and BatchNorm1d needs at least two; set "
-                "drop_last=true, or another batch_size."
-            )
+        if any(isinstance(m, nn.BatchNorm1d) for m in self.model.modules()):
+            self._check_batches()
         if self.world.size == 1 and config.ascent_sync != "all":
             raise ValueError(
                 "ascent_sync=none is for several processes, but there is only one; start several with torchrun, or "
                 "leave out ascent_sync."
             )
+
+
+    def _check_batches(self) -> None:
+        """Raise ValueError if some forward gets a single sample."""
+        config, parts = self.config, self.config.accumulate
+        if Need.MICRO_BATCHES in self.recipe.needs and not self.recipe.inner_loop.two_batches:
+            parts = config.micro_batches
+        sizes = {"each batch": config.batch_size, "the last batch of an epoch": len(self.data.train) % config.batch_size}
+        if config.drop_last:
+            sizes.popitem()
+        for which, size in sizes.items():
+            mine = size // self.world.size
+            part = mine // min(parts, mine) if mine else 0
+            if part and self.recipe.samples.count(part) == 1:
+                cuts = [
+                    *(["in a process"] if self.world.size > 1 else []),
+                    *(["in a part"] if parts > 1 else []),
+                    *([f"chosen by {config.method}"] if part > 1 else []),
+                ]
+                raise ValueError(
+                    f"{' '.join([which, 'has one sample', *cuts])}, and BatchNorm1d needs at least two; set "
+                    f"{'a larger' if which == 'each batch' else 'drop_last=true, or another'} batch_size."
+                )
 
 
 def updates(config: RunConfig, samples: int, processes: int = 1) -> int:
