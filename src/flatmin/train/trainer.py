@@ -274,15 +274,14 @@ class Trainer:
                 "leave out ascent_sync."
             )
 
-
     def _check_batches(self) -> None:
         """Raise ValueError if some forward gets a single sample."""
         config, parts = self.config, self.config.accumulate
         if Need.MICRO_BATCHES in self.recipe.needs and not self.recipe.inner_loop.two_batches:
             parts = config.micro_batches
-        sizes = {"each batch": config.batch_size, "the last batch of an epoch": len(self.data.train) % config.batch_size}
-        if config.drop_last:
-            sizes.popitem()
+        sizes = {"each batch": config.batch_size}
+        if not config.drop_last:
+            sizes["the last batch of an epoch"] = len(self.data.train) % config.batch_size
         for which, size in sizes.items():
             mine = size // self.world.size
             part = mine // min(parts, mine) if mine else 0
